@@ -1,0 +1,38 @@
+"""What the operator wrote: the configuration file, checked as a whole before anything starts."""
+
+from dp_extproc.config.loader import ConfigError, Problem, load_config, parse_config
+from dp_extproc.config.schema import (
+    BodyMode,
+    ClientRanks,
+    Config,
+    EndpointConfig,
+    EnvoySettings,
+    HostPolicy,
+    ListenSettings,
+    LoadSettings,
+    LoadSource,
+    PolicySettings,
+    PoolConfig,
+    RankPolicy,
+    SocketAddress,
+)
+
+__all__ = [
+    "BodyMode",
+    "ClientRanks",
+    "Config",
+    "ConfigError",
+    "EndpointConfig",
+    "EnvoySettings",
+    "HostPolicy",
+    "ListenSettings",
+    "LoadSettings",
+    "LoadSource",
+    "PolicySettings",
+    "PoolConfig",
+    "Problem",
+    "RankPolicy",
+    "SocketAddress",
+    "load_config",
+    "parse_config",
+]

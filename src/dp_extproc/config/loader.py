@@ -1,0 +1,166 @@
+"""From the text of the file to a :class:`Config`, or to every problem in it with its line and remedy."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from dp_extproc.config.schema import Config
+
+Key = tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with the file."""
+
+    line: int | None
+    """Counted from 1; None when the place has no line of its own."""
+    key: str
+    """Such as ``pools[0].prefill.endpoints[1].url``."""
+    message: str
+    """What is wrong and what to write instead."""
+
+    def __str__(self) -> str:
+        place = ", ".join(part for part in (f"line {self.line}" if self.line else "", self.key) if part)
+        return f"{place}: {self.message}" if place else self.message
+
+
+class ConfigError(Exception):
+    """The file cannot be used. ``problems`` holds everything that is wrong with it."""
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        super().__init__("\n".join([f"{source}: {len(self.problems)} problem(s)", *(f"  {p}" for p in self.problems)]))
+
+
+def load_config(path: Path) -> Config:
+    """Read and check a configuration file.
+
+    Raises:
+        ConfigError: With every problem found, or with the reason the file cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [Problem(None, "", f"cannot be read: {error}")]) from None
+    return parse_config(text, str(path))
+
+
+def parse_config(text: str, source: str = "configuration") -> Config:
+    """Check the text of a configuration file.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        message = f"is not valid YAML: {getattr(error, 'problem', None) or error}"
+        raise ConfigError(source, [Problem(mark.line + 1 if mark else None, "", message)]) from None
+    if not isinstance(data, dict):
+        raise ConfigError(source, [Problem(None, "", "must be a mapping with at least the key 'pools'")])
+    problems = list(_repeated_keys(root))
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        problems += [_problem(detail, root) for detail in details if not _follows_from_another(detail, details)]
+        raise ConfigError(source, sorted(problems, key=lambda problem: problem.line or 0)) from None
+    if problems:
+        raise ConfigError(source, problems)
+    return config
+
+
+def _repeated_keys(node: yaml.Node | None, at: Key = ()) -> Iterator[Problem]:
+    """YAML lets a later key win silently; half of such a file would be ignored."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = str(key.value)
+            if name in seen:
+                yield Problem(key.start_mark.line + 1, _spell((*at, name)), "stands twice; keep one of them")
+            seen.add(name)
+            yield from _repeated_keys(value, (*at, name))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield from _repeated_keys(value, (*at, index))
+
+
+def _follows_from_another(detail: ErrorDetails, details: Sequence[ErrorDetails]) -> bool:
+    """A list whose items are all refused is reported as empty, too; the items are the cause."""
+    return detail["type"] == "too_short" and any(
+        other["loc"][: len(detail["loc"])] == detail["loc"] and other is not detail for other in details
+    )
+
+
+def _problem(detail: ErrorDetails, root: yaml.Node | None) -> Problem:
+    key, node = _locate(root, detail["loc"])
+    return Problem(node.start_mark.line + 1 if node else None, _spell(key), _explain(detail))
+
+
+def _locate(root: yaml.Node | None, loc: Key) -> tuple[Key, yaml.Node | None]:
+    """Follow a location as far as the file goes; a missing key is placed at the mapping that lacks it."""
+    node, place = root, root
+    for part in loc:
+        following: yaml.Node | None = None
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == part:
+                    following, place = value, key
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            following = place = node.value[part]
+        node = following
+    return loc, place
+
+
+def _spell(key: Key) -> str:
+    text = ""
+    for part in key:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _explain(detail: ErrorDetails) -> str:
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _keys_of(detail["loc"][:-1])
+        close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys here: {', '.join(known)}"
+        return f"is not a known key; {hint}"
+    if kind == "missing":
+        return "is missing; add it"
+    if kind == "value_error":
+        return str(context.get("error", detail["msg"]))
+    if kind == "too_short":
+        return "is empty; name at least one"
+    if kind == "enum":
+        return f"{detail['input']!r} is not one of {context['expected']}"
+    return f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, not {detail['input']!r}"
+
+
+def _keys_of(loc: Key) -> list[str]:
+    """The keys that the section at *loc* knows."""
+    model: Any = Config
+    for part in loc:
+        if isinstance(part, str):
+            model = _section_in(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> Any:
+    """Find the section type inside ``X | None``, ``tuple[X, ...]`` and the like."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if (found := _section_in(inner)) is not None:
+            return found
+    return None

@@ -1,0 +1,279 @@
+"""The configuration file as frozen, typed data.
+
+Every default stands here and nowhere else. What is left out of an endpoint (ranks, bootstrap port, version) is
+discovered from the engine. A value that cannot be right is refused with what to write instead; the loader
+collects all refusals of a file before it reports them.
+"""
+
+import ipaddress
+import re
+from enum import StrEnum
+from typing import Annotated, Any, Final, Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+_DURATION: Final = re.compile(r"^(?P<number>\d+(?:\.\d+)?)(?P<unit>ms|s|m|h)$")
+_SECONDS_PER_UNIT: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_SIZE: Final = re.compile(r"^(?P<number>\d+)(?P<unit>KiB|MiB|GiB)$")
+_BYTES_PER_UNIT: Final = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_MAX_PORT: Final = 65535
+
+
+def _seconds(value: object) -> object:
+    """Read ``1s``, ``250ms``, ``2m``, ``1h`` as seconds; a bare number would leave the unit to guesswork."""
+    if isinstance(value, str) and (match := _DURATION.match(value)):
+        return float(match["number"]) * _SECONDS_PER_UNIT[match["unit"]]
+    raise ValueError("write a duration with its unit, such as 250ms, 1s or 5m")
+
+
+def _bytes(value: object) -> object:
+    """Read a plain number of bytes, or ``64MiB``."""
+    if isinstance(value, str) and (match := _SIZE.match(value)):
+        return int(match["number"]) * _BYTES_PER_UNIT[match["unit"]]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ValueError("write a number of bytes, such as 67108864, or a size such as 64MiB")
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+"""A duration in seconds; in the file a string with a unit."""
+
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1024)]
+"""A size in bytes; in the file a number, or a string with KiB, MiB or GiB."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class SocketAddress(_Section):
+    """An ``IP:port`` to listen on; IPv6 in brackets."""
+
+    host: str
+    port: int
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return value
+        if isinstance(value, str):
+            host, separator, port = value.rpartition(":")
+            host = host.removeprefix("[").removesuffix("]")
+            if separator and port.isdecimal() and 0 <= int(port) <= _MAX_PORT:
+                try:
+                    return {"host": str(ipaddress.ip_address(host)), "port": int(port)}
+                except ValueError:
+                    pass
+        raise ValueError("write an IP address and a port, such as 127.0.0.1:9002, 0.0.0.0:9002 or [::1]:9002")
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_wildcard(self) -> bool:
+        return ipaddress.ip_address(self.host).is_unspecified
+
+
+def _address(text: str) -> SocketAddress:
+    return SocketAddress.model_validate(text)
+
+
+class ListenSettings(_Section):
+    """Where the service itself listens."""
+
+    grpc: SocketAddress = _address("127.0.0.1:9002")
+    admin: SocketAddress = _address("127.0.0.1:9090")
+    advertise: SocketAddress | None = None
+    """Where Envoy reaches this very process, when ``grpc`` is a wildcard address; by default this host's own."""
+
+
+class BodyMode(StrEnum):
+    """How Envoy hands request bodies to the service."""
+
+    BUFFERED = "buffered"
+    DUPLEX = "duplex"
+
+
+class EnvoySettings(_Section):
+    """What the printed Envoy configuration contains."""
+
+    inference: SocketAddress = _address("127.0.0.1:8080")
+    admin: SocketAddress = _address("127.0.0.1:9901")
+    max_body_bytes: Bytes = 64 << 20
+    body_mode: BodyMode = BodyMode.BUFFERED
+    service: str | None = None
+    """``host:port`` under which Envoy finds the service; by default ``listen.grpc``."""
+
+    @field_validator("service")
+    @classmethod
+    def _service_has_host_and_port(cls, value: str | None) -> str | None:
+        if value is not None:
+            host, _, port = value.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) <= _MAX_PORT:
+                raise ValueError("write host:port, such as dp-extproc:9002 or 10.0.0.9:9002")
+        return value
+
+
+class LoadSource(StrEnum):
+    """Which page of an engine tells its load."""
+
+    AUTO = "auto"
+    LOADS = "loads"
+    METRICS = "metrics"
+
+
+class LoadSettings(_Section):
+    """How the engines' load is read."""
+
+    source: LoadSource = Field(default=LoadSource.AUTO, strict=False)
+    interval: Seconds = 1.0
+    stale_after: Seconds = 5.0
+    timeout: Seconds = 1.0
+    """Hard limit of one scrape, from connecting to the last byte."""
+    max_page_bytes: Bytes = 8 << 20
+    """A load page larger than this is refused. Real pages with many ranks are below 1 MiB."""
+
+    @model_validator(mode="after")
+    def _stale_is_later_than_the_next_scrape(self) -> Self:
+        if self.stale_after <= self.interval:
+            raise ValueError("stale_after must be longer than interval, or every sample is stale before the next one")
+        return self
+
+
+class HostPolicy(StrEnum):
+    """How the host of a leg is picked."""
+
+    LEAST_TOKENS = "least_tokens"
+    ROUND_ROBIN = "round_robin"
+    RANDOM = "random"
+    POWER_OF_TWO = "power_of_two"
+
+
+class RankPolicy(StrEnum):
+    """How the DP rank on the picked host is picked."""
+
+    MINIMUM_TOKENS = "minimum_tokens"
+    NONE = "none"
+
+
+class ClientRanks(StrEnum):
+    """What happens to DP ranks that a client sent in its body."""
+
+    REPLACE = "replace"
+    HONOUR = "honour"
+
+
+class PolicySettings(_Section):
+    """How a pool places requests."""
+
+    host: HostPolicy = Field(default=HostPolicy.LEAST_TOKENS, strict=False)
+    dp_rank: RankPolicy = Field(default=RankPolicy.MINIMUM_TOKENS, strict=False)
+    client_dp_rank: ClientRanks = Field(default=ClientRanks.REPLACE, strict=False)
+
+
+class EndpointConfig(_Section):
+    """One engine server. In the file a URL, or a mapping with ``url`` and what must not be discovered."""
+
+    url: str
+    bootstrap_port: Annotated[int, Field(ge=1, le=_MAX_PORT)] | None = None
+    bootstrap_host: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:\-]+$")] | None = None
+    dp_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_url(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
+
+    @field_validator("url")
+    @classmethod
+    def _is_plain_http(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            host, port, parts = None, None, urlsplit("")
+        if parts.scheme != "http" or not host or parts.path.strip("/") or parts.query or parts.fragment or "@" in value:
+            raise ValueError("write the engine's address as http://host:port, without a path")
+        if port is None:
+            raise ValueError("name the engine's port: http://host:port")
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).hostname or ""
+
+    @property
+    def port(self) -> int:
+        return urlsplit(self.url).port or 80
+
+
+class _Endpoints(_Section):
+    endpoints: Annotated[tuple[EndpointConfig, ...], Field(min_length=1, strict=False)]
+
+
+class PoolConfig(_Section):
+    """The servers of one or more models: ``prefill`` and ``decode``, or ``workers`` alone."""
+
+    models: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1, strict=False)]
+    prefill: _Endpoints | None = None
+    decode: _Endpoints | None = None
+    workers: _Endpoints | None = None
+    policy: PolicySettings = PolicySettings()
+
+    @model_validator(mode="after")
+    def _has_one_shape(self) -> Self:
+        disaggregated = self.prefill is not None and self.decode is not None
+        if self.workers is not None and (self.prefill is not None or self.decode is not None):
+            raise ValueError("a pool has either prefill and decode, or workers; split this one in two pools")
+        if self.workers is None and not disaggregated:
+            raise ValueError("a pool needs prefill and decode (disaggregated), or workers (aggregated)")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What logs, metrics and the admin port call the pool: its models."""
+        return ",".join(self.models)
+
+    @property
+    def is_disaggregated(self) -> bool:
+        return self.workers is None
+
+
+class Config(_Section):
+    """The whole file."""
+
+    listen: ListenSettings = ListenSettings()
+    envoy: EnvoySettings = EnvoySettings()
+    load: LoadSettings = LoadSettings()
+    drain: Seconds = 10.0
+    """How long a stopping service goes on answering after it has reported that it is not ready."""
+    pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1, strict=False)]
+
+    @model_validator(mode="after")
+    def _each_model_has_one_pool(self) -> Self:
+        seen: dict[str, int] = {}
+        for index, pool in enumerate(self.pools):
+            for model in pool.models:
+                if model in seen:
+                    raise ValueError(
+                        f"model {model!r} is in pools[{seen[model]}] and in pools[{index}]; keep it in one"
+                    )
+                seen[model] = index
+        return self
+
+    @model_validator(mode="after")
+    def _each_url_is_one_server(self) -> Self:
+        seen: dict[str, str] = {}
+        for index, pool in enumerate(self.pools):
+            for role in ("prefill", "decode", "workers"):
+                section: _Endpoints | None = getattr(pool, role)
+                for position, endpoint in enumerate(section.endpoints if section else ()):
+                    place = f"pools[{index}].{role}.endpoints[{position}]"
+                    if endpoint.url in seen:
+                        raise ValueError(
+                            f"{endpoint.url} is in {seen[endpoint.url]} and in {place}; a server has one role"
+                        )
+                    seen[endpoint.url] = place
+        return self

@@ -1,0 +1,36 @@
+"""The names that the service and the Envoy configuration agree on, and those that no client may set."""
+
+from typing import Final
+
+DECODE_HOST: Final = "x-dp-decode-host"
+"""``IP:port`` of the server that answers the client; an aggregated worker, too."""
+PREFILL_HOST: Final = "x-dp-prefill-host"
+"""``IP:port`` of the server that gets the mirrored request; absent in aggregated pools."""
+PREFILL_PREFIX: Final = "x-dp-prefill-prefix"
+"""The first bytes of the prefill leg's body, up to where both legs' bodies are the same."""
+PREFIX_LENGTH: Final = "x-dp-prefix-length"
+"""How many bytes of the decode leg's body the prefill prefix replaces."""
+OWNER: Final = "x-dp-owner"
+"""``IP:port`` of the service process that placed the request and keeps its books."""
+LEG: Final = "x-dp-leg"
+"""Token of one attempt, by which the prefill leg's own ext_proc stream finds the decision."""
+
+OWNED_PREFIX: Final = "x-dp-"
+"""Every header under it is ours: stripped from clients, and before a request leaves for an engine."""
+
+FOREIGN_PREFIXES: Final = (OWNED_PREFIX, "x-override-", "x-envoy-")
+"""Client-sent headers under these prefixes would steer Envoy or override the body's rank in the engine."""
+FOREIGN_NAMES: Final = ("x-data-parallel-rank",)
+"""Likewise, by full name: SGLang lets this header win over ``routed_dp_rank`` in the body."""
+
+METADATA_NAMESPACE: Final = "dp_extproc"
+"""Dynamic metadata of a request, for access logs."""
+
+META_MODEL: Final = "model"
+META_POOL: Final = "pool"
+META_PREFILL_HOST: Final = "prefill_host"
+META_PREFILL_RANK: Final = "prefill_rank"
+META_DECODE_HOST: Final = "decode_host"
+META_DECODE_RANK: Final = "decode_rank"
+META_REASON: Final = "reason"
+"""Set on refusals only; tells Envoy that the local reply has the service's own body."""

@@ -1,0 +1,93 @@
+"""The vocabulary of the fleet: endpoints, what an engine says of itself, and samples of its load. Pure data."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """What a server does for a pool."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    WORKER = "worker"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One engine server as configured. What is None is discovered from the engine."""
+
+    url: str
+    """``http://host:port``, as configured; the endpoint's name in logs, metrics and the admin port."""
+    host: str
+    port: int
+    pool: str
+    role: Role
+    dp_size: int | None = None
+    bootstrap_host: str | None = None
+    bootstrap_port: int | None = None
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Version:
+    """An engine's release. Pre- and post-release suffixes do not change what the wire carries."""
+
+    major: int
+    minor: int
+    patch: int
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}.{self.patch}"
+
+
+class Mode(StrEnum):
+    """An engine's ``disaggregation_mode``."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    UNIFIED = "null"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What an engine says of itself on /server_info."""
+
+    version: Version | None
+    """None when the engine names no version that can be read."""
+    dp_ranks: int
+    """DP ranks of the whole server: ``dp_size * attn_dp_size`` (attn_dp_size exists from 0.5.22 on)."""
+    mode: Mode
+    dp_attention: bool
+    """False on a server with several ranks means plain DP: replicas without a common step."""
+    served_model: str | None
+    bootstrap_port: int | None
+    load_balance_method: str | None
+    follows_rooms: bool
+    """Whether the server itself dispatches by ``bootstrap_room mod dp_ranks``."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankSample:
+    """The load of one DP rank at one moment. What the engine's version does not tell is None."""
+
+    dp_rank: int
+    used_tokens: int
+    """KV tokens in use by running and transferring requests; no queued work."""
+    total_tokens: int | None = None
+    """``used_tokens`` plus the prompt tokens of all queued requests; /v1/loads from 0.5.11 on."""
+    waiting_uncached_tokens: int | None = None
+    running_requests: int = 0
+    waiting_requests: int = 0
+    capacity_tokens: int | None = None
+    max_running_requests: int | None = None
+    age: float | None = None
+    """Seconds between the rank's own time stamp and the page it stands on; None when there is no time stamp."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPage:
+    """One reading of an engine's load source."""
+
+    ranks: tuple[RankSample, ...]
+    """Sorted by rank, each rank at most once."""
+    prompt_tokens: int | None = None
+    """Prompt tokens of the whole server since its start, by its own count; None when the page does not tell."""
