@@ -1,0 +1,95 @@
+"""The members of a JSON object as byte ranges of its text, without re-serialising anything.
+
+msgspec validates the whole text and skips values at memory speed, but tells their lengths, not their positions.
+So the object is walked once more, member by member: a regular expression reads the key, the length jumps over
+the value.
+"""
+
+import re
+from collections.abc import Collection
+from typing import Any, Final
+
+import msgspec
+
+_WHITESPACE: Final = rb"[ \t\n\r]*"
+_OPEN: Final = re.compile(_WHITESPACE + rb"\{")
+_KEY: Final = re.compile(_WHITESPACE + rb'"[^"\\]*(?:\\.[^"\\]*)*"' + _WHITESPACE + rb":" + _WHITESPACE)
+_DELIMITER: Final = re.compile(_WHITESPACE + rb"[,}]")
+
+
+class _Key:
+    """A key that equals no other, so that a dict keeps the repeated keys of an object, in their order."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def _as_key(_kind: type, name: Any) -> _Key:
+    return _Key(name)
+
+
+_members: Final = msgspec.json.Decoder(dict[_Key, msgspec.Raw], dec_hook=_as_key)
+
+
+class JsonObject:
+    """A validated JSON object: its text, and its values by key."""
+
+    __slots__ = ("_members", "text", "values")
+
+    def __init__(self, text: bytes) -> None:
+        """Validate.
+
+        Raises:
+            msgspec.ValidationError: It is JSON, but not an object.
+            msgspec.DecodeError: It is not JSON (the base class of the former).
+            UnicodeDecodeError: It is not UTF-8.
+            RecursionError: It is nested too deeply.
+        """
+        self.text = text
+        self._members = _members.decode(text)
+        if not text.isascii():
+            text.decode()  # values that are skipped are not checked for UTF-8 by msgspec
+        self.values: dict[str, msgspec.Raw] = {key.name: raw for key, raw in self._members.items()}
+        """Of a repeated key the last value: the one that SGLang's JSON reader takes."""
+
+    def without(self, unwanted: Collection[str]) -> list[memoryview]:
+        """Drop members by key, every occurrence, however the key is escaped.
+
+        Returns:
+            Pieces that, joined, are the text behind the opening brace, closing brace included, every other byte
+            as it was. They are views: a body of many megabytes is copied once, when it is put together.
+        """
+        text, view = self.text, memoryview(self.text)
+        opening = _OPEN.match(text)
+        assert opening is not None  # noqa: S101 - the text has been validated
+        position = opening.end()
+        if self.values.keys().isdisjoint(unwanted):
+            return [view[position:]]
+        pieces: list[memoryview] = []
+        run: int | None = None  # where the present run of wanted members began
+        for key, raw in self._members.items():
+            begin = position
+            match = _KEY.match(text, begin)
+            assert match is not None  # noqa: S101 - as above
+            delimiter = _DELIMITER.match(text, match.end() + len(memoryview(raw)))
+            assert delimiter is not None  # noqa: S101 - as above
+            position = delimiter.end()
+            if key.name not in unwanted:
+                run = begin if run is None else run
+            elif run is not None:
+                pieces.append(view[run:begin])
+                run = None
+        closing = position - 1
+        if run is not None:
+            pieces.append(view[run:])
+        else:
+            if pieces:
+                pieces[-1] = pieces[-1][:-1]  # its comma has lost the member behind it
+            pieces.append(view[closing:])
+        return pieces
+
+    def is_empty_without(self, unwanted: Collection[str]) -> bool:
+        """Tell whether no member is left after :meth:`without`."""
+        return self.values.keys() <= set(unwanted)

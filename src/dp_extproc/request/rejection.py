@@ -1,0 +1,53 @@
+"""Expected refusals as values: a status, a reason for machines and a message that says what to do."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+
+REASON_HEADER: Final = "x-dp-extproc-reason"
+"""Response header that carries the reason of a refusal."""
+
+
+class Reason(StrEnum):
+    """Why a request was refused: the ``code`` of the body, a response header, and the response-code details."""
+
+    UNKNOWN_PATH = "unknown_path"
+    WRONG_METHOD = "method_not_allowed"
+    CANNOT_CARRY_ROUTING = "path_cannot_carry_routing_fields"
+    COMPRESSED_BODY = "compressed_body"
+    NOT_JSON = "unsupported_media_type"
+    BODY_TOO_LARGE = "body_too_large"
+    EMPTY_BODY = "empty_body"
+    INVALID_JSON = "invalid_json"
+    NOT_AN_OBJECT = "body_not_an_object"
+    WRONG_TYPE = "wrong_type"
+    MISSING_FIELD = "missing_field"
+    UNSUPPORTED_VALUE = "unsupported_value"
+    MODEL_MISSING = "model_missing"
+    MODEL_NOT_FOUND = "model_not_found"
+    NO_ENDPOINTS = "no_endpoints"
+    ENGINE_TOO_OLD = "engine_version_lacks_path"
+    BODY_TIMEOUT = "body_timeout"
+    UNSUPPORTED_BODY_MODE = "unsupported_body_mode"
+    INTERNAL_ERROR = "internal_error"
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A refusal as the client sees it."""
+
+    status: int
+    reason: Reason
+    message: str
+    param: str | None = None
+    """The body field at fault."""
+    headers: tuple[tuple[str, str], ...] = ()
+    """Further response headers, such as ``retry-after`` or ``allow``."""
+
+    def body(self) -> bytes:
+        """The body in the shape of OpenAI's errors, which the client libraries turn into their exceptions."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.reason.value}
+        return msgspec.json.encode({"error": error})
