@@ -1,0 +1,157 @@
+"""Where Envoy sends things: the service, the engines (named by header), and its own internal listeners."""
+
+import ipaddress
+from datetime import timedelta
+from typing import Final
+
+from envoy_data_plane.envoy.config.cluster.v3 import (
+    CircuitBreakers,
+    CircuitBreakersThresholds,
+    Cluster,
+    ClusterDiscoveryType,
+    ClusterLbPolicy,
+    ClusterOriginalDstLbConfig,
+)
+from envoy_data_plane.envoy.config.core.v3 import (
+    Address,
+    EnvoyInternalAddress,
+    Http1ProtocolOptions,
+    Http2ProtocolOptions,
+    SocketAddress,
+    TransportSocket,
+)
+from envoy_data_plane.envoy.config.core.v3 import HttpProtocolOptions as CommonHttpProtocolOptions
+from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints
+from envoy_data_plane.envoy.extensions.transport_sockets.internal_upstream.v3 import InternalUpstreamTransport
+from envoy_data_plane.envoy.extensions.transport_sockets.raw_buffer.v3 import RawBuffer
+from envoy_data_plane.envoy.extensions.upstreams.http.v3 import (
+    HttpProtocolOptions,
+    HttpProtocolOptionsExplicitHttpConfig,
+)
+from envoy_data_plane.google.protobuf import Any
+
+from dp_extproc.config import Config
+from dp_extproc.envoy_config.headers import strip_router_headers
+from dp_extproc.envoy_config.limits import UNLIMITED, buffer_bytes
+from dp_extproc.extproc.names import DECODE_HOST, OWNER, PREFILL_HOST
+
+DISPATCH: Final = "dp_dispatch"
+PREFILL_LEG: Final = "prefill_leg"
+SERVICE: Final = "extproc"
+SERVICE_OWNER: Final = "extproc_owner"
+PREFILL: Final = "prefill"
+DECODE: Final = "decode"
+
+_CONNECT_TIMEOUT: Final = timedelta(seconds=2)
+"""Linux repeats a lost SYN after one second, so one loss is survived and a dead host is still noticed soon."""
+
+_ENGINE_IDLE_TIMEOUT: Final = timedelta(seconds=4)
+"""Engines answer over uvicorn, which closes a connection after 5 idle seconds (``timeout_keep_alive``)."""
+
+_HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+
+
+def build_clusters(config: Config) -> list[Cluster]:
+    """Build all clusters; none of them knows an engine by name."""
+    buffer = buffer_bytes(config.envoy)
+    return [
+        _service(config, buffer),
+        _by_header(SERVICE_OWNER, OWNER, _grpc(), buffer),
+        _by_header(PREFILL, PREFILL_HOST, _engine(), buffer),
+        _by_header(DECODE, DECODE_HOST, _engine(), buffer),
+        _internal(DISPATCH, buffer),
+        _internal(PREFILL_LEG, buffer),
+    ]
+
+
+def _service(config: Config, buffer: int) -> Cluster:
+    host, port = _service_address(config)
+    return Cluster(
+        name=SERVICE,
+        type=ClusterDiscoveryType.STATIC if _is_ip(host) else ClusterDiscoveryType.STRICT_DNS,
+        connect_timeout=_CONNECT_TIMEOUT,
+        per_connection_buffer_limit_bytes=buffer,
+        load_assignment=_single_endpoint(SERVICE, Address(socket_address=SocketAddress(address=host, port_value=port))),
+        circuit_breakers=_unlimited(),
+        typed_extension_protocol_options={_HTTP_OPTIONS: Any.pack(_grpc())},
+    )
+
+
+def _service_address(config: Config) -> tuple[str, int]:
+    if config.envoy.service is not None:
+        host, _, port = config.envoy.service.rpartition(":")
+        return host.removeprefix("[").removesuffix("]"), int(port)
+    listen = config.listen.grpc
+    if listen.is_wildcard:
+        return ("::1" if ":" in listen.host else "127.0.0.1"), listen.port
+    return listen.host, listen.port
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _by_header(name: str, header: str, options: HttpProtocolOptions, buffer: int) -> Cluster:
+    return Cluster(
+        name=name,
+        type=ClusterDiscoveryType.ORIGINAL_DST,
+        connect_timeout=_CONNECT_TIMEOUT,
+        per_connection_buffer_limit_bytes=buffer,
+        lb_policy=ClusterLbPolicy.CLUSTER_PROVIDED,
+        circuit_breakers=_unlimited(),
+        typed_extension_protocol_options={_HTTP_OPTIONS: Any.pack(options)},
+        original_dst_lb_config=ClusterOriginalDstLbConfig(use_http_header=True, http_header_name=header),
+    )
+
+
+def _internal(listener: str, buffer: int) -> Cluster:
+    plain = TransportSocket(name="envoy.transport_sockets.raw_buffer", typed_config=Any.pack(RawBuffer()))
+    return Cluster(
+        name=listener,
+        type=ClusterDiscoveryType.STATIC,
+        per_connection_buffer_limit_bytes=buffer,
+        load_assignment=_single_endpoint(
+            listener, Address(envoy_internal_address=EnvoyInternalAddress(server_listener_name=listener))
+        ),
+        circuit_breakers=_unlimited(),
+        transport_socket=TransportSocket(
+            name="envoy.transport_sockets.internal_upstream",
+            typed_config=Any.pack(InternalUpstreamTransport(transport_socket=plain)),
+        ),
+    )
+
+
+def _single_endpoint(cluster: str, address: Address) -> ClusterLoadAssignment:
+    endpoint = LbEndpoint(endpoint=Endpoint(address=address))
+    return ClusterLoadAssignment(cluster_name=cluster, endpoints=[LocalityLbEndpoints(lb_endpoints=[endpoint])])
+
+
+def _grpc() -> HttpProtocolOptions:
+    return HttpProtocolOptions(
+        explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=Http2ProtocolOptions())
+    )
+
+
+def _engine() -> HttpProtocolOptions:
+    return HttpProtocolOptions(
+        common_http_protocol_options=CommonHttpProtocolOptions(idle_timeout=_ENGINE_IDLE_TIMEOUT),
+        explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=Http1ProtocolOptions()),
+        http_filters=strip_router_headers(),
+    )
+
+
+def _unlimited() -> CircuitBreakers:
+    return CircuitBreakers(
+        thresholds=[
+            CircuitBreakersThresholds(
+                max_connections=UNLIMITED,
+                max_pending_requests=UNLIMITED,
+                max_requests=UNLIMITED,
+                max_retries=UNLIMITED,
+            )
+        ]
+    )

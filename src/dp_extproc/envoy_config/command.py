@@ -1,0 +1,25 @@
+"""``dp-extproc envoy-config``: print the Envoy configuration that belongs to a configuration file."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dp_extproc.config import ConfigError, load_config
+from dp_extproc.envoy_config.bootstrap import build_bootstrap
+from dp_extproc.envoy_config.yaml_text import render_yaml
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="configuration file (YAML)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the bootstrap to stdout. Returns the exit status: 2 if the file cannot be used."""
+    try:
+        config = load_config(args.config)
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stdout.write(render_yaml(build_bootstrap(config)))
+    return 0

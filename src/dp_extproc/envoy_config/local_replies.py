@@ -1,0 +1,111 @@
+"""Envoy's own error answers in the shape of OpenAI errors, so that client libraries can read them."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from envoy_data_plane.envoy.config.accesslog.v3 import (
+    AccessLogFilter,
+    AndFilter,
+    ComparisonFilter,
+    ComparisonFilterOp,
+    MetadataFilter,
+    ResponseFlagFilter,
+    StatusCodeFilter,
+)
+from envoy_data_plane.envoy.config.core.v3 import RuntimeUInt32, SubstitutionFormatString
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
+    LocalReplyConfig,
+    ResponseMapper,
+)
+from envoy_data_plane.envoy.type.matcher.v3 import MetadataMatcher, MetadataMatcherPathSegment, ValueMatcher
+from envoy_data_plane.google.protobuf import Struct
+
+from dp_extproc.extproc.names import META_REASON, METADATA_NAMESPACE
+
+_UPSTREAM_FAILED: Final = ["UF", "UC", "UR", "UH", "UO", "UT", "LR"]
+"""Response flags of a connection that could not be made or did not last until the response headers."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """What a client reads when *filter* is the first of the list that matches."""
+
+    filter: AccessLogFilter
+    message: str
+    type: str
+    code: str
+
+
+def build_local_replies(max_body_bytes: int) -> LocalReplyConfig:
+    """Build the table of Envoy's own answers.
+
+    An ``ImmediateResponse`` of the service is a local reply, too. It is told apart by the reason that the service
+    sets as dynamic metadata in the same message, and passes as it is.
+    """
+    replies = [
+        _Reply(
+            _status(ComparisonFilterOp.EQ, 413),
+            f"The request body is larger than {max_body_bytes} bytes.",
+            "invalid_request_error",
+            "request_too_large",
+        ),
+        _Reply(
+            AccessLogFilter(
+                and_filter=AndFilter(
+                    filters=[
+                        _status(ComparisonFilterOp.GE, 500),
+                        AccessLogFilter(response_flag_filter=ResponseFlagFilter(flags=_UPSTREAM_FAILED)),
+                    ]
+                )
+            ),
+            "The request got no answer: %LOCAL_REPLY_BODY%",
+            "server_error",
+            "upstream_failed",
+        ),
+        _Reply(
+            _status(ComparisonFilterOp.EQ, 503),
+            "The routing service did not place the request; it may be starting or down. Try again.",
+            "server_error",
+            "service_unavailable",
+        ),
+        _Reply(
+            _status(ComparisonFilterOp.GE, 500),
+            "The proxy failed: %RESPONSE_CODE_DETAILS%",
+            "server_error",
+            "proxy_error",
+        ),
+        _Reply(
+            _status(ComparisonFilterOp.GE, 400),
+            "The proxy refused the request: %RESPONSE_CODE_DETAILS%",
+            "invalid_request_error",
+            "request_refused",
+        ),
+    ]
+    return LocalReplyConfig(mappers=[ResponseMapper(filter=_refusal_of_the_service()), *map(_mapper, replies)])
+
+
+def _refusal_of_the_service() -> AccessLogFilter:
+    return AccessLogFilter(
+        metadata_filter=MetadataFilter(
+            matcher=MetadataMatcher(
+                filter=METADATA_NAMESPACE,
+                path=[MetadataMatcherPathSegment(key=META_REASON)],
+                value=ValueMatcher(present_match=True),
+            ),
+            match_if_key_not_found=False,
+        )
+    )
+
+
+def _status(op: ComparisonFilterOp, status: int) -> AccessLogFilter:
+    # The runtime key is mandatory in Envoy's schema; nothing sets it.
+    value = RuntimeUInt32(default_value=status, runtime_key="dp_extproc.unused")
+    return AccessLogFilter(status_code_filter=StatusCodeFilter(comparison=ComparisonFilter(op=op, value=value)))
+
+
+def _mapper(reply: _Reply) -> ResponseMapper:
+    error = {"message": reply.message, "type": reply.type, "param": None, "code": reply.code}
+    return ResponseMapper(
+        filter=reply.filter,
+        body_format_override=SubstitutionFormatString(json_format=Struct.from_dict({"error": error})),
+    )

@@ -1,0 +1,38 @@
+"""Free TCP ports for servers that cannot be asked which port the kernel gave them."""
+
+import random
+import socket
+from typing import Final
+
+_BELOW_EPHEMERAL: Final = range(20_000, 32_000)
+"""Linux takes the local ports of outgoing connections from 32768 up, so none of these is taken by chance."""
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a port of *host* that nobody listens on."""
+    return free_ports(1, host)[0]
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Return *count* different ports of *host* that nobody listens on.
+
+    Raises:
+        OSError: Too few ports are free.
+    """
+    found: list[int] = []
+    for port in random.sample(_BELOW_EPHEMERAL, len(_BELOW_EPHEMERAL)):
+        if len(found) == count:
+            return found
+        if _is_free(host, port):
+            found.append(port)
+    raise OSError(f"fewer than {count} free ports on {host}")
+
+
+def _is_free(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,71 @@
+"""An HTTP server that remembers every request and answers 200."""
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from dp_extproc.testbed.ports import free_port
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One request as it arrived."""
+
+    path: str
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(slots=True)
+class RecordingEngine:
+    """Where it listens, and what came."""
+
+    address: str
+    received: list[Received] = field(default_factory=list)
+
+    def one(self, request_id: str, deadline: float = 10.0) -> Received:
+        """Wait for the request of that id and return it; a mirrored one may come after the client's answer."""
+        end = time.monotonic() + deadline
+        while time.monotonic() < end:
+            found = self.of(request_id)
+            if found:
+                assert len(found) == 1
+                return found[0]
+            time.sleep(0.01)
+        raise AssertionError(f"no request {request_id} at {self.address} after {deadline} s")
+
+    def of(self, request_id: str) -> list[Received]:
+        return [request for request in self.received if request.headers.get("x-request-id") == request_id]
+
+
+@contextmanager
+def run_engine(name: str) -> Iterator[RecordingEngine]:
+    """Run one in a thread of its own."""
+    port = free_port()
+    engine = RecordingEngine(f"127.0.0.1:{port}")
+
+    async def record(request: Request) -> Response:
+        body = await request.body()
+        engine.received.append(Received(request.url.path, dict(request.headers), body))
+        return JSONResponse({"answered_by": name, "bytes": len(body)})
+
+    app = Starlette(routes=[Route("/{path:path}", record, methods=["GET", "POST"])])
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", ws="none", lifespan="off"))
+    thread = threading.Thread(target=server.run, name=name)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield engine
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,120 @@
+"""The printed configuration as text: accepted by Envoy, readable, and equal to the committed example."""
+
+import argparse
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dp_extproc.config import BodyMode, Config
+from dp_extproc.envoy_config import build_bootstrap, command, render_yaml
+from dp_extproc.envoy_config.comments import COMMENTS
+from dp_extproc.testbed.envoy import find_envoy
+
+EXAMPLE = Path(__file__).parents[2] / "envoy"
+
+
+def config_with(envoy: dict[str, Any] | None = None, grpc: str = "127.0.0.1:9002") -> Config:
+    pool = {"models": ["*"], "workers": {"endpoints": ["http://127.0.0.1:1"]}}
+    return Config.model_validate({"listen": {"grpc": grpc}, "envoy": envoy or {}, "pools": [pool]})
+
+
+def printed(config: Config) -> Any:
+    return yaml.safe_load(render_yaml(build_bootstrap(config)))
+
+
+def named(items: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    return next(item for item in items if item["name"] == name)
+
+
+def test_the_committed_example_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """envoy/envoy.yaml is printed from envoy/dp-extproc.yaml, comments included."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+
+    status = command.run(parser.parse_args(["-c", str(EXAMPLE / "dp-extproc.yaml")]))
+
+    assert status == 0
+    assert capsys.readouterr().out == (EXAMPLE / "envoy.yaml").read_text(encoding="utf-8")
+
+
+def test_a_bad_file_is_reported_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is printed that could be taken for a configuration."""
+    path = tmp_path / "bad.yaml"
+    path.write_text("pools: []\nlisten: {grpc: nowhere}\n", encoding="utf-8")
+
+    status = command.run(argparse.Namespace(config=path))
+
+    assert status == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "listen.grpc" in err
+
+
+@pytest.mark.parametrize("service", [None, "dp-extproc.example:9002", "[::1]:9002"])
+@pytest.mark.parametrize("body_mode", list(BodyMode))
+def test_envoy_accepts_it(body_mode: BodyMode, service: str | None, tmp_path: Path) -> None:
+    """``envoy --mode validate`` has no objection in any mode."""
+    path = tmp_path / "envoy.yaml"
+    path.write_text(
+        render_yaml(build_bootstrap(config_with({"body_mode": body_mode, "service": service}))), encoding="utf-8"
+    )
+
+    done = subprocess.run(
+        [find_envoy(), "--mode", "validate", "-c", str(path)], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr.lower()
+
+
+def test_every_comment_finds_its_place() -> None:
+    """No comment is lost because the key that it belongs to was renamed."""
+    lines = [line.strip() for line in render_yaml(build_bootstrap(config_with())).splitlines()]
+
+    missing = [
+        place for place, comment in COMMENTS.items() if any(f"# {row}" not in lines for row in comment.splitlines())
+    ]
+
+    assert missing == []
+
+
+def test_comments_change_nothing() -> None:
+    """The text with comments parses to the same data as without."""
+    bootstrap = build_bootstrap(config_with())
+
+    assert yaml.safe_load(render_yaml(bootstrap)) == yaml.safe_load(render_yaml(bootstrap, {}))
+
+
+@pytest.mark.parametrize(
+    ("service", "grpc", "kind", "address"),
+    [
+        pytest.param(None, "10.0.0.9:9002", "STATIC", ("10.0.0.9", 9002), id="listen address"),
+        pytest.param(None, "0.0.0.0:9102", "STATIC", ("127.0.0.1", 9102), id="wildcard becomes loopback"),
+        pytest.param(None, "[::]:9102", "STATIC", ("::1", 9102), id="IPv6 wildcard becomes loopback"),
+        pytest.param("10.0.0.8:9002", "0.0.0.0:1", "STATIC", ("10.0.0.8", 9002), id="IP"),
+        pytest.param("[fd00::1]:9002", "0.0.0.0:1", "STATIC", ("fd00::1", 9002), id="IPv6"),
+        pytest.param("router:9002", "0.0.0.0:1", "STRICT_DNS", ("router", 9002), id="name"),
+    ],
+)
+def test_the_service_is_found(service: str | None, grpc: str, kind: str, address: tuple[str, int]) -> None:
+    """The cluster of the service has the address that Envoy can reach."""
+    clusters = printed(config_with({"service": service}, grpc))["static_resources"]["clusters"]
+
+    cluster = named(clusters, "extproc")
+    endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
+    socket_address = endpoint["address"]["socket_address"]
+    assert (cluster["type"], socket_address["address"], socket_address["port_value"]) == (kind, *address)
+
+
+def test_every_hop_buffers_the_largest_body_and_what_rewriting_adds() -> None:
+    """The limit of each listener and cluster follows from max_body_bytes."""
+    resources = printed(config_with({"max_body_bytes": 5 << 20}))["static_resources"]
+
+    hops = [*resources["listeners"], *resources["clusters"]]
+    assert {hop["name"]: hop["per_connection_buffer_limit_bytes"] for hop in hops} == {
+        hop["name"]: 6 << 20 for hop in hops
+    }
+    assert len(hops) == 9

@@ -1,0 +1,56 @@
+"""What Envoy does when the service, or the Lua script, is not there to decide."""
+
+import httpx
+import pytest
+
+from dp_extproc.config import BodyMode
+from dp_extproc.envoy_config import build_bootstrap, render_yaml
+from dp_extproc.extproc import names
+from dp_extproc.testbed.envoy import EnvoyProcess
+from dp_extproc.testbed.ports import free_ports
+from envoy_config.conftest import make_config
+from envoy_config.recording_engine import run_engine
+from envoy_config.scripted_service import run_service
+from envoy_config.test_through_envoy import BODY, error_of
+
+
+@pytest.mark.parametrize("body_mode", list(BodyMode))
+def test_without_the_service_a_request_goes_nowhere(body_mode: BodyMode) -> None:
+    """The filter fails open, the routes fail closed, and once the service is there requests pass."""
+    ports = free_ports(3)
+    with (
+        run_engine("decode") as decode,
+        EnvoyProcess(make_config(body_mode, ports)) as envoy,
+        httpx.Client(base_url=envoy.url, trust_env=False, timeout=30) as client,
+    ):
+        named = {names.DECODE_HOST: decode.address, names.PREFILL_HOST: decode.address}
+        refused = client.post("/v1/completions", content=BODY, headers=named)
+        assert refused.status_code == 503
+        assert error_of(refused)["code"] == "service_unavailable"
+        assert decode.received == []
+
+        with run_service(decode.address, decode.address, ports[2]):
+            assert client.post("/v1/completions", content=BODY, headers={"test-one-server": "1"}).status_code == 200
+
+
+def test_a_prefill_leg_whose_script_fails_is_not_forwarded() -> None:
+    """Envoy lets a request go on when its Lua script fails; the route holds it."""
+    ports = free_ports(3)
+    config = make_config(BodyMode.BUFFERED, ports)
+    printed = render_yaml(build_bootstrap(config))
+    broken = printed.replace("local rest =", 'error("out of memory") local rest =')
+    assert broken != printed
+    with (
+        run_engine("prefill") as prefill,
+        run_engine("decode") as decode,
+        run_service(prefill.address, decode.address, ports[2]) as service,
+        EnvoyProcess(config, bootstrap=broken) as envoy,
+    ):
+        headers = {"x-request-id": "of the test"}
+        answer = httpx.post(f"{envoy.url}/v1/completions", content=BODY, headers=headers, trust_env=False)
+        assert answer.status_code == 200
+        statuses = {line["leg"]: line["status"] for line in envoy.wait_for_access_log("of the test", 2)}
+
+    assert statuses == {"main": 200, "prefill": 500}
+    assert prefill.received == []
+    assert [report.status for report in service.prefill_reports] == ["500"]
