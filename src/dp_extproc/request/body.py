@@ -50,7 +50,7 @@ class _Sampling(msgspec.Struct):
 
 _string: Final = msgspec.json.Decoder(str | None)
 _boolean: Final = msgspec.json.Decoder(bool | None)
-_integer: Final = msgspec.json.Decoder(int | None)
+_integer: Final[msgspec.json.Decoder[int | None]] = msgspec.json.Decoder(int | None)
 _sampling: Final = msgspec.json.Decoder(_Sampling | list[_Sampling] | None)
 
 _MAX_TOKENS_KEYS: Final = {

@@ -74,11 +74,8 @@ def rewrite_disaggregated(
         prefill: For the prefill leg.
         decode: For the decode leg.
     """
-    streaming = b"".join(
-        b'"%b":%b,' % (key.encode(), memoryview(raw))
-        for key in STREAM_KEYS
-        if (raw := body.values.get(key)) is not None
-    )
+    values = body.values
+    streaming = b"".join(_members({key: values[key]}) + b"," for key in STREAM_KEYS if key in values)
     decode_prefix = b"{" + _leg(decode, batch) + streaming
     prefill_prefix = b"{" + _leg(prefill, batch) + b'"stream":false,'
     shared = _members({

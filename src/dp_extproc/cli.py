@@ -1,0 +1,36 @@
+"""The command line: ``dp-extproc serve | check | envoy-config | engine | demo``."""
+
+import argparse
+import importlib
+import sys
+from typing import Final
+
+from dp_extproc import __version__
+
+_COMMANDS: Final = {
+    "serve": ("dp_extproc.operate.serve", "run the external processor"),
+    "check": ("dp_extproc.fleet.check_command", "check a configuration file and every engine it names"),
+    "envoy-config": ("dp_extproc.envoy_config.command", "print the Envoy configuration for a configuration file"),
+    "engine": ("dp_extproc.engine.command", "run a stand-in for an SGLang server, for tests and demos"),
+    "demo": ("dp_extproc.demo.command", "run a whole fleet on this machine and compare placements"),
+}
+"""Module and summary of each command. A module gives add_arguments(parser) and run(args) -> exit status."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        Its exit status.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="dp-extproc", description="Data-parallel-rank-aware routing beside Envoy.")
+    parser.add_argument("--version", action="version", version=f"dp-extproc {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name in arguments[:1]:  # only the wanted command's libraries are loaded
+            importlib.import_module(module).add_arguments(command)
+    args = parser.parse_args(arguments)
+    status: int = importlib.import_module(_COMMANDS[args.command][0]).run(args)
+    return status

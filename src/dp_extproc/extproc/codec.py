@@ -1,0 +1,149 @@
+"""Between protobuf messages and the events and replies of the exchange. The only module that knows the messages."""
+
+from typing import Final
+
+from envoy.config.core.v3.base_pb2 import HeaderValueOption
+from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
+from envoy.service.ext_proc.v3.external_processor_pb2 import (
+    CommonResponse,
+    HeaderMutation,
+    ProcessingRequest,
+    ProcessingResponse,
+)
+
+from dp_extproc.extproc.events import (
+    BodyMode,
+    Continue,
+    Event,
+    Immediate,
+    Mutate,
+    Phase,
+    Reply,
+    RequestBody,
+    RequestHeaders,
+    RequestTrailers,
+    ResponseBody,
+    ResponseHeaders,
+    ResponseTrailers,
+    StreamedChunk,
+)
+from dp_extproc.extproc.names import METADATA_NAMESPACE
+
+_BODY_MODES: Final = {
+    ProcessingMode.NONE: BodyMode.NONE,
+    ProcessingMode.BUFFERED: BodyMode.LOCKSTEP,
+    ProcessingMode.FULL_DUPLEX_STREAMED: BodyMode.DUPLEX,
+}
+
+
+def read_modes(first: ProcessingRequest) -> tuple[BodyMode, bool]:
+    """Read how bodies will come from a stream's first message, the only one that says so.
+
+    Returns:
+        The mode of the request's body, and whether the response's comes in duplex. An Envoy that does not say
+        (before 1.33) is taken to send request bodies buffered.
+    """
+    if not first.HasField("protocol_config"):
+        return BodyMode.LOCKSTEP, False
+    config = first.protocol_config
+    request = _BODY_MODES.get(config.request_body_mode, BodyMode.UNSUPPORTED)
+    return request, config.response_body_mode == ProcessingMode.FULL_DUPLEX_STREAMED
+
+
+def read_event(message: ProcessingRequest) -> Event | None:
+    """Read a message; None for one that says nothing, or nothing that is known here."""
+    match message.WhichOneof("request"):
+        case "request_headers":
+            headers = message.request_headers
+            return RequestHeaders(_headers(headers), headers.end_of_stream)
+        case "request_body":
+            body = message.request_body
+            return RequestBody(body.body, body.end_of_stream)
+        case "response_headers":
+            return ResponseHeaders(_status(message.response_headers))
+        case "response_body":
+            chunk = message.response_body
+            return ResponseBody(chunk.body, chunk.end_of_stream)
+        case "request_trailers":
+            return RequestTrailers()
+        case "response_trailers":
+            return ResponseTrailers()
+        case _:
+            return None
+
+
+def write_reply(reply: Reply) -> bytes:
+    """Write a reply as a serialised ProcessingResponse."""
+    if isinstance(reply, Continue):
+        return _CONTINUE[reply.phase]
+    if isinstance(reply, Mutate):
+        return _write_mutation(reply)
+    response = ProcessingResponse()
+    if isinstance(reply, StreamedChunk):
+        answer = response.request_body if reply.phase is Phase.REQUEST_BODY else response.response_body
+        chunk = answer.response.body_mutation.streamed_response
+        chunk.body = reply.data
+        chunk.end_of_stream = reply.end_of_stream
+        # An empty chunk in mid-stream has only default values; it must still be there.
+        chunk.SetInParent()
+    else:
+        _write_immediate(reply, response)
+    return bytes(response.SerializeToString())
+
+
+def _write_mutation(reply: Mutate) -> bytes:
+    response = ProcessingResponse()
+    common: CommonResponse = getattr(response, reply.phase.value).response
+    common.SetInParent()
+    if reply.body is not None:
+        common.body_mutation.body = reply.body
+    if reply.clear_route_cache:
+        common.clear_route_cache = True
+    mutation: HeaderMutation = common.header_mutation
+    for name, value in reply.set_headers:
+        header = mutation.set_headers.add().header
+        header.key = name
+        header.raw_value = value
+    if reply.remove_headers:
+        mutation.remove_headers.extend(reply.remove_headers)
+    if reply.metadata is not None:
+        response.dynamic_metadata.update({METADATA_NAMESPACE: reply.metadata})
+    return bytes(response.SerializeToString())
+
+
+def _write_immediate(reply: Immediate, response: ProcessingResponse) -> None:
+    immediate = response.immediate_response
+    immediate.status.code = reply.status
+    immediate.body = reply.body
+    immediate.details = reply.details
+    for name, value in reply.headers:
+        option: HeaderValueOption = immediate.headers.set_headers.add()
+        option.header.key = name
+        option.header.raw_value = value.encode()
+    if reply.metadata is not None:
+        response.dynamic_metadata.update({METADATA_NAMESPACE: reply.metadata})
+
+
+def _headers(message: ProcessingRequest.request_headers) -> dict[str, str]:
+    # Envoy fills raw_value; older ones filled value.
+    return {
+        header.key: header.raw_value.decode("latin-1") if header.raw_value else header.value
+        for header in message.headers.headers
+    }
+
+
+def _status(message: ProcessingRequest.response_headers) -> int:
+    for header in message.headers.headers:
+        if header.key == ":status":
+            text = header.raw_value or header.value
+            return int(text) if text.isdigit() else 0
+    return 0
+
+
+def _continue(phase: Phase) -> bytes:
+    response = ProcessingResponse()
+    getattr(response, phase.value).SetInParent()
+    return bytes(response.SerializeToString())
+
+
+_CONTINUE: Final = {phase: _continue(phase) for phase in Phase}

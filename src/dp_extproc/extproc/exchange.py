@@ -1,0 +1,312 @@
+"""One ext_proc stream as a state machine: events in, replies out. No I/O, no protobuf.
+
+Rules that live here and nowhere else:
+
+- In lock-step every event gets exactly one reply of its own phase. Routing headers go with the body's reply, as
+  the headers' reply is due before the body comes.
+- In duplex nothing is answered until the whole body is in; then headers, chunks and trailers follow in this order.
+  Routing headers go with the headers' reply, as those of a body reply are ignored.
+- After an immediate response nothing is said any more, and none is sent once the response has begun.
+- A stream may begin with the response (Envoy or an earlier filter answered by itself). It is let through.
+"""
+
+from collections.abc import Iterator
+from enum import Enum, auto
+from typing import Any, ClassVar, Final, Protocol
+
+from dp_extproc.extproc import names
+from dp_extproc.extproc.events import (
+    BodyMode,
+    Continue,
+    Event,
+    Immediate,
+    Mutate,
+    Phase,
+    Reply,
+    RequestBody,
+    RequestHeaders,
+    RequestTrailers,
+    ResponseBody,
+    ResponseHeaders,
+    ResponseTrailers,
+    StreamedChunk,
+)
+from dp_extproc.placement.attempt import Attempt
+from dp_extproc.placement.decision import Answer, Decision
+from dp_extproc.request.path import Api, Lookup, read_path
+from dp_extproc.request.rejection import REASON_HEADER, Reason, Rejection
+
+CHUNK_BYTES: Final = 62_000
+"""Largest chunk of a duplex body. The protocol recommends at most 64 KiB; this leaves room for the framing."""
+
+_JSON: Final = ("content-type", "application/json")
+_Replies = tuple[Reply, ...]
+
+
+class ProtocolViolationError(Exception):
+    """Envoy sent what the protocol does not allow here; the stream cannot be served."""
+
+
+class Decider(Protocol):
+    """What the exchange asks; implemented by :class:`dp_extproc.placement.dispatcher.Dispatcher`."""
+
+    def place(self, api: Api, body: bytes) -> Decision | Rejection:
+        """Decide on an inference request."""
+        ...
+
+    def look_up(self) -> Decision | Rejection:
+        """Decide on a request without a body that any engine can answer."""
+        ...
+
+    def models(self, path: str) -> Answer | Rejection:
+        """Answer a question for the models."""
+        ...
+
+
+class _State(Enum):
+    START = auto()
+    BODY = auto()
+    """The request's headers are in, its body is awaited."""
+    SENT = auto()
+    """The request is on its way; the response is awaited."""
+    RESPONDING = auto()
+    OVER = auto()
+    """An immediate response was sent."""
+
+
+class Exchange:
+    """One request and its response."""
+
+    __slots__ = (
+        "_api",
+        "_body",
+        "_decider",
+        "_foreign",
+        "_max_body",
+        "_mode",
+        "_response_duplex",
+        "_size",
+        "_state",
+        "attempt",
+        "refusal",
+        "status",
+    )
+
+    def __init__(self, decider: Decider, mode: BodyMode, max_body: int, *, response_duplex: bool = False) -> None:
+        """Begin.
+
+        Args:
+            decider: Whom to ask.
+            mode: ``protocol_config.request_body_mode`` of the stream's first message.
+            max_body: Bytes; larger bodies are refused with 413.
+            response_duplex: Whether response bodies come in duplex, too.
+        """
+        self._decider = decider
+        self._mode = mode
+        self._max_body = max_body
+        self._response_duplex = response_duplex
+        self._state = _State.START
+        self._api: Api | None = None
+        self._foreign: tuple[str, ...] = ()
+        self._body: list[bytes] = []
+        self._size = 0
+        self.attempt: Attempt | None = None
+        """What the request has on the books, once it was placed."""
+        self.status: int | None = None
+        """Of the response, once it is known."""
+        self.refusal: Reason | None = None
+
+    def receive(self, event: Event) -> _Replies:
+        """Take in an event.
+
+        Returns:
+            The replies that are due now, in order.
+
+        Raises:
+            ProtocolViolationError: The event is not allowed in this state.
+        """
+        if self._state is _State.OVER:
+            return ()
+        handler = self._TRANSITIONS.get((self._state, type(event)))
+        if handler is None:
+            raise ProtocolViolationError(f"{type(event).__name__} is not expected in state {self._state.name}")
+        replies: _Replies = handler(self, event)
+        return replies
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether a request is held until the rest of its body has come."""
+        return self._state is _State.BODY
+
+    def expire(self) -> _Replies:
+        """Give up waiting for the rest of a body that is being held."""
+        if self._state is not _State.BODY:
+            return ()
+        return self._refuse(Rejection(408, Reason.BODY_TIMEOUT, "the request body did not arrive in time"))
+
+    def fail(self, message: str) -> _Replies:
+        """Turn an unexpected error into an answer, while there still can be one."""
+        if self._state in {_State.RESPONDING, _State.OVER}:
+            return ()
+        return self._refuse(Rejection(500, Reason.INTERNAL_ERROR, message))
+
+    def _request_headers(self, event: RequestHeaders) -> _Replies:
+        headers = event.headers
+        asked = read_path(headers.get(":method", ""), headers.get(":path", ""))
+        self._foreign = tuple(
+            name for name in headers if name.startswith(names.FOREIGN_PREFIXES) or name in names.FOREIGN_NAMES
+        )
+        if isinstance(asked, Rejection):
+            return self._refuse(asked)
+        if isinstance(asked, Lookup):
+            return self._look_up(asked, headers[":path"])
+        if (refusal := _refuse_by_headers(headers, self._max_body)) is not None:
+            return self._refuse(refusal)
+        if event.end_of_stream:
+            return self._refuse(Rejection(400, Reason.EMPTY_BODY, "the request has no body; send a JSON object"))
+        if self._mode not in {BodyMode.LOCKSTEP, BodyMode.DUPLEX}:
+            message = "the ext_proc filter must send request bodies BUFFERED or FULL_DUPLEX_STREAMED"
+            return self._refuse(Rejection(500, Reason.UNSUPPORTED_BODY_MODE, message))
+        self._api = asked
+        self._state = _State.BODY
+        if self._mode is BodyMode.DUPLEX:
+            return ()
+        return (Mutate(Phase.REQUEST_HEADERS, remove_headers=self._foreign),) if self._foreign else _GO_ON_HEADERS
+
+    def _look_up(self, lookup: Lookup, path: str) -> _Replies:
+        if lookup is Lookup.MODELS:
+            answer = self._decider.models(path)
+            if isinstance(answer, Rejection):
+                return self._refuse(answer)
+            self._state, self.status = _State.OVER, 200
+            return (Immediate(200, answer.body, (_JSON,), "models", {names.META_REASON: "models"}),)
+        decision = self._decider.look_up()
+        if isinstance(decision, Rejection):
+            return self._refuse(decision)
+        # A body on such a request is unusual and none of our business; in duplex it is passed on as it comes.
+        self._state = _State.SENT
+        return (self._mutate(Phase.REQUEST_HEADERS, decision, decision.headers),)
+
+    def _request_body(self, event: RequestBody) -> _Replies:
+        self._size += len(event.data)
+        if self._size > self._max_body:
+            return self._refuse(_too_large(self._max_body))
+        self._body.append(event.data)
+        if self._mode is BodyMode.DUPLEX and not event.end_of_stream:
+            return ()
+        return self._decide(end_of_stream=True)
+
+    def _request_body_ended_by_trailers(self, _event: RequestTrailers) -> _Replies:
+        if self._mode is not BodyMode.DUPLEX:
+            raise ProtocolViolationError("trailers came before the buffered body")
+        replies = self._decide(end_of_stream=False)
+        return replies if self._state is _State.OVER else (*replies, Continue(Phase.REQUEST_TRAILERS))
+
+    def _decide(self, *, end_of_stream: bool) -> _Replies:
+        assert self._api is not None  # noqa: S101 - the state says so
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        self._body = []
+        decision = self._decider.place(self._api, body)
+        if isinstance(decision, Rejection):
+            return self._refuse(decision)
+        assert decision.body is not None  # noqa: S101 - an inference request is always rewritten
+        self.attempt = decision.attempt
+        self._state = _State.SENT
+        length = ("content-length", b"%d" % len(decision.body))
+        if self._mode is BodyMode.DUPLEX:
+            # Envoy itself removes the content-length of a streamed body.
+            head = self._mutate(Phase.REQUEST_HEADERS, decision, decision.headers)
+            return (head, *_chunks(decision.body, end_of_stream=end_of_stream))
+        reply = self._mutate(Phase.REQUEST_BODY, decision, (*decision.headers, length))
+        reply.body = decision.body
+        return (reply,)
+
+    def _mutate(self, phase: Phase, decision: Decision, headers: tuple[tuple[str, bytes], ...]) -> Mutate:
+        kept = {name for name, _ in headers}
+        foreign = () if phase is Phase.REQUEST_BODY else tuple(name for name in self._foreign if name not in kept)
+        return Mutate(
+            phase,
+            set_headers=headers,
+            remove_headers=foreign,
+            clear_route_cache=True,  # the routes match on the headers that are set here
+            metadata=decision.metadata,
+        )
+
+    def _refuse(self, refusal: Rejection) -> _Replies:
+        self._state = _State.OVER
+        self._body = []
+        self.refusal = refusal.reason
+        self.status = refusal.status
+        reason = refusal.reason.value
+        headers = (_JSON, (REASON_HEADER, reason), *refusal.headers)
+        return (Immediate(refusal.status, refusal.body(), headers, reason, {names.META_REASON: reason}),)
+
+    def _late_request_body(self, event: RequestBody) -> _Replies:
+        """Pass on the body of a request that needed no body to be placed."""
+        if self._mode is BodyMode.DUPLEX:
+            return (StreamedChunk(Phase.REQUEST_BODY, event.data, event.end_of_stream),)
+        return (Continue(Phase.REQUEST_BODY),)
+
+    def _request_trailers(self, _event: RequestTrailers) -> _Replies:
+        return (Continue(Phase.REQUEST_TRAILERS),)
+
+    def _response_headers(self, event: ResponseHeaders) -> _Replies:
+        self._state = _State.RESPONDING
+        self.status = event.status
+        return _GO_ON_RESPONSE
+
+    def _response_body(self, event: ResponseBody) -> _Replies:
+        if self._response_duplex:
+            return (StreamedChunk(Phase.RESPONSE_BODY, event.data, event.end_of_stream),)
+        return (Continue(Phase.RESPONSE_BODY),)
+
+    def _response_trailers(self, _event: ResponseTrailers) -> _Replies:
+        return (Continue(Phase.RESPONSE_TRAILERS),)
+
+    _TRANSITIONS: ClassVar[dict[tuple[_State, type], Any]] = {
+        (_State.START, RequestHeaders): _request_headers,
+        (_State.START, ResponseHeaders): _response_headers,
+        (_State.BODY, RequestBody): _request_body,
+        (_State.BODY, RequestTrailers): _request_body_ended_by_trailers,
+        (_State.BODY, ResponseHeaders): _response_headers,  # Envoy answered while the body was coming: 408, 413
+        (_State.SENT, RequestBody): _late_request_body,
+        (_State.SENT, RequestTrailers): _request_trailers,
+        (_State.SENT, ResponseHeaders): _response_headers,
+        (_State.RESPONDING, RequestBody): _late_request_body,
+        (_State.RESPONDING, RequestTrailers): _request_trailers,
+        (_State.RESPONDING, ResponseBody): _response_body,
+        (_State.RESPONDING, ResponseTrailers): _response_trailers,
+    }
+    """Every event that is allowed in a state, and what handles it; all others are violations of the protocol."""
+
+
+_GO_ON_HEADERS: Final[_Replies] = (Continue(Phase.REQUEST_HEADERS),)
+_GO_ON_RESPONSE: Final[_Replies] = (Continue(Phase.RESPONSE_HEADERS),)
+
+
+def _refuse_by_headers(headers: dict[str, str], max_body: int) -> Rejection | None:
+    """Refuse before the body has come what its headers already tell."""
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in {"", "identity"}:
+        message = f"request bodies with content-encoding {encoding!r} cannot be read; send the JSON uncompressed"
+        return Rejection(415, Reason.COMPRESSED_BODY, message)
+    media = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media != "application/json" and not media.endswith("+json"):
+        return Rejection(415, Reason.NOT_JSON, f"content-type must be application/json, not {media[:100]!r}")
+    length = headers.get("content-length", "")
+    if length.isdecimal() and int(length) > max_body:
+        return _too_large(max_body)
+    return None
+
+
+def _too_large(max_body: int) -> Rejection:
+    return Rejection(413, Reason.BODY_TOO_LARGE, f"the request body is larger than {max_body} bytes")
+
+
+def _chunks(body: bytes, *, end_of_stream: bool) -> Iterator[StreamedChunk]:
+    """Cut a body; an empty one is one empty chunk. Only the last chunk may end the stream."""
+    view = memoryview(body)
+    last = max(0, (len(body) - 1) // CHUNK_BYTES)
+    for index in range(last + 1):
+        piece = bytes(view[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES])
+        yield StreamedChunk(Phase.REQUEST_BODY, piece, end_of_stream and index == last)

@@ -1,0 +1,61 @@
+"""What the admin port tells of the load cache, as JSON."""
+
+from typing import Any
+
+from dp_extproc.placement.fleet_load import FleetLoad
+from dp_extproc.placement.load import HostLoad, RankLoad
+
+
+def describe_loads(fleet: FleetLoad, now: float) -> dict[str, Any]:
+    """Describe every configured endpoint and, once it is discovered, each of its ranks. Times are ages in seconds."""
+    return {
+        "stale_after": fleet.stale_after,
+        "bytes_per_token": {pool: round(ratio.bytes_per_token, 3) for pool, ratio in fleet.ratios.items()},
+        "endpoints": [
+            {
+                "url": endpoint.url,
+                "pool": endpoint.pool,
+                "role": endpoint.role.value,
+                "failure": str(failure) if (failure := fleet.failures.get(endpoint.url)) is not None else None,
+                **_describe_host(fleet.hosts.get(endpoint.url), fleet.stale_after, now),
+            }
+            for endpoint in fleet.endpoints
+        ],
+    }
+
+
+def _describe_host(host: HostLoad | None, stale_after: float, now: float) -> dict[str, Any]:
+    if host is None:
+        return {"state": "undiscovered", "ranks": []}
+    sampled = host.sampled != float("-inf")
+    return {
+        "state": host.freshness(now, stale_after).name.lower(),
+        "address": host.address,
+        "version": str(host.facts.version) if host.facts.version else None,
+        "age": round(now - host.sampled, 3) if sampled else None,
+        "ranks": [_describe_rank(rank, now) for rank in host.ranks],
+    }
+
+
+def _describe_rank(rank: RankLoad, now: float) -> dict[str, Any]:
+    sample = rank.sample
+    told = None
+    if sample is not None:
+        told = {
+            "tokens": sample.used_tokens if sample.total_tokens is None else sample.total_tokens,
+            "used_tokens": sample.used_tokens,
+            "total_tokens": sample.total_tokens,
+            "waiting_uncached_tokens": sample.waiting_uncached_tokens,
+            "running_requests": sample.running_requests,
+            "waiting_requests": sample.waiting_requests,
+            "capacity_tokens": sample.capacity_tokens,
+            "age": round(now - rank.sampled_at, 3) if rank.sampled_at != float("-inf") else None,
+        }
+    return {
+        "dp_rank": rank.index,
+        "scraped": told,
+        "reserved": {"tokens": round(rank.own_tokens), "requests": round(rank.own_requests, 3)},
+        "others_tokens": round(rank.others),
+        "effective_tokens": round(rank.tokens),
+        "picks": rank.picks,
+    }

@@ -1,0 +1,130 @@
+"""Prometheus metrics. What changes with every request is counted; what can be read off the books is read off them."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
+from prometheus_client import Counter as CounterMetric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+
+from dp_extproc import __version__
+from dp_extproc.extproc.exchange import Exchange
+from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage
+from dp_extproc.fleet.observer import ScrapeFailure
+from dp_extproc.placement.fleet_load import FleetLoad
+from dp_extproc.placement.load import Freshness
+
+_DECISION_BUCKETS: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1)
+"""Seconds. A decision on a small body takes tens of microseconds, on one of 64 MB some tens of milliseconds."""
+
+
+class Telemetry:
+    """Observes streams and scrapes, and shows the books."""
+
+    def __init__(self, fleet: FleetLoad, clock: Callable[[], float]) -> None:
+        self._fleet = fleet
+        self._clock = clock
+        self._failures: Counter[tuple[str, str]] = Counter()
+        self._samples: Counter[str] = Counter()
+        self.registry = CollectorRegistry()
+        self._requests = CounterMetric(
+            "dp_extproc_requests",
+            "Requests decided: outcome is routed, answered, or the reason of a refusal.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self._routed = self._requests.labels("routed")
+        self._answered = self._requests.labels("answered")
+        self._decision = Histogram(
+            "dp_extproc_decision_seconds",
+            "Work from the whole body to the decision.",
+            buckets=_DECISION_BUCKETS,
+            registry=self.registry,
+        )
+        self._streams = Gauge("dp_extproc_streams", "Requests and responses in flight.", registry=self.registry)
+        self.registry.register(self)
+
+    def page(self) -> bytes:
+        """Give the page for /metrics."""
+        return generate_latest(self.registry)
+
+    # --- streams ---
+
+    def stream_opened(self) -> None:
+        self._streams.inc()
+
+    def stream_closed(self) -> None:
+        self._streams.dec()
+
+    def decided(self, exchange: Exchange, seconds: float) -> None:
+        self._decision.observe(seconds)
+        if exchange.refusal is not None:
+            self._requests.labels(exchange.refusal.value).inc()
+        elif exchange.attempt is not None:
+            self._routed.inc()
+        else:
+            self._answered.inc()
+
+    # --- scrapes ---
+
+    def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:
+        self._fleet.discovered(endpoint, address, facts, now)
+
+    def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
+        self._samples[endpoint.url] += 1
+        self._fleet.sampled(endpoint, page, started, now)
+
+    def failed(self, endpoint: Endpoint, failure: ScrapeFailure, now: float) -> None:
+        self._failures[endpoint.url, failure.kind.value] += 1
+        self._fleet.failed(endpoint, failure, now)
+
+    # --- prometheus_client calls this at every scrape of ours ---
+
+    def collect(self) -> Iterator[Metric]:
+        """Read the books."""
+        yield InfoMetricFamily("dp_extproc_build", "Version of the service.", value={"version": __version__})
+        yield from self._collect_endpoints()
+        yield from self._collect_ranks()
+        ratio = GaugeMetricFamily("dp_extproc_bytes_per_token", "Text bytes taken for one token.", labels=["pool"])
+        for pool, tokens in self._fleet.ratios.items():
+            ratio.add_metric([pool], tokens.bytes_per_token)
+        yield ratio
+
+    def _collect_endpoints(self) -> Iterator[Metric]:
+        labels = ["pool", "role", "endpoint"]
+        state = GaugeMetricFamily(
+            "dp_extproc_endpoint_state", "1 for the present state: fresh, stale, unknown.", labels=[*labels, "state"]
+        )
+        age = GaugeMetricFamily("dp_extproc_scrape_age_seconds", "Age of the last load page.", labels=labels)
+        samples = CounterMetricFamily("dp_extproc_scrapes", "Load pages read.", labels=labels)
+        failures = CounterMetricFamily("dp_extproc_scrape_failures", "Scrapes that failed.", labels=[*labels, "kind"])
+        now = self._clock()
+        for endpoint in self._fleet.endpoints:
+            names = [endpoint.pool, endpoint.role.value, endpoint.url]
+            host = self._fleet.hosts.get(endpoint.url)
+            present = Freshness.UNKNOWN if host is None else host.freshness(now, self._fleet.stale_after)
+            for freshness in Freshness:
+                state.add_metric([*names, freshness.name.lower()], float(freshness is present))
+            if host is not None and present is not Freshness.UNKNOWN:
+                age.add_metric(names, now - host.sampled)
+            samples.add_metric(names, self._samples[endpoint.url])
+            for (url, kind), count in self._failures.items():
+                if url == endpoint.url:
+                    failures.add_metric([*names, kind], count)
+        yield from (state, age, samples, failures)
+
+    def _collect_ranks(self) -> Iterator[Metric]:
+        labels = ["pool", "role", "endpoint", "dp_rank"]
+        picks = CounterMetricFamily("dp_extproc_picks", "Requests sent to a rank by choice.", labels=labels)
+        reserved = GaugeMetricFamily("dp_extproc_reserved_tokens", "Tokens on our own books.", labels=labels)
+        requests = GaugeMetricFamily("dp_extproc_reserved_requests", "Requests on our own books.", labels=labels)
+        effective = GaugeMetricFamily("dp_extproc_effective_tokens", "The load that policies compare.", labels=labels)
+        for host in self._fleet.hosts.values():
+            for rank in host.ranks:
+                names = [host.endpoint.pool, host.endpoint.role.value, host.endpoint.url, str(rank.index)]
+                picks.add_metric(names, rank.picks)
+                reserved.add_metric(names, rank.own_tokens)
+                requests.add_metric(names, rank.own_requests)
+                effective.add_metric(names, rank.tokens)
+        yield from (picks, reserved, requests, effective)

@@ -1,0 +1,29 @@
+"""What the service decides of a request, for Envoy to carry out."""
+
+from dataclasses import dataclass
+
+from dp_extproc.placement.attempt import Attempt
+
+Metadata = dict[str, str | int]
+"""Dynamic metadata of a request, by the names of :mod:`dp_extproc.extproc.names`."""
+
+
+@dataclass(slots=True)
+class Decision:
+    """Let the request through, to these hosts. Not frozen: one is made per request, on the hot path."""
+
+    body: bytes | None
+    """The new body; None leaves the request as it is."""
+    headers: tuple[tuple[str, bytes], ...]
+    """To set on the request."""
+    metadata: Metadata
+    """For access logs."""
+    attempt: Attempt | None
+    """None when nothing is on the books."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Answer the client without asking an engine."""
+
+    body: bytes

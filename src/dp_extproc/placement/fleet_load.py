@@ -1,0 +1,66 @@
+"""The load cache: every endpoint that has been discovered, fed by what the scraper observes."""
+
+from collections.abc import Iterable
+
+from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
+from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
+from dp_extproc.fleet.recipe import capabilities
+from dp_extproc.placement.load import Freshness, HostLoad
+from dp_extproc.placement.ratio import TokenRatio
+
+
+class FleetLoad:
+    """Who is there and how loaded. Implements :class:`dp_extproc.fleet.observer.FleetObserver`."""
+
+    def __init__(self, endpoints: Iterable[Endpoint], stale_after: float) -> None:
+        self.endpoints = tuple(endpoints)
+        self.stale_after = stale_after
+        self.hosts: dict[str, HostLoad] = {}
+        """By URL; only endpoints that have told their facts."""
+        self.failures: dict[str, ScrapeFailure] = {}
+        """By URL; what is wrong at present."""
+        self.ratios = {endpoint.pool: TokenRatio() for endpoint in self.endpoints}
+        self._by_role: dict[tuple[str, Role], list[HostLoad]] = {}
+
+    def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:  # noqa: ARG002 - the protocol's
+        """Take in who an engine is. One that has become another (restarted, upgraded) starts with empty books."""
+        known = self.hosts.get(endpoint.url)
+        if known is not None and known.facts == facts:
+            known.address = address
+            return
+        self.hosts[endpoint.url] = HostLoad(endpoint, address, facts, capabilities(facts))
+        self._by_role = {}
+        for each in self.endpoints:
+            if (host := self.hosts.get(each.url)) is not None:
+                self._by_role.setdefault((each.pool, each.role), []).append(host)
+
+    def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:  # noqa: ARG002 - the protocol's
+        """Take in a load page that was asked for at *started*."""
+        self.failures.pop(endpoint.url, None)
+        if (host := self.hosts.get(endpoint.url)) is not None:
+            host.absorb(page.ranks, started)
+        if page.prompt_tokens is not None and endpoint.role is not Role.DECODE:
+            self.ratios[endpoint.pool].counted(endpoint.url, page.prompt_tokens)
+
+    def failed(self, endpoint: Endpoint, failure: ScrapeFailure, now: float) -> None:  # noqa: ARG002 - the protocol's
+        """Take in that an endpoint could not be read. Its samples stay, and grow stale; at once if it is gone."""
+        self.failures[endpoint.url] = failure
+        if failure.kind in {FailureKind.REFUSED, FailureKind.UNRESOLVABLE} and endpoint.url in self.hosts:
+            self.hosts[endpoint.url].demote()
+
+    def eligible(self, pool: str, role: Role, now: float) -> list[HostLoad]:
+        """Give the hosts of a role that are known best: the fresh ones; if there are none the stale ones; and so on.
+
+        A host that is known less well is not preferred to one that is known to be loaded, but a lone one is used.
+        """
+        tiers: dict[Freshness, list[HostLoad]] = {}
+        for host in self._by_role.get((pool, role), ()):
+            tiers.setdefault(host.freshness(now, self.stale_after), []).append(host)
+        for freshness in Freshness:
+            if freshness in tiers:
+                return tiers[freshness]
+        return []
+
+    def discovered_in(self, pool: str) -> list[HostLoad]:
+        """Give every host of a pool that has told its facts, in the order of the configuration."""
+        return [host for host in self.hosts.values() if host.endpoint.pool == pool]
