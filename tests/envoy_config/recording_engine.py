@@ -1,15 +1,16 @@
-"""An HTTP server that remembers every request and answers 200."""
+"""An HTTP server that remembers every request and answers 200; ``/stream`` answers in two chunks."""
 
+import asyncio
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from dp_extproc.testbed.ports import free_port
@@ -30,6 +31,8 @@ class RecordingEngine:
 
     address: str
     received: list[Received] = field(default_factory=list)
+    may_finish: threading.Event = field(default_factory=threading.Event)
+    """Set by the test; until then ``/stream`` holds back its last chunk."""
 
     def one(self, request_id: str, deadline: float = 10.0) -> Received:
         """Wait for the request of that id and return it; a mirrored one may come after the client's answer."""
@@ -55,7 +58,14 @@ def run_engine(name: str) -> Iterator[RecordingEngine]:
     async def record(request: Request) -> Response:
         body = await request.body()
         engine.received.append(Received(request.url.path, dict(request.headers), body))
+        if request.url.path == "/stream":
+            return StreamingResponse(stream())
         return JSONResponse({"answered_by": name, "bytes": len(body)})
+
+    async def stream() -> AsyncIterator[bytes]:
+        yield b"first"
+        await asyncio.to_thread(engine.may_finish.wait, 10)
+        yield b"last"
 
     app = Starlette(routes=[Route("/{path:path}", record, methods=["GET", "POST"])])
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", ws="none", lifespan="off"))

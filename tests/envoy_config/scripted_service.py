@@ -36,7 +36,7 @@ class PrefillReport:
 
 
 @dataclass(slots=True)
-class ScriptedService(pb_grpc.ExternalProcessorServicer):
+class ScriptedService(pb_grpc.ExternalProcessorServicer):  # type: ignore[misc]  # generated without types
     """Places every request on the same pair, unless told otherwise by the request."""
 
     prefill: str
@@ -158,7 +158,7 @@ def _chunk(body: bytes, *, last: bool) -> pb.ProcessingResponse:
 
 
 def _metadata(decode: str, prefill: str | None) -> struct_pb2.Struct:
-    placement = {names.META_MODEL: "small", names.META_POOL: "small,tiny"}
+    placement: dict[str, str | int] = {names.META_MODEL: "small", names.META_POOL: "small,tiny"}
     placement |= {names.META_DECODE_HOST: decode, names.META_DECODE_RANK: 3}
     if prefill is not None:
         placement |= {names.META_PREFILL_HOST: prefill, names.META_PREFILL_RANK: 2}

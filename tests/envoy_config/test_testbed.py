@@ -9,7 +9,7 @@ import pytest
 from dp_extproc.config import BodyMode
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.ports import free_port, free_ports
-from envoy_config.conftest import make_config
+from envoy_config.harness import make_config
 
 
 def test_a_configuration_that_envoy_refuses_is_reported_with_its_log() -> None:

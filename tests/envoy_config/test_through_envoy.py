@@ -4,17 +4,15 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
 from dp_extproc.config import BodyMode
 from dp_extproc.extproc import names
-from envoy_config.conftest import Bench
+from envoy_config.harness import BODY, Bench, error_of
 from envoy_config.recording_engine import RecordingEngine
 from envoy_config.scripted_service import DECODE_PREFIX, LEG_TOKEN, PREFILL_PREFIX
 
-BODY = b'{"model":"small","prompt":"\xc3\xa9"}'
 OWN_HEADERS = ("x-dp-", "x-envoy-", "x-override-", "x-data-parallel-rank")
 
 
@@ -24,21 +22,6 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)
-
-
-def log_line(bench: Bench, request_id: str, leg: str) -> dict[str, Any]:
-    """Wait for both lines of a request that has two legs, and return the one of that leg."""
-    lines = bench.envoy.wait_for_access_log(request_id, 1 if leg == "main" else 2)
-    return next(line for line in lines if line["leg"] == leg)
-
-
-def error_of(response: Any) -> dict[str, Any]:
-    """Read an OpenAI-shaped error."""
-    assert response.headers["content-type"] == "application/json"
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["message"]
-    return dict(error)
 
 
 def test_each_leg_gets_its_own_body(bench: Bench) -> None:
@@ -99,7 +82,7 @@ def test_one_server_gets_an_unmirrored_request(bench: Bench) -> None:
 
     assert response.status_code == 200
     assert bench.decode.one(request_id).body == BODY
-    assert log_line(bench, request_id, "main")["prefill_host"] is None
+    assert bench.log_line(request_id, "main")["prefill_host"] is None
     assert bench.prefill.of(request_id) == []
 
 
@@ -151,7 +134,7 @@ def test_a_prefill_leg_without_a_usable_prefix_is_not_forwarded(bench: Bench, le
     """A body with the decode leg's fields must not reach a prefill server."""
     request_id, _ = bench.post(BODY, test_prefix_length=length)
 
-    assert log_line(bench, request_id, "prefill")["status"] == 500
+    assert bench.log_line(request_id, "prefill")["status"] == 500
     assert bench.prefill.of(request_id) == []
 
 
@@ -176,7 +159,7 @@ def test_a_refusal_of_the_service_passes_untouched(bench: Bench) -> None:
     assert response.json() == {"error": {"message": "full", "code": "of the service"}}
     assert response.headers["content-type"] == "application/json"
     assert response.headers["retry-after"] == "7"
-    line = log_line(bench, request_id, "main")
+    line = bench.log_line(request_id, "main")
     assert (line["reason"], line["response_code_details"]) == ("no_capacity", "no_capacity")
     assert bench.decode.of(request_id) == []
 
@@ -238,7 +221,7 @@ def test_the_access_log_shows_where_a_request_was_placed(bench: Bench) -> None:
     """One line per request, with hosts and ranks of both legs, and one per prefill leg."""
     request_id, _ = bench.post(BODY)
 
-    line = log_line(bench, request_id, "main")
+    line = bench.log_line(request_id, "main")
     assert {key: line[key] for key in ("method", "path", "status", "response_code_details", "response_flags")} == {
         "method": "POST",
         "path": "/v1/completions",
@@ -259,4 +242,4 @@ def test_the_access_log_shows_where_a_request_was_placed(bench: Bench) -> None:
     assert line["bytes_received"] == len(BODY)
     assert line["duration_ms"] >= line["first_byte_ms"] >= 0
     assert line["reason"] is None
-    assert log_line(bench, request_id, "prefill")["prefill_host"] == bench.prefill.address
+    assert bench.log_line(request_id, "prefill")["prefill_host"] == bench.prefill.address

@@ -8,10 +8,9 @@ from dp_extproc.envoy_config import build_bootstrap, render_yaml
 from dp_extproc.extproc import names
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.ports import free_ports
-from envoy_config.conftest import make_config
+from envoy_config.harness import BODY, error_of, make_config
 from envoy_config.recording_engine import run_engine
 from envoy_config.scripted_service import run_service
-from envoy_config.test_through_envoy import BODY, error_of
 
 
 @pytest.mark.parametrize("body_mode", list(BodyMode))
@@ -54,3 +53,26 @@ def test_a_prefill_leg_whose_script_fails_is_not_forwarded() -> None:
     assert statuses == {"main": 200, "prefill": 500}
     assert prefill.received == []
     assert [report.status for report in service.prefill_reports] == ["500"]
+
+
+def test_a_running_response_outlives_the_service() -> None:
+    """A stream that has begun is not cut when the service that placed it crashes.
+
+    Only in buffered mode: Envoy 1.40 never fails open once a body was sent in duplex mode.
+    """
+    ports = free_ports(3)
+    with (
+        run_engine("decode") as decode,
+        EnvoyProcess(make_config(BodyMode.BUFFERED, ports)) as envoy,
+        httpx.Client(base_url=envoy.url, trust_env=False, timeout=30) as client,
+    ):
+        with run_service(decode.address, decode.address, ports[2]) as service:
+            headers = {"test-one-server": "1", "x-request-id": "of the test"}
+            request = client.build_request("POST", "/stream", content=BODY, headers=headers)
+            response = client.send(request, stream=True)
+            chunks = response.iter_bytes()
+            first = next(chunks)
+            assert len(service.seen_headers) == 1
+
+        decode.may_finish.set()
+        assert (first, b"".join(chunks)) == (b"first", b"last")

@@ -46,12 +46,12 @@ COMMENTS: Final = {
     "dp_dispatch common_http_protocol_options": "The client's 100 headers and those that the service adds.",
     "dp_dispatch max_request_headers_kb": "The prefill leg's fields travel in a header: some 60 bytes per prompt of a\n"
     "batch. Envoy's default is 60 kB.",
-    "dp_dispatch status_on_error": "Where a body was already on its way, FULL_DUPLEX_STREAMED cannot fail open.",
+    "dp_dispatch status_on_error": "In FULL_DUPLEX_STREAMED a filter that has sent the body cannot fail open.",
     "listeners prefill_leg": "The mirrored copy, as a request of its own: with its own body, status and log line.",
     "prefill_leg not_rewritten": "The header is removed as the last step of rewriting.",
-    "prefill_leg envoy.filters.http.header_to_metadata": "The report below is opened when the x-dp-* headers are gone.",
-    "prefill_leg envoy.filters.http.lua": "The copy has the decode leg's fields at the front. They are replaced by the\n"
-    "prefill leg's; the bytes behind them are the same for both.",
+    "prefill_leg envoy.filters.http.header_to_metadata": "The report below opens after the x-dp-* headers are gone.",
+    "prefill_leg envoy.filters.http.lua": "The copy has the decode leg's fields at the front. They are replaced by\n"
+    "the prefill leg's; the bytes behind them are the same for both.",
     "prefill_leg envoy.filters.http.ext_proc": "Reports the status of the leg to the process that placed the request.",
     "clusters extproc": "The service: envoy.service, or listen.grpc.",
     "extproc circuit_breakers": "Envoy's default of 1024 is soon reached by streams that last minutes. Whether a\n"

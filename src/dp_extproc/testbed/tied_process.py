@@ -25,7 +25,7 @@ def _become(parent: int, argv: Sequence[str]) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it ended before the line above took effect
         sys.exit(1)
-    os.execv(argv[0], argv)  # noqa: S606 - becomes the program that the caller asked for
+    os.execv(argv[0], list(argv))  # noqa: S606 - becomes the program that the caller asked for
 
 
 if __name__ == "__main__":
