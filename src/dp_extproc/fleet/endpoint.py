@@ -63,6 +63,10 @@ class EngineFacts:
     load_balance_method: str | None
     follows_rooms: bool
     """Whether the server itself dispatches by ``bootstrap_room mod dp_ranks``."""
+    metrics_enabled: bool | None = None
+    """Whether it was started with ``--enable-metrics``; None when it does not say."""
+    role_can_switch: bool = False
+    """Whether it was started with ``--enable-pd-role-switch``; ``mode`` is then the role it has now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +95,5 @@ class LoadPage:
     """Sorted by rank, each rank at most once."""
     prompt_tokens: int | None = None
     """Prompt tokens of the whole server since its start, by its own count; None when the page does not tell."""
+    silent_ranks: tuple[int, ...] = ()
+    """Ranks that the page names but that have not published a load yet. Sorted; none of them is in ``ranks``."""

@@ -1,0 +1,109 @@
+"""Reads ``GET /server_info`` (``/get_server_info`` before 0.5.6): an engine's resolved launch arguments."""
+
+import re
+from typing import Annotated, Final
+
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+
+from dp_extproc.fleet.endpoint import EngineFacts, Mode, Version
+from dp_extproc.fleet.reading import read_json, wrong_shape
+
+DEFAULT_BOOTSTRAP_PORT: Final = 8998
+"""SGLang's ``--disaggregation-bootstrap-port`` when it is not given."""
+
+FOLLOW_ROOMS: Final = "follow_bootstrap_room"
+"""The ``--load-balance-method`` that dispatches by ``bootstrap_room mod ranks``; exists from 0.5.8 on."""
+METHODS_SINCE: Final = Version(0, 5, 8)
+PREFILL_METHOD_FREE_SINCE: Final = Version(0, 5, 10)
+
+MAX_RANKS: Final = 4096
+"""No server is that large; a number beyond it is a mistake, and would be paid for in memory."""
+
+_VERSION: Final = re.compile(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?!\d)")
+
+_Size = Annotated[int, Meta(ge=1, le=MAX_RANKS)]
+
+
+class _Page(Struct):
+    dp_size: _Size
+    attn_dp_size: _Size | None = None
+    version: str | None = None
+    disaggregation_mode: str | None = None
+    disaggregation_bootstrap_port: Annotated[int, Meta(ge=1, le=65535)] | None = None
+    enable_dp_attention: bool | None = None
+    enable_metrics: bool | None = None
+    enable_pd_role_switch: bool | None = None
+    load_balance_method: str | None = None
+    served_model_name: str | None = None
+    model_path: str | None = None
+    internal_states: Raw | UnsetType = UNSET
+
+
+class _State(Struct):
+    disaggregation_mode: str | None = None
+
+
+def read_server_info(page: bytes) -> EngineFacts:
+    """Read the body of ``GET /server_info``.
+
+    Raises:
+        ReaderError: Whatever else the bytes are.
+    """
+    info = read_json(page, _Page, "/server_info")
+    # From 0.5.22 on ``--dp-size 4 --enable-dp-attention`` is told as dp_size 1 and attn_dp_size 4 (parallel_hook.py).
+    ranks = info.dp_size * (info.attn_dp_size or 1)
+    if ranks > MAX_RANKS:
+        raise wrong_shape(f"/server_info tells {ranks} DP ranks")
+    version = parse_version(info.version)
+    mode = _mode(_present_role(info))
+    return EngineFacts(
+        version=version,
+        dp_ranks=ranks,
+        mode=mode,
+        dp_attention=bool(info.enable_dp_attention),
+        served_model=info.served_model_name or info.model_path,
+        bootstrap_port=info.disaggregation_bootstrap_port or DEFAULT_BOOTSTRAP_PORT,
+        load_balance_method=info.load_balance_method,
+        follows_rooms=follows_rooms(version, mode, info.load_balance_method),
+        metrics_enabled=info.enable_metrics,
+        role_can_switch=bool(info.enable_pd_role_switch),
+    )
+
+
+def parse_version(text: str | None) -> Version | None:
+    """Read ``0.5.10.post1``, ``0.5.23rc1``, ``0.5.11.dev3+g0123abc`` as their release; None if it is none."""
+    match = _VERSION.match(text or "")
+    return Version(int(match[1]), int(match[2]), int(match[3])) if match else None
+
+
+def follows_rooms(version: Version | None, mode: Mode, method: str | None) -> bool:
+    """Tell whether a server dispatches by ``bootstrap_room mod ranks`` (``managers/data_parallel_controller.py``).
+
+    Args:
+        version: None is taken for the newest.
+        mode: Aggregated servers do so only when they are told to.
+        method: ``load_balance_method``; None or ``auto`` is what the version makes of it.
+    """
+    if version is not None and version < METHODS_SINCE:
+        return mode is not Mode.UNIFIED  # whatever the method says, in disaggregated mode it is the room
+    if mode is Mode.PREFILL and version is not None and version < PREFILL_METHOD_FREE_SINCE:
+        return True  # 0.5.8 and 0.5.9 override what was asked for (server_args.py)
+    if method in {None, "auto"}:
+        return mode is Mode.PREFILL
+    return method == FOLLOW_ROOMS
+
+
+def _present_role(info: _Page) -> str | None:
+    """Give the role; with ``--enable-pd-role-switch`` the launch arguments tell only the first one."""
+    if info.enable_pd_role_switch and isinstance(info.internal_states, Raw):
+        states = read_json(bytes(info.internal_states), list[_State], "/server_info internal_states")
+        if states and states[0].disaggregation_mode is not None:
+            return states[0].disaggregation_mode
+    return info.disaggregation_mode
+
+
+def _mode(text: str | None) -> Mode:
+    try:
+        return Mode(text or "null")
+    except ValueError:
+        raise wrong_shape(f"/server_info tells the unknown disaggregation_mode {(text or '')[:40]!r}") from None
