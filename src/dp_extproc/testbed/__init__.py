@@ -1,0 +1,1 @@
+"""Real processes on this machine: engines, the service and Envoy. For the tests, the demo and the benchmarks."""

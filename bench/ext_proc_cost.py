@@ -1,0 +1,271 @@
+"""What a request costs in the service, against an empty ext_proc server in the same process shape.
+
+Both servers are grpc.aio on uvloop in a process of their own, and both get the same messages: per request one stream
+with request headers, buffered body and response headers, and one stream of the prefill leg with its response
+headers. The empty server answers each message with a constant. Measured is the CPU time of the server process, which
+hardly depends on what else the machine is doing; rounds are interleaved, and what counts is the ratio of a round's
+two halves.
+
+    python bench/ext_proc_cost.py [--requests 400] [--rounds 7] [--json FILE]
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import grpc.aio
+import uvloop
+from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
+from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest, ProcessingResponse
+
+from dp_extproc.config import PoolConfig
+from dp_extproc.extproc import names
+from dp_extproc.extproc.service import SERVICE_NAME, ExtProcService
+from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Mode, RankSample, Role, Version
+from dp_extproc.operate.telemetry import Telemetry
+from dp_extproc.placement.dispatcher import Dispatcher
+from dp_extproc.placement.fleet_load import FleetLoad
+
+METHOD: Final = f"/{SERVICE_NAME}/Process"
+SIZES: Final = {"1 kB": 1_000, "64 kB": 64_000, "1 MB": 1_000_000}
+RANKS: Final = 4
+PREFILLS: Final = ("http://127.0.0.1:31001", "http://127.0.0.1:31002")
+DECODES: Final = ("http://127.0.0.1:32001", "http://127.0.0.1:32002")
+MAX_BODY: Final = 64 << 20
+OPTIONS: Final = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+
+
+# --- the two servers ---
+
+
+class _EmptyServer:
+    """Answers every message with the constant that lets it through."""
+
+    def __init__(self) -> None:
+        self._answers: dict[str, bytes] = {}
+        for phase in ("request_headers", "request_body", "response_headers"):
+            response = ProcessingResponse()
+            getattr(response, phase).SetInParent()
+            self._answers[phase] = response.SerializeToString()
+
+    async def process(self, _requests: object, context: Any) -> None:
+        while (message := await context.read()) is not grpc.aio.EOF:
+            await context.write(self._answers[message.WhichOneof("request")])
+
+    def handler(self) -> Any:
+        process = grpc.stream_stream_rpc_method_handler(self.process, ProcessingRequest.FromString, None)
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, {"Process": process})
+
+
+def _service() -> ExtProcService:
+    """Make the real service, with a fleet that has been discovered and sampled."""
+    endpoints = [
+        Endpoint(url, "127.0.0.1", int(url.rpartition(":")[2]), "*", role)
+        for role, urls in ((Role.PREFILL, PREFILLS), (Role.DECODE, DECODES))
+        for url in urls
+    ]
+    clock = time.monotonic
+    fleet = FleetLoad(endpoints, stale_after=1e9)
+    for endpoint in endpoints:
+        mode = Mode.PREFILL if endpoint.role is Role.PREFILL else Mode.DECODE
+        facts = EngineFacts(
+            version=Version(0, 5, 23),
+            dp_ranks=RANKS,
+            mode=mode,
+            dp_attention=True,
+            served_model="model",
+            bootstrap_port=8998,
+            load_balance_method=None,
+            follows_rooms=mode is Mode.PREFILL,
+        )
+        fleet.discovered(endpoint, f"127.0.0.1:{endpoint.port}", facts, clock())
+        ranks = tuple(RankSample(rank, used_tokens=1000 * rank, age=0.0) for rank in range(RANKS))
+        fleet.sampled(endpoint, LoadPage(ranks), clock(), clock())
+    pool = PoolConfig.model_validate(
+        {"models": ["*"], "prefill": {"endpoints": list(PREFILLS)}, "decode": {"endpoints": list(DECODES)}}
+    )
+    dispatcher = Dispatcher([pool], fleet, owner="127.0.0.1:9002", rng=random.Random(1), clock=clock)
+    return ExtProcService(dispatcher, dispatcher.legs, Telemetry(fleet, clock), max_body=MAX_BODY, clock=clock)
+
+
+async def _serve(kind: str) -> None:
+    server = grpc.aio.server(options=OPTIONS)
+    server.add_generic_rpc_handlers(((_EmptyServer() if kind == "empty" else _service()).handler(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(port, flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)  # until the parent closes the pipe
+    await server.stop(None)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server process under measurement."""
+
+    address: str
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """CPU time of all its threads so far, in nanosecond resolution (Linux schedstat)."""
+        tasks = Path(f"/proc/{self.pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
+@contextmanager
+def _started(kind: str) -> Iterator[Server]:
+    command = [sys.executable, __file__, "--serve", kind]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        yield Server(f"127.0.0.1:{int(process.stdout.readline())}", process.pid)
+        process.stdin.close()
+
+
+# --- the client: Envoy's part ---
+
+
+def _request_headers(length: int) -> bytes:
+    message = ProcessingRequest()
+    for name, value in {
+        ":authority": "llm.example.com",
+        ":path": "/v1/chat/completions",
+        ":method": "POST",
+        ":scheme": "http",
+        "user-agent": "OpenAI/Python 1.55.0",
+        "accept": "application/json",
+        "content-type": "application/json",
+        "authorization": "Bearer sk-0123456789abcdef",
+        "x-stainless-lang": "python",
+        "x-stainless-runtime": "CPython",
+        "x-forwarded-proto": "http",
+        "x-request-id": "5fd4bd5e-98a1-4cbf-8f61-7ab1ff2ed9f5",
+        "content-length": str(length),
+    }.items():
+        header = message.request_headers.headers.headers.add()
+        header.key, header.raw_value = name, value.encode()
+    message.protocol_config.request_body_mode = ProcessingMode.BUFFERED
+    return message.SerializeToString()
+
+
+def _body(size: int) -> bytes:
+    text = "The quick brown fox jumps over the lazy dog. "
+    chat = {"model": "model", "messages": [{"role": "user", "content": ""}], "stream": True, "max_tokens": 256}
+    missing = size - len(json.dumps(chat))
+    chat["messages"][0]["content"] = (text * (missing // len(text) + 1))[:missing]  # type: ignore[index]
+    return json.dumps(chat).encode()
+
+
+def _response_headers() -> bytes:
+    message = ProcessingRequest()
+    for name, value in {":status": "200", "content-type": "text/event-stream", "server": "uvicorn"}.items():
+        header = message.response_headers.headers.headers.add()
+        header.key, header.raw_value = name, value.encode()
+    return message.SerializeToString()
+
+
+class Load:
+    """Sends requests of one size to one server, a few at a time."""
+
+    def __init__(self, size: int, concurrency: int) -> None:
+        body = ProcessingRequest()
+        body.request_body.body = _body(size)
+        body.request_body.end_of_stream = True
+        self._messages = (_request_headers(size), body.SerializeToString())
+        self._response = _response_headers()
+        self._concurrency = concurrency
+
+    async def run(self, server: Server, requests: int) -> float:
+        """Send so many requests. Returns CPU seconds of the server per request."""
+        async with grpc.aio.insecure_channel(server.address, options=OPTIONS) as channel:
+            call = channel.stream_stream(METHOD, None, None)
+            await self._some(call, self._concurrency)  # connect
+            before = server.cpu_seconds()
+            share = requests // self._concurrency
+            await asyncio.gather(*(self._some(call, share) for _ in range(self._concurrency)))
+            return (server.cpu_seconds() - before) / (share * self._concurrency)
+
+    async def _some(self, call: Any, count: int) -> None:
+        for _ in range(count):
+            stream = call()
+            answer = b""
+            for message in self._messages:
+                await stream.write(message)
+                answer = await stream.read()
+            leg = call(metadata=((names.LEG, _leg_in(answer)),))
+            await leg.write(self._response)
+            await leg.read()
+            await leg.done_writing()
+            await stream.write(self._response)
+            await stream.read()
+            await stream.done_writing()
+            assert await leg.read() is grpc.aio.EOF
+            assert await stream.read() is grpc.aio.EOF
+
+
+def _leg_in(answer: bytes) -> str:
+    for option in ProcessingResponse.FromString(answer).request_body.response.header_mutation.set_headers:
+        if option.header.key == names.LEG:
+            return str(option.header.raw_value.decode())
+    return "none"
+
+
+# --- the comparison ---
+
+
+async def _compare(requests: int, rounds: int, concurrency: int) -> list[dict[str, Any]]:
+    results = []
+    with _started("empty") as empty, _started("service") as service:
+        for label, size in SIZES.items():
+            load = Load(size, concurrency)
+            count = max(concurrency, requests // (10 if size >= 1_000_000 else 1))
+            pairs = []
+            for index in range(rounds + 1):
+                halves = (empty, service) if index % 2 else (service, empty)
+                costs = {half.pid: await load.run(half, count) for half in halves}
+                if index:  # the first round warms up
+                    pairs.append((costs[empty.pid], costs[service.pid]))
+            results.append({
+                "body": label,
+                "empty_us": statistics.median(a for a, _ in pairs) * 1e6,
+                "service_us": statistics.median(b for _, b in pairs) * 1e6,
+                "ratio": statistics.median(b / a for a, b in pairs),
+                "ratios": [round(b / a, 3) for a, b in pairs],
+            })  # fmt: skip
+    return results
+
+
+def main() -> None:
+    """Run the comparison and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=400, help="per half of a round; a tenth of it for 1 MB bodies")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--serve", choices=["empty", "service"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        uvloop.run(_serve(args.serve))
+        return
+    results = uvloop.run(_compare(args.requests, args.rounds, args.concurrency))
+    print(f"{'body':>6}  {'empty':>10}  {'service':>10}  ratio (median of {args.rounds}; least to most)")
+    for row in results:
+        spread = f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}"
+        print(f"{row['body']:>6}  {row['empty_us']:7.0f} us  {row['service_us']:7.0f} us  {row['ratio']:.2f}  ({spread})")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"cpus": os.cpu_count(), "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

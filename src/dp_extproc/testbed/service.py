@@ -1,0 +1,86 @@
+"""The service under test, with its admin port as a client sees it."""
+
+import time
+from pathlib import Path
+from typing import Any, Final, Self
+
+import httpx
+import yaml
+
+from dp_extproc.config import Config, parse_config
+from dp_extproc.testbed.ports import free_ports
+from dp_extproc.testbed.process import CommandProcess
+
+_READY_SECONDS: Final = 30.0
+_POLL_SECONDS: Final = 0.02
+
+
+def write_config(pools: list[dict[str, Any]], **sections: dict[str, Any]) -> dict[str, Any]:
+    """Make the content of a configuration file: *pools*, free ports for every listener, and *sections* over both."""
+    grpc, admin, inference, envoy_admin = (f"127.0.0.1:{port}" for port in free_ports(4))
+    return {
+        "listen": {"grpc": grpc, "admin": admin, **sections.pop("listen", {})},
+        "envoy": {"inference": inference, "admin": envoy_admin, **sections.pop("envoy", {})},
+        "load": {"interval": "100ms", "stale_after": "2s", **sections.pop("load", {})},
+        "drain": "10ms",
+        **sections,
+        "pools": pools,
+    }
+
+
+class ServiceProcess(CommandProcess):
+    """``dp-extproc serve`` with a configuration of its own; a context manager."""
+
+    def __init__(self, content: dict[str, Any], *options: str) -> None:
+        """Prepare.
+
+        Args:
+            content: Of the configuration file; :func:`write_config` makes one.
+            options: Further command-line options.
+        """
+        self.config: Config = parse_config(yaml.safe_dump(content, sort_keys=False))
+        self.admin_url = f"http://{self.config.listen.admin}"
+        self._content = content
+        super().__init__(["serve", "--config", "CONFIG", *options], f"{self.admin_url}/healthz")
+        path = Path(self._directory.name) / "config.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        self._arguments[self._arguments.index("CONFIG")] = str(path)
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        return self
+
+    def wait_until_ready(self) -> None:
+        """Wait until some pool can serve.
+
+        Raises:
+            RuntimeError: None can in time; the message ends with the log.
+        """
+        deadline = time.monotonic() + _READY_SECONDS
+        while time.monotonic() < deadline:
+            if httpx.get(f"{self.admin_url}/readyz").status_code == httpx.codes.OK:
+                return
+            time.sleep(_POLL_SECONDS)
+        raise RuntimeError(f"the service is not ready; {self.loads()}\n{self.log()}")
+
+    def wait_until_fresh(self) -> None:
+        """Wait until the load of every configured endpoint is known.
+
+        Raises:
+            RuntimeError: It is not in time; the message ends with the log.
+        """
+        deadline = time.monotonic() + _READY_SECONDS
+        while time.monotonic() < deadline:
+            if all(endpoint["state"] == "fresh" for endpoint in self.loads()["endpoints"]):
+                return
+            time.sleep(_POLL_SECONDS)
+        raise RuntimeError(f"not every endpoint is fresh; {self.loads()}\n{self.log()}")
+
+    def loads(self) -> dict[str, Any]:
+        """Return the admin port's /loads."""
+        page: dict[str, Any] = httpx.get(f"{self.admin_url}/loads").raise_for_status().json()
+        return page
+
+    def metrics(self) -> str:
+        """Return the admin port's /metrics."""
+        return httpx.get(f"{self.admin_url}/metrics").raise_for_status().text
