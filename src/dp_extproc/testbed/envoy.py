@@ -55,7 +55,7 @@ class EnvoyProcess:
         self.admin_url = f"http://{config.envoy.admin}"
         self._bootstrap = bootstrap if bootstrap is not None else render_yaml(build_bootstrap(config))
         self._options = ["--concurrency", str(concurrency), "--log-level", log_level]
-        self._directory = tempfile.TemporaryDirectory(prefix="dp-extproc-envoy-")
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -64,6 +64,7 @@ class EnvoyProcess:
         Raises:
             RuntimeError: It ended, or is not ready in time; the message ends with its log.
         """
+        self._directory = tempfile.TemporaryDirectory(prefix="dp-extproc-envoy-")
         path = Path(self._directory.name)
         (path / "envoy.yaml").write_text(self._bootstrap, encoding="utf-8")
         argv = [find_envoy(), "--config-path", str(path / "envoy.yaml"), *self._options]
@@ -90,7 +91,9 @@ class EnvoyProcess:
                 self._process.kill()
                 self._process.wait()
             self._process = None
-        self._directory.cleanup()
+        if self._directory is not None:
+            self._directory.cleanup()
+            self._directory = None
 
     @property
     def pid(self) -> int:
@@ -104,12 +107,12 @@ class EnvoyProcess:
         return self._process is not None and self._process.poll() is None
 
     def log(self) -> str:
-        """Return what Envoy has written to its own log so far."""
-        return (Path(self._directory.name) / "stderr").read_text(encoding="utf-8", errors="replace")
+        """Return what Envoy has written to its own log so far; only while it runs."""
+        return self._read("stderr")
 
     def access_log(self) -> list[dict[str, Any]]:
-        """Return the access log so far, one item per complete line."""
-        text = (Path(self._directory.name) / "stdout").read_text(encoding="utf-8", errors="replace")
+        """Return the access log so far, one item per complete line; only while it runs."""
+        text = self._read("stdout")
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def wait_for_access_log(self, request_id: str, count: int = 1) -> list[dict[str, Any]]:
@@ -127,14 +130,14 @@ class EnvoyProcess:
                 raise TimeoutError(f"{len(lines)} of {count} lines of request {request_id} after {_LOG_SECONDS} s")
             time.sleep(_POLL_SECONDS)
 
-    def counter(self, name: str) -> int:
-        """Return the value of one of Envoy's counters or gauges, 0 if it does not exist yet."""
-        page = httpx.get(f"{self.admin_url}/stats", params={"format": "json"}).json()
-        return next((int(stat["value"]) for stat in page["stats"] if stat.get("name") == name), 0)
+    def _read(self, name: str) -> str:
+        if self._directory is None:
+            raise RuntimeError("Envoy does not run")
+        return (Path(self._directory.name) / name).read_text(encoding="utf-8", errors="replace")
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + _START_SECONDS
-        with httpx.Client(timeout=1.0) as client:
+        with httpx.Client(timeout=1.0, trust_env=False) as client:
             while time.monotonic() < deadline:
                 if process.poll() is not None:
                     raise RuntimeError(f"Envoy ended with status {process.returncode}:\n{self.log()}")
