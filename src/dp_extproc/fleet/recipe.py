@@ -1,0 +1,136 @@
+"""What each SGLang release takes: the version matrix, as one table.
+
+A release differs from the one before in what its requests may carry and in who obeys it. Nothing else in the
+service compares versions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from dp_extproc.fleet.endpoint import EngineFacts, Mode, Version
+from dp_extproc.fleet.server_info import METHODS_SINCE
+from dp_extproc.request.path import Api
+
+DISAGGREGATION: Final = Version(0, 4, 6)
+"""First with the bootstrap fields on HTTP requests."""
+ALIAS_ON_GENERATE: Final = Version(0, 4, 7)
+"""First with ``data_parallel_rank`` on /generate."""
+ALIAS_ON_OPENAI: Final = Version(0, 5, 7)
+"""First with ``data_parallel_rank`` on the OpenAI paths."""
+ROUTED_RANK: Final = Version(0, 5, 10)
+"""First with ``routed_dp_rank`` (and ``data_parallel_rank`` deprecated, missing on /generate in 0.5.15-0.5.17)."""
+PREFILL_RANK: Final = Version(0, 5, 11)
+"""First where ``disagg_prefill_dp_rank`` can be used. 0.5.10 has it, but fails the first request of each pair of
+servers that carries it (fixed by sgl-project/sglang#22990)."""
+ROOM_CHECK: Final = Version(0, 5, 11)
+"""First where a prefill server that follows rooms refuses a request whose room says another rank."""
+ROOM_CHECK_SKIPPED: Final = Version(0, 5, 16)
+"""First where ``disagg_prefill_dp_rank`` on the prefill leg skips that check and the registration of the rank
+(sgl-project/sglang#27546)."""
+ON_RESPONSES: Final = Version(0, 5, 20)
+"""First with routing fields on /v1/responses."""
+ON_MESSAGES: Final = Version(0, 5, 22)
+"""First with routing fields on /v1/messages."""
+
+_NEWEST: Final = Version(999_999, 0, 0)
+"""Stands for an engine that does not tell its version: a build of somebody's own is rather new than old."""
+
+_OPENAI: Final = frozenset({Api.COMPLETIONS, Api.CHAT})
+_TABLE: Final[tuple[tuple[Version, frozenset[Api]], ...]] = (
+    (DISAGGREGATION, frozenset({Api.GENERATE, *_OPENAI})),
+    (ON_RESPONSES, frozenset({Api.RESPONSES})),
+    (ON_MESSAGES, frozenset({Api.MESSAGES})),
+)
+"""Which paths carry the disaggregation fields, from which release on."""
+
+_ROUTED_DP_RANK: Final = "routed_dp_rank"
+_DATA_PARALLEL_RANK: Final = "data_parallel_rank"
+
+
+class RankControl(Enum):
+    """Who decides the rank of a disaggregated server."""
+
+    BY_FIELD = "routed_dp_rank in the body"
+    BY_ROOM = "bootstrap_room mod ranks"
+    ENGINE = "the engine itself"
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What one engine takes."""
+
+    carries_routed_rank: bool
+    """Whether ``routed_dp_rank`` is obeyed."""
+    carries_prefill_rank: bool
+    """Whether ``disagg_prefill_dp_rank`` may be sent."""
+    decode_control: RankControl
+    """How a decode server's rank is decided."""
+    only_first_prefill_rank: bool
+    """Whether every other rank of this prefill server fails its requests; see :func:`capabilities`."""
+    apis: frozenset[Api]
+    """Paths on which a request to it can carry what it needs."""
+    rank_keys: dict[Api, str]
+    """What an aggregated server calls the rank in the body, by path; without an entry it cannot be told."""
+
+    def serves(self, api: Api) -> bool:
+        return api in self.apis
+
+    def prefill_ranks(self, ranks: int) -> Sequence[int]:
+        """Give the ranks, out of *ranks*, that a prefill server can serve."""
+        return range(1) if self.only_first_prefill_rank else range(ranks)
+
+    def aggregated_rank_key(self, api: Api) -> str | None:
+        return self.rank_keys.get(api)
+
+
+def capabilities(facts: EngineFacts) -> Capabilities:
+    """Look up what an engine takes.
+
+    A plain-DP prefill server (``--dp-size`` without DP attention) of 0.5.11 to 0.5.15 that follows rooms compares the
+    room with an attention rank that is 0 in every replica, and so refuses whatever the others get
+    (sgl-project/sglang#29725). Later releases skip the comparison on our requests.
+    """
+    version = facts.version or _NEWEST
+    if facts.mode is Mode.UNIFIED:
+        apis = frozenset(Api)  # it needs no fields; a path that it does not have it refuses itself
+    else:
+        apis = frozenset[Api]().union(*(added for since, added in _TABLE if version >= since))
+    return Capabilities(
+        carries_routed_rank=version >= ROUTED_RANK,
+        carries_prefill_rank=version >= PREFILL_RANK,
+        decode_control=_decode_control(facts, version),
+        only_first_prefill_rank=(
+            facts.mode is Mode.PREFILL
+            and facts.follows_rooms
+            and not facts.dp_attention
+            and ROOM_CHECK <= version < ROOM_CHECK_SKIPPED
+        ),
+        apis=apis,
+        rank_keys=_rank_keys(version),
+    )
+
+
+def _decode_control(facts: EngineFacts, version: Version) -> RankControl:
+    if version >= ROUTED_RANK:
+        return RankControl.BY_FIELD
+    # data_parallel_rank is no way: a decode server before 0.5.10 takes its own rank for the prefill server's, too.
+    if version < METHODS_SINCE or facts.follows_rooms:
+        return RankControl.BY_ROOM
+    return RankControl.ENGINE
+
+
+def _rank_keys(version: Version) -> dict[Api, str]:
+    keys: dict[Api, str] = {}
+    if version >= ROUTED_RANK:
+        keys = dict.fromkeys((Api.GENERATE, *_OPENAI), _ROUTED_DP_RANK)
+    elif version >= ALIAS_ON_GENERATE:
+        keys = {Api.GENERATE: _DATA_PARALLEL_RANK}
+        if version >= ALIAS_ON_OPENAI:
+            keys |= dict.fromkeys(_OPENAI, _DATA_PARALLEL_RANK)
+    if version >= ON_RESPONSES:
+        keys[Api.RESPONSES] = _ROUTED_DP_RANK
+    if version >= ON_MESSAGES:
+        keys[Api.MESSAGES] = _ROUTED_DP_RANK
+    return keys
