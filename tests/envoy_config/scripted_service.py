@@ -98,7 +98,7 @@ class ScriptedService(pb_grpc.ExternalProcessorServicer):  # type: ignore[misc] 
         if "test-one-server" not in headers:
             placed = DECODE_PREFIX + body[1:]
             routing |= {
-                names.PREFILL_HOST: self.prefill,
+                names.PREFILL_HOST: headers.get("test-prefill-host", self.prefill),
                 names.PREFILL_PREFIX: PREFILL_PREFIX.decode() + "x" * int(headers.get("test-longer-prefix", "0")),
                 names.PREFIX_LENGTH: headers.get("test-prefix-length", str(len(DECODE_PREFIX))),
                 names.OWNER: self.owner,

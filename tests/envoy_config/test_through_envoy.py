@@ -2,8 +2,7 @@
 
 import json
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.client import HTTPResponse
 
 import pytest
@@ -15,14 +14,6 @@ from envoy_config.recording_engine import RecordingEngine
 from envoy_config.scripted_service import DECODE_PREFIX, LEG_TOKEN, PREFILL_PREFIX
 
 OWN_HEADERS = ("x-dp-", "x-envoy-", "x-override-", "x-data-parallel-rank")
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Poll until it holds; the access log and mirrored legs come after the client's answer."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 def test_each_leg_gets_its_own_body(bench: Bench) -> None:
@@ -139,15 +130,25 @@ def test_a_prefill_leg_without_a_usable_prefix_is_not_forwarded(bench: Bench, le
     assert bench.prefill.of(request_id) == []
 
 
-def test_the_owner_hears_the_status_of_its_prefill_leg(bench: Bench) -> None:
+@pytest.mark.parametrize(
+    ("request_headers", "status"),
+    [
+        pytest.param({}, "200", id="answered"),
+        pytest.param({"test-prefill-host": "127.0.0.1:1"}, "503", id="connection refused"),
+        pytest.param({"test-prefix-length": "x"}, "500", id="not forwarded"),
+    ],
+)
+def test_the_owner_hears_the_status_of_its_prefill_leg(
+    bench: Bench, request_headers: dict[str, str], status: str
+) -> None:
     """The report goes to the address in the owner header and carries the leg's token."""
     bench.service.prefill_reports.clear()
 
-    bench.post(BODY)
+    request_id, _ = bench.post(BODY, **request_headers)
 
-    wait_until(lambda: bool(bench.service.prefill_reports), "no report of the prefill leg")
-    report = bench.service.prefill_reports[0]
-    assert report.status == "200"
+    assert bench.log_line(request_id, "prefill")["status"] == int(status)
+    (report,) = bench.service.prefill_reports
+    assert report.status == status
     assert report.metadata[names.OWNER] == bench.service.owner
     assert report.metadata[names.LEG] == LEG_TOKEN
 
