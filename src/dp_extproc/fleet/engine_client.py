@@ -1,0 +1,162 @@
+"""Asks one engine for its pages over HTTP, within a time and a size that it cannot exceed."""
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+import httpx
+
+from dp_extproc.config.schema import LoadSettings
+from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage
+from dp_extproc.fleet.loads_page import read_loads
+from dp_extproc.fleet.metrics_page import read_metrics
+from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
+from dp_extproc.fleet.reading import ReaderError
+from dp_extproc.fleet.server_info import read_server_info
+
+FACTS_PATIENCE: Final = 3.0
+"""/server_info waits for the schedulers' next step, /v1/loads does not: it may take this many times as long."""
+KEEPALIVE_SECONDS: Final = 4.0
+"""Shorter than uvicorn's 5 s (``timeout_keep_alive``), or the engine closes a connection as it is used again."""
+
+_ABSENT: Final = frozenset({404, 405})
+
+Page = TypeVar("Page")
+
+
+class ScrapeError(Exception):
+    """An engine could not be read."""
+
+    def __init__(self, kind: FailureKind, message: str, status: int | None = None) -> None:
+        self.failure = ScrapeFailure(kind, message)
+        self.status = status
+        super().__init__(message)
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether the engine is there, but has no such page."""
+        return self.status in _ABSENT
+
+
+def make_client() -> httpx.AsyncClient:
+    """Make the one HTTP client that all engines are asked with. Proxies of the environment are not for them."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEPALIVE_SECONDS)
+    # Times are limited around whole answers here; httpx limits only the single read.
+    return httpx.AsyncClient(timeout=None, limits=limits, trust_env=False)  # noqa: S113 - see above
+
+
+class EngineClient:
+    """The pages of one engine. Every method raises :class:`ScrapeError` and nothing else."""
+
+    def __init__(self, endpoint: Endpoint, settings: LoadSettings, client: httpx.AsyncClient) -> None:
+        self.endpoint = endpoint
+        self.address = ""
+        """``IP:port`` that is asked, and that Envoy is to dial; known after :meth:`resolve`."""
+        self._settings = settings
+        self._client = client
+        # A host name may stand for several addresses: ask exactly the one that is told to Envoy, under its name.
+        name = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+        self._headers = {"host": f"{name}:{endpoint.port}", "accept-encoding": "identity"}
+
+    async def resolve(self) -> str:
+        """Look up the engine's address; IPv4 is preferred, and the known one is kept while it is still right."""
+        self.address = f"{await self._look_up()}:{self.endpoint.port}"
+        return self.address
+
+    async def facts(self) -> EngineFacts:
+        """Ask what the engine is."""
+        seconds = self._settings.timeout * FACTS_PATIENCE
+        try:
+            return await self._read("/server_info", read_server_info, seconds)
+        except ScrapeError as error:
+            if not error.is_absent:
+                raise
+        return await self._read("/get_server_info", read_server_info, seconds)  # before 0.5.6
+
+    async def loads(self) -> LoadPage:
+        """Ask for ``/v1/loads``."""
+        return await self._read("/v1/loads", read_loads, self._settings.timeout)
+
+    async def metrics(self) -> LoadPage:
+        """Ask for ``/metrics``."""
+        return await self._read("/metrics", read_metrics, self._settings.timeout)
+
+    async def _look_up(self) -> str:
+        host = self.endpoint.host
+        try:
+            return _bracketed(str(ipaddress.ip_address(host)))
+        except ValueError:
+            pass
+        try:
+            async with asyncio.timeout(self._settings.timeout * FACTS_PATIENCE):
+                found = await asyncio.get_running_loop().getaddrinfo(host, self.endpoint.port, type=socket.SOCK_STREAM)
+        except TimeoutError:
+            raise ScrapeError(FailureKind.UNRESOLVABLE, f"{host} was not resolved in time") from None
+        except (OSError, UnicodeError) as error:
+            raise ScrapeError(FailureKind.UNRESOLVABLE, f"{host} cannot be resolved: {error}") from None
+        found.sort(key=lambda each: each[0] != socket.AF_INET)
+        addresses = [_bracketed(str(each[4][0])) for each in found]
+        if not addresses:
+            raise ScrapeError(FailureKind.UNRESOLVABLE, f"{host} has no address")
+        known = self.address.rpartition(":")[0]
+        return known if known in addresses else addresses[0]
+
+    async def _read(self, path: str, read: Callable[[bytes], Page], seconds: float) -> Page:
+        page = await self._get(path, seconds)
+        try:
+            return read(page)
+        except ReaderError as error:
+            raise ScrapeError(error.kind, str(error)) from None
+
+    async def _get(self, path: str, seconds: float) -> bytes:
+        try:
+            async with (
+                asyncio.timeout(seconds),
+                self._client.stream("GET", f"http://{self.address}{path}", headers=self._headers) as response,
+            ):
+                return await self._receive(path, response)
+        except ScrapeError:
+            raise
+        except (TimeoutError, httpx.TimeoutException):
+            raise ScrapeError(FailureKind.TIMEOUT, f"{path} was not answered within {seconds:g} s") from None
+        except httpx.ConnectError as error:
+            raise ScrapeError(FailureKind.REFUSED, f"no connection to {self.address}: {error or 'refused'}") from None
+        except Exception as error:  # noqa: BLE001 - no answer whatever may end the watch over the other engines
+            detail = str(error) or type(error).__name__
+            raise ScrapeError(FailureKind.UNREADABLE, f"{path} got no complete HTTP answer: {detail}") from None
+
+    async def _receive(self, path: str, response: httpx.Response) -> bytes:
+        limit = self._settings.max_page_bytes
+        if response.status_code != httpx.codes.OK:
+            raise ScrapeError(
+                FailureKind.HTTP_STATUS, _explain(path, response.status_code), status=response.status_code
+            )
+        page = bytearray()
+        # Raw: an answer that is compressed against our wish must not unfold in memory.
+        async for chunk in response.aiter_raw():
+            page += chunk
+            if len(page) > limit:
+                raise ScrapeError(FailureKind.TOO_LARGE, f"{path} is larger than load.max_page_bytes ({limit})")
+        return bytes(page)
+
+
+def _explain(path: str, status: int) -> str:
+    message = f"{path} answered {status}"
+    if status in {401, 403}:
+        # Only /metrics, /health and /ready are open when an API key is set (utils/auth.py).
+        return (
+            f"{message}: the engine asks for an API key; start it without --api-key, and keep clients off it by network"
+        )
+    if status in _ABSENT and path == "/metrics":
+        return f"{message}: start the engine with --enable-metrics"
+    if status in _ABSENT and path == "/v1/loads":
+        return f"{message}: it exists from SGLang 0.5.8 on; set load.source to auto or metrics"
+    if status in _ABSENT:
+        return f"{message}: is this an SGLang server?"
+    return message
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address

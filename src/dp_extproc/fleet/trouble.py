@@ -1,0 +1,24 @@
+"""Says each endpoint's trouble once when it begins or changes its kind, and once when it is over."""
+
+import logging
+
+from dp_extproc.fleet.observer import ScrapeFailure
+
+
+class TroubleLog:
+    """What has been said about whom. An engine that is down for an hour is one line, not 3600."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._current: dict[str, ScrapeFailure] = {}
+
+    def note(self, url: str, failure: ScrapeFailure | None) -> None:
+        """Take in how the last round with *url* went; None is well."""
+        known = self._current.get(url)
+        if failure is None:
+            if known is not None:
+                del self._current[url]
+                self._logger.info("%s is well again (was: %s)", url, known.kind)
+        elif known is None or known.kind is not failure.kind:
+            self._current[url] = failure
+            self._logger.warning("%s: %s: %s", url, failure.kind, failure.message)

@@ -1,0 +1,118 @@
+"""One engine, round by round: who it is when that is not known, then its load."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from dp_extproc.config.schema import LoadSource
+from dp_extproc.fleet.agreement import configured_facts, disagreement, without_foreign_ranks
+from dp_extproc.fleet.endpoint import EngineFacts, LoadPage, Role
+from dp_extproc.fleet.engine_client import EngineClient, ScrapeError
+from dp_extproc.fleet.observer import FailureKind, FleetObserver, ScrapeFailure
+
+FACTS_EVERY: Final = 60.0
+"""Seconds after which an engine is asked anew who it is, and its name looked up."""
+PROMPT_TOKENS_EVERY: Final = 10.0
+"""Seconds between looks at the count of prompt tokens, which stands on /metrics only."""
+
+_GONE: Final = frozenset({FailureKind.REFUSED, FailureKind.UNRESOLVABLE})
+_AWAY: Final = _GONE | {FailureKind.TIMEOUT}
+"""After these it may come back as another: restarted with other arguments, or upgraded."""
+
+_NOW: Final = -math.inf
+"""A time that has come, whatever the clock says."""
+
+
+class EngineWatch:
+    """What is known of one engine. Each round tells the observer what it found."""
+
+    def __init__(
+        self, engine: EngineClient, source: LoadSource, observer: FleetObserver, clock: Callable[[], float]
+    ) -> None:
+        self._engine = engine
+        self._endpoint = engine.endpoint
+        self._configured_source = source
+        self._source = _preferred(source)
+        self._observer = observer
+        self._clock = clock
+        self._facts: EngineFacts | None = None
+        self._facts_failure: ScrapeFailure | None = None
+        self._facts_due = _NOW
+        self._prompt_tokens_due = _NOW
+
+    async def round(self) -> ScrapeFailure | None:
+        """Ask the engine once. Returns what is wrong with it, if anything; the observer has been told."""
+        if self._clock() >= self._facts_due:
+            self._facts_failure = await self._discover()
+        failure = self._facts_failure
+        if self._facts is not None and (failure is None or failure.kind not in _GONE):
+            failure = await self._sample(self._facts)
+            if failure is not None and failure.kind in _AWAY:
+                self._facts_due = _NOW
+            # A /server_info that fails on its own does not hinder; it is asked again when it is due.
+            failure = failure or self._facts_failure
+        else:
+            self._facts_due = _NOW
+        if failure is not None:
+            self._observer.failed(self._endpoint, failure, self._clock())
+        return failure
+
+    async def _discover(self) -> ScrapeFailure | None:
+        was_away, self._facts_due = self._facts_due == _NOW, self._clock() + FACTS_EVERY
+        failure = None
+        try:
+            await self._engine.resolve()
+            facts = await self._engine.facts()
+        except ScrapeError as error:
+            failure = error.failure
+            configured = configured_facts(self._endpoint)
+            if failure.kind in _AWAY or self._facts is not None or configured is None:
+                return failure
+            facts = configured
+        if was_away or facts != self._facts:
+            self._source = _preferred(self._configured_source)
+            self._prompt_tokens_due = _NOW
+        self._facts = facts
+        self._observer.discovered(self._endpoint, self._engine.address, facts, self._clock())
+        return failure
+
+    async def _sample(self, facts: EngineFacts) -> ScrapeFailure | None:
+        started = self._clock()
+        try:
+            page = await self._load_page()
+            if self._source is LoadSource.LOADS:
+                page = await self._with_prompt_tokens(page, facts)
+        except ScrapeError as error:
+            return error.failure
+        self._observer.sampled(self._endpoint, without_foreign_ranks(page, facts), started, self._clock())
+        return disagreement(self._endpoint, facts, page)
+
+    async def _load_page(self) -> LoadPage:
+        try:
+            return await (self._engine.metrics() if self._source is LoadSource.METRICS else self._engine.loads())
+        except ScrapeError as error:
+            if self._configured_source is not LoadSource.AUTO or not error.is_absent:
+                raise
+            missing, self._source = self._source, LoadSource.LOADS
+            if missing is LoadSource.METRICS:
+                raise  # it has changed; the next round looks afresh
+        page = await self._engine.metrics()
+        self._source = LoadSource.METRICS
+        return page
+
+    async def _with_prompt_tokens(self, page: LoadPage, facts: EngineFacts) -> LoadPage:
+        """Add the count of prompt tokens now and then; it only refines estimates, so an engine may do without."""
+        if self._endpoint.role is Role.DECODE or facts.metrics_enabled is False:
+            return page
+        if self._clock() < self._prompt_tokens_due:
+            return page
+        self._prompt_tokens_due = self._clock() + PROMPT_TOKENS_EVERY
+        try:
+            return replace(page, prompt_tokens=(await self._engine.metrics()).prompt_tokens)
+        except ScrapeError:
+            return page
+
+
+def _preferred(source: LoadSource) -> LoadSource:
+    return LoadSource.METRICS if source is LoadSource.METRICS else LoadSource.LOADS
