@@ -1,4 +1,4 @@
-"""Whether configuration, /server_info and the load page tell the same number of DP ranks. Pure.
+"""Whether configuration, /server_info and the load page tell the same role and number of DP ranks. Pure.
 
 A rank that a server does not have must never be sent: before 0.5.10 it ends the whole server.
 """
@@ -40,6 +40,11 @@ def without_foreign_ranks(page: LoadPage, facts: EngineFacts) -> LoadPage:
 
 def disagreement(endpoint: Endpoint, facts: EngineFacts, page: LoadPage | None = None) -> ScrapeFailure | None:
     """Tell how the sources differ, if they do. /server_info wins."""
+    if (mode := MODE_OF[endpoint.role]) is not facts.mode:
+        remedy = f"start it with --disaggregation-mode {mode}, or move it in the configuration"
+        return _disagreement(
+            f"its disaggregation_mode is {facts.mode}, but it is configured as {endpoint.role}; {remedy}"
+        )
     told = f"the engine has {facts.dp_ranks} DP rank(s) by /server_info"
     if endpoint.dp_size not in {None, facts.dp_ranks}:
         return _disagreement(f"{told}, but dp_size is {endpoint.dp_size} in the configuration; remove or correct it")

@@ -25,7 +25,7 @@ class FailureKind(StrEnum):
     WRONG_SHAPE = "wrong_shape"
     """Well-formed, but not the page that SGLang prints."""
     DISAGREEMENT = "disagreement"
-    """Two sources tell different numbers of DP ranks."""
+    """Configuration, /server_info and load page tell different roles or numbers of DP ranks."""
 
 
 @dataclass(frozen=True, slots=True)
