@@ -102,7 +102,7 @@ class EnvoySettings(_Section):
     inference: SocketAddress = _address("127.0.0.1:8080")
     admin: SocketAddress = _address("127.0.0.1:9901")
     max_body_bytes: Bytes = 64 << 20
-    body_mode: BodyMode = BodyMode.BUFFERED
+    body_mode: BodyMode = Field(default=BodyMode.BUFFERED, strict=False)
     service: str | None = None
     """``host:port`` under which Envoy finds the service; by default ``listen.grpc``."""
 

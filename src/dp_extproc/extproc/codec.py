@@ -7,6 +7,7 @@ from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import Proces
 from envoy.service.ext_proc.v3.external_processor_pb2 import (
     CommonResponse,
     HeaderMutation,
+    HttpHeaders,
     ProcessingRequest,
     ProcessingResponse,
 )
@@ -28,6 +29,7 @@ from dp_extproc.extproc.events import (
     StreamedChunk,
 )
 from dp_extproc.extproc.names import METADATA_NAMESPACE
+from dp_extproc.placement.decision import Metadata
 
 _BODY_MODES: Final = {
     ProcessingMode.NONE: BodyMode.NONE,
@@ -107,8 +109,18 @@ def _write_mutation(reply: Mutate) -> bytes:
     if reply.remove_headers:
         mutation.remove_headers.extend(reply.remove_headers)
     if reply.metadata is not None:
-        response.dynamic_metadata.update({METADATA_NAMESPACE: reply.metadata})
+        _write_metadata(reply.metadata, response)
     return bytes(response.SerializeToString())
+
+
+def _write_metadata(metadata: Metadata, response: ProcessingResponse) -> None:
+    # Struct.update() does the same in five times the time.
+    fields = response.dynamic_metadata.fields[METADATA_NAMESPACE].struct_value.fields
+    for name, value in metadata.items():
+        if isinstance(value, str):
+            fields[name].string_value = value
+        else:
+            fields[name].number_value = value
 
 
 def _write_immediate(reply: Immediate, response: ProcessingResponse) -> None:
@@ -121,10 +133,10 @@ def _write_immediate(reply: Immediate, response: ProcessingResponse) -> None:
         option.header.key = name
         option.header.raw_value = value.encode()
     if reply.metadata is not None:
-        response.dynamic_metadata.update({METADATA_NAMESPACE: reply.metadata})
+        _write_metadata(reply.metadata, response)
 
 
-def _headers(message: ProcessingRequest.request_headers) -> dict[str, str]:
+def _headers(message: HttpHeaders) -> dict[str, str]:
     # Envoy fills raw_value; older ones filled value.
     return {
         header.key: header.raw_value.decode("latin-1") if header.raw_value else header.value
@@ -132,7 +144,7 @@ def _headers(message: ProcessingRequest.request_headers) -> dict[str, str]:
     }
 
 
-def _status(message: ProcessingRequest.response_headers) -> int:
+def _status(message: HttpHeaders) -> int:
     for header in message.headers.headers:
         if header.key == ":status":
             text = header.raw_value or header.value

@@ -1,7 +1,7 @@
 """What Envoy tells and what it is told, free of protobuf. Shapes follow ``external_processor.proto``."""
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 
 from dp_extproc.placement.decision import Metadata
 
@@ -61,7 +61,7 @@ class ResponseTrailers:
 Event = RequestHeaders | RequestBody | RequestTrailers | ResponseHeaders | ResponseBody | ResponseTrailers
 
 
-class Phase(Enum):
+class Phase(StrEnum):
     """Which kind of message an answer belongs to; the protocol wants the same kind back."""
 
     REQUEST_HEADERS = "request_headers"

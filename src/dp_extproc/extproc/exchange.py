@@ -11,7 +11,7 @@ Rules that live here and nowhere else:
 """
 
 from collections.abc import Iterator
-from enum import Enum, auto
+from enum import IntEnum, auto
 from typing import Any, ClassVar, Final, Protocol
 
 from dp_extproc.extproc import names
@@ -63,7 +63,7 @@ class Decider(Protocol):
         ...
 
 
-class _State(Enum):
+class _State(IntEnum):
     START = auto()
     BODY = auto()
     """The request's headers are in, its body is awaited."""
@@ -138,6 +138,16 @@ class Exchange:
         """Whether a request is held until the rest of its body has come."""
         return self._state is _State.BODY
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether the request was let through, answered or refused."""
+        return self._state is _State.SENT or self._state is _State.RESPONDING or self._state is _State.OVER
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether the request was let through to an engine."""
+        return self._state is _State.SENT or self._state is _State.RESPONDING
+
     def expire(self) -> _Replies:
         """Give up waiting for the rest of a body that is being held."""
         if self._state is not _State.BODY:
@@ -164,7 +174,7 @@ class Exchange:
             return self._refuse(refusal)
         if event.end_of_stream:
             return self._refuse(Rejection(400, Reason.EMPTY_BODY, "the request has no body; send a JSON object"))
-        if self._mode not in {BodyMode.LOCKSTEP, BodyMode.DUPLEX}:
+        if self._mode is BodyMode.NONE or self._mode is BodyMode.UNSUPPORTED:
             message = "the ext_proc filter must send request bodies BUFFERED or FULL_DUPLEX_STREAMED"
             return self._refuse(Rejection(500, Reason.UNSUPPORTED_BODY_MODE, message))
         self._api = asked

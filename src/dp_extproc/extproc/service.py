@@ -89,7 +89,7 @@ class ExtProcService:
                 self._legs.pop(attempt.leg, None)
 
     async def _answer(self, exchange: Exchange, event: Event, context: grpc.aio.ServicerContext) -> None:
-        undecided = exchange.status is None and exchange.attempt is None
+        undecided = not exchange.is_decided
         began = self._clock()
         try:
             replies = exchange.receive(event)
@@ -102,7 +102,7 @@ class ExtProcService:
         if isinstance(event, ResponseHeaders):
             if exchange.attempt is not None:
                 exchange.attempt.first_byte(event.status, began)
-        elif undecided and replies and (exchange.attempt is not None or exchange.status is not None):
+        elif undecided and exchange.is_decided:
             self._observer.decided(exchange, self._clock() - began)
         for reply in replies:
             await context.write(write_reply(reply))

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.fleet.recipe import capabilities
-from dp_extproc.placement.load import Freshness, HostLoad
+from dp_extproc.placement.load import HostLoad
 from dp_extproc.placement.ratio import TokenRatio
 
 
@@ -53,13 +53,10 @@ class FleetLoad:
 
         A host that is known less well is not preferred to one that is known to be loaded, but a lone one is used.
         """
-        tiers: dict[Freshness, list[HostLoad]] = {}
-        for host in self._by_role.get((pool, role), ()):
-            tiers.setdefault(host.freshness(now, self.stale_after), []).append(host)
-        for freshness in Freshness:
-            if freshness in tiers:
-                return tiers[freshness]
-        return []
+        hosts = self._by_role.get((pool, role), ())
+        states = [host.freshness(now, self.stale_after) for host in hosts]
+        best = min(states, default=None)
+        return [host for host, state in zip(hosts, states, strict=True) if state is best]
 
     def discovered_in(self, pool: str) -> list[HostLoad]:
         """Give every host of a pool that has told its facts, in the order of the configuration."""

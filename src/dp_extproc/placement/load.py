@@ -7,14 +7,15 @@ engine had not counted when it was taken, and counts nothing twice.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import IntEnum
 
-from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, RankSample
+from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, RankSample, Role
 from dp_extproc.fleet.recipe import Capabilities
 
 
-class Freshness(Enum):
+class Freshness(IntEnum):
     """How far an endpoint's load can be trusted; lower is better."""
 
     FRESH = 0
@@ -44,7 +45,18 @@ class Reservation:
 class RankLoad:
     """One DP rank of one server."""
 
-    __slots__ = ("_open", "_settled", "index", "others", "own_requests", "own_tokens", "picks", "sample", "sampled_at")
+    __slots__ = (
+        "_open",
+        "_settled",
+        "index",
+        "others",
+        "own_requests",
+        "own_tokens",
+        "picks",
+        "sample",
+        "sampled_at",
+        "tokens",
+    )
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -53,22 +65,21 @@ class RankLoad:
         self.own_requests = 0.0
         self.others = 0.0
         """Tokens that the last sample showed beyond our own."""
+        self.tokens = 0.0
+        """The estimate that policies compare: ``others + own_tokens``. Kept up to date, as it is read far more often
+        than it changes."""
         self.sample: RankSample | None = None
         self.sampled_at = -math.inf
         """When the engine took the sample, in our clock; never later than it really was."""
         self._open: set[Reservation] = set()
         self._settled: list[Reservation] = []
 
-    @property
-    def tokens(self) -> float:
-        """The estimate that policies compare."""
-        return self.others + self.own_tokens
-
     def reserve(self, tokens: float, now: float, requests: float = 1.0) -> Reservation:
         reservation = Reservation(self, tokens, requests, now)
         self._open.add(reservation)
         self.own_tokens += tokens
         self.own_requests += requests
+        self.tokens += tokens
         return reservation
 
     def settle(self, reservation: Reservation) -> None:
@@ -78,6 +89,7 @@ class RankLoad:
         # With nothing open the books are exactly zero, whatever floating point made of the sums.
         self.own_tokens = self.own_tokens - reservation.tokens if self._open else 0.0
         self.own_requests = self.own_requests - reservation.requests if self._open else 0.0
+        self.tokens = self.others + self.own_tokens
 
     def absorb(self, sample: RankSample, sampled_at: float) -> None:
         """Take in what the engine told of a moment."""
@@ -89,16 +101,26 @@ class RankLoad:
         )
         told = sample.used_tokens if sample.total_tokens is None else sample.total_tokens
         self.others = max(0.0, told - counted)
+        self.tokens = self.others + self.own_tokens
         self.sample = sample
         self.sampled_at = sampled_at
         # A later sample is of a later moment: what was over by now cannot be in it.
         self._settled = [reservation for reservation in self._settled if reservation.until > sampled_at]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """A host, and those of its ranks that a request may go to."""
+
+    host: "HostLoad"
+    ranks: Sequence[RankLoad]
+    """At least one."""
+
+
 class HostLoad:
     """One endpoint: its ranks and how well it is known."""
 
-    __slots__ = ("_demoted", "address", "capabilities", "endpoint", "facts", "ranks", "sampled")
+    __slots__ = ("_demoted", "address", "candidate", "capabilities", "endpoint", "facts", "ranks", "sampled")
 
     def __init__(self, endpoint: Endpoint, address: str, facts: EngineFacts, capabilities: Capabilities) -> None:
         self.endpoint = endpoint
@@ -107,6 +129,9 @@ class HostLoad:
         self.facts = facts
         self.capabilities = capabilities
         self.ranks = tuple(RankLoad(index) for index in range(facts.dp_ranks))
+        usable = capabilities.prefill_ranks(facts.dp_ranks) if endpoint.role is Role.PREFILL else range(facts.dp_ranks)
+        self.candidate = Candidate(self, [self.ranks[index] for index in usable])
+        """The host with every rank that can serve."""
         self.sampled = -math.inf
         """When the last good load page was asked for."""
         self._demoted = False

@@ -7,8 +7,8 @@ from random import Random
 from dp_extproc.config.schema import PolicySettings, RankPolicy
 from dp_extproc.fleet.endpoint import Role
 from dp_extproc.fleet.recipe import RankControl
-from dp_extproc.placement.load import HostLoad, RankLoad
-from dp_extproc.placement.policy import Candidate, Turn, pick
+from dp_extproc.placement.load import Candidate, HostLoad
+from dp_extproc.placement.policy import Turn, pick
 from dp_extproc.placement.room import agree, draw_room
 
 
@@ -65,7 +65,7 @@ class Picker:
             hosts: At least one, equally eligible.
             pin: A rank that the client asked for; passed over when no host has it.
         """
-        chosen, rank = self._pick(Role.WORKER, [Candidate(host, host.ranks) for host in hosts], pin)
+        chosen, rank = self._pick(Role.WORKER, [host.candidate for host in hosts], pin)
         return Side(chosen.host, rank, routed=rank is not None, by_room=False)
 
     def pair(self, prefills: Sequence[HostLoad], decodes: Sequence[HostLoad], pins: Pins) -> Pair:
@@ -80,11 +80,7 @@ class Picker:
         return Pair(prefill, self._decode(decodes, prefill.residue, pins.decode))
 
     def _prefill(self, hosts: Sequence[HostLoad], pin: int | None) -> Side:
-        candidates = [
-            Candidate(host, [host.ranks[index] for index in host.capabilities.prefill_ranks(len(host.ranks))])
-            for host in hosts
-        ]
-        chosen, rank = self._pick(Role.PREFILL, candidates, pin)
+        chosen, rank = self._pick(Role.PREFILL, [host.candidate for host in hosts], pin)
         host = chosen.host
         if rank is None and host.facts.follows_rooms:
             return Side(host, self._rng.choice(chosen.ranks).index, routed=False, by_room=True)
@@ -93,8 +89,7 @@ class Picker:
         return Side(host, rank, routed=known and host.capabilities.carries_routed_rank, by_room=known)
 
     def _decode(self, hosts: Sequence[HostLoad], prefill: tuple[int, int] | None, pin: int | None) -> Side:
-        candidates = [Candidate(host, _reachable(host, prefill)) for host in hosts]
-        chosen, rank = self._pick(Role.DECODE, candidates, pin)
+        chosen, rank = self._pick(Role.DECODE, [_reachable(host, prefill) for host in hosts], pin)
         control = chosen.host.capabilities.decode_control
         if control is RankControl.BY_FIELD:
             return Side(chosen.host, rank, routed=rank is not None, by_room=False)
@@ -115,8 +110,9 @@ class Picker:
         return pick(candidates, self._policy.host, self._policy.dp_rank, self._rng, self._turns[role])
 
 
-def _reachable(host: HostLoad, prefill: tuple[int, int] | None) -> Sequence[RankLoad]:
-    """Give the ranks of a decode server that one room can lead to together with the prefill rank."""
+def _reachable(host: HostLoad, prefill: tuple[int, int] | None) -> Candidate:
+    """Give a decode server with the ranks that one room can lead to together with the prefill rank."""
     if prefill is None or host.capabilities.decode_control is not RankControl.BY_ROOM:
-        return host.ranks
-    return [rank for rank in host.ranks if agree(prefill, (rank.index, len(host.ranks)))]
+        return host.candidate
+    ranks = len(host.ranks)
+    return Candidate(host, [rank for rank in host.ranks if agree(prefill, (rank.index, ranks))])

@@ -1,23 +1,14 @@
 """Which host and which rank get a request. Each policy is a few lines over the same estimate."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from operator import attrgetter
 from random import Random
-from typing import Final, TypeVar
+from typing import Final
 
 from dp_extproc.config.schema import HostPolicy, RankPolicy
-from dp_extproc.placement.load import HostLoad, RankLoad
+from dp_extproc.placement.load import Candidate
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A host, and those of its ranks that the request may go to."""
-
-    host: HostLoad
-    ranks: Sequence[RankLoad]
-    """At least one."""
+_tokens: Final = attrgetter("tokens")
 
 
 class Turn:
@@ -52,12 +43,21 @@ def pick(
     chosen = candidates[0] if len(candidates) == 1 else _HOST_POLICIES[host](candidates, rng, turn)
     if rank is RankPolicy.NONE:
         return chosen, None
-    return chosen, _least(chosen.ranks, _rank_tokens, rng).index
+    ranks = chosen.ranks
+    return chosen, ranks[_least(list(map(_tokens, ranks)), rng)].index
+
+
+def _least(loads: Sequence[float], rng: Random) -> int:
+    """Give the index of the least load, ties at random."""
+    least = min(loads)
+    if loads.count(least) == 1:
+        return loads.index(least)
+    return rng.choice([index for index, load in enumerate(loads) if load == least])
 
 
 def _least_tokens(candidates: Sequence[Candidate], rng: Random, _turn: Turn) -> Candidate:
     """Take the host of the least loaded rank of all: the flat minimum over every rank of every host."""
-    return _least(candidates, _least_rank_tokens, rng)
+    return candidates[_least([min(map(_tokens, candidate.ranks)) for candidate in candidates], rng)]
 
 
 def _round_robin(candidates: Sequence[Candidate], _rng: Random, turn: Turn) -> Candidate:
@@ -70,26 +70,8 @@ def _random(candidates: Sequence[Candidate], rng: Random, _turn: Turn) -> Candid
 
 def _power_of_two(candidates: Sequence[Candidate], rng: Random, _turn: Turn) -> Candidate:
     """Take the less loaded of two hosts drawn at random."""
-    return _least(rng.sample(candidates, 2), _mean_tokens, rng)
-
-
-def _least_rank_tokens(candidate: Candidate) -> float:
-    return min(map(_rank_tokens, candidate.ranks))
-
-
-def _mean_tokens(candidate: Candidate) -> float:
-    return candidate.host.tokens / len(candidate.host.ranks)
-
-
-def _rank_tokens(rank: RankLoad) -> float:
-    return rank.tokens
-
-
-def _least(items: Sequence[T], load: Callable[[T], float], rng: Random) -> T:
-    loads = [load(item) for item in items]
-    least = min(loads)
-    ties = [item for item, tokens in zip(items, loads, strict=True) if tokens == least]
-    return ties[0] if len(ties) == 1 else rng.choice(ties)
+    two = rng.sample(candidates, 2)
+    return two[_least([candidate.host.tokens / len(candidate.host.ranks) for candidate in two], rng)]
 
 
 _HOST_POLICIES: Final = {

@@ -1,15 +1,16 @@
 """What a request body asks for, read once; or why it is refused."""
 
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from dp_extproc.request.members import JsonObject
 from dp_extproc.request.path import Api
-from dp_extproc.request.prompt import Prompt, PromptError, read_prompt
+from dp_extproc.request.prompt import Prompt, PromptError, measure
 from dp_extproc.request.rejection import Reason, Rejection
+from dp_extproc.request.shapes import SHAPES, Body, Chat, Generate, Responses
 
 MAX_BATCH: Final = 4096
 """Prompts in one request. The prefill leg's prefix travels in a header of Envoy and holds a request id per prompt."""
@@ -37,28 +38,11 @@ class InferenceRequest:
     prefill_rank_pin: int | None
 
 
-class _WrongTypeError(ValueError):
-    def __init__(self, param: str, wanted: str) -> None:
-        super().__init__(f"{param} must be {wanted}")
-        self.param = param
-
-
-class _Sampling(msgspec.Struct):
-    n: int | None = None
-    max_new_tokens: int | None = None
-
-
-_string: Final = msgspec.json.Decoder(str | None)
-_boolean: Final = msgspec.json.Decoder(bool | None)
 _integer: Final[msgspec.json.Decoder[int | None]] = msgspec.json.Decoder(int | None)
-_sampling: Final = msgspec.json.Decoder(_Sampling | list[_Sampling] | None)
+_decoders: Final = {api: [msgspec.json.Decoder(shape) for shape in shapes] for api, shapes in SHAPES.items()}
 
-_MAX_TOKENS_KEYS: Final = {
-    Api.COMPLETIONS: ("max_tokens",),
-    Api.CHAT: ("max_completion_tokens", "max_tokens"),
-    Api.RESPONSES: ("max_output_tokens",),
-    Api.MESSAGES: ("max_tokens",),
-}
+_AT: Final = re.compile(r" - at `\$\.?(?P<param>\w*)[^`]*`$")
+"""How msgspec ends a message to say where the wrong type is."""
 
 
 def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
@@ -68,43 +52,35 @@ def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
         api: What the path asked for; tells where the prompt and its limits stand.
         text: The whole body.
     """
-    if not text or text.isspace():
-        return Rejection(400, Reason.EMPTY_BODY, "the request body is empty; send a JSON object")
+    body = _read_object(text)
+    if isinstance(body, Rejection):
+        return body
     try:
-        body = JsonObject(text)
-    except msgspec.ValidationError:
-        return Rejection(400, Reason.NOT_AN_OBJECT, "the request body must be a JSON object")
-    except msgspec.DecodeError as error:
+        fields = _decode(api, text)
+        prompt = measure(fields)
+    except msgspec.ValidationError as error:
+        return _wrong_type(str(error))
+    except msgspec.DecodeError as error:  # in a value that was skipped before
         return Rejection(400, Reason.INVALID_JSON, f"the request body is not valid JSON: {error}")
-    except UnicodeDecodeError as error:
-        return Rejection(400, Reason.INVALID_JSON, f"the request body is not valid UTF-8 (byte {error.start})")
     except RecursionError:
-        return Rejection(400, Reason.INVALID_JSON, "the request body is nested too deeply")
-    values = body.values
-    try:
-        samples, max_tokens = _read_limits(api, values)
-        prompt = read_prompt(api, values)
-        model = _read(values, "model", _string, "a string")
-        stream = _read(values, "stream", _boolean, "true or false")
-    except _WrongTypeError as error:
-        return Rejection(400, Reason.WRONG_TYPE, str(error), param=error.param)
+        return _TOO_DEEP
     except PromptError as error:
         reason = Reason.MISSING_FIELD if error.missing else Reason.WRONG_TYPE
         return Rejection(400, reason, str(error), param=error.param)
-    except RecursionError:
-        return Rejection(400, Reason.INVALID_JSON, "the request body is nested too deeply")
     if prompt.batch is not None and prompt.batch > MAX_BATCH:
         message = f"a batch of {prompt.batch} prompts is too large; send at most {MAX_BATCH} in one request"
         return Rejection(400, Reason.UNSUPPORTED_VALUE, message)
+    samples, max_tokens = _limits(fields)
+    values = body.values
     return InferenceRequest(
         api=api,
         body=body,
-        model=model,
-        stream=bool(stream),
+        model=fields.model,
+        stream=bool(fields.stream),
         prompt=prompt,
         max_tokens=max_tokens,
         samples=samples,
-        routed_rank_pin=_pin(values, ROUTED_RANK) if ROUTED_RANK in values else _pin(values, OLD_RANK),
+        routed_rank_pin=_pin(values, ROUTED_RANK if ROUTED_RANK in values else OLD_RANK),
         prefill_rank_pin=_pin(values, PREFILL_RANK),
     )
 
@@ -113,9 +89,7 @@ def refuse_disaggregated(request: InferenceRequest) -> Rejection | None:
     """Refuse what SGLang cannot do when prefill and decode are different servers, with the way around it."""
     if request.samples > 1:
         # Every version clones one bootstrap room for all samples (tokenizer_manager.py): hangs or wrong answers.
-        message = (
-            f"n={request.samples} does not work with prefill/decode disaggregation; send {request.samples} requests"
-        )
+        message = f"n={request.samples} does not work with prefill/decode disaggregation; send separate requests"
         return Rejection(400, Reason.UNSUPPORTED_VALUE, message, param="n")
     if request.api is Api.RESPONSES:
         values = request.body.values
@@ -129,35 +103,56 @@ def refuse_disaggregated(request: InferenceRequest) -> Rejection | None:
     return None
 
 
-def _read(values: dict[str, msgspec.Raw], param: str, decoder: msgspec.json.Decoder[Any], wanted: str) -> Any:
-    raw = values.get(param)
-    if raw is None:
-        return None
+_TOO_DEEP: Final = Rejection(400, Reason.INVALID_JSON, "the request body is nested too deeply")
+
+
+def _read_object(text: bytes) -> JsonObject | Rejection:
+    if not text or text.isspace():
+        return Rejection(400, Reason.EMPTY_BODY, "the request body is empty; send a JSON object")
     try:
-        return decoder.decode(raw)
-    except msgspec.DecodeError:
-        raise _WrongTypeError(param, wanted) from None
+        return JsonObject(text)
+    except msgspec.ValidationError:
+        return Rejection(400, Reason.NOT_AN_OBJECT, "the request body must be a JSON object")
+    except msgspec.DecodeError as error:
+        return Rejection(400, Reason.INVALID_JSON, f"the request body is not valid JSON: {error}")
+    except UnicodeDecodeError as error:
+        return Rejection(400, Reason.INVALID_JSON, f"the request body is not valid UTF-8 (byte {error.start})")
+    except RecursionError:
+        return _TOO_DEEP
 
 
-def _read_limits(api: Api, values: dict[str, msgspec.Raw]) -> tuple[int, int | None]:
+def _decode(api: Api, text: bytes) -> Body:
+    """Read the fields, by the first shape that fits; the last one's objections are reported."""
+    first, *others = _decoders[api]
+    try:
+        return first.decode(text)
+    except msgspec.ValidationError:
+        for decoder in others:
+            return decoder.decode(text)
+        raise
+
+
+def _wrong_type(objection: str) -> Rejection:
+    found = _AT.search(objection)
+    param = found["param"] if found else ""
+    wanted = _AT.sub("", objection)
+    message = f"{param} has a wrong type: {wanted[:1].lower()}{wanted[1:]}"
+    return Rejection(400, Reason.WRONG_TYPE, message, param=param or None)
+
+
+def _limits(fields: Body) -> tuple[int, int | None]:
     """Read the number of samples and the limit of output tokens."""
-    if api is Api.GENERATE:
-        wanted = "an object (or a list of them) with integers n and max_new_tokens"
-        sampling = list(_flat(_read(values, "sampling_params", _sampling, wanted)))
-        limits = [one.max_new_tokens for one in sampling if one.max_new_tokens is not None]
-        return max((one.n or 1 for one in sampling), default=1), max(limits, default=None)
-    samples = _read(values, "n", _integer, "an integer") or 1
-    for param in _MAX_TOKENS_KEYS[api]:
-        if (limit := _read(values, param, _integer, "an integer")) is not None:
-            return samples, limit
-    return samples, None
-
-
-def _flat(sampling: _Sampling | list[_Sampling] | None) -> Iterator[_Sampling]:
-    if isinstance(sampling, list):
-        yield from sampling
-    elif sampling is not None:
-        yield sampling
+    if isinstance(fields, Generate):
+        sampling = fields.sampling_params or []
+        several = sampling if isinstance(sampling, list) else [sampling]
+        limits = [one.max_new_tokens for one in several if one.max_new_tokens is not None]
+        return max((one.n or 1 for one in several), default=1), max(limits, default=None)
+    limit = fields.max_tokens
+    if isinstance(fields, Chat) and fields.max_completion_tokens is not None:
+        limit = fields.max_completion_tokens
+    elif isinstance(fields, Responses):
+        limit = fields.max_output_tokens
+    return fields.n or 1, limit
 
 
 def _pin(values: dict[str, msgspec.Raw], param: str) -> int | None:

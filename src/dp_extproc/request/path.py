@@ -5,13 +5,13 @@ without a bootstrap room (assertion in SGLang's ``data_parallel_controller.py``)
 builds its own request object drops the room.
 """
 
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Final
 
 from dp_extproc.request.rejection import Reason, Rejection
 
 
-class Api(Enum):
+class Api(StrEnum):
     """The request formats that carry routing fields."""
 
     GENERATE = "/generate"

@@ -1,0 +1,215 @@
+"""The load cache counts own and foreign load once each."""
+
+import pytest
+
+from dp_extproc.fleet.endpoint import LoadPage, RankSample, Role
+from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
+from dp_extproc.placement.load import Freshness
+from placement.fleet_fixtures import Fleet, make_facts
+
+PREFILL, DECODE = make_facts(Role.PREFILL), make_facts(Role.DECODE)
+
+
+@pytest.fixture
+def fleet() -> Fleet:
+    return Fleet(prefills=[PREFILL], decodes=[DECODE])
+
+
+def test_a_reservation_counts_at_once(fleet: Fleet) -> None:
+    """What was just sent counts before any scrape has seen it."""
+    host = fleet.host(Role.PREFILL)
+    host.reserve(2, 500, fleet.clock())
+
+    assert [rank.tokens for rank in host.ranks] == [0, 0, 500, 0]
+
+
+def test_load_of_others_adds_to_our_own(fleet: Fleet) -> None:
+    """What a sample shows beyond our books is the load of others, on top of ours."""
+    host = fleet.host(Role.PREFILL)
+    fleet.clock.now += 1
+    host.reserve(0, 500, fleet.clock())
+    fleet.clock.now += 1
+    fleet.sample(host.endpoint, [700, 0, 0, 90])
+
+    assert [rank.tokens for rank in host.ranks] == [700, 0, 0, 90]
+    assert [rank.others for rank in host.ranks] == [200, 0, 0, 90]
+
+
+def test_a_sample_taken_before_a_pick_does_not_erase_it(fleet: Fleet) -> None:
+    """A page that was sampled before a request was sent says nothing of it, even if it arrives later."""
+    host = fleet.host(Role.PREFILL)
+    fleet.clock.now += 1
+    host.reserve(0, 500, fleet.clock())
+    fleet.clock.now += 1
+    fleet.sample(host.endpoint, [300, 0, 0, 0], age=1.5)
+
+    assert host.ranks[0].tokens == 800
+
+
+def test_a_request_that_ended_after_the_sample_is_not_taken_for_load_of_others(fleet: Fleet) -> None:
+    """A sample that still counts a request of ours that is over by now leaves nothing behind."""
+    host = fleet.host(Role.PREFILL)
+    fleet.clock.now += 1
+    (reservation,) = host.reserve(0, 500, fleet.clock())
+    fleet.clock.now += 2
+    reservation.release(fleet.clock())
+    fleet.sample(host.endpoint, [500, 0, 0, 0], age=1.0)
+
+    assert host.ranks[0].tokens == 0
+
+
+def test_a_request_that_ended_before_the_sample_explains_nothing_in_it(fleet: Fleet) -> None:
+    """Load that shows after ours was over is the load of others."""
+    host = fleet.host(Role.PREFILL)
+    (reservation,) = host.reserve(0, 500, fleet.clock())
+    fleet.clock.now += 1
+    reservation.release(fleet.clock())
+    fleet.clock.now += 1
+    fleet.sample(host.endpoint, [400, 0, 0, 0])
+
+    assert host.ranks[0].tokens == 400
+
+
+def test_a_gauge_that_shows_less_than_our_books_erases_nothing(fleet: Fleet) -> None:
+    """num_used_tokens of a prefill server leaves out queued work; our own queued requests count all the same."""
+    host = fleet.host(Role.PREFILL)
+    host.reserve(1, 800, fleet.clock())
+    fleet.clock.now += 1
+    page = LoadPage((RankSample(1, used_tokens=100, age=0.0),))
+    fleet.load.sampled(host.endpoint, page, fleet.clock(), fleet.clock())
+
+    assert host.ranks[1].tokens == 800
+
+
+def test_a_reservation_is_released_once(fleet: Fleet) -> None:
+    """Every way out may release; the books move once, and are exactly zero with nothing in flight."""
+    host = fleet.host(Role.DECODE)
+    reservations = [host.reserve(3, 0.1 * n, fleet.clock())[0] for n in range(1, 20)]
+    for reservation in (*reservations, *reservations):
+        reservation.release(fleet.clock())
+
+    assert host.ranks[3].own_tokens == 0
+    assert host.ranks[3].own_requests == 0
+
+
+def test_a_rank_that_the_engine_picks_is_shared_by_all(fleet: Fleet) -> None:
+    """Nobody outside knows the rank, so each carries an even share, and none counts as picked."""
+    host = fleet.host(Role.DECODE)
+    reservations = host.reserve(None, 400, fleet.clock())
+
+    assert [rank.tokens for rank in host.ranks] == [100, 100, 100, 100]
+    assert [rank.picks for rank in host.ranks] == [0, 0, 0, 0]
+    for reservation in reservations:
+        reservation.release(fleet.clock())
+    assert host.tokens == 0
+
+
+class TestGaugesWithoutTimeStamps:
+    """Pages of /metrics do not tell when a value was taken."""
+
+    def test_an_unchanged_gauge_explains_no_newer_requests(self, fleet: Fleet) -> None:
+        """A frozen gauge stays a sample of the past: what was sent since is on top of it."""
+        host = fleet.host(Role.DECODE)
+        fleet.sample(host.endpoint, [600, 0, 0, 0], age=None)
+        fleet.clock.now += 1
+        fleet.sample(host.endpoint, [600, 0, 0, 1], age=None)
+        fleet.clock.now += 1
+        host.reserve(0, 500, fleet.clock())
+        fleet.clock.now += 1
+        fleet.sample(host.endpoint, [600, 0, 0, 1], age=None)
+        fleet.clock.now += 1
+        fleet.sample(host.endpoint, [600, 0, 0, 1], age=None)
+
+        assert host.ranks[0].tokens == 1100
+
+    def test_a_changed_gauge_is_younger_than_the_page_before(self, fleet: Fleet) -> None:
+        """A value that moved was taken after the page before was; what had been sent by then is in it."""
+        host = fleet.host(Role.DECODE)
+        fleet.sample(host.endpoint, [0, 0, 0, 0], age=None)
+        host.reserve(0, 500, fleet.clock())
+        fleet.clock.now += 1
+        fleet.sample(host.endpoint, [0, 0, 0, 0], age=None)
+        fleet.clock.now += 1
+        fleet.sample(host.endpoint, [600, 0, 0, 0], age=None)
+
+        assert host.ranks[0].others == 100
+
+
+class TestFreshness:
+    """Three states, each with its rule."""
+
+    def _two(self) -> Fleet:
+        return Fleet(prefills=[PREFILL, PREFILL], decodes=[DECODE], sampled=False)
+
+    def test_states(self) -> None:
+        """Unknown before the first sample, fresh after it, stale when it has grown old."""
+        fleet = self._two()
+        host = fleet.host(Role.PREFILL)
+        states = [host.freshness(fleet.clock(), 5.0)]
+        fleet.sample(host.endpoint, [0] * 4)
+        states.append(host.freshness(fleet.clock(), 5.0))
+        fleet.clock.now += 5.1
+        states.append(host.freshness(fleet.clock(), 5.0))
+
+        assert states == [Freshness.UNKNOWN, Freshness.FRESH, Freshness.STALE]
+
+    def test_a_fresh_host_is_preferred_however_loaded(self) -> None:
+        """A host that is known to be loaded gets the request, not one that nothing is known of."""
+        fleet = self._two()
+        fleet.sample(fleet.host(Role.PREFILL, 2).endpoint, [90_000] * 4)
+
+        assert fleet.load.eligible("*", Role.PREFILL, fleet.clock()) == [fleet.host(Role.PREFILL, 2)]
+
+    def test_a_stale_host_is_preferred_to_an_unknown_one(self) -> None:
+        """Old knowledge is better than none."""
+        fleet = self._two()
+        fleet.sample(fleet.host(Role.PREFILL, 2).endpoint, [0] * 4)
+        fleet.clock.now += 60
+
+        assert fleet.load.eligible("*", Role.PREFILL, fleet.clock()) == [fleet.host(Role.PREFILL, 2)]
+
+    @pytest.mark.parametrize("sampled", [True, False], ids=["stale", "unknown"])
+    def test_a_lone_host_is_used(self, sampled: bool) -> None:
+        """With nothing better there is, it gets the request."""
+        fleet = Fleet(prefills=[PREFILL], decodes=[DECODE], sampled=sampled)
+        fleet.clock.now += 60
+
+        assert fleet.load.eligible("*", Role.PREFILL, fleet.clock()) == [fleet.host(Role.PREFILL)]
+
+    def test_a_host_that_refuses_connections_is_stale_at_once(self) -> None:
+        """There is no need to wait for the sample of a dead server to grow old; one good page brings it back."""
+        fleet = Fleet(prefills=[PREFILL, PREFILL], decodes=[DECODE])
+        dead = fleet.host(Role.PREFILL, 1)
+        fleet.load.failed(dead.endpoint, ScrapeFailure(FailureKind.REFUSED, "refused"), fleet.clock())
+        without = fleet.load.eligible("*", Role.PREFILL, fleet.clock())
+        fleet.sample(dead.endpoint, [0] * 4)
+
+        assert without == [fleet.host(Role.PREFILL, 2)]
+        assert dead in fleet.load.eligible("*", Role.PREFILL, fleet.clock())
+
+    def test_a_single_failed_scrape_changes_nothing(self) -> None:
+        """A slow page is no reason to turn away: the last sample is still young."""
+        fleet = Fleet(prefills=[PREFILL, PREFILL], decodes=[DECODE])
+        slow = fleet.host(Role.PREFILL, 1)
+        fleet.load.failed(slow.endpoint, ScrapeFailure(FailureKind.TIMEOUT, "slow"), fleet.clock())
+
+        assert slow in fleet.load.eligible("*", Role.PREFILL, fleet.clock())
+
+
+def test_a_restarted_engine_starts_with_empty_books(fleet: Fleet) -> None:
+    """An engine that has become another one owes nothing; releases of its former life disturb nothing."""
+    before = fleet.host(Role.PREFILL)
+    (reservation,) = before.reserve(0, 500, fleet.clock())
+    fleet.load.discovered(before.endpoint, "10.0.0.1:31001", make_facts(Role.PREFILL, ranks=2), fleet.clock())
+    after = fleet.host(Role.PREFILL)
+    reservation.release(fleet.clock())
+
+    assert len(after.ranks) == 2
+    assert after.tokens == 0
+
+
+def test_ranks_that_the_server_does_not_have_are_left_out(fleet: Fleet) -> None:
+    """A load page cannot invent ranks."""
+    fleet.sample(fleet.host(Role.PREFILL).endpoint, [1, 2, 3, 4, 5, 6])
+
+    assert [rank.tokens for rank in fleet.host(Role.PREFILL).ranks] == [1, 2, 3, 4]
