@@ -12,9 +12,9 @@ from typing import Any, Final
 import msgspec
 
 _WHITESPACE: Final = rb"[ \t\n\r]*"
-_OPEN: Final = re.compile(_WHITESPACE + rb"\{")
-_KEY: Final = re.compile(_WHITESPACE + rb'"[^"\\]*(?:\\.[^"\\]*)*"' + _WHITESPACE + rb":" + _WHITESPACE)
-_DELIMITER: Final = re.compile(_WHITESPACE + rb"[,}]")
+_KEY: Final = _WHITESPACE + rb'"[^"\\]*(?:\\.[^"\\]*)*"' + _WHITESPACE + rb":" + _WHITESPACE
+_TO_VALUE: Final = re.compile(_WHITESPACE + rb"([{,}])(?:" + _KEY + rb")?")
+"""From the start, or from the end of a value, to the start of the next value or behind the object."""
 
 
 class _Key:
@@ -62,20 +62,18 @@ class JsonObject:
             as it was. They are views: a body of many megabytes is copied once, when it is put together.
         """
         text, view = self.text, memoryview(self.text)
-        opening = _OPEN.match(text)
-        assert opening is not None  # noqa: S101 - the text has been validated
-        position = opening.end()
+        match = _TO_VALUE.match(text)
+        assert match is not None  # noqa: S101 - the text has been validated
+        position = match.end(1)
         if self.values.keys().isdisjoint(unwanted):
             return [view[position:]]
         pieces: list[memoryview] = []
         run: int | None = None  # where the present run of wanted members began
         for key, raw in self._members.items():
             begin = position
-            match = _KEY.match(text, begin)
+            match = _TO_VALUE.match(text, match.end() + len(memoryview(raw)))
             assert match is not None  # noqa: S101 - as above
-            delimiter = _DELIMITER.match(text, match.end() + len(memoryview(raw)))
-            assert delimiter is not None  # noqa: S101 - as above
-            position = delimiter.end()
+            position = match.end(1)
             if key.name not in unwanted:
                 run = begin if run is None else run
             elif run is not None:
