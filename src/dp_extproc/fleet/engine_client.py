@@ -121,8 +121,9 @@ class EngineClient:
             raise
         except (TimeoutError, httpx.TimeoutException):
             raise ScrapeError(FailureKind.TIMEOUT, f"{path} was not answered within {seconds:g} s") from None
-        except httpx.ConnectError as error:
-            raise ScrapeError(FailureKind.REFUSED, f"no connection to {self.address}: {error or 'refused'}") from None
+        except httpx.ConnectError:
+            message = f"no connection to {self.address}; is the engine running, and can it be reached from here?"
+            raise ScrapeError(FailureKind.REFUSED, message) from None
         except Exception as error:  # noqa: BLE001 - no answer whatever may end the watch over the other engines
             detail = str(error) or type(error).__name__
             raise ScrapeError(FailureKind.UNREADABLE, f"{path} got no complete HTTP answer: {detail}") from None

@@ -41,6 +41,11 @@ class EngineWatch:
         self._facts_due = _NOW
         self._prompt_tokens_due = _NOW
 
+    @property
+    def source(self) -> LoadSource:
+        """Which page tells the load at present: ``LOADS`` or ``METRICS``."""
+        return self._source
+
     async def round(self) -> ScrapeFailure | None:
         """Ask the engine once. Returns what is wrong with it, if anything; the observer has been told."""
         if self._clock() >= self._facts_due:

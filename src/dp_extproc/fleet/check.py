@@ -1,0 +1,139 @@
+"""Contacts every engine once, as the scraper would, and gathers what is to be said about it."""
+
+import asyncio
+import ipaddress
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from time import monotonic
+from typing import Final
+
+import httpx
+
+from dp_extproc.config.schema import LoadSettings, LoadSource
+from dp_extproc.fleet.agreement import MODE_OF
+from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
+from dp_extproc.fleet.engine_client import EngineClient, make_client
+from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
+from dp_extproc.fleet.server_info import DEFAULT_BOOTSTRAP_PORT
+from dp_extproc.fleet.traps import Trap, traps
+from dp_extproc.fleet.watch import EngineWatch
+
+_CONNECT_SECONDS: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """What one engine answered."""
+
+    endpoint: Endpoint
+    facts: EngineFacts | None
+    source: LoadSource | None
+    """Which page told the load; None if none did."""
+    failure: ScrapeFailure | None
+    traps: tuple[Trap, ...]
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether requests can be placed on it by its load."""
+        if self.facts is None or any(trap.unusable for trap in self.traps):
+            return False
+        return self.failure is None or self.failure.kind is FailureKind.DISAGREEMENT
+
+    @property
+    def state(self) -> str:
+        """Sum it up in a word or two."""
+        if self.failure is not None:
+            return self.failure.kind.value
+        return "ok" if self.is_usable else "unusable"
+
+    @property
+    def bootstrap(self) -> tuple[str, int] | None:
+        """Where decode servers find this prefill server; None for others."""
+        if self.endpoint.role is not Role.PREFILL:
+            return None
+        told = self.facts.bootstrap_port if self.facts else None
+        host = self.endpoint.bootstrap_host or self.endpoint.host
+        return host, self.endpoint.bootstrap_port or told or DEFAULT_BOOTSTRAP_PORT
+
+
+async def check_engines(endpoints: Iterable[Endpoint], settings: LoadSettings) -> list[EngineReport]:
+    """Contact every endpoint, all at the same time; the reports are in the order of the endpoints."""
+    everyone = tuple(endpoints)
+    async with make_client() as client:
+        return await asyncio.gather(*(_check(each, everyone, settings, client) for each in everyone))
+
+
+class _Note:
+    """An observer of a single round."""
+
+    facts: EngineFacts | None = None
+    sampled_once = False
+
+    def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:  # noqa: ARG002 - the protocol's
+        self.facts = facts
+
+    def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:  # noqa: ARG002 - the protocol's
+        self.sampled_once = True
+
+    def failed(self, endpoint: Endpoint, failure: ScrapeFailure, now: float) -> None:
+        """Leave it: the round returns it, too."""
+
+
+async def _check(
+    endpoint: Endpoint, everyone: tuple[Endpoint, ...], settings: LoadSettings, client: httpx.AsyncClient
+) -> EngineReport:
+    note = _Note()
+    watch = EngineWatch(EngineClient(endpoint, settings, client), settings.source, note, monotonic)
+    failure = await watch.round()
+    found: tuple[Trap, ...] = ()
+    if note.facts is not None:
+        found = traps(note.facts, endpoint.role)
+        if note.facts.mode is not MODE_OF[endpoint.role]:
+            failure = None  # the trap says the same
+    source = watch.source if note.sampled_once else None
+    report = EngineReport(endpoint, note.facts, source, failure, found)
+    return replace(report, traps=(*found, *await _bootstrap_traps(report, everyone)))
+
+
+async def _bootstrap_traps(report: EngineReport, everyone: tuple[Endpoint, ...]) -> list[Trap]:
+    """Look whether decode servers can find a prefill server, as far as that shows from here."""
+    if report.bootstrap is None or report.facts is None:
+        return []
+    host, port = report.bootstrap
+    found = []
+    decodes = [each for each in everyone if each.role is Role.DECODE and each.pool == report.endpoint.pool]
+    if _is_loopback(host) and not all(_is_loopback(each.host) for each in decodes):
+        found.append(
+            Trap(
+                "bootstrap_host_is_loopback",
+                f"decode servers on other machines are told to dial {host}, which is themselves",
+                "set bootstrap_host to an address of the prefill server that they can reach",
+                unusable=True,
+            )
+        )
+    elif not await _listens(host, port):
+        found.append(
+            Trap(
+                "bootstrap_unreachable",
+                f"nobody answers at {host}:{port}, at least not from here; decode gives up after about 16 s",
+                "set bootstrap_host and bootstrap_port to where decode servers reach the prefill server's registry",
+            )
+        )
+    return found
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def _listens(host: str, port: int) -> bool:
+    try:
+        async with asyncio.timeout(_CONNECT_SECONDS):
+            _, writer = await asyncio.open_connection(host, port)
+    except (OSError, TimeoutError, UnicodeError):
+        return False
+    writer.close()
+    return True

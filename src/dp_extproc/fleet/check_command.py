@@ -1,0 +1,94 @@
+"""``dp-extproc check``: check a configuration file, then every engine it names."""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dp_extproc.config import ConfigError, LoadSource, load_config
+from dp_extproc.fleet.check import EngineReport, check_engines
+from dp_extproc.fleet.roster import endpoints_of
+from dp_extproc.fleet.traps import Trap
+
+_COLUMNS: Final = ("url", "role", "pool", "version", "ranks", "bootstrap", "load", "state")
+_PAGE: Final = {LoadSource.LOADS: "/v1/loads", LoadSource.METRICS: "/metrics", None: "-"}
+_NO_WRAPPING: Final = 1000
+"""Columns of a pipe: whoever reads it wants one line per engine."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="configuration file (YAML)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check and print.
+
+    Returns:
+        The exit status: 0 if every engine can be used, 1 if one cannot, 2 if the file cannot be used.
+    """
+    try:
+        config = load_config(args.config)
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    reports = asyncio.run(check_engines(endpoints_of(config), config.load))
+    is_terminal = sys.stdout.isatty()
+    console = Console(file=sys.stdout, width=None if is_terminal else _NO_WRAPPING, markup=False, highlight=False)
+    _print(console, reports)
+    return 0 if all(report.is_usable for report in reports) else 1
+
+
+def _print(console: Console, reports: Sequence[EngineReport]) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in _COLUMNS:
+        table.add_column(column, justify="right" if column == "ranks" else "left", overflow="fold")
+    for report in reports:
+        table.add_row(*_row(report))
+    console.print(table)
+    console.print()
+    for report in reports:
+        if report.failure is not None:
+            console.print(Text(f"{report.endpoint.url}: {report.failure.message}"), soft_wrap=True)
+    for trap, urls in _by_trap(reports):
+        console.print(
+            Text(f"{trap.code}: {', '.join(urls)}", style="red" if trap.unusable else "yellow"), soft_wrap=True
+        )
+        console.print(Text(f"  what happens: {trap.happens}"), soft_wrap=True)
+        console.print(Text(f"  remedy: {trap.remedy}"), soft_wrap=True)
+    unusable = sum(not report.is_usable for report in reports)
+    verdict = (
+        f"{unusable} of {len(reports)} engines cannot be used" if unusable else f"{len(reports)} engines can be used"
+    )
+    console.print(Text(verdict, style="red" if unusable else "green"))
+
+
+def _row(report: EngineReport) -> Iterable[Text]:
+    endpoint, facts = report.endpoint, report.facts
+    bootstrap = report.bootstrap
+    cells = (
+        endpoint.url,
+        endpoint.role.value,
+        endpoint.pool,
+        "-" if facts is None else str(facts.version or "unknown"),
+        "-" if facts is None else str(facts.dp_ranks),
+        "-" if bootstrap is None else f"{bootstrap[0]}:{bootstrap[1]}",
+        _PAGE[report.source],
+    )
+    yield from map(Text, cells)
+    yield Text(report.state, style="green" if report.state == "ok" else "yellow" if report.is_usable else "red")
+
+
+def _by_trap(reports: Iterable[EngineReport]) -> list[tuple[Trap, list[str]]]:
+    """Group by pitfall: a fleet of equal engines has equal ones. What makes an engine unusable comes first."""
+    found: dict[Trap, list[str]] = {}
+    for report in reports:
+        for trap in report.traps:
+            found.setdefault(trap, []).append(report.endpoint.url)
+    return sorted(found.items(), key=lambda item: not item[0].unusable)

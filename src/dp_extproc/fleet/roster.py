@@ -1,0 +1,28 @@
+"""The endpoints of a configuration. Pure."""
+
+from dp_extproc.config.schema import Config
+from dp_extproc.fleet.endpoint import Endpoint, Role
+
+
+def endpoints_of(config: Config) -> tuple[Endpoint, ...]:
+    """List every endpoint, pool by pool: prefill, decode, workers."""
+    return tuple(
+        Endpoint(
+            url=each.url,
+            host=each.host,
+            port=each.port,
+            pool=pool.name,
+            role=role,
+            dp_size=each.dp_size,
+            bootstrap_host=each.bootstrap_host,
+            bootstrap_port=each.bootstrap_port,
+        )
+        for pool in config.pools
+        for role, section in (
+            (Role.PREFILL, pool.prefill),
+            (Role.DECODE, pool.decode),
+            (Role.WORKER, pool.workers),
+        )
+        if section is not None
+        for each in section.endpoints
+    )

@@ -1,0 +1,197 @@
+"""What an operator should know of an engine before requests do: known pitfalls of its release and its flags. Pure.
+
+Only what /server_info shows can be told. What this router already works around is told as well where it costs
+something, or where requests that go past the router would still fall in.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dp_extproc.fleet.agreement import MODE_OF
+from dp_extproc.fleet.endpoint import EngineFacts, Mode, Role
+from dp_extproc.fleet.recipe import (
+    DISAGGREGATION,
+    PREFILL_RANK,
+    ROOM_CHECK_SKIPPED,
+    ROUTED_RANK,
+    RankControl,
+    capabilities,
+)
+from dp_extproc.fleet.server_info import METHODS_SINCE
+from dp_extproc.request.path import Api
+
+
+@dataclass(frozen=True, slots=True)
+class Trap:
+    """One pitfall."""
+
+    code: str
+    """Stable name, for documentation and tests."""
+    happens: str
+    remedy: str
+    unusable: bool = False
+    """Whether no request can be served."""
+
+
+def traps(facts: EngineFacts, role: Role) -> tuple[Trap, ...]:
+    """Tell every pitfall of an engine in a role, the worst first."""
+    found = [*_of_any(facts, role), *_of_reading(facts, role)]
+    if role is Role.WORKER:
+        found += _of_worker(facts)
+    else:
+        found += _of_disaggregated(facts)
+        found += _of_prefill(facts) if role is Role.PREFILL else _of_decode(facts)
+    return tuple(sorted(found, key=lambda trap: not trap.unusable))
+
+
+def _of_any(facts: EngineFacts, role: Role) -> Iterator[Trap]:
+    if facts.mode is not MODE_OF[role]:
+        yield Trap(
+            "wrong_mode",
+            f"its disaggregation_mode is {facts.mode}, but it stands under {role}: requests fail or wait for a peer "
+            "that never comes",
+            f"start it with --disaggregation-mode {MODE_OF[role]}, or move it in the configuration",
+            unusable=True,
+        )
+    if facts.version is None:
+        yield Trap(
+            "unknown_version",
+            "it does not tell its version and is treated like the newest release",
+            "use a released SGLang of 0.5.11 or later",
+        )
+    if facts.role_can_switch:
+        yield Trap(
+            "role_can_switch",
+            "--enable-pd-role-switch lets it change its role; for up to a minute requests go to the wrong role",
+            "leave the flag out, or reload the configuration together with each switch",
+        )
+    if facts.version is not None and facts.version < ROUTED_RANK and facts.dp_ranks > 1:
+        yield Trap(
+            "foreign_rank_is_fatal",
+            "a rank out of range in a request that goes past this router ends the whole server",
+            "let nobody but this router reach it, or upgrade to 0.5.10 or later, which checks the range",
+        )
+
+
+def _of_reading(facts: EngineFacts, role: Role) -> Iterator[Trap]:
+    if facts.version is not None and facts.version < METHODS_SINCE:  # /v1/loads came with 0.5.8, too
+        if facts.metrics_enabled is False:
+            yield Trap(
+                "no_load_source",
+                "it has neither /v1/loads (from 0.5.8 on) nor /metrics: only what this router sent it is known",
+                "start it with --enable-metrics",
+            )
+        else:
+            yield Trap(
+                "load_lags",
+                "without /v1/loads (from 0.5.8 on) its load comes from /metrics, which has no queued tokens, lags "
+                "(decode: every 40 steps) and stands still while requests wait for the other side",
+                "upgrade to 0.5.13 or later",
+            )
+    elif facts.metrics_enabled is False and role is not Role.DECODE:
+        yield Trap(
+            "metrics_off",
+            "without /metrics its prompt tokens are not counted, and text lengths stay estimates of 4 bytes per token",
+            "start it with --enable-metrics",
+        )
+
+
+def _of_worker(facts: EngineFacts) -> Iterator[Trap]:
+    if facts.dp_ranks == 1:
+        return
+    takes = capabilities(facts)
+    untold = [api.value for api in Api if takes.aggregated_rank_key(api) is None]
+    if untold:
+        yield Trap(
+            "rank_not_carried",
+            f"its release takes no rank on {', '.join(untold)}: the engine itself picks there",
+            "upgrade to 0.5.22 or later, which takes it on every path",
+        )
+    if facts.follows_rooms:
+        yield Trap(
+            "worker_follows_rooms",
+            "it dispatches by bootstrap_room, and a request that has none and no rank ends the whole server",
+            "start it without --load-balance-method follow_bootstrap_room",
+            unusable=True,
+        )
+
+
+def _of_disaggregated(facts: EngineFacts) -> Iterator[Trap]:
+    if facts.version is not None and facts.version < DISAGGREGATION:
+        yield Trap(
+            "too_old",
+            "its release takes no bootstrap fields over HTTP",
+            f"upgrade to {DISAGGREGATION} at least; 0.5.16 or later is best",
+            unusable=True,
+        )
+        return
+    takes = capabilities(facts)
+    refused = [api.value for api in Api if not takes.serves(api)]
+    if refused:
+        yield Trap(
+            "paths_refused",
+            f"its release drops the bootstrap fields on {', '.join(refused)}: such requests are refused with 400",
+            "upgrade to 0.5.20 for /v1/responses, to 0.5.22 for /v1/messages",
+        )
+
+
+def _of_prefill(facts: EngineFacts) -> Iterator[Trap]:
+    if facts.dp_ranks == 1:
+        return
+    takes = capabilities(facts)
+    if takes.only_first_prefill_rank:
+        yield Trap(
+            "plain_dp_first_rank_only",
+            f"plain DP: it compares rooms with rank 0 in every replica, so only rank 0 of {facts.dp_ranks} can serve "
+            "and the others stay idle",
+            "start it with --enable-dp-attention, or upgrade to 0.5.16 or later",
+        )
+    elif facts.follows_rooms and not facts.dp_attention and _at_least_room_check_skipped(facts):
+        yield Trap(
+            "plain_dp_needs_rank_on_both_legs",
+            "plain DP: requests for ranks other than 0 that go past this router fail unless both legs carry "
+            "disagg_prefill_dp_rank, as this router's do",
+            "let only this router reach it, or start it with --enable-dp-attention",
+        )
+    if facts.follows_rooms:
+        yield Trap(
+            "roomless_is_fatal",
+            "a request that goes past this router with neither room nor rank ends the whole server",
+            "let nobody but this router reach it, health checks included (use /ready or /health)",
+        )
+    elif facts.version is not None and facts.version < ROOM_CHECK_SKIPPED:
+        yield Trap(
+            "registers_each_request",
+            f"with --load-balance-method {facts.load_balance_method} its scheduler stops for an HTTP call per request",
+            "start it without --load-balance-method, or upgrade to 0.5.16 or later",
+        )
+
+
+def _of_decode(facts: EngineFacts) -> Iterator[Trap]:
+    takes = capabilities(facts)
+    if facts.version is not None and ROUTED_RANK <= facts.version < PREFILL_RANK:
+        yield Trap(
+            "prefill_rank_left_out",
+            "0.5.10 fails the first request of each pair of servers that names the prefill rank; it is left out, and "
+            "a prefill server with another method than follow_bootstrap_room is asked for it each time",
+            "upgrade to 0.5.11 or later",
+        )
+    if facts.dp_ranks == 1:
+        return
+    if takes.decode_control is RankControl.ENGINE:
+        yield Trap(
+            "decode_rank_not_controllable",
+            "0.5.8 and 0.5.9 spread requests over decode ranks in turn; no request can choose",
+            "start it with --load-balance-method follow_bootstrap_room, or upgrade to 0.5.10 or later",
+        )
+    elif takes.decode_control is RankControl.BY_ROOM:
+        yield Trap(
+            "ranks_coupled_by_room",
+            "one room decides the ranks of both servers: with as many decode ranks as prefill ranks they are always "
+            "the same, else equal modulo the greatest common divisor of the two numbers",
+            "upgrade to 0.5.10 or later",
+        )
+
+
+def _at_least_room_check_skipped(facts: EngineFacts) -> bool:
+    return facts.mode is Mode.PREFILL and (facts.version is None or facts.version >= ROOM_CHECK_SKIPPED)

@@ -1,0 +1,157 @@
+"""``dp-extproc check``, as a process against engines on real sockets."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+from dp_extproc.testbed.ports import free_port
+from fleet.scripted_engine import Answer, ScriptedEngine, hang
+
+RECORDED = Path(__file__).parent / "recorded"
+
+
+def pages(mode: str, version: str = "0.5.23", ranks: int = 2, **info: object) -> dict[str, Answer]:
+    loads = [{"dp_rank": rank, "num_used_tokens": 0} for rank in range(ranks)]
+    told = {"version": version, "dp_size": ranks, "disaggregation_mode": mode, "enable_dp_attention": True} | info
+    return {"/server_info": json.dumps(told).encode(), "/v1/loads": json.dumps({"loads": loads}).encode()}
+
+
+async def check(config: str, directory: Path) -> tuple[int, str, str]:
+    """Run the command on a configuration. Returns exit status, stdout and stderr."""
+    path = directory / "config.yaml"
+    path.write_text(config, encoding="utf-8")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "dp_extproc", "check", "-c", str(path),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    out, err = await asyncio.wait_for(process.communicate(), 30)
+    return process.returncode or 0, out.decode(), err.decode()
+
+
+def row_of(url: str, out: str) -> list[str]:
+    return next(line.split() for line in out.splitlines() if line.startswith(f"{url} "))
+
+
+def test_good_fleet(tmp_path: Path) -> None:
+    """A fleet without pitfalls is a table, one line per engine, and exit status 0."""
+
+    async def story() -> None:
+        async with (
+            ScriptedEngine() as prefill,
+            ScriptedEngine(pages("decode", ranks=4)) as decode,
+            ScriptedEngine() as registry,
+        ):
+            prefill.pages = pages("prefill", ranks=1, disaggregation_bootstrap_port=registry.port)
+            status, out, err = await check(
+                f'pools: [{{models: ["*"], prefill: {{endpoints: ["{prefill.url}"]}},'
+                f' decode: {{endpoints: ["{decode.url}"]}}}}]',
+                tmp_path,
+            )
+
+            assert (status, err) == (0, "")
+            registry_at = f"127.0.0.1:{registry.port}"
+            assert row_of(prefill.url, out) == [
+                prefill.url, "prefill", "*", "0.5.23", "1", registry_at, "/v1/loads", "ok",
+            ]  # fmt: skip
+            assert row_of(decode.url, out) == [decode.url, "decode", "*", "0.5.23", "4", "-", "/v1/loads", "ok"]
+            assert out.endswith("2 engines can be used\n")
+            assert "\x1b" not in out
+
+    asyncio.run(story())
+
+
+def test_recorded_server(tmp_path: Path) -> None:
+    """The pages of a real server in the wrong role are told as what they are."""
+
+    async def story() -> None:
+        recorded: dict[str, Answer] = {
+            "/server_info": (RECORDED / "pd_dpattn/decode_server_info.json").read_bytes(),
+            "/v1/loads": (RECORDED / "pd_dpattn/decode_loads.json").read_bytes(),
+        }
+        async with ScriptedEngine(recorded) as engine:
+            status, out, _ = await check(
+                f'pools: [{{models: [m], workers: {{endpoints: ["{engine.url}"]}}}}]', tmp_path
+            )
+
+            assert status == 1
+            assert row_of(engine.url, out) == [engine.url, "worker", "m", "0.5.23", "2", "-", "/v1/loads", "unusable"]
+            assert f"wrong_mode: {engine.url}" in out
+            assert "remedy: start it with --disaggregation-mode null" in out
+
+    asyncio.run(story())
+
+
+def test_bad_engines(tmp_path: Path) -> None:
+    """Engines that hang, are away or hide their load are named with the reason; the exit status is 1."""
+
+    async def story() -> None:
+        away = f"http://127.0.0.1:{free_port()}"
+        blind = pages("null")
+        del blind["/v1/loads"]
+        async with (
+            ScriptedEngine({"/server_info": hang}) as hung,
+            ScriptedEngine(blind) as unread,
+            ScriptedEngine(pages("null")) as good,
+        ):
+            urls = [away, hung.url, unread.url, good.url]
+            status, out, _ = await check(
+                f"load: {{timeout: 100ms}}\npools: [{{models: [m], workers: {{endpoints: {json.dumps(urls)}}}}}]",
+                tmp_path,
+            )
+
+            assert status == 1
+            assert [row_of(url, out)[-1] for url in urls] == ["refused", "timeout", "http_status", "ok"]
+            assert "start the engine with --enable-metrics" in out
+            assert out.endswith("3 of 4 engines cannot be used\n")
+
+    asyncio.run(story())
+
+
+def test_pitfalls_are_grouped(tmp_path: Path) -> None:
+    """A pitfall that several engines share is told once, with all of them."""
+
+    async def story() -> None:
+        async with (
+            ScriptedEngine(pages("prefill", "0.5.23")) as prefill,
+            ScriptedEngine(pages("decode", "0.5.9")) as first,
+            ScriptedEngine(pages("decode", "0.5.9")) as second,
+        ):
+            prefill.pages = pages("prefill", "0.5.23", disaggregation_bootstrap_port=free_port())
+            status, out, _ = await check(
+                f'pools: [{{models: ["*"], prefill: {{endpoints: ["{prefill.url}"]}},'
+                f' decode: {{endpoints: ["{first.url}", "{second.url}"]}}}}]',
+                tmp_path,
+            )
+
+            assert status == 0
+            assert f"decode_rank_not_controllable: {first.url}, {second.url}\n" in out
+            assert f"bootstrap_unreachable: {prefill.url}\n" in out
+
+    asyncio.run(story())
+
+
+def test_bootstrap_host_that_only_prefill_knows(tmp_path: Path) -> None:
+    """A loopback bootstrap host is a pitfall when decode servers are elsewhere."""
+
+    async def story() -> None:
+        async with ScriptedEngine(pages("prefill")) as prefill:
+            status, out, _ = await check(
+                f'pools: [{{models: ["*"], prefill: {{endpoints: ["{prefill.url}"]}},'
+                f' decode: {{endpoints: ["http://decode.invalid:30000"]}}}}]',
+                tmp_path,
+            )
+
+            assert status == 1
+            assert f"bootstrap_host_is_loopback: {prefill.url}\n" in out
+
+    asyncio.run(story())
+
+
+def test_bad_file(tmp_path: Path) -> None:
+    """Every problem of the file is told on stderr; no engine is contacted, and the exit status is 2."""
+    status, out, err = asyncio.run(check("load: {interval: 1}\npools: []\n", tmp_path))
+
+    assert (status, out) == (2, "")
+    assert "load.interval" in err
+    assert "pools" in err
