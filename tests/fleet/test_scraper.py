@@ -15,6 +15,7 @@ import pytest
 
 from dp_extproc.config import LoadSettings, LoadSource
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
+from dp_extproc.fleet.engine_client import EngineClient, make_client
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.fleet.scraper import Scraper
 from dp_extproc.testbed.ports import free_port
@@ -84,15 +85,29 @@ class Notes:
     def kinds(self) -> set[FailureKind]:
         return {failure.kind for _, failure in self.failures}
 
+    def failures_of(self, url: str) -> list[ScrapeFailure]:
+        return [failure for each, failure in self.failures if each == url]
+
     def used(self) -> list[list[int]]:
         return [[sample.used_tokens for sample in page.ranks] for _, page in self.samples]
 
 
+class Clock:
+    """Monotonic time that can be put forward."""
+
+    ahead = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead
+
+
 @asynccontextmanager
-async def scraping(*endpoints: Endpoint, load: LoadSettings | None = None) -> AsyncIterator[tuple[Scraper, Notes]]:
+async def scraping(
+    *endpoints: Endpoint, load: LoadSettings | None = None, clock: Callable[[], float] = time.monotonic
+) -> AsyncIterator[tuple[Scraper, Notes]]:
     """Run a scraper for as long as the block lasts."""
     notes = Notes()
-    scraper = Scraper(endpoints, load or settings(), notes, clock=time.monotonic, rng=random.Random(1))
+    scraper = Scraper(endpoints, load or settings(), notes, clock=clock, rng=random.Random(1))
     task = asyncio.create_task(scraper.run())
     try:
         yield scraper, notes
@@ -149,14 +164,13 @@ def test_one_bad_engine(path: str, answer: Answer, load: dict[str, object], kind
             ScriptedEngine(healthy() | {path: answer}) as bad,
             scraping(endpoint(good.url), endpoint(bad.url), load=settings(**load)) as (scraper, notes),
         ):
-            await until(lambda: len(notes.failures) >= 2)
+            await until(lambda: len(notes.failures_of(bad.url)) >= 2)
             await scraper.first_round.wait()
             seen = len(notes.samples)
             await until(lambda: len(notes.samples) >= seen + 3)
 
-            assert {url for url, _ in notes.failures} == {bad.url}
-            assert notes.kinds() == {kind}
-            assert all(path in failure.message for _, failure in notes.failures)
+            assert {failure.kind for failure in notes.failures_of(bad.url)} == {kind}
+            assert all(path in failure.message for failure in notes.failures_of(bad.url))
             assert {url for url, _ in notes.samples} == {good.url}
 
     run(story())
@@ -198,6 +212,31 @@ def test_name_is_resolved_and_asked_under_its_own() -> None:
 
                 assert notes.discoveries[0][1] == f"127.0.0.1:{engine.port}"
                 assert engine.host_headers == {f"localhost:{engine.port}"}
+
+    run(story())
+
+
+def test_address_is_kept_while_it_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several addresses an IPv4 one is taken and kept, in whatever order they come, until it is gone."""
+
+    async def story() -> None:
+        answers: list[str] = []
+
+        async def look_up(host: str, port: int, **more: object) -> list[Any]:
+            families = [socket.AF_INET6 if ":" in each else socket.AF_INET for each in answers]
+            return [(family, 1, 6, "", (each, port)) for family, each in zip(families, answers, strict=True)]
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
+        async with make_client() as client:
+            engine = EngineClient(endpoint("http://engine.test:30000"), settings(), client)
+            answers[:] = ["fd00::1", "10.0.0.1", "10.0.0.2"]
+            assert await engine.resolve() == "10.0.0.1:30000"
+            answers[:] = ["10.0.0.2", "10.0.0.1"]
+            assert await engine.resolve() == "10.0.0.1:30000"
+            answers[:] = ["10.0.0.2"]
+            assert await engine.resolve() == "10.0.0.2:30000"
+            answers[:] = ["fd00::1"]
+            assert await engine.resolve() == "[fd00::1]:30000"
 
     run(story())
 
@@ -296,6 +335,70 @@ def test_prompt_tokens_come_from_metrics_now_and_then() -> None:
 
             assert [page.prompt_tokens for _, page in notes.samples[:3]] == [77, None, None]
             assert engine.requests.count("/metrics") == 1
+
+    run(story())
+
+
+def test_prompt_tokens_are_read_again() -> None:
+    """After ten seconds the prompt tokens are read once more."""
+
+    async def story() -> None:
+        clock = Clock()
+        async with (
+            ScriptedEngine(healthy() | {"/metrics": metrics(1, 2)}) as engine,
+            scraping(endpoint(engine.url), clock=clock) as (_, notes),
+        ):
+            await until(lambda: len(notes.samples) >= 3)
+            clock.ahead += 11
+            await until(lambda: [page.prompt_tokens for _, page in notes.samples].count(77) == 2)
+
+            assert engine.requests.count("/server_info") == 1
+
+    run(story())
+
+
+def test_engine_that_changed_unnoticed() -> None:
+    """Within a minute it shows that an engine has become another, even if it was never seen to be away."""
+
+    async def story() -> None:
+        clock = Clock()
+        async with (
+            ScriptedEngine(healthy()) as engine,
+            scraping(endpoint(engine.url), clock=clock) as (_, notes),
+        ):
+            await until(lambda: notes.samples)
+            engine.pages = healthy() | {"/server_info": info(version="0.5.24")}
+            clock.ahead += 61
+            await until(lambda: len(notes.discoveries) == 2)
+
+            assert str(notes.discoveries[1][2].version) == "0.5.24"
+            assert not notes.failures
+
+    run(story())
+
+
+def test_known_engine_whose_facts_cannot_be_read_anymore() -> None:
+    """A /server_info that fails later is said, and asked again a minute later; the load is read on."""
+
+    async def story() -> None:
+        clock = Clock()
+        async with (
+            ScriptedEngine(healthy()) as engine,
+            scraping(endpoint(engine.url), clock=clock) as (_, notes),
+        ):
+            await until(lambda: notes.samples)
+            engine.pages = healthy() | {"/server_info": 503}
+            clock.ahead += 61
+            await until(lambda: notes.failures)
+            seen = len(notes.samples)
+            await until(lambda: len(notes.samples) >= seen + 3)
+
+            assert notes.kinds() == {FailureKind.HTTP_STATUS}
+            assert engine.requests.count("/server_info") == 2
+
+            engine.pages = healthy()
+            clock.ahead += 61
+            await until(lambda: len(notes.discoveries) == 2)
 
     run(story())
 
