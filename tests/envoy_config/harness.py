@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import yaml
 
 from dp_extproc.config import BodyMode, Config
+from dp_extproc.envoy_config import build_bootstrap, render_yaml
+from dp_extproc.extproc import names
 from dp_extproc.testbed.envoy import EnvoyProcess
 from envoy_config.recording_engine import RecordingEngine
 from envoy_config.scripted_service import ScriptedService
@@ -54,6 +57,24 @@ def make_config(body_mode: BodyMode, ports: list[int], max_body_bytes: int = MAX
             "pools": [{"models": ["*"], "workers": {"endpoints": ["http://127.0.0.1:1"]}}],
         }
     )
+
+
+def scripted_bootstrap(config: Config) -> str:
+    """Let the service see the headers that script it, and those that it must never see from a client."""
+    bootstrap = yaml.safe_load(render_yaml(build_bootstrap(config)))
+    patterns = _find(bootstrap, "forward_rules")["allowed_headers"]["patterns"]
+    patterns.append({"exact": "x-request-id"})
+    patterns.extend({"prefix": prefix} for prefix in ("test-", *names.FOREIGN_PREFIXES))
+    patterns.extend({"exact": name} for name in names.FOREIGN_NAMES)
+    return yaml.safe_dump(bootstrap, sort_keys=False)
+
+
+def _find(tree: Any, key: str) -> Any:
+    """Return the value of the first *key* anywhere in a tree of mappings and lists."""
+    if isinstance(tree, dict) and key in tree:
+        return tree[key]
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return next((found for child in children if (found := _find(child, key)) is not None), None)
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:

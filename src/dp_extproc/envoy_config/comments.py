@@ -41,7 +41,7 @@ COMMENTS: Final = {
     "dp_dispatch response_trailer_mode": "Keeps the stream open, without messages, until the response has ended: the\n"
     "service learns when ranks become free, and when a client has gone.",
     "dp_dispatch message_timeout": "Envoy's default is 200 ms; a large body takes longer.",
-    "dp_dispatch forward_rules": "Credentials stay in Envoy.",
+    "dp_dispatch forward_rules": "All that the service reads; credentials stay in Envoy.",
     "dp_dispatch receiving_namespaces": "What the service may write into dynamic metadata, for the access log below.",
     "dp_dispatch common_http_protocol_options": "The client's 100 headers and those that the service adds.",
     "dp_dispatch max_request_headers_kb": "The prefill leg's fields travel in a header: some 60 bytes per prompt of a\n"

@@ -1,5 +1,6 @@
 """The two ext_proc filters: the one that places a request, and the one that reports how the prefill leg went."""
 
+from collections.abc import Collection
 from datetime import timedelta
 from typing import Final
 
@@ -25,7 +26,7 @@ from envoy_data_plane.google.protobuf import Any
 
 from dp_extproc.config import BodyMode
 from dp_extproc.envoy_config.clusters import SERVICE, SERVICE_OWNER
-from dp_extproc.extproc.names import LEG, METADATA_NAMESPACE, OWNER
+from dp_extproc.extproc.names import LEG, METADATA_NAMESPACE, OWNER, READ_FROM_REQUESTS, READ_FROM_RESPONSES
 
 _SEND: Final = ProcessingModeHeaderSendMode.SEND
 _SKIP: Final = ProcessingModeHeaderSendMode.SKIP
@@ -36,9 +37,6 @@ _ADDRESS: Final = (OWNER, LEG)
 
 _MESSAGE_TIMEOUT: Final = timedelta(seconds=20)
 """Envoy's default of 200 ms is less than reading a body of 32 MB takes on a busy machine."""
-
-_CREDENTIALS: Final = ("authorization", "proxy-authorization", "x-api-key", "cookie")
-"""The service has no use for them, so they stay in Envoy."""
 
 
 def place_requests(body_mode: BodyMode) -> HttpFilter:
@@ -59,11 +57,7 @@ def place_requests(body_mode: BodyMode) -> HttpFilter:
                 response_trailer_mode=_SEND,
             ),
             message_timeout=_MESSAGE_TIMEOUT,
-            forward_rules=HeaderForwardingRules(
-                disallowed_headers=ListStringMatcher(
-                    patterns=[StringMatcher(exact=name, ignore_case=True) for name in _CREDENTIALS]
-                )
-            ),
+            forward_rules=_only(READ_FROM_REQUESTS | READ_FROM_RESPONSES),
             metadata_options=MetadataOptions(
                 receiving_namespaces=MetadataOptionsMetadataNamespaces(untyped=[METADATA_NAMESPACE])
             ),
@@ -110,8 +104,15 @@ def report_prefill() -> HttpFilter:
                 response_trailer_mode=_SKIP,
             ),
             message_timeout=_MESSAGE_TIMEOUT,
+            forward_rules=_only(READ_FROM_RESPONSES),
         )
     )
+
+
+def _only(names: Collection[str]) -> HeaderForwardingRules:
+    """Keep everything else in Envoy: credentials are none of the service's business, and every header costs it time."""
+    patterns = [StringMatcher(exact=name) for name in sorted(names)]
+    return HeaderForwardingRules(allowed_headers=ListStringMatcher(patterns=patterns))
 
 
 def _filter(processor: ExternalProcessor) -> HttpFilter:

@@ -28,7 +28,7 @@ from dp_extproc.extproc.events import (
     ResponseTrailers,
     StreamedChunk,
 )
-from dp_extproc.extproc.names import METADATA_NAMESPACE
+from dp_extproc.extproc.names import FOREIGN_NAMES, FOREIGN_PREFIXES, METADATA_NAMESPACE, READ_FROM_REQUESTS
 from dp_extproc.placement.decision import Metadata
 
 _BODY_MODES: Final = {
@@ -137,11 +137,14 @@ def _write_immediate(reply: Immediate, response: ProcessingResponse) -> None:
 
 
 def _headers(message: HttpHeaders) -> dict[str, str]:
-    # Envoy fills raw_value; older ones filled value.
-    return {
-        header.key: header.raw_value.decode("latin-1") if header.raw_value else header.value
-        for header in message.headers.headers
-    }
+    """Read the headers that matter: those that are read, and those that no client may set."""
+    found: dict[str, str] = {}
+    for header in message.headers.headers:
+        name = header.key
+        if name in READ_FROM_REQUESTS or name.startswith(FOREIGN_PREFIXES) or name in FOREIGN_NAMES:
+            # Envoy fills raw_value; older ones filled value.
+            found[name] = header.raw_value.decode("latin-1") or header.value
+    return found
 
 
 def _status(message: HttpHeaders) -> int:

@@ -1,7 +1,12 @@
-"""What Envoy tells and what it is told, free of protobuf. Shapes follow ``external_processor.proto``."""
+"""What Envoy tells and what it is told, free of protobuf. Shapes follow ``external_processor.proto``.
 
-from dataclasses import dataclass
+Here and wherever else something is made for every request, frozen data are msgspec structs: to make one takes a quarter
+of the time of a frozen dataclass.
+"""
+
 from enum import Enum, StrEnum
+
+from msgspec import Struct
 
 from dp_extproc.placement.decision import Metadata
 
@@ -15,46 +20,41 @@ class BodyMode(Enum):
     UNSUPPORTED = "chunks that must be answered one by one: too late to choose a host by the whole body"
 
 
-@dataclass(slots=True)
-class RequestHeaders:
+class RequestHeaders(Struct, frozen=True):
     """The request begins."""
 
     headers: dict[str, str]
-    """Lower-case names; of a repeated header the last value."""
+    """Those of :mod:`dp_extproc.extproc.names`: that are read, and that no client may set. Lower-case names; of a
+    repeated header the last value."""
     end_of_stream: bool
     """There will be no body."""
 
 
-@dataclass(slots=True)
-class RequestBody:
+class RequestBody(Struct, frozen=True):
     """The body, or in duplex a chunk of it."""
 
     data: bytes
     end_of_stream: bool
 
 
-@dataclass(slots=True)
-class RequestTrailers:
+class RequestTrailers(Struct, frozen=True):
     """The request ends with trailers."""
 
 
-@dataclass(slots=True)
-class ResponseHeaders:
+class ResponseHeaders(Struct, frozen=True):
     """The response begins."""
 
     status: int
 
 
-@dataclass(slots=True)
-class ResponseBody:
+class ResponseBody(Struct, frozen=True):
     """A piece of the response. Only where the operator's filter chain sends it."""
 
     data: bytes
     end_of_stream: bool
 
 
-@dataclass(slots=True)
-class ResponseTrailers:
+class ResponseTrailers(Struct, frozen=True):
     """The response ends with trailers."""
 
 
@@ -72,15 +72,13 @@ class Phase(StrEnum):
     RESPONSE_TRAILERS = "response_trailers"
 
 
-@dataclass(frozen=True, slots=True)
-class Continue:
+class Continue(Struct, frozen=True):
     """Go on, nothing changed."""
 
     phase: Phase
 
 
-@dataclass(slots=True)
-class Mutate:
+class Mutate(Struct, frozen=True):
     """Go on with changes. Header changes in a body answer count only in lock-step."""
 
     phase: Phase
@@ -91,8 +89,7 @@ class Mutate:
     metadata: Metadata | None = None
 
 
-@dataclass(slots=True)
-class StreamedChunk:
+class StreamedChunk(Struct, frozen=True):
     """A chunk of a body in duplex."""
 
     phase: Phase
@@ -100,8 +97,7 @@ class StreamedChunk:
     end_of_stream: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Immediate:
+class Immediate(Struct, frozen=True):
     """Answer the client at once; nothing may follow on the stream."""
 
     status: int

@@ -163,9 +163,7 @@ class Exchange:
     def _request_headers(self, event: RequestHeaders) -> _Replies:
         headers = event.headers
         asked = read_path(headers.get(":method", ""), headers.get(":path", ""))
-        self._foreign = tuple(
-            name for name in headers if name.startswith(names.FOREIGN_PREFIXES) or name in names.FOREIGN_NAMES
-        )
+        self._foreign = tuple(headers.keys() - names.READ_FROM_REQUESTS)
         if isinstance(asked, Rejection):
             return self._refuse(asked)
         if isinstance(asked, Lookup):
@@ -227,17 +225,20 @@ class Exchange:
             # Envoy itself removes the content-length of a streamed body.
             head = self._mutate(Phase.REQUEST_HEADERS, decision, decision.headers)
             return (head, *_chunks(decision.body, end_of_stream=end_of_stream))
-        reply = self._mutate(Phase.REQUEST_BODY, decision, (*decision.headers, length))
-        reply.body = decision.body
-        return (reply,)
+        return (self._mutate(Phase.REQUEST_BODY, decision, (*decision.headers, length), decision.body),)
 
-    def _mutate(self, phase: Phase, decision: Decision, headers: tuple[tuple[str, bytes], ...]) -> Mutate:
-        kept = {name for name, _ in headers}
-        foreign = () if phase is Phase.REQUEST_BODY else tuple(name for name in self._foreign if name not in kept)
+    def _mutate(
+        self, phase: Phase, decision: Decision, headers: tuple[tuple[str, bytes], ...], body: bytes | None = None
+    ) -> Mutate:
+        foreign: tuple[str, ...] = ()
+        if self._foreign and phase is Phase.REQUEST_HEADERS:
+            kept = {name for name, _ in headers}
+            foreign = tuple(name for name in self._foreign if name not in kept)
         return Mutate(
             phase,
             set_headers=headers,
             remove_headers=foreign,
+            body=body,
             clear_route_cache=True,  # the routes match on the headers that are set here
             metadata=decision.metadata,
         )

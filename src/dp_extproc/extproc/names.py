@@ -23,6 +23,11 @@ FOREIGN_PREFIXES: Final = (OWNED_PREFIX, "x-override-", "x-envoy-")
 FOREIGN_NAMES: Final = ("x-data-parallel-rank",)
 """Likewise, by full name: SGLang lets this header win over ``routed_dp_rank`` in the body."""
 
+READ_FROM_REQUESTS: Final = frozenset({":method", ":path", "content-type", "content-encoding", "content-length"})
+"""All that the service reads of a request's headers. Envoy forwards no others to it."""
+READ_FROM_RESPONSES: Final = frozenset({":status"})
+"""Likewise of a response's."""
+
 METADATA_NAMESPACE: Final = "dp_extproc"
 """Dynamic metadata of a request, for access logs."""
 

@@ -12,7 +12,7 @@ from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest
 
 from dp_extproc.extproc import names
 from dp_extproc.extproc.codec import read_event, read_modes, write_reply
-from dp_extproc.extproc.events import BodyMode, Continue, Event, Phase, ResponseHeaders
+from dp_extproc.extproc.events import BodyMode, Continue, Event, Phase, Reply, ResponseHeaders
 from dp_extproc.extproc.exchange import Decider, Exchange, ProtocolViolationError
 from dp_extproc.placement.attempt import Attempt
 
@@ -78,8 +78,9 @@ class ExtProcService:
             while message is not grpc.aio.EOF:
                 event = read_event(message)
                 if event is not None:
-                    await self._answer(exchange, event, context)
-                message = await self._next(exchange, mode, context)
+                    for reply in self._advance(exchange, event):
+                        await context.write(write_reply(reply))
+                message = await (self._read_held(exchange, context) if mode is BodyMode.DUPLEX else context.read())
         except ProtocolViolationError as violation:
             _log.warning("ext_proc stream ended: %s", violation)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(violation))
@@ -88,7 +89,8 @@ class ExtProcService:
                 attempt.end(self._clock())
                 self._legs.pop(attempt.leg, None)
 
-    async def _answer(self, exchange: Exchange, event: Event, context: grpc.aio.ServicerContext) -> None:
+    def _advance(self, exchange: Exchange, event: Event) -> tuple[Reply, ...]:
+        """Hand an event to the exchange, and tell the books and the observer what came of it."""
         undecided = not exchange.is_decided
         began = self._clock()
         try:
@@ -104,12 +106,10 @@ class ExtProcService:
                 exchange.attempt.first_byte(event.status, began)
         elif undecided and exchange.is_decided:
             self._observer.decided(exchange, self._clock() - began)
-        for reply in replies:
-            await context.write(write_reply(reply))
+        return replies
 
-    async def _next(self, exchange: Exchange, mode: BodyMode, context: grpc.aio.ServicerContext) -> Any:
-        if mode is not BodyMode.DUPLEX:
-            return await context.read()
+    async def _read_held(self, exchange: Exchange, context: grpc.aio.ServicerContext) -> Any:
+        """Read the next message, but not for ever while the client's body is being held."""
         try:
             async with asyncio.timeout(HOLD_SECONDS if exchange.is_holding else None):
                 return await context.read()

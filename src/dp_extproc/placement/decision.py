@@ -1,6 +1,6 @@
 """What the service decides of a request, for Envoy to carry out."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from dp_extproc.placement.attempt import Attempt
 
@@ -8,9 +8,8 @@ Metadata = dict[str, str | int]
 """Dynamic metadata of a request, by the names of :mod:`dp_extproc.extproc.names`."""
 
 
-@dataclass(slots=True)
-class Decision:
-    """Let the request through, to these hosts. Not frozen: one is made per request, on the hot path."""
+class Decision(Struct, frozen=True):
+    """Let the request through, to these hosts."""
 
     body: bytes | None
     """The new body; None leaves the request as it is."""
@@ -22,8 +21,7 @@ class Decision:
     """None when nothing is on the books."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(Struct, frozen=True):
     """Answer the client without asking an engine."""
 
     body: bytes

@@ -1,8 +1,9 @@
 """The prefill and the decode side of an attempt, picked so that every engine version agrees on the ranks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from random import Random
+
+from msgspec import Struct
 
 from dp_extproc.config.schema import PolicySettings, RankPolicy
 from dp_extproc.fleet.endpoint import Role
@@ -12,8 +13,7 @@ from dp_extproc.placement.policy import Turn, pick
 from dp_extproc.placement.room import agree, draw_room
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
+class Side(Struct, frozen=True):
     """One leg's server."""
 
     host: HostLoad
@@ -30,8 +30,7 @@ class Side:
         return (self.rank, len(self.host.ranks)) if self.by_room and self.rank is not None else None
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(Struct, frozen=True):
     """Both sides."""
 
     prefill: Side
@@ -42,8 +41,7 @@ class Pair:
         return draw_room(rng, self.prefill.residue, self.decode.residue)
 
 
-@dataclass(frozen=True, slots=True)
-class Pins:
+class Pins(Struct, frozen=True):
     """Ranks that the client asked for and may ask for."""
 
     prefill: int | None = None

@@ -1,7 +1,6 @@
 """What a request body asks for, read once; or why it is refused."""
 
 import re
-from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -20,9 +19,8 @@ PREFILL_RANK: Final = "disagg_prefill_dp_rank"
 OLD_RANK: Final = "data_parallel_rank"
 
 
-@dataclass(slots=True)
-class InferenceRequest:
-    """What matters for placing and rewriting a request. Not frozen: one is made per request, on the hot path."""
+class InferenceRequest(msgspec.Struct, frozen=True):
+    """What matters for placing and rewriting a request."""
 
     api: Api
     body: JsonObject

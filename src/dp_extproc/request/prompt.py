@@ -5,10 +5,9 @@ byte-pair tokenizers make a token of 4 to 4.5 bytes of English, 3 to 4.5 of Chin
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, Final
 
-from msgspec import Raw
+from msgspec import Raw, Struct
 
 from dp_extproc.request.shapes import Body, Chat, Completions, Generate, Message, Messages, Part, Responses, TextsOrIds
 
@@ -22,8 +21,7 @@ _TEXT_TYPES: Final = frozenset({
 })  # fmt: skip
 
 
-@dataclass(slots=True)
-class Prompt:
+class Prompt(Struct, frozen=True):
     """The size of a request's prompt or, summed up, of its batch of prompts."""
 
     text_bytes: int

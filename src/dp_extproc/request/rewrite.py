@@ -6,10 +6,10 @@ stand the keys that both legs share, and then whatever the client sent, byte for
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
+from msgspec import Struct
 
 from dp_extproc.request.body import OLD_RANK, PREFILL_RANK, ROUTED_RANK
 from dp_extproc.request.members import JsonObject
@@ -27,8 +27,7 @@ STREAM_KEYS: Final = ("stream", "stream_options")
 LEG_KEYS: Final = ROUTING_KEYS | {"rid", *STREAM_KEYS}
 
 
-@dataclass(frozen=True, slots=True)
-class Bootstrap:
+class Bootstrap(Struct, frozen=True):
     """Where and as what the two legs of an attempt meet."""
 
     host: str
@@ -37,8 +36,7 @@ class Bootstrap:
     """One, or one for each prompt of a batch."""
 
 
-@dataclass(frozen=True, slots=True)
-class LegFields:
+class LegFields(Struct, frozen=True):
     """What one leg's body says that the other's does not."""
 
     routed_rank: int | None
@@ -46,8 +44,7 @@ class LegFields:
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class LegBodies:
+class LegBodies(Struct, frozen=True):
     """The decode leg's body, and what turns it into the prefill leg's."""
 
     decode: bytes
