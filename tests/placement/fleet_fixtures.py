@@ -56,9 +56,7 @@ def address_of(endpoint: Endpoint) -> str:
 
 
 def samples(tokens: Sequence[int], age: float | None = 0.0) -> tuple[RankSample, ...]:
-    return tuple(
-        RankSample(rank, used_tokens=count, total_tokens=count, age=age) for rank, count in enumerate(tokens)
-    )
+    return tuple(RankSample(rank, used_tokens=count, total_tokens=count, age=age) for rank, count in enumerate(tokens))
 
 
 class Fleet:
@@ -97,9 +95,7 @@ class Fleet:
                 if by_role[role]
             },
         })  # fmt: skip
-        self.dispatcher = Dispatcher(
-            [self.pool], self.load, owner="127.0.0.1:9002", rng=Random(seed), clock=self.clock
-        )
+        self.dispatcher = Dispatcher([self.pool], self.load, owner="127.0.0.1:9002", rng=Random(seed), clock=self.clock)
 
     def sample(self, endpoint: Endpoint, tokens: Sequence[int], age: float | None = 0.0) -> None:
         self.load.sampled(endpoint, LoadPage(samples(tokens, age)), self.clock(), self.clock())

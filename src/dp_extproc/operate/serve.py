@@ -22,7 +22,7 @@ from grpc_health.v1.health import aio
 from dp_extproc import __version__
 from dp_extproc.config import Config, ConfigError, SocketAddress, load_config
 from dp_extproc.extproc.service import ExtProcService
-from dp_extproc.fleet.endpoint import Endpoint, Role
+from dp_extproc.fleet.roster import endpoints_of
 from dp_extproc.fleet.scraper import Scraper
 from dp_extproc.operate.admin import AdminServer, admin_app
 from dp_extproc.operate.loads_page import describe_loads
@@ -60,26 +60,6 @@ def run(args: argparse.Namespace) -> int:
         sys.stderr.write(f"{error}\n")
         return 2 if isinstance(error, ConfigError) else 1
     return 0
-
-
-def endpoints_of(config: Config) -> tuple[Endpoint, ...]:
-    """List every configured server, in the order of the file."""
-    return tuple(
-        Endpoint(
-            url=each.url,
-            host=each.host,
-            port=each.port,
-            pool=pool.name,
-            role=role,
-            dp_size=each.dp_size,
-            bootstrap_host=each.bootstrap_host,
-            bootstrap_port=each.bootstrap_port,
-        )
-        for pool in config.pools
-        for role, section in ((Role.PREFILL, pool.prefill), (Role.DECODE, pool.decode), (Role.WORKER, pool.workers))
-        if section is not None
-        for each in section.endpoints
-    )
 
 
 def owner_address(config: Config) -> str:

@@ -1,0 +1,90 @@
+"""Token estimates start sane and correct themselves from what the engines count."""
+
+import pytest
+
+from dp_extproc.placement.ratio import LEAST, MOST, START, TokenRatio
+from dp_extproc.request.prompt import Prompt
+
+ENGINE = "http://10.0.0.1:31001"
+
+
+def test_token_ids_are_exact() -> None:
+    """Known tokens need no estimate."""
+    assert TokenRatio().estimate(Prompt(0, 1234, None)) == 1234
+
+
+@pytest.mark.parametrize(
+    ("text", "least", "most"),
+    [
+        pytest.param("The quick brown fox jumps over the lazy dog. " * 100, 700, 1300, id="english"),
+        pytest.param("敏捷的棕色狐狸跳过了懒狗" * 167, 1000, 2100, id="2000 chinese characters"),
+        pytest.param("素早い茶色の狐がのろまな犬を飛び越える" * 105, 1000, 2100, id="2000 japanese characters"),
+        pytest.param("for (int i = 0; i < n; ++i) { a[i] += b[i]; }\n" * 50, 500, 1200, id="code"),
+        pytest.param("", 1, 1, id="empty"),
+    ],
+)
+def test_first_estimates_are_sane(text: str, least: int, most: int) -> None:
+    """Without any feedback an estimate is within a factor of two of what usual tokenizers make of a text."""
+    assert least <= TokenRatio().estimate(Prompt(len(text.encode()), 0, None)) <= most
+
+
+def _feed(ratio: TokenRatio, text_bytes: int, counted: int, known: int = 0, rounds: int = 200) -> None:
+    total = 0
+    ratio.counted(ENGINE, total)
+    for _ in range(rounds):
+        ratio.answered(ENGINE, Prompt(text_bytes, known, None))
+        total += counted
+        ratio.counted(ENGINE, total)
+
+
+@pytest.mark.parametrize("bytes_per_token", [1.5, 3.0, 6.0])
+def test_the_ratio_follows_the_engines_count(bytes_per_token: float) -> None:
+    """Whatever the tokenizer makes of the traffic, estimates come to agree with the engine."""
+    ratio = TokenRatio()
+    _feed(ratio, 60_000, round(60_000 / bytes_per_token))
+
+    assert ratio.bytes_per_token == pytest.approx(bytes_per_token, rel=0.02)
+
+
+def test_known_tokens_do_not_bend_the_ratio() -> None:
+    """Token ids among the prompts are counted by the engine, too, and taken out again."""
+    ratio = TokenRatio()
+    _feed(ratio, 60_000, 20_000 + 50_000, known=50_000)
+
+    assert ratio.bytes_per_token == pytest.approx(3.0, rel=0.02)
+
+
+def test_traffic_of_others_alone_teaches_nothing() -> None:
+    """An engine that counts while we send nothing is busy with others."""
+    ratio = TokenRatio()
+    for count in range(0, 10_000_000, 100_000):
+        ratio.counted(ENGINE, count)
+
+    assert ratio.bytes_per_token == START
+
+
+def test_a_restarted_engine_counts_anew() -> None:
+    """A count that went down is not taken for negative tokens."""
+    ratio = TokenRatio()
+    _feed(ratio, 60_000, 20_000)
+    _feed(ratio, 60_000, 20_000)
+
+    assert ratio.bytes_per_token == pytest.approx(3.0, rel=0.02)
+
+
+def test_a_change_of_traffic_shows() -> None:
+    """Old counts fade: after a few times the memory the new ratio holds."""
+    ratio = TokenRatio()
+    _feed(ratio, 1_000_000, 250_000, rounds=100)
+    _feed(ratio, 1_000_000, 500_000, rounds=100)
+
+    assert ratio.bytes_per_token == pytest.approx(2.0, rel=0.1)
+
+
+@pytest.mark.parametrize(("counted", "bound"), [(10_000_000, LEAST), (0, MOST)], ids=["others' traffic", "all cached"])
+def test_bounds_hold_where_counts_mislead(counted: int, bound: float) -> None:
+    """No count makes an estimate absurd."""
+    ratio = TokenRatio()
+    _feed(ratio, 60_000, counted)
+
+    assert ratio.bytes_per_token == bound
