@@ -13,7 +13,8 @@ setup: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo]" --group dev
 	touch $@
 
-test: setup
+# Style, types and tests: what a change has to pass.
+test: check
 	$(BIN)/pytest
 
 check: setup
@@ -27,6 +28,10 @@ format: setup
 
 demo: setup
 	$(BIN)/dp-extproc demo $(if $(KEEP),--keep)
+
+# What a request costs in the service, against an empty ext_proc server.
+bench: setup
+	$(BIN)/python bench/ext_proc_cost.py
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

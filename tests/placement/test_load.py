@@ -213,3 +213,10 @@ def test_ranks_that_the_server_does_not_have_are_left_out(fleet: Fleet) -> None:
     fleet.sample(fleet.host(Role.PREFILL).endpoint, [1, 2, 3, 4, 5, 6])
 
     assert [rank.tokens for rank in fleet.host(Role.PREFILL).ranks] == [1, 2, 3, 4]
+
+
+def test_a_server_in_another_role_gets_nothing() -> None:
+    """A decode server among the prefill endpoints would leave every request hanging, so it is passed over."""
+    fleet = Fleet(prefills=[PREFILL, DECODE], decodes=[DECODE])
+
+    assert fleet.load.eligible("*", Role.PREFILL, fleet.clock()) == [fleet.host(Role.PREFILL, 1)]

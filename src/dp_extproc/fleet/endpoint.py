@@ -95,5 +95,7 @@ class LoadPage:
     """Sorted by rank, each rank at most once."""
     prompt_tokens: int | None = None
     """Prompt tokens of the whole server since its start, by its own count; None when the page does not tell."""
+    uncached_prompt_tokens: int | None = None
+    """Of those the ones that no prefix cache held; /v1/loads from 0.5.17 on."""
     silent_ranks: tuple[int, ...] = ()
     """Ranks that the page names but that have not published a load yet. Sorted; none of them is in ``ranks``."""

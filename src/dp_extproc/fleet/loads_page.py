@@ -5,6 +5,7 @@ with 0.5.11, ``num_waiting_uncached_tokens`` with 0.5.13.
 """
 
 import math
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Annotated, Final
 
@@ -34,6 +35,7 @@ class _RankLoad(Struct):
     num_waiting_reqs: _Count | None = None
     max_total_num_tokens: _Count | None = None
     max_running_requests: _Count | None = None
+    total_prefill_uncached_tokens: _Count | None = None
     disaggregation: _Disaggregation | None = None
 
 
@@ -59,6 +61,7 @@ def read_loads(page: bytes) -> LoadPage:
             newest[load.dp_rank] = load
     return LoadPage(
         ranks=tuple(_sample(newest[rank], printed_at) for rank in sorted(newest)),
+        uncached_prompt_tokens=_sum(load.total_prefill_uncached_tokens for load in newest.values()),
         silent_ranks=tuple(sorted(silent - newest.keys())),
     )
 
@@ -95,6 +98,13 @@ def _age(printed_at: float | None, published_at: float | None) -> float | None:
     if printed_at is None or published_at is None or not math.isfinite(published_at):
         return None
     return max(0.0, printed_at - published_at)
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    """Add up what each rank tells; None when one of them does not."""
+    told = list(counts)
+    known = [max(0, count) for count in told if count is not None]
+    return sum(known) if known and len(known) == len(told) else None
 
 
 def _not_negative(value: int | None) -> int | None:

@@ -107,9 +107,14 @@ class EngineWatch:
         return page
 
     async def _with_prompt_tokens(self, page: LoadPage, facts: EngineFacts) -> LoadPage:
-        """Add the count of prompt tokens now and then; it only refines estimates, so an engine may do without."""
-        if self._endpoint.role is Role.DECODE or facts.metrics_enabled is False:
+        """Add the count of prompt tokens now and then; it only refines estimates, so an engine may do without.
+
+        Without metrics the count of uncached ones stands in: too low by what the prefix cache holds, but in step.
+        """
+        if self._endpoint.role is Role.DECODE:
             return page
+        if facts.metrics_enabled is False:
+            return replace(page, prompt_tokens=page.uncached_prompt_tokens)
         if self._clock() < self._prompt_tokens_due:
             return page
         self._prompt_tokens_due = self._clock() + PROMPT_TOKENS_EVERY

@@ -10,6 +10,7 @@ import msgspec
 from dp_extproc.config.schema import ClientRanks, PoolConfig
 from dp_extproc.extproc import names
 from dp_extproc.fleet.endpoint import Role
+from dp_extproc.fleet.server_info import DEFAULT_BOOTSTRAP_PORT
 from dp_extproc.placement.attempt import Attempt
 from dp_extproc.placement.decision import Answer, Decision, Metadata
 from dp_extproc.placement.fleet_load import FleetLoad
@@ -20,9 +21,6 @@ from dp_extproc.request.path import ONE_MODEL, Api
 from dp_extproc.request.prompt import Prompt
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.request.rewrite import Bootstrap, LegFields, rewrite_aggregated, rewrite_disaggregated
-
-DEFAULT_BOOTSTRAP_PORT: Final = 8998
-"""SGLang's ``--disaggregation-bootstrap-port`` when it is not given."""
 
 _ANY_MODEL: Final = "*"
 _TRY_AGAIN: Final = (("retry-after", "1"),)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from dp_extproc.fleet.agreement import MODE_OF
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.fleet.recipe import capabilities
@@ -31,7 +32,9 @@ class FleetLoad:
         self.hosts[endpoint.url] = HostLoad(endpoint, address, facts, capabilities(facts))
         self._by_role = {}
         for each in self.endpoints:
-            if (host := self.hosts.get(each.url)) is not None:
+            host = self.hosts.get(each.url)
+            # A server in another role than configured would leave its requests hanging.
+            if host is not None and host.facts.mode is MODE_OF[each.role]:
                 self._by_role.setdefault((each.pool, each.role), []).append(host)
 
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:  # noqa: ARG002 - the protocol's
