@@ -37,22 +37,24 @@ def test_a_room_is_congruent_to_both_ranks_or_refused(
             draw_room(Random(seed), prefill, decode)
 
 
-class _Extreme(Random):
-    """Draws the least or the greatest of a range."""
+class _From(Random):
+    """Draws consecutive numbers, upwards or downwards."""
 
-    def __init__(self, *, greatest: bool) -> None:
+    def __init__(self, first: int, step: int) -> None:
         super().__init__()
-        self._greatest = greatest
+        self._next = first
+        self._step = step
 
-    def randint(self, a: int, b: int) -> int:
-        return b if self._greatest else a
+    def getrandbits(self, k: int) -> int:
+        number, self._next = self._next, self._next + self._step
+        return number
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 32])
 def test_the_bounds_are_never_left(ranks: int) -> None:
     """The least room is never 0, which SGLang reads as "not arrived", and the greatest fits a signed 64-bit integer."""
     for rank in range(ranks):
-        least, greatest = (draw_room(_Extreme(greatest=end), (rank, ranks)) for end in (False, True))
+        least, greatest = (draw_room(_From(*draws), (rank, ranks)) for draws in ((0, 1), (MAX_ROOM, -1)))
 
         assert least == (rank or ranks)
         assert MAX_ROOM - ranks < greatest <= MAX_ROOM

@@ -297,17 +297,22 @@ _GO_ON_RESPONSE: Final[_Replies] = (Continue(Phase.RESPONSE_HEADERS),)
 
 def _refuse_by_headers(headers: dict[str, str], max_body: int) -> Rejection | None:
     """Refuse before the body has come what its headers already tell."""
-    encoding = headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in {"", "identity"}:
+    encoding = headers.get("content-encoding")
+    if encoding is not None and encoding.strip().lower() not in {"", "identity"}:
         message = f"request bodies with content-encoding {encoding!r} cannot be read; send the JSON uncompressed"
         return Rejection(415, Reason.COMPRESSED_BODY, message)
-    media = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if media != "application/json" and not media.endswith("+json"):
+    media = headers.get("content-type", "application/json")
+    if media != "application/json" and not _is_json(media):
         return Rejection(415, Reason.NOT_JSON, f"content-type must be application/json, not {media[:100]!r}")
     length = headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_body:
         return _too_large(max_body)
     return None
+
+
+def _is_json(content_type: str) -> bool:
+    media = content_type.partition(";")[0].strip().lower()
+    return media == "application/json" or media.endswith("+json")
 
 
 def _too_large(max_body: int) -> Rejection:

@@ -6,6 +6,7 @@ from random import Random
 from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
 from dp_extproc.config.schema import ClientRanks, PoolConfig
 from dp_extproc.extproc import names
@@ -130,7 +131,8 @@ class Dispatcher:
             return hosts
         side = pool.picker.worker(hosts, request.routed_rank_pin if pool.honours_pins else None)
         rank_key = side.host.capabilities.aggregated_rank_key(request.api)
-        rank = side.rank if rank_key is not None else None
+        if rank_key is None:
+            side = replace(side, rank=None)
         tokens = self._fleet.ratios[pool.name].estimate(request.prompt)
         on_answer = partial(self._prompt_done, pool, side.host, request.prompt)
         return Decision(
@@ -182,24 +184,20 @@ class Dispatcher:
             (names.OWNER, self._owner),
             (names.LEG, leg.encode()),
         )
-        metadata = {
-            **_metadata(pool, request),
-            names.META_PREFILL_HOST: prefill.host.address,
-            **_known(names.META_PREFILL_RANK, prefill.rank),
-            names.META_DECODE_HOST: decode.host.address,
-            **_known(names.META_DECODE_RANK, decode.rank),
-        }
+        metadata = _metadata(pool, request, decode)
+        metadata[names.META_PREFILL_HOST] = prefill.host.address
+        if prefill.rank is not None:
+            metadata[names.META_PREFILL_RANK] = prefill.rank
         return Decision(bodies.decode, headers, metadata, attempt)
 
     def _capable(self, pool: _Pool, role: Role, api: Api, now: float) -> Sequence[HostLoad] | Rejection:
-        """Give the eligible hosts of a role whose version takes the routing fields on this path."""
+        """Give the hosts of a role that can serve this path, at least one."""
+        if capable := self._fleet.capable(pool.name, role, api, now):
+            return capable
         hosts = self._fleet.eligible(pool.name, role, now)
         if not hosts:
             message = f"no {role} server of the pool for {pool.name} has been reached yet; try again shortly"
             return Rejection(503, Reason.NO_ENDPOINTS, message, headers=_TRY_AGAIN)
-        capable = [host for host in hosts if host.capabilities.serves(api)]
-        if capable:
-            return capable
         versions = ", ".join(sorted({str(host.facts.version) for host in hosts}))
         message = f"{api.value} needs a newer SGLang than the {role} servers of this model run ({versions})"
         return Rejection(400, Reason.ENGINE_TOO_OLD, message)
@@ -223,9 +221,12 @@ def _leg_fields(side: Side, prefill_rank: int | None, request_id: str) -> LegFie
     )
 
 
-def _metadata(pool: _Pool, request: InferenceRequest) -> Metadata:
-    return {names.META_POOL: pool.name, names.META_MODEL: request.model or ""}
-
-
-def _known(name: str, rank: int | None) -> Metadata:
-    return {} if rank is None else {name: rank}
+def _metadata(pool: _Pool, request: InferenceRequest, decode: Side) -> Metadata:
+    metadata: Metadata = {
+        names.META_POOL: pool.name,
+        names.META_MODEL: request.model or "",
+        names.META_DECODE_HOST: decode.host.address,
+    }
+    if decode.rank is not None:
+        metadata[names.META_DECODE_RANK] = decode.rank
+    return metadata

@@ -1,6 +1,6 @@
 """The load cache: every endpoint that has been discovered, fed by what the scraper observes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from dp_extproc.fleet.agreement import MODE_OF
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
@@ -8,6 +8,7 @@ from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.fleet.recipe import capabilities
 from dp_extproc.placement.load import HostLoad
 from dp_extproc.placement.ratio import TokenRatio
+from dp_extproc.request.path import Api
 
 
 class FleetLoad:
@@ -22,9 +23,11 @@ class FleetLoad:
         """By URL; what is wrong at present."""
         self.ratios = {endpoint.pool: TokenRatio() for endpoint in self.endpoints}
         self._by_role: dict[tuple[str, Role], list[HostLoad]] = {}
+        self._capable: dict[tuple[str, Role, Api], tuple[Sequence[HostLoad], float]] = {}
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:  # noqa: ARG002 - the protocol's
         """Take in who an engine is. One that has become another (restarted, upgraded) starts with empty books."""
+        self._capable.clear()
         known = self.hosts.get(endpoint.url)
         if known is not None and known.facts == facts:
             known.address = address
@@ -39,6 +42,7 @@ class FleetLoad:
 
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:  # noqa: ARG002 - the protocol's
         """Take in a load page that was asked for at *started*."""
+        self._capable.clear()
         self.failures.pop(endpoint.url, None)
         if (host := self.hosts.get(endpoint.url)) is not None:
             host.absorb(page.ranks, started)
@@ -47,6 +51,7 @@ class FleetLoad:
 
     def failed(self, endpoint: Endpoint, failure: ScrapeFailure, now: float) -> None:  # noqa: ARG002 - the protocol's
         """Take in that an endpoint could not be read. Its samples stay, and grow stale; at once if it is gone."""
+        self._capable.clear()
         self.failures[endpoint.url] = failure
         if failure.kind in {FailureKind.REFUSED, FailureKind.UNRESOLVABLE} and endpoint.url in self.hosts:
             self.hosts[endpoint.url].demote()
@@ -60,6 +65,21 @@ class FleetLoad:
         states = [host.freshness(now, self.stale_after) for host in hosts]
         best = min(states, default=None)
         return [host for host, state in zip(hosts, states, strict=True) if state is best]
+
+    def capable(self, pool: str, role: Role, api: Api, now: float) -> Sequence[HostLoad]:
+        """Give those of the eligible hosts whose release takes the routing fields on this path.
+
+        Nobody becomes eligible but by an observation, and nobody ceases to be but by one or by growing stale; so
+        what was found holds until then.
+        """
+        found = self._capable.get((pool, role, api))
+        if found is not None and now <= found[1]:
+            return found[0]
+        hosts = self.eligible(pool, role, now)
+        until = min((host.sampled + self.stale_after for host in hosts), default=now)
+        capable = [host for host in hosts if host.capabilities.serves(api)]
+        self._capable[pool, role, api] = (capable, until)
+        return capable
 
     def discovered_in(self, pool: str) -> list[HostLoad]:
         """Give every host of a pool that has told its facts, in the order of the configuration."""

@@ -30,8 +30,11 @@ def draw_room(rng: Random, prefill: tuple[int, int] | None, decode: tuple[int, i
     residue, modulus = prefill or (0, 1)
     if decode is not None:
         residue, modulus = _combine(residue, modulus, *decode)
-    first = 0 if residue else 1
-    return residue + modulus * rng.randint(first, (MAX_ROOM - residue) // modulus)
+    while True:
+        number = rng.getrandbits(63)
+        room = number - number % modulus + residue
+        if 0 < room <= MAX_ROOM:
+            return room
 
 
 def agree(prefill: tuple[int, int], decode: tuple[int, int]) -> bool:

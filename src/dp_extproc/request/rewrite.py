@@ -42,6 +42,7 @@ class LegFields(Struct, frozen=True):
     routed_rank: int | None
     prefill_rank: int | None
     request_id: str
+    """Of characters that need no escaping in JSON."""
 
 
 class LegBodies(Struct, frozen=True):
@@ -99,14 +100,16 @@ def rewrite_aggregated(body: JsonObject, rank_key: str | None, rank: int | None)
 
 
 def _leg(fields: LegFields, batch: int | None) -> bytes:
-    members: dict[str, Any] = {}
+    text = ""
     if fields.routed_rank is not None:
-        members[ROUTED_RANK] = fields.routed_rank
+        text += f'"{ROUTED_RANK}":{fields.routed_rank},'
     if fields.prefill_rank is not None:
-        members[PREFILL_RANK] = fields.prefill_rank
+        text += f'"{PREFILL_RANK}":{fields.prefill_rank},'
+    if batch is None:
+        return f'{text}"rid":"{fields.request_id}",'.encode()
     # Schedulers abort by prefix of the id: "-7" must not be a prefix of "-71", hence the closing dot.
-    members["rid"] = fields.request_id if batch is None else [f"{fields.request_id}-{i}." for i in range(batch)]
-    return _members(members) + b","
+    ids = ",".join(f'"{fields.request_id}-{index}."' for index in range(batch))
+    return f'{text}"rid":[{ids}],'.encode()
 
 
 def _members(members: dict[str, Any]) -> bytes:
