@@ -135,16 +135,10 @@ class Dispatcher:
             side = replace(side, rank=None)
         tokens = self._fleet.ratios[pool.name].estimate(request.prompt)
         on_answer = partial(self._prompt_done, pool, side.host, request.prompt)
-        return Decision(
-            rewrite_aggregated(request.body, rank_key, rank),
-            ((names.DECODE_HOST, side.host.address.encode()),),
-            {
-                **_metadata(pool, request),
-                names.META_DECODE_HOST: side.host.address,
-                **_known(names.META_DECODE_RANK, rank),
-            },
-            Attempt("", now, (), side.host.reserve(rank, tokens, now), on_answer),
-        )
+        attempt = Attempt("", now, (), side.host.reserve(side.rank, tokens, now), on_answer)
+        body = rewrite_aggregated(request.body, rank_key, side.rank)
+        headers = ((names.DECODE_HOST, side.host.address.encode()),)
+        return Decision(body, headers, _metadata(pool, request, side), attempt)
 
     def _place_disaggregated(self, pool: _Pool, request: InferenceRequest) -> Decision | Rejection:
         now = self._clock()
