@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(
         level=args.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every scrape
+    for chatty in ("httpx", "uvicorn"):  # the one logs every scrape, the other its own start
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         config = load_config(args.config)
         uvloop.run(_serve(config))

@@ -1,0 +1,38 @@
+"""Fleets that several tests share."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from e2e.stack import Stack, run_stack
+
+VERSIONS = ("0.5.9", "0.5.11", "0.5.16", "0.5.23")
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def every_version(request: pytest.FixtureRequest) -> Iterator[Stack]:
+    """A fleet of each release that differs."""
+    with run_stack(request.param) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module", params=["buffered", "duplex"])
+def every_mode(request: pytest.FixtureRequest) -> Iterator[Stack]:
+    """A fleet of the newest release, with Envoy sending bodies in each of the two ways."""
+    with run_stack(envoy={"body_mode": request.param, "max_body_bytes": 33 << 20}) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def newest() -> Iterator[Stack]:
+    """A fleet of the newest release."""
+    with run_stack() as stack:
+        yield stack
+
+
+@pytest.fixture(autouse=True)
+def _forgetful(request: pytest.FixtureRequest) -> None:
+    """Let every test begin with engines that remember nothing."""
+    for name in ("every_version", "every_mode", "newest"):
+        if name in request.fixturenames:
+            request.getfixturevalue(name).forget()

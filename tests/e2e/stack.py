@@ -1,0 +1,111 @@
+"""A whole fleet on this machine: strict engines, the service and Envoy."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+
+from dp_extproc.testbed.engine import EngineProcess
+from dp_extproc.testbed.envoy import EnvoyProcess
+from dp_extproc.testbed.service import ServiceProcess, write_config
+
+T = TypeVar("T")
+
+PREFILL_RANKS = 4
+DECODE_RANKS = 2
+FAST = ("--time-scale", "0.01")
+"""A hundred times faster than a server would be: these tests are about bodies, not about time."""
+
+ROUTING_FIELDS = {
+    "routed_dp_rank",
+    "disagg_prefill_dp_rank",
+    "data_parallel_rank",
+    "bootstrap_host",
+    "bootstrap_port",
+    "bootstrap_room",
+    "rid",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Everything that runs."""
+
+    prefills: Sequence[EngineProcess]
+    decodes: Sequence[EngineProcess]
+    service: ServiceProcess
+    envoy: EnvoyProcess
+    client: httpx.Client
+    version: tuple[int, ...]
+
+    def forget(self) -> None:
+        """Clear what the engines remember."""
+        for engine in (*self.prefills, *self.decodes):
+            engine.forget()
+
+    def legs(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Wait for the two legs of the one request since :meth:`forget`, prefill first."""
+        return one(self.prefills), one(self.decodes)
+
+    def received(self) -> list[dict[str, Any]]:
+        """Give every request that any engine has received since :meth:`forget`."""
+        return [request for engine in (*self.prefills, *self.decodes) for request in engine.requests()]
+
+
+def one(engines: Sequence[EngineProcess]) -> dict[str, Any]:
+    """Wait until the engines have one finished request between them, and return it."""
+
+    def finished() -> list[dict[str, Any]]:
+        requests = [request for engine in engines for request in engine.requests()]
+        return [request for request in requests if request["outcome"] != "running"]
+
+    (request,) = wait_for(finished)
+    return request
+
+
+def wait_for(probe: Callable[[], T], seconds: float = 10.0) -> T:
+    """Wait until a probe gives something that is true, and return that."""
+    deadline = time.monotonic() + seconds
+    while not (found := probe()):
+        assert time.monotonic() < deadline, f"{probe} gave {found!r} for {seconds} s"
+        time.sleep(0.01)
+    return found
+
+
+def body_of(request: dict[str, Any]) -> dict[str, Any]:
+    """Read the body of a received request, exactly as it came."""
+    body: dict[str, Any] = json.loads(request["body"])
+    return body
+
+
+@contextmanager
+def run_stack(
+    version: str = "0.5.23", *, prefills: int = 1, decodes: int = 1, options: Sequence[str] = (), **sections: Any
+) -> Iterator[Stack]:
+    """Run a disaggregated fleet of one release; *sections* go over the configuration."""
+    flags = ("--sglang-version", version, "--dp-attention", *FAST, *options)
+    policy = sections.pop("policy", {})
+    with ExitStack() as running:
+        prefill = [EngineProcess("prefill", PREFILL_RANKS, *flags) for _ in range(prefills)]
+        decode = [EngineProcess("decode", DECODE_RANKS, *flags) for _ in range(decodes)]
+        for engine in (*prefill, *decode):
+            running.push(engine)
+            engine.start()
+        for engine in (*prefill, *decode):
+            engine.wait_until_listening()
+        pool = {
+            "models": ["*"],
+            "prefill": {"endpoints": [engine.url for engine in prefill]},
+            "decode": {"endpoints": [engine.url for engine in decode]},
+            "policy": policy,
+        }
+        service = running.enter_context(ServiceProcess(write_config([pool], **sections)))
+        envoy = running.enter_context(EnvoyProcess(service.config))
+        client = running.enter_context(httpx.Client(base_url=envoy.url, timeout=60, trust_env=False))
+        service.wait_until_fresh()
+        service.wait_until_ready()
+        yield Stack(prefill, decode, service, envoy, client, tuple(map(int, version.split("."))))
