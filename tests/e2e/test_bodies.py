@@ -1,6 +1,5 @@
 """Bodies of every size and kind arrive on both legs as they were sent, in both of Envoy's body modes."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -32,7 +31,8 @@ def test_the_smallest_bodies(every_mode: Stack) -> None:
 @pytest.mark.parametrize("chunked", [False, True], ids=["with length", "chunked"])
 def test_large_bodies(every_mode: Stack, size: int, chunked: bool) -> None:
     """From one to many chunks, with and without a content-length; not one byte behind the routing fields differs."""
-    rest = b'"model":"any","max_tokens":1,"prompt":"' + b"0123456789abcdef" * (size // 16) + b'"}'
+    # Not in the prompt: an engine would be right to refuse eight million tokens.
+    rest = b'"model":"any","max_tokens":1,"prompt":"p","padding":"' + b"0123456789abcdef" * (size // 16) + b'"}'
     content: bytes | Iterator[bytes] = b"{" + rest
     if chunked:
         content = iter([b"{", *(rest[start : start + 100_001] for start in range(0, len(rest), 100_001))])
@@ -41,13 +41,9 @@ def test_large_bodies(every_mode: Stack, size: int, chunked: bool) -> None:
     assert response.status_code == 200, response.text[:500]
     for leg in every_mode.legs():
         assert leg["outcome"] == "finished"
-        assert leg["headers"]["content-length"] == str(leg["body_length"])
-        assert tail_digest(leg, len(rest)) == hashlib.sha256(rest).hexdigest()
-
-
-def tail_digest(leg: dict[str, Any], length: int) -> str:
-    """Digest of the last *length* bytes of a received body."""
-    return hashlib.sha256(leg["body"].encode()[-length:]).hexdigest()
+        # In duplex Envoy streams the decode leg's body, without a length.
+        assert leg["headers"].get("content-length", str(leg["body_length"])) == str(leg["body_length"])
+        assert leg["body"].encode().endswith(rest)
 
 
 def test_a_compact_unicode_body_is_kept_byte_for_byte(every_mode: Stack) -> None:

@@ -24,6 +24,7 @@ class Pools:
     small: EngineProcess
     old: EngineProcess
     client: httpx.Client
+    url: str
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def running() -> Iterator[Pools]:
         client = running.enter_context(httpx.Client(base_url=envoy.url, timeout=30, trust_env=False))
         service.wait_until_fresh()
         service.wait_until_ready()
-        yield Pools(prefill, decode, small, old, client)
+        yield Pools(prefill, decode, small, old, client, envoy.url)
 
 
 @pytest.fixture
@@ -149,7 +150,7 @@ def test_generate_with_a_model(pools: Pools) -> None:
 
 def test_models_of_all_pools(pools: Pools) -> None:
     """The OpenAI client lists the models of every pool, and looks one up."""
-    client = openai.OpenAI(base_url=f"{pools.client.base_url}v1", api_key="key", max_retries=0)
+    client = openai.OpenAI(base_url=f"{pools.url}/v1", api_key="key", max_retries=0)
 
     assert [model.id for model in client.models.list()] == ["large", "huge", "small", "old"]
     assert client.models.retrieve("small").id == "small"

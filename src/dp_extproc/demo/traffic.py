@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, OpenAIError
 
 MODEL: Final = "demo"
 
@@ -37,6 +37,8 @@ class Outcome:
     """Time to the first token; None without streaming."""
     per_token: float | None
     """Time per output token behind the first; None without streaming, or with one token."""
+    error: str | None = None
+    """Why it failed."""
 
 
 def make_jobs(count: int, seed: int) -> list[Job]:
@@ -60,18 +62,18 @@ def _prompt(rng: random.Random) -> str:
 
 
 async def send(url: str, jobs: list[Job], concurrency: int, on_done: Callable[[], None]) -> list[Outcome]:
-    """Send all jobs to Envoy, so many at a time.
-
-    Raises:
-        openai.OpenAIError: A request failed; nothing is retried, so that nothing is hidden.
-    """
+    """Send all jobs to Envoy, so many at a time. Nothing is retried, so that nothing is hidden."""
     queue = iter(jobs)
     outcomes: list[Outcome] = []
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
 
         async def work() -> None:
             for job in queue:
-                outcomes.append(await (_stream(client, job) if job.stream else _ask(client, job)))
+                began = time.perf_counter()
+                try:
+                    outcomes.append(await (_stream(client, job) if job.stream else _ask(client, job)))
+                except OpenAIError as error:
+                    outcomes.append(Outcome(time.perf_counter() - began, None, None, str(error)))
                 on_done()
 
         async with asyncio.TaskGroup() as tasks:

@@ -1,0 +1,84 @@
+"""``dp-extproc demo``: the engines' own placement against ours, on this machine."""
+
+import argparse
+import asyncio
+import signal
+import sys
+import time
+from typing import Final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dp_extproc.config import RankPolicy
+from dp_extproc.demo.fleet import RANKS, SERVERS, Fleet, Router, run_engines
+from dp_extproc.demo.report import Run, print_report
+from dp_extproc.demo.traffic import MODEL, Job, make_jobs, send
+
+_CONCURRENCY: Final = 48
+"""Enough that every rank has work most of the time: three requests for each of the sixteen ranks."""
+_WARM_UP: Final = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.add_argument("--requests", type=int, default=320, help="per placement (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of the traffic (default: %(default)s)")
+    parser.add_argument("--time-scale", type=float, default=1.5, help="how slow the engines are (default: %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="leave it running at the end")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo. Returns 0, or 1 when a part cannot be started."""
+    # Wide enough for the tables also when the output is not a terminal.
+    console = Console() if sys.stdout.isatty() else Console(width=100)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        _show(console, args)
+    except (FileNotFoundError, RuntimeError) as error:
+        console.print(f"[bold]The demo cannot go on:[/] {error}", highlight=False)
+        return 1
+    except KeyboardInterrupt:
+        console.print("stopped")
+    return 0
+
+
+def _show(console: Console, args: argparse.Namespace) -> None:
+    jobs = make_jobs(args.requests, args.seed)
+    console.print(
+        f"Starting {SERVERS} prefill and {SERVERS} decode engines of {RANKS} ranks each, the router and Envoy; "
+        f"{args.requests} requests of uneven length, every other one streamed, once for each placement."
+    )
+    with run_engines(args.time_scale) as fleet:
+        runs = [_run_policy(console, fleet, policy, jobs) for policy in (RankPolicy.NONE, RankPolicy.MINIMUM_TOKENS)]
+        print_report(console, runs)
+        if args.keep:
+            with fleet.router(RankPolicy.MINIMUM_TOKENS) as router:
+                _keep(console, router)
+
+
+def _run_policy(console: Console, fleet: Fleet, policy: RankPolicy, jobs: list[Job]) -> Run:
+    columns = (TextColumn(f"dp_rank: {policy.value:<15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with fleet.router(policy) as router, Progress(*columns, console=console) as progress:
+        asyncio.run(send(router.envoy.url, make_jobs(_WARM_UP, seed=0), _WARM_UP, lambda: None))
+        for engine in (*fleet.prefill, *fleet.decode):
+            engine.forget()
+        task = progress.add_task(policy.value, total=len(jobs))
+        began = time.perf_counter()
+        outcomes = asyncio.run(send(router.envoy.url, jobs, _CONCURRENCY, lambda: progress.advance(task)))
+        seconds = time.perf_counter() - began
+        return Run(policy, seconds, outcomes, fleet.shares())
+
+
+def _keep(console: Console, router: Router) -> None:
+    url = router.envoy.url
+    body = f'{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "hello"}}], "max_tokens": 12}}'
+    console.print("\nIt goes on running, with minimum_tokens. Try:\n", highlight=False)
+    console.print(
+        f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n"
+        f"  curl {router.service.admin_url}/loads\n",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print("Ctrl-C ends it.")
+    signal.pause()

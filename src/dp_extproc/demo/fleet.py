@@ -1,0 +1,83 @@
+"""The fleet of the demo: two prefill and two decode engines of four ranks each, and a router in front of them."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dp_extproc.config import RankPolicy
+from dp_extproc.demo.traffic import MODEL
+from dp_extproc.testbed.engine import EngineProcess
+from dp_extproc.testbed.envoy import EnvoyProcess
+from dp_extproc.testbed.service import ServiceProcess, write_config
+
+RANKS: Final = 4
+SERVERS: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RankShare:
+    """What one rank got."""
+
+    server: str
+    rank: int
+    requests: int
+    tokens: int
+    """Of their prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """The service and Envoy, with one placement policy."""
+
+    service: ServiceProcess
+    envoy: EnvoyProcess
+
+
+class Fleet:
+    """The engines."""
+
+    def __init__(self, prefill: list[EngineProcess], decode: list[EngineProcess]) -> None:
+        self.prefill = prefill
+        self.decode = decode
+
+    @contextmanager
+    def router(self, policy: RankPolicy) -> Iterator[Router]:
+        """Run a router in front of the engines, which remember nothing of the one before."""
+        for engine in (*self.prefill, *self.decode):
+            engine.forget()
+        pool: dict[str, Any] = {
+            "models": ["*"],
+            "prefill": {"endpoints": [engine.url for engine in self.prefill]},
+            "decode": {"endpoints": [engine.url for engine in self.decode]},
+            "policy": {"dp_rank": policy.value},
+        }
+        with ServiceProcess(write_config([pool])) as service, EnvoyProcess(service.config) as envoy:
+            service.wait_until_fresh()
+            service.wait_until_ready()
+            yield Router(service, envoy)
+
+    def shares(self) -> list[RankShare]:
+        """Tell what each rank got since the router in front was started."""
+        shares = []
+        for role, engines in (("prefill", self.prefill), ("decode", self.decode)):
+            for number, engine in enumerate(engines, start=1):
+                requests = engine.requests()
+                for rank in range(RANKS):
+                    tokens = [request["prompt_tokens"] for request in requests if request["rank"] == rank]
+                    shares.append(RankShare(f"{role} {number}", rank, len(tokens), sum(tokens)))
+        return shares
+
+
+@contextmanager
+def run_engines(time_scale: float) -> Iterator[Fleet]:
+    """Run the engines, so many times slower than the default ones."""
+    flags = ("--dp-attention", "--model", MODEL, "--time-scale", str(time_scale))
+    with ExitStack() as running:
+        engines = [EngineProcess(role, RANKS, *flags) for role in ("prefill", "decode") for _ in range(SERVERS)]
+        for engine in engines:
+            running.push(engine)
+            engine.start()
+        for engine in engines:
+            engine.wait_until_listening()
+        yield Fleet(engines[:SERVERS], engines[SERVERS:])
