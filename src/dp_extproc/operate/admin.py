@@ -1,5 +1,6 @@
 """The admin port: /metrics, /healthz, /readyz, /loads."""
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,8 +10,6 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-
-from dp_extproc.config.schema import SocketAddress
 
 
 def admin_app(
@@ -41,13 +40,15 @@ def admin_app(
 
 
 class AdminServer(uvicorn.Server):
-    """A uvicorn server that leaves signals to the service it is part of."""
+    """A uvicorn server that leaves signals and sockets to the service it is part of."""
 
-    def __init__(self, app: Starlette, address: SocketAddress) -> None:
-        config = uvicorn.Config(
-            app, host=address.host, port=address.port, log_config=None, access_log=False, lifespan="off"
-        )
-        super().__init__(config)
+    def __init__(self, app: Starlette, listening: socket.socket) -> None:
+        super().__init__(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+        self._listening = listening
+
+    async def run_on_socket(self) -> None:
+        """Serve until ``should_exit``."""
+        await self.serve(sockets=[self._listening])
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

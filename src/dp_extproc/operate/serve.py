@@ -99,13 +99,13 @@ async def _serve(config: Config) -> None:
             ready=lambda: readiness.ready,
             loads=lambda: describe_loads(fleet, clock()),
         ),
-        config.listen.admin,
+        _bind(config.listen.admin, "listen.admin"),
     )
     scraper = Scraper(endpoints, config.load, telemetry, clock=clock, rng=rng)
     stopping = _stop_signals()
     async with _grpc_server(config, service, health), asyncio.TaskGroup() as tasks:
         background = [tasks.create_task(scraper.run()), tasks.create_task(readiness.run())]
-        admin_task = tasks.create_task(admin.serve())
+        admin_task = tasks.create_task(admin.run_on_socket())
         _log.info("dp-extproc %s: ext_proc on %s, admin on %s", __version__, config.listen.grpc, config.listen.admin)
         await stopping.wait()
         _log.info("stopping: not ready from now on, answering for another %gs", config.drain)
@@ -117,6 +117,19 @@ async def _serve(config: Config) -> None:
             task.cancel()
         admin.should_exit = True
         await admin_task
+
+
+def _bind(address: SocketAddress, key: str) -> socket.socket:
+    try:
+        return socket.create_server(
+            (address.host, address.port), family=socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        )
+    except OSError:
+        raise _cannot_listen(address, key) from None
+
+
+def _cannot_listen(address: SocketAddress, key: str) -> StartError:
+    return StartError(f"cannot listen on {address} ({key}): is another process using the port?")
 
 
 def _stop_signals() -> asyncio.Event:
@@ -141,8 +154,7 @@ async def _grpc_server(config: Config, service: ExtProcService, health: aio.Heal
     try:
         server.add_insecure_port(str(config.listen.grpc))
     except RuntimeError:
-        message = f"cannot listen on {config.listen.grpc} (listen.grpc): is another process using the port?"
-        raise StartError(message) from None
+        raise _cannot_listen(config.listen.grpc, "listen.grpc") from None
     await server.start()
     try:
         yield

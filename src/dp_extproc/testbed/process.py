@@ -75,6 +75,11 @@ class CommandProcess:
             process.kill()
             return process.wait()
 
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal without waiting for what comes of it."""
+        if self._process is not None:
+            self._process.send_signal(number)
+
     def wait_until_listening(self) -> None:
         """Wait until it answers.
 
