@@ -1,0 +1,92 @@
+"""Requests go where the least is to do, and the books say what is in flight."""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from dp_extproc.testbed.engine import EngineProcess
+from dp_extproc.testbed.envoy import EnvoyProcess
+from dp_extproc.testbed.service import ServiceProcess, write_config
+from e2e.stack import PREFILL_RANKS, Stack, run_stack, wait_for
+
+SLOW = ("--time-scale", "0.5")
+LONG = {"text": "x" * 4000, "sampling_params": {"max_new_tokens": 400}, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def slow() -> Iterator[Stack]:
+    """A fleet that is slow enough to be watched."""
+    with run_stack(options=SLOW) as stack:
+        yield stack
+
+
+def reserved(stack: Stack, role: str) -> list[int]:
+    """Requests on the books of each rank of a role."""
+    (endpoint,) = [each for each in stack.service.loads()["endpoints"] if each["role"] == role]
+    return [round(rank["reserved"]["requests"]) for rank in endpoint["ranks"]]
+
+
+def test_the_books_follow_a_request(slow: Stack) -> None:
+    """Prefill's share is released when its leg answers, decode's only at the end of the stream."""
+    with slow.client.stream("POST", "/generate", json=LONG) as response:
+        assert sum(reserved(slow, "prefill")) == sum(reserved(slow, "decode")) == 1
+        lines = (line for line in response.iter_lines() if line.startswith("data: {"))
+        next(lines)
+        wait_for(lambda: sum(reserved(slow, "prefill")) == 0)
+        assert sum(reserved(slow, "decode")) == 1
+    wait_for(lambda: sum(reserved(slow, "decode")) == 0)
+
+
+def test_concurrent_requests_take_different_ranks(slow: Stack) -> None:
+    """Requests of one size that are in flight together spread over all prefill ranks before any scrape could tell."""
+    slow.forget()
+    sent = {"text": "x" * 4000, "sampling_params": {"max_new_tokens": 1}}
+    threads = [
+        threading.Thread(target=httpx.post, args=(f"{slow.envoy.url}/generate",), kwargs={"json": sent, "timeout": 30})
+        for _ in range(2 * PREFILL_RANKS)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ranks = Counter(request["rank"] for request in slow.prefills[0].requests())
+
+    assert ranks == dict.fromkeys(range(PREFILL_RANKS), 2)
+    wait_for(lambda: sum(reserved(slow, "prefill")) == sum(reserved(slow, "decode")) == 0)
+
+
+def test_a_client_that_leaves_takes_its_load_along(slow: Stack) -> None:
+    """A dropped connection empties the books, and the engine sees that its client has gone."""
+    slow.forget()
+    with slow.client.stream("POST", "/generate", json=LONG) as response:
+        next(response.iter_lines())
+    wait_for(lambda: sum(reserved(slow, "prefill")) == sum(reserved(slow, "decode")) == 0)
+    wait_for(lambda: all(request["outcome"] == "aborted" for request in slow.decodes[0].requests()))
+
+
+def test_load_of_others_is_avoided() -> None:
+    """A rank that somebody else has loaded directly gets no request while others have less to do."""
+    with EngineProcess("unified", 3, *SLOW) as engine:
+        pool = {"models": ["*"], "workers": {"endpoints": [engine.url]}}
+        with (
+            ServiceProcess(write_config([pool])) as service,
+            EnvoyProcess(service.config) as envoy,
+            httpx.Client(timeout=30) as client,
+        ):
+            service.wait_until_ready()
+            others: dict[str, Any] = {**LONG, "text": "x" * 40_000, "routed_dp_rank": 1}
+            with client.stream("POST", f"{engine.url}/generate", json=others) as response:
+                next(response.iter_lines())
+                wait_for(lambda: service.loads()["endpoints"][0]["ranks"][1]["others_tokens"] > 5000)
+                engine.forget()
+                for _ in range(10):
+                    sent = {"text": "x", "sampling_params": {"max_new_tokens": 1}}
+                    assert client.post(f"{envoy.url}/generate", json=sent).status_code == 200
+                ranks = Counter(request["rank"] for request in engine.requests())
+
+    assert 1 not in ranks
+    assert ranks.keys() == {0, 2}
