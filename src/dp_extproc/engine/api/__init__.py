@@ -1,0 +1,1 @@
+"""The engine's HTTP: SGLang's paths, shapes and habits."""

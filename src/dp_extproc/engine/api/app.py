@@ -1,0 +1,193 @@
+"""The engine's paths."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from dp_extproc.engine.api import errors, loads, metrics, pages
+from dp_extproc.engine.api.completions import chat, completions
+from dp_extproc.engine.api.exchange import Exchange
+from dp_extproc.engine.api.faults import Faults
+from dp_extproc.engine.api.fields import InvalidBodyError, InvalidTypeError
+from dp_extproc.engine.api.generate import generate
+from dp_extproc.engine.api.journal import Journal
+from dp_extproc.engine.api.messages import messages
+from dp_extproc.engine.api.responses import responses
+from dp_extproc.engine.engine import Engine, kill_server
+from dp_extproc.engine.leg import Refused
+from dp_extproc.engine.settings import Settings
+from dp_extproc.engine.ticket import Ticket
+
+_INFERENCE: Final[dict[str, Callable[[Exchange], Awaitable[Response]]]] = {
+    "/generate": generate,
+    "/v1/completions": completions,
+    "/v1/chat/completions": chat,
+    "/v1/responses": responses,
+    "/v1/messages": messages,
+}
+_OPEN_TO_ALL: Final = ("/health", "/ready", "/metrics", "/debug")
+"""Prefixes without authentication (``utils/auth.py``), and our own."""
+
+
+class Server:
+    """One engine with its HTTP."""
+
+    def __init__(self, settings: Settings, *, kill: Callable[[str], None] = kill_server) -> None:
+        """Build it; nothing runs yet."""
+        self.settings = settings
+        self.engine = Engine(settings, on_end=self._ended, kill=kill)
+        self.journal = Journal()
+        self.faults = Faults()
+        self._metrics = metrics.Metrics(self.engine)
+        self._streaming: set[Ticket] = set()
+
+    def app(self) -> ASGIApp:
+        """Build the application of the API port."""
+        release = self.settings.release
+        routes = [Route(path, self._inference, methods=["POST"]) for path in _INFERENCE]
+        routes += [
+            Route("/v1/models", self._page("models", self._models)),
+            Route("/health", self._page("health", self._health)),
+            Route("/health_generate", self._page("health", self._health)),
+            Route("/get_server_info", self._page("server_info", self._server_info)),
+            Route("/get_model_info", self._page("model_info", self._model_info)),
+            Route("/abort_request", self._abort_request, methods=["POST"]),
+            Route("/debug/requests", self._debug_requests, methods=["GET", "DELETE"]),
+            Route("/debug/requests/{number:int}/body", self._debug_body),
+            Route("/debug/faults", self._debug_faults, methods=["GET", "POST"]),
+        ]
+        if release.has_server_info:
+            routes.append(Route("/server_info", self._page("server_info", self._server_info)))
+            routes.append(Route("/model_info", self._page("model_info", self._model_info)))
+        if release.has_ready:
+            routes.append(Route("/ready", pages.ready))
+        if release.has_loads:
+            routes.append(Route("/v1/loads", self._page("loads", self._loads)))
+        if release.has_get_load:
+            routes.append(Route("/get_load", self._page("loads", self._get_load)))
+        if self.settings.enable_metrics:
+            routes.append(Route("/metrics", self._page("metrics", self._metrics_page)))
+        return _Authentication(Starlette(routes=routes), self.settings.api_key)
+
+    async def _inference(self, request: Request) -> Response:
+        path = request.url.path
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            return Response(status_code=499)
+        record = self.journal.open(request.method, path, _joined(request.headers), body)
+        exchange = Exchange(self.engine, request, record)
+        content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        try:
+            if content_type != "application/json" and path != "/generate":
+                record.refuse(400, "unsupported media type")
+                return errors.unsupported_media_type(content_type)
+            return await _INFERENCE[path](exchange)
+        except InvalidBodyError as error:
+            record.refuse(400, str(error.errors))
+            return errors.invalid_body(path, error)
+        except InvalidTypeError as error:
+            record.refuse(400, str(error))
+            return errors.invalid_type(error)
+        except Refused as error:
+            record.refuse(400, error.message)
+            return errors.refused(path, error)
+        except IndexError as error:  # a list of rooms that is shorter than the batch
+            record.refuse(500, str(error))
+            return PlainTextResponse("Internal Server Error", 500)
+
+    def _ended(self, ticket: Ticket) -> None:
+        self._metrics.ended(ticket)
+
+    def _page(self, name: str, healthy: Callable[[Request], Awaitable[Response]]) -> Any:
+        async def endpoint(request: Request) -> Response:
+            return await self.faults.answer(name, lambda: healthy(request))
+
+        return endpoint
+
+    async def _models(self, _: Request) -> Response:
+        return errors.json_response(pages.models(self.settings))
+
+    async def _server_info(self, _: Request) -> Response:
+        return errors.json_response(pages.server_info(self.settings))
+
+    async def _model_info(self, _: Request) -> Response:
+        return errors.json_response(pages.model_info(self.settings))
+
+    async def _health(self, request: Request) -> Response:
+        return await pages.health(request, self.engine)
+
+    async def _loads(self, request: Request) -> Response:
+        return await loads.loads(request, self.engine)
+
+    async def _get_load(self, _: Request) -> Response:
+        return await loads.get_load(self.engine)
+
+    async def _metrics_page(self, _: Request) -> Response:
+        return Response(self._metrics.page(), headers={"content-type": metrics.CONTENT_TYPE})
+
+    async def _abort_request(self, request: Request) -> Response:
+        try:
+            wanted = msgspec.json.decode(await request.body())
+            rid, everything = wanted.get("rid", ""), wanted.get("abort_all") is True
+        except (msgspec.DecodeError, AttributeError):
+            return Response(status_code=400)
+        if everything:
+            self.engine.abort_all()
+        elif isinstance(rid, str):
+            self.engine.abort(rid)
+        return Response(status_code=200)
+
+    async def _debug_requests(self, request: Request) -> Response:
+        if request.method == "DELETE":
+            self.journal.clear()
+            return Response(status_code=204)
+        return errors.json_response({"requests": self.journal.show()})
+
+    async def _debug_body(self, request: Request) -> Response:
+        record = self.journal.find(request.path_params["number"])
+        if record is None or record.body is None:
+            return PlainTextResponse("no such request, or its body is not kept any more", 404)
+        return Response(record.body, media_type="application/octet-stream")
+
+    async def _debug_faults(self, request: Request) -> Response:
+        if request.method == "POST":
+            try:
+                self.faults.switch(msgspec.json.decode(await request.body(), type=dict[str, str]))
+            except (msgspec.DecodeError, ValueError) as error:
+                return PlainTextResponse(str(error), 400)
+        return errors.json_response(self.faults.active)
+
+
+class _Authentication:
+    """SGLang's API key middleware: everything but the exempt prefixes and OPTIONS needs the key."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app = app
+        self._api_key = api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._is_allowed(scope):
+            await errors.json_response({"error": "Unauthorized"}, 401)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_allowed(self, scope: Scope) -> bool:
+        if self._api_key is None or scope["method"] == "OPTIONS" or scope["path"].startswith(_OPEN_TO_ALL):
+            return True
+        return Headers(scope=scope).get("authorization") == f"Bearer {self._api_key}"
+
+
+def _joined(headers: Headers) -> dict[str, str]:
+    """Give each name once; repeated values are joined with a comma (RFC 9110 section 5.3)."""
+    found: dict[str, str] = {}
+    for name, value in headers.items():
+        found[name] = f"{found[name]}, {value}" if name in found else value
+    return found

@@ -1,0 +1,241 @@
+"""What all inference paths have in common: reading a request, waiting for its legs, streaming them."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+
+from dp_extproc.engine.api.fields import InvalidBodyError, Reader, RoutingFields, legs
+from dp_extproc.engine.api.journal import Record
+from dp_extproc.engine.engine import Engine
+from dp_extproc.engine.leg import Failure, Finished
+from dp_extproc.engine.text import output_text
+from dp_extproc.engine.ticket import Ticket
+
+DISCONNECTED = Failure(None, "client disconnected")
+DONE = "data: [DONE]\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One token of one sequence, or the end of it, or both."""
+
+    index: int
+    ticket: Ticket
+    tokens: int
+    """Output tokens up to and with this one."""
+    is_token: bool
+    end: Finished | Failure | None
+
+    @property
+    def text(self) -> str:
+        """The text of this token; empty for an end without one."""
+        return output_text(self.ticket.tokens[self.tokens - 1]) if self.is_token else ""
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One inference request."""
+
+    engine: Engine
+    request: Request
+    record: Record
+    tickets: list[Ticket] = field(default_factory=list)
+
+    @property
+    def path(self) -> str:
+        return self.request.url.path
+
+    def parse(self) -> dict[str, Any]:
+        """Read the body.
+
+        Raises:
+            InvalidBodyError: It is not a JSON object.
+        """
+        raw = self.record.body or b""
+        try:
+            body = msgspec.json.decode(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            place = {"type": "json_invalid", "loc": ("body", len(raw)), "msg": "JSON decode error", "input": {}}
+            raise InvalidBodyError([{**place, "ctx": {"error": str(error)}}]) from None
+        if not isinstance(body, dict):
+            wrong = "Input should be a valid dictionary or object to extract fields from"
+            shown = body if isinstance(body, int | float | bool | None) else "..."
+            raise InvalidBodyError([{"type": "model_attributes_type", "loc": ("body",), "msg": wrong, "input": shown}])
+        return body
+
+    def fields(self, body: Mapping[str, Any]) -> RoutingFields:
+        """Read the routing fields from the body and the headers."""
+        settings = self.engine.settings
+        return Reader(settings.release, self.path, settings.header_overrides).read(body, self.request.headers)
+
+    def submit(
+        self,
+        fields: RoutingFields,
+        prompts: list[int],
+        max_new_tokens: int,
+        *,
+        samples: int = 1,
+        is_batch: bool = False,
+    ) -> None:
+        """Hand the sequences to the schedulers.
+
+        Raises:
+            Refused: SGLang answers 400.
+        """
+        wanted = legs(fields, prompts, max_new_tokens, samples, is_batch=is_batch)
+        self.tickets = self.record.tickets = self.engine.submit(wanted)
+
+    async def finish(self) -> Failure | None:
+        """Wait until all sequences have ended, looking from time to time whether the client is still there.
+
+        Returns:
+            The first failure, if there is one; an abort is none.
+        """
+        seconds = self._poll_seconds
+        for ticket in self.tickets:
+            while not await ticket.wait_for_end(seconds):
+                if await self.request.is_disconnected():
+                    self.abort()
+        return next((end for t in self.tickets if isinstance(end := t.end, Failure) and end.status is not None), None)
+
+    async def first(self) -> None:
+        """Wait for the first token or end of any sequence ("kick-start"), looking after the client likewise."""
+        while not any(ticket.tokens or ticket.end for ticket in self.tickets):
+            waits = [asyncio.ensure_future(ticket.wait(0, self._poll_seconds)) for ticket in self.tickets]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+            silent = not any(ticket.tokens or ticket.end for ticket in self.tickets)
+            if silent and await self.request.is_disconnected():
+                self.abort()
+
+    async def updates(self) -> AsyncIterator[Update]:
+        """Iterate over tokens and ends, one token at a time."""
+        if len(self.tickets) == 1:
+            async for update in _follow(0, self.tickets[0]):
+                yield update
+            return
+        queue: asyncio.Queue[Update] = asyncio.Queue()
+        pumps = [asyncio.ensure_future(_pump(index, t, queue)) for index, t in enumerate(self.tickets)]
+        open_ends = len(pumps)
+        try:
+            while open_ends:
+                update = await queue.get()
+                open_ends -= update.end is not None
+                yield update
+        finally:
+            for pump in pumps:
+                pump.cancel()
+
+    def abort(self) -> None:
+        """End all sequences: the client has gone."""
+        for ticket in self.tickets:
+            self.engine.end(ticket, DISCONNECTED)
+
+    def stream(self, events: AsyncIterator[str], *, abort_later: bool = True) -> StreamingResponse:
+        """Answer with server-sent events.
+
+        Args:
+            events: Each a whole event with its empty line.
+            abort_later: Whether what still runs a while after the end of the response is aborted; that is how SGLang
+                notices that a client went away in the middle. /v1/responses does not do it.
+        """
+        task = BackgroundTask(self._abort_later) if abort_later else None
+        return StreamingResponse(events, media_type="text/event-stream", background=task)
+
+    async def _abort_later(self) -> None:
+        if all(ticket.end for ticket in self.tickets):
+            return
+        settings = self.engine.settings
+        await asyncio.sleep(settings.timeouts.background_abort * settings.time_scale)
+        self.abort()
+
+    @property
+    def _poll_seconds(self) -> float:
+        settings = self.engine.settings
+        return settings.timeouts.disconnect_poll * settings.time_scale
+
+
+def event(data: Any, name: str | None = None) -> str:
+    """Write one server-sent event."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {msgspec.json.encode(data).decode()}\n\n"
+
+
+def integer(body: Mapping[str, Any], *names: str) -> int | None:
+    """Read the first of several fields that is given, as pydantic reads an integer.
+
+    Raises:
+        InvalidBodyError: It is not one.
+    """
+    for name in names:
+        value = body.get(name)
+        if value is None:
+            continue
+        try:
+            return _integer(value)
+        except ValueError:
+            wrong = {"type": "int_type", "loc": ("body", name), "msg": "Input should be a valid integer"}
+            raise InvalidBodyError([{**wrong, "input": value}]) from None
+    return None
+
+
+def missing(name: str, body: Mapping[str, Any]) -> InvalidBodyError:
+    """Build the error for a field that has to be there."""
+    return InvalidBodyError([{"type": "missing", "loc": ("body", name), "msg": "Field required", "input": dict(body)}])
+
+
+def wrong_type(name: str, value: Any, expected: str) -> InvalidBodyError:
+    """Build the error for a field of the wrong shape."""
+    shown = value if isinstance(value, int | float | bool | None) else type(value).__name__
+    return InvalidBodyError(
+        [
+            {
+                "type": f"{expected}_type",
+                "loc": ("body", name),
+                "msg": f"Input should be a valid {expected}",
+                "input": shown,
+            }
+        ]
+    )
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError
+    if not isinstance(value, int | float | str):
+        raise ValueError  # noqa: TRY004 - pydantic's kind of error
+    return int(value)
+
+
+async def _follow(index: int, ticket: Ticket) -> AsyncIterator[Update]:
+    seen = 0
+    while True:
+        await ticket.wait(seen)
+        ended = ticket.end is not None
+        count = len(ticket.tokens)
+        while seen < count:
+            seen += 1
+            last = ended and seen == count and isinstance(ticket.end, Finished)
+            yield Update(index, ticket, seen, is_token=True, end=ticket.end if last else None)
+            if last:
+                return
+        if ended:
+            yield Update(index, ticket, seen, is_token=False, end=ticket.end)
+            return
+
+
+async def _pump(index: int, ticket: Ticket, queue: "asyncio.Queue[Update]") -> None:
+    async for update in _follow(index, ticket):
+        queue.put_nowait(update)
+
+
+Handler = Callable[[Exchange], Any]

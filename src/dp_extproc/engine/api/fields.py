@@ -1,0 +1,178 @@
+"""The routing fields of a body and of headers: which this release reads on this path, and what it makes of values."""
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pydantic import BaseModel, ValidationError
+
+from dp_extproc.engine.leg import Leg, Refused
+from dp_extproc.engine.release import Release
+
+_BOOTSTRAP: Final = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
+_RANKS: Final = ("routed_dp_rank", "disagg_prefill_dp_rank")
+_INTEGERS: Final = (*_RANKS, "data_parallel_rank")
+_MAX_I64: Final = (1 << 63) - 1
+
+
+class InvalidBodyError(Exception):
+    """FastAPI's RequestValidationError."""
+
+    def __init__(self, errors: list[dict[str, Any]]) -> None:
+        """Keep pydantic's list of errors."""
+        super().__init__("invalid body")
+        self.errors = errors
+
+
+class InvalidTypeError(Exception):
+    """The second check of ``/generate`` from 0.5.22 on (``api/v1/api_types.py``)."""
+
+
+class RoutingFields(BaseModel):
+    """Everything that decides where a request runs; types as in ``managers/io_struct.py``."""
+
+    rid: list[str] | str | None = None
+    bootstrap_host: list[str | None] | str | None = None
+    bootstrap_port: list[int | None] | int | None = None
+    bootstrap_room: list[int | None] | int | None = None
+    routed_dp_rank: int | None = None
+    disagg_prefill_dp_rank: int | None = None
+    data_parallel_rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads the routing fields of one path."""
+
+    release: Release
+    path: str
+    overrides: bool
+    """Whether the server was started with SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES."""
+
+    def names(self) -> list[str]:
+        """List the body fields that are read."""
+        names = [] if self.path in {"/v1/messages", "/v1/responses"} else ["rid"]
+        if self.release.takes_bootstrap(self.path):
+            names += _BOOTSTRAP
+            if self.release.routes_by_field:
+                names += _RANKS
+        if self.release.takes_data_parallel_rank(self.path):
+            names.append("data_parallel_rank")
+        return names
+
+    def read(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> RoutingFields:
+        """Read the fields of a request.
+
+        Raises:
+            InvalidBodyError: A value has a wrong type.
+            InvalidTypeError: A value of ``/generate`` only looks right.
+            Refused: A routing header is wrong.
+        """
+        given = {name: body[name] for name in self.names() if name in body}
+        try:
+            fields = RoutingFields.model_validate(given)
+        except ValidationError as error:
+            raise InvalidBodyError([_located(each) for each in error.errors(include_url=False)]) from None
+        if self.path == "/generate" and self.release.strict_generate:
+            for name, value in given.items():
+                _check_strictly(name, value)
+        if fields.routed_dp_rank is None:
+            fields.routed_dp_rank = fields.data_parallel_rank
+        if self.release.reads_rank_header(self.path) and (text := headers.get("x-data-parallel-rank")) is not None:
+            try:
+                fields.routed_dp_rank = int(text)
+            except ValueError:
+                message = f"Invalid X-Data-Parallel-Rank header: must be an integer, got {text!r}"
+                raise Refused(message, in_header=True) from None
+        if self.overrides and self.release.reads_overrides(self.path):
+            _override(fields, headers)
+        return fields
+
+
+def legs(fields: RoutingFields, prompts: list[int], max_new_tokens: int, samples: int, *, is_batch: bool) -> list[Leg]:
+    """Make one leg per prompt and sample.
+
+    With several samples all of a prompt share its room, as in ``tokenizer_manager.py``; that is why n > 1 does not
+    work in disaggregated mode.
+
+    Args:
+        fields: Of the whole request.
+        prompts: Prompt tokens.
+        max_new_tokens: Of every sequence.
+        samples: Sequences per prompt.
+        is_batch: Whether the prompts came as a list, even of one.
+
+    Raises:
+        IndexError: A list in *fields* is too short.
+    """
+    found = []
+    for index, tokens in enumerate(prompts):
+        for sample in range(samples):
+            rid = _item(fields.rid, index)
+            if isinstance(fields.rid, str) and is_batch:
+                rid = f"{fields.rid}_{index}"
+            if rid is None or sample:
+                rid = uuid.uuid4().hex
+            room = _item(fields.bootstrap_room, index)
+            if isinstance(fields.bootstrap_room, int):
+                room = fields.bootstrap_room + index  # io_struct.py: R, R+1, ...
+            found.append(
+                Leg(
+                    rid=rid,
+                    prompt_tokens=tokens,
+                    max_new_tokens=max_new_tokens,
+                    bootstrap_host=_item(fields.bootstrap_host, index),
+                    bootstrap_port=_item(fields.bootstrap_port, index),
+                    bootstrap_room=room,
+                    routed_dp_rank=fields.routed_dp_rank,
+                    disagg_prefill_dp_rank=fields.disagg_prefill_dp_rank,
+                )
+            )
+    return found
+
+
+def _item(value: Any, index: int) -> Any:
+    return value[index] if isinstance(value, list) else value
+
+
+def _located(error: Any) -> dict[str, Any]:
+    return {
+        "type": error["type"],
+        "loc": ("body", *error["loc"]),
+        "msg": error["msg"],
+        "input": error["input"],
+    }
+
+
+def _check_strictly(name: str, value: Any) -> None:
+    if value is None or name in {"rid", "bootstrap_host"}:
+        return
+    values, expected = [value], "i64"
+    if name not in _INTEGERS:
+        expected = "a value or an array of values for OptionalInt64OrList"
+        values = value if isinstance(value, list) else [value]
+    for each in values:
+        if isinstance(each, bool):
+            raise InvalidTypeError(f"invalid type: boolean `{str(each).lower()}`, expected {expected}")
+        if isinstance(each, str):
+            escaped = each.replace('"', '\\"')
+            raise InvalidTypeError(f'invalid type: string "{escaped}", expected {expected}')
+        if isinstance(each, float):
+            raise InvalidTypeError(f"invalid type: floating point `{each}`, expected {expected}")
+        if isinstance(each, int) and not -_MAX_I64 - 1 <= each <= _MAX_I64:
+            raise InvalidTypeError(f"invalid value: integer `{each}`, expected i64")
+
+
+def _override(fields: RoutingFields, headers: Mapping[str, str]) -> None:
+    for name in RoutingFields.model_fields:
+        header = f"x-override-{name.replace('_', '-')}"
+        if name == "data_parallel_rank" or (text := headers.get(header)) is None:
+            continue
+        if name in {"rid", "bootstrap_host"}:
+            setattr(fields, name, text)
+            continue
+        try:
+            setattr(fields, name, int(text))
+        except ValueError as error:
+            raise Refused(f"invalid {header} header {text!r}: {error}") from None

@@ -1,0 +1,117 @@
+"""``/generate``, SGLang's own API. Its streams have their headers at once, whatever happens later."""
+
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.responses import Response
+
+from dp_extproc.engine.api.errors import failed, json_response
+from dp_extproc.engine.api.exchange import DONE, Exchange, Update, event, integer, wrong_type
+from dp_extproc.engine.api.fields import RoutingFields
+from dp_extproc.engine.api.prompts import read_texts
+from dp_extproc.engine.leg import Failure, Finished, Refused
+from dp_extproc.engine.text import output_text
+from dp_extproc.engine.ticket import Ticket
+
+DEFAULT_MAX_NEW_TOKENS = 128
+"""SGLang's default of ``max_new_tokens``; here also for chats without a limit, which SGLang lets run to the context's end."""
+
+
+async def generate(exchange: Exchange) -> Response:
+    """Answer a request to ``/generate``."""
+    body = exchange.parse()
+    fields = exchange.fields(body)
+    stream = body.get("stream") is True
+    try:
+        prompts, is_batch, limit, samples = _read(body)
+        exchange.submit(fields, prompts, limit, samples=samples, is_batch=is_batch)
+    except Refused as error:
+        if not stream:
+            raise
+        exchange.record.refuse(400, error.message)
+        return exchange.stream(_refusal(error))
+    many = is_batch or samples > 1
+    if stream:
+        return exchange.stream(_events(exchange, many=many))
+    if (failure := await exchange.finish()) is not None:
+        return failed(exchange.path, failure)
+    answers = [_answer(ticket, len(ticket.tokens), ticket.end) for ticket in exchange.tickets]
+    return json_response(answers if many else answers[0])
+
+
+def _read(body: dict[str, Any]) -> tuple[list[int], bool, int, int]:
+    for name in ("text", "input_ids"):
+        if body.get(name) is not None:
+            prompts, is_batch = read_texts(name, body[name])
+            break
+    else:
+        raise Refused("Either text, input_ids or input_embeds should be provided.")
+    parameters = body.get("sampling_params") or {}
+    if isinstance(parameters, list):
+        parameters = parameters[0] if parameters else {}
+    if not isinstance(parameters, dict):
+        raise wrong_type("sampling_params", parameters, "dict")
+    limit = integer(parameters, "max_new_tokens")
+    return prompts, is_batch, DEFAULT_MAX_NEW_TOKENS if limit is None else limit, integer(parameters, "n") or 1
+
+
+async def _refusal(error: Refused) -> AsyncIterator[str]:
+    kind = {"type": "invalid_request_error", "code": 400, "retryable": False}
+    yield event({"error": {"message": error.message, **kind}})
+    yield DONE
+
+
+async def _events(exchange: Exchange, *, many: bool) -> AsyncIterator[str]:
+    async for update in exchange.updates():
+        yield event(_chunk(update, many=many))
+    yield DONE
+
+
+def _chunk(update: Update, *, many: bool) -> dict[str, Any]:
+    answer = _answer(update.ticket, update.tokens, update.end)
+    return {**answer, "index": update.index} if many else answer
+
+
+def _answer(ticket: Ticket, count: int, end: Finished | Failure | None) -> dict[str, Any]:
+    ids = ticket.tokens[:count]
+    return {"text": "".join(map(output_text, ids)), "output_ids": ids, "meta_info": meta_info(ticket, count, end)}
+
+
+def meta_info(ticket: Ticket, count: int, end: Finished | Failure | None) -> dict[str, Any]:
+    """Tell how a sequence went; ``dp_rank`` is the only place where SGLang tells who served it."""
+    info: dict[str, Any] = {
+        "id": ticket.leg.rid,
+        "finish_reason": _finish_reason(end),
+        "prompt_tokens": ticket.leg.prompt_tokens,
+        "weight_version": "default",
+        "num_retractions": 0,
+        "reasoning_tokens": 0,
+        "completion_tokens": count,
+        "cached_tokens": 0,
+        "cached_tokens_details": None,
+        "dp_rank": ticket.work.dp_rank,
+    }
+    if end is not None and ticket.ended_at is not None:
+        first = ticket.first_token_at or ticket.ended_at
+        info |= {
+            "weight_versions": [{"version": "default", "start": 0, "end": count}],
+            "e2e_latency": ticket.ended_at - ticket.received_at,
+            "request_received_ts": ticket.received_at,
+            "first_token_latency": first - ticket.received_at,
+            "request_finished_ts": ticket.ended_at,
+        }
+    return info
+
+
+def _finish_reason(end: Finished | Failure | None) -> dict[str, Any] | None:
+    if end is None:
+        return None
+    if isinstance(end, Finished):
+        return {"type": "length", "length": end.length}
+    return {"type": "abort", "message": end.message, "status_code": end.status, "err_type": None}
+
+
+def probe_fields() -> RoutingFields:
+    """Route the probe of ``/health_generate``: SGLang's fake bootstrap host and room 0 (``http_server.py``)."""
+    return RoutingFields(rid=f"HEALTH_CHECK_{uuid.uuid4().hex}", bootstrap_host="2.2.2.2", bootstrap_room=0)

@@ -1,0 +1,139 @@
+"""What every inference request looked like and what became of it, for tests to look at. Bounded."""
+
+import base64
+import hashlib
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from dp_extproc.engine.leg import Failure
+from dp_extproc.engine.ticket import Ticket
+
+MAX_RECORDS: Final = 10_000
+MAX_KEPT_BYTES: Final = 256 << 20
+"""Of bodies; the oldest are forgotten first."""
+MAX_SHOWN_BYTES: Final = 64 << 10
+"""Longer bodies are shown by digest and ends; the whole is on a page of its own."""
+_END_BYTES: Final = 256
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """One request."""
+
+    number: int
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes | None
+    body_length: int
+    received_at: float = field(default_factory=time.time)
+    refused: tuple[int, str] | None = None
+    """Status and text of a refusal before any scheduler had it."""
+    tickets: list[Ticket] = field(default_factory=list)
+
+    def refuse(self, status: int, text: str) -> None:
+        """Note that it was refused."""
+        self.refused = (status, text)
+
+    def show(self) -> dict[str, Any]:
+        """Describe it as JSON."""
+        ends = [ticket.end for ticket in self.tickets]
+        failure = next((end for end in ends if isinstance(end, Failure)), None)
+        first = [ticket.first_token_at for ticket in self.tickets if ticket.first_token_at is not None]
+        ended = [ticket.ended_at for ticket in self.tickets if ticket.ended_at is not None]
+        status, text = self.refused or (failure and (failure.status, failure.message)) or (None, None)
+        return {
+            "number": self.number,
+            "method": self.method,
+            "path": self.path,
+            "headers": self.headers,
+            **self._show_body(),
+            "rank": self.tickets[0].work.dp_rank if self.tickets else None,
+            "outcome": self._outcome(ends, failure),
+            "status": status,
+            "error": text,
+            "received_at": self.received_at,
+            "first_token_at": min(first, default=None),
+            "ended_at": max(ended, default=None) if None not in ends else None,
+            "legs": [_show_leg(ticket) for ticket in self.tickets],
+        }
+
+    def _outcome(self, ends: list[Any], failure: Failure | None) -> str:
+        if self.refused is not None:
+            return "failed"
+        if not ends or None in ends:
+            return "running"
+        if failure is None:
+            return "finished"
+        return "aborted" if failure.status is None else "failed"
+
+    def _show_body(self) -> dict[str, Any]:
+        shown: dict[str, Any] = {"body": None, "body_length": self.body_length}
+        if self.body is None:
+            return shown
+        shown["body_sha256"] = hashlib.sha256(self.body).hexdigest()
+        if self.body_length > MAX_SHOWN_BYTES:
+            shown["body_head"] = self.body[:_END_BYTES].decode("utf-8", "replace")
+            shown["body_tail"] = self.body[-_END_BYTES:].decode("utf-8", "replace")
+            return shown
+        try:
+            shown["body"] = self.body.decode()
+        except UnicodeDecodeError:
+            shown["body_base64"] = base64.b64encode(self.body).decode()
+        return shown
+
+
+class Journal:
+    """The last requests."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._records: deque[Record] = deque()
+        self._kept = 0
+        self._count = 0
+
+    def open(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Record:
+        """Note a request."""
+        self._count += 1
+        record = Record(self._count, method, path, headers, body, len(body))
+        self._records.append(record)
+        self._kept += len(body)
+        while len(self._records) > MAX_RECORDS:
+            self._kept -= len(self._records.popleft().body or b"")
+        for old in self._records:
+            if self._kept <= MAX_KEPT_BYTES:
+                break
+            self._kept -= len(old.body or b"")
+            old.body = None
+        return record
+
+    def find(self, number: int) -> Record | None:
+        """Look a request up."""
+        return next((record for record in self._records if record.number == number), None)
+
+    def clear(self) -> None:
+        """Forget everything; requests under way go on, unnoted."""
+        self._records.clear()
+        self._kept = 0
+
+    def show(self) -> list[dict[str, Any]]:
+        """Describe all requests, oldest first."""
+        return [record.show() for record in self._records]
+
+
+def _show_leg(ticket: Ticket) -> dict[str, Any]:
+    leg = ticket.leg
+    return {
+        "rid": leg.rid,
+        "dp_rank": ticket.work.dp_rank,
+        "stage": str(ticket.work.stage),
+        "prompt_tokens": leg.prompt_tokens,
+        "output_tokens": len(ticket.tokens),
+        "bootstrap_host": leg.bootstrap_host,
+        "bootstrap_port": leg.bootstrap_port,
+        "bootstrap_room": leg.bootstrap_room,
+        "routed_dp_rank": leg.routed_dp_rank,
+        "disagg_prefill_dp_rank": leg.disagg_prefill_dp_rank,
+    }

@@ -1,0 +1,96 @@
+"""What a server tells of itself: ``/server_info``, ``/model_info``, ``/v1/models``, ``/health``, ``/ready``."""
+
+import asyncio
+import time
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from dp_extproc.engine.api.fields import legs
+from dp_extproc.engine.api.generate import probe_fields
+from dp_extproc.engine.engine import Engine
+from dp_extproc.engine.leg import Failure
+from dp_extproc.engine.scheduler.work import Role
+from dp_extproc.engine.settings import Settings
+
+_HEALTH_TIMEOUT = 20.0
+"""``SGLANG_HEALTH_CHECK_TIMEOUT``, unscaled."""
+
+
+def mode(settings: Settings) -> str:
+    """Give the ``disaggregation_mode``."""
+    return "null" if settings.role is Role.UNIFIED else str(settings.role)
+
+
+def server_info(settings: Settings) -> dict[str, Any]:
+    """Give the resolved server arguments, as far as anybody reads them."""
+    release, ranks = settings.release, settings.dp_size
+    sizes: dict[str, Any] = {"dp_size": ranks}
+    if release.counts_replicas:  # from here on dp_size counts replicas
+        sizes = (
+            {"dp_size": 1, "attn_dp_size": ranks} if settings.dp_attention else {"dp_size": ranks, "attn_dp_size": 1}
+        )
+    state = {"max_total_num_tokens": settings.capacity, "disaggregation_mode": mode(settings)}
+    return {
+        "model_path": f"/models/{settings.model}",
+        "served_model_name": settings.model,
+        "context_length": settings.context_length,
+        "host": settings.host,
+        "port": settings.port,
+        "tp_size": settings.attn_tp_size * (ranks if settings.dp_attention else 1),
+        "pp_size": 1,
+        **sizes,
+        "load_balance_method": settings.method,
+        "enable_dp_attention": settings.dp_attention,
+        "disaggregation_mode": mode(settings),
+        "disaggregation_bootstrap_port": settings.bootstrap_port,
+        "disaggregation_transfer_backend": "fake",
+        "enable_metrics": settings.enable_metrics,
+        "page_size": 1,
+        "chunked_prefill_size": settings.rank_chunk or -1,
+        "max_prefill_tokens": settings.max_prefill_tokens,
+        "max_running_requests": settings.max_running_requests,
+        "num_reserved_decode_tokens": settings.reserved_decode_tokens,
+        "decode_log_interval": settings.decode_log_interval,
+        "load_snapshot_publish_interval": 15,
+        "status": "ready",
+        "max_total_num_tokens": settings.capacity,
+        "max_req_input_len": settings.context_length - 6,
+        "kv_events": None,
+        "internal_states": [state for _ in range(ranks)],
+        "version": str(release),
+    }
+
+
+def model_info(settings: Settings) -> dict[str, Any]:
+    """Give what is known of the model."""
+    info: dict[str, Any] = {"model_path": f"/models/{settings.model}", "is_generation": True}
+    if settings.release.since("0.5.18"):
+        info["served_model_name"] = settings.model
+    if settings.release.since("0.5.22"):
+        info["disaggregation_mode"] = mode(settings)
+    return {**info, "tokenizer_path": f"/models/{settings.model}", "weight_version": "default"}
+
+
+def models(settings: Settings) -> dict[str, Any]:
+    """Give the list of models, which is one."""
+    card = {"id": settings.model, "object": "model", "created": int(time.time()), "owned_by": "sglang"}
+    card |= {"root": settings.model, "parent": None, "max_model_len": settings.context_length}
+    return {"object": "list", "data": [card]}
+
+
+async def health(_: Request, engine: Engine) -> Response:
+    """Answer like SGLang: a real generation of one token, which moves the counters of some rank."""
+    settings = engine.settings
+    (ticket,) = engine.submit(legs(probe_fields(), [1], 1, 1, is_batch=False))
+    await asyncio.sleep(settings.timeouts.health * settings.time_scale)
+    if await ticket.wait_for_end(_HEALTH_TIMEOUT * settings.time_scale) and not isinstance(ticket.end, Failure):
+        return Response(status_code=200)
+    engine.end(ticket, Failure(None, "health check"))
+    return Response(status_code=503)
+
+
+async def ready(_: Request) -> Response:
+    """Answer at once: the server has started."""
+    return PlainTextResponse("")

@@ -1,0 +1,180 @@
+"""``dp-extproc engine``: run one strict engine."""
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, Final
+
+import uvicorn
+import uvloop
+
+from dp_extproc.engine.api.app import Server
+from dp_extproc.engine.bootstrap_server import bootstrap_app
+from dp_extproc.engine.release import Release
+from dp_extproc.engine.scheduler.costs import Costs
+from dp_extproc.engine.scheduler.work import Role
+from dp_extproc.engine.settings import Settings, Timeouts
+
+_METHODS: Final = ("auto", "round_robin", "follow_bootstrap_room", "total_requests", "total_tokens")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options; where SGLang has one of the same meaning it has the same name."""
+    default = Settings()
+    add = parser.add_argument
+    add("--role", type=Role, choices=list(Role), default=default.role, help="what the server does")
+    add("--dp-size", type=_positive, default=default.dp_size, metavar="N", help="DP ranks")
+    add("--port", type=int, required=True)
+    add("--host", default=default.host)
+    add("--bootstrap-port", type=int, default=default.bootstrap_port, help="of prefill's bootstrap server")
+    add("--sglang-version", type=_release, default=default.release, metavar="X.Y.Z", help="release to behave like")
+    add("--model", default=default.model, metavar="NAME", help="served model name")
+    add("--dp-attention", action=argparse.BooleanOptionalAction, default=False, help="ranks take their steps together")
+    add("--attn-tp-size", type=_positive, default=1, metavar="N", help="tensor-parallel ranks per DP rank")
+    add("--load-balance-method", choices=_METHODS, default=default.load_balance_method)
+    add("--enable-metrics", action=argparse.BooleanOptionalAction, default=True, help="serve /metrics")
+    add("--header-overrides", action="store_true", help="SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES=1: read x-override-*")
+    add("--api-key", help="what clients have to show as bearer token")
+    add("--context-length", type=_positive, default=default.context_length, metavar="TOKENS")
+    add("--max-total-tokens", type=_positive, default=default.capacity, metavar="TOKENS", help="KV room per rank")
+    add("--max-running-requests", type=_positive, default=default.max_running_requests, metavar="N")
+    add(
+        "--chunked-prefill-size", type=int, default=default.chunked_prefill_size, metavar="TOKENS", help="-1: no chunks"
+    )
+    add("--max-prefill-tokens", type=_positive, default=default.max_prefill_tokens, metavar="TOKENS")
+    add("--num-reserved-decode-tokens", type=int, default=default.reserved_decode_tokens, metavar="TOKENS")
+    add("--decode-log-interval", type=_positive, default=default.decode_log_interval, metavar="STEPS")
+    add("--time-scale", type=float, default=1.0, metavar="FACTOR", help="of every duration: 0.1 is ten times faster")
+    timeouts = parser.add_argument_group("SGLang's timeouts, in seconds before --time-scale")
+    _add_fields(timeouts, Timeouts, "timeout")
+    _add_fields(parser.add_argument_group("cost of a step, in seconds before --time-scale"), Costs, "cost")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT.
+
+    Returns:
+        0 after a signal; 1 when a port cannot be listened on.
+    """
+    settings = _settings(args)
+    try:
+        status: int = uvloop.run(_serve(settings))
+    except OSError as error:
+        print(f"engine: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+class _QuietServer(uvicorn.Server):
+    """uvicorn, with the signals left to us: there are two servers in one process."""
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        return contextlib.nullcontext()
+
+    def stop(self) -> None:
+        """Stop without waiting for requests that are under way."""
+        self.should_exit = self.force_exit = True
+
+
+async def _serve(settings: Settings) -> int:
+    server = Server(settings)
+    sockets = [_listen(settings.host, settings.port)]
+    apps: list[Any] = [server.app()]
+    if settings.role is Role.PREFILL:
+        sockets.append(_listen(settings.host, settings.bootstrap_port))
+        apps.append(bootstrap_app(settings, server.engine.prefill_side))
+    servers = [_QuietServer(uvicorn.Config(app, log_level="error", access_log=False, lifespan="off")) for app in apps]
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    async with server.engine.running():
+        tasks = [asyncio.ensure_future(each.serve([sock])) for each, sock in zip(servers, sockets, strict=True)]
+        while not all(each.started for each in servers):
+            await asyncio.sleep(0.005)
+        print(_ready_line(settings), flush=True)
+        await stopped.wait()
+        for each in servers:
+            each.stop()
+        await asyncio.wait(tasks)
+    return 0
+
+
+def _ready_line(settings: Settings) -> str:
+    bootstrap = f", bootstrap port {settings.bootstrap_port}" if settings.role is Role.PREFILL else ""
+    return (
+        f"engine: {settings.role} with {settings.dp_size} DP ranks like SGLang {settings.release} is ready on "
+        f"http://{settings.host}:{settings.port}{bootstrap}"
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+    return listener
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    return Settings(
+        role=args.role,
+        dp_size=args.dp_size,
+        port=args.port,
+        host=args.host,
+        bootstrap_port=args.bootstrap_port,
+        release=args.sglang_version,
+        model=args.model,
+        dp_attention=args.dp_attention,
+        attn_tp_size=args.attn_tp_size,
+        load_balance_method=args.load_balance_method,
+        enable_metrics=args.enable_metrics,
+        header_overrides=args.header_overrides,
+        api_key=args.api_key,
+        context_length=args.context_length,
+        capacity=args.max_total_tokens,
+        max_running_requests=args.max_running_requests,
+        chunked_prefill_size=args.chunked_prefill_size,
+        max_prefill_tokens=args.max_prefill_tokens,
+        reserved_decode_tokens=args.num_reserved_decode_tokens,
+        decode_log_interval=args.decode_log_interval,
+        time_scale=args.time_scale,
+        timeouts=Timeouts(**_values(args, Timeouts, "timeout")),
+        costs=Costs(**_values(args, Costs, "cost")),
+    )
+
+
+def _add_fields(group: Any, kind: type[Timeouts] | type[Costs], prefix: str) -> None:
+    for each in fields(kind):
+        number = int if each.type is int else float
+        group.add_argument(f"--{prefix}-{each.name.replace('_', '-')}", type=number, default=each.default)
+
+
+def _values(args: argparse.Namespace, kind: type[Timeouts] | type[Costs], prefix: str) -> dict[str, Any]:
+    return {each.name: getattr(args, f"{prefix}_{each.name}") for each in fields(kind)}
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _release(text: str) -> Release:
+    try:
+        return Release.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command by itself."""
+    parser = argparse.ArgumentParser(prog="dp-extproc engine", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))

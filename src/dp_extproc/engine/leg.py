@@ -1,0 +1,50 @@
+"""What one request asks of this server, sequence by sequence, and how a sequence can end."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """One sequence of a request, with the routing fields that this release reads."""
+
+    rid: str
+    prompt_tokens: int
+    max_new_tokens: int
+    bootstrap_host: str | None = None
+    bootstrap_port: int | None = None
+    bootstrap_room: int | None = None
+    routed_dp_rank: int | None = None
+    """Until 0.5.9 what ``data_parallel_rank`` said."""
+    disagg_prefill_dp_rank: int | None = None
+
+
+class Refused(Exception):
+    """A request that never reaches a scheduler: SGLang's ValueError in the HTTP process, a 400."""
+
+    def __init__(self, message: str, *, in_header: bool = False) -> None:
+        """Remember the message.
+
+        Args:
+            message: As SGLang words it.
+            in_header: It is about ``X-Data-Parallel-Rank``; such errors have a ``type`` of their own.
+        """
+        super().__init__(message)
+        self.message = message
+        self.in_header = in_header
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A sequence that a scheduler gave up."""
+
+    status: int | None
+    """None for a sequence that was aborted on request."""
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A sequence that came to its end."""
+
+    length: int
+    """What ``finish_reason`` tells: the output tokens, and 0 on prefill (``FINISH_LENGTH(length=0)``)."""

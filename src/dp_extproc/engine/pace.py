@@ -1,0 +1,28 @@
+"""Steps that take as long as they should, also when they are shorter than what a timer can do."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Final
+
+_TIMER: Final = 0.001
+"""Resolution of uvloop's timers; shorter waits are saved up."""
+_LAG: Final = 0.05
+"""What a busy machine may be behind; more is not made up for."""
+
+
+@dataclass(slots=True)
+class Pace:
+    """Keeps a series of steps on time."""
+
+    _due: float = 0.0
+
+    async def step(self, seconds: float) -> None:
+        """Wait until a step of this length, begun when the last one was due to end, is over."""
+        now = time.monotonic()
+        self._due = max(self._due, now - _LAG) + seconds
+        await asyncio.sleep(self._due - now if self._due - now >= _TIMER else 0)
+
+    def rest(self) -> None:
+        """Begin anew: the next step begins when it is asked for."""
+        self._due = time.monotonic()

@@ -1,0 +1,127 @@
+"""What differs between SGLang releases, as far as a client or a router can see it.
+
+Each line names the release that introduced the behaviour. Sources: the wheels of 0.4.5 to 0.5.23 and the pull requests
+named beside the lines.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+_NUMBERS: Final = re.compile(r"v?(\d+)\.(\d+)\.(\d+)")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Release:
+    """A release by its three numbers; suffixes such as ``.post1`` change nothing here."""
+
+    major: int
+    minor: int
+    patch: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Release":
+        """Read ``0.5.10.post1`` as 0.5.10.
+
+        Raises:
+            ValueError: It does not begin with three numbers.
+        """
+        match = _NUMBERS.match(text)
+        if match is None:
+            raise ValueError(f"{text!r} is not a version such as 0.5.23")
+        return cls(int(match[1]), int(match[2]), int(match[3]))
+
+    def since(self, text: str) -> bool:
+        """Tell whether this release is *text* or later."""
+        return self >= Release.parse(text)
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}.{self.patch}"
+
+    @property
+    def routes_by_field(self) -> bool:
+        """``routed_dp_rank``, ``disagg_prefill_dp_rank``, their range check, and ``X-Data-Parallel-Rank``."""
+        return self.since("0.5.10")
+
+    def takes_bootstrap(self, path: str) -> bool:
+        """Whether bodies of *path* carry ``bootstrap_*`` (and the rank fields, where the release has them)."""
+        return self.since({"/v1/responses": "0.5.20", "/v1/messages": "0.5.22"}.get(path, "0.4.6"))
+
+    def takes_data_parallel_rank(self, path: str) -> bool:
+        """Whether bodies of *path* carry ``data_parallel_rank``; from 0.5.10 on a deprecated alias."""
+        if path == "/generate":  # the alias was lost in 0.5.15 and came back with 0.5.18
+            return self.since("0.4.7") and not (self.since("0.5.15") and not self.since("0.5.18"))
+        if path == "/v1/messages":
+            return False
+        return self.since("0.5.20" if path == "/v1/responses" else "0.5.7")
+
+    def reads_rank_header(self, path: str) -> bool:
+        """Whether *path* reads ``X-Data-Parallel-Rank``."""
+        return self.since({"/generate": "99.0.0", "/v1/responses": "0.5.20"}.get(path, "0.5.10"))
+
+    def reads_overrides(self, path: str) -> bool:
+        """Whether *path* reads ``x-override-*``, once that is switched on."""
+        since = {"/generate": "0.5.15", "/v1/chat/completions": "0.5.18", "/v1/messages": "0.5.18"}
+        return self.since(since.get(path, "99.0.0"))
+
+    @property
+    def strict_generate(self) -> bool:
+        """``/generate`` refuses values that only look like integers (``api/v1/api_types.py``)."""
+        return self.since("0.5.22")
+
+    @property
+    def balances(self) -> bool:
+        """``--load-balance-method`` decides in disaggregated servers (PR 16080); before, the room did on both sides."""
+        return self.since("0.5.8")
+
+    @property
+    def prefill_always_follows_rooms(self) -> bool:
+        """0.5.8 and 0.5.9 override ``--load-balance-method`` on prefill (``server_args.py``)."""
+        return self.balances and not self.since("0.5.10")
+
+    @property
+    def checks_room_conflict(self) -> bool:
+        """Prefill fails a request on another rank than its room implies (``disaggregation/common/conn.py``)."""
+        return self.since("0.5.11")
+
+    @property
+    def told_rank_skips_conflict_check(self) -> bool:
+        """... unless the prefill leg itself carries ``disagg_prefill_dp_rank`` (PR 27546)."""
+        return self.since("0.5.16")
+
+    @property
+    def loses_first_told_rank(self) -> bool:
+        """The first request of a decode-prefill pair with ``disagg_prefill_dp_rank`` fails (fixed by PR 22990)."""
+        return self.routes_by_field and not self.since("0.5.11")
+
+    @property
+    def kick_starts(self) -> bool:
+        """Streaming completions and chat hold their headers until the first chunk."""
+        return self.since("0.5.10")
+
+    @property
+    def room_zero_never_arrives(self) -> bool:
+        """A metadata row that reads 0 means "not arrived" (``disaggregation/utils.py``)."""
+        return self.since("0.5.9")
+
+    @property
+    def counts_replicas(self) -> bool:
+        """``/server_info`` tells ``dp_size`` 1 and ``attn_dp_size`` N with DP attention (``parallel_hook.py``)."""
+        return self.since("0.5.22")
+
+    @property
+    def has_loads(self) -> bool:
+        return self.since("0.5.8")
+
+    @property
+    def has_get_load(self) -> bool:
+        return self.since("0.4.7") and not self.since("0.5.21")
+
+    @property
+    def has_ready(self) -> bool:
+        return self.since("0.5.20")
+
+    @property
+    def has_server_info(self) -> bool:
+        """``/server_info``, ``/model_info``; before only ``/get_server_info``, ``/get_model_info``."""
+        return self.since("0.5.6")

@@ -1,0 +1,70 @@
+"""Ranks that take their steps together.
+
+With DP attention the ranks of a server run every forward pass together: a rank without work runs an idle batch, and the
+step takes as long as the fullest rank needs. Without it every replica is a group of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from dp_extproc.engine.scheduler.costs import Costs
+from dp_extproc.engine.scheduler.rank import Rank
+from dp_extproc.engine.scheduler.work import Output, Work
+
+
+class Batch(Enum):
+    """What a rank does in a step."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    IDLE = "idle"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step that has begun."""
+
+    seconds: float
+    batches: tuple[Batch, ...]
+    """One per rank of the group."""
+
+
+class Group:
+    """Some ranks with a common step."""
+
+    def __init__(self, ranks: Sequence[Rank], costs: Costs) -> None:
+        """Take over *ranks*; their state is changed by calls to the group and to the ranks alike."""
+        self.ranks = list(ranks)
+        self.costs = costs
+        self._decoding: list[list[Work]] = [[] for _ in self.ranks]
+
+    def begin(self, now: float) -> tuple[Step | None, list[Output]]:
+        """Choose what every rank does next.
+
+        Returns:
+            The step, None if nobody has anything to do; and the tokens that are known at once: the first ones on decode.
+        """
+        outputs = [output for rank in self.ranks for output in rank.merge_arrived(now)]
+        tokens = [rank.plan_prefill(now) for rank in self.ranks]
+        self._decoding = [[] if prefill else rank.decoding() for rank, prefill in zip(self.ranks, tokens, strict=True)]
+        batches = tuple(
+            Batch.PREFILL if prefill else Batch.DECODE if decode else Batch.IDLE
+            for prefill, decode in zip(tokens, self._decoding, strict=True)
+        )
+        seconds = 0.0
+        if any(tokens):
+            seconds += self.costs.prefill_seconds(tokens)
+        if any(self._decoding):
+            context = [sum(work.context for work in batch) for batch in self._decoding]
+            seconds += self.costs.decode_seconds([len(batch) for batch in self._decoding], context)
+        return (Step(seconds, batches) if seconds else None), outputs
+
+    def finish(self) -> list[Output]:
+        """Book the step that :meth:`begin` chose."""
+        outputs: list[Output] = []
+        for rank, batch in zip(self.ranks, self._decoding, strict=True):
+            outputs += rank.finish_prefill()
+            outputs += rank.finish_decode(batch)
+        self._decoding = [[] for _ in self.ranks]
+        return outputs

@@ -1,0 +1,163 @@
+"""What a rank publishes of itself, and when: the snapshot behind /v1/loads and the gauges behind /metrics.
+
+Both are as old as SGLang's are, which is the point (``managers/scheduler.py``, ``observability/metrics_reporter.py``):
+
+- The snapshot is taken at the start of processing a prefill batch's result, after every 15th other step of the group (idle batches of a rank
+  beside busy peers count), every 50 ms while nothing runs, and when the group falls idle.
+- The gauges follow the rank's *own* prefill batches and every 40th of its own decode steps. A rank that idles
+  beside busy peers, or waits with full queues for the other side, keeps its last busy values; only once its whole
+  group is idle and its queues are empty are they put right.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from dp_extproc.engine.scheduler.group import Batch
+from dp_extproc.engine.scheduler.rank import Rank, queued_tokens
+from dp_extproc.engine.scheduler.work import Role, Stage
+
+PUBLISH_INTERVAL: Final = 15
+"""SGLang's ``--load-snapshot-publish-interval``, in steps."""
+STALL_REFRESH: Final = 0.05
+"""Seconds, unscaled; ``LOAD_STALL_REFRESH_S`` in ``managers/scheduler.py``."""
+IDLE_REFRESH: Final = 30.0
+"""Seconds, unscaled, between reports of an idle scheduler."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A rank at one moment; the names are those of /v1/loads."""
+
+    num_running_reqs: int
+    num_waiting_reqs: int
+    num_waiting_uncached_tokens: int
+    num_used_tokens: int
+    num_total_tokens: int
+    num_active_tokens: int
+    num_prealloc_ready_tokens: int
+    max_total_num_tokens: int
+    max_running_requests: int
+    gen_throughput: float
+    total_prefill_uncached_tokens: int
+    total_prefill_busy_us: int
+    decode_moments: tuple[float, ...] | None
+    queues: Mapping[str, int]
+    """Sequences per stage."""
+    decode_sum_seq_lens: int
+    last_batch: int
+    """Sequences in the last prefill batch: what prefill servers report as running from 0.5.17 on."""
+
+    @property
+    def token_usage(self) -> float:
+        """Share of the KV room that is used."""
+        return self.num_used_tokens / self.max_total_num_tokens
+
+
+@dataclass(slots=True)
+class RankHistory:
+    """What a rank has done since the start, and what it has published of it."""
+
+    rank: Rank
+    decode_log_interval: int = 40
+    published: Snapshot | None = None
+    published_at: float = 0.0
+    gauges: Snapshot | None = None
+    gauges_at: float = 0.0
+    last_batch: int = 0
+    prefill_busy: float = 0.0
+    generated_tokens: int = 0
+    moments: list[float] = field(default_factory=lambda: [0.0] * 6)
+    _steps: int = 0
+    _decode_steps: int = 0
+    _decode_tokens: int = 0
+    _decode_since: float = 0.0
+    _throughput: float = 0.0
+
+    def begin_step(self, batch: Batch) -> None:
+        """Note what the next step is for this rank, before its results change the queues."""
+        if batch is Batch.PREFILL:
+            self.last_batch = len(self.rank.chunks)
+
+    def finish_step(self, batch: Batch, seconds: float, now: float) -> None:
+        """Book a step whose results are not processed yet.
+
+        Args:
+            batch: What the rank did in it.
+            seconds: How long it took, unscaled.
+            now: Its end.
+        """
+        self._steps += 1
+        if batch is Batch.PREFILL:
+            self.prefill_busy += seconds
+        elif batch is Batch.DECODE:
+            size, micros = float(len(self.rank.decoding())), seconds * 1e6
+            for position, value in enumerate((1, size, micros, size * size, size * micros, size)):
+                self.moments[position] += value
+            self.generated_tokens += int(size)
+            self._decode_steps += 1
+            self._decode_tokens += int(size)
+        if batch is Batch.PREFILL or self._steps >= PUBLISH_INTERVAL:
+            self._steps = 0
+            self.publish(now)
+
+    def report_batch(self, batch: Batch, now: float) -> None:
+        """Refresh the gauges after a step's results were processed, if it is time to."""
+        if batch is Batch.DECODE and self._decode_steps % self.decode_log_interval == 0:
+            elapsed = now - self._decode_since
+            self._throughput = self._decode_tokens / elapsed if self._decode_since and elapsed > 0 else 0.0
+            self._decode_since, self._decode_tokens = now, 0
+            self.report(now)
+        elif batch is Batch.PREFILL:
+            self.report(now)
+
+    def idle(self, now: float, *, time_scale: float = 1.0) -> None:
+        """Do what a scheduler does that has nothing to run; to be called at any time, the more often the better."""
+        self.last_batch = 0
+        if now - self.published_at >= STALL_REFRESH * time_scale:
+            self.publish(now)
+        if self.rank.queue or self.rank.inflight:
+            return  # SGLang's on_idle returns before its report: the gauges freeze under back-pressure
+        self._throughput = 0.0
+        wrong = self.gauges is None or self.gauges.num_running_reqs or self.gauges.num_used_tokens
+        if wrong or now - self.gauges_at >= IDLE_REFRESH * time_scale:
+            self.report(now)
+
+    def publish(self, now: float) -> None:
+        """Take the snapshot behind /v1/loads."""
+        self.published, self.published_at = self.take(), now
+
+    def report(self, now: float) -> None:
+        """Set the gauges behind /metrics."""
+        self.gauges, self.gauges_at = self.take(), now
+
+    def take(self) -> Snapshot:
+        """Look at the rank as it is now."""
+        rank = self.rank
+        stages = dict.fromkeys(Stage, 0)
+        for work in rank.works():
+            stages[work.stage] += 1
+        on_decode = rank.role is Role.DECODE
+        unfinished = sum(work.prompt_tokens - work.prefilled for work in rank.running)
+        in_transfer = queued_tokens(rank, Stage.TRANSFER) if on_decode else 0
+        waiting = 0 if on_decode else queued_tokens(rank, Stage.WAITING)
+        total = rank.used + waiting + queued_tokens(rank, Stage.BOOTSTRAP, Stage.PREALLOC)
+        ready = [work for work in rank.queued(Stage.PREALLOC) if work.reachable]
+        return Snapshot(
+            num_running_reqs=0 if rank.role is Role.PREFILL else len(rank.running),
+            num_waiting_reqs=len(rank.queue),
+            num_waiting_uncached_tokens=waiting + (0 if on_decode else unfinished),
+            num_used_tokens=rank.used,
+            num_total_tokens=total,
+            num_active_tokens=total - in_transfer,
+            num_prealloc_ready_tokens=sum(work.prompt_tokens for work in ready),
+            max_total_num_tokens=rank.limits.capacity,
+            max_running_requests=rank.limits.max_running,
+            gen_throughput=round(self._throughput, 2),
+            total_prefill_uncached_tokens=rank.uncached_tokens,
+            total_prefill_busy_us=round(self.prefill_busy * 1e6),
+            decode_moments=None if rank.role is Role.PREFILL else tuple(self.moments),
+            queues={str(stage): count for stage, count in stages.items()} | {"prealloc_ready": len(ready)},
+            decode_sum_seq_lens=sum(work.context for work in rank.decoding()),
+            last_batch=self.last_batch,
+        )
