@@ -1,7 +1,7 @@
 """The HTTP server on the bootstrap port of a prefill server.
 
-``/route``, ``/health`` and ``/query_dp_ranks`` are SGLang's (``CommonKVBootstrapServer``). ``POST /rendezvous`` is ours:
-it stands for the ZMQ messages and the KV transfer. Decode sends where it wants the cache; the answer comes when the
+``/route``, ``/health`` and ``/query_dp_ranks`` are SGLang's (``CommonKVBootstrapServer``). ``POST /rendezvous`` is ours
+and stands for the ZMQ messages and the KV transfer. Decode sends where it wants the cache; the answer comes when the
 cache has been sent, and closing the connection is decode's ABORT. There is no authentication, as in SGLang.
 """
 

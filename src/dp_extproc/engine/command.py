@@ -65,13 +65,21 @@ def run(args: argparse.Namespace) -> int:
     try:
         status: int = uvloop.run(_serve(settings))
     except OSError as error:
-        print(f"engine: {error}", file=sys.stderr)
+        sys.stderr.write(f"engine: {error}\n")
         return 1
     return status
 
 
 class _QuietServer(uvicorn.Server):
     """uvicorn, with the signals left to us: there are two servers in one process."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready.set()
 
     def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
         return contextlib.nullcontext()
@@ -95,9 +103,10 @@ async def _serve(settings: Settings) -> int:
         loop.add_signal_handler(number, stopped.set)
     async with server.engine.running():
         tasks = [asyncio.ensure_future(each.serve([sock])) for each, sock in zip(servers, sockets, strict=True)]
-        while not all(each.started for each in servers):
-            await asyncio.sleep(0.005)
-        print(_ready_line(settings), flush=True)
+        for each in servers:
+            await each.ready.wait()
+        sys.stdout.write(_ready_line(settings))
+        sys.stdout.flush()
         await stopped.wait()
         for each in servers:
             each.stop()
@@ -109,7 +118,7 @@ def _ready_line(settings: Settings) -> str:
     bootstrap = f", bootstrap port {settings.bootstrap_port}" if settings.role is Role.PREFILL else ""
     return (
         f"engine: {settings.role} with {settings.dp_size} DP ranks like SGLang {settings.release} is ready on "
-        f"http://{settings.host}:{settings.port}{bootstrap}"
+        f"http://{settings.host}:{settings.port}{bootstrap}\n"
     )
 
 

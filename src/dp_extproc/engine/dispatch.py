@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dp_extproc.engine.leg import Leg, Refused
+from dp_extproc.engine.leg import Leg, RefusedError
 from dp_extproc.engine.scheduler.rank import Rank
 from dp_extproc.engine.scheduler.work import Role
 from dp_extproc.engine.settings import Settings
 
 
-class ServerKilled(Exception):
+class ServerKilledError(Exception):
     """An exception in the controller's loop: it has no guard per request, so the whole server goes down (SIGQUIT)."""
 
 
@@ -24,17 +24,26 @@ class Dispatcher:
         """Do what the HTTP process does before anything is sent to the controller.
 
         Raises:
-            Refused: The rank is out of range. Until 0.5.9 nothing looked.
+            RefusedError: The rank is out of range. Until 0.5.9 nothing looked.
         """
         rank, ranks = leg.routed_dp_rank, self.settings.dp_size
         if self.settings.release.routes_by_field and rank is not None and not 0 <= rank < ranks:
-            raise Refused(f"routed_dp_rank={rank} out of range [0, {ranks})")
+            raise RefusedError(f"routed_dp_rank={rank} out of range [0, {ranks})")
+
+    def check_shape(self, leg: Leg) -> None:
+        """Do what the scheduler processes do to what the HTTP process let through.
+
+        Raises:
+            ServerKilledError: It raises there.
+        """
+        if self.settings.role is Role.DECODE and leg.bootstrap_room is not None and leg.bootstrap_host is None:
+            raise ServerKilledError("AttributeError: 'NoneType' object has no attribute 'startswith' (bootstrap_host)")
 
     def choose(self, leg: Leg, ranks: Sequence[Rank]) -> int:
         """Choose the rank of a leg.
 
         Raises:
-            ServerKilled: The request makes the controller raise.
+            ServerKilledError: The request makes the controller raise.
         """
         size = len(ranks)
         if size == 1:
@@ -51,14 +60,12 @@ class Dispatcher:
 
     def _given(self, rank: int, size: int) -> int:
         if not -size <= rank < size:
-            raise ServerKilled(f"IndexError: list index out of range (data_parallel_rank={rank}, {size} workers)")
+            raise ServerKilledError(f"IndexError: list index out of range (data_parallel_rank={rank}, {size} workers)")
         return rank % size
 
     def _by_room(self, leg: Leg, size: int) -> int:
         if leg.bootstrap_room is None:
-            if self.settings.role is Role.UNIFIED:
-                return 0
-            raise ServerKilled("AssertionError: req.bootstrap_room is not None")
+            raise ServerKilledError("AssertionError: req.bootstrap_room is not None")
         return leg.bootstrap_room % size
 
     def _least_loaded(self, ranks: Sequence[Rank]) -> int:

@@ -9,11 +9,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 
 from dp_extproc.engine.decode_side import DecodeSide
-from dp_extproc.engine.dispatch import Dispatcher, ServerKilled
-from dp_extproc.engine.leg import Failure, Finished, Leg, Refused
+from dp_extproc.engine.dispatch import Dispatcher, ServerKilledError
+from dp_extproc.engine.leg import Failure, Finished, Leg, RefusedError
 from dp_extproc.engine.pace import Pace
 from dp_extproc.engine.prefill_side import PrefillSide
-from dp_extproc.engine.scheduler.group import Group
+from dp_extproc.engine.scheduler.group import Group, Step
 from dp_extproc.engine.scheduler.rank import Rank
 from dp_extproc.engine.scheduler.snapshot import RankHistory
 from dp_extproc.engine.scheduler.work import Output, Role, Stage, Work
@@ -25,7 +25,8 @@ _FIRST_STAGE = {Role.PREFILL: Stage.BOOTSTRAP, Role.DECODE: Stage.PREALLOC, Role
 
 def kill_server(reason: str) -> None:
     """Die as SGLang does when a scheduler or the controller raises: at once, all processes, no goodbye."""
-    print(f"engine: killed by a request: {reason}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"engine: killed by a request: {reason}\n")
+    sys.stderr.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -44,7 +45,10 @@ class Engine:
         self.ranks = [Rank(rank, settings.limits, settings.role) for rank in range(settings.dp_size)]
         members = [self.ranks] if settings.dp_attention else [[rank] for rank in self.ranks]
         self.groups = [Group(ranks, settings.costs) for ranks in members]
-        self.histories = [RankHistory(rank, settings.decode_log_interval) for rank in self.ranks]
+        self.histories = [
+            RankHistory(rank, settings.decode_log_interval, reports_last_batch=settings.release.since("0.5.17"))
+            for rank in self.ranks
+        ]
         self.prefill_side = PrefillSide(settings, self.end, self._wake)
         self.decode_side = DecodeSide(settings, self.end, self._wake)
         self.stepping = [False] * len(self.groups)
@@ -72,19 +76,22 @@ class Engine:
                 ticket.stop_waiting()
             await self.decode_side.close()
 
-    def submit(self, legs: Iterable[Leg]) -> list[Ticket]:
+    def submit(self, legs: Iterable[Leg], *, streaming: bool = False) -> list[Ticket]:
         """Give legs to their ranks.
 
         Raises:
-            Refused: The request is wrong in a way that the HTTP process notices; none of its legs has been taken.
+            RefusedError: The request is wrong in a way that the HTTP process notices; none of its legs has been taken.
         """
         legs = list(legs)
         for leg in legs:
             self._dispatcher.check(leg)
             self._check_length(leg)
-        if (known := next((leg.rid for leg in legs if leg.rid in self._rids), None)) is not None:
-            raise Refused(f"Duplicate request ID detected: {known}")
-        return [self._take(leg) for leg in legs]
+        seen = set(self._rids)
+        for leg in legs:
+            if leg.rid in seen:
+                raise RefusedError(f"Duplicate request ID detected: {leg.rid}")
+            seen.add(leg.rid)
+        return [self._take(leg, streaming=streaming) for leg in legs]
 
     def abort(self, rid: str) -> None:
         """Abort what ``/abort_request`` names: the HTTP process wants the exact id, schedulers match by prefix."""
@@ -119,21 +126,16 @@ class Engine:
                 for rank in group.ranks:
                     self.histories[rank.dp_rank].idle(now, time_scale=self.settings.time_scale)
 
-    def _take(self, leg: Leg) -> Ticket:
-        disaggregated = self.settings.role is not Role.UNIFIED
+    def _take(self, leg: Leg, *, streaming: bool) -> Ticket:
         try:
             chosen = self._dispatcher.choose(leg, self.ranks)
-            if disaggregated and leg.bootstrap_room is not None and leg.bootstrap_host is None:
-                if self.settings.role is Role.DECODE:
-                    raise ServerKilled(
-                        "AttributeError: 'NoneType' object has no attribute 'startswith' (bootstrap_host)"
-                    )
-        except ServerKilled as error:
+            self._dispatcher.check_shape(leg)
+        except ServerKilledError as error:
             self._kill(str(error))
             chosen = 0
         wanted = 1 if self.settings.role is Role.PREFILL else max(1, leg.max_new_tokens)
         work = Work(leg.rid, chosen, leg.prompt_tokens, wanted, leg.bootstrap_room)
-        ticket = Ticket(leg, work)
+        ticket = Ticket(leg, work, streaming)
         self._tickets[work] = self._rids[leg.rid] = ticket
         if (failure := self._refused_by_scheduler(leg)) is not None:
             asyncio.get_running_loop().call_soon(self.end, ticket, failure)
@@ -158,12 +160,12 @@ class Engine:
     def _check_length(self, leg: Leg) -> None:
         limit = self.settings.context_length
         if leg.prompt_tokens >= limit:
-            raise Refused(
+            raise RefusedError(
                 f"The input ({leg.prompt_tokens} tokens) is longer than the model's context length ({limit} tokens)."
             )
         total = leg.prompt_tokens + leg.max_new_tokens
         if total > limit:
-            raise Refused(
+            raise RefusedError(
                 f"Requested token count exceeds the model's maximum context length of {limit} tokens. You requested a "
                 f"total of {total} tokens: {leg.prompt_tokens} tokens from the input messages and {leg.max_new_tokens} "
                 "tokens for the completion."
@@ -171,8 +173,6 @@ class Engine:
 
     async def _run(self, index: int) -> None:
         group, wake, pace = self.groups[index], self._wakes[index], Pace()
-        histories = [self.histories[rank.dp_rank] for rank in group.ranks]
-        scale = self.settings.time_scale
         while True:
             wake.clear()
             for rank in group.ranks:
@@ -180,24 +180,34 @@ class Engine:
                     self.decode_side.allocated(self._tickets[work])
             step, outputs = group.begin(time.time())
             self._deliver(outputs)
-            if step is None:
-                self.stepping[index] = False
-                if not outputs:
-                    self.refresh()
-                    await wake.wait()
-                    pace.rest()
-                continue
-            self.stepping[index] = True
-            for history, batch in zip(histories, step.batches, strict=True):
-                history.begin_step(batch)
-            await pace.step(step.seconds * scale)
-            now = time.time()
-            for history, batch in zip(histories, step.batches, strict=True):
-                history.finish_step(batch, step.seconds * scale, now)
-            outputs = group.finish()
-            for history, batch in zip(histories, step.batches, strict=True):
-                history.report_batch(batch, now)
-            self._deliver(outputs)
+            if step is not None:
+                await self._step(index, step, pace)
+            elif not outputs:
+                self._rest(index)
+                await wake.wait()
+                pace.rest()
+
+    async def _step(self, index: int, step: Step, pace: Pace) -> None:
+        group, seconds = self.groups[index], step.seconds * self.settings.time_scale
+        histories = [self.histories[rank.dp_rank] for rank in group.ranks]
+        self.stepping[index] = True
+        for history, batch in zip(histories, step.batches, strict=True):
+            history.begin_step(batch)
+        await pace.step(seconds)
+        now = time.time()
+        for history, batch in zip(histories, step.batches, strict=True):
+            history.finish_step(batch, seconds, now)
+        outputs = group.finish()
+        for history, batch in zip(histories, step.batches, strict=True):
+            history.report_batch(batch, now)
+        self._deliver(outputs)
+
+    def _rest(self, index: int) -> None:
+        if self.stepping[index]:
+            self.stepping[index] = False
+            for rank in self.groups[index].ranks:
+                self.histories[rank.dp_rank].publish(time.time())
+        self.refresh()
 
     def _deliver(self, outputs: Iterable[Output]) -> None:
         for output in outputs:

@@ -18,7 +18,7 @@ class Leg:
     disagg_prefill_dp_rank: int | None = None
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A request that never reaches a scheduler: SGLang's ValueError in the HTTP process, a 400."""
 
     def __init__(self, message: str, *, in_header: bool = False) -> None:

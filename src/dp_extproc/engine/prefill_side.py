@@ -146,6 +146,6 @@ class PrefillSide:
         rank, leg = self._settings.scheduler_rank(ticket.work.dp_rank), ticket.leg
         return Failure(
             500,
-            f"Prefill {phase} failed for request rank={rank} req.rid={leg.rid!r} req.bootstrap_room={leg.bootstrap_room} "
-            f"with exception KVTransferError(bootstrap_room={leg.bootstrap_room}): {text}",
+            f"Prefill {phase} failed for request rank={rank} req.rid={leg.rid!r} "
+            f"req.bootstrap_room={leg.bootstrap_room} with exception KVTransferError(bootstrap_room={leg.bootstrap_room}): {text}",
         )

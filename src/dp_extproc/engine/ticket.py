@@ -15,6 +15,7 @@ class Ticket:
 
     leg: Leg
     work: Work
+    streaming: bool = False
     received_at: float = field(default_factory=time.time)
     first_token_at: float | None = None
     ended_at: float | None = None

@@ -21,7 +21,7 @@ from dp_extproc.engine.api.journal import Journal
 from dp_extproc.engine.api.messages import messages
 from dp_extproc.engine.api.responses import responses
 from dp_extproc.engine.engine import Engine, kill_server
-from dp_extproc.engine.leg import Refused
+from dp_extproc.engine.leg import RefusedError
 from dp_extproc.engine.settings import Settings
 from dp_extproc.engine.ticket import Ticket
 
@@ -46,7 +46,6 @@ class Server:
         self.journal = Journal()
         self.faults = Faults()
         self._metrics = metrics.Metrics(self.engine)
-        self._streaming: set[Ticket] = set()
 
     def app(self) -> ASGIApp:
         """Build the application of the API port."""
@@ -84,11 +83,9 @@ class Server:
             return Response(status_code=499)
         record = self.journal.open(request.method, path, _joined(request.headers), body)
         exchange = Exchange(self.engine, request, record)
-        content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
         try:
-            if content_type != "application/json" and path != "/generate":
-                record.refuse(400, "unsupported media type")
-                return errors.unsupported_media_type(content_type)
+            if path != "/generate":
+                _check_content_type(request.headers)
             return await _INFERENCE[path](exchange)
         except InvalidBodyError as error:
             record.refuse(400, str(error.errors))
@@ -96,7 +93,7 @@ class Server:
         except InvalidTypeError as error:
             record.refuse(400, str(error))
             return errors.invalid_type(error)
-        except Refused as error:
+        except RefusedError as error:
             record.refuse(400, error.message)
             return errors.refused(path, error)
         except IndexError as error:  # a list of rooms that is shorter than the batch
@@ -183,6 +180,19 @@ class _Authentication:
         if self._api_key is None or scope["method"] == "OPTIONS" or scope["path"].startswith(_OPEN_TO_ALL):
             return True
         return Headers(scope=scope).get("authorization") == f"Bearer {self._api_key}"
+
+
+def _check_content_type(headers: Headers) -> None:
+    """Refuse what is not declared as JSON (``validate_json_request``).
+
+    Raises:
+        InvalidBodyError: It is something else, or not declared at all.
+    """
+    declared = headers.get("content-type", "")
+    if declared.lower().split(";", maxsplit=1)[0].strip() != "application/json":
+        message = "Unsupported Media Type: Only 'application/json' is allowed"
+        place = {"type": "value_error", "loc": ("header", "content-type")}
+        raise InvalidBodyError([{**place, "msg": message, "input": declared}])
 
 
 def _joined(headers: Headers) -> dict[str, str]:

@@ -27,7 +27,7 @@ async def completions(exchange: Exchange) -> Response:
     limit = integer(body, "max_tokens")
     limit = _DEFAULT_MAX_TOKENS if limit is None else limit
     exchange.submit(fields, prompts, limit, samples=integer(body, "n") or 1, is_batch=is_batch)
-    return await _respond(exchange, body, _TextForm(body))
+    return await _respond(exchange, _TextForm(body))
 
 
 async def chat(exchange: Exchange) -> Response:
@@ -42,7 +42,7 @@ async def chat(exchange: Exchange) -> Response:
     limit = integer(body, "max_completion_tokens", "max_tokens")
     limit = DEFAULT_MAX_NEW_TOKENS if limit is None else limit
     exchange.submit(fields, [chat_tokens(messages, body.get("tools"))], limit, samples=integer(body, "n") or 1)
-    return await _respond(exchange, body, _ChatForm(body))
+    return await _respond(exchange, _ChatForm(body))
 
 
 class _Form:
@@ -100,8 +100,8 @@ class _ChatForm(_Form):
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason, "matched_stop": None}
 
 
-async def _respond(exchange: Exchange, body: dict[str, Any], form: _Form) -> Response:
-    if body.get("stream") is True:
+async def _respond(exchange: Exchange, form: _Form) -> Response:
+    if exchange.streaming:
         if exchange.engine.settings.release.kick_starts:
             await exchange.first()
         return exchange.stream(_events(exchange, form))
@@ -142,8 +142,7 @@ async def _events(exchange: Exchange, form: _Form) -> AsyncIterator[str]:
 
 
 def _usage(exchange: Exchange) -> dict[str, Any]:
-    by_prompt = {ticket.leg.rid: ticket.leg.prompt_tokens for ticket in exchange.tickets}
-    prompt = sum(by_prompt.values())
+    prompt = sum(ticket.leg.prompt_tokens for ticket in exchange.tickets[:: exchange.samples])
     completion = sum(len(ticket.tokens) for ticket in exchange.tickets)
     return {
         "prompt_tokens": prompt,

@@ -7,7 +7,7 @@ import msgspec
 from starlette.responses import Response
 
 from dp_extproc.engine.api.fields import InvalidBodyError, InvalidTypeError
-from dp_extproc.engine.leg import Failure, Refused
+from dp_extproc.engine.leg import Failure, RefusedError
 
 
 def json_response(content: Any, status: int = 200) -> Response:
@@ -33,13 +33,7 @@ def invalid_type(error: InvalidTypeError) -> Response:
     return json_response({"error": str(error)}, 400)
 
 
-def unsupported_media_type(content_type: str) -> Response:
-    """Answer a body that is not declared as JSON."""
-    message = f"Unsupported Media Type: Only 'application/json' is allowed, got {content_type!r}"
-    return json_response(error_object(message, "BadRequestError", 400), 400)
-
-
-def refused(path: str, error: Refused) -> Response:
+def refused(path: str, error: RefusedError) -> Response:
     """Answer a ValueError of the HTTP process."""
     return _answer(path, 400, error.message, "400" if error.in_header else "BadRequestError")
 

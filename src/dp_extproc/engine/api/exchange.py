@@ -46,6 +46,10 @@ class Exchange:
     request: Request
     record: Record
     tickets: list[Ticket] = field(default_factory=list)
+    streaming: bool = False
+    """What the body says."""
+    samples: int = 1
+    """Sequences per prompt (``n``)."""
 
     @property
     def path(self) -> str:
@@ -67,6 +71,7 @@ class Exchange:
             wrong = "Input should be a valid dictionary or object to extract fields from"
             shown = body if isinstance(body, int | float | bool | None) else "..."
             raise InvalidBodyError([{"type": "model_attributes_type", "loc": ("body",), "msg": wrong, "input": shown}])
+        self.streaming = body.get("stream") is True
         return body
 
     def fields(self, body: Mapping[str, Any]) -> RoutingFields:
@@ -86,10 +91,11 @@ class Exchange:
         """Hand the sequences to the schedulers.
 
         Raises:
-            Refused: SGLang answers 400.
+            RefusedError: SGLang answers 400.
         """
+        self.samples = samples
         wanted = legs(fields, prompts, max_new_tokens, samples, is_batch=is_batch)
-        self.tickets = self.record.tickets = self.engine.submit(wanted)
+        self.tickets = self.record.tickets = self.engine.submit(wanted, streaming=self.streaming)
 
     async def finish(self) -> Failure | None:
         """Wait until all sequences have ended, looking from time to time whether the client is still there.

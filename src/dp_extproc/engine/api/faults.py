@@ -18,6 +18,7 @@ class Faults:
     """The faults that are switched on, by page."""
 
     active: dict[str, str] = field(default_factory=dict)
+    _switched: asyncio.Event = field(default_factory=asyncio.Event)
 
     def switch(self, wanted: dict[str, str]) -> None:
         """Switch some pages.
@@ -29,13 +30,15 @@ class Faults:
             if page not in PAGES or kind not in KINDS:
                 raise ValueError(f"{page}: {kind} is not one of {', '.join(PAGES)}: {', '.join(KINDS)}")
         self.active.update(wanted)
+        self._switched.set()
+        self._switched = asyncio.Event()
 
     async def answer(self, page: str, healthy: Callable[[], Awaitable[Response]]) -> Response:
         """Answer as *healthy* would, unless a fault is switched on."""
         match self.active.get(page, "ok"):
             case "hang":
                 while self.active.get(page) == "hang":
-                    await asyncio.sleep(0.1)
+                    await self._switched.wait()
                 return PlainTextResponse("was hanging", 503)
             case "garbage":
                 return Response(_GARBAGE, media_type="application/json")

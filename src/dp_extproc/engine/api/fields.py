@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
 
-from dp_extproc.engine.leg import Leg, Refused
+from dp_extproc.engine.leg import Leg, RefusedError
 from dp_extproc.engine.release import Release
 
 _BOOTSTRAP: Final = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
@@ -67,7 +67,7 @@ class Reader:
         Raises:
             InvalidBodyError: A value has a wrong type.
             InvalidTypeError: A value of ``/generate`` only looks right.
-            Refused: A routing header is wrong.
+            RefusedError: A routing header is wrong.
         """
         given = {name: body[name] for name in self.names() if name in body}
         try:
@@ -84,7 +84,7 @@ class Reader:
                 fields.routed_dp_rank = int(text)
             except ValueError:
                 message = f"Invalid X-Data-Parallel-Rank header: must be an integer, got {text!r}"
-                raise Refused(message, in_header=True) from None
+                raise RefusedError(message, in_header=True) from None
         if self.overrides and self.release.reads_overrides(self.path):
             _override(fields, headers)
         return fields
@@ -104,8 +104,11 @@ def legs(fields: RoutingFields, prompts: list[int], max_new_tokens: int, samples
         is_batch: Whether the prompts came as a list, even of one.
 
     Raises:
-        IndexError: A list in *fields* is too short.
+        IndexError: A list of bootstrap fields is too short.
+        RefusedError: A list of ids does not fit.
     """
+    if isinstance(fields.rid, list) and len(fields.rid) != len(prompts):
+        raise RefusedError("The specified rids length mismatch with the batch_size for batch processing.")
     found = []
     for index, tokens in enumerate(prompts):
         for sample in range(samples):
@@ -175,4 +178,4 @@ def _override(fields: RoutingFields, headers: Mapping[str, str]) -> None:
         try:
             setattr(fields, name, int(text))
         except ValueError as error:
-            raise Refused(f"invalid {header} header {text!r}: {error}") from None
+            raise RefusedError(f"invalid {header} header {text!r}: {error}") from None

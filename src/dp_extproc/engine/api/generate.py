@@ -10,29 +10,28 @@ from dp_extproc.engine.api.errors import failed, json_response
 from dp_extproc.engine.api.exchange import DONE, Exchange, Update, event, integer, wrong_type
 from dp_extproc.engine.api.fields import RoutingFields
 from dp_extproc.engine.api.prompts import read_texts
-from dp_extproc.engine.leg import Failure, Finished, Refused
+from dp_extproc.engine.leg import Failure, Finished, RefusedError
 from dp_extproc.engine.text import output_text
 from dp_extproc.engine.ticket import Ticket
 
 DEFAULT_MAX_NEW_TOKENS = 128
-"""SGLang's default of ``max_new_tokens``; here also for chats without a limit, which SGLang lets run to the context's end."""
+"""SGLang's default of ``max_new_tokens``. Here also for chats without a limit, which SGLang lets fill the context."""
 
 
 async def generate(exchange: Exchange) -> Response:
     """Answer a request to ``/generate``."""
     body = exchange.parse()
     fields = exchange.fields(body)
-    stream = body.get("stream") is True
     try:
         prompts, is_batch, limit, samples = _read(body)
         exchange.submit(fields, prompts, limit, samples=samples, is_batch=is_batch)
-    except Refused as error:
-        if not stream:
+    except RefusedError as error:
+        if not exchange.streaming:
             raise
         exchange.record.refuse(400, error.message)
         return exchange.stream(_refusal(error))
     many = is_batch or samples > 1
-    if stream:
+    if exchange.streaming:
         return exchange.stream(_events(exchange, many=many))
     if (failure := await exchange.finish()) is not None:
         return failed(exchange.path, failure)
@@ -46,7 +45,7 @@ def _read(body: dict[str, Any]) -> tuple[list[int], bool, int, int]:
             prompts, is_batch = read_texts(name, body[name])
             break
     else:
-        raise Refused("Either text, input_ids or input_embeds should be provided.")
+        raise RefusedError("Either text, input_ids or input_embeds should be provided.")
     parameters = body.get("sampling_params") or {}
     if isinstance(parameters, list):
         parameters = parameters[0] if parameters else {}
@@ -56,7 +55,7 @@ def _read(body: dict[str, Any]) -> tuple[list[int], bool, int, int]:
     return prompts, is_batch, DEFAULT_MAX_NEW_TOKENS if limit is None else limit, integer(parameters, "n") or 1
 
 
-async def _refusal(error: Refused) -> AsyncIterator[str]:
+async def _refusal(error: RefusedError) -> AsyncIterator[str]:
     kind = {"type": "invalid_request_error", "code": 400, "retryable": False}
     yield event({"error": {"message": error.message, **kind}})
     yield DONE

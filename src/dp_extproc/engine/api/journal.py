@@ -28,6 +28,7 @@ class Record:
     headers: dict[str, str]
     body: bytes | None
     body_length: int
+    body_sha256: str
     received_at: float = field(default_factory=time.time)
     refused: tuple[int, str] | None = None
     """Status and text of a refusal before any scheduler had it."""
@@ -70,10 +71,9 @@ class Record:
         return "aborted" if failure.status is None else "failed"
 
     def _show_body(self) -> dict[str, Any]:
-        shown: dict[str, Any] = {"body": None, "body_length": self.body_length}
+        shown: dict[str, Any] = {"body": None, "body_length": self.body_length, "body_sha256": self.body_sha256}
         if self.body is None:
             return shown
-        shown["body_sha256"] = hashlib.sha256(self.body).hexdigest()
         if self.body_length > MAX_SHOWN_BYTES:
             shown["body_head"] = self.body[:_END_BYTES].decode("utf-8", "replace")
             shown["body_tail"] = self.body[-_END_BYTES:].decode("utf-8", "replace")
@@ -97,7 +97,7 @@ class Journal:
     def open(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Record:
         """Note a request."""
         self._count += 1
-        record = Record(self._count, method, path, headers, body, len(body))
+        record = Record(self._count, method, path, headers, body, len(body), hashlib.sha256(body).hexdigest())
         self._records.append(record)
         self._kept += len(body)
         while len(self._records) > MAX_RECORDS:

@@ -31,7 +31,7 @@ async def messages(exchange: Exchange) -> Response:
         "role": "assistant",
         "model": body.get("model") or "default",
     }
-    if body.get("stream") is True:
+    if exchange.streaming:
         return exchange.stream(_events(exchange, head))
     if (failure := await exchange.finish()) is not None:
         return failed(exchange.path, failure)

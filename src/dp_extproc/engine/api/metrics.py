@@ -1,4 +1,4 @@
-"""``/metrics``: gauges per rank, as stale as SGLang's, and counters and histograms of the HTTP process without ranks."""
+"""``/metrics``: gauges per rank, as stale as SGLang's; counters and histograms of the HTTP process, without ranks."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,7 +10,6 @@ from prometheus_client.registry import Collector
 from dp_extproc.engine.engine import Engine
 from dp_extproc.engine.leg import Finished
 from dp_extproc.engine.scheduler.snapshot import RankHistory, Snapshot
-from dp_extproc.engine.scheduler.work import Role
 from dp_extproc.engine.ticket import Ticket
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -41,12 +40,12 @@ class Metrics(Collector):
         self._ttft = histogram("time_to_first_token_seconds", "Histogram of time to first token in seconds.")
         self._e2e = histogram("e2e_request_latency_seconds", "Histogram of End-to-end request latency in seconds.")
 
-    def ended(self, ticket: Ticket, *, streaming: bool = False) -> None:
+    def ended(self, ticket: Ticket) -> None:
         """Count a sequence that has ended."""
         if not isinstance(ticket.end, Finished):
             self._aborted.labels(**self._model).inc()
             return
-        labels = {**self._model, "is_streaming": str(streaming).lower()}
+        labels = {**self._model, "is_streaming": str(ticket.streaming).lower()}
         self._prompt.labels(**labels).inc(ticket.leg.prompt_tokens)
         self._generation.labels(**labels).inc(len(ticket.tokens))
         self._requests.labels(**labels).inc()
@@ -108,12 +107,9 @@ def _gauge(name: str, text: str, samples: Iterable[tuple[dict[str, str], float]]
 
 def _gauges(engine: Engine, history: RankHistory) -> dict[str, float]:
     """Give the values that a rank has last reported."""
-    release, role, gauges = engine.settings.release, engine.settings.role, history.gauges or history.take()
-    running = gauges.num_running_reqs
-    if role is Role.PREFILL:  # the last batch from 0.5.17 on; before, the running batch, which stays empty
-        running = gauges.last_batch if release.since("0.5.17") else 0
+    release, gauges = engine.settings.release, history.gauges or history.take()
     found: dict[str, float] = {
-        "num_running_reqs": running,
+        "num_running_reqs": gauges.reported_running,
         "num_queue_reqs": gauges.queues["waiting"],
         "num_used_tokens": gauges.num_used_tokens,
         "token_usage": round(gauges.token_usage, 2),

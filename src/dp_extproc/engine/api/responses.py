@@ -10,7 +10,7 @@ from starlette.responses import Response
 from dp_extproc.engine.api.errors import failed, json_response
 from dp_extproc.engine.api.exchange import Exchange, event, integer, missing, wrong_type
 from dp_extproc.engine.api.generate import DEFAULT_MAX_NEW_TOKENS
-from dp_extproc.engine.leg import Failure, Refused
+from dp_extproc.engine.leg import Failure, RefusedError
 from dp_extproc.engine.scheduler.work import Role
 from dp_extproc.engine.text import chat_tokens, output_text
 
@@ -24,10 +24,10 @@ async def responses(exchange: Exchange) -> Response:
     limit = integer(body, "max_output_tokens")
     limit = DEFAULT_MAX_NEW_TOKENS if limit is None else limit
     if exchange.engine.settings.role is not Role.UNIFIED and _has_built_in_tools(body):
-        raise Refused("built-in tool calls are not supported with prefill-decode disaggregation")
+        raise RefusedError("built-in tool calls are not supported with prefill-decode disaggregation")
     exchange.submit(fields, [_prompt_tokens(body)], limit)
     page = _Page(body, limit)
-    if body.get("stream") is True:
+    if exchange.streaming:
         return exchange.stream(_events(exchange, page), abort_later=False)
     if (failure := await exchange.finish()) is not None:
         return failed(exchange.path, failure)

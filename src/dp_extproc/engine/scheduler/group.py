@@ -43,7 +43,7 @@ class Group:
         """Choose what every rank does next.
 
         Returns:
-            The step, None if nobody has anything to do; and the tokens that are known at once: the first ones on decode.
+            The step, None if nobody has anything to do; and the tokens that are known at once: the first on decode.
         """
         outputs = [output for rank in self.ranks for output in rank.merge_arrived(now)]
         tokens = [rank.plan_prefill(now) for rank in self.ranks]
@@ -52,12 +52,11 @@ class Group:
             Batch.PREFILL if prefill else Batch.DECODE if decode else Batch.IDLE
             for prefill, decode in zip(tokens, self._decoding, strict=True)
         )
-        seconds = 0.0
-        if any(tokens):
-            seconds += self.costs.prefill_seconds(tokens)
+        seconds = self.costs.prefill_seconds(tokens) if any(tokens) else 0.0
         if any(self._decoding):
             context = [sum(work.context for work in batch) for batch in self._decoding]
-            seconds += self.costs.decode_seconds([len(batch) for batch in self._decoding], context)
+            requests = [len(batch) for batch in self._decoding]
+            seconds = max(seconds, self.costs.decode_seconds(requests, context))
         return (Step(seconds, batches) if seconds else None), outputs
 
     def finish(self) -> list[Output]:

@@ -115,7 +115,7 @@ class Rank:
     def finish_prefill(self) -> list[Output]:
         """Book the prompt tokens of the step that ran."""
         outputs = []
-        for work, tokens in self.chunks.items():
+        for work, tokens in list(self.chunks.items()):  # one that is finished leaves the table
             work.prefilled += tokens
             self.uncached_tokens += tokens
             if work.prefilled < work.prompt_tokens:

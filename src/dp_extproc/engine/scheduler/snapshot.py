@@ -2,8 +2,8 @@
 
 Both are as old as SGLang's are, which is the point (``managers/scheduler.py``, ``observability/metrics_reporter.py``):
 
-- The snapshot is taken at the start of processing a prefill batch's result, after every 15th other step of the group (idle batches of a rank
-  beside busy peers count), every 50 ms while nothing runs, and when the group falls idle.
+- The snapshot is taken at the start of processing a prefill batch's result, of every 15th other step (idle batches of
+  a rank beside busy peers count), every 50 ms while nothing runs, and when the group falls idle.
 - The gauges follow the rank's *own* prefill batches and every 40th of its own decode steps. A rank that idles
   beside busy peers, or waits with full queues for the other side, keeps its last busy values; only once its whole
   group is idle and its queues are empty are they put right.
@@ -45,8 +45,8 @@ class Snapshot:
     queues: Mapping[str, int]
     """Sequences per stage."""
     decode_sum_seq_lens: int
-    last_batch: int
-    """Sequences in the last prefill batch: what prefill servers report as running from 0.5.17 on."""
+    reported_running: int
+    """What /metrics calls running: on prefill the last batch."""
 
     @property
     def token_usage(self) -> float:
@@ -60,6 +60,8 @@ class RankHistory:
 
     rank: Rank
     decode_log_interval: int = 40
+    reports_last_batch: bool = True
+    """Whether prefill tells its last batch as running; before 0.5.17 it told the running batch, empty there."""
     published: Snapshot | None = None
     published_at: float = 0.0
     gauges: Snapshot | None = None
@@ -119,7 +121,7 @@ class RankHistory:
         if self.rank.queue or self.rank.inflight:
             return  # SGLang's on_idle returns before its report: the gauges freeze under back-pressure
         self._throughput = 0.0
-        wrong = self.gauges is None or self.gauges.num_running_reqs or self.gauges.num_used_tokens
+        wrong = self.gauges is None or self.gauges.reported_running
         if wrong or now - self.gauges_at >= IDLE_REFRESH * time_scale:
             self.report(now)
 
@@ -142,6 +144,7 @@ class RankHistory:
         in_transfer = queued_tokens(rank, Stage.TRANSFER) if on_decode else 0
         waiting = 0 if on_decode else queued_tokens(rank, Stage.WAITING)
         total = rank.used + waiting + queued_tokens(rank, Stage.BOOTSTRAP, Stage.PREALLOC)
+        reported = self.last_batch if self.reports_last_batch else 0
         ready = [work for work in rank.queued(Stage.PREALLOC) if work.reachable]
         return Snapshot(
             num_running_reqs=0 if rank.role is Role.PREFILL else len(rank.running),
@@ -159,5 +162,5 @@ class RankHistory:
             decode_moments=None if rank.role is Role.PREFILL else tuple(self.moments),
             queues={str(stage): count for stage, count in stages.items()} | {"prealloc_ready": len(ready)},
             decode_sum_seq_lens=sum(work.context for work in rank.decoding()),
-            last_batch=self.last_batch,
+            reported_running=reported if rank.role is Role.PREFILL else len(rank.running),
         )

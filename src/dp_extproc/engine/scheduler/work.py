@@ -13,7 +13,10 @@ class Role(StrEnum):
 
 
 class Stage(StrEnum):
-    """Where a sequence is. Prefill: bootstrap, waiting, running, inflight; decode: prealloc, transfer, waiting, running."""
+    """Where a sequence is.
+
+    On prefill: bootstrap, waiting, running, inflight. On decode: prealloc, transfer, waiting, running.
+    """
 
     BOOTSTRAP = "bootstrap"
     """On prefill: the decode side has not said yet where the KV cache goes."""
