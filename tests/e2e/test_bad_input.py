@@ -127,8 +127,11 @@ def test_an_unannounced_body_that_is_too_large(every_mode: Stack) -> None:
 )
 def test_the_client_library_understands_refusals(newest: Stack, call: dict[str, Any], code: str) -> None:
     """The OpenAI client raises its own exception, with our code."""
-    client = openai.OpenAI(base_url=f"{newest.envoy.url}/v1", api_key="key", max_retries=0)
-    with pytest.raises(openai.BadRequestError) as refused:
+    url = f"{newest.envoy.url}/v1"
+    with (
+        openai.OpenAI(base_url=url, api_key="key", max_retries=0) as client,
+        pytest.raises(openai.BadRequestError) as refused,
+    ):
         client.chat.completions.create(**call)
 
     assert refused.value.code == code
@@ -137,9 +140,9 @@ def test_the_client_library_understands_refusals(newest: Stack, call: dict[str, 
 
 def test_no_error_of_an_engine_is_changed(newest: Stack) -> None:
     """What the engine itself refuses comes through as the engine said it."""
-    sent = {"text": "a", "sampling_params": {"max_new_tokens": 1, "no_such_parameter": 1}}
-    response = newest.client.post("/generate", json=sent)
+    response = newest.client.post("/v1/chat/completions", json={**CHAT, "max_tokens": 100_000_000})
 
     assert response.status_code == 400
     assert "x-dp-extproc-reason" not in response.headers
-    assert json.loads(response.text)
+    assert "maximum context length" in response.json()["message"]
+    assert len(newest.received()) == 2

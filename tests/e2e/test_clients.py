@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -16,8 +17,10 @@ CHAT: dict[str, Any] = {"model": "any", "messages": MESSAGES, "max_tokens": 6}
 
 
 @pytest.fixture
-def client(every_version: Stack) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{every_version.envoy.url}/v1", api_key="key", max_retries=0, timeout=30)
+def client(every_version: Stack) -> Iterator[openai.OpenAI]:
+    url = f"{every_version.envoy.url}/v1"
+    with openai.OpenAI(base_url=url, api_key="key", max_retries=0, timeout=30) as client:
+        yield client
 
 
 def test_openai_chat(every_version: Stack, client: openai.OpenAI) -> None:
@@ -146,10 +149,11 @@ def test_messages_by_plain_http(every_version: Stack, stream: bool) -> None:
 
 def test_anthropic_client(newest: Stack) -> None:
     """The official Anthropic client, streaming and not."""
-    client = anthropic.Anthropic(base_url=newest.envoy.url, api_key="key", max_retries=0, timeout=30)
-    answer = client.messages.create(model="any", max_tokens=5, messages=[{"role": "user", "content": "hello"}])
-    with client.messages.stream(model="any", max_tokens=5, messages=[{"role": "user", "content": "hi"}]) as stream:
-        text = "".join(stream.text_stream)
+    url = newest.envoy.url
+    with anthropic.Anthropic(base_url=url, api_key="key", max_retries=0, timeout=30) as client:
+        answer = client.messages.create(model="any", max_tokens=5, messages=[{"role": "user", "content": "hello"}])
+        with client.messages.stream(model="any", max_tokens=5, messages=[{"role": "user", "content": "hi"}]) as stream:
+            text = "".join(stream.text_stream)
 
     assert answer.usage.output_tokens == 5
     assert text

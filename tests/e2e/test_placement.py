@@ -1,6 +1,6 @@
 """Requests go where the least is to do, and the books say what is in flight."""
 
-import threading
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -44,17 +44,15 @@ def test_the_books_follow_a_request(slow: Stack) -> None:
 def test_concurrent_requests_take_different_ranks(slow: Stack) -> None:
     """Requests of one size that are in flight together spread over all prefill ranks before any scrape could tell."""
     slow.forget()
-    sent = {"text": "x" * 4000, "sampling_params": {"max_new_tokens": 1}}
-    threads = [
-        threading.Thread(target=httpx.post, args=(f"{slow.envoy.url}/generate",), kwargs={"json": sent, "timeout": 30})
-        for _ in range(2 * PREFILL_RANKS)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    ranks = Counter(request["rank"] for request in slow.prefills[0].requests())
+    sent = {"text": "x" * 40_000, "sampling_params": {"max_new_tokens": 1}}
 
+    async def send_all() -> list[int]:
+        async with httpx.AsyncClient(base_url=slow.envoy.url, timeout=30, trust_env=False) as client:
+            answers = [client.post("/generate", json=sent) for _ in range(2 * PREFILL_RANKS)]
+            return [answer.status_code for answer in await asyncio.gather(*answers)]
+
+    assert asyncio.run(send_all()) == [200] * 2 * PREFILL_RANKS
+    ranks = Counter(request["rank"] for request in slow.prefills[0].requests())
     assert ranks == dict.fromkeys(range(PREFILL_RANKS), 2)
     wait_for(lambda: sum(reserved(slow, "prefill")) == sum(reserved(slow, "decode")) == 0)
 

@@ -150,12 +150,11 @@ def test_generate_with_a_model(pools: Pools) -> None:
 
 def test_models_of_all_pools(pools: Pools) -> None:
     """The OpenAI client lists the models of every pool, and looks one up."""
-    client = openai.OpenAI(base_url=f"{pools.url}/v1", api_key="key", max_retries=0)
-
-    assert [model.id for model in client.models.list()] == ["large", "huge", "small", "old"]
-    assert client.models.retrieve("small").id == "small"
-    with pytest.raises(openai.NotFoundError):
-        client.models.retrieve("nope")
+    with openai.OpenAI(base_url=f"{pools.url}/v1", api_key="key", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["large", "huge", "small", "old"]
+        assert client.models.retrieve("small").id == "small"
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("nope")
 
 
 @pytest.mark.parametrize("path", ["/health", "/model_info", "/server_info", "/get_model_info"])
