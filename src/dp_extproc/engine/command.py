@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import sys
@@ -108,6 +109,7 @@ async def _serve(settings: Settings) -> int:
         sys.stdout.write(_ready_line(settings))
         sys.stdout.flush()
         await stopped.wait()
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # requests are cut off on purpose
         for each in servers:
             each.stop()
         await asyncio.wait(tasks)

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterable
 
 from dp_extproc.engine.decode_side import DecodeSide
@@ -54,7 +55,7 @@ class Engine:
         self.stepping = [False] * len(self.groups)
         self._dispatcher = Dispatcher(settings)
         self._on_end = on_end
-        self._kill = kill
+        self.kill = kill
         self._tickets: dict[Work, Ticket] = {}
         self._rids: dict[str, Ticket] = {}
         self._wakes = [asyncio.Event() for _ in self.groups]
@@ -67,6 +68,8 @@ class Engine:
     async def running(self) -> AsyncIterator[None]:
         """Run the schedulers' loops."""
         loops = [asyncio.ensure_future(self._run(index)) for index in range(len(self.groups))]
+        for loop in loops:
+            loop.add_done_callback(self._crashed)
         try:
             yield
         finally:
@@ -131,7 +134,7 @@ class Engine:
             chosen = self._dispatcher.choose(leg, self.ranks)
             self._dispatcher.check_shape(leg)
         except ServerKilledError as error:
-            self._kill(str(error))
+            self.kill(str(error))
             chosen = 0
         wanted = 1 if self.settings.role is Role.PREFILL else max(1, leg.max_new_tokens)
         work = Work(leg.rid, chosen, leg.prompt_tokens, wanted, leg.bootstrap_room)
@@ -201,6 +204,10 @@ class Engine:
         for history, batch in zip(histories, step.batches, strict=True):
             history.report_batch(batch, now)
         self._deliver(outputs)
+
+    def _crashed(self, loop: asyncio.Future[None]) -> None:
+        if not loop.cancelled() and (error := loop.exception()) is not None:
+            self.kill("".join(traceback.format_exception(error)))
 
     def _rest(self, index: int) -> None:
         if self.stepping[index]:

@@ -147,5 +147,6 @@ class PrefillSide:
         return Failure(
             500,
             f"Prefill {phase} failed for request rank={rank} req.rid={leg.rid!r} "
-            f"req.bootstrap_room={leg.bootstrap_room} with exception KVTransferError(bootstrap_room={leg.bootstrap_room}): {text}",
+            f"req.bootstrap_room={leg.bootstrap_room} with exception "
+            f"KVTransferError(bootstrap_room={leg.bootstrap_room}): {text}",
         )

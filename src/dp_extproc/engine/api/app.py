@@ -6,6 +6,7 @@ from typing import Any, Final
 import msgspec
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -73,7 +74,9 @@ class Server:
             routes.append(Route("/get_load", self._page("loads", self._get_load)))
         if self.settings.enable_metrics:
             routes.append(Route("/metrics", self._page("metrics", self._metrics_page)))
-        return _Authentication(Starlette(routes=routes), self.settings.api_key)
+        return _Authentication(
+            Starlette(routes=routes, exception_handlers={HTTPException: _detail}), self.settings.api_key
+        )
 
     async def _inference(self, request: Request) -> Response:
         path = request.url.path
@@ -180,6 +183,12 @@ class _Authentication:
         if self._api_key is None or scope["method"] == "OPTIONS" or scope["path"].startswith(_OPEN_TO_ALL):
             return True
         return Headers(scope=scope).get("authorization") == f"Bearer {self._api_key}"
+
+
+def _detail(_: Request, error: Exception) -> Response:
+    """Answer an unknown path or method as FastAPI does."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    return errors.json_response({"detail": getattr(error, "detail", "")}, status)
 
 
 def _check_content_type(headers: Headers) -> None:

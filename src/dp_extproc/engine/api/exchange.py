@@ -14,6 +14,7 @@ from dp_extproc.engine.api.fields import InvalidBodyError, Reader, RoutingFields
 from dp_extproc.engine.api.journal import Record
 from dp_extproc.engine.engine import Engine
 from dp_extproc.engine.leg import Failure, Finished
+from dp_extproc.engine.scheduler.work import Role
 from dp_extproc.engine.text import output_text
 from dp_extproc.engine.ticket import Ticket
 
@@ -94,6 +95,10 @@ class Exchange:
             RefusedError: SGLang answers 400.
         """
         self.samples = samples
+        disaggregated = self.engine.settings.role is not Role.UNIFIED
+        if disaggregated and isinstance(fields.bootstrap_room, list) and not is_batch and samples == 1:
+            # Lists are only taken apart for batches; this one reaches the controller as it is.
+            self.engine.kill("TypeError: unsupported operand type(s) for %: 'list' and 'int' (bootstrap_room)")
         wanted = legs(fields, prompts, max_new_tokens, samples, is_batch=is_batch)
         self.tickets = self.record.tickets = self.engine.submit(wanted, streaming=self.streaming)
 

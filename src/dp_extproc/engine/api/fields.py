@@ -14,6 +14,7 @@ _BOOTSTRAP: Final = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
 _RANKS: Final = ("routed_dp_rank", "disagg_prefill_dp_rank")
 _INTEGERS: Final = (*_RANKS, "data_parallel_rank")
 _MAX_I64: Final = (1 << 63) - 1
+_MAX_U64: Final = (1 << 64) - 1
 
 
 class InvalidBodyError(Exception):
@@ -69,7 +70,7 @@ class Reader:
             InvalidTypeError: A value of ``/generate`` only looks right.
             RefusedError: A routing header is wrong.
         """
-        given = {name: body[name] for name in self.names() if name in body}
+        given = {name: _as_parsed_by_orjson(body[name]) for name in self.names() if name in body}
         try:
             fields = RoutingFields.model_validate(given)
         except ValidationError as error:
@@ -137,6 +138,15 @@ def legs(fields: RoutingFields, prompts: list[int], max_new_tokens: int, samples
 
 def _item(value: Any, index: int) -> Any:
     return value[index] if isinstance(value, list) else value
+
+
+def _as_parsed_by_orjson(value: Any) -> Any:
+    """Make integers beyond 64 bits what SGLang's JSON parser makes of them, which shows in error texts."""
+    if isinstance(value, list):
+        return [_as_parsed_by_orjson(each) for each in value]
+    if isinstance(value, int) and not -_MAX_I64 - 1 <= value <= _MAX_U64:
+        return float(value)
+    return value
 
 
 def _located(error: Any) -> dict[str, Any]:

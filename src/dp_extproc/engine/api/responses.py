@@ -132,4 +132,4 @@ async def _events(exchange: Exchange, page: _Page) -> AsyncIterator[str]:
     yield emit("response.content_part.done", **place, part=page.part(text))
     yield emit("response.output_item.done", output_index=0, item=page.item("completed", [page.part(text)]))
     whole = page.whole("incomplete", text, ticket.leg.prompt_tokens, len(ticket.tokens))
-    yield emit("response.incomplete", response=whole)
+    yield emit("response.completed", response=whole)

@@ -15,8 +15,8 @@ class Costs:
     batches are padded to the largest, and attention reads each rank's own context of ``k`` tokens.
     """
 
-    prefill_step: float = 0.020
-    prefill_token: float = 50e-6
+    prefill_step: float = 0.010
+    prefill_token: float = 20e-6
     lockstep_share: float = 0.75
     decode_step: float = 0.010
     decode_request: float = 50e-6

@@ -1,0 +1,101 @@
+"""A prefill and a decode engine, and both legs of requests to them."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import httpx
+
+from dp_extproc.testbed.engine import EngineProcess
+
+T = TypeVar("T")
+
+RANKS = 4
+FAST = ("--time-scale", "0.01", "--timeout-bootstrap", "40", "--timeout-waiting", "40")
+"""A hundred times faster, and what waits for nobody gives up after 0.4 seconds."""
+PROMPTS: dict[str, dict[str, Any]] = {
+    "/generate": {"text": "hello", "sampling_params": {"max_new_tokens": 3}},
+    "/v1/completions": {"prompt": "hello", "max_tokens": 3},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3},
+    "/v1/responses": {"input": "hello", "max_output_tokens": 3},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3},
+}
+
+
+@dataclass(slots=True)
+class Pair:
+    """Two engines that can meet."""
+
+    prefill: EngineProcess
+    decode: EngineProcess
+    client: httpx.Client
+    _pool: ThreadPoolExecutor
+    _rooms: Iterator[int] = field(default_factory=lambda: itertools.count(1000))
+
+    def room(self, rank: int = 0) -> int:
+        """Give a fresh room that belongs to a prefill rank."""
+        return next(self._rooms) * RANKS + rank
+
+    def meeting(self, room: object, **more: Any) -> dict[str, Any]:
+        """Give the bootstrap fields of both legs."""
+        place = {"bootstrap_host": "127.0.0.1", "bootstrap_port": self.prefill.bootstrap_port}
+        return {**place, "bootstrap_room": room, **more}
+
+    def post(self, engine: EngineProcess, path: str, **body: Any) -> Future[httpx.Response]:
+        """Send a leg and do not wait for the answer."""
+        return self._pool.submit(self.client.post, engine.url + path, json={**PROMPTS[path], **body})
+
+    def send(
+        self,
+        path: str,
+        common: dict[str, Any],
+        prefill: dict[str, Any] | None = None,
+        decode: dict[str, Any] | None = None,
+    ) -> tuple[httpx.Response, httpx.Response]:
+        """Send both legs and wait for both answers, prefill's first."""
+        legs = (
+            self.post(self.prefill, path, **common, **(prefill or {})),
+            self.post(self.decode, path, **common, **(decode or {})),
+        )
+        return legs[0].result(), legs[1].result()
+
+    def legs(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Look at the last leg that each engine has received."""
+        return self.prefill.requests()[-1], self.decode.requests()[-1]
+
+
+@contextmanager
+def run_pair(version: str, *options: str, dp_attention: bool = True, ranks: int = RANKS) -> Iterator[Pair]:
+    """Run a pair of one release."""
+    common = ["--sglang-version", version, *FAST, *(["--dp-attention"] if dp_attention else []), *options]
+    prefill, decode = EngineProcess("prefill", ranks, *common), EngineProcess("decode", 2, *common)
+    try:
+        prefill.start()
+        decode.start()
+        prefill.wait_until_listening()
+        decode.wait_until_listening()
+        with httpx.Client(timeout=30, trust_env=False) as client, ThreadPoolExecutor(16) as pool:
+            yield Pair(prefill, decode, client, pool)
+    finally:
+        prefill.__exit__(None, None, None)
+        decode.__exit__(None, None, None)
+
+
+def wait_for(probe: Callable[[], T], seconds: float = 10.0) -> T:
+    """Wait until a probe gives something that is true, and return that."""
+    deadline = time.monotonic() + seconds
+    while not (found := probe()):
+        assert time.monotonic() < deadline, f"nothing in {seconds} s, the last was {found!r}"
+        time.sleep(0.01)
+    return found
+
+
+def text_of(response: httpx.Response) -> str:
+    """Give the error message of an answer in any of SGLang's shapes."""
+    body = response.json()
+    error = body.get("error", body)
+    return str(error if isinstance(error, str) else error["message"])
