@@ -5,6 +5,7 @@ import asyncio
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Final
 
 from rich.console import Console
@@ -12,19 +13,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dp_extproc.config import RankPolicy
 from dp_extproc.demo.fleet import RANKS, SERVERS, Fleet, Router, run_engines
+from dp_extproc.demo.probe import watch
 from dp_extproc.demo.report import Run, print_report
 from dp_extproc.demo.traffic import MODEL, Job, make_jobs, send
 
-_CONCURRENCY: Final = 48
-"""Enough that every rank has work most of the time: three requests for each of the sixteen ranks."""
+_CONCURRENCY: Final = 80
+"""Enough that every rank has work most of the time: five requests for each of the sixteen ranks."""
 _WARM_UP: Final = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    parser.add_argument("--requests", type=int, default=320, help="per placement (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=400, help="per placement (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the traffic (default: %(default)s)")
-    parser.add_argument("--time-scale", type=float, default=1.5, help="how slow the engines are (default: %(default)s)")
+    parser.add_argument("--time-scale", type=float, default=3.0, help="how slow the engines are (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="leave it running at the end")
 
 
@@ -60,14 +62,19 @@ def _show(console: Console, args: argparse.Namespace) -> None:
 def _run_policy(console: Console, fleet: Fleet, policy: RankPolicy, jobs: list[Job]) -> Run:
     columns = (TextColumn(f"dp_rank: {policy.value:<15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with fleet.router(policy) as router, Progress(*columns, console=console) as progress:
-        asyncio.run(send(router.envoy.url, make_jobs(_WARM_UP, seed=0), _WARM_UP, lambda: None))
-        for engine in (*fleet.prefill, *fleet.decode):
-            engine.forget()
         task = progress.add_task(policy.value, total=len(jobs))
+        return asyncio.run(_measure(router.envoy.url, fleet, policy, jobs, lambda: progress.advance(task)))
+
+
+async def _measure(url: str, fleet: Fleet, policy: RankPolicy, jobs: list[Job], on_done: Callable[[], None]) -> Run:
+    await send(url, make_jobs(_WARM_UP, seed=0), _WARM_UP, lambda: None)
+    fleet.forget()
+    urls = {server: engine.url for server, engine in fleet.named().items()}
+    async with watch(urls) as probe:
         began = time.perf_counter()
-        outcomes = asyncio.run(send(router.envoy.url, jobs, _CONCURRENCY, lambda: progress.advance(task)))
+        outcomes = await send(url, jobs, _CONCURRENCY, on_done)
         seconds = time.perf_counter() - began
-        return Run(policy, seconds, outcomes, fleet.shares())
+    return Run(policy, seconds, outcomes, await asyncio.to_thread(fleet.shares, probe), probe)
 
 
 def _keep(console: Console, router: Router) -> None:

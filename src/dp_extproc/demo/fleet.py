@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from dp_extproc.config import RankPolicy
+from dp_extproc.demo.probe import LoadProbe
 from dp_extproc.demo.traffic import MODEL
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.envoy import EnvoyProcess
@@ -24,6 +25,8 @@ class RankShare:
     requests: int
     tokens: int
     """Of their prompts."""
+    load: float
+    """Tokens that it held or had queued, on average over the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +46,7 @@ class Fleet:
 
     @contextmanager
     def router(self, policy: RankPolicy) -> Iterator[Router]:
-        """Run a router in front of the engines, which remember nothing of the one before."""
-        for engine in (*self.prefill, *self.decode):
-            engine.forget()
+        """Run a router in front of the engines."""
         pool: dict[str, Any] = {
             "models": ["*"],
             "prefill": {"endpoints": [engine.url for engine in self.prefill]},
@@ -57,15 +58,25 @@ class Fleet:
             service.wait_until_ready()
             yield Router(service, envoy)
 
-    def shares(self) -> list[RankShare]:
-        """Tell what each rank got since the router in front was started."""
+    def named(self) -> dict[str, EngineProcess]:
+        """Give the engines by the names that a reader sees."""
+        roles = (("prefill", self.prefill), ("decode", self.decode))
+        return {f"{role} {number}": engine for role, engines in roles for number, engine in enumerate(engines, 1)}
+
+    def forget(self) -> None:
+        """Let the engines forget what they have received."""
+        for engine in (*self.prefill, *self.decode):
+            engine.forget()
+
+    def shares(self, probe: LoadProbe) -> list[RankShare]:
+        """Tell what each rank got since :meth:`forget`."""
         shares = []
-        for role, engines in (("prefill", self.prefill), ("decode", self.decode)):
-            for number, engine in enumerate(engines, start=1):
-                requests = engine.requests()
-                for rank in range(RANKS):
-                    tokens = [request["prompt_tokens"] for request in requests if request["rank"] == rank]
-                    shares.append(RankShare(f"{role} {number}", rank, len(tokens), sum(tokens)))
+        for server, engine in self.named().items():
+            requests = engine.requests()
+            for rank in range(RANKS):
+                legs = [leg for request in requests for leg in request["legs"] if leg["dp_rank"] == rank]
+                tokens = sum(leg["prompt_tokens"] for leg in legs)
+                shares.append(RankShare(server, rank, len(legs), tokens, probe.mean_tokens(server, rank)))
         return shares
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from dp_extproc.config import RankPolicy
 from dp_extproc.demo.fleet import RankShare
+from dp_extproc.demo.probe import LoadProbe
 from dp_extproc.demo.traffic import Outcome
 
 
@@ -20,12 +21,11 @@ class Run:
     seconds: float
     outcomes: Sequence[Outcome]
     shares: Sequence[RankShare]
+    probe: LoadProbe
 
-
-def imbalance(shares: Sequence[RankShare], role: str) -> float:
-    """Give the tokens of the fullest rank against those of the average rank of a role."""
-    tokens = [share.tokens for share in shares if share.server.startswith(role)]
-    return max(tokens) / statistics.mean(tokens) if any(tokens) else 1.0
+    def imbalance(self, role: str) -> float:
+        """Give how full the fullest rank of a server of this role was, against the average rank at that moment."""
+        return self.probe.imbalance(sorted({share.server for share in self.shares if share.server.startswith(role)}))
 
 
 def print_report(console: Console, runs: Sequence[Run]) -> None:
@@ -43,16 +43,22 @@ def _heading(run: Run) -> str:
 
 
 def _shares_table(runs: Sequence[Run]) -> Table:
-    table = Table(title="What each rank got", caption="prompt tokens; requests in brackets", title_justify="left")
+    table = Table(
+        title="What each rank got",
+        caption="load: tokens that the rank held or had queued, on average over the run",
+        title_justify="left",
+    )
     table.add_column("server")
     table.add_column("rank", justify="right")
     for run in runs:
-        table.add_column(_heading(run), justify="right")
+        for column in ("requests", "tokens", "load"):
+            table.add_column(f"{_heading(run)}\n{column}" if column == "requests" else f"\n{column}", justify="right")
     servers = list(dict.fromkeys(share.server for share in runs[0].shares))
     for server in servers:
         rows = [[share for share in run.shares if share.server == server] for run in runs]
         for position, first in enumerate(rows[0]):
-            cells = [f"{row[position].tokens:,} ({row[position].requests})" for row in rows]
+            ranks = [row[position] for row in rows]
+            cells = [text for rank in ranks for text in (f"{rank.requests}", f"{rank.tokens:,}", f"{rank.load:,.0f}")]
             last = position == len(rows[0]) - 1
             table.add_row(server if position == 0 else "", str(first.rank), *cells, end_section=last)
     return table
@@ -99,8 +105,8 @@ def _times(value: float) -> str:
 
 
 _MEASURES: Sequence[tuple[str, Callable[[Run], float], Callable[[float], str]]] = (
-    ("fullest prefill rank against the average", lambda run: imbalance(run.shares, "prefill"), _times),
-    ("fullest decode rank against the average", lambda run: imbalance(run.shares, "decode"), _times),
+    ("fullest prefill rank of a server against its average", lambda run: run.imbalance("prefill"), _times),
+    ("fullest decode rank of a server against its average", lambda run: run.imbalance("decode"), _times),
     ("time to first token, mean", lambda run: statistics.mean(_first_tokens(run)), _milliseconds),
     ("time to first token, median", lambda run: statistics.median(_first_tokens(run)), _milliseconds),
     ("time to first token, 99 of 100", lambda run: _quantile(_first_tokens(run), 0.99), _milliseconds),

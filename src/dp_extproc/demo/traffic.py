@@ -12,11 +12,11 @@ from openai import AsyncOpenAI, OpenAIError
 MODEL: Final = "demo"
 
 _TEXT: Final = "the of and to in is that it was for on are with as his they at be this from have or by one "
-_MEDIAN_PROMPT_BYTES: Final = 4000
-_SPREAD: Final = 1.1
-"""Sigma of the logarithm: a tenth of the prompts is four times as long as the median, as in chats with documents."""
-_PROMPT_BYTES: Final = (40, 64_000)
-_OUTPUT_TOKENS: Final = (4, 64)
+_MEDIAN_PROMPT_BYTES: Final = 5000
+_SPREAD: Final = 1.0
+"""Sigma of the logarithm: every tenth prompt is more than three and a half times as long as the median."""
+_PROMPT_BYTES: Final = (40, 24_000)
+_OUTPUT_TOKENS: Final = (16, 100)
 
 
 @dataclass(frozen=True, slots=True)
