@@ -10,7 +10,7 @@ Both are as old as SGLang's are, which is the point (``managers/scheduler.py``, 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from dp_extproc.engine.scheduler.group import Batch
@@ -70,6 +70,7 @@ class RankHistory:
     prefill_busy: float = 0.0
     generated_tokens: int = 0
     moments: list[float] = field(default_factory=lambda: [0.0] * 6)
+    _batch_size: int = 0
     _steps: int = 0
     _decode_steps: int = 0
     _decode_tokens: int = 0
@@ -96,6 +97,7 @@ class RankHistory:
             size, micros = float(len(self.rank.decoding())), seconds * 1e6
             for position, value in enumerate((1, size, micros, size * size, size * micros, size)):
                 self.moments[position] += value
+            self._batch_size = int(size)
             self.generated_tokens += int(size)
             self._decode_steps += 1
             self._decode_tokens += int(size)
@@ -109,7 +111,8 @@ class RankHistory:
             elapsed = now - self._decode_since
             self._throughput = self._decode_tokens / elapsed if self._decode_since and elapsed > 0 else 0.0
             self._decode_since, self._decode_tokens = now, 0
-            self.report(now)
+            # The batch as it ran, with those who have finished in it: they are filtered out by the next step.
+            self.gauges, self.gauges_at = replace(self.take(), reported_running=self._batch_size), now
         elif batch is Batch.PREFILL:
             self.report(now)
 
