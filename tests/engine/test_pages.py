@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import httpx
@@ -220,7 +221,7 @@ def test_names_and_labels_of_metrics(pair: Pair) -> None:
 
 
 def test_metrics_of_other_releases() -> None:
-    """Without several ranks there is no dp_rank; 0.5.10 calls the bootstrap queue otherwise; constants come from all."""
+    """One rank has no dp_rank; 0.5.10 calls the bootstrap queue otherwise; constants come from all schedulers."""
     with server("0.5.10", "--attn-tp-size", "2", ranks=1) as engine:
         text = httpx.get(f"{engine.url}/metrics").text
         assert "dp_rank" not in text
@@ -232,6 +233,10 @@ def test_metrics_of_other_releases() -> None:
         assert httpx.get(f"{engine.url}/metrics").status_code == 404
 
 
+def has_running(engine: EngineProcess, rank: int, count: int) -> bool:
+    return gauge(engine, "num_running_reqs", rank) == count
+
+
 def test_ranks_without_dp_attention_step_alone() -> None:
     """A busy replica leaves its neighbour's gauges fresh; with DP attention they freeze."""
     for options, expected in (([], 0), (["--dp-attention"], 1)):
@@ -240,13 +245,13 @@ def test_ranks_without_dp_attention_step_alone() -> None:
                 long = {"sampling_params": {"max_new_tokens": 3000}, "routed_dp_rank": 0, "rid": "long"}
                 body = {**PROMPTS["/generate"], **long}
                 answer = pool.submit(httpx.post, f"{engine.url}/generate", json=body, timeout=30)
-                wait_for(lambda engine=engine: gauge(engine, "num_running_reqs", 0) == 1)
+                wait_for(partial(has_running, engine, 0, 1))
                 httpx.post(f"{engine.url}/generate", json={**PROMPTS["/generate"], "routed_dp_rank": 1})
 
                 assert gauge(engine, "num_running_reqs", 1) == expected
                 httpx.post(f"{engine.url}/abort_request", json={"rid": "long"})
                 answer.result()
-            assert wait_for(lambda engine=engine: gauge(engine, "num_running_reqs", 1) == 0)
+            wait_for(partial(has_running, engine, 1, 0))
 
 
 def test_health_is_a_generation(pair: Pair) -> None:
@@ -314,7 +319,8 @@ def test_the_journal(pair: Pair) -> None:
     """Both legs can be looked at: headers, the body as it came, fields, rank, outcome, times."""
     pair.prefill.forget()
     assert pair.prefill.requests() == []
-    content = b'{"text" : "\\u00e9 \xc3\xa9", "sampling_params":{"max_new_tokens":1},"bootstrap_room":5,"bootstrap_host":"2.2.2.2"}'
+    content = b'{"text" : "\\u00e9 \xc3\xa9", "sampling_params":{"max_new_tokens":1},'
+    content += b'"bootstrap_room":5,"bootstrap_host":"2.2.2.2"}'
     headers = [("content-type", "application/json"), ("X-Twice", "a"), ("x-twice", "b")]
     assert httpx.post(f"{pair.prefill.url}/generate", content=content, headers=headers).status_code == 200
     (noted,) = pair.prefill.requests()

@@ -65,7 +65,7 @@ def test_headers_come_at_once(pair: Pair, path: str) -> None:
 
 @contextmanager
 def waiting_stream(pair: Pair, path: str) -> Iterator[Event]:
-    """Stream from decode, with an event for its headers; let prefill begin only afterwards, and expect the stream's end."""
+    """Stream from decode, with an event for its headers; prefill begins only afterwards, and the stream ends well."""
     common = pair.meeting(pair.room())
     body = {**PROMPTS[path], **common, "stream": True}
     headers = Event()
@@ -152,8 +152,7 @@ def test_a_client_that_leaves_aborts_its_request(pair: Pair, path: str, stream: 
     async def leave() -> None:
         async with httpx.AsyncClient() as client:
             request = asyncio.ensure_future(client.post(pair.decode.url + path, json=body))
-            while not any(each["outcome"] == "running" for each in pair.decode.requests()):
-                await asyncio.sleep(0.01)
+            await asyncio.to_thread(wait_for, lambda: running(pair.decode))
             request.cancel()
 
     pair.decode.forget()

@@ -38,7 +38,7 @@ class DecodeSide:
         self._wake = wake
         self._client = httpx.AsyncClient(
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-            timeout=httpx.Timeout(settings.timeouts.bootstrap_answer * settings.time_scale),
+            timeout=settings.timeouts.bootstrap_answer,
             trust_env=False,
         )
         self._prefills: dict[tuple[int, str], dict[str, Any]] = {}

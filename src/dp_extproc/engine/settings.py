@@ -21,7 +21,7 @@ class Timeouts:
     bootstrap_pause: float = 1.0
     """... this far apart."""
     bootstrap_answer: float = 5.0
-    """How long each of them may take."""
+    """How long each of them may take. Real seconds: no network and no event loop gets faster by ``--time-scale``."""
     heartbeat: float = 5.0
     """``SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL``; two misses and a prefill server counts as lost."""
     disconnect_poll: float = 4.0
