@@ -1,0 +1,211 @@
+"""What is read of a body, in every form of the five APIs, and what is refused with which words."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dp_extproc.request.body import MAX_BATCH, InferenceRequest, read_body
+from dp_extproc.request.path import Api
+from dp_extproc.request.prompt import MEDIA_TOKENS
+from dp_extproc.request.rejection import Reason, Rejection
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000}}
+
+
+def read(api: Api, body: dict[str, Any] | bytes) -> InferenceRequest:
+    request = read_body(api, body if isinstance(body, bytes) else json.dumps(body).encode())
+    assert isinstance(request, InferenceRequest), request
+    return request
+
+
+def user(content: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": content}]
+
+
+@pytest.mark.parametrize(
+    ("api", "body", "size"),
+    [
+        pytest.param(Api.GENERATE, {"text": "hello"}, (5, 0, None), id="generate text"),
+        pytest.param(Api.GENERATE, {"text": ["ab", "é"]}, (4, 0, 2), id="generate texts"),
+        pytest.param(Api.GENERATE, {"input_ids": [1, 2, 3]}, (0, 3, None), id="generate ids"),
+        pytest.param(Api.GENERATE, {"input_ids": [[1], [2, 3]]}, (0, 3, 2), id="generate lists of ids"),
+        pytest.param(Api.GENERATE, {"input_embeds": [[0.1, 0.2], [0.3, 0.4]]}, (0, 2, None), id="embeddings"),
+        pytest.param(Api.GENERATE, {"input_embeds": [[[0.1], [0.2]], [[0.3]]]}, (0, 3, 2), id="lists of embeddings"),
+        pytest.param(Api.COMPLETIONS, {"prompt": "東京"}, (6, 0, None), id="completions text"),
+        pytest.param(Api.COMPLETIONS, {"prompt": ["a"]}, (1, 0, 1), id="a batch of one"),
+        pytest.param(Api.COMPLETIONS, {"prompt": [5, 6]}, (0, 2, None), id="completions ids"),
+        pytest.param(Api.CHAT, {"messages": user("hello")}, (5, 0, None), id="chat"),
+        pytest.param(Api.CHAT, {"messages": []}, (0, 0, None), id="chat of nothing"),
+        pytest.param(
+            Api.CHAT,
+            {"messages": user([{"type": "text", "text": "what is"}, IMAGE])},
+            (7, MEDIA_TOKENS, None),
+            id="chat with a picture",
+        ),
+        pytest.param(
+            Api.CHAT,
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}], "tools": [{"a": 1}]},
+            (len('[{"id": "x"}]') + len('[{"a": 1}]'), 0, None),
+            id="chat with tools",
+        ),
+        pytest.param(
+            Api.CHAT,
+            {"messages": user({"unknown": "form", "image_url": "A" * 900})},
+            (4 + 4, 0, None),
+            id="unknown form",
+        ),
+        pytest.param(Api.RESPONSES, {"input": "abc", "instructions": "de"}, (5, 0, None), id="responses text"),
+        pytest.param(
+            Api.RESPONSES,
+            {"input": [*user([{"type": "input_text", "text": "abc"}]), {"type": "function_call", "arguments": "{}"}]},
+            (5, 0, None),
+            id="responses items",
+        ),
+        pytest.param(
+            Api.MESSAGES,
+            {"system": [{"type": "text", "text": "ab"}], "messages": user("cd"), "max_tokens": 1},
+            (4, 0, None),
+            id="anthropic blocks",
+        ),
+        pytest.param(
+            Api.MESSAGES,
+            {"system": "ab", "messages": user([{"type": "image", "source": {"data": "A" * 999}}])},
+            (2, MEDIA_TOKENS, None),
+            id="anthropic picture",
+        ),
+    ],
+)
+def test_prompts(api: Api, body: dict[str, Any], size: tuple[int, int, int | None]) -> None:
+    """Text is measured in UTF-8 bytes, ids exactly, pictures flat; lists are batches."""
+    prompt = read(api, body).prompt
+
+    assert (prompt.text_bytes, prompt.tokens, prompt.batch) == size
+
+
+def test_escapes_do_not_count() -> None:
+    """A text sent in ASCII escapes has the size of the text."""
+    assert read(Api.COMPLETIONS, b'{"prompt":"\\u6771\\u4eac"}').prompt.text_bytes == 6
+
+
+@pytest.mark.parametrize(
+    ("api", "body", "expected"),
+    [
+        pytest.param(Api.CHAT, {"max_tokens": 7}, 7, id="chat"),
+        pytest.param(Api.CHAT, {"max_tokens": 7, "max_completion_tokens": 9}, 9, id="chat, the newer name wins"),
+        pytest.param(Api.CHAT, {"max_tokens": None}, None, id="null"),
+        pytest.param(Api.RESPONSES, {"max_output_tokens": 5, "max_tokens": 1}, 5, id="responses"),
+        pytest.param(Api.MESSAGES, {"max_tokens": 4}, 4, id="messages"),
+        pytest.param(Api.GENERATE, {"sampling_params": {"max_new_tokens": 3}}, 3, id="generate"),
+        pytest.param(Api.GENERATE, {"sampling_params": [{"max_new_tokens": 3}, {"max_new_tokens": 8}]}, 8, id="batch"),
+        pytest.param(Api.GENERATE, {}, None, id="left to the engine"),
+    ],
+)
+def test_output_limits(api: Api, body: dict[str, Any], expected: int | None) -> None:
+    """Each API names the limit in its own way."""
+    prompt = {"text": "a", "prompt": "a", "messages": user("a"), "input": "a"}
+
+    assert read(api, {**prompt, **body}).max_tokens == expected
+
+
+def test_the_last_of_repeated_keys_counts() -> None:
+    """As in SGLang's JSON reader."""
+    assert read(Api.COMPLETIONS, b'{"prompt":"a","model":"x","model":"y"}').model == "y"
+
+
+@pytest.mark.parametrize(
+    ("api", "text", "reason", "param"),
+    [
+        pytest.param(Api.CHAT, b"", Reason.EMPTY_BODY, None, id="empty"),
+        pytest.param(Api.CHAT, b" \n\t", Reason.EMPTY_BODY, None, id="blank"),
+        pytest.param(Api.CHAT, b"\xef\xbb\xbf{}", Reason.INVALID_JSON, None, id="byte order mark"),
+        pytest.param(Api.CHAT, b'{"messages":[]', Reason.INVALID_JSON, None, id="cut off"),
+        pytest.param(Api.CHAT, b'{"messages":[]}}', Reason.INVALID_JSON, None, id="something behind"),
+        pytest.param(Api.CHAT, b'{"messages":[],}', Reason.INVALID_JSON, None, id="comma at the end"),
+        pytest.param(Api.CHAT, b'{"messages":[],"x":NaN}', Reason.INVALID_JSON, None, id="NaN"),
+        pytest.param(Api.CHAT, b'{"messages":[],"x":"\xff"}', Reason.INVALID_JSON, None, id="not utf-8, unread value"),
+        pytest.param(Api.CHAT, b'{"messages":[],"\xff":1}', Reason.INVALID_JSON, None, id="not utf-8, key"),
+        pytest.param(Api.CHAT, b'{"messages":"\\ud800"}', Reason.INVALID_JSON, None, id="half a surrogate pair"),
+        pytest.param(Api.CHAT, b"[" * 100_000, Reason.NOT_AN_OBJECT, None, id="deep list"),
+        pytest.param(Api.CHAT, b'{"x":' + b"[" * 100_000, Reason.INVALID_JSON, None, id="deep, cut off"),
+        pytest.param(
+            Api.CHAT, b'{"x":' + b"[" * 9000 + b"]" * 9000 + b"}", Reason.INVALID_JSON, None, id="deep, well-formed"
+        ),
+        pytest.param(Api.CHAT, b"null", Reason.NOT_AN_OBJECT, None, id="null"),
+        pytest.param(Api.CHAT, b"3", Reason.NOT_AN_OBJECT, None, id="a number"),
+        pytest.param(Api.CHAT, b'[{"messages":[]}]', Reason.NOT_AN_OBJECT, None, id="a list"),
+        pytest.param(Api.CHAT, b"{}", Reason.MISSING_FIELD, "messages", id="no messages"),
+        pytest.param(Api.CHAT, b'{"messages":null}', Reason.MISSING_FIELD, "messages", id="null messages"),
+        pytest.param(Api.CHAT, b'{"messages":"hi"}', Reason.WRONG_TYPE, "messages", id="messages a text"),
+        pytest.param(Api.CHAT, b'{"messages":["hi"]}', Reason.WRONG_TYPE, "messages", id="messages of texts"),
+        pytest.param(Api.CHAT, b'{"messages":[],"n":"1"}', Reason.WRONG_TYPE, "n", id="n a text"),
+        pytest.param(Api.CHAT, b'{"messages":[],"n":1.5}', Reason.WRONG_TYPE, "n", id="n a fraction"),
+        pytest.param(Api.CHAT, b'{"messages":[],"stream":1}', Reason.WRONG_TYPE, "stream", id="stream a number"),
+        pytest.param(Api.CHAT, b'{"messages":[],"model":[]}', Reason.WRONG_TYPE, "model", id="model a list"),
+        pytest.param(Api.COMPLETIONS, b'{"prompt":[]}', Reason.MISSING_FIELD, "prompt", id="no prompts"),
+        pytest.param(Api.COMPLETIONS, b'{"prompt":["a",1]}', Reason.WRONG_TYPE, "prompt", id="texts and ids"),
+        pytest.param(Api.COMPLETIONS, b'{"prompt":[1,[2]]}', Reason.WRONG_TYPE, "prompt", id="ids and lists"),
+        pytest.param(Api.COMPLETIONS, b'{"prompt":[1.5]}', Reason.WRONG_TYPE, "prompt", id="fractions"),
+        pytest.param(Api.GENERATE, b"{}", Reason.MISSING_FIELD, "text", id="generate nothing"),
+        pytest.param(Api.GENERATE, b'{"text":"a","sampling_params":3}', Reason.WRONG_TYPE, "sampling_params", id="sp"),
+        pytest.param(Api.RESPONSES, b'{"input":7}', Reason.WRONG_TYPE, "input", id="responses input"),
+        pytest.param(Api.MESSAGES, b'{"messages":[],"system":7}', Reason.WRONG_TYPE, "system", id="system"),
+    ],
+)
+def test_refusals(api: Api, text: bytes, reason: Reason, param: str | None) -> None:
+    """Each mistake has its reason, names the field, and is shaped like OpenAI's errors."""
+    refusal = read_body(api, text)
+
+    assert isinstance(refusal, Rejection)
+    assert (refusal.status, refusal.reason, refusal.param) == (400, reason, param)
+    error = json.loads(refusal.body())["error"]
+    assert error == {"message": refusal.message, "type": "invalid_request_error", "param": param, "code": reason.value}
+
+
+def test_a_batch_has_a_limit() -> None:
+    """The prefix of the prefill leg, with an id for each prompt, must fit a header."""
+    at, above = ({"prompt": ["a"] * count} for count in (MAX_BATCH, MAX_BATCH + 1))
+
+    assert read(Api.COMPLETIONS, at).prompt.batch == MAX_BATCH
+    refusal = read_body(Api.COMPLETIONS, json.dumps(above).encode())
+    assert isinstance(refusal, Rejection)
+    assert refusal.reason is Reason.UNSUPPORTED_VALUE
+
+
+def test_numbers_of_many_digits() -> None:
+    """Where they are not read they are nobody's business; where they are, they are refused, not choked on."""
+    digits = b"9" * 5000
+    assert read(Api.COMPLETIONS, b'{"prompt":"a","seed":' + digits + b"}").prompt.text_bytes == 1
+    outcome = read_body(
+        Api.COMPLETIONS, b'{"prompt":"a","routed_dp_rank":' + digits + b',"max_tokens":' + digits + b"}"
+    )
+
+    assert isinstance(outcome, Rejection | InferenceRequest)
+
+
+VALID = [
+    b'{"model":"m","messages":[{"role":"user","content":[{"type":"text","text":"hi"}]}],"stream":true,"n":1}',
+    b'{"text":["a","b"],"sampling_params":[{"n":1},{"max_new_tokens":4}],"input_ids":[[1],[2]],"routed_dp_rank":1}',
+    b'{"prompt":[[1,2],[3]],"input":[{"content":"x"}],"system":[{"type":"text","text":"s"}]}',
+]
+
+
+@given(
+    st.sampled_from(Api),
+    st.sampled_from(VALID),
+    st.lists(st.tuples(st.integers(0, 110), st.integers(0, 8), st.binary(max_size=6)), max_size=3),
+)
+def test_no_bytes_raise(api: Api, text: bytes, edits: list[tuple[int, int, bytes]]) -> None:
+    """Whatever is done to a body, the outcome is a request or a refusal."""
+    for start, length, piece in edits:
+        text = text[:start] + piece + text[start + length :]
+
+    assert isinstance(read_body(api, text), InferenceRequest | Rejection)
+
+
+@given(st.sampled_from(Api), st.binary(max_size=200))
+def test_no_random_bytes_raise(api: Api, text: bytes) -> None:
+    """The same for bytes that were never a body."""
+    assert isinstance(read_body(api, text), InferenceRequest | Rejection)
