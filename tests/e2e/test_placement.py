@@ -14,7 +14,7 @@ from dp_extproc.testbed.service import ServiceProcess, write_config
 from e2e.stack import PREFILL_RANKS, Stack, run_stack, wait_for
 
 SLOW = ("--time-scale", "0.5")
-LONG = {"text": "x" * 4000, "sampling_params": {"max_new_tokens": 400}, "stream": True}
+LONG = {"text": "x" * 160_000, "sampling_params": {"max_new_tokens": 400}, "stream": True}
 
 
 @pytest.fixture(scope="module")
