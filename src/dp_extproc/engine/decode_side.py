@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import httpx
 
+from dp_extproc.engine.connections import Clients
 from dp_extproc.engine.leg import Failure, Finished
 from dp_extproc.engine.prefill_side import FAKE_HOST, TAKEN_AWAY
 from dp_extproc.engine.scheduler.work import Stage
@@ -36,11 +37,7 @@ class DecodeSide:
         self._settings = settings
         self._end = end
         self._wake = wake
-        self._client = httpx.AsyncClient(
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-            timeout=settings.timeouts.bootstrap_answer,
-            trust_env=False,
-        )
+        self._clients = Clients(settings.timeouts.bootstrap_answer)
         self._prefills: dict[tuple[int, str], dict[str, Any]] = {}
         """What each of our ranks has learned, by bootstrap address: every scheduler process has its own memory."""
         self._known_ranks: set[tuple[int, str, int]] = set()
@@ -75,7 +72,7 @@ class DecodeSide:
                 del self._rooms[key]
 
     async def close(self) -> None:
-        await self._client.aclose()
+        await self._clients.close()
 
     async def _handshake(self, ticket: Ticket) -> None:
         try:
@@ -133,7 +130,8 @@ class DecodeSide:
         room = ticket.leg.bootstrap_room
         while True:
             url = f"http://{self._address(ticket)}/query_dp_ranks"
-            answer = await self._client.post(url, json={"bootstrap_rooms": [room]})
+            with self._clients.one() as client:
+                answer = await client.post(url, json={"bootstrap_rooms": [room]})
             rank = answer.raise_for_status().json().get(str(room))
             if rank is not None:
                 return int(rank)
@@ -165,13 +163,15 @@ class DecodeSide:
         else:
             others = -1 if rank == -1 else 0
             query = {"engine_rank": others, "target_dp_group": rank, "target_pp_rank": others}
-        return await self._client.get(f"http://{self._address(ticket)}/route", params=query)
+        with self._clients.one() as client:
+            return await client.get(f"http://{self._address(ticket)}/route", params=query)
 
     async def _receive(self, ticket: Ticket) -> None:
         address, timeouts = self._address(ticket), self._settings.timeouts
         wanted = {"bootstrap_room": ticket.leg.bootstrap_room, "prefill_dp_rank": ticket.prefill_dp_rank}
         try:
-            answer = await self._client.post(f"http://{address}/rendezvous", json=wanted, timeout=None)
+            with self._clients.one() as client:
+                answer = await client.post(f"http://{address}/rendezvous", json=wanted, timeout=None)
             answer.raise_for_status()
         except httpx.HTTPError:
             # The heartbeat notices: two misses in a row.

@@ -1,0 +1,44 @@
+"""HTTP clients for requests that stay open long.
+
+httpx looks at every connection of a client whenever one is taken or given back, each time in turn for each: a few dozen
+open requests cost more than everything else here. So each request has a client to itself, and clients are used again.
+"""
+
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+
+
+class Clients:
+    """Idle clients, each with at most one connection."""
+
+    def __init__(self, timeout: float) -> None:
+        """Start without any.
+
+        Args:
+            timeout: Of requests, in seconds, unless they say otherwise.
+        """
+        self._timeout = timeout
+        self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # never used, but costly to make per client
+        self._idle: list[httpx.AsyncClient] = []
+        self._all: list[httpx.AsyncClient] = []
+
+    @contextmanager
+    def one(self) -> Iterator[httpx.AsyncClient]:
+        """Lend a client for one request at a time."""
+        client = self._idle.pop() if self._idle else self._new()
+        try:
+            yield client
+        finally:
+            self._idle.append(client)
+
+    async def close(self) -> None:
+        for client in self._all:
+            await client.aclose()
+
+    def _new(self) -> httpx.AsyncClient:
+        client = httpx.AsyncClient(timeout=self._timeout, verify=self._tls, trust_env=False)
+        self._all.append(client)
+        return client
