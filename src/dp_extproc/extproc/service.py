@@ -45,12 +45,14 @@ class ExtProcService:
         *,
         max_body: int,
         clock: Callable[[], float],
+        hold_seconds: float = HOLD_SECONDS,
     ) -> None:
         self._decider = decider
         self._legs = legs
         self._observer = observer
         self._max_body = max_body
         self._clock = clock
+        self._hold_seconds = hold_seconds
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Make what a server registers. Answers are serialised already, most of them once and for all."""
@@ -111,7 +113,7 @@ class ExtProcService:
     async def _read_held(self, exchange: Exchange, context: grpc.aio.ServicerContext) -> Any:
         """Read the next message, but not for ever while the client's body is being held."""
         try:
-            async with asyncio.timeout(HOLD_SECONDS if exchange.is_holding else None):
+            async with asyncio.timeout(self._hold_seconds if exchange.is_holding else None):
                 return await context.read()
         except TimeoutError:
             for reply in exchange.expire():

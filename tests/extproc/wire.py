@@ -1,0 +1,193 @@
+"""A real gRPC server around the service, and a client that speaks the protocol through another implementation of it.
+
+Requests are encoded and answers decoded by ``envoy_data_plane`` (betterproto2), so that what the service does with
+``xds-protos`` is read by somebody else.
+"""
+
+import asyncio
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+import grpc.aio
+from envoy_data_plane.envoy.config.core.v3 import HeaderMap, HeaderValue
+from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import ProcessingModeBodySendMode as Mode
+from envoy_data_plane.envoy.service.ext_proc.v3 import (
+    HttpBody,
+    HttpHeaders,
+    HttpTrailers,
+    ProcessingRequest,
+    ProcessingResponse,
+    ProtocolConfiguration,
+)
+
+from dp_extproc.extproc.exchange import Decider, Exchange
+from dp_extproc.extproc.service import SERVICE_NAME, ExtProcService
+from dp_extproc.placement.attempt import Attempt
+
+METHOD = f"/{SERVICE_NAME}/Process"
+OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+POST = {":method": "POST", ":path": "/v1/completions", "content-type": "application/json"}
+GET = {":method": "GET", ":path": "/health"}
+
+
+def request_headers(
+    headers: Mapping[str, str] = POST, *, end: bool = False, mode: Mode | None = None, **more: Any
+) -> ProcessingRequest:
+    config = None if mode is None else ProtocolConfiguration(request_body_mode=mode)
+    return ProcessingRequest(request_headers=_headers(headers, end=end), protocol_config=config, **more)
+
+
+def request_body(data: bytes, *, end: bool = True) -> ProcessingRequest:
+    return ProcessingRequest(request_body=HttpBody(body=data, end_of_stream=end))
+
+
+def request_trailers() -> ProcessingRequest:
+    return ProcessingRequest(request_trailers=HttpTrailers())
+
+
+def response_headers(status: int = 200, *, end: bool = False) -> ProcessingRequest:
+    return ProcessingRequest(response_headers=_headers({":status": str(status)}, end=end))
+
+
+def response_body(data: bytes, *, end: bool) -> ProcessingRequest:
+    return ProcessingRequest(response_body=HttpBody(body=data, end_of_stream=end))
+
+
+def response_trailers() -> ProcessingRequest:
+    return ProcessingRequest(response_trailers=HttpTrailers())
+
+
+def _headers(headers: Mapping[str, str], *, end: bool) -> HttpHeaders:
+    values = [HeaderValue(key=name, raw_value=value.encode("latin-1")) for name, value in headers.items()]
+    return HttpHeaders(headers=HeaderMap(headers=values), end_of_stream=end)
+
+
+Answer = Any
+"""A ProcessingResponse. Every field of it may be None for the type checker; a test that trips over one has failed."""
+
+
+def kind_of(message: Answer) -> str:
+    """Name what a response answers."""
+    (kind,) = [kind for kind in KINDS if getattr(message, kind) is not None]
+    return kind
+
+
+KINDS = {
+    "request_headers",
+    "request_body",
+    "request_trailers",
+    "response_headers",
+    "response_body",
+    "response_trailers",
+    "immediate_response",
+}
+
+
+def headers_of(message: Answer) -> dict[str, bytes]:
+    """Read the headers that a response sets. Exactly one of value and raw_value may be there; ours are raw."""
+    answer = getattr(message, kind_of(message))
+    common = answer if kind_of(message) == "immediate_response" else answer.response
+    mutation = common and (common.headers if common is answer else common.header_mutation)
+    found = {}
+    for option in mutation.set_headers if mutation else ():
+        assert not option.header.value
+        assert not option.append_action
+        assert option.append is None
+        found[option.header.key] = option.header.raw_value
+    return found
+
+
+class Stream:
+    """One ext_proc stream, seen by Envoy."""
+
+    def __init__(self, channel: grpc.Channel, metadata: Sequence[tuple[str, str]] = ()) -> None:
+        self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
+        call = channel.stream_stream(METHOD, None, None)
+        self.call = call(iter(self._outgoing.get, None), metadata=tuple(metadata), timeout=20)
+
+    def send(self, *messages: ProcessingRequest) -> None:
+        for message in messages:
+            self._outgoing.put(bytes(message))
+
+    def receive(self) -> Answer:
+        return ProcessingResponse.parse(next(self.call))
+
+    def ask(self, message: ProcessingRequest) -> Answer:
+        """Send one message and wait for one answer, as lock-step wants."""
+        self.send(message)
+        return self.receive()
+
+    def close(self) -> list[Answer]:
+        """Half-close, and take in whatever still comes."""
+        self._outgoing.put(None)
+        return [ProcessingResponse.parse(message) for message in self.call]
+
+    def cancel(self) -> None:
+        """End as Envoy does when the client has left."""
+        self.call.cancel()
+        self._outgoing.put(None)
+
+
+@dataclass
+class Watcher:
+    """Counts what the service tells its metrics."""
+
+    opened: int = 0
+    closed: int = 0
+    decisions: list[str] = field(default_factory=list)
+
+    def stream_opened(self) -> None:
+        self.opened += 1
+
+    def stream_closed(self) -> None:
+        self.closed += 1
+
+    def decided(self, exchange: Exchange, seconds: float) -> None:
+        assert seconds >= 0
+        outcome = "routed" if exchange.is_routed else "answered"
+        self.decisions.append(exchange.refusal.value if exchange.refusal else outcome)
+
+
+@dataclass(frozen=True)
+class Server:
+    """The service behind a real port."""
+
+    channel: grpc.Channel
+    watcher: Watcher
+
+    def stream(self, **metadata: str) -> Stream:
+        return Stream(self.channel, [(name.replace("_", "-"), value) for name, value in metadata.items()])
+
+
+@contextmanager
+def run_server(
+    decider: Decider, legs: dict[str, Attempt], *, max_body: int = 40 << 20, hold_seconds: float = 60.0
+) -> Iterator[Server]:
+    """Serve *decider* on a free loopback port, in a thread with an event loop of its own."""
+    watcher = Watcher()
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def start() -> tuple[grpc.aio.Server, int]:
+        service = ExtProcService(decider, legs, watcher, max_body=max_body, clock=loop.time, hold_seconds=hold_seconds)
+        server = grpc.aio.server(options=OPTIONS)
+        server.add_generic_rpc_handlers((service.handler(),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        return server, port
+
+    server, port = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS) as channel:
+            yield Server(channel, watcher)
+    finally:
+        asyncio.run_coroutine_threadsafe(server.stop(None), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
