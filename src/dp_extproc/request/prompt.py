@@ -7,6 +7,7 @@ byte-pair tokenizers make a token of 4 to 4.5 bytes of English, 3 to 4.5 of Chin
 from collections.abc import Iterable
 from typing import Any, Final
 
+import msgspec
 from msgspec import Raw, Struct
 
 from dp_extproc.request.shapes import Body, Chat, Completions, Generate, Message, Messages, Part, Responses, TextsOrIds
@@ -19,6 +20,11 @@ _TEXT_TYPES: Final = frozenset({
     "text", "input_text", "output_text", "refusal", "summary_text", "thinking", "redacted_thinking", "tool_use",
     "tool_result", "",
 })  # fmt: skip
+
+_MEDIA_KEYS: Final = ("url", "data")
+"""How keys end under which media stand, in base64 or by their address."""
+
+_parts: Final[msgspec.json.Decoder[list[Part]]] = msgspec.json.Decoder(list[Part])
 
 
 class Prompt(Struct, frozen=True):
@@ -125,8 +131,9 @@ def _measure_messages(param: str, messages: list[Message] | None, text_bytes: in
         elif content:
             more_bytes, more_tokens = _measure_parts(content)
             text_bytes, tokens = text_bytes + more_bytes, tokens + more_tokens
-        text_bytes += _size(message.reasoning_content) + _length(message.tool_calls)
-        text_bytes += _size(message.arguments) + _length(message.output)
+        more_bytes, more_tokens = _measure_result(message.output)
+        text_bytes += more_bytes + _size(message.reasoning_content) + _size(message.arguments)
+        text_bytes, tokens = text_bytes + _length(message.tool_calls), tokens + more_tokens
     return Prompt(text_bytes, tokens, None)
 
 
@@ -134,17 +141,34 @@ def _measure_parts(parts: Iterable[Part]) -> tuple[int, int]:
     text_bytes = tokens = 0
     for part in parts:
         if part.type in _TEXT_TYPES:
-            text_bytes += _size(part.text) + _size(part.thinking) + _length(part.input) + _length(part.content)
+            more_bytes, more_tokens = _measure_result(part.content)
+            text_bytes += more_bytes + _size(part.text) + _size(part.thinking) + _length(part.input)
+            tokens += more_tokens
         else:
             tokens += MEDIA_TOKENS
     return text_bytes, tokens
+
+
+def _measure_result(result: Raw) -> tuple[int, int]:
+    """Measure what a tool gave back: as it stands, unless it is a list of parts, which may hold pictures."""
+    text = memoryview(result)
+    if text and text[0] == ord("["):
+        try:
+            parts = _parts.decode(result)
+        except msgspec.ValidationError:
+            return len(text), 0
+        # What a part itself contains is not looked into: each level would be read once more for every level above.
+        media = sum(part.type not in _TEXT_TYPES for part in parts)
+        texts = (_size(part.text) + _length(part.content) for part in parts if part.type in _TEXT_TYPES)
+        return sum(texts), media * MEDIA_TOKENS
+    return len(text), 0
 
 
 def _any_text(value: Any) -> int:
     if isinstance(value, str):
         return _size(value)
     if isinstance(value, dict):
-        return sum(_any_text(item) for key, item in value.items() if not key.endswith("url"))
+        return sum(_any_text(item) for key, item in value.items() if not key.endswith(_MEDIA_KEYS))
     if isinstance(value, list):
         return sum(map(_any_text, value))
     return 0
