@@ -16,6 +16,7 @@ ROOM = {"bootstrap_host": "127.0.0.1", "bootstrap_port": 1, "bootstrap_room": 5}
     ("role", "version", "path", "body"),
     [
         pytest.param("prefill", "0.5.23", "/generate", {}, id="prefill without a room"),
+        pytest.param("prefill", "0.5.23", "/v1/score", ROOM, id="a path that drops the room"),
         pytest.param("prefill", "0.5.21", "/v1/messages", {**ROOM, "routed_dp_rank": 1}, id="messages before 0.5.22"),
         pytest.param("prefill", "0.5.18", "/v1/responses", {**ROOM, "routed_dp_rank": 1}, id="responses before 0.5.20"),
         pytest.param("decode", "0.5.5", "/generate", {}, id="old decode without a room"),
@@ -31,7 +32,7 @@ def test_a_request_kills_the_server(role: str, version: str, path: str, body: di
     """No answer comes, and the process is gone."""
     with EngineProcess(role, 2, "--sglang-version", version, "--dp-attention") as engine:
         with pytest.raises(httpx.TransportError):
-            httpx.post(engine.url + path, json={**PROMPTS[path], **body})
+            httpx.post(engine.url + path, json={**PROMPTS.get(path, {}), **body})
         wait_for(lambda: not engine.is_running)
 
         assert engine.stop() == -signal.SIGKILL

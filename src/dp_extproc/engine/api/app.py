@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from dp_extproc.engine.api import errors, loads, metrics, pages
+from dp_extproc.engine.api import errors, loads, metrics, pages, unroutable
 from dp_extproc.engine.api.completions import chat, completions
 from dp_extproc.engine.api.exchange import Exchange
 from dp_extproc.engine.api.faults import Faults
@@ -32,7 +32,11 @@ _INFERENCE: Final[dict[str, Callable[[Exchange], Awaitable[Response]]]] = {
     "/v1/chat/completions": chat,
     "/v1/responses": responses,
     "/v1/messages": messages,
+    **dict.fromkeys(unroutable.GENERATING, unroutable.generating),
+    **dict.fromkeys(unroutable.EMBEDDING, unroutable.embedding),
 }
+_LAX: Final = frozenset({"/generate", "/encode", *unroutable.GENERATING})
+"""Paths that do not insist on a declared content type."""
 _OPEN_TO_ALL: Final = ("/health", "/ready", "/metrics", "/debug")
 """Prefixes without authentication (``utils/auth.py``), and our own."""
 
@@ -52,6 +56,7 @@ class Server:
         """Build the application of the API port."""
         release = self.settings.release
         routes = [Route(path, self._inference, methods=["POST"]) for path in _INFERENCE]
+        routes.append(Route("/generate", self._inference, methods=["PUT"]))
         routes += [
             Route("/v1/models", self._page("models", self._models)),
             Route("/health", self._page("health", self._health)),
@@ -194,11 +199,11 @@ def _check_content_type(path: str, headers: Headers) -> None:
     """Refuse what is not declared as JSON.
 
     Raises:
-        InvalidBodyError: It is something else; or not declared at all, which only ``/generate`` allows.
+        InvalidBodyError: It is something else; or not declared at all, which only some paths allow.
     """
     declared = headers.get("content-type", "")
-    if path == "/generate":  # FastAPI's own rule: without a type a body is JSON, with a wrong one it is bytes
-        if declared and "json" not in declared.lower():
+    if path in _LAX:  # FastAPI's own rule: without a type a body is JSON, with a wrong one it is bytes
+        if path == "/generate" and declared and "json" not in declared.lower():
             message = "Input should be a dictionary or an instance of GenerateReqInput"
             place = {"type": "dataclass_type", "loc": ("body",)}
             raise InvalidBodyError([{**place, "msg": message, "input": "..."}])
