@@ -39,6 +39,9 @@ from dp_extproc.request.rejection import REASON_HEADER, Reason, Rejection
 CHUNK_BYTES: Final = 62_000
 """Largest chunk of a duplex body. The protocol recommends at most 64 KiB; this leaves room for the framing."""
 
+_MAX_LENGTH_DIGITS: Final = 20
+"""Of a content-length; as many as a number of 64 bits has."""
+
 _JSON: Final = ("content-type", "application/json")
 _Replies = tuple[Reply, ...]
 
@@ -305,7 +308,8 @@ def _refuse_by_headers(headers: dict[str, str], max_body: int) -> Rejection | No
     if media != "application/json" and not _is_json(media):
         return Rejection(415, Reason.NOT_JSON, f"content-type must be application/json, not {media[:100]!r}")
     length = headers.get("content-length", "")
-    if length.isdecimal() and int(length) > max_body:
+    # Python refuses to read numbers of thousands of digits.
+    if length.isdecimal() and (len(length) > _MAX_LENGTH_DIGITS or int(length) > max_body):
         return _too_large(max_body)
     return None
 
