@@ -97,3 +97,19 @@ def test_ties_are_broken_at_random() -> None:
 
     assert len(counts) == 8
     assert all(140 < count < 260 for count in counts.values())
+
+
+def test_ties_are_between_ranks_not_between_hosts() -> None:
+    """A host with one idle rank gets one share, beside one with three."""
+    facts = make_facts(Role.PREFILL)
+    fleet = Fleet(prefills=[facts] * 2, decodes=[make_facts(Role.DECODE)])
+    for number, tokens in ((1, [0, 9, 9, 9]), (2, [0, 0, 0, 9])):
+        fleet.sample(fleet.host(Role.PREFILL, number).endpoint, tokens)
+    candidates = [fleet.host(Role.PREFILL, number).candidate for number in (1, 2)]
+    rng = Random(5)
+    first = sum(
+        pick(candidates, HostPolicy.LEAST_TOKENS, RankPolicy.MINIMUM_TOKENS, rng, Turn())[0] is candidates[0]
+        for _ in range(2000)
+    )
+
+    assert 400 < first < 600

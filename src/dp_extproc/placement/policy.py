@@ -1,14 +1,11 @@
 """Which host and which rank get a request. Each policy is a few lines over the same estimate."""
 
 from collections.abc import Sequence
-from operator import attrgetter
 from random import Random
 from typing import Final
 
 from dp_extproc.config.schema import HostPolicy, RankPolicy
 from dp_extproc.placement.load import Candidate
-
-_tokens: Final = attrgetter("tokens")
 
 
 class Turn:
@@ -40,11 +37,16 @@ def pick(
     Returns:
         The candidate, and the rank; None leaves the rank to the engine.
     """
-    chosen = candidates[0] if len(candidates) == 1 else _HOST_POLICIES[host](candidates, rng, turn)
-    if rank is RankPolicy.NONE:
-        return chosen, None
-    ranks = chosen.ranks
-    return chosen, ranks[_least(list(map(_tokens, ranks)), rng)].index
+    if host is HostPolicy.LEAST_TOKENS:
+        # Flat over every rank of every host: a host with many idle ranks is likelier than one with a single one.
+        slots = [(candidate, each) for candidate in candidates for each in candidate.ranks]
+    else:
+        chosen = candidates[0] if len(candidates) == 1 else _HOST_POLICIES[host](candidates, rng, turn)
+        if rank is RankPolicy.NONE:
+            return chosen, None
+        slots = [(chosen, each) for each in chosen.ranks]
+    chosen, least = slots[_least([each.tokens for _, each in slots], rng)]
+    return chosen, None if rank is RankPolicy.NONE else least.index
 
 
 def _least(loads: Sequence[float], rng: Random) -> int:
@@ -53,11 +55,6 @@ def _least(loads: Sequence[float], rng: Random) -> int:
     if loads.count(least) == 1:
         return loads.index(least)
     return rng.choice([index for index, load in enumerate(loads) if load == least])
-
-
-def _least_tokens(candidates: Sequence[Candidate], rng: Random, _turn: Turn) -> Candidate:
-    """Take the host of the least loaded rank of all: the flat minimum over every rank of every host."""
-    return candidates[_least([min(map(_tokens, candidate.ranks)) for candidate in candidates], rng)]
 
 
 def _round_robin(candidates: Sequence[Candidate], _rng: Random, turn: Turn) -> Candidate:
@@ -75,7 +72,6 @@ def _power_of_two(candidates: Sequence[Candidate], rng: Random, _turn: Turn) -> 
 
 
 _HOST_POLICIES: Final = {
-    HostPolicy.LEAST_TOKENS: _least_tokens,
     HostPolicy.ROUND_ROBIN: _round_robin,
     HostPolicy.RANDOM: _random,
     HostPolicy.POWER_OF_TWO: _power_of_two,
