@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import uvicorn
 import uvloop
+from prometheus_client import disable_created_metrics
 
 from dp_extproc.engine.api.app import Server
 from dp_extproc.engine.bootstrap_server import bootstrap_app
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         0 after a signal; 1 when a port cannot be listened on.
     """
     settings = _settings(args)
+    disable_created_metrics()  # type: ignore[no-untyped-call] # SGLang's registry is one without such series
     try:
         status: int = uvloop.run(_serve(settings))
     except OSError as error:

@@ -1,5 +1,6 @@
 """``/metrics``: gauges per rank, as stale as SGLang's; counters and histograms of the HTTP process, without ranks."""
 
+import os
 from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -10,6 +11,7 @@ from prometheus_client.registry import Collector
 from dp_extproc.engine.engine import Engine
 from dp_extproc.engine.leg import Finished
 from dp_extproc.engine.scheduler.snapshot import RankHistory, Snapshot
+from dp_extproc.engine.scheduler.work import Role
 from dp_extproc.engine.ticket import Ticket
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -51,7 +53,8 @@ class Metrics(Collector):
         self._requests.labels(**labels).inc()
         if ticket.ended_at is not None:
             self._e2e.labels(**labels).observe(ticket.ended_at - ticket.received_at)
-            self._ttft.labels(**labels).observe((ticket.first_token_at or ticket.ended_at) - ticket.received_at)
+            if self._engine.settings.role is not Role.PREFILL:
+                self._ttft.labels(**labels).observe((ticket.first_token_at or ticket.ended_at) - ticket.received_at)
 
     def page(self) -> bytes:
         """Write the page."""
@@ -79,6 +82,8 @@ class Metrics(Collector):
         for name in names:
             yield _gauge(name, f"{name.replace('_', ' ').capitalize()}.", ((at, gauges[name]) for at, gauges in values))
         yield self._realtime(first)
+        for name in ("num_retracted_reqs", "num_paused_reqs"):  # a few gauges of SGLang carry the process as well
+            yield _gauge(name, "Number of such requests.", (({**at, "pid": str(os.getpid())}, 0) for at, _ in first))
 
     def _realtime(self, ranks: Iterable[tuple[dict[str, str], RankHistory]]) -> Metric:
         family = CounterMetricFamily("sglang:realtime_tokens", "Tokens processed, by mode.", labels=["mode"])
