@@ -6,7 +6,7 @@ import pytest
 
 from e2e.stack import Stack, run_stack
 
-VERSIONS = ("0.5.9", "0.5.11", "0.5.16", "0.5.23")
+VERSIONS = ("0.5.7", "0.5.9", "0.5.10", "0.5.11", "0.5.16", "0.5.23")
 
 
 @pytest.fixture(scope="module", params=VERSIONS)

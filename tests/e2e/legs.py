@@ -53,14 +53,14 @@ def _assert_ranks(stack: Stack, prefill: dict[str, Any], decode: dict[str, Any],
     assert 0 <= p < PREFILL_RANKS
     assert 0 <= d < DECODE_RANKS
     fields = {"routed_dp_rank", "disagg_prefill_dp_rank", "data_parallel_rank"}
-    if stack.version < (0, 5, 10):
-        assert not fields & (prefill.keys() | decode.keys())
-    else:
-        assert {key: prefill[key] for key in fields & prefill.keys()} == {
-            "routed_dp_rank": p,
-            "disagg_prefill_dp_rank": p,
-        }
-        assert {key: decode[key] for key in fields & decode.keys()} == {
-            "routed_dp_rank": d,
-            "disagg_prefill_dp_rank": p,
-        }
+    for body, rank in ((prefill, p), (decode, d)):
+        expected: dict[str, int] = {}
+        if stack.version >= (0, 5, 10):
+            expected["routed_dp_rank"] = rank
+        if stack.version >= (0, 5, 11):
+            expected["disagg_prefill_dp_rank"] = p
+        assert {key: body[key] for key in fields & body.keys()} == expected
+    if stack.version < (0, 5, 8):  # nothing but the room decides, on both servers
+        room = decode["bootstrap_room"]
+        rooms = room if isinstance(room, list) else [room]
+        assert {room % DECODE_RANKS for room in rooms} == {d}
