@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 PREFILL_RANKS = 4
 DECODE_RANKS = 2
-PATIENCE = ("--timeout-bootstrap-answer", "1000", "--timeout-heartbeat", "1000")
+PATIENCE = ("--timeout-bootstrap", "100000", "--timeout-waiting", "100000", "--timeout-heartbeat", "1000")
 """Timeouts shrink with the time scale; these must not, or a busy test machine looks like a dead server."""
 FAST = ("--time-scale", "0.01", *PATIENCE)
 """A hundred times faster than a server would be: these tests are about bodies, not about time."""

@@ -87,13 +87,15 @@ def test_a_disaggregated_pool_by_model(pools: Pools, model: str) -> None:
 def test_an_aggregated_pool_gets_only_a_rank(pools: Pools) -> None:
     """One server gets the request, unmirrored, with its rank in front; it runs there."""
     ranks = set()
-    for _ in range(9):
+    for _ in range(60):  # ties are broken at random; all but never one rank would be left out that often
         pools.small.forget()
         assert pools.client.post("/v1/chat/completions", json=chat("small")).status_code == 200
         request = one([pools.small])
         body = body_of(request)
         assert body == {"routed_dp_rank": request["rank"], **chat("small")}
         ranks.add(request["rank"])
+        if len(ranks) == 3:
+            break
 
     assert ranks == {0, 1, 2}
     assert pools.prefill.requests() == pools.decode.requests() == []

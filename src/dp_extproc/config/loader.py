@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,6 +13,11 @@ from pydantic_core import ErrorDetails
 from dp_extproc.config.schema import Config
 
 Key = tuple[int | str, ...]
+
+_WORD_TAGS: Final = frozenset({"tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"})
+
+_MAX_SHOWN: Final = 80
+"""Characters of a wrong value that a message repeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,43 +65,71 @@ def parse_config(text: str, source: str = "configuration") -> Config:
         ConfigError: With every problem found.
     """
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        root, problems, data = _read_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         message = f"is not valid YAML: {getattr(error, 'problem', None) or error}"
         raise ConfigError(source, [Problem(mark.line + 1 if mark else None, "", message)]) from None
+    except RecursionError:
+        raise ConfigError(source, [Problem(None, "", "is nested too deeply")]) from None
     if not isinstance(data, dict):
         raise ConfigError(source, [Problem(None, "", "must be a mapping with at least the key 'pools'")])
-    problems = list(_repeated_keys(root))
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        problems += [_problem(detail, root) for detail in details if not _follows_from_another(detail, details)]
+        problems += [_problem(detail, root) for detail in details if not _is_told_already(detail, details)]
         raise ConfigError(source, sorted(problems, key=lambda problem: problem.line or 0)) from None
     if problems:
         raise ConfigError(source, problems)
     return config
 
 
-def _repeated_keys(node: yaml.Node | None, at: Key = ()) -> Iterator[Problem]:
-    """YAML lets a later key win silently; half of such a file would be ignored."""
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which also tells the line of a date or a number that only looks like one."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: FBT001, FBT002 - as in the base class
+        try:
+            return super().construct_object(node, deep=deep)
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+
+
+def _read_yaml(text: str) -> tuple[yaml.Node | None, list[Problem], Any]:
+    """Read the text as nodes with their lines, the problems with its keys, and as plain data."""
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        wrong_keys = list(_wrong_keys(root, set()))  # at once: merge keys (<<) are resolved in the nodes themselves
+        return root, wrong_keys, None if root is None else loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _wrong_keys(node: yaml.Node | None, visited: set[yaml.Node], at: Key = ()) -> Iterator[Problem]:
+    """Find keys that repeat, as YAML lets the later one win silently, and keys that YAML does not take for words."""
+    if node is None or node in visited:  # an alias leads to a node that has been seen, or even to a parent
+        return
+    visited.add(node)
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
             name = str(key.value)
-            if name in seen:
+            if key.tag not in _WORD_TAGS:
+                yield Problem(key.start_mark.line + 1, _spell((*at, name)), "is not a word to YAML; put it in quotes")
+            elif name in seen:
                 yield Problem(key.start_mark.line + 1, _spell((*at, name)), "stands twice; keep one of them")
             seen.add(name)
-            yield from _repeated_keys(value, (*at, name))
+            yield from _wrong_keys(value, visited, (*at, name))
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            yield from _repeated_keys(value, (*at, index))
+            yield from _wrong_keys(value, visited, (*at, index))
 
 
-def _follows_from_another(detail: ErrorDetails, details: Sequence[ErrorDetails]) -> bool:
-    """A list whose items are all refused is reported as empty, too; the items are the cause."""
+def _is_told_already(detail: ErrorDetails, details: Sequence[ErrorDetails]) -> bool:
+    """A list whose items are all refused is reported as empty, too; and keys were looked at before."""
+    if detail["type"] == "invalid_key":
+        return True
     return detail["type"] == "too_short" and any(
         other["loc"][: len(detail["loc"])] == detail["loc"] and other is not detail for other in details
     )
@@ -136,6 +169,13 @@ def _explain(detail: ErrorDetails) -> str:
         close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys here: {', '.join(known)}"
         return f"is not a known key; {hint}"
+    found = _show(detail["input"])
+    if kind in {"model_type", "model_attributes_type"}:
+        return f"must be a mapping with keys such as {', '.join(_keys_of(detail['loc']))}, not {found}"
+    if kind == "tuple_type":
+        return f"must be a list, not {found}"
+    if kind == "string_type":
+        return f"must be a text, not {found}; put it in quotes"
     if kind == "missing":
         return "is missing; add it"
     if kind == "value_error":
@@ -143,8 +183,13 @@ def _explain(detail: ErrorDetails) -> str:
     if kind == "too_short":
         return "is empty; name at least one"
     if kind == "enum":
-        return f"{detail['input']!r} is not one of {context['expected']}"
-    return f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, not {detail['input']!r}"
+        return f"{found} is not one of {context['expected']}"
+    return f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, not {found}"
+
+
+def _show(value: object) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _keys_of(loc: Key) -> list[str]:

@@ -7,16 +7,28 @@ collects all refusals of a file before it reports them.
 
 import ipaddress
 import re
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated, Any, Final, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 _DURATION: Final = re.compile(r"^(?P<number>\d+(?:\.\d+)?)(?P<unit>ms|s|m|h)$")
 _SECONDS_PER_UNIT: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _SIZE: Final = re.compile(r"^(?P<number>\d+)(?P<unit>KiB|MiB|GiB)$")
 _BYTES_PER_UNIT: Final = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_HOST: Final = re.compile(r"[A-Za-z0-9._:%\-]+")
 _MAX_PORT: Final = 65535
 
 
@@ -36,11 +48,18 @@ def _bytes(value: object) -> object:
     raise ValueError("write a number of bytes, such as 67108864, or a size such as 64MiB")
 
 
-Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
 """A duration in seconds; in the file a string with a unit."""
 
 Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1024)]
 """A size in bytes; in the file a number, or a string with KiB, MiB or GiB."""
+
+
+def _ip_address(value: str) -> str:
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError:
+        raise ValueError("write an IP address, such as 127.0.0.1, 0.0.0.0 or ::1") from None
 
 
 class _Section(BaseModel):
@@ -50,8 +69,8 @@ class _Section(BaseModel):
 class SocketAddress(_Section):
     """An ``IP:port`` to listen on; IPv6 in brackets."""
 
-    host: str
-    port: int
+    host: Annotated[str, AfterValidator(_ip_address)]
+    port: Annotated[int, Field(ge=0, le=_MAX_PORT)]
 
     @model_validator(mode="before")
     @classmethod
@@ -196,7 +215,9 @@ class EndpointConfig(_Section):
             host, port, parts = None, None, urlsplit("")
         if parts.scheme != "http" or not host or parts.path.strip("/") or parts.query or parts.fragment or "@" in value:
             raise ValueError("write the engine's address as http://host:port, without a path")
-        if port is None:
+        if not _HOST.fullmatch(host):
+            raise ValueError(f"{host!r} is not a host name or an IP address")
+        if not port:
             raise ValueError("name the engine's port: http://host:port")
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -207,6 +228,10 @@ class EndpointConfig(_Section):
     @property
     def port(self) -> int:
         return urlsplit(self.url).port or 80
+
+
+_Named = tuple[tuple[int | str, ...], str, str]
+"""Where a name stands in the file, the name, and how its place is told."""
 
 
 class _Endpoints(_Section):
@@ -252,28 +277,32 @@ class Config(_Section):
     pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1, strict=False)]
 
     @model_validator(mode="after")
-    def _each_model_has_one_pool(self) -> Self:
-        seen: dict[str, int] = {}
-        for index, pool in enumerate(self.pools):
-            for model in pool.models:
-                if model in seen:
-                    raise ValueError(
-                        f"model {model!r} is in pools[{seen[model]}] and in pools[{index}]; keep it in one"
-                    )
-                seen[model] = index
+    def _nothing_stands_twice(self) -> Self:
+        conflicts = [*_repeated(self._models(), "keep it in one"), *_repeated(self._urls(), "a server has one role")]
+        if conflicts:
+            raise ValidationError.from_exception_data("Config", conflicts)  # pydantic merges it into its own report
         return self
 
-    @model_validator(mode="after")
-    def _each_url_is_one_server(self) -> Self:
-        seen: dict[str, str] = {}
+    def _models(self) -> Iterator[_Named]:
+        for index, pool in enumerate(self.pools):
+            for position, model in enumerate(pool.models):
+                yield ("pools", index, "models", position), f"model {model!r}", f"pools[{index}]"
+
+    def _urls(self) -> Iterator[_Named]:
         for index, pool in enumerate(self.pools):
             for role in ("prefill", "decode", "workers"):
                 section: _Endpoints | None = getattr(pool, role)
                 for position, endpoint in enumerate(section.endpoints if section else ()):
-                    place = f"pools[{index}].{role}.endpoints[{position}]"
-                    if endpoint.url in seen:
-                        raise ValueError(
-                            f"{endpoint.url} is in {seen[endpoint.url]} and in {place}; a server has one role"
-                        )
-                    seen[endpoint.url] = place
-        return self
+                    loc = ("pools", index, role, "endpoints", position)
+                    yield loc, endpoint.url, f"pools[{index}].{role}.endpoints[{position}]"
+
+
+def _repeated(named: Iterator[_Named], remedy: str) -> Iterator[InitErrorDetails]:
+    """Object to every name that has stood before, at its own place."""
+    first: dict[str, str] = {}
+    for loc, name, place in named:
+        if name in first:
+            message = f"{name} is in {first[name]} and in {place}; {remedy}"
+            error = PydanticCustomError("value_error", "{error}", {"error": message})
+            yield InitErrorDetails(type=error, loc=loc, input=name)
+        first.setdefault(name, place)

@@ -14,6 +14,8 @@ from dp_extproc.testbed.service import ServiceProcess, write_config
 
 RANKS: Final = 4
 SERVERS: Final = 2
+_KV_TOKENS: Final = "440000"
+"""KV room of a rank: about that of a large model on one H200."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ class Fleet:
 @contextmanager
 def run_engines(time_scale: float) -> Iterator[Fleet]:
     """Run the engines, so many times slower than the default ones."""
-    flags = ("--dp-attention", "--model", MODEL, "--time-scale", str(time_scale))
+    flags = ("--dp-attention", "--model", MODEL, "--time-scale", str(time_scale), "--max-total-tokens", _KV_TOKENS)
     with ExitStack() as running:
         engines = [EngineProcess(role, RANKS, *flags) for role in ("prefill", "decode") for _ in range(SERVERS)]
         for engine in engines:
