@@ -1,6 +1,7 @@
 """From the text of the file to a :class:`Config`, or to every problem in it with its line and remedy."""
 
 import difflib
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ Key = tuple[int | str, ...]
 
 _WORD_TAGS: Final = frozenset({"tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"})
 
-_MAX_SHOWN: Final = 80
-"""Characters of a wrong value that a message repeats."""
+_short: Final = reprlib.Repr()
+"""Repeats wrong values in messages. Aliases can make a value of a few lines larger than any memory."""
+_short.maxstring = _short.maxlong = _short.maxother = 80
+_short.maxlevel = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +191,7 @@ def _explain(detail: ErrorDetails) -> str:
 
 
 def _show(value: object) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+    return "nothing" if value is None else _short.repr(value)
 
 
 def _keys_of(loc: Key) -> list[str]:
