@@ -1,0 +1,350 @@
+"""The configuration file: what it may say, and how its mistakes are told."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dp_extproc.config import Config, ConfigError, LoadSource, RankPolicy, SocketAddress, load_config, parse_config
+
+POOL = "pools:\n- models: ['*']\n  workers: {endpoints: ['http://a:1']}\n"
+"""Three lines that make a valid file."""
+
+FULL = """\
+listen: {grpc: 127.0.0.1:9002, admin: "[::1]:9090", advertise: 10.0.0.9:9002}
+envoy: {inference: 0.0.0.0:8080, admin: 127.0.0.1:9901, max_body_bytes: 67108864, body_mode: duplex, service: dp:9002}
+load: {source: loads, interval: 500ms, stale_after: 2m, timeout: 1.5s, max_page_bytes: 1MiB}
+drain: 1h
+pools:
+- models: ["*"]
+  prefill:
+    endpoints:
+    - http://10.0.0.1:31001
+    - {url: "http://[::1]:31002/", bootstrap_port: 8999, bootstrap_host: b, dp_size: 4}
+  decode:
+    endpoints: ["http://decode-1.example:32001"]
+  policy: {host: power_of_two, dp_rank: none, client_dp_rank: honour}
+- models: [small, "org/other"]
+  workers: {endpoints: ["http://127.0.0.1:33001"]}
+"""
+
+
+def problems_of(text: str) -> list[tuple[int | None, str, str]]:
+    with pytest.raises(ConfigError) as failed:
+        parse_config(text)
+    for problem in failed.value.problems:
+        assert str(problem) in str(failed.value)
+    return [(problem.line, problem.key, problem.message) for problem in failed.value.problems]
+
+
+def test_everything_that_can_be_said() -> None:
+    """Durations become seconds, sizes bytes, addresses hosts and ports, and endpoints keep what is not discovered."""
+    config = parse_config(FULL)
+    assert config.listen.admin == SocketAddress(host="::1", port=9090)
+    assert str(config.listen.admin) == "[::1]:9090"
+    assert config.envoy.inference.is_wildcard
+    assert not config.listen.grpc.is_wildcard
+    assert (config.load.source, config.load.max_page_bytes) == (LoadSource.LOADS, 1 << 20)
+    assert (config.load.interval, config.load.stale_after, config.load.timeout, config.drain) == (0.5, 120, 1.5, 3600)
+    large, small = config.pools
+    assert (large.is_disaggregated, small.is_disaggregated) == (True, False)
+    assert (large.name, small.name) == ("*", "small,org/other")
+    assert large.policy.dp_rank is RankPolicy.NONE
+    assert large.prefill is not None
+    first, second = large.prefill.endpoints
+    assert (first.url, first.host, first.port, first.bootstrap_port) == (
+        "http://10.0.0.1:31001",
+        "10.0.0.1",
+        31001,
+        None,
+    )
+    assert (second.url, second.host, second.port, second.dp_size) == ("http://[::1]:31002", "::1", 31002, 4)
+
+
+def test_the_smallest_file() -> None:
+    """Pools are enough; a file that says no more takes every default."""
+    config = parse_config(POOL)
+    assert config == Config(pools=config.pools)
+    assert (config.load.interval, config.envoy.max_body_bytes) == (1.0, 64 << 20)
+
+
+MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
+    "empty": ("", [(None, "", "must be a mapping")]),
+    "comment-alone": ("# nothing\n", [(None, "", "must be a mapping")]),
+    "list": ("- a\n", [(None, "", "must be a mapping")]),
+    "scalar": ("5\n", [(None, "", "must be a mapping")]),
+    "no-pools": ("drain: 1s\n", [(1, "pools", "is missing")]),
+    "pools-of-nothing": ("pools:\n", [(1, "pools", "must be a list, not nothing")]),
+    "empty-pools": ("pools: []\n", [(1, "pools", "name at least one")]),
+    "pools-as-a-mapping": ("pools: {a: b}\n", [(1, "pools", "must be a list")]),
+    "pool-as-a-string": ("pools: [a]\n", [(1, "pools[0]", "keys such as models, prefill, decode, workers, policy")]),
+    "tab": ("pools:\n\t- a\n", [(2, "", "not valid YAML: found character '\\t'")]),
+    "unclosed": (POOL + "load: {interval: 1s\n", [(5, "", "not valid YAML")]),
+    "two-documents": (POOL + "---\n" + POOL, [(4, "", "another document")]),
+    "unknown-tag": (POOL + "drain: !!python/name:os.system\n", [(4, "", "could not determine a constructor")]),
+    "unknown-alias": (POOL + "load: *none\n", [(4, "", "undefined alias")]),
+    "nul-character": (POOL + "\0", [(None, "", "not valid YAML")]),
+    "impossible-date": (POOL + "drain: 2024-13-45\n", [(4, "", "month must be in 1..12")]),
+    "impossible-number": (POOL + "load: {interval: 0b_}\n", [(4, "", "not valid YAML")]),
+    "number-of-5000-digits": (POOL + f"drain: {'9' * 5000}\n", [(4, "", "not valid YAML")]),
+    "nested-too-deeply": ("pools: " + "[" * 1000, [(None, "", "nested too deeply")]),
+    "list-that-holds-itself": ("pools: &a [*a]\n", [(1, "pools[0]", "must be a mapping")]),
+    "repeated-key": (POOL + "drain: 1s\ndrain: 2s\n", [(5, "drain", "stands twice")]),
+    "repeated-key-inside": (POOL + "load:\n  interval: 1s\n  interval: 1s\n", [(6, "load.interval", "stands twice")]),
+    "repeated-merge": (POOL + "load:\n  <<: {}\n  <<: {}\n", [(6, "load.<<", "stands twice")]),
+    "key-that-yaml-takes-for-a-boolean": (POOL + "load: {}\non: 1\n", [(5, "on", "not a word to YAML")]),
+    "key-that-yaml-takes-for-a-number": (POOL + "load: {5: 5}\n", [(4, "load.5", "not a word to YAML")]),
+    "list-as-a-key": (POOL + "[a]: 5\n", [(4, "", "unhashable key")]),
+    "misspelt-key": (POOL + "laod: {}\n", [(4, "laod", "did you mean 'load'?")]),
+    "unknown-key": (POOL + "colour: red\n", [(4, "colour", "known keys here: listen, envoy, load, drain, pools")]),
+    "misspelt-key-of-an-endpoint": (
+        "pools:\n- models: [a]\n  workers:\n    endpoints:\n    - url: http://a:1\n      dp_sise: 4\n",
+        [(6, "pools[0].workers.endpoints[0].dp_sise", "did you mean 'dp_size'?")],
+    ),
+    "section-as-a-list": (POOL + "listen: [1]\n", [(4, "listen", "must be a mapping with keys such as grpc, admin")]),
+    "section-of-nothing": (POOL + "load:\n", [(4, "load", "must be a mapping")]),
+    "models-as-a-string": (POOL.replace("['*']", "'*'"), [(2, "pools[0].models", "must be a list, not '*'")]),
+    "model-as-a-number": (POOL.replace("'*'", "7"), [(2, "pools[0].models[0]", "put it in quotes")]),
+    "no-models": (POOL.replace("'*'", ""), [(2, "pools[0].models", "name at least one")]),
+    "empty-model": (POOL.replace("'*'", "''"), [(2, "pools[0].models[0]", "at least 1 character")]),
+    "no-endpoints": (POOL.replace("'http://a:1'", ""), [(3, "pools[0].workers.endpoints", "name at least one")]),
+    "unknown-policy": (
+        POOL + "  policy: {host: least, dp_rank: 5}\n",
+        [
+            (4, "pools[0].policy.host", "'least_tokens', 'round_robin', 'random' or 'power_of_two'"),
+            (4, "pools[0].policy.dp_rank", "5 is not one of 'minimum_tokens' or 'none'"),
+        ],
+    ),
+    "workers-beside-decode": (POOL + "  decode: {endpoints: ['http://b:1']}\n", [(2, "pools[0]", "split this one")]),
+    "prefill-without-decode": (
+        POOL.replace("workers", "prefill"),
+        [(2, "pools[0]", "needs prefill and decode (disaggregated), or workers (aggregated)")],
+    ),
+    "everything-repeated": (
+        (
+            "pools:\n"
+            "- models: [a, b]\n  prefill: {endpoints: ['http://a:1']}\n  decode: {endpoints: ['http://a:1']}\n"
+            "- models: [c, a]\n  workers:\n    endpoints:\n    - http://b:1\n    - http://a:1/\n"
+            "- models: [b]\n  workers: {endpoints: ['http://c:1']}\n"
+        ),
+        [
+            (4, "pools[0].decode.endpoints[0]", "http://a:1 is in pools[0].prefill.endpoints[0]"),
+            (5, "pools[1].models[1]", "model 'a' is in pools[0] and in pools[1]"),
+            (9, "pools[1].workers.endpoints[1]", "http://a:1 is in pools[0].prefill.endpoints[0]"),
+            (10, "pools[2].models[0]", "model 'b' is in pools[0] and in pools[2]"),
+        ],
+    ),
+    "stale-before-the-next-scrape": (
+        POOL + "load: {interval: 5s, stale_after: 5s}\n",
+        [(4, "load", "stale_after must be longer than interval")],
+    ),
+    "address-as-a-mapping": (
+        POOL + "listen: {grpc: {host: localhost, port: 99999}}\n",
+        [
+            (4, "listen.grpc.host", "write an IP address"),
+            (4, "listen.grpc.port", "less than or equal to 65535"),
+        ],
+    ),
+    "service-without-port": (POOL + "envoy: {service: dp-extproc}\n", [(4, "envoy.service", "write host:port")]),
+    "bootstrap-port-0": (
+        POOL.replace("'http://a:1'", "{url: 'http://a:1', bootstrap_port: 0}"),
+        [(3, "pools[0].workers.endpoints[0].bootstrap_port", "greater than or equal to 1")],
+    ),
+    "bootstrap-host-with-a-port-path": (
+        POOL.replace("'http://a:1'", "{url: 'http://a:1', bootstrap_host: 'http://x/'}"),
+        [(3, "pools[0].workers.endpoints[0].bootstrap_host", "pattern")],
+    ),
+    "dp-size-as-a-string": (
+        POOL.replace("'http://a:1'", "{url: 'http://a:1', dp_size: '4'}"),
+        [(3, "pools[0].workers.endpoints[0].dp_size", "valid integer, not '4'")],
+    ),
+    "endpoint-without-url": (
+        POOL.replace("'http://a:1'", "{dp_size: 4}"),
+        [(3, "pools[0].workers.endpoints[0].url", "is missing")],
+    ),
+    "mistake-in-a-merged-mapping": (
+        (
+            "pools:\n- models: [a]\n  workers: {endpoints: ['http://a:1']}\n  policy: &policy\n    host: nope\n"
+            "- models: [b]\n  workers: {endpoints: ['http://b:1']}\n  policy:\n    <<: *policy\n    dp_rank: nope\n"
+        ),
+        [
+            (5, "pools[0].policy.host", "'nope' is not one of"),
+            (5, "pools[1].policy.host", "'nope' is not one of"),
+            (10, "pools[1].policy.dp_rank", "'nope' is not one of"),
+        ],
+    ),
+    "several-of-them": (
+        (
+            "drain: 5\nenvoy: {max_body_bytes: 1MB}\n"
+            "pools:\n- models: []\n  prefil: {}\n- modles: [x]\n  decode: {}\nload: {source: all}\n"
+        ),
+        [
+            (1, "drain", "write a duration with its unit"),
+            (2, "envoy.max_body_bytes", "write a number of bytes"),
+            (4, "pools[0].models", "name at least one"),
+            (5, "pools[0].prefil", "did you mean 'prefill'?"),
+            (6, "pools[1].models", "is missing"),
+            (6, "pools[1].modles", "did you mean 'models'?"),
+            (7, "pools[1].decode.endpoints", "is missing"),
+            (8, "load.source", "'all' is not one of 'auto', 'loads' or 'metrics'"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_told_with_its_place_and_remedy(text: str, expected: list[tuple[int | None, str, str]]) -> None:
+    """Every mistake is reported in one go, in the file's order, with line, key, and what to write instead."""
+    found = problems_of(text)
+    assert [(line, key) for line, key, _ in found] == [(line, key) for line, key, _ in expected]
+    for (_, _, message), (_, _, fragment) in zip(found, expected, strict=True):
+        assert fragment in message
+
+
+DURATIONS = {"250ms": 0.25, "1s": 1.0, "1.5s": 1.5, "2m": 120.0, "1h": 3600.0}
+
+
+@pytest.mark.parametrize(("text", "seconds"), DURATIONS.items(), ids=DURATIONS)
+def test_a_duration_is_read(text: str, seconds: float) -> None:
+    """Durations carry their unit."""
+    assert parse_config(f"{POOL}drain: {text}\n").drain == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "text", ["5", "0.5", "'5'", "5 s", "-1s", "0s", "1d", "1e3s", "s", "''", "yes", "[1s]", "1:30", "9" * 400 + "s"]
+)
+def test_another_duration_is_refused(text: str) -> None:
+    """A bare number leaves the unit to guesswork; nothing, less than nothing and for ever are no durations."""
+    ((line, key, _),) = problems_of(f"{POOL}drain: {text}\n")
+    assert (line, key) == (4, "drain")
+
+
+SIZES = {"1024": 1024, "1KiB": 1024, "64MiB": 64 << 20, "2GiB": 2 << 30, "0x1000": 4096}
+
+
+@pytest.mark.parametrize(("text", "size"), SIZES.items(), ids=SIZES)
+def test_a_size_is_read(text: str, size: int) -> None:
+    """Sizes are bytes, or say otherwise."""
+    assert parse_config(f"{POOL}envoy: {{max_body_bytes: {text}}}\n").envoy.max_body_bytes == size
+
+
+@pytest.mark.parametrize("text", ["1MB", "64M", "1.5MiB", "-1", "0", "1023", "yes", "'1024'", "1e6", "''", "1 KiB"])
+def test_another_size_is_refused(text: str) -> None:
+    """Units of a thousand would be off by a little, and less than a page of a kilobyte is a slip."""
+    ((line, key, _),) = problems_of(f"{POOL}envoy: {{max_body_bytes: {text}}}\n")
+    assert (line, key) == (4, "envoy.max_body_bytes")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["localhost:1", "9002", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000", "127.0.0.1:-1", ":9002", "'[::1]'", "::"],
+)
+def test_another_address_is_refused(text: str) -> None:
+    """Names are not listened on, and ports are not guessed."""
+    ((line, key, message),) = problems_of(f"{POOL}listen: {{grpc: '{text.strip(chr(39))}'}}\n")
+    assert (line, key) == (4, "listen.grpc")
+    assert "such as 127.0.0.1:9002" in message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "a:1", "https://a:1", "http://a", "http://a:0", "http://a:99999", "http://:1", "http://a:1/v1", "http://a:1?b",
+        "http://a:1#b", "http://u:p@a:1", "http://a b:1", "http://[::1:1", "http://a,b:1", "", "unix:///a",
+    ],
+)  # fmt: skip
+def test_another_url_is_refused(url: str) -> None:
+    """An endpoint is plain HTTP, a host and a port; what else stands in a URL would be ignored."""
+    ((line, key, _),) = problems_of(POOL.replace("http://a:1", url))
+    assert (line, key) == (3, "pools[0].workers.endpoints[0].url")
+
+
+def test_merge_keys_and_anchors_work() -> None:
+    """What pools share may be written once; what a pool says itself wins."""
+    config = parse_config(
+        "pools:\n"
+        "- &first\n  models: [a]\n  workers: {endpoints: ['http://a:1']}\n"
+        "  policy: &policy {host: random, dp_rank: none}\n"
+        "- models: [b]\n  workers: {endpoints: ['http://b:1']}\n  policy: {<<: *policy, host: round_robin}\n"
+        "- <<: *first\n  models: [c]\n  workers: {endpoints: ['http://c:1']}\n"
+    )
+    assert [pool.policy.host.value for pool in config.pools] == ["random", "round_robin", "random"]
+    assert {pool.policy.dp_rank for pool in config.pools} == {RankPolicy.NONE}
+    assert [pool.name for pool in config.pools] == ["a", "b", "c"]
+
+
+def test_aliases_of_aliases_are_not_multiplied() -> None:
+    """A few lines that stand for a billion are refused as quickly as they are written."""
+    lines = ["a0: &a0 [x, x]"]
+    lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 40)]
+    assert {key for _, key, _ in problems_of("\n".join(lines))} == {"pools", *(f"a{level}" for level in range(40))}
+
+
+def test_a_long_file() -> None:
+    """A thousand servers are read, and a mistake among them found."""
+    lines = ["pools:", "- models: ['*']", "  workers:", "    endpoints:"]
+    lines += [f"    - http://10.0.{number // 250}.{number % 250}:30000" for number in range(1000)]
+    assert parse_config("\n".join(lines)).pools[0].workers is not None
+    lines[700] = "    - http://10.0.0.1"
+    assert [(line, key) for line, key, _ in problems_of("\n".join(lines))] == [
+        (701, "pools[0].workers.endpoints[696].url")
+    ]
+
+
+def test_a_wrong_value_is_not_repeated_at_length() -> None:
+    """However long the value, the message can be read."""
+    ((_, _, message),) = problems_of(f"pools: '{'x' * 100_000}'\n")
+    assert len(message) < 200
+
+
+def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path) -> None:
+    """Editors that write them write them unasked."""
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + POOL.replace("\n", "\r\n").encode())
+    assert load_config(path) == parse_config(POOL)
+
+
+UNREADABLE = {"missing": None, "latin-1": b"# caf\xe9\n", "utf-16": POOL.encode("utf-16")}
+
+
+@pytest.mark.parametrize("content", UNREADABLE.values(), ids=UNREADABLE)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
+    """The path stands in the message, and why it cannot be read."""
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml: 1 problem(.|\n)*cannot be read"):
+        load_config(path)
+
+
+def test_a_directory_is_no_file(tmp_path: Path) -> None:
+    """A path to a directory is told like any file that cannot be read."""
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dp_extproc", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_help_names_every_command() -> None:
+    """``python -m dp_extproc --help`` is enough to find one's way."""
+    result = _run("--help")
+    assert result.returncode == 0
+    assert result.stdout.startswith("usage: dp-extproc")
+    for command in ("serve", "check", "envoy-config", "engine", "demo"):
+        assert f"\n    {command}" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "envoy-config"])
+def test_a_command_tells_the_mistakes_of_its_file(tmp_path: Path, command: str) -> None:
+    """Every command that takes the file ends with status 2 and the list of problems, without a traceback."""
+    path = tmp_path / "config.yaml"
+    path.write_text(POOL + "drain: 5\ncolour: red\n", encoding="utf-8")
+    result = _run(command, "-c", str(path))
+    assert result.returncode == 2
+    assert "line 4, drain: write a duration" in result.stderr
+    assert "line 5, colour: is not a known key" in result.stderr
+    assert "Traceback" not in result.stderr
