@@ -1,0 +1,86 @@
+"""What gRPC health probes are told, by a real client over a real port."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health import aio
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+
+from dp_extproc.extproc.service import SERVICE_NAME
+from dp_extproc.operate.readiness import LIVENESS, READINESS, Readiness
+
+SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
+FOLLOWING = ["", READINESS, SERVICE_NAME]
+
+
+class Probe:
+    """A service whose readiness can be set, and a client that asks for it."""
+
+    def __init__(self) -> None:
+        self.can_serve = False
+        health = aio.HealthServicer()
+        self.readiness = Readiness(health, lambda: self.can_serve)
+        self.server = grpc.aio.server()
+        health_pb2_grpc.add_HealthServicer_to_server(health, self.server)
+        self.port = self.server.add_insecure_port("127.0.0.1:0")
+
+    async def run(self, scenario: Callable[["Probe"], Awaitable[None]]) -> None:
+        await self.server.start()
+        task = asyncio.create_task(self.readiness.run())
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{self.port}") as channel, asyncio.timeout(20):
+                self.stub = health_pb2_grpc.HealthStub(channel)
+                await scenario(self)
+        finally:
+            task.cancel()
+            await self.server.stop(None)
+
+    async def status(self, service: str) -> int:
+        return int((await self.stub.Check(HealthCheckRequest(service=service))).status)
+
+    async def wait_for(self, status: int) -> None:
+        """Wait, as a probe that watches, until the whole service has a status."""
+        watch = self.stub.Watch(HealthCheckRequest(service=SERVICE_NAME))
+        async for response in watch:
+            if response.status == status:
+                break
+        watch.cancel()
+
+
+def test_names_follow_readiness_but_for_liveness() -> None:
+    """Not ready, ready, stopping: every name tells it, and liveness stays."""
+
+    async def scenario(probe: Probe) -> None:
+        await probe.wait_for(NOT_SERVING)
+        assert [await probe.status(name) for name in FOLLOWING] == [NOT_SERVING] * 3
+        assert await probe.status(LIVENESS) == SERVING
+        probe.can_serve = True
+        await probe.wait_for(SERVING)
+        assert [await probe.status(name) for name in FOLLOWING] == [SERVING] * 3
+        await probe.readiness.stop()
+        assert [await probe.status(name) for name in FOLLOWING] == [NOT_SERVING] * 3
+        assert await probe.status(LIVENESS) == SERVING
+
+    async def start() -> None:
+        await Probe().run(scenario)
+
+    asyncio.run(start())
+
+
+def test_an_unknown_name_is_not_found() -> None:
+    """A misspelt probe fails at once."""
+
+    async def scenario(probe: Probe) -> None:
+        await probe.wait_for(NOT_SERVING)
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await probe.status("rediness")
+        assert failed.value.code() is grpc.StatusCode.NOT_FOUND
+
+    async def start() -> None:
+        await Probe().run(scenario)
+
+    asyncio.run(start())

@@ -1,0 +1,93 @@
+"""The pure core stays pure: no I/O, no clock, no chance of its own, and nothing of the adapters around it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import dp_extproc
+
+ROOT = Path(dp_extproc.__file__).parent
+
+CORE = [
+    *("request", "placement", "config"),
+    *(
+        f"fleet/{name}.py"
+        for name in (
+            "endpoint",
+            "recipe",
+            "agreement",
+            "loads_page",
+            "metrics_page",
+            "server_info",
+            "observer",
+            "reading",
+        )
+    ),
+    *(f"extproc/{name}.py" for name in ("names", "events", "exchange")),
+]
+IMPURE = {
+    "asyncio",
+    "grpc",
+    "httpx",
+    "socket",
+    "time",
+    "threading",
+    "subprocess",
+    "os",
+    "uvloop",
+    "logging",
+}
+READS_THE_FILE = "config/loader.py"
+"""It takes a path, and may read it with pathlib; nothing else in the core does."""
+
+MODULES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for entry in CORE
+    for path in ([ROOT / entry] if entry.endswith(".py") else (ROOT / entry).glob("**/*.py"))
+)
+
+
+def imports_of(module: str) -> set[str]:
+    """Name everything a module imports, also inside functions: ``package.module`` or ``package.module.name``."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / module).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def file_of(name: str) -> str:
+    """Find the module that an import of this project's leads to."""
+    parts = name.split(".")[1:]
+    for path in ("/".join(parts) + ".py", "/".join(parts[:-1]) + ".py", "/".join(parts[:-1]) + "/__init__.py"):
+        if (ROOT / path).is_file():
+            return path
+    raise AssertionError(name)
+
+
+def test_every_part_of_the_core_is_there() -> None:
+    """A part that was moved is not silently left unchecked."""
+    assert [entry for entry in CORE if not (ROOT / entry).exists()] == []
+    assert len(MODULES) > 20
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_of_the_core_is_pure(module: str) -> None:
+    """Clocks, chance and whatever comes from outside are handed in; of ``random`` only the type is named."""
+    imports = imports_of(module)
+    packages = {name.partition(".")[0] for name in imports}
+    assert packages & IMPURE == set()
+    assert {name for name in imports if name.partition(".")[0] == "random"} <= {"random.Random"}
+    assert "datetime.now" not in (ROOT / module).read_text(encoding="utf-8")
+    assert ("pathlib" in packages) == (module == READS_THE_FILE)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_of_the_core_leans_on_the_core_alone(module: str) -> None:
+    """What the core imports of this project belongs to the core, too."""
+    ours = {file_of(name) for name in imports_of(module) if name.startswith("dp_extproc.")}
+    assert ours <= set(MODULES)
