@@ -181,12 +181,19 @@ class TestLockStep:
         assert answer is not None
         assert answer.response.body_mutation.body.endswith(body[1:])
 
+    def test_36_trailers_without_a_body(self, server: Server) -> None:
+        """A client that sends trailers and nothing before them is told so; it is no error of Envoy's."""
+        stream = server.stream()
+        stream.ask(request_headers(mode=BUFFERED))
+        answer = stream.ask(request_trailers()).immediate_response
+
+        assert json.loads(answer.body)["error"]["code"] == "empty_body"
+
     @pytest.mark.parametrize(
         "messages",
         [
             pytest.param([request_body(BODY)], id="body first"),
             pytest.param([request_headers(mode=BUFFERED), request_headers(mode=BUFFERED)], id="headers twice"),
-            pytest.param([request_headers(mode=BUFFERED), request_trailers()], id="trailers before the body"),
             pytest.param([response_trailers()], id="trailers first"),
         ],
     )

@@ -401,6 +401,15 @@ class TestLookups:
         assert isinstance(answer, Answer)
         assert [card["id"] for card in json.loads(answer.body)["data"]] == ["served"]
 
+    def test_a_model_with_a_slash(self) -> None:
+        """Client libraries escape the slash of org/name; no engine sees the path, so it is read here."""
+        fleet = Fleet(workers=[make_facts(Role.WORKER)])
+        fleet.dispatcher.known_models = lambda: ["org/name"]  # type: ignore[method-assign]  # stands for an engine's
+        answer = fleet.dispatcher.models("/v1/models/org%2Fname")
+
+        assert isinstance(answer, Answer)
+        assert json.loads(answer.body)["id"] == "org/name"
+
     def test_one_model(self) -> None:
         """A known model can be looked up, an unknown one is a 404 that names the known ones."""
         dispatcher = Fleet(prefills=[PREFILL], decodes=[DECODE]).dispatcher

@@ -174,7 +174,7 @@ class Exchange:
         if (refusal := _refuse_by_headers(headers, self._max_body)) is not None:
             return self._refuse(refusal)
         if event.end_of_stream:
-            return self._refuse(Rejection(400, Reason.EMPTY_BODY, "the request has no body; send a JSON object"))
+            return self._refuse(_NO_BODY)
         if self._mode is BodyMode.NONE or self._mode is BodyMode.UNSUPPORTED:
             message = "the ext_proc filter must send request bodies BUFFERED or FULL_DUPLEX_STREAMED"
             return self._refuse(Rejection(500, Reason.UNSUPPORTED_BODY_MODE, message))
@@ -208,8 +208,8 @@ class Exchange:
         return self._decide(end_of_stream=True)
 
     def _request_body_ended_by_trailers(self, _event: RequestTrailers) -> _Replies:
-        if self._mode is not BodyMode.DUPLEX:
-            raise ProtocolViolationError("trailers came before the buffered body")
+        if self._mode is not BodyMode.DUPLEX:  # a buffered body would have come before them
+            return self._refuse(_NO_BODY)
         replies = self._decide(end_of_stream=False)
         return replies if self._state is _State.OVER else (*replies, Continue(Phase.REQUEST_TRAILERS))
 
@@ -293,6 +293,8 @@ class Exchange:
     }
     """Every event that is allowed in a state, and what handles it; all others are violations of the protocol."""
 
+
+_NO_BODY: Final = Rejection(400, Reason.EMPTY_BODY, "the request has no body; send a JSON object")
 
 _GO_ON_HEADERS: Final[_Replies] = (Continue(Phase.REQUEST_HEADERS),)
 _GO_ON_RESPONSE: Final[_Replies] = (Continue(Phase.RESPONSE_HEADERS),)

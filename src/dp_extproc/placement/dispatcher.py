@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from random import Random
 from typing import Final
+from urllib.parse import unquote
 
 import msgspec
 from msgspec.structs import replace
@@ -24,6 +25,8 @@ from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.request.rewrite import Bootstrap, LegFields, rewrite_aggregated, rewrite_disaggregated
 
 _ANY_MODEL: Final = "*"
+_SHOWN_MODEL: Final = 200
+"""Characters of a model's name in logs and messages; clients may send megabytes."""
 _TRY_AGAIN: Final = (("retry-after", "1"),)
 
 
@@ -93,7 +96,7 @@ class Dispatcher:
         plain = path.partition("?")[0]
         if not plain.startswith(ONE_MODEL):
             return Answer(msgspec.json.encode({"object": "list", "data": cards}))
-        wanted = plain.removeprefix(ONE_MODEL)
+        wanted = unquote(plain.removeprefix(ONE_MODEL))  # clients send org%2Fname
         for card in cards:
             if card["id"] == wanted:
                 return Answer(msgspec.json.encode(card))
@@ -121,7 +124,7 @@ class Dispatcher:
         return self._pool_of.get(model) or self._pool_of.get(_ANY_MODEL) or self._unknown_model(model)
 
     def _unknown_model(self, model: str) -> Rejection:
-        message = f"the model {model[:200]!r} does not exist; known: {', '.join(self.known_models())}"
+        message = f"the model {model[:_SHOWN_MODEL]!r} does not exist; known: {', '.join(self.known_models())}"
         return Rejection(404, Reason.MODEL_NOT_FOUND, message, param="model")
 
     def _place_aggregated(self, pool: _Pool, request: InferenceRequest) -> Decision | Rejection:
@@ -218,7 +221,7 @@ def _leg_fields(side: Side, prefill_rank: int | None, request_id: str) -> LegFie
 def _metadata(pool: _Pool, request: InferenceRequest, decode: Side) -> Metadata:
     metadata: Metadata = {
         names.META_POOL: pool.name,
-        names.META_MODEL: request.model or "",
+        names.META_MODEL: (request.model or "")[:_SHOWN_MODEL],
         names.META_DECODE_HOST: decode.host.address,
     }
     if decode.rank is not None:
