@@ -220,3 +220,13 @@ def test_a_server_in_another_role_gets_nothing() -> None:
     fleet = Fleet(prefills=[PREFILL, DECODE], decodes=[DECODE])
 
     assert fleet.load.eligible("*", Role.PREFILL, fleet.clock()) == [fleet.host(Role.PREFILL, 1)]
+
+
+def test_a_rank_that_is_never_sampled_remembers_no_more_and_more(fleet: Fleet) -> None:
+    """Without samples what is over is forgotten some time, or hours of traffic would fill the memory."""
+    rank = fleet.host(Role.DECODE).ranks[0]
+    for number in range(30_000):
+        rank.reserve(1, number).release(number)
+
+    assert len(rank._settled) <= 10_000
+    assert rank.tokens == 0

@@ -7,12 +7,18 @@ engine had not counted when it was taken, and counts nothing twice.
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Final
 
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, RankSample, Role
 from dp_extproc.fleet.recipe import Capabilities
+
+_SETTLED_KEPT: Final = 10_000
+"""Released reservations that a rank remembers for the next sample. A rank that is not sampled must not remember more
+and more of them; between two samples no rank serves so many."""
 
 
 class Freshness(IntEnum):
@@ -72,7 +78,7 @@ class RankLoad:
         self.sampled_at = -math.inf
         """When the engine took the sample, in our clock; never later than it really was."""
         self._open: set[Reservation] = set()
-        self._settled: list[Reservation] = []
+        self._settled: deque[Reservation] = deque(maxlen=_SETTLED_KEPT)
 
     def reserve(self, tokens: float, now: float, requests: float = 1.0) -> Reservation:
         reservation = Reservation(self, tokens, requests, now)
@@ -105,7 +111,8 @@ class RankLoad:
         self.sample = sample
         self.sampled_at = sampled_at
         # A later sample is of a later moment: what was over by now cannot be in it.
-        self._settled = [reservation for reservation in self._settled if reservation.until > sampled_at]
+        while self._settled and self._settled[0].until <= sampled_at:
+            self._settled.popleft()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
