@@ -57,7 +57,7 @@ async def watch(urls: Mapping[str, str]) -> AsyncIterator[LoadProbe]:
                 probe.looks += 1
                 for server, page in zip(urls, pages, strict=True):
                     ranks = read_loads(page.content).ranks
-                    probe.note(server, [rank.total_tokens or rank.used_tokens for rank in ranks])
+                    probe.note(server, [rank.tokens for rank in ranks])
                 await asyncio.sleep(_INTERVAL)
 
     looking = asyncio.create_task(look_on())

@@ -86,6 +86,11 @@ class RankSample:
     age: float | None = None
     """Seconds between the rank's own time stamp and the page it stands on; None when there is no time stamp."""
 
+    @property
+    def tokens(self) -> int:
+        """The load that it tells: with queued work where the engine tells of it."""
+        return self.used_tokens if self.total_tokens is None else self.total_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class LoadPage:

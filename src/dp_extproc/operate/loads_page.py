@@ -42,7 +42,7 @@ def _describe_rank(rank: RankLoad, now: float) -> dict[str, Any]:
     told = None
     if sample is not None:
         told = {
-            "tokens": sample.used_tokens if sample.total_tokens is None else sample.total_tokens,
+            "tokens": sample.tokens,
             "used_tokens": sample.used_tokens,
             "total_tokens": sample.total_tokens,
             "waiting_uncached_tokens": sample.waiting_uncached_tokens,

@@ -105,8 +105,7 @@ class RankLoad:
             for reservation in books
             if reservation.since <= sampled_at < reservation.until
         )
-        told = sample.used_tokens if sample.total_tokens is None else sample.total_tokens
-        self.others = max(0.0, told - counted)
+        self.others = max(0.0, sample.tokens - counted)
         self.tokens = self.others + self.own_tokens
         self.sample = sample
         self.sampled_at = sampled_at

@@ -40,7 +40,6 @@ class ServiceProcess(CommandProcess):
         """
         self.config: Config = parse_config(yaml.safe_dump(content, sort_keys=False))
         self.admin_url = f"http://{self.config.listen.admin}"
-        self._content = content
         super().__init__(["serve", "--config", "CONFIG", *options], f"{self.admin_url}/healthz")
         path = Path(self._directory.name) / "config.yaml"
         path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
