@@ -62,6 +62,7 @@ def test_loads_of_engines_that_never_answered(lonely: ServiceProcess) -> None:
     endpoints = lonely.loads()["endpoints"]
     assert [each["role"] for each in endpoints] == ["prefill", "decode"]
     assert {each["state"] for each in endpoints} == {"undiscovered"}
+    assert all(each["failure"].startswith("refused: no connection to ") for each in endpoints)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dp_extproc.fleet.observer import ScrapeFailure
 from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.load import HostLoad, RankLoad
 
@@ -16,12 +17,16 @@ def describe_loads(fleet: FleetLoad, now: float) -> dict[str, Any]:
                 "url": endpoint.url,
                 "pool": endpoint.pool,
                 "role": endpoint.role.value,
-                "failure": str(failure) if (failure := fleet.failures.get(endpoint.url)) is not None else None,
+                "failure": _describe_failure(fleet.failures.get(endpoint.url)),
                 **_describe_host(fleet.hosts.get(endpoint.url), fleet.stale_after, now),
             }
             for endpoint in fleet.endpoints
         ],
     }
+
+
+def _describe_failure(failure: ScrapeFailure | None) -> str | None:
+    return None if failure is None else f"{failure.kind.value}: {failure.message}"
 
 
 def _describe_host(host: HostLoad | None, stale_after: float, now: float) -> dict[str, Any]:
