@@ -112,8 +112,8 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
     "unknown-policy": (
         POOL + "  policy: {host: least, dp_rank: 5}\n",
         [
-            (4, "pools[0].policy.host", "'least_tokens', 'round_robin', 'random' or 'power_of_two'"),
-            (4, "pools[0].policy.dp_rank", "5 is not one of 'minimum_tokens' or 'none'"),
+            (4, "pools[0].policy.host", "'least_requests', 'round_robin', 'random' or 'power_of_two'"),
+            (4, "pools[0].policy.dp_rank", "5 is not one of 'minimum_tokens', 'token_round_robin' or 'none'"),
         ],
     ),
     "workers-beside-decode": (POOL + "  decode: {endpoints: ['http://b:1']}\n", [(2, "pools[0]", "split this one")]),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class TestLoads:
             waiting_requests=4,
             capacity_tokens=4096,
             max_running_requests=4,
+            tokens_per_second=184.99,
             age=pytest.approx(0.2535, abs=1e-4),  # type: ignore[arg-type]
         )
 
@@ -155,7 +157,10 @@ class TestMetrics:
 
     def test_busy_server(self) -> None:
         """A page recorded under load gives both ranks and the prompt tokens of the whole server."""
-        assert read_metrics(recorded("dp2_underload/metrics.txt")) == LoadPage(
+        page = read_metrics(recorded("dp2_underload/metrics.txt"))
+
+        assert [rank.tokens_per_second for rank in page.ranks] == pytest.approx([104.12, 184.99], abs=0.01)
+        assert replace(page, ranks=tuple(replace(rank, tokens_per_second=None) for rank in page.ranks)) == LoadPage(
             ranks=(
                 RankSample(0, 376, running_requests=2, waiting_requests=0, capacity_tokens=4096),
                 RankSample(1, 577, running_requests=4, waiting_requests=4, capacity_tokens=4096),

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
 from dp_extproc.config import PoolConfig
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Mode, RankSample, Role, Version
 from dp_extproc.placement.dispatcher import Dispatcher
 from dp_extproc.placement.fleet_load import FleetLoad
-from dp_extproc.placement.load import HostLoad
+from dp_extproc.placement.load import DEFAULT_COSTS, HostLoad, StepCosts
 
 MODES = {Role.PREFILL: Mode.PREFILL, Role.DECODE: Mode.DECODE, Role.WORKER: Mode.UNIFIED}
 
@@ -56,7 +57,11 @@ def address_of(endpoint: Endpoint) -> str:
 
 
 def samples(tokens: Sequence[int], age: float | None = 0.0) -> tuple[RankSample, ...]:
-    return tuple(RankSample(rank, used_tokens=count, total_tokens=count, age=age) for rank, count in enumerate(tokens))
+    """Ranks that hold or have queued so many tokens; those of a prefill server are yet to be computed."""
+    return tuple(
+        RankSample(rank, used_tokens=count, total_tokens=count, waiting_uncached_tokens=count, age=age)
+        for rank, count in enumerate(tokens)
+    )
 
 
 class Fleet:
@@ -68,9 +73,10 @@ class Fleet:
         prefills: Sequence[EngineFacts] = (),
         decodes: Sequence[EngineFacts] = (),
         workers: Sequence[EngineFacts] = (),
-        policy: dict[str, str] | None = None,
+        policy: dict[str, Any] | None = None,
         seed: int = 1,
         sampled: bool = True,
+        costs: StepCosts = DEFAULT_COSTS,
     ) -> None:
         self.clock = Clock()
         by_role = {Role.PREFILL: prefills, Role.DECODE: decodes, Role.WORKER: workers}
@@ -80,7 +86,7 @@ class Fleet:
             for number, each in enumerate(several, start=1)
         }
         self.endpoints = list(facts)
-        self.load = FleetLoad(self.endpoints, stale_after=5.0)
+        self.load = FleetLoad(self.endpoints, 5.0, costs)
         for endpoint, each in facts.items():
             self.load.discovered(endpoint, address_of(endpoint), each, self.clock())
             if sampled:

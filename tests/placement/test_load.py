@@ -4,7 +4,7 @@ import pytest
 
 from dp_extproc.fleet.endpoint import LoadPage, RankSample, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
-from dp_extproc.placement.load import Freshness
+from dp_extproc.placement.load import Freshness, StepCosts
 from placement.fleet_fixtures import Fleet, make_facts
 
 PREFILL, DECODE = make_facts(Role.PREFILL), make_facts(Role.DECODE)
@@ -12,12 +12,13 @@ PREFILL, DECODE = make_facts(Role.PREFILL), make_facts(Role.DECODE)
 
 @pytest.fixture
 def fleet() -> Fleet:
-    return Fleet(prefills=[PREFILL], decodes=[DECODE])
+    """A fleet where tokens are all that counts on decode."""
+    return Fleet(prefills=[PREFILL], decodes=[DECODE], costs=StepCosts(decode_request=0))
 
 
 def test_a_reservation_counts_at_once(fleet: Fleet) -> None:
     """What was just sent counts before any scrape has seen it."""
-    host = fleet.host(Role.PREFILL)
+    host = fleet.host(Role.DECODE)
     host.reserve(2, 500, fleet.clock())
 
     assert [rank.tokens for rank in host.ranks] == [0, 0, 500, 0]
@@ -25,7 +26,7 @@ def test_a_reservation_counts_at_once(fleet: Fleet) -> None:
 
 def test_load_of_others_adds_to_our_own(fleet: Fleet) -> None:
     """What a sample shows beyond our books is the load of others, on top of ours."""
-    host = fleet.host(Role.PREFILL)
+    host = fleet.host(Role.DECODE)
     fleet.clock.now += 1
     host.reserve(0, 500, fleet.clock())
     fleet.clock.now += 1
@@ -37,7 +38,7 @@ def test_load_of_others_adds_to_our_own(fleet: Fleet) -> None:
 
 def test_a_sample_taken_before_a_pick_does_not_erase_it(fleet: Fleet) -> None:
     """A page that was sampled before a request was sent says nothing of it, even if it arrives later."""
-    host = fleet.host(Role.PREFILL)
+    host = fleet.host(Role.DECODE)
     fleet.clock.now += 1
     host.reserve(0, 500, fleet.clock())
     fleet.clock.now += 1
@@ -48,7 +49,7 @@ def test_a_sample_taken_before_a_pick_does_not_erase_it(fleet: Fleet) -> None:
 
 def test_a_request_that_ended_after_the_sample_is_not_taken_for_load_of_others(fleet: Fleet) -> None:
     """A sample that still counts a request of ours that is over by now leaves nothing behind."""
-    host = fleet.host(Role.PREFILL)
+    host = fleet.host(Role.DECODE)
     fleet.clock.now += 1
     (reservation,) = host.reserve(0, 500, fleet.clock())
     fleet.clock.now += 2
@@ -60,7 +61,7 @@ def test_a_request_that_ended_after_the_sample_is_not_taken_for_load_of_others(f
 
 def test_a_request_that_ended_before_the_sample_explains_nothing_in_it(fleet: Fleet) -> None:
     """Load that shows after ours was over is the load of others."""
-    host = fleet.host(Role.PREFILL)
+    host = fleet.host(Role.DECODE)
     (reservation,) = host.reserve(0, 500, fleet.clock())
     fleet.clock.now += 1
     reservation.release(fleet.clock())
@@ -71,8 +72,8 @@ def test_a_request_that_ended_before_the_sample_explains_nothing_in_it(fleet: Fl
 
 
 def test_a_gauge_that_shows_less_than_our_books_erases_nothing(fleet: Fleet) -> None:
-    """num_used_tokens of a prefill server leaves out queued work; our own queued requests count all the same."""
-    host = fleet.host(Role.PREFILL)
+    """A gauge of used tokens leaves out queued work; our own queued requests count all the same."""
+    host = fleet.host(Role.DECODE)
     host.reserve(1, 800, fleet.clock())
     fleet.clock.now += 1
     page = LoadPage((RankSample(1, used_tokens=100, age=0.0),))
@@ -98,6 +99,7 @@ def test_a_rank_that_the_engine_picks_is_shared_by_all(fleet: Fleet) -> None:
     reservations = host.reserve(None, 400, fleet.clock())
 
     assert [rank.tokens for rank in host.ranks] == [100, 100, 100, 100]
+    assert host.requests == 1
     assert [rank.picks for rank in host.ranks] == [0, 0, 0, 0]
     for reservation in reservations:
         reservation.release(fleet.clock())
@@ -228,5 +230,5 @@ def test_a_rank_that_is_never_sampled_remembers_no_more_and_more(fleet: Fleet) -
     for number in range(30_000):
         rank.reserve(1, number).release(number)
 
-    assert len(rank._settled) <= 10_000
+    assert len(rank.settled) <= 10_000
     assert rank.tokens == 0

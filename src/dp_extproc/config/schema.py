@@ -143,9 +143,19 @@ class LoadSource(StrEnum):
     METRICS = "metrics"
 
 
-class LoadSettings(_Section):
-    """How the engines' load is read."""
+class LoadSignal(StrEnum):
+    """What the tokens of a rank are, for policies that compare tokens."""
 
+    ESTIMATE = "estimate"
+    """What was sent and has not been worked off, by our own books, and what the engines show beyond it."""
+    SCRAPED = "scraped"
+    """The engine's gauge of used tokens, plus what was sent since it was read."""
+
+
+class LoadSettings(_Section):
+    """How the engines' load is read, and what is made of it."""
+
+    signal: LoadSignal = Field(default=LoadSignal.ESTIMATE, strict=False)
     source: LoadSource = Field(default=LoadSource.AUTO, strict=False)
     interval: Seconds = 1.0
     stale_after: Seconds = 5.0
@@ -153,6 +163,10 @@ class LoadSettings(_Section):
     """Hard limit of one scrape, from connecting to the last byte."""
     max_page_bytes: Bytes = 8 << 20
     """A load page larger than this is refused. Real pages with many ranks are below 1 MiB."""
+    prefill_step_tokens: Annotated[float, Field(ge=0, le=1e6, strict=False)] = 500.0
+    """The fixed time of a prefill step, in tokens: 10 ms at 20 us per token. A wrong value costs little."""
+    decode_request_tokens: Annotated[float, Field(ge=0, le=1e6, strict=False)] = 1000.0
+    """The fixed time of a sequence in a decode step, in tokens of context: 50 us at 50 ns per token."""
 
     @model_validator(mode="after")
     def _stale_is_later_than_the_next_scrape(self) -> Self:
@@ -164,17 +178,27 @@ class LoadSettings(_Section):
 class HostPolicy(StrEnum):
     """How the host of a leg is picked."""
 
+    LOCKSTEP = "lockstep"
+    """Where the request lengthens a step the least for all who share it."""
     LEAST_TOKENS = "least_tokens"
+    """The host that has the rank with the fewest tokens."""
+    LEAST_REQUESTS = "least_requests"
+    """The fewest requests in flight for each of its ranks."""
     ROUND_ROBIN = "round_robin"
     RANDOM = "random"
     POWER_OF_TWO = "power_of_two"
+    """The one with fewer tokens of two drawn at random."""
 
 
 class RankPolicy(StrEnum):
     """How the DP rank on the picked host is picked."""
 
     MINIMUM_TOKENS = "minimum_tokens"
+    """The one with the fewest tokens."""
+    TOKEN_ROUND_ROBIN = "token_round_robin"  # noqa: S105 - no password
+    """The one that has been sent the fewest tokens ever."""
     NONE = "none"
+    """The engine picks."""
 
 
 class ClientRanks(StrEnum):
@@ -184,12 +208,22 @@ class ClientRanks(StrEnum):
     HONOUR = "honour"
 
 
+class AffinitySettings(_Section):
+    """How requests find the ranks that hold the KV cache of their prompts' beginnings."""
+
+    prefixes: bool = True
+    """Whether prompts are compared with those that were sent before."""
+    session_header: str | None = None
+    """Header in which clients name the conversation."""
+
+
 class PolicySettings(_Section):
     """How a pool places requests."""
 
-    host: HostPolicy = Field(default=HostPolicy.LEAST_TOKENS, strict=False)
+    host: HostPolicy = Field(default=HostPolicy.LOCKSTEP, strict=False)
     dp_rank: RankPolicy = Field(default=RankPolicy.MINIMUM_TOKENS, strict=False)
     client_dp_rank: ClientRanks = Field(default=ClientRanks.REPLACE, strict=False)
+    affinity: AffinitySettings = AffinitySettings()
 
 
 class EndpointConfig(_Section):
@@ -277,6 +311,23 @@ class Config(_Section):
     pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1, strict=False)]
 
     @model_validator(mode="after")
+    def _lockstep_has_its_estimate(self) -> Self:
+        if self.load.signal is LoadSignal.SCRAPED:
+            lacking = [
+                _objection(
+                    ("pools", index, "policy", "host"),
+                    pool.policy.host.value,
+                    "host: lockstep needs load.signal: estimate; with load.signal: scraped write another host policy, "
+                    "such as random or round_robin",
+                )
+                for index, pool in enumerate(self.pools)
+                if pool.policy.host is HostPolicy.LOCKSTEP
+            ]
+            if lacking:
+                raise ValidationError.from_exception_data("Config", lacking)
+        return self
+
+    @model_validator(mode="after")
     def _nothing_stands_twice(self) -> Self:
         conflicts = [*_repeated(self._models(), "keep it in one"), *_repeated(self._urls(), "a server has one role")]
         if conflicts:
@@ -302,7 +353,10 @@ def _repeated(named: Iterator[_Named], remedy: str) -> Iterator[InitErrorDetails
     first: dict[str, str] = {}
     for loc, name, place in named:
         if name in first:
-            message = f"{name} is in {first[name]} and in {place}; {remedy}"
-            error = PydanticCustomError("value_error", "{error}", {"error": message})
-            yield InitErrorDetails(type=error, loc=loc, input=name)
+            yield _objection(loc, name, f"{name} is in {first[name]} and in {place}; {remedy}")
         first.setdefault(name, place)
+
+
+def _objection(loc: tuple[int | str, ...], value: str, message: str) -> InitErrorDetails:
+    error = PydanticCustomError("value_error", "{error}", {"error": message})
+    return InitErrorDetails(type=error, loc=loc, input=value)

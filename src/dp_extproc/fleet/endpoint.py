@@ -67,6 +67,12 @@ class EngineFacts:
     """Whether it was started with ``--enable-metrics``; None when it does not say."""
     role_can_switch: bool = False
     """Whether it was started with ``--enable-pd-role-switch``; ``mode`` is then the role it has now."""
+    step_tokens: int = 8192
+    """Prompt tokens that one rank computes in a step at most."""
+    chunked: bool = True
+    """Whether a longer prompt is cut into several steps; if not, it runs alone."""
+    prefix_cache: bool = True
+    """Whether its ranks keep the KV cache of prompts for others with the same beginning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +89,15 @@ class RankSample:
     waiting_requests: int = 0
     capacity_tokens: int | None = None
     max_running_requests: int | None = None
+    tokens_per_second: float | None = None
+    """Output tokens that the rank makes."""
     age: float | None = None
     """Seconds between the rank's own time stamp and the page it stands on; None when there is no time stamp."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the rank has nothing at all to do."""
+        return not (self.used_tokens or self.total_tokens or self.running_requests or self.waiting_requests)
 
     @property
     def tokens(self) -> int:

@@ -35,6 +35,7 @@ class _RankLoad(Struct):
     num_waiting_reqs: _Count | None = None
     max_total_num_tokens: _Count | None = None
     max_running_requests: _Count | None = None
+    gen_throughput: float | None = None
     total_prefill_uncached_tokens: _Count | None = None
     disaggregation: _Disaggregation | None = None
 
@@ -78,6 +79,7 @@ def _sample(load: _RankLoad, printed_at: float | None) -> RankSample:
         waiting_requests=max(0, load.num_waiting_reqs or 0),
         capacity_tokens=_not_negative(load.max_total_num_tokens),
         max_running_requests=_not_negative(load.max_running_requests),
+        tokens_per_second=load.gen_throughput if _is_rate(load.gen_throughput) else None,
         age=_age(printed_at, load.timestamp),
     )
 
@@ -98,6 +100,10 @@ def _age(printed_at: float | None, published_at: float | None) -> float | None:
     if printed_at is None or published_at is None or not math.isfinite(published_at):
         return None
     return max(0.0, printed_at - published_at)
+
+
+def _is_rate(value: float | None) -> bool:
+    return value is not None and math.isfinite(value) and value >= 0
 
 
 def _sum(counts: Iterable[int | None]) -> int | None:

@@ -29,11 +29,15 @@ _RUNNING: Final = ("num_running_reqs", "num_prefill_inflight_queue_reqs")
 _BOOTSTRAP: Final = ("num_prefill_bootstrap_queue_reqs", "num_prefill_prealloc_queue_reqs")
 """The same queue: the first from 0.5.11 on, the second before."""
 _WAITING: Final = ("num_queue_reqs", "num_decode_prealloc_queue_reqs", "num_decode_transfer_queue_reqs")
+_THROUGHPUT: Final = "gen_throughput"
 _PROMPT_TOKENS: Final = "prompt_tokens_total"
 
 _NEEDED: Final = re.compile(
     rb"^sglang[:_](?:%b)[{ \t][^\n]*"
-    % b"|".join(name.encode() for name in (_USED, _CAPACITY, *_RUNNING, *_BOOTSTRAP, *_WAITING, _PROMPT_TOKENS)),
+    % b"|".join(
+        name.encode()
+        for name in (_USED, _CAPACITY, _THROUGHPUT, *_RUNNING, *_BOOTSTRAP, *_WAITING, _PROMPT_TOKENS)
+    ),
     re.MULTILINE,
 )
 _ANY_OF_SGLANG: Final = re.compile(rb"^(?:# (?:HELP|TYPE) )?sglang[:_]", re.MULTILINE)
@@ -117,6 +121,7 @@ def _rank_sample(rank: int, gauges: _Gauges) -> RankSample:
         running_requests=total(*_RUNNING),
         waiting_requests=total(*_WAITING) + max(total(name) for name in _BOOTSTRAP),
         capacity_tokens=round(gauges[_CAPACITY]) if _CAPACITY in gauges else None,
+        tokens_per_second=max(0.0, gauges[_THROUGHPUT]) if _THROUGHPUT in gauges else None,
     )
 
 

@@ -19,6 +19,9 @@ PREFILL_METHOD_FREE_SINCE: Final = Version(0, 5, 10)
 MAX_RANKS: Final = 4096
 """No server is that large; a number beyond it is a mistake, and would be paid for in memory."""
 
+DEFAULT_STEP_TOKENS: Final = 8192
+"""SGLang's ``--chunked-prefill-size`` on current GPUs, for a page that does not tell it."""
+
 _VERSION: Final = re.compile(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?!\d)")
 
 _Size = Annotated[int, Meta(ge=1, le=MAX_RANKS)]
@@ -36,6 +39,9 @@ class _Page(Struct):
     load_balance_method: str | None = None
     served_model_name: str | None = None
     model_path: str | None = None
+    chunked_prefill_size: int | None = None
+    max_prefill_tokens: int | None = None
+    disable_radix_cache: bool | None = None
     internal_states: Raw | UnsetType = UNSET
 
 
@@ -67,6 +73,9 @@ def read_server_info(page: bytes) -> EngineFacts:
         follows_rooms=follows_rooms(version, mode, info.load_balance_method),
         metrics_enabled=info.enable_metrics,
         role_can_switch=bool(info.enable_pd_role_switch),
+        step_tokens=_step_tokens(info),
+        chunked=info.chunked_prefill_size is None or info.chunked_prefill_size > 0,
+        prefix_cache=not info.disable_radix_cache,
     )
 
 
@@ -91,6 +100,13 @@ def follows_rooms(version: Version | None, mode: Mode, method: str | None) -> bo
     if method in {None, "auto"}:
         return mode is Mode.PREFILL
     return method == FOLLOW_ROOMS
+
+
+def _step_tokens(info: _Page) -> int:
+    """Give the prompt tokens per rank and step. With DP attention the page has them divided by the ranks already."""
+    if info.chunked_prefill_size is not None and info.chunked_prefill_size > 0:
+        return info.chunked_prefill_size
+    return max(1, info.max_prefill_tokens or DEFAULT_STEP_TOKENS)  # without chunks a step takes whole prompts
 
 
 def _present_role(info: _Page) -> str | None:

@@ -3,8 +3,9 @@
 from typing import Any
 
 from dp_extproc.fleet.observer import ScrapeFailure
+from dp_extproc.placement.books import RankLoad
 from dp_extproc.placement.fleet_load import FleetLoad
-from dp_extproc.placement.load import HostLoad, RankLoad
+from dp_extproc.placement.load import HostLoad
 
 
 def describe_loads(fleet: FleetLoad, now: float) -> dict[str, Any]:

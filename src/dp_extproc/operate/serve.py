@@ -30,6 +30,7 @@ from dp_extproc.operate.readiness import Readiness, can_serve
 from dp_extproc.operate.telemetry import Telemetry
 from dp_extproc.placement.dispatcher import Dispatcher
 from dp_extproc.placement.fleet_load import FleetLoad
+from dp_extproc.placement.load import StepCosts
 
 _MESSAGE_SLACK: Final = 1 << 20
 """Bytes of a gRPC message beyond the body: request headers and framing. gRPC's own limit of 4 MiB is too small."""
@@ -87,9 +88,12 @@ async def _serve(config: Config) -> None:
     clock = time.monotonic
     rng = random.Random(os.urandom(32))
     endpoints = endpoints_of(config)
-    fleet = FleetLoad(endpoints, config.load.stale_after)
+    costs = StepCosts(config.load.prefill_step_tokens, config.load.decode_request_tokens)
+    fleet = FleetLoad(endpoints, config.load.stale_after, costs)
     telemetry = Telemetry(fleet, clock)
-    dispatcher = Dispatcher(config.pools, fleet, owner=owner_address(config), rng=rng, clock=clock)
+    dispatcher = Dispatcher(
+        config.pools, fleet, owner=owner_address(config), rng=rng, clock=clock, signal=config.load.signal
+    )
     service = ExtProcService(dispatcher, dispatcher.legs, telemetry, max_body=config.envoy.max_body_bytes, clock=clock)
     health = aio.HealthServicer()
     readiness = Readiness(health, lambda: any(can_serve(pool, fleet, clock()) for pool in config.pools))

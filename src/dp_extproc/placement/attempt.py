@@ -1,8 +1,41 @@
 """One attempt to serve a request: what it has on the books, and the four events that move it."""
 
 from collections.abc import Callable
+from typing import Final, Protocol
 
-from dp_extproc.placement.load import Reservation
+from dp_extproc.placement.books import Reservation
+from dp_extproc.placement.dispatch import Dispatch
+
+
+class AttemptObserver(Protocol):
+    """Who wants to know what becomes of attempts. Called on the request path, so each call must be short.
+
+    Attempts are numbered, each once in the life of the process. The moments are in the clock of the placement.
+    """
+
+    def dispatched(self, attempt: int, dispatch: Dispatch, now: float) -> None:
+        """A request was placed. Always the first event of an attempt."""
+
+    def prefill_answered(self, attempt: int, now: float) -> None:
+        """Prefill is over: its engine has answered, or Envoy in its place."""
+
+    def first_token(self, attempt: int, now: float) -> None:
+        """The answer to the client has begun."""
+
+    def ended(self, attempt: int, now: float) -> None:
+        """It is over, for whatever reason. Always the last event of an attempt."""
+
+
+class _Nobody:
+    """Wants to know nothing."""
+
+    def dispatched(self, attempt: int, dispatch: Dispatch, now: float) -> None: ...
+    def prefill_answered(self, attempt: int, now: float) -> None: ...
+    def first_token(self, attempt: int, now: float) -> None: ...
+    def ended(self, attempt: int, now: float) -> None: ...
+
+
+NOBODY: Final[AttemptObserver] = _Nobody()
 
 
 class Attempt:
@@ -12,16 +45,23 @@ class Attempt:
     all, in any order: whatever happens, every reservation is released exactly once, at the latest by :meth:`end`.
     """
 
-    __slots__ = ("_decode", "_on_prefill_answer", "_prefill", "first_byte_at", "leg", "picked_at", "prefill_status")
+    __slots__ = (
+        "_decode", "_observer", "_on_prefill_answer", "_over", "_prefill", "first_byte_at", "leg", "number",
+        "picked_at", "prefill_status",
+    )  # fmt: skip
 
     def __init__(
         self,
-        leg: str,
+        number: int,
         picked_at: float,
         prefill: tuple[Reservation, ...],
         decode: tuple[Reservation, ...],
-        on_prefill_answer: Callable[[int], None],
+        *,
+        leg: str = "",
+        observer: AttemptObserver = NOBODY,
+        on_prefill_answer: Callable[[int], None] | None = None,
     ) -> None:
+        self.number = number
         self.leg = leg
         """Token by which the prefill leg's own ext_proc stream finds this attempt."""
         self.picked_at = picked_at
@@ -29,28 +69,36 @@ class Attempt:
         self.first_byte_at: float | None = None
         self._prefill = prefill
         self._decode = decode
+        self._observer = observer
         self._on_prefill_answer = on_prefill_answer
+        self._over = False
 
     def prefill_answered(self, status: int, now: float) -> None:
         """Note that the prefill leg is over: its engine has answered, or Envoy in its place."""
-        if self.prefill_status is None:
+        if self.prefill_status is None and not self._over:
             self.prefill_status = status
-            self._on_prefill_answer(status)
-        _release(self._prefill, now)
+            if self._on_prefill_answer is not None:
+                self._on_prefill_answer(status)
+            self._observer.prefill_answered(self.number, now)
+            for reservation in self._prefill:
+                reservation.release(now)
+            for reservation in self._decode:
+                reservation.started(now)  # the KV cache is there, so decoding begins
 
     def first_byte(self, status: int, now: float) -> None:
         """Note that the response headers have come from the server that answers the client."""
-        if self.first_byte_at is None:
+        if self.first_byte_at is None and not self._over:
             self.first_byte_at = now
-        if not self._prefill:
-            self.prefill_answered(status, now)  # one server does both
+            self._observer.first_token(self.number, now)
+            for reservation in self._decode:
+                reservation.started(now)
+            if not self._prefill:
+                self.prefill_answered(status, now)  # one server does both
 
     def end(self, now: float) -> None:
         """Note that the response is over, for whatever reason."""
-        _release(self._prefill, now)
-        _release(self._decode, now)
-
-
-def _release(reservations: tuple[Reservation, ...], now: float) -> None:
-    for reservation in reservations:
-        reservation.release(now)
+        if not self._over:
+            self._over = True
+            self._observer.ended(self.number, now)
+            for reservation in (*self._prefill, *self._decode):
+                reservation.release(now)

@@ -9,17 +9,20 @@ from urllib.parse import unquote
 import msgspec
 from msgspec.structs import replace
 
-from dp_extproc.config.schema import ClientRanks, PoolConfig
+from dp_extproc.config.schema import ClientRanks, LoadSignal, PoolConfig
 from dp_extproc.extproc import names
 from dp_extproc.fleet.endpoint import Role
 from dp_extproc.fleet.server_info import DEFAULT_BOOTSTRAP_PORT
-from dp_extproc.placement.attempt import Attempt
+from dp_extproc.placement.attempt import NOBODY, Attempt, AttemptObserver
 from dp_extproc.placement.decision import Answer, Decision, Metadata
+from dp_extproc.placement.demand import Demand
 from dp_extproc.placement.fleet_load import FleetLoad
+from dp_extproc.placement.ledger import Ledger
 from dp_extproc.placement.load import HostLoad
 from dp_extproc.placement.pair import Picker, Pins, Side
 from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated
 from dp_extproc.request.path import ONE_MODEL, Api
+from dp_extproc.request.prefix import NO_PREFIX, prefix_of
 from dp_extproc.request.prompt import Prompt
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.request.rewrite import Bootstrap, LegFields, rewrite_aggregated, rewrite_disaggregated
@@ -33,10 +36,10 @@ _TRY_AGAIN: Final = (("retry-after", "1"),)
 class _Pool:
     """A pool and what its policies remember."""
 
-    def __init__(self, config: PoolConfig, rng: Random) -> None:
+    def __init__(self, config: PoolConfig, signal: LoadSignal, fleet: FleetLoad, rng: Random) -> None:
         self.config = config
         self.name = config.name
-        self.picker = Picker(config.policy, rng)
+        self.picker = Picker(config.policy, signal, fleet.prefixes[config.name], rng)
         self.honours_pins = config.policy.client_dp_rank is ClientRanks.HONOUR
 
 
@@ -44,7 +47,15 @@ class Dispatcher:
     """Decides. Holds no connection and reads no clock; what it knows of the fleet is in the load cache."""
 
     def __init__(
-        self, pools: Iterable[PoolConfig], fleet: FleetLoad, *, owner: str, rng: Random, clock: Callable[[], float]
+        self,
+        pools: Iterable[PoolConfig],
+        fleet: FleetLoad,
+        *,
+        owner: str,
+        rng: Random,
+        clock: Callable[[], float],
+        signal: LoadSignal = LoadSignal.ESTIMATE,
+        observer: AttemptObserver = NOBODY,
     ) -> None:
         """Set up.
 
@@ -54,18 +65,27 @@ class Dispatcher:
             owner: ``IP:port`` where Envoy reaches this very process.
             rng: For ties, rooms and ids. Seeded differently in every process.
             clock: Monotonic seconds; the same that the load cache is fed with.
+            signal: What the tokens of a rank are.
+            observer: Told of every attempt.
         """
-        self._pools = [_Pool(pool, rng) for pool in pools]
+        self._pools = [_Pool(pool, signal, fleet, rng) for pool in pools]
         self._pool_of = {model: pool for pool in self._pools for model in pool.config.models}
         self._fleet = fleet
+        self.ledger = Ledger(fleet, observer)
         self._owner = owner.encode()
         self._rng = rng
         self._clock = clock
         self.legs: dict[str, Attempt] = {}
         """Attempts whose prefill leg may still report, by the leg's token."""
 
-    def place(self, api: Api, body: bytes) -> Decision | Rejection:
-        """Decide where an inference request goes."""
+    def place(self, api: Api, body: bytes, session: str | None = None) -> Decision | Rejection:
+        """Decide where an inference request goes.
+
+        Args:
+            api: What the path asked for.
+            body: The whole body.
+            session: The client's name for the conversation.
+        """
         request = read_body(api, body)
         if isinstance(request, Rejection):
             return request
@@ -73,8 +93,8 @@ class Dispatcher:
         if isinstance(pool, Rejection):
             return pool
         if pool.config.is_disaggregated:
-            return refuse_disaggregated(request) or self._place_disaggregated(pool, request)
-        return self._place_aggregated(pool, request)
+            return refuse_disaggregated(request) or self._place_disaggregated(pool, request, session)
+        return self._place_aggregated(pool, request, session)
 
     def look_up(self) -> Decision | Rejection:
         """Send a request that any engine can answer to a server that answers clients."""
@@ -127,23 +147,23 @@ class Dispatcher:
         message = f"the model {model[:_SHOWN_MODEL]!r} does not exist; known: {', '.join(self.known_models())}"
         return Rejection(404, Reason.MODEL_NOT_FOUND, message, param="model")
 
-    def _place_aggregated(self, pool: _Pool, request: InferenceRequest) -> Decision | Rejection:
+    def _place_aggregated(self, pool: _Pool, request: InferenceRequest, session: str | None) -> Decision | Rejection:
         now = self._clock()
         hosts = self._capable(pool, Role.WORKER, request.api, now)
         if isinstance(hosts, Rejection):
             return hosts
-        side = pool.picker.worker(hosts, request.routed_rank_pin if pool.honours_pins else None)
+        demand = self._demand(pool, request, session)
+        side = pool.picker.worker(hosts, demand, now, request.routed_rank_pin if pool.honours_pins else None)
         rank_key = side.host.capabilities.aggregated_rank_key(request.api)
         if rank_key is None:
             side = replace(side, rank=None)
-        tokens = self._fleet.ratios[pool.name].estimate(request.prompt)
         on_answer = partial(self._prompt_done, pool, side.host, request.prompt)
-        attempt = Attempt("", now, (), side.host.reserve(side.rank, tokens, now), on_answer)
+        attempt = self.ledger.open_worker(side, demand, now, on_prefill_answer=on_answer)
         body = rewrite_aggregated(request.body, rank_key, side.rank)
         headers = ((names.DECODE_HOST, side.host.address.encode()),)
         return Decision(body, headers, _metadata(pool, request, side), attempt)
 
-    def _place_disaggregated(self, pool: _Pool, request: InferenceRequest) -> Decision | Rejection:
+    def _place_disaggregated(self, pool: _Pool, request: InferenceRequest, session: str | None) -> Decision | Rejection:
         now = self._clock()
         prefills = self._capable(pool, Role.PREFILL, request.api, now)
         if isinstance(prefills, Rejection):
@@ -152,7 +172,8 @@ class Dispatcher:
         if isinstance(decodes, Rejection):
             return decodes
         pins = Pins(request.prefill_rank_pin, request.routed_rank_pin) if pool.honours_pins else Pins()
-        pair = pool.picker.pair(prefills, decodes, pins)
+        demand = self._demand(pool, request, session)
+        pair = pool.picker.pair(prefills, decodes, demand, now, pins)
         prefill, decode = pair.prefill, pair.decode
         batch = request.prompt.batch
         rooms = pair.draw_room(self._rng) if batch is None else [pair.draw_room(self._rng) for _ in range(batch)]
@@ -164,14 +185,8 @@ class Dispatcher:
             _leg_fields(prefill, prefill.rank, f"dp{leg}p"),
             _leg_fields(decode, prefill.rank, f"dp{leg}d"),
         )
-        tokens = self._fleet.ratios[pool.name].estimate(request.prompt)
-        attempt = Attempt(
-            leg,
-            now,
-            prefill.host.reserve(prefill.rank, tokens, now),
-            decode.host.reserve(decode.rank, tokens, now),
-            partial(self._prompt_done, pool, prefill.host, request.prompt),
-        )
+        on_answer = partial(self._prompt_done, pool, prefill.host, request.prompt)
+        attempt = self.ledger.open_pair(pair, demand, now, leg=leg, on_prefill_answer=on_answer)
         self.legs[leg] = attempt
         headers = (
             (names.DECODE_HOST, decode.host.address.encode()),
@@ -186,6 +201,15 @@ class Dispatcher:
         if prefill.rank is not None:
             metadata[names.META_PREFILL_RANK] = prefill.rank
         return Decision(bodies.decode, headers, metadata, attempt)
+
+    def _demand(self, pool: _Pool, request: InferenceRequest, session: str | None) -> Demand:
+        prompt = request.prompt
+        return Demand(
+            tokens=self._fleet.ratios[pool.name].estimate(prompt),
+            requests=(prompt.batch or 1) * request.samples,
+            prefix=prefix_of(request) if pool.config.policy.affinity.prefixes else NO_PREFIX,
+            session=session,
+        )
 
     def _capable(self, pool: _Pool, role: Role, api: Api, now: float) -> Sequence[HostLoad] | Rejection:
         """Give the hosts of a role that can serve this path, at least one."""

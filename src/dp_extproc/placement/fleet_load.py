@@ -6,7 +6,9 @@ from dp_extproc.fleet.agreement import MODE_OF
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.fleet.recipe import capabilities
-from dp_extproc.placement.load import HostLoad
+from dp_extproc.placement.affinity import PrefixIndex
+from dp_extproc.placement.books import RankLoad
+from dp_extproc.placement.load import DEFAULT_COSTS, HostLoad, StepCosts, compare_pace
 from dp_extproc.placement.ratio import TokenRatio
 from dp_extproc.request.path import Api
 
@@ -14,14 +16,17 @@ from dp_extproc.request.path import Api
 class FleetLoad:
     """Who is there and how loaded. Implements :class:`dp_extproc.fleet.observer.FleetObserver`."""
 
-    def __init__(self, endpoints: Iterable[Endpoint], stale_after: float) -> None:
+    def __init__(self, endpoints: Iterable[Endpoint], stale_after: float, costs: StepCosts = DEFAULT_COSTS) -> None:
         self.endpoints = tuple(endpoints)
         self.stale_after = stale_after
+        self._costs = costs
         self.hosts: dict[str, HostLoad] = {}
         """By URL; only endpoints that have told their facts."""
         self.failures: dict[str, ScrapeFailure] = {}
         """By URL; what is wrong at present."""
         self.ratios = {endpoint.pool: TokenRatio() for endpoint in self.endpoints}
+        self.prefixes: dict[str, PrefixIndex[RankLoad]] = {endpoint.pool: PrefixIndex() for endpoint in self.endpoints}
+        """Per pool: which ranks hold the KV cache of which prompts' beginnings."""
         self._by_role: dict[tuple[str, Role], list[HostLoad]] = {}
         self._capable: dict[tuple[str, Role, Api], tuple[Sequence[HostLoad], float]] = {}
 
@@ -32,7 +37,10 @@ class FleetLoad:
         if known is not None and known.facts == facts:
             known.address = address
             return
-        self.hosts[endpoint.url] = HostLoad(endpoint, address, facts, capabilities(facts))
+        if known is not None:
+            for rank in known.ranks:
+                self.prefixes[endpoint.pool].forget(rank)
+        self.hosts[endpoint.url] = HostLoad(endpoint, address, facts, capabilities(facts), self._costs)
         self._by_role = {}
         for each in self.endpoints:
             host = self.hosts.get(each.url)
@@ -40,12 +48,14 @@ class FleetLoad:
             if host is not None and host.facts.mode is MODE_OF[each.role]:
                 self._by_role.setdefault((each.pool, each.role), []).append(host)
 
-    def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:  # noqa: ARG002 - the protocol's
+    def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
         """Take in a load page that was asked for at *started*."""
         self._capable.clear()
         self.failures.pop(endpoint.url, None)
         if (host := self.hosts.get(endpoint.url)) is not None:
-            host.absorb(page.ranks, started)
+            host.absorb(page.ranks, started, now)
+            if endpoint.role is not Role.PREFILL:
+                compare_pace(self._by_role.get((endpoint.pool, endpoint.role), ()))
         if page.prompt_tokens is not None and endpoint.role is not Role.DECODE:
             self.ratios[endpoint.pool].counted(endpoint.url, page.prompt_tokens)
 

@@ -1,24 +1,22 @@
-"""The load of each DP rank: what its engine last told, and what this service has sent it. One estimate out of both.
-
-A sample tells all the load there is, ours included, but late; our own books tell our share at once, but nothing of
-other routers or direct traffic. So at each sample the part that our books do not explain is taken as the load that
-others cause, and the estimate is that part plus our books as they stand. A sample thereby erases nothing that the
-engine had not counted when it was taken, and counts nothing twice.
-"""
+"""One endpoint: its ranks, in groups that step together, and how well it is known."""
 
 import math
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, TypeVar
 
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, RankSample, Role
 from dp_extproc.fleet.recipe import Capabilities
+from dp_extproc.placement.books import RankLoad, Reservation, StepGroup
+from dp_extproc.placement.decode_load import DecodeGroup
+from dp_extproc.placement.prefill_load import PrefillGroup
 
-_SETTLED_KEPT: Final = 10_000
-"""Released reservations that a rank remembers for the next sample. A rank that is not sampled must not remember more
-and more of them; between two samples no rank serves so many."""
+_LEAST_SLOWNESS: Final = 0.25
+_MOST_SLOWNESS: Final = 4.0
+"""Bounds for what one odd gauge can make of a server."""
+
+_T = TypeVar("_T")
 
 
 class Freshness(IntEnum):
@@ -31,87 +29,30 @@ class Freshness(IntEnum):
     """No sample ever, but the engine has told its ranks. Used when no endpoint of its role has ever had one."""
 
 
-@dataclass(slots=True, eq=False)
-class Reservation:
-    """Tokens on one rank's books, from the pick until they are released."""
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """What a step costs besides its tokens, in tokens that would cost as much."""
 
-    rank: "RankLoad"
-    tokens: float
-    requests: float
-    since: float
-    until: float = math.inf
-
-    def release(self, now: float) -> None:
-        """Take the tokens off the books. Only the first call counts, so that every way out may call it."""
-        if self.until == math.inf:
-            self.until = now
-            self.rank.settle(self)
+    prefill_step: float = 500.0
+    """The fixed time of a prefill step: 10 ms, at 20 us per token. A wrong value costs little."""
+    decode_request: float = 1000.0
+    """The fixed time per sequence in a decode step: 50 us, at 50 ns per token of context."""
 
 
-class RankLoad:
-    """One DP rank of one server."""
+DEFAULT_COSTS: Final = StepCosts()
 
-    __slots__ = (
-        "_open",
-        "_settled",
-        "index",
-        "others",
-        "own_requests",
-        "own_tokens",
-        "picks",
-        "sample",
-        "sampled_at",
-        "tokens",
-    )
 
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.picks = 0
-        self.own_tokens = 0.0
-        self.own_requests = 0.0
-        self.others = 0.0
-        """Tokens that the last sample showed beyond our own."""
-        self.tokens = 0.0
-        """The estimate that policies compare: ``others + own_tokens``. Kept up to date, as it is read far more often
-        than it changes."""
-        self.sample: RankSample | None = None
-        self.sampled_at = -math.inf
-        """When the engine took the sample, in our clock; never later than it really was."""
-        self._open: set[Reservation] = set()
-        self._settled: deque[Reservation] = deque(maxlen=_SETTLED_KEPT)
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Those ranks of a group that a request may go to."""
 
-    def reserve(self, tokens: float, now: float, requests: float = 1.0) -> Reservation:
-        reservation = Reservation(self, tokens, requests, now)
-        self._open.add(reservation)
-        self.own_tokens += tokens
-        self.own_requests += requests
-        self.tokens += tokens
-        return reservation
+    group: StepGroup
+    positions: Sequence[int] | None
+    """In the lists of the group; None stands for all."""
 
-    def settle(self, reservation: Reservation) -> None:
-        """Strictly for :meth:`Reservation.release`."""
-        self._open.discard(reservation)
-        self._settled.append(reservation)
-        # With nothing open the books are exactly zero, whatever floating point made of the sums.
-        self.own_tokens = self.own_tokens - reservation.tokens if self._open else 0.0
-        self.own_requests = self.own_requests - reservation.requests if self._open else 0.0
-        self.tokens = self.others + self.own_tokens
-
-    def absorb(self, sample: RankSample, sampled_at: float) -> None:
-        """Take in what the engine told of a moment."""
-        counted = sum(
-            reservation.tokens
-            for books in (self._open, self._settled)
-            for reservation in books
-            if reservation.since <= sampled_at < reservation.until
-        )
-        self.others = max(0.0, sample.tokens - counted)
-        self.tokens = self.others + self.own_tokens
-        self.sample = sample
-        self.sampled_at = sampled_at
-        # A later sample is of a later moment: what was over by now cannot be in it.
-        while self._settled and self._settled[0].until <= sampled_at:
-            self._settled.popleft()
+    def of(self, values: Sequence[_T]) -> Sequence[_T]:
+        """Give what belongs to these ranks out of a list of the group."""
+        return values if self.positions is None else [values[position] for position in self.positions]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,24 +60,38 @@ class Candidate:
     """A host, and those of its ranks that a request may go to."""
 
     host: "HostLoad"
-    ranks: Sequence[RankLoad]
-    """At least one."""
+    parts: tuple[Part, ...]
+    """At least one, each with at least one rank."""
+
+    @property
+    def ranks(self) -> list[RankLoad]:
+        return [rank for part in self.parts for rank in part.of(part.group.ranks)]
+
+    def only(self, wanted: Callable[[RankLoad], bool]) -> "Candidate | None":
+        """Give what is left with the wanted ranks alone; None if that is nothing."""
+        left = _candidate(self.host, [rank for rank in self.ranks if wanted(rank)])
+        return left if left.parts else None
 
 
 class HostLoad:
     """One endpoint: its ranks and how well it is known."""
 
-    __slots__ = ("_demoted", "address", "candidate", "capabilities", "endpoint", "facts", "ranks", "sampled")
+    __slots__ = (
+        "_demoted", "address", "candidate", "capabilities", "endpoint", "facts", "groups", "ranks", "sampled",
+    )  # fmt: skip
 
-    def __init__(self, endpoint: Endpoint, address: str, facts: EngineFacts, capabilities: Capabilities) -> None:
+    def __init__(
+        self, endpoint: Endpoint, address: str, facts: EngineFacts, capabilities: Capabilities, costs: StepCosts
+    ) -> None:
         self.endpoint = endpoint
         self.address = address
         """``IP:port``, what Envoy dials."""
         self.facts = facts
         self.capabilities = capabilities
-        self.ranks = tuple(RankLoad(index) for index in range(facts.dp_ranks))
+        self.groups = tuple(_groups(endpoint.role, facts, costs))
+        self.ranks = tuple(rank for group in self.groups for rank in group.ranks)
         usable = capabilities.prefill_ranks(facts.dp_ranks) if endpoint.role is Role.PREFILL else range(facts.dp_ranks)
-        self.candidate = Candidate(self, [self.ranks[index] for index in usable])
+        self.candidate = _candidate(self, [self.ranks[index] for index in usable])
         """The host with every rank that can serve."""
         self.sampled = -math.inf
         """When the last good load page was asked for."""
@@ -144,33 +99,74 @@ class HostLoad:
 
     @property
     def tokens(self) -> float:
-        return sum(rank.tokens for rank in self.ranks)
+        """The load of all ranks."""
+        return sum(sum(group.loads) for group in self.groups)
+
+    @property
+    def requests(self) -> float:
+        """Requests in flight, those of others included."""
+        return sum(group.requests + group.others_requests for group in self.groups)
 
     def freshness(self, now: float, stale_after: float) -> Freshness:
         if self.sampled == -math.inf:
             return Freshness.UNKNOWN
         return Freshness.STALE if self._demoted or now - self.sampled > stale_after else Freshness.FRESH
 
-    def absorb(self, samples: tuple[RankSample, ...], started: float) -> None:
+    def absorb(self, samples: tuple[RankSample, ...], started: float, now: float) -> None:
         """Take in a load page that was asked for at *started*. Ranks that the server does not have are left out."""
         before, self.sampled = self.sampled, started
         self._demoted = False
         for sample in samples:
             if 0 <= sample.dp_rank < len(self.ranks):
                 rank = self.ranks[sample.dp_rank]
-                rank.absorb(sample, _moment_of(sample, started, rank, before))
+                rank.absorb(sample, _moment_of(sample, started, rank, before), now)
 
     def demote(self) -> None:
         """Trust the samples no longer, however young: the engine is known to be away."""
         self._demoted = True
 
-    def reserve(self, rank: int | None, tokens: float, now: float) -> tuple[Reservation, ...]:
+    def reserve(
+        self, rank: int | None, tokens: float, now: float, requests: float = 1.0, cached: float = 0.0
+    ) -> tuple[Reservation, ...]:
         """Put a request on the books. When the engine itself picks the rank, each rank carries an even share."""
         if rank is not None:
             self.ranks[rank].picks += 1
-            return (self.ranks[rank].reserve(tokens, now),)
+            return (self.ranks[rank].reserve(tokens, now, requests, cached),)
         share = 1.0 / len(self.ranks)
-        return tuple(each.reserve(tokens * share, now, share) for each in self.ranks)
+        return tuple(each.reserve(tokens * share, now, requests * share, cached * share) for each in self.ranks)
+
+
+def compare_pace(hosts: Iterable[HostLoad]) -> None:
+    """Find out how slow each of some decode servers is, against their average."""
+    groups = [group for host in hosts for group in host.groups if isinstance(group, DecodeGroup)]
+    told = [tpot for group in groups if (tpot := group.known_tpot) is not None]
+    average = sum(told) / len(told) if told else 0.0
+    for group in groups:
+        tpot = group.known_tpot
+        slowness = 1.0 if tpot is None or not average else tpot / average
+        group.slowness = min(_MOST_SLOWNESS, max(_LEAST_SLOWNESS, slowness))
+
+
+def _candidate(host: HostLoad, ranks: Sequence[RankLoad]) -> Candidate:
+    parts = []
+    for group in host.groups:
+        positions = [rank.position for rank in ranks if rank.group is group]
+        if positions:
+            parts.append(Part(group, None if len(positions) == len(group.ranks) else positions))
+    return Candidate(host, tuple(parts))
+
+
+def _groups(role: Role, facts: EngineFacts, costs: StepCosts) -> Sequence[StepGroup]:
+    """Group the ranks: with DP attention all step together, replicas each for themselves."""
+    size = facts.dp_ranks
+    members = [range(size)] if facts.dp_attention else [range(index, index + 1) for index in range(size)]
+    if role is Role.PREFILL:
+        return [
+            PrefillGroup(each, budget=facts.step_tokens, chunked=facts.chunked, step_tokens=costs.prefill_step)
+            for each in members
+        ]
+    computes = role is Role.WORKER
+    return [DecodeGroup(each, request_tokens=costs.decode_request, computes=computes) for each in members]
 
 
 def _moment_of(sample: RankSample, started: float, rank: RankLoad, before: float) -> float:

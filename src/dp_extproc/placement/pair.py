@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from random import Random
+from typing import Final
 
 from msgspec import Struct
 
-from dp_extproc.config.schema import PolicySettings, RankPolicy
+from dp_extproc.config.schema import LoadSignal, PolicySettings
 from dp_extproc.fleet.endpoint import Role
 from dp_extproc.fleet.recipe import RankControl
+from dp_extproc.placement.affinity import Held, PrefixIndex
+from dp_extproc.placement.books import RankLoad
+from dp_extproc.placement.demand import Demand
 from dp_extproc.placement.load import Candidate, HostLoad
-from dp_extproc.placement.policy import Turn, pick
+from dp_extproc.placement.policy import NOTHING_HELD, Policy
 from dp_extproc.placement.room import agree, draw_room
 
 
@@ -23,6 +27,8 @@ class Side(Struct, frozen=True):
     """Whether the body names the rank. If not, the room leads to it, or the engine chooses."""
     by_room: bool
     """Whether the room must lead to the rank."""
+    cached: float = 0.0
+    """Tokens of the prompt that the rank holds already."""
 
     @property
     def residue(self) -> tuple[int, int] | None:
@@ -48,64 +54,134 @@ class Pins(Struct, frozen=True):
     decode: int | None = None
 
 
+NO_PINS: Final = Pins()
+
+
 class Picker:
     """Picks the servers and ranks of one pool."""
 
-    def __init__(self, policy: PolicySettings, rng: Random) -> None:
-        self._policy = policy
-        self._rng = rng
-        self._turns = {role: Turn() for role in Role}
+    def __init__(
+        self, settings: PolicySettings, signal: LoadSignal, prefixes: PrefixIndex[RankLoad], rng: Random
+    ) -> None:
+        """Set up.
 
-    def worker(self, hosts: Sequence[HostLoad], pin: int | None) -> Side:
+        Args:
+            settings: The pool's policies.
+            signal: What the tokens of a rank are.
+            prefixes: Which ranks hold what prompts begin with.
+            rng: For ties and whatever else is left to chance.
+        """
+        self._policies = {role: Policy(settings, signal, rng) for role in Role}
+        self._prefixes = prefixes
+        self._rng = rng
+
+    def worker(
+        self,
+        hosts: Sequence[HostLoad],
+        demand: Demand,
+        now: float,
+        pin: int | None = None,
+    ) -> Side:
         """Pick a server that does both prefill and decode, and its rank.
 
         Args:
             hosts: At least one, equally eligible.
+            demand: What the request asks for.
+            now: For what changes with time alone.
             pin: A rank that the client asked for; passed over when no host has it.
         """
-        chosen, rank = self._pick(Role.WORKER, [host.candidate for host in hosts], pin)
-        return Side(chosen.host, rank, routed=rank is not None, by_room=False)
+        held = self._held(demand)
+        near = self._policies[Role.WORKER].within_reach(hosts, held)
+        chosen, rank = self._pick(
+            Role.WORKER, [host.candidate for host in near], demand.tokens, now, pin=pin, held=held
+        )
+        index = None if rank is None else rank.index
+        return Side(chosen.host, index, routed=rank is not None, by_room=False, cached=_cached(rank, held))
 
-    def pair(self, prefills: Sequence[HostLoad], decodes: Sequence[HostLoad], pins: Pins) -> Pair:
+    def pair(
+        self,
+        prefills: Sequence[HostLoad],
+        decodes: Sequence[HostLoad],
+        demand: Demand,
+        now: float,
+        pins: Pins = NO_PINS,
+    ) -> Pair:
         """Pick both sides of a disaggregated request.
 
         Args:
             prefills: At least one, equally eligible.
             decodes: Likewise.
+            demand: What the request asks for.
+            now: For what changes with time alone.
             pins: Ranks that the client asked for; passed over when no host has them.
         """
-        prefill = self._prefill(prefills, pins.prefill)
-        return Pair(prefill, self._decode(decodes, prefill.residue, pins.decode))
+        prefill = self._prefill(prefills, demand.tokens, now, pins.prefill, self._held(demand))
+        return Pair(prefill, self._decode(decodes, demand.tokens, now, prefill.residue, pins.decode))
 
-    def _prefill(self, hosts: Sequence[HostLoad], pin: int | None) -> Side:
-        chosen, rank = self._pick(Role.PREFILL, [host.candidate for host in hosts], pin)
+    def _held(self, demand: Demand) -> Held[RankLoad]:
+        if demand.prefix.blocks or demand.session is not None:
+            return self._prefixes.held(demand.prefix, demand.tokens, demand.session)
+        return NOTHING_HELD
+
+    def _prefill(
+        self, hosts: Sequence[HostLoad], tokens: float, now: float, pin: int | None, held: Held[RankLoad]
+    ) -> Side:
+        near = self._policies[Role.PREFILL].within_reach(hosts, held)
+        chosen, rank = self._pick(Role.PREFILL, [host.candidate for host in near], tokens, now, pin=pin, held=held)
         host = chosen.host
         if rank is None and host.facts.follows_rooms:
-            return Side(host, self._rng.choice(chosen.ranks).index, routed=False, by_room=True)
+            rank = self._rng.choice(chosen.ranks)
+            return Side(host, rank.index, routed=False, by_room=True, cached=_cached(rank, held))
         # A chosen rank gets a congruent room: from 0.5.11 on a server that follows rooms refuses any other.
         known = rank is not None
-        return Side(host, rank, routed=known and host.capabilities.carries_routed_rank, by_room=known)
+        return Side(
+            host,
+            None if rank is None else rank.index,
+            routed=known and host.capabilities.carries_routed_rank,
+            by_room=known,
+            cached=_cached(rank, held),
+        )
 
-    def _decode(self, hosts: Sequence[HostLoad], prefill: tuple[int, int] | None, pin: int | None) -> Side:
-        chosen, rank = self._pick(Role.DECODE, [_reachable(host, prefill) for host in hosts], pin)
+    def _decode(
+        self,
+        hosts: Sequence[HostLoad],
+        tokens: float,
+        now: float,
+        prefill: tuple[int, int] | None,
+        pin: int | None,
+    ) -> Side:
+        near = self._policies[Role.DECODE].within_reach(hosts, NOTHING_HELD)
+        candidates = [_reachable(host, prefill) for host in near]
+        chosen, rank = self._pick(Role.DECODE, candidates, tokens, now, pin=pin)
         control = chosen.host.capabilities.decode_control
         if control is RankControl.BY_FIELD:
-            return Side(chosen.host, rank, routed=rank is not None, by_room=False)
+            index = None if rank is None else rank.index
+            return Side(chosen.host, index, routed=rank is not None, by_room=False)
         if control is RankControl.BY_ROOM:
-            known = self._rng.choice(chosen.ranks).index if rank is None else rank
-            return Side(chosen.host, known, routed=False, by_room=True)
+            known = self._rng.choice(chosen.ranks) if rank is None else rank
+            return Side(chosen.host, known.index, routed=False, by_room=True)
         return Side(chosen.host, None, routed=False, by_room=False)
 
-    def _pick(self, role: Role, candidates: Sequence[Candidate], pin: int | None) -> tuple[Candidate, int | None]:
+    def _pick(
+        self,
+        role: Role,
+        candidates: Sequence[Candidate],
+        tokens: float,
+        now: float,
+        *,
+        pin: int | None,
+        held: Held[RankLoad] = NOTHING_HELD,
+    ) -> tuple[Candidate, RankLoad | None]:
+        policy = self._policies[role]
         if pin is not None:
-            pinned = [
-                Candidate(candidate.host, ranks)
-                for candidate in candidates
-                if (ranks := [rank for rank in candidate.ranks if rank.index == pin])
-            ]
+            pinned = [left for each in candidates if (left := each.only(lambda rank: rank.index == pin)) is not None]
             if pinned:
-                return pick(pinned, self._policy.host, RankPolicy.MINIMUM_TOKENS, self._rng, self._turns[role])
-        return pick(candidates, self._policy.host, self._policy.dp_rank, self._rng, self._turns[role])
+                return policy.pick(pinned, tokens, now, held=held, pinned=True)
+        return policy.pick(candidates, tokens, now, held=held)
+
+
+def _cached(rank: RankLoad | None, held: Held[RankLoad]) -> float:
+    return 0.0 if rank is None else held.by_slot.get(rank, held.elsewhere)
 
 
 def _reachable(host: HostLoad, prefill: tuple[int, int] | None) -> Candidate:
@@ -113,4 +189,6 @@ def _reachable(host: HostLoad, prefill: tuple[int, int] | None) -> Candidate:
     if prefill is None or host.capabilities.decode_control is not RankControl.BY_ROOM:
         return host.candidate
     ranks = len(host.ranks)
-    return Candidate(host, [rank for rank in host.ranks if agree(prefill, (rank.index, ranks))])
+    left = host.candidate.only(lambda rank: agree(prefill, (rank.index, ranks)))
+    assert left is not None  # noqa: S101 - of any ranks that follow one another, one is congruent
+    return left

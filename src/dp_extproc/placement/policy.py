@@ -1,78 +1,196 @@
 """Which host and which rank get a request. Each policy is a few lines over the same estimate."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Final
 
-from dp_extproc.config.schema import HostPolicy, RankPolicy
-from dp_extproc.placement.load import Candidate
+from dp_extproc.config.schema import HostPolicy, LoadSignal, PolicySettings, RankPolicy
+from dp_extproc.placement.affinity import Held
+from dp_extproc.placement.books import RankLoad, StepGroup
+from dp_extproc.placement.load import Candidate, HostLoad, Part
+
+REACH: Final = 48
+"""Of more hosts than these only so many are compared, others for each request. The best of 48 is as good as the best of
+a thousand for all practical purposes, and a decision costs the same in every fleet."""
+
+NOTHING_HELD: Final[Held[RankLoad]] = Held({}, 0.0)
+
+_Pick = tuple[Candidate, RankLoad | None]
 
 
-class Turn:
-    """Whose turn it is in a round robin; one for each pool and role."""
+class Policy:
+    """Picks hosts and ranks for one role of one pool."""
 
-    __slots__ = ("_next",)
+    def __init__(self, settings: PolicySettings, signal: LoadSignal, rng: Random) -> None:
+        """Set up.
 
-    def __init__(self) -> None:
-        self._next = 0
+        Args:
+            settings: Which policies.
+            signal: What the tokens of a rank are.
+            rng: For random picks, and for ties: replicas that broke them alike would pile up on one rank.
+        """
+        self._host = settings.host
+        self._rank = settings.dp_rank
+        self._tokens: Callable[[StepGroup], list[float]] = _reported if signal is LoadSignal.SCRAPED else _loads
+        self._rng = rng
+        self._turn = 0
 
-    def take(self, count: int) -> int:
-        turn = self._next % count
-        self._next = turn + 1
-        return turn
+    def within_reach(self, hosts: Sequence[HostLoad], held: Held[RankLoad]) -> Sequence[HostLoad]:
+        """Leave out what is too much to compare; never a host that holds a part of the prompt."""
+        if len(hosts) <= REACH:
+            return hosts
+        start = self._rng.randrange(len(hosts))
+        near = [*hosts[start : start + REACH], *hosts[: max(0, start + REACH - len(hosts))]]
+        if held.by_slot:
+            holders = {rank.group for rank in held.by_slot}
+            near += [host for host in hosts if host not in near and not holders.isdisjoint(host.groups)]
+        return near
 
+    def pick(
+        self,
+        candidates: Sequence[Candidate],
+        tokens: float,
+        now: float,
+        *,
+        held: Held[RankLoad] = NOTHING_HELD,
+        pinned: bool = False,
+    ) -> _Pick:
+        """Pick a host and a rank on it.
 
-def pick(
-    candidates: Sequence[Candidate], host: HostPolicy, rank: RankPolicy, rng: Random, turn: Turn
-) -> tuple[Candidate, int | None]:
-    """Pick a host and a rank on it.
+        Args:
+            candidates: At least one, equally eligible.
+            tokens: Of the prompt.
+            now: For what changes with time alone.
+            held: Which of those tokens ranks hold already.
+            pinned: Whether the client has chosen the rank, so that none is left to the engine.
 
-    Args:
-        candidates: At least one, equally eligible.
-        host: How to pick the host.
-        rank: How to pick the rank on it.
-        rng: For random picks, and for ties: replicas that broke them alike would pile up on one rank.
-        turn: For the round robin.
-
-    Returns:
-        The candidate, and the rank; None leaves the rank to the engine.
-    """
-    if host is HostPolicy.LEAST_TOKENS:
-        # Flat over every rank of every host: a host with many idle ranks is likelier than one with a single one.
-        slots = [(candidate, each) for candidate in candidates for each in candidate.ranks]
-    else:
-        chosen = candidates[0] if len(candidates) == 1 else _HOST_POLICIES[host](candidates, rng, turn)
-        if rank is RankPolicy.NONE:
+        Returns:
+            The candidate, and the rank; None leaves the rank to the engine.
+        """
+        for candidate in candidates:
+            for group in candidate.host.groups:
+                if now >= group.due:
+                    group.refresh(now)
+        if self._host is HostPolicy.LOCKSTEP:
+            chosen, least = self._lockstep(candidates, tokens, held)
+        elif self._host is HostPolicy.LEAST_TOKENS:
+            chosen, least = self._least(candidates, self._tokens, held)
+        else:
+            chosen = candidates[0] if len(candidates) == 1 else self._pick_host(candidates)
+            least = None
+        if self._rank is RankPolicy.NONE and not pinned:
             return chosen, None
-        slots = [(chosen, each) for each in chosen.ranks]
-    chosen, least = slots[_least([each.tokens for _, each in slots], rng)]
-    return chosen, None if rank is RankPolicy.NONE else least.index
+        if self._rank is RankPolicy.TOKEN_ROUND_ROBIN:
+            return self._least((chosen,), _sent, NOTHING_HELD)
+        return (chosen, least) if least is not None else self._least((chosen,), self._tokens, held)
+
+    def _lockstep(
+        self, candidates: Sequence[Candidate], tokens: float, held: Held[RankLoad]
+    ) -> tuple[Candidate, RankLoad]:
+        """Take the group where the request costs least, on its least loaded rank or one that holds its beginning."""
+        cheapest = math.inf
+        found: list[tuple[Candidate, Part, float]] = []
+        to_compute = tokens - held.elsewhere
+        for candidate in candidates:
+            for part in candidate.parts:
+                loads = part.group.loads
+                if part.positions is None:
+                    low = min(loads)
+                    position = loads.index(low)
+                else:
+                    position = min(part.positions, key=loads.__getitem__)
+                    low = loads[position]
+                cost = part.group.cost(position, low + to_compute)
+                if cost < cheapest:
+                    cheapest = cost
+                    found = [(candidate, part, low)]
+                elif cost == cheapest:
+                    found.append((candidate, part, low))
+        holders = []
+        for rank, cached in held.by_slot.items():
+            cost = rank.group.cost(rank.position, rank.tokens + tokens - cached)
+            if cost <= cheapest and (candidate_of_rank := _candidate_of(rank, candidates)) is not None:
+                holders.append((cost, -cached, self._rng.random(), candidate_of_rank, rank))
+        if holders:
+            return min(holders, key=_first_three)[3:]
+        chosen, part, low = found[0] if len(found) == 1 else self._rng.choice(found)
+        return chosen, part.of(part.group.ranks)[self._one_of(part.of(part.group.loads), low)]
+
+    def _least(
+        self, candidates: Sequence[Candidate], numbers: Callable[[StepGroup], list[float]], held: Held[RankLoad]
+    ) -> tuple[Candidate, RankLoad]:
+        """Take the least number of all ranks of all candidates, less what a rank holds: no host is preferred."""
+        least = math.inf
+        found: list[tuple[Candidate, Part, Sequence[float]]] = []
+        for candidate in candidates:
+            for part in candidate.parts:
+                own = part.of(numbers(part.group))
+                if held.by_slot:
+                    ranks = part.of(part.group.ranks)
+                    own = [
+                        number - held.by_slot.get(rank, held.elsewhere) for number, rank in zip(own, ranks, strict=True)
+                    ]
+                low = min(own)
+                if low < least:
+                    least = low
+                    found = [(candidate, part, own)]
+                elif low == least:
+                    found.append((candidate, part, own))
+        if len(found) > 1:  # each rank its chance: a host with several is likelier than one with a single one
+            chances = [own.count(least) for _, _, own in found]
+            found = self._rng.choices(found, chances)
+        chosen, part, own = found[0]
+        return chosen, part.of(part.group.ranks)[self._one_of(own, least)]
+
+    def _one_of(self, numbers: Sequence[float], wanted: float) -> int:
+        """Give the index of a number, any of them at random."""
+        if numbers.count(wanted) == 1:
+            return numbers.index(wanted)
+        return self._rng.choice([index for index, number in enumerate(numbers) if number == wanted])
+
+    def _pick_host(self, candidates: Sequence[Candidate]) -> Candidate:
+        if self._host is HostPolicy.ROUND_ROBIN:
+            turn = self._turn % len(candidates)
+            self._turn = turn + 1
+            return candidates[turn]
+        if self._host is HostPolicy.RANDOM:
+            return self._rng.choice(candidates)
+        if self._host is HostPolicy.POWER_OF_TWO:
+            two = self._rng.sample(candidates, 2)
+            return two[self._one_of(*_with_least([self._mean_tokens(each) for each in two]))]
+        return candidates[
+            self._one_of(*_with_least([each.host.requests / len(each.host.ranks) for each in candidates]))
+        ]
+
+    def _mean_tokens(self, candidate: Candidate) -> float:
+        return sum(sum(self._tokens(group)) for group in candidate.host.groups) / len(candidate.host.ranks)
 
 
-def _least(loads: Sequence[float], rng: Random) -> int:
-    """Give the index of the least load, ties at random."""
-    least = min(loads)
-    if loads.count(least) == 1:
-        return loads.index(least)
-    return rng.choice([index for index, load in enumerate(loads) if load == least])
+def _with_least(numbers: Sequence[float]) -> tuple[Sequence[float], float]:
+    return numbers, min(numbers)
 
 
-def _round_robin(candidates: Sequence[Candidate], _rng: Random, turn: Turn) -> Candidate:
-    return candidates[turn.take(len(candidates))]
+def _first_three(holder: tuple[float, float, float, Candidate, RankLoad]) -> tuple[float, float, float]:
+    return holder[:3]
 
 
-def _random(candidates: Sequence[Candidate], rng: Random, _turn: Turn) -> Candidate:
-    return rng.choice(candidates)
+def _candidate_of(rank: RankLoad, candidates: Sequence[Candidate]) -> Candidate | None:
+    """Find the candidate that a rank belongs to, if it may be taken."""
+    for candidate in candidates:
+        for part in candidate.parts:
+            if part.group is rank.group and (part.positions is None or rank.position in part.positions):
+                return candidate
+    return None
 
 
-def _power_of_two(candidates: Sequence[Candidate], rng: Random, _turn: Turn) -> Candidate:
-    """Take the less loaded of two hosts drawn at random."""
-    two = rng.sample(candidates, 2)
-    return two[_least([candidate.host.tokens / len(candidate.host.ranks) for candidate in two], rng)]
+def _loads(group: StepGroup) -> list[float]:
+    return group.loads
 
 
-_HOST_POLICIES: Final = {
-    HostPolicy.ROUND_ROBIN: _round_robin,
-    HostPolicy.RANDOM: _random,
-    HostPolicy.POWER_OF_TWO: _power_of_two,
-}
+def _reported(group: StepGroup) -> list[float]:
+    return group.reported
+
+
+def _sent(group: StepGroup) -> list[float]:
+    return group.sent

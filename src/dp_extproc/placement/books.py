@@ -1,0 +1,189 @@
+"""What this service has sent to the ranks of a server, and what their engine tells beyond it. Common to all roles.
+
+A sample tells all the load there is, ours included, but late; our own books tell our share at once, but nothing of
+other routers or direct traffic. So at each sample the part that our books of that moment do not explain is taken as the
+load that others cause, and the estimate is that part plus our books as they stand. A sample thereby erases nothing that
+the engine had not counted when it was taken, and counts nothing twice.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from typing import Final
+
+from dp_extproc.fleet.endpoint import RankSample
+
+_SETTLED_KEPT: Final = 10_000
+"""Settled reservations that a rank remembers for the next sample. A rank that is not sampled must not remember more
+and more of them; between two samples no rank serves so many."""
+_LEAST: Final = 1.0
+"""Tokens; engines compute the last one of a prompt even if they hold them all."""
+_GRACE: Final = 10.0
+"""Seconds. An engine that was wholly empty has nothing of what was sent to it so long before."""
+
+
+class Reservation:
+    """A request on one rank's books, from the pick until it is settled."""
+
+    __slots__ = ("rank", "requests", "since", "tokens", "until")
+
+    def __init__(self, rank: "RankLoad", tokens: float, requests: float, since: float) -> None:
+        self.rank = rank
+        self.tokens = tokens
+        """Of the prompt: to be computed on prefill, to be held on decode."""
+        self.requests = requests
+        self.since = since
+        self.until = math.inf
+        """When it ceased to show in samples."""
+
+    def release(self, now: float) -> None:
+        """Take it off the books. Only the first call counts, so that every way out may call it."""
+        if self in self.rank.open:
+            self.rank.open.discard(self)
+            self.rank.group.closed(self, now)
+            self.until = min(self.until, now)
+            self.rank.settled.append(self)
+
+    def started(self, now: float) -> None:
+        """Note that the first output token has come."""
+
+
+class RankLoad:
+    """One DP rank of one server. Its numbers live in the lists of its group."""
+
+    __slots__ = ("group", "index", "open", "others_requests", "picks", "position", "sample", "sampled_at", "settled")
+
+    def __init__(self, index: int, group: "StepGroup", position: int) -> None:
+        self.index = index
+        """The DP rank on its server."""
+        self.group = group
+        self.position = position
+        """Its place in the lists of the group."""
+        self.picks = 0
+        self.others_requests = 0.0
+        self.sample: RankSample | None = None
+        self.sampled_at = -math.inf
+        """When the engine took the sample, in our clock; never later than it really was."""
+        self.open: set[Reservation] = set()
+        self.settled: deque[Reservation] = deque(maxlen=_SETTLED_KEPT)
+
+    @property
+    def tokens(self) -> float:
+        """The estimate of the load, which policies compare."""
+        return self.group.loads[self.position]
+
+    @property
+    def others(self) -> float:
+        """Tokens that the last sample showed beyond our own."""
+        return self.group.others[self.position]
+
+    @property
+    def own_tokens(self) -> float:
+        """The part of the estimate that is on our books."""
+        return self.tokens - self.others
+
+    @property
+    def own_requests(self) -> float:
+        return sum(reservation.requests for reservation in self.open)
+
+    def reserve(self, tokens: float, now: float, requests: float = 1.0, cached: float = 0.0) -> Reservation:
+        """Put a request on the books.
+
+        Args:
+            tokens: Of the prompt.
+            now: Of the pick.
+            requests: Sequences that it makes; a fraction when several ranks share what only one will get.
+            cached: Prompt tokens that the rank holds already.
+        """
+        reservation = self.group.opened(self, tokens, max(_LEAST, tokens - cached), requests, now)
+        self.open.add(reservation)
+        self.group.sent[self.position] += tokens - cached
+        self.group.reported[self.position] += tokens
+        return reservation
+
+    def absorb(self, sample: RankSample, sampled_at: float, now: float) -> None:
+        """Take in what the engine told of a moment."""
+        self.group.reported[self.position] = sample.used_tokens
+        if sample.is_empty:
+            for lost in [reservation for reservation in self.open if reservation.since < sampled_at - _GRACE]:
+                self.group.written_off += 1
+                lost.release(now)
+        tokens = requests = 0.0
+        for books in (self.open, self.settled):
+            for reservation in books:
+                if reservation.since <= sampled_at < reservation.until:
+                    tokens += self.group.shown(reservation, sampled_at)
+                    requests += reservation.requests
+        others = max(0.0, sample.running_requests + sample.waiting_requests - requests)
+        self.group.others_requests += others - self.others_requests
+        self.others_requests = others
+        self.sample = sample
+        self.sampled_at = sampled_at
+        self.group.correct(self, max(0.0, self.group.told(sample) - tokens), now)
+        # A later sample is of a later moment: what was over by now cannot be in it.
+        while self.settled and self.settled[0].until <= sampled_at:
+            self.settled.popleft()
+
+
+class StepGroup(ABC):
+    """Ranks of a server that take their steps together: with DP attention all of them, else each for itself.
+
+    A step takes as long as its fullest rank. The lists have one number per rank of the group; policies read them
+    directly, as they are read far more often than they change.
+    """
+
+    def __init__(self, indices: range) -> None:
+        size = len(indices)
+        self.ranks = tuple(RankLoad(index, self, position) for position, index in enumerate(indices))
+        self.loads = [0.0] * size
+        """The estimate of each rank's load, in tokens of its role."""
+        self.others = [0.0] * size
+        """The part of it that others cause."""
+        self.reported = [0.0] * size
+        """The scraped gauge, plus what was sent since it was scraped, as ``signal: scraped`` wants it."""
+        self.sent = [0.0] * size
+        """Tokens ever sent."""
+        self.requests = 0.0
+        """Our own requests in flight."""
+        self.others_requests = 0.0
+        """Requests that the last samples showed beyond those."""
+        self.written_off = 0
+        """Reservations that no event has ended."""
+        self.due = math.inf
+        """When :meth:`refresh` has something to do."""
+
+    def opened(self, rank: RankLoad, tokens: float, to_compute: float, requests: float, now: float) -> Reservation:
+        """Take a new request on the books. Strictly for :meth:`RankLoad.reserve`."""
+        self.requests += requests
+        return self._open(rank, tokens, to_compute, requests, now)
+
+    def closed(self, reservation: Reservation, now: float) -> None:
+        """Take a request off the books. Strictly for :meth:`Reservation.release`."""
+        self.requests -= reservation.requests
+        self._close(reservation, now)
+
+    @abstractmethod
+    def cost(self, position: int, after: float) -> float:
+        """Tell what it costs, in tokens, to have the rank at this position at *after* tokens."""
+
+    @abstractmethod
+    def refresh(self, now: float) -> None:
+        """Let time pass: loads change without events, too."""
+
+    @abstractmethod
+    def told(self, sample: RankSample) -> float:
+        """Give the tokens of a sample that are comparable with our books."""
+
+    @abstractmethod
+    def shown(self, reservation: Reservation, at: float) -> float:
+        """Give the tokens that a reservation had in a sample of that moment."""
+
+    @abstractmethod
+    def correct(self, rank: RankLoad, others: float, now: float) -> None:
+        """Set what others cause on a rank."""
+
+    @abstractmethod
+    def _open(self, rank: RankLoad, tokens: float, to_compute: float, requests: float, now: float) -> Reservation: ...
+
+    @abstractmethod
+    def _close(self, reservation: Reservation, now: float) -> None: ...

@@ -1,0 +1,154 @@
+"""The load of decode ranks: the context that attention reads in every step, and a fixed cost per sequence.
+
+Every sequence of a server gets its next token at the pace of the fullest rank. A rank's share of a step grows with the
+tokens of its sequences, prompt and output so far, and with their number.
+"""
+
+import math
+from typing import Final
+
+from dp_extproc.fleet.endpoint import RankSample
+from dp_extproc.placement.books import RankLoad, Reservation, StepGroup
+
+DEFAULT_TPOT: Final = 0.03
+"""Seconds per output token, until an engine tells how fast it is."""
+ROOM: Final = 0.85
+"""Share of the KV cache that may be promised. Beyond it a sequence waits, and keeps prefill waiting."""
+_NO_ROOM: Final = 1e12
+"""Tokens; larger than any load, so that a rank without room comes after all that have some."""
+_JOINT_DELAY: Final = 0.1
+"""How much the growth of the fullest rank weighs, per sequence of the server that it slows down."""
+_GROWTH_INTERVAL: Final = 0.25
+"""Seconds after which the growth of running sequences is looked at anew. They grow by a few tokens each until then."""
+_SMOOTHING: Final = 0.3
+
+
+class DecodeReservation(Reservation):
+    """A sequence on its way through decode."""
+
+    __slots__ = ("first_token_at", "to_compute")
+
+    def __init__(self, rank: RankLoad, tokens: float, requests: float, since: float, to_compute: float) -> None:
+        super().__init__(rank, tokens, requests, since)
+        self.to_compute = to_compute
+        """Prompt tokens that this very rank has to compute first; 0 on decode servers."""
+        self.first_token_at = math.inf
+
+    def started(self, now: float) -> None:
+        if self.first_token_at == math.inf and self in self.rank.open:
+            self.first_token_at = now
+            group = self.rank.group
+            assert isinstance(group, DecodeGroup)  # noqa: S101 - that made it
+            group.grows(self, now)
+
+
+class DecodeGroup(StepGroup):
+    """Decode ranks, or ranks that do both prefill and decode, with a common step."""
+
+    def __init__(self, indices: range, *, request_tokens: float, computes: bool = False) -> None:
+        """Begin with empty books.
+
+        Args:
+            indices: DP ranks of the server.
+            request_tokens: The fixed cost of a sequence in a step, in tokens of context that cost as much.
+            computes: Whether these ranks compute the prompts, too. Such tokens count twice until the first token.
+        """
+        super().__init__(indices)
+        self.tpot = DEFAULT_TPOT
+        """Seconds per output token, by the engine's own account."""
+        self.slowness = 1.0
+        """How slow the server is, against the average of its pool and role."""
+        self._knows_tpot = False
+        self._request_tokens = request_tokens
+        self._computes = computes
+        size = len(self.ranks)
+        self._prompts = [0.0] * size
+        self._extra = [0.0] * size
+        """Fixed costs, and prompts to be computed."""
+        self._growing = [0.0] * size
+        """Sequences that have had their first token ..."""
+        self._first_tokens = [0.0] * size
+        """... and the sum of the moments they had it."""
+        self._room = [math.inf] * size
+        """Tokens of KV cache that may be promised."""
+
+    def cost(self, position: int, after: float) -> float:
+        """Tell what it costs the group to have a rank at *after* tokens: the fullest rank slows down everybody."""
+        penalty = _NO_ROOM if after - self._extra[position] > self._room[position] else 0.0
+        top = max(self.loads)
+        if after <= top:
+            return top * self.slowness + penalty
+        slowed = self.requests + self.others_requests
+        return (_JOINT_DELAY * slowed * (after - top) + after) * self.slowness + penalty
+
+    def refresh(self, now: float) -> None:
+        """Let the running sequences grow."""
+        for rank in self.ranks:
+            self._sum_up(rank.position, now)
+        self.due = now + _GROWTH_INTERVAL if self.requests > 0 else math.inf
+
+    def told(self, sample: RankSample) -> float:
+        return sample.tokens
+
+    def shown(self, reservation: Reservation, at: float) -> float:
+        assert isinstance(reservation, DecodeReservation)  # noqa: S101 - made by _open
+        return reservation.tokens + max(0.0, at - reservation.first_token_at) * reservation.requests / self.tpot
+
+    def correct(self, rank: RankLoad, others: float, now: float) -> None:
+        self._learn_pace(rank)
+        if rank.sample is not None and rank.sample.capacity_tokens:
+            self._room[rank.position] = ROOM * rank.sample.capacity_tokens
+        self.others[rank.position] = others + self._request_tokens * rank.others_requests
+        self._sum_up(rank.position, now)
+
+    def grows(self, reservation: DecodeReservation, now: float) -> None:
+        """Note that a sequence has had its first token. Strictly for :meth:`DecodeReservation.started`."""
+        position = reservation.rank.position
+        self._growing[position] += reservation.requests
+        self._first_tokens[position] += reservation.requests * reservation.first_token_at
+        self._extra[position] -= reservation.to_compute
+        self._sum_up(position, now)
+
+    @property
+    def known_tpot(self) -> float | None:
+        """Seconds per output token, if the engine has told."""
+        return self.tpot if self._knows_tpot else None
+
+    def _open(self, rank: RankLoad, tokens: float, to_compute: float, requests: float, now: float) -> Reservation:
+        if not self._computes:
+            to_compute = 0.0
+        self._prompts[rank.position] += tokens
+        self._extra[rank.position] += self._request_tokens * requests + to_compute
+        self._sum_up(rank.position, now)
+        if self.due == math.inf:
+            self.due = now + _GROWTH_INTERVAL
+        return DecodeReservation(rank, tokens, requests, now, to_compute)
+
+    def _close(self, reservation: Reservation, now: float) -> None:
+        assert isinstance(reservation, DecodeReservation)  # noqa: S101 - made by _open
+        position = reservation.rank.position
+        if not reservation.rank.open:  # exactly zero, whatever floating point made of the sums
+            self._prompts[position] = self._extra[position] = 0.0
+            self._growing[position] = self._first_tokens[position] = 0.0
+        else:
+            self._prompts[position] -= reservation.tokens
+            self._extra[position] -= self._request_tokens * reservation.requests
+            if reservation.first_token_at == math.inf:
+                self._extra[position] -= reservation.to_compute
+            else:
+                self._growing[position] -= reservation.requests
+                self._first_tokens[position] -= reservation.requests * reservation.first_token_at
+        self._sum_up(position, now)
+
+    def _sum_up(self, position: int, now: float) -> None:
+        grown = (self._growing[position] * now - self._first_tokens[position]) / self.tpot
+        self.loads[position] = self.others[position] + self._prompts[position] + self._extra[position] + max(0.0, grown)
+
+    def _learn_pace(self, rank: RankLoad) -> None:
+        """Learn from a rank how long a token takes: sequences over tokens per second, as all get one in each step."""
+        sample = rank.sample
+        if sample is None or not sample.running_requests or not sample.tokens_per_second:
+            return
+        tpot = sample.running_requests / sample.tokens_per_second
+        self.tpot += (tpot - self.tpot) * (_SMOOTHING if self._knows_tpot else 1.0)
+        self._knows_tpot = True

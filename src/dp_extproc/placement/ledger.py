@@ -1,0 +1,107 @@
+"""The one place where attempts come on the books: our own, and those that other replicas tell of."""
+
+from collections.abc import Callable
+from itertools import count
+
+from dp_extproc.placement.attempt import NOBODY, Attempt, AttemptObserver
+from dp_extproc.placement.demand import Demand
+from dp_extproc.placement.dispatch import Dispatch
+from dp_extproc.placement.fleet_load import FleetLoad
+from dp_extproc.placement.pair import Pair, Side
+
+
+class Ledger:
+    """Opens attempts. What they hold stands in the load cache."""
+
+    def __init__(self, fleet: FleetLoad, observer: AttemptObserver = NOBODY) -> None:
+        """Set up.
+
+        Args:
+            fleet: The load cache.
+            observer: Told of our own attempts.
+        """
+        self._fleet = fleet
+        self._observer = observer
+        self._numbers = count(1)
+
+    def open_pair(
+        self,
+        pair: Pair,
+        demand: Demand,
+        now: float,
+        *,
+        leg: str = "",
+        on_prefill_answer: Callable[[int], None] | None = None,
+    ) -> Attempt:
+        """Put a disaggregated request on the books."""
+        prefill, decode = pair.prefill, pair.decode
+        self._note_prefix(prefill, demand)
+        attempt = Attempt(
+            next(self._numbers),
+            now,
+            prefill.host.reserve(prefill.rank, demand.tokens, now, demand.requests, prefill.cached),
+            decode.host.reserve(decode.rank, demand.tokens, now, demand.requests),
+            leg=leg,
+            observer=self._observer,
+            on_prefill_answer=on_prefill_answer,
+        )
+        if self._observer is not NOBODY:
+            self._observer.dispatched(attempt.number, _dispatch(decode, demand, prefill), now)
+        return attempt
+
+    def open_worker(
+        self, side: Side, demand: Demand, now: float, *, on_prefill_answer: Callable[[int], None] | None = None
+    ) -> Attempt:
+        """Put a request to an aggregated pool on the books."""
+        self._note_prefix(side, demand)
+        reservations = side.host.reserve(side.rank, demand.tokens, now, demand.requests, side.cached)
+        attempt = Attempt(
+            next(self._numbers), now, (), reservations, observer=self._observer, on_prefill_answer=on_prefill_answer
+        )
+        if self._observer is not NOBODY:
+            self._observer.dispatched(attempt.number, _dispatch(side, demand), now)
+        return attempt
+
+    def open_foreign(self, dispatch: Dispatch, at: float) -> Attempt:
+        """Put on the books what another replica has sent. Servers that are not known here are left out."""
+        demand = dispatch.demand
+        prefill = self._side(dispatch.prefill, dispatch.prefill_rank, dispatch.cached)
+        decode = self._side(dispatch.decode, dispatch.decode_rank, 0.0 if dispatch.prefill else dispatch.cached)
+        computing = prefill if dispatch.prefill else decode
+        if computing is not None:
+            self._note_prefix(computing, demand)
+        sides = [
+            () if side is None else side.host.reserve(side.rank, demand.tokens, at, demand.requests, side.cached)
+            for side in (prefill, decode)
+        ]
+        return Attempt(0, at, *sides)
+
+    def _note_prefix(self, side: Side, demand: Demand) -> None:
+        """Take note that a rank is going to hold the KV cache of a prompt."""
+        if side.rank is None or not side.host.facts.prefix_cache:
+            return
+        rank = side.host.ranks[side.rank]
+        index = self._fleet.prefixes[side.host.endpoint.pool]
+        capacity = rank.sample.capacity_tokens if rank.sample is not None else None
+        if demand.prefix.blocks:
+            index.note(rank, demand.prefix, demand.tokens, capacity)
+        if demand.session is not None:
+            index.note_session(demand.session, rank, demand.tokens)
+
+    def _side(self, url: str | None, rank: int | None, cached: float) -> Side | None:
+        host = None if url is None else self._fleet.hosts.get(url)
+        if host is None or (rank is not None and rank >= len(host.ranks)):
+            return None
+        return Side(host, rank, routed=False, by_room=False, cached=cached)
+
+
+def _dispatch(decode: Side, demand: Demand, prefill: Side | None = None) -> Dispatch:
+    return Dispatch(
+        pool=decode.host.endpoint.pool,
+        demand=demand,
+        decode=decode.host.endpoint.url,
+        decode_rank=decode.rank,
+        prefill=None if prefill is None else prefill.host.endpoint.url,
+        prefill_rank=None if prefill is None else prefill.rank,
+        cached=(prefill or decode).cached,
+    )

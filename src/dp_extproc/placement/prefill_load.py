@@ -1,0 +1,204 @@
+"""The load of prefill ranks: prompt tokens that have not started yet.
+
+All ranks of a group start each step together, and the step takes as long as its fullest rank. Tokens inside the
+running step therefore delay a new request alike on every rank, and are (but for a tie) no reason to prefer another
+one. What counts are the tokens that wait. Nobody tells when a step ends, but the answer of a prefill leg does: then a
+step has ended, and whatever had reached the server by then has started, rank by rank, first in first out.
+"""
+
+import math
+from collections import deque
+from typing import Final
+
+from dp_extproc.fleet.endpoint import RankSample
+from dp_extproc.placement.books import RankLoad, Reservation, StepGroup
+
+RUNNING_WEIGHT: Final = 0.25
+"""Of tokens in the running step. Without it nothing tells a busy rank from an idle one; with 1 the rule above is lost.
+Simulated on 4 prefill servers of 8 ranks, mean time to first token: 2283 ms with 0, 1449 with 0.25, 1868 with 1."""
+WAITING_COUNTED: Final = 4
+"""At most so many waiting requests are taken to be delayed by a longer step; more changes nothing measurable."""
+ARRIVAL_LAG: Final = 0.06
+"""Seconds from the pick until an engine can start a request: the network, tokenizing, the handshake with decode."""
+SILENCE: Final = 1.0
+"""Seconds without any event after which time alone tells: older requests count as started."""
+_FORGET_SECONDS: Final = 4.0
+_FORGET_TOKENS: Final = 6000.0
+"""A request that gets no event is forgotten after ``4 s * (1 + tokens / 6000)``, several times what it should take."""
+
+
+class PrefillReservation(Reservation):
+    """A prompt on its way through prefill."""
+
+    __slots__ = ("running", "waiting")
+
+    def __init__(self, rank: RankLoad, tokens: float, requests: float, since: float) -> None:
+        super().__init__(rank, tokens, requests, since)
+        self.waiting = tokens
+        """Tokens that no step has taken in yet."""
+        self.running = 0.0
+        """Tokens in the running step."""
+
+    @property
+    def is_computed(self) -> bool:
+        return self.until != math.inf
+
+
+class PrefillGroup(StepGroup):
+    """Prefill ranks with a common step."""
+
+    def __init__(self, indices: range, *, budget: float, chunked: bool, step_tokens: float) -> None:
+        """Begin with empty books.
+
+        Args:
+            indices: DP ranks of the server.
+            budget: Prompt tokens per rank and step.
+            chunked: Whether a prompt beyond the budget is cut into several steps; if not, it runs alone.
+            step_tokens: The fixed time of a step, in tokens that could be computed in it.
+        """
+        super().__init__(indices)
+        self._budget = budget
+        self._chunked = chunked
+        self._step_tokens = step_tokens
+        self._queues: list[deque[PrefillReservation]] = [deque() for _ in self.ranks]
+        """Per rank, in the order in which they were sent, what is not computed yet."""
+        self._unstarted = 0.0
+        """Requests of which nothing has started."""
+        self._strangers = 0.0
+        """Likewise of others, by the samples."""
+        self._uncomputed = 0
+        self._running = 0.0
+        """Tokens of the fullest rank in the running step."""
+        self._last_event = -math.inf
+
+    def cost(self, position: int, after: float) -> float:  # noqa: ARG002 - the same for every rank
+        """Tell what it costs the group to have a rank at *after* tokens.
+
+        That is: what is left of the running step, the longest queue then, and by how much it grows for those who
+        already wait here.
+        """
+        top = max(self.loads)
+        waiting = min(self._unstarted + self._strangers, WAITING_COUNTED)
+        remaining = (self._step_tokens + self._running) / 2 if self._uncomputed else 0.0
+        if after <= top:
+            return remaining + top
+        return remaining + after + waiting * (after - top)
+
+    def refresh(self, now: float) -> None:
+        """Without events for a while, take what is old as started, and what is very old as gone."""
+        if self._uncomputed and now - self._last_event >= SILENCE:
+            for queue in self._queues:
+                for reservation in list(queue):
+                    age = now - reservation.since
+                    if age >= _FORGET_SECONDS * (1 + reservation.tokens / _FORGET_TOKENS):
+                        queue.remove(reservation)
+                        self._computed(reservation, now)
+                    elif age >= SILENCE and reservation.waiting:
+                        self._run(reservation, reservation.waiting)
+            self._sum_up()
+        self.due = now + SILENCE / 4 if self._uncomputed else math.inf
+
+    def told(self, sample: RankSample) -> float:
+        if sample.waiting_uncached_tokens is not None:
+            return sample.waiting_uncached_tokens
+        if sample.total_tokens is not None:
+            return max(0, sample.total_tokens - sample.used_tokens)
+        return sample.used_tokens  # before 0.5.11 nothing tells of queued work
+
+    def shown(self, reservation: Reservation, at: float) -> float:  # noqa: ARG002 - the same at any time
+        return reservation.tokens
+
+    def correct(self, rank: RankLoad, others: float, now: float) -> None:  # noqa: ARG002 - as above
+        self.loads[rank.position] += others - self.others[rank.position]
+        self.others[rank.position] = others
+        waiting = (min(each.others_requests, each.sample.waiting_requests) for each in self.ranks if each.sample)
+        self._strangers = sum(waiting)
+
+    def _open(
+        self,
+        rank: RankLoad,
+        tokens: float,  # noqa: ARG002 - what is cached costs nothing here
+        to_compute: float,
+        requests: float,
+        now: float,
+    ) -> Reservation:
+        reservation = PrefillReservation(rank, to_compute, requests, now)
+        idle = not self._uncomputed
+        self._uncomputed += 1
+        self._unstarted += requests
+        self._queues[rank.position].append(reservation)
+        self.loads[rank.position] += to_compute
+        if idle:
+            self._last_event = now
+            self._run(reservation, min(to_compute, self._budget) if self._chunked else to_compute)
+            self._sum_up()
+        if self.due == math.inf:
+            self.due = now + SILENCE
+        return reservation
+
+    def _close(self, reservation: Reservation, now: float) -> None:
+        assert isinstance(reservation, PrefillReservation)  # noqa: S101 - made by _open
+        self._last_event = now
+        if reservation.is_computed:
+            return  # its step had ended before, by another answer of it
+        queue = self._queues[reservation.rank.position]
+        if reservation.requests < 1:  # its rank is not known
+            queue.remove(reservation)
+        else:
+            while queue[0] is not reservation:  # first in, first out: what was before it is computed, too
+                self._computed(queue.popleft(), now)
+            queue.popleft()
+        self._computed(reservation, now)
+        self._step(now)
+
+    def _step(self, now: float) -> None:
+        """A step has ended, and another has begun with what had arrived by then."""
+        for queue in self._queues:
+            while queue and queue[0].running and not queue[0].waiting:
+                self._computed(queue.popleft(), now)
+            if queue:
+                queue[0].running = 0.0
+        self._fill(now - ARRIVAL_LAG)
+        if not self._running:
+            self._fill(math.inf)  # the server is idle but for those: they start when they arrive
+
+    def _fill(self, arrived: float) -> None:
+        for queue in self._queues:
+            budget = self._budget
+            for reservation in queue:
+                if budget <= 0 or reservation.since > arrived:
+                    break
+                taken = reservation.waiting
+                if taken > budget:
+                    if self._chunked:
+                        taken = budget
+                    elif budget < self._budget:
+                        break
+                self._run(reservation, taken)
+                budget -= taken
+        self._sum_up()
+
+    def _run(self, reservation: PrefillReservation, tokens: float) -> None:
+        if reservation.waiting == reservation.tokens:
+            self._unstarted -= reservation.requests
+        reservation.waiting -= tokens
+        reservation.running += tokens
+
+    def _computed(self, reservation: PrefillReservation, now: float) -> None:
+        if reservation.waiting == reservation.tokens:
+            self._unstarted -= reservation.requests
+        reservation.waiting = reservation.running = 0.0
+        reservation.until = now
+        self._uncomputed -= 1
+
+    def _sum_up(self) -> None:
+        self._running = 0.0
+        for position, queue in enumerate(self._queues):
+            waiting = running = 0.0
+            for reservation in queue:
+                waiting += reservation.waiting
+                running += reservation.running
+            self.loads[position] = self.others[position] + waiting + RUNNING_WEIGHT * running
+            self._running = max(self._running, running)
+        if not self._uncomputed:
+            self._unstarted = 0.0  # whatever floating point made of it
