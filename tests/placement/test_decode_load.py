@@ -1,0 +1,121 @@
+"""Decode ranks count the context that every step reads, and a fixed cost for each sequence."""
+
+import pytest
+
+from dp_extproc.fleet.endpoint import RankSample
+from dp_extproc.placement.decode_load import DEFAULT_TPOT, DecodeGroup, DecodeReservation
+
+NOW = 1000.0
+
+
+def make_group(ranks: int = 2, *, computes: bool = False) -> DecodeGroup:
+    return DecodeGroup(range(ranks), request_tokens=1000, computes=computes)
+
+
+def test_a_sequence_costs_its_prompt_and_a_fixed_amount() -> None:
+    """Two sequences of 300 tokens cost 2600."""
+    group = make_group()
+    for _ in range(2):
+        group.ranks[0].reserve(300, NOW)
+
+    assert group.loads == [2600, 0]
+
+
+def test_it_grows_from_the_first_token_on_at_the_pace_of_its_server() -> None:
+    """At 30 ms per token it is 100 tokens longer after three seconds; the wait for the first token adds nothing."""
+    group = make_group()
+    reservation = group.ranks[0].reserve(300, NOW)
+    group.refresh(NOW + 10)
+    before = group.loads[0]
+    reservation.started(NOW + 10)
+    group.refresh(NOW + 13)
+
+    assert before == 1300
+    assert group.loads[0] == pytest.approx(1400)
+    assert DEFAULT_TPOT == 0.03
+
+
+def test_the_pace_is_learned_from_the_engine() -> None:
+    """Twenty running sequences that make 1000 tokens per second wait 20 ms for each."""
+    group = make_group()
+    group.ranks[0].absorb(RankSample(0, 0, running_requests=20, tokens_per_second=1000.0), NOW, NOW)
+
+    assert group.known_tpot == pytest.approx(0.02)
+
+
+def test_an_idle_engine_tells_no_pace() -> None:
+    """Without sequences or without throughput there is nothing to divide."""
+    group = make_group()
+    group.ranks[0].absorb(RankSample(0, 0, running_requests=0, tokens_per_second=1000.0), NOW, NOW)
+    group.ranks[1].absorb(RankSample(1, 0, running_requests=5, tokens_per_second=0.0), NOW, NOW)
+
+    assert group.known_tpot is None
+
+
+def test_with_nothing_in_flight_the_books_are_exactly_zero() -> None:
+    """Whatever floating point makes of the sums, and in whatever order the ends come."""
+    group = make_group()
+    reservations = [group.ranks[0].reserve(0.1 * number, NOW) for number in range(1, 30)]
+    for number, reservation in enumerate(reservations):
+        reservation.started(NOW + 0.1 * number)
+    for reservation in (*reservations[::2], *reservations[1::2], *reservations):
+        reservation.release(NOW + 70)
+
+    assert group.loads == [0, 0]
+    assert group.requests == 0
+
+
+def test_a_first_token_after_the_end_is_ignored() -> None:
+    """Late events find nothing that could grow."""
+    group = make_group()
+    reservation = group.ranks[0].reserve(300, NOW)
+    reservation.release(NOW + 1)
+    reservation.started(NOW + 2)
+    group.refresh(NOW + 90)
+
+    assert group.loads == [0, 0]
+
+
+def test_what_others_cause_comes_on_top_with_its_sequences() -> None:
+    """A sample of 5000 tokens and 4 sequences, of which 1300 and one are ours (300 prompt, 1000 grown)."""
+    group = make_group()
+    reservation = group.ranks[0].reserve(300, NOW)
+    reservation.started(NOW)
+    at = NOW + 30
+    group.ranks[0].absorb(RankSample(0, used_tokens=4000, total_tokens=5000, running_requests=4), at, at)
+
+    assert group.others[0] == pytest.approx(5000 - 1300 + 3 * 1000)
+    assert group.loads[0] == pytest.approx(group.others[0] + 1300 + 1000)
+
+
+def test_a_worker_counts_a_prompt_twice_until_it_is_computed() -> None:
+    """It computes the prompt and holds it; what its cache holds already is computed no more."""
+    group = make_group(computes=True)
+    reservation = group.ranks[0].reserve(500, NOW, cached=200)
+    queued = group.loads[0]
+    reservation.started(NOW)
+
+    assert isinstance(reservation, DecodeReservation)
+    assert queued == 500 + 300 + 1000
+    assert group.loads[0] == 500 + 1000
+
+
+def test_the_cost_is_the_fullest_rank_and_what_it_slows_down() -> None:
+    """Below the fullest rank nothing changes; above it each of the three sequences is slowed down."""
+    group = make_group()
+    for _ in range(3):
+        group.ranks[0].reserve(1000, NOW)
+
+    assert group.cost(1, 5000) == 6000
+    assert group.cost(1, 7000) == 7000 + 0.1 * 3 * 1000
+
+
+def test_a_rank_without_kv_room_costs_more_than_any_other() -> None:
+    """85 % of the capacity may be promised; fixed costs of sequences are no KV tokens."""
+    group = make_group(1)
+    group.ranks[0].absorb(RankSample(0, 0, capacity_tokens=10_000), NOW, NOW)
+    for _ in range(4):
+        group.ranks[0].reserve(2000, NOW)
+
+    assert group.cost(0, group.loads[0] + 400) < 1e6
+    assert group.cost(0, group.loads[0] + 600) > 1e9
