@@ -105,6 +105,7 @@ def test_the_cost_is_the_fullest_rank_and_what_it_slows_down() -> None:
     group = make_group()
     for _ in range(3):
         group.ranks[0].reserve(1000, NOW)
+    group.survey(NOW)
 
     assert group.cost(1, 5000) == 6000
     assert group.cost(1, 7000) == 7000 + 0.1 * 3 * 1000

@@ -229,6 +229,7 @@ def test_the_cost_is_the_rest_of_the_step_the_longest_queue_and_the_delay_of_tho
     group = make_group(2)
     group.ranks[0].reserve(800, NOW)
     group.ranks[1].reserve(600, NOW)
+    group.survey(NOW)
 
     assert group.cost(1, 900) == 600 + 900 + 1 * 300
     assert group.cost(0, 500) == 600 + 600

@@ -151,6 +151,24 @@ class StepGroup(ABC):
         """Reservations that no event has ended."""
         self.due = math.inf
         """When :meth:`refresh` has something to do."""
+        self.changed = True
+        """Whether loads have changed since :meth:`survey`; who changes one says so."""
+        self.top = 0.0
+        """The greatest load, as of :meth:`survey`."""
+        self.low = 0.0
+        """The least load, as of :meth:`survey` ..."""
+        self.low_position = 0
+        """... and a rank that has it."""
+
+    def survey(self, now: float) -> None:
+        """Look for the greatest and the least load; a decision compares many groups of which few have changed."""
+        if now >= self.due:
+            self.refresh(now)
+        loads = self.loads
+        self.top = max(loads)
+        self.low = min(loads)
+        self.low_position = loads.index(self.low)
+        self.changed = False
 
     def opened(self, rank: RankLoad, tokens: float, to_compute: float, requests: float, now: float) -> Reservation:
         """Take a new request on the books. Strictly for :meth:`RankLoad.reserve`."""
@@ -164,7 +182,7 @@ class StepGroup(ABC):
 
     @abstractmethod
     def cost(self, position: int, after: float) -> float:
-        """Tell what it costs, in tokens, to have the rank at this position at *after* tokens."""
+        """Tell what it costs, in tokens, to have the rank at this position at *after* tokens; after a survey."""
 
     @abstractmethod
     def refresh(self, now: float) -> None:

@@ -75,7 +75,7 @@ class DecodeGroup(StepGroup):
     def cost(self, position: int, after: float) -> float:
         """Tell what it costs the group to have a rank at *after* tokens: the fullest rank slows down everybody."""
         penalty = _NO_ROOM if after - self._extra[position] > self._room[position] else 0.0
-        top = max(self.loads)
+        top = self.top
         if after <= top:
             return top * self.slowness + penalty
         slowed = self.requests + self.others_requests
@@ -141,6 +141,7 @@ class DecodeGroup(StepGroup):
         self._sum_up(position, now)
 
     def _sum_up(self, position: int, now: float) -> None:
+        self.changed = True
         grown = (self._growing[position] * now - self._first_tokens[position]) / self.tpot
         self.loads[position] = self.others[position] + self._prompts[position] + self._extra[position] + max(0.0, grown)
 

@@ -10,8 +10,8 @@ from dp_extproc.placement.affinity import Held
 from dp_extproc.placement.books import RankLoad, StepGroup
 from dp_extproc.placement.load import Candidate, HostLoad, Part
 
-REACH: Final = 48
-"""Of more hosts than these only so many are compared, others for each request. The best of 48 is as good as the best of
+REACH: Final = 24
+"""Of more hosts than these only so many are compared, others for each request. The best of 24 is as good as the best of
 a thousand for all practical purposes, and a decision costs the same in every fleet."""
 
 NOTHING_HELD: Final[Held[RankLoad]] = Held({}, 0.0)
@@ -68,25 +68,21 @@ class Policy:
         Returns:
             The candidate, and the rank; None leaves the rank to the engine.
         """
-        for candidate in candidates:
-            for group in candidate.host.groups:
-                if now >= group.due:
-                    group.refresh(now)
         if self._host is HostPolicy.LOCKSTEP:
-            chosen, least = self._lockstep(candidates, tokens, held)
+            chosen, least = self._lockstep(candidates, tokens, now, held)
         elif self._host is HostPolicy.LEAST_TOKENS:
-            chosen, least = self._least(candidates, self._tokens, held)
+            chosen, least = self._least(candidates, self._tokens, now, held)
         else:
             chosen = candidates[0] if len(candidates) == 1 else self._pick_host(candidates)
             least = None
         if self._rank is RankPolicy.NONE and not pinned:
             return chosen, None
         if self._rank is RankPolicy.TOKEN_ROUND_ROBIN:
-            return self._least((chosen,), _sent, NOTHING_HELD)
-        return (chosen, least) if least is not None else self._least((chosen,), self._tokens, held)
+            return self._least((chosen,), _sent, now, NOTHING_HELD)
+        return (chosen, least) if least is not None else self._least((chosen,), self._tokens, now, held)
 
     def _lockstep(
-        self, candidates: Sequence[Candidate], tokens: float, held: Held[RankLoad]
+        self, candidates: Sequence[Candidate], tokens: float, now: float, held: Held[RankLoad]
     ) -> tuple[Candidate, RankLoad]:
         """Take the group where the request costs least, on its least loaded rank or one that holds its beginning."""
         cheapest = math.inf
@@ -94,14 +90,15 @@ class Policy:
         to_compute = tokens - held.elsewhere
         for candidate in candidates:
             for part in candidate.parts:
-                loads = part.group.loads
+                group = part.group
+                if group.changed or now >= group.due:
+                    group.survey(now)
                 if part.positions is None:
-                    low = min(loads)
-                    position = loads.index(low)
+                    position, low = group.low_position, group.low
                 else:
-                    position = min(part.positions, key=loads.__getitem__)
-                    low = loads[position]
-                cost = part.group.cost(position, low + to_compute)
+                    position = min(part.positions, key=group.loads.__getitem__)
+                    low = group.loads[position]
+                cost = group.cost(position, low + to_compute)
                 if cost < cheapest:
                     cheapest = cost
                     found = [(candidate, part, low)]
@@ -118,14 +115,23 @@ class Policy:
         return chosen, part.of(part.group.ranks)[self._one_of(part.of(part.group.loads), low)]
 
     def _least(
-        self, candidates: Sequence[Candidate], numbers: Callable[[StepGroup], list[float]], held: Held[RankLoad]
+        self,
+        candidates: Sequence[Candidate],
+        numbers: Callable[[StepGroup], list[float]],
+        now: float,
+        held: Held[RankLoad],
     ) -> tuple[Candidate, RankLoad]:
         """Take the least number of all ranks of all candidates, less what a rank holds: no host is preferred."""
         least = math.inf
         found: list[tuple[Candidate, Part, Sequence[float]]] = []
         for candidate in candidates:
             for part in candidate.parts:
-                own = part.of(numbers(part.group))
+                group = part.group
+                if group.changed or now >= group.due:
+                    group.survey(now)
+                if numbers is _loads and not held.by_slot and group.low > least:
+                    continue  # there is nothing to be found
+                own = part.of(numbers(group))
                 if held.by_slot:
                     ranks = part.of(part.group.ranks)
                     own = [

@@ -77,11 +77,11 @@ class PrefillGroup(StepGroup):
         That is: what is left of the running step, the longest queue then, and by how much it grows for those who
         already wait here.
         """
-        top = max(self.loads)
-        waiting = min(self._unstarted + self._strangers, WAITING_COUNTED)
+        top = self.top
         remaining = (self._step_tokens + self._running) / 2 if self._uncomputed else 0.0
         if after <= top:
             return remaining + top
+        waiting = min(self._unstarted + self._strangers, WAITING_COUNTED)
         return remaining + after + waiting * (after - top)
 
     def refresh(self, now: float) -> None:
@@ -109,6 +109,7 @@ class PrefillGroup(StepGroup):
         return reservation.tokens
 
     def correct(self, rank: RankLoad, others: float, now: float) -> None:  # noqa: ARG002 - as above
+        self.changed = True
         self.loads[rank.position] += others - self.others[rank.position]
         self.others[rank.position] = others
         waiting = (min(each.others_requests, each.sample.waiting_requests) for each in self.ranks if each.sample)
@@ -128,6 +129,7 @@ class PrefillGroup(StepGroup):
         self._unstarted += requests
         self._queues[rank.position].append(reservation)
         self.loads[rank.position] += to_compute
+        self.changed = True
         if idle:
             self._last_event = now
             self._run(reservation, min(to_compute, self._budget) if self._chunked else to_compute)
@@ -192,6 +194,7 @@ class PrefillGroup(StepGroup):
         self._uncomputed -= 1
 
     def _sum_up(self) -> None:
+        self.changed = True
         self._running = 0.0
         for position, queue in enumerate(self._queues):
             waiting = running = 0.0

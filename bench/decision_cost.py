@@ -1,0 +1,86 @@
+"""What one placement decision costs in the service, from a small fleet to one of 4096 ranks.
+
+A decision is everything between a request that was read and a body to be written: who holds the prompt's beginning,
+host and rank for both legs, and the books. Prints microseconds, the median and the 99th percentile of single decisions.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+from random import Random
+
+from dp_extproc.config import HostPolicy, LoadSignal, PolicySettings
+from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Mode, RankSample, Role, Version
+from dp_extproc.placement.demand import Demand
+from dp_extproc.placement.fleet_load import FleetLoad
+from dp_extproc.placement.ledger import Ledger
+from dp_extproc.placement.pair import Picker
+from dp_extproc.request.path import Api
+
+_IN_FLIGHT = 6
+"""Requests per prefill rank on the books."""
+
+
+def make_fleet(servers: int, ranks: int) -> FleetLoad:
+    """Make so many servers of each role, every rank sampled."""
+    endpoints = [
+        Endpoint(f"http://10.{number >> 8}.{number & 255}.{index}:30000", "10.0.0.1", 30000, "*", role)
+        for index, role in enumerate((Role.PREFILL, Role.DECODE))
+        for number in range(servers)
+    ]
+    fleet = FleetLoad(endpoints, stale_after=1e9)
+    for endpoint in endpoints:
+        mode = Mode.PREFILL if endpoint.role is Role.PREFILL else Mode.DECODE
+        facts = EngineFacts(
+            Version(0, 5, 23), ranks, mode, True, "m", 8998, None, mode is Mode.PREFILL, step_tokens=2048
+        )  # noqa: FBT003 - wide plain data
+        fleet.discovered(endpoint, endpoint.url, facts, 0.0)
+        page = LoadPage(tuple(RankSample(rank, 0, capacity_tokens=1 << 22, age=0.0) for rank in range(ranks)))
+        fleet.sampled(endpoint, page, 0.0, 0.0)
+    return fleet
+
+
+def measure(servers: int, ranks: int, host: HostPolicy, decisions: int) -> list[float]:
+    """Place requests at a steady load and time each one. Returns microseconds."""
+    fleet = make_fleet(servers, ranks)
+    rng = Random(1)
+    picker = Picker(PolicySettings(host=host), LoadSignal.ESTIMATE, fleet.prefixes["*"], rng)
+    ledger = Ledger(fleet)
+    limit = servers * ranks * _IN_FLIGHT
+    in_flight = []
+    times = []
+    gc.disable()
+    for number in range(limit + decisions):
+        now = number * 1e-4
+        demand = Demand(float(rng.randint(200, 8000)))
+        began = time.perf_counter()
+        prefills = fleet.capable("*", Role.PREFILL, Api.CHAT, now)
+        decodes = fleet.capable("*", Role.DECODE, Api.CHAT, now)
+        attempt = ledger.open_pair(picker.pair(prefills, decodes, demand, now), demand, now)
+        elapsed = time.perf_counter() - began
+        in_flight.append(attempt)
+        if number >= limit:
+            times.append(elapsed * 1e6)
+            done = in_flight.pop(rng.randrange(len(in_flight) // 2))
+            done.prefill_answered(200, now)
+            done.end(now)
+    gc.enable()
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--decisions", type=int, default=3000)
+    args = parser.parse_args()
+    print(f"{'policy':16}{'servers':>16}{'ranks in all':>14}{'median us':>11}{'p99 us':>9}")
+    for servers, ranks in ((2, 4), (8, 8), (256, 8), (64, 32), (8, 256)):
+        for host in (HostPolicy.LOCKSTEP, HostPolicy.LEAST_TOKENS):
+            times = sorted(measure(servers, ranks, host, args.decisions))
+            shape = f"{servers}+{servers} of {ranks}"
+            p99 = times[int(len(times) * 0.99)]
+            print(f"{host:16}{shape:>16}{2 * servers * ranks:>14}{statistics.median(times):>11.1f}{p99:>9.1f}")
+
+
+if __name__ == "__main__":
+    main()
