@@ -11,8 +11,7 @@ from typing import Final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dp_extproc.config import RankPolicy
-from dp_extproc.demo.fleet import RANKS, SERVERS, Fleet, Router, run_engines
+from dp_extproc.demo.fleet import ENGINES_OWN, OURS, RANKS, SERVERS, Fleet, Placement, Router, run_engines
 from dp_extproc.demo.probe import watch
 from dp_extproc.demo.report import Run, print_report
 from dp_extproc.demo.traffic import MODEL, Job, make_jobs, send
@@ -52,21 +51,23 @@ def _show(console: Console, args: argparse.Namespace) -> None:
         f"{args.requests} requests of uneven length, every other one streamed, once for each placement."
     )
     with run_engines(args.time_scale) as fleet:
-        runs = [_run_policy(console, fleet, policy, jobs) for policy in (RankPolicy.NONE, RankPolicy.MINIMUM_TOKENS)]
+        runs = [_run(console, fleet, placement, jobs) for placement in (ENGINES_OWN, OURS)]
         print_report(console, runs)
         if args.keep:
-            with fleet.router(RankPolicy.MINIMUM_TOKENS) as router:
+            with fleet.router(OURS) as router:
                 _keep(console, router)
 
 
-def _run_policy(console: Console, fleet: Fleet, policy: RankPolicy, jobs: list[Job]) -> Run:
-    columns = (TextColumn(f"dp_rank: {policy.value:<15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with fleet.router(policy) as router, Progress(*columns, console=console) as progress:
-        task = progress.add_task(policy.value, total=len(jobs))
-        return asyncio.run(_measure(router.envoy.url, fleet, policy, jobs, lambda: progress.advance(task)))
+def _run(console: Console, fleet: Fleet, placement: Placement, jobs: list[Job]) -> Run:
+    columns = (TextColumn(f"placement: {placement.name:<17}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with fleet.router(placement) as router, Progress(*columns, console=console) as progress:
+        task = progress.add_task(placement.name, total=len(jobs))
+        return asyncio.run(_measure(router.envoy.url, fleet, placement, jobs, lambda: progress.advance(task)))
 
 
-async def _measure(url: str, fleet: Fleet, policy: RankPolicy, jobs: list[Job], on_done: Callable[[], None]) -> Run:
+async def _measure(
+    url: str, fleet: Fleet, placement: Placement, jobs: list[Job], on_done: Callable[[], None]
+) -> Run:
     await send(url, make_jobs(_WARM_UP, seed=0), _WARM_UP, lambda: None)
     fleet.forget()
     urls = {server: engine.url for server, engine in fleet.named().items()}
@@ -74,13 +75,13 @@ async def _measure(url: str, fleet: Fleet, policy: RankPolicy, jobs: list[Job], 
         began = time.perf_counter()
         outcomes = await send(url, jobs, _CONCURRENCY, on_done)
         seconds = time.perf_counter() - began
-    return Run(policy, seconds, outcomes, await asyncio.to_thread(fleet.shares, probe), probe)
+    return Run(placement.name, seconds, outcomes, await asyncio.to_thread(fleet.shares, probe), probe)
 
 
 def _keep(console: Console, router: Router) -> None:
     url = router.envoy.url
     body = f'{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "hello"}}], "max_tokens": 12}}'
-    console.print("\nIt goes on running, with minimum_tokens. Try:\n", highlight=False)
+    console.print("\nIt goes on running. Try:\n", highlight=False)
     console.print(
         f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n"
         f"  curl {router.service.admin_url}/loads\n",

@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dp_extproc.config import RankPolicy
 from dp_extproc.demo.probe import LoadProbe
 from dp_extproc.demo.traffic import MODEL
 from dp_extproc.testbed.engine import EngineProcess
@@ -16,6 +15,19 @@ RANKS: Final = 4
 SERVERS: Final = 2
 _KV_TOKENS: Final = "440000"
 """KV room of a rank: about that of a large model on one H200."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A way to place requests, and what a reader calls it."""
+
+    name: str
+    policy: dict[str, str]
+    """Section ``policy`` of the pool."""
+
+
+ENGINES_OWN: Final = Placement("the engines' own", {"host": "random", "dp_rank": "none"})
+OURS: Final = Placement("dp-extproc", {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +45,7 @@ class RankShare:
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """The service and Envoy, with one placement policy."""
+    """The service and Envoy, with one placement."""
 
     service: ServiceProcess
     envoy: EnvoyProcess
@@ -47,13 +59,13 @@ class Fleet:
         self.decode = decode
 
     @contextmanager
-    def router(self, policy: RankPolicy) -> Iterator[Router]:
+    def router(self, placement: Placement) -> Iterator[Router]:
         """Run a router in front of the engines."""
         pool: dict[str, Any] = {
             "models": ["*"],
             "prefill": {"endpoints": [engine.url for engine in self.prefill]},
             "decode": {"endpoints": [engine.url for engine in self.decode]},
-            "policy": {"dp_rank": policy.value},
+            "policy": placement.policy,
         }
         with ServiceProcess(write_config([pool])) as service, EnvoyProcess(service.config) as envoy:
             service.wait_until_fresh()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from dp_extproc.config import RankPolicy
 from dp_extproc.demo.fleet import RankShare
 from dp_extproc.demo.probe import LoadProbe
 from dp_extproc.demo.traffic import Outcome
@@ -15,9 +14,9 @@ from dp_extproc.demo.traffic import Outcome
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One policy's run over all jobs."""
+    """One placement's run over all jobs."""
 
-    policy: RankPolicy
+    placement: str
     seconds: float
     outcomes: Sequence[Outcome]
     shares: Sequence[RankShare]
@@ -39,7 +38,7 @@ def print_report(console: Console, runs: Sequence[Run]) -> None:
 
 
 def _heading(run: Run) -> str:
-    return f"dp_rank: {run.policy.value}"
+    return run.placement
 
 
 def _shares_table(runs: Sequence[Run]) -> Table:
