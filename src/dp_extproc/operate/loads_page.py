@@ -39,6 +39,9 @@ def _describe_host(host: HostLoad | None, stale_after: float, now: float) -> dic
         "address": host.address,
         "version": str(host.facts.version) if host.facts.version else None,
         "age": round(now - host.sampled, 3) if sampled else None,
+        "seconds_per_token": None if (tpot := host.seconds_per_token) is None else round(tpot, 6),
+        "held_tokens": round(host.held_tokens),
+        "written_off": host.written_off,
         "ranks": [_describe_rank(rank, now) for rank in host.ranks],
     }
 

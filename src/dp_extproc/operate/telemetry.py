@@ -118,6 +118,13 @@ class Telemetry:
         age = GaugeMetricFamily("dp_extproc_scrape_age_seconds", "Age of the last load page.", labels=labels)
         samples = CounterMetricFamily("dp_extproc_scrapes", "Load pages read.", labels=labels)
         failures = CounterMetricFamily("dp_extproc_scrape_failures", "Scrapes that failed.", labels=[*labels, "kind"])
+        held = CounterMetricFamily(
+            "dp_extproc_held_tokens", "Prompt tokens that the picked ranks were taken to hold already.", labels=labels
+        )
+        lost = CounterMetricFamily(
+            "dp_extproc_written_off", "Requests taken off the books because no event ended them.", labels=labels
+        )
+        pace = GaugeMetricFamily("dp_extproc_seconds_per_token", "By the engine's own account.", labels=labels)
         now = self._clock()
         for endpoint in self._fleet.endpoints:
             names = [endpoint.pool, endpoint.role.value, endpoint.url]
@@ -127,17 +134,23 @@ class Telemetry:
                 state.add_metric([*names, freshness.name.lower()], float(freshness is present))
             if host is not None and present is not Freshness.UNKNOWN:
                 age.add_metric(names, now - host.sampled)
+            if host is not None:
+                held.add_metric(names, host.held_tokens)
+                lost.add_metric(names, host.written_off)
+                if (tpot := host.seconds_per_token) is not None:
+                    pace.add_metric(names, tpot)
             samples.add_metric(names, self._samples[endpoint.url])
             for (url, kind), count in self._failures.items():
                 if url == endpoint.url:
                     failures.add_metric([*names, kind], count)
-        yield from (state, age, samples, failures)
+        yield from (state, age, samples, failures, held, lost, pace)
 
     def _collect_ranks(self) -> Iterator[Metric]:
         labels = ["pool", "role", "endpoint", "dp_rank"]
         picks = CounterMetricFamily("dp_extproc_picks", "Requests sent to a rank by choice.", labels=labels)
         reserved = GaugeMetricFamily("dp_extproc_reserved_tokens", "Tokens on our own books.", labels=labels)
         requests = GaugeMetricFamily("dp_extproc_reserved_requests", "Requests on our own books.", labels=labels)
+        sent = CounterMetricFamily("dp_extproc_sent_tokens", "Prompt tokens sent, less those held.", labels=labels)
         effective = GaugeMetricFamily("dp_extproc_effective_tokens", "The load that policies compare.", labels=labels)
         for host in self._fleet.hosts.values():
             for rank in host.ranks:
@@ -145,5 +158,6 @@ class Telemetry:
                 picks.add_metric(names, rank.picks)
                 reserved.add_metric(names, rank.own_tokens)
                 requests.add_metric(names, rank.own_requests)
+                sent.add_metric(names, rank.sent_tokens)
                 effective.add_metric(names, rank.tokens)
-        yield from (picks, reserved, requests, effective)
+        yield from (picks, sent, reserved, requests, effective)

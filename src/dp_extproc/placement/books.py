@@ -83,6 +83,11 @@ class RankLoad:
         return self.tokens - self.others
 
     @property
+    def sent_tokens(self) -> float:
+        """Prompt tokens ever sent here, less those that the rank held already."""
+        return self.group.sent[self.position]
+
+    @property
     def own_requests(self) -> float:
         return sum(reservation.requests for reservation in self.open)
 

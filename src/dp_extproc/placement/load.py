@@ -77,7 +77,8 @@ class HostLoad:
     """One endpoint: its ranks and how well it is known."""
 
     __slots__ = (
-        "_demoted", "address", "candidate", "capabilities", "endpoint", "facts", "groups", "ranks", "sampled",
+        "_demoted", "address", "candidate", "capabilities", "endpoint", "facts", "groups", "held_tokens", "ranks",
+        "sampled",
     )  # fmt: skip
 
     def __init__(
@@ -93,6 +94,8 @@ class HostLoad:
         usable = capabilities.prefill_ranks(facts.dp_ranks) if endpoint.role is Role.PREFILL else range(facts.dp_ranks)
         self.candidate = _candidate(self, [self.ranks[index] for index in usable])
         """The host with every rank that can serve."""
+        self.held_tokens = 0.0
+        """Prompt tokens of all requests sent here that its ranks were taken to hold already."""
         self.sampled = -math.inf
         """When the last good load page was asked for."""
         self._demoted = False
@@ -106,6 +109,18 @@ class HostLoad:
     def requests(self) -> float:
         """Requests in flight, those of others included."""
         return sum(group.requests + group.others_requests for group in self.groups)
+
+    @property
+    def written_off(self) -> int:
+        """Requests that no event has ended."""
+        return sum(group.written_off for group in self.groups)
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """How long a token takes here, if this is known."""
+        told = [group.known_tpot for group in self.groups if isinstance(group, DecodeGroup)]
+        known = [tpot for tpot in told if tpot is not None]
+        return sum(known) / len(known) if known else None
 
     def freshness(self, now: float, stale_after: float) -> Freshness:
         if self.sampled == -math.inf:
@@ -128,7 +143,11 @@ class HostLoad:
     def reserve(
         self, rank: int | None, tokens: float, now: float, requests: float = 1.0, cached: float = 0.0
     ) -> tuple[Reservation, ...]:
-        """Put a request on the books. When the engine itself picks the rank, each rank carries an even share."""
+        """Put a request on the books; see :meth:`RankLoad.reserve`.
+
+        When the engine itself picks the rank (None), each rank carries an even share.
+        """
+        self.held_tokens += cached
         if rank is not None:
             self.ranks[rank].picks += 1
             return (self.ranks[rank].reserve(tokens, now, requests, cached),)
