@@ -224,13 +224,42 @@ def test_cached_tokens_are_not_to_be_computed() -> None:
     assert group.loads == [250, 100 + 1]
 
 
-def test_the_cost_is_the_rest_of_the_step_the_longest_queue_and_the_delay_of_those_who_wait() -> None:
-    """(400 + 800)/2 are left of the step; 600 -> 900 is the longest queue; it delays the one who waits by 300."""
-    group = make_group(2)
+def test_the_cost_of_a_request_that_fits_under_the_fullest_rank() -> None:
+    """(400 + 800)/2 are left of the running step; then one step of 400 + 600 does it, whoever is the fullest."""
+    group = make_group()
     group.ranks[0].reserve(800, NOW)
     group.ranks[1].reserve(600, NOW)
     group.survey(NOW)
 
-    assert group.cost(1, 900) == 600 + 900 + 1 * 300
-    assert group.cost(0, 500) == 600 + 600
-    assert make_group().cost(0, 70) == 70
+    assert group.cost(0, 500) == 600 + 400 + 600
+
+
+def test_the_cost_of_a_request_that_lengthens_the_step() -> None:
+    """600 -> 900 makes the step longer by 300 for the one who waits, and a quarter of it for those who come."""
+    group = make_group()
+    group.ranks[0].reserve(800, NOW)
+    group.ranks[1].reserve(600, NOW)
+    group.survey(NOW)
+
+    assert group.cost(1, 900) == 600 + 400 + 900 + 1 * 300 + 75
+
+
+def test_a_request_waits_for_the_steps_of_its_own_rank_only() -> None:
+    """With 1000 tokens per step, 500 tokens are done after one full step, although another rank has four to go."""
+    group = make_group()
+    first = group.ranks[0].reserve(1000, NOW)
+    group.ranks[0].reserve(5000, NOW)
+    first.release(LATER)  # 1000 of the 5000 run, 4000 wait, and 250 more for those that run
+    group.survey(NOW)
+
+    assert group.loads == [4250, 0]
+    assert group.cost(1, 500) == (400 + 1000) / 2 + 400 + 1000
+    assert group.cost(1, 1500) == (400 + 1000) / 2 + 2 * (400 + 1000)
+
+
+def test_an_idle_server_costs_its_steps() -> None:
+    """Nobody is delayed: one step for a short prompt, three for a long one, and a quarter for those to come."""
+    group = make_group()
+
+    assert group.cost(0, 80) == 400 + 80 + 20
+    assert group.cost(0, 2800) == 3 * 400 + 2800 + 700

@@ -18,6 +18,8 @@ RUNNING_WEIGHT: Final = 0.25
 Simulated on 4 prefill servers of 8 ranks, mean time to first token: 2283 ms with 0, 1449 with 0.25, 1868 with 1."""
 WAITING_COUNTED: Final = 4
 """At most so many waiting requests are taken to be delayed by a longer step; more changes nothing measurable."""
+LATER_WEIGHT: Final = 0.25
+"""Of what a longer queue costs those who are still to come. Anything from 0 to 0.5 is within 5 % of the best."""
 ARRIVAL_LAG: Final = 0.06
 """Seconds from the pick until an engine can start a request: the network, tokenizing, the handshake with decode."""
 SILENCE: Final = 1.0
@@ -72,17 +74,21 @@ class PrefillGroup(StepGroup):
         self._last_event = -math.inf
 
     def cost(self, position: int, after: float) -> float:  # noqa: ARG002 - the same for every rank
-        """Tell what it costs the group to have a rank at *after* tokens.
+        """Tell what it costs to have a rank at *after* tokens, for the request itself and for everybody else.
 
-        That is: what is left of the running step, the longest queue then, and by how much it grows for those who
-        already wait here.
+        The request is done when its rank has taken ``ceil(after / budget)`` more steps, each of them as long as the
+        fullest rank makes it; before that, the running step has to end. If it makes its rank the fullest one, steps
+        get longer for those who wait here, and there will be more of them for those who come.
         """
-        top = self.top
-        remaining = (self._step_tokens + self._running) / 2 if self._uncomputed else 0.0
+        top, budget = self.top, self._budget
+        steps = -(-after // budget)
+        waited = (self._step_tokens + self._running) / 2 if self._uncomputed else 0.0
         if after <= top:
-            return remaining + top
-        waiting = min(self._unstarted + self._strangers, WAITING_COUNTED)
-        return remaining + after + waiting * (after - top)
+            return waited + steps * self._step_tokens + min(top, steps * budget)
+        steps_before = -(-top // budget) or 1.0
+        lengthened = min(after, steps_before * budget) - top
+        delayed = min(self._unstarted + self._strangers, WAITING_COUNTED) / steps_before
+        return waited + steps * self._step_tokens + after + delayed * lengthened + LATER_WEIGHT * (after - top)
 
     def refresh(self, now: float) -> None:
         """Without events for a while, take what is old as started, and what is very old as gone."""
