@@ -116,6 +116,14 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
             (4, "pools[0].policy.dp_rank", "5 is not one of 'minimum_tokens', 'token_round_robin' or 'none'"),
         ],
     ),
+    "lockstep-without-its-estimate": (
+        POOL + "load: {signal: scraped}\n",
+        [(2, "pools[0].policy.host", "write another host policy, such as random or round_robin")],
+    ),
+    "lockstep-said-but-without-its-estimate": (
+        POOL + "  policy: {host: lockstep}\nload: {signal: scraped}\n",
+        [(4, "pools[0].policy.host", "lockstep needs load.signal: estimate")],
+    ),
     "workers-beside-decode": (POOL + "  decode: {endpoints: ['http://b:1']}\n", [(2, "pools[0]", "split this one")]),
     "prefill-without-decode": (
         POOL.replace("workers", "prefill"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dp_extproc.config import HostPolicy, RankPolicy
 from dp_extproc.extproc import names
 from dp_extproc.fleet.endpoint import Role
 from dp_extproc.placement.decision import Answer, Decision
@@ -89,6 +90,23 @@ def test_headers_and_metadata() -> None:
         "decode_host": "10.0.0.1:32001",
         "decode_rank": 2,
     }
+
+
+@pytest.mark.parametrize("rank", list(RankPolicy))
+@pytest.mark.parametrize("host", list(HostPolicy))
+def test_every_combination_of_policies_places(host: HostPolicy, rank: RankPolicy) -> None:
+    """Whatever the two policies, a request goes to one of the servers, and gives back all it has reserved."""
+    fleet = Fleet(prefills=[PREFILL] * 2, decodes=[DECODE] * 2, policy={"host": host.value, "dp_rank": rank.value})
+    decisions = [place(fleet) for _ in range(20)]
+    hosts = [fleet.host(role, number) for role in (Role.PREFILL, Role.DECODE) for number in (1, 2)]
+    in_flight = sum(each.requests for each in hosts)
+    for decision in decisions:
+        assert decision.attempt is not None
+        decision.attempt.end(fleet.clock())
+
+    assert in_flight == pytest.approx(40)
+    assert [each.requests for each in hosts] == [0, 0, 0, 0]
+    assert all(("decode_rank" in decision.metadata) == (rank is not RankPolicy.NONE) for decision in decisions)
 
 
 def test_requests_spread_evenly_by_tokens() -> None:

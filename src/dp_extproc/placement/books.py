@@ -150,6 +150,7 @@ class StepGroup(ABC):
         """Tokens ever sent."""
         self.requests = 0.0
         """Our own requests in flight."""
+        self._reservations = 0
         self.others_requests = 0.0
         """Requests that the last samples showed beyond those."""
         self.written_off = 0
@@ -177,12 +178,15 @@ class StepGroup(ABC):
 
     def opened(self, rank: RankLoad, tokens: float, to_compute: float, requests: float, now: float) -> Reservation:
         """Take a new request on the books. Strictly for :meth:`RankLoad.reserve`."""
+        self._reservations += 1
         self.requests += requests
         return self._open(rank, tokens, to_compute, requests, now)
 
     def closed(self, reservation: Reservation, now: float) -> None:
         """Take a request off the books. Strictly for :meth:`Reservation.release`."""
-        self.requests -= reservation.requests
+        self._reservations -= 1
+        # With nothing open the count is exactly zero, whatever floating point makes of shares.
+        self.requests = self.requests - reservation.requests if self._reservations else 0.0
         self._close(reservation, now)
 
     @abstractmethod
