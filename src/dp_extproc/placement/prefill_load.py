@@ -64,6 +64,10 @@ class PrefillGroup(StepGroup):
         self._step_tokens = step_tokens
         self._queues: list[deque[PrefillReservation]] = [deque() for _ in self.ranks]
         """Per rank, in the order in which they were sent, what is not computed yet."""
+        self._waiting = [0.0] * len(self.ranks)
+        """Per rank, tokens that have not started."""
+        self._runs = [0.0] * len(self.ranks)
+        """Per rank, tokens in the running step."""
         self._unstarted = 0.0
         """Requests of which nothing has started."""
         self._strangers = 0.0
@@ -101,7 +105,6 @@ class PrefillGroup(StepGroup):
                         self._computed(reservation, now)
                     elif age >= SILENCE and reservation.waiting:
                         self._run(reservation, reservation.waiting)
-            self._sum_up()
         self.due = now + SILENCE / 4 if self._uncomputed else math.inf
 
     def told(self, sample: RankSample) -> float:
@@ -115,9 +118,8 @@ class PrefillGroup(StepGroup):
         return reservation.tokens
 
     def correct(self, rank: RankLoad, others: float, now: float) -> None:  # noqa: ARG002 - as above
-        self.changed = True
-        self.loads[rank.position] += others - self.others[rank.position]
         self.others[rank.position] = others
+        self._sum_up(rank.position)
         waiting = (min(each.others_requests, each.sample.waiting_requests) for each in self.ranks if each.sample)
         self._strangers = sum(waiting)
 
@@ -130,16 +132,18 @@ class PrefillGroup(StepGroup):
         now: float,
     ) -> Reservation:
         reservation = PrefillReservation(rank, to_compute, requests, now)
+        position = rank.position
         idle = not self._uncomputed
         self._uncomputed += 1
         self._unstarted += requests
-        self._queues[rank.position].append(reservation)
-        self.loads[rank.position] += to_compute
-        self.changed = True
+        self._queues[position].append(reservation)
+        self._waiting[position] += to_compute
         if idle:
             self._last_event = now
             self._run(reservation, min(to_compute, self._budget) if self._chunked else to_compute)
-            self._sum_up()
+            self._running = reservation.running
+        else:
+            self._sum_up(position)
         if self.due == math.inf:
             self.due = now + SILENCE
         return reservation
@@ -161,13 +165,15 @@ class PrefillGroup(StepGroup):
 
     def _step(self, now: float) -> None:
         """A step has ended, and another has begun with what had arrived by then."""
-        for queue in self._queues:
+        for position, queue in enumerate(self._queues):
             while queue and queue[0].running and not queue[0].waiting:
                 self._computed(queue.popleft(), now)
-            if queue:
+            if queue and queue[0].running:
+                self._runs[position] -= queue[0].running
                 queue[0].running = 0.0
+                self._sum_up(position)
         self._fill(now - ARRIVAL_LAG)
-        if not self._running:
+        if self._uncomputed and not self._running:
             self._fill(math.inf)  # the server is idle but for those: they start when they arrive
 
     def _fill(self, arrived: float) -> None:
@@ -184,30 +190,36 @@ class PrefillGroup(StepGroup):
                         break
                 self._run(reservation, taken)
                 budget -= taken
-        self._sum_up()
+        self._running = max(self._runs)
 
     def _run(self, reservation: PrefillReservation, tokens: float) -> None:
+        """Let a step take in some tokens."""
         if reservation.waiting == reservation.tokens:
             self._unstarted -= reservation.requests
         reservation.waiting -= tokens
         reservation.running += tokens
+        position = reservation.rank.position
+        self._waiting[position] -= tokens
+        self._runs[position] += tokens
+        self._sum_up(position)
 
     def _computed(self, reservation: PrefillReservation, now: float) -> None:
+        """Take a request out that its queue has lost already."""
         if reservation.waiting == reservation.tokens:
             self._unstarted -= reservation.requests
+        position = reservation.rank.position
+        if self._queues[position]:
+            self._waiting[position] -= reservation.waiting
+            self._runs[position] -= reservation.running
+        else:  # exactly zero, whatever floating point made of the sums
+            self._waiting[position] = self._runs[position] = 0.0
         reservation.waiting = reservation.running = 0.0
         reservation.until = now
         self._uncomputed -= 1
-
-    def _sum_up(self) -> None:
-        self.changed = True
-        self._running = 0.0
-        for position, queue in enumerate(self._queues):
-            waiting = running = 0.0
-            for reservation in queue:
-                waiting += reservation.waiting
-                running += reservation.running
-            self.loads[position] = self.others[position] + waiting + RUNNING_WEIGHT * running
-            self._running = max(self._running, running)
         if not self._uncomputed:
-            self._unstarted = 0.0  # whatever floating point made of it
+            self._unstarted = self._running = 0.0
+        self._sum_up(position)
+
+    def _sum_up(self, position: int) -> None:
+        self.changed = True
+        self.loads[position] = self.others[position] + self._waiting[position] + RUNNING_WEIGHT * self._runs[position]
