@@ -25,6 +25,7 @@ CORE = [
         )
     ),
     *(f"extproc/{name}.py" for name in ("names", "events", "exchange")),
+    *(f"sync/{name}.py" for name in ("messages", "outbox", "peers")),
 ]
 IMPURE = {
     "asyncio",

@@ -1,0 +1,74 @@
+"""Books that remember what they were told, and sit still for assertions."""
+
+from dataclasses import dataclass, field
+
+from dp_extproc.placement.demand import Demand
+from dp_extproc.placement.dispatch import Dispatch
+from dp_extproc.request.prefix import Prefix
+
+DISPATCH = Dispatch(
+    pool="llama",
+    demand=Demand(tokens=1200.0, requests=2.0, prefix=Prefix((1, (1 << 64) - 1)), session="a session"),
+    decode="http://10.0.0.2:30000",
+    decode_rank=None,
+    prefill="http://10.0.0.1:30000",
+    prefill_rank=3,
+    cached=200.0,
+)
+
+
+def dispatch_to(rank: int) -> Dispatch:
+    """Make a dispatch that can be told from others by its rank."""
+    return Dispatch("llama", Demand(100.0), "http://10.0.0.2:30000", rank, "http://10.0.0.1:30000", rank)
+
+
+@dataclass(eq=False)
+class Entry:
+    """An attempt of a peer; complains about what no real one would be told."""
+
+    dispatch: Dispatch
+    opened_at: float
+    answered_at: float | None = None
+    first_byte_at: float | None = None
+    ended_at: float | None = None
+
+    def prefill_answered(self, status: int, now: float) -> None:
+        assert status == 200
+        self._still_open(now)
+        if self.answered_at is None:
+            self.answered_at = now
+
+    def first_byte(self, status: int, now: float) -> None:
+        assert status == 200
+        self._still_open(now)
+        if self.first_byte_at is None:
+            self.first_byte_at = now
+
+    def end(self, now: float) -> None:
+        self._still_open(now)
+        self.ended_at = now
+
+    def _still_open(self, now: float) -> None:
+        assert self.ended_at is None, "it has ended"
+        assert now >= self.opened_at, "it has not begun"
+
+
+@dataclass
+class Books:
+    """All attempts of peers, in the order in which they were opened."""
+
+    entries: list[Entry] = field(default_factory=list)
+
+    def open_foreign(self, dispatch: Dispatch, at: float) -> Entry:
+        """Put one on the books."""
+        self.entries.append(Entry(dispatch, at))
+        return self.entries[-1]
+
+    @property
+    def open(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.ended_at is None]
+
+    @property
+    def open_ranks(self) -> list[int]:
+        """Tell what is open, by the ranks of :func:`dispatch_to`."""
+        return sorted(rank for entry in self.open if (rank := entry.dispatch.decode_rank) is not None)
