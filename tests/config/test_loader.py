@@ -97,7 +97,10 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
     "key-that-yaml-takes-for-a-number": (POOL + "load: {5: 5}\n", [(4, "load.5", "not a word to YAML")]),
     "list-as-a-key": (POOL + "[a]: 5\n", [(4, "", "unhashable key")]),
     "misspelt-key": (POOL + "laod: {}\n", [(4, "laod", "did you mean 'load'?")]),
-    "unknown-key": (POOL + "colour: red\n", [(4, "colour", "known keys here: listen, envoy, load, drain, pools")]),
+    "unknown-key": (
+        POOL + "colour: red\n",
+        [(4, "colour", "known keys here: listen, envoy, load, drain, sync, pools")],
+    ),
     "misspelt-key-of-an-endpoint": (
         "pools:\n- models: [a]\n  workers:\n    endpoints:\n    - url: http://a:1\n      dp_sise: 4\n",
         [(6, "pools[0].workers.endpoints[0].dp_sise", "did you mean 'dp_size'?")],

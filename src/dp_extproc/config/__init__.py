@@ -17,6 +17,7 @@ from dp_extproc.config.schema import (
     RankPolicy,
     SocketAddress,
 )
+from dp_extproc.config.sync import SyncSettings
 
 __all__ = [
     "BodyMode",
@@ -35,6 +36,7 @@ __all__ = [
     "Problem",
     "RankPolicy",
     "SocketAddress",
+    "SyncSettings",
     "load_config",
     "parse_config",
 ]

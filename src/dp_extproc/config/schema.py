@@ -14,9 +14,6 @@ from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -24,35 +21,11 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-_DURATION: Final = re.compile(r"^(?P<number>\d+(?:\.\d+)?)(?P<unit>ms|s|m|h)$")
-_SECONDS_PER_UNIT: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-_SIZE: Final = re.compile(r"^(?P<number>\d+)(?P<unit>KiB|MiB|GiB)$")
-_BYTES_PER_UNIT: Final = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+from dp_extproc.config.section import Bytes, Seconds, Section
+from dp_extproc.config.sync import SyncSettings
+
 _HOST: Final = re.compile(r"[A-Za-z0-9._:%\-]+")
 _MAX_PORT: Final = 65535
-
-
-def _seconds(value: object) -> object:
-    """Read ``1s``, ``250ms``, ``2m``, ``1h`` as seconds; a bare number would leave the unit to guesswork."""
-    if isinstance(value, str) and (match := _DURATION.match(value)):
-        return float(match["number"]) * _SECONDS_PER_UNIT[match["unit"]]
-    raise ValueError("write a duration with its unit, such as 250ms, 1s or 5m")
-
-
-def _bytes(value: object) -> object:
-    """Read a plain number of bytes, or ``64MiB``."""
-    if isinstance(value, str) and (match := _SIZE.match(value)):
-        return int(match["number"]) * _BYTES_PER_UNIT[match["unit"]]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    raise ValueError("write a number of bytes, such as 67108864, or a size such as 64MiB")
-
-
-Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
-"""A duration in seconds; in the file a string with a unit."""
-
-Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1024)]
-"""A size in bytes; in the file a number, or a string with KiB, MiB or GiB."""
 
 
 def _ip_address(value: str) -> str:
@@ -62,11 +35,7 @@ def _ip_address(value: str) -> str:
         raise ValueError("write an IP address, such as 127.0.0.1, 0.0.0.0 or ::1") from None
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-class SocketAddress(_Section):
+class SocketAddress(Section):
     """An ``IP:port`` to listen on; IPv6 in brackets."""
 
     host: Annotated[str, AfterValidator(_ip_address)]
@@ -99,7 +68,7 @@ def _address(text: str) -> SocketAddress:
     return SocketAddress.model_validate(text)
 
 
-class ListenSettings(_Section):
+class ListenSettings(Section):
     """Where the service itself listens."""
 
     grpc: SocketAddress = _address("127.0.0.1:9002")
@@ -115,7 +84,7 @@ class BodyMode(StrEnum):
     DUPLEX = "duplex"
 
 
-class EnvoySettings(_Section):
+class EnvoySettings(Section):
     """What the printed Envoy configuration contains."""
 
     inference: SocketAddress = _address("127.0.0.1:8080")
@@ -152,7 +121,7 @@ class LoadSignal(StrEnum):
     """The engine's gauge of used tokens, plus what was sent since it was read."""
 
 
-class LoadSettings(_Section):
+class LoadSettings(Section):
     """How the engines' load is read, and what is made of it."""
 
     signal: LoadSignal = Field(default=LoadSignal.ESTIMATE, strict=False)
@@ -208,7 +177,7 @@ class ClientRanks(StrEnum):
     HONOUR = "honour"
 
 
-class AffinitySettings(_Section):
+class AffinitySettings(Section):
     """How requests find the ranks that hold the KV cache of their prompts' beginnings."""
 
     prefixes: bool = True
@@ -217,7 +186,7 @@ class AffinitySettings(_Section):
     """Header in which clients name the conversation."""
 
 
-class PolicySettings(_Section):
+class PolicySettings(Section):
     """How a pool places requests."""
 
     host: HostPolicy = Field(default=HostPolicy.LOCKSTEP, strict=False)
@@ -226,7 +195,7 @@ class PolicySettings(_Section):
     affinity: AffinitySettings = AffinitySettings()
 
 
-class EndpointConfig(_Section):
+class EndpointConfig(Section):
     """One engine server. In the file a URL, or a mapping with ``url`` and what must not be discovered."""
 
     url: str
@@ -268,11 +237,11 @@ _Named = tuple[tuple[int | str, ...], str, str]
 """Where a name stands in the file, the name, and how its place is told."""
 
 
-class _Endpoints(_Section):
+class _Endpoints(Section):
     endpoints: Annotated[tuple[EndpointConfig, ...], Field(min_length=1, strict=False)]
 
 
-class PoolConfig(_Section):
+class PoolConfig(Section):
     """The servers of one or more models: ``prefill`` and ``decode``, or ``workers`` alone."""
 
     models: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1, strict=False)]
@@ -300,7 +269,7 @@ class PoolConfig(_Section):
         return self.workers is None
 
 
-class Config(_Section):
+class Config(Section):
     """The whole file."""
 
     listen: ListenSettings = ListenSettings()
@@ -308,6 +277,8 @@ class Config(_Section):
     load: LoadSettings = LoadSettings()
     drain: Seconds = 10.0
     """How long a stopping service goes on answering after it has reported that it is not ready."""
+    sync: SyncSettings | None = None
+    """None for a service that is alone."""
     pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1, strict=False)]
 
     @model_validator(mode="after")

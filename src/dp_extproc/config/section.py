@@ -1,0 +1,40 @@
+"""What every section of the configuration file is made of."""
+
+import re
+from typing import Annotated, Final
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+_DURATION: Final = re.compile(r"^(?P<number>\d+(?:\.\d+)?)(?P<unit>ms|s|m|h)$")
+_SECONDS_PER_UNIT: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_SIZE: Final = re.compile(r"^(?P<number>\d+)(?P<unit>KiB|MiB|GiB)$")
+_BYTES_PER_UNIT: Final = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def _seconds(value: object) -> object:
+    """Read ``1s``, ``250ms``, ``2m``, ``1h`` as seconds; a bare number would leave the unit to guesswork."""
+    if isinstance(value, str) and (match := _DURATION.match(value)):
+        return float(match["number"]) * _SECONDS_PER_UNIT[match["unit"]]
+    raise ValueError("write a duration with its unit, such as 250ms, 1s or 5m")
+
+
+def _bytes(value: object) -> object:
+    """Read a plain number of bytes, or ``64MiB``."""
+    if isinstance(value, str) and (match := _SIZE.match(value)):
+        return int(match["number"]) * _BYTES_PER_UNIT[match["unit"]]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ValueError("write a number of bytes, such as 67108864, or a size such as 64MiB")
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
+"""A duration in seconds; in the file a string with a unit."""
+
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1024)]
+"""A size in bytes; in the file a number, or a string with KiB, MiB or GiB."""
+
+
+class Section(BaseModel):
+    """A mapping of the file: frozen, without unknown keys, and of exact types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
