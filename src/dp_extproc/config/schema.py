@@ -84,6 +84,13 @@ class BodyMode(StrEnum):
     DUPLEX = "duplex"
 
 
+def _host_and_port(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) <= _MAX_PORT:
+        raise ValueError("write host:port, such as dp-extproc:9002 or 10.0.0.9:9002")
+    return value
+
+
 class EnvoySettings(Section):
     """What the printed Envoy configuration contains."""
 
@@ -91,17 +98,11 @@ class EnvoySettings(Section):
     admin: SocketAddress = _address("127.0.0.1:9901")
     max_body_bytes: Bytes = 64 << 20
     body_mode: BodyMode = Field(default=BodyMode.BUFFERED, strict=False)
-    service: str | None = None
+    service: Annotated[str, AfterValidator(_host_and_port)] | None = None
     """``host:port`` under which Envoy finds the service; by default ``listen.grpc``."""
 
-    @field_validator("service")
-    @classmethod
-    def _service_has_host_and_port(cls, value: str | None) -> str | None:
-        if value is not None:
-            host, _, port = value.rpartition(":")
-            if not host or not port.isdecimal() or not 0 < int(port) <= _MAX_PORT:
-                raise ValueError("write host:port, such as dp-extproc:9002 or 10.0.0.9:9002")
-        return value
+    standby: Annotated[tuple[Annotated[str, AfterValidator(_host_and_port)], ...], Field(strict=False)] = ()
+    """Further services, each for when all before it are not ready. The first that is ready decides alone."""
 
 
 class LoadSource(StrEnum):

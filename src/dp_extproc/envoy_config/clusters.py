@@ -15,6 +15,8 @@ from envoy_data_plane.envoy.config.cluster.v3 import (
 from envoy_data_plane.envoy.config.core.v3 import (
     Address,
     EnvoyInternalAddress,
+    HealthCheck,
+    HealthCheckGrpcHealthCheck,
     Http1ProtocolOptions,
     Http2ProtocolOptions,
     SocketAddress,
@@ -48,6 +50,16 @@ _CONNECT_TIMEOUT: Final = timedelta(seconds=2)
 _ENGINE_IDLE_TIMEOUT: Final = timedelta(seconds=4)
 """Engines answer over uvicorn, which closes a connection after 5 idle seconds (``timeout_keep_alive``)."""
 
+_READINESS_CHECK: Final = HealthCheck(
+    timeout=timedelta(seconds=1),
+    interval=timedelta(seconds=1),
+    no_traffic_interval=timedelta(seconds=1),  # by default a service that gets no traffic is looked at once a minute
+    unhealthy_threshold=2,
+    healthy_threshold=1,
+    grpc_health_check=HealthCheckGrpcHealthCheck(),
+)
+"""Which of several services gets the requests: one that hangs is left after two seconds, one that stops at once."""
+
 _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
 
@@ -65,13 +77,25 @@ def build_clusters(config: Config) -> list[Cluster]:
 
 
 def _service(config: Config, buffer: int) -> Cluster:
-    host, port = _service_address(config)
+    """Build the cluster of the service: one address, or several of which the first that is healthy gets everything."""
+    addresses = [_service_address(config), *map(_split, config.envoy.standby)]
+    named = any(not _is_ip(host) for host, _ in addresses)
     return Cluster(
         name=SERVICE,
-        type=ClusterDiscoveryType.STATIC if _is_ip(host) else ClusterDiscoveryType.STRICT_DNS,
+        type=ClusterDiscoveryType.STRICT_DNS if named else ClusterDiscoveryType.STATIC,
         connect_timeout=_CONNECT_TIMEOUT,
         per_connection_buffer_limit_bytes=buffer,
-        load_assignment=_single_endpoint(SERVICE, Address(socket_address=SocketAddress(address=host, port_value=port))),
+        load_assignment=ClusterLoadAssignment(
+            cluster_name=SERVICE,
+            endpoints=[
+                LocalityLbEndpoints(
+                    priority=priority,
+                    lb_endpoints=[_endpoint(Address(socket_address=SocketAddress(address=host, port_value=port)))],
+                )
+                for priority, (host, port) in enumerate(addresses)
+            ],
+        ),
+        health_checks=[_READINESS_CHECK] if config.envoy.standby else [],
         circuit_breakers=_unlimited(),
         typed_extension_protocol_options={_HTTP_OPTIONS: Any.pack(_grpc())},
     )
@@ -79,12 +103,16 @@ def _service(config: Config, buffer: int) -> Cluster:
 
 def _service_address(config: Config) -> tuple[str, int]:
     if config.envoy.service is not None:
-        host, _, port = config.envoy.service.rpartition(":")
-        return host.removeprefix("[").removesuffix("]"), int(port)
+        return _split(config.envoy.service)
     listen = config.listen.grpc
     if listen.is_wildcard:
         return ("::1" if ":" in listen.host else "127.0.0.1"), listen.port
     return listen.host, listen.port
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _is_ip(host: str) -> bool:
@@ -126,8 +154,13 @@ def _internal(listener: str, buffer: int) -> Cluster:
 
 
 def _single_endpoint(cluster: str, address: Address) -> ClusterLoadAssignment:
-    endpoint = LbEndpoint(endpoint=Endpoint(address=address))
-    return ClusterLoadAssignment(cluster_name=cluster, endpoints=[LocalityLbEndpoints(lb_endpoints=[endpoint])])
+    return ClusterLoadAssignment(
+        cluster_name=cluster, endpoints=[LocalityLbEndpoints(lb_endpoints=[_endpoint(address)])]
+    )
+
+
+def _endpoint(address: Address) -> LbEndpoint:
+    return LbEndpoint(endpoint=Endpoint(address=address))
 
 
 def _grpc() -> HttpProtocolOptions:
