@@ -26,8 +26,9 @@ class Listener(Protocol):
 class Bus(Protocol):
     """Sends to all other replicas."""
 
-    lost: int
-    """Messages of ours that could not be sent."""
+    @property
+    def lost(self) -> int:
+        """Messages of ours that could not be sent."""
 
     def send(self, message: bytes) -> None:
         """Send when it is possible, else drop it. Never waits."""

@@ -33,7 +33,7 @@ class RedisBus:
             channel: Common to the replicas that tell each other.
             patience: Seconds to wait for the server. Longer than the pause between two messages of our own.
         """
-        self.lost = 0
+        self._lost = 0
         self._url = url
         self._channel = channel
         self._patience = patience
@@ -41,13 +41,17 @@ class RedisBus:
         self._waiting: deque[bytes] = deque()
         self._some = asyncio.Event()
 
+    @property
+    def lost(self) -> int:
+        return self._lost
+
     def send(self, message: bytes) -> None:
         if not self._connected:
-            self.lost += 1
+            self._lost += 1
             return
         if len(self._waiting) == _MOST_WAITING:
             self._waiting.popleft()
-            self.lost += 1
+            self._lost += 1
         self._waiting.append(message)
         self._some.set()
 
@@ -65,13 +69,14 @@ class RedisBus:
             raise ConnectionError(_sentence(_first(errors))) from None
         finally:
             self._connected = False
-            self.lost += len(self._waiting)  # their moments were told as of now, so they must not come later
+            self._lost += len(self._waiting)  # their moments were told as of now, so they must not come later
             self._waiting.clear()
 
     @contextlib.asynccontextmanager
     async def _subscribed(self) -> AsyncIterator[tuple[Redis, PubSub]]:
         client = Redis.from_url(
             self._url,
+            protocol=2,  # every Redis and Valkey speaks it, and pub/sub needs no more
             socket_timeout=self._patience,
             socket_connect_timeout=self._patience,
             retry=Retry(NoBackoff(), 0),  # a connection that comes back by itself would hide that messages were lost
@@ -98,7 +103,7 @@ class RedisBus:
                 try:
                     await pipeline.execute()
                 except BaseException:
-                    self.lost += len(messages)
+                    self._lost += len(messages)
                     raise
 
     async def _receive(self, subscription: PubSub, listener: Listener) -> None:

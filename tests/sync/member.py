@@ -1,0 +1,114 @@
+"""A replica with synthetic attempts: in this process, or as a process of its own that is told what to do by lines."""
+
+import asyncio
+import json
+import random
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from itertools import count
+from pathlib import Path
+
+from dp_extproc.config import SyncSettings
+from dp_extproc.sync.join import join
+from dp_extproc.sync.outbox import Outbox
+from sync.books import Books, dispatch_to
+
+PATIENCE = 20.0
+"""Seconds that a test waits for a condition."""
+
+
+class Member:
+    """One replica and its books."""
+
+    def __init__(self, url: str, name: str, silence: float = 2.0) -> None:
+        self.name = name
+        self.books = Books()
+        self.outbox = Outbox(name)
+        settings = SyncSettings.model_validate({"url": url, "silence": f"{silence}s"})
+        self.replica = join(settings, self.outbox, self.books.open_foreign, clock=time.monotonic)
+        self.own: list[int] = []
+        """Open attempts; a dispatch bears the number of its attempt as its rank."""
+        self._numbers = count(random.randrange(1 << 40))
+
+    def open(self, attempts: int = 1) -> None:
+        """Begin some attempts."""
+        for _ in range(attempts):
+            number = next(self._numbers)
+            self.outbox.dispatched(number, dispatch_to(number), time.monotonic())
+            self.own.append(number)
+
+    def end(self, attempts: int = 1) -> None:
+        """End the oldest attempts."""
+        for number in self.own[:attempts]:
+            self.outbox.prefill_answered(number, time.monotonic())
+            self.outbox.first_token(number, time.monotonic())
+            self.outbox.ended(number, time.monotonic())
+        del self.own[:attempts]
+
+    async def work(self) -> None:
+        """Begin and end attempts until cancelled, a few hundred a second."""
+        while True:
+            self.open(3)
+            self.end(3 if len(self.own) > 100 else 2)
+            await asyncio.sleep(0.01)
+
+    def knows(self, *others: "Member") -> bool:
+        """Tell whether the books show exactly what others have open."""
+        return self.books.open_ranks == sorted(number for other in others for number in other.own)
+
+
+@asynccontextmanager
+async def running(*members: Member) -> AsyncIterator[None]:
+    """Let replicas run."""
+    async with AsyncExitStack() as stack:
+        for member in members:
+            await stack.enter_async_context(in_background(member.replica.run()))
+        yield
+
+
+@asynccontextmanager
+async def in_background(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Run something until the end of the block. If it fails, so does the block."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not become so"
+        await asyncio.sleep(0.01)
+
+
+async def obey(member: Member) -> None:
+    """Do what the lines of stdin say, and answer each with what is known."""
+    lines = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+    while line := await lines.readline():
+        command, number = line.split()
+        {b"open": member.open, b"end": member.end, b"tell": lambda _: None}[command](int(number))
+        status = member.replica.status()
+        answer = {"own": member.own, "known": member.books.open_ranks, "connected": status.connected}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+async def main(url: str, name: str) -> None:
+    """Run as a process."""
+    member = Member(url, name)
+    async with running(member):
+        await obey(member)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    asyncio.run(main(*sys.argv[1:]))

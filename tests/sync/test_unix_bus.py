@@ -1,0 +1,149 @@
+"""Processes of one host, through a directory: all know what each sends, and nobody waits for one that does not read."""
+
+import asyncio
+import logging
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from sync.member import PATIENCE, Member, running, until
+from sync.processes import MemberProcess
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory that is made on demand. Its path is short, as socket paths must be."""
+    with tempfile.TemporaryDirectory(prefix="dp-") as parent:
+        yield Path(parent) / "sync"
+
+
+def sockets(directory: Path) -> list[str]:
+    """Name the sockets there are."""
+    return sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not become so"
+        time.sleep(0.01)
+
+
+def test_processes_of_a_host_know_each_other(directory: Path) -> None:
+    """Four real processes each know what the other three have open, however they came and went."""
+    with ExitStack() as stack:
+        members = [stack.enter_context(MemberProcess(f"unix://{directory}", name)) for name in "abcd"]
+
+        def agree() -> bool:
+            states = [member.do("tell") for member in members]
+            return all(
+                state["known"] == sorted(number for other in states if other is not state for number in other["own"])
+                for state in states
+            )
+
+        for number, member in enumerate(members):
+            member.do("open", 10 * number)
+            member.do("end", number)
+        wait_until(agree)
+        assert sum(len(member.do("tell")["own"]) for member in members) == 54
+
+        members[3].send_signal(signal.SIGKILL)
+        del members[3]
+        wait_until(agree)
+        wait_until(lambda: len(sockets(directory)) == 3)  # the dead one's socket is removed
+
+        members.append(stack.enter_context(MemberProcess(f"unix://{directory}", "e")))
+        members[3].do("open", 5)
+        wait_until(agree)
+
+
+def test_a_process_that_is_stopped_holds_nobody_up(directory: Path) -> None:
+    """While one does not read, the others go on telling each other; when it goes on it learns what it has missed."""
+
+    async def story() -> None:
+        a, b = Member(f"unix://{directory}", "a"), Member(f"unix://{directory}", "b")
+        async with running(a, b):
+            with MemberProcess(f"unix://{directory}", "stopped") as stopped:
+                stopped.do("open", 1)
+                await until(lambda: len(a.books.open) == len(b.books.open) == 1)
+                stopped.send_signal(signal.SIGSTOP)
+                await until(lambda: a.books.open == [])  # it is silent
+                for _ in range(300):  # far more than its queue and its sender's hold
+                    a.open(20)
+                    a.end(20)
+                    await asyncio.sleep(0.005)
+                a.open(2)
+                await until(lambda: b.knows(a))
+                stopped.send_signal(signal.SIGCONT)
+                await until(lambda: stopped.do("tell")["known"] == sorted(a.own))
+                await until(lambda: len(b.books.open) == 3)
+
+    asyncio.run(story())
+
+
+def test_much_goes_through_a_small_queue(directory: Path) -> None:
+    """A snapshot of many parts, more than the kernel queues for a socket, reaches a newcomer whole."""
+
+    async def story() -> None:
+        first, second = Member(f"unix://{directory}", "first"), Member(f"unix://{directory}", "second")
+        async with running(first):
+            first.open(10_000)
+            await until(lambda: first.replica.status().connected)
+            async with running(second):
+                await until(lambda: second.knows(first))
+
+    asyncio.run(story())
+
+
+def test_a_socket_that_is_removed_is_made_again(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Somebody tidies up; the replica says so, and is there again."""
+    caplog.set_level(logging.WARNING, "dp_extproc")
+
+    async def story() -> None:
+        a, b = Member(f"unix://{directory}", "a"), Member(f"unix://{directory}", "b")
+        async with running(a, b):
+            await until(lambda: sockets(directory) == ["a.sock", "b.sock"])
+            (directory / "b.sock").unlink()
+            await until(lambda: "the bus is back" in caplog.text)
+            a.open(3)
+            await until(lambda: b.knows(a))
+
+    asyncio.run(story())
+
+    assert "somebody has removed the socket" in caplog.text
+
+
+def test_who_leaves_leaves_nothing_behind(directory: Path) -> None:
+    """The socket of a replica that stops is removed."""
+
+    async def story() -> None:
+        async with running(Member(f"unix://{directory}", "a")):
+            await until(lambda: sockets(directory) == ["a.sock"])
+
+    asyncio.run(story())
+
+    assert sockets(directory) == []
+
+
+def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The replica goes on alone, and tries again."""
+    obstacle = tmp_path / "file"
+    obstacle.touch()
+
+    async def story() -> None:
+        member = Member(f"unix://{obstacle}", "a")
+        async with running(member):
+            await until(lambda: "sync: no bus" in caplog.text)
+            obstacle.unlink()
+            await until(lambda: member.replica.status().connected)
+
+    if len(str(obstacle)) > 80:
+        obstacle = Path(tempfile.mkdtemp(prefix="dp-")) / "file"
+        obstacle.touch()
+    asyncio.run(story())
