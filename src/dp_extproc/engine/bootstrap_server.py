@@ -6,6 +6,7 @@ cache has been sent, and closing the connection is decode's ABORT. There is no a
 """
 
 import asyncio
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -40,14 +41,15 @@ def bootstrap_app(settings: Settings, side: PrefillSide) -> Starlette:
         wanted = await request.json()
         destination = side.connect(wanted["prefill_dp_rank"], wanted["bootstrap_room"])
         gone = asyncio.ensure_future(_disconnected(request))
+        either: set[asyncio.Future[Any]] = {destination, gone}
         try:
-            await asyncio.wait({destination, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
             gone.cancel()
         if not destination.done():
             side.disconnect(wanted["prefill_dp_rank"], wanted["bootstrap_room"], destination)
             return Response(status_code=499)
-        return JSONResponse({"bootstrap_room": wanted["bootstrap_room"]})
+        return JSONResponse({"bootstrap_room": wanted["bootstrap_room"], "cached_tokens": destination.result()})
 
     async def health(_: Request) -> Response:
         return PlainTextResponse("OK")

@@ -172,7 +172,7 @@ class DecodeSide:
         try:
             with self._clients.one() as client:
                 answer = await client.post(f"http://{address}/rendezvous", json=wanted, timeout=None)
-            answer.raise_for_status()
+            ticket.work.cached_tokens = int(answer.raise_for_status().json()["cached_tokens"])
         except httpx.HTTPError:
             # The heartbeat notices: two misses in a row.
             await asyncio.sleep(2 * timeouts.heartbeat * self._settings.time_scale)

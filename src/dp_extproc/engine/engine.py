@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import replace
 
 from dp_extproc.engine.decode_side import DecodeSide
 from dp_extproc.engine.dispatch import Dispatcher, ServerKilledError
@@ -43,11 +44,20 @@ class Engine:
             kill: Called when a request brings the server down.
         """
         self.settings = settings
+        now = time.time()
         self.ranks = [Rank(rank, settings.limits, settings.role) for rank in range(settings.dp_size)]
         members = [self.ranks] if settings.dp_attention else [[rank] for rank in self.ranks]
         self.groups = [Group(ranks, settings.costs) for ranks in members]
         self.histories = [
-            RankHistory(rank, settings.decode_log_interval, reports_last_batch=settings.release.since("0.5.17"))
+            RankHistory(
+                rank,
+                settings.decode_log_interval,
+                reports_last_batch=settings.release.since("0.5.17"),
+                estimates_hits=settings.release.since("0.5.20"),
+                keeps_statistics=settings.enable_metrics,
+                time_scale=settings.time_scale,
+                counted_since=now,
+            )
             for rank in self.ranks
         ]
         self.prefill_side = PrefillSide(settings, self.end, self._wake)
@@ -59,7 +69,6 @@ class Engine:
         self._tickets: dict[Work, Ticket] = {}
         self._rids: dict[str, Ticket] = {}
         self._wakes = [asyncio.Event() for _ in self.groups]
-        now = time.time()
         for history in self.histories:
             history.publish(now)
             history.report(now)
@@ -127,7 +136,7 @@ class Engine:
         for index, group in enumerate(self.groups):
             if not self.stepping[index]:
                 for rank in group.ranks:
-                    self.histories[rank.dp_rank].idle(now, time_scale=self.settings.time_scale)
+                    self.histories[rank.dp_rank].idle(now)
 
     def _take(self, leg: Leg, *, streaming: bool) -> Ticket:
         try:
@@ -137,7 +146,9 @@ class Engine:
             self.kill(str(error))
             chosen = 0
         wanted = 1 if self.settings.role is Role.PREFILL else max(1, leg.max_new_tokens)
-        work = Work(leg.rid, chosen, leg.prompt_tokens, wanted, leg.bootstrap_room)
+        prompt = leg.prompt if self.settings.caches_prefixes else b""
+        work = Work(leg.rid, chosen, leg.prompt_tokens, wanted, leg.bootstrap_room, prompt=prompt)
+        leg = replace(leg, prompt=b"")  # the journal remembers legs for long, and bodies are kept there anyway
         ticket = Ticket(leg, work, streaming)
         self._tickets[work] = self._rids[leg.rid] = ticket
         if (failure := self._refused_by_scheduler(leg)) is not None:

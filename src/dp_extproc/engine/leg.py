@@ -1,6 +1,6 @@
 """What one request asks of this server, sequence by sequence, and how a sequence can end."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,8 @@ class Leg:
     routed_dp_rank: int | None = None
     """Until 0.5.9 what ``data_parallel_rank`` said."""
     disagg_prefill_dp_rank: int | None = None
+    prompt: bytes = field(default=b"", repr=False)
+    """The prompt's tokens, for the prefix cache."""
 
 
 class RefusedError(Exception):

@@ -25,7 +25,7 @@ TAKEN_AWAY: Final = "Failed due to an unknown reason from another rank"
 @dataclass(slots=True)
 class _Room:
     tickets: list[Ticket] = field(default_factory=list)
-    destination: asyncio.Future[None] | None = None
+    destination: asyncio.Future[int] | None = None
 
 
 class PrefillSide:
@@ -67,12 +67,12 @@ class PrefillSide:
         loop = asyncio.get_running_loop()
         ticket.timer = loop.call_later(seconds, self._timed_out, ticket, self._settings.timeouts.bootstrap)
 
-    def connect(self, dp_rank: int, number: int) -> asyncio.Future[None]:
+    def connect(self, dp_rank: int, number: int) -> asyncio.Future[int]:
         """Take a decode leg's destination.
 
         Returns:
-            What is done once the KV cache has been sent there. It is never done when prefill fails: SGLang does not
-            tell decode.
+            What is done once the KV cache has been sent there, with the number of prompt tokens that prefill had in its
+            cache. It is never done when prefill fails: SGLang does not tell decode.
         """
         room = self._rooms.setdefault((dp_rank, number), _Room())
         room.destination = asyncio.get_running_loop().create_future()
@@ -80,7 +80,7 @@ class PrefillSide:
             self._let_in(ticket)
         return room.destination
 
-    def disconnect(self, dp_rank: int, number: int, destination: asyncio.Future[None]) -> None:
+    def disconnect(self, dp_rank: int, number: int, destination: asyncio.Future[int]) -> None:
         """Hear that a decode leg has given up: unlike the other way round, SGLang tells prefill."""
         room = self._rooms.get((dp_rank, number))
         if room is None or room.destination is not destination:
@@ -110,7 +110,7 @@ class PrefillSide:
         if room is not None and ticket in room.tickets:
             del self._rooms[self._key(ticket)]
             if room.destination is not None and not room.destination.done():
-                room.destination.set_result(None)
+                room.destination.set_result(ticket.work.cached_tokens)
             for other in room.tickets:
                 if other is not ticket:
                     self._end(other, self._failure(other, "transfer", TAKEN_AWAY))

@@ -56,6 +56,8 @@ class Settings:
     max_prefill_tokens: int = 16384
     reserved_decode_tokens: int = 512
     decode_log_interval: int = 40
+    disable_radix_cache: bool = False
+    enable_cache_report: bool = False
     time_scale: float = 1.0
     timeouts: Timeouts = field(default_factory=Timeouts)
     costs: Costs = field(default_factory=Costs)
@@ -75,6 +77,11 @@ class Settings:
         if not self.release.balances:
             return self.role is not Role.UNIFIED
         return self.method == "follow_bootstrap_room"
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether ranks keep what they have computed; decode servers do not, unless told to (not modelled)."""
+        return not self.disable_radix_cache and self.role is not Role.DECODE
 
     @property
     def limits(self) -> Limits:

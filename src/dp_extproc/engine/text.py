@@ -1,14 +1,19 @@
-"""The "model": how many tokens a prompt has, and which tokens come out. Deterministic, so that any two engines agree.
+"""The "model": which tokens a prompt has, and which come out. Deterministic, so that any two engines agree.
 
-A text has as many tokens as its UTF-8 bytes divided by four, rounded up; token ids count one each; a chat has the
-tokens of its texts and of its tools, plus four per message and three for the answer's head; an image counts 256.
+Four UTF-8 bytes of a text are a token, the last one padded; token ids are one each; a chat has the tokens of its tools
+and of its texts, with four in front of each message and three for the head of the answer, which are those of an
+assistant's message; an image has 256. Prompts are given as the prefix cache wants them, four bytes per token.
 """
 
+import array
+import hashlib
+from collections.abc import Iterable
 from typing import Any, Final
 
 import msgspec
 
-BYTES_PER_TOKEN: Final = 4
+from dp_extproc.engine.scheduler.prefix_cache import TOKEN_BYTES
+
 TOKENS_PER_MESSAGE: Final = 4
 TOKENS_FOR_ANSWER: Final = 3
 TOKENS_PER_IMAGE: Final = 256
@@ -19,9 +24,23 @@ _WORDS: Final = (
 )
 
 
-def text_tokens(text: str) -> int:
-    """Count the tokens of a text; at least one."""
-    return max(1, -(-len(text.encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN))
+def count_tokens(prompt: bytes) -> int:
+    """Count the tokens of a prompt."""
+    return len(prompt) // TOKEN_BYTES
+
+
+def text_prompt(text: str) -> bytes:
+    """Give the tokens of a text; at least one."""
+    raw = text.encode("utf-8", "surrogatepass")
+    return raw.ljust(max(1, -(-len(raw) // TOKEN_BYTES)) * TOKEN_BYTES, b"\0")
+
+
+def ids_prompt(ids: list[int]) -> bytes:
+    """Give the tokens that are named by *ids*; of ids beyond 32 bits the lower ones count."""
+    try:
+        return array.array("I", ids).tobytes()
+    except OverflowError:
+        return array.array("I", [each & 0xFFFFFFFF for each in ids]).tobytes()
 
 
 def output_id(prompt_tokens: int, position: int) -> int:
@@ -34,34 +53,46 @@ def output_text(token_id: int) -> str:
     return f" {_WORDS[token_id]}"
 
 
-def chat_tokens(messages: list[Any], tools: Any = None) -> int:
-    """Count the tokens of a conversation in OpenAI's or Anthropic's form."""
-    total = TOKENS_FOR_ANSWER + (text_tokens(msgspec.json.encode(tools).decode()) if tools else 0)
-    return total + sum(TOKENS_PER_MESSAGE + _message_tokens(message) for message in messages)
+def chat_prompt(messages: list[Any], tools: Any = None) -> bytes:
+    """Give the tokens of a conversation in OpenAI's or Anthropic's form."""
+    head = text_prompt(msgspec.json.encode(tools).decode()) if tools else b""
+    answer = _frame("assistant")[: TOKENS_FOR_ANSWER * TOKEN_BYTES]
+    return b"".join((head, *_messages(messages), answer))
 
 
-def _message_tokens(message: Any) -> int:
-    if not isinstance(message, dict):
-        return text_tokens(str(message))
-    calls = message.get("tool_calls")
-    return _content_tokens(message.get("content")) + (_content_tokens(str(calls)) if calls else 0)
+def _messages(messages: list[Any]) -> Iterable[bytes]:
+    for message in messages:
+        if not isinstance(message, dict):
+            yield _frame("")
+            yield text_prompt(str(message))
+            continue
+        yield _frame(message.get("role"))
+        yield _content(message.get("content"))
+        if calls := message.get("tool_calls"):
+            yield text_prompt(str(calls))
 
 
-def _content_tokens(content: Any) -> int:
+def _frame(role: Any) -> bytes:
+    size = TOKENS_PER_MESSAGE * TOKEN_BYTES
+    return f"<|{role}|>".encode("utf-8", "surrogatepass")[:size].ljust(size, b"\0")
+
+
+def _content(content: Any) -> bytes:
     if isinstance(content, str):
-        return text_tokens(content) if content else 0
+        return text_prompt(content) if content else b""
     if not isinstance(content, list):
-        return 0
-    return sum(_part_tokens(part) for part in content)
+        return b""
+    return b"".join(map(_part, content))
 
 
-def _part_tokens(part: Any) -> int:
+def _part(part: Any) -> bytes:
     if isinstance(part, str):
-        return text_tokens(part)
+        return text_prompt(part)
     if not isinstance(part, dict):
-        return 0
+        return b""
     if isinstance(part.get("text"), str):
-        return text_tokens(part["text"])
+        return text_prompt(part["text"])
     if isinstance(part.get("content"), str | list):
-        return _content_tokens(part["content"])
-    return TOKENS_PER_IMAGE
+        return _content(part["content"])
+    digest = hashlib.sha256(msgspec.json.encode(part)).digest()
+    return digest * (TOKENS_PER_IMAGE * TOKEN_BYTES // len(digest))

@@ -11,7 +11,7 @@ from dp_extproc.engine.api.exchange import DONE, Exchange, Update, event, intege
 from dp_extproc.engine.api.generate import DEFAULT_MAX_NEW_TOKENS
 from dp_extproc.engine.api.prompts import read_texts
 from dp_extproc.engine.leg import Failure, Finished
-from dp_extproc.engine.text import chat_tokens, output_text
+from dp_extproc.engine.text import chat_prompt, output_text
 
 _DEFAULT_MAX_TOKENS: Final = 16
 """Of ``/v1/completions``, as OpenAI has it."""
@@ -41,7 +41,7 @@ async def chat(exchange: Exchange) -> Response:
         raise wrong_type("messages", messages, "list")
     limit = integer(body, "max_completion_tokens", "max_tokens")
     limit = DEFAULT_MAX_NEW_TOKENS if limit is None else limit
-    exchange.submit(fields, [chat_tokens(messages, body.get("tools"))], limit, samples=integer(body, "n") or 1)
+    exchange.submit(fields, [chat_prompt(messages, body.get("tools"))], limit, samples=integer(body, "n") or 1)
     return await _respond(exchange, _ChatForm(body))
 
 
@@ -142,13 +142,15 @@ async def _events(exchange: Exchange, form: _Form) -> AsyncIterator[str]:
 
 
 def _usage(exchange: Exchange) -> dict[str, Any]:
-    prompt = sum(ticket.leg.prompt_tokens for ticket in exchange.tickets[:: exchange.samples])
+    first_samples = exchange.tickets[:: exchange.samples]
+    prompt = sum(ticket.leg.prompt_tokens for ticket in first_samples)
+    cached = sum(ticket.work.cached_tokens for ticket in first_samples)
     completion = sum(len(ticket.tokens) for ticket in exchange.tickets)
     return {
         "prompt_tokens": prompt,
         "total_tokens": prompt + completion,
         "completion_tokens": completion,
-        "prompt_tokens_details": None,
+        "prompt_tokens_details": {"cached_tokens": cached} if exchange.engine.settings.enable_cache_report else None,
         "reasoning_tokens": 0,
         "completion_tokens_details": None,
     }

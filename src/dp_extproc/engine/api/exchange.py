@@ -83,7 +83,7 @@ class Exchange:
     def submit(
         self,
         fields: RoutingFields,
-        prompts: list[int],
+        prompts: list[bytes],
         max_new_tokens: int,
         *,
         samples: int = 1,

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from dp_extproc.engine.leg import Leg, RefusedError
 from dp_extproc.engine.release import Release
+from dp_extproc.engine.text import count_tokens
 
 _BOOTSTRAP: Final = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
 _RANKS: Final = ("routed_dp_rank", "disagg_prefill_dp_rank")
@@ -91,7 +92,9 @@ class Reader:
         return fields
 
 
-def legs(fields: RoutingFields, prompts: list[int], max_new_tokens: int, samples: int, *, is_batch: bool) -> list[Leg]:
+def legs(
+    fields: RoutingFields, prompts: list[bytes], max_new_tokens: int, samples: int, *, is_batch: bool
+) -> list[Leg]:
     """Make one leg per prompt and sample.
 
     With several samples all of a prompt share its room, as in ``tokenizer_manager.py``; that is why n > 1 does not
@@ -99,7 +102,7 @@ def legs(fields: RoutingFields, prompts: list[int], max_new_tokens: int, samples
 
     Args:
         fields: Of the whole request.
-        prompts: Prompt tokens.
+        prompts: The tokens of each.
         max_new_tokens: Of every sequence.
         samples: Sequences per prompt.
         is_batch: Whether the prompts came as a list, even of one.
@@ -111,7 +114,7 @@ def legs(fields: RoutingFields, prompts: list[int], max_new_tokens: int, samples
     if isinstance(fields.rid, list) and len(fields.rid) != len(prompts):
         raise RefusedError("The specified rids length mismatch with the batch_size for batch processing.")
     found = []
-    for index, tokens in enumerate(prompts):
+    for index, prompt in enumerate(prompts):
         for sample in range(samples):
             rid = _item(fields.rid, index)
             if isinstance(fields.rid, str) and is_batch:
@@ -124,7 +127,8 @@ def legs(fields: RoutingFields, prompts: list[int], max_new_tokens: int, samples
             found.append(
                 Leg(
                     rid=rid,
-                    prompt_tokens=tokens,
+                    prompt_tokens=count_tokens(prompt),
+                    prompt=prompt,
                     max_new_tokens=max_new_tokens,
                     bootstrap_host=_item(fields.bootstrap_host, index),
                     bootstrap_port=_item(fields.bootstrap_port, index),

@@ -39,7 +39,7 @@ async def generate(exchange: Exchange) -> Response:
     return json_response(answers if many else answers[0])
 
 
-def _read(body: dict[str, Any]) -> tuple[list[int], bool, int, int]:
+def _read(body: dict[str, Any]) -> tuple[list[bytes], bool, int, int]:
     for name in ("text", "input_ids"):
         if body.get(name) is not None:
             prompts, is_batch = read_texts(name, body[name])
@@ -79,6 +79,7 @@ def _answer(ticket: Ticket, count: int, end: Finished | Failure | None) -> dict[
 
 def meta_info(ticket: Ticket, count: int, end: Finished | Failure | None) -> dict[str, Any]:
     """Tell how a sequence went; ``dp_rank`` is the only place where SGLang tells who served it."""
+    cached = ticket.work.cached_tokens
     info: dict[str, Any] = {
         "id": ticket.leg.rid,
         "finish_reason": _finish_reason(end),
@@ -87,8 +88,8 @@ def meta_info(ticket: Ticket, count: int, end: Finished | Failure | None) -> dic
         "num_retractions": 0,
         "reasoning_tokens": 0,
         "completion_tokens": count,
-        "cached_tokens": 0,
-        "cached_tokens_details": None,
+        "cached_tokens": cached,
+        "cached_tokens_details": {"device": cached, "host": 0} if cached else None,
         "dp_rank": ticket.work.dp_rank,
     }
     if end is not None and ticket.ended_at is not None:

@@ -103,7 +103,7 @@ def _core(release: Release, snapshot: Snapshot) -> dict[str, Any]:
         "max_running_requests": snapshot.max_running_requests,
         "token_usage": round(snapshot.token_usage, 4),
         "gen_throughput": snapshot.gen_throughput,
-        "cache_hit_rate": 0.0,
+        "cache_hit_rate": round(snapshot.cache_hit_rate, 4),
         "utilization": 0.0,
         "total_prefill_uncached_tokens": snapshot.total_prefill_uncached_tokens,
         "total_prefill_busy_us": snapshot.total_prefill_busy_us,

@@ -9,7 +9,8 @@ from starlette.responses import Response
 from dp_extproc.engine.api.errors import anthropic_error, failed, json_response
 from dp_extproc.engine.api.exchange import Exchange, event, integer, missing, wrong_type
 from dp_extproc.engine.leg import Failure
-from dp_extproc.engine.text import chat_tokens, output_text
+from dp_extproc.engine.text import chat_prompt, output_text
+from dp_extproc.engine.ticket import Ticket
 
 
 async def messages(exchange: Exchange) -> Response:
@@ -24,7 +25,7 @@ async def messages(exchange: Exchange) -> Response:
         raise wrong_type("messages", conversation, "list")
     if body.get("system"):
         conversation = [{"role": "system", "content": body["system"]}, *conversation]
-    exchange.submit(fields, [chat_tokens(conversation, body.get("tools"))], integer(body, "max_tokens") or 1)
+    exchange.submit(fields, [chat_prompt(conversation, body.get("tools"))], integer(body, "max_tokens") or 1)
     head = {
         "id": f"msg_{uuid.uuid4().hex}",
         "type": "message",
@@ -37,7 +38,7 @@ async def messages(exchange: Exchange) -> Response:
         return failed(exchange.path, failure)
     (ticket,) = exchange.tickets
     content = [{"type": "text", "text": "".join(map(output_text, ticket.tokens))}]
-    usage = {"input_tokens": ticket.leg.prompt_tokens, "output_tokens": len(ticket.tokens)}
+    usage = {**_input_usage(exchange, ticket), "output_tokens": len(ticket.tokens)}
     return json_response(
         {**head, "content": content, "stop_reason": "max_tokens", "stop_sequence": None, "usage": usage}
     )
@@ -45,7 +46,6 @@ async def messages(exchange: Exchange) -> Response:
 
 async def _events(exchange: Exchange, head: dict[str, Any]) -> AsyncIterator[str]:
     (ticket,) = exchange.tickets
-    prompt_tokens = ticket.leg.prompt_tokens
     begun = False
     async for update in exchange.updates():
         if isinstance(update.end, Failure):
@@ -53,7 +53,7 @@ async def _events(exchange: Exchange, head: dict[str, Any]) -> AsyncIterator[str
             return
         if not begun:
             begun = True
-            usage = {"input_tokens": prompt_tokens, "output_tokens": 0}
+            usage = {**_input_usage(exchange, ticket), "output_tokens": 0}
             message = {**head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
             yield event({"type": "message_start", "message": message}, "message_start")
             block = {"type": "text", "text": ""}
@@ -62,7 +62,14 @@ async def _events(exchange: Exchange, head: dict[str, Any]) -> AsyncIterator[str
             delta = {"type": "text_delta", "text": update.text}
             yield event({"type": "content_block_delta", "index": 0, "delta": delta}, "content_block_delta")
     yield event({"type": "content_block_stop", "index": 0}, "content_block_stop")
-    usage = {"input_tokens": prompt_tokens, "output_tokens": len(ticket.tokens)}
+    usage = {**_input_usage(exchange, ticket), "output_tokens": len(ticket.tokens)}
     stop = {"stop_reason": "max_tokens", "stop_sequence": None}
     yield event({"type": "message_delta", "delta": stop, "usage": usage}, "message_delta")
     yield event({"type": "message_stop"}, "message_stop")
+
+
+def _input_usage(exchange: Exchange, ticket: Ticket) -> dict[str, int]:
+    """Tell cached tokens apart, as Anthropic does, if the server reports them."""
+    cached = ticket.work.cached_tokens if exchange.engine.settings.enable_cache_report else 0
+    usage = {"input_tokens": ticket.leg.prompt_tokens - cached}
+    return usage | ({"cache_read_input_tokens": cached} if cached else {})

@@ -36,6 +36,9 @@ class Metrics(Collector):
 
         self._model = model
         self._prompt = counter("prompt_tokens", "Number of prefill tokens processed.", streaming)
+        # Until 0.5.8 without the source.
+        self._source = {"cache_source": "device"} if engine.settings.release.since("0.5.10") else {}
+        self._cached = counter("cached_tokens", "Number of cached prompt tokens.", tuple(self._source))
         self._generation = counter("generation_tokens", "Number of generation tokens processed.", streaming)
         self._requests = counter("num_requests", "Number of requests processed.", streaming)
         self._aborted = counter("num_aborted_requests", "Number of requests aborted.")
@@ -49,6 +52,8 @@ class Metrics(Collector):
             return
         labels = {**self._model, "is_streaming": str(ticket.streaming).lower()}
         self._prompt.labels(**labels).inc(ticket.leg.prompt_tokens)
+        if ticket.work.cached_tokens:
+            self._cached.labels(**self._model, **self._source).inc(ticket.work.cached_tokens)
         self._generation.labels(**labels).inc(len(ticket.tokens))
         self._requests.labels(**labels).inc()
         if ticket.ended_at is not None:
@@ -88,7 +93,10 @@ class Metrics(Collector):
     def _realtime(self, ranks: Iterable[tuple[dict[str, str], RankHistory]]) -> Metric:
         family = CounterMetricFamily("sglang:realtime_tokens", "Tokens processed, by mode.", labels=["mode"])
         for labels, history in ranks:
-            modes = {"prefill_compute": history.rank.uncached_tokens, "decode": history.generated_tokens}
+            rank = history.rank
+            modes = {"prefill_compute": rank.uncached_tokens, "decode": history.generated_tokens}
+            if rank.cached_tokens:  # the series begins with its first token
+                modes["prefill_cache"] = rank.cached_tokens
             for mode, value in modes.items():
                 family.add_sample("sglang:realtime_tokens_total", {**labels, "mode": mode}, value)
         return family
@@ -119,14 +127,15 @@ def _gauges(engine: Engine, history: RankHistory) -> dict[str, float]:
         "num_used_tokens": gauges.num_used_tokens,
         "token_usage": round(gauges.token_usage, 2),
         "gen_throughput": gauges.gen_throughput,
-        "cache_hit_rate": 0.0,
+        "cache_hit_rate": gauges.cache_hit_rate,
     }
     if release.since("0.5.7"):
         found["decode_sum_seq_lens"] = gauges.decode_sum_seq_lens
     if release.since("0.5.11"):
         found["kv_used_tokens"] = gauges.num_used_tokens
-        found["kv_evictable_tokens"] = 0
-        found["kv_available_tokens"] = gauges.max_total_num_tokens - gauges.num_used_tokens
+        found["kv_evictable_tokens"] = gauges.kv_evictable_tokens
+        held = gauges.num_used_tokens + gauges.kv_evictable_tokens
+        found["kv_available_tokens"] = gauges.max_total_num_tokens - held
     prefill_queue = "num_prefill_bootstrap_queue_reqs"
     if not release.since("0.5.11"):
         prefill_queue = "num_prefill_prealloc_queue_reqs"

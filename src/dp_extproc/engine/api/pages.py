@@ -13,6 +13,7 @@ from dp_extproc.engine.engine import Engine
 from dp_extproc.engine.leg import Failure
 from dp_extproc.engine.scheduler.work import Role
 from dp_extproc.engine.settings import Settings
+from dp_extproc.engine.text import ids_prompt
 
 _HEALTH_TIMEOUT = 20.0
 """``SGLANG_HEALTH_CHECK_TIMEOUT``, unscaled."""
@@ -48,6 +49,8 @@ def server_info(settings: Settings) -> dict[str, Any]:
         "disaggregation_transfer_backend": "fake",
         "enable_metrics": settings.enable_metrics,
         "page_size": 1,
+        "disable_radix_cache": not settings.caches_prefixes,
+        "enable_cache_report": settings.enable_cache_report,
         "chunked_prefill_size": settings.rank_chunk or -1,
         "max_prefill_tokens": settings.max_prefill_tokens,
         "max_running_requests": settings.max_running_requests,
@@ -83,7 +86,7 @@ def models(settings: Settings) -> dict[str, Any]:
 async def health(_: Request, engine: Engine) -> Response:
     """Answer like SGLang: a real generation of one token, which moves the counters of some rank."""
     settings = engine.settings
-    (ticket,) = engine.submit(legs(probe_fields(), [1], 1, 1, is_batch=False))
+    (ticket,) = engine.submit(legs(probe_fields(), [ids_prompt([0])], 1, 1, is_batch=False))
     await asyncio.sleep(settings.timeouts.health * settings.time_scale)
     if await ticket.wait_for_end(_HEALTH_TIMEOUT * settings.time_scale) and not isinstance(ticket.end, Failure):
         return Response(status_code=200)

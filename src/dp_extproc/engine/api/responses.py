@@ -12,7 +12,8 @@ from dp_extproc.engine.api.exchange import Exchange, event, integer, missing, wr
 from dp_extproc.engine.api.generate import DEFAULT_MAX_NEW_TOKENS
 from dp_extproc.engine.leg import Failure, RefusedError
 from dp_extproc.engine.scheduler.work import Role
-from dp_extproc.engine.text import chat_tokens, output_text
+from dp_extproc.engine.text import chat_prompt, output_text
+from dp_extproc.engine.ticket import Ticket
 
 
 async def responses(exchange: Exchange) -> Response:
@@ -25,7 +26,7 @@ async def responses(exchange: Exchange) -> Response:
     limit = DEFAULT_MAX_NEW_TOKENS if limit is None else limit
     if exchange.engine.settings.role is not Role.UNIFIED and _has_built_in_tools(body):
         raise RefusedError("built-in tool calls are not supported with prefill-decode disaggregation")
-    exchange.submit(fields, [_prompt_tokens(body)], limit)
+    exchange.submit(fields, [_prompt(body)], limit)
     page = _Page(body, limit)
     if exchange.streaming:
         return exchange.stream(_events(exchange, page), abort_later=False)
@@ -33,7 +34,7 @@ async def responses(exchange: Exchange) -> Response:
         return failed(exchange.path, failure)
     (ticket,) = exchange.tickets
     text = "".join(map(output_text, ticket.tokens))
-    return json_response(page.whole("incomplete", text, ticket.leg.prompt_tokens, len(ticket.tokens)))
+    return json_response(page.whole("incomplete", text, ticket))
 
 
 def _has_built_in_tools(body: dict[str, Any]) -> bool:
@@ -41,7 +42,7 @@ def _has_built_in_tools(body: dict[str, Any]) -> bool:
     return isinstance(tools, list) and any(isinstance(t, dict) and t.get("type") != "function" for t in tools)
 
 
-def _prompt_tokens(body: dict[str, Any]) -> int:
+def _prompt(body: dict[str, Any]) -> bytes:
     given = body["input"]
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
@@ -49,7 +50,7 @@ def _prompt_tokens(body: dict[str, Any]) -> int:
         raise wrong_type("input", body["input"], "list")
     if body.get("instructions"):
         given = [{"role": "system", "content": body["instructions"]}, *given]
-    return chat_tokens(given, body.get("tools"))
+    return chat_prompt(given, body.get("tools"))
 
 
 class _Page:
@@ -68,14 +69,7 @@ class _Page:
     def item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.item_id, "content": content, "role": "assistant", "status": status, "type": "message"}
 
-    def whole(self, status: str, text: str | None, prompt: int = 0, output: int = 0) -> dict[str, Any]:
-        usage = {
-            "input_tokens": prompt,
-            "input_tokens_details": {"cached_tokens": 0},
-            "output_tokens": output,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": prompt + output,
-        }
+    def whole(self, status: str, text: str | None = None, ticket: Ticket | None = None) -> dict[str, Any]:
         return {
             "id": self._id,
             "object": "response",
@@ -83,7 +77,7 @@ class _Page:
             "model": self._body.get("model") or "default",
             "output": [] if text is None else [self.item("completed", [self.part(text)])],
             "status": status,
-            "usage": None if text is None else usage,
+            "usage": None if ticket is None else _usage(ticket),
             "parallel_tool_calls": True,
             "tool_choice": "auto",
             "tools": [],
@@ -102,6 +96,17 @@ class _Page:
         }
 
 
+def _usage(ticket: Ticket) -> dict[str, Any]:
+    prompt, output = ticket.leg.prompt_tokens, len(ticket.tokens)
+    return {
+        "input_tokens": prompt,
+        "input_tokens_details": {"cached_tokens": ticket.work.cached_tokens},
+        "output_tokens": output,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": prompt + output,
+    }
+
+
 async def _events(exchange: Exchange, page: _Page) -> AsyncIterator[str]:
     (ticket,) = exchange.tickets
     number = 0
@@ -112,14 +117,14 @@ async def _events(exchange: Exchange, page: _Page) -> AsyncIterator[str]:
         return event({"type": kind, "sequence_number": number - 1, **content}, kind)
 
     place = {"item_id": page.item_id, "output_index": 0, "content_index": 0}
-    yield emit("response.created", response=page.whole("in_progress", None))
-    yield emit("response.in_progress", response=page.whole("in_progress", None))
+    yield emit("response.created", response=page.whole("in_progress"))
+    yield emit("response.in_progress", response=page.whole("in_progress"))
     begun = False
     async for update in exchange.updates():
         if isinstance(update.end, Failure):
             status = update.end.status or 500
             error = {"code": "server_error" if status >= 500 else "invalid_prompt", "message": update.end.message}
-            yield emit("response.failed", response={**page.whole("failed", None), "error": error})
+            yield emit("response.failed", response={**page.whole("failed"), "error": error})
             return
         if not begun:
             begun = True
@@ -131,5 +136,5 @@ async def _events(exchange: Exchange, page: _Page) -> AsyncIterator[str]:
     yield emit("response.output_text.done", **place, text=text, logprobs=[])
     yield emit("response.content_part.done", **place, part=page.part(text))
     yield emit("response.output_item.done", output_index=0, item=page.item("completed", [page.part(text)]))
-    whole = page.whole("incomplete", text, ticket.leg.prompt_tokens, len(ticket.tokens))
+    whole = page.whole("incomplete", text, ticket)
     yield emit("response.completed", response=whole)

@@ -11,6 +11,7 @@ from dp_extproc.engine.api.errors import error_object, failed, json_response
 from dp_extproc.engine.api.exchange import Exchange
 from dp_extproc.engine.api.fields import RoutingFields
 from dp_extproc.engine.scheduler.work import Role
+from dp_extproc.engine.text import ids_prompt
 
 GENERATING: Final = ("/v1/score", "/v1/rerank", "/v1/audio/transcriptions", "/api/chat", "/api/generate")
 EMBEDDING: Final = ("/v1/embeddings", "/encode", "/v1/classify")
@@ -21,7 +22,7 @@ async def generating(exchange: Exchange) -> Response:
     if exchange.engine.settings.role is Role.UNIFIED:
         exchange.record.refuse(501, "not implemented")
         return PlainTextResponse("the strict engine does not implement this path", 501)
-    exchange.submit(RoutingFields(), [1], 1)
+    exchange.submit(RoutingFields(), [ids_prompt([0])], 1)
     failure = await exchange.finish()
     return failed(exchange.path, failure) if failure is not None else json_response({})
 

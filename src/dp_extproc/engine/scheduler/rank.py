@@ -8,11 +8,14 @@ Rules, after SGLang's ``managers/scheduler.py`` and ``disaggregation/{prefill,de
 - Decode reserves KV room for the whole prompt *before* prefill may start, and keeps some back for every sequence that
   it has already accepted (``num_reserved_decode_tokens``).
 - Prefill has priority over decode on a server that does both.
+- A prompt is looked up in the prefix cache when its first chunk is about to run, and inserted after every chunk. At
+  least its last token is computed. Cached tokens that nobody uses count as free, and go when their room is needed.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from dp_extproc.engine.scheduler.prefix_cache import TOKEN_BYTES, PrefixCache
 from dp_extproc.engine.scheduler.work import QUEUED_STAGES, Output, Role, Stage, Work
 
 
@@ -44,9 +47,13 @@ class Rank:
     inflight: list[Work] = field(default_factory=list)
     chunks: dict[Work, int] = field(default_factory=dict)
     """Prompt tokens per sequence in the step that runs now."""
-    used: int = 0
+    cache: PrefixCache = field(default_factory=PrefixCache)
+    held: int = 0
+    """KV tokens that sequences have for themselves."""
     uncached_tokens: int = 0
     """Prompt tokens computed since the start."""
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache since the start."""
 
     def add(self, work: Work, stage: Stage) -> None:
         """Take in a new sequence.
@@ -59,12 +66,15 @@ class Rank:
         self.queue.append(work)
 
     def remove(self, work: Work) -> None:
-        """Forget a sequence, wherever it is; its KV room is free at once."""
+        """Forget a sequence, wherever it is; its KV room is free at once, but for what the prefix cache keeps."""
         for place in (self.queue, self.running, self.inflight):
             if work in place:
                 place.remove(work)
         self.chunks.pop(work, None)
-        self._hold(work, 0)
+        self._hold(work, work.shared)
+        if work.prefix is not None:
+            self.cache.unlock(work.prefix)
+        work.prefix, work.prompt = None, b""
         work.stage = Stage.DONE
 
     def preallocate(self) -> list[Work]:
@@ -118,6 +128,7 @@ class Rank:
         for work, tokens in list(self.chunks.items()):  # one that is finished leaves the table
             work.prefilled += tokens
             self.uncached_tokens += tokens
+            self._keep(work)
             if work.prefilled < work.prompt_tokens:
                 continue
             if self.role is Role.PREFILL:
@@ -176,8 +187,13 @@ class Rank:
         yield from self.inflight
 
     @property
+    def used(self) -> int:
+        """KV tokens that somebody holds; what two sequences share counts once."""
+        return self.held + self.cache.locked
+
+    @property
     def free(self) -> int:
-        """KV tokens that nobody holds."""
+        """KV tokens that nobody holds, cached or not."""
         return self.limits.capacity - self.used
 
     @property
@@ -189,14 +205,29 @@ class Rank:
         self.remove(work)
 
     def _admit(self, work: Work, now: float) -> bool:
+        if len(self.running) >= self.limits.max_running:
+            return False
+        prefix = self.cache.match(work.prompt, work.prompt_tokens - 1)
+        self.cache.lock(prefix)
         kept_back = 0 if self.role is Role.PREFILL else self.limits.reserved * len(self.running)
-        if self.running and work.prompt_tokens > self.free - kept_back:
+        if work.prompt_tokens - prefix.end > self.free - kept_back:
+            self.cache.unlock(prefix)
             return False
-        if work.prompt_tokens > self.free or len(self.running) >= self.limits.max_running:
-            return False
+        work.prefix, work.prefilled, work.cached_tokens = prefix, prefix.end, prefix.end
+        self.cached_tokens += prefix.end
         self._hold(work, work.prompt_tokens)
         self._run(work, now)
         return True
+
+    def _keep(self, work: Work) -> None:
+        """Insert what has been computed of a prompt; what others have inserted meanwhile is not held twice."""
+        if not work.prompt or work.prefix is None:
+            return
+        total, before = work.held + work.shared, work.prefix
+        work.prefix = self.cache.insert(work.prompt[: work.prefilled * TOKEN_BYTES])
+        self.cache.lock(work.prefix)
+        self.cache.unlock(before)
+        self._hold(work, total)
 
     def _run(self, work: Work, now: float) -> None:
         self.queue.remove(work)
@@ -214,8 +245,13 @@ class Rank:
         return Output(work, position, finished=finished)
 
     def _hold(self, work: Work, tokens: int) -> None:
-        self.used += tokens - work.held
-        work.held = tokens
+        """Hold *tokens* for a sequence, its part of the prefix cache included."""
+        own = tokens - work.shared
+        self.held += own - work.held
+        work.held = own
+        excess = self.held + self.cache.size - self.limits.capacity
+        if excess > 0:
+            self.cache.evict(excess)
 
 
 def queued_tokens(rank: Rank, *stages: Stage) -> int:

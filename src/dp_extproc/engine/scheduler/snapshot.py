@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from dp_extproc.engine.scheduler.group import Batch
+from dp_extproc.engine.scheduler.hit_rate import WINDOW, HitRate
 from dp_extproc.engine.scheduler.rank import Rank, queued_tokens
 from dp_extproc.engine.scheduler.work import Role, Stage
 
@@ -23,6 +24,8 @@ STALL_REFRESH: Final = 0.05
 """Seconds, unscaled; ``LOAD_STALL_REFRESH_S`` in ``managers/scheduler.py``."""
 IDLE_REFRESH: Final = 30.0
 """Seconds, unscaled, between reports of an idle scheduler."""
+THROUGHPUT_STALENESS: Final = 30.0
+"""Seconds, unscaled, after which prefill's reports no longer tell the last output rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +36,15 @@ class Snapshot:
     num_waiting_reqs: int
     num_waiting_uncached_tokens: int
     num_used_tokens: int
+    kv_evictable_tokens: int
     num_total_tokens: int
     num_active_tokens: int
     num_prealloc_ready_tokens: int
     max_total_num_tokens: int
     max_running_requests: int
     gen_throughput: float
+    cache_hit_rate: float
+    """Of the last prefill batch."""
     total_prefill_uncached_tokens: int
     total_prefill_busy_us: int
     decode_moments: tuple[float, ...] | None
@@ -62,6 +68,14 @@ class RankHistory:
     decode_log_interval: int = 40
     reports_last_batch: bool = True
     """Whether prefill tells its last batch as running; before 0.5.17 it told the running batch, empty there."""
+    estimates_hits: bool = True
+    """Whether waiting tokens are discounted by the recent hit rate; until 0.5.18 they were told whole. (Which prefix a
+    waiting prompt will match is looked up by schedule policies other than SGLang's default, ``fcfs``.)"""
+    keeps_statistics: bool = True
+    """Whether rates are computed at all: with ``--enable-metrics`` only."""
+    time_scale: float = 1.0
+    counted_since: float = 0.0
+    """When the output tokens of the present rate began to count: at the last report of one, at first at the start."""
     published: Snapshot | None = None
     published_at: float = 0.0
     gauges: Snapshot | None = None
@@ -74,13 +88,23 @@ class RankHistory:
     _steps: int = 0
     _decode_steps: int = 0
     _decode_tokens: int = 0
-    _decode_since: float = 0.0
     _throughput: float = 0.0
+    _last_throughput: float = 0.0
+    _batch_tokens: tuple[int, int] = (0, 0)
+    """Of the prefill batch that runs: found in the prefix cache, and to be computed."""
+    _cached_before: int = 0
+    _hit_rate: HitRate = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Scale the window of the hit rate."""
+        self._hit_rate = HitRate(WINDOW * self.time_scale)
 
     def begin_step(self, batch: Batch) -> None:
         """Note what the next step is for this rank, before its results change the queues."""
         if batch is Batch.PREFILL:
             self.last_batch = len(self.rank.chunks)
+            found = self.rank.cached_tokens - self._cached_before
+            self._batch_tokens, self._cached_before = (found, sum(self.rank.chunks.values())), self.rank.cached_tokens
 
     def finish_step(self, batch: Batch, seconds: float, now: float) -> None:
         """Book a step whose results are not processed yet.
@@ -107,25 +131,30 @@ class RankHistory:
 
     def report_batch(self, batch: Batch, now: float) -> None:
         """Refresh the gauges after a step's results were processed, if it is time to."""
+        if not self.keeps_statistics:
+            return
         if batch is Batch.DECODE and self._decode_steps % self.decode_log_interval == 0:
-            elapsed = now - self._decode_since
-            self._throughput = self._decode_tokens / elapsed if self._decode_since and elapsed > 0 else 0.0
-            self._decode_since, self._decode_tokens = now, 0
+            elapsed = now - self.counted_since
+            self._throughput = self._last_throughput = self._decode_tokens / elapsed if elapsed > 0 else 0.0
+            self.counted_since, self._decode_tokens = now, 0
             # The batch as it ran, with those who have finished in it: they are filtered out by the next step.
             self.gauges, self.gauges_at = replace(self.take(), reported_running=self._batch_size), now
         elif batch is Batch.PREFILL:
+            is_recent = now - self.counted_since <= THROUGHPUT_STALENESS * self.time_scale
+            self._throughput = self._last_throughput if is_recent else 0.0
+            self._hit_rate.add(*self._batch_tokens, now)
             self.report(now)
 
-    def idle(self, now: float, *, time_scale: float = 1.0) -> None:
+    def idle(self, now: float) -> None:
         """Do what a scheduler does that has nothing to run; to be called at any time, the more often the better."""
         self.last_batch = 0
-        if now - self.published_at >= STALL_REFRESH * time_scale:
+        if now - self.published_at >= STALL_REFRESH * self.time_scale:
             self.publish(now)
         if self.rank.queue or self.rank.inflight:
             return  # SGLang's on_idle returns before its report: the gauges freeze under back-pressure
-        self._throughput = 0.0
         wrong = self.gauges is None or self.gauges.reported_running
-        if wrong or now - self.gauges_at >= IDLE_REFRESH * time_scale:
+        if wrong or now - self.gauges_at >= IDLE_REFRESH * self.time_scale:
+            self._throughput = 0.0
             self.report(now)
 
     def publish(self, now: float) -> None:
@@ -145,21 +174,25 @@ class RankHistory:
         on_decode = rank.role is Role.DECODE
         unfinished = sum(work.prompt_tokens - work.prefilled for work in rank.running)
         in_transfer = queued_tokens(rank, Stage.TRANSFER) if on_decode else 0
-        waiting = 0 if on_decode else queued_tokens(rank, Stage.WAITING)
-        total = rank.used + waiting + queued_tokens(rank, Stage.BOOTSTRAP, Stage.PREALLOC)
+        waiting = [] if on_decode else [work.prompt_tokens for work in rank.queued(Stage.WAITING)]
+        uncached_share = 1.0 - (self._hit_rate.recent if self.estimates_hits else 0.0)
+        total = rank.used + sum(waiting) + queued_tokens(rank, Stage.BOOTSTRAP, Stage.PREALLOC)
         reported = self.last_batch if self.reports_last_batch else 0
         ready = [work for work in rank.queued(Stage.PREALLOC) if work.reachable]
         return Snapshot(
             num_running_reqs=0 if rank.role is Role.PREFILL else len(rank.running),
             num_waiting_reqs=len(rank.queue),
-            num_waiting_uncached_tokens=waiting + (0 if on_decode else unfinished),
+            num_waiting_uncached_tokens=sum(int(tokens * uncached_share) for tokens in waiting)
+            + (0 if on_decode else unfinished),
             num_used_tokens=rank.used,
+            kv_evictable_tokens=rank.cache.evictable,
             num_total_tokens=total,
             num_active_tokens=total - in_transfer,
             num_prealloc_ready_tokens=sum(work.prompt_tokens for work in ready),
             max_total_num_tokens=rank.limits.capacity,
             max_running_requests=rank.limits.max_running,
             gen_throughput=round(self._throughput, 2),
+            cache_hit_rate=self._hit_rate.last,
             total_prefill_uncached_tokens=rank.uncached_tokens,
             total_prefill_busy_us=round(self.prefill_busy * 1e6),
             decode_moments=None if rank.role is Role.PREFILL else tuple(self.moments),

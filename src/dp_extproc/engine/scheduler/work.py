@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from dp_extproc.engine.scheduler.prefix_cache import Node
+
 
 class Role(StrEnum):
     """What a server does."""
@@ -49,17 +51,28 @@ class Work:
     reachable: bool = False
     """On decode: the prefill server has answered, so KV room may be reserved."""
     prefilled: int = 0
-    """Prompt tokens computed so far."""
+    """Prompt tokens computed so far, or found in the prefix cache."""
     generated: int = 0
     held: int = 0
-    """KV tokens reserved or in use."""
+    """KV tokens reserved or in use for it alone."""
     started_at: float | None = None
     """When the first step took it in."""
+    prompt: bytes = b""
+    """The prompt's tokens, as the prefix cache wants them; empty for one that takes no part in it. Gone in the end."""
+    prefix: Node | None = None
+    """What it holds of the prefix cache."""
+    cached_tokens: int = 0
+    """Prompt tokens that were found in the prefix cache; on decode what prefill has told."""
 
     @property
     def context(self) -> int:
         """Tokens that attention looks at: prompt and output so far."""
         return self.prompt_tokens + self.generated
+
+    @property
+    def shared(self) -> int:
+        """KV tokens that it holds of the prefix cache."""
+        return 0 if self.prefix is None else self.prefix.end
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,156 @@
+"""The prefix cache of one DP rank: a radix tree of the prompts whose KV cache is still there.
+
+After SGLang's ``mem_cache/radix_cache.py`` with pages of one token and its default eviction, least recently used:
+
+- A node stands for some tokens behind those of its parent, so two prompts share what they begin with, token by token.
+- What a running sequence uses is locked, from its node up to the root. Everything else may be given up for new tokens,
+  whole leaves at a time.
+- Looking a prompt up, and inserting it, makes all of its nodes the most recently used.
+
+A prompt is known here by its tokens, :data:`TOKEN_BYTES` bytes each. Bytes, because comparing long prompts is then one
+``memcmp`` and a slice is a plain copy.
+"""
+
+import heapq
+from dataclasses import dataclass, field
+from typing import Final
+
+TOKEN_BYTES: Final = 4
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """Some tokens in the cache, behind those of their parent. To callers it stands for the prefix that ends with it."""
+
+    tokens: bytes
+    parent: "Node | None"
+    end: int
+    """Length of the prefix, in tokens."""
+    used_at: int
+    """On the cache's own clock, which ticks with every use."""
+    users: int = 0
+    """Sequences that hold this prefix or a longer one."""
+    children: "dict[bytes, Node]" = field(default_factory=dict)
+    """By their first token."""
+
+    @property
+    def size(self) -> int:
+        """Tokens of the node itself."""
+        return len(self.tokens) // TOKEN_BYTES
+
+    def __lt__(self, other: "Node") -> bool:
+        """Order by the last use, for the heap of candidates."""
+        return self.used_at < other.used_at
+
+
+class PrefixCache:
+    """What a rank still has of the prompts that it has computed. Sizes are in tokens."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._root = Node(b"", None, 0, 0)
+        self._clock = 0
+        self._leaves: set[Node] = set()
+        """Those that nobody holds: what can be given up next."""
+        self.size = 0
+        self.locked = 0
+        """Part of the size that running sequences hold."""
+
+    @property
+    def evictable(self) -> int:
+        """Part of the size that can be given up."""
+        return self.size - self.locked
+
+    def match(self, prompt: bytes, longest: int) -> Node:
+        """Find the longest prefix of *prompt* that is there, of at most *longest* tokens."""
+        return self._descend(prompt[: longest * TOKEN_BYTES])
+
+    def insert(self, prompt: bytes) -> Node:
+        """Keep the tokens of *prompt*; those that are there already are not added again."""
+        node = self._descend(prompt)
+        rest = prompt[node.end * TOKEN_BYTES :]
+        if not rest:
+            return node
+        leaf = Node(rest, node, len(prompt) // TOKEN_BYTES, self._clock)
+        node.children[rest[:TOKEN_BYTES]] = leaf
+        self.size += leaf.size
+        self._leaves.discard(node)
+        self._leaves.add(leaf)
+        return leaf
+
+    def lock(self, node: Node) -> None:
+        """Hold a prefix: it stays until :meth:`unlock`."""
+        for each in self._path(node):
+            if not each.users:
+                self.locked += each.size
+                self._leaves.discard(each)
+            each.users += 1
+
+    def unlock(self, node: Node) -> None:
+        """Let a prefix go that was locked."""
+        for each in self._path(node):
+            each.users -= 1
+            if not each.users:
+                self.locked -= each.size
+                if not each.children:
+                    self._leaves.add(each)
+
+    def evict(self, tokens: int) -> None:
+        """Give up leaves, those first that were not used for longest, until *tokens* are free or nothing is left."""
+        candidates = list(self._leaves)
+        heapq.heapify(candidates)
+        while tokens > 0 and candidates:
+            leaf = heapq.heappop(candidates)
+            parent = leaf.parent
+            assert parent is not None  # noqa: S101 - the root is no leaf: for the type checker
+            del parent.children[leaf.tokens[:TOKEN_BYTES]]
+            self._leaves.discard(leaf)
+            self.size -= leaf.size
+            tokens -= leaf.size
+            if not parent.children and not parent.users and parent is not self._root:
+                self._leaves.add(parent)
+                heapq.heappush(candidates, parent)
+
+    def _descend(self, prompt: bytes) -> Node:
+        """Follow a prompt as far as it is known; a node that it leaves in the middle is split there."""
+        self._clock += 1
+        node, at = self._root, 0
+        while at < len(prompt) and (child := node.children.get(prompt[at : at + TOKEN_BYTES])) is not None:
+            child.used_at = self._clock
+            common = _common(prompt, at, child.tokens)
+            if common < len(child.tokens):
+                return self._split(child, common)
+            node, at = child, at + common
+        return node
+
+    def _split(self, child: Node, at: int) -> Node:
+        parent = child.parent
+        assert parent is not None  # noqa: S101 - the root is never split: for the type checker
+        upper = Node(child.tokens[:at], parent, parent.end + at // TOKEN_BYTES, child.used_at, child.users)
+        parent.children[upper.tokens[:TOKEN_BYTES]] = upper
+        child.tokens, child.parent = child.tokens[at:], upper
+        upper.children[child.tokens[:TOKEN_BYTES]] = child
+        return upper
+
+    def _path(self, node: Node) -> list[Node]:
+        """List a node and those above it, without the root."""
+        path = []
+        while node.parent is not None:
+            path.append(node)
+            node = node.parent
+        return path
+
+
+def _common(prompt: bytes, at: int, tokens: bytes) -> int:
+    """Count the bytes of *tokens* that *prompt* has at *at*, in whole tokens."""
+    if prompt.startswith(tokens, at):
+        return len(tokens)
+    low, high = 0, min(len(tokens), len(prompt) - at) // TOKEN_BYTES
+    while low < high:  # the first *low* tokens are the same, those behind *high* are not looked at
+        middle = (low + high + 1) // 2
+        begin, end = low * TOKEN_BYTES, middle * TOKEN_BYTES
+        if prompt[at + begin : at + end] == tokens[begin:end]:
+            low = middle
+        else:
+            high = middle - 1
+    return low * TOKEN_BYTES
