@@ -27,13 +27,19 @@ from dp_extproc.fleet.scraper import Scraper
 from dp_extproc.operate.admin import AdminServer, admin_app
 from dp_extproc.operate.loads_page import describe_loads
 from dp_extproc.operate.readiness import Readiness, can_serve
+from dp_extproc.operate.sync_page import SyncMetrics, describe_sync
 from dp_extproc.operate.telemetry import Telemetry
+from dp_extproc.placement.attempt import NOBODY
 from dp_extproc.placement.dispatcher import Dispatcher
 from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.load import StepCosts
+from dp_extproc.sync.join import join
+from dp_extproc.sync.outbox import Outbox
+from dp_extproc.sync.replica import Replica
 
 _MESSAGE_SLACK: Final = 1 << 20
 """Bytes of a gRPC message beyond the body: request headers and framing. gRPC's own limit of 4 MiB is too small."""
+_POLL_SECONDS: Final = 0.05
 
 _log = logging.getLogger(__name__)
 
@@ -91,9 +97,20 @@ async def _serve(config: Config) -> None:
     costs = StepCosts(config.load.prefill_step_tokens, config.load.decode_request_tokens)
     fleet = FleetLoad(endpoints, config.load.stale_after, costs)
     telemetry = Telemetry(fleet, clock)
+    outbox = Outbox(f"{rng.getrandbits(64):016x}")
     dispatcher = Dispatcher(
-        config.pools, fleet, owner=owner_address(config), rng=rng, clock=clock, signal=config.load.signal
+        config.pools,
+        fleet,
+        owner=owner_address(config),
+        rng=rng,
+        clock=clock,
+        signal=config.load.signal,
+        observer=NOBODY if config.sync is None else outbox,
     )
+    replica: Replica | None = None
+    if config.sync is not None:
+        replica = join(config.sync, outbox, dispatcher.ledger.open_foreign, clock=clock)
+        telemetry.add(SyncMetrics(replica.status))
     service = ExtProcService(dispatcher, dispatcher.legs, telemetry, max_body=config.envoy.max_body_bytes, clock=clock)
     health = aio.HealthServicer()
     readiness = Readiness(health, lambda: any(can_serve(pool, fleet, clock()) for pool in config.pools))
@@ -101,7 +118,10 @@ async def _serve(config: Config) -> None:
         admin_app(
             metrics=telemetry.page,
             ready=lambda: readiness.ready,
-            loads=lambda: describe_loads(fleet, clock()),
+            loads=lambda: {
+                **describe_loads(fleet, clock()),
+                "sync": None if replica is None else describe_sync(replica.status()),
+            },
         ),
         _bind(config.listen.admin, "listen.admin"),
     )
@@ -109,6 +129,8 @@ async def _serve(config: Config) -> None:
     stopping = _stop_signals()
     async with _grpc_server(config, service, health), asyncio.TaskGroup() as tasks:
         background = [tasks.create_task(scraper.run()), tasks.create_task(readiness.run())]
+        if replica is not None:
+            background.append(tasks.create_task(_take_part(replica, fleet)))
         admin_task = tasks.create_task(admin.run_on_socket())
         _log.info("dp-extproc %s: ext_proc on %s, admin on %s", __version__, config.listen.grpc, config.listen.admin)
         await stopping.wait()
@@ -121,6 +143,13 @@ async def _serve(config: Config) -> None:
             task.cancel()
         admin.should_exit = True
         await admin_task
+
+
+async def _take_part(replica: Replica, fleet: FleetLoad) -> None:
+    """Join the other replicas once every engine has been tried: what they tell of unknown ones would be left out."""
+    while not all(each.url in fleet.hosts or each.url in fleet.failures for each in fleet.endpoints):  # noqa: ASYNC110 - the load cache tells nobody
+        await asyncio.sleep(_POLL_SECONDS)
+    await replica.run()
 
 
 def _bind(address: SocketAddress, key: str) -> socket.socket:

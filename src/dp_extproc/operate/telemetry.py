@@ -14,6 +14,7 @@ from prometheus_client.core import (
     InfoMetricFamily,
     Metric,
 )
+from prometheus_client.registry import Collector
 
 from dp_extproc import __version__
 from dp_extproc.extproc.exchange import Exchange
@@ -44,6 +45,10 @@ class Telemetry:
         self._streams = 0
         self._registry = CollectorRegistry()
         self._registry.register(self)
+
+    def add(self, collector: Collector) -> None:
+        """Show what another part of the service counts, too."""
+        self._registry.register(collector)
 
     def page(self) -> bytes:
         """Give the page for /metrics."""

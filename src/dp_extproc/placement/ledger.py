@@ -35,6 +35,8 @@ class Ledger:
     ) -> Attempt:
         """Put a disaggregated request on the books."""
         prefill, decode = pair.prefill, pair.decode
+        _count_pick(prefill)
+        _count_pick(decode)
         self._note_prefix(prefill, demand)
         attempt = Attempt(
             next(self._numbers),
@@ -53,6 +55,7 @@ class Ledger:
         self, side: Side, demand: Demand, now: float, *, on_prefill_answer: Callable[[int], None] | None = None
     ) -> Attempt:
         """Put a request to an aggregated pool on the books."""
+        _count_pick(side)
         self._note_prefix(side, demand)
         reservations = side.host.reserve(side.rank, demand.tokens, now, demand.requests, side.cached)
         attempt = Attempt(
@@ -93,6 +96,12 @@ class Ledger:
         if host is None or (rank is not None and rank >= len(host.ranks)):
             return None
         return Side(host, rank, routed=False, by_room=False, cached=cached)
+
+
+def _count_pick(side: Side) -> None:
+    """Count our own picks alone, so that those of all replicas add up."""
+    if side.rank is not None:
+        side.host.ranks[side.rank].picks += 1
 
 
 def _dispatch(decode: Side, demand: Demand, prefill: Side | None = None) -> Dispatch:

@@ -149,7 +149,6 @@ class HostLoad:
         """
         self.held_tokens += cached
         if rank is not None:
-            self.ranks[rank].picks += 1
             return (self.ranks[rank].reserve(tokens, now, requests, cached),)
         share = 1.0 / len(self.ranks)
         return tuple(each.reserve(tokens * share, now, requests * share, cached * share) for each in self.ranks)

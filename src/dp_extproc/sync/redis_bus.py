@@ -65,7 +65,7 @@ class RedisBus:
                 self._connected = True
                 listener.up()
                 await self._receive(subscription, listener)
-        except* (RedisError, OSError) as errors:
+        except* (RedisError, OSError, ValueError) as errors:  # the last of a host name that cannot be one
             raise ConnectionError(_sentence(_first(errors))) from None
         finally:
             self._connected = False
