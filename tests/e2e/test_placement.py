@@ -13,7 +13,8 @@ from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
 from e2e.stack import PREFILL_RANKS, Stack, run_stack, wait_for
 
-SLOW = ("--time-scale", "0.5")
+SLOW = ("--time-scale", "0.5", "--disable-radix-cache")
+"""Every prompt takes its time, those that were sent before too."""
 LONG = {"text": "x" * 160_000, "sampling_params": {"max_new_tokens": 400}, "stream": True}
 
 

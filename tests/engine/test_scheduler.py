@@ -1,11 +1,13 @@
 """Steps, queues and KV accounting of DP ranks, without servers or clocks."""
 
 import itertools
+import struct
 
 import pytest
 
 from dp_extproc.engine.scheduler.costs import Costs
 from dp_extproc.engine.scheduler.group import Batch, Group
+from dp_extproc.engine.scheduler.hit_rate import HitRate
 from dp_extproc.engine.scheduler.rank import Limits, Rank
 from dp_extproc.engine.scheduler.snapshot import RankHistory
 from dp_extproc.engine.scheduler.work import Output, Role, Stage, Work
@@ -28,6 +30,12 @@ def ranks(role: Role, count: int = 2, limits: Limits = LIMITS) -> list[Rank]:
 
 def work(prompt: int, output: int = 4, rank: int = 0) -> Work:
     return Work(f"w{next(_names)}", rank, prompt, output, room=1)
+
+
+def known(prompt: int, output: int = 4, topic: int = 0, shared: int = 10_000) -> Work:
+    """Make a sequence for the prefix cache: *shared* tokens like every other, then those of its topic."""
+    tokens = [0] * min(prompt, shared) + [topic + 1] * (prompt - shared)
+    return Work(f"w{next(_names)}", 0, prompt, output, room=1, prompt=struct.pack(f"<{prompt}I", *tokens))
 
 
 def add(rank: Rank, *works: Work, stage: Stage = Stage.WAITING) -> None:
@@ -204,6 +212,142 @@ class TestUnified:
         assert len(outputs) == sum(each.max_new_tokens for each in works)
 
 
+class TestPrefixCache:
+    def test_a_prompt_is_computed_once(self) -> None:
+        """The second time only its last token is, and the step costs accordingly."""
+        (rank,) = ranks(Role.PREFILL, 1)
+        first, second = known(80), known(80)
+        group = Group([rank], COSTS)
+        add(rank, first)
+        run_step(group)
+        add(rank, second)
+        seconds, _ = run_step(group)
+
+        assert (first.cached_tokens, second.cached_tokens, second.prefilled) == (0, 79, 80)
+        assert seconds == pytest.approx(1 + 0.01)
+        assert (rank.uncached_tokens, rank.cached_tokens) == (81, 79)
+
+    def test_only_the_common_beginning_is_shared(self) -> None:
+        """Token by token, with pages of one token."""
+        (rank,) = ranks(Role.PREFILL, 1)
+        first, second = known(80, topic=1, shared=33), known(70, topic=2, shared=33)
+        group = Group([rank], COSTS)
+        add(rank, first)
+        run_step(group)
+        add(rank, second)
+        run_step(group)
+
+        assert second.cached_tokens == 33
+
+    def test_every_chunk_is_there_for_the_next_in_line(self) -> None:
+        """Who starts behind a long prompt finds what has been computed of it so far, and computes the rest itself."""
+        (rank,) = ranks(Role.PREFILL, 1)
+        first, second = known(250), known(250)
+        add(rank, first, second)
+        group = Group([rank], COSTS)
+        for _ in range(3):
+            run_step(group)
+
+        assert first.stage is second.stage is Stage.INFLIGHT
+        assert (first.cached_tokens, second.cached_tokens, rank.uncached_tokens) == (0, 200, 300)
+        assert rank.used == 250
+
+    def test_two_in_one_step_do_not_see_each_other(self) -> None:
+        """Both compute the prompt; from then on it is there once, held by both."""
+        (rank,) = ranks(Role.PREFILL, 1)
+        first, second = known(40), known(40)
+        add(rank, first, second)
+        step, _ = Group([rank], COSTS).begin(0.0)
+        assert step is not None
+        assert rank.used == 80
+        rank.finish_prefill()
+
+        assert (rank.used, rank.cache.size, rank.uncached_tokens) == (40, 40, 80)
+        rank.transferred(first)
+        assert (rank.used, rank.cache.evictable) == (40, 0)
+        rank.transferred(second)
+        assert (rank.used, rank.cache.evictable) == (0, 40)
+
+    def test_cached_prompts_make_room(self) -> None:
+        """What nobody uses counts as free, and the least recently used goes when the room is needed."""
+        (rank,) = ranks(Role.PREFILL, 1, Limits(capacity=100, max_running=8, chunk=1000))
+        group = Group([rank], COSTS)
+        old, used_again, new = (known(40, topic=topic, shared=0) for topic in (1, 2, 3))
+        for each in (used_again, old, known(40, topic=2, shared=0), new):
+            add(rank, each)
+            run_step(group)
+            rank.transferred(each)
+
+        assert rank.cache.size == 80
+        found = {topic: rank.cache.match(known(40, topic=topic, shared=0).prompt, 40).end for topic in (1, 2, 3)}
+        assert found == {1: 0, 2: 40, 3: 40}
+
+    def test_what_is_found_needs_no_room(self) -> None:
+        """A prompt that has its beginning in the cache is let in where another of its length is not."""
+        (rank,) = ranks(Role.PREFILL, 1, Limits(capacity=100, max_running=8, chunk=1000))
+        group = Group([rank], COSTS)
+        first, stranger, second = known(80), known(80, topic=1, shared=0), known(90)
+        add(rank, first)
+        run_step(group)
+        add(rank, stranger)
+        assert run_step(group) == (0.0, [])
+        assert rank.used == rank.cache.locked == 80
+        rank.remove(stranger)
+        add(rank, second)
+        run_step(group)
+
+        assert (second.stage, rank.used) == (Stage.INFLIGHT, 90)
+
+    def test_an_aborted_prompt_leaves_its_chunks(self) -> None:
+        """What had been computed of it stays for others."""
+        (rank,) = ranks(Role.PREFILL, 1)
+        aborted = known(250)
+        add(rank, aborted)
+        run_step(Group([rank], COSTS))
+        rank.remove(aborted)
+
+        assert (rank.used, rank.cache.evictable, aborted.prompt) == (0, 100, b"")
+
+    def test_answers_push_cached_prompts_out(self) -> None:
+        """A unified rank whose sequences grow gives up what is cached before it evicts a sequence."""
+        (rank,) = ranks(Role.UNIFIED, 1, Limits(capacity=30, max_running=8, chunk=100, reserved=0))
+        group = Group([rank], COSTS)
+        add(rank, known(20, output=1, topic=1, shared=0))
+        run_step(group)
+        assert rank.cache.evictable == 20
+        growing = known(9, output=20, topic=2, shared=0)
+        add(rank, growing)
+        outputs = [output for _ in range(20) for output in run_step(group)[1]]
+
+        assert [output.error for output in outputs] == [None] * 20
+        assert (rank.used, rank.cache.size) == (0, 9)
+
+    def test_a_sequence_without_a_prompt_takes_no_part(self) -> None:
+        """That is how the cache is switched off: for a server, or for a simulation that knows lengths only."""
+        (rank,) = ranks(Role.PREFILL, 1)
+        group = Group([rank], COSTS)
+        for each in (work(80), work(80)):
+            add(rank, each)
+            run_step(group)
+            rank.transferred(each)
+
+        assert (rank.uncached_tokens, rank.cache.size, rank.used) == (160, 0, 0)
+
+    def test_everything_is_let_go_in_the_end(self) -> None:
+        """Many prompts with common beginnings under pressure: the room is never overrun, and nothing stays held."""
+        (rank,) = ranks(Role.UNIFIED, 1, Limits(capacity=400, max_running=8, chunk=64, reserved=4))
+        works = [known(7 * number % 300 + 1, number % 9 + 1, number % 4, shared=number % 90) for number in range(200)]
+        add(rank, *works)
+        group, outputs = Group([rank], COSTS), list[Output]()
+        while not rank.is_empty:
+            outputs += run_step(group)[1]
+            assert rank.held + rank.cache.size <= 400
+
+        assert (rank.used, rank.held, rank.cache.locked) == (0, 0, 0)
+        assert rank.uncached_tokens + rank.cached_tokens == sum(each.prompt_tokens for each in works)
+        assert rank.cached_tokens > 1000
+
+
 class TestWhatIsPublished:
     def test_an_idle_rank_beside_a_busy_one_keeps_its_gauges(self) -> None:
         """Its snapshot follows every 15 steps, its gauges do not follow at all."""
@@ -292,6 +436,64 @@ class TestWhatIsPublished:
 
         assert (count, batches, generated) == (2, 4, 4)
         assert micros == pytest.approx(2 * (1 + 0.2) * 1e6 + (22 + 24) * 0.001 * 1e6)
+
+    def test_waiting_tokens_are_discounted_by_the_recent_hit_rate(self) -> None:
+        """Not by what they will find: with its default policy SGLang does not look them up."""
+        (rank,) = ranks(Role.PREFILL, 1)
+        history, group = RankHistory(rank), Group([rank], COSTS)
+        add(rank, known(90))
+        steps(group, [history], 1.0)
+        add(rank, known(100))
+        steps(group, [history], 2.0)
+        add(rank, known(90), known(11, topic=1, shared=0))
+        waiting = history.take()
+
+        assert waiting.cache_hit_rate == 0.9
+        assert waiting.num_waiting_uncached_tokens == int(90 * (1 - 90 / 190)) + int(11 * (1 - 90 / 190))
+        assert (waiting.num_used_tokens, waiting.num_total_tokens, waiting.kv_evictable_tokens) == (100, 201, 0)
+
+    def test_the_recent_hit_rate_forgets(self) -> None:
+        """After 15 seconds, at the next batch; until 0.5.18 waiting tokens were told whole."""
+        rate = HitRate()
+        rate.add(0, 100, 0.0)
+        rate.add(90, 10, 14.9)
+        assert (rate.last, rate.recent) == (0.9, 0.45)
+        rate.add(50, 50, 15.0)
+        assert (rate.last, rate.recent) == (0.5, 0.7)
+        (rank,) = ranks(Role.PREFILL, 1)
+        history, group = RankHistory(rank, estimates_hits=False), Group([rank], COSTS)
+        for now in (1.0, 2.0):
+            add(rank, known(90))
+            steps(group, [history], now)
+        add(rank, known(50))
+
+        assert history.take().num_waiting_uncached_tokens == 50
+
+    def test_output_tokens_per_second(self) -> None:
+        """Those of 4 steps of its own over the time between two reports, idle times included; 0 at rest."""
+        (rank,) = ranks(Role.DECODE, 1)
+        history, group = RankHistory(rank, decode_log_interval=4, counted_since=10.0), Group([rank], COSTS)
+        add(rank, work(10, 13), work(10, 13))
+        rates = []
+        for now in (11, 12, 13, 14, 15, 16, 17, 18, 35, 36, 37, 38):
+            steps(group, [history], float(now))
+            rates.append(history.take().gen_throughput)
+        assert rates == [0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2, 0.4]
+        assert rank.is_empty
+        history.idle(39.0)
+
+        assert history.take().gen_throughput == 0
+
+    def test_without_metrics_no_rates(self) -> None:
+        """SGLang computes them for its collector only, so /v1/loads has none either."""
+        (rank,) = ranks(Role.UNIFIED, 1)
+        history, group = RankHistory(rank, decode_log_interval=1, keeps_statistics=False), Group([rank], COSTS)
+        for now in (1.0, 2.0, 3.0):
+            add(rank, known(50))
+            steps(group, [history], now)
+        seen = history.take()
+
+        assert (seen.gen_throughput, seen.cache_hit_rate) == (0, 0)
 
 
 def steps(group: Group, histories: list[RankHistory], now: float) -> None:

@@ -65,9 +65,7 @@ def _run(console: Console, fleet: Fleet, placement: Placement, jobs: list[Job]) 
         return asyncio.run(_measure(router.envoy.url, fleet, placement, jobs, lambda: progress.advance(task)))
 
 
-async def _measure(
-    url: str, fleet: Fleet, placement: Placement, jobs: list[Job], on_done: Callable[[], None]
-) -> Run:
+async def _measure(url: str, fleet: Fleet, placement: Placement, jobs: list[Job], on_done: Callable[[], None]) -> Run:
     await send(url, make_jobs(_WARM_UP, seed=0), _WARM_UP, lambda: None)
     fleet.forget()
     urls = {server: engine.url for server, engine in fleet.named().items()}

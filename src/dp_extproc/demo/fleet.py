@@ -97,7 +97,10 @@ class Fleet:
 @contextmanager
 def run_engines(time_scale: float) -> Iterator[Fleet]:
     """Run the engines, so many times slower than the default ones."""
-    flags = ("--dp-attention", "--model", MODEL, "--time-scale", str(time_scale), "--max-total-tokens", _KV_TOKENS)
+    flags = (
+        *("--dp-attention", "--model", MODEL, "--time-scale", str(time_scale), "--max-total-tokens", _KV_TOKENS),
+        "--disable-radix-cache",  # both placements get the same prompts: the second would find those of the first
+    )
     with ExitStack() as running:
         engines = [EngineProcess(role, RANKS, *flags) for role in ("prefill", "decode") for _ in range(SERVERS)]
         for engine in engines:
