@@ -1,0 +1,142 @@
+"""Two services over the same engines, each behind an Envoy of its own, that tell each other what they send."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import httpx
+import pytest
+
+from dp_extproc.testbed.engine import EngineProcess
+from dp_extproc.testbed.envoy import EnvoyProcess
+from dp_extproc.testbed.service import ServiceProcess, write_config
+from e2e.stack import PATIENCE, wait_for
+from sync.processes import RedisProcess, redis_server
+
+RANKS = 4
+SLOW = ("--time-scale", "4", *PATIENCE)
+LONG = {"text": "x" * 160_000, "sampling_params": {"max_new_tokens": 400}, "stream": True}
+SHORT = {"text": "x", "sampling_params": {"max_new_tokens": 1}}
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Everything that runs."""
+
+    engines: Sequence[EngineProcess]
+    """Prefill, decode."""
+    services: Sequence[ServiceProcess]
+    fronts: Sequence[EnvoyProcess]
+    redis: RedisProcess
+
+    def in_flight(self, service: ServiceProcess) -> list[int]:
+        """Give the requests on the books of a service, for each role."""
+        endpoints = service.loads()["endpoints"]
+        return [round(sum(rank["reserved"]["requests"] for rank in each["ranks"])) for each in endpoints]
+
+    def know_of(self, count: int) -> bool:
+        """Tell whether both services have so many requests on decode's books."""
+        return [self.in_flight(service)[1] for service in self.services] == [count] * 2
+
+    def connected(self) -> list[bool]:
+        """Tell which of the services have the bus."""
+        return [service.loads()["sync"]["connected"] for service in self.services]
+
+
+@pytest.fixture(scope="module")
+def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
+    """Engines whose pages are read too rarely to tell anything: what is known of the other service, it has told."""
+    with ExitStack() as running:
+        redis = running.enter_context(redis_server(tmp_path_factory.mktemp("redis")))
+        engines = [EngineProcess(role, RANKS, "--dp-attention", *SLOW) for role in ("prefill", "decode")]
+        for engine in engines:
+            running.push(engine)
+            engine.start()
+        for engine in engines:
+            engine.wait_until_listening()
+        pool = {
+            "models": ["*"],
+            "prefill": {"endpoints": [engines[0].url]},
+            "decode": {"endpoints": [engines[1].url]},
+        }
+        rarely = {"interval": "5m", "stale_after": "1h"}
+        services = [
+            running.enter_context(ServiceProcess(write_config([pool], load=rarely, sync={"url": redis.url})))
+            for _ in range(2)
+        ]
+        fronts = [running.enter_context(EnvoyProcess(service.config)) for service in services]
+        for service in services:
+            service.wait_until_fresh()
+            service.wait_until_ready()
+        found = Replicas(engines, services, fronts, redis)
+        wait_for(lambda: all(len(service.loads()["sync"]["peers"]) == 1 for service in services))
+        yield found
+
+
+def test_two_replicas_do_not_pick_the_same_rank_in_step(replicas: Replicas) -> None:
+    """Long requests that come through either in turn end up on different ranks, of prefill as of decode."""
+    with ExitStack() as open_streams:
+        client = open_streams.enter_context(httpx.Client(timeout=60, trust_env=False))
+        requests = [client.build_request("POST", f"{front.url}/generate", json=LONG) for front in replicas.fronts]
+        for count in range(1, RANKS + 1):
+            response = client.send(requests[count % 2], stream=True)
+            open_streams.callback(response.close)
+            wait_for(partial(replicas.know_of, count))
+        ranks = [Counter(request["rank"] for request in engine.requests()) for engine in replicas.engines]
+
+    assert ranks == [dict.fromkeys(range(RANKS), 1)] * 2
+    wait_for(lambda: [replicas.in_flight(service) for service in replicas.services] == [[0, 0]] * 2)
+
+
+def test_metrics_and_loads_tell_of_the_exchange(replicas: Replicas) -> None:
+    """Each service shows its peer, and that the bus works."""
+    names = [service.loads()["sync"]["replica"] for service in replicas.services]
+    peers = [service.loads()["sync"]["peers"][0]["replica"] for service in replicas.services]
+
+    assert peers == names[::-1]
+    page = replicas.services[0].metrics()
+    assert "dp_extproc_sync_connected 1.0" in page
+    assert "dp_extproc_sync_peers 1.0" in page
+    assert 'dp_extproc_sync_messages_total{kind="received"}' in page
+    assert 'dp_extproc_sync_troubles_total{kind="gaps"}' in page
+
+
+def test_no_request_fails_while_the_bus_is_lost_and_back(replicas: Replicas) -> None:
+    """Under load the bus is killed and started again: every request is served, and in the end the books are empty."""
+
+    async def send_until(done: asyncio.Event, front: EnvoyProcess, statuses: Counter[int]) -> None:
+        async with httpx.AsyncClient(base_url=front.url, timeout=60, trust_env=False) as client:
+            while not done.is_set():
+                statuses[(await client.post("/generate", json=SHORT)).status_code] += 1
+
+    async def reaches(connected: bool) -> None:
+        await asyncio.to_thread(wait_for, lambda: replicas.connected() == [connected] * 2, 20.0)
+
+    async def story() -> Counter[int]:
+        done = asyncio.Event()
+        statuses: Counter[int] = Counter()
+        async with asyncio.TaskGroup() as senders:
+            for front in (*replicas.fronts, *replicas.fronts):
+                senders.create_task(send_until(done, front, statuses))
+            replicas.redis.kill()
+            await reaches(connected=False)
+            lost_at = statuses[200]
+            await asyncio.to_thread(wait_for, lambda: statuses[200] > lost_at + 10)
+            replicas.redis.start()  # in this thread, as it ends with the one that starts it
+            await reaches(connected=True)
+            back_at = statuses[200]
+            await asyncio.to_thread(wait_for, lambda: statuses[200] > back_at + 10)
+            done.set()
+        return statuses
+
+    statuses = asyncio.run(story())
+
+    assert statuses.keys() == {200}
+    wait_for(lambda: [replicas.in_flight(service) for service in replicas.services] == [[0, 0]] * 2)
+    for service in replicas.services:
+        log = service.log()
+        assert log.count("sync: no bus") == 1
+        assert log.count("sync: the bus is back") == 1

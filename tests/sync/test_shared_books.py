@@ -1,0 +1,141 @@
+"""What placement makes of what replicas tell: two services over the same engines, without anything between them."""
+
+import json
+from random import Random
+
+import pytest
+
+from dp_extproc.extproc import names
+from dp_extproc.fleet.endpoint import Role
+from dp_extproc.placement.attempt import Attempt
+from dp_extproc.placement.decision import Decision
+from dp_extproc.placement.dispatcher import Dispatcher
+from dp_extproc.request.path import Api
+from dp_extproc.sync.messages import Batch, decode
+from dp_extproc.sync.outbox import Outbox
+from dp_extproc.sync.peers import Peers
+from placement.fleet_fixtures import Fleet, make_facts
+
+RANKS = 4
+BODY = json.dumps({"model": "any", "messages": [{"role": "user", "content": "x" * 8000}]}).encode()
+
+
+class Service:
+    """A dispatcher, and what ties it to others."""
+
+    def __init__(self, name: str, *, prefill_ranks: int = RANKS) -> None:
+        facts = [make_facts(Role.PREFILL, ranks=prefill_ranks)]
+        self.fleet = Fleet(prefills=facts, decodes=[make_facts(Role.DECODE, ranks=RANKS)])
+        self.outbox = Outbox(name)
+        self.dispatcher = Dispatcher(
+            [self.fleet.pool],
+            self.fleet.load,
+            owner="127.0.0.1:9002",
+            rng=Random(1),  # the same for all: nothing but what they know keeps them apart
+            clock=self.fleet.clock,
+            observer=self.outbox,
+        )
+        self.peers = Peers(self.dispatcher.ledger.open_foreign, 3.0)
+
+    def place(self) -> tuple[Attempt, int, int]:
+        """Place a request; give its attempt and its two ranks."""
+        decision = self.dispatcher.place(Api.CHAT, BODY)
+        assert isinstance(decision, Decision)
+        assert decision.attempt is not None
+        prefill, decode_rank = (decision.metadata[key] for key in (names.META_PREFILL_RANK, names.META_DECODE_RANK))
+        assert isinstance(prefill, int)
+        assert isinstance(decode_rank, int)
+        return decision.attempt, prefill, decode_rank
+
+    def tell(self, *others: "Service") -> None:
+        """Tell others what is new."""
+        for data in self.outbox.collect(self.fleet.clock()):
+            batch = decode(data)
+            assert isinstance(batch, Batch)
+            for other in others:
+                other.peers.batch(batch, other.fleet.clock())
+
+    def loads(self) -> list[list[float]]:
+        """Give the load of every rank, of prefill and of decode."""
+        return [[rank.tokens for rank in self.fleet.host(role).ranks] for role in (Role.PREFILL, Role.DECODE)]
+
+    def requests(self) -> list[float]:
+        """Give the requests that are on the books of each role."""
+        return [self.fleet.host(role).requests for role in (Role.PREFILL, Role.DECODE)]
+
+
+def test_replicas_that_are_told_do_not_pick_the_same_rank_in_step() -> None:
+    """Requests that alternate between two services spread over all ranks, as if there was one service."""
+    a, b = Service("a"), Service("b")
+    picks = []
+    for service, other in ((a, b), (b, a), (a, b), (b, a)):
+        picks.append(service.place()[1:])
+        service.tell(other)
+
+    assert sorted(prefill for prefill, _ in picks) == list(range(RANKS))
+    assert sorted(decode_rank for _, decode_rank in picks) == list(range(RANKS))
+
+
+def test_replicas_that_are_not_told_do() -> None:
+    """The same without a word between them: this is what the exchange is there for."""
+    a, b = Service("a"), Service("b")
+
+    assert [service.place()[1:] for service in (a, a)] == [service.place()[1:] for service in (b, b)]
+
+
+def test_both_show_the_same_load() -> None:
+    """A peer's request weighs on every rank what it weighs for the one who sent it, from the pick to its end."""
+    a, b = Service("a"), Service("b")
+    attempts = [a.place()[0] for _ in range(6)]
+    a.tell(b)
+    assert b.loads() == [pytest.approx(loads) for loads in a.loads()]
+    assert b.requests() == a.requests() == [6, 6]
+
+    for service in (a, b):
+        service.fleet.clock.now += 0.5
+    for attempt in attempts[:3]:
+        attempt.prefill_answered(200, a.fleet.clock())
+    attempts[0].first_byte(200, a.fleet.clock())
+    attempts[1].end(a.fleet.clock())
+    a.tell(b)
+    assert b.loads() == [pytest.approx(loads) for loads in a.loads()]
+    assert b.requests() == a.requests() == [3, 5]
+
+    for attempt in attempts:
+        attempt.end(a.fleet.clock())
+    a.tell(b)
+    assert b.requests() == a.requests() == [0, 0]
+    assert b.loads() == [[0.0] * RANKS] * 2
+
+
+def test_the_load_of_a_silent_peer_goes() -> None:
+    """A replica that died with requests on its books leaves none on others'."""
+    a, b = Service("a"), Service("b")
+    for _ in range(5):
+        a.place()
+    a.tell(b)
+    assert b.requests() == [5, 5]
+    b.peers.review(b.fleet.clock() + 3.0)
+
+    assert b.requests() == [0, 0]
+
+
+def test_picks_are_counted_where_they_are_made() -> None:
+    """The counters of all replicas add up: what a peer has picked is not counted here again."""
+    a, b = Service("a"), Service("b")
+    for _ in range(5):
+        a.place()
+    a.tell(b)
+
+    assert [sum(rank.picks for rank in service.fleet.host(Role.PREFILL).ranks) for service in (a, b)] == [5, 0]
+
+
+def test_a_rank_that_is_not_known_here_is_left_out() -> None:
+    """While an engine is being replaced by a larger one, one replica may know it before the other does."""
+    large, small = Service("large", prefill_ranks=8), Service("small", prefill_ranks=2)
+    for _ in range(8):
+        large.place()
+    large.tell(small)
+
+    assert large.requests() == [8, 8]
+    assert small.requests() == [2, 8]
