@@ -1,12 +1,14 @@
 """The radix tree of prompts, beside a model that knows every prefix by itself."""
 
+import math
 import struct
+from collections.abc import Iterator
 from typing import TypeAlias
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dp_extproc.engine.scheduler.prefix_cache import TOKEN_BYTES, Node, PrefixCache
+from dp_extproc.engine.scheduler.prefix_cache import TOKEN_BYTES, Node, PrefixCache, prompt_of
 
 Tokens: TypeAlias = tuple[int, ...]
 
@@ -60,12 +62,21 @@ class Model:
             self.cache.unlock(node)
 
     def evict(self, tokens: int) -> None:
-        before, could = self.cache.size, self.cache.evictable
+        before, could, nodes = self.cache.size, self.cache.evictable, set(below(self.cache._root))
         self.cache.evict(tokens)
+        gone = nodes - set(below(self.cache._root))
+        kept = [node for node in nodes - gone if not node.users and not node.children]
+        assert max((node.used_at for node in gone), default=0) <= min((node.used_at for node in kept), default=math.inf)
         left = {each for each in self.known if self.cache.match(prompt(*each), len(each)).end == len(each)}
         assert before - len(left) >= min(tokens, could)
         assert {each for _, held in self.held for each in prefixes(held)} <= left
         self.known = left
+
+
+def below(node: Node) -> Iterator[Node]:
+    for child in node.children.values():
+        yield child
+        yield from below(child)
 
 
 def prefixes(tokens: Tokens) -> set[Tokens]:
@@ -74,7 +85,7 @@ def prefixes(tokens: Tokens) -> set[Tokens]:
 
 @given(STEPS)
 def test_it_knows_what_a_naive_model_knows(steps: list[tuple[object, ...]]) -> None:
-    """Lengths, sizes and locks agree after every step; eviction frees enough and takes nothing that is held."""
+    """Lengths, sizes and locks agree after every step; eviction frees enough, oldest first, and takes nothing held."""
     model = Model()
     for what, *given_ in steps:
         model.step(str(what), *given_)
@@ -84,7 +95,7 @@ def test_it_knows_what_a_naive_model_knows(steps: list[tuple[object, ...]]) -> N
 def test_long_prompts_part_at_the_right_token(lengths: list[tuple[int, int]]) -> None:
     """Two prompts share exactly the tokens that they begin with, wherever in a node they part."""
     cache = PrefixCache()
-    first = prompt(*(token for kind, length in lengths for token in [kind] * length))
+    first = prompt_of(lengths)
     cache.insert(first)
     for at in range(0, len(first), TOKEN_BYTES * 7):
         other = first[:at] + prompt(9) + first[at + TOKEN_BYTES :]

@@ -1,13 +1,13 @@
 """Steps, queues and KV accounting of DP ranks, without servers or clocks."""
 
 import itertools
-import struct
 
 import pytest
 
 from dp_extproc.engine.scheduler.costs import Costs
 from dp_extproc.engine.scheduler.group import Batch, Group
 from dp_extproc.engine.scheduler.hit_rate import HitRate
+from dp_extproc.engine.scheduler.prefix_cache import prompt_of
 from dp_extproc.engine.scheduler.rank import Limits, Rank
 from dp_extproc.engine.scheduler.snapshot import RankHistory
 from dp_extproc.engine.scheduler.work import Output, Role, Stage, Work
@@ -34,8 +34,9 @@ def work(prompt: int, output: int = 4, rank: int = 0) -> Work:
 
 def known(prompt: int, output: int = 4, topic: int = 0, shared: int = 10_000) -> Work:
     """Make a sequence for the prefix cache: *shared* tokens like every other, then those of its topic."""
-    tokens = [0] * min(prompt, shared) + [topic + 1] * (prompt - shared)
-    return Work(f"w{next(_names)}", 0, prompt, output, room=1, prompt=struct.pack(f"<{prompt}I", *tokens))
+    begin = min(prompt, shared)
+    parts = prompt_of([(0, begin), (topic + 1, prompt - begin)])
+    return Work(f"w{next(_names)}", 0, prompt, output, room=1, prompt=parts)
 
 
 def add(rank: Rank, *works: Work, stage: Stage = Stage.WAITING) -> None:

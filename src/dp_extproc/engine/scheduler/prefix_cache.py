@@ -12,10 +12,21 @@ A prompt is known here by its tokens, :data:`TOKEN_BYTES` bytes each. Bytes, bec
 """
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
 TOKEN_BYTES: Final = 4
+
+
+def prompt_of(parts: Iterable[tuple[int, int]]) -> bytes:
+    """Make up a prompt for a simulation that has no texts.
+
+    Args:
+        parts: What the prompt consists of, in order: the number of a text, below 2**32, and how many tokens of that
+            text are here. Prompts share what they have in common of such parts, from the beginning.
+    """
+    return b"".join(number.to_bytes(TOKEN_BYTES, "little") * tokens for number, tokens in parts)
 
 
 @dataclass(slots=True, eq=False)
@@ -32,15 +43,13 @@ class Node:
     """Sequences that hold this prefix or a longer one."""
     children: "dict[bytes, Node]" = field(default_factory=dict)
     """By their first token."""
+    is_candidate: bool = False
+    """Whether the cache has noted it for eviction."""
 
     @property
     def size(self) -> int:
         """Tokens of the node itself."""
         return len(self.tokens) // TOKEN_BYTES
-
-    def __lt__(self, other: "Node") -> bool:
-        """Order by the last use, for the heap of candidates."""
-        return self.used_at < other.used_at
 
 
 class PrefixCache:
@@ -50,8 +59,9 @@ class PrefixCache:
         """Start empty."""
         self._root = Node(b"", None, 0, 0)
         self._clock = 0
-        self._leaves: set[Node] = set()
-        """Those that nobody holds: what can be given up next."""
+        self._candidates: list[tuple[int, int, Node]] = []
+        """A heap of what was a leaf that nobody held when it was noted: its last use then, and its end, which differs
+        between nodes of one last use. What has become of it since is looked at when it comes out."""
         self.size = 0
         self.locked = 0
         """Part of the size that running sequences hold."""
@@ -74,8 +84,7 @@ class PrefixCache:
         leaf = Node(rest, node, len(prompt) // TOKEN_BYTES, self._clock)
         node.children[rest[:TOKEN_BYTES]] = leaf
         self.size += leaf.size
-        self._leaves.discard(node)
-        self._leaves.add(leaf)
+        self._note(leaf)
         return leaf
 
     def lock(self, node: Node) -> None:
@@ -83,7 +92,6 @@ class PrefixCache:
         for each in self._path(node):
             if not each.users:
                 self.locked += each.size
-                self._leaves.discard(each)
             each.users += 1
 
     def unlock(self, node: Node) -> None:
@@ -92,24 +100,30 @@ class PrefixCache:
             each.users -= 1
             if not each.users:
                 self.locked -= each.size
-                if not each.children:
-                    self._leaves.add(each)
+                self._note(each)
 
     def evict(self, tokens: int) -> None:
         """Give up leaves, those first that were not used for longest, until *tokens* are free or nothing is left."""
-        candidates = list(self._leaves)
-        heapq.heapify(candidates)
-        while tokens > 0 and candidates:
-            leaf = heapq.heappop(candidates)
-            parent = leaf.parent
-            assert parent is not None  # noqa: S101 - the root is no leaf: for the type checker
-            del parent.children[leaf.tokens[:TOKEN_BYTES]]
-            self._leaves.discard(leaf)
-            self.size -= leaf.size
-            tokens -= leaf.size
-            if not parent.children and not parent.users and parent is not self._root:
-                self._leaves.add(parent)
-                heapq.heappush(candidates, parent)
+        while tokens > 0 and self._candidates:
+            noted, _, leaf = heapq.heappop(self._candidates)
+            leaf.is_candidate = False
+            if noted != leaf.used_at:  # used since: it gets its new place
+                self._note(leaf)
+            elif not leaf.users and not leaf.children:
+                self._remove(leaf)
+                tokens -= leaf.size
+
+    def _note(self, node: Node) -> None:
+        """Make a node a candidate for eviction, if it is one: a leaf that nobody holds, and not the root."""
+        if node.parent is not None and not (node.users or node.children or node.is_candidate):
+            node.is_candidate = True
+            heapq.heappush(self._candidates, (node.used_at, node.end, node))
+
+    def _remove(self, leaf: Node) -> None:
+        assert leaf.parent is not None  # noqa: S101 - the root is no candidate: for the type checker
+        del leaf.parent.children[leaf.tokens[:TOKEN_BYTES]]
+        self.size -= leaf.size
+        self._note(leaf.parent)
 
     def _descend(self, prompt: bytes) -> Node:
         """Follow a prompt as far as it is known; a node that it leaves in the middle is split there."""
