@@ -122,7 +122,7 @@ def test_requests_spread_evenly_by_tokens() -> None:
 
 def test_uneven_requests_even_out() -> None:
     """A long prompt on one rank is balanced by many short ones on the others."""
-    fleet = Fleet(prefills=[PREFILL], decodes=[DECODE])
+    fleet = Fleet(prefills=[PREFILL], decodes=[DECODE], policy={"affinity": {"prefixes": False}})
     place(fleet, {**CHAT, "messages": [{"role": "user", "content": "x" * 40_000}]})
     for _ in range(300):
         place(fleet, {**CHAT, "messages": [{"role": "user", "content": "x" * 400}]})
