@@ -90,7 +90,7 @@ def test_it_tells_the_truth_while_nothing_is_evicted(sent: list[tuple[int, str]]
         index.note(slot, make_prefix(words), 100 * len(words), None)
     held = index.held(make_prefix(asked), 100 * len(asked)).by_slot
 
-    truth = {}
+    truth: dict[int, int] = {}
     for slot, words in sent:
         length = next(
             (n for n, (a, b) in enumerate(zip(words, asked, strict=False)) if a != b), min(len(words), len(asked))

@@ -1,6 +1,7 @@
 """Two prompts share a beginning as far as their chains are equal."""
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -68,16 +69,15 @@ def test_a_conversation_that_goes_on_has_its_earlier_turns_as_a_prefix() -> None
         message = {"role": "assistant", "content": "Yes."}
         return httpx.Response(200, json={"id": "1", "choices": [{"index": 0, "message": message}]})
 
-    client = openai.OpenAI(
-        api_key="none", base_url="http://x/v1", http_client=httpx.Client(transport=httpx.MockTransport(answer))
-    )
+    transport: Any = httpx.Client(transport=httpx.MockTransport(answer))
+    client = openai.OpenAI(api_key="none", base_url="http://x/v1", http_client=transport)
     turns: list[Any] = [{"role": "system", "content": "Be brief. Ünïcode “quotes” stay."}]
     for number in range(4):
         turns += [user(f"Question {number}: {TEXT[: 3000 + number]}")]
         client.chat.completions.create(model="m", messages=turns)
         turns += [{"role": "assistant", "content": "Yes."}]
 
-    for earlier, later in zip(chains, chains[1:], strict=False):
+    for earlier, later in pairwise(chains):
         assert shared(earlier, later) == earlier.ends[-1] // BLOCK_BYTES > 0
 
 
