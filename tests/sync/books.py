@@ -8,7 +8,7 @@ from dp_extproc.request.prefix import Prefix
 
 DISPATCH = Dispatch(
     pool="llama",
-    demand=Demand(tokens=1200.0, requests=2.0, prefix=Prefix((1, (1 << 64) - 1)), session="a session"),
+    demand=Demand(tokens=1200.0, requests=2.0, prefix=Prefix((1, (1 << 64) - 1), (1024, 2000)), session="a session"),
     decode="http://10.0.0.2:30000",
     decode_rank=None,
     prefill="http://10.0.0.1:30000",

@@ -82,7 +82,7 @@ def test_many_events_are_divided_in_their_order() -> None:
 
 def test_a_hint_that_is_too_large_is_left_out() -> None:
     """An event that exceeds a message by itself is told without the prefix and the session; its load is told."""
-    demand = Demand(5e6, 1.0, Prefix(tuple(range(1 << 60, (1 << 60) + 100_000))), "s" * 100_000)
+    demand = Demand(5e6, 1.0, Prefix(tuple(range(1 << 60, (1 << 60) + 100_000)), tuple(range(100_000))), "s" * 100_000)
     dispatch = Dispatch("llama", demand, "http://10.0.0.2:30000", 1)
 
     ((event,),) = portions([Dispatched(1, 0.0, dispatch)])

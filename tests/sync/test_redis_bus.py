@@ -2,9 +2,12 @@
 
 import asyncio
 import logging
+import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,11 @@ def server(tmp_path: Path) -> Iterator[RedisProcess]:
     """A server of this test alone."""
     with redis_server(tmp_path) as running_server:
         yield running_server
+
+
+def has_told_more_than(member: Member, messages: int) -> bool:
+    """Tell whether a replica has sent something by now."""
+    return member.replica.status().sent > messages
 
 
 def test_what_one_sends_the_others_know(server: RedisProcess) -> None:
@@ -122,6 +130,22 @@ def test_a_peer_that_is_killed_takes_its_load_along(server: RedisProcess) -> Non
     asyncio.run(story())
 
 
+def test_a_replica_stops_whatever_it_is_doing(server: RedisProcess) -> None:
+    """Cancelled amid its work with the server, each of many replicas ends; the client alone swallows some of these."""
+
+    async def story() -> None:
+        members = [Member(server.url, str(number)) for number in range(40)]
+        tasks = [asyncio.create_task(member.replica.run()) for member in members]
+        await until(lambda: all(member.replica.status().connected for member in members))
+        for member, task in zip(members, tasks, strict=True):
+            member.open()
+            await until(partial(has_told_more_than, member, member.replica.status().sent))
+            task.cancel()
+        await until(lambda: all(task.done() for task in tasks))
+
+    asyncio.run(story())
+
+
 def test_messages_that_were_dropped_are_noticed(server: RedisProcess) -> None:
     """Who misses a message sees it by the numbers, asks, and knows again."""
 
@@ -178,6 +202,54 @@ def test_a_password_is_used_and_never_told(tmp_path: Path, caplog: pytest.LogCap
     assert "refuses" in caplog.text
     assert "hunter2" not in caplog.text
     assert "s@cret" not in caplog.text
+
+
+def test_tls_checks_who_the_server_is(tmp_path: Path) -> None:
+    """With the server's certificate replicas talk; without it the server is not trusted."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not installed; it makes the certificate")
+    key, certificate, port = tmp_path / "key.pem", tmp_path / "certificate.pem", free_port()
+    make = f"{openssl} req -x509 -newkey rsa:2048 -nodes -keyout {key} -out {certificate} -subj /CN=redis -days 2"
+    subprocess.run([*make.split(), "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    tls = f"--tls-port {port} --tls-cert-file {certificate} --tls-key-file {key} --tls-auth-clients no"
+
+    async def story() -> None:
+        url = f"rediss://127.0.0.1:{port}"
+        trusting = [Member(f"{url}?ssl_ca_certs={certificate}", name) for name in "ab"]
+        doubting = Member(url, "c")
+        async with running(*trusting, doubting):
+            trusting[0].open()
+            await until(lambda: trusting[1].knows(trusting[0]))
+            await until(lambda: "CERTIFICATE_VERIFY_FAILED" in (doubting.replica.status().last_error or ""))
+
+    with redis_server(tmp_path, *tls.split()):
+        asyncio.run(story())
+
+
+def test_a_user_needs_no_more_rights_than_it_uses(server: RedisProcess) -> None:
+    """Publishing and subscribing to the channel is enough; without that right the reason says so."""
+
+    async def story() -> None:
+        async with redis.asyncio.Redis(port=server.port) as admin:
+            for user, channel in (("right", "dp-extproc"), ("wrong", "other")):
+                await admin.acl_setuser(
+                    user,
+                    enabled=True,
+                    passwords=["+password"],
+                    channels=[channel],
+                    commands=["+publish", "+subscribe"],
+                    reset=True,
+                )
+        right = [Member(f"redis://right:password@127.0.0.1:{server.port}", name) for name in "ab"]
+        wrong = Member(f"redis://wrong:password@127.0.0.1:{server.port}", "c")
+        async with running(*right, wrong):
+            right[0].open()
+            await until(lambda: right[1].knows(right[0]))
+            await until(lambda: wrong.replica.status().last_error is not None)
+            assert "does not let this user publish and subscribe" in (wrong.replica.status().last_error or "")
+
+    asyncio.run(story())
 
 
 def test_nobody_there(caplog: pytest.LogCaptureFixture) -> None:

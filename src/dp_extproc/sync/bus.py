@@ -51,8 +51,20 @@ async def keep_up(session: Callable[[], Awaitable[None]], down: Callable[[str], 
         try:
             await session()
         except OSError as error:
+            heed_cancellation()
             down(str(error) or type(error).__name__)
         if loop.time() - begun > _LONGEST_PAUSE:
             pause = _FIRST_PAUSE
         await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # replicas that lost it together come back one by one
         pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def heed_cancellation() -> None:
+    """Raise the cancellation of the present task, if it had one and somebody swallowed it.
+
+    redis-py (8.1) does so with one that comes just as it gets its answer, and a task group with one that comes just as
+    a task of it fails. The service would wait for ever for this task to end.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

@@ -15,7 +15,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
-from dp_extproc.sync.bus import Listener, keep_up
+from dp_extproc.sync.bus import Listener, heed_cancellation, keep_up
 
 _MOST_WAITING: Final = 256
 """Messages; what a replica tells in 5 s. A server that is slower than that has lost us already."""
@@ -105,6 +105,7 @@ class RedisBus:
                 except BaseException:
                     self._lost += len(messages)
                     raise
+                heed_cancellation()
 
     async def _receive(self, subscription: PubSub, listener: Listener) -> None:
         while True:
@@ -114,6 +115,7 @@ class RedisBus:
 
     async def _next(self, subscription: PubSub) -> dict[str, Any]:
         message: dict[str, Any] | None = await subscription.get_message(timeout=self._patience)
+        heed_cancellation()
         if message is None:
             raise TimeoutError(f"nothing has come through it for {self._patience:g} s, not even our own messages")
         return message
