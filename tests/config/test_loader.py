@@ -127,6 +127,18 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
         POOL + "  policy: {host: lockstep}\nload: {signal: scraped}\n",
         [(4, "pools[0].policy.host", "lockstep needs load.signal: estimate")],
     ),
+    "session-header-that-is-none": (
+        POOL + "envoy: {session_header: 'x session'}\n",
+        [(4, "envoy.session_header", "write the name of a request header, such as x-session-id")],
+    ),
+    "session-header-of-ours": (
+        POOL + "envoy: {session_header: X-DP-Session}\n",
+        [(4, "envoy.session_header", "names under x-dp- and x-envoy- are taken from clients")],
+    ),
+    "standby-without-a-port": (
+        POOL + "envoy: {standby: [10.0.0.9]}\n",
+        [(4, "envoy.standby[0]", "write host:port, such as dp-extproc:9002 or 10.0.0.9:9002")],
+    ),
     "workers-beside-decode": (POOL + "  decode: {endpoints: ['http://b:1']}\n", [(2, "pools[0]", "split this one")]),
     "prefill-without-decode": (
         POOL.replace("workers", "prefill"),

@@ -50,7 +50,7 @@ class Echo:
 
     placed: list[bytes] = field(default_factory=list)
 
-    def place(self, api: Api, body: bytes) -> Decision | Rejection:
+    def place(self, api: Api, body: bytes, session: str | None) -> Decision | Rejection:
         self.placed.append(body)
         if body.startswith(b"refuse"):
             return Rejection(400, Reason.INVALID_JSON, "as asked")

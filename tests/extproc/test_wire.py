@@ -456,7 +456,7 @@ class TestBooks:
 class _Broken:
     """A decider with a bug."""
 
-    def place(self, api: Api, body: bytes) -> Decision | Rejection:
+    def place(self, api: Api, body: bytes, session: str | None) -> Decision | Rejection:
         raise RuntimeError("secret detail")
 
     def look_up(self) -> Decision | Rejection:

@@ -25,6 +25,8 @@ from dp_extproc.config.section import Bytes, Seconds, Section
 from dp_extproc.config.sync import SyncSettings
 
 _HOST: Final = re.compile(r"[A-Za-z0-9._:%\-]+")
+_HEADER: Final = re.compile(r"[a-z0-9!#$&'*+.^_`|~-]+")
+"""RFC 9110, but for the percent sign, which begins a command in Envoy's formats."""
 _MAX_PORT: Final = 65535
 
 
@@ -91,6 +93,15 @@ def _host_and_port(value: str) -> str:
     return value
 
 
+def _header_name(value: str) -> str:
+    name = value.lower()
+    if not _HEADER.fullmatch(name):
+        raise ValueError("write the name of a request header, such as x-session-id")
+    if name.startswith(("x-dp-", "x-envoy-")):
+        raise ValueError("names under x-dp- and x-envoy- are taken from clients; write another one")
+    return name
+
+
 class EnvoySettings(Section):
     """What the printed Envoy configuration contains."""
 
@@ -101,6 +112,8 @@ class EnvoySettings(Section):
     service: Annotated[str, AfterValidator(_host_and_port)] | None = None
     """``host:port`` under which Envoy finds the service; by default ``listen.grpc``."""
 
+    session_header: Annotated[str, AfterValidator(_header_name)] | None = None
+    """Header in which clients name the conversation that a request belongs to."""
     standby: Annotated[tuple[Annotated[str, AfterValidator(_host_and_port)], ...], Field(strict=False)] = ()
     """Further services, each for when all before it are not ready. The first that is ready decides alone."""
 
@@ -183,8 +196,8 @@ class AffinitySettings(Section):
 
     prefixes: bool = True
     """Whether prompts are compared with those that were sent before."""
-    session_header: str | None = None
-    """Header in which clients name the conversation."""
+    sessions: bool = True
+    """Whether requests of one conversation, as ``envoy.session_header`` names it, are."""
 
 
 class PolicySettings(Section):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from envoy_data_plane.envoy.config.common.mutation_rules.v3 import HeaderMutation, HeaderMutationRemoveOnMatch
-from envoy_data_plane.envoy.config.core.v3 import TypedExtensionConfig
+from envoy_data_plane.envoy.config.core.v3 import HeaderValue, HeaderValueOption, TypedExtensionConfig
 from envoy_data_plane.envoy.extensions.filters.http.header_mutation.v3 import HeaderMutation as HeaderMutationFilter
 from envoy_data_plane.envoy.extensions.filters.http.header_mutation.v3 import Mutations
 from envoy_data_plane.envoy.extensions.filters.http.upstream_codec.v3 import UpstreamCodec
@@ -15,15 +15,22 @@ from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutatio
 from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.google.protobuf import Any
 
-from dp_extproc.extproc.names import FOREIGN_NAMES, FOREIGN_PREFIXES, OWNED_PREFIX
+from dp_extproc.extproc.names import FOREIGN_NAMES, FOREIGN_PREFIXES, OWNED_PREFIX, SESSION
 
 _TOWARDS_ENGINES: Final = (OWNED_PREFIX, "x-envoy-")
 """Ours, and what Envoy adds on its own, such as ``x-envoy-internal``."""
 
 
-def strip_client_headers() -> TypedExtensionConfig:
-    """Remove what only the router may set, before any filter or route sees the request."""
+def strip_client_headers(session_header: str | None) -> TypedExtensionConfig:
+    """Remove what only the router may set, before any filter or route sees the request.
+
+    Args:
+        session_header: Header of clients that the service is to see, under a name of ours.
+    """
     mutations = [*_remove(FOREIGN_PREFIXES), *(HeaderMutation(remove=name) for name in FOREIGN_NAMES)]
+    if session_header is not None:
+        copy = HeaderValue(key=SESSION, value=f"%REQ({session_header})%")
+        mutations.append(HeaderMutation(append=HeaderValueOption(header=copy)))  # nothing is added for an absent one
     return TypedExtensionConfig(
         name="envoy.http.early_header_mutation.header_mutation",
         typed_config=Any.pack(EarlyHeaderMutation(mutations=mutations)),

@@ -41,7 +41,7 @@ def build_listeners(config: Config) -> list[Listener]:
         http_filters=[_router()],
         stream_idle_timeout=_NO_TIMEOUT,
         use_remote_address=True,
-        early_header_mutation_extensions=[strip_client_headers()],
+        early_header_mutation_extensions=[strip_client_headers(settings.session_header)],
         generate_request_id=True,
         preserve_external_request_id=True,
         local_reply_config=replies,

@@ -53,8 +53,8 @@ class ProtocolViolationError(Exception):
 class Decider(Protocol):
     """What the exchange asks; implemented by :class:`dp_extproc.placement.dispatcher.Dispatcher`."""
 
-    def place(self, api: Api, body: bytes) -> Decision | Rejection:
-        """Decide on an inference request."""
+    def place(self, api: Api, body: bytes, session: str | None) -> Decision | Rejection:
+        """Decide on an inference request, of a conversation if the client names one."""
         ...
 
     def look_up(self) -> Decision | Rejection:
@@ -88,6 +88,7 @@ class Exchange:
         "_max_body",
         "_mode",
         "_response_duplex",
+        "_session",
         "_size",
         "_state",
         "attempt",
@@ -111,6 +112,7 @@ class Exchange:
         self._state = _State.START
         self._api: Api | None = None
         self._foreign: tuple[str, ...] = ()
+        self._session: str | None = None
         self._body: list[bytes] = []
         self._size = 0
         self.attempt: Attempt | None = None
@@ -167,6 +169,7 @@ class Exchange:
         headers = event.headers
         asked = read_path(headers.get(":method", ""), headers.get(":path", ""))
         self._foreign = tuple(headers.keys() - names.READ_FROM_REQUESTS)
+        self._session = headers.get(names.SESSION)
         if isinstance(asked, Rejection):
             return self._refuse(asked)
         if isinstance(asked, Lookup):
@@ -217,7 +220,7 @@ class Exchange:
         assert self._api is not None  # noqa: S101 - the state says so
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body = []
-        decision = self._decider.place(self._api, body)
+        decision = self._decider.place(self._api, body, self._session)
         if isinstance(decision, Rejection):
             return self._refuse(decision)
         assert decision.body is not None  # noqa: S101 - an inference request is always rewritten

@@ -14,6 +14,8 @@ OWNER: Final = "x-dp-owner"
 """``IP:port`` of the service process that placed the request and keeps its books."""
 LEG: Final = "x-dp-leg"
 """Token of one attempt, by which the prefill leg's own ext_proc stream finds the decision."""
+SESSION: Final = "x-dp-session"
+"""The client's name for the conversation; Envoy copies it from the header that is configured for it."""
 
 OWNED_PREFIX: Final = "x-dp-"
 """Every header under it is ours: stripped from clients, and before a request leaves for an engine."""
@@ -23,7 +25,9 @@ FOREIGN_PREFIXES: Final = (OWNED_PREFIX, "x-override-", "x-envoy-")
 FOREIGN_NAMES: Final = ("x-data-parallel-rank",)
 """Likewise, by full name: SGLang lets this header win over ``routed_dp_rank`` in the body."""
 
-READ_FROM_REQUESTS: Final = frozenset({":method", ":path", "content-type", "content-encoding", "content-length"})
+READ_FROM_REQUESTS: Final = frozenset({
+    ":method", ":path", "content-type", "content-encoding", "content-length", SESSION,
+})  # fmt: skip
 """All that the service reads of a request's headers. Envoy forwards no others to it."""
 READ_FROM_RESPONSES: Final = frozenset({":status"})
 """Likewise of a response's."""

@@ -35,8 +35,7 @@ _PROMPT_TOKENS: Final = "prompt_tokens_total"
 _NEEDED: Final = re.compile(
     rb"^sglang[:_](?:%b)[{ \t][^\n]*"
     % b"|".join(
-        name.encode()
-        for name in (_USED, _CAPACITY, _THROUGHPUT, *_RUNNING, *_BOOTSTRAP, *_WAITING, _PROMPT_TOKENS)
+        name.encode() for name in (_USED, _CAPACITY, _THROUGHPUT, *_RUNNING, *_BOOTSTRAP, *_WAITING, _PROMPT_TOKENS)
     ),
     re.MULTILINE,
 )

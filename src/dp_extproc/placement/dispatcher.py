@@ -30,6 +30,8 @@ from dp_extproc.request.rewrite import Bootstrap, LegFields, rewrite_aggregated,
 _ANY_MODEL: Final = "*"
 _SHOWN_MODEL: Final = 200
 """Characters of a model's name in logs and messages; clients may send megabytes."""
+_SESSION_KEPT: Final = 128
+"""Characters of a conversation's name; more is more than any id has."""
 _TRY_AGAIN: Final = (("retry-after", "1"),)
 
 
@@ -208,7 +210,7 @@ class Dispatcher:
             tokens=self._fleet.ratios[pool.name].estimate(prompt),
             requests=(prompt.batch or 1) * request.samples,
             prefix=prefix_of(request) if pool.config.policy.affinity.prefixes else NO_PREFIX,
-            session=session,
+            session=session[:_SESSION_KEPT] if session and pool.config.policy.affinity.sessions else None,
         )
 
     def _capable(self, pool: _Pool, role: Role, api: Api, now: float) -> Sequence[HostLoad] | Rejection:
