@@ -1,6 +1,7 @@
 """What placement makes of what replicas tell: two services over the same engines, without anything between them."""
 
 import json
+from itertools import count
 from random import Random
 
 import pytest
@@ -17,7 +18,11 @@ from dp_extproc.sync.peers import Peers
 from placement.fleet_fixtures import Fleet, make_facts
 
 RANKS = 4
-BODY = json.dumps({"model": "any", "messages": [{"role": "user", "content": "x" * 8000}]}).encode()
+
+
+def chat(beginning: object) -> bytes:
+    """Make a request of 2000 tokens whose prompt begins like no other, unless that begins alike."""
+    return json.dumps({"model": "any", "messages": [{"role": "user", "content": f"{beginning}{'x' * 8000}"}]}).encode()
 
 
 class Service:
@@ -36,10 +41,11 @@ class Service:
             observer=self.outbox,
         )
         self.peers = Peers(self.dispatcher.ledger.open_foreign, 3.0)
+        self._prompts = count()
 
-    def place(self) -> tuple[Attempt, int, int]:
-        """Place a request; give its attempt and its two ranks."""
-        decision = self.dispatcher.place(Api.CHAT, BODY)
+    def place(self, body: bytes | None = None) -> tuple[Attempt, int, int]:
+        """Place a request, by default one whose prompt is new; give its attempt and its two ranks."""
+        decision = self.dispatcher.place(Api.CHAT, body or chat((self.outbox.replica, next(self._prompts))))
         assert isinstance(decision, Decision)
         assert decision.attempt is not None
         prefill, decode_rank = (decision.metadata[key] for key in (names.META_PREFILL_RANK, names.META_DECODE_RANK))
@@ -118,6 +124,19 @@ def test_the_load_of_a_silent_peer_goes() -> None:
     b.peers.review(b.fleet.clock() + 3.0)
 
     assert b.requests() == [0, 0]
+
+
+def test_a_prompt_finds_its_cache_through_any_replica() -> None:
+    """What one replica has sent somewhere, the other takes to be cached there; once the first request is over, too."""
+    a, b = Service("a"), Service("b")
+    other, other_rank, _ = a.place()
+    attempt, rank, _ = a.place(chat("the same"))
+    for each in (other, attempt):
+        each.end(a.fleet.clock())
+    a.tell(b)
+
+    assert rank != other_rank  # which is the one that it would have taken by itself
+    assert {b.place(chat("the same"))[1] for _ in range(3)} == {rank}
 
 
 def test_picks_are_counted_where_they_are_made() -> None:
