@@ -65,6 +65,12 @@ def test_loads_of_engines_that_never_answered(lonely: ServiceProcess) -> None:
     assert all(each["failure"].startswith("refused: no connection to ") for each in endpoints)
 
 
+def test_without_the_section_there_is_no_exchange(lonely: ServiceProcess) -> None:
+    """A service that is alone neither talks of other replicas nor counts them."""
+    assert lonely.loads()["sync"] is None
+    assert "dp_extproc_sync" not in lonely.metrics()
+
+
 @pytest.mark.parametrize(
     "name",
     [
