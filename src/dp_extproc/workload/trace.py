@@ -1,0 +1,94 @@
+"""Requests as a trace: when they arrive, how long they are, and what their prompts have in common."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a prompt. Prompts share a beginning as far as their leading segments are equal."""
+
+    text: int
+    """Which text; segments with the same number are the same."""
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRequest:
+    """One request."""
+
+    arrival: float
+    """Seconds since the start; in a closed loop only its place in the order."""
+    prompt: tuple[Segment, ...]
+    output_tokens: int
+    session: int | None = None
+    """The conversation that it belongs to."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(segment.tokens for segment in self.prompt)
+
+
+class TraceError(ValueError):
+    """A trace file cannot be read; the message names every bad line."""
+
+
+class _Line(Struct, forbid_unknown_fields=True):
+    arrival: Annotated[float, Meta(ge=0)]
+    prompt_tokens: Annotated[int, Meta(ge=1)]
+    output_tokens: Annotated[int, Meta(ge=1)]
+    session: int | None = None
+    prompt: list[tuple[Annotated[int, Meta(ge=0, lt=1 << 32)], Annotated[int, Meta(ge=1)]]] | None = None
+    """Segments, if prompts share beginnings: ``[[text, tokens], ...]``."""
+
+
+_lines = msgspec.json.Decoder(_Line)
+_OWN_TEXTS = 1 << 31
+"""Numbers from here on are of prompts that share nothing."""
+_SHOWN = 10
+"""Bad lines that an error names at most."""
+
+
+def read_trace(lines: Iterable[str]) -> list[TraceRequest]:
+    """Read a trace: one JSON object per line, in any order of arrival.
+
+    ``{"arrival": 0.5, "prompt_tokens": 900, "output_tokens": 120}``, optionally with ``session`` (a number) and
+    ``prompt``, the prompt's segments, which then must add up to its tokens.
+
+    Raises:
+        TraceError: Some lines are wrong, or there is none.
+    """
+    requests: list[TraceRequest] = []
+    wrong: list[str] = []
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        try:
+            line = _lines.decode(text)
+        except msgspec.DecodeError as error:
+            wrong.append(f"line {number}: {error}")
+            continue
+        parts = line.prompt or [(_OWN_TEXTS + number, line.prompt_tokens)]
+        if sum(tokens for _, tokens in parts) != line.prompt_tokens:
+            wrong.append(f"line {number}: the segments of prompt do not add up to prompt_tokens")
+            continue
+        segments = tuple(Segment(text, tokens) for text, tokens in parts)
+        requests.append(TraceRequest(line.arrival, segments, line.output_tokens, line.session))
+    if wrong:
+        more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
+        raise TraceError("\n".join([*wrong[:_SHOWN], *more]))
+    if not requests:
+        raise TraceError("the trace has no requests")
+    return sorted(requests, key=lambda request: request.arrival)
+
+
+def write_trace(requests: Sequence[TraceRequest]) -> Iterator[str]:
+    """Write a trace, line by line, so that :func:`read_trace` gives it back."""
+    for request in requests:
+        segments = [(segment.text, segment.tokens) for segment in request.prompt]
+        line = _Line(request.arrival, request.prompt_tokens, request.output_tokens, request.session, segments)
+        yield msgspec.json.encode(line).decode() + "\n"
