@@ -1,20 +1,22 @@
 """Makes traces: the same for the same seed."""
 
-from itertools import count
+from itertools import count, islice
 from random import Random
 from typing import Final
 
-from dp_extproc.workload.lengths import LENGTHS, Lengths
-from dp_extproc.workload.trace import Segment, TraceRequest
+from dp_extproc.workload.arrivals import arrivals
+from dp_extproc.workload.lengths import LENGTHS, azure, conversation_output, conversation_text
+from dp_extproc.workload.trace import Language, Segment, TraceRequest
 
 SESSIONS: Final = "sessions"
-NAMES: Final = (*LENGTHS, SESSIONS)
 
-_BURST_SECONDS: Final = 5.0
-_CALM_SECONDS: Final = 15.0
+_CHINESE: Final = {"chinese": 1.0, "mixed": 0.5}
+"""Share of the requests that are in Chinese; they are those of ``azure`` otherwise, number by number."""
+NAMES: Final = (*LENGTHS, *_CHINESE, SESSIONS)
+
 _TURNS: Final = (3, 10)
 _THINKING: Final = 12.0
-"""Mean seconds between two turns of a conversation."""
+"""Mean seconds between two turns of a conversation, beside the two that nobody is faster than."""
 _SYSTEM_PROMPTS: Final = (800, 2000, 4000, 6000)
 
 
@@ -28,26 +30,16 @@ def make_trace(name: str, requests: int, rate: float, seed: int, *, burst: float
         seed: Equal ones make equal traces.
         burst: For 5 of every 20 seconds so many times the rate, and less in between; 1 is a Poisson process.
     """
-    rng = Random(f"{name} {seed}")
+    base = azure.__name__ if name in _CHINESE else name
+    rng = Random(f"{base} {seed}")
     if name == SESSIONS:
         return _sessions(rng, requests, rate)
-    return _independent(rng, LENGTHS[name], requests, rate, burst)
-
-
-def _independent(rng: Random, lengths: Lengths, requests: int, rate: float, burst: float) -> list[TraceRequest]:
-    period = _BURST_SECONDS + _CALM_SECONDS
-    calm = (period - burst * _BURST_SECONDS) / _CALM_SECONDS
-    trace, now = [], 0.0
-    for number in range(requests):
-        while (
-            True
-        ):  # thinning: candidates come at the highest rate there is, and stay with the share of the present one
-            now += rng.expovariate(rate * max(burst, calm))
-            present = burst if now % period < _BURST_SECONDS else calm
-            if rng.random() * max(burst, calm) < present:
-                break
-        prompt, output = lengths(rng)
-        trace.append(TraceRequest(now, (Segment(number, prompt),), output))
+    tongues = Random(f"{name} {seed} languages")
+    trace = []
+    for number, now in enumerate(islice(arrivals(rng, rate, burst), requests)):
+        prompt, output = LENGTHS[base](rng)
+        language = Language.CHINESE if tongues.random() < _CHINESE.get(name, 0.0) else Language.ENGLISH
+        trace.append(TraceRequest(now, (Segment(number, prompt),), output, language=language))
     return trace
 
 
@@ -65,8 +57,8 @@ def _sessions(rng: Random, requests: int, rate: float) -> list[TraceRequest]:
         prompt = [Segment(system, _SYSTEM_PROMPTS[system])]
         now = begins
         for _ in range(rng.randint(*_TURNS)):
-            prompt.append(Segment(next(texts), min(8000, max(50, round(1200 * rng.lognormvariate(0, 1.0))))))
-            output = min(1500, max(16, round(200 * rng.lognormvariate(0, 0.7))))
+            prompt.append(Segment(next(texts), conversation_text(rng)))
+            output = conversation_output(rng)
             trace.append(TraceRequest(now, tuple(prompt), output, session))
             prompt.append(Segment(next(texts), output))
             now += rng.expovariate(1 / _THINKING) + 2.0

@@ -2,10 +2,18 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
+
+
+class Language(StrEnum):
+    """What a prompt is written in. It changes how large the text of so many tokens looks to a router."""
+
+    ENGLISH = "en"
+    CHINESE = "zh"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +35,7 @@ class TraceRequest:
     output_tokens: int
     session: int | None = None
     """The conversation that it belongs to."""
+    language: Language = Language.ENGLISH
 
     @property
     def prompt_tokens(self) -> int:
@@ -44,6 +53,7 @@ class _Line(Struct, forbid_unknown_fields=True):
     session: int | None = None
     prompt: list[tuple[Annotated[int, Meta(ge=0, lt=1 << 32)], Annotated[int, Meta(ge=1)]]] | None = None
     """Segments, if prompts share beginnings: ``[[text, tokens], ...]``."""
+    language: Language = Language.ENGLISH
 
 
 _lines = msgspec.json.Decoder(_Line)
@@ -56,8 +66,8 @@ _SHOWN = 10
 def read_trace(lines: Iterable[str]) -> list[TraceRequest]:
     """Read a trace: one JSON object per line, in any order of arrival.
 
-    ``{"arrival": 0.5, "prompt_tokens": 900, "output_tokens": 120}``, optionally with ``session`` (a number) and
-    ``prompt``, the prompt's segments, which then must add up to its tokens.
+    ``{"arrival": 0.5, "prompt_tokens": 900, "output_tokens": 120}``, optionally with ``session`` (a number),
+    ``language`` (``en`` or ``zh``) and ``prompt``, the prompt's segments, which then must add up to its tokens.
 
     Raises:
         TraceError: Some lines are wrong, or there is none.
@@ -77,7 +87,7 @@ def read_trace(lines: Iterable[str]) -> list[TraceRequest]:
             wrong.append(f"line {number}: the segments of prompt do not add up to prompt_tokens")
             continue
         segments = tuple(Segment(text, tokens) for text, tokens in parts)
-        requests.append(TraceRequest(line.arrival, segments, line.output_tokens, line.session))
+        requests.append(TraceRequest(line.arrival, segments, line.output_tokens, line.session, line.language))
     if wrong:
         more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
         raise TraceError("\n".join([*wrong[:_SHOWN], *more]))
@@ -90,5 +100,6 @@ def write_trace(requests: Sequence[TraceRequest]) -> Iterator[str]:
     """Write a trace, line by line, so that :func:`read_trace` gives it back."""
     for request in requests:
         segments = [(segment.text, segment.tokens) for segment in request.prompt]
-        line = _Line(request.arrival, request.prompt_tokens, request.output_tokens, request.session, segments)
+        tokens, output = request.prompt_tokens, request.output_tokens
+        line = _Line(request.arrival, tokens, output, request.session, segments, request.language)
         yield msgspec.json.encode(line).decode() + "\n"
