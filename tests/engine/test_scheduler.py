@@ -95,6 +95,20 @@ class TestPrefill:
         assert alone == pytest.approx(1 + 0.01 * (0.75 * 80 + 0.25 * 20))
         assert together == pytest.approx(1 + 0.01 * 80)
 
+    def test_who_waits_for_the_fullest_rank_is_counted(self) -> None:
+        """One of four ranks works: three quarters of the step are waited. All work alike: nobody waits."""
+        group = Group(ranks(Role.PREFILL, 4), COSTS)
+        add(group.ranks[0], work(80))
+        alone, _ = run_step(group)
+        assert group.waited == pytest.approx(0.75 * alone)
+        for rank in group.ranks:
+            add(rank, work(80))
+        together, _ = run_step(group)
+
+        assert group.waited == pytest.approx(0.75 * alone)
+        assert group.steps == 2
+        assert group.seconds == pytest.approx(alone + together)
+
     def test_nothing_starts_before_decode_has_answered(self) -> None:
         """The bootstrap queue holds no KV room and takes part in no step."""
         (rank,) = ranks(Role.PREFILL, 1)

@@ -230,6 +230,17 @@ def test_anthropic_client(unified: EngineProcess) -> None:
     assert final.stop_reason == whole.stop_reason == "max_tokens"
 
 
+@pytest.mark.parametrize(
+    ("tokens", "chunks"), [(1, [1]), (4, [1, 3]), (9, [1, 4, 4]), (10, [1, 4, 4, 1])], ids=["1", "4", "9", "10"]
+)
+def test_tokens_come_in_chunks_as_long_as_the_interval(tokens: int, chunks: list[int]) -> None:
+    """The first token comes alone, so that it is not held up; what is left at the end is shorter."""
+    with EngineProcess("unified", 1, "--time-scale", "0.01", "--stream-interval", "4") as engine:
+        client = openai.OpenAI(base_url=f"{engine.url}/v1", api_key="key", max_retries=0)
+        stream = client.completions.create(model="m", prompt="hello", max_tokens=tokens, stream=True)
+        assert [len(chunk.choices[0].text.split()) for chunk in stream] == chunks
+
+
 @pytest.mark.parametrize("megabytes", [1, 60])
 def test_large_bodies(unified: EngineProcess, megabytes: int) -> None:
     """A body of many megabytes is read, noted by digest and ends, and can be fetched back."""

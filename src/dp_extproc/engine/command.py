@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-prefill-tokens", type=_positive, default=default.max_prefill_tokens, metavar="TOKENS")
     add("--num-reserved-decode-tokens", type=int, default=default.reserved_decode_tokens, metavar="TOKENS")
     add("--decode-log-interval", type=_positive, default=default.decode_log_interval, metavar="STEPS")
+    add("--stream-interval", type=_positive, default=default.stream_interval, metavar="TOKENS", help="per chunk")
     add("--disable-radix-cache", action="store_true", help="compute every prompt from its beginning")
     add("--enable-cache-report", action="store_true", help="tell in the usage of an answer how much was cached")
     add("--time-scale", type=float, default=1.0, metavar="FACTOR", help="of every duration: 0.1 is ten times faster")
@@ -158,6 +159,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         max_prefill_tokens=args.max_prefill_tokens,
         reserved_decode_tokens=args.num_reserved_decode_tokens,
         decode_log_interval=args.decode_log_interval,
+        stream_interval=args.stream_interval,
         disable_radix_cache=args.disable_radix_cache,
         enable_cache_report=args.enable_cache_report,
         time_scale=args.time_scale,

@@ -56,6 +56,7 @@ class Settings:
     max_prefill_tokens: int = 16384
     reserved_decode_tokens: int = 512
     decode_log_interval: int = 40
+    stream_interval: int = 1
     disable_radix_cache: bool = False
     enable_cache_report: bool = False
     time_scale: float = 1.0

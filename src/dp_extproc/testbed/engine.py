@@ -37,6 +37,11 @@ class EngineProcess(CommandProcess):
         """Clear what :meth:`requests` returns."""
         httpx.delete(f"{self.url}/debug/requests").raise_for_status()
 
+    def steps(self) -> list[dict[str, Any]]:
+        """Return what the steps of its groups of ranks have taken so far."""
+        groups: list[dict[str, Any]] = httpx.get(f"{self.url}/debug/steps").raise_for_status().json()["groups"]
+        return groups
+
     def fault(self, **faults: str) -> None:
         """Switch faults of its pages: ``fault(loads="hang")``; ``ok`` switches one off."""
         httpx.post(f"{self.url}/debug/faults", json=faults).raise_for_status()

@@ -66,6 +66,7 @@ class Server:
             Route("/abort_request", self._abort_request, methods=["POST"]),
             Route("/debug/requests", self._debug_requests, methods=["GET", "DELETE"]),
             Route("/debug/requests/{number:int}/body", self._debug_body),
+            Route("/debug/steps", self._debug_steps),
             Route("/debug/faults", self._debug_faults, methods=["GET", "POST"]),
         ]
         if release.has_server_info:
@@ -160,6 +161,9 @@ class Server:
         if record is None or record.body is None:
             return PlainTextResponse("no such request, or its body is not kept any more", 404)
         return Response(record.body, media_type="application/octet-stream")
+
+    async def _debug_steps(self, _: Request) -> Response:
+        return errors.json_response({"groups": pages.steps(self.engine)})
 
     async def _debug_faults(self, request: Request) -> Response:
         if request.method == "POST":

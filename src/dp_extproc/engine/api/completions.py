@@ -62,7 +62,7 @@ class _Form:
         raise NotImplementedError
 
     def chunks(self, update: Update) -> list[dict[str, Any]]:
-        """Give the ``choices`` entries of one token, each for a chunk of its own."""
+        """Give the ``choices`` entries of one update, each for a chunk of its own."""
         raise NotImplementedError
 
 
@@ -86,9 +86,9 @@ class _ChatForm(_Form):
 
     def chunks(self, update: Update) -> list[dict[str, Any]]:
         found = []
-        if update.tokens <= 1 and (update.is_token or not update.tokens):
+        if not update.known and (update.has_tokens or not update.tokens):
             found.append(self._delta(update.index, {"role": "assistant", "content": ""}, None))
-        if update.is_token:
+        if update.has_tokens:
             found.append(self._delta(update.index, {"content": update.text}, None))
         if update.end is not None:
             found.append(self._delta(update.index, {}, _reason(update.end)))

@@ -24,19 +24,24 @@ DONE = "data: [DONE]\n\n"
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One token of one sequence, or the end of it, or both."""
+    """What is new of one sequence: tokens, or the end of it, or both."""
 
     index: int
     ticket: Ticket
     tokens: int
-    """Output tokens up to and with this one."""
-    is_token: bool
+    """Output tokens so far ..."""
+    known: int
+    """... and how many of them earlier updates had."""
     end: Finished | Failure | None
 
     @property
+    def has_tokens(self) -> bool:
+        return self.tokens > self.known
+
+    @property
     def text(self) -> str:
-        """The text of this token; empty for an end without one."""
-        return output_text(self.ticket.tokens[self.tokens - 1]) if self.is_token else ""
+        """The text of the new tokens; empty for an end without any."""
+        return "".join(map(output_text, self.ticket.tokens[self.known : self.tokens]))
 
 
 @dataclass(slots=True)
@@ -129,13 +134,14 @@ class Exchange:
                 self.abort()
 
     async def updates(self) -> AsyncIterator[Update]:
-        """Iterate over tokens and ends, one token at a time."""
+        """Iterate over tokens and ends: the first token as soon as it is there, then ``stream_interval`` at a time."""
+        interval = self.engine.settings.stream_interval
         if len(self.tickets) == 1:
-            async for update in _follow(0, self.tickets[0]):
+            async for update in _follow(0, self.tickets[0], interval):
                 yield update
             return
         queue: asyncio.Queue[Update] = asyncio.Queue()
-        pumps = [asyncio.ensure_future(_pump(index, t, queue)) for index, t in enumerate(self.tickets)]
+        pumps = [asyncio.ensure_future(_pump(index, t, interval, queue)) for index, t in enumerate(self.tickets)]
         open_ends = len(pumps)
         try:
             while open_ends:
@@ -227,25 +233,25 @@ def _integer(value: Any) -> int:
     return int(value)
 
 
-async def _follow(index: int, ticket: Ticket) -> AsyncIterator[Update]:
-    seen = 0
+async def _follow(index: int, ticket: Ticket, interval: int) -> AsyncIterator[Update]:
+    known, wanted = 0, 1
     while True:
-        await ticket.wait(seen)
+        await ticket.wait(wanted - 1)
         ended = ticket.end is not None
         count = len(ticket.tokens)
-        while seen < count:
-            seen += 1
-            last = ended and seen == count and isinstance(ticket.end, Finished)
-            yield Update(index, ticket, seen, is_token=True, end=ticket.end if last else None)
+        while wanted <= count or (ended and known < count):
+            known, before, wanted = min(wanted, count), known, wanted + interval
+            last = ended and known == count and isinstance(ticket.end, Finished)
+            yield Update(index, ticket, known, before, ticket.end if last else None)
             if last:
                 return
         if ended:
-            yield Update(index, ticket, seen, is_token=False, end=ticket.end)
+            yield Update(index, ticket, known, known, ticket.end)
             return
 
 
-async def _pump(index: int, ticket: Ticket, queue: "asyncio.Queue[Update]") -> None:
-    async for update in _follow(index, ticket):
+async def _pump(index: int, ticket: Ticket, interval: int, queue: "asyncio.Queue[Update]") -> None:
+    async for update in _follow(index, ticket, interval):
         queue.put_nowait(update)
 
 

@@ -58,7 +58,7 @@ async def _events(exchange: Exchange, head: dict[str, Any]) -> AsyncIterator[str
             yield event({"type": "message_start", "message": message}, "message_start")
             block = {"type": "text", "text": ""}
             yield event({"type": "content_block_start", "index": 0, "content_block": block}, "content_block_start")
-        if update.is_token:
+        if update.has_tokens:
             delta = {"type": "text_delta", "text": update.text}
             yield event({"type": "content_block_delta", "index": 0, "delta": delta}, "content_block_delta")
     yield event({"type": "content_block_stop", "index": 0}, "content_block_stop")

@@ -83,6 +83,27 @@ def models(settings: Settings) -> dict[str, Any]:
     return {"object": "list", "data": [card]}
 
 
+def steps(engine: Engine) -> list[dict[str, Any]]:
+    """Give what steps have taken and who waited in them, for each group of ranks that takes them together."""
+    return [
+        {
+            "steps": group.steps,
+            "seconds": group.seconds,
+            "waited": group.waited,
+            "ranks": [
+                {
+                    "dp_rank": rank.dp_rank,
+                    "computed_tokens": rank.uncached_tokens,
+                    "cached_tokens": rank.cached_tokens,
+                    "generated_tokens": engine.histories[rank.dp_rank].generated_tokens,
+                }
+                for rank in group.ranks
+            ],
+        }
+        for group in engine.groups
+    ]
+
+
 async def health(_: Request, engine: Engine) -> Response:
     """Answer like SGLang: a real generation of one token, which moves the counters of some rank."""
     settings = engine.settings

@@ -130,7 +130,7 @@ async def _events(exchange: Exchange, page: _Page) -> AsyncIterator[str]:
             begun = True
             yield emit("response.output_item.added", output_index=0, item=page.item("in_progress", []))
             yield emit("response.content_part.added", **place, part=page.part(""))
-        if update.is_token:
+        if update.has_tokens:
             yield emit("response.output_text.delta", **place, delta=update.text, logprobs=[])
     text = "".join(map(output_text, ticket.tokens))
     yield emit("response.output_text.done", **place, text=text, logprobs=[])

@@ -34,6 +34,10 @@ class Costs:
         """Give the cost of one output token for *requests* sequences with *context* tokens, per rank of the group."""
         return self.decode_step + self.decode_request * max(requests) + self.decode_token * max(context)
 
+    def own_seconds(self, tokens: int, requests: int, context: int) -> float:
+        """Give what a rank's own part of a step would cost alone, without what all ranks pay."""
+        return self.prefill_token * tokens + self.decode_request * requests + self.decode_token * context
+
     def transfer_seconds(self, tokens: int) -> float:
         """Give the time that the KV cache of *tokens* tokens is on its way."""
         return self.transfer + self.transfer_token * tokens

@@ -37,6 +37,11 @@ class Group:
         """Take over *ranks*; their state is changed by calls to the group and to the ranks alike."""
         self.ranks = list(ranks)
         self.costs = costs
+        self.steps = 0
+        self.seconds = 0.0
+        """Of all steps, unscaled."""
+        self.waited = 0.0
+        """Those of them that the average rank waited for the fullest one."""
         self._decoding: list[list[Work]] = [[] for _ in self.ranks]
 
     def begin(self, now: float) -> tuple[Step | None, list[Output]]:
@@ -53,11 +58,14 @@ class Group:
             for prefill, decode in zip(tokens, self._decoding, strict=True)
         )
         seconds = self.costs.prefill_seconds(tokens) if any(tokens) else 0.0
-        if any(self._decoding):
-            context = [sum(work.context for work in batch) for batch in self._decoding]
-            requests = [len(batch) for batch in self._decoding]
+        context = [sum(work.context for work in batch) for batch in self._decoding]
+        requests = [len(batch) for batch in self._decoding]
+        if any(requests):
             seconds = max(seconds, self.costs.decode_seconds(requests, context))
-        return (Step(seconds, batches) if seconds else None), outputs
+        if not seconds:
+            return None, outputs
+        self._account(seconds, [*map(self.costs.own_seconds, tokens, requests, context)])
+        return Step(seconds, batches), outputs
 
     def finish(self) -> list[Output]:
         """Book the step that :meth:`begin` chose."""
@@ -67,3 +75,9 @@ class Group:
             outputs += rank.finish_decode(batch)
         self._decoding = [[] for _ in self.ranks]
         return outputs
+
+    def _account(self, seconds: float, own: Sequence[float]) -> None:
+        self.steps += 1
+        self.seconds += seconds
+        fullest = max(own)
+        self.waited += seconds * (1 - sum(own) / len(own) / fullest) if fullest else 0.0
