@@ -235,13 +235,13 @@ def test_the_cost_of_a_request_that_fits_under_the_fullest_rank() -> None:
 
 
 def test_the_cost_of_a_request_that_lengthens_the_step() -> None:
-    """600 -> 900 makes the step longer by 300 for the one who waits, and a quarter of it for those who come."""
+    """600 -> 900 makes the step longer by 300 for the one who waits, and by three quarters of it for those who come."""
     group = make_group()
     group.ranks[0].reserve(800, NOW)
     group.ranks[1].reserve(600, NOW)
     group.survey(NOW)
 
-    assert group.cost(1, 900) == 600 + 400 + 900 + 1 * 300 + 75
+    assert group.cost(1, 900) == 600 + 400 + 900 + 1 * 300 + 225
 
 
 def test_a_request_waits_for_the_steps_of_its_own_rank_only() -> None:
@@ -258,8 +258,8 @@ def test_a_request_waits_for_the_steps_of_its_own_rank_only() -> None:
 
 
 def test_an_idle_server_costs_its_steps() -> None:
-    """Nobody is delayed: one step for a short prompt, three for a long one, and a quarter for those to come."""
+    """Nobody is delayed: one step for a short prompt, three for a long one, and three quarters for those to come."""
     group = make_group()
 
-    assert group.cost(0, 80) == 400 + 80 + 20
-    assert group.cost(0, 2800) == 3 * 400 + 2800 + 700
+    assert group.cost(0, 80) == 400 + 80 + 60
+    assert group.cost(0, 2800) == 3 * 400 + 2800 + 2100
