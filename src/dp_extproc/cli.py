@@ -1,4 +1,4 @@
-"""The command line: ``dp-extproc serve | check | envoy-config | engine | demo``."""
+"""The command line: ``dp-extproc serve | check | envoy-config | engine | demo | simulate``."""
 
 import argparse
 import importlib
@@ -13,6 +13,7 @@ _COMMANDS: Final = {
     "envoy-config": ("dp_extproc.envoy_config.command", "print the Envoy configuration for a configuration file"),
     "engine": ("dp_extproc.engine.command", "run a stand-in for an SGLang server, for tests and demos"),
     "demo": ("dp_extproc.demo.command", "run a whole fleet on this machine and compare placements"),
+    "simulate": ("dp_extproc.simulate.command", "compute what placement would gain on a fleet and traffic of your own"),
 }
 """Module and summary of each command. A module gives add_arguments(parser) and run(args) -> exit status."""
 

@@ -118,6 +118,7 @@ class Ours:
 
     def __init__(self, simulation: Simulation, policy: PolicySettings, signal: LoadSignal) -> None:
         self.reads_gauges = signal is LoadSignal.SCRAPED
+        self._affinity = policy.affinity.prefixes and simulation.fleet.prefix_cache
         self._simulation = simulation
         self._rng = simulation.rng
         around = simulation.around
@@ -129,7 +130,8 @@ class Ours:
     def place(self, number: int, request: TraceRequest, now: float) -> Placement:
         replica = self._rng.choice(self._replicas)
         self._of[number] = replica
-        demand = Demand(self._estimate(request), prefix=self._prefix(request))
+        prefix = self._prefix(request) if self._affinity else NO_PREFIX
+        demand = Demand(self._estimate(request), prefix=prefix)
         placement, dispatch = replica.place(number, demand, now)
         self._share(replica, lambda peer, now: peer.told(number, dispatch, now))
         return placement
@@ -170,8 +172,6 @@ class Ours:
         return max(1.0, tokens)
 
     def _prefix(self, request: TraceRequest) -> Prefix:
-        if not self._simulation.fleet.prefix_cache:
-            return NO_PREFIX
         blocks, chain = [], 0
         for segment in request.prompt:
             for start in range(0, segment.tokens, _BLOCK):
