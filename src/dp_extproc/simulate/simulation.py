@@ -94,6 +94,13 @@ class Simulation:
             sum(server.waited for server in self.prefills) / max(1e-9, sum(server.busy for server in self.prefills)),
         )
 
+    def settle(self, seconds: float = 1.0) -> None:
+        """Let what is on its way arrive, after the last request has ended."""
+        until = self._now + seconds
+        while self._events and self._events[0][0] <= until:
+            self._now, _, action = heapq.heappop(self._events)
+            action(self._now)
+
     def _at(self, when: float, action: Callable[[float], None]) -> None:
         heapq.heappush(self._events, (when, next(self._order), action))
 
