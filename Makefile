@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test check format demo bench clean
+.PHONY: setup test check format demo bench balance clean
 
 setup: .venv/ready
 
@@ -32,6 +32,14 @@ demo: setup
 # What a request costs in the service, against an empty ext_proc server.
 bench: setup
 	$(BIN)/python bench/ext_proc_cost.py
+
+# Placement end to end, against the engines' own and against smg: make balance ARGS="--topology 2p2d4 --trace agent"
+balance: .venv/bench-ready
+	$(BIN)/python -m bench.balance $(ARGS)
+
+.venv/bench-ready: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group bench
+	touch $@
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

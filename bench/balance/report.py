@@ -1,0 +1,150 @@
+"""The runs as a table, as JSON, and as plots."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib as mpl
+from rich.console import Console
+from rich.table import Table
+
+from bench.balance.contenders import ENGINES_OWN
+from bench.balance.runs import Run
+from dp_extproc.workload.comparison import Change, change
+
+mpl.use("svg")
+from matplotlib import pyplot as plt
+
+MEASURES: Final = {"ttft": "time to first token", "tpot": "time per output token", "e2e": "end to end"}
+STATISTICS: Final = ("mean", "p50", "p99")
+
+
+def changes(runs: Sequence[Run], key: str) -> dict[str, Change]:
+    """Compare a number of every contender with the baseline, seed by seed; who lacks it in a run is left out."""
+    values = {(run.contender, run.seed): run.numbers().get(key) for run in runs}
+    seeds = sorted({run.seed for run in runs})
+    found = {}
+    for name in dict.fromkeys(run.contender for run in runs):
+        pairs = [(values.get((name, seed)), values.get((ENGINES_OWN, seed))) for seed in seeds]
+        known = [(own, base) for own, base in pairs if own is not None and base]
+        if known and len(known) == len(pairs):
+            found[name] = change(*map(list, zip(*known, strict=True)))
+    return found
+
+
+def means(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """Give the mean over the seeds of every number of every contender."""
+    found: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(run.contender for run in runs):
+        own = [run.numbers() for run in runs if run.contender == name]
+        keys = set.intersection(*(set(numbers) for numbers in own))
+        found[name] = {key: statistics.fmean(numbers[key] for numbers in own) for key in own[0] if key in keys}
+    return found
+
+
+def print_report(console: Console, title: str, runs: Sequence[Run]) -> None:
+    """Print times with their change against the baseline, and what the engines say."""
+    found = means(runs)
+    for measure, label in MEASURES.items():
+        if not any(f"{measure}_mean" in numbers for numbers in found.values()):
+            continue
+        table = Table(title=f"{title}: {label}, ms", title_justify="left")
+        table.add_column("")
+        for statistic in STATISTICS:
+            table.add_column(statistic, justify="right")
+            table.add_column("change", justify="right")
+        against = {statistic: changes(runs, f"{measure}_{statistic}") for statistic in STATISTICS}
+        for name, numbers in found.items():
+            cells = []
+            for statistic in STATISTICS:
+                value = numbers.get(f"{measure}_{statistic}")
+                cells += ["" if value is None else f"{value:,.1f}", _percent(against[statistic].get(name), name)]
+            table.add_row(name, *cells)
+        console.print(table)
+    console.print(_engines_table(title, runs))
+
+
+def write_json(path: Path, about: dict[str, Any], runs: Sequence[Run]) -> None:
+    """Write everything."""
+    summary = {
+        name: {
+            **numbers,
+            **{
+                f"{key}_change": {"mean": against.mean, "margin": against.margin}
+                for key in (f"{measure}_{statistic}" for measure in MEASURES for statistic in STATISTICS)
+                if (against := changes(runs, key).get(name)) is not None
+            },
+        }
+        for name, numbers in means(runs).items()
+    }
+    content = {"about": about, "summary": summary, "runs": [run.as_json() for run in runs]}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def plot(stem: Path, title: str, runs: Sequence[Run]) -> None:
+    """Write ``STEM.png`` and ``STEM.svg``: how each contender's times differ from the baseline's."""
+    keys = [("ttft_mean", "TTFT, mean"), ("ttft_p99", "TTFT, p99"), ("tpot_mean", "TPOT, mean")]
+    found = [(label, each) for key, label in keys if len(each := changes(runs, key)) > 1]
+    names = [name for name in dict.fromkeys(run.contender for run in runs) if name != ENGINES_OWN]
+    figure, axes = plt.subplots(
+        1, len(found), sharey=True, squeeze=False, figsize=(3.6 * len(found) + 1.5, 0.35 * len(names) + 1.4)
+    )
+    for axis, (label, against) in zip(axes[0], found, strict=True):
+        shown = [(position, against[name]) for position, name in enumerate(names) if name in against]
+        colours = ["#2a7f62" if names[position].startswith(("dp-", "ours")) else "#b5651d" for position, _ in shown]
+        axis.barh(
+            [position for position, _ in shown],
+            [each.mean * 100 for _, each in shown],
+            xerr=[(each.margin or 0.0) * 100 for _, each in shown],
+            color=colours,
+            error_kw={"linewidth": 0.8},
+        )
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_title(label, fontsize=10)
+        axis.set_xlabel(f"% against {ENGINES_OWN}", fontsize=8)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+    axes[0][0].invert_yaxis()
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    for suffix in ("png", "svg"):
+        figure.savefig(stem.with_suffix(f".{suffix}"), dpi=150)
+    plt.close(figure)
+
+
+def _engines_table(title: str, runs: Sequence[Run]) -> Table:
+    table = Table(
+        title=f"{title}: what the engines say",
+        caption="waiting: share of the time in steps that the average rank waits for the fullest one. imbalance: "
+        "tokens of the busiest rank of a server against the average. machine: share of its processors that was busy",
+        title_justify="left",
+    )
+    columns = {
+        "failed": "failed",
+        "prefill_wait": "prefill waiting",
+        "decode_wait": "decode waiting",
+        "prefill_imbalance": "prefill imbalance",
+        "decode_imbalance": "decode imbalance",
+        "cached": "cached",
+        "busy": "machine",
+    }
+    table.add_column("")
+    for label in columns.values():
+        table.add_column(label, justify="right")
+    for name, numbers in means(runs).items():
+        table.add_row(name, *(_number(key, numbers[key]) for key in columns))
+    return table
+
+
+def _number(key: str, value: float) -> str:
+    if key == "failed":
+        return f"{value:.1f}" if value else "0"
+    return f"{value:.2f}" if key.endswith("imbalance") else f"{value:.0%}"
+
+
+def _percent(against: Change | None, name: str) -> str:
+    if against is None or name == ENGINES_OWN:
+        return ""
+    margin = "" if against.margin is None else f" ± {against.margin * 100:.1f}"
+    return f"{against.mean * 100:+.1f}{margin} %"

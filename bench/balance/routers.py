@@ -1,0 +1,116 @@
+"""The routers of the contenders, as processes."""
+
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from sysconfig import get_path
+from typing import Any, Final
+
+import httpx
+
+from bench.balance.contenders import Contender, Ours, Smg
+from bench.balance.engines import Engines
+from dp_extproc.testbed.envoy import EnvoyProcess
+from dp_extproc.testbed.ports import free_ports
+from dp_extproc.testbed.service import ServiceProcess, write_config
+from dp_extproc.testbed.tied_process import start_tied
+
+INTERVAL: Final = 1.0
+"""Seconds between two looks of ours at the engines' load; the default."""
+_READY_SECONDS: Final = 60.0
+_STOP_SECONDS: Final = 10.0
+
+
+@contextmanager
+def run_router(contender: Contender, engines: Engines, time_scale: float) -> Iterator[str]:
+    """Run a contender's router in front of the engines until it is ready.
+
+    Args:
+        contender: Whose.
+        engines: That run.
+        time_scale: Of the engines: what a router does every second, it does every so many.
+
+    Yields:
+        Where requests go.
+    """
+    run = (
+        _run_ours(contender, engines, time_scale)
+        if isinstance(contender, Ours)
+        else _run_smg(contender, engines, time_scale)
+    )
+    with run as url:
+        yield url
+
+
+@contextmanager
+def _run_ours(contender: Ours, engines: Engines, time_scale: float) -> Iterator[str]:
+    interval = INTERVAL * time_scale
+    load: dict[str, Any] = {
+        "signal": contender.signal,
+        "interval": f"{interval * 1000:.0f}ms",
+        "stale_after": f"{interval * 5000:.0f}ms",
+    }
+    pool: dict[str, Any] = {
+        "models": ["*"],
+        "prefill": {"endpoints": [engine.url for engine in engines.prefill]},
+        "decode": {"endpoints": [engine.url for engine in engines.decode]},
+        "policy": dict(contender.policy),
+    }
+    with ServiceProcess(write_config([pool], load=load)) as service, EnvoyProcess(service.config) as envoy:
+        service.wait_until_fresh()
+        service.wait_until_ready()
+        yield envoy.url
+
+
+@contextmanager
+def _run_smg(contender: Smg, engines: Engines, time_scale: float) -> Iterator[str]:
+    port, metrics_port = free_ports(2)
+    url = f"http://127.0.0.1:{port}"
+    argv = [
+        *(_find_smg(), "launch", "--host", "127.0.0.1", "--port", str(port), "--log-level", "warn"),
+        *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port), "--pd-disaggregation"),
+        *("--policy", contender.policy, *contender.flags),
+        *("--load-monitor-interval", str(max(1, round(contender.interval * time_scale)))),
+    ]
+    for engine in engines.prefill:
+        argv += ["--prefill", engine.url, str(engine.bootstrap_port)]
+    for engine in engines.decode:
+        argv += ["--decode", engine.url]
+    with tempfile.TemporaryDirectory(prefix="dp-extproc-smg-") as directory:
+        log = Path(directory) / "log"
+        with log.open("wb") as output:
+            process = start_tied(argv, output, output)
+        try:
+            _wait_until_ready(url, process, log)
+            yield url
+        finally:
+            process.terminate()
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _find_smg() -> str:
+    path = Path(get_path("scripts")) / "smg"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there: run 'make balance', which installs what the comparison needs")
+    return str(path)
+
+
+def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + _READY_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            if httpx.get(f"{url}/readiness").status_code == httpx.codes.OK:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise RuntimeError(f"smg is not ready:\n{log.read_text(encoding='utf-8', errors='replace')}")

@@ -1,0 +1,83 @@
+"""One contender, one trace: a run."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bench.balance.client import Failed, Load, make_jobs, send
+from bench.balance.contenders import Contender, Smg
+from bench.balance.engines import Account, Size, run_engines
+from bench.balance.machine import Ticks
+from bench.balance.routers import run_router
+from dp_extproc.simulate.outcome import RunResult
+from dp_extproc.workload.trace import Segment, TraceRequest
+
+_WARM_UP = 8
+"""Requests that open connections and let decode ranks find prefill ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What came of it."""
+
+    contender: str
+    seed: int
+    times: dict[str, float]
+    """Milliseconds: mean, p50 and p99 of ``ttft``, ``tpot`` and ``e2e``, without the first 5 % of the requests."""
+    answered: int
+    failed: Sequence[Failed]
+    prefill: Account
+    decode: Account
+    busy: float
+    """Share of the machine's processors."""
+
+    def numbers(self) -> dict[str, float]:
+        """Give what a table shows."""
+        return {
+            **self.times,
+            "failed": len(self.failed),
+            "prefill_wait": self.prefill.wait_share,
+            "decode_wait": self.decode.wait_share,
+            "prefill_imbalance": self.prefill.imbalance,
+            "decode_imbalance": self.decode.imbalance,
+            "cached": self.prefill.cached_share,
+            "busy": self.busy,
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Give all of it; of the failures the first five."""
+        failures = [asdict(each) for each in self.failed[:5]]
+        return {
+            "contender": self.contender,
+            "seed": self.seed,
+            "answered": self.answered,
+            "failures": failures,
+            **self.numbers(),
+        }
+
+
+def run_once(
+    contender: Contender,
+    seed: int,
+    trace: Sequence[TraceRequest],
+    *,
+    size: Size,
+    load: Load,
+    on_done: Callable[[], None],
+) -> Run:
+    """Start engines and the contender's router, send the trace, ask the engines, stop everything."""
+    flags = ("--load-balance-method", "round_robin") if isinstance(contender, Smg) and contender.picks_ranks else ()
+    jobs = make_jobs(trace)
+    with run_engines(size, *flags) as engines, run_router(contender, engines, size.time_scale) as url:
+        send(url, make_jobs(_warm_up()), Load(size.time_scale, concurrency=2), lambda: None)
+        before = Ticks.now()
+        outcomes, failed = send(url, jobs, load, on_done)
+        busy = Ticks.now().busy_share_since(before)
+        prefill, decode = engines.account("prefill"), engines.account("decode")
+    times = RunResult(outcomes, 0.0).summary() if outcomes else {}
+    times.pop("wait", None)
+    return Run(contender.name, seed, times, len(outcomes), failed, prefill, decode, busy)
+
+
+def _warm_up() -> list[TraceRequest]:
+    return [TraceRequest(0.0, (Segment((1 << 40) + number, 100),), 4) for number in range(_WARM_UP)]
