@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test check format demo bench balance clean
+.PHONY: setup test check format demo bench balance simulated clean
 
 setup: .venv/ready
 
@@ -36,6 +36,10 @@ bench: setup
 # Placement end to end, against the engines' own and against smg: make balance ARGS="--topology 2p2d4 --trace agent"
 balance: .venv/bench-ready
 	$(BIN)/python -m bench.balance $(ARGS)
+
+# Every simulation of docs/scheduling.md, its tables and plots.
+simulated: .venv/bench-ready
+	bench/simulated.sh
 
 .venv/bench-ready: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group bench

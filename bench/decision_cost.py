@@ -33,8 +33,16 @@ def make_fleet(servers: int, ranks: int) -> FleetLoad:
     for endpoint in endpoints:
         mode = Mode.PREFILL if endpoint.role is Role.PREFILL else Mode.DECODE
         facts = EngineFacts(
-            Version(0, 5, 23), ranks, mode, True, "m", 8998, None, mode is Mode.PREFILL, step_tokens=2048
-        )  # noqa: FBT003 - wide plain data
+            version=Version(0, 5, 23),
+            dp_ranks=ranks,
+            mode=mode,
+            dp_attention=True,
+            served_model="m",
+            bootstrap_port=8998,
+            load_balance_method=None,
+            follows_rooms=mode is Mode.PREFILL,
+            step_tokens=2048,
+        )
         fleet.discovered(endpoint, endpoint.url, facts, 0.0)
         page = LoadPage(tuple(RankSample(rank, 0, capacity_tokens=1 << 22, age=0.0) for rank in range(ranks)))
         fleet.sampled(endpoint, page, 0.0, 0.0)

@@ -1,0 +1,220 @@
+"""Puts the numbers of docs/scheduling/*.json into the tables of docs/scheduling.md, and draws its plots."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib as mpl
+
+mpl.use("svg")
+from matplotlib import pyplot as plt
+
+ROOT: Final = Path(__file__).resolve().parents[1] / "docs"
+NUMBERS: Final = ROOT / "scheduling"
+PAGE: Final = ROOT / "scheduling.md"
+OWN: Final = "engines' own"
+BOUND: Final = "clairvoyant"
+DEFAULT: Final = "lockstep/minimum_tokens"
+SCRAPED: Final = "random/minimum_tokens/scraped"
+
+ROBUST: Final = {
+    "as-it-is": "everything as it should be",
+    "sigma-0.6": "prompt lengths wrong by a factor of e^0.6 (sigma)",
+    "sigma-1.0": "by a factor of e (sigma)",
+    "bias-4": "all four times too long",
+    "bias-quarter": "all four times too short",
+    "underrated": "30 % of the prompts four times too short",
+    "scrape-0.1s": "engines read every 100 ms",
+    "scrape-10s": "every 10 s",
+    "no-scrapes": "engines never tell their load",
+    "lying": "engines tell nonsense",
+    "no-answers": "no event but the end of a request",
+    "slow-prefill": "one prefill server at half its speed (24 requests/s)",
+    "slow-decode": "one decode server at 0.6 of its speed",
+    "direct": "30 % of the traffic passes the router by",
+}
+
+Results = dict[str, dict[str, float]]
+
+
+def read(name: str) -> dict[str, Results] | None:
+    """Read the numbers of one command, by setting and placement; None if it has not run."""
+    path = NUMBERS / f"{name}.json"
+    found: dict[str, Results] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return found
+
+
+def only(name: str) -> Results | None:
+    """Read the numbers of a command with one setting."""
+    found = read(name)
+    return next(iter(found.values())) if found else None
+
+
+def gain(numbers: dict[str, float], measure: str = "ttft") -> str:
+    """Show by how much a time is below the engines' own."""
+    value = numbers.get(f"{measure}_gain")
+    return "" if value is None else f"{value:.1f}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Make a Markdown table."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def policies() -> str | None:
+    """Every setting and policy: gain of mean TTFT."""
+    found = read("policies")
+    if found is None:
+        return None
+    names = [name for name in next(iter(found.values())) if name != OWN]
+    rows = []
+    for setting, results in found.items():
+        bound = results[BOUND]["ttft_gain"]
+        share = f"{results[DEFAULT]['ttft_gain'] / bound:.0%}"
+        cells = [f"**{gain(results[name])}**" if name == DEFAULT else gain(results[name]) for name in names]
+        rows.append([setting, f"{results[OWN]['ttft_mean']:,.0f}", *cells, share])
+    return table(
+        ["setting", "engines' own, ms", *(f"`{name}`" if "/" in name else name for name in names), "share"], rows
+    )
+
+
+def tails() -> str | None:
+    """Every setting: p99 of TTFT and mean TPOT, of the default."""
+    found = read("policies")
+    if found is None:
+        return None
+    rows = []
+    for setting, results in found.items():
+        own, ours, bound = results[OWN], results[DEFAULT], results[BOUND]
+        p99 = [f"{100 * (1 - each['ttft_p99'] / own['ttft_p99']):.0f} %" for each in (ours, bound)]
+        tpot = [f"{own['tpot_mean']:.1f}", gain(ours, "tpot"), gain(bound, "tpot")] if "tpot_mean" in own else [""] * 3
+        rows.append([setting, f"{own['ttft_p99']:,.0f}", *p99, *tpot, f"{own['wait']:.0%}", f"{ours['wait']:.0%}"])
+    return table(
+        ["setting", "p99 TTFT, ms", "default", "clairvoyant", "TPOT, ms", "default, %", "clairvoyant, %",
+         "waiting before", "with the default"],
+        rows,
+    )  # fmt: skip
+
+
+def affinity() -> str | None:
+    """Sessions, with and without looking at prefixes."""
+    results = only("affinity")
+    if results is None:
+        return None
+    rows = [
+        [
+            f"`{name}`" if "/" in name else name,
+            f"{numbers['ttft_mean']:,.0f}",
+            f"{numbers['ttft_p99']:,.0f}",
+            gain(numbers),
+        ]
+        for name, numbers in results.items()
+    ]
+    return table(["placement", "mean TTFT, ms", "p99", "gain, %"], rows)
+
+
+def replicas() -> str | None:
+    """Several replicas, blind and told."""
+    rows = []
+    for count in (1, 2, 4, 8):
+        cells = []
+        for late in ("20", "50", "200", "blind"):
+            results = only(f"replicas-{count}-{late if count > 1 else 'blind'}")
+            cells.append(gain(results[DEFAULT]) if results else "")
+        rows.append([str(count), *cells])
+    if not any(any(row[1:]) for row in rows):
+        return None
+    return table(["replicas", "told within 20 ms", "50 ms", "200 ms", "blind"], rows)
+
+
+def robustness() -> str | None:
+    """What goes wrong, and what it costs."""
+    rows = []
+    for name, text in ROBUST.items():
+        if (results := only(f"robust-{name}")) is not None:
+            own, ours, scraped = results[OWN], results[DEFAULT], results[SCRAPED]
+            rows.append(
+                [text, f"{own['ttft_mean']:,.0f}", gain(ours), gain(ours, "tpot"), gain(scraped), gain(results[BOUND])]
+            )
+    if not rows:
+        return None
+    return table(
+        ["", "engines' own, ms", "default: TTFT, %", "TPOT, %", "`signal: scraped`: TTFT, %", "clairvoyant: TTFT, %"],
+        rows,
+    )
+
+
+def draw_policies() -> None:
+    """Draw the gain of each policy in each setting."""
+    found = read("policies")
+    if found is None:
+        return
+    shown = [BOUND, DEFAULT, "least_tokens/minimum_tokens", "random/minimum_tokens", SCRAPED]
+    figure, axes = plt.subplots(figsize=(10, 5.5))
+    width = 0.8 / len(shown)
+    for position, name in enumerate(shown):
+        places = [index + position * width for index in range(len(found))]
+        values = [results[name]["ttft_gain"] for results in found.values()]
+        errors = [results[name]["ttft_gain_ci"] for results in found.values()]
+        axes.bar(places, values, width, yerr=errors, label=name, error_kw={"linewidth": 0.7})
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks([index + 0.4 - width / 2 for index in range(len(found))], list(found), rotation=35, ha="right")
+    axes.set_ylabel("mean time to first token, % below the engines' own")
+    axes.set_ylim(bottom=max(-60, axes.get_ylim()[0]))
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    _save(figure, "policies")
+
+
+def draw_replicas() -> None:
+    """Draw what replicas lose by not knowing of each other."""
+    counts = (1, 2, 4, 8)
+    figure, axes = plt.subplots(figsize=(6, 3.8))
+    for late, label in (("20", "told within 20 ms"), ("50", "50 ms"), ("200", "200 ms"), ("blind", "blind")):
+        found = [only(f"replicas-{count}-{late if count > 1 else 'blind'}") for count in counts]
+        if all(found):
+            axes.plot(counts, [results[DEFAULT]["ttft_gain"] for results in found if results], marker="o", label=label)
+    axes.set_xticks(counts)
+    axes.set_xlabel("replicas of the service")
+    axes.set_ylabel("mean TTFT, % below the engines' own")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.tight_layout()
+    _save(figure, "replicas")
+
+
+def _save(figure: Any, name: str) -> None:
+    figure.savefig(NUMBERS / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+TABLES: Final[dict[str, Callable[[], str | None]]] = {
+    "policies": policies,
+    "tails": tails,
+    "affinity": affinity,
+    "replicas": replicas,
+    "robustness": robustness,
+}
+
+
+def main() -> None:
+    """Rewrite what stands between the marks of each table."""
+    mpl.rcParams["svg.hashsalt"] = "dp-extproc"  # the same numbers make the same file
+    page = PAGE.read_text(encoding="utf-8")
+    for name, make in TABLES.items():
+        content = make()
+        if content is not None:
+            marks = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+            page, count = marks.subn(lambda found, content=content: f"{found[1]}\n{content}\n\n{found[2]}", page)  # type: ignore[misc]
+            if not count:
+                raise SystemExit(f"{PAGE} has no place for the table {name}")
+    PAGE.write_text(page, encoding="utf-8")
+    draw_policies()
+    draw_replicas()
+
+
+if __name__ == "__main__":
+    main()
