@@ -19,7 +19,7 @@ from dp_extproc.placement.prefill_load import LATER_WEIGHT, WAITING_COUNTED
 from dp_extproc.request.path import Api
 from dp_extproc.request.prefix import NO_PREFIX, Prefix
 from dp_extproc.simulate.fleet import Fleet
-from dp_extproc.simulate.simulation import Placement, Simulation, random_placement
+from dp_extproc.simulate.simulation import EngineRanks, Placement, Simulation
 from dp_extproc.workload.trace import TraceRequest
 
 _POOL = "*"
@@ -33,11 +33,10 @@ class EnginesOwn:
     reads_gauges = False
 
     def __init__(self, simulation: Simulation) -> None:
-        self._fleet = simulation.fleet
-        self._rng = simulation.rng
+        self._ranks = simulation.engine_ranks
 
     def place(self, number: int, request: TraceRequest, now: float) -> Placement:  # noqa: ARG002 - the protocol's
-        return random_placement(self._fleet, self._rng)
+        return self._ranks.place()
 
     def prefill_answered(self, number: int, now: float) -> None: ...
     def first_token(self, number: int, now: float) -> None: ...
@@ -123,7 +122,7 @@ class Ours:
         self._rng = simulation.rng
         around = simulation.around
         self._replicas = [
-            _Replica(simulation.fleet, policy, signal, Random(simulation.rng.random())) for _ in range(around.replicas)
+            _Replica(simulation, policy, signal, Random(simulation.rng.random())) for _ in range(around.replicas)
         ]
         self._of: dict[int, _Replica] = {}
 
@@ -183,7 +182,8 @@ class Ours:
 class _Replica:
     """One process of the service."""
 
-    def __init__(self, fleet: Fleet, policy: PolicySettings, signal: LoadSignal, rng: Random) -> None:
+    def __init__(self, simulation: Simulation, policy: PolicySettings, signal: LoadSignal, rng: Random) -> None:
+        fleet = simulation.fleet
         sizes = {Role.PREFILL: fleet.prefill, Role.DECODE: fleet.decode}
         self.endpoints = {
             role: [Endpoint(f"http://{role}-{index}:1", "", 1, _POOL, role) for index in range(count)]
@@ -205,6 +205,7 @@ class _Replica:
         self._ledger = Ledger(self.fleet)
         self._rng = rng
         self._ranks = fleet.ranks
+        self._engine_ranks: EngineRanks = simulation.engine_ranks
         self.attempts: dict[int, Attempt] = {}
 
     def place(self, number: int, demand: Demand, now: float) -> tuple[Placement, Dispatch]:
@@ -213,11 +214,12 @@ class _Replica:
         pair = self._picker.pair(prefills, decodes, demand, now)
         self.attempts[number] = self._ledger.open_pair(pair, demand, now)
         prefill, decode = pair.prefill, pair.decode
+        decode_server = self._index[decode.host.endpoint.url]
         placement = Placement(
             self._index[prefill.host.endpoint.url],
             self._rng.randrange(self._ranks) if prefill.rank is None else prefill.rank,
-            self._index[decode.host.endpoint.url],
-            self._rng.randrange(self._ranks) if decode.rank is None else decode.rank,
+            decode_server,
+            self._engine_ranks.decode_rank(decode_server) if decode.rank is None else decode.rank,
         )
         dispatch = Dispatch(
             _POOL,

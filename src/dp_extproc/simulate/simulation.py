@@ -63,6 +63,7 @@ class Simulation:
             )
             for index in range(fleet.decode)
         ]
+        self.engine_ranks = EngineRanks(fleet, self.rng)
         self.on_the_way: dict[int, Placement] = {}
         """Requests that prefill does not have yet."""
         self._now = 0.0
@@ -126,7 +127,7 @@ class Simulation:
         request = self.trace[number]
         if self.around.direct_share and self.rng.random() < self.around.direct_share:
             self._direct.add(number)
-            placement = random_placement(self.fleet, self.rng)
+            placement = self.engine_ranks.place()
         else:
             placement = self._router.place(number, request, now)
         self._placements[number] = self.on_the_way[number] = placement
@@ -178,14 +179,31 @@ class Simulation:
         self.after(self.around.scrape_interval, self._scrape)
 
 
-def random_placement(fleet: Fleet, rng: Random) -> Placement:
-    """Do what engines do by themselves: any host, and the rank that a random room leads to."""
-    return Placement(
-        rng.randrange(fleet.prefill),
-        rng.randrange(fleet.ranks),
-        rng.randrange(fleet.decode),
-        rng.randrange(fleet.ranks),
-    )
+class EngineRanks:
+    """What engines do by themselves, on random servers.
+
+    On prefill it is the rank that a random room leads to, on decode the next one in turn.
+    """
+
+    def __init__(self, fleet: Fleet, rng: Random) -> None:
+        self._fleet = fleet
+        self._rng = rng
+        self._turns = [0] * fleet.decode
+
+    def place(self) -> Placement:
+        """Place a request, whatever it is."""
+        decode = self._rng.randrange(self._fleet.decode)
+        return Placement(
+            self._rng.randrange(self._fleet.prefill),
+            self._rng.randrange(self._fleet.ranks),
+            decode,
+            self.decode_rank(decode),
+        )
+
+    def decode_rank(self, server: int) -> int:
+        """Give the rank that a decode server picks when it is not told one."""
+        self._turns[server] = (self._turns[server] + 1) % self._fleet.ranks
+        return self._turns[server]
 
 
 def _lie(page: LoadPage, rng: Random) -> LoadPage:
