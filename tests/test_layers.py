@@ -10,7 +10,7 @@ import dp_extproc
 ROOT = Path(dp_extproc.__file__).parent
 
 CORE = [
-    *("request", "placement", "config"),
+    *("request", "placement", "config", "workload", "engine/scheduler", "engine/text.py"),
     *(
         f"fleet/{name}.py"
         for name in (
@@ -25,6 +25,7 @@ CORE = [
         )
     ),
     *(f"extproc/{name}.py" for name in ("names", "events", "exchange")),
+    *(f"simulate/{name}.py" for name in ("fleet", "servers", "simulation", "routers", "settings", "outcome")),
     *(f"sync/{name}.py" for name in ("messages", "outbox", "peers")),
 ]
 IMPURE = {
