@@ -67,6 +67,10 @@ class Engines:
     prefill: Sequence[EngineProcess]
     decode: Sequence[EngineProcess]
 
+    @property
+    def pids(self) -> list[int]:
+        return [engine.pid for engine in (*self.prefill, *self.decode)]
+
     def account(self, role: str) -> Account:
         """Ask the servers of a role."""
         groups = [group for engine in (self.prefill if role == "prefill" else self.decode) for group in engine.steps()]

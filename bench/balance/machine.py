@@ -1,28 +1,47 @@
 """How busy the machine was: a benchmark of placement must not become one of its processors."""
 
 import os
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
+
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
+_PROCESSORS: Final = os.cpu_count() or 1
+
+_REQUEST_SECONDS: Final = 0.004
+"""Processor time of a request in its client, the router and both engines, measured ..."""
+_TOKEN_SECONDS: Final = 15e-6
+"""... and of each of its output tokens."""
+_SHARE: Final = 0.45
+"""Of the machine that a run may take, by these estimates."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ticks:
-    """What all processors have done since the machine started."""
+class Usage:
+    """Processor seconds until now."""
 
-    busy: int
-    all: int
+    at: float
+    machine: float
+    ours: float
 
     @classmethod
-    def now(cls) -> Self:
-        """Read ``/proc/stat``: user, nice, system, idle, iowait, irq, softirq, steal."""
-        first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0]
-        ticks = [int(each) for each in first.split()[1:9]]
-        return cls(sum(ticks) - ticks[3] - ticks[4], sum(ticks))
+    def now(cls, pids: Sequence[int]) -> Self:
+        """Read ``/proc``.
 
-    def busy_share_since(self, before: "Ticks") -> float:
-        """Give the share of all processors' time that was not idle."""
-        return (self.busy - before.busy) / max(1, self.all - before.all)
+        Args:
+            pids: Of the processes that are ours, beside this one.
+        """
+        first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0]
+        user, nice, system, _idle, _iowait, irq, softirq, steal = (int(each) for each in first.split()[1:9])
+        machine = (user + nice + system + irq + softirq + steal) / _TICKS
+        return cls(time.monotonic(), machine, sum(map(_seconds, [os.getpid(), *pids])))
+
+    def shares_since(self, before: Self) -> tuple[float, float]:
+        """Give the share of all processors' time that was not idle, and the part of it that was ours."""
+        possible = max(1e-9, (self.at - before.at) * _PROCESSORS)
+        return (self.machine - before.machine) / possible, (self.ours - before.ours) / possible
 
 
 def time_scale_for(requests: float, tokens: float) -> float:
@@ -33,11 +52,10 @@ def time_scale_for(requests: float, tokens: float) -> float:
         tokens: Of output, likewise.
     """
     seconds = requests * _REQUEST_SECONDS + tokens * _TOKEN_SECONDS
-    return max(1.0, round(seconds / (_SHARE * (os.cpu_count() or 1)), 1))
+    return max(1.0, round(seconds / (_SHARE * _PROCESSORS), 1))
 
 
-_REQUEST_SECONDS = 0.010
-"""Processor time of a request in its client, the router, both engines; measured on one of the slower kind."""
-_TOKEN_SECONDS = 40e-6
-"""... and of each of its output tokens."""
-_SHARE = 0.45
+def _seconds(pid: int) -> float:
+    """Give what a process has used, by ``proc_pid_stat(5)``: utime and stime are fields 14 and 15."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS

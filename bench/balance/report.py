@@ -117,7 +117,8 @@ def _engines_table(title: str, runs: Sequence[Run]) -> Table:
     table = Table(
         title=f"{title}: what the engines say",
         caption="waiting: share of the time in steps that the average rank waits for the fullest one. imbalance: "
-        "tokens of the busiest rank of a server against the average. machine: share of its processors that was busy",
+        "tokens of the busiest rank of a server against the average. machine: share of its processors that was busy, "
+        "and the part of it that was ours",
         title_justify="left",
     )
     columns = {
@@ -127,7 +128,8 @@ def _engines_table(title: str, runs: Sequence[Run]) -> Table:
         "prefill_imbalance": "prefill imbalance",
         "decode_imbalance": "decode imbalance",
         "cached": "cached",
-        "busy": "machine",
+        "machine": "machine",
+        "ours": "ours",
     }
     table.add_column("")
     for label in columns.values():

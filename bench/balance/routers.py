@@ -3,8 +3,9 @@
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from sysconfig import get_path
 from typing import Any, Final
@@ -24,29 +25,35 @@ _READY_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 10.0
 
 
+@dataclass(frozen=True, slots=True)
+class Router:
+    """One that runs."""
+
+    url: str
+    """Where requests go."""
+    pids: Sequence[int]
+
+
 @contextmanager
-def run_router(contender: Contender, engines: Engines, time_scale: float) -> Iterator[str]:
+def run_router(contender: Contender, engines: Engines, time_scale: float) -> Iterator[Router]:
     """Run a contender's router in front of the engines until it is ready.
 
     Args:
         contender: Whose.
         engines: That run.
         time_scale: Of the engines: what a router does every second, it does every so many.
-
-    Yields:
-        Where requests go.
     """
     run = (
         _run_ours(contender, engines, time_scale)
         if isinstance(contender, Ours)
         else _run_smg(contender, engines, time_scale)
     )
-    with run as url:
-        yield url
+    with run as router:
+        yield router
 
 
 @contextmanager
-def _run_ours(contender: Ours, engines: Engines, time_scale: float) -> Iterator[str]:
+def _run_ours(contender: Ours, engines: Engines, time_scale: float) -> Iterator[Router]:
     interval = INTERVAL * time_scale
     load: dict[str, Any] = {
         "signal": contender.signal,
@@ -62,11 +69,11 @@ def _run_ours(contender: Ours, engines: Engines, time_scale: float) -> Iterator[
     with ServiceProcess(write_config([pool], load=load)) as service, EnvoyProcess(service.config) as envoy:
         service.wait_until_fresh()
         service.wait_until_ready()
-        yield envoy.url
+        yield Router(envoy.url, [service.pid, envoy.pid])
 
 
 @contextmanager
-def _run_smg(contender: Smg, engines: Engines, time_scale: float) -> Iterator[str]:
+def _run_smg(contender: Smg, engines: Engines, time_scale: float) -> Iterator[Router]:
     port, metrics_port = free_ports(2)
     url = f"http://127.0.0.1:{port}"
     argv = [
@@ -85,7 +92,7 @@ def _run_smg(contender: Smg, engines: Engines, time_scale: float) -> Iterator[st
             process = start_tied(argv, output, output)
         try:
             _wait_until_ready(url, process, log)
-            yield url
+            yield Router(url, [process.pid])
         finally:
             process.terminate()
             try:

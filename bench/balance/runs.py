@@ -7,13 +7,15 @@ from typing import Any
 from bench.balance.client import Failed, Load, make_jobs, send
 from bench.balance.contenders import Contender, Smg
 from bench.balance.engines import Account, Size, run_engines
-from bench.balance.machine import Ticks
+from bench.balance.machine import Usage
 from bench.balance.routers import run_router
 from dp_extproc.simulate.outcome import RunResult
 from dp_extproc.workload.trace import Segment, TraceRequest
 
 _WARM_UP = 8
 """Requests that open connections and let decode ranks find prefill ranks."""
+_SETTLING = 0.2
+"""Share of the requests at the start that is left out of the times: they meet an empty fleet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +25,15 @@ class Run:
     contender: str
     seed: int
     times: dict[str, float]
-    """Milliseconds: mean, p50 and p99 of ``ttft``, ``tpot`` and ``e2e``, without the first 5 % of the requests."""
+    """Milliseconds: mean, p50 and p99 of ``ttft``, ``tpot`` and ``e2e``, without the first fifth of the requests."""
     answered: int
     failed: Sequence[Failed]
     prefill: Account
     decode: Account
-    busy: float
-    """Share of the machine's processors."""
+    machine: float
+    """Share of the processors' time that was not idle ..."""
+    ours: float
+    """... and the part of it that went to client, router and engines. The rest is what others did meanwhile."""
 
     def numbers(self) -> dict[str, float]:
         """Give what a table shows."""
@@ -41,7 +45,8 @@ class Run:
             "prefill_imbalance": self.prefill.imbalance,
             "decode_imbalance": self.decode.imbalance,
             "cached": self.prefill.cached_share,
-            "busy": self.busy,
+            "machine": self.machine,
+            "ours": self.ours,
         }
 
     def as_json(self) -> dict[str, Any]:
@@ -68,15 +73,17 @@ def run_once(
     """Start engines and the contender's router, send the trace, ask the engines, stop everything."""
     flags = ("--load-balance-method", "round_robin") if isinstance(contender, Smg) and contender.picks_ranks else ()
     jobs = make_jobs(trace)
-    with run_engines(size, *flags) as engines, run_router(contender, engines, size.time_scale) as url:
-        send(url, make_jobs(_warm_up()), Load(size.time_scale, concurrency=2), lambda: None)
-        before = Ticks.now()
-        outcomes, failed = send(url, jobs, load, on_done)
-        busy = Ticks.now().busy_share_since(before)
+    with run_engines(size, *flags) as engines, run_router(contender, engines, size.time_scale) as router:
+        send(router.url, make_jobs(_warm_up()), Load(size.time_scale, concurrency=2), lambda: None)
+        pids = [*engines.pids, *router.pids]
+        before = Usage.now(pids)
+        outcomes, failed = send(router.url, jobs, load, on_done)
+        machine, ours = Usage.now(pids).shares_since(before)
         prefill, decode = engines.account("prefill"), engines.account("decode")
-    times = RunResult(outcomes, 0.0).summary() if outcomes else {}
+    settled = [outcome for outcome in outcomes if outcome.number >= _SETTLING * len(jobs)]
+    times = RunResult(settled, 0.0).summary() if settled else {}
     times.pop("wait", None)
-    return Run(contender.name, seed, times, len(outcomes), failed, prefill, decode, busy)
+    return Run(contender.name, seed, times, len(outcomes), failed, prefill, decode, machine, ours)
 
 
 def _warm_up() -> list[TraceRequest]:
