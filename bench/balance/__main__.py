@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bench.balance.bound import SimulatedRun, simulate
 from bench.balance.client import Load
 from bench.balance.contenders import MAIN, chosen
 from bench.balance.engines import COSTS, RELEASE, STREAM_INTERVAL, Size
@@ -72,6 +73,7 @@ def main() -> int:
     title = f"{topology}, {args.trace}, {how}"
     console.print(f"{title}; {args.requests} requests, {args.seeds} seeds; engines {size.time_scale:g} times slower")
     runs: list[Run] = []
+    simulated: list[SimulatedRun] = []
     columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     for seed in range(1, args.seeds + 1):
         trace = traffic.make(seed)
@@ -82,7 +84,8 @@ def main() -> int:
                 runs.append(run_once(contender, seed, trace, size=size, load=load, on_done=advance))
             for failure in runs[-1].failed[:1]:
                 console.print(f"{len(runs[-1].failed)} failed, such as: {failure.reason}", markup=False)
-    print_report(console, title, runs)
+        simulated += simulate(seed, trace, size, load)
+    print_report(console, title, runs, simulated)
     if args.out is not None:
         about: dict[str, Any] = {
             "title": title,
@@ -95,7 +98,7 @@ def main() -> int:
             "engine": RELEASE,
             "stream_interval": STREAM_INTERVAL,
         }
-        write_json(args.out.with_suffix(".json"), about, runs)
+        write_json(args.out.with_suffix(".json"), about, runs, simulated)
         plot(args.out, title, runs)
     return 0
 

@@ -4,7 +4,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import matplotlib as mpl
 from rich.console import Console
@@ -21,7 +21,19 @@ MEASURES: Final = {"ttft": "time to first token", "tpot": "time per output token
 STATISTICS: Final = ("mean", "p50", "p99")
 
 
-def changes(runs: Sequence[Run], key: str) -> dict[str, Change]:
+class Result(Protocol):
+    """A run, real or simulated."""
+
+    @property
+    def contender(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    def numbers(self) -> dict[str, float]:
+        """Give its numbers by their names."""
+        ...
+
+
+def changes(runs: Sequence[Result], key: str) -> dict[str, Change]:
     """Compare a number of every contender with the baseline, seed by seed; who lacks it in a run is left out."""
     values = {(run.contender, run.seed): run.numbers().get(key) for run in runs}
     seeds = sorted({run.seed for run in runs})
@@ -34,7 +46,7 @@ def changes(runs: Sequence[Run], key: str) -> dict[str, Change]:
     return found
 
 
-def means(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+def means(runs: Sequence[Result]) -> dict[str, dict[str, float]]:
     """Give the mean over the seeds of every number of every contender."""
     found: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(run.contender for run in runs):
@@ -44,8 +56,14 @@ def means(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
     return found
 
 
-def print_report(console: Console, title: str, runs: Sequence[Run]) -> None:
-    """Print times with their change against the baseline, and what the engines say."""
+def print_report(console: Console, title: str, runs: Sequence[Run], simulated: Sequence[Result]) -> None:
+    """Print times with their change against the baseline, what the engines say, and what the simulation does."""
+    _print_times(console, title, runs)
+    console.print(_engines_table(title, runs))
+    _print_times(console, f"simulated: {title}", simulated)
+
+
+def _print_times(console: Console, title: str, runs: Sequence[Result]) -> None:
     found = means(runs)
     for measure, label in MEASURES.items():
         if not any(f"{measure}_mean" in numbers for numbers in found.values()):
@@ -63,12 +81,21 @@ def print_report(console: Console, title: str, runs: Sequence[Run]) -> None:
                 cells += ["" if value is None else f"{value:,.1f}", _percent(against[statistic].get(name), name)]
             table.add_row(name, *cells)
         console.print(table)
-    console.print(_engines_table(title, runs))
 
 
-def write_json(path: Path, about: dict[str, Any], runs: Sequence[Run]) -> None:
+def write_json(path: Path, about: dict[str, Any], runs: Sequence[Run], simulated: Sequence[Result]) -> None:
     """Write everything."""
-    summary = {
+    content = {
+        "about": about,
+        "summary": _summary(runs),
+        "simulated": _summary(simulated),
+        "runs": [run.as_json() for run in runs],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _summary(runs: Sequence[Result]) -> dict[str, Any]:
+    return {
         name: {
             **numbers,
             **{
@@ -79,8 +106,6 @@ def write_json(path: Path, about: dict[str, Any], runs: Sequence[Run]) -> None:
         }
         for name, numbers in means(runs).items()
     }
-    content = {"about": about, "summary": summary, "runs": [run.as_json() for run in runs]}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def plot(stem: Path, title: str, runs: Sequence[Run]) -> None:

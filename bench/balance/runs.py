@@ -9,7 +9,7 @@ from bench.balance.contenders import Contender, Smg
 from bench.balance.engines import Account, Size, run_engines
 from bench.balance.machine import Usage
 from bench.balance.routers import run_router
-from dp_extproc.simulate.outcome import RunResult
+from dp_extproc.simulate.outcome import Outcome, RunResult
 from dp_extproc.workload.trace import Segment, TraceRequest
 
 _WARM_UP = 8
@@ -80,10 +80,16 @@ def run_once(
         outcomes, failed = send(router.url, jobs, load, on_done)
         machine, ours = Usage.now(pids).shares_since(before)
         prefill, decode = engines.account("prefill"), engines.account("decode")
-    settled = [outcome for outcome in outcomes if outcome.number >= _SETTLING * len(jobs)]
+    times = settled_times(outcomes, len(jobs))
+    return Run(contender.name, seed, times, len(outcomes), failed, prefill, decode, machine, ours)
+
+
+def settled_times(outcomes: Sequence[Outcome], requests: int) -> dict[str, float]:
+    """Give mean, p50 and p99 of the times of those that did not meet an empty fleet, in milliseconds."""
+    settled = [outcome for outcome in outcomes if outcome.number >= _SETTLING * requests]
     times = RunResult(settled, 0.0).summary() if settled else {}
     times.pop("wait", None)
-    return Run(contender.name, seed, times, len(outcomes), failed, prefill, decode, machine, ours)
+    return times
 
 
 def _warm_up() -> list[TraceRequest]:

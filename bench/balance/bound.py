@@ -1,0 +1,48 @@
+"""The same traces in the simulation: what could be won at best, and whether the simulation tells the truth."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from bench.balance.client import Load
+from bench.balance.contenders import DEFAULT, ENGINES_OWN
+from bench.balance.engines import COSTS, Size
+from bench.balance.runs import settled_times
+from dp_extproc.config.schema import PolicySettings
+from dp_extproc.simulate.fleet import Fleet
+from dp_extproc.simulate.settings import Setting
+from dp_extproc.simulate.study import CLAIRVOYANT, Contender, run_once
+from dp_extproc.workload.trace import TraceRequest
+
+_SIMULATED: Final = (Contender(ENGINES_OWN), Contender(DEFAULT, PolicySettings()), Contender(CLAIRVOYANT))
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedRun:
+    """What came of a simulated run."""
+
+    contender: str
+    seed: int
+    times: dict[str, float]
+    """As those of a real run."""
+
+    def numbers(self) -> dict[str, float]:
+        """Give what a table shows."""
+        return self.times
+
+
+def simulate(seed: int, trace: Sequence[TraceRequest], size: Size, load: Load) -> list[SimulatedRun]:
+    """Simulate a trace with the engines' own placement, with ours, and with one that knows everything."""
+    topology = size.topology
+    fleet = Fleet(
+        topology.prefill,
+        topology.decode,
+        topology.ranks,
+        chunk=size.chunk,
+        capacity=size.capacity,
+        prefix_cache=True,
+        costs=COSTS,
+    )
+    setting = Setting(fleet, lengths="", rate=0.0, concurrency=load.concurrency)
+    results = [(each.name, run_once(setting, each, seed, tuple(trace))) for each in _SIMULATED]
+    return [SimulatedRun(name, seed, settled_times(result.outcomes, len(trace))) for name, result in results]
