@@ -135,6 +135,10 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
         POOL + "envoy: {session_header: X-DP-Session}\n",
         [(4, "envoy.session_header", "names under x-dp- and x-envoy- are taken from clients")],
     ),
+    "session-header-with-a-secret": (
+        POOL + "envoy: {session_header: Authorization}\n",
+        [(4, "envoy.session_header", "Authorization is not the name of a conversation")],
+    ),
     "standby-without-a-port": (
         POOL + "envoy: {standby: [10.0.0.9]}\n",
         [(4, "envoy.standby[0]", "write host:port, such as dp-extproc:9002 or 10.0.0.9:9002")],

@@ -1,5 +1,6 @@
 """The index tells who holds what beginning, never more than was sent there."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,6 +98,63 @@ def test_it_tells_the_truth_while_nothing_is_evicted(sent: list[tuple[int, str]]
         )
         truth[slot] = max(truth.get(slot, 0), 100 * length)
     assert {slot: round(tokens) for slot, tokens in held.items()} == {slot: n for slot, n in truth.items() if n}
+
+
+def test_a_session_whose_prompt_was_pushed_out_claims_nothing() -> None:
+    """After as many tokens as the slot can hold, nothing of it is left."""
+    index = PrefixIndex[int]()
+    index.note(1, NO_PREFIX, 400, 1000)
+    index.note_session("s", 1, 400)
+    index.note(1, NO_PREFIX, 900, 1000)
+    before = index.held(NO_PREFIX, 400, "s").by_slot
+    index.note(1, NO_PREFIX, 200, 1000)
+
+    assert before == {1: 400}
+    assert index.held(NO_PREFIX, 400, "s").by_slot == {}
+
+
+def test_a_session_moves_with_its_last_prompt() -> None:
+    """It is forgotten with the slot that it moved to, not with the one before."""
+    index = PrefixIndex[int]()
+    index.note_session("s", 1, 400)
+    index.note_session("s", 2, 500)
+    index.forget(1)
+    before = index.held(NO_PREFIX, 400, "s").by_slot
+    index.forget(2)
+
+    assert before == {2: 400}
+    assert index.held(NO_PREFIX, 400, "s").by_slot == {}
+
+
+def test_a_beginning_that_many_but_not_most_hold_lists_some_of_them() -> None:
+    """Of 200 slots 70 hold it: 64 are listed, and nobody else is taken to hold it."""
+    index = PrefixIndex[int]()
+    for slot in range(200):
+        index.note(slot, make_prefix("sy" if slot < 70 else "xz" + chr(200 + slot)), 200, None)
+    held = index.held(make_prefix("sy"), 200)
+
+    assert len(held.by_slot) == 64
+    assert set(held.by_slot.values()) == {200}
+    assert held.elsewhere == 0
+
+
+def test_cuts_that_only_some_prompts_have_are_found() -> None:
+    """A later turn has no cut where an earlier prompt ended, or the other way round: the deepest common one counts."""
+    index = PrefixIndex[int]()
+    index.note(1, Prefix((11, 12, 13), (100, 250, 300)), 300, None)
+
+    assert index.held(Prefix((11, 99, 13, 14), (100, 200, 300, 400)), 400).by_slot == {1: 300}
+
+
+def test_all_slots_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has an even share of what all may remember."""
+    monkeypatch.setattr("dp_extproc.placement.affinity._MOST_BLOCKS_IN_ALL", 40)
+    index = PrefixIndex[int]()
+    for number in range(10):
+        for slot in range(10):
+            index.note(slot, make_prefix(f"{number}abc"), 400, None)
+
+    assert sum(len(cache.blocks) for cache in index._caches.values()) <= 40
 
 
 @settings(max_examples=200)

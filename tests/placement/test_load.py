@@ -1,11 +1,14 @@
 """The load cache counts own and foreign load once each."""
 
+from dataclasses import replace
+
 import pytest
 
 from dp_extproc.fleet.endpoint import LoadPage, RankSample, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.placement.load import Freshness, StepCosts
-from placement.fleet_fixtures import Fleet, make_facts
+from dp_extproc.request.prefix import Prefix
+from placement.fleet_fixtures import Fleet, make_facts, samples
 
 PREFILL, DECODE = make_facts(Role.PREFILL), make_facts(Role.DECODE)
 
@@ -232,3 +235,37 @@ def test_a_rank_that_is_never_sampled_remembers_no_more_and_more(fleet: Fleet) -
 
     assert len(rank.settled) <= 10_000
     assert rank.tokens == 0
+
+
+class TestPrefixesOfARestartedEngine:
+    """A new process has an empty prefix cache, whatever it says of itself."""
+
+    PREFIX = Prefix((1, 2), (500, 1000))
+
+    def _held(self, fleet: Fleet) -> float:
+        host = fleet.host(Role.PREFILL)
+        return fleet.load.prefixes["*"].held(self.PREFIX, 1000).by_slot.get(host.ranks[1], 0.0)
+
+    def test_a_refused_connection_tells_of_one(self, fleet: Fleet) -> None:
+        """Nobody listens any more; a slow page alone tells nothing."""
+        host = fleet.host(Role.PREFILL)
+        fleet.load.prefixes["*"].note(host.ranks[1], self.PREFIX, 1000, None)
+        fleet.load.failed(host.endpoint, ScrapeFailure(FailureKind.TIMEOUT, "slow"), fleet.clock())
+        before = self._held(fleet)
+        fleet.load.failed(host.endpoint, ScrapeFailure(FailureKind.REFUSED, "refused"), fleet.clock())
+
+        assert (before, self._held(fleet)) == (1000, 0)
+
+    @pytest.mark.parametrize("field", ["prompt_tokens", "uncached_prompt_tokens"])
+    def test_a_count_that_went_down_tells_of_one(self, fleet: Fleet, field: str) -> None:
+        """Running counts only grow while a process lives; a page that does not tell one changes nothing."""
+        host = fleet.host(Role.PREFILL)
+        held = []
+        for count in (70_000, 90_000, None, 500):
+            page = replace(LoadPage(samples([0] * 4)), **{field: count})  # type: ignore[arg-type]
+            if count != 500:
+                fleet.load.prefixes["*"].note(host.ranks[1], self.PREFIX, 1000, None)
+            fleet.load.sampled(host.endpoint, page, fleet.clock(), fleet.clock())
+            held.append(self._held(fleet))
+
+        assert held == [1000, 1000, 1000, 0]

@@ -27,6 +27,10 @@ from dp_extproc.config.sync import SyncSettings
 _HOST: Final = re.compile(r"[A-Za-z0-9._:%\-]+")
 _HEADER: Final = re.compile(r"[a-z0-9!#$&'*+.^_`|~-]+")
 """RFC 9110, but for the percent sign, which begins a command in Envoy's formats."""
+_NO_SESSION: Final = frozenset({
+    "authorization", "proxy-authorization", "cookie", "x-api-key", "api-key",  # replicas tell each other what it says
+    "host", "connection", "content-length", "content-type", "transfer-encoding", "x-data-parallel-rank",
+})  # fmt: skip
 _MAX_PORT: Final = 65535
 
 
@@ -99,6 +103,8 @@ def _header_name(value: str) -> str:
         raise ValueError("write the name of a request header, such as x-session-id")
     if name.startswith(("x-dp-", "x-envoy-")):
         raise ValueError("names under x-dp- and x-envoy- are taken from clients; write another one")
+    if name in _NO_SESSION:
+        raise ValueError(f"{value} is not the name of a conversation; write a header that clients send for it")
     return name
 
 

@@ -7,6 +7,7 @@ longest, leaves first. The index does the same with hashes, slot by slot, with t
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final, Generic, TypeVar
 
 from dp_extproc.request.prefix import Prefix
@@ -17,9 +18,11 @@ _UNKNOWN_CAPACITY: Final = 1 << 18
 """Tokens that a slot is taken to hold until its engine tells."""
 _MOST_BLOCKS: Final = 1 << 14
 """Per slot; four million tokens in whole blocks."""
+_MOST_BLOCKS_IN_ALL: Final = 1 << 21
+"""Of all slots, each of which has an even share: at most a gigabyte, in a fleet that fills it."""
 _MOST_SESSIONS: Final = 100_000
 _LISTED: Final = 64
-"""Slots that an answer lists at most. A beginning that more of them hold is taken to be held by all."""
+"""Slots that an answer lists at most. A beginning that more than half of all hold is taken to be held by all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class PrefixIndex(Generic[_S]):
         self._holders: dict[int, set[_S]] = {}
         """By block."""
         self._caches: dict[_S, _Cache] = {}
-        self._sessions: OrderedDict[str, tuple[_S, float]] = OrderedDict()
+        self._sessions: OrderedDict[str, _Session[_S]] = OrderedDict()
 
     def held(self, prefix: Prefix, tokens: float, session: str | None = None) -> Held[_S]:
         """Tell who holds how much of a prompt.
@@ -52,26 +55,22 @@ class PrefixIndex(Generic[_S]):
         """
         by_slot: dict[_S, float] = {}
         elsewhere = 0.0
-        holders = self._holders
-        depth = 0
-        for block in prefix.blocks:
-            if block not in holders:
+        for level in range(len(prefix.blocks), 0, -1):
+            slots = self._holders.get(prefix.blocks[level - 1])
+            if slots is None or slots <= by_slot.keys():
+                continue
+            share = prefix.tokens_in(level, tokens)
+            if len(slots) > _LISTED and 2 * len(slots) > len(self._caches):
+                elsewhere = share
                 break
-            depth += 1
-        for level in range(depth, 0, -1):
-            slots = holders[prefix.blocks[level - 1]]
-            if len(slots) == len(by_slot):
-                continue  # the same ones: who holds a block holds those before it
-            if len(slots) > _LISTED:
-                if 2 * len(slots) > len(self._caches):
-                    elsewhere = prefix.tokens_until(level, tokens)
-                break
-            share = prefix.tokens_until(level, tokens)
-            for slot in slots:
+            for slot in islice(slots, _LISTED):
                 by_slot.setdefault(slot, share)
+            if len(by_slot) >= _LISTED:
+                break
         if session is not None and (known := self._sessions.get(session)) is not None:
-            slot, before = known
-            by_slot[slot] = max(by_slot.get(slot, elsewhere), min(before, tokens))
+            cache = self._caches[known.slot]
+            if cache.noted - known.noted < cache.capacity:  # else others have pushed it out since
+                by_slot[known.slot] = max(by_slot.get(known.slot, elsewhere), min(known.tokens, tokens))
         return Held(by_slot, elsewhere)
 
     def note(self, slot: _S, prefix: Prefix, tokens: float, capacity_tokens: float | None) -> None:
@@ -83,40 +82,56 @@ class PrefixIndex(Generic[_S]):
             tokens: Of the whole prompt.
             capacity_tokens: What the slot can hold in all; None if it is not known.
         """
-        cache = self._caches.get(slot)
-        if cache is None:
-            cache = self._caches[slot] = _Cache()
+        cache = self._cache(slot)
+        if capacity_tokens is not None:
+            cache.capacity = capacity_tokens
+        cache.noted += tokens
         blocks, holders = cache.blocks, self._holders
+        until = tokens
         # From the end to the start: what is touched first is evicted first.
         for level in range(len(prefix.blocks), 0, -1):
             block = prefix.blocks[level - 1]
+            before = prefix.tokens_in(level - 1, tokens) if level > 1 else 0.0
             if block in blocks:
                 blocks.move_to_end(block)
-                continue
-            size = prefix.tokens_until(level, tokens) - prefix.tokens_until(level - 1, tokens)
-            blocks[block] = size
-            cache.tokens += size
-            holders.setdefault(block, set()).add(slot)
-        room = _UNKNOWN_CAPACITY if capacity_tokens is None else capacity_tokens
-        while blocks and (cache.tokens > room or len(blocks) > _MOST_BLOCKS):
+            else:
+                blocks[block] = until - before
+                cache.tokens += until - before
+                holders.setdefault(block, set()).add(slot)
+            until = before
+        most = min(_MOST_BLOCKS, _MOST_BLOCKS_IN_ALL // len(self._caches))
+        while blocks and (cache.tokens > cache.capacity or len(blocks) > most):
             block, size = blocks.popitem(last=False)
             cache.tokens -= size
             self._let_go(slot, block)
 
     def note_session(self, session: str, slot: _S, tokens: float) -> None:
         """Take note that a slot is going to hold a prompt of this conversation."""
-        self._sessions[session] = (slot, tokens)
-        self._sessions.move_to_end(session)
+        self._end_session(session)
+        cache = self._cache(slot)
+        cache.sessions.add(session)
+        self._sessions[session] = _Session(slot, tokens, cache.noted)
         if len(self._sessions) > _MOST_SESSIONS:
-            self._sessions.popitem(last=False)
+            self._end_session(next(iter(self._sessions)))
 
     def forget(self, slot: _S) -> None:
         """A slot holds nothing any more: its engine has begun anew."""
         cache = self._caches.pop(slot, None)
-        for block in cache.blocks if cache is not None else ():
-            self._let_go(slot, block)
-        for session in [session for session, (known, _) in self._sessions.items() if known == slot]:
-            del self._sessions[session]
+        if cache is not None:
+            for block in cache.blocks:
+                self._let_go(slot, block)
+            for session in cache.sessions:
+                del self._sessions[session]
+
+    def _cache(self, slot: _S) -> "_Cache":
+        cache = self._caches.get(slot)
+        if cache is None:
+            cache = self._caches[slot] = _Cache()
+        return cache
+
+    def _end_session(self, session: str) -> None:
+        if (known := self._sessions.pop(session, None)) is not None:
+            self._caches[known.slot].sessions.discard(session)
 
     def _let_go(self, slot: _S, block: int) -> None:
         slots = self._holders[block]
@@ -125,12 +140,26 @@ class PrefixIndex(Generic[_S]):
             del self._holders[block]
 
 
+@dataclass(frozen=True, slots=True)
+class _Session(Generic[_S]):
+    """The last prompt of a conversation."""
+
+    slot: _S
+    tokens: float
+    noted: float
+    """What had been sent to the slot by then."""
+
+
 class _Cache:
     """What one slot holds."""
 
-    __slots__ = ("blocks", "tokens")
+    __slots__ = ("blocks", "capacity", "noted", "sessions", "tokens")
 
     def __init__(self) -> None:
         self.blocks: OrderedDict[int, float] = OrderedDict()
         """Tokens by block, the one to be evicted next first."""
         self.tokens = 0.0
+        self.capacity: float = _UNKNOWN_CAPACITY
+        self.noted = 0.0
+        """Tokens ever sent to the slot."""
+        self.sessions: set[str] = set()

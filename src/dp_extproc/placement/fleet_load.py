@@ -38,8 +38,7 @@ class FleetLoad:
             known.address = address
             return
         if known is not None:
-            for rank in known.ranks:
-                self.prefixes[endpoint.pool].forget(rank)
+            self._forget_prefixes(known)
         self.hosts[endpoint.url] = HostLoad(endpoint, address, facts, capabilities(facts), self._costs)
         self._by_role = {}
         for each in self.endpoints:
@@ -54,6 +53,8 @@ class FleetLoad:
         self.failures.pop(endpoint.url, None)
         if (host := self.hosts.get(endpoint.url)) is not None:
             host.absorb(page.ranks, started, now)
+            if host.has_restarted(page):
+                self._forget_prefixes(host)
             if endpoint.role is not Role.PREFILL:
                 compare_pace(self._by_role.get((endpoint.pool, endpoint.role), ()))
         if page.prompt_tokens is not None and endpoint.role is not Role.DECODE:
@@ -63,8 +64,14 @@ class FleetLoad:
         """Take in that an endpoint could not be read. Its samples stay, and grow stale; at once if it is gone."""
         self._capable.clear()
         self.failures[endpoint.url] = failure
-        if failure.kind in {FailureKind.REFUSED, FailureKind.UNRESOLVABLE} and endpoint.url in self.hosts:
-            self.hosts[endpoint.url].demote()
+        host = self.hosts.get(endpoint.url)
+        if host is not None and failure.kind in {FailureKind.REFUSED, FailureKind.UNRESOLVABLE}:
+            host.demote()
+            self._forget_prefixes(host)  # nobody listens, so whoever will has begun anew
+
+    def _forget_prefixes(self, host: HostLoad) -> None:
+        for rank in host.ranks:
+            self.prefixes[host.endpoint.pool].forget(rank)
 
     def eligible(self, pool: str, role: Role, now: float) -> list[HostLoad]:
         """Give the hosts of a role that are known best: the fresh ones; if there are none the stale ones; and so on.

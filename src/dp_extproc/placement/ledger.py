@@ -86,8 +86,7 @@ class Ledger:
         rank = side.host.ranks[side.rank]
         index = self._fleet.prefixes[side.host.endpoint.pool]
         capacity = rank.sample.capacity_tokens if rank.sample is not None else None
-        if demand.prefix.blocks:
-            index.note(rank, demand.prefix, demand.tokens, capacity)
+        index.note(rank, demand.prefix, demand.tokens, capacity)
         if demand.session is not None:
             index.note_session(demand.session, rank, demand.tokens)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, TypeVar
 
-from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, RankSample, Role
+from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, RankSample, Role
 from dp_extproc.fleet.recipe import Capabilities
 from dp_extproc.placement.books import RankLoad, Reservation, StepGroup
 from dp_extproc.placement.decode_load import DecodeGroup
@@ -77,8 +77,8 @@ class HostLoad:
     """One endpoint: its ranks and how well it is known."""
 
     __slots__ = (
-        "_demoted", "address", "candidate", "capabilities", "endpoint", "facts", "groups", "held_tokens", "ranks",
-        "sampled",
+        "_counts", "_demoted", "address", "candidate", "capabilities", "endpoint", "facts", "groups", "held_tokens",
+        "ranks", "sampled",
     )  # fmt: skip
 
     def __init__(
@@ -99,6 +99,7 @@ class HostLoad:
         self.sampled = -math.inf
         """When the last good load page was asked for."""
         self._demoted = False
+        self._counts: tuple[int, ...] = (0, 0)
 
     @property
     def tokens(self) -> float:
@@ -135,6 +136,12 @@ class HostLoad:
             if 0 <= sample.dp_rank < len(self.ranks):
                 rank = self.ranks[sample.dp_rank]
                 rank.absorb(sample, _moment_of(sample, started, rank, before), now)
+
+    def has_restarted(self, page: LoadPage) -> bool:
+        """Tell whether the engine's running counts have begun anew since the page before."""
+        before, told = self._counts, (page.prompt_tokens, page.uncached_prompt_tokens)
+        self._counts = tuple(then if now is None else now for now, then in zip(told, before, strict=True))
+        return any(now < then for now, then in zip(self._counts, before, strict=True))
 
     def demote(self) -> None:
         """Trust the samples no longer, however young: the engine is known to be away."""

@@ -1,108 +1,165 @@
-"""What a prompt begins with, as a chain of hashes: two prompts share a beginning as far as their chains are equal.
+"""What a prompt begins with, as hashes by which prompts are compared that were sent at different times.
 
-The JSON text is hashed as it stands, in the order in which the chat template puts it. A conversation that goes on
-has its earlier turns as the very same bytes, if its client serialises alike, which clients do. What changes the KV
-cache without being a part of the prompt (the model, an adapter, a salt) is where the chain starts.
+The bytes of the JSON are hashed as they stand, in the order in which chat templates use them. Nothing is decoded:
+equal bytes make equal tokens, and conversations that go on repeat their earlier turns byte by byte. Every hash is of
+all bytes up to a cut, so where cuts are can differ from prompt to prompt: some lie at fixed distances, so that any two
+prompts have them in common; the others between messages, where an earlier prompt of the conversation may have ended.
 """
 
-from collections.abc import Sequence
+import re
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import accumulate, chain, repeat, takewhile
 from typing import Final
 
-import msgspec
-import xxhash
-from msgspec import Struct
+from msgspec import Raw, Struct
+from xxhash import xxh3_64
 
 from dp_extproc.request.body import InferenceRequest
 from dp_extproc.request.path import Api
 
-BLOCK_BYTES: Final = 1024
-"""Of JSON; about 250 tokens. What is shared beyond the last whole block is not seen."""
-_WIDER_AFTER: Final = 64
-"""Blocks get four times as long after so many, so that a megabyte has few. Where they end depends on nothing else."""
-_WIDEST: Final = 64 << 10
-_LEAST_BYTES: Final = 256
-"""A last block shorter than this is left out: there is nothing to be won by so few tokens."""
+_BLOCK_BYTES: Final = 1024
+"""Distance of the first cuts: some 250 tokens."""
+_GROWTH: Final = 16
+"""Later cuts are as far apart as this part of what lies before them. So a mebibyte has fewer than a hundred, and of
+what two prompts have in common at most a sixteenth goes unnoticed."""
+_LARGEST: Final = 1 << 30
+"""Bytes. Behind it there are no cuts."""
 
-_SEEDS: Final = ("model", "lora_path", "extra_key", "cache_salt")
-_BEFORE: Final = {
-    Api.CHAT: ("tools",),
-    Api.MESSAGES: ("tools", "system"),
-    Api.RESPONSES: ("tools", "instructions"),
-}
-_PROMPTS: Final = {
-    Api.CHAT: ("messages",),
-    Api.MESSAGES: ("messages",),
-    Api.RESPONSES: ("input",),
-    Api.COMPLETIONS: ("prompt",),
+_LEAST_BYTES: Final = 256
+"""Shorter prompts have no beginning: there is nothing to be won by so few tokens."""
+
+_LOOK_BACK: Final = 8
+"""Messages at the end of a conversation that may be new since the prompt before: an answer, its tool calls' results."""
+_LOOK_BACK_BYTES: Final = 1 << 16
+"""Where those messages are looked for."""
+
+_CONDITIONS: Final = ("model", "lora_path", "extra_key", "cache_salt", "image_data", "video_data", "audio_data")
+"""Under which two equal prompts have the same KV cache. SGLang keys its cache by the adapter, ``extra_key`` and
+``cache_salt``; media beside a text stand somewhere within it."""
+
+_ORDER: Final = {
     Api.GENERATE: ("text", "input_ids"),
+    Api.COMPLETIONS: ("prompt",),
+    Api.CHAT: ("tools", "messages"),
+    Api.RESPONSES: ("tools", "instructions", "input"),
+    Api.MESSAGES: ("tools", "system", "messages"),
 }
+"""The members that make the prompt, in the order of most chat templates."""
+
+_FIRST_ITEM: Final = re.compile(rb'\[(?P<gap>\s*)(?P<key>\{\s*"[^"\\]{1,64}"\s*:)(?P<space> ?)')
+"""How the first item of a list begins tells how the others do, and how they are set apart."""
+_FIRST_ITEM_BYTES: Final = 256
 
 
 class Prefix(Struct, frozen=True):
-    """A prompt's chain."""
+    """What a prompt begins with."""
 
-    blocks: tuple[int, ...]
-    """64 bits each; one stands for everything from the start to the end of its block."""
-    ends: tuple[int, ...]
-    """Bytes from the start to the end of each block."""
+    blocks: tuple[int, ...] = ()
+    """64-bit hashes, each of the prompt up to the end of one block. Prompts that share one are equal up to there."""
+    ends: tuple[int, ...] = ()
+    """Where each block ends, in bytes from the start; ascending. Left out if all blocks are of one size."""
 
-    def tokens_until(self, blocks: int, tokens: float) -> float:
-        """Tell how many of the prompt's *tokens* the first so many blocks have."""
-        return tokens * self.ends[blocks - 1] / self.ends[-1] if blocks else 0.0
+    def __post_init__(self) -> None:
+        """Check what other replicas have sent.
+
+        Raises:
+            ValueError: The ends are not those of the blocks.
+        """
+        if self.ends and (len(self.ends) != len(self.blocks) or self.ends[-1] <= 0):
+            raise ValueError("every block has an end, and the last one is not at 0")
+
+    def tokens_in(self, blocks: int, prompt_tokens: float) -> float:
+        """Tell how many of the prompt's tokens are in its first *blocks* blocks, one or more of them."""
+        ends = self.ends
+        return prompt_tokens * ((ends[blocks - 1] / ends[-1]) if ends else (blocks / len(self.blocks)))
 
 
-NO_PREFIX: Final = Prefix((), ())
+NO_PREFIX: Final = Prefix()
 
 
 def prefix_of(request: InferenceRequest) -> Prefix:
-    """Hash what a prompt begins with. A batch has several prompts, and so no beginning."""
+    """Hash what the prompt of a request begins with.
+
+    Returns:
+        Blocks up to the very end of the prompt, so that a repeated prompt is recognised as a whole. None at all for a
+        list of prompts, which has no beginning, for embeddings, which engines do not cache, and for a few words.
+    """
     if request.prompt.batch is not None:
         return NO_PREFIX
-    values, api = request.body.values, request.api
-    chain = xxhash.xxh3_64()
-    for key in _SEEDS:
-        if key in values:
-            chain.update(memoryview(values[key]))
-        chain.update(b"\0")
+    values = request.body.values
+    parts = [(name, view) for name in _ORDER[request.api] if (view := _view(values.get(name))) is not None]
+    if not parts:
+        return NO_PREFIX
+    state = xxh3_64(request.api.encode())
+    update, digest = state.update, state.intdigest
+    for name in _CONDITIONS:
+        if (raw := values.get(name)) is not None:
+            update(name.encode())
+            update(memoryview(raw))
     blocks: list[int] = []
     ends: list[int] = []
-    for key in _BEFORE.get(api, ()):
-        if key in values:
-            _hash(chain, memoryview(values[key]), blocks, ends)
-        chain.update(b"\0")
-    for key in _PROMPTS[api]:
-        if key in values and values[key] != _NULL:
-            # Without the closing bracket or quote: what follows there is the next turn.
-            _hash(chain, memoryview(values[key])[:-1], blocks, ends)
-            break
-    return Prefix(tuple(blocks), tuple(ends)) if blocks else NO_PREFIX
+    before = 0
+    last = parts[-1][0]
+    for name, whole in parts:
+        view = _without_closing(whole) if name == last else whole
+        update(name.encode())
+        start = 0
+        for end in _cuts(view, between_items=name == last):
+            update(view[start:end])
+            blocks.append(digest())
+            ends.append(before + end)
+            start = end
+        before += start
+    return Prefix(tuple(blocks), tuple(ends)) if before >= _LEAST_BYTES else NO_PREFIX
 
 
-_NULL: Final = msgspec.Raw(b"null")
+def _view(raw: Raw | None) -> memoryview | None:
+    """Give a member's bytes, if it is there and not null."""
+    if raw is None:
+        return None
+    view = memoryview(raw)
+    return None if bytes(view[:4]) == b"null" else view
 
 
-def _hash(chain: "xxhash.xxh3_64", text: memoryview, blocks: list[int], ends: list[int]) -> None:
-    """Append the blocks of one member."""
-    start, before = 0, ends[-1] if ends else 0
-    for end in _ends(len(text)):
-        chain.update(text[start:end])
-        blocks.append(chain.intdigest())
-        ends.append(before + end)
-        start = end
-    chain.update(text[start:])
+def _without_closing(view: memoryview) -> memoryview:
+    """Leave off what follows the last message or character, where a longer prompt goes on."""
+    end = len(view) - 1
+    while end > 1 and view[end - 1] in b" \t\n\r":
+        end -= 1
+    return view[:end]
 
 
-def _ends(size: int) -> Sequence[int]:
-    """Tell where the blocks of so many bytes end."""
-    if size <= BLOCK_BYTES * _WIDER_AFTER:  # nearly always
-        ends = list(range(BLOCK_BYTES, size + 1, BLOCK_BYTES))
-    else:
-        ends, width, end = [], BLOCK_BYTES, 0
-        while end + width <= size:
-            end += width
-            ends.append(end)
-            if len(ends) % _WIDER_AFTER == 0:
-                width = min(_WIDEST, 4 * width)
-    if size - (ends[-1] if ends else 0) >= _LEAST_BYTES:
-        ends.append(size)
-    return ends
+def _cuts(view: memoryview, *, between_items: bool) -> list[int]:
+    """Give the ends of all blocks, ascending; the last one is the end of the view."""
+    length = len(view)
+    cuts = [*_GRID[: bisect_left(_GRID, length)], length]
+    if between_items:
+        cuts.extend(_ends_of_items(view))
+        cuts = sorted(set(cuts))
+    return cuts
+
+
+def _ends_of_items(view: memoryview) -> Iterator[int]:
+    """Find the ends of the last items of a list, the very last excepted. Now and then it is that of an inner list."""
+    first = _FIRST_ITEM.match(view[:_FIRST_ITEM_BYTES])
+    if first is None:
+        return
+    gap, key, space = first.groups()
+    separator = b"}," + (gap or space) + key
+    start = max(0, len(view) - _LOOK_BACK_BYTES)
+    window = bytes(view[start:])
+    found = len(window)
+    for _ in range(_LOOK_BACK):
+        found = window.rfind(separator, 0, found)
+        if found < 0:
+            return
+        yield start + found + 1
+
+
+_GRID: Final = tuple(
+    takewhile(
+        lambda cut: cut <= _LARGEST,
+        accumulate(chain((0,), repeat(0)), lambda cut, _: cut + max(_BLOCK_BYTES, cut // _GROWTH)),
+    )
+)[1:]
