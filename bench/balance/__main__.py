@@ -7,18 +7,19 @@ besides hits all alike.
 
 import argparse
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.balance.bound import SimulatedRun, simulate
 from bench.balance.client import Load
-from bench.balance.contenders import MAIN, chosen
+from bench.balance.contenders import MAIN, Contender, chosen
 from bench.balance.engines import COSTS, RELEASE, STREAM_INTERVAL, Size
 from bench.balance.machine import time_scale_for
 from bench.balance.report import plot, print_report, write_json
@@ -27,24 +28,24 @@ from dp_extproc.workload.capacity import Topology, requests_per_second
 from dp_extproc.workload.generate import NAMES, make_trace
 from dp_extproc.workload.trace import TraceRequest, read_trace
 
+_SAMPLE: Final = 5000
+"""Requests for the mean lengths of a trace."""
+
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
-    """What is sent."""
+class Plan:
+    """What to run."""
 
-    trace: str
-    """One of the made ones, or a file."""
-    requests: int
+    contenders: Sequence[Contender]
+    traces: Mapping[int, Sequence[TraceRequest]]
+    """By seed."""
+    size: Size
+    load: Load
     rate: float
-    """Per second of an unscaled engine."""
-    burst: float
-
-    def make(self, seed: int) -> list[TraceRequest]:
-        """Make the requests of a seed; a file has the same for each."""
-        if self.trace in NAMES:
-            return make_trace(self.trace, self.requests, self.rate, seed, burst=self.burst)
-        with Path(self.trace).open(encoding="utf-8") as lines:
-            return read_trace(lines)[: self.requests]
+    """Requests per second of an unscaled engine."""
+    capacity: float
+    """Those that the fleet keeps up with at most."""
+    title: str
 
 
 def main() -> int:
@@ -56,51 +57,74 @@ def main() -> int:
     args = _arguments()
     console = Console() if sys.stdout.isatty() else Console(width=140)
     try:
-        topology, contenders = Topology.parse(args.topology), chosen(args.only or MAIN)
-        size = Size(topology, chunk=args.chunk)
-        traffic = Traffic(args.trace, args.requests, args.rate or 1.0, args.burst)
-        sample = traffic.make(0)
+        plan = _plan(args)
     except (ValueError, OSError) as error:
         console.print(str(error), style="bold", markup=False)
         return 2
-    capacity = requests_per_second(topology, COSTS, size.limits, size.limits, make_sample(traffic, sample))
-    rate = args.rate or capacity * args.load
-    traffic = Traffic(args.trace, args.requests, rate, args.burst)
-    tokens = rate * sum(request.output_tokens for request in sample) / len(sample)
-    size = Size(topology, chunk=args.chunk, time_scale=args.time_scale or time_scale_for(rate, tokens))
-    load = Load(size.time_scale, args.concurrency)
-    how = f"{args.concurrency} at a time" if args.concurrency else f"{rate:.2f} requests/s ({rate / capacity:.0%})"
-    title = f"{topology}, {args.trace}, {how}"
-    console.print(f"{title}; {args.requests} requests, {args.seeds} seeds; engines {size.time_scale:g} times slower")
+    requests = len(next(iter(plan.traces.values())))
+    slower = f"engines {plan.size.time_scale:g} times slower" if plan.size.time_scale > 1 else "engines at full speed"
+    console.print(f"{plan.title}; {requests} requests, {len(plan.traces)} seeds; {slower}")
     runs: list[Run] = []
     simulated: list[SimulatedRun] = []
     columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    for seed in range(1, args.seeds + 1):
-        trace = traffic.make(seed)
-        for contender in contenders:
+    for seed, trace in plan.traces.items():
+        for contender in plan.contenders:
             with Progress(*columns, console=console) as progress:
                 task = progress.add_task(f"seed {seed}: {contender.name}", total=len(trace))
                 advance = partial(progress.advance, task)
-                runs.append(run_once(contender, seed, trace, size=size, load=load, on_done=advance))
+                runs.append(run_once(contender, seed, trace, size=plan.size, load=plan.load, on_done=advance))
             for failure in runs[-1].failed[:1]:
                 console.print(f"{len(runs[-1].failed)} failed, such as: {failure.reason}", markup=False)
-        simulated += simulate(seed, trace, size, load)
-    print_report(console, title, runs, simulated)
+        simulated += simulate(seed, trace, plan.size, plan.load)
+    print_report(console, plan.title, runs, simulated)
     if args.out is not None:
-        about: dict[str, Any] = {
-            "title": title,
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "options": {key: value for key, value in vars(args).items() if key != "out"},
-            "rate": rate,
-            "capacity": capacity,
-            "size": asdict(size),
-            "costs": asdict(COSTS),
-            "engine": RELEASE,
-            "stream_interval": STREAM_INTERVAL,
-        }
-        write_json(args.out.with_suffix(".json"), about, runs, simulated)
-        plot(args.out, title, runs)
+        write_json(args.out.with_suffix(".json"), _about(args, plan), runs, simulated)
+        plot(args.out, plan.title, runs)
     return 0
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    """Decide everything.
+
+    Raises:
+        ValueError: Some option cannot be.
+        OSError: The trace cannot be read.
+    """
+    topology, contenders = Topology.parse(args.topology), chosen(args.only or MAIN)
+    size = Size(topology, chunk=args.chunk)
+    sample = make_trace(args.trace, _SAMPLE, 1.0, seed=0) if args.trace in NAMES else _read(args.trace)
+    capacity = requests_per_second(topology, COSTS, size.limits, size.limits, sample)
+    seeds = range(1, args.seeds + 1)
+    if args.trace in NAMES:
+        rate = args.rate or capacity * args.load
+        traces = {seed: make_trace(args.trace, args.requests, rate, seed, burst=args.burst) for seed in seeds}
+    else:  # a file says by itself when its requests come
+        rate = len(sample) / max(sample[-1].arrival, 1e-9)
+        traces = dict.fromkeys(seeds, sample[: args.requests])
+    tokens = rate * sum(request.output_tokens for request in sample) / len(sample)
+    size = replace(size, time_scale=args.time_scale or time_scale_for(rate, tokens))
+    how = f"{args.concurrency} at a time" if args.concurrency else f"{rate:.2f} requests/s ({rate / capacity:.0%})"
+    title = f"{topology}, {Path(args.trace).stem}, {how}"
+    return Plan(contenders, traces, size, Load(size.time_scale, args.concurrency), rate, capacity, title)
+
+
+def _read(path: str) -> list[TraceRequest]:
+    with Path(path).open(encoding="utf-8") as lines:
+        return read_trace(lines)
+
+
+def _about(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
+    return {
+        "title": plan.title,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "options": {key: value for key, value in vars(args).items() if key != "out"},
+        "rate": plan.rate,
+        "capacity": plan.capacity,
+        "size": asdict(plan.size),
+        "costs": asdict(COSTS),
+        "engine": RELEASE,
+        "stream_interval": STREAM_INTERVAL,
+    }
 
 
 def _arguments() -> argparse.Namespace:
@@ -119,11 +143,6 @@ def _arguments() -> argparse.Namespace:
     add("--time-scale", type=float, help="how slow engines are (default: so that this machine keeps up)")
     add("--out", type=Path, metavar="STEM", help="write STEM.json, STEM.png and STEM.svg")
     return parser.parse_args()
-
-
-def make_sample(traffic: Traffic, requests: list[TraceRequest]) -> list[TraceRequest]:
-    """Give enough requests for the mean lengths of this traffic."""
-    return make_trace(traffic.trace, 5000, 1.0, seed=0) if traffic.trace in NAMES else requests
 
 
 if __name__ == "__main__":
