@@ -150,6 +150,44 @@ def robustness() -> str | None:
     )
 
 
+def measured() -> str | None:
+    """Every fleet and trace that was measured end to end: ours, and of smg whatever was best in each column."""
+    rows = []
+    for path in sorted(NUMBERS.glob("balance-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        summary, bound = found["summary"], found["simulated"][BOUND]
+        others = [numbers for name, numbers in summary.items() if name.startswith("smg")]
+        if not others:
+            continue
+        cells = [found["about"]["title"], f"{summary[OWN]['ttft_mean']:,.0f}"]
+        for key in ("ttft_mean", "ttft_p99", "tpot_mean"):
+            change = f"{key}_change"
+            best = min((each[change] for each in others if change in each), key=_mean, default=None)
+            cells += [_change(summary["dp-extproc"].get(change)), _change(best)]
+            if key != "ttft_p99":
+                cells.append(_change(bound.get(change)))
+        rows.append(cells)
+    if not rows:
+        return None
+    return table(
+        ["fleet, traffic", "engines' own, ms", "mean TTFT, %", "smg's best", "clairvoyant", "p99 TTFT, %", "smg's best",
+         "mean TPOT, %", "smg's best", "clairvoyant"],
+        rows,
+    )  # fmt: skip
+
+
+def _mean(change: dict[str, float]) -> float:
+    return change["mean"]
+
+
+def _change(change: dict[str, float] | None) -> str:
+    """Show a change with half the width of its interval."""
+    if change is None:
+        return ""
+    margin = "" if change["margin"] is None else f" ± {100 * change['margin']:.1f}"
+    return f"{100 * change['mean']:+.1f}{margin}"
+
+
 def draw_policies() -> None:
     """Draw the gain of each policy in each setting."""
     found = read("policies")
@@ -200,6 +238,7 @@ TABLES: Final[dict[str, Callable[[], str | None]]] = {
     "affinity": affinity,
     "replicas": replicas,
     "robustness": robustness,
+    "measured": measured,
 }
 
 
