@@ -59,7 +59,14 @@ def address_of(endpoint: Endpoint) -> str:
 def samples(tokens: Sequence[int], age: float | None = 0.0) -> tuple[RankSample, ...]:
     """Ranks that hold or have queued so many tokens; those of a prefill server are yet to be computed."""
     return tuple(
-        RankSample(rank, used_tokens=count, total_tokens=count, waiting_uncached_tokens=count, age=age)
+        RankSample(
+            rank,
+            used_tokens=count,
+            total_tokens=count,
+            waiting_uncached_tokens=count,
+            waiting_requests=1 if count else 0,
+            age=age,
+        )
         for rank, count in enumerate(tokens)
     )
 

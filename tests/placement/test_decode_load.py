@@ -120,3 +120,29 @@ def test_a_rank_without_kv_room_costs_more_than_any_other() -> None:
 
     assert group.cost(0, group.loads[0] + 400) < 1e6
     assert group.cost(0, group.loads[0] + 600) > 1e9
+
+
+@pytest.mark.parametrize(
+    ("told", "load"),
+    [(4000, 4000 + 2000), (900, 1000 + 2000), (1500, 1500 + 2000)],
+    ids=["more", "far less", "less"],
+)
+def test_the_engine_knows_better_how_long_our_sequences_are(told: int, load: float) -> None:
+    """Two sequences taken for 2000 tokens: its count goes, either way, but never below a half of ours."""
+    group = make_group()
+    for _ in range(2):
+        group.ranks[0].reserve(1000, NOW)
+    sample = RankSample(0, used_tokens=told, total_tokens=told, running_requests=2)
+    group.ranks[0].absorb(sample, NOW + 1, NOW + 1)
+
+    assert group.loads[0] == load
+
+
+def test_a_count_that_knows_nothing_of_us_is_not_believed() -> None:
+    """It is old, or of another server: ours stand."""
+    group = make_group()
+    for _ in range(4):
+        group.ranks[0].reserve(1000, NOW)
+    group.ranks[0].absorb(RankSample(0, used_tokens=50, total_tokens=50, running_requests=1), NOW + 1, NOW + 1)
+
+    assert group.loads[0] == 4 * 2000

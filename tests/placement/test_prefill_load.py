@@ -190,7 +190,7 @@ class TestOthers:
         """Tokens to be computed, else queued tokens, else tokens in use; 300 of them are ours."""
         group = make_group(1)
         group.ranks[0].reserve(300, NOW)
-        sample(group.ranks[0], NOW + 1, **fields)
+        sample(group.ranks[0], NOW + 1, waiting_requests=3, **fields)
 
         assert group.others == [others]
         assert group.loads == [others + 75]
@@ -199,9 +199,17 @@ class TestOthers:
         """A prompt of ours that had been computed is not among the tokens that a later sample shows as waiting."""
         group = make_group(1)
         group.ranks[0].reserve(300, NOW).release(NOW + 1)
-        sample(group.ranks[0], NOW + 2, waiting_uncached_tokens=300)
+        sample(group.ranks[0], NOW + 2, waiting_uncached_tokens=300, waiting_requests=1)
 
         assert group.loads == [300]
+
+    def test_more_tokens_without_more_requests_are_ours(self) -> None:
+        """A prompt that is longer than we took it for is no load of others; it will be gone with ours."""
+        group = make_group(1)
+        group.ranks[0].reserve(300, NOW)
+        sample(group.ranks[0], NOW + 1, waiting_uncached_tokens=1200, waiting_requests=1)
+
+        assert group.others == [0]
 
     def test_an_empty_engine_has_lost_what_was_sent_long_ago(self) -> None:
         """Requests that no event ended are written off once the engine shows that it has nothing at all."""

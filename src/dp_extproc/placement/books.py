@@ -18,6 +18,8 @@ _SETTLED_KEPT: Final = 10_000
 and more of them; between two samples no rank serves so many."""
 _LEAST: Final = 1.0
 """Tokens; engines compute the last one of a prompt even if they hold them all."""
+_SOMEBODY: Final = 0.5
+"""Requests; shares of one add up to a little less or more."""
 _GRACE: Final = 10.0
 """Seconds. An engine that was wholly empty has nothing of what was sent to it so long before."""
 
@@ -119,12 +121,18 @@ class RankLoad:
                 if reservation.since <= sampled_at < reservation.until:
                     tokens += self.group.shown(reservation, sampled_at)
                     requests += reservation.requests
-        others = max(0.0, sample.running_requests + sample.waiting_requests - requests)
+        told_requests = sample.running_requests + sample.waiting_requests
+        others = max(0.0, told_requests - requests)
         self.group.others_requests += others - self.others_requests
         self.others_requests = others
         self.sample = sample
         self.sampled_at = sampled_at
-        self.group.correct(self, max(0.0, self.group.told(sample) - tokens), now)
+        excess = self.group.told(sample) - tokens
+        if others >= _SOMEBODY:
+            excess = max(0.0, excess)
+        else:  # it is ours, if the engine knows of us at all
+            excess = self.group.misjudged(excess, tokens) if 2 * told_requests >= requests else 0.0
+        self.group.correct(self, excess, now)
         # A later sample is of a later moment: what was over by now cannot be in it.
         while self.settled and self.settled[0].until <= sampled_at:
             self.settled.popleft()
@@ -204,6 +212,13 @@ class StepGroup(ABC):
     @abstractmethod
     def shown(self, reservation: Reservation, at: float) -> float:
         """Give the tokens that a reservation had in a sample of that moment."""
+
+    @abstractmethod
+    def misjudged(self, excess: float, tokens: float) -> float:
+        """Tell what to make of tokens that a sample has more (or fewer) than our *tokens*, but no more requests.
+
+        They are ours: the lengths were not estimated right.
+        """
 
     @abstractmethod
     def correct(self, rank: RankLoad, others: float, now: float) -> None:

@@ -20,6 +20,8 @@ _JOINT_DELAY: Final = 0.1
 """How much the growth of the fullest rank weighs, per sequence of the server that it slows down."""
 _GROWTH_INTERVAL: Final = 0.25
 """Seconds after which the growth of running sequences is looked at anew. They grow by a few tokens each until then."""
+_TRUSTED: Final = 0.5
+"""Share of our own books that an engine's count may take back; one that tells nonsense must not empty them."""
 _SMOOTHING: Final = 0.3
 
 
@@ -94,6 +96,9 @@ class DecodeGroup(StepGroup):
         assert isinstance(reservation, DecodeReservation)  # noqa: S101 - made by _open
         return reservation.tokens + max(0.0, at - reservation.first_token_at) * reservation.requests / self.tpot
 
+    def misjudged(self, excess: float, tokens: float) -> float:
+        return max(-_TRUSTED * tokens, excess)  # sequences last long, and the engine counts better than we estimate
+
     def correct(self, rank: RankLoad, others: float, now: float) -> None:
         self._learn_pace(rank)
         if rank.sample is not None and rank.sample.capacity_tokens:
@@ -143,7 +148,8 @@ class DecodeGroup(StepGroup):
     def _sum_up(self, position: int, now: float) -> None:
         self.changed = True
         grown = (self._growing[position] * now - self._first_tokens[position]) / self.tpot
-        self.loads[position] = self.others[position] + self._prompts[position] + self._extra[position] + max(0.0, grown)
+        load = self.others[position] + self._prompts[position] + self._extra[position] + max(0.0, grown)
+        self.loads[position] = max(0.0, load)
 
     def _learn_pace(self, rank: RankLoad) -> None:
         """Learn from a rank how long a token takes: sequences over tokens per second, as all get one in each step."""

@@ -119,6 +119,9 @@ class PrefillGroup(StepGroup):
     def shown(self, reservation: Reservation, at: float) -> float:  # noqa: ARG002 - the same at any time
         return reservation.tokens
 
+    def misjudged(self, excess: float, tokens: float) -> float:  # noqa: ARG002 - whatever they are
+        return 0.0  # it will be gone with our requests, which is sooner than the next sample
+
     def correct(self, rank: RankLoad, others: float, now: float) -> None:  # noqa: ARG002 - as above
         self.others[rank.position] = others
         self._sum_up(rank.position)

@@ -216,6 +216,8 @@ def _lie(page: LoadPage, rng: Random) -> LoadPage:
                 used_tokens=round(sample.used_tokens * rng.uniform(0, 3)),
                 total_tokens=None if sample.total_tokens is None else round(sample.total_tokens * rng.uniform(0, 3)),
                 waiting_uncached_tokens=rng.randrange(20_000),
+                running_requests=rng.randrange(2 * sample.running_requests + 1),
+                waiting_requests=rng.randrange(5),
                 capacity_tokens=sample.capacity_tokens,
                 age=sample.age,
             )
