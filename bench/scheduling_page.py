@@ -155,7 +155,7 @@ def measured() -> str | None:
     rows = []
     for path in sorted(NUMBERS.glob("balance-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        summary, bound = found["summary"], found["simulated"][BOUND]
+        summary, bound = found["summary"], found.get("simulated", {}).get(BOUND, {})
         others = [numbers for name, numbers in summary.items() if name.startswith("smg")]
         if not others:
             continue
@@ -186,6 +186,31 @@ def _change(change: dict[str, float] | None) -> str:
         return ""
     margin = "" if change["margin"] is None else f" ± {100 * change['margin']:.1f}"
     return f"{100 * change['mean']:+.1f}{margin}"
+
+
+def balance() -> str | None:
+    """Real routers in front of strict engines, a table for each run of bench/balance."""
+    parts = []
+    for path in sorted(NUMBERS.glob("balance-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        about, rows = found["about"], []
+        for name, numbers in found["summary"].items():
+            changes = [numbers.get(f"{key}_change") for key in ("ttft_mean", "ttft_p99", "tpot_mean")]
+            rows.append(
+                [
+                    f"**{name}**" if name == "dp-extproc" else name,
+                    f"{numbers['ttft_mean']:,.0f}",
+                    *("" if each is None or name == OWN else f"{100 * each['mean']:+.0f}" for each in changes),
+                    f"{numbers['prefill_wait']:.0%}",
+                    f"{numbers['failed']:.0f}",
+                ]
+            )
+        seeds, requests = about["options"]["seeds"], about["options"]["requests"]
+        header = ["", "mean TTFT, ms", "change, %", "p99 TTFT, %", "TPOT, %", "waiting", "failed"]
+        parts.append(
+            f"{about['title']}, {seeds} seed{'s' * (seeds > 1)} of {requests} requests:\n\n{table(header, rows)}"
+        )
+    return "\n\n".join(parts) or None
 
 
 def draw_policies() -> None:
@@ -238,6 +263,7 @@ TABLES: Final[dict[str, Callable[[], str | None]]] = {
     "affinity": affinity,
     "replicas": replicas,
     "robustness": robustness,
+    "balance": balance,
     "measured": measured,
 }
 
