@@ -92,7 +92,7 @@ class Ledger:
 
     def _side(self, url: str | None, rank: int | None, cached: float) -> Side | None:
         host = None if url is None else self._fleet.hosts.get(url)
-        if host is None or (rank is not None and rank >= len(host.ranks)):
+        if host is None or (rank is not None and not 0 <= rank < len(host.ranks)):
             return None
         return Side(host, rank, routed=False, by_room=False, cached=cached)
 
