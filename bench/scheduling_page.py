@@ -162,8 +162,11 @@ def measured() -> str | None:
         cells = [found["about"]["title"], f"{summary[OWN]['ttft_mean']:,.0f}"]
         for key in ("ttft_mean", "ttft_p99", "tpot_mean"):
             change = f"{key}_change"
-            best = min((each[change] for each in others if change in each), key=_mean, default=None)
-            cells += [_change(summary["dp-extproc"].get(change)), _change(best)]
+            best: dict[str, Any] = min(
+                (each for each in others if change in each), key=lambda each: each[change]["mean"], default={}
+            )
+            against = _change(best.get(f"{key}_against_default"))
+            cells += [_change(summary["dp-extproc"].get(change)), f"{_change(best.get(change))} ({against or '-'})"]
             if key != "ttft_p99":
                 cells.append(_change(bound.get(change)))
         rows.append(cells)
@@ -174,10 +177,6 @@ def measured() -> str | None:
          "mean TPOT, %", "smg's best", "clairvoyant"],
         rows,
     )  # fmt: skip
-
-
-def _mean(change: dict[str, float]) -> float:
-    return change["mean"]
 
 
 def _change(change: dict[str, float] | None) -> str:

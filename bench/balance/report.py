@@ -10,7 +10,7 @@ import matplotlib as mpl
 from rich.console import Console
 from rich.table import Table
 
-from bench.balance.contenders import ENGINES_OWN
+from bench.balance.contenders import DEFAULT, ENGINES_OWN
 from bench.balance.runs import Run
 from dp_extproc.workload.comparison import Change, change
 
@@ -33,13 +33,13 @@ class Result(Protocol):
         ...
 
 
-def changes(runs: Sequence[Result], key: str) -> dict[str, Change]:
+def changes(runs: Sequence[Result], key: str, baseline: str = ENGINES_OWN) -> dict[str, Change]:
     """Compare a number of every contender with the baseline, seed by seed; who lacks it in a run is left out."""
     values = {(run.contender, run.seed): run.numbers().get(key) for run in runs}
     seeds = sorted({run.seed for run in runs})
     found = {}
     for name in dict.fromkeys(run.contender for run in runs):
-        pairs = [(values.get((name, seed)), values.get((ENGINES_OWN, seed))) for seed in seeds]
+        pairs = [(values.get((name, seed)), values.get((baseline, seed))) for seed in seeds]
         known = [(own, base) for own, base in pairs if own is not None and base]
         if known and len(known) == len(pairs):
             found[name] = change(*map(list, zip(*known, strict=True)))
@@ -73,13 +73,16 @@ def _print_times(console: Console, title: str, runs: Sequence[Result]) -> None:
         for statistic in STATISTICS:
             table.add_column(statistic, justify="right")
             table.add_column("change", justify="right")
+        table.add_column(f"mean against\n{DEFAULT}", justify="right")
+        ours = changes(runs, f"{measure}_mean", DEFAULT)
         against = {statistic: changes(runs, f"{measure}_{statistic}") for statistic in STATISTICS}
         for name, numbers in found.items():
             cells = []
             for statistic in STATISTICS:
                 value = numbers.get(f"{measure}_{statistic}")
-                cells += ["" if value is None else f"{value:,.1f}", _percent(against[statistic].get(name), name)]
-            table.add_row(name, *cells)
+                change_of_it = None if name == ENGINES_OWN else against[statistic].get(name)
+                cells += ["" if value is None else f"{value:,.1f}", _percent(change_of_it)]
+            table.add_row(name, *cells, _percent(None if name == DEFAULT else ours.get(name)))
         console.print(table)
 
 
@@ -99,9 +102,10 @@ def _summary(runs: Sequence[Result]) -> dict[str, Any]:
         name: {
             **numbers,
             **{
-                f"{key}_change": {"mean": against.mean, "margin": against.margin}
+                f"{key}_{suffix}": {"mean": against.mean, "margin": against.margin}
                 for key in (f"{measure}_{statistic}" for measure in MEASURES for statistic in STATISTICS)
-                if (against := changes(runs, key).get(name)) is not None
+                for suffix, baseline in (("change", ENGINES_OWN), ("against_default", DEFAULT))
+                if (against := changes(runs, key, baseline).get(name)) is not None
             },
         }
         for name, numbers in means(runs).items()
@@ -170,8 +174,8 @@ def _number(key: str, value: float) -> str:
     return f"{value:.2f}" if key.endswith("imbalance") else f"{value:.0%}"
 
 
-def _percent(against: Change | None, name: str) -> str:
-    if against is None or name == ENGINES_OWN:
+def _percent(against: Change | None) -> str:
+    if against is None:
         return ""
     margin = "" if against.margin is None else f" ± {against.margin * 100:.1f}"
     return f"{against.mean * 100:+.1f}{margin} %"
