@@ -147,14 +147,21 @@ def test_cuts_that_only_some_prompts_have_are_found() -> None:
 
 
 def test_all_slots_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has an even share of what all may remember."""
+    """What is sent to one pushes out what those hold that were sent nothing for longest, the oldest first."""
     monkeypatch.setattr("dp_extproc.placement.affinity._MOST_BLOCKS_IN_ALL", 40)
     index = PrefixIndex[int]()
-    for number in range(10):
-        for slot in range(10):
-            index.note(slot, make_prefix(f"{number}abc"), 400, None)
+    index.note_session("s", 99, 400)  # a slot with nothing to give
+    for slot in range(10):
+        index.note(slot, make_prefix(f"{slot}abc"), 400, None)
+    index.note(0, make_prefix("0a"), 200, None)
+    index.note(9, make_prefix("xyz"), 300, None)
 
-    assert sum(len(cache.blocks) for cache in index._caches.values()) <= 40
+    left = [len(index.held(make_prefix(f"{slot}abc"), 400).by_slot) for slot in range(10)]
+    assert left == [1] * 10
+    assert index.held(make_prefix("xyz"), 300).by_slot == {9: 300}
+    assert index.held(make_prefix("1abc"), 400).by_slot == {1: 100}
+    assert index.held(make_prefix("2abc"), 400).by_slot == {2: 400}
+    assert sum(len(cache.blocks) for cache in index._caches.values()) == 40
 
 
 @settings(max_examples=200)
@@ -169,4 +176,5 @@ def test_a_slot_never_holds_more_than_its_capacity(sent: list[tuple[int, str]], 
         assert len(cache.blocks) <= blocks
         assert abs(cache.tokens - sum(cache.blocks.values())) < 1e-6
         assert all(slot in index._holders[block] for block in cache.blocks)
-    assert sum(map(len, index._holders.values())) == sum(len(cache.blocks) for cache in index._caches.values())
+    kept = sum(len(cache.blocks) for cache in index._caches.values())
+    assert index._blocks == kept == sum(map(len, index._holders.values()))

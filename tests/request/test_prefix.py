@@ -80,9 +80,12 @@ def test_a_conversation_that_goes_on_has_its_earlier_turns_as_a_prefix() -> None
         assert shared(earlier, later) == earlier.ends[-1] > 3000
 
 
-@pytest.mark.parametrize("key", ["model", "lora_path", "extra_key", "cache_salt", "image_data", "audio_data"])
+@pytest.mark.parametrize(
+    "key",
+    ["model", "lora_path", "extra_key", "cache_salt", "image_data", "video_data", "audio_data", "reasoning_effort"],
+)
 def test_what_has_a_cache_of_its_own_shares_nothing(key: str) -> None:
-    """Another model or adapter has other keys and values for the same words."""
+    """Another model or adapter has other keys and values for the same words; other media are other words."""
     one, two = (chain(Api.GENERATE, text=TEXT, **{key: value}) for value in ("a", "b"))
 
     assert shared(one, two) == 0
@@ -142,7 +145,7 @@ def test_the_chain_tells_how_much_is_shared(common: int, rest: int) -> None:
     assert common - told <= max(1024, common / 16)
 
 
-@pytest.mark.parametrize("ends", [(1, 2), (0, 0, 0), (1, 2, 3, 4)])
+@pytest.mark.parametrize("ends", [(1, 2), (0, 0, 0), (1, 3, 2), (-1, 2, 3), (1, 2, 3, 4)])
 def test_a_chain_that_does_not_fit_is_refused(ends: tuple[int, ...]) -> None:
     """What another replica has sent is checked when it is read."""
     told = msgspec.msgpack.encode({"blocks": (1, 2, 3), "ends": ends})

@@ -1,5 +1,6 @@
 """What is written is read again, and nothing else is."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,6 +62,19 @@ def test_every_message_survives_the_way(message: Message) -> None:
 def test_what_cannot_be_read_is_told_apart(data: bytes, expected: Unreadable) -> None:
     """Garbage and messages of another version are values, not errors."""
     assert decode(data) is expected
+
+
+@pytest.mark.parametrize("ends", [(7,), (5, 0), (0, 0), (5, 3), (-5, 3), (1, 2, 3)])
+def test_a_prompt_whose_blocks_do_not_fit_is_garbage(ends: tuple[int, ...]) -> None:
+    """It would break the books of whoever heard it, so it is refused before."""
+    told = msgspec.to_builtins(Batch("a", 1, 2.5, EVENTS[:1]))
+    prefix = told[-1][0][-1]["demand"]["prefix"]
+    header = encode(Ask("a", None))[:4]
+    fits = decode(header + msgspec.msgpack.encode(told))
+    prefix["ends"] = ends
+
+    assert isinstance(fits, Batch)
+    assert decode(header + msgspec.msgpack.encode(told)) is Unreadable.GARBAGE
 
 
 @given(st.binary(max_size=200))

@@ -19,7 +19,7 @@ _UNKNOWN_CAPACITY: Final = 1 << 18
 _MOST_BLOCKS: Final = 1 << 14
 """Per slot; four million tokens in whole blocks."""
 _MOST_BLOCKS_IN_ALL: Final = 1 << 21
-"""Of all slots, each of which has an even share: at most a gigabyte, in a fleet that fills it."""
+"""Of all slots together: at most a gigabyte, in a fleet that fills it."""
 _MOST_SESSIONS: Final = 100_000
 _LISTED: Final = 64
 """Slots that an answer lists at most. A beginning that more than half of all hold is taken to be held by all."""
@@ -41,7 +41,10 @@ class PrefixIndex(Generic[_S]):
     def __init__(self) -> None:
         self._holders: dict[int, set[_S]] = {}
         """By block."""
-        self._caches: dict[_S, _Cache] = {}
+        self._caches: OrderedDict[_S, _Cache] = OrderedDict()
+        """By slot, the one that was sent nothing for longest first."""
+        self._blocks = 0
+        """Of all slots."""
         self._sessions: OrderedDict[str, _Session[_S]] = OrderedDict()
 
     def held(self, prefix: Prefix, tokens: float, session: str | None = None) -> Held[_S]:
@@ -55,18 +58,18 @@ class PrefixIndex(Generic[_S]):
         """
         by_slot: dict[_S, float] = {}
         elsewhere = 0.0
-        for level in range(len(prefix.blocks), 0, -1):
-            slots = self._holders.get(prefix.blocks[level - 1])
-            if slots is None or slots <= by_slot.keys():
+        holders, known_slots = self._holders, len(self._caches)
+        # Every level has to be looked at: an earlier prompt may end where this one has a cut, and lack those before.
+        for level, block in zip(range(len(prefix.blocks), 0, -1), reversed(prefix.blocks), strict=True):
+            if (slots := holders.get(block)) is None or not (new := slots.difference(by_slot)):
                 continue
             share = prefix.tokens_in(level, tokens)
-            if len(slots) > _LISTED and 2 * len(slots) > len(self._caches):
+            if len(slots) > _LISTED and 2 * len(slots) > known_slots:
                 elsewhere = share
                 break
-            for slot in islice(slots, _LISTED):
-                by_slot.setdefault(slot, share)
-            if len(by_slot) >= _LISTED:
-                break
+            by_slot.update(dict.fromkeys(islice(new, _LISTED - len(by_slot)), share))
+            if len(by_slot) >= min(_LISTED, known_slots):
+                break  # whoever could hold less is listed
         if session is not None and (known := self._sessions.get(session)) is not None:
             cache = self._caches[known.slot]
             if cache.noted - known.noted < cache.capacity:  # else others have pushed it out since
@@ -83,6 +86,7 @@ class PrefixIndex(Generic[_S]):
             capacity_tokens: What the slot can hold in all; None if it is not known.
         """
         cache = self._cache(slot)
+        self._caches.move_to_end(slot)
         if capacity_tokens is not None:
             cache.capacity = capacity_tokens
         cache.noted += tokens
@@ -98,12 +102,16 @@ class PrefixIndex(Generic[_S]):
                 blocks[block] = until - before
                 cache.tokens += until - before
                 holders.setdefault(block, set()).add(slot)
+                self._blocks += 1
             until = before
-        most = min(_MOST_BLOCKS, _MOST_BLOCKS_IN_ALL // len(self._caches))
-        while blocks and (cache.tokens > cache.capacity or len(blocks) > most):
-            block, size = blocks.popitem(last=False)
-            cache.tokens -= size
-            self._let_go(slot, block)
+        while blocks and (cache.tokens > cache.capacity or len(blocks) > _MOST_BLOCKS):
+            self._evict(slot, cache)
+        while self._blocks > _MOST_BLOCKS_IN_ALL:
+            idle, its = next(iter(self._caches.items()))
+            if its.blocks:
+                self._evict(idle, its)
+            else:
+                self._caches.move_to_end(idle)
 
     def note_session(self, session: str, slot: _S, tokens: float) -> None:
         """Take note that a slot is going to hold a prompt of this conversation."""
@@ -133,7 +141,13 @@ class PrefixIndex(Generic[_S]):
         if (known := self._sessions.pop(session, None)) is not None:
             self._caches[known.slot].sessions.discard(session)
 
+    def _evict(self, slot: _S, cache: "_Cache") -> None:
+        block, size = cache.blocks.popitem(last=False)
+        cache.tokens -= size
+        self._let_go(slot, block)
+
     def _let_go(self, slot: _S, block: int) -> None:
+        self._blocks -= 1
         slots = self._holders[block]
         slots.discard(slot)
         if not slots:

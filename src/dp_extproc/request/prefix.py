@@ -10,6 +10,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import accumulate, chain, repeat, takewhile
+from operator import le
 from typing import Final
 
 from msgspec import Raw, Struct
@@ -34,9 +35,12 @@ _LOOK_BACK: Final = 8
 _LOOK_BACK_BYTES: Final = 1 << 16
 """Where those messages are looked for."""
 
-_CONDITIONS: Final = ("model", "lora_path", "extra_key", "cache_salt", "image_data", "video_data", "audio_data")
+_CONDITIONS: Final = (
+    "model", "lora_path", "extra_key", "cache_salt", "image_data", "video_data", "audio_data", "chat_template_kwargs",
+    "reasoning_effort",
+)  # fmt: skip
 """Under which two equal prompts have the same KV cache. SGLang keys its cache by the adapter, ``extra_key`` and
-``cache_salt``; media beside a text stand somewhere within it."""
+``cache_salt``; media beside a text stand somewhere within it, and what chat templates are told at its beginning."""
 
 _ORDER: Final = {
     Api.GENERATE: ("text", "input_ids"),
@@ -66,8 +70,9 @@ class Prefix(Struct, frozen=True):
         Raises:
             ValueError: The ends are not those of the blocks.
         """
-        if self.ends and (len(self.ends) != len(self.blocks) or self.ends[-1] <= 0):
-            raise ValueError("every block has an end, and the last one is not at 0")
+        ends = self.ends
+        if ends and not (len(ends) == len(self.blocks) and ends[-1] > 0 and all(map(le, chain((0,), ends), ends))):
+            raise ValueError("every block ends behind the one before, and the last one not at 0")
 
     def tokens_in(self, blocks: int, prompt_tokens: float) -> float:
         """Tell how many of the prompt's tokens are in its first *blocks* blocks, one or more of them."""
