@@ -137,7 +137,15 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
     ),
     "session-header-with-a-secret": (
         POOL + "envoy: {session_header: Authorization}\n",
-        [(4, "envoy.session_header", "Authorization is not the name of a conversation")],
+        [(4, "envoy.session_header", "Authorization is not the name of a conversation; write a header")],
+    ),
+    "session-header-that-frames": (
+        POOL + "envoy: {session_header: content-length}\n",
+        [(4, "envoy.session_header", "content-length is not the name of a conversation; write a header")],
+    ),
+    "session-header-that-routes": (
+        POOL + "envoy: {session_header: X-Data-Parallel-Rank}\n",
+        [(4, "envoy.session_header", "X-Data-Parallel-Rank is not the name of a conversation; write a header")],
     ),
     "standby-without-a-port": (
         POOL + "envoy: {standby: [10.0.0.9]}\n",

@@ -28,9 +28,15 @@ _HOST: Final = re.compile(r"[A-Za-z0-9._:%\-]+")
 _HEADER: Final = re.compile(r"[a-z0-9!#$&'*+.^_`|~-]+")
 """RFC 9110, but for the percent sign, which begins a command in Envoy's formats."""
 _NO_SESSION: Final = frozenset({
-    "authorization", "proxy-authorization", "cookie", "x-api-key", "api-key",  # replicas tell each other what it says
-    "host", "connection", "content-length", "content-type", "transfer-encoding", "x-data-parallel-rank",
+    # Replicas tell each other what a conversation is called.
+    "authorization", "proxy-authorization", "cookie", "set-cookie", "api-key", "x-api-key", "x-auth-token",
+    "x-goog-api-key", "x-amz-security-token",
+    # RFC 9110 and 9112: what frames a message, or belongs to one connection.
+    "host", "connection", "proxy-connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "expect",
+    "content-length", "content-type", "content-encoding",
+    "x-data-parallel-rank",  # SGLang's: routes
 })  # fmt: skip
+"""Headers with credentials, and headers that frame or route."""
 _MAX_PORT: Final = 65535
 
 
