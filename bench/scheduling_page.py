@@ -165,8 +165,7 @@ def measured() -> str | None:
             best: dict[str, Any] = min(
                 (each for each in others if change in each), key=lambda each: each[change]["mean"], default={}
             )
-            against = _change(best.get(f"{key}_against_default"))
-            cells += [_change(summary["dp-extproc"].get(change)), f"{_change(best.get(change))} ({against or '-'})"]
+            cells += [_change(summary["dp-extproc"].get(change)), _change(best.get(change))]
             if key != "ttft_p99":
                 cells.append(_change(bound.get(change)))
         rows.append(cells)
