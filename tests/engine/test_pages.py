@@ -307,7 +307,7 @@ def test_faults(pair: Pair) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.get(f"{engine.url}/server_info", timeout=0.2)
     assert httpx.get(f"{engine.url}/debug/faults").json() == {
-        "loads": "500", "metrics": "garbage", "server_info": "hang"
+        "loads": {"kind": "500"}, "metrics": {"kind": "garbage"}, "server_info": {"kind": "hang"}
     }  # fmt: skip
     engine.fault(loads="ok", metrics="ok", server_info="ok")
     assert len(loads(engine)) == 4

@@ -6,18 +6,22 @@ cache has been sent, and closing the connection is decode's ABORT. There is no a
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
+from dp_extproc.engine.api.faults import BOOTSTRAP, Faults
 from dp_extproc.engine.prefill_side import PrefillSide
 from dp_extproc.engine.settings import Settings
 
 
-def bootstrap_app(settings: Settings, side: PrefillSide) -> Starlette:
+def bootstrap_app(settings: Settings, side: PrefillSide, faults: Faults) -> Starlette:
     """Build the server of a prefill server's rooms."""
 
     async def route(request: Request) -> Response:
@@ -54,14 +58,22 @@ def bootstrap_app(settings: Settings, side: PrefillSide) -> Starlette:
     async def health(_: Request) -> Response:
         return PlainTextResponse("OK")
 
+    faulty = partial(_faulty, faults)
     return Starlette(
         routes=[
-            Route("/route", route),
-            Route("/query_dp_ranks", query_dp_ranks, methods=["POST"]),
-            Route("/rendezvous", rendezvous, methods=["POST"]),
-            Route("/health", health),
+            Route("/route", faulty(route)),
+            Route("/query_dp_ranks", faulty(query_dp_ranks), methods=["POST"]),
+            Route("/rendezvous", faulty(rendezvous), methods=["POST"]),
+            Route("/health", faulty(health)),
         ]
     )
+
+
+def _faulty(faults: Faults, healthy: Callable[[Request], Awaitable[Response]]) -> Any:
+    async def endpoint(request: Request) -> ASGIApp:
+        return await faults.answer(BOOTSTRAP, request, lambda: healthy(request))
+
+    return endpoint
 
 
 def _server_facts(settings: Settings) -> dict[str, object]:

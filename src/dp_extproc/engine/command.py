@@ -2,21 +2,16 @@
 
 import argparse
 import asyncio
-import contextlib
-import logging
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Final
 
-import uvicorn
 import uvloop
 from prometheus_client import disable_created_metrics
 
 from dp_extproc.engine.api.app import Server
-from dp_extproc.engine.bootstrap_server import bootstrap_app
 from dp_extproc.engine.release import Release
 from dp_extproc.engine.scheduler.costs import Costs
 from dp_extproc.engine.scheduler.work import Role
@@ -34,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, required=True)
     add("--host", default=default.host)
     add("--bootstrap-port", type=int, default=default.bootstrap_port, help="of prefill's bootstrap server")
+    add("--debug-port", type=int, metavar="PORT", help="of /debug, besides the API port: for faults of the latter")
     add("--sglang-version", type=_release, default=default.release, metavar="X.Y.Z", help="release to behave like")
     add("--model", default=default.model, metavar="NAME", help="served model name")
     add("--dp-attention", action=argparse.BooleanOptionalAction, default=False, help="ranks take their steps together")
@@ -76,48 +72,19 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-class _QuietServer(uvicorn.Server):
-    """uvicorn, with the signals left to us: there are two servers in one process."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.ready = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.ready.set()
-
-    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
-        return contextlib.nullcontext()
-
-    def stop(self) -> None:
-        """Stop without waiting for requests that are under way."""
-        self.should_exit = self.force_exit = True
-
-
 async def _serve(settings: Settings) -> int:
     server = Server(settings)
-    sockets = [_listen(settings.host, settings.port)]
-    apps: list[Any] = [server.app()]
-    if settings.role is Role.PREFILL:
-        sockets.append(_listen(settings.host, settings.bootstrap_port))
-        apps.append(bootstrap_app(settings, server.engine.prefill_side))
-    servers = [_QuietServer(uvicorn.Config(app, log_level="error", access_log=False, lifespan="off")) for app in apps]
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     async with server.engine.running():
-        tasks = [asyncio.ensure_future(each.serve([sock])) for each, sock in zip(servers, sockets, strict=True)]
-        for each in servers:
-            await each.ready.wait()
+        for listener in server.listeners.values():
+            await listener.open()
         sys.stdout.write(_ready_line(settings))
         sys.stdout.flush()
         await stopped.wait()
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # requests are cut off on purpose
-        for each in servers:
-            each.stop()
-        await asyncio.wait(tasks)
+        await asyncio.gather(*(listener.close() for listener in server.listeners.values()))
     return 0
 
 
@@ -129,14 +96,6 @@ def _ready_line(settings: Settings) -> str:
     )
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((host, port))
-    return listener
-
-
 def _settings(args: argparse.Namespace) -> Settings:
     return Settings(
         role=args.role,
@@ -144,6 +103,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         port=args.port,
         host=args.host,
         bootstrap_port=args.bootstrap_port,
+        debug_port=args.debug_port,
         release=args.sglang_version,
         model=args.model,
         dp_attention=args.dp_attention,

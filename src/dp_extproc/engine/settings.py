@@ -41,6 +41,7 @@ class Settings:
     port: int = 30000
     host: str = "127.0.0.1"
     bootstrap_port: int = 8998
+    debug_port: int | None = None
     release: Release = field(default_factory=lambda: Release(0, 5, 23))
     model: str = "strict-engine"
     dp_attention: bool = False

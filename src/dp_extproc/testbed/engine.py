@@ -20,28 +20,34 @@ class EngineProcess(CommandProcess):
             options: Further command-line options.
         """
         self.role = role
-        self.port, self.bootstrap_port = free_ports(2)
+        self.port, self.bootstrap_port, debug_port = free_ports(3)
         self.url = f"http://127.0.0.1:{self.port}"
+        self.debug_url = f"http://127.0.0.1:{debug_port}/debug"
         arguments = ["engine", "--role", role, "--dp-size", str(dp_size), "--port", str(self.port)]
+        arguments += ["--debug-port", str(debug_port)]
         if role == "prefill":
             arguments += ["--bootstrap-port", str(self.bootstrap_port)]
         super().__init__([*arguments, *options], f"{self.url}/v1/models")
 
     def requests(self) -> list[dict[str, Any]]:
         """Return every inference request it has received, oldest first."""
-        page = httpx.get(f"{self.url}/debug/requests").raise_for_status().json()
+        page = httpx.get(f"{self.debug_url}/requests").raise_for_status().json()
         received: list[dict[str, Any]] = page["requests"] if isinstance(page, dict) else page
         return received
 
     def forget(self) -> None:
         """Clear what :meth:`requests` returns."""
-        httpx.delete(f"{self.url}/debug/requests").raise_for_status()
+        httpx.delete(f"{self.debug_url}/requests").raise_for_status()
 
     def steps(self) -> list[dict[str, Any]]:
         """Return what the steps of its groups of ranks have taken so far."""
-        groups: list[dict[str, Any]] = httpx.get(f"{self.url}/debug/steps").raise_for_status().json()["groups"]
+        groups: list[dict[str, Any]] = httpx.get(f"{self.debug_url}/steps").raise_for_status().json()["groups"]
         return groups
 
-    def fault(self, **faults: str) -> None:
-        """Switch faults of its pages: ``fault(loads="hang")``; ``ok`` switches one off."""
-        httpx.post(f"{self.url}/debug/faults", json=faults).raise_for_status()
+    def fault(self, **faults: str | dict[str, Any]) -> None:
+        """Switch faults: ``fault(loads="hang", inference={"kind": "reset", "after": 2})``; ``ok`` switches one off."""
+        httpx.post(f"{self.debug_url}/faults", json=faults).raise_for_status()
+
+    def heal(self) -> None:
+        """Switch all faults off."""
+        self.fault(**dict.fromkeys(httpx.get(f"{self.debug_url}/faults").raise_for_status().json(), "ok"))

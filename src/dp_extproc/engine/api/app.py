@@ -15,14 +15,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dp_extproc.engine.api import errors, loads, metrics, pages, unroutable
 from dp_extproc.engine.api.completions import chat, completions
 from dp_extproc.engine.api.exchange import Exchange
-from dp_extproc.engine.api.faults import Faults
+from dp_extproc.engine.api.faults import BOOTSTRAP, INFERENCE, Fault, Faults, Kind
 from dp_extproc.engine.api.fields import InvalidBodyError, InvalidTypeError
 from dp_extproc.engine.api.generate import generate
-from dp_extproc.engine.api.journal import Journal
+from dp_extproc.engine.api.journal import Journal, Noted, Record
 from dp_extproc.engine.api.messages import messages
 from dp_extproc.engine.api.responses import responses
+from dp_extproc.engine.bootstrap_server import bootstrap_app
 from dp_extproc.engine.engine import Engine, kill_server
 from dp_extproc.engine.leg import RefusedError
+from dp_extproc.engine.listener import Listener
+from dp_extproc.engine.scheduler.work import Role
 from dp_extproc.engine.settings import Settings
 from dp_extproc.engine.ticket import Ticket
 
@@ -50,6 +53,12 @@ class Server:
         self.engine = Engine(settings, on_end=self._ended, kill=kill)
         self.journal = Journal()
         self.faults = Faults()
+        self.listeners = {INFERENCE: Listener(self.app(), settings.host, settings.port)}
+        if settings.role is Role.PREFILL:
+            app = bootstrap_app(settings, self.engine.prefill_side, self.faults)
+            self.listeners[BOOTSTRAP] = Listener(app, settings.host, settings.bootstrap_port)
+        if settings.debug_port is not None:
+            self.listeners["debug"] = Listener(Starlette(routes=self._debug()), settings.host, settings.debug_port)
         self._metrics = metrics.Metrics(self.engine)
 
     def app(self) -> ASGIApp:
@@ -64,10 +73,7 @@ class Server:
             Route("/get_server_info", self._page("server_info", self._server_info)),
             Route("/get_model_info", self._page("model_info", self._model_info)),
             Route("/abort_request", self._abort_request, methods=["POST"]),
-            Route("/debug/requests", self._debug_requests, methods=["GET", "DELETE"]),
-            Route("/debug/requests/{number:int}/body", self._debug_body),
-            Route("/debug/steps", self._debug_steps),
-            Route("/debug/faults", self._debug_faults, methods=["GET", "POST"]),
+            *self._debug(),
         ]
         if release.has_server_info:
             routes.append(Route("/server_info", self._page("server_info", self._server_info)))
@@ -84,14 +90,30 @@ class Server:
             Starlette(routes=routes, exception_handlers={HTTPException: _detail}), self.settings.api_key
         )
 
-    async def _inference(self, request: Request) -> Response:
-        path = request.url.path
+    def _debug(self) -> list[Route]:
+        return [
+            Route("/debug/requests", self._debug_requests, methods=["GET", "DELETE"]),
+            Route("/debug/requests/{number:int}/body", self._debug_body),
+            Route("/debug/steps", self._debug_steps),
+            Route("/debug/faults", self._debug_faults, methods=["GET", "POST"]),
+        ]
+
+    async def _inference(self, request: Request) -> ASGIApp:
         try:
             body = await request.body()
         except ClientDisconnect:
             return Response(status_code=499)
-        record = self.journal.open(request.method, path, _joined(request.headers), body)
-        exchange = Exchange(self.engine, request, record)
+        record = self.journal.open(request.method, request.url.path, _joined(request.headers), body)
+        fault = self.faults.take(INFERENCE)
+        if fault is not None:
+            record.fault = str(fault.kind)
+        answer = await self.faults.spoil(fault, INFERENCE, request, lambda: self._infer(request, record, fault))
+        return Noted(answer, record)
+
+    async def _infer(self, request: Request, record: Record, fault: Fault | None) -> Response:
+        path = request.url.path
+        fails_after = fault.after if fault is not None and fault.kind is Kind.FAIL else None
+        exchange = Exchange(self.engine, request, record, fails_after)
         try:
             _check_content_type(path, request.headers)
             return await _INFERENCE[path](exchange)
@@ -112,8 +134,8 @@ class Server:
         self._metrics.ended(ticket)
 
     def _page(self, name: str, healthy: Callable[[Request], Awaitable[Response]]) -> Any:
-        async def endpoint(request: Request) -> Response:
-            return await self.faults.answer(name, lambda: healthy(request))
+        async def endpoint(request: Request) -> ASGIApp:
+            return await self.faults.answer(name, request, lambda: healthy(request))
 
         return endpoint
 
@@ -168,9 +190,11 @@ class Server:
     async def _debug_faults(self, request: Request) -> Response:
         if request.method == "POST":
             try:
-                self.faults.switch(msgspec.json.decode(await request.body(), type=dict[str, str]))
+                self.faults.switch(msgspec.json.decode(await request.body(), type=dict[str, Kind | Fault]))
             except (msgspec.DecodeError, ValueError) as error:
                 return PlainTextResponse(str(error), 400)
+            for target, listener in self.listeners.items():
+                await (listener.close() if self.faults.refuses(target) else listener.open())
         return errors.json_response(self.faults.active)
 
 

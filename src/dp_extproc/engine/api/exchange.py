@@ -51,11 +51,14 @@ class Exchange:
     engine: Engine
     request: Request
     record: Record
+    fails_after: int | None = None
+    """After how many tokens the scheduler gives it up; None for never."""
     tickets: list[Ticket] = field(default_factory=list)
     streaming: bool = False
     """What the body says."""
     samples: int = 1
     """Sequences per prompt (``n``)."""
+    _failing: list[asyncio.Future[None]] = field(default_factory=list)
 
     @property
     def path(self) -> str:
@@ -106,6 +109,8 @@ class Exchange:
             self.engine.kill("TypeError: unsupported operand type(s) for %: 'list' and 'int' (bootstrap_room)")
         wanted = legs(fields, prompts, max_new_tokens, samples, is_batch=is_batch)
         self.tickets = self.record.tickets = self.engine.submit(wanted, streaming=self.streaming)
+        if self.fails_after is not None:
+            self._failing = [asyncio.ensure_future(self._fail(each, self.fails_after)) for each in self.tickets]
 
     async def finish(self) -> Failure | None:
         """Wait until all sequences have ended, looking from time to time whether the client is still there.
@@ -174,6 +179,11 @@ class Exchange:
         settings = self.engine.settings
         await asyncio.sleep(settings.timeouts.background_abort * settings.time_scale)
         self.abort()
+
+    async def _fail(self, ticket: Ticket, after: int) -> None:
+        if after:
+            await ticket.wait(after - 1)
+        self.engine.end(ticket, Failure(500, f"a fault is switched on, req.rid={ticket.leg.rid!r}"))
 
     @property
     def _poll_seconds(self) -> float:

@@ -1,48 +1,146 @@
-"""Pages that can be made to misbehave, for tests of those who read them."""
+"""Misbehaviour that is switched on at run time, for tests of those who have to cope with it.
+
+Every page has its switch, all inference paths have one together, and so has the bootstrap port.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Final
 
-from starlette.responses import PlainTextResponse, Response
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
 
-PAGES: Final = ("loads", "metrics", "server_info", "health", "models")
-KINDS: Final = ("ok", "hang", "garbage", "500")
+from dp_extproc.engine.api.broken import Hang, Interrupted, Pause, Short, noise, pause, reset
+from dp_extproc.engine.api.errors import failed
+from dp_extproc.engine.leg import Failure
+
+PAGES: Final = ("loads", "metrics", "server_info", "model_info", "health", "models")
+INFERENCE: Final = "inference"
+BOOTSTRAP: Final = "bootstrap"
+PORTS: Final = (INFERENCE, BOOTSTRAP)
+"""What can refuse connections: the API port with everything on it, and the bootstrap port."""
 
 _GARBAGE: Final = b'{"loads": [{"dp_rank": \xff\x00 sglang:num_used_tokens{dp_rank= 1e'
 
 
-@dataclass(slots=True)
+class Kind(StrEnum):
+    """What goes wrong."""
+
+    OK = "ok"
+    REFUSE = "refuse"
+    """The port is closed, and all its connections are cut."""
+    HANG = "hang"
+    """No (further) byte comes."""
+    SLOW = "slow"
+    """The next byte takes some seconds."""
+    RESET = "reset"
+    """The connection is reset."""
+    GARBAGE = "garbage"
+    """200, with a body that nobody can read."""
+    NOISE = "noise"
+    """Bytes that are not HTTP."""
+    SHORT = "short"
+    """The body is shorter than its content-length says; then the connection is closed."""
+    FAIL = "fail"
+    """The scheduler gives the request up; the server says so the way it does for the path."""
+    BAD_REQUEST = "400"
+    INTERNAL = "500"
+    UNAVAILABLE = "503"
+
+
+class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One switch."""
+
+    kind: Kind
+    after: int = 0
+    """Chunks of the answer that come before ``hang``, ``slow`` and ``reset``; 0 is before its headers. Of ``fail``:
+    tokens."""
+    seconds: float = 1.0
+    """Of ``slow``; unscaled."""
+    times: int | None = None
+    """How many requests it hits before it goes away; None for all."""
+
+
 class Faults:
-    """The faults that are switched on, by page."""
+    """The faults that are switched on, by what they hit."""
 
-    active: dict[str, str] = field(default_factory=dict)
-    _switched: asyncio.Event = field(default_factory=asyncio.Event)
+    def __init__(self) -> None:
+        """Start without any."""
+        self.active: dict[str, Fault] = {}
+        self._released = {target: asyncio.Event() for target in (*PAGES, *PORTS)}
 
-    def switch(self, wanted: dict[str, str]) -> None:
-        """Switch some pages.
+    def switch(self, wanted: dict[str, Kind | Fault]) -> None:
+        """Switch some.
 
         Raises:
-            ValueError: There is no such page or kind.
+            ValueError: There is no such page, or it has no such fault.
         """
-        for page, kind in wanted.items():
-            if page not in PAGES or kind not in KINDS:
-                raise ValueError(f"{page}: {kind} is not one of {', '.join(PAGES)}: {', '.join(KINDS)}")
-        self.active.update(wanted)
-        self._switched.set()
-        self._switched = asyncio.Event()
+        faults = {target: each if isinstance(each, Fault) else Fault(each) for target, each in wanted.items()}
+        for target, fault in faults.items():
+            if target not in self._released:
+                raise ValueError(f"{target} is not one of {', '.join(self._released)}")
+            if fault.kind is Kind.REFUSE and target not in PORTS:
+                raise ValueError(f"{target}: only {' and '.join(PORTS)} have ports to close")
+            if fault.kind is Kind.FAIL and target != INFERENCE:
+                raise ValueError(f"{target}: only {INFERENCE} has schedulers")
+        for target, fault in faults.items():
+            self._set(target, fault)
+            self._released[target].set()
+            self._released[target] = asyncio.Event()
 
-    async def answer(self, page: str, healthy: Callable[[], Awaitable[Response]]) -> Response:
+    def refuses(self, target: str) -> bool:
+        """Tell whether a port is to be closed."""
+        return target in self.active and self.active[target].kind is Kind.REFUSE
+
+    def take(self, target: str) -> Fault | None:
+        """Give the fault that hits the next request, if there is one, and count it."""
+        fault = self.active.get(target)
+        if fault is None or fault.kind is Kind.REFUSE:
+            return None
+        if fault.times is not None:
+            left = fault.times - 1
+            self._set(target, msgspec.structs.replace(fault, times=left) if left > 0 else Fault(Kind.OK))
+        return fault
+
+    async def answer(self, target: str, request: Request, healthy: Callable[[], Awaitable[Response]]) -> ASGIApp:
         """Answer as *healthy* would, unless a fault is switched on."""
-        match self.active.get(page, "ok"):
-            case "hang":
-                while self.active.get(page) == "hang":
-                    await self._switched.wait()
-                return PlainTextResponse("was hanging", 503)
-            case "garbage":
+        return await self.spoil(self.take(target), target, request, healthy)
+
+    async def spoil(
+        self, fault: Fault | None, target: str, request: Request, healthy: Callable[[], Awaitable[Response]]
+    ) -> ASGIApp:
+        """Answer with a fault that was taken."""
+        if fault is None:
+            return await healthy()
+        released = self._released[target]
+        late: ASGIApp
+        match fault.kind:
+            case Kind.BAD_REQUEST | Kind.INTERNAL | Kind.UNAVAILABLE:
+                return failed(request.url.path, Failure(int(fault.kind), "a fault is switched on"))
+            case Kind.GARBAGE:
                 return Response(_GARBAGE, media_type="application/json")
-            case "500":
-                return PlainTextResponse("Internal Server Error", 500)
+            case Kind.NOISE:
+                return noise
+            case Kind.SHORT:
+                return Short(await healthy())
+            case Kind.SLOW if not fault.after:
+                await pause(request.receive, released, fault.seconds)
+                return await healthy()
+            case Kind.SLOW:
+                late = Pause(released, fault.seconds)
+            case Kind.HANG:
+                late = Hang(released)
+            case Kind.RESET:
+                late = reset
             case _:
                 return await healthy()
+        return Interrupted(await healthy(), fault.after, late) if fault.after else late
+
+    def _set(self, target: str, fault: Fault) -> None:
+        if fault.kind is Kind.OK:
+            self.active.pop(target, None)
+        else:
+            self.active[target] = fault

@@ -7,6 +7,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dp_extproc.engine.connection import connection_of
 from dp_extproc.engine.leg import Failure
 from dp_extproc.engine.ticket import Ticket
 
@@ -33,6 +36,13 @@ class Record:
     refused: tuple[int, str] | None = None
     """Status and text of a refusal before any scheduler had it."""
     tickets: list[Ticket] = field(default_factory=list)
+    fault: str | None = None
+    """What went wrong with it on purpose."""
+    answer_status: int | None = None
+    answered_at: float | None = None
+    """When its last byte was written."""
+    disconnected_at: float | None = None
+    """When the client cut the connection, if it did so before the end of the answer."""
 
     def refuse(self, status: int, text: str) -> None:
         """Note that it was refused."""
@@ -58,13 +68,19 @@ class Record:
             "received_at": self.received_at,
             "first_token_at": min(first, default=None),
             "ended_at": max(ended, default=None) if None not in ends else None,
+            "fault": self.fault,
+            "answer_status": self.answer_status,
+            "answered_at": self.answered_at,
+            "disconnected_at": self.disconnected_at,
             "legs": [_show_leg(ticket) for ticket in self.tickets],
         }
 
     def _outcome(self, ends: list[Any], failure: Failure | None) -> str:
         if self.refused is not None:
             return "failed"
-        if not ends or None in ends:
+        if not ends:
+            return "aborted" if self.disconnected_at is not None else "running"
+        if None in ends:
             return "running"
         if failure is None:
             return "finished"
@@ -83,6 +99,33 @@ class Record:
         except UnicodeDecodeError:
             shown["body_base64"] = base64.b64encode(self.body).decode()
         return shown
+
+
+class Noted:
+    """An answer, and what becomes of it on its way to the client."""
+
+    def __init__(self, answer: ASGIApp, record: Record) -> None:
+        """Prepare."""
+        self._answer = answer
+        self._record = record
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer."""
+        connection = connection_of(scope)
+
+        def lost() -> None:
+            self._record.disconnected_at = time.time()
+
+        async def note(message: Message) -> None:
+            await send(message)
+            if message["type"] == "http.response.start":
+                self._record.answer_status = message["status"]
+            elif not message.get("more_body") and self._record.disconnected_at is None:
+                self._record.answered_at = time.time()
+                connection.on_lost = None
+
+        connection.on_lost = lost
+        await self._answer(scope, receive, note)
 
 
 class Journal:
