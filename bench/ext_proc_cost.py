@@ -96,7 +96,7 @@ def _service() -> ExtProcService:
         {"models": ["*"], "prefill": {"endpoints": list(PREFILLS)}, "decode": {"endpoints": list(DECODES)}}
     )
     dispatcher = Dispatcher([pool], fleet, owner="127.0.0.1:9002", rng=random.Random(1), clock=clock)
-    return ExtProcService(dispatcher, dispatcher.legs, Telemetry(fleet, clock), max_body=MAX_BODY, clock=clock)
+    return ExtProcService(dispatcher, Telemetry(fleet, clock), max_body=MAX_BODY, clock=clock)
 
 
 async def _serve(kind: str) -> None:

@@ -25,9 +25,11 @@ from envoy_data_plane.envoy.service.ext_proc.v3 import (
     ProtocolConfiguration,
 )
 
+from dp_extproc.config.reliability import Supervise, SupervisionSettings
 from dp_extproc.extproc.exchange import Decider, Exchange
 from dp_extproc.extproc.service import SERVICE_NAME, ExtProcService
-from dp_extproc.placement.attempt import Attempt
+from dp_extproc.fleet.endpoint import Role
+from dp_extproc.request.rejection import Reason
 
 METHOD = f"/{SERVICE_NAME}/Process"
 OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
@@ -102,6 +104,9 @@ def headers_of(message: Answer) -> dict[str, bytes]:
     return found
 
 
+UNSUPERVISED = SupervisionSettings(mode=Supervise.OFF)
+
+
 class Stream:
     """One ext_proc stream, seen by Envoy."""
 
@@ -140,6 +145,8 @@ class Watcher:
     opened: int = 0
     closed: int = 0
     decisions: list[str] = field(default_factory=list)
+    failures: list[tuple[Role, Reason, bool]] = field(default_factory=list)
+    unseen: int = 0
 
     def stream_opened(self) -> None:
         self.opened += 1
@@ -151,6 +158,12 @@ class Watcher:
         assert seconds >= 0
         outcome = "routed" if exchange.is_routed else "answered"
         self.decisions.append(exchange.refusal.value if exchange.refusal else outcome)
+
+    def leg_failed(self, leg: Role, reason: Reason, *, retried: bool) -> None:
+        self.failures.append((leg, reason, retried))
+
+    def leg_unseen(self) -> None:
+        self.unseen += 1
 
 
 @dataclass(frozen=True)
@@ -166,7 +179,11 @@ class Server:
 
 @contextmanager
 def run_server(
-    decider: Decider, legs: dict[str, Attempt], *, max_body: int = 40 << 20, hold_seconds: float = 60.0
+    decider: Decider,
+    *,
+    supervision: SupervisionSettings = UNSUPERVISED,
+    max_body: int = 40 << 20,
+    hold_seconds: float = 60.0,
 ) -> Iterator[Server]:
     """Serve *decider* on a free loopback port, in a thread with an event loop of its own."""
     watcher = Watcher()
@@ -175,7 +192,14 @@ def run_server(
     thread.start()
 
     async def start() -> tuple[grpc.aio.Server, int]:
-        service = ExtProcService(decider, legs, watcher, max_body=max_body, clock=loop.time, hold_seconds=hold_seconds)
+        service = ExtProcService(
+            decider,
+            watcher,
+            supervision=supervision,
+            max_body=max_body,
+            clock=loop.time,
+            hold_seconds=hold_seconds,
+        )
         server = grpc.aio.server(options=OPTIONS)
         server.add_generic_rpc_handlers((service.handler(),))
         port = server.add_insecure_port("127.0.0.1:0")

@@ -1,6 +1,14 @@
 """What the operator wrote: the configuration file, checked as a whole before anything starts."""
 
 from dp_extproc.config.loader import ConfigError, Problem, load_config, parse_config
+from dp_extproc.config.reliability import (
+    AdmissionSettings,
+    HealthSettings,
+    QueueSettings,
+    RetrySettings,
+    Supervise,
+    SupervisionSettings,
+)
 from dp_extproc.config.schema import (
     BodyMode,
     ClientRanks,
@@ -20,12 +28,14 @@ from dp_extproc.config.schema import (
 from dp_extproc.config.sync import SyncSettings
 
 __all__ = [
+    "AdmissionSettings",
     "BodyMode",
     "ClientRanks",
     "Config",
     "ConfigError",
     "EndpointConfig",
     "EnvoySettings",
+    "HealthSettings",
     "HostPolicy",
     "ListenSettings",
     "LoadSettings",
@@ -34,8 +44,12 @@ __all__ = [
     "PolicySettings",
     "PoolConfig",
     "Problem",
+    "QueueSettings",
     "RankPolicy",
+    "RetrySettings",
     "SocketAddress",
+    "Supervise",
+    "SupervisionSettings",
     "SyncSettings",
     "load_config",
     "parse_config",

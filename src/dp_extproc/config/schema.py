@@ -21,6 +21,13 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from dp_extproc.config.reliability import (
+    AdmissionSettings,
+    HealthSettings,
+    QueueSettings,
+    RetrySettings,
+    SupervisionSettings,
+)
 from dp_extproc.config.section import Bytes, Seconds, Section
 from dp_extproc.config.sync import SyncSettings
 
@@ -305,6 +312,12 @@ class Config(Section):
     """How long a stopping service goes on answering after it has reported that it is not ready."""
     sync: SyncSettings | None = None
     """None for a service that is alone."""
+    supervision: SupervisionSettings = SupervisionSettings()
+    retry: RetrySettings = RetrySettings()
+    health: HealthSettings = HealthSettings()
+    admission: AdmissionSettings = AdmissionSettings()
+    queue: QueueSettings | None = None
+    """None refuses at once what cannot be admitted."""
     pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1, strict=False)]
 
     @model_validator(mode="after")

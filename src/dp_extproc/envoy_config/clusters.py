@@ -1,6 +1,7 @@
 """Where Envoy sends things: the service, the engines (named by header), and its own internal listeners."""
 
 import ipaddress
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
 
@@ -24,6 +25,7 @@ from envoy_data_plane.envoy.config.core.v3 import (
 )
 from envoy_data_plane.envoy.config.core.v3 import HttpProtocolOptions as CommonHttpProtocolOptions
 from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 from envoy_data_plane.envoy.extensions.transport_sockets.internal_upstream.v3 import InternalUpstreamTransport
 from envoy_data_plane.envoy.extensions.transport_sockets.raw_buffer.v3 import RawBuffer
 from envoy_data_plane.envoy.extensions.upstreams.http.v3 import (
@@ -33,6 +35,7 @@ from envoy_data_plane.envoy.extensions.upstreams.http.v3 import (
 from envoy_data_plane.google.protobuf import Any
 
 from dp_extproc.config import Config
+from dp_extproc.envoy_config.failed_hosts import remember_failed_hosts
 from dp_extproc.envoy_config.headers import strip_router_headers
 from dp_extproc.envoy_config.limits import UNLIMITED, buffer_bytes
 from dp_extproc.extproc.names import DECODE_HOST, OWNER, PREFILL_HOST
@@ -71,7 +74,7 @@ def build_clusters(config: Config) -> list[Cluster]:
         _by_header(SERVICE_OWNER, OWNER, _grpc(), buffer),
         _by_header(PREFILL, PREFILL_HOST, _engine(), buffer),
         _by_header(DECODE, DECODE_HOST, _engine(), buffer),
-        _internal(DISPATCH, buffer),
+        _internal(DISPATCH, buffer, remember_failed_hosts() if config.retry.attempts > 1 else []),
         _internal(PREFILL_LEG, buffer),
     ]
 
@@ -136,7 +139,7 @@ def _by_header(name: str, header: str, options: HttpProtocolOptions, buffer: int
     )
 
 
-def _internal(listener: str, buffer: int) -> Cluster:
+def _internal(listener: str, buffer: int, filters: Sequence[HttpFilter] = ()) -> Cluster:
     plain = TransportSocket(name="envoy.transport_sockets.raw_buffer", typed_config=Any.pack(RawBuffer()))
     return Cluster(
         name=listener,
@@ -146,6 +149,7 @@ def _internal(listener: str, buffer: int) -> Cluster:
             listener, Address(envoy_internal_address=EnvoyInternalAddress(server_listener_name=listener))
         ),
         circuit_breakers=_unlimited(),
+        typed_extension_protocol_options={_HTTP_OPTIONS: Any.pack(_http(filters))} if filters else {},
         transport_socket=TransportSocket(
             name="envoy.transport_sockets.internal_upstream",
             typed_config=Any.pack(InternalUpstreamTransport(transport_socket=plain)),
@@ -166,6 +170,13 @@ def _endpoint(address: Address) -> LbEndpoint:
 def _grpc() -> HttpProtocolOptions:
     return HttpProtocolOptions(
         explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=Http2ProtocolOptions())
+    )
+
+
+def _http(filters: Sequence[HttpFilter]) -> HttpProtocolOptions:
+    return HttpProtocolOptions(
+        explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=Http1ProtocolOptions()),
+        http_filters=list(filters),
     )
 
 

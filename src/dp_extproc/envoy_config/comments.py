@@ -30,6 +30,9 @@ COMMENTS: Final = {
     "inference per_connection_buffer_limit_bytes": "envoy.max_body_bytes and 1 MiB for what rewriting adds. Every hop\n"
     "needs it: a body is held until it is placed, and Envoy's default is 1 MiB.",
     "listeners dp_dispatch": "Where requests are placed. An internal listener has no port.",
+    "inference retry_policy": "The service asks for it, and decides how often: retry. It tells where a request has\n"
+    "failed, so that it is placed elsewhere.",
+    "dp_dispatch watched": "A stream; its first event is shown to the service before the client sees anything.",
     "dp_dispatch disaggregated": "Placed on a pair: decode answers the client, a copy goes to prefill.",
     "dp_dispatch disable_shadow_host_suffix_append": "Or the engine would see the host name with -shadow behind it.",
     "dp_dispatch one_server": "Placed on one server: an aggregated pool, or a request that any server can answer.",
@@ -41,6 +44,9 @@ COMMENTS: Final = {
     "dp_dispatch response_trailer_mode": "Keeps the stream open, without messages, until the response has ended: the\n"
     "service learns when ranks become free, and when a client has gone.",
     "dp_dispatch message_timeout": "Envoy's default is 200 ms; a large body takes longer.",
+    "dp_dispatch max_message_timeout": "Held responses may take longer than that.",
+    "dp_dispatch allow_mode_override": "The text of an engine's error is looked at before it is passed on.",
+    "dp_dispatch dp_first_event": "Shows the service how a stream begins; only on the first of the routes above.",
     "dp_dispatch forward_rules": "All that the service reads; credentials stay in Envoy.",
     "dp_dispatch receiving_namespaces": "What the service may write into dynamic metadata, for the access log below.",
     "dp_dispatch common_http_protocol_options": "The client's 100 headers and those that the service adds.",
@@ -64,5 +70,6 @@ COMMENTS: Final = {
     "prefill http_filters": "Runs after the host was chosen by header. A route that removed the headers would act\n"
     "before. Retries belong to the front door: a second try from here would have no headers left.",
     "clusters dp_dispatch": "The way to the internal listeners.",
+    "dp_dispatch http_filters": "Runs anew for each attempt, and remembers where those before have failed.",
 }
 """Text by place. An example configuration in the repository shows the result."""

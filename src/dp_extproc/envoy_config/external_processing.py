@@ -1,5 +1,6 @@
-"""The two ext_proc filters: the one that places a request, and the one that reports how the prefill leg went."""
+"""The ext_proc filters: the one that places a request, and those that report on its legs."""
 
+import math
 from collections.abc import Collection
 from datetime import timedelta
 from typing import Final
@@ -7,6 +8,8 @@ from typing import Final
 from envoy_data_plane.envoy.config.core.v3 import GrpcService, GrpcServiceEnvoyGrpc, HeaderValue
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
     ExternalProcessor,
+    ExtProcOverrides,
+    ExtProcPerRoute,
     HeaderForwardingRules,
     MetadataOptions,
     MetadataOptionsMetadataNamespaces,
@@ -24,13 +27,23 @@ from envoy_data_plane.envoy.type.matcher.v3 import ListStringMatcher, StringMatc
 from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
 from envoy_data_plane.google.protobuf import Any
 
-from dp_extproc.config import BodyMode
+from dp_extproc.config import BodyMode, Config, Supervise
 from dp_extproc.envoy_config.clusters import SERVICE, SERVICE_OWNER
-from dp_extproc.extproc.names import LEG, METADATA_NAMESPACE, OWNER, READ_FROM_REQUESTS, READ_FROM_RESPONSES
+from dp_extproc.extproc.names import (
+    FIRST_EVENT,
+    LEG,
+    METADATA_NAMESPACE,
+    OWNER,
+    READ_FROM_REQUESTS,
+    READ_FROM_RESPONSES,
+    STAGE,
+)
 
 _SEND: Final = ProcessingModeHeaderSendMode.SEND
 _SKIP: Final = ProcessingModeHeaderSendMode.SKIP
 _NO_BODY: Final = ProcessingModeBodySendMode.NONE
+
+FIRST_EVENT_FILTER: Final = "dp_first_event"
 
 _ADDRESS: Final = (OWNER, LEG)
 """Of the decision that a prefill leg belongs to: the process that keeps it, and its token there."""
@@ -39,9 +52,10 @@ _MESSAGE_TIMEOUT: Final = timedelta(seconds=20)
 """Envoy's default of 200 ms is less than reading a body of 32 MB takes on a busy machine."""
 
 
-def place_requests(body_mode: BodyMode) -> HttpFilter:
-    """Build the filter that has each request placed and its body rewritten."""
-    duplex = body_mode is BodyMode.DUPLEX
+def place_requests(config: Config) -> HttpFilter:
+    """Build the filter that has each request placed and its body rewritten, and its response held and let go."""
+    duplex = config.envoy.body_mode is BodyMode.DUPLEX
+    supervision = config.supervision
     return _filter(
         ExternalProcessor(
             grpc_service=GrpcService(envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=SERVICE)),
@@ -57,6 +71,10 @@ def place_requests(body_mode: BodyMode) -> HttpFilter:
                 response_trailer_mode=_SEND,
             ),
             message_timeout=_MESSAGE_TIMEOUT,
+            max_message_timeout=timedelta(
+                seconds=math.ceil(supervision.prefill_timeout + supervision.first_token_timeout)
+            ),
+            allow_mode_override=True,
             forward_rules=_only(READ_FROM_REQUESTS | READ_FROM_RESPONSES),
             metadata_options=MetadataOptions(
                 receiving_namespaces=MetadataOptionsMetadataNamespaces(untyped=[METADATA_NAMESPACE])
@@ -84,19 +102,18 @@ def remember_owner() -> HttpFilter:
     )
 
 
-def report_prefill() -> HttpFilter:
-    """Build the filter that tells the process that placed the request which status its prefill leg got."""
+def report_prefill(supervision: Supervise) -> HttpFilter:
+    """Build the filter that tells the process that placed the request how its prefill leg goes.
+
+    With supervision it opens with the request, so that the leg can be ended; without, with the response.
+    """
     return _filter(
         ExternalProcessor(
-            grpc_service=GrpcService(
-                envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=SERVICE_OWNER),
-                initial_metadata=[
-                    HeaderValue(key=name, value=f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{name})%") for name in _ADDRESS
-                ],
-            ),
+            grpc_service=_to_owner(),
             failure_mode_allow=True,
+            allow_mode_override=True,
             processing_mode=ProcessingMode(
-                request_header_mode=_SKIP,
+                request_header_mode=_SKIP if supervision is Supervise.OFF else _SEND,
                 response_header_mode=_SEND,
                 request_body_mode=_NO_BODY,
                 response_body_mode=_NO_BODY,
@@ -109,11 +126,53 @@ def report_prefill() -> HttpFilter:
     )
 
 
+def see_first_event() -> HttpFilter:
+    """Build the filter that shows the beginning of streaming answers to the process that placed the request.
+
+    It does nothing but on routes that say so with :func:`show_first_event`.
+    """
+    return _filter(
+        ExternalProcessor(
+            grpc_service=_to_owner(HeaderValue(key=STAGE, value=FIRST_EVENT)),
+            failure_mode_allow=True,
+            processing_mode=_nothing(),
+            message_timeout=_MESSAGE_TIMEOUT,
+        ),
+        FIRST_EVENT_FILTER,
+    )
+
+
+def show_first_event() -> Any:
+    """Build what switches :func:`see_first_event` on for a route."""
+    mode = _nothing()
+    mode.response_body_mode = ProcessingModeBodySendMode.STREAMED
+    return Any.pack(ExtProcPerRoute(overrides=ExtProcOverrides(processing_mode=mode)))
+
+
+def _nothing() -> ProcessingMode:
+    return ProcessingMode(
+        request_header_mode=_SKIP,
+        response_header_mode=_SKIP,
+        request_body_mode=_NO_BODY,
+        response_body_mode=_NO_BODY,
+    )
+
+
+def _to_owner(*more: HeaderValue) -> GrpcService:
+    return GrpcService(
+        envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=SERVICE_OWNER),
+        initial_metadata=[
+            *(HeaderValue(key=name, value=f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{name})%") for name in _ADDRESS),
+            *more,
+        ],
+    )
+
+
 def _only(names: Collection[str]) -> HeaderForwardingRules:
     """Keep everything else in Envoy: credentials are none of the service's business, and every header costs it time."""
     patterns = [StringMatcher(exact=name) for name in sorted(names)]
     return HeaderForwardingRules(allowed_headers=ListStringMatcher(patterns=patterns))
 
 
-def _filter(processor: ExternalProcessor) -> HttpFilter:
-    return HttpFilter(name="envoy.filters.http.ext_proc", typed_config=Any.pack(processor))
+def _filter(processor: ExternalProcessor, name: str = "envoy.filters.http.ext_proc") -> HttpFilter:
+    return HttpFilter(name=name, typed_config=Any.pack(processor))

@@ -16,10 +16,15 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
 )
 from envoy_data_plane.google.protobuf import Any
 
-from dp_extproc.config import Config
+from dp_extproc.config import Config, Supervise
 from dp_extproc.envoy_config.access_log import log_prefill_legs, log_requests
 from dp_extproc.envoy_config.clusters import DISPATCH, PREFILL_LEG
-from dp_extproc.envoy_config.external_processing import place_requests, remember_owner, report_prefill
+from dp_extproc.envoy_config.external_processing import (
+    place_requests,
+    remember_owner,
+    report_prefill,
+    see_first_event,
+)
 from dp_extproc.envoy_config.headers import strip_client_headers
 from dp_extproc.envoy_config.limits import MAX_HEADERS_COUNT, MAX_HEADERS_KB, buffer_bytes
 from dp_extproc.envoy_config.local_replies import build_local_replies
@@ -37,7 +42,7 @@ def build_listeners(config: Config) -> list[Listener]:
     replies = build_local_replies(settings.max_body_bytes)
     front_door = HttpConnectionManager(
         stat_prefix=INFERENCE,
-        route_config=to_dispatch(),
+        route_config=to_dispatch(config.retry),
         http_filters=[_router()],
         stream_idle_timeout=_NO_TIMEOUT,
         use_remote_address=True,
@@ -46,9 +51,13 @@ def build_listeners(config: Config) -> list[Listener]:
         preserve_external_request_id=True,
         local_reply_config=replies,
     )
-    dispatch = _internal_manager(DISPATCH, to_engines(), [place_requests(settings.body_mode)], log_requests(), replies)
+    supervision = config.supervision.mode
+    watching = [remember_owner(), see_first_event()] if supervision is Supervise.ANSWERS else []
+    dispatch = _internal_manager(
+        DISPATCH, to_engines(supervision), [place_requests(config), *watching], log_requests(), replies
+    )
     prefill_leg = _internal_manager(
-        PREFILL_LEG, to_prefill(), [remember_owner(), swap_prefix(), report_prefill()], log_prefill_legs()
+        PREFILL_LEG, to_prefill(), [remember_owner(), swap_prefix(), report_prefill(supervision)], log_prefill_legs()
     )
     inference = settings.inference
     return [

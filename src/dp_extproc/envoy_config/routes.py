@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
 
+from envoy_data_plane.envoy.config.core.v3 import HeaderValue, HeaderValueOption
 from envoy_data_plane.envoy.config.route.v3 import (
     DirectResponseAction,
     HeaderMatcher,
+    RetryPolicy,
+    RetryPolicyRetryBackOff,
     Route,
     RouteAction,
     RouteActionRequestMirrorPolicy,
@@ -15,26 +18,55 @@ from envoy_data_plane.envoy.config.route.v3 import (
     VirtualHost,
 )
 
+from dp_extproc.config import RetrySettings, Supervise
 from dp_extproc.envoy_config.clusters import DECODE, DISPATCH, PREFILL, PREFILL_LEG
-from dp_extproc.extproc.names import DECODE_HOST, PREFILL_HOST, PREFIX_LENGTH
+from dp_extproc.envoy_config.external_processing import FIRST_EVENT_FILTER, show_first_event
+from dp_extproc.extproc.names import DECODE_HOST, FAILED, PREFILL_HOST, PREFIX_LENGTH, RETRY, WATCH
 
 _NO_TIMEOUT: Final = timedelta(0)
 """Envoy's default of 15 s would cut long generations; how long one may take is the client's and the engine's matter."""
 
 
-def to_dispatch() -> RouteConfiguration:
-    """Route everything that comes in from outside."""
-    return _table(Route(name="all", match=_when(), route=_forward(DISPATCH)))
+_FIRST_BACKOFF: Final = timedelta(milliseconds=25)
+_LONGEST_BACKOFF: Final = timedelta(milliseconds=250)
+"""The pair that failed is not asked again, so there is little to wait for; but a storm is spread a little."""
 
 
-def to_engines() -> RouteConfiguration:
+def to_dispatch(retry: RetrySettings) -> RouteConfiguration:
+    """Route everything that comes in from outside; what the service wants placed anew comes by again."""
+    action = _forward(DISPATCH)
+    if retry.attempts > 1:
+        action.retry_policy = RetryPolicy(
+            retry_on="retriable-headers",
+            num_retries=retry.attempts - 1,
+            retriable_headers=[HeaderMatcher(name=RETRY, present_match=True)],
+            retry_back_off=RetryPolicyRetryBackOff(base_interval=_FIRST_BACKOFF, max_interval=_LONGEST_BACKOFF),
+        )
+    return _table(Route(name="all", match=_when(), route=action, response_headers_to_remove=[RETRY, FAILED]))
+
+
+def to_engines(supervision: Supervise) -> RouteConfiguration:
     """Route by what the service decided; a request it did not place goes nowhere."""
     mirror = RouteActionRequestMirrorPolicy(cluster=PREFILL_LEG, disable_shadow_host_suffix_append=True)
-    return _table(
+    routes = [
         Route(name="disaggregated", match=_when(DECODE_HOST, PREFILL_HOST), route=_forward(DECODE, [mirror])),
         Route(name="one_server", match=_when(DECODE_HOST), route=_forward(DECODE)),
-        Route(name="not_placed", match=_when(), direct_response=DirectResponseAction(status=503)),
-    )
+        Route(
+            name="not_placed",
+            match=_when(),
+            direct_response=DirectResponseAction(status=503),
+            response_headers_to_add=[HeaderValueOption(header=HeaderValue(key=RETRY, value="1"))],
+        ),
+    ]
+    if supervision is Supervise.ANSWERS:
+        watched = Route(
+            name="watched",
+            match=_when(DECODE_HOST, PREFILL_HOST, WATCH),
+            route=_forward(DECODE, [mirror]),
+            typed_per_filter_config={FIRST_EVENT_FILTER: show_first_event()},
+        )
+        routes.insert(0, watched)
+    return _table(*routes)
 
 
 def to_prefill() -> RouteConfiguration:

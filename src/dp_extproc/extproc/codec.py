@@ -16,6 +16,7 @@ from dp_extproc.extproc.events import (
     BodyMode,
     Continue,
     Event,
+    Extend,
     Immediate,
     Mutate,
     Phase,
@@ -27,6 +28,7 @@ from dp_extproc.extproc.events import (
     ResponseHeaders,
     ResponseTrailers,
     StreamedChunk,
+    TakeBody,
 )
 from dp_extproc.extproc.names import FOREIGN_NAMES, FOREIGN_PREFIXES, METADATA_NAMESPACE, READ_FROM_REQUESTS
 from dp_extproc.placement.decision import Metadata
@@ -62,7 +64,7 @@ def read_event(message: ProcessingRequest) -> Event | None:
             body = message.request_body
             return RequestBody(body.body, body.end_of_stream)
         case "response_headers":
-            return ResponseHeaders(_status(message.response_headers))
+            return ResponseHeaders(_status(message.response_headers), message.response_headers.end_of_stream)
         case "response_body":
             chunk = message.response_body
             return ResponseBody(chunk.body, chunk.end_of_stream)
@@ -80,6 +82,8 @@ def write_reply(reply: Reply) -> bytes:
         return _CONTINUE[reply.phase]
     if isinstance(reply, Mutate):
         return _write_mutation(reply)
+    if isinstance(reply, TakeBody):
+        return _TAKE_BODY[reply.phase]
     response = ProcessingResponse()
     if isinstance(reply, StreamedChunk):
         answer = response.request_body if reply.phase is Phase.REQUEST_BODY else response.response_body
@@ -88,6 +92,8 @@ def write_reply(reply: Reply) -> bytes:
         chunk.end_of_stream = reply.end_of_stream
         # An empty chunk in mid-stream has only default values; it must still be there.
         chunk.SetInParent()
+    elif isinstance(reply, Extend):
+        response.override_message_timeout.FromNanoseconds(int(reply.seconds * 1e9))
     else:
         _write_immediate(reply, response)
     return bytes(response.SerializeToString())
@@ -161,4 +167,15 @@ def _continue(phase: Phase) -> bytes:
     return bytes(response.SerializeToString())
 
 
+def _take_body(phase: Phase) -> bytes:
+    response = ProcessingResponse()
+    getattr(response, phase.value).SetInParent()
+    # The whole mode is overridden, so what stays as it is has to be said again.
+    response.mode_override.response_body_mode = ProcessingMode.BUFFERED
+    response.mode_override.response_header_mode = ProcessingMode.SEND
+    response.mode_override.response_trailer_mode = ProcessingMode.SEND
+    return bytes(response.SerializeToString())
+
+
 _CONTINUE: Final = {phase: _continue(phase) for phase in Phase}
+_TAKE_BODY: Final = {phase: _take_body(phase) for phase in (Phase.RESPONSE_HEADERS,)}

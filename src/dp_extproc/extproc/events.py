@@ -45,6 +45,8 @@ class ResponseHeaders(Struct, frozen=True):
     """The response begins."""
 
     status: int
+    end_of_stream: bool = False
+    """There will be no body."""
 
 
 class ResponseBody(Struct, frozen=True):
@@ -89,6 +91,18 @@ class Mutate(Struct, frozen=True):
     metadata: Metadata | None = None
 
 
+class TakeBody(Struct, frozen=True):
+    """Go on, and send the response's body as a whole. Only of errors, which are short."""
+
+    phase: Phase
+
+
+class Extend(Struct, frozen=True):
+    """Wait longer than usual for the answer to the message before."""
+
+    seconds: float
+
+
 class StreamedChunk(Struct, frozen=True):
     """A chunk of a body in duplex."""
 
@@ -108,4 +122,4 @@ class Immediate(Struct, frozen=True):
     metadata: Metadata | None = None
 
 
-Reply = Continue | Mutate | StreamedChunk | Immediate
+Reply = Continue | Mutate | TakeBody | Extend | StreamedChunk | Immediate

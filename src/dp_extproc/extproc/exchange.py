@@ -10,7 +10,7 @@ Rules that live here and nowhere else:
 - A stream may begin with the response (Envoy or an earlier filter answered by itself). It is let through.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import IntEnum, auto
 from typing import Any, ClassVar, Final, Protocol
 
@@ -30,11 +30,14 @@ from dp_extproc.extproc.events import (
     ResponseHeaders,
     ResponseTrailers,
     StreamedChunk,
+    TakeBody,
 )
 from dp_extproc.placement.attempt import Attempt
 from dp_extproc.placement.decision import Answer, Decision
+from dp_extproc.placement.queue import Ticket
+from dp_extproc.placement.retries import read_failed
 from dp_extproc.request.path import Api, Lookup, read_path
-from dp_extproc.request.rejection import REASON_HEADER, Reason, Rejection
+from dp_extproc.request.rejection import REASON_HEADER, Reason, Rejection, Wait
 
 CHUNK_BYTES: Final = 62_000
 """Largest chunk of a duplex body. The protocol recommends at most 64 KiB; this leaves room for the framing."""
@@ -53,8 +56,18 @@ class ProtocolViolationError(Exception):
 class Decider(Protocol):
     """What the exchange asks; implemented by :class:`dp_extproc.placement.dispatcher.Dispatcher`."""
 
-    def place(self, api: Api, body: bytes, session: str | None) -> Decision | Rejection:
-        """Decide on an inference request, of a conversation if the client names one."""
+    def place(
+        self,
+        api: Api,
+        body: bytes,
+        session: str | None = None,
+        failed: Sequence[frozenset[str]] = (),
+        ticket: Ticket | None = None,
+    ) -> Decision | Rejection:
+        """Decide on an inference request, of a conversation if the client names one.
+
+        What has failed is the hosts of each attempt before this one; the ticket is its place in the line.
+        """
         ...
 
     def look_up(self) -> Decision | Rejection:
@@ -70,8 +83,14 @@ class _State(IntEnum):
     START = auto()
     BODY = auto()
     """The request's headers are in, its body is awaited."""
+    WAITING = auto()
+    """The request is complete, but there is no room for it; it may be decided again."""
     SENT = auto()
     """The request is on its way; the response is awaited."""
+    HELD = auto()
+    """The response's headers are in, and not let go yet."""
+    REFUSING = auto()
+    """The response is an error whose text is on its way here."""
     RESPONDING = auto()
     OVER = auto()
     """An immediate response was sent."""
@@ -87,16 +106,30 @@ class Exchange:
         "_foreign",
         "_max_body",
         "_mode",
+        "_refused",
         "_response_duplex",
         "_session",
         "_size",
         "_state",
-        "attempt",
+        "_trailers",
+        "decision",
+        "failed",
+        "holds",
+        "queues",
         "refusal",
         "status",
     )
 
-    def __init__(self, decider: Decider, mode: BodyMode, max_body: int, *, response_duplex: bool = False) -> None:
+    def __init__(
+        self,
+        decider: Decider,
+        mode: BodyMode,
+        max_body: int,
+        *,
+        response_duplex: bool = False,
+        holds: bool = False,
+        queues: bool = False,
+    ) -> None:
         """Begin.
 
         Args:
@@ -104,6 +137,8 @@ class Exchange:
             mode: ``protocol_config.request_body_mode`` of the stream's first message.
             max_body: Bytes; larger bodies are refused with 413.
             response_duplex: Whether response bodies come in duplex, too.
+            holds: Whether the response's headers are held until :meth:`let_go`.
+            queues: Whether a request for which there is no room waits for :meth:`decide_again` or :meth:`give_up`.
         """
         self._decider = decider
         self._mode = mode
@@ -115,8 +150,14 @@ class Exchange:
         self._session: str | None = None
         self._body: list[bytes] = []
         self._size = 0
-        self.attempt: Attempt | None = None
-        """What the request has on the books, once it was placed."""
+        self._trailers = False
+        self.holds = holds
+        self.queues = queues
+        self._refused: Rejection | None = None
+        self.failed: tuple[frozenset[str], ...] = ()
+        """Hosts of each earlier attempt of the request."""
+        self.decision: Decision | None = None
+        """Where the request goes, once it was placed."""
         self.status: int | None = None
         """Of the response, once it is known."""
         self.refusal: Reason | None = None
@@ -139,6 +180,31 @@ class Exchange:
         return replies
 
     @property
+    def attempt(self) -> Attempt | None:
+        """What the request has on the books, once it was placed."""
+        return None if self.decision is None else self.decision.attempt
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the request is complete and waits for room."""
+        return self._state is _State.WAITING
+
+    @property
+    def wait(self) -> Wait | None:
+        """Where the request waits."""
+        return None if self._refused is None else self._refused.wait
+
+    @property
+    def is_responding(self) -> bool:
+        """Whether the response's headers were let go."""
+        return self._state is _State.RESPONDING
+
+    @property
+    def can_be_abandoned(self) -> bool:
+        """Whether the client can still get another answer than the engine's."""
+        return self._state in {_State.SENT, _State.HELD, _State.REFUSING}
+
+    @property
     def is_holding(self) -> bool:
         """Whether a request is held until the rest of its body has come."""
         return self._state is _State.BODY
@@ -146,12 +212,49 @@ class Exchange:
     @property
     def is_decided(self) -> bool:
         """Whether the request was let through, answered or refused."""
-        return self._state is _State.SENT or self._state is _State.RESPONDING or self._state is _State.OVER
+        return self._state >= _State.SENT
 
     @property
     def is_routed(self) -> bool:
         """Whether the request was let through to an engine."""
-        return self._state is _State.SENT or self._state is _State.RESPONDING
+        return _State.SENT <= self._state < _State.OVER
+
+    def decide_again(self, ticket: Ticket) -> _Replies:
+        """Try to place the request that waits, once more."""
+        return self._decide(ticket) if self._state is _State.WAITING else ()
+
+    def give_up(self) -> _Replies:
+        """Refuse the request that waits."""
+        assert self._refused is not None  # noqa: S101 - else it would not wait
+        return self._refuse(self._refused) if self._state is _State.WAITING else ()
+
+    def let_go(self, headers: tuple[tuple[str, bytes], ...] = ()) -> _Replies:
+        """Let the response go to the client, with these headers besides its own."""
+        state = self._state
+        if state not in {_State.HELD, _State.REFUSING}:
+            return ()
+        self._state = _State.RESPONDING
+        phase = Phase.RESPONSE_HEADERS if state is _State.HELD else Phase.RESPONSE_BODY
+        if headers:
+            return (Mutate(phase, set_headers=headers),)
+        return _GO_ON_RESPONSE if state is _State.HELD else (Continue(phase),)
+
+    def take_body(self) -> _Replies:
+        """Ask for the text of a response that is an error, before it goes to the client."""
+        if self._state is not _State.HELD:
+            return ()
+        self._state = _State.REFUSING
+        return (TakeBody(Phase.RESPONSE_HEADERS),)
+
+    def abandon(self, status: int, body: bytes, reason: Reason, headers: tuple[tuple[str, bytes], ...]) -> _Replies:
+        """Give the client an answer of ours in place of the engine's, which Envoy then drops."""
+        if not self.can_be_abandoned:
+            return ()
+        self._state = _State.OVER
+        self.status = status
+        texts = tuple((name, value.decode("latin-1")) for name, value in headers)
+        answer_headers = (_JSON, (REASON_HEADER, reason.value), *texts)
+        return (Immediate(status, body, answer_headers, reason.value, {names.META_REASON: reason.value}),)
 
     def expire(self) -> _Replies:
         """Give up waiting for the rest of a body that is being held."""
@@ -170,6 +273,7 @@ class Exchange:
         asked = read_path(headers.get(":method", ""), headers.get(":path", ""))
         self._foreign = tuple(headers.keys() - names.READ_FROM_REQUESTS)
         self._session = headers.get(names.SESSION)
+        self.failed = read_failed(headers.get(names.AVOID))
         if isinstance(asked, Rejection):
             return self._refuse(asked)
         if isinstance(asked, Lookup):
@@ -208,29 +312,33 @@ class Exchange:
         self._body.append(event.data)
         if self._mode is BodyMode.DUPLEX and not event.end_of_stream:
             return ()
-        return self._decide(end_of_stream=True)
+        return self._decide()
 
     def _request_body_ended_by_trailers(self, _event: RequestTrailers) -> _Replies:
         if self._mode is not BodyMode.DUPLEX:  # a buffered body would have come before them
             return self._refuse(_NO_BODY)
-        replies = self._decide(end_of_stream=False)
-        return replies if self._state is _State.OVER else (*replies, Continue(Phase.REQUEST_TRAILERS))
+        self._trailers = True
+        return self._decide()
 
-    def _decide(self, *, end_of_stream: bool) -> _Replies:
+    def _decide(self, ticket: Ticket | None = None) -> _Replies:
         assert self._api is not None  # noqa: S101 - the state says so
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        self._body = []
-        decision = self._decider.place(self._api, body, self._session)
+        decision = self._decider.place(self._api, body, self._session, self.failed, ticket)
         if isinstance(decision, Rejection):
+            if self.queues and decision.wait is not None:
+                self._state, self._refused, self._body = _State.WAITING, decision, [body]
+                return ()
             return self._refuse(decision)
         assert decision.body is not None  # noqa: S101 - an inference request is always rewritten
-        self.attempt = decision.attempt
+        self._body = []
+        self.decision = decision
         self._state = _State.SENT
         length = ("content-length", b"%d" % len(decision.body))
         if self._mode is BodyMode.DUPLEX:
             # Envoy itself removes the content-length of a streamed body.
             head = self._mutate(Phase.REQUEST_HEADERS, decision, decision.headers)
-            return (head, *_chunks(decision.body, end_of_stream=end_of_stream))
+            chunks = _chunks(decision.body, end_of_stream=not self._trailers)
+            return (head, *chunks, Continue(Phase.REQUEST_TRAILERS)) if self._trailers else (head, *chunks)
         return (self._mutate(Phase.REQUEST_BODY, decision, (*decision.headers, length), decision.body),)
 
     def _mutate(
@@ -268,9 +376,15 @@ class Exchange:
         return (Continue(Phase.REQUEST_TRAILERS),)
 
     def _response_headers(self, event: ResponseHeaders) -> _Replies:
-        self._state = _State.RESPONDING
         self.status = event.status
+        if self.holds and self.attempt is not None:
+            self._state = _State.HELD
+            return ()
+        self._state = _State.RESPONDING
         return _GO_ON_RESPONSE
+
+    def _response_text(self, _event: ResponseBody) -> _Replies:
+        return ()  # who asked for it goes on with let_go()
 
     def _response_body(self, event: ResponseBody) -> _Replies:
         if self._response_duplex:
@@ -289,6 +403,10 @@ class Exchange:
         (_State.SENT, RequestBody): _late_request_body,
         (_State.SENT, RequestTrailers): _request_trailers,
         (_State.SENT, ResponseHeaders): _response_headers,
+        (_State.WAITING, ResponseHeaders): _response_headers,
+        (_State.HELD, RequestBody): _late_request_body,
+        (_State.HELD, RequestTrailers): _request_trailers,
+        (_State.REFUSING, ResponseBody): _response_text,
         (_State.RESPONDING, RequestBody): _late_request_body,
         (_State.RESPONDING, RequestTrailers): _request_trailers,
         (_State.RESPONDING, ResponseBody): _response_body,

@@ -14,6 +14,14 @@ OWNER: Final = "x-dp-owner"
 """``IP:port`` of the service process that placed the request and keeps its books."""
 LEG: Final = "x-dp-leg"
 """Token of one attempt, by which the prefill leg's own ext_proc stream finds the decision."""
+WATCH: Final = "x-dp-watch"
+"""Present where the first event of the answer is to be seen by the service."""
+RETRY: Final = "x-dp-retry"
+"""On a response: the front door is to place the request anew."""
+FAILED: Final = "x-dp-failed"
+"""On such a response: the hosts that it was sent to."""
+AVOID: Final = "x-dp-avoid"
+"""On a request that is placed anew: what :data:`FAILED` said each time."""
 SESSION: Final = "x-dp-session"
 """The client's name for the conversation; Envoy copies it from the header that is configured for it."""
 
@@ -26,7 +34,7 @@ FOREIGN_NAMES: Final = ("x-data-parallel-rank",)
 """Likewise, by full name: SGLang lets this header win over ``routed_dp_rank`` in the body."""
 
 READ_FROM_REQUESTS: Final = frozenset({
-    ":method", ":path", "content-type", "content-encoding", "content-length", SESSION,
+    ":method", ":path", "content-type", "content-encoding", "content-length", SESSION, AVOID,
 })  # fmt: skip
 """All that the service reads of a request's headers. Envoy forwards no others to it."""
 READ_FROM_RESPONSES: Final = frozenset({":status"})
@@ -41,5 +49,9 @@ META_PREFILL_HOST: Final = "prefill_host"
 META_PREFILL_RANK: Final = "prefill_rank"
 META_DECODE_HOST: Final = "decode_host"
 META_DECODE_RANK: Final = "decode_rank"
+STAGE: Final = "x-dp-stage"
+"""Initial metadata of the streams that belong to an attempt: which of them this is."""
+FIRST_EVENT: Final = "first-event"
+
 META_REASON: Final = "reason"
 """Set on refusals only; tells Envoy that the local reply has the service's own body."""

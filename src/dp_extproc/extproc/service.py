@@ -1,4 +1,4 @@
-"""The gRPC side of ext_proc: one coroutine per stream, which moves messages between gRPC and the exchange."""
+"""The gRPC side of ext_proc: one coroutine per stream, which moves messages between gRPC and the state machines."""
 
 import asyncio
 import logging
@@ -10,21 +10,42 @@ import grpc
 import grpc.aio
 from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest
 
+from dp_extproc.config.reliability import RetrySettings, SupervisionSettings
 from dp_extproc.extproc import names
 from dp_extproc.extproc.codec import read_event, read_modes, write_reply
-from dp_extproc.extproc.events import BodyMode, Continue, Event, Phase, Reply, ResponseHeaders
+from dp_extproc.extproc.events import (
+    BodyMode,
+    Continue,
+    Event,
+    Phase,
+    Reply,
+    RequestHeaders,
+    ResponseBody,
+    ResponseHeaders,
+)
 from dp_extproc.extproc.exchange import Decider, Exchange, ProtocolViolationError
+from dp_extproc.extproc.first_event import FirstEvent
+from dp_extproc.extproc.link import Link, Writer
+from dp_extproc.extproc.supervision import Say, Stream, Supervision, SupervisionObserver
 from dp_extproc.placement.attempt import Attempt
+from dp_extproc.placement.queue import WaitingLine
+from dp_extproc.placement.retries import RetryBudget
 
 SERVICE_NAME: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 
 HOLD_SECONDS: Final = 60.0
 """How long a duplex body may pause while it is being held. Envoy has no timeout of its own in this mode."""
+SWEEP_SECONDS: Final = 0.25
+"""How often attempts are looked at that may take too long."""
+_LATE_LEG_SECONDS: Final = 10.0
+"""How long after its attempt a prefill leg may still show up, and be ended."""
+
+_SUPERVISION: Final = SupervisionSettings()
 
 _log = logging.getLogger(__name__)
 
 
-class StreamObserver(Protocol):
+class StreamObserver(SupervisionObserver, Protocol):
     """Told of every stream; for metrics."""
 
     def stream_opened(self) -> None: ...
@@ -35,53 +56,100 @@ class StreamObserver(Protocol):
 
 
 class ExtProcService:
-    """Serves ext_proc streams: those of requests, and those of prefill legs."""
+    """Serves ext_proc streams: those of requests, those of prefill legs, and those that see first events."""
 
     def __init__(
         self,
         decider: Decider,
-        legs: dict[str, Attempt],
         observer: StreamObserver,
         *,
+        supervision: SupervisionSettings = _SUPERVISION,
+        budget: RetryBudget | None = None,
+        line: WaitingLine | None = None,
         max_body: int,
         clock: Callable[[], float],
         hold_seconds: float = HOLD_SECONDS,
     ) -> None:
+        """Set up.
+
+        Args:
+            decider: Who places requests.
+            observer: Told of everything.
+            supervision: How far legs are watched.
+            budget: Of retries; None for one of the usual size.
+            line: Where requests wait for room; None refuses them at once.
+            max_body: Bytes of a request.
+            clock: Monotonic seconds; the same that the books are kept with.
+            hold_seconds: How long a body may pause.
+        """
         self._decider = decider
-        self._legs = legs
         self._observer = observer
+        self._supervision = supervision
+        self._budget = budget or RetryBudget(RetrySettings())
+        self._line = line
         self._max_body = max_body
         self._clock = clock
         self._hold_seconds = hold_seconds
+        self._links: dict[str, Link] = {}
+        """Attempts by the token of their leg, as long as a stream of theirs may come or stay."""
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Make what a server registers. Answers are serialised already, most of them once and for all."""
         process = grpc.stream_stream_rpc_method_handler(self.process, ProcessingRequest.FromString, None)
         return grpc.method_handlers_generic_handler(SERVICE_NAME, {"Process": process})
 
+    async def sweep(self) -> None:
+        """Look after the attempts that take long. Runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            now = self._clock()
+            for leg, link in list(self._links.items()):
+                supervision = link.supervision
+                if supervision.is_over and now - supervision.over_at > _LATE_LEG_SECONDS:
+                    del self._links[leg]
+                elif said := supervision.sweep(now):
+                    await link.carry_out(said)
+
     async def process(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         """Serve one stream to its end."""
-        leg = _leg_of(context)
-        if leg is not None:
+        leg, stage = _address_of(context)
+        if stage:
+            await self._watch_first_event(leg, context)
+        elif leg:
             await self._watch_leg(leg, context)
-            return
-        self._observer.stream_opened()
-        try:
-            first = await context.read()
-            if first is not grpc.aio.EOF and not first.observability_mode:  # there an answer would be a violation
-                await self._exchange(first, context)
-        finally:
-            self._observer.stream_closed()
+        else:
+            self._observer.stream_opened()
+            try:
+                first = await context.read()
+                if first is not grpc.aio.EOF and not first.observability_mode:  # there an answer would be a violation
+                    await self._exchange(first, context)
+            finally:
+                self._observer.stream_closed()
 
     async def _exchange(self, message: Any, context: grpc.aio.ServicerContext) -> None:
         mode, response_duplex = read_modes(message)
-        exchange = Exchange(self._decider, mode, self._max_body, response_duplex=response_duplex)
+        exchange = Exchange(
+            self._decider,
+            mode,
+            self._max_body,
+            response_duplex=response_duplex,
+            holds=True,
+            queues=self._line is not None,
+        )
+        writer = Writer(context)
+        link: Link | None = None
         try:
             while message is not grpc.aio.EOF:
                 event = read_event(message)
                 if event is not None:
-                    for reply in self._advance(exchange, event):
-                        await context.write(write_reply(reply))
+                    replies = self._advance(exchange, event, exchange.receive)
+                    if exchange.is_waiting:
+                        replies = await self._wait_for_room(exchange, event)
+                    if link is None and exchange.attempt is not None:
+                        link = self._watch(exchange, exchange.attempt, writer)  # before its legs can show up
+                    await writer.write(replies)
+                    if link is not None and isinstance(event, ResponseHeaders | ResponseBody):
+                        await link.carry_out(self._answered(link.supervision, event), Stream.MAIN)
                 message = await (self._read_held(exchange, context) if mode is BodyMode.DUPLEX else context.read())
         except ProtocolViolationError as violation:
             _log.warning("ext_proc stream ended: %s", violation)
@@ -89,26 +157,83 @@ class ExtProcService:
         finally:
             if (attempt := exchange.attempt) is not None:
                 attempt.end(self._clock())
-                self._legs.pop(attempt.leg, None)
+                if self._line is not None:
+                    self._line.call()
+            if link is not None:
+                await self._close(link)
 
-    def _advance(self, exchange: Exchange, event: Event) -> tuple[Reply, ...]:
-        """Hand an event to the exchange, and tell the books and the observer what came of it."""
+    def _advance(
+        self, exchange: Exchange, event: Event, step: Callable[[Event], tuple[Reply, ...]]
+    ) -> tuple[Reply, ...]:
+        """Have the exchange take a step, and tell the observer what came of it."""
         undecided = not exchange.is_decided
         began = self._clock()
         try:
-            replies = exchange.receive(event)
+            replies = step(event)
         except ProtocolViolationError:
             raise
         except Exception:  # noqa: BLE001 - whatever it is, the client gets an answer and the log the cause
             error_id = uuid4().hex
             _log.exception("unexpected error %s", error_id)
             replies = exchange.fail(f"unexpected error in the router; its log has the cause under {error_id}")
-        if isinstance(event, ResponseHeaders):
-            if exchange.attempt is not None:
-                exchange.attempt.first_byte(event.status, began)
-        elif undecided and exchange.is_decided:
+        if undecided and exchange.is_decided and not isinstance(event, ResponseHeaders):
             self._observer.decided(exchange, self._clock() - began)
         return replies
+
+    async def _wait_for_room(self, exchange: Exchange, event: Event) -> tuple[Reply, ...]:
+        """Keep a request in the line until it is placed, or has waited too long."""
+        line, wait = self._line, exchange.wait
+        assert line is not None and wait is not None  # noqa: S101, PT018 - else it would not wait
+        turn = asyncio.Event()
+        ticket = line.join(wait.pool, wait.priority, turn.set)
+        if ticket is None:
+            return self._advance(exchange, event, lambda _: exchange.give_up())
+        try:
+            async with asyncio.timeout(line.settings.max_wait):
+                while True:
+                    await turn.wait()
+                    turn.clear()
+                    replies = self._advance(exchange, event, lambda _: exchange.decide_again(ticket))
+                    if not exchange.is_waiting:
+                        return replies
+        except TimeoutError:
+            return self._advance(exchange, event, lambda _: exchange.give_up())
+        finally:
+            line.leave(ticket)
+
+    def _watch(self, exchange: Exchange, attempt: Attempt, writer: Writer) -> Link:
+        """Begin to watch an attempt."""
+        if not exchange.failed:
+            self._budget.earn()
+        supervision = Supervision(
+            exchange,
+            attempt,
+            self._supervision,
+            self._budget,
+            self._observer,
+            streaming=exchange.decision is not None and exchange.decision.streaming,
+            earlier=len(exchange.failed),
+            now=self._clock(),
+        )
+        link = Link(supervision, writer)
+        if attempt.leg:
+            self._links[attempt.leg] = link
+        return link
+
+    def _answered(self, supervision: Supervision, event: ResponseHeaders | ResponseBody) -> list[Say]:
+        """Tell the books and the supervision what the answering server says."""
+        now = self._clock()
+        if isinstance(event, ResponseBody):
+            return supervision.decode_explained(event.data, now)
+        supervision.attempt.first_byte(event.status, now)
+        return supervision.decode_answered(event.status, now, has_body=not event.end_of_stream)
+
+    async def _close(self, link: Link) -> None:
+        supervision = link.supervision
+        said = supervision.closed(self._clock())
+        if not supervision.awaits_prefill:
+            self._links.pop(supervision.attempt.leg, None)
+        await link.carry_out(said)
 
     async def _read_held(self, exchange: Exchange, context: grpc.aio.ServicerContext) -> Any:
         """Read the next message, but not for ever while the client's body is being held."""
@@ -121,23 +246,67 @@ class ExtProcService:
             return grpc.aio.EOF
 
     async def _watch_leg(self, leg: str, context: grpc.aio.ServicerContext) -> None:
-        """Serve the stream of a prefill leg: its response headers tell that prefill is over, and how it went."""
+        """Serve the stream of a prefill leg. One that belongs to no attempt of this process is let through."""
+        writer = Writer(context)
+        link = self._links.get(leg)
+        if link is not None:
+            link.opened(writer)
+        try:
+            while (message := await context.read()) is not grpc.aio.EOF:
+                event = read_event(message)
+                if link is None:
+                    await writer.write(_GO_ON.get(type(event), ()))
+                else:
+                    await link.carry_out(self._leg_says(link.supervision, event), Stream.PREFILL)
+        finally:
+            if link is not None:
+                said = link.supervision.prefill_closed(self._clock())
+                if link.supervision.is_over:
+                    self._links.pop(leg, None)
+                await link.carry_out(said)
+
+    def _leg_says(self, supervision: Supervision, event: Event | None) -> list[Say]:
+        if isinstance(event, RequestHeaders):
+            return supervision.prefill_opened()
+        if isinstance(event, ResponseHeaders):
+            return supervision.prefill_answered(event.status, self._clock(), has_body=not event.end_of_stream)
+        if isinstance(event, ResponseBody):
+            return supervision.prefill_explained(event.data, self._clock())
+        return []
+
+    async def _watch_first_event(self, leg: str, context: grpc.aio.ServicerContext) -> None:
+        """Serve the stream that sees an answer's beginning; it is closed as soon as that is known."""
+        link = self._links.get(leg)
+        first = FirstEvent()
         while (message := await context.read()) is not grpc.aio.EOF:
             event = read_event(message)
-            if isinstance(event, ResponseHeaders):
-                if (attempt := self._legs.get(leg)) is not None:
-                    attempt.prefill_answered(event.status, self._clock())
-                await context.write(_GO_ON_RESPONSE)
-            elif event is not None:
-                await context.write(_GO_ON_REQUEST)
+            if not isinstance(event, ResponseBody):
+                for reply in _GO_ON.get(type(event), ()):
+                    await context.write(write_reply(reply))
+                continue
+            first.feed(event.data, end_of_stream=event.end_of_stream)
+            await context.write(_GO_ON_BODY)
+            if first.is_known or event.end_of_stream:
+                if link is not None:
+                    await link.carry_out(link.supervision.first_event(first.error, self._clock()))
+                return
 
 
-_GO_ON_RESPONSE: Final = write_reply(Continue(Phase.RESPONSE_HEADERS))
-_GO_ON_REQUEST: Final = write_reply(Continue(Phase.REQUEST_HEADERS))
+_GO_ON_BODY: Final = write_reply(Continue(Phase.RESPONSE_BODY))
+_GO_ON: Final[dict[type, tuple[Reply, ...]]] = {
+    RequestHeaders: (Continue(Phase.REQUEST_HEADERS),),
+    ResponseHeaders: (Continue(Phase.RESPONSE_HEADERS),),
+    ResponseBody: (Continue(Phase.RESPONSE_BODY),),
+}
+"""What a leg is told that nobody knows here."""
 
 
-def _leg_of(context: grpc.aio.ServicerContext) -> str | None:
+def _address_of(context: grpc.aio.ServicerContext) -> tuple[str, str]:
+    """Read which attempt a stream belongs to, and which of its streams it is; both empty for a request's own."""
+    leg = stage = ""
     for name, value in context.invocation_metadata() or ():
-        if name == names.LEG and value:
-            return str(value)
-    return None
+        if name == names.LEG:
+            leg = str(value)
+        elif name == names.STAGE:
+            stage = str(value)
+    return leg, stage

@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import aio
 
 from dp_extproc import __version__
-from dp_extproc.config import Config, ConfigError, SocketAddress, load_config
+from dp_extproc.config import Config, ConfigError, SocketAddress, Supervise, load_config
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.fleet.roster import endpoints_of
 from dp_extproc.fleet.scraper import Scraper
@@ -33,6 +33,8 @@ from dp_extproc.placement.attempt import NOBODY
 from dp_extproc.placement.dispatcher import Dispatcher
 from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.load import StepCosts
+from dp_extproc.placement.queue import WaitingLine
+from dp_extproc.placement.retries import RetryBudget
 from dp_extproc.sync.join import join
 from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.replica import Replica
@@ -95,7 +97,8 @@ async def _serve(config: Config) -> None:
     rng = random.Random(os.urandom(32))
     endpoints = endpoints_of(config)
     costs = StepCosts(config.load.prefill_step_tokens, config.load.decode_request_tokens)
-    fleet = FleetLoad(endpoints, config.load.stale_after, costs)
+    fleet = FleetLoad(endpoints, config.load.stale_after, costs, config.health)
+    line = None if config.queue is None else WaitingLine(config.queue)
     telemetry = Telemetry(fleet, clock)
     outbox = Outbox(f"{rng.getrandbits(64):016x}")
     dispatcher = Dispatcher(
@@ -106,12 +109,23 @@ async def _serve(config: Config) -> None:
         clock=clock,
         signal=config.load.signal,
         observer=NOBODY if config.sync is None else outbox,
+        admission=config.admission,
+        line=line,
+        sees_first_events=config.supervision.mode is Supervise.ANSWERS,
     )
     replica: Replica | None = None
     if config.sync is not None:
         replica = join(config.sync, outbox, dispatcher.ledger.open_foreign, clock=clock)
         telemetry.add(SyncMetrics(replica.status))
-    service = ExtProcService(dispatcher, dispatcher.legs, telemetry, max_body=config.envoy.max_body_bytes, clock=clock)
+    service = ExtProcService(
+        dispatcher,
+        telemetry,
+        supervision=config.supervision,
+        budget=RetryBudget(config.retry),
+        line=line,
+        max_body=config.envoy.max_body_bytes,
+        clock=clock,
+    )
     health = aio.HealthServicer()
     readiness = Readiness(health, lambda: any(can_serve(pool, fleet, clock()) for pool in config.pools))
     admin = AdminServer(
@@ -128,7 +142,11 @@ async def _serve(config: Config) -> None:
     scraper = Scraper(endpoints, config.load, telemetry, clock=clock, rng=rng)
     stopping = _stop_signals()
     async with _grpc_server(config, service, health), asyncio.TaskGroup() as tasks:
-        background = [tasks.create_task(scraper.run()), tasks.create_task(readiness.run())]
+        background = [
+            tasks.create_task(scraper.run()),
+            tasks.create_task(readiness.run()),
+            tasks.create_task(service.sweep()),
+        ]
         if replica is not None:
             background.append(tasks.create_task(_take_part(replica, fleet)))
         admin_task = tasks.create_task(admin.run_on_socket())

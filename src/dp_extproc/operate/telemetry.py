@@ -18,10 +18,11 @@ from prometheus_client.registry import Collector
 
 from dp_extproc import __version__
 from dp_extproc.extproc.exchange import Exchange
-from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage
+from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.fleet.observer import ScrapeFailure
 from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.load import Freshness
+from dp_extproc.request.rejection import Reason
 
 _DECISION_BUCKETS: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1)
 """Seconds. A decision on a small body takes tens of microseconds, on one of 64 MB some tens of milliseconds."""
@@ -43,6 +44,8 @@ class Telemetry:
         self._decisions = [0] * (len(_DECISION_BUCKETS) + 1)
         self._decision_seconds = 0.0
         self._streams = 0
+        self._leg_failures: Counter[tuple[str, str, str]] = Counter()
+        self._unseen_legs = 0
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -70,6 +73,12 @@ class Telemetry:
         else:
             self._outcomes["routed" if exchange.is_routed else "answered"] += 1
 
+    def leg_failed(self, leg: Role, reason: Reason, *, retried: bool) -> None:
+        self._leg_failures[leg.value, reason.value, "yes" if retried else "no"] += 1
+
+    def leg_unseen(self) -> None:
+        self._unseen_legs += 1
+
     # --- scrapes ---
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:
@@ -89,6 +98,7 @@ class Telemetry:
         """Read the books."""
         yield InfoMetricFamily("dp_extproc_build", "Version of the service.", value={"version": __version__})
         yield from self._collect_requests()
+        yield from self._collect_legs()
         yield from self._collect_endpoints()
         yield from self._collect_ranks()
         ratio = GaugeMetricFamily("dp_extproc_bytes_per_token", "Text bytes taken for one token.", labels=["pool"])
@@ -115,6 +125,19 @@ class Telemetry:
         )
         yield GaugeMetricFamily("dp_extproc_streams", "Requests and responses in flight.", value=self._streams)
 
+    def _collect_legs(self) -> Iterator[Metric]:
+        failures = CounterMetricFamily(
+            "dp_extproc_leg_failures",
+            "Attempts that failed, by the leg that did, and whether the request was placed anew.",
+            labels=["leg", "reason", "retried"],
+        )
+        for labels, count in self._leg_failures.items():
+            failures.add_metric(labels, count)
+        yield failures
+        yield CounterMetricFamily(
+            "dp_extproc_unseen_legs", "Prefill legs that did not report here.", value=self._unseen_legs
+        )
+
     def _collect_endpoints(self) -> Iterator[Metric]:
         labels = ["pool", "role", "endpoint"]
         state = GaugeMetricFamily(
@@ -129,6 +152,9 @@ class Telemetry:
         lost = CounterMetricFamily(
             "dp_extproc_written_off", "Requests taken off the books because no event ended them.", labels=labels
         )
+        ejected = GaugeMetricFamily(
+            "dp_extproc_endpoint_ejected", "1 while the endpoint is left alone for its failures.", labels=labels
+        )
         pace = GaugeMetricFamily("dp_extproc_seconds_per_token", "By the engine's own account.", labels=labels)
         now = self._clock()
         for endpoint in self._fleet.endpoints:
@@ -140,6 +166,7 @@ class Telemetry:
             if host is not None and present is not Freshness.UNKNOWN:
                 age.add_metric(names, now - host.sampled)
             if host is not None:
+                ejected.add_metric(names, float(host.health.is_ejected(now)))
                 held.add_metric(names, host.held_tokens)
                 lost.add_metric(names, host.written_off)
                 if (tpot := host.seconds_per_token) is not None:
@@ -148,7 +175,7 @@ class Telemetry:
             for (url, kind), count in self._failures.items():
                 if url == endpoint.url:
                     failures.add_metric([*names, kind], count)
-        yield from (state, age, samples, failures, held, lost, pace)
+        yield from (state, age, ejected, samples, failures, held, lost, pace)
 
     def _collect_ranks(self) -> Iterator[Metric]:
         labels = ["pool", "role", "endpoint", "dp_rank"]

@@ -5,6 +5,7 @@ from typing import Final, Protocol
 
 from dp_extproc.placement.books import Reservation
 from dp_extproc.placement.dispatch import Dispatch
+from dp_extproc.placement.load import HostLoad
 
 
 class AttemptObserver(Protocol):
@@ -46,8 +47,8 @@ class Attempt:
     """
 
     __slots__ = (
-        "_decode", "_observer", "_on_prefill_answer", "_over", "_prefill", "first_byte_at", "leg", "number",
-        "picked_at", "prefill_status",
+        "_decode", "_observer", "_on_prefill_answer", "_over", "_prefill", "decode_host", "first_byte_at", "leg",
+        "number", "picked_at", "prefill_host", "prefill_status",
     )  # fmt: skip
 
     def __init__(
@@ -57,6 +58,8 @@ class Attempt:
         prefill: tuple[Reservation, ...],
         decode: tuple[Reservation, ...],
         *,
+        prefill_host: HostLoad | None = None,
+        decode_host: HostLoad | None = None,
         leg: str = "",
         observer: AttemptObserver = NOBODY,
         on_prefill_answer: Callable[[int], None] | None = None,
@@ -64,6 +67,9 @@ class Attempt:
         self.number = number
         self.leg = leg
         """Token by which the prefill leg's own ext_proc stream finds this attempt."""
+        self.prefill_host = prefill_host
+        self.decode_host = decode_host
+        """Who answers the client; a server that does both, too."""
         self.picked_at = picked_at
         self.prefill_status: int | None = None
         self.first_byte_at: float | None = None

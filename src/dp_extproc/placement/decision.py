@@ -19,6 +19,8 @@ class Decision(Struct, frozen=True):
     """For access logs."""
     attempt: Attempt | None
     """None when nothing is on the books."""
+    streaming: bool = False
+    """Whether the client wants a stream of events."""
 
 
 class Answer(Struct, frozen=True):

@@ -9,22 +9,26 @@ from urllib.parse import unquote
 import msgspec
 from msgspec.structs import replace
 
+from dp_extproc.config.reliability import AdmissionSettings
 from dp_extproc.config.schema import ClientRanks, LoadSignal, PoolConfig
 from dp_extproc.extproc import names
 from dp_extproc.fleet.endpoint import Role
 from dp_extproc.fleet.server_info import DEFAULT_BOOTSTRAP_PORT
-from dp_extproc.placement.attempt import NOBODY, Attempt, AttemptObserver
+from dp_extproc.placement.admission import Admission, is_too_long, largest_capacity
+from dp_extproc.placement.attempt import NOBODY, AttemptObserver
 from dp_extproc.placement.decision import Answer, Decision, Metadata
 from dp_extproc.placement.demand import Demand
 from dp_extproc.placement.fleet_load import FleetLoad
+from dp_extproc.placement.health import healthy, others
 from dp_extproc.placement.ledger import Ledger
 from dp_extproc.placement.load import HostLoad
 from dp_extproc.placement.pair import Picker, Pins, Side
+from dp_extproc.placement.queue import Ticket, WaitingLine
 from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated
 from dp_extproc.request.path import ONE_MODEL, Api
 from dp_extproc.request.prefix import NO_PREFIX, prefix_of
 from dp_extproc.request.prompt import Prompt
-from dp_extproc.request.rejection import Reason, Rejection
+from dp_extproc.request.rejection import Reason, Rejection, Wait
 from dp_extproc.request.rewrite import Bootstrap, LegFields, rewrite_aggregated, rewrite_disaggregated
 
 _ANY_MODEL: Final = "*"
@@ -33,6 +37,8 @@ _SHOWN_MODEL: Final = 200
 _SESSION_KEPT: Final = 128
 """Characters of a conversation's name; more is more than any id has."""
 _TRY_AGAIN: Final = (("retry-after", "1"),)
+_WATCHED: Final = ((names.WATCH, b"1"),)
+_DEFAULT_ADMISSION: Final = AdmissionSettings()
 
 
 class _Pool:
@@ -58,6 +64,9 @@ class Dispatcher:
         clock: Callable[[], float],
         signal: LoadSignal = LoadSignal.ESTIMATE,
         observer: AttemptObserver = NOBODY,
+        admission: AdmissionSettings = _DEFAULT_ADMISSION,
+        line: WaitingLine | None = None,
+        sees_first_events: bool = False,
     ) -> None:
         """Set up.
 
@@ -69,6 +78,9 @@ class Dispatcher:
             clock: Monotonic seconds; the same that the load cache is fed with.
             signal: What the tokens of a rank are.
             observer: Told of every attempt.
+            admission: What a rank may have on its books.
+            line: Where requests wait for room; None if none do.
+            sees_first_events: Whether Envoy is to show the first event of streaming answers.
         """
         self._pools = [_Pool(pool, signal, fleet, rng) for pool in pools]
         self._pool_of = {model: pool for pool in self._pools for model in pool.config.models}
@@ -77,16 +89,26 @@ class Dispatcher:
         self._owner = owner.encode()
         self._rng = rng
         self._clock = clock
-        self.legs: dict[str, Attempt] = {}
-        """Attempts whose prefill leg may still report, by the leg's token."""
+        self._admission = Admission(admission)
+        self._line = line
+        self._sees_first_events = sees_first_events
 
-    def place(self, api: Api, body: bytes, session: str | None = None) -> Decision | Rejection:
+    def place(
+        self,
+        api: Api,
+        body: bytes,
+        session: str | None = None,
+        failed: Sequence[frozenset[str]] = (),
+        ticket: Ticket | None = None,
+    ) -> Decision | Rejection:
         """Decide where an inference request goes.
 
         Args:
             api: What the path asked for.
             body: The whole body.
             session: The client's name for the conversation.
+            failed: The hosts of each attempt of this request that has failed.
+            ticket: Its place in the line, if it waits there.
         """
         request = read_body(api, body)
         if isinstance(request, Rejection):
@@ -95,8 +117,9 @@ class Dispatcher:
         if isinstance(pool, Rejection):
             return pool
         if pool.config.is_disaggregated:
-            return refuse_disaggregated(request) or self._place_disaggregated(pool, request, session)
-        return self._place_aggregated(pool, request, session)
+            refusal = refuse_disaggregated(request) or self._make_wait(pool, request, ticket)
+            return refusal or self._place_disaggregated(pool, request, session, failed)
+        return self._make_wait(pool, request, ticket) or self._place_aggregated(pool, request, session, failed)
 
     def look_up(self) -> Decision | Rejection:
         """Send a request that any engine can answer to a server that answers clients."""
@@ -149,13 +172,23 @@ class Dispatcher:
         message = f"the model {model[:_SHOWN_MODEL]!r} does not exist; known: {', '.join(self.known_models())}"
         return Rejection(404, Reason.MODEL_NOT_FOUND, message, param="model")
 
-    def _place_aggregated(self, pool: _Pool, request: InferenceRequest, session: str | None) -> Decision | Rejection:
+    def _place_aggregated(
+        self, pool: _Pool, request: InferenceRequest, session: str | None, failed: Sequence[frozenset[str]]
+    ) -> Decision | Rejection:
         now = self._clock()
-        hosts = self._capable(pool, Role.WORKER, request.api, now)
+        hosts = self._capable(pool, Role.WORKER, request.api, now, failed)
         if isinstance(hosts, Rejection):
             return hosts
         demand = self._demand(pool, request, session)
-        side = pool.picker.worker(hosts, demand, now, request.routed_rank_pin if pool.honours_pins else None)
+        pin = request.routed_rank_pin if pool.honours_pins else None
+        side = pool.picker.worker(hosts, demand, now, pin)
+        if (too_long := self._refuse_too_long(side, hosts, request, demand)) is not None:
+            return too_long
+        if not self._has_room(side, demand):
+            roomy = self._roomy(hosts, demand)
+            if not roomy:
+                return self._refuse_for_room(pool, Role.WORKER, hosts, request, demand)
+            side = pool.picker.worker(roomy, demand, now, pin)
         rank_key = side.host.capabilities.aggregated_rank_key(request.api)
         if rank_key is None:
             side = replace(side, rank=None)
@@ -163,19 +196,30 @@ class Dispatcher:
         attempt = self.ledger.open_worker(side, demand, now, on_prefill_answer=on_answer)
         body = rewrite_aggregated(request.body, rank_key, side.rank)
         headers = ((names.DECODE_HOST, side.host.address.encode()),)
-        return Decision(body, headers, _metadata(pool, request, side), attempt)
+        side.host.health.sent(now)
+        return Decision(body, headers, _metadata(pool, request, side), attempt, streaming=request.stream)
 
-    def _place_disaggregated(self, pool: _Pool, request: InferenceRequest, session: str | None) -> Decision | Rejection:
+    def _place_disaggregated(
+        self, pool: _Pool, request: InferenceRequest, session: str | None, failed: Sequence[frozenset[str]]
+    ) -> Decision | Rejection:
         now = self._clock()
-        prefills = self._capable(pool, Role.PREFILL, request.api, now)
+        prefills = self._capable(pool, Role.PREFILL, request.api, now, failed)
         if isinstance(prefills, Rejection):
             return prefills
-        decodes = self._capable(pool, Role.DECODE, request.api, now)
+        decodes = self._capable(pool, Role.DECODE, request.api, now, failed)
         if isinstance(decodes, Rejection):
             return decodes
         pins = Pins(request.prefill_rank_pin, request.routed_rank_pin) if pool.honours_pins else Pins()
         demand = self._demand(pool, request, session)
         pair = pool.picker.pair(prefills, decodes, demand, now, pins)
+        for side, hosts in ((pair.prefill, prefills), (pair.decode, decodes)):
+            if (too_long := self._refuse_too_long(side, hosts, request, demand)) is not None:
+                return too_long
+        if not (self._has_room(pair.prefill, demand) and self._has_room(pair.decode, demand)):
+            for role, hosts in ((Role.PREFILL, prefills), (Role.DECODE, decodes)):
+                if not self._roomy(hosts, demand):
+                    return self._refuse_for_room(pool, role, hosts, request, demand)
+            pair = pool.picker.pair(self._roomy(prefills, demand), self._roomy(decodes, demand), demand, now, pins)
         prefill, decode = pair.prefill, pair.decode
         batch = request.prompt.batch
         rooms = pair.draw_room(self._rng) if batch is None else [pair.draw_room(self._rng) for _ in range(batch)]
@@ -189,7 +233,8 @@ class Dispatcher:
         )
         on_answer = partial(self._prompt_done, pool, prefill.host, request.prompt)
         attempt = self.ledger.open_pair(pair, demand, now, leg=leg, on_prefill_answer=on_answer)
-        self.legs[leg] = attempt
+        prefill.host.health.sent(now)
+        decode.host.health.sent(now)
         headers = (
             (names.DECODE_HOST, decode.host.address.encode()),
             (names.PREFILL_HOST, prefill.host.address.encode()),
@@ -197,12 +242,53 @@ class Dispatcher:
             (names.PREFIX_LENGTH, b"%d" % bodies.prefix_length),
             (names.OWNER, self._owner),
             (names.LEG, leg.encode()),
+            *(_WATCHED if request.stream and self._sees_first_events else ()),
         )
         metadata = _metadata(pool, request, decode)
         metadata[names.META_PREFILL_HOST] = prefill.host.address
         if prefill.rank is not None:
             metadata[names.META_PREFILL_RANK] = prefill.rank
-        return Decision(bodies.decode, headers, metadata, attempt)
+        return Decision(bodies.decode, headers, metadata, attempt, streaming=request.stream)
+
+    def _make_wait(self, pool: _Pool, request: InferenceRequest, ticket: Ticket | None) -> Rejection | None:
+        """Keep a request from overtaking those that wait already."""
+        if self._line is None or not self._line.comes_after(pool.name, request.priority, ticket):
+            return None
+        return self._no_room(pool, request, "other requests are waiting already")
+
+    def _no_room(self, pool: _Pool, request: InferenceRequest, why: str) -> Rejection:
+        message = f"the servers for {pool.name} are full: {why}; try again later"
+        wait = Wait(pool.name, request.priority)
+        return Rejection(429, Reason.OVER_CAPACITY, message, headers=_TRY_AGAIN, wait=wait)
+
+    def _refuse_too_long(
+        self, side: Side, hosts: Sequence[HostLoad], request: InferenceRequest, demand: Demand
+    ) -> Rejection | None:
+        """Refuse a prompt that no rank of these hosts can ever hold; its engine would let the other leg wait for it."""
+        sample = side.host.ranks[side.rank or 0].sample
+        if sample is None or not sample.capacity_tokens or demand.tokens <= sample.capacity_tokens:
+            return None
+        capacity = largest_capacity(hosts)
+        if capacity is None or not is_too_long(request.prompt, demand.tokens, capacity):
+            return None
+        message = (
+            f"the prompt has about {demand.tokens:.0f} tokens, and the largest {side.host.endpoint.role.value} rank "
+            f"of this model holds {capacity}; send a shorter one"
+        )
+        return Rejection(400, Reason.PROMPT_TOO_LONG, message)
+
+    def _has_room(self, side: Side, demand: Demand) -> bool:
+        return self._admission.has_room(side.host, side.rank, demand.tokens, demand.requests)
+
+    def _roomy(self, hosts: Sequence[HostLoad], demand: Demand) -> list[HostLoad]:
+        return [host for host in hosts if self._admission.has_room(host, None, demand.tokens, demand.requests)]
+
+    def _refuse_for_room(
+        self, pool: _Pool, role: Role, hosts: Sequence[HostLoad], request: InferenceRequest, demand: Demand
+    ) -> Rejection:
+        return self._no_room(
+            pool, request, f"no rank of its {len(hosts)} {role} servers takes {demand.tokens:.0f} more tokens"
+        )
 
     def _demand(self, pool: _Pool, request: InferenceRequest, session: str | None) -> Demand:
         prompt = request.prompt
@@ -213,10 +299,13 @@ class Dispatcher:
             session=session[:_SESSION_KEPT] if session and pool.config.policy.affinity.sessions else None,
         )
 
-    def _capable(self, pool: _Pool, role: Role, api: Api, now: float) -> Sequence[HostLoad] | Rejection:
-        """Give the hosts of a role that can serve this path, at least one."""
+    def _capable(
+        self, pool: _Pool, role: Role, api: Api, now: float, failed: Sequence[frozenset[str]]
+    ) -> Sequence[HostLoad] | Rejection:
+        """Give the hosts of a role that can serve this path and are well, at least one."""
         if capable := self._fleet.capable(pool.name, role, api, now):
-            return capable
+            well = healthy(capable, now) if self._fleet.sick else capable
+            return others(well, failed) if failed else well
         hosts = self._fleet.eligible(pool.name, role, now)
         if not hosts:
             message = f"no {role} server of the pool for {pool.name} has been reached yet; try again shortly"

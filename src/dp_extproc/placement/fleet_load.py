@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 
+from dp_extproc.config.reliability import HealthSettings
 from dp_extproc.fleet.agreement import MODE_OF
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.fleet.recipe import capabilities
 from dp_extproc.placement.affinity import PrefixIndex
 from dp_extproc.placement.books import RankLoad
-from dp_extproc.placement.load import DEFAULT_COSTS, HostLoad, StepCosts, compare_pace
+from dp_extproc.placement.health import Health
+from dp_extproc.placement.load import DEFAULT_COSTS, DEFAULT_HEALTH, HostLoad, StepCosts, compare_pace
 from dp_extproc.placement.ratio import TokenRatio
 from dp_extproc.request.path import Api
 
@@ -16,10 +18,19 @@ from dp_extproc.request.path import Api
 class FleetLoad:
     """Who is there and how loaded. Implements :class:`dp_extproc.fleet.observer.FleetObserver`."""
 
-    def __init__(self, endpoints: Iterable[Endpoint], stale_after: float, costs: StepCosts = DEFAULT_COSTS) -> None:
+    def __init__(
+        self,
+        endpoints: Iterable[Endpoint],
+        stale_after: float,
+        costs: StepCosts = DEFAULT_COSTS,
+        health: HealthSettings = DEFAULT_HEALTH,
+    ) -> None:
         self.endpoints = tuple(endpoints)
         self.stale_after = stale_after
         self._costs = costs
+        self._health = health
+        self.sick: set[Health] = set()
+        """The records of those that are ejected or have to prove themselves."""
         self.hosts: dict[str, HostLoad] = {}
         """By URL; only endpoints that have told their facts."""
         self.failures: dict[str, ScrapeFailure] = {}
@@ -38,8 +49,11 @@ class FleetLoad:
             known.address = address
             return
         if known is not None:
+            self.sick.discard(known.health)
             self._forget_prefixes(known)
-        self.hosts[endpoint.url] = HostLoad(endpoint, address, facts, capabilities(facts), self._costs)
+        self.hosts[endpoint.url] = HostLoad(
+            endpoint, address, facts, capabilities(facts), self._costs, health=Health(self._health, self.sick)
+        )
         self._by_role = {}
         for each in self.endpoints:
             host = self.hosts.get(each.url)
@@ -50,10 +64,13 @@ class FleetLoad:
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
         """Take in a load page that was asked for at *started*."""
         self._capable.clear()
-        self.failures.pop(endpoint.url, None)
+        was_away = self.failures.pop(endpoint.url, None) is not None
         if (host := self.hosts.get(endpoint.url)) is not None:
             host.absorb(page.ranks, started, now)
-            if host.has_restarted(page):
+            restarted = host.has_restarted(page)
+            if was_away or restarted:
+                host.health.came_back()
+            if restarted:
                 self._forget_prefixes(host)
             if endpoint.role is not Role.PREFILL:
                 compare_pace(self._by_role.get((endpoint.pool, endpoint.role), ()))

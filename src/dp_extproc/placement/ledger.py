@@ -43,6 +43,8 @@ class Ledger:
             now,
             prefill.host.reserve(prefill.rank, demand.tokens, now, demand.requests, prefill.cached),
             decode.host.reserve(decode.rank, demand.tokens, now, demand.requests),
+            prefill_host=prefill.host,
+            decode_host=decode.host,
             leg=leg,
             observer=self._observer,
             on_prefill_answer=on_prefill_answer,
@@ -59,7 +61,13 @@ class Ledger:
         self._note_prefix(side, demand)
         reservations = side.host.reserve(side.rank, demand.tokens, now, demand.requests, side.cached)
         attempt = Attempt(
-            next(self._numbers), now, (), reservations, observer=self._observer, on_prefill_answer=on_prefill_answer
+            next(self._numbers),
+            now,
+            (),
+            reservations,
+            decode_host=side.host,
+            observer=self._observer,
+            on_prefill_answer=on_prefill_answer,
         )
         if self._observer is not NOBODY:
             self._observer.dispatched(attempt.number, _dispatch(side, demand), now)

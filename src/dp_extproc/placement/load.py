@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, TypeVar
 
+from dp_extproc.config.reliability import HealthSettings
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, RankSample, Role
 from dp_extproc.fleet.recipe import Capabilities
 from dp_extproc.placement.books import RankLoad, Reservation, StepGroup
 from dp_extproc.placement.decode_load import DecodeGroup
+from dp_extproc.placement.health import Health
 from dp_extproc.placement.prefill_load import PrefillGroup
 
 _LEAST_SLOWNESS: Final = 0.25
@@ -40,6 +42,7 @@ class StepCosts:
 
 
 DEFAULT_COSTS: Final = StepCosts()
+DEFAULT_HEALTH: Final = HealthSettings()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,14 +80,22 @@ class HostLoad:
     """One endpoint: its ranks and how well it is known."""
 
     __slots__ = (
-        "_counts", "_demoted", "address", "candidate", "capabilities", "endpoint", "facts", "groups", "held_tokens",
-        "ranks", "sampled",
+        "_counts", "_demoted", "address", "candidate", "capabilities", "endpoint", "facts", "groups", "health",
+        "held_tokens", "ranks", "sampled",
     )  # fmt: skip
 
     def __init__(
-        self, endpoint: Endpoint, address: str, facts: EngineFacts, capabilities: Capabilities, costs: StepCosts
+        self,
+        endpoint: Endpoint,
+        address: str,
+        facts: EngineFacts,
+        capabilities: Capabilities,
+        costs: StepCosts,
+        *,
+        health: Health | None = None,
     ) -> None:
         self.endpoint = endpoint
+        self.health = health or Health(DEFAULT_HEALTH)
         self.address = address
         """``IP:port``, what Envoy dials."""
         self.facts = facts

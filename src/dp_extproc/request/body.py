@@ -34,6 +34,8 @@ class InferenceRequest(msgspec.Struct, frozen=True):
     routed_rank_pin: int | None
     """Decode (or worker) rank that the client asked for."""
     prefill_rank_pin: int | None
+    priority: int = 0
+    """Greater ones are served first."""
 
 
 _integer: Final[msgspec.json.Decoder[int | None]] = msgspec.json.Decoder(int | None)
@@ -80,6 +82,7 @@ def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
         samples=samples,
         routed_rank_pin=_pin(values, ROUTED_RANK if ROUTED_RANK in values else OLD_RANK),
         prefill_rank_pin=_pin(values, PREFILL_RANK),
+        priority=fields.priority or 0,
     )
 
 

@@ -31,7 +31,25 @@ class Reason(StrEnum):
     ENGINE_TOO_OLD = "engine_version_lacks_path"
     BODY_TIMEOUT = "body_timeout"
     UNSUPPORTED_BODY_MODE = "unsupported_body_mode"
+    OVER_CAPACITY = "over_capacity"
+    PROMPT_TOO_LONG = "prompt_too_long"
+    PREFILL_FAILED = "prefill_failed"
+    PREFILL_TIMEOUT = "prefill_timeout"
+    DECODE_FAILED = "decode_failed"
+    DECODE_TIMEOUT = "first_token_timeout"
+    ENGINE_REFUSED = "engine_refused"
     INTERNAL_ERROR = "internal_error"
+
+
+_KINDS: Final = {429: "rate_limit_error"}
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Where a request waits that is refused only because there is no room at present."""
+
+    pool: str
+    priority: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +63,11 @@ class Rejection:
     """The body field at fault."""
     headers: tuple[tuple[str, str], ...] = ()
     """Further response headers, such as ``retry-after`` or ``allow``."""
+    wait: "Wait | None" = None
+    """How the request may wait for better times."""
 
     def body(self) -> bytes:
         """The body in the shape of OpenAI's errors, which the client libraries turn into their exceptions."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = _KINDS.get(self.status) or ("invalid_request_error" if self.status < 500 else "server_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.reason.value}
         return msgspec.json.encode({"error": error})

@@ -45,6 +45,7 @@ class Body(Struct):
     stream: bool | None = None
     n: int | None = None
     max_tokens: int | None = None
+    priority: int | None = None
 
 
 class SamplingParams(Struct):

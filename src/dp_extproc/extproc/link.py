@@ -1,0 +1,65 @@
+"""The streams of one attempt, wherever they come in, and what is written to them."""
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import suppress
+
+import grpc
+import grpc.aio
+
+from dp_extproc.extproc.codec import write_reply
+from dp_extproc.extproc.events import Reply
+from dp_extproc.extproc.supervision import Say, Stream, Supervision
+
+
+class Writer:
+    """Writes replies to a stream, one at a time: gRPC allows no two writes at once."""
+
+    __slots__ = ("_context", "_lock")
+
+    def __init__(self, context: grpc.aio.ServicerContext) -> None:
+        self._context = context
+        self._lock = asyncio.Lock()
+
+    async def write(self, replies: Iterable[Reply]) -> None:
+        for reply in replies:
+            async with self._lock:
+                await self._context.write(write_reply(reply))
+
+
+class Link:
+    """Brings what a supervision has to say to the streams that are open."""
+
+    __slots__ = ("_tasks", "_writers", "supervision")
+
+    def __init__(self, supervision: Supervision, main: Writer) -> None:
+        self.supervision = supervision
+        self._writers = {Stream.MAIN: main}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def opened(self, prefill: Writer) -> None:
+        """Take note of the prefill leg's stream."""
+        self._writers[Stream.PREFILL] = prefill
+
+    async def carry_out(self, said: list[Say], own: Stream | None = None) -> None:
+        """Write to each stream what is to be said on it.
+
+        Args:
+            said: All of it.
+            own: The stream whose coroutine this is. Envoy may cancel it at any time, also in the middle of a write;
+                that must not keep the other streams from hearing what is meant for them.
+        """
+        for stream, reply in said:
+            if stream is not own and (writer := self._writers.get(stream)) is not None:
+                task = asyncio.create_task(_write(writer, reply))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+        for stream, reply in said:
+            if stream is own and (writer := self._writers.get(stream)) is not None:
+                await writer.write((reply,))
+
+
+async def _write(writer: Writer, reply: Reply) -> None:
+    # A stream that is gone needs to hear nothing any more.
+    with suppress(asyncio.CancelledError, asyncio.InvalidStateError, grpc.RpcError, grpc.aio.BaseError):
+        await writer.write((reply,))

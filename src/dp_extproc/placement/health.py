@@ -1,0 +1,109 @@
+"""Whether an endpoint does its own leg of requests well enough to be sent more of them.
+
+Passive: an endpoint whose leg fails several times in a row is ejected, each time twice as long. When the time is over
+it gets one request to prove itself. An engine that was away and answers the scraper again is trusted at once, as it
+is another process by now. The clock is the caller's.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Final, Protocol, TypeVar
+
+from dp_extproc.config.reliability import HealthSettings
+
+PROBE_SECONDS: Final = 5.0
+"""After so long without an outcome a probe counts as lost, and another request may be one."""
+_MOST_DOUBLINGS: Final = 32
+
+
+class Health:
+    """One endpoint's record."""
+
+    __slots__ = ("_failures", "_probed", "_settings", "_sick", "ejections", "until")
+
+    def __init__(self, settings: HealthSettings, sick: "set[Health] | None" = None) -> None:
+        """Begin well.
+
+        Args:
+            settings: When to eject.
+            sick: Where it enters itself while it is ejected or has to prove itself.
+        """
+        self._settings = settings
+        self._sick = set() if sick is None else sick
+        self._failures = 0
+        self._probed = -math.inf
+        self.ejections = 0
+        """In a row, without a success between them."""
+        self.until = -math.inf
+        """When the present or last ejection ends."""
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether it has failed since its last success."""
+        return self._failures > 0
+
+    def succeeded(self) -> None:
+        """Note that a leg went well."""
+        if self._failures:
+            self._failures = self.ejections = 0
+            self.until = -math.inf
+            self._sick.discard(self)
+
+    def failed(self, now: float) -> None:
+        """Note that a leg failed by the endpoint's own fault."""
+        if now < self.until:
+            return  # sent before the ejection
+        self._failures += 1
+        if self.ejections or self._failures >= self._settings.failures:
+            seconds = self._settings.ejection * 2.0 ** min(self.ejections, _MOST_DOUBLINGS)
+            self.until = now + min(seconds, self._settings.max_ejection)
+            self.ejections += 1
+            self._sick.add(self)
+            self._probed = -math.inf
+
+    def came_back(self) -> None:
+        """Note that the engine was away and has come back."""
+        self.succeeded()
+
+    def is_ejected(self, now: float) -> bool:
+        return now < self.until
+
+    def takes(self, now: float) -> bool:
+        """Tell whether it may be sent a request: not while it is ejected, and one at a time after that."""
+        return now >= self.until and (not self.ejections or now - self._probed >= PROBE_SECONDS)
+
+    def sent(self, now: float) -> None:
+        """Note that it was sent a request; after an ejection this one is the probe."""
+        if self.ejections:
+            self._probed = now
+
+
+class HasHealth(Protocol):
+    """What is chosen from."""
+
+    @property
+    def health(self) -> Health: ...
+    @property
+    def address(self) -> str: ...
+
+
+_H = TypeVar("_H", bound=HasHealth)
+
+
+def healthy(hosts: Sequence[_H], now: float) -> Sequence[_H]:
+    """Leave out those that take no request; if that is all of them, give the one that will be the first to."""
+    left = [host for host in hosts if host.health.takes(now)]
+    return left or [min(hosts, key=lambda host: host.health.until)]
+
+
+def others(hosts: Sequence[_H], failed: Sequence[frozenset[str]]) -> Sequence[_H]:
+    """Leave out the hosts of failed attempts; if that is all of them, those of the last attempt; else nobody.
+
+    Args:
+        hosts: At least one.
+        failed: Addresses of each attempt, the last one's at the end.
+    """
+    for avoided in (frozenset[str]().union(*failed), failed[-1] if failed else frozenset[str]()):
+        if left := [host for host in hosts if host.address not in avoided]:
+            return left
+    return hosts
