@@ -1,10 +1,11 @@
 """What a request costs in the service, against an empty ext_proc server in the same process shape.
 
-Both servers are grpc.aio on uvloop in a process of their own, and both get the same messages: per request one stream
-with request headers, buffered body and response headers, and one stream of the prefill leg with its response
-headers. The empty server answers each message with a constant. Measured is the CPU time of the server process, which
-hardly depends on what else the machine is doing; rounds are interleaved, and what counts is the ratio of a round's
-two halves.
+All servers are grpc.aio on uvloop in a process of their own. The empty one answers each message with a constant. It and
+the service with ``supervision: off`` get the same messages: per request one stream with request headers, buffered body
+and response headers, and one stream of the prefill leg with its response headers. What supervision adds is measured
+with the messages that it adds: ``legs`` has the prefill leg's request headers besides, ``answers`` a third stream with
+the first piece of the answer. Measured is the CPU time of the server process, which hardly depends on what else the
+machine is doing; rounds are interleaved, and what counts are ratios within a round, all to the empty server.
 
     python bench/ext_proc_cost.py [--requests 400] [--rounds 7] [--json FILE]
 """
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -29,7 +30,7 @@ import uvloop
 from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
 from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest, ProcessingResponse
 
-from dp_extproc.config import PoolConfig
+from dp_extproc.config import PoolConfig, Supervise, SupervisionSettings
 from dp_extproc.extproc import names
 from dp_extproc.extproc.service import SERVICE_NAME, ExtProcService
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Mode, RankSample, Role, Version
@@ -37,6 +38,8 @@ from dp_extproc.operate.telemetry import Telemetry
 from dp_extproc.placement.dispatcher import Dispatcher
 from dp_extproc.placement.fleet_load import FleetLoad
 
+EMPTY: Final = "empty"
+KINDS: Final = (EMPTY, *(mode.value for mode in Supervise))
 METHOD: Final = f"/{SERVICE_NAME}/Process"
 SIZES: Final = {"1 kB": 1_000, "64 kB": 64_000, "1 MB": 1_000_000}
 RANKS: Final = 4
@@ -68,7 +71,7 @@ class _EmptyServer:
         return grpc.method_handlers_generic_handler(SERVICE_NAME, {"Process": process})
 
 
-def _service() -> ExtProcService:
+def _service(supervise: Supervise) -> ExtProcService:
     """Make the real service, with a fleet that has been discovered and sampled."""
     endpoints = [
         Endpoint(url, "127.0.0.1", int(url.rpartition(":")[2]), "*", role)
@@ -95,13 +98,26 @@ def _service() -> ExtProcService:
     pool = PoolConfig.model_validate(
         {"models": ["*"], "prefill": {"endpoints": list(PREFILLS)}, "decode": {"endpoints": list(DECODES)}}
     )
-    dispatcher = Dispatcher([pool], fleet, owner="127.0.0.1:9002", rng=random.Random(1), clock=clock)
-    return ExtProcService(dispatcher, Telemetry(fleet, clock), max_body=MAX_BODY, clock=clock)
+    dispatcher = Dispatcher(
+        [pool],
+        fleet,
+        owner="127.0.0.1:9002",
+        rng=random.Random(1),
+        clock=clock,
+        sees_first_events=supervise is Supervise.ANSWERS,
+    )
+    return ExtProcService(
+        dispatcher,
+        Telemetry(fleet, clock),
+        supervision=SupervisionSettings(mode=supervise),
+        max_body=MAX_BODY,
+        clock=clock,
+    )
 
 
 async def _serve(kind: str) -> None:
     server = grpc.aio.server(options=OPTIONS)
-    server.add_generic_rpc_handlers(((_EmptyServer() if kind == "empty" else _service()).handler(),))
+    server.add_generic_rpc_handlers(((_EmptyServer() if kind == EMPTY else _service(Supervise(kind))).handler(),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(port, flush=True)
@@ -160,10 +176,25 @@ def _response_headers() -> bytes:
     return bytes(message.SerializeToString())
 
 
+def _first_event() -> bytes:
+    message = ProcessingRequest()
+    message.response_body.body = b'data: {"id":"1","object":"chat.completion.chunk","choices":[{"index":0}]}\n\n'
+    return bytes(message.SerializeToString())
+
+
+def _leg_headers() -> bytes:
+    message = ProcessingRequest()
+    message.request_headers.SetInParent()
+    return bytes(message.SerializeToString())
+
+
 class Load:
     """Sends requests of one size to one server, a few at a time."""
 
-    def __init__(self, size: int, concurrency: int) -> None:
+    def __init__(self, size: int, concurrency: int, kind: str) -> None:
+        self._kind = kind
+        self._first_event = _first_event()
+        self._leg_headers = _leg_headers()
         body = ProcessingRequest()
         body.request_body.body = _body(size)
         body.request_body.end_of_stream = True
@@ -188,11 +219,20 @@ class Load:
             for message in self._messages:
                 await stream.write(message)
                 answer = await stream.read()
-            leg = call(metadata=((names.LEG, _leg_in(answer)),))
+            token = (names.LEG, _leg_in(answer))
+            leg = call(metadata=(token,))
+            if self._kind in {Supervise.LEGS, Supervise.ANSWERS}:
+                await leg.write(self._leg_headers)
+                await leg.read()
             await leg.write(self._response)
             await leg.read()
             await leg.done_writing()
             await stream.write(self._response)
+            if self._kind == Supervise.ANSWERS:
+                first = call(metadata=(token, (names.STAGE, names.FIRST_EVENT)))
+                await first.write(self._first_event)
+                await first.read()
+                assert await first.read() is grpc.aio.EOF
             await stream.read()
             await stream.done_writing()
             assert await leg.read() is grpc.aio.EOF
@@ -211,22 +251,26 @@ def _leg_in(answer: bytes) -> str:
 
 async def _compare(requests: int, rounds: int, concurrency: int) -> list[dict[str, Any]]:
     results = []
-    with _started("empty") as empty, _started("service") as service:
+    with ExitStack() as running:
+        servers = {kind: running.enter_context(_started(kind)) for kind in KINDS}
         for label, size in SIZES.items():
-            load = Load(size, concurrency)
+            loads = {kind: Load(size, concurrency, kind) for kind in KINDS}
             count = max(concurrency, requests // (10 if size >= 1_000_000 else 1))
-            pairs = []
+            costs: dict[str, list[float]] = {kind: [] for kind in KINDS}
             for index in range(rounds + 1):
-                halves = (empty, service) if index % 2 else (service, empty)
-                costs = {half.pid: await load.run(half, count) for half in halves}
+                order = KINDS if index % 2 else KINDS[::-1]
+                found = {kind: await loads[kind].run(servers[kind], count) for kind in order}
                 if index:  # the first round warms up
-                    pairs.append((costs[empty.pid], costs[service.pid]))
+                    for kind, cost in found.items():
+                        costs[kind].append(cost)
+            ratios = {
+                kind: [mine / empty for mine, empty in zip(costs[kind], costs[EMPTY], strict=True)] for kind in KINDS
+            }
             results.append({
                 "body": label,
-                "empty_us": statistics.median(a for a, _ in pairs) * 1e6,
-                "service_us": statistics.median(b for _, b in pairs) * 1e6,
-                "ratio": statistics.median(b / a for a, b in pairs),
-                "ratios": [round(b / a, 3) for a, b in pairs],
+                "us": {kind: statistics.median(costs[kind]) * 1e6 for kind in KINDS},
+                "ratio": {kind: statistics.median(ratios[kind]) for kind in KINDS},
+                "ratios": {kind: [round(ratio, 3) for ratio in ratios[kind]] for kind in KINDS},
             })  # fmt: skip
     return results
 
@@ -238,18 +282,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--serve", choices=["empty", "service"], help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         uvloop.run(_serve(args.serve))
         return
     results = uvloop.run(_compare(args.requests, args.rounds, args.concurrency))
-    print(f"{'body':>6}  {'empty':>10}  {'service':>10}  ratio (median of {args.rounds}; least to most)")
+    print(f"{'body':>6}  {'':>8}  {'CPU':>10}  ratio (median of {args.rounds}; least to most)")
     for row in results:
-        spread = f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}"
-        print(
-            f"{row['body']:>6}  {row['empty_us']:7.0f} us  {row['service_us']:7.0f} us  {row['ratio']:.2f}  ({spread})"
-        )
+        for kind in KINDS:
+            spread = f"{min(row['ratios'][kind]):.2f} to {max(row['ratios'][kind]):.2f}"
+            print(f"{row['body']:>6}  {kind:>8}  {row['us'][kind]:7.0f} us  {row['ratio'][kind]:.2f}  ({spread})")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"cpus": os.cpu_count(), "results": results}, indent=1) + "\n")
