@@ -45,13 +45,12 @@ class FirstEvent:
         self._text = (self._text + chunk).replace(b"\r\n", b"\n")
         while not self.is_known:
             event, separator, rest = self._text.partition(b"\n\n")
-            if not separator and not end_of_stream and len(self._text) < _MOST_BYTES:
+            if not separator and not end_of_stream:
+                self.is_known = len(self._text) >= _MOST_BYTES
                 return
             self._text = rest
             self._read(event)
-            if not rest:
-                self.is_known = self.is_known or end_of_stream
-                break
+            self.is_known = self.is_known or (end_of_stream and not rest)
 
     def _read(self, event: bytes) -> None:
         data = b"\n".join(line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:"))

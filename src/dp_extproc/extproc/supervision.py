@@ -166,6 +166,7 @@ class Supervision:
         if self._prefill is _Prefill.REFUSING:
             return self._prefill_failed(b"", now)
         if self._prefill is _Prefill.OPEN and not self.is_over:
+            self._prefill = _Prefill.FAILED
             return self._fail(
                 Failure(Role.PREFILL, Reason.PREFILL_FAILED, 502, "the prefill server's connection was cut"), now
             )

@@ -41,6 +41,8 @@ class Record:
     answer_status: int | None = None
     answered_at: float | None = None
     """When its last byte was written."""
+    is_over: bool = False
+    """Whether nothing more will be answered."""
     disconnected_at: float | None = None
     """When the client cut the connection, if it did so before the end of the answer."""
 
@@ -78,9 +80,9 @@ class Record:
     def _outcome(self, ends: list[Any], failure: Failure | None) -> str:
         if self.refused is not None:
             return "failed"
-        if not ends:
-            return "aborted" if self.disconnected_at is not None else "running"
-        if None in ends:
+        if not ends and self.is_over:  # no scheduler has seen it
+            return "failed" if self.disconnected_at is None else "aborted"
+        if not ends or None in ends:
             return "running"
         if failure is None:
             return "finished"
@@ -125,7 +127,10 @@ class Noted:
                 connection.on_lost = None
 
         connection.on_lost = lost
-        await self._answer(scope, receive, note)
+        try:
+            await self._answer(scope, receive, note)
+        finally:
+            self._record.is_over = True
 
 
 class Journal:

@@ -1,0 +1,362 @@
+"""Both legs of an attempt, told step by step: what is said on which stream, and who is blamed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from dp_extproc.config.reliability import RetrySettings, Supervise, SupervisionSettings
+from dp_extproc.extproc import names
+from dp_extproc.extproc.events import (
+    BodyMode,
+    Continue,
+    Extend,
+    Immediate,
+    Mutate,
+    Phase,
+    Reply,
+    RequestBody,
+    RequestHeaders,
+    ResponseBody,
+    ResponseHeaders,
+    TakeBody,
+)
+from dp_extproc.extproc.exchange import Exchange
+from dp_extproc.extproc.first_event import EngineError
+from dp_extproc.extproc.supervision import Say, Stream, Supervision
+from dp_extproc.fleet.endpoint import Role
+from dp_extproc.placement.retries import RetryBudget, read_failed
+from dp_extproc.request.rejection import Reason
+from placement.fleet_fixtures import Fleet, make_facts
+
+CHAT = b'{"messages":[{"role":"user","content":"hello"}],"stream":true}'
+PLAIN = CHAT.replace(b"true", b"false")
+HEADERS = {":method": "POST", ":path": "/v1/chat/completions", "content-type": "application/json"}
+SETTINGS = {"prefill_timeout": "100s", "first_token_timeout": "10s"}
+CANCELLED = "cancelled"
+LET_GO = [("MAIN", "continue")]
+
+
+class Attempted:
+    """A request that was placed on the only pair there is, and what Envoy tells of it."""
+
+    def __init__(
+        self,
+        mode: Supervise = Supervise.ANSWERS,
+        body: bytes = CHAT,
+        *,
+        failed: str | None = None,
+        retry: RetrySettings | None = None,
+    ) -> None:
+        self.fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
+        self.exchange = Exchange(self.fleet.dispatcher, BodyMode.LOCKSTEP, 1 << 20, holds=True)
+        self.failures: list[tuple[Role, Reason, bool]] = []
+        self.unseen = 0
+        self.exchange.receive(RequestHeaders(HEADERS | ({names.AVOID: failed} if failed else {}), False))
+        self.exchange.receive(RequestBody(body, True))
+        assert self.exchange.attempt is not None
+        self.attempt = self.exchange.attempt
+        self.watch = Supervision(
+            self.exchange,
+            self.attempt,
+            SupervisionSettings.model_validate({"mode": mode.value, **SETTINGS}),
+            RetryBudget(retry or RetrySettings()),
+            self,
+            streaming=body is CHAT,
+            earlier=len(self.exchange.failed),
+            now=0.0,
+        )
+
+    def leg_failed(self, leg: Role, reason: Reason, *, retried: bool) -> None:
+        self.failures.append((leg, reason, retried))
+
+    def leg_unseen(self) -> None:
+        self.unseen += 1
+
+    def head(self, status: int = 200, now: float = 1.0, *, has_body: bool = True) -> list[Say]:
+        """The decode server's head comes."""
+        assert self.exchange.receive(ResponseHeaders(status, end_of_stream=not has_body)) == ()
+        return self.watch.decode_answered(status, now, has_body=has_body)
+
+    def prefill(self, status: int = 200, now: float = 1.0, *, has_body: bool = True) -> list[Say]:
+        """The prefill server's head comes."""
+        return self.watch.prefill_answered(status, now, has_body=has_body)
+
+    def blamed(self) -> list[Role]:
+        """Who has a failure on record."""
+        roles = (Role.PREFILL, Role.DECODE)
+        return [role for role in roles if self.fleet.host(role).health.is_doubtful]
+
+
+def show(said: Sequence[Say]) -> list[tuple[str, str]]:
+    """What was said, in words."""
+    return [(stream.name, _word(reply)) for stream, reply in said]
+
+
+def _word(reply: Reply) -> str:
+    match reply:
+        case Continue():
+            return "continue"
+        case TakeBody():
+            return "take body"
+        case Extend():
+            return "extend"
+        case Immediate():
+            return CANCELLED if reply.details == CANCELLED else f"{reply.status} {reply.details}"
+        case Mutate():
+            return " ".join(sorted(name for name, _ in reply.set_headers))
+        case _:
+            raise AssertionError(reply)
+
+
+def main_of(said: Sequence[Say]) -> Any:
+    """The one thing said on the main stream."""
+    (reply,) = [reply for stream, reply in said if stream is Stream.MAIN]
+    return reply
+
+
+class TestTheGate:
+    """When the answer's head goes to the client."""
+
+    def test_after_prefill_and_the_first_event(self) -> None:
+        """A stream needs both; the order does not matter."""
+        attempted = Attempted()
+        assert show(attempted.watch.prefill_opened()) == [("PREFILL", "continue")]
+        assert attempted.head() == []
+        assert show(attempted.prefill()) == [("PREFILL", "continue")]
+        assert show(attempted.watch.first_event(None, 2.0)) == LET_GO
+
+    def test_the_first_event_may_come_before_prefills_answer(self) -> None:
+        """/generate begins with 200 at once, and prefill's status is known later."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        assert attempted.watch.first_event(None, 1.0) == []
+        assert attempted.head() == []
+        assert show(attempted.prefill()) == [("PREFILL", "continue"), *LET_GO]
+
+    @pytest.mark.parametrize(("mode", "body"), [(Supervise.LEGS, CHAT), (Supervise.ANSWERS, PLAIN)])
+    def test_without_an_event_to_see(self, mode: Supervise, body: bytes) -> None:
+        """A whole answer, or the cheaper degree: prefill alone decides."""
+        attempted = Attempted(mode, body)
+        attempted.watch.prefill_opened()
+        attempted.prefill()
+        assert show(attempted.head()) == LET_GO
+
+    def test_switched_off(self) -> None:
+        """Nothing is held."""
+        attempted = Attempted(Supervise.OFF)
+        assert show(attempted.head()) == LET_GO
+
+    def test_a_leg_that_never_shows_up_is_not_waited_for(self) -> None:
+        """It may run all the same, out of sight; this is counted."""
+        attempted = Attempted(body=PLAIN)
+        assert attempted.head(now=1.0) == []
+        assert attempted.watch.sweep(2.5) == []
+        assert show(attempted.watch.sweep(3.5)) == LET_GO
+        assert attempted.unseen == 1
+
+    def test_envoy_is_told_once_to_wait(self) -> None:
+        """Its own patience is 20 s."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        attempted.head(now=1.0)
+        assert attempted.watch.sweep(2.0) == []
+        assert show(attempted.watch.sweep(7.0)) == [("MAIN", "extend")]
+        assert attempted.watch.sweep(8.0) == []
+
+
+class TestFailures:
+    """One leg fails: the other one ends, and the client gets another attempt or a clean error."""
+
+    def test_prefill_fails(self) -> None:
+        """Its text is read first, for the blame and for the message."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        attempted.head()
+        assert show(attempted.prefill(500)) == [("PREFILL", "take body")]
+        said = attempted.watch.prefill_explained(b"out of memory", 1.0)
+        reply = main_of(said)
+        assert (reply.status, reply.details) == (502, "prefill_failed")
+        assert b"out of memory" in reply.body
+        assert dict(reply.headers)[names.RETRY] == "1"
+        assert [*map(sorted, read_failed(dict(reply.headers)[names.FAILED]))] == [["10.0.0.1:31001", "10.0.0.1:32001"]]
+        assert attempted.blamed() == [Role.PREFILL]
+        assert attempted.failures == [(Role.PREFILL, Reason.PREFILL_FAILED, True)]
+
+    @pytest.mark.parametrize("answered", [False, True])
+    def test_prefill_is_cut(self, answered: bool) -> None:
+        """Its stream closes without an answer, or before the error's text."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        if answered:
+            attempted.prefill(503)
+        assert show(attempted.watch.prefill_closed(1.0)) == [("MAIN", "502 prefill_failed")]
+
+    def test_prefill_ends_after_its_success(self) -> None:
+        """As it always does."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        attempted.prefill()
+        assert attempted.watch.prefill_closed(1.0) == []
+
+    def test_decode_fails(self) -> None:
+        """The engine's own error goes on, with the word that the front door understands; prefill is ended."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        assert show(attempted.head(500)) == [("MAIN", "take body")]
+        attempted.exchange.receive(ResponseBody(b"oops", True))
+        said = attempted.watch.decode_explained(b"oops", 1.0)
+        assert show(said) == [("MAIN", f"{names.FAILED} {names.RETRY}"), ("PREFILL", CANCELLED)]
+        assert main_of(said).phase is Phase.RESPONSE_BODY
+        assert attempted.blamed() == [Role.DECODE]
+
+    def test_decode_fails_without_a_text(self) -> None:
+        """There is nothing to wait for."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        assert show(attempted.head(503, has_body=False)) == [
+            ("MAIN", f"{names.FAILED} {names.RETRY}"),
+            ("PREFILL", CANCELLED),
+        ]
+
+    def test_an_error_in_the_first_event(self) -> None:
+        """The 200 before it was not let go, so this is a failure like any other."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        attempted.head()
+        said = attempted.watch.first_event(EngineError(500, b'{"error":{"message":"transfer failed"}}'), 1.0)
+        assert show(said) == [("MAIN", "502 decode_failed"), ("PREFILL", CANCELLED)]
+        assert b"transfer failed" in main_of(said).body
+
+    @pytest.mark.parametrize(
+        ("leg", "text", "guilty"),
+        [
+            (Role.PREFILL, b"Decode instance could be dead, remote mooncake session x is not alive", Role.DECODE),
+            (Role.DECODE, b"Lost connection with prefill instance (bootstrap_addr: x)", Role.PREFILL),
+            (Role.DECODE, b"Decode handshake failed for request", Role.PREFILL),
+            (Role.DECODE, b"Request 5 timed out after 300.1s in KVPoll.WaitingForInput", Role.PREFILL),
+            (Role.PREFILL, b"whatever", Role.PREFILL),
+            (Role.DECODE, b"whatever", Role.DECODE),
+        ],
+    )
+    def test_who_is_to_blame(self, leg: Role, text: bytes, guilty: Role) -> None:
+        """Its own leg's engine, unless that says that its peer is gone."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        if leg is Role.PREFILL:
+            attempted.prefill(500)
+            attempted.watch.prefill_explained(text, 1.0)
+        else:
+            attempted.head(500)
+            attempted.watch.decode_explained(text, 1.0)
+        assert attempted.blamed() == [guilty]
+
+    @pytest.mark.parametrize("status", [400, 404, 422, 429])
+    def test_the_clients_own_fault_as_prefill_says_it(self, status: int) -> None:
+        """Decode may wait for minutes for what prefill has refused."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        attempted.prefill(status)
+        reply = main_of(attempted.watch.prefill_explained(b'{"error":"too long"}', 1.0))
+        assert (reply.status, reply.body) == (status, b'{"error":"too long"}')
+        assert names.RETRY not in dict(reply.headers)
+        assert attempted.blamed() == []
+        assert attempted.failures == []
+
+    def test_the_clients_own_fault_as_decode_says_it(self) -> None:
+        """As it is, and prefill is ended."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        assert show(attempted.head(400)) == [*LET_GO, ("PREFILL", CANCELLED)]
+
+    def test_the_clients_own_fault_in_the_first_event(self) -> None:
+        """It becomes the status that it should have been."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        attempted.head()
+        said = attempted.watch.first_event(EngineError(400, b"{}"), 1.0)
+        assert show(said) == [("MAIN", "400 engine_refused"), ("PREFILL", CANCELLED)]
+
+    def test_both_legs_fail(self) -> None:
+        """Whoever is first decides; the second one is not heard."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        attempted.head()
+        attempted.prefill(500)
+        attempted.watch.prefill_explained(b"", 1.0)
+        assert attempted.watch.first_event(EngineError(500, b""), 1.0) == []
+        assert attempted.watch.closed(1.0) == []
+        assert len(attempted.failures) == 1
+
+
+class TestTheClientLeaves:
+    """Whatever still runs is ended."""
+
+    def test_while_prefill_runs(self) -> None:
+        """Envoy itself ends only the decode leg."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        assert show(attempted.watch.closed(1.0)) == [("PREFILL", CANCELLED)]
+        assert attempted.blamed() == []
+
+    def test_before_prefill_shows_up(self) -> None:
+        """It is ended when it does, before it reaches its engine."""
+        attempted = Attempted()
+        assert attempted.watch.closed(1.0) == []
+        assert attempted.watch.awaits_prefill
+        assert show(attempted.watch.prefill_opened()) == [("PREFILL", CANCELLED)]
+
+    def test_after_prefill(self) -> None:
+        """There is nothing to end."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        attempted.prefill()
+        assert attempted.watch.closed(1.0) == []
+
+
+class TestTime:
+    """What takes too long."""
+
+    def test_prefill(self) -> None:
+        """Nobody is blamed, as a decode server without room holds prefill up, too."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        assert attempted.watch.sweep(99.0) == []
+        assert show(attempted.watch.sweep(101.0)) == [("MAIN", "504 prefill_timeout"), ("PREFILL", CANCELLED)]
+        assert attempted.blamed() == []
+        assert attempted.watch.sweep(102.0) == []
+
+    def test_the_first_token(self) -> None:
+        """Counted from the end of prefill."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        attempted.prefill(now=50.0)
+        assert attempted.watch.sweep(59.0) == []
+        assert show(attempted.watch.sweep(61.0)) == [("MAIN", "504 first_token_timeout")]
+
+    def test_a_whole_answer_may_take_as_long_as_it_likes(self) -> None:
+        """Its head comes with its end."""
+        attempted = Attempted(body=PLAIN)
+        attempted.watch.prefill_opened()
+        attempted.prefill(now=50.0)
+        assert attempted.watch.sweep(5000.0) == []
+
+
+class TestAttempts:
+    """The last attempt's error is the client's."""
+
+    def test_the_last_one(self) -> None:
+        """Two have failed before, and three are made."""
+        attempted = Attempted(failed="a:1,b:2;c:3,d:4")
+        attempted.watch.prefill_opened()
+        attempted.prefill(500, has_body=False)
+        assert attempted.failures == [(Role.PREFILL, Reason.PREFILL_FAILED, False)]
+
+    def test_no_budget_left(self) -> None:
+        """In a storm the client gets its error at once."""
+        budget = RetrySettings(attempts=3, burst=1, budget=0)
+        attempted = Attempted(retry=budget)
+        attempted.watch._budget.spend(1)
+        attempted.watch.prefill_opened()
+        reply = main_of(attempted.prefill(500, has_body=False))
+        assert names.RETRY not in dict(reply.headers)
