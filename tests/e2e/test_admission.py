@@ -1,0 +1,94 @@
+"""Full servers, through Envoy: refusals, and requests that wait their turn."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from e2e.stack import DECODE_RANKS, Stack, run_stack, wait_for
+
+SLOW = ("--time-scale", "1", "--max-total-tokens", "50000")
+LONG = {"text": "hello", "sampling_params": {"max_new_tokens": 300, "ignore_eos": True}}
+SHORT = {"text": "hello", "sampling_params": {"max_new_tokens": 1}}
+
+
+def post(stack: Stack, body: dict[str, Any]) -> httpx.Response:
+    return stack.client.post("/generate", json=body)
+
+
+def occupy(stack: Stack, pool: ThreadPoolExecutor) -> list[Future[httpx.Response]]:
+    """Have each decode rank run a request, and wait until the engine has got them."""
+    stack.forget()
+    running = [pool.submit(post, stack, LONG) for _ in range(DECODE_RANKS)]
+    wait_for(lambda: len(stack.decodes[0].requests()) == DECODE_RANKS)
+    return running
+
+
+@pytest.fixture(scope="module")
+def full() -> Iterator[Stack]:
+    """A decode server each of whose ranks takes one request."""
+    with run_stack(options=SLOW, admission={"max_requests": 1}) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def waiting() -> Iterator[Stack]:
+    """Likewise, with a line in front of it."""
+    queue = {"max_wait": "10s", "max_depth": 2}
+    with run_stack(options=SLOW, admission={"max_requests": 1}, queue=queue) as stack:
+        yield stack
+
+
+def test_a_full_fleet_refuses_at_once(full: Stack) -> None:
+    """429, when to come again, and why; once there is room the same request is served."""
+    with ThreadPoolExecutor(8) as pool:
+        running = occupy(full, pool)
+        refused = post(full, SHORT)
+        served = [future.result() for future in running]
+
+    assert refused.status_code == 429
+    assert refused.headers["retry-after"] == "1"
+    assert refused.headers["x-dp-extproc-reason"] == "over_capacity"
+    assert refused.json()["error"]["code"] == "over_capacity"
+    assert [answer.status_code for answer in served] == [200] * DECODE_RANKS
+    assert post(full, SHORT).status_code == 200
+
+
+def test_a_prompt_that_fits_nowhere_is_refused_for_good(full: Stack) -> None:
+    """400 before either engine has seen it."""
+    full.forget()
+    refused = full.client.post("/generate", json={"input_ids": [1] * 50_001})
+
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "prompt_too_long"
+    assert full.received() == []
+
+
+def test_requests_wait_for_room(waiting: Stack) -> None:
+    """Of three, two wait and are served in the end, and one finds the line full."""
+    with ThreadPoolExecutor(8) as pool:
+        running = occupy(waiting, pool)
+        more = [pool.submit(post, waiting, SHORT) for _ in range(3)]
+        answers = [future.result().status_code for future in running]
+        outcomes = sorted(future.result().status_code for future in more)
+
+    assert answers == [200] * DECODE_RANKS
+    assert outcomes == [200, 200, 429]
+
+
+def test_who_leaves_the_line_makes_room_in_it(waiting: Stack) -> None:
+    """A client that gives up waiting is forgotten, and never reaches an engine."""
+    with ThreadPoolExecutor(8) as pool:
+        running = occupy(waiting, pool)
+        for _ in range(3):  # more than the line is deep
+            with pytest.raises(httpx.ReadTimeout):
+                waiting.client.post("/generate", json=SHORT, timeout=0.2)
+        served = post(waiting, SHORT)
+        answers = [future.result().status_code for future in running]
+        received = waiting.decodes[0].requests()
+
+    assert answers == [200] * DECODE_RANKS
+    assert served.status_code == 200
+    assert len(received) == DECODE_RANKS + 1
