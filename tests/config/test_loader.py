@@ -99,7 +99,13 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
     "misspelt-key": (POOL + "laod: {}\n", [(4, "laod", "did you mean 'load'?")]),
     "unknown-key": (
         POOL + "colour: red\n",
-        [(4, "colour", "known keys here: listen, envoy, load, drain, sync, supervision, retry, health, admission, queue, pools")],
+        [
+            (
+                4,
+                "colour",
+                "known keys here: listen, envoy, load, drain, reload, sync, supervision, retry, health, admission, ",
+            )
+        ],
     ),
     "misspelt-key-of-an-endpoint": (
         "pools:\n- models: [a]\n  workers:\n    endpoints:\n    - url: http://a:1\n      dp_sise: 4\n",

@@ -1,5 +1,6 @@
 """What the operator wrote: the configuration file, checked as a whole before anything starts."""
 
+from dp_extproc.config.listen import ListenSettings, SocketAddress
 from dp_extproc.config.loader import ConfigError, Problem, load_config, parse_config
 from dp_extproc.config.reliability import (
     AdmissionSettings,
@@ -16,19 +17,20 @@ from dp_extproc.config.schema import (
     EndpointConfig,
     EnvoySettings,
     HostPolicy,
-    ListenSettings,
     LoadSettings,
     LoadSignal,
     LoadSource,
     PolicySettings,
     PoolConfig,
     RankPolicy,
-    SocketAddress,
+    Reload,
 )
+from dp_extproc.config.security import ApiKeySource, ServerTls, ServiceTls
 from dp_extproc.config.sync import SyncSettings
 
 __all__ = [
     "AdmissionSettings",
+    "ApiKeySource",
     "BodyMode",
     "ClientRanks",
     "Config",
@@ -46,7 +48,10 @@ __all__ = [
     "Problem",
     "QueueSettings",
     "RankPolicy",
+    "Reload",
     "RetrySettings",
+    "ServerTls",
+    "ServiceTls",
     "SocketAddress",
     "Supervise",
     "SupervisionSettings",

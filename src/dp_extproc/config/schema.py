@@ -5,7 +5,6 @@ discovered from the engine. A value that cannot be right is refused with what to
 collects all refusals of a file before it reports them.
 """
 
-import ipaddress
 import re
 from collections.abc import Iterator
 from enum import StrEnum
@@ -21,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from dp_extproc.config.listen import MAX_PORT, ListenSettings, SocketAddress, socket_address
 from dp_extproc.config.reliability import (
     AdmissionSettings,
     HealthSettings,
@@ -29,6 +29,7 @@ from dp_extproc.config.reliability import (
     SupervisionSettings,
 )
 from dp_extproc.config.section import Bytes, Seconds, Section
+from dp_extproc.config.security import ApiKeySource, ServiceTls
 from dp_extproc.config.sync import SyncSettings
 
 _HOST: Final = re.compile(r"[A-Za-z0-9._:%\-]+")
@@ -44,56 +45,6 @@ _NO_SESSION: Final = frozenset({
     "x-data-parallel-rank",  # SGLang's: routes
 })  # fmt: skip
 """Headers with credentials, and headers that frame or route."""
-_MAX_PORT: Final = 65535
-
-
-def _ip_address(value: str) -> str:
-    try:
-        return str(ipaddress.ip_address(value))
-    except ValueError:
-        raise ValueError("write an IP address, such as 127.0.0.1, 0.0.0.0 or ::1") from None
-
-
-class SocketAddress(Section):
-    """An ``IP:port`` to listen on; IPv6 in brackets."""
-
-    host: Annotated[str, AfterValidator(_ip_address)]
-    port: Annotated[int, Field(ge=0, le=_MAX_PORT)]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            return value
-        if isinstance(value, str):
-            host, separator, port = value.rpartition(":")
-            host = host.removeprefix("[").removesuffix("]")
-            if separator and port.isdecimal() and 0 <= int(port) <= _MAX_PORT:
-                try:
-                    return {"host": str(ipaddress.ip_address(host)), "port": int(port)}
-                except ValueError:
-                    pass
-        raise ValueError("write an IP address and a port, such as 127.0.0.1:9002, 0.0.0.0:9002 or [::1]:9002")
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @property
-    def is_wildcard(self) -> bool:
-        return ipaddress.ip_address(self.host).is_unspecified
-
-
-def _address(text: str) -> SocketAddress:
-    return SocketAddress.model_validate(text)
-
-
-class ListenSettings(Section):
-    """Where the service itself listens."""
-
-    grpc: SocketAddress = _address("127.0.0.1:9002")
-    admin: SocketAddress = _address("127.0.0.1:9090")
-    advertise: SocketAddress | None = None
-    """Where Envoy reaches this very process, when ``grpc`` is a wildcard address; by default this host's own."""
 
 
 class BodyMode(StrEnum):
@@ -105,7 +56,7 @@ class BodyMode(StrEnum):
 
 def _host_and_port(value: str) -> str:
     host, _, port = value.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) <= _MAX_PORT:
+    if not host or not port.isdecimal() or not 0 < int(port) <= MAX_PORT:
         raise ValueError("write host:port, such as dp-extproc:9002 or 10.0.0.9:9002")
     return value
 
@@ -124,8 +75,8 @@ def _header_name(value: str) -> str:
 class EnvoySettings(Section):
     """What the printed Envoy configuration contains."""
 
-    inference: SocketAddress = _address("127.0.0.1:8080")
-    admin: SocketAddress = _address("127.0.0.1:9901")
+    inference: SocketAddress = socket_address("127.0.0.1:8080")
+    admin: SocketAddress = socket_address("127.0.0.1:9901")
     max_body_bytes: Bytes = 64 << 20
     body_mode: BodyMode = Field(default=BodyMode.BUFFERED, strict=False)
     service: Annotated[str, AfterValidator(_host_and_port)] | None = None
@@ -135,6 +86,8 @@ class EnvoySettings(Section):
     """Header in which clients name the conversation that a request belongs to."""
     standby: Annotated[tuple[Annotated[str, AfterValidator(_host_and_port)], ...], Field(strict=False)] = ()
     """Further services, each for when all before it are not ready. The first that is ready decides alone."""
+    service_tls: ServiceTls | None = None
+    """Goes with ``listen.tls``."""
 
 
 class LoadSource(StrEnum):
@@ -232,7 +185,7 @@ class EndpointConfig(Section):
     """One engine server. In the file a URL, or a mapping with ``url`` and what must not be discovered."""
 
     url: str
-    bootstrap_port: Annotated[int, Field(ge=1, le=_MAX_PORT)] | None = None
+    bootstrap_port: Annotated[int, Field(ge=1, le=MAX_PORT)] | None = None
     bootstrap_host: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:\-]+$")] | None = None
     dp_size: Annotated[int, Field(ge=1, le=4096)] | None = None
 
@@ -282,6 +235,8 @@ class PoolConfig(Section):
     decode: _Endpoints | None = None
     workers: _Endpoints | None = None
     policy: PolicySettings = PolicySettings()
+    api_key: ApiKeySource | None = None
+    """What the pool's engines were started with (``--api-key``); None for none."""
 
     @model_validator(mode="after")
     def _has_one_shape(self) -> Self:
@@ -302,6 +257,15 @@ class PoolConfig(Section):
         return self.workers is None
 
 
+class Reload(StrEnum):
+    """When the file is read anew."""
+
+    SIGNAL = "signal"
+    """On SIGHUP."""
+    WATCH = "watch"
+    """Likewise, and when it changes."""
+
+
 class Config(Section):
     """The whole file."""
 
@@ -310,6 +274,7 @@ class Config(Section):
     load: LoadSettings = LoadSettings()
     drain: Seconds = 10.0
     """How long a stopping service goes on answering after it has reported that it is not ready."""
+    reload: Reload = Field(default=Reload.SIGNAL, strict=False)
     sync: SyncSettings | None = None
     """None for a service that is alone."""
     supervision: SupervisionSettings = SupervisionSettings()
@@ -335,6 +300,15 @@ class Config(Section):
             ]
             if lacking:
                 raise ValidationError.from_exception_data("Config", lacking)
+        return self
+
+    @model_validator(mode="after")
+    def _both_sides_speak_tls(self) -> Self:
+        if self.listen.tls is not None and self.envoy.service_tls is None:
+            raise ValueError(
+                "listen.tls needs envoy.service_tls: {ca: FILE, name: DNS-NAME}, or the printed Envoy configuration "
+                "would speak without TLS to a service that demands it"
+            )
         return self
 
     @model_validator(mode="after")

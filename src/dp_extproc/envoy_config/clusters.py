@@ -9,9 +9,11 @@ from envoy_data_plane.envoy.config.cluster.v3 import (
     CircuitBreakers,
     CircuitBreakersThresholds,
     Cluster,
+    ClusterCommonLbConfig,
     ClusterDiscoveryType,
     ClusterLbPolicy,
     ClusterOriginalDstLbConfig,
+    OutlierDetection,
 )
 from envoy_data_plane.envoy.config.core.v3 import (
     Address,
@@ -32,12 +34,14 @@ from envoy_data_plane.envoy.extensions.upstreams.http.v3 import (
     HttpProtocolOptions,
     HttpProtocolOptionsExplicitHttpConfig,
 )
+from envoy_data_plane.envoy.type.v3 import Percent
 from envoy_data_plane.google.protobuf import Any
 
 from dp_extproc.config import Config
 from dp_extproc.envoy_config.failed_hosts import remember_failed_hosts
 from dp_extproc.envoy_config.headers import strip_router_headers
 from dp_extproc.envoy_config.limits import UNLIMITED, buffer_bytes
+from dp_extproc.envoy_config.tls import speak_tls
 from dp_extproc.extproc.names import DECODE_HOST, OWNER, PREFILL_HOST
 
 DISPATCH: Final = "dp_dispatch"
@@ -63,6 +67,15 @@ _READINESS_CHECK: Final = HealthCheck(
 )
 """Which of several services gets the requests: one that hangs is left after two seconds, one that stops at once."""
 
+_DEAD_PROCESS: Final = OutlierDetection(
+    split_external_local_origin_errors=True,
+    consecutive_local_origin_failure=1,
+    max_ejection_percent=100,
+    base_ejection_time=timedelta(seconds=1),
+    interval=timedelta(milliseconds=500),
+)
+"""A process that has died is left with the first connection that it refuses, not with the next health check."""
+
 _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
 
@@ -71,7 +84,7 @@ def build_clusters(config: Config) -> list[Cluster]:
     buffer = buffer_bytes(config.envoy)
     return [
         _service(config, buffer),
-        _by_header(SERVICE_OWNER, OWNER, _grpc(), buffer),
+        _by_header(SERVICE_OWNER, OWNER, _grpc(), buffer, speak_tls(config.envoy.service_tls)),
         _by_header(PREFILL, PREFILL_HOST, _engine(), buffer),
         _by_header(DECODE, DECODE_HOST, _engine(), buffer),
         _internal(DISPATCH, buffer, remember_failed_hosts() if config.retry.attempts > 1 else []),
@@ -80,10 +93,11 @@ def build_clusters(config: Config) -> list[Cluster]:
 
 
 def _service(config: Config, buffer: int) -> Cluster:
-    """Build the cluster of the service: one address, or several of which the first that is healthy gets everything."""
-    addresses = [_service_address(config), *map(_split, config.envoy.standby)]
-    named = any(not _is_ip(host) for host, _ in addresses)
-    return Cluster(
+    """Build the cluster of the service: its workers in turn; and the next service once none of them is healthy."""
+    workers = config.listen.workers
+    services = [_service_address(config), *map(_split, config.envoy.standby)]
+    named = any(not _is_ip(host) for host, _ in services)
+    cluster = Cluster(
         name=SERVICE,
         type=ClusterDiscoveryType.STRICT_DNS if named else ClusterDiscoveryType.STATIC,
         connect_timeout=_CONNECT_TIMEOUT,
@@ -93,15 +107,26 @@ def _service(config: Config, buffer: int) -> Cluster:
             endpoints=[
                 LocalityLbEndpoints(
                     priority=priority,
-                    lb_endpoints=[_endpoint(Address(socket_address=SocketAddress(address=host, port_value=port)))],
+                    lb_endpoints=[_endpoint(_socket_address(host, port + worker)) for worker in range(workers)],
                 )
-                for priority, (host, port) in enumerate(addresses)
+                for priority, (host, port) in enumerate(services)
             ],
         ),
-        health_checks=[_READINESS_CHECK] if config.envoy.standby else [],
         circuit_breakers=_unlimited(),
         typed_extension_protocol_options={_HTTP_OPTIONS: Any.pack(_grpc())},
+        transport_socket=speak_tls(config.envoy.service_tls),
     )
+    if workers > 1 or config.envoy.standby:
+        cluster.health_checks = [_READINESS_CHECK]
+    if workers > 1:
+        cluster.outlier_detection = _DEAD_PROCESS
+        # If all are unhealthy one of them is asked nevertheless: it knows what is wrong. By default half would do.
+        cluster.common_lb_config = ClusterCommonLbConfig(healthy_panic_threshold=Percent(value=1.0))
+    return cluster
+
+
+def _socket_address(host: str, port: int) -> Address:
+    return Address(socket_address=SocketAddress(address=host, port_value=port))
 
 
 def _service_address(config: Config) -> tuple[str, int]:
@@ -126,7 +151,9 @@ def _is_ip(host: str) -> bool:
     return True
 
 
-def _by_header(name: str, header: str, options: HttpProtocolOptions, buffer: int) -> Cluster:
+def _by_header(
+    name: str, header: str, options: HttpProtocolOptions, buffer: int, transport: TransportSocket | None = None
+) -> Cluster:
     return Cluster(
         name=name,
         type=ClusterDiscoveryType.ORIGINAL_DST,
@@ -136,6 +163,7 @@ def _by_header(name: str, header: str, options: HttpProtocolOptions, buffer: int
         circuit_breakers=_unlimited(),
         typed_extension_protocol_options={_HTTP_OPTIONS: Any.pack(options)},
         original_dst_lb_config=ClusterOriginalDstLbConfig(use_http_header=True, http_header_name=header),
+        transport_socket=transport,
     )
 
 

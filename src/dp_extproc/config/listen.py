@@ -1,0 +1,85 @@
+"""Where the service listens."""
+
+import ipaddress
+from typing import Annotated, Any, Final, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from dp_extproc.config.section import Section
+from dp_extproc.config.security import ServerTls
+
+MAX_PORT: Final = 65535
+
+
+def _ip_address(value: str) -> str:
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError:
+        raise ValueError("write an IP address, such as 127.0.0.1, 0.0.0.0 or ::1") from None
+
+
+class SocketAddress(Section):
+    """An ``IP:port`` to listen on; IPv6 in brackets."""
+
+    host: Annotated[str, AfterValidator(_ip_address)]
+    port: Annotated[int, Field(ge=0, le=MAX_PORT)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return value
+        if isinstance(value, str):
+            host, separator, port = value.rpartition(":")
+            host = host.removeprefix("[").removesuffix("]")
+            if separator and port.isdecimal() and 0 <= int(port) <= MAX_PORT:
+                try:
+                    return {"host": str(ipaddress.ip_address(host)), "port": int(port)}
+                except ValueError:
+                    pass
+        raise ValueError("write an IP address and a port, such as 127.0.0.1:9002, 0.0.0.0:9002 or [::1]:9002")
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_wildcard(self) -> bool:
+        return ipaddress.ip_address(self.host).is_unspecified
+
+    def shifted(self, ports: int) -> "SocketAddress":
+        """Give the address so many ports further on."""
+        return self.model_copy(update={"port": self.port + ports})
+
+
+def socket_address(text: str) -> SocketAddress:
+    """Read an address; for defaults."""
+    return SocketAddress.model_validate(text)
+
+
+class ListenSettings(Section):
+    """Where the service itself listens."""
+
+    grpc: SocketAddress = socket_address("127.0.0.1:9002")
+    admin: SocketAddress = socket_address("127.0.0.1:9090")
+    advertise: SocketAddress | None = None
+    """Where Envoy reaches this very process, when ``grpc`` is a wildcard address; by default this host's own."""
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
+    """Processes; each has a gRPC port of its own, counted up from ``grpc`` (and from ``advertise``)."""
+    tls: ServerTls | None = None
+    """None speaks plain HTTP/2."""
+
+    @model_validator(mode="after")
+    def _every_worker_has_its_port(self) -> Self:
+        last = self.workers - 1
+        for key, address in (("grpc", self.grpc), ("advertise", self.advertise)):
+            if address is None or not last:
+                continue
+            if address.port == 0 or address.port + last > MAX_PORT:
+                raise ValueError(
+                    f"{self.workers} workers take the ports from {key} on, so it has to be in 1-{MAX_PORT - last}"
+                )
+        same_host = self.grpc.host == self.admin.host or self.grpc.is_wildcard or self.admin.is_wildcard
+        if last and same_host and self.grpc.port <= self.admin.port <= self.grpc.port + last:
+            taken = f"{self.grpc.port}-{self.grpc.port + last}"
+            raise ValueError(f"{self.workers} workers take the ports {taken}; put admin on another one")
+        return self

@@ -1,0 +1,63 @@
+"""TLS and API keys: names of files and variables, never a secret itself."""
+
+from typing import Annotated, Final, Self
+
+from pydantic import Field, model_validator
+
+from dp_extproc.config.section import Section
+
+_Path = Annotated[str, Field(min_length=1, pattern=r"^[^\x00\r\n]+$")]
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$")]
+_PAIR: Final = "cert and key belong together: write both, or neither"
+
+
+class ServerTls(Section):
+    """Files in PEM; they are read anew for handshakes once they have changed."""
+
+    cert: _Path
+    """The certificate, and those between it and the root."""
+    key: _Path
+    client_ca: _Path | None = None
+    """Roots of clients' certificates; with it nobody without one gets in."""
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Every file, by its key in the section."""
+        found = {"cert": self.cert, "key": self.key}
+        return found if self.client_ca is None else {**found, "client_ca": self.client_ca}
+
+
+class ServiceTls(Section):
+    """How Envoy speaks to the service over TLS. The files are on Envoy's machine."""
+
+    ca: _Path
+    """Roots of the service's certificate."""
+    name: _Name
+    """DNS name that the certificates of all processes of the service have; asked for (SNI) and verified."""
+    cert: _Path | None = None
+    """Envoy's own certificate, for ``listen.tls.client_ca``."""
+    key: _Path | None = None
+
+    @model_validator(mode="after")
+    def _has_a_pair(self) -> Self:
+        if (self.cert is None) != (self.key is None):
+            raise ValueError(_PAIR)
+        return self
+
+
+class ApiKeySource(Section):
+    """Where the API key of a pool's engines is: in a variable of the environment, or in a file."""
+
+    env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    file: _Path | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.env is None) == (self.file is None):
+            raise ValueError("write either env: NAME_OF_A_VARIABLE or file: /path/to/it, never the key itself")
+        return self
+
+    @property
+    def place(self) -> str:
+        """Name it in messages."""
+        return f"the variable {self.env}" if self.file is None else f"the file {self.file}"
