@@ -15,6 +15,7 @@ CORE = [
         f"fleet/{name}.py"
         for name in (
             "endpoint",
+            "credentials",
             "recipe",
             "agreement",
             "loads_page",

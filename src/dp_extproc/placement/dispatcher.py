@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from dp_extproc.config.reliability import AdmissionSettings
 from dp_extproc.config.schema import ClientRanks, LoadSignal, PoolConfig
 from dp_extproc.extproc import names
+from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.fleet.endpoint import Role
 from dp_extproc.fleet.server_info import DEFAULT_BOOTSTRAP_PORT
 from dp_extproc.placement.admission import Admission, is_too_long, largest_capacity
@@ -67,6 +68,7 @@ class Dispatcher:
         admission: AdmissionSettings = _DEFAULT_ADMISSION,
         line: WaitingLine | None = None,
         sees_first_events: bool = False,
+        credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
         """Set up.
 
@@ -81,17 +83,23 @@ class Dispatcher:
             admission: What a rank may have on its books.
             line: Where requests wait for room; None if none do.
             sees_first_events: Whether Envoy is to show the first event of streaming answers.
+            credentials: What requests to engines have to show.
         """
-        self._pools = [_Pool(pool, signal, fleet, rng) for pool in pools]
-        self._pool_of = {model: pool for pool in self._pools for model in pool.config.models}
         self._fleet = fleet
         self.ledger = Ledger(fleet, observer)
         self._owner = owner.encode()
         self._rng = rng
         self._clock = clock
-        self._admission = Admission(admission)
         self._line = line
         self._sees_first_events = sees_first_events
+        self._credentials = credentials
+        self.configure(pools, signal, admission)
+
+    def configure(self, pools: Iterable[PoolConfig], signal: LoadSignal, admission: AdmissionSettings) -> None:
+        """Decide by another configuration from now on; the load cache has been told of it before."""
+        self._pools = [_Pool(pool, signal, self._fleet, self._rng) for pool in pools]
+        self._pool_of = {model: pool for pool in self._pools for model in pool.config.models}
+        self._admission = Admission(admission)
 
     def place(
         self,
@@ -129,7 +137,8 @@ class Dispatcher:
             if hosts := self._fleet.eligible(pool.name, role, now):
                 address = self._rng.choice(hosts).address
                 metadata: Metadata = {names.META_POOL: pool.name, names.META_DECODE_HOST: address}
-                return Decision(None, ((names.DECODE_HOST, address.encode()),), metadata, None)
+                headers = ((names.DECODE_HOST, address.encode()), *self._credentials.headers(pool.name))
+                return Decision(None, headers, metadata, None)
         return Rejection(503, Reason.NO_ENDPOINTS, "no engine has been reached yet", headers=_TRY_AGAIN)
 
     def models(self, path: str) -> Answer | Rejection:
@@ -195,7 +204,7 @@ class Dispatcher:
         on_answer = partial(self._prompt_done, pool, side.host, request.prompt)
         attempt = self.ledger.open_worker(side, demand, now, on_prefill_answer=on_answer)
         body = rewrite_aggregated(request.body, rank_key, side.rank)
-        headers = ((names.DECODE_HOST, side.host.address.encode()),)
+        headers = ((names.DECODE_HOST, side.host.address.encode()), *self._credentials.headers(pool.name))
         side.host.health.sent(now)
         return Decision(body, headers, _metadata(pool, request, side), attempt, streaming=request.stream)
 
@@ -243,6 +252,7 @@ class Dispatcher:
             (names.OWNER, self._owner),
             (names.LEG, leg.encode()),
             *(_WATCHED if request.stream and self._sees_first_events else ()),
+            *self._credentials.headers(pool.name),
         )
         metadata = _metadata(pool, request, decode)
         metadata[names.META_PREFILL_HOST] = prefill.host.address
@@ -315,8 +325,9 @@ class Dispatcher:
         return Rejection(400, Reason.ENGINE_TOO_OLD, message)
 
     def _prompt_done(self, pool: _Pool, host: HostLoad, prompt: Prompt, status: int) -> None:
-        if status < 400:
-            self._fleet.ratios[pool.name].answered(host.endpoint.url, prompt)
+        ratio = self._fleet.ratios.get(pool.name)  # the pool may be configured no more
+        if status < 400 and ratio is not None:
+            ratio.answered(host.endpoint.url, prompt)
 
 
 def _bootstrap(prefill: HostLoad, rooms: int | list[int]) -> Bootstrap:

@@ -38,22 +38,62 @@ class FleetLoad:
         self.ratios = {endpoint.pool: TokenRatio() for endpoint in self.endpoints}
         self.prefixes: dict[str, PrefixIndex[RankLoad]] = {endpoint.pool: PrefixIndex() for endpoint in self.endpoints}
         """Per pool: which ranks hold the KV cache of which prompts' beginnings."""
+        self._leaving: list[HostLoad] = []
         self._by_role: dict[tuple[str, Role], list[HostLoad]] = {}
         self._capable: dict[tuple[str, Role, Api], tuple[Sequence[HostLoad], float]] = {}
 
+    @property
+    def leaving(self) -> list[HostLoad]:
+        """Servers that are configured no more, or have begun anew, and whose last requests are still on their books."""
+        self._leaving = [host for host in self._leaving if host.reservations]
+        return self._leaving
+
+    def update(self, endpoints: Iterable[Endpoint], stale_after: float) -> None:
+        """Take in another configuration. Whoever stays in its pool and role keeps its books.
+
+        Who is not named any more gets no request; those that it has stay on its books until they end.
+        """
+        self.endpoints = tuple(endpoints)
+        self.stale_after = stale_after
+        before = [*self.leaving, *self.hosts.values()]
+        known = {_place(host.endpoint): host for host in before}
+        self.hosts = {}
+        for endpoint in self.endpoints:
+            if (host := known.get(_place(endpoint))) is not None:
+                host.endpoint = endpoint
+                self.hosts[endpoint.url] = host
+        self._leaving = []
+        for host in before:
+            if self.hosts.get(host.endpoint.url) is not host:
+                self._let_go(host)
+        self.failures = {each.url: self.failures[each.url] for each in self.endpoints if each.url in self.failures}
+        pools = {endpoint.pool for endpoint in self.endpoints}
+        self.ratios = {pool: self.ratios.get(pool) or TokenRatio() for pool in pools}
+        self.prefixes = {pool: self.prefixes.get(pool) or PrefixIndex() for pool in pools}
+        self._sort()
+
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:  # noqa: ARG002 - the protocol's
         """Take in who an engine is. One that has become another (restarted, upgraded) starts with empty books."""
-        self._capable.clear()
+        self._capable.clear()  # the address may be another
         known = self.hosts.get(endpoint.url)
         if known is not None and known.facts == facts:
             known.address = address
             return
         if known is not None:
-            self.sick.discard(known.health)
-            self._forget_prefixes(known)
+            self._let_go(known)
         self.hosts[endpoint.url] = HostLoad(
             endpoint, address, facts, capabilities(facts), self._costs, health=Health(self._health, self.sick)
         )
+        self._sort()
+
+    def _let_go(self, host: HostLoad) -> None:
+        self.sick.discard(host.health)
+        self._forget_prefixes(host)
+        self.leaving.append(host)
+
+    def _sort(self) -> None:
+        """Find anew who takes requests, in the order of the configuration."""
+        self._capable.clear()
         self._by_role = {}
         for each in self.endpoints:
             host = self.hosts.get(each.url)
@@ -118,3 +158,8 @@ class FleetLoad:
     def discovered_in(self, pool: str) -> list[HostLoad]:
         """Give every host of a pool that has told its facts, in the order of the configuration."""
         return [host for host in self.hosts.values() if host.endpoint.pool == pool]
+
+
+def _place(endpoint: Endpoint) -> tuple[str, str, Role]:
+    """Tell what must not change if an endpoint is to be the same one."""
+    return endpoint.url, endpoint.pool, endpoint.role

@@ -123,6 +123,11 @@ class HostLoad:
         return sum(group.requests + group.others_requests for group in self.groups)
 
     @property
+    def reservations(self) -> int:
+        """Entries on the books of all ranks; a request whose rank the engine picks has one on each."""
+        return sum(len(rank.open) for rank in self.ranks)
+
+    @property
     def written_off(self) -> int:
         """Requests that no event has ended."""
         return sum(group.written_off for group in self.groups)
