@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Final
 
-import httpx
-
 from dp_extproc.config.schema import LoadSettings, LoadSource
 from dp_extproc.fleet.agreement import MODE_OF
+from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.fleet.engine_client import EngineClient, make_client
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
@@ -56,11 +55,15 @@ class EngineReport:
         return host, self.endpoint.bootstrap_port or told or DEFAULT_BOOTSTRAP_PORT
 
 
-async def check_engines(endpoints: Iterable[Endpoint], settings: LoadSettings) -> list[EngineReport]:
+async def check_engines(
+    endpoints: Iterable[Endpoint], settings: LoadSettings, credentials: Credentials = NO_CREDENTIALS
+) -> list[EngineReport]:
     """Contact every endpoint, all at the same time; the reports are in the order of the endpoints."""
     everyone = tuple(endpoints)
     async with make_client() as client:
-        return await asyncio.gather(*(_check(each, everyone, settings, client) for each in everyone))
+        return await asyncio.gather(
+            *(_check(EngineClient(each, settings, client, credentials), everyone, settings) for each in everyone)
+        )
 
 
 class _Note:
@@ -79,11 +82,10 @@ class _Note:
         """Leave it: the round returns it, too."""
 
 
-async def _check(
-    endpoint: Endpoint, everyone: tuple[Endpoint, ...], settings: LoadSettings, client: httpx.AsyncClient
-) -> EngineReport:
+async def _check(engine: EngineClient, everyone: tuple[Endpoint, ...], settings: LoadSettings) -> EngineReport:
     note = _Note()
-    watch = EngineWatch(EngineClient(endpoint, settings, client), settings.source, note, monotonic)
+    endpoint = engine.endpoint
+    watch = EngineWatch(engine, settings.source, note, monotonic)
     failure = await watch.round()
     found: tuple[Trap, ...] = ()
     if note.facts is not None:

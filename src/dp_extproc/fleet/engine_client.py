@@ -9,6 +9,7 @@ from typing import Final, TypeVar
 import httpx
 
 from dp_extproc.config.schema import LoadSettings
+from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage
 from dp_extproc.fleet.loads_page import read_loads
 from dp_extproc.fleet.metrics_page import read_metrics
@@ -50,7 +51,13 @@ def make_client() -> httpx.AsyncClient:
 class EngineClient:
     """The pages of one engine. Every method raises :class:`ScrapeError` and nothing else."""
 
-    def __init__(self, endpoint: Endpoint, settings: LoadSettings, client: httpx.AsyncClient) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        settings: LoadSettings,
+        client: httpx.AsyncClient,
+        credentials: Credentials = NO_CREDENTIALS,
+    ) -> None:
         self.endpoint = endpoint
         self.address = ""
         """``IP:port`` that is asked, and that Envoy is to dial; known after :meth:`resolve`."""
@@ -58,7 +65,8 @@ class EngineClient:
         self._client = client
         # A host name may stand for several addresses: ask exactly the one that is told to Envoy, under its name.
         name = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
-        self._headers = {"host": f"{name}:{endpoint.port}", "accept-encoding": "identity"}
+        self._headers = ((b"host", f"{name}:{endpoint.port}".encode()), (b"accept-encoding", b"identity"))
+        self._credentials = credentials
 
     async def resolve(self) -> str:
         """Look up the engine's address; IPv4 is preferred, and the known one is kept while it is still right."""
@@ -111,10 +119,11 @@ class EngineClient:
             raise ScrapeError(error.kind, str(error)) from None
 
     async def _get(self, path: str, seconds: float) -> bytes:
+        key = [(name.encode(), value) for name, value in self._credentials.headers(self.endpoint.pool)]
         try:
             async with (
                 asyncio.timeout(seconds),
-                self._client.stream("GET", f"http://{self.address}{path}", headers=self._headers) as response,
+                self._client.stream("GET", f"http://{self.address}{path}", headers=[*self._headers, *key]) as response,
             ):
                 return await self._receive(path, response)
         except ScrapeError:
@@ -131,9 +140,9 @@ class EngineClient:
     async def _receive(self, path: str, response: httpx.Response) -> bytes:
         limit = self._settings.max_page_bytes
         if response.status_code != httpx.codes.OK:
-            raise ScrapeError(
-                FailureKind.HTTP_STATUS, _explain(path, response.status_code), status=response.status_code
-            )
+            shown = bool(self._credentials.headers(self.endpoint.pool))
+            message = _explain(path, response.status_code, key_shown=shown)
+            raise ScrapeError(FailureKind.HTTP_STATUS, message, status=response.status_code)
         page = bytearray()
         # Raw: an answer that is compressed against our wish must not unfold in memory.
         async for chunk in response.aiter_raw():
@@ -143,13 +152,13 @@ class EngineClient:
         return bytes(page)
 
 
-def _explain(path: str, status: int) -> str:
+def _explain(path: str, status: int, *, key_shown: bool) -> str:
     message = f"{path} answered {status}"
     if status in {401, 403}:
         # Only /metrics, /health and /ready are open when an API key is set (utils/auth.py).
-        return (
-            f"{message}: the engine asks for an API key; start it without --api-key, and keep clients off it by network"
-        )
+        if key_shown:
+            return f"{message}: the engine refuses the API key of its pool; compare api_key with its --api-key"
+        return f"{message}: the engine asks for an API key; tell the pool where it is: api_key: {{file: ...}}"
     if status in _ABSENT and path == "/metrics":
         return f"{message}: start the engine with --enable-metrics"
     if status in _ABSENT and path == "/v1/loads":

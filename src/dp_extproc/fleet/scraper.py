@@ -10,6 +10,7 @@ from typing import Final
 import httpx
 
 from dp_extproc.config.schema import LoadSettings
+from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.fleet.endpoint import Endpoint
 from dp_extproc.fleet.engine_client import EngineClient, make_client
 from dp_extproc.fleet.observer import FleetObserver
@@ -34,6 +35,7 @@ class Scraper:
         clock: Callable[[], float],
         rng: random.Random,
         client: httpx.AsyncClient | None = None,
+        credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
         """Set up; nothing is asked before :meth:`run`.
 
@@ -44,6 +46,7 @@ class Scraper:
             clock: Monotonic seconds; what the observer is told.
             rng: For the jitter.
             client: To ask with, left open at the end; by default an own one.
+            credentials: What engines are shown.
         """
         self.first_round = asyncio.Event()
         """Set when every endpoint has answered or failed once."""
@@ -53,8 +56,23 @@ class Scraper:
         self._clock = clock
         self._rng = rng
         self._client = client
+        self._credentials = credentials
         self._troubles = TroubleLog(logger)
         self._awaited = {endpoint.url for endpoint in self._endpoints}
+        self._watches: dict[Endpoint, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+
+    def update(self, endpoints: Iterable[Endpoint], settings: LoadSettings) -> None:
+        """Watch others, or otherwise, from now on. Nobody is told any more of those that are left out."""
+        again = settings != self._settings
+        self._endpoints = tuple(endpoints)
+        self._settings = settings
+        for endpoint in [each for each in self._watches if again or each not in self._endpoints]:
+            self._watches.pop(endpoint).cancel()
+        urls = {endpoint.url for endpoint in self._endpoints}
+        self._awaited &= urls
+        self._troubles.forget_all_but(urls)
+        self._changed.set()
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -62,14 +80,19 @@ class Scraper:
             client = self._client
             if client is None:
                 client = await stack.enter_async_context(make_client())
-            if not self._awaited:
-                self.first_round.set()
-            async with asyncio.TaskGroup() as group:
+            group = await stack.enter_async_context(asyncio.TaskGroup())
+            while True:
+                if not self._awaited:
+                    self.first_round.set()
                 for endpoint in self._endpoints:
-                    group.create_task(self._watch(endpoint, client), name=f"scrape {endpoint.url}")
+                    if endpoint not in self._watches:
+                        name = f"scrape {endpoint.url}"
+                        self._watches[endpoint] = group.create_task(self._watch(endpoint, client), name=name)
+                await self._changed.wait()
+                self._changed.clear()
 
     async def _watch(self, endpoint: Endpoint, client: httpx.AsyncClient) -> None:
-        engine = EngineClient(endpoint, self._settings, client)
+        engine = EngineClient(endpoint, self._settings, client, self._credentials)
         watch = EngineWatch(engine, self._settings.source, self._observer, self._clock)
         while True:
             started = self._clock()

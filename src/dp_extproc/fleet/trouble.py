@@ -1,6 +1,7 @@
 """Says each endpoint's trouble once when it begins or changes its kind, and once when it is over."""
 
 import logging
+from collections.abc import Collection
 
 from dp_extproc.fleet.observer import ScrapeFailure
 
@@ -11,6 +12,10 @@ class TroubleLog:
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
         self._current: dict[str, ScrapeFailure] = {}
+
+    def forget_all_but(self, urls: Collection[str]) -> None:
+        """Forget those that are watched no more."""
+        self._current = {url: failure for url, failure in self._current.items() if url in urls}
 
     def note(self, url: str, failure: ScrapeFailure | None) -> None:
         """Take in how the last round with *url* went; None is well."""
