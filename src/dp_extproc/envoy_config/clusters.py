@@ -37,19 +37,14 @@ from envoy_data_plane.envoy.extensions.upstreams.http.v3 import (
 from envoy_data_plane.envoy.type.v3 import Percent
 from envoy_data_plane.google.protobuf import Any
 
-from dp_extproc.config import Config
+from dp_extproc.config import Config, Supervise
+from dp_extproc.envoy_config.cluster_names import DECODE, DISPATCH, PREFILL, PREFILL_LEG, SERVICE, SERVICE_OWNER
+from dp_extproc.envoy_config.external_processing import see_first_event
 from dp_extproc.envoy_config.failed_hosts import remember_failed_hosts
-from dp_extproc.envoy_config.headers import strip_router_headers
+from dp_extproc.envoy_config.headers import last_upstream_filter, strip_router_headers
 from dp_extproc.envoy_config.limits import UNLIMITED, buffer_bytes
 from dp_extproc.envoy_config.tls import speak_tls
 from dp_extproc.extproc.names import DECODE_HOST, OWNER, PREFILL_HOST
-
-DISPATCH: Final = "dp_dispatch"
-PREFILL_LEG: Final = "prefill_leg"
-SERVICE: Final = "extproc"
-SERVICE_OWNER: Final = "extproc_owner"
-PREFILL: Final = "prefill"
-DECODE: Final = "decode"
 
 _CONNECT_TIMEOUT: Final = timedelta(seconds=2)
 """Linux repeats a lost SYN after one second, so one loss is survived and a dead host is still noticed soon."""
@@ -82,11 +77,12 @@ _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 def build_clusters(config: Config) -> list[Cluster]:
     """Build all clusters; none of them knows an engine by name."""
     buffer = buffer_bytes(config.envoy)
+    watching = [see_first_event()] if config.supervision.mode is Supervise.ANSWERS else []
     return [
         _service(config, buffer),
         _by_header(SERVICE_OWNER, OWNER, _grpc(), buffer, speak_tls(config.envoy.service_tls)),
         _by_header(PREFILL, PREFILL_HOST, _engine(), buffer),
-        _by_header(DECODE, DECODE_HOST, _engine(), buffer),
+        _by_header(DECODE, DECODE_HOST, _engine(watching), buffer),
         _internal(DISPATCH, buffer, remember_failed_hosts() if config.retry.attempts > 1 else []),
         _internal(PREFILL_LEG, buffer),
     ]
@@ -208,11 +204,11 @@ def _http(filters: Sequence[HttpFilter]) -> HttpProtocolOptions:
     )
 
 
-def _engine() -> HttpProtocolOptions:
+def _engine(filters: Sequence[HttpFilter] = ()) -> HttpProtocolOptions:
     return HttpProtocolOptions(
         common_http_protocol_options=CommonHttpProtocolOptions(idle_timeout=_ENGINE_IDLE_TIMEOUT),
         explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=Http1ProtocolOptions()),
-        http_filters=strip_router_headers(),
+        http_filters=[strip_router_headers(), *filters, last_upstream_filter()],
     )
 
 

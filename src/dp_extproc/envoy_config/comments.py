@@ -46,7 +46,7 @@ COMMENTS: Final = {
     "dp_dispatch message_timeout": "Envoy's default is 200 ms; a large body takes longer.",
     "dp_dispatch max_message_timeout": "Held responses may take longer than that.",
     "dp_dispatch allow_mode_override": "The text of an engine's error is looked at before it is passed on.",
-    "dp_dispatch dp_first_event": "Shows the service how a stream begins; only on the first of the routes above.",
+    "decode dp_first_event": "Shows the service how a stream begins; only on the route that is called watched.",
     "dp_dispatch forward_rules": "All that the service reads; credentials stay in Envoy.",
     "dp_dispatch receiving_namespaces": "What the service may write into dynamic metadata, for the access log below.",
     "dp_dispatch common_http_protocol_options": "The client's 100 headers and those that the service adds.",

@@ -8,10 +8,10 @@ from typing import Final
 
 from envoy_data_plane.envoy.config.core.v3 import DataSource
 from envoy_data_plane.envoy.extensions.filters.http.lua.v3 import Lua
-from envoy_data_plane.envoy.extensions.filters.http.upstream_codec.v3 import UpstreamCodec
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 from envoy_data_plane.google.protobuf import Any
 
+from dp_extproc.envoy_config.headers import last_upstream_filter
 from dp_extproc.extproc.names import AVOID, FAILED
 
 _NAMESPACE: Final = "dp_extproc.retry"
@@ -38,5 +38,5 @@ def remember_failed_hosts() -> list[HttpFilter]:
     script = DataSource(inline_string=_SCRIPT)
     return [
         HttpFilter(name="envoy.filters.http.lua", typed_config=Any.pack(Lua(default_source_code=script))),
-        HttpFilter(name="envoy.filters.http.upstream_codec", typed_config=Any.pack(UpstreamCodec())),
+        last_upstream_filter(),
     ]

@@ -37,19 +37,20 @@ def strip_client_headers(session_header: str | None) -> TypedExtensionConfig:
     )
 
 
-def strip_router_headers() -> list[HttpFilter]:
-    """Build the upstream filter chain of a cluster of engines.
+def strip_router_headers() -> HttpFilter:
+    """Build the filter by which a request leaves for an engine, of the cluster's own chain.
 
     A route's ``request_headers_to_remove`` would act before the host is chosen, and the host is chosen by header.
     """
     mutations = Mutations(request_mutations=_remove(_TOWARDS_ENGINES))
-    return [
-        HttpFilter(
-            name="envoy.filters.http.header_mutation",
-            typed_config=Any.pack(HeaderMutationFilter(mutations=mutations)),
-        ),
-        HttpFilter(name="envoy.filters.http.upstream_codec", typed_config=Any.pack(UpstreamCodec())),
-    ]
+    return HttpFilter(
+        name="envoy.filters.http.header_mutation", typed_config=Any.pack(HeaderMutationFilter(mutations=mutations))
+    )
+
+
+def last_upstream_filter() -> HttpFilter:
+    """Build the filter that has to be the last one of a cluster's chain."""
+    return HttpFilter(name="envoy.filters.http.upstream_codec", typed_config=Any.pack(UpstreamCodec()))
 
 
 def _remove(prefixes: Sequence[str]) -> list[HeaderMutation]:

@@ -18,12 +18,11 @@ from envoy_data_plane.google.protobuf import Any
 
 from dp_extproc.config import Config, Supervise
 from dp_extproc.envoy_config.access_log import log_prefill_legs, log_requests
-from dp_extproc.envoy_config.clusters import DISPATCH, PREFILL_LEG
+from dp_extproc.envoy_config.cluster_names import DISPATCH, PREFILL_LEG
 from dp_extproc.envoy_config.external_processing import (
     place_requests,
     remember_owner,
     report_prefill,
-    see_first_event,
 )
 from dp_extproc.envoy_config.headers import strip_client_headers
 from dp_extproc.envoy_config.limits import MAX_HEADERS_COUNT, MAX_HEADERS_KB, buffer_bytes
@@ -52,7 +51,7 @@ def build_listeners(config: Config) -> list[Listener]:
         local_reply_config=replies,
     )
     supervision = config.supervision.mode
-    watching = [remember_owner(), see_first_event()] if supervision is Supervise.ANSWERS else []
+    watching = [remember_owner()] if supervision is Supervise.ANSWERS else []
     dispatch = _internal_manager(
         DISPATCH, to_engines(supervision), [place_requests(config), *watching], log_requests(), replies
     )

@@ -19,7 +19,7 @@ from envoy_data_plane.envoy.config.route.v3 import (
 )
 
 from dp_extproc.config import RetrySettings, Supervise
-from dp_extproc.envoy_config.clusters import DECODE, DISPATCH, PREFILL, PREFILL_LEG
+from dp_extproc.envoy_config.cluster_names import DECODE, DISPATCH, PREFILL, PREFILL_LEG
 from dp_extproc.envoy_config.external_processing import FIRST_EVENT_FILTER, show_first_event
 from dp_extproc.extproc.names import DECODE_HOST, FAILED, PREFILL_HOST, PREFIX_LENGTH, RETRY, WATCH
 

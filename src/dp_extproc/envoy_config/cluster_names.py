@@ -1,0 +1,10 @@
+"""What the clusters are called; two of them are internal listeners of the same name."""
+
+from typing import Final
+
+DISPATCH: Final = "dp_dispatch"
+PREFILL_LEG: Final = "prefill_leg"
+SERVICE: Final = "extproc"
+SERVICE_OWNER: Final = "extproc_owner"
+PREFILL: Final = "prefill"
+DECODE: Final = "decode"
