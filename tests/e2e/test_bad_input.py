@@ -145,4 +145,4 @@ def test_no_error_of_an_engine_is_changed(newest: Stack) -> None:
     assert response.status_code == 400
     assert "x-dp-extproc-reason" not in response.headers
     assert "maximum context length" in response.json()["message"]
-    assert len(newest.received()) == 2
+    assert newest.received()  # by whichever leg was first; the other one may have been ended before it came there

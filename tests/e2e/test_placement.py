@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -33,12 +34,12 @@ def reserved(stack: Stack, role: str) -> list[int]:
 
 def test_the_books_follow_a_request(slow: Stack) -> None:
     """Prefill's share is released when its leg answers, decode's only at the end of the stream."""
-    with slow.client.stream("POST", "/generate", json=LONG) as response:
-        assert sum(reserved(slow, "prefill")) == sum(reserved(slow, "decode")) == 1
-        lines = (line for line in response.iter_lines() if line.startswith("data: {"))
-        next(lines)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(slow.client.post, "/generate", json=LONG)
+        wait_for(lambda: sum(reserved(slow, "prefill")) == sum(reserved(slow, "decode")) == 1)
         wait_for(lambda: sum(reserved(slow, "prefill")) == 0)
         assert sum(reserved(slow, "decode")) == 1
+        assert answer.result().status_code == 200
     wait_for(lambda: sum(reserved(slow, "decode")) == 0)
 
 

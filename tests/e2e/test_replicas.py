@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -78,14 +79,15 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
 
 def test_two_replicas_do_not_pick_the_same_rank_in_step(replicas: Replicas) -> None:
     """Long requests that come through either in turn end up on different ranks, of prefill as of decode."""
-    with ExitStack() as open_streams:
-        client = open_streams.enter_context(httpx.Client(timeout=60, trust_env=False))
+    with httpx.Client(timeout=60, trust_env=False) as client, ThreadPoolExecutor(RANKS) as pool:
+        answers = []
         for count in range(1, RANKS + 1):
             sent = {**LONG, "text": f"{count}{'x' * 160_000}"}  # nothing of it is cached anywhere
             request = client.build_request("POST", f"{replicas.fronts[count % 2].url}/generate", json=sent)
-            response = client.send(request, stream=True)
-            open_streams.callback(response.close)
+            answers.append(pool.submit(client.send, request, stream=True))
             wait_for(partial(replicas.know_of, count))
+        for answer in answers:
+            answer.result().close()
         ranks = [Counter(request["rank"] for request in engine.requests()) for engine in replicas.engines]
 
     assert ranks == [dict.fromkeys(range(RANKS), 1)] * 2

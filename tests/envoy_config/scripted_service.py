@@ -52,8 +52,10 @@ class ScriptedService(pb_grpc.ExternalProcessorServicer):  # type: ignore[misc] 
         first = next(request_iterator)
         metadata = {key: str(value) for key, value in context.invocation_metadata()}
         if names.LEG in metadata:
-            yield pb.ProcessingResponse(request_headers=pb.HeadersResponse())
-            answer = next(request_iterator)
+            answer = first
+            if first.HasField("request_headers"):  # else Envoy has answered before
+                yield pb.ProcessingResponse(request_headers=pb.HeadersResponse())
+                answer = next(request_iterator)
             status = _headers(answer.response_headers.headers)[":status"]
             self.prefill_reports.append(PrefillReport(metadata, status))
             yield pb.ProcessingResponse(response_headers=pb.HeadersResponse())

@@ -247,13 +247,14 @@ class Exchange:
         return (TakeBody(Phase.RESPONSE_HEADERS),)
 
     def abandon(self, status: int, body: bytes, reason: Reason, headers: tuple[tuple[str, bytes], ...]) -> _Replies:
-        """Give the client an answer of ours in place of the engine's, which Envoy then drops."""
+        """Give the client another answer than the engine's, which Envoy then drops: ours, or what the other leg said."""
         if not self.can_be_abandoned:
             return ()
         self._state = _State.OVER
         self.status = status
         texts = tuple((name, value.decode("latin-1")) for name, value in headers)
-        answer_headers = (_JSON, (REASON_HEADER, reason.value), *texts)
+        own = () if reason is Reason.ENGINE_REFUSED else ((REASON_HEADER, reason.value),)
+        answer_headers = (_JSON, *own, *texts)
         return (Immediate(status, body, answer_headers, reason.value, {names.META_REASON: reason.value}),)
 
     def expire(self) -> _Replies:
