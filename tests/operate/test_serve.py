@@ -17,7 +17,7 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dp_extproc.config import parse_config
-from dp_extproc.operate.serve import StartError, owner_address
+from dp_extproc.operate.sockets import StartError, owner_address
 from dp_extproc.testbed.ports import free_port
 from dp_extproc.testbed.service import ServiceProcess, write_config
 

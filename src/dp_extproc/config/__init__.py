@@ -1,7 +1,7 @@
 """What the operator wrote: the configuration file, checked as a whole before anything starts."""
 
 from dp_extproc.config.listen import ListenSettings, SocketAddress
-from dp_extproc.config.loader import ConfigError, Problem, load_config, parse_config
+from dp_extproc.config.loader import ConfigError, Problem, load_config, parse_config, read_config
 from dp_extproc.config.reliability import (
     AdmissionSettings,
     HealthSettings,
@@ -58,4 +58,5 @@ __all__ = [
     "SyncSettings",
     "load_config",
     "parse_config",
+    "read_config",
 ]

@@ -54,11 +54,19 @@ def load_config(path: Path) -> Config:
     Raises:
         ConfigError: With every problem found, or with the reason the file cannot be read.
     """
+    return parse_config(read_config(path), str(path))
+
+
+def read_config(path: Path) -> str:
+    """Read the text of a configuration file.
+
+    Raises:
+        ConfigError: With the reason that it cannot be read.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [Problem(None, "", f"cannot be read: {error}")]) from None
-    return parse_config(text, str(path))
 
 
 def parse_config(text: str, source: str = "configuration") -> Config:

@@ -1,9 +1,9 @@
 """The admin port: /metrics, /healthz, /readyz, /loads."""
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from starlette.applications import Starlette
@@ -12,22 +12,31 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 
-def admin_app(
-    *, metrics: Callable[[], bytes], ready: Callable[[], bool], loads: Callable[[], dict[str, Any]]
-) -> Starlette:
+class Pages(Protocol):
+    """What the port shows: of this process, or of all workers together."""
+
+    async def metrics(self) -> bytes:
+        """Give the page in Prometheus' text format."""
+        ...
+
+    async def ready(self) -> bool: ...
+    async def loads(self) -> dict[str, Any]: ...
+
+
+def admin_app(pages: Pages) -> Starlette:
     """Make the ASGI application out of what it shows."""
 
     async def show_metrics(_request: Request) -> Response:
-        return Response(metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await pages.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def healthz(_request: Request) -> Response:
         return PlainTextResponse("ok\n")
 
     async def readyz(_request: Request) -> Response:
-        return PlainTextResponse("ready\n") if ready() else PlainTextResponse("not ready\n", status_code=503)
+        return PlainTextResponse("ready\n") if await pages.ready() else PlainTextResponse("not ready\n", 503)
 
     async def show_loads(_request: Request) -> Response:
-        return JSONResponse(loads())
+        return JSONResponse(await pages.loads())
 
     return Starlette(
         routes=[
@@ -42,8 +51,8 @@ def admin_app(
 class AdminServer(uvicorn.Server):
     """A uvicorn server that leaves signals and sockets to the service it is part of."""
 
-    def __init__(self, app: Starlette, listening: socket.socket) -> None:
-        super().__init__(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+    def __init__(self, pages: Pages, listening: socket.socket) -> None:
+        super().__init__(uvicorn.Config(admin_app(pages), log_config=None, access_log=False, lifespan="off"))
         self._listening = listening
 
     async def run_on_socket(self) -> None:

@@ -23,6 +23,7 @@ def describe_loads(fleet: FleetLoad, now: float) -> dict[str, Any]:
             }
             for endpoint in fleet.endpoints
         ],
+        "leaving": [{"url": host.endpoint.url, "reservations": host.reservations} for host in fleet.leaving],
     }
 
 

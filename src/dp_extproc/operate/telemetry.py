@@ -193,3 +193,8 @@ class Telemetry:
                 sent.add_metric(names, rank.sent_tokens)
                 effective.add_metric(names, rank.tokens)
         yield from (picks, sent, reserved, requests, effective)
+        yield GaugeMetricFamily(
+            "dp_extproc_reservations",
+            "Entries on all books, also of servers that are configured no more; zero when nothing is in flight.",
+            value=sum(host.reservations for host in (*self._fleet.hosts.values(), *self._fleet.leaving)),
+        )

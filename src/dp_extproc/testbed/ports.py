@@ -28,6 +28,18 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     raise OSError(f"fewer than {count} free ports on {host}")
 
 
+def free_row(count: int, host: str = "127.0.0.1") -> int:
+    """Return the first of *count* ports of *host* that follow each other and that nobody listens on.
+
+    Raises:
+        OSError: There is no such row.
+    """
+    for first in random.sample(_BELOW_EPHEMERAL, len(_BELOW_EPHEMERAL)):
+        if all(_is_free(host, port) for port in range(first, first + count)):
+            return first
+    raise OSError(f"no {count} free ports in a row on {host}")
+
+
 def _is_free(host: str, port: int) -> bool:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:

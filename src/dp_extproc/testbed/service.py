@@ -1,5 +1,6 @@
 """The service under test, with its admin port as a client sees it."""
 
+import re
 import time
 from pathlib import Path
 from typing import Any, Final, Self
@@ -8,18 +9,23 @@ import httpx
 import yaml
 
 from dp_extproc.config import Config, parse_config
-from dp_extproc.testbed.ports import free_ports
+from dp_extproc.testbed.ports import free_ports, free_row
 from dp_extproc.testbed.process import CommandProcess
 
 _READY_SECONDS: Final = 30.0
+_IDLE_SECONDS: Final = 10.0
 _POLL_SECONDS: Final = 0.02
+_IN_FLIGHT: Final = re.compile(r"^dp_extproc_(?:streams|reservations)(?:{.*})? (.*)$", re.MULTILINE)
+"""One line of each for every worker."""
 
 
 def write_config(pools: list[dict[str, Any]], **sections: dict[str, Any]) -> dict[str, Any]:
     """Make the content of a configuration file: *pools*, free ports for every listener, and *sections* over both."""
-    grpc, admin, inference, envoy_admin = (f"127.0.0.1:{port}" for port in free_ports(4))
+    listen = sections.pop("listen", {})
+    grpc = f"127.0.0.1:{free_row(listen.get('workers', 1))}"
+    admin, inference, envoy_admin = (f"127.0.0.1:{port}" for port in free_ports(3))
     return {
-        "listen": {"grpc": grpc, "admin": admin, **sections.pop("listen", {})},
+        "listen": {"grpc": grpc, "admin": admin, **listen},
         "envoy": {"inference": inference, "admin": envoy_admin, **sections.pop("envoy", {})},
         "load": {"interval": "100ms", "stale_after": "2s", **sections.pop("load", {})},
         "drain": "10ms",
@@ -41,13 +47,19 @@ class ServiceProcess(CommandProcess):
         self.config: Config = parse_config(yaml.safe_dump(content, sort_keys=False))
         self.admin_url = f"http://{self.config.listen.admin}"
         super().__init__(["serve", "--config", "CONFIG", *options], f"{self.admin_url}/healthz")
-        path = Path(self._directory.name) / "config.yaml"
-        path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-        self._arguments[self._arguments.index("CONFIG")] = str(path)
+        self._config_path = Path(self._directory.name) / "config.yaml"
+        self.write(yaml.safe_dump(content, sort_keys=False))
+        self._arguments[self._arguments.index("CONFIG")] = str(self._config_path)
 
     def __enter__(self) -> Self:
         super().__enter__()
         return self
+
+    def write(self, text: str) -> None:
+        """Write the configuration file anew, whole at any moment."""
+        new = self._config_path.with_suffix(".new")
+        new.write_text(text, encoding="utf-8")
+        new.replace(self._config_path)
 
     def wait_until_ready(self) -> None:
         """Wait until some pool can serve.
@@ -74,6 +86,20 @@ class ServiceProcess(CommandProcess):
                 return
             time.sleep(_POLL_SECONDS)
         raise RuntimeError(f"not every endpoint is fresh; {self.loads()}\n{self.log()}")
+
+    def wait_until_idle(self) -> None:
+        """Wait until no stream is open and nothing is on the books: every reservation was released.
+
+        Raises:
+            RuntimeError: Something stays; the message ends with the books.
+        """
+        deadline = time.monotonic() + _IDLE_SECONDS
+        while time.monotonic() < deadline:
+            page = self.metrics()
+            if all(float(value) == 0 for value in _IN_FLIGHT.findall(page)):
+                return
+            time.sleep(_POLL_SECONDS)
+        raise RuntimeError(f"something stays on the books: {_IN_FLIGHT.findall(page)}\n{self.loads()}")
 
     def loads(self) -> dict[str, Any]:
         """Return the admin port's /loads."""

@@ -1,0 +1,121 @@
+"""The life of one process that places requests: start everything in order, serve, drain, stop."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Final
+
+import grpc.aio
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health import aio
+
+from dp_extproc import __version__
+from dp_extproc.config import Config
+from dp_extproc.extproc.service import ExtProcService
+from dp_extproc.operate.admin import AdminServer
+from dp_extproc.operate.readiness import Readiness
+from dp_extproc.operate.reload import Reloader
+from dp_extproc.operate.router import Router
+from dp_extproc.operate.sockets import cannot_listen, listen, listen_privately, owner_address
+from dp_extproc.operate.tls import server_credentials
+from dp_extproc.operate.worker import WorkerSeat, seat_config
+
+_MESSAGE_SLACK: Final = 1 << 20
+"""Bytes of a gRPC message beyond the body: request headers and framing. gRPC's own limit of 4 MiB is too small."""
+
+_log = logging.getLogger(__name__)
+
+
+class _Pages:
+    """What the admin port shows of this process."""
+
+    def __init__(self, router: Router, readiness: Readiness) -> None:
+        self._router = router
+        self._readiness = readiness
+
+    async def metrics(self) -> bytes:
+        return self._router.telemetry.page()
+
+    async def ready(self) -> bool:
+        return self._readiness.ready
+
+    async def loads(self) -> dict[str, Any]:
+        return self._router.loads()
+
+
+async def serve(written: Config, text: str, path: Path, seat: WorkerSeat | None = None) -> None:
+    """Serve until a signal, or until the parent process has ended.
+
+    Args:
+        written: The configuration as it is in the file.
+        text: The content of the file ...
+        path: ... and where it is.
+        seat: Which worker this is; None for one that is alone.
+
+    Raises:
+        StartError: A port is not to be had.
+    """
+    config = seat_config(written, seat)
+    router = Router(config, owner=owner_address(config), clock=time.monotonic, rng=random.Random(os.urandom(32)))
+    health = aio.HealthServicer()
+    readiness = Readiness(health, router.can_serve)
+    reloader = Reloader(path, text, written, lambda config, _text: router.apply(seat_config(config, seat)))
+    if seat is None:  # of several workers the parent counts
+        router.telemetry.add(reloader)
+    admin_socket = listen(config.listen.admin, "listen.admin") if seat is None else listen_privately(seat.admin_socket)
+    admin = AdminServer(_Pages(router, readiness), admin_socket)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    loop.add_signal_handler(signal.SIGHUP, reloader.ask)
+    if seat is not None:
+        seat.listen_to_parent(told=reloader.ask, gone=stopping.set)
+    async with _grpc_server(config, router.service, health), asyncio.TaskGroup() as tasks:
+        background = [tasks.create_task(each) for each in (*router.tasks(), readiness.run(), reloader.run())]
+        admin_task = tasks.create_task(admin.run_on_socket())
+        where = config.listen.admin if seat is None else "the parent's port"
+        _log.info("dp-extproc %s: ext_proc on %s, admin on %s", __version__, config.listen.grpc, where)
+        await stopping.wait()
+        drain = router.config.drain
+        _log.info("stopping: not ready from now on, answering for another %gs", drain)
+        await readiness.stop()
+        stopping.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), drain)  # a second signal cuts it short
+        for task in background:
+            task.cancel()
+        admin.should_exit = True
+        await admin_task
+
+
+@contextlib.asynccontextmanager
+async def _grpc_server(config: Config, service: ExtProcService, health: aio.HealthServicer) -> AsyncIterator[None]:
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", config.envoy.max_body_bytes + _MESSAGE_SLACK),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),  # a port that is taken must be an error, not half of the streams
+        ]
+    )
+    server.add_generic_rpc_handlers((service.handler(),))
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    address, tls = config.listen.grpc, config.listen.tls
+    try:
+        if tls is None:
+            server.add_insecure_port(str(address))
+        else:
+            server.add_secure_port(str(address), server_credentials(tls))
+    except RuntimeError:
+        raise cannot_listen(address, "listen.grpc") from None
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(grace=1.0)

@@ -1,0 +1,138 @@
+"""Everything of one process that places requests, put together from a configuration, and changed by another one."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from random import Random
+from typing import Any, Final
+
+from dp_extproc.config import Config, Supervise
+from dp_extproc.extproc.service import ExtProcService
+from dp_extproc.fleet.credentials import Credentials
+from dp_extproc.fleet.roster import endpoints_of
+from dp_extproc.fleet.scraper import Scraper
+from dp_extproc.operate.loads_page import describe_loads
+from dp_extproc.operate.outside import read_api_keys
+from dp_extproc.operate.readiness import can_serve
+from dp_extproc.operate.sync_page import SyncMetrics, describe_sync
+from dp_extproc.operate.telemetry import Telemetry
+from dp_extproc.placement.attempt import NOBODY
+from dp_extproc.placement.dispatcher import Dispatcher
+from dp_extproc.placement.fleet_load import FleetLoad
+from dp_extproc.placement.load import StepCosts
+from dp_extproc.placement.queue import WaitingLine
+from dp_extproc.placement.retries import RetryBudget
+from dp_extproc.sync.join import join
+from dp_extproc.sync.outbox import Outbox
+from dp_extproc.sync.replica import Replica
+
+_POLL_SECONDS: Final = 0.05
+_KEYS_SECONDS: Final = 1.0
+"""Between two looks whether API keys have been replaced."""
+
+_log = logging.getLogger(__name__)
+
+
+class Router:
+    """The parts, wired. Nothing runs before :meth:`tasks` do, and nothing is listened on."""
+
+    def __init__(self, config: Config, *, owner: str, clock: Callable[[], float], rng: Random) -> None:
+        """Put it together.
+
+        Args:
+            config: Of this very process.
+            owner: ``IP:port`` where Envoy reaches it.
+            clock: Monotonic seconds.
+            rng: Seeded differently in every process.
+        """
+        self.config = config
+        self._clock = clock
+        endpoints = endpoints_of(config)
+        self._credentials = Credentials(read_api_keys(config).by_pool)
+        costs = StepCosts(config.load.prefill_step_tokens, config.load.decode_request_tokens)
+        self._fleet = FleetLoad(endpoints, config.load.stale_after, costs, config.health)
+        self._line = None if config.queue is None else WaitingLine(config.queue)
+        self.telemetry = Telemetry(self._fleet, clock)
+        outbox = Outbox(f"{rng.getrandbits(64):016x}")
+        self._dispatcher = Dispatcher(
+            config.pools,
+            self._fleet,
+            owner=owner,
+            rng=rng,
+            clock=clock,
+            signal=config.load.signal,
+            observer=NOBODY if config.sync is None else outbox,
+            admission=config.admission,
+            line=self._line,
+            sees_first_events=config.supervision.mode is Supervise.ANSWERS,
+            credentials=self._credentials,
+        )
+        self._replica: Replica | None = None
+        if config.sync is not None:
+            self._replica = join(config.sync, outbox, self._dispatcher.ledger.open_foreign, clock=clock)
+            self.telemetry.add(SyncMetrics(self._replica.status))
+        self.service = ExtProcService(
+            self._dispatcher,
+            self.telemetry,
+            supervision=config.supervision,
+            budget=RetryBudget(config.retry),
+            line=self._line,
+            max_body=config.envoy.max_body_bytes,
+            clock=clock,
+        )
+        self._scraper = Scraper(
+            endpoints, config.load, self.telemetry, clock=clock, rng=rng, credentials=self._credentials
+        )
+
+    def can_serve(self) -> bool:
+        """Tell whether some pool has servers for every role that it needs."""
+        return any(can_serve(pool, self._fleet, self._clock()) for pool in self.config.pools)
+
+    def loads(self) -> dict[str, Any]:
+        """Describe the books for /loads."""
+        sync = None if self._replica is None else describe_sync(self._replica.status())
+        return {**describe_loads(self._fleet, self._clock()), "sync": sync}
+
+    def apply(self, config: Config) -> None:
+        """Go on by another configuration, which differs in nothing that must not change; see :mod:`.reload`."""
+        before, endpoints = set(endpoints_of(self.config)), endpoints_of(config)
+        self.config = config
+        self._renew_keys()
+        self._fleet.update(endpoints, config.load.stale_after)
+        self._dispatcher.configure(config.pools, config.load.signal, config.admission)
+        self._scraper.update(endpoints, config.load)
+        if self._line is not None:
+            self._line.call()
+        for word, some in (("new", set(endpoints) - before), ("gone", before - set(endpoints))):
+            if some:
+                _log.info("configuration: %s: %s", word, ", ".join(sorted(each.url for each in some)))
+
+    def tasks(self) -> list[Coroutine[Any, Any, None]]:
+        """Give what has to run all the time."""
+        tasks = [self._scraper.run(), self.service.sweep(), self._keep_keys()]
+        return tasks if self._replica is None else [*tasks, self._take_part(self._replica)]
+
+    async def _take_part(self, replica: Replica) -> None:
+        """Join the other replicas once every engine was tried: what they tell of unknown ones would be left out."""
+        fleet = self._fleet
+        while not all(each.url in fleet.hosts or each.url in fleet.failures for each in fleet.endpoints):  # noqa: ASYNC110 - the load cache tells nobody
+            await asyncio.sleep(_POLL_SECONDS)
+        await replica.run()
+
+    async def _keep_keys(self) -> None:
+        """Take new API keys from their files soon after they are there; a file that is unreadable changes nothing."""
+        said: tuple[object, ...] = ()
+        while True:
+            await asyncio.sleep(_KEYS_SECONDS)
+            if any(pool.api_key is not None and pool.api_key.file for pool in self.config.pools):
+                problems = self._renew_keys()
+                if problems != said:
+                    said = problems
+                    for problem in problems:
+                        _log.error("%s; the key that was there before stays in use", problem)
+
+    def _renew_keys(self) -> tuple[object, ...]:
+        keys = read_api_keys(self.config)
+        if not keys.problems:
+            self._credentials.update(keys.by_pool)
+        return keys.problems

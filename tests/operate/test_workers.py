@@ -1,0 +1,190 @@
+"""Several workers behind one admin port: started, started anew, stopped, and shown together."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from dp_extproc.config import parse_config
+from dp_extproc.operate.merged_metrics import merge_pages
+from dp_extproc.operate.serve import with_workers
+from dp_extproc.operate.worker import WorkerSeat, seat_config
+from dp_extproc.operate.workers import pause_before
+from dp_extproc.testbed.ports import free_port
+from dp_extproc.testbed.service import ServiceProcess, write_config
+from e2e.stack import wait_for
+
+
+def pools() -> list[dict[str, Any]]:
+    """A pool of engines that nobody has started."""
+    return [{"models": ["*"], "workers": {"endpoints": [f"http://127.0.0.1:{free_port()}"]}}]
+
+
+def workers_of(service: ServiceProcess) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = service.loads()["workers"]
+    return found
+
+
+def is_alive(service: ServiceProcess, worker: int) -> bool:
+    """Ask one worker on its own gRPC port."""
+    with grpc.insecure_channel(str(service.config.listen.grpc.shifted(worker))) as channel:
+        request = health_pb2.HealthCheckRequest(service="liveness")
+        with contextlib.suppress(grpc.RpcError):
+            return bool(health_pb2_grpc.HealthStub(channel).Check(request, timeout=5).status == 1)
+    return False
+
+
+def has_peer(service: ServiceProcess) -> bool:
+    page = service.loads()
+    return "sync" in page and [peer["age"] < 1 for peer in page["sync"]["peers"]] == [True]
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[ServiceProcess]:
+    """Two workers none of whose engines is up."""
+    with ServiceProcess(write_config(pools(), listen={"workers": 2})) as service:
+        wait_for(lambda: has_peer(service), 20)
+        yield service
+
+
+def test_each_worker_has_a_port_of_its_own(pair: ServiceProcess) -> None:
+    """Workers listen side by side, from listen.grpc on."""
+    assert [is_alive(pair, worker) for worker in range(2)] == [True, True]
+    assert len({each["pid"] for each in workers_of(pair)} - {pair.pid}) == 2
+
+
+def test_workers_tell_each_other_what_they_send_without_a_word_in_the_file(pair: ServiceProcess) -> None:
+    """They have a bus of their own, in a directory that nobody else can read."""
+    sync = pair.loads()["sync"]
+
+    assert pair.config.sync is None
+    assert sync["connected"] is True
+    assert len(sync["peers"]) == 1
+
+
+def test_the_metrics_of_all_are_one_page(pair: ServiceProcess) -> None:
+    """Every sample has its worker; the parent adds its own."""
+    page = pair.metrics()
+
+    assert 'dp_extproc_build_info{worker="0",' in page
+    assert 'dp_extproc_build_info{worker="1",' in page
+    assert "dp_extproc_workers 2.0" in page
+    assert 'dp_extproc_config_reloads_total{outcome="applied"} 0.0' in page
+    assert page.count("# TYPE dp_extproc_build_info") == 1
+
+
+def test_one_that_is_killed_is_started_anew_alone(pair: ServiceProcess) -> None:
+    """The other one keeps its process."""
+    before = workers_of(pair)
+    os.kill(before[1]["pid"], signal.SIGKILL)
+    wait_for(lambda: workers_of(pair)[1]["restarts"] == 1 and is_alive(pair, 1), 20)
+    after = workers_of(pair)
+
+    assert after[0] == before[0]
+    assert after[1]["pid"] not in {None, before[1]["pid"]}
+    assert "worker 1 has ended with status -9; starting it again in 0.1 s" in pair.log()
+    assert re.search(r'dp_extproc_worker_restarts_total{worker="1"} 1.0', pair.metrics())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_all_with_status_0(number: signal.Signals) -> None:
+    """The parent waits for its workers, and leaves nothing behind."""
+    with ServiceProcess(write_config(pools(), listen={"workers": 2})) as service:
+        wait_for(lambda: has_peer(service), 20)
+        pids = [each["pid"] for each in workers_of(service)]
+        assert service.stop(number) == 0
+        assert service.log().count("stopping: not ready from now on") == 2
+        assert "Traceback" not in service.log()
+    assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
+
+
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    """Nobody goes on serving without somebody to look after it."""
+    with ServiceProcess(write_config(pools(), listen={"workers": 2})) as service:
+        wait_for(lambda: has_peer(service), 20)
+        pids = [each["pid"] for each in workers_of(service)]
+        service.stop(signal.SIGKILL)
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 20)
+
+
+def test_all_taken_ports_are_told_at_once(tmp_path: Path) -> None:
+    """One message names every port that somebody else has."""
+    content = write_config(pools(), listen={"workers": 3})
+    config = parse_config(yaml.safe_dump(content))
+    first, last, admin = config.listen.grpc, config.listen.grpc.shifted(2), config.listen.admin
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    with contextlib.ExitStack() as taken:
+        for address in (first, last, admin):
+            taken.enter_context(socket.create_server((address.host, address.port)))
+        argv = [sys.executable, "-m", "dp_extproc", "serve", "-c", str(path)]
+        result = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        f"cannot listen on {address} ({key}): is another process using the port?"
+        for address, key in ((first, "listen.grpc"), (last, "listen.grpc"), (admin, "listen.admin"))
+    ]
+
+
+def test_the_command_line_may_name_the_number() -> None:
+    """--workers wins over the file, and is held to the same rules."""
+    listen = parse_config(yaml.safe_dump(write_config(pools()))).listen
+
+    assert with_workers(listen, 4).workers == 4
+    assert with_workers(listen, None) is listen
+    with pytest.raises(Exception, match="less than or equal to 256"):
+        with_workers(listen, 1000)
+
+
+def test_each_worker_is_the_owner_of_what_it_places() -> None:
+    """The address that it advertises is its own, too."""
+    listen = {"grpc": "0.0.0.0:7000", "advertise": "10.0.0.1:8000", "workers": 3}
+    config = parse_config(yaml.safe_dump(write_config(pools(), listen=listen)))
+    found = seat_config(config, WorkerSeat(2, 0, Path("/run/x")))
+
+    assert str(found.listen.grpc) == "0.0.0.0:7002"
+    assert str(found.listen.advertise) == "10.0.0.1:8002"
+    assert found.sync is not None
+    assert found.sync.directory == "/run/x/bus"
+
+
+def test_a_bus_in_the_file_is_that_of_the_workers_too() -> None:
+    """With replicas on several hosts all workers of all of them tell each other."""
+    config = parse_config(yaml.safe_dump(write_config(pools(), sync={"url": "redis://10.0.0.7:6379"})))
+
+    assert seat_config(config, WorkerSeat(1, 0, Path("/run/x"))).sync is config.sync
+
+
+def test_pauses_between_restarts_grow_up_to_a_bound() -> None:
+    """One that dies at once, again and again, does not keep the machine busy."""
+    assert [pause_before(ends) for ends in (1, 2, 3, 7, 8, 10_000)] == [0.1, 0.2, 0.4, 6.4, 10.0, 10.0]
+
+
+def test_pages_are_merged_family_by_family() -> None:
+    """Comments stand once, and labels and values are left as they are."""
+    first = '# HELP a_total A {b} c\n# TYPE a_total counter\na_total 1.0\n# TYPE b gauge\nb{x="{ }"} 2.0\n'
+    second = "# HELP a_total A {b} c\n# TYPE a_total counter\na_total 5.0\n# TYPE b gauge\n"
+
+    assert merge_pages({"0": first, "1": second}) == (
+        '# HELP a_total A {b} c\n# TYPE a_total counter\na_total{worker="0"} 1.0\na_total{worker="1"} 5.0\n'
+        '# TYPE b gauge\nb{worker="0",x="{ }"} 2.0\n'
+    )
+
+
+def test_readiness_is_that_of_any_worker(pair: ServiceProcess) -> None:
+    """Without engines none is ready."""
+    assert httpx.get(f"{pair.admin_url}/readyz").status_code == 503
+    assert httpx.get(f"{pair.admin_url}/healthz").status_code == 200
