@@ -1,11 +1,12 @@
 """What a request costs in the service, against an empty ext_proc server in the same process shape.
 
-All servers are grpc.aio on uvloop in a process of their own. The empty one answers each message with a constant. It and
-the service with ``supervision: off`` get the same messages: per request one stream with request headers, buffered body
-and response headers, and one stream of the prefill leg with its response headers. What supervision adds is measured
-with the messages that it adds: ``legs`` has the prefill leg's request headers besides, ``answers`` a third stream with
-the first piece of the answer. Measured is the CPU time of the server process, which hardly depends on what else the
-machine is doing; rounds are interleaved, and what counts are ratios within a round, all to the empty server.
+All servers are grpc.aio on uvloop in a process of their own. The empty one answers each message with a constant.
+With ``supervision: off`` a request has one stream with request headers, buffered body and response headers, and one
+stream of the prefill leg with its response headers. What supervision adds is measured with the messages that it adds:
+``legs`` has the prefill leg's request headers besides, ``answers`` a third stream with the first piece of the answer.
+Measured is the CPU time of the server process, which hardly depends on what else the machine is doing; rounds are
+interleaved, and what counts are ratios within a round: to the empty server with the messages of ``off``, and with the
+same messages.
 
     python bench/ext_proc_cost.py [--requests 400] [--rounds 7] [--json FILE]
 """
@@ -57,14 +58,17 @@ class _EmptyServer:
 
     def __init__(self) -> None:
         self._answers: dict[str, bytes] = {}
-        for phase in ("request_headers", "request_body", "response_headers"):
+        for phase in ("request_headers", "request_body", "response_headers", "response_body"):
             response = ProcessingResponse()
             getattr(response, phase).SetInParent()
             self._answers[phase] = response.SerializeToString()
 
     async def process(self, _requests: object, context: Any) -> None:
         while (message := await context.read()) is not grpc.aio.EOF:
-            await context.write(self._answers[message.WhichOneof("request")])
+            kind = message.WhichOneof("request")
+            await context.write(self._answers[kind])
+            if kind == "response_body":
+                return  # the stream that sees a first event ends with it
 
     def handler(self) -> Any:
         process = grpc.stream_stream_rpc_method_handler(self.process, ProcessingRequest.FromString, None)
@@ -254,25 +258,35 @@ async def _compare(requests: int, rounds: int, concurrency: int) -> list[dict[st
     with ExitStack() as running:
         servers = {kind: running.enter_context(_started(kind)) for kind in KINDS}
         for label, size in SIZES.items():
-            loads = {kind: Load(size, concurrency, kind) for kind in KINDS}
+            loads = {mode.value: Load(size, concurrency, mode.value) for mode in Supervise}
             count = max(concurrency, requests // (10 if size >= 1_000_000 else 1))
-            costs: dict[str, list[float]] = {kind: [] for kind in KINDS}
+            costs: dict[str, list[float]] = {mode: [] for mode in loads}
+            empty: dict[str, list[float]] = {mode: [] for mode in loads}
             for index in range(rounds + 1):
-                order = KINDS if index % 2 else KINDS[::-1]
-                found = {kind: await loads[kind].run(servers[kind], count) for kind in order}
-                if index:  # the first round warms up
-                    for kind, cost in found.items():
-                        costs[kind].append(cost)
-            ratios = {
-                kind: [mine / empty for mine, empty in zip(costs[kind], costs[EMPTY], strict=True)] for kind in KINDS
-            }
-            results.append({
-                "body": label,
-                "us": {kind: statistics.median(costs[kind]) * 1e6 for kind in KINDS},
-                "ratio": {kind: statistics.median(ratios[kind]) for kind in KINDS},
-                "ratios": {kind: [round(ratio, 3) for ratio in ratios[kind]] for kind in KINDS},
-            })  # fmt: skip
+                for mode in loads if index % 2 else reversed(loads):
+                    constant = await loads[mode].run(servers[EMPTY], count)
+                    cost = await loads[mode].run(servers[mode], count)
+                    if index:  # the first round warms up
+                        empty[mode].append(constant)
+                        costs[mode].append(cost)
+            for mode in loads:
+                to_off = [mine / base for mine, base in zip(costs[mode], empty[Supervise.OFF], strict=True)]
+                to_same = [mine / base for mine, base in zip(costs[mode], empty[mode], strict=True)]
+                results.append({
+                    "body": label,
+                    "supervision": mode,
+                    "empty_us": statistics.median(empty[mode]) * 1e6,
+                    "service_us": statistics.median(costs[mode]) * 1e6,
+                    "ratio": statistics.median(to_off),
+                    "ratio_same_messages": statistics.median(to_same),
+                    "ratios": [round(ratio, 3) for ratio in to_off],
+                    "ratios_same_messages": [round(ratio, 3) for ratio in to_same],
+                })  # fmt: skip
     return results
+
+
+def _spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def main() -> None:
@@ -288,11 +302,13 @@ def main() -> None:
         uvloop.run(_serve(args.serve))
         return
     results = uvloop.run(_compare(args.requests, args.rounds, args.concurrency))
-    print(f"{'body':>6}  {'':>8}  {'CPU':>10}  ratio (median of {args.rounds}; least to most)")
+    head = f"{'body':>6}  {'':>8}  {'empty':>10}  {'service':>10}  to empty with off  to empty with the same messages"
+    print(f"{head} (median of {args.rounds}; least to most)")
     for row in results:
-        for kind in KINDS:
-            spread = f"{min(row['ratios'][kind]):.2f} to {max(row['ratios'][kind]):.2f}"
-            print(f"{row['body']:>6}  {kind:>8}  {row['us'][kind]:7.0f} us  {row['ratio'][kind]:.2f}  ({spread})")
+        print(
+            f"{row['body']:>6}  {row['supervision']:>8}  {row['empty_us']:7.0f} us  {row['service_us']:7.0f} us  "
+            f"{_spread(row['ratios']):>17}  {_spread(row['ratios_same_messages'])}"
+        )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"cpus": os.cpu_count(), "results": results}, indent=1) + "\n")
