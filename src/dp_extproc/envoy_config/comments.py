@@ -19,6 +19,7 @@ COMMENTS: Final = {
     "can be repeated from here, and be placed anew.",
     "inference use_remote_address": "The client's address goes into x-forwarded-for, and from there into the log.",
     "inference stream_idle_timeout": "A stream may be silent for as long as the engine is busy with its prompt.",
+    "inference delayed_close_timeout": "By default a client learns a second late that its answer was cut off.",
     "inference route timeout": "Envoy's default of 15 s would cut long generations.",
     "inference preserve_external_request_id": "A client's request id is the one that all logs show.",
     "inference suppress_envoy_headers": "No x-envoy-* headers: they are no business of clients or engines.",

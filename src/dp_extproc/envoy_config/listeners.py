@@ -32,6 +32,9 @@ from dp_extproc.envoy_config.routes import to_dispatch, to_engines, to_prefill
 
 INFERENCE: Final = "inference"
 _NO_TIMEOUT: Final = timedelta(0)
+_CLOSE_DELAY: Final = timedelta(milliseconds=50)
+"""How long a client that still sends its body has for reading an early answer. By default each hop waits for a second
+before it closes, and so would every client whose answer was cut off."""
 
 
 def build_listeners(config: Config) -> list[Listener]:
@@ -39,11 +42,13 @@ def build_listeners(config: Config) -> list[Listener]:
     settings = config.envoy
     buffer = buffer_bytes(settings)
     replies = build_local_replies(settings.max_body_bytes)
+    repeated = build_local_replies(settings.max_body_bytes, retries=config.retry.attempts > 1)
     front_door = HttpConnectionManager(
         stat_prefix=INFERENCE,
         route_config=to_dispatch(config.retry),
         http_filters=[_router()],
         stream_idle_timeout=_NO_TIMEOUT,
+        delayed_close_timeout=_CLOSE_DELAY,
         use_remote_address=True,
         early_header_mutation_extensions=[strip_client_headers(settings.session_header)],
         generate_request_id=True,
@@ -53,7 +58,7 @@ def build_listeners(config: Config) -> list[Listener]:
     supervision = config.supervision.mode
     watching = [remember_owner()] if supervision is Supervise.ANSWERS else []
     dispatch = _internal_manager(
-        DISPATCH, to_engines(supervision), [place_requests(config), *watching], log_requests(), replies
+        DISPATCH, to_engines(supervision), [place_requests(config), *watching], log_requests(), repeated
     )
     prefill_leg = _internal_manager(
         PREFILL_LEG, to_prefill(), [remember_owner(), swap_prefix(), report_prefill(supervision)], log_prefill_legs()
@@ -92,6 +97,7 @@ def _internal_manager(
         common_http_protocol_options=HttpProtocolOptions(max_headers_count=MAX_HEADERS_COUNT),
         max_request_headers_kb=MAX_HEADERS_KB,
         stream_idle_timeout=_NO_TIMEOUT,
+        delayed_close_timeout=_NO_TIMEOUT,
         access_log=[access_log],
         local_reply_config=replies,
     )

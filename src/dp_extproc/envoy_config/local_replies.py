@@ -1,6 +1,7 @@
 """Envoy's own error answers in the shape of OpenAI errors, so that client libraries can read them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from envoy_data_plane.envoy.config.accesslog.v3 import (
@@ -8,19 +9,33 @@ from envoy_data_plane.envoy.config.accesslog.v3 import (
     AndFilter,
     ComparisonFilter,
     ComparisonFilterOp,
+    ExtensionFilter,
     MetadataFilter,
     ResponseFlagFilter,
     StatusCodeFilter,
 )
-from envoy_data_plane.envoy.config.core.v3 import RuntimeUInt32, SubstitutionFormatString
+from envoy_data_plane.envoy.config.core.v3 import (
+    HeaderValue,
+    HeaderValueOption,
+    RuntimeUInt32,
+    SubstitutionFormatString,
+)
+from envoy_data_plane.envoy.extensions.access_loggers.filters.cel.v3 import ExpressionFilter
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
     LocalReplyConfig,
     ResponseMapper,
 )
 from envoy_data_plane.envoy.type.matcher.v3 import MetadataMatcher, MetadataMatcherPathSegment, ValueMatcher
-from envoy_data_plane.google.protobuf import Struct
+from envoy_data_plane.google.protobuf import Any, Struct
 
-from dp_extproc.extproc.names import META_REASON, METADATA_NAMESPACE
+from dp_extproc.extproc.names import (
+    FAILED,
+    META_DECODE_HOST,
+    META_PREFILL_HOST,
+    META_REASON,
+    METADATA_NAMESPACE,
+    RETRY,
+)
 
 _UPSTREAM_FAILED: Final = ["UF", "UC", "UR", "UH", "UO", "UT", "LR"]
 """Response flags of a connection that could not be made or did not last until the response headers."""
@@ -34,15 +49,22 @@ class _Reply:
     message: str
     type: str
     code: str
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def build_local_replies(max_body_bytes: int) -> LocalReplyConfig:
+def build_local_replies(max_body_bytes: int, *, retries: bool = False) -> LocalReplyConfig:
     """Build the table of Envoy's own answers.
+
+    Args:
+        max_body_bytes: To be told to whom sends more.
+        retries: Whether the front door is to repeat what was lost while its head was still held here. No filter is
+            asked about such an answer, so the service cannot say so.
 
     An ``ImmediateResponse`` of the service is a local reply, too. It is told apart by the reason that the service
     sets as dynamic metadata in the same message, and passes as it is.
     """
     replies = [
+        *([_lost_while_held()] if retries else []),
         _Reply(
             _status(ComparisonFilterOp.EQ, 413),
             f"The request body is larger than {max_body_bytes} bytes.",
@@ -84,6 +106,22 @@ def build_local_replies(max_body_bytes: int) -> LocalReplyConfig:
     return LocalReplyConfig(mappers=[ResponseMapper(filter=_refusal_of_the_service()), *map(_mapper, replies)])
 
 
+def _lost_while_held() -> _Reply:
+    lost = ExpressionFilter(expression='response.code_details.startsWith("upstream_reset_after_response_started")')
+    hosts = (f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{key})%" for key in (META_PREFILL_HOST, META_DECODE_HOST))
+    return _Reply(
+        AccessLogFilter(
+            extension_filter=ExtensionFilter(
+                name="envoy.access_loggers.extension_filters.cel", typed_config=Any.pack(lost)
+            )
+        ),
+        "The server was lost before its answer had begun: %RESPONSE_CODE_DETAILS%",
+        "server_error",
+        "upstream_failed",
+        {RETRY: "1", FAILED: ",".join(hosts)},
+    )
+
+
 def _refusal_of_the_service() -> AccessLogFilter:
     return AccessLogFilter(
         metadata_filter=MetadataFilter(
@@ -107,5 +145,8 @@ def _mapper(reply: _Reply) -> ResponseMapper:
     error = {"message": reply.message, "type": reply.type, "param": None, "code": reply.code}
     return ResponseMapper(
         filter=reply.filter,
+        headers_to_add=[
+            HeaderValueOption(header=HeaderValue(key=name, value=value)) for name, value in reply.headers.items()
+        ],
         body_format_override=SubstitutionFormatString(json_format=Struct.from_dict({"error": error})),
     )
