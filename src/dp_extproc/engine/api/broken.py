@@ -34,9 +34,29 @@ async def noise(scope: Scope, _receive: Receive, _send: Send) -> None:
     connection_of(scope).write_and_close(_NOISE)
 
 
-async def reset(scope: Scope, _receive: Receive, _send: Send) -> None:
-    """Answer with a RST."""
-    connection_of(scope).reset()
+class Pause:
+    """Some seconds without anything."""
+
+    def __init__(self, released: asyncio.Event, seconds: float) -> None:
+        self._released = released
+        self._seconds = seconds
+
+    async def __call__(self, _scope: Scope, receive: Receive, _send: Send) -> None:
+        """Wait."""
+        if self._seconds:
+            await pause(receive, self._released, self._seconds)
+
+
+class Reset:
+    """A RST."""
+
+    def __init__(self, before: Pause) -> None:
+        self._before = before
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Cut the connection."""
+        await self._before(scope, receive, send)
+        connection_of(scope).reset()
 
 
 class Hang:
@@ -54,8 +74,9 @@ class Hang:
 class Short:
     """An answer that claims to be longer than it is."""
 
-    def __init__(self, healthy: ASGIApp) -> None:
+    def __init__(self, healthy: ASGIApp, before: Pause) -> None:
         self._healthy = healthy
+        self._before = before
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, but for the last bytes."""
@@ -66,6 +87,7 @@ class Short:
                 return
             await send({**message, "more_body": True})
             if not message.get("more_body"):
+                await self._before(scope, receive, send)
                 connection_of(scope).write_and_close()
 
         await self._healthy(scope, receive, shorten)
@@ -107,18 +129,6 @@ class Interrupted:
             await send({**message, "body": body[half:]})
 
         await self._healthy(scope, receive, interrupt)
-
-
-class Pause:
-    """Some seconds without anything, in the middle of an answer."""
-
-    def __init__(self, released: asyncio.Event, seconds: float) -> None:
-        self._released = released
-        self._seconds = seconds
-
-    async def __call__(self, _scope: Scope, receive: Receive, _send: Send) -> None:
-        """Wait."""
-        await pause(receive, self._released, self._seconds)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from dp_extproc.engine.api.broken import Hang, Interrupted, Pause, Short, noise, pause, reset
+from dp_extproc.engine.api.broken import Hang, Interrupted, Pause, Reset, Short, noise, pause
 from dp_extproc.engine.api.errors import failed
 from dp_extproc.engine.leg import Failure
 
@@ -57,9 +57,9 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     kind: Kind
     after: int = 0
     """Chunks of the answer that come before ``hang``, ``slow`` and ``reset``; 0 is before its headers. Of ``fail``:
-    tokens."""
-    seconds: float = 1.0
-    """Of ``slow``; unscaled."""
+    tokens. ``short`` comes at the end."""
+    seconds: float = 0.0
+    """How long nothing comes before that, or of ``slow`` at all; unscaled."""
     times: int | None = None
     """How many requests it hits before it goes away; None for all."""
 
@@ -125,7 +125,7 @@ class Faults:
             case Kind.NOISE:
                 return noise
             case Kind.SHORT:
-                return Short(await healthy())
+                return Short(await healthy(), Pause(released, fault.seconds))
             case Kind.SLOW if not fault.after:
                 await pause(request.receive, released, fault.seconds)
                 return await healthy()
@@ -134,7 +134,7 @@ class Faults:
             case Kind.HANG:
                 late = Hang(released)
             case Kind.RESET:
-                late = reset
+                late = Reset(Pause(released, fault.seconds))
             case _:
                 return await healthy()
         return Interrupted(await healthy(), fault.after, late) if fault.after else late
