@@ -82,7 +82,8 @@ class ServiceProcess(CommandProcess):
         """
         deadline = time.monotonic() + _READY_SECONDS
         while time.monotonic() < deadline:
-            if all(endpoint["state"] == "fresh" for endpoint in self.loads()["endpoints"]):
+            endpoints = self.loads().get("endpoints")  # of several workers none may have answered yet
+            if endpoints and all(endpoint["state"] == "fresh" for endpoint in endpoints):
                 return
             time.sleep(_POLL_SECONDS)
         raise RuntimeError(f"not every endpoint is fresh; {self.loads()}\n{self.log()}")

@@ -1,0 +1,99 @@
+"""Two replicas of two workers each over one fleet: whichever process places a request watches its legs."""
+
+import re
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import httpx
+import pytest
+
+from dp_extproc.testbed.engine import EngineProcess
+from dp_extproc.testbed.envoy import EnvoyProcess
+from dp_extproc.testbed.service import ServiceProcess, write_config
+from e2e.stack import PATIENCE, wait_for
+from sync.processes import redis_server
+
+RANKS, CLIENTS, REQUESTS = 2, 16, 120
+FLAGS = ("--time-scale", "0.1", "--dp-attention", *PATIENCE)
+PLAIN = {"text": "hello", "sampling_params": {"max_new_tokens": 30, "ignore_eos": True}}
+STREAM = {**PLAIN, "stream": True}
+
+
+@dataclass(frozen=True)
+class Many:
+    """Everything that runs."""
+
+    prefills: Sequence[EngineProcess]
+    decodes: Sequence[EngineProcess]
+    services: Sequence[ServiceProcess]
+    fronts: Sequence[EnvoyProcess]
+
+    def counts(self, metric: str) -> list[float]:
+        """Give a metric of every process, one line each."""
+        line = re.compile(rf"^{metric} (.*)$", re.MULTILINE)
+        return [float(value) for service in self.services for value in line.findall(service.metrics())]
+
+    def ask(self, number: int) -> tuple[int, bytes]:
+        """Send a request through either Envoy in turn, streaming or not, over a connection of its own."""
+        url = f"{self.fronts[number % 2].url}/generate"
+        answer = httpx.post(url, json=STREAM if number % 4 < 2 else PLAIN, timeout=60, trust_env=False)
+        return answer.status_code, answer.content
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Many]:
+    with ExitStack() as running:
+        redis = running.enter_context(redis_server(tmp_path_factory.mktemp("redis")))
+        prefills, decodes = (
+            [running.enter_context(EngineProcess(role, RANKS, *FLAGS)) for _ in range(2)]
+            for role in ("prefill", "decode")
+        )
+        pool = {
+            "models": ["*"],
+            "prefill": {"endpoints": [engine.url for engine in prefills]},
+            "decode": {"endpoints": [engine.url for engine in decodes]},
+        }
+        services = [
+            running.enter_context(ServiceProcess(write_config([pool], listen={"workers": 2}, sync={"url": redis.url})))
+            for _ in range(2)
+        ]
+        for service in services:
+            service.wait_until_fresh()
+            service.wait_until_ready()
+        fronts = [running.enter_context(EnvoyProcess(service.config)) for service in services]
+        yield Many(prefills, decodes, services, fronts)
+
+
+def all_at_once(many: Many) -> list[tuple[int, bytes]]:
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        return list(pool.map(many.ask, range(REQUESTS)))
+
+
+def test_every_leg_reports_to_the_process_that_placed_it(many: Many) -> None:
+    """All four processes place requests, and none misses a leg."""
+    answers = all_at_once(many)
+    for service in many.services:
+        service.wait_until_idle()
+
+    assert {status for status, _ in answers} == {200}
+    routed = many.counts('dp_extproc_requests_total{.*outcome="routed".*}')
+    assert len(routed) == 4
+    assert min(routed) > 0
+    assert sum(many.counts("dp_extproc_unseen_legs_total{.*}")) == 0
+
+
+def test_a_prefill_server_dies_under_load(many: Many) -> None:
+    """Whoever placed a request that was on it places it anew, and nobody notices."""
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        answers = [pool.submit(many.ask, number) for number in range(REQUESTS)]
+        wait_for(lambda: sum(answer.done() for answer in answers) > REQUESTS // 4)
+        many.prefills[0].stop(signal.SIGKILL)
+        found = [answer.result() for answer in answers]
+    for service in many.services:
+        service.wait_until_idle()
+
+    assert [status for status, _ in found] == [200] * REQUESTS
+    assert not any(b'"abort"' in content for _, content in found)
