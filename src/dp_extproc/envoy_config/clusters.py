@@ -66,7 +66,7 @@ _DEAD_PROCESS: Final = OutlierDetection(
     split_external_local_origin_errors=True,
     consecutive_local_origin_failure=1,
     max_ejection_percent=100,
-    base_ejection_time=timedelta(seconds=1),
+    base_ejection_time=timedelta(seconds=3),  # until the health check knows, too; its success ends this at once
     interval=timedelta(milliseconds=500),
 )
 """A process that has died is left with the first connection that it refuses, not with the next health check."""
@@ -117,7 +117,10 @@ def _service(config: Config, buffer: int) -> Cluster:
     if workers > 1:
         cluster.outlier_detection = _DEAD_PROCESS
         # If all are unhealthy one of them is asked nevertheless: it knows what is wrong. By default half would do.
-        cluster.common_lb_config = ClusterCommonLbConfig(healthy_panic_threshold=Percent(value=1.0))
+        cluster.common_lb_config = ClusterCommonLbConfig(
+            healthy_panic_threshold=Percent(value=1.0),
+            update_merge_window=timedelta(0),  # by default changes of health are held back for a second
+        )
     return cluster
 
 

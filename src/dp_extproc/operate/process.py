@@ -77,18 +77,20 @@ async def serve(written: Config, text: str, path: Path, seat: WorkerSeat | None 
     loop.add_signal_handler(signal.SIGHUP, reloader.ask)
     if seat is not None:
         seat.listen_to_parent(told=reloader.ask, gone=stopping.set)
-    async with _grpc_server(config, router.service, health), asyncio.TaskGroup() as tasks:
+    async with asyncio.TaskGroup() as tasks:
         background = [tasks.create_task(each) for each in (*router.tasks(), readiness.run(), reloader.run())]
         admin_task = tasks.create_task(admin.run_on_socket())
-        where = config.listen.admin if seat is None else "the parent's port"
-        _log.info("dp-extproc %s: ext_proc on %s, admin on %s", __version__, config.listen.grpc, where)
-        await stopping.wait()
-        drain = router.config.drain
-        _log.info("stopping: not ready from now on, answering for another %gs", drain)
-        await readiness.stop()
-        stopping.clear()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stopping.wait(), drain)  # a second signal cuts it short
+        await router.look_around()  # or the first requests would be refused for want of engines
+        async with _grpc_server(config, router.service, health):
+            where = config.listen.admin if seat is None else "the parent's port"
+            _log.info("dp-extproc %s: ext_proc on %s, admin on %s", __version__, config.listen.grpc, where)
+            await stopping.wait()
+            drain = router.config.drain
+            _log.info("stopping: not ready from now on, answering for another %gs", drain)
+            await readiness.stop()
+            stopping.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopping.wait(), drain)  # a second signal cuts it short
         for task in background:
             task.cancel()
         admin.should_exit = True

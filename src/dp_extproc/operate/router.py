@@ -1,6 +1,7 @@
 """Everything of one process that places requests, put together from a configuration, and changed by another one."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from random import Random
@@ -27,6 +28,7 @@ from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.replica import Replica
 
 _POLL_SECONDS: Final = 0.05
+_LOOK_AROUND_SECONDS: Final = 2.0
 _KEYS_SECONDS: Final = 1.0
 """Between two looks whether API keys have been replaced."""
 
@@ -83,6 +85,11 @@ class Router:
         self._scraper = Scraper(
             endpoints, config.load, self.telemetry, clock=clock, rng=rng, credentials=self._credentials
         )
+
+    async def look_around(self) -> None:
+        """Wait until every engine has been tried once, but not for one that hangs."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._scraper.first_round.wait(), _LOOK_AROUND_SECONDS)
 
     def can_serve(self) -> bool:
         """Tell whether some pool has servers for every role that it needs."""
