@@ -8,7 +8,7 @@ import pytest
 
 from dp_extproc.config.reliability import AdmissionSettings, QueueSettings
 from dp_extproc.fleet.endpoint import LoadPage, RankSample, Role
-from dp_extproc.placement.decision import Decision
+from dp_extproc.placement.decision import Circumstances, Decision
 from dp_extproc.placement.dispatcher import Dispatcher
 from dp_extproc.placement.queue import WaitingLine
 from dp_extproc.request.path import Api
@@ -129,7 +129,7 @@ def test_a_new_request_does_not_overtake_those_that_wait() -> None:
     assert isinstance(found, Rejection)
     assert found.wait is not None
     assert (found.wait.pool, found.wait.priority) == ("*", 0)
-    assert isinstance(small.dispatcher.place(Api.GENERATE, ids(10), ticket=ticket), Decision)
+    assert isinstance(small.dispatcher.place(Api.GENERATE, ids(10), Circumstances(ticket=ticket)), Decision)
 
 
 def test_the_bodys_priority_counts() -> None:

@@ -10,7 +10,7 @@ Rules that live here and nowhere else:
 - A stream may begin with the response (Envoy or an earlier filter answered by itself). It is let through.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from enum import IntEnum, auto
 from typing import Any, ClassVar, Final, Protocol
 
@@ -32,8 +32,9 @@ from dp_extproc.extproc.events import (
     StreamedChunk,
     TakeBody,
 )
+from dp_extproc.extproc.precheck import NO_BODY, refuse_by_headers, too_large
 from dp_extproc.placement.attempt import Attempt
-from dp_extproc.placement.decision import Answer, Decision
+from dp_extproc.placement.decision import Answer, Circumstances, Decision
 from dp_extproc.placement.queue import Ticket
 from dp_extproc.placement.retries import read_failed
 from dp_extproc.request.path import Api, Lookup, read_path
@@ -41,9 +42,6 @@ from dp_extproc.request.rejection import REASON_HEADER, Reason, Rejection, Wait
 
 CHUNK_BYTES: Final = 62_000
 """Largest chunk of a duplex body. The protocol recommends at most 64 KiB; this leaves room for the framing."""
-
-_MAX_LENGTH_DIGITS: Final = 20
-"""Of a content-length; as many as a number of 64 bits has."""
 
 _JSON: Final = ("content-type", "application/json")
 _Replies = tuple[Reply, ...]
@@ -56,18 +54,8 @@ class ProtocolViolationError(Exception):
 class Decider(Protocol):
     """What the exchange asks; implemented by :class:`dp_extproc.placement.dispatcher.Dispatcher`."""
 
-    def place(
-        self,
-        api: Api,
-        body: bytes,
-        session: str | None = None,
-        failed: Sequence[frozenset[str]] = (),
-        ticket: Ticket | None = None,
-    ) -> Decision | Rejection:
-        """Decide on an inference request, of a conversation if the client names one.
-
-        What has failed is the hosts of each attempt before this one; the ticket is its place in the line.
-        """
+    def place(self, api: Api, body: bytes, circumstances: Circumstances) -> Decision | Rejection:
+        """Decide on an inference request."""
         ...
 
     def look_up(self) -> Decision | Rejection:
@@ -247,7 +235,7 @@ class Exchange:
         return (TakeBody(Phase.RESPONSE_HEADERS),)
 
     def abandon(self, status: int, body: bytes, reason: Reason, headers: tuple[tuple[str, bytes], ...]) -> _Replies:
-        """Give the client another answer than the engine's, which Envoy then drops: ours, or what the other leg said."""
+        """Answer the client in the engine's place: with an error of ours, or with what the other leg said."""
         if not self.can_be_abandoned:
             return ()
         self._state = _State.OVER
@@ -279,10 +267,10 @@ class Exchange:
             return self._refuse(asked)
         if isinstance(asked, Lookup):
             return self._look_up(asked, headers[":path"])
-        if (refusal := _refuse_by_headers(headers, self._max_body)) is not None:
+        if (refusal := refuse_by_headers(headers, self._max_body)) is not None:
             return self._refuse(refusal)
         if event.end_of_stream:
-            return self._refuse(_NO_BODY)
+            return self._refuse(NO_BODY)
         if self._mode is BodyMode.NONE or self._mode is BodyMode.UNSUPPORTED:
             message = "the ext_proc filter must send request bodies BUFFERED or FULL_DUPLEX_STREAMED"
             return self._refuse(Rejection(500, Reason.UNSUPPORTED_BODY_MODE, message))
@@ -309,7 +297,7 @@ class Exchange:
     def _request_body(self, event: RequestBody) -> _Replies:
         self._size += len(event.data)
         if self._size > self._max_body:
-            return self._refuse(_too_large(self._max_body))
+            return self._refuse(too_large(self._max_body))
         self._body.append(event.data)
         if self._mode is BodyMode.DUPLEX and not event.end_of_stream:
             return ()
@@ -317,14 +305,14 @@ class Exchange:
 
     def _request_body_ended_by_trailers(self, _event: RequestTrailers) -> _Replies:
         if self._mode is not BodyMode.DUPLEX:  # a buffered body would have come before them
-            return self._refuse(_NO_BODY)
+            return self._refuse(NO_BODY)
         self._trailers = True
         return self._decide()
 
     def _decide(self, ticket: Ticket | None = None) -> _Replies:
         assert self._api is not None  # noqa: S101 - the state says so
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        decision = self._decider.place(self._api, body, self._session, self.failed, ticket)
+        decision = self._decider.place(self._api, body, Circumstances(self._session, self.failed, ticket))
         if isinstance(decision, Rejection):
             if self.queues and decision.wait is not None:
                 self._state, self._refused, self._body = _State.WAITING, decision, [body]
@@ -416,35 +404,8 @@ class Exchange:
     """Every event that is allowed in a state, and what handles it; all others are violations of the protocol."""
 
 
-_NO_BODY: Final = Rejection(400, Reason.EMPTY_BODY, "the request has no body; send a JSON object")
-
 _GO_ON_HEADERS: Final[_Replies] = (Continue(Phase.REQUEST_HEADERS),)
 _GO_ON_RESPONSE: Final[_Replies] = (Continue(Phase.RESPONSE_HEADERS),)
-
-
-def _refuse_by_headers(headers: dict[str, str], max_body: int) -> Rejection | None:
-    """Refuse before the body has come what its headers already tell."""
-    encoding = headers.get("content-encoding")
-    if encoding is not None and encoding.strip().lower() not in {"", "identity"}:
-        message = f"request bodies with content-encoding {encoding!r} cannot be read; send the JSON uncompressed"
-        return Rejection(415, Reason.COMPRESSED_BODY, message)
-    media = headers.get("content-type", "application/json")
-    if media != "application/json" and not _is_json(media):
-        return Rejection(415, Reason.NOT_JSON, f"content-type must be application/json, not {media[:100]!r}")
-    length = headers.get("content-length", "")
-    # Python refuses to read numbers of thousands of digits.
-    if length.isdecimal() and (len(length) > _MAX_LENGTH_DIGITS or int(length) > max_body):
-        return _too_large(max_body)
-    return None
-
-
-def _is_json(content_type: str) -> bool:
-    media = content_type.partition(";")[0].strip().lower()
-    return media == "application/json" or media.endswith("+json")
-
-
-def _too_large(max_body: int) -> Rejection:
-    return Rejection(413, Reason.BODY_TOO_LARGE, f"the request body is larger than {max_body} bytes")
 
 
 def _chunks(body: bytes, *, end_of_stream: bool) -> Iterator[StreamedChunk]:

@@ -3,9 +3,21 @@
 from msgspec import Struct
 
 from dp_extproc.placement.attempt import Attempt
+from dp_extproc.placement.queue import Ticket
 
 Metadata = dict[str, str | int]
 """Dynamic metadata of a request, by the names of :mod:`dp_extproc.extproc.names`."""
+
+
+class Circumstances(Struct, frozen=True):
+    """What is known of a request besides its body."""
+
+    session: str | None = None
+    """The client's name for the conversation."""
+    failed: tuple[frozenset[str], ...] = ()
+    """The hosts of each attempt of this request that has failed, in order."""
+    ticket: Ticket | None = None
+    """Its place in the line, if it waits there."""
 
 
 class Decision(Struct, frozen=True):

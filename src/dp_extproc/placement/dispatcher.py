@@ -17,7 +17,7 @@ from dp_extproc.fleet.endpoint import Role
 from dp_extproc.fleet.server_info import DEFAULT_BOOTSTRAP_PORT
 from dp_extproc.placement.admission import Admission, is_too_long, largest_capacity
 from dp_extproc.placement.attempt import NOBODY, AttemptObserver
-from dp_extproc.placement.decision import Answer, Decision, Metadata
+from dp_extproc.placement.decision import Answer, Circumstances, Decision, Metadata
 from dp_extproc.placement.demand import Demand
 from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.health import healthy, others
@@ -39,6 +39,7 @@ _SESSION_KEPT: Final = 128
 """Characters of a conversation's name; more is more than any id has."""
 _TRY_AGAIN: Final = (("retry-after", "1"),)
 _WATCHED: Final = ((names.WATCH, b"1"),)
+_ORDINARY: Final = Circumstances()
 _DEFAULT_ADMISSION: Final = AdmissionSettings()
 
 
@@ -105,18 +106,14 @@ class Dispatcher:
         self,
         api: Api,
         body: bytes,
-        session: str | None = None,
-        failed: Sequence[frozenset[str]] = (),
-        ticket: Ticket | None = None,
+        circumstances: Circumstances = _ORDINARY,
     ) -> Decision | Rejection:
         """Decide where an inference request goes.
 
         Args:
             api: What the path asked for.
             body: The whole body.
-            session: The client's name for the conversation.
-            failed: The hosts of each attempt of this request that has failed.
-            ticket: Its place in the line, if it waits there.
+            circumstances: What is known of it besides.
         """
         request = read_body(api, body)
         if isinstance(request, Rejection):
@@ -125,9 +122,11 @@ class Dispatcher:
         if isinstance(pool, Rejection):
             return pool
         if pool.config.is_disaggregated:
-            refusal = refuse_disaggregated(request) or self._make_wait(pool, request, ticket)
-            return refusal or self._place_disaggregated(pool, request, session, failed)
-        return self._make_wait(pool, request, ticket) or self._place_aggregated(pool, request, session, failed)
+            refusal = refuse_disaggregated(request) or self._make_wait(pool, request, circumstances.ticket)
+            return refusal or self._place_disaggregated(pool, request, circumstances)
+        return self._make_wait(pool, request, circumstances.ticket) or self._place_aggregated(
+            pool, request, circumstances
+        )
 
     def look_up(self) -> Decision | Rejection:
         """Send a request that any engine can answer to a server that answers clients."""
@@ -182,13 +181,13 @@ class Dispatcher:
         return Rejection(404, Reason.MODEL_NOT_FOUND, message, param="model")
 
     def _place_aggregated(
-        self, pool: _Pool, request: InferenceRequest, session: str | None, failed: Sequence[frozenset[str]]
+        self, pool: _Pool, request: InferenceRequest, circumstances: Circumstances
     ) -> Decision | Rejection:
         now = self._clock()
-        hosts = self._capable(pool, Role.WORKER, request.api, now, failed)
+        hosts = self._capable(pool, Role.WORKER, request.api, now, circumstances.failed)
         if isinstance(hosts, Rejection):
             return hosts
-        demand = self._demand(pool, request, session)
+        demand = self._demand(pool, request, circumstances.session)
         pin = request.routed_rank_pin if pool.honours_pins else None
         side = pool.picker.worker(hosts, demand, now, pin)
         if (too_long := self._refuse_too_long(side, hosts, request, demand)) is not None:
@@ -209,17 +208,17 @@ class Dispatcher:
         return Decision(body, headers, _metadata(pool, request, side), attempt, streaming=request.stream)
 
     def _place_disaggregated(
-        self, pool: _Pool, request: InferenceRequest, session: str | None, failed: Sequence[frozenset[str]]
+        self, pool: _Pool, request: InferenceRequest, circumstances: Circumstances
     ) -> Decision | Rejection:
         now = self._clock()
-        prefills = self._capable(pool, Role.PREFILL, request.api, now, failed)
+        prefills = self._capable(pool, Role.PREFILL, request.api, now, circumstances.failed)
         if isinstance(prefills, Rejection):
             return prefills
-        decodes = self._capable(pool, Role.DECODE, request.api, now, failed)
+        decodes = self._capable(pool, Role.DECODE, request.api, now, circumstances.failed)
         if isinstance(decodes, Rejection):
             return decodes
         pins = Pins(request.prefill_rank_pin, request.routed_rank_pin) if pool.honours_pins else Pins()
-        demand = self._demand(pool, request, session)
+        demand = self._demand(pool, request, circumstances.session)
         pair = pool.picker.pair(prefills, decodes, demand, now, pins)
         for side, hosts in ((pair.prefill, prefills), (pair.decode, decodes)):
             if (too_long := self._refuse_too_long(side, hosts, request, demand)) is not None:
