@@ -9,6 +9,7 @@ import dp_extproc
 
 ROOT = Path(dp_extproc.__file__).parent
 
+_EXTPROC = ("names", "events", "chunks", "precheck", "exchange", "first_event", "supervision")
 CORE = [
     *("request", "placement", "config", "workload", "engine/scheduler", "engine/text.py"),
     *(
@@ -25,7 +26,7 @@ CORE = [
             "reading",
         )
     ),
-    *(f"extproc/{name}.py" for name in ("names", "events", "exchange")),
+    *(f"extproc/{name}.py" for name in _EXTPROC),
     *(f"simulate/{name}.py" for name in ("fleet", "servers", "simulation", "routers", "settings", "outcome")),
     *(f"sync/{name}.py" for name in ("messages", "outbox", "peers")),
 ]

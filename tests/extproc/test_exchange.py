@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dp_extproc.extproc import names
+from dp_extproc.extproc.chunks import CHUNK_BYTES
 from dp_extproc.extproc.events import (
     BodyMode,
     Continue,
@@ -26,7 +27,7 @@ from dp_extproc.extproc.events import (
     ResponseTrailers,
     StreamedChunk,
 )
-from dp_extproc.extproc.exchange import CHUNK_BYTES, Exchange, ProtocolViolationError
+from dp_extproc.extproc.exchange import Exchange, ProtocolViolationError
 from dp_extproc.placement.decision import Answer, Decision
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection

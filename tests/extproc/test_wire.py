@@ -17,7 +17,7 @@ from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import Processin
 from envoy_data_plane.envoy.service.ext_proc.v3 import ProcessingRequest
 
 from dp_extproc.extproc import names
-from dp_extproc.extproc.exchange import CHUNK_BYTES
+from dp_extproc.extproc.chunks import CHUNK_BYTES
 from dp_extproc.fleet.endpoint import Role
 from dp_extproc.placement.decision import Answer, Decision
 from dp_extproc.request.rejection import Rejection

@@ -10,11 +10,11 @@ Rules that live here and nowhere else:
 - A stream may begin with the response (Envoy or an earlier filter answered by itself). It is let through.
 """
 
-from collections.abc import Iterator
 from enum import IntEnum, auto
 from typing import Any, ClassVar, Final, Protocol
 
 from dp_extproc.extproc import names
+from dp_extproc.extproc.chunks import cut
 from dp_extproc.extproc.events import (
     BodyMode,
     Continue,
@@ -39,9 +39,6 @@ from dp_extproc.placement.queue import Ticket
 from dp_extproc.placement.retries import read_failed
 from dp_extproc.request.path import Api, Lookup, read_path
 from dp_extproc.request.rejection import REASON_HEADER, Reason, Rejection, Wait
-
-CHUNK_BYTES: Final = 62_000
-"""Largest chunk of a duplex body. The protocol recommends at most 64 KiB; this leaves room for the framing."""
 
 _JSON: Final = ("content-type", "application/json")
 _Replies = tuple[Reply, ...]
@@ -326,7 +323,7 @@ class Exchange:
         if self._mode is BodyMode.DUPLEX:
             # Envoy itself removes the content-length of a streamed body.
             head = self._mutate(Phase.REQUEST_HEADERS, decision, decision.headers)
-            chunks = _chunks(decision.body, end_of_stream=not self._trailers)
+            chunks = cut(decision.body, end_of_stream=not self._trailers)
             return (head, *chunks, Continue(Phase.REQUEST_TRAILERS)) if self._trailers else (head, *chunks)
         return (self._mutate(Phase.REQUEST_BODY, decision, (*decision.headers, length), decision.body),)
 
@@ -406,12 +403,3 @@ class Exchange:
 
 _GO_ON_HEADERS: Final[_Replies] = (Continue(Phase.REQUEST_HEADERS),)
 _GO_ON_RESPONSE: Final[_Replies] = (Continue(Phase.RESPONSE_HEADERS),)
-
-
-def _chunks(body: bytes, *, end_of_stream: bool) -> Iterator[StreamedChunk]:
-    """Cut a body; an empty one is one empty chunk. Only the last chunk may end the stream."""
-    view = memoryview(body)
-    last = max(0, (len(body) - 1) // CHUNK_BYTES)
-    for index in range(last + 1):
-        piece = bytes(view[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES])
-        yield StreamedChunk(Phase.REQUEST_BODY, piece, end_of_stream and index == last)
