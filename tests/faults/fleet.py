@@ -2,25 +2,28 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import httpx
 
+from dp_extproc.envoy_config import build_bootstrap, render_yaml
 from dp_extproc.testbed.engine import EngineProcess
-from e2e.stack import Stack, run_stack, wait_for
+from dp_extproc.testbed.envoy import EnvoyProcess
+from dp_extproc.testbed.service import ServiceProcess, write_config
+from e2e.stack import FAST, wait_for
 
 TOKENS: Final = 5
 """That each request asks for."""
-PATIENCE: Final = 2.0
+PATIENCE: Final = 5.0
 """Seconds that a client waits for the next byte."""
 QUICK: Final[dict[str, Any]] = {
     "load": {"interval": "100ms", "stale_after": "2s", "timeout": "1s"},
     "supervision": {"mode": "answers", "prefill_timeout": "300ms", "first_token_timeout": "300ms"},
-    "retry": {"attempts": 3, "budget": 1.0},
+    "retry": {"attempts": 2, "budget": 1.0},
     # Here every cell is to be about retries alone; who is left alone for how long has tests of its own.
     "health": {"failures": 1000},
 }
@@ -40,95 +43,158 @@ class Outcome:
     text: str
     complete: bool
     """Whether the answer came to its end, with every token."""
-    reason: str | None
-    """By which the service says that the answer is its own."""
+    reason: str | None = None
+    """Of an error that does not come from the engine: the service's word or Envoy's."""
+    seconds: float = 0.0
 
     def __str__(self) -> str:
         if self.status is None:
-            return "waits"
+            return "nothing"
         if self.status == 200:
             return "answer" if self.complete else "part of the answer"
-        return f"{self.status} {self.reason}" if self.reason else f"{self.status} of the engine"
+        return f"{self.status} {self.reason or 'of the engine'}"
 
 
-def ask(client: httpx.Client, path: str, *, stream: bool, patience: float = PATIENCE) -> Outcome:
-    """Send a request, and tell what came of it."""
+def ask(
+    client: httpx.Client,
+    path: str,
+    *,
+    stream: bool,
+    patience: float = PATIENCE,
+    on_first: Callable[[], object] | None = None,
+    **more: Any,
+) -> Outcome:
+    """Send a request, and tell what came of it.
+
+    Args:
+        client: Whose connections to use.
+        path: Of the request.
+        stream: Whether it asks for a stream.
+        patience: Seconds to wait for each byte.
+        on_first: Called when the first bytes of the answer are here.
+        more: Further fields of the body.
+    """
+    began = time.monotonic()
     text, status, reason = b"", None, None
     try:
-        with client.stream("POST", path, json={**BODIES[path], "stream": stream}, timeout=patience) as answer:
+        body = {**BODIES[path], "stream": stream, **more}
+        with client.stream("POST", path, json=body, timeout=patience) as answer:
             status, reason = answer.status_code, answer.headers.get("x-dp-extproc-reason")
             for chunk in answer.iter_bytes():
+                if not text and on_first is not None:
+                    on_first()
                 text += chunk
-    except httpx.TimeoutException:
-        return Outcome(None if not text else status, text.decode(), complete=False, reason=reason)
     except httpx.TransportError:
-        return Outcome(status or 0, text.decode(errors="replace"), complete=False, reason=reason)
-    return Outcome(status, text.decode(), complete=status == 200 and _is_complete(text, stream=stream), reason=reason)
+        complete = False
+    else:
+        complete = status == 200 and _is_complete(text, stream=stream)
+        reason = reason or (_reason_of_envoy(text) if status != 200 else None)
+    return Outcome(status, text.decode(errors="replace"), complete, reason, time.monotonic() - began)
 
 
 def _is_complete(text: bytes, *, stream: bool) -> bool:
     if stream:
         return text.endswith(b"data: [DONE]\n\n") and b'"length"' in text
+    return b'"length"' in text and text.endswith(b"}")
+
+
+def _reason_of_envoy(text: bytes) -> str | None:
+    """Read the code of an error; SGLang's own are numbers."""
     try:
-        answer = json.loads(text)
-    except ValueError:
-        return False
-    usage = answer.get("usage") or answer.get("meta_info") or {}
-    return bool(usage.get("completion_tokens") == TOKENS)
+        code = json.loads(text)["error"]["code"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return code if isinstance(code, str) else None
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """What the cells of the matrix share."""
+    """Everything that runs."""
 
-    stack: Stack
-    clients: ThreadPoolExecutor
+    prefills: Sequence[EngineProcess]
+    decodes: Sequence[EngineProcess]
+    service: ServiceProcess
+    envoy: EnvoyProcess
+    client: httpx.Client
+    threads: ThreadPoolExecutor
 
     @property
     def engines(self) -> Sequence[EngineProcess]:
-        return (*self.stack.prefills, *self.stack.decodes)
+        return (*self.prefills, *self.decodes)
 
-    def ask_twice(self, path: str, *, stream: bool) -> list[Outcome]:
-        """Send two requests at once, which go to different servers."""
-        both = [self.clients.submit(ask, self.stack.client, path, stream=stream) for _ in range(2)]
-        return [each.result() for each in both]
+    def forget(self) -> None:
+        """Clear what the engines remember."""
+        for engine in self.engines:
+            engine.forget()
 
     def recover(self) -> None:
-        """Put everything right, and wait until the service knows."""
+        """Put all engines right, and wait until the service knows."""
         for engine in self.engines:
             engine.heal()
-        wait_for(lambda: all(each["state"] == "fresh" and not each["failure"] for each in self._endpoints()))
+        self.wait_until_fresh()
 
-    def settle(self) -> float:
-        """Wait until no engine has anything to do, and nothing is on the books.
+    def restart_service(self) -> None:
+        """Start the service anew."""
+        self.service.start()
+        self.service.wait_until_listening()
+        self.wait_until_fresh()
 
-        Returns:
-            Seconds that it took.
-        """
-        began = time.monotonic()
-        wait_for(lambda: not self._running(), 5)
-        wait_for(lambda: not self._reserved(), 5)
-        return time.monotonic() - began
+    def wait_until_fresh(self) -> None:
+        """Wait until every engine is known to be well."""
+        wait_for(lambda: all(each["state"] == "fresh" and not each["failure"] for each in self.endpoints()))
 
-    def _running(self) -> list[tuple[str, str]]:
+    def settle(self) -> None:
+        """Wait until no engine has anything to do, and nothing is on the books."""
+        wait_for(lambda: not self.running())
+        wait_for(lambda: not self.reserved())
+
+    def running(self) -> list[tuple[str, str]]:
+        """Give the legs that engines still have."""
         return [
             (engine.role, record["path"])
             for engine in self.engines
+            if engine.is_running
             for record in engine.requests()
             if record["outcome"] == "running"
         ]
 
-    def _reserved(self) -> list[dict[str, Any]]:
-        reserved = [rank["reserved"] for each in self._endpoints() for rank in each["ranks"]]
+    def reserved(self) -> list[dict[str, Any]]:
+        """Give what is on the books."""
+        reserved = [rank["reserved"] for each in self.endpoints() for rank in each["ranks"]]
         return [each for each in reserved if each["requests"] or each["tokens"]]
 
-    def _endpoints(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.stack.service.loads()["endpoints"]
+    def endpoints(self) -> list[dict[str, Any]]:
+        """Give what the service knows of the engines."""
+        found: list[dict[str, Any]] = self.service.loads()["endpoints"]
         return found
 
 
 @contextmanager
-def run_fleet(**sections: Any) -> Iterator[Fleet]:
-    """Run it."""
-    with run_stack(prefills=2, decodes=2, **{**QUICK, **sections}) as stack, ThreadPoolExecutor(64) as clients:
-        yield Fleet(stack, clients)
+def run_fleet(options: Sequence[str] = FAST, **sections: Any) -> Iterator[Fleet]:
+    """Run it; *options* are the engines', *sections* go over the configuration."""
+    with ExitStack() as running:
+        engines = [
+            EngineProcess(role, 2, "--dp-attention", *options) for role in ("prefill", "prefill", "decode", "decode")
+        ]
+        for engine in engines:
+            running.push(engine)
+            engine.start()
+        for engine in engines:
+            engine.wait_until_listening()
+        pool = {
+            "models": ["*"],
+            "prefill": {"endpoints": [engine.url for engine in engines[:2]]},
+            "decode": {"endpoints": [engine.url for engine in engines[2:]]},
+        }
+        service = running.enter_context(ServiceProcess(write_config([pool], **{**QUICK, **sections})))
+        bootstrap = render_yaml(build_bootstrap(service.config))
+        impatient = bootstrap.replace(" message_timeout: 20s", " message_timeout: 0.5s")
+        assert impatient != bootstrap
+        envoy = running.enter_context(EnvoyProcess(service.config, bootstrap=impatient))
+        limits = httpx.Limits(max_connections=None)
+        client = running.enter_context(httpx.Client(base_url=envoy.url, limits=limits, trust_env=False))
+        threads = running.enter_context(ThreadPoolExecutor(256))
+        fleet = Fleet(engines[:2], engines[2:], service, envoy, client, threads)
+        fleet.wait_until_fresh()
+        service.wait_until_ready()
+        yield fleet

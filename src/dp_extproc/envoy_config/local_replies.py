@@ -37,8 +37,8 @@ from dp_extproc.extproc.names import (
     RETRY,
 )
 
-_UPSTREAM_FAILED: Final = ["UF", "UC", "UR", "UH", "UO", "UT", "LR"]
-"""Response flags of a connection that could not be made or did not last until the response headers."""
+_UPSTREAM_FAILED: Final = ["UF", "UC", "UR", "UH", "UO", "UT", "UPE", "LR"]
+"""Response flags of a connection that could not be made, spoke no HTTP, or did not last until the response headers."""
 
 
 @dataclass(frozen=True, slots=True)

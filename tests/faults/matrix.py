@@ -1,0 +1,188 @@
+"""Every kind of fault on every part, on one of two servers and on both, and what the client is to get."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from threading import Barrier
+from typing import Any, Final
+
+from faults.fleet import BODIES, Fleet, ask
+
+ANSWER: Final = "answer"
+PART: Final = "part of the answer"
+KINDS: Final = tuple(product(BODIES, (False, True)))
+"""Of requests: path, and whether it streams."""
+_TRIES: Final = 6
+"""How often a pair of requests is sent until one of them has met the fault; nearly always the first one does."""
+
+Switch = str | dict[str, Any]
+Outcomes = dict[tuple[str, bool], str]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fault."""
+
+    part: str
+    fault: str
+    switch: Switch
+    everywhere: bool
+    """On all servers of the role, or on one of two."""
+    expected: str | dict[bool, str]
+    """What the client gets who meets the fault; or that of whole answers and that of streams."""
+
+    def __str__(self) -> str:
+        return f"{self.part}, {self.fault}, {'all' if self.everywhere else 'one'}"
+
+    def expects(self, *, stream: bool) -> str:
+        return self.expected if isinstance(self.expected, str) else self.expected[stream]
+
+
+def _cells(part: str, faults: dict[str, tuple[Switch, str | dict[bool, str], str | dict[bool, str]]]) -> list[Cell]:
+    return [
+        Cell(part, fault, switch, everywhere, expected)
+        for fault, (switch, one, everyone) in faults.items()
+        for everywhere, expected in ((False, one), (True, everyone))
+    ]
+
+
+_MIDDLE: Final = {"kind": "reset", "after": 1, "seconds": 0.1}
+_SHORT: Final = {"kind": "short", "seconds": 0.1}
+_SLOW: Final = {"kind": "slow", "seconds": 0.1}
+_PREFILL_FAILED: Final = "502 prefill_failed"
+
+CELLS: Final = [
+    *_cells("prefill", {
+        "refuses connections": ("refuse", ANSWER, _PREFILL_FAILED),
+        "hangs": ("hang", ANSWER, "504 prefill_timeout"),
+        "resets before headers": ("reset", ANSWER, _PREFILL_FAILED),
+        "resets in mid-answer": (_MIDDLE, ANSWER, ANSWER),
+        "answers 500": ("500", ANSWER, _PREFILL_FAILED),
+        "answers 503": ("503", ANSWER, _PREFILL_FAILED),
+        "answers 400": ("400", "400 of the engine", "400 of the engine"),
+        "is slow": (_SLOW, ANSWER, ANSWER),
+        "answers no HTTP": ("noise", ANSWER, _PREFILL_FAILED),
+        "answers too short": (_SHORT, ANSWER, ANSWER),
+        "gives the request up": ("fail", ANSWER, _PREFILL_FAILED),
+    }),
+    *_cells("decode", {
+        "refuses connections": ("refuse", ANSWER, "503 upstream_failed"),
+        "hangs": ("hang", ANSWER, "504 prefill_timeout"),
+        "resets before headers": ("reset", ANSWER, "503 upstream_failed"),
+        "resets in mid-answer": (_MIDDLE, PART, PART),
+        "answers 500": ("500", ANSWER, "500 of the engine"),
+        "answers 503": ("503", ANSWER, "503 of the engine"),
+        "answers 400": ("400", "400 of the engine", "400 of the engine"),
+        "is slow": (_SLOW, ANSWER, ANSWER),
+        "answers no HTTP": ("noise", ANSWER, "502 upstream_failed"),
+        "answers too short": (_SHORT, PART, PART),
+        "gives the request up": ("fail", ANSWER, {False: "500 of the engine", True: "502 decode_failed"}),
+    }),
+    *_cells("bootstrap port", {
+        "refuses connections": ("refuse", ANSWER, "504 prefill_timeout"),
+        "hangs": ("hang", ANSWER, "504 prefill_timeout"),
+    }),
+    Cell("service", "is down", "", True, "503 service_unavailable"),
+    Cell("service", "is stopped (SIGSTOP)", "", True, "503 service_unavailable"),
+    Cell("service", "is killed in mid-answer", "", True, ANSWER),
+]  # fmt: skip
+
+
+def run_cell(fleet: Fleet, cell: Cell) -> Outcomes:
+    """Put a fault where it belongs, send requests of every kind, and put everything right again.
+
+    Returns:
+        What the client got that met the fault, by kind of request.
+    """
+    fleet.forget()
+    if cell.part == "service":
+        found = _SERVICE_FAULTS[cell.fault](fleet)
+    else:
+        with _fault(fleet, cell) as has_hit:
+            found = _ask_all(fleet) if cell.everywhere else {kind: _ask(fleet, *kind, has_hit) for kind in KINDS}
+    fleet.settle()
+    return found
+
+
+def _ask(fleet: Fleet, path: str, stream: bool, has_hit: Callable[[], bool]) -> str:
+    """Send pairs of requests until one has met the fault."""
+    found: set[str] = set()
+    for _ in range(_TRIES):
+        # Two at once go to different servers.
+        both = [fleet.threads.submit(ask, fleet.client, path, stream=stream) for _ in range(2)]
+        found |= {str(each.result()) for each in both}
+        if has_hit():
+            return " or ".join(sorted(found - {ANSWER})) or ANSWER
+    raise AssertionError(f"no request to {path} has met the fault")
+
+
+def _ask_all(fleet: Fleet, on_first: Callable[[], object] | None = None) -> Outcomes:
+    """Send one request of every kind at the same time."""
+    asked = {
+        (path, stream): fleet.threads.submit(ask, fleet.client, path, stream=stream, on_first=on_first)
+        for path, stream in KINDS
+    }
+    return {kind: str(each.result()) for kind, each in asked.items()}
+
+
+@contextmanager
+def _fault(fleet: Fleet, cell: Cell) -> Iterator[Callable[[], bool]]:
+    """Have a fault; gives whether a request has met it since that was last asked."""
+    engines = fleet.decodes if cell.part == "decode" else fleet.prefills
+    sick = engines if cell.everywhere else engines[:1]
+    target = "bootstrap" if cell.part == "bootstrap port" else "inference"
+    for engine in sick:
+        engine.fault(**{target: cell.switch})
+    seen = 0
+
+    def has_hit() -> bool:
+        nonlocal seen
+        before, seen = seen, sum(record["fault"] is not None for engine in sick for record in engine.requests())
+        return seen > before
+
+    is_noted = target == "inference" and cell.switch != "refuse"
+    try:
+        yield has_hit if is_noted else _certainly
+    finally:
+        fleet.recover()
+
+
+def _certainly() -> bool:
+    return True
+
+
+def _while_down(fleet: Fleet) -> Outcomes:
+    fleet.service.stop(signal.SIGKILL)
+    try:
+        return _ask_all(fleet)
+    finally:
+        fleet.restart_service()
+
+
+def _while_stopped(fleet: Fleet) -> Outcomes:
+    fleet.service.send_signal(signal.SIGSTOP)
+    try:
+        return _ask_all(fleet)
+    finally:
+        fleet.service.send_signal(signal.SIGCONT)
+        fleet.wait_until_fresh()
+
+
+def _killed_in_the_middle(fleet: Fleet) -> Outcomes:
+    for engine in fleet.decodes:
+        engine.fault(inference={"kind": "slow", "after": 1, "seconds": 0.5})
+    all_have_begun = Barrier(len(KINDS), lambda: fleet.service.stop(signal.SIGKILL))
+    try:
+        return _ask_all(fleet, all_have_begun.wait)
+    finally:
+        fleet.restart_service()
+        fleet.recover()
+
+
+_SERVICE_FAULTS: Final = {
+    "is down": _while_down,
+    "is stopped (SIGSTOP)": _while_stopped,
+    "is killed in mid-answer": _killed_in_the_middle,
+}

@@ -1,0 +1,69 @@
+"""``python -m faults.table [FILE]``: run every cell, print what clients got, and put it between the marks of a page."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from faults.fleet import run_fleet
+from faults.matrix import CELLS, Cell, Outcomes, run_cell
+
+BEGIN: Final = "<!-- begin faults -->"
+END: Final = "<!-- end faults -->"
+_HEAD: Final = """\
+| part | what it does | one of two does it | all do it |
+|---|---|---|---|
+"""
+
+
+def describe(outcomes: Outcomes) -> str:
+    """Say in one line what clients got, by path and form only where that differs."""
+    if len(set(outcomes.values())) == 1:
+        return next(iter(outcomes.values()))
+    by_form = {stream: {outcome for (_, s), outcome in outcomes.items() if s is stream} for stream in (False, True)}
+    if all(len(each) == 1 for each in by_form.values()):
+        return f"{min(by_form[False])}; streams: {min(by_form[True])}"
+    return "; ".join(f"{path}{', stream' if stream else ''}: {each}" for (path, stream), each in outcomes.items())
+
+
+def as_table(results: Sequence[tuple[Cell, Outcomes]]) -> str:
+    """Write Markdown."""
+    rows: dict[tuple[str, str], dict[bool, str]] = {}
+    for cell, outcomes in results:
+        rows.setdefault((cell.part, cell.fault), {})[cell.everywhere] = describe(outcomes)
+    lines = [
+        f"| {part} | {fault} | {columns.get(False, '')} | {columns[True]} |" for (part, fault), columns in rows.items()
+    ]
+    return _HEAD + "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run it.
+
+    Returns:
+        1 if a client got anything else than what is expected.
+    """
+    results: list[tuple[Cell, Outcomes]] = []
+    surprises = 0
+    began = time.monotonic()
+    with run_fleet() as fleet:
+        for cell in CELLS:
+            outcomes = run_cell(fleet, cell)
+            results.append((cell, outcomes))
+            if any(outcome != cell.expects(stream=stream) for (_, stream), outcome in outcomes.items()):
+                surprises += 1
+                sys.stderr.write(f"{cell}: {describe(outcomes)}, not {cell.expected}\n")
+    table = as_table(results)
+    sys.stdout.write(table)
+    sys.stderr.write(f"{len(results)} cells in {time.monotonic() - began:.0f} s, {surprises} of them unexpected\n")
+    for name in arguments:
+        page = Path(name)
+        text = page.read_text(encoding="utf-8")
+        before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+        page.write_text(f"{before}{BEGIN}\n{table}{END}{after}", encoding="utf-8")
+    return 1 if surprises else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
