@@ -31,8 +31,12 @@ def newest() -> Iterator[Stack]:
 
 
 @pytest.fixture(autouse=True)
-def _forgetful(request: pytest.FixtureRequest) -> None:
-    """Let every test begin with engines that remember nothing."""
-    for name in ("every_version", "every_mode", "newest"):
-        if name in request.fixturenames:
-            request.getfixturevalue(name).forget()
+def _forgetful(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let every test begin with engines that remember nothing, and end with empty books."""
+    shared = ("every_version", "every_mode", "newest")
+    stacks: list[Stack] = [request.getfixturevalue(name) for name in shared if name in request.fixturenames]
+    for stack in stacks:
+        stack.forget()
+    yield
+    for stack in stacks:
+        stack.service.wait_until_idle()

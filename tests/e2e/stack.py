@@ -88,9 +88,12 @@ def body_of(request: dict[str, Any]) -> dict[str, Any]:
 def run_stack(
     version: str = "0.5.23", *, prefills: int = 1, decodes: int = 1, options: Sequence[str] = (), **sections: Any
 ) -> Iterator[Stack]:
-    """Run a disaggregated fleet of one release; *sections* go over the configuration."""
+    """Run a disaggregated fleet of one release; *sections* go over the configuration, or over that of its pool.
+
+    In the end nothing may be on the books.
+    """
     flags = ("--sglang-version", version, "--dp-attention", *FAST, *options)
-    policy = sections.pop("policy", {})
+    of_pool = {key: sections.pop(key) for key in ("policy", "api_key") if key in sections}
     with ExitStack() as running:
         prefill = [EngineProcess("prefill", PREFILL_RANKS, *flags) for _ in range(prefills)]
         decode = [EngineProcess("decode", DECODE_RANKS, *flags) for _ in range(decodes)]
@@ -103,7 +106,7 @@ def run_stack(
             "models": ["*"],
             "prefill": {"endpoints": [engine.url for engine in prefill]},
             "decode": {"endpoints": [engine.url for engine in decode]},
-            "policy": policy,
+            **of_pool,
         }
         service = running.enter_context(ServiceProcess(write_config([pool], **sections)))
         envoy = running.enter_context(EnvoyProcess(service.config))
@@ -111,3 +114,5 @@ def run_stack(
         service.wait_until_fresh()
         service.wait_until_ready()
         yield Stack(prefill, decode, service, envoy, client, tuple(map(int, version.split("."))))
+        if service.is_running:
+            service.wait_until_idle()

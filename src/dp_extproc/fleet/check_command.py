@@ -13,8 +13,10 @@ from rich.text import Text
 
 from dp_extproc.config import ConfigError, LoadSource, load_config
 from dp_extproc.fleet.check import EngineReport, check_engines
+from dp_extproc.fleet.credentials import Credentials
 from dp_extproc.fleet.roster import endpoints_of
 from dp_extproc.fleet.traps import Trap
+from dp_extproc.operate.outside import problems_of_tls, read_api_keys
 
 _COLUMNS: Final = ("url", "role", "pool", "version", "ranks", "bootstrap", "load", "state")
 _PAGE: Final = {LoadSource.LOADS: "/v1/loads", LoadSource.METRICS: "/metrics", None: "-"}
@@ -31,14 +33,18 @@ def run(args: argparse.Namespace) -> int:
     """Check and print.
 
     Returns:
-        The exit status: 0 if every engine can be used, 1 if one cannot, 2 if the file cannot be used.
+        The exit status: 0 if every engine can be used, 1 if one cannot, 2 if the file, or what it names, cannot be used.
     """
     try:
         config = load_config(args.config)
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    reports = asyncio.run(check_engines(endpoints_of(config), config.load))
+    keys = read_api_keys(config)
+    if problems := (*problems_of_tls(config.listen.tls), *keys.problems):
+        sys.stderr.write(f"{ConfigError(str(args.config), problems)}\n")
+        return 2
+    reports = asyncio.run(check_engines(endpoints_of(config), config.load, Credentials(keys.by_pool)))
     is_terminal = sys.stdout.isatty()
     console = Console(file=sys.stdout, width=None if is_terminal else _NO_WRAPPING, markup=False, highlight=False)
     _print(console, reports)
