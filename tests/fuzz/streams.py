@@ -232,7 +232,7 @@ class Stage:
         """Build it in the running loop, with two servers of each role and little room on each."""
         clock = asyncio.get_running_loop().time
         fleet = Fleet(prefills=[make_facts(Role.PREFILL)] * 2, decodes=[make_facts(Role.DECODE)] * 2)
-        line = WaitingLine(QueueSettings(max_wait="1s", max_depth=2))
+        line = WaitingLine(QueueSettings.model_validate({"max_wait": "1s", "max_depth": 2}))
         dispatcher = Dispatcher(
             [fleet.pool], fleet.load, owner="127.0.0.1:1", rng=Random(1), clock=clock, line=line, sees_first_events=True
         )
@@ -273,7 +273,7 @@ class Stage:
         if found is None or found.task.done():
             metadata = {"main": {}, "leg": {names.LEG: self._token(request)}, "foreign leg": {names.LEG: "no such leg"}}
             context = FakeContext(metadata.get(kind, {names.LEG: self._token(request), names.STAGE: names.FIRST_EVENT}))
-            found = _Open(context, asyncio.ensure_future(self.service.process(None, context)))  # type: ignore[arg-type]
+            found = _Open(context, asyncio.ensure_future(self.service.process(None, context)))
             self._current[request, kind] = found
             self.streams.append(found)
         return found

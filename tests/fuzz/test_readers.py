@@ -60,6 +60,15 @@ def _reference(text: bytes) -> list[tuple[str, Any]] | None:
     return read_pairs(text) if isinstance(found, dict) else None
 
 
+def _has_half_a_character(text: bytes) -> bool:
+    """Tell whether a string has one half of a surrogate pair, which Python lets through and msgspec does not."""
+    try:
+        json.dumps(json.loads(text), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 @examples(150)
 @given(_damaged(), st.frozensets(st.sampled_from(["rid", "stream", "routed_dp_rank", ""])))
 def test_the_scanner_is_as_strict_as_the_reference(text: bytes, unwanted: frozenset[str]) -> None:
@@ -68,7 +77,7 @@ def test_the_scanner_is_as_strict_as_the_reference(text: bytes, unwanted: frozen
     try:
         scanned = JsonObject(text)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        assert expected is None
+        assert expected is None or _has_half_a_character(text)
         return
     assert expected is not None
     assert read_pairs(b"{" + b"".join(scanned.without(unwanted))) == [

@@ -31,8 +31,7 @@ async def _play(script: list[Say | End | Wait], mode: Supervise) -> None:
         assert stream.task.done(), "a stream whose other side has gone is still served"
         if not stream.task.cancelled() and (error := stream.task.exception()) is not None:
             assert isinstance(error, grpc.aio.AbortError), error
-        if not stream.context.invocation_metadata():
-            _judge(stream.context.answers(), stream.said)
+        _judge(stream.context.answers(), stream.said)
     assert not stage.service._links
     assert len(stage.line) == 0
     for host in stage.fleet.load.hosts.values():
