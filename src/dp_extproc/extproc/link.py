@@ -8,22 +8,29 @@ import grpc
 import grpc.aio
 
 from dp_extproc.extproc.codec import write_reply
-from dp_extproc.extproc.events import Reply
+from dp_extproc.extproc.events import Immediate, Reply
 from dp_extproc.extproc.supervision import Say, Stream, Supervision
 
 
 class Writer:
-    """Writes replies to a stream, one at a time: gRPC allows no two writes at once."""
+    """Writes replies to a stream, one at a time: gRPC allows no two writes at once.
 
-    __slots__ = ("_context", "_lock")
+    Nothing follows an immediate response.
+    """
+
+    __slots__ = ("_context", "_is_over", "_lock")
 
     def __init__(self, context: grpc.aio.ServicerContext) -> None:
         self._context = context
         self._lock = asyncio.Lock()
+        self._is_over = False
 
     async def write(self, replies: Iterable[Reply]) -> None:
         for reply in replies:
             async with self._lock:
+                if self._is_over:
+                    return
+                self._is_over = isinstance(reply, Immediate)
                 await self._context.write(write_reply(reply))
 
 

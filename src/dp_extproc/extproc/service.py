@@ -9,6 +9,7 @@ from uuid import uuid4
 import grpc
 import grpc.aio
 from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest
+from google.protobuf.message import DecodeError
 
 from dp_extproc.config.reliability import RetrySettings, SupervisionSettings
 from dp_extproc.extproc import names
@@ -112,6 +113,13 @@ class ExtProcService:
 
     async def process(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         """Serve one stream to its end."""
+        try:
+            await self._serve(context)
+        except DecodeError as error:
+            _log.warning("ext_proc stream ended: a message cannot be read: %s", error)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a message cannot be read")
+
+    async def _serve(self, context: grpc.aio.ServicerContext) -> None:
         leg, stage = _address_of(context)
         if stage:
             await self._watch_first_event(leg, context)
