@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test check format demo bench balance simulated clean
+.PHONY: setup test check format demo faults soak bench balance simulated clean
 
 setup: .venv/ready
 
@@ -28,6 +28,14 @@ format: setup
 
 demo: setup
 	$(BIN)/dp-extproc demo $(if $(KEEP),--keep)
+
+# Every kind of fault on every part, and what clients get: prints the table of docs/reliability.md, and puts it there.
+faults: setup
+	PYTHONPATH=tests $(BIN)/python -m faults.table docs/reliability.md
+
+# Hours under load while engines and workers are killed: make soak ARGS="--seconds 3600"
+soak: setup
+	$(BIN)/python -m bench.soak $(ARGS)
 
 # What a request costs in the service, against an empty ext_proc server.
 bench: setup

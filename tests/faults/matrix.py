@@ -101,7 +101,7 @@ def run_cell(fleet: Fleet, cell: Cell) -> Outcomes:
         found = _SERVICE_FAULTS[cell.fault](fleet)
     else:
         with _fault(fleet, cell) as has_hit:
-            found = _ask_all(fleet) if cell.everywhere else {kind: _ask(fleet, *kind, has_hit) for kind in KINDS}
+            found = _ask_all(fleet) if cell.everywhere else _ask_in_turn(fleet, has_hit)
     fleet.settle()
     return found
 
@@ -116,6 +116,10 @@ def _ask(fleet: Fleet, path: str, stream: bool, has_hit: Callable[[], bool]) -> 
         if has_hit():
             return " or ".join(sorted(found - {ANSWER})) or ANSWER
     raise AssertionError(f"no request to {path} has met the fault")
+
+
+def _ask_in_turn(fleet: Fleet, has_hit: Callable[[], bool]) -> Outcomes:
+    return {(path, stream): _ask(fleet, path, stream, has_hit) for path, stream in KINDS}
 
 
 def _ask_all(fleet: Fleet, on_first: Callable[[], object] | None = None) -> Outcomes:
@@ -173,7 +177,11 @@ def _while_stopped(fleet: Fleet) -> Outcomes:
 def _killed_in_the_middle(fleet: Fleet) -> Outcomes:
     for engine in fleet.decodes:
         engine.fault(inference={"kind": "slow", "after": 1, "seconds": 0.5})
-    all_have_begun = Barrier(len(KINDS), lambda: fleet.service.stop(signal.SIGKILL))
+
+    def kill() -> None:
+        fleet.service.stop(signal.SIGKILL)
+
+    all_have_begun = Barrier(len(KINDS), kill)
     try:
         return _ask_all(fleet, all_have_begun.wait)
     finally:
