@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Check and print.
 
     Returns:
-        The exit status: 0 if every engine can be used, 1 if one cannot, 2 if the file, or what it names, cannot be used.
+        The exit status: 0 if every engine can be used, 1 if one cannot, 2 if the file or what it names cannot.
     """
     try:
         config = load_config(args.config)
