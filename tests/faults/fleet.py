@@ -1,7 +1,6 @@
-"""Two servers of each role, the service and Envoy, with times so short that what takes too long does so quickly."""
+"""Two servers of each role, the service and Envoy, and clients that tell what they got."""
 
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -20,13 +19,7 @@ TOKENS: Final = 5
 """That each request asks for."""
 PATIENCE: Final = 5.0
 """Seconds that a client waits for the next byte."""
-QUICK: Final[dict[str, Any]] = {
-    "load": {"interval": "100ms", "stale_after": "2s", "timeout": "1s"},
-    "supervision": {"mode": "answers", "prefill_timeout": "300ms", "first_token_timeout": "300ms"},
-    "retry": {"attempts": 2, "budget": 1.0},
-    # Here every cell is to be about retries alone; who is left alone for how long has tests of its own.
-    "health": {"failures": 1000},
-}
+_MESSAGE_TIMEOUT: Final = " message_timeout: 20s"
 
 BODIES: Final[dict[str, dict[str, Any]]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": TOKENS},
@@ -45,7 +38,13 @@ class Outcome:
     """Whether the answer came to its end, with every token."""
     reason: str | None = None
     """Of an error that does not come from the engine: the service's word or Envoy's."""
-    seconds: float = 0.0
+    timed_out: bool = False
+    """Whether the client gave up waiting."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the client has nothing of what it asked for."""
+        return not self.complete and not (self.status == 200 and self.text and not self.timed_out)
 
     def __str__(self) -> str:
         if self.status is None:
@@ -74,8 +73,7 @@ def ask(
         on_first: Called when the first bytes of the answer are here.
         more: Further fields of the body.
     """
-    began = time.monotonic()
-    text, status, reason = b"", None, None
+    text, status, reason, complete, timed_out = b"", None, None, False, False
     try:
         body = {**BODIES[path], "stream": stream, **more}
         with client.stream("POST", path, json=body, timeout=patience) as answer:
@@ -84,12 +82,12 @@ def ask(
                 if not text and on_first is not None:
                     on_first()
                 text += chunk
-    except httpx.TransportError:
-        complete = False
+    except httpx.TransportError as error:
+        timed_out = isinstance(error, httpx.TimeoutException)
     else:
         complete = status == 200 and _is_complete(text, stream=stream)
         reason = reason or (_reason_of_envoy(text) if status != 200 else None)
-    return Outcome(status, text.decode(errors="replace"), complete, reason, time.monotonic() - began)
+    return Outcome(status, text.decode(errors="replace"), complete, reason, timed_out)
 
 
 def _is_complete(text: bytes, *, stream: bool) -> bool:
@@ -170,8 +168,14 @@ class Fleet:
 
 
 @contextmanager
-def run_fleet(options: Sequence[str] = FAST, **sections: Any) -> Iterator[Fleet]:
-    """Run it; *options* are the engines', *sections* go over the configuration."""
+def run_fleet(options: Sequence[str] = FAST, *, message_timeout: str | None = None, **sections: Any) -> Iterator[Fleet]:
+    """Run it.
+
+    Args:
+        options: Of the engines.
+        message_timeout: How long Envoy waits for a word of the service, if that is to be less than usual.
+        sections: Go over the configuration.
+    """
     with ExitStack() as running:
         engines = [
             EngineProcess(role, 2, "--dp-attention", *options) for role in ("prefill", "prefill", "decode", "decode")
@@ -186,11 +190,12 @@ def run_fleet(options: Sequence[str] = FAST, **sections: Any) -> Iterator[Fleet]
             "prefill": {"endpoints": [engine.url for engine in engines[:2]]},
             "decode": {"endpoints": [engine.url for engine in engines[2:]]},
         }
-        service = running.enter_context(ServiceProcess(write_config([pool], **{**QUICK, **sections})))
+        service = running.enter_context(ServiceProcess(write_config([pool], **sections)))
         bootstrap = render_yaml(build_bootstrap(service.config))
-        impatient = bootstrap.replace(" message_timeout: 20s", " message_timeout: 0.5s")
-        assert impatient != bootstrap
-        envoy = running.enter_context(EnvoyProcess(service.config, bootstrap=impatient))
+        assert _MESSAGE_TIMEOUT in bootstrap
+        if message_timeout is not None:
+            bootstrap = bootstrap.replace(_MESSAGE_TIMEOUT, f" message_timeout: {message_timeout}")
+        envoy = running.enter_context(EnvoyProcess(service.config, bootstrap=bootstrap))
         limits = httpx.Limits(max_connections=None)
         client = running.enter_context(httpx.Client(base_url=envoy.url, limits=limits, trust_env=False))
         threads = running.enter_context(ThreadPoolExecutor(256))

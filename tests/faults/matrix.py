@@ -8,7 +8,7 @@ from itertools import product
 from threading import Barrier
 from typing import Any, Final
 
-from faults.fleet import BODIES, Fleet, ask
+from faults.fleet import BODIES, Fleet, ask, run_fleet
 
 ANSWER: Final = "answer"
 PART: Final = "part of the answer"
@@ -88,6 +88,19 @@ CELLS: Final = [
     Cell("service", "is stopped (SIGSTOP)", "", True, "503 service_unavailable"),
     Cell("service", "is killed in mid-answer", "", True, ANSWER),
 ]  # fmt: skip
+
+
+@contextmanager
+def run_quick_fleet() -> Iterator[Fleet]:
+    """Run a fleet with times so short that what takes too long does so quickly."""
+    with run_fleet(
+        message_timeout="0.5s",
+        load={"interval": "100ms", "stale_after": "2s", "timeout": "1s"},
+        supervision={"mode": "answers", "prefill_timeout": "300ms", "first_token_timeout": "300ms"},
+        retry={"attempts": 2, "budget": 1.0},
+        health={"failures": 1000},  # every fault is to be met anew; who is left alone for how long has its own tests
+    ) as fleet:
+        yield fleet
 
 
 def run_cell(fleet: Fleet, cell: Cell) -> Outcomes:

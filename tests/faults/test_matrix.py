@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from faults.fleet import Fleet, run_fleet
-from faults.matrix import CELLS, KINDS, Cell, run_cell
+from faults.fleet import Fleet
+from faults.matrix import CELLS, KINDS, Cell, run_cell, run_quick_fleet
 
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
-    with run_fleet() as fleet:
+    with run_quick_fleet() as fleet:
         yield fleet
 
 

@@ -1,0 +1,141 @@
+"""Stories of a fleet in trouble: servers die and return under load, the service dies, clients leave."""
+
+import signal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from itertools import cycle, islice
+from threading import Barrier, Event
+from typing import Any
+
+import httpx
+import pytest
+
+from dp_extproc.testbed.engine import EngineProcess
+from e2e.stack import PATIENCE, wait_for
+from faults.fleet import BODIES, Fleet, Outcome, ask, run_fleet
+
+CHAT, GENERATE = BODIES
+INTERVAL = 1.0
+"""Seconds between two scrapes where that matters."""
+CLIENTS = 50
+LONG: dict[str, dict[str, Any]] = {CHAT: {"max_tokens": 20}, GENERATE: {"sampling_params": {"max_new_tokens": 20}}}
+"""Bodies of answers that take half a second on the slow engines below."""
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[Fleet]:
+    """A fleet half as fast as a real one, as it is supervised by default."""
+    load = {"interval": f"{INTERVAL:.0f}s", "stale_after": "5s", "timeout": "1s"}
+    with run_fleet(("--time-scale", "2", *PATIENCE), load=load) as fleet:
+        yield fleet
+
+
+@contextmanager
+def clients(fleet: Fleet) -> Iterator[list[Outcome]]:
+    """Have clients that ask again and again, half of them for streams; gives what they got."""
+    enough, outcomes = Event(), []
+
+    def work(path: str, *, stream: bool) -> None:
+        while not enough.is_set():
+            outcomes.append(ask(fleet.client, path, stream=stream, patience=20, **LONG[path]))
+
+    kinds = cycle([(CHAT, False), (CHAT, True), (GENERATE, False), (GENERATE, True)])
+    working = [fleet.threads.submit(work, path, stream=stream) for path, stream in islice(kinds, CLIENTS)]
+    try:
+        wait_for(lambda: len(outcomes) > CLIENTS, 30)
+        yield outcomes
+    finally:
+        enough.set()
+        for each in working:
+            each.result()
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_server_that_dies_and_returns(fleet: Fleet, role: str) -> None:
+    """No request is lost that has not received a token, and the server has traffic again within two scrapes."""
+    victim = (fleet.prefills if role == "prefill" else fleet.decodes)[0]
+    with clients(fleet) as outcomes:
+        victim.stop(signal.SIGKILL)
+        count = len(outcomes)
+        wait_for(lambda: len(outcomes) > count + CLIENTS, 30)
+        victim.start()
+        victim.wait_until_listening()
+        wait_for(victim.requests, 2 * INTERVAL)
+        count = len(outcomes)
+        wait_for(lambda: len(outcomes) > count + CLIENTS, 30)
+
+    assert [str(outcome) for outcome in outcomes if outcome.is_lost] == []
+    kinds = Counter(map(str, outcomes))
+    assert kinds.keys() <= ({"answer"} if role == "prefill" else {"answer", "part of the answer"})
+    assert kinds["part of the answer"] <= CLIENTS
+    fleet.settle()
+
+
+def test_the_service_dies_under_many_streams(fleet: Fleet) -> None:
+    """All streams that have begun are completed; then requests get a clear 503, and are served once it is back."""
+    streams = 200
+    for engine in fleet.decodes:
+        engine.fault(inference={"kind": "slow", "after": 2, "seconds": 5})
+
+    def kill() -> None:
+        fleet.service.stop(signal.SIGKILL)
+        for engine in fleet.decodes:
+            engine.heal()
+
+    all_have_begun = Barrier(streams, kill)
+    asked: Sequence[Future[Outcome]] = [
+        fleet.threads.submit(ask, fleet.client, CHAT, stream=True, patience=60, on_first=all_have_begun.wait)
+        for _ in range(streams)
+    ]
+    outcomes = Counter(str(each.result()) for each in asked)
+    while_down = ask(fleet.client, GENERATE, stream=False)
+    fleet.service.start()
+    fleet.service.wait_until_listening()
+    fleet.service.wait_until_ready()
+
+    wait_for(lambda: ask(fleet.client, GENERATE, stream=False).complete, 1.0)
+    assert outcomes == {"answer": streams}
+    assert str(while_down) == "503 service_unavailable"
+    fleet.wait_until_fresh()
+    fleet.settle()
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_client_that_leaves_in_a_silent_stream(fleet: Fleet, path: str) -> None:
+    """The decode server sees within a second that the client has gone, though it has nothing to say for eight."""
+    fleet.forget()
+    for engine in fleet.decodes:
+        engine.fault(inference={"kind": "slow", "after": 2, "seconds": 8})
+    with fleet.client.stream("POST", path, json={**BODIES[path], "stream": True}) as answer:
+        next(answer.iter_bytes())
+
+    wait_for(lambda: _left(fleet.decodes), 1.0)
+    fleet.recover()
+    fleet.settle()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_that_leaves_before_the_first_token(fleet: Fleet, *, stream: bool) -> None:
+    """Both servers see within a second that the client has gone."""
+    fleet.forget()
+    for engine in fleet.engines:
+        engine.fault(inference="hang")
+    with pytest.raises(httpx.ReadTimeout):
+        fleet.client.post(GENERATE, json={**BODIES[GENERATE], "stream": stream}, timeout=0.2)
+
+    wait_for(lambda: _left(fleet.prefills) and _left(fleet.decodes), 1.0)
+    fleet.recover()
+    fleet.settle()
+
+
+def test_streams_are_whole_when_many_come_at_once(fleet: Fleet) -> None:
+    """However the beginning of a stream, its end and the reports on them overtake each other, nothing is lost."""
+    asked = [fleet.threads.submit(ask, fleet.client, CHAT, stream=True, patience=60) for _ in range(200)]
+
+    assert Counter(str(each.result()) for each in asked) == {"answer": 200}
+
+
+def _left(engines: Sequence[EngineProcess]) -> bool:
+    return any(record["disconnected_at"] for engine in engines for record in engine.requests())
