@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import httpx
 
@@ -58,7 +58,13 @@ class Stack:
         return [request for engine in (*self.prefills, *self.decodes) for request in engine.requests()]
 
 
-def one(engines: Sequence[EngineProcess]) -> dict[str, Any]:
+class Remembers(Protocol):
+    """An engine that tells what it has received."""
+
+    def requests(self) -> list[dict[str, Any]]: ...
+
+
+def one(engines: Sequence[Remembers]) -> dict[str, Any]:
     """Wait until the engines have one finished request between them, and return it."""
 
     def finished() -> list[dict[str, Any]]:
@@ -102,7 +108,7 @@ def run_stack(
             engine.start()
         for engine in (*prefill, *decode):
             engine.wait_until_listening()
-        pool = {
+        pool: dict[str, Any] = {
             "models": ["*"],
             "prefill": {"endpoints": [engine.url for engine in prefill]},
             "decode": {"endpoints": [engine.url for engine in decode]},

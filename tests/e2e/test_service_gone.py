@@ -1,0 +1,97 @@
+"""What becomes of streams and of new requests when the service stops, or dies."""
+
+import asyncio
+import signal
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+
+import httpx
+import pytest
+
+from e2e.stack import PATIENCE, Stack, run_stack, wait_for
+
+SHORT = {"text": "x", "sampling_params": {"max_new_tokens": 1}}
+STREAM = {"text": "y", "sampling_params": {"max_new_tokens": 60}, "stream": True}
+COMPLETE = 60 + 1
+"""Events: one for each token, and the last word."""
+
+
+@pytest.fixture
+def slow() -> Iterator[Stack]:
+    """A fleet whose streams take some seconds."""
+    with run_stack(options=("--time-scale", "5", *PATIENCE), drain="20s") as stack:
+        yield stack
+        stack.service.send_signal(signal.SIGTERM)  # the second one, at the end, cuts the drain short
+
+
+def while_streaming(stack: Stack, count: int, trouble: Callable[[], Awaitable[None]]) -> Counter[tuple[int, str]]:
+    """Open streams, let something happen once each has had an event, and read them to their ends.
+
+    Returns:
+        How many streams had so many events, with this as the last one.
+    """
+
+    async def read(client: httpx.AsyncClient, opened: asyncio.Semaphore) -> tuple[int, str]:
+        async with client.stream("POST", "/generate", json=STREAM) as answer:
+            events = 0
+            last = ""
+            async for line in answer.aiter_lines():
+                if line:
+                    last = line
+                    events += 1
+                    opened.release()
+        return events, last
+
+    async def story() -> Counter[tuple[int, str]]:
+        opened = asyncio.Semaphore(0)
+        limits = httpx.Limits(max_connections=None)
+        async with (
+            httpx.AsyncClient(base_url=stack.envoy.url, timeout=60, trust_env=False, limits=limits) as client,
+            asyncio.TaskGroup() as clients,
+        ):
+            readers = [clients.create_task(read(client, opened)) for _ in range(count)]
+            for _ in range(count):
+                await opened.acquire()
+            assert not any(reader.done() for reader in readers)
+            await trouble()
+        return Counter(reader.result() for reader in readers)
+
+    return asyncio.run(story())
+
+
+def test_streams_go_on_while_the_service_drains_and_after_it_has_ended(slow: Stack) -> None:
+    """SIGTERM: not ready at once, still answering, status 0; and nobody who has an answer notices."""
+    answered: list[int] = []
+
+    async def stop() -> None:
+        slow.service.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(wait_for, lambda: "stopping: not ready" in slow.service.log())
+        async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
+            answered.append((await client.get(f"{slow.service.admin_url}/readyz")).status_code)
+            answered.append((await client.get(f"{slow.envoy.url}/v1/models")).status_code)
+        assert await asyncio.to_thread(slow.service.stop) == 0  # a second signal cuts the drain short
+
+    ends = while_streaming(slow, 20, stop)
+
+    assert ends == {(COMPLETE, "data: [DONE]"): 20}
+    assert answered == [503, 200]
+
+
+def test_a_service_that_is_killed_takes_no_stream_with_it(slow: Stack) -> None:
+    """SIGKILL under 200 streams: all complete; meanwhile a clear 503, and service again soon after its return."""
+    refused: list[httpx.Response] = []
+
+    async def kill() -> None:
+        slow.service.stop(signal.SIGKILL)
+        async with httpx.AsyncClient(base_url=slow.envoy.url, timeout=30, trust_env=False) as client:
+            refused.append(await client.post("/generate", json=SHORT))
+
+    ends = while_streaming(slow, 200, kill)
+    slow.service.start()
+    slow.service.wait_until_listening()
+    slow.service.wait_until_ready()
+
+    assert ends == {(COMPLETE, "data: [DONE]"): 200}
+    assert refused[0].status_code == 503
+    assert refused[0].json()["error"]["code"] == "service_unavailable"
+    wait_for(lambda: slow.client.post("/generate", json=SHORT).status_code == 200, 1.0)
