@@ -1,0 +1,95 @@
+"""Files and variables that the configuration refers to: what is wrong with them is told before anything starts."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dp_extproc.config import parse_config
+from dp_extproc.operate.outside import problems_outside, read_api_keys
+from dp_extproc.testbed.service import write_config
+
+POOL = {"models": ["*"], "workers": {"endpoints": ["http://127.0.0.1:9"]}}
+SECRET = "sk-very-secret"
+VARIABLE = "DP_EXTPROC_TEST_KEY"
+
+
+def with_key(source: dict[str, str]) -> dict[str, Any]:
+    return {"pools": [{**POOL, "api_key": source}]}
+
+
+def with_tls(**files: str) -> dict[str, Any]:
+    return {"pools": [POOL], "listen": {"tls": files}, "envoy": {"service_tls": {"ca": "/etc/ca.pem", "name": "dp"}}}
+
+
+def problems_of(content: dict[str, Any]) -> list[str]:
+    return [str(problem) for problem in problems_outside(parse_config(yaml.safe_dump(content)))]
+
+
+KEYS = {
+    "a word": (f"{SECRET}\n", None),
+    "empty": (" \n", "holds no key"),
+    "two lines": (f"{SECRET}\nx-injected: 1", "more than one word of printable ASCII"),
+    "not ASCII": (f"{SECRET}\u00e9", "more than one word of printable ASCII"),
+    "no text": (b"\xff\xfe", "cannot be read: it is not UTF-8"),
+    "no file": (None, "cannot be read: No such file or directory"),
+}
+
+
+@pytest.mark.parametrize(("content", "expected"), KEYS.values(), ids=KEYS)
+def test_keys_in_files(tmp_path: Path, content: str | bytes | None, expected: str | None) -> None:
+    """A key is one word that a header can carry; what else the file holds is refused, and never repeated."""
+    path = tmp_path / "key"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    problems = problems_of(with_key({"file": str(path)}))
+
+    assert len(problems) == (0 if expected is None else 1)
+    assert (expected or "") in "".join(problems)
+    assert SECRET not in "".join(problems)
+
+
+def test_keys_in_the_environment() -> None:
+    """A variable that is not set is named."""
+    config = parse_config(yaml.safe_dump(with_key({"env": VARIABLE})))
+
+    assert read_api_keys(config, {VARIABLE: f"{SECRET}\n"}).by_pool == {"*": SECRET}
+    missing = read_api_keys(config, {})
+    assert [str(problem) for problem in missing.problems] == [f"pools[0].api_key: the variable {VARIABLE} holds no key"]
+    assert SECRET not in repr(read_api_keys(config, {VARIABLE: SECRET}))
+
+
+def test_missing_certificates_are_all_named(tmp_path: Path) -> None:
+    """Not the first alone."""
+    missing = {key: str(tmp_path / key) for key in ("cert", "key", "client_ca")}
+
+    assert problems_of(with_tls(**missing)) == [
+        f"listen.tls.{key}: {path} cannot be read: No such file or directory" for key, path in missing.items()
+    ]
+
+
+def test_files_that_are_no_certificates_are_told(tmp_path: Path) -> None:
+    """Both what belongs together and the roots of clients are looked into."""
+    path = tmp_path / "nothing.pem"
+    path.write_text("nothing", encoding="utf-8")
+    pair, roots = problems_of(with_tls(cert=str(path), key=str(path), client_ca=str(path)))
+
+    assert pair.startswith(f"listen.tls: {path} and {path} are not a certificate and its key")
+    assert roots.startswith(f"listen.tls.client_ca: {path} holds no certificate")
+
+
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_commands_say_so_before_anything_starts(tmp_path: Path, command: str) -> None:
+    """Status 2, without a word to any engine."""
+    content = write_config([{**POOL, "api_key": {"file": str(tmp_path / "none")}}])
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    argv = [sys.executable, "-m", "dp_extproc", command, "-c", str(path)]
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "pools[0].api_key: the file " in result.stderr

@@ -1,0 +1,137 @@
+"""A fleet and policies that change while requests are on the books."""
+
+import json
+
+from dp_extproc.config import AdmissionSettings, LoadSignal, PoolConfig
+from dp_extproc.fleet.credentials import Credentials
+from dp_extproc.fleet.endpoint import Endpoint, Role
+from dp_extproc.placement.decision import Decision
+from dp_extproc.placement.dispatcher import Dispatcher
+from dp_extproc.request.path import Api
+from dp_extproc.request.rejection import Rejection
+from placement.fleet_fixtures import Fleet, address_of, make_endpoint, make_facts
+
+WORKER = make_facts(Role.WORKER)
+BODY = json.dumps({"text": "x" * 400}).encode()
+
+
+def place(fleet: Fleet) -> Decision:
+    decision = fleet.dispatcher.place(Api.GENERATE, BODY)
+    assert isinstance(decision, Decision), decision
+    return decision
+
+
+def reconfigure(fleet: Fleet, *endpoints: Endpoint, models: tuple[str, ...] = ("*",)) -> None:
+    fleet.load.update(endpoints, 5.0)
+    urls = [endpoint.url for endpoint in endpoints]
+    pool = PoolConfig.model_validate({"models": list(models), "workers": {"endpoints": urls}})
+    fleet.dispatcher.configure([pool], LoadSignal.ESTIMATE, AdmissionSettings())
+
+
+def target(decision: Decision) -> bytes:
+    return dict(decision.headers)["x-dp-decode-host"]
+
+
+def test_a_server_that_is_left_out_gets_nothing_more_and_keeps_its_books_until_the_end() -> None:
+    """Its reservation is released once, when its request ends, and only then it is forgotten."""
+    fleet = Fleet(workers=[WORKER, WORKER])
+    first = place(fleet)
+    gone, stays = sorted(fleet.endpoints, key=lambda each: address_of(each).encode() != target(first))
+    reconfigure(fleet, stays)
+
+    assert {target(place(fleet)) for _ in range(10)} == {address_of(stays).encode()}
+    assert [(host.endpoint.url, host.reservations) for host in fleet.load.leaving] == [(gone.url, 1)]
+    assert first.attempt is not None
+    first.attempt.first_byte(200, fleet.clock())
+    first.attempt.end(fleet.clock())
+    assert fleet.load.leaving == []
+
+
+def test_a_server_that_stays_keeps_its_books() -> None:
+    """What was sent to it before still counts against it."""
+    fleet = Fleet(workers=[WORKER])
+    place(fleet)
+    (endpoint,) = fleet.endpoints
+    host = fleet.host(Role.WORKER)
+    reconfigure(fleet, endpoint, make_endpoint(Role.WORKER, 2))
+
+    assert fleet.host(Role.WORKER) is host
+    assert host.reservations == 1
+
+
+def test_a_server_that_comes_back_before_its_last_request_ends_has_its_books_again() -> None:
+    """Nothing is counted twice, and nothing is lost."""
+    fleet = Fleet(workers=[WORKER, WORKER])
+    first = place(fleet)
+    both = tuple(fleet.endpoints)
+    gone, stays = sorted(both, key=lambda each: address_of(each).encode() != target(first))
+    reconfigure(fleet, stays)
+    reconfigure(fleet, *both)
+
+    assert fleet.load.hosts[gone.url].reservations == 1
+    assert fleet.load.leaving == []
+
+
+def test_a_server_in_another_role_begins_anew() -> None:
+    """Its books are those of its present role; the request of the former one ends on the old ones."""
+    fleet = Fleet(workers=[WORKER])
+    first = place(fleet)
+    old = fleet.endpoints[0]
+    new = Endpoint(old.url, old.host, old.port, old.pool, Role.DECODE)
+    fleet.load.update([new], 5.0)
+
+    assert fleet.load.hosts == {}
+    fleet.load.discovered(new, address_of(new), make_facts(Role.DECODE), fleet.clock())
+    assert fleet.load.hosts[new.url].reservations == 0
+    assert first.attempt is not None
+    first.attempt.end(fleet.clock())
+    assert fleet.load.leaving == []
+
+
+def test_a_pool_may_go_while_its_requests_are_under_way() -> None:
+    """Its request ends like any other; new ones for its models are refused."""
+    fleet = Fleet(workers=[WORKER])
+    first = place(fleet)
+    reconfigure(fleet, make_endpoint(Role.WORKER, 2, pool="other"), models=("other",))
+
+    refused = fleet.dispatcher.place(Api.GENERATE, json.dumps({"text": "x", "model": "gone"}).encode())
+    assert isinstance(refused, Rejection)
+    assert first.attempt is not None
+    first.attempt.first_byte(200, fleet.clock())
+    first.attempt.end(fleet.clock())
+    assert fleet.load.leaving == []
+
+
+def test_an_engine_that_has_become_another_leaves_its_requests_on_the_old_books() -> None:
+    """They are counted until they end, as the engine may be an upgraded one that still drains."""
+    fleet = Fleet(workers=[WORKER])
+    place(fleet)
+    (endpoint,) = fleet.endpoints
+    fleet.load.discovered(endpoint, address_of(endpoint), make_facts(Role.WORKER, ranks=8), fleet.clock())
+
+    assert fleet.host(Role.WORKER).reservations == 0
+    assert [host.reservations for host in fleet.load.leaving] == [1]
+
+
+def test_every_request_to_an_engine_shows_the_key_of_its_pool() -> None:
+    """On single servers as on pairs, and for what any engine can answer; a new key is used from then on."""
+    credentials = Credentials({"*": "first"})
+    fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
+    dispatcher = Dispatcher(
+        [fleet.pool],
+        fleet.load,
+        owner="127.0.0.1:9002",
+        rng=fleet.dispatcher._rng,
+        clock=fleet.clock,
+        credentials=credentials,
+    )
+
+    def shown() -> set[bytes]:
+        decisions = [dispatcher.place(Api.GENERATE, BODY), dispatcher.look_up()]
+        assert all(isinstance(each, Decision) for each in decisions)
+        return {dict(each.headers)["authorization"] for each in decisions if isinstance(each, Decision)}
+
+    assert shown() == {b"Bearer first"}
+    credentials.update({"*": "second"})
+    assert shown() == {b"Bearer second"}
+    assert "second" not in repr(credentials)
