@@ -90,6 +90,31 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
     "number-of-5000-digits": (POOL + f"drain: {'9' * 5000}\n", [(4, "", "not valid YAML")]),
     "nested-too-deeply": ("pools: " + "[" * 1000, [(None, "", "nested too deeply")]),
     "list-that-holds-itself": ("pools: &a [*a]\n", [(1, "pools[0]", "must be a mapping")]),
+    "workers-without-ports": (
+        POOL + "listen: {grpc: 127.0.0.1:65535, workers: 2}\n",
+        [(4, "listen", "2 workers take the ports from grpc on, so it has to be in 1-65534")],
+    ),
+    "workers-on-the-admin-port": (
+        POOL + "listen: {grpc: 0.0.0.0:9089, admin: 127.0.0.1:9090, workers: 2}\n",
+        [(4, "listen", "2 workers take the ports 9089-9090; put admin on another one")],
+    ),
+    "tls-on-one-side": (
+        POOL + "listen: {tls: {cert: a, key: b}}\n",
+        [(1, "", "listen.tls needs envoy.service_tls")],
+    ),
+    "half-a-certificate": (
+        POOL + "envoy: {service_tls: {ca: a, name: dp, cert: b}}\n",
+        [(4, "envoy.service_tls", "cert and key belong together")],
+    ),
+    "key-itself": (
+        "pools: [{models: [m], workers: {endpoints: ['http://a:1']}, api_key: {value: sk-1}}]\n",
+        [(1, "pools[0].api_key.value", "is not a known key")],
+    ),
+    "key-from-two-places": (
+        "pools: [{models: [m], workers: {endpoints: ['http://a:1']}, api_key: {env: A, file: b}}]\n",
+        [(1, "pools[0].api_key", "write either env: NAME_OF_A_VARIABLE or file:")],
+    ),
+    "unknown-reload": (POOL + "reload: always\n", [(4, "reload", "is not one of 'signal' or 'watch'")]),
     "repeated-key": (POOL + "drain: 1s\ndrain: 2s\n", [(5, "drain", "stands twice")]),
     "repeated-key-inside": (POOL + "load:\n  interval: 1s\n  interval: 1s\n", [(6, "load.interval", "stands twice")]),
     "repeated-merge": (POOL + "load:\n  <<: {}\n  <<: {}\n", [(6, "load.<<", "stands twice")]),

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=int,
         metavar="N",
-        help="processes, in place of listen.workers; give envoy-config the same number",
+        help="processes, in place of listen.workers, which envoy-config reads, too",
     )
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.add_argument("--worker-seat", type=WorkerSeat.parse, help=argparse.SUPPRESS)  # a parent's word to its child
@@ -90,6 +90,9 @@ def with_workers(listen: ListenSettings, workers: int | None) -> ListenSettings:
     except ValidationError as error:
         problems = [Problem(None, "", each["msg"].removeprefix("Value error, ")) for each in error.errors()]
         raise ConfigError("--workers", problems) from None
-    if "workers" in listen.model_fields_set:
-        _log.warning("--workers %d wins over listen.workers: %d", workers, listen.workers)
+    _log.warning(
+        "--workers %d wins over listen.workers: %d; Envoy must know them all, so write it into the file for envoy-config",
+        workers,
+        listen.workers,
+    )
     return found
