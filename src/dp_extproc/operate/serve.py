@@ -91,7 +91,7 @@ def with_workers(listen: ListenSettings, workers: int | None) -> ListenSettings:
         problems = [Problem(None, "", each["msg"].removeprefix("Value error, ")) for each in error.errors()]
         raise ConfigError("--workers", problems) from None
     _log.warning(
-        "--workers %d wins over listen.workers: %d; Envoy must know them all, so write it into the file for envoy-config",
+        "--workers %d wins over listen.workers: %d; write it into the file, too, for Envoy must know them all",
         workers,
         listen.workers,
     )
