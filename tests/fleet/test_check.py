@@ -127,6 +127,9 @@ def test_pitfalls_are_grouped(tmp_path: Path) -> None:
             assert status == 0
             assert f"decode_rank_not_controllable: {first.url}, {second.url}\n" in out
             assert f"bootstrap_unreachable: {prefill.url}\n" in out
+            assert f"{first.url}, {second.url}: rank by the engine itself; paths: /generate, /v1/comp" in out
+            ways = "routed_dp_rank in the body, and a room that agrees; prefill's rank by disagg_prefill_dp_rank"
+            assert f"{prefill.url}: rank by {ways}; paths: /generate, " in out
 
     asyncio.run(story())
 

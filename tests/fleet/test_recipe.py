@@ -83,6 +83,7 @@ def test_decode_control(version: str | None, method: str | None, control: RankCo
     [
         pytest.param("0.5.9", "auto", False, 4, id="0.5.9-plain"),
         pytest.param("0.5.10", "auto", False, 4, id="0.5.10-plain"),
+        pytest.param("0.5.10", "round_robin", False, 1, id="0.5.10-plain-round-robin"),
         pytest.param("0.5.11", "auto", False, 1, id="0.5.11-plain"),
         pytest.param("0.5.15", "follow_bootstrap_room", False, 1, id="0.5.15-plain"),
         pytest.param("0.5.15", "round_robin", False, 4, id="0.5.15-plain-round-robin"),
@@ -93,7 +94,7 @@ def test_decode_control(version: str | None, method: str | None, control: RankCo
     ],
 )
 def test_usable_prefill_ranks(version: str | None, method: str, attention: bool, usable: int) -> None:
-    """Only plain DP of 0.5.11-0.5.15 that follows rooms is confined to rank 0."""
+    """Plain DP of 0.5.11-0.5.15 that follows rooms is confined to rank 0; and 0.5.10 that does not."""
     takes = capabilities(facts(version, Mode.PREFILL, method=method, attention=attention))
 
     assert list(takes.prefill_ranks(4)) == list(range(usable))

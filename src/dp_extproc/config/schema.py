@@ -188,6 +188,14 @@ class EndpointConfig(Section):
     bootstrap_port: Annotated[int, Field(ge=1, le=MAX_PORT)] | None = None
     bootstrap_host: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:\-]+$")] | None = None
     dp_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    dp_rank: Annotated[int, Field(ge=0, lt=4096)] | None = None
+    """Of an engine that gives each rank a listener of its own: which rank answers at this URL."""
+
+    @model_validator(mode="after")
+    def _rank_is_one_of_its_server(self) -> Self:
+        if self.dp_rank is not None and self.dp_size is not None and self.dp_rank >= self.dp_size:
+            raise ValueError(f"dp_rank {self.dp_rank} is not one of the {self.dp_size} ranks (they count from 0)")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--load-balance-method", choices=_METHODS, default=default.load_balance_method)
     add("--enable-metrics", action=argparse.BooleanOptionalAction, default=True, help="serve /metrics")
     add("--header-overrides", action="store_true", help="SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES=1: read x-override-*")
+    add("--force-query", action="store_true", help="SGLANG_DISAGGREGATION_FORCE_QUERY_PREFILL_DP_RANK=1")
+    add("--rank-listeners", action="store_true", help="SGLANG_RUST_SERVER=1: a listener per rank, at --port plus rank")
     add("--api-key", help="what clients have to show as bearer token")
     add("--context-length", type=_positive, default=default.context_length, metavar="TOKENS")
     add("--max-total-tokens", type=_positive, default=default.capacity, metavar="TOKENS", help="KV room per rank")
@@ -96,6 +98,13 @@ def _ready_line(settings: Settings) -> str:
     )
 
 
+def parse_settings(arguments: Sequence[str]) -> Settings:
+    """Read the settings of an engine from its command line."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return _settings(parser.parse_args(arguments))
+
+
 def _settings(args: argparse.Namespace) -> Settings:
     return Settings(
         role=args.role,
@@ -111,6 +120,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         load_balance_method=args.load_balance_method,
         enable_metrics=args.enable_metrics,
         header_overrides=args.header_overrides,
+        force_query=args.force_query,
+        rank_listeners=args.rank_listeners,
         api_key=args.api_key,
         context_length=args.context_length,
         capacity=args.max_total_tokens,

@@ -120,7 +120,8 @@ class DecodeSide:
         if release.routes_by_field:
             if leg.disagg_prefill_dp_rank is not None:
                 return leg.disagg_prefill_dp_rank
-            if size > 1 and not facts.get("follow_bootstrap_room", True):
+            derivable = facts.get("follow_bootstrap_room", True) and not self._settings.force_query
+            if size > 1 and not derivable:
                 return await self._query_rank(ticket)
         elif leg.routed_dp_rank is not None and release.since("0.4.7"):
             return leg.routed_dp_rank  # until 0.5.9 decode takes its own data_parallel_rank for prefill's

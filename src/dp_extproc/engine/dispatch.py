@@ -84,6 +84,8 @@ def conflict(leg: Leg, dp_rank: int, settings: Settings) -> str | None:
     """
     if leg.bootstrap_room is None or not (settings.follows_rooms and settings.release.checks_room_conflict):
         return None
+    if settings.force_query:
+        return None
     if leg.disagg_prefill_dp_rank is not None and settings.release.told_rank_skips_conflict_check:
         return None
     seen = dp_rank if settings.dp_attention else 0

@@ -131,7 +131,8 @@ class PrefillSide:
     def _register(self, ticket: Ticket) -> None:
         release = self._settings.release
         told = ticket.leg.disagg_prefill_dp_rank is not None and release.told_rank_skips_conflict_check
-        if not self._settings.follows_rooms and not told and ticket.leg.bootstrap_room is not None:
+        derivable = self._settings.follows_rooms and not self._settings.force_query
+        if not derivable and not told and ticket.leg.bootstrap_room is not None:
             # With plain DP every replica calls itself attention-DP rank 0.
             self.registered[ticket.leg.bootstrap_room] = ticket.work.dp_rank if self._settings.dp_attention else 0
 

@@ -49,6 +49,10 @@ class Settings:
     load_balance_method: str = "auto"
     enable_metrics: bool = True
     header_overrides: bool = False
+    force_query: bool = False
+    """``SGLANG_DISAGGREGATION_FORCE_QUERY_PREFILL_DP_RANK``: prefill registers ranks, decode asks for them."""
+    rank_listeners: bool = False
+    """``SGLANG_RUST_SERVER``: each rank has a listener of its own, at ``port`` plus the rank."""
     api_key: str | None = None
     context_length: int = 1 << 25
     capacity: int = 1 << 25

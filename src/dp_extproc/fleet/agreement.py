@@ -31,6 +31,21 @@ def configured_facts(endpoint: Endpoint) -> EngineFacts | None:
     )
 
 
+def of_listener(facts: EngineFacts, endpoint: Endpoint) -> EngineFacts:
+    """See a rank that has a listener of its own as a server of one rank, which knows its place in the whole one."""
+    if endpoint.dp_rank is None:
+        return facts
+    return replace(facts, dp_ranks=1, listener=(endpoint.dp_rank, endpoint.dp_size or facts.dp_ranks))
+
+
+def page_of_listener(page: LoadPage, facts: EngineFacts) -> LoadPage:
+    """Keep what a load page tells of the listener's own rank, as rank 0; it may show that one only, or all."""
+    if facts.listener is None:
+        return page
+    own = page.ranks if len(page.ranks) == 1 else [each for each in page.ranks if each.dp_rank == facts.listener[0]]
+    return replace(page, ranks=tuple(replace(each, dp_rank=0) for each in own), silent_ranks=())
+
+
 def without_foreign_ranks(page: LoadPage, facts: EngineFacts) -> LoadPage:
     """Leave out samples of ranks that the server says it does not have."""
     if all(sample.dp_rank < facts.dp_ranks for sample in page.ranks):
@@ -46,12 +61,19 @@ def disagreement(endpoint: Endpoint, facts: EngineFacts, page: LoadPage | None =
             f"its disaggregation_mode is {facts.mode}, but it is configured as {endpoint.role}; {remedy}"
         )
     told = f"the engine has {facts.dp_ranks} DP rank(s) by /server_info"
-    if endpoint.dp_size not in {None, facts.dp_ranks}:
+    if facts.listener is not None:
+        rank, ranks = facts.listener
+        if rank >= ranks:
+            return _disagreement(f"the server has {ranks} DP rank(s), but this is to be the listener of rank {rank}")
+    elif endpoint.dp_size not in {None, facts.dp_ranks}:
         return _disagreement(f"{told}, but dp_size is {endpoint.dp_size} in the configuration; remove or correct it")
     shown = {sample.dp_rank for sample in page.ranks} | set(page.silent_ranks) if page else set[int]()
     if shown and shown != set(range(facts.dp_ranks)):
         foreign = sorted(rank for rank in shown if rank >= facts.dp_ranks)
         detail = f"also shows {_some(foreign)}, which are left out" if foreign else f"shows only {_some(sorted(shown))}"
+        if len(shown) == 1 and not foreign:
+            (rank,) = shown
+            detail += f"; if each rank has a listener of its own, list every one of them, this one with dp_rank: {rank}"
         return _disagreement(f"{told}, but its load page {detail}")
     return None
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from dp_extproc.config import ConfigError, LoadSource, load_config
 from dp_extproc.fleet.check import EngineReport, check_engines
 from dp_extproc.fleet.credentials import Credentials
+from dp_extproc.fleet.recipe import capabilities
 from dp_extproc.fleet.roster import endpoints_of
 from dp_extproc.fleet.traps import Trap
 from dp_extproc.operate.outside import problems_of_tls, read_api_keys
@@ -62,6 +63,8 @@ def _print(console: Console, reports: Sequence[EngineReport]) -> None:
     for report in reports:
         if report.failure is not None:
             console.print(Text(f"{report.endpoint.url}: {report.failure.message}"), soft_wrap=True)
+    for recipe, urls in _by_recipe(reports):
+        console.print(Text(f"{', '.join(urls)}: {recipe}"), soft_wrap=True)
     for trap, urls in _by_trap(reports):
         console.print(
             Text(f"{trap.code}: {', '.join(urls)}", style="red" if trap.unusable else "yellow"), soft_wrap=True
@@ -89,6 +92,16 @@ def _row(report: EngineReport) -> Iterable[Text]:
     )
     yield from map(Text, cells)
     yield Text(report.state, style="green" if report.state == "ok" else "yellow" if report.is_usable else "red")
+
+
+def _by_recipe(reports: Iterable[EngineReport]) -> list[tuple[str, list[str]]]:
+    """Tell how requests reach the ranks; equal engines have it the same way."""
+    found: dict[str, list[str]] = {}
+    for report in reports:
+        if report.facts is not None:
+            recipe = capabilities(report.facts).describe(report.endpoint.role, report.facts)
+            found.setdefault(recipe, []).append(report.endpoint.url)
+    return list(found.items())
 
 
 def _by_trap(reports: Iterable[EngineReport]) -> list[tuple[Trap, list[str]]]:

@@ -23,6 +23,8 @@ class Endpoint:
     pool: str
     role: Role
     dp_size: int | None = None
+    dp_rank: int | None = None
+    """The one rank that answers here, of an engine that gives each rank a listener of its own."""
     bootstrap_host: str | None = None
     bootstrap_port: int | None = None
 
@@ -73,6 +75,13 @@ class EngineFacts:
     """Whether a longer prompt is cut into several steps; if not, it runs alone."""
     prefix_cache: bool = True
     """Whether its ranks keep the KV cache of prompts for others with the same beginning."""
+    listener: tuple[int, int] | None = None
+    """``(rank, ranks)`` where each rank has a listener of its own: which one this is, of how many on the whole server.
+    ``dp_ranks`` is 1 then."""
+
+    def place_of(self, rank: int) -> tuple[int, int]:
+        """Give ``(rank, ranks)`` as the whole server counts them."""
+        return self.listener or (rank, self.dp_ranks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from dp_extproc.fleet.endpoint import EngineFacts, Mode, Version
+from dp_extproc.fleet.endpoint import EngineFacts, Mode, Role, Version
 from dp_extproc.fleet.server_info import METHODS_SINCE
 from dp_extproc.request.path import Api
 
@@ -81,6 +81,28 @@ class Capabilities:
         """Give the ranks, out of *ranks*, that a prefill server can serve."""
         return range(1) if self.only_first_prefill_rank else range(ranks)
 
+    def describe(self, role: Role, facts: EngineFacts) -> str:
+        """Say in a line how requests reach the ranks of an engine."""
+        if facts.listener is not None:
+            ways = f"rank {facts.listener[0]} of {facts.listener[1]} by its address"
+        elif facts.dp_ranks == 1:
+            ways = "one rank"
+        elif role is Role.WORKER:
+            keys = {key: [api for api in Api if self.rank_keys.get(api) == key] for key in self.rank_keys.values()}
+            told = [f"{key} ({', '.join(apis)})" for key, apis in keys.items()]
+            ways = f"rank by {'; '.join(told)}" if told else "rank by the engine itself"
+        else:
+            control = RankControl.BY_FIELD if self.carries_routed_rank else RankControl.BY_ROOM
+            ways = f"rank by {(control if role is Role.PREFILL else self.decode_control).value}"
+            if self.only_first_prefill_rank:
+                ways = "rank 0 only"
+            elif role is Role.PREFILL and self.carries_routed_rank:
+                ways += ", and a room that agrees"
+        if role is Role.WORKER:
+            return ways
+        prefill = "; prefill's rank by disagg_prefill_dp_rank" if self.carries_prefill_rank else ""
+        return f"{ways}{prefill}; paths: {', '.join(api for api in Api if self.serves(api)) or 'none'}"
+
     def aggregated_rank_key(self, api: Api) -> str | None:
         return self.rank_keys.get(api)
 
@@ -88,9 +110,10 @@ class Capabilities:
 def capabilities(facts: EngineFacts) -> Capabilities:
     """Look up what an engine takes.
 
-    A plain-DP prefill server (``--dp-size`` without DP attention) of 0.5.11 to 0.5.15 that follows rooms compares the
-    room with an attention rank that is 0 in every replica, and so refuses whatever the others get
-    (sgl-project/sglang#29725). Later releases skip the comparison on our requests.
+    A plain-DP prefill server (``--dp-size`` without DP attention) takes itself for attention rank 0 in every replica
+    (sgl-project/sglang#29725). From 0.5.11 to 0.5.15 one that follows rooms compares the room with that, and refuses
+    whatever the other replicas get; later releases skip the comparison on our requests. In 0.5.10 one that does not
+    follow rooms tells decode that rank, where requests cannot name the true one.
     """
     version = facts.version or _NEWEST
     if facts.mode is Mode.UNIFIED:
@@ -103,12 +126,16 @@ def capabilities(facts: EngineFacts) -> Capabilities:
         decode_control=_decode_control(facts, version),
         only_first_prefill_rank=(
             facts.mode is Mode.PREFILL
-            and facts.follows_rooms
             and not facts.dp_attention
-            and ROOM_CHECK <= version < ROOM_CHECK_SKIPPED
+            and facts.listener is None
+            and (
+                ROOM_CHECK <= version < ROOM_CHECK_SKIPPED
+                if facts.follows_rooms
+                else ROUTED_RANK <= version < PREFILL_RANK
+            )
         ),
         apis=apis,
-        rank_keys=_rank_keys(version),
+        rank_keys=_rank_keys(version) if facts.listener is None else {},
     )
 
 

@@ -14,6 +14,7 @@ def endpoints_of(config: Config) -> tuple[Endpoint, ...]:
             pool=pool.name,
             role=role,
             dp_size=each.dp_size,
+            dp_rank=each.dp_rank,
             bootstrap_host=each.bootstrap_host,
             bootstrap_port=each.bootstrap_port,
         )

@@ -14,7 +14,7 @@ from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.fleet.endpoint import Endpoint
 from dp_extproc.fleet.engine_client import EngineClient, make_client
 from dp_extproc.fleet.observer import FleetObserver
-from dp_extproc.fleet.trouble import TroubleLog
+from dp_extproc.fleet.trouble import TrapLog, TroubleLog
 from dp_extproc.fleet.watch import EngineWatch
 
 _JITTER: Final = 0.1
@@ -58,6 +58,7 @@ class Scraper:
         self._client = client
         self._credentials = credentials
         self._troubles = TroubleLog(logger)
+        self._traps = TrapLog(logger)
         self._awaited = {endpoint.url for endpoint in self._endpoints}
         self._watches: dict[Endpoint, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
@@ -94,9 +95,13 @@ class Scraper:
     async def _watch(self, endpoint: Endpoint, client: httpx.AsyncClient) -> None:
         engine = EngineClient(endpoint, self._settings, client, self._credentials)
         watch = EngineWatch(engine, self._settings.source, self._observer, self._clock)
+        facts = None
         while True:
             started = self._clock()
             failure = await watch.round()
+            if watch.facts is not None and watch.facts is not facts:
+                facts = watch.facts
+                self._traps.note(endpoint, facts)
             self._troubles.note(endpoint.url, failure)
             self._awaited.discard(endpoint.url)
             if not self._awaited:

@@ -6,6 +6,7 @@ something, or where requests that go past the router would still fall in.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from dp_extproc.fleet.agreement import MODE_OF
 from dp_extproc.fleet.endpoint import EngineFacts, Mode, Role
@@ -19,6 +20,8 @@ from dp_extproc.fleet.recipe import (
 )
 from dp_extproc.fleet.server_info import METHODS_SINCE
 from dp_extproc.request.path import Api
+
+WRONG_MODE: Final = "wrong_mode"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ def traps(facts: EngineFacts, role: Role) -> tuple[Trap, ...]:
 def _of_any(facts: EngineFacts, role: Role) -> Iterator[Trap]:
     if facts.mode is not MODE_OF[role]:
         yield Trap(
-            "wrong_mode",
+            WRONG_MODE,
             f"its disaggregation_mode is {facts.mode}, but it stands under {role}: requests fail or wait for a peer "
             "that never comes",
             f"start it with --disaggregation-mode {MODE_OF[role]}, or move it in the configuration",
@@ -142,8 +145,8 @@ def _of_prefill(facts: EngineFacts) -> Iterator[Trap]:
     if takes.only_first_prefill_rank:
         yield Trap(
             "plain_dp_first_rank_only",
-            f"plain DP: it compares rooms with rank 0 in every replica, so only rank 0 of {facts.dp_ranks} can serve "
-            "and the others stay idle",
+            f"plain DP: every replica takes itself for rank 0, so only rank 0 of {facts.dp_ranks} can serve and the "
+            "others stay idle",
             "start it with --enable-dp-attention, or upgrade to 0.5.16 or later",
         )
     elif facts.follows_rooms and not facts.dp_attention and _at_least_room_check_skipped(facts):

@@ -6,7 +6,13 @@ from dataclasses import replace
 from typing import Final
 
 from dp_extproc.config.schema import LoadSource
-from dp_extproc.fleet.agreement import configured_facts, disagreement, without_foreign_ranks
+from dp_extproc.fleet.agreement import (
+    configured_facts,
+    disagreement,
+    of_listener,
+    page_of_listener,
+    without_foreign_ranks,
+)
 from dp_extproc.fleet.endpoint import EngineFacts, LoadPage, Role
 from dp_extproc.fleet.engine_client import EngineClient, ScrapeError
 from dp_extproc.fleet.observer import FailureKind, FleetObserver, ScrapeFailure
@@ -46,6 +52,11 @@ class EngineWatch:
         """Which page tells the load at present: ``LOADS`` or ``METRICS``."""
         return self._source
 
+    @property
+    def facts(self) -> EngineFacts | None:
+        """What the engine says of itself; None as long as it has not."""
+        return self._facts
+
     async def round(self) -> ScrapeFailure | None:
         """Ask the engine once. Returns what is wrong with it, if anything; the observer has been told."""
         if self._clock() >= self._facts_due:
@@ -68,10 +79,11 @@ class EngineWatch:
         failure = None
         try:
             await self._engine.resolve()
-            facts = await self._engine.facts()
+            facts = of_listener(await self._engine.facts(), self._endpoint)
         except ScrapeError as error:
             failure = error.failure
             configured = configured_facts(self._endpoint)
+            configured = None if configured is None else of_listener(configured, self._endpoint)
             if failure.kind in _AWAY or self._facts is not None or configured is None:
                 return failure
             facts = configured
@@ -85,7 +97,7 @@ class EngineWatch:
     async def _sample(self, facts: EngineFacts) -> ScrapeFailure | None:
         started = self._clock()
         try:
-            page = await self._load_page()
+            page = page_of_listener(await self._load_page(), facts)
             if self._source is LoadSource.LOADS:
                 page = await self._with_prompt_tokens(page, facts)
         except ScrapeError as error:

@@ -198,7 +198,7 @@ class Dispatcher:
                 return self._refuse_for_room(pool, Role.WORKER, hosts, request, demand)
             side = pool.picker.worker(roomy, demand, now, pin)
         rank_key = side.host.capabilities.aggregated_rank_key(request.api)
-        if rank_key is None:
+        if rank_key is None and side.host.facts.listener is None:
             side = replace(side, rank=None)
         on_answer = partial(self._prompt_done, pool, side.host, request.prompt)
         attempt = self.ledger.open_worker(side, demand, now, on_prefill_answer=on_answer)
@@ -236,8 +236,8 @@ class Dispatcher:
             request.body,
             batch,
             _bootstrap(prefill.host, rooms),
-            _leg_fields(prefill, prefill.rank, f"dp{leg}p"),
-            _leg_fields(decode, prefill.rank, f"dp{leg}d"),
+            _leg_fields(prefill, prefill.told_rank, f"dp{leg}p"),
+            _leg_fields(decode, prefill.told_rank, f"dp{leg}d"),
         )
         on_answer = partial(self._prompt_done, pool, prefill.host, request.prompt)
         attempt = self.ledger.open_pair(pair, demand, now, leg=leg, on_prefill_answer=on_answer)
@@ -255,8 +255,8 @@ class Dispatcher:
         )
         metadata = _metadata(pool, request, decode)
         metadata[names.META_PREFILL_HOST] = prefill.host.address
-        if prefill.rank is not None:
-            metadata[names.META_PREFILL_RANK] = prefill.rank
+        if (prefill_rank := prefill.told_rank) is not None:
+            metadata[names.META_PREFILL_RANK] = prefill_rank
         return Decision(bodies.decode, headers, metadata, attempt, streaming=request.stream)
 
     def _make_wait(self, pool: _Pool, request: InferenceRequest, ticket: Ticket | None) -> Rejection | None:
@@ -349,6 +349,6 @@ def _metadata(pool: _Pool, request: InferenceRequest, decode: Side) -> Metadata:
         names.META_MODEL: (request.model or "")[:_SHOWN_MODEL],
         names.META_DECODE_HOST: decode.host.address,
     }
-    if decode.rank is not None:
-        metadata[names.META_DECODE_RANK] = decode.rank
+    if (rank := decode.told_rank) is not None:
+        metadata[names.META_DECODE_RANK] = rank
     return metadata

@@ -33,7 +33,12 @@ class Side(Struct, frozen=True):
     @property
     def residue(self) -> tuple[int, int] | None:
         """``(rank, ranks)`` for the room."""
-        return (self.rank, len(self.host.ranks)) if self.by_room and self.rank is not None else None
+        return self.host.facts.place_of(self.rank) if self.by_room and self.rank is not None else None
+
+    @property
+    def told_rank(self) -> int | None:
+        """The rank as the whole server counts it; None when nobody outside can know."""
+        return None if self.rank is None else self.host.facts.place_of(self.rank)[0]
 
 
 class Pair(Struct, frozen=True):
@@ -129,7 +134,7 @@ class Picker:
         near = self._policies[Role.PREFILL].within_reach(hosts, held)
         chosen, rank = self._pick(Role.PREFILL, [host.candidate for host in near], tokens, now, pin=pin, held=held)
         host = chosen.host
-        if rank is None and host.facts.follows_rooms:
+        if rank is None and (host.facts.follows_rooms or host.facts.listener is not None):
             rank = self._rng.choice(chosen.ranks)
             return Side(host, rank.index, routed=False, by_room=True, cached=_cached(rank, held))
         # A chosen rank gets a congruent room: from 0.5.11 on a server that follows rooms refuses any other.
@@ -137,7 +142,7 @@ class Picker:
         return Side(
             host,
             None if rank is None else rank.index,
-            routed=known and host.capabilities.carries_routed_rank,
+            routed=known and host.capabilities.carries_routed_rank and host.facts.listener is None,
             by_room=known,
             cached=_cached(rank, held),
         )
@@ -156,7 +161,8 @@ class Picker:
         control = chosen.host.capabilities.decode_control
         if control is RankControl.BY_FIELD:
             index = None if rank is None else rank.index
-            return Side(chosen.host, index, routed=rank is not None, by_room=False)
+            routed = rank is not None and chosen.host.facts.listener is None
+            return Side(chosen.host, index, routed=routed, by_room=False)
         if control is RankControl.BY_ROOM:
             known = self._rng.choice(chosen.ranks) if rank is None else rank
             return Side(chosen.host, known.index, routed=False, by_room=True)
@@ -188,7 +194,6 @@ def _reachable(host: HostLoad, prefill: tuple[int, int] | None) -> Candidate:
     """Give a decode server with the ranks that one room can lead to together with the prefill rank."""
     if prefill is None or host.capabilities.decode_control is not RankControl.BY_ROOM:
         return host.candidate
-    ranks = len(host.ranks)
-    left = host.candidate.only(lambda rank: agree(prefill, (rank.index, ranks)))
+    left = host.candidate.only(lambda rank: agree(prefill, host.facts.place_of(rank.index)))
     assert left is not None  # noqa: S101 - of any ranks that follow one another, one is congruent
     return left

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dp_extproc.engine.api import errors, loads, metrics, pages, unroutable
 from dp_extproc.engine.api.completions import chat, completions
-from dp_extproc.engine.api.exchange import Exchange
+from dp_extproc.engine.api.exchange import LISTENER, Exchange
 from dp_extproc.engine.api.faults import BOOTSTRAP, INFERENCE, Fault, Faults, Kind
 from dp_extproc.engine.api.fields import InvalidBodyError, InvalidTypeError
 from dp_extproc.engine.api.generate import generate
@@ -54,6 +54,10 @@ class Server:
         self.journal = Journal()
         self.faults = Faults()
         self.listeners = {INFERENCE: Listener(self.app(), settings.host, settings.port)}
+        if settings.rank_listeners:
+            for rank in range(settings.dp_size):
+                name = f"{INFERENCE} {rank}" if rank else INFERENCE
+                self.listeners[name] = Listener(_OfRank(self.app(), rank), settings.host, settings.port + rank)
         if settings.role is Role.PREFILL:
             app = bootstrap_app(settings, self.engine.prefill_side, self.faults)
             self.listeners[BOOTSTRAP] = Listener(app, settings.host, settings.bootstrap_port)
@@ -196,6 +200,18 @@ class Server:
             for target, listener in self.listeners.items():
                 await (listener.close() if self.faults.refuses(target) else listener.open())
         return errors.json_response(self.faults.active)
+
+
+class _OfRank:
+    """The listener of one rank."""
+
+    def __init__(self, app: ASGIApp, rank: int) -> None:
+        self._app = app
+        self._rank = rank
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[LISTENER] = self._rank
+        await self._app(scope, receive, send)
 
 
 class _Authentication:

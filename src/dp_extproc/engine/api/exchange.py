@@ -19,6 +19,8 @@ from dp_extproc.engine.text import output_text
 from dp_extproc.engine.ticket import Ticket
 
 DISCONNECTED = Failure(None, "client disconnected")
+LISTENER = "engine.dp_rank"
+"""In the ASGI scope of a listener that belongs to one rank: which."""
 DONE = "data: [DONE]\n\n"
 
 
@@ -103,6 +105,8 @@ class Exchange:
             RefusedError: SGLang answers 400.
         """
         self.samples = samples
+        if (listener := self.request.scope.get(LISTENER)) is not None:
+            fields.routed_dp_rank = listener  # no controller is in between
         disaggregated = self.engine.settings.role is not Role.UNIFIED
         if disaggregated and isinstance(fields.bootstrap_room, list) and not is_batch and samples == 1:
             # Lists are only taken apart for batches; this one reaches the controller as it is.

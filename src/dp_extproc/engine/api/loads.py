@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from dp_extproc.engine.api.errors import json_response
+from dp_extproc.engine.api.exchange import LISTENER
 from dp_extproc.engine.api.pages import mode
 from dp_extproc.engine.engine import Engine
 from dp_extproc.engine.release import Release
@@ -39,6 +40,8 @@ async def loads(request: Request, engine: Engine) -> Response:
     ranks = [_rank(engine, history, wanted) for history in engine.histories]
     if "dp_rank" in query:
         ranks = [rank for rank in ranks if str(rank["dp_rank"]) == query["dp_rank"]]
+    if (listener := request.scope.get(LISTENER)) is not None:
+        ranks = [rank for rank in ranks if rank["dp_rank"] == listener]
     if query.get("format") == "prometheus":
         return PlainTextResponse(_prometheus(ranks), media_type="text/plain; version=0.0.4; charset=utf-8")
     page: dict[str, Any] = {"timestamp": datetime.now(UTC).isoformat(), "version": str(settings.release)}
