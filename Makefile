@@ -2,7 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test check format demo faults soak bench balance simulated clean
+# Real SGLang on CPUs, for interop: 3 GB, kept.
+SGLVENV ?= $(HOME)/.cache/dp-extproc/sglang-venv
+SGLRUN ?= $(HOME)/.cache/dp-extproc/sglang-run
+
+.PHONY: setup test check format demo faults soak interop bench balance simulated clean
 
 setup: .venv/ready
 
@@ -34,8 +38,13 @@ faults: setup
 	PYTHONPATH=tests $(BIN)/python -m faults.table docs/reliability.md
 
 # Hours under load while engines and workers are killed: make soak ARGS="--seconds 3600"
-soak: setup
+soak: .venv/bench-ready
 	$(BIN)/python -m bench.soak $(ARGS)
+
+# Our Envoy and service in front of real SGLang servers, which it installs first: 4 minutes, and then about 10.
+interop: setup
+	SGLVENV=$(SGLVENV) SGLRUN=$(SGLRUN) interop/setup.sh
+	$(BIN)/python -m interop --venv $(SGLVENV) --run $(SGLRUN) $(ARGS)
 
 # What a request costs in the service, against an empty ext_proc server.
 bench: setup

@@ -1,0 +1,64 @@
+"""Our Envoy and service in front of real SGLang servers: ``make interop``.
+
+Exit status 0 if everything is as it should be.
+"""
+
+import argparse
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import httpx
+
+from dp_extproc.testbed.envoy import EnvoyProcess
+from dp_extproc.testbed.service import ServiceProcess, write_config
+from interop.cases import CASES, PATIENCE_SECONDS, Rig, unified_answers
+from interop.report import Report
+from interop.servers import SHAPES, RealServer, Shape, run_servers
+
+
+def run(shape: Shape, venv: Path, folder: Path, report: Report) -> None:
+    """Try everything on servers of one shape."""
+    report.shape = shape.name
+    unified, prefill, decode = (RealServer(role, shape, venv, folder) for role in ("unified", "prefill", "decode"))
+    pool = {
+        "models": ["*"],
+        "prefill": {"endpoints": [{"url": prefill.url, "bootstrap_port": prefill.bootstrap_port}]},
+        "decode": {"endpoints": [decode.url]},
+        "policy": {"client_dp_rank": "honour"},
+    }
+    began = time.monotonic()
+    with httpx.Client(timeout=PATIENCE_SECONDS, trust_env=False) as client:
+        with run_servers(unified):
+            answers = unified_answers(client, unified)
+        with run_servers(prefill, decode):
+            print(f"{shape.name}: servers are up after {time.monotonic() - began:.0f} s", flush=True)
+            with ServiceProcess(write_config([pool])) as service, EnvoyProcess(service.config) as envoy:
+                service.wait_until_fresh()
+                service.wait_until_ready()
+                rig = Rig(client, envoy.url, prefill, decode, answers, report)
+                for case in CASES:
+                    try:
+                        case(rig)
+                    except Exception as error:  # noqa: BLE001 - the others are tried all the same
+                        traceback.print_exc()
+                        report.add(case.__name__, f"{type(error).__name__}: {error}"[:200], good=False)
+                service.wait_until_idle()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--venv", type=Path, required=True, help="where SGLang is installed")
+    parser.add_argument("--run", type=Path, required=True, help="folder with the models")
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="only this one")
+    arguments = parser.parse_args()
+    report = Report()
+    for name in arguments.shape or SHAPES:
+        run(SHAPES[name], arguments.venv, arguments.run, report)
+    print(f"\n{report.table()}")
+    return 0 if report.is_good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Requests as clients send them, and what became of the answer."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import httpx
+
+APIS: Final = {
+    "/generate": lambda prompt, tokens: {
+        "text": prompt,
+        "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
+    },
+    "/v1/completions": lambda prompt, tokens: {
+        "model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": tokens, "ignore_eos": True,
+    },
+    "/v1/chat/completions": lambda prompt, tokens: {
+        "model": "tiny", "messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": tokens,
+        "ignore_eos": True,
+    },
+}  # fmt: skip
+"""Bodies by path: a greedy answer of exactly so many tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A request whose answer a unified server knows."""
+
+    path: str
+    prompt: str
+    stream: bool
+    tokens: int = 6
+
+    def body(self, **more: Any) -> dict[str, Any]:
+        return {**APIS[self.path](self.prompt, self.tokens), "stream": self.stream, **more}
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What a client got."""
+
+    status: int
+    text: str
+    """Of the answer; of an error its whole body."""
+    rank: int | None = None
+    """As /generate tells it."""
+    complete: bool = True
+    """Whether a stream ended as it should."""
+
+
+def ask(client: httpx.Client, url: str, question: Question, **more: Any) -> Heard:
+    """Send a request and hear its answer to the end."""
+    if not question.stream:
+        response = client.post(url + question.path, json=question.body(**more))
+        if response.status_code != httpx.codes.OK:
+            return Heard(response.status_code, response.text)
+        return _read(question.path, [response.json()])
+    with client.stream("POST", url + question.path, json=question.body(**more)) as response:
+        if response.status_code != httpx.codes.OK:
+            return Heard(response.status_code, response.read().decode())
+        return _read(question.path, list(events(response)), streamed=True)
+
+
+def events(response: httpx.Response) -> Iterator[dict[str, Any] | None]:
+    """Read a stream's events; None is its proper end."""
+    for line in response.iter_lines():
+        if line.startswith("data:"):
+            data = line[5:].strip()
+            yield None if data == "[DONE]" else json.loads(data)
+
+
+def _read(path: str, found: list[dict[str, Any] | None], *, streamed: bool = False) -> Heard:
+    complete = not streamed or (bool(found) and found[-1] is None)
+    known = [event for event in found if event is not None]
+    if path == "/generate":  # each event has the whole text so far
+        return Heard(200, known[-1]["text"], known[-1]["meta_info"].get("dp_rank"), complete)
+    key = "delta" if streamed else "message"
+    choices = [choice for event in known for choice in event.get("choices", [])]
+    texts = [choice["text"] if "text" in choice else choice[key].get("content") or "" for choice in choices]
+    return Heard(200, "".join(texts), None, complete)

@@ -1,0 +1,26 @@
+#!/bin/sh
+# A virtual environment in which the real SGLang runs without a GPU, and two tiny models: about 4 minutes, 3 GB.
+# SGLVENV and SGLRUN name where; what is there already is kept. Needs Python 3.11 on Linux x86-64; for the library libibverbs1, which
+# Mooncake links, either root on Debian or that it is installed.
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+: "${SGLVENV:?}" "${SGLRUN:?}"
+version=0.5.23
+python="$SGLVENV/bin/python"
+[ -e "$SGLVENV/ready-$version" ] && exit 0
+
+${PYTHON:-python3.11} -m venv "$SGLVENV"
+pip() { "$python" -m pip --quiet --disable-pip-version-check "$@"; }
+pip install --requirement "$here/requirements.txt"
+# Imported on the way but never run on a CPU, except Mooncake, which carries the KV cache; their own dependencies would bring CUDA.
+pip install --no-deps triton==3.7.1 torchvision==0.28.0 xgrammar==0.2.7 tml-renderers==0.1.0 deepseek-recipe==0.2.0 modelscope \
+  mooncake-transfer-engine-non-cuda==0.3.13.post1
+pip install --no-deps "sglang==$version"
+"$python" "$here/mend_torchvision.py"
+if ! ldconfig -p | grep -q libibverbs.so.1; then
+  apt-get update --quiet=2 && apt-get install --quiet=2 --yes --no-install-recommends libibverbs1
+fi
+mkdir -p "$SGLRUN"
+"$python" "$here/tiny_model.py" llama "$SGLRUN/llama"
+"$python" "$here/tiny_model.py" qwen3 "$SGLRUN/qwen3"
+touch "$SGLVENV/ready-$version"
