@@ -1,0 +1,266 @@
+"""Load for a long time on a fleet whose engines and workers are killed at random: nothing may grow, stay or get lost.
+
+``python -m bench.soak --seconds 3600``. Prints a line of what there is every ten seconds, and a summary at the end. It
+ends with status 1 if the memory of the service has grown, reservations are left, or a request was lost that could have
+been served: one engine and one worker are down at a time, so that is every one that has not received a token.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+import aiohttp
+
+from dp_extproc.testbed.engine import EngineProcess
+from dp_extproc.testbed.envoy import EnvoyProcess
+from dp_extproc.testbed.service import ServiceProcess, write_config
+
+_PATIENCE: Final = ("--timeout-bootstrap", "100000", "--timeout-waiting", "100000", "--timeout-heartbeat", "1000")
+"""Engines never give up by themselves: whatever hangs, hangs until the router ends it."""
+_GRACE: Final = 60.0
+"""Seconds that a client waits for the next byte."""
+_DOWN: Final = (1.0, 8.0)
+"""Seconds between the death of an engine and its return, at least and at most."""
+_AT_PEACE: Final = 5.0
+"""Seconds between the return of one and the next death, at least: Envoy looks at workers once a second."""
+_REPORT: Final = 10.0
+_WARM_UP: Final = 0.25
+"""Part of the time in which memory may grow."""
+_GROWTH: Final = 1.10
+_GROWTH_BYTES: Final = 16 << 20
+"""Memory that is more than so much larger, by both measures, in the last quarter than in the second has grown."""
+_MOST_OPEN: Final = 2000
+
+_PATHS: Final[dict[str, Any]] = {
+    "/v1/chat/completions": lambda text, tokens: {
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": tokens,
+    },
+    "/generate": lambda text, tokens: {"text": text, "sampling_params": {"max_new_tokens": tokens}},
+}
+
+
+@dataclass
+class Soak:
+    """What is going on."""
+
+    args: argparse.Namespace
+    prefills: Sequence[EngineProcess]
+    decodes: Sequence[EngineProcess]
+    service: ServiceProcess
+    url: str
+    rng: Random
+    ends: Counter[str] = field(default_factory=Counter)
+    """What became of requests."""
+    kills: Counter[str] = field(default_factory=Counter)
+    memory: list[tuple[float, int]] = field(default_factory=list)
+    """Bytes of the largest process that places requests, and when."""
+    open: int = 0
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self) -> None:
+        """Have load and trouble for as long as was asked for."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_read=_GRACE)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with (
+            aiohttp.ClientSession(self.url, connector=connector, timeout=timeout) as session,
+            asyncio.TaskGroup() as tasks,
+        ):
+            others = [tasks.create_task(each) for each in (self._report(), self._kill_engines(), self._kill_workers())]
+            deadline = time.monotonic() + self.args.seconds
+            while time.monotonic() < deadline:
+                await asyncio.sleep(self.rng.expovariate(self.args.rate))
+                if self.open < _MOST_OPEN:
+                    tasks.create_task(self._ask(session))
+            self.over.set()
+            for each in others:
+                await each
+
+    async def _ask(self, session: aiohttp.ClientSession) -> None:
+        path = self.rng.choice(list(_PATHS))
+        stream = self.rng.random() < 0.5
+        text = "word " * int(self.rng.lognormvariate(4, 1))
+        body = {**_PATHS[path](text, self.rng.randint(1, 40)), "stream": stream}
+        leaves = self.rng.random() < self.args.leave
+        self.open += 1
+        try:
+            self.ends[await _outcome(session, path, body, leaves=leaves)] += 1
+        finally:
+            self.open -= 1
+
+    async def _kill_engines(self) -> None:
+        while not self.over.is_set():
+            await self._pause(_AT_PEACE + self.rng.expovariate(1 / self.args.kill_every))
+            if self.over.is_set():
+                return
+            role = self.rng.choice(("prefill", "decode"))
+            victim = self.rng.choice(self.prefills if role == "prefill" else self.decodes)
+            self.kills[role] += 1
+            await asyncio.to_thread(victim.stop, signal.SIGKILL)
+            await asyncio.sleep(self.rng.uniform(*_DOWN))
+            await asyncio.to_thread(victim.start)
+            await asyncio.to_thread(victim.wait_until_listening)
+
+    async def _kill_workers(self) -> None:
+        if self.args.workers < 2:  # then there would be nobody to place requests
+            return
+        while not self.over.is_set():
+            await self._pause(_AT_PEACE + self.rng.expovariate(1 / self.args.kill_every))
+            ready = [worker["pid"] for worker in await self._workers() if worker["ready"]]
+            if not self.over.is_set() and len(ready) == self.args.workers:
+                self.kills["worker"] += 1
+                os.kill(self.rng.choice(ready), signal.SIGKILL)
+
+    async def _workers(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = (await asyncio.to_thread(self.service.loads)).get("workers", [])
+        return found
+
+    async def _report(self) -> None:
+        began = time.monotonic()
+        while not self.over.is_set():
+            await self._pause(_REPORT)
+            pids = [worker["pid"] for worker in await self._workers()] or [self.service.pid]
+            bytes_ = max(map(_resident, pids))
+            now = time.monotonic() - began
+            self.memory.append((now, bytes_))
+            kills = ", ".join(f"{count} {kind}s" for kind, count in self.kills.items())
+            print(
+                f"{now:6.0f} s: {self.ends.total()} requests over, {self.open} open, {bytes_ >> 20} MiB; "
+                f"killed {kills or 'nobody'}; {_described(self.ends)}",
+                flush=True,
+            )
+
+    async def _pause(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.over.wait(), seconds)
+
+
+async def _outcome(session: aiohttp.ClientSession, path: str, body: dict[str, Any], *, leaves: bool) -> str:
+    text = b""
+    status = 0
+    try:
+        async with session.post(path, json=body) as answer:
+            status = answer.status
+            async for chunk in answer.content.iter_any():
+                text += chunk
+                if leaves:
+                    return "left"
+            if status != 200:
+                return f"{status} {answer.headers.get('x-dp-extproc-reason') or _code(text)}"
+    except TimeoutError:
+        return "nothing came any more" if text else "nothing came"
+    except aiohttp.ClientError as error:
+        return "cut after the first token" if status == 200 and text else f"{type(error).__name__} before a token"
+    whole = text.endswith(b"data: [DONE]\n\n") if body["stream"] else text.endswith(b"}")
+    return "answered" if whole and b'"length"' in text else "answered in part, as if it were whole"
+
+
+def _code(text: bytes) -> str:
+    try:
+        return str(json.loads(text)["error"]["code"])
+    except (ValueError, LookupError, TypeError):
+        return text[:200].decode(errors="replace")
+
+
+_FINE: Final = frozenset({"answered", "left", "cut after the first token"})
+
+
+def _described(ends: Counter[str]) -> str:
+    return ", ".join(f"{count} {end}" for end, count in ends.most_common())
+
+
+def _resident(pid: int) -> int:
+    """Read how much memory a process has; nothing once it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    line = next((line for line in status.splitlines() if line.startswith("VmRSS:")), "VmRSS: 0 kB")
+    return int(line.split()[1]) << 10
+
+
+def _has_grown(memory: Sequence[tuple[float, int]], seconds: float) -> tuple[float, float, bool]:
+    """Compare the second quarter of the time with the last."""
+
+    def median(begin: float, end: float) -> float:
+        found = [size for at, size in memory if begin * seconds <= at <= end * seconds + _REPORT]
+        return statistics.median(found) if found else 0.0
+
+    early, late = median(_WARM_UP, 0.5), median(0.75, 1.0)
+    return early, late, late > early * _GROWTH and late > early + _GROWTH_BYTES
+
+
+def _reserved(service: ServiceProcess) -> float:
+    """Add up what is on the books, once it has had time to leave them."""
+    deadline = time.monotonic() + 30
+    while True:
+        endpoints = service.loads()["endpoints"]
+        left = sum(float(rank["reserved"]["requests"]) for each in endpoints for rank in each["ranks"])
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.2)
+
+
+def _summarise(soak: Soak) -> int:
+    early, late, has_grown = _has_grown(soak.memory, soak.args.seconds)
+    left = _reserved(soak.service)
+    lost = {end: count for end, count in soak.ends.items() if end not in _FINE}
+    print(f"requests: {soak.ends.total()}: {_described(soak.ends)}")
+    print(f"killed: {dict(soak.kills)}")
+    print(f"memory: {early / (1 << 20):.1f} MiB, later {late / (1 << 20):.1f} MiB{': it has grown' * has_grown}")
+    print(f"reservations left: {left:g}")
+    print(f"lost: {sum(lost.values())}")
+    return 1 if has_grown or left or lost else 0
+
+
+def main() -> int:
+    """Run it."""
+    parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=3600.0)
+    parser.add_argument("--rate", type=float, default=200.0, help="requests per second")
+    parser.add_argument("--workers", type=int, default=2, help="processes of the service; one alone is not killed")
+    parser.add_argument("--servers", type=int, default=2, help="of each role")
+    parser.add_argument("--kill-every", type=float, default=15.0, metavar="SECONDS", help="on average")
+    parser.add_argument("--leave", type=float, default=0.02, metavar="SHARE", help="of clients that do not read on")
+    parser.add_argument("--time-scale", default="0.5", help="of the engines: 1 is about as slow as a real one")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    options = ("--dp-attention", "--time-scale", args.time_scale, *_PATIENCE)
+    with ExitStack() as running:
+        engines = [EngineProcess(role, 2, *options) for role in ("prefill", "decode") for _ in range(args.servers)]
+        for engine in engines:
+            running.push(engine)
+            engine.start()
+        for engine in engines:
+            engine.wait_until_listening()
+        prefills, decodes = engines[: args.servers], engines[args.servers :]
+        pool = {
+            "models": ["*"],
+            "prefill": {"endpoints": [engine.url for engine in prefills]},
+            "decode": {"endpoints": [engine.url for engine in decodes]},
+        }
+        load = {"interval": "1s", "stale_after": "5s"}
+        config = write_config([pool], load=load, listen={"workers": args.workers} if args.workers > 1 else {})
+        service = running.enter_context(ServiceProcess(config))
+        envoy = running.enter_context(EnvoyProcess(service.config, concurrency=2))
+        service.wait_until_fresh()
+        service.wait_until_ready()
+        soak = Soak(args, prefills, decodes, service, envoy.url, Random(args.seed))
+        asyncio.run(soak.run())
+        return _summarise(soak)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
