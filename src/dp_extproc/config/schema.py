@@ -90,6 +90,15 @@ class EnvoySettings(Section):
     """Goes with ``listen.tls``."""
 
 
+class Engine(StrEnum):
+    """What the servers of a pool run."""
+
+    AUTO = "auto"
+    """What answers /server_info is SGLang, what answers /version is vLLM."""
+    SGLANG = "sglang"
+    VLLM = "vllm"
+
+
 class LoadSource(StrEnum):
     """Which page of an engine tells its load."""
 
@@ -242,6 +251,7 @@ class PoolConfig(Section):
     prefill: _Endpoints | None = None
     decode: _Endpoints | None = None
     workers: _Endpoints | None = None
+    engine: Engine = Field(default=Engine.AUTO, strict=False)
     policy: PolicySettings = PolicySettings()
     api_key: ApiKeySource | None = None
     """What the pool's engines were started with (``--api-key``); None for none."""
@@ -253,6 +263,11 @@ class PoolConfig(Section):
             raise ValueError("a pool has either prefill and decode, or workers; split this one in two pools")
         if self.workers is None and not disaggregated:
             raise ValueError("a pool needs prefill and decode (disaggregated), or workers (aggregated)")
+        if disaggregated and self.engine is Engine.VLLM:
+            raise ValueError(
+                "vLLM's KV connectors run prefill before decode, and decode needs what prefill answered; Envoy sends "
+                "both legs at once. Write workers, for servers that do both"
+            )
         return self
 
     @property

@@ -15,7 +15,7 @@ from dp_extproc.engine.api.app import Server
 from dp_extproc.engine.release import Release
 from dp_extproc.engine.scheduler.costs import Costs
 from dp_extproc.engine.scheduler.work import Role
-from dp_extproc.engine.settings import Settings, Timeouts
+from dp_extproc.engine.settings import EngineKind, Settings, Timeouts
 
 _METHODS: Final = ("auto", "round_robin", "follow_bootstrap_room", "total_requests", "total_tokens")
 
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; where SGLang has one of the same meaning it has the same name."""
     default = Settings()
     add = parser.add_argument
+    add("--kind", type=EngineKind, choices=list(EngineKind), default=default.kind, help="whose contract it keeps")
     add("--role", type=Role, choices=list(Role), default=default.role, help="what the server does")
     add("--dp-size", type=_positive, default=default.dp_size, metavar="N", help="DP ranks")
     add("--port", type=int, required=True)
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bootstrap-port", type=int, default=default.bootstrap_port, help="of prefill's bootstrap server")
     add("--debug-port", type=int, metavar="PORT", help="of /debug, besides the API port: for faults of the latter")
     add("--sglang-version", type=_release, default=default.release, metavar="X.Y.Z", help="release to behave like")
+    add("--vllm-version", default=default.vllm_version, metavar="X.Y.Z", help="what a vLLM calls itself")
     add("--model", default=default.model, metavar="NAME", help="served model name")
     add("--dp-attention", action=argparse.BooleanOptionalAction, default=False, help="ranks take their steps together")
     add("--attn-tp-size", type=_positive, default=1, metavar="N", help="tensor-parallel ranks per DP rank")
@@ -91,9 +93,10 @@ async def _serve(settings: Settings) -> int:
 
 
 def _ready_line(settings: Settings) -> str:
+    like = f"vLLM {settings.vllm_version}" if settings.kind is EngineKind.VLLM else f"SGLang {settings.release}"
     bootstrap = f", bootstrap port {settings.bootstrap_port}" if settings.role is Role.PREFILL else ""
     return (
-        f"engine: {settings.role} with {settings.dp_size} DP ranks like SGLang {settings.release} is ready on "
+        f"engine: {settings.role} with {settings.dp_size} DP ranks like {like} is ready on "
         f"http://{settings.host}:{settings.port}{bootstrap}\n"
     )
 
@@ -107,6 +110,7 @@ def parse_settings(arguments: Sequence[str]) -> Settings:
 
 def _settings(args: argparse.Namespace) -> Settings:
     return Settings(
+        kind=args.kind,
         role=args.role,
         dp_size=args.dp_size,
         port=args.port,
@@ -114,6 +118,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         bootstrap_port=args.bootstrap_port,
         debug_port=args.debug_port,
         release=args.sglang_version,
+        vllm_version=args.vllm_version,
         model=args.model,
         dp_attention=args.dp_attention,
         attn_tp_size=args.attn_tp_size,

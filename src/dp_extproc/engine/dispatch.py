@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dp_extproc.engine.leg import Leg, RefusedError
 from dp_extproc.engine.scheduler.rank import Rank
 from dp_extproc.engine.scheduler.work import Role
-from dp_extproc.engine.settings import Settings
+from dp_extproc.engine.settings import EngineKind, Settings
 
 
 class ServerKilledError(Exception):
@@ -28,6 +28,8 @@ class Dispatcher:
         """
         rank, ranks = leg.routed_dp_rank, self.settings.dp_size
         if self.settings.release.routes_by_field and rank is not None and not 0 <= rank < ranks:
+            if self.settings.kind is EngineKind.VLLM:
+                raise RefusedError(f"data_parallel_rank {rank} is out of range [0, {ranks}).")
             raise RefusedError(f"routed_dp_rank={rank} out of range [0, {ranks})")
 
     def check_shape(self, leg: Leg) -> None:
@@ -50,6 +52,8 @@ class Dispatcher:
             return 0  # there is no controller
         if leg.routed_dp_rank is not None:
             return self._given(leg.routed_dp_rank, size)
+        if self.settings.kind is EngineKind.VLLM:
+            return _least_busy(ranks)
         if self.settings.follows_rooms:
             return self._by_room(leg, size)
         if self.settings.method in {"total_requests", "total_tokens"}:
@@ -75,6 +79,16 @@ class Dispatcher:
             return tokens, len(works)
 
         return min(ranks, key=load).dp_rank
+
+
+def _least_busy(ranks: Sequence[Rank]) -> int:
+    """Choose as vLLM's ``DPLBAsyncMPClient`` does: four times those that wait, plus those that run."""
+
+    def score(rank: Rank) -> int:
+        running = len(rank.running)
+        return 4 * (len(list(rank.works())) - running) + running
+
+    return min(ranks, key=score).dp_rank
 
 
 def conflict(leg: Leg, dp_rank: int, settings: Settings) -> str | None:

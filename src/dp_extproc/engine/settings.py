@@ -1,6 +1,7 @@
 """What an engine is started with."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from dp_extproc.engine.release import Release
 from dp_extproc.engine.scheduler.costs import Costs
@@ -32,10 +33,18 @@ class Timeouts:
     """/health waits this long before it looks for the token of its probe."""
 
 
+class EngineKind(StrEnum):
+    """Whose contract is kept."""
+
+    SGLANG = "sglang"
+    VLLM = "vllm"
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """The resolved options of an engine; times still unscaled."""
 
+    kind: EngineKind = EngineKind.SGLANG
     role: Role = Role.UNIFIED
     dp_size: int = 1
     port: int = 30000
@@ -43,6 +52,7 @@ class Settings:
     bootstrap_port: int = 8998
     debug_port: int | None = None
     release: Release = field(default_factory=lambda: Release(0, 5, 23))
+    vllm_version: str = "0.11.0"
     model: str = "strict-engine"
     dp_attention: bool = False
     attn_tp_size: int = 1

@@ -6,7 +6,8 @@ A rank that a server does not have must never be sent: before 0.5.10 it ends the
 from dataclasses import replace
 from typing import Final
 
-from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Mode, Role
+from dp_extproc.config.schema import Engine
+from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, Kind, LoadPage, Mode, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.fleet.server_info import DEFAULT_BOOTSTRAP_PORT, follows_rooms
 
@@ -28,6 +29,7 @@ def configured_facts(endpoint: Endpoint) -> EngineFacts | None:
         bootstrap_port=endpoint.bootstrap_port or DEFAULT_BOOTSTRAP_PORT,
         load_balance_method=None,
         follows_rooms=follows_rooms(None, mode, None),
+        kind=Kind.VLLM if endpoint.engine is Engine.VLLM else Kind.SGLANG,
     )
 
 
@@ -55,12 +57,18 @@ def without_foreign_ranks(page: LoadPage, facts: EngineFacts) -> LoadPage:
 
 def disagreement(endpoint: Endpoint, facts: EngineFacts, page: LoadPage | None = None) -> ScrapeFailure | None:
     """Tell how the sources differ, if they do. /server_info wins."""
+    if facts.kind is Kind.VLLM and endpoint.role is not Role.WORKER:
+        return _disagreement(
+            f"it is a vLLM server, which cannot be the {endpoint.role} side: its KV connectors run prefill before "
+            "decode, and both legs are sent at once; list it under workers"
+        )
     if (mode := MODE_OF[endpoint.role]) is not facts.mode:
         remedy = f"start it with --disaggregation-mode {mode}, or move it in the configuration"
         return _disagreement(
             f"its disaggregation_mode is {facts.mode}, but it is configured as {endpoint.role}; {remedy}"
         )
-    told = f"the engine has {facts.dp_ranks} DP rank(s) by /server_info"
+    page_of_facts = "/metrics" if facts.kind is Kind.VLLM else "/server_info"
+    told = f"the engine has {facts.dp_ranks} DP rank(s) by {page_of_facts}"
     if facts.listener is not None:
         rank, ranks = facts.listener
         if rank >= ranks:

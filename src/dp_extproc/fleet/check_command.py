@@ -14,6 +14,7 @@ from rich.text import Text
 from dp_extproc.config import ConfigError, LoadSource, load_config
 from dp_extproc.fleet.check import EngineReport, check_engines
 from dp_extproc.fleet.credentials import Credentials
+from dp_extproc.fleet.endpoint import EngineFacts, Kind
 from dp_extproc.fleet.recipe import capabilities
 from dp_extproc.fleet.roster import endpoints_of
 from dp_extproc.fleet.traps import Trap
@@ -85,13 +86,18 @@ def _row(report: EngineReport) -> Iterable[Text]:
         endpoint.url,
         endpoint.role.value,
         endpoint.pool,
-        "-" if facts is None else str(facts.version or "unknown"),
+        "-" if facts is None else _release(facts),
         "-" if facts is None else str(facts.dp_ranks),
         "-" if bootstrap is None else f"{bootstrap[0]}:{bootstrap[1]}",
         _PAGE[report.source],
     )
     yield from map(Text, cells)
     yield Text(report.state, style="green" if report.state == "ok" else "yellow" if report.is_usable else "red")
+
+
+def _release(facts: EngineFacts) -> str:
+    version = str(facts.version or "unknown")
+    return version if facts.kind is Kind.SGLANG else f"{facts.kind}-{version}"
 
 
 def _by_recipe(reports: Iterable[EngineReport]) -> list[tuple[str, list[str]]]:

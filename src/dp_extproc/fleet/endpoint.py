@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from dp_extproc.config.schema import Engine
+
 
 class Role(StrEnum):
     """What a server does for a pool."""
@@ -27,6 +29,7 @@ class Endpoint:
     """The one rank that answers here, of an engine that gives each rank a listener of its own."""
     bootstrap_host: str | None = None
     bootstrap_port: int | None = None
+    engine: Engine = Engine.AUTO
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -49,9 +52,16 @@ class Mode(StrEnum):
     UNIFIED = "null"
 
 
+class Kind(StrEnum):
+    """What a server runs."""
+
+    SGLANG = "SGLang"
+    VLLM = "vLLM"
+
+
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What an engine says of itself on /server_info."""
+    """What an engine says of itself: SGLang on /server_info, vLLM on /version, /v1/models and /metrics."""
 
     version: Version | None
     """None when the engine names no version that can be read."""
@@ -75,6 +85,7 @@ class EngineFacts:
     """Whether a longer prompt is cut into several steps; if not, it runs alone."""
     prefix_cache: bool = True
     """Whether its ranks keep the KV cache of prompts for others with the same beginning."""
+    kind: Kind = Kind.SGLANG
     listener: tuple[int, int] | None = None
     """``(rank, ranks)`` where each rank has a listener of its own: which one this is, of how many on the whole server.
     ``dp_ranks`` is 1 then."""

@@ -4,11 +4,12 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Final, TypeVar
 
 import httpx
 
-from dp_extproc.config.schema import LoadSettings
+from dp_extproc.config.schema import Engine, LoadSettings
 from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage
 from dp_extproc.fleet.loads_page import read_loads
@@ -16,6 +17,7 @@ from dp_extproc.fleet.metrics_page import read_metrics
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.fleet.reading import ReaderError
 from dp_extproc.fleet.server_info import read_server_info
+from dp_extproc.fleet.vllm_pages import facts_of, read_models, read_version, read_vllm_metrics
 
 FACTS_PATIENCE: Final = 3.0
 """/server_info waits for the schedulers' next step, /v1/loads does not: it may take this many times as long."""
@@ -75,6 +77,20 @@ class EngineClient:
 
     async def facts(self) -> EngineFacts:
         """Ask what the engine is."""
+        if self.endpoint.engine is Engine.VLLM:
+            return await self._vllm_facts()
+        try:
+            return await self._sglang_facts()
+        except ScrapeError as error:
+            foreign = error.is_absent or error.failure.kind is FailureKind.WRONG_SHAPE
+            if self.endpoint.engine is Engine.SGLANG or not foreign:
+                raise
+            try:
+                return await self._vllm_facts()
+            except ScrapeError as another:
+                raise (error if another.is_absent else another) from None
+
+    async def _sglang_facts(self) -> EngineFacts:
         seconds = self._settings.timeout * FACTS_PATIENCE
         try:
             return await self._read("/server_info", read_server_info, seconds)
@@ -83,6 +99,12 @@ class EngineClient:
                 raise
         return await self._read("/get_server_info", read_server_info, seconds)  # before 0.5.6
 
+    async def _vllm_facts(self) -> EngineFacts:
+        seconds = self._settings.timeout * FACTS_PATIENCE
+        version = await self._read("/version", read_version, seconds)
+        model = await self._read("/v1/models", read_models, seconds)
+        return await self._read("/metrics", partial(facts_of, version, model), seconds)
+
     async def loads(self) -> LoadPage:
         """Ask for ``/v1/loads``."""
         return await self._read("/v1/loads", read_loads, self._settings.timeout)
@@ -90,6 +112,10 @@ class EngineClient:
     async def metrics(self) -> LoadPage:
         """Ask for ``/metrics``."""
         return await self._read("/metrics", read_metrics, self._settings.timeout)
+
+    async def vllm_metrics(self) -> LoadPage:
+        """Ask a vLLM server for ``/metrics``."""
+        return await self._read("/metrics", read_vllm_metrics, self._settings.timeout)
 
     async def _look_up(self) -> str:
         host = self.endpoint.host
@@ -164,7 +190,7 @@ def _explain(path: str, status: int, *, key_shown: bool) -> str:
     if status in _ABSENT and path == "/v1/loads":
         return f"{message}: it exists from SGLang 0.5.8 on; set load.source to auto or metrics"
     if status in _ABSENT:
-        return f"{message}: is this an SGLang server?"
+        return f"{message}: is this an SGLang or vLLM server?"
     return message
 
 

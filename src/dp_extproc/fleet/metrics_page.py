@@ -14,14 +14,14 @@ Gauges have no time stamp and may be as old as SGLang likes: a decode rank refre
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
-from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from dp_extproc.fleet.endpoint import LoadPage, RankSample
-from dp_extproc.fleet.reading import unreadable, wrong_shape
+from dp_extproc.fleet.prometheus_text import needed_lines, parse_samples, rank_of
+from dp_extproc.fleet.reading import wrong_shape
 
 _USED: Final = "num_used_tokens"
 _CAPACITY: Final = "max_total_num_tokens"
@@ -41,13 +41,6 @@ _NEEDED: Final = re.compile(
 )
 _ANY_OF_SGLANG: Final = re.compile(rb"^(?:# (?:HELP|TYPE) )?sglang[:_]", re.MULTILINE)
 
-_LIMIT: Final = 1 << 53
-"""No count of tokens comes near; below it integers and floating point agree."""
-_MAX_BYTES: Final = 1 << 20
-"""Of needed lines; bounds the parser's work to half a second. Real servers print 8 lines of 130 bytes per rank."""
-_MAX_LINE_BYTES: Final = 2048
-_RANK: Final = re.compile(r"[0-9]{1,6}")
-
 _Gauges = Mapping[str, float]
 
 
@@ -57,57 +50,23 @@ def read_metrics(page: bytes) -> LoadPage:
     Raises:
         ReaderError: Whatever else the bytes are.
     """
-    lines = _needed_lines(page)
+    lines = needed_lines(page, _NEEDED)
     if not lines and not _ANY_OF_SGLANG.search(page):
         raise wrong_shape("/metrics has no sglang: series; is this an SGLang server's page?")
     gauges: dict[int, dict[str, float]] = defaultdict(dict)
     counters: list[Sample] = []
-    for sample in _parse(lines):
-        if not abs(sample.value) < _LIMIT:  # NaN is not
-            raise wrong_shape(f"/metrics says {str(sample.value)[:20]} for {sample.name}")
+    for sample in parse_samples(lines):
         name = sample.name[len("sglang:") :]
         if name == _PROMPT_TOKENS:
             counters.append(sample)
         elif sample.labels.get("pp_rank", "0") == "0" and not sample.labels.get("priority"):
-            of_rank = gauges[_dp_rank(sample)]
+            of_rank = gauges[rank_of(sample, "dp_rank")]
             of_rank[name] = max(sample.value, of_rank.get(name, 0.0))
     return LoadPage(
         ranks=tuple(_rank_sample(rank, gauges[rank]) for rank in sorted(gauges) if _USED in gauges[rank]),
         prompt_tokens=_total(counters),
         silent_ranks=tuple(rank for rank in sorted(gauges) if _USED not in gauges[rank]),
     )
-
-
-def _needed_lines(page: bytes) -> list[str]:
-    lines: list[str] = []
-    size = 0
-    for match in _NEEDED.finditer(page):
-        line = match[0]
-        if len(line) > _MAX_LINE_BYTES:
-            raise wrong_shape(f"/metrics has a line of {len(line)} bytes: {line[:60]!r}...")
-        size += len(line)
-        if size > _MAX_BYTES:
-            raise wrong_shape(f"/metrics has more than {_MAX_BYTES} bytes about load")
-        try:
-            lines.append(line.decode())
-        except UnicodeDecodeError:
-            raise unreadable(f"/metrics has a line that is not UTF-8: {line[:60]!r}...") from None
-    return lines
-
-
-def _parse(lines: Iterable[str]) -> Iterable[Sample]:
-    try:
-        families = list(text_string_to_metric_families("\n".join(lines)))
-    except (ValueError, LookupError, TypeError) as error:  # what the parser raises on lines it did not foresee
-        raise unreadable(f"/metrics is not Prometheus text: {error}") from None
-    return (sample for family in families for sample in family.samples)
-
-
-def _dp_rank(sample: Sample) -> int:
-    text = sample.labels.get("dp_rank", "0")
-    if not _RANK.fullmatch(text):
-        raise wrong_shape(f"/metrics has dp_rank={text[:20]!r} on {sample.name}")
-    return int(text)
 
 
 def _rank_sample(rank: int, gauges: _Gauges) -> RankSample:

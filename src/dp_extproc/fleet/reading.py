@@ -27,8 +27,8 @@ def unreadable(message: str) -> ReaderError:
     return ReaderError(FailureKind.UNREADABLE, message)
 
 
-def read_json(page: bytes, shape: type[Shape], name: str) -> Shape:
-    """Decode *page*, which is called *name* in messages, as *shape*.
+def read_json(page: bytes, shape: type[Shape], name: str, *, of: str = "SGLang") -> Shape:
+    """Decode *page*, which is called *name* in messages, as *shape*. It should be of this kind of engine.
 
     Raises:
         ReaderError: It is not JSON, or not of that shape.
@@ -36,6 +36,6 @@ def read_json(page: bytes, shape: type[Shape], name: str) -> Shape:
     try:
         return msgspec.json.decode(page, type=shape)
     except msgspec.ValidationError as error:
-        raise wrong_shape(f"{name} is not SGLang's: {error}") from None
+        raise wrong_shape(f"{name} is not {of}'s: {error}") from None
     except (ValueError, RecursionError) as error:  # DecodeError and UnicodeDecodeError are ValueErrors
         raise unreadable(f"{name} is not JSON: {error}") from None

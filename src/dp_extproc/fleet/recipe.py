@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from dp_extproc.fleet.endpoint import EngineFacts, Mode, Role, Version
+from dp_extproc.fleet.endpoint import EngineFacts, Kind, Mode, Role, Version
 from dp_extproc.fleet.server_info import METHODS_SINCE
 from dp_extproc.request.path import Api
 
@@ -34,6 +34,12 @@ ON_RESPONSES: Final = Version(0, 5, 20)
 ON_MESSAGES: Final = Version(0, 5, 22)
 """First with routing fields on /v1/messages."""
 
+VLLM_RANK_HEADER: Final = Version(0, 11, 0)
+"""First vLLM that reads ``X-data-parallel-rank`` (vllm-project/vllm#24945) ..."""
+_VLLM_RANK_HEADER_ON: Final = frozenset({Api.COMPLETIONS, Api.CHAT})
+"""... on these paths; on others it picks the rank itself."""
+_VLLM_APIS: Final = frozenset(Api) - {Api.GENERATE}
+
 _NEWEST: Final = Version(999_999, 0, 0)
 """Stands for an engine that does not tell its version: a build of somebody's own is rather new than old."""
 
@@ -45,6 +51,7 @@ _TABLE: Final[tuple[tuple[Version, frozenset[Api]], ...]] = (
 )
 """Which paths carry the disaggregation fields, from which release on."""
 
+RANK_HEADER: Final = "x-data-parallel-rank"
 _ROUTED_DP_RANK: Final = "routed_dp_rank"
 _DATA_PARALLEL_RANK: Final = "data_parallel_rank"
 
@@ -72,7 +79,9 @@ class Capabilities:
     apis: frozenset[Api]
     """Paths on which a request to it can carry what it needs."""
     rank_keys: dict[Api, str]
-    """What an aggregated server calls the rank in the body, by path; without an entry it cannot be told."""
+    """What an aggregated server calls the rank in the body, by path."""
+    rank_header_on: frozenset[Api] = frozenset()
+    """Paths on which an aggregated server reads the rank from the header ``X-data-parallel-rank``."""
 
     def serves(self, api: Api) -> bool:
         return api in self.apis
@@ -90,6 +99,8 @@ class Capabilities:
         elif role is Role.WORKER:
             keys = {key: [api for api in Api if self.rank_keys.get(api) == key] for key in self.rank_keys.values()}
             told = [f"{key} ({', '.join(apis)})" for key, apis in keys.items()]
+            if self.rank_header_on:
+                told.append(f"the header {RANK_HEADER} ({', '.join(sorted(self.rank_header_on))})")
             ways = f"rank by {'; '.join(told)}" if told else "rank by the engine itself"
         else:
             control = RankControl.BY_FIELD if self.carries_routed_rank else RankControl.BY_ROOM
@@ -102,6 +113,10 @@ class Capabilities:
             return ways
         prefill = "; prefill's rank by disagg_prefill_dp_rank" if self.carries_prefill_rank else ""
         return f"{ways}{prefill}; paths: {', '.join(api for api in Api if self.serves(api)) or 'none'}"
+
+    def takes_rank(self, api: Api) -> bool:
+        """Tell whether an aggregated server can be told the rank on a path."""
+        return api in self.rank_keys or api in self.rank_header_on
 
     def aggregated_rank_key(self, api: Api) -> str | None:
         return self.rank_keys.get(api)
@@ -116,6 +131,8 @@ def capabilities(facts: EngineFacts) -> Capabilities:
     follow rooms tells decode that rank, where requests cannot name the true one.
     """
     version = facts.version or _NEWEST
+    if facts.kind is Kind.VLLM:
+        return _vllm(facts, version)
     if facts.mode is Mode.UNIFIED:
         apis = frozenset(Api)  # it needs no fields; a path that it does not have it refuses itself
     else:
@@ -136,6 +153,19 @@ def capabilities(facts: EngineFacts) -> Capabilities:
         ),
         apis=apis,
         rank_keys=_rank_keys(version) if facts.listener is None else {},
+    )
+
+
+def _vllm(facts: EngineFacts, version: Version) -> Capabilities:
+    reads = version >= VLLM_RANK_HEADER and facts.dp_ranks > 1
+    return Capabilities(
+        carries_routed_rank=False,
+        carries_prefill_rank=False,
+        decode_control=RankControl.ENGINE,
+        only_first_prefill_rank=False,
+        apis=_VLLM_APIS,
+        rank_keys={},
+        rank_header_on=_VLLM_RANK_HEADER_ON if reads else frozenset(),
     )
 
 

@@ -15,6 +15,7 @@ def endpoints_of(config: Config) -> tuple[Endpoint, ...]:
             role=role,
             dp_size=each.dp_size,
             dp_rank=each.dp_rank,
+            engine=pool.engine,
             bootstrap_host=each.bootstrap_host,
             bootstrap_port=each.bootstrap_port,
         )

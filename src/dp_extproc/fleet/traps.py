@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from dp_extproc.fleet.agreement import MODE_OF
-from dp_extproc.fleet.endpoint import EngineFacts, Mode, Role
+from dp_extproc.fleet.endpoint import EngineFacts, Kind, Mode, Role
 from dp_extproc.fleet.recipe import (
     DISAGGREGATION,
     PREFILL_RANK,
     ROOM_CHECK_SKIPPED,
     ROUTED_RANK,
+    VLLM_RANK_HEADER,
     RankControl,
     capabilities,
 )
@@ -38,6 +39,8 @@ class Trap:
 
 def traps(facts: EngineFacts, role: Role) -> tuple[Trap, ...]:
     """Tell every pitfall of an engine in a role, the worst first."""
+    if facts.kind is Kind.VLLM:
+        return tuple(_of_vllm(facts, role))
     found = [*_of_any(facts, role), *_of_reading(facts, role)]
     if role is Role.WORKER:
         found += _of_worker(facts)
@@ -45,6 +48,25 @@ def traps(facts: EngineFacts, role: Role) -> tuple[Trap, ...]:
         found += _of_disaggregated(facts)
         found += _of_prefill(facts) if role is Role.PREFILL else _of_decode(facts)
     return tuple(sorted(found, key=lambda trap: not trap.unusable))
+
+
+def _of_vllm(facts: EngineFacts, role: Role) -> Iterator[Trap]:
+    if role is not Role.WORKER:
+        yield Trap(
+            "vllm_disaggregated",
+            "vLLM's KV connectors run prefill before decode, and decode needs what prefill answered: both legs cannot "
+            "be sent at once",
+            "list it under workers; keep vLLM's own proxy for disaggregated vLLM",
+            unusable=True,
+        )
+    if facts.version is None:
+        yield Trap("unknown_version", "it is treated like the newest vLLM", "use a release")
+    elif facts.version < VLLM_RANK_HEADER and facts.dp_ranks > 1:
+        yield Trap(
+            "rank_not_carried",
+            "its release reads no rank from requests: vLLM itself picks it",
+            f"upgrade to vLLM {VLLM_RANK_HEADER}, or give each rank a port of its own (--data-parallel-external-lb)",
+        )
 
 
 def _of_any(facts: EngineFacts, role: Role) -> Iterator[Trap]:

@@ -13,7 +13,7 @@ from dp_extproc.fleet.agreement import (
     page_of_listener,
     without_foreign_ranks,
 )
-from dp_extproc.fleet.endpoint import EngineFacts, LoadPage, Role
+from dp_extproc.fleet.endpoint import EngineFacts, Kind, LoadPage, Role
 from dp_extproc.fleet.engine_client import EngineClient, ScrapeError
 from dp_extproc.fleet.observer import FailureKind, FleetObserver, ScrapeFailure
 
@@ -97,7 +97,7 @@ class EngineWatch:
     async def _sample(self, facts: EngineFacts) -> ScrapeFailure | None:
         started = self._clock()
         try:
-            page = page_of_listener(await self._load_page(), facts)
+            page = page_of_listener(await self._load_page(facts), facts)
             if self._source is LoadSource.LOADS:
                 page = await self._with_prompt_tokens(page, facts)
         except ScrapeError as error:
@@ -105,7 +105,10 @@ class EngineWatch:
         self._observer.sampled(self._endpoint, without_foreign_ranks(page, facts), started, self._clock())
         return disagreement(self._endpoint, facts, page)
 
-    async def _load_page(self) -> LoadPage:
+    async def _load_page(self, facts: EngineFacts) -> LoadPage:
+        if facts.kind is Kind.VLLM:
+            self._source = LoadSource.METRICS
+            return await self._engine.vllm_metrics()
         try:
             return await (self._engine.metrics() if self._source is LoadSource.METRICS else self._engine.loads())
         except ScrapeError as error:

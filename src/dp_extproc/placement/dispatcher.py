@@ -13,7 +13,8 @@ from dp_extproc.config.reliability import AdmissionSettings
 from dp_extproc.config.schema import ClientRanks, LoadSignal, PoolConfig
 from dp_extproc.extproc import names
 from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
-from dp_extproc.fleet.endpoint import Role
+from dp_extproc.fleet.endpoint import Kind, Role
+from dp_extproc.fleet.recipe import RANK_HEADER
 from dp_extproc.fleet.server_info import DEFAULT_BOOTSTRAP_PORT
 from dp_extproc.placement.admission import Admission, is_too_long, largest_capacity
 from dp_extproc.placement.attempt import NOBODY, AttemptObserver
@@ -198,12 +199,17 @@ class Dispatcher:
                 return self._refuse_for_room(pool, Role.WORKER, hosts, request, demand)
             side = pool.picker.worker(roomy, demand, now, pin)
         rank_key = side.host.capabilities.aggregated_rank_key(request.api)
-        if rank_key is None and side.host.facts.listener is None:
+        if not side.host.capabilities.takes_rank(request.api) and len(side.host.ranks) > 1:
             side = replace(side, rank=None)
         on_answer = partial(self._prompt_done, pool, side.host, request.prompt)
         attempt = self.ledger.open_worker(side, demand, now, on_prefill_answer=on_answer)
         body = rewrite_aggregated(request.body, rank_key, side.rank)
-        headers = ((names.DECODE_HOST, side.host.address.encode()), *self._credentials.headers(pool.name))
+        in_header = side.rank if request.api in side.host.capabilities.rank_header_on else None
+        headers = (
+            (names.DECODE_HOST, side.host.address.encode()),
+            *(((RANK_HEADER, b"%d" % in_header),) if in_header is not None else ()),
+            *self._credentials.headers(pool.name),
+        )
         side.host.health.sent(now)
         return Decision(body, headers, _metadata(pool, request, side), attempt, streaming=request.stream)
 
@@ -319,7 +325,10 @@ class Dispatcher:
         if not hosts:
             message = f"no {role} server of the pool for {pool.name} has been reached yet; try again shortly"
             return Rejection(503, Reason.NO_ENDPOINTS, message, headers=_TRY_AGAIN)
-        versions = ", ".join(sorted({str(host.facts.version) for host in hosts}))
+        versions = ", ".join(sorted({f"{host.facts.kind} {host.facts.version}" for host in hosts}))
+        if all(host.facts.kind is Kind.VLLM for host in hosts):
+            message = f"{api.value} is not a path of the servers of this model ({versions})"
+            return Rejection(400, Reason.CANNOT_CARRY_ROUTING, message)
         message = f"{api.value} needs a newer SGLang than the {role} servers of this model run ({versions})"
         return Rejection(400, Reason.ENGINE_TOO_OLD, message)
 

@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from dp_extproc.engine.api import errors, loads, metrics, pages, unroutable
+from dp_extproc.engine.api import errors, loads, metrics, pages, unroutable, vllm
 from dp_extproc.engine.api.completions import chat, completions
 from dp_extproc.engine.api.exchange import LISTENER, Exchange
 from dp_extproc.engine.api.faults import BOOTSTRAP, INFERENCE, Fault, Faults, Kind
@@ -26,7 +26,7 @@ from dp_extproc.engine.engine import Engine, kill_server
 from dp_extproc.engine.leg import RefusedError
 from dp_extproc.engine.listener import Listener
 from dp_extproc.engine.scheduler.work import Role
-from dp_extproc.engine.settings import Settings
+from dp_extproc.engine.settings import EngineKind, Settings
 from dp_extproc.engine.ticket import Ticket
 
 _INFERENCE: Final[dict[str, Callable[[Exchange], Awaitable[Response]]]] = {
@@ -67,6 +67,8 @@ class Server:
 
     def app(self) -> ASGIApp:
         """Build the application of the API port."""
+        if self.settings.kind is EngineKind.VLLM:
+            return self._vllm_app()
         release = self.settings.release
         routes = [Route(path, self._inference, methods=["POST"]) for path in _INFERENCE]
         routes.append(Route("/generate", self._inference, methods=["PUT"]))
@@ -93,6 +95,25 @@ class Server:
         return _Authentication(
             Starlette(routes=routes, exception_handlers={HTTPException: _detail}), self.settings.api_key
         )
+
+    def _vllm_app(self) -> ASGIApp:
+        routes = [Route(path, self._inference, methods=["POST"]) for path in vllm.PATHS]
+        routes += [
+            Route("/v1/models", self._page("models", self._models)),
+            Route("/version", self._page("server_info", self._vllm_version)),
+            Route("/metrics", self._page("metrics", self._vllm_metrics)),
+            Route("/health", pages.ready),
+            *self._debug(),
+        ]
+        app = Starlette(routes=routes, exception_handlers={HTTPException: _detail})
+        # vLLM asks for the key below /v1 only.
+        return _Authentication(app, self.settings.api_key, ("/health", "/metrics", "/version", "/debug"))
+
+    async def _vllm_version(self, _: Request) -> Response:
+        return errors.json_response({"version": self.settings.vllm_version})
+
+    async def _vllm_metrics(self, _: Request) -> Response:
+        return Response(vllm.metrics_page(self.engine), headers={"content-type": metrics.CONTENT_TYPE})
 
     def _debug(self) -> list[Route]:
         return [
@@ -129,7 +150,7 @@ class Server:
             return errors.invalid_type(error)
         except RefusedError as error:
             record.refuse(400, error.message)
-            return errors.refused(path, error)
+            return vllm.refused(error) if self.settings.kind is EngineKind.VLLM else errors.refused(path, error)
         except IndexError as error:  # a list of rooms that is shorter than the batch
             record.refuse(500, str(error))
             return PlainTextResponse("Internal Server Error", 500)
@@ -217,9 +238,10 @@ class _OfRank:
 class _Authentication:
     """SGLang's API key middleware: everything but the exempt prefixes and OPTIONS needs the key."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, api_key: str | None, open_to_all: tuple[str, ...] = _OPEN_TO_ALL) -> None:
         self._app = app
         self._api_key = api_key
+        self._open_to_all = open_to_all
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._is_allowed(scope):
@@ -228,7 +250,7 @@ class _Authentication:
         await self._app(scope, receive, send)
 
     def _is_allowed(self, scope: Scope) -> bool:
-        if self._api_key is None or scope["method"] == "OPTIONS" or scope["path"].startswith(_OPEN_TO_ALL):
+        if self._api_key is None or scope["method"] == "OPTIONS" or scope["path"].startswith(self._open_to_all):
             return True
         return Headers(scope=scope).get("authorization") == f"Bearer {self._api_key}"
 

@@ -10,11 +10,12 @@ from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from dp_extproc.engine.api.fields import InvalidBodyError, Reader, RoutingFields, legs
+from dp_extproc.engine.api.fields import InvalidBodyError, Reader, RoutingFields, legs, read_rank_header
 from dp_extproc.engine.api.journal import Record
 from dp_extproc.engine.engine import Engine
 from dp_extproc.engine.leg import Failure, Finished
 from dp_extproc.engine.scheduler.work import Role
+from dp_extproc.engine.settings import EngineKind
 from dp_extproc.engine.text import output_text
 from dp_extproc.engine.ticket import Ticket
 
@@ -88,6 +89,8 @@ class Exchange:
     def fields(self, body: Mapping[str, Any]) -> RoutingFields:
         """Read the routing fields from the body and the headers."""
         settings = self.engine.settings
+        if settings.kind is EngineKind.VLLM:
+            return read_rank_header(self.request.headers)
         return Reader(settings.release, self.path, settings.header_overrides).read(body, self.request.headers)
 
     def submit(

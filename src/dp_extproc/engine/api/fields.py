@@ -92,6 +92,16 @@ class Reader:
         return fields
 
 
+def read_rank_header(headers: Mapping[str, str]) -> RoutingFields:
+    """Read all that vLLM takes of routing; what is no number counts as absent (``_get_data_parallel_rank``)."""
+    fields = RoutingFields()
+    try:
+        fields.routed_dp_rank = int(headers.get("x-data-parallel-rank", ""))
+    except ValueError:
+        fields.routed_dp_rank = None
+    return fields
+
+
 def legs(
     fields: RoutingFields, prompts: list[bytes], max_new_tokens: int, samples: int, *, is_batch: bool
 ) -> list[Leg]:
