@@ -97,7 +97,7 @@ def _internal_manager(
         common_http_protocol_options=HttpProtocolOptions(max_headers_count=MAX_HEADERS_COUNT),
         max_request_headers_kb=MAX_HEADERS_KB,
         stream_idle_timeout=_NO_TIMEOUT,
-        delayed_close_timeout=_NO_TIMEOUT,
+        delayed_close_timeout=_CLOSE_DELAY,
         access_log=[access_log],
         local_reply_config=replies,
     )
