@@ -99,7 +99,7 @@ def run_stack(
     In the end nothing may be on the books.
     """
     flags = ("--sglang-version", version, "--dp-attention", *FAST, *options)
-    of_pool = {key: sections.pop(key) for key in ("policy", "api_key") if key in sections}
+    of_pool: dict[str, Any] = {key: sections.pop(key) for key in ("policy", "api_key") if key in sections}
     with ExitStack() as running:
         prefill = [EngineProcess("prefill", PREFILL_RANKS, *flags) for _ in range(prefills)]
         decode = [EngineProcess("decode", DECODE_RANKS, *flags) for _ in range(decodes)]

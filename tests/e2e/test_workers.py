@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -89,6 +90,36 @@ def under_load(stack: Stack, trouble: Callable[[], None]) -> Load:
         return load
 
     return asyncio.run(story())
+
+
+def per_worker(stack: Stack, metric: str, role: str) -> dict[str, float]:
+    """Add up a metric of the ranks of a role, worker by worker."""
+    found: dict[str, float] = {"0": 0.0, "1": 0.0}
+    line = re.compile(rf'^{metric}{{worker="(\d)",.*role="{role}".*}} (.*)$', re.MULTILINE)
+    for worker, value in line.findall(stack.service.metrics()):
+        found[worker] += float(value)
+    return found
+
+
+def test_load_is_counted_once_whichever_worker_places_it(workers: Stack) -> None:
+    """Envoy takes the workers in turn; each knows of all requests, and places the next one by all of them."""
+
+    async def story() -> None:
+        async with (
+            httpx.AsyncClient(base_url=workers.envoy.url, timeout=60, trust_env=False) as client,
+            asyncio.TaskGroup() as clients,
+        ):
+            for count in range(1, 5):
+                clients.create_task(client.post("/generate", json=STREAM))
+                await asyncio.to_thread(wait_for, partial(both_know_of, count))
+
+    def both_know_of(count: int) -> bool:
+        return per_worker(workers, "dp_extproc_reserved_requests", "decode") == {"0": count, "1": count}
+
+    asyncio.run(story())
+
+    assert per_worker(workers, "dp_extproc_picks_total", "decode") == {"0": 2, "1": 2}
+    assert sorted(request["rank"] for request in workers.decodes[0].requests()) == [0, 0, 1, 1]
 
 
 def is_back(stack: Stack, index: int, pid: int) -> bool:

@@ -1,5 +1,6 @@
 """The service as a process: how it starts, what it shows, how it ends."""
 
+import asyncio
 import re
 import signal
 import socket
@@ -17,6 +18,7 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dp_extproc.config import parse_config
+from dp_extproc.operate.process import serve
 from dp_extproc.operate.sockets import StartError, owner_address
 from dp_extproc.testbed.ports import free_port
 from dp_extproc.testbed.service import ServiceProcess, write_config
@@ -134,6 +136,15 @@ def test_a_taken_port_is_said_plainly(tmp_path: Path, listener: str) -> None:
     assert result.returncode == 1
     assert f"cannot listen on {address} (listen.{listener})" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_port_that_is_taken_later_is_said_plainly_too(tmp_path: Path) -> None:
+    """Between the first look at the ports and listening on them somebody else may come."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        text = yaml.safe_dump(write_config(pools(), listen={"grpc": address}))
+        with pytest.raises(StartError, match=r"cannot listen on .* \(listen\.grpc\)"):
+            asyncio.run(serve(parse_config(text), text, tmp_path / "config.yaml"))
 
 
 def test_a_bad_file_is_reported_before_anything_starts(tmp_path: Path) -> None:

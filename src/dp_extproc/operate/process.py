@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ from dp_extproc.operate.admin import AdminServer
 from dp_extproc.operate.readiness import Readiness
 from dp_extproc.operate.reload import Reloader
 from dp_extproc.operate.router import Router
-from dp_extproc.operate.sockets import cannot_listen, listen, listen_privately, owner_address
+from dp_extproc.operate.sockets import StartError, cannot_listen, listen, listen_privately, owner_address
 from dp_extproc.operate.tls import server_credentials
 from dp_extproc.operate.worker import WorkerSeat, seat_config
 
@@ -77,24 +77,37 @@ async def serve(written: Config, text: str, path: Path, seat: WorkerSeat | None 
     loop.add_signal_handler(signal.SIGHUP, reloader.ask)
     if seat is not None:
         seat.listen_to_parent(told=reloader.ask, gone=stopping.set)
-    async with asyncio.TaskGroup() as tasks:
-        background = [tasks.create_task(each) for each in (*router.tasks(), readiness.run(), reloader.run())]
-        admin_task = tasks.create_task(admin.run_on_socket())
-        await router.look_around()  # or the first requests would be refused for want of engines
-        async with _grpc_server(config, router.service, health):
-            where = config.listen.admin if seat is None else "the parent's port"
-            _log.info("dp-extproc %s: ext_proc on %s, admin on %s", __version__, config.listen.grpc, where)
-            await stopping.wait()
-            drain = router.config.drain
-            _log.info("stopping: not ready from now on, answering for another %gs", drain)
-            await readiness.stop()
-            stopping.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stopping.wait(), drain)  # a second signal cuts it short
-        for task in background:
-            task.cancel()
-        admin.should_exit = True
-        await admin_task
+    with admin_socket, _start_error_alone():
+        async with asyncio.TaskGroup() as tasks:
+            background = [tasks.create_task(each) for each in (*router.tasks(), readiness.run(), reloader.run())]
+            admin_task = tasks.create_task(admin.run_on_socket())
+            await router.look_around()  # or the first requests would be refused for want of engines
+            async with _grpc_server(config, router.service, health):
+                where = config.listen.admin if seat is None else "the parent's port"
+                _log.info("dp-extproc %s: ext_proc on %s, admin on %s", __version__, config.listen.grpc, where)
+                await stopping.wait()
+                drain = router.config.drain
+                _log.info("stopping: not ready from now on, answering for another %gs", drain)
+                await readiness.stop()
+                stopping.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(stopping.wait(), drain)  # a second signal cuts it short
+            for task in background:
+                task.cancel()
+            admin.should_exit = True
+            await admin_task
+
+
+@contextlib.contextmanager
+def _start_error_alone() -> Iterator[None]:
+    """Take a :class:`StartError` out of the group that a task group makes of it."""
+    try:
+        yield
+    except ExceptionGroup as errors:
+        refused = errors.subgroup(StartError)
+        if refused is not None:
+            raise refused.exceptions[0] from None
+        raise
 
 
 @contextlib.asynccontextmanager
