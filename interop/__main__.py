@@ -14,6 +14,7 @@ import httpx
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
 from interop.cases import CASES, PATIENCE_SECONDS, Rig, unified_answers
+from interop.record import record_logprobs
 from interop.report import Report
 from interop.servers import SHAPES, RealServer, Shape, run_servers
 
@@ -33,6 +34,7 @@ def run(shape: Shape, venv: Path, folder: Path, report: Report) -> None:
         with run_servers(unified):
             answers = unified_answers(client, unified)
         with run_servers(prefill, decode):
+            record_logprobs(client, prefill, decode, folder / "recorded" / shape.model)
             print(f"{shape.name}: servers are up after {time.monotonic() - began:.0f} s", flush=True)
             with ServiceProcess(write_config([pool])) as service, EnvoyProcess(service.config) as envoy:
                 service.wait_until_fresh()

@@ -11,7 +11,7 @@ ROOT = Path(dp_extproc.__file__).parent
 
 _EXTPROC = ("names", "events", "chunks", "precheck", "exchange", "first_event", "supervision")
 CORE = [
-    *("request", "placement", "config", "workload", "engine/scheduler", "engine/text.py"),
+    *("request", "response", "placement", "config", "workload", "engine/scheduler", "engine/text.py"),
     *(
         f"fleet/{name}.py"
         for name in (
@@ -21,6 +21,8 @@ CORE = [
             "agreement",
             "loads_page",
             "metrics_page",
+            "prometheus_text",
+            "vllm_pages",
             "server_info",
             "observer",
             "reading",

@@ -1,0 +1,1 @@
+"""Answers, where they are more than passed on. Pure."""
