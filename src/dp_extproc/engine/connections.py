@@ -7,8 +7,13 @@ open requests cost more than everything else here. So each request has a client 
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 import httpx
+
+_KEEPALIVE_SECONDS: Final = 3.0
+"""Well below the 5 s after which the bootstrap server closes an idle connection (uvicorn's ``timeout_keep_alive``): what
+is sent into one that closes just then looks like a lost prefill server."""
 
 
 class Clients:
@@ -39,6 +44,7 @@ class Clients:
             await client.aclose()
 
     def _new(self) -> httpx.AsyncClient:
-        client = httpx.AsyncClient(timeout=self._timeout, verify=self._tls, trust_env=False)
+        limits = httpx.Limits(keepalive_expiry=_KEEPALIVE_SECONDS)
+        client = httpx.AsyncClient(timeout=self._timeout, limits=limits, verify=self._tls, trust_env=False)
         self._all.append(client)
         return client
