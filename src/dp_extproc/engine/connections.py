@@ -12,8 +12,8 @@ from typing import Final
 import httpx
 
 _KEEPALIVE_SECONDS: Final = 3.0
-"""Well below the 5 s after which the bootstrap server closes an idle connection (uvicorn's ``timeout_keep_alive``): what
-is sent into one that closes just then looks like a lost prefill server."""
+"""Below the 5 s after which the bootstrap server closes an idle connection (uvicorn's ``timeout_keep_alive``): what is
+sent into one that closes just then looks like a lost prefill server."""
 
 
 class Clients:
