@@ -1,5 +1,7 @@
 """The version matrix and the pitfalls, row by row."""
 
+from dataclasses import replace
+
 import pytest
 
 from dp_extproc.fleet.endpoint import EngineFacts, Mode, Role
@@ -143,6 +145,27 @@ def test_aggregated_rank_key(
 
     assert [takes.aggregated_rank_key(api) for api in Api] == [generate, openai, openai, responses, messages]
     assert all(takes.serves(api) for api in Api)
+
+
+@pytest.mark.parametrize(
+    ("version", "reads", "apis"),
+    [
+        ("0.5.14", True, set[Api]()),
+        ("0.5.15", True, {Api.GENERATE}),
+        ("0.5.17", True, {Api.GENERATE}),
+        ("0.5.18", True, {Api.GENERATE, Api.CHAT}),
+        ("0.5.22", True, {Api.GENERATE, Api.CHAT, Api.MESSAGES}),
+        ("0.5.23", False, set[Api]()),
+        ("0.5.23", None, set[Api]()),
+    ],
+)
+def test_overrides(version: str, reads: bool | None, apis: set[Api]) -> None:
+    """Paths on which headers can carry, where the engine reads them; where it was asked and does not, that is said."""
+    engine = replace(facts(version, Mode.DECODE), reads_overrides=reads)
+
+    assert capabilities(engine).overrides_on == apis
+    codes = {trap.code for trap in traps(engine, Role.DECODE)}
+    assert ("overrides_not_read" in codes) == (reads is False)
 
 
 PREFILL, DECODE, UNIFIED = Mode.PREFILL, Mode.DECODE, Mode.UNIFIED

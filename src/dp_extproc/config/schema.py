@@ -99,6 +99,14 @@ class Engine(StrEnum):
     VLLM = "vllm"
 
 
+class Carrier(StrEnum):
+    """What tells the engines of a disaggregated pool where a request runs."""
+
+    BODY = "body"
+    HEADERS = "headers"
+    """``x-override-*``, on requests that headers can carry; others by the body."""
+
+
 class LoadSource(StrEnum):
     """Which page of an engine tells its load."""
 
@@ -252,6 +260,7 @@ class PoolConfig(Section):
     decode: _Endpoints | None = None
     workers: _Endpoints | None = None
     engine: Engine = Field(default=Engine.AUTO, strict=False)
+    carrier: Carrier = Field(default=Carrier.BODY, strict=False)
     policy: PolicySettings = PolicySettings()
     api_key: ApiKeySource | None = None
     """What the pool's engines were started with (``--api-key``); None for none."""
@@ -263,6 +272,8 @@ class PoolConfig(Section):
             raise ValueError("a pool has either prefill and decode, or workers; split this one in two pools")
         if self.workers is None and not disaggregated:
             raise ValueError("a pool needs prefill and decode (disaggregated), or workers (aggregated)")
+        if self.carrier is Carrier.HEADERS and not disaggregated:
+            raise ValueError("carrier: headers is for disaggregated pools; leave it out")
         if disaggregated and self.engine is Engine.VLLM:
             raise ValueError(
                 "vLLM's KV connectors run prefill before decode, and decode needs what prefill answered; Envoy sends "

@@ -1,4 +1,4 @@
-"""The Lua filter that turns the mirrored decode body into the prefill leg's body."""
+"""The Lua filter that turns the mirrored decode leg into the prefill leg: its body, or its headers."""
 
 from typing import Final
 
@@ -7,10 +7,27 @@ from envoy_data_plane.envoy.extensions.filters.http.lua.v3 import Lua
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 from envoy_data_plane.google.protobuf import Any
 
-from dp_extproc.extproc.names import PREFILL_PREFIX, PREFIX_LENGTH
+from dp_extproc.extproc.names import (
+    OVERRIDE_RANK,
+    OVERRIDE_RID,
+    PREFILL_PREFIX,
+    PREFILL_RANK,
+    PREFILL_RID,
+    PREFIX_LENGTH,
+)
 
 _SCRIPT: Final = f"""\
 function envoy_on_request(request)
+  local headers = request:headers()
+  local rid = headers:get("{PREFILL_RID}")
+  if rid then
+    local rank = headers:get("{PREFILL_RANK}")
+    headers:remove("{OVERRIDE_RANK}")  -- the decode leg's
+    if rank then headers:add("{OVERRIDE_RANK}", rank) end
+    headers:replace("{OVERRIDE_RID}", rid)
+    headers:remove("{PREFILL_RID}")
+    return
+  end
   local length = tonumber(string.match(request:headers():get("{PREFIX_LENGTH}") or "", "^%d+$"))
   local prefix = request:headers():get("{PREFILL_PREFIX}")
   local body = request:body()  -- waits for the whole body

@@ -315,16 +315,17 @@ class Exchange:
                 self._state, self._refused, self._body = _State.WAITING, decision, [body]
                 return ()
             return self._refuse(decision)
-        assert decision.body is not None  # noqa: S101 - an inference request is always rewritten
         self._body = []
         self.decision = decision
         self._state = _State.SENT
-        length = ("content-length", b"%d" % len(decision.body))
         if self._mode is BodyMode.DUPLEX:
             # Envoy itself removes the content-length of a streamed body.
             head = self._mutate(Phase.REQUEST_HEADERS, decision, decision.headers)
-            chunks = cut(decision.body, end_of_stream=not self._trailers)
+            chunks = cut(body if decision.body is None else decision.body, end_of_stream=not self._trailers)
             return (head, *chunks, Continue(Phase.REQUEST_TRAILERS)) if self._trailers else (head, *chunks)
+        if decision.body is None:
+            return (self._mutate(Phase.REQUEST_BODY, decision, decision.headers),)
+        length = ("content-length", b"%d" % len(decision.body))
         return (self._mutate(Phase.REQUEST_BODY, decision, (*decision.headers, length), decision.body),)
 
     def _mutate(

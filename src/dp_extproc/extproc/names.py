@@ -10,6 +10,14 @@ PREFILL_PREFIX: Final = "x-dp-prefill-prefix"
 """The first bytes of the prefill leg's body, up to where both legs' bodies are the same."""
 PREFIX_LENGTH: Final = "x-dp-prefix-length"
 """How many bytes of the decode leg's body the prefill prefix replaces."""
+PREFILL_RID: Final = "x-dp-prefill-rid"
+"""Where headers carry the routing fields: the prefill leg's request id. The bodies of both legs are the same then."""
+PREFILL_RANK: Final = "x-dp-prefill-rank"
+"""Likewise the rank that the prefill leg is to run on; absent where the room alone leads to it."""
+OVERRIDE_PREFIX: Final = "x-override-"
+"""SGLang's headers that beat the body, where it is told to read them."""
+OVERRIDE_RID: Final = "x-override-rid"
+OVERRIDE_RANK: Final = "x-override-routed-dp-rank"
 OWNER: Final = "x-dp-owner"
 """``IP:port`` of the service process that placed the request and keeps its books."""
 LEG: Final = "x-dp-leg"
@@ -28,7 +36,7 @@ SESSION: Final = "x-dp-session"
 OWNED_PREFIX: Final = "x-dp-"
 """Every header under it is ours: stripped from clients, and before a request leaves for an engine."""
 
-FOREIGN_PREFIXES: Final = (OWNED_PREFIX, "x-override-", "x-envoy-")
+FOREIGN_PREFIXES: Final = (OWNED_PREFIX, OVERRIDE_PREFIX, "x-envoy-")
 """Client-sent headers under these prefixes would steer Envoy or override the body's rank in the engine."""
 FOREIGN_NAMES: Final = ("x-data-parallel-rank",)
 """Likewise, by full name: SGLang lets this header win over ``routed_dp_rank`` in the body."""

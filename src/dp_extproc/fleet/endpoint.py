@@ -30,6 +30,8 @@ class Endpoint:
     bootstrap_host: str | None = None
     bootstrap_port: int | None = None
     engine: Engine = Engine.AUTO
+    needs_overrides: bool = False
+    """Whether it is to be told ranks and rooms by headers."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -86,6 +88,9 @@ class EngineFacts:
     prefix_cache: bool = True
     """Whether its ranks keep the KV cache of prompts for others with the same beginning."""
     kind: Kind = Kind.SGLANG
+    reads_overrides: bool | None = None
+    """Whether ``x-override-*`` headers are obeyed (SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES=1); None when nobody needs
+    to know."""
     listener: tuple[int, int] | None = None
     """``(rank, ranks)`` where each rank has a listener of its own: which one this is, of how many on the whole server.
     ``dp_ranks`` is 1 then."""

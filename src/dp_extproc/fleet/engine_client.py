@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Final, TypeVar
 
@@ -16,6 +17,7 @@ from dp_extproc.fleet.loads_page import read_loads
 from dp_extproc.fleet.metrics_page import read_metrics
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.fleet.reading import ReaderError
+from dp_extproc.fleet.recipe import OVERRIDES_ON_GENERATE
 from dp_extproc.fleet.server_info import read_server_info
 from dp_extproc.fleet.vllm_pages import facts_of, read_models, read_version, read_vllm_metrics
 
@@ -23,6 +25,10 @@ FACTS_PATIENCE: Final = 3.0
 """/server_info waits for the schedulers' next step, /v1/loads does not: it may take this many times as long."""
 KEEPALIVE_SECONDS: Final = 4.0
 """Shorter than uvicorn's 5 s (``timeout_keep_alive``), or the engine closes a connection as it is used again."""
+
+_PROBED: Final = "x-override-routed-dp-rank"
+_NO_RANK: Final = 1_000_000
+_ERROR_BYTES: Final = 65_536
 
 _ABSENT: Final = frozenset({404, 405})
 
@@ -80,7 +86,8 @@ class EngineClient:
         if self.endpoint.engine is Engine.VLLM:
             return await self._vllm_facts()
         try:
-            return await self._sglang_facts()
+            facts = await self._sglang_facts()
+            return await self._with_overrides(facts) if self.endpoint.needs_overrides else facts
         except ScrapeError as error:
             foreign = error.is_absent or error.failure.kind is FailureKind.WRONG_SHAPE
             if self.endpoint.engine is Engine.SGLANG or not foreign:
@@ -98,6 +105,36 @@ class EngineClient:
             if not error.is_absent:
                 raise
         return await self._read("/get_server_info", read_server_info, seconds)  # before 0.5.6
+
+    async def _with_overrides(self, facts: EngineFacts) -> EngineFacts:
+        """Find out whether ``x-override-*`` headers are obeyed, which no page tells.
+
+        The request asks for a rank that no server has, so it is refused whichever of its two errors is seen first; from
+        0.5.10 on nothing of it reaches a scheduler.
+        """
+        if facts.version is not None and facts.version < OVERRIDES_ON_GENERATE:
+            return replace(facts, reads_overrides=False)
+        key = self._credentials.headers(self.endpoint.pool)
+        headers = [*self._headers, (b"content-type", b"application/json"), (_PROBED.encode(), b"probe")]
+        headers += [(name.encode(), value) for name, value in key]
+        body = b'{"text":"probe","sampling_params":{"max_new_tokens":1},"routed_dp_rank":%d}' % _NO_RANK
+        try:
+            async with (
+                asyncio.timeout(self._settings.timeout * FACTS_PATIENCE),
+                self._client.stream(
+                    "POST", f"http://{self.address}/generate", headers=headers, content=body
+                ) as response,
+            ):
+                text = bytearray()
+                async for chunk in response.aiter_raw():
+                    text += chunk
+                    if len(text) > _ERROR_BYTES:
+                        break
+        except (OSError, TimeoutError, httpx.HTTPError) as error:
+            message = f"/generate did not answer a probe for {_PROBED}: {str(error) or type(error).__name__}"
+            raise ScrapeError(FailureKind.TIMEOUT, message) from None
+        obeys = response.status_code == httpx.codes.BAD_REQUEST and _PROBED.encode() in text
+        return replace(facts, reads_overrides=obeys)
 
     async def _vllm_facts(self) -> EngineFacts:
         seconds = self._settings.timeout * FACTS_PATIENCE

@@ -34,6 +34,10 @@ ON_RESPONSES: Final = Version(0, 5, 20)
 ON_MESSAGES: Final = Version(0, 5, 22)
 """First with routing fields on /v1/messages."""
 
+OVERRIDES_ON_GENERATE: Final = Version(0, 5, 15)
+"""First that reads ``x-override-*`` on /generate, where that is switched on."""
+OVERRIDES_ON_CHAT: Final = Version(0, 5, 18)
+"""First that reads them on /v1/chat/completions, and /v1/messages, which is converted to it."""
 VLLM_RANK_HEADER: Final = Version(0, 11, 0)
 """First vLLM that reads ``X-data-parallel-rank`` (vllm-project/vllm#24945) ..."""
 _VLLM_RANK_HEADER_ON: Final = frozenset({Api.COMPLETIONS, Api.CHAT})
@@ -111,8 +115,13 @@ class Capabilities:
                 ways += ", and a room that agrees"
         if role is Role.WORKER:
             return ways
+        if self.overrides_on:
+            ways += f"; by x-override-* headers where nothing is streamed ({', '.join(sorted(self.overrides_on))})"
         prefill = "; prefill's rank by disagg_prefill_dp_rank" if self.carries_prefill_rank else ""
         return f"{ways}{prefill}; paths: {', '.join(api for api in Api if self.serves(api)) or 'none'}"
+
+    overrides_on: frozenset[Api] = frozenset()
+    """Paths on which a disaggregated server can be told everything by ``x-override-*`` headers."""
 
     def takes_rank(self, api: Api) -> bool:
         """Tell whether an aggregated server can be told the rank on a path."""
@@ -153,7 +162,14 @@ def capabilities(facts: EngineFacts) -> Capabilities:
         ),
         apis=apis,
         rank_keys=_rank_keys(version) if facts.listener is None else {},
+        overrides_on=(apis & _overrides_on(version)) if facts.reads_overrides else frozenset(),
     )
+
+
+def _overrides_on(version: Version) -> frozenset[Api]:
+    if version >= OVERRIDES_ON_CHAT:
+        return frozenset({Api.GENERATE, Api.CHAT, Api.MESSAGES})
+    return frozenset({Api.GENERATE}) if version >= OVERRIDES_ON_GENERATE else frozenset()
 
 
 def _vllm(facts: EngineFacts, version: Version) -> Capabilities:

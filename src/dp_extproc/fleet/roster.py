@@ -1,6 +1,6 @@
 """The endpoints of a configuration. Pure."""
 
-from dp_extproc.config.schema import Config
+from dp_extproc.config.schema import Carrier, Config
 from dp_extproc.fleet.endpoint import Endpoint, Role
 
 
@@ -16,6 +16,7 @@ def endpoints_of(config: Config) -> tuple[Endpoint, ...]:
             dp_size=each.dp_size,
             dp_rank=each.dp_rank,
             engine=pool.engine,
+            needs_overrides=pool.carrier is Carrier.HEADERS,
             bootstrap_host=each.bootstrap_host,
             bootstrap_port=each.bootstrap_port,
         )

@@ -34,7 +34,7 @@ class Trap:
     happens: str
     remedy: str
     unusable: bool = False
-    """Whether no request can be served."""
+    """Whether no request can be served, or none in the way that is configured."""
 
 
 def traps(facts: EngineFacts, role: Role) -> tuple[Trap, ...]:
@@ -45,7 +45,7 @@ def traps(facts: EngineFacts, role: Role) -> tuple[Trap, ...]:
     if role is Role.WORKER:
         found += _of_worker(facts)
     else:
-        found += _of_disaggregated(facts)
+        found += [*_of_disaggregated(facts), *_of_overrides(facts)]
         found += _of_prefill(facts) if role is Role.PREFILL else _of_decode(facts)
     return tuple(sorted(found, key=lambda trap: not trap.unusable))
 
@@ -157,6 +157,17 @@ def _of_disaggregated(facts: EngineFacts) -> Iterator[Trap]:
             "paths_refused",
             f"its release drops the bootstrap fields on {', '.join(refused)}: such requests are refused with 400",
             "upgrade to 0.5.20 for /v1/responses, to 0.5.22 for /v1/messages",
+        )
+
+
+def _of_overrides(facts: EngineFacts) -> Iterator[Trap]:
+    if facts.reads_overrides is False:
+        yield Trap(
+            "overrides_not_read",
+            "carrier: headers is configured, but it does not obey x-override-* headers: they are carried in bodies",
+            "start it with SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES=1 (0.5.15 or later; from 0.5.18 on for chat), or "
+            "leave carrier out",
+            unusable=True,
         )
 
 

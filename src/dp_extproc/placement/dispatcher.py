@@ -10,7 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from dp_extproc.config.reliability import AdmissionSettings
-from dp_extproc.config.schema import ClientRanks, LoadSignal, PoolConfig
+from dp_extproc.config.schema import Carrier, ClientRanks, LoadSignal, PoolConfig
 from dp_extproc.extproc import names
 from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.fleet.endpoint import Kind, Role
@@ -24,9 +24,10 @@ from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.health import healthy, others
 from dp_extproc.placement.ledger import Ledger
 from dp_extproc.placement.load import HostLoad
-from dp_extproc.placement.pair import Picker, Pins, Side
+from dp_extproc.placement.pair import Pair, Picker, Pins, Side
 from dp_extproc.placement.queue import Ticket, WaitingLine
 from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated
+from dp_extproc.request.overrides import override_headers
 from dp_extproc.request.path import ONE_MODEL, Api
 from dp_extproc.request.prefix import NO_PREFIX, prefix_of
 from dp_extproc.request.prompt import Prompt
@@ -51,6 +52,7 @@ class _Pool:
         self.config = config
         self.name = config.name
         self.picker = Picker(config.policy, signal, fleet.prefixes[config.name], rng)
+        self.carries_in_headers = config.carrier is Carrier.HEADERS
         self.honours_pins = config.policy.client_dp_rank is ClientRanks.HONOUR
 
 
@@ -238,13 +240,21 @@ class Dispatcher:
         batch = request.prompt.batch
         rooms = pair.draw_room(self._rng) if batch is None else [pair.draw_room(self._rng) for _ in range(batch)]
         leg = f"{self._rng.getrandbits(96):024x}"
-        bodies = rewrite_disaggregated(
-            request.body,
-            batch,
-            _bootstrap(prefill.host, rooms),
+        meeting = _bootstrap(prefill.host, rooms)
+        fields = (
             _leg_fields(prefill, prefill.told_rank, f"dp{leg}p"),
             _leg_fields(decode, prefill.told_rank, f"dp{leg}d"),
         )
+        body: bytes | None = None
+        if pool.carries_in_headers and _fits_headers(request, pair):
+            carried = override_headers(meeting, *fields)
+        else:
+            bodies = rewrite_disaggregated(request.body, batch, meeting, *fields)
+            body = bodies.decode
+            carried = (
+                (names.PREFILL_PREFIX, bodies.prefill_prefix),
+                (names.PREFIX_LENGTH, b"%d" % bodies.prefix_length),
+            )
         on_answer = partial(self._prompt_done, pool, prefill.host, request.prompt)
         attempt = self.ledger.open_pair(pair, demand, now, leg=leg, on_prefill_answer=on_answer)
         prefill.host.health.sent(now)
@@ -252,8 +262,7 @@ class Dispatcher:
         headers = (
             (names.DECODE_HOST, decode.host.address.encode()),
             (names.PREFILL_HOST, prefill.host.address.encode()),
-            (names.PREFILL_PREFIX, bodies.prefill_prefix),
-            (names.PREFIX_LENGTH, b"%d" % bodies.prefix_length),
+            *carried,
             (names.OWNER, self._owner),
             (names.LEG, leg.encode()),
             *(_WATCHED if request.stream and self._sees_first_events else ()),
@@ -263,7 +272,7 @@ class Dispatcher:
         metadata[names.META_PREFILL_HOST] = prefill.host.address
         if (prefill_rank := prefill.told_rank) is not None:
             metadata[names.META_PREFILL_RANK] = prefill_rank
-        return Decision(bodies.decode, headers, metadata, attempt, streaming=request.stream)
+        return Decision(body, headers, metadata, attempt, streaming=request.stream)
 
     def _make_wait(self, pool: _Pool, request: InferenceRequest, ticket: Ticket | None) -> Rejection | None:
         """Keep a request from overtaking those that wait already."""
@@ -342,6 +351,12 @@ def _bootstrap(prefill: HostLoad, rooms: int | list[int]) -> Bootstrap:
     endpoint = prefill.endpoint
     port = endpoint.bootstrap_port or prefill.facts.bootstrap_port or DEFAULT_BOOTSTRAP_PORT
     return Bootstrap(endpoint.bootstrap_host or endpoint.host, port, rooms)
+
+
+def _fits_headers(request: InferenceRequest, pair: Pair) -> bool:
+    """Tell whether headers can say it all: they carry no lists, and cannot keep the prefill leg from streaming."""
+    apis = pair.prefill.host.capabilities.overrides_on & pair.decode.host.capabilities.overrides_on
+    return request.api in apis and request.prompt.batch is None and not request.stream
 
 
 def _leg_fields(side: Side, prefill_rank: int | None, request_id: str) -> LegFields:
