@@ -17,6 +17,8 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -41,6 +43,12 @@ _WARM_UP: Final = 0.25
 _GROWTH: Final = 1.10
 _GROWTH_BYTES: Final = 16 << 20
 """Memory that is more than so much larger, by both measures, in the last quarter than in the second has grown."""
+_SHOWN: Final = 20
+"""Of the requests that were lost; with what the access log has on each of their legs."""
+_TELLING: Final = (
+    *("time", "leg", "status", "response_flags", "response_code_details", "reason", "duration_ms"),
+    *("prefill_host", "decode_host"),
+)
 _MOST_OPEN: Final = 2000
 
 _PATHS: Final[dict[str, Any]] = {
@@ -60,13 +68,16 @@ class Soak:
     prefills: Sequence[EngineProcess]
     decodes: Sequence[EngineProcess]
     service: ServiceProcess
-    url: str
+    envoy: EnvoyProcess
     rng: Random
     ends: Counter[str] = field(default_factory=Counter)
     """What became of requests."""
+    lost: dict[str, str] = field(default_factory=dict)
+    """Likewise, by id, of those that are not as they should be."""
     kills: Counter[str] = field(default_factory=Counter)
     memory: list[tuple[float, int]] = field(default_factory=list)
     """Bytes of the largest process that places requests, and when."""
+    asked: int = 0
     open: int = 0
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -75,7 +86,7 @@ class Soak:
         timeout = aiohttp.ClientTimeout(total=None, sock_read=_GRACE)
         connector = aiohttp.TCPConnector(limit=0)
         async with (
-            aiohttp.ClientSession(self.url, connector=connector, timeout=timeout) as session,
+            aiohttp.ClientSession(self.envoy.url, connector=connector, timeout=timeout) as session,
             asyncio.TaskGroup() as tasks,
         ):
             others = [tasks.create_task(each) for each in (self._report(), self._kill_engines(), self._kill_workers())]
@@ -94,11 +105,16 @@ class Soak:
         text = "word " * int(self.rng.lognormvariate(4, 1))
         body = {**_PATHS[path](text, self.rng.randint(1, 40)), "stream": stream}
         leaves = self.rng.random() < self.args.leave
+        self.asked += 1
+        request_id = f"soak-{self.asked}"
         self.open += 1
         try:
-            self.ends[await _outcome(session, path, body, leaves=leaves)] += 1
+            end = await _outcome(session, path, body, request_id, leaves=leaves)
         finally:
             self.open -= 1
+        self.ends[end] += 1
+        if end not in _FINE:
+            self.lost[request_id] = end
 
     async def _kill_engines(self) -> None:
         while not self.over.is_set():
@@ -107,7 +123,7 @@ class Soak:
                 return
             role = self.rng.choice(("prefill", "decode"))
             victim = self.rng.choice(self.prefills if role == "prefill" else self.decodes)
-            self.kills[role] += 1
+            self.note_kill(role, victim.url)
             await asyncio.to_thread(victim.stop, signal.SIGKILL)
             await asyncio.sleep(self.rng.uniform(*_DOWN))
             await asyncio.to_thread(victim.start)
@@ -120,8 +136,14 @@ class Soak:
             await self._pause(_AT_PEACE + self.rng.expovariate(1 / self.args.kill_every))
             ready = [worker["pid"] for worker in await self._workers() if worker["ready"]]
             if not self.over.is_set() and len(ready) == self.args.workers:
-                self.kills["worker"] += 1
-                os.kill(self.rng.choice(ready), signal.SIGKILL)
+                pid = self.rng.choice(ready)
+                self.note_kill("worker", str(pid))
+                os.kill(pid, signal.SIGKILL)
+
+    def note_kill(self, kind: str, which: str) -> None:
+        """Tell who is about to die."""
+        self.kills[kind] += 1
+        print(f"{datetime.now(UTC):%H:%M:%S.%f}: {kind} {which} dies", flush=True)
 
     async def _workers(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = (await asyncio.to_thread(self.service.loads)).get("workers", [])
@@ -147,11 +169,13 @@ class Soak:
             await asyncio.wait_for(self.over.wait(), seconds)
 
 
-async def _outcome(session: aiohttp.ClientSession, path: str, body: dict[str, Any], *, leaves: bool) -> str:
+async def _outcome(
+    session: aiohttp.ClientSession, path: str, body: dict[str, Any], request_id: str, *, leaves: bool
+) -> str:
     text = b""
     status = 0
     try:
-        async with session.post(path, json=body) as answer:
+        async with session.post(path, json=body, headers={"x-request-id": request_id}) as answer:
             status = answer.status
             async for chunk in answer.content.iter_any():
                 text += chunk
@@ -216,13 +240,18 @@ def _reserved(service: ServiceProcess) -> float:
 def _summarise(soak: Soak) -> int:
     early, late, has_grown = _has_grown(soak.memory, soak.args.seconds)
     left = _reserved(soak.service)
-    lost = {end: count for end, count in soak.ends.items() if end not in _FINE}
     print(f"requests: {soak.ends.total()}: {_described(soak.ends)}")
     print(f"killed: {dict(soak.kills)}")
     print(f"memory: {early / (1 << 20):.1f} MiB, later {late / (1 << 20):.1f} MiB{': it has grown' * has_grown}")
     print(f"reservations left: {left:g}")
-    print(f"lost: {sum(lost.values())}")
-    return 1 if has_grown or left or lost else 0
+    print(f"lost: {len(soak.lost)}")
+    legs = [line for line in soak.envoy.access_log() if line["request_id"] in soak.lost]
+    for request_id, end in islice(soak.lost.items(), _SHOWN):
+        print(f"{request_id}: {end}")
+        for line in legs:
+            if line["request_id"] == request_id:
+                print("   ", {name: line[name] for name in _TELLING if line.get(name) is not None})
+    return 1 if has_grown or left or soak.lost else 0
 
 
 def main() -> int:
@@ -257,7 +286,7 @@ def main() -> int:
         envoy = running.enter_context(EnvoyProcess(service.config, concurrency=2))
         service.wait_until_fresh()
         service.wait_until_ready()
-        soak = Soak(args, prefills, decodes, service, envoy.url, Random(args.seed))
+        soak = Soak(args, prefills, decodes, service, envoy, Random(args.seed))
         asyncio.run(soak.run())
         return _summarise(soak)
 

@@ -17,7 +17,7 @@ from e2e.stack import FAST, wait_for
 
 TOKENS: Final = 5
 """That each request asks for."""
-PATIENCE: Final = 5.0
+PATIENCE: Final = 20.0
 """Seconds that a client waits for the next byte."""
 _MESSAGE_TIMEOUT: Final = " message_timeout: 20s"
 
