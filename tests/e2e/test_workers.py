@@ -19,6 +19,8 @@ SHORT = {"text": "x", "sampling_params": {"max_new_tokens": 2}}
 STREAM = {"text": "y", "sampling_params": {"max_new_tokens": 300}, "stream": True}
 STREAMS = 20
 SENDERS = 8
+PATIENT = 40.0
+"""Seconds; a worker takes its time to start on a busy machine."""
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def workers() -> Iterator[Stack]:
     """A fleet behind two workers; decode takes some seconds for a stream."""
     options = ("--time-scale", "1", *PATIENCE)
     with run_stack(options=options, listen={"workers": 2}, drain="1500ms") as stack:
-        wait_for(lambda: all(each["ready"] for each in of(stack)), 20)
+        wait_for(lambda: all(each["ready"] for each in of(stack)), PATIENT)
         yield stack
         stack.service.wait_until_idle()
 
@@ -62,7 +64,7 @@ class Load:
     async def goes_on(self) -> None:
         """Wait until each of the senders can have had another answer."""
         before = self.statuses.total()
-        await asyncio.to_thread(wait_for, lambda: self.statuses.total() >= before + SENDERS)
+        await asyncio.to_thread(wait_for, lambda: self.statuses.total() >= before + SENDERS, PATIENT)
 
 
 def under_load(stack: Stack, trouble: Callable[[], None]) -> Load:
@@ -133,7 +135,7 @@ def test_a_worker_that_is_killed_costs_no_request(workers: Stack) -> None:
 
     def kill() -> None:
         os.kill(victim, signal.SIGKILL)
-        wait_for(lambda: is_back(workers, 0, victim), 20)
+        wait_for(lambda: is_back(workers, 0, victim), PATIENT)
 
     load = under_load(workers, kill)
 
@@ -149,7 +151,7 @@ def test_workers_that_are_restarted_one_by_one_cost_no_request(workers: Stack) -
         for index in range(2):
             pid = of(workers)[index]["pid"]
             os.kill(pid, signal.SIGTERM)
-            wait_for(partial(is_back, workers, index, pid), 20)
+            wait_for(partial(is_back, workers, index, pid), PATIENT)
 
     load = under_load(workers, restart)
 

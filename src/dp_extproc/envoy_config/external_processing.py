@@ -5,7 +5,13 @@ from collections.abc import Collection
 from datetime import timedelta
 from typing import Final
 
-from envoy_data_plane.envoy.config.core.v3 import GrpcService, GrpcServiceEnvoyGrpc, HeaderValue
+from envoy_data_plane.envoy.config.core.v3 import (
+    GrpcService,
+    GrpcServiceEnvoyGrpc,
+    HeaderValue,
+    RetryPolicy,
+    RetryPolicyRetryHostPredicate,
+)
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
     ExternalProcessor,
     ExtProcOverrides,
@@ -23,6 +29,7 @@ from envoy_data_plane.envoy.extensions.filters.http.header_to_metadata.v3 import
     ConfigRule,
 )
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
+from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import PreviousHostsPredicate
 from envoy_data_plane.envoy.type.matcher.v3 import ListStringMatcher, StringMatcher
 from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
 from envoy_data_plane.google.protobuf import Any
@@ -58,7 +65,7 @@ def place_requests(config: Config) -> HttpFilter:
     supervision = config.supervision
     return _filter(
         ExternalProcessor(
-            grpc_service=GrpcService(envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=SERVICE)),
+            grpc_service=_to_any_worker(config.listen.workers),
             failure_mode_allow=True,
             processing_mode=ProcessingMode(
                 request_header_mode=_SEND,
@@ -158,6 +165,22 @@ def _nothing() -> ProcessingMode:
         request_body_mode=_NO_BODY,
         response_body_mode=_NO_BODY,
     )
+
+
+def _to_any_worker(workers: int) -> GrpcService:
+    service = GrpcService(envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=SERVICE))
+    if workers > 1:  # one that has died is passed over until Envoy leaves it out
+        service.retry_policy = RetryPolicy(
+            retry_on="connect-failure",
+            num_retries=1,
+            retry_host_predicate=[
+                RetryPolicyRetryHostPredicate(
+                    name="envoy.retry_host_predicates.previous_hosts", typed_config=Any.pack(PreviousHostsPredicate())
+                )
+            ],
+            host_selection_retry_max_attempts=3,
+        )
+    return service
 
 
 def _to_owner(*more: HeaderValue) -> GrpcService:
