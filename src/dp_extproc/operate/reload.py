@@ -14,7 +14,7 @@ from dp_extproc.config import Config, ConfigError, Problem, Reload, parse_config
 from dp_extproc.operate.outside import problems_outside
 
 _LOOK_SECONDS: Final = 1.0
-_FIXED: Final = ("listen", "envoy", "sync", "supervision", "retry", "health", "queue", "reload")
+_FIXED: Final = ("listen", "envoy", "protocol", "sync", "supervision", "retry", "health", "queue", "reload")
 """Sections that sockets, Envoy's own configuration or the other replicas depend on, or requests under way."""
 _FIXED_LOADS: Final = ("prefill_step_tokens", "decode_request_tokens")
 """Units of what stands on the books."""
@@ -25,7 +25,8 @@ _log = logging.getLogger(__name__)
 
 def cannot_change(before: Config, after: Config) -> tuple[Problem, ...]:
     """Tell what differs between two configurations that only a restart can change."""
-    keys = [key for key in _FIXED if getattr(before, key) != getattr(after, key)]
+    fixed = [key for key in Config.model_fields if key not in _CHANGEABLE]
+    keys = [key for key in fixed if getattr(before, key) != getattr(after, key)]
     keys += [f"load.{key}" for key in _FIXED_LOADS if getattr(before.load, key) != getattr(after.load, key)]
     return tuple(Problem(None, key, _REMEDY) for key in keys)
 
