@@ -14,8 +14,8 @@ from dp_extproc.config import Config, ConfigError, Problem, Reload, parse_config
 from dp_extproc.operate.outside import problems_outside
 
 _LOOK_SECONDS: Final = 1.0
-_FIXED: Final = ("listen", "envoy", "protocol", "sync", "supervision", "retry", "health", "queue", "reload")
-"""Sections that sockets, Envoy's own configuration or the other replicas depend on, or requests under way."""
+_CHANGEABLE: Final = frozenset({"pools", "load", "admission", "drain"})
+"""On all else depend sockets, Envoy's own configuration, the other replicas, or requests under way."""
 _FIXED_LOADS: Final = ("prefill_step_tokens", "decode_request_tokens")
 """Units of what stands on the books."""
 _REMEDY: Final = "cannot change while the service runs; restart it, and print the Envoy configuration anew"
