@@ -27,6 +27,7 @@ from dp_extproc.extproc.events import (
     ResponseBody,
     ResponseHeaders,
     ResponseTrailers,
+    SeeBody,
     StreamedChunk,
     TakeBody,
 )
@@ -83,7 +84,9 @@ def write_reply(reply: Reply) -> bytes:
     if isinstance(reply, Mutate):
         return _write_mutation(reply)
     if isinstance(reply, TakeBody):
-        return _TAKE_BODY[reply.phase]
+        return _TAKE_BODY
+    if isinstance(reply, SeeBody):
+        return _SEE_BODY
     response = ProcessingResponse()
     if isinstance(reply, StreamedChunk):
         answer = response.request_body if reply.phase is Phase.REQUEST_BODY else response.response_body
@@ -167,15 +170,18 @@ def _continue(phase: Phase) -> bytes:
     return bytes(response.SerializeToString())
 
 
-def _take_body(phase: Phase) -> bytes:
+def _ask_for_body(mode: ProcessingMode.BodySendMode, *remove: str) -> bytes:
     response = ProcessingResponse()
-    getattr(response, phase.value).SetInParent()
+    response.response_headers.response.SetInParent()
+    if remove:
+        response.response_headers.response.header_mutation.remove_headers.extend(remove)
     # The whole mode is overridden, so what stays as it is has to be said again.
-    response.mode_override.response_body_mode = ProcessingMode.BUFFERED
+    response.mode_override.response_body_mode = mode
     response.mode_override.response_header_mode = ProcessingMode.SEND
     response.mode_override.response_trailer_mode = ProcessingMode.SEND
     return bytes(response.SerializeToString())
 
 
 _CONTINUE: Final = {phase: _continue(phase) for phase in Phase}
-_TAKE_BODY: Final = {phase: _take_body(phase) for phase in (Phase.RESPONSE_HEADERS,)}
+_TAKE_BODY: Final = _ask_for_body(ProcessingMode.BUFFERED)
+_SEE_BODY: Final = _ask_for_body(ProcessingMode.STREAMED, "content-length")

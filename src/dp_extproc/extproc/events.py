@@ -50,7 +50,7 @@ class ResponseHeaders(Struct, frozen=True):
 
 
 class ResponseBody(Struct, frozen=True):
-    """A piece of the response. Only where the operator's filter chain sends it."""
+    """A piece of the response. Only where it was asked for, or the operator's filter chain sends it."""
 
     data: bytes
     end_of_stream: bool
@@ -97,6 +97,12 @@ class TakeBody(Struct, frozen=True):
     phase: Phase
 
 
+class SeeBody(Struct, frozen=True):
+    """Go on, and send the response's body as it comes; it may be changed on its way, also in its length."""
+
+    phase: Phase
+
+
 class Extend(Struct, frozen=True):
     """Wait longer than usual for the answer to the message before."""
 
@@ -122,4 +128,4 @@ class Immediate(Struct, frozen=True):
     metadata: Metadata | None = None
 
 
-Reply = Continue | Mutate | TakeBody | Extend | StreamedChunk | Immediate
+Reply = Continue | Mutate | TakeBody | SeeBody | Extend | StreamedChunk | Immediate

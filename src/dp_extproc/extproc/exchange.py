@@ -29,6 +29,7 @@ from dp_extproc.extproc.events import (
     ResponseBody,
     ResponseHeaders,
     ResponseTrailers,
+    SeeBody,
     StreamedChunk,
     TakeBody,
 )
@@ -39,8 +40,10 @@ from dp_extproc.placement.queue import Ticket
 from dp_extproc.placement.retries import read_failed
 from dp_extproc.request.path import Api, Lookup, read_path
 from dp_extproc.request.rejection import REASON_HEADER, Reason, Rejection, Wait
+from dp_extproc.response.logprobs import Merger, make_merger
 
 _JSON: Final = ("content-type", "application/json")
+_OK: Final = 200
 _Replies = tuple[Reply, ...]
 
 
@@ -90,6 +93,7 @@ class Exchange:
         "_decider",
         "_foreign",
         "_max_body",
+        "_merger",
         "_mode",
         "_refused",
         "_response_duplex",
@@ -139,6 +143,7 @@ class Exchange:
         self.holds = holds
         self.queues = queues
         self._refused: Rejection | None = None
+        self._merger: Merger | None = None
         self.failed: tuple[frozenset[str], ...] = ()
         """Hosts of each earlier attempt of the request."""
         self.decision: Decision | None = None
@@ -168,6 +173,16 @@ class Exchange:
     def attempt(self) -> Attempt | None:
         """What the request has on the books, once it was placed."""
         return None if self.decision is None else self.decision.attempt
+
+    @property
+    def awaits_prefill_text(self) -> bool:
+        """Whether :meth:`merge_with` is to be called before the response's body is received."""
+        return self._state is _State.RESPONDING and self._merges and self._merger is None
+
+    @property
+    def merge_problem(self) -> str | None:
+        """Why the response, or a part of it, was not merged with prefill's."""
+        return None if self._merger is None else self._merger.problem
 
     @property
     def is_waiting(self) -> bool:
@@ -222,7 +237,13 @@ class Exchange:
         phase = Phase.RESPONSE_HEADERS if state is _State.HELD else Phase.RESPONSE_BODY
         if headers:
             return (Mutate(phase, set_headers=headers),)
-        return _GO_ON_RESPONSE if state is _State.HELD else (Continue(phase),)
+        if state is _State.HELD:
+            return _SEE_RESPONSE if self._merges else _GO_ON_RESPONSE
+        return (Continue(phase),)
+
+    def merge_with(self, prefill: bytes) -> None:
+        """Put what the prefill leg's answer tells of the prompt into the response."""
+        self._merger = make_merger(prefill, streaming=self.decision is not None and self.decision.streaming)
 
     def take_body(self) -> _Replies:
         """Ask for the text of a response that is an error, before it goes to the client."""
@@ -376,7 +397,14 @@ class Exchange:
     def _response_body(self, event: ResponseBody) -> _Replies:
         if self._response_duplex:
             return (StreamedChunk(Phase.RESPONSE_BODY, event.data, event.end_of_stream),)
+        if self._merger is not None:
+            merged = self._merger.feed(event.data, end_of_stream=event.end_of_stream)
+            return (Mutate(Phase.RESPONSE_BODY, body=merged),)
         return (Continue(Phase.RESPONSE_BODY),)
+
+    @property
+    def _merges(self) -> bool:
+        return self.decision is not None and self.decision.merges_logprobs and self.status == _OK
 
     def _response_trailers(self, _event: ResponseTrailers) -> _Replies:
         return (Continue(Phase.RESPONSE_TRAILERS),)
@@ -404,3 +432,4 @@ class Exchange:
 
 _GO_ON_HEADERS: Final[_Replies] = (Continue(Phase.REQUEST_HEADERS),)
 _GO_ON_RESPONSE: Final[_Replies] = (Continue(Phase.RESPONSE_HEADERS),)
+_SEE_RESPONSE: Final[_Replies] = (SeeBody(Phase.RESPONSE_HEADERS),)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import Final
 
 import grpc
 import grpc.aio
@@ -10,6 +11,10 @@ import grpc.aio
 from dp_extproc.extproc.codec import write_reply
 from dp_extproc.extproc.events import Immediate, Reply
 from dp_extproc.extproc.supervision import Say, Stream, Supervision
+from dp_extproc.response.logprobs import MOST_BYTES
+
+_TEXT_SECONDS: Final = 5.0
+"""For the rest of an answer whose head is there. Envoy waits 20 s for a reply."""
 
 
 class Writer:
@@ -34,13 +39,47 @@ class Writer:
                 await self._context.write(write_reply(reply))
 
 
+class PrefillText:
+    """The body of the prefill leg's answer, where it is wanted."""
+
+    __slots__ = ("_chunks", "_size", "_whole")
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._whole = asyncio.Event()
+
+    def take(self, chunk: bytes, *, end_of_stream: bool) -> None:
+        self._size += len(chunk)
+        if self._size <= MOST_BYTES:
+            self._chunks.append(chunk)
+        if end_of_stream:
+            self.close()
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        self._whole.set()
+
+    async def wait(self) -> bytes:
+        """Wait for all of it, but not for long: it is on its way before the other leg's first token.
+
+        Returns:
+            Nothing, if it does not come, or is too large.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_TEXT_SECONDS):
+                await self._whole.wait()
+        return b"".join(self._chunks) if self._whole.is_set() and self._size <= MOST_BYTES else b""
+
+
 class Link:
     """Brings what a supervision has to say to the streams that are open."""
 
-    __slots__ = ("_tasks", "_writers", "supervision")
+    __slots__ = ("_tasks", "_writers", "prefill_text", "supervision")
 
     def __init__(self, supervision: Supervision, main: Writer) -> None:
         self.supervision = supervision
+        self.prefill_text = PrefillText()
         self._writers = {Stream.MAIN: main}
         self._tasks: set[asyncio.Task[None]] = set()
 

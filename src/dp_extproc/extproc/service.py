@@ -150,14 +150,12 @@ class ExtProcService:
             while message is not grpc.aio.EOF:
                 event = read_event(message)
                 if event is not None:
-                    replies = self._advance(exchange, event, exchange.receive)
-                    if exchange.is_waiting:
-                        replies = await self._wait_for_room(exchange, event)
+                    replies = await self._take(exchange, link, event)
                     if link is None and exchange.attempt is not None:
                         link = self._watch(exchange, exchange.attempt, writer)  # before its legs can show up
                     await writer.write(replies)
-                    if link is not None and isinstance(event, ResponseHeaders | ResponseBody):
-                        await link.carry_out(self._answered(link.supervision, event), Stream.MAIN)
+                    if link is not None:
+                        await link.carry_out(self._answered(exchange, link.supervision, event), Stream.MAIN)
                 message = await (self._read_held(exchange, context) if mode is BodyMode.DUPLEX else context.read())
         except ProtocolViolationError as violation:
             _log.warning("ext_proc stream ended: %s", violation)
@@ -169,6 +167,15 @@ class ExtProcService:
                     self._line.call()
             if link is not None:
                 await self._close(link)
+            if exchange.merge_problem is not None:
+                _log.warning("log probabilities of a prompt were left out: %s", exchange.merge_problem)
+
+    async def _take(self, exchange: Exchange, link: Link | None, event: Event) -> tuple[Reply, ...]:
+        """Have the exchange take an event in, and wait for what it needs with it: prefill's words, or room."""
+        if link is not None and exchange.awaits_prefill_text and isinstance(event, ResponseBody):
+            exchange.merge_with(await link.prefill_text.wait())
+        replies = self._advance(exchange, event, exchange.receive)
+        return await self._wait_for_room(exchange, event) if exchange.is_waiting else replies
 
     def _advance(
         self, exchange: Exchange, event: Event, step: Callable[[Event], tuple[Reply, ...]]
@@ -220,6 +227,7 @@ class ExtProcService:
             self._budget,
             self._observer,
             streaming=exchange.decision is not None and exchange.decision.streaming,
+            sees_text=exchange.decision is not None and exchange.decision.merges_logprobs,
             earlier=len(exchange.failed),
             now=self._clock(),
         )
@@ -228,11 +236,13 @@ class ExtProcService:
             self._links[attempt.leg] = link
         return link
 
-    def _answered(self, supervision: Supervision, event: ResponseHeaders | ResponseBody) -> list[Say]:
-        """Tell the books and the supervision what the answering server says."""
+    def _answered(self, exchange: Exchange, supervision: Supervision, event: Event) -> list[Say]:
+        """Tell the books and the supervision what the answering server says: its head, and the text of an error."""
         now = self._clock()
-        if isinstance(event, ResponseBody):
+        if isinstance(event, ResponseBody) and not exchange.is_responding:
             return supervision.decode_explained(event.data, now)
+        if not isinstance(event, ResponseHeaders):
+            return []
         supervision.attempt.first_byte(event.status, now)
         return supervision.decode_answered(event.status, now, has_body=not event.end_of_stream)
 
@@ -265,9 +275,12 @@ class ExtProcService:
                 if link is None:
                     await writer.write(_GO_ON.get(type(event), ()))
                 else:
+                    if isinstance(event, ResponseBody):
+                        link.prefill_text.take(event.data, end_of_stream=event.end_of_stream)
                     await link.carry_out(self._leg_says(link.supervision, event), Stream.PREFILL)
         finally:
             if link is not None:
+                link.prefill_text.close()
                 said = link.supervision.prefill_closed(self._clock())
                 if link.supervision.is_over:
                     self._links.pop(leg, None)

@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from dp_extproc.config.reliability import Supervise, SupervisionSettings
 from dp_extproc.extproc import names
-from dp_extproc.extproc.events import Continue, Extend, Immediate, Phase, Reply, TakeBody
+from dp_extproc.extproc.events import Continue, Extend, Immediate, Phase, Reply, SeeBody, TakeBody
 from dp_extproc.extproc.exchange import Exchange
 from dp_extproc.extproc.first_event import EngineError
 from dp_extproc.fleet.endpoint import Role
@@ -89,8 +89,8 @@ class Supervision:
 
     __slots__ = (
         "_budget", "_earlier", "_exchange", "_extended", "_held_at", "_observer", "_placed_at", "_prefill",
-        "_prefill_done_at", "_prefill_status", "_seen_first", "_settings", "_streaming", "attempt", "is_over",
-        "over_at",
+        "_prefill_done_at", "_prefill_status", "_seen_first", "_sees_text", "_settings", "_streaming", "attempt",
+        "is_over", "over_at",
     )  # fmt: skip
 
     def __init__(
@@ -102,6 +102,7 @@ class Supervision:
         observer: SupervisionObserver,
         *,
         streaming: bool,
+        sees_text: bool = False,
         earlier: int,
         now: float,
     ) -> None:
@@ -114,6 +115,7 @@ class Supervision:
             budget: Of retries.
             observer: Told of failures.
             streaming: Whether the client wants a stream of events.
+            sees_text: Whether the text of prefill's answer is wanted.
             earlier: Attempts of this request that have failed.
             now: Monotonic seconds, as everywhere.
         """
@@ -123,6 +125,7 @@ class Supervision:
         self._budget = budget
         self._observer = observer
         self._streaming = streaming
+        self._sees_text = sees_text
         self._earlier = earlier
         self._placed_at = now
         self._prefill = _Prefill.AWAITED if attempt.leg and settings.mode is not Supervise.OFF else _Prefill.ABSENT
@@ -145,7 +148,8 @@ class Supervision:
 
     def prefill_answered(self, status: int, now: float, *, has_body: bool) -> list[Say]:
         """The leg's engine has answered, or Envoy in its place."""
-        go_on: Say = (Stream.PREFILL, Continue(Phase.RESPONSE_HEADERS))
+        sees_text = self._sees_text and has_body and status < 400
+        go_on: Say = (Stream.PREFILL, (SeeBody if sees_text else Continue)(Phase.RESPONSE_HEADERS))
         self.attempt.prefill_answered(status, now)
         if status < 400:
             self._prefill, self._prefill_done_at = _Prefill.DONE, now
@@ -158,7 +162,9 @@ class Supervision:
         return [go_on, *self._prefill_failed(b"", now)]
 
     def prefill_explained(self, body: bytes, now: float) -> list[Say]:
-        """The text of the leg's error has come."""
+        """The text of the leg's error has come, or some of its answer, which is for others."""
+        if self._prefill is not _Prefill.REFUSING:
+            return [(Stream.PREFILL, Continue(Phase.RESPONSE_BODY))]
         return [(Stream.PREFILL, Continue(Phase.RESPONSE_BODY)), *self._prefill_failed(body, now)]
 
     def prefill_closed(self, now: float) -> list[Say]:

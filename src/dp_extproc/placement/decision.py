@@ -33,6 +33,8 @@ class Decision(Struct, frozen=True):
     """None when nothing is on the books."""
     streaming: bool = False
     """Whether the client wants a stream of events."""
+    merges_logprobs: bool = False
+    """Whether the client wants log probabilities, of which the prefill leg's answer has a part."""
 
 
 class Answer(Struct, frozen=True):

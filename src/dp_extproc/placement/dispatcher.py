@@ -272,7 +272,9 @@ class Dispatcher:
         metadata[names.META_PREFILL_HOST] = prefill.host.address
         if (prefill_rank := prefill.told_rank) is not None:
             metadata[names.META_PREFILL_RANK] = prefill_rank
-        return Decision(body, headers, metadata, attempt, streaming=request.stream)
+        return Decision(
+            body, headers, metadata, attempt, streaming=request.stream, merges_logprobs=request.wants_logprobs
+        )
 
     def _make_wait(self, pool: _Pool, request: InferenceRequest, ticket: Ticket | None) -> Rejection | None:
         """Keep a request from overtaking those that wait already."""

@@ -11,6 +11,9 @@ from dp_extproc.request.prompt import Prompt, PromptError, measure
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.request.shapes import SHAPES, Body, Chat, Generate, Responses
 
+LOGPROBS: Final = "return_logprob"
+_NO: Final = frozenset({b"null", b"false"})
+
 MAX_BATCH: Final = 4096
 """Prompts in one request. The prefill leg's prefix travels in a header of Envoy and holds a request id per prompt."""
 
@@ -36,6 +39,11 @@ class InferenceRequest(msgspec.Struct, frozen=True):
     prefill_rank_pin: int | None
     priority: int = 0
     """Greater ones are served first."""
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether log probabilities of the prompt may be asked for: only /generate has them."""
+        return self.api is Api.GENERATE and bytes(self.body.values.get(LOGPROBS, b"false")) not in _NO
 
 
 _integer: Final[msgspec.json.Decoder[int | None]] = msgspec.json.Decoder(int | None)
@@ -98,7 +106,7 @@ def refuse_disaggregated(request: InferenceRequest) -> Rejection | None:
             ("previous_response_id", "send the conversation in input"),  # the store of one server knows the answer
             ("background", "leave it out or send false"),  # prefill would answer before it has run
         ):
-            if param in values and bytes(values[param]) not in {b"null", b"false"}:
+            if param in values and bytes(values[param]) not in _NO:
                 message = f"{param} does not work with prefill/decode disaggregation; {remedy}"
                 return Rejection(400, Reason.UNSUPPORTED_VALUE, message, param=param)
     return None

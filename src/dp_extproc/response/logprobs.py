@@ -37,10 +37,15 @@ class PromptLogprobs(Struct, frozen=True):
 
 
 def read_prefill(answer: bytes) -> PromptLogprobs | None:
-    """Read the prefill leg's answer to a request for log probabilities; None if it cannot be read."""
+    """Read the prefill leg's answer to a request for log probabilities, also a streamed one.
+
+    Returns:
+        None if it cannot be read.
+    """
     try:
-        objects = _objects.decode(answer) if answer.lstrip()[:1] == b"[" else [Raw(answer)]
-        metas = [_object.decode(_object.decode(each)["meta_info"]) for each in objects]
+        found = [_object.decode(each) for each in _objects_of(answer)]
+        by_index = {_index.decode(each.get("index", Raw(b"%d" % place))): each for place, each in enumerate(found)}
+        metas = [_object.decode(each["meta_info"]) for _, each in sorted(by_index.items())]
     except (*_UNREADABLE, KeyError):
         return None
     return PromptLogprobs(
@@ -157,6 +162,39 @@ class StreamMerger:
             self.problem = "an event is of a prompt that prefill has not told of"
             return line
         return name + colon + b" " + merged + (b"\r" if data.endswith(b"\r") else b"")
+
+
+def _objects_of(answer: bytes) -> list[Raw]:
+    """Take an answer apart into those for single prompts. Prefill's streams have one event for each (prefill.py)."""
+    if answer.startswith(b"data:"):
+        lines = (line.removeprefix(b"data:").strip() for line in answer.splitlines() if line.startswith(b"data:"))
+        return [Raw(line) for line in lines if line != b"[DONE]"]
+    return _objects.decode(answer) if answer.lstrip()[:1] == b"[" else [Raw(answer)]
+
+
+class NoMerger:
+    """Passes an answer on as it is."""
+
+    __slots__ = ("problem",)
+
+    def __init__(self, problem: str) -> None:
+        self.problem: str | None = problem
+
+    def feed(self, data: bytes, *, end_of_stream: bool) -> bytes:  # noqa: ARG002 - as the others
+        return data
+
+
+def make_merger(prefill: bytes, *, streaming: bool) -> Merger:
+    """Make what the client's answer goes through.
+
+    Args:
+        prefill: The prefill leg's answer.
+        streaming: Whether the client's is a stream of events.
+    """
+    known = read_prefill(prefill)
+    if known is None:
+        return NoMerger("the prefill leg's answer did not come in time, or cannot be read")
+    return StreamMerger(known) if streaming else WholeMerger(known)
 
 
 def _merge_object(answer: _Members, known: _Members) -> bytes:

@@ -1,16 +1,17 @@
 """``/generate``, SGLang's own API. Its streams have their headers at once, whatever happens later."""
 
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from starlette.responses import Response
 
 from dp_extproc.engine.api.errors import failed, json_response
-from dp_extproc.engine.api.exchange import DONE, Exchange, Update, event, integer, wrong_type
+from dp_extproc.engine.api.exchange import DONE, Exchange, event, integer, wrong_type
 from dp_extproc.engine.api.fields import RoutingFields
 from dp_extproc.engine.api.prompts import read_texts
 from dp_extproc.engine.leg import Failure, Finished, RefusedError
+from dp_extproc.engine.logprobs import Logprobs, read_logprobs
 from dp_extproc.engine.text import output_text
 from dp_extproc.engine.ticket import Ticket
 
@@ -24,19 +25,45 @@ async def generate(exchange: Exchange) -> Response:
     fields = exchange.fields(body)
     try:
         prompts, is_batch, limit, samples = _read(body)
+        scores = [read_logprobs(body, prompt, index) for index, prompt in enumerate(prompts)]
         exchange.submit(fields, prompts, limit, samples=samples, is_batch=is_batch)
     except RefusedError as error:
         if not exchange.streaming:
             raise
         exchange.record.refuse(400, error.message)
         return exchange.stream(_refusal(error))
+    answers = Answers(exchange, scores)
     many = is_batch or samples > 1
     if exchange.streaming:
-        return exchange.stream(_events(exchange, many=many))
+        return exchange.stream(_events(exchange, answers, many=many))
     if (failure := await exchange.finish()) is not None:
         return failed(exchange.path, failure)
-    answers = [_answer(ticket, len(ticket.tokens), ticket.end) for ticket in exchange.tickets]
-    return json_response(answers if many else answers[0])
+    found = [answers.of(index, len(ticket.tokens), ticket.end) for index, ticket in enumerate(exchange.tickets)]
+    return json_response(found if many else found[0])
+
+
+class Answers:
+    """What is told of each sequence of a request."""
+
+    def __init__(self, exchange: Exchange, scores: Sequence[Logprobs | None]) -> None:
+        """Begin.
+
+        Args:
+            exchange: The request, submitted.
+            scores: What each prompt's log probabilities are asked for.
+        """
+        self._exchange = exchange
+        self._scores = scores
+
+    def of(self, index: int, count: int, end: Finished | Failure | None) -> dict[str, Any]:
+        """Tell of one sequence, with so many tokens of its answer."""
+        exchange = self._exchange
+        ticket = exchange.tickets[index]
+        ids = ticket.tokens[:count]
+        info = meta_info(ticket, count, end)
+        if (score := self._scores[index // exchange.samples]) is not None:
+            info |= score.members(exchange.engine.settings.role, ids)
+        return {"text": "".join(map(output_text, ids)), "output_ids": ids, "meta_info": info}
 
 
 def _read(body: dict[str, Any]) -> tuple[list[bytes], bool, int, int]:
@@ -61,20 +88,11 @@ async def _refusal(error: RefusedError) -> AsyncIterator[str]:
     yield DONE
 
 
-async def _events(exchange: Exchange, *, many: bool) -> AsyncIterator[str]:
+async def _events(exchange: Exchange, answers: Answers, *, many: bool) -> AsyncIterator[str]:
     async for update in exchange.updates():
-        yield event(_chunk(update, many=many))
+        answer = answers.of(update.index, update.tokens, update.end)
+        yield event({**answer, "index": update.index} if many else answer)
     yield DONE
-
-
-def _chunk(update: Update, *, many: bool) -> dict[str, Any]:
-    answer = _answer(update.ticket, update.tokens, update.end)
-    return {**answer, "index": update.index} if many else answer
-
-
-def _answer(ticket: Ticket, count: int, end: Finished | Failure | None) -> dict[str, Any]:
-    ids = ticket.tokens[:count]
-    return {"text": "".join(map(output_text, ids)), "output_ids": ids, "meta_info": meta_info(ticket, count, end)}
 
 
 def meta_info(ticket: Ticket, count: int, end: Finished | Failure | None) -> dict[str, Any]:
