@@ -13,7 +13,7 @@ import httpx
 
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
-from interop.cases import CASES, PATIENCE_SECONDS, Rig, unified_answers
+from interop.cases import CASES, PATIENCE_SECONDS, Rig, unified_answers, unified_logprobs
 from interop.record import record_logprobs
 from interop.report import Report
 from interop.servers import SHAPES, RealServer, Shape, run_servers
@@ -32,14 +32,14 @@ def run(shape: Shape, venv: Path, folder: Path, report: Report) -> None:
     began = time.monotonic()
     with httpx.Client(timeout=PATIENCE_SECONDS, trust_env=False) as client:
         with run_servers(unified):
-            answers = unified_answers(client, unified)
+            answers, logprobs = unified_answers(client, unified), unified_logprobs(client, unified)
         with run_servers(prefill, decode):
             record_logprobs(client, prefill, decode, folder / "recorded" / shape.model)
             print(f"{shape.name}: servers are up after {time.monotonic() - began:.0f} s", flush=True)
             with ServiceProcess(write_config([pool])) as service, EnvoyProcess(service.config) as envoy:
                 service.wait_until_fresh()
                 service.wait_until_ready()
-                rig = Rig(client, envoy.url, prefill, decode, answers, report)
+                rig = Rig(client, envoy.url, prefill, decode, answers, logprobs, report)
                 for case in CASES:
                     try:
                         case(rig)

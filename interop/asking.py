@@ -62,6 +62,16 @@ def ask(client: httpx.Client, url: str, question: Question, **more: Any) -> Hear
         return _read(question.path, list(events(response)), streamed=True)
 
 
+def ask_meta(client: httpx.Client, url: str, question: Question) -> dict[str, Any]:
+    """Ask /generate for log probabilities, and give the last ``meta_info``."""
+    asked = question.body(return_logprob=True, logprob_start_len=0, top_logprobs_num=2, token_ids_logprob=[10, 20])
+    response = client.post(url + question.path, json=asked).raise_for_status()
+    lines = response.text.split("\n\n") if question.stream else [response.text]
+    *_, last = [line.removeprefix("data: ") for line in lines if line and "[DONE]" not in line]
+    meta: dict[str, Any] = json.loads(last)["meta_info"]
+    return meta
+
+
 def events(response: httpx.Response) -> Iterator[dict[str, Any] | None]:
     """Read a stream's events; None is its proper end."""
     for line in response.iter_lines():

@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from math import isclose
+from typing import Any, Final, TypeVar
 
 import httpx
 
-from interop.asking import APIS, Heard, Question, ask, events
+from interop.asking import APIS, Heard, Question, ask, ask_meta, events
 from interop.report import Report
 from interop.servers import CONTEXT_TOKENS, RealServer
 
@@ -28,6 +29,12 @@ QUESTIONS: Final = {
 }
 """No two prompts begin alike, so no prefix cache hides which rank has computed one."""
 
+LOGPROBS_QUESTIONS: Final = {
+    stream: Question("/generate", f"{stream}, the prompt is told, too.", stream) for stream in (False, True)
+}
+LOGPROB_KEYS: Final = ("input_token_logprobs", "input_token_ids_logprobs")
+"""Not the likeliest tokens: of random weights many are equally likely, and rounding orders them."""
+
 Answers = Mapping[tuple[str, bool, tuple[int, int]], Heard]
 
 
@@ -41,6 +48,8 @@ class Rig:
     decode: RealServer
     answers: Answers
     """Of the unified server."""
+    logprobs: Mapping[bool, dict[str, Any]]
+    """Likewise: ``meta_info`` of what was asked for log probabilities, whole and streamed."""
     report: Report
 
 
@@ -79,6 +88,21 @@ def chosen_by_us(rig: Rig) -> None:
     used = [{pair[side] for pair in pairs} for side in (0, 1)]
     seen = f"{len(pairs)} of 8 answered, prefill ranks {sorted(used[0])}, decode ranks {sorted(used[1])}"
     rig.report.add("8 requests, ranks chosen by the service", seen, good=len(pairs) == 8 and used == [{0, 1}, {0, 1}])
+
+
+def log_probabilities(rig: Rig) -> None:
+    """Those of the prompt, which only prefill knows, are told as by one server, up to the last digits."""
+    for stream in (False, True):
+        question = LOGPROBS_QUESTIONS[stream]
+        before = _computed(rig)
+        expected = rig.logprobs[stream]
+        heard = ask_meta(rig.client, rig.url, question)
+        _moved(rig, before)
+        lengths = {key: len(heard.get(key) or []) for key in LOGPROB_KEYS}
+        same = sum(_near(heard.get(key), expected[key]) for key in LOGPROB_KEYS)
+        seen = f"{same} of {len(LOGPROB_KEYS)} lists equal the unified server's; lengths {list(lengths.values())}"
+        good = same == len(LOGPROB_KEYS) and set(lengths.values()) == {len(question.prompt)}
+        rig.report.add(f"log probabilities, {'streamed' if stream else 'whole'}", seen, good=good)
 
 
 def too_long(rig: Rig) -> None:
@@ -138,12 +162,28 @@ def prefill_dies(rig: Rig) -> None:
     rig.report.add("prefill is back: a new request", seen, good=bool(back))
 
 
-CASES: Final[Sequence[Callable[[Rig], None]]] = (every_pair, chosen_by_us, too_long, client_leaves, prefill_dies)
+CASES: Final[Sequence[Callable[[Rig], None]]] = (
+    every_pair, chosen_by_us, log_probabilities, too_long, client_leaves, prefill_dies,
+)  # fmt: skip
 
 
 def unified_answers(client: httpx.Client, unified: RealServer) -> Answers:
     """Ask a unified server everything that is compared with it."""
     return {key: ask(client, unified.url, question) for key, question in QUESTIONS.items()}
+
+
+def unified_logprobs(client: httpx.Client, unified: RealServer) -> dict[bool, dict[str, Any]]:
+    """Ask a unified server for log probabilities."""
+    return {stream: ask_meta(client, unified.url, question) for stream, question in LOGPROBS_QUESTIONS.items()}
+
+
+def _near(ours: Any, theirs: Any) -> bool:
+    """Whether two JSON values are the same but for rounding."""
+    if isinstance(ours, list) and isinstance(theirs, list):
+        return len(ours) == len(theirs) and all(map(_near, ours, theirs))
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return isclose(ours, theirs, abs_tol=1e-4)
+    return bool(ours == theirs)
 
 
 def _computed(rig: Rig) -> tuple[list[int], list[int]]:
