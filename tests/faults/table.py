@@ -11,6 +11,11 @@ from faults.matrix import CELLS, Cell, Outcomes, run_cell, run_quick_fleet
 BEGIN: Final = "<!-- begin faults -->"
 END: Final = "<!-- end faults -->"
 _HEAD: Final = """\
+`answer` is the whole answer, at the latest after another attempt. `part of the answer` was cut off, at once, after its
+first bytes. Anything else is a status, with the word of the service or of Envoy for the reason, or with the engine's
+own text. Chats and `/generate`, whole answers and streams get the same unless the table says otherwise. After each cell
+no engine had a leg left, and nothing was on the books.
+
 | part | what it does | one of two does it | all do it |
 |---|---|---|---|
 """
