@@ -33,11 +33,14 @@ _LONGEST_BACKOFF: Final = timedelta(milliseconds=250)
 
 
 def to_dispatch(retry: RetrySettings) -> RouteConfiguration:
-    """Route everything that comes in from outside; what the service wants placed anew comes by again."""
+    """Route everything that comes in from outside; what the service wants placed anew comes by again.
+
+    So does what the next hop dropped without an answer: the client has not seen a byte of one.
+    """
     action = _forward(DISPATCH)
     if retry.attempts > 1:
         action.retry_policy = RetryPolicy(
-            retry_on="retriable-headers",
+            retry_on="retriable-headers,reset",
             num_retries=retry.attempts - 1,
             retriable_headers=[HeaderMatcher(name=RETRY, present_match=True)],
             retry_back_off=RetryPolicyRetryBackOff(base_interval=_FIRST_BACKOFF, max_interval=_LONGEST_BACKOFF),
