@@ -58,7 +58,7 @@ class Echo:
             return Rejection(400, Reason.INVALID_JSON, "as asked")
         return Decision(body, PLACED, {names.META_POOL: "p"}, None)
 
-    def look_up(self) -> Decision | Rejection:
+    def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         return Decision(None, PLACED, {names.META_POOL: "p"}, None)
 
     def models(self, path: str) -> Answer | Rejection:

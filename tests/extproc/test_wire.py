@@ -455,7 +455,7 @@ class _Broken:
     def place(self, *_request: object, **_more: object) -> Decision | Rejection:
         raise RuntimeError("secret detail")
 
-    def look_up(self) -> Decision | Rejection:
+    def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         raise RuntimeError("secret detail")
 
     def models(self, path: str) -> Answer | Rejection:

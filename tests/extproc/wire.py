@@ -147,9 +147,13 @@ class Watcher:
     decisions: list[str] = field(default_factory=list)
     failures: list[tuple[Role, Reason, bool]] = field(default_factory=list)
     unseen: int = 0
+    elsewhere: int = 0
 
     def stream_opened(self) -> None:
         self.opened += 1
+
+    def served_elsewhere(self) -> None:
+        self.elsewhere += 1
 
     def stream_closed(self) -> None:
         self.closed += 1

@@ -22,6 +22,7 @@ from dp_extproc.config.schema import (
     LoadSource,
     PolicySettings,
     PoolConfig,
+    Protocol,
     RankPolicy,
     Reload,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "PolicySettings",
     "PoolConfig",
     "Problem",
+    "Protocol",
     "QueueSettings",
     "RankPolicy",
     "Reload",

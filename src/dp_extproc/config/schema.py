@@ -291,6 +291,15 @@ class PoolConfig(Section):
         return self.workers is None
 
 
+class Protocol(StrEnum):
+    """To whom the service speaks."""
+
+    OWN = "own"
+    """The Envoy that ``dp-extproc envoy-config`` configures."""
+    ENDPOINT_PICKER = "endpoint_picker"
+    """Any gateway that speaks the endpoint-picker protocol of the Gateway API Inference Extension."""
+
+
 class Reload(StrEnum):
     """When the file is read anew."""
 
@@ -305,6 +314,7 @@ class Config(Section):
 
     listen: ListenSettings = ListenSettings()
     envoy: EnvoySettings = EnvoySettings()
+    protocol: Protocol = Field(default=Protocol.OWN, strict=False)
     load: LoadSettings = LoadSettings()
     drain: Seconds = 10.0
     """How long a stopping service goes on answering after it has reported that it is not ready."""
@@ -334,6 +344,15 @@ class Config(Section):
             ]
             if lacking:
                 raise ValidationError.from_exception_data("Config", lacking)
+        return self
+
+    @model_validator(mode="after")
+    def _gateways_do_not_mirror(self) -> Self:
+        if self.protocol is Protocol.ENDPOINT_PICKER and any(pool.is_disaggregated for pool in self.pools):
+            raise ValueError(
+                "protocol: endpoint_picker names one endpoint for a request, so it serves pools of workers only; for "
+                "prefill and decode use the Envoy that dp-extproc envoy-config configures"
+            )
         return self
 
     @model_validator(mode="after")

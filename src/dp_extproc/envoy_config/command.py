@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dp_extproc.config import ConfigError, load_config
+from dp_extproc.config import ConfigError, Protocol, load_config
 from dp_extproc.envoy_config.bootstrap import build_bootstrap
 from dp_extproc.envoy_config.yaml_text import render_yaml
 
@@ -20,6 +20,9 @@ def run(args: argparse.Namespace) -> int:
         config = load_config(args.config)
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
+        return 2
+    if config.protocol is Protocol.ENDPOINT_PICKER:
+        sys.stderr.write(f"{args.config}: protocol: endpoint_picker is for a gateway that configures its own Envoy\n")
         return 2
     sys.stdout.write(render_yaml(build_bootstrap(config)))
     return 0

@@ -31,8 +31,19 @@ from dp_extproc.extproc.events import (
     StreamedChunk,
     TakeBody,
 )
-from dp_extproc.extproc.names import FOREIGN_NAMES, FOREIGN_PREFIXES, METADATA_NAMESPACE, READ_FROM_REQUESTS
+from dp_extproc.extproc.names import (
+    DESTINATION,
+    DESTINATION_SERVED,
+    DESTINATION_SUBSET,
+    FOREIGN_NAMES,
+    FOREIGN_PREFIXES,
+    LB_NAMESPACE,
+    METADATA_NAMESPACE,
+    READ_FROM_REQUESTS,
+    SUBSET_NAMESPACE,
+)
 from dp_extproc.placement.decision import Metadata
+from dp_extproc.placement.subset import read_subset
 
 _BODY_MODES: Final = {
     ProcessingMode.NONE: BodyMode.NONE,
@@ -55,6 +66,17 @@ def read_modes(first: ProcessingRequest) -> tuple[BodyMode, bool]:
     return request, config.response_body_mode == ProcessingMode.FULL_DUPLEX_STREAMED
 
 
+def read_subset_hint(message: ProcessingRequest) -> frozenset[str] | None:
+    """Read among which endpoints to pick: a list or a text, of addresses between commas; None without a hint."""
+    hint = message.metadata_context.filter_metadata.get(SUBSET_NAMESPACE)
+    if hint is None or DESTINATION_SUBSET not in hint.fields:
+        return None
+    value = hint.fields[DESTINATION_SUBSET]
+    if value.WhichOneof("kind") == "list_value":
+        return read_subset(each.string_value for each in value.list_value.values)
+    return read_subset((value.string_value,))
+
+
 def read_event(message: ProcessingRequest) -> Event | None:
     """Read a message; None for one that says nothing, or nothing that is known here."""
     match message.WhichOneof("request"):
@@ -65,7 +87,8 @@ def read_event(message: ProcessingRequest) -> Event | None:
             body = message.request_body
             return RequestBody(body.body, body.end_of_stream)
         case "response_headers":
-            return ResponseHeaders(_status(message.response_headers), message.response_headers.end_of_stream)
+            headers = message.response_headers
+            return ResponseHeaders(_status(headers), headers.end_of_stream, _served(message))
         case "response_body":
             chunk = message.response_body
             return ResponseBody(chunk.body, chunk.end_of_stream)
@@ -119,6 +142,9 @@ def _write_mutation(reply: Mutate) -> bytes:
         mutation.remove_headers.extend(reply.remove_headers)
     if reply.metadata is not None:
         _write_metadata(reply.metadata, response)
+    if reply.destination is not None:
+        fields = response.dynamic_metadata.fields[LB_NAMESPACE].struct_value.fields
+        fields[DESTINATION].string_value = reply.destination
     return bytes(response.SerializeToString())
 
 
@@ -162,6 +188,13 @@ def _status(message: HttpHeaders) -> int:
             text = header.raw_value or header.value
             return int(text) if text.isdigit() else 0
     return 0
+
+
+def _served(message: ProcessingRequest) -> str | None:
+    served = message.metadata_context.filter_metadata.get(LB_NAMESPACE)
+    if served is None or DESTINATION_SERVED not in served.fields:
+        return None
+    return served.fields[DESTINATION_SERVED].string_value or None
 
 
 def _continue(phase: Phase) -> bytes:

@@ -47,6 +47,8 @@ class ResponseHeaders(Struct, frozen=True):
     status: int
     end_of_stream: bool = False
     """There will be no body."""
+    served: str | None = None
+    """``IP:port`` that has answered, where the gateway tells it."""
 
 
 class ResponseBody(Struct, frozen=True):
@@ -89,6 +91,8 @@ class Mutate(Struct, frozen=True):
     body: bytes | None = None
     clear_route_cache: bool = False
     metadata: Metadata | None = None
+    destination: str | None = None
+    """``IP:port`` for the gateway's load balancing, in the endpoint-picker protocol."""
 
 
 class TakeBody(Struct, frozen=True):

@@ -58,7 +58,7 @@ class Decider(Protocol):
         """Decide on an inference request."""
         ...
 
-    def look_up(self) -> Decision | Rejection:
+    def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         """Decide on a request without a body that any engine can answer."""
         ...
 
@@ -95,11 +95,13 @@ class Exchange:
         "_max_body",
         "_merger",
         "_mode",
+        "_picks",
         "_refused",
         "_response_duplex",
         "_session",
         "_size",
         "_state",
+        "_subset",
         "_trailers",
         "decision",
         "failed",
@@ -118,6 +120,8 @@ class Exchange:
         response_duplex: bool = False,
         holds: bool = False,
         queues: bool = False,
+        picks: bool = False,
+        subset: frozenset[str] | None = None,
     ) -> None:
         """Begin.
 
@@ -128,11 +132,15 @@ class Exchange:
             response_duplex: Whether response bodies come in duplex, too.
             holds: Whether the response's headers are held until :meth:`let_go`.
             queues: Whether a request for which there is no room waits for :meth:`decide_again` or :meth:`give_up`.
+            picks: Whether to speak the endpoint-picker protocol: the gateway routes, and this only says where to.
+            subset: Among which endpoints it allows to choose; None for all.
         """
         self._decider = decider
         self._mode = mode
         self._max_body = max_body
         self._response_duplex = response_duplex
+        self._picks = picks
+        self._subset = subset
         self._state = _State.START
         self._api: Api | None = None
         self._foreign: tuple[str, ...] = ()
@@ -279,13 +287,18 @@ class Exchange:
         headers = event.headers
         asked = read_path(headers.get(":method", ""), headers.get(":path", ""))
         self._foreign = tuple(headers.keys() - names.READ_FROM_REQUESTS)
+        if self._picks:  # Envoy lets nobody remove its own
+            self._foreign = tuple(name for name in self._foreign if not name.startswith("x-envoy-"))
         self._session = headers.get(names.SESSION)
         self.failed = read_failed(headers.get(names.AVOID))
+        refusal = refuse_by_headers(headers, self._max_body)
+        if self._picks and (not isinstance(asked, Api) or (refusal is not None and refusal.status == _UNSUPPORTED)):
+            return self._pass_on()  # the gateway has decided that it is a request for these servers
         if isinstance(asked, Rejection):
             return self._refuse(asked)
         if isinstance(asked, Lookup):
             return self._look_up(asked, headers[":path"])
-        if (refusal := refuse_by_headers(headers, self._max_body)) is not None:
+        if refusal is not None:
             return self._refuse(refusal)
         if event.end_of_stream:
             return self._refuse(NO_BODY)
@@ -305,7 +318,11 @@ class Exchange:
                 return self._refuse(answer)
             self._state, self.status = _State.OVER, 200
             return (Immediate(200, answer.body, (_JSON,), "models", {names.META_REASON: "models"}),)
-        decision = self._decider.look_up()
+        return self._pass_on()
+
+    def _pass_on(self) -> _Replies:
+        """Send a request that is not read to any server."""
+        decision = self._decider.look_up(self._subset)
         if isinstance(decision, Rejection):
             return self._refuse(decision)
         # A body on such a request is unusual and none of our business; in duplex it is passed on as it comes.
@@ -330,7 +347,7 @@ class Exchange:
     def _decide(self, ticket: Ticket | None = None) -> _Replies:
         assert self._api is not None  # noqa: S101 - the state says so
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        decision = self._decider.place(self._api, body, Circumstances(self._session, self.failed, ticket))
+        decision = self._decider.place(self._api, body, Circumstances(self._session, self.failed, ticket, self._subset))
         if isinstance(decision, Rejection):
             if self.queues and decision.wait is not None:
                 self._state, self._refused, self._body = _State.WAITING, decision, [body]
@@ -352,6 +369,11 @@ class Exchange:
     def _mutate(
         self, phase: Phase, decision: Decision, headers: tuple[tuple[str, bytes], ...], body: bytes | None = None
     ) -> Mutate:
+        destination = None
+        if self._picks:
+            address = dict(headers)[names.DECODE_HOST]
+            headers = ((names.DESTINATION, address), *(each for each in headers if each[0] != names.DECODE_HOST))
+            destination = address.decode()
         foreign: tuple[str, ...] = ()
         if self._foreign and phase is Phase.REQUEST_HEADERS:
             kept = {name for name, _ in headers}
@@ -363,6 +385,7 @@ class Exchange:
             body=body,
             clear_route_cache=True,  # the routes match on the headers that are set here
             metadata=decision.metadata,
+            destination=destination,
         )
 
     def _refuse(self, refusal: Rejection) -> _Replies:
@@ -430,6 +453,8 @@ class Exchange:
     """Every event that is allowed in a state, and what handles it; all others are violations of the protocol."""
 
 
+_UNSUPPORTED: Final = 415
+"""Of bodies that cannot be read."""
 _GO_ON_HEADERS: Final[_Replies] = (Continue(Phase.REQUEST_HEADERS),)
 _GO_ON_RESPONSE: Final[_Replies] = (Continue(Phase.RESPONSE_HEADERS),)
 _SEE_RESPONSE: Final[_Replies] = (SeeBody(Phase.RESPONSE_HEADERS),)

@@ -48,6 +48,15 @@ READ_FROM_REQUESTS: Final = frozenset({
 READ_FROM_RESPONSES: Final = frozenset({":status"})
 """Likewise of a response's."""
 
+DESTINATION: Final = "x-gateway-destination-endpoint"
+"""Endpoint-picker protocol: the picked ``IP:port``, as a header and in the metadata of :data:`LB_NAMESPACE`."""
+DESTINATION_SUBSET: Final = "x-gateway-destination-endpoint-subset"
+"""Among which endpoints to pick, in the request's metadata of :data:`SUBSET_NAMESPACE`."""
+DESTINATION_SERVED: Final = "x-gateway-destination-endpoint-served"
+"""Which endpoint has answered, in the response's metadata of :data:`LB_NAMESPACE`."""
+LB_NAMESPACE: Final = "envoy.lb"
+SUBSET_NAMESPACE: Final = "envoy.lb.subset_hint"
+
 METADATA_NAMESPACE: Final = "dp_extproc"
 """Dynamic metadata of a request, for access logs."""
 

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from dp_extproc.config.reliability import RetrySettings, SupervisionSettings
 from dp_extproc.extproc import names
-from dp_extproc.extproc.codec import read_event, read_modes, write_reply
+from dp_extproc.extproc.codec import read_event, read_modes, read_subset_hint, write_reply
 from dp_extproc.extproc.events import (
     BodyMode,
     Continue,
@@ -51,6 +51,10 @@ class StreamObserver(SupervisionObserver, Protocol):
 
     def stream_opened(self) -> None: ...
     def stream_closed(self) -> None: ...
+    def served_elsewhere(self) -> None:
+        """A gateway has sent a request to another endpoint than the picked one."""
+        ...
+
     def decided(self, exchange: Exchange, seconds: float) -> None:
         """A request was placed, answered or refused, in so many seconds of work."""
         ...
@@ -70,6 +74,7 @@ class ExtProcService:
         max_body: int,
         clock: Callable[[], float],
         hold_seconds: float = HOLD_SECONDS,
+        picks: bool = False,
     ) -> None:
         """Set up.
 
@@ -82,6 +87,7 @@ class ExtProcService:
             max_body: Bytes of a request.
             clock: Monotonic seconds; the same that the books are kept with.
             hold_seconds: How long a body may pause.
+            picks: Whether to speak the endpoint-picker protocol.
         """
         self._decider = decider
         self._observer = observer
@@ -91,6 +97,7 @@ class ExtProcService:
         self._max_body = max_body
         self._clock = clock
         self._hold_seconds = hold_seconds
+        self._picks = picks
         self._links: dict[str, Link] = {}
         """Attempts by the token of their leg, as long as a stream of theirs may come or stay."""
 
@@ -141,8 +148,10 @@ class ExtProcService:
             mode,
             self._max_body,
             response_duplex=response_duplex,
-            holds=True,
+            holds=not self._picks,  # a gateway of others neither repeats requests nor lets its answers be exchanged
             queues=self._line is not None,
+            picks=self._picks,
+            subset=read_subset_hint(message) if self._picks else None,
         )
         writer = Writer(context)
         link: Link | None = None
@@ -244,7 +253,11 @@ class ExtProcService:
         if not isinstance(event, ResponseHeaders):
             return []
         supervision.attempt.first_byte(event.status, now)
-        return supervision.decode_answered(event.status, now, has_body=not event.end_of_stream)
+        host = supervision.attempt.decode_host
+        if event.served is not None and host is not None and event.served != host.address:
+            self._observer.served_elsewhere()
+        has_body = not event.end_of_stream and not self._picks  # whose text does not come here
+        return supervision.decode_answered(event.status, now, has_body=has_body)
 
     async def _close(self, link: Link) -> None:
         supervision = link.supervision

@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from random import Random
 from typing import Any, Final
 
-from dp_extproc.config import Config, Supervise
+from dp_extproc.config import Config, Protocol, RetrySettings, Supervise
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.fleet.credentials import Credentials
 from dp_extproc.fleet.roster import endpoints_of
@@ -73,14 +73,16 @@ class Router:
         if config.sync is not None:
             self._replica = join(config.sync, outbox, self._dispatcher.ledger.open_foreign, clock=clock)
             self.telemetry.add(SyncMetrics(self._replica.status))
+        picks = config.protocol is Protocol.ENDPOINT_PICKER
         self.service = ExtProcService(
             self._dispatcher,
             self.telemetry,
             supervision=config.supervision,
-            budget=RetryBudget(config.retry),
+            budget=RetryBudget(RetrySettings(attempts=1) if picks else config.retry),
             line=self._line,
             max_body=config.envoy.max_body_bytes,
             clock=clock,
+            picks=picks,
         )
         self._scraper = Scraper(
             endpoints, config.load, self.telemetry, clock=clock, rng=rng, credentials=self._credentials

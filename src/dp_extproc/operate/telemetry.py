@@ -46,6 +46,7 @@ class Telemetry:
         self._streams = 0
         self._leg_failures: Counter[tuple[str, str, str]] = Counter()
         self._unseen_legs = 0
+        self._served_elsewhere = 0
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -78,6 +79,9 @@ class Telemetry:
 
     def leg_unseen(self) -> None:
         self._unseen_legs += 1
+
+    def served_elsewhere(self) -> None:
+        self._served_elsewhere += 1
 
     # --- scrapes ---
 
@@ -136,6 +140,11 @@ class Telemetry:
         yield failures
         yield CounterMetricFamily(
             "dp_extproc_unseen_legs", "Prefill legs that did not report here.", value=self._unseen_legs
+        )
+        yield CounterMetricFamily(
+            "dp_extproc_served_elsewhere",
+            "Requests that a gateway sent to another endpoint than the picked one.",
+            value=self._served_elsewhere,
         )
 
     def _collect_endpoints(self) -> Iterator[Metric]:

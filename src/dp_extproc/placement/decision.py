@@ -18,6 +18,8 @@ class Circumstances(Struct, frozen=True):
     """The hosts of each attempt of this request that has failed, in order."""
     ticket: Ticket | None = None
     """Its place in the line, if it waits there."""
+    subset: frozenset[str] | None = None
+    """The endpoints among which a gateway allows to choose; None for all."""
 
 
 class Decision(Struct, frozen=True):

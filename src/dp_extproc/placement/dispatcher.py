@@ -131,12 +131,12 @@ class Dispatcher:
             pool, request, circumstances
         )
 
-    def look_up(self) -> Decision | Rejection:
-        """Send a request that any engine can answer to a server that answers clients."""
+    def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
+        """Send a request that any engine can answer to a server that answers clients, of a subset if there is one."""
         now = self._clock()
         for pool in self._pools:
             role = Role.DECODE if pool.config.is_disaggregated else Role.WORKER
-            if hosts := self._fleet.eligible(pool.name, role, now):
+            if hosts := self._fleet.eligible(pool.name, role, now, subset):
                 address = self._rng.choice(hosts).address
                 metadata: Metadata = {names.META_POOL: pool.name, names.META_DECODE_HOST: address}
                 headers = ((names.DECODE_HOST, address.encode()), *self._credentials.headers(pool.name))
@@ -187,7 +187,7 @@ class Dispatcher:
         self, pool: _Pool, request: InferenceRequest, circumstances: Circumstances
     ) -> Decision | Rejection:
         now = self._clock()
-        hosts = self._capable(pool, Role.WORKER, request.api, now, circumstances.failed)
+        hosts = self._capable(pool, Role.WORKER, request.api, now, circumstances)
         if isinstance(hosts, Rejection):
             return hosts
         demand = self._demand(pool, request, circumstances.session)
@@ -219,10 +219,10 @@ class Dispatcher:
         self, pool: _Pool, request: InferenceRequest, circumstances: Circumstances
     ) -> Decision | Rejection:
         now = self._clock()
-        prefills = self._capable(pool, Role.PREFILL, request.api, now, circumstances.failed)
+        prefills = self._capable(pool, Role.PREFILL, request.api, now, circumstances)
         if isinstance(prefills, Rejection):
             return prefills
-        decodes = self._capable(pool, Role.DECODE, request.api, now, circumstances.failed)
+        decodes = self._capable(pool, Role.DECODE, request.api, now, circumstances)
         if isinstance(decodes, Rejection):
             return decodes
         pins = Pins(request.prefill_rank_pin, request.routed_rank_pin) if pool.honours_pins else Pins()
@@ -326,13 +326,23 @@ class Dispatcher:
         )
 
     def _capable(
-        self, pool: _Pool, role: Role, api: Api, now: float, failed: Sequence[frozenset[str]]
+        self, pool: _Pool, role: Role, api: Api, now: float, circumstances: Circumstances
     ) -> Sequence[HostLoad] | Rejection:
         """Give the hosts of a role that can serve this path and are well, at least one."""
-        if capable := self._fleet.capable(pool.name, role, api, now):
+        subset = circumstances.subset
+        hosts = () if subset is None else self._fleet.eligible(pool.name, role, now, subset)
+        capable = (
+            self._fleet.capable(pool.name, role, api, now)
+            if subset is None
+            else [host for host in hosts if host.capabilities.serves(api)]
+        )
+        if capable:
             well = healthy(capable, now) if self._fleet.sick else capable
-            return others(well, failed) if failed else well
-        hosts = self._fleet.eligible(pool.name, role, now)
+            return others(well, circumstances.failed) if circumstances.failed else well
+        if subset is not None and not hosts:
+            message = f"no server for {pool.name} is ready among those that the gateway allows"
+            return Rejection(503, Reason.NO_ENDPOINTS, message, headers=_TRY_AGAIN)
+        hosts = hosts or self._fleet.eligible(pool.name, role, now)
         if not hosts:
             message = f"no {role} server of the pool for {pool.name} has been reached yet; try again shortly"
             return Rejection(503, Reason.NO_ENDPOINTS, message, headers=_TRY_AGAIN)

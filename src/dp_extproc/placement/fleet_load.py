@@ -12,6 +12,7 @@ from dp_extproc.placement.books import RankLoad
 from dp_extproc.placement.health import Health
 from dp_extproc.placement.load import DEFAULT_COSTS, DEFAULT_HEALTH, HostLoad, StepCosts, compare_pace
 from dp_extproc.placement.ratio import TokenRatio
+from dp_extproc.placement.subset import allows
 from dp_extproc.request.path import Api
 
 
@@ -130,12 +131,20 @@ class FleetLoad:
         for rank in host.ranks:
             self.prefixes[host.endpoint.pool].forget(rank)
 
-    def eligible(self, pool: str, role: Role, now: float) -> list[HostLoad]:
+    def eligible(self, pool: str, role: Role, now: float, among: frozenset[str] | None = None) -> list[HostLoad]:
         """Give the hosts of a role that are known best: the fresh ones; if there are none the stale ones; and so on.
 
         A host that is known less well is not preferred to one that is known to be loaded, but a lone one is used.
+
+        Args:
+            pool: By name.
+            role: Of the hosts.
+            now: Who was seen long ago is stale.
+            among: The only addresses that count; None for all.
         """
-        hosts = self._by_role.get((pool, role), ())
+        hosts: Sequence[HostLoad] = self._by_role.get((pool, role), ())
+        if among is not None:
+            hosts = [host for host in hosts if allows(among, host.address)]
         states = [host.freshness(now, self.stale_after) for host in hosts]
         best = min(states, default=None)
         return [host for host, state in zip(hosts, states, strict=True) if state is best]

@@ -1,0 +1,230 @@
+"""``protocol: endpoint_picker``: an Envoy of others routes to what the service picks, from the shipped example."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from dp_extproc.testbed.envoy import EnvoyProcess
+from dp_extproc.testbed.service import ServiceProcess, write_config
+from e2e.hosted import HostedEngine, HostedEngines
+from e2e.stack import FAST, body_of, one
+
+EXAMPLE = Path(__file__).parents[2] / "envoy" / "endpoint-picker.yaml"
+SUBSET = "x-test-subset"
+"""Header of this test that becomes the gateway's subset hint."""
+LIAR = "x-test-served"
+"""Header of this test by which the gateway says who has served, instead of the truth."""
+MOST_REQUESTS = 2
+"""On a rank."""
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+
+ORIGINAL_DST = """
+name: workers
+type: ORIGINAL_DST
+lb_policy: CLUSTER_PROVIDED
+original_dst_lb_config: {use_http_header: true, http_header_name: x-gateway-destination-endpoint}
+"""
+HINT = f"""
+name: envoy.filters.http.header_to_metadata
+typed_config:
+  "@type": type.googleapis.com/envoy.extensions.filters.http.header_to_metadata.v3.Config
+  request_rules:
+    - header: {SUBSET}
+      on_header_present:
+        {{metadata_namespace: envoy.lb.subset_hint, key: x-gateway-destination-endpoint-subset, type: STRING}}
+"""
+SERVED = f"""
+name: envoy.filters.http.lua
+typed_config:
+  "@type": type.googleapis.com/envoy.extensions.filters.http.lua.v3.Lua
+  default_source_code:
+    inline_string: |
+      function envoy_on_request(handle)
+        handle:streamInfo():dynamicMetadata():set("test", "served", handle:headers():get("{LIAR}") or "")
+      end
+      function envoy_on_response(handle)
+        local served = handle:streamInfo():dynamicMetadata():get("test")["served"]
+        if served == "" then served = handle:headers():get("x-upstream") end
+        handle:streamInfo():dynamicMetadata():set("envoy.lb", "x-gateway-destination-endpoint-served", served)
+      end
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """Two workers behind somebody else's Envoy."""
+
+    workers: tuple[HostedEngine, HostedEngine]
+    client: httpx.Client
+    service: ServiceProcess
+
+    def forget(self) -> None:
+        for worker in self.workers:
+            worker.forget()
+
+
+@pytest.fixture(scope="module", params=["override_host", "original_dst"])
+def running(request: pytest.FixtureRequest) -> Iterator[Gateway]:
+    with ExitStack() as running:
+        engines = HostedEngines()
+        workers = engines.add("--dp-size", "2", *FAST), engines.add("--dp-size", "2", *FAST)
+        running.enter_context(engines)
+        pool = {"models": ["*"], "workers": {"endpoints": [each.url for each in workers]}}
+        content = write_config([pool], admission={"max_requests": MOST_REQUESTS})
+        service = running.enter_context(ServiceProcess({**content, "protocol": "endpoint_picker"}))
+        bootstrap = _gateway(service, workers, original_dst=request.param == "original_dst")
+        envoy = running.enter_context(EnvoyProcess(service.config, bootstrap=bootstrap))
+        client = running.enter_context(httpx.Client(base_url=envoy.url, timeout=30, trust_env=False))
+        service.wait_until_fresh()
+        yield Gateway(workers, client, service)
+
+
+@pytest.fixture
+def gateway(running: Gateway) -> Gateway:
+    running.forget()
+    return running
+
+
+def _gateway(service: ServiceProcess, workers: tuple[HostedEngine, ...], *, original_dst: bool) -> str:
+    """Take the example with the ports of this test, and with what a gateway adds."""
+    example: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
+    config, resources = service.config, example["static_resources"]
+    listener, (picker, cluster) = resources["listeners"][0], resources["clusters"]
+    listener["address"]["socket_address"]["port_value"] = config.envoy.inference.port
+    example["admin"]["address"]["socket_address"]["port_value"] = config.envoy.admin.port
+    _ports(picker, [config.listen.grpc.port])
+    _ports(cluster, [each.port for each in workers])
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    manager["http_filters"][:0] = [yaml.safe_load(HINT)]
+    manager["http_filters"][-1:-1] = [yaml.safe_load(SERVED)]
+    served = {"header": {"key": "x-upstream", "value": "%UPSTREAM_REMOTE_ADDRESS%"}}
+    manager["route_config"]["virtual_hosts"][0]["response_headers_to_add"] = [served]
+    if original_dst:
+        resources["clusters"][1] = yaml.safe_load(ORIGINAL_DST)
+    return yaml.safe_dump(example)
+
+
+def _ports(cluster: dict[str, Any], ports: list[int]) -> None:
+    endpoints = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    for endpoint, port in zip(endpoints, ports, strict=True):
+        endpoint["endpoint"]["address"]["socket_address"]["port_value"] = port
+
+
+def address_of(worker: HostedEngine) -> str:
+    return worker.url.removeprefix("http://")
+
+
+def test_requests_go_where_the_service_says(gateway: Gateway) -> None:
+    """Header and metadata lead to the picked endpoint, the body to its rank; both servers and ranks are used."""
+    used = set()
+    for _ in range(60):
+        gateway.forget()
+        response = gateway.client.post(
+            "/v1/chat/completions", json=CHAT, headers={"x-gateway-destination-endpoint": "127.0.0.1:1"}
+        )
+        assert response.status_code == 200, response.text
+        request = one(gateway.workers)
+        (worker,) = [each for each in gateway.workers if each.requests()]
+        assert request["headers"]["x-gateway-destination-endpoint"] == address_of(worker)
+        assert response.headers["x-upstream"] == address_of(worker)
+        assert body_of(request) == {"routed_dp_rank": request["rank"], **CHAT}
+        assert "x-dp-decode-host" not in request["headers"]
+        used.add((worker.port, request["rank"]))
+        if len(used) == 4:
+            break
+
+    assert len(used) == 4
+
+
+@pytest.mark.parametrize("form", ["{address}", "{address} , 127.0.0.1:1", "127.0.0.1:1,{address}"])
+def test_only_the_allowed_endpoints(gateway: Gateway, form: str) -> None:
+    """A subset hint is obeyed, with and without others in it."""
+    wanted = gateway.workers[1]
+    for _ in range(6):
+        gateway.forget()
+        hint = {SUBSET: form.format(address=address_of(wanted))}
+        assert gateway.client.post("/v1/chat/completions", json=CHAT, headers=hint).status_code == 200
+        assert one([wanted])["outcome"] == "finished"
+        assert gateway.workers[0].requests() == []
+
+
+def test_an_address_without_a_port_allows_all_its_ports(gateway: Gateway) -> None:
+    """As the protocol has it."""
+    response = gateway.client.post("/v1/chat/completions", json=CHAT, headers={SUBSET: "127.0.0.1"})
+
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/embeddings"])
+def test_nobody_allowed(gateway: Gateway, path: str) -> None:
+    """A subset in which nobody is ready is a 503, and no engine gets the request."""
+    response = gateway.client.post(path, json=CHAT, headers={SUBSET: "10.9.9.9:1"})
+
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "no_endpoints")
+    assert [request for worker in gateway.workers for request in worker.requests()] == []
+
+
+def test_what_is_not_read_is_passed_on(gateway: Gateway) -> None:
+    """Other paths, other methods and compressed bodies go to any server as they are: the gateway sent them here."""
+    assert gateway.client.get("/v1/models").json()["data"][0]["id"] == "strict-engine"
+    embedding = gateway.client.post("/v1/embeddings", json={"input": "a"})
+    assert (embedding.status_code, "embedding model" in embedding.text) == (400, True)
+    packed = gzip.compress(json.dumps(CHAT).encode())
+    headers = {"content-encoding": "gzip", "content-type": "application/json"}
+    answer = gateway.client.post("/v1/chat/completions", content=packed, headers=headers)
+    assert answer.status_code == 400  # the stand-in does not unpack
+    assert "x-upstream" in answer.headers
+
+
+def test_streams_and_books(gateway: Gateway) -> None:
+    """A stream comes through, and nothing stays on the books."""
+    with gateway.client.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as response:
+        lines = [line for line in response.iter_lines() if line]
+
+    assert lines[-1] == "data: [DONE]"
+    gateway.service.wait_until_idle()
+
+
+def test_who_has_served_is_compared(gateway: Gateway) -> None:
+    """The gateway's word for another endpoint than the picked one is counted; its word for the same is not."""
+
+    def elsewhere(**headers: str) -> float:
+        assert gateway.client.post("/v1/chat/completions", json=CHAT, headers=headers).status_code == 200
+        gateway.service.wait_until_idle()
+        lines = gateway.service.metrics().splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith("dp_extproc_served_elsewhere_total"))
+
+    before = elsewhere()
+    assert elsewhere() == before
+    assert elsewhere(**{LIAR: "127.0.0.1:7"}) == before + 1
+
+
+@pytest.mark.parametrize("size", [200_000, 1 << 20])
+def test_large_bodies(gateway: Gateway, size: int) -> None:
+    """Bodies of many chunks arrive whole."""
+    sent = {"padding": "x" * size, **CHAT}
+    assert gateway.client.post("/v1/chat/completions", json=sent).status_code == 200
+    request = one(gateway.workers)
+
+    assert request["body_length"] == len(json.dumps({"routed_dp_rank": 0, **sent}, separators=(",", ":")))
+
+
+def test_nobody_with_room(gateway: Gateway) -> None:
+    """A request that no rank has room for is a 429. The last test: engines seem busy for a while after it."""
+    endless = {**CHAT, "max_tokens": 1_000_000, "stream": True}
+    with ExitStack() as streams:
+        answers: list[httpx.Response] = []
+        while not answers or (answers[-1].status_code == 200 and len(answers) <= 8 * MOST_REQUESTS):
+            answers.append(streams.enter_context(gateway.client.stream("POST", "/v1/chat/completions", json=endless)))
+
+    assert len(answers) > 4
+    assert (answers[-1].status_code, answers[-1].headers["retry-after"]) == (429, "1")
+    gateway.service.wait_until_idle()
