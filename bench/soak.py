@@ -2,7 +2,7 @@
 
 ``python -m bench.soak --seconds 3600``. Prints a line of what there is every ten seconds, and a summary at the end. It
 ends with status 1 if the memory of the service has grown, reservations are left, or a request was lost that could have
-been served: one engine and one worker are down at a time, so that is every one that has not received a token.
+been served: one engine or one worker is down at a time, so that is every one that has not received a token.
 """
 
 import argparse
@@ -79,6 +79,8 @@ class Soak:
     """Bytes of the largest process that places requests, and when."""
     asked: int = 0
     open: int = 0
+    trouble: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while something is down: a leg whose server and whose supervisor die together is known to wait."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
@@ -121,24 +123,27 @@ class Soak:
             await self._pause(_AT_PEACE + self.rng.expovariate(1 / self.args.kill_every))
             if self.over.is_set():
                 return
-            role = self.rng.choice(("prefill", "decode"))
-            victim = self.rng.choice(self.prefills if role == "prefill" else self.decodes)
-            self.note_kill(role, victim.url)
-            await asyncio.to_thread(victim.stop, signal.SIGKILL)
-            await asyncio.sleep(self.rng.uniform(*_DOWN))
-            await asyncio.to_thread(victim.start)
-            await asyncio.to_thread(victim.wait_until_listening)
+            async with self.trouble:
+                role = self.rng.choice(("prefill", "decode"))
+                victim = self.rng.choice(self.prefills if role == "prefill" else self.decodes)
+                self.note_kill(role, victim.url)
+                await asyncio.to_thread(victim.stop, signal.SIGKILL)
+                await asyncio.sleep(self.rng.uniform(*_DOWN))
+                await asyncio.to_thread(victim.start)
+                await asyncio.to_thread(victim.wait_until_listening)
 
     async def _kill_workers(self) -> None:
         if self.args.workers < 2:  # then there would be nobody to place requests
             return
         while not self.over.is_set():
             await self._pause(_AT_PEACE + self.rng.expovariate(1 / self.args.kill_every))
-            ready = [worker["pid"] for worker in await self._workers() if worker["ready"]]
-            if not self.over.is_set() and len(ready) == self.args.workers:
-                pid = self.rng.choice(ready)
-                self.note_kill("worker", str(pid))
-                os.kill(pid, signal.SIGKILL)
+            async with self.trouble:
+                ready = [worker["pid"] for worker in await self._workers() if worker["ready"]]
+                if not self.over.is_set() and len(ready) == self.args.workers:
+                    pid = self.rng.choice(ready)
+                    self.note_kill("worker", str(pid))
+                    os.kill(pid, signal.SIGKILL)
+                    await self._pause(_DOWN[0])
 
     def note_kill(self, kind: str, which: str) -> None:
         """Tell who is about to die."""
