@@ -35,7 +35,9 @@ async def chat(exchange: Exchange) -> Response:
     body = exchange.parse()
     fields = exchange.fields(body)
     if body.get("messages") is None:
-        raise missing("messages", body)
+        # protocol.py fills this in before it looks at anything else, so its errors show it
+        choice = {} if "tool_choice" in body else {"tool_choice": "auto" if body.get("tools") else "none"}
+        raise missing("messages", {**body, **choice})
     messages = body["messages"]
     if not isinstance(messages, list) or not messages:
         raise wrong_type("messages", messages, "list")
@@ -119,7 +121,10 @@ async def _respond(exchange: Exchange, form: _Form) -> Response:
                 for index, ticket in enumerate(tickets)
             ],
             "usage": _usage(exchange),
-            "metadata": {"weight_version": "default"},
+            "metadata": {
+                "weight_version": "default",
+                "weight_versions": [{"version": "default", "start": 0, "end": len(tickets[0].tokens)}],
+            },
         }
     )
 

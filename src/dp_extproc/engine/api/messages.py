@@ -39,9 +39,7 @@ async def messages(exchange: Exchange) -> Response:
     (ticket,) = exchange.tickets
     content = [{"type": "text", "text": "".join(map(output_text, ticket.tokens))}]
     usage = {**_input_usage(exchange, ticket), "output_tokens": len(ticket.tokens)}
-    return json_response(
-        {**head, "content": content, "stop_reason": "max_tokens", "stop_sequence": None, "usage": usage}
-    )
+    return json_response({**head, "content": content, "stop_reason": "max_tokens", "usage": usage})
 
 
 async def _events(exchange: Exchange, head: dict[str, Any]) -> AsyncIterator[str]:
@@ -54,7 +52,7 @@ async def _events(exchange: Exchange, head: dict[str, Any]) -> AsyncIterator[str
         if not begun:
             begun = True
             usage = {**_input_usage(exchange, ticket), "output_tokens": 0}
-            message = {**head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
+            message = {**head, "content": [], "usage": usage}  # what is null is left out everywhere (serving.py)
             yield event({"type": "message_start", "message": message}, "message_start")
             block = {"type": "text", "text": ""}
             yield event({"type": "content_block_start", "index": 0, "content_block": block}, "content_block_start")
@@ -63,8 +61,7 @@ async def _events(exchange: Exchange, head: dict[str, Any]) -> AsyncIterator[str
             yield event({"type": "content_block_delta", "index": 0, "delta": delta}, "content_block_delta")
     yield event({"type": "content_block_stop", "index": 0}, "content_block_stop")
     usage = {**_input_usage(exchange, ticket), "output_tokens": len(ticket.tokens)}
-    stop = {"stop_reason": "max_tokens", "stop_sequence": None}
-    yield event({"type": "message_delta", "delta": stop, "usage": usage}, "message_delta")
+    yield event({"type": "message_delta", "delta": {"stop_reason": "max_tokens"}, "usage": usage}, "message_delta")
     yield event({"type": "message_stop"}, "message_stop")
 
 
