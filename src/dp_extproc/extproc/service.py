@@ -162,9 +162,12 @@ class ExtProcService:
                     replies = await self._take(exchange, link, event)
                     if link is None and exchange.attempt is not None:
                         link = self._watch(exchange, exchange.attempt, writer)  # before its legs can show up
-                    await writer.write(replies)
-                    if link is not None:
-                        await link.carry_out(self._answered(exchange, link.supervision, event), Stream.MAIN)
+                    if link is None:
+                        await writer.write(replies)
+                    else:
+                        # Noted before anything is written: Envoy may cancel the stream once the client has its answer.
+                        said = self._answered(exchange, link.supervision, event)
+                        await link.carry_out([*((Stream.MAIN, reply) for reply in replies), *said], Stream.MAIN)
                 message = await (self._read_held(exchange, context) if mode is BodyMode.DUPLEX else context.read())
         except ProtocolViolationError as violation:
             _log.warning("ext_proc stream ended: %s", violation)
