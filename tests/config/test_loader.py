@@ -78,7 +78,10 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
     "pools-of-nothing": ("pools:\n", [(1, "pools", "must be a list, not nothing")]),
     "empty-pools": ("pools: []\n", [(1, "pools", "name at least one")]),
     "pools-as-a-mapping": ("pools: {a: b}\n", [(1, "pools", "must be a list")]),
-    "pool-as-a-string": ("pools: [a]\n", [(1, "pools[0]", "keys such as models, prefill, decode, workers, policy")]),
+    "pool-as-a-string": (
+        "pools: [a]\n",
+        [(1, "pools[0]", "keys such as models, prefill, decode, workers, engine, carrier, policy")],
+    ),
     "tab": ("pools:\n\t- a\n", [(2, "", "not valid YAML: found character '\\t'")]),
     "unclosed": (POOL + "load: {interval: 1s\n", [(5, "", "not valid YAML")]),
     "two-documents": (POOL + "---\n" + POOL, [(4, "", "another document")]),
@@ -128,7 +131,7 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
             (
                 4,
                 "colour",
-                "known keys here: listen, envoy, load, drain, reload, sync, supervision, retry, health, admission, ",
+                "known keys here: listen, envoy, protocol, load, drain, reload, sync, supervision, retry, health, ",
             )
         ],
     ),
