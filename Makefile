@@ -2,11 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+CLANG ?= clang
+
 # Real SGLang on CPUs, for interop: 3 GB, kept.
 SGLVENV ?= $(HOME)/.cache/dp-extproc/sglang-venv
 SGLRUN ?= $(HOME)/.cache/dp-extproc/sglang-run
 
-.PHONY: setup test check format demo faults soak interop bench balance simulated clean
+.PHONY: setup test check format demo faults soak interop bench balance simulated stream-end clean
 
 setup: .venv/ready
 
@@ -57,6 +59,13 @@ balance: .venv/bench-ready
 # Every simulation of docs/scheduling.md, its tables and plots.
 simulated: .venv/bench-ready
 	bench/simulated.sh
+
+# The filter that ends cut streams; only for those who change it. Wants clang with lld (Debian: clang, lld).
+stream-end: src/dp_extproc/envoy_config/stream_end.wasm
+
+src/dp_extproc/envoy_config/stream_end.wasm: src/dp_extproc/envoy_config/stream_end.c
+	$(CLANG) --target=wasm32 -Oz -nostdlib -Wall -Wextra -Werror -Wl,--no-entry -Wl,-z,stack-size=8192 \
+	  -Wl,--strip-all -o $@ $<
 
 .venv/bench-ready: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group bench

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dp_extproc.config import BodyMode, Config
+from dp_extproc.config import BodyMode, Config, CutStreams
 from dp_extproc.envoy_config import build_bootstrap, command, render_yaml
 from dp_extproc.envoy_config.comments import COMMENTS
 from dp_extproc.testbed.envoy import find_envoy
@@ -70,6 +70,25 @@ def test_envoy_accepts_it(body_mode: BodyMode, service: str | None, tmp_path: Pa
     assert "deprecated" not in done.stderr.lower()
 
 
+@pytest.mark.parametrize("cut_streams", list(CutStreams))
+def test_streams_that_are_cut(cut_streams: CutStreams, tmp_path: Path) -> None:
+    """Answers pass the filter that ends them, or come straight from the server that the header names."""
+    config = config_with({"cut_streams": cut_streams.value})
+    resources = printed(config)["static_resources"]
+    path = tmp_path / "envoy.yaml"
+    path.write_text(render_yaml(build_bootstrap(config)), encoding="utf-8")
+
+    done = subprocess.run(
+        [find_envoy(), "--mode", "validate", "-c", str(path)], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    ends = cut_streams is CutStreams.EVENT
+    assert ("decode" in [each["name"] for each in resources["listeners"]]) is ends
+    assert ("decode_server" in [each["name"] for each in resources["clusters"]]) is ends
+    assert ("original_dst_lb_config" in named(resources["clusters"], "decode")) is not ends
+
+
 def test_every_comment_finds_its_place() -> None:
     """No comment is lost because the key that it belongs to was renamed."""
     lines = [line.strip() for line in render_yaml(build_bootstrap(config_with())).splitlines()]
@@ -117,4 +136,4 @@ def test_every_hop_buffers_the_largest_body_and_what_rewriting_adds() -> None:
     assert {hop["name"]: hop["per_connection_buffer_limit_bytes"] for hop in hops} == {
         hop["name"]: 6 << 20 for hop in hops
     }
-    assert len(hops) == 9
+    assert len(hops) == 11

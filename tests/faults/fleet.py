@@ -42,6 +42,11 @@ class Outcome:
     """Whether the client gave up waiting."""
 
     @property
+    def is_told(self) -> bool:
+        """Whether the client was told that the answer is not complete."""
+        return self.text.endswith("\n\n") and '"stream_cut"' in self.text.rpartition("event: error\n")[2]
+
+    @property
     def is_lost(self) -> bool:
         """Whether the client has nothing of what it asked for."""
         return not self.complete and not (self.status == 200 and self.text and not self.timed_out)
@@ -50,7 +55,9 @@ class Outcome:
         if self.status is None:
             return "nothing"
         if self.status == 200:
-            return "answer" if self.complete else "part of the answer"
+            if self.complete:
+                return "answer"
+            return "part of the answer, and an error event" if self.is_told else "part of the answer"
         return f"{self.status} {self.reason or 'of the engine'}"
 
 

@@ -14,6 +14,7 @@ from faults.fleet import BODIES, Fleet, Outcome, ask, run_fleet
 
 ANSWER: Final = "answer"
 PART: Final = "part of the answer"
+TOLD: Final = "part of the answer, and an error event"
 KINDS: Final = tuple(product(BODIES, (False, True)))
 """Of requests: path, and whether it streams."""
 _TRIES: Final = 6
@@ -51,6 +52,7 @@ def _cells(part: str, faults: dict[str, tuple[Switch, str | dict[bool, str], str
 
 
 _MIDDLE: Final = {"kind": "reset", "after": 1, "seconds": 0.1}
+_CLOSED: Final = {**_MIDDLE, "kind": "close"}
 _SHORT: Final = {"kind": "short", "seconds": 0.1}
 _SLOW: Final = {"kind": "slow", "seconds": 0.1}
 _PREFILL_FAILED: Final = "502 prefill_failed"
@@ -74,6 +76,7 @@ CELLS: Final = [
         "hangs": ("hang", ANSWER, "504 prefill_timeout"),
         "resets before headers": ("reset", ANSWER, "503 upstream_failed"),
         "resets in mid-answer": (_MIDDLE, PART, PART),
+        "is killed in mid-answer": (_CLOSED, {False: PART, True: TOLD}, {False: PART, True: TOLD}),
         "answers 500": ("500", ANSWER, "500 of the engine"),
         "answers 503": ("503", ANSWER, "503 of the engine"),
         "answers 400": ("400", "400 of the engine", "400 of the engine"),

@@ -9,7 +9,9 @@ from itertools import cycle, islice
 from threading import Barrier, Event
 from typing import Any
 
+import anthropic
 import httpx
+import openai
 import pytest
 
 from dp_extproc.testbed.engine import EngineProcess
@@ -68,8 +70,9 @@ def test_a_server_that_dies_and_returns(fleet: Fleet, role: str) -> None:
 
     assert [str(outcome) for outcome in outcomes if outcome.is_lost] == []
     kinds = Counter(map(str, outcomes))
-    assert kinds.keys() <= ({"answer"} if role == "prefill" else {"answer", "part of the answer"})
-    assert kinds["part of the answer"] <= CLIENTS
+    cut = [outcome for outcome in outcomes if not outcome.complete]
+    assert len(cut) <= (0 if role == "prefill" else CLIENTS), kinds
+    assert [str(outcome) for outcome in cut if outcome.text.startswith("data:") and not outcome.is_told] == []
     fleet.settle()
 
 
@@ -135,6 +138,34 @@ def test_streams_are_whole_when_many_come_at_once(fleet: Fleet) -> None:
     asked = [fleet.threads.submit(ask, fleet.client, CHAT, stream=True, patience=60) for _ in range(200)]
 
     assert Counter(str(each.result()) for each in asked) == {"answer": 200}
+
+
+def test_client_libraries_raise_what_a_cut_stream_ends_with(fleet: Fleet) -> None:
+    """Both take the event for the error that it is, after what has come of the answer."""
+    url = str(fleet.client.base_url)
+    chats = openai.OpenAI(base_url=f"{url}/v1", api_key="key", max_retries=0)
+    messages = anthropic.Anthropic(base_url=url, api_key="key", max_retries=0)
+    for engine in fleet.decodes:
+        engine.fault(inference={"kind": "close", "after": 4, "seconds": 0.2})
+
+    heard: list[object] = []
+    with pytest.raises(openai.APIError, match="the answer is not complete") as told:
+        heard.extend(
+            chats.chat.completions.create(
+                model="m", messages=[{"role": "user", "content": "hello"}], max_tokens=20, stream=True
+            )
+        )
+    with pytest.raises(anthropic.APIStatusError, match="the answer is not complete"):
+        heard.extend(
+            messages.messages.create(
+                model="m", messages=[{"role": "user", "content": "hello"}], max_tokens=20, stream=True
+            )
+        )
+
+    assert told.value.code == "stream_cut"
+    assert len(heard) >= 4
+    fleet.recover()
+    fleet.settle()
 
 
 def _left(engines: Sequence[EngineProcess]) -> bool:

@@ -72,6 +72,15 @@ def _header_name(value: str) -> str:
     return name
 
 
+class CutStreams(StrEnum):
+    """How a stream ends whose server is lost in mid-answer."""
+
+    CUT = "cut"
+    """As a connection that is cut, which is all that Envoy's router knows."""
+    EVENT = "event"
+    """With an error event, by a filter of ours in Envoy's WebAssembly runtime."""
+
+
 class EnvoySettings(Section):
     """What the printed Envoy configuration contains."""
 
@@ -86,6 +95,7 @@ class EnvoySettings(Section):
     """Header in which clients name the conversation that a request belongs to."""
     standby: Annotated[tuple[Annotated[str, AfterValidator(_host_and_port)], ...], Field(strict=False)] = ()
     """Further services, each for when all before it are not ready. The first that is ready decides alone."""
+    cut_streams: CutStreams = Field(default=CutStreams.EVENT, strict=False)
     service_tls: ServiceTls | None = None
     """Goes with ``listen.tls``."""
 

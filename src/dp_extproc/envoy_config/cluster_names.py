@@ -1,4 +1,4 @@
-"""What the clusters are called; two of them are internal listeners of the same name."""
+"""What the clusters are called; some of them are internal listeners of the same name."""
 
 from typing import Final
 
@@ -8,3 +8,5 @@ SERVICE: Final = "extproc"
 SERVICE_OWNER: Final = "extproc_owner"
 PREFILL: Final = "prefill"
 DECODE: Final = "decode"
+"""Also the listener of this name, where streams are to end with an event."""
+DECODE_SERVER: Final = "decode_server"

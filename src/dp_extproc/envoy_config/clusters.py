@@ -37,8 +37,16 @@ from envoy_data_plane.envoy.extensions.upstreams.http.v3 import (
 from envoy_data_plane.envoy.type.v3 import Percent
 from envoy_data_plane.google.protobuf import Any
 
-from dp_extproc.config import Config, Supervise
-from dp_extproc.envoy_config.cluster_names import DECODE, DISPATCH, PREFILL, PREFILL_LEG, SERVICE, SERVICE_OWNER
+from dp_extproc.config import Config, CutStreams, Supervise
+from dp_extproc.envoy_config.cluster_names import (
+    DECODE,
+    DECODE_SERVER,
+    DISPATCH,
+    PREFILL,
+    PREFILL_LEG,
+    SERVICE,
+    SERVICE_OWNER,
+)
 from dp_extproc.envoy_config.external_processing import see_first_event
 from dp_extproc.envoy_config.failed_hosts import remember_failed_hosts
 from dp_extproc.envoy_config.headers import last_upstream_filter, strip_router_headers
@@ -82,8 +90,8 @@ def build_clusters(config: Config) -> list[Cluster]:
         _service(config, buffer),
         _by_header(SERVICE_OWNER, OWNER, _grpc(), buffer, speak_tls(config.envoy.service_tls)),
         _by_header(PREFILL, PREFILL_HOST, _engine(), buffer),
-        _by_header(DECODE, DECODE_HOST, _engine(watching), buffer),
-        _internal(DISPATCH, buffer, remember_failed_hosts() if config.retry.attempts > 1 else []),
+        *_decode(config.envoy.cut_streams, _engine(watching), buffer),
+        _internal(DISPATCH, buffer, _http(remember_failed_hosts()) if config.retry.attempts > 1 else None),
         _internal(PREFILL_LEG, buffer),
     ]
 
@@ -166,7 +174,22 @@ def _by_header(
     )
 
 
-def _internal(listener: str, buffer: int, filters: Sequence[HttpFilter] = ()) -> Cluster:
+def _decode(cut_streams: CutStreams, options: HttpProtocolOptions, buffer: int) -> list[Cluster]:
+    """Build the way to the answering servers: straight, or through the listener that ends their streams."""
+    if cut_streams is CutStreams.CUT:
+        return [_by_header(DECODE, DECODE_HOST, options, buffer)]
+    server = Cluster(  # at the address that the listener's connection was opened for
+        name=DECODE_SERVER,
+        type=ClusterDiscoveryType.ORIGINAL_DST,
+        connect_timeout=_CONNECT_TIMEOUT,
+        per_connection_buffer_limit_bytes=buffer,
+        lb_policy=ClusterLbPolicy.CLUSTER_PROVIDED,
+        circuit_breakers=_unlimited(),
+    )
+    return [_internal(DECODE, buffer, options), server]
+
+
+def _internal(listener: str, buffer: int, options: HttpProtocolOptions | None = None) -> Cluster:
     plain = TransportSocket(name="envoy.transport_sockets.raw_buffer", typed_config=Any.pack(RawBuffer()))
     return Cluster(
         name=listener,
@@ -176,7 +199,7 @@ def _internal(listener: str, buffer: int, filters: Sequence[HttpFilter] = ()) ->
             listener, Address(envoy_internal_address=EnvoyInternalAddress(server_listener_name=listener))
         ),
         circuit_breakers=_unlimited(),
-        typed_extension_protocol_options={_HTTP_OPTIONS: Any.pack(_http(filters))} if filters else {},
+        typed_extension_protocol_options={_HTTP_OPTIONS: Any.pack(options)} if options else {},
         transport_socket=TransportSocket(
             name="envoy.transport_sockets.internal_upstream",
             typed_config=Any.pack(InternalUpstreamTransport(transport_socket=plain)),

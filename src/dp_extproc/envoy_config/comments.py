@@ -60,6 +60,10 @@ COMMENTS: Final = {
     "prefill_leg envoy.filters.http.lua": "The copy has the decode leg's fields at the front. They are replaced by\n"
     "the prefill leg's; the bytes behind them are the same for both.",
     "prefill_leg envoy.filters.http.ext_proc": "Reports the status of the leg to the process that placed the request.",
+    "listeners decode": "Passes the bytes of answering servers on. If a server is lost in mid-stream, the filter ends\n"
+    "the stream with an error event; Envoy's HTTP router itself could only cut the client's connection.",
+    "decode inline_bytes": "stream_end.c of this project, as WebAssembly.",
+    "dp_dispatch envoy.filters.http.set_filter_state": "The address for the connection that the listener decode opens.",
     "clusters extproc": "The service: envoy.service, or listen.grpc.",
     "extproc circuit_breakers": "Envoy's default of 1024 is soon reached by streams that last minutes. Whether a\n"
     "request is too much is the service's decision. The same holds for all clusters.",

@@ -16,7 +16,7 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
 )
 from envoy_data_plane.google.protobuf import Any
 
-from dp_extproc.config import Config, Supervise
+from dp_extproc.config import Config, CutStreams, Supervise
 from dp_extproc.envoy_config.access_log import log_prefill_legs, log_requests
 from dp_extproc.envoy_config.cluster_names import DISPATCH, PREFILL_LEG
 from dp_extproc.envoy_config.external_processing import (
@@ -29,6 +29,7 @@ from dp_extproc.envoy_config.limits import MAX_HEADERS_COUNT, MAX_HEADERS_KB, bu
 from dp_extproc.envoy_config.local_replies import build_local_replies
 from dp_extproc.envoy_config.prefix_swap import swap_prefix
 from dp_extproc.envoy_config.routes import to_dispatch, to_engines, to_prefill
+from dp_extproc.envoy_config.stream_end import build_decode_listener, remember_decode_host
 
 INFERENCE: Final = "inference"
 _NO_TIMEOUT: Final = timedelta(0)
@@ -57,8 +58,10 @@ def build_listeners(config: Config) -> list[Listener]:
     )
     supervision = config.supervision.mode
     watching = [remember_owner()] if supervision is Supervise.ANSWERS else []
+    ends_streams = settings.cut_streams is CutStreams.EVENT
+    handing_on = [remember_decode_host()] if ends_streams else []
     dispatch = _internal_manager(
-        DISPATCH, to_engines(supervision), [place_requests(config), *watching], log_requests(), repeated
+        DISPATCH, to_engines(supervision), [place_requests(config), *watching, *handing_on], log_requests(), repeated
     )
     prefill_leg = _internal_manager(
         PREFILL_LEG, to_prefill(), [remember_owner(), swap_prefix(), report_prefill(supervision)], log_prefill_legs()
@@ -80,6 +83,7 @@ def build_listeners(config: Config) -> list[Listener]:
             )
             for manager in (dispatch, prefill_leg)
         ),
+        *([build_decode_listener(buffer)] if ends_streams else []),
     ]
 
 

@@ -14,7 +14,7 @@ import httpx
 
 from dp_extproc.testbed.tied_process import start_tied
 
-_START_SECONDS: Final = 30.0
+_START_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 10.0
 _POLL_SECONDS: Final = 0.02
 

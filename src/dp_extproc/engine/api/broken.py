@@ -47,16 +47,21 @@ class Pause:
             await pause(receive, self._released, self._seconds)
 
 
-class Reset:
-    """A RST."""
+class Cut:
+    """The end of a connection: a RST, or a FIN after all that was written."""
 
-    def __init__(self, before: Pause) -> None:
+    def __init__(self, before: Pause, *, reset: bool) -> None:
         self._before = before
+        self._reset = reset
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Cut the connection."""
+        """Cut it."""
         await self._before(scope, receive, send)
-        connection_of(scope).reset()
+        connection = connection_of(scope)
+        if self._reset:
+            connection.reset()
+        else:
+            connection.write_and_close()
 
 
 class Hang:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from dp_extproc.engine.api.broken import Hang, Interrupted, Pause, Reset, Short, noise, pause
+from dp_extproc.engine.api.broken import Cut, Hang, Interrupted, Pause, Short, noise, pause
 from dp_extproc.engine.api.errors import failed
 from dp_extproc.engine.leg import Failure
 
@@ -38,6 +38,8 @@ class Kind(StrEnum):
     """The next byte takes some seconds."""
     RESET = "reset"
     """The connection is reset."""
+    CLOSE = "close"
+    """The connection is closed, as by a process that is killed."""
     GARBAGE = "garbage"
     """200, with a body that nobody can read."""
     NOISE = "noise"
@@ -56,8 +58,8 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
     kind: Kind
     after: int = 0
-    """Chunks of the answer that come before ``hang``, ``slow`` and ``reset``; 0 is before its headers. Of ``fail``:
-    tokens. ``short`` comes at the end."""
+    """Chunks of the answer that come before ``hang``, ``slow``, ``reset`` and ``close``; 0 is before its headers. Of
+    ``fail``: tokens. ``short`` comes at the end."""
     seconds: float = 0.0
     """How long nothing comes before that, or of ``slow`` at all; unscaled."""
     times: int | None = None
@@ -133,8 +135,8 @@ class Faults:
                 late = Pause(released, fault.seconds)
             case Kind.HANG:
                 late = Hang(released)
-            case Kind.RESET:
-                late = Reset(Pause(released, fault.seconds))
+            case Kind.RESET | Kind.CLOSE:
+                late = Cut(Pause(released, fault.seconds), reset=fault.kind is Kind.RESET)
             case _:
                 return await healthy()
         return Interrupted(await healthy(), fault.after, late) if fault.after else late

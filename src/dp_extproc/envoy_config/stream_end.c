@@ -1,0 +1,282 @@
+/* Ends a stream of server-sent events whose server was lost with an event that says so, instead of as a cut connection.
+ *
+ * A network filter of Envoy (proxy-wasm ABI 0.2.1) on the way from a server to Envoy's HTTP codec. It follows the
+ * framing of HTTP/1.1 responses and changes nothing, but for what it appends when the server closes the connection in
+ * mid-stream at the boundary of a chunk: an error event and the end of the chunked body. Everywhere else (in the middle
+ * of a chunk, in answers that are no streams, between answers) the connection ends as it would without it.
+ *
+ * No library: `make stream-end` builds it with clang alone, and the module has no state but that of its connections.
+ */
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define IMPORT(name) __attribute__((import_module("env"), import_name(#name))) extern
+#define EXPORT(name) __attribute__((export_name(#name)))
+
+IMPORT(proxy_get_buffer_bytes) u32 proxy_get_buffer_bytes(u32 type, u32 start, u32 size, char **data, u32 *length);
+IMPORT(proxy_set_buffer_bytes) u32 proxy_set_buffer_bytes(u32 type, u32 start, u32 size, const char *data, u32 length);
+IMPORT(proxy_define_metric) u32 proxy_define_metric(u32 type, const char *name, u32 length, u32 *id);
+IMPORT(proxy_increment_metric) u32 proxy_increment_metric(u32 id, u64 by);
+
+enum { UPSTREAM_DATA = 3, COUNTER = 0, CONTINUE = 0, OK = 0 };
+
+static const char METRIC[] = "dp_extproc_cut_streams";
+static const char EVENT[] =
+    "event: error\n"
+    "data: {\"type\":\"error\",\"error\":{\"message\":\"the server that was answering was lost; the answer is not "
+    "complete\",\"type\":\"server_error\",\"param\":null,\"code\":\"stream_cut\"}}\n\n";
+static const char LAST_CHUNK[] = "0\r\n\r\n";
+static const char DONE[] = "data: [DONE]\n\n";
+
+/* --- the responses of one connection --- */
+
+enum state {
+  HEAD,     /* status line and headers */
+  SIZE,     /* of a chunk */
+  DATA,     /* of a chunk */
+  DATA_END, /* the line end behind it */
+  TRAILERS,
+  LENGTH, /* a body whose length the head tells */
+  REST,   /* a body that lasts as long as the connection */
+};
+
+enum { LINE = 64 }; /* longer than whatever is looked for in one */
+
+struct answers {
+  u32 id;
+  struct answers *next;
+  enum state state;
+  u64 left;        /* bytes of the chunk, or of the body */
+  u32 length;      /* of the present line; more than LINE if it is longer */
+  int is_first;    /* whether it is the first line of its head */
+  int is_interim;  /* 1xx: another head follows */
+  int has_no_body; /* 204, 304 */
+  int is_chunked, has_length, is_events;
+  int is_complete; /* the last event said that it is the last one */
+  char line[LINE]; /* in lower case */
+};
+
+static void begin_head(struct answers *it) {
+  it->state = HEAD;
+  it->length = 0;
+  it->is_first = 1;
+  it->is_interim = it->has_no_body = it->is_chunked = it->has_length = it->is_events = it->is_complete = 0;
+  it->left = 0;
+}
+
+static int begins(const struct answers *it, const char *with, u32 length) {
+  if (it->length < length) return 0;
+  for (u32 i = 0; i < length; i++)
+    if (it->line[i] != with[i]) return 0;
+  return 1;
+}
+#define BEGINS(it, text) begins(it, text, sizeof text - 1)
+
+static int mentions(const struct answers *it, const char *what, u32 length) {
+  u32 end = it->length < LINE ? it->length : LINE;
+  for (u32 start = 0; start + length <= end; start++) {
+    u32 i = 0;
+    while (i < length && it->line[start + i] == what[i]) i++;
+    if (i == length) return 1;
+  }
+  return 0;
+}
+#define MENTIONS(it, text) mentions(it, text, sizeof text - 1)
+
+static u64 number(const struct answers *it, u32 from, u32 base) {
+  u64 value = 0;
+  u32 end = it->length < LINE ? it->length : LINE;
+  while (from < end && it->line[from] == ' ') from++;
+  for (; from < end; from++) {
+    char c = it->line[from];
+    u32 digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : 99;
+    if (digit >= base) break;
+    value = value * base + digit;
+  }
+  return value;
+}
+
+static void end_head(struct answers *it) {
+  if (it->is_interim) {
+    begin_head(it);
+  } else if (it->has_no_body) {
+    begin_head(it);
+  } else if (it->is_chunked) {
+    it->state = SIZE;
+  } else if (it->has_length) {
+    it->state = LENGTH;
+    if (it->left == 0) begin_head(it);
+  } else {
+    it->state = REST;
+  }
+}
+
+static void end_line(struct answers *it) {
+  if (it->state == SIZE) {
+    it->left = number(it, 0, 16);
+    it->state = it->left ? DATA : TRAILERS;
+  } else if (it->state == DATA_END) {
+    it->state = SIZE;
+  } else if (it->state == TRAILERS) {
+    if (it->length == 0) begin_head(it);
+  } else if (it->length == 0) {
+    end_head(it);
+  } else if (it->is_first) {
+    it->is_first = 0;
+    it->is_interim = it->line[9] == '1';
+    it->has_no_body = MENTIONS(it, " 204") || MENTIONS(it, " 304");
+  } else if (BEGINS(it, "transfer-encoding:")) {
+    it->is_chunked = MENTIONS(it, "chunked");
+  } else if (BEGINS(it, "content-type:")) {
+    it->is_events = MENTIONS(it, "text/event-stream");
+  } else if (BEGINS(it, "content-length:")) {
+    it->has_length = 1;
+    it->left = number(it, sizeof "content-length:" - 1, 10);
+  }
+  it->length = 0;
+}
+
+static int ends(const char *data, u32 size, const char *with, u32 length) {
+  if (size < length) return 0;
+  for (u32 i = 0; i < length; i++)
+    if (data[size - length + i] != with[i]) return 0;
+  return 1;
+}
+
+static void read(struct answers *it, const char *data, u32 size) {
+  u32 at = 0;
+  while (at < size) {
+    if (it->state == REST) return;
+    if (it->state == DATA || it->state == LENGTH) {
+      u32 here = it->left < size - at ? (u32)it->left : size - at;
+      at += here;
+      it->left -= here;
+      if (it->left) return;
+      if (it->state == LENGTH) {
+        begin_head(it);
+      } else {
+        it->is_complete = ends(data, at, DONE, sizeof DONE - 1);
+        it->state = DATA_END;
+      }
+      continue;
+    }
+    char c = data[at++];
+    if (c == '\n') {
+      end_line(it);
+    } else if (c != '\r') {
+      if (it->length < LINE) it->line[it->length] = c >= 'A' && c <= 'Z' ? c + ('a' - 'A') : c;
+      it->length++;
+    }
+  }
+}
+
+/* --- all connections of a thread --- */
+
+enum { BUCKETS = 1024, PAGE = 65536 };
+
+extern char __heap_base;
+static char *heap_top, *heap_end;
+static struct answers *buckets[BUCKETS], *unused;
+static char *scratch;
+static u32 scratch_size, metric;
+
+static void *take(u32 size) {
+  if (!heap_top) {
+    heap_top = &__heap_base;
+    heap_end = (char *)(__builtin_wasm_memory_size(0) * PAGE);
+  }
+  size = (size + 15) & ~15u;
+  if (heap_top + size > heap_end) {
+    u32 pages = (size + PAGE - 1) / PAGE;
+    if (__builtin_wasm_memory_grow(0, pages) == (u32)-1) __builtin_trap();
+    heap_end += pages * PAGE;
+  }
+  void *taken = heap_top;
+  heap_top += size;
+  return taken;
+}
+
+static struct answers **find(u32 id) {
+  struct answers **at = &buckets[id % BUCKETS];
+  while (*at && (*at)->id != id) at = &(*at)->next;
+  return at;
+}
+
+static void append(u32 at, const struct answers *it) {
+  char text[sizeof EVENT + 32];
+  u32 length = 0;
+  if (!it->is_complete) {
+    u32 size = sizeof EVENT - 1, started = 0;
+    for (int shift = 28; shift >= 0; shift -= 4) {
+      u32 digit = size >> shift & 15;
+      if (digit || started) {
+        text[length++] = "0123456789abcdef"[digit];
+        started = 1;
+      }
+    }
+    text[length++] = '\r';
+    text[length++] = '\n';
+    for (u32 i = 0; i < size; i++) text[length++] = EVENT[i];
+    text[length++] = '\r';
+    text[length++] = '\n';
+    proxy_increment_metric(metric, 1);
+  }
+  for (u32 i = 0; i < sizeof LAST_CHUNK - 1; i++) text[length++] = LAST_CHUNK[i];
+  proxy_set_buffer_bytes(UPSTREAM_DATA, at, 0, text, length);
+}
+
+/* --- what Envoy calls --- */
+
+EXPORT(proxy_abi_version_0_2_1) void proxy_abi_version(void) {}
+
+/* One piece of data at a time is looked at, so one place for it will do. */
+EXPORT(proxy_on_memory_allocate) void *proxy_on_memory_allocate(u32 size) {
+  if (size > scratch_size) {
+    scratch = take(size);
+    scratch_size = size;
+  }
+  return scratch;
+}
+
+EXPORT(proxy_on_context_create) void proxy_on_context_create(u32 id, u32 parent) {
+  if (!parent) return;
+  struct answers *it = unused;
+  if (it) {
+    unused = it->next;
+  } else {
+    it = take(sizeof *it);
+  }
+  it->id = id;
+  it->next = buckets[id % BUCKETS];
+  buckets[id % BUCKETS] = it;
+  begin_head(it);
+}
+
+EXPORT(proxy_on_vm_start) u32 proxy_on_vm_start(u32 id, u32 size) {
+  (void)id, (void)size;
+  return proxy_define_metric(COUNTER, METRIC, sizeof METRIC - 1, &metric) == OK;
+}
+
+EXPORT(proxy_on_configure) u32 proxy_on_configure(u32 id, u32 size) {
+  (void)id, (void)size;
+  return 1;
+}
+
+EXPORT(proxy_on_upstream_data) u32 proxy_on_upstream_data(u32 id, u32 size, u32 is_last) {
+  struct answers *it = *find(id);
+  if (!it) return CONTINUE;
+  char *data = 0;
+  u32 length = 0;
+  if (size && proxy_get_buffer_bytes(UPSTREAM_DATA, 0, size, &data, &length) == OK) read(it, data, length);
+  if (is_last && it->is_events && it->state == SIZE && !it->length) append(size, it);
+  return CONTINUE;
+}
+
+EXPORT(proxy_on_delete) void proxy_on_delete(u32 id) {
+  struct answers **at = find(id), *it = *at;
+  if (!it) return;
+  *at = it->next;
+  it->next = unused;
+  unused = it;
+}

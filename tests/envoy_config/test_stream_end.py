@@ -1,0 +1,173 @@
+"""The filter that ends streams whose server is lost, in a WebAssembly runtime of its own: this plays Envoy's part."""
+
+import re
+from importlib.resources import files
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from wasmtime import Func, FuncType, Instance, Memory, Module, Store, ValType
+
+UPSTREAM_DATA = 3
+_IMPORTS = {
+    "proxy_get_buffer_bytes": [ValType.i32] * 5,
+    "proxy_set_buffer_bytes": [ValType.i32] * 5,
+    "proxy_define_metric": [ValType.i32] * 4,
+    "proxy_increment_metric": [ValType.i32, ValType.i64],
+}
+"""Parameters of what the filter calls; all give a status."""
+EVENT = (
+    b"event: error\n"
+    b'data: {"type":"error","error":{"message":"the server that was answering was lost; the answer is not complete",'
+    b'"type":"server_error","param":null,"code":"stream_cut"}}\n\n'
+)
+TOLD = b"%x\r\n%b\r\n0\r\n\r\n" % (len(EVENT), EVENT)
+
+
+class Host:
+    """Envoy, as far as the filter sees it."""
+
+    def __init__(self) -> None:
+        self.cut_streams = 0
+        self._store = Store()
+        module = Module(self._store.engine, files("dp_extproc.envoy_config").joinpath("stream_end.wasm").read_bytes())
+        functions = []
+        for each in module.imports:
+            kind = FuncType([make() for make in _IMPORTS[each.name or ""]], [ValType.i32()])
+            functions.append(Func(self._store, kind, getattr(self, f"_{each.name}")))
+        self._exports = Instance(self._store, module, functions).exports(self._store)
+        memory = self._exports["memory"]
+        assert isinstance(memory, Memory)
+        self._memory = memory
+        self._data = bytearray()
+        self.call("proxy_on_context_create", 1, 0)
+        assert self.call("proxy_on_vm_start", 1, 0) == 1
+        assert self.call("proxy_on_configure", 1, 0) == 1
+
+    def call(self, name: str, *arguments: int) -> Any:
+        function = self._exports[name]
+        assert isinstance(function, Func)
+        return function(self._store, *arguments)
+
+    def pass_on(self, context: int, data: bytes, *, end: bool = False) -> bytes:
+        """Have a piece of a connection's data pass, and give what comes out."""
+        self._data = bytearray(data)
+        assert self.call("proxy_on_upstream_data", context, len(data), int(end)) == 0
+        return bytes(self._data)
+
+    def connection(self, context: int, pieces: list[bytes]) -> bytes:
+        """Have a whole connection pass, whose server closes it then, and give what comes out."""
+        self.call("proxy_on_context_create", context, 1)
+        passed = b"".join(self.pass_on(context, piece) for piece in pieces) + self.pass_on(context, b"", end=True)
+        self.call("proxy_on_delete", context)
+        return passed
+
+    def _proxy_get_buffer_bytes(self, kind: int, start: int, size: int, where: int, length: int) -> int:
+        assert (kind, start, size) == (UPSTREAM_DATA, 0, len(self._data))
+        at = self.call("proxy_on_memory_allocate", size)
+        self._memory.write(self._store, self._data, at)
+        self._memory.write(self._store, at.to_bytes(4, "little"), where)
+        self._memory.write(self._store, size.to_bytes(4, "little"), length)
+        return 0
+
+    def _proxy_set_buffer_bytes(self, kind: int, start: int, size: int, data: int, length: int) -> int:
+        assert (kind, start, size) == (UPSTREAM_DATA, len(self._data), 0)
+        self._data += self._memory.read(self._store, data, data + length)
+        return 0
+
+    def _proxy_define_metric(self, kind: int, name: int, length: int, found: int) -> int:
+        assert (kind, self._memory.read(self._store, name, name + length)) == (0, bytearray(b"dp_extproc_cut_streams"))
+        self._memory.write(self._store, (7).to_bytes(4, "little"), found)
+        return 0
+
+    def _proxy_increment_metric(self, metric: int, by: int) -> int:
+        assert metric == 7
+        self.cut_streams += by
+        return 0
+
+
+@pytest.fixture(scope="module")
+def host() -> Host:
+    return Host()
+
+
+def stream(*events: bytes, end: bool = False, head: bytes = b"Content-Type: text/event-stream; charset=utf-8") -> bytes:
+    """Write a chunked answer, as uvicorn does."""
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(event), event) for event in events)
+    return b"HTTP/1.1 200 OK\r\n" + head + b"\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n" * end
+
+
+WHOLE = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 11\r\n\r\n" + b'{"a": "b"}\n'
+FIRST = b'data: {"n": 1}\n\n'
+LONG = b"data: " + b"x" * 5000 + b"\n\n"
+DONE = b"data: [DONE]\n\n"
+
+CUT: dict[str, tuple[bytes, bytes]] = {
+    "after its head": (stream(), TOLD),
+    "after an event": (stream(FIRST), TOLD),
+    "after a long event": (stream(FIRST, LONG), TOLD),
+    "after other answers": (WHOLE + stream(FIRST, DONE, end=True) + stream(FIRST), TOLD),
+    "after an interim answer": (b"HTTP/1.1 100 Continue\r\n\r\n" + stream(FIRST), TOLD),
+    "after an answer without a body": (b"HTTP/1.1 204 No Content\r\n\r\n" + stream(FIRST), TOLD),
+    "after an empty answer": (b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n" + stream(FIRST), TOLD),
+    "after its last event": (stream(FIRST, DONE), b"0\r\n\r\n"),
+    "in the middle of a chunk": (stream(FIRST, FIRST)[:-6], b""),
+    "before the line end of a chunk": (stream(FIRST)[:-2], b""),
+    "in the size of a chunk": (stream(FIRST) + b"1", b""),
+    "in its head": (stream()[:-2], b""),
+    "after its end": (stream(FIRST, end=True), b""),
+    "in its last chunk": (stream(FIRST) + b"0\r\n", b""),
+    "in a whole answer": (WHOLE[:-3], b""),
+    "after a whole answer": (WHOLE, b""),
+    "in a chunked answer that is no stream": (stream(FIRST, head=b"content-type: application/json"), b""),
+    "in a stream without chunks": (b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n" + FIRST, b""),
+    "before anything": (b"", b""),
+    "in noise": (b"\x16\x03\x01\x00\xa5 not HTTP \xff\xfe\r\n\r\n", b""),
+}
+
+
+@pytest.mark.parametrize("case", CUT)
+def test_the_server_closes_the_connection(host: Host, case: str) -> None:
+    """In a stream, between two chunks, an error event and the end are appended; elsewhere nothing is."""
+    data, appended = CUT[case]
+    before = host.cut_streams
+
+    assert host.connection(2, [data]) == data + appended
+    assert host.cut_streams - before == (appended == TOLD)
+
+
+@given(case=st.sampled_from(sorted(CUT)), cuts=st.lists(st.integers(1, 400), max_size=12))
+def test_it_does_not_matter_how_the_data_is_cut(host: Host, case: str, cuts: list[int]) -> None:
+    """But for the last event, which is known as such only if it comes in one piece."""
+    data, appended = CUT[case]
+    pieces, rest = [], data
+    for cut in cuts:
+        pieces.append(rest[:cut])
+        rest = rest[cut:]
+    passed = host.connection(3, [*pieces, rest])
+
+    assert passed in ({data + appended, data + TOLD} if appended == b"0\r\n\r\n" else {data + appended})
+
+
+@given(data=st.binary(max_size=300), cut=st.integers(0, 300))
+def test_whatever_comes_is_passed_on(host: Host, data: bytes, cut: int) -> None:
+    """Bytes that are no HTTP at all do no harm."""
+    passed = host.connection(4, [data[:cut], data[cut:]])
+
+    assert passed.startswith(data)
+    assert re.fullmatch(rb"|.*0\r\n\r\n", passed[len(data) :], re.DOTALL)
+
+
+def test_connections_are_kept_apart(host: Host) -> None:
+    """Many at a time, some with the same bucket, each in another state; those that are gone make room."""
+    contexts = [10, 10 + 1024, 10 + 2048, 11, 12]
+    for context in contexts:
+        host.call("proxy_on_context_create", context, 1)
+        host.pass_on(context, stream(FIRST, end=context % 2 == 1))
+    host.call("proxy_on_delete", 10 + 1024)
+
+    ends = {context: host.pass_on(context, b"", end=True) for context in contexts}
+    assert ends == {10: TOLD, 10 + 1024: b"", 10 + 2048: TOLD, 11: b"", 12: TOLD}
+    for context in contexts:
+        host.call("proxy_on_delete", context)
