@@ -162,8 +162,22 @@ def prefill_dies(rig: Rig) -> None:
     rig.report.add("prefill is back: a new request", seen, good=bool(back))
 
 
+def decode_dies(rig: Rig) -> None:
+    """A stream that has begun ends at once, with an error event. The last case: nobody starts that server again."""
+    question = Question("/v1/chat/completions", "decode dies", stream=True, tokens=300)
+    with rig.client.stream("POST", rig.url + question.path, json=question.body()) as response:
+        stream = events(response)
+        next(stream)
+        rig.decode.kill()
+        killed = time.monotonic()
+        last = list(stream)[-1]
+    took = time.monotonic() - killed
+    code = (last or {}).get("error", {}).get("code")
+    rig.report.add("SIGKILL to decode: a stream in flight", f"{code} after {took:.1f} s", good=code == "stream_cut")
+
+
 CASES: Final[Sequence[Callable[[Rig], None]]] = (
-    every_pair, chosen_by_us, log_probabilities, too_long, client_leaves, prefill_dies,
+    every_pair, chosen_by_us, log_probabilities, too_long, client_leaves, prefill_dies, decode_dies,
 )  # fmt: skip
 
 
