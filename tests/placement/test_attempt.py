@@ -20,29 +20,85 @@ def _tell(attempt: Attempt, event: str, now: float) -> None:
         attempt.end(now)
 
 
+@pytest.mark.parametrize("streaming", [True, False], ids=["streaming", "whole"])
 @pytest.mark.parametrize(
     "events",
     [order for length in range(4) for order in permutations(EVENTS, length)],
     ids=lambda order: "-".join(order) or "none",
 )
-def test_the_books_are_empty_after_the_end(events: tuple[str, ...]) -> None:
+def test_the_books_are_empty_after_the_end(events: tuple[str, ...], streaming: bool) -> None:
     """Events may be missing or come in any order, and twice; once the end was told the books are exactly empty."""
     fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
     prefill, decode = fleet.host(Role.PREFILL), fleet.host(Role.DECODE)
     answered: list[int] = []
     attempt = Attempt(
-        1, 0, prefill.reserve(1, 70, 0), decode.reserve(2, 70, 0), leg="leg", on_prefill_answer=answered.append
+        1,
+        0,
+        prefill.reserve(1, 70, 0),
+        decode.reserve(2, 70, 0),
+        leg="leg",
+        streaming=streaming,
+        on_prefill_answer=answered.append,
     )
     for now, event in enumerate((*events, *events), start=1):
         _tell(attempt, event, now)
 
     over = "end" in events
-    assert prefill.requests == (0 if over or "prefill" in events else 1)
+    telling = {"prefill"} if streaming else {"prefill", "first_byte"}
+    assert prefill.requests == (0 if over or telling.intersection(events) else 1)
     assert decode.requests == (0 if over else 1)
     assert prefill.tokens == 0 if prefill.requests == 0 else prefill.tokens > 0
     assert decode.tokens == 0 if over else decode.tokens >= 70
-    heard = "prefill" in events and "end" not in events[: events.index("prefill")]
+    heard = telling.intersection(events[: events.index("end")] if over else events)
     assert answered == ([200] if heard else [])
+
+
+class TestWhatAnEndTells:
+    """Two requests wait on a prefill rank; the second one is over without an answer of its leg."""
+
+    @pytest.fixture
+    def fleet(self) -> Fleet:
+        return Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
+
+    @staticmethod
+    def attempts(fleet: Fleet, *, streaming: bool = False) -> list[Attempt]:
+        prefill, decode = fleet.host(Role.PREFILL), fleet.host(Role.DECODE)
+        return [
+            Attempt(number, 0, prefill.reserve(1, 40_000, 0), decode.reserve(2, 40_000, 0), streaming=streaming)
+            for number in range(2)
+        ]
+
+    def test_a_client_that_leaves_tells_nothing(self, fleet: Fleet) -> None:
+        """The first one is as far from its turn as it was before."""
+        _, leaving = self.attempts(fleet)
+        before = fleet.host(Role.PREFILL).tokens
+        leaving.end(1)
+
+        assert fleet.host(Role.PREFILL).tokens == before - 40_000
+
+    def test_nor_does_an_error(self, fleet: Fleet) -> None:
+        """Engines refuse requests at once, and Envoy answers for those that are gone."""
+        _, failed = self.attempts(fleet)
+        before = fleet.host(Role.PREFILL).tokens
+        failed.prefill_answered(503, 1)
+        failed.end(1)
+
+        assert fleet.host(Role.PREFILL).tokens == before - 40_000
+
+    def test_a_whole_answer_tells_that_it_was_computed(self, fleet: Fleet) -> None:
+        """Decode could not have answered otherwise; first in, first out, the other one is computed, too."""
+        _, answered = self.attempts(fleet)
+        answered.first_byte(200, 1)
+
+        assert fleet.host(Role.PREFILL).tokens == 0
+
+    def test_the_head_of_a_stream_does_not(self, fleet: Fleet) -> None:
+        """Engines send it before the first token is computed."""
+        _, begun = self.attempts(fleet, streaming=True)
+        before = fleet.host(Role.PREFILL).tokens
+        begun.first_byte(200, 1)
+
+        assert fleet.host(Role.PREFILL).tokens == before
 
 
 def test_on_one_server_the_first_byte_tells_that_the_prompt_is_done() -> None:

@@ -125,6 +125,54 @@ def test_an_answer_out_of_turn_tells_that_those_before_it_are_done() -> None:
     assert group.loads == [0]
 
 
+class TestWithdrawn:
+    """Clients leave and legs fail: that tells nothing of steps."""
+
+    def test_nothing_else_moves(self) -> None:
+        """Ten requests of 4000 tokens, of which the newest is given up: nine are left."""
+        group = make_group(1)
+        first, *_, newest = [group.ranks[0].reserve(4000, NOW) for _ in range(10)]
+        newest.withdraw(LATER)
+        after = list(group.loads)
+        first.withdraw(LATER)
+
+        assert after == [3000 + 250 + 8 * 4000]
+        assert group.loads == [7 * 4000 + 3000 + 250]  # the next one starts, as nothing else runs
+
+    def test_the_running_step_goes_on(self) -> None:
+        """What waits on the other ranks waits for those that run still."""
+        group = make_group(3)
+        one = group.ranks[0].reserve(500, NOW)
+        two = group.ranks[1].reserve(800, NOW)
+        group.ranks[2].reserve(600, NOW)
+        one.release(LATER)  # both others run now
+        group.ranks[0].reserve(900, LATER)
+        two.withdraw(LATER + 1)
+
+        assert group.loads == [900, 0, 150]
+
+    def test_it_is_no_sign_of_life(self) -> None:
+        """Clients that leave do not keep old requests on the books."""
+        group = make_group(2)
+        group.ranks[0].reserve(800, NOW)
+        leaving = group.ranks[1].reserve(1000, NOW)
+        group.ranks[1].reserve(1000, NOW)
+        leaving.withdraw(NOW + 0.9)
+        group.refresh(NOW + 1)
+
+        assert group.loads == [200, 250]
+
+    def test_what_was_computed_already_is_not_taken_off_twice(self) -> None:
+        """A later answer of its rank told so; the end comes without its own."""
+        group = make_group(1)
+        silent, answered = (group.ranks[0].reserve(400, NOW) for _ in range(2))
+        answered.release(LATER)
+        silent.withdraw(LATER + 1)
+
+        assert group.loads == [0]
+        assert group.requests == 0
+
+
 class TestSilence:
     """Traffic whose events are missing: time alone tells."""
 

@@ -131,8 +131,10 @@ def test_every_policy_runs(host: HostPolicy, rank: RankPolicy) -> None:
         Surroundings(lying=True),
         Surroundings(direct_share=0.5),
         Surroundings(scrape_interval=0.1),
+        Surroundings(aborts=0.5, patience=0.1),
+        Surroundings(aborts=0.5, patience=0.1, replicas=3, sync=0.05),
     ],
-    ids=["blind", "sync", "errors", "no-answers", "no-scrapes", "lying", "direct", "often"],
+    ids=["blind", "sync", "errors", "no-answers", "no-scrapes", "lying", "direct", "often", "aborts", "aborts-sync"],
 )
 def test_every_surrounding_runs(around: Surroundings) -> None:
     """And afterwards no replica has anything on its books."""
@@ -141,7 +143,7 @@ def test_every_surrounding_runs(around: Surroundings) -> None:
     result = simulation.run(router)
     simulation.settle()
 
-    assert len(result.outcomes) == 150
+    assert len(result.outcomes) == 150 - len(simulation._patience)
     assert {host.requests - others(host) for replica in router._replicas for host in replica.fleet.hosts.values()} == {
         0
     }

@@ -126,6 +126,37 @@ def test_the_load_of_a_silent_peer_goes() -> None:
     assert b.requests() == [0, 0]
 
 
+def test_our_own_load_stays_when_a_peer_falls_silent() -> None:
+    """Its requests were behind ours in every queue; that they are forgotten does not mean that ours are computed."""
+    a, b = Service("a"), Service("b")
+    for _ in range(3 * RANKS):
+        b.place()
+    before = b.loads()
+    for _ in range(RANKS):
+        a.place()
+    a.tell(b)
+    b.peers.review(b.fleet.clock() + 3.0)
+
+    assert b.requests() == [3 * RANKS, 3 * RANKS]
+    assert b.loads() == [pytest.approx(loads) for loads in before]
+
+
+def test_a_failed_leg_of_a_peer_is_no_step() -> None:
+    """The error is told as the end of the attempt, and as nothing before."""
+    a, b = Service("a"), Service("b")
+    attempts = [a.place()[0] for _ in range(3 * RANKS)]
+    attempts[-1].prefill_answered(500, a.fleet.clock())
+    a.tell(b)
+    assert b.requests() == [3 * RANKS, 3 * RANKS]
+    attempts[-1].end(a.fleet.clock())
+    a.tell(b)
+
+    assert b.loads() == [pytest.approx(loads) for loads in a.loads()]
+    assert sum(b.loads()[0]) == pytest.approx(
+        10 * 2000 + 500, rel=0.01
+    )  # the first one of all runs, and the rest waits
+
+
 def test_a_prompt_finds_its_cache_through_any_replica() -> None:
     """What one replica has sent somewhere, the other takes to be cached there; once the first request is over, too."""
     a, b = Service("a"), Service("b")

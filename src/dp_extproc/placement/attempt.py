@@ -18,7 +18,7 @@ class AttemptObserver(Protocol):
         """A request was placed. Always the first event of an attempt."""
 
     def prefill_answered(self, attempt: int, now: float) -> None:
-        """Prefill is over: its engine has answered, or Envoy in its place."""
+        """The prompt is computed. Never told of one whose prefill has failed."""
 
     def first_token(self, attempt: int, now: float) -> None:
         """The answer to the client has begun."""
@@ -38,6 +38,9 @@ class _Nobody:
 
 NOBODY: Final[AttemptObserver] = _Nobody()
 
+_ERROR: Final = 400
+"""From this status on an answer is an error."""
+
 
 class Attempt:
     """From the pick until the answer is over.
@@ -47,8 +50,8 @@ class Attempt:
     """
 
     __slots__ = (
-        "_decode", "_observer", "_on_prefill_answer", "_over", "_prefill", "decode_host", "first_byte_at", "leg",
-        "number", "picked_at", "prefill_host", "prefill_status",
+        "_decode", "_observer", "_on_prefill_answer", "_over", "_prefill", "_streaming", "decode_host",
+        "first_byte_at", "leg", "number", "picked_at", "prefill_host", "prefill_status",
     )  # fmt: skip
 
     def __init__(
@@ -61,6 +64,7 @@ class Attempt:
         prefill_host: HostLoad | None = None,
         decode_host: HostLoad | None = None,
         leg: str = "",
+        streaming: bool = False,
         observer: AttemptObserver = NOBODY,
         on_prefill_answer: Callable[[int], None] | None = None,
     ) -> None:
@@ -75,6 +79,8 @@ class Attempt:
         self.first_byte_at: float | None = None
         self._prefill = prefill
         self._decode = decode
+        self._streaming = streaming
+        """Whether the head of the answer may come before any of it is computed."""
         self._observer = observer
         self._on_prefill_answer = on_prefill_answer
         self._over = False
@@ -85,6 +91,10 @@ class Attempt:
             self.prefill_status = status
             if self._on_prefill_answer is not None:
                 self._on_prefill_answer(status)
+            if status >= _ERROR:  # nothing was computed; what follows of it, others learn from the end
+                for reservation in self._prefill:
+                    reservation.withdraw(now)
+                return
             self._observer.prefill_answered(self.number, now)
             for reservation in self._prefill:
                 reservation.release(now)
@@ -98,13 +108,19 @@ class Attempt:
             self._observer.first_token(self.number, now)
             for reservation in self._decode:
                 reservation.started(now)
-            if not self._prefill:
-                self.prefill_answered(status, now)  # one server does both
+            # One server does both; and a whole answer tells that its prompt was computed, whoever did it.
+            if not self._prefill or (status < _ERROR and not self._streaming):
+                self.prefill_answered(status, now)
 
     def end(self, now: float) -> None:
-        """Note that the response is over, for whatever reason."""
+        """Note that the response is over, for whatever reason.
+
+        If prefill has not answered until then, the client has left, or a leg has failed: no step has ended by it.
+        """
         if not self._over:
             self._over = True
             self._observer.ended(self.number, now)
-            for reservation in (*self._prefill, *self._decode):
+            for reservation in self._prefill:
+                reservation.withdraw(now)
+            for reservation in self._decode:
                 reservation.release(now)

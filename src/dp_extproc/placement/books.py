@@ -39,10 +39,20 @@ class Reservation:
         """When it ceased to show in samples."""
 
     def release(self, now: float) -> None:
-        """Take it off the books. Only the first call counts, so that every way out may call it."""
+        """Take it off the books: its engine has worked it off.
+
+        Of this and :meth:`withdraw` only the first call counts, so that every way out may make one.
+        """
+        self._settle(now, worked_off=True)
+
+    def withdraw(self, now: float) -> None:
+        """Take it off the books for any other reason, which tells nothing of what else its engine has done."""
+        self._settle(now, worked_off=False)
+
+    def _settle(self, now: float, *, worked_off: bool) -> None:
         if self in self.rank.open:
             self.rank.open.discard(self)
-            self.rank.group.closed(self, now)
+            self.rank.group.closed(self, now, worked_off=worked_off)
             self.until = min(self.until, now)
             self.rank.settled.append(self)
 
@@ -114,7 +124,7 @@ class RankLoad:
         if sample.is_empty:
             for lost in [reservation for reservation in self.open if reservation.since < sampled_at - _GRACE]:
                 self.group.written_off += 1
-                lost.release(now)
+                lost.withdraw(now)
         tokens = requests = 0.0
         for books in (self.open, self.settled):
             for reservation in books:
@@ -190,12 +200,12 @@ class StepGroup(ABC):
         self.requests += requests
         return self._open(rank, tokens, to_compute, requests, now)
 
-    def closed(self, reservation: Reservation, now: float) -> None:
-        """Take a request off the books. Strictly for :meth:`Reservation.release`."""
+    def closed(self, reservation: Reservation, now: float, *, worked_off: bool) -> None:
+        """Take a request off the books. Strictly for :class:`Reservation`."""
         self._reservations -= 1
         # With nothing open the count is exactly zero, whatever floating point makes of shares.
         self.requests = self.requests - reservation.requests if self._reservations else 0.0
-        self._close(reservation, now)
+        self._close(reservation, now, worked_off=worked_off)
 
     @abstractmethod
     def cost(self, position: int, after: float) -> float:
@@ -228,4 +238,4 @@ class StepGroup(ABC):
     def _open(self, rank: RankLoad, tokens: float, to_compute: float, requests: float, now: float) -> Reservation: ...
 
     @abstractmethod
-    def _close(self, reservation: Reservation, now: float) -> None: ...
+    def _close(self, reservation: Reservation, now: float, *, worked_off: bool) -> None: ...

@@ -129,7 +129,7 @@ class DecodeGroup(StepGroup):
             self.due = now + _GROWTH_INTERVAL
         return DecodeReservation(rank, tokens, requests, now, to_compute)
 
-    def _close(self, reservation: Reservation, now: float) -> None:
+    def _close(self, reservation: Reservation, now: float, *, worked_off: bool) -> None:  # noqa: ARG002 - either way
         assert isinstance(reservation, DecodeReservation)  # noqa: S101 - made by _open
         position = reservation.rank.position
         if not reservation.rank.open:  # exactly zero, whatever floating point made of the sums

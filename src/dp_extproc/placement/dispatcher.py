@@ -256,7 +256,9 @@ class Dispatcher:
                 (names.PREFIX_LENGTH, b"%d" % bodies.prefix_length),
             )
         on_answer = partial(self._prompt_done, pool, prefill.host, request.prompt)
-        attempt = self.ledger.open_pair(pair, demand, now, leg=leg, on_prefill_answer=on_answer)
+        attempt = self.ledger.open_pair(
+            pair, demand, now, leg=leg, streaming=request.stream, on_prefill_answer=on_answer
+        )
         prefill.host.health.sent(now)
         decode.host.health.sent(now)
         headers = (

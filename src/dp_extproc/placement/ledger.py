@@ -31,6 +31,7 @@ class Ledger:
         now: float,
         *,
         leg: str = "",
+        streaming: bool = False,
         on_prefill_answer: Callable[[int], None] | None = None,
     ) -> Attempt:
         """Put a disaggregated request on the books."""
@@ -46,6 +47,7 @@ class Ledger:
             prefill_host=prefill.host,
             decode_host=decode.host,
             leg=leg,
+            streaming=streaming,
             observer=self._observer,
             on_prefill_answer=on_prefill_answer,
         )
@@ -85,7 +87,7 @@ class Ledger:
             () if side is None else side.host.reserve(side.rank, demand.tokens, at, demand.requests, side.cached)
             for side in (prefill, decode)
         ]
-        return Attempt(0, at, *sides)
+        return Attempt(0, at, *sides, streaming=True)  # its replica tells when the prompt is computed
 
     def _note_prefix(self, side: Side, demand: Demand) -> None:
         """Take note that a rank is going to hold the KV cache of a prompt."""

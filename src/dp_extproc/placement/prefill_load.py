@@ -153,8 +153,11 @@ class PrefillGroup(StepGroup):
             self.due = now + SILENCE
         return reservation
 
-    def _close(self, reservation: Reservation, now: float) -> None:
+    def _close(self, reservation: Reservation, now: float, *, worked_off: bool) -> None:
         assert isinstance(reservation, PrefillReservation)  # noqa: S101 - made by _open
+        if not worked_off:
+            self._leave(reservation, now)
+            return
         self._last_event = now
         if reservation.is_computed:
             return  # its step had ended before, by another answer of it
@@ -167,6 +170,15 @@ class PrefillGroup(StepGroup):
             queue.popleft()
         self._computed(reservation, now)
         self._step(now)
+
+    def _leave(self, reservation: PrefillReservation, now: float) -> None:
+        """Take a request out that was given up. The step goes on, and so does all that waits."""
+        if reservation.is_computed:
+            return
+        self._queues[reservation.rank.position].remove(reservation)
+        self._computed(reservation, now)
+        if self._uncomputed and not any(self._runs):
+            self._fill(math.inf)  # it was all that ran
 
     def _step(self, now: float) -> None:
         """A step has ended, and another has begun with what had arrived by then."""

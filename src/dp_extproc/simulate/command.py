@@ -26,6 +26,7 @@ _AROUND: Final = (
     ("bias", float, "factor of all estimates"),
     ("underrated", float, "share of the requests that are taken for a quarter of their length"),
     ("direct_share", float, "share of the requests that do not pass the router"),
+    ("aborts", float, "share of the requests whose clients leave a queue in which they wait for long"),
 )
 _FLEET: Final = (
     ("prefill", int, "prefill servers"),

@@ -55,3 +55,7 @@ class Surroundings:
     """Whether they tell numbers that have nothing to do with it."""
     direct_share: float = 0.0
     """Share of the requests that do not pass the router: the engines place them."""
+    aborts: float = 0.0
+    """Share of the requests whose clients leave if they wait in a queue too long; none of these is in the results."""
+    patience: float = 0.5
+    """Seconds that those clients wait on average."""

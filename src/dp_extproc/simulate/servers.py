@@ -61,6 +61,14 @@ class PrefillServer:
         self.wake(now)
         return work
 
+    def give_up(self, number: int, rank: int) -> bool:
+        """Let go of a request, if no step has taken it in yet."""
+        of = self.ranks[rank]
+        work = next((work for work in of.queued(Stage.WAITING) if work.rid == str(number)), None)
+        if work is not None:
+            of.remove(work)
+        return work is not None
+
     def wake(self, now: float) -> None:
         """Begin a step if there is something to do and none is running."""
         if self.stepping:
@@ -180,6 +188,12 @@ class DecodeServer:
         self._arrived.append((number, rank, request))
         if not self.stepping:
             self._begin(now)
+
+    def give_up(self, rank: int, request: TraceRequest, now: float) -> None:
+        """Let go of a sequence that has its reservation, and whose KV cache will not come."""
+        self._accepted[rank] -= 1
+        self.promised[rank] -= request.prompt_tokens
+        self._admit(rank, now)
 
     def ends_of(self, rank: int) -> list[tuple[int, TraceRequest]]:
         """Give the steps that each sequence of a rank still has to go."""

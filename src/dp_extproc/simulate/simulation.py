@@ -74,6 +74,15 @@ class Simulation:
         self._first: dict[int, float] = {}
         self._outcomes: list[Outcome] = []
         self._direct: set[int] = set()
+        leaving = Random(f"aborts {seed}")
+        self._patience = {
+            number: leaving.expovariate(1 / around.patience)
+            for number in range(len(trace))
+            if leaving.random() < around.aborts
+        }
+        """Of clients that may leave."""
+        self._left: set[int] = set()
+        self._over = 0
         self._backlog: list[int] = []
 
     def run(self, router: Router, *, concurrency: int | None = None) -> RunResult:
@@ -87,7 +96,7 @@ class Simulation:
             for _ in range(concurrency):
                 self._next(0.0)
         self._scrape(0.0)
-        while len(self._outcomes) < len(self.trace):
+        while self._over < len(self.trace):
             self._now, _, action = heapq.heappop(self._events)
             action(self._now)
         return RunResult(
@@ -122,6 +131,8 @@ class Simulation:
     def _arrive(self, number: int, now: float) -> None:
         self._sent[number] = now
         self.after(self.around.network, lambda now: self._place(number, now))
+        if number in self._patience:
+            self.after(self._patience[number], lambda now: self._leave(number, now))
 
     def _place(self, number: int, now: float) -> None:
         request = self.trace[number]
@@ -138,8 +149,22 @@ class Simulation:
 
         self.after(self.around.network, lambda now: decode.reserve(placement.decode_rank, request, now, reserved))
 
+    def _leave(self, number: int, now: float) -> None:
+        """A client leaves, if its request waits still; else it stays, as its answer is about to come."""
+        if number in self.on_the_way:
+            self._left.add(number)
+            self._ended(number, now)
+        elif (placement := self._placements.get(number)) is not None and self.prefills[placement.prefill].give_up(
+            number, placement.prefill_rank
+        ):
+            self.decodes[placement.decode].give_up(placement.decode_rank, self.trace[number], now)
+            self._ended(number, now)
+
     def _start(self, number: int, now: float) -> None:
         placement = self.on_the_way.pop(number)
+        if number in self._left:
+            self.decodes[placement.decode].give_up(placement.decode_rank, self.trace[number], now)
+            return
         self.prefills[placement.prefill].add(number, placement.prefill_rank, self.trace[number], now)
 
     def _computed(self, work: Work, _now: float) -> None:
@@ -162,7 +187,14 @@ class Simulation:
         request = self.trace[number]
         sent, first, end = self._sent.pop(number), self._first.pop(number), now + 2 * self.around.network
         per_token = (end - first) / (request.output_tokens - 1) if request.output_tokens > 1 else None
-        self._outcomes.append(Outcome(number, first - sent, per_token, end - sent))
+        if number not in self._patience:
+            self._outcomes.append(Outcome(number, first - sent, per_token, end - sent))
+        if not self.around.answers and number not in self._direct:  # the whole answer comes at once then
+            self.after(self.around.network, lambda now: self._router.first_token(number, now))
+        self._ended(number, now)
+
+    def _ended(self, number: int, now: float) -> None:
+        self._over += 1
         if number not in self._direct:
             self.after(self.around.network, lambda now: self._router.ended(number, now))
         self._next(now + 2 * self.around.network)
