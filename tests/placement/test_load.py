@@ -237,6 +237,74 @@ def test_a_rank_that_is_never_sampled_remembers_no_more_and_more(fleet: Fleet) -
     assert rank.tokens == 0
 
 
+class TestRanksThatEnginesPick:
+    """A request is a share on the books of every rank, and in samples wholly on one."""
+
+    @staticmethod
+    def _page(told: list[tuple[int, int]], age: float | None = 0.0) -> LoadPage:
+        """Ranks that have so many requests with so many tokens in all."""
+        return LoadPage(
+            tuple(
+                RankSample(
+                    rank, tokens, total_tokens=tokens, waiting_uncached_tokens=tokens, running_requests=count, age=age
+                )
+                for rank, (count, tokens) in enumerate(told)
+            )
+        )
+
+    @pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
+    @pytest.mark.parametrize(
+        ("told", "others"),
+        [
+            ([(4, 4000), (0, 0), (0, 0), (0, 0)], 0),
+            ([(1, 1000), (2, 2000), (1, 1000), (0, 0)], 0),
+            ([(8, 8000), (0, 0), (4, 4000), (0, 0)], 8),
+        ],
+        ids=["all on one", "spread", "with others"],
+    )
+    def test_they_are_no_strangers(self, fleet: Fleet, role: Role, told: list[tuple[int, int]], others: float) -> None:
+        """Four requests of ours of 1000 tokens each, wherever they are."""
+        host = fleet.host(role)
+        for _ in range(4):
+            host.reserve(None, 1000, fleet.clock())
+        fleet.clock.now += 1
+        fleet.load.sampled(host.endpoint, self._page(told), fleet.clock(), fleet.clock())
+
+        assert sum(rank.others_requests for rank in host.ranks) == pytest.approx(others)
+        assert sum(rank.others for rank in host.ranks) == pytest.approx(others * 1000)
+
+    def test_one_empty_rank_has_lost_nothing(self, fleet: Fleet) -> None:
+        """It never had what another one works on; a server that is empty altogether has."""
+        host = fleet.host(Role.DECODE)
+        host.reserve(None, 1000, fleet.clock())
+        fleet.clock.now += 60
+        fleet.load.sampled(host.endpoint, self._page([(1, 1000), (0, 0), (0, 0), (0, 0)]), fleet.clock(), fleet.clock())
+        before = host.requests
+        fleet.load.sampled(host.endpoint, self._page([(0, 0)] * 4), fleet.clock(), fleet.clock())
+
+        assert (before, host.requests) == (1, 0)
+
+    def test_a_large_batch_in_shares_says_nothing_of_others(self, fleet: Fleet) -> None:
+        """Four sequences for each rank; its answer is no answer of what was before it in each queue, but one step."""
+        host = fleet.host(Role.PREFILL)
+        before = [host.reserve(rank, 30_000, fleet.clock())[0] for rank in range(4) for _ in range(2)]
+        batch = host.reserve(None, 16_000, fleet.clock(), requests=16)
+        fleet.clock.now += 1
+        for share in batch:
+            share.release(fleet.clock())
+
+        assert not any(reservation.until < fleet.clock() for reservation in before)
+        assert host.requests == 8
+        assert host.tokens == pytest.approx(4 * 60_000 - 5 * 8192 + 4 * 2048)  # one rank's chunk had run before
+
+    def test_every_share_starts_on_an_idle_server(self, fleet: Fleet) -> None:
+        """One of them is the request; that would start at once."""
+        host = fleet.host(Role.PREFILL)
+        host.reserve(None, 4000, fleet.clock())
+
+        assert [rank.tokens for rank in host.ranks] == [250] * 4
+
+
 class TestPrefixesOfARestartedEngine:
     """A new process has an empty prefix cache, whatever it says of itself."""
 

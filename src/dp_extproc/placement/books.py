@@ -9,6 +9,7 @@ the engine had not counted when it was taken, and counts nothing twice.
 import math
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Sequence
 from typing import Final
 
 from dp_extproc.fleet.endpoint import RankSample
@@ -27,7 +28,7 @@ _GRACE: Final = 10.0
 class Reservation:
     """A request on one rank's books, from the pick until it is settled."""
 
-    __slots__ = ("rank", "requests", "since", "tokens", "until")
+    __slots__ = ("is_share", "rank", "requests", "since", "tokens", "until")
 
     def __init__(self, rank: "RankLoad", tokens: float, requests: float, since: float) -> None:
         self.rank = rank
@@ -35,6 +36,8 @@ class Reservation:
         """Of the prompt: to be computed on prefill, to be held on decode."""
         self.requests = requests
         self.since = since
+        self.is_share = False
+        """Whether one of several ranks has the request, and all have a share of it on their books."""
         self.until = math.inf
         """When it ceased to show in samples."""
 
@@ -103,7 +106,9 @@ class RankLoad:
     def own_requests(self) -> float:
         return sum(reservation.requests for reservation in self.open)
 
-    def reserve(self, tokens: float, now: float, requests: float = 1.0, cached: float = 0.0) -> Reservation:
+    def reserve(
+        self, tokens: float, now: float, requests: float = 1.0, cached: float = 0.0, *, is_share: bool = False
+    ) -> Reservation:
         """Put a request on the books.
 
         Args:
@@ -111,8 +116,10 @@ class RankLoad:
             now: Of the pick.
             requests: Sequences that it makes; a fraction when several ranks share what only one will get.
             cached: Prompt tokens that the rank holds already.
+            is_share: Whether other ranks have the same on their books, and nobody knows which one has the request.
         """
-        reservation = self.group.opened(self, tokens, max(_LEAST, tokens - cached), requests, now)
+        reservation = self.group.opened(self, tokens, max(_LEAST, tokens - cached), requests, now, is_share=is_share)
+        reservation.is_share = is_share
         self.open.add(reservation)
         self.group.sent[self.position] += tokens - cached
         self.group.reported[self.position] += tokens
@@ -120,32 +127,101 @@ class RankLoad:
 
     def absorb(self, sample: RankSample, sampled_at: float, now: float) -> None:
         """Take in what the engine told of a moment."""
-        self.group.reported[self.position] = sample.used_tokens
-        if sample.is_empty:
-            for lost in [reservation for reservation in self.open if reservation.since < sampled_at - _GRACE]:
-                self.group.written_off += 1
-                lost.withdraw(now)
-        tokens = requests = 0.0
-        for books in (self.open, self.settled):
-            for reservation in books:
-                if reservation.since <= sampled_at < reservation.until:
-                    tokens += self.group.shown(reservation, sampled_at)
-                    requests += reservation.requests
-        told_requests = sample.running_requests + sample.waiting_requests
-        others = max(0.0, told_requests - requests)
-        self.group.others_requests += others - self.others_requests
-        self.others_requests = others
-        self.sample = sample
-        self.sampled_at = sampled_at
-        excess = self.group.told(sample) - tokens
-        if others >= _SOMEBODY:
-            excess = max(0.0, excess)
-        else:  # it is ours, if the engine knows of us at all
-            excess = self.group.misjudged(excess, tokens) if 2 * told_requests >= requests else 0.0
-        self.group.correct(self, excess, now)
+        absorb([(self, sample, sampled_at)], 1, now)
+
+
+def absorb(readings: Sequence[tuple[RankLoad, RankSample, float]], ranks: int, now: float) -> None:
+    """Take in what an engine told of its ranks.
+
+    A request whose rank the engine picks is a share on the books of each of them, and in the samples wholly on one. So
+    what samples show beyond the requests whose rank is known is set against all shares together.
+
+    Args:
+        readings: The ranks, each with its sample, and with the moment at which it was taken.
+        ranks: That the server has, sampled or not.
+        now: For what turns out to be lost.
+    """
+    _write_off(readings, now)
+    ours = [_ours(rank, at) for rank, _, at in readings]
+    known = [each[:2] for each in ours]
+    shares = [each[2:] for each in ours]
+    if any(requests for _, requests in shares):
+        scale = ranks / len(readings)  # those that are not sampled have their shares, too
+        in_all = scale * sum(tokens for tokens, _ in shares), scale * sum(requests for _, requests in shares)
+        found = _shown_in_all(readings, known, in_all)
+    else:
+        found = [_shown(rank, sample, *own) for (rank, sample, _), own in zip(readings, known, strict=True)]
+    for (rank, sample, at), (tokens, others) in zip(readings, found, strict=True):
+        group = rank.group
+        group.reported[rank.position] = sample.used_tokens
+        group.others_requests += others - rank.others_requests
+        rank.others_requests = others
+        rank.sample = sample
+        rank.sampled_at = at
+        group.correct(rank, tokens, now)
         # A later sample is of a later moment: what was over by now cannot be in it.
-        while self.settled and self.settled[0].until <= sampled_at:
-            self.settled.popleft()
+        while rank.settled and rank.settled[0].until <= at:
+            rank.settled.popleft()
+
+
+def _write_off(readings: Sequence[tuple[RankLoad, RankSample, float]], now: float) -> None:
+    """Take off the books what an engine that has nothing at all must have lost."""
+    all_empty = all(sample.is_empty for _, sample, _ in readings)
+    for rank, sample, at in readings:
+        if sample.is_empty:
+            for each in [each for each in rank.open if each.since < at - _GRACE and (all_empty or not each.is_share)]:
+                rank.group.written_off += 1
+                each.withdraw(now)
+
+
+def _ours(rank: RankLoad, at: float) -> tuple[float, float, float, float]:
+    """Give the tokens and requests of ours that a sample of that moment shows of a rank; then those in shares."""
+    tokens = requests = shared_tokens = shared_requests = 0.0
+    for books in (rank.open, rank.settled):
+        for reservation in books:
+            if not reservation.since <= at < reservation.until:
+                continue
+            if reservation.is_share:
+                shared_tokens += rank.group.shown(reservation, at)
+                shared_requests += reservation.requests
+            else:
+                tokens += rank.group.shown(reservation, at)
+                requests += reservation.requests
+    return tokens, requests, shared_tokens, shared_requests
+
+
+def _shown(rank: RankLoad, sample: RankSample, tokens: float, requests: float) -> tuple[float, float]:
+    """Give the tokens and requests that a sample shows beyond so many of ours."""
+    told = sample.running_requests + sample.waiting_requests
+    others = max(0.0, told - requests)
+    excess = rank.group.told(sample) - tokens
+    if others >= _SOMEBODY:
+        return max(0.0, excess), others
+    # It is ours, if the engine knows of us at all.
+    return (rank.group.misjudged(excess, tokens) if 2 * told >= requests else 0.0), others
+
+
+def _shown_in_all(
+    readings: Sequence[tuple[RankLoad, RankSample, float]],
+    known: Sequence[tuple[float, float]],
+    shares: tuple[float, float],
+) -> Sequence[tuple[float, float]]:
+    """Give the same for all ranks of a server where some requests of ours may be anywhere."""
+    excess = [
+        (rank.group.told(sample) - tokens, max(0.0, sample.running_requests + sample.waiting_requests - requests))
+        for (rank, sample, _), (tokens, requests) in zip(readings, known, strict=True)
+    ]
+    all_requests = sum(requests for _, requests in excess)
+    strangers = max(0.0, all_requests - shares[1])
+    if strangers >= _SOMEBODY:
+        all_tokens = sum(max(0.0, tokens) for tokens, _ in excess)
+        part = max(0.0, all_tokens - shares[0]) / all_tokens if all_tokens else 0.0
+        return [(max(0.0, tokens) * part, requests * strangers / all_requests) for tokens, requests in excess]
+    if 2 * all_requests < shares[1]:
+        return [(0.0, 0.0)] * len(readings)
+    beyond, group = sum(tokens for tokens, _ in excess) - shares[0], readings[0][0].group
+    each = group.misjudged(beyond, shares[0] + sum(tokens for tokens, _ in known)) / len(readings)
+    return [(each, 0.0)] * len(readings)
 
 
 class StepGroup(ABC):
@@ -194,11 +270,13 @@ class StepGroup(ABC):
         self.low_position = loads.index(self.low)
         self.changed = False
 
-    def opened(self, rank: RankLoad, tokens: float, to_compute: float, requests: float, now: float) -> Reservation:
+    def opened(
+        self, rank: RankLoad, tokens: float, to_compute: float, requests: float, now: float, *, is_share: bool
+    ) -> Reservation:
         """Take a new request on the books. Strictly for :meth:`RankLoad.reserve`."""
         self._reservations += 1
         self.requests += requests
-        return self._open(rank, tokens, to_compute, requests, now)
+        return self._open(rank, tokens, to_compute, requests, now, is_share=is_share)
 
     def closed(self, reservation: Reservation, now: float, *, worked_off: bool) -> None:
         """Take a request off the books. Strictly for :class:`Reservation`."""
@@ -235,7 +313,9 @@ class StepGroup(ABC):
         """Set what others cause on a rank."""
 
     @abstractmethod
-    def _open(self, rank: RankLoad, tokens: float, to_compute: float, requests: float, now: float) -> Reservation: ...
+    def _open(
+        self, rank: RankLoad, tokens: float, to_compute: float, requests: float, now: float, *, is_share: bool
+    ) -> Reservation: ...
 
     @abstractmethod
     def _close(self, reservation: Reservation, now: float, *, worked_off: bool) -> None: ...

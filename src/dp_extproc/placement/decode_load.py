@@ -119,7 +119,16 @@ class DecodeGroup(StepGroup):
         """Seconds per output token, if the engine has told."""
         return self.tpot if self._knows_tpot else None
 
-    def _open(self, rank: RankLoad, tokens: float, to_compute: float, requests: float, now: float) -> Reservation:
+    def _open(
+        self,
+        rank: RankLoad,
+        tokens: float,
+        to_compute: float,
+        requests: float,
+        now: float,
+        *,
+        is_share: bool,  # noqa: ARG002 - all sums are linear
+    ) -> Reservation:
         if not self._computes:
             to_compute = 0.0
         self._prompts[rank.position] += tokens

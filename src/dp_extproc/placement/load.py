@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 from dp_extproc.config.reliability import HealthSettings
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, RankSample, Role
 from dp_extproc.fleet.recipe import Capabilities
-from dp_extproc.placement.books import RankLoad, Reservation, StepGroup
+from dp_extproc.placement.books import RankLoad, Reservation, StepGroup, absorb
 from dp_extproc.placement.decode_load import DecodeGroup
 from dp_extproc.placement.health import Health
 from dp_extproc.placement.prefill_load import PrefillGroup
@@ -148,10 +148,10 @@ class HostLoad:
         """Take in a load page that was asked for at *started*. Ranks that the server does not have are left out."""
         before, self.sampled = self.sampled, started
         self._demoted = False
-        for sample in samples:
-            if 0 <= sample.dp_rank < len(self.ranks):
-                rank = self.ranks[sample.dp_rank]
-                rank.absorb(sample, _moment_of(sample, started, rank, before), now)
+        known = [(self.ranks[sample.dp_rank], sample) for sample in samples if 0 <= sample.dp_rank < len(self.ranks)]
+        if known:
+            readings = [(rank, sample, _moment_of(sample, started, rank, before)) for rank, sample in known]
+            absorb(readings, len(self.ranks), now)
 
     def has_restarted(self, page: LoadPage) -> bool:
         """Tell whether the engine's running counts have begun anew since the page before."""
@@ -174,7 +174,10 @@ class HostLoad:
         if rank is not None:
             return (self.ranks[rank].reserve(tokens, now, requests, cached),)
         share = 1.0 / len(self.ranks)
-        return tuple(each.reserve(tokens * share, now, requests * share, cached * share) for each in self.ranks)
+        return tuple(
+            each.reserve(tokens * share, now, requests * share, cached * share, is_share=len(self.ranks) > 1)
+            for each in self.ranks
+        )
 
 
 def compare_pace(hosts: Iterable[HostLoad]) -> None:

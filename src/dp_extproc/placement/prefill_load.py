@@ -78,6 +78,10 @@ class PrefillGroup(StepGroup):
         self._running = 0.0
         """Tokens of the fullest rank in the running step."""
         self._last_event = -math.inf
+        self._began = -math.inf
+        """When the server had something to do again."""
+        self._shared_step = -math.inf
+        """When a request in shares was answered the last time."""
 
     def cost(self, position: int, after: float) -> float:  # noqa: ARG002 - the same for every rank
         """Tell what it costs to have a rank at *after* tokens, for the request itself and for everybody else.
@@ -135,10 +139,16 @@ class PrefillGroup(StepGroup):
         to_compute: float,
         requests: float,
         now: float,
+        *,
+        is_share: bool,
     ) -> Reservation:
         reservation = PrefillReservation(rank, to_compute, requests, now)
         position = rank.position
         idle = not self._uncomputed
+        if idle:
+            self._began = now
+        elif is_share:  # as for the one before
+            idle = self._began == now and not self._queues[position]
         self._uncomputed += 1
         self._unstarted += requests
         self._queues[position].append(reservation)
@@ -146,7 +156,7 @@ class PrefillGroup(StepGroup):
         if idle:
             self._last_event = now
             self._run(reservation, min(to_compute, self._budget) if self._chunked else to_compute)
-            self._running = reservation.running
+            self._running = max(self._running, reservation.running)
         else:
             self._sum_up(position)
         if self.due == math.inf:
@@ -162,12 +172,16 @@ class PrefillGroup(StepGroup):
         if reservation.is_computed:
             return  # its step had ended before, by another answer of it
         queue = self._queues[reservation.rank.position]
-        if reservation.requests < 1:  # its rank is not known
+        if reservation.is_share:  # nobody knows which queue it was in, and all shares together are one answer
             queue.remove(reservation)
-        else:
-            while queue[0] is not reservation:  # first in, first out: what was before it is computed, too
-                self._computed(queue.popleft(), now)
-            queue.popleft()
+            self._computed(reservation, now)
+            if self._shared_step != now:
+                self._shared_step = now
+                self._step(now)
+            return
+        while queue[0] is not reservation:  # first in, first out: what was before it is computed, too
+            self._computed(queue.popleft(), now)
+        queue.popleft()
         self._computed(reservation, now)
         self._step(now)
 
