@@ -6,7 +6,8 @@ import pytest
 
 from dp_extproc.fleet.endpoint import LoadPage, RankSample, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
-from dp_extproc.placement.load import Freshness, StepCosts
+from dp_extproc.placement.decode_load import DecodeGroup
+from dp_extproc.placement.load import Freshness, StepCosts, compare_pace
 from dp_extproc.request.prefix import Prefix
 from placement.fleet_fixtures import Fleet, make_facts, samples
 
@@ -235,6 +236,65 @@ def test_a_rank_that_is_never_sampled_remembers_no_more_and_more(fleet: Fleet) -
 
     assert len(rank.settled) <= 10_000
     assert rank.tokens == 0
+
+
+class TestAnAbsurdPace:
+    """An engine's gauge of its throughput may be anything; ten decode servers, of which the last one tells nonsense."""
+
+    @staticmethod
+    def _fleet(absurd: float) -> Fleet:
+        fleet = Fleet(prefills=[PREFILL], decodes=[DECODE] * 10)
+        for number in range(1, 11):
+            host = fleet.host(Role.DECODE, number)
+            rate = 500.0 if number < 10 else absurd  # 20 ms for each token of ten sequences
+            page = LoadPage((RankSample(0, 0, running_requests=10, tokens_per_second=rate, age=0.0),))
+            for _ in range(20):
+                fleet.load.sampled(host.endpoint, page, fleet.clock(), fleet.clock())
+        return fleet
+
+    @pytest.mark.parametrize("rate", [1e9, 1e-9])
+    def test_it_makes_no_absurd_load(self, rate: float) -> None:
+        """What a sequence of 300 tokens grows by in ten seconds is within four times of what it is elsewhere."""
+        fleet = self._fleet(rate)
+        loads = []
+        for number in (1, 10):
+            host = fleet.host(Role.DECODE, number)
+            (reservation,) = host.reserve(1, 300, fleet.clock())
+            reservation.started(fleet.clock())
+            host.groups[0].refresh(fleet.clock() + 10)
+            loads.append(host.ranks[1].tokens - 1300)
+
+        assert loads[0] == pytest.approx(500)
+        assert 125 - 1 <= loads[1] <= 2000 + 1
+
+    @pytest.mark.parametrize("rate", [1e9, 1e-9])
+    def test_it_makes_no_server_much_better(self, rate: float) -> None:
+        """Nor much worse: by two, against an average that it moves itself."""
+        fleet = self._fleet(rate)
+        slowness = [self._slowness(fleet, number) for number in (1, 10)]
+
+        assert 0.4 <= slowness[1] / slowness[0] <= 3
+
+    @pytest.mark.parametrize(
+        ("rate", "seconds", "slowness"), [(1e-9, 5.0, 1.5), (250.0, 10.0, 1.8), (125.0, 10.0, 2.0)]
+    )
+    def test_our_own_clock_has_the_last_word(self, rate: float, seconds: float, slowness: float) -> None:
+        """Whose sequences last as long as those of the others is not slow; whose last twice as long, may be."""
+        fleet = self._fleet(rate)
+        for number in range(1, 11):
+            for _ in range(60):
+                (reservation,) = fleet.host(Role.DECODE, number).reserve(0, 300, fleet.clock())
+                reservation.started(fleet.clock())
+                reservation.release(fleet.clock() + (seconds if number == 10 else 5.0))
+        compare_pace(fleet.load.eligible("*", Role.DECODE, fleet.clock()))
+
+        assert self._slowness(fleet, 10) == pytest.approx(slowness, rel=0.02)
+
+    @staticmethod
+    def _slowness(fleet: Fleet, number: int) -> float:
+        (group,) = fleet.host(Role.DECODE, number).groups
+        assert isinstance(group, DecodeGroup)
+        return group.slowness
 
 
 class TestRanksThatEnginesPick:

@@ -206,6 +206,57 @@ class TestSilence:
 
         assert group.loads == [0, 2000 + 250]
 
+    def test_what_waits_behind_a_long_prompt_is_not_forgotten(self) -> None:
+        """Without chunks 120,000 tokens are one step of many seconds, for the other rank, too."""
+        group = make_group(2, chunked=False)
+        group.ranks[0].reserve(120_000, NOW)
+        for _ in range(20):
+            group.ranks[0].reserve(300, NOW)
+        group.ranks[1].reserve(300, NOW)
+        group.refresh(NOW + 15)
+
+        assert group.loads == [30_000 + 20 * 300, 300]
+
+    def test_if_the_long_one_gets_no_event_all_is_forgotten_in_the_end(self) -> None:
+        """At 6000 tokens per second, four times over: 84 s for the first, a little more for those behind it."""
+        group = make_group(1, chunked=False)
+        group.ranks[0].reserve(120_000, NOW)
+        for _ in range(20):
+            group.ranks[0].reserve(300, NOW)
+        group.refresh(NOW + 83)
+        before = group.loads[0]
+        group.refresh(NOW + 84)
+        without = group.loads[0]
+        group.refresh(NOW + 90)
+
+        assert before > 30_000
+        assert 0 < without < 2000
+        assert group.loads == [0]
+
+    def test_a_server_that_has_shown_to_be_slow_is_given_time(self) -> None:
+        """A step of 1000 tokens took 4.2 s, so that the next one may, too."""
+        group = make_group(1)
+        first = group.ranks[0].reserve(1000, NOW)
+        for _ in range(3):
+            group.ranks[0].reserve(1000, NOW)
+        first.release(NOW + 4.2)
+        group.refresh(NOW + 9)
+
+        assert group.loads == [250 + 2000]
+
+    def test_steps_without_an_answer_make_no_server_slow(self) -> None:
+        """Ten chunks of a long prompt took a second each: what follows is overdue after a few."""
+        group = make_group(1)
+        long = group.ranks[0].reserve(10_000, NOW)
+        group.ranks[0].reserve(1000, NOW)
+        group.ranks[0].reserve(1000, NOW)
+        long.release(NOW + 10)
+        before = list(group.loads)
+        group.refresh(NOW + 10 + 3)
+
+        assert before == [250 + 1000]
+        assert group.loads == [250 + 250]
+
     def test_a_late_event_of_a_forgotten_request_changes_nothing(self) -> None:
         """It is released like any other, and the books stay true."""
         group = make_group(1)

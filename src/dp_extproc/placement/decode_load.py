@@ -23,6 +23,13 @@ _GROWTH_INTERVAL: Final = 0.25
 _TRUSTED: Final = 0.5
 """Share of our own books that an engine's count may take back; one that tells nonsense must not empty them."""
 _SMOOTHING: Final = 0.3
+_LEAST_TPOT: Final = 0.001
+_MOST_TPOT: Final = 1.0
+"""Seconds; what an engine tells beyond is told wrong."""
+_MEMORY: Final = 200
+"""Sequences, after which how long they lasted fades from the mean."""
+_KNOWN_AFTER: Final = 50
+"""Sequences that must have ended for their mean to say something."""
 
 
 class DecodeReservation(Reservation):
@@ -60,7 +67,11 @@ class DecodeGroup(StepGroup):
         """Seconds per output token, by the engine's own account."""
         self.slowness = 1.0
         """How slow the server is, against the average of its pool and role."""
-        self._knows_tpot = False
+        self._told_tpot: float | None = None
+        self._lasted = 0.0
+        """Seconds from the first to the last token, as a mean ..."""
+        self._ended = 0
+        """... of so many sequences."""
         self._request_tokens = request_tokens
         self._computes = computes
         size = len(self.ranks)
@@ -117,7 +128,15 @@ class DecodeGroup(StepGroup):
     @property
     def known_tpot(self) -> float | None:
         """Seconds per output token, if the engine has told."""
-        return self.tpot if self._knows_tpot else None
+        return self._told_tpot
+
+    @property
+    def lasting(self) -> float | None:
+        """Seconds that a sequence lasts here, by our own clock; None while too few have ended.
+
+        Sequences are as long on one server as on another, so this tells how slow a server is without its own word.
+        """
+        return self._lasted if self._ended >= _KNOWN_AFTER else None
 
     def _open(
         self,
@@ -141,6 +160,9 @@ class DecodeGroup(StepGroup):
     def _close(self, reservation: Reservation, now: float, *, worked_off: bool) -> None:  # noqa: ARG002 - either way
         assert isinstance(reservation, DecodeReservation)  # noqa: S101 - made by _open
         position = reservation.rank.position
+        if reservation.first_token_at != math.inf:
+            self._ended = min(self._ended + 1, _MEMORY)
+            self._lasted += (now - reservation.first_token_at - self._lasted) / self._ended
         if not reservation.rank.open:  # exactly zero, whatever floating point made of the sums
             self._prompts[position] = self._extra[position] = 0.0
             self._growing[position] = self._first_tokens[position] = 0.0
@@ -165,6 +187,6 @@ class DecodeGroup(StepGroup):
         sample = rank.sample
         if sample is None or not sample.running_requests or not sample.tokens_per_second:
             return
-        tpot = sample.running_requests / sample.tokens_per_second
-        self.tpot += (tpot - self.tpot) * (_SMOOTHING if self._knows_tpot else 1.0)
-        self._knows_tpot = True
+        tpot = min(_MOST_TPOT, max(_LEAST_TPOT, sample.running_requests / sample.tokens_per_second))
+        before = self._told_tpot
+        self.tpot = self._told_tpot = tpot if before is None else before + (tpot - before) * _SMOOTHING

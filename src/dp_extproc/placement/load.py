@@ -4,19 +4,23 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from statistics import fmean, median
 from typing import Final, TypeVar
 
 from dp_extproc.config.reliability import HealthSettings
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, RankSample, Role
 from dp_extproc.fleet.recipe import Capabilities
 from dp_extproc.placement.books import RankLoad, Reservation, StepGroup, absorb
-from dp_extproc.placement.decode_load import DecodeGroup
+from dp_extproc.placement.decode_load import DEFAULT_TPOT, DecodeGroup
 from dp_extproc.placement.health import Health
 from dp_extproc.placement.prefill_load import PrefillGroup
 
-_LEAST_SLOWNESS: Final = 0.25
-_MOST_SLOWNESS: Final = 4.0
-"""Bounds for what one odd gauge can make of a server."""
+_ODD_PACE: Final = 4.0
+"""How many times faster or slower than usual a server may call itself."""
+_ODD_SLOWNESS: Final = 2.0
+"""Likewise than its pool's average, while our own clock has nothing to set against it ..."""
+_CONTRADICTION: Final = 1.5
+"""... and than our own clock shows it to be, once that has."""
 
 _T = TypeVar("_T")
 
@@ -181,14 +185,29 @@ class HostLoad:
 
 
 def compare_pace(hosts: Iterable[HostLoad]) -> None:
-    """Find out how slow each of some decode servers is, against their average."""
+    """Find out how slow each of some decode servers is, against their average.
+
+    What they tell is believed as far as it is like what the others tell, and as it agrees with our own clock.
+    """
     groups = [group for host in hosts for group in host.groups if isinstance(group, DecodeGroup)]
     told = [tpot for group in groups if (tpot := group.known_tpot) is not None]
-    average = sum(told) / len(told) if told else 0.0
+    if not told:
+        return
+    usual = median([*told, DEFAULT_TPOT])  # with two servers it is the default that tells which one is odd
     for group in groups:
-        tpot = group.known_tpot
-        slowness = 1.0 if tpot is None or not average else tpot / average
-        group.slowness = min(_MOST_SLOWNESS, max(_LEAST_SLOWNESS, slowness))
+        group.tpot = within(group.known_tpot or usual, usual, _ODD_PACE)
+    average = fmean(group.tpot for group in groups)
+    lasting = fmean(known) if (known := [each for group in groups if (each := group.lasting) is not None]) else None
+    for group in groups:
+        slowness = within(group.tpot / average, 1.0, _ODD_SLOWNESS)
+        if lasting and group.lasting is not None:
+            slowness = within(slowness, group.lasting / lasting, _CONTRADICTION)
+        group.slowness = slowness
+
+
+def within(value: float, middle: float, factor: float) -> float:
+    """Give the value, or the nearest that is no more than a factor from the middle."""
+    return min(middle * factor, max(middle / factor, value))
 
 
 def _candidate(host: HostLoad, ranks: Sequence[RankLoad]) -> Candidate:

@@ -25,10 +25,14 @@ ARRIVAL_LAG: Final = 0.02
 """Seconds from the pick until an engine can start a request: the network, tokenizing, the handshake with decode; and
 from the end of a step to the answer. Anything from 0 to 0.25 is within a few percent."""
 SILENCE: Final = 1.0
-"""Seconds without any event after which time alone tells: older requests count as started."""
+"""Seconds without any event, at least, after which time alone tells: older requests count as started."""
 _FORGET_SECONDS: Final = 4.0
-_FORGET_TOKENS: Final = 6000.0
-"""A request that gets no event is forgotten after ``4 s * (1 + tokens / 6000)``, several times what it should take."""
+"""Likewise, after which they are forgotten. To both comes what the tokens before them should take."""
+_USUAL_PACE: Final = 1 / 6000
+"""Seconds per prompt token of a rank; slower than most, and the least that a server is given."""
+_PATIENCE: Final = 3.0
+"""How many times longer than by its own pace a server may take."""
+_SMOOTHING: Final = 0.3
 
 
 class PrefillReservation(Reservation):
@@ -82,6 +86,11 @@ class PrefillGroup(StepGroup):
         """When the server had something to do again."""
         self._shared_step = -math.inf
         """When a request in shares was answered the last time."""
+        self._step_began = -math.inf
+        self._shown_pace: float | None = None
+        """Seconds per token, by the events."""
+        self._pace = _USUAL_PACE
+        """Seconds per token after which something must have happened."""
 
     def cost(self, position: int, after: float) -> float:  # noqa: ARG002 - the same for every rank
         """Tell what it costs to have a rank at *after* tokens, for the request itself and for everybody else.
@@ -102,14 +111,20 @@ class PrefillGroup(StepGroup):
 
     def refresh(self, now: float) -> None:
         """Without events for a while, take what is old as started, and what is very old as gone."""
-        if self._uncomputed and now - self._last_event >= SILENCE:
+        silence = max(SILENCE, self._pace * self._running)
+        quiet = now - self._last_event
+        if self._uncomputed and quiet >= silence:
             for queue in self._queues:
+                ahead = 0.0
                 for reservation in list(queue):
+                    own = reservation.waiting + reservation.running
+                    ahead += own
                     age = now - reservation.since
-                    if age >= _FORGET_SECONDS * (1 + reservation.tokens / _FORGET_TOKENS):
+                    patience = _FORGET_SECONDS * (1 + self._pace * max(ahead, self._running))
+                    if min(age, quiet) >= patience:
                         queue.remove(reservation)
                         self._computed(reservation, now)
-                    elif age >= SILENCE and reservation.waiting:
+                    elif age >= silence and reservation.waiting:
                         self._run(reservation, reservation.waiting)
         self.due = now + SILENCE / 4 if self._uncomputed else math.inf
 
@@ -146,7 +161,7 @@ class PrefillGroup(StepGroup):
         position = rank.position
         idle = not self._uncomputed
         if idle:
-            self._began = now
+            self._began = self._step_began = now
         elif is_share:  # as for the one before
             idle = self._began == now and not self._queues[position]
         self._uncomputed += 1
@@ -172,6 +187,7 @@ class PrefillGroup(StepGroup):
         if reservation.is_computed:
             return  # its step had ended before, by another answer of it
         queue = self._queues[reservation.rank.position]
+        self._learn_pace(reservation, now)
         if reservation.is_share:  # nobody knows which queue it was in, and all shares together are one answer
             queue.remove(reservation)
             self._computed(reservation, now)
@@ -185,6 +201,20 @@ class PrefillGroup(StepGroup):
         self._computed(reservation, now)
         self._step(now)
 
+    def _learn_pace(self, reservation: PrefillReservation, now: float) -> None:
+        """Learn from an answer how long tokens take: those of the running step, and of steps that nobody answered."""
+        work = 0.0
+        for each in self._queues[reservation.rank.position]:
+            work += each.waiting + each.running
+            if each is reservation:
+                break
+        work = max(work, self._running)
+        steps = -(-work // self._budget) if self._chunked else 1.0
+        pace = (now - self._step_began) / (work + max(1.0, steps) * self._step_tokens)
+        before = self._shown_pace
+        self._shown_pace = pace if before is None else before + (pace - before) * _SMOOTHING
+        self._pace = max(_USUAL_PACE, _PATIENCE * self._shown_pace)
+
     def _leave(self, reservation: PrefillReservation, now: float) -> None:
         """Take a request out that was given up. The step goes on, and so does all that waits."""
         if reservation.is_computed:
@@ -196,6 +226,7 @@ class PrefillGroup(StepGroup):
 
     def _step(self, now: float) -> None:
         """A step has ended, and another has begun with what had arrived by then."""
+        self._step_began = now
         for position, queue in enumerate(self._queues):
             while queue and queue[0].running and not queue[0].waiting:
                 self._computed(queue.popleft(), now)

@@ -251,6 +251,7 @@ def _lie(page: LoadPage, rng: Random) -> LoadPage:
                 running_requests=rng.randrange(2 * sample.running_requests + 1),
                 waiting_requests=rng.randrange(5),
                 capacity_tokens=sample.capacity_tokens,
+                tokens_per_second=rng.choice([None, 1e-3, 1e9, rng.uniform(0, 2000)]),
                 age=sample.age,
             )
             for rank, sample in enumerate(samples)
