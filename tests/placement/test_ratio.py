@@ -1,5 +1,7 @@
 """Token estimates start sane and correct themselves from what the engines count."""
 
+from random import Random
+
 import pytest
 
 from dp_extproc.placement.ratio import LEAST, MOST, START, TokenRatio
@@ -30,11 +32,11 @@ def test_first_estimates_are_sane(text: str, least: int, most: int) -> None:
 
 def _feed(ratio: TokenRatio, text_bytes: int, counted: int, known: int = 0, rounds: int = 200) -> None:
     total = 0
-    ratio.counted(ENGINE, total)
-    for _ in range(rounds):
-        ratio.answered(ENGINE, Prompt(text_bytes, known, None))
+    ratio.counted(ENGINE, total, 0.0)
+    for second in range(1, rounds + 1):
+        ratio.answered(ENGINE, text_bytes, known)
         total += counted
-        ratio.counted(ENGINE, total)
+        ratio.counted(ENGINE, total, second)
 
 
 @pytest.mark.parametrize("bytes_per_token", [1.5, 3.0, 6.0])
@@ -58,7 +60,7 @@ def test_traffic_of_others_alone_teaches_nothing() -> None:
     """An engine that counts while we send nothing is busy with others."""
     ratio = TokenRatio()
     for count in range(0, 10_000_000, 100_000):
-        ratio.counted(ENGINE, count)
+        ratio.counted(ENGINE, count, count / 100_000)
 
     assert ratio.bytes_per_token == START
 
@@ -88,3 +90,33 @@ def test_bounds_hold_where_counts_mislead(counted: int, bound: float) -> None:
     _feed(ratio, 60_000, counted)
 
     assert ratio.bytes_per_token == bound
+
+
+class TestTrafficOfOthers:
+    """An engine counts for everybody, and texts have 4 bytes per token, whoever sends them."""
+
+    def test_requests_that_nobody_of_us_has_sent_stop_the_learning(self) -> None:
+        """Three of four prompts are of others, and the engine shows some of them whenever it is read."""
+        ratio = TokenRatio()
+        for second in range(500):
+            ratio.answered(ENGINE, 20_000, 0)
+            ratio.counted(ENGINE, 20_000 * second, second, strangers=True)
+
+        assert ratio.bytes_per_token == START
+
+    @pytest.mark.parametrize("share", [0.25, 0.7, 1.0])
+    def test_what_is_counted_without_us_is_taken_off(self, share: float) -> None:
+        """Requests come by chance, and the engine is read once a second; some are counted a second late."""
+        ratio, chance = TokenRatio(), Random(1)
+        count = late = 0
+        for second in range(5000):
+            ours = [chance.expovariate(1 / 4000) for _ in range(6) if chance.random() < share / 6]
+            others = [chance.expovariate(1 / 4000) for _ in range(6) if chance.random() < (1 - share) / 6]
+            for size in ours:
+                ratio.answered(ENGINE, round(size), 0)
+            count += late
+            late = round(sum(ours) / 2) if chance.random() < 0.2 else 0
+            count += round(sum(ours) / 2) - late + round(sum(others) / 2)
+            ratio.counted(ENGINE, count, second, idle=True)
+
+        assert ratio.bytes_per_token == pytest.approx(2.0, rel=0.1)

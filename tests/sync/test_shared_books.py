@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from dp_extproc.extproc import names
-from dp_extproc.fleet.endpoint import Role
+from dp_extproc.fleet.endpoint import LoadPage, RankSample, Role
 from dp_extproc.placement.attempt import Attempt
 from dp_extproc.placement.decision import Decision
 from dp_extproc.placement.dispatcher import Dispatcher
@@ -168,6 +168,28 @@ def test_a_prompt_finds_its_cache_through_any_replica() -> None:
 
     assert rank != other_rank  # which is the one that it would have taken by itself
     assert {b.place(chat("the same"))[1] for _ in range(3)} == {rank}
+
+
+def test_all_replicas_learn_how_long_texts_are() -> None:
+    """The engine counts for all four, and each has sent a fourth: two bytes are a token, not half a byte."""
+    services = [Service(name) for name in "abcd"]
+    host = services[0].fleet.host(Role.PREFILL)
+    counted = 0
+    for second in range(100):
+        for service in services:
+            attempt, _, _ = service.place()
+            attempt.prefill_answered(200, service.fleet.clock())
+            attempt.end(service.fleet.clock())
+            counted += 8000 // 2
+        for service in services:
+            service.tell(*(other for other in services if other is not service))
+        for service in services:
+            page = LoadPage((RankSample(0, 0, age=0.0),), prompt_tokens=counted)
+            service.fleet.clock.now = 1000.0 + second
+            service.fleet.load.sampled(host.endpoint, page, service.fleet.clock(), service.fleet.clock())
+
+    ratios = [service.fleet.load.ratios["*"].bytes_per_token for service in services]
+    assert ratios == [pytest.approx(2.0, rel=0.05)] * 4
 
 
 def test_picks_are_counted_where_they_are_made() -> None:

@@ -38,7 +38,7 @@ class _Nobody:
 
 NOBODY: Final[AttemptObserver] = _Nobody()
 
-_ERROR: Final = 400
+ERROR: Final = 400
 """From this status on an answer is an error."""
 
 
@@ -91,7 +91,7 @@ class Attempt:
             self.prefill_status = status
             if self._on_prefill_answer is not None:
                 self._on_prefill_answer(status)
-            if status >= _ERROR:  # nothing was computed; what follows of it, others learn from the end
+            if status >= ERROR:  # nothing was computed; what follows of it, others learn from the end
                 for reservation in self._prefill:
                     reservation.withdraw(now)
                 return
@@ -109,7 +109,7 @@ class Attempt:
             for reservation in self._decode:
                 reservation.started(now)
             # One server does both; and a whole answer tells that its prompt was computed, whoever did it.
-            if not self._prefill or (status < _ERROR and not self._streaming):
+            if not self._prefill or (status < ERROR and not self._streaming):
                 self.prefill_answered(status, now)
 
     def end(self, now: float) -> None:

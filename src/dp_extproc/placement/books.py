@@ -19,7 +19,7 @@ _SETTLED_KEPT: Final = 10_000
 and more of them; between two samples no rank serves so many."""
 _LEAST: Final = 1.0
 """Tokens; engines compute the last one of a prompt even if they hold them all."""
-_SOMEBODY: Final = 0.5
+SOMEBODY: Final = 0.5
 """Requests; shares of one add up to a little less or more."""
 _GRACE: Final = 10.0
 """Seconds. An engine that was wholly empty has nothing of what was sent to it so long before."""
@@ -105,6 +105,11 @@ class RankLoad:
     @property
     def own_requests(self) -> float:
         return sum(reservation.requests for reservation in self.open)
+
+    @property
+    def kept_requests(self) -> float:
+        """Of ours that the next sample may show, at whatever moment it was taken."""
+        return sum(reservation.requests for books in (self.open, self.settled) for reservation in books)
 
     def reserve(
         self, tokens: float, now: float, requests: float = 1.0, cached: float = 0.0, *, is_share: bool = False
@@ -195,7 +200,7 @@ def _shown(rank: RankLoad, sample: RankSample, tokens: float, requests: float) -
     told = sample.running_requests + sample.waiting_requests
     others = max(0.0, told - requests)
     excess = rank.group.told(sample) - tokens
-    if others >= _SOMEBODY:
+    if others >= SOMEBODY:
         return max(0.0, excess), others
     # It is ours, if the engine knows of us at all.
     return (rank.group.misjudged(excess, tokens) if 2 * told >= requests else 0.0), others
@@ -213,7 +218,7 @@ def _shown_in_all(
     ]
     all_requests = sum(requests for _, requests in excess)
     strangers = max(0.0, all_requests - shares[1])
-    if strangers >= _SOMEBODY:
+    if strangers >= SOMEBODY:
         all_tokens = sum(max(0.0, tokens) for tokens, _ in excess)
         part = max(0.0, all_tokens - shares[0]) / all_tokens if all_tokens else 0.0
         return [(max(0.0, tokens) * part, requests * strangers / all_requests) for tokens, requests in excess]

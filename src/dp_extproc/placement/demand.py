@@ -16,3 +16,7 @@ class Demand(Struct, frozen=True):
     """What the prompt begins with."""
     session: str | None = None
     """The client's name for a conversation."""
+    text_bytes: int = 0
+    """Of the prompt, what is text and was estimated ..."""
+    known_tokens: int = 0
+    """... and what came as tokens."""

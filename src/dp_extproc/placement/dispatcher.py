@@ -1,7 +1,6 @@
 """From a request to a decision: which pool, which hosts, which ranks, which room, and the bodies that say so."""
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from random import Random
 from typing import Final
 from urllib.parse import unquote
@@ -30,7 +29,6 @@ from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggre
 from dp_extproc.request.overrides import override_headers
 from dp_extproc.request.path import ONE_MODEL, Api
 from dp_extproc.request.prefix import NO_PREFIX, prefix_of
-from dp_extproc.request.prompt import Prompt
 from dp_extproc.request.rejection import Reason, Rejection, Wait
 from dp_extproc.request.rewrite import Bootstrap, LegFields, rewrite_aggregated, rewrite_disaggregated
 
@@ -203,8 +201,7 @@ class Dispatcher:
         rank_key = side.host.capabilities.aggregated_rank_key(request.api)
         if not side.host.capabilities.takes_rank(request.api) and len(side.host.ranks) > 1:
             side = replace(side, rank=None)
-        on_answer = partial(self._prompt_done, pool, side.host, request.prompt)
-        attempt = self.ledger.open_worker(side, demand, now, on_prefill_answer=on_answer)
+        attempt = self.ledger.open_worker(side, demand, now)
         body = rewrite_aggregated(request.body, rank_key, side.rank)
         in_header = side.rank if request.api in side.host.capabilities.rank_header_on else None
         headers = (
@@ -255,10 +252,7 @@ class Dispatcher:
                 (names.PREFILL_PREFIX, bodies.prefill_prefix),
                 (names.PREFIX_LENGTH, b"%d" % bodies.prefix_length),
             )
-        on_answer = partial(self._prompt_done, pool, prefill.host, request.prompt)
-        attempt = self.ledger.open_pair(
-            pair, demand, now, leg=leg, streaming=request.stream, on_prefill_answer=on_answer
-        )
+        attempt = self.ledger.open_pair(pair, demand, now, leg=leg, streaming=request.stream)
         prefill.host.health.sent(now)
         decode.host.health.sent(now)
         headers = (
@@ -325,6 +319,8 @@ class Dispatcher:
             requests=(prompt.batch or 1) * request.samples,
             prefix=prefix_of(request) if pool.config.policy.affinity.prefixes else NO_PREFIX,
             session=session[:_SESSION_KEPT] if session and pool.config.policy.affinity.sessions else None,
+            text_bytes=prompt.text_bytes,
+            known_tokens=prompt.tokens,
         )
 
     def _capable(
@@ -354,11 +350,6 @@ class Dispatcher:
             return Rejection(400, Reason.CANNOT_CARRY_ROUTING, message)
         message = f"{api.value} needs a newer SGLang than the {role} servers of this model run ({versions})"
         return Rejection(400, Reason.ENGINE_TOO_OLD, message)
-
-    def _prompt_done(self, pool: _Pool, host: HostLoad, prompt: Prompt, status: int) -> None:
-        ratio = self._fleet.ratios.get(pool.name)  # the pool may be configured no more
-        if status < 400 and ratio is not None:
-            ratio.answered(host.endpoint.url, prompt)
 
 
 def _bootstrap(prefill: HostLoad, rooms: int | list[int]) -> Bootstrap:

@@ -116,7 +116,13 @@ class FleetLoad:
             if endpoint.role is not Role.PREFILL:
                 compare_pace(self._by_role.get((endpoint.pool, endpoint.role), ()))
         if page.prompt_tokens is not None and endpoint.role is not Role.DECODE:
-            self.ratios[endpoint.pool].counted(endpoint.url, page.prompt_tokens)
+            self.ratios[endpoint.pool].counted(
+                endpoint.url,
+                page.prompt_tokens,
+                started,
+                idle=host is not None and not host.own_requests,
+                strangers=host is not None and host.sees_strangers,
+            )
 
     def failed(self, endpoint: Endpoint, failure: ScrapeFailure, now: float) -> None:  # noqa: ARG002 - the protocol's
         """Take in that an endpoint could not be read. Its samples stay, and grow stale; at once if it is gone."""

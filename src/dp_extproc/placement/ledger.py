@@ -1,12 +1,13 @@
 """The one place where attempts come on the books: our own, and those that other replicas tell of."""
 
-from collections.abc import Callable
+from functools import partial
 from itertools import count
 
-from dp_extproc.placement.attempt import NOBODY, Attempt, AttemptObserver
+from dp_extproc.placement.attempt import ERROR, NOBODY, Attempt, AttemptObserver
 from dp_extproc.placement.demand import Demand
 from dp_extproc.placement.dispatch import Dispatch
 from dp_extproc.placement.fleet_load import FleetLoad
+from dp_extproc.placement.load import HostLoad
 from dp_extproc.placement.pair import Pair, Side
 
 
@@ -32,7 +33,6 @@ class Ledger:
         *,
         leg: str = "",
         streaming: bool = False,
-        on_prefill_answer: Callable[[int], None] | None = None,
     ) -> Attempt:
         """Put a disaggregated request on the books."""
         prefill, decode = pair.prefill, pair.decode
@@ -49,15 +49,13 @@ class Ledger:
             leg=leg,
             streaming=streaming,
             observer=self._observer,
-            on_prefill_answer=on_prefill_answer,
+            on_prefill_answer=partial(self._prompt_done, prefill.host, demand),
         )
         if self._observer is not NOBODY:
             self._observer.dispatched(attempt.number, _dispatch(decode, demand, prefill), now)
         return attempt
 
-    def open_worker(
-        self, side: Side, demand: Demand, now: float, *, on_prefill_answer: Callable[[int], None] | None = None
-    ) -> Attempt:
+    def open_worker(self, side: Side, demand: Demand, now: float) -> Attempt:
         """Put a request to an aggregated pool on the books."""
         _count_pick(side)
         self._note_prefix(side, demand)
@@ -69,7 +67,7 @@ class Ledger:
             reservations,
             decode_host=side.host,
             observer=self._observer,
-            on_prefill_answer=on_prefill_answer,
+            on_prefill_answer=partial(self._prompt_done, side.host, demand),
         )
         if self._observer is not NOBODY:
             self._observer.dispatched(attempt.number, _dispatch(side, demand), now)
@@ -87,7 +85,15 @@ class Ledger:
             () if side is None else side.host.reserve(side.rank, demand.tokens, at, demand.requests, side.cached)
             for side in (prefill, decode)
         ]
-        return Attempt(0, at, *sides, streaming=True)  # its replica tells when the prompt is computed
+        done = None if computing is None else partial(self._prompt_done, computing.host, demand)
+        # Streaming, as its replica tells when the prompt is computed.
+        return Attempt(0, at, *sides, streaming=True, on_prefill_answer=done)
+
+    def _prompt_done(self, host: HostLoad, demand: Demand, status: int) -> None:
+        """Learn from a prompt that was computed, whoever has sent it."""
+        ratio = self._fleet.ratios.get(host.endpoint.pool)  # the pool may be configured no more
+        if status < ERROR and ratio is not None:
+            ratio.answered(host.endpoint.url, demand.text_bytes, demand.known_tokens)
 
     def _note_prefix(self, side: Side, demand: Demand) -> None:
         """Take note that a rank is going to hold the KV cache of a prompt."""

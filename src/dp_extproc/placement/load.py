@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 from dp_extproc.config.reliability import HealthSettings
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, RankSample, Role
 from dp_extproc.fleet.recipe import Capabilities
-from dp_extproc.placement.books import RankLoad, Reservation, StepGroup, absorb
+from dp_extproc.placement.books import SOMEBODY, RankLoad, Reservation, StepGroup, absorb
 from dp_extproc.placement.decode_load import DEFAULT_TPOT, DecodeGroup
 from dp_extproc.placement.health import Health
 from dp_extproc.placement.prefill_load import PrefillGroup
@@ -85,7 +85,7 @@ class HostLoad:
 
     __slots__ = (
         "_counts", "_demoted", "address", "candidate", "capabilities", "endpoint", "facts", "groups", "health",
-        "held_tokens", "ranks", "sampled",
+        "held_tokens", "ranks", "sampled", "sees_strangers",
     )  # fmt: skip
 
     def __init__(
@@ -113,6 +113,8 @@ class HostLoad:
         """Prompt tokens of all requests sent here that its ranks were taken to hold already."""
         self.sampled = -math.inf
         """When the last good load page was asked for."""
+        self.sees_strangers = False
+        """Whether the last page showed requests that neither we nor our peers have sent."""
         self._demoted = False
         self._counts: tuple[int, ...] = (0, 0)
 
@@ -125,6 +127,11 @@ class HostLoad:
     def requests(self) -> float:
         """Requests in flight, those of others included."""
         return sum(group.requests + group.others_requests for group in self.groups)
+
+    @property
+    def own_requests(self) -> float:
+        """Likewise, but those that are on our books alone."""
+        return sum(group.requests for group in self.groups)
 
     @property
     def reservations(self) -> int:
@@ -153,9 +160,16 @@ class HostLoad:
         before, self.sampled = self.sampled, started
         self._demoted = False
         known = [(self.ranks[sample.dp_rank], sample) for sample in samples if 0 <= sample.dp_rank < len(self.ranks)]
+        self.sees_strangers = False
         if known:
             readings = [(rank, sample, _moment_of(sample, started, rank, before)) for rank, sample in known]
+            ours = sum(rank.kept_requests for rank in self.ranks)
             absorb(readings, len(self.ranks), now)
+            if any(sample.age is None for _, sample in known):  # of no known moment: ours are all that it may have seen
+                beyond = sum(sample.running_requests + sample.waiting_requests for _, sample in known) - ours
+            else:
+                beyond = sum(rank.others_requests for rank in self.ranks)
+            self.sees_strangers = beyond >= SOMEBODY
 
     def has_restarted(self, page: LoadPage) -> bool:
         """Tell whether the engine's running counts have begun anew since the page before."""
