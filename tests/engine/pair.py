@@ -33,7 +33,7 @@ class Pair:
     prefill: EngineProcess
     decode: EngineProcess
     client: httpx.Client
-    _pool: ThreadPoolExecutor
+    pool: ThreadPoolExecutor
     _rooms: Iterator[int] = field(default_factory=lambda: itertools.count(1000))
 
     def room(self, rank: int = 0) -> int:
@@ -47,7 +47,7 @@ class Pair:
 
     def post(self, engine: EngineProcess, path: str, **body: Any) -> Future[httpx.Response]:
         """Send a leg and do not wait for the answer."""
-        return self._pool.submit(self.client.post, engine.url + path, json={**PROMPTS[path], **body})
+        return self.pool.submit(self.client.post, engine.url + path, json={**PROMPTS[path], **body})
 
     def send(
         self,

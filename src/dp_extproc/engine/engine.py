@@ -16,6 +16,7 @@ from dp_extproc.engine.leg import Failure, Finished, Leg, RefusedError
 from dp_extproc.engine.pace import Pace
 from dp_extproc.engine.prefill_side import PrefillSide
 from dp_extproc.engine.scheduler.group import Group, Step
+from dp_extproc.engine.scheduler.prefix_cache import PrefixCache
 from dp_extproc.engine.scheduler.rank import Rank
 from dp_extproc.engine.scheduler.snapshot import RankHistory
 from dp_extproc.engine.scheduler.work import Output, Role, Stage, Work
@@ -115,6 +116,17 @@ class Engine:
     def abort_all(self) -> None:
         for ticket in list(self._rids.values()):
             self.end(ticket, Failure(None, "Abort requested"))
+
+    def flush_caches(self) -> bool:
+        """Forget all prompts; only ranks do that have nothing to do.
+
+        Returns:
+            Whether all of them did.
+        """
+        idle = [rank for rank in self.ranks if rank.is_empty]
+        for rank in idle:
+            rank.cache = PrefixCache()
+        return len(idle) == len(self.ranks)
 
     def end(self, ticket: Ticket, how: Finished | Failure) -> None:
         """End a leg wherever it is, and free what it holds."""

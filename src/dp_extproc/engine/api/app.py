@@ -7,6 +7,8 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -40,6 +42,10 @@ _INFERENCE: Final[dict[str, Callable[[Exchange], Awaitable[Response]]]] = {
 }
 _LAX: Final = frozenset({"/generate", "/encode", *unroutable.GENERATING})
 """Paths that do not insist on a declared content type."""
+_FROM_ANYWHERE: Final = Middleware(
+    CORSMiddleware, allow_origins=["*"], allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
+)
+"""``http_server.py`` has it so; that is where ``vary: Origin`` comes from."""
 _OPEN_TO_ALL: Final = ("/health", "/ready", "/metrics", "/debug")
 """Prefixes without authentication (``utils/auth.py``), and our own."""
 
@@ -79,6 +85,7 @@ class Server:
             Route("/get_server_info", self._page("server_info", self._server_info)),
             Route("/get_model_info", self._page("model_info", self._model_info)),
             Route("/abort_request", self._abort_request, methods=["POST"]),
+            Route("/flush_cache", self._flush_cache, methods=["GET", "POST"]),
             *self._debug(),
         ]
         if release.has_server_info:
@@ -92,9 +99,8 @@ class Server:
             routes.append(Route("/get_load", self._page("loads", self._get_load)))
         if self.settings.enable_metrics:
             routes.append(Route("/metrics", self._page("metrics", self._metrics_page)))
-        return _Authentication(
-            Starlette(routes=routes, exception_handlers={HTTPException: _detail}), self.settings.api_key
-        )
+        app = Starlette(routes=routes, middleware=[_FROM_ANYWHERE], exception_handlers={HTTPException: _detail})
+        return _Authentication(app, self.settings.api_key)
 
     def _vllm_app(self) -> ASGIApp:
         routes = [Route(path, self._inference, methods=["POST"]) for path in vllm.PATHS]
@@ -196,6 +202,10 @@ class Server:
         elif isinstance(rid, str):
             self.engine.abort(rid)
         return Response(status_code=200)
+
+    async def _flush_cache(self, _: Request) -> Response:
+        flushed = self.engine.flush_caches()
+        return Response(pages.FLUSHED if flushed else "Flush cache failed.\n", 200 if flushed else 400)
 
     async def _debug_requests(self, request: Request) -> Response:
         if request.method == "DELETE":

@@ -1,5 +1,6 @@
 """``/generate``, SGLang's own API. Its streams have their headers at once, whatever happens later."""
 
+import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from dp_extproc.engine.api.fields import RoutingFields
 from dp_extproc.engine.api.prompts import read_texts
 from dp_extproc.engine.leg import Failure, Finished, RefusedError
 from dp_extproc.engine.logprobs import Logprobs, read_logprobs
+from dp_extproc.engine.scheduler.work import Role
 from dp_extproc.engine.text import output_text
 from dp_extproc.engine.ticket import Ticket
 
@@ -60,9 +62,10 @@ class Answers:
         exchange = self._exchange
         ticket = exchange.tickets[index]
         ids = ticket.tokens[:count]
-        info = meta_info(ticket, count, end)
+        role = exchange.engine.settings.role
+        info = meta_info(ticket, role, count, end)
         if (score := self._scores[index // exchange.samples]) is not None:
-            info |= score.members(exchange.engine.settings.role, ids)
+            info |= score.members(role, ids)
         return {"text": "".join(map(output_text, ids)), "output_ids": ids, "meta_info": info}
 
 
@@ -95,7 +98,7 @@ async def _events(exchange: Exchange, answers: Answers, *, many: bool) -> AsyncI
     yield DONE
 
 
-def meta_info(ticket: Ticket, count: int, end: Finished | Failure | None) -> dict[str, Any]:
+def meta_info(ticket: Ticket, role: Role, count: int, end: Finished | Failure | None) -> dict[str, Any]:
     """Tell how a sequence went; ``dp_rank`` is the only place where SGLang tells who served it."""
     cached = ticket.work.cached_tokens
     info: dict[str, Any] = {
@@ -104,6 +107,7 @@ def meta_info(ticket: Ticket, count: int, end: Finished | Failure | None) -> dic
         "prompt_tokens": ticket.leg.prompt_tokens,
         "weight_version": "default",
         "num_retractions": 0,
+        **_scheduler_times(ticket, role),
         "reasoning_tokens": 0,
         "completion_tokens": count,
         "cached_tokens": cached,
@@ -111,15 +115,37 @@ def meta_info(ticket: Ticket, count: int, end: Finished | Failure | None) -> dic
         "dp_rank": ticket.work.dp_rank,
     }
     if end is not None and ticket.ended_at is not None:
-        first = ticket.first_token_at or ticket.ended_at
-        info |= {
-            "weight_versions": [{"version": "default", "start": 0, "end": count}],
-            "e2e_latency": ticket.ended_at - ticket.received_at,
-            "request_received_ts": ticket.received_at,
-            "first_token_latency": first - ticket.received_at,
-            "request_finished_ts": ticket.ended_at,
-        }
+        info |= {"weight_versions": [{"version": "default", "start": 0, "end": count}]}
+        info |= _server_times(ticket, role, count, ticket.ended_at)
+    elif count == 1:
+        info["response_sent_to_client_ts"] = time.time()
     return info
+
+
+def _scheduler_times(ticket: Ticket, role: Role) -> dict[str, float]:
+    begun = ticket.work.started_at or ticket.received_at
+    times = {"forward_entry_time": begun, "queue_time": begun - ticket.received_at}
+    if role is not Role.DECODE:
+        times |= {"storage_prefetch_wait": 0.0, "storage_staging_wait": 0.0}
+        times["prefill_finished_time"] = ticket.first_token_at or begun
+    return times
+
+
+def _server_times(ticket: Ticket, role: Role, count: int, ended_at: float) -> dict[str, float]:
+    first = ticket.first_token_at or ended_at
+    if role is Role.DECODE and not ticket.streaming:
+        first = ended_at  # all of the answer reaches the HTTP process at once
+    times = {
+        "e2e_latency": ended_at - ticket.received_at,
+        "request_received_ts": ticket.received_at,
+        "api_server_dispatch_finish_ts": ticket.received_at,
+        "first_token_latency": first - ticket.received_at,
+        "request_finished_ts": ended_at,
+        "response_sent_to_client_ts": time.time(),
+    }
+    if count > 1 and ended_at > first:
+        times["decode_throughput"] = (count - 1) / (ended_at - first)
+    return times
 
 
 def _finish_reason(end: Finished | Failure | None) -> dict[str, Any] | None:

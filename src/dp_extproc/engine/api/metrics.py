@@ -94,11 +94,16 @@ class Metrics(Collector):
         family = CounterMetricFamily("sglang:realtime_tokens", "Tokens processed, by mode.", labels=["mode"])
         for labels, history in ranks:
             rank = history.rank
-            modes = {"prefill_compute": rank.uncached_tokens, "decode": history.generated_tokens}
-            if rank.cached_tokens:  # the series begins with its first token
-                modes["prefill_cache"] = rank.cached_tokens
+            # SGLang counts decode steps, the one among them that is too much at the end of every request; as there is
+            # none for its first token, that comes to the output tokens.
+            modes = {
+                "prefill_compute": rank.uncached_tokens,
+                "prefill_cache": rank.cached_tokens,
+                "decode": rank.generated_tokens,
+            }
             for mode, value in modes.items():
-                family.add_sample("sglang:realtime_tokens_total", {**labels, "mode": mode}, value)
+                if value:  # a series begins with its first token
+                    family.add_sample("sglang:realtime_tokens_total", {**labels, "mode": mode}, value)
         return family
 
     def _labels(self, history: RankHistory, attn_tp_rank: int) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from typing import Any
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -15,8 +15,24 @@ from dp_extproc.engine.scheduler.work import Role
 from dp_extproc.engine.settings import Settings
 from dp_extproc.engine.text import ids_prompt
 
+_LLAMA: Final[dict[str, Any]] = {
+    "preferred_sampling_params": None,
+    "load_format": "dummy",
+    "reasoning_parser": None,
+    "tool_call_parser": None,
+    "has_image_understanding": False,
+    "has_audio_understanding": False,
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+}
+"""What ``/model_info`` tells of a model that reads and writes text; ``embedding`` is left out."""
 _HEALTH_TIMEOUT = 20.0
 """``SGLANG_HEALTH_CHECK_TIMEOUT``, unscaled."""
+
+FLUSHED: Final = (
+    "Cache flushed.\nPlease check backend logs for more details. "
+    "(When there are running or waiting requests, the operation will not be performed.)\n"
+)
 
 
 def mode(settings: Settings) -> str:
@@ -72,7 +88,7 @@ def model_info(settings: Settings) -> dict[str, Any]:
     if settings.release.since("0.5.18"):
         info["served_model_name"] = settings.model
     if settings.release.since("0.5.22"):
-        info["disaggregation_mode"] = mode(settings)
+        info |= {"disaggregation_mode": mode(settings), **_LLAMA}
     return {**info, "tokenizer_path": f"/models/{settings.model}", "weight_version": "default"}
 
 
@@ -95,7 +111,7 @@ def steps(engine: Engine) -> list[dict[str, Any]]:
                     "dp_rank": rank.dp_rank,
                     "computed_tokens": rank.uncached_tokens,
                     "cached_tokens": rank.cached_tokens,
-                    "generated_tokens": engine.histories[rank.dp_rank].generated_tokens,
+                    "generated_tokens": rank.generated_tokens,
                 }
                 for rank in group.ranks
             ],

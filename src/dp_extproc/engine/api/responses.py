@@ -67,7 +67,8 @@ class _Page:
         return {"annotations": [], "text": text, "type": "output_text", "logprobs": None}
 
     def item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self.item_id, "content": content, "role": "assistant", "status": status, "type": "message"}
+        kind = {"role": "assistant", "status": status, "type": "message", "phase": "final_answer"}
+        return {"id": self.item_id, "content": content, **kind}
 
     def whole(self, status: str, text: str | None = None, ticket: Ticket | None = None) -> dict[str, Any]:
         return {
@@ -86,6 +87,7 @@ class _Page:
             "instructions": self._body.get("instructions"),
             "max_output_tokens": self._limit,
             "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None},
             "store": True,
             "temperature": self._body.get("temperature"),
             "top_p": self._body.get("top_p"),
@@ -100,7 +102,7 @@ def _usage(ticket: Ticket) -> dict[str, Any]:
     prompt, output = ticket.leg.prompt_tokens, len(ticket.tokens)
     return {
         "input_tokens": prompt,
-        "input_tokens_details": {"cached_tokens": ticket.work.cached_tokens},
+        "input_tokens_details": {"cached_tokens": ticket.work.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": output,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": prompt + output,

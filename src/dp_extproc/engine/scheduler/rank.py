@@ -54,6 +54,8 @@ class Rank:
     """Prompt tokens computed since the start."""
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache since the start."""
+    generated_tokens: int = 0
+    """Output tokens given since the start; none on prefill."""
 
     def add(self, work: Work, stage: Stage) -> None:
         """Take in a new sequence.
@@ -238,6 +240,7 @@ class Rank:
     def _token(self, work: Work) -> Output:
         position = work.generated
         work.generated += 1
+        self.generated_tokens += 1
         self._hold(work, work.context)
         finished = work.generated >= work.max_new_tokens
         if finished:

@@ -82,7 +82,6 @@ class RankHistory:
     gauges_at: float = 0.0
     last_batch: int = 0
     prefill_busy: float = 0.0
-    generated_tokens: int = 0
     moments: list[float] = field(default_factory=lambda: [0.0] * 6)
     _batch_size: int = 0
     _steps: int = 0
@@ -122,7 +121,6 @@ class RankHistory:
             for position, value in enumerate((1, size, micros, size * size, size * micros, size)):
                 self.moments[position] += value
             self._batch_size = int(size)
-            self.generated_tokens += int(size)
             self._decode_steps += 1
             self._decode_tokens += int(size)
         if batch is Batch.PREFILL or self._steps >= PUBLISH_INTERVAL:
