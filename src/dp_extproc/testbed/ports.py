@@ -1,11 +1,14 @@
 """Free TCP ports for servers that cannot be asked which port the kernel gave them."""
 
+import os
 import random
 import socket
 from typing import Final
 
 _BELOW_EPHEMERAL: Final = range(20_000, 32_000)
 """Linux takes the local ports of outgoing connections from 32768 up, so none of these is taken by chance."""
+PART: Final = "DP_EXTPROC_PORTS"
+"""Variable with a part of them, as ``2/3``: what runs at the same time elsewhere takes none of those that are found."""
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -20,7 +23,8 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
         OSError: Too few ports are free.
     """
     found: list[int] = []
-    for port in random.sample(_BELOW_EPHEMERAL, len(_BELOW_EPHEMERAL)):
+    ports = _ours()
+    for port in random.sample(ports, len(ports)):
         if len(found) == count:
             return found
         if _is_free(host, port):
@@ -34,10 +38,17 @@ def free_row(count: int, host: str = "127.0.0.1") -> int:
     Raises:
         OSError: There is no such row.
     """
-    for first in random.sample(_BELOW_EPHEMERAL, len(_BELOW_EPHEMERAL)):
+    ports = _ours()[: 1 - count or None]
+    for first in random.sample(ports, len(ports)):
         if all(_is_free(host, port) for port in range(first, first + count)):
             return first
     raise OSError(f"no {count} free ports in a row on {host}")
+
+
+def _ours() -> range:
+    number, _, of = os.environ.get(PART, "1/1").partition("/")
+    size = len(_BELOW_EPHEMERAL) // int(of)
+    return _BELOW_EPHEMERAL[(int(number) - 1) * size : int(number) * size]
 
 
 def _is_free(host: str, port: int) -> bool:
