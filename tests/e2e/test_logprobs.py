@@ -1,12 +1,14 @@
 """Log probabilities of the prompt, which live on the prefill leg, in the answer that the client gets."""
 
 import json
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from e2e.stack import Stack, run_stack
+from e2e.stack import Stack, run_stack, wait_for
 
 PROMPT = "twelve bytes"  # three tokens
 ASKED = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2, "token_ids_logprob": [7]}
@@ -17,6 +19,13 @@ KEYS = ("input_token_logprobs", "input_top_logprobs", "input_token_ids_logprobs"
 def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
     """A fleet with the least supervision, and the most."""
     with run_stack(supervision={"mode": request.param}) as stack:
+        yield stack
+
+
+@pytest.fixture
+def mortal() -> Iterator[Stack]:
+    """A fleet of its own, whose service may die."""
+    with run_stack() as stack:
         yield stack
 
 
@@ -59,6 +68,43 @@ def test_large(stack: Stack, stream: bool) -> None:
     found = metas(stack, asked)
 
     assert {len(meta["input_top_logprobs"]) for meta in found} == {tokens}
+
+
+def test_the_service_dies_while_the_answer_is_merged(mortal: Stack) -> None:
+    """The client gets the engine's own answer, whole, as good as it is; never the end of one behind a 200."""
+    (decode,) = mortal.decodes
+    decode.fault(inference={"kind": "slow", "after": 1, "seconds": 60})
+    asked = {**body(PROMPT, stream=False), **ASKED}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(mortal.client.post, "/generate", json=asked)
+        wait_for(lambda: [record for record in decode.requests() if record["answer_status"] == 200])
+        mortal.service.stop(signal.SIGKILL)
+        decode.heal()
+
+    assert answer.result().status_code == 200
+    assert len(answer.result().json()["meta_info"]["output_token_logprobs"]) == 4
+
+
+@pytest.fixture(scope="module")
+def duplex() -> Iterator[Stack]:
+    with run_stack(envoy={"body_mode": "duplex"}) as stack:
+        yield stack
+
+
+def test_log_probabilities_of_the_prompt_are_refused_in_duplex(duplex: Stack) -> None:
+    """There Envoy lets nobody change an answer; one without what was asked for would be worse than none."""
+    refused = duplex.client.post("/generate", json={**body(PROMPT, stream=False), **ASKED})
+
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "unsupported_value"
+    assert duplex.received() == []
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_log_probabilities_of_the_answer_are_told_in_duplex(duplex: Stack, stream: bool) -> None:
+    """They are decode's, so nothing has to be changed."""
+    for meta in metas(duplex, body(PROMPT, stream=stream, return_logprob=True, logprob_start_len=-1)):
+        assert len(meta["output_token_logprobs"]) == meta["completion_tokens"]
 
 
 def test_only_the_answer_is_asked_for(stack: Stack) -> None:

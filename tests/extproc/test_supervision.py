@@ -47,9 +47,11 @@ class Attempted:
         *,
         failed: str | None = None,
         retry: RetrySettings | None = None,
+        duplex: bool = False,
     ) -> None:
         self.fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
-        self.exchange = Exchange(self.fleet.dispatcher, BodyMode.LOCKSTEP, 1 << 20, holds=True)
+        mode_of_bodies = BodyMode.DUPLEX if duplex else BodyMode.LOCKSTEP
+        self.exchange = Exchange(self.fleet.dispatcher, mode_of_bodies, 1 << 20, holds=True)
         self.failures: list[tuple[Role, Reason, bool]] = []
         self.unseen = 0
         self.exchange.receive(RequestHeaders(HEADERS | ({names.AVOID: failed} if failed else {}), False))
@@ -219,6 +221,16 @@ class TestFailures:
             ("PREFILL", CANCELLED),
         ]
 
+    def test_decode_fails_in_duplex(self) -> None:
+        """Envoy would not send the text, so it is not waited for; it goes to the client, or another attempt is made."""
+        attempted = Attempted(duplex=True)
+        attempted.watch.prefill_opened()
+        said = attempted.head(500)
+        assert show(said) == [("MAIN", f"{names.FAILED} {names.RETRY}"), ("PREFILL", CANCELLED)]
+        assert main_of(said).phase is Phase.RESPONSE_HEADERS
+        assert attempted.blamed() == [Role.DECODE]
+        assert attempted.failures == [(Role.DECODE, Reason.DECODE_FAILED, True)]
+
     def test_an_error_in_the_first_event(self) -> None:
         """The 200 before it was not let go, so this is a failure like any other."""
         attempted = Attempted()
@@ -318,9 +330,11 @@ class TestTime:
     """What takes too long."""
 
     def test_prefill(self) -> None:
-        """Nobody is blamed, as a decode server without room holds prefill up, too."""
+        """Those who answer others are not blamed: a decode server without room holds prefill up, too."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
+        for role in (Role.PREFILL, Role.DECODE):
+            attempted.fleet.host(role).health.succeeded()
         assert attempted.watch.sweep(99.0) == []
         assert show(attempted.watch.sweep(101.0)) == [("MAIN", "504 prefill_timeout"), ("PREFILL", CANCELLED)]
         assert attempted.blamed() == []
@@ -333,6 +347,78 @@ class TestTime:
         attempted.prefill(now=50.0)
         assert attempted.watch.sweep(59.0) == []
         assert show(attempted.watch.sweep(61.0)) == [("MAIN", "504 first_token_timeout")]
+
+    @pytest.mark.parametrize(("status", "due"), [(500, "502 prefill_failed"), (400, "400 engine_refused")])
+    def test_the_text_of_prefills_error(self, status: int, due: str) -> None:
+        """After a while the error does without it, and the leg is ended like the other one."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        attempted.prefill(status, now=1.0)
+        assert attempted.watch.sweep(2.5) == []
+        said = attempted.watch.sweep(3.5)
+        assert show(said) == [("MAIN", due), ("PREFILL", CANCELLED)]
+        assert b'"error"' in main_of(said).body
+        assert attempted.watch.prefill_closed(8.0) == []
+
+    @pytest.mark.parametrize("body", [CHAT, PLAIN])
+    def test_the_text_of_decodes_error(self, body: bytes) -> None:
+        """Likewise: another attempt, or an error of ours that tells the status."""
+        attempted = Attempted(body=body)
+        attempted.watch.prefill_opened()
+        attempted.head(503, now=1.0)
+        assert attempted.watch.sweep(2.5) == []
+        said = attempted.watch.sweep(3.5)
+        assert show(said) == [("MAIN", "502 decode_failed"), ("PREFILL", CANCELLED)]
+        assert dict(main_of(said).headers)[names.RETRY] == "1"
+        assert b"503" in main_of(said).body
+        assert attempted.blamed() == [Role.DECODE]
+
+    @pytest.mark.parametrize("has_head", [False, True])
+    def test_a_leg_that_never_shows_up(self, has_head: bool) -> None:
+        """A stream is given up when both parts of it have taken as long as they may, head or not."""
+        attempted = Attempted()
+        if has_head:
+            attempted.head(now=1.0)
+        assert (Stream.MAIN, Immediate) not in [(where, type(reply)) for where, reply in attempted.watch.sweep(109.0)]
+        assert show(attempted.watch.sweep(111.0)) == [("MAIN", "504 first_token_timeout")]
+
+    def test_a_leg_that_never_shows_up_for_a_whole_answer(self) -> None:
+        """Its head comes with its end, and whether prefill runs is not known here: the engine has to tell."""
+        attempted = Attempted(body=PLAIN)
+        assert attempted.watch.sweep(5000.0) == []
+
+    def test_a_stream_without_a_body(self) -> None:
+        """There is no first event to wait for."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        attempted.prefill()
+        assert show(attempted.head(has_body=False)) == LET_GO
+
+    @pytest.mark.parametrize(
+        ("alive", "blamed"),
+        [
+            ((), [Role.PREFILL, Role.DECODE]),
+            ((Role.PREFILL,), [Role.DECODE]),
+            ((Role.DECODE,), [Role.PREFILL]),
+            ((Role.PREFILL, Role.DECODE), []),
+        ],
+    )
+    def test_who_has_answered_nothing_else_is_to_blame(self, alive: tuple[Role, ...], blamed: list[Role]) -> None:
+        """A server that hangs answers nobody, while one that is merely full does answer others."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        for role in alive:
+            attempted.fleet.host(role).health.succeeded()
+        attempted.watch.sweep(101.0)
+        assert attempted.blamed() == blamed
+
+    def test_prefill_is_not_blamed_for_a_late_first_token(self) -> None:
+        """It has done its part."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        attempted.prefill(now=1.0)
+        attempted.watch.sweep(12.0)
+        assert attempted.blamed() == [Role.DECODE]
 
     def test_a_whole_answer_may_take_as_long_as_it_likes(self) -> None:
         """Its head comes with its end."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from dp_extproc.config.reliability import HealthSettings
-from dp_extproc.placement.health import PROBE_SECONDS, Health, healthy, others
+from dp_extproc.placement.health import PROBE_SECONDS, Health, choose, healthy, others
 
 SETTINGS = HealthSettings.model_validate({"failures": 2, "ejection": "1s", "max_ejection": "4s"})
 
@@ -98,6 +98,24 @@ def test_never_all_are_ejected() -> None:
         eject(host.health, moment)
     assert [host.address for host in healthy(hosts, 3.5)] in (["b"], ["b", "c"])
     assert [host.address for host in healthy(hosts, 1.5)] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("failed", "ejected", "expected"),
+    [
+        pytest.param(["a"], "b", "c", id="a-well-one"),
+        pytest.param(["a", "c"], "b", "b", id="an-ejected-one-rather-than-one-that-has-failed"),
+        pytest.param(["abc"], "b", "ac", id="a-well-one-if-all-have-failed"),
+        pytest.param([], "b", "ac", id="the-first-attempt"),
+    ],
+)
+def test_a_retry_goes_to_an_ejected_host_rather_than_back(failed: list[str], ejected: str, expected: str) -> None:
+    """Who has just failed a request is not asked for it again, if there is anybody else."""
+    hosts = [Host(name, make_health()) for name in "abc"]
+    for host in hosts:
+        if host.address in ejected:
+            eject(host.health, 0.0)
+    assert "".join(host.address for host in choose(hosts, [frozenset(each) for each in failed], 0.5)) == expected
 
 
 @pytest.mark.parametrize(

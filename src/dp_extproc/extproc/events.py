@@ -96,7 +96,7 @@ class Mutate(Struct, frozen=True):
 
 
 class TakeBody(Struct, frozen=True):
-    """Go on, and send the response's body as a whole. Only of errors, which are short."""
+    """Go on, and send the response's body as a whole: of errors, and of answers that are no streams."""
 
     phase: Phase
 

@@ -183,9 +183,14 @@ class Exchange:
         return None if self.decision is None else self.decision.attempt
 
     @property
+    def sees_answer(self) -> bool:
+        """Whether Envoy sends the response's body when asked to; to streams in duplex it does not listen then."""
+        return self._mode is not BodyMode.DUPLEX and not self._picks
+
+    @property
     def awaits_prefill_text(self) -> bool:
         """Whether :meth:`merge_with` is to be called before the response's body is received."""
-        return self._state is _State.RESPONDING and self._merges and self._merger is None
+        return self._state is _State.RESPONDING and self._is_to_be_merged and self._merger is None
 
     @property
     def merge_problem(self) -> str | None:
@@ -246,12 +251,14 @@ class Exchange:
         if headers:
             return (Mutate(phase, set_headers=headers),)
         if state is _State.HELD:
-            return _SEE_RESPONSE if self._merges else _GO_ON_RESPONSE
+            if not self._is_to_be_merged:
+                return _GO_ON_RESPONSE
+            return _SEE_RESPONSE if self._streams else _TAKE_RESPONSE
         return (Continue(phase),)
 
     def merge_with(self, prefill: bytes) -> None:
         """Put what the prefill leg's answer tells of the prompt into the response."""
-        self._merger = make_merger(prefill, streaming=self.decision is not None and self.decision.streaming)
+        self._merger = make_merger(prefill, streaming=self._streams)
 
     def take_body(self) -> _Replies:
         """Ask for the text of a response that is an error, before it goes to the client."""
@@ -347,7 +354,8 @@ class Exchange:
     def _decide(self, ticket: Ticket | None = None) -> _Replies:
         assert self._api is not None  # noqa: S101 - the state says so
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        decision = self._decider.place(self._api, body, Circumstances(self._session, self.failed, ticket, self._subset))
+        circumstances = Circumstances(self._session, self.failed, ticket, self._subset, self.sees_answer)
+        decision = self._decider.place(self._api, body, circumstances)
         if isinstance(decision, Rejection):
             if self.queues and decision.wait is not None:
                 self._state, self._refused, self._body = _State.WAITING, decision, [body]
@@ -422,12 +430,23 @@ class Exchange:
             return (StreamedChunk(Phase.RESPONSE_BODY, event.data, event.end_of_stream),)
         if self._merger is not None:
             merged = self._merger.feed(event.data, end_of_stream=event.end_of_stream)
-            return (Mutate(Phase.RESPONSE_BODY, body=merged),)
+            # A whole answer is here at once, so its length is known, and its head has not gone yet.
+            length = () if self._streams else (("content-length", b"%d" % len(merged)),)
+            return (Mutate(Phase.RESPONSE_BODY, body=merged, set_headers=length),)
         return (Continue(Phase.RESPONSE_BODY),)
 
     @property
-    def _merges(self) -> bool:
-        return self.decision is not None and self.decision.merges_logprobs and self.status == _OK
+    def merges(self) -> bool:
+        """Whether a good answer is to be completed with what prefill tells."""
+        return self.decision is not None and self.decision.merges_logprobs and self.sees_answer
+
+    @property
+    def _streams(self) -> bool:
+        return self.decision is not None and self.decision.streaming
+
+    @property
+    def _is_to_be_merged(self) -> bool:
+        return self.merges and self.status == _OK
 
     def _response_trailers(self, _event: ResponseTrailers) -> _Replies:
         return (Continue(Phase.RESPONSE_TRAILERS),)
@@ -458,3 +477,5 @@ _UNSUPPORTED: Final = 415
 _GO_ON_HEADERS: Final[_Replies] = (Continue(Phase.REQUEST_HEADERS),)
 _GO_ON_RESPONSE: Final[_Replies] = (Continue(Phase.RESPONSE_HEADERS),)
 _SEE_RESPONSE: Final[_Replies] = (SeeBody(Phase.RESPONSE_HEADERS),)
+_TAKE_RESPONSE: Final[_Replies] = (TakeBody(Phase.RESPONSE_HEADERS),)
+"""Envoy keeps a whole answer until it has been changed. Should the service end meanwhile, it goes on as it was: whole."""

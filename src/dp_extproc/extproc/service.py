@@ -239,7 +239,7 @@ class ExtProcService:
             self._budget,
             self._observer,
             streaming=exchange.decision is not None and exchange.decision.streaming,
-            sees_text=exchange.decision is not None and exchange.decision.merges_logprobs,
+            sees_text=exchange.merges,
             earlier=len(exchange.failed),
             now=self._clock(),
         )
@@ -259,8 +259,7 @@ class ExtProcService:
         host = supervision.attempt.decode_host
         if event.served is not None and host is not None and event.served != host.address:
             self._observer.served_elsewhere()
-        has_body = not event.end_of_stream and not self._picks  # whose text does not come here
-        return supervision.decode_answered(event.status, now, has_body=has_body)
+        return supervision.decode_answered(event.status, now, has_body=not event.end_of_stream)
 
     async def _close(self, link: Link) -> None:
         supervision = link.supervision

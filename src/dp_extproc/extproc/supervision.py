@@ -12,6 +12,7 @@ Rules that live here and nowhere else:
 - What is the client's own fault (4xx) goes to the client as the engine said it, from whichever leg knows the reason.
 """
 
+import math
 from enum import IntEnum, auto
 from typing import Final, Protocol
 
@@ -24,6 +25,7 @@ from dp_extproc.extproc.exchange import Exchange
 from dp_extproc.extproc.first_event import EngineError
 from dp_extproc.fleet.endpoint import Role
 from dp_extproc.placement.attempt import Attempt
+from dp_extproc.placement.load import HostLoad
 from dp_extproc.placement.retries import RetryBudget, write_failed
 from dp_extproc.request.rejection import Reason, Rejection
 
@@ -31,6 +33,8 @@ LEG_OPENS_SECONDS: Final = 2.0
 """How long an answer is held for a prefill leg that has not shown up. Usually it does before its engine is asked."""
 EXTEND_AFTER_SECONDS: Final = 5.0
 """Envoy waits 20 s for an answer; a response that is held for longer than this needs more."""
+TEXT_SECONDS: Final = 2.0
+"""How long the text of an error may take whose head is there."""
 _SHOWN_BYTES: Final = 2000
 """Of what an engine says about its failure."""
 
@@ -81,16 +85,16 @@ class Failure(Struct, frozen=True):
     detail: bytes = b""
     """What the engine said."""
     blamed: bool = True
-    """Whether it counts against an endpoint; a timeout may be anybody's fault."""
+    """Whether it counts against the leg's endpoint; a timeout may be anybody's fault."""
 
 
 class Supervision:
     """Watches one attempt."""
 
     __slots__ = (
-        "_budget", "_earlier", "_exchange", "_extended", "_held_at", "_observer", "_placed_at", "_prefill",
-        "_prefill_done_at", "_prefill_status", "_seen_first", "_sees_text", "_settings", "_streaming", "attempt",
-        "is_over", "over_at",
+        "_answers", "_budget", "_decode_refused_at", "_earlier", "_exchange", "_extended", "_held_at", "_observer",
+        "_placed_at", "_prefill", "_prefill_done_at", "_prefill_refused_at", "_prefill_status", "_seen_first",
+        "_sees_text", "_settings", "_streaming", "attempt", "is_over", "over_at",
     )  # fmt: skip
 
     def __init__(
@@ -131,7 +135,9 @@ class Supervision:
         self._prefill = _Prefill.AWAITED if attempt.leg and settings.mode is not Supervise.OFF else _Prefill.ABSENT
         self._prefill_status = 0
         self._prefill_done_at: float | None = None
+        self._prefill_refused_at = self._decode_refused_at = math.inf
         self._seen_first = not (streaming and attempt.leg and settings.mode is Supervise.ANSWERS)
+        self._answers = tuple(host.health.answers for host in self._hosts())
         self._held_at: float | None = None
         self._extended = False
         self.is_over = False
@@ -156,7 +162,7 @@ class Supervision:
             if self.attempt.prefill_host is not None:
                 self.attempt.prefill_host.health.succeeded()
             return [go_on, *self._open_gate()]
-        self._prefill, self._prefill_status = _Prefill.REFUSING, status
+        self._prefill, self._prefill_status, self._prefill_refused_at = _Prefill.REFUSING, status, now
         if has_body and not self.is_over:
             return [(Stream.PREFILL, TakeBody(Phase.RESPONSE_HEADERS))]
         return [go_on, *self._prefill_failed(b"", now)]
@@ -190,13 +196,15 @@ class Supervision:
     def decode_answered(self, status: int, now: float, *, has_body: bool) -> list[Say]:
         """The response's head has come; the exchange holds it."""
         if status >= 500:
-            if has_body:
+            if has_body and self._exchange.sees_answer:
+                self._decode_refused_at = now
                 return _main(self._exchange.take_body())
             return self.decode_explained(b"", now)
         if status >= 400 or self._settings.mode is Supervise.OFF:
             self._note_decode_success()
             return [*_main(self._exchange.let_go()), *self._cancel_prefill(now, only_if=status >= 400)]
         self._held_at = now
+        self._seen_first = self._seen_first or not has_body
         return self._open_gate()
 
     def decode_explained(self, body: bytes, now: float) -> list[Say]:
@@ -223,19 +231,14 @@ class Supervision:
         """Let time pass: give up what takes too long, and have Envoy wait for what may still come."""
         if self.is_over:
             return []
-        settings = self._settings
-        if self._prefill is _Prefill.OPEN and now - self._placed_at > settings.prefill_timeout:
-            message = f"prefill took longer than {settings.prefill_timeout:g} s"
-            return self._fail(Failure(Role.PREFILL, Reason.PREFILL_TIMEOUT, 504, message, blamed=False), now)
-        done = self._prefill_done_at
-        if (
-            done is not None
-            and self._streaming
-            and now - done > settings.first_token_timeout
-            and not (self._exchange.is_responding)
-        ):
-            message = f"no token came within {settings.first_token_timeout:g} s after prefill"
-            return self._fail(Failure(Role.DECODE, Reason.DECODE_TIMEOUT, 504, message, blamed=False), now)
+        if self._prefill is _Prefill.REFUSING and now - self._prefill_refused_at > TEXT_SECONDS:
+            return [*self._prefill_failed(b"", now), (Stream.PREFILL, _CANCEL)]
+        if now - self._decode_refused_at > TEXT_SECONDS:
+            message = f"the decode server answered {self._exchange.status}, and did not say why"
+            return self._fail(Failure(Role.DECODE, Reason.DECODE_FAILED, 502, message), now)
+        if (failure := self._overdue(now)) is not None:
+            self._blame_the_silent(failure.leg, now)
+            return self._fail(failure, now)
         if self._held_at is None or self._exchange.is_responding:
             return []
         if self._prefill is _Prefill.AWAITED and now - self._held_at > LEG_OPENS_SECONDS:
@@ -244,8 +247,26 @@ class Supervision:
             return self._open_gate()
         if not self._extended and now - self._held_at > EXTEND_AFTER_SECONDS:
             self._extended = True
-            return [(Stream.MAIN, Extend(settings.prefill_timeout + settings.first_token_timeout))]
+            return [(Stream.MAIN, Extend(self._settings.prefill_timeout + self._settings.first_token_timeout))]
         return []
+
+    def _overdue(self, now: float) -> Failure | None:
+        """Tell what has taken longer than it may."""
+        settings = self._settings
+        if self._prefill is _Prefill.OPEN and now - self._placed_at > settings.prefill_timeout:
+            message = f"prefill took longer than {settings.prefill_timeout:g} s"
+            return Failure(Role.PREFILL, Reason.PREFILL_TIMEOUT, 504, message, blamed=False)
+        # An answer that is no stream has its head at its end, which may be far off. If the leg is not seen here, nobody
+        # but the engine can tell whether it has failed.
+        if not self._streaming or self._exchange.is_responding:
+            return None
+        since = self._prefill_done_at
+        if self._prefill in {_Prefill.AWAITED, _Prefill.UNSEEN}:
+            since = self._placed_at + settings.prefill_timeout
+        if since is None or now - since <= settings.first_token_timeout:
+            return None
+        message = f"no token came within {settings.first_token_timeout:g} s after prefill"
+        return Failure(Role.DECODE, Reason.DECODE_TIMEOUT, 504, message, blamed=False)
 
     # --- what follows ---
 
@@ -273,6 +294,7 @@ class Supervision:
         """Give the client the error that is its own fault, as the engine said it."""
         if self.is_over:
             return []
+        body = body or Rejection(status, Reason.ENGINE_REFUSED, f"the engine answered {status}").body()
         return _main(self._exchange.abandon(status, body, Reason.ENGINE_REFUSED, ()))
 
     def _retry_headers(self, leg: Role, reason: Reason) -> tuple[tuple[str, bytes], ...]:
@@ -281,8 +303,7 @@ class Supervision:
         self._observer.leg_failed(leg, reason, retried=retried)
         if not retried:
             return ()
-        hosts = [host.address for host in (self.attempt.prefill_host, self.attempt.decode_host) if host is not None]
-        return ((names.RETRY, b"1"), (names.FAILED, write_failed(*hosts)))
+        return ((names.RETRY, b"1"), (names.FAILED, write_failed(*(host.address for host in self._hosts()))))
 
     def _cancel_prefill(self, now: float, *, only_if: bool = True) -> list[Say]:
         """End what still runs. Nothing is said about this attempt any more."""
@@ -299,6 +320,16 @@ class Supervision:
     def _note_decode_success(self) -> None:
         if self.attempt.decode_host is not None:
             self.attempt.decode_host.health.succeeded()
+
+    def _hosts(self) -> list[HostLoad]:
+        return [host for host in (self.attempt.prefill_host, self.attempt.decode_host) if host is not None]
+
+    def _blame_the_silent(self, leg: Role, now: float) -> None:
+        """Count a timeout against whoever has answered nothing at all since the request was placed."""
+        for host, before in zip(self._hosts(), self._answers, strict=True):
+            # Decode may hold prefill up, but not the other way round.
+            if host.health.answers == before and (leg is Role.PREFILL or leg is host.endpoint.role):
+                host.health.failed(now)
 
     def _blame(self, leg: Role, text: bytes, now: float) -> None:
         prefill, decode = self.attempt.prefill_host, self.attempt.decode_host

@@ -20,6 +20,8 @@ class Circumstances(Struct, frozen=True):
     """Its place in the line, if it waits there."""
     subset: frozenset[str] | None = None
     """The endpoints among which a gateway allows to choose; None for all."""
+    sees_answer: bool = True
+    """Whether the body of the answer can be seen and changed."""
 
 
 class Decision(Struct, frozen=True):

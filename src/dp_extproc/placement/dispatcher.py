@@ -20,7 +20,7 @@ from dp_extproc.placement.attempt import NOBODY, AttemptObserver
 from dp_extproc.placement.decision import Answer, Circumstances, Decision, Metadata
 from dp_extproc.placement.demand import Demand
 from dp_extproc.placement.fleet_load import FleetLoad
-from dp_extproc.placement.health import healthy, others
+from dp_extproc.placement.health import choose
 from dp_extproc.placement.ledger import Ledger
 from dp_extproc.placement.load import HostLoad
 from dp_extproc.placement.pair import Pair, Picker, Pins, Side
@@ -123,7 +123,8 @@ class Dispatcher:
         if isinstance(pool, Rejection):
             return pool
         if pool.config.is_disaggregated:
-            refusal = refuse_disaggregated(request) or self._make_wait(pool, request, circumstances.ticket)
+            refusal = refuse_disaggregated(request, sees_answer=circumstances.sees_answer)
+            refusal = refusal or self._make_wait(pool, request, circumstances.ticket)
             return refusal or self._place_disaggregated(pool, request, circumstances)
         return self._make_wait(pool, request, circumstances.ticket) or self._place_aggregated(
             pool, request, circumstances
@@ -335,8 +336,9 @@ class Dispatcher:
             else [host for host in hosts if host.capabilities.serves(api)]
         )
         if capable:
-            well = healthy(capable, now) if self._fleet.sick else capable
-            return others(well, circumstances.failed) if circumstances.failed else well
+            if circumstances.failed or self._fleet.sick:
+                return choose(capable, circumstances.failed, now)
+            return capable
         if subset is not None and not hosts:
             message = f"no server for {pool.name} is ready among those that the gateway allows"
             return Rejection(503, Reason.NO_ENDPOINTS, message, headers=_TRY_AGAIN)

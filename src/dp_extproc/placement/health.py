@@ -19,7 +19,7 @@ _MOST_DOUBLINGS: Final = 32
 class Health:
     """One endpoint's record."""
 
-    __slots__ = ("_failures", "_probed", "_settings", "_sick", "ejections", "until")
+    __slots__ = ("_failures", "_probed", "_settings", "_sick", "answers", "ejections", "until")
 
     def __init__(self, settings: HealthSettings, sick: "set[Health] | None" = None) -> None:
         """Begin well.
@@ -31,6 +31,8 @@ class Health:
         self._settings = settings
         self._sick = set() if sick is None else sick
         self._failures = 0
+        self.answers = 0
+        """Legs that went well, in all."""
         self._probed = -math.inf
         self.ejections = 0
         """In a row, without a success between them."""
@@ -44,10 +46,8 @@ class Health:
 
     def succeeded(self) -> None:
         """Note that a leg went well."""
-        if self._failures:
-            self._failures = self.ejections = 0
-            self.until = -math.inf
-            self._sick.discard(self)
+        self.answers += 1
+        self._forgive()
 
     def failed(self, now: float) -> None:
         """Note that a leg failed by the endpoint's own fault."""
@@ -63,7 +63,13 @@ class Health:
 
     def came_back(self) -> None:
         """Note that the engine was away and has come back."""
-        self.succeeded()
+        self._forgive()
+
+    def _forgive(self) -> None:
+        if self._failures:
+            self._failures = self.ejections = 0
+            self.until = -math.inf
+            self._sick.discard(self)
 
     def is_ejected(self, now: float) -> bool:
         return now < self.until
@@ -94,6 +100,14 @@ def healthy(hosts: Sequence[_H], now: float) -> Sequence[_H]:
     """Leave out those that take no request; if that is all of them, give the one that will be the first to."""
     left = [host for host in hosts if host.health.takes(now)]
     return left or [min(hosts, key=lambda host: host.health.until)]
+
+
+def choose(hosts: Sequence[_H], failed: Sequence[frozenset[str]], now: float) -> Sequence[_H]:
+    """Leave out hosts of failed attempts, as :func:`others` does, and of the rest those that take no request.
+
+    In this order: a host that is ejected may do by now, while one that has just failed is known to fail this request.
+    """
+    return healthy(others(hosts, failed) if failed else hosts, now)
 
 
 def others(hosts: Sequence[_H], failed: Sequence[frozenset[str]]) -> Sequence[_H]:

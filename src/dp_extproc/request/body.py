@@ -12,6 +12,9 @@ from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.request.shapes import SHAPES, Body, Chat, Generate, Responses
 
 LOGPROBS: Final = "return_logprob"
+LOGPROBS_START: Final = "logprob_start_len"
+LOGPROBS_OF_IDS: Final = "token_ids_logprob"
+_NO_PROMPT: Final = frozenset({b"null", b"-1"})
 _NO: Final = frozenset({b"null", b"false"})
 
 MAX_BATCH: Final = 4096
@@ -44,6 +47,13 @@ class InferenceRequest(msgspec.Struct, frozen=True):
     def wants_logprobs(self) -> bool:
         """Whether log probabilities of the prompt may be asked for: only /generate has them."""
         return self.api is Api.GENERATE and bytes(self.body.values.get(LOGPROBS, b"false")) not in _NO
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether it asks for what only the prefill leg's answer has."""
+        values = self.body.values
+        start, ids = (bytes(values.get(key, b"null")) for key in (LOGPROBS_START, LOGPROBS_OF_IDS))
+        return self.wants_logprobs and (start not in _NO_PROMPT or ids != b"null")
 
 
 _integer: Final[msgspec.json.Decoder[int | None]] = msgspec.json.Decoder(int | None)
@@ -94,12 +104,23 @@ def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
     )
 
 
-def refuse_disaggregated(request: InferenceRequest) -> Rejection | None:
-    """Refuse what SGLang cannot do when prefill and decode are different servers, with the way around it."""
+def refuse_disaggregated(request: InferenceRequest, *, sees_answer: bool = True) -> Rejection | None:
+    """Refuse what cannot be done when prefill and decode are different servers, with the way around it.
+
+    Args:
+        request: The request.
+        sees_answer: Whether the body of its answer can be changed.
+    """
     if request.samples > 1:
         # Every version clones one bootstrap room for all samples (tokenizer_manager.py): hangs or wrong answers.
         message = f"n={request.samples} does not work with prefill/decode disaggregation; send separate requests"
         return Rejection(400, Reason.UNSUPPORTED_VALUE, message, param="n")
+    if request.wants_prompt_logprobs and not sees_answer:
+        message = (
+            "log probabilities of the prompt cannot be put into the answer while Envoy sends bodies in duplex mode; "
+            "leave out logprob_start_len and token_ids_logprob, or have Envoy configured with body_mode: buffered"
+        )
+        return Rejection(400, Reason.UNSUPPORTED_VALUE, message, param=LOGPROBS)
     if request.api is Api.RESPONSES:
         values = request.body.values
         for param, remedy in (

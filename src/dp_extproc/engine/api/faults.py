@@ -61,7 +61,7 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     """Chunks of the answer that come before ``hang``, ``slow``, ``reset`` and ``close``; 0 is before its headers. Of
     ``fail``: tokens. ``short`` comes at the end."""
     seconds: float = 0.0
-    """How long nothing comes before that, or of ``slow`` at all; unscaled."""
+    """How long nothing comes before that, or of ``slow`` at all, or of an error behind half of its text; unscaled."""
     times: int | None = None
     """How many requests it hits before it goes away; None for all."""
 
@@ -121,7 +121,8 @@ class Faults:
         late: ASGIApp
         match fault.kind:
             case Kind.BAD_REQUEST | Kind.INTERNAL | Kind.UNAVAILABLE:
-                return failed(request.url.path, Failure(int(fault.kind), "a fault is switched on"))
+                error = failed(request.url.path, Failure(int(fault.kind), "a fault is switched on"))
+                return Interrupted(error, 1, Pause(released, fault.seconds)) if fault.seconds else error
             case Kind.GARBAGE:
                 return Response(_GARBAGE, media_type="application/json")
             case Kind.NOISE:
