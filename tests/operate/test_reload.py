@@ -1,15 +1,17 @@
 """Reading the file anew: what is taken, what is refused, and what the running service makes of it."""
 
+import asyncio
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from dp_extproc.config import parse_config
-from dp_extproc.operate.reload import cannot_change
+from dp_extproc.config import Config, parse_config
+from dp_extproc.operate.reload import Reloader, cannot_change
 from dp_extproc.testbed.ports import free_port
 from dp_extproc.testbed.service import ServiceProcess, write_config
 from e2e.stack import wait_for
@@ -111,6 +113,32 @@ def test_what_cannot_change_is_refused_with_the_remedy(service: ServiceProcess, 
 
     assert urls_of(service) == known
     assert "supervision: cannot change while the service runs; restart it" in service.log()
+
+
+def test_a_configuration_that_cannot_be_applied_is_refused(tmp_path: Path) -> None:
+    """Whatever goes wrong, the process goes on with the configuration before, all of it."""
+    before, after = (yaml.safe_dump({"pools": pool(new_url())}) for _ in range(2))
+    path = tmp_path / "config.yaml"
+    path.write_text(after)
+    applied: list[str] = []
+
+    def apply(_config: Config, text: str) -> None:
+        applied.append(text)
+        if text == after:
+            raise KeyError("gone")
+
+    async def story() -> dict[str, float]:
+        reloader = Reloader(path, before, parse_config(before), apply)
+        running = asyncio.create_task(reloader.run())
+        reloader.ask()
+        while len(applied) < 2:
+            await asyncio.sleep(0)
+        assert not running.done()
+        running.cancel()
+        return {sample.labels["outcome"]: sample.value for metric in reloader.collect() for sample in metric.samples}
+
+    assert asyncio.run(story()) == {"applied": 0, "refused": 1}
+    assert applied == [after, before]
 
 
 def test_a_file_that_is_watched_is_read_when_it_changes(content: dict[str, Any]) -> None:

@@ -1,13 +1,16 @@
 """A fleet and policies that change while requests are on the books."""
 
 import json
+from dataclasses import replace
 
 from dp_extproc.config import AdmissionSettings, LoadSignal, PoolConfig
 from dp_extproc.fleet.credentials import Credentials
 from dp_extproc.fleet.endpoint import Endpoint, Role
 from dp_extproc.placement.decision import Decision
 from dp_extproc.placement.dispatcher import Dispatcher
+from dp_extproc.request.body import InferenceRequest, read_body
 from dp_extproc.request.path import Api
+from dp_extproc.request.prefix import prefix_of
 from dp_extproc.request.rejection import Rejection
 from placement.fleet_fixtures import Fleet, address_of, make_endpoint, make_facts
 
@@ -100,6 +103,54 @@ def test_a_pool_may_go_while_its_requests_are_under_way() -> None:
     first.attempt.first_byte(200, fleet.clock())
     first.attempt.end(fleet.clock())
     assert fleet.load.leaving == []
+
+
+def test_a_pool_that_is_gone_may_change_again_while_its_requests_are_under_way() -> None:
+    """Its servers are let go once more, with each reload until the request ends."""
+    fleet = Fleet(workers=[WORKER])
+    first = place(fleet)
+    for number in (2, 3):
+        reconfigure(fleet, make_endpoint(Role.WORKER, number, pool=f"other{number}"), models=(f"other{number}",))
+
+    assert [host.reservations for host in fleet.load.leaving] == [1]
+    assert first.attempt is not None
+    first.attempt.end(fleet.clock())
+    assert fleet.load.leaving == []
+
+
+def test_a_pool_that_gets_another_model_keeps_its_books() -> None:
+    """It has another name then; what its servers have, hold and taught about lengths is still known."""
+    fleet = Fleet(workers=[WORKER])
+    place(fleet)
+    (old,) = fleet.endpoints
+    host, ratio, prefixes = fleet.host(Role.WORKER), fleet.load.ratios["*"], fleet.load.prefixes["*"]
+    reconfigure(fleet, replace(old, pool="*,more"), models=("*", "more"))
+
+    assert fleet.host(Role.WORKER) is host
+    assert host.reservations == 1
+    assert fleet.load.ratios == {"*,more": ratio}
+    assert fleet.load.prefixes == {"*,more": prefixes}
+    assert fleet.load.prefixes["*,more"] is prefixes
+    assert fleet.load.leaving == []
+
+
+def test_a_server_that_moves_to_another_pool_keeps_its_books_alone() -> None:
+    """What it holds is of another model."""
+    fleet = Fleet(workers=[WORKER, WORKER])
+    place(fleet)
+    place(fleet)
+    stays, moves = fleet.endpoints
+    index = fleet.load.prefixes["*"]
+    fleet.load.update([stays, replace(moves, pool="other")], 5.0)
+
+    assert fleet.load.hosts[moves.url].reservations == 1
+    assert fleet.load.prefixes["*"] is index
+    assert fleet.load.prefixes["other"] is not index
+    request = read_body(Api.GENERATE, BODY)
+    assert isinstance(request, InferenceRequest)
+    held_by = index.held(prefix_of(request), 100, None).by_slot.keys()
+    assert held_by
+    assert held_by.isdisjoint(fleet.load.hosts[moves.url].ranks)
 
 
 def test_an_engine_that_has_become_another_leaves_its_requests_on_the_old_books() -> None:

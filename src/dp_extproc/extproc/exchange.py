@@ -478,4 +478,4 @@ _GO_ON_HEADERS: Final[_Replies] = (Continue(Phase.REQUEST_HEADERS),)
 _GO_ON_RESPONSE: Final[_Replies] = (Continue(Phase.RESPONSE_HEADERS),)
 _SEE_RESPONSE: Final[_Replies] = (SeeBody(Phase.RESPONSE_HEADERS),)
 _TAKE_RESPONSE: Final[_Replies] = (TakeBody(Phase.RESPONSE_HEADERS),)
-"""Envoy keeps a whole answer until it has been changed. Should the service end meanwhile, it goes on as it was: whole."""
+"""Envoy keeps a whole answer until it has been changed. Should the service end meanwhile, it goes on as it was."""

@@ -45,6 +45,7 @@ class Reloader:
         """
         self._path = path
         self._seen: str | None = text
+        self._text = text
         self._config = config
         self._apply = apply
         self._asked = asyncio.Event()
@@ -80,10 +81,23 @@ class Reloader:
         except ConfigError as error:
             self._refuse(error)
             return
-        self._config = config
-        self._apply(config, text)
+        try:
+            self._apply(config, text)
+        except Exception:  # whatever it is: requests are served by the configuration before, as if it had been refused
+            self._counts["refused"] += 1
+            _log.exception("configuration: cannot be used, the one before stays in use")
+            self._return()
+            return
+        self._config, self._text = config, text
         self._counts["applied"] += 1
         _log.info("configuration: %s is in use as it is now", self._path)
+
+    def _return(self) -> None:
+        """Go back to the configuration before, of which a part may be exchanged already."""
+        try:
+            self._apply(self._config, self._text)
+        except Exception:
+            _log.exception("configuration: a part of the one before is not in use; restart the service")
 
     def _read(self, text: str) -> Config:
         config = parse_config(text, str(self._path))

@@ -1,6 +1,7 @@
 """The load cache: every endpoint that has been discovered, fed by what the scraper observes."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from dp_extproc.config.reliability import HealthSettings
 from dp_extproc.fleet.agreement import MODE_OF
@@ -50,7 +51,7 @@ class FleetLoad:
         return self._leaving
 
     def update(self, endpoints: Iterable[Endpoint], stale_after: float) -> None:
-        """Take in another configuration. Whoever stays in its pool and role keeps its books.
+        """Take in another configuration. Whoever stays in its role keeps its books, also if its pool is named anew.
 
         Who is not named any more gets no request; those that it has stay on its books until they end.
         """
@@ -58,9 +59,12 @@ class FleetLoad:
         self.stale_after = stale_after
         before = [*self.leaving, *self.hosts.values()]
         known = {_place(host.endpoint): host for host in before}
+        self._rename_pools(known)
         self.hosts = {}
         for endpoint in self.endpoints:
             if (host := known.get(_place(endpoint))) is not None:
+                if host.endpoint.pool != endpoint.pool:
+                    self._forget_prefixes(host)
                 host.endpoint = endpoint
                 self.hosts[endpoint.url] = host
         self._leaving = []
@@ -72,6 +76,24 @@ class FleetLoad:
         self.ratios = {pool: self.ratios.get(pool) or TokenRatio() for pool in pools}
         self.prefixes = {pool: self.prefixes.get(pool) or PrefixIndex() for pool in pools}
         self._sort()
+
+    def _rename_pools(self, known: dict[tuple[str, Role], HostLoad]) -> None:
+        """Let a pool that is new go on with what is known of one that is gone, if it has servers of that one.
+
+        A pool is called by its models, so one more of them gives it another name.
+        """
+        pools = {endpoint.pool for endpoint in self.endpoints}
+        for endpoint in self.endpoints:
+            host = known.get(_place(endpoint))
+            if host is None or endpoint.pool in self.ratios or host.endpoint.pool in pools:
+                continue
+            old, new = host.endpoint.pool, endpoint.pool
+            if old not in self.ratios:
+                continue
+            self.ratios[new], self.prefixes[new] = self.ratios.pop(old), self.prefixes.pop(old)
+            for each in known.values():
+                if each.endpoint.pool == old:
+                    each.endpoint = replace(each.endpoint, pool=new)
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:  # noqa: ARG002 - the protocol's
         """Take in who an engine is. One that has become another (restarted, upgraded) starts with empty books."""
@@ -134,8 +156,9 @@ class FleetLoad:
             self._forget_prefixes(host)  # nobody listens, so whoever will has begun anew
 
     def _forget_prefixes(self, host: HostLoad) -> None:
-        for rank in host.ranks:
-            self.prefixes[host.endpoint.pool].forget(rank)
+        if (index := self.prefixes.get(host.endpoint.pool)) is not None:  # the pool may be configured no more
+            for rank in host.ranks:
+                index.forget(rank)
 
     def eligible(self, pool: str, role: Role, now: float, among: frozenset[str] | None = None) -> list[HostLoad]:
         """Give the hosts of a role that are known best: the fresh ones; if there are none the stale ones; and so on.
@@ -175,6 +198,6 @@ class FleetLoad:
         return [host for host in self.hosts.values() if host.endpoint.pool == pool]
 
 
-def _place(endpoint: Endpoint) -> tuple[str, str, Role]:
+def _place(endpoint: Endpoint) -> tuple[str, Role]:
     """Tell what must not change if an endpoint is to be the same one."""
-    return endpoint.url, endpoint.pool, endpoint.role
+    return endpoint.url, endpoint.role
