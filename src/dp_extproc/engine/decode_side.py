@@ -1,6 +1,7 @@
 """Decode's half of the rendezvous: find the prefill rank, reserve KV room, ask for the KV cache, wait for it."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -192,7 +193,7 @@ class DecodeSide:
         if number == 0 and self._settings.release.room_zero_never_arrives and ticket.leg.bootstrap_host != FAKE_HOST:
             return  # its metadata row reads 0, which means "not arrived", for ever
         if ticket.work.stage is Stage.TRANSFER:
-            ticket.work.stage = Stage.WAITING
+            ticket.work.stage, ticket.queued_at = Stage.WAITING, time.time()
         for other in list(self._rooms.get(self._key(ticket), [])):
             if other is not ticket and other.work.stage in {Stage.PREALLOC, Stage.TRANSFER}:
                 self._end(other, self._failure(other, "transfer", TAKEN_AWAY))

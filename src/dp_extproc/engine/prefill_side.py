@@ -6,6 +6,7 @@ prefill leg is done first takes the room away from the other.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -121,7 +122,7 @@ class PrefillSide:
         if ticket.work.stage is Stage.BOOTSTRAP:
             if ticket.timer is not None:
                 ticket.timer.cancel()
-            ticket.work.stage = Stage.WAITING
+            ticket.work.stage, ticket.queued_at = Stage.WAITING, time.time()
             self._wake(ticket.work.dp_rank)
 
     def _timed_out(self, ticket: Ticket, seconds: float) -> None:

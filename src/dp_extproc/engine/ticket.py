@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 
 from dp_extproc.engine.leg import Failure, Finished, Leg
-from dp_extproc.engine.scheduler.work import Work
+from dp_extproc.engine.scheduler.work import Role, Work
 from dp_extproc.engine.text import output_id
 
 
@@ -17,6 +17,8 @@ class Ticket:
     work: Work
     streaming: bool = False
     received_at: float = field(default_factory=time.time)
+    queued_at: float = 0.0
+    """Since when it has waited for nothing but a step."""
     first_token_at: float | None = None
     ended_at: float | None = None
     tokens: list[int] = field(default_factory=list)
@@ -28,6 +30,14 @@ class Ticket:
     """On decode: the rank that it expects its KV cache from."""
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        """Begin to wait at once; who waits for the other side first says so later."""
+        self.queued_at = self.received_at
+
+    def first_known_at(self, role: Role) -> float | None:
+        """Tell when the HTTP process heard of the first token: decode tells what is not streamed at the end."""
+        return self.ended_at if role is Role.DECODE and not self.streaming else self.first_token_at
 
     def give(self, position: int) -> None:
         """Add the output token at *position*."""

@@ -162,7 +162,7 @@ class Server:
             return PlainTextResponse("Internal Server Error", 500)
 
     def _ended(self, ticket: Ticket) -> None:
-        self._metrics.ended(ticket)
+        self._metrics.requests.ended(ticket)
 
     def _page(self, name: str, healthy: Callable[[Request], Awaitable[Response]]) -> Any:
         async def endpoint(request: Request) -> ASGIApp:

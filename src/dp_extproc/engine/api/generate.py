@@ -124,7 +124,7 @@ def meta_info(ticket: Ticket, role: Role, count: int, end: Finished | Failure | 
 
 def _scheduler_times(ticket: Ticket, role: Role) -> dict[str, float]:
     begun = ticket.work.started_at or ticket.received_at
-    times = {"forward_entry_time": begun, "queue_time": begun - ticket.received_at}
+    times = {"forward_entry_time": begun, "queue_time": max(0.0, begun - ticket.queued_at)}
     if role is not Role.DECODE:
         times |= {"storage_prefetch_wait": 0.0, "storage_staging_wait": 0.0}
         times["prefill_finished_time"] = ticket.first_token_at or begun
@@ -132,9 +132,7 @@ def _scheduler_times(ticket: Ticket, role: Role) -> dict[str, float]:
 
 
 def _server_times(ticket: Ticket, role: Role, count: int, ended_at: float) -> dict[str, float]:
-    first = ticket.first_token_at or ended_at
-    if role is Role.DECODE and not ticket.streaming:
-        first = ended_at  # all of the answer reaches the HTTP process at once
+    first = ticket.first_known_at(role) or ended_at
     times = {
         "e2e_latency": ended_at - ticket.received_at,
         "request_received_ts": ticket.received_at,

@@ -8,10 +8,10 @@ from starlette.responses import PlainTextResponse, Response
 
 from dp_extproc.engine.api.errors import json_response
 from dp_extproc.engine.api.exchange import LISTENER
-from dp_extproc.engine.api.pages import mode
+from dp_extproc.engine.api.pages import mode, utilization
 from dp_extproc.engine.engine import Engine
-from dp_extproc.engine.release import Release
 from dp_extproc.engine.scheduler.snapshot import RankHistory, Snapshot
+from dp_extproc.engine.settings import Settings
 
 _SECTIONS: Final = ("core", "memory", "spec", "lora", "disagg", "queues", "all")
 _SINCE: Final = {
@@ -71,7 +71,7 @@ def _rank(engine: Engine, history: RankHistory, wanted: set[str]) -> dict[str, A
     settings, snapshot = engine.settings, history.published
     if snapshot is None:
         snapshot = history.take()
-    load = {"timestamp": history.published_at, "dp_rank": history.rank.dp_rank, **_core(settings.release, snapshot)}
+    load = {"timestamp": history.published_at, "dp_rank": history.rank.dp_rank, **_core(settings, snapshot)}
     every = "all" in wanted
     if every or "memory" in wanted:
         sizes = {"weight_gb": 0.0, "kv_cache_gb": 0.0, "graph_gb": 0.0}
@@ -93,7 +93,8 @@ def _rank(engine: Engine, history: RankHistory, wanted: set[str]) -> dict[str, A
     return load
 
 
-def _core(release: Release, snapshot: Snapshot) -> dict[str, Any]:
+def _core(settings: Settings, snapshot: Snapshot) -> dict[str, Any]:
+    release = settings.release
     values: dict[str, Any] = {
         "num_running_reqs": snapshot.num_running_reqs,
         "num_waiting_reqs": snapshot.num_waiting_reqs,
@@ -107,7 +108,7 @@ def _core(release: Release, snapshot: Snapshot) -> dict[str, Any]:
         "token_usage": round(snapshot.token_usage, 4),
         "gen_throughput": snapshot.gen_throughput,
         "cache_hit_rate": round(snapshot.cache_hit_rate, 4),
-        "utilization": 0.0,
+        "utilization": utilization(settings),
         "total_prefill_uncached_tokens": snapshot.total_prefill_uncached_tokens,
         "total_prefill_busy_us": snapshot.total_prefill_busy_us,
         "decode_moments": snapshot.decode_moments,

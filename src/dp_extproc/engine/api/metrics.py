@@ -2,19 +2,27 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
+from dp_extproc.engine.api.pages import utilization
+from dp_extproc.engine.api.request_metrics import RequestMetrics
 from dp_extproc.engine.engine import Engine
-from dp_extproc.engine.leg import Finished
 from dp_extproc.engine.scheduler.snapshot import RankHistory, Snapshot
-from dp_extproc.engine.scheduler.work import Role
-from dp_extproc.engine.ticket import Ticket
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+_WITHOUT_THE_FEATURE: Final = (
+    "is_cuda_graph", "mamba_available_tokens", "mamba_evictable_tokens", "mamba_usage", "mamba_used_tokens",
+    "num_decode_deferred_kv_release_reqs", "num_decode_host_receive_queue_reqs", "num_grammar_queue_reqs",
+    "num_unique_running_routing_keys", "prealloc_swa_token_usage", "spec_accept_length", "spec_accept_rate",
+    "spec_block_accept_length", "spec_cap_length", "spec_num_draft_tokens", "spec_num_steps", "swa_available_tokens",
+    "swa_evictable_tokens", "swa_token_usage", "swa_used_tokens",
+)  # fmt: skip
+"""Gauges that 0.5.23 exports as 0 on servers without what they are about."""
 
 
 class Metrics(Collector):
@@ -25,41 +33,9 @@ class Metrics(Collector):
         self._engine = engine
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        model = {"model_name": engine.settings.model, "engine_type": str(engine.settings.role)}
-        names, streaming = tuple(model), ("is_streaming",)
-
-        def counter(name: str, help_text: str, labels: tuple[str, ...] = ()) -> Counter:
-            return Counter(f"sglang:{name}", help_text, (*names, *labels), registry=self._registry)
-
-        def histogram(name: str, help_text: str) -> Histogram:
-            return Histogram(f"sglang:{name}", help_text, (*names, *streaming), registry=self._registry)
-
-        self._model = model
-        self._prompt = counter("prompt_tokens", "Number of prefill tokens processed.", streaming)
-        # Until 0.5.8 without the source.
-        self._source = {"cache_source": "device"} if engine.settings.release.since("0.5.10") else {}
-        self._cached = counter("cached_tokens", "Number of cached prompt tokens.", tuple(self._source))
-        self._generation = counter("generation_tokens", "Number of generation tokens processed.", streaming)
-        self._requests = counter("num_requests", "Number of requests processed.", streaming)
-        self._aborted = counter("num_aborted_requests", "Number of requests aborted.")
-        self._ttft = histogram("time_to_first_token_seconds", "Histogram of time to first token in seconds.")
-        self._e2e = histogram("e2e_request_latency_seconds", "Histogram of End-to-end request latency in seconds.")
-
-    def ended(self, ticket: Ticket) -> None:
-        """Count a sequence that has ended."""
-        if not isinstance(ticket.end, Finished):
-            self._aborted.labels(**self._model).inc()
-            return
-        labels = {**self._model, "is_streaming": str(ticket.streaming).lower()}
-        self._prompt.labels(**labels).inc(ticket.leg.prompt_tokens)
-        if ticket.work.cached_tokens:
-            self._cached.labels(**self._model, **self._source).inc(ticket.work.cached_tokens)
-        self._generation.labels(**labels).inc(len(ticket.tokens))
-        self._requests.labels(**labels).inc()
-        if ticket.ended_at is not None:
-            self._e2e.labels(**labels).observe(ticket.ended_at - ticket.received_at)
-            if self._engine.settings.role is not Role.PREFILL:
-                self._ttft.labels(**labels).observe((ticket.first_token_at or ticket.ended_at) - ticket.received_at)
+        self._model = {"model_name": engine.settings.model, "engine_type": str(engine.settings.role)}
+        labels = [self._labels(history, 0) for history in engine.histories]
+        self.requests = RequestMetrics(engine.settings, self._registry, labels)
 
     def page(self) -> bytes:
         """Write the page."""
@@ -82,6 +58,13 @@ class Metrics(Collector):
                 "max_total_num_tokens", capacity, ((at, history.rank.limits.capacity) for at, history in every)
             )
         yield _gauge("page_size", "Page size.", ((at, 1) for at, _ in every))
+        if self._engine.settings.release.since("0.5.23"):
+            pages = [(at, history.rank.limits.capacity) for at, history in every]
+            yield _gauge("num_pages", "Number of KV cache pages.", pages)
+            length = self._engine.settings.context_length
+            yield _gauge("context_len", "Maximum context length.", ((at, length) for at, _ in every))
+            for name in _WITHOUT_THE_FEATURE:
+                yield _gauge(name, "Of something that this server has not.", ((at, 0) for at, _ in first))
         names = _gauges(self._engine, ranks[0]) if ranks else {}
         values = [(at, _gauges(self._engine, history)) for at, history in first]
         for name in names:
@@ -152,6 +135,8 @@ def _gauges(engine: Engine, history: RankHistory) -> dict[str, float]:
         found["pending_prealloc_token_usage"] = 0.0  # exported, but nothing sets it
     if release.since("0.5.23"):
         found["prealloc_full_token_usage"] = _reserved_share(gauges)
+        found["full_token_usage"] = gauges.token_usage
+        found["utilization"] = utilization(engine.settings)
     return found
 
 

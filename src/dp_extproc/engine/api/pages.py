@@ -40,6 +40,11 @@ def mode(settings: Settings) -> str:
     return "null" if settings.role is Role.UNIFIED else str(settings.role)
 
 
+def utilization(settings: Settings) -> float:
+    """Give what SGLang calls so: nobody measures it, and prefill says as much."""
+    return -1.0 if settings.role is Role.PREFILL else 0.0
+
+
 def server_info(settings: Settings) -> dict[str, Any]:
     """Give the resolved server arguments, as far as anybody reads them."""
     release, ranks = settings.release, settings.dp_size
