@@ -163,7 +163,7 @@ def test_a_conversation_goes_on_from_the_cache(reporting: EngineProcess) -> None
         (
             "/v1/responses",
             {"input": "r" * 80, "max_output_tokens": 1},
-            {"input_tokens": 27, "input_tokens_details": {"cached_tokens": 26}},
+            {"input_tokens": 27, "input_tokens_details": {"cached_tokens": 26, "cache_write_tokens": 0}},
         ),
         (
             "/v1/messages",
