@@ -1,13 +1,16 @@
 """What one placement decision costs in the service, from a small fleet to one of 4096 ranks.
 
-A decision is everything between a request that was read and a body to be written: who holds the prompt's beginning,
-host and rank for both legs, and the books. Prints microseconds, the median and the 99th percentile of single decisions.
+A decision is everything between a request that was read and a body to be written: who can serve it, host and rank for
+both legs, and the books. Between decisions requests are answered and end, and every engine is read once a second of the
+1000 decisions that it has, so that each decision finds what has changed. Prints microseconds of the processor's time,
+the median and the 99th percentile of single decisions; a busy machine makes them longer, by its caches alone.
 """
 
 import argparse
 import gc
 import statistics
 import time
+from itertools import count
 from random import Random
 
 from dp_extproc.config import HostPolicy, LoadSignal, PolicySettings
@@ -20,6 +23,8 @@ from dp_extproc.request.path import Api
 
 _IN_FLIGHT = 6
 """Requests per prefill rank on the books."""
+_RATE = 1000
+"""Decisions per second."""
 
 
 def make_fleet(servers: int, ranks: int) -> FleetLoad:
@@ -29,7 +34,7 @@ def make_fleet(servers: int, ranks: int) -> FleetLoad:
         for index, role in enumerate((Role.PREFILL, Role.DECODE))
         for number in range(servers)
     ]
-    fleet = FleetLoad(endpoints, stale_after=1e9)
+    fleet = FleetLoad(endpoints, stale_after=5.0)
     for endpoint in endpoints:
         mode = Mode.PREFILL if endpoint.role is Role.PREFILL else Mode.DECODE
         facts = EngineFacts(
@@ -44,9 +49,29 @@ def make_fleet(servers: int, ranks: int) -> FleetLoad:
             step_tokens=2048,
         )
         fleet.discovered(endpoint, endpoint.url, facts, 0.0)
-        page = LoadPage(tuple(RankSample(rank, 0, capacity_tokens=1 << 22, age=0.0) for rank in range(ranks)))
-        fleet.sampled(endpoint, page, 0.0, 0.0)
+        fleet.sampled(endpoint, make_page(fleet, endpoint), 0.0, 0.0)
     return fleet
+
+
+def make_page(fleet: FleetLoad, endpoint: Endpoint) -> LoadPage:
+    """Tell of an engine what is on our books, and of somebody else on every fourth rank."""
+    samples = []
+    for rank in fleet.hosts[endpoint.url].ranks:
+        others = rank.index % 4 == 0
+        tokens = round(rank.own_tokens) + 1000 * others
+        samples.append(
+            RankSample(
+                rank.index,
+                tokens,
+                total_tokens=tokens,
+                waiting_uncached_tokens=tokens,
+                running_requests=round(rank.own_requests) + others,
+                tokens_per_second=50.0 * max(1, round(rank.own_requests)),
+                capacity_tokens=1 << 22,
+                age=0.0,
+            )
+        )
+    return LoadPage(tuple(samples))
 
 
 def measure(servers: int, ranks: int, host: HostPolicy, decisions: int) -> list[float]:
@@ -58,18 +83,25 @@ def measure(servers: int, ranks: int, host: HostPolicy, decisions: int) -> list[
     limit = servers * ranks * _IN_FLIGHT
     in_flight = []
     times = []
+    reading = count()
+    unread = 0.0
     gc.disable()
     for number in range(limit + decisions):
-        now = number * 1e-4
+        now = number / _RATE
+        unread += len(fleet.endpoints) / _RATE
+        while unread >= 1:
+            unread -= 1
+            endpoint = fleet.endpoints[next(reading) % len(fleet.endpoints)]
+            fleet.sampled(endpoint, make_page(fleet, endpoint), now, now)
         demand = Demand(float(rng.randint(200, 8000)))
-        began = time.perf_counter()
+        began = time.thread_time_ns()
         prefills = fleet.capable("*", Role.PREFILL, Api.CHAT, now)
         decodes = fleet.capable("*", Role.DECODE, Api.CHAT, now)
         attempt = ledger.open_pair(picker.pair(prefills, decodes, demand, now), demand, now)
-        elapsed = time.perf_counter() - began
+        elapsed = time.thread_time_ns() - began
         in_flight.append(attempt)
         if number >= limit:
-            times.append(elapsed * 1e6)
+            times.append(elapsed / 1000)
             done = in_flight.pop(rng.randrange(len(in_flight) // 2))
             done.prefill_answered(200, now)
             done.end(now)

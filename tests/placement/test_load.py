@@ -250,6 +250,7 @@ class TestAnAbsurdPace:
             page = LoadPage((RankSample(0, 0, running_requests=10, tokens_per_second=rate, age=0.0),))
             for _ in range(20):
                 fleet.load.sampled(host.endpoint, page, fleet.clock(), fleet.clock())
+        compare_pace(fleet.load.eligible("*", Role.DECODE, fleet.clock()))
         return fleet
 
     @pytest.mark.parametrize("rate", [1e9, 1e-9])

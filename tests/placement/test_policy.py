@@ -10,7 +10,7 @@ from dp_extproc.config import HostPolicy, LoadSignal, PolicySettings, RankPolicy
 from dp_extproc.fleet.endpoint import Role
 from dp_extproc.placement.affinity import Held
 from dp_extproc.placement.load import Candidate
-from dp_extproc.placement.policy import REACH, Policy
+from dp_extproc.placement.policy import NOTHING_HELD, REACH, Policy
 from placement.fleet_fixtures import Fleet, make_facts
 
 LOADS = ([500, 400, 900, 600], [800, 300, 700, 850], [450, 460, 470, 480])
@@ -63,6 +63,19 @@ def test_round_robin_takes_the_hosts_in_turn(candidates: list[Candidate]) -> Non
     assert [pick(policy, candidates) for _ in range(6)] == [(0, 1), (1, 1), (2, 0)] * 2
 
 
+def test_round_robin_takes_all_of_many_hosts_in_turn() -> None:
+    """Also where only some are compared for each request."""
+    fleet = Fleet(prefills=[make_facts(Role.PREFILL)] * 60, decodes=[make_facts(Role.DECODE)])
+    hosts = fleet.load.eligible("*", Role.PREFILL, fleet.clock())
+    policy = make_policy(HostPolicy.ROUND_ROBIN)
+    picks = []
+    for _ in range(180):
+        near = [host.candidate for host in policy.within_reach(hosts, NOTHING_HELD)]
+        picks.append(policy.pick(near, 100, fleet.clock())[0].host)
+
+    assert picks == 3 * hosts
+
+
 def test_a_round_robin_goes_on_when_a_host_leaves(candidates: list[Candidate]) -> None:
     """A turn beyond the hosts that are left starts over."""
     policy = make_policy(HostPolicy.ROUND_ROBIN, RankPolicy.NONE)
@@ -70,6 +83,23 @@ def test_a_round_robin_goes_on_when_a_host_leaves(candidates: list[Candidate]) -
         pick(policy, candidates)
 
     assert pick(policy, candidates[:2])[0] in {0, 1}
+
+
+def test_a_host_whose_engine_picks_the_rank_is_judged_by_all_of_them() -> None:
+    """An idle rank beside a full one is no cheap place for a request that may get on either of them."""
+    fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE, ranks=2)] * 2)
+    one, two = hosts = fleet.load.eligible("*", Role.DECODE, fleet.clock())
+    one.reserve(0, 4000, fleet.clock())
+    for rank in range(2):
+        two.reserve(rank, 2000, fleet.clock())
+    candidates = [host.candidate for host in hosts]
+    picks = [
+        make_policy(HostPolicy.LOCKSTEP, rank).pick(candidates, 2000, fleet.clock())
+        for rank in (RankPolicy.NONE, RankPolicy.MINIMUM_TOKENS)
+    ]
+
+    assert picks[0] == (two.candidate, None)
+    assert picks[1][0] is one.candidate
 
 
 def test_random_spreads_over_all_hosts(candidates: list[Candidate]) -> None:
@@ -275,7 +305,7 @@ class TestLockstepDecode:
         """With the same tokens, a token on the server that takes twice as long is twice as dear."""
         candidates = make_candidates(Role.DECODE, [[5000, 5000], [6000, 6000]])
         for group in candidates[0].host.groups:
-            group.slowness = 2.0  # type: ignore[attr-defined]
+            group.slowness = 2.0
 
         assert pick(make_policy(HostPolicy.LOCKSTEP), candidates)[0] == 1
 

@@ -365,8 +365,9 @@ def test_a_request_waits_for_the_steps_of_its_own_rank_only() -> None:
 
 
 def test_an_idle_server_costs_its_steps() -> None:
-    """Nobody is delayed: one step for a short prompt, three for a long one, and three quarters for those to come."""
+    """One step for a short prompt, three for a long one; those to come pay three quarters, of two steps at most."""
     group = make_group()
 
     assert group.cost(0, 80) == 400 + 80 + 60
-    assert group.cost(0, 2800) == 3 * 400 + 2800 + 2100
+    assert group.cost(0, 1800) == 2 * 400 + 1800 + 1350
+    assert group.cost(0, 2800) == 3 * 400 + 2800 + 1500

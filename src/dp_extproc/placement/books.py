@@ -257,23 +257,51 @@ class StepGroup(ABC):
         self.due = math.inf
         """When :meth:`refresh` has something to do."""
         self.changed = True
-        """Whether loads have changed since :meth:`survey`; who changes one says so."""
+        """Whether anything has changed since :meth:`survey`; who changes something says so."""
         self.top = 0.0
         """The greatest load, as of :meth:`survey`."""
         self.low = 0.0
         """The least load, as of :meth:`survey` ..."""
         self.low_position = 0
         """... and a rank that has it."""
+        self.slowness = 1.0
+        """How slow the server is, against the average of its pool and role."""
+        self.floor = 0.0
+        """What no request costs less than ..."""
+        self.base = 0.0
+        """... nor less than this and its tokens, times the slowness."""
+        self._knows_top = True
+        self._knows_low = True
 
     def survey(self, now: float) -> None:
         """Look for the greatest and the least load; a decision compares many groups of which few have changed."""
         if now >= self.due:
             self.refresh(now)
         loads = self.loads
-        self.top = max(loads)
-        self.low = min(loads)
-        self.low_position = loads.index(self.low)
+        if not self._knows_top:
+            self.top = max(loads)
+            self._knows_top = True
+        if not self._knows_low:
+            self.low = min(loads)
+            self.low_position = loads.index(self.low)
+            self._knows_low = True
+        self.bound()
         self.changed = False
+
+    def load_is(self, position: int, load: float) -> None:
+        """Set the load of a rank."""
+        before = self.loads[position]
+        self.loads[position] = load
+        self.changed = True
+        if load >= self.top:
+            self.top = load
+        elif before >= self.top:
+            self._knows_top = False
+        if load < self.low:
+            self.low = load
+            self.low_position = position
+        elif position == self.low_position:
+            self._knows_low = False
 
     def opened(
         self, rank: RankLoad, tokens: float, to_compute: float, requests: float, now: float, *, is_share: bool
@@ -293,6 +321,10 @@ class StepGroup(ABC):
     @abstractmethod
     def cost(self, position: int, after: float) -> float:
         """Tell what it costs, in tokens, to have the rank at this position at *after* tokens; after a survey."""
+
+    @abstractmethod
+    def bound(self) -> None:
+        """Find out what no request can cost less than: set :attr:`floor` and :attr:`base`."""
 
     @abstractmethod
     def refresh(self, now: float) -> None:

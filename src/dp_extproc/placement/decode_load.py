@@ -26,10 +26,17 @@ _SMOOTHING: Final = 0.3
 _LEAST_TPOT: Final = 0.001
 _MOST_TPOT: Final = 1.0
 """Seconds; what an engine tells beyond is told wrong."""
+ODD_PACE: Final = 4.0
+"""How many times faster or slower than usual a server may call itself."""
 _MEMORY: Final = 200
 """Sequences, after which how long they lasted fades from the mean."""
 _KNOWN_AFTER: Final = 50
 """Sequences that must have ended for their mean to say something."""
+
+
+def within(value: float, middle: float, factor: float) -> float:
+    """Give the value, or the nearest that is no more than a factor from the middle."""
+    return min(middle * factor, max(middle / factor, value))
 
 
 class DecodeReservation(Reservation):
@@ -65,8 +72,8 @@ class DecodeGroup(StepGroup):
         super().__init__(indices)
         self.tpot = DEFAULT_TPOT
         """Seconds per output token, by the engine's own account."""
-        self.slowness = 1.0
-        """How slow the server is, against the average of its pool and role."""
+        self.usual_tpot = DEFAULT_TPOT
+        """Of the servers of its pool and role."""
         self._told_tpot: float | None = None
         self._lasted = 0.0
         """Seconds from the first to the last token, as a mean ..."""
@@ -93,6 +100,10 @@ class DecodeGroup(StepGroup):
             return top * self.slowness + penalty
         slowed = self.requests + self.others_requests
         return (_JOINT_DELAY * slowed * (after - top) + after) * self.slowness + penalty
+
+    def bound(self) -> None:
+        self.floor = self.top * self.slowness
+        self.base = self.low * self.slowness
 
     def refresh(self, now: float) -> None:
         """Let the running sequences grow."""
@@ -124,6 +135,15 @@ class DecodeGroup(StepGroup):
         self._first_tokens[position] += reservation.requests * reservation.first_token_at
         self._extra[position] -= reservation.to_compute
         self._sum_up(position, now)
+
+    def is_usual(self, tpot: float, slowness: float) -> None:
+        """Note what is usual in its pool and role, and how the server compares."""
+        self.usual_tpot = tpot
+        if self._told_tpot is not None:
+            self.tpot = within(self._told_tpot, tpot, ODD_PACE)
+        if slowness != self.slowness:
+            self.slowness = slowness
+            self.changed = True
 
     @property
     def known_tpot(self) -> float | None:
@@ -177,10 +197,9 @@ class DecodeGroup(StepGroup):
         self._sum_up(position, now)
 
     def _sum_up(self, position: int, now: float) -> None:
-        self.changed = True
         grown = (self._growing[position] * now - self._first_tokens[position]) / self.tpot
         load = self.others[position] + self._prompts[position] + self._extra[position] + max(0.0, grown)
-        self.loads[position] = max(0.0, load)
+        self.load_is(position, max(0.0, load))
 
     def _learn_pace(self, rank: RankLoad) -> None:
         """Learn from a rank how long a token takes: sequences over tokens per second, as all get one in each step."""
@@ -189,4 +208,5 @@ class DecodeGroup(StepGroup):
             return
         tpot = min(_MOST_TPOT, max(_LEAST_TPOT, sample.running_requests / sample.tokens_per_second))
         before = self._told_tpot
-        self.tpot = self._told_tpot = tpot if before is None else before + (tpot - before) * _SMOOTHING
+        self._told_tpot = tpot if before is None else before + (tpot - before) * _SMOOTHING
+        self.tpot = within(self._told_tpot, self.usual_tpot, ODD_PACE)

@@ -1,5 +1,6 @@
 """The load cache: every endpoint that has been discovered, fed by what the scraper observes."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from dp_extproc.fleet.recipe import capabilities
 from dp_extproc.placement.affinity import PrefixIndex
 from dp_extproc.placement.books import RankLoad
 from dp_extproc.placement.health import Health
-from dp_extproc.placement.load import DEFAULT_COSTS, DEFAULT_HEALTH, HostLoad, StepCosts, compare_pace
+from dp_extproc.placement.load import DEFAULT_COSTS, DEFAULT_HEALTH, Freshness, HostLoad, StepCosts, compare_pace
 from dp_extproc.placement.ratio import TokenRatio
 from dp_extproc.placement.subset import allows
 from dp_extproc.request.path import Api
@@ -42,6 +43,8 @@ class FleetLoad:
         """Per pool: which ranks hold the KV cache of which prompts' beginnings."""
         self._leaving: list[HostLoad] = []
         self._by_role: dict[tuple[str, Role], list[HostLoad]] = {}
+        self._pages: Counter[tuple[str, Role]] = Counter()
+        """Read since the servers of a role were compared."""
         self._capable: dict[tuple[str, Role, Api], tuple[Sequence[HostLoad], float]] = {}
 
     @property
@@ -126,9 +129,11 @@ class FleetLoad:
 
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
         """Take in a load page that was asked for at *started*."""
-        self._capable.clear()
         was_away = self.failures.pop(endpoint.url, None) is not None
-        if (host := self.hosts.get(endpoint.url)) is not None:
+        host = self.hosts.get(endpoint.url)
+        if host is None or host.freshness(now, self.stale_after) is not Freshness.FRESH:
+            self._capable.clear()  # of one that was known well nothing changes
+        if host is not None:
             host.absorb(page.ranks, started, now)
             restarted = host.has_restarted(page)
             if was_away or restarted:
@@ -136,7 +141,7 @@ class FleetLoad:
             if restarted:
                 self._forget_prefixes(host)
             if endpoint.role is not Role.PREFILL:
-                compare_pace(self._by_role.get((endpoint.pool, endpoint.role), ()))
+                self._compare_pace(endpoint.pool, endpoint.role)
         if page.prompt_tokens is not None and endpoint.role is not Role.DECODE:
             self.ratios[endpoint.pool].counted(
                 endpoint.url,
@@ -145,6 +150,13 @@ class FleetLoad:
                 idle=host is not None and not host.own_requests,
                 strangers=host is not None and host.sees_strangers,
             )
+
+    def _compare_pace(self, pool: str, role: Role) -> None:
+        """Compare servers once for as many pages as there are servers, which costs each page the same."""
+        self._pages[pool, role] += 1
+        if self._pages[pool, role] >= len(peers := self._by_role.get((pool, role), ())):
+            self._pages[pool, role] = 0
+            compare_pace(peers)
 
     def failed(self, endpoint: Endpoint, failure: ScrapeFailure, now: float) -> None:  # noqa: ARG002 - the protocol's
         """Take in that an endpoint could not be read. Its samples stay, and grow stale; at once if it is gone."""

@@ -11,14 +11,13 @@ from dp_extproc.config.reliability import HealthSettings
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, RankSample, Role
 from dp_extproc.fleet.recipe import Capabilities
 from dp_extproc.placement.books import SOMEBODY, RankLoad, Reservation, StepGroup, absorb
-from dp_extproc.placement.decode_load import DEFAULT_TPOT, DecodeGroup
+from dp_extproc.placement.decode_load import DEFAULT_TPOT, ODD_PACE, DecodeGroup, within
 from dp_extproc.placement.health import Health
 from dp_extproc.placement.prefill_load import PrefillGroup
 
-_ODD_PACE: Final = 4.0
-"""How many times faster or slower than usual a server may call itself."""
 _ODD_SLOWNESS: Final = 2.0
-"""Likewise than its pool's average, while our own clock has nothing to set against it ..."""
+"""How many times slower or faster than its pool's average a server may seem, while our own clock has nothing to set
+against it ..."""
 _CONTRADICTION: Final = 1.5
 """... and than our own clock shows it to be, once that has."""
 
@@ -208,20 +207,15 @@ def compare_pace(hosts: Iterable[HostLoad]) -> None:
     if not told:
         return
     usual = median([*told, DEFAULT_TPOT])  # with two servers it is the default that tells which one is odd
-    for group in groups:
-        group.tpot = within(group.known_tpot or usual, usual, _ODD_PACE)
-    average = fmean(group.tpot for group in groups)
-    lasting = fmean(known) if (known := [each for group in groups if (each := group.lasting) is not None]) else None
-    for group in groups:
-        slowness = within(group.tpot / average, 1.0, _ODD_SLOWNESS)
+    known = [each for group in groups if (each := group.lasting) is not None]
+    lasting = fmean(known) if known else None
+    paces = [within(group.known_tpot or usual, usual, ODD_PACE) for group in groups]
+    average = fmean(paces)
+    for group, pace in zip(groups, paces, strict=True):
+        slowness = within(pace / average, 1.0, _ODD_SLOWNESS)
         if lasting and group.lasting is not None:
             slowness = within(slowness, group.lasting / lasting, _CONTRADICTION)
-        group.slowness = slowness
-
-
-def within(value: float, middle: float, factor: float) -> float:
-    """Give the value, or the nearest that is no more than a factor from the middle."""
-    return min(middle * factor, max(middle / factor, value))
+        group.is_usual(usual, slowness)
 
 
 def _candidate(host: HostLoad, ranks: Sequence[RankLoad]) -> Candidate:

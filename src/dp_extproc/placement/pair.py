@@ -156,7 +156,11 @@ class Picker:
         pin: int | None,
     ) -> Side:
         near = self._policies[Role.DECODE].within_reach(hosts, NOTHING_HELD)
-        candidates = [_reachable(host, prefill) for host in near]
+        by_room = RankControl.BY_ROOM
+        candidates = [
+            _reachable(host, prefill) if host.capabilities.decode_control is by_room else host.candidate
+            for host in near
+        ]
         chosen, rank = self._pick(Role.DECODE, candidates, tokens, now, pin=pin)
         control = chosen.host.capabilities.decode_control
         if control is RankControl.BY_FIELD:
@@ -192,7 +196,7 @@ def _cached(rank: RankLoad | None, held: Held[RankLoad]) -> float:
 
 def _reachable(host: HostLoad, prefill: tuple[int, int] | None) -> Candidate:
     """Give a decode server with the ranks that one room can lead to together with the prefill rank."""
-    if prefill is None or host.capabilities.decode_control is not RankControl.BY_ROOM:
+    if prefill is None:
         return host.candidate
     left = host.candidate.only(lambda rank: agree(prefill, host.facts.place_of(rank.index)))
     assert left is not None  # noqa: S101 - of any ranks that follow one another, one is congruent

@@ -10,8 +10,8 @@ from dp_extproc.placement.affinity import Held
 from dp_extproc.placement.books import RankLoad, StepGroup
 from dp_extproc.placement.load import Candidate, HostLoad, Part
 
-REACH: Final = 24
-"""Of more hosts than these only so many are compared, others for each request. The best of 24 is as good as the best of
+REACH: Final = 16
+"""Of more hosts than these only so many are compared, others for each request. The best of 16 is as good as the best of
 a thousand for all practical purposes, and a decision costs the same in every fleet."""
 
 NOTHING_HELD: Final[Held[RankLoad]] = Held({}, 0.0)
@@ -35,12 +35,19 @@ class Policy:
         self._tokens: Callable[[StepGroup], list[float]] = _reported if signal is LoadSignal.SCRAPED else _loads
         self._rng = rng
         self._turn = 0
+        self._first = 0
+        """Whose turn it was when the first of those within reach was taken for that."""
 
     def within_reach(self, hosts: Sequence[HostLoad], held: Held[RankLoad]) -> Sequence[HostLoad]:
         """Leave out what is too much to compare; never a host that holds a part of the prompt."""
         if len(hosts) <= REACH:
+            self._first = 0
             return hosts
-        start = self._rng.randrange(len(hosts))
+        if self._host is HostPolicy.ROUND_ROBIN:
+            self._first = self._turn
+            start = self._turn % len(hosts)
+        else:
+            start = self._rng.randrange(len(hosts))
         near = [*hosts[start : start + REACH], *hosts[: max(0, start + REACH - len(hosts))]]
         if held.by_slot:
             holders = {rank.group for rank in held.by_slot}
@@ -68,6 +75,8 @@ class Policy:
         Returns:
             The candidate, and the rank; None leaves the rank to the engine.
         """
+        if self._rank is RankPolicy.NONE and self._host is HostPolicy.LOCKSTEP and not pinned:
+            return self._cheapest_anywhere(candidates, tokens - held.elsewhere, now), None
         if self._host is HostPolicy.LOCKSTEP:
             chosen, least = self._lockstep(candidates, tokens, now, held)
         elif self._host is HostPolicy.LEAST_TOKENS:
@@ -85,25 +94,7 @@ class Policy:
         self, candidates: Sequence[Candidate], tokens: float, now: float, held: Held[RankLoad]
     ) -> tuple[Candidate, RankLoad]:
         """Take the group where the request costs least, on its least loaded rank or one that holds its beginning."""
-        cheapest = math.inf
-        found: list[tuple[Candidate, Part, float]] = []
-        to_compute = tokens - held.elsewhere
-        for candidate in candidates:
-            for part in candidate.parts:
-                group = part.group
-                if group.changed or now >= group.due:
-                    group.survey(now)
-                if part.positions is None:
-                    position, low = group.low_position, group.low
-                else:
-                    position = min(part.positions, key=group.loads.__getitem__)
-                    low = group.loads[position]
-                cost = group.cost(position, low + to_compute)
-                if cost < cheapest:
-                    cheapest = cost
-                    found = [(candidate, part, low)]
-                elif cost == cheapest:
-                    found.append((candidate, part, low))
+        cheapest, found = _cheapest(candidates, tokens - held.elsewhere, now)
         holders = []
         for rank, cached in held.by_slot.items():
             cost = rank.group.cost(rank.position, rank.tokens + tokens - cached)
@@ -113,6 +104,11 @@ class Policy:
             return min(holders, key=_first_three)[3:]
         chosen, part, low = found[0] if len(found) == 1 else self._rng.choice(found)
         return chosen, part.of(part.group.ranks)[self._one_of(part.of(part.group.loads), low)]
+
+    def _cheapest_anywhere(self, candidates: Sequence[Candidate], tokens: float, now: float) -> Candidate:
+        """Take the host where the request costs least if any of its ranks may get it."""
+        costs = [_mean_cost(candidate, tokens, now) for candidate in candidates]
+        return candidates[self._one_of(*_with_least(costs))]
 
     def _least(
         self,
@@ -157,9 +153,9 @@ class Policy:
 
     def _pick_host(self, candidates: Sequence[Candidate]) -> Candidate:
         if self._host is HostPolicy.ROUND_ROBIN:
-            turn = self._turn % len(candidates)
-            self._turn = turn + 1
-            return candidates[turn]
+            turn = self._turn - self._first
+            self._turn += 1
+            return candidates[turn % len(candidates)]
         if self._host is HostPolicy.RANDOM:
             return self._rng.choice(candidates)
         if self._host is HostPolicy.POWER_OF_TWO:
@@ -171,6 +167,43 @@ class Policy:
 
     def _mean_tokens(self, candidate: Candidate) -> float:
         return sum(sum(self._tokens(group)) for group in candidate.host.groups) / len(candidate.host.ranks)
+
+
+def _cheapest(
+    candidates: Sequence[Candidate], tokens: float, now: float
+) -> tuple[float, list[tuple[Candidate, Part, float]]]:
+    """Give the least cost of a request, and where it costs that, each with its least load."""
+    cheapest = math.inf
+    found: list[tuple[Candidate, Part, float]] = []
+    for candidate in candidates:
+        for part in candidate.parts:
+            group = part.group
+            if group.changed or now >= group.due:
+                group.survey(now)
+            if group.floor > cheapest or group.base + tokens * group.slowness > cheapest:
+                continue  # without a look at all that it costs
+            if part.positions is None:
+                position, low = group.low_position, group.low
+            else:
+                position = min(part.positions, key=group.loads.__getitem__)
+                low = group.loads[position]
+            cost = group.cost(position, low + tokens)
+            if cost < cheapest:
+                cheapest = cost
+                found = [(candidate, part, low)]
+            elif cost == cheapest:
+                found.append((candidate, part, low))
+    return cheapest, found
+
+
+def _mean_cost(candidate: Candidate, tokens: float, now: float) -> float:
+    """Give what a request costs on average over the ranks of a host."""
+    costs: list[float] = []
+    for part in candidate.parts:
+        group = part.group
+        group.survey(now)
+        costs += [group.cost(rank.position, rank.tokens + tokens) for rank in part.of(group.ranks)]
+    return sum(costs) / len(costs)
 
 
 def _with_least(numbers: Sequence[float]) -> tuple[Sequence[float], float]:

@@ -15,7 +15,7 @@ from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.ledger import Ledger
 from dp_extproc.placement.load import StepCosts
 from dp_extproc.placement.pair import Picker
-from dp_extproc.placement.prefill_load import LATER_WEIGHT, WAITING_COUNTED
+from dp_extproc.placement.prefill_load import LATER_STEPS, LATER_WEIGHT, WAITING_COUNTED
 from dp_extproc.request.path import Api
 from dp_extproc.request.prefix import NO_PREFIX, Prefix
 from dp_extproc.simulate.fleet import Fleet
@@ -81,7 +81,8 @@ class Clairvoyant(EnginesOwn):
                 longer = max(0.0, after - top)
                 cost = rest + steps * self._step_tokens + min(max(top, after), steps * chunk)
                 delayed = min(waiting, WAITING_COUNTED) / max(1, math.ceil(top / chunk))
-                cost = (cost + (delayed + LATER_WEIGHT) * longer) * slowness
+                later = LATER_WEIGHT * (min(longer, LATER_STEPS * chunk) if fleet.chunk else longer)
+                cost = (cost + delayed * longer + later) * slowness
                 cost += 1e-6 * queue
                 if cost < best:
                     best, found = cost, (index, rank)
