@@ -76,6 +76,24 @@ def test_a_first_token_after_the_end_is_ignored() -> None:
     assert group.loads == [0, 0]
 
 
+@pytest.mark.parametrize(
+    ("capacity", "hours"), [(None, 8.7), (20_000, 1.0), (1_000_000, 16.6)], ids=["unknown", "small", "large"]
+)
+def test_what_is_older_than_any_sequence_can_be_goes(capacity: int | None, hours: float) -> None:
+    """At 30 ms per token, twice the KV cache of a rank or a million tokens; an hour at least."""
+    group = make_group(1)
+    if capacity is not None:
+        group.ranks[0].absorb(RankSample(0, 50, running_requests=1, capacity_tokens=capacity), NOW, NOW)
+    reservation = group.ranks[0].reserve(50, NOW)
+    reservation.started(NOW)
+    group.survey(NOW + 3600 * hours)
+    before = group.requests
+    group.survey(NOW + 3600 * (hours + 0.1))
+
+    assert (before, group.requests, group.written_off) == (1, 0, 1)
+    assert group.loads[0] == group.others[0]
+
+
 def test_what_others_cause_comes_on_top_with_its_sequences() -> None:
     """A sample of 5000 tokens and 4 sequences, of which 1300 and one are ours (300 prompt, 1000 grown)."""
     group = make_group()

@@ -131,10 +131,25 @@ def test_every_policy_runs(host: HostPolicy, rank: RankPolicy) -> None:
         Surroundings(lying=True),
         Surroundings(direct_share=0.5),
         Surroundings(scrape_interval=0.1),
+        Surroundings(scrape_interval=3.0, stale_after=2.0),
+        Surroundings(stale_after=5.0, mute=0.5),
         Surroundings(aborts=0.5, patience=0.1),
         Surroundings(aborts=0.5, patience=0.1, replicas=3, sync=0.05),
     ],
-    ids=["blind", "sync", "errors", "no-answers", "no-scrapes", "lying", "direct", "often", "aborts", "aborts-sync"],
+    ids=[
+        "blind",
+        "sync",
+        "errors",
+        "no-answers",
+        "no-scrapes",
+        "lying",
+        "direct",
+        "often",
+        "stale",
+        "mute",
+        "aborts",
+        "aborts-sync",
+    ],
 )
 def test_every_surrounding_runs(around: Surroundings) -> None:
     """And afterwards no replica has anything on its books."""

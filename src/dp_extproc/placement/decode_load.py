@@ -28,6 +28,12 @@ _MOST_TPOT: Final = 1.0
 """Seconds; what an engine tells beyond is told wrong."""
 ODD_PACE: Final = 4.0
 """How many times faster or slower than usual a server may call itself."""
+_LIFETIME: Final = 3600.0
+"""Seconds that a sequence is given in any case ..."""
+_MOST_TOKENS: Final = 1 << 20
+"""... and as long as so many tokens take, or twice what the KV cache of its rank holds if that is known: no sequence
+has more. One that is older has ended, whatever became of the event."""
+_SWEEP_INTERVAL: Final = 60.0
 _MEMORY: Final = 200
 """Sequences, after which how long they lasted fades from the mean."""
 _KNOWN_AFTER: Final = 50
@@ -75,6 +81,8 @@ class DecodeGroup(StepGroup):
         self.usual_tpot = DEFAULT_TPOT
         """Of the servers of its pool and role."""
         self._told_tpot: float | None = None
+        self._swept = -math.inf
+        """When old sequences were looked for."""
         self._lasted = 0.0
         """Seconds from the first to the last token, as a mean ..."""
         self._ended = 0
@@ -107,6 +115,8 @@ class DecodeGroup(StepGroup):
 
     def refresh(self, now: float) -> None:
         """Let the running sequences grow."""
+        if now - self._swept >= _SWEEP_INTERVAL:
+            self._sweep(now)
         for rank in self.ranks:
             self._sum_up(rank.position, now)
         self.due = now + _GROWTH_INTERVAL if self.requests > 0 else math.inf
@@ -135,6 +145,16 @@ class DecodeGroup(StepGroup):
         self._first_tokens[position] += reservation.requests * reservation.first_token_at
         self._extra[position] -= reservation.to_compute
         self._sum_up(position, now)
+
+    def _sweep(self, now: float) -> None:
+        """Take off the books what is older than any sequence can be."""
+        self._swept = now
+        for rank in self.ranks:
+            known = rank.sample.capacity_tokens if rank.sample is not None else None
+            lifetime = max(_LIFETIME, self.tpot * (2 * known if known else _MOST_TOKENS))
+            for lost in [each for each in rank.open if now - each.since > lifetime]:
+                self.written_off += 1
+                lost.withdraw(now)
 
     def is_usual(self, tpot: float, slowness: float) -> None:
         """Note what is usual in its pool and role, and how the server compares."""
@@ -177,10 +197,10 @@ class DecodeGroup(StepGroup):
             self.due = now + _GROWTH_INTERVAL
         return DecodeReservation(rank, tokens, requests, now, to_compute)
 
-    def _close(self, reservation: Reservation, now: float, *, worked_off: bool) -> None:  # noqa: ARG002 - either way
+    def _close(self, reservation: Reservation, now: float, *, worked_off: bool) -> None:
         assert isinstance(reservation, DecodeReservation)  # noqa: S101 - made by _open
         position = reservation.rank.position
-        if reservation.first_token_at != math.inf:
+        if worked_off and reservation.first_token_at != math.inf:
             self._ended = min(self._ended + 1, _MEMORY)
             self._lasted += (now - reservation.first_token_at - self._lasted) / self._ended
         if not reservation.rank.open:  # exactly zero, whatever floating point made of the sums

@@ -22,6 +22,8 @@ _DEFAULT: Final = "lockstep/minimum_tokens"
 _AROUND: Final = (
     ("replicas", int, "of the router"),
     ("scrape_interval", float, "seconds between two readings of an engine"),
+    ("stale_after", float, "age in seconds from which a reading is stale (default: never)"),
+    ("mute", float, "share of the time in which an engine cannot be read, 20 seconds each time"),
     ("error_sigma", float, "error of prompt lengths as estimated: sigma of its logarithm"),
     ("bias", float, "factor of all estimates"),
     ("underrated", float, "share of the requests that are taken for a quarter of their length"),

@@ -1,5 +1,6 @@
 """What is simulated: how many servers, how large, how fast."""
 
+import math
 from dataclasses import dataclass, field
 
 from dp_extproc.engine.scheduler.costs import Costs
@@ -37,6 +38,10 @@ class Surroundings:
     handshake: float = 0.004
     """From the arrival of both legs until prefill may start, if decode has room."""
     scrape_interval: float = 1.0
+    stale_after: float = math.inf
+    """Age from which a reading is stale."""
+    mute: float = 0.0
+    """Share of its readings that an engine does not answer; it is silent for 20 seconds at a time."""
     replicas: int = 1
     """Of the router; requests go to any of them."""
     sync: float | None = None

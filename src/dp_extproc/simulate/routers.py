@@ -193,7 +193,7 @@ class _Replica:
         costs = fleet.costs
         self.fleet = FleetLoad(
             [endpoint for endpoints in self.endpoints.values() for endpoint in endpoints],
-            math.inf,
+            simulation.around.stale_after,
             StepCosts(costs.prefill_step / costs.prefill_token, costs.decode_request / costs.decode_token),
         )
         self._index = {

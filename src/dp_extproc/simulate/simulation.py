@@ -49,6 +49,7 @@ class Simulation:
         self.around = around
         self.trace = trace
         self.rng = Random(f"simulation {seed}")
+        self._seed = seed
         self.prefills = [
             PrefillServer(fleet, fleet.slow_prefill if index == 0 else 1.0, self.after, self._computed)
             for index in range(fleet.prefill)
@@ -206,9 +207,19 @@ class Simulation:
         pages = [(Role.PREFILL, index, server.page(gauges=gauges)) for index, server in enumerate(self.prefills)]
         pages += [(Role.DECODE, index, server.page(gauges=gauges)) for index, server in enumerate(self.decodes)]
         for role, index, page in pages:
+            if self._is_mute(role, index, now):
+                continue
             told = _lie(page, self.rng) if self.around.lying and now > 0 else page
             self._router.scraped(role, index, told, now, now)
         self.after(self.around.scrape_interval, self._scrape)
+
+    def _is_mute(self, role: Role, index: int, now: float) -> bool:
+        """Tell whether an engine cannot be read: by turns of 20 seconds, each engine for itself."""
+        turn = int(now / _MUTE_SECONDS)
+        return turn > 0 and Random(f"mute {self._seed} {role} {index} {turn}").random() < self.around.mute
+
+
+_MUTE_SECONDS = 20.0
 
 
 class EngineRanks:
