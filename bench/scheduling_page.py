@@ -18,6 +18,7 @@ OWN: Final = "engines' own"
 BOUND: Final = "clairvoyant"
 DEFAULT: Final = "lockstep/minimum_tokens"
 SCRAPED: Final = "random/minimum_tokens/scraped"
+NO_RANK: Final = "lockstep/none"
 
 ROBUST: Final = {
     "as-it-is": "everything as it should be",
@@ -29,11 +30,14 @@ ROBUST: Final = {
     "scrape-0.1s": "engines read every 100 ms",
     "scrape-10s": "every 10 s",
     "no-scrapes": "engines never tell their load",
+    "stale": "every reading is stale before the next one",
+    "mute": "engines cannot be read for 30 % of the time, 20 s at a time, and are stale then",
     "lying": "engines tell nonsense",
     "no-answers": "no event but the end of a request",
     "slow-prefill": "one prefill server at half its speed (24 requests/s)",
     "slow-decode": "one decode server at 0.6 of its speed",
     "direct": "30 % of the traffic passes the router by",
+    "aborts": "30 % of the clients leave when they have waited (0.5 s on average)",
 }
 
 Results = dict[str, dict[str, float]]
@@ -56,6 +60,11 @@ def gain(numbers: dict[str, float], measure: str = "ttft") -> str:
     """Show by how much a time is below the engines' own."""
     value = numbers.get(f"{measure}_gain")
     return "" if value is None else f"{value:.1f}"
+
+
+def lower_p99(numbers: dict[str, float], own: dict[str, float]) -> str:
+    """Show by how much the slowest requests are below the engines' own."""
+    return f"{100 * (1 - numbers['ttft_p99'] / own['ttft_p99']):.1f}" if numbers else ""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -138,14 +147,32 @@ def robustness() -> str | None:
     rows = []
     for name, text in ROBUST.items():
         if (results := only(f"robust-{name}")) is not None:
-            own, ours, scraped = results[OWN], results[DEFAULT], results[SCRAPED]
+            own, ours, none = results[OWN], results[DEFAULT], results.get(NO_RANK, {})
             rows.append(
-                [text, f"{own['ttft_mean']:,.0f}", gain(ours), gain(ours, "tpot"), gain(scraped), gain(results[BOUND])]
+                [
+                    text,
+                    f"{own['ttft_mean']:,.0f}",
+                    *(gain(ours), lower_p99(ours, own), gain(ours, "tpot")),
+                    *(gain(none), lower_p99(none, own), gain(none, "tpot")),
+                    gain(results[SCRAPED]),
+                    gain(results[BOUND]),
+                ]
             )
     if not rows:
         return None
     return table(
-        ["", "engines' own, ms", "default: TTFT, %", "TPOT, %", "`signal: scraped`: TTFT, %", "clairvoyant: TTFT, %"],
+        [
+            "",
+            "engines' own, ms",
+            "default: TTFT, %",
+            "p99, %",
+            "TPOT, %",
+            "`dp_rank: none`: TTFT, %",
+            "p99, %",
+            "TPOT, %",
+            "`signal: scraped`: TTFT, %",
+            "clairvoyant: TTFT, %",
+        ],
         rows,
     )
 

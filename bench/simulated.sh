@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 BIN=${BIN:-.venv/bin}
-SEEDS=${SEEDS:-10}
+SEEDS=${SEEDS:-5}
 OUT=docs/scheduling
 
 simulate() {  # NAME OPTIONS...
@@ -34,7 +34,7 @@ if [[ " ${ONLY:-robustness} " == *" robustness "* ]]; then
   robust() {
     local name=$1
     shift
-    simulate "robust-$name" --setting 4p2d8-agent --policy lockstep/minimum_tokens \
+    simulate "robust-$name" --setting 4p2d8-agent --policy lockstep/minimum_tokens --policy lockstep/none \
       --policy random/minimum_tokens/scraped "$@"
   }
   robust as-it-is
@@ -46,11 +46,14 @@ if [[ " ${ONLY:-robustness} " == *" robustness "* ]]; then
   robust scrape-0.1s --scrape-interval 0.1
   robust scrape-10s --scrape-interval 10
   robust no-scrapes --no-scrapes
+  robust stale --stale-after 0.5
+  robust mute --stale-after 5 --mute 0.3
   robust lying --lying
   robust no-answers --no-answers
   robust slow-prefill --slow-prefill 2 --rate 24
   robust slow-decode --slow-decode 1.67
   robust direct --direct-share 0.3
+  robust aborts --aborts 0.3
 fi
 
 "$BIN/python" bench/scheduling_page.py
