@@ -1,7 +1,7 @@
 """``carrier: headers``: ``x-override-*`` headers tell both legs everything, and bodies stay as they were sent."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +43,8 @@ FOREIGN = {"x-override-routed-dp-rank": "99", "x-override-priority": "7", "x-dp-
 """What a client may try; none of it reaches an engine."""
 OPTIONS = {
     "newest": ("--header-overrides",),
+    "engine picks": ("--header-overrides",),
+    "listeners": ("--header-overrides", "--rank-listeners"),
     "early": ("--header-overrides", "--sglang-version", "0.5.15"),
     "off": (),
     "old": ("--sglang-version", "0.5.11"),
@@ -55,7 +57,8 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
         engines = HostedEngines()
 
         def add(role: str, ranks: int, name: str) -> HostedEngine:
-            return engines.add("--role", role, "--dp-size", str(ranks), "--dp-attention", *OPTIONS[name], *FAST)
+            options = ("--role", role, "--dp-size", str(ranks), "--dp-attention", *OPTIONS[name], *FAST)
+            return engines.add(*options, listeners=ranks if name == "listeners" else 1)
 
         pools = {name: (add("prefill", PREFILL_RANKS, name), add("decode", DECODE_RANKS, name)) for name in OPTIONS}
         running.enter_context(engines)
@@ -63,8 +66,9 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
             {
                 "models": [name],
                 "carrier": "headers",
-                "prefill": {"endpoints": [prefill.url]},
-                "decode": {"endpoints": [decode.url]},
+                "prefill": {"endpoints": _endpoints(name, prefill, PREFILL_RANKS)},
+                "decode": {"endpoints": _endpoints(name, decode, DECODE_RANKS)},
+                **({"policy": {"dp_rank": "none"}} if name == "engine picks" else {}),
             }
             for name, (prefill, decode) in pools.items()
         ]
@@ -74,6 +78,12 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
         client = running.enter_context(httpx.Client(base_url=envoy.url, timeout=30, trust_env=False))
         service.wait_until_fresh()
         yield Fleet(pools, client, service)
+
+
+def _endpoints(name: str, engine: HostedEngine, ranks: int) -> list[Any]:
+    if name != "listeners":
+        return [engine.url]
+    return [{"url": f"http://127.0.0.1:{engine.port + rank}", "dp_rank": rank} for rank in range(ranks)]
 
 
 @pytest.mark.parametrize(
@@ -125,6 +135,29 @@ def test_bodies_say_it_elsewhere(fleet: Fleet, model: str, path: str, body: dict
     for leg in (prefill, decode):
         assert not [name for name in leg["headers"] if name.startswith("x-override-")]
         assert body_of(leg)["routed_dp_rank"] == leg["rank"]
+
+
+EVIL = {
+    "routed_dp_rank": 99,
+    "disagg_prefill_dp_rank": 99,
+    "data_parallel_rank": 99,
+    "bootstrap_host": "10.9.9.9",
+    "bootstrap_port": 9,
+    "bootstrap_room": 9,
+}
+"""What a client may say in its body."""
+
+
+@pytest.mark.parametrize("model", ["newest", "engine picks", "listeners"])
+@pytest.mark.parametrize("keys", [EVIL.keys(), {"routed_dp_rank"}, {"data_parallel_rank"}], ids=", ".join)
+def test_ranks_of_clients_do_not_get_through(fleet: Fleet, model: str, keys: Collection[str]) -> None:
+    """A body that would route itself is rewritten, also where no header would have said otherwise."""
+    legs = fleet.send(model, "/generate", {**GENERATE, **{key: EVIL[key] for key in keys}})
+
+    for leg in legs:
+        body = body_of(leg)
+        assert not [key for key in EVIL if body.get(key) == EVIL[key]]
+        assert (body.get("routed_dp_rank") == leg["rank"]) is (model == "newest")
 
 
 def test_engines_that_do_not_obey_are_said_once(fleet: Fleet) -> None:

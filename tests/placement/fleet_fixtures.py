@@ -84,6 +84,7 @@ class Fleet:
         seed: int = 1,
         sampled: bool = True,
         costs: StepCosts = DEFAULT_COSTS,
+        carrier: str = "body",
     ) -> None:
         self.clock = Clock()
         by_role = {Role.PREFILL: prefills, Role.DECODE: decodes, Role.WORKER: workers}
@@ -102,6 +103,7 @@ class Fleet:
         self.pool = PoolConfig.model_validate({
             "models": ["*"],
             "policy": policy or {},
+            "carrier": carrier,
             **{
                 key: {"endpoints": [endpoint.url for endpoint in self.endpoints if endpoint.role is role]}
                 for key, role in sections.items()

@@ -14,23 +14,22 @@ from dp_extproc.extproc import names
 from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.fleet.endpoint import Kind, Role
 from dp_extproc.fleet.recipe import RANK_HEADER
-from dp_extproc.fleet.server_info import DEFAULT_BOOTSTRAP_PORT
 from dp_extproc.placement.admission import Admission, is_too_long, largest_capacity
 from dp_extproc.placement.attempt import NOBODY, AttemptObserver
+from dp_extproc.placement.carriage import carry
 from dp_extproc.placement.decision import Answer, Circumstances, Decision, Metadata
 from dp_extproc.placement.demand import Demand
 from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.health import choose
 from dp_extproc.placement.ledger import Ledger
 from dp_extproc.placement.load import HostLoad
-from dp_extproc.placement.pair import Pair, Picker, Pins, Side
+from dp_extproc.placement.pair import Picker, Pins, Side
 from dp_extproc.placement.queue import Ticket, WaitingLine
 from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated
-from dp_extproc.request.overrides import override_headers
 from dp_extproc.request.path import ONE_MODEL, Api
 from dp_extproc.request.prefix import NO_PREFIX, prefix_of
 from dp_extproc.request.rejection import Reason, Rejection, Wait
-from dp_extproc.request.rewrite import Bootstrap, LegFields, rewrite_aggregated, rewrite_disaggregated
+from dp_extproc.request.rewrite import rewrite_aggregated
 
 _ANY_MODEL: Final = "*"
 _SHOWN_MODEL: Final = 200
@@ -238,28 +237,14 @@ class Dispatcher:
         batch = request.prompt.batch
         rooms = pair.draw_room(self._rng) if batch is None else [pair.draw_room(self._rng) for _ in range(batch)]
         leg = f"{self._rng.getrandbits(96):024x}"
-        meeting = _bootstrap(prefill.host, rooms)
-        fields = (
-            _leg_fields(prefill, prefill.told_rank, f"dp{leg}p"),
-            _leg_fields(decode, prefill.told_rank, f"dp{leg}d"),
-        )
-        body: bytes | None = None
-        if pool.carries_in_headers and _fits_headers(request, pair):
-            carried = override_headers(meeting, *fields)
-        else:
-            bodies = rewrite_disaggregated(request.body, batch, meeting, *fields)
-            body = bodies.decode
-            carried = (
-                (names.PREFILL_PREFIX, bodies.prefill_prefix),
-                (names.PREFIX_LENGTH, b"%d" % bodies.prefix_length),
-            )
+        carried = carry(request, pair, rooms, leg, in_headers=pool.carries_in_headers)
         attempt = self.ledger.open_pair(pair, demand, now, leg=leg, streaming=request.stream)
         prefill.host.health.sent(now)
         decode.host.health.sent(now)
         headers = (
             (names.DECODE_HOST, decode.host.address.encode()),
             (names.PREFILL_HOST, prefill.host.address.encode()),
-            *carried,
+            *carried.headers,
             (names.OWNER, self._owner),
             (names.LEG, leg.encode()),
             *(_WATCHED if request.stream and self._sees_first_events else ()),
@@ -270,7 +255,7 @@ class Dispatcher:
         if (prefill_rank := prefill.told_rank) is not None:
             metadata[names.META_PREFILL_RANK] = prefill_rank
         return Decision(
-            body, headers, metadata, attempt, streaming=request.stream, merges_logprobs=request.wants_logprobs
+            carried.body, headers, metadata, attempt, streaming=request.stream, merges_logprobs=request.wants_logprobs
         )
 
     def _make_wait(self, pool: _Pool, request: InferenceRequest, ticket: Ticket | None) -> Rejection | None:
@@ -352,26 +337,6 @@ class Dispatcher:
             return Rejection(400, Reason.CANNOT_CARRY_ROUTING, message)
         message = f"{api.value} needs a newer SGLang than the {role} servers of this model run ({versions})"
         return Rejection(400, Reason.ENGINE_TOO_OLD, message)
-
-
-def _bootstrap(prefill: HostLoad, rooms: int | list[int]) -> Bootstrap:
-    endpoint = prefill.endpoint
-    port = endpoint.bootstrap_port or prefill.facts.bootstrap_port or DEFAULT_BOOTSTRAP_PORT
-    return Bootstrap(endpoint.bootstrap_host or endpoint.host, port, rooms)
-
-
-def _fits_headers(request: InferenceRequest, pair: Pair) -> bool:
-    """Tell whether headers can say it all: they carry no lists, and cannot keep the prefill leg from streaming."""
-    apis = pair.prefill.host.capabilities.overrides_on & pair.decode.host.capabilities.overrides_on
-    return request.api in apis and request.prompt.batch is None and not request.stream
-
-
-def _leg_fields(side: Side, prefill_rank: int | None, request_id: str) -> LegFields:
-    return LegFields(
-        routed_rank=side.rank if side.routed else None,
-        prefill_rank=prefill_rank if side.host.capabilities.carries_prefill_rank else None,
-        request_id=request_id,
-    )
 
 
 def _metadata(pool: _Pool, request: InferenceRequest, decode: Side) -> Metadata:
