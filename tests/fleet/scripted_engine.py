@@ -2,13 +2,17 @@
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 Misbehaviour = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 Answer = bytes | int | Misbehaviour
 """A page, a status without one, or what to do with the connection once the request has been read."""
+
+
+_LENGTH: Final = re.compile(r"^content-length: (\d+)", re.IGNORECASE | re.MULTILINE)
 
 
 class ScriptedEngine:
@@ -57,6 +61,7 @@ class ScriptedEngine:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
                 path = head.split(" ")[1]
+                await reader.readexactly(int(next(iter(_LENGTH.findall(head)), "0")))
                 self.requests.append(path)
                 self.host_headers |= {
                     line.partition(":")[2].strip() for line in head.splitlines() if line.lower().startswith("host:")
@@ -79,6 +84,16 @@ def _response(answer: bytes | int) -> bytes:
 async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Never answer, until the client has gone."""
     await reader.read()
+
+
+def refuse(text: bytes) -> Misbehaviour:
+    """Answer 400 with a text."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 X\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(text), text))
+        await writer.drain()
+
+    return answer
 
 
 async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

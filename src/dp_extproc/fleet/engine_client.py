@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Final, TypeVar
@@ -107,18 +108,18 @@ class EngineClient:
         return await self._read("/get_server_info", read_server_info, seconds)  # before 0.5.6
 
     async def _with_overrides(self, facts: EngineFacts) -> EngineFacts:
-        """Find out whether ``x-override-*`` headers are obeyed, which no page tells.
+        """Find out whether ``x-override-*`` headers are obeyed, which no page tells; None if the answer does not tell.
 
         The request asks for a rank that no server has, so it is refused whichever of its two errors is seen first; from
         0.5.10 on nothing of it reaches a scheduler.
         """
         if facts.version is not None and facts.version < OVERRIDES_ON_GENERATE:
             return replace(facts, reads_overrides=False)
-        key = self._credentials.headers(self.endpoint.pool)
         headers = [*self._headers, (b"content-type", b"application/json"), (_PROBED.encode(), b"probe")]
-        headers += [(name.encode(), value) for name, value in key]
+        headers += [(name.encode(), value) for name, value in self._credentials.headers(self.endpoint.pool)]
         body = b'{"text":"probe","sampling_params":{"max_new_tokens":1},"routed_dp_rank":%d}' % _NO_RANK
-        try:
+        obeys = None
+        with suppress(OSError, TimeoutError, httpx.HTTPError):
             async with (
                 asyncio.timeout(self._settings.timeout * FACTS_PATIENCE),
                 self._client.stream(
@@ -130,10 +131,7 @@ class EngineClient:
                     text += chunk
                     if len(text) > _ERROR_BYTES:
                         break
-        except (OSError, TimeoutError, httpx.HTTPError) as error:
-            message = f"/generate did not answer a probe for {_PROBED}: {str(error) or type(error).__name__}"
-            raise ScrapeError(FailureKind.TIMEOUT, message) from None
-        obeys = response.status_code == httpx.codes.BAD_REQUEST and _PROBED.encode() in text
+                obeys = _obeys(response.status_code, bytes(text))
         return replace(facts, reads_overrides=obeys)
 
     async def _vllm_facts(self) -> EngineFacts:
@@ -213,6 +211,17 @@ class EngineClient:
             if len(page) > limit:
                 raise ScrapeError(FailureKind.TOO_LARGE, f"{path} is larger than load.max_page_bytes ({limit})")
         return bytes(page)
+
+
+def _obeys(status: int, text: bytes) -> bool | None:
+    """Tell by the answer to the probe whether its header was obeyed; whatever is no answer to it tells nothing."""
+    if status == httpx.codes.OK:
+        return False  # a header that is obeyed would have been refused
+    if status != httpx.codes.BAD_REQUEST:
+        return None
+    if _PROBED.encode() in text:
+        return True
+    return False if b"routed_dp_rank" in text else None
 
 
 def _explain(path: str, status: int, *, key_shown: bool) -> str:

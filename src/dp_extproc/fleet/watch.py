@@ -19,6 +19,8 @@ from dp_extproc.fleet.observer import FailureKind, FleetObserver, ScrapeFailure
 
 FACTS_EVERY: Final = 60.0
 """Seconds after which an engine is asked anew who it is, and its name looked up."""
+UNTOLD_EVERY: Final = 5.0
+"""Likewise, while it has not told whether it obeys ``x-override-*`` headers, which are needed."""
 PROMPT_TOKENS_EVERY: Final = 10.0
 """Seconds between looks at the count of prompt tokens, which stands on /metrics only."""
 
@@ -46,6 +48,7 @@ class EngineWatch:
         self._facts_failure: ScrapeFailure | None = None
         self._facts_due = _NOW
         self._prompt_tokens_due = _NOW
+        self._was_gone = False
 
     @property
     def source(self) -> LoadSource:
@@ -79,9 +82,10 @@ class EngineWatch:
         failure = None
         try:
             await self._engine.resolve()
-            facts = of_listener(await self._engine.facts(), self._endpoint)
+            facts = self._with_overrides(of_listener(await self._engine.facts(), self._endpoint))
         except ScrapeError as error:
             failure = error.failure
+            self._was_gone = self._was_gone or failure.kind in _GONE
             configured = configured_facts(self._endpoint)
             configured = None if configured is None else of_listener(configured, self._endpoint)
             if failure.kind in _AWAY or self._facts is not None or configured is None:
@@ -94,6 +98,18 @@ class EngineWatch:
         self._observer.discovered(self._endpoint, self._engine.address, facts, self._clock())
         return failure
 
+    def _with_overrides(self, facts: EngineFacts) -> EngineFacts:
+        """Hold on to what was known of ``x-override-*`` headers while an engine that was not gone does not tell."""
+        if not self._endpoint.needs_overrides:
+            return facts
+        if facts.reads_overrides is not None:
+            self._was_gone = False
+        elif self._facts is not None and not self._was_gone:
+            facts = replace(facts, reads_overrides=self._facts.reads_overrides)
+        if facts.reads_overrides is None:
+            self._facts_due = self._clock() + UNTOLD_EVERY
+        return facts
+
     async def _sample(self, facts: EngineFacts) -> ScrapeFailure | None:
         started = self._clock()
         try:
@@ -101,6 +117,7 @@ class EngineWatch:
             if self._source is LoadSource.LOADS:
                 page = await self._with_prompt_tokens(page, facts)
         except ScrapeError as error:
+            self._was_gone = self._was_gone or error.failure.kind in _GONE
             return error.failure
         self._observer.sampled(self._endpoint, without_foreign_ranks(page, facts), started, self._clock())
         return disagreement(self._endpoint, facts, page)

@@ -102,8 +102,10 @@ class FleetLoad:
         """Take in who an engine is. One that has become another (restarted, upgraded) starts with empty books."""
         self._capable.clear()  # the address may be another
         known = self.hosts.get(endpoint.url)
-        if known is not None and known.facts == facts:
+        if known is not None and replace(known.facts, reads_overrides=facts.reads_overrides) == facts:
             known.address = address
+            if known.facts != facts:  # the same engine, of which more is known
+                known.facts, known.capabilities = facts, capabilities(facts)
             return
         if known is not None:
             self._let_go(known)

@@ -1,0 +1,143 @@
+"""Whether an engine obeys ``x-override-*`` headers: it does, it does not, or that is not known."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from dp_extproc.config import LoadSettings
+from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
+from dp_extproc.fleet.engine_client import EngineClient, make_client
+from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
+from dp_extproc.fleet.watch import FACTS_EVERY, UNTOLD_EVERY, EngineWatch
+from dp_extproc.placement.fleet_load import FleetLoad
+from fleet.scripted_engine import Answer, ScriptedEngine, cut_off, hang, not_http, refuse, reset
+from placement.fleet_fixtures import Clock
+
+OBEYS = refuse(b'{"error":{"message":"invalid x-override-routed-dp-rank header \'probe\': invalid literal"}}')
+OBEYS_NOT = refuse(b'{"error":{"message":"routed_dp_rank=1000000 out of range [0, 4)"}}')
+SETTINGS = LoadSettings.model_validate({"timeout": "200ms"})
+INFO = {"version": "0.5.23", "dp_size": 4, "disaggregation_mode": "decode", "enable_dp_attention": True}
+LOADS = {"loads": [{"dp_rank": rank, "num_used_tokens": 0} for rank in range(4)]}
+
+UNKNOWN: dict[str, Answer] = {
+    "another refusal": refuse(b"something else"),
+    "no path": 404,
+    "the wrong key": 401,
+    "too busy": 503,
+    "an error": 500,
+    "no answer": hang,
+    "a cut connection": reset,
+    "half an answer": cut_off,
+    "another protocol": not_http,
+}
+
+
+class Seen:
+    """What an observer is told."""
+
+    def __init__(self) -> None:
+        self.facts: list[EngineFacts] = []
+        self.failures: list[ScrapeFailure] = []
+
+    def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:
+        self.facts.append(facts)
+
+    def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
+        """Nothing is made of it."""
+
+    def failed(self, endpoint: Endpoint, failure: ScrapeFailure, now: float) -> None:
+        self.failures.append(failure)
+
+
+async def told(
+    answers: Sequence[Answer | None], version: str = "0.5.23", pause: float = FACTS_EVERY
+) -> tuple[list[bool | None], list[FailureKind]]:
+    """Have an engine answer the probe so, one after the other; None is an engine that is away for a round.
+
+    Returns:
+        What was found each time, and what else went wrong.
+    """
+    async with ScriptedEngine() as engine, make_client() as client:
+        endpoint = Endpoint(engine.url, engine.host, engine.port, "m", Role.DECODE, needs_overrides=True)
+        seen, clock = Seen(), Clock()
+        watch = EngineWatch(EngineClient(endpoint, SETTINGS, client), SETTINGS.source, seen, clock)
+        for answer in answers:
+            if answer is None:
+                await engine.stop()
+            else:
+                engine.pages = {
+                    "/server_info": json.dumps({**INFO, "version": version}).encode(),
+                    "/v1/loads": json.dumps(LOADS).encode(),
+                    "/generate": answer,
+                }
+            await watch.round()
+            if answer is None:
+                await engine.start()
+            clock.now += pause
+        return [facts.reads_overrides for facts in seen.facts], [failure.kind for failure in seen.failures]
+
+
+@pytest.mark.parametrize(
+    ("answer", "version", "found"),
+    [
+        pytest.param(OBEYS, "0.5.23", True, id="the header is refused"),
+        pytest.param(OBEYS_NOT, "0.5.23", False, id="the body is refused"),
+        pytest.param(b"{}", "0.5.23", False, id="nothing is refused"),
+        pytest.param(hang, "0.5.14", False, id="a release that cannot"),
+    ],
+)
+def test_an_answer_that_tells(answer: Answer, version: str, found: bool) -> None:
+    """The engine's error says which of two mistakes it has seen."""
+    assert asyncio.run(told([answer], version)) == ([found], [])
+
+
+@pytest.mark.parametrize("answer", UNKNOWN.values(), ids=UNKNOWN)
+@pytest.mark.parametrize("before", [OBEYS, OBEYS_NOT], ids=["did obey", "did not obey"])
+def test_an_answer_that_does_not_tell(answer: Answer, before: Answer) -> None:
+    """What was known stays known, and /server_info counts all the same; at first nothing is known."""
+    known = before is OBEYS
+
+    assert asyncio.run(told([answer, before, answer, answer])) == ([None, known, known, known], [])
+
+
+def test_it_is_asked_again_soon() -> None:
+    """As long as it is not known; then once a minute."""
+    found, _ = asyncio.run(told([503, 503, OBEYS, OBEYS, OBEYS], pause=UNTOLD_EVERY))
+
+    assert found == [None, None, True]
+
+
+def test_an_engine_that_was_gone_may_obey_no_more() -> None:
+    """It may have been started otherwise: a header that it does not read would leave requests without a room."""
+    found, failures = asyncio.run(told([OBEYS, None, 503, OBEYS_NOT]))
+
+    assert found == [True, None, False]
+    assert set(failures) == {FailureKind.REFUSED}
+
+
+def test_the_books_stay() -> None:
+    """An engine of which more is known, or less, is the same one."""
+    endpoint = Endpoint("http://a:1", "a", 1, "m", Role.DECODE, needs_overrides=True)
+    facts = asyncio.run(_facts())
+    fleet = FleetLoad([endpoint], 5.0)
+    for reads in (None, True, None, False, True):
+        fleet.discovered(endpoint, "10.0.0.1:1", replace(facts, reads_overrides=reads), 1.0)
+        host = fleet.hosts[endpoint.url]
+        host.ranks[2].picks += 1
+        assert bool(host.capabilities.overrides_on) is (reads is True)
+        assert host.facts.reads_overrides is reads
+
+    assert fleet.hosts[endpoint.url].ranks[2].picks == 5
+    fleet.discovered(endpoint, "10.0.0.1:1", replace(facts, dp_ranks=8, reads_overrides=True), 2.0)
+    assert fleet.hosts[endpoint.url].ranks[2].picks == 0
+
+
+async def _facts() -> EngineFacts:
+    async with ScriptedEngine({"/server_info": json.dumps(INFO).encode()}) as engine, make_client() as client:
+        endpoint = Endpoint(engine.url, engine.host, engine.port, "m", Role.DECODE)
+        known = EngineClient(endpoint, SETTINGS, client)
+        await known.resolve()
+        return await known.facts()
