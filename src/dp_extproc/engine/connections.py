@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+import anyio.lowlevel
 import httpx
 
 _KEEPALIVE_SECONDS: Final = 3.0
@@ -38,6 +39,11 @@ class Clients:
             yield client
         finally:
             self._idle.append(client)
+
+    async def prepare(self) -> None:
+        """Make the first client, and load what it is made of: the first request should not have to wait for that."""
+        with self.one():
+            await anyio.lowlevel.checkpoint()
 
     async def close(self) -> None:
         for client in self._all:

@@ -72,6 +72,10 @@ class DecodeSide:
             if not tickets:
                 del self._rooms[key]
 
+    async def prepare(self) -> None:
+        """Get ready for the first leg."""
+        await self._clients.prepare()
+
     async def close(self) -> None:
         await self._clients.close()
 

@@ -9,8 +9,8 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from dp_extproc.engine.decode_side import DecodeSide
 from dp_extproc.engine.dispatch import Dispatcher, ServerKilledError
 from dp_extproc.engine.leg import Failure, Finished, Leg, RefusedError
 from dp_extproc.engine.pace import Pace
@@ -22,6 +22,9 @@ from dp_extproc.engine.scheduler.snapshot import RankHistory
 from dp_extproc.engine.scheduler.work import Output, Role, Stage, Work
 from dp_extproc.engine.settings import Settings
 from dp_extproc.engine.ticket import Ticket
+
+if TYPE_CHECKING:
+    from dp_extproc.engine.decode_side import DecodeSide
 
 _FIRST_STAGE = {Role.PREFILL: Stage.BOOTSTRAP, Role.DECODE: Stage.PREALLOC, Role.UNIFIED: Stage.WAITING}
 
@@ -62,7 +65,7 @@ class Engine:
             for rank in self.ranks
         ]
         self.prefill_side = PrefillSide(settings, self.end, self._wake)
-        self.decode_side = DecodeSide(settings, self.end, self._wake)
+        self.decode_side = _decode_side(settings, self.end, self._wake)
         self.stepping = [False] * len(self.groups)
         self._dispatcher = Dispatcher(settings)
         self._on_end = on_end
@@ -77,6 +80,8 @@ class Engine:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Run the schedulers' loops."""
+        if self.decode_side is not None:
+            await self.decode_side.prepare()
         loops = [asyncio.ensure_future(self._run(index)) for index in range(len(self.groups))]
         for loop in loops:
             loop.add_done_callback(self._crashed)
@@ -87,7 +92,8 @@ class Engine:
                 loop.cancel()
             for ticket in self._tickets.values():
                 ticket.stop_waiting()
-            await self.decode_side.close()
+            if self.decode_side is not None:
+                await self.decode_side.close()
 
     def submit(self, legs: Iterable[Leg], *, streaming: bool = False) -> list[Ticket]:
         """Give legs to their ranks.
@@ -138,7 +144,8 @@ class Engine:
             return
         del self._rids[ticket.leg.rid]
         self.prefill_side.forget(ticket)
-        self.decode_side.forget(ticket)
+        if self.decode_side is not None:
+            self.decode_side.forget(ticket)
         self._on_end(ticket)
         self._wake(rank.dp_rank)
 
@@ -169,7 +176,7 @@ class Engine:
         self.ranks[chosen].add(work, _FIRST_STAGE[self.settings.role])
         if self.settings.role is Role.PREFILL:
             self.prefill_side.arrive(ticket)
-        elif self.settings.role is Role.DECODE:
+        elif self.decode_side is not None:
             self.decode_side.arrive(ticket)
         self._wake(chosen)
         return ticket
@@ -201,8 +208,8 @@ class Engine:
         group, wake, pace = self.groups[index], self._wakes[index], Pace()
         while True:
             wake.clear()
-            for rank in group.ranks:
-                for work in rank.preallocate():
+            if self.decode_side is not None:
+                for work in [work for rank in group.ranks for work in rank.preallocate()]:
                     self.decode_side.allocated(self._tickets[work])
             step, outputs = group.begin(time.time())
             self._deliver(outputs)
@@ -255,3 +262,13 @@ class Engine:
 
     def _wake(self, dp_rank: int) -> None:
         self._wakes[0 if len(self.groups) == 1 else dp_rank].set()
+
+
+def _decode_side(
+    settings: Settings, end: Callable[[Ticket, Finished | Failure], None], wake: Callable[[int], None]
+) -> "DecodeSide | None":
+    if settings.role is not Role.DECODE:
+        return None
+    from dp_extproc.engine.decode_side import DecodeSide  # noqa: PLC0415 - HTTP clients are slow to import
+
+    return DecodeSide(settings, end, wake)

@@ -8,7 +8,6 @@ from dp_extproc.placement.dispatch import Dispatch
 from dp_extproc.sync.bus import Bus
 from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.peers import ForeignAttempt
-from dp_extproc.sync.redis_bus import RedisBus
 from dp_extproc.sync.replica import Replica
 from dp_extproc.sync.unix_bus import UnixBus
 
@@ -32,5 +31,7 @@ def join(
     if settings.directory is not None:
         bus = UnixBus(Path(settings.directory), outbox.replica)
     else:
+        from dp_extproc.sync.redis_bus import RedisBus  # noqa: PLC0415 - slow to import, and most have no Redis
+
         bus = RedisBus(settings.url.get_secret_value(), settings.channel, settings.silence)
     return Replica(outbox, bus, open_foreign, clock=clock, silence=settings.silence)

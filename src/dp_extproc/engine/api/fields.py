@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pydantic import BaseModel, ValidationError
+import msgspec
 
 from dp_extproc.engine.leg import Leg, RefusedError
 from dp_extproc.engine.release import Release
@@ -31,8 +31,8 @@ class InvalidTypeError(Exception):
     """The second check of ``/generate`` from 0.5.22 on (``api/v1/api_types.py``)."""
 
 
-class RoutingFields(BaseModel):
-    """Everything that decides where a request runs; types as in ``managers/io_struct.py``."""
+class RoutingFields(msgspec.Struct):
+    """Everything that decides where a request runs."""
 
     rid: list[str] | str | None = None
     bootstrap_host: list[str | None] | str | None = None
@@ -73,9 +73,11 @@ class Reader:
         """
         given = {name: _as_parsed_by_orjson(body[name]) for name in self.names() if name in body}
         try:
-            fields = RoutingFields.model_validate(given)
-        except ValidationError as error:
-            raise InvalidBodyError([_located(each) for each in error.errors(include_url=False)]) from None
+            fields = msgspec.convert(given, RoutingFields)
+        except msgspec.ValidationError:
+            from dp_extproc.engine.api.coercion import coerce  # noqa: PLC0415 - slow to import, seldom needed
+
+            fields = coerce(given)
         if self.path == "/generate" and self.release.strict_generate:
             for name, value in given.items():
                 _check_strictly(name, value)
@@ -163,15 +165,6 @@ def _as_parsed_by_orjson(value: Any) -> Any:
     return value
 
 
-def _located(error: Any) -> dict[str, Any]:
-    return {
-        "type": error["type"],
-        "loc": ("body", *error["loc"]),
-        "msg": error["msg"],
-        "input": error["input"],
-    }
-
-
 def _check_strictly(name: str, value: Any) -> None:
     if value is None or name in {"rid", "bootstrap_host"}:
         return
@@ -192,7 +185,7 @@ def _check_strictly(name: str, value: Any) -> None:
 
 
 def _override(fields: RoutingFields, headers: Mapping[str, str]) -> None:
-    for name in RoutingFields.model_fields:
+    for name in RoutingFields.__struct_fields__:
         header = f"x-override-{name.replace('_', '-')}"
         if name == "data_parallel_rank" or (text := headers.get(header)) is None:
             continue
