@@ -43,8 +43,8 @@ def impatient() -> Iterator[Pair]:
 
 @pytest.fixture(scope="module")
 def unified() -> Iterator[EngineProcess]:
-    """A server of its own."""
-    with EngineProcess("unified", 2, "--time-scale", "0.01") as engine:
+    """A server of its own, which computes a prompt in one step, however long."""
+    with EngineProcess("unified", 2, "--time-scale", "0.01", "--chunked-prefill-size", "-1") as engine:
         yield engine
 
 
