@@ -173,7 +173,8 @@ def loads(engine: EngineProcess) -> list[dict[str, Any]]:
 
 def test_prealloc_queue_holds_prefill_back() -> None:
     """While a decode rank has no KV room, prefill's legs wait in the bootstrap queue."""
-    with run_pair("0.5.23", "--max-total-tokens", "1000", "--timeout-waiting", "1000000") as pair:
+    patient = ("--timeout-waiting", "1000000", "--timeout-bootstrap", "1000000")
+    with run_pair("0.5.23", "--max-total-tokens", "1000", *patient) as pair:
         first = pair.meeting(pair.room(), text="x" * 3600)
         second = pair.meeting(pair.room(1), text="x" * 3600)
         on_decode = [pair.post(pair.decode, "/generate", **first, routed_dp_rank=0)]
