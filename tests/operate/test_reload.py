@@ -121,18 +121,19 @@ def test_a_configuration_that_cannot_be_applied_is_refused(tmp_path: Path) -> No
     path = tmp_path / "config.yaml"
     path.write_text(after)
     applied: list[str] = []
+    returned = asyncio.Event()
 
     def apply(_config: Config, text: str) -> None:
         applied.append(text)
         if text == after:
             raise KeyError("gone")
+        returned.set()
 
     async def story() -> dict[str, float]:
         reloader = Reloader(path, before, parse_config(before), apply)
         running = asyncio.create_task(reloader.run())
         reloader.ask()
-        while len(applied) < 2:
-            await asyncio.sleep(0)
+        await returned.wait()
         assert not running.done()
         running.cancel()
         return {sample.labels["outcome"]: sample.value for metric in reloader.collect() for sample in metric.samples}

@@ -354,7 +354,16 @@ class Exchange:
     def _decide(self, ticket: Ticket | None = None) -> _Replies:
         assert self._api is not None  # noqa: S101 - the state says so
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        circumstances = Circumstances(self._session, self.failed, ticket, self._subset, self.sees_answer)
+        before = self.wait
+        circumstances = Circumstances(
+            self._session,
+            self.failed,
+            ticket,
+            self._subset,
+            self.sees_answer,
+            read=None if before is None else before.read,
+            prefix=None if before is None else before.prefix,
+        )
         decision = self._decider.place(self._api, body, circumstances)
         if isinstance(decision, Rejection):
             if self.queues and decision.wait is not None:

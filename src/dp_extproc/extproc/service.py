@@ -175,8 +175,6 @@ class ExtProcService:
         finally:
             if (attempt := exchange.attempt) is not None:
                 attempt.end(self._clock())
-                if self._line is not None:
-                    self._line.call()
             if link is not None:
                 await self._close(link)
             if exchange.merge_problem is not None:

@@ -83,7 +83,7 @@ class Reloader:
             return
         try:
             self._apply(config, text)
-        except Exception:  # whatever it is: requests are served by the configuration before, as if it had been refused
+        except Exception:  # noqa: BLE001 - whatever it is, requests go on by the configuration before
             self._counts["refused"] += 1
             _log.exception("configuration: cannot be used, the one before stays in use")
             self._return()
@@ -96,7 +96,7 @@ class Reloader:
         """Go back to the configuration before, of which a part may be exchanged already."""
         try:
             self._apply(self._config, self._text)
-        except Exception:
+        except Exception:  # noqa: BLE001 - the process goes on, whatever is left of it
             _log.exception("configuration: a part of the one before is not in use; restart the service")
 
     def _read(self, text: str) -> Config:

@@ -17,7 +17,7 @@ from dp_extproc.operate.outside import read_api_keys
 from dp_extproc.operate.readiness import can_serve
 from dp_extproc.operate.sync_page import SyncMetrics, describe_sync
 from dp_extproc.operate.telemetry import Telemetry
-from dp_extproc.placement.attempt import NOBODY
+from dp_extproc.placement.attempt import NOBODY, nothing
 from dp_extproc.placement.dispatcher import Dispatcher
 from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.load import StepCosts
@@ -52,8 +52,9 @@ class Router:
         endpoints = endpoints_of(config)
         self._credentials = Credentials(read_api_keys(config).by_pool)
         costs = StepCosts(config.load.prefill_step_tokens, config.load.decode_request_tokens)
-        self._fleet = FleetLoad(endpoints, config.load.stale_after, costs, config.health)
         self._line = None if config.queue is None else WaitingLine(config.queue)
+        woken = nothing if self._line is None else self._line.call
+        self._fleet = FleetLoad(endpoints, config.load.stale_after, costs, config.health, woken)
         self.telemetry = Telemetry(self._fleet, clock)
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
         self._dispatcher = Dispatcher(

@@ -30,15 +30,16 @@ class Admission:
         if self.is_off:
             return True
         if rank is not None:
-            return self._fits(host.ranks[rank], tokens, requests)
-        return any(self._fits(each, tokens, requests) for each in host.candidate.ranks)
+            return self.fits(host.ranks[rank], tokens, requests)
+        return any(self.fits(each, tokens, requests) for each in host.candidate.ranks)
 
-    def _fits(self, rank: RankLoad, tokens: float, requests: float) -> bool:
+    def fits(self, rank: RankLoad, tokens: float, requests: float) -> bool:
+        """Tell whether this very rank takes a request."""
         if not rank.open and not rank.others_requests:
             return True  # whatever does not fit here fits nowhere
         settings, sample = self._settings, rank.sample
         load = rank.tokens + tokens
-        count = len(rank.open) + rank.others_requests + requests
+        count = rank.own_requests + rank.others_requests + requests
         if settings.max_tokens is not None and load > settings.max_tokens:
             return False
         if settings.max_requests is not None and count > settings.max_requests:

@@ -42,6 +42,10 @@ ERROR: Final = 400
 """From this status on an answer is an error."""
 
 
+def nothing() -> None:
+    """Do nothing."""
+
+
 class Attempt:
     """From the pick until the answer is over.
 
@@ -50,7 +54,7 @@ class Attempt:
     """
 
     __slots__ = (
-        "_decode", "_observer", "_on_prefill_answer", "_over", "_prefill", "_streaming", "decode_host",
+        "_decode", "_made_room", "_observer", "_on_prefill_answer", "_over", "_prefill", "_streaming", "decode_host",
         "first_byte_at", "leg", "number", "picked_at", "prefill_host", "prefill_status",
     )  # fmt: skip
 
@@ -67,6 +71,7 @@ class Attempt:
         streaming: bool = False,
         observer: AttemptObserver = NOBODY,
         on_prefill_answer: Callable[[int], None] | None = None,
+        made_room: Callable[[], None] = nothing,
     ) -> None:
         self.number = number
         self.leg = leg
@@ -83,6 +88,7 @@ class Attempt:
         """Whether the head of the answer may come before any of it is computed."""
         self._observer = observer
         self._on_prefill_answer = on_prefill_answer
+        self._made_room = made_room
         self._over = False
 
     def prefill_answered(self, status: int, now: float) -> None:
@@ -100,6 +106,7 @@ class Attempt:
                 reservation.release(now)
             for reservation in self._decode:
                 reservation.started(now)  # the KV cache is there, so decoding begins
+            self._made_room()
 
     def first_byte(self, status: int, now: float) -> None:
         """Note that the response headers have come from the server that answers the client."""
@@ -124,3 +131,4 @@ class Attempt:
                 reservation.withdraw(now)
             for reservation in self._decode:
                 reservation.release(now)
+            self._made_room()

@@ -55,6 +55,8 @@ class Reservation:
     def _settle(self, now: float, *, worked_off: bool) -> None:
         if self in self.rank.open:
             self.rank.open.discard(self)
+            # With nothing open the count is exactly zero, whatever floating point makes of shares.
+            self.rank.own_requests = self.rank.own_requests - self.requests if self.rank.open else 0.0
             self.rank.group.closed(self, now, worked_off=worked_off)
             self.until = min(self.until, now)
             self.rank.settled.append(self)
@@ -66,7 +68,10 @@ class Reservation:
 class RankLoad:
     """One DP rank of one server. Its numbers live in the lists of its group."""
 
-    __slots__ = ("group", "index", "open", "others_requests", "picks", "position", "sample", "sampled_at", "settled")
+    __slots__ = (
+        "group", "index", "open", "others_requests", "own_requests", "picks", "position", "sample", "sampled_at",
+        "settled",
+    )  # fmt: skip
 
     def __init__(self, index: int, group: "StepGroup", position: int) -> None:
         self.index = index
@@ -76,6 +81,8 @@ class RankLoad:
         """Its place in the lists of the group."""
         self.picks = 0
         self.others_requests = 0.0
+        self.own_requests = 0.0
+        """Sequences of all open reservations; a batch has many, and one whose rank the engine picks a share on each."""
         self.sample: RankSample | None = None
         self.sampled_at = -math.inf
         """When the engine took the sample, in our clock; never later than it really was."""
@@ -103,10 +110,6 @@ class RankLoad:
         return self.group.sent[self.position]
 
     @property
-    def own_requests(self) -> float:
-        return sum(reservation.requests for reservation in self.open)
-
-    @property
     def kept_requests(self) -> float:
         """Of ours that the next sample may show, at whatever moment it was taken."""
         return sum(reservation.requests for books in (self.open, self.settled) for reservation in books)
@@ -126,6 +129,7 @@ class RankLoad:
         reservation = self.group.opened(self, tokens, max(_LEAST, tokens - cached), requests, now, is_share=is_share)
         reservation.is_share = is_share
         self.open.add(reservation)
+        self.own_requests += requests
         self.group.sent[self.position] += tokens - cached
         self.group.reported[self.position] += tokens
         return reservation

@@ -4,6 +4,8 @@ from msgspec import Struct
 
 from dp_extproc.placement.attempt import Attempt
 from dp_extproc.placement.queue import Ticket
+from dp_extproc.request.body import InferenceRequest
+from dp_extproc.request.prefix import Prefix
 
 Metadata = dict[str, str | int]
 """Dynamic metadata of a request, by the names of :mod:`dp_extproc.extproc.names`."""
@@ -22,6 +24,10 @@ class Circumstances(Struct, frozen=True):
     """The endpoints among which a gateway allows to choose; None for all."""
     sees_answer: bool = True
     """Whether the body of the answer can be seen and changed."""
+    read: InferenceRequest | None = None
+    """What was read of its body before, of one that has waited ..."""
+    prefix: Prefix | None = None
+    """... and what its prompt begins with."""
 
 
 class Decision(Struct, frozen=True):

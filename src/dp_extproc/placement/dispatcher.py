@@ -1,6 +1,7 @@
 """From a request to a decision: which pool, which hosts, which ranks, which room, and the bodies that say so."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from random import Random
 from typing import Final
 from urllib.parse import unquote
@@ -15,7 +16,8 @@ from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.fleet.endpoint import Kind, Role
 from dp_extproc.fleet.recipe import RANK_HEADER
 from dp_extproc.placement.admission import Admission, is_too_long, largest_capacity
-from dp_extproc.placement.attempt import NOBODY, AttemptObserver
+from dp_extproc.placement.attempt import NOBODY, AttemptObserver, nothing
+from dp_extproc.placement.books import RankLoad
 from dp_extproc.placement.carriage import carry
 from dp_extproc.placement.decision import Answer, Circumstances, Decision, Metadata
 from dp_extproc.placement.demand import Demand
@@ -23,11 +25,11 @@ from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.health import choose
 from dp_extproc.placement.ledger import Ledger
 from dp_extproc.placement.load import HostLoad
-from dp_extproc.placement.pair import Picker, Pins, Side
+from dp_extproc.placement.pair import Pair, Picker, Pins, Side
 from dp_extproc.placement.queue import Ticket, WaitingLine
 from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated
 from dp_extproc.request.path import ONE_MODEL, Api
-from dp_extproc.request.prefix import NO_PREFIX, prefix_of
+from dp_extproc.request.prefix import NO_PREFIX, Prefix, prefix_of
 from dp_extproc.request.rejection import Reason, Rejection, Wait
 from dp_extproc.request.rewrite import rewrite_aggregated
 
@@ -87,7 +89,7 @@ class Dispatcher:
             credentials: What requests to engines have to show.
         """
         self._fleet = fleet
-        self.ledger = Ledger(fleet, observer)
+        self.ledger = Ledger(fleet, observer, made_room=nothing if line is None else line.call)
         self._owner = owner.encode()
         self._rng = rng
         self._clock = clock
@@ -115,7 +117,7 @@ class Dispatcher:
             body: The whole body.
             circumstances: What is known of it besides.
         """
-        request = read_body(api, body)
+        request = circumstances.read or read_body(api, body)
         if isinstance(request, Rejection):
             return request
         pool = self._resolve(request.model)
@@ -188,16 +190,16 @@ class Dispatcher:
         hosts = self._capable(pool, Role.WORKER, request.api, now, circumstances)
         if isinstance(hosts, Rejection):
             return hosts
-        demand = self._demand(pool, request, circumstances.session)
+        demand = self._demand(pool, request, circumstances)
         pin = request.routed_rank_pin if pool.honours_pins else None
         side = pool.picker.worker(hosts, demand, now, pin)
         if (too_long := self._refuse_too_long(side, hosts, request, demand)) is not None:
             return too_long
         if not self._has_room(side, demand):
-            roomy = self._roomy(hosts, demand)
-            if not roomy:
+            if roomy := self._roomy(hosts, demand):
+                side = pool.picker.worker(roomy, demand, now, pin, wanted=self._fits(demand))
+            if not self._has_room(side, demand):
                 return self._refuse_for_room(pool, Role.WORKER, hosts, request, demand)
-            side = pool.picker.worker(roomy, demand, now, pin)
         rank_key = side.host.capabilities.aggregated_rank_key(request.api)
         if not side.host.capabilities.takes_rank(request.api) and len(side.host.ranks) > 1:
             side = replace(side, rank=None)
@@ -222,17 +224,10 @@ class Dispatcher:
         decodes = self._capable(pool, Role.DECODE, request.api, now, circumstances)
         if isinstance(decodes, Rejection):
             return decodes
-        pins = Pins(request.prefill_rank_pin, request.routed_rank_pin) if pool.honours_pins else Pins()
-        demand = self._demand(pool, request, circumstances.session)
-        pair = pool.picker.pair(prefills, decodes, demand, now, pins)
-        for side, hosts in ((pair.prefill, prefills), (pair.decode, decodes)):
-            if (too_long := self._refuse_too_long(side, hosts, request, demand)) is not None:
-                return too_long
-        if not (self._has_room(pair.prefill, demand) and self._has_room(pair.decode, demand)):
-            for role, hosts in ((Role.PREFILL, prefills), (Role.DECODE, decodes)):
-                if not self._roomy(hosts, demand):
-                    return self._refuse_for_room(pool, role, hosts, request, demand)
-            pair = pool.picker.pair(self._roomy(prefills, demand), self._roomy(decodes, demand), demand, now, pins)
+        demand = self._demand(pool, request, circumstances)
+        pair = self._pick_pair(pool, request, demand, now, sides=(prefills, decodes))
+        if isinstance(pair, Rejection):
+            return pair
         prefill, decode = pair.prefill, pair.decode
         batch = request.prompt.batch
         rooms = pair.draw_room(self._rng) if batch is None else [pair.draw_room(self._rng) for _ in range(batch)]
@@ -258,15 +253,41 @@ class Dispatcher:
             carried.body, headers, metadata, attempt, streaming=request.stream, merges_logprobs=request.wants_logprobs
         )
 
+    def _pick_pair(
+        self,
+        pool: _Pool,
+        request: InferenceRequest,
+        demand: Demand,
+        now: float,
+        *,
+        sides: tuple[Sequence[HostLoad], Sequence[HostLoad]],
+    ) -> Pair | Rejection:
+        """Pick both sides, of the ranks that have room if the best ones have none."""
+        prefills, decodes = sides
+        pins = Pins(request.prefill_rank_pin, request.routed_rank_pin) if pool.honours_pins else Pins()
+        pair = pool.picker.pair(prefills, decodes, demand, now, pins)
+        for side, hosts in ((pair.prefill, prefills), (pair.decode, decodes)):
+            if (too_long := self._refuse_too_long(side, hosts, request, demand)) is not None:
+                return too_long
+        if not (self._has_room(pair.prefill, demand) and self._has_room(pair.decode, demand)):
+            roomy = self._roomy(prefills, demand), self._roomy(decodes, demand)
+            if all(roomy):
+                pair = pool.picker.pair(*roomy, demand, now, pins, wanted=self._fits(demand))
+            # No rank of decode may have room of those that one room can lead to together with prefill's.
+            for side, hosts in ((pair.prefill, prefills), (pair.decode, decodes)):
+                if not self._has_room(side, demand):
+                    return self._refuse_for_room(pool, side.host.endpoint.role, hosts, request, demand)
+        return pair
+
     def _make_wait(self, pool: _Pool, request: InferenceRequest, ticket: Ticket | None) -> Rejection | None:
         """Keep a request from overtaking those that wait already."""
         if self._line is None or not self._line.comes_after(pool.name, request.priority, ticket):
             return None
-        return self._no_room(pool, request, "other requests are waiting already")
+        return self._no_room(pool, request, None, "other requests are waiting already")
 
-    def _no_room(self, pool: _Pool, request: InferenceRequest, why: str) -> Rejection:
+    def _no_room(self, pool: _Pool, request: InferenceRequest, prefix: Prefix | None, why: str) -> Rejection:
         message = f"the servers for {pool.name} are full: {why}; try again later"
-        wait = Wait(pool.name, request.priority)
+        wait = Wait(pool.name, request.priority, request, prefix)
         return Rejection(429, Reason.OVER_CAPACITY, message, headers=_TRY_AGAIN, wait=wait)
 
     def _refuse_too_long(
@@ -288,22 +309,26 @@ class Dispatcher:
     def _has_room(self, side: Side, demand: Demand) -> bool:
         return self._admission.has_room(side.host, side.rank, demand.tokens, demand.requests)
 
+    def _fits(self, demand: Demand) -> Callable[[RankLoad], bool]:
+        return partial(self._admission.fits, tokens=demand.tokens, requests=demand.requests)
+
     def _roomy(self, hosts: Sequence[HostLoad], demand: Demand) -> list[HostLoad]:
         return [host for host in hosts if self._admission.has_room(host, None, demand.tokens, demand.requests)]
 
     def _refuse_for_room(
         self, pool: _Pool, role: Role, hosts: Sequence[HostLoad], request: InferenceRequest, demand: Demand
     ) -> Rejection:
-        return self._no_room(
-            pool, request, f"no rank of its {len(hosts)} {role} servers takes {demand.tokens:.0f} more tokens"
-        )
+        why = f"no rank of its {len(hosts)} {role} servers takes {demand.tokens:.0f} more tokens"
+        return self._no_room(pool, request, demand.prefix, why)
 
-    def _demand(self, pool: _Pool, request: InferenceRequest, session: str | None) -> Demand:
-        prompt = request.prompt
+    def _demand(self, pool: _Pool, request: InferenceRequest, circumstances: Circumstances) -> Demand:
+        prompt, session, prefix = request.prompt, circumstances.session, circumstances.prefix
+        if prefix is None:
+            prefix = prefix_of(request) if pool.config.policy.affinity.prefixes else NO_PREFIX
         return Demand(
             tokens=self._fleet.ratios[pool.name].estimate(prompt),
             requests=(prompt.batch or 1) * request.samples,
-            prefix=prefix_of(request) if pool.config.policy.affinity.prefixes else NO_PREFIX,
+            prefix=prefix,
             session=session[:_SESSION_KEPT] if session and pool.config.policy.affinity.sessions else None,
             text_bytes=prompt.text_bytes,
             known_tokens=prompt.tokens,

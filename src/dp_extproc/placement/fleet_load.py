@@ -1,7 +1,7 @@
 """The load cache: every endpoint that has been discovered, fed by what the scraper observes."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from dp_extproc.config.reliability import HealthSettings
@@ -10,6 +10,7 @@ from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.fleet.recipe import capabilities
 from dp_extproc.placement.affinity import PrefixIndex
+from dp_extproc.placement.attempt import nothing
 from dp_extproc.placement.books import RankLoad
 from dp_extproc.placement.health import Health
 from dp_extproc.placement.load import DEFAULT_COSTS, DEFAULT_HEALTH, Freshness, HostLoad, StepCosts, compare_pace
@@ -27,11 +28,22 @@ class FleetLoad:
         stale_after: float,
         costs: StepCosts = DEFAULT_COSTS,
         health: HealthSettings = DEFAULT_HEALTH,
+        made_room: Callable[[], None] = nothing,
     ) -> None:
+        """Begin with nobody known.
+
+        Args:
+            endpoints: As configured.
+            stale_after: Seconds after which a sample is old.
+            costs: Of steps.
+            health: When to eject a server.
+            made_room: Called when a server has told something by which a request may find room.
+        """
         self.endpoints = tuple(endpoints)
         self.stale_after = stale_after
         self._costs = costs
         self._health = health
+        self._made_room = made_room
         self.sick: set[Health] = set()
         """The records of those that are ejected or have to prove themselves."""
         self.hosts: dict[str, HostLoad] = {}
@@ -113,6 +125,7 @@ class FleetLoad:
             endpoint, address, facts, capabilities(facts), self._costs, health=Health(self._health, self.sick)
         )
         self._sort()
+        self._made_room()
 
     def _let_go(self, host: HostLoad) -> None:
         self.sick.discard(host.health)
@@ -152,6 +165,7 @@ class FleetLoad:
                 idle=host is not None and not host.own_requests,
                 strangers=host is not None and host.sees_strangers,
             )
+        self._made_room()
 
     def _compare_pace(self, pool: str, role: Role) -> None:
         """Compare servers once for as many pages as there are servers, which costs each page the same."""

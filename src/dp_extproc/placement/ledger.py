@@ -1,9 +1,10 @@
 """The one place where attempts come on the books: our own, and those that other replicas tell of."""
 
+from collections.abc import Callable
 from functools import partial
 from itertools import count
 
-from dp_extproc.placement.attempt import ERROR, NOBODY, Attempt, AttemptObserver
+from dp_extproc.placement.attempt import ERROR, NOBODY, Attempt, AttemptObserver, nothing
 from dp_extproc.placement.demand import Demand
 from dp_extproc.placement.dispatch import Dispatch
 from dp_extproc.placement.fleet_load import FleetLoad
@@ -14,15 +15,19 @@ from dp_extproc.placement.pair import Pair, Side
 class Ledger:
     """Opens attempts. What they hold stands in the load cache."""
 
-    def __init__(self, fleet: FleetLoad, observer: AttemptObserver = NOBODY) -> None:
+    def __init__(
+        self, fleet: FleetLoad, observer: AttemptObserver = NOBODY, made_room: Callable[[], None] = nothing
+    ) -> None:
         """Set up.
 
         Args:
             fleet: The load cache.
             observer: Told of our own attempts.
+            made_room: Called when something has left the books, whoever had sent it.
         """
         self._fleet = fleet
         self._observer = observer
+        self._made_room = made_room
         self._numbers = count(1)
 
     def open_pair(
@@ -50,6 +55,7 @@ class Ledger:
             streaming=streaming,
             observer=self._observer,
             on_prefill_answer=partial(self._prompt_done, prefill.host, demand),
+            made_room=self._made_room,
         )
         if self._observer is not NOBODY:
             self._observer.dispatched(attempt.number, _dispatch(decode, demand, prefill), now)
@@ -68,6 +74,7 @@ class Ledger:
             decode_host=side.host,
             observer=self._observer,
             on_prefill_answer=partial(self._prompt_done, side.host, demand),
+            made_room=self._made_room,
         )
         if self._observer is not NOBODY:
             self._observer.dispatched(attempt.number, _dispatch(side, demand), now)
@@ -87,7 +94,7 @@ class Ledger:
         ]
         done = None if computing is None else partial(self._prompt_done, computing.host, demand)
         # Streaming, as its replica tells when the prompt is computed.
-        return Attempt(0, at, *sides, streaming=True, on_prefill_answer=done)
+        return Attempt(0, at, *sides, streaming=True, on_prefill_answer=done, made_room=self._made_room)
 
     def _prompt_done(self, host: HostLoad, demand: Demand, status: int) -> None:
         """Learn from a prompt that was computed, whoever has sent it."""

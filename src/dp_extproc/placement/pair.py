@@ -1,6 +1,6 @@
 """The prefill and the decode side of an attempt, picked so that every engine version agrees on the ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Final
 
@@ -61,6 +61,9 @@ class Pins(Struct, frozen=True):
 
 NO_PINS: Final = Pins()
 
+Wanted = Callable[[RankLoad], bool]
+"""Tells whether a rank may be picked."""
+
 
 class Picker:
     """Picks the servers and ranks of one pool."""
@@ -86,6 +89,8 @@ class Picker:
         demand: Demand,
         now: float,
         pin: int | None = None,
+        *,
+        wanted: Wanted | None = None,
     ) -> Side:
         """Pick a server that does both prefill and decode, and its rank.
 
@@ -94,11 +99,12 @@ class Picker:
             demand: What the request asks for.
             now: For what changes with time alone.
             pin: A rank that the client asked for; passed over when no host has it.
+            wanted: Which ranks are picked from, if any host has one; None for all.
         """
         held = self._held(demand)
         near = self._policies[Role.WORKER].within_reach(hosts, held)
         chosen, rank = self._pick(
-            Role.WORKER, [host.candidate for host in near], demand.tokens, now, pin=pin, held=held
+            Role.WORKER, _only([host.candidate for host in near], wanted), demand.tokens, now, pin=pin, held=held
         )
         index = None if rank is None else rank.index
         return Side(chosen.host, index, routed=rank is not None, by_room=False, cached=_cached(rank, held))
@@ -110,6 +116,8 @@ class Picker:
         demand: Demand,
         now: float,
         pins: Pins = NO_PINS,
+        *,
+        wanted: Wanted | None = None,
     ) -> Pair:
         """Pick both sides of a disaggregated request.
 
@@ -119,9 +127,10 @@ class Picker:
             demand: What the request asks for.
             now: For what changes with time alone.
             pins: Ranks that the client asked for; passed over when no host has them.
+            wanted: Which ranks are picked from, on either side, if any host has one; None for all.
         """
-        prefill = self._prefill(prefills, demand.tokens, now, pins.prefill, self._held(demand))
-        return Pair(prefill, self._decode(decodes, demand.tokens, now, prefill.residue, pins.decode))
+        prefill = self._prefill(prefills, demand, now, pins.prefill, wanted)
+        return Pair(prefill, self._decode(decodes, demand.tokens, now, prefill.residue, pin=pins.decode, wanted=wanted))
 
     def _held(self, demand: Demand) -> Held[RankLoad]:
         if demand.prefix.blocks or demand.session is not None:
@@ -129,10 +138,12 @@ class Picker:
         return NOTHING_HELD
 
     def _prefill(
-        self, hosts: Sequence[HostLoad], tokens: float, now: float, pin: int | None, held: Held[RankLoad]
+        self, hosts: Sequence[HostLoad], demand: Demand, now: float, pin: int | None, wanted: Wanted | None
     ) -> Side:
+        held = self._held(demand)
         near = self._policies[Role.PREFILL].within_reach(hosts, held)
-        chosen, rank = self._pick(Role.PREFILL, [host.candidate for host in near], tokens, now, pin=pin, held=held)
+        candidates = _only([host.candidate for host in near], wanted)
+        chosen, rank = self._pick(Role.PREFILL, candidates, demand.tokens, now, pin=pin, held=held)
         host = chosen.host
         if rank is None and (host.facts.follows_rooms or host.facts.listener is not None):
             rank = self._rng.choice(chosen.ranks)
@@ -153,14 +164,17 @@ class Picker:
         tokens: float,
         now: float,
         prefill: tuple[int, int] | None,
+        *,
         pin: int | None,
+        wanted: Wanted | None,
     ) -> Side:
         near = self._policies[Role.DECODE].within_reach(hosts, NOTHING_HELD)
         by_room = RankControl.BY_ROOM
-        candidates = [
+        reachable = [
             _reachable(host, prefill) if host.capabilities.decode_control is by_room else host.candidate
             for host in near
         ]
+        candidates = _only(reachable, wanted)
         chosen, rank = self._pick(Role.DECODE, candidates, tokens, now, pin=pin)
         control = chosen.host.capabilities.decode_control
         if control is RankControl.BY_FIELD:
@@ -192,6 +206,13 @@ class Picker:
 
 def _cached(rank: RankLoad | None, held: Held[RankLoad]) -> float:
     return 0.0 if rank is None else held.by_slot.get(rank, held.elsewhere)
+
+
+def _only(candidates: Sequence[Candidate], wanted: Wanted | None) -> Sequence[Candidate]:
+    if wanted is None:
+        return candidates
+    left = [found for each in candidates if (found := each.only(wanted)) is not None]
+    return left or candidates
 
 
 def _reachable(host: HostLoad, prefill: tuple[int, int] | None) -> Candidate:

@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
+
+if TYPE_CHECKING:
+    from dp_extproc.request.body import InferenceRequest
+    from dp_extproc.request.prefix import Prefix
 
 REASON_HEADER: Final = "x-dp-extproc-reason"
 """Response header that carries the reason of a refusal."""
@@ -50,6 +54,10 @@ class Wait:
 
     pool: str
     priority: int
+    read: "InferenceRequest"
+    """What was read of its body, for the next try ..."""
+    prefix: "Prefix | None"
+    """... and what its prompt begins with, if that was asked already."""
 
 
 @dataclass(frozen=True, slots=True)
