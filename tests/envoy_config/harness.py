@@ -43,7 +43,7 @@ class Bench:
         return next(line for line in lines if line["leg"] == leg)
 
 
-def make_config(body_mode: BodyMode, ports: list[int], max_body_bytes: int = MAX_BODY_BYTES) -> Config:
+def make_config(body_mode: BodyMode, ports: list[int], **envoy: Any) -> Config:
     inference, admin, grpc_port = ports
     return Config.model_validate(
         {
@@ -51,8 +51,9 @@ def make_config(body_mode: BodyMode, ports: list[int], max_body_bytes: int = MAX
             "envoy": {
                 "inference": f"127.0.0.1:{inference}",
                 "admin": f"127.0.0.1:{admin}",
-                "max_body_bytes": max_body_bytes,
+                "max_body_bytes": MAX_BODY_BYTES,
                 "body_mode": body_mode,
+                **envoy,
             },
             "pools": [{"models": ["*"], "workers": {"endpoints": ["http://127.0.0.1:1"]}}],
         }

@@ -58,6 +58,9 @@ class Echo:
             return Rejection(400, Reason.INVALID_JSON, "as asked")
         return Decision(body, PLACED, {names.META_POOL: "p"}, None)
 
+    def lost(self, address: str) -> None:
+        raise NotImplementedError
+
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         return Decision(None, PLACED, {names.META_POOL: "p"}, None)
 

@@ -16,11 +16,12 @@ import pytest
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import ProcessingModeBodySendMode as Mode
 from envoy_data_plane.envoy.service.ext_proc.v3 import ProcessingRequest
 
+from dp_extproc.config.reliability import RetrySettings
 from dp_extproc.extproc import names
 from dp_extproc.extproc.chunks import CHUNK_BYTES
 from dp_extproc.fleet.endpoint import Role
 from dp_extproc.placement.decision import Answer, Decision
-from dp_extproc.request.rejection import Rejection
+from dp_extproc.request.rejection import Reason, Rejection
 from extproc.wire import (
     GET,
     POST,
@@ -455,6 +456,9 @@ class _Broken:
     def place(self, *_request: object, **_more: object) -> Decision | Rejection:
         raise RuntimeError("secret detail")
 
+    def lost(self, address: str) -> None:
+        raise NotImplementedError
+
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         raise RuntimeError("secret detail")
 
@@ -491,3 +495,30 @@ def test_decisions_are_told_to_the_metrics(server: Server) -> None:
     server.stream().ask(request_headers({**POST, ":path": "/nope"}, mode=BUFFERED))
 
     assert server.watcher.decisions == ["routed", "routed", "answered", "unknown_path"]
+
+
+class TestARepetitionThatNobodyWasAskedFor:
+    """Envoy itself repeats a request whose server was lost behind the head that is held here."""
+
+    AGAIN = request_headers({**POST, names.AVOID: "10.0.0.1:31001,10.0.0.1:32001,cut"}, mode=BUFFERED)
+
+    def test_it_is_counted(self, fleet: Fleet) -> None:
+        """As a failure of the server that answered, and as a retry."""
+        with run_server(fleet.dispatcher) as server:
+            stream = server.stream()
+            assert kind_of(stream.ask(self.AGAIN)) == "request_headers"
+            assert kind_of(stream.ask(request_body(BODY))) == "request_body"
+            stream.close()
+
+        assert server.watcher.failures == [(Role.DECODE, Reason.DECODE_FAILED, True)]
+        assert [fleet.host(role).health.is_doubtful for role in (Role.PREFILL, Role.DECODE)] == [False, True]
+
+    def test_it_is_refused_if_it_cannot_be_afforded(self, fleet: Fleet) -> None:
+        """In a storm it must not multiply the load, whoever asks for it."""
+        with run_server(fleet.dispatcher, retry=RetrySettings(burst=1, budget=0)) as server:
+            assert kind_of(server.stream().ask(self.AGAIN)) == "request_headers"
+            answer = server.stream().ask(self.AGAIN)
+
+        assert answer.immediate_response.status.code.value == 502
+        assert server.watcher.decisions == ["decode_failed"]
+        assert server.watcher.failures[1:] == [(Role.DECODE, Reason.DECODE_FAILED, False)]

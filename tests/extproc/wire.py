@@ -25,10 +25,11 @@ from envoy_data_plane.envoy.service.ext_proc.v3 import (
     ProtocolConfiguration,
 )
 
-from dp_extproc.config.reliability import Supervise, SupervisionSettings
+from dp_extproc.config.reliability import RetrySettings, Supervise, SupervisionSettings
 from dp_extproc.extproc.exchange import Decider, Exchange
 from dp_extproc.extproc.service import SERVICE_NAME, ExtProcService
 from dp_extproc.fleet.endpoint import Role
+from dp_extproc.placement.retries import RetryBudget
 from dp_extproc.request.rejection import Reason
 
 METHOD = f"/{SERVICE_NAME}/Process"
@@ -186,6 +187,7 @@ def run_server(
     decider: Decider,
     *,
     supervision: SupervisionSettings = UNSUPERVISED,
+    retry: RetrySettings | None = None,
     max_body: int = 40 << 20,
     hold_seconds: float = 60.0,
 ) -> Iterator[Server]:
@@ -200,6 +202,7 @@ def run_server(
             decider,
             watcher,
             supervision=supervision,
+            budget=None if retry is None else RetryBudget(retry),
             max_body=max_body,
             clock=loop.time,
             hold_seconds=hold_seconds,

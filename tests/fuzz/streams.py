@@ -42,7 +42,8 @@ _HEADERS = st.dictionaries(
         names.DECODE_HOST, "x-override-rid", "x-data-parallel-rank", ":status", "",
     ]),
     st.sampled_from([
-        "application/json", "gzip", "0", "12", "9" * 30, "-1", "10.0.0.1:31001,10.0.0.1:32001", ";,;", "é\r\n",
+        "application/json", "gzip", "0", "12", "9" * 30, "-1", "10.0.0.1:31001,10.0.0.1:32001", ";,;",
+        ",10.0.0.1:32001,cut", "é\r\n",
     ])
     | st.text(max_size=8),
     max_size=4,

@@ -3,7 +3,7 @@
 import pytest
 
 from dp_extproc.config.reliability import RetrySettings
-from dp_extproc.placement.retries import RetryBudget, read_failed, write_failed
+from dp_extproc.placement.retries import RetryBudget, read_cut, read_failed, write_failed
 
 
 def test_attempts_are_bounded() -> None:
@@ -46,6 +46,24 @@ def test_no_retries_at_all() -> None:
 def test_what_has_failed_is_read(header: str | None, expected: tuple[set[str], ...]) -> None:
     """Attempts by semicolons, their hosts by commas."""
     assert read_failed(header) == expected
+
+
+@pytest.mark.parametrize(
+    ("header", "lost"),
+    [
+        (None, None),
+        ("a:1,b:2", None),
+        ("a:1,b:2,cut", "b:2"),
+        ("-,b:2,cut", "b:2"),
+        ("a:1,b:2;c:3,d:4,cut", "d:4"),
+        ("a:1,b:2,cut;c:3,d:4", None),
+        (",,,", None),
+    ],
+)
+def test_who_was_lost_by_the_last_attempt(header: str | None, lost: str | None) -> None:
+    """Earlier ones were counted when the last one was placed, and the mark is no host."""
+    assert read_cut(header) == lost
+    assert not any("cut" in hosts for hosts in read_failed(header))
 
 
 def test_what_is_written_is_read() -> None:

@@ -87,6 +87,10 @@ class EnvoySettings(Section):
     inference: SocketAddress = socket_address("127.0.0.1:8080")
     admin: SocketAddress = socket_address("127.0.0.1:9901")
     max_body_bytes: Bytes = 64 << 20
+    headers_timeout: Seconds = 10.0
+    """How long a client may take to send a request's headers ..."""
+    upload_timeout: Seconds = 60.0
+    """... and all of it. How long the answer takes does not count."""
     body_mode: BodyMode = Field(default=BodyMode.BUFFERED, strict=False)
     service: Annotated[str, AfterValidator(_host_and_port)] | None = None
     """``host:port`` under which Envoy finds the service; by default ``listen.grpc``."""

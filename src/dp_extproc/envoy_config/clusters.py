@@ -1,6 +1,5 @@
 """Where Envoy sends things: the service, the engines (named by header), and its own internal listeners."""
 
-import ipaddress
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
@@ -51,6 +50,7 @@ from dp_extproc.envoy_config.external_processing import see_first_event
 from dp_extproc.envoy_config.failed_hosts import remember_failed_hosts
 from dp_extproc.envoy_config.headers import last_upstream_filter, strip_router_headers
 from dp_extproc.envoy_config.limits import UNLIMITED, buffer_bytes
+from dp_extproc.envoy_config.service_addresses import is_named, may_be_several, services_of
 from dp_extproc.envoy_config.tls import speak_tls
 from dp_extproc.extproc.names import DECODE_HOST, OWNER, PREFILL_HOST
 
@@ -68,7 +68,7 @@ _READINESS_CHECK: Final = HealthCheck(
     healthy_threshold=1,
     grpc_health_check=HealthCheckGrpcHealthCheck(),
 )
-"""Which of several services gets the requests: one that hangs is left after two seconds, one that stops at once."""
+"""Which of several services gets the requests: one that hangs is left after two seconds, one that stops within one."""
 
 _DEAD_PROCESS: Final = OutlierDetection(
     split_external_local_origin_errors=True,
@@ -99,8 +99,8 @@ def build_clusters(config: Config) -> list[Cluster]:
 def _service(config: Config, buffer: int) -> Cluster:
     """Build the cluster of the service: its workers in turn; and the next service once none of them is healthy."""
     workers = config.listen.workers
-    services = [_service_address(config), *map(_split, config.envoy.standby)]
-    named = any(not _is_ip(host) for host, _ in services)
+    services = services_of(config)
+    named = is_named(config)
     cluster = Cluster(
         name=SERVICE,
         type=ClusterDiscoveryType.STRICT_DNS if named else ClusterDiscoveryType.STATIC,
@@ -120,9 +120,8 @@ def _service(config: Config, buffer: int) -> Cluster:
         typed_extension_protocol_options={_HTTP_OPTIONS: Any.pack(_grpc())},
         transport_socket=speak_tls(config.envoy.service_tls),
     )
-    if workers > 1 or config.envoy.standby:
+    if may_be_several(config):
         cluster.health_checks = [_READINESS_CHECK]
-    if workers > 1:
         cluster.outlier_detection = _DEAD_PROCESS
         # If all are unhealthy one of them is asked nevertheless: it knows what is wrong. By default half would do.
         cluster.common_lb_config = ClusterCommonLbConfig(
@@ -134,28 +133,6 @@ def _service(config: Config, buffer: int) -> Cluster:
 
 def _socket_address(host: str, port: int) -> Address:
     return Address(socket_address=SocketAddress(address=host, port_value=port))
-
-
-def _service_address(config: Config) -> tuple[str, int]:
-    if config.envoy.service is not None:
-        return _split(config.envoy.service)
-    listen = config.listen.grpc
-    if listen.is_wildcard:
-        return ("::1" if ":" in listen.host else "127.0.0.1"), listen.port
-    return listen.host, listen.port
-
-
-def _split(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def _is_ip(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _by_header(

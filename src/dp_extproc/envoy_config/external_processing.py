@@ -36,6 +36,7 @@ from envoy_data_plane.google.protobuf import Any
 
 from dp_extproc.config import BodyMode, Config, Supervise
 from dp_extproc.envoy_config.cluster_names import SERVICE, SERVICE_OWNER
+from dp_extproc.envoy_config.service_addresses import may_be_several
 from dp_extproc.extproc.names import (
     FIRST_EVENT,
     LEG,
@@ -65,7 +66,7 @@ def place_requests(config: Config) -> HttpFilter:
     supervision = config.supervision
     return _filter(
         ExternalProcessor(
-            grpc_service=_to_any_worker(config.listen.workers),
+            grpc_service=_to_any_process(several=may_be_several(config)),
             failure_mode_allow=True,
             processing_mode=ProcessingMode(
                 request_header_mode=_SEND,
@@ -167,9 +168,9 @@ def _nothing() -> ProcessingMode:
     )
 
 
-def _to_any_worker(workers: int) -> GrpcService:
+def _to_any_process(*, several: bool) -> GrpcService:
     service = GrpcService(envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=SERVICE))
-    if workers > 1:  # one that has died is passed over until Envoy leaves it out
+    if several:  # one that has died is passed over until Envoy leaves it out
         service.retry_policy = RetryPolicy(
             retry_on="connect-failure",
             num_retries=1,

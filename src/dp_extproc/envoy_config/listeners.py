@@ -49,6 +49,8 @@ def build_listeners(config: Config) -> list[Listener]:
         route_config=to_dispatch(config.retry),
         http_filters=[_router()],
         stream_idle_timeout=_NO_TIMEOUT,
+        request_headers_timeout=timedelta(seconds=settings.headers_timeout),
+        request_timeout=timedelta(seconds=settings.upload_timeout),
         delayed_close_timeout=_CLOSE_DELAY,
         use_remote_address=True,
         early_header_mutation_extensions=[strip_client_headers(settings.session_header)],

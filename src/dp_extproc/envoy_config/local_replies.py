@@ -36,6 +36,7 @@ from dp_extproc.extproc.names import (
     METADATA_NAMESPACE,
     RETRY,
 )
+from dp_extproc.placement.retries import CUT
 
 _UPSTREAM_FAILED: Final = ["UF", "UC", "UR", "UH", "UO", "UT", "UPE", "LR"]
 """Response flags of a connection that could not be made, spoke no HTTP, or did not last until the response headers."""
@@ -58,7 +59,7 @@ def build_local_replies(max_body_bytes: int, *, retries: bool = False) -> LocalR
     Args:
         max_body_bytes: To be told to whom sends more.
         retries: Whether the front door is to repeat what was lost while its head was still held here. No filter is
-            asked about such an answer, so the service cannot say so.
+            asked about such an answer, so the service cannot say so; it counts it when the request comes again.
 
     An ``ImmediateResponse`` of the service is a local reply, too. It is told apart by the reason that the service
     sets as dynamic metadata in the same message, and passes as it is.
@@ -108,7 +109,7 @@ def build_local_replies(max_body_bytes: int, *, retries: bool = False) -> LocalR
 
 def _lost_while_held() -> _Reply:
     lost = ExpressionFilter(expression='response.code_details.startsWith("upstream_reset_after_response_started")')
-    hosts = (f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{key})%" for key in (META_PREFILL_HOST, META_DECODE_HOST))
+    hosts = tuple(f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{key})%" for key in (META_PREFILL_HOST, META_DECODE_HOST))
     return _Reply(
         AccessLogFilter(
             extension_filter=ExtensionFilter(
@@ -118,7 +119,7 @@ def _lost_while_held() -> _Reply:
         "The server was lost before its answer had begun: %RESPONSE_CODE_DETAILS%",
         "server_error",
         "upstream_failed",
-        {RETRY: "1", FAILED: ",".join(hosts)},
+        {RETRY: "1", FAILED: ",".join((*hosts, CUT))},
     )
 
 

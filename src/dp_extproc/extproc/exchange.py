@@ -37,7 +37,7 @@ from dp_extproc.extproc.precheck import NO_BODY, refuse_by_headers, too_large
 from dp_extproc.placement.attempt import Attempt
 from dp_extproc.placement.decision import Answer, Circumstances, Decision
 from dp_extproc.placement.queue import Ticket
-from dp_extproc.placement.retries import read_failed
+from dp_extproc.placement.retries import read_cut, read_failed
 from dp_extproc.request.path import Api, Lookup, read_path
 from dp_extproc.request.rejection import REASON_HEADER, Reason, Rejection, Wait
 from dp_extproc.response.logprobs import Merger, make_merger
@@ -64,6 +64,10 @@ class Decider(Protocol):
 
     def models(self, path: str) -> Answer | Rejection:
         """Answer a question for the models."""
+        ...
+
+    def lost(self, address: str) -> None:
+        """Take note that the server at this address has dropped a request."""
         ...
 
 
@@ -103,6 +107,7 @@ class Exchange:
         "_state",
         "_subset",
         "_trailers",
+        "cut",
         "decision",
         "failed",
         "holds",
@@ -154,6 +159,8 @@ class Exchange:
         self._merger: Merger | None = None
         self.failed: tuple[frozenset[str], ...] = ()
         """Hosts of each earlier attempt of the request."""
+        self.cut: str | None = None
+        """The server that the last one of them has lost, if that was not counted yet."""
         self.decision: Decision | None = None
         """Where the request goes, once it was placed."""
         self.status: int | None = None
@@ -241,6 +248,13 @@ class Exchange:
         assert self._refused is not None  # noqa: S101 - else it would not wait
         return self._refuse(self._refused) if self._state is _State.WAITING else ()
 
+    def refuse_another_attempt(self) -> _Replies:
+        """Refuse the request that has come again, before its body is here."""
+        if self._state is not _State.BODY:
+            return ()
+        message = "the decode server's connection was cut before its answer had begun, and there is no other attempt"
+        return self._refuse(Rejection(502, Reason.DECODE_FAILED, message))
+
     def let_go(self, headers: tuple[tuple[str, bytes], ...] = ()) -> _Replies:
         """Let the response go to the client, with these headers besides its own."""
         state = self._state
@@ -297,7 +311,7 @@ class Exchange:
         if self._picks:  # Envoy lets nobody remove its own
             self._foreign = tuple(name for name in self._foreign if not name.startswith("x-envoy-"))
         self._session = headers.get(names.SESSION)
-        self.failed = read_failed(headers.get(names.AVOID))
+        self.failed, self.cut = read_failed(headers.get(names.AVOID)), read_cut(headers.get(names.AVOID))
         refusal = refuse_by_headers(headers, self._max_body)
         if self._picks and (not isinstance(asked, Api) or (refusal is not None and refusal.status == _UNSUPPORTED)):
             return self._pass_on()  # the gateway has decided that it is a request for these servers

@@ -28,9 +28,11 @@ from dp_extproc.extproc.exchange import Decider, Exchange, ProtocolViolationErro
 from dp_extproc.extproc.first_event import FirstEvent
 from dp_extproc.extproc.link import Link, Writer
 from dp_extproc.extproc.supervision import Say, Stream, Supervision, SupervisionObserver
+from dp_extproc.fleet.endpoint import Role
 from dp_extproc.placement.attempt import Attempt
 from dp_extproc.placement.queue import WaitingLine
 from dp_extproc.placement.retries import RetryBudget
+from dp_extproc.request.rejection import Reason
 
 SERVICE_NAME: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 
@@ -185,6 +187,8 @@ class ExtProcService:
         if link is not None and exchange.awaits_prefill_text and isinstance(event, ResponseBody):
             exchange.merge_with(await link.prefill_text.wait())
         replies = self._advance(exchange, event, exchange.receive)
+        if exchange.cut is not None and isinstance(event, RequestHeaders):
+            replies = self._note_cut(exchange, exchange.cut, event) or replies
         return await self._wait_for_room(exchange, event) if exchange.is_waiting else replies
 
     def _advance(
@@ -204,6 +208,13 @@ class ExtProcService:
         if undecided and exchange.is_decided and not isinstance(event, ResponseHeaders):
             self._observer.decided(exchange, self._clock() - began)
         return replies
+
+    def _note_cut(self, exchange: Exchange, address: str, event: Event) -> tuple[Reply, ...]:
+        """Count what Envoy has repeated by itself, and refuse the repetition if it cannot be afforded."""
+        self._decider.lost(address)
+        retried = self._budget.spend(len(exchange.failed))
+        self._observer.leg_failed(Role.DECODE, Reason.DECODE_FAILED, retried=retried)
+        return () if retried else self._advance(exchange, event, lambda _: exchange.refuse_another_attempt())
 
     async def _wait_for_room(self, exchange: Exchange, event: Event) -> tuple[Reply, ...]:
         """Keep a request in the line until it is placed, or has waited too long."""

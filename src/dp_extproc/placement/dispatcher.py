@@ -158,6 +158,12 @@ class Dispatcher:
                 return Answer(msgspec.json.encode(card))
         return self._unknown_model(wanted)
 
+    def lost(self, address: str) -> None:
+        """Take note that the server at this address has dropped a request."""
+        for host in self._fleet.hosts.values():
+            if host.address == address:
+                host.health.failed(self._clock())
+
     def known_models(self) -> list[str]:
         """Name every model that can be asked for: the configured ones, and what the engines of "*" pools serve."""
         known: dict[str, None] = {}

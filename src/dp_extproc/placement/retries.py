@@ -12,6 +12,10 @@ _MOST_READ: Final = 16
 """Attempts; more than may be configured."""
 
 
+CUT: Final = "cut"
+"""Third item of an attempt that Envoy has repeated by itself, as the answering server was lost behind its head."""
+
+
 class RetryBudget:
     """Bounds retries against storms: each request adds a part of one, each retry takes one."""
 
@@ -41,7 +45,13 @@ def read_failed(header: str | None) -> tuple[frozenset[str], ...]:
     """Read which hosts each earlier attempt was sent to."""
     if not header:
         return ()
-    return tuple(frozenset(attempt.split(",")) for attempt in header.split(";", _MOST_READ)[:_MOST_READ])
+    return tuple(frozenset(attempt.split(",")) - {CUT} for attempt in header.split(";", _MOST_READ)[:_MOST_READ])
+
+
+def read_cut(header: str | None) -> str | None:
+    """Read which server the last attempt has lost, if nobody has counted that yet: Envoy asks nobody about it."""
+    hosts = (header or "").rpartition(";")[2].split(",")
+    return hosts[1] if len(hosts) > 2 and hosts[2] == CUT else None
 
 
 def write_failed(*hosts: str) -> bytes:
