@@ -16,6 +16,7 @@ import asyncio
 import json
 import os
 import random
+import secrets
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -107,6 +109,7 @@ def _service(supervise: Supervise) -> ExtProcService:
         fleet,
         owner="127.0.0.1:9002",
         rng=random.Random(1),
+        draw_token=partial(secrets.token_hex, 12),
         clock=clock,
         sees_first_events=supervise is Supervise.ANSWERS,
     )

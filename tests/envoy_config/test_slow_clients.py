@@ -17,7 +17,7 @@ from envoy_config.scripted_service import run_service
 BEGUN = {
     "headers": b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n",
     "body": b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{",
-    "chunks": b'POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n',
+    "chunks": b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n",
 }
 
 

@@ -18,7 +18,7 @@ from dp_extproc.fleet.endpoint import Role
 from dp_extproc.placement.dispatcher import Dispatcher
 from dp_extproc.placement.queue import WaitingLine
 from extproc.wire import Watcher
-from placement.fleet_fixtures import Fleet, make_facts
+from placement.fleet_fixtures import Fleet, make_facts, make_tokens
 
 MAX_BODY: Final = 2000
 REQUESTS: Final = 3
@@ -235,7 +235,14 @@ class Stage:
         fleet = Fleet(prefills=[make_facts(Role.PREFILL)] * 2, decodes=[make_facts(Role.DECODE)] * 2)
         line = WaitingLine(QueueSettings.model_validate({"max_wait": "1s", "max_depth": 2}))
         dispatcher = Dispatcher(
-            [fleet.pool], fleet.load, owner="127.0.0.1:1", rng=Random(1), clock=clock, line=line, sees_first_events=True
+            [fleet.pool],
+            fleet.load,
+            owner="127.0.0.1:1",
+            rng=Random(1),
+            draw_token=make_tokens(),
+            clock=clock,
+            line=line,
+            sees_first_events=True,
         )
         service = ExtProcService(
             dispatcher, Watcher(), supervision=supervision, line=line, max_body=MAX_BODY, clock=clock

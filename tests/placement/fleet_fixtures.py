@@ -1,6 +1,7 @@
 """A fleet as the scraper would have told of it, without any engine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import count
 from random import Random
 from typing import Any
 
@@ -21,6 +22,12 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def make_tokens() -> Callable[[], str]:
+    """Give different tokens, though anybody could guess them."""
+    numbers = count(1)
+    return lambda: f"token-{next(numbers)}"
 
 
 def make_facts(
@@ -110,7 +117,14 @@ class Fleet:
                 if by_role[role]
             },
         })  # fmt: skip
-        self.dispatcher = Dispatcher([self.pool], self.load, owner="127.0.0.1:9002", rng=Random(seed), clock=self.clock)
+        self.dispatcher = Dispatcher(
+            [self.pool],
+            self.load,
+            owner="127.0.0.1:9002",
+            rng=Random(seed),
+            draw_token=make_tokens(),
+            clock=self.clock,
+        )
 
     def sample(self, endpoint: Endpoint, tokens: Sequence[int], age: float | None = 0.0) -> None:
         self.load.sampled(endpoint, LoadPage(samples(tokens, age)), self.clock(), self.clock())

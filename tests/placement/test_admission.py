@@ -19,7 +19,7 @@ from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.queue import WaitingLine
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
-from placement.fleet_fixtures import Fleet, make_endpoint, make_facts
+from placement.fleet_fixtures import Fleet, make_endpoint, make_facts, make_tokens
 
 CAPACITY, RUNNING = 1000, 2
 
@@ -45,6 +45,7 @@ class Small:
             self.fleet.load,
             owner="127.0.0.1:9002",
             rng=Random(1),
+            draw_token=make_tokens(),
             clock=self.fleet.clock,
             admission=settings,
             line=line,

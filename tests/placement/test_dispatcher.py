@@ -48,7 +48,7 @@ def test_both_legs_field_by_field() -> None:
     decision = place(fleet, {**CHAT, "stream_options": {"include_usage": True}, "max_tokens": 5})
     prefill, decode = legs(decision)
     room = decode["bootstrap_room"]
-    leg = dict(decision.headers)[names.LEG].decode()
+    request_id = decode["rid"].removesuffix("d")
     shared = {
         "disagg_prefill_dp_rank": 3,
         "bootstrap_host": "10.0.0.1",
@@ -59,10 +59,10 @@ def test_both_legs_field_by_field() -> None:
         "max_tokens": 5,
     }
 
-    assert prefill == {"routed_dp_rank": 3, "rid": f"dp{leg}p", "stream": False, **shared}
+    assert prefill == {"routed_dp_rank": 3, "rid": f"{request_id}p", "stream": False, **shared}
     assert decode == {
         "routed_dp_rank": 5,
-        "rid": f"dp{leg}d",
+        "rid": f"{request_id}d",
         "stream": True,
         "stream_options": {"include_usage": True},
         **shared,
@@ -441,3 +441,17 @@ class TestLookups:
         assert isinstance(unknown, Rejection)
         assert unknown.status == 404
         assert "served" in unknown.message
+
+
+def test_what_clients_see_does_not_tell_the_token_of_a_leg() -> None:
+    """SGLang gives request ids back as ids of answers; the token is drawn elsewhere, and new for each attempt."""
+    fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
+    decisions = [fleet.dispatcher.place(Api.GENERATE, b'{"text":"x"}') for _ in range(2)]
+    placed = [each for each in decisions if isinstance(each, Decision)]
+    tokens = [dict(each.headers)[names.LEG] for each in placed]
+
+    assert tokens == [b"token-1", b"token-2"]
+    for token, each in zip(tokens, placed, strict=True):
+        assert each.body is not None
+        assert token not in each.body
+        assert token not in dict(each.headers)[names.PREFILL_PREFIX]

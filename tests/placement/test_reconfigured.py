@@ -12,7 +12,7 @@ from dp_extproc.request.body import InferenceRequest, read_body
 from dp_extproc.request.path import Api
 from dp_extproc.request.prefix import prefix_of
 from dp_extproc.request.rejection import Rejection
-from placement.fleet_fixtures import Fleet, address_of, make_endpoint, make_facts
+from placement.fleet_fixtures import Fleet, address_of, make_endpoint, make_facts, make_tokens
 
 WORKER = make_facts(Role.WORKER)
 BODY = json.dumps({"text": "x" * 400}).encode()
@@ -173,6 +173,7 @@ def test_every_request_to_an_engine_shows_the_key_of_its_pool() -> None:
         fleet.load,
         owner="127.0.0.1:9002",
         rng=fleet.dispatcher._rng,
+        draw_token=make_tokens(),
         clock=fleet.clock,
         credentials=credentials,
     )

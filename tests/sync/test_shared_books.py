@@ -15,7 +15,7 @@ from dp_extproc.request.path import Api
 from dp_extproc.sync.messages import Batch, decode
 from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.peers import Peers
-from placement.fleet_fixtures import Fleet, make_facts
+from placement.fleet_fixtures import Fleet, make_facts, make_tokens
 
 RANKS = 4
 
@@ -37,6 +37,7 @@ class Service:
             self.fleet.load,
             owner="127.0.0.1:9002",
             rng=Random(1),  # the same for all: nothing but what they know keeps them apart
+            draw_token=make_tokens(),
             clock=self.fleet.clock,
             observer=self.outbox,
         )

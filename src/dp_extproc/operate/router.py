@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import Callable, Coroutine
+from functools import partial
 from random import Random
 from typing import Any, Final
 
@@ -31,6 +33,8 @@ _POLL_SECONDS: Final = 0.05
 _LOOK_AROUND_SECONDS: Final = 2.0
 _KEYS_SECONDS: Final = 1.0
 """Between two looks whether API keys have been replaced."""
+
+_TOKEN_BYTES: Final = 12
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +66,7 @@ class Router:
             self._fleet,
             owner=owner,
             rng=rng,
+            draw_token=partial(secrets.token_hex, _TOKEN_BYTES),
             clock=clock,
             signal=config.load.signal,
             observer=NOBODY if config.sync is None else outbox,

@@ -21,17 +21,19 @@ class Carriage(Struct, frozen=True):
     headers: Headers
 
 
-def carry(request: InferenceRequest, pair: Pair, rooms: int | Sequence[int], leg: str, *, in_headers: bool) -> Carriage:
+def carry(
+    request: InferenceRequest, pair: Pair, rooms: int | Sequence[int], number: str, *, in_headers: bool
+) -> Carriage:
     """Tell both legs.
 
     Args:
         request: What the client wants.
         pair: Where it goes.
         rooms: One, or one for each prompt of a batch.
-        leg: Token of the attempt.
+        number: Of the attempt, for the request ids of its legs.
         in_headers: Whether headers are to be used where they can.
     """
-    meeting, fields = _meeting(pair.prefill.host, rooms), _fields(pair, leg)
+    meeting, fields = _meeting(pair.prefill.host, rooms), _fields(pair, number)
     if in_headers and _fits_headers(request, pair):
         return Carriage(None, override_headers(meeting, *fields))
     bodies = rewrite_disaggregated(request.body, request.prompt.batch, meeting, *fields)
@@ -60,9 +62,9 @@ def _meeting(prefill: HostLoad, rooms: int | Sequence[int]) -> Bootstrap:
     return Bootstrap(endpoint.bootstrap_host or endpoint.host, port, rooms)
 
 
-def _fields(pair: Pair, leg: str) -> tuple[LegFields, LegFields]:
+def _fields(pair: Pair, number: str) -> tuple[LegFields, LegFields]:
     rank = pair.prefill.told_rank
-    return _leg_fields(pair.prefill, rank, f"dp{leg}p"), _leg_fields(pair.decode, rank, f"dp{leg}d")
+    return _leg_fields(pair.prefill, rank, f"dp{number}p"), _leg_fields(pair.decode, rank, f"dp{number}d")
 
 
 def _leg_fields(side: Side, prefill_rank: int | None, request_id: str) -> LegFields:

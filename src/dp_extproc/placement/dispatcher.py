@@ -65,6 +65,7 @@ class Dispatcher:
         *,
         owner: str,
         rng: Random,
+        draw_token: Callable[[], str],
         clock: Callable[[], float],
         signal: LoadSignal = LoadSignal.ESTIMATE,
         observer: AttemptObserver = NOBODY,
@@ -80,6 +81,7 @@ class Dispatcher:
             fleet: The load cache.
             owner: ``IP:port`` where Envoy reaches this very process.
             rng: For ties, rooms and ids. Seeded differently in every process.
+            draw_token: Gives a token for a leg that nobody can guess, whatever ids clients have seen.
             clock: Monotonic seconds; the same that the load cache is fed with.
             signal: What the tokens of a rank are.
             observer: Told of every attempt.
@@ -92,6 +94,7 @@ class Dispatcher:
         self.ledger = Ledger(fleet, observer, made_room=nothing if line is None else line.call)
         self._owner = owner.encode()
         self._rng = rng
+        self._draw_token = draw_token
         self._clock = clock
         self._line = line
         self._sees_first_events = sees_first_events
@@ -237,8 +240,8 @@ class Dispatcher:
         prefill, decode = pair.prefill, pair.decode
         batch = request.prompt.batch
         rooms = pair.draw_room(self._rng) if batch is None else [pair.draw_room(self._rng) for _ in range(batch)]
-        leg = f"{self._rng.getrandbits(96):024x}"
-        carried = carry(request, pair, rooms, leg, in_headers=pool.carries_in_headers)
+        leg, number = self._draw_token(), f"{self._rng.getrandbits(96):024x}"
+        carried = carry(request, pair, rooms, number, in_headers=pool.carries_in_headers)
         attempt = self.ledger.open_pair(pair, demand, now, leg=leg, streaming=request.stream)
         prefill.host.health.sent(now)
         decode.host.health.sent(now)
