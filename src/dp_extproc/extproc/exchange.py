@@ -11,10 +11,11 @@ Rules that live here and nowhere else:
 """
 
 from enum import IntEnum, auto
-from typing import Any, ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final
 
 from dp_extproc.extproc import names
 from dp_extproc.extproc.chunks import cut
+from dp_extproc.extproc.decider import Decider
 from dp_extproc.extproc.events import (
     BodyMode,
     Continue,
@@ -35,7 +36,7 @@ from dp_extproc.extproc.events import (
 )
 from dp_extproc.extproc.precheck import NO_BODY, refuse_by_headers, too_large
 from dp_extproc.placement.attempt import Attempt
-from dp_extproc.placement.decision import Answer, Circumstances, Decision
+from dp_extproc.placement.decision import Circumstances, Decision
 from dp_extproc.placement.queue import Ticket
 from dp_extproc.placement.retries import read_cut, read_failed
 from dp_extproc.request.path import Api, Lookup, read_path
@@ -49,26 +50,6 @@ _Replies = tuple[Reply, ...]
 
 class ProtocolViolationError(Exception):
     """Envoy sent what the protocol does not allow here; the stream cannot be served."""
-
-
-class Decider(Protocol):
-    """What the exchange asks; implemented by :class:`dp_extproc.placement.dispatcher.Dispatcher`."""
-
-    def place(self, api: Api, body: bytes, circumstances: Circumstances) -> Decision | Rejection:
-        """Decide on an inference request."""
-        ...
-
-    def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
-        """Decide on a request without a body that any engine can answer."""
-        ...
-
-    def models(self, path: str) -> Answer | Rejection:
-        """Answer a question for the models."""
-        ...
-
-    def lost(self, address: str) -> None:
-        """Take note that the server at this address has dropped a request."""
-        ...
 
 
 class _State(IntEnum):

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from dp_extproc.config.reliability import RetrySettings, SupervisionSettings
 from dp_extproc.extproc import names
 from dp_extproc.extproc.codec import read_event, read_modes, read_subset_hint, write_reply
+from dp_extproc.extproc.decider import Decider
 from dp_extproc.extproc.events import (
     BodyMode,
     Continue,
@@ -24,7 +25,7 @@ from dp_extproc.extproc.events import (
     ResponseBody,
     ResponseHeaders,
 )
-from dp_extproc.extproc.exchange import Decider, Exchange, ProtocolViolationError
+from dp_extproc.extproc.exchange import Exchange, ProtocolViolationError
 from dp_extproc.extproc.first_event import FirstEvent
 from dp_extproc.extproc.link import Link, Writer
 from dp_extproc.extproc.supervision import Say, Stream, Supervision, SupervisionObserver
@@ -101,7 +102,7 @@ class ExtProcService:
         self._hold_seconds = hold_seconds
         self._picks = picks
         self._links: dict[str, Link] = {}
-        """Attempts by the token of their leg, as long as a stream of theirs may come or stay."""
+        """Attempts by the token of their leg, as long as a stream of theirs may come or stay; others by number."""
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Make what a server registers. Answers are serialised already, most of them once and for all."""
@@ -252,9 +253,7 @@ class ExtProcService:
             earlier=len(exchange.failed),
             now=self._clock(),
         )
-        link = Link(supervision, writer)
-        if attempt.leg:
-            self._links[attempt.leg] = link
+        link = self._links[_key(attempt)] = Link(supervision, writer)
         return link
 
     def _answered(self, exchange: Exchange, supervision: Supervision, event: Event) -> list[Say]:
@@ -274,7 +273,7 @@ class ExtProcService:
         supervision = link.supervision
         said = supervision.closed(self._clock())
         if not supervision.awaits_prefill:
-            self._links.pop(supervision.attempt.leg, None)
+            self._links.pop(_key(supervision.attempt), None)
         await link.carry_out(said)
 
     async def _read_held(self, exchange: Exchange, context: grpc.aio.ServicerContext) -> Any:
@@ -344,6 +343,10 @@ _GO_ON: Final[dict[type, tuple[Reply, ...]]] = {
     ResponseBody: (Continue(Phase.RESPONSE_BODY),),
 }
 """What a leg is told that nobody knows here."""
+
+
+def _key(attempt: Attempt) -> str:
+    return attempt.leg or str(attempt.number)
 
 
 def _address_of(context: grpc.aio.ServicerContext) -> tuple[str, str]:

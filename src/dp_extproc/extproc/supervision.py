@@ -233,7 +233,9 @@ class Supervision:
             return []
         if self._prefill is _Prefill.REFUSING and now - self._prefill_refused_at > TEXT_SECONDS:
             return [*self._prefill_failed(b"", now), (Stream.PREFILL, _CANCEL)]
-        if now - self._decode_refused_at > TEXT_SECONDS:
+        if self._decode_refused_at < math.inf:
+            if now - self._decode_refused_at <= TEXT_SECONDS:
+                return []
             message = f"the decode server answered {self._exchange.status}, and did not say why"
             return self._fail(Failure(Role.DECODE, Reason.DECODE_FAILED, 502, message), now)
         if (failure := self._overdue(now)) is not None:

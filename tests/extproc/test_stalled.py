@@ -1,0 +1,58 @@
+"""Answers that begin and do not go on, as the service's own clock sees them."""
+
+import asyncio
+
+import grpc.aio
+import pytest
+from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
+from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest, ProcessingResponse
+
+from dp_extproc.extproc.service import ExtProcService
+from dp_extproc.fleet.endpoint import Role
+from extproc.wire import Watcher
+from fuzz.streams import FakeContext
+from fuzz.virtual_time import run
+from placement.fleet_fixtures import Fleet, make_facts
+
+
+def messages(status: int) -> list[ProcessingRequest]:
+    """A request, and the head of its answer."""
+    head, body, answer = ProcessingRequest(), ProcessingRequest(), ProcessingRequest()
+    for name, value in ((":method", b"POST"), (":path", b"/generate")):
+        head.request_headers.headers.headers.add(key=name, raw_value=value)
+    head.protocol_config.request_body_mode = ProcessingMode.BUFFERED
+    body.request_body.body = b'{"text":"hello"}'
+    body.request_body.end_of_stream = True
+    answer.response_headers.headers.headers.add(key=":status", raw_value=b"%d" % status)
+    return [head, body, answer]
+
+
+@pytest.mark.parametrize("disaggregated", [False, True])
+def test_an_error_whose_text_does_not_come(disaggregated: bool) -> None:
+    """It is done without, also where one server does it all: the client gets an error, and nobody hangs."""
+    if disaggregated:
+        fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
+    else:
+        fleet = Fleet(workers=[make_facts(Role.WORKER)])
+
+    async def story() -> list[ProcessingResponse]:
+        clock = asyncio.get_running_loop().time
+        service = ExtProcService(fleet.dispatcher, Watcher(), max_body=1000, clock=clock)
+        context = FakeContext({})
+        sweeper = asyncio.create_task(service.sweep())
+        stream = asyncio.create_task(service.process(None, context))
+        for message in messages(500):
+            context.incoming.put_nowait(message)
+        await asyncio.sleep(10)
+        answers = context.answers()
+        context.incoming.put_nowait(grpc.aio.EOF)
+        await stream
+        await asyncio.sleep(60)
+        assert not service._links
+        sweeper.cancel()
+        return answers
+
+    answers = run(story())
+
+    assert answers[-1].WhichOneof("response") == "immediate_response"
+    assert answers[-1].immediate_response.status.code == 502
