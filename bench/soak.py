@@ -77,6 +77,8 @@ class Soak:
     kills: Counter[str] = field(default_factory=Counter)
     memory: list[tuple[float, int]] = field(default_factory=list)
     """Bytes of the largest process that places requests, and when."""
+    dying: bool = False
+    """Whether an answering engine is being killed just now."""
     asked: int = 0
     open: int = 0
     trouble: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -110,12 +112,14 @@ class Soak:
         self.asked += 1
         request_id = f"soak-{self.asked}"
         self.open += 1
+        deaths = self.kills["decode"] - self.dying
         try:
             end = await _outcome(session, path, body, request_id, leaves=leaves)
         finally:
             self.open -= 1
         self.ends[end] += 1
-        if end not in _FINE:
+        # Nothing may cut an answer but the death of an engine: not that of a worker, nor of the other role.
+        if end not in _FINE and not (end == _CUT and self.kills["decode"] > deaths):
             self.lost[request_id] = end
 
     async def _kill_engines(self) -> None:
@@ -126,8 +130,10 @@ class Soak:
             async with self.trouble:
                 role = self.rng.choice(("prefill", "decode"))
                 victim = self.rng.choice(self.prefills if role == "prefill" else self.decodes)
+                self.dying = role == "decode"
                 self.note_kill(role, victim.url)
                 await asyncio.to_thread(victim.stop, signal.SIGKILL)
+                self.dying = False
                 await asyncio.sleep(self.rng.uniform(*_DOWN))
                 await asyncio.to_thread(victim.start)
                 await asyncio.to_thread(victim.wait_until_listening)
@@ -191,7 +197,9 @@ async def _outcome(
     except TimeoutError:
         return "nothing came any more" if text else "nothing came"
     except aiohttp.ClientError as error:
-        return "cut after the first token" if status == 200 and text else f"{type(error).__name__} before a token"
+        return _CUT if status == 200 and text else f"{type(error).__name__} before a token"
+    if text.endswith(b"\n\n") and b'"stream_cut"' in text.rpartition(b"event: error\n")[2]:
+        return _CUT
     whole = text.endswith(b"data: [DONE]\n\n") if body["stream"] else text.endswith(b"}")
     return "answered" if whole and b'"length"' in text else "answered in part, as if it were whole"
 
@@ -203,7 +211,8 @@ def _code(text: bytes) -> str:
         return text[:200].decode(errors="replace")
 
 
-_FINE: Final = frozenset({"answered", "left", "cut after the first token"})
+_FINE: Final = frozenset({"answered", "left"})
+_CUT: Final = "cut after the first token"
 
 
 def _described(ends: Counter[str]) -> str:
