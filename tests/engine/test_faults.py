@@ -1,5 +1,7 @@
 """The faults that can be switched on, as a client and as the engine's journal see them."""
 
+import json
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -68,6 +70,20 @@ def test_broken_answers(engine: EngineProcess, fault: dict[str, Any], error: typ
         assert journal(engine)["outcome"] in {"aborted", "finished"}
     else:
         assert journal(engine)["disconnected_at"] is None
+
+
+def test_an_answer_that_is_too_long(engine: EngineProcess) -> None:
+    """What belongs to it comes, and after that something else, and the end of the connection."""
+    engine.fault(inference="long")
+    with socket.create_connection(("127.0.0.1", engine.port), timeout=10) as client:
+        body = json.dumps(REQUEST).encode()
+        client.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    headers = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
+    length = int(headers[b"content-length"])
+    assert json.loads(rest[:length])["meta_info"]
+    assert b"not HTTP" in rest[length:]
 
 
 def test_chunks_before_a_reset(engine: EngineProcess) -> None:

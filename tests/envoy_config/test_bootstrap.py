@@ -137,3 +137,27 @@ def test_every_hop_buffers_the_largest_body_and_what_rewriting_adds() -> None:
         hop["name"]: 6 << 20 for hop in hops
     }
     assert len(hops) == 11
+
+
+@pytest.mark.parametrize(
+    ("envoy", "listen", "watched"),
+    [
+        pytest.param({}, {}, False, id="one process"),
+        pytest.param({"service": "10.0.0.8:9002"}, {}, False, id="one address"),
+        pytest.param({"service": "router:9002"}, {}, True, id="a name, which may stand for several"),
+        pytest.param({}, {"workers": 2}, True, id="workers"),
+        pytest.param({"standby": ["10.0.0.9:9002"]}, {}, True, id="standby"),
+    ],
+)
+def test_a_process_that_stops_is_left_where_there_may_be_another(
+    envoy: dict[str, Any], listen: dict[str, Any], watched: bool
+) -> None:
+    """Envoy looks after its health, leaves one that is dead at once, and opens the refused stream elsewhere."""
+    config = config_with(envoy)
+    config = config.model_copy(update={"listen": config.listen.model_copy(update=listen)})
+    text = render_yaml(build_bootstrap(config))
+    cluster = named(yaml.safe_load(text)["static_resources"]["clusters"], "extproc")
+
+    assert ("health_checks" in cluster) is watched
+    assert ("outlier_detection" in cluster) is watched
+    assert ("envoy.retry_host_predicates.previous_hosts" in text) is watched

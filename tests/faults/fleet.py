@@ -1,5 +1,6 @@
 """Two servers of each role, the service and Envoy, and clients that tell what they got."""
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,8 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import httpx
+from envoy_data_plane.envoy.config.bootstrap.v3 import Bootstrap
+from envoy_data_plane.envoy.config.cluster.v3 import Cluster, ClusterDiscoveryType
+from envoy_data_plane.envoy.config.endpoint.v3 import LocalityLbEndpoints
 
+from dp_extproc.config import Config
 from dp_extproc.envoy_config import build_bootstrap, render_yaml
+from dp_extproc.envoy_config.cluster_names import SERVICE
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
@@ -122,6 +128,8 @@ class Fleet:
     envoy: EnvoyProcess
     client: httpx.Client
     threads: ThreadPoolExecutor
+    others: Sequence[ServiceProcess] = ()
+    """Further replicas of the service."""
 
     @property
     def engines(self) -> Sequence[EngineProcess]:
@@ -137,6 +145,12 @@ class Fleet:
         for engine in self.engines:
             engine.heal()
         self.wait_until_fresh()
+
+    def recover_all_but(self, sick: EngineProcess) -> None:
+        """Put the other engines right."""
+        for engine in self.engines:
+            if engine is not sick:
+                engine.heal()
 
     def restart_service(self) -> None:
         """Start the service anew."""
@@ -175,12 +189,15 @@ class Fleet:
 
 
 @contextmanager
-def run_fleet(options: Sequence[str] = FAST, *, message_timeout: str | None = None, **sections: Any) -> Iterator[Fleet]:
+def run_fleet(
+    options: Sequence[str] = FAST, *, message_timeout: str | None = None, replicas: int = 1, **sections: Any
+) -> Iterator[Fleet]:
     """Run it.
 
     Args:
         options: Of the engines.
         message_timeout: How long Envoy waits for a word of the service, if that is to be less than usual.
+        replicas: Of the service, behind one Envoy that finds them by a name.
         sections: Go over the configuration.
     """
     with ExitStack() as running:
@@ -197,8 +214,14 @@ def run_fleet(options: Sequence[str] = FAST, *, message_timeout: str | None = No
             "prefill": {"endpoints": [engine.url for engine in engines[:2]]},
             "decode": {"endpoints": [engine.url for engine in engines[2:]]},
         }
-        service = running.enter_context(ServiceProcess(write_config([pool], **sections)))
-        bootstrap = render_yaml(build_bootstrap(service.config))
+        services = [
+            running.enter_context(ServiceProcess(write_config([pool], **copy.deepcopy(sections))))
+            for _ in range(replicas)
+        ]
+        service = services[0]
+        bootstrap = render_yaml(
+            build_bootstrap(service.config) if replicas == 1 else _build_for_several([each.config for each in services])
+        )
         assert _MESSAGE_TIMEOUT in bootstrap
         if message_timeout is not None:
             bootstrap = bootstrap.replace(_MESSAGE_TIMEOUT, f" message_timeout: {message_timeout}")
@@ -206,7 +229,30 @@ def run_fleet(options: Sequence[str] = FAST, *, message_timeout: str | None = No
         limits = httpx.Limits(max_connections=None)
         client = running.enter_context(httpx.Client(base_url=envoy.url, limits=limits, trust_env=False))
         threads = running.enter_context(ThreadPoolExecutor(256))
-        fleet = Fleet(engines[:2], engines[2:], service, envoy, client, threads)
+        fleet = Fleet(engines[:2], engines[2:], service, envoy, client, threads, services[1:])
         fleet.wait_until_fresh()
-        service.wait_until_ready()
+        for each in services:
+            each.wait_until_ready()
         yield fleet
+
+
+def _build_for_several(configs: Sequence[Config]) -> Bootstrap:
+    """Build what Envoy is started with, as if the name of the service had been resolved to these."""
+    first = configs[0]
+    named = first.model_copy(update={"envoy": first.envoy.model_copy(update={"service": "dp-extproc.test:9002"})})
+    bootstrap = build_bootstrap(named)
+    cluster = _cluster_of_the_service(bootstrap)
+    endpoints = [_cluster_of_the_service(build_bootstrap(each)).load_assignment for each in configs]
+    assert cluster.load_assignment is not None
+    cluster.type = ClusterDiscoveryType.STATIC
+    cluster.load_assignment.endpoints = [
+        LocalityLbEndpoints(
+            lb_endpoints=[each for found in endpoints if found for each in found.endpoints[0].lb_endpoints]
+        )
+    ]
+    return bootstrap
+
+
+def _cluster_of_the_service(bootstrap: Bootstrap) -> Cluster:
+    assert bootstrap.static_resources is not None
+    return next(each for each in bootstrap.static_resources.clusters if each.name == SERVICE)

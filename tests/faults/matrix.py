@@ -1,10 +1,13 @@
 """Every kind of fault on every part, on one of two servers and on both, and what the client is to get."""
 
 import signal
+import socket
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from threading import Barrier
 from typing import Any, Final
@@ -36,6 +39,10 @@ class Cell:
     expected: str | dict[bool, str]
     """What the client gets who meets the fault; or that of whole answers and that of streams."""
 
+    @property
+    def place(self) -> tuple[str, str, bool]:
+        return self.part, self.fault, self.everywhere
+
     def __str__(self) -> str:
         return f"{self.part}, {self.fault}, {'all' if self.everywhere else 'one'}"
 
@@ -54,6 +61,7 @@ def _cells(part: str, faults: dict[str, tuple[Switch, str | dict[bool, str], str
 _MIDDLE: Final = {"kind": "reset", "after": 1, "seconds": 0.1}
 _CLOSED: Final = {**_MIDDLE, "kind": "close"}
 _SHORT: Final = {"kind": "short", "seconds": 0.1}
+_STOPS: Final = {"kind": "500", "seconds": 60}
 _SLOW: Final = {"kind": "slow", "seconds": 0.1}
 _PREFILL_FAILED: Final = "502 prefill_failed"
 
@@ -65,10 +73,12 @@ CELLS: Final = [
         "resets in mid-answer": (_MIDDLE, ANSWER, ANSWER),
         "answers 500": ("500", ANSWER, _PREFILL_FAILED),
         "answers 503": ("503", ANSWER, _PREFILL_FAILED),
+        "stops in its 500": (_STOPS, ANSWER, _PREFILL_FAILED),
         "answers 400": ("400", "400 of the engine", "400 of the engine"),
         "is slow": (_SLOW, ANSWER, ANSWER),
         "answers no HTTP": ("noise", ANSWER, _PREFILL_FAILED),
         "answers too short": (_SHORT, ANSWER, ANSWER),
+        "answers too long": ("long", ANSWER, ANSWER),
         "gives the request up": ("fail", ANSWER, _PREFILL_FAILED),
     }),
     *_cells("decode", {
@@ -79,31 +89,51 @@ CELLS: Final = [
         "is killed in mid-answer": (_CLOSED, {False: PART, True: TOLD}, {False: PART, True: TOLD}),
         "answers 500": ("500", ANSWER, "500 of the engine"),
         "answers 503": ("503", ANSWER, "503 of the engine"),
+        "stops in its 500": (_STOPS, ANSWER, "502 decode_failed"),
         "answers 400": ("400", "400 of the engine", "400 of the engine"),
         "is slow": (_SLOW, ANSWER, ANSWER),
         "answers no HTTP": ("noise", ANSWER, "502 upstream_failed"),
         "answers too short": (_SHORT, PART, PART),
+        "answers too long": ("long", ANSWER, ANSWER),
         "gives the request up": ("fail", ANSWER, {False: "500 of the engine", True: "502 decode_failed"}),
     }),
     *_cells("bootstrap port", {
         "refuses connections": ("refuse", ANSWER, "504 prefill_timeout"),
         "hangs": ("hang", ANSWER, "504 prefill_timeout"),
+        "resets before headers": ("reset", ANSWER, "504 prefill_timeout"),
+        "answers nonsense": ("garbage", ANSWER, "504 prefill_timeout"),
+        "answers too short": (_SHORT, ANSWER, "504 prefill_timeout"),
+        "answers too late": ({"kind": "slow", "seconds": 60}, ANSWER, "504 prefill_timeout"),
     }),
     Cell("service", "is down", "", True, "503 service_unavailable"),
     Cell("service", "is stopped (SIGSTOP)", "", True, "503 service_unavailable"),
+    Cell("service", "resets connections", "", True, "503 service_unavailable"),
+    Cell("service", "answers no gRPC", "", True, "503 service_unavailable"),
     Cell("service", "is killed in mid-answer", "", True, ANSWER),
 ]  # fmt: skip
 
 
+IN_DUPLEX: Final = (
+    ("prefill", "answers 500", False),
+    ("decode", "answers 500", False),
+    ("decode", "answers 500", True),
+    ("decode", "answers 400", False),
+    ("decode", "resets before headers", False),
+    ("decode", "gives the request up", True),
+)
+"""The cells in which Envoy is asked for something that it does otherwise, or not at all, in duplex mode."""
+
+
 @contextmanager
-def run_quick_fleet() -> Iterator[Fleet]:
+def run_quick_fleet(body_mode: str = "buffered") -> Iterator[Fleet]:
     """Run a fleet with times so short that what takes too long does so quickly.
 
     Envoy must wait longer for a word than prefill may take, as by default.
     """
     with run_fleet(
         message_timeout="3s",
-        load={"interval": "100ms", "stale_after": "2s", "timeout": "1s"},
+        envoy={"body_mode": body_mode},
+        load={"interval": "100ms", "stale_after": "20s", "timeout": "5s"},
         supervision={"mode": "answers", "prefill_timeout": "1s", "first_token_timeout": "1s"},
         retry={"attempts": 3, "budget": 1.0},
         health={"failures": 1000},  # every fault is to be met anew; who is left alone for how long has its own tests
@@ -124,6 +154,7 @@ def run_cell(fleet: Fleet, cell: Cell) -> Outcomes:
         with _fault(fleet, cell) as sick:
             is_noted = cell.part != "bootstrap port" and cell.switch != "refuse"
             found = _ask_until_met(fleet, sick if is_noted else [])
+            fleet.settle()  # while the fault lasts: it is not the engine's recovery that ends what is left
     fleet.settle()
     return found
 
@@ -191,6 +222,36 @@ def _while_stopped(fleet: Fleet) -> Outcomes:
         fleet.wait_until_fresh()
 
 
+def _resetting(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def _talking_nonsense(connection: socket.socket) -> None:
+    connection.sendall(b"220 this is no gRPC\r\n")
+
+
+def _while_another_listens(behave: Callable[[socket.socket], None], fleet: Fleet) -> Outcomes:
+    """Have something else at the address of the service."""
+    fleet.service.stop(signal.SIGKILL)
+    grpc = fleet.service.config.listen.grpc
+
+    def accept(listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                with listener.accept()[0] as connection:
+                    behave(connection)
+
+    with socket.create_server((grpc.host, grpc.port)) as listener:
+        accepting = fleet.threads.submit(accept, listener)
+        try:
+            found = _ask_all(fleet)
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            accepting.result()
+    fleet.restart_service()
+    return found
+
+
 def _killed_in_the_middle(fleet: Fleet) -> Outcomes:
     for engine in fleet.decodes:
         engine.fault(inference={"kind": "slow", "after": 1, "seconds": 0.5})
@@ -206,8 +267,10 @@ def _killed_in_the_middle(fleet: Fleet) -> Outcomes:
         fleet.recover()
 
 
-_SERVICE_FAULTS: Final = {
+_SERVICE_FAULTS: Final[dict[str, Callable[[Fleet], Outcomes]]] = {
     "is down": _while_down,
     "is stopped (SIGSTOP)": _while_stopped,
+    "resets connections": partial(_while_another_listens, _resetting),
+    "answers no gRPC": partial(_while_another_listens, _talking_nonsense),
     "is killed in mid-answer": _killed_in_the_middle,
 }

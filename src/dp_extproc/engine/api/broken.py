@@ -98,6 +98,23 @@ class Short:
         await self._healthy(scope, receive, shorten)
 
 
+class Long:
+    """An answer that goes on behind its end."""
+
+    def __init__(self, healthy: ASGIApp) -> None:
+        self._healthy = healthy
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, and then some."""
+
+        async def lengthen(message: Message) -> None:
+            await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                connection_of(scope).write_and_close(_NOISE)
+
+        await self._healthy(scope, receive, lengthen)
+
+
 class Interrupted:
     """An answer that begins well; then something else happens."""
 

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from dp_extproc.engine.api.broken import Cut, Hang, Interrupted, Pause, Short, noise, pause
+from dp_extproc.engine.api.broken import Cut, Hang, Interrupted, Long, Pause, Short, noise, pause
 from dp_extproc.engine.api.errors import failed
 from dp_extproc.engine.leg import Failure
 
@@ -46,6 +46,8 @@ class Kind(StrEnum):
     """Bytes that are not HTTP."""
     SHORT = "short"
     """The body is shorter than its content-length says; then the connection is closed."""
+    LONG = "long"
+    """More bytes come than belong to the answer; then the connection is closed."""
     FAIL = "fail"
     """The scheduler gives the request up; the server says so the way it does for the path."""
     BAD_REQUEST = "400"
@@ -122,13 +124,14 @@ class Faults:
         match fault.kind:
             case Kind.BAD_REQUEST | Kind.INTERNAL | Kind.UNAVAILABLE:
                 error = failed(request.url.path, Failure(int(fault.kind), "a fault is switched on"))
-                return Interrupted(error, 1, Pause(released, fault.seconds)) if fault.seconds else error
+                return Interrupted(error, 1, Pause(released, fault.seconds))
             case Kind.GARBAGE:
                 return Response(_GARBAGE, media_type="application/json")
             case Kind.NOISE:
                 return noise
-            case Kind.SHORT:
-                return Short(await healthy(), Pause(released, fault.seconds))
+            case Kind.SHORT | Kind.LONG:
+                answer = await healthy()
+                return Long(answer) if fault.kind is Kind.LONG else Short(answer, Pause(released, fault.seconds))
             case Kind.SLOW if not fault.after:
                 await pause(request.receive, released, fault.seconds)
                 return await healthy()

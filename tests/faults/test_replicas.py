@@ -1,0 +1,143 @@
+"""Two replicas of two workers each behind one Envoy: legs report to the one process of four that has placed them."""
+
+import os
+import re
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import httpx
+import pytest
+
+from dp_extproc.testbed.service import ServiceProcess
+from e2e.load import PATIENT, STREAMS, under_load
+from e2e.stack import PATIENCE, wait_for
+from faults.fleet import BODIES, Fleet, ask, run_fleet
+
+CHAT, GENERATE = BODIES
+LONG: dict[str, Any] = {"sampling_params": {"max_new_tokens": 100}}
+CLIENTS = 24
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    bus = f"unix://{tmp_path_factory.mktemp('bus')}"
+    load = {"interval": "500ms", "stale_after": "20s", "timeout": "5s"}
+    options = ("--time-scale", "1", *PATIENCE)
+    with run_fleet(options, replicas=2, listen={"workers": 2}, sync={"url": bus}, load=load, drain="2500ms") as fleet:
+        wait_for(lambda: all(len(ready(each)) == 2 for each in services(fleet)), PATIENT)
+        yield fleet
+
+
+@pytest.fixture
+def fleet(running: Fleet) -> Fleet:
+    running.settle()
+    running.forget()
+    return running
+
+
+def services(fleet: Fleet) -> Sequence[ServiceProcess]:
+    return fleet.service, *fleet.others
+
+
+def ready(service: ServiceProcess) -> list[int]:
+    """Give the process ids of the workers that serve."""
+    return [each["pid"] for each in service.loads().get("workers", []) if each["ready"]]
+
+
+def count(fleet: Fleet, metric: str) -> list[float]:
+    """Read a metric of every worker."""
+    line = re.compile(rf'^{metric}{{worker="\d".*}} (.*)$|^{metric}{{worker="\d"}} (.*)$', re.MULTILINE)
+    return [
+        sum(float(one or other) for one, other in line.findall(f"{page}"))
+        for service in services(fleet)
+        for page in _by_worker(service)
+    ]
+
+
+def _by_worker(service: ServiceProcess) -> list[str]:
+    lines = service.metrics().splitlines()
+    return ["\n".join(line for line in lines if f'worker="{worker}"' in line) for worker in range(2)]
+
+
+def test_every_leg_reports_to_its_owner(fleet: Fleet) -> None:
+    """All four processes place requests, and none misses the leg of one."""
+    asked = [fleet.threads.submit(ask, fleet.client, path, stream=True) for path in (CHAT, GENERATE) * 20]
+
+    assert {str(each.result()) for each in asked} == {"answer"}
+    assert all(count(fleet, "dp_extproc_picks_total"))
+    assert sum(count(fleet, "dp_extproc_unseen_legs_total")) == 0
+
+
+def test_a_leg_that_fails_ends_the_other_one(fleet: Fleet) -> None:
+    """Wherever it was placed: decode is told at once, and does not wait for what will never come."""
+    for engine in fleet.prefills:
+        engine.fault(inference="500")
+    asked = [fleet.threads.submit(ask, fleet.client, GENERATE, stream=False) for _ in range(CLIENTS)]
+
+    assert {str(each.result()) for each in asked} == {"502 prefill_failed"}
+    fleet.settle()  # engines that work again would end them, too
+    fleet.recover()
+    legs = [record for engine in fleet.decodes for record in engine.requests()]
+    assert len(legs) >= CLIENTS
+    assert {(record["outcome"], record["error"]) for record in legs} == {("aborted", "client disconnected")}
+
+
+def test_a_client_that_leaves_ends_both_legs(fleet: Fleet) -> None:
+    """Wherever it was placed."""
+    for engine in fleet.engines:
+        engine.fault(inference="hang")
+    for _ in range(4):
+        with pytest.raises(httpx.ReadTimeout):
+            fleet.client.post(GENERATE, json=BODIES[GENERATE], timeout=0.5)
+    fleet.settle()
+    fleet.recover()
+
+    assert all(record["disconnected_at"] for engine in fleet.engines for record in engine.requests())
+
+
+def test_a_decode_server_that_dies(fleet: Fleet) -> None:
+    """No request is lost that has not received a token, and nobody counts twice what others placed."""
+    victim = fleet.decodes[0]
+    asked = [
+        fleet.threads.submit(ask, fleet.client, GENERATE, stream=stream, **LONG)
+        for stream in (False, True) * (CLIENTS // 2)
+    ]
+    wait_for(lambda: len(victim.requests()) > 2)
+    victim.stop(signal.SIGKILL)
+    outcomes = [each.result() for each in asked]
+    victim.start()
+    victim.wait_until_listening()
+
+    assert [str(outcome) for outcome in outcomes if outcome.is_lost] == []
+    fleet.wait_until_fresh()
+
+
+def test_a_worker_that_is_killed_costs_no_request(fleet: Fleet) -> None:
+    """The other three take what comes."""
+    victim = ready(fleet.service)[0]
+
+    def kill() -> None:
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: len(ready(fleet.service)) == 2 and victim not in ready(fleet.service), PATIENT)
+
+    load = under_load(fleet.envoy.url, kill)
+
+    assert load.statuses.keys() == {200}
+    assert load.ends == {"data: [DONE]": STREAMS}
+
+
+def test_replicas_that_are_restarted_one_by_one_cost_no_request(fleet: Fleet) -> None:
+    """SIGTERM to each, which drains and ends, and is started again when it has."""
+
+    def restart() -> None:
+        for service in services(fleet):
+            assert service.stop() == 0
+            service.start()
+            service.wait_until_listening()
+            wait_for(lambda service=service: len(ready(service)) == 2, PATIENT)  # type: ignore[misc]
+
+    load = under_load(fleet.envoy.url, restart)
+
+    assert load.statuses.keys() == {200}
+    assert load.ends == {"data: [DONE]": STREAMS}
