@@ -102,6 +102,29 @@ def test_a_host_whose_engine_picks_the_rank_is_judged_by_all_of_them() -> None:
     assert picks[1][0] is one.candidate
 
 
+def test_ties_are_broken_at_random_on_large_servers_too() -> None:
+    """Of 256 idle ranks no two services take the same ones in the same order."""
+    picks = []
+    for seed in range(2):
+        fleet = Fleet(
+            prefills=[make_facts(Role.PREFILL, ranks=256)],
+            decodes=[make_facts(Role.DECODE, ranks=256)],
+            seed=seed,
+        )
+        policy = Policy(PolicySettings(), LoadSignal.ESTIMATE, Random(seed))
+        (host,) = fleet.load.eligible("*", Role.PREFILL, fleet.clock())
+        own = []
+        for _ in range(100):
+            _, rank = policy.pick([host.candidate], 9000, fleet.clock())
+            assert rank is not None
+            assert rank.tokens == 0
+            host.reserve(rank.index, 9000, fleet.clock())
+            own.append(rank.index)
+        picks.append(own)
+
+    assert sum(one == two for one, two in zip(*picks, strict=True)) < 10
+
+
 def test_random_spreads_over_all_hosts(candidates: list[Candidate]) -> None:
     """Every host gets about a third."""
     policy = make_policy(HostPolicy.RANDOM, RankPolicy.NONE, seed=3)

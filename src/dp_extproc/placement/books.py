@@ -233,6 +233,14 @@ def _shown_in_all(
     return [(each, 0.0)] * len(readings)
 
 
+def _index_from(start: int, numbers: list[float], wanted: float) -> int:
+    """Find a number, beginning somewhere in the list."""
+    try:
+        return numbers.index(wanted, start)
+    except ValueError:
+        return numbers.index(wanted)
+
+
 class StepGroup(ABC):
     """Ranks of a server that take their steps together: with DP attention all of them, else each for itself.
 
@@ -267,7 +275,9 @@ class StepGroup(ABC):
         self.low = 0.0
         """The least load, as of :meth:`survey` ..."""
         self.low_position = 0
-        """... and a rank that has it."""
+        """... and a rank that has it: the first one from ..."""
+        self.start = 0
+        """... here on. Set it at random, and one of several is found at random."""
         self.slowness = 1.0
         """How slow the server is, against the average of its pool and role."""
         self.floor = 0.0
@@ -287,7 +297,7 @@ class StepGroup(ABC):
             self._knows_top = True
         if not self._knows_low:
             self.low = min(loads)
-            self.low_position = loads.index(self.low)
+            self.low_position = _index_from(self.start, loads, self.low)
             self._knows_low = True
         self.bound()
         self.changed = False

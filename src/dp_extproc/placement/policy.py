@@ -14,6 +14,9 @@ REACH: Final = 16
 """Of more hosts than these only so many are compared, others for each request. The best of 16 is as good as the best of
 a thousand for all practical purposes, and a decision costs the same in every fleet."""
 
+_COUNTED: Final = 32
+"""Of more ranks than these nobody counts those that are loaded alike; the group names one, each time another."""
+
 NOTHING_HELD: Final[Held[RankLoad]] = Held({}, 0.0)
 
 _Pick = tuple[Candidate, RankLoad | None]
@@ -103,7 +106,11 @@ class Policy:
         if holders:
             return min(holders, key=_first_three)[3:]
         chosen, part, low = found[0] if len(found) == 1 else self._rng.choice(found)
-        return chosen, part.of(part.group.ranks)[self._one_of(part.of(part.group.loads), low)]
+        group = part.group
+        if part.positions is None and len(group.ranks) > _COUNTED:
+            group.start = int(self._rng.random() * len(group.ranks))
+            return chosen, group.ranks[group.low_position]
+        return chosen, part.of(group.ranks)[self._one_of(part.of(group.loads), low)]
 
     def _cheapest_anywhere(self, candidates: Sequence[Candidate], tokens: float, now: float) -> Candidate:
         """Take the host where the request costs least if any of its ranks may get it."""

@@ -81,7 +81,9 @@ class PrefillGroup(StepGroup):
         self._unstarted = 0.0
         """Requests of which nothing has started."""
         self._strangers = 0.0
-        """Likewise of others, by the samples."""
+        """Likewise of others, by the samples ..."""
+        self._strange = [0.0] * len(self.ranks)
+        """... and per rank."""
         self._uncomputed = 0
         self._running = 0.0
         """Tokens of the fullest rank in the running step."""
@@ -154,8 +156,9 @@ class PrefillGroup(StepGroup):
     def correct(self, rank: RankLoad, others: float, now: float) -> None:  # noqa: ARG002 - as above
         self.others[rank.position] = others
         self._sum_up(rank.position)
-        waiting = (min(each.others_requests, each.sample.waiting_requests) for each in self.ranks if each.sample)
-        self._strangers = sum(waiting)
+        waiting = min(rank.others_requests, rank.sample.waiting_requests) if rank.sample is not None else 0.0
+        self._strangers = max(0.0, self._strangers + waiting - self._strange[rank.position])
+        self._strange[rank.position] = waiting
 
     def _open(
         self,
