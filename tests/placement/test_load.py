@@ -193,6 +193,22 @@ class TestFreshness:
         assert without == [fleet.host(Role.PREFILL, 2)]
         assert dead in fleet.load.eligible("*", Role.PREFILL, fleet.clock())
 
+    def test_who_answers_requests_is_known_well(self) -> None:
+        """Its page may be broken, or slow under load: turning away from it would cost a server."""
+        fleet = Fleet(prefills=[PREFILL, PREFILL], decodes=[DECODE])
+        answering, silent = fleet.host(Role.PREFILL, 1), fleet.host(Role.PREFILL, 2)
+        requests = [host.reserve(0, 100, fleet.clock())[0] for host in (answering, silent)]
+        fleet.clock.now += 4
+        requests[0].release(fleet.clock())
+        requests[1].withdraw(fleet.clock())
+        fleet.clock.now += 4
+
+        assert fleet.load.eligible("*", Role.PREFILL, fleet.clock()) == [answering]
+        assert [answering.freshness(fleet.clock() + after, 5.0) for after in (0, 2)] == [
+            Freshness.FRESH,
+            Freshness.STALE,
+        ]
+
     def test_a_single_failed_scrape_changes_nothing(self) -> None:
         """A slow page is no reason to turn away: the last sample is still young."""
         fleet = Fleet(prefills=[PREFILL, PREFILL], decodes=[DECODE])

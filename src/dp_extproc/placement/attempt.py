@@ -130,5 +130,8 @@ class Attempt:
             for reservation in self._prefill:
                 reservation.withdraw(now)
             for reservation in self._decode:
-                reservation.release(now)
+                if self.first_byte_at is None:
+                    reservation.withdraw(now)
+                else:
+                    reservation.release(now)
             self._made_room()

@@ -264,6 +264,8 @@ class StepGroup(ABC):
         self._reservations = 0
         self.others_requests = 0.0
         """Requests that the last samples showed beyond those."""
+        self.answered_at = -math.inf
+        """When an engine had worked off a request of ours the last time."""
         self.written_off = 0
         """Reservations that no event has ended."""
         self.due = math.inf
@@ -328,6 +330,8 @@ class StepGroup(ABC):
     def closed(self, reservation: Reservation, now: float, *, worked_off: bool) -> None:
         """Take a request off the books. Strictly for :class:`Reservation`."""
         self._reservations -= 1
+        if worked_off:
+            self.answered_at = now
         # With nothing open the count is exactly zero, whatever floating point makes of shares.
         self.requests = self.requests - reservation.requests if self._reservations else 0.0
         self._close(reservation, now, worked_off=worked_off)

@@ -216,7 +216,7 @@ class FleetLoad:
         if found is not None and now <= found[1]:
             return found[0]
         hosts = self.eligible(pool, role, now)
-        until = min((host.sampled + self.stale_after for host in hosts), default=now)
+        until = min((host.last_sign + self.stale_after for host in hosts), default=now)
         capable = [host for host in hosts if host.capabilities.serves(api)]
         self._capable[pool, role, api] = (capable, until)
         return capable

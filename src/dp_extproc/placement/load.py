@@ -29,7 +29,8 @@ class Freshness(IntEnum):
 
     FRESH = 0
     STALE = 1
-    """No sample for a while, or the engine refuses connections. Used when no endpoint of its role is fresh."""
+    """Neither sample nor answer for a while, or the engine refuses connections. Used when no endpoint of its role is
+    fresh."""
     UNKNOWN = 2
     """No sample ever, but the engine has told its ranks. Used when no endpoint of its role has ever had one."""
 
@@ -152,7 +153,12 @@ class HostLoad:
     def freshness(self, now: float, stale_after: float) -> Freshness:
         if self.sampled == -math.inf:
             return Freshness.UNKNOWN
-        return Freshness.STALE if self._demoted or now - self.sampled > stale_after else Freshness.FRESH
+        return Freshness.STALE if self._demoted or now - self.last_sign > stale_after else Freshness.FRESH
+
+    @property
+    def last_sign(self) -> float:
+        """When it was read, or had worked off a request: who answers requests needs no page to be known well."""
+        return max(self.sampled, *[group.answered_at for group in self.groups])
 
     def absorb(self, samples: tuple[RankSample, ...], started: float, now: float) -> None:
         """Take in a load page that was asked for at *started*. Ranks that the server does not have are left out."""

@@ -10,9 +10,9 @@ from dp_extproc.placement.affinity import Held
 from dp_extproc.placement.books import RankLoad, StepGroup
 from dp_extproc.placement.load import Candidate, HostLoad, Part
 
-REACH: Final = 12
-"""Of more hosts than these only so many are compared, others for each request. The best of a dozen is as good as the
-best of a thousand for all practical purposes, and a decision costs the same in every fleet."""
+REACH: Final = 8
+"""Of more hosts than these so many are compared, others for each request: a decision costs the same in every fleet.
+Simulated on 32 prefill servers, mean time to first token: 1040 ms with 6, 1015 with 8, 998 with 24, 987 with 32."""
 
 _COUNTED: Final = 32
 """Of more ranks than these nobody counts those that are loaded alike; the group names one, each time another."""
