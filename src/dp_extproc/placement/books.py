@@ -248,6 +248,12 @@ class StepGroup(ABC):
     directly, as they are read far more often than they change.
     """
 
+    __slots__ = (
+        "_knows_low", "_knows_top", "_reservations", "answered_at", "base", "changed", "due", "floor", "loads", "low",
+        "low_position", "others", "others_requests", "ranks", "reported", "requests", "sent", "slowness", "start",
+        "top", "written_off",
+    )  # fmt: skip
+
     def __init__(self, indices: range) -> None:
         size = len(indices)
         self.ranks = tuple(RankLoad(index, self, position) for position, index in enumerate(indices))

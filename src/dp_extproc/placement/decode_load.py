@@ -67,6 +67,11 @@ class DecodeReservation(Reservation):
 class DecodeGroup(StepGroup):
     """Decode ranks, or ranks that do both prefill and decode, with a common step."""
 
+    __slots__ = (
+        "_computes", "_ended", "_extra", "_first_tokens", "_growing", "_lasted", "_prompts", "_request_tokens",
+        "_room", "_swept", "_told_tpot", "tpot", "usual_tpot",
+    )  # fmt: skip
+
     def __init__(self, indices: range, *, request_tokens: float, computes: bool = False) -> None:
         """Begin with empty books.
 

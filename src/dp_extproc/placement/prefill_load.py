@@ -58,6 +58,12 @@ class PrefillReservation(Reservation):
 class PrefillGroup(StepGroup):
     """Prefill ranks with a common step."""
 
+    __slots__ = (
+        "_began", "_budget", "_chunked", "_delayed", "_full", "_last_event", "_most_later", "_pace", "_queues",
+        "_running", "_runs", "_shared_step", "_shown_pace", "_step_began", "_step_tokens", "_strange", "_strangers",
+        "_uncomputed", "_unstarted", "_waited", "_waiting",
+    )  # fmt: skip
+
     def __init__(self, indices: range, *, budget: float, chunked: bool, step_tokens: float) -> None:
         """Begin with empty books.
 
@@ -87,6 +93,12 @@ class PrefillGroup(StepGroup):
         self._uncomputed = 0
         self._running = 0.0
         """Tokens of the fullest rank in the running step."""
+        self._waited = 0.0
+        """Tokens that are left of the running step, as of :meth:`survey` ..."""
+        self._full = budget
+        """... the tokens that its fullest rank has in full steps ..."""
+        self._delayed = 0.0
+        """... and those who wait, as far as they are counted, per step."""
         self._last_event = -math.inf
         self._began = -math.inf
         """When the server had something to do again."""
@@ -105,21 +117,25 @@ class PrefillGroup(StepGroup):
         fullest rank makes it; before that, the running step has to end. If it makes its rank the fullest one, steps
         get longer for those who wait here, and there will be more of them for those who come.
         """
-        top, budget = self.top, self._budget
-        steps = -(-after // budget)
-        waited = (self._step_tokens + self._running) / 2 if self._uncomputed else 0.0
+        top = self.top
+        steps = -(-after // self._budget)
         if after <= top:
-            return waited + steps * self._step_tokens + min(top, steps * budget)
-        steps_before = -(-top // budget) or 1.0
-        lengthened = min(after, steps_before * budget) - top
-        delayed = min(self._unstarted + self._strangers, WAITING_COUNTED) / steps_before
-        later = LATER_WEIGHT * min(after - top, self._most_later)
-        return waited + steps * self._step_tokens + after + delayed * lengthened + later
+            full = steps * self._budget
+            return self._waited + steps * self._step_tokens + (top if top < full else full)  # noqa: FURB136 - here and below calls cost most
+        lengthened = (after if after < self._full else self._full) - top  # noqa: FURB136
+        later = after - top
+        if later > self._most_later:  # noqa: PLR1730
+            later = self._most_later
+        own = self._waited + steps * self._step_tokens + after
+        return own + self._delayed * lengthened + LATER_WEIGHT * later
 
     def bound(self) -> None:
-        waited = (self._step_tokens + self._running) / 2 if self._uncomputed else 0.0
-        self.floor = waited + self._step_tokens + min(self.top, self._budget)
-        self.base = waited + self._step_tokens + self.low
+        steps = -(-self.top // self._budget) or 1.0
+        self._full = steps * self._budget
+        self._delayed = min(self._unstarted + self._strangers, WAITING_COUNTED) / steps
+        self._waited = (self._step_tokens + self._running) / 2 if self._uncomputed else 0.0
+        self.floor = self._waited + self._step_tokens + min(self.top, self._budget)
+        self.base = self._waited + self._step_tokens + self.low
 
     def refresh(self, now: float) -> None:
         """Without events for a while, take what is old as started, and what is very old as gone."""
