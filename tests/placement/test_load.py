@@ -6,6 +6,7 @@ import pytest
 
 from dp_extproc.fleet.endpoint import LoadPage, RankSample, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
+from dp_extproc.placement.attempt import Attempt
 from dp_extproc.placement.decode_load import DecodeGroup
 from dp_extproc.placement.load import Freshness, StepCosts, compare_pace
 from dp_extproc.request.prefix import Prefix
@@ -197,10 +198,13 @@ class TestFreshness:
         """Its page may be broken, or slow under load: turning away from it would cost a server."""
         fleet = Fleet(prefills=[PREFILL, PREFILL], decodes=[DECODE])
         answering, silent = fleet.host(Role.PREFILL, 1), fleet.host(Role.PREFILL, 2)
-        requests = [host.reserve(0, 100, fleet.clock())[0] for host in (answering, silent)]
+        attempts = [
+            Attempt(number, fleet.clock(), host.reserve(0, 100, fleet.clock()), (), prefill_host=host)
+            for number, host in enumerate((answering, silent))
+        ]
         fleet.clock.now += 4
-        requests[0].release(fleet.clock())
-        requests[1].withdraw(fleet.clock())
+        attempts[0].prefill_answered(200, fleet.clock())
+        attempts[1].end(fleet.clock())
         fleet.clock.now += 4
 
         assert fleet.load.eligible("*", Role.PREFILL, fleet.clock()) == [answering]

@@ -21,7 +21,7 @@ class AttemptObserver(Protocol):
         """The prompt is computed. Never told of one whose prefill has failed."""
 
     def first_token(self, attempt: int, now: float) -> None:
-        """The answer to the client has begun."""
+        """The answer to the client has begun. Never told of an error."""
 
     def ended(self, attempt: int, now: float) -> None:
         """It is over, for whatever reason. Always the last event of an attempt."""
@@ -102,6 +102,8 @@ class Attempt:
                     reservation.withdraw(now)
                 return
             self._observer.prefill_answered(self.number, now)
+            if self.prefill_host is not None:
+                self.prefill_host.answered_at = now
             for reservation in self._prefill:
                 reservation.release(now)
             for reservation in self._decode:
@@ -112,7 +114,10 @@ class Attempt:
         """Note that the response headers have come from the server that answers the client."""
         if self.first_byte_at is None and not self._over:
             self.first_byte_at = now
-            self._observer.first_token(self.number, now)
+            if status < ERROR:
+                self._observer.first_token(self.number, now)
+                if self.decode_host is not None:
+                    self.decode_host.answered_at = now
             for reservation in self._decode:
                 reservation.started(now)
             # One server does both; and a whole answer tells that its prompt was computed, whoever did it.
@@ -130,8 +135,5 @@ class Attempt:
             for reservation in self._prefill:
                 reservation.withdraw(now)
             for reservation in self._decode:
-                if self.first_byte_at is None:
-                    reservation.withdraw(now)
-                else:
-                    reservation.release(now)
+                reservation.release(now)
             self._made_room()

@@ -249,7 +249,7 @@ class StepGroup(ABC):
     """
 
     __slots__ = (
-        "_knows_low", "_knows_top", "_reservations", "answered_at", "base", "changed", "due", "floor", "loads", "low",
+        "_knows_low", "_knows_top", "_reservations", "base", "changed", "due", "floor", "loads", "low",
         "low_position", "others", "others_requests", "ranks", "reported", "requests", "sent", "slowness", "start",
         "top", "written_off",
     )  # fmt: skip
@@ -270,8 +270,6 @@ class StepGroup(ABC):
         self._reservations = 0
         self.others_requests = 0.0
         """Requests that the last samples showed beyond those."""
-        self.answered_at = -math.inf
-        """When an engine had worked off a request of ours the last time."""
         self.written_off = 0
         """Reservations that no event has ended."""
         self.due = math.inf
@@ -336,8 +334,6 @@ class StepGroup(ABC):
     def closed(self, reservation: Reservation, now: float, *, worked_off: bool) -> None:
         """Take a request off the books. Strictly for :class:`Reservation`."""
         self._reservations -= 1
-        if worked_off:
-            self.answered_at = now
         # With nothing open the count is exactly zero, whatever floating point makes of shares.
         self.requests = self.requests - reservation.requests if self._reservations else 0.0
         self._close(reservation, now, worked_off=worked_off)

@@ -94,7 +94,16 @@ class Ledger:
         ]
         done = None if computing is None else partial(self._prompt_done, computing.host, demand)
         # Streaming, as its replica tells when the prompt is computed.
-        return Attempt(0, at, *sides, streaming=True, on_prefill_answer=done, made_room=self._made_room)
+        return Attempt(
+            0,
+            at,
+            *sides,
+            prefill_host=None if prefill is None else prefill.host,
+            decode_host=None if decode is None else decode.host,
+            streaming=True,
+            on_prefill_answer=done,
+            made_room=self._made_room,
+        )
 
     def _prompt_done(self, host: HostLoad, demand: Demand, status: int) -> None:
         """Learn from a prompt that was computed, whoever has sent it."""

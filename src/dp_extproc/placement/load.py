@@ -84,8 +84,8 @@ class HostLoad:
     """One endpoint: its ranks and how well it is known."""
 
     __slots__ = (
-        "_counts", "_demoted", "address", "candidate", "capabilities", "endpoint", "facts", "groups", "health",
-        "held_tokens", "ranks", "sampled", "sees_strangers",
+        "_counts", "_demoted", "address", "answered_at", "candidate", "capabilities", "endpoint", "facts", "groups",
+        "health", "held_tokens", "ranks", "sampled", "sees_strangers",
     )  # fmt: skip
 
     def __init__(
@@ -113,6 +113,8 @@ class HostLoad:
         """Prompt tokens of all requests sent here that its ranks were taken to hold already."""
         self.sampled = -math.inf
         """When the last good load page was asked for."""
+        self.answered_at = -math.inf
+        """When it had computed a prompt of ours the last time, or began to answer."""
         self.sees_strangers = False
         """Whether the last page showed requests that neither we nor our peers have sent."""
         self._demoted = False
@@ -157,8 +159,8 @@ class HostLoad:
 
     @property
     def last_sign(self) -> float:
-        """When it was read, or had worked off a request: who answers requests needs no page to be known well."""
-        return max(self.sampled, *[group.answered_at for group in self.groups])
+        """When it was read, or has answered a request: who answers requests needs no page to be known well."""
+        return max(self.sampled, self.answered_at)
 
     def absorb(self, samples: tuple[RankSample, ...], started: float, now: float) -> None:
         """Take in a load page that was asked for at *started*. Ranks that the server does not have are left out."""
