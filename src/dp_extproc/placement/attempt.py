@@ -100,6 +100,7 @@ class Attempt:
             if status >= ERROR:  # nothing was computed; what follows of it, others learn from the end
                 for reservation in self._prefill:
                     reservation.withdraw(now)
+                self._made_room()
                 return
             self._observer.prefill_answered(self.number, now)
             if self.prefill_host is not None:
