@@ -140,8 +140,8 @@ def run_quick_fleet(body_mode: str = "buffered") -> Iterator[Fleet]:
         health={"failures": 1000},  # every fault is to be met anew; who is left alone for how long has its own tests
     ) as fleet:
         # A decode rank that has not met a prefill server before gives up by itself if it cannot.
-        for each in [_ask(fleet, kind) for kind in KINDS for _ in range(_FIRST_MEETINGS)]:
-            each.result()
+        for _ in range(_FIRST_MEETINGS):
+            _ask_all(fleet)
         yield fleet
 
 

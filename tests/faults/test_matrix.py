@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from e2e.stack import wait_for
-from faults.fleet import BODIES, Fleet, ask
+from faults.fleet import Fleet
 from faults.matrix import CELLS, KINDS, Cell, run_cell, run_quick_fleet
 
 
@@ -48,28 +47,3 @@ def test_a_stream_of_another_kind_that_begins_with_an_error(fleet: Fleet, path: 
 
     assert refused.status_code == 502
     assert refused.json()["error"]["code"] == "decode_failed"
-
-
-def test_a_server_that_is_lost_behind_an_early_200_is_counted(fleet: Fleet) -> None:
-    """/generate begins before prefill is done, and the head is held; the repetition is on the record like others."""
-    fleet.forget()
-    (victim, _), before = fleet.decodes, _counted(fleet)
-    for engine in fleet.prefills:
-        engine.fault(inference={"kind": "slow", "seconds": 60})
-    asked = []
-    while not victim.requests():
-        asked.append(fleet.threads.submit(ask, fleet.client, *BODIES.keys() & {"/generate"}, stream=True))
-        wait_for(lambda: sum(len(each.requests()) for each in fleet.decodes) >= len(asked))
-    wait_for(lambda: victim.requests()[0]["answer_status"] == 200)
-    victim.fault(inference="refuse")
-    fleet.recover_all_but(victim)
-
-    assert {str(each.result()) for each in asked} == {"answer"}
-    assert _counted(fleet) > before
-    fleet.recover()
-    fleet.settle()
-
-
-def _counted(fleet: Fleet) -> float:
-    lines = [line for line in fleet.service.metrics().splitlines() if line.startswith("dp_extproc_leg_failures_total{")]
-    return sum(float(line.rpartition(" ")[2]) for line in lines if 'leg="decode"' in line and 'retried="yes"' in line)

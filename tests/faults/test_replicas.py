@@ -1,7 +1,6 @@
 """Two replicas of two workers each behind one Envoy: legs report to the one process of four that has placed them."""
 
 import os
-import re
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,7 +23,15 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     bus = f"unix://{tmp_path_factory.mktemp('bus')}"
     load = {"interval": "500ms", "stale_after": "20s", "timeout": "5s"}
     options = ("--time-scale", "1", *PATIENCE)
-    with run_fleet(options, replicas=2, listen={"workers": 2}, sync={"url": bus}, load=load, drain="2500ms") as fleet:
+    with run_fleet(
+        options,
+        replicas=2,
+        listen={"workers": 2},
+        sync={"url": bus},
+        load=load,
+        drain="2500ms",
+        envoy={"cut_streams": "cut"},  # else streams that are lost end with an event that the service sees at once
+    ) as fleet:
         wait_for(lambda: all(len(ready(each)) == 2 for each in services(fleet)), PATIENT)
         yield fleet
 
@@ -46,18 +53,12 @@ def ready(service: ServiceProcess) -> list[int]:
 
 
 def count(fleet: Fleet, metric: str) -> list[float]:
-    """Read a metric of every worker."""
-    line = re.compile(rf'^{metric}{{worker="\d".*}} (.*)$|^{metric}{{worker="\d"}} (.*)$', re.MULTILINE)
+    """Add up a metric of every worker."""
     return [
-        sum(float(one or other) for one, other in line.findall(f"{page}"))
-        for service in services(fleet)
-        for page in _by_worker(service)
+        sum(float(line.rpartition(" ")[2]) for line in page if line.startswith(f'{metric}{{worker="{worker}"'))
+        for page in [service.metrics().splitlines() for service in services(fleet)]
+        for worker in range(2)
     ]
-
-
-def _by_worker(service: ServiceProcess) -> list[str]:
-    lines = service.metrics().splitlines()
-    return ["\n".join(line for line in lines if f'worker="{worker}"' in line) for worker in range(2)]
 
 
 def test_every_leg_reports_to_its_owner(fleet: Fleet) -> None:
@@ -94,6 +95,31 @@ def test_a_client_that_leaves_ends_both_legs(fleet: Fleet) -> None:
     fleet.recover()
 
     assert all(record["disconnected_at"] for engine in fleet.engines for record in engine.requests())
+
+
+def test_a_server_that_is_lost_behind_an_early_200(fleet: Fleet) -> None:
+    """Envoy asks nobody before it repeats such a request; whoever gets it then counts what has happened."""
+    victim, before = fleet.decodes[0], sum(count(fleet, "dp_extproc_leg_failures_total"))
+    for engine in fleet.prefills:
+        engine.fault(inference={"kind": "slow", "seconds": 60})
+    asked = []
+    while not victim.requests():
+        asked.append(fleet.threads.submit(ask, fleet.client, GENERATE, stream=True))
+        wait_for(lambda: sum(len(each.requests()) for each in fleet.decodes) >= len(asked))
+    wait_for(lambda: victim.requests()[0]["answer_status"] == 200)
+    victim.stop(signal.SIGKILL)
+    fleet.recover_all_but(victim)
+
+    assert {str(each.result()) for each in asked} == {"answer"}
+    assert sum(count(fleet, "dp_extproc_leg_failures_total")) == before + 1
+    assert any("upstream_reset_after_response_started" in line["response_code_details"] for line in log(fleet))
+    victim.start()
+    victim.wait_until_listening()
+    fleet.wait_until_fresh()
+
+
+def log(fleet: Fleet) -> list[dict[str, Any]]:
+    return [line for line in fleet.envoy.access_log() if line["leg"] == "main" and line["status"] != 200]
 
 
 def test_a_decode_server_that_dies(fleet: Fleet) -> None:
