@@ -233,7 +233,8 @@ def balance() -> str | None:
         seeds, requests = about["options"]["seeds"], about["options"]["requests"]
         header = ["", "mean TTFT, ms", "change, %", "p99 TTFT, %", "TPOT, %", "waiting", "failed"]
         parts.append(
-            f"{about['title']}, {seeds} seed{'s' * (seeds > 1)} of {requests} requests:\n\n{table(header, rows)}"
+            f"{about['title']}, {seeds} seed{'s' * (seeds > 1)} of {requests} requests "
+            f"([plots](scheduling/{path.stem}.png)):\n\n{table(header, rows)}"
         )
     return "\n\n".join(parts) or None
 

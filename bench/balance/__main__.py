@@ -22,7 +22,7 @@ from bench.balance.client import Load
 from bench.balance.contenders import MAIN, Contender, chosen
 from bench.balance.engines import COSTS, RELEASE, STREAM_INTERVAL, Size
 from bench.balance.machine import time_scale_for
-from bench.balance.report import plot, print_report, write_json
+from bench.balance.report import plot, plot_again, print_report, write_json
 from bench.balance.runs import Run, run_once
 from dp_extproc.workload.capacity import Topology, requests_per_second
 from dp_extproc.workload.generate import NAMES, make_trace
@@ -55,6 +55,10 @@ def main() -> int:
         Its exit status.
     """
     args = _arguments()
+    for path in args.plot or ():
+        plot_again(path)
+    if args.plot:
+        return 0
     console = Console() if sys.stdout.isatty() else Console(width=140)
     try:
         plan = _plan(args)
@@ -141,6 +145,7 @@ def _arguments() -> argparse.Namespace:
     add("--only", nargs="+", metavar="NAME", help=f"contenders, as patterns (default: {', '.join(MAIN)}; '*' for all)")
     add("--chunk", type=int, default=4096, help="prompt tokens per rank and step (default: %(default)s)")
     add("--time-scale", type=float, help="how slow engines are (default: so that this machine keeps up)")
+    add("--plot", type=Path, nargs="+", metavar="FILE", help="only make the plots of such JSON files anew")
     add("--out", type=Path, metavar="STEM", help="write STEM.json, STEM.png and STEM.svg")
     return parser.parse_args()
 

@@ -1,8 +1,10 @@
 """The runs as a table, as JSON, and as plots."""
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -19,6 +21,17 @@ from matplotlib import pyplot as plt
 
 MEASURES: Final = {"ttft": "time to first token", "tpot": "time per output token", "e2e": "end to end"}
 STATISTICS: Final = ("mean", "p50", "p99")
+_PLOTTED: Final = {
+    "ttft_mean": "TTFT, mean",
+    "ttft_p50": "TTFT, p50",
+    "ttft_p99": "TTFT, p99",
+    "tpot_mean": "TPOT, mean",
+    "e2e_mean": "end to end, mean",
+    "prefill_wait": "waiting in prefill steps",
+    "prefill_imbalance": "imbalance of prefill ranks",
+    "decode_imbalance": "imbalance of decode ranks",
+}
+_ABREAST: Final = 4
 
 
 class Result(Protocol):
@@ -112,15 +125,21 @@ def _summary(runs: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def plot(stem: Path, title: str, runs: Sequence[Run]) -> None:
-    """Write ``STEM.png`` and ``STEM.svg``: how each contender's times differ from the baseline's."""
-    keys = [("ttft_mean", "TTFT, mean"), ("ttft_p99", "TTFT, p99"), ("tpot_mean", "TPOT, mean")]
-    found = [(label, each) for key, label in keys if len(each := changes(runs, key)) > 1]
+def plot(stem: Path, title: str, runs: Sequence[Result]) -> None:
+    """Write ``STEM.png`` and ``STEM.svg``: how each contender's numbers differ from the baseline's."""
+    found = [(label, each) for key, label in _PLOTTED.items() if len(each := changes(runs, key)) > 1]
     names = [name for name in dict.fromkeys(run.contender for run in runs) if name != ENGINES_OWN]
+    rows = math.ceil(len(found) / _ABREAST)
     figure, axes = plt.subplots(
-        1, len(found), sharey=True, squeeze=False, figsize=(3.6 * len(found) + 1.5, 0.35 * len(names) + 1.4)
+        rows,
+        _ABREAST,
+        sharey=True,
+        squeeze=False,
+        figsize=(2.8 * _ABREAST + 1.5, (0.3 * len(names) + 1.2) * rows),
     )
-    for axis, (label, against) in zip(axes[0], found, strict=True):
+    for axis in axes.flat[len(found) :]:
+        axis.set_visible(False)
+    for axis, (label, against) in zip(axes.flat, found, strict=False):
         shown = [(position, against[name]) for position, name in enumerate(names) if name in against]
         colours = ["#2a7f62" if names[position].startswith(("dp-", "ours")) else "#b5651d" for position, _ in shown]
         axis.barh(
@@ -138,8 +157,31 @@ def plot(stem: Path, title: str, runs: Sequence[Run]) -> None:
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     for suffix in ("png", "svg"):
-        figure.savefig(stem.with_suffix(f".{suffix}"), dpi=150)
+        figure.savefig(stem.with_suffix(f".{suffix}"), dpi=110)
     plt.close(figure)
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A run that was written as JSON."""
+
+    contender: str
+    seed: int
+    values: dict[str, float]
+
+    def numbers(self) -> dict[str, float]:
+        """Give its numbers by their names."""
+        return self.values
+
+
+def plot_again(path: Path) -> None:
+    """Make the plots of a JSON file anew."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    runs = []
+    for run in content["runs"]:
+        values = {key: float(value) for key, value in run.items() if isinstance(value, int | float) and key != "seed"}
+        runs.append(Recorded(run["contender"], run["seed"], values))
+    plot(path.with_suffix(""), content["about"]["title"], runs)
 
 
 def _engines_table(title: str, runs: Sequence[Run]) -> Table:
