@@ -12,6 +12,7 @@ from typing import Any, Self
 import uvloop
 
 from dp_extproc.engine.api.app import Server
+from dp_extproc.engine.api.faults import Fault
 from dp_extproc.engine.command import parse_settings
 from dp_extproc.testbed.ports import free_row
 
@@ -32,11 +33,17 @@ class HostedEngine:
         return f"http://127.0.0.1:{self.port}"
 
     def requests(self) -> list[dict[str, Any]]:
+        """Give what it has received, but for the service's own questions whether it obeys headers."""
         assert not self.killed_by, self.killed_by
-        return list(self.server.journal.show())
+        received: list[dict[str, Any]] = list(self.server.journal.show())
+        return [each for each in received if each["headers"].get("x-override-routed-dp-rank") != "probe"]
 
     def forget(self) -> None:
         self.server.journal.clear()
+
+    def fault(self, **faults: Fault) -> None:
+        """Switch faults that need no word with the loop: none that opens or closes ports, or that hangs."""
+        self.server.faults.active.update(faults)
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from envoy_config.recording_engine import run_engine
 from envoy_config.scripted_service import run_service
 
 
-@pytest.fixture(scope="module", params=list(BodyMode))
+@pytest.fixture(scope="module", params=[BodyMode.BUFFERED, BodyMode.DUPLEX])
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     ports = free_ports(3)
     config = make_config(request.param, ports)

@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import httpx
 import yaml
@@ -43,6 +43,21 @@ class Bench:
         return next(line for line in lines if line["leg"] == leg)
 
 
+_WORKERS: Final[dict[str, Any]] = {"models": ["*"], "workers": {"endpoints": ["http://127.0.0.1:1"]}}
+POOLS: Final[dict[BodyMode, dict[str, Any]]] = {
+    BodyMode.BUFFERED: _WORKERS,
+    BodyMode.DUPLEX: _WORKERS,
+    BodyMode.NONE: {
+        "models": ["*"],
+        "carrier": "headers",
+        "prefill": {"endpoints": ["http://127.0.0.1:1"]},
+        "decode": {"endpoints": ["http://127.0.0.1:2"]},
+        "policy": {"affinity": {"prefixes": False}},
+    },
+}
+"""One that fits each mode; Envoy's configuration names no engine."""
+
+
 def make_config(body_mode: BodyMode, ports: list[int], **envoy: Any) -> Config:
     inference, admin, grpc_port = ports
     return Config.model_validate(
@@ -55,7 +70,7 @@ def make_config(body_mode: BodyMode, ports: list[int], **envoy: Any) -> Config:
                 "body_mode": body_mode,
                 **envoy,
             },
-            "pools": [{"models": ["*"], "workers": {"endpoints": ["http://127.0.0.1:1"]}}],
+            "pools": [POOLS[body_mode]],
         }
     )
 

@@ -12,12 +12,13 @@ from dp_extproc.config import BodyMode, Config, CutStreams
 from dp_extproc.envoy_config import build_bootstrap, command, render_yaml
 from dp_extproc.envoy_config.comments import COMMENTS
 from dp_extproc.testbed.envoy import find_envoy
+from envoy_config.harness import POOLS
 
 EXAMPLE = Path(__file__).parents[2] / "envoy"
 
 
 def config_with(envoy: dict[str, Any] | None = None, grpc: str = "127.0.0.1:9002") -> Config:
-    pool = {"models": ["*"], "workers": {"endpoints": ["http://127.0.0.1:1"]}}
+    pool = POOLS[(envoy or {}).get("body_mode", BodyMode.BUFFERED)]
     return Config.model_validate({"listen": {"grpc": grpc}, "envoy": envoy or {}, "pools": [pool]})
 
 

@@ -34,6 +34,8 @@ from dp_extproc.request.rejection import Reason, Rejection
 
 MAX_BODY = 4 * CHUNK_BYTES
 POST = {":method": "POST", ":path": "/generate"}
+REFUSED = 13
+"""Length of a body that is refused unseen."""
 PLACED = ((names.DECODE_HOST, b"10.0.0.1:1"),)
 
 PHASES: dict[type, Phase] = {
@@ -51,6 +53,7 @@ class Echo:
     """Places every body as it is, but those that ask to be refused; remembers what it was asked."""
 
     placed: list[bytes] = field(default_factory=list)
+    lengths: list[int | None] = field(default_factory=list)
 
     def place(self, api: Api, body: bytes, *_more: object, **_options: object) -> Decision | Rejection:
         self.placed.append(body)
@@ -60,6 +63,12 @@ class Echo:
 
     def lost(self, address: str) -> None:
         raise NotImplementedError
+
+    def place_unread(self, api: Api, length: int | None, *_more: object) -> Decision | Rejection:
+        self.lengths.append(length)
+        if length == REFUSED:
+            return Rejection(400, Reason.CANNOT_CARRY_ROUTING, "as asked")
+        return Decision(None, PLACED, {names.META_POOL: "p"}, None, streaming=None)
 
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         return Decision(None, PLACED, {names.META_POOL: "p"}, None)
@@ -244,11 +253,12 @@ def test_no_sequence_of_events_breaks_the_rules(
         elif any(isinstance(reply, Immediate) for reply in replies):
             assert len(replies) == 1
             over = True
-        elif mode is BodyMode.LOCKSTEP and not response_duplex:
+        elif mode in {BodyMode.LOCKSTEP, BodyMode.NONE} and not response_duplex:
             assert [_phase(reply) for reply in replies if not isinstance(reply, Immediate)] == [PHASES[type(event)]]
             assert not any(isinstance(reply, StreamedChunk) for reply in replies)
         assert exchange.is_decided or not over
-    assert len(decider.placed) <= 1
+    assert len(decider.placed) + len(decider.lengths) <= 1
+    assert not (decider.placed if mode is BodyMode.NONE else decider.lengths)
 
 
 def _phase(reply: Reply) -> Phase | None:
@@ -270,3 +280,28 @@ def test_in_duplex_the_headers_are_answered_first_and_once(events: list[Event]) 
         assert phases.index(Phase.REQUEST_HEADERS) == 0
         assert phases.count(Phase.REQUEST_HEADERS) == 1
     assert not [reply for reply in replies if isinstance(reply, Mutate) and reply.body is not None]
+
+
+@pytest.mark.parametrize(("length", "told"), [("0", 0), ("17", 17), (None, None), ("x", None), ("-1", None)], ids=str)
+def test_without_bodies_the_headers_decide(length: str | None, told: int | None) -> None:
+    """The one reply to the headers routes, by the length that they announce; no body will come."""
+    decider = Echo()
+    exchange = Exchange(decider, BodyMode.NONE, MAX_BODY)
+    announced = {} if length is None else {"content-length": length}
+    (reply,) = exchange.receive(RequestHeaders({**POST, "x-override-priority": "1", **announced}, False))
+
+    assert isinstance(reply, Mutate)
+    assert (reply.phase, reply.set_headers, reply.body) == (Phase.REQUEST_HEADERS, PLACED, None)
+    assert reply.remove_headers == ("x-override-priority",)
+    assert reply.clear_route_cache
+    assert decider.lengths == [told]
+    assert exchange.is_routed
+
+
+def test_without_bodies_a_refusal_is_due_at_once() -> None:
+    """Before the body has left the client."""
+    exchange = Exchange(Echo(), BodyMode.NONE, MAX_BODY)
+    (reply,) = exchange.receive(RequestHeaders({**POST, "content-length": str(REFUSED)}, False))
+
+    assert isinstance(reply, Immediate)
+    assert reply.status == 400

@@ -19,6 +19,7 @@ from dp_extproc.extproc.events import (
     RequestHeaders,
     ResponseBody,
     ResponseHeaders,
+    SeeBody,
     TakeBody,
 )
 from dp_extproc.extproc.exchange import Exchange
@@ -48,6 +49,7 @@ class Attempted:
         failed: str | None = None,
         retry: RetrySettings | None = None,
         duplex: bool = False,
+        unread: bool = False,
     ) -> None:
         self.fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
         mode_of_bodies = BodyMode.DUPLEX if duplex else BodyMode.LOCKSTEP
@@ -64,7 +66,7 @@ class Attempted:
             SupervisionSettings.model_validate({"mode": mode.value, **SETTINGS}),
             RetryBudget(retry or RetrySettings()),
             self,
-            streaming=body is CHAT,
+            streaming=None if unread else body is CHAT,
             earlier=len(self.exchange.failed),
             now=0.0,
         )
@@ -75,14 +77,16 @@ class Attempted:
     def leg_unseen(self) -> None:
         self.unseen += 1
 
-    def head(self, status: int = 200, now: float = 1.0, *, has_body: bool = True) -> list[Say]:
+    def head(self, status: int = 200, now: float = 1.0, *, has_body: bool = True, is_events: bool = False) -> list[Say]:
         """The decode server's head comes."""
-        assert self.exchange.receive(ResponseHeaders(status, end_of_stream=not has_body)) == ()
-        return self.watch.decode_answered(status, now, has_body=has_body)
+        assert self.exchange.receive(ResponseHeaders(status, end_of_stream=not has_body, is_events=is_events)) == ()
+        return self.watch.decode_answered(status, now, has_body=has_body, is_events=is_events)
 
-    def prefill(self, status: int = 200, now: float = 1.0, *, has_body: bool = True) -> list[Say]:
+    def prefill(
+        self, status: int = 200, now: float = 1.0, *, has_body: bool = True, is_events: bool = False
+    ) -> list[Say]:
         """The prefill server's head comes."""
-        return self.watch.prefill_answered(status, now, has_body=has_body)
+        return self.watch.prefill_answered(status, now, has_body=has_body, is_events=is_events)
 
     def blamed(self) -> list[Role]:
         """Who has a failure on record."""
@@ -101,6 +105,8 @@ def _word(reply: Reply) -> str:
             return "continue"
         case TakeBody():
             return "take body"
+        case SeeBody():
+            return "see body"
         case Extend():
             return "extend"
         case Immediate():
@@ -165,6 +171,100 @@ class TestTheGate:
         assert attempted.watch.sweep(2.0) == []
         assert show(attempted.watch.sweep(7.0)) == [("MAIN", "extend")]
         assert attempted.watch.sweep(8.0) == []
+
+
+EVENT = b'data: {"choices":[]}\n\n'
+BROKEN = b'data: {"error":{"message":"bootstrap failed","code":500}}\n\n'
+REFUSED = b'data: {"error":{"message":"too long","code":400}}\n\n'
+GO_ON = [("PREFILL", "continue")]
+
+
+class TestUnread:
+    """The body was not seen: whether it asks for a stream shows with the answers, and then prefill streams, too."""
+
+    def _opened(self, mode: Supervise = Supervise.ANSWERS) -> Attempted:
+        attempted = Attempted(mode, unread=True)
+        attempted.watch.prefill_opened()
+        return attempted
+
+    def test_a_whole_answer(self) -> None:
+        """It has no first event to wait for, and no time for one."""
+        attempted = self._opened()
+        assert show(attempted.prefill(now=1.0)) == GO_ON
+        assert attempted.watch.sweep(99.0) == []
+        assert show(attempted.head(now=99.0)) == LET_GO
+
+    @pytest.mark.parametrize("prefill_first", [True, False])
+    def test_a_stream(self, prefill_first: bool) -> None:
+        """Both legs' first events are needed: their heads come before anything was done."""
+        attempted = self._opened()
+        assert attempted.head(is_events=True) == []
+        assert show(attempted.prefill(is_events=True)) == [("PREFILL", "see body")]
+        assert attempted.fleet.host(Role.PREFILL).reservations
+        if prefill_first:
+            assert show(attempted.watch.prefill_explained(EVENT, 2.0, end_of_stream=False)) == GO_ON
+            assert not attempted.fleet.host(Role.PREFILL).reservations
+            assert show(attempted.watch.first_event(None, 2.0)) == LET_GO
+        else:
+            assert attempted.watch.first_event(None, 2.0) == []
+            assert show(attempted.watch.prefill_explained(EVENT, 2.0, end_of_stream=False)) == [*GO_ON, *LET_GO]
+        assert show(attempted.watch.prefill_explained(b"data: [DONE]\n\n", 2.0)) == GO_ON
+        assert attempted.watch.prefill_closed(3.0) == []
+
+    def test_a_first_event_in_pieces(self) -> None:
+        """It is known when it is whole, or when nothing follows."""
+        attempted = self._opened()
+        attempted.head()
+        attempted.prefill(is_events=True)
+        assert show(attempted.watch.prefill_explained(EVENT[:5], 2.0, end_of_stream=False)) == GO_ON
+        assert show(attempted.watch.prefill_explained(EVENT[5:], 2.0, end_of_stream=False)) == [*GO_ON, *LET_GO]
+
+    @pytest.mark.parametrize("mode", [Supervise.LEGS, Supervise.ANSWERS])
+    def test_prefill_fails_behind_its_200(self, mode: Supervise) -> None:
+        """As if the status had said so."""
+        attempted = self._opened(mode)
+        attempted.head(is_events=True)
+        attempted.prefill(is_events=True)
+        said = attempted.watch.prefill_explained(BROKEN, 2.0, end_of_stream=False)
+        assert show(said) == [*GO_ON, ("MAIN", "502 prefill_failed")]
+        assert b"bootstrap failed" in main_of(said).body
+        assert attempted.blamed() == [Role.PREFILL]
+
+    def test_prefill_refuses_behind_its_200(self) -> None:
+        """The client's own fault is told as the engine said it."""
+        attempted = self._opened()
+        attempted.prefill(is_events=True)
+        said = attempted.watch.prefill_explained(REFUSED, 2.0)
+        assert show(said) == [*GO_ON, ("MAIN", "400 engine_refused")]
+
+    def test_prefill_is_cut_before_its_first_event(self) -> None:
+        """Its head has said nothing."""
+        attempted = self._opened()
+        attempted.prefill(is_events=True)
+        assert show(attempted.watch.prefill_closed(2.0)) == [("MAIN", "502 prefill_failed")]
+
+    def test_prefill_takes_too_long_behind_its_200(self) -> None:
+        """Its time runs until the first event."""
+        attempted = self._opened()
+        attempted.prefill(is_events=True)
+        assert show(attempted.watch.sweep(101.0)) == [("MAIN", "504 prefill_timeout"), ("PREFILL", CANCELLED)]
+
+    def test_the_first_token_takes_too_long(self) -> None:
+        """Once the head has told that it is a stream."""
+        attempted = self._opened()
+        attempted.head(is_events=True)
+        attempted.prefill(is_events=True)
+        attempted.watch.prefill_explained(EVENT, 2.0, end_of_stream=False)
+        assert show(attempted.watch.sweep(13.0)) == [("MAIN", "504 first_token_timeout")]
+
+    def test_switched_off(self) -> None:
+        """Nothing is held, and prefill's tokens leave the books with its first event."""
+        attempted = Attempted(Supervise.OFF, unread=True)
+        assert show(attempted.head(is_events=True)) == LET_GO
+        attempted.prefill(is_events=True)
+        assert attempted.fleet.host(Role.PREFILL).reservations
+        assert show(attempted.watch.prefill_explained(EVENT, 2.0)) == GO_ON
+        assert not attempted.fleet.host(Role.PREFILL).reservations
 
 
 class TestFailures:

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -459,6 +460,9 @@ class _Broken:
     def lost(self, address: str) -> None:
         raise NotImplementedError
 
+    def place_unread(self, *_request: object) -> Decision | Rejection:
+        raise RuntimeError("secret detail")
+
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         raise RuntimeError("secret detail")
 
@@ -522,3 +526,58 @@ class TestARepetitionThatNobodyWasAskedFor:
         assert answer.immediate_response.status.code.value == 502
         assert server.watcher.decisions == ["decode_failed"]
         assert server.watcher.failures[1:] == [(Role.DECODE, Reason.DECODE_FAILED, False)]
+
+
+class TestNoBodies:
+    """Bodies are not sent, and the pool's engines obey headers: the headers' answer routes."""
+
+    @pytest.fixture
+    def server(self) -> Iterator[Server]:
+        """A service whose only pool needs no bodies."""
+        facts = {role: replace(make_facts(role), reads_overrides=True) for role in (Role.PREFILL, Role.DECODE)}
+        policy = {"affinity": {"prefixes": False}}
+        fleet = Fleet(prefills=[facts[Role.PREFILL]], decodes=[facts[Role.DECODE]], policy=policy, carrier="headers")
+        with run_server(fleet.dispatcher) as server:
+            yield server
+
+    def test_01_one_answer_to_each_message(self, server: Server) -> None:
+        """Headers, and the response; the body passes by."""
+        stream = server.stream()
+        message = stream.ask(request_headers({**POST, ":path": "/generate", "content-length": "100"}, mode=Mode.NONE))
+        headers, answer = headers_of(message), message.request_headers
+
+        assert answer is not None
+        assert answer.response.clear_route_cache
+        assert answer.response.body_mutation is None
+        assert headers.keys() >= {names.DECODE_HOST, names.PREFILL_HOST, names.OVERRIDE_RANK, names.PREFILL_RANK}
+        assert names.PREFILL_PREFIX not in headers
+        assert kind_of(stream.ask(response_headers())) == "response_headers"
+        assert kind_of(stream.ask(response_trailers())) == "response_trailers"
+        assert stream.close() == []
+
+    def test_17_headers_of_clients_are_replaced_or_removed(self, server: Server) -> None:
+        """One that is set here is not removed again."""
+        foreign = {names.OVERRIDE_RANK: "99", "x-override-priority": "9", "x-dp-evil": "1"}
+        message = server.stream().ask(request_headers({**POST, ":path": "/generate", **foreign}, mode=Mode.NONE))
+        answer = message.request_headers
+
+        assert answer is not None
+        assert set(answer.response.header_mutation.remove_headers) == foreign.keys() - {names.OVERRIDE_RANK}
+        assert headers_of(message)[names.OVERRIDE_RANK] in {b"0", b"1", b"2", b"3"}
+
+    @pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses"])
+    def test_31_paths_that_read_no_headers(self, server: Server, path: str) -> None:
+        """They are refused at once."""
+        answer = server.stream().ask(request_headers({**POST, ":path": path}, mode=Mode.NONE)).immediate_response
+
+        assert answer is not None
+        assert json.loads(answer.body)["error"]["code"] == "path_cannot_carry_routing_fields"
+
+    def test_bodies_that_come_all_the_same_are_read(self, server: Server) -> None:
+        """An Envoy that sends them, against the configuration, gets what headers cannot carry into them."""
+        stream = server.stream()
+        stream.ask(request_headers(mode=BUFFERED))
+        answer = stream.ask(request_body(BODY)).request_body
+
+        assert answer is not None
+        assert answer.response.body_mutation.body.endswith(BODY[1:])

@@ -164,8 +164,35 @@ def test_overrides(version: str, reads: bool | None, apis: set[Api]) -> None:
     engine = replace(facts(version, Mode.DECODE), reads_overrides=reads)
 
     assert capabilities(engine).overrides_on == apis
-    codes = {trap.code for trap in traps(engine, Role.DECODE)}
+    codes = {trap.code for trap in traps(engine, Role.DECODE, needs_overrides=True)}
     assert ("overrides_not_read" in codes) == (reads is False)
+
+
+@pytest.mark.parametrize("headers_only", [False, True], ids=["bodies carry the rest", "there are no bodies"])
+@pytest.mark.parametrize(
+    ("version", "reads", "unusable", "others"),
+    [
+        ("0.5.15", True, {"overrides_not_on_chat"}, set()),
+        ("0.5.17", True, {"overrides_not_on_chat"}, set()),
+        ("0.5.18", True, set(), set()),
+        ("0.5.23", True, set(), set()),
+        ("0.5.14", False, {"overrides_not_read"}, set()),
+        ("0.5.23", False, {"overrides_not_read"}, set()),
+        ("0.5.23", None, {"overrides_unknown"}, set()),
+    ],
+)
+def test_traps_of_headers(
+    version: str, reads: bool | None, unusable: set[str], others: set[str], headers_only: bool
+) -> None:
+    """What a body can say instead is a pitfall; where no body is seen the engine cannot be used."""
+    engine = replace(facts(version, Mode.DECODE), reads_overrides=reads)
+    everything = traps(engine, Role.DECODE, needs_overrides=True, headers_only=headers_only)
+    found = [each for each in everything if each.code != "paths_refused"]
+    told = {each.code for each in found}
+
+    assert told - {"paths_without_bodies"} == unusable | others
+    assert ("paths_without_bodies" in told) == (headers_only and reads is True)
+    assert {each.code for each in found if each.unusable} == (unusable if headers_only or reads is False else set())
 
 
 PREFILL, DECODE, UNIFIED = Mode.PREFILL, Mode.DECODE, Mode.UNIFIED

@@ -1,5 +1,6 @@
 """What the operator wrote: the configuration file, checked as a whole before anything starts."""
 
+from dp_extproc.config.envoy import BodyMode, CutStreams, EnvoySettings
 from dp_extproc.config.listen import ListenSettings, SocketAddress
 from dp_extproc.config.loader import ConfigError, Problem, load_config, parse_config, read_config
 from dp_extproc.config.reliability import (
@@ -11,12 +12,9 @@ from dp_extproc.config.reliability import (
     SupervisionSettings,
 )
 from dp_extproc.config.schema import (
-    BodyMode,
     ClientRanks,
     Config,
-    CutStreams,
     EndpointConfig,
-    EnvoySettings,
     HostPolicy,
     LoadSettings,
     LoadSignal,

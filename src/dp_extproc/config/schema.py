@@ -12,7 +12,6 @@ from typing import Annotated, Any, Final, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
-    AfterValidator,
     Field,
     ValidationError,
     field_validator,
@@ -20,7 +19,8 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from dp_extproc.config.listen import MAX_PORT, ListenSettings, SocketAddress, socket_address
+from dp_extproc.config.envoy import BodyMode, EnvoySettings
+from dp_extproc.config.listen import MAX_PORT, ListenSettings
 from dp_extproc.config.reliability import (
     AdmissionSettings,
     HealthSettings,
@@ -29,79 +29,10 @@ from dp_extproc.config.reliability import (
     SupervisionSettings,
 )
 from dp_extproc.config.section import Bytes, Seconds, Section
-from dp_extproc.config.security import ApiKeySource, ServiceTls
+from dp_extproc.config.security import ApiKeySource
 from dp_extproc.config.sync import SyncSettings
 
 _HOST: Final = re.compile(r"[A-Za-z0-9._:%\-]+")
-_HEADER: Final = re.compile(r"[a-z0-9!#$&'*+.^_`|~-]+")
-"""RFC 9110, but for the percent sign, which begins a command in Envoy's formats."""
-_NO_SESSION: Final = frozenset({
-    # Replicas tell each other what a conversation is called.
-    "authorization", "proxy-authorization", "cookie", "set-cookie", "api-key", "x-api-key", "x-auth-token",
-    "x-goog-api-key", "x-amz-security-token",
-    # RFC 9110 and 9112: what frames a message, or belongs to one connection.
-    "host", "connection", "proxy-connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "expect",
-    "content-length", "content-type", "content-encoding",
-    "x-data-parallel-rank",  # SGLang's: routes
-})  # fmt: skip
-"""Headers with credentials, and headers that frame or route."""
-
-
-class BodyMode(StrEnum):
-    """How Envoy hands request bodies to the service."""
-
-    BUFFERED = "buffered"
-    DUPLEX = "duplex"
-
-
-def _host_and_port(value: str) -> str:
-    host, _, port = value.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) <= MAX_PORT:
-        raise ValueError("write host:port, such as dp-extproc:9002 or 10.0.0.9:9002")
-    return value
-
-
-def _header_name(value: str) -> str:
-    name = value.lower()
-    if not _HEADER.fullmatch(name):
-        raise ValueError("write the name of a request header, such as x-session-id")
-    if name.startswith(("x-dp-", "x-envoy-")):
-        raise ValueError("names under x-dp- and x-envoy- are taken from clients; write another one")
-    if name in _NO_SESSION:
-        raise ValueError(f"{value} is not the name of a conversation; write a header that clients send for it")
-    return name
-
-
-class CutStreams(StrEnum):
-    """How a stream ends whose server is lost in mid-answer."""
-
-    CUT = "cut"
-    """As a connection that is cut, which is all that Envoy's router knows."""
-    EVENT = "event"
-    """With an error event, by a filter of ours in Envoy's WebAssembly runtime."""
-
-
-class EnvoySettings(Section):
-    """What the printed Envoy configuration contains."""
-
-    inference: SocketAddress = socket_address("127.0.0.1:8080")
-    admin: SocketAddress = socket_address("127.0.0.1:9901")
-    max_body_bytes: Bytes = 64 << 20
-    headers_timeout: Seconds = 10.0
-    """How long a client may take to send a request's headers ..."""
-    upload_timeout: Seconds = 60.0
-    """... and all of it. How long the answer takes does not count."""
-    body_mode: BodyMode = Field(default=BodyMode.BUFFERED, strict=False)
-    service: Annotated[str, AfterValidator(_host_and_port)] | None = None
-    """``host:port`` under which Envoy finds the service; by default ``listen.grpc``."""
-
-    session_header: Annotated[str, AfterValidator(_header_name)] | None = None
-    """Header in which clients name the conversation that a request belongs to."""
-    standby: Annotated[tuple[Annotated[str, AfterValidator(_host_and_port)], ...], Field(strict=False)] = ()
-    """Further services, each for when all before it are not ready. The first that is ready decides alone."""
-    cut_streams: CutStreams = Field(default=CutStreams.EVENT, strict=False)
-    service_tls: ServiceTls | None = None
-    """Goes with ``listen.tls``."""
 
 
 class Engine(StrEnum):
@@ -295,6 +226,34 @@ class PoolConfig(Section):
             )
         return self
 
+    def needs_bodies(self) -> Iterator[tuple[tuple[int | str, ...], str, str]]:
+        """Tell what of the pool only request bodies can do: where it stands, its value, and what to write instead.
+
+        A pool of which nothing is told can be served by the headers of requests alone. Then nothing takes back what a
+        client's body says of ranks and rooms, so headers have to say all of it.
+        """
+        if self.workers is not None:
+            yield ("workers",), self.name, "servers that do both take their rank in the body: write another body_mode"
+        elif self.carrier is not Carrier.HEADERS:
+            yield ("carrier",), self.carrier.value, "tell the engines by headers: carrier: headers"
+        policy = self.policy
+        if policy.affinity.prefixes:
+            yield (
+                ("policy", "affinity", "prefixes"),
+                "true",
+                "prompts are not seen: write policy: {affinity: {prefixes: false}}",
+            )
+        if policy.client_dp_rank is ClientRanks.HONOUR:
+            yield ("policy", "client_dp_rank"), "honour", "ranks in bodies are not seen: write client_dp_rank: replace"
+        if policy.dp_rank is RankPolicy.NONE:
+            message = "headers must name a rank, or one in a client's body would count: write another policy"
+            yield ("policy", "dp_rank"), "none", message
+        for role, section in (("prefill", self.prefill), ("decode", self.decode)):
+            for index, endpoint in enumerate(section.endpoints if section else ()):
+                if endpoint.dp_rank is not None:
+                    message = "a listener of one rank takes no rank by headers, and one in a client's body would count"
+                    yield (role, "endpoints", index, "dp_rank"), str(endpoint.dp_rank), message
+
     @property
     def name(self) -> str:
         """What logs, metrics and the admin port call the pool: its models."""
@@ -367,6 +326,20 @@ class Config(Section):
                 "protocol: endpoint_picker names one endpoint for a request, so it serves pools of workers only; for "
                 "prefill and decode use the Envoy that dp-extproc envoy-config configures"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _headers_are_enough(self) -> Self:
+        if self.envoy.body_mode is BodyMode.NONE:
+            needs = [
+                _objection(("pools", 0, *loc), value, f"envoy.body_mode: none: {message}")
+                for loc, value, message in self.pools[0].needs_bodies()
+            ]
+            if len(self.pools) > 1:
+                message = "the model of a request is not seen, so there can be one pool only; write another body_mode"
+                needs.append(_objection(("pools", 1), self.pools[1].name, f"envoy.body_mode: none: {message}"))
+            if needs:
+                raise ValidationError.from_exception_data("Config", needs)
         return self
 
     @model_validator(mode="after")

@@ -85,7 +85,7 @@ _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 def build_clusters(config: Config) -> list[Cluster]:
     """Build all clusters; none of them knows an engine by name."""
     buffer = buffer_bytes(config.envoy)
-    watching = [see_first_event()] if config.supervision.mode is Supervise.ANSWERS else []
+    watching = [see_first_event(config.envoy.body_mode)] if config.supervision.mode is Supervise.ANSWERS else []
     return [
         _service(config, buffer),
         _by_header(SERVICE_OWNER, OWNER, _grpc(), buffer, speak_tls(config.envoy.service_tls)),

@@ -44,7 +44,7 @@ COMMENTS: Final = {
     "dp_dispatch envoy.filters.http.ext_proc": "Asks the service.",
     "dp_dispatch failure_mode_allow": "Fail open here, closed in the routes above: if the service dies, responses\n"
     "that are already flowing go on, and new requests get the 503.",
-    "dp_dispatch request_body_mode": "BUFFERED or FULL_DUPLEX_STREAMED, from envoy.body_mode.",
+    "dp_dispatch request_body_mode": "BUFFERED, FULL_DUPLEX_STREAMED or NONE, from envoy.body_mode.",
     "dp_dispatch response_trailer_mode": "Keeps the stream open, without messages, until the response has ended: the\n"
     "service learns when ranks become free, and when a client has gone.",
     "dp_dispatch message_timeout": "Envoy's default is 200 ms; a large body takes longer.",

@@ -51,6 +51,12 @@ _SEND: Final = ProcessingModeHeaderSendMode.SEND
 _SKIP: Final = ProcessingModeHeaderSendMode.SKIP
 _NO_BODY: Final = ProcessingModeBodySendMode.NONE
 
+_SEND_BODY: Final = {
+    BodyMode.BUFFERED: ProcessingModeBodySendMode.BUFFERED,
+    BodyMode.DUPLEX: ProcessingModeBodySendMode.FULL_DUPLEX_STREAMED,
+    BodyMode.NONE: _NO_BODY,
+}
+
 FIRST_EVENT_FILTER: Final = "dp_first_event"
 
 _ADDRESS: Final = (OWNER, LEG)
@@ -62,7 +68,7 @@ _MESSAGE_TIMEOUT: Final = timedelta(seconds=20)
 
 def place_requests(config: Config) -> HttpFilter:
     """Build the filter that has each request placed and its body rewritten, and its response held and let go."""
-    duplex = config.envoy.body_mode is BodyMode.DUPLEX
+    body_mode = config.envoy.body_mode
     supervision = config.supervision
     return _filter(
         ExternalProcessor(
@@ -71,11 +77,9 @@ def place_requests(config: Config) -> HttpFilter:
             processing_mode=ProcessingMode(
                 request_header_mode=_SEND,
                 response_header_mode=_SEND,
-                request_body_mode=(
-                    ProcessingModeBodySendMode.FULL_DUPLEX_STREAMED if duplex else ProcessingModeBodySendMode.BUFFERED
-                ),
+                request_body_mode=_SEND_BODY[body_mode],
                 response_body_mode=_NO_BODY,
-                request_trailer_mode=_SEND if duplex else _SKIP,
+                request_trailer_mode=_SEND if body_mode is BodyMode.DUPLEX else _SKIP,
                 response_trailer_mode=_SEND,
             ),
             message_timeout=_MESSAGE_TIMEOUT,
@@ -134,7 +138,7 @@ def report_prefill(supervision: Supervise) -> HttpFilter:
     )
 
 
-def see_first_event() -> HttpFilter:
+def see_first_event(body_mode: BodyMode) -> HttpFilter:
     """Build the filter that shows the beginning of streaming answers to the process that placed the request.
 
     It does nothing but on routes that say so with :func:`show_first_event`. It belongs into the chain of the cluster:
@@ -145,17 +149,26 @@ def see_first_event() -> HttpFilter:
         ExternalProcessor(
             grpc_service=_to_owner(HeaderValue(key=STAGE, value=FIRST_EVENT)),
             failure_mode_allow=True,
+            allow_mode_override=body_mode is BodyMode.NONE,
             processing_mode=_nothing(),
             message_timeout=_MESSAGE_TIMEOUT,
+            forward_rules=_only(READ_FROM_RESPONSES) if body_mode is BodyMode.NONE else None,
         ),
         FIRST_EVENT_FILTER,
     )
 
 
-def show_first_event() -> Any:
-    """Build what switches :func:`see_first_event` on for a route."""
+def show_first_event(body_mode: BodyMode) -> Any:
+    """Build what switches :func:`see_first_event` on for a route.
+
+    A service that has not seen the request's body does not know whether it asks for a stream. It is shown the answer's
+    head, and asks for the rest itself.
+    """
     mode = _nothing()
-    mode.response_body_mode = ProcessingModeBodySendMode.STREAMED
+    if body_mode is BodyMode.NONE:
+        mode.response_header_mode = _SEND
+    else:
+        mode.response_body_mode = ProcessingModeBodySendMode.STREAMED
     return Any.pack(ExtProcPerRoute(overrides=ExtProcOverrides(processing_mode=mode)))
 
 

@@ -63,7 +63,11 @@ def build_listeners(config: Config) -> list[Listener]:
     ends_streams = settings.cut_streams is CutStreams.EVENT
     handing_on = [remember_decode_host()] if ends_streams else []
     dispatch = _internal_manager(
-        DISPATCH, to_engines(supervision), [place_requests(config), *watching, *handing_on], log_requests(), repeated
+        DISPATCH,
+        to_engines(supervision, settings.body_mode),
+        [place_requests(config), *watching, *handing_on],
+        log_requests(),
+        repeated,
     )
     prefill_leg = _internal_manager(
         PREFILL_LEG, to_prefill(), [remember_owner(), swap_prefix(), report_prefill(supervision)], log_prefill_legs()

@@ -18,7 +18,7 @@ from envoy_data_plane.envoy.config.route.v3 import (
     VirtualHost,
 )
 
-from dp_extproc.config import RetrySettings, Supervise
+from dp_extproc.config import BodyMode, RetrySettings, Supervise
 from dp_extproc.envoy_config.cluster_names import DECODE, DISPATCH, PREFILL, PREFILL_LEG
 from dp_extproc.envoy_config.external_processing import FIRST_EVENT_FILTER, show_first_event
 from dp_extproc.extproc.names import DECODE_HOST, FAILED, PREFILL_HOST, PREFILL_RID, PREFIX_LENGTH, RETRY, WATCH
@@ -48,7 +48,7 @@ def to_dispatch(retry: RetrySettings) -> RouteConfiguration:
     return _table(Route(name="all", match=_when(), route=action, response_headers_to_remove=[RETRY, FAILED]))
 
 
-def to_engines(supervision: Supervise) -> RouteConfiguration:
+def to_engines(supervision: Supervise, body_mode: BodyMode) -> RouteConfiguration:
     """Route by what the service decided; a request it did not place goes nowhere."""
     mirror = RouteActionRequestMirrorPolicy(cluster=PREFILL_LEG, disable_shadow_host_suffix_append=True)
     routes = [
@@ -66,7 +66,7 @@ def to_engines(supervision: Supervise) -> RouteConfiguration:
             name="watched",
             match=_when(DECODE_HOST, PREFILL_HOST, WATCH),
             route=_forward(DECODE, [mirror]),
-            typed_per_filter_config={FIRST_EVENT_FILTER: show_first_event()},
+            typed_per_filter_config={FIRST_EVENT_FILTER: show_first_event(body_mode)},
         )
         routes.insert(0, watched)
     return _table(*routes)

@@ -45,6 +45,8 @@ from dp_extproc.extproc.names import (
 from dp_extproc.placement.decision import Metadata
 from dp_extproc.placement.subset import read_subset
 
+_EVENTS: Final = b"text/event-stream"
+
 _BODY_MODES: Final = {
     ProcessingMode.NONE: BodyMode.NONE,
     ProcessingMode.BUFFERED: BodyMode.LOCKSTEP,
@@ -88,7 +90,8 @@ def read_event(message: ProcessingRequest) -> Event | None:
             return RequestBody(body.body, body.end_of_stream)
         case "response_headers":
             headers = message.response_headers
-            return ResponseHeaders(_status(headers), headers.end_of_stream, _served(message))
+            status, media = _read_response(headers)
+            return ResponseHeaders(status, headers.end_of_stream, media.startswith(_EVENTS), _served(message))
         case "response_body":
             chunk = message.response_body
             return ResponseBody(chunk.body, chunk.end_of_stream)
@@ -182,12 +185,16 @@ def _headers(message: HttpHeaders) -> dict[str, str]:
     return found
 
 
-def _status(message: HttpHeaders) -> int:
+def _read_response(message: HttpHeaders) -> tuple[int, bytes]:
+    """Read the status, 0 if there is none, and the content type."""
+    status, media = 0, b""
     for header in message.headers.headers:
         if header.key == ":status":
-            text = header.raw_value or header.value
-            return int(text) if text.isdigit() else 0
-    return 0
+            text = header.raw_value or header.value.encode()
+            status = int(text) if text.isdigit() else 0
+        elif header.key == "content-type":
+            media = header.raw_value or header.value.encode()
+    return status, media
 
 
 def _served(message: ProcessingRequest) -> str | None:

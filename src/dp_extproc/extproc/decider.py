@@ -14,6 +14,10 @@ class Decider(Protocol):
         """Decide on an inference request."""
         ...
 
+    def place_unread(self, api: Api, length: int | None, circumstances: Circumstances) -> Decision | Rejection:
+        """Decide on an inference request whose body is not sent here."""
+        ...
+
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         """Decide on a request without a body that any engine can answer."""
         ...

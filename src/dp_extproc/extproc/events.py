@@ -47,6 +47,8 @@ class ResponseHeaders(Struct, frozen=True):
     status: int
     end_of_stream: bool = False
     """There will be no body."""
+    is_events: bool = False
+    """Whether it is a stream of events (``text/event-stream``)."""
     served: str | None = None
     """``IP:port`` that has answered, where the gateway tells it."""
 

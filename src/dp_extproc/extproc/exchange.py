@@ -4,6 +4,7 @@ Rules that live here and nowhere else:
 
 - In lock-step every event gets exactly one reply of its own phase. Routing headers go with the body's reply, as
   the headers' reply is due before the body comes.
+- Where bodies are not sent here, the headers decide, and are answered with the routing headers.
 - In duplex nothing is answered until the whole body is in; then headers, chunks and trailers follow in this order.
   Routing headers go with the headers' reply, as those of a body reply are ignored.
 - After an immediate response nothing is said any more, and none is sent once the response has begun.
@@ -77,6 +78,7 @@ class Exchange:
         "_body",
         "_decider",
         "_foreign",
+        "_length",
         "_max_body",
         "_merger",
         "_mode",
@@ -132,6 +134,7 @@ class Exchange:
         self._foreign: tuple[str, ...] = ()
         self._session: str | None = None
         self._body: list[bytes] = []
+        self._length: int | None = None
         self._size = 0
         self._trailers = False
         self.holds = holds
@@ -304,10 +307,14 @@ class Exchange:
             return self._refuse(refusal)
         if event.end_of_stream:
             return self._refuse(NO_BODY)
-        if self._mode is BodyMode.NONE or self._mode is BodyMode.UNSUPPORTED:
+        if self._mode is BodyMode.UNSUPPORTED:
             message = "the ext_proc filter must send request bodies BUFFERED or FULL_DUPLEX_STREAMED"
             return self._refuse(Rejection(500, Reason.UNSUPPORTED_BODY_MODE, message))
         self._api = asked
+        if self._mode is BodyMode.NONE:
+            length = headers.get("content-length", "")
+            self._length = int(length) if length.isdecimal() else None
+            return self._decide()
         self._state = _State.BODY
         if self._mode is BodyMode.DUPLEX:
             return ()
@@ -359,7 +366,10 @@ class Exchange:
             read=None if before is None else before.read,
             prefix=None if before is None else before.prefix,
         )
-        decision = self._decider.place(self._api, body, circumstances)
+        if self._mode is BodyMode.NONE:
+            decision = self._decider.place_unread(self._api, self._length, circumstances)
+        else:
+            decision = self._decider.place(self._api, body, circumstances)
         if isinstance(decision, Rejection):
             if self.queues and decision.wait is not None:
                 self._state, self._refused, self._body = _State.WAITING, decision, [body]
@@ -374,7 +384,8 @@ class Exchange:
             chunks = cut(body if decision.body is None else decision.body, end_of_stream=not self._trailers)
             return (head, *chunks, Continue(Phase.REQUEST_TRAILERS)) if self._trailers else (head, *chunks)
         if decision.body is None:
-            return (self._mutate(Phase.REQUEST_BODY, decision, decision.headers),)
+            phase = Phase.REQUEST_HEADERS if self._mode is BodyMode.NONE else Phase.REQUEST_BODY
+            return (self._mutate(phase, decision, decision.headers),)
         length = ("content-length", b"%d" % len(decision.body))
         return (self._mutate(Phase.REQUEST_BODY, decision, (*decision.headers, length), decision.body),)
 
@@ -446,7 +457,7 @@ class Exchange:
 
     @property
     def _streams(self) -> bool:
-        return self.decision is not None and self.decision.streaming
+        return self.decision is not None and self.decision.streaming is True
 
     @property
     def _is_to_be_merged(self) -> bool:

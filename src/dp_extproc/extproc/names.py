@@ -45,7 +45,7 @@ READ_FROM_REQUESTS: Final = frozenset({
     ":method", ":path", "content-type", "content-encoding", "content-length", SESSION, AVOID,
 })  # fmt: skip
 """All that the service reads of a request's headers. Envoy forwards no others to it."""
-READ_FROM_RESPONSES: Final = frozenset({":status"})
+READ_FROM_RESPONSES: Final = frozenset({":status", "content-type"})
 """Likewise of a response's."""
 
 DESTINATION: Final = "x-gateway-destination-endpoint"

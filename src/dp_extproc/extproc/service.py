@@ -24,6 +24,7 @@ from dp_extproc.extproc.events import (
     RequestHeaders,
     ResponseBody,
     ResponseHeaders,
+    SeeBody,
 )
 from dp_extproc.extproc.exchange import Exchange, ProtocolViolationError
 from dp_extproc.extproc.first_event import FirstEvent
@@ -248,7 +249,7 @@ class ExtProcService:
             self._supervision,
             self._budget,
             self._observer,
-            streaming=exchange.decision is not None and exchange.decision.streaming,
+            streaming=False if exchange.decision is None else exchange.decision.streaming,
             sees_text=exchange.merges,
             earlier=len(exchange.failed),
             now=self._clock(),
@@ -267,7 +268,8 @@ class ExtProcService:
         host = supervision.attempt.decode_host
         if event.served is not None and host is not None and event.served != host.address:
             self._observer.served_elsewhere()
-        return supervision.decode_answered(event.status, now, has_body=not event.end_of_stream)
+        has_body = not event.end_of_stream
+        return supervision.decode_answered(event.status, now, has_body=has_body, is_events=event.is_events)
 
     async def _close(self, link: Link) -> None:
         supervision = link.supervision
@@ -313,9 +315,11 @@ class ExtProcService:
         if isinstance(event, RequestHeaders):
             return supervision.prefill_opened()
         if isinstance(event, ResponseHeaders):
-            return supervision.prefill_answered(event.status, self._clock(), has_body=not event.end_of_stream)
+            return supervision.prefill_answered(
+                event.status, self._clock(), has_body=not event.end_of_stream, is_events=event.is_events
+            )
         if isinstance(event, ResponseBody):
-            return supervision.prefill_explained(event.data, self._clock())
+            return supervision.prefill_explained(event.data, self._clock(), end_of_stream=event.end_of_stream)
         return []
 
     async def _watch_first_event(self, leg: str, context: grpc.aio.ServicerContext) -> None:
@@ -324,19 +328,27 @@ class ExtProcService:
         first = FirstEvent()
         while (message := await context.read()) is not grpc.aio.EOF:
             event = read_event(message)
+            if isinstance(event, ResponseHeaders):  # shown only where nobody knows yet whether it is a stream
+                await context.write(_SEE if event.is_events else _GO_ON_HEAD)
+                if not event.is_events:
+                    return
+                continue
             if not isinstance(event, ResponseBody):
                 for reply in _GO_ON.get(type(event), ()):
                     await context.write(write_reply(reply))
                 continue
             first.feed(event.data, end_of_stream=event.end_of_stream)
+            is_done = first.is_known or event.end_of_stream
+            if is_done and link is not None:  # before the reply: with that Envoy may end the stream, and this coroutine
+                await link.carry_out(link.supervision.first_event(first.error, self._clock()))
             await context.write(_GO_ON_BODY)
-            if first.is_known or event.end_of_stream:
-                if link is not None:
-                    await link.carry_out(link.supervision.first_event(first.error, self._clock()))
+            if is_done:
                 return
 
 
 _GO_ON_BODY: Final = write_reply(Continue(Phase.RESPONSE_BODY))
+_GO_ON_HEAD: Final = write_reply(Continue(Phase.RESPONSE_HEADERS))
+_SEE: Final = write_reply(SeeBody(Phase.RESPONSE_HEADERS))
 _GO_ON: Final[dict[type, tuple[Reply, ...]]] = {
     RequestHeaders: (Continue(Phase.REQUEST_HEADERS),),
     ResponseHeaders: (Continue(Phase.RESPONSE_HEADERS),),

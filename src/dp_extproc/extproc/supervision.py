@@ -22,7 +22,7 @@ from dp_extproc.config.reliability import Supervise, SupervisionSettings
 from dp_extproc.extproc import names
 from dp_extproc.extproc.events import Continue, Extend, Immediate, Phase, Reply, SeeBody, TakeBody
 from dp_extproc.extproc.exchange import Exchange
-from dp_extproc.extproc.first_event import EngineError
+from dp_extproc.extproc.first_event import EngineError, FirstEvent
 from dp_extproc.fleet.endpoint import Role
 from dp_extproc.placement.attempt import Attempt
 from dp_extproc.placement.load import HostLoad
@@ -93,8 +93,8 @@ class Supervision:
 
     __slots__ = (
         "_answers", "_budget", "_decode_refused_at", "_earlier", "_exchange", "_extended", "_held_at", "_observer",
-        "_placed_at", "_prefill", "_prefill_done_at", "_prefill_refused_at", "_prefill_status", "_seen_first",
-        "_sees_text", "_settings", "_streaming", "attempt", "is_over", "over_at",
+        "_placed_at", "_prefill", "_prefill_done_at", "_prefill_events", "_prefill_refused_at", "_prefill_status",
+        "_seen_first", "_sees_text", "_settings", "_streaming", "attempt", "is_over", "over_at",
     )  # fmt: skip
 
     def __init__(
@@ -105,7 +105,7 @@ class Supervision:
         budget: RetryBudget,
         observer: SupervisionObserver,
         *,
-        streaming: bool,
+        streaming: bool | None,
         sees_text: bool = False,
         earlier: int,
         now: float,
@@ -118,7 +118,7 @@ class Supervision:
             settings: How far to go.
             budget: Of retries.
             observer: Told of failures.
-            streaming: Whether the client wants a stream of events.
+            streaming: Whether the client wants a stream of events; None where only the answer will tell.
             sees_text: Whether the text of prefill's answer is wanted.
             earlier: Attempts of this request that have failed.
             now: Monotonic seconds, as everywhere.
@@ -134,9 +134,10 @@ class Supervision:
         self._placed_at = now
         self._prefill = _Prefill.AWAITED if attempt.leg and settings.mode is not Supervise.OFF else _Prefill.ABSENT
         self._prefill_status = 0
+        self._prefill_events: FirstEvent | None = None
         self._prefill_done_at: float | None = None
         self._prefill_refused_at = self._decode_refused_at = math.inf
-        self._seen_first = not (streaming and attempt.leg and settings.mode is Supervise.ANSWERS)
+        self._seen_first = not (streaming is not False and attempt.leg and settings.mode is Supervise.ANSWERS)
         self._answers = tuple(host.health.answers for host in self._hosts())
         self._held_at: float | None = None
         self._extended = False
@@ -152,23 +153,28 @@ class Supervision:
         self._prefill = _Prefill.OPEN
         return [(Stream.PREFILL, Continue(Phase.REQUEST_HEADERS))]
 
-    def prefill_answered(self, status: int, now: float, *, has_body: bool) -> list[Say]:
+    def prefill_answered(self, status: int, now: float, *, has_body: bool, is_events: bool = False) -> list[Say]:
         """The leg's engine has answered, or Envoy in its place."""
+        if is_events and has_body and status < 400:  # a head that may come before anything was done
+            self._prefill_events = FirstEvent()
+            return [(Stream.PREFILL, SeeBody(Phase.RESPONSE_HEADERS))]
         sees_text = self._sees_text and has_body and status < 400
         go_on: Say = (Stream.PREFILL, (SeeBody if sees_text else Continue)(Phase.RESPONSE_HEADERS))
-        self.attempt.prefill_answered(status, now)
         if status < 400:
-            self._prefill, self._prefill_done_at = _Prefill.DONE, now
-            if self.attempt.prefill_host is not None:
-                self.attempt.prefill_host.health.succeeded()
-            return [go_on, *self._open_gate()]
+            return [go_on, *self._prefill_done(status, now)]
+        self.attempt.prefill_answered(status, now)
         self._prefill, self._prefill_status, self._prefill_refused_at = _Prefill.REFUSING, status, now
         if has_body and not self.is_over:
             return [(Stream.PREFILL, TakeBody(Phase.RESPONSE_HEADERS))]
         return [go_on, *self._prefill_failed(b"", now)]
 
-    def prefill_explained(self, body: bytes, now: float) -> list[Say]:
-        """The text of the leg's error has come, or some of its answer, which is for others."""
+    def prefill_explained(self, body: bytes, now: float, *, end_of_stream: bool = True) -> list[Say]:
+        """The text of the leg's error has come, or some of its answer, of which only a stream's first event matters."""
+        events = self._prefill_events
+        if events is not None and not events.is_known:
+            events.feed(body, end_of_stream=end_of_stream)
+            go_on: Say = (Stream.PREFILL, Continue(Phase.RESPONSE_BODY))
+            return [go_on, *(self._prefill_began(events.error, now) if events.is_known else ())]
         if self._prefill is not _Prefill.REFUSING:
             return [(Stream.PREFILL, Continue(Phase.RESPONSE_BODY))]
         return [(Stream.PREFILL, Continue(Phase.RESPONSE_BODY)), *self._prefill_failed(body, now)]
@@ -184,6 +190,20 @@ class Supervision:
             )
         return []
 
+    def _prefill_began(self, error: EngineError | None, now: float) -> list[Say]:
+        if error is None:
+            return self._prefill_done(200, now)
+        self.attempt.prefill_answered(error.status, now)
+        self._prefill_status = error.status
+        return self._prefill_failed(error.body, now)
+
+    def _prefill_done(self, status: int, now: float) -> list[Say]:
+        self.attempt.prefill_answered(status, now)
+        self._prefill, self._prefill_done_at = _Prefill.DONE, now
+        if self.attempt.prefill_host is not None:
+            self.attempt.prefill_host.health.succeeded()
+        return self._open_gate()
+
     def _prefill_failed(self, body: bytes, now: float) -> list[Say]:
         status, self._prefill = self._prefill_status, _Prefill.FAILED
         if status < 500:
@@ -193,8 +213,11 @@ class Supervision:
 
     # --- the main stream ---
 
-    def decode_answered(self, status: int, now: float, *, has_body: bool) -> list[Say]:
+    def decode_answered(self, status: int, now: float, *, has_body: bool, is_events: bool = False) -> list[Say]:
         """The response's head has come; the exchange holds it."""
+        if self._streaming is None:
+            self._streaming = is_events
+            self._seen_first = self._seen_first or not is_events
         if status >= 500:
             if has_body and self._exchange.sees_answer:
                 self._decode_refused_at = now

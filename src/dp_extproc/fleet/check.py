@@ -14,7 +14,7 @@ from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.fleet.engine_client import EngineClient, make_client
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.fleet.server_info import DEFAULT_BOOTSTRAP_PORT
-from dp_extproc.fleet.traps import Trap, traps
+from dp_extproc.fleet.traps import Trap, traps_of
 from dp_extproc.fleet.watch import EngineWatch
 
 _CONNECT_SECONDS: Final = 2.0
@@ -89,7 +89,7 @@ async def _check(engine: EngineClient, everyone: tuple[Endpoint, ...], settings:
     failure = await watch.round()
     found: tuple[Trap, ...] = ()
     if note.facts is not None:
-        found = traps(note.facts, endpoint.role)
+        found = traps_of(note.facts, endpoint)
         if note.facts.mode is not MODE_OF[endpoint.role]:
             failure = None  # the trap says the same
     source = watch.source if note.sampled_once else None

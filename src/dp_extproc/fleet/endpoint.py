@@ -32,6 +32,8 @@ class Endpoint:
     engine: Engine = Engine.AUTO
     needs_overrides: bool = False
     """Whether it is to be told ranks and rooms by headers."""
+    headers_only: bool = False
+    """Whether it can be told in no other way, as bodies are not seen."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -89,8 +91,8 @@ class EngineFacts:
     """Whether its ranks keep the KV cache of prompts for others with the same beginning."""
     kind: Kind = Kind.SGLANG
     reads_overrides: bool | None = None
-    """Whether ``x-override-*`` headers are obeyed (SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES=1); None when nobody needs
-    to know."""
+    """Whether ``x-override-*`` headers are obeyed (SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES=1); None when it is not
+    known, or nobody needs to know."""
     listener: tuple[int, int] | None = None
     """``(rank, ranks)`` where each rank has a listener of its own: which one this is, of how many on the whole server.
     ``dp_ranks`` is 1 then."""

@@ -38,6 +38,8 @@ OVERRIDES_ON_GENERATE: Final = Version(0, 5, 15)
 """First that reads ``x-override-*`` on /generate, where that is switched on."""
 OVERRIDES_ON_CHAT: Final = Version(0, 5, 18)
 """First that reads them on /v1/chat/completions, and /v1/messages, which is converted to it."""
+HEADER_APIS: Final = frozenset({Api.GENERATE, Api.CHAT, Api.MESSAGES})
+"""The paths on which any release reads them."""
 VLLM_RANK_HEADER: Final = Version(0, 11, 0)
 """First vLLM that reads ``X-data-parallel-rank`` (vllm-project/vllm#24945) ..."""
 _VLLM_RANK_HEADER_ON: Final = frozenset({Api.COMPLETIONS, Api.CHAT})
@@ -168,7 +170,7 @@ def capabilities(facts: EngineFacts) -> Capabilities:
 
 def _overrides_on(version: Version) -> frozenset[Api]:
     if version >= OVERRIDES_ON_CHAT:
-        return frozenset({Api.GENERATE, Api.CHAT, Api.MESSAGES})
+        return HEADER_APIS
     return frozenset({Api.GENERATE}) if version >= OVERRIDES_ON_GENERATE else frozenset()
 
 

@@ -1,5 +1,6 @@
 """The endpoints of a configuration. Pure."""
 
+from dp_extproc.config.envoy import BodyMode
 from dp_extproc.config.schema import Carrier, Config
 from dp_extproc.fleet.endpoint import Endpoint, Role
 
@@ -17,6 +18,7 @@ def endpoints_of(config: Config) -> tuple[Endpoint, ...]:
             dp_rank=each.dp_rank,
             engine=pool.engine,
             needs_overrides=pool.carrier is Carrier.HEADERS,
+            headers_only=config.envoy.body_mode is BodyMode.NONE,
             bootstrap_host=each.bootstrap_host,
             bootstrap_port=each.bootstrap_port,
         )

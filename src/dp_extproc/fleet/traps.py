@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from dp_extproc.fleet.agreement import MODE_OF
-from dp_extproc.fleet.endpoint import EngineFacts, Kind, Mode, Role
+from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, Kind, Mode, Role
 from dp_extproc.fleet.recipe import (
     DISAGGREGATION,
+    HEADER_APIS,
     PREFILL_RANK,
     ROOM_CHECK_SKIPPED,
     ROUTED_RANK,
@@ -37,17 +38,32 @@ class Trap:
     """Whether no request can be served, or none in the way that is configured."""
 
 
-def traps(facts: EngineFacts, role: Role) -> tuple[Trap, ...]:
-    """Tell every pitfall of an engine in a role, the worst first."""
+def traps(
+    facts: EngineFacts, role: Role, *, needs_overrides: bool = False, headers_only: bool = False
+) -> tuple[Trap, ...]:
+    """Tell every pitfall of an engine in a role, the worst first.
+
+    Args:
+        facts: What it says of itself.
+        role: What it is to do.
+        needs_overrides: Whether headers are to tell it ranks and rooms.
+        headers_only: Whether headers alone can tell it ranks and rooms.
+    """
     if facts.kind is Kind.VLLM:
         return tuple(_of_vllm(facts, role))
     found = [*_of_any(facts, role), *_of_reading(facts, role)]
     if role is Role.WORKER:
         found += _of_worker(facts)
     else:
-        found += [*_of_disaggregated(facts), *_of_overrides(facts)]
+        found += _of_disaggregated(facts)
+        found += _of_overrides(facts, headers_only=headers_only) if needs_overrides else ()
         found += _of_prefill(facts) if role is Role.PREFILL else _of_decode(facts)
     return tuple(sorted(found, key=lambda trap: not trap.unusable))
+
+
+def traps_of(facts: EngineFacts, endpoint: Endpoint) -> tuple[Trap, ...]:
+    """Tell every pitfall of an engine as it is configured."""
+    return traps(facts, endpoint.role, needs_overrides=endpoint.needs_overrides, headers_only=endpoint.headers_only)
 
 
 def _of_vllm(facts: EngineFacts, role: Role) -> Iterator[Trap]:
@@ -160,15 +176,45 @@ def _of_disaggregated(facts: EngineFacts) -> Iterator[Trap]:
         )
 
 
-def _of_overrides(facts: EngineFacts) -> Iterator[Trap]:
+def _of_overrides(facts: EngineFacts, *, headers_only: bool) -> Iterator[Trap]:
     if facts.reads_overrides is False:
+        instead = "no request can be sent to it" if headers_only else "ranks and rooms are carried in bodies"
+        leave = "write another envoy.body_mode" if headers_only else "leave carrier out"
         yield Trap(
             "overrides_not_read",
-            "carrier: headers is configured, but it does not obey x-override-* headers: they are carried in bodies",
-            "start it with SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES=1 (0.5.15 or later; from 0.5.18 on for chat), or "
-            "leave carrier out",
+            f"carrier: headers is configured, but it does not obey x-override-* headers: {instead}",
+            f"start it with SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES=1 (0.5.15 or later; from 0.5.18 on for chat), or "
+            f"{leave}",
             unusable=True,
         )
+    elif facts.reads_overrides is None:
+        yield Trap(
+            "overrides_unknown",
+            "it has not told whether it obeys x-override-* headers: until it does, "
+            + ("no request can be sent to it" if headers_only else "ranks and rooms are carried in bodies"),
+            "see why it does not answer POST /generate; it is asked again every few seconds",
+            unusable=headers_only,
+        )
+    else:
+        reads = capabilities(facts).overrides_on
+        unread = [
+            api.value for api in Api if api not in reads and api in HEADER_APIS and capabilities(facts).serves(api)
+        ]
+        if unread:
+            instead = "such requests are refused with 400" if headers_only else "there bodies carry ranks and rooms"
+            yield Trap(
+                "overrides_not_on_chat",
+                f"its release obeys x-override-* headers on /generate alone, not on {', '.join(unread)}: {instead}",
+                "upgrade to 0.5.18 or later",
+                unusable=headers_only,
+            )
+        if headers_only:
+            lost = [api.value for api in Api if api not in HEADER_APIS]
+            yield Trap(
+                "paths_without_bodies",
+                f"no release obeys x-override-* headers on {', '.join(lost)}: such requests are refused with 400",
+                "write another envoy.body_mode if they are needed",
+            )
 
 
 def _of_prefill(facts: EngineFacts) -> Iterator[Trap]:

@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts
 from dp_extproc.fleet.observer import ScrapeFailure
-from dp_extproc.fleet.traps import WRONG_MODE, traps
+from dp_extproc.fleet.traps import WRONG_MODE, traps_of
 
 
 class TroubleLog:
@@ -40,7 +40,7 @@ class TrapLog:
 
     def note(self, endpoint: Endpoint, facts: EngineFacts) -> None:
         """Say what an operator should know of an engine and has not been told yet."""
-        for trap in traps(facts, endpoint.role):
+        for trap in traps_of(facts, endpoint):
             key = (endpoint.pool, endpoint.role.value, trap.code)
             if key not in self._said and trap.code != WRONG_MODE:  # a disagreement, which is said as trouble
                 self._said.add(key)

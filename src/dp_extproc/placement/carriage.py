@@ -34,6 +34,10 @@ def carry(
         in_headers: Whether headers are to be used where they can.
     """
     meeting, fields = _meeting(pair.prefill.host, rooms), _fields(pair, number)
+    if not request.is_read:
+        # Or what the client's body says of ranks would count.
+        assert all(each.routed_rank is not None and each.prefill_rank is not None for each in fields)  # noqa: S101
+        return Carriage(None, override_headers(meeting, *fields))
     if in_headers and _fits_headers(request, pair):
         return Carriage(None, override_headers(meeting, *fields))
     bodies = rewrite_disaggregated(request.body, request.prompt.batch, meeting, *fields)

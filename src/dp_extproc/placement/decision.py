@@ -41,8 +41,8 @@ class Decision(Struct, frozen=True):
     """For access logs."""
     attempt: Attempt | None
     """None when nothing is on the books."""
-    streaming: bool = False
-    """Whether the client wants a stream of events."""
+    streaming: bool | None = False
+    """Whether the client wants a stream of events; None where only the answer will tell."""
     merges_logprobs: bool = False
     """Whether the client wants log probabilities, of which the prefill leg's answer has a part."""
 

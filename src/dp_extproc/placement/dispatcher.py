@@ -14,7 +14,7 @@ from dp_extproc.config.schema import Carrier, ClientRanks, LoadSignal, PoolConfi
 from dp_extproc.extproc import names
 from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.fleet.endpoint import Kind, Role
-from dp_extproc.fleet.recipe import RANK_HEADER
+from dp_extproc.fleet.recipe import HEADER_APIS, RANK_HEADER
 from dp_extproc.placement.admission import Admission, is_too_long, largest_capacity
 from dp_extproc.placement.attempt import NOBODY, AttemptObserver, nothing
 from dp_extproc.placement.books import RankLoad
@@ -32,6 +32,7 @@ from dp_extproc.request.path import ONE_MODEL, Api
 from dp_extproc.request.prefix import NO_PREFIX, Prefix, prefix_of
 from dp_extproc.request.rejection import Reason, Rejection, Wait
 from dp_extproc.request.rewrite import rewrite_aggregated
+from dp_extproc.request.unread import unread_request
 
 _ANY_MODEL: Final = "*"
 _SHOWN_MODEL: Final = 200
@@ -41,6 +42,11 @@ _SESSION_KEPT: Final = 128
 _TRY_AGAIN: Final = (("retry-after", "1"),)
 _WATCHED: Final = ((names.WATCH, b"1"),)
 _ORDINARY: Final = Circumstances()
+_BODIES_NEEDED: Final = Rejection(
+    500,
+    Reason.UNSUPPORTED_BODY_MODE,
+    "the ext_proc filter must send request bodies BUFFERED or FULL_DUPLEX_STREAMED, as envoy-config prints it",
+)
 _DEFAULT_ADMISSION: Final = AdmissionSettings()
 
 
@@ -52,6 +58,7 @@ class _Pool:
         self.name = config.name
         self.picker = Picker(config.policy, signal, fleet.prefixes[config.name], rng)
         self.carries_in_headers = config.carrier is Carrier.HEADERS
+        self.can_go_unread = not any(config.needs_bodies())
         self.honours_pins = config.policy.client_dp_rank is ClientRanks.HONOUR
 
 
@@ -134,6 +141,24 @@ class Dispatcher:
             pool, request, circumstances
         )
 
+    def place_unread(
+        self, api: Api, length: int | None, circumstances: Circumstances = _ORDINARY
+    ) -> Decision | Rejection:
+        """Decide where a request goes whose body is not seen.
+
+        Args:
+            api: What the path asked for.
+            length: Bytes of the body; None if it does not say.
+            circumstances: What is known of it besides.
+        """
+        pool = self._pools[0]
+        if len(self._pools) > 1 or not pool.can_go_unread:
+            return _BODIES_NEEDED
+        request = unread_request(api, length)
+        return self._make_wait(pool, request, circumstances.ticket) or self._place_disaggregated(
+            pool, request, circumstances
+        )
+
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         """Send a request that any engine can answer to a server that answers clients, of a subset if there is one."""
         now = self._clock()
@@ -196,7 +221,7 @@ class Dispatcher:
         self, pool: _Pool, request: InferenceRequest, circumstances: Circumstances
     ) -> Decision | Rejection:
         now = self._clock()
-        hosts = self._capable(pool, Role.WORKER, request.api, now, circumstances)
+        hosts = self._capable(pool, Role.WORKER, request, now, circumstances)
         if isinstance(hosts, Rejection):
             return hosts
         demand = self._demand(pool, request, circumstances)
@@ -227,10 +252,10 @@ class Dispatcher:
         self, pool: _Pool, request: InferenceRequest, circumstances: Circumstances
     ) -> Decision | Rejection:
         now = self._clock()
-        prefills = self._capable(pool, Role.PREFILL, request.api, now, circumstances)
+        prefills = self._capable(pool, Role.PREFILL, request, now, circumstances)
         if isinstance(prefills, Rejection):
             return prefills
-        decodes = self._capable(pool, Role.DECODE, request.api, now, circumstances)
+        decodes = self._capable(pool, Role.DECODE, request, now, circumstances)
         if isinstance(decodes, Rejection):
             return decodes
         demand = self._demand(pool, request, circumstances)
@@ -242,7 +267,7 @@ class Dispatcher:
         rooms = pair.draw_room(self._rng) if batch is None else [pair.draw_room(self._rng) for _ in range(batch)]
         leg, number = self._draw_token(), f"{self._rng.getrandbits(96):024x}"
         carried = carry(request, pair, rooms, number, in_headers=pool.carries_in_headers)
-        attempt = self.ledger.open_pair(pair, demand, now, leg=leg, streaming=request.stream)
+        attempt = self.ledger.open_pair(pair, demand, now, leg=leg, streaming=request.stream is not False)
         prefill.host.health.sent(now)
         decode.host.health.sent(now)
         headers = (
@@ -251,7 +276,7 @@ class Dispatcher:
             *carried.headers,
             (names.OWNER, self._owner),
             (names.LEG, leg.encode()),
-            *(_WATCHED if request.stream and self._sees_first_events else ()),
+            *(_WATCHED if request.stream is not False and self._sees_first_events else ()),
             *self._credentials.headers(pool.name),
         )
         metadata = _metadata(pool, request, decode)
@@ -306,6 +331,8 @@ class Dispatcher:
         sample = side.host.ranks[side.rank or 0].sample
         if sample is None or not sample.capacity_tokens or demand.tokens <= sample.capacity_tokens:
             return None
+        if not request.is_read:  # it may be long for its pictures
+            return None
         capacity = largest_capacity(hosts)
         if capacity is None or not is_too_long(request.prompt, demand.tokens, capacity):
             return None
@@ -344,16 +371,18 @@ class Dispatcher:
         )
 
     def _capable(
-        self, pool: _Pool, role: Role, api: Api, now: float, circumstances: Circumstances
+        self, pool: _Pool, role: Role, request: InferenceRequest, now: float, circumstances: Circumstances
     ) -> Sequence[HostLoad] | Rejection:
         """Give the hosts of a role that can serve this path and are well, at least one."""
-        subset = circumstances.subset
+        api, subset = request.api, circumstances.subset
         hosts = () if subset is None else self._fleet.eligible(pool.name, role, now, subset)
         capable = (
             self._fleet.capable(pool.name, role, api, now)
             if subset is None
             else [host for host in hosts if host.capabilities.serves(api)]
         )
+        if not request.is_read:
+            capable = [host for host in capable if api in host.capabilities.overrides_on]
         if capable:
             if circumstances.failed or self._fleet.sick:
                 return choose(capable, circumstances.failed, now)
@@ -364,6 +393,12 @@ class Dispatcher:
         hosts = hosts or self._fleet.eligible(pool.name, role, now)
         if not hosts:
             message = f"no {role} server of the pool for {pool.name} has been reached yet; try again shortly"
+            return Rejection(503, Reason.NO_ENDPOINTS, message, headers=_TRY_AGAIN)
+        if not request.is_read and api not in HEADER_APIS:
+            message = f"{api.value} takes no rank from headers, and bodies are not read here; use a path that does"
+            return Rejection(400, Reason.CANNOT_CARRY_ROUTING, f"{message}: {', '.join(sorted(HEADER_APIS))}")
+        if not request.is_read and not any(host.facts.reads_overrides for host in hosts):
+            message = f"no {role} server of the pool for {pool.name} obeys x-override-* headers"
             return Rejection(503, Reason.NO_ENDPOINTS, message, headers=_TRY_AGAIN)
         versions = ", ".join(sorted({f"{host.facts.kind} {host.facts.version}" for host in hosts}))
         if all(host.facts.kind is Kind.VLLM for host in hosts):

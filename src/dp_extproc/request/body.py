@@ -31,7 +31,8 @@ class InferenceRequest(msgspec.Struct, frozen=True):
     api: Api
     body: JsonObject
     model: str | None
-    stream: bool
+    stream: bool | None
+    """None where the body is not read."""
     prompt: Prompt
     max_tokens: int | None
     """As the client sent it, per prompt; None leaves it to the engine."""
@@ -42,6 +43,8 @@ class InferenceRequest(msgspec.Struct, frozen=True):
     prefill_rank_pin: int | None
     priority: int = 0
     """Greater ones are served first."""
+    is_read: bool = True
+    """Whether the body was seen; see :mod:`dp_extproc.request.unread`."""
 
     @property
     def wants_logprobs(self) -> bool:
