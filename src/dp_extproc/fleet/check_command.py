@@ -105,8 +105,11 @@ def _by_recipe(reports: Iterable[EngineReport]) -> list[tuple[str, list[str]]]:
     found: dict[str, list[str]] = {}
     for report in reports:
         if report.facts is not None:
-            recipe = capabilities(report.facts).describe(report.endpoint.role, report.facts)
-            found.setdefault(recipe, []).append(report.endpoint.url)
+            endpoint = report.endpoint
+            recipe = capabilities(report.facts).describe(
+                endpoint.role, report.facts, headers_only=endpoint.headers_only
+            )
+            found.setdefault(recipe, []).append(endpoint.url)
     return list(found.items())
 
 

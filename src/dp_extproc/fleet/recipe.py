@@ -96,8 +96,11 @@ class Capabilities:
         """Give the ranks, out of *ranks*, that a prefill server can serve."""
         return range(1) if self.only_first_prefill_rank else range(ranks)
 
-    def describe(self, role: Role, facts: EngineFacts) -> str:
+    def describe(self, role: Role, facts: EngineFacts, *, headers_only: bool = False) -> str:
         """Say in a line how requests reach the ranks of an engine."""
+        if headers_only:
+            paths = ", ".join(sorted(self.overrides_on)) or "none"
+            return f"rank, room and prefill's rank by x-override-* headers alone; paths: {paths}"
         if facts.listener is not None:
             ways = f"rank {facts.listener[0]} of {facts.listener[1]} by its address"
         elif facts.dp_ranks == 1:
