@@ -80,7 +80,7 @@ def running(request: pytest.FixtureRequest) -> Iterator[Gateway]:
         pool = {"models": ["*"], "workers": {"endpoints": [each.url for each in workers]}}
         content = write_config([pool], admission={"max_requests": MOST_REQUESTS})
         service = running.enter_context(ServiceProcess({**content, "protocol": "endpoint_picker"}))
-        bootstrap = _gateway(service, workers, original_dst=request.param == "original_dst")
+        bootstrap = _gateway(service, workers, request.param)
         envoy = running.enter_context(EnvoyProcess(service.config, bootstrap=bootstrap))
         client = running.enter_context(httpx.Client(base_url=envoy.url, timeout=30, trust_env=False))
         service.wait_until_fresh()
@@ -93,8 +93,8 @@ def gateway(running: Gateway) -> Gateway:
     return running
 
 
-def _gateway(service: ServiceProcess, workers: tuple[HostedEngine, ...], *, original_dst: bool) -> str:
-    """Take the example with the ports of this test, and with what a gateway adds."""
+def _gateway(service: ServiceProcess, workers: tuple[HostedEngine, ...], routing: str) -> str:
+    """Take the example with the ports of this test, with what a gateway adds, and with its own way of routing."""
     example: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
     config, resources = service.config, example["static_resources"]
     listener, (picker, cluster) = resources["listeners"][0], resources["clusters"]
@@ -107,8 +107,12 @@ def _gateway(service: ServiceProcess, workers: tuple[HostedEngine, ...], *, orig
     manager["http_filters"][-1:-1] = [yaml.safe_load(SERVED)]
     served = {"header": {"key": "x-upstream", "value": "%UPSTREAM_REMOTE_ADDRESS%"}}
     manager["route_config"]["virtual_hosts"][0]["response_headers_to_add"] = [served]
-    if original_dst:
+    if routing == "original_dst":
         resources["clusters"][1] = yaml.safe_load(ORIGINAL_DST)
+    elif routing != "override_host":  # only one of its sources
+        policy = cluster["load_balancing_policy"]["policies"][0]["typed_extension_config"]["typed_config"]
+        policy["override_host_sources"] = [each for each in policy["override_host_sources"] if routing in each]
+        assert len(policy["override_host_sources"]) == 1
     return yaml.safe_dump(example)
 
 
@@ -120,6 +124,22 @@ def _ports(cluster: dict[str, Any], ports: list[int]) -> None:
 
 def address_of(worker: HostedEngine) -> str:
     return worker.url.removeprefix("http://")
+
+
+@pytest.mark.parametrize("running", ["metadata", "header"], indirect=True)
+def test_each_way_of_telling_the_pick_is_enough(gateway: Gateway) -> None:
+    """A gateway that looks at the metadata alone, or at the header alone, routes every request to the pick."""
+    used = set()
+    for _ in range(20):
+        gateway.forget()
+        response = gateway.client.post("/v1/chat/completions", json=CHAT)
+        request = one(gateway.workers)
+        (worker,) = [each for each in gateway.workers if each.requests()]
+        assert request["headers"]["x-gateway-destination-endpoint"] == address_of(worker)
+        assert response.headers["x-upstream"] == address_of(worker)
+        used.add(worker.port)
+
+    assert len(used) == 2
 
 
 def test_requests_go_where_the_service_says(gateway: Gateway) -> None:

@@ -1,8 +1,7 @@
 """The protocol on the wire, message by message, over real gRPC. One id for each rule.
 
-Left out, because they concern other modes or another role: the endpoint-picker's destination header and metadata,
-subset hints, fallback lists and the test header of the Gateway API (no endpoint picking here); passing unknown paths
-on unparsed (here they are refused on purpose); trace context (Envoy's); gRPC status of refusals (no gRPC clients).
+The endpoint-picker protocol has its own, in ``test_wire_picks.py``. Left out: passing unknown paths on unparsed (here
+they are refused on purpose); trace context (Envoy's); gRPC status of refusals (no gRPC clients).
 """
 
 import json

@@ -54,8 +54,8 @@ def request_trailers() -> ProcessingRequest:
     return ProcessingRequest(request_trailers=HttpTrailers())
 
 
-def response_headers(status: int = 200, *, end: bool = False) -> ProcessingRequest:
-    return ProcessingRequest(response_headers=_headers({":status": str(status)}, end=end))
+def response_headers(status: int = 200, *, end: bool = False, **more: Any) -> ProcessingRequest:
+    return ProcessingRequest(response_headers=_headers({":status": str(status)}, end=end), **more)
 
 
 def response_body(data: bytes, *, end: bool) -> ProcessingRequest:
@@ -191,6 +191,7 @@ def run_server(
     retry: RetrySettings | None = None,
     max_body: int = 40 << 20,
     hold_seconds: float = 60.0,
+    picks: bool = False,
 ) -> Iterator[Server]:
     """Serve *decider* on a free loopback port, in a thread with an event loop of its own."""
     watcher = Watcher()
@@ -207,6 +208,7 @@ def run_server(
             max_body=max_body,
             clock=loop.time,
             hold_seconds=hold_seconds,
+            picks=picks,
         )
         server = grpc.aio.server(options=OPTIONS)
         server.add_generic_rpc_handlers((service.handler(),))

@@ -45,6 +45,7 @@ from dp_extproc.extproc.names import (
 from dp_extproc.placement.decision import Metadata
 from dp_extproc.placement.subset import read_subset
 
+_FOREIGN: Final = frozenset({*FOREIGN_NAMES, DESTINATION})
 _EVENTS: Final = b"text/event-stream"
 
 _BODY_MODES: Final = {
@@ -179,7 +180,7 @@ def _headers(message: HttpHeaders) -> dict[str, str]:
     found: dict[str, str] = {}
     for header in message.headers.headers:
         name = header.key
-        if name in READ_FROM_REQUESTS or name.startswith(FOREIGN_PREFIXES) or name in FOREIGN_NAMES:
+        if name in READ_FROM_REQUESTS or name in _FOREIGN or name.startswith(FOREIGN_PREFIXES):
             # Envoy fills raw_value; older ones filled value.
             found[name] = header.raw_value.decode("latin-1") or header.value
     return found
