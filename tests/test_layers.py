@@ -18,6 +18,7 @@ CORE = [
             "endpoint",
             "credentials",
             "recipe",
+            "releases",
             "agreement",
             "loads_page",
             "metrics_page",

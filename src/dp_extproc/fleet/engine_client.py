@@ -18,7 +18,7 @@ from dp_extproc.fleet.loads_page import read_loads
 from dp_extproc.fleet.metrics_page import read_metrics
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.fleet.reading import ReaderError
-from dp_extproc.fleet.recipe import OVERRIDES_ON_GENERATE
+from dp_extproc.fleet.releases import release_of
 from dp_extproc.fleet.server_info import read_server_info
 from dp_extproc.fleet.vllm_pages import facts_of, read_models, read_version, read_vllm_metrics
 
@@ -113,7 +113,7 @@ class EngineClient:
         The request asks for a rank that no server has, so it is refused whichever of its two errors is seen first; from
         0.5.10 on nothing of it reaches a scheduler.
         """
-        if facts.version is not None and facts.version < OVERRIDES_ON_GENERATE:
+        if not release_of(facts.version).overrides:
             return replace(facts, reads_overrides=False)
         headers = [*self._headers, (b"content-type", b"application/json"), (_PROBED.encode(), b"probe")]
         headers += [(name.encode(), value) for name, value in self._credentials.headers(self.endpoint.pool)]

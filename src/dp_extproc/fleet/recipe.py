@@ -1,61 +1,17 @@
-"""What each SGLang release takes: the version matrix, as one table.
-
-A release differs from the one before in what its requests may carry and in who obeys it. Nothing else in the
-service compares versions.
-"""
+"""What one engine takes: what its release does (:mod:`dp_extproc.fleet.releases`), the way that it was started."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from dp_extproc.fleet.endpoint import EngineFacts, Kind, Mode, Role, Version
-from dp_extproc.fleet.server_info import METHODS_SINCE
+from dp_extproc.fleet.endpoint import EngineFacts, Kind, Mode, Role
+from dp_extproc.fleet.releases import VLLM_RANK_HEADER, Fields, Methods, Release, RoomCheck, release_of
 from dp_extproc.request.path import Api
 
-DISAGGREGATION: Final = Version(0, 4, 6)
-"""First with the bootstrap fields on HTTP requests."""
-ALIAS_ON_GENERATE: Final = Version(0, 4, 7)
-"""First with ``data_parallel_rank`` on /generate."""
-ALIAS_ON_OPENAI: Final = Version(0, 5, 7)
-"""First with ``data_parallel_rank`` on the OpenAI paths."""
-ROUTED_RANK: Final = Version(0, 5, 10)
-"""First with ``routed_dp_rank`` (and ``data_parallel_rank`` deprecated, missing on /generate in 0.5.15-0.5.17)."""
-PREFILL_RANK: Final = Version(0, 5, 11)
-"""First where ``disagg_prefill_dp_rank`` can be used. 0.5.10 has it, but fails the first request of each pair of
-servers that carries it (fixed by sgl-project/sglang#22990)."""
-ROOM_CHECK: Final = Version(0, 5, 11)
-"""First where a prefill server that follows rooms refuses a request whose room says another rank."""
-ROOM_CHECK_SKIPPED: Final = Version(0, 5, 16)
-"""First where ``disagg_prefill_dp_rank`` on the prefill leg skips that check and the registration of the rank
-(sgl-project/sglang#27546)."""
-ON_RESPONSES: Final = Version(0, 5, 20)
-"""First with routing fields on /v1/responses."""
-ON_MESSAGES: Final = Version(0, 5, 22)
-"""First with routing fields on /v1/messages."""
-
-OVERRIDES_ON_GENERATE: Final = Version(0, 5, 15)
-"""First that reads ``x-override-*`` on /generate, where that is switched on."""
-OVERRIDES_ON_CHAT: Final = Version(0, 5, 18)
-"""First that reads them on /v1/chat/completions, and /v1/messages, which is converted to it."""
-HEADER_APIS: Final = frozenset({Api.GENERATE, Api.CHAT, Api.MESSAGES})
-"""The paths on which any release reads them."""
-VLLM_RANK_HEADER: Final = Version(0, 11, 0)
-"""First vLLM that reads ``X-data-parallel-rank`` (vllm-project/vllm#24945) ..."""
 _VLLM_RANK_HEADER_ON: Final = frozenset({Api.COMPLETIONS, Api.CHAT})
-"""... on these paths; on others it picks the rank itself."""
+"""Paths on which vLLM reads the rank from a header; on others it picks the rank itself."""
 _VLLM_APIS: Final = frozenset(Api) - {Api.GENERATE}
-
-_NEWEST: Final = Version(999_999, 0, 0)
-"""Stands for an engine that does not tell its version: a build of somebody's own is rather new than old."""
-
-_OPENAI: Final = frozenset({Api.COMPLETIONS, Api.CHAT})
-_TABLE: Final[tuple[tuple[Version, frozenset[Api]], ...]] = (
-    (DISAGGREGATION, frozenset({Api.GENERATE, *_OPENAI})),
-    (ON_RESPONSES, frozenset({Api.RESPONSES})),
-    (ON_MESSAGES, frozenset({Api.MESSAGES})),
-)
-"""Which paths carry the disaggregation fields, from which release on."""
 
 RANK_HEADER: Final = "x-data-parallel-rank"
 _ROUTED_DP_RANK: Final = "routed_dp_rank"
@@ -144,41 +100,32 @@ def capabilities(facts: EngineFacts) -> Capabilities:
     whatever the other replicas get; later releases skip the comparison on our requests. In 0.5.10 one that does not
     follow rooms tells decode that rank, where requests cannot name the true one.
     """
-    version = facts.version or _NEWEST
     if facts.kind is Kind.VLLM:
-        return _vllm(facts, version)
-    if facts.mode is Mode.UNIFIED:
-        apis = frozenset(Api)  # it needs no fields; a path that it does not have it refuses itself
-    else:
-        apis = frozenset[Api]().union(*(added for since, added in _TABLE if version >= since))
+        return _vllm(facts)
+    release = release_of(facts.version)
+    # An aggregated server needs no fields; a path that it does not have it refuses itself.
+    apis = frozenset(Api) if facts.mode is Mode.UNIFIED else release.paths
     return Capabilities(
-        carries_routed_rank=version >= ROUTED_RANK,
-        carries_prefill_rank=version >= PREFILL_RANK,
-        decode_control=_decode_control(facts, version),
-        only_first_prefill_rank=(
-            facts.mode is Mode.PREFILL
-            and not facts.dp_attention
-            and facts.listener is None
-            and (
-                ROOM_CHECK <= version < ROOM_CHECK_SKIPPED
-                if facts.follows_rooms
-                else ROUTED_RANK <= version < PREFILL_RANK
-            )
-        ),
+        carries_routed_rank=release.fields is not Fields.NONE,
+        carries_prefill_rank=release.fields is Fields.BOTH,
+        decode_control=_decode_control(facts, release),
+        only_first_prefill_rank=_serves_only_first_rank(facts, release),
         apis=apis,
-        rank_keys=_rank_keys(version) if facts.listener is None else {},
-        overrides_on=(apis & _overrides_on(version)) if facts.reads_overrides else frozenset(),
+        rank_keys=_rank_keys(release) if facts.listener is None else {},
+        overrides_on=(apis & release.overrides) if facts.reads_overrides else frozenset(),
     )
 
 
-def _overrides_on(version: Version) -> frozenset[Api]:
-    if version >= OVERRIDES_ON_CHAT:
-        return HEADER_APIS
-    return frozenset({Api.GENERATE}) if version >= OVERRIDES_ON_GENERATE else frozenset()
+def _serves_only_first_rank(facts: EngineFacts, release: Release) -> bool:
+    if facts.mode is not Mode.PREFILL or facts.dp_attention or facts.listener is not None:
+        return False
+    if facts.follows_rooms:
+        return release.room_check is RoomCheck.REFUSES
+    return release.fields is Fields.ROUTED
 
 
-def _vllm(facts: EngineFacts, version: Version) -> Capabilities:
-    reads = version >= VLLM_RANK_HEADER and facts.dp_ranks > 1
+def _vllm(facts: EngineFacts) -> Capabilities:
+    reads = (facts.version is None or facts.version >= VLLM_RANK_HEADER) and facts.dp_ranks > 1
     return Capabilities(
         carries_routed_rank=False,
         carries_prefill_rank=False,
@@ -190,25 +137,16 @@ def _vllm(facts: EngineFacts, version: Version) -> Capabilities:
     )
 
 
-def _decode_control(facts: EngineFacts, version: Version) -> RankControl:
-    if version >= ROUTED_RANK:
+def _decode_control(facts: EngineFacts, release: Release) -> RankControl:
+    if release.fields is not Fields.NONE:
         return RankControl.BY_FIELD
     # data_parallel_rank is no way: a decode server before 0.5.10 takes its own rank for the prefill server's, too.
-    if version < METHODS_SINCE or facts.follows_rooms:
+    if release.methods is Methods.NOBODY or facts.follows_rooms:
         return RankControl.BY_ROOM
     return RankControl.ENGINE
 
 
-def _rank_keys(version: Version) -> dict[Api, str]:
-    keys: dict[Api, str] = {}
-    if version >= ROUTED_RANK:
-        keys = dict.fromkeys((Api.GENERATE, *_OPENAI), _ROUTED_DP_RANK)
-    elif version >= ALIAS_ON_GENERATE:
-        keys = {Api.GENERATE: _DATA_PARALLEL_RANK}
-        if version >= ALIAS_ON_OPENAI:
-            keys |= dict.fromkeys(_OPENAI, _DATA_PARALLEL_RANK)
-    if version >= ON_RESPONSES:
-        keys[Api.RESPONSES] = _ROUTED_DP_RANK
-    if version >= ON_MESSAGES:
-        keys[Api.MESSAGES] = _ROUTED_DP_RANK
-    return keys
+def _rank_keys(release: Release) -> dict[Api, str]:
+    if release.fields is not Fields.NONE:
+        return dict.fromkeys(release.paths, _ROUTED_DP_RANK)
+    return dict.fromkeys(release.alias, _DATA_PARALLEL_RANK)

@@ -7,14 +7,13 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from dp_extproc.fleet.endpoint import EngineFacts, Mode, Version
 from dp_extproc.fleet.reading import read_json, wrong_shape
+from dp_extproc.fleet.releases import Methods, release_of
 
 DEFAULT_BOOTSTRAP_PORT: Final = 8998
 """SGLang's ``--disaggregation-bootstrap-port`` when it is not given."""
 
 FOLLOW_ROOMS: Final = "follow_bootstrap_room"
-"""The ``--load-balance-method`` that dispatches by ``bootstrap_room mod ranks``; exists from 0.5.8 on."""
-METHODS_SINCE: Final = Version(0, 5, 8)
-PREFILL_METHOD_FREE_SINCE: Final = Version(0, 5, 10)
+"""The ``--load-balance-method`` that dispatches by ``bootstrap_room mod ranks``."""
 
 MAX_RANKS: Final = 4096
 """No server is that large; a number beyond it is a mistake, and would be paid for in memory."""
@@ -93,10 +92,11 @@ def follows_rooms(version: Version | None, mode: Mode, method: str | None) -> bo
         mode: Aggregated servers do so only when they are told to.
         method: ``load_balance_method``; None or ``auto`` is what the version makes of it.
     """
-    if version is not None and version < METHODS_SINCE:
-        return mode is not Mode.UNIFIED  # whatever the method says, in disaggregated mode it is the room
-    if mode is Mode.PREFILL and version is not None and version < PREFILL_METHOD_FREE_SINCE:
-        return True  # 0.5.8 and 0.5.9 override what was asked for (server_args.py)
+    methods = release_of(version).methods
+    if methods is Methods.NOBODY:
+        return mode is not Mode.UNIFIED
+    if methods is Methods.DECODE and mode is Mode.PREFILL:
+        return True
     if method in {None, "auto"}:
         return mode is Mode.PREFILL
     return method == FOLLOW_ROOMS

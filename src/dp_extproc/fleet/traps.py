@@ -8,19 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from dp_extproc.config.schema import LoadSource
 from dp_extproc.fleet.agreement import MODE_OF
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, Kind, Mode, Role
-from dp_extproc.fleet.recipe import (
-    DISAGGREGATION,
-    HEADER_APIS,
-    PREFILL_RANK,
-    ROOM_CHECK_SKIPPED,
-    ROUTED_RANK,
-    VLLM_RANK_HEADER,
-    RankControl,
-    capabilities,
-)
-from dp_extproc.fleet.server_info import METHODS_SINCE
+from dp_extproc.fleet.recipe import RankControl, capabilities
+from dp_extproc.fleet.releases import DISAGGREGATION, HEADER_APIS, VLLM_RANK_HEADER, Fields, RoomCheck, release_of
 from dp_extproc.request.path import Api
 
 WRONG_MODE: Final = "wrong_mode"
@@ -106,7 +98,7 @@ def _of_any(facts: EngineFacts, role: Role) -> Iterator[Trap]:
             "--enable-pd-role-switch lets it change its role; for up to a minute requests go to the wrong role",
             "leave the flag out, or reload the configuration together with each switch",
         )
-    if facts.version is not None and facts.version < ROUTED_RANK and facts.dp_ranks > 1:
+    if release_of(facts.version).fields is Fields.NONE and facts.dp_ranks > 1:
         yield Trap(
             "foreign_rank_is_fatal",
             "a rank out of range in a request that goes past this router ends the whole server",
@@ -115,7 +107,7 @@ def _of_any(facts: EngineFacts, role: Role) -> Iterator[Trap]:
 
 
 def _of_reading(facts: EngineFacts, role: Role) -> Iterator[Trap]:
-    if facts.version is not None and facts.version < METHODS_SINCE:  # /v1/loads came with 0.5.8, too
+    if release_of(facts.version).load is LoadSource.METRICS:
         if facts.metrics_enabled is False:
             yield Trap(
                 "no_load_source",
@@ -158,7 +150,7 @@ def _of_worker(facts: EngineFacts) -> Iterator[Trap]:
 
 
 def _of_disaggregated(facts: EngineFacts) -> Iterator[Trap]:
-    if facts.version is not None and facts.version < DISAGGREGATION:
+    if not release_of(facts.version).paths:
         yield Trap(
             "too_old",
             "its release takes no bootstrap fields over HTTP",
@@ -228,7 +220,12 @@ def _of_prefill(facts: EngineFacts) -> Iterator[Trap]:
             "others stay idle",
             "start it with --enable-dp-attention, or upgrade to 0.5.16 or later",
         )
-    elif facts.follows_rooms and not facts.dp_attention and _at_least_room_check_skipped(facts):
+    elif (
+        facts.mode is Mode.PREFILL
+        and facts.follows_rooms
+        and not facts.dp_attention
+        and release_of(facts.version).room_check is RoomCheck.SKIPPED
+    ):
         yield Trap(
             "plain_dp_needs_rank_on_both_legs",
             "plain DP: requests for ranks other than 0 that go past this router fail unless both legs carry "
@@ -241,7 +238,7 @@ def _of_prefill(facts: EngineFacts) -> Iterator[Trap]:
             "a request that goes past this router with neither room nor rank ends the whole server",
             "let nobody but this router reach it, health checks included (use /ready or /health)",
         )
-    elif facts.version is not None and facts.version < ROOM_CHECK_SKIPPED:
+    elif release_of(facts.version).room_check is not RoomCheck.SKIPPED:
         yield Trap(
             "registers_each_request",
             f"with --load-balance-method {facts.load_balance_method} its scheduler stops for an HTTP call per request",
@@ -251,7 +248,7 @@ def _of_prefill(facts: EngineFacts) -> Iterator[Trap]:
 
 def _of_decode(facts: EngineFacts) -> Iterator[Trap]:
     takes = capabilities(facts)
-    if facts.version is not None and ROUTED_RANK <= facts.version < PREFILL_RANK:
+    if takes.carries_routed_rank and not takes.carries_prefill_rank:
         yield Trap(
             "prefill_rank_left_out",
             "0.5.10 fails the first request of each pair of servers that names the prefill rank; it is left out, and "
@@ -273,7 +270,3 @@ def _of_decode(facts: EngineFacts) -> Iterator[Trap]:
             "the same, else equal modulo the greatest common divisor of the two numbers",
             "upgrade to 0.5.10 or later",
         )
-
-
-def _at_least_room_check_skipped(facts: EngineFacts) -> bool:
-    return facts.mode is Mode.PREFILL and (facts.version is None or facts.version >= ROOM_CHECK_SKIPPED)

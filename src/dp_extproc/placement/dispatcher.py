@@ -14,7 +14,8 @@ from dp_extproc.config.schema import Carrier, ClientRanks, LoadSignal, PoolConfi
 from dp_extproc.extproc import names
 from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.fleet.endpoint import Kind, Role
-from dp_extproc.fleet.recipe import HEADER_APIS, RANK_HEADER
+from dp_extproc.fleet.recipe import RANK_HEADER
+from dp_extproc.fleet.releases import HEADER_APIS
 from dp_extproc.placement.admission import Admission, is_too_long, largest_capacity
 from dp_extproc.placement.attempt import NOBODY, AttemptObserver, nothing
 from dp_extproc.placement.books import RankLoad
