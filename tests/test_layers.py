@@ -9,7 +9,7 @@ import dp_extproc
 
 ROOT = Path(dp_extproc.__file__).parent
 
-_EXTPROC = ("names", "events", "chunks", "precheck", "decider", "exchange", "first_event", "supervision")
+_EXTPROC = ("names", "events", "chunks", "precheck", "decider", "replies", "exchange", "first_event", "supervision")
 CORE = [
     *("request", "response", "placement", "config", "workload", "engine/scheduler", "engine/text.py"),
     *(

@@ -531,12 +531,15 @@ class TestNoBodies:
     """Bodies are not sent, and the pool's engines obey headers: the headers' answer routes."""
 
     @pytest.fixture
-    def server(self) -> Iterator[Server]:
-        """A service whose only pool needs no bodies."""
+    def fleet_without_bodies(self) -> Fleet:
+        """The only pool needs no bodies."""
         facts = {role: replace(make_facts(role), reads_overrides=True) for role in (Role.PREFILL, Role.DECODE)}
         policy = {"affinity": {"prefixes": False}}
-        fleet = Fleet(prefills=[facts[Role.PREFILL]], decodes=[facts[Role.DECODE]], policy=policy, carrier="headers")
-        with run_server(fleet.dispatcher) as server:
+        return Fleet(prefills=[facts[Role.PREFILL]], decodes=[facts[Role.DECODE]], policy=policy, carrier="headers")
+
+    @pytest.fixture
+    def server(self, fleet_without_bodies: Fleet) -> Iterator[Server]:
+        with run_server(fleet_without_bodies.dispatcher) as server:
             yield server
 
     def test_01_one_answer_to_each_message(self, server: Server) -> None:
@@ -563,6 +566,21 @@ class TestNoBodies:
         assert answer is not None
         assert set(answer.response.header_mutation.remove_headers) == foreign.keys() - {names.OVERRIDE_RANK}
         assert headers_of(message)[names.OVERRIDE_RANK] in {b"0", b"1", b"2", b"3"}
+
+    def test_a_repetition_that_cannot_be_afforded(self, fleet_without_bodies: Fleet) -> None:
+        """It is refused, though it was placed with its headers; nothing of it stays on the books."""
+        again = {**POST, ":path": "/generate", names.AVOID: "10.0.0.1:31001,10.0.0.1:32001,cut"}
+        with run_server(fleet_without_bodies.dispatcher, retry=RetrySettings(burst=1, budget=0)) as server:
+            first = server.stream()
+            assert kind_of(first.ask(request_headers(again, mode=Mode.NONE))) == "request_headers"
+            first.close()
+            second = server.stream()
+            answer = second.ask(request_headers(again, mode=Mode.NONE))
+            assert second.close() == []
+
+        assert answer.immediate_response.status.code.value == 502
+        assert not fleet_without_bodies.host(Role.PREFILL).reservations
+        assert not fleet_without_bodies.host(Role.DECODE).reservations
 
     @pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses"])
     def test_31_paths_that_read_no_headers(self, server: Server, path: str) -> None:

@@ -21,7 +21,6 @@ from dp_extproc.extproc.events import (
     BodyMode,
     Continue,
     Event,
-    Immediate,
     Mutate,
     Phase,
     Reply,
@@ -36,15 +35,15 @@ from dp_extproc.extproc.events import (
     TakeBody,
 )
 from dp_extproc.extproc.precheck import NO_BODY, refuse_by_headers, too_large
+from dp_extproc.extproc.replies import Headers, answer_instead, refuse, route, tell_models
 from dp_extproc.placement.attempt import Attempt
 from dp_extproc.placement.decision import Circumstances, Decision
 from dp_extproc.placement.queue import Ticket
 from dp_extproc.placement.retries import read_cut, read_failed
 from dp_extproc.request.path import Api, Lookup, read_path
-from dp_extproc.request.rejection import REASON_HEADER, Reason, Rejection, Wait
+from dp_extproc.request.rejection import Reason, Rejection, Wait
 from dp_extproc.response.logprobs import Merger, make_merger
 
-_JSON: Final = ("content-type", "application/json")
 _OK: Final = 200
 _Replies = tuple[Reply, ...]
 
@@ -233,13 +232,14 @@ class Exchange:
         return self._refuse(self._refused) if self._state is _State.WAITING else ()
 
     def refuse_another_attempt(self) -> _Replies:
-        """Refuse the request that has come again, before its body is here."""
-        if self._state is not _State.BODY:
+        """Refuse the request that has come again, before its body is here; or as it was placed, where none comes."""
+        placed = self._mode is BodyMode.NONE and self._state in {_State.SENT, _State.WAITING}
+        if self._state is not _State.BODY and not placed:
             return ()
         message = "the decode server's connection was cut before its answer had begun, and there is no other attempt"
         return self._refuse(Rejection(502, Reason.DECODE_FAILED, message))
 
-    def let_go(self, headers: tuple[tuple[str, bytes], ...] = ()) -> _Replies:
+    def let_go(self, headers: Headers = ()) -> _Replies:
         """Let the response go to the client, with these headers besides its own."""
         state = self._state
         if state not in {_State.HELD, _State.REFUSING}:
@@ -265,16 +265,13 @@ class Exchange:
         self._state = _State.REFUSING
         return (TakeBody(Phase.RESPONSE_HEADERS),)
 
-    def abandon(self, status: int, body: bytes, reason: Reason, headers: tuple[tuple[str, bytes], ...]) -> _Replies:
+    def abandon(self, status: int, body: bytes, reason: Reason, headers: Headers) -> _Replies:
         """Answer the client in the engine's place: with an error of ours, or with what the other leg said."""
         if not self.can_be_abandoned:
             return ()
         self._state = _State.OVER
         self.status = status
-        texts = tuple((name, value.decode("latin-1")) for name, value in headers)
-        own = () if reason is Reason.ENGINE_REFUSED else ((REASON_HEADER, reason.value),)
-        answer_headers = (_JSON, *own, *texts)
-        return (Immediate(status, body, answer_headers, reason.value, {names.META_REASON: reason.value}),)
+        return (answer_instead(status, body, reason, headers),)
 
     def expire(self) -> _Replies:
         """Give up waiting for the rest of a body that is being held."""
@@ -326,7 +323,7 @@ class Exchange:
             if isinstance(answer, Rejection):
                 return self._refuse(answer)
             self._state, self.status = _State.OVER, 200
-            return (Immediate(200, answer.body, (_JSON,), "models", {names.META_REASON: "models"}),)
+            return (tell_models(answer.body),)
         return self._pass_on()
 
     def _pass_on(self) -> _Replies:
@@ -336,7 +333,7 @@ class Exchange:
             return self._refuse(decision)
         # A body on such a request is unusual and none of our business; in duplex it is passed on as it comes.
         self._state = _State.SENT
-        return (self._mutate(Phase.REQUEST_HEADERS, decision, decision.headers),)
+        return (self._route(Phase.REQUEST_HEADERS, decision, decision.headers),)
 
     def _request_body(self, event: RequestBody) -> _Replies:
         self._size += len(event.data)
@@ -380,45 +377,25 @@ class Exchange:
         self._state = _State.SENT
         if self._mode is BodyMode.DUPLEX:
             # Envoy itself removes the content-length of a streamed body.
-            head = self._mutate(Phase.REQUEST_HEADERS, decision, decision.headers)
+            head = self._route(Phase.REQUEST_HEADERS, decision, decision.headers)
             chunks = cut(body if decision.body is None else decision.body, end_of_stream=not self._trailers)
             return (head, *chunks, Continue(Phase.REQUEST_TRAILERS)) if self._trailers else (head, *chunks)
         if decision.body is None:
             phase = Phase.REQUEST_HEADERS if self._mode is BodyMode.NONE else Phase.REQUEST_BODY
-            return (self._mutate(phase, decision, decision.headers),)
+            return (self._route(phase, decision, decision.headers),)
         length = ("content-length", b"%d" % len(decision.body))
-        return (self._mutate(Phase.REQUEST_BODY, decision, (*decision.headers, length), decision.body),)
+        return (self._route(Phase.REQUEST_BODY, decision, (*decision.headers, length), decision.body),)
 
-    def _mutate(
-        self, phase: Phase, decision: Decision, headers: tuple[tuple[str, bytes], ...], body: bytes | None = None
-    ) -> Mutate:
-        destination = None
-        if self._picks:
-            address = dict(headers)[names.DECODE_HOST]
-            headers = ((names.DESTINATION, address), *(each for each in headers if each[0] != names.DECODE_HOST))
-            destination = address.decode()
-        foreign: tuple[str, ...] = ()
-        if self._foreign and phase is Phase.REQUEST_HEADERS:
-            kept = {name for name, _ in headers}
-            foreign = tuple(name for name in self._foreign if name not in kept)
-        return Mutate(
-            phase,
-            set_headers=headers,
-            remove_headers=foreign,
-            body=body,
-            clear_route_cache=True,  # the routes match on the headers that are set here
-            metadata=decision.metadata,
-            destination=destination,
-        )
+    def _route(self, phase: Phase, decision: Decision, headers: Headers, body: bytes | None = None) -> Mutate:
+        foreign = self._foreign if phase is Phase.REQUEST_HEADERS else ()
+        return route(phase, decision, headers, body, foreign=foreign, picks=self._picks)
 
     def _refuse(self, refusal: Rejection) -> _Replies:
         self._state = _State.OVER
         self._body = []
         self.refusal = refusal.reason
         self.status = refusal.status
-        reason = refusal.reason.value
-        headers = (_JSON, (REASON_HEADER, reason), *refusal.headers)
-        return (Immediate(refusal.status, refusal.body(), headers, reason, {names.META_REASON: reason}),)
+        return (refuse(refusal),)
 
     def _late_request_body(self, event: RequestBody) -> _Replies:
         """Pass on the body of a request that needed no body to be placed."""
