@@ -87,7 +87,7 @@ def fleet() -> Iterator[Fleet]:
         running.enter_context(engines)
         config = [_pool(row, *pools[row.name]) for row in ROWS]
         service = running.enter_context(
-            ServiceProcess(write_config(config, load={"interval": "1s", "stale_after": "30s"}))
+            ServiceProcess(write_config(config, load={"interval": "1s", "timeout": "5s", "stale_after": "30s"}))
         )
         envoy = running.enter_context(EnvoyProcess(service.config))
         client = running.enter_context(httpx.Client(base_url=envoy.url, timeout=30, trust_env=False))
