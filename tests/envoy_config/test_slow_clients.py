@@ -21,7 +21,7 @@ BEGUN = {
 }
 
 
-@pytest.fixture(scope="module", params=list(BodyMode))
+@pytest.fixture(scope="module", params=[BodyMode.BUFFERED, BodyMode.DUPLEX])
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """An Envoy without much patience."""
     ports = free_ports(3)
