@@ -4,6 +4,9 @@ BIN := .venv/bin
 
 CLANG ?= clang
 
+# Most tests wait for processes most of the time; tests of one file share them, and stay together.
+TESTS_AT_A_TIME ?= 2
+
 # Real SGLang on CPUs, for interop: 3 GB, kept.
 SGLVENV ?= $(HOME)/.cache/dp-extproc/sglang-venv
 SGLRUN ?= $(HOME)/.cache/dp-extproc/sglang-run
@@ -21,7 +24,7 @@ setup: .venv/ready
 
 # Style, types and tests: what a change has to pass.
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(TESTS_AT_A_TIME) --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from envoy_config.scripted_service import run_service
 
 @pytest.mark.parametrize("body_mode", list(BodyMode))
 def test_without_the_service_a_request_goes_nowhere(body_mode: BodyMode) -> None:
-    """The filter fails open, the routes fail closed, and once the service is there requests pass."""
+    """The filter fails open, the routes fail closed, and once the service is there requests are its business."""
     ports = free_ports(3)
     with (
         run_engine("decode") as decode,
@@ -29,7 +29,9 @@ def test_without_the_service_a_request_goes_nowhere(body_mode: BodyMode) -> None
         assert decode.received == []
 
         with run_service(decode.address, decode.address, ports[2]):
-            assert client.post("/v1/completions", content=BODY, headers={"test-one-server": "1"}).status_code == 200
+            answer = client.post("/v1/completions", content=BODY, headers={"test-one-server": "1"})
+            # The scripted service places nothing without having seen the body.
+            assert answer.status_code == (503 if body_mode is BodyMode.NONE else 200)
 
 
 def test_a_prefill_leg_whose_script_fails_is_not_forwarded() -> None:
