@@ -23,6 +23,7 @@ def running() -> Iterator[Stack]:
     options = ("--time-scale", "1", *PATIENCE)
     with run_stack(options=options, listen={"workers": 2}, drain="1500ms") as stack:
         wait_for(lambda: all(each["ready"] for each in of(stack)), PATIENT)
+        wait_for(lambda: stack.envoy.healthy("extproc") == 2, PATIENT)
         yield stack
 
 

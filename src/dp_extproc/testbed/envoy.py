@@ -110,6 +110,12 @@ class EnvoyProcess:
         """Return what Envoy has written to its own log so far; only while it runs."""
         return self._read("stderr")
 
+    def healthy(self, cluster: str) -> int:
+        """Count the hosts of a cluster that Envoy takes for healthy."""
+        page = httpx.get(f"{self.admin_url}/clusters").raise_for_status().text
+        flags = [line.rpartition("::")[2] for line in page.splitlines() if line.startswith(f"{cluster}::")]
+        return flags.count("healthy")
+
     def access_log(self) -> list[dict[str, Any]]:
         """Return the access log so far, one item per complete line; only while it runs."""
         text = self._read("stdout")
