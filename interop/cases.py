@@ -125,9 +125,11 @@ def client_leaves(rig: Rig) -> None:
         left = time.monotonic()
         freed = _wait(lambda: all(not each["num_running_reqs"] for each in rig.decode.loads()))
         took, computed = time.monotonic() - left, sum(rig.decode.computed()) - before
-        free = all(not each["num_used_tokens"] for server in (rig.prefill, rig.decode) for each in server.loads())
+        free = _wait(
+            lambda: all(not each["num_used_tokens"] for server in (rig.prefill, rig.decode) for each in server.loads())
+        )
         seen = f"freed after {took:.1f} s and {computed} of {LONG} tokens" if freed else "not freed"
-        good = bool(freed) and free and computed < LONG
+        good = bool(freed) and bool(free) and computed < LONG
         rig.report.add(f"the client leaves, {'streamed' if stream else 'whole'}", seen, good=good)
 
 
@@ -152,6 +154,7 @@ def prefill_dies(rig: Rig) -> None:
     freed = _wait(lambda: all(not each["num_used_tokens"] for each in rig.decode.loads()))
     rig.report.add("prefill is gone: KV cache on decode", "free" if freed else "still reserved", good=bool(freed))
 
+    rig.decode.step_back()
     rig.prefill.start()
     rig.prefill.wait_until_ready()
     began = time.monotonic()

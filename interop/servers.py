@@ -20,6 +20,8 @@ SHIMS: Final = Path(__file__).parent / "shims"
 START_SECONDS: Final = 400.0
 """Two servers start side by side in 75 s on two idle cores, and much later on busy ones."""
 _POLL_SECONDS: Final = 0.5
+_LAST: Final = 15
+"""Of priorities (``nice``)."""
 _READY: Final = b"fired up and ready to roll"
 """Logged once its own first request has been answered (http_server.py)."""
 CONTEXT_TOKENS: Final = 2048
@@ -114,6 +116,13 @@ class RealServer:
             time.sleep(0.05)
         self._process.wait()
         self._process = None
+
+    def step_back(self) -> None:
+        """Leave the cores to others: idle schedulers spin, and keep a server that starts beside them from its own."""
+        assert self._process is not None
+        for pid in _members_of(self._process.pid):
+            with _gone():
+                os.setpriority(os.PRIO_PROCESS, pid, _LAST)
 
     def __enter__(self) -> Self:
         self.start()

@@ -1,23 +1,16 @@
 """What pydantic makes of routing fields that are not what they should be: something close, or SGLang's error."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
-from pydantic import BaseModel, ValidationError
+from msgspec.structs import fields
+from pydantic import ValidationError, create_model
 
 from dp_extproc.engine.api.fields import InvalidBodyError, RoutingFields
 
-
-class _LaxFields(BaseModel):
-    """:class:`RoutingFields` once more; types as in ``managers/io_struct.py``."""
-
-    rid: list[str] | str | None = None
-    bootstrap_host: list[str | None] | str | None = None
-    bootstrap_port: list[int | None] | int | None = None
-    bootstrap_room: list[int | None] | int | None = None
-    routed_dp_rank: int | None = None
-    disagg_prefill_dp_rank: int | None = None
-    data_parallel_rank: int | None = None
+_KNOWN: Final[dict[str, Any]] = {each.name: (each.type, None) for each in fields(RoutingFields)}
+_LaxFields: Final = create_model("_LaxFields", **_KNOWN)
+"""The same fields, read as FastAPI reads them; types as in ``managers/io_struct.py``."""
 
 
 def coerce(given: Mapping[str, Any]) -> RoutingFields:
