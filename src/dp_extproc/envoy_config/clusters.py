@@ -138,6 +138,15 @@ def _socket_address(host: str, port: int) -> Address:
 def _by_header(
     name: str, header: str, options: HttpProtocolOptions, buffer: int, transport: TransportSocket | None = None
 ) -> Cluster:
+    cluster = _at_a_given_address(name, buffer)
+    cluster.typed_extension_protocol_options = {_HTTP_OPTIONS: Any.pack(options)}
+    cluster.original_dst_lb_config = ClusterOriginalDstLbConfig(use_http_header=True, http_header_name=header)
+    cluster.transport_socket = transport
+    return cluster
+
+
+def _at_a_given_address(name: str, buffer: int) -> Cluster:
+    """Build a cluster without hosts: by default it is the address that the connection was opened for."""
     return Cluster(
         name=name,
         type=ClusterDiscoveryType.ORIGINAL_DST,
@@ -145,9 +154,6 @@ def _by_header(
         per_connection_buffer_limit_bytes=buffer,
         lb_policy=ClusterLbPolicy.CLUSTER_PROVIDED,
         circuit_breakers=_unlimited(),
-        typed_extension_protocol_options={_HTTP_OPTIONS: Any.pack(options)},
-        original_dst_lb_config=ClusterOriginalDstLbConfig(use_http_header=True, http_header_name=header),
-        transport_socket=transport,
     )
 
 
@@ -155,15 +161,7 @@ def _decode(cut_streams: CutStreams, options: HttpProtocolOptions, buffer: int) 
     """Build the way to the answering servers: straight, or through the listener that ends their streams."""
     if cut_streams is CutStreams.CUT:
         return [_by_header(DECODE, DECODE_HOST, options, buffer)]
-    server = Cluster(  # at the address that the listener's connection was opened for
-        name=DECODE_SERVER,
-        type=ClusterDiscoveryType.ORIGINAL_DST,
-        connect_timeout=_CONNECT_TIMEOUT,
-        per_connection_buffer_limit_bytes=buffer,
-        lb_policy=ClusterLbPolicy.CLUSTER_PROVIDED,
-        circuit_breakers=_unlimited(),
-    )
-    return [_internal(DECODE, buffer, options), server]
+    return [_internal(DECODE, buffer, options), _at_a_given_address(DECODE_SERVER, buffer)]
 
 
 def _internal(listener: str, buffer: int, options: HttpProtocolOptions | None = None) -> Cluster:

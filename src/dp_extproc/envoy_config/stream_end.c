@@ -50,8 +50,7 @@ struct answers {
   u64 left;        /* bytes of the chunk, or of the body */
   u32 length;      /* of the present line; more than LINE if it is longer */
   int is_first;    /* whether it is the first line of its head */
-  int is_interim;  /* 1xx: another head follows */
-  int has_no_body; /* 204, 304 */
+  int has_no_body; /* 1xx, 204, 304: another head follows */
   int is_chunked, has_length, is_events;
   int is_complete; /* the last event said that it is the last one */
   char line[LINE]; /* in lower case */
@@ -61,7 +60,7 @@ static void begin_head(struct answers *it) {
   it->state = HEAD;
   it->length = 0;
   it->is_first = 1;
-  it->is_interim = it->has_no_body = it->is_chunked = it->has_length = it->is_events = it->is_complete = 0;
+  it->has_no_body = it->is_chunked = it->has_length = it->is_events = it->is_complete = 0;
   it->left = 0;
 }
 
@@ -98,9 +97,7 @@ static u64 number(const struct answers *it, u32 from, u32 base) {
 }
 
 static void end_head(struct answers *it) {
-  if (it->is_interim) {
-    begin_head(it);
-  } else if (it->has_no_body) {
+  if (it->has_no_body) {
     begin_head(it);
   } else if (it->is_chunked) {
     it->state = SIZE;
@@ -124,8 +121,7 @@ static void end_line(struct answers *it) {
     end_head(it);
   } else if (it->is_first) {
     it->is_first = 0;
-    it->is_interim = it->line[9] == '1';
-    it->has_no_body = MENTIONS(it, " 204") || MENTIONS(it, " 304");
+    it->has_no_body = it->line[9] == '1' || MENTIONS(it, " 204") || MENTIONS(it, " 304");
   } else if (BEGINS(it, "transfer-encoding:")) {
     it->is_chunked = MENTIONS(it, "chunked");
   } else if (BEGINS(it, "content-type:")) {
