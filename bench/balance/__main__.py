@@ -17,7 +17,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench.balance.bound import SimulatedRun, simulate
+from bench.balance.bound import KnownRun, simulate
 from bench.balance.client import Load
 from bench.balance.contenders import MAIN, Contender, chosen
 from bench.balance.engines import COSTS, RELEASE, STREAM_INTERVAL, Size
@@ -69,7 +69,7 @@ def main() -> int:
     slower = f"engines {plan.size.time_scale:g} times slower" if plan.size.time_scale > 1 else "engines at full speed"
     console.print(f"{plan.title}; {requests} requests, {len(plan.traces)} seeds; {slower}")
     runs: list[Run] = []
-    simulated: list[SimulatedRun] = []
+    simulated: list[KnownRun] = []
     columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     for seed, trace in plan.traces.items():
         for contender in plan.contenders:

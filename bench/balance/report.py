@@ -4,7 +4,6 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -12,6 +11,7 @@ import matplotlib as mpl
 from rich.console import Console
 from rich.table import Table
 
+from bench.balance.bound import KnownRun
 from bench.balance.contenders import DEFAULT, ENGINES_OWN
 from bench.balance.runs import Run
 from dp_extproc.workload.comparison import Change, change
@@ -161,26 +161,13 @@ def plot(stem: Path, title: str, runs: Sequence[Result]) -> None:
     plt.close(figure)
 
 
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """A run that was written as JSON."""
-
-    contender: str
-    seed: int
-    values: dict[str, float]
-
-    def numbers(self) -> dict[str, float]:
-        """Give its numbers by their names."""
-        return self.values
-
-
 def plot_again(path: Path) -> None:
     """Make the plots of a JSON file anew."""
     content = json.loads(path.read_text(encoding="utf-8"))
     runs = []
     for run in content["runs"]:
         values = {key: float(value) for key, value in run.items() if isinstance(value, int | float) and key != "seed"}
-        runs.append(Recorded(run["contender"], run["seed"], values))
+        runs.append(KnownRun(run["contender"], run["seed"], values))
     plot(path.with_suffix(""), content["about"]["title"], runs)
 
 

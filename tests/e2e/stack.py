@@ -31,6 +31,15 @@ ROUTING_FIELDS = {
     "bootstrap_room",
     "rid",
 }
+EVIL = {
+    "routed_dp_rank": 99,
+    "disagg_prefill_dp_rank": 99,
+    "data_parallel_rank": 99,
+    "bootstrap_host": "10.9.9.9",
+    "bootstrap_port": 9,
+    "bootstrap_room": 9,
+}
+"""What a client may say in its body."""
 
 
 @dataclass(frozen=True, slots=True)

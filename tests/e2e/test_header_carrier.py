@@ -12,7 +12,7 @@ import pytest
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
 from e2e.hosted import HostedEngine, HostedEngines
-from e2e.stack import DECODE_RANKS, FAST, PREFILL_RANKS, body_of, one
+from e2e.stack import DECODE_RANKS, EVIL, FAST, PREFILL_RANKS, body_of, one
 
 GENERATE = {"text": "a b c", "sampling_params": {"max_new_tokens": 2}}
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -135,17 +135,6 @@ def test_bodies_say_it_elsewhere(fleet: Fleet, model: str, path: str, body: dict
     for leg in (prefill, decode):
         assert not [name for name in leg["headers"] if name.startswith("x-override-")]
         assert body_of(leg)["routed_dp_rank"] == leg["rank"]
-
-
-EVIL = {
-    "routed_dp_rank": 99,
-    "disagg_prefill_dp_rank": 99,
-    "data_parallel_rank": 99,
-    "bootstrap_host": "10.9.9.9",
-    "bootstrap_port": 9,
-    "bootstrap_room": 9,
-}
-"""What a client may say in its body."""
 
 
 @pytest.mark.parametrize("model", ["newest", "engine picks", "listeners"])

@@ -15,19 +15,11 @@ from dp_extproc.engine.api.faults import Fault, Kind
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
 from e2e.hosted import HostedEngine, HostedEngines
-from e2e.stack import DECODE_RANKS, FAST, PREFILL_RANKS, one, wait_for
+from e2e.stack import DECODE_RANKS, EVIL, FAST, PREFILL_RANKS, one, wait_for
 
 GENERATE = {"text": "a b c", "sampling_params": {"max_new_tokens": 4}}
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 MESSAGES = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "model": "m"}
-EVIL = {
-    "routed_dp_rank": 99,
-    "disagg_prefill_dp_rank": 99,
-    "data_parallel_rank": 99,
-    "bootstrap_host": "10.9.9.9",
-    "bootstrap_port": 9,
-    "bootstrap_room": 9,
-}
 STREAMS = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 
 

@@ -1,7 +1,8 @@
 """What the tests of this folder share: everything around one Envoy, and readers of its answers."""
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,8 +13,9 @@ from dp_extproc.config import BodyMode, Config
 from dp_extproc.envoy_config import build_bootstrap, render_yaml
 from dp_extproc.extproc import names
 from dp_extproc.testbed.envoy import EnvoyProcess
-from envoy_config.recording_engine import RecordingEngine
-from envoy_config.scripted_service import ScriptedService
+from dp_extproc.testbed.ports import free_ports
+from envoy_config.recording_engine import RecordingEngine, run_engine
+from envoy_config.scripted_service import ScriptedService, run_service
 
 MAX_BODY_BYTES = 33 << 20
 BODY = b'{"model":"small","prompt":"\xc3\xa9"}'
@@ -100,3 +102,18 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"]
     return dict(error)
+
+
+@contextmanager
+def run_bench(body_mode: BodyMode, **settings: Any) -> Iterator[Bench]:
+    """Run an Envoy with these settings in front of a scripted service and two recording engines."""
+    ports = free_ports(3)
+    config = make_config(body_mode, ports, **settings)
+    with (
+        run_engine("prefill") as prefill,
+        run_engine("decode") as decode,
+        run_service(prefill.address, decode.address, ports[2]) as service,
+        EnvoyProcess(config, bootstrap=scripted_bootstrap(config)) as envoy,
+        httpx.Client(base_url=envoy.url, timeout=60, trust_env=False) as client,
+    ):
+        yield Bench(config, envoy, service, prefill, decode, client)

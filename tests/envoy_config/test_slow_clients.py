@@ -4,15 +4,10 @@ import json
 import socket
 from collections.abc import Iterator
 
-import httpx
 import pytest
 
 from dp_extproc.config import BodyMode
-from dp_extproc.testbed.envoy import EnvoyProcess
-from dp_extproc.testbed.ports import free_ports
-from envoy_config.harness import Bench, make_config, scripted_bootstrap
-from envoy_config.recording_engine import run_engine
-from envoy_config.scripted_service import run_service
+from envoy_config.harness import Bench, run_bench
 
 BEGUN = {
     "headers": b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n",
@@ -24,16 +19,8 @@ BEGUN = {
 @pytest.fixture(scope="module", params=[BodyMode.BUFFERED, BodyMode.DUPLEX])
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """An Envoy without much patience."""
-    ports = free_ports(3)
-    config = make_config(request.param, ports, headers_timeout="500ms", upload_timeout="1s")
-    with (
-        run_engine("prefill") as prefill,
-        run_engine("decode") as decode,
-        run_service(prefill.address, decode.address, ports[2]) as service,
-        EnvoyProcess(config, bootstrap=scripted_bootstrap(config)) as envoy,
-        httpx.Client(base_url=envoy.url, timeout=60, trust_env=False) as client,
-    ):
-        yield Bench(config, envoy, service, prefill, decode, client)
+    with run_bench(request.param, headers_timeout="500ms", upload_timeout="1s") as bench:
+        yield bench
 
 
 def begin(bench: Bench, part: str) -> tuple[bytes, bytes]:
