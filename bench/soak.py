@@ -94,9 +94,10 @@ class Soak:
             asyncio.TaskGroup() as tasks,
         ):
             others = [tasks.create_task(each) for each in (self._report(), self._kill_engines(), self._kill_workers())]
-            deadline = time.monotonic() + self.args.seconds
-            while time.monotonic() < deadline:
-                await asyncio.sleep(self.rng.expovariate(self.args.rate))
+            at = time.monotonic()
+            deadline = at + self.args.seconds
+            while (at := at + self.rng.expovariate(self.args.rate)) < deadline:
+                await asyncio.sleep(at - time.monotonic())  # what is late is made up for
                 if self.open < _MOST_OPEN:
                     tasks.create_task(self._ask(session))
             self.over.set()
@@ -107,7 +108,7 @@ class Soak:
         path = self.rng.choice(list(_PATHS))
         stream = self.rng.random() < 0.5
         text = "word " * int(self.rng.lognormvariate(4, 1))
-        body = {**_PATHS[path](text, self.rng.randint(1, 40)), "stream": stream}
+        body = {**_PATHS[path](text, self.rng.randint(1, self.args.tokens)), "stream": stream}
         leaves = self.rng.random() < self.args.leave
         self.asked += 1
         request_id = f"soak-{self.asked}"
@@ -276,6 +277,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes of the service; one alone is not killed")
     parser.add_argument("--servers", type=int, default=2, help="of each role")
     parser.add_argument("--kill-every", type=float, default=15.0, metavar="SECONDS", help="on average")
+    parser.add_argument("--tokens", type=int, default=40, help="of an answer at most")
     parser.add_argument("--leave", type=float, default=0.02, metavar="SHARE", help="of clients that do not read on")
     parser.add_argument("--time-scale", default="0.5", help="of the engines: 1 is about as slow as a real one")
     parser.add_argument("--seed", type=int, default=1)
