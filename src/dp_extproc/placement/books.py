@@ -233,7 +233,7 @@ def _shown_in_all(
     return [(each, 0.0)] * len(readings)
 
 
-def _index_from(start: int, numbers: list[float], wanted: float) -> int:
+def index_from(start: int, numbers: Sequence[float], wanted: float) -> int:
     """Find a number, beginning somewhere in the list."""
     try:
         return numbers.index(wanted, start)
@@ -303,7 +303,7 @@ class StepGroup(ABC):
             self._knows_top = True
         if not self._knows_low:
             self.low = min(loads)
-            self.low_position = _index_from(self.start, loads, self.low)
+            self.low_position = index_from(self.start, loads, self.low)
             self._knows_low = True
         self.bound()
         self.changed = False
@@ -322,6 +322,12 @@ class StepGroup(ABC):
             self.low_position = position
         elif position == self.low_position:
             self._knows_low = False
+
+    def loads_are(self, loads: list[float]) -> None:
+        """Set the loads of all ranks."""
+        self.loads[:] = loads
+        self.changed = True
+        self._knows_top = self._knows_low = False
 
     def opened(
         self, rank: RankLoad, tokens: float, to_compute: float, requests: float, now: float, *, is_share: bool

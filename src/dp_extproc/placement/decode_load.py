@@ -122,8 +122,12 @@ class DecodeGroup(StepGroup):
         """Let the running sequences grow."""
         if now - self._swept >= _SWEEP_INTERVAL:
             self._sweep(now)
-        for rank in self.ranks:
-            self._sum_up(rank.position, now)
+        numbers = zip(self.others, self._prompts, self._extra, self._growing, self._first_tokens, strict=True)
+        loads = [
+            others + prompts + extra + (growing * now - first_tokens) / self.tpot
+            for others, prompts, extra, growing, first_tokens in numbers
+        ]
+        self.loads_are([load if load > 0 else 0.0 for load in loads])
         self.due = now + _GROWTH_INTERVAL if self.requests > 0 else math.inf
 
     def told(self, sample: RankSample) -> float:
@@ -223,7 +227,7 @@ class DecodeGroup(StepGroup):
 
     def _sum_up(self, position: int, now: float) -> None:
         grown = (self._growing[position] * now - self._first_tokens[position]) / self.tpot
-        load = self.others[position] + self._prompts[position] + self._extra[position] + max(0.0, grown)
+        load = self.others[position] + self._prompts[position] + self._extra[position] + grown
         self.load_is(position, max(0.0, load))
 
     def _learn_pace(self, rank: RankLoad) -> None:

@@ -7,7 +7,7 @@ from typing import Final
 
 from dp_extproc.config.schema import HostPolicy, LoadSignal, PolicySettings, RankPolicy
 from dp_extproc.placement.affinity import Held
-from dp_extproc.placement.books import RankLoad, StepGroup
+from dp_extproc.placement.books import RankLoad, StepGroup, index_from
 from dp_extproc.placement.load import Candidate, HostLoad, Part
 
 REACH: Final = 8
@@ -15,7 +15,7 @@ REACH: Final = 8
 Simulated on 32 prefill servers, mean time to first token: 1040 ms with 6, 1015 with 8, 998 with 24, 987 with 32."""
 
 _COUNTED: Final = 32
-"""Of more ranks than these nobody counts those that are loaded alike; the group names one, each time another."""
+"""Of more ranks than these nobody counts those that are loaded alike: the first one from a random place on is taken."""
 
 NOTHING_HELD: Final[Held[RankLoad]] = Held({}, 0.0)
 
@@ -129,12 +129,13 @@ class Policy:
         """Take the least number of all ranks of all candidates, less what a rank holds: no host is preferred."""
         least = math.inf
         found: list[tuple[Candidate, Part, Sequence[float]]] = []
+        is_surveyed = numbers is _loads and not held.by_slot
         for candidate in candidates:
             for part in candidate.parts:
                 group = part.group
                 if group.changed or now >= group.due:
                     group.survey(now)
-                if numbers is _loads and not held.by_slot and group.low > least:
+                if is_surveyed and group.low > least:
                     continue  # there is nothing to be found
                 own = part.of(numbers(group))
                 if held.by_slot:
@@ -142,20 +143,22 @@ class Policy:
                     own = [
                         number - held.by_slot.get(rank, held.elsewhere) for number, rank in zip(own, ranks, strict=True)
                     ]
-                low = min(own)
+                low = group.low if is_surveyed and part.positions is None else min(own)
                 if low < least:
                     least = low
                     found = [(candidate, part, own)]
                 elif low == least:
                     found.append((candidate, part, own))
         if len(found) > 1:  # each rank its chance: a host with several is likelier than one with a single one
-            chances = [own.count(least) for _, _, own in found]
+            chances = [len(own) if len(own) > _COUNTED else own.count(least) for _, _, own in found]
             found = self._rng.choices(found, chances)
         chosen, part, own = found[0]
         return chosen, part.of(part.group.ranks)[self._one_of(own, least)]
 
     def _one_of(self, numbers: Sequence[float], wanted: float) -> int:
         """Give the index of a number, any of them at random."""
+        if len(numbers) > _COUNTED:
+            return index_from(int(self._rng.random() * len(numbers)), numbers, wanted)
         if numbers.count(wanted) == 1:
             return numbers.index(wanted)
         return self._rng.choice([index for index, number in enumerate(numbers) if number == wanted])
