@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -424,8 +425,7 @@ class TestLookups:
 
     def test_a_model_with_a_slash(self) -> None:
         """Client libraries escape the slash of org/name; no engine sees the path, so it is read here."""
-        fleet = Fleet(workers=[make_facts(Role.WORKER)])
-        fleet.dispatcher.known_models = lambda: ["org/name"]  # type: ignore[method-assign]  # stands for an engine's
+        fleet = Fleet(workers=[replace(make_facts(Role.WORKER), served_model="org/name")])
         answer = fleet.dispatcher.models("/v1/models/org%2Fname")
 
         assert isinstance(answer, Answer)

@@ -4,22 +4,20 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from random import Random
 from typing import Final
-from urllib.parse import unquote
 
-import msgspec
 from msgspec.structs import replace
 
 from dp_extproc.config.reliability import AdmissionSettings
 from dp_extproc.config.schema import Carrier, ClientRanks, LoadSignal, PoolConfig
 from dp_extproc.extproc import names
 from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
-from dp_extproc.fleet.endpoint import Kind, Role
+from dp_extproc.fleet.endpoint import Role
 from dp_extproc.fleet.recipe import RANK_HEADER
-from dp_extproc.fleet.releases import HEADER_APIS
 from dp_extproc.placement.admission import Admission, is_too_long, largest_capacity
 from dp_extproc.placement.attempt import NOBODY, AttemptObserver, nothing
 from dp_extproc.placement.books import RankLoad
 from dp_extproc.placement.carriage import carry
+from dp_extproc.placement.catalogue import SHOWN_MODEL, Catalogue
 from dp_extproc.placement.decision import Answer, Circumstances, Decision, Metadata
 from dp_extproc.placement.demand import Demand
 from dp_extproc.placement.fleet_load import FleetLoad
@@ -28,19 +26,16 @@ from dp_extproc.placement.ledger import Ledger
 from dp_extproc.placement.load import HostLoad
 from dp_extproc.placement.pair import Pair, Picker, Pins, Side
 from dp_extproc.placement.queue import Ticket, WaitingLine
+from dp_extproc.placement.shortage import TRY_AGAIN, nobody_allowed, nobody_can
 from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated
-from dp_extproc.request.path import ONE_MODEL, Api
+from dp_extproc.request.path import Api
 from dp_extproc.request.prefix import NO_PREFIX, Prefix, prefix_of
 from dp_extproc.request.rejection import Reason, Rejection, Wait
 from dp_extproc.request.rewrite import rewrite_aggregated
 from dp_extproc.request.unread import unread_request
 
-_ANY_MODEL: Final = "*"
-_SHOWN_MODEL: Final = 200
-"""Characters of a model's name in logs and messages; clients may send megabytes."""
 _SESSION_KEPT: Final = 128
 """Characters of a conversation's name; more is more than any id has."""
-_TRY_AGAIN: Final = (("retry-after", "1"),)
 _WATCHED: Final = ((names.WATCH, b"1"),)
 _ORDINARY: Final = Circumstances()
 _BODIES_NEEDED: Final = Rejection(
@@ -111,8 +106,9 @@ class Dispatcher:
 
     def configure(self, pools: Iterable[PoolConfig], signal: LoadSignal, admission: AdmissionSettings) -> None:
         """Decide by another configuration from now on; the load cache has been told of it before."""
-        self._pools = [_Pool(pool, signal, self._fleet, self._rng) for pool in pools]
-        self._pool_of = {model: pool for pool in self._pools for model in pool.config.models}
+        pools = tuple(pools)
+        self._pools = {pool.name: _Pool(pool, signal, self._fleet, self._rng) for pool in pools}
+        self._catalogue = Catalogue(pools, self._fleet)
         self._admission = Admission(admission)
 
     def place(
@@ -152,7 +148,7 @@ class Dispatcher:
             length: Bytes of the body; None if it does not say.
             circumstances: What is known of it besides.
         """
-        pool = self._pools[0]
+        pool = next(iter(self._pools.values()))
         if len(self._pools) > 1 or not pool.can_go_unread:
             return _BODIES_NEEDED
         request = unread_request(api, length)
@@ -163,29 +159,18 @@ class Dispatcher:
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         """Send a request that any engine can answer to a server that answers clients, of a subset if there is one."""
         now = self._clock()
-        for pool in self._pools:
+        for pool in self._pools.values():
             role = Role.DECODE if pool.config.is_disaggregated else Role.WORKER
             if hosts := self._fleet.eligible(pool.name, role, now, subset):
                 address = self._rng.choice(hosts).address
                 metadata: Metadata = {names.META_POOL: pool.name, names.META_DECODE_HOST: address}
                 headers = ((names.DECODE_HOST, address.encode()), *self._credentials.headers(pool.name))
                 return Decision(None, headers, metadata, None)
-        return Rejection(503, Reason.NO_ENDPOINTS, "no engine has been reached yet", headers=_TRY_AGAIN)
+        return Rejection(503, Reason.NO_ENDPOINTS, "no engine has been reached yet", headers=TRY_AGAIN)
 
     def models(self, path: str) -> Answer | Rejection:
         """Answer ``/v1/models`` for all pools, or ``/v1/models/NAME``."""
-        cards = [
-            {"id": model, "object": "model", "created": 0, "owned_by": "sglang", "root": model, "parent": None}
-            for model in self.known_models()
-        ]
-        plain = path.partition("?")[0]
-        if not plain.startswith(ONE_MODEL):
-            return Answer(msgspec.json.encode({"object": "list", "data": cards}))
-        wanted = unquote(plain.removeprefix(ONE_MODEL))  # clients send org%2Fname
-        for card in cards:
-            if card["id"] == wanted:
-                return Answer(msgspec.json.encode(card))
-        return self._unknown_model(wanted)
+        return self._catalogue.answer(path)
 
     def lost(self, address: str) -> None:
         """Take note that the server at this address has dropped a request."""
@@ -193,30 +178,9 @@ class Dispatcher:
             if host.address == address:
                 host.health.failed(self._clock())
 
-    def known_models(self) -> list[str]:
-        """Name every model that can be asked for: the configured ones, and what the engines of "*" pools serve."""
-        known: dict[str, None] = {}
-        for pool in self._pools:
-            for model in pool.config.models:
-                if model != _ANY_MODEL:
-                    known[model] = None
-                    continue
-                for host in self._fleet.discovered_in(pool.name):
-                    if host.facts.served_model and host.facts.served_model not in self._pool_of:
-                        known[host.facts.served_model] = None
-        return list(known)
-
     def _resolve(self, model: str | None) -> _Pool | Rejection:
-        if model is None:
-            if len(self._pools) == 1:
-                return self._pools[0]
-            message = f"several pools could be meant; name the model: {', '.join(self.known_models())}"
-            return Rejection(400, Reason.MODEL_MISSING, message, param="model")
-        return self._pool_of.get(model) or self._pool_of.get(_ANY_MODEL) or self._unknown_model(model)
-
-    def _unknown_model(self, model: str) -> Rejection:
-        message = f"the model {model[:_SHOWN_MODEL]!r} does not exist; known: {', '.join(self.known_models())}"
-        return Rejection(404, Reason.MODEL_NOT_FOUND, message, param="model")
+        name = self._catalogue.pool_of(model)
+        return self._pools[name] if isinstance(name, str) else name
 
     def _place_aggregated(
         self, pool: _Pool, request: InferenceRequest, circumstances: Circumstances
@@ -323,7 +287,7 @@ class Dispatcher:
     def _no_room(self, pool: _Pool, request: InferenceRequest, prefix: Prefix | None, why: str) -> Rejection:
         message = f"the servers for {pool.name} are full: {why}; try again later"
         wait = Wait(pool.name, request.priority, request, prefix)
-        return Rejection(429, Reason.OVER_CAPACITY, message, headers=_TRY_AGAIN, wait=wait)
+        return Rejection(429, Reason.OVER_CAPACITY, message, headers=TRY_AGAIN, wait=wait)
 
     def _refuse_too_long(
         self, side: Side, hosts: Sequence[HostLoad], request: InferenceRequest, demand: Demand
@@ -389,30 +353,15 @@ class Dispatcher:
                 return choose(capable, circumstances.failed, now)
             return capable
         if subset is not None and not hosts:
-            message = f"no server for {pool.name} is ready among those that the gateway allows"
-            return Rejection(503, Reason.NO_ENDPOINTS, message, headers=_TRY_AGAIN)
+            return nobody_allowed(pool.name)
         hosts = hosts or self._fleet.eligible(pool.name, role, now)
-        if not hosts:
-            message = f"no {role} server of the pool for {pool.name} has been reached yet; try again shortly"
-            return Rejection(503, Reason.NO_ENDPOINTS, message, headers=_TRY_AGAIN)
-        if not request.is_read and api not in HEADER_APIS:
-            message = f"{api.value} takes no rank from headers, and bodies are not read here; use a path that does"
-            return Rejection(400, Reason.CANNOT_CARRY_ROUTING, f"{message}: {', '.join(sorted(HEADER_APIS))}")
-        if not request.is_read and not any(host.facts.reads_overrides for host in hosts):
-            message = f"no {role} server of the pool for {pool.name} obeys x-override-* headers"
-            return Rejection(503, Reason.NO_ENDPOINTS, message, headers=_TRY_AGAIN)
-        versions = ", ".join(sorted({f"{host.facts.kind} {host.facts.version}" for host in hosts}))
-        if all(host.facts.kind is Kind.VLLM for host in hosts):
-            message = f"{api.value} is not a path of the servers of this model ({versions})"
-            return Rejection(400, Reason.CANNOT_CARRY_ROUTING, message)
-        message = f"{api.value} needs a newer SGLang than the {role} servers of this model run ({versions})"
-        return Rejection(400, Reason.ENGINE_TOO_OLD, message)
+        return nobody_can(pool.name, role, hosts, api, is_read=request.is_read)
 
 
 def _metadata(pool: _Pool, request: InferenceRequest, decode: Side) -> Metadata:
     metadata: Metadata = {
         names.META_POOL: pool.name,
-        names.META_MODEL: (request.model or "")[:_SHOWN_MODEL],
+        names.META_MODEL: (request.model or "")[:SHOWN_MODEL],
         names.META_DECODE_HOST: decode.host.address,
     }
     if (rank := decode.told_rank) is not None:

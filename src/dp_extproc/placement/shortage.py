@@ -1,0 +1,45 @@
+"""Why no server of a role can take a request, in words that its sender can act on."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from dp_extproc.fleet.endpoint import Kind, Role
+from dp_extproc.fleet.releases import HEADER_APIS
+from dp_extproc.placement.load import HostLoad
+from dp_extproc.request.path import Api
+from dp_extproc.request.rejection import Reason, Rejection
+
+TRY_AGAIN: Final = (("retry-after", "1"),)
+
+
+def nobody_allowed(pool: str) -> Rejection:
+    """Refuse a request because none of those that the gateway allows is ready."""
+    message = f"no server for {pool} is ready among those that the gateway allows"
+    return Rejection(503, Reason.NO_ENDPOINTS, message, headers=TRY_AGAIN)
+
+
+def nobody_can(pool: str, role: Role, hosts: Sequence[HostLoad], api: Api, *, is_read: bool) -> Rejection:
+    """Refuse a request that none of its servers can serve.
+
+    Args:
+        pool: Whose servers.
+        role: Of these servers.
+        hosts: All that could be asked now; there may be none.
+        api: What is asked for.
+        is_read: Whether the request's body was seen here.
+    """
+    if not hosts:
+        message = f"no {role} server of the pool for {pool} has been reached yet; try again shortly"
+        return Rejection(503, Reason.NO_ENDPOINTS, message, headers=TRY_AGAIN)
+    if not is_read and api not in HEADER_APIS:
+        message = f"{api.value} takes no rank from headers, and bodies are not read here; use a path that does"
+        return Rejection(400, Reason.CANNOT_CARRY_ROUTING, f"{message}: {', '.join(sorted(HEADER_APIS))}")
+    if not is_read and not any(host.facts.reads_overrides for host in hosts):
+        message = f"no {role} server of the pool for {pool} obeys x-override-* headers"
+        return Rejection(503, Reason.NO_ENDPOINTS, message, headers=TRY_AGAIN)
+    versions = ", ".join(sorted({f"{host.facts.kind} {host.facts.version}" for host in hosts}))
+    if all(host.facts.kind is Kind.VLLM for host in hosts):
+        message = f"{api.value} is not a path of the servers of this model ({versions})"
+        return Rejection(400, Reason.CANNOT_CARRY_ROUTING, message)
+    message = f"{api.value} needs a newer SGLang than the {role} servers of this model run ({versions})"
+    return Rejection(400, Reason.ENGINE_TOO_OLD, message)
