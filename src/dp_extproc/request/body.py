@@ -5,7 +5,7 @@ from typing import Final
 
 import msgspec
 
-from dp_extproc.request.members import JsonObject
+from dp_extproc.request.members import MOST_MEMBERS, JsonObject, TooManyMembersError
 from dp_extproc.request.path import Api
 from dp_extproc.request.prompt import Prompt, PromptError, measure
 from dp_extproc.request.rejection import Reason, Rejection
@@ -19,6 +19,13 @@ _NO: Final = frozenset({b"null", b"false"})
 
 MAX_BATCH: Final = 4096
 """Prompts in one request. The prefill leg's prefix travels in a header of Envoy and holds a request id per prompt."""
+
+MOST_MARKS: Final = 2_000_000
+"""Braces, brackets and quotes in a body: as many as four megabytes of JSON have that a prompt quotes.
+
+Every object, list and string that is read takes a hundred bytes of memory, and the time of all others; so a body of
+nothing else is refused.
+"""
 
 ROUTED_RANK: Final = "routed_dp_rank"
 PREFILL_RANK: Final = "disagg_prefill_dp_rank"
@@ -137,11 +144,21 @@ def refuse_disaggregated(request: InferenceRequest, *, sees_answer: bool = True)
 
 
 _TOO_DEEP: Final = Rejection(400, Reason.INVALID_JSON, "the request body is nested too deeply")
+_TOO_MANY_MEMBERS: Final = Rejection(
+    400, Reason.UNSUPPORTED_VALUE, f"the request body has more than {MOST_MEMBERS} members; send those that are known"
+)
+_TOO_MANY_MARKS: Final = Rejection(
+    400,
+    Reason.UNSUPPORTED_VALUE,
+    f"the request body has more than {MOST_MARKS} braces, brackets and quotes; send fewer objects, lists and strings",
+)
 
 
 def _read_object(text: bytes) -> JsonObject | Rejection:
     if not text or text.isspace():
         return Rejection(400, Reason.EMPTY_BODY, "the request body is empty; send a JSON object")
+    if len(text) > MOST_MARKS and sum(map(text.count, (b"{", b"[", b'"'))) > MOST_MARKS:
+        return _TOO_MANY_MARKS
     try:
         return JsonObject(text)
     except msgspec.ValidationError:
@@ -152,6 +169,8 @@ def _read_object(text: bytes) -> JsonObject | Rejection:
         return Rejection(400, Reason.INVALID_JSON, f"the request body is not valid UTF-8 (byte {error.start})")
     except RecursionError:
         return _TOO_DEEP
+    except TooManyMembersError:
+        return _TOO_MANY_MEMBERS
 
 
 def _decode(api: Api, text: bytes) -> Body:

@@ -17,6 +17,14 @@ _TO_VALUE: Final = re.compile(_WHITESPACE + rb"([{,}])(?:" + _KEY + rb")?")
 """From the start, or from the end of a value, to the start of the next value or behind the object."""
 
 
+MOST_MEMBERS: Final = 4096
+"""Of one object. Requests have a few dozen; each costs hundreds of bytes and a look at the text."""
+
+
+class TooManyMembersError(Exception):
+    """An object has more than :data:`MOST_MEMBERS`."""
+
+
 class _Key:
     """A key that equals no other, so that a dict keeps the repeated keys of an object, in their order."""
 
@@ -26,11 +34,25 @@ class _Key:
         self.name = name
 
 
-def _as_key(_kind: type, name: Any) -> _Key:
-    return _Key(name)
+class _MemberReader:
+    """Reads the members of an object, and stops when there are too many."""
+
+    def __init__(self) -> None:
+        self._decoder = msgspec.json.Decoder(dict[_Key, msgspec.Raw], dec_hook=self._as_key)
+        self._left = 0
+
+    def read(self, text: bytes) -> dict[_Key, msgspec.Raw]:
+        self._left = MOST_MEMBERS
+        return self._decoder.decode(text)
+
+    def _as_key(self, _kind: type, name: Any) -> _Key:
+        if not self._left:
+            raise TooManyMembersError
+        self._left -= 1
+        return _Key(name)
 
 
-_members: Final = msgspec.json.Decoder(dict[_Key, msgspec.Raw], dec_hook=_as_key)
+_reader: Final = _MemberReader()
 
 
 class JsonObject:
@@ -46,9 +68,10 @@ class JsonObject:
             msgspec.DecodeError: It is not JSON (the base class of the former).
             UnicodeDecodeError: It is not UTF-8.
             RecursionError: It is nested too deeply.
+            TooManyMembersError: It has more members than any request.
         """
         self.text = text
-        self._members = _members.decode(text)
+        self._members = _reader.read(text)
         if not text.isascii():
             text.decode()  # values that are skipped are not checked for UTF-8 by msgspec
         self.values: dict[str, msgspec.Raw] = {key.name: raw for key, raw in self._members.items()}

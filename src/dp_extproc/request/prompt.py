@@ -4,7 +4,8 @@ Texts are counted in UTF-8 bytes, which vary far less per token between language
 byte-pair tokenizers make a token of 4 to 4.5 bytes of English, 3 to 4.5 of Chinese or Japanese, 3 to 4 of code.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -24,6 +25,8 @@ _TEXT_TYPES: Final = frozenset({
 _MEDIA_KEYS: Final = ("url", "data")
 """How keys end under which media stand, in base64 or by their address."""
 
+_values: Final[msgspec.json.Decoder[list[Raw]]] = msgspec.json.Decoder(list[Raw])
+_LIST_OF_LISTS: Final = re.compile(rb"\[\s*\[")
 _parts: Final[msgspec.json.Decoder[list[Part]]] = msgspec.json.Decoder(list[Part])
 
 
@@ -83,35 +86,39 @@ def _measure_generate(body: Generate) -> Prompt:
     if body.text is not None:
         return _measure_texts_or_ids("text", body.text)
     if body.input_ids is not None:
-        return _count_ids("input_ids", body.input_ids)
-    if (rows := body.input_embeds) is not None:
-        batched = bool(rows) and bool(rows[0]) and bytes(memoryview(rows[0][0])[:1]) == b"["
-        return Prompt(0, sum(map(len, rows)), len(rows)) if batched else Prompt(0, len(rows), None)
+        return _measure_list("input_ids", body.input_ids)
+    if body.input_embeds is not None:
+        return _measure_embeds(body.input_embeds)
     raise PromptError("text", "one of text, input_ids and input_embeds is needed", missing=True)
+
+
+def _measure_embeds(rows: list[Raw]) -> Prompt:
+    """Count embeddings, which are a list of numbers for each token; those of a batch are one level deeper."""
+    if any(bytes(memoryview(row)[:1]) != b"[" for row in rows):
+        raise PromptError("input_embeds", "input_embeds has to be a list of lists of numbers")
+    if rows and _LIST_OF_LISTS.match(rows[0]):
+        return Prompt(0, sum(len(_values.decode(row)) for row in rows), len(rows))
+    return Prompt(0, len(rows), None)
 
 
 def _measure_texts_or_ids(param: str, prompt: TextsOrIds | None) -> Prompt:
     if prompt is None:
         raise PromptError(param, f"{param} is needed", missing=True)
-    if isinstance(prompt, str):
-        return Prompt(_size(prompt), 0, None)
-    texts = [item for item in prompt if isinstance(item, str)]
-    if not texts:
-        return _count_ids(param, [item for item in prompt if not isinstance(item, str)])
-    if len(texts) < len(prompt):
-        raise PromptError(param, f"{param} mixes strings and token ids; send one kind")
-    return Prompt(sum(map(_size, texts)), 0, len(texts))
+    return Prompt(_size(prompt), 0, None) if isinstance(prompt, str) else _measure_list(param, prompt)
 
 
-def _count_ids(param: str, ids: list[int | list[int]]) -> Prompt:
-    lists = [item for item in ids if isinstance(item, list)]
-    if not ids:
+def _measure_list(param: str, items: Sequence[Any]) -> Prompt:
+    """Measure a prompt of token ids, or a batch of texts or of lists of token ids."""
+    kinds = set(map(type, items))  # there may be millions
+    if not kinds:
         raise PromptError(param, f"{param} is empty", missing=True)
-    if not lists:
-        return Prompt(0, len(ids), None)
-    if len(lists) < len(ids):
-        raise PromptError(param, f"{param} mixes token ids and lists of token ids; send one kind")
-    return Prompt(0, sum(map(len, lists)), len(lists))
+    if len(kinds) > 1:
+        raise PromptError(param, f"{param} mixes strings, token ids or lists of token ids; send one kind")
+    if kinds == {int}:
+        return Prompt(0, len(items), None)
+    if kinds == {str}:
+        return Prompt(sum(map(_size, items)), 0, len(items))
+    return Prompt(0, sum(map(len, items)), len(items))
 
 
 def _measure_messages(param: str, messages: list[Message] | None, text_bytes: int, tokens: int = 0) -> Prompt:

@@ -60,7 +60,7 @@ class Generate(Body):
 
     text: TextsOrIds | None = None
     input_ids: list[int | list[int]] | None = None
-    input_embeds: list[list[Raw]] | None = None
+    input_embeds: list[Raw] | None = None
     sampling_params: SamplingParams | list[SamplingParams] | None = None
 
 
