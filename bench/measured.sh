@@ -17,14 +17,20 @@ balance() {  # NAME OPTIONS...
   "$BIN/python" -m bench.balance --seeds "$SEEDS" --out "$OUT/balance-$name" "$@"
 }
 
-balance 1p1d2-seed-prompts --topology 1p1d2 --trace seed-prompts --requests 300
-balance 1p1d2-seed --topology 1p1d2 --trace seed --requests 400
-balance 2p2d4-azure --topology 2p2d4 --trace azure --requests 1200
-balance 2p2d4-mixed --topology 2p2d4 --trace mixed --requests 1200
-balance 2p2d4-sharegpt --topology 2p2d4 --trace sharegpt --requests 2000
-balance 2p2d4-agent --topology 2p2d4 --trace agent --requests 300
-balance 2p2d4-bursts --topology 2p2d4 --trace agent --requests 300 --load 0.65 --burst 2.5
-balance 2p2d4-closed --topology 2p2d4 --trace agent --requests 300 --concurrency 48
-balance 2p2d4-long --topology 2p2d4 --trace long --requests 300
-balance 2p2d4-sessions --topology 2p2d4 --trace sessions --requests 400
-balance 2p2d4-policies --topology 2p2d4 --trace agent --requests 300 --only 'dp-extproc' 'ours *'
+all=("engines' own" dp-extproc 'ours scraped' 'smg * 1 s' 'smg * 10 s')
+few=("engines' own" dp-extproc 'smg * 1 s' 'smg cache_aware 10 s')  # the others at 10 s are nowhere the best
+
+balance 1p1d2-seed-prompts --topology 1p1d2 --trace seed-prompts --requests 250 --only "${few[@]}"
+balance 1p1d2-seed --topology 1p1d2 --trace seed --requests 250 --only "${few[@]}"
+balance 2p2d4-agent --topology 2p2d4 --trace agent --requests 300 --only "${few[@]}"
+balance 2p2d4-azure --topology 2p2d4 --trace azure --requests 600 --only "${few[@]}"
+balance 2p2d4-mixed --topology 2p2d4 --trace mixed --requests 600 --only "${all[@]}"
+# At less than four times the engines' time, what the stand-ins do between their steps is a large part of a step.
+balance 2p2d4-sharegpt --topology 2p2d4 --trace sharegpt --requests 2000 --time-scale 4 --only "${few[@]}"
+balance 2p2d4-bursts --topology 2p2d4 --trace agent --requests 300 --load 0.65 --burst 2.5 --only "${few[@]}"
+balance 2p2d4-closed --topology 2p2d4 --trace agent --requests 300 --concurrency 48 --only "${few[@]}"
+balance 2p2d4-long --topology 2p2d4 --trace long --requests 300 --only "${few[@]}"
+# Nearly twice what the fleet could do without its prefix caches, as in the simulation.
+balance 2p2d4-sessions --topology 2p2d4 --trace sessions --requests 600 --rate 12 --only "${few[@]}"
+balance 2p2d4-policies --topology 2p2d4 --trace agent --requests 300 --only dp-extproc 'ours *'
+balance 2p2d4-blind --topology 2p2d4 --trace agent --requests 300 --only dp-extproc 'smg * no ranks'

@@ -16,6 +16,7 @@ NUMBERS: Final = ROOT / "scheduling"
 PAGE: Final = ROOT / "scheduling.md"
 OWN: Final = "engines' own"
 BOUND: Final = "clairvoyant"
+OURS: Final = "dp-extproc"
 DEFAULT: Final = "lockstep/minimum_tokens"
 SCRAPED: Final = "random/minimum_tokens/scraped"
 NO_RANK: Final = "lockstep/none"
@@ -111,6 +112,19 @@ def tails() -> str | None:
     )  # fmt: skip
 
 
+def slowest() -> str | None:
+    """Every setting and policy: p99 of TTFT, as a multiple of the default's."""
+    found = read("policies")
+    if found is None:
+        return None
+    names = [name for name in next(iter(found.values())) if name not in {BOUND, DEFAULT}]
+    rows = []
+    for setting, results in found.items():
+        least = results[DEFAULT]["ttft_p99"]
+        rows.append([setting, f"{least:,.0f}", *(f"{results[name]['ttft_p99'] / least:.2f}" for name in names)])
+    return table(["setting", "default, ms", *map(_short, names)], rows)
+
+
 def affinity() -> str | None:
     """Sessions, with and without looking at prefixes."""
     results = only("affinity")
@@ -192,7 +206,7 @@ def measured() -> str | None:
             best: dict[str, Any] = min(
                 (each for each in others if change in each), key=lambda each: each[change]["mean"], default={}
             )
-            cells += [_change(summary["dp-extproc"].get(change)), _change(best.get(change))]
+            cells += [_change(summary[OURS].get(change)), _change(best.get(change))]
             if key != "ttft_p99":
                 cells.append(_change(bound.get(change)))
         rows.append(cells)
@@ -201,6 +215,29 @@ def measured() -> str | None:
     return table(
         ["fleet, traffic", "engines' own, ms", "mean TTFT, %", "smg's best", "clairvoyant", "p99 TTFT, %", "smg's best",
          "mean TPOT, %", "smg's best", "clairvoyant"],
+        rows,
+    )  # fmt: skip
+
+
+def agreement() -> str | None:
+    """What the simulation says of the traces that were measured."""
+    rows = []
+    for path in sorted(NUMBERS.glob("balance-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        summary, simulated = found["summary"], found.get("simulated", {})
+        if not {OWN, OURS} <= summary.keys() & simulated.keys():
+            continue
+        cells = [found["about"]["title"]]
+        for name in (OWN, OURS):
+            cells += [f"{each[name]['ttft_mean']:,.0f}" for each in (summary, simulated)]
+        cells += [_change(each[OURS].get("ttft_mean_change")) for each in (summary, simulated)]
+        cells += [_change(each[OURS].get("tpot_mean_change")) for each in (summary, simulated)]
+        rows.append(cells)
+    if not rows:
+        return None
+    return table(
+        ["fleet, traffic", "engines' own, ms", "simulated", "dp-extproc, ms", "simulated", "mean TTFT, %", "simulated",
+         "mean TPOT, %", "simulated"],
         rows,
     )  # fmt: skip
 
@@ -223,7 +260,7 @@ def balance() -> str | None:
             changes = [numbers.get(f"{key}_change") for key in ("ttft_mean", "ttft_p99", "tpot_mean")]
             rows.append(
                 [
-                    f"**{name}**" if name == "dp-extproc" else name,
+                    f"**{name}**" if name == OURS else name,
                     f"{numbers['ttft_mean']:,.0f}",
                     *("" if each is None or name == OWN else f"{100 * each['mean']:+.0f}" for each in changes),
                     f"{numbers['prefill_wait']:.0%}",
@@ -286,11 +323,13 @@ def _save(figure: Any, name: str) -> None:
 TABLES: Final[dict[str, Callable[[], str | None]]] = {
     "policies": policies,
     "tails": tails,
+    "slowest": slowest,
     "affinity": affinity,
     "replicas": replicas,
     "robustness": robustness,
     "balance": balance,
     "measured": measured,
+    "agreement": agreement,
 }
 
 
