@@ -8,7 +8,7 @@ import pytest
 
 from dp_extproc.config import BodyMode
 from dp_extproc.testbed.envoy import EnvoyProcess
-from dp_extproc.testbed.ports import free_port, free_ports
+from dp_extproc.testbed.ports import free_port, free_ports, free_row
 from envoy_config.harness import make_config
 
 
@@ -55,3 +55,15 @@ def test_free_ports_are_different() -> None:
     """Ports that are asked for together can be used together."""
     assert len(set(free_ports(50))) == 50
     assert free_port() < 32_768
+
+
+def test_free_ports_are_given_once() -> None:
+    """Who asked for a port may not listen on it yet when the next one asks."""
+    ports = [free_port() for _ in range(300)]  # by chance alone two of so many are the same, 97 times of 100
+    rows = [first + place for first in (free_row(3) for _ in range(100)) for place in range(3)]
+    assert len({*ports, *rows}) == 600
+
+
+def test_free_ports_are_never_used_up() -> None:
+    """Those of long ago are given again."""
+    assert all(free_ports(500) for _ in range(50))

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from dp_extproc.envoy_config.cluster_names import SERVICE
 from dp_extproc.testbed.service import ServiceProcess
 from e2e.load import PATIENT, STREAMS, under_load
 from e2e.stack import PATIENCE, wait_for
@@ -33,6 +34,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         envoy={"cut_streams": "cut"},  # else streams that are lost end with an event that the service sees at once
     ) as fleet:
         wait_for(lambda: all(len(ready(each)) == 2 for each in services(fleet)), PATIENT)
+        wait_for(lambda: fleet.envoy.healthy(SERVICE) == 4, PATIENT)  # Envoy asks each whether it is ready in its turn
         yield fleet
 
 

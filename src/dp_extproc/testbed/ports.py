@@ -3,12 +3,15 @@
 import os
 import random
 import socket
+from collections.abc import Iterable
 from typing import Final
 
 _BELOW_EPHEMERAL: Final = range(20_000, 32_000)
 """Linux takes the local ports of outgoing connections from 32768 up, so none of these is taken by chance."""
 PART: Final = "DP_EXTPROC_PORTS"
 """Variable with a part of them, as ``2/3``: what runs at the same time elsewhere takes none of those that are found."""
+_given: Final[set[int]] = set()
+"""Ports that this process has found before: who asked for them may not listen yet, or may be about to again."""
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -17,15 +20,15 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Return *count* different ports of *host* that nobody listens on.
+    """Return *count* different ports of *host* that nobody listens on, and that were not returned before.
 
     Raises:
         OSError: Too few ports are free.
     """
     found: list[int] = []
-    ports = _ours()
-    for port in random.sample(ports, len(ports)):
+    for port in _in_any_order(_ours()):
         if len(found) == count:
+            _given.update(found)
             return found
         if _is_free(host, port):
             found.append(port)
@@ -33,16 +36,24 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
 
 
 def free_row(count: int, host: str = "127.0.0.1") -> int:
-    """Return the first of *count* ports of *host* that follow each other and that nobody listens on.
+    """Return the first of *count* ports of *host* that follow each other, are free, and were not returned before.
 
     Raises:
         OSError: There is no such row.
     """
-    ports = _ours()[: 1 - count or None]
-    for first in random.sample(ports, len(ports)):
-        if all(_is_free(host, port) for port in range(first, first + count)):
+    for first in _in_any_order(_ours()[: 1 - count or None]):
+        row = range(first, first + count)
+        if _given.isdisjoint(row) and all(_is_free(host, port) for port in row):
+            _given.update(row)
             return first
     raise OSError(f"no {count} free ports in a row on {host}")
+
+
+def _in_any_order(ports: range) -> Iterable[int]:
+    """Give all that are new; when half of all have been given, those that were are forgotten."""
+    if len(_given) > len(ports) // 2:
+        _given.clear()
+    return (port for port in random.sample(ports, len(ports)) if port not in _given)
 
 
 def _ours() -> range:
