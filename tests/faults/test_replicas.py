@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from dp_extproc.envoy_config.cluster_names import SERVICE
+from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.service import ServiceProcess
 from e2e.load import PATIENT, STREAMS, under_load
 from e2e.stack import PATIENCE, wait_for
@@ -16,6 +17,10 @@ from faults.fleet import BODIES, Fleet, ask, run_fleet
 
 CHAT, GENERATE = BODIES
 LONG: dict[str, Any] = {"sampling_params": {"max_new_tokens": 100}}
+VERY_LONG: dict[str, dict[str, Any]] = {
+    CHAT: {"max_tokens": 300},
+    GENERATE: {"sampling_params": {"max_new_tokens": 300}},
+}
 CLIENTS = 24
 
 
@@ -118,6 +123,40 @@ def test_a_server_that_is_lost_behind_an_early_200(fleet: Fleet) -> None:
     victim.start()
     victim.wait_until_listening()
     fleet.wait_until_fresh()
+
+
+def test_a_server_that_is_lost_after_who_has_sent_to_it(fleet: Fleet) -> None:
+    """Envoy repeats what it has no answer to, without being told; whoever gets it then counts what has happened."""
+    victim, other = fleet.decodes[0], fleet.others[0]
+    asked = [
+        fleet.threads.submit(ask, fleet.client, path, stream=False, **VERY_LONG[path])
+        for path in (CHAT, GENERATE) * (CLIENTS // 2)
+    ]
+    wait_for(lambda: [bool(each["first_token_at"]) for each in sent(fleet.decodes)] == [True] * CLIENTS)
+    hit, before = len(sent([victim])), failures_at(other)
+    for worker in ready(fleet.service):
+        os.kill(worker, signal.SIGKILL)
+    victim.stop(signal.SIGKILL)
+    outcomes = [str(each.result()) for each in asked]
+    victim.start()
+    victim.wait_until_listening()
+    wait_for(lambda: len(ready(fleet.service)) == 2, PATIENT)
+
+    assert set(outcomes) == {"answer"}
+    assert sum(map(failures_at, services(fleet))) - before == hit  # those that were killed count from 0 again
+    wait_for(lambda: fleet.envoy.healthy(SERVICE) == 4, PATIENT)
+    fleet.wait_until_fresh()
+
+
+def sent(engines: Sequence[EngineProcess]) -> list[dict[str, Any]]:
+    """Give the requests that engines have."""
+    return [record for engine in engines for record in engine.requests()]
+
+
+def failures_at(service: ServiceProcess) -> float:
+    """Add up the failures of decode that a replica has counted."""
+    lines = [line for line in service.metrics().splitlines() if line.startswith("dp_extproc_leg_failures_total{")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines if 'leg="decode"' in line)
 
 
 def log(fleet: Fleet) -> list[dict[str, Any]]:

@@ -41,6 +41,10 @@ from dp_extproc.placement.retries import CUT
 _UPSTREAM_FAILED: Final = ["UF", "UC", "UR", "UH", "UO", "UT", "UPE", "LR"]
 """Response flags of a connection that could not be made, spoke no HTTP, or did not last until the response headers."""
 
+_HOSTS: Final = [f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{key})%" for key in (META_PREFILL_HOST, META_DECODE_HOST)]
+_REPEAT: Final = {RETRY: "1", FAILED: ",".join((*_HOSTS, CUT))}
+"""Headers by which the front door repeats a request that the service was not asked about."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Reply:
@@ -58,12 +62,14 @@ def build_local_replies(max_body_bytes: int, *, retries: bool = False) -> LocalR
 
     Args:
         max_body_bytes: To be told to whom sends more.
-        retries: Whether the front door is to repeat what was lost while its head was still held here. No filter is
-            asked about such an answer, so the service cannot say so; it counts it when the request comes again.
+        retries: Whether the front door is to repeat what was lost before its head had gone, unless the service says
+            otherwise. It cannot if the process that placed the request is gone, and no filter is asked where the head
+            was still held here; then it counts the loss when the request comes again.
 
     An ``ImmediateResponse`` of the service is a local reply, too. It is told apart by the reason that the service
     sets as dynamic metadata in the same message, and passes as it is.
     """
+    repeat = _REPEAT if retries else {}
     replies = [
         *([_lost_while_held()] if retries else []),
         _Reply(
@@ -84,6 +90,7 @@ def build_local_replies(max_body_bytes: int, *, retries: bool = False) -> LocalR
             "The request got no answer: %LOCAL_REPLY_BODY%",
             "server_error",
             "upstream_failed",
+            repeat,
         ),
         _Reply(
             _status(ComparisonFilterOp.EQ, 503),
@@ -109,7 +116,6 @@ def build_local_replies(max_body_bytes: int, *, retries: bool = False) -> LocalR
 
 def _lost_while_held() -> _Reply:
     lost = ExpressionFilter(expression='response.code_details.startsWith("upstream_reset_after_response_started")')
-    hosts = tuple(f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{key})%" for key in (META_PREFILL_HOST, META_DECODE_HOST))
     return _Reply(
         AccessLogFilter(
             extension_filter=ExtensionFilter(
@@ -119,7 +125,7 @@ def _lost_while_held() -> _Reply:
         "The server was lost before its answer had begun: %RESPONSE_CODE_DETAILS%",
         "server_error",
         "upstream_failed",
-        {RETRY: "1", FAILED: ",".join((*hosts, CUT))},
+        _REPEAT,
     )
 
 

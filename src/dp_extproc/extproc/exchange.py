@@ -240,14 +240,14 @@ class Exchange:
         return self._refuse(Rejection(502, Reason.DECODE_FAILED, message))
 
     def let_go(self, headers: Headers = ()) -> _Replies:
-        """Let the response go to the client, with these headers besides its own."""
+        """Let the response go to the client; a failure of a server (5xx) with these headers besides its own."""
         state = self._state
         if state not in {_State.HELD, _State.REFUSING}:
             return ()
         self._state = _State.RESPONDING
         phase = Phase.RESPONSE_HEADERS if state is _State.HELD else Phase.RESPONSE_BODY
-        if headers:
-            return (Mutate(phase, set_headers=headers),)
+        if self.status is not None and self.status >= _FAILED:
+            return (Mutate(phase, set_headers=headers, remove_headers=_WORDS_OF_ENVOY),)
         if state is _State.HELD:
             if not self._is_to_be_merged:
                 return _GO_ON_RESPONSE
@@ -464,6 +464,9 @@ class Exchange:
     """Every event that is allowed in a state, and what handles it; all others are violations of the protocol."""
 
 
+_FAILED: Final = 500
+_WORDS_OF_ENVOY: Final = (names.RETRY, names.FAILED)
+"""What Envoy adds to an error of its own, so that it repeats the request if nobody here is left to decide that."""
 _UNSUPPORTED: Final = 415
 """Of bodies that cannot be read."""
 _GO_ON_HEADERS: Final[_Replies] = (Continue(Phase.REQUEST_HEADERS),)
