@@ -43,6 +43,17 @@ def test_what_was_not_used_for_longest_goes_first_leaves_before_roots() -> None:
     assert index.held(make_prefix("xyz"), 300).by_slot == {1: 300}
 
 
+def test_holders_are_listed_in_the_order_in_which_they_were_noted() -> None:
+    """Ties are drawn in it, so a simulation depends on nothing but its seed."""
+    index = PrefixIndex[object]()
+    slots = [object() for _ in range(40)]  # in a set they would be in the order of their addresses
+    slots.sort(key=lambda slot: hash(slot) % 7)
+    for slot in slots:
+        index.note(slot, make_prefix("ab"), 200, None)
+
+    assert [*index.held(make_prefix("ab"), 200).by_slot] == slots
+
+
 def test_a_restarted_slot_holds_nothing() -> None:
     """Neither prompts nor sessions; others keep theirs."""
     index = PrefixIndex[int]()

@@ -6,6 +6,7 @@ import pytest
 
 from dp_extproc.fleet.endpoint import Role
 from dp_extproc.placement.attempt import Attempt
+from dp_extproc.placement.decode_load import DecodeGroup
 from placement.fleet_fixtures import Fleet, make_facts
 
 EVENTS = ("prefill", "first_byte", "end")
@@ -99,6 +100,22 @@ class TestWhatAnEndTells:
         begun.first_byte(200, 1)
 
         assert fleet.host(Role.PREFILL).tokens == before
+
+
+@pytest.mark.parametrize(("status", "lasted"), [(200, 2), (500, None)])
+def test_an_error_tells_nothing_of_how_long_sequences_last(status: int, lasted: float | None) -> None:
+    """A server that fails at once is not a fast one."""
+    fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
+    prefill, decode = fleet.host(Role.PREFILL), fleet.host(Role.DECODE)
+    for number in range(60):
+        attempt = Attempt(number, 0, prefill.reserve(1, 70, 0), decode.reserve(2, 70, 0), leg="leg")
+        attempt.prefill_answered(200, 1)
+        attempt.first_byte(status, 3)
+        attempt.end(3)
+    (group,) = decode.groups
+    assert isinstance(group, DecodeGroup)
+
+    assert group.lasting == lasted
 
 
 def test_on_one_server_the_first_byte_tells_that_the_prompt_is_done() -> None:

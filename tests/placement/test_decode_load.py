@@ -140,6 +140,31 @@ def test_a_rank_without_kv_room_costs_more_than_any_other() -> None:
     assert group.cost(0, group.loads[0] + 600) > 1e9
 
 
+def test_the_fixed_costs_of_others_are_no_kv_tokens_either() -> None:
+    """300 sequences that hold 5000 tokens leave 3500 of the 8500 that may be promised."""
+    group = make_group(1)
+    sample = RankSample(0, used_tokens=5000, total_tokens=5000, running_requests=300, capacity_tokens=10_000)
+    group.ranks[0].absorb(sample, NOW, NOW)
+
+    assert group.cost(0, group.loads[0] + 3400) < 1e9
+    assert group.cost(0, group.loads[0] + 3600) > 1e9
+
+
+@pytest.mark.parametrize(("told", "loads"), [(4000, [6000, 3000, 0]), (1500, [3500, 1750, 0])], ids=["more", "less"])
+def test_what_was_misjudged_goes_with_the_requests(told: int, loads: list[float]) -> None:
+    """The engine may not be heard for long, and what it said of requests is nothing to those that follow."""
+    group = make_group()
+    reservations = [group.ranks[0].reserve(1000, NOW) for _ in range(2)]
+    sample = RankSample(0, used_tokens=told, total_tokens=told, running_requests=2)
+    group.ranks[0].absorb(sample, NOW + 1, NOW + 1)
+    found = [group.loads[0]]
+    for each in reservations:
+        each.release(NOW + 2)
+        found.append(group.loads[0])
+
+    assert found == loads
+
+
 @pytest.mark.parametrize(
     ("told", "load"),
     [(4000, 4000 + 2000), (900, 1000 + 2000), (1500, 1500 + 2000)],

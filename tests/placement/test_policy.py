@@ -148,6 +148,30 @@ def test_least_requests_takes_the_host_with_the_fewest_for_each_rank(candidates:
     assert pick(make_policy(HostPolicy.LEAST_REQUESTS), candidates) == (1, 1)
 
 
+def test_least_requests_counts_them_per_rank() -> None:
+    """Three requests on four ranks are less than one on a single rank."""
+    fleet = Fleet(
+        prefills=[make_facts(Role.PREFILL, ranks=4), make_facts(Role.PREFILL, ranks=1)],
+        decodes=[make_facts(Role.DECODE)],
+    )
+    wide, narrow = hosts = fleet.load.eligible("*", Role.PREFILL, fleet.clock())
+    for rank in range(3):
+        wide.reserve(rank, 100, fleet.clock())
+    narrow.reserve(0, 100, fleet.clock())
+
+    assert pick(make_policy(HostPolicy.LEAST_REQUESTS), [host.candidate for host in hosts]) == (0, 3)
+
+
+@pytest.mark.parametrize("host", list(HostPolicy))
+def test_a_rank_that_holds_the_prompt_wins_with_every_host_policy(host: HostPolicy) -> None:
+    """There are 100 tokens left to compute behind 500, against 1000 on the idle rank."""
+    (candidate,) = make_candidates(Role.PREFILL, [[500, 0]])
+    policy = make_policy(host)
+    _, rank = policy.pick([candidate], 1000, 1000.0, held=Held({candidate.ranks[0]: 900.0}, 0.0))
+
+    assert rank is candidate.ranks[0]
+
+
 @pytest.mark.parametrize("policy", list(HostPolicy))
 def test_a_lone_host_is_taken_by_every_policy(candidates: list[Candidate], policy: HostPolicy) -> None:
     """With one host there is nothing to choose."""
@@ -235,6 +259,15 @@ class TestScraped:
         candidate.ranks[0].reserve(300, 1000.0).release(1000.5)
 
         assert pick(make_policy(HostPolicy.RANDOM, signal=LoadSignal.SCRAPED), [candidate]) == (0, 1)
+
+    @pytest.mark.parametrize("host", [HostPolicy.LEAST_TOKENS, HostPolicy.POWER_OF_TWO])
+    def test_hosts_are_compared_by_it_too(self, host: HostPolicy) -> None:
+        """What was sent to the second host and is over still counts there: 400 and 300 are more than 500."""
+        candidates = make_candidates(Role.PREFILL, [[500], [400]])
+        candidates[1].ranks[0].reserve(300, 1000.0).release(1000.0)
+
+        assert pick(make_policy(host, signal=LoadSignal.SCRAPED), candidates) == (0, 0)
+        assert pick(make_policy(host), candidates) == (1, 0)
 
 
 class TestLockstepPrefill:

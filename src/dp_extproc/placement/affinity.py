@@ -39,8 +39,8 @@ class PrefixIndex(Generic[_S]):
     """What each slot holds. A slot is whatever has a cache of its own: one DP rank of one server."""
 
     def __init__(self) -> None:
-        self._holders: dict[int, set[_S]] = {}
-        """By block."""
+        self._holders: dict[int, dict[_S, None]] = {}
+        """By block, in the order in which they began to hold it; that of a set would be chance."""
         self._caches: OrderedDict[_S, _Cache] = OrderedDict()
         """By slot, the one that was sent nothing for longest first."""
         self._blocks = 0
@@ -61,12 +61,13 @@ class PrefixIndex(Generic[_S]):
         holders, known_slots = self._holders, len(self._caches)
         # Every level has to be looked at: an earlier prompt may end where this one has a cut, and lack those before.
         for level, block in zip(range(len(prefix.blocks), 0, -1), reversed(prefix.blocks), strict=True):
-            if (slots := holders.get(block)) is None or not (new := slots.difference(by_slot)):
+            if (slots := holders.get(block)) is None:
                 continue
             share = prefix.tokens_in(level, tokens)
             if len(slots) > _LISTED and 2 * len(slots) > known_slots:
                 elsewhere = share
                 break
+            new = [slot for slot in slots if slot not in by_slot] if by_slot else slots
             by_slot.update(dict.fromkeys(islice(new, _LISTED - len(by_slot)), share))
             if len(by_slot) >= min(_LISTED, known_slots):
                 break  # whoever could hold less is listed
@@ -101,7 +102,7 @@ class PrefixIndex(Generic[_S]):
             else:
                 blocks[block] = until - before
                 cache.tokens += until - before
-                holders.setdefault(block, set()).add(slot)
+                holders.setdefault(block, {})[slot] = None
                 self._blocks += 1
             until = before
         while blocks and (cache.tokens > cache.capacity or len(blocks) > _MOST_BLOCKS):
@@ -149,7 +150,7 @@ class PrefixIndex(Generic[_S]):
     def _let_go(self, slot: _S, block: int) -> None:
         self._blocks -= 1
         slots = self._holders[block]
-        slots.discard(slot)
+        del slots[slot]
         if not slots:
             del self._holders[block]
 

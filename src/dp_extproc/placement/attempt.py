@@ -54,8 +54,8 @@ class Attempt:
     """
 
     __slots__ = (
-        "_decode", "_made_room", "_observer", "_on_prefill_answer", "_over", "_prefill", "_streaming", "decode_host",
-        "first_byte_at", "leg", "number", "picked_at", "prefill_host", "prefill_status",
+        "_answered", "_decode", "_made_room", "_observer", "_on_prefill_answer", "_over", "_prefill", "_streaming",
+        "decode_host", "first_byte_at", "leg", "number", "picked_at", "prefill_host", "prefill_status",
     )  # fmt: skip
 
     def __init__(
@@ -89,6 +89,7 @@ class Attempt:
         self._observer = observer
         self._on_prefill_answer = on_prefill_answer
         self._made_room = made_room
+        self._answered = False
         self._over = False
 
     def prefill_answered(self, status: int, now: float) -> None:
@@ -115,12 +116,13 @@ class Attempt:
         """Note that the response headers have come from the server that answers the client."""
         if self.first_byte_at is None and not self._over:
             self.first_byte_at = now
-            if status < ERROR:
+            self._answered = status < ERROR
+            if self._answered:
                 self._observer.first_token(self.number, now)
                 if self.decode_host is not None:
                     self.decode_host.answered_at = now
-            for reservation in self._decode:
-                reservation.started(now)
+                for reservation in self._decode:
+                    reservation.started(now)
             # One server does both; and a whole answer tells that its prompt was computed, whoever did it.
             if not self._prefill or (status < ERROR and not self._streaming):
                 self.prefill_answered(status, now)
@@ -136,5 +138,8 @@ class Attempt:
             for reservation in self._prefill:
                 reservation.withdraw(now)
             for reservation in self._decode:
-                reservation.release(now)
+                if self._answered:
+                    reservation.release(now)
+                else:  # how long it lasted tells nothing of the server's pace
+                    reservation.withdraw(now)
             self._made_room()

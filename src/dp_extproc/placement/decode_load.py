@@ -8,7 +8,7 @@ import math
 from typing import Final
 
 from dp_extproc.fleet.endpoint import RankSample
-from dp_extproc.placement.books import RankLoad, Reservation, StepGroup
+from dp_extproc.placement.books import SOMEBODY, RankLoad, Reservation, StepGroup
 
 DEFAULT_TPOT: Final = 0.03
 """Seconds per output token, until an engine tells how fast it is."""
@@ -68,8 +68,8 @@ class DecodeGroup(StepGroup):
     """Decode ranks, or ranks that do both prefill and decode, with a common step."""
 
     __slots__ = (
-        "_computes", "_ended", "_extra", "_first_tokens", "_growing", "_lasted", "_prompts", "_request_tokens",
-        "_room", "_swept", "_told_tpot", "tpot", "usual_tpot",
+        "_computes", "_ended", "_extra", "_first_tokens", "_growing", "_lasted", "_others_extra", "_prompts",
+        "_request_tokens", "_room", "_swept", "_told_tpot", "tpot", "usual_tpot",
     )  # fmt: skip
 
     def __init__(self, indices: range, *, request_tokens: float, computes: bool = False) -> None:
@@ -98,6 +98,8 @@ class DecodeGroup(StepGroup):
         self._prompts = [0.0] * size
         self._extra = [0.0] * size
         """Fixed costs, and prompts to be computed."""
+        self._others_extra = [0.0] * size
+        """Fixed costs of the sequences of others."""
         self._growing = [0.0] * size
         """Sequences that have had their first token ..."""
         self._first_tokens = [0.0] * size
@@ -107,7 +109,8 @@ class DecodeGroup(StepGroup):
 
     def cost(self, position: int, after: float) -> float:
         """Tell what it costs the group to have a rank at *after* tokens: the fullest rank slows down everybody."""
-        penalty = _NO_ROOM if after - self._extra[position] > self._room[position] else 0.0
+        held = after - self._extra[position] - self._others_extra[position]  # fixed costs take no KV cache
+        penalty = _NO_ROOM if held > self._room[position] else 0.0
         top = self.top
         if after <= top:
             return top * self.slowness + penalty
@@ -144,7 +147,8 @@ class DecodeGroup(StepGroup):
         self._learn_pace(rank)
         if rank.sample is not None and rank.sample.capacity_tokens:
             self._room[rank.position] = ROOM * rank.sample.capacity_tokens
-        self.others[rank.position] = others + self._request_tokens * rank.others_requests
+        extra = self._others_extra[rank.position] = self._request_tokens * rank.others_requests
+        self.others[rank.position] = others + extra
         self._sum_up(rank.position, now)
 
     def grows(self, reservation: DecodeReservation, now: float) -> None:
@@ -212,6 +216,11 @@ class DecodeGroup(StepGroup):
         if worked_off and reservation.first_token_at != math.inf:
             self._ended = min(self._ended + 1, _MEMORY)
             self._lasted += (now - reservation.first_token_at - self._lasted) / self._ended
+        if reservation.rank.others_requests < SOMEBODY:  # what the sample corrected was ours, and goes with ours
+            prompts = self._prompts[position]
+            self.others[position] *= (
+                max(0.0, 1 - reservation.tokens / prompts) if reservation.rank.open and prompts else 0.0
+            )
         if not reservation.rank.open:  # exactly zero, whatever floating point made of the sums
             self._prompts[position] = self._extra[position] = 0.0
             self._growing[position] = self._first_tokens[position] = 0.0

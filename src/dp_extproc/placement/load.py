@@ -222,7 +222,7 @@ def compare_pace(hosts: Iterable[HostLoad]) -> None:
     for group, pace in zip(groups, paces, strict=True):
         slowness = within(pace / average, 1.0, _ODD_SLOWNESS)
         if lasting and group.lasting is not None:
-            slowness = within(slowness, group.lasting / lasting, _CONTRADICTION)
+            slowness = within(slowness, within(group.lasting / lasting, 1.0, ODD_PACE), _CONTRADICTION)
         group.is_usual(usual, slowness)
 
 
