@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from e2e.stack import wait_for
+from patience import wait_for
 
 SHORT = {"text": "x", "sampling_params": {"max_new_tokens": 2}}
 STREAM = {"text": "y", "sampling_params": {"max_new_tokens": 300}, "stream": True}

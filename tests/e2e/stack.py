@@ -1,19 +1,17 @@
 """A whole fleet on this machine: strict engines, the service and Envoy."""
 
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import httpx
 
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
-
-T = TypeVar("T")
+from patience import wait_for
 
 PREFILL_RANKS = 4
 DECODE_RANKS = 2
@@ -82,15 +80,6 @@ def one(engines: Sequence[Remembers]) -> dict[str, Any]:
 
     (request,) = wait_for(finished)
     return request
-
-
-def wait_for(probe: Callable[[], T], seconds: float = 10.0) -> T:
-    """Wait until a probe gives something that is true, and return that."""
-    deadline = time.monotonic() + seconds
-    while not (found := probe()):
-        assert time.monotonic() < deadline, f"{probe} gave {found!r} for {seconds} s"
-        time.sleep(0.01)
-    return found
 
 
 def body_of(request: dict[str, Any]) -> dict[str, Any]:

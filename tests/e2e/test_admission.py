@@ -7,7 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from e2e.stack import DECODE_RANKS, Stack, run_stack, wait_for
+from e2e.stack import DECODE_RANKS, Stack, run_stack
+from patience import wait_for
 
 SLOW = ("--time-scale", "1", "--max-total-tokens", "50000")
 LONG = {"text": "hello", "sampling_params": {"max_new_tokens": 300, "ignore_eos": True}}

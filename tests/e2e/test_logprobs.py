@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from e2e.stack import Stack, run_stack, wait_for
+from e2e.stack import Stack, run_stack
+from patience import wait_for
 
 PROMPT = "twelve bytes"  # three tokens
 ASKED = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2, "token_ids_logprob": [7]}

@@ -13,7 +13,8 @@ import pytest
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
-from e2e.stack import PATIENCE, wait_for
+from e2e.stack import PATIENCE
+from patience import wait_for
 from sync.processes import redis_server
 
 RANKS, CLIENTS, REQUESTS = 2, 16, 120

@@ -12,7 +12,8 @@ import pytest
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
-from e2e.stack import PREFILL_RANKS, Stack, run_stack, wait_for
+from e2e.stack import PREFILL_RANKS, Stack, run_stack
+from patience import wait_for
 
 SLOW = ("--time-scale", "0.5", "--disable-radix-cache")
 """Every prompt takes its time, those that were sent before too."""

@@ -14,7 +14,8 @@ import yaml
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
-from e2e.stack import PATIENCE, wait_for
+from e2e.stack import PATIENCE
+from patience import wait_for
 
 SHORT = {"text": "x", "sampling_params": {"max_new_tokens": 1}}
 STREAM = {"text": "y", "sampling_params": {"max_new_tokens": 400}, "stream": True}

@@ -14,7 +14,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from dp_extproc.config import SocketAddress
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.ports import free_ports
-from e2e.stack import Stack, run_stack, wait_for
+from e2e.stack import Stack, run_stack
+from patience import wait_for
 
 KEY = "sk-a-key-that-is-nowhere-else"
 OTHER_KEY = "sk-another-one"

@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable, Iterator
 import httpx
 import pytest
 
-from e2e.stack import PATIENCE, Stack, run_stack, wait_for
+from e2e.stack import PATIENCE, Stack, run_stack
+from patience import wait_for
 
 SHORT = {"text": "x", "sampling_params": {"max_new_tokens": 1}}
 STREAM = {"text": "y", "sampling_params": {"max_new_tokens": 60}, "stream": True}

@@ -11,7 +11,8 @@ import pytest
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
-from e2e.stack import FAST, wait_for
+from e2e.stack import FAST
+from patience import wait_for
 
 REQUEST = {"text": "x", "sampling_params": {"max_new_tokens": 1}}
 

@@ -11,7 +11,8 @@ import pytest
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
 from e2e.hosted import HostedEngine, HostedEngines
-from e2e.stack import FAST, body_of, one, wait_for
+from e2e.stack import FAST, body_of, one
+from patience import wait_for
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from dp_extproc.engine.api.faults import Fault, Kind
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
 from e2e.hosted import HostedEngine, HostedEngines
-from e2e.stack import DECODE_RANKS, EVIL, FAST, PREFILL_RANKS, one, wait_for
+from e2e.stack import DECODE_RANKS, EVIL, FAST, PREFILL_RANKS, one
+from patience import wait_for
 
 GENERATE = {"text": "a b c", "sampling_params": {"max_new_tokens": 4}}
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from e2e.load import PATIENT, STREAMS, under_load
-from e2e.stack import PATIENCE, Stack, run_stack, wait_for
+from e2e.stack import PATIENCE, Stack, run_stack
+from patience import wait_for
 
 LONG = {"text": "y", "sampling_params": {"max_new_tokens": 3000}, "stream": True}
 """A stream that is still open when all are."""

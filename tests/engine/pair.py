@@ -1,18 +1,15 @@
 """A prefill and a decode engine, and both legs of requests to them."""
 
 import itertools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 
 from dp_extproc.testbed.engine import EngineProcess
-
-T = TypeVar("T")
 
 RANKS = 4
 FAST = ("--time-scale", "0.01", "--timeout-bootstrap", "40", "--timeout-waiting", "40")
@@ -83,15 +80,6 @@ def run_pair(version: str, *options: str, dp_attention: bool = True, ranks: int 
     finally:
         prefill.__exit__(None, None, None)
         decode.__exit__(None, None, None)
-
-
-def wait_for(probe: Callable[[], T], seconds: float = 10.0) -> T:
-    """Wait until a probe gives something that is true, and return that."""
-    deadline = time.monotonic() + seconds
-    while not (found := probe()):
-        assert time.monotonic() < deadline, f"nothing in {seconds} s, the last was {found!r}"
-        time.sleep(0.01)
-    return found
 
 
 def text_of(response: httpx.Response) -> str:

@@ -8,7 +8,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dp_extproc.testbed.engine import EngineProcess
-from engine.pair import FAST, Pair, run_pair, wait_for
+from engine.pair import FAST, Pair, run_pair
+from patience import wait_for
 
 TEXT = "".join(f"{number:04}" for number in range(1000))
 """A thousand tokens, each different."""

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from dp_extproc.testbed.engine import EngineProcess
-from engine.pair import wait_for
+from patience import wait_for
 
 REQUEST = {"text": "hello", "sampling_params": {"max_new_tokens": 8}}
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}

@@ -7,7 +7,8 @@ import httpx
 import pytest
 
 from dp_extproc.testbed.engine import EngineProcess
-from engine.pair import PROMPTS, wait_for
+from engine.pair import PROMPTS
+from patience import wait_for
 
 ROOM = {"bootstrap_host": "127.0.0.1", "bootstrap_port": 1, "bootstrap_room": 5}
 

@@ -14,7 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from dp_extproc.testbed.engine import EngineProcess
-from engine.pair import FAST, PROMPTS, Pair, run_pair, wait_for
+from engine.pair import FAST, PROMPTS, Pair, run_pair
+from patience import wait_for
 
 CORE = {
     "timestamp", "dp_rank", "num_running_reqs", "num_waiting_reqs", "num_used_tokens", "max_total_num_tokens",

@@ -15,8 +15,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dp_extproc.testbed.engine import EngineProcess
-from engine.pair import FAST, wait_for
+from engine.pair import FAST
 from engine.recorded_shape import LONG, comparable, events_of, shape
+from patience import wait_for
 
 RECORDED = json.loads((Path(__file__).parent / "recorded" / "unified.json").read_text())
 SHAPES: dict[str, Any] = RECORDED["shapes"]

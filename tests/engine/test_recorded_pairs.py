@@ -17,8 +17,9 @@ import pytest
 
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.ports import free_ports
-from engine.pair import Pair, run_pair, wait_for
+from engine.pair import Pair, run_pair
 from engine.recorded_shape import comparable, events_of, shape
+from patience import wait_for
 
 RECORDED = json.loads((Path(__file__).parent / "recorded" / "pairs.json").read_text())
 SHAPES: dict[str, Any] = RECORDED["shapes"]

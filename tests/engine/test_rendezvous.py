@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from engine.pair import PROMPTS, RANKS, Pair, run_pair, text_of, wait_for
+from dp_extproc.testbed.engine import EngineProcess
+from engine.pair import PROMPTS, RANKS, Pair, run_pair, text_of
+from patience import wait_for
 
 TIMED_OUT_ON_PREFILL = "timed out after 40.0s in KVPoll.Bootstrapping"
 TIMED_OUT_ON_DECODE = "timed out after 40.0s in KVPoll.WaitingForInput"
@@ -36,6 +38,11 @@ def old() -> Iterator[Pair]:
     """0.5.9: ranks are told as data_parallel_rank."""
     with run_pair("0.5.9") as pair:
         yield pair
+
+
+def stages_of(engine: EngineProcess) -> list[str]:
+    """Say how far the legs are that an engine has received."""
+    return [leg["stage"] for request in engine.requests() for leg in request["legs"]]
 
 
 @pytest.mark.parametrize("path", PROMPTS)
@@ -235,7 +242,7 @@ def test_decode_loses_a_dead_prefill_server() -> None:
     """Its rooms fail once the heartbeat has missed it twice."""
     with run_pair("0.5.23", "--timeout-waiting", "100000") as pair:
         decode = pair.post(pair.decode, "/generate", **pair.meeting(pair.room()))
-        wait_for(lambda: pair.decode.requests()[-1]["legs"][0]["stage"] == "transfer")
+        wait_for(lambda: "transfer" in stages_of(pair.decode))
         pair.prefill.stop()
 
         assert decode.result().status_code == 500
@@ -248,7 +255,7 @@ def test_decode_tells_prefill_when_it_gives_up(newest: Pair) -> None:
     long = {"text": "x" * 4_000_000}
     prefill = newest.post(newest.prefill, "/generate", **{**common, **long})
     decode = newest.post(newest.decode, "/generate", **{**common, **long}, rid="gives-up")
-    wait_for(lambda: newest.prefill.requests()[-1]["legs"][0]["stage"] == "running")
+    wait_for(lambda: "running" in stages_of(newest.prefill))
     newest.client.post(f"{newest.decode.url}/abort_request", json={"rid": "gives-up"})
 
     assert "Prefill transfer failed" in text_of(prefill.result())

@@ -14,7 +14,8 @@ import openai
 import pytest
 
 from dp_extproc.testbed.engine import EngineProcess
-from engine.pair import PROMPTS, Pair, run_pair, wait_for
+from engine.pair import PROMPTS, Pair, run_pair
+from patience import wait_for
 
 IMMEDIATE = ["/generate", "/v1/responses", "/v1/messages"]
 KICK_STARTED = ["/v1/completions", "/v1/chat/completions"]

@@ -19,7 +19,8 @@ from dp_extproc.envoy_config.cluster_names import SERVICE
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
-from e2e.stack import FAST, wait_for
+from e2e.stack import FAST
+from patience import wait_for
 
 TOKENS: Final = 5
 """That each request asks for."""

@@ -60,7 +60,8 @@ def _cells(part: str, faults: dict[str, tuple[Switch, str | dict[bool, str], str
     ]
 
 
-_MIDDLE: Final = {"kind": "reset", "after": 1, "seconds": 0.1}
+_MIDDLE: Final = {"kind": "reset", "after": 1, "seconds": 0.5}
+"""A reset takes along what Envoy has not read by then, so it has some time for the beginning of the answer."""
 _CLOSED: Final = {**_MIDDLE, "kind": "close"}
 _SHORT: Final = {"kind": "short", "seconds": 0.1}
 _STOPS: Final = {"kind": "500", "seconds": 60}

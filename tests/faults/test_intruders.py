@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from dp_extproc.extproc import names
-from e2e.stack import wait_for
 from faults.fleet import BODIES, Fleet, run_fleet
+from patience import wait_for
 
 CHAT, GENERATE = BODIES
 HOSTS = (names.DECODE_HOST, names.PREFILL_HOST, names.OWNER, "x-envoy-original-dst-host", "x-envoy-decorator-operation")

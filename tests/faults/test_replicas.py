@@ -12,8 +12,9 @@ from dp_extproc.envoy_config.cluster_names import SERVICE
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.service import ServiceProcess
 from e2e.load import PATIENT, STREAMS, under_load
-from e2e.stack import PATIENCE, wait_for
+from e2e.stack import PATIENCE
 from faults.fleet import BODIES, Fleet, ask, run_fleet
+from patience import wait_for
 
 CHAT, GENERATE = BODIES
 LONG: dict[str, Any] = {"sampling_params": {"max_new_tokens": 100}}

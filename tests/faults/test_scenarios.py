@@ -15,8 +15,9 @@ import openai
 import pytest
 
 from dp_extproc.testbed.engine import EngineProcess
-from e2e.stack import PATIENCE, wait_for
+from e2e.stack import PATIENCE
 from faults.fleet import BODIES, Fleet, Outcome, ask, run_fleet
+from patience import wait_for
 
 CHAT, GENERATE = BODIES
 INTERVAL = 1.0

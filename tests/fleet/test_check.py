@@ -96,7 +96,7 @@ def test_bad_engines(tmp_path: Path) -> None:
         ):
             urls = [away, hung.url, unread.url, good.url]
             status, out, _ = await check(
-                f"load: {{timeout: 500ms}}\npools: [{{models: [m], workers: {{endpoints: {json.dumps(urls)}}}}}]",
+                f"load: {{timeout: 2s}}\npools: [{{models: [m], workers: {{endpoints: {json.dumps(urls)}}}}}]",
                 tmp_path,
             )
 

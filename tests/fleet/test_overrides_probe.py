@@ -18,7 +18,7 @@ from placement.fleet_fixtures import Clock
 
 OBEYS = refuse(b'{"error":{"message":"invalid x-override-routed-dp-rank header \'probe\': invalid literal"}}')
 OBEYS_NOT = refuse(b'{"error":{"message":"routed_dp_rank=1000000 out of range [0, 4)"}}')
-SETTINGS = LoadSettings.model_validate({"timeout": "200ms"})
+SETTINGS = LoadSettings.model_validate({"timeout": "1s"})
 INFO = {"version": "0.5.23", "dp_size": 4, "disaggregation_mode": "decode", "enable_dp_attention": True}
 LOADS = {"loads": [{"dp_rank": rank, "num_used_tokens": 0} for rank in range(4)]}
 

@@ -14,7 +14,7 @@ from dp_extproc.config import Config, parse_config
 from dp_extproc.operate.reload import Reloader, cannot_change
 from dp_extproc.testbed.ports import free_port
 from dp_extproc.testbed.service import ServiceProcess, write_config
-from e2e.stack import wait_for
+from patience import wait_for
 
 
 def pool(*urls: str, **more: Any) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from dp_extproc.operate.worker import WorkerSeat, seat_config
 from dp_extproc.operate.workers import pause_before
 from dp_extproc.testbed.ports import free_port
 from dp_extproc.testbed.service import ServiceProcess, write_config
-from e2e.stack import wait_for
+from patience import wait_for
 
 
 def pools() -> list[dict[str, Any]]:

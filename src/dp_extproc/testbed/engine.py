@@ -2,8 +2,7 @@
 
 from typing import Any
 
-import httpx
-
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.ports import free_ports
 from dp_extproc.testbed.process import CommandProcess
 
@@ -31,23 +30,24 @@ class EngineProcess(CommandProcess):
 
     def requests(self) -> list[dict[str, Any]]:
         """Return every inference request it has received, oldest first."""
-        page = httpx.get(f"{self.debug_url}/requests").raise_for_status().json()
+        page = loopback.CLIENT.get(f"{self.debug_url}/requests").raise_for_status().json()
         received: list[dict[str, Any]] = page["requests"] if isinstance(page, dict) else page
         return received
 
     def forget(self) -> None:
         """Clear what :meth:`requests` returns."""
-        httpx.delete(f"{self.debug_url}/requests").raise_for_status()
+        loopback.CLIENT.delete(f"{self.debug_url}/requests").raise_for_status()
 
     def steps(self) -> list[dict[str, Any]]:
         """Return what the steps of its groups of ranks have taken so far."""
-        groups: list[dict[str, Any]] = httpx.get(f"{self.debug_url}/steps").raise_for_status().json()["groups"]
+        page = loopback.CLIENT.get(f"{self.debug_url}/steps").raise_for_status().json()
+        groups: list[dict[str, Any]] = page["groups"]
         return groups
 
     def fault(self, **faults: str | dict[str, Any]) -> None:
         """Switch faults: ``fault(loads="hang", inference={"kind": "reset", "after": 2})``; ``ok`` switches one off."""
-        httpx.post(f"{self.debug_url}/faults", json=faults).raise_for_status()
+        loopback.CLIENT.post(f"{self.debug_url}/faults", json=faults).raise_for_status()
 
     def heal(self) -> None:
         """Switch all faults off."""
-        self.fault(**dict.fromkeys(httpx.get(f"{self.debug_url}/faults").raise_for_status().json(), "ok"))
+        self.fault(**dict.fromkeys(loopback.CLIENT.get(f"{self.debug_url}/faults").raise_for_status().json(), "ok"))

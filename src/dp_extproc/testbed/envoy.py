@@ -14,6 +14,7 @@ import httpx
 
 from dp_extproc.config import Config
 from dp_extproc.envoy_config import build_bootstrap, render_yaml
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.tied_process import start_tied
 
 _START_SECONDS: Final = 30.0
@@ -112,7 +113,7 @@ class EnvoyProcess:
 
     def healthy(self, cluster: str) -> int:
         """Count the hosts of a cluster that Envoy takes for healthy."""
-        page = httpx.get(f"{self.admin_url}/clusters").raise_for_status().text
+        page = loopback.CLIENT.get(f"{self.admin_url}/clusters").raise_for_status().text
         flags = [line.rpartition("::")[2] for line in page.splitlines() if line.startswith(f"{cluster}::")]
         return flags.count("healthy")
 
@@ -143,14 +144,14 @@ class EnvoyProcess:
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + _START_SECONDS
-        with httpx.Client(timeout=1.0, trust_env=False) as client:
-            while time.monotonic() < deadline:
-                if process.poll() is not None:
-                    raise RuntimeError(f"Envoy ended with status {process.returncode}:\n{self.log()}")
-                try:
-                    if client.get(f"{self.admin_url}/ready").status_code == httpx.codes.OK:
-                        return
-                except httpx.TransportError:
-                    pass
-                time.sleep(_POLL_SECONDS)
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise RuntimeError(f"Envoy ended with status {process.returncode}:\n{self.log()}")
+            try:
+                answer = loopback.CLIENT.get(f"{self.admin_url}/ready", timeout=1.0)
+                if answer.status_code == httpx.codes.OK:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(_POLL_SECONDS)
         raise RuntimeError(f"Envoy was not ready after {_START_SECONDS} s:\n{self.log()}")

@@ -12,6 +12,7 @@ from typing import Final, Self
 
 import httpx
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.tied_process import start_tied
 
 _START_SECONDS: Final = 60.0
@@ -87,16 +88,15 @@ class CommandProcess:
             RuntimeError: It ended, or does not answer in time; the message ends with its log.
         """
         deadline = time.monotonic() + _START_SECONDS
-        with httpx.Client(timeout=1.0) as client:
-            while time.monotonic() < deadline:
-                if not self.is_running:
-                    raise RuntimeError(f"{self._arguments[0]} ended while it was starting:\n{self.log()}")
-                try:
-                    client.get(self._listening_url)
-                except httpx.TransportError:
-                    time.sleep(_POLL_SECONDS)
-                else:
-                    return
+        while time.monotonic() < deadline:
+            if not self.is_running:
+                raise RuntimeError(f"{self._arguments[0]} ended while it was starting:\n{self.log()}")
+            try:
+                loopback.CLIENT.get(self._listening_url, timeout=1.0)
+            except httpx.TransportError:
+                time.sleep(_POLL_SECONDS)
+            else:
+                return
         raise RuntimeError(f"{self._arguments[0]} does not answer on {self._listening_url}:\n{self.log()}")
 
     @property

@@ -9,6 +9,7 @@ import httpx
 import yaml
 
 from dp_extproc.config import Config, parse_config
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.ports import free_ports, free_row
 from dp_extproc.testbed.process import CommandProcess
 
@@ -69,7 +70,7 @@ class ServiceProcess(CommandProcess):
         """
         deadline = time.monotonic() + _READY_SECONDS
         while time.monotonic() < deadline:
-            if httpx.get(f"{self.admin_url}/readyz").status_code == httpx.codes.OK:
+            if loopback.CLIENT.get(f"{self.admin_url}/readyz").status_code == httpx.codes.OK:
                 return
             time.sleep(_POLL_SECONDS)
         raise RuntimeError(f"the service is not ready; {self.loads()}\n{self.log()}")
@@ -104,9 +105,9 @@ class ServiceProcess(CommandProcess):
 
     def loads(self) -> dict[str, Any]:
         """Return the admin port's /loads."""
-        page: dict[str, Any] = httpx.get(f"{self.admin_url}/loads").raise_for_status().json()
+        page: dict[str, Any] = loopback.CLIENT.get(f"{self.admin_url}/loads").raise_for_status().json()
         return page
 
     def metrics(self) -> str:
         """Return the admin port's /metrics."""
-        return httpx.get(f"{self.admin_url}/metrics").raise_for_status().text
+        return loopback.CLIENT.get(f"{self.admin_url}/metrics").raise_for_status().text
