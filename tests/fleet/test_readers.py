@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dp_extproc.fleet.endpoint import LoadPage, Mode, RankSample, Version
+from dp_extproc.fleet.endpoint import DecodeSteps, LoadPage, Mode, RankSample, Version
 from dp_extproc.fleet.loads_page import read_loads
 from dp_extproc.fleet.metrics_page import read_metrics
 from dp_extproc.fleet.observer import FailureKind
@@ -52,6 +52,7 @@ class TestLoads:
             capacity_tokens=4096,
             max_running_requests=4,
             tokens_per_second=184.99,
+            decoded=DecodeSteps(steps=139, sequences=538, seconds=2.704994, tokens=538),
             age=pytest.approx(0.2535, abs=1e-4),  # type: ignore[arg-type]
         )
 
@@ -110,6 +111,15 @@ class TestLoads:
         )
 
         assert [s.used_tokens for s in page.ranks] == [2]
+
+    @pytest.mark.parametrize(
+        "moments", [None, 5, "sextet", [], [1.0] * 5, [1.0] * 7, ["a"] * 6, [[1]] * 6, {"n": 1}, [10**400] * 6]
+    )
+    def test_counts_of_decode_steps_in_another_form(self, moments: object) -> None:
+        """They are left out, and the rest of the page counts."""
+        page = read_loads(loads(rank(0, 7, decode_moments=moments)))
+
+        assert page.ranks == (RankSample(0, 7),)
 
     def test_prefill_in_transfer_counts_as_running(self) -> None:
         """A prefill rank counts requests whose KV cache is on its way, which SGLang lists apart."""

@@ -8,7 +8,7 @@ from dp_extproc.fleet.endpoint import LoadPage, RankSample, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.placement.attempt import Attempt
 from dp_extproc.placement.decode_load import DecodeGroup
-from dp_extproc.placement.load import Freshness, StepCosts, compare_pace
+from dp_extproc.placement.load import ALIKE, Freshness, StepCosts, compare_pace
 from dp_extproc.request.prefix import Prefix
 from placement.fleet_fixtures import Fleet, make_facts, samples
 
@@ -222,6 +222,34 @@ class TestFreshness:
         assert slow in fleet.load.eligible("*", Role.PREFILL, fleet.clock())
 
 
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
+@pytest.mark.parametrize(
+    ("kind", "seconds", "is_forgotten"),
+    [(FailureKind.TIMEOUT, 4, False), (FailureKind.TIMEOUT, 6, True), (FailureKind.REFUSED, 1, True)],
+)
+def test_what_others_cause_is_forgotten_when_it_was_told_long_ago(
+    role: Role, kind: FailureKind, seconds: float, is_forgotten: bool
+) -> None:
+    """A queue of others on rank 0, and a page that fails ever since: it must not keep requests away for good.
+
+    What we sent stays on the books, and the next page tells of others again.
+    """
+    fleet = Fleet(prefills=[PREFILL], decodes=[DECODE])
+    host = fleet.host(role)
+    fleet.sample(host.endpoint, [20_000, 0, 0, 0])
+    told = host.tokens
+    host.reserve(1, 300, fleet.clock())
+    own = host.tokens - told
+    fleet.clock.now += seconds
+    fleet.load.failed(host.endpoint, ScrapeFailure(kind, "away"), fleet.clock())
+    after, requests = host.tokens, host.requests
+    fleet.sample(host.endpoint, [20_000, 300, 0, 0])
+
+    assert after == (own if is_forgotten else told + own)
+    assert requests == (1 if is_forgotten else 2)
+    assert host.ranks[0].tokens == told
+
+
 def test_a_restarted_engine_starts_with_empty_books(fleet: Fleet) -> None:
     """An engine that has become another one owes nothing; releases of its former life disturb nothing."""
     before = fleet.host(Role.PREFILL)
@@ -309,7 +337,14 @@ class TestAnAbsurdPace:
                 reservation.release(fleet.clock() + (seconds if number == 10 else 5.0))
         compare_pace(fleet.load.eligible("*", Role.DECODE, fleet.clock()))
 
-        assert self._slowness(fleet, 10) == pytest.approx(slowness, rel=0.02)
+        assert self._slowness(fleet, 10) == pytest.approx(slowness / ALIKE, rel=0.02)
+
+    @pytest.mark.parametrize("rate", [455.0, 550.0])
+    def test_a_small_difference_is_none(self, rate: float) -> None:
+        """Or an idle server that once was a trifle slower would never be asked again."""
+        fleet = self._fleet(rate)
+
+        assert [self._slowness(fleet, number) for number in (1, 10)] == [1.0, 1.0]
 
     @staticmethod
     def _slowness(fleet: Fleet, number: int) -> float:

@@ -89,7 +89,7 @@ def test_a_host_whose_engine_picks_the_rank_is_judged_by_all_of_them() -> None:
     """An idle rank beside a full one is no cheap place for a request that may get on either of them."""
     fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE, ranks=2)] * 2)
     one, two = hosts = fleet.load.eligible("*", Role.DECODE, fleet.clock())
-    one.reserve(0, 4000, fleet.clock())
+    one.reserve(0, 6000, fleet.clock())
     for rank in range(2):
         two.reserve(rank, 2000, fleet.clock())
     candidates = [host.candidate for host in hosts]
@@ -339,14 +339,28 @@ class TestLockstepDecode:
     """Every sequence of a server gets its tokens at the pace of the fullest rank."""
 
     def test_a_sequence_goes_under_the_fullest_rank(self) -> None:
-        """Host 1 stays at 9000 whatever comes; host 2 would grow from 5000 to 8000, but that is still less."""
-        assert (
-            pick(make_policy(HostPolicy.LOCKSTEP), make_candidates(Role.DECODE, [[9000, 1000], [5000, 5000]]), 3000)[0]
-            == 1
-        )
-        assert pick(
-            make_policy(HostPolicy.LOCKSTEP), make_candidates(Role.DECODE, [[9000, 1000], [8000, 8000]]), 3000
-        ) == (0, 1)
+        """Host 1 stays at 9000 whatever comes; host 2 grows by prompt and sequence from 5000 to 7000.
+
+        That slows its two sequences down by 2000 each, which weighs 0.3: 8200 in all, less than 9000. From 8000 it
+        would grow to 10000, which is more.
+        """
+        policy = make_policy(HostPolicy.LOCKSTEP)
+
+        assert pick(policy, make_candidates(Role.DECODE, [[9000, 1000], [5000, 5000]]), 1000)[0] == 1
+        assert pick(policy, make_candidates(Role.DECODE, [[9000, 1000], [8000, 8000]]), 1000) == (0, 1)
+
+    def test_who_is_there_already_counts(self) -> None:
+        """Both would grow by 4000: with eight sequences that costs more than with two on slightly fuller ranks."""
+        candidates = make_candidates(Role.DECODE, [[5000, 5000], [5200, 5200]])
+        candidates[0].host.groups[0].others_requests = 8
+
+        assert pick(make_policy(HostPolicy.LOCKSTEP), candidates, 3000)[0] == 1
+
+    def test_the_fixed_cost_of_a_sequence_counts(self) -> None:
+        """A prompt of 10 tokens fits under 9000 beside 7000; on a rank with 8500 its sequence raises the maximum."""
+        candidates = make_candidates(Role.DECODE, [[9000, 7000], [8900, 8500]])
+
+        assert pick(make_policy(HostPolicy.LOCKSTEP), candidates, 10) == (0, 1)
 
     def test_a_server_without_room_comes_last(self) -> None:
         """On the first server there is no KV room for the prompt: it would wait, and keep a prefill rank waiting."""

@@ -1,5 +1,7 @@
 """Prefill ranks count what has not started: a ledger that the answers of prefill legs move forward."""
 
+from typing import Any
+
 import pytest
 
 from dp_extproc.fleet.endpoint import RankSample
@@ -269,8 +271,8 @@ class TestSilence:
         assert group.requests == 1
 
 
-def sample(rank: RankLoad, at: float, **fields: int) -> None:
-    rank.absorb(RankSample(rank.index, **{"used_tokens": 0, **fields}), at, at)
+def sample(rank: RankLoad, at: float, used_tokens: int = 0, **fields: Any) -> None:
+    rank.absorb(RankSample(rank.index, used_tokens, **fields), at, at)
 
 
 class TestOthers:

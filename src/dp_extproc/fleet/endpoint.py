@@ -103,6 +103,26 @@ class EngineFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeSteps:
+    """What a rank has decoded since its engine started."""
+
+    steps: float
+    sequences: float
+    """Those of every step, added up."""
+    seconds: float
+    tokens: float
+    """Made; with speculative decoding more than one for each sequence in a step."""
+
+    def pace_since(self, earlier: "DecodeSteps") -> float | None:
+        """Give the seconds per token of a sequence since an earlier count; None without a step, or after a restart."""
+        steps, sequences = self.steps - earlier.steps, self.sequences - earlier.sequences
+        seconds, tokens = self.seconds - earlier.seconds, self.tokens - earlier.tokens
+        if steps <= 0 or sequences <= 0 or seconds <= 0 or tokens <= 0:
+            return None
+        return seconds / steps * sequences / tokens
+
+
+@dataclass(frozen=True, slots=True)
 class RankSample:
     """The load of one DP rank at one moment. What the engine's version does not tell is None."""
 
@@ -117,7 +137,8 @@ class RankSample:
     capacity_tokens: int | None = None
     max_running_requests: int | None = None
     tokens_per_second: float | None = None
-    """Output tokens that the rank makes."""
+    """Output tokens that the rank makes, over some seconds before; a pause in them counts."""
+    decoded: DecodeSteps | None = None
     age: float | None = None
     """Seconds between the rank's own time stamp and the page it stands on; None when there is no time stamp."""
 

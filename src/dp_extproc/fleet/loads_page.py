@@ -1,17 +1,17 @@
 """Reads ``GET /v1/loads``, SGLang's own account of its load per DP rank (``entrypoints/v1_loads.py``, from 0.5.8).
 
 Until 0.5.12 the page also has totals over all ranks; they are left alone. Fields came one by one: ``num_total_tokens``
-with 0.5.11, ``num_waiting_uncached_tokens`` with 0.5.13.
+with 0.5.11, ``num_waiting_uncached_tokens`` with 0.5.13, ``decode_moments`` with 0.5.17.
 """
 
 import math
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from msgspec import Meta, Struct
 
-from dp_extproc.fleet.endpoint import LoadPage, RankSample
+from dp_extproc.fleet.endpoint import DecodeSteps, LoadPage, RankSample
 from dp_extproc.fleet.reading import read_json
 
 _LIMIT: Final = 1 << 53
@@ -38,6 +38,9 @@ class _RankLoad(Struct):
     gen_throughput: float | None = None
     total_prefill_uncached_tokens: _Count | None = None
     disaggregation: _Disaggregation | None = None
+    decode_moments: Any = None
+    """Made for fitting a line through the times of steps; should it change its form, the rest of the page still counts.
+    """
 
 
 class _Page(Struct):
@@ -80,8 +83,20 @@ def _sample(load: _RankLoad, printed_at: float | None) -> RankSample:
         capacity_tokens=_not_negative(load.max_total_num_tokens),
         max_running_requests=_not_negative(load.max_running_requests),
         tokens_per_second=load.gen_throughput if _is_rate(load.gen_throughput) else None,
+        decoded=_decoded(load.decode_moments),
         age=_age(printed_at, load.timestamp),
     )
+
+
+def _decoded(moments: Any) -> DecodeSteps | None:
+    """Read the counts of steps, of sequences in them, of microseconds, two squares and products, and of tokens."""
+    try:
+        steps, sequences, micros, _, _, tokens = map(float, moments)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if not all(map(math.isfinite, (steps, sequences, micros, tokens))):
+        return None
+    return DecodeSteps(steps, sequences, micros / 1e6, tokens)
 
 
 def _seconds(iso: str | None) -> float | None:

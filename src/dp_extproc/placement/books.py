@@ -167,6 +167,7 @@ def absorb(readings: Sequence[tuple[RankLoad, RankSample, float]], ranks: int, n
         rank.others_requests = others
         rank.sample = sample
         rank.sampled_at = at
+        group.learn(rank.position, sample)
         group.correct(rank, tokens, now)
         # A later sample is of a later moment: what was over by now cannot be in it.
         while rank.settled and rank.settled[0].until <= at:
@@ -344,6 +345,14 @@ class StepGroup(ABC):
         self.requests = self.requests - reservation.requests if self._reservations else 0.0
         self._close(reservation, now, worked_off=worked_off)
 
+    def forget_others(self, now: float) -> None:
+        """Take nothing for the load of others any more: what the last samples told of it is too old."""
+        for rank in self.ranks:
+            if rank.others_requests >= SOMEBODY:
+                self.others_requests -= rank.others_requests
+                rank.others_requests = 0.0
+                self.correct(rank, 0.0, now)
+
     @abstractmethod
     def cost(self, position: int, after: float) -> float:
         """Tell what it costs, in tokens, to have the rank at this position at *after* tokens; after a survey."""
@@ -370,6 +379,10 @@ class StepGroup(ABC):
 
         They are ours: the lengths were not estimated right.
         """
+
+    @abstractmethod
+    def learn(self, position: int, sample: RankSample) -> None:
+        """Learn from a new sample of a rank what it tells of the server besides load."""
 
     @abstractmethod
     def correct(self, rank: RankLoad, others: float, now: float) -> None:

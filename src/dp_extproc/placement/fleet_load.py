@@ -174,14 +174,21 @@ class FleetLoad:
             self._pages[pool, role] = 0
             compare_pace(peers)
 
-    def failed(self, endpoint: Endpoint, failure: ScrapeFailure, now: float) -> None:  # noqa: ARG002 - the protocol's
-        """Take in that an endpoint could not be read. Its samples stay, and grow stale; at once if it is gone."""
+    def failed(self, endpoint: Endpoint, failure: ScrapeFailure, now: float) -> None:
+        """Take in that an endpoint could not be read. Its samples stay, and grow stale; at once if it is gone.
+
+        What they tell of others is forgotten then, also if the endpoint goes on answering and is well known by that.
+        """
         self._capable.clear()
         self.failures[endpoint.url] = failure
         host = self.hosts.get(endpoint.url)
-        if host is not None and failure.kind in {FailureKind.REFUSED, FailureKind.UNRESOLVABLE}:
+        if host is None:
+            return
+        if is_gone := failure.kind in {FailureKind.REFUSED, FailureKind.UNRESOLVABLE}:
             host.demote()
             self._forget_prefixes(host)  # nobody listens, so whoever will has begun anew
+        if is_gone or now - host.sampled > self.stale_after:
+            host.forget_others(now)
 
     def _forget_prefixes(self, host: HostLoad) -> None:
         if (index := self.prefixes.get(host.endpoint.pool)) is not None:  # the pool may be configured no more

@@ -20,6 +20,9 @@ _ODD_SLOWNESS: Final = 2.0
 against it ..."""
 _CONTRADICTION: Final = 1.5
 """... and than our own clock shows it to be, once that has."""
+ALIKE: Final = 1.1
+"""How many times slower or faster than average is no difference: idle servers of one kind share what comes, though
+their counts are never quite the same. What is more counts from there on, so that nothing jumps at the edge."""
 
 _T = TypeVar("_T")
 
@@ -188,6 +191,11 @@ class HostLoad:
         """Trust the samples no longer, however young: the engine is known to be away."""
         self._demoted = True
 
+    def forget_others(self, now: float) -> None:
+        """Take nothing for the load of others until the next page: that of the last one is long over."""
+        for group in self.groups:
+            group.forget_others(now)
+
     def reserve(
         self, rank: int | None, tokens: float, now: float, requests: float = 1.0, cached: float = 0.0
     ) -> tuple[Reservation, ...]:
@@ -223,7 +231,7 @@ def compare_pace(hosts: Iterable[HostLoad]) -> None:
         slowness = within(pace / average, 1.0, _ODD_SLOWNESS)
         if lasting and group.lasting is not None:
             slowness = within(slowness, within(group.lasting / lasting, 1.0, ODD_PACE), _CONTRADICTION)
-        group.is_usual(usual, slowness)
+        group.is_usual(usual, slowness / within(slowness, 1.0, ALIKE))
 
 
 def _candidate(host: HostLoad, ranks: Sequence[RankLoad]) -> Candidate:

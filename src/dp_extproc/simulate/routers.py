@@ -9,6 +9,7 @@ from random import Random
 from dp_extproc.config.schema import LoadSignal, PolicySettings
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Mode, Role, Version
 from dp_extproc.placement.attempt import Attempt
+from dp_extproc.placement.decode_load import JOINT_DELAY, ROOM
 from dp_extproc.placement.demand import Demand
 from dp_extproc.placement.dispatch import Dispatch
 from dp_extproc.placement.fleet_load import FleetLoad
@@ -94,7 +95,7 @@ class Clairvoyant(EnginesOwn):
         return self._simulation.prefills[server].cached(rank, request)
 
     def _decode(self, request: TraceRequest) -> tuple[int, int]:
-        best, found = math.inf, (0, 0)
+        best, found = (True, math.inf), (0, 0)
         fleet = self._simulation.fleet
         for index, server in enumerate(self._simulation.decodes):
             loads = [0.0] * fleet.ranks
@@ -105,11 +106,13 @@ class Clairvoyant(EnginesOwn):
                     loads[rank] += (context + self._request_tokens) * together
                 loads[rank] += max(0, server.promised[rank] - server.context[rank])
             top, low = max(loads), min(loads)
+            lowest = loads.index(low)
+            lacks_room = server.asked_of(lowest) + request.prompt_tokens > ROOM * fleet.capacity
             new = max(top, low + request.prompt_tokens + self._request_tokens)
             slowness = fleet.slow_decode if index == 0 else 1.0
-            cost = (new + 0.1 * sum(server.sequences) * (new - top)) * slowness
-            if cost < best:
-                best, found = cost, (index, loads.index(low))
+            cost = (new + JOINT_DELAY * sum(server.sequences) * (new - top)) * slowness
+            if (lacks_room, cost) < best:
+                best, found = (lacks_room, cost), (index, lowest)
         return found
 
 

@@ -12,7 +12,7 @@ from dp_extproc.engine.scheduler.group import Group
 from dp_extproc.engine.scheduler.prefix_cache import prompt_of
 from dp_extproc.engine.scheduler.rank import Limits, Rank
 from dp_extproc.engine.scheduler.work import Role, Stage, Work
-from dp_extproc.fleet.endpoint import LoadPage, RankSample
+from dp_extproc.fleet.endpoint import DecodeSteps, LoadPage, RankSample
 from dp_extproc.simulate.fleet import Fleet
 from dp_extproc.workload.trace import TraceRequest
 
@@ -174,9 +174,16 @@ class DecodeServer:
         self._arrived: list[tuple[int, int, TraceRequest]] = []
         self._ends: list[tuple[int, int, int, TraceRequest]] = []
         """Heap of (step, number, rank, request)."""
-        self._made = [0] * size
+        self._tokens_before = [0] * size
         self._made_since = 0.0
         self._throughput = [0.0] * size
+        self._step_seconds = 0.0
+        self._decode_steps = [0] * size
+        """Those in which the rank had sequences ..."""
+        self._decode_seconds = [0.0] * size
+        """... what they took in all ..."""
+        self._decode_tokens = [0] * size
+        """... and made, one for each sequence."""
 
     def reserve(self, rank: int, request: TraceRequest, now: float, reserved: Callable[[float], None]) -> None:
         """Reserve KV room for a prompt, now or when there is some; *reserved* is called then."""
@@ -199,24 +206,32 @@ class DecodeServer:
         """Give the steps that each sequence of a rank still has to go."""
         return [(step - self.steps, request) for step, _, of, request in self._ends if of == rank]
 
+    def asked_of(self, rank: int) -> int:
+        """Give the KV tokens that a rank holds, has reserved or will have to."""
+        return self.promised[rank] + sum(request.prompt_tokens for request, _ in self._waiting[rank])
+
     def page(self, *, gauges: bool) -> LoadPage:
         """Tell the load; see :meth:`PrefillServer.page`."""
-        queued = [sum(request.prompt_tokens for request, _ in waiting) for waiting in self._waiting]
         return LoadPage(
             tuple(
                 RankSample(
                     rank,
                     used_tokens=self.promised[rank],
-                    total_tokens=None if gauges else self.promised[rank] + queued[rank],
+                    total_tokens=None if gauges else self.asked_of(rank),
                     running_requests=self.sequences[rank],
                     waiting_requests=self._accepted[rank] - self.sequences[rank] + len(self._waiting[rank]),
                     capacity_tokens=self._fleet.capacity,
                     tokens_per_second=self._throughput[rank] or None,
+                    decoded=None if gauges else self._decoded(rank),
                     age=None if gauges else 0.0,
                 )
                 for rank in range(self._fleet.ranks)
             )
         )
+
+    def _decoded(self, rank: int) -> DecodeSteps:
+        tokens = self._decode_tokens[rank]
+        return DecodeSteps(self._decode_steps[rank], tokens, self._decode_seconds[rank], tokens)
 
     def _admit(self, rank: int, now: float) -> None:
         waiting = self._waiting[rank]
@@ -243,19 +258,24 @@ class DecodeServer:
         self._arrived.clear()
         self.stepping = any(self.sequences)
         if self.stepping:
-            seconds = self._fleet.costs.decode_seconds(self.sequences, self.context) * self._slowness
-            self._schedule(seconds, self._finish)
+            costs = self._fleet.costs
+            self._step_seconds = costs.decode_seconds(self.sequences, self.context) * self._slowness
+            self._schedule(self._step_seconds, self._finish)
 
     def _finish(self, now: float) -> None:
         self.steps += 1
         for rank, count in enumerate(self.sequences):
             self.context[rank] += count
             self.promised[rank] += count
-            self._made[rank] += count
+            if count:
+                self._decode_steps[rank] += 1
+                self._decode_seconds[rank] += self._step_seconds
+                self._decode_tokens[rank] += count
         if self.steps % _LOG_INTERVAL == 0:
             elapsed = now - self._made_since
-            self._throughput = [made / elapsed for made in self._made]
-            self._made, self._made_since = [0] * len(self._made), now
+            made = zip(self._decode_tokens, self._tokens_before, strict=True)
+            self._throughput = [(tokens - before) / elapsed for tokens, before in made]
+            self._tokens_before, self._made_since = [*self._decode_tokens], now
         while self._ends and self._ends[0][0] <= self.steps:
             _, number, rank, request = heapq.heappop(self._ends)
             self.sequences[rank] -= 1

@@ -2,7 +2,7 @@
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from random import Random
@@ -263,6 +263,7 @@ def _lie(page: LoadPage, rng: Random) -> LoadPage:
                 waiting_requests=rng.randrange(5),
                 capacity_tokens=sample.capacity_tokens,
                 tokens_per_second=rng.choice([None, 1e-3, 1e9, rng.uniform(0, 2000)]),
+                decoded=sample.decoded and replace(sample.decoded, seconds=sample.decoded.seconds * rng.uniform(0, 3)),
                 age=sample.age,
             )
             for rank, sample in enumerate(samples)
