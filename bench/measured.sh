@@ -3,34 +3,40 @@
 # docs/scheduling/balance-*. Wants a machine of its own: about an hour for each seed on two cores.
 #
 #   SEEDS=3 bench/measured.sh [NAME...]
+#   SEEDS=5 bench/measured.sh --add [NAME...]    keeps the seeds that are there and measures those that lack
 set -euo pipefail
 cd "$(dirname "$0")/.."
 BIN=${BIN:-.venv/bin}
 SEEDS=${SEEDS:-5}
 OUT=${OUT:-docs/scheduling}
+add=()
+if [[ ${1:-} == --add ]]; then
+  add=(--add)
+  shift
+fi
 WANTED=" $* "
 
 balance() {  # NAME OPTIONS...
   local name=$1
   shift
   [[ $WANTED == "  " || $WANTED == *" $name "* ]] || return 0
-  "$BIN/python" -m bench.balance --seeds "$SEEDS" --out "$OUT/balance-$name" "$@"
+  "$BIN/python" -m bench.balance --seeds "$SEEDS" --out "$OUT/balance-$name" "${add[@]}" "$@"
 }
 
-all=("engines' own" dp-extproc 'ours scraped' 'smg * 1 s' 'smg * 10 s')
-few=("engines' own" dp-extproc 'smg * 1 s' 'smg cache_aware 10 s')  # the others at 10 s are nowhere the best
+all=("engines' own" dp-extproc 'ours scraped' 'smg *')
+# The best of smg's configurations; the others are nowhere the best.
+few=("engines' own" dp-extproc 'smg cache_aware 1 s' 'smg cache_aware dp-aware' 'smg least_load dp-aware')
 
 balance 1p1d2-seed-prompts --topology 1p1d2 --trace seed-prompts --requests 250 --only "${few[@]}"
 balance 1p1d2-seed --topology 1p1d2 --trace seed --requests 250 --only "${few[@]}"
-balance 2p2d4-agent --topology 2p2d4 --trace agent --requests 300 --only "${few[@]}"
+balance 2p2d4-agent --topology 2p2d4 --trace agent --requests 300 --only "${all[@]}"
 balance 2p2d4-azure --topology 2p2d4 --trace azure --requests 600 --only "${few[@]}"
-balance 2p2d4-mixed --topology 2p2d4 --trace mixed --requests 600 --only "${all[@]}"
-# At less than four times the engines' time, what the stand-ins do between their steps is a large part of a step.
-balance 2p2d4-sharegpt --topology 2p2d4 --trace sharegpt --requests 2000 --time-scale 4 --only "${few[@]}"
+balance 2p2d4-mixed --topology 2p2d4 --trace mixed --requests 600 --only "${few[@]}"
+# At less than eight times the engines' time, what router, client and stand-ins compute is a large part of a step.
+balance 2p2d4-sharegpt --topology 2p2d4 --trace sharegpt --requests 2000 --time-scale 8 --only "${few[@]}"
 balance 2p2d4-bursts --topology 2p2d4 --trace agent --requests 300 --load 0.65 --burst 2.5 --only "${few[@]}"
 balance 2p2d4-closed --topology 2p2d4 --trace agent --requests 300 --concurrency 48 --only "${few[@]}"
 balance 2p2d4-long --topology 2p2d4 --trace long --requests 300 --only "${few[@]}"
 # Nearly twice what the fleet could do without its prefix caches, as in the simulation.
 balance 2p2d4-sessions --topology 2p2d4 --trace sessions --requests 600 --rate 12 --only "${few[@]}"
 balance 2p2d4-policies --topology 2p2d4 --trace agent --requests 300 --only dp-extproc 'ours *'
-balance 2p2d4-blind --topology 2p2d4 --trace agent --requests 300 --only dp-extproc 'smg * no ranks'

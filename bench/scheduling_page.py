@@ -197,7 +197,7 @@ def measured() -> str | None:
     for path in sorted(NUMBERS.glob("balance-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         summary, bound = found["summary"], found.get("simulated", {}).get(BOUND, {})
-        others = [numbers for name, numbers in summary.items() if name.startswith("smg")]
+        others = [numbers for name, numbers in summary.items() if _is_smg(name)]
         if not others:
             continue
         cells = [found["about"]["title"], f"{summary[OWN]['ttft_mean']:,.0f}"]
@@ -225,7 +225,7 @@ def agreement() -> str | None:
     for path in sorted(NUMBERS.glob("balance-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         summary, simulated = found["summary"], found.get("simulated", {})
-        if not {OWN, OURS} <= summary.keys() & simulated.keys():
+        if not {OWN, OURS} <= summary.keys() & simulated.keys() or not any(map(_is_smg, summary)):
             continue
         cells = [found["about"]["title"]]
         for name in (OWN, OURS):
@@ -240,6 +240,10 @@ def agreement() -> str | None:
          "mean TPOT, %", "simulated"],
         rows,
     )  # fmt: skip
+
+
+def _is_smg(name: str) -> bool:
+    return name.startswith("smg")
 
 
 def _change(change: dict[str, float] | None) -> str:
@@ -267,13 +271,20 @@ def balance() -> str | None:
                     f"{numbers['failed']:.0f}",
                 ]
             )
-        seeds, requests = about["options"]["seeds"], about["options"]["requests"]
+        seeds, requests = len({run["seed"] for run in found["runs"]}), about["options"]["requests"]
         header = ["", "mean TTFT, ms", "change, %", "p99 TTFT, %", "TPOT, %", "waiting", "failed"]
         parts.append(
             f"{about['title']}, {seeds} seed{'s' * (seeds > 1)} of {requests} requests "
-            f"([plots](scheduling/{path.stem}.png)):\n\n{table(header, rows)}"
+            f"([plots](scheduling/{path.stem}.png); {_machine(found['runs'])}):\n\n{table(header, rows)}"
         )
     return "\n\n".join(parts) or None
+
+
+def _machine(runs: Sequence[dict[str, Any]]) -> str:
+    """Tell how busy the runs kept the processors, and how busy others did meanwhile."""
+    ours = [run["ours"] for run in runs]
+    others = max(0.0, *(run["machine"] - run["ours"] for run in runs))
+    return f"runs took {min(ours):.0%} to {max(ours):.0%} of the machine, others up to {others:.0%}"
 
 
 def draw_policies() -> None:

@@ -17,11 +17,12 @@ from typing import Any, Final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench.balance.bound import KnownRun, simulate
+from bench.balance.bound import SimulatedRun, simulate
 from bench.balance.client import Load
 from bench.balance.contenders import MAIN, Contender, chosen
 from bench.balance.engines import COSTS, RELEASE, STREAM_INTERVAL, Size
 from bench.balance.machine import time_scale_for
+from bench.balance.recorded import RecordedRun, read_to_continue
 from bench.balance.report import plot, plot_again, print_report, write_json
 from bench.balance.runs import Run, run_once
 from dp_extproc.workload.capacity import Topology, requests_per_second
@@ -62,27 +63,36 @@ def main() -> int:
     console = Console() if sys.stdout.isatty() else Console(width=140)
     try:
         plan = _plan(args)
+        names = [contender.name for contender in plan.contenders]
+        earlier = (
+            read_to_continue(args.out.with_suffix(".json"), _options(args), names, plan.traces) if args.add else []
+        )
     except (ValueError, OSError) as error:
         console.print(str(error), style="bold", markup=False)
         return 2
     requests = len(next(iter(plan.traces.values())))
     slower = f"engines {plan.size.time_scale:g} times slower" if plan.size.time_scale > 1 else "engines at full speed"
     console.print(f"{plan.title}; {requests} requests, {len(plan.traces)} seeds; {slower}")
-    runs: list[Run] = []
-    simulated: list[KnownRun] = []
+    runs: list[Run | RecordedRun] = list(earlier)
+    simulated: list[SimulatedRun] = []
+    done = {run.seed for run in earlier}
     columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     for seed, trace in plan.traces.items():
+        simulated += simulate(seed, trace, plan.size, plan.load)
+        if seed in done:
+            continue
         for contender in plan.contenders:
             with Progress(*columns, console=console) as progress:
                 task = progress.add_task(f"seed {seed}: {contender.name}", total=len(trace))
                 advance = partial(progress.advance, task)
-                runs.append(run_once(contender, seed, trace, size=plan.size, load=plan.load, on_done=advance))
-            for failure in runs[-1].failed[:1]:
-                console.print(f"{len(runs[-1].failed)} failed, such as: {failure.reason}", markup=False)
-        simulated += simulate(seed, trace, plan.size, plan.load)
+                run = run_once(contender, seed, trace, size=plan.size, load=plan.load, on_done=advance)
+            runs.append(run)
+            for failure in run.failed[:1]:
+                console.print(f"{len(run.failed)} failed, such as: {failure.reason}", markup=False)
+        if args.out is not None:  # seed by seed: what was measured is not lost if this is stopped
+            write_json(args.out.with_suffix(".json"), _about(args, plan), runs, simulated)
     print_report(console, plan.title, runs, simulated)
     if args.out is not None:
-        write_json(args.out.with_suffix(".json"), _about(args, plan), runs, simulated)
         plot(args.out, plan.title, runs)
     return 0
 
@@ -108,6 +118,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     tokens = rate * sum(request.output_tokens for request in sample) / len(sample)
     size = replace(size, time_scale=args.time_scale or time_scale_for(rate, tokens))
     how = f"{args.concurrency} at a time" if args.concurrency else f"{rate:.2f} requests/s ({rate / capacity:.0%})"
+    how += f", {args.burst:g} times as many in bursts" if args.burst > 1 else ""
     title = f"{topology}, {Path(args.trace).stem}, {how}"
     return Plan(contenders, traces, size, Load(size.time_scale, args.concurrency), rate, capacity, title)
 
@@ -121,7 +132,7 @@ def _about(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     return {
         "title": plan.title,
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "options": {key: value for key, value in vars(args).items() if key != "out"},
+        "options": _options(args),
         "rate": plan.rate,
         "capacity": plan.capacity,
         "size": asdict(plan.size),
@@ -129,6 +140,11 @@ def _about(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         "engine": RELEASE,
         "stream_interval": STREAM_INTERVAL,
     }
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Give the options that all runs of a file have in common; whose runs and which seeds, they say themselves."""
+    return {key: value for key, value in vars(args).items() if key not in {"seeds", "only", "plot", "out", "add"}}
 
 
 def _arguments() -> argparse.Namespace:
@@ -147,7 +163,11 @@ def _arguments() -> argparse.Namespace:
     add("--time-scale", type=float, help="how slow engines are (default: so that this machine keeps up)")
     add("--plot", type=Path, nargs="+", metavar="FILE", help="only make the plots of such JSON files anew")
     add("--out", type=Path, metavar="STEM", help="write STEM.json, STEM.png and STEM.svg")
-    return parser.parse_args()
+    add("--add", action="store_true", help="keep the seeds that STEM.json has, and measure those that it lacks")
+    args = parser.parse_args()
+    if args.add and args.out is None:
+        parser.error("--add needs --out")
+    return args
 
 
 if __name__ == "__main__":

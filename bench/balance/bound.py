@@ -18,20 +18,20 @@ _SIMULATED: Final = (Contender(ENGINES_OWN), Contender(DEFAULT, PolicySettings()
 
 
 @dataclass(frozen=True, slots=True)
-class KnownRun:
-    """What is known of a run that was simulated, or recorded earlier."""
+class SimulatedRun:
+    """A simulated run."""
 
     contender: str
     seed: int
     times: dict[str, float]
-    """And whatever else is known, by the names that real runs give it."""
+    """By the names that real runs give it."""
 
     def numbers(self) -> dict[str, float]:
         """Give what a table shows."""
         return self.times
 
 
-def simulate(seed: int, trace: Sequence[TraceRequest], size: Size, load: Load) -> list[KnownRun]:
+def simulate(seed: int, trace: Sequence[TraceRequest], size: Size, load: Load) -> list[SimulatedRun]:
     """Simulate a trace with the engines' own placement, with ours, and with one that knows everything."""
     topology = size.topology
     fleet = Fleet(
@@ -45,4 +45,4 @@ def simulate(seed: int, trace: Sequence[TraceRequest], size: Size, load: Load) -
     )
     setting = Setting(fleet, lengths="", rate=0.0, concurrency=load.concurrency)
     results = [(each.name, run_once(setting, each, seed, tuple(trace))) for each in _SIMULATED]
-    return [KnownRun(name, seed, settled_times(result.outcomes, len(trace))) for name, result in results]
+    return [SimulatedRun(name, seed, settled_times(result.outcomes, len(trace))) for name, result in results]

@@ -43,6 +43,8 @@ class Size:
             *("--dp-attention", "--model", MODEL, "--sglang-version", RELEASE, "--time-scale", str(self.time_scale)),
             *("--max-total-tokens", str(self.capacity), "--max-running-requests", str(self.max_running * ranks)),
             *("--chunked-prefill-size", str(self.chunk * ranks), "--stream-interval", str(STREAM_INTERVAL)),
+            # Nobody waits longer for /health because the engines are slower.
+            *("--timeout-health", str(1 / self.time_scale)),
             *("--cost-prefill-step", str(COSTS.prefill_step), "--cost-prefill-token", str(COSTS.prefill_token)),
         )
 

@@ -11,8 +11,8 @@ import matplotlib as mpl
 from rich.console import Console
 from rich.table import Table
 
-from bench.balance.bound import KnownRun
 from bench.balance.contenders import DEFAULT, ENGINES_OWN
+from bench.balance.recorded import RecordedRun, read_runs
 from bench.balance.runs import Run
 from dp_extproc.workload.comparison import Change, change
 
@@ -69,7 +69,7 @@ def means(runs: Sequence[Result]) -> dict[str, dict[str, float]]:
     return found
 
 
-def print_report(console: Console, title: str, runs: Sequence[Run], simulated: Sequence[Result]) -> None:
+def print_report(console: Console, title: str, runs: Sequence[Result], simulated: Sequence[Result]) -> None:
     """Print times with their change against the baseline, what the engines say, and what the simulation does."""
     _print_times(console, title, runs)
     console.print(_engines_table(title, runs))
@@ -99,7 +99,9 @@ def _print_times(console: Console, title: str, runs: Sequence[Result]) -> None:
         console.print(table)
 
 
-def write_json(path: Path, about: dict[str, Any], runs: Sequence[Run], simulated: Sequence[Result]) -> None:
+def write_json(
+    path: Path, about: dict[str, Any], runs: Sequence[Run | RecordedRun], simulated: Sequence[Result]
+) -> None:
     """Write everything."""
     content = {
         "about": about,
@@ -163,15 +165,11 @@ def plot(stem: Path, title: str, runs: Sequence[Result]) -> None:
 
 def plot_again(path: Path) -> None:
     """Make the plots of a JSON file anew."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    runs = []
-    for run in content["runs"]:
-        values = {key: float(value) for key, value in run.items() if isinstance(value, int | float) and key != "seed"}
-        runs.append(KnownRun(run["contender"], run["seed"], values))
-    plot(path.with_suffix(""), content["about"]["title"], runs)
+    about, runs = read_runs(path)
+    plot(path.with_suffix(""), about["title"], runs)
 
 
-def _engines_table(title: str, runs: Sequence[Run]) -> Table:
+def _engines_table(title: str, runs: Sequence[Result]) -> Table:
     table = Table(
         title=f"{title}: what the engines say",
         caption="waiting: share of the time in steps that the average rank waits for the fullest one. imbalance: "

@@ -14,6 +14,7 @@ import httpx
 
 from bench.balance.contenders import Contender, Ours, Smg
 from bench.balance.engines import Engines
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.ports import free_ports
 from dp_extproc.testbed.service import ServiceProcess, write_config
@@ -115,7 +116,7 @@ def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -
         if process.poll() is not None:
             break
         try:
-            if httpx.get(f"{url}/readiness").status_code == httpx.codes.OK:
+            if loopback.CLIENT.get(f"{url}/readiness").status_code == httpx.codes.OK:
                 return
         except httpx.TransportError:
             pass
