@@ -115,7 +115,7 @@ def test_an_error_tells_nothing_of_how_long_sequences_last(status: int, lasted: 
     (group,) = decode.groups
     assert isinstance(group, DecodeGroup)
 
-    assert group.lasting == lasted
+    assert group.pace.lasting == lasted
 
 
 def test_on_one_server_the_first_byte_tells_that_the_prompt_is_done() -> None:

@@ -2,8 +2,9 @@
 
 import pytest
 
-from dp_extproc.fleet.endpoint import DecodeSteps, RankSample
-from dp_extproc.placement.decode_load import DEFAULT_TPOT, DecodeGroup, DecodeReservation
+from dp_extproc.fleet.endpoint import RankSample
+from dp_extproc.placement.decode_load import DecodeGroup, DecodeReservation
+from dp_extproc.placement.pace import DEFAULT_TPOT
 
 NOW = 1000.0
 
@@ -35,69 +36,16 @@ def test_it_grows_from_the_first_token_on_at_the_pace_of_its_server() -> None:
     assert DEFAULT_TPOT == 0.03
 
 
-def counted(*counts: tuple[float, float, float, float]) -> DecodeGroup:
-    """Make a group whose first rank has told one count of its steps after the other."""
-    group = make_group()
-    for count in counts:
-        group.ranks[0].absorb(RankSample(0, 0, running_requests=1, decoded=DecodeSteps(*count)), NOW, NOW)
-    return group
-
-
-def test_the_pace_is_learned_from_the_steps_of_the_engine() -> None:
-    """Fifty steps in two seconds are 40 ms per token, however long the engine has been idle before or between them."""
-    assert counted((100, 700, 9.0, 700)).known_tpot is None
-    assert counted((100, 700, 9.0, 700), (150, 1700, 11.0, 1700)).known_tpot == pytest.approx(0.04)
-
-
-def test_speculative_decoding_makes_more_than_a_token_in_a_step() -> None:
-    """Twenty sequences that got 2.5 tokens each in a step of 40 ms wait 16 ms for one."""
-    assert counted((0, 0, 0, 0), (50, 1000, 2.0, 2500)).known_tpot == pytest.approx(0.016)
-
-
-@pytest.mark.parametrize("later", [(100, 700, 9.0, 700), (3, 9, 0.1, 9), (150, 1700, 8.0, 1700)])
-def test_no_step_and_a_restart_tell_no_pace(later: tuple[float, float, float, float]) -> None:
-    """Nor does a clock that went backwards."""
-    assert counted((100, 700, 9.0, 700), later).known_tpot is None
-
-
-def test_an_engine_that_does_not_count_steps_tells_the_pace_by_its_rate() -> None:
-    """Twenty running sequences that make 1000 tokens per second wait 20 ms for each."""
-    group = make_group()
-    for _ in range(2):
-        group.ranks[0].absorb(RankSample(0, 0, running_requests=20, tokens_per_second=1000.0), NOW, NOW)
-
-    assert group.known_tpot == pytest.approx(0.02)
-
-
-def test_a_rate_from_before_there_were_sequences_tells_no_pace() -> None:
-    """The engine divides by the time since it told a rate the last time, pauses included."""
-    group = make_group()
-    for running in (0, 20, 0, 20):
-        group.ranks[0].absorb(RankSample(0, 0, running_requests=running, tokens_per_second=100.0), NOW, NOW)
-
-    assert group.known_tpot is None
-
-
-def test_an_idle_engine_tells_no_pace() -> None:
-    """Without sequences or without throughput there is nothing to divide."""
-    group = make_group()
-    for _ in range(2):
-        group.ranks[0].absorb(RankSample(0, 0, running_requests=0, tokens_per_second=1000.0), NOW, NOW)
-        group.ranks[1].absorb(RankSample(1, 0, running_requests=5, tokens_per_second=0.0), NOW, NOW)
-
-    assert group.known_tpot is None
-
-
 def test_an_old_sample_teaches_nothing_anew() -> None:
     """When the others it showed are forgotten, the pace stays as the samples told it, each of them once."""
     group = make_group()
     for rate in (1000.0, 1000.0, 500.0):
         group.ranks[0].absorb(RankSample(0, 0, running_requests=20, tokens_per_second=rate), NOW, NOW)
-    before = group.known_tpot
+    before = group.pace.told
     group.forget_others(NOW + 60)
 
     assert group.others_requests == 0
-    assert group.known_tpot == before
+    assert group.pace.told == before
 
 
 def test_with_nothing_in_flight_the_books_are_exactly_zero() -> None:

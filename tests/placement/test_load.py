@@ -8,7 +8,8 @@ from dp_extproc.fleet.endpoint import LoadPage, RankSample, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.placement.attempt import Attempt
 from dp_extproc.placement.decode_load import DecodeGroup
-from dp_extproc.placement.load import ALIKE, Freshness, StepCosts, compare_pace
+from dp_extproc.placement.load import Freshness, StepCosts, compare_pace
+from dp_extproc.placement.pace import ALIKE
 from dp_extproc.request.prefix import Prefix
 from placement.fleet_fixtures import Fleet, make_facts, samples
 
@@ -296,7 +297,7 @@ class TestAnAbsurdPace:
             host = fleet.host(Role.DECODE, number)
             rate = 500.0 if number < 10 else absurd  # 20 ms for each token of ten sequences
             page = LoadPage((RankSample(0, 0, running_requests=10, tokens_per_second=rate, age=0.0),))
-            for _ in range(20):
+            for _ in range(200):
                 fleet.load.sampled(host.endpoint, page, fleet.clock(), fleet.clock())
         compare_pace(fleet.load.eligible("*", Role.DECODE, fleet.clock()))
         return fleet

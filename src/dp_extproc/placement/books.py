@@ -167,7 +167,7 @@ def absorb(readings: Sequence[tuple[RankLoad, RankSample, float]], ranks: int, n
         rank.others_requests = others
         rank.sample = sample
         rank.sampled_at = at
-        group.learn(rank.position, sample)
+        group.learn(rank.position, sample, at)
         group.correct(rank, tokens, now)
         # A later sample is of a later moment: what was over by now cannot be in it.
         while rank.settled and rank.settled[0].until <= at:
@@ -381,8 +381,8 @@ class StepGroup(ABC):
         """
 
     @abstractmethod
-    def learn(self, position: int, sample: RankSample) -> None:
-        """Learn from a new sample of a rank what it tells of the server besides load."""
+    def learn(self, position: int, sample: RankSample, at: float) -> None:
+        """Learn from a sample of a rank, taken at a moment, what it tells of the server besides load."""
 
     @abstractmethod
     def correct(self, rank: RankLoad, others: float, now: float) -> None:

@@ -9,9 +9,8 @@ from typing import Final
 
 from dp_extproc.fleet.endpoint import RankSample
 from dp_extproc.placement.books import SOMEBODY, RankLoad, Reservation, StepGroup
+from dp_extproc.placement.pace import DEFAULT_TPOT, ODD_PACE, Pace, within
 
-DEFAULT_TPOT: Final = 0.03
-"""Seconds per output token, until an engine tells how fast it is."""
 ROOM: Final = 0.85
 """Share of the KV cache that may be promised. Beyond it a sequence waits, and keeps prefill waiting."""
 _NO_ROOM: Final = 1e12
@@ -24,27 +23,12 @@ _GROWTH_INTERVAL: Final = 0.25
 """Seconds after which the growth of running sequences is looked at anew. They grow by a few tokens each until then."""
 _TRUSTED: Final = 0.5
 """Share of our own books that an engine's count may take back; one that tells nonsense must not empty them."""
-_SMOOTHING: Final = 0.3
-_LEAST_TPOT: Final = 0.001
-_MOST_TPOT: Final = 1.0
-"""Seconds; what an engine tells beyond is told wrong."""
-ODD_PACE: Final = 4.0
-"""How many times faster or slower than usual a server may call itself."""
 _LIFETIME: Final = 3600.0
 """Seconds that a sequence is given in any case ..."""
 _MOST_TOKENS: Final = 1 << 20
 """... and as long as so many tokens take, or twice what the KV cache of its rank holds if that is known: no sequence
 has more. One that is older has ended, whatever became of the event."""
 _SWEEP_INTERVAL: Final = 60.0
-_MEMORY: Final = 200
-"""Sequences, after which how long they lasted fades from the mean."""
-_KNOWN_AFTER: Final = 50
-"""Sequences that must have ended for their mean to say something."""
-
-
-def within(value: float, middle: float, factor: float) -> float:
-    """Give the value, or the nearest that is no more than a factor from the middle."""
-    return min(middle * factor, max(middle / factor, value))
 
 
 class DecodeReservation(Reservation):
@@ -70,8 +54,8 @@ class DecodeGroup(StepGroup):
     """Decode ranks, or ranks that do both prefill and decode, with a common step."""
 
     __slots__ = (
-        "_computes", "_ended", "_extra", "_first_tokens", "_growing", "_lasted", "_others_extra", "_prompts",
-        "_request_tokens", "_room", "_swept", "_told", "_told_tpot", "tpot", "usual_tpot",
+        "_computes", "_extra", "_first_tokens", "_growing", "_others_extra", "_prompts", "_request_tokens", "_room",
+        "_swept", "pace", "tpot", "usual_tpot",
     )  # fmt: skip
 
     def __init__(self, indices: range, *, request_tokens: float, computes: bool = False) -> None:
@@ -87,15 +71,9 @@ class DecodeGroup(StepGroup):
         """Seconds per output token, by the engine's own account."""
         self.usual_tpot = DEFAULT_TPOT
         """Of the servers of its pool and role."""
-        self._told_tpot: float | None = None
-        self._told: list[RankSample | None] = [None] * len(self.ranks)
-        """The sample of each rank that was learned from last."""
+        self.pace = Pace(len(self.ranks))
         self._swept = -math.inf
         """When old sequences were looked for."""
-        self._lasted = 0.0
-        """Seconds from the first to the last token, as a mean ..."""
-        self._ended = 0
-        """... of so many sequences."""
         self._request_tokens = request_tokens
         self._computes = computes
         size = len(self.ranks)
@@ -151,10 +129,11 @@ class DecodeGroup(StepGroup):
     def misjudged(self, excess: float, tokens: float) -> float:
         return max(-_TRUSTED * tokens, excess)  # sequences last long, and the engine counts better than we estimate
 
-    def learn(self, position: int, sample: RankSample) -> None:
+    def learn(self, position: int, sample: RankSample, at: float) -> None:
         if sample.capacity_tokens:
             self._room[position] = ROOM * sample.capacity_tokens
-        self._learn_pace(position, sample)
+        self.pace.learn(position, sample, at)
+        self._keep_pace()
 
     def correct(self, rank: RankLoad, others: float, now: float) -> None:
         extra = self._others_extra[rank.position] = self._request_tokens * rank.others_requests
@@ -182,24 +161,14 @@ class DecodeGroup(StepGroup):
     def is_usual(self, tpot: float, slowness: float) -> None:
         """Note what is usual in its pool and role, and how the server compares."""
         self.usual_tpot = tpot
-        if self._told_tpot is not None:
-            self.tpot = within(self._told_tpot, tpot, ODD_PACE)
+        self._keep_pace()
         if slowness != self.slowness:
             self.slowness = slowness
             self.changed = True
 
-    @property
-    def known_tpot(self) -> float | None:
-        """Seconds per output token, if the engine has told."""
-        return self._told_tpot
-
-    @property
-    def lasting(self) -> float | None:
-        """Seconds that a sequence lasts here, by our own clock; None while too few have ended.
-
-        Sequences are as long on one server as on another, so this tells how slow a server is without its own word.
-        """
-        return self._lasted if self._ended >= _KNOWN_AFTER else None
+    def _keep_pace(self) -> None:
+        if (told := self.pace.told) is not None:
+            self.tpot = within(told, self.usual_tpot, ODD_PACE)
 
     def _open(
         self,
@@ -224,8 +193,7 @@ class DecodeGroup(StepGroup):
         assert isinstance(reservation, DecodeReservation)  # noqa: S101 - made by _open
         position = reservation.rank.position
         if worked_off and reservation.first_token_at != math.inf:
-            self._ended = min(self._ended + 1, _MEMORY)
-            self._lasted += (now - reservation.first_token_at - self._lasted) / self._ended
+            self.pace.lasted(now - reservation.first_token_at)
         if reservation.rank.others_requests < SOMEBODY:  # what the sample corrected was ours, and goes with ours
             prompts = self._prompts[position]
             self.others[position] *= (
@@ -248,22 +216,3 @@ class DecodeGroup(StepGroup):
         grown = (self._growing[position] * now - self._first_tokens[position]) / self.tpot
         load = self.others[position] + self._prompts[position] + self._extra[position] + grown
         self.load_is(position, max(0.0, load))
-
-    def _learn_pace(self, position: int, sample: RankSample) -> None:
-        """Learn from a rank how long a token takes."""
-        earlier, self._told[position] = self._told[position], sample
-        if earlier is None or (tpot := _pace(earlier, sample)) is None:
-            return
-        tpot = min(_MOST_TPOT, max(_LEAST_TPOT, tpot))
-        before = self._told_tpot
-        self._told_tpot = tpot if before is None else before + (tpot - before) * _SMOOTHING
-        self.tpot = within(self._told_tpot, self.usual_tpot, ODD_PACE)
-
-
-def _pace(earlier: RankSample, sample: RankSample) -> float | None:
-    """Give the seconds per token that two samples of a rank show, if they do."""
-    if sample.decoded is not None:
-        return sample.decoded.pace_since(earlier.decoded) if earlier.decoded is not None else None
-    if not earlier.running_requests or not sample.running_requests or not sample.tokens_per_second:
-        return None  # a rate from before there were sequences counts the pause, too
-    return sample.running_requests / sample.tokens_per_second  # all get a token in each step

@@ -4,25 +4,16 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from statistics import fmean, median
 from typing import Final, TypeVar
 
 from dp_extproc.config.reliability import HealthSettings
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, RankSample, Role
 from dp_extproc.fleet.recipe import Capabilities
 from dp_extproc.placement.books import SOMEBODY, RankLoad, Reservation, StepGroup, absorb
-from dp_extproc.placement.decode_load import DEFAULT_TPOT, ODD_PACE, DecodeGroup, within
+from dp_extproc.placement.decode_load import DecodeGroup
 from dp_extproc.placement.health import Health
+from dp_extproc.placement.pace import compare
 from dp_extproc.placement.prefill_load import PrefillGroup
-
-_ODD_SLOWNESS: Final = 2.0
-"""How many times slower or faster than its pool's average a server may seem, while our own clock has nothing to set
-against it ..."""
-_CONTRADICTION: Final = 1.5
-"""... and than our own clock shows it to be, once that has."""
-ALIKE: Final = 1.1
-"""How many times slower or faster than average is no difference: idle servers of one kind share what comes, though
-their counts are never quite the same. What is more counts from there on, so that nothing jumps at the edge."""
 
 _T = TypeVar("_T")
 
@@ -151,7 +142,7 @@ class HostLoad:
     @property
     def seconds_per_token(self) -> float | None:
         """How long a token takes here, if this is known."""
-        told = [group.known_tpot for group in self.groups if isinstance(group, DecodeGroup)]
+        told = [group.pace.told for group in self.groups if isinstance(group, DecodeGroup)]
         known = [tpot for tpot in told if tpot is not None]
         return sum(known) / len(known) if known else None
 
@@ -214,24 +205,12 @@ class HostLoad:
 
 
 def compare_pace(hosts: Iterable[HostLoad]) -> None:
-    """Find out how slow each of some decode servers is, against their average.
-
-    What they tell is believed as far as it is like what the others tell, and as it agrees with our own clock.
-    """
+    """Find out how slow each of some decode servers is, against their average."""
     groups = [group for host in hosts for group in host.groups if isinstance(group, DecodeGroup)]
-    told = [tpot for group in groups if (tpot := group.known_tpot) is not None]
-    if not told:
-        return
-    usual = median([*told, DEFAULT_TPOT])  # with two servers it is the default that tells which one is odd
-    known = [each for group in groups if (each := group.lasting) is not None]
-    lasting = fmean(known) if known else None
-    paces = [within(group.known_tpot or usual, usual, ODD_PACE) for group in groups]
-    average = fmean(paces)
-    for group, pace in zip(groups, paces, strict=True):
-        slowness = within(pace / average, 1.0, _ODD_SLOWNESS)
-        if lasting and group.lasting is not None:
-            slowness = within(slowness, within(group.lasting / lasting, 1.0, ODD_PACE), _CONTRADICTION)
-        group.is_usual(usual, slowness / within(slowness, 1.0, ALIKE))
+    if (found := compare([group.pace for group in groups])) is not None:
+        usual, slow = found
+        for group, slowness in zip(groups, slow, strict=True):
+            group.is_usual(usual, slowness)
 
 
 def _candidate(host: HostLoad, ranks: Sequence[RankLoad]) -> Candidate:

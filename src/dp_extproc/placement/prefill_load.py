@@ -171,7 +171,7 @@ class PrefillGroup(StepGroup):
     def misjudged(self, excess: float, tokens: float) -> float:  # noqa: ARG002 - whatever they are
         return 0.0  # it will be gone with our requests, which is sooner than the next sample
 
-    def learn(self, position: int, sample: RankSample) -> None:
+    def learn(self, position: int, sample: RankSample, at: float) -> None:
         pass  # a prefill server's pace is learned from its answers
 
     def correct(self, rank: RankLoad, others: float, now: float) -> None:  # noqa: ARG002 - as above
