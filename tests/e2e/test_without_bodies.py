@@ -83,7 +83,7 @@ def overrides(leg: dict[str, Any]) -> dict[str, str]:
 def test_both_legs_get_the_clients_bytes(fleet: Fleet, path: str, body: dict[str, Any], stream: bool) -> None:
     """Each runs on the rank that its headers name; the client's own ranks and rooms count for nothing."""
     pairs = set()
-    for evil in ({}, EVIL, EVIL, EVIL):
+    for evil in ({}, *60 * [EVIL]):  # ties are broken at random
         fleet.forget()
         sent = json.dumps({**body, **evil, "stream": stream}, indent=1)
         response = fleet.client.post(path, content=sent, headers={"content-type": "application/json"})
@@ -96,6 +96,8 @@ def test_both_legs_get_the_clients_bytes(fleet: Fleet, path: str, body: dict[str
             assert overrides(leg)["x-override-disagg-prefill-dp-rank"] == str(prefill["rank"])
             assert not [name for name in leg["headers"] if name.startswith("x-dp-")]
         pairs.add((prefill["rank"], decode["rank"]))
+        if evil and len(pairs) > 1:
+            break
 
     assert len(pairs) > 1
 
