@@ -29,6 +29,9 @@ few=("engines' own" dp-extproc 'smg cache_aware 1 s' 'smg cache_aware dp-aware' 
 
 balance 1p1d2-seed-prompts --topology 1p1d2 --trace seed-prompts --requests 250 --only "${few[@]}"
 balance 1p1d2-seed --topology 1p1d2 --trace seed --requests 250 --only "${few[@]}"
+# Time per output token wants more: sequences last for half a minute, and a minute of arrivals is over before ranks fill.
+balance 1p1d2-seed-longer --topology 1p1d2 --trace seed --requests 1000 \
+  --only "engines' own" dp-extproc 'smg cache_aware 1 s'
 balance 2p2d4-agent --topology 2p2d4 --trace agent --requests 300 --only "${all[@]}"
 balance 2p2d4-azure --topology 2p2d4 --trace azure --requests 600 --only "${few[@]}"
 balance 2p2d4-mixed --topology 2p2d4 --trace mixed --requests 600 --only "${few[@]}"

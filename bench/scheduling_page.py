@@ -200,7 +200,7 @@ def measured() -> str | None:
         others = [numbers for name, numbers in summary.items() if _is_smg(name)]
         if not others:
             continue
-        cells = [found["about"]["title"], f"{summary[OWN]['ttft_mean']:,.0f}"]
+        cells = [found["about"]["title"], _size(found), f"{summary[OWN]['ttft_mean']:,.0f}"]
         for key in ("ttft_mean", "ttft_p99", "tpot_mean"):
             change = f"{key}_change"
             best: dict[str, Any] = min(
@@ -213,8 +213,8 @@ def measured() -> str | None:
     if not rows:
         return None
     return table(
-        ["fleet, traffic", "engines' own, ms", "mean TTFT, %", "smg's best", "clairvoyant", "p99 TTFT, %", "smg's best",
-         "mean TPOT, %", "smg's best", "clairvoyant"],
+        ["fleet, traffic", "runs", "engines' own, ms", "mean TTFT, %", "smg's best", "clairvoyant",
+         "p99 TTFT, %", "smg's best", "mean TPOT, %", "smg's best", "clairvoyant"],
         rows,
     )  # fmt: skip
 
@@ -227,7 +227,7 @@ def agreement() -> str | None:
         summary, simulated = found["summary"], found.get("simulated", {})
         if not {OWN, OURS} <= summary.keys() & simulated.keys() or not any(map(_is_smg, summary)):
             continue
-        cells = [found["about"]["title"]]
+        cells = [found["about"]["title"], _size(found)]
         for name in (OWN, OURS):
             cells += [f"{each[name]['ttft_mean']:,.0f}" for each in (summary, simulated)]
         cells += [_change(each[OURS].get("ttft_mean_change")) for each in (summary, simulated)]
@@ -236,10 +236,14 @@ def agreement() -> str | None:
     if not rows:
         return None
     return table(
-        ["fleet, traffic", "engines' own, ms", "simulated", "dp-extproc, ms", "simulated", "mean TTFT, %", "simulated",
-         "mean TPOT, %", "simulated"],
+        ["fleet, traffic", "runs", "engines' own, ms", "simulated", "dp-extproc, ms", "simulated", "mean TTFT, %",
+         "simulated", "mean TPOT, %", "simulated"],
         rows,
     )  # fmt: skip
+
+
+def _size(found: dict[str, Any]) -> str:
+    return f"{len({run['seed'] for run in found['runs']})} of {found['about']['options']['requests']}"
 
 
 def _is_smg(name: str) -> bool:
@@ -271,10 +275,9 @@ def balance() -> str | None:
                     f"{numbers['failed']:.0f}",
                 ]
             )
-        seeds, requests = len({run["seed"] for run in found["runs"]}), about["options"]["requests"]
         header = ["", "mean TTFT, ms", "change, %", "p99 TTFT, %", "TPOT, %", "waiting", "failed"]
         parts.append(
-            f"{about['title']}, {seeds} seed{'s' * (seeds > 1)} of {requests} requests "
+            f"{about['title']}, {_size(found)} requests "
             f"([plots](scheduling/{path.stem}.png); {_machine(found['runs'])}):\n\n{table(header, rows)}"
         )
     return "\n\n".join(parts) or None
