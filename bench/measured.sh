@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures every fleet and kind of traffic of docs/scheduling.md end to end, and writes numbers and plots to
-# docs/scheduling/balance-*. Wants a machine of its own: about an hour for each seed on two cores.
+# docs/scheduling/balance-*. Wants a machine of its own: an hour and a half for each seed on two cores.
 #
 #   SEEDS=3 bench/measured.sh [NAME...]
 #   SEEDS=5 bench/measured.sh --add [NAME...]    keeps the seeds that are there and measures those that lack
