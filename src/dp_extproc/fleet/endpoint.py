@@ -113,13 +113,20 @@ class DecodeSteps:
     tokens: float
     """Made; with speculative decoding more than one for each sequence in a step."""
 
-    def pace_since(self, earlier: "DecodeSteps") -> float | None:
-        """Give the seconds per token of a sequence since an earlier count; None without a step, or after a restart."""
-        steps, sequences = self.steps - earlier.steps, self.sequences - earlier.sequences
-        seconds, tokens = self.seconds - earlier.seconds, self.tokens - earlier.tokens
-        if steps <= 0 or sequences <= 0 or seconds <= 0 or tokens <= 0:
-            return None
-        return seconds / steps * sequences / tokens
+    @property
+    def pace(self) -> float:
+        """Seconds per token of a sequence."""
+        return self.seconds / self.steps * self.sequences / self.tokens
+
+    def since(self, earlier: "DecodeSteps") -> "DecodeSteps | None":
+        """Give what was decoded since an earlier count; None if nothing was, or the engine has started anew."""
+        made = DecodeSteps(
+            self.steps - earlier.steps,
+            self.sequences - earlier.sequences,
+            self.seconds - earlier.seconds,
+            self.tokens - earlier.tokens,
+        )
+        return made if min(made.steps, made.sequences, made.seconds, made.tokens) > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
