@@ -5,7 +5,7 @@ import struct
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dp_extproc.engine.scheduler.prefix_cache import TOKEN_BYTES, Node, PrefixCache, prompt_of
@@ -84,6 +84,7 @@ def prefixes(tokens: Tokens) -> set[Tokens]:
 
 
 @given(STEPS)
+@example([("insert", (0, 0)), ("insert", (0, 1)), ("evict", 1)])  # two leaves of one length, used in one moment
 def test_it_knows_what_a_naive_model_knows(steps: list[tuple[object, ...]]) -> None:
     """Lengths, sizes and locks agree after every step; eviction frees enough, oldest first, and takes nothing held."""
     model = Model()

@@ -59,9 +59,10 @@ class PrefixCache:
         """Start empty."""
         self._root = Node(b"", None, 0, 0)
         self._clock = 0
-        self._candidates: list[tuple[int, int, Node]] = []
-        """A heap of what was a leaf that nobody held when it was noted: its last use then, and its end, which differs
-        between nodes of one last use. What has become of it since is looked at when it comes out."""
+        self._candidates: list[tuple[int, int, int, Node]] = []
+        """A heap of what was a leaf that nobody held when it was noted: its last use then, its end, and a number, as
+        two branches of a split may share both. What has become of it since is looked at when it comes out."""
+        self._noted = 0
         self.size = 0
         self.locked = 0
         """Part of the size that running sequences hold."""
@@ -105,7 +106,7 @@ class PrefixCache:
     def evict(self, tokens: int) -> None:
         """Give up leaves, those first that were not used for longest, until *tokens* are free or nothing is left."""
         while tokens > 0 and self._candidates:
-            noted, _, leaf = heapq.heappop(self._candidates)
+            noted, _, _, leaf = heapq.heappop(self._candidates)
             leaf.is_candidate = False
             if noted != leaf.used_at:  # used since: it gets its new place
                 self._note(leaf)
@@ -117,7 +118,8 @@ class PrefixCache:
         """Make a node a candidate for eviction, if it is one: a leaf that nobody holds, and not the root."""
         if node.parent is not None and not (node.users or node.children or node.is_candidate):
             node.is_candidate = True
-            heapq.heappush(self._candidates, (node.used_at, node.end, node))
+            self._noted += 1
+            heapq.heappush(self._candidates, (node.used_at, node.end, self._noted, node))
 
     def _remove(self, leaf: Node) -> None:
         assert leaf.parent is not None  # noqa: S101 - the root is no candidate: for the type checker
