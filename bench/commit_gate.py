@@ -15,6 +15,7 @@ from typing import Final
 
 import httpx
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
@@ -61,7 +62,7 @@ def main() -> None:
             service = running.enter_context(ServiceProcess(write_config([pool], supervision={"mode": mode})))
             service.wait_until_fresh()
             envoy = running.enter_context(EnvoyProcess(service.config))
-            clients[mode] = running.enter_context(httpx.Client(base_url=envoy.url, trust_env=False, timeout=60))
+            clients[mode] = running.enter_context(loopback.client(envoy.url, timeout=60))
         print(f"{'path':>22}  {'':>8}  {'TTFT':>9}  more than off, ms (median of rounds; least to most)")
         for path in BODIES:
             medians: dict[str, list[float]] = {mode: [] for mode in MODES}

@@ -17,6 +17,7 @@ from typing import Final
 import httpx
 
 from dp_extproc.config import CutStreams
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
@@ -55,7 +56,7 @@ def main() -> None:
             service = running.enter_context(ServiceProcess(settings))
             service.wait_until_fresh()
             envoy = running.enter_context(EnvoyProcess(service.config))
-            client = running.enter_context(httpx.Client(base_url=envoy.url, trust_env=False, timeout=60))
+            client = running.enter_context(loopback.client(envoy.url, timeout=60))
             forms[form] = envoy, client
         threads = running.enter_context(ThreadPoolExecutor(AT_A_TIME))
         costs: dict[CutStreams, list[float]] = {form: [] for form in CutStreams}

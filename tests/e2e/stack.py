@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import httpx
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
@@ -114,7 +115,7 @@ def run_stack(
         }
         service = running.enter_context(ServiceProcess(write_config([pool], **sections)))
         envoy = running.enter_context(EnvoyProcess(service.config))
-        client = running.enter_context(httpx.Client(base_url=envoy.url, timeout=60, trust_env=False))
+        client = running.enter_context(loopback.client(envoy.url, timeout=60))
         service.wait_until_fresh()
         service.wait_until_ready()
         yield Stack(prefill, decode, service, envoy, client, tuple(map(int, version.split("."))))

@@ -12,6 +12,7 @@ import httpx
 import pytest
 import yaml
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
 from e2e.hosted import HostedEngine, HostedEngines
@@ -82,7 +83,7 @@ def running(request: pytest.FixtureRequest) -> Iterator[Gateway]:
         service = running.enter_context(ServiceProcess({**content, "protocol": "endpoint_picker"}))
         bootstrap = _gateway(service, workers, request.param)
         envoy = running.enter_context(EnvoyProcess(service.config, bootstrap=bootstrap))
-        client = running.enter_context(httpx.Client(base_url=envoy.url, timeout=30, trust_env=False))
+        client = running.enter_context(loopback.client(envoy.url))
         service.wait_until_fresh()
         yield Gateway(workers, client, service)
 

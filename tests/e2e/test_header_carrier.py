@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
 from e2e.hosted import HostedEngine, HostedEngines
@@ -75,7 +76,7 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
         envoy_section = {"body_mode": request.param}
         service = running.enter_context(ServiceProcess(write_config(config, envoy=envoy_section)))
         envoy = running.enter_context(EnvoyProcess(service.config))
-        client = running.enter_context(httpx.Client(base_url=envoy.url, timeout=30, trust_env=False))
+        client = running.enter_context(loopback.client(envoy.url))
         service.wait_until_fresh()
         yield Fleet(pools, client, service)
 

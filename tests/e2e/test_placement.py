@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
@@ -76,7 +77,7 @@ def test_load_of_others_is_avoided() -> None:
         with (
             ServiceProcess(write_config([pool])) as service,
             EnvoyProcess(service.config) as envoy,
-            httpx.Client(timeout=30) as client,
+            loopback.client() as client,
         ):
             service.wait_until_ready()
             others: dict[str, Any] = {**LONG, "text": "x" * 40_000, "routed_dp_rank": 1}

@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
@@ -53,7 +54,7 @@ def running() -> Iterator[Pools]:
         ]
         service = running.enter_context(ServiceProcess(write_config(pools)))
         envoy = running.enter_context(EnvoyProcess(service.config))
-        client = running.enter_context(httpx.Client(base_url=envoy.url, timeout=30, trust_env=False))
+        client = running.enter_context(loopback.client(envoy.url))
         service.wait_until_fresh()
         service.wait_until_ready()
         yield Pools(prefill, decode, small, old, client, envoy.url)

@@ -11,6 +11,7 @@ import httpx
 import pytest
 import yaml
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
@@ -68,7 +69,7 @@ def changing() -> Iterator[Changing]:
         service = running.enter_context(ServiceProcess(content))
         front = running.enter_context(EnvoyProcess(service.config))
         service.wait_until_fresh()
-        client = running.enter_context(httpx.Client(base_url=front.url, timeout=60, trust_env=False))
+        client = running.enter_context(loopback.client(front.url, timeout=60))
         yield Changing(pairs, content, service, client)
         service.wait_until_idle()
 

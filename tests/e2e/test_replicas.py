@@ -11,6 +11,7 @@ from functools import partial
 import httpx
 import pytest
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
@@ -80,7 +81,7 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
 
 def test_two_replicas_do_not_pick_the_same_rank_in_step(replicas: Replicas) -> None:
     """Long requests that come through either in turn end up on different ranks, of prefill as of decode."""
-    with httpx.Client(timeout=60, trust_env=False) as client, ThreadPoolExecutor(RANKS) as pool:
+    with loopback.client(timeout=60) as client, ThreadPoolExecutor(RANKS) as pool:
         answers = []
         for count in range(1, RANKS + 1):
             sent = {**LONG, "text": f"{count}{'x' * 160_000}"}  # nothing of it is cached anywhere

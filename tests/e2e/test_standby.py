@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
@@ -55,7 +56,7 @@ def services() -> Iterator[Services]:
             service.wait_until_fresh()
             service.wait_until_ready()
         front = running.enter_context(EnvoyProcess(first.config))
-        yield Services(first, standby, running.enter_context(httpx.Client(base_url=front.url, timeout=60)))
+        yield Services(first, standby, running.enter_context(loopback.client(front.url, timeout=60)))
 
 
 def test_the_standby_decides_once_the_first_is_gone(services: Services) -> None:

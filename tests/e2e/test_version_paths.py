@@ -8,6 +8,7 @@ from typing import Any, Final
 import httpx
 import pytest
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
 from e2e.hosted import HostedEngine, HostedEngines
@@ -69,7 +70,7 @@ def fleet() -> Iterator[Fleet]:
         patient = {"interval": "1s", "timeout": "5s", "stale_after": "30s"}
         service = running.enter_context(ServiceProcess(write_config(config, load=patient)))
         envoy = running.enter_context(EnvoyProcess(service.config))
-        client = running.enter_context(httpx.Client(base_url=envoy.url, timeout=30, trust_env=False))
+        client = running.enter_context(loopback.client(envoy.url))
         service.wait_until_fresh()
         yield Fleet(client, pools, workers)
 

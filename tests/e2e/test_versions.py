@@ -9,6 +9,7 @@ from typing import Any, Final
 import httpx
 import pytest
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
 from e2e.hosted import HostedEngine, HostedEngines
@@ -91,7 +92,7 @@ def fleet() -> Iterator[Fleet]:
             ServiceProcess(write_config(config, load={"interval": "1s", "timeout": "5s", "stale_after": "30s"}))
         )
         envoy = running.enter_context(EnvoyProcess(service.config))
-        client = running.enter_context(httpx.Client(base_url=envoy.url, timeout=30, trust_env=False))
+        client = running.enter_context(loopback.client(envoy.url))
         service.wait_until_fresh()
         yield Fleet(client, service, pools)
 

@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from dp_extproc.engine.api.faults import Fault, Kind
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
 from e2e.hosted import HostedEngine, HostedEngines
@@ -60,7 +61,7 @@ def running(request: pytest.FixtureRequest) -> Iterator[Fleet]:
         sections = {"envoy": {"body_mode": "none"}, "supervision": {"mode": request.param}}
         service = running.enter_context(ServiceProcess(write_config([pool], **sections)))
         envoy = running.enter_context(EnvoyProcess(service.config))
-        client = running.enter_context(httpx.Client(base_url=envoy.url, timeout=30, trust_env=False))
+        client = running.enter_context(loopback.client(envoy.url))
         service.wait_until_fresh()
         yield Fleet(prefills, decodes, client, service, envoy)
         service.wait_until_idle()

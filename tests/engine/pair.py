@@ -9,11 +9,12 @@ from typing import Any
 
 import httpx
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
 
 RANKS = 4
-FAST = ("--time-scale", "0.01", "--timeout-bootstrap", "40", "--timeout-waiting", "40")
-"""A hundred times faster, and what waits for nobody gives up after 0.4 seconds."""
+FAST = ("--time-scale", "0.01", "--timeout-bootstrap", "80", "--timeout-waiting", "80")
+"""A hundred times faster, and what waits for nobody gives up after 0.8 seconds."""
 PROMPTS: dict[str, dict[str, Any]] = {
     "/generate": {"text": "hello", "sampling_params": {"max_new_tokens": 3}},
     "/v1/completions": {"prompt": "hello", "max_tokens": 3},
@@ -75,7 +76,7 @@ def run_pair(version: str, *options: str, dp_attention: bool = True, ranks: int 
         decode.start()
         prefill.wait_until_listening()
         decode.wait_until_listening()
-        with httpx.Client(timeout=30, trust_env=False) as client, ThreadPoolExecutor(16) as pool:
+        with loopback.client() as client, ThreadPoolExecutor(16) as pool:
             yield Pair(prefill, decode, client, pool)
     finally:
         prefill.__exit__(None, None, None)

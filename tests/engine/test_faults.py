@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
 from patience import wait_for
 
@@ -62,10 +63,11 @@ def test_statuses(engine: EngineProcess, status: str) -> None:
 )
 def test_broken_answers(engine: EngineProcess, fault: dict[str, Any], error: type[Exception], *, stream: bool) -> None:
     """A client gets no (whole) answer, and the engine's journal knows who ended it."""
+    hangs = fault["kind"] == "hang"
     engine.fault(inference=fault)
     with pytest.raises(error):
-        generate(engine, stream=stream, timeout=0.5)
-    if fault["kind"] == "hang":
+        generate(engine, stream=stream, timeout=0.5 if hangs else 10.0)
+    if hangs:
         wait_for(lambda: journal(engine)["disconnected_at"])
         assert journal(engine)["outcome"] in {"aborted", "finished"}
     else:
@@ -148,7 +150,7 @@ def test_a_failure_after_some_tokens(engine: EngineProcess) -> None:
 
 def test_a_closed_port(engine: EngineProcess) -> None:
     """An engine can refuse connections, and cut those that are open, without being gone."""
-    with httpx.Client() as client:
+    with loopback.client() as client:
         assert client.get(f"{engine.url}/v1/models").status_code == 200
         engine.fault(inference="refuse")
         with pytest.raises(httpx.TransportError):

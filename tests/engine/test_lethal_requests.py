@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
 from engine.pair import PROMPTS
 from patience import wait_for
@@ -65,7 +66,7 @@ def test_a_missing_room_is_else_a_bad_request(role: str, ranks: int, body: dict[
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stops_at_once_with_requests_open(number: signal.Signals) -> None:
     """A signal ends it with status 0, whoever waits for an answer."""
-    with EngineProcess("decode", 2) as engine, httpx.Client() as client:
+    with EngineProcess("decode", 2) as engine, loopback.client() as client:
         body = {**PROMPTS["/generate"], **ROOM, "stream": True}
         with client.stream("POST", f"{engine.url}/generate", json=body) as response:
             assert response.status_code == 200

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
 from engine.pair import FAST, PROMPTS
 
@@ -33,7 +34,7 @@ def engine(page: str) -> Iterator[EngineProcess]:
     role = page.rsplit(maxsplit=1)[-1] if " " in page else "unified"
     options = ["--dp-attention"] if page in ATTENTION else []
     streams = any(each.get("is_streaming") == "true" for labels in theirs(page).values() for each in labels)
-    with EngineProcess(role, 2, *FAST, *options, "--model", "tiny") as engine, httpx.Client() as client:
+    with EngineProcess(role, 2, *FAST, *options, "--model", "tiny") as engine, loopback.client() as client:
         for rank in (0, 1):
             for stream in (False, streams):
                 ranks = {"routed_dp_rank": rank, "disagg_prefill_dp_rank": rank}

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
 from engine.pair import FAST
 from engine.recorded_shape import LONG, comparable, events_of, shape
@@ -55,7 +56,7 @@ def busy() -> Iterator[EngineProcess]:
     """A server whose ranks are both at work for ever, on as much as they may run at a time."""
     with (
         EngineProcess("unified", 2, *FAST, "--max-running-requests", "1") as engine,
-        httpx.Client(timeout=None) as client,
+        loopback.client(timeout=None) as client,
         ThreadPoolExecutor(2) as pool,
     ):
         for rank in (0, 1):
@@ -87,7 +88,7 @@ def request_of(engine: EngineProcess, case: dict[str, Any]) -> httpx.Request:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with httpx.Client(timeout=30) as client:
+    with loopback.client() as client:
         yield client
 
 

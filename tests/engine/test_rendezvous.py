@@ -8,8 +8,8 @@ from dp_extproc.testbed.engine import EngineProcess
 from engine.pair import PROMPTS, RANKS, Pair, run_pair, text_of
 from patience import wait_for
 
-TIMED_OUT_ON_PREFILL = "timed out after 40.0s in KVPoll.Bootstrapping"
-TIMED_OUT_ON_DECODE = "timed out after 40.0s in KVPoll.WaitingForInput"
+TIMED_OUT_ON_PREFILL = "timed out after 80.0s in KVPoll.Bootstrapping"
+TIMED_OUT_ON_DECODE = "timed out after 80.0s in KVPoll.WaitingForInput"
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
 from engine.pair import FAST, PROMPTS, text_of
 
@@ -205,7 +206,7 @@ def test_what_is_no_request(newest: EngineProcess, path: str) -> None:
         request = httpx.Request("POST", newest.url + path, json=PROMPTS[path])
         del request.headers["content-type"]
         request.headers.update(headers)
-        with httpx.Client() as client:
+        with loopback.client() as client:
             answer = client.send(request)
         assert answer.status_code == (200 if path == "/generate" and not headers else 400)
 

@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
 from engine.pair import PROMPTS, Pair, run_pair
 from patience import wait_for
@@ -249,7 +250,7 @@ def test_large_bodies(unified: EngineProcess, megabytes: int) -> None:
     content = b'{"text":"x","padding":"' + b"x" * (megabytes << 20) + b'","sampling_params":{"max_new_tokens":0}}'
     headers = {"content-type": "application/json"}
     unified.forget()
-    with httpx.Client(timeout=60) as client:
+    with loopback.client(timeout=60) as client:
         assert client.post(f"{unified.url}/generate", content=content, headers=headers).status_code == 200
         noted = unified.requests()[0]
         assert noted["body"] is None

@@ -12,6 +12,7 @@ import yaml
 from dp_extproc.config import BodyMode, Config
 from dp_extproc.envoy_config import build_bootstrap, render_yaml
 from dp_extproc.extproc import names
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.ports import free_ports
 from envoy_config.recording_engine import RecordingEngine, run_engine
@@ -114,6 +115,6 @@ def run_bench(body_mode: BodyMode, **settings: Any) -> Iterator[Bench]:
         run_engine("decode") as decode,
         run_service(prefill.address, decode.address, ports[2]) as service,
         EnvoyProcess(config, bootstrap=scripted_bootstrap(config)) as envoy,
-        httpx.Client(base_url=envoy.url, timeout=60, trust_env=False) as client,
+        loopback.client(envoy.url, timeout=60) as client,
     ):
         yield Bench(config, envoy, service, prefill, decode, client)

@@ -6,6 +6,7 @@ import pytest
 from dp_extproc.config import BodyMode
 from dp_extproc.envoy_config import build_bootstrap, render_yaml
 from dp_extproc.extproc import names
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.ports import free_ports
 from envoy_config.harness import BODY, error_of, make_config
@@ -20,7 +21,7 @@ def test_without_the_service_a_request_goes_nowhere(body_mode: BodyMode) -> None
     with (
         run_engine("decode") as decode,
         EnvoyProcess(make_config(body_mode, ports)) as envoy,
-        httpx.Client(base_url=envoy.url, trust_env=False, timeout=30) as client,
+        loopback.client(envoy.url) as client,
     ):
         named = {names.DECODE_HOST: decode.address, names.PREFILL_HOST: decode.address}
         refused = client.post("/v1/completions", content=BODY, headers=named)
@@ -66,7 +67,7 @@ def test_a_running_response_outlives_the_service() -> None:
     with (
         run_engine("decode") as decode,
         EnvoyProcess(make_config(BodyMode.BUFFERED, ports)) as envoy,
-        httpx.Client(base_url=envoy.url, trust_env=False, timeout=30) as client,
+        loopback.client(envoy.url) as client,
     ):
         with run_service(decode.address, decode.address, ports[2]) as service:
             headers = {"test-one-server": "1", "x-request-id": "of the test"}

@@ -16,6 +16,7 @@ from envoy_data_plane.envoy.config.endpoint.v3 import LocalityLbEndpoints
 from dp_extproc.config import Config
 from dp_extproc.envoy_config import build_bootstrap, render_yaml
 from dp_extproc.envoy_config.cluster_names import SERVICE
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
@@ -45,8 +46,8 @@ class Outcome:
     """Whether the answer came to its end, with every token."""
     reason: str | None = None
     """Of an error that does not come from the engine: the service's word or Envoy's."""
-    timed_out: bool = False
-    """Whether the client gave up waiting."""
+    error: httpx.TransportError | None = None
+    """What broke the connection, or made the client give up waiting."""
 
     @property
     def is_told(self) -> bool:
@@ -56,11 +57,13 @@ class Outcome:
     @property
     def is_lost(self) -> bool:
         """Whether the client has nothing of what it asked for."""
-        return not self.complete and not (self.status == 200 and self.text and not self.timed_out)
+        return not self.complete and not (
+            self.status == 200 and self.text and not isinstance(self.error, httpx.TimeoutException)
+        )
 
     def __str__(self) -> str:
         if self.status is None:
-            return "nothing"
+            return f"nothing: {self.error!r}"
         if self.status == 200:
             if self.complete:
                 return "answer"
@@ -87,7 +90,7 @@ def ask(
         on_first: Called when the first bytes of the answer are here.
         more: Further fields of the body.
     """
-    text, status, reason, complete, timed_out = b"", None, None, False, False
+    text, status, reason, complete, broken = b"", None, None, False, None
     try:
         body = {**BODIES[path], "stream": stream, **more}
         with client.stream("POST", path, json=body, timeout=patience) as answer:
@@ -97,11 +100,11 @@ def ask(
                     on_first()
                 text += chunk
     except httpx.TransportError as error:
-        timed_out = isinstance(error, httpx.TimeoutException)
+        broken = error
     else:
         complete = status == 200 and _is_complete(text, stream=stream)
         reason = reason or (_reason_of_envoy(text) if status != 200 else None)
-    return Outcome(status, text.decode(errors="replace"), complete, reason, timed_out)
+    return Outcome(status, text.decode(errors="replace"), complete, reason, broken)
 
 
 def _is_complete(text: bytes, *, stream: bool) -> bool:
@@ -227,8 +230,7 @@ def run_fleet(
         if message_timeout is not None:
             bootstrap = bootstrap.replace(_MESSAGE_TIMEOUT, f" message_timeout: {message_timeout}")
         envoy = running.enter_context(EnvoyProcess(service.config, bootstrap=bootstrap))
-        limits = httpx.Limits(max_connections=None)
-        client = running.enter_context(httpx.Client(base_url=envoy.url, limits=limits, trust_env=False))
+        client = running.enter_context(loopback.client(envoy.url))
         threads = running.enter_context(ThreadPoolExecutor(256))
         fleet = Fleet(engines[:2], engines[2:], service, envoy, client, threads, services[1:])
         fleet.wait_until_fresh()
