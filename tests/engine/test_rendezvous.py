@@ -192,9 +192,9 @@ def test_room_zero_never_arrives(newest: Pair) -> None:
 def test_a_live_room_used_twice_breaks_one_of_both(newest: Pair) -> None:
     """Whoever is done first takes the room away from the other; one room in two requests never works."""
     common = newest.meeting(newest.room())
-    decodes = [newest.post(newest.decode, "/generate", **common, routed_dp_rank=rank) for rank in (0, 1)]
-    wait_for(lambda: sum(request["outcome"] == "running" for request in newest.decode.requests()) == 2)
     prefills = [newest.post(newest.prefill, "/generate", **common) for _ in range(2)]
+    wait_for(lambda: sum(request["outcome"] == "running" for request in newest.prefill.requests()) == 2)
+    decodes = [newest.post(newest.decode, "/generate", **common, routed_dp_rank=rank) for rank in (0, 1)]
     outcomes = [answer.result().status_code for answer in decodes]
 
     assert sorted(outcomes) == [200, 500]
