@@ -165,6 +165,16 @@ def test_every_surrounding_runs(around: Surroundings) -> None:
     assert not any(replica.attempts for replica in router._replicas)
 
 
+def test_the_router_learns_how_long_texts_are() -> None:
+    """All prompts are taken for a quarter at first; when a few have been counted, for what they are."""
+    simulation = Simulation(SMALL, Surroundings(bias=0.25), make_trace("azure", 300, 40.0, 1), 1)
+    router = Ours(simulation, PolicySettings(), LoadSignal.ESTIMATE)
+    simulation.run(router)
+
+    (ratio,) = router._replicas[0].fleet.ratios.values()
+    assert ratio.bytes_per_token == pytest.approx(1.0, rel=0.15)
+
+
 def others(host: object) -> float:
     return sum(group.others_requests for group in host.groups)  # type: ignore[attr-defined]
 

@@ -350,7 +350,7 @@ class StepGroup(ABC):
         for rank in self.ranks:
             if rank.others_requests >= SOMEBODY:
                 self.others_requests -= rank.others_requests
-                rank.others_requests = 0.0
+                rank.others_requests = self.others[rank.position] = 0.0
                 self.correct(rank, 0.0, now)
 
     @abstractmethod

@@ -8,6 +8,7 @@ import math
 from typing import Final
 
 from dp_extproc.fleet.endpoint import RankSample
+from dp_extproc.placement.belief import Belief
 from dp_extproc.placement.books import SOMEBODY, RankLoad, Reservation, StepGroup
 from dp_extproc.placement.pace import DEFAULT_TPOT, ODD_PACE, Pace, within
 
@@ -54,8 +55,8 @@ class DecodeGroup(StepGroup):
     """Decode ranks, or ranks that do both prefill and decode, with a common step."""
 
     __slots__ = (
-        "_computes", "_extra", "_first_tokens", "_growing", "_others_extra", "_prompts", "_request_tokens", "_room",
-        "_swept", "pace", "tpot", "usual_tpot",
+        "_belief", "_computes", "_extra", "_first_tokens", "_growing", "_others_extra", "_prompts", "_request_tokens",
+        "_room", "_swept", "pace", "tpot", "usual_tpot",
     )  # fmt: skip
 
     def __init__(self, indices: range, *, request_tokens: float, computes: bool = False) -> None:
@@ -72,6 +73,7 @@ class DecodeGroup(StepGroup):
         self.usual_tpot = DEFAULT_TPOT
         """Of the servers of its pool and role."""
         self.pace = Pace(len(self.ranks))
+        self._belief = Belief(len(self.ranks))
         self._swept = -math.inf
         """When old sequences were looked for."""
         self._request_tokens = request_tokens
@@ -136,9 +138,11 @@ class DecodeGroup(StepGroup):
         self._keep_pace()
 
     def correct(self, rank: RankLoad, others: float, now: float) -> None:
-        extra = self._others_extra[rank.position] = self._request_tokens * rank.others_requests
-        self.others[rank.position] = others + extra
-        self._sum_up(rank.position, now)
+        position, fixed = rank.position, self._request_tokens * rank.others_requests
+        correction = self._belief.weigh(position, others + fixed - self.others[position])
+        self.others[position] += correction
+        self._others_extra[position] = min(fixed, max(0.0, self.others[position]))
+        self._sum_up(position, now)
 
     def grows(self, reservation: DecodeReservation, now: float) -> None:
         """Note that a sequence has had its first token. Strictly for :meth:`DecodeReservation.started`."""

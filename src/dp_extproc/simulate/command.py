@@ -25,7 +25,7 @@ _AROUND: Final = (
     ("stale_after", float, "age in seconds from which a reading is stale (default: never)"),
     ("mute", float, "share of the time in which an engine cannot be read, 20 seconds each time"),
     ("error_sigma", float, "error of prompt lengths as estimated: sigma of its logarithm"),
-    ("bias", float, "factor of all estimates"),
+    ("bias", float, "factor of all estimates, until the router has learned better from the engines' counts"),
     ("underrated", float, "share of the requests that are taken for a quarter of their length"),
     ("direct_share", float, "share of the requests that do not pass the router"),
     ("aborts", float, "share of the requests whose clients leave a queue in which they wait for long"),

@@ -49,7 +49,7 @@ class Surroundings:
     error_sigma: float = 0.0
     """Of the logarithm of the error of prompt lengths, as the router estimates them."""
     bias: float = 1.0
-    """Factor of all estimates."""
+    """Factor of all estimates, until the router has learned from the engines' counts how long texts are."""
     underrated: float = 0.0
     """Share of the requests that are taken for a quarter of their length."""
     answers: bool = True

@@ -17,8 +17,10 @@ from dp_extproc.placement.ledger import Ledger
 from dp_extproc.placement.load import StepCosts
 from dp_extproc.placement.pair import Picker
 from dp_extproc.placement.prefill_load import LATER_STEPS, LATER_WEIGHT, WAITING_COUNTED
+from dp_extproc.placement.ratio import START as BYTES_PER_TOKEN
 from dp_extproc.request.path import Api
 from dp_extproc.request.prefix import NO_PREFIX, Prefix
+from dp_extproc.request.prompt import Prompt
 from dp_extproc.simulate.fleet import Fleet
 from dp_extproc.simulate.simulation import EngineRanks, Placement, Simulation
 from dp_extproc.workload.trace import TraceRequest
@@ -134,8 +136,7 @@ class Ours:
         replica = self._rng.choice(self._replicas)
         self._of[number] = replica
         prefix = self._prefix(request) if self._affinity else NO_PREFIX
-        demand = Demand(self._estimate(request), prefix=prefix)
-        placement, dispatch = replica.place(number, demand, now)
+        placement, dispatch = replica.place(number, self._text_bytes(request), prefix, now)
         self._share(replica, lambda peer, now: peer.told(number, dispatch, now))
         return placement
 
@@ -165,14 +166,15 @@ class Ours:
                 if peer is not replica:
                     self._simulation.after(delay, partial(happen, peer))
 
-    def _estimate(self, request: TraceRequest) -> float:
+    def _text_bytes(self, request: TraceRequest) -> int:
+        """Tell how long the text is that the prompt is estimated by."""
         around = self._simulation.around
         tokens = request.prompt_tokens * around.bias
         if around.error_sigma:
             tokens *= self._rng.lognormvariate(0, around.error_sigma)
         if around.underrated and self._rng.random() < around.underrated:
             tokens /= 4
-        return max(1.0, tokens)
+        return round(tokens * BYTES_PER_TOKEN)
 
     def _prefix(self, request: TraceRequest) -> Prefix:
         blocks, chain = [], 0
@@ -212,7 +214,9 @@ class _Replica:
         self._engine_ranks: EngineRanks = simulation.engine_ranks
         self.attempts: dict[int, Attempt] = {}
 
-    def place(self, number: int, demand: Demand, now: float) -> tuple[Placement, Dispatch]:
+    def place(self, number: int, text_bytes: int, prefix: Prefix, now: float) -> tuple[Placement, Dispatch]:
+        tokens = self.fleet.ratios[_POOL].estimate(Prompt(text_bytes, 0, None))
+        demand = Demand(tokens, prefix=prefix, text_bytes=text_bytes)
         prefills = self.fleet.capable(_POOL, Role.PREFILL, Api.CHAT, now)
         decodes = self.fleet.capable(_POOL, Role.DECODE, Api.CHAT, now)
         pair = self._picker.pair(prefills, decodes, demand, now)

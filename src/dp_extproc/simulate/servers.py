@@ -51,6 +51,8 @@ class PrefillServer:
         self._schedule = schedule
         self._computed = computed
         self._gauges = [0] * fleet.ranks
+        self._prompt_tokens = 0
+        """Of all prompts that it has answered."""
 
     def add(self, number: int, rank: int, request: TraceRequest, now: float) -> Work:
         """Take in a request that may start."""
@@ -87,6 +89,7 @@ class PrefillServer:
     def sent(self, work: Work, now: float) -> None:
         """The KV cache has been sent."""
         self.ranks[work.dp_rank].transferred(work)
+        self._prompt_tokens += work.prompt_tokens
         self.wake(now)
 
     def backlog(self, rank: int) -> int:
@@ -106,7 +109,8 @@ class PrefillServer:
     def page(self, *, gauges: bool) -> LoadPage:
         """Tell the load: what ``/v1/loads`` tells, or only the gauges, as old as an engine's are."""
         if gauges:
-            return LoadPage(tuple(RankSample(rank, used) for rank, used in enumerate(self._gauges)))
+            found = tuple(RankSample(rank, used) for rank, used in enumerate(self._gauges))
+            return LoadPage(found, self._prompt_tokens)
         samples = []
         for rank in self.ranks:
             pending = sum(work.prompt_tokens - work.prefilled for works in (rank.queue, rank.running) for work in works)
@@ -122,7 +126,7 @@ class PrefillServer:
                     age=0.0,
                 )
             )
-        return LoadPage(tuple(samples))
+        return LoadPage(tuple(samples), self._prompt_tokens)
 
     def _finish(self, now: float) -> None:
         had_work = [bool(rank.chunks) for rank in self.ranks]

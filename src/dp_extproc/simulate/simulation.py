@@ -267,5 +267,6 @@ def _lie(page: LoadPage, rng: Random) -> LoadPage:
                 age=sample.age,
             )
             for rank, sample in enumerate(samples)
-        )
+        ),
+        None if page.prompt_tokens is None else round(page.prompt_tokens * rng.uniform(0, 3)),
     )
