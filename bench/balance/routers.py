@@ -2,7 +2,6 @@
 
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.ports import free_ports
 from dp_extproc.testbed.service import ServiceProcess, write_config
 from dp_extproc.testbed.tied_process import start_tied
+from dp_extproc.testbed.waiting import wait_until
 
 INTERVAL: Final = 1.0
 """Seconds between two looks of ours at the engines' load; the default."""
@@ -111,14 +111,12 @@ def _find_smg() -> str:
 
 
 def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + _READY_SECONDS
-    while time.monotonic() < deadline:
+    def complaint() -> str:
+        return f"smg is not ready:\n{log.read_text(encoding='utf-8', errors='replace')}"
+
+    def is_ready() -> bool:
         if process.poll() is not None:
-            break
-        try:
-            if loopback.CLIENT.get(f"{url}/readiness").status_code == httpx.codes.OK:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
-    raise RuntimeError(f"smg is not ready:\n{log.read_text(encoding='utf-8', errors='replace')}")
+            raise RuntimeError(complaint())
+        return loopback.CLIENT.get(f"{url}/readiness").status_code == httpx.codes.OK
+
+    wait_until(is_ready, _READY_SECONDS, complaint)

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -16,11 +15,11 @@ from dp_extproc.config import Config
 from dp_extproc.envoy_config import build_bootstrap, render_yaml
 from dp_extproc.testbed import loopback
 from dp_extproc.testbed.tied_process import start_tied
+from dp_extproc.testbed.waiting import wait_until
 
 _START_SECONDS: Final = 30.0
 _STOP_SECONDS: Final = 10.0
 _LOG_SECONDS: Final = 10.0
-_POLL_SECONDS: Final = 0.02
 
 
 def find_envoy() -> str:
@@ -126,16 +125,18 @@ class EnvoyProcess:
         """Wait until *count* lines of that request are in the access log, and return them.
 
         Raises:
-            TimeoutError: They do not come.
+            RuntimeError: They do not come.
         """
-        deadline = time.monotonic() + _LOG_SECONDS
-        while True:
-            lines = [line for line in self.access_log() if line["request_id"] == request_id]
-            if len(lines) >= count:
-                return lines
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{len(lines)} of {count} lines of request {request_id} after {_LOG_SECONDS} s")
-            time.sleep(_POLL_SECONDS)
+
+        def lines() -> list[dict[str, Any]]:
+            return [line for line in self.access_log() if line["request_id"] == request_id]
+
+        wait_until(
+            lambda: len(lines()) >= count,
+            _LOG_SECONDS,
+            lambda: f"{len(lines())} of {count} lines of request {request_id} after {_LOG_SECONDS} s",
+        )
+        return lines()
 
     def _read(self, name: str) -> str:
         if self._directory is None:
@@ -143,15 +144,9 @@ class EnvoyProcess:
         return (Path(self._directory.name) / name).read_text(encoding="utf-8", errors="replace")
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + _START_SECONDS
-        while time.monotonic() < deadline:
+        def is_ready() -> bool:
             if process.poll() is not None:
                 raise RuntimeError(f"Envoy ended with status {process.returncode}:\n{self.log()}")
-            try:
-                answer = loopback.CLIENT.get(f"{self.admin_url}/ready", timeout=1.0)
-                if answer.status_code == httpx.codes.OK:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(_POLL_SECONDS)
-        raise RuntimeError(f"Envoy was not ready after {_START_SECONDS} s:\n{self.log()}")
+            return loopback.CLIENT.get(f"{self.admin_url}/ready", timeout=1.0).status_code == httpx.codes.OK
+
+        wait_until(is_ready, _START_SECONDS, lambda: f"Envoy was not ready after {_START_SECONDS} s:\n{self.log()}")

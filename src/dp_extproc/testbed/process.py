@@ -4,20 +4,17 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-import httpx
-
 from dp_extproc.testbed import loopback
 from dp_extproc.testbed.tied_process import start_tied
+from dp_extproc.testbed.waiting import wait_until
 
 _START_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 10.0
-_POLL_SECONDS: Final = 0.02
 
 
 class CommandProcess:
@@ -87,17 +84,15 @@ class CommandProcess:
         Raises:
             RuntimeError: It ended, or does not answer in time; the message ends with its log.
         """
-        deadline = time.monotonic() + _START_SECONDS
-        while time.monotonic() < deadline:
+
+        def answers() -> bool:
             if not self.is_running:
                 raise RuntimeError(f"{self._arguments[0]} ended while it was starting:\n{self.log()}")
-            try:
-                loopback.CLIENT.get(self._listening_url, timeout=1.0)
-            except httpx.TransportError:
-                time.sleep(_POLL_SECONDS)
-            else:
-                return
-        raise RuntimeError(f"{self._arguments[0]} does not answer on {self._listening_url}:\n{self.log()}")
+            loopback.CLIENT.get(self._listening_url, timeout=1.0)
+            return True
+
+        complaint = f"{self._arguments[0]} does not answer on {self._listening_url}:\n"
+        wait_until(answers, _START_SECONDS, lambda: complaint + self.log())
 
     @property
     def pid(self) -> int:

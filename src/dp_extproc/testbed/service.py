@@ -1,7 +1,6 @@
 """The service under test, with its admin port as a client sees it."""
 
 import re
-import time
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -12,10 +11,10 @@ from dp_extproc.config import Config, parse_config
 from dp_extproc.testbed import loopback
 from dp_extproc.testbed.ports import free_ports, free_row
 from dp_extproc.testbed.process import CommandProcess
+from dp_extproc.testbed.waiting import wait_until
 
 _READY_SECONDS: Final = 30.0
 _IDLE_SECONDS: Final = 10.0
-_POLL_SECONDS: Final = 0.02
 _IN_FLIGHT: Final = re.compile(r"^dp_extproc_(?:streams|reservations)(?:{.*})? (.*)$", re.MULTILINE)
 """One line of each for every worker."""
 
@@ -68,12 +67,11 @@ class ServiceProcess(CommandProcess):
         Raises:
             RuntimeError: None can in time; the message ends with the log.
         """
-        deadline = time.monotonic() + _READY_SECONDS
-        while time.monotonic() < deadline:
-            if loopback.CLIENT.get(f"{self.admin_url}/readyz").status_code == httpx.codes.OK:
-                return
-            time.sleep(_POLL_SECONDS)
-        raise RuntimeError(f"the service is not ready; {self.loads()}\n{self.log()}")
+        wait_until(
+            lambda: loopback.CLIENT.get(f"{self.admin_url}/readyz").status_code == httpx.codes.OK,
+            _READY_SECONDS,
+            lambda: f"the service is not ready; {self.loads()}\n{self.log()}",
+        )
 
     def wait_until_fresh(self) -> None:
         """Wait until the load of every configured endpoint is known.
@@ -81,13 +79,12 @@ class ServiceProcess(CommandProcess):
         Raises:
             RuntimeError: It is not in time; the message ends with the log.
         """
-        deadline = time.monotonic() + _READY_SECONDS
-        while time.monotonic() < deadline:
-            endpoints = self.loads().get("endpoints")  # of several workers none may have answered yet
-            if endpoints and all(endpoint["state"] == "fresh" for endpoint in endpoints):
-                return
-            time.sleep(_POLL_SECONDS)
-        raise RuntimeError(f"not every endpoint is fresh; {self.loads()}\n{self.log()}")
+
+        def all_are() -> bool:
+            endpoints = self.loads().get("endpoints") or []  # of several workers none may have answered yet
+            return {endpoint["state"] for endpoint in endpoints} == {"fresh"}
+
+        wait_until(all_are, _READY_SECONDS, lambda: f"not every endpoint is fresh; {self.loads()}\n{self.log()}")
 
     def wait_until_idle(self) -> None:
         """Wait until no stream is open and nothing is on the books: every reservation was released.
@@ -95,13 +92,15 @@ class ServiceProcess(CommandProcess):
         Raises:
             RuntimeError: Something stays; the message ends with the books.
         """
-        deadline = time.monotonic() + _IDLE_SECONDS
-        while time.monotonic() < deadline:
-            page = self.metrics()
-            if all(float(value) == 0 for value in _IN_FLIGHT.findall(page)):
-                return
-            time.sleep(_POLL_SECONDS)
-        raise RuntimeError(f"something stays on the books: {_IN_FLIGHT.findall(page)}\n{self.loads()}")
+
+        def in_flight() -> list[str]:
+            return [value for value in _IN_FLIGHT.findall(self.metrics()) if float(value) != 0]
+
+        wait_until(
+            lambda: not in_flight(),
+            _IDLE_SECONDS,
+            lambda: f"something stays on the books: {in_flight()}\n{self.loads()}",
+        )
 
     def loads(self) -> dict[str, Any]:
         """Return the admin port's /loads."""
