@@ -104,6 +104,46 @@ class TestTrafficOfOthers:
 
         assert ratio.bytes_per_token == START
 
+    def test_they_are_not_there_whenever_the_engine_is_read(self) -> None:
+        """Every other prompt is of others, which two readings of five show; one more without them tells nothing yet."""
+        ratio, chance = TokenRatio(), Random(1)
+        for second in range(3000):
+            ratio.answered(ENGINE, 20_000, 0)
+            ratio.counted(ENGINE, 10_000 * second, second, strangers=chance.random() < 0.4)
+
+        assert ratio.bytes_per_token == pytest.approx(START, rel=0.05)
+
+    def test_what_was_learned_just_before_they_were_seen_is_dropped(self) -> None:
+        """And what comes in the first readings after them; once they have been gone for a while all is learned."""
+        ratio = TokenRatio()
+        count = 0
+
+        def read(times: int, tokens: int, *, strangers: bool = False) -> None:
+            nonlocal count
+            for _ in range(times):
+                ratio.answered(ENGINE, 100_000, 0)
+                count += tokens
+                ratio.counted(ENGINE, count, 0.0, strangers=strangers)
+
+        read(10, 25_000)
+        read(7, 100_000)
+        read(1, 100_000, strangers=True)
+        read(7, 100_000)
+        before = ratio.bytes_per_token
+        read(300, 50_000)
+
+        assert before == START
+        assert ratio.bytes_per_token == pytest.approx(2.0, rel=0.05)
+
+    def test_pages_without_a_count_show_them_too(self) -> None:
+        """The count comes with every tenth page; others are on the page in between."""
+        ratio = TokenRatio()
+        for page in range(1000):
+            ratio.answered(ENGINE, 20_000, 0)
+            ratio.counted(ENGINE, None if page % 10 else 10_000 * page, page, strangers=page % 10 == 5)
+
+        assert ratio.bytes_per_token == START
+
     @pytest.mark.parametrize("share", [0.25, 0.7, 1.0])
     def test_what_is_counted_without_us_is_taken_off(self, share: float) -> None:
         """Requests come by chance, and the engine is read once a second; some are counted a second late."""

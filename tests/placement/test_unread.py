@@ -71,14 +71,16 @@ def test_the_length_is_the_estimate(length: int | None, tokens: int) -> None:
 def test_the_estimate_learns_what_a_body_is() -> None:
     """What engines count is set against whole bodies, so that what is not prompt in them is learnt, too."""
     fleet = make_fleet()
-    page_of = fleet.load.ratios["*"]
-    page_of.counted(make_endpoint(Role.PREFILL).url, 0, 1.0)
+    ratio, url = fleet.load.ratios["*"], make_endpoint(Role.PREFILL).url
+    for second in range(10):
+        ratio.counted(url, 0, second)
     decision = place(fleet, 1 << 20)
     assert decision.attempt is not None
     decision.attempt.prefill_answered(200, fleet.clock())
-    page_of.counted(make_endpoint(Role.PREFILL).url, 1 << 17, 2.0)
+    for second in range(10, 20):
+        ratio.counted(url, 1 << 17, second)
 
-    assert 7 < page_of.bytes_per_token <= 8
+    assert 7 < ratio.bytes_per_token <= 8
 
 
 def test_no_prompt_is_too_long_by_its_length_alone() -> None:

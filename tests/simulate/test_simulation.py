@@ -165,14 +165,25 @@ def test_every_surrounding_runs(around: Surroundings) -> None:
     assert not any(replica.attempts for replica in router._replicas)
 
 
-def test_the_router_learns_how_long_texts_are() -> None:
-    """All prompts are taken for a quarter at first; when a few have been counted, for what they are."""
-    simulation = Simulation(SMALL, Surroundings(bias=0.25), make_trace("azure", 300, 40.0, 1), 1)
+@pytest.mark.parametrize(
+    ("around", "bytes_per_token"),
+    [
+        pytest.param(Surroundings(bias=0.25), 1.0, id="taken for a quarter"),
+        pytest.param(Surroundings(bias=2.0), 8.0, id="taken for twice as long"),
+        pytest.param(Surroundings(bias=0.5, replicas=3, sync=0.02), 2.0, id="replicas that share"),
+        pytest.param(Surroundings(replicas=3), 4.0, id="blind replicas"),
+        pytest.param(Surroundings(direct_share=0.3), 4.0, id="direct traffic"),
+    ],
+)
+def test_the_router_learns_how_long_texts_are(around: Surroundings, bytes_per_token: float) -> None:
+    """From what the engines count; but not from what they count for others."""
+    simulation = Simulation(SMALL, around, make_trace("agent", 500, 6.5, 1), 1)
     router = Ours(simulation, PolicySettings(), LoadSignal.ESTIMATE)
     simulation.run(router)
 
-    (ratio,) = router._replicas[0].fleet.ratios.values()
-    assert ratio.bytes_per_token == pytest.approx(1.0, rel=0.15)
+    for replica in router._replicas:
+        (ratio,) = replica.fleet.ratios.values()
+        assert ratio.bytes_per_token == pytest.approx(bytes_per_token, rel=0.1)
 
 
 def others(host: object) -> float:

@@ -157,7 +157,7 @@ class FleetLoad:
                 self._forget_prefixes(host)
             if endpoint.role is not Role.PREFILL:
                 self._compare_pace(endpoint.pool, endpoint.role)
-        if page.prompt_tokens is not None and endpoint.role is not Role.DECODE:
+        if endpoint.role is not Role.DECODE:
             self.ratios[endpoint.pool].counted(
                 endpoint.url,
                 page.prompt_tokens,
