@@ -73,3 +73,16 @@ def test_a_decode_rank_does_not_swing_with_an_engine_that_tells_nonsense() -> No
 
     assert max(loads[:4]) - min(loads[:4]) > 30_000
     assert max(loads[-4:]) - min(loads[-4:]) < 5_000
+
+
+def test_an_empty_rank_is_empty() -> None:
+    """However little the engine is believed: what it told by mistake must not keep requests away for long."""
+    group = DecodeGroup(range(1), request_tokens=1000)
+    for number in range(40):
+        told = RankSample(0, 50_000, running_requests=5) if number % 2 else RankSample(0, 10, running_requests=1)
+        group.ranks[0].absorb(told, NOW + number, NOW + number)
+    before = group.loads[0]
+    group.ranks[0].absorb(RankSample(0, 0), NOW + 60, NOW + 60)
+
+    assert before > 10_000
+    assert group.loads[0] == 0
