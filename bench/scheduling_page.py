@@ -243,7 +243,11 @@ def agreement() -> str | None:
 
 
 def _size(found: dict[str, Any]) -> str:
-    return f"{len({run['seed'] for run in found['runs']})} of {found['about']['options']['requests']}"
+    return f"{_seeds(found)} of {found['about']['options']['requests']}"
+
+
+def _seeds(found: dict[str, Any]) -> int:
+    return len({run["seed"] for run in found["runs"]})
 
 
 def _is_smg(name: str) -> bool:
@@ -277,7 +281,7 @@ def balance() -> str | None:
             )
         header = ["", "mean TTFT, ms", "change, %", "p99 TTFT, %", "TPOT, %", "waiting", "failed"]
         parts.append(
-            f"{about['title']}, {_size(found)} requests "
+            f"{about['title']}, {_seeds(found)} seeds of {about['options']['requests']} requests "
             f"([plots](scheduling/{path.stem}.png); {_machine(found['runs'])}):\n\n{table(header, rows)}"
         )
     return "\n\n".join(parts) or None

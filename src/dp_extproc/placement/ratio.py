@@ -1,6 +1,6 @@
 """How many tokens a text has: bytes divided by a ratio that corrects itself from the engines' own counts."""
 
-from collections import deque
+from collections import defaultdict, deque
 from typing import Final
 
 from dp_extproc.request.prompt import Prompt
@@ -76,7 +76,7 @@ class TokenRatio:
     def __init__(self) -> None:
         self._bytes = float(PRIOR_BYTES)
         self._tokens = PRIOR_BYTES / START
-        self._engines: dict[str, _Engine] = {}
+        self._engines: defaultdict[str, _Engine] = defaultdict(_Engine)
         self._quiet_seconds = 0.0
         self._quiet_tokens = 0.0
 
@@ -90,7 +90,7 @@ class TokenRatio:
 
     def answered(self, endpoint: str, text_bytes: int, known_tokens: int) -> None:
         """Count a prompt that an engine has worked off."""
-        engine = self._engines.setdefault(endpoint, _Engine())
+        engine = self._engines[endpoint]
         engine.text_bytes += text_bytes
         engine.known_tokens += known_tokens
 
@@ -106,7 +106,7 @@ class TokenRatio:
             idle: Whether nothing of ours is there.
             strangers: Whether requests of others are.
         """
-        engine = self._engines.setdefault(endpoint, _Engine())
+        engine = self._engines[endpoint]
         engine.pages += 1
         engine.strange += (strangers - engine.strange) / _PAGES
         engine.clear_for = 0 if strangers else engine.clear_for + 1
