@@ -192,39 +192,39 @@ def running(engine: EngineProcess) -> set[str]:
 
 def test_openai_client(unified: EngineProcess) -> None:
     """Chat, completions and responses, streaming and not, with usage."""
-    client = openai.OpenAI(base_url=f"{unified.url}/v1", api_key="key", max_retries=0)
     messages: Any = [{"role": "user", "content": "hello"}]
-    whole = client.chat.completions.create(model="m", messages=messages, max_completion_tokens=5)
-    chunks = list(
-        client.chat.completions.create(
-            model="m", messages=messages, max_tokens=5, stream=True, stream_options={"include_usage": True}
+    with openai.OpenAI(base_url=f"{unified.url}/v1", api_key="key", max_retries=0) as client:
+        whole = client.chat.completions.create(model="m", messages=messages, max_completion_tokens=5)
+        chunks = list(
+            client.chat.completions.create(
+                model="m", messages=messages, max_tokens=5, stream=True, stream_options={"include_usage": True}
+            )
         )
-    )
-    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
-    assert whole.usage is not None
-    assert "".join(pieces) == whole.choices[0].message.content
-    assert chunks[-1].usage is not None
-    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 5
-    assert client.completions.create(model="m", prompt="x", max_tokens=2).choices[0].text
-    assert client.models.list().data[0].id == "strict-engine"
-    answer = client.responses.create(model="m", input="hello", max_output_tokens=4)
-    assert answer.usage is not None
-    assert answer.usage.output_tokens == 4
-    with client.responses.stream(model="m", input="hello", max_output_tokens=4) as stream:
-        kinds = [event.type for event in stream]
-        text = stream.get_final_response().output_text
-    assert kinds.count("response.output_text.delta") == 4
-    assert text == answer.output_text
+        pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+        assert whole.usage is not None
+        assert "".join(pieces) == whole.choices[0].message.content
+        assert chunks[-1].usage is not None
+        assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 5
+        assert client.completions.create(model="m", prompt="x", max_tokens=2).choices[0].text
+        assert client.models.list().data[0].id == "strict-engine"
+        answer = client.responses.create(model="m", input="hello", max_output_tokens=4)
+        assert answer.usage is not None
+        assert answer.usage.output_tokens == 4
+        with client.responses.stream(model="m", input="hello", max_output_tokens=4) as stream:
+            kinds = [event.type for event in stream]
+            text = stream.get_final_response().output_text
+        assert kinds.count("response.output_text.delta") == 4
+        assert text == answer.output_text
 
 
 def test_anthropic_client(unified: EngineProcess) -> None:
     """Messages, streaming and not, with usage."""
-    client = anthropic.Anthropic(base_url=unified.url, api_key="key", max_retries=0)
     messages: Any = [{"role": "user", "content": "hello"}]
-    whole = client.messages.create(model="m", max_tokens=4, messages=messages, system="Be brief.")
-    with client.messages.stream(model="m", max_tokens=4, messages=messages, system="Be brief.") as stream:
-        text = "".join(stream.text_stream)
-        final = stream.get_final_message()
+    with anthropic.Anthropic(base_url=unified.url, api_key="key", max_retries=0) as client:
+        whole = client.messages.create(model="m", max_tokens=4, messages=messages, system="Be brief.")
+        with client.messages.stream(model="m", max_tokens=4, messages=messages, system="Be brief.") as stream:
+            text = "".join(stream.text_stream)
+            final = stream.get_final_message()
     assert whole.content[0].type == "text"
     assert text == whole.content[0].text
     assert final.usage.output_tokens == whole.usage.output_tokens == 4
@@ -237,8 +237,10 @@ def test_anthropic_client(unified: EngineProcess) -> None:
 )
 def test_tokens_come_in_chunks_as_long_as_the_interval(tokens: int, chunks: list[int]) -> None:
     """The first token comes alone, so that it is not held up; what is left at the end is shorter."""
-    with EngineProcess("unified", 1, "--time-scale", "0.01", "--stream-interval", "4") as engine:
-        client = openai.OpenAI(base_url=f"{engine.url}/v1", api_key="key", max_retries=0)
+    with (
+        EngineProcess("unified", 1, "--time-scale", "0.01", "--stream-interval", "4") as engine,
+        openai.OpenAI(base_url=f"{engine.url}/v1", api_key="key", max_retries=0) as client,
+    ):
         stream = client.completions.create(model="m", prompt="hello", max_tokens=tokens, stream=True)
         assert [len(chunk.choices[0].text.split()) for chunk in stream] == chunks
 

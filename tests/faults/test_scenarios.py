@@ -144,24 +144,21 @@ def test_streams_are_whole_when_many_come_at_once(fleet: Fleet) -> None:
 def test_client_libraries_raise_what_a_cut_stream_ends_with(fleet: Fleet) -> None:
     """Both take the event for the error that it is, after what has come of the answer."""
     url = str(fleet.client.base_url)
-    chats = openai.OpenAI(base_url=f"{url}/v1", api_key="key", max_retries=0)
-    messages = anthropic.Anthropic(base_url=url, api_key="key", max_retries=0)
     for engine in fleet.decodes:
         engine.fault(inference={"kind": "close", "after": 4, "seconds": 0.2})
 
     heard: list[object] = []
-    with pytest.raises(openai.APIError, match="the answer is not complete") as told:
-        heard.extend(
-            chats.chat.completions.create(
-                model="m", messages=[{"role": "user", "content": "hello"}], max_tokens=20, stream=True
-            )
-        )
-    with pytest.raises(anthropic.APIStatusError, match="the answer is not complete"):
-        heard.extend(
-            messages.messages.create(
-                model="m", messages=[{"role": "user", "content": "hello"}], max_tokens=20, stream=True
-            )
-        )
+    asked: Any = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 20, "stream": True}
+    with (
+        openai.OpenAI(base_url=f"{url}/v1", api_key="key", max_retries=0) as chats,
+        pytest.raises(openai.APIError, match="the answer is not complete") as told,
+    ):
+        heard.extend(chats.chat.completions.create(**asked))
+    with (
+        anthropic.Anthropic(base_url=url, api_key="key", max_retries=0) as messages,
+        pytest.raises(anthropic.APIStatusError, match="the answer is not complete"),
+    ):
+        heard.extend(messages.messages.create(**asked))
 
     assert told.value.code == "stream_cut"
     assert len(heard) >= 4
