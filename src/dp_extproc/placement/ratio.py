@@ -1,6 +1,7 @@
 """How many tokens a text has: bytes divided by a ratio that corrects itself from the engines' own counts."""
 
 from collections import defaultdict, deque
+from dataclasses import dataclass
 from typing import Final
 
 from dp_extproc.request.prompt import Prompt
@@ -20,7 +21,6 @@ _QUIET_MEMORY: Final = 600.0
 _FADING: Final = 0.99
 """What is left of the quiet seconds after each busy count: the traffic of others has its times, too."""
 
-
 _RARELY: Final = 0.03
 """Share of an engine's pages that may show others for anything to be learned ..."""
 _PAGES: Final = 30
@@ -32,12 +32,29 @@ _CLEAR: Final = 8
 """Pages without others that have to come before something is learned: those who begin are not seen at once."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Interval:
+    """What lies between two counts of an engine."""
+
+    seconds: float
+    text_bytes: int
+    """Answered."""
+    tokens: int
+    """Counted, less what was answered of those that came as tokens."""
+    is_quiet: bool
+    """Whether nothing of ours was there all the time."""
+    is_of_ours: bool
+    """Whether tokens of our texts may be among those counted."""
+    is_clear: bool
+    """Whether no page in it showed others, and pages of this engine hardly ever do."""
+
+
 class _Engine:
     """What is known of one engine's counts."""
 
     __slots__ = (
-        "at", "clear_for", "count", "had_text", "idle_for", "known_tokens", "pages", "pending",
-        "strange", "text_bytes",
+        "_at", "_clear_for", "_count", "_had_text", "_idle_for", "_pages", "_pending", "_strange",
+        "known_tokens", "text_bytes",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -45,21 +62,88 @@ class _Engine:
         """Answered since the last count ..."""
         self.known_tokens = 0
         """... and what came as tokens."""
-        self.had_text = False
+        self._had_text = False
         """Whether some was answered before the last count: what belongs to it may be counted after."""
-        self.count: int | None = None
-        self.at = 0.0
+        self._count: int | None = None
+        self._at = 0.0
         """Of the count."""
-        self.idle_for = 0
+        self._idle_for = 0
         """Counts in succession, the last one included, at which nothing of ours was there."""
-        self.pages = 0
+        self._pages = 0
         """Since the last count."""
-        self.strange = _UNPROVEN
+        self._strange = _UNPROVEN
         """Share of the last pages that showed something of others."""
-        self.clear_for = 0
+        self._clear_for = 0
         """Pages in succession, the last one included, that did not."""
-        self.pending: deque[tuple[int, int, int]] = deque()
-        """Bytes and tokens that may be learned from when so many pages in succession have been clear."""
+        self._pending: deque[tuple[int, _Interval]] = deque()
+        """What may be learned from when so many pages in succession have been clear."""
+
+    def page(self, *, strangers: bool) -> list[_Interval]:
+        """Note a page, and give what may be learned from now."""
+        self._pages += 1
+        self._strange += (strangers - self._strange) / _PAGES
+        if strangers:
+            self._clear_for = 0
+            self._pending.clear()
+        else:
+            self._clear_for += 1
+        clear = []
+        while self._pending and self._pending[0][0] <= self._clear_for:
+            clear.append(self._pending.popleft()[1])
+        return clear
+
+    def wait_until_clear(self, interval: _Interval) -> None:
+        """Keep what may be learned from if no page of the next few shows others."""
+        self._pending.append((self._clear_for + _CLEAR, interval))
+
+    def count(self, prompt_tokens: int, at: float, *, idle: bool) -> _Interval | None:
+        """Note a count. The first one ends nothing."""
+        before, seconds, was_idle = self._count, at - self._at, self._idle_for > 0
+        self._count, self._at = prompt_tokens, at
+        self._idle_for = 0 if not idle or self.text_bytes or self.known_tokens else self._idle_for + 1
+        interval = None
+        if before is not None:
+            counted = prompt_tokens - before if prompt_tokens >= before else prompt_tokens
+            interval = _Interval(
+                seconds=seconds,
+                text_bytes=self.text_bytes,
+                tokens=counted - self.known_tokens,
+                # not the first idle reading, as the last prompt may be counted after it
+                is_quiet=was_idle and self._idle_for > 0,
+                is_of_ours=bool(self.text_bytes) or self._had_text,
+                is_clear=self._clear_for >= self._pages and self._strange < _RARELY,
+            )
+        self._had_text = bool(self.text_bytes)
+        self.text_bytes = self.known_tokens = self._pages = 0
+        return interval
+
+
+class _Quiet:
+    """What engines count while they have nothing of ours: the traffic of others."""
+
+    __slots__ = ("_seconds", "_tokens")
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._tokens = 0.0
+
+    def note(self, interval: _Interval) -> None:
+        self._tokens += interval.tokens
+        self._seconds += interval.seconds
+        if self._seconds > _QUIET_MEMORY:
+            self._fade(0.5)
+
+    def use(self) -> float | None:
+        """Give the tokens per second, which are known less well then; None if they are not known."""
+        if self._seconds < QUIET_ENOUGH:
+            return None
+        rate = self._tokens / self._seconds
+        self._fade(_FADING)
+        return rate
+
+    def _fade(self, left: float) -> None:
+        self._tokens *= left
+        self._seconds *= left
 
 
 class TokenRatio:
@@ -71,14 +155,13 @@ class TokenRatio:
     is not known, nothing is learned while they show requests of others now and then, nor from shortly before.
     """
 
-    __slots__ = ("_bytes", "_engines", "_quiet_seconds", "_quiet_tokens", "_tokens")
+    __slots__ = ("_bytes", "_engines", "_quiet", "_tokens")
 
     def __init__(self) -> None:
         self._bytes = float(PRIOR_BYTES)
         self._tokens = PRIOR_BYTES / START
         self._engines: defaultdict[str, _Engine] = defaultdict(_Engine)
-        self._quiet_seconds = 0.0
-        self._quiet_tokens = 0.0
+        self._quiet = _Quiet()
 
     @property
     def bytes_per_token(self) -> float:
@@ -107,35 +190,18 @@ class TokenRatio:
             strangers: Whether requests of others are.
         """
         engine = self._engines[endpoint]
-        engine.pages += 1
-        engine.strange += (strangers - engine.strange) / _PAGES
-        engine.clear_for = 0 if strangers else engine.clear_for + 1
-        if strangers:
-            engine.pending.clear()
-        while engine.pending and engine.pending[0][0] <= engine.clear_for:
-            self._learn(*engine.pending.popleft()[1:])
-        if prompt_tokens is None:
+        for clear in engine.page(strangers=strangers):
+            self._learn(clear.text_bytes, clear.tokens)
+        if prompt_tokens is None or (interval := engine.count(prompt_tokens, at, idle=idle)) is None:
             return
-        text_bytes, known_tokens = engine.text_bytes, engine.known_tokens
-        before, seconds, pages, was_idle = engine.count, at - engine.at, engine.pages, engine.idle_for > 0
-        is_of_ours = bool(text_bytes) or engine.had_text
-        engine.text_bytes = engine.known_tokens = engine.pages = 0
-        engine.had_text = bool(text_bytes)
-        engine.count, engine.at = prompt_tokens, at
-        engine.idle_for = 0 if not idle or text_bytes or known_tokens else engine.idle_for + 1
-        if before is None:
-            return
-        counted = prompt_tokens - before if prompt_tokens >= before else prompt_tokens
-        if was_idle and engine.idle_for:  # not the first idle reading, as the last prompt may be counted after it
-            self._note_quiet(counted, seconds)
-        if not is_of_ours:
+        if interval.is_quiet:
+            self._quiet.note(interval)
+        if not interval.is_of_ours:
             return  # traffic of others, or of known tokens alone
-        if self._quiet_seconds >= QUIET_ENOUGH:
-            off = seconds * self._quiet_tokens / self._quiet_seconds
-            self._fade(_FADING)
-            self._learn(text_bytes, counted - off - known_tokens)
-        elif engine.clear_for >= pages and engine.strange < _RARELY:
-            engine.pending.append((engine.clear_for + _CLEAR, text_bytes, counted - known_tokens))
+        if (others := self._quiet.use()) is not None:
+            self._learn(interval.text_bytes, interval.tokens - others * interval.seconds)
+        elif interval.is_clear:
+            engine.wait_until_clear(interval)
 
     def _learn(self, text_bytes: int, tokens: float) -> None:
         self._bytes += text_bytes
@@ -143,13 +209,3 @@ class TokenRatio:
         if self._bytes > MEMORY_BYTES:
             self._bytes /= 2
             self._tokens /= 2
-
-    def _note_quiet(self, tokens: int, seconds: float) -> None:
-        self._quiet_tokens += tokens
-        self._quiet_seconds += seconds
-        if self._quiet_seconds > _QUIET_MEMORY:
-            self._fade(0.5)
-
-    def _fade(self, left: float) -> None:
-        self._quiet_tokens *= left
-        self._quiet_seconds *= left
