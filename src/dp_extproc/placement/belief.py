@@ -35,12 +35,13 @@ class Belief:
         self._before = [0.0] * ranks
         self._square = 0.0
 
-    def weigh(self, position: int, correction: float) -> float:
+    def weigh(self, position: int, correction: float, *, is_empty: bool = False) -> float:
         """Take in what a sample would have corrected.
 
         Args:
             position: The rank.
             correction: In tokens, the whole of it.
+            is_empty: Whether the sample tells of nothing at all. That is no estimate, and followed to the end.
 
         Returns:
             The part to follow.
@@ -52,4 +53,4 @@ class Belief:
             alike = max(-_SURPRISE, min(_SURPRISE, correction * before / self._square))
             share = self.share * math.exp(_PACE / ranks * (alike - _PERSISTENT))
             self.share = max(_LEAST, min(1.0, share))
-        return self.share * correction
+        return correction if is_empty else self.share * correction

@@ -140,9 +140,8 @@ class DecodeGroup(StepGroup):
     def correct(self, rank: RankLoad, others: float, now: float) -> None:
         position, fixed = rank.position, self._request_tokens * rank.others_requests
         correction = others + fixed - self.others[position]
-        followed = self._belief.weigh(position, correction)
         is_empty = rank.sample is not None and rank.sample.is_empty
-        self.others[position] += correction if is_empty else followed  # that there is nothing at all is no estimate
+        self.others[position] += self._belief.weigh(position, correction, is_empty=is_empty)
         self._others_extra[position] = min(fixed, max(0.0, self.others[position]))
         self._sum_up(position, now)
 
