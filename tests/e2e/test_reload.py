@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
@@ -131,6 +132,8 @@ def test_no_request_fails_while_the_fleet_is_exchanged(changing: Changing) -> No
     try:
         for pairs in ((0, 1), (1,), (0, 1), (0,)):
             changing.use(*pairs)
+            if len(pairs) == 1:
+                wait_for(partial(changing.served_by, pairs[0]))
     finally:
         over.set()
         for sender in senders:
