@@ -1,0 +1,13 @@
+#!/bin/sh
+# The last lines of `docker compose up`.
+cat <<TEXT
+
+The fleet is up. Try it, from another terminal:
+
+  curl http://127.0.0.1:$PORT/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{"model": "any", "messages": [{"role": "user", "content": "hello"}]}'
+
+  curl http://127.0.0.1:$ADMIN_PORT/loads        what the service knows of every rank
+  docker compose --profile load run --rm load    the engines' own placement against this one, as tables
+  docker compose kill decode-2                   a server fails; docker compose start decode-2 brings it back
+TEXT
