@@ -36,8 +36,7 @@ FROM ${PYTHON_IMAGE} AS runtime
 LABEL org.opencontainers.image.title="dp-extproc" \
       org.opencontainers.image.description="Data-parallel-rank-aware routing of prefill/decode LLM fleets, as an Envoy external processor." \
       org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="0.1.0" \
-      org.opencontainers.image.base.name="docker.io/library/python:3.11-slim-bookworm"
+      org.opencontainers.image.version="0.1.0"
 # The root file system may be read-only, so nothing is to be cached there. HOME is for libraries that look there.
 ENV PATH=/app/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # A volume that is mounted here belongs to the user of the image.

@@ -11,7 +11,7 @@ TESTS_AT_A_TIME ?= 2
 SGLVENV ?= $(HOME)/.cache/dp-extproc/sglang-venv
 SGLRUN ?= $(HOME)/.cache/dp-extproc/sglang-run
 
-.PHONY: setup test check format demo faults soak interop bench balance simulated stream-end clean
+.PHONY: setup test check format demo compose-test faults soak interop bench balance simulated stream-end clean
 
 setup: .venv/ready
 
@@ -37,6 +37,11 @@ format: setup
 
 demo: setup
 	$(BIN)/dp-extproc demo $(if $(KEEP),--keep)
+
+# docker compose up, its profiles, failures and its end, in real containers. Wants Docker, or root and Debian's docker.io
+# and mmdebstrap: where an image cannot be pulled, a stand-in is made of Debian's packages.
+compose-test: setup
+	$(BIN)/pytest --durations 8 tests/compose/first_contact.py
 
 # Every kind of fault on every part, and what clients get: prints the table of docs/reliability.md, and puts it there.
 faults: setup
