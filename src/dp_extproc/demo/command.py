@@ -8,10 +8,10 @@ from typing import Final
 from rich.console import Console
 
 from dp_extproc.demo.interrupts import Interrupts, run_until_interrupted
-from dp_extproc.demo.options import add_traffic, make_console, say_what_is_missing
-from dp_extproc.testbed.envoy import find_envoy
+from dp_extproc.demo.options import add_traffic, make_console, missing_parts
 
-_REQUESTS: Final = 400
+_REQUESTS: Final = 800
+"""Four hundred for each half: ten seconds, in which every rank serves twenty-five requests on either side."""
 _CONCURRENCY: Final = 80
 """Enough that every rank has work most of the time: five requests for each of the sixteen ranks."""
 _TIME_SCALE: Final = 3.0
@@ -19,6 +19,7 @@ _TIME_SCALE: Final = 3.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
+    parser.epilog = missing_parts(needs_envoy=True)
     add_traffic(parser, requests=_REQUESTS, concurrency=_CONCURRENCY)
     parser.add_argument(
         "--time-scale", type=_scale, default=_TIME_SCALE, metavar="FACTOR",
@@ -34,12 +35,8 @@ def run(args: argparse.Namespace) -> int:
         0, also when a signal ends what --keep has left running; 1 when a part cannot be started; 128 and the number of
         the signal that ended it before.
     """
-    if say_what_is_missing("demo"):
-        return 1
-    try:
-        find_envoy()
-    except FileNotFoundError as error:
-        sys.stderr.write(f"dp-extproc demo: {error}\n")
+    if (missing := missing_parts(needs_envoy=True)) is not None:
+        sys.stderr.write(f"dp-extproc demo: {missing}\n")
         return 1
     console = make_console()
     return run_until_interrupted(console, lambda interrupts: _show(console, args, interrupts))

@@ -95,9 +95,16 @@ class Contest:
             self.console.print(
                 f"{number} of {len(order)}: {escape(contender.name)}, {len(jobs)} requests", highlight=False
             )
+            began = time.perf_counter()
             with contender.run() as url:
                 self._take_turn(contender.name, url, jobs, runs[who])
+            took = time.perf_counter() - began
+            self.console.print(f"  {took:.0f} s{self._rest(took, len(order) - number)}", highlight=False)
         return runs
+
+    @staticmethod
+    def _rest(took: float, turns_left: int) -> str:
+        return f"; about {took * turns_left:.0f} s to go" if turns_left else ""
 
     def _take_turn(self, name: str, url: str, jobs: Sequence[Job], run: Run) -> None:
         columns = (TextColumn(escape(name)), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -1,6 +1,7 @@
 """``dp-extproc load``: send the demo's requests through routers that run already, and print what the demo prints."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final
@@ -9,7 +10,7 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 from dp_extproc.demo.interrupts import Interrupts, run_until_interrupted
-from dp_extproc.demo.options import add_traffic, make_console, say_what_is_missing
+from dp_extproc.demo.options import add_traffic, make_console, missing_parts
 
 _REQUESTS: Final = 400
 _CONCURRENCY: Final = 80
@@ -25,6 +26,7 @@ _Named = tuple[str, str]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
+    parser.epilog = missing_parts(needs_envoy=False)
     add = parser.add_argument
     add(
         "--router", action="append", type=_named, required=True, metavar="NAME=URL", dest="routers",
@@ -40,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Send and print. Returns 0, 1 when a router answers nothing, or 128 and the number of a signal."""
-    if say_what_is_missing("load"):
+    if (missing := missing_parts(needs_envoy=False)) is not None:
+        sys.stderr.write(f"dp-extproc load: {missing}\n")
         return 1
     console = make_console()
     return run_until_interrupted(console, lambda interrupts: _measure(console, args, interrupts))

@@ -7,6 +7,8 @@ from typing import Final
 
 from rich.console import Console
 
+from dp_extproc.testbed.envoy import find_envoy
+
 WIDTH: Final = 100
 """Columns of what is printed to a file or a pipe; the tables need most of them."""
 
@@ -35,16 +37,21 @@ def make_console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=WIDTH)
 
 
-def say_what_is_missing(command: str) -> bool:
-    """Say on stderr, in one line, what has to be installed for a command, if it is not.
+def missing_parts(*, needs_envoy: bool) -> str | None:
+    """Tell in one line what has to be installed; None when nothing has to be.
 
-    Returns:
-        Whether something is missing.
+    Args:
+        needs_envoy: Whether Envoy is started, too.
     """
-    if importlib.util.find_spec("openai") is not None:
-        return False
-    sys.stderr.write(
-        f"dp-extproc {command}: the package openai is missing; install dp-extproc with its extra demo: "
-        "pip install '.[demo]' in its checkout\n"
-    )
-    return True
+    missing = []
+    if importlib.util.find_spec("openai") is None:
+        missing.append("the Python package openai")
+    if needs_envoy:
+        try:
+            find_envoy()
+        except FileNotFoundError:
+            missing.append("Envoy")
+    if not missing:
+        return None
+    are = "is" if len(missing) == 1 else "are"
+    return f"{' and '.join(missing)} {are} missing; in the checkout: pip install '.[demo]'"

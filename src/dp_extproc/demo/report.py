@@ -43,6 +43,8 @@ def print_report(console: Console, runs: Sequence[Run], about: About) -> None:
     if reasons:
         _print(console, "[bold]Do not compare these times: this machine was too busy.[/]", *map(escape, reasons))
         _print(console, about.remedy)
+    if any(run.spent.share().busy is None for run in runs):
+        _print(console, "How busy this machine was cannot be measured here: it has no /proc/stat that counts.")
     _print(console, *map(escape, unseen(runs, about.servers)))
     for run in runs:
         _print_failures(console, run)

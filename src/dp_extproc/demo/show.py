@@ -6,7 +6,8 @@ from typing import Final
 
 from rich.console import Console
 
-from dp_extproc.demo.contest import Contender, Contest, Load
+from dp_extproc.demo.contest import Contender, Contest, Load, turns
+from dp_extproc.demo.estimate import expected_seconds, in_words
 from dp_extproc.demo.fleet import ENGINES_OWN, MODEL, OURS, RANKS, SERVERS, Fleet, Placement, Router, run_engines
 from dp_extproc.demo.interrupts import Interrupts
 from dp_extproc.demo.jobs import make_jobs
@@ -32,9 +33,12 @@ def show(
         KeyboardInterrupt: A signal came; everything has been stopped.
     """
     jobs = make_jobs(requests, seed)
+    parts = [part for _, part in turns(len(_PLACEMENTS), jobs)]
+    seconds = expected_seconds(parts, concurrency, time_scale, servers=SERVERS, ranks=RANKS)
     console.print(
         f"Starting {SERVERS} prefill and {SERVERS} decode engines of {RANKS} ranks each, the router and Envoy; "
-        f"{requests} requests of uneven length, every other one streamed, for each of two placements.",
+        f"{requests} requests of uneven length, every other one streamed, for each of two placements. "
+        f"This takes {in_words(seconds)}, and longer on a busy machine.",
         highlight=False,
     )
     with run_engines(time_scale, interrupts) as fleet:
