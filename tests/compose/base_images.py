@@ -38,7 +38,7 @@ class StandIn:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(repr((_SUITE, _PATH, self)).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr((_SUITE, _PATH, self, 2)).encode()).hexdigest()[:16]
 
 
 def stand_in_for(name: str) -> StandIn | None:
@@ -100,7 +100,7 @@ def _make(docker: Docker, name: str, recipe: StandIn, workspace: Path) -> None:
     if any("{envoy}" in hook for hook in hooks):
         envoy = _envoy(name.rpartition(":v")[2], workspace)
         hooks = [hook.replace("{envoy}", str(envoy)) for hook in hooks]
-    hooks = [f"--customize-hook={hook}" for hook in hooks]
+    hooks = [f"--extract-hook={hook}" for hook in hooks]
     packages = f"--include={','.join(recipe.packages)}"
     run(["mmdebstrap", "--quiet", "--variant=extract", packages, *hooks, _SUITE, str(archive)], seconds=300)
     changes = [f"--change={change}" for change in (f"LABEL {_LABEL}={recipe.fingerprint}", _PATH, *recipe.changes)]

@@ -61,7 +61,12 @@ def project(docker: Docker, missing_images: list[str], tmp_path_factory: pytest.
     # An engine of others may reach the index from its containers; ours has no network but the project's.
     check_out(directory, wheels=docker.is_ours)
     ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
-    up = Project(docker, compose_command(docker), f"dpx{secrets.token_hex(4)}", directory, ports)
+    try:
+        compose = compose_command(docker)
+    except NoEngineError as why:
+        _give_up(why)
+        raise
+    up = Project(docker, compose, f"dpx{secrets.token_hex(4)}", directory, ports)
     try:
         up("up", "--detach", seconds=_BUILD_SECONDS)
         yield up

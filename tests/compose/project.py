@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from compose.docker_engine import Docker, run
+from compose.docker_engine import Docker, NoEngineError, run
 
 _LABEL: Final = "com.docker.compose.project"
 _FETCH: Final = "import sys, urllib.request as u; sys.stdout.buffer.write(u.urlopen(sys.argv[1]).read())"
@@ -18,7 +18,7 @@ def compose_command(docker: Docker) -> list[str]:
     """Give the compose that is there: of the variable ``COMPOSE``, the client's own, or the one before that.
 
     Raises:
-        FileNotFoundError: There is none.
+        NoEngineError: There is none.
     """
     if wanted := os.environ.get("COMPOSE"):
         return shlex.split(wanted)
@@ -26,7 +26,7 @@ def compose_command(docker: Docker) -> list[str]:
         return ["docker", "compose"]
     if shutil.which("docker-compose"):
         return ["docker-compose"]
-    raise FileNotFoundError("there is no docker compose; install it (Debian: docker-compose)")
+    raise NoEngineError("there is no docker compose; install it (Debian: docker-compose)")
 
 
 @dataclass(frozen=True, slots=True)
