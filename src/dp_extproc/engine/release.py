@@ -95,6 +95,11 @@ class Release:
         return self.routes_by_field and not self.since("0.5.11")
 
     @property
+    def chats_by_ids(self) -> bool:
+        """``input_ids`` of a chat are its prompt."""
+        return self.since("0.5.13")
+
+    @property
     def kick_starts(self) -> bool:
         """Streaming completions and chat hold their headers until the first chunk."""
         return self.since("0.5.10")
