@@ -20,6 +20,7 @@ CORE = [
             "recipe",
             "releases",
             "agreement",
+            "compatibility",
             "loads_page",
             "metrics_page",
             "prometheus_text",

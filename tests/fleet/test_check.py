@@ -158,3 +158,39 @@ def test_bad_file(tmp_path: Path) -> None:
     assert (status, out) == (2, "")
     assert "load.interval" in err
     assert "pools" in err
+
+
+def test_servers_that_must_not_meet(tmp_path: Path) -> None:
+    """Each difference is told with the servers that have it; only one without any partner cannot be used."""
+
+    async def story() -> None:
+        async with (
+            ScriptedEngine() as small,
+            ScriptedEngine() as large,
+            ScriptedEngine(pages("decode", page_size=1)) as decode,
+            ScriptedEngine() as registry,
+        ):
+            for engine, size in ((small, 1), (large, 64)):
+                engine.pages = pages("prefill", page_size=size, disaggregation_bootstrap_port=registry.port)
+            config = (
+                f'pools: [{{models: ["*"], prefill: {{endpoints: ["{small.url}", "{large.url}"]}},'
+                f' decode: {{endpoints: ["{decode.url}"]}}}}]'
+            )
+            status, out, _ = await check(config, tmp_path)
+
+            assert status == 1
+            assert [row_of(each.url, out)[-1] for each in (small, large, decode)] == ["ok", "unusable", "ok"]
+            assert f"page_size_differs: {large.url}\n" in out
+            assert f"page_size_differs: {decode.url}\n" in out
+            assert out.count("page_size is 64 on prefill and 1 on decode, so they are never paired: ") == 2
+            assert out.count("no server of the pool is left that it can be paired with") == 1
+            assert "remedy: start both with the same --page-size\n" in out
+            assert out.endswith("1 of 3 engines cannot be used\n")
+
+            large.pages = pages("prefill", page_size=1, disaggregation_bootstrap_port=registry.port)
+            status, out, _ = await check(config, tmp_path)
+
+            assert status == 0
+            assert "page_size" not in out
+
+    asyncio.run(story())

@@ -65,7 +65,7 @@ class Engine:
             for rank in self.ranks
         ]
         self.prefill_side = PrefillSide(settings, self.end, self._wake)
-        self.decode_side = _decode_side(settings, self.end, self._wake)
+        self.decode_side = _decode_side(settings, self.end, self._wake, kill)
         self.stepping = [False] * len(self.groups)
         self._dispatcher = Dispatcher(settings)
         self._on_end = on_end
@@ -273,10 +273,13 @@ class Engine:
 
 
 def _decode_side(
-    settings: Settings, end: Callable[[Ticket, Finished | Failure], None], wake: Callable[[int], None]
+    settings: Settings,
+    end: Callable[[Ticket, Finished | Failure], None],
+    wake: Callable[[int], None],
+    kill: Callable[[str], None],
 ) -> "DecodeSide | None":
     if settings.role is not Role.DECODE:
         return None
     from dp_extproc.engine.decode_side import DecodeSide  # noqa: PLC0415 - HTTP clients are slow to import
 
-    return DecodeSide(settings, end, wake)
+    return DecodeSide(settings, end, wake, kill)

@@ -105,6 +105,16 @@ class Release:
         return self.since("0.5.10")
 
     @property
+    def checks_page_size(self) -> bool:
+        """Decode ends itself when prefill has pages of another size (``disaggregation/common/conn.py``)."""
+        return self.since("0.5.8")
+
+    @property
+    def checks_cache_dtype(self) -> bool:
+        """Likewise when prefill's ``--kv-cache-dtype`` is another."""
+        return self.since("0.5.10")
+
+    @property
     def room_zero_never_arrives(self) -> bool:
         """A metadata row that reads 0 means "not arrived" (``disaggregation/utils.py``)."""
         return self.since("0.5.9")

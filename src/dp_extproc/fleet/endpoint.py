@@ -64,6 +64,19 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class PairTerms:
+    """What a prefill and a decode server must agree on; see :mod:`dp_extproc.fleet.compatibility`. None: not told."""
+
+    page_size: int | None = None
+    kv_cache_dtype: str | None = None
+    """As written on the command line, or made of it by the release; ``auto`` where only the model tells."""
+    transfer_backend: str | None = None
+    model_path: str | None = None
+    served_name: str | None = None
+    """What the model is called by an operator; None where it is called by its path."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineFacts:
     """What an engine says of itself: SGLang on /server_info, vLLM on /version, /v1/models and /metrics."""
 
@@ -96,6 +109,7 @@ class EngineFacts:
     listener: tuple[int, int] | None = None
     """``(rank, ranks)`` where each rank has a listener of its own: which one this is, of how many on the whole server.
     ``dp_ranks`` is 1 then."""
+    terms: PairTerms = PairTerms()
 
     def place_of(self, rank: int) -> tuple[int, int]:
         """Give ``(rank, ranks)`` as the whole server counts them."""

@@ -14,7 +14,7 @@ from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.fleet.endpoint import Endpoint
 from dp_extproc.fleet.engine_client import EngineClient, make_client
 from dp_extproc.fleet.observer import FleetObserver
-from dp_extproc.fleet.trouble import TrapLog, TroubleLog
+from dp_extproc.fleet.trouble import PairLog, TrapLog, TroubleLog
 from dp_extproc.fleet.watch import EngineWatch
 
 _JITTER: Final = 0.1
@@ -59,6 +59,7 @@ class Scraper:
         self._credentials = credentials
         self._troubles = TroubleLog(logger)
         self._traps = TrapLog(logger)
+        self._pairs = PairLog(logger)
         self._awaited = {endpoint.url for endpoint in self._endpoints}
         self._watches: dict[Endpoint, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
@@ -73,6 +74,7 @@ class Scraper:
         urls = {endpoint.url for endpoint in self._endpoints}
         self._awaited &= urls
         self._troubles.forget_all_but(urls)
+        self._pairs.forget_all_but(self._endpoints)
         self._changed.set()
 
     async def run(self) -> None:
@@ -102,6 +104,7 @@ class Scraper:
             if watch.facts is not None and watch.facts is not facts:
                 facts = watch.facts
                 self._traps.note(endpoint, facts)
+                self._pairs.note(endpoint, facts)
             self._troubles.note(endpoint.url, failure)
             self._awaited.discard(endpoint.url)
             if not self._awaited:

@@ -1,11 +1,11 @@
 """Reads ``GET /server_info`` (``/get_server_info`` before 0.5.6): an engine's resolved launch arguments."""
 
 import re
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from dp_extproc.fleet.endpoint import EngineFacts, Mode, Version
+from dp_extproc.fleet.endpoint import EngineFacts, Mode, PairTerms, Version
 from dp_extproc.fleet.reading import read_json, wrong_shape
 from dp_extproc.fleet.releases import Methods, release_of
 
@@ -20,6 +20,11 @@ MAX_RANKS: Final = 4096
 
 DEFAULT_STEP_TOKENS: Final = 8192
 """SGLang's ``--chunked-prefill-size`` on current GPUs, for a page that does not tell it."""
+
+_LARGEST_PAGE: Final = 1 << 20
+"""Tokens of a KV cache page; the largest that SGLang chooses by itself is 128."""
+_LONGEST_NAME: Final = 200
+"""Characters of what is shown of a page's texts."""
 
 _VERSION: Final = re.compile(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?!\d)")
 
@@ -41,6 +46,10 @@ class _Page(Struct):
     chunked_prefill_size: int | None = None
     max_prefill_tokens: int | None = None
     disable_radix_cache: bool | None = None
+    page_size: Any = None
+    kv_cache_dtype: Any = None
+    disaggregation_transfer_backend: Any = None
+    enable_hisparse: Any = None
     internal_states: Raw | UnsetType = UNSET
 
 
@@ -75,6 +84,7 @@ def read_server_info(page: bytes) -> EngineFacts:
         step_tokens=_step_tokens(info),
         chunked=info.chunked_prefill_size is None or info.chunked_prefill_size > 0,
         prefix_cache=not info.disable_radix_cache,
+        terms=_terms(info),
     )
 
 
@@ -107,6 +117,25 @@ def _step_tokens(info: _Page) -> int:
     if info.chunked_prefill_size is not None and info.chunked_prefill_size > 0:
         return info.chunked_prefill_size
     return max(1, info.max_prefill_tokens or DEFAULT_STEP_TOKENS)  # without chunks a step takes whole prompts
+
+
+def _terms(info: _Page) -> PairTerms:
+    """Read what a pair has to agree on. What is not as SGLang tells it is not known: the page serves without it."""
+    size = info.page_size
+    # A decode server with HiSparse hands over pages of another size than it tells.
+    knows_size = type(size) is int and 1 <= size <= _LARGEST_PAGE and not info.enable_hisparse
+    path, name = _name(info.model_path), _name(info.served_model_name)
+    return PairTerms(
+        page_size=size if knows_size else None,
+        kv_cache_dtype=_name(info.kv_cache_dtype),
+        transfer_backend=_name(info.disaggregation_transfer_backend),
+        model_path=path,
+        served_name=None if name == path else name,
+    )
+
+
+def _name(value: Any) -> str | None:
+    return value if isinstance(value, str) and 0 < len(value) <= _LONGEST_NAME else None
 
 
 def _present_role(info: _Page) -> str | None:

@@ -14,6 +14,7 @@ from dp_extproc.placement.attempt import nothing
 from dp_extproc.placement.books import RankLoad
 from dp_extproc.placement.health import Health
 from dp_extproc.placement.load import DEFAULT_COSTS, DEFAULT_HEALTH, Freshness, HostLoad, StepCosts, compare_pace
+from dp_extproc.placement.matching import Match, find_matches
 from dp_extproc.placement.ratio import TokenRatio
 from dp_extproc.placement.subset import allows
 from dp_extproc.request.path import Api
@@ -55,6 +56,8 @@ class FleetLoad:
         """Per pool: which ranks hold the KV cache of which prompts' beginnings."""
         self._leaving: list[HostLoad] = []
         self._by_role: dict[tuple[str, Role], list[HostLoad]] = {}
+        self.matches: dict[str, tuple[Match, ...]] = {}
+        """Of the pools in which not every prefill server can be paired with every decode server."""
         self._pages: Counter[tuple[str, Role]] = Counter()
         """Read since the servers of a role were compared."""
         self._capable: dict[tuple[str, Role, Api], tuple[Sequence[HostLoad], float]] = {}
@@ -141,6 +144,15 @@ class FleetLoad:
             # A server in another role than configured would leave its requests hanging.
             if host is not None and host.facts.mode is MODE_OF[each.role]:
                 self._by_role.setdefault((each.pool, each.role), []).append(host)
+        self.matches = {}
+        for pool in self.ratios:
+            found = find_matches(self.known(pool, Role.PREFILL), self.known(pool, Role.DECODE))
+            if found is not None:
+                self.matches[pool] = found
+
+    def known(self, pool: str, role: Role) -> Sequence[HostLoad]:
+        """Give every host of a role that has told its facts, however well it is known."""
+        return self._by_role.get((pool, role), ())
 
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
         """Take in a load page that was asked for at *started*."""
@@ -206,12 +218,16 @@ class FleetLoad:
             now: Who was seen long ago is stale.
             among: The only addresses that count; None for all.
         """
-        hosts: Sequence[HostLoad] = self._by_role.get((pool, role), ())
+        hosts = self.known(pool, role)
         if among is not None:
             hosts = [host for host in hosts if allows(among, host.address)]
+        return self.best_known(hosts, now)[1]
+
+    def best_known(self, hosts: Sequence[HostLoad], now: float) -> tuple[Freshness | None, list[HostLoad]]:
+        """Give those of some hosts that are known best, and how well they are."""
         states = [host.freshness(now, self.stale_after) for host in hosts]
         best = min(states, default=None)
-        return [host for host, state in zip(hosts, states, strict=True) if state is best]
+        return best, [host for host, state in zip(hosts, states, strict=True) if state is best]
 
     def capable(self, pool: str, role: Role, api: Api, now: float) -> Sequence[HostLoad]:
         """Give those of the eligible hosts whose release takes the routing fields on this path.

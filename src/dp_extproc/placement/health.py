@@ -110,6 +110,14 @@ def choose(hosts: Sequence[_H], failed: Sequence[frozenset[str]], now: float) ->
     return healthy(others(hosts, failed) if failed else hosts, now)
 
 
+def avoidance(hosts: Sequence[_H], failed: Sequence[frozenset[str]]) -> int:
+    """Tell which hosts :func:`others` would leave out: 0 those of all attempts, 1 those of the last one, 2 none."""
+    addresses = {host.address for host in hosts}
+    if not addresses <= frozenset[str]().union(*failed):
+        return 0
+    return 1 if failed and not addresses <= failed[-1] else 2
+
+
 def others(hosts: Sequence[_H], failed: Sequence[frozenset[str]]) -> Sequence[_H]:
     """Leave out the hosts of failed attempts; if that is all of them, those of the last attempt; else nobody.
 

@@ -28,6 +28,10 @@ class EngineProcess(CommandProcess):
             arguments += ["--bootstrap-port", str(self.bootstrap_port)]
         super().__init__([*arguments, *options], f"{self.url}/v1/models")
 
+    def change(self, *options: str) -> None:
+        """Have it started with further options from the next start on; of a repeated one the last value counts."""
+        self._arguments += options
+
     def requests(self) -> list[dict[str, Any]]:
         """Return every inference request it has received, oldest first."""
         page = loopback.CLIENT.get(f"{self.debug_url}/requests").raise_for_status().json()
