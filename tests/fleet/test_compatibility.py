@@ -126,7 +126,7 @@ def test_an_odd_page_size_is_not_known(size: object) -> None:
     assert told(page_size=size) == PairTerms()
 
 
-@pytest.mark.parametrize("name", [7, "", None, ["auto"], "x" * 5000], ids=lambda name: repr(name)[:12])
+@pytest.mark.parametrize("name", [7, "", None, ["auto"], "x" * 5000, "bf16\nERROR"], ids=lambda name: repr(name)[:12])
 def test_an_odd_name_is_not_known(name: object) -> None:
     """Likewise."""
     assert told(kv_cache_dtype=name, disaggregation_transfer_backend=name) == PairTerms()

@@ -135,7 +135,8 @@ def _terms(info: _Page) -> PairTerms:
 
 
 def _name(value: Any) -> str | None:
-    return value if isinstance(value, str) and 0 < len(value) <= _LONGEST_NAME else None
+    """Take a name that can be shown on one line of a log and in an error."""
+    return value if isinstance(value, str) and 0 < len(value) <= _LONGEST_NAME and value.isprintable() else None
 
 
 def _present_role(info: _Page) -> str | None:
