@@ -2,10 +2,11 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 import httpx
@@ -194,7 +195,12 @@ class Fleet:
 
 @contextmanager
 def run_fleet(
-    options: Sequence[str] = FAST, *, message_timeout: str | None = None, replicas: int = 1, **sections: Any
+    options: Sequence[str] = FAST,
+    *,
+    message_timeout: str | None = None,
+    replicas: int = 1,
+    of_pool: Mapping[str, Any] = MappingProxyType({}),
+    **sections: Any,
 ) -> Iterator[Fleet]:
     """Run it.
 
@@ -202,6 +208,7 @@ def run_fleet(
         options: Of the engines.
         message_timeout: How long Envoy waits for a word of the service, if that is to be less than usual.
         replicas: Of the service, behind one Envoy that finds them by a name.
+        of_pool: Goes over the configuration of the pool.
         sections: Go over the configuration.
     """
     with ExitStack() as running:
@@ -217,6 +224,7 @@ def run_fleet(
             "models": ["*"],
             "prefill": {"endpoints": [engine.url for engine in engines[:2]]},
             "decode": {"endpoints": [engine.url for engine in engines[2:]]},
+            **of_pool,
         }
         services = [
             running.enter_context(ServiceProcess(write_config([pool], **copy.deepcopy(sections))))

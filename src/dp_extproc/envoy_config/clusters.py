@@ -79,6 +79,14 @@ _DEAD_PROCESS: Final = OutlierDetection(
 )
 """A process that has died is left with the first connection that it refuses, not with the next health check."""
 
+_LARGEST_WINDOW: Final = (1 << 31) - 1
+"""Of a stream in HTTP/2 (RFC 9113, 6.9.1). Envoy takes the window that it offers for its own buffer's limit, too.
+
+A filter of a cluster that reports over a stream whose buffer is full (16 MiB by default) kills Envoy when the request
+ends: the stream's end has the filter read on from an engine that was let go just before (1.40 measured). Without that
+limit the filter stops by itself, at that of its cluster's buffer, and nothing happens then.
+"""
+
 _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
 
@@ -88,7 +96,9 @@ def build_clusters(config: Config) -> list[Cluster]:
     watching = [see_first_event(config.envoy.body_mode)] if config.supervision.mode is Supervise.ANSWERS else []
     return [
         _service(config, buffer),
-        _by_header(SERVICE_OWNER, OWNER, _grpc(), buffer, speak_tls(config.envoy.service_tls)),
+        _by_header(
+            SERVICE_OWNER, OWNER, _grpc(stream_window=_LARGEST_WINDOW), buffer, speak_tls(config.envoy.service_tls)
+        ),
         _by_header(PREFILL, PREFILL_HOST, _engine(), buffer),
         *_decode(config.envoy.cut_streams, _engine(watching), buffer),
         _internal(DISPATCH, buffer, _http(remember_failed_hosts()) if config.retry.attempts > 1 else None),
@@ -192,10 +202,9 @@ def _endpoint(address: Address) -> LbEndpoint:
     return LbEndpoint(endpoint=Endpoint(address=address))
 
 
-def _grpc() -> HttpProtocolOptions:
-    return HttpProtocolOptions(
-        explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=Http2ProtocolOptions())
-    )
+def _grpc(*, stream_window: int | None = None) -> HttpProtocolOptions:
+    http2 = Http2ProtocolOptions(initial_stream_window_size=stream_window)
+    return HttpProtocolOptions(explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=http2))
 
 
 def _http(filters: Sequence[HttpFilter]) -> HttpProtocolOptions:

@@ -71,6 +71,9 @@ COMMENTS: Final = {
     "extproc circuit_breakers": "Envoy's default of 1024 is soon reached by streams that last minutes. Whether a\n"
     "request is too much is the service's decision. The same holds for all clusters.",
     "clusters extproc_owner": "The very process of the service that holds the books of a request.",
+    "extproc_owner initial_stream_window_size": "The largest: Envoy's send buffer for a stream has the same limit.\n"
+    "With its default of 16 MiB, Envoy dies if a request ends while that buffer is full of what an engine has sent\n"
+    "and the service has not read.",
     "clusters prefill": "Engines are dialled as the headers say. There is no fallback to another host, since the body\n"
     "names the prefill server that the decode server will ask.",
     "prefill idle_timeout": "Shorter than the 5 s after which SGLang's HTTP server closes an idle connection, or a\n"
