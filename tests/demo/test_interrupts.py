@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from dp_extproc.cli import main
 from dp_extproc.testbed import loopback
 from patience import wait_for
 
@@ -206,3 +207,14 @@ def test_a_signal_while_the_report_is_printed_ends_the_demo(tmp_path: Path) -> N
     assert ended == 130
     assert "Traceback" not in printed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_before_a_command_listens_ends_it_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries take a second to import; Ctrl-C in that time has no traceback either, whatever the command."""
+
+    def interrupted(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dp_extproc.cli.importlib.import_module", interrupted)
+
+    assert main(["serve", "-c", "dp-extproc.yaml"]) == 130
