@@ -11,7 +11,7 @@ TESTS_AT_A_TIME ?= 2
 SGLVENV ?= $(HOME)/.cache/dp-extproc/sglang-venv
 SGLRUN ?= $(HOME)/.cache/dp-extproc/sglang-run
 
-.PHONY: setup test check format demo faults soak interop bench balance simulated stream-end clean
+.PHONY: setup test quickstart-test check format demo faults soak interop bench balance simulated stream-end clean
 
 setup: .venv/ready
 
@@ -26,6 +26,10 @@ setup: .venv/ready
 test: check
 	$(BIN)/pytest --numprocesses $(TESTS_AT_A_TIME) --dist loadfile
 
+# The first steps of the README, as they stand there, in a new environment; left out where pip reaches no package index.
+quickstart-test: setup
+	$(BIN)/pytest tests/quickstart.py
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,8 +39,9 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Both placements on a fleet of stand-in engines: make demo ARGS="--time-scale 6", or KEEP=1 to leave it running
 demo: setup
-	$(BIN)/dp-extproc demo $(if $(KEEP),--keep)
+	$(BIN)/dp-extproc demo $(if $(KEEP),--keep) $(ARGS)
 
 # Every kind of fault on every part, and what clients get: prints the table of docs/reliability.md, and puts it there.
 faults: setup

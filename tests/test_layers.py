@@ -33,6 +33,7 @@ CORE = [
     *(f"extproc/{name}.py" for name in _EXTPROC),
     *(f"simulate/{name}.py" for name in ("fleet", "servers", "simulation", "routers", "settings", "outcome")),
     *(f"sync/{name}.py" for name in ("messages", "outbox", "peers")),
+    *(f"demo/{name}.py" for name in ("jobs", "estimate")),
 ]
 IMPURE = {
     "asyncio",

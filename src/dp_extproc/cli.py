@@ -1,7 +1,8 @@
-"""The command line: ``dp-extproc serve | check | envoy-config | engine | demo | simulate``."""
+"""The command line: ``dp-extproc serve | check | envoy-config | engine | demo | load | simulate``."""
 
 import argparse
 import importlib
+import signal
 import sys
 from typing import Final
 
@@ -13,6 +14,7 @@ _COMMANDS: Final = {
     "envoy-config": ("dp_extproc.envoy_config.command", "print the Envoy configuration for a configuration file"),
     "engine": ("dp_extproc.engine.command", "run a stand-in for an SGLang server, for tests and demos"),
     "demo": ("dp_extproc.demo.command", "run a whole fleet on this machine and compare placements"),
+    "load": ("dp_extproc.demo.load_command", "send requests through routers that run already, and compare them"),
     "simulate": ("dp_extproc.simulate.command", "compute what placement would gain on a fleet and traffic of your own"),
 }
 """Module and summary of each command. A module gives add_arguments(parser) and run(args) -> exit status."""
@@ -22,8 +24,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        Its exit status.
+        Its exit status; 130 after an interrupt that the command has not dealt with itself, as shells have it.
     """
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _run(argv: list[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="dp-extproc", description="Data-parallel-rank-aware routing beside Envoy.")
     parser.add_argument("--version", action="version", version=f"dp-extproc {__version__}")

@@ -5,12 +5,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dp_extproc.demo.probe import LoadProbe
-from dp_extproc.demo.traffic import MODEL
+from dp_extproc.demo.interrupts import Interrupts
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
 
+MODEL: Final = "demo"
 RANKS: Final = 4
 SERVERS: Final = 2
 _KV_TOKENS: Final = "440000"
@@ -31,19 +31,6 @@ OURS: Final = Placement("dp-extproc", {})
 
 
 @dataclass(frozen=True, slots=True)
-class RankShare:
-    """What one rank got."""
-
-    server: str
-    rank: int
-    requests: int
-    tokens: int
-    """Of their prompts."""
-    load: float
-    """Tokens that it held or had queued, on average over the run."""
-
-
-@dataclass(frozen=True, slots=True)
 class Router:
     """The service and Envoy, with one placement."""
 
@@ -54,9 +41,10 @@ class Router:
 class Fleet:
     """The engines."""
 
-    def __init__(self, prefill: list[EngineProcess], decode: list[EngineProcess]) -> None:
+    def __init__(self, prefill: list[EngineProcess], decode: list[EngineProcess], interrupts: Interrupts) -> None:
         self.prefill = prefill
         self.decode = decode
+        self._interrupts = interrupts
 
     @contextmanager
     def router(self, placement: Placement) -> Iterator[Router]:
@@ -67,7 +55,15 @@ class Fleet:
             "decode": {"endpoints": [engine.url for engine in self.decode]},
             "policy": placement.policy,
         }
-        with ServiceProcess(write_config([pool])) as service, EnvoyProcess(service.config) as envoy:
+        service = ServiceProcess(write_config([pool]))
+        envoy = EnvoyProcess(service.config)
+        with _stopped_at_the_end(self._interrupts) as running:
+            for process in (service, envoy):
+                with self._interrupts.held():
+                    running.push(process)
+                    process.start()
+            service.wait_until_listening()
+            envoy.wait_until_ready()
             service.wait_until_fresh()
             service.wait_until_ready()
             yield Router(service, envoy)
@@ -77,35 +73,31 @@ class Fleet:
         roles = (("prefill", self.prefill), ("decode", self.decode))
         return {f"{role} {number}": engine for role, engines in roles for number, engine in enumerate(engines, 1)}
 
-    def forget(self) -> None:
-        """Let the engines forget what they have received."""
-        for engine in (*self.prefill, *self.decode):
-            engine.forget()
-
-    def shares(self, probe: LoadProbe) -> list[RankShare]:
-        """Tell what each rank got since :meth:`forget`."""
-        shares = []
-        for server, engine in self.named().items():
-            requests = engine.requests()
-            for rank in range(RANKS):
-                legs = [leg for request in requests for leg in request["legs"] if leg["dp_rank"] == rank]
-                tokens = sum(leg["prompt_tokens"] for leg in legs)
-                shares.append(RankShare(server, rank, len(legs), tokens, probe.mean_tokens(server, rank)))
-        return shares
-
 
 @contextmanager
-def run_engines(time_scale: float) -> Iterator[Fleet]:
+def run_engines(time_scale: float, interrupts: Interrupts) -> Iterator[Fleet]:
     """Run the engines, so many times slower than the default ones."""
     flags = (
         *("--dp-attention", "--model", MODEL, "--time-scale", str(time_scale), "--max-total-tokens", _KV_TOKENS),
         "--disable-radix-cache",  # both placements get the same prompts: the second would find those of the first
     )
-    with ExitStack() as running:
+    with _stopped_at_the_end(interrupts) as running:
         engines = [EngineProcess(role, RANKS, *flags) for role in ("prefill", "decode") for _ in range(SERVERS)]
         for engine in engines:
-            running.push(engine)
-            engine.start()
+            with interrupts.held():
+                running.push(engine)
+                engine.start()
         for engine in engines:
             engine.wait_until_listening()
-        yield Fleet(engines[:SERVERS], engines[SERVERS:])
+        yield Fleet(engines[:SERVERS], engines[SERVERS:], interrupts)
+
+
+@contextmanager
+def _stopped_at_the_end(interrupts: Interrupts) -> Iterator[ExitStack]:
+    """Stop what has been put on the stack; an interrupt meanwhile waits until that is done."""
+    with ExitStack() as running:
+        try:
+            yield running
+        finally:
+            with interrupts.held():
+                running.close()

@@ -1,103 +1,77 @@
-"""Requests of uneven length through the real OpenAI client, and what their senders saw."""
+"""Sends requests through the real OpenAI client."""
 
 import asyncio
-import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from openai import AsyncOpenAI, OpenAIError
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-MODEL: Final = "demo"
-
-_TEXT: Final = "the of and to in is that it was for on are with as his they at be this from have or by one "
-_MEDIAN_PROMPT_BYTES: Final = 5000
-_SPREAD: Final = 1.0
-"""Sigma of the logarithm: every tenth prompt is more than three and a half times as long as the median."""
-_PROMPT_BYTES: Final = (40, 24_000)
-_OUTPUT_TOKENS: Final = (16, 100)
+from dp_extproc.demo.jobs import Job, Outcome
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One request to send."""
+async def send(
+    url: str, model: str, jobs: Sequence[Job], concurrency: int, on_done: Callable[[], None]
+) -> list[Outcome]:
+    """Send all jobs to a router, so many at a time. Nothing is retried, so that nothing is hidden.
 
-    prompt: str
-    max_tokens: int
-    stream: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of one. Times in seconds."""
-
-    total: float
-    first_token: float | None
-    """Time to the first token; None without streaming."""
-    per_token: float | None
-    """Time per output token behind the first; None without streaming, or with one token."""
-    error: str | None = None
-    """Why it failed."""
-
-
-def make_jobs(count: int, seed: int) -> list[Job]:
-    """Make the same jobs for the same seed. Every other one streams."""
-    rng = random.Random(seed)
-    return [
-        Job(
-            prompt=_prompt(rng),
-            max_tokens=rng.randint(*_OUTPUT_TOKENS),
-            stream=number % 2 == 0,
-        )
-        for number in range(count)
-    ]
-
-
-def _prompt(rng: random.Random) -> str:
-    least, most = _PROMPT_BYTES
-    size = min(most, max(least, int(rng.lognormvariate(0, _SPREAD) * _MEDIAN_PROMPT_BYTES)))
-    begin = rng.randrange(len(_TEXT))
-    return (_TEXT * (size // len(_TEXT) + 2))[begin : begin + size]
-
-
-async def send(url: str, jobs: list[Job], concurrency: int, on_done: Callable[[], None]) -> list[Outcome]:
-    """Send all jobs to Envoy, so many at a time. Nothing is retried, so that nothing is hidden."""
+    Args:
+        url: Of the router.
+        model: To name in the requests.
+        jobs: What to send.
+        concurrency: Requests at a time.
+        on_done: Called after each.
+    """
     queue = iter(jobs)
     outcomes: list[Outcome] = []
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+    # Routers and engines are near: a proxy that the environment names is for elsewhere.
+    http = DefaultAsyncHttpxClient(trust_env=False)
+    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120, http_client=http)
+    async with client:
 
         async def work() -> None:
             for job in queue:
-                began = time.perf_counter()
-                try:
-                    outcomes.append(await (_stream(client, job) if job.stream else _ask(client, job)))
-                except OpenAIError as error:
-                    outcomes.append(Outcome(time.perf_counter() - began, None, None, str(error)))
+                outcomes.append(await _outcome(client, model, job))
                 on_done()
 
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(concurrency):
+            for _ in range(min(concurrency, len(jobs))):
                 tasks.create_task(work())
     return outcomes
 
 
-async def _ask(client: AsyncOpenAI, job: Job) -> Outcome:
+async def _outcome(client: AsyncOpenAI, model: str, job: Job) -> Outcome:
     began = time.perf_counter()
-    await client.chat.completions.create(
-        model=MODEL, messages=[{"role": "user", "content": job.prompt}], max_tokens=job.max_tokens
-    )
-    return Outcome(time.perf_counter() - began, None, None)
+    try:
+        return await (_stream(client, model, job) if job.stream else _ask(client, model, job))
+    except Exception as error:  # noqa: BLE001 - whatever a router answers is an outcome; the client raises many kinds
+        return Outcome(job, time.perf_counter() - began, error=f"{type(error).__name__}: {error}")
 
 
-async def _stream(client: AsyncOpenAI, job: Job) -> Outcome:
+def _request(model: str, job: Job) -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": job.prompt}], "max_tokens": job.max_tokens}
+
+
+async def _ask(client: AsyncOpenAI, model: str, job: Job) -> Outcome:
     began = time.perf_counter()
-    stream = await client.chat.completions.create(
-        model=MODEL, messages=[{"role": "user", "content": job.prompt}], max_tokens=job.max_tokens, stream=True
-    )
-    arrivals = [time.perf_counter() async for chunk in stream if chunk.choices and chunk.choices[0].delta.content]
-    ended = time.perf_counter()
-    if not arrivals:
-        return Outcome(ended - began, None, None)
+    answer = await client.chat.completions.create(**_request(model, job))
+    seconds = time.perf_counter() - began
+    if not answer.choices or not answer.choices[0].message.content:
+        return Outcome(job, seconds, error="an answer without a text")
+    return Outcome(job, seconds)
+
+
+async def _stream(client: AsyncOpenAI, model: str, job: Job) -> Outcome:
+    began = time.perf_counter()
+    arrivals = []
+    finished = False
+    async for chunk in await client.chat.completions.create(**_request(model, job), stream=True):
+        if chunk.choices:
+            if chunk.choices[0].delta.content:
+                arrivals.append(time.perf_counter())
+            finished = finished or chunk.choices[0].finish_reason is not None
+    seconds = time.perf_counter() - began
+    if not arrivals or not finished:
+        return Outcome(job, seconds, error="a stream that ended early" if arrivals else "a stream without a token")
     per_token = (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1) if len(arrivals) > 1 else None
-    return Outcome(ended - began, arrivals[0] - began, per_token)
+    return Outcome(job, seconds, arrivals[0] - began, per_token)

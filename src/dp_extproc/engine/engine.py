@@ -67,6 +67,7 @@ class Engine:
         self.prefill_side = PrefillSide(settings, self.end, self._wake)
         self.decode_side = _decode_side(settings, self.end, self._wake, kill)
         self.stepping = [False] * len(self.groups)
+        self.paces = [Pace() for _ in self.groups]
         self._dispatcher = Dispatcher(settings)
         self._on_end = on_end
         self.kill = kill
@@ -205,7 +206,7 @@ class Engine:
             )
 
     async def _run(self, index: int) -> None:
-        group, wake, pace = self.groups[index], self._wakes[index], Pace()
+        group, wake, pace = self.groups[index], self._wakes[index], self.paces[index]
         while True:
             wake.clear()
             if self.decode_side is not None:

@@ -15,12 +15,17 @@ _LAG: Final = 0.05
 class Pace:
     """Keeps a series of steps on time."""
 
-    _due: float = 0.0
+    lost: float = 0.0
+    """Seconds by which steps were late and that have not been made up for: the machine was too busy."""
+    _due: float | None = None
 
     async def step(self, seconds: float) -> None:
         """Wait until a step of this length, begun when the last one was due to end, is over."""
         now = time.monotonic()
-        self._due = max(self._due, now - _LAG) + seconds
+        due = now if self._due is None else self._due
+        lost = max(0.0, now - _LAG - due)
+        self.lost += lost
+        self._due = due + lost + seconds
         await asyncio.sleep(self._due - now if self._due - now >= _TIMER else 0)
 
     def rest(self) -> None:

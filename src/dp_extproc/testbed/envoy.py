@@ -64,6 +64,16 @@ class EnvoyProcess:
         Raises:
             RuntimeError: It ended, or is not ready in time; the message ends with its log.
         """
+        try:
+            self.start()
+            self.wait_until_ready()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def start(self) -> None:
+        """Start Envoy without waiting for it."""
         self._directory = tempfile.TemporaryDirectory(prefix="dp-extproc-envoy-")
         path = Path(self._directory.name)
         (path / "envoy.yaml").write_text(self._bootstrap, encoding="utf-8")
@@ -73,12 +83,21 @@ class EnvoyProcess:
         argv += ["--disable-hot-restart", "--file-flush-interval-msec", "50"]
         with (path / "stdout").open("wb") as stdout, (path / "stderr").open("wb") as stderr:
             self._process = start_tied(argv, stdout, stderr)
-        try:
-            self._wait_until_ready(self._process)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
+
+    def wait_until_ready(self) -> None:
+        """Wait until it answers.
+
+        Raises:
+            RuntimeError: It ended, or is not ready in time; the message ends with its log.
+        """
+
+        def is_ready() -> bool:
+            if not self.is_running:
+                status = None if self._process is None else self._process.returncode
+                raise RuntimeError(f"Envoy ended with status {status}:\n{self.log()}")
+            return loopback.CLIENT.get(f"{self.admin_url}/ready", timeout=1.0).status_code == httpx.codes.OK
+
+        wait_until(is_ready, _START_SECONDS, lambda: f"Envoy was not ready after {_START_SECONDS} s:\n{self.log()}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -142,11 +161,3 @@ class EnvoyProcess:
         if self._directory is None:
             raise RuntimeError("Envoy does not run")
         return (Path(self._directory.name) / name).read_text(encoding="utf-8", errors="replace")
-
-    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
-        def is_ready() -> bool:
-            if process.poll() is not None:
-                raise RuntimeError(f"Envoy ended with status {process.returncode}:\n{self.log()}")
-            return loopback.CLIENT.get(f"{self.admin_url}/ready", timeout=1.0).status_code == httpx.codes.OK
-
-        wait_until(is_ready, _START_SECONDS, lambda: f"Envoy was not ready after {_START_SECONDS} s:\n{self.log()}")

@@ -13,16 +13,20 @@ _PR_SET_PDEATHSIG: Final = 1
 
 
 def start_tied(argv: Sequence[str], stdout: IO[bytes], stderr: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start *argv* as a child that gets SIGTERM when the calling thread ends.
+    """Start *argv* as a child that gets SIGTERM when the calling thread ends; only on Linux.
 
     It is the thread that counts, not the process (``prctl(2)``): call this from one that lives long enough.
+
+    The child is in a process group of its own: Ctrl-C in a terminal is for who started it, and that one stops it in
+    order.
     """
     shim = [sys.executable, "-m", "dp_extproc.testbed.tied_process", str(os.getpid()), *argv]
-    return subprocess.Popen(shim, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+    return subprocess.Popen(shim, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, process_group=0)
 
 
 def _become(parent: int, argv: Sequence[str]) -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it ended before the line above took effect
         sys.exit(1)
     os.execv(argv[0], list(argv))  # noqa: S606 - becomes the program that the caller asked for

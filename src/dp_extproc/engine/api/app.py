@@ -1,5 +1,6 @@
 """The engine's paths."""
 
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -48,6 +49,7 @@ _FROM_ANYWHERE: Final = Middleware(
 """``http_server.py`` has it so; that is where ``vary: Origin`` comes from."""
 _OPEN_TO_ALL: Final = ("/health", "/ready", "/metrics", "/debug")
 """Prefixes without authentication (``utils/auth.py``), and our own."""
+_NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 
 class Server:
@@ -211,7 +213,10 @@ class Server:
         if request.method == "DELETE":
             self.journal.clear()
             return Response(status_code=204)
-        return errors.json_response({"requests": self.journal.show()})
+        after = request.query_params.get("after", "0")
+        if not _NUMBER.fullmatch(after):
+            return PlainTextResponse("after has to be the number of a request", 400)
+        return errors.json_response({"count": self.journal.count, "requests": self.journal.show(int(after))})
 
     async def _debug_body(self, request: Request) -> Response:
         record = self.journal.find(request.path_params["number"])

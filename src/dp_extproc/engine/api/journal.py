@@ -166,9 +166,14 @@ class Journal:
         self._records.clear()
         self._kept = 0
 
-    def show(self) -> list[dict[str, Any]]:
-        """Describe all requests, oldest first."""
-        return [record.show() for record in self._records]
+    @property
+    def count(self) -> int:
+        """How many requests have arrived, whether or not they are still here: the number of the last."""
+        return self._count
+
+    def show(self, after: int = 0) -> list[dict[str, Any]]:
+        """Describe the requests with higher numbers than *after*, oldest first."""
+        return [record.show() for record in self._records if record.number > after]
 
 
 def _show_leg(ticket: Ticket) -> dict[str, Any]:

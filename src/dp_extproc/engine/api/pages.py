@@ -112,6 +112,7 @@ def steps(engine: Engine) -> list[dict[str, Any]]:
             "steps": group.steps,
             "seconds": group.seconds,
             "waited": group.waited,
+            "late": pace.lost / engine.settings.time_scale,
             "ranks": [
                 {
                     "dp_rank": rank.dp_rank,
@@ -122,7 +123,7 @@ def steps(engine: Engine) -> list[dict[str, Any]]:
                 for rank in group.ranks
             ],
         }
-        for group in engine.groups
+        for group, pace in zip(engine.groups, engine.paces, strict=True)
     ]
 
 
