@@ -11,7 +11,8 @@ TESTS_AT_A_TIME ?= 2
 SGLVENV ?= $(HOME)/.cache/dp-extproc/sglang-venv
 SGLRUN ?= $(HOME)/.cache/dp-extproc/sglang-run
 
-.PHONY: setup test quickstart-test check format demo faults soak interop bench balance simulated stream-end clean
+.PHONY: setup test quickstart-test compose-test check format demo faults soak interop bench balance simulated \
+  stream-end clean
 
 setup: .venv/ready
 
@@ -29,6 +30,11 @@ test: check
 # The first steps of the README, as they stand there, in a new environment; left out where pip reaches no package index.
 quickstart-test: setup
 	$(BIN)/pytest tests/quickstart.py
+
+# docker compose up, its profiles, failures and its end, in real containers. Wants Docker, or root and Debian's docker.io
+# and mmdebstrap: where an image cannot be pulled, a stand-in is made of Debian's packages.
+compose-test: setup
+	$(BIN)/pytest --durations 8 tests/compose/first_contact.py
 
 check: setup
 	$(BIN)/ruff check .

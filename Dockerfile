@@ -1,0 +1,59 @@
+# One image for every command of dp-extproc: the service, the stand-in engine, `check`, `envoy-config`.
+#
+#   docker build -t dp-extproc .                         the service
+#   docker build -t dp-extproc:demo --target demo .      also what the load generator and the demo need
+#
+# Where no package index is reached, put wheels into the folder wheels/ first; then nothing else is asked.
+# BuildKit and the builder before it both build this file, hence no RUN --mount.
+
+# The Python that the tests run on. The project works with any from 3.11 on.
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+
+# --- installs, and is thrown away ---
+
+FROM ${PYTHON_IMAGE} AS dependencies
+WORKDIR /build
+# README.md goes along because COPY has to find something when there are no wheels.
+COPY README.md wheel[s] /wheels/
+COPY deploy/image/install.sh deploy/image/dependencies.py /usr/local/bin/
+RUN python3 -m venv --without-pip /app
+# The dependencies come before the source, so that a change of the source does not install them anew.
+COPY pyproject.toml ./
+RUN python3 /usr/local/bin/dependencies.py > dependencies.txt && sh /usr/local/bin/install.sh -r dependencies.txt
+
+FROM dependencies AS build
+COPY README.md LICENSE ./
+COPY src src
+RUN sh /usr/local/bin/install.sh --no-deps .
+
+FROM build AS build-demo
+RUN python3 /usr/local/bin/dependencies.py demo > demo.txt && sh /usr/local/bin/install.sh -r demo.txt
+
+# --- runs ---
+
+FROM ${PYTHON_IMAGE} AS runtime
+# A test holds the version to that of pyproject.toml.
+LABEL org.opencontainers.image.title="dp-extproc" \
+      org.opencontainers.image.description="Data-parallel-rank-aware routing of prefill/decode LLM fleets, as an Envoy external processor." \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="0.1.0"
+# The root file system may be read-only, so nothing is to be cached there. HOME is for libraries that look there.
+ENV PATH=/app/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# A volume that is mounted here belongs to the user of the image.
+RUN install --directory --owner 65532 --group 65532 /var/lib/dp-extproc
+# A number, for Kubernetes' runAsNonRoot cannot judge a name.
+USER 65532:65532
+WORKDIR /var/lib/dp-extproc
+EXPOSE 9002 9090
+# Asks the service or the engine, whichever runs in the container; any other command is well as long as it runs.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --retries=3 \
+  CMD ["python", "-m", "dp_extproc.operate.container_health"]
+ENTRYPOINT ["dp-extproc"]
+CMD ["serve", "-c", "/etc/dp-extproc/dp-extproc.yaml"]
+
+FROM runtime AS demo
+COPY --from=build-demo /app /app
+
+# The last stage is what is built when no target is named.
+FROM runtime AS service
+COPY --from=build /app /app

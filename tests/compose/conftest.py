@@ -1,0 +1,90 @@
+"""The project that the test walks through, from nothing to nothing."""
+
+import os
+import secrets
+from collections.abc import Iterator
+
+import pytest
+
+from compose.base_images import base_images
+from compose.checkout import base_image, check_out, foreign_images
+from compose.docker_engine import Docker, NoEngineError, docker_engine
+from compose.project import Project, compose_command
+from dp_extproc.testbed.ports import free_ports
+
+_PORTS = ("PORT", "ADMIN_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
+_BUILD_SECONDS = 600.0
+
+
+def _give_up(why: Exception) -> None:
+    """Fail; or leave the test out, where the caller has said that it may be."""
+    if os.environ.get("DP_EXTPROC_COMPOSE_TEST") == "if-possible":
+        pytest.skip(f"LEFT OUT: {why}")
+    pytest.fail(str(why))
+
+
+@pytest.fixture(scope="session")
+def docker() -> Iterator[Docker]:
+    """The engine."""
+    engine = docker_engine()
+    try:
+        found = engine.__enter__()
+    except NoEngineError as why:
+        _give_up(why)
+        raise
+    try:
+        yield found
+    finally:
+        engine.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def missing_images(docker: Docker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Images that are not to be had here; the others are there."""
+    images = base_images(docker, [base_image(), *foreign_images()], tmp_path_factory.mktemp("images"))
+    try:
+        missing = images.__enter__()
+        docker.run("run", "--rm", "--network", "none", base_image(), "python3", "--version")
+    except NoEngineError as why:
+        _give_up(why)
+        raise
+    try:
+        yield missing
+    finally:
+        images.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def project(docker: Docker, missing_images: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """``docker compose up`` in a checkout, with free ports."""
+    directory = tmp_path_factory.mktemp("checkout")
+    # An engine of others may reach the index from its containers; ours has no network but the project's.
+    check_out(directory, wheels=docker.is_ours)
+    ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
+    try:
+        compose = compose_command(docker)
+    except NoEngineError as why:
+        _give_up(why)
+        raise
+    up = Project(docker, compose, f"dpx{secrets.token_hex(4)}", directory, ports)
+    try:
+        up("up", "--detach", seconds=_BUILD_SECONDS)
+        yield up
+    finally:
+        _take_down(up)
+
+
+def _take_down(project: Project) -> None:
+    """Remove whatever is still there, however the test has ended."""
+    docker = project.docker
+    for container in docker.lines("ps", "--all", "--quiet", "--filter", f"network={project.name}_default"):
+        docker.run("rm", "--force", container, check=False)
+    if project.leftovers():
+        project(*everything(), "down", "--volumes", "--timeout", "5", check=False)
+    for tag in ("local", "demo"):
+        docker.run("image", "rm", f"{project.image}:{tag}", check=False)
+
+
+def everything() -> tuple[str, ...]:
+    """Name all profiles."""
+    return ("--profile", "load", "--profile", "observe")

@@ -1,0 +1,95 @@
+"""A compose project: its containers, and what is inside them."""
+
+import json
+import os
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from compose.docker_engine import Docker, NoEngineError, run
+
+_LABEL: Final = "com.docker.compose.project"
+_FETCH: Final = "import sys, urllib.request as u; sys.stdout.buffer.write(u.urlopen(sys.argv[1]).read())"
+
+
+def compose_command(docker: Docker) -> list[str]:
+    """Give the compose that is there: of the variable ``COMPOSE``, the client's own, or the one before that.
+
+    Raises:
+        NoEngineError: There is none.
+    """
+    if wanted := os.environ.get("COMPOSE"):
+        return shlex.split(wanted)
+    if docker.succeeds("compose", "version"):
+        return ["docker", "compose"]
+    if shutil.which("docker-compose"):
+        return ["docker-compose"]
+    raise NoEngineError("there is no docker compose; install it (Debian: docker-compose)")
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """The containers of one ``docker compose up``."""
+
+    docker: Docker
+    compose: list[str]
+    name: str
+    directory: Path
+    ports: dict[str, int]
+    """On the host, by the variables of docker-compose.yml that set them."""
+
+    @property
+    def image(self) -> str:
+        """The name under which this project builds its images."""
+        return self.name
+
+    def __call__(self, *arguments: str, check: bool = True, seconds: float = 120, **variables: str) -> str:
+        """Run a command of compose with these variables set, and return what it prints."""
+        variables |= {name: str(port) for name, port in self.ports.items()}
+        environment = {**self.docker.environment, **variables, "DP_EXTPROC_IMAGE": self.image}
+        argv = [*self.compose, "--project-name", self.name, *arguments]
+        return run(argv, environment, check=check, seconds=seconds, cwd=self.directory)
+
+    def container(self, service: str) -> str:
+        """Give the id of a service's container, whether or not it runs."""
+        filters = (f"{_LABEL}={self.name}", f"com.docker.compose.service={service}", "com.docker.compose.oneoff=False")
+        labels = [word for each in filters for word in ("--filter", f"label={each}")]
+        (found,) = self.docker.lines("ps", "--all", "--quiet", *labels)
+        return found
+
+    def inspect(self, service: str) -> dict[str, Any]:
+        """Give all that the engine knows of a service's container."""
+        (found,) = json.loads(self.docker.run("inspect", self.container(service)))
+        described: dict[str, Any] = found
+        return described
+
+    def address(self, service: str) -> str:
+        """Give the address that a container has in the project's network; empty when it does not run."""
+        (network,) = self.inspect(service)["NetworkSettings"]["Networks"].values()
+        address: str = network["IPAddress"]
+        return address
+
+    def network(self) -> str:
+        (found,) = self.docker.lines("network", "ls", "--quiet", "--filter", f"label={_LABEL}={self.name}")
+        return found
+
+    def execute(self, service: str, *argv: str) -> str:
+        """Run a command in a container."""
+        return self.docker.run("exec", self.container(service), *argv)
+
+    def page(self, service: str, url: str) -> str:
+        """Fetch a page from within a container."""
+        return self.execute(service, "python", "-c", _FETCH, url)
+
+    def journal(self, engine: str) -> list[dict[str, Any]]:
+        """Tell what an engine has received."""
+        found: list[dict[str, Any]] = json.loads(self.page(engine, "http://127.0.0.1:30000/debug/requests"))["requests"]
+        return found
+
+    def leftovers(self) -> list[str]:
+        """Name what is there of the project: containers, networks, volumes."""
+        ours = ("--quiet", "--filter", f"label={_LABEL}={self.name}")
+        kinds = (("ps", "--all"), ("network", "ls"), ("volume", "ls"))
+        return [name for kind in kinds for name in self.docker.lines(*kind, *ours)]

@@ -1,0 +1,69 @@
+"""docker-compose.yml and the configurations beside it, as far as they can be checked without containers."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dp_extproc.config import load_config
+from dp_extproc.envoy_config import build_bootstrap, render_yaml
+
+ROOT = Path(__file__).parents[2]
+SERVICES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))[
+    "services"
+]
+ROUTERS = {"dp-extproc.yaml": "dp-extproc", "baseline.yaml": "dp-extproc-baseline"}
+CONFIGURATIONS = ROOT / "deploy/compose/dp-extproc"
+ENGINES = ("prefill-1", "prefill-2", "decode-1", "decode-2")
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_service_is_confined(name: str) -> None:
+    """Nothing runs with capabilities, with a root file system that it can write to, or open to the network."""
+    service = SERVICES[name]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service.get("read_only") is (None if name == "grafana" else True)
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+
+
+@pytest.mark.parametrize("name", [name for name, service in SERVICES.items() if "build" not in service])
+def test_images_of_others_are_pinned(name: str) -> None:
+    """What was tried is what runs."""
+    assert re.fullmatch(r"[a-z]+/[a-z]+:v?\d+\.\d+\.\d+", SERVICES[name]["image"])
+
+
+@pytest.mark.parametrize("file", ROUTERS)
+def test_configuration_names_services_of_the_compose_file(file: str) -> None:
+    """A name that does not exist is noticed by nobody but the newcomer."""
+    config = load_config(CONFIGURATIONS / file)
+    assert config.envoy.service == f"{ROUTERS[file]}:{config.listen.grpc.port}"
+    assert ROUTERS[file] in SERVICES
+    (pool,) = config.pools
+    assert pool.prefill is not None
+    assert pool.decode is not None
+    urls = [endpoint.url for side in (pool.prefill, pool.decode) for endpoint in side.endpoints]
+    assert urls == [f"http://{engine}:30000" for engine in ENGINES]
+    assert set(ENGINES) <= SERVICES.keys()
+    assert all("--port 30000" in SERVICES[engine]["command"] for engine in ENGINES)
+
+
+@pytest.mark.parametrize("file", ROUTERS)
+def test_printed_envoy_configuration_finds_the_service_by_its_name(file: str) -> None:
+    """A container that is started anew may get another address; a name that Envoy looks up follows it."""
+    bootstrap = yaml.safe_load(render_yaml(build_bootstrap(load_config(CONFIGURATIONS / file))))
+    (cluster,) = [each for each in bootstrap["static_resources"]["clusters"] if each["name"] == "extproc"]
+    assert cluster["type"] == "STRICT_DNS"
+    assert cluster["health_checks"]
+    assert ROUTERS[file] in str(cluster["load_assignment"])
+
+
+def test_routers_differ_in_nothing_but_the_policy() -> None:
+    """Else the tables of the load generator would compare something else, too."""
+    ours, baseline = (load_config(CONFIGURATIONS / file) for file in ROUTERS)
+    alike = {"reload": ours.reload, "envoy": ours.envoy}
+    policy = {"pools": tuple(pool.model_copy(update={"policy": baseline.pools[0].policy}) for pool in ours.pools)}
+    assert ours.model_copy(update=policy) == baseline.model_copy(update=alike)
+    assert (baseline.pools[0].policy.host, baseline.pools[0].policy.dp_rank) == ("random", "none")

@@ -1,0 +1,58 @@
+"""The files that the image is made of: rules that a build does not check."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+INSTRUCTIONS = [
+    line for line in DOCKERFILE.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")
+]
+REGISTRIES = re.compile(
+    r"pypi\.|pythonhosted|deb\.debian|ubuntu\.com|docker\.io/|ghcr\.io|gcr\.io|quay\.io|registry\.", re.IGNORECASE
+)
+TOP = (ROOT / "Dockerfile", ROOT / "docker-compose.yml", ROOT / ".dockerignore")
+SHIPPED = sorted(path for path in (*TOP, *(ROOT / "deploy").rglob("*")) if path.is_file())
+
+
+def values(instruction: str) -> list[str]:
+    """Give what stands behind each of these instructions."""
+    return [line.split(None, 1)[1] for line in INSTRUCTIONS if line.split()[0] == instruction]
+
+
+def test_image_names_the_version_of_the_project() -> None:
+    """A label that was forgotten at a release would say something wrong of every container."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (labels,) = values("LABEL")
+    assert f'org.opencontainers.image.version="{project["version"]}"' in labels
+    assert f'org.opencontainers.image.licenses="{project["license"]}"' in labels
+    assert f'org.opencontainers.image.description="{project["description"]}"' in labels
+
+
+def test_image_has_a_user_with_a_number() -> None:
+    """``runAsNonRoot`` of Kubernetes cannot tell who a name is, and refuses to start the container."""
+    assert values("USER") == ["65532:65532"]
+
+
+def test_image_is_built_by_both_builders() -> None:
+    """The builder before BuildKit knows no options of RUN, and none but --from, --chown of COPY."""
+    assert not any(value.startswith("--") for value in values("RUN"))
+    assert {word for value in values("COPY") for word in value.split() if word.startswith("--")} <= {
+        "--from=build",
+        "--from=build-demo",
+    }
+    assert not DOCKERFILE.startswith("# syntax")
+
+
+def test_last_stage_is_the_service() -> None:
+    """What is built when no target is named is the small image."""
+    assert values("FROM")[-1] == "runtime AS service"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_file_names_the_host_of_a_registry(path: Path) -> None:
+    """Whoever builds behind a mirror has it in the settings of pip and Docker, and nothing here goes around them."""
+    assert REGISTRIES.findall(path.read_text(encoding="utf-8")) == []

@@ -1,0 +1,139 @@
+"""HEALTHCHECK of the image: asks whatever runs in the container, and knows what it cannot ask."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from dp_extproc.config import ListenSettings
+from dp_extproc.engine.settings import Settings
+from dp_extproc.operate import container_health
+from dp_extproc.operate.container_health import Question, main, question_for
+from dp_extproc.testbed.engine import EngineProcess
+from dp_extproc.testbed.ports import free_port
+from dp_extproc.testbed.service import ServiceProcess, write_config
+
+INIT = ("/sbin/docker-init", "--")
+SCRIPT = ("/app/bin/python3", "/app/bin/dp-extproc")
+MODULE = ("python", "-m", "dp_extproc")
+
+
+def asked(command_line: tuple[str, ...], *, ready: bool = False) -> tuple[str, int, str] | None:
+    question = question_for(command_line, ready=ready)
+    return None if question is None else (question.host, question.port, question.path)
+
+
+@contextmanager
+def server_that_says(answer: bytes) -> Iterator[int]:
+    """Answer one connection; None of it is HTTP but what is said."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as listening:
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield listening.getsockname()[1]
+        thread.join()
+
+
+@pytest.mark.parametrize("before", [SCRIPT, MODULE, INIT + SCRIPT, ("dp-extproc",)])
+@pytest.mark.parametrize("option", [("-c", "FILE"), ("-cFILE",), ("--config", "FILE"), ("--config=FILE",)])
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("pools: []", ("127.0.0.1", 9090)),
+        ("listen: {admin: 0.0.0.0:9191}", ("127.0.0.1", 9191)),
+        ("listen: {admin: 10.0.0.7:9191}", ("10.0.0.7", 9191)),
+        ('listen: {admin: "[::]:9191"}', ("::1", 9191)),
+        ("listen: {admin: {host: 0.0.0.0, port: 9191}}", ("127.0.0.1", 9191)),
+        ("listen:", ("127.0.0.1", 9090)),
+        ("", ("127.0.0.1", 9090)),
+    ],
+)
+def test_service_is_asked_where_its_file_says(
+    tmp_path: Path, before: tuple[str, ...], option: tuple[str, ...], text: str, address: tuple[str, int]
+) -> None:
+    """However it was started, and with an address for everybody where nobody can be dialled."""
+    file = tmp_path / "dp-extproc.yaml"
+    file.write_text(text, encoding="utf-8")
+    line = (*before, "serve", *(word.replace("FILE", str(file)) for word in option), "--log-level", "info")
+    assert asked(line) == (*address, "/healthz")
+    assert asked(line, ready=True) == (*address, "/readyz")
+
+
+def test_engine_is_asked_on_its_port() -> None:
+    """Also by its name for all addresses."""
+    line = (*INIT, *SCRIPT, "engine", "--role", "prefill", "--host", "0.0.0.0", "--port=30000")
+    assert asked(line) == ("127.0.0.1", 30000, "/v1/models")
+    assert asked((*SCRIPT, "engine", "--port", "30000")) == ("127.0.0.1", 30000, "/v1/models")
+
+
+@pytest.mark.parametrize(
+    "line", [(*SCRIPT, "check", "-c", "x"), (*SCRIPT, "load"), SCRIPT, ("sh",), ("sleep", "9"), ()]
+)
+def test_other_commands_are_well_as_long_as_they_run(line: tuple[str, ...]) -> None:
+    """There is nothing to ask them."""
+    assert question_for(line, ready=False) is None
+    assert main([], line) == 0
+
+
+def test_defaults_are_those_of_the_commands() -> None:
+    """They are written down twice, as the check loads nothing of the service."""
+    assert str(ListenSettings().admin) == container_health._DEFAULT_ADMIN
+    assert Settings().host == container_health._DEFAULT_ENGINE_HOST
+
+
+@pytest.mark.parametrize("text", ["listen: {admin: nonsense}", "listen: [", "listen: {admin: localhost:9090}", "\x00"])
+def test_a_file_that_cannot_be_used_is_not_well(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is told in a line, not as a traceback."""
+    file = tmp_path / "dp-extproc.yaml"
+    file.write_text(text, encoding="utf-8")
+    assert main([], (*SCRIPT, "serve", "-c", str(file))) == 1
+    assert capsys.readouterr().err.startswith("not well: ")
+
+
+def test_a_file_that_is_not_there_is_not_well(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor is a command line without one."""
+    assert main([], (*SCRIPT, "serve", "-c", "/nowhere/dp-extproc.yaml")) == 1
+    assert main([], (*SCRIPT, "serve")) == 1
+    assert "/nowhere/dp-extproc.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"SSH-2.0-server\r\n", b"HTTP/1.1 200 OK", b"HTTP/1.1 503 No\r\n\r\n", b"\n" * 9]
+)
+def test_only_an_answer_that_is_good_is_well(answer: bytes, tmp_path: Path) -> None:
+    """A port that somebody else has, a server that hangs up, a service that is not ready."""
+    file = tmp_path / "dp-extproc.yaml"
+    with server_that_says(answer) as port:
+        file.write_text(f"listen: {{admin: 127.0.0.1:{port}}}", encoding="utf-8")
+        assert main(["--ready"], (*SCRIPT, "serve", "-c", str(file))) == (0 if b" 200 " in answer else 1)
+
+
+def test_real_service_and_engine_are_well_until_they_end(tmp_path: Path) -> None:
+    """The pages that are asked are there; a service without engines lives, and is not ready."""
+    with EngineProcess("unified", 1, "--api-key", "secret") as engine:
+        line = (*SCRIPT, "engine", "--port", str(engine.port))
+        assert main([], line) == 0
+    assert main([], line) == 1
+    content = write_config([{"models": ["*"], "workers": {"endpoints": [f"http://127.0.0.1:{free_port()}"]}}])
+    with ServiceProcess(content) as service:
+        line = (*SCRIPT, "serve", "-c", str(service._config_path))
+        assert main([], line) == 0
+        assert main(["--ready"], line) == 1
+    file = tmp_path / "dp-extproc.yaml"
+    file.write_text(f"listen: {{admin: {service.config.listen.admin}}}", encoding="utf-8")
+    assert main([], (*SCRIPT, "serve", "-c", str(file))) == 1
+
+
+def test_question_says_which_answers_are_good() -> None:
+    """A service that answers 404 is not well; an engine that wants a key is."""
+    question = question_for((*SCRIPT, "engine", "--port", "1"), ready=False)
+    assert question == Question("127.0.0.1", 1, "/v1/models", range(100, 600))
