@@ -40,6 +40,7 @@ from dp_extproc.extproc.names import (
     LB_NAMESPACE,
     METADATA_NAMESPACE,
     READ_FROM_REQUESTS,
+    SESSION,
     SUBSET_NAMESPACE,
 )
 from dp_extproc.placement.decision import Metadata
@@ -80,12 +81,17 @@ def read_subset_hint(message: ProcessingRequest) -> frozenset[str] | None:
     return read_subset((value.string_value,))
 
 
-def read_event(message: ProcessingRequest) -> Event | None:
-    """Read a message; None for one that says nothing, or nothing that is known here."""
+def read_event(message: ProcessingRequest, session_header: str | None = SESSION) -> Event | None:
+    """Read a message; None for one that says nothing, or nothing that is known here.
+
+    Args:
+        message: As it came.
+        session_header: The header that names a request's conversation, beside those that are read in any case.
+    """
     match message.WhichOneof("request"):
         case "request_headers":
             headers = message.request_headers
-            return RequestHeaders(_headers(headers), headers.end_of_stream)
+            return RequestHeaders(_headers(headers, session_header), headers.end_of_stream)
         case "request_body":
             body = message.request_body
             return RequestBody(body.body, body.end_of_stream)
@@ -175,12 +181,17 @@ def _write_immediate(reply: Immediate, response: ProcessingResponse) -> None:
         _write_metadata(reply.metadata, response)
 
 
-def _headers(message: HttpHeaders) -> dict[str, str]:
+def _headers(message: HttpHeaders, session_header: str | None) -> dict[str, str]:
     """Read the headers that matter: those that are read, and those that no client may set."""
     found: dict[str, str] = {}
     for header in message.headers.headers:
         name = header.key
-        if name in READ_FROM_REQUESTS or name in _FOREIGN or name.startswith(FOREIGN_PREFIXES):
+        if (
+            name in READ_FROM_REQUESTS
+            or name in _FOREIGN
+            or name == session_header
+            or name.startswith(FOREIGN_PREFIXES)
+        ):
             # Envoy fills raw_value; older ones filled value.
             found[name] = header.raw_value.decode("latin-1") or header.value
     return found

@@ -85,6 +85,7 @@ class Exchange:
         "_refused",
         "_response_duplex",
         "_session",
+        "_session_header",
         "_size",
         "_state",
         "_subset",
@@ -108,6 +109,7 @@ class Exchange:
         holds: bool = False,
         queues: bool = False,
         picks: bool = False,
+        session_header: str | None = names.SESSION,
         subset: frozenset[str] | None = None,
     ) -> None:
         """Begin.
@@ -120,6 +122,8 @@ class Exchange:
             holds: Whether the response's headers are held until :meth:`let_go`.
             queues: Whether a request for which there is no room waits for :meth:`decide_again` or :meth:`give_up`.
             picks: Whether to speak the endpoint-picker protocol: the gateway routes, and this only says where to.
+                No header of ours is believed then, for nobody has removed the clients'.
+            session_header: The header that names the conversation; None for none.
             subset: Among which endpoints it allows to choose; None for all.
         """
         self._decider = decider
@@ -131,6 +135,7 @@ class Exchange:
         self._state = _State.START
         self._api: Api | None = None
         self._foreign: tuple[str, ...] = ()
+        self._session_header = session_header
         self._session: str | None = None
         self._body: list[bytes] = []
         self._length: int | None = None
@@ -288,11 +293,14 @@ class Exchange:
     def _request_headers(self, event: RequestHeaders) -> _Replies:
         headers = event.headers
         asked = read_path(headers.get(":method", ""), headers.get(":path", ""))
-        self._foreign = tuple(headers.keys() - names.READ_FROM_REQUESTS)
-        if self._picks:  # Envoy lets nobody remove its own
-            self._foreign = tuple(name for name in self._foreign if not name.startswith("x-envoy-"))
-        self._session = headers.get(names.SESSION)
-        self.failed, self.cut = read_failed(headers.get(names.AVOID)), read_cut(headers.get(names.AVOID))
+        reads = names.READ_BEHIND_OTHERS if self._picks else names.READ_FROM_REQUESTS
+        foreign = headers.keys() - reads - {self._session_header}
+        self._session = None if self._session_header is None else headers.get(self._session_header)
+        if self._picks:
+            self._foreign = tuple(name for name in foreign if not name.startswith("x-envoy-"))  # Envoy would keep them
+        else:
+            self._foreign = tuple(foreign)
+            self.failed, self.cut = read_failed(headers.get(names.AVOID)), read_cut(headers.get(names.AVOID))
         refusal = refuse_by_headers(headers, self._max_body)
         if self._picks and (not isinstance(asked, Api) or (refusal is not None and refusal.status == _UNSUPPORTED)):
             return self._pass_on()  # the gateway has decided that it is a request for these servers

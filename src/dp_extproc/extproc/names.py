@@ -45,6 +45,8 @@ READ_FROM_REQUESTS: Final = frozenset({
     ":method", ":path", "content-type", "content-encoding", "content-length", SESSION, AVOID,
 })  # fmt: skip
 """All that the service reads of a request's headers. Envoy forwards no others to it."""
+READ_BEHIND_OTHERS: Final = READ_FROM_REQUESTS - {SESSION, AVOID}
+"""Likewise where a gateway of others sends the requests: nothing there is set by us, so a client may have set it."""
 READ_FROM_RESPONSES: Final = frozenset({":status", "content-type"})
 """Likewise of a response's."""
 

@@ -79,6 +79,7 @@ class ExtProcService:
         clock: Callable[[], float],
         hold_seconds: float = HOLD_SECONDS,
         picks: bool = False,
+        session_header: str | None = None,
     ) -> None:
         """Set up.
 
@@ -92,6 +93,7 @@ class ExtProcService:
             clock: Monotonic seconds; the same that the books are kept with.
             hold_seconds: How long a body may pause.
             picks: Whether to speak the endpoint-picker protocol.
+            session_header: The clients' header that names a conversation, for that protocol; our own Envoy copies it.
         """
         self._decider = decider
         self._observer = observer
@@ -102,8 +104,9 @@ class ExtProcService:
         self._clock = clock
         self._hold_seconds = hold_seconds
         self._picks = picks
-        self._links: dict[str, Link] = {}
-        """Attempts by the token of their leg, as long as a stream of theirs may come or stay; others by number."""
+        self._session_header = session_header if picks else names.SESSION
+        self._links: dict[str | Attempt, Link] = {}
+        """Attempts by the token of their leg, as long as a stream of theirs may come or stay; see :func:`_key`."""
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Make what a server registers. Answers are serialised already, most of them once and for all."""
@@ -131,7 +134,7 @@ class ExtProcService:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a message cannot be read")
 
     async def _serve(self, context: grpc.aio.ServicerContext) -> None:
-        leg, stage = _address_of(context)
+        leg, stage = ("", "") if self._picks else _address_of(context)  # only our own Envoy opens more than one
         if stage:
             await self._watch_first_event(leg, context)
         elif leg:
@@ -155,13 +158,14 @@ class ExtProcService:
             holds=not self._picks,  # a gateway of others neither repeats requests nor lets its answers be exchanged
             queues=self._line is not None,
             picks=self._picks,
+            session_header=self._session_header,
             subset=read_subset_hint(message) if self._picks else None,
         )
         writer = Writer(context)
         link: Link | None = None
         try:
             while message is not grpc.aio.EOF:
-                event = read_event(message)
+                event = read_event(message, self._session_header)
                 if event is not None:
                     replies = await self._take(exchange, link, event)
                     if link is None and exchange.attempt is not None:
@@ -357,8 +361,9 @@ _GO_ON: Final[dict[type, tuple[Reply, ...]]] = {
 """What a leg is told that nobody knows here."""
 
 
-def _key(attempt: Attempt) -> str:
-    return attempt.leg or str(attempt.number)
+def _key(attempt: Attempt) -> str | Attempt:
+    """Give the key of an attempt: the token of its leg; without a leg itself, which no stream can name."""
+    return attempt.leg or attempt
 
 
 def _address_of(context: grpc.aio.ServicerContext) -> tuple[str, str]:
