@@ -56,18 +56,19 @@ _BODY_MODES: Final = {
 }
 
 
-def read_modes(first: ProcessingRequest) -> tuple[BodyMode, bool]:
+def read_modes(first: ProcessingRequest) -> tuple[BodyMode, BodyMode]:
     """Read how bodies will come from a stream's first message, the only one that says so.
 
     Returns:
-        The mode of the request's body, and whether the response's comes in duplex. An Envoy that does not say
-        (before 1.33) is taken to send request bodies buffered.
+        The modes of the request's body and of the response's. An Envoy that does not say (before 1.33) is taken to
+        send both buffered.
     """
     if not first.HasField("protocol_config"):
-        return BodyMode.LOCKSTEP, False
+        return BodyMode.LOCKSTEP, BodyMode.LOCKSTEP
     config = first.protocol_config
-    request = _BODY_MODES.get(config.request_body_mode, BodyMode.UNSUPPORTED)
-    return request, config.response_body_mode == ProcessingMode.FULL_DUPLEX_STREAMED
+    modes = config.request_body_mode, config.response_body_mode
+    request, response = (_BODY_MODES.get(mode, BodyMode.UNSUPPORTED) for mode in modes)
+    return request, response
 
 
 def read_subset_hint(message: ProcessingRequest) -> frozenset[str] | None:
