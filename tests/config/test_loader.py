@@ -167,7 +167,15 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
     ),
     "session-header-of-ours": (
         POOL + "envoy: {session_header: X-DP-Session}\n",
-        [(4, "envoy.session_header", "names under x-dp- and x-envoy- are taken from clients")],
+        [(4, "envoy.session_header", "names under x-dp-, x-envoy- and x-override- are taken from clients")],
+    ),
+    "session-header-of-the-engines": (
+        POOL + "envoy: {session_header: X-Override-Rid}\n",
+        [(4, "envoy.session_header", "names under x-dp-, x-envoy- and x-override- are taken from clients")],
+    ),
+    "session-header-of-gateways": (
+        POOL + "envoy: {session_header: X-Gateway-Destination-Endpoint}\n",
+        [(4, "envoy.session_header", "X-Gateway-Destination-Endpoint is not the name of a conversation; write")],
     ),
     "session-header-with-a-secret": (
         POOL + "envoy: {session_header: Authorization}\n",

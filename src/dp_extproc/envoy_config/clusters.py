@@ -48,7 +48,11 @@ from dp_extproc.envoy_config.cluster_names import (
 )
 from dp_extproc.envoy_config.external_processing import see_first_event
 from dp_extproc.envoy_config.failed_hosts import remember_failed_hosts
-from dp_extproc.envoy_config.headers import last_upstream_filter, strip_router_headers
+from dp_extproc.envoy_config.headers import (
+    last_upstream_filter,
+    strip_headers_before_placement,
+    strip_router_headers,
+)
 from dp_extproc.envoy_config.limits import UNLIMITED, buffer_bytes
 from dp_extproc.envoy_config.service_addresses import is_named, may_be_several, services_of
 from dp_extproc.envoy_config.tls import speak_tls
@@ -93,6 +97,7 @@ _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 def build_clusters(config: Config) -> list[Cluster]:
     """Build all clusters; none of them knows an engine by name."""
     buffer = buffer_bytes(config.envoy)
+    remembering = [remember_failed_hosts()] if config.retry.attempts > 1 else []
     watching = [see_first_event(config.envoy.body_mode)] if config.supervision.mode is Supervise.ANSWERS else []
     return [
         _service(config, buffer),
@@ -101,7 +106,7 @@ def build_clusters(config: Config) -> list[Cluster]:
         ),
         _by_header(PREFILL, PREFILL_HOST, _engine(), buffer),
         *_decode(config.envoy.cut_streams, _engine(watching), buffer),
-        _internal(DISPATCH, buffer, _http(remember_failed_hosts()) if config.retry.attempts > 1 else None),
+        _internal(DISPATCH, buffer, _http([strip_headers_before_placement(), *remembering, last_upstream_filter()])),
         _internal(PREFILL_LEG, buffer),
     ]
 

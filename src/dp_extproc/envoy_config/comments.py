@@ -79,8 +79,11 @@ COMMENTS: Final = {
     "prefill idle_timeout": "Shorter than the 5 s after which SGLang's HTTP server closes an idle connection, or a\n"
     "request would now and then be sent into a closing one.",
     "prefill http_filters": "Runs after the host was chosen by header. A route that removed the headers would act\n"
-    "before. Retries belong to the front door: a second try from here would have no headers left.",
+    "before. Retries belong to the front door: a second try from here would have no headers left. Of an answer it\n"
+    "removes the same names before the router reads them: an engine steers nothing.",
     "clusters dp_dispatch": "The way to the internal listeners.",
-    "dp_dispatch http_filters": "Runs anew for each attempt, and remembers where those before have failed.",
+    "dp_dispatch envoy.filters.http.header_mutation": "Removes what only the router may set, once more: the front\n"
+    "door may be another one, which does not.",
+    "dp_dispatch envoy.filters.http.lua": "Runs anew for each attempt, and remembers where those before have failed.",
 }
 """Text by place. An example configuration in the repository shows the result."""

@@ -133,4 +133,5 @@ async def _grpc_server(config: Config, service: ExtProcService, health: aio.Heal
     try:
         yield
     finally:
+        await service.leave()
         await server.stop(grace=1.0)

@@ -89,6 +89,7 @@ class Router:
             max_body=config.envoy.max_body_bytes,
             clock=clock,
             picks=picks,
+            session_header=config.envoy.session_header,
         )
         self._scraper = Scraper(
             endpoints, config.load, self.telemetry, clock=clock, rng=rng, credentials=self._credentials
