@@ -1,5 +1,6 @@
 """Signals to a demo that runs, as a terminal and as ``kill`` send them: nothing goes on, and nothing is left."""
 
+import asyncio
 import fcntl
 import os
 import re
@@ -15,6 +16,7 @@ import httpx
 import pytest
 
 from dp_extproc.cli import main
+from dp_extproc.demo.interrupts import Interrupts
 from dp_extproc.testbed import loopback
 from patience import wait_for
 
@@ -218,3 +220,70 @@ def test_an_interrupt_before_a_command_listens_ends_it_quietly(monkeypatch: pyte
     monkeypatch.setattr("dp_extproc.cli.importlib.import_module", interrupted)
 
     assert main(["serve", "-c", "dp-extproc.yaml"]) == 130
+
+
+@pytest.fixture
+def interrupts() -> Iterator[Interrupts]:
+    """Listen in this process, and leave its handlers as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with Interrupts().installed() as listening:
+        yield listening
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_held_interrupt_comes_when_the_block_is_over(interrupts: Interrupts) -> None:
+    """A process that has been started is noted before; others that follow are not heard while it stops."""
+    done = []
+
+    def start() -> None:
+        with interrupts.held(), interrupts.held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("started")
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("noted")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    os.kill(os.getpid(), signal.SIGINT)
+    with interrupts.held():
+        done.append("stopped")
+
+    assert done == ["started", "noted", "stopped"]
+    assert interrupts.status == 128 + signal.SIGTERM
+
+
+def test_an_interrupt_cancels_what_runs_in_a_loop(interrupts: Interrupts) -> None:
+    """In order: what it holds open is closed, and the loop ends before the interrupt is raised."""
+    closed = []
+
+    async def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(60)
+        finally:
+            closed.append(asyncio.current_task())
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.run(work())
+
+    assert len(closed) == 1
+    assert interrupts.status == 130
+
+
+def test_a_signal_that_was_invited_is_no_failure(interrupts: Interrupts) -> None:
+    """As Ctrl-C at the end of a demo that was kept, also when it comes before anybody waits for it."""
+    interrupts.invite()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert interrupts.status == 0
+
+
+def test_handlers_are_as_before_when_no_signal_came() -> None:
+    """A command that ended by itself leaves no trace in the process."""
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupts().installed():
+        assert signal.getsignal(signal.SIGINT) != before
+
+    assert signal.getsignal(signal.SIGINT) == before

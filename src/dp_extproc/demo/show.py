@@ -78,5 +78,6 @@ def _keep(console: Console, router: Router, interrupts: Interrupts) -> None:
         soft_wrap=True,
         markup=False,
     )
+    interrupts.invite()
     console.print("Ctrl-C ends it.")
     interrupts.wait()
