@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -108,6 +110,17 @@ def ask(
     return Outcome(status, text.decode(errors="replace"), complete, reason, broken)
 
 
+@contextmanager
+def asking(fleet: "Fleet", path: str) -> Iterator[socket.socket]:
+    """Ask for a stream; whether any of it is read is the caller's affair."""
+    body = json.dumps({**BODIES[path], "stream": True}).encode()
+    host, port = fleet.envoy.url.removeprefix("http://").split(":")
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=30) as client:
+        client.sendall(head.encode() + body)
+        yield client
+
+
 def _is_complete(text: bytes, *, stream: bool) -> bool:
     if stream:
         return text.endswith(b"data: [DONE]\n\n") and b'"length"' in text
@@ -191,6 +204,11 @@ class Fleet:
         """Give what the service knows of the engines."""
         found: list[dict[str, Any]] = self.service.loads()["endpoints"]
         return found
+
+    def stat(self, name: str) -> int:
+        """Give a number of Envoy's statistics; 0 for one that it has not counted yet."""
+        page = loopback.CLIENT.get(f"{self.envoy.admin_url}/stats", params={"filter": f"^{re.escape(name)}$"})
+        return int(page.raise_for_status().text.rpartition(":")[2] or 0)
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """Streams that send very much before their first event, and are ended in the middle of it: nobody dies of that."""
 
-import json
-import re
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +12,7 @@ import pytest
 from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
 from e2e.stack import FAST
-from faults.fleet import BODIES, Fleet, ask, run_fleet
+from faults.fleet import BODIES, Fleet, ask, asking, run_fleet
 from faults.matrix import KINDS
 from patience import wait_for
 
@@ -140,25 +138,9 @@ def test_a_flood_behind_a_head_that_is_held(fleet: Fleet) -> None:
     assert str(outcome) == "504 prefill_timeout"
 
 
-@contextmanager
-def _asking(fleet: Fleet, path: str) -> Iterator[socket.socket]:
-    """Ask for a stream, and do not read it."""
-    body = json.dumps({**BODIES[path], "stream": True}).encode()
-    host, port = fleet.envoy.url.removeprefix("http://").split(":")
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    with socket.create_connection((host, int(port)), timeout=30) as client:
-        client.sendall(head.encode() + body)
-        yield client
-
-
-def _stat(fleet: Fleet, name: str) -> int:
-    page = loopback.CLIENT.get(f"{fleet.envoy.admin_url}/stats", params={"filter": f"^{re.escape(name)}$"})
-    return int(page.raise_for_status().text.rpartition(":")[2])
-
-
 def _client_leaves(fleet: Fleet, client: socket.socket, _engines: Sequence[EngineProcess]) -> None:
     client.close()
-    wait_for(lambda: _stat(fleet, "http.inference.downstream_rq_active") == 0)
+    wait_for(lambda: fleet.stat("http.inference.downstream_rq_active") == 0)
 
 
 def _engine_dies(fleet: Fleet, _client: socket.socket, engines: Sequence[EngineProcess]) -> None:
@@ -194,12 +176,12 @@ def test_envoy_outlives_a_flood_that_the_service_does_not_read(
     fleet: Fleet, ending: Callable[[Fleet, socket.socket, Sequence[EngineProcess]], None]
 ) -> None:
     """It has read as much as it takes without handing it on when the request ends, in whatever way."""
-    with _flooding(fleet, seconds=PAUSE), _asking(fleet, GENERATE) as client:
+    with _flooding(fleet, seconds=PAUSE), asking(fleet, GENERATE) as client:
         wait_for(lambda: any(engine.requests() for engine in fleet.decodes))
-        paused = _stat(fleet, _PAUSED)
+        paused = fleet.stat(_PAUSED)
         fleet.service.send_signal(signal.SIGSTOP)
         try:
-            wait_for(lambda: _stat(fleet, _PAUSED) > paused)
+            wait_for(lambda: fleet.stat(_PAUSED) > paused)
             ending(fleet, client, fleet.decodes)
         finally:
             fleet.service.send_signal(signal.SIGCONT)

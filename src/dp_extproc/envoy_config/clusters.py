@@ -21,6 +21,7 @@ from envoy_data_plane.envoy.config.core.v3 import (
     HealthCheckGrpcHealthCheck,
     Http1ProtocolOptions,
     Http2ProtocolOptions,
+    KeepaliveSettings,
     SocketAddress,
     TransportSocket,
 )
@@ -99,11 +100,10 @@ def build_clusters(config: Config) -> list[Cluster]:
     buffer = buffer_bytes(config.envoy)
     remembering = [remember_failed_hosts()] if config.retry.attempts > 1 else []
     watching = [see_first_event(config.envoy.body_mode)] if config.supervision.mode is Supervise.ANSWERS else []
+    owner = _grpc(config.listen.keepalive, stream_window=_LARGEST_WINDOW)
     return [
         _service(config, buffer),
-        _by_header(
-            SERVICE_OWNER, OWNER, _grpc(stream_window=_LARGEST_WINDOW), buffer, speak_tls(config.envoy.service_tls)
-        ),
+        _by_header(SERVICE_OWNER, OWNER, owner, buffer, speak_tls(config.envoy.service_tls)),
         _by_header(PREFILL, PREFILL_HOST, _engine(), buffer),
         *_decode(config.envoy.cut_streams, _engine(watching), buffer),
         _internal(DISPATCH, buffer, _http([strip_headers_before_placement(), *remembering, last_upstream_filter()])),
@@ -132,7 +132,7 @@ def _service(config: Config, buffer: int) -> Cluster:
             ],
         ),
         circuit_breakers=_unlimited(),
-        typed_extension_protocol_options={_HTTP_OPTIONS: Any.pack(_grpc())},
+        typed_extension_protocol_options={_HTTP_OPTIONS: Any.pack(_grpc(config.listen.keepalive))},
         transport_socket=speak_tls(config.envoy.service_tls),
     )
     if may_be_several(config):
@@ -207,8 +207,12 @@ def _endpoint(address: Address) -> LbEndpoint:
     return LbEndpoint(endpoint=Endpoint(address=address))
 
 
-def _grpc(*, stream_window: int | None = None) -> HttpProtocolOptions:
-    http2 = Http2ProtocolOptions(initial_stream_window_size=stream_window)
+def _grpc(keepalive: float, *, stream_window: int | None = None) -> HttpProtocolOptions:
+    patience = timedelta(seconds=keepalive)
+    http2 = Http2ProtocolOptions(
+        initial_stream_window_size=stream_window,
+        connection_keepalive=KeepaliveSettings(interval=patience, timeout=patience),
+    )
     return HttpProtocolOptions(explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=http2))
 
 

@@ -68,6 +68,8 @@ COMMENTS: Final = {
     "decode inline_bytes": "stream_end.c of this project, as WebAssembly.",
     "dp_dispatch envoy.filters.http.set_filter_state": "The address for the connection that the listener decode opens.",
     "clusters extproc": "The service: envoy.service, or listen.grpc.",
+    "extproc connection_keepalive": "listen.keepalive: a service whose host is lost closes no connection. What waits\n"
+    "for it goes on then; see failure_mode_allow above. The service asks Envoy likewise.",
     "extproc circuit_breakers": "Envoy's default of 1024 is soon reached by streams that last minutes. Whether a\n"
     "request is too much is the service's decision. The same holds for all clusters.",
     "clusters extproc_owner": "The very process of the service that holds the books of a request.",

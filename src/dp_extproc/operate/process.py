@@ -110,6 +110,24 @@ def _start_error_alone() -> Iterator[None]:
         raise
 
 
+def _keepalive(seconds: float) -> list[tuple[str, int]]:
+    """Set how an Envoy is noticed that has gone without closing its connections, as when its host is lost.
+
+    Its streams end then, and with them what they have on the books.
+    """
+    milliseconds = max(1, round(seconds * 1000))
+    return [
+        ("grpc.keepalive_time_ms", milliseconds),
+        ("grpc.keepalive_timeout_ms", milliseconds),
+        ("grpc.http2.ping_timeout_ms", milliseconds),  # counts for these pings as well, and is a minute by default
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Streams are silent for as long as an answer takes. By default the third ping waits until something was sent.
+        ("grpc.http2.max_pings_without_data", 0),
+        # Envoy asks as well. By default whoever does so more than twice within five minutes is disconnected.
+        ("grpc.http2.max_ping_strikes", 0),
+    ]
+
+
 @contextlib.asynccontextmanager
 async def _grpc_server(config: Config, service: ExtProcService, health: aio.HealthServicer) -> AsyncIterator[None]:
     server = grpc.aio.server(
@@ -117,6 +135,7 @@ async def _grpc_server(config: Config, service: ExtProcService, health: aio.Heal
             ("grpc.max_receive_message_length", config.envoy.max_body_bytes + _MESSAGE_SLACK),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),  # a port that is taken must be an error, not half of the streams
+            *_keepalive(config.listen.keepalive),
         ]
     )
     server.add_generic_rpc_handlers((service.handler(),))
