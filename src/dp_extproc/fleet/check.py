@@ -12,7 +12,7 @@ from dp_extproc.fleet.agreement import MODE_OF
 from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.fleet.engine_client import EngineClient, make_client
-from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
+from dp_extproc.fleet.observer import FailureKind, ScrapeFailure, unexpected
 from dp_extproc.fleet.server_info import DEFAULT_BOOTSTRAP_PORT
 from dp_extproc.fleet.traps import Trap, traps_of
 from dp_extproc.fleet.watch import EngineWatch
@@ -86,7 +86,10 @@ async def _check(engine: EngineClient, everyone: tuple[Endpoint, ...], settings:
     note = _Note()
     endpoint = engine.endpoint
     watch = EngineWatch(engine, settings.source, note, monotonic)
-    failure = await watch.round()
+    try:
+        failure = await watch.round()
+    except Exception as error:  # noqa: BLE001 - one engine must not take the report of all others away
+        failure = unexpected(error)
     found: tuple[Trap, ...] = ()
     if note.facts is not None:
         found = traps_of(note.facts, endpoint)

@@ -26,6 +26,8 @@ class FailureKind(StrEnum):
     """Well-formed, but not the page that SGLang prints."""
     DISAGREEMENT = "disagreement"
     """Configuration, /server_info and load page tell different roles or numbers of DP ranks."""
+    INTERNAL = "internal"
+    """This service itself has failed over what the engine told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,12 @@ class ScrapeFailure:
     kind: FailureKind
     message: str
     """What happened and, where there is one, the remedy."""
+
+
+def unexpected(error: Exception) -> ScrapeFailure:
+    """Tell that it is this service that has failed."""
+    message = f"dp-extproc itself failed over what the engine told ({type(error).__name__}); see the log"
+    return ScrapeFailure(FailureKind.INTERNAL, message)
 
 
 class FleetObserver(Protocol):
