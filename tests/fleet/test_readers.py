@@ -113,13 +113,37 @@ class TestLoads:
         assert [s.used_tokens for s in page.ranks] == [2]
 
     @pytest.mark.parametrize(
-        "moments", [None, 5, "sextet", [], [1.0] * 5, [1.0] * 7, ["a"] * 6, [[1]] * 6, {"n": 1}, [10**400] * 6]
+        "moments", [None, 5, "sextet", [], [1.0] * 5, [1.0] * 7, ["a"] * 6, [[1]] * 6, {"n": 1}, [True] * 6]
     )
     def test_counts_of_decode_steps_in_another_form(self, moments: object) -> None:
         """They are left out, and the rest of the page counts."""
         page = read_loads(loads(rank(0, 7, decode_moments=moments)))
 
         assert page.ranks == (RankSample(0, 7),)
+
+    @pytest.mark.parametrize(
+        "moments",
+        [
+            [5e-324, 1, 1e6, 0, 0, 1],
+            [1.7e308, 1, 1e6, 0, 0, 1],
+            [1, 1.5, 1e6, 0, 0, 1],
+            [1, 1, -1e6, 0, 0, 1],
+            [1, 1, 1e6, 0, 0, 1 << 53],
+            [10**400] * 6,
+        ],
+    )
+    def test_counts_of_decode_steps_that_cannot_be(self, moments: list[float]) -> None:
+        """Counts are whole, finite and not negative; a page that says otherwise is refused, and says of what."""
+        with pytest.raises(ReaderError, match=r"/v1/loads says .* of decode_moments") as refusal:
+            read_loads(loads(rank(0, 7, decode_moments=moments)))
+
+        assert refusal.value.kind is FailureKind.WRONG_SHAPE
+
+    def test_sums_of_squares_may_be_of_any_size(self) -> None:
+        """Nobody needs them, and those of a server that has run for months are beyond what integers can be told of."""
+        page = read_loads(loads(rank(0, 7, decode_moments=[10.0, 20.0, 3e5, 1e300, 1e300, 20.0])))
+
+        assert page.ranks[0].decoded == DecodeSteps(10.0, 20.0, 0.3, 20.0)
 
     def test_prefill_in_transfer_counts_as_running(self) -> None:
         """A prefill rank counts requests whose KV cache is on its way, which SGLang lists apart."""

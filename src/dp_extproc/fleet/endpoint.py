@@ -119,14 +119,17 @@ class DecodeSteps:
         return self.seconds / self.steps * self.sequences / self.tokens
 
     def since(self, earlier: "DecodeSteps") -> "DecodeSteps | None":
-        """Give what was decoded since an earlier count; None if nothing was, or the engine has started anew."""
+        """Give what was decoded since an earlier count; None if nothing was, or the engine has started anew.
+
+        Less than one step, or less than one token, is nothing: :attr:`pace` divides by both.
+        """
         made = DecodeSteps(
             self.steps - earlier.steps,
             self.sequences - earlier.sequences,
             self.seconds - earlier.seconds,
             self.tokens - earlier.tokens,
         )
-        return made if min(made.steps, made.sequences, made.seconds, made.tokens) > 0 else None
+        return made if min(made.steps, made.sequences, made.tokens) >= 1 and made.seconds > 0 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,12 @@
 """Reads ``GET /server_info`` (``/get_server_info`` before 0.5.6): an engine's resolved launch arguments."""
 
 import re
-from typing import Annotated, Final
+from typing import Final
 
-from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct, UnsetType
 
 from dp_extproc.fleet.endpoint import EngineFacts, Mode, Version
+from dp_extproc.fleet.quantities import MAX_RANKS, Count, Difference, Port, Ranks, impossible
 from dp_extproc.fleet.reading import read_json, wrong_shape
 from dp_extproc.fleet.releases import Methods, release_of
 
@@ -15,31 +16,27 @@ DEFAULT_BOOTSTRAP_PORT: Final = 8998
 FOLLOW_ROOMS: Final = "follow_bootstrap_room"
 """The ``--load-balance-method`` that dispatches by ``bootstrap_room mod ranks``."""
 
-MAX_RANKS: Final = 4096
-"""No server is that large; a number beyond it is a mistake, and would be paid for in memory."""
-
 DEFAULT_STEP_TOKENS: Final = 8192
 """SGLang's ``--chunked-prefill-size`` on current GPUs, for a page that does not tell it."""
 
 _VERSION: Final = re.compile(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?!\d)")
 
-_Size = Annotated[int, Meta(ge=1, le=MAX_RANKS)]
-
 
 class _Page(Struct):
-    dp_size: _Size
-    attn_dp_size: _Size | None = None
+    dp_size: Ranks
+    attn_dp_size: Ranks | None = None
     version: str | None = None
     disaggregation_mode: str | None = None
-    disaggregation_bootstrap_port: Annotated[int, Meta(ge=1, le=65535)] | None = None
+    disaggregation_bootstrap_port: Port | None = None
     enable_dp_attention: bool | None = None
     enable_metrics: bool | None = None
     enable_pd_role_switch: bool | None = None
     load_balance_method: str | None = None
     served_model_name: str | None = None
     model_path: str | None = None
-    chunked_prefill_size: int | None = None
-    max_prefill_tokens: int | None = None
+    chunked_prefill_size: Difference | None = None
+    """-1 says that prompts are not cut."""
+    max_prefill_tokens: Count | None = None
     disable_radix_cache: bool | None = None
     internal_states: Raw | UnsetType = UNSET
 
@@ -58,7 +55,7 @@ def read_server_info(page: bytes) -> EngineFacts:
     # From 0.5.22 on ``--dp-size 4 --enable-dp-attention`` is told as dp_size 1 and attn_dp_size 4 (parallel_hook.py).
     ranks = info.dp_size * (info.attn_dp_size or 1)
     if ranks > MAX_RANKS:
-        raise wrong_shape(f"/server_info tells {ranks} DP ranks")
+        raise impossible(ranks, "/server_info", "its number of DP ranks")
     version = parse_version(info.version)
     mode = _mode(_present_role(info))
     return EngineFacts(

@@ -42,6 +42,8 @@ class Kind(StrEnum):
     """The connection is closed, as by a process that is killed."""
     GARBAGE = "garbage"
     """200, with a body that nobody can read."""
+    TEXT = "text"
+    """200, with the body that the switch has as ``text``: a page that tells what cannot be."""
     NOISE = "noise"
     """Bytes that are not HTTP."""
     SHORT = "short"
@@ -64,6 +66,8 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     ``fail``: tokens. ``short`` comes at the end."""
     seconds: float = 0.0
     """How long nothing comes before that, or of ``slow`` at all, or of an error behind half of its text; unscaled."""
+    text: str = ""
+    """Of ``text``: the whole body."""
     times: int | None = None
     """How many requests it hits before it goes away; None for all."""
 
@@ -125,8 +129,9 @@ class Faults:
             case Kind.BAD_REQUEST | Kind.INTERNAL | Kind.UNAVAILABLE:
                 error = failed(request.url.path, Failure(int(fault.kind), "a fault is switched on"))
                 return Interrupted(error, 1, Pause(released, fault.seconds))
-            case Kind.GARBAGE:
-                return Response(_GARBAGE, media_type="application/json")
+            case Kind.GARBAGE | Kind.TEXT:
+                text = _GARBAGE if fault.kind is Kind.GARBAGE else fault.text
+                return Response(text, media_type="application/json")
             case Kind.NOISE:
                 return noise
             case Kind.SHORT | Kind.LONG:
