@@ -328,6 +328,15 @@ class TestServerInfo:
 
         assert (facts.dp_ranks, facts.dp_attention, facts.bootstrap_port, facts.served_model) == (4, True, 8998, "/m")
 
+    @pytest.mark.parametrize("version", ["0.0.0.dev0", "main", "", None, 5, 0.5, ["0.5.23"], {"a": 1}])
+    def test_version_that_names_no_release(self, version: object) -> None:
+        """Whatever stands there: all else on the page counts, and rooms are followed as by the newest release."""
+        page = {"dp_size": 4, "disaggregation_mode": "prefill", "version": version}
+        facts = read_server_info(json.dumps(page).encode())
+
+        assert (facts.version, facts.dp_ranks, facts.mode) == (None, 4, Mode.PREFILL)
+        assert facts.follows_rooms
+
     def test_role_that_was_switched(self) -> None:
         """With --enable-pd-role-switch the role is the one of the schedulers, not of the launch arguments."""
         facts = read_server_info(
@@ -346,6 +355,16 @@ class TestServerInfo:
             ("0.5.11.dev3+g0123abc", Version(0, 5, 11)),
             ("v0.4.6", Version(0, 4, 6)),
             ("1.0.0", Version(1, 0, 0)),
+            ("0.5.24rc1", Version(0, 5, 24)),
+            ("0.5.23+cu128", Version(0, 5, 23)),
+            (" 0.5.23\n", Version(0, 5, 23)),
+            ("0.0.0", None),
+            ("0.0.0.dev0", None),
+            ("0.0.0.dev1+g0123abc", None),
+            ("0.0.0+local", None),
+            ("v0.0.1", None),
+            ("0.1.dev1+g0123abc", None),
+            ("main", None),
             ("0.5", None),
             ("unknown", None),
             ("", None),

@@ -10,7 +10,7 @@ from typing import Final
 from dp_extproc.config.schema import LoadSettings, LoadSource
 from dp_extproc.fleet.agreement import MODE_OF
 from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
-from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
+from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role, in_url
 from dp_extproc.fleet.engine_client import EngineClient, make_client
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure, unexpected
 from dp_extproc.fleet.server_info import DEFAULT_BOOTSTRAP_PORT
@@ -120,7 +120,7 @@ async def _bootstrap_traps(report: EngineReport, everyone: tuple[Endpoint, ...])
         found.append(
             Trap(
                 "bootstrap_unreachable",
-                f"nobody answers at {host}:{port}, at least not from here; decode gives up after about 16 s",
+                f"nobody answers at {in_url(host)}:{port}, at least not from here; decode gives up after about 16 s",
                 "set bootstrap_host and bootstrap_port to where decode servers reach the prefill server's registry",
             )
         )

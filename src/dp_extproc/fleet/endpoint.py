@@ -6,6 +6,11 @@ from enum import StrEnum
 from dp_extproc.config.schema import Engine
 
 
+def in_url(host: str) -> str:
+    """Write a host name or an address as it stands before a port: IPv6 in brackets, but never in two pairs."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
 class Role(StrEnum):
     """What a server does for a pool."""
 
@@ -68,7 +73,7 @@ class EngineFacts:
     """What an engine says of itself: SGLang on /server_info, vLLM on /version, /v1/models and /metrics."""
 
     version: Version | None
-    """None when the engine names no version that can be read."""
+    """None when what the engine calls its version names no release."""
     dp_ranks: int
     """DP ranks of the whole server: ``dp_size * attn_dp_size`` (attn_dp_size exists from 0.5.22 on)."""
     mode: Mode

@@ -1,7 +1,7 @@
 """Reads ``GET /server_info`` (``/get_server_info`` before 0.5.6): an engine's resolved launch arguments."""
 
 import re
-from typing import Final
+from typing import Any, Final
 
 from msgspec import UNSET, Raw, Struct, UnsetType
 
@@ -19,13 +19,15 @@ FOLLOW_ROOMS: Final = "follow_bootstrap_room"
 DEFAULT_STEP_TOKENS: Final = 8192
 """SGLang's ``--chunked-prefill-size`` on current GPUs, for a page that does not tell it."""
 
+_FIRST: Final = Version(0, 1, 0)
 _VERSION: Final = re.compile(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?!\d)")
 
 
 class _Page(Struct):
     dp_size: Ranks
     attn_dp_size: Ranks | None = None
-    version: str | None = None
+    version: Any = None
+    """Whatever it is: of an engine that tells it in a strange way all else still counts."""
     disaggregation_mode: str | None = None
     disaggregation_bootstrap_port: Port | None = None
     enable_dp_attention: bool | None = None
@@ -75,10 +77,16 @@ def read_server_info(page: bytes) -> EngineFacts:
     )
 
 
-def parse_version(text: str | None) -> Version | None:
-    """Read ``0.5.10.post1``, ``0.5.23rc1``, ``0.5.11.dev3+g0123abc`` as their release; None if it is none."""
-    match = _VERSION.match(text or "")
-    return Version(int(match[1]), int(match[2]), int(match[3])) if match else None
+def parse_version(text: object) -> Version | None:
+    """Read ``0.5.10.post1``, ``0.5.23rc1``, ``0.5.11.dev3+g0123abc`` as their release; None if it is none.
+
+    A build from source that knows of no tag calls itself ``0.0.0.dev0`` (``sglang/version.py``) or, by setuptools-scm,
+    ``0.0.0.dev1+g0123abc`` or ``0.1.dev1+g0123abc``. That names no release: there is none below 0.1.
+    """
+    match = _VERSION.match(text.strip()) if isinstance(text, str) else None
+    if match is None or (version := Version(int(match[1]), int(match[2]), int(match[3]))) < _FIRST:
+        return None
+    return version
 
 
 def follows_rooms(version: Version | None, mode: Mode, method: str | None) -> bool:
