@@ -9,7 +9,7 @@ import pytest
 
 from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
-from e2e.stack import Stack, run_stack
+from e2e.stack import DECODE_RANKS, Stack, run_stack
 from finite import assert_finite
 from patience import wait_for
 
@@ -191,3 +191,34 @@ def _task_failures(stack: Stack) -> float:
     counts = re.findall(r"^dp_extproc_task_failures_total\{.*\} (.*)$", stack.service.metrics(), re.MULTILINE)
     assert counts
     return sum(map(float, counts))
+
+
+@pytest.mark.parametrize("trouble", ["server_info", "dp_size"])
+def test_standing_trouble_forgives_no_failures(trouble: str) -> None:
+    """A server that fails its requests is left alone, whatever else is wrong with it at every scrape."""
+    long = {"failures": 2, "ejection": "10m", "max_ejection": "10m"}
+    with run_stack(decodes=2, load=QUICK, health=long) as stack:
+        sick = stack.decodes[0]
+        patient = Patient(stack, sick)
+        if trouble == "server_info":
+            sick.fault(server_info="500", loads=_ONE_TIMEOUT)
+            kind = "http_status"
+        else:  # its load page shows another number of ranks
+            sick.fault(loads={"kind": "text", "text": _ranks(DECODE_RANKS - 1)})
+            kind = "disagreement"
+        wait_for(lambda: patient.failures(kind) >= 1)
+        sick.fault(inference="500")
+        ejected = f'dp_extproc_endpoint_ejected{{endpoint="{sick.url}",pool="*",role="decode"}} 1.0'
+
+        def is_ejected() -> bool:
+            send(stack, 4)
+            return ejected in stack.service.metrics()
+
+        wait_for(is_ejected, 30)
+        seen = patient.failures(kind)
+        sick.forget()
+        wait_for(lambda: patient.failures(kind) >= seen + 10)
+        send(stack)
+
+        assert ejected in stack.service.metrics()
+        assert sick.requests() == []

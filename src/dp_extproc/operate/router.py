@@ -118,6 +118,7 @@ class Router:
         self._fleet.update(endpoints, config.load.stale_after)
         self._dispatcher.configure(config.pools, config.load.signal, config.admission)
         self._scraper.update(endpoints, config.load)
+        self.telemetry.forget_all_but({each.url for each in endpoints})
         if self._line is not None:
             self._line.call()
         for word, some in (("new", set(endpoints) - before), ("gone", before - set(endpoints))):
