@@ -226,7 +226,7 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
     ),
     "bootstrap-host-with-a-port": (
         POOL.replace("'http://a:1'", "{url: 'http://a:1', bootstrap_host: '10.0.0.1:8998'}"),
-        [(3, "pools[0].workers.endpoints[0].bootstrap_host", "the port goes into bootstrap_port")],
+        [(3, "pools[0].workers.endpoints[0].bootstrap_host", "a port goes into a key of its own")],
     ),
     "bootstrap-host-in-brackets-that-is-none": (
         POOL.replace("'http://a:1'", "{url: 'http://a:1', bootstrap_host: '[10.0.0.1]'}"),

@@ -6,6 +6,13 @@ import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import pytest
+
+from dp_extproc.config import LoadSettings
+from dp_extproc.fleet.check import check_engines
+from dp_extproc.fleet.endpoint import Endpoint, Role
+from dp_extproc.fleet.observer import ScrapeFailure
+from dp_extproc.fleet.watch import EngineWatch
 from dp_extproc.testbed.ports import free_port
 from fleet.scripted_engine import Answer, ScriptedEngine, hang
 from ipv6 import needs_ipv6
@@ -220,6 +227,25 @@ def test_bootstrap_host_of_ipv6(tmp_path: Path) -> None:
             assert row_of(prefill.url, out)[5] == f"[::1]:{prefill.port}"
             assert "bootstrap_unreachable" not in out
 
+    asyncio.run(story())
+
+
+def test_a_fault_of_ours_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes no other engine's report away."""
+    sound = EngineWatch.round
+
+    async def unsound(watch: EngineWatch) -> ScrapeFailure | None:
+        if watch._endpoint.role is Role.PREFILL:
+            raise ZeroDivisionError("float division by zero")
+        return await sound(watch)
+
+    async def story() -> None:
+        async with ScriptedEngine(pages("decode")) as engine:
+            both = [Endpoint(engine.url, "127.0.0.1", engine.port, "*", role) for role in (Role.PREFILL, Role.DECODE)]
+            reports = await check_engines(both, LoadSettings())
+            assert [report.state for report in reports] == ["internal", "ok"]
+
+    monkeypatch.setattr(EngineWatch, "round", unsound)
     asyncio.run(story())
 
 

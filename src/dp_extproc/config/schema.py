@@ -8,7 +8,6 @@ collects all refusals of a file before it reports them.
 import re
 from collections.abc import Iterator
 from enum import StrEnum
-from ipaddress import IPv6Address
 from typing import Annotated, Any, Final, Self
 from urllib.parse import urlsplit
 
@@ -29,7 +28,7 @@ from dp_extproc.config.reliability import (
     RetrySettings,
     SupervisionSettings,
 )
-from dp_extproc.config.section import Bytes, Seconds, Section
+from dp_extproc.config.section import Bytes, Host, Seconds, Section
 from dp_extproc.config.security import ApiKeySource
 from dp_extproc.config.sync import SyncSettings
 
@@ -149,8 +148,7 @@ class EndpointConfig(Section):
 
     url: str
     bootstrap_port: Annotated[int, Field(ge=1, le=MAX_PORT)] | None = None
-    bootstrap_host: Annotated[str, Field(pattern=r"^(?:[A-Za-z0-9._:\-]+|\[[0-9A-Fa-f.:]+\])$")] | None = None
-    """IPv6 with or without brackets; kept without."""
+    bootstrap_host: Host | None = None
     dp_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     dp_rank: Annotated[int, Field(ge=0, lt=4096)] | None = None
     """Of an engine that gives each rank a listener of its own: which rank answers at this URL."""
@@ -160,18 +158,6 @@ class EndpointConfig(Section):
         if self.dp_rank is not None and self.dp_size is not None and self.dp_rank >= self.dp_size:
             raise ValueError(f"dp_rank {self.dp_rank} is not one of the {self.dp_size} ranks (they count from 0)")
         return self
-
-    @field_validator("bootstrap_host")
-    @classmethod
-    def _has_no_port(cls, value: str | None) -> str | None:
-        if value is None or (":" not in value and not value.startswith("[")):
-            return value
-        bare = value.removeprefix("[").removesuffix("]")
-        try:
-            IPv6Address(bare)
-        except ValueError:
-            raise ValueError(f"{value!r} is no IPv6 address; the port goes into bootstrap_port") from None
-        return bare
 
     @model_validator(mode="before")
     @classmethod

@@ -75,11 +75,14 @@ class Replica:
 
     async def run(self) -> None:
         """Take part until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._bus.run(self))
-            while True:
-                self._beat()
-                await asyncio.sleep(BEAT)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._bus.run(self))
+                while True:
+                    self._beat()
+                    await asyncio.sleep(BEAT)
+        finally:
+            self._connected = False
 
     def status(self) -> SyncStatus:
         """Tell how it goes."""
