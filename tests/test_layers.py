@@ -24,6 +24,7 @@ CORE = [
             "loads_page",
             "metrics_page",
             "prometheus_text",
+            "quantities",
             "vllm_pages",
             "server_info",
             "observer",

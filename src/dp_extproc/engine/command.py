@@ -16,6 +16,7 @@ from dp_extproc.engine.release import Release
 from dp_extproc.engine.scheduler.costs import Costs
 from dp_extproc.engine.scheduler.work import Role
 from dp_extproc.engine.settings import EngineKind, Settings, Timeouts
+from dp_extproc.fleet.endpoint import in_url
 
 _METHODS: Final = ("auto", "round_robin", "follow_bootstrap_room", "total_requests", "total_tokens")
 
@@ -100,7 +101,7 @@ def _ready_line(settings: Settings) -> str:
     bootstrap = f", bootstrap port {settings.bootstrap_port}" if settings.role is Role.PREFILL else ""
     return (
         f"engine: {settings.role} with {settings.dp_size} DP ranks like {like} is ready on "
-        f"http://{settings.host}:{settings.port}{bootstrap}\n"
+        f"http://{in_url(settings.host)}:{settings.port}{bootstrap}\n"
     )
 
 

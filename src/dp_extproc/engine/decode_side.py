@@ -114,7 +114,7 @@ class DecodeSide:
             try:
                 answer = await self._route(ticket, -1)
                 facts: dict[str, Any] = answer.raise_for_status().json()
-            except (httpx.HTTPError, ValueError):
+            except (httpx.HTTPError, httpx.InvalidURL, ValueError):
                 continue
             self._compare(facts)
             self._prefills[key] = facts
@@ -236,7 +236,9 @@ class DecodeSide:
     def _address(self, ticket: Ticket) -> str:
         port = ticket.leg.bootstrap_port or self._settings.bootstrap_port
         host = ticket.leg.bootstrap_host or ""
-        return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+        if self._settings.release.wraps_bootstrap_hosts and ":" in host and not host.startswith("["):
+            host = f"[{host}]"
+        return f"{host}:{port}"
 
     @staticmethod
     def _key(ticket: Ticket) -> tuple[int, int]:

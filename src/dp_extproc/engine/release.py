@@ -43,6 +43,14 @@ class Release:
         """``routed_dp_rank``, ``disagg_prefill_dp_rank``, their range check, and ``X-Data-Parallel-Rank``."""
         return self.since("0.5.10")
 
+    @property
+    def wraps_bootstrap_hosts(self) -> bool:
+        """Decode puts brackets around an IPv6 ``bootstrap_host`` that has none (``_bootstrap_addr``, ``decode.py``).
+
+        Until 0.5.9 it makes a URL of it as it is, which nobody can dial.
+        """
+        return self.since("0.5.10")
+
     def takes_bootstrap(self, path: str) -> bool:
         """Whether bodies of *path* carry ``bootstrap_*`` (and the rank fields, where the release has them)."""
         return self.since({"/v1/responses": "0.5.20", "/v1/messages": "0.5.22"}.get(path, "0.4.6"))

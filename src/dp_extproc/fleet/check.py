@@ -11,9 +11,9 @@ from dp_extproc.config.schema import LoadSettings, LoadSource
 from dp_extproc.fleet.agreement import MODE_OF
 from dp_extproc.fleet.compatibility import difference
 from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
-from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
+from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role, in_url
 from dp_extproc.fleet.engine_client import EngineClient, make_client
-from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
+from dp_extproc.fleet.observer import FailureKind, ScrapeFailure, unexpected
 from dp_extproc.fleet.server_info import DEFAULT_BOOTSTRAP_PORT
 from dp_extproc.fleet.traps import Trap, traps_of
 from dp_extproc.fleet.watch import EngineWatch
@@ -89,7 +89,10 @@ async def _check(engine: EngineClient, everyone: tuple[Endpoint, ...], settings:
     note = _Note()
     endpoint = engine.endpoint
     watch = EngineWatch(engine, settings.source, note, monotonic)
-    failure = await watch.round()
+    try:
+        failure = await watch.round()
+    except Exception as error:  # noqa: BLE001 - one engine must not take the report of all others away
+        failure = unexpected(error)
     found: tuple[Trap, ...] = ()
     if note.facts is not None:
         found = traps_of(note.facts, endpoint)
@@ -153,7 +156,7 @@ async def _bootstrap_traps(report: EngineReport, everyone: tuple[Endpoint, ...])
         found.append(
             Trap(
                 "bootstrap_unreachable",
-                f"nobody answers at {host}:{port}, at least not from here; decode gives up after about 16 s",
+                f"nobody answers at {in_url(host)}:{port}, at least not from here; decode gives up after about 16 s",
                 "set bootstrap_host and bootstrap_port to where decode servers reach the prefill server's registry",
             )
         )

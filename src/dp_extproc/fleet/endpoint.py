@@ -6,6 +6,11 @@ from enum import StrEnum
 from dp_extproc.config.schema import Engine
 
 
+def in_url(host: str) -> str:
+    """Write a host name or an address as it stands before a port: IPv6 in brackets, but never in two pairs."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
 class Role(StrEnum):
     """What a server does for a pool."""
 
@@ -81,7 +86,7 @@ class EngineFacts:
     """What an engine says of itself: SGLang on /server_info, vLLM on /version, /v1/models and /metrics."""
 
     version: Version | None
-    """None when the engine names no version that can be read."""
+    """None when what the engine calls its version names no release."""
     dp_ranks: int
     """DP ranks of the whole server: ``dp_size * attn_dp_size`` (attn_dp_size exists from 0.5.22 on)."""
     mode: Mode
@@ -133,14 +138,17 @@ class DecodeSteps:
         return self.seconds / self.steps * self.sequences / self.tokens
 
     def since(self, earlier: "DecodeSteps") -> "DecodeSteps | None":
-        """Give what was decoded since an earlier count; None if nothing was, or the engine has started anew."""
+        """Give what was decoded since an earlier count; None if nothing was, or the engine has started anew.
+
+        Less than one step, or less than one token, is nothing: :attr:`pace` divides by both.
+        """
         made = DecodeSteps(
             self.steps - earlier.steps,
             self.sequences - earlier.sequences,
             self.seconds - earlier.seconds,
             self.tokens - earlier.tokens,
         )
-        return made if min(made.steps, made.sequences, made.seconds, made.tokens) > 0 else None
+        return made if min(made.steps, made.sequences, made.tokens) >= 1 and made.seconds > 0 else None
 
 
 @dataclass(frozen=True, slots=True)

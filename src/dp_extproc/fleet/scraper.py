@@ -5,15 +5,17 @@ import logging
 import random
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Final
 
 import httpx
 
+from dp_extproc.background import Guard
 from dp_extproc.config.schema import LoadSettings
 from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.fleet.endpoint import Endpoint
 from dp_extproc.fleet.engine_client import EngineClient, make_client
-from dp_extproc.fleet.observer import FleetObserver
+from dp_extproc.fleet.observer import FleetObserver, ScrapeFailure, unexpected
 from dp_extproc.fleet.trouble import PairLog, TrapLog, TroubleLog
 from dp_extproc.fleet.watch import EngineWatch
 
@@ -34,6 +36,7 @@ class Scraper:
         *,
         clock: Callable[[], float],
         rng: random.Random,
+        guard: Guard,
         client: httpx.AsyncClient | None = None,
         credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
@@ -45,6 +48,7 @@ class Scraper:
             observer: Whom to tell.
             clock: Monotonic seconds; what the observer is told.
             rng: For the jitter.
+            guard: Over the task of each endpoint.
             client: To ask with, left open at the end; by default an own one.
             credentials: What engines are shown.
         """
@@ -55,6 +59,7 @@ class Scraper:
         self._observer = observer
         self._clock = clock
         self._rng = rng
+        self._guard = guard
         self._client = client
         self._credentials = credentials
         self._troubles = TroubleLog(logger)
@@ -79,6 +84,7 @@ class Scraper:
 
     async def run(self) -> None:
         """Watch until cancelled."""
+        self._watches.clear()  # those of a run that has failed have ended with it
         async with AsyncExitStack() as stack:
             client = self._client
             if client is None:
@@ -89,8 +95,8 @@ class Scraper:
                     self.first_round.set()
                 for endpoint in self._endpoints:
                     if endpoint not in self._watches:
-                        name = f"scrape {endpoint.url}"
-                        self._watches[endpoint] = group.create_task(self._watch(endpoint, client), name=name)
+                        watch = self._guard.keep("scrape", partial(self._watch, endpoint, client), endpoint.url)
+                        self._watches[endpoint] = group.create_task(watch, name=f"scrape {endpoint.url}")
                 await self._changed.wait()
                 self._changed.clear()
 
@@ -100,14 +106,22 @@ class Scraper:
         facts = None
         while True:
             started = self._clock()
-            failure = await watch.round()
+            try:
+                failure = await watch.round()
+            except Exception as error:
+                self._tried(endpoint, unexpected(error))
+                self._observer.failed(endpoint, unexpected(error), self._clock())
+                raise
             if watch.facts is not None and watch.facts is not facts:
                 facts = watch.facts
                 self._traps.note(endpoint, facts)
                 self._pairs.note(endpoint, facts)
-            self._troubles.note(endpoint.url, failure)
-            self._awaited.discard(endpoint.url)
-            if not self._awaited:
-                self.first_round.set()
+            self._tried(endpoint, failure)
             pause = self._settings.interval * self._rng.uniform(1 - _JITTER, 1 + _JITTER)
             await asyncio.sleep(max(0.0, pause - (self._clock() - started)))
+
+    def _tried(self, endpoint: Endpoint, failure: ScrapeFailure | None) -> None:
+        self._troubles.note(endpoint.url, failure)
+        self._awaited.discard(endpoint.url)
+        if not self._awaited:
+            self.first_round.set()

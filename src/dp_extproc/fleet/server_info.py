@@ -1,11 +1,12 @@
 """Reads ``GET /server_info`` (``/get_server_info`` before 0.5.6): an engine's resolved launch arguments."""
 
 import re
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
-from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct, UnsetType
 
 from dp_extproc.fleet.endpoint import EngineFacts, Mode, PairTerms, Version
+from dp_extproc.fleet.quantities import MAX_RANKS, Count, Difference, Port, Ranks, impossible
 from dp_extproc.fleet.reading import read_json, wrong_shape
 from dp_extproc.fleet.releases import Methods, release_of
 
@@ -15,9 +16,6 @@ DEFAULT_BOOTSTRAP_PORT: Final = 8998
 FOLLOW_ROOMS: Final = "follow_bootstrap_room"
 """The ``--load-balance-method`` that dispatches by ``bootstrap_room mod ranks``."""
 
-MAX_RANKS: Final = 4096
-"""No server is that large; a number beyond it is a mistake, and would be paid for in memory."""
-
 DEFAULT_STEP_TOKENS: Final = 8192
 """SGLang's ``--chunked-prefill-size`` on current GPUs, for a page that does not tell it."""
 
@@ -26,25 +24,26 @@ _LARGEST_PAGE: Final = 1 << 20
 _LONGEST_NAME: Final = 200
 """Characters of what is shown of a page's texts."""
 
+_FIRST: Final = Version(0, 1, 0)
 _VERSION: Final = re.compile(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?!\d)")
-
-_Size = Annotated[int, Meta(ge=1, le=MAX_RANKS)]
 
 
 class _Page(Struct):
-    dp_size: _Size
-    attn_dp_size: _Size | None = None
-    version: str | None = None
+    dp_size: Ranks
+    attn_dp_size: Ranks | None = None
+    version: Any = None
+    """Whatever it is: of an engine that tells it in a strange way all else still counts."""
     disaggregation_mode: str | None = None
-    disaggregation_bootstrap_port: Annotated[int, Meta(ge=1, le=65535)] | None = None
+    disaggregation_bootstrap_port: Port | None = None
     enable_dp_attention: bool | None = None
     enable_metrics: bool | None = None
     enable_pd_role_switch: bool | None = None
     load_balance_method: str | None = None
     served_model_name: str | None = None
     model_path: str | None = None
-    chunked_prefill_size: int | None = None
-    max_prefill_tokens: int | None = None
+    chunked_prefill_size: Difference | None = None
+    """-1 says that prompts are not cut."""
+    max_prefill_tokens: Count | None = None
     disable_radix_cache: bool | None = None
     page_size: Any = None
     kv_cache_dtype: Any = None
@@ -67,7 +66,7 @@ def read_server_info(page: bytes) -> EngineFacts:
     # From 0.5.22 on ``--dp-size 4 --enable-dp-attention`` is told as dp_size 1 and attn_dp_size 4 (parallel_hook.py).
     ranks = info.dp_size * (info.attn_dp_size or 1)
     if ranks > MAX_RANKS:
-        raise wrong_shape(f"/server_info tells {ranks} DP ranks")
+        raise impossible(ranks, "/server_info", "its number of DP ranks")
     version = parse_version(info.version)
     mode = _mode(_present_role(info))
     return EngineFacts(
@@ -88,10 +87,16 @@ def read_server_info(page: bytes) -> EngineFacts:
     )
 
 
-def parse_version(text: str | None) -> Version | None:
-    """Read ``0.5.10.post1``, ``0.5.23rc1``, ``0.5.11.dev3+g0123abc`` as their release; None if it is none."""
-    match = _VERSION.match(text or "")
-    return Version(int(match[1]), int(match[2]), int(match[3])) if match else None
+def parse_version(text: object) -> Version | None:
+    """Read ``0.5.10.post1``, ``0.5.23rc1``, ``0.5.11.dev3+g0123abc`` as their release; None if it is none.
+
+    A build from source that knows of no tag calls itself ``0.0.0.dev0`` (``sglang/version.py``) or, by setuptools-scm,
+    ``0.0.0.dev1+g0123abc`` or ``0.1.dev1+g0123abc``. That names no release: there is none below 0.1.
+    """
+    match = _VERSION.match(text.strip()) if isinstance(text, str) else None
+    if match is None or (version := Version(int(match[1]), int(match[2]), int(match[3]))) < _FIRST:
+        return None
+    return version
 
 
 def follows_rooms(version: Version | None, mode: Mode, method: str | None) -> bool:

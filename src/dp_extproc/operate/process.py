@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import aio
 
 from dp_extproc import __version__
+from dp_extproc.background import Guard
 from dp_extproc.config import Config
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.operate.admin import AdminServer
@@ -62,7 +63,9 @@ async def serve(written: Config, text: str, path: Path, seat: WorkerSeat | None 
         StartError: A port is not to be had.
     """
     config = seat_config(written, seat)
-    router = Router(config, owner=owner_address(config), clock=time.monotonic, rng=random.Random(os.urandom(32)))
+    guard = Guard()
+    rng = random.Random(os.urandom(32))
+    router = Router(config, owner=owner_address(config), clock=time.monotonic, rng=rng, guard=guard)
     health = aio.HealthServicer()
     readiness = Readiness(health, router.can_serve)
     reloader = Reloader(path, text, written, lambda config, _text: router.apply(seat_config(config, seat)))
@@ -79,8 +82,9 @@ async def serve(written: Config, text: str, path: Path, seat: WorkerSeat | None 
         seat.listen_to_parent(told=reloader.ask, gone=stopping.set)
     with admin_socket, _start_error_alone():
         async with asyncio.TaskGroup() as tasks:
-            background = [tasks.create_task(each) for each in (*router.tasks(), readiness.run(), reloader.run())]
-            admin_task = tasks.create_task(admin.run_on_socket())
+            work = {**router.tasks(), "readiness": readiness.run, "reload": reloader.run}
+            background = [tasks.create_task(guard.keep(name, each), name=name) for name, each in work.items()]
+            admin_task = tasks.create_task(guard.keep("admin", admin.run_on_socket))
             await router.look_around()  # or the first requests would be refused for want of engines
             async with _grpc_server(config, router.service, health):
                 where = config.listen.admin if seat is None else "the parent's port"

@@ -19,7 +19,7 @@ from dp_extproc.placement.books import RankLoad
 from dp_extproc.placement.carriage import carry
 from dp_extproc.placement.catalogue import SHOWN_MODEL, Catalogue
 from dp_extproc.placement.decision import Answer, Circumstances, Decision, Metadata
-from dp_extproc.placement.demand import Demand
+from dp_extproc.placement.demand import SESSION_KEPT, Demand
 from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.health import choose
 from dp_extproc.placement.ledger import Ledger
@@ -35,8 +35,6 @@ from dp_extproc.request.rejection import Reason, Rejection, Wait
 from dp_extproc.request.rewrite import rewrite_aggregated
 from dp_extproc.request.unread import unread_request
 
-_SESSION_KEPT: Final = 128
-"""Characters of a conversation's name; more is more than any id has."""
 _WATCHED: Final = ((names.WATCH, b"1"),)
 _ORDINARY: Final = Circumstances()
 _BODIES_NEEDED: Final = Rejection(
@@ -323,7 +321,7 @@ class Dispatcher:
             tokens=self._fleet.ratios[pool.name].estimate(prompt),
             requests=(prompt.batch or 1) * request.samples,
             prefix=prefix,
-            session=session[:_SESSION_KEPT] if session and pool.config.policy.affinity.sessions else None,
+            session=session[:SESSION_KEPT] if session and pool.config.policy.affinity.sessions else None,
             text_bytes=prompt.text_bytes,
             known_tokens=prompt.tokens,
         )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from dp_extproc.config.reliability import HealthSettings
 from dp_extproc.fleet.agreement import MODE_OF
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
-from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
+from dp_extproc.fleet.observer import GONE, ScrapeFailure
 from dp_extproc.fleet.recipe import capabilities
 from dp_extproc.placement.affinity import PrefixIndex
 from dp_extproc.placement.attempt import nothing
@@ -79,8 +79,11 @@ class FleetLoad:
         known = {_place(host.endpoint): host for host in before}
         self._rename_pools(known)
         self.hosts = {}
+        left = {id(host) for host in self._leaving}
         for endpoint in self.endpoints:
             if (host := known.get(_place(endpoint))) is not None:
+                if id(host) in left:  # what it did before it left is forgotten
+                    host.health = Health(self._health, self.sick)
                 if host.endpoint.pool != endpoint.pool:
                     self._forget_prefixes(host)
                 host.endpoint = endpoint
@@ -93,6 +96,10 @@ class FleetLoad:
         pools = {endpoint.pool for endpoint in self.endpoints}
         self.ratios = {pool: self.ratios.get(pool) or TokenRatio() for pool in pools}
         self.prefixes = {pool: self.prefixes.get(pool) or PrefixIndex() for pool in pools}
+        for pool, ratio in self.ratios.items():
+            ratio.forget_all_but({each.url for each in self.endpoints if each.pool == pool})
+        places = {(each.pool, each.role) for each in self.endpoints}
+        self._pages = Counter({place: pages for place, pages in self._pages.items() if place in places})
         self._sort()
 
     def _rename_pools(self, known: dict[tuple[str, Role], HostLoad]) -> None:
@@ -132,6 +139,7 @@ class FleetLoad:
 
     def _let_go(self, host: HostLoad) -> None:
         self.sick.discard(host.health)
+        host.health = Health(self._health)  # for what becomes of its last requests; nobody is told of it
         self._forget_prefixes(host)
         self.leaving.append(host)
 
@@ -156,14 +164,15 @@ class FleetLoad:
 
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
         """Take in a load page that was asked for at *started*."""
-        was_away = self.failures.pop(endpoint.url, None) is not None
+        self.failures.pop(endpoint.url, None)
         host = self.hosts.get(endpoint.url)
         if host is None or host.freshness(now, self.stale_after) is not Freshness.FRESH:
             self._capable.clear()  # of one that was known well nothing changes
         if host is not None:
             host.absorb(page.ranks, started, now)
             restarted = host.has_restarted(page)
-            if was_away or restarted:
+            if host.is_away or restarted:
+                host.is_away = False
                 host.health.came_back()
             if restarted:
                 self._forget_prefixes(host)
@@ -196,7 +205,8 @@ class FleetLoad:
         host = self.hosts.get(endpoint.url)
         if host is None:
             return
-        if is_gone := failure.kind in {FailureKind.REFUSED, FailureKind.UNRESOLVABLE}:
+        host.is_away = host.is_away or failure.is_away
+        if is_gone := failure.kind in GONE:
             host.demote()
             self._forget_prefixes(host)  # nobody listens, so whoever will has begun anew
         if is_gone or now - host.sampled > self.stale_after:

@@ -1,8 +1,8 @@
 """Whether an endpoint does its own leg of requests well enough to be sent more of them.
 
 Passive: an endpoint whose leg fails several times in a row is ejected, each time twice as long. When the time is over
-it gets one request to prove itself. An engine that was away and answers the scraper again is trusted at once, as it
-is another process by now. The clock is the caller's.
+it gets one request to prove itself. An engine that could not be reached and prints its load page again is trusted at
+once, as it is another process by now. The clock is the caller's.
 """
 
 import math

@@ -48,7 +48,7 @@ def nobody_can(pool: str, role: Role, hosts: Sequence[HostLoad], api: Api, *, is
     if not is_read and not any(host.facts.reads_overrides for host in hosts):
         message = f"no {role} server of the pool for {pool} obeys x-override-* headers"
         return Rejection(503, Reason.NO_ENDPOINTS, message, headers=TRY_AGAIN)
-    versions = ", ".join(sorted({f"{host.facts.kind} {host.facts.version}" for host in hosts}))
+    versions = ", ".join(sorted({f"{host.facts.kind} {host.facts.version or 'of unknown version'}" for host in hosts}))
     if all(host.facts.kind is Kind.VLLM for host in hosts):
         message = f"{api.value} is not a path of the servers of this model ({versions})"
         return Rejection(400, Reason.CANNOT_CARRY_ROUTING, message)

@@ -23,6 +23,8 @@ BOOTSTRAP: Final = "bootstrap"
 PORTS: Final = (INFERENCE, BOOTSTRAP)
 """What can refuse connections: the API port with everything on it, and the bootstrap port."""
 
+_COMMENT: Final = ": x\n\n"
+"""What a flood repeats when no text is given: an SSE comment."""
 _GARBAGE: Final = b'{"loads": [{"dp_rank": \xff\x00 sglang:num_used_tokens{dp_rank= 1e'
 
 
@@ -42,6 +44,8 @@ class Kind(StrEnum):
     """The connection is closed, as by a process that is killed."""
     GARBAGE = "garbage"
     """200, with a body that nobody can read."""
+    TEXT = "text"
+    """200, with the body that the switch has as ``text``: a page that tells what cannot be."""
     NOISE = "noise"
     """Bytes that are not HTTP."""
     SHORT = "short"
@@ -67,10 +71,10 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     seconds: float = 0.0
     """How long nothing comes before that, or of ``slow`` at all, or of an error behind half of its text, or of a stream
     between its head and the ``flood``; unscaled."""
-    text: str = ": x\n\n"
-    """That a ``flood`` repeats: comments, if nothing else is said ..."""
+    text: str | None = None
+    """The whole body of ``text``; that which a ``flood`` repeats. By default nothing, and a comment."""
     size: int = 0
-    """... and how many bytes of it come before the stream goes on; 0 for no end."""
+    """Bytes of a ``flood`` that come before the stream goes on; 0 for no end."""
     times: int | None = None
     """How many requests it hits before it goes away; None for all."""
 
@@ -97,7 +101,7 @@ class Faults:
                 raise ValueError(f"{target}: only {' and '.join(PORTS)} have ports to close")
             if fault.kind is Kind.FAIL and target != INFERENCE:
                 raise ValueError(f"{target}: only {INFERENCE} has schedulers")
-            if fault.kind is Kind.FLOOD and not fault.text:
+            if fault.kind is Kind.FLOOD and fault.text == "":
                 raise ValueError(f"{target}: a flood needs a text")
         for target, fault in faults.items():
             self._set(target, fault)
@@ -134,8 +138,9 @@ class Faults:
             case Kind.BAD_REQUEST | Kind.INTERNAL | Kind.UNAVAILABLE:
                 error = failed(request.url.path, Failure(int(fault.kind), "a fault is switched on"))
                 return Interrupted(error, 1, Pause(released, fault.seconds))
-            case Kind.GARBAGE:
-                return Response(_GARBAGE, media_type="application/json")
+            case Kind.GARBAGE | Kind.TEXT:
+                text = _GARBAGE if fault.kind is Kind.GARBAGE else fault.text or ""
+                return Response(text, media_type="application/json")
             case Kind.NOISE:
                 return noise
             case Kind.SHORT | Kind.LONG | Kind.FLOOD:
@@ -165,6 +170,6 @@ def _with_other_bytes(fault: Fault, healthy: ASGIApp, released: asyncio.Event) -
         case Kind.LONG:
             return Long(healthy)
         case Kind.FLOOD:
-            return Flooded(healthy, fault.text.encode(), fault.size, Pause(released, fault.seconds))
+            return Flooded(healthy, (fault.text or _COMMENT).encode(), fault.size, Pause(released, fault.seconds))
         case _:
             return Short(healthy, Pause(released, fault.seconds))
