@@ -144,5 +144,15 @@ def run_until_interrupted(console: Console, work: Callable[[Interrupts], None]) 
     except KeyboardInterrupt:
         pass
     if interrupts.number is not None:
+        _end_by_status()
         console.print("stopped")
     return interrupts.status
+
+
+def _end_by_status() -> None:
+    """Let the process end with the status that it returns, and not by SIGINT.
+
+    CPython notes a KeyboardInterrupt that leaves code executed from a string, such as the methods that dataclasses
+    write, and then ends by SIGINT, although the exception was dealt with. Executing a string takes the note back.
+    """
+    exec("")  # noqa: S102 - it executes nothing
