@@ -88,8 +88,8 @@ _LARGEST_WINDOW: Final = (1 << 31) - 1
 """Of a stream in HTTP/2 (RFC 9113, 6.9.1). Envoy takes the window that it offers for its own buffer's limit, too.
 
 A filter of a cluster that reports over a stream whose buffer is full (16 MiB by default) kills Envoy when the request
-ends: the stream's end has the filter read on from an engine that was let go just before (1.40 measured). Without that
-limit the filter stops by itself, at that of its cluster's buffer, and nothing happens then.
+ends: the stream's end has the filter read on from an engine that was let go just before (1.38 to 1.40 measured).
+Without that limit the filter stops by itself, at that of its cluster's buffer, and nothing happens then.
 """
 
 _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
