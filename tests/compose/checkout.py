@@ -1,4 +1,4 @@
-"""What a newcomer has who runs docker compose: the files of the repository, with wheels where no index is reached."""
+"""What a newcomer has who runs docker compose: the files of the repository; and wheels, which builds find there."""
 
 import platform
 import shutil
@@ -21,16 +21,15 @@ _OLDER: Final = ("async-timeout>=4.0.3",)
 """Debian's Python is 3.11.2, for which a dependency asks for one more; the index is asked by another Python."""
 
 
-def check_out(directory: Path, *, wheels: bool) -> None:
-    """Copy what the images are built and run from."""
+def check_out(directory: Path) -> None:
+    """Copy what the images are built and run from, and fetch wheels: builds may have no network."""
     for part in PARTS:
         source = ROOT / part
         if source.is_dir():
             shutil.copytree(source, directory / part, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, directory / part)
-    if wheels:
-        _fetch_wheels(directory / "wheels")
+    _fetch_wheels(directory / "wheels")
 
 
 def base_image() -> str:

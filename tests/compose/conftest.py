@@ -14,6 +14,8 @@ from dp_extproc.testbed.ports import free_ports
 
 _PORTS = ("PORT", "ADMIN_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
 _BUILD_SECONDS = 600.0
+_UNUSED = "48h"
+"""How long an engine of our own keeps what was built from older sources."""
 
 
 def _give_up(why: Exception) -> None:
@@ -58,15 +60,16 @@ def missing_images(docker: Docker, tmp_path_factory: pytest.TempPathFactory) -> 
 def project(docker: Docker, missing_images: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     """``docker compose up`` in a checkout, with free ports."""
     directory = tmp_path_factory.mktemp("checkout")
-    # An engine of others may reach the index from its containers; ours has no network but the project's.
-    check_out(directory, wheels=docker.is_ours)
+    check_out(directory)
     ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
     try:
         compose = compose_command(docker)
     except NoEngineError as why:
         _give_up(why)
         raise
-    up = Project(docker, compose, f"dpx{secrets.token_hex(4)}", directory, ports)
+    name = f"dpx{secrets.token_hex(4)}"
+    # On an engine of our own the image keeps its name, so that what it was built from is there the next time.
+    up = Project(docker, compose, name, "dp-extproc-compose-test" if docker.is_ours else name, directory, ports)
     try:
         up("up", "--detach", seconds=_BUILD_SECONDS)
         yield up
@@ -81,6 +84,9 @@ def _take_down(project: Project) -> None:
         docker.run("rm", "--force", container, check=False)
     if project.leftovers():
         project(*everything(), "down", "--volumes", "--timeout", "5", check=False)
+    if docker.is_ours:
+        docker.run("image", "prune", "--force", "--filter", f"until={_UNUSED}")
+        return
     for tag in ("local", "demo"):
         docker.run("image", "rm", f"{project.image}:{tag}", check=False)
 

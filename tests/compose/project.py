@@ -36,14 +36,11 @@ class Project:
     docker: Docker
     compose: list[str]
     name: str
+    image: str
+    """The name under which it builds its images."""
     directory: Path
     ports: dict[str, int]
     """On the host, by the variables of docker-compose.yml that set them."""
-
-    @property
-    def image(self) -> str:
-        """The name under which this project builds its images."""
-        return self.name
 
     def __call__(self, *arguments: str, check: bool = True, seconds: float = 120, **variables: str) -> str:
         """Run a command of compose with these variables set, and return what it prints."""

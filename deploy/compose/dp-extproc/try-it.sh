@@ -18,3 +18,4 @@ A server fails, and comes back:
   docker compose start decode-2
 
 TEXT
+exec sleep infinity
