@@ -289,15 +289,16 @@ def test_handlers_are_as_before_when_no_signal_came() -> None:
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_an_interrupt_in_code_made_from_a_string_ends_with_the_status() -> None:
+def test_an_interrupt_in_code_made_from_a_string_ends_with_the_status(tmp_path: Path) -> None:
     """Libraries are imported while the demo starts, and those of dataclasses execute strings."""
-    program = (
+    (tmp_path / "program.py").write_text(
         "import os, signal, sys\n"
         "from rich.console import Console\n"
         "from dp_extproc.demo.interrupts import run_until_interrupted\n"
         "work = lambda _: exec('os.kill(os.getpid(), signal.SIGTERM)')\n"
         "sys.exit(run_until_interrupted(Console(), work))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    argv = [sys.executable, "-m", "program"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path)
 
     assert (done.returncode, done.stdout, done.stderr) == (143, "stopped\n", "")
