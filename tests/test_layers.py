@@ -20,9 +20,11 @@ CORE = [
             "recipe",
             "releases",
             "agreement",
+            "compatibility",
             "loads_page",
             "metrics_page",
             "prometheus_text",
+            "quantities",
             "vllm_pages",
             "server_info",
             "observer",
@@ -32,6 +34,7 @@ CORE = [
     *(f"extproc/{name}.py" for name in _EXTPROC),
     *(f"simulate/{name}.py" for name in ("fleet", "servers", "simulation", "routers", "settings", "outcome")),
     *(f"sync/{name}.py" for name in ("messages", "outbox", "peers")),
+    *(f"demo/{name}.py" for name in ("jobs", "estimate")),
 ]
 IMPURE = {
     "asyncio",

@@ -30,6 +30,8 @@ class Job:
     """Seconds since the start."""
     body: bytes
     output_tokens: int
+    tokens: int
+    """Of prompt and answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,16 @@ class Load:
 
 def make_jobs(trace: Sequence[TraceRequest]) -> list[Job]:
     """Write the bodies."""
-    return [Job(number, request.arrival, _body(request), request.output_tokens) for number, request in enumerate(trace)]
+    return [
+        Job(
+            number,
+            request.arrival,
+            _body(request),
+            request.output_tokens,
+            request.prompt_tokens + request.output_tokens,
+        )
+        for number, request in enumerate(trace)
+    ]
 
 
 def send(url: str, jobs: Sequence[Job], load: Load, on_done: Callable[[], None]) -> tuple[list[Outcome], list[Failed]]:
@@ -133,4 +144,4 @@ async def _ask(session: aiohttp.ClientSession, url: str, job: Job, time_scale: f
     if first is None or not told or int(told[-1]) != job.output_tokens:
         return Failed(job.number, f"cut off: {tail[-200:].decode(errors='replace')}")
     per_token = (last - first) / (job.output_tokens - 1) / time_scale if job.output_tokens > 1 else None
-    return Outcome(job.number, (first - began) / time_scale, per_token, (last - began) / time_scale)
+    return Outcome(job.number, (first - began) / time_scale, per_token, (last - began) / time_scale, job.tokens)

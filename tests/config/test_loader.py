@@ -167,7 +167,15 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
     ),
     "session-header-of-ours": (
         POOL + "envoy: {session_header: X-DP-Session}\n",
-        [(4, "envoy.session_header", "names under x-dp- and x-envoy- are taken from clients")],
+        [(4, "envoy.session_header", "names under x-dp-, x-envoy- and x-override- are taken from clients")],
+    ),
+    "session-header-of-the-engines": (
+        POOL + "envoy: {session_header: X-Override-Rid}\n",
+        [(4, "envoy.session_header", "names under x-dp-, x-envoy- and x-override- are taken from clients")],
+    ),
+    "session-header-of-gateways": (
+        POOL + "envoy: {session_header: X-Gateway-Destination-Endpoint}\n",
+        [(4, "envoy.session_header", "X-Gateway-Destination-Endpoint is not the name of a conversation; write")],
     ),
     "session-header-with-a-secret": (
         POOL + "envoy: {session_header: Authorization}\n",
@@ -223,6 +231,14 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
     "bootstrap-host-with-a-port-path": (
         POOL.replace("'http://a:1'", "{url: 'http://a:1', bootstrap_host: 'http://x/'}"),
         [(3, "pools[0].workers.endpoints[0].bootstrap_host", "pattern")],
+    ),
+    "bootstrap-host-with-a-port": (
+        POOL.replace("'http://a:1'", "{url: 'http://a:1', bootstrap_host: '10.0.0.1:8998'}"),
+        [(3, "pools[0].workers.endpoints[0].bootstrap_host", "a port goes into a key of its own")],
+    ),
+    "bootstrap-host-in-brackets-that-is-none": (
+        POOL.replace("'http://a:1'", "{url: 'http://a:1', bootstrap_host: '[10.0.0.1]'}"),
+        [(3, "pools[0].workers.endpoints[0].bootstrap_host", "is no IPv6 address")],
     ),
     "dp-size-as-a-string": (
         POOL.replace("'http://a:1'", "{url: 'http://a:1', dp_size: '4'}"),
@@ -417,3 +433,12 @@ def test_a_command_tells_the_mistakes_of_its_file(tmp_path: Path, command: str) 
     assert "line 4, drain: write a duration" in result.stderr
     assert "line 5, colour: is not a known key" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("written", ["fd00::1", "[fd00::1]"])
+def test_bootstrap_host_of_ipv6(written: str) -> None:
+    """With or without brackets it is the same address."""
+    config = parse_config(POOL.replace("'http://a:1'", f"{{url: 'http://a:1', bootstrap_host: '{written}'}}"))
+
+    assert config.pools[0].workers is not None
+    assert config.pools[0].workers.endpoints[0].bootstrap_host == "fd00::1"

@@ -33,7 +33,8 @@ def test_the_estimate_follows_requests_and_time_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(5, "about a minute"), (80, "about a minute"), (170, "about 3 minutes")]
+    ("seconds", "words"),
+    [(5, "about a minute"), (70, "about a minute"), (85, "about 2 minutes"), (170, "about 3 minutes")],
 )
 def test_the_estimate_is_told_in_minutes(seconds: float, words: str) -> None:
     """Nobody wants to know it better."""

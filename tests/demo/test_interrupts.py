@@ -1,5 +1,6 @@
 """Signals to a demo that runs, as a terminal and as ``kill`` send them: nothing goes on, and nothing is left."""
 
+import asyncio
 import fcntl
 import os
 import re
@@ -14,6 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from dp_extproc.cli import main
+from dp_extproc.demo.interrupts import Interrupts
 from dp_extproc.testbed import loopback
 from patience import wait_for
 
@@ -206,3 +209,96 @@ def test_a_signal_while_the_report_is_printed_ends_the_demo(tmp_path: Path) -> N
     assert ended == 130
     assert "Traceback" not in printed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_before_a_command_listens_ends_it_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries take a second to import; Ctrl-C in that time has no traceback either, whatever the command."""
+
+    def interrupted(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dp_extproc.cli.importlib.import_module", interrupted)
+
+    assert main(["serve", "-c", "dp-extproc.yaml"]) == 130
+
+
+@pytest.fixture
+def interrupts() -> Iterator[Interrupts]:
+    """Listen in this process, and leave its handlers as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with Interrupts().installed() as listening:
+        yield listening
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_held_interrupt_comes_when_the_block_is_over(interrupts: Interrupts) -> None:
+    """A process that has been started is noted before; others that follow are not heard while it stops."""
+    done = []
+
+    def start() -> None:
+        with interrupts.held(), interrupts.held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("started")
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("noted")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    os.kill(os.getpid(), signal.SIGINT)
+    with interrupts.held():
+        done.append("stopped")
+
+    assert done == ["started", "noted", "stopped"]
+    assert interrupts.status == 128 + signal.SIGTERM
+
+
+def test_an_interrupt_cancels_what_runs_in_a_loop(interrupts: Interrupts) -> None:
+    """In order: what it holds open is closed, and the loop ends before the interrupt is raised."""
+    closed = []
+
+    async def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(60)
+        finally:
+            closed.append(asyncio.current_task())
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.run(work())
+
+    assert len(closed) == 1
+    assert interrupts.status == 130
+
+
+def test_a_signal_that_was_invited_is_no_failure(interrupts: Interrupts) -> None:
+    """As Ctrl-C at the end of a demo that was kept, also when it comes before anybody waits for it."""
+    interrupts.invite()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert interrupts.status == 0
+
+
+def test_handlers_are_as_before_when_no_signal_came() -> None:
+    """A command that ended by itself leaves no trace in the process."""
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupts().installed():
+        assert signal.getsignal(signal.SIGINT) != before
+
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_an_interrupt_in_code_made_from_a_string_ends_with_the_status(tmp_path: Path) -> None:
+    """Libraries are imported while the demo starts, and those of dataclasses execute strings."""
+    (tmp_path / "program.py").write_text(
+        "import os, signal, sys\n"
+        "from rich.console import Console\n"
+        "from dp_extproc.demo.interrupts import run_until_interrupted\n"
+        "work = lambda _: exec('os.kill(os.getpid(), signal.SIGTERM)')\n"
+        "sys.exit(run_until_interrupted(Console(), work))\n"
+    )
+    argv = [sys.executable, "-m", "program"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    assert (done.returncode, done.stdout, done.stderr) == (143, "stopped\n", "")

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -55,15 +55,15 @@ class HostedEngines:
     _thread: threading.Thread | None = None
     _stop: asyncio.Event | None = None
 
-    def add(self, *options: str, listeners: int = 1) -> HostedEngine:
-        """Add an engine with the options of ``dp-extproc engine``, but for ports."""
+    def add(self, *options: str, listeners: int = 1, build: Callable[..., Server] = Server) -> HostedEngine:
+        """Add an engine with the options of ``dp-extproc engine``, but for ports; *build* makes it."""
         taken = {port for each in self.engines for port in (each.port, each.bootstrap_port)}
         while (port := free_row(listeners + 1)) in taken or port + listeners in taken:
             pass
         bootstrap_port = port + listeners
         settings = parse_settings([*options, "--port", str(port), "--bootstrap-port", str(bootstrap_port)])
         killed_by: list[str] = []
-        self.engines.append(HostedEngine(Server(settings, kill=killed_by.append), port, bootstrap_port, killed_by))
+        self.engines.append(HostedEngine(build(settings, kill=killed_by.append), port, bootstrap_port, killed_by))
         return self.engines[-1]
 
     def __enter__(self) -> Self:

@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,14 +14,15 @@ import yaml
 from dp_extproc.testbed import loopback
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
+from e2e.gateway import load_gateway
 from e2e.hosted import HostedEngine, HostedEngines
 from e2e.stack import FAST, body_of, one
 
-EXAMPLE = Path(__file__).parents[2] / "envoy" / "endpoint-picker.yaml"
 SUBSET = "x-test-subset"
 """Header of this test that becomes the gateway's subset hint."""
 LIAR = "x-test-served"
 """Header of this test by which the gateway says who has served, instead of the truth."""
+CONVERSATION = "x-conversation"
 MOST_REQUESTS = 2
 """On a rank."""
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -79,7 +79,11 @@ def running(request: pytest.FixtureRequest) -> Iterator[Gateway]:
         workers = engines.add("--dp-size", "2", *FAST), engines.add("--dp-size", "2", *FAST)
         running.enter_context(engines)
         pool = {"models": ["*"], "workers": {"endpoints": [each.url for each in workers]}}
-        content = write_config([pool], admission={"max_requests": MOST_REQUESTS})
+        sections: dict[str, Any] = {
+            "admission": {"max_requests": MOST_REQUESTS},
+            "envoy": {"session_header": CONVERSATION},
+        }
+        content = write_config([pool], **sections)
         service = running.enter_context(ServiceProcess({**content, "protocol": "endpoint_picker"}))
         bootstrap = _gateway(service, workers, request.param)
         envoy = running.enter_context(EnvoyProcess(service.config, bootstrap=bootstrap))
@@ -96,13 +100,9 @@ def gateway(running: Gateway) -> Gateway:
 
 def _gateway(service: ServiceProcess, workers: tuple[HostedEngine, ...], routing: str) -> str:
     """Take the example with the ports of this test, with what a gateway adds, and with its own way of routing."""
-    example: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
-    config, resources = service.config, example["static_resources"]
-    listener, (picker, cluster) = resources["listeners"][0], resources["clusters"]
-    listener["address"]["socket_address"]["port_value"] = config.envoy.inference.port
-    example["admin"]["address"]["socket_address"]["port_value"] = config.envoy.admin.port
-    _ports(picker, [config.listen.grpc.port])
-    _ports(cluster, [each.port for each in workers])
+    example: dict[str, Any] = load_gateway(service.config, [each.port for each in workers])
+    resources = example["static_resources"]
+    listener, cluster = resources["listeners"][0], resources["clusters"][1]
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
     manager["http_filters"][:0] = [yaml.safe_load(HINT)]
     manager["http_filters"][-1:-1] = [yaml.safe_load(SERVED)]
@@ -115,12 +115,6 @@ def _gateway(service: ServiceProcess, workers: tuple[HostedEngine, ...], routing
         policy["override_host_sources"] = [each for each in policy["override_host_sources"] if routing in each]
         assert len(policy["override_host_sources"]) == 1
     return yaml.safe_dump(example)
-
-
-def _ports(cluster: dict[str, Any], ports: list[int]) -> None:
-    endpoints = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
-    for endpoint, port in zip(endpoints, ports, strict=True):
-        endpoint["endpoint"]["address"]["socket_address"]["port_value"] = port
 
 
 def address_of(worker: HostedEngine) -> str:
@@ -163,6 +157,24 @@ def test_requests_go_where_the_service_says(gateway: Gateway) -> None:
             break
 
     assert len(used) == 4
+
+
+def test_a_conversation_stays_where_its_prompts_are(gateway: Gateway) -> None:
+    """The service reads the clients' own header, as nobody copies it here; what comes under our name counts nothing."""
+    used: dict[str, set[tuple[int, int]]] = {CONVERSATION: set(), "x-dp-session": set()}
+    for name, places in used.items():
+        for number in range(12):
+            gateway.forget()
+            content = f"{name} {number} " * 200  # no two prompts begin alike
+            body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
+            assert gateway.client.post("/v1/chat/completions", json=body, headers={name: "chat-1"}).status_code == 200
+            gateway.service.wait_until_idle()
+            request = one(gateway.workers)
+            (worker,) = [each for each in gateway.workers if each.requests()]
+            places.add((worker.port, request["rank"]))
+
+    assert len(used[CONVERSATION]) == 1
+    assert len(used["x-dp-session"]) > 1
 
 
 @pytest.mark.parametrize("form", ["{address}", "{address} , 127.0.0.1:1", "127.0.0.1:1,{address}"])

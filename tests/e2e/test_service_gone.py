@@ -38,9 +38,10 @@ def while_streaming(stack: Stack, count: int, trouble: Callable[[], Awaitable[No
             last = ""
             async for line in answer.aiter_lines():
                 if line:
+                    if not events:
+                        opened.release()
                     last = line
                     events += 1
-                    opened.release()
         return events, last
 
     async def story() -> Counter[tuple[int, str]]:
@@ -76,6 +77,19 @@ def test_streams_go_on_while_the_service_drains_and_after_it_has_ended(slow: Sta
 
     assert ends == {(COMPLETE, "data: [DONE]"): 20}
     assert answered == [503, 200]
+
+
+def test_streams_in_duplex_go_on_after_the_service_has_ended() -> None:
+    """Envoy cuts answers there whose ext_proc stream breaks, so the service ends these streams in good order."""
+    options = ("--time-scale", "5", *PATIENCE)
+    with run_stack(options=options, drain="10ms", envoy={"body_mode": "duplex"}) as stack:
+
+        async def stop() -> None:
+            assert await asyncio.to_thread(stack.service.stop) == 0
+
+        ends = while_streaming(stack, 20, stop)
+
+    assert ends == {(COMPLETE, "data: [DONE]"): 20}
 
 
 def test_a_service_that_is_killed_takes_no_stream_with_it(slow: Stack) -> None:

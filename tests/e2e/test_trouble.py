@@ -1,12 +1,16 @@
 """One engine in trouble: the others are routed to as before, and the log says it once."""
 
+import json
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
-from e2e.stack import Stack, run_stack
+from e2e.stack import DECODE_RANKS, Stack, run_stack
+from finite import assert_finite
 from patience import wait_for
 
 REQUEST = {"text": "x", "sampling_params": {"max_new_tokens": 1}}
@@ -32,8 +36,16 @@ class Patient:
 
     def state(self) -> str:
         """Tell how well the service knows the engine."""
-        endpoints = self._stack.service.loads()["endpoints"]
-        return next(str(each["state"]) for each in endpoints if each["url"] == self._engine.url)
+        return str(self._shown()["state"])
+
+    def failure(self) -> str | None:
+        """Tell what is wrong with the engine at present."""
+        found: str | None = self._shown()["failure"]
+        return found
+
+    def _shown(self) -> dict[str, Any]:
+        endpoints: list[dict[str, Any]] = self._stack.service.loads()["endpoints"]
+        return next(each for each in endpoints if each["url"] == self._engine.url)
 
     def warnings(self) -> list[str]:
         """Tell of what kinds of trouble the log has warned, in order."""
@@ -122,3 +134,91 @@ def test_a_lone_stale_server_is_still_used() -> None:
             engine.fault(loads="hang", metrics="hang")
         wait_for(lambda: all(each["state"] == "stale" for each in stack.service.loads()["endpoints"]))
         send(stack, 4)
+
+
+def _ranks(count: int, **numbers: object) -> str:
+    told = {"num_used_tokens": 5, "num_running_reqs": 1, "timestamp": 1e9} | numbers
+    return json.dumps(
+        {"timestamp": "2026-09-10T12:00:00+00:00", "loads": [{"dp_rank": each, **told} for each in range(count)]}
+    )
+
+
+_ONE_TIMEOUT: dict[str, Any] = {"kind": "hang", "times": 1}
+"""After one an engine is asked anew who it is."""
+_SOME = [100.0, 100.0, 3e6, 0.0, 0.0, 100.0]
+
+
+@pytest.mark.parametrize(
+    ("role", "page", "text"),
+    [
+        pytest.param("decode", "loads", _ranks(2, decode_moments=[5e-324, 1, 1e6, 0, 0, 1]), id="steps"),
+        pytest.param("decode", "loads", _ranks(2, decode_moments=[1.7e308, 1.7e308, 1e6, 0, 0, 1]), id="many-steps"),
+        pytest.param("decode", "loads", _ranks(2, num_used_tokens=1 << 53), id="tokens"),
+        pytest.param("decode", "loads", _ranks(2, gen_throughput=1.7e308), id="rate"),
+        pytest.param("decode", "loads", _ranks(2, num_running_reqs=-5), id="negative"),
+        pytest.param("prefill", "loads", _ranks(4, num_waiting_uncached_tokens=10**400), id="queue"),
+        pytest.param(
+            "prefill",
+            "server_info",
+            '{"dp_size": 4, "version": "0.5.23", "disaggregation_mode": "prefill", "enable_dp_attention": true, '
+            f'"chunked_prefill_size": {10**400}}}',
+            id="step-size",
+        ),
+    ],
+)
+def test_a_page_that_tells_what_cannot_be(fleet: Stack, role: str, page: str, text: str) -> None:
+    """It is refused as other pages that cannot be used, said once, and nothing else is any different."""
+    liar, well = engines_of(fleet, role)
+    patient, healthy = Patient(fleet, liar), Patient(fleet, well)
+    liar.fault(loads={"kind": "text", "text": _ranks(2 if role == "decode" else 4, decode_moments=_SOME)})
+    wait_for(lambda: patient.state() == "fresh")
+    liar.fault(**{page: {"kind": "text", "text": text}})
+    if page == "server_info":
+        liar.fault(loads=_ONE_TIMEOUT)
+    wait_for(lambda: patient.failures("wrong_shape") >= 4)
+    send(fleet)
+
+    assert patient.warnings().count("wrong_shape") == 1
+    assert healthy.warnings() == []
+    assert_finite(fleet.service.metrics(), loopback.CLIENT.get(f"{fleet.service.admin_url}/loads").text)
+    assert _task_failures(fleet) == 0
+    liar.fault(server_info="ok", loads=_ONE_TIMEOUT)
+    wait_for(lambda: patient.failure() is None)
+    send(fleet)
+
+
+def _task_failures(stack: Stack) -> float:
+    counts = re.findall(r"^dp_extproc_task_failures_total\{.*\} (.*)$", stack.service.metrics(), re.MULTILINE)
+    assert counts
+    return sum(map(float, counts))
+
+
+@pytest.mark.parametrize("trouble", ["server_info", "dp_size"])
+def test_standing_trouble_forgives_no_failures(trouble: str) -> None:
+    """A server that fails its requests is left alone, whatever else is wrong with it at every scrape."""
+    long = {"failures": 2, "ejection": "10m", "max_ejection": "10m"}
+    with run_stack(decodes=2, load=QUICK, health=long) as stack:
+        sick = stack.decodes[0]
+        patient = Patient(stack, sick)
+        if trouble == "server_info":
+            sick.fault(server_info="500", loads=_ONE_TIMEOUT)
+            kind = "http_status"
+        else:  # its load page shows another number of ranks
+            sick.fault(loads={"kind": "text", "text": _ranks(DECODE_RANKS - 1)})
+            kind = "disagreement"
+        wait_for(lambda: patient.failures(kind) >= 1)
+        sick.fault(inference="500")
+        ejected = f'dp_extproc_endpoint_ejected{{endpoint="{sick.url}",pool="*",role="decode"}} 1.0'
+
+        def is_ejected() -> bool:
+            send(stack, 4)
+            return ejected in stack.service.metrics()
+
+        wait_for(is_ejected, 30)
+        seen = patient.failures(kind)
+        sick.forget()
+        wait_for(lambda: patient.failures(kind) >= seen + 10)
+        send(stack)
+
+        assert ejected in stack.service.metrics()
+        assert sick.requests() == []

@@ -67,10 +67,14 @@ class Pair:
 
 
 @contextmanager
-def run_pair(version: str, *options: str, dp_attention: bool = True, ranks: int = RANKS) -> Iterator[Pair]:
+def run_pair(
+    version: str, *options: str, dp_attention: bool = True, ranks: int = RANKS, host: str = "127.0.0.1"
+) -> Iterator[Pair]:
     """Run a pair of one release."""
     common = ["--sglang-version", version, *FAST, *(["--dp-attention"] if dp_attention else []), *options]
-    prefill, decode = EngineProcess("prefill", ranks, *common), EngineProcess("decode", 2, *common)
+    prefill, decode = (
+        EngineProcess(role, size, *common, host=host) for role, size in (("prefill", ranks), ("decode", 2))
+    )
     try:
         prefill.start()
         decode.start()

@@ -201,3 +201,35 @@ def test_faults_that_do_not_exist(engine: EngineProcess, faults: dict[str, Any])
     assert answer.status_code == 400
     assert answer.text
     assert httpx.get(f"{engine.debug_url}/faults").json() == {}
+
+
+def test_a_flood_comes_before_the_first_event(engine: EngineProcess) -> None:
+    """As many bytes of it as were asked for; whole answers have no place for it."""
+    engine.fault(inference={"kind": "flood", "text": ": wait\n\n", "size": 200_000})
+    streamed = generate(engine, stream=True).text
+    flood, rest = streamed[:200_000], streamed[200_000:]
+
+    assert set(flood.split("\n\n")) == {": wait", ""}
+    assert rest.startswith("data: {")
+    assert rest.endswith("data: [DONE]\n\n")
+    assert "text" in generate(engine).json()
+
+
+def test_a_flood_without_an_end_stops_when_its_client_leaves(engine: EngineProcess) -> None:
+    """Or when it is switched off: then the answer comes."""
+    engine.fault(inference={"kind": "flood"})
+    with httpx.stream("POST", f"{engine.url}/generate", json={**REQUEST, "stream": True}, timeout=5.0) as answer:
+        next(answer.iter_raw())
+    wait_for(lambda: journal(engine)["disconnected_at"])
+
+    with httpx.stream("POST", f"{engine.url}/generate", json={**REQUEST, "stream": True}, timeout=5.0) as answer:
+        chunks = answer.iter_raw()
+        next(chunks)
+        engine.heal()
+        assert b"".join(chunks).endswith(b"data: [DONE]\n\n")
+
+
+def test_a_flood_needs_a_text(engine: EngineProcess) -> None:
+    """Or it would be none."""
+    with pytest.raises(httpx.HTTPStatusError, match="400"):
+        engine.fault(inference={"kind": "flood", "text": ""})

@@ -12,6 +12,9 @@ from engine.pair import PROMPTS
 from patience import wait_for
 
 ROOM = {"bootstrap_host": "127.0.0.1", "bootstrap_port": 1, "bootstrap_room": 5}
+ALONE = {**ROOM, "bootstrap_host": "2.2.2.2"}
+"""SGLang's fake transfer: prefill computes without a decode side."""
+IDS = {"text": None, "input_ids": [1, -1]}
 
 
 @pytest.mark.parametrize(
@@ -28,6 +31,11 @@ ROOM = {"bootstrap_host": "127.0.0.1", "bootstrap_port": 1, "bootstrap_room": 5}
         pytest.param(
             "decode", "0.5.23", "/v1/completions", {**ROOM, "bootstrap_room": [5]}, id="a list for one prompt"
         ),
+        pytest.param("prefill", "0.5.23", "/generate", {**ALONE, **IDS}, id="a token id below zero"),
+        pytest.param("unified", "0.5.9", "/generate", IDS, id="the same on an old release"),
+        pytest.param("unified", "0.5.23", "/v1/completions", {"prompt": [[1], [2, -1]]}, id="the same in a batch"),
+        pytest.param("unified", "0.5.23", "/v1/completions", {"prompt": [2**31]}, id="a token id beyond all"),
+        pytest.param("unified", "0.5.13", "/v1/chat/completions", {"input_ids": [-1]}, id="the same in a chat"),
     ],
 )
 def test_a_request_kills_the_server(role: str, version: str, path: str, body: dict[str, Any]) -> None:
@@ -39,6 +47,27 @@ def test_a_request_kills_the_server(role: str, version: str, path: str, body: di
 
         assert engine.stop() == -signal.SIGKILL
         assert "killed by a request" in engine.log()
+
+
+@pytest.mark.parametrize(
+    ("role", "path", "body", "options"),
+    [
+        pytest.param("decode", "/generate", {**ALONE, **IDS}, (), id="decode computes no prompt"),
+        pytest.param("unified", "/generate", IDS, ("--attn-tp-size", "2"), id="a sharded embedding masks it"),
+        pytest.param(
+            "unified",
+            "/v1/chat/completions",
+            {"input_ids": [-1]},
+            ("--sglang-version", "0.5.12"),
+            id="a chat before 0.5.13 takes no ids",
+        ),
+    ],
+)
+def test_a_token_id_below_zero_passes(role: str, path: str, body: dict[str, Any], options: tuple[str, ...]) -> None:
+    """Only the lookup of an embedding that is in one piece fails."""
+    with EngineProcess(role, 2, "--dp-attention", "--time-scale", "0.01", *options) as engine:
+        assert httpx.post(engine.url + path, json={**PROMPTS[path], **body}).status_code == 200
+        assert engine.is_running
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 
 from dp_extproc.testbed.engine import EngineProcess
 from engine.pair import PROMPTS, RANKS, Pair, run_pair, text_of
+from ipv6 import needs_ipv6
 from patience import wait_for
 
 TIMED_OUT_ON_PREFILL = "timed out after 80.0s in KVPoll.Bootstrapping"
@@ -236,6 +237,28 @@ def test_fake_bootstrap_host(newest: Pair) -> None:
         answer = newest.post(engine, "/generate", bootstrap_host="2.2.2.2", bootstrap_room=newest.room()).result()
 
         assert answer.status_code == 200
+
+
+@needs_ipv6
+@pytest.mark.parametrize(
+    ("version", "written", "meets"),
+    [
+        pytest.param("0.5.9", "[::1]", True, id="0.5.9 with brackets"),
+        pytest.param("0.5.9", "::1", False, id="0.5.9 without"),
+        pytest.param("0.5.10", "[::1]", True, id="0.5.10 with brackets"),
+        pytest.param("0.5.10", "::1", True, id="0.5.10 without"),
+        pytest.param("0.5.23", "[::1]", True, id="0.5.23 with brackets"),
+        pytest.param("0.5.23", "::1", True, id="0.5.23 without"),
+    ],
+)
+def test_bootstrap_host_of_ipv6(version: str, written: str, meets: bool) -> None:
+    """Until 0.5.9 decode dials what it is told, with a colon and the port behind it; later releases take both ways."""
+    with run_pair(version, host="::1") as pair:
+        prefill, decode = pair.send("/generate", pair.meeting(pair.room(), bootstrap_host=written))
+
+        assert (prefill.status_code, decode.status_code) == ((200, 200) if meets else (500, 500))
+        if not meets:
+            assert "Decode handshake failed" in text_of(decode)
 
 
 def test_decode_loses_a_dead_prefill_server() -> None:

@@ -266,6 +266,13 @@ def test_tokens_are_counted_by_a_simple_rule(newest: EngineProcess) -> None:
     }
 
 
+def test_a_chat_takes_token_ids_for_its_prompt(newest: EngineProcess) -> None:
+    """They take the place of its messages, which must be there all the same."""
+    answer = post(newest, "/v1/chat/completions", input_ids=[5, 6])
+
+    assert answer.json()["usage"]["prompt_tokens"] == 2
+
+
 def test_several_samples_on_a_unified_server(newest: EngineProcess) -> None:
     """Choices are numbered, and the prompt counts once."""
     answer = post(newest, "/v1/completions", n=2).json()

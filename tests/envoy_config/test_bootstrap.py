@@ -140,6 +140,23 @@ def test_every_hop_buffers_the_largest_body_and_what_rewriting_adds() -> None:
     assert len(hops) == 11
 
 
+def test_envoy_asks_the_service_whether_it_is_there() -> None:
+    """Wherever it speaks gRPC, as often as the service asks Envoy; every process of the service counts."""
+    listen = {"listen": {"keepalive": "3s"}, "pools": [POOLS[BodyMode.BUFFERED]]}
+    clusters = printed(Config.model_validate(listen))["static_resources"]["clusters"]
+
+    http2 = {each["name"]: found for each in clusters if (found := _http2_options(each)) is not None}
+    assert {name: options["connection_keepalive"] for name, options in http2.items()} == {
+        name: {"interval": "3s", "timeout": "3s"} for name in ("extproc", "extproc_owner")
+    }
+
+
+def _http2_options(cluster: dict[str, Any]) -> dict[str, Any] | None:
+    (options,) = cluster.get("typed_extension_protocol_options", {"": {}}).values()
+    found: dict[str, Any] | None = options.get("explicit_http_config", {}).get("http2_protocol_options")
+    return found
+
+
 @pytest.mark.parametrize(
     ("envoy", "listen", "watched"),
     [

@@ -77,8 +77,8 @@ class Echo:
         return Rejection(404, Reason.MODEL_NOT_FOUND, "no") if path.endswith("no") else Answer(b"{}")
 
 
-def run(mode: BodyMode, events: Iterable[Event], *, response_duplex: bool = False) -> list[Reply]:
-    exchange = Exchange(Echo(), mode, MAX_BODY, response_duplex=response_duplex)
+def run(mode: BodyMode, events: Iterable[Event], *, response_mode: BodyMode = BodyMode.NONE) -> list[Reply]:
+    exchange = Exchange(Echo(), mode, MAX_BODY, response_mode=response_mode)
     return [reply for event in events for reply in exchange.receive(event)]
 
 
@@ -236,7 +236,7 @@ def test_no_sequence_of_events_breaks_the_rules(
 ) -> None:
     """One reply of its own phase to each event in lock-step, one immediate at most, nothing behind it."""
     decider = Echo()
-    exchange = Exchange(decider, mode, MAX_BODY, response_duplex=response_duplex)
+    exchange = Exchange(decider, mode, MAX_BODY, response_mode=BodyMode.DUPLEX if response_duplex else BodyMode.NONE)
     over = False
     for index, event in enumerate(events):
         if index == interrupted_at:

@@ -6,7 +6,7 @@ Requests are encoded and answers decoded by ``envoy_data_plane`` (betterproto2),
 
 import asyncio
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -40,9 +40,14 @@ GET = {":method": "GET", ":path": "/health"}
 
 
 def request_headers(
-    headers: Mapping[str, str] = POST, *, end: bool = False, mode: Mode | None = None, **more: Any
+    headers: Mapping[str, str] = POST,
+    *,
+    end: bool = False,
+    mode: Mode | None = None,
+    response_mode: Mode = Mode.NONE,
+    **more: Any,
 ) -> ProcessingRequest:
-    config = None if mode is None else ProtocolConfiguration(request_body_mode=mode)
+    config = None if mode is None else ProtocolConfiguration(request_body_mode=mode, response_body_mode=response_mode)
     return ProcessingRequest(request_headers=_headers(headers, end=end), protocol_config=config, **more)
 
 
@@ -178,6 +183,8 @@ class Server:
 
     channel: grpc.Channel
     watcher: Watcher
+    leave: Callable[[], None]
+    """Do what the service does before its process ends."""
 
     def stream(self, **metadata: str) -> Stream:
         return Stream(self.channel, [(name.replace("_", "-"), value) for name, value in metadata.items()])
@@ -199,7 +206,7 @@ def run_server(
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
 
-    async def start() -> tuple[grpc.aio.Server, int]:
+    async def start() -> tuple[grpc.aio.Server, int, ExtProcService]:
         service = ExtProcService(
             decider,
             watcher,
@@ -214,12 +221,12 @@ def run_server(
         server.add_generic_rpc_handlers((service.handler(),))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
-        return server, port
+        return server, port, service
 
-    server, port = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+    server, port, service = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
     try:
         with grpc.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS) as channel:
-            yield Server(channel, watcher)
+            yield Server(channel, watcher, lambda: asyncio.run_coroutine_threadsafe(service.leave(), loop).result(10))
     finally:
         asyncio.run_coroutine_threadsafe(server.stop(None), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)

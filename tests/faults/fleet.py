@@ -2,10 +2,13 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 import httpx
@@ -107,6 +110,17 @@ def ask(
     return Outcome(status, text.decode(errors="replace"), complete, reason, broken)
 
 
+@contextmanager
+def asking(fleet: "Fleet", path: str) -> Iterator[socket.socket]:
+    """Ask for a stream; whether any of it is read is the caller's affair."""
+    body = json.dumps({**BODIES[path], "stream": True}).encode()
+    host, port = fleet.envoy.url.removeprefix("http://").split(":")
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=30) as client:
+        client.sendall(head.encode() + body)
+        yield client
+
+
 def _is_complete(text: bytes, *, stream: bool) -> bool:
     if stream:
         return text.endswith(b"data: [DONE]\n\n") and b'"length"' in text
@@ -191,10 +205,20 @@ class Fleet:
         found: list[dict[str, Any]] = self.service.loads()["endpoints"]
         return found
 
+    def stat(self, name: str) -> int:
+        """Give a number of Envoy's statistics; 0 for one that it has not counted yet."""
+        page = loopback.CLIENT.get(f"{self.envoy.admin_url}/stats", params={"filter": f"^{re.escape(name)}$"})
+        return int(page.raise_for_status().text.rpartition(":")[2] or 0)
+
 
 @contextmanager
 def run_fleet(
-    options: Sequence[str] = FAST, *, message_timeout: str | None = None, replicas: int = 1, **sections: Any
+    options: Sequence[str] = FAST,
+    *,
+    message_timeout: str | None = None,
+    replicas: int = 1,
+    of_pool: Mapping[str, Any] = MappingProxyType({}),
+    **sections: Any,
 ) -> Iterator[Fleet]:
     """Run it.
 
@@ -202,6 +226,7 @@ def run_fleet(
         options: Of the engines.
         message_timeout: How long Envoy waits for a word of the service, if that is to be less than usual.
         replicas: Of the service, behind one Envoy that finds them by a name.
+        of_pool: Goes over the configuration of the pool.
         sections: Go over the configuration.
     """
     with ExitStack() as running:
@@ -217,6 +242,7 @@ def run_fleet(
             "models": ["*"],
             "prefill": {"endpoints": [engine.url for engine in engines[:2]]},
             "decode": {"endpoints": [engine.url for engine in engines[2:]]},
+            **of_pool,
         }
         services = [
             running.enter_context(ServiceProcess(write_config([pool], **copy.deepcopy(sections))))

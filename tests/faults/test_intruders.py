@@ -2,7 +2,6 @@
 
 import json
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +10,7 @@ import pytest
 
 from dp_extproc.extproc import names
 from faults.fleet import BODIES, Fleet, run_fleet
+from faults.trap import Trap
 from patience import wait_for
 
 CHAT, GENERATE = BODIES
@@ -29,30 +29,6 @@ OTHERS = {
     "x-envoy-retry-on": "5xx",
     "x-envoy-force-trace": "1",
 }
-
-
-class Trap:
-    """An address that nobody has a reason to dial."""
-
-    def __init__(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self.visits = 0
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-        self._thread.start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                self._listener.accept()[0].close()
-            except OSError:
-                return
-            self.visits += 1
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join(10)
 
 
 @pytest.fixture

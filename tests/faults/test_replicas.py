@@ -2,19 +2,26 @@
 
 import os
 import signal
+import socket
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from dp_extproc.envoy_config.cluster_names import SERVICE
+from dp_extproc.placement.demand import Demand
+from dp_extproc.placement.dispatch import Dispatch
+from dp_extproc.testbed import loopback
 from dp_extproc.testbed.engine import EngineProcess
 from dp_extproc.testbed.service import ServiceProcess
 from e2e.load import PATIENT, STREAMS, under_load
 from e2e.stack import PATIENCE
 from faults.fleet import BODIES, Fleet, ask, run_fleet
+from finite import assert_finite
 from patience import wait_for
+from sync.hostile import hostile_messages
 
 CHAT, GENERATE = BODIES
 LONG: dict[str, Any] = {"sampling_params": {"max_new_tokens": 100}}
@@ -60,10 +67,10 @@ def ready(service: ServiceProcess) -> list[int]:
     return [each["pid"] for each in service.loads().get("workers", []) if each["ready"]]
 
 
-def count(fleet: Fleet, metric: str) -> list[float]:
-    """Add up a metric of every worker."""
+def count(fleet: Fleet, metric: str, label: str = "") -> list[float]:
+    """Add up a metric of every worker; if there is a label, what has it next to the worker's."""
     return [
-        sum(float(line.rpartition(" ")[2]) for line in page if line.startswith(f'{metric}{{worker="{worker}"'))
+        sum(float(line.rpartition(" ")[2]) for line in page if line.startswith(f'{metric}{{worker="{worker}"{label}'))
         for page in [service.metrics().splitlines() for service in services(fleet)]
         for worker in range(2)
     ]
@@ -76,6 +83,29 @@ def test_every_leg_reports_to_its_owner(fleet: Fleet) -> None:
     assert {str(each.result()) for each in asked} == {"answer"}
     assert all(count(fleet, "dp_extproc_picks_total"))
     assert sum(count(fleet, "dp_extproc_unseen_legs_total")) == 0
+
+
+def test_hostile_messages_do_no_harm(fleet: Fleet) -> None:
+    """Somebody writes to the bus; all four processes count it, and every request is answered."""
+    directory = Path(fleet.service.config.sync.directory or "") if fleet.service.config.sync else Path()
+    sockets = list(directory.glob("*.sock"))
+    before = [pid for each in services(fleet) for pid in ready(each)]
+    pool = str(fleet.endpoints()[0]["pool"])
+    told = Dispatch(pool, Demand(900.0), fleet.decodes[0].url, 0, fleet.prefills[0].url, 0)
+    hostile = hostile_messages(told)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
+        for path in sockets:
+            for message in hostile:
+                stranger.sendto(message, str(path))
+    wait_for(lambda: count(fleet, "dp_extproc_sync_troubles_total", ',kind="garbage"') == [len(hostile)] * 4)
+    asked = [fleet.threads.submit(ask, fleet.client, path, stream=True) for path in (CHAT, GENERATE) * 20]
+
+    assert {str(each.result()) for each in asked} == {"answer"}
+    assert len(sockets) == 4
+    assert [pid for each in services(fleet) for pid in ready(each)] == before
+    for service in services(fleet):
+        assert_finite(service.metrics(), loopback.CLIENT.get(f"{service.admin_url}/loads").text)
+    assert sum(count(fleet, "dp_extproc_task_failures_total")) == 0
 
 
 def test_a_leg_that_fails_ends_the_other_one(fleet: Fleet) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Final, Self
 
+from dp_extproc.fleet.endpoint import in_url
+
 Misbehaviour = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 Answer = bytes | int | Misbehaviour
 """A page, a status without one, or what to do with the connection once the request has been read."""
@@ -30,7 +32,7 @@ class ScriptedEngine:
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        return f"http://{in_url(self.host)}:{self.port}"
 
     async def __aenter__(self) -> Self:
         await self.start()

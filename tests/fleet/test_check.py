@@ -3,10 +3,19 @@
 import asyncio
 import json
 import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
 
+import pytest
+
+from dp_extproc.config import LoadSettings
+from dp_extproc.fleet.check import check_engines
+from dp_extproc.fleet.endpoint import Endpoint, Role
+from dp_extproc.fleet.observer import ScrapeFailure
+from dp_extproc.fleet.watch import EngineWatch
 from dp_extproc.testbed.ports import free_port
 from fleet.scripted_engine import Answer, ScriptedEngine, hang
+from ipv6 import needs_ipv6
 
 RECORDED = Path(__file__).parent / "recorded"
 
@@ -151,6 +160,95 @@ def test_bootstrap_host_that_only_prefill_knows(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_builds_from_source(tmp_path: Path) -> None:
+    """A version that names no release is said in a line; the engine can be used, as one of the newest release."""
+
+    async def story() -> None:
+        versions = ("0.0.0.dev0", "0.0.0.dev1+g0123abc", "main")
+        async with AsyncExitStack() as stack:
+            engines = [
+                await stack.enter_async_context(ScriptedEngine(pages("null", version, ranks=1))) for version in versions
+            ]
+            urls = [engine.url for engine in engines]
+            status, out, err = await check(
+                f'pools: [{{models: ["*"], workers: {{endpoints: {json.dumps(urls)}}}}}]', tmp_path
+            )
+
+            assert (status, err) == (0, "")
+            assert [row_of(url, out)[3] for url in urls] == ["unknown"] * 3
+            assert f"unknown_version: {', '.join(urls)}\n" in out
+            assert "its version names no release" in out
+            assert out.endswith("3 engines can be used\n")
+
+    asyncio.run(story())
+
+
+def test_pages_that_tell_what_cannot_be(tmp_path: Path) -> None:
+    """Each is reported as trouble of its engine, and of no other."""
+
+    async def story() -> None:
+        lies = {
+            "/v1/loads": b'{"loads":[{"dp_rank":0,"num_used_tokens":1,"decode_moments":[5e-324,1,1e6,0,0,1]}]}',
+            "/server_info": b'{"dp_size":1,"version":"0.5.23","chunked_prefill_size":1%b}' % (b"0" * 400),
+        }
+        async with AsyncExitStack() as stack:
+            liars = [
+                await stack.enter_async_context(ScriptedEngine(pages("null", ranks=1) | {path: page}))
+                for path, page in lies.items()
+            ]
+            good = await stack.enter_async_context(ScriptedEngine(pages("null", ranks=1)))
+            urls = [engine.url for engine in (*liars, good)]
+            status, out, err = await check(
+                f'pools: [{{models: ["*"], workers: {{endpoints: {json.dumps(urls)}}}}}]', tmp_path
+            )
+
+            assert (status, err) == (1, "")
+            assert [row_of(url, out)[-1] for url in urls] == ["wrong_shape", "wrong_shape", "ok"]
+            assert f"{urls[0]}: /v1/loads says 5e-324 for the steps of decode_moments, which cannot be" in out
+            assert f"{urls[1]}: /server_info" in out
+
+    asyncio.run(story())
+
+
+@needs_ipv6
+def test_bootstrap_host_of_ipv6(tmp_path: Path) -> None:
+    """Addresses are shown as they are written before a port, and dialled as they are."""
+
+    async def story() -> None:
+        async with ScriptedEngine(host="::1") as prefill, ScriptedEngine(pages("decode"), host="::1") as decode:
+            prefill.pages = pages("prefill", disaggregation_bootstrap_port=prefill.port)
+            _, out, err = await check(
+                f'pools: [{{models: ["*"], prefill: {{endpoints: ["{prefill.url}"]}},'
+                f' decode: {{endpoints: ["{decode.url}"]}}}}]',
+                tmp_path,
+            )
+
+            assert err == ""
+            assert row_of(prefill.url, out)[5] == f"[::1]:{prefill.port}"
+            assert "bootstrap_unreachable" not in out
+
+    asyncio.run(story())
+
+
+def test_a_fault_of_ours_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes no other engine's report away."""
+    sound = EngineWatch.round
+
+    async def unsound(watch: EngineWatch) -> ScrapeFailure | None:
+        if watch._endpoint.role is Role.PREFILL:
+            raise ZeroDivisionError("float division by zero")
+        return await sound(watch)
+
+    async def story() -> None:
+        async with ScriptedEngine(pages("decode")) as engine:
+            both = [Endpoint(engine.url, "127.0.0.1", engine.port, "*", role) for role in (Role.PREFILL, Role.DECODE)]
+            reports = await check_engines(both, LoadSettings())
+            assert [report.state for report in reports] == ["internal", "ok"]
+
+    monkeypatch.setattr(EngineWatch, "round", unsound)
+    asyncio.run(story())
+
+
 def test_bad_file(tmp_path: Path) -> None:
     """Every problem of the file is told on stderr; no engine is contacted, and the exit status is 2."""
     status, out, err = asyncio.run(check("load: {interval: 1}\npools: []\n", tmp_path))
@@ -158,3 +256,39 @@ def test_bad_file(tmp_path: Path) -> None:
     assert (status, out) == (2, "")
     assert "load.interval" in err
     assert "pools" in err
+
+
+def test_servers_that_must_not_meet(tmp_path: Path) -> None:
+    """Each difference is told with the servers that have it; only one without any partner cannot be used."""
+
+    async def story() -> None:
+        async with (
+            ScriptedEngine() as small,
+            ScriptedEngine() as large,
+            ScriptedEngine(pages("decode", page_size=1)) as decode,
+            ScriptedEngine() as registry,
+        ):
+            for engine, size in ((small, 1), (large, 64)):
+                engine.pages = pages("prefill", page_size=size, disaggregation_bootstrap_port=registry.port)
+            config = (
+                f'pools: [{{models: ["*"], prefill: {{endpoints: ["{small.url}", "{large.url}"]}},'
+                f' decode: {{endpoints: ["{decode.url}"]}}}}]'
+            )
+            status, out, _ = await check(config, tmp_path)
+
+            assert status == 1
+            assert [row_of(each.url, out)[-1] for each in (small, large, decode)] == ["ok", "unusable", "ok"]
+            assert f"page_size_differs: {large.url}\n" in out
+            assert f"page_size_differs: {decode.url}\n" in out
+            assert out.count("page_size is 64 on prefill and 1 on decode, so they are never paired: ") == 2
+            assert out.count("no server of the pool is left that it can be paired with") == 1
+            assert "remedy: start both with the same --page-size\n" in out
+            assert out.endswith("1 of 3 engines cannot be used\n")
+
+            large.pages = pages("prefill", page_size=1, disaggregation_bootstrap_port=registry.port)
+            status, out, _ = await check(config, tmp_path)
+
+            assert status == 0
+            assert "page_size" not in out
+
+    asyncio.run(story())

@@ -113,13 +113,37 @@ class TestLoads:
         assert [s.used_tokens for s in page.ranks] == [2]
 
     @pytest.mark.parametrize(
-        "moments", [None, 5, "sextet", [], [1.0] * 5, [1.0] * 7, ["a"] * 6, [[1]] * 6, {"n": 1}, [10**400] * 6]
+        "moments", [None, 5, "sextet", [], [1.0] * 5, [1.0] * 7, ["a"] * 6, [[1]] * 6, {"n": 1}, [True] * 6]
     )
     def test_counts_of_decode_steps_in_another_form(self, moments: object) -> None:
         """They are left out, and the rest of the page counts."""
         page = read_loads(loads(rank(0, 7, decode_moments=moments)))
 
         assert page.ranks == (RankSample(0, 7),)
+
+    @pytest.mark.parametrize(
+        "moments",
+        [
+            [5e-324, 1, 1e6, 0, 0, 1],
+            [1.7e308, 1, 1e6, 0, 0, 1],
+            [1, 1.5, 1e6, 0, 0, 1],
+            [1, 1, -1e6, 0, 0, 1],
+            [1, 1, 1e6, 0, 0, 1 << 53],
+            [10**400] * 6,
+        ],
+    )
+    def test_counts_of_decode_steps_that_cannot_be(self, moments: list[float]) -> None:
+        """Counts are whole, finite and not negative; a page that says otherwise is refused, and says of what."""
+        with pytest.raises(ReaderError, match=r"/v1/loads says .* of decode_moments") as refusal:
+            read_loads(loads(rank(0, 7, decode_moments=moments)))
+
+        assert refusal.value.kind is FailureKind.WRONG_SHAPE
+
+    def test_sums_of_squares_may_be_of_any_size(self) -> None:
+        """Nobody needs them, and those of a server that has run for months are beyond what integers can be told of."""
+        page = read_loads(loads(rank(0, 7, decode_moments=[10.0, 20.0, 3e5, 1e300, 1e300, 20.0])))
+
+        assert page.ranks[0].decoded == DecodeSteps(10.0, 20.0, 0.3, 20.0)
 
     def test_prefill_in_transfer_counts_as_running(self) -> None:
         """A prefill rank counts requests whose KV cache is on its way, which SGLang lists apart."""
@@ -304,6 +328,15 @@ class TestServerInfo:
 
         assert (facts.dp_ranks, facts.dp_attention, facts.bootstrap_port, facts.served_model) == (4, True, 8998, "/m")
 
+    @pytest.mark.parametrize("version", ["0.0.0.dev0", "main", "", None, 5, 0.5, ["0.5.23"], {"a": 1}])
+    def test_version_that_names_no_release(self, version: object) -> None:
+        """Whatever stands there: all else on the page counts, and rooms are followed as by the newest release."""
+        page = {"dp_size": 4, "disaggregation_mode": "prefill", "version": version}
+        facts = read_server_info(json.dumps(page).encode())
+
+        assert (facts.version, facts.dp_ranks, facts.mode) == (None, 4, Mode.PREFILL)
+        assert facts.follows_rooms
+
     def test_role_that_was_switched(self) -> None:
         """With --enable-pd-role-switch the role is the one of the schedulers, not of the launch arguments."""
         facts = read_server_info(
@@ -322,6 +355,16 @@ class TestServerInfo:
             ("0.5.11.dev3+g0123abc", Version(0, 5, 11)),
             ("v0.4.6", Version(0, 4, 6)),
             ("1.0.0", Version(1, 0, 0)),
+            ("0.5.24rc1", Version(0, 5, 24)),
+            ("0.5.23+cu128", Version(0, 5, 23)),
+            (" 0.5.23\n", Version(0, 5, 23)),
+            ("0.0.0", None),
+            ("0.0.0.dev0", None),
+            ("0.0.0.dev1+g0123abc", None),
+            ("0.0.0+local", None),
+            ("v0.0.1", None),
+            ("0.1.dev1+g0123abc", None),
+            ("main", None),
             ("0.5", None),
             ("unknown", None),
             ("", None),

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from dp_extproc.background import Guard
 from dp_extproc.config import LoadSettings, LoadSource
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.fleet.engine_client import EngineClient, make_client
@@ -103,11 +104,15 @@ class Clock:
 
 @asynccontextmanager
 async def scraping(
-    *endpoints: Endpoint, load: LoadSettings | None = None, clock: Callable[[], float] = time.monotonic
+    *endpoints: Endpoint,
+    load: LoadSettings | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    guard: Guard | None = None,
+    notes: Notes | None = None,
 ) -> AsyncIterator[tuple[Scraper, Notes]]:
     """Run a scraper for as long as the block lasts."""
-    notes = Notes()
-    scraper = Scraper(endpoints, load or settings(), notes, clock=clock, rng=random.Random(1))
+    notes = notes or Notes()
+    scraper = Scraper(endpoints, load or settings(), notes, clock=clock, rng=random.Random(1), guard=guard or Guard())
     task = asyncio.create_task(scraper.run())
     try:
         yield scraper, notes
@@ -491,6 +496,40 @@ def test_wrong_role() -> None:
             assert "--disaggregation-mode decode" in notes.failures[0][1].message
 
     run(story())
+
+
+class Unsound(Notes):
+    """An observer that fails over one engine until it is mended."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.fails_over = url
+
+    def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
+        if endpoint.url == self.fails_over:
+            raise ZeroDivisionError("float division by zero")
+        super().sampled(endpoint, page, started, now)
+
+
+def test_a_fault_of_ours_over_one_engine_concerns_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    """The others are read on; this one is told as trouble, counted and tried again, until all is well."""
+
+    async def story() -> None:
+        async with ScriptedEngine(healthy()) as odd, ScriptedEngine(healthy()) as even:
+            guard, notes = Guard(), Unsound(odd.url)
+            async with scraping(endpoint(odd.url), endpoint(even.url), guard=guard, notes=notes) as (scraper, _):
+                await scraper.first_round.wait()
+                await until(lambda: guard.failures["scrape"] >= 2)
+                seen = len(notes.samples)
+                await until(lambda: len(notes.samples) >= seen + 5)
+                assert notes.kinds() == {FailureKind.INTERNAL}
+                assert notes.failures_of(even.url) == []
+                notes.fails_over = ""
+                await until(lambda: odd.url in {url for url, _ in notes.samples})
+
+    run(story())
+    assert [record.levelname for record in caplog.records if record.exc_info] == ["ERROR"]
+    assert next(each.getMessage() for each in caplog.records if "internal" in each.getMessage()).endswith("see the log")
 
 
 def test_trouble_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,12 +1,13 @@
 """Trouble is said when it begins, changes or ends, and at no other time."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 
-from dp_extproc.fleet.endpoint import Endpoint, Mode, Role
+from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, Mode, PairTerms, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
-from dp_extproc.fleet.trouble import TrapLog, TroubleLog
+from dp_extproc.fleet.trouble import PairLog, TrapLog, TroubleLog
 from fleet.test_recipe import facts
 
 REFUSED = ScrapeFailure(FailureKind.REFUSED, "no connection")
@@ -77,3 +78,50 @@ def test_pitfalls_are_said_once_for_a_pool_and_role(caplog: pytest.LogCaptureFix
     ]
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO", "INFO", "WARNING"]
     assert all("; remedy: " in record.getMessage() for record in caplog.records)
+
+
+def endpoint(name: str, role: Role, pool: str = "m") -> Endpoint:
+    return Endpoint(f"http://{name}", name, 1, pool, role)
+
+
+def with_pages(tokens: int, role: Role) -> EngineFacts:
+    mode = {Role.PREFILL: Mode.PREFILL, Role.DECODE: Mode.DECODE}[role]
+    return replace(facts("0.5.23", mode), terms=PairTerms(page_size=tokens))
+
+
+def test_servers_that_differ_are_said_once_and_once_when_it_is_over(caplog: pytest.LogCaptureFixture) -> None:
+    """However many servers differ, and however often they are asked; who is in another pool does not count."""
+    caplog.set_level(logging.INFO)
+    log = PairLog(logging.getLogger("test"))
+    first, second = endpoint("d1", Role.DECODE), endpoint("d2", Role.DECODE)
+    log.note(endpoint("p1", Role.PREFILL), with_pages(1, Role.PREFILL))
+    log.note(endpoint("else", Role.DECODE, "other"), with_pages(8, Role.DECODE))
+    log.note(first, with_pages(1, Role.DECODE))
+    for _ in range(2):
+        log.note(first, with_pages(2, Role.DECODE))
+        log.note(second, with_pages(2, Role.DECODE))
+    log.note(first, with_pages(1, Role.DECODE))
+    assert len(caplog.records) == 1
+    log.note(second, with_pages(1, Role.DECODE))
+
+    begun, over = caplog.records
+    assert (begun.levelname, over.levelname) == ("WARNING", "INFO")
+    assert begun.getMessage() == (
+        "pool m: page_size_differs: page_size is 1 on prefill and 2 on decode (prefill: http://p1; decode: http://d1), "
+        'so they are never paired: the decode server would end itself at the first request ("Page size mismatch"); '
+        "remedy: start both with the same --page-size"
+    )
+    assert over.getMessage() == "pool m: no servers differ any more in that page_size is 1 on prefill and 2 on decode"
+
+
+def test_a_difference_is_over_when_its_server_is_watched_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    """It left the configuration, or stands in another role than the engine has."""
+    caplog.set_level(logging.INFO)
+    log = PairLog(logging.getLogger("test"))
+    prefill, decode = endpoint("p", Role.PREFILL), endpoint("d", Role.DECODE)
+    log.note(prefill, with_pages(1, Role.PREFILL))
+    log.note(decode, with_pages(2, Role.DECODE))
+    log.forget_all_but([prefill])
+    log.note(decode, replace(with_pages(2, Role.DECODE), mode=Mode.UNIFIED))
+
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]

@@ -159,6 +159,7 @@ def test_a_file_that_is_watched_is_read_when_it_changes(content: dict[str, Any])
 def test_a_worker_that_starts_anew_does_not_meet_a_refused_file() -> None:
     """It gets what the others have."""
     with ServiceProcess(write_config(pool(new_url()), listen={"workers": 2})) as service:
+        wait_for(lambda: service.log().count("ext_proc on") == 2, 20)  # one that dies before would say it only once
         wait_for(lambda: urls_of(service), 20)
         pids = [each["pid"] for each in service.loads()["workers"]]
         service.write("pools: [")

@@ -64,3 +64,32 @@ def test_a_clients_own_routing_never_gets_through(key: str, value: object, setti
         assert "data_parallel_rank" not in leg
         if settings:
             assert "routed_dp_rank" not in leg
+
+
+@pytest.mark.parametrize("carrier", ["body", "headers"])
+@pytest.mark.parametrize(
+    ("url_host", "configured", "sent"),
+    [
+        ("::1", None, "[::1]"),
+        ("10.0.0.1", "fd00::1", "[fd00::1]"),
+        ("10.0.0.1", "[fd00::1]", "[fd00::1]"),
+        ("fd00::1", "prefill-0.example", "prefill-0.example"),
+        ("10.0.0.1", None, "10.0.0.1"),
+    ],
+)
+def test_a_bootstrap_host_of_ipv6_is_in_brackets(
+    url_host: str, configured: str | None, sent: str, carrier: str
+) -> None:
+    """Releases up to 0.5.9 make a URL of it as it is; later ones take off what they do not need."""
+    fleet = Fleet(prefills=[PREFILL], decodes=[DECODE], carrier=carrier)
+    host = fleet.host(Role.PREFILL)
+    host.endpoint = replace(host.endpoint, host=url_host, bootstrap_host=configured)
+    decision = fleet.dispatcher.place(Api.GENERATE, json.dumps(GENERATE).encode())
+
+    assert isinstance(decision, Decision)
+    if carrier == "headers":
+        told = dict(decision.headers)[names.OVERRIDE_PREFIX + "bootstrap-host"].decode()
+    else:
+        assert decision.body is not None
+        told = json.loads(decision.body)["bootstrap_host"]
+    assert told == sent

@@ -8,7 +8,7 @@ from dp_extproc.fleet.endpoint import LoadPage, RankSample, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.placement.attempt import Attempt
 from dp_extproc.placement.decode_load import DecodeGroup
-from dp_extproc.placement.load import Freshness, StepCosts, compare_pace
+from dp_extproc.placement.load import DEFAULT_HEALTH, Freshness, StepCosts, compare_pace
 from dp_extproc.placement.pace import ALIKE
 from dp_extproc.request.prefix import Prefix
 from placement.fleet_fixtures import Fleet, make_facts, samples
@@ -454,3 +454,39 @@ class TestPrefixesOfARestartedEngine:
             held.append(self._held(fleet))
 
         assert held == [1000, 1000, 1000, 0]
+
+
+BESIDE = {"page_was_read": True}
+
+
+@pytest.mark.parametrize(
+    ("failures", "comes_back"),
+    [
+        pytest.param([ScrapeFailure(FailureKind.DISAGREEMENT, "dp_size", **BESIDE)], False, id="a-disagreement"),
+        pytest.param([ScrapeFailure(FailureKind.HTTP_STATUS, "/server_info", **BESIDE)], False, id="facts-fail"),
+        pytest.param([ScrapeFailure(FailureKind.TIMEOUT, "/server_info", **BESIDE)], False, id="facts-hang"),
+        pytest.param([ScrapeFailure(FailureKind.WRONG_SHAPE, "a bad number")], False, id="a-bad-page"),
+        pytest.param([ScrapeFailure(FailureKind.HTTP_STATUS, "500")], False, id="an-error"),
+        pytest.param([ScrapeFailure(FailureKind.REFUSED, "no connection")], True, id="no-connection"),
+        pytest.param([ScrapeFailure(FailureKind.TIMEOUT, "/v1/loads")], True, id="no-answer"),
+        pytest.param([ScrapeFailure(FailureKind.UNRESOLVABLE, "no address")], True, id="no-address"),
+        pytest.param(
+            [ScrapeFailure(FailureKind.REFUSED, "no connection"), ScrapeFailure(FailureKind.HTTP_STATUS, "503")],
+            True,
+            id="away-and-starting",
+        ),
+    ],
+)
+def test_only_who_could_not_be_reached_comes_back(failures: list[ScrapeFailure], comes_back: bool) -> None:
+    """Trouble that stands beside load pages that are read tells nothing of requests, and forgives nothing."""
+    fleet = Fleet(prefills=[PREFILL], decodes=[DECODE])
+    host = fleet.host(Role.DECODE)
+    for _ in range(DEFAULT_HEALTH.failures):
+        host.health.failed(fleet.clock())
+    for _ in range(3):
+        for failure in failures:
+            fleet.load.failed(host.endpoint, failure, fleet.clock())
+        fleet.sample(host.endpoint, [0] * 4)
+
+    assert host.health.is_ejected(fleet.clock()) is not comes_back
+    assert bool(fleet.load.sick) is not comes_back

@@ -91,7 +91,7 @@ def test_a_host_whose_engine_picks_the_rank_is_judged_by_all_of_them() -> None:
     one, two = hosts = fleet.load.eligible("*", Role.DECODE, fleet.clock())
     one.reserve(0, 6000, fleet.clock())
     for rank in range(2):
-        two.reserve(rank, 2000, fleet.clock())
+        two.reserve(rank, 2500, fleet.clock())
     candidates = [host.candidate for host in hosts]
     picks = [
         make_policy(HostPolicy.LOCKSTEP, rank).pick(candidates, 2000, fleet.clock())

@@ -5,9 +5,12 @@ from dataclasses import replace
 
 from dp_extproc.config import AdmissionSettings, LoadSignal, PoolConfig
 from dp_extproc.fleet.credentials import Credentials
-from dp_extproc.fleet.endpoint import Endpoint, Role
+from dp_extproc.fleet.endpoint import Endpoint, LoadPage, Role
+from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
+from dp_extproc.operate.telemetry import Telemetry
 from dp_extproc.placement.decision import Decision
 from dp_extproc.placement.dispatcher import Dispatcher
+from dp_extproc.placement.load import DEFAULT_HEALTH
 from dp_extproc.request.body import InferenceRequest, read_body
 from dp_extproc.request.path import Api
 from dp_extproc.request.prefix import prefix_of
@@ -187,3 +190,46 @@ def test_every_request_to_an_engine_shows_the_key_of_its_pool() -> None:
     credentials.update({"*": "second"})
     assert shown() == {b"Bearer second"}
     assert "second" not in repr(credentials)
+
+
+def test_the_health_of_a_server_that_leaves_is_dropped() -> None:
+    """Also what its last requests tell of it, and when it is configured again."""
+    fleet = Fleet(workers=[WORKER, WORKER])
+    first = place(fleet)
+    both = tuple(fleet.endpoints)
+    gone, stays = sorted(both, key=lambda each: address_of(each).encode() != target(first))
+    host = fleet.load.hosts[gone.url]
+
+    def fails() -> None:
+        for _ in range(DEFAULT_HEALTH.failures):
+            host.health.failed(fleet.clock())
+
+    fails()
+    assert fleet.load.sick == {host.health}
+    reconfigure(fleet, stays)
+    assert fleet.load.sick == set()
+    fails()  # the request that it still has
+    assert fleet.load.sick == set()
+    reconfigure(fleet, *both)
+    assert fleet.load.hosts[gone.url] is host
+    assert not host.health.is_ejected(fleet.clock())
+    fails()
+    assert fleet.load.sick == {host.health}
+
+
+def test_what_was_counted_of_servers_that_leave_is_dropped() -> None:
+    """Or a fleet whose servers come and go would be remembered, and shown, for ever."""
+    fleet = Fleet(workers=[WORKER, WORKER])
+    telemetry = Telemetry(fleet.load, fleet.clock)
+    stays, gone = fleet.endpoints
+    for endpoint in (stays, gone):
+        telemetry.sampled(endpoint, LoadPage((), prompt_tokens=5), fleet.clock(), fleet.clock())
+        telemetry.failed(endpoint, ScrapeFailure(FailureKind.TIMEOUT, "slow"), fleet.clock())
+    reconfigure(fleet, stays)
+    telemetry.forget_all_but({stays.url})
+    reconfigure(fleet, stays, gone)
+    counted = [line for line in telemetry.page().decode().splitlines() if line.startswith("dp_extproc_scrape")]
+
+    assert [line for line in counted if gone.url in line and not line.endswith(" 0.0")] == []
+    assert len([line for line in counted if stays.url in line and line.endswith(" 1.0")]) == 2
+    assert set(fleet.load.ratios["*"]._engines) == {stays.url}

@@ -125,6 +125,16 @@ def test_some_prompts_have_none(api: Api, body: dict[str, Any]) -> None:
     assert chain(api, **body) == NO_PREFIX
 
 
+def test_token_ids_of_a_chat_are_its_prompt() -> None:
+    """Its messages, which the engine does not read then, are no part of it."""
+    ids = list(range(1000))
+    one = chain(Api.CHAT, messages=[user("one")], input_ids=ids)
+
+    assert one == chain(Api.CHAT, messages=[user(TEXT)], input_ids=ids)
+    assert not shared(one, chain(Api.CHAT, messages=[user("one")], input_ids=ids[::-1]))
+    assert chain(Api.CHAT, messages=[user(TEXT)], input_ids=None) == chain(Api.CHAT, messages=[user(TEXT)])
+
+
 def test_long_prompts_have_few_blocks_of_which_they_share_those_that_are_equal() -> None:
     """A megabyte has fewer than a hundred; of what two long prompts share at most a sixteenth is not seen."""
     long = chain(Api.GENERATE, text="y" * (1 << 20))

@@ -1,6 +1,7 @@
 """The prompt's log probabilities, put from prefill's answer into the client's."""
 
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,29 @@ def test_events_go_on_at_once() -> None:
     assert merger.feed(first, end_of_stream=False) == b""
     assert b"-6.25" in merger.feed(b"\n", end_of_stream=False)
     assert merger.feed(rest, end_of_stream=True) == rest
+
+
+@pytest.mark.parametrize("line", [b"", b": x", b"event: a"], ids=["empty", "comments", "events"])
+@pytest.mark.parametrize("size", [1000, 1 << 20])
+def test_lines_without_data_are_not_taken_one_by_one(line: bytes, size: int) -> None:
+    """However many there are: they come to as many steps as there are chunks."""
+    flood = (line + b"\n") * ((1 << 20) // (len(line) + 1))
+    chunks = [flood[place : place + size] for place in range(0, len(flood), size)]
+    steps = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal steps
+        steps += event == "call"
+
+    merger = StreamMerger(known(OF_PROMPT))
+    sys.setprofile(count)
+    try:
+        merged = fed(merger, *chunks)
+    finally:
+        sys.setprofile(None)
+
+    assert merged == flood
+    assert steps < 10 * len(chunks) + 100
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "stream"])

@@ -26,6 +26,23 @@ def test_a_trace_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "of the clairvoyant's" in capsys.readouterr().out
 
 
+def test_short_and_long_requests_are_shown_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the time per output token: in the table and in the numbers, with what each gains; for prefill alone not."""
+    numbers = tmp_path / "numbers.json"
+    small = ["--setting", "4p2d8-agent", "--requests", "60", "--prefill", "2", "--ranks", "2", "--rate", "4"]
+    assert main(["simulate", *small, "--seeds", "2", "--json", str(numbers)]) == 0
+    shown = capsys.readouterr().out
+    (found,) = json.loads(numbers.read_text(encoding="utf-8")).values()
+    ours = found["lockstep/minimum_tokens"]
+    (row,) = [line for line in shown.partition("time per output token")[2].splitlines() if "lockstep" in line]
+
+    for kind in ("tpot", "tpot_short", "tpot_long", "tpot_longest"):
+        assert f"{ours[f'{kind}_mean']:.2f}" in row
+        assert f"{ours[f'{kind}_gain']:.1f} %" in row
+    assert main(["simulate", *small, "--lengths", "seed-prompts", "--seeds", "1"]) == 0
+    assert "time per output token" not in capsys.readouterr().out
+
+
 def test_a_setting_can_be_changed(capsys: pytest.CaptureFixture[str]) -> None:
     """What is given goes over the setting; blind and told replicas are two surroundings."""
     small = ["--setting", "4p2d8-agent", "--requests", "60", "--prefill", "2", "--ranks", "2", "--rate", "4"]

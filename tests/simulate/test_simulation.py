@@ -10,7 +10,7 @@ from dp_extproc.engine.scheduler.group import Group
 from dp_extproc.engine.scheduler.rank import Limits, Rank
 from dp_extproc.engine.scheduler.work import Role, Stage, Work
 from dp_extproc.simulate.fleet import Fleet, Surroundings
-from dp_extproc.simulate.outcome import RunResult
+from dp_extproc.simulate.outcome import Outcome, RunResult
 from dp_extproc.simulate.routers import Clairvoyant, EnginesOwn, Ours
 from dp_extproc.simulate.servers import DecodeServer
 from dp_extproc.simulate.simulation import Placement, Simulation
@@ -232,3 +232,49 @@ def test_our_policies_beat_chance() -> None:
     ours = run(PolicySettings(), requests=600, name="agent", rate=6.5).summary()["ttft_mean"]
 
     assert ours < own * 2 / 3
+
+
+def test_long_requests_do_not_pay_for_short_ones_on_decode() -> None:
+    """All get their tokens sooner than with the engines' own placement, and the longest hardly later at the worst.
+
+    Many decode servers can keep short and long requests apart. That is best for the mean, as the short ones are many,
+    but must not be at the cost of the long ones.
+    """
+    many = Fleet(prefill=8, decode=8, ranks=32)
+    own = run(fleet=many, name="agent", requests=1500, rate=220.0).summary()
+    ours = run(PolicySettings(), fleet=many, name="agent", requests=1500, rate=220.0).summary()
+    change = {key: ours[key] / own[key] for key in ours}
+
+    assert change["tpot_mean"] < 0.95
+    assert change["tpot_short_mean"] < 0.95
+    assert change["tpot_long_mean"] < 0.96
+    assert change["tpot_longest_mean"] < 1.05
+
+
+def outcome(number: int, tokens: int, milliseconds: float | None) -> Outcome:
+    per_token = None if milliseconds is None else milliseconds / 1000
+    return Outcome(number, first_token=1.0, per_token=per_token, total=2.0, tokens=tokens)
+
+
+def test_short_and_long_requests_have_their_times_apart() -> None:
+    """Of twenty, the two with the most tokens are the longest; who has but one token of output is left out.
+
+    The first one is the warm-up. Those of the same length are told apart by their number, the same for every router.
+    """
+    short = [outcome(number, 100, 10.0) for number in range(10, 20)]
+    long = [outcome(number, 100, 12.0) for number in range(20, 28)]
+    longest = [outcome(28, 5000, 30.0), outcome(29, 4000, 20.0)]
+    others = [outcome(0, 9000, 99.0), outcome(30, 9000, None)]
+    summary = RunResult([*longest, *others, *long, *short], 0.0).summary()
+
+    assert summary["tpot_short_mean"] == pytest.approx(10.0)
+    assert summary["tpot_long_mean"] == pytest.approx((8 * 12 + 30 + 20) / 10)
+    assert summary["tpot_longest_mean"] == pytest.approx(25.0)
+    assert summary["tpot_mean"] == pytest.approx((10 * 10 + 8 * 12 + 30 + 20) / 20)
+
+
+def test_without_output_there_are_no_times_per_token() -> None:
+    """Answers of a single token have none, whatever their length."""
+    summary = RunResult([outcome(number, 100, None) for number in range(5)], 0.0).summary()
+
+    assert not [key for key in summary if key.startswith("tpot")]

@@ -15,6 +15,8 @@ import redis.asyncio
 
 from dp_extproc.sync.messages import VERSION
 from dp_extproc.testbed.ports import free_port
+from sync.books import dispatch_to
+from sync.hostile import hostile_messages
 from sync.member import Member, in_background, running, until
 from sync.processes import MemberProcess, RedisProcess, redis_server
 
@@ -185,6 +187,26 @@ def test_others_on_the_channel_do_no_harm(server: RedisProcess, caplog: pytest.L
     asyncio.run(story())
 
     assert len([record for record in caplog.records if "something on the bus" in record.getMessage()]) == 2
+
+
+def test_hostile_messages_do_no_harm(server: RedisProcess) -> None:
+    """Each is counted; the bus stays, and what others have to tell is heard as before."""
+
+    async def story() -> None:
+        members = a, b = Member(server.url, "a"), Member(server.url, "b")
+        hostile = hostile_messages(dispatch_to(1))
+        async with running(*members):
+            await until(lambda: all(len(member.replica.status().peers) == 1 for member in members))
+            async with redis.asyncio.Redis(port=server.port) as stranger:
+                for message in hostile:
+                    await stranger.publish("dp-extproc", message)
+            await until(lambda: all(member.replica.status().counts["garbage"] == len(hostile) for member in members))
+            a.open(3)
+            await until(lambda: b.knows(a))
+            assert [member.replica.status().last_error for member in members] == [None, None]
+            assert [len(member.replica.status().peers) for member in members] == [1, 1]
+
+    asyncio.run(story())
 
 
 def test_a_password_is_used_and_never_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from sync.books import dispatch_to
+from sync.hostile import hostile_messages
 from sync.member import PATIENCE, Member, running, until
 from sync.processes import MemberProcess
 
@@ -83,6 +86,26 @@ def test_a_process_that_is_stopped_holds_nobody_up(directory: Path) -> None:
                 stopped.send_signal(signal.SIGCONT)
                 await until(lambda: stopped.do("tell")["known"] == sorted(a.own))
                 await until(lambda: len(b.books.open) == 3)
+
+    asyncio.run(story())
+
+
+def test_hostile_messages_do_no_harm(directory: Path) -> None:
+    """Each is counted, and what others have to tell is heard as before."""
+
+    async def story() -> None:
+        a, b = Member(f"unix://{directory}", "a"), Member(f"unix://{directory}", "b")
+        hostile = hostile_messages(dispatch_to(1))
+        async with running(a, b):
+            await until(lambda: sockets(directory) == ["a.sock", "b.sock"])
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
+                for message in hostile:
+                    stranger.sendto(message, str(directory / "b.sock"))
+                    await asyncio.sleep(0)
+            await until(lambda: b.replica.status().counts["garbage"] == len(hostile))
+            a.open(3)
+            await until(lambda: b.knows(a))
+            assert [peer.replica for peer in b.replica.status().peers] == ["a"]
 
     asyncio.run(story())
 

@@ -19,7 +19,7 @@ _NO_SESSION: Final = frozenset({
     # RFC 9110 and 9112: what frames a message, or belongs to one connection.
     "host", "connection", "proxy-connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "expect",
     "content-length", "content-type", "content-encoding",
-    "x-data-parallel-rank",  # SGLang's: routes
+    "x-data-parallel-rank", "x-gateway-destination-endpoint",  # SGLang's and gateways': route
 })  # fmt: skip
 """Headers with credentials, and headers that frame or route."""
 
@@ -44,8 +44,8 @@ def _header_name(value: str) -> str:
     name = value.lower()
     if not _HEADER.fullmatch(name):
         raise ValueError("write the name of a request header, such as x-session-id")
-    if name.startswith(("x-dp-", "x-envoy-")):
-        raise ValueError("names under x-dp- and x-envoy- are taken from clients; write another one")
+    if name.startswith(("x-dp-", "x-envoy-", "x-override-")):
+        raise ValueError("names under x-dp-, x-envoy- and x-override- are taken from clients; write another one")
     if name in _NO_SESSION:
         raise ValueError(f"{value} is not the name of a conversation; write a header that clients send for it")
     return name

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Final, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from dp_extproc.config.section import Section
+from dp_extproc.config.section import Seconds, Section
 from dp_extproc.config.security import ServerTls
 
 MAX_PORT: Final = 65535
@@ -65,6 +65,9 @@ class ListenSettings(Section):
     """Where Envoy reaches this very process, when ``grpc`` is a wildcard address; by default this host's own."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes; each has a gRPC port of its own, counted up from ``grpc`` (and from ``advertise``)."""
+    keepalive: Seconds = 10.0
+    """How long nothing comes from an Envoy before it is asked whether it is there, and how long it may take to answer.
+    Likewise in the other direction."""
     tls: ServerTls | None = None
     """None speaks plain HTTP/2."""
 

@@ -28,7 +28,7 @@ from dp_extproc.config.reliability import (
     RetrySettings,
     SupervisionSettings,
 )
-from dp_extproc.config.section import Bytes, Seconds, Section
+from dp_extproc.config.section import Bytes, Host, Seconds, Section
 from dp_extproc.config.security import ApiKeySource
 from dp_extproc.config.sync import SyncSettings
 
@@ -148,7 +148,7 @@ class EndpointConfig(Section):
 
     url: str
     bootstrap_port: Annotated[int, Field(ge=1, le=MAX_PORT)] | None = None
-    bootstrap_host: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:\-]+$")] | None = None
+    bootstrap_host: Host | None = None
     dp_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     dp_rank: Annotated[int, Field(ge=0, lt=4096)] | None = None
     """Of an engine that gives each rank a listener of its own: which rank answers at this URL."""

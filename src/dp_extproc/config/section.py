@@ -1,9 +1,10 @@
 """What every section of the configuration file is made of."""
 
 import re
+from ipaddress import IPv6Address
 from typing import Annotated, Final
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 _DURATION: Final = re.compile(r"^(?P<number>\d+(?:\.\d+)?)(?P<unit>ms|s|m|h)$")
 _SECONDS_PER_UNIT: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -26,6 +27,21 @@ def _bytes(value: object) -> object:
         return value
     raise ValueError("write a number of bytes, such as 67108864, or a size such as 64MiB")
 
+
+def _bare(host: str) -> str:
+    """Take IPv6 out of its brackets; a colon anywhere else begins a port, which stands in a key of its own."""
+    bare = host.removeprefix("[").removesuffix("]")
+    if ":" not in bare and bare == host:
+        return host
+    try:
+        IPv6Address(bare)
+    except ValueError:
+        raise ValueError(f"{host!r} is no IPv6 address, and a port goes into a key of its own") from None
+    return bare
+
+
+Host = Annotated[str, Field(pattern=r"^(?:[A-Za-z0-9._:\-]+|\[[0-9A-Fa-f.:]+\])$"), AfterValidator(_bare)]
+"""A name or an address; IPv6 with or without brackets in the file, without them here."""
 
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
 """A duration in seconds; in the file a string with a unit."""

@@ -1,5 +1,6 @@
 """How long a demo takes, by the cost model of its engines. Pure."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Final
@@ -13,6 +14,8 @@ _START_ENGINES: Final = 5.0
 """Seconds that four engines take to start on two processors ..."""
 _START_ROUTER: Final = 4.0
 """... and a service, Envoy, and a first look at every engine, and the end of all that."""
+_QUARTER: Final = 0.25
+"""Of a minute, by which it may be more than is said."""
 
 
 def expected_seconds(
@@ -46,6 +49,6 @@ def _turn_seconds(jobs: Sequence[Job], concurrency: int, time_scale: float, all_
 
 
 def in_words(seconds: float) -> str:
-    """Say about how long that is."""
-    minutes = max(1, round(seconds / 60))
+    """Say about how long that is; who is ready sooner is not disappointed."""
+    minutes = max(1, math.ceil(seconds / 60 - _QUARTER))
     return "about a minute" if minutes == 1 else f"about {minutes} minutes"

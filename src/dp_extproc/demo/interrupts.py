@@ -1,12 +1,11 @@
 """SIGINT and SIGTERM: they end the program where it can be ended, with nothing left half done."""
 
 import asyncio
-import contextlib
 import signal
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, NoReturn, Self, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -39,13 +38,17 @@ class Interrupts:
 
     @contextmanager
     def installed(self) -> Iterator[Self]:
-        """Listen to the signals; only in the main thread."""
+        """Listen to the signals; only in the main thread.
+
+        When one came the process is about to end, and stays deaf to others: none shall spoil its last moments.
+        """
         before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         try:
             yield self
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            if self.number is None:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -61,12 +64,19 @@ class Interrupts:
             self._holds -= 1
         self._raise_if_due()
 
-    def wait(self) -> None:
-        """Wait for a signal, where that is the way in which the program is meant to end."""
-        self._is_meant = True
-        with contextlib.suppress(KeyboardInterrupt):
-            while True:
-                signal.pause()
+    def invite(self) -> None:
+        """From now on a signal is the way in which the program is meant to end; call it before you tell so."""
+        self._is_meant = self.number is None
+
+    @staticmethod
+    def wait() -> NoReturn:
+        """Wait for a signal.
+
+        Raises:
+            KeyboardInterrupt: It came.
+        """
+        while True:
+            signal.pause()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in a loop of its own; a signal cancels it, and the loop is closed in order.
@@ -134,5 +144,15 @@ def run_until_interrupted(console: Console, work: Callable[[Interrupts], None]) 
     except KeyboardInterrupt:
         pass
     if interrupts.number is not None:
+        _end_by_status()
         console.print("stopped")
     return interrupts.status
+
+
+def _end_by_status() -> None:
+    """Let the process end with the status that it returns, and not by SIGINT.
+
+    CPython notes a KeyboardInterrupt that leaves code executed from a string, such as the methods that dataclasses
+    write, and then ends by SIGINT, although the exception was dealt with. Executing a string takes the note back.
+    """
+    exec("")  # noqa: S102 - it executes nothing

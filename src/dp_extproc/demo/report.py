@@ -16,6 +16,7 @@ from dp_extproc.demo.standin import Received
 from dp_extproc.demo.verdict import unseen, worthless_because
 
 _UNKNOWN: Final = "-"
+_CLOSE_OTHERS: Final = "Close other programs on this machine, and try again."
 _ERRORS_SHOWN: Final = 5
 _ERROR_LENGTH: Final = 200
 """Characters of an error that are shown: a router may answer with a page."""
@@ -31,7 +32,7 @@ class About:
     is_all_here: bool
     """Whether engines and routers are children of this process."""
     remedy: str
-    """What to do when the machine was too busy."""
+    """What to do when the machine was too busy with what is measured, not with other programs."""
 
 
 def print_report(console: Console, runs: Sequence[Run], about: About) -> None:
@@ -41,8 +42,9 @@ def print_report(console: Console, runs: Sequence[Run], about: About) -> None:
         console.print(_ranks_table(runs, about))
     console.print(_summary_table(runs, about, is_worthless=bool(reasons)))
     if reasons:
-        _print(console, "[bold]Do not compare these times: this machine was too busy.[/]", *map(escape, reasons))
-        _print(console, about.remedy)
+        _print(console, "[bold]Do not compare these times: this machine was too busy.[/]")
+        _print(console, *(escape(reason.text) for reason in reasons))
+        _print(console, _CLOSE_OTHERS if any(reason.is_others for reason in reasons) else about.remedy)
     if any(run.spent.share().busy is None for run in runs):
         _print(console, "How busy this machine was cannot be measured here: it has no /proc/stat that counts.")
     _print(console, *map(escape, unseen(runs, about.servers)))

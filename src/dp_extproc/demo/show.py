@@ -62,7 +62,7 @@ def _runner(fleet: Fleet, placement: Placement) -> Callable[[], AbstractContextM
 
 def _remedy(time_scale: float) -> str:
     return (
-        "Close other programs, or give this machine less to do in the same time with slower engines: "
+        "Give this machine less to do in the same time, with slower engines: "
         f"dp-extproc demo --time-scale {2 * time_scale:g}"
     )
 
@@ -78,5 +78,6 @@ def _keep(console: Console, router: Router, interrupts: Interrupts) -> None:
         soft_wrap=True,
         markup=False,
     )
+    interrupts.invite()
     console.print("Ctrl-C ends it.")
     interrupts.wait()

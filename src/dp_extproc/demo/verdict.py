@@ -1,9 +1,12 @@
 """Whether what was measured says anything about placement, or only about a busy machine."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from dp_extproc.demo.contest import Run
+from dp_extproc.demo.machine import Share
+from dp_extproc.demo.standin import Account
 
 _OTHERS: Final = 0.10
 """Share of all processors that other programs may use. Placement changes most times by 10 to 30 %; on two processors
@@ -19,14 +22,27 @@ _UNSEEN: Final = 0.05
 """Share of the looks at an engine's load that may fail: more than one in twenty, and the averages miss a part."""
 
 
-def worthless_because(runs: Sequence[Run], *, is_all_here: bool) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why times must not be compared."""
+
+    text: str
+    is_others: bool = False
+    """Whether other programs are to blame: slower engines would not help then."""
+
+
+def worthless_because(runs: Sequence[Run], *, is_all_here: bool) -> list[Reason]:
     """Tell why times of these runs must not be compared; empty when they may be.
 
     Args:
         runs: With what was measured during them.
         is_all_here: Whether engines and routers are children of this process: else it cannot tell them from others.
     """
-    return [reason for run in runs for reason in _reasons(run, is_all_here=is_all_here)]
+    return [
+        replace(reason, text=f"{run.name}: {reason.text}")
+        for run in runs
+        for reason in _reasons(run.spent.share(), run.account, is_all_here=is_all_here)
+    ]
 
 
 def unseen(runs: Sequence[Run], servers: Sequence[str]) -> list[str]:
@@ -41,14 +57,13 @@ def unseen(runs: Sequence[Run], servers: Sequence[str]) -> list[str]:
     ]
 
 
-def _reasons(run: Run, *, is_all_here: bool) -> Iterator[str]:
-    share = run.spent.share()
+def _reasons(share: Share, account: Account | None, *, is_all_here: bool) -> Iterator[Reason]:
     if is_all_here and share.others is not None and share.others > _OTHERS:
-        yield f"{run.name}: other programs used {share.others:.0%} of the processors (limit: {_OTHERS:.0%})"
+        text = f"other programs used {share.others:.0%} of the processors (limit: {_OTHERS:.0%})"
+        yield Reason(text, is_others=True)
     if share.busy is not None and share.busy > _BUSY:
-        yield f"{run.name}: the processors were {share.busy:.0%} busy (limit: {_BUSY:.0%})"
+        yield Reason(f"the processors were {share.busy:.0%} busy (limit: {_BUSY:.0%})")
     if share.client > _CLIENT:
-        yield f"{run.name}: the client used {share.client:.0%} of one processor (limit: {_CLIENT:.0%})"
-    if run.account is not None and run.account.late_share > _LATE:
-        late = run.account.late_share
-        yield f"{run.name}: the engines' steps took {late:.0%} longer than they should (limit: {_LATE:.0%})"
+        yield Reason(f"the client used {share.client:.0%} of one processor (limit: {_CLIENT:.0%})")
+    if account is not None and account.late_share > _LATE:
+        yield Reason(f"the engines' steps took {account.late_share:.0%} longer than they should (limit: {_LATE:.0%})")

@@ -43,6 +43,9 @@ def bootstrap_app(settings: Settings, side: PrefillSide, faults: Faults) -> Star
 
     async def rendezvous(request: Request) -> Response:
         wanted = await request.json()
+        if not side.understands(wanted["prefill_dp_rank"], wanted["transfer_backend"]):
+            await _disconnected(request)
+            return Response(status_code=499)
         destination = side.connect(wanted["prefill_dp_rank"], wanted["bootstrap_room"])
         gone = asyncio.ensure_future(_disconnected(request))
         either: set[asyncio.Future[Any]] = {destination, gone}
@@ -82,8 +85,8 @@ def _server_facts(settings: Settings) -> dict[str, object]:
         "attn_cp_size": 1,
         "dp_size": settings.dp_size,
         "pp_size": 1,
-        "page_size": 1,
-        "kv_cache_dtype": "auto",
+        "page_size": settings.page_size,
+        "kv_cache_dtype": settings.kv_cache_dtype,
         "follow_bootstrap_room": settings.follows_rooms,
         "prefill_http_port": settings.port,
     }
@@ -94,7 +97,7 @@ def _old_server_facts(settings: Settings) -> dict[str, object]:
         "prefill_attn_tp_size": settings.attn_tp_size,
         "prefill_dp_size": settings.dp_size,
         "prefill_pp_size": 1,
-        "prefill_page_size": 1,
+        "prefill_page_size": settings.page_size,
     }
 
 

@@ -16,6 +16,7 @@ from dp_extproc.engine.release import Release
 from dp_extproc.engine.scheduler.costs import Costs
 from dp_extproc.engine.scheduler.work import Role
 from dp_extproc.engine.settings import EngineKind, Settings, Timeouts
+from dp_extproc.fleet.endpoint import in_url
 
 _METHODS: Final = ("auto", "round_robin", "follow_bootstrap_room", "total_requests", "total_tokens")
 
@@ -52,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-reserved-decode-tokens", type=int, default=default.reserved_decode_tokens, metavar="TOKENS")
     add("--decode-log-interval", type=_positive, default=default.decode_log_interval, metavar="STEPS")
     add("--stream-interval", type=_positive, default=default.stream_interval, metavar="TOKENS", help="per chunk")
+    add("--page-size", type=_positive, default=default.page_size, metavar="TOKENS", help="of a KV cache page")
+    add("--kv-cache-dtype", default=default.kv_cache_dtype, metavar="TYPE", help="of the KV cache")
+    add("--disaggregation-transfer-backend", default=default.transfer_backend, metavar="NAME", help="moves KV caches")
     add("--disable-radix-cache", action="store_true", help="compute every prompt from its beginning")
     add("--enable-cache-report", action="store_true", help="tell in the usage of an answer how much was cached")
     add("--time-scale", type=float, default=1.0, metavar="FACTOR", help="of every duration: 0.1 is ten times faster")
@@ -97,7 +101,7 @@ def _ready_line(settings: Settings) -> str:
     bootstrap = f", bootstrap port {settings.bootstrap_port}" if settings.role is Role.PREFILL else ""
     return (
         f"engine: {settings.role} with {settings.dp_size} DP ranks like {like} is ready on "
-        f"http://{settings.host}:{settings.port}{bootstrap}\n"
+        f"http://{in_url(settings.host)}:{settings.port}{bootstrap}\n"
     )
 
 
@@ -136,6 +140,9 @@ def _settings(args: argparse.Namespace) -> Settings:
         reserved_decode_tokens=args.num_reserved_decode_tokens,
         decode_log_interval=args.decode_log_interval,
         stream_interval=args.stream_interval,
+        page_size=args.page_size,
+        kv_cache_dtype=args.kv_cache_dtype,
+        transfer_backend=args.disaggregation_transfer_backend,
         disable_radix_cache=args.disable_radix_cache,
         enable_cache_report=args.enable_cache_report,
         time_scale=args.time_scale,

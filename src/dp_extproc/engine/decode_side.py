@@ -26,7 +26,11 @@ class DecodeSide:
     """What a decode server knows of prefill servers and of its rooms."""
 
     def __init__(
-        self, settings: Settings, end: Callable[[Ticket, Finished | Failure], None], wake: Callable[[int], None]
+        self,
+        settings: Settings,
+        end: Callable[[Ticket, Finished | Failure], None],
+        wake: Callable[[int], None],
+        kill: Callable[[str], None],
     ) -> None:
         """Start without knowing anyone.
 
@@ -34,10 +38,12 @@ class DecodeSide:
             settings: Of the server.
             end: Ends a ticket, wherever it is.
             wake: Makes a rank's scheduler look at its queues.
+            kill: Called when a prefill server must not be met.
         """
         self._settings = settings
         self._end = end
         self._wake = wake
+        self._kill = kill
         self._clients = Clients(settings.timeouts.bootstrap_answer)
         self._prefills: dict[tuple[int, str], dict[str, Any]] = {}
         """What each of our ranks has learned, by bootstrap address: every scheduler process has its own memory."""
@@ -108,8 +114,9 @@ class DecodeSide:
             try:
                 answer = await self._route(ticket, -1)
                 facts: dict[str, Any] = answer.raise_for_status().json()
-            except (httpx.HTTPError, ValueError):
+            except (httpx.HTTPError, httpx.InvalidURL, ValueError):
                 continue
+            self._compare(facts)
             self._prefills[key] = facts
             if self._settings.release.loses_first_told_rank and ticket.leg.disagg_prefill_dp_rank is not None:
                 raise _HandshakeError(
@@ -118,6 +125,21 @@ class DecodeSide:
                 )
             return facts
         raise _HandshakeError("Aborted by AbortReq.")
+
+    def _compare(self, facts: dict[str, Any]) -> None:
+        """Raise in the scheduler, as SGLang does, where the prefill server was started with other options."""
+        own, release = self._settings, self._settings.release
+        size, dtype = facts.get("page_size", facts.get("prefill_page_size")), facts.get("kv_cache_dtype")
+        if release.checks_page_size and size is not None and size != own.page_size:
+            self._kill(
+                f"RuntimeError: Page size mismatch: prefill server has page_size={size}, but decode server has "
+                f"page_size={own.page_size}. Both servers must use the same --page-size value."
+            )
+        if release.checks_cache_dtype and dtype is not None and dtype != own.kv_cache_dtype:
+            self._kill(
+                f"RuntimeError: KV cache dtype mismatch: prefill server has kv_cache_dtype={dtype}, but decode server "
+                f"has kv_cache_dtype={own.kv_cache_dtype}. Both servers must use the same --kv-cache-dtype value."
+            )
 
     async def _prefill_rank(self, ticket: Ticket, facts: dict[str, Any]) -> int:
         leg, release = ticket.leg, self._settings.release
@@ -174,7 +196,11 @@ class DecodeSide:
 
     async def _receive(self, ticket: Ticket) -> None:
         address, timeouts = self._address(ticket), self._settings.timeouts
-        wanted = {"bootstrap_room": ticket.leg.bootstrap_room, "prefill_dp_rank": ticket.prefill_dp_rank}
+        wanted = {
+            "bootstrap_room": ticket.leg.bootstrap_room,
+            "prefill_dp_rank": ticket.prefill_dp_rank,
+            "transfer_backend": self._settings.transfer_backend,
+        }
         try:
             with self._clients.one() as client:
                 answer = await client.post(f"http://{address}/rendezvous", json=wanted, timeout=None)
@@ -210,7 +236,9 @@ class DecodeSide:
     def _address(self, ticket: Ticket) -> str:
         port = ticket.leg.bootstrap_port or self._settings.bootstrap_port
         host = ticket.leg.bootstrap_host or ""
-        return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+        if self._settings.release.wraps_bootstrap_hosts and ":" in host and not host.startswith("["):
+            host = f"[{host}]"
+        return f"{host}:{port}"
 
     @staticmethod
     def _key(ticket: Ticket) -> tuple[int, int]:

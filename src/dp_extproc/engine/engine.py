@@ -20,7 +20,7 @@ from dp_extproc.engine.scheduler.prefix_cache import PrefixCache
 from dp_extproc.engine.scheduler.rank import Rank
 from dp_extproc.engine.scheduler.snapshot import RankHistory
 from dp_extproc.engine.scheduler.work import Output, Role, Stage, Work
-from dp_extproc.engine.settings import Settings
+from dp_extproc.engine.settings import EngineKind, Settings
 from dp_extproc.engine.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Engine:
             for rank in self.ranks
         ]
         self.prefill_side = PrefillSide(settings, self.end, self._wake)
-        self.decode_side = _decode_side(settings, self.end, self._wake)
+        self.decode_side = _decode_side(settings, self.end, self._wake, kill)
         self.stepping = [False] * len(self.groups)
         self.paces = [Pace() for _ in self.groups]
         self._dispatcher = Dispatcher(settings)
@@ -223,6 +223,7 @@ class Engine:
 
     async def _step(self, index: int, step: Step, pace: Pace) -> None:
         group, seconds = self.groups[index], step.seconds * self.settings.time_scale
+        self._look_up_embeddings(group)
         histories = [self.histories[rank.dp_rank] for rank in group.ranks]
         self.stepping[index] = True
         for history, batch in zip(histories, step.batches, strict=True):
@@ -235,6 +236,13 @@ class Engine:
         for history, batch in zip(histories, step.batches, strict=True):
             history.report_batch(batch, now)
         self._deliver(outputs)
+
+    def _look_up_embeddings(self, group: Group) -> None:
+        """Die of a token id that the embedding has no row for, unless it is sharded: each shard masks foreign ids."""
+        if self.settings.kind is EngineKind.VLLM or self.settings.attn_tp_size > 1:
+            return
+        for work in [work for rank in group.ranks for work in rank.chunks if work.foreign_id is not None]:
+            self.kill(f"IndexError: index out of range in self (VocabParallelEmbedding, token id {work.foreign_id})")
 
     def _crashed(self, loop: asyncio.Future[None]) -> None:
         if not loop.cancelled() and (error := loop.exception()) is not None:
@@ -266,10 +274,13 @@ class Engine:
 
 
 def _decode_side(
-    settings: Settings, end: Callable[[Ticket, Finished | Failure], None], wake: Callable[[int], None]
+    settings: Settings,
+    end: Callable[[Ticket, Finished | Failure], None],
+    wake: Callable[[int], None],
+    kill: Callable[[str], None],
 ) -> "DecodeSide | None":
     if settings.role is not Role.DECODE:
         return None
     from dp_extproc.engine.decode_side import DecodeSide  # noqa: PLC0415 - HTTP clients are slow to import
 
-    return DecodeSide(settings, end, wake)
+    return DecodeSide(settings, end, wake, kill)

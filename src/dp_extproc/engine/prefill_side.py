@@ -46,6 +46,8 @@ class PrefillSide:
         self._end = end
         self._wake = wake
         self._rooms: dict[tuple[int, int], _Room] = {}
+        self._deaf: set[int] = set()
+        """Ranks that have heard of another transfer backend."""
         self.registered: dict[int, int] = {}
         """Rank per room, for servers that do not follow rooms (``/register_dp_rank``)."""
 
@@ -67,6 +69,16 @@ class PrefillSide:
         seconds = self._settings.timeouts.bootstrap * self._settings.time_scale
         loop = asyncio.get_running_loop()
         ticket.timer = loop.call_later(seconds, self._timed_out, ticket, self._settings.timeouts.bootstrap)
+
+    def understands(self, dp_rank: int, transfer_backend: str) -> bool:
+        """Tell whether a rank takes in what a decode leg says.
+
+        A message of another backend ends the thread that reads them (``bootstrap_thread``), and so later ones are not
+        taken in either: legs wait until they time out.
+        """
+        if transfer_backend != self._settings.transfer_backend:
+            self._deaf.add(dp_rank)
+        return dp_rank not in self._deaf
 
     def connect(self, dp_rank: int, number: int) -> asyncio.Future[int]:
         """Take a decode leg's destination.

@@ -43,6 +43,14 @@ class Release:
         """``routed_dp_rank``, ``disagg_prefill_dp_rank``, their range check, and ``X-Data-Parallel-Rank``."""
         return self.since("0.5.10")
 
+    @property
+    def wraps_bootstrap_hosts(self) -> bool:
+        """Decode puts brackets around an IPv6 ``bootstrap_host`` that has none (``_bootstrap_addr``, ``decode.py``).
+
+        Until 0.5.9 it makes a URL of it as it is, which nobody can dial.
+        """
+        return self.since("0.5.10")
+
     def takes_bootstrap(self, path: str) -> bool:
         """Whether bodies of *path* carry ``bootstrap_*`` (and the rank fields, where the release has them)."""
         return self.since({"/v1/responses": "0.5.20", "/v1/messages": "0.5.22"}.get(path, "0.4.6"))
@@ -95,8 +103,23 @@ class Release:
         return self.routes_by_field and not self.since("0.5.11")
 
     @property
+    def chats_by_ids(self) -> bool:
+        """``input_ids`` of a chat are its prompt."""
+        return self.since("0.5.13")
+
+    @property
     def kick_starts(self) -> bool:
         """Streaming completions and chat hold their headers until the first chunk."""
+        return self.since("0.5.10")
+
+    @property
+    def checks_page_size(self) -> bool:
+        """Decode ends itself when prefill has pages of another size (``disaggregation/common/conn.py``)."""
+        return self.since("0.5.8")
+
+    @property
+    def checks_cache_dtype(self) -> bool:
+        """Likewise when prefill's ``--kv-cache-dtype`` is another."""
         return self.since("0.5.10")
 
     @property

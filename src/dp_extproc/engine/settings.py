@@ -72,6 +72,10 @@ class Settings:
     reserved_decode_tokens: int = 512
     decode_log_interval: int = 40
     stream_interval: int = 1
+    page_size: int = 1
+    """Tokens of a KV cache page. Only told, and compared by the two sides: here pages have one token."""
+    kv_cache_dtype: str = "auto"
+    transfer_backend: str = "mooncake"
     disable_radix_cache: bool = False
     enable_cache_report: bool = False
     time_scale: float = 1.0

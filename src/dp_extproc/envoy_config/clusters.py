@@ -21,6 +21,7 @@ from envoy_data_plane.envoy.config.core.v3 import (
     HealthCheckGrpcHealthCheck,
     Http1ProtocolOptions,
     Http2ProtocolOptions,
+    KeepaliveSettings,
     SocketAddress,
     TransportSocket,
 )
@@ -48,7 +49,11 @@ from dp_extproc.envoy_config.cluster_names import (
 )
 from dp_extproc.envoy_config.external_processing import see_first_event
 from dp_extproc.envoy_config.failed_hosts import remember_failed_hosts
-from dp_extproc.envoy_config.headers import last_upstream_filter, strip_router_headers
+from dp_extproc.envoy_config.headers import (
+    last_upstream_filter,
+    strip_headers_before_placement,
+    strip_router_headers,
+)
 from dp_extproc.envoy_config.limits import UNLIMITED, buffer_bytes
 from dp_extproc.envoy_config.service_addresses import is_named, may_be_several, services_of
 from dp_extproc.envoy_config.tls import speak_tls
@@ -79,19 +84,29 @@ _DEAD_PROCESS: Final = OutlierDetection(
 )
 """A process that has died is left with the first connection that it refuses, not with the next health check."""
 
+_LARGEST_WINDOW: Final = (1 << 31) - 1
+"""Of a stream in HTTP/2 (RFC 9113, 6.9.1). Envoy takes the window that it offers for its own buffer's limit, too.
+
+A filter of a cluster that reports over a stream whose buffer is full (16 MiB by default) kills Envoy when the request
+ends: the stream's end has the filter read on from an engine that was let go just before (1.38 to 1.40 measured).
+Without that limit the filter stops by itself, at that of its cluster's buffer, and nothing happens then.
+"""
+
 _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
 
 def build_clusters(config: Config) -> list[Cluster]:
     """Build all clusters; none of them knows an engine by name."""
     buffer = buffer_bytes(config.envoy)
+    remembering = [remember_failed_hosts()] if config.retry.attempts > 1 else []
     watching = [see_first_event(config.envoy.body_mode)] if config.supervision.mode is Supervise.ANSWERS else []
+    owner = _grpc(config.listen.keepalive, stream_window=_LARGEST_WINDOW)
     return [
         _service(config, buffer),
-        _by_header(SERVICE_OWNER, OWNER, _grpc(), buffer, speak_tls(config.envoy.service_tls)),
+        _by_header(SERVICE_OWNER, OWNER, owner, buffer, speak_tls(config.envoy.service_tls)),
         _by_header(PREFILL, PREFILL_HOST, _engine(), buffer),
         *_decode(config.envoy.cut_streams, _engine(watching), buffer),
-        _internal(DISPATCH, buffer, _http(remember_failed_hosts()) if config.retry.attempts > 1 else None),
+        _internal(DISPATCH, buffer, _http([strip_headers_before_placement(), *remembering, last_upstream_filter()])),
         _internal(PREFILL_LEG, buffer),
     ]
 
@@ -117,7 +132,7 @@ def _service(config: Config, buffer: int) -> Cluster:
             ],
         ),
         circuit_breakers=_unlimited(),
-        typed_extension_protocol_options={_HTTP_OPTIONS: Any.pack(_grpc())},
+        typed_extension_protocol_options={_HTTP_OPTIONS: Any.pack(_grpc(config.listen.keepalive))},
         transport_socket=speak_tls(config.envoy.service_tls),
     )
     if may_be_several(config):
@@ -192,10 +207,13 @@ def _endpoint(address: Address) -> LbEndpoint:
     return LbEndpoint(endpoint=Endpoint(address=address))
 
 
-def _grpc() -> HttpProtocolOptions:
-    return HttpProtocolOptions(
-        explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=Http2ProtocolOptions())
+def _grpc(keepalive: float, *, stream_window: int | None = None) -> HttpProtocolOptions:
+    patience = timedelta(seconds=keepalive)
+    http2 = Http2ProtocolOptions(
+        initial_stream_window_size=stream_window,
+        connection_keepalive=KeepaliveSettings(interval=patience, timeout=patience),
     )
+    return HttpProtocolOptions(explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=http2))
 
 
 def _http(filters: Sequence[HttpFilter]) -> HttpProtocolOptions:

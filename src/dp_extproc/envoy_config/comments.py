@@ -68,16 +68,24 @@ COMMENTS: Final = {
     "decode inline_bytes": "stream_end.c of this project, as WebAssembly.",
     "dp_dispatch envoy.filters.http.set_filter_state": "The address for the connection that the listener decode opens.",
     "clusters extproc": "The service: envoy.service, or listen.grpc.",
+    "extproc connection_keepalive": "listen.keepalive: a service whose host is lost closes no connection. What waits\n"
+    "for it goes on then; see failure_mode_allow above. The service asks Envoy likewise.",
     "extproc circuit_breakers": "Envoy's default of 1024 is soon reached by streams that last minutes. Whether a\n"
     "request is too much is the service's decision. The same holds for all clusters.",
     "clusters extproc_owner": "The very process of the service that holds the books of a request.",
+    "extproc_owner initial_stream_window_size": "The largest: Envoy's send buffer for a stream has the same limit.\n"
+    "With its default of 16 MiB, Envoy dies if a request ends while that buffer is full of what an engine has sent\n"
+    "and the service has not read.",
     "clusters prefill": "Engines are dialled as the headers say. There is no fallback to another host, since the body\n"
     "names the prefill server that the decode server will ask.",
     "prefill idle_timeout": "Shorter than the 5 s after which SGLang's HTTP server closes an idle connection, or a\n"
     "request would now and then be sent into a closing one.",
     "prefill http_filters": "Runs after the host was chosen by header. A route that removed the headers would act\n"
-    "before. Retries belong to the front door: a second try from here would have no headers left.",
+    "before. Retries belong to the front door: a second try from here would have no headers left. Of an answer it\n"
+    "removes the same names before the router reads them: an engine steers nothing.",
     "clusters dp_dispatch": "The way to the internal listeners.",
-    "dp_dispatch http_filters": "Runs anew for each attempt, and remembers where those before have failed.",
+    "dp_dispatch envoy.filters.http.header_mutation": "Removes what only the router may set, once more: the front\n"
+    "door may be another one, which does not.",
+    "dp_dispatch envoy.filters.http.lua": "Runs anew for each attempt, and remembers where those before have failed.",
 }
 """Text by place. An example configuration in the repository shows the result."""

@@ -11,7 +11,6 @@ from envoy_data_plane.envoy.extensions.filters.http.lua.v3 import Lua
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 from envoy_data_plane.google.protobuf import Any
 
-from dp_extproc.envoy_config.headers import last_upstream_filter
 from dp_extproc.extproc.names import AVOID, FAILED
 
 _NAMESPACE: Final = "dp_extproc.retry"
@@ -33,10 +32,7 @@ end
 """
 
 
-def remember_failed_hosts() -> list[HttpFilter]:
-    """Build the upstream filter chain of the front door."""
+def remember_failed_hosts() -> HttpFilter:
+    """Build the filter."""
     script = DataSource(inline_string=_SCRIPT)
-    return [
-        HttpFilter(name="envoy.filters.http.lua", typed_config=Any.pack(Lua(default_source_code=script))),
-        last_upstream_filter(),
-    ]
+    return HttpFilter(name="envoy.filters.http.lua", typed_config=Any.pack(Lua(default_source_code=script)))

@@ -1,4 +1,4 @@
-"""Removal of headers: the clients' at the front door, the router's own on the last yard to an engine."""
+"""Removal of headers: clients' at the front door, the router's own before an engine, an engine's behind it."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -15,10 +15,19 @@ from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutatio
 from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.google.protobuf import Any
 
-from dp_extproc.extproc.names import FOREIGN_NAMES, FOREIGN_PREFIXES, OWNED_PREFIX, SESSION
+from dp_extproc.extproc.names import (
+    FOREIGN_NAMES,
+    FOREIGN_PREFIXES,
+    OVERRIDE_PREFIX,
+    OWNED_PREFIX,
+    SESSION,
+    SET_INSIDE,
+)
 
-_TOWARDS_ENGINES: Final = (OWNED_PREFIX, "x-envoy-")
-"""Ours, and what Envoy adds on its own, such as ``x-envoy-internal``."""
+_ENVOYS: Final = "x-envoy-"
+_INSIDE: Final = (OWNED_PREFIX, _ENVOYS)
+"""Ours, and Envoy's own. Both steer: on a request such as ``x-envoy-internal``, on an answer such as ``x-dp-retry``,
+``x-envoy-ratelimited`` or ``x-envoy-immediate-health-check-fail``."""
 
 
 def strip_client_headers(session_header: str | None) -> TypedExtensionConfig:
@@ -38,19 +47,34 @@ def strip_client_headers(session_header: str | None) -> TypedExtensionConfig:
 
 
 def strip_router_headers() -> HttpFilter:
-    """Build the filter by which a request leaves for an engine, of the cluster's own chain.
+    """Build the filter between Envoy and an engine, of the cluster's own chain: no steering header passes either way.
 
-    A route's ``request_headers_to_remove`` would act before the host is chosen, and the host is chosen by header.
+    A route's ``request_headers_to_remove`` would act before the host is chosen, and the host is chosen by header. A
+    route's ``response_headers_to_remove`` would act after the router has read an answer, and after local replies have
+    got headers of ours.
     """
-    mutations = Mutations(request_mutations=_remove(_TOWARDS_ENGINES))
-    return HttpFilter(
-        name="envoy.filters.http.header_mutation", typed_config=Any.pack(HeaderMutationFilter(mutations=mutations))
-    )
+    return _mutate(Mutations(request_mutations=_remove(_INSIDE), response_mutations=_remove(_INSIDE)))
+
+
+def strip_headers_before_placement() -> HttpFilter:
+    """Build the filter on the way to the place where requests are placed.
+
+    It removes once more what :func:`strip_client_headers` does: the front door may be another one, which does not. The
+    name of the conversation stays; it is the client's own word anyway.
+    """
+    names = [HeaderMutation(remove=name) for name in (*FOREIGN_NAMES, *SET_INSIDE)]
+    return _mutate(Mutations(request_mutations=[*_remove((OVERRIDE_PREFIX, _ENVOYS)), *names]))
 
 
 def last_upstream_filter() -> HttpFilter:
     """Build the filter that has to be the last one of a cluster's chain."""
     return HttpFilter(name="envoy.filters.http.upstream_codec", typed_config=Any.pack(UpstreamCodec()))
+
+
+def _mutate(mutations: Mutations) -> HttpFilter:
+    return HttpFilter(
+        name="envoy.filters.http.header_mutation", typed_config=Any.pack(HeaderMutationFilter(mutations=mutations))
+    )
 
 
 def _remove(prefixes: Sequence[str]) -> list[HeaderMutation]:

@@ -40,6 +40,7 @@ from dp_extproc.extproc.names import (
     LB_NAMESPACE,
     METADATA_NAMESPACE,
     READ_FROM_REQUESTS,
+    SESSION,
     SUBSET_NAMESPACE,
 )
 from dp_extproc.placement.decision import Metadata
@@ -55,18 +56,19 @@ _BODY_MODES: Final = {
 }
 
 
-def read_modes(first: ProcessingRequest) -> tuple[BodyMode, bool]:
+def read_modes(first: ProcessingRequest) -> tuple[BodyMode, BodyMode]:
     """Read how bodies will come from a stream's first message, the only one that says so.
 
     Returns:
-        The mode of the request's body, and whether the response's comes in duplex. An Envoy that does not say
-        (before 1.33) is taken to send request bodies buffered.
+        The modes of the request's body and of the response's. An Envoy that does not say (before 1.33) is taken to
+        send both buffered.
     """
     if not first.HasField("protocol_config"):
-        return BodyMode.LOCKSTEP, False
+        return BodyMode.LOCKSTEP, BodyMode.LOCKSTEP
     config = first.protocol_config
-    request = _BODY_MODES.get(config.request_body_mode, BodyMode.UNSUPPORTED)
-    return request, config.response_body_mode == ProcessingMode.FULL_DUPLEX_STREAMED
+    modes = config.request_body_mode, config.response_body_mode
+    request, response = (_BODY_MODES.get(mode, BodyMode.UNSUPPORTED) for mode in modes)
+    return request, response
 
 
 def read_subset_hint(message: ProcessingRequest) -> frozenset[str] | None:
@@ -80,12 +82,17 @@ def read_subset_hint(message: ProcessingRequest) -> frozenset[str] | None:
     return read_subset((value.string_value,))
 
 
-def read_event(message: ProcessingRequest) -> Event | None:
-    """Read a message; None for one that says nothing, or nothing that is known here."""
+def read_event(message: ProcessingRequest, session_header: str | None = SESSION) -> Event | None:
+    """Read a message; None for one that says nothing, or nothing that is known here.
+
+    Args:
+        message: As it came.
+        session_header: The header that names a request's conversation, beside those that are read in any case.
+    """
     match message.WhichOneof("request"):
         case "request_headers":
             headers = message.request_headers
-            return RequestHeaders(_headers(headers), headers.end_of_stream)
+            return RequestHeaders(_headers(headers, session_header), headers.end_of_stream)
         case "request_body":
             body = message.request_body
             return RequestBody(body.body, body.end_of_stream)
@@ -175,12 +182,17 @@ def _write_immediate(reply: Immediate, response: ProcessingResponse) -> None:
         _write_metadata(reply.metadata, response)
 
 
-def _headers(message: HttpHeaders) -> dict[str, str]:
+def _headers(message: HttpHeaders, session_header: str | None) -> dict[str, str]:
     """Read the headers that matter: those that are read, and those that no client may set."""
     found: dict[str, str] = {}
     for header in message.headers.headers:
         name = header.key
-        if name in READ_FROM_REQUESTS or name in _FOREIGN or name.startswith(FOREIGN_PREFIXES):
+        if (
+            name in READ_FROM_REQUESTS
+            or name in _FOREIGN
+            or name == session_header
+            or name.startswith(FOREIGN_PREFIXES)
+        ):
             # Envoy fills raw_value; older ones filled value.
             found[name] = header.raw_value.decode("latin-1") or header.value
     return found

@@ -12,7 +12,7 @@ from dp_extproc.placement.decision import Metadata
 
 
 class BodyMode(Enum):
-    """How request bodies come: ``processing_mode.proto``, BodySendMode."""
+    """How bodies come, of requests or of responses: ``processing_mode.proto``, BodySendMode."""
 
     LOCKSTEP = "one message with the whole body, one answer to each message"
     DUPLEX = "chunks; answers whenever, in the order headers, body, trailers"

@@ -74,17 +74,20 @@ class Exchange:
 
     __slots__ = (
         "_api",
+        "_asks_for_body",
         "_body",
         "_decider",
         "_foreign",
+        "_is_whole",
         "_length",
         "_max_body",
         "_merger",
         "_mode",
         "_picks",
         "_refused",
-        "_response_duplex",
+        "_response_mode",
         "_session",
+        "_session_header",
         "_size",
         "_state",
         "_subset",
@@ -104,10 +107,11 @@ class Exchange:
         mode: BodyMode,
         max_body: int,
         *,
-        response_duplex: bool = False,
+        response_mode: BodyMode = BodyMode.LOCKSTEP,
         holds: bool = False,
         queues: bool = False,
         picks: bool = False,
+        session_header: str | None = names.SESSION,
         subset: frozenset[str] | None = None,
     ) -> None:
         """Begin.
@@ -116,26 +120,33 @@ class Exchange:
             decider: Whom to ask.
             mode: ``protocol_config.request_body_mode`` of the stream's first message.
             max_body: Bytes; larger bodies are refused with 413.
-            response_duplex: Whether response bodies come in duplex, too.
+            response_mode: Likewise of the response's body.
             holds: Whether the response's headers are held until :meth:`let_go`.
             queues: Whether a request for which there is no room waits for :meth:`decide_again` or :meth:`give_up`.
             picks: Whether to speak the endpoint-picker protocol: the gateway routes, and this only says where to.
+                No header of ours is believed then, for nobody has removed the clients'.
+            session_header: The header that names the conversation; None for none.
             subset: Among which endpoints it allows to choose; None for all.
         """
         self._decider = decider
         self._mode = mode
         self._max_body = max_body
-        self._response_duplex = response_duplex
+        self._response_mode = response_mode
         self._picks = picks
         self._subset = subset
         self._state = _State.START
         self._api: Api | None = None
         self._foreign: tuple[str, ...] = ()
+        self._session_header = session_header
         self._session: str | None = None
         self._body: list[bytes] = []
         self._length: int | None = None
         self._size = 0
         self._trailers = False
+        self._is_whole = mode is BodyMode.NONE
+        """Whether nothing more of the request will come here."""
+        self._asks_for_body = False
+        """Whether the response's body was asked for."""
         self.holds = holds
         self.queues = queues
         self._refused: Rejection | None = None
@@ -203,6 +214,16 @@ class Exchange:
         return self._state is _State.RESPONDING
 
     @property
+    def can_do_without(self) -> bool:
+        """Whether Envoy lets the rest pass as it is if this stream ends now in good order.
+
+        Where pieces of a body may be on their way here it would lose them.
+        """
+        sees_body = self._response_mode is not BodyMode.NONE or self._asks_for_body
+        passes = self._state is _State.RESPONDING or (self._picks and self._state is _State.SENT)
+        return passes and self._is_whole and not sees_body
+
+    @property
     def can_be_abandoned(self) -> bool:
         """Whether the client can still get another answer than the engine's."""
         return self._state in {_State.SENT, _State.HELD, _State.REFUSING}
@@ -251,6 +272,7 @@ class Exchange:
         if state is _State.HELD:
             if not self._is_to_be_merged:
                 return _GO_ON_RESPONSE
+            self._asks_for_body = True
             return _SEE_RESPONSE if self._streams else _TAKE_RESPONSE
         return (Continue(phase),)
 
@@ -262,7 +284,7 @@ class Exchange:
         """Ask for the text of a response that is an error, before it goes to the client."""
         if self._state is not _State.HELD:
             return ()
-        self._state = _State.REFUSING
+        self._state, self._asks_for_body = _State.REFUSING, True
         return (TakeBody(Phase.RESPONSE_HEADERS),)
 
     def abandon(self, status: int, body: bytes, reason: Reason, headers: Headers) -> _Replies:
@@ -287,12 +309,16 @@ class Exchange:
 
     def _request_headers(self, event: RequestHeaders) -> _Replies:
         headers = event.headers
+        self._is_whole = self._is_whole or event.end_of_stream
         asked = read_path(headers.get(":method", ""), headers.get(":path", ""))
-        self._foreign = tuple(headers.keys() - names.READ_FROM_REQUESTS)
-        if self._picks:  # Envoy lets nobody remove its own
-            self._foreign = tuple(name for name in self._foreign if not name.startswith("x-envoy-"))
-        self._session = headers.get(names.SESSION)
-        self.failed, self.cut = read_failed(headers.get(names.AVOID)), read_cut(headers.get(names.AVOID))
+        reads = names.READ_BEHIND_OTHERS if self._picks else names.READ_FROM_REQUESTS
+        foreign = headers.keys() - reads - {self._session_header}
+        self._session = None if self._session_header is None else headers.get(self._session_header)
+        if self._picks:
+            self._foreign = tuple(name for name in foreign if not name.startswith("x-envoy-"))  # Envoy would keep them
+        else:
+            self._foreign = tuple(foreign)
+            self.failed, self.cut = read_failed(headers.get(names.AVOID)), read_cut(headers.get(names.AVOID))
         refusal = refuse_by_headers(headers, self._max_body)
         if self._picks and (not isinstance(asked, Api) or (refusal is not None and refusal.status == _UNSUPPORTED)):
             return self._pass_on()  # the gateway has decided that it is a request for these servers
@@ -340,6 +366,7 @@ class Exchange:
         if self._size > self._max_body:
             return self._refuse(too_large(self._max_body))
         self._body.append(event.data)
+        self._is_whole = event.end_of_stream or self._mode is not BodyMode.DUPLEX
         if self._mode is BodyMode.DUPLEX and not event.end_of_stream:
             return ()
         return self._decide()
@@ -347,7 +374,7 @@ class Exchange:
     def _request_body_ended_by_trailers(self, _event: RequestTrailers) -> _Replies:
         if self._mode is not BodyMode.DUPLEX:  # a buffered body would have come before them
             return self._refuse(NO_BODY)
-        self._trailers = True
+        self._trailers = self._is_whole = True
         return self._decide()
 
     def _decide(self, ticket: Ticket | None = None) -> _Replies:
@@ -399,11 +426,13 @@ class Exchange:
 
     def _late_request_body(self, event: RequestBody) -> _Replies:
         """Pass on the body of a request that needed no body to be placed."""
+        self._is_whole = self._is_whole or event.end_of_stream
         if self._mode is BodyMode.DUPLEX:
             return (StreamedChunk(Phase.REQUEST_BODY, event.data, event.end_of_stream),)
         return (Continue(Phase.REQUEST_BODY),)
 
     def _request_trailers(self, _event: RequestTrailers) -> _Replies:
+        self._is_whole = True
         return (Continue(Phase.REQUEST_TRAILERS),)
 
     def _response_headers(self, event: ResponseHeaders) -> _Replies:
@@ -418,7 +447,7 @@ class Exchange:
         return ()  # who asked for it goes on with let_go()
 
     def _response_body(self, event: ResponseBody) -> _Replies:
-        if self._response_duplex:
+        if self._response_mode is BodyMode.DUPLEX:
             return (StreamedChunk(Phase.RESPONSE_BODY, event.data, event.end_of_stream),)
         if self._merger is not None:
             merged = self._merger.feed(event.data, end_of_stream=event.end_of_stream)

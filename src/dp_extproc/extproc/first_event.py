@@ -5,13 +5,20 @@ SGLang begins most streams with status 200 and tells what went wrong in the firs
 (tokenizer_manager.py), ``event: error`` on /v1/messages, ``response.failed`` on /v1/responses.
 """
 
+from codecs import BOM_UTF8
 from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
 
-_MOST_BYTES: Final = 1 << 16
-"""Of what is looked at. Larger first events are answers: errors are short."""
+MOST_BYTES: Final = 1 << 16
+"""Of a stream's beginning that are looked at, whatever they are: comments, preamble and the event itself.
+
+A stream that says nothing in so many bytes counts as begun: errors are short. It could else be held without end, and
+so could the buffers of Envoy that hold what comes behind.
+"""
+_UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
+"""Of events that are no JSON, or nested too deeply to be read or written."""
 _PREAMBLE: Final = frozenset({
     "message_start", "ping", "content_block_start",  # Anthropic's
     "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
@@ -28,12 +35,28 @@ class EngineError(Struct, frozen=True):
 
 
 class FirstEvent:
-    """Reads a stream's beginning, chunk by chunk."""
+    """Reads a stream's beginning, chunk by chunk; the result does not depend on how the stream is cut.
 
-    __slots__ = ("_text", "error", "is_known")
+    Lines end with LF, CR or both, and a byte order mark may come first, as the standard for such streams has it.
+    Each byte is looked at once.
+    """
 
-    def __init__(self) -> None:
-        self._text = b""
+    __slots__ = ("_after_return", "_at_start", "_data", "_line", "_room", "error", "is_known")
+
+    def __init__(self, most: int = MOST_BYTES) -> None:
+        """Begin.
+
+        Args:
+            most: Bytes to look at.
+        """
+        self._room = most
+        self._at_start = True
+        self._after_return = False
+        """Whether the last byte was a CR: a LF that follows belongs to it."""
+        self._line: list[bytes] = []
+        """The line that is not complete yet, in pieces."""
+        self._data: list[bytes] = []
+        """Lines of data of the event that is not complete yet."""
         self.is_known = False
         """Whether enough was read."""
         self.error: EngineError | None = None
@@ -42,33 +65,67 @@ class FirstEvent:
         """Read on, until the first event that says something is complete."""
         if self.is_known:
             return
-        self._text = (self._text + chunk).replace(b"\r\n", b"\n")
-        while not self.is_known:
-            event, separator, rest = self._text.partition(b"\n\n")
-            if not separator and not end_of_stream:
-                self.is_known = len(self._text) >= _MOST_BYTES
-                return
-            self._text = rest
-            self._read(event)
-            self.is_known = self.is_known or (end_of_stream and not rest)
-
-    def _read(self, event: bytes) -> None:
-        data = b"\n".join(line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:"))
-        if not data:  # a comment, or nothing at all
-            return
-        try:
-            found = msgspec.json.decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # [DONE], or whatever it is
+        piece = chunk[: self._room]
+        self._room -= len(piece)
+        self._read_lines(piece)
+        if not self.is_known and self._room and end_of_stream:  # the last event needs no empty line behind it
+            self._read_line(self._complete(b""))
+            self._end_event()
+        if self.is_known or end_of_stream or not self._room:
             self.is_known = True
+            self._line.clear()
+            self._data.clear()
+
+    def _read_lines(self, piece: bytes) -> None:
+        if not piece:
             return
+        last = piece[-1:]
+        lines = (piece[1:] if self._after_return and piece.startswith(b"\n") else piece).splitlines()
+        self._after_return = last == b"\r"
+        rest = b"" if last in {b"\r", b"\n"} else lines.pop()
+        if lines:
+            lines[0] = self._complete(lines[0])
+        if rest:
+            self._line.append(rest)
+        for line in lines:
+            if line:
+                self._read_line(line)
+            elif self._data:
+                self._end_event()
+                if self.is_known:
+                    return
+
+    def _complete(self, end: bytes) -> bytes:
+        line = b"".join((*self._line, end))
+        self._line.clear()
+        if self._at_start:
+            self._at_start = False
+            line = line.removeprefix(BOM_UTF8)
+        return line
+
+    def _read_line(self, line: bytes) -> None:
+        if line.startswith(b"data:"):  # all else are comments, and fields that say nothing of an error
+            self._data.append(line[5:].strip())
+
+    def _end_event(self) -> None:
+        text = b"\n".join(self._data)
+        self._data.clear()
+        if text:
+            self.is_known, self.error = _judge(text)
+
+
+def _judge(text: bytes) -> tuple[bool, EngineError | None]:
+    """Tell whether the data of an event say how the stream begins, and the error if it is one."""
+    try:
+        found = msgspec.json.decode(text)
         if isinstance(found, list):  # /generate tells of a batch so
             found = next((each for each in found if isinstance(each, dict) and _error_of(each)), None)
         kind = found.get("type") if isinstance(found, dict) else None
         if isinstance(kind, str) and kind in _PREAMBLE:
-            return
-        self.is_known = True
-        if isinstance(found, dict):
-            self.error = _error_of(found)
+            return False, None
+        return True, _error_of(found) if isinstance(found, dict) else None
+    except _UNREADABLE:  # [DONE], or whatever it is
+        return True, None
 
 
 def _error_of(event: dict[str, Any]) -> EngineError | None:

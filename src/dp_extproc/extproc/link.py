@@ -40,18 +40,21 @@ class Writer:
 
 
 class PrefillText:
-    """The body of the prefill leg's answer, where it is wanted."""
+    """The body of the prefill leg's answer, where it is wanted. Nothing is kept of any other, however long it is."""
 
-    __slots__ = ("_chunks", "_size", "_whole")
+    __slots__ = ("_chunks", "_is_wanted", "_size", "_whole")
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_wanted: bool) -> None:
+        self._is_wanted = is_wanted
         self._chunks: list[bytes] = []
         self._size = 0
         self._whole = asyncio.Event()
 
     def take(self, chunk: bytes, *, end_of_stream: bool) -> None:
         self._size += len(chunk)
-        if self._size <= MOST_BYTES:
+        if self._size > MOST_BYTES:
+            self._chunks.clear()
+        elif self._is_wanted:
             self._chunks.append(chunk)
         if end_of_stream:
             self.close()
@@ -79,7 +82,7 @@ class Link:
 
     def __init__(self, supervision: Supervision, main: Writer) -> None:
         self.supervision = supervision
-        self.prefill_text = PrefillText()
+        self.prefill_text = PrefillText(is_wanted=supervision.sees_text)
         self._writers = {Stream.MAIN: main}
         self._tasks: set[asyncio.Task[None]] = set()
 

@@ -34,7 +34,7 @@ SESSION: Final = "x-dp-session"
 """The client's name for the conversation; Envoy copies it from the header that is configured for it."""
 
 OWNED_PREFIX: Final = "x-dp-"
-"""Every header under it is ours: stripped from clients, and before a request leaves for an engine."""
+"""Every header under it is ours: removed from what clients send, from what engines get, and from their answers."""
 
 FOREIGN_PREFIXES: Final = (OWNED_PREFIX, OVERRIDE_PREFIX, "x-envoy-")
 """Client-sent headers under these prefixes would steer Envoy or override the body's rank in the engine."""
@@ -45,6 +45,8 @@ READ_FROM_REQUESTS: Final = frozenset({
     ":method", ":path", "content-type", "content-encoding", "content-length", SESSION, AVOID,
 })  # fmt: skip
 """All that the service reads of a request's headers. Envoy forwards no others to it."""
+READ_BEHIND_OTHERS: Final = READ_FROM_REQUESTS - {SESSION, AVOID}
+"""Likewise where a gateway of others sends the requests: nothing there is set by us, so a client may have set it."""
 READ_FROM_RESPONSES: Final = frozenset({":status", "content-type"})
 """Likewise of a response's."""
 
@@ -69,6 +71,12 @@ META_DECODE_RANK: Final = "decode_rank"
 STAGE: Final = "x-dp-stage"
 """Initial metadata of the streams that belong to an attempt: which of them this is."""
 FIRST_EVENT: Final = "first-event"
+
+SET_INSIDE: Final = (
+    DECODE_HOST, PREFILL_HOST, PREFILL_PREFIX, PREFIX_LENGTH, PREFILL_RID, PREFILL_RANK, OWNER, LEG, WATCH, RETRY,
+    FAILED, AVOID, STAGE,
+)  # fmt: skip
+"""All of ours that nobody may set before a request is placed: every one but :data:`SESSION`, the front door's."""
 
 META_REASON: Final = "reason"
 """Set on refusals only; tells Envoy that the local reply has the service's own body."""

@@ -28,6 +28,7 @@ from dp_extproc.extproc.events import (
 )
 from dp_extproc.extproc.exchange import Exchange, ProtocolViolationError
 from dp_extproc.extproc.first_event import FirstEvent
+from dp_extproc.extproc.leaving import OpenStreams
 from dp_extproc.extproc.link import Link, Writer
 from dp_extproc.extproc.supervision import Say, Stream, Supervision, SupervisionObserver
 from dp_extproc.fleet.endpoint import Role
@@ -79,6 +80,7 @@ class ExtProcService:
         clock: Callable[[], float],
         hold_seconds: float = HOLD_SECONDS,
         picks: bool = False,
+        session_header: str | None = None,
     ) -> None:
         """Set up.
 
@@ -92,6 +94,7 @@ class ExtProcService:
             clock: Monotonic seconds; the same that the books are kept with.
             hold_seconds: How long a body may pause.
             picks: Whether to speak the endpoint-picker protocol.
+            session_header: The clients' header that names a conversation, for that protocol; our own Envoy copies it.
         """
         self._decider = decider
         self._observer = observer
@@ -102,19 +105,26 @@ class ExtProcService:
         self._clock = clock
         self._hold_seconds = hold_seconds
         self._picks = picks
-        self._links: dict[str, Link] = {}
-        """Attempts by the token of their leg, as long as a stream of theirs may come or stay; others by number."""
+        self._session_header = session_header if picks else names.SESSION
+        self._open = OpenStreams()
+        self._links: dict[str | Attempt, Link] = {}
+        """Attempts by the token of their leg, as long as a stream of theirs may come or stay; see :func:`_key`."""
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Make what a server registers. Answers are serialised already, most of them once and for all."""
         process = grpc.stream_stream_rpc_method_handler(self.process, ProcessingRequest.FromString, None)
         return grpc.method_handlers_generic_handler(SERVICE_NAME, {"Process": process})
 
+    async def leave(self) -> None:
+        """End the streams that Envoy can do without, before it sees the others break: the process is about to end."""
+        await self._open.leave()
+
     async def sweep(self) -> None:
         """Look after the attempts that take long. Runs until it is cancelled."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             now = self._clock()
+            self._open.end_some()
             for leg, link in list(self._links.items()):
                 supervision = link.supervision
                 if supervision.is_over and now - supervision.over_at > _LATE_LEG_SECONDS:
@@ -131,7 +141,7 @@ class ExtProcService:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a message cannot be read")
 
     async def _serve(self, context: grpc.aio.ServicerContext) -> None:
-        leg, stage = _address_of(context)
+        leg, stage = ("", "") if self._picks else _address_of(context)  # only our own Envoy opens more than one
         if stage:
             await self._watch_first_event(leg, context)
         elif leg:
@@ -146,22 +156,23 @@ class ExtProcService:
                 self._observer.stream_closed()
 
     async def _exchange(self, message: Any, context: grpc.aio.ServicerContext) -> None:
-        mode, response_duplex = read_modes(message)
+        mode, response_mode = read_modes(message)
         exchange = Exchange(
             self._decider,
             mode,
             self._max_body,
-            response_duplex=response_duplex,
+            response_mode=response_mode,
             holds=not self._picks,  # a gateway of others neither repeats requests nor lets its answers be exchanged
             queues=self._line is not None,
             picks=self._picks,
+            session_header=self._session_header,
             subset=read_subset_hint(message) if self._picks else None,
         )
         writer = Writer(context)
         link: Link | None = None
         try:
             while message is not grpc.aio.EOF:
-                event = read_event(message)
+                event = read_event(message, self._session_header)
                 if event is not None:
                     replies = await self._take(exchange, link, event)
                     if link is None and exchange.attempt is not None:
@@ -172,14 +183,15 @@ class ExtProcService:
                         # Noted before anything is written: Envoy may cancel the stream once the client has its answer.
                         said = self._answered(exchange, link.supervision, event)
                         await link.carry_out([*((Stream.MAIN, reply) for reply in replies), *said], Stream.MAIN)
-                message = await (self._read_held(exchange, context) if mode is BodyMode.DUPLEX else context.read())
+                is_held = mode is BodyMode.DUPLEX and exchange.is_holding
+                message = await (self._read_held if is_held else self._open.read)(exchange, context)
         except ProtocolViolationError as violation:
             _log.warning("ext_proc stream ended: %s", violation)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(violation))
         finally:
             if (attempt := exchange.attempt) is not None:
                 attempt.end(self._clock())
-            if link is not None:
+            if link is not None and not self._open.may_end(exchange):
                 await self._close(link)
             if exchange.merge_problem is not None:
                 _log.warning("log probabilities of a prompt were left out: %s", exchange.merge_problem)
@@ -279,9 +291,9 @@ class ExtProcService:
         await link.carry_out(said)
 
     async def _read_held(self, exchange: Exchange, context: grpc.aio.ServicerContext) -> Any:
-        """Read the next message, but not for ever while the client's body is being held."""
+        """Read the next message of a body that is being held, but do not wait for ever."""
         try:
-            async with asyncio.timeout(self._hold_seconds if exchange.is_holding else None):
+            async with asyncio.timeout(self._hold_seconds):
                 return await context.read()
         except TimeoutError:
             for reply in exchange.expire():
@@ -357,8 +369,9 @@ _GO_ON: Final[dict[type, tuple[Reply, ...]]] = {
 """What a leg is told that nobody knows here."""
 
 
-def _key(attempt: Attempt) -> str:
-    return attempt.leg or str(attempt.number)
+def _key(attempt: Attempt) -> str | Attempt:
+    """Give the key of an attempt: the token of its leg; without a leg itself, which no stream can name."""
+    return attempt.leg or attempt
 
 
 def _address_of(context: grpc.aio.ServicerContext) -> tuple[str, str]:

@@ -94,7 +94,7 @@ class Supervision:
     __slots__ = (
         "_answers", "_budget", "_decode_refused_at", "_earlier", "_exchange", "_extended", "_held_at", "_observer",
         "_placed_at", "_prefill", "_prefill_done_at", "_prefill_events", "_prefill_refused_at", "_prefill_status",
-        "_seen_first", "_sees_text", "_settings", "_streaming", "attempt", "is_over", "over_at",
+        "_seen_first", "_settings", "_streaming", "attempt", "is_over", "over_at", "sees_text",
     )  # fmt: skip
 
     def __init__(
@@ -129,7 +129,7 @@ class Supervision:
         self._budget = budget
         self._observer = observer
         self._streaming = streaming
-        self._sees_text = sees_text
+        self.sees_text = sees_text
         self._earlier = earlier
         self._placed_at = now
         self._prefill = _Prefill.AWAITED if attempt.leg and settings.mode is not Supervise.OFF else _Prefill.ABSENT
@@ -158,7 +158,7 @@ class Supervision:
         if is_events and has_body and status < 400:  # a head that may come before anything was done
             self._prefill_events = FirstEvent()
             return [(Stream.PREFILL, SeeBody(Phase.RESPONSE_HEADERS))]
-        sees_text = self._sees_text and has_body and status < 400
+        sees_text = self.sees_text and has_body and status < 400
         go_on: Say = (Stream.PREFILL, (SeeBody if sees_text else Continue)(Phase.RESPONSE_HEADERS))
         if status < 400:
             return [go_on, *self._prefill_done(status, now)]

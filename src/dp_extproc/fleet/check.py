@@ -9,15 +9,17 @@ from typing import Final
 
 from dp_extproc.config.schema import LoadSettings, LoadSource
 from dp_extproc.fleet.agreement import MODE_OF
+from dp_extproc.fleet.compatibility import difference
 from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
-from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
+from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role, in_url
 from dp_extproc.fleet.engine_client import EngineClient, make_client
-from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
+from dp_extproc.fleet.observer import FailureKind, ScrapeFailure, unexpected
 from dp_extproc.fleet.server_info import DEFAULT_BOOTSTRAP_PORT
 from dp_extproc.fleet.traps import Trap, traps_of
 from dp_extproc.fleet.watch import EngineWatch
 
 _CONNECT_SECONDS: Final = 2.0
+IS_ALONE: Final = "; no server of the pool is left that it can be paired with"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +63,10 @@ async def check_engines(
     """Contact every endpoint, all at the same time; the reports are in the order of the endpoints."""
     everyone = tuple(endpoints)
     async with make_client() as client:
-        return await asyncio.gather(
+        reports = await asyncio.gather(
             *(_check(EngineClient(each, settings, client, credentials), everyone, settings) for each in everyone)
         )
+    return _with_pairs(reports)
 
 
 class _Note:
@@ -86,7 +89,10 @@ async def _check(engine: EngineClient, everyone: tuple[Endpoint, ...], settings:
     note = _Note()
     endpoint = engine.endpoint
     watch = EngineWatch(engine, settings.source, note, monotonic)
-    failure = await watch.round()
+    try:
+        failure = await watch.round()
+    except Exception as error:  # noqa: BLE001 - one engine must not take the report of all others away
+        failure = unexpected(error)
     found: tuple[Trap, ...] = ()
     if note.facts is not None:
         found = traps_of(note.facts, endpoint)
@@ -95,6 +101,39 @@ async def _check(engine: EngineClient, everyone: tuple[Endpoint, ...], settings:
     source = watch.source if note.sampled_once else None
     report = EngineReport(endpoint, note.facts, source, failure, found)
     return replace(report, traps=(*found, *await _bootstrap_traps(report, everyone)))
+
+
+def _with_pairs(reports: list[EngineReport]) -> list[EngineReport]:
+    """Add to each report with which servers of its pool this one cannot be paired."""
+    return [replace(each, traps=(*each.traps, *_pair_traps(each, reports))) for each in reports]
+
+
+def _pair_traps(report: EngineReport, everyone: list[EngineReport]) -> Iterable[Trap]:
+    own, endpoint = report.facts, report.endpoint
+    other_side = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(endpoint.role)
+    if own is None or own.mode is not MODE_OF[endpoint.role]:
+        return ()
+    others = [
+        each.facts
+        for each in everyone
+        if each.endpoint.pool == endpoint.pool
+        and each.endpoint.role is other_side
+        and each.facts is not None
+        and each.facts.mode is MODE_OF[each.endpoint.role]
+    ]
+    pairs = [(own, other) if endpoint.role is Role.PREFILL else (other, own) for other in others]
+    found = [difference(*pair) for pair in pairs]
+    is_alone = None not in found
+    return dict.fromkeys(
+        Trap(
+            each.code,
+            f"{each}, so they are never paired: {each.happens}" + (IS_ALONE if is_alone else ""),
+            each.remedy,
+            unusable=is_alone,
+        )
+        for each in found
+        if each is not None
+    )
 
 
 async def _bootstrap_traps(report: EngineReport, everyone: tuple[Endpoint, ...]) -> list[Trap]:
@@ -117,7 +156,7 @@ async def _bootstrap_traps(report: EngineReport, everyone: tuple[Endpoint, ...])
         found.append(
             Trap(
                 "bootstrap_unreachable",
-                f"nobody answers at {host}:{port}, at least not from here; decode gives up after about 16 s",
+                f"nobody answers at {in_url(host)}:{port}, at least not from here; decode gives up after about 16 s",
                 "set bootstrap_host and bootstrap_port to where decode servers reach the prefill server's registry",
             )
         )

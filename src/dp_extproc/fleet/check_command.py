@@ -14,7 +14,7 @@ from rich.text import Text
 from dp_extproc.config import ConfigError, LoadSource, load_config
 from dp_extproc.fleet.check import EngineReport, check_engines
 from dp_extproc.fleet.credentials import Credentials
-from dp_extproc.fleet.endpoint import EngineFacts, Kind
+from dp_extproc.fleet.endpoint import EngineFacts, Kind, in_url
 from dp_extproc.fleet.recipe import capabilities
 from dp_extproc.fleet.roster import endpoints_of
 from dp_extproc.fleet.traps import Trap
@@ -88,7 +88,7 @@ def _row(report: EngineReport) -> Iterable[Text]:
         endpoint.pool,
         "-" if facts is None else _release(facts),
         "-" if facts is None else str(facts.dp_ranks),
-        "-" if bootstrap is None else f"{bootstrap[0]}:{bootstrap[1]}",
+        "-" if bootstrap is None else f"{in_url(bootstrap[0])}:{bootstrap[1]}",
         _PAGE[report.source],
     )
     yield from map(Text, cells)

@@ -6,6 +6,11 @@ from enum import StrEnum
 from dp_extproc.config.schema import Engine
 
 
+def in_url(host: str) -> str:
+    """Write a host name or an address as it stands before a port: IPv6 in brackets, but never in two pairs."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
 class Role(StrEnum):
     """What a server does for a pool."""
 
@@ -64,11 +69,24 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class PairTerms:
+    """What a prefill and a decode server must agree on; see :mod:`dp_extproc.fleet.compatibility`. None: not told."""
+
+    page_size: int | None = None
+    kv_cache_dtype: str | None = None
+    """As written on the command line, or made of it by the release; ``auto`` where only the model tells."""
+    transfer_backend: str | None = None
+    model_path: str | None = None
+    served_name: str | None = None
+    """What the model is called by an operator; None where it is called by its path."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineFacts:
     """What an engine says of itself: SGLang on /server_info, vLLM on /version, /v1/models and /metrics."""
 
     version: Version | None
-    """None when the engine names no version that can be read."""
+    """None when what the engine calls its version names no release."""
     dp_ranks: int
     """DP ranks of the whole server: ``dp_size * attn_dp_size`` (attn_dp_size exists from 0.5.22 on)."""
     mode: Mode
@@ -96,6 +114,7 @@ class EngineFacts:
     listener: tuple[int, int] | None = None
     """``(rank, ranks)`` where each rank has a listener of its own: which one this is, of how many on the whole server.
     ``dp_ranks`` is 1 then."""
+    terms: PairTerms = PairTerms()
 
     def place_of(self, rank: int) -> tuple[int, int]:
         """Give ``(rank, ranks)`` as the whole server counts them."""
@@ -119,14 +138,17 @@ class DecodeSteps:
         return self.seconds / self.steps * self.sequences / self.tokens
 
     def since(self, earlier: "DecodeSteps") -> "DecodeSteps | None":
-        """Give what was decoded since an earlier count; None if nothing was, or the engine has started anew."""
+        """Give what was decoded since an earlier count; None if nothing was, or the engine has started anew.
+
+        Less than one step, or less than one token, is nothing: :attr:`pace` divides by both.
+        """
         made = DecodeSteps(
             self.steps - earlier.steps,
             self.sequences - earlier.sequences,
             self.seconds - earlier.seconds,
             self.tokens - earlier.tokens,
         )
-        return made if min(made.steps, made.sequences, made.seconds, made.tokens) > 0 else None
+        return made if min(made.steps, made.sequences, made.tokens) >= 1 and made.seconds > 0 else None
 
 
 @dataclass(frozen=True, slots=True)

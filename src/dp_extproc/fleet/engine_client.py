@@ -13,7 +13,7 @@ import httpx
 
 from dp_extproc.config.schema import Engine, LoadSettings
 from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
-from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage
+from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, in_url
 from dp_extproc.fleet.loads_page import read_loads
 from dp_extproc.fleet.metrics_page import read_metrics
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
@@ -73,8 +73,10 @@ class EngineClient:
         self._settings = settings
         self._client = client
         # A host name may stand for several addresses: ask exactly the one that is told to Envoy, under its name.
-        name = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
-        self._headers = ((b"host", f"{name}:{endpoint.port}".encode()), (b"accept-encoding", b"identity"))
+        self._headers = (
+            (b"host", f"{in_url(endpoint.host)}:{endpoint.port}".encode()),
+            (b"accept-encoding", b"identity"),
+        )
         self._credentials = credentials
 
     async def resolve(self) -> str:
@@ -155,7 +157,7 @@ class EngineClient:
     async def _look_up(self) -> str:
         host = self.endpoint.host
         try:
-            return _bracketed(str(ipaddress.ip_address(host)))
+            return in_url(str(ipaddress.ip_address(host)))
         except ValueError:
             pass
         try:
@@ -166,7 +168,7 @@ class EngineClient:
         except (OSError, UnicodeError) as error:
             raise ScrapeError(FailureKind.UNRESOLVABLE, f"{host} cannot be resolved: {error}") from None
         found.sort(key=lambda each: each[0] != socket.AF_INET)
-        addresses = [_bracketed(str(each[4][0])) for each in found]
+        addresses = [in_url(str(each[4][0])) for each in found]
         if not addresses:
             raise ScrapeError(FailureKind.UNRESOLVABLE, f"{host} has no address")
         known = self.address.rpartition(":")[0]
@@ -238,7 +240,3 @@ def _explain(path: str, status: int, *, key_shown: bool) -> str:
     if status in _ABSENT:
         return f"{message}: is this an SGLang or vLLM server?"
     return message
-
-
-def _bracketed(address: str) -> str:
-    return f"[{address}]" if ":" in address else address

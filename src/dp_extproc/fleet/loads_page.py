@@ -4,39 +4,37 @@ Until 0.5.12 the page also has totals over all ranks; they are left alone. Field
 with 0.5.11, ``num_waiting_uncached_tokens`` with 0.5.13, ``decode_moments`` with 0.5.17.
 """
 
-import math
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from dp_extproc.fleet.endpoint import DecodeSteps, LoadPage, RankSample
+from dp_extproc.fleet.quantities import Amount, Count, Difference, Rank, amount, at_least_zero, count, whole
 from dp_extproc.fleet.reading import read_json
 
-_LIMIT: Final = 1 << 53
-"""No count of tokens comes near; below it integers and floating point agree."""
-
-_Rank = Annotated[int, Meta(ge=0, lt=1_000_000)]
-_Count = Annotated[int, Meta(gt=-_LIMIT, lt=_LIMIT)]
+_NAME: Final = "/v1/loads"
+_MOMENTS: Final = 6
+"""Sums over the steps of a rank: see :func:`_decoded`."""
 
 
 class _Disaggregation(Struct):
-    prefill_inflight_queue_reqs: _Count | None = None
+    prefill_inflight_queue_reqs: Count | None = None
 
 
 class _RankLoad(Struct):
-    dp_rank: _Rank
-    num_used_tokens: _Count
-    timestamp: float | None = None
-    num_total_tokens: _Count | None = None
-    num_waiting_uncached_tokens: _Count | None = None
-    num_running_reqs: _Count | None = None
-    num_waiting_reqs: _Count | None = None
-    max_total_num_tokens: _Count | None = None
-    max_running_requests: _Count | None = None
-    gen_throughput: float | None = None
-    total_prefill_uncached_tokens: _Count | None = None
+    dp_rank: Rank
+    num_used_tokens: Difference
+    timestamp: Amount | None = None
+    num_total_tokens: Difference | None = None
+    num_waiting_uncached_tokens: Difference | None = None
+    num_running_reqs: Count | None = None
+    num_waiting_reqs: Count | None = None
+    max_total_num_tokens: Count | None = None
+    max_running_requests: Count | None = None
+    gen_throughput: Amount | None = None
+    total_prefill_uncached_tokens: Count | None = None
     disaggregation: _Disaggregation | None = None
     decode_moments: Any = None
     """Made for fitting a line through the times of steps; should it change its form, the rest of the page still counts.
@@ -54,7 +52,7 @@ def read_loads(page: bytes) -> LoadPage:
     Raises:
         ReaderError: Whatever else the bytes are.
     """
-    body = read_json(page, _Page, "/v1/loads")
+    body = read_json(page, _Page, _NAME)
     printed_at = _seconds(body.timestamp)
     newest: dict[int, _RankLoad] = {}
     silent: set[int] = set()
@@ -76,27 +74,35 @@ def _sample(load: _RankLoad, printed_at: float | None) -> RankSample:
     return RankSample(
         dp_rank=load.dp_rank,
         used_tokens=max(0, load.num_used_tokens),
-        total_tokens=_not_negative(load.num_total_tokens),
-        waiting_uncached_tokens=_not_negative(load.num_waiting_uncached_tokens),
-        running_requests=max(0, load.num_running_reqs or 0) + max(0, transferring or 0),
-        waiting_requests=max(0, load.num_waiting_reqs or 0),
-        capacity_tokens=_not_negative(load.max_total_num_tokens),
-        max_running_requests=_not_negative(load.max_running_requests),
-        tokens_per_second=load.gen_throughput if _is_rate(load.gen_throughput) else None,
+        total_tokens=at_least_zero(load.num_total_tokens),
+        waiting_uncached_tokens=at_least_zero(load.num_waiting_uncached_tokens),
+        running_requests=(load.num_running_reqs or 0) + (transferring or 0),
+        waiting_requests=load.num_waiting_reqs or 0,
+        capacity_tokens=load.max_total_num_tokens,
+        max_running_requests=load.max_running_requests,
+        tokens_per_second=load.gen_throughput,
         decoded=_decoded(load.decode_moments),
         age=_age(printed_at, load.timestamp),
     )
 
 
 def _decoded(moments: Any) -> DecodeSteps | None:
-    """Read the counts of steps, of sequences in them, of microseconds, two squares and products, and of tokens."""
-    try:
-        steps, sequences, micros, _, _, tokens = map(float, moments)
-    except (TypeError, ValueError, OverflowError):
+    """Read the counts of steps, of sequences in them, of microseconds, two squares and products, and of tokens.
+
+    Raises:
+        ReaderError: They have the right form, but tell what cannot be.
+    """
+    if not isinstance(moments, list) or len(moments) != _MOMENTS:
         return None
-    if not all(map(math.isfinite, (steps, sequences, micros, tokens))):
+    if not all(type(each) in {int, float} for each in moments):
         return None
-    return DecodeSteps(steps, sequences, micros / 1e6, tokens)
+    steps, sequences, micros, _, _, tokens = moments  # the squares outgrow 2**53 in time, and nobody needs them
+    return DecodeSteps(
+        steps=whole(steps, _NAME, "the steps of decode_moments"),
+        sequences=whole(sequences, _NAME, "the sequences of decode_moments"),
+        seconds=amount(micros, _NAME, "the microseconds of decode_moments") / 1e6,
+        tokens=whole(tokens, _NAME, "the tokens of decode_moments"),
+    )
 
 
 def _seconds(iso: str | None) -> float | None:
@@ -112,21 +118,13 @@ def _seconds(iso: str | None) -> float | None:
 
 def _age(printed_at: float | None, published_at: float | None) -> float | None:
     """Compare the engine's clock with itself only: it need not agree with ours."""
-    if printed_at is None or published_at is None or not math.isfinite(published_at):
+    if printed_at is None or published_at is None:
         return None
     return max(0.0, printed_at - published_at)
-
-
-def _is_rate(value: float | None) -> bool:
-    return value is not None and math.isfinite(value) and value >= 0
 
 
 def _sum(counts: Iterable[int | None]) -> int | None:
     """Add up what each rank tells; None when one of them does not."""
     told = list(counts)
-    known = [max(0, count) for count in told if count is not None]
-    return sum(known) if known and len(known) == len(told) else None
-
-
-def _not_negative(value: int | None) -> int | None:
-    return None if value is None else max(0, value)
+    known = [each for each in told if each is not None]
+    return count(sum(known), _NAME, "all uncached prompt tokens") if known and len(known) == len(told) else None

@@ -20,7 +20,8 @@ from typing import Final
 from prometheus_client.samples import Sample
 
 from dp_extproc.fleet.endpoint import LoadPage, RankSample
-from dp_extproc.fleet.prometheus_text import needed_lines, parse_samples, rank_of
+from dp_extproc.fleet.prometheus_text import PAGE, needed_lines, parse_samples, rank_of
+from dp_extproc.fleet.quantities import amount, count, difference
 from dp_extproc.fleet.reading import wrong_shape
 
 _USED: Final = "num_used_tokens"
@@ -61,12 +62,18 @@ def read_metrics(page: bytes) -> LoadPage:
             counters.append(sample)
         elif sample.labels.get("pp_rank", "0") == "0" and not sample.labels.get("priority"):
             of_rank = gauges[rank_of(sample, "dp_rank")]
-            of_rank[name] = max(sample.value, of_rank.get(name, 0.0))
+            of_rank[name] = max(_value(name, sample.value), of_rank.get(name, 0.0))
     return LoadPage(
         ranks=tuple(_rank_sample(rank, gauges[rank]) for rank in sorted(gauges) if _USED in gauges[rank]),
         prompt_tokens=_total(counters),
         silent_ranks=tuple(rank for rank in sorted(gauges) if _USED not in gauges[rank]),
     )
+
+
+def _value(name: str, value: float) -> float:
+    if name == _THROUGHPUT:
+        return amount(value, PAGE, name)
+    return difference(value, PAGE, name) if name == _USED else count(value, PAGE, name)
 
 
 def _rank_sample(rank: int, gauges: _Gauges) -> RankSample:
@@ -79,7 +86,7 @@ def _rank_sample(rank: int, gauges: _Gauges) -> RankSample:
         running_requests=total(*_RUNNING),
         waiting_requests=total(*_WAITING) + max(total(name) for name in _BOOTSTRAP),
         capacity_tokens=round(gauges[_CAPACITY]) if _CAPACITY in gauges else None,
-        tokens_per_second=max(0.0, gauges[_THROUGHPUT]) if _THROUGHPUT in gauges else None,
+        tokens_per_second=gauges.get(_THROUGHPUT),
     )
 
 
@@ -90,4 +97,5 @@ def _total(counters: list[Sample]) -> int | None:
     """
     if any(sample.labels.get("priority") == "" for sample in counters):
         counters = [sample for sample in counters if not sample.labels.get("priority")]
-    return round(sum(max(0.0, sample.value) for sample in counters)) if counters else None
+    parts = [count(sample.value, PAGE, sample.name) for sample in counters]
+    return count(sum(parts), PAGE, _PROMPT_TOKENS) if parts else None

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage
 
@@ -26,6 +26,14 @@ class FailureKind(StrEnum):
     """Well-formed, but not the page that SGLang prints."""
     DISAGREEMENT = "disagreement"
     """Configuration, /server_info and load page tell different roles or numbers of DP ranks."""
+    INTERNAL = "internal"
+    """This service itself has failed over what the engine told."""
+
+
+GONE: Final = frozenset({FailureKind.REFUSED, FailureKind.UNRESOLVABLE})
+"""Nobody is there."""
+AWAY: Final = GONE | {FailureKind.TIMEOUT}
+"""After these an engine may come back as another: restarted with other arguments, or upgraded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,19 @@ class ScrapeFailure:
     kind: FailureKind
     message: str
     """What happened and, where there is one, the remedy."""
+    page_was_read: bool = False
+    """Whether the load page was read in the same round all the same: the engine is there."""
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the engine could not be reached, so that it may come back as another process."""
+        return not self.page_was_read and self.kind in AWAY
+
+
+def unexpected(error: Exception) -> ScrapeFailure:
+    """Tell that it is this service that has failed."""
+    message = f"dp-extproc itself failed over what the engine told ({type(error).__name__}); see the log"
+    return ScrapeFailure(FailureKind.INTERNAL, message)
 
 
 class FleetObserver(Protocol):

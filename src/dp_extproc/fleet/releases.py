@@ -101,12 +101,14 @@ TABLE: Final = (
 
 DISAGGREGATION: Final = next(row.since for row in TABLE if row.paths)
 """First with the bootstrap fields on HTTP requests."""
+NEWEST: Final = TABLE[-1].since
+"""For which an engine is taken whose version is not known."""
 VLLM_RANK_HEADER: Final = Version(0, 11, 0)
 """First vLLM that reads ``X-data-parallel-rank`` (vllm-project/vllm#24945)."""
 
 
 def release_of(version: Version | None) -> Release:
-    """Find a release's row. A build that tells no version is somebody's own, and rather new than old."""
+    """Find a release's row. A build whose version names no release is somebody's own, and rather new than old."""
     if version is None:
         return TABLE[-1]
     return next((row for row, after in pairwise(TABLE) if version < after.since), TABLE[-1])

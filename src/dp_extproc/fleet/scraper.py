@@ -5,16 +5,18 @@ import logging
 import random
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Final
 
 import httpx
 
+from dp_extproc.background import Guard
 from dp_extproc.config.schema import LoadSettings
 from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.fleet.endpoint import Endpoint
 from dp_extproc.fleet.engine_client import EngineClient, make_client
-from dp_extproc.fleet.observer import FleetObserver
-from dp_extproc.fleet.trouble import TrapLog, TroubleLog
+from dp_extproc.fleet.observer import FleetObserver, ScrapeFailure, unexpected
+from dp_extproc.fleet.trouble import PairLog, TrapLog, TroubleLog
 from dp_extproc.fleet.watch import EngineWatch
 
 _JITTER: Final = 0.1
@@ -34,6 +36,7 @@ class Scraper:
         *,
         clock: Callable[[], float],
         rng: random.Random,
+        guard: Guard,
         client: httpx.AsyncClient | None = None,
         credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
@@ -45,6 +48,7 @@ class Scraper:
             observer: Whom to tell.
             clock: Monotonic seconds; what the observer is told.
             rng: For the jitter.
+            guard: Over the task of each endpoint.
             client: To ask with, left open at the end; by default an own one.
             credentials: What engines are shown.
         """
@@ -55,10 +59,12 @@ class Scraper:
         self._observer = observer
         self._clock = clock
         self._rng = rng
+        self._guard = guard
         self._client = client
         self._credentials = credentials
         self._troubles = TroubleLog(logger)
         self._traps = TrapLog(logger)
+        self._pairs = PairLog(logger)
         self._awaited = {endpoint.url for endpoint in self._endpoints}
         self._watches: dict[Endpoint, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
@@ -73,10 +79,12 @@ class Scraper:
         urls = {endpoint.url for endpoint in self._endpoints}
         self._awaited &= urls
         self._troubles.forget_all_but(urls)
+        self._pairs.forget_all_but(self._endpoints)
         self._changed.set()
 
     async def run(self) -> None:
         """Watch until cancelled."""
+        self._watches.clear()  # those of a run that has failed have ended with it
         async with AsyncExitStack() as stack:
             client = self._client
             if client is None:
@@ -87,8 +95,8 @@ class Scraper:
                     self.first_round.set()
                 for endpoint in self._endpoints:
                     if endpoint not in self._watches:
-                        name = f"scrape {endpoint.url}"
-                        self._watches[endpoint] = group.create_task(self._watch(endpoint, client), name=name)
+                        watch = self._guard.keep("scrape", partial(self._watch, endpoint, client), endpoint.url)
+                        self._watches[endpoint] = group.create_task(watch, name=f"scrape {endpoint.url}")
                 await self._changed.wait()
                 self._changed.clear()
 
@@ -98,13 +106,22 @@ class Scraper:
         facts = None
         while True:
             started = self._clock()
-            failure = await watch.round()
+            try:
+                failure = await watch.round()
+            except Exception as error:
+                self._tried(endpoint, unexpected(error))
+                self._observer.failed(endpoint, unexpected(error), self._clock())
+                raise
             if watch.facts is not None and watch.facts is not facts:
                 facts = watch.facts
                 self._traps.note(endpoint, facts)
-            self._troubles.note(endpoint.url, failure)
-            self._awaited.discard(endpoint.url)
-            if not self._awaited:
-                self.first_round.set()
+                self._pairs.note(endpoint, facts)
+            self._tried(endpoint, failure)
             pause = self._settings.interval * self._rng.uniform(1 - _JITTER, 1 + _JITTER)
             await asyncio.sleep(max(0.0, pause - (self._clock() - started)))
+
+    def _tried(self, endpoint: Endpoint, failure: ScrapeFailure | None) -> None:
+        self._troubles.note(endpoint.url, failure)
+        self._awaited.discard(endpoint.url)
+        if not self._awaited:
+            self.first_round.set()

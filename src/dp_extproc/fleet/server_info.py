@@ -1,11 +1,12 @@
 """Reads ``GET /server_info`` (``/get_server_info`` before 0.5.6): an engine's resolved launch arguments."""
 
 import re
-from typing import Annotated, Final
+from typing import Any, Final
 
-from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct, UnsetType
 
-from dp_extproc.fleet.endpoint import EngineFacts, Mode, Version
+from dp_extproc.fleet.endpoint import EngineFacts, Mode, PairTerms, Version
+from dp_extproc.fleet.quantities import MAX_RANKS, Count, Difference, Port, Ranks, impossible
 from dp_extproc.fleet.reading import read_json, wrong_shape
 from dp_extproc.fleet.releases import Methods, release_of
 
@@ -15,32 +16,39 @@ DEFAULT_BOOTSTRAP_PORT: Final = 8998
 FOLLOW_ROOMS: Final = "follow_bootstrap_room"
 """The ``--load-balance-method`` that dispatches by ``bootstrap_room mod ranks``."""
 
-MAX_RANKS: Final = 4096
-"""No server is that large; a number beyond it is a mistake, and would be paid for in memory."""
-
 DEFAULT_STEP_TOKENS: Final = 8192
 """SGLang's ``--chunked-prefill-size`` on current GPUs, for a page that does not tell it."""
 
-_VERSION: Final = re.compile(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?!\d)")
+_LARGEST_PAGE: Final = 1 << 20
+"""Tokens of a KV cache page; the largest that SGLang chooses by itself is 128."""
+_LONGEST_NAME: Final = 200
+"""Characters of what is shown of a page's texts."""
 
-_Size = Annotated[int, Meta(ge=1, le=MAX_RANKS)]
+_FIRST: Final = Version(0, 1, 0)
+_VERSION: Final = re.compile(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?!\d)")
 
 
 class _Page(Struct):
-    dp_size: _Size
-    attn_dp_size: _Size | None = None
-    version: str | None = None
+    dp_size: Ranks
+    attn_dp_size: Ranks | None = None
+    version: Any = None
+    """Whatever it is: of an engine that tells it in a strange way all else still counts."""
     disaggregation_mode: str | None = None
-    disaggregation_bootstrap_port: Annotated[int, Meta(ge=1, le=65535)] | None = None
+    disaggregation_bootstrap_port: Port | None = None
     enable_dp_attention: bool | None = None
     enable_metrics: bool | None = None
     enable_pd_role_switch: bool | None = None
     load_balance_method: str | None = None
     served_model_name: str | None = None
     model_path: str | None = None
-    chunked_prefill_size: int | None = None
-    max_prefill_tokens: int | None = None
+    chunked_prefill_size: Difference | None = None
+    """-1 says that prompts are not cut."""
+    max_prefill_tokens: Count | None = None
     disable_radix_cache: bool | None = None
+    page_size: Any = None
+    kv_cache_dtype: Any = None
+    disaggregation_transfer_backend: Any = None
+    enable_hisparse: Any = None
     internal_states: Raw | UnsetType = UNSET
 
 
@@ -58,7 +66,7 @@ def read_server_info(page: bytes) -> EngineFacts:
     # From 0.5.22 on ``--dp-size 4 --enable-dp-attention`` is told as dp_size 1 and attn_dp_size 4 (parallel_hook.py).
     ranks = info.dp_size * (info.attn_dp_size or 1)
     if ranks > MAX_RANKS:
-        raise wrong_shape(f"/server_info tells {ranks} DP ranks")
+        raise impossible(ranks, "/server_info", "its number of DP ranks")
     version = parse_version(info.version)
     mode = _mode(_present_role(info))
     return EngineFacts(
@@ -75,13 +83,20 @@ def read_server_info(page: bytes) -> EngineFacts:
         step_tokens=_step_tokens(info),
         chunked=info.chunked_prefill_size is None or info.chunked_prefill_size > 0,
         prefix_cache=not info.disable_radix_cache,
+        terms=_terms(info),
     )
 
 
-def parse_version(text: str | None) -> Version | None:
-    """Read ``0.5.10.post1``, ``0.5.23rc1``, ``0.5.11.dev3+g0123abc`` as their release; None if it is none."""
-    match = _VERSION.match(text or "")
-    return Version(int(match[1]), int(match[2]), int(match[3])) if match else None
+def parse_version(text: object) -> Version | None:
+    """Read ``0.5.10.post1``, ``0.5.23rc1``, ``0.5.11.dev3+g0123abc`` as their release; None if it is none.
+
+    A build from source that knows of no tag calls itself ``0.0.0.dev0`` (``sglang/version.py``) or, by setuptools-scm,
+    ``0.0.0.dev1+g0123abc`` or ``0.1.dev1+g0123abc``. That names no release: there is none below 0.1.
+    """
+    match = _VERSION.match(text.strip()) if isinstance(text, str) else None
+    if match is None or (version := Version(int(match[1]), int(match[2]), int(match[3]))) < _FIRST:
+        return None
+    return version
 
 
 def follows_rooms(version: Version | None, mode: Mode, method: str | None) -> bool:
@@ -107,6 +122,26 @@ def _step_tokens(info: _Page) -> int:
     if info.chunked_prefill_size is not None and info.chunked_prefill_size > 0:
         return info.chunked_prefill_size
     return max(1, info.max_prefill_tokens or DEFAULT_STEP_TOKENS)  # without chunks a step takes whole prompts
+
+
+def _terms(info: _Page) -> PairTerms:
+    """Read what a pair has to agree on. What is not as SGLang tells it is not known: the page serves without it."""
+    size = info.page_size
+    # A decode server with HiSparse hands over pages of another size than it tells.
+    knows_size = type(size) is int and 1 <= size <= _LARGEST_PAGE and not info.enable_hisparse
+    path, name = _name(info.model_path), _name(info.served_model_name)
+    return PairTerms(
+        page_size=size if knows_size else None,
+        kv_cache_dtype=_name(info.kv_cache_dtype),
+        transfer_backend=_name(info.disaggregation_transfer_backend),
+        model_path=path,
+        served_name=None if name == path else name,
+    )
+
+
+def _name(value: Any) -> str | None:
+    """Take a name that can be shown on one line of a log and in an error."""
+    return value if isinstance(value, str) and 0 < len(value) <= _LONGEST_NAME and value.isprintable() else None
 
 
 def _present_role(info: _Page) -> str | None:

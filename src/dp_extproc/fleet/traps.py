@@ -12,7 +12,15 @@ from dp_extproc.config.schema import LoadSource
 from dp_extproc.fleet.agreement import MODE_OF
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, Kind, Mode, Role
 from dp_extproc.fleet.recipe import RankControl, capabilities
-from dp_extproc.fleet.releases import DISAGGREGATION, HEADER_APIS, VLLM_RANK_HEADER, Fields, RoomCheck, release_of
+from dp_extproc.fleet.releases import (
+    DISAGGREGATION,
+    HEADER_APIS,
+    NEWEST,
+    VLLM_RANK_HEADER,
+    Fields,
+    RoomCheck,
+    release_of,
+)
 from dp_extproc.request.path import Api
 
 WRONG_MODE: Final = "wrong_mode"
@@ -68,7 +76,9 @@ def _of_vllm(facts: EngineFacts, role: Role) -> Iterator[Trap]:
             unusable=True,
         )
     if facts.version is None:
-        yield Trap("unknown_version", "it is treated like the newest vLLM", "use a release")
+        yield Trap(
+            "unknown_version", "its version names no release; it is treated like the newest vLLM", "use a release"
+        )
     elif facts.version < VLLM_RANK_HEADER and facts.dp_ranks > 1:
         yield Trap(
             "rank_not_carried",
@@ -89,8 +99,9 @@ def _of_any(facts: EngineFacts, role: Role) -> Iterator[Trap]:
     if facts.version is None:
         yield Trap(
             "unknown_version",
-            "it does not tell its version and is treated like the newest release",
-            "use a released SGLang of 0.5.11 or later",
+            "its version names no release, as of a build from source; it is treated like the newest one known here, "
+            f"{NEWEST} and later",
+            "nothing, if it is as new as that; else use a released SGLang of 0.5.11 or later",
         )
     if facts.role_can_switch:
         yield Trap(

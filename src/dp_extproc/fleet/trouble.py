@@ -1,11 +1,19 @@
-"""Says each endpoint's trouble once when it begins or changes its kind, and once when it is over; and pitfalls once."""
+"""Says each endpoint's trouble once when it begins or changes its kind, and once when it is over; and pitfalls once.
+
+Likewise which prefill and decode servers must not be paired: once when it is found out, and once when it is over.
+"""
 
 import logging
 from collections.abc import Collection
 
-from dp_extproc.fleet.endpoint import Endpoint, EngineFacts
+from dp_extproc.fleet.agreement import MODE_OF
+from dp_extproc.fleet.compatibility import Difference, difference
+from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, PairTerms, Role, Version
 from dp_extproc.fleet.observer import ScrapeFailure
 from dp_extproc.fleet.traps import WRONG_MODE, traps_of
+
+_Kind = tuple[str, PairTerms, Version | None]
+"""A pool, and all that decides whom one of its servers can be paired with."""
 
 
 class TroubleLog:
@@ -46,3 +54,51 @@ class TrapLog:
                 self._said.add(key)
                 level = logging.WARNING if trap.unusable else logging.INFO
                 self._logger.log(level, "%s: %s: %s; remedy: %s", endpoint.url, trap.code, trap.happens, trap.remedy)
+
+
+class PairLog:
+    """Which differences have been said of servers of a pool that cannot be paired, however many have them."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._facts: dict[Endpoint, EngineFacts] = {}
+        self._said: set[tuple[str, Difference]] = set()
+
+    def forget_all_but(self, endpoints: Collection[Endpoint]) -> None:
+        """Forget those that are watched no more."""
+        self._facts = {endpoint: facts for endpoint, facts in self._facts.items() if endpoint in endpoints}
+        self._say()
+
+    def note(self, endpoint: Endpoint, facts: EngineFacts) -> None:
+        """Take in what an engine says of itself."""
+        before = self._facts.get(endpoint)
+        self._facts[endpoint] = facts
+        if before is None or (before.terms, before.version, before.mode) != (facts.terms, facts.version, facts.mode):
+            self._say()
+
+    def _say(self) -> None:
+        present: dict[tuple[str, Difference], tuple[list[str], list[str]]] = {}
+        prefills, decodes = self._by_kind(Role.PREFILL), self._by_kind(Role.DECODE)
+        for (pool, _, _), (facts, urls) in prefills.items():
+            for (other_pool, _, _), (other_facts, other_urls) in decodes.items():
+                if pool == other_pool and (found := difference(facts, other_facts)) is not None:
+                    both = present.setdefault((pool, found), ([], []))
+                    for known, more in zip(both, (urls, other_urls), strict=True):
+                        known.extend(url for url in more if url not in known)
+        for (pool, found), (urls, other_urls) in present.items():
+            if (pool, found) not in self._said:
+                self._logger.warning(
+                    "pool %s: %s: %s (prefill: %s; decode: %s), so they are never paired: %s; remedy: %s",
+                    pool, found.code, found, ", ".join(urls), ", ".join(other_urls), found.happens, found.remedy,
+                )  # fmt: skip
+        for pool, found in sorted(self._said - present.keys()):
+            self._logger.info("pool %s: no servers differ any more in that %s", pool, found)
+        self._said = set(present)
+
+    def _by_kind(self, role: Role) -> dict[_Kind, tuple[EngineFacts, list[str]]]:
+        """Sort servers by what decides whom they can be paired with: a large fleet has few kinds."""
+        found: dict[_Kind, tuple[EngineFacts, list[str]]] = {}
+        for endpoint, facts in self._facts.items():
+            if endpoint.role is role and facts.mode is MODE_OF[role]:
+                found.setdefault((endpoint.pool, facts.terms, facts.version), (facts, []))[1].append(endpoint.url)
+        return found

@@ -14,7 +14,8 @@ from msgspec import Struct
 from prometheus_client.samples import Sample
 
 from dp_extproc.fleet.endpoint import EngineFacts, Kind, LoadPage, Mode, RankSample
-from dp_extproc.fleet.prometheus_text import needed_lines, parse_samples, rank_of
+from dp_extproc.fleet.prometheus_text import PAGE, needed_lines, parse_samples, rank_of
+from dp_extproc.fleet.quantities import MAX_RANKS, count, impossible, share
 from dp_extproc.fleet.reading import read_json, wrong_shape
 from dp_extproc.fleet.server_info import parse_version
 
@@ -24,6 +25,9 @@ _USAGE: Final = ("kv_cache_usage_perc", "gpu_cache_usage_perc")
 """The share of KV blocks in use, 0 to 1; the second name is the older one."""
 _CACHE: Final = "cache_config_info"
 _PROMPT_TOKENS: Final = "prompt_tokens_total"
+
+_DIGITS: Final = re.compile(r"[0-9]{1,2000}")
+"""Python reads 4300 at most, and a line has no more than 2048 bytes."""
 
 _NEEDED: Final = re.compile(
     rb"^vllm[:_](?:%b)[{ \t][^\n]*"
@@ -76,9 +80,12 @@ def facts_of(version: str, model: str | None, metrics: bytes) -> EngineFacts:
     """
     samples = _samples(metrics)
     caches = [sample for sample in samples if _name(sample) == _CACHE]
+    ranks = len({rank_of(sample, "engine") for sample in samples})
+    if not 1 <= ranks <= MAX_RANKS:
+        raise impossible(ranks, PAGE, "its number of DP ranks")
     return EngineFacts(
         version=parse_version(version),
-        dp_ranks=len({rank_of(sample, "engine") for sample in samples}),
+        dp_ranks=ranks,
         mode=Mode.UNIFIED,
         dp_attention=False,
         served_model=model,
@@ -99,21 +106,22 @@ def read_vllm_metrics(page: bytes) -> LoadPage:
     """
     gauges: dict[int, dict[str, float]] = defaultdict(dict)
     capacities: dict[int, int] = {}
-    prompt_tokens: list[float] = []
+    prompt_tokens: list[int] = []
     for sample in _samples(page):
         engine, name = rank_of(sample, "engine"), _name(sample)
         if name == _CACHE:
             if (capacity := _capacity(sample.labels)) is not None:
                 capacities[engine] = capacity
         elif name == _PROMPT_TOKENS:
-            prompt_tokens.append(max(0.0, sample.value))
+            prompt_tokens.append(count(sample.value, PAGE, name))
         else:
-            gauges[engine][name] = max(sample.value, gauges[engine].get(name, 0.0))
+            value = (share if name in _USAGE else count)(sample.value, PAGE, name)
+            gauges[engine][name] = max(value, gauges[engine].get(name, 0.0))
     return LoadPage(
         ranks=tuple(
             _rank_sample(rank, gauges[engine], capacities.get(engine)) for rank, engine in enumerate(sorted(gauges))
         ),
-        prompt_tokens=round(sum(prompt_tokens)) if prompt_tokens else None,
+        prompt_tokens=count(sum(prompt_tokens), PAGE, _PROMPT_TOKENS) if prompt_tokens else None,
     )
 
 
@@ -132,9 +140,9 @@ def _rank_sample(rank: int, gauges: Mapping[str, float], capacity: int | None) -
     usage = max((gauges[name] for name in _USAGE if name in gauges), default=0.0)
     return RankSample(
         dp_rank=rank,
-        used_tokens=round(min(max(usage, 0.0), 1.0) * (capacity or 0)),
-        running_requests=round(max(0.0, gauges.get(_RUNNING, 0.0))),
-        waiting_requests=round(max(0.0, gauges.get(_WAITING, 0.0))),
+        used_tokens=round(usage * (capacity or 0)),
+        running_requests=round(gauges.get(_RUNNING, 0.0)),
+        waiting_requests=round(gauges.get(_WAITING, 0.0)),
         capacity_tokens=capacity,
     )
 
@@ -142,8 +150,8 @@ def _rank_sample(rank: int, gauges: Mapping[str, float], capacity: int | None) -
 def _capacity(labels: Mapping[str, str]) -> int | None:
     """Give the KV tokens of a rank. Newer releases tell them; before, blocks times their size."""
     tokens, blocks, size = (labels.get(name, "") for name in ("kv_cache_size_tokens", "num_gpu_blocks", "block_size"))
-    if tokens.isdecimal():
-        return int(tokens[:15])
-    if blocks.isdecimal() and size.isdecimal():
-        return int(blocks[:9]) * int(size[:6])
+    if _DIGITS.fullmatch(tokens):
+        return count(int(tokens), PAGE, "kv_cache_size_tokens")
+    if _DIGITS.fullmatch(blocks) and _DIGITS.fullmatch(size):
+        return count(int(blocks) * int(size), PAGE, "num_gpu_blocks times block_size")
     return None

@@ -15,7 +15,7 @@ from dp_extproc.fleet.agreement import (
 )
 from dp_extproc.fleet.endpoint import EngineFacts, Kind, LoadPage, Role
 from dp_extproc.fleet.engine_client import EngineClient, ScrapeError
-from dp_extproc.fleet.observer import FailureKind, FleetObserver, ScrapeFailure
+from dp_extproc.fleet.observer import AWAY, GONE, FleetObserver, ScrapeFailure
 
 FACTS_EVERY: Final = 60.0
 """Seconds after which an engine is asked anew who it is, and its name looked up."""
@@ -23,10 +23,6 @@ UNTOLD_EVERY: Final = 5.0
 """Likewise, while it has not told whether it obeys ``x-override-*`` headers, which are needed."""
 PROMPT_TOKENS_EVERY: Final = 10.0
 """Seconds between looks at the count of prompt tokens, which stands on /metrics only."""
-
-_GONE: Final = frozenset({FailureKind.REFUSED, FailureKind.UNRESOLVABLE})
-_AWAY: Final = _GONE | {FailureKind.TIMEOUT}
-"""After these it may come back as another: restarted with other arguments, or upgraded."""
 
 _NOW: Final = -math.inf
 """A time that has come, whatever the clock says."""
@@ -65,12 +61,13 @@ class EngineWatch:
         if self._clock() >= self._facts_due:
             self._facts_failure = await self._discover()
         failure = self._facts_failure
-        if self._facts is not None and (failure is None or failure.kind not in _GONE):
+        if self._facts is not None and (failure is None or failure.kind not in GONE):
             failure = await self._sample(self._facts)
-            if failure is not None and failure.kind in _AWAY:
+            if failure is not None and failure.kind in AWAY:
                 self._facts_due = _NOW
-            # A /server_info that fails on its own does not hinder; it is asked again when it is due.
-            failure = failure or self._facts_failure
+            if failure is None and self._facts_failure is not None:
+                # A /server_info that fails on its own does not hinder; it is asked again when it is due.
+                failure = replace(self._facts_failure, page_was_read=True)
         else:
             self._facts_due = _NOW
         if failure is not None:
@@ -85,10 +82,10 @@ class EngineWatch:
             facts = self._with_overrides(of_listener(await self._engine.facts(), self._endpoint))
         except ScrapeError as error:
             failure = error.failure
-            self._was_gone = self._was_gone or failure.kind in _GONE
+            self._was_gone = self._was_gone or failure.kind in GONE
             configured = configured_facts(self._endpoint)
             configured = None if configured is None else of_listener(configured, self._endpoint)
-            if failure.kind in _AWAY or self._facts is not None or configured is None:
+            if failure.kind in AWAY or self._facts is not None or configured is None:
                 return failure
             facts = configured
         if was_away or facts != self._facts:
@@ -117,10 +114,11 @@ class EngineWatch:
             if self._source is LoadSource.LOADS:
                 page = await self._with_prompt_tokens(page, facts)
         except ScrapeError as error:
-            self._was_gone = self._was_gone or error.failure.kind in _GONE
+            self._was_gone = self._was_gone or error.failure.kind in GONE
             return error.failure
         self._observer.sampled(self._endpoint, without_foreign_ranks(page, facts), started, self._clock())
-        return disagreement(self._endpoint, facts, page)
+        differs = disagreement(self._endpoint, facts, page)
+        return None if differs is None else replace(differs, page_was_read=True)
 
     async def _load_page(self, facts: EngineFacts) -> LoadPage:
         if facts.kind is Kind.VLLM:

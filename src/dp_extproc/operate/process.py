@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import aio
 
 from dp_extproc import __version__
+from dp_extproc.background import Guard
 from dp_extproc.config import Config
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.operate.admin import AdminServer
@@ -62,7 +63,9 @@ async def serve(written: Config, text: str, path: Path, seat: WorkerSeat | None 
         StartError: A port is not to be had.
     """
     config = seat_config(written, seat)
-    router = Router(config, owner=owner_address(config), clock=time.monotonic, rng=random.Random(os.urandom(32)))
+    guard = Guard()
+    rng = random.Random(os.urandom(32))
+    router = Router(config, owner=owner_address(config), clock=time.monotonic, rng=rng, guard=guard)
     health = aio.HealthServicer()
     readiness = Readiness(health, router.can_serve)
     reloader = Reloader(path, text, written, lambda config, _text: router.apply(seat_config(config, seat)))
@@ -79,8 +82,9 @@ async def serve(written: Config, text: str, path: Path, seat: WorkerSeat | None 
         seat.listen_to_parent(told=reloader.ask, gone=stopping.set)
     with admin_socket, _start_error_alone():
         async with asyncio.TaskGroup() as tasks:
-            background = [tasks.create_task(each) for each in (*router.tasks(), readiness.run(), reloader.run())]
-            admin_task = tasks.create_task(admin.run_on_socket())
+            work = {**router.tasks(), "readiness": readiness.run, "reload": reloader.run}
+            background = [tasks.create_task(guard.keep(name, each), name=name) for name, each in work.items()]
+            admin_task = tasks.create_task(guard.keep("admin", admin.run_on_socket))
             await router.look_around()  # or the first requests would be refused for want of engines
             async with _grpc_server(config, router.service, health):
                 where = config.listen.admin if seat is None else "the parent's port"
@@ -110,6 +114,24 @@ def _start_error_alone() -> Iterator[None]:
         raise
 
 
+def _keepalive(seconds: float) -> list[tuple[str, int]]:
+    """Set how an Envoy is noticed that has gone without closing its connections, as when its host is lost.
+
+    Its streams end then, and with them what they have on the books.
+    """
+    milliseconds = max(1, round(seconds * 1000))
+    return [
+        ("grpc.keepalive_time_ms", milliseconds),
+        ("grpc.keepalive_timeout_ms", milliseconds),
+        ("grpc.http2.ping_timeout_ms", milliseconds),  # counts for these pings as well, and is a minute by default
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Streams are silent for as long as an answer takes. By default the third ping waits until something was sent.
+        ("grpc.http2.max_pings_without_data", 0),
+        # Envoy asks as well. By default whoever does so more than twice within five minutes is disconnected.
+        ("grpc.http2.max_ping_strikes", 0),
+    ]
+
+
 @contextlib.asynccontextmanager
 async def _grpc_server(config: Config, service: ExtProcService, health: aio.HealthServicer) -> AsyncIterator[None]:
     server = grpc.aio.server(
@@ -117,6 +139,7 @@ async def _grpc_server(config: Config, service: ExtProcService, health: aio.Heal
             ("grpc.max_receive_message_length", config.envoy.max_body_bytes + _MESSAGE_SLACK),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),  # a port that is taken must be an error, not half of the streams
+            *_keepalive(config.listen.keepalive),
         ]
     )
     server.add_generic_rpc_handlers((service.handler(),))
@@ -133,4 +156,5 @@ async def _grpc_server(config: Config, service: ExtProcService, health: aio.Heal
     try:
         yield
     finally:
+        await service.leave()
         await server.stop(grace=1.0)

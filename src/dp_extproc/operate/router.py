@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from random import Random
 from typing import Any, Final
 
+from dp_extproc.background import Guard
 from dp_extproc.config import Config, Protocol, RetrySettings, Supervise
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.fleet.credentials import Credentials
@@ -29,7 +30,6 @@ from dp_extproc.sync.join import join
 from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.replica import Replica
 
-_POLL_SECONDS: Final = 0.05
 _LOOK_AROUND_SECONDS: Final = 2.0
 _KEYS_SECONDS: Final = 1.0
 """Between two looks whether API keys have been replaced."""
@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 class Router:
     """The parts, wired. Nothing runs before :meth:`tasks` do, and nothing is listened on."""
 
-    def __init__(self, config: Config, *, owner: str, clock: Callable[[], float], rng: Random) -> None:
+    def __init__(self, config: Config, *, owner: str, clock: Callable[[], float], rng: Random, guard: Guard) -> None:
         """Put it together.
 
         Args:
@@ -50,6 +50,7 @@ class Router:
             owner: ``IP:port`` where Envoy reaches it.
             clock: Monotonic seconds.
             rng: Seeded differently in every process.
+            guard: Over all that runs in the background.
         """
         self.config = config
         self._clock = clock
@@ -60,6 +61,7 @@ class Router:
         woken = nothing if self._line is None else self._line.call
         self._fleet = FleetLoad(endpoints, config.load.stale_after, costs, config.health, woken)
         self.telemetry = Telemetry(self._fleet, clock)
+        self.telemetry.add(guard)
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
         self._dispatcher = Dispatcher(
             config.pools,
@@ -89,9 +91,10 @@ class Router:
             max_body=config.envoy.max_body_bytes,
             clock=clock,
             picks=picks,
+            session_header=config.envoy.session_header,
         )
         self._scraper = Scraper(
-            endpoints, config.load, self.telemetry, clock=clock, rng=rng, credentials=self._credentials
+            endpoints, config.load, self.telemetry, clock=clock, rng=rng, guard=guard, credentials=self._credentials
         )
 
     async def look_around(self) -> None:
@@ -116,22 +119,21 @@ class Router:
         self._fleet.update(endpoints, config.load.stale_after)
         self._dispatcher.configure(config.pools, config.load.signal, config.admission)
         self._scraper.update(endpoints, config.load)
+        self.telemetry.forget_all_but({each.url for each in endpoints})
         if self._line is not None:
             self._line.call()
         for word, some in (("new", set(endpoints) - before), ("gone", before - set(endpoints))):
             if some:
                 _log.info("configuration: %s: %s", word, ", ".join(sorted(each.url for each in some)))
 
-    def tasks(self) -> list[Coroutine[Any, Any, None]]:
-        """Give what has to run all the time."""
-        tasks = [self._scraper.run(), self.service.sweep(), self._keep_keys()]
-        return tasks if self._replica is None else [*tasks, self._take_part(self._replica)]
+    def tasks(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
+        """Give what has to run all the time, by name."""
+        tasks = {"scraper": self._scraper.run, "sweep": self.service.sweep, "api_keys": self._keep_keys}
+        return tasks if self._replica is None else {**tasks, "sync": partial(self._take_part, self._replica)}
 
     async def _take_part(self, replica: Replica) -> None:
         """Join the other replicas once every engine was tried: what they tell of unknown ones would be left out."""
-        fleet = self._fleet
-        while not all(each.url in fleet.hosts or each.url in fleet.failures for each in fleet.endpoints):  # noqa: ASYNC110 - the load cache tells nobody
-            await asyncio.sleep(_POLL_SECONDS)
+        await self._scraper.first_round.wait()
         await replica.run()
 
     async def _keep_keys(self) -> None:

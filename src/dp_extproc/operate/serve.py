@@ -85,8 +85,9 @@ def with_workers(listen: ListenSettings, workers: int | None) -> ListenSettings:
     """
     if workers is None or workers == listen.workers:
         return listen
+    addresses = {"grpc": listen.grpc, "admin": listen.admin, "advertise": listen.advertise}
     try:
-        found = ListenSettings.model_validate({**dict(listen), "workers": workers})
+        ListenSettings.model_validate({**addresses, "workers": workers})  # all that the number has to go with
     except ValidationError as error:
         problems = [Problem(None, "", each["msg"].removeprefix("Value error, ")) for each in error.errors()]
         raise ConfigError("--workers", problems) from None
@@ -95,4 +96,4 @@ def with_workers(listen: ListenSettings, workers: int | None) -> ListenSettings:
         workers,
         listen.workers,
     )
-    return found
+    return listen.model_copy(update={"workers": workers})

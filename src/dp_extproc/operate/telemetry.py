@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import accumulate
 from typing import Final
 
@@ -57,6 +57,11 @@ class Telemetry:
     def page(self) -> bytes:
         """Give the page for /metrics."""
         return generate_latest(self._registry)
+
+    def forget_all_but(self, urls: Collection[str]) -> None:
+        """Forget what was counted of those that are configured no more."""
+        self._samples = Counter({url: count for url, count in self._samples.items() if url in urls})
+        self._failures = Counter({key: count for key, count in self._failures.items() if key[0] in urls})
 
     # --- streams ---
 

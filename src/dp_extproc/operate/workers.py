@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from pydantic import ValidationError
 
 from dp_extproc import __version__
+from dp_extproc.background import Guard
 from dp_extproc.config import Config
 from dp_extproc.operate.admin import AdminServer
 from dp_extproc.operate.merged_metrics import merge_pages
@@ -32,6 +34,8 @@ _STEADY_SECONDS: Final = 30.0
 _MOST_DOUBLINGS: Final = 16
 _PAGE_SECONDS: Final = 2.0
 _NEWS: Final = b"\n"
+_PARENT: Final = "parent"
+"""Who this is in the label ``worker``."""
 
 _log = logging.getLogger(__name__)
 
@@ -66,12 +70,15 @@ class _Worker:
         ends = 0
         while not stopping.is_set():
             started = time.monotonic()
-            status = await self._run_once(stopping)
+            try:
+                end = f"has ended with status {await self._run_once(stopping)}"
+            except OSError as error:  # the machine has no more memory, processes or files to give
+                end = f"cannot be started ({error})"
             if stopping.is_set():
                 break
             ends = 1 if time.monotonic() - started > _STEADY_SECONDS else ends + 1
             pause = pause_before(ends)
-            _log.error("worker %d has ended with status %d; starting it again in %.3g s", self.index, status, pause)
+            _log.error("worker %d %s; starting it again in %.3g s", self.index, end, pause)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stopping.wait(), pause)
             self.restarts += 1
@@ -121,13 +128,17 @@ class _Worker:
 class _Pages:
     """What the admin port shows of all workers."""
 
-    def __init__(self, workers: list[_Worker], registry: CollectorRegistry) -> None:
+    def __init__(self, workers: list[_Worker], registry: CollectorRegistry, guard: Guard) -> None:
         self._workers = workers
         self._registry = registry
+        self._guarded = CollectorRegistry()
+        """What workers count, too."""
+        self._guarded.register(guard)
 
     async def metrics(self) -> bytes:
         pages = await self._all("/metrics")
-        texts = {str(worker.index): page.text for worker, page in pages if page is not None}
+        texts = {_PARENT: generate_latest(self._guarded).decode()}
+        texts |= {str(worker.index): page.text for worker, page in pages if page is not None}
         return generate_latest(self._registry) + merge_pages(texts).encode()
 
     async def ready(self) -> bool:
@@ -197,10 +208,11 @@ async def serve_with_workers(count: int, config: Config, text: str, path: Path, 
                 worker.tell()
 
         reloader = Reloader(path, text, config, apply)
+        guard = Guard()
         registry = CollectorRegistry()
         registry.register(reloader)
         registry.register(_Metrics(workers))
-        admin = AdminServer(_Pages(workers, registry), listen(config.listen.admin, "listen.admin"))
+        admin = AdminServer(_Pages(workers, registry, guard), listen(config.listen.admin, "listen.admin"))
         stopping = asyncio.Event()
 
         def stop(number: signal.Signals) -> None:
@@ -213,12 +225,12 @@ async def serve_with_workers(count: int, config: Config, text: str, path: Path, 
             loop.add_signal_handler(number, stop, number)
         loop.add_signal_handler(signal.SIGHUP, reloader.ask)
         async with asyncio.TaskGroup() as tasks:
-            admin_task = tasks.create_task(admin.run_on_socket())
-            reload_task = tasks.create_task(reloader.run())
+            admin_task = tasks.create_task(guard.keep("admin", admin.run_on_socket))
+            reload_task = tasks.create_task(guard.keep("reload", reloader.run))
             _log.info("dp-extproc %s: %d workers, admin on %s", __version__, len(workers), config.listen.admin)
             async with asyncio.TaskGroup() as running:
                 for worker in workers:
-                    running.create_task(worker.run(stopping))
+                    running.create_task(guard.keep("worker", partial(worker.run, stopping), str(worker.index)))
             reload_task.cancel()
             admin.should_exit = True
             await admin_task

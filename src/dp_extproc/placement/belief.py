@@ -49,7 +49,7 @@ class Belief:
         ranks = len(self._before)
         before, self._before[position] = self._before[position], correction
         self._square += (correction * correction - self._square) / (_SAMPLES * ranks)
-        if before and correction:
+        if before and correction and self._square:  # of the smallest numbers the square is zero
             alike = max(-_SURPRISE, min(_SURPRISE, correction * before / self._square))
             share = self.share * math.exp(_PACE / ranks * (alike - _PERSISTENT))
             self.share = max(_LEAST, min(1.0, share))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from dp_extproc.extproc import names
+from dp_extproc.fleet.endpoint import in_url
 from dp_extproc.fleet.server_info import DEFAULT_BOOTSTRAP_PORT
 from dp_extproc.placement.load import HostLoad
 from dp_extproc.placement.pair import Pair, Side
@@ -63,7 +64,8 @@ def _fits_headers(request: InferenceRequest, pair: Pair) -> bool:
 def _meeting(prefill: HostLoad, rooms: int | Sequence[int]) -> Bootstrap:
     endpoint = prefill.endpoint
     port = endpoint.bootstrap_port or prefill.facts.bootstrap_port or DEFAULT_BOOTSTRAP_PORT
-    return Bootstrap(endpoint.bootstrap_host or endpoint.host, port, rooms)
+    # Up to 0.5.9 decode makes a URL of the host as it is, so IPv6 has to come in brackets; later releases take both.
+    return Bootstrap(in_url(endpoint.bootstrap_host or endpoint.host), port, rooms)
 
 
 def _fields(pair: Pair, number: str) -> tuple[LegFields, LegFields]:

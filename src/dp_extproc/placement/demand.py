@@ -1,22 +1,31 @@
 """What a request asks of the engines."""
 
-from msgspec import Struct
+from typing import Annotated, Final
 
+from msgspec import Meta, Struct
+
+from dp_extproc.fleet.quantities import Amount, Count
 from dp_extproc.request.prefix import NO_PREFIX, Prefix
+
+SESSION_KEPT: Final = 128
+"""Characters of a conversation's name; more is more than any id has."""
+
+_Sequences = Annotated[float, Meta(ge=0, lt=1 << 32)]
+"""No body is large enough for so many prompts."""
 
 
 class Demand(Struct, frozen=True):
-    """The work that a request is."""
+    """The work that a request is. The bounds are checked where another replica tells of it."""
 
-    tokens: float
+    tokens: Amount
     """Of its prompt; of a batch, of all its prompts."""
-    requests: float = 1.0
+    requests: _Sequences = 1.0
     """Sequences that it makes."""
     prefix: Prefix = NO_PREFIX
     """What the prompt begins with."""
-    session: str | None = None
+    session: Annotated[str, Meta(max_length=SESSION_KEPT)] | None = None
     """The client's name for a conversation."""
-    text_bytes: int = 0
+    text_bytes: Count = 0
     """Of the prompt, what is text and was estimated ..."""
-    known_tokens: int = 0
+    known_tokens: Count = 0
     """... and what came as tokens."""

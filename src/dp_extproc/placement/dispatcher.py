@@ -19,14 +19,15 @@ from dp_extproc.placement.books import RankLoad
 from dp_extproc.placement.carriage import carry
 from dp_extproc.placement.catalogue import SHOWN_MODEL, Catalogue
 from dp_extproc.placement.decision import Answer, Circumstances, Decision, Metadata
-from dp_extproc.placement.demand import Demand
+from dp_extproc.placement.demand import SESSION_KEPT, Demand
 from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.health import choose
 from dp_extproc.placement.ledger import Ledger
 from dp_extproc.placement.load import HostLoad
 from dp_extproc.placement.pair import Pair, Picker, Pins, Side
 from dp_extproc.placement.queue import Ticket, WaitingLine
-from dp_extproc.placement.shortage import TRY_AGAIN, nobody_allowed, nobody_can
+from dp_extproc.placement.shortage import TRY_AGAIN, nobody_allowed, nobody_can, nobody_matches
+from dp_extproc.placement.sides import Sides, matching_sides
 from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated
 from dp_extproc.request.path import Api
 from dp_extproc.request.prefix import NO_PREFIX, Prefix, prefix_of
@@ -34,8 +35,6 @@ from dp_extproc.request.rejection import Reason, Rejection, Wait
 from dp_extproc.request.rewrite import rewrite_aggregated
 from dp_extproc.request.unread import unread_request
 
-_SESSION_KEPT: Final = 128
-"""Characters of a conversation's name; more is more than any id has."""
 _WATCHED: Final = ((names.WATCH, b"1"),)
 _ORDINARY: Final = Circumstances()
 _BODIES_NEEDED: Final = Rejection(
@@ -217,14 +216,11 @@ class Dispatcher:
         self, pool: _Pool, request: InferenceRequest, circumstances: Circumstances
     ) -> Decision | Rejection:
         now = self._clock()
-        prefills = self._capable(pool, Role.PREFILL, request, now, circumstances)
-        if isinstance(prefills, Rejection):
-            return prefills
-        decodes = self._capable(pool, Role.DECODE, request, now, circumstances)
-        if isinstance(decodes, Rejection):
-            return decodes
+        sides = self._sides(pool, request, now, circumstances)
+        if isinstance(sides, Rejection):
+            return sides
         demand = self._demand(pool, request, circumstances)
-        pair = self._pick_pair(pool, request, demand, now, sides=(prefills, decodes))
+        pair = self._pick_pair(pool, request, demand, now, sides)
         if isinstance(pair, Rejection):
             return pair
         prefill, decode = pair.prefill, pair.decode
@@ -253,25 +249,20 @@ class Dispatcher:
         )
 
     def _pick_pair(
-        self,
-        pool: _Pool,
-        request: InferenceRequest,
-        demand: Demand,
-        now: float,
-        *,
-        sides: tuple[Sequence[HostLoad], Sequence[HostLoad]],
+        self, pool: _Pool, request: InferenceRequest, demand: Demand, now: float, sides: Sides
     ) -> Pair | Rejection:
         """Pick both sides, of the ranks that have room if the best ones have none."""
-        prefills, decodes = sides
+        prefills, decodes = sides.prefills, sides.decodes
         pins = Pins(request.prefill_rank_pin, request.routed_rank_pin) if pool.honours_pins else Pins()
-        pair = pool.picker.pair(prefills, decodes, demand, now, pins)
+        pair = pool.picker.pair(prefills, decodes, demand, now, pins, decodes_of=sides.decodes_of)
         for side, hosts in ((pair.prefill, prefills), (pair.decode, decodes)):
             if (too_long := self._refuse_too_long(side, hosts, request, demand)) is not None:
                 return too_long
         if not (self._has_room(pair.prefill, demand) and self._has_room(pair.decode, demand)):
-            roomy = self._roomy(prefills, demand), self._roomy(decodes, demand)
-            if all(roomy):
-                pair = pool.picker.pair(*roomy, demand, now, pins, wanted=self._fits(demand))
+            roomy = sides.only(lambda host: self._admission.has_room(host, None, demand.tokens, demand.requests))
+            if roomy is not None:
+                fits, of = self._fits(demand), roomy.decodes_of
+                pair = pool.picker.pair(roomy.prefills, roomy.decodes, demand, now, pins, wanted=fits, decodes_of=of)
             # No rank of decode may have room of those that one room can lead to together with prefill's.
             for side, hosts in ((pair.prefill, prefills), (pair.decode, decodes)):
                 if not self._has_room(side, demand):
@@ -330,10 +321,25 @@ class Dispatcher:
             tokens=self._fleet.ratios[pool.name].estimate(prompt),
             requests=(prompt.batch or 1) * request.samples,
             prefix=prefix,
-            session=session[:_SESSION_KEPT] if session and pool.config.policy.affinity.sessions else None,
+            session=session[:SESSION_KEPT] if session and pool.config.policy.affinity.sessions else None,
             text_bytes=prompt.text_bytes,
             known_tokens=prompt.tokens,
         )
+
+    def _sides(
+        self, pool: _Pool, request: InferenceRequest, now: float, circumstances: Circumstances
+    ) -> Sides | Rejection:
+        """Give what a pair may be picked from: never two servers that are known not to work together."""
+        all_match = pool.name not in self._fleet.matches
+        if not all_match and (sides := matching_sides(self._fleet, pool.name, request, now, circumstances)) is not None:
+            return sides
+        prefills = self._capable(pool, Role.PREFILL, request, now, circumstances)
+        if isinstance(prefills, Rejection):
+            return prefills
+        decodes = self._capable(pool, Role.DECODE, request, now, circumstances)
+        if isinstance(decodes, Rejection):
+            return decodes
+        return Sides(prefills, decodes) if all_match else nobody_matches(pool.name, prefills, decodes)
 
     def _capable(
         self, pool: _Pool, role: Role, request: InferenceRequest, now: float, circumstances: Circumstances

@@ -7,13 +7,14 @@ from dataclasses import replace
 from dp_extproc.config.reliability import HealthSettings
 from dp_extproc.fleet.agreement import MODE_OF
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
-from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
+from dp_extproc.fleet.observer import GONE, ScrapeFailure
 from dp_extproc.fleet.recipe import capabilities
 from dp_extproc.placement.affinity import PrefixIndex
 from dp_extproc.placement.attempt import nothing
 from dp_extproc.placement.books import RankLoad
 from dp_extproc.placement.health import Health
 from dp_extproc.placement.load import DEFAULT_COSTS, DEFAULT_HEALTH, Freshness, HostLoad, StepCosts, compare_pace
+from dp_extproc.placement.matching import Match, find_matches
 from dp_extproc.placement.ratio import TokenRatio
 from dp_extproc.placement.subset import allows
 from dp_extproc.request.path import Api
@@ -55,6 +56,8 @@ class FleetLoad:
         """Per pool: which ranks hold the KV cache of which prompts' beginnings."""
         self._leaving: list[HostLoad] = []
         self._by_role: dict[tuple[str, Role], list[HostLoad]] = {}
+        self.matches: dict[str, tuple[Match, ...]] = {}
+        """Of the pools in which not every prefill server can be paired with every decode server."""
         self._pages: Counter[tuple[str, Role]] = Counter()
         """Read since the servers of a role were compared."""
         self._capable: dict[tuple[str, Role, Api], tuple[Sequence[HostLoad], float]] = {}
@@ -76,8 +79,11 @@ class FleetLoad:
         known = {_place(host.endpoint): host for host in before}
         self._rename_pools(known)
         self.hosts = {}
+        left = {id(host) for host in self._leaving}
         for endpoint in self.endpoints:
             if (host := known.get(_place(endpoint))) is not None:
+                if id(host) in left:  # what it did before it left is forgotten
+                    host.health = Health(self._health, self.sick)
                 if host.endpoint.pool != endpoint.pool:
                     self._forget_prefixes(host)
                 host.endpoint = endpoint
@@ -90,6 +96,10 @@ class FleetLoad:
         pools = {endpoint.pool for endpoint in self.endpoints}
         self.ratios = {pool: self.ratios.get(pool) or TokenRatio() for pool in pools}
         self.prefixes = {pool: self.prefixes.get(pool) or PrefixIndex() for pool in pools}
+        for pool, ratio in self.ratios.items():
+            ratio.forget_all_but({each.url for each in self.endpoints if each.pool == pool})
+        places = {(each.pool, each.role) for each in self.endpoints}
+        self._pages = Counter({place: pages for place, pages in self._pages.items() if place in places})
         self._sort()
 
     def _rename_pools(self, known: dict[tuple[str, Role], HostLoad]) -> None:
@@ -129,6 +139,7 @@ class FleetLoad:
 
     def _let_go(self, host: HostLoad) -> None:
         self.sick.discard(host.health)
+        host.health = Health(self._health)  # for what becomes of its last requests; nobody is told of it
         self._forget_prefixes(host)
         self.leaving.append(host)
 
@@ -141,17 +152,27 @@ class FleetLoad:
             # A server in another role than configured would leave its requests hanging.
             if host is not None and host.facts.mode is MODE_OF[each.role]:
                 self._by_role.setdefault((each.pool, each.role), []).append(host)
+        self.matches = {}
+        for pool in self.ratios:
+            found = find_matches(self.known(pool, Role.PREFILL), self.known(pool, Role.DECODE))
+            if found is not None:
+                self.matches[pool] = found
+
+    def known(self, pool: str, role: Role) -> Sequence[HostLoad]:
+        """Give every host of a role that has told its facts, however well it is known."""
+        return self._by_role.get((pool, role), ())
 
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
         """Take in a load page that was asked for at *started*."""
-        was_away = self.failures.pop(endpoint.url, None) is not None
+        self.failures.pop(endpoint.url, None)
         host = self.hosts.get(endpoint.url)
         if host is None or host.freshness(now, self.stale_after) is not Freshness.FRESH:
             self._capable.clear()  # of one that was known well nothing changes
         if host is not None:
             host.absorb(page.ranks, started, now)
             restarted = host.has_restarted(page)
-            if was_away or restarted:
+            if host.is_away or restarted:
+                host.is_away = False
                 host.health.came_back()
             if restarted:
                 self._forget_prefixes(host)
@@ -184,7 +205,8 @@ class FleetLoad:
         host = self.hosts.get(endpoint.url)
         if host is None:
             return
-        if is_gone := failure.kind in {FailureKind.REFUSED, FailureKind.UNRESOLVABLE}:
+        host.is_away = host.is_away or failure.is_away
+        if is_gone := failure.kind in GONE:
             host.demote()
             self._forget_prefixes(host)  # nobody listens, so whoever will has begun anew
         if is_gone or now - host.sampled > self.stale_after:
@@ -206,12 +228,16 @@ class FleetLoad:
             now: Who was seen long ago is stale.
             among: The only addresses that count; None for all.
         """
-        hosts: Sequence[HostLoad] = self._by_role.get((pool, role), ())
+        hosts = self.known(pool, role)
         if among is not None:
             hosts = [host for host in hosts if allows(among, host.address)]
+        return self.best_known(hosts, now)[1]
+
+    def best_known(self, hosts: Sequence[HostLoad], now: float) -> tuple[Freshness | None, list[HostLoad]]:
+        """Give those of some hosts that are known best, and how well they are."""
         states = [host.freshness(now, self.stale_after) for host in hosts]
         best = min(states, default=None)
-        return [host for host, state in zip(hosts, states, strict=True) if state is best]
+        return best, [host for host, state in zip(hosts, states, strict=True) if state is best]
 
     def capable(self, pool: str, role: Role, api: Api, now: float) -> Sequence[HostLoad]:
         """Give those of the eligible hosts whose release takes the routing fields on this path.

@@ -1,8 +1,8 @@
 """Whether an endpoint does its own leg of requests well enough to be sent more of them.
 
 Passive: an endpoint whose leg fails several times in a row is ejected, each time twice as long. When the time is over
-it gets one request to prove itself. An engine that was away and answers the scraper again is trusted at once, as it
-is another process by now. The clock is the caller's.
+it gets one request to prove itself. An engine that could not be reached and prints its load page again is trusted at
+once, as it is another process by now. The clock is the caller's.
 """
 
 import math
@@ -108,6 +108,14 @@ def choose(hosts: Sequence[_H], failed: Sequence[frozenset[str]], now: float) ->
     In this order: a host that is ejected may do by now, while one that has just failed is known to fail this request.
     """
     return healthy(others(hosts, failed) if failed else hosts, now)
+
+
+def avoidance(hosts: Sequence[_H], failed: Sequence[frozenset[str]]) -> int:
+    """Tell which hosts :func:`others` would leave out: 0 those of all attempts, 1 those of the last one, 2 none."""
+    addresses = {host.address for host in hosts}
+    if not addresses <= frozenset[str]().union(*failed):
+        return 0
+    return 1 if failed and not addresses <= failed[-1] else 2
 
 
 def others(hosts: Sequence[_H], failed: Sequence[frozenset[str]]) -> Sequence[_H]:

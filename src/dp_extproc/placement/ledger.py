@@ -82,9 +82,9 @@ class Ledger:
 
     def open_foreign(self, dispatch: Dispatch, at: float) -> Attempt:
         """Put on the books what another replica has sent. Servers that are not known here are left out."""
-        demand = dispatch.demand
-        prefill = self._side(dispatch.prefill, dispatch.prefill_rank, dispatch.cached)
-        decode = self._side(dispatch.decode, dispatch.decode_rank, 0.0 if dispatch.prefill else dispatch.cached)
+        demand, cached = dispatch.demand, min(dispatch.cached, dispatch.demand.tokens)
+        prefill = self._side(dispatch.prefill, dispatch.prefill_rank, cached)
+        decode = self._side(dispatch.decode, dispatch.decode_rank, 0.0 if dispatch.prefill else cached)
         computing = prefill if dispatch.prefill else decode
         if computing is not None:
             self._note_prefix(computing, demand)

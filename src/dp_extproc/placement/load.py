@@ -79,7 +79,7 @@ class HostLoad:
 
     __slots__ = (
         "_counts", "_demoted", "address", "answered_at", "candidate", "capabilities", "endpoint", "facts", "groups",
-        "health", "held_tokens", "ranks", "sampled", "sees_strangers",
+        "health", "held_tokens", "is_away", "ranks", "sampled", "sees_strangers",
     )  # fmt: skip
 
     def __init__(
@@ -111,6 +111,8 @@ class HostLoad:
         """When it had computed a prompt of ours the last time, or began to answer."""
         self.sees_strangers = False
         """Whether the last page showed requests that neither we nor our peers have sent."""
+        self.is_away = False
+        """Whether it could not be reached since it was read the last time."""
         self._demoted = False
         self._counts: tuple[int, ...] = (0, 0)
 

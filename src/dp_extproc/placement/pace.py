@@ -28,6 +28,9 @@ _MOST_TPOT: Final = 1.0
 """Seconds; what an engine tells beyond is told wrong."""
 _HALF_LIFE: Final = 5.0
 """Seconds after which steps count for half. Simulated, 2 are as good."""
+_FORGOTTEN: Final = 1e-6
+"""Steps that are none any more. Halved on and on they would become the smallest numbers there are, of which the
+products are zero."""
 _TELLING: Final = 50.0
 """Steps of a rank whose pace is believed by half; those of two seconds. Simulated, 5 or 20 are as good for a fleet that
 is busy; idle servers are told apart by chance then."""
@@ -78,7 +81,8 @@ class Pace:
         """Learn from what a rank told of a moment."""
         passed = at - self._sampled_at
         if passed > 0:
-            self.steps *= 0.5 ** (passed / _HALF_LIFE)
+            faded = self.steps * 0.5 ** (passed / _HALF_LIFE)
+            self.steps = faded if faded >= _FORGOTTEN else 0.0
             self._sampled_at = at
         earlier, self._last[position] = self._last[position], sample
         if earlier is None or (shown := _shown(earlier, sample)) is None:

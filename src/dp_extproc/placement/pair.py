@@ -118,6 +118,7 @@ class Picker:
         pins: Pins = NO_PINS,
         *,
         wanted: Wanted | None = None,
+        decodes_of: Callable[[HostLoad], Sequence[HostLoad]] | None = None,
     ) -> Pair:
         """Pick both sides of a disaggregated request.
 
@@ -128,8 +129,12 @@ class Picker:
             now: For what changes with time alone.
             pins: Ranks that the client asked for; passed over when no host has them.
             wanted: Which ranks are picked from, on either side, if any host has one; None for all.
+            decodes_of: Gives those decode servers, at least one, that a prefill server can be paired with; None if all
+                can be with all.
         """
         prefill = self._prefill(prefills, demand, now, pins.prefill, wanted)
+        if decodes_of is not None:
+            decodes = decodes_of(prefill.host)
         return Pair(prefill, self._decode(decodes, demand.tokens, now, prefill.residue, pin=pins.decode, wanted=wanted))
 
     def _held(self, demand: Demand) -> Held[RankLoad]:

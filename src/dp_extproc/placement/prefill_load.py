@@ -242,7 +242,7 @@ class PrefillGroup(StepGroup):
             work += each.waiting + each.running
             if each is reservation:
                 break
-        work = max(work, self._running)
+        work = max(work, self._running, 1.0)  # less than a token is what floating point has left over
         steps = -(-work // self._budget) if self._chunked else 1.0
         pace = (now - self._step_began) / (work + max(1.0, steps) * self._step_tokens)
         before = self._shown_pace

@@ -1,6 +1,7 @@
 """How many tokens a text has: bytes divided by a ratio that corrects itself from the engines' own counts."""
 
 from collections import defaultdict, deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -166,6 +167,11 @@ class TokenRatio:
     @property
     def bytes_per_token(self) -> float:
         return min(MOST, max(LEAST, self._bytes / max(self._tokens, 1.0)))
+
+    def forget_all_but(self, endpoints: Collection[str]) -> None:
+        """Forget the counts of those that are configured no more."""
+        for endpoint in self._engines.keys() - set(endpoints):
+            del self._engines[endpoint]
 
     def estimate(self, prompt: Prompt) -> int:
         """Estimate the tokens of a prompt (of a batch: of all its prompts), at least 1."""

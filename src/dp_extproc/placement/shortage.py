@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Final
 
+from dp_extproc.fleet.compatibility import differences
 from dp_extproc.fleet.endpoint import Kind, Role
 from dp_extproc.fleet.releases import HEADER_APIS
 from dp_extproc.placement.load import HostLoad
@@ -10,12 +11,22 @@ from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
 
 TRY_AGAIN: Final = (("retry-after", "1"),)
+_REASONS: Final = 4
+"""That one message names at most."""
 
 
 def nobody_allowed(pool: str) -> Rejection:
     """Refuse a request because none of those that the gateway allows is ready."""
     message = f"no server for {pool} is ready among those that the gateway allows"
     return Rejection(503, Reason.NO_ENDPOINTS, message, headers=TRY_AGAIN)
+
+
+def nobody_matches(pool: str, prefills: Sequence[HostLoad], decodes: Sequence[HostLoad]) -> Rejection:
+    """Refuse a request because no two of these servers can be paired, or none of those that can is there."""
+    found = differences((host.facts for host in prefills), (host.facts for host in decodes))
+    reasons = "; ".join(f"{each} ({each.remedy})" for each in found[:_REASONS])
+    message = f"no prefill server for {pool} can be paired with a decode server that is there: {reasons}"
+    return Rejection(503, Reason.NO_COMPATIBLE_PAIR, message, headers=TRY_AGAIN)
 
 
 def nobody_can(pool: str, role: Role, hosts: Sequence[HostLoad], api: Api, *, is_read: bool) -> Rejection:
@@ -37,7 +48,7 @@ def nobody_can(pool: str, role: Role, hosts: Sequence[HostLoad], api: Api, *, is
     if not is_read and not any(host.facts.reads_overrides for host in hosts):
         message = f"no {role} server of the pool for {pool} obeys x-override-* headers"
         return Rejection(503, Reason.NO_ENDPOINTS, message, headers=TRY_AGAIN)
-    versions = ", ".join(sorted({f"{host.facts.kind} {host.facts.version}" for host in hosts}))
+    versions = ", ".join(sorted({f"{host.facts.kind} {host.facts.version or 'of unknown version'}" for host in hosts}))
     if all(host.facts.kind is Kind.VLLM for host in hosts):
         message = f"{api.value} is not a path of the servers of this model ({versions})"
         return Rejection(400, Reason.CANNOT_CARRY_ROUTING, message)

@@ -9,11 +9,11 @@ from dp_extproc.request.members import MOST_MEMBERS, JsonObject, TooManyMembersE
 from dp_extproc.request.path import Api
 from dp_extproc.request.prompt import Prompt, PromptError, measure
 from dp_extproc.request.rejection import Reason, Rejection
-from dp_extproc.request.shapes import SHAPES, Body, Chat, Generate, Responses
+from dp_extproc.request.shapes import LARGEST_ID, SHAPES, Body, Chat, Generate, Responses
+from dp_extproc.request.token_ids import LOGPROBS_OF_IDS, with_impossible_id
 
 LOGPROBS: Final = "return_logprob"
 LOGPROBS_START: Final = "logprob_start_len"
-LOGPROBS_OF_IDS: Final = "token_ids_logprob"
 _NO_PROMPT: Final = frozenset({b"null", b"-1"})
 _NO: Final = frozenset({b"null", b"false"})
 
@@ -71,6 +71,8 @@ _decoders: Final = {api: [msgspec.json.Decoder(shape) for shape in shapes] for a
 
 _AT: Final = re.compile(r" - at `\$\.?(?P<param>\w*)[^`]*`$")
 """How msgspec ends a message to say where the wrong type is."""
+_OUT_OF_RANGE: Final = re.compile(r"Expected `int` [<>]= .* - at `\$\.(?P<place>[^`]*)`$")
+"""What it says of a number that is out of range; only token ids have one."""
 
 
 def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
@@ -86,6 +88,7 @@ def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
     try:
         fields = _decode(api, text)
         prompt = measure(fields)
+        impossible = with_impossible_id(fields, api, body.values)
     except msgspec.ValidationError as error:
         return _wrong_type(str(error))
     except msgspec.DecodeError as error:  # in a value that was skipped before
@@ -95,6 +98,8 @@ def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
     except PromptError as error:
         reason = Reason.MISSING_FIELD if error.missing else Reason.WRONG_TYPE
         return Rejection(400, reason, str(error), param=error.param)
+    if impossible is not None:
+        return _impossible_id(impossible, impossible)
     if prompt.batch is not None and prompt.batch > MAX_BATCH:
         message = f"a batch of {prompt.batch} prompts is too large; send at most {MAX_BATCH} in one request"
         return Rejection(400, Reason.UNSUPPORTED_VALUE, message)
@@ -184,7 +189,15 @@ def _decode(api: Api, text: bytes) -> Body:
         raise
 
 
+def _impossible_id(place: str, param: str) -> Rejection:
+    message = f"{place} is not valid: token ids are whole numbers from 0 to {LARGEST_ID}"
+    return Rejection(400, Reason.UNSUPPORTED_VALUE, message, param=param)
+
+
 def _wrong_type(objection: str) -> Rejection:
+    if (outside := _OUT_OF_RANGE.match(objection)) is not None:
+        place = outside["place"]
+        return _impossible_id(place, place.partition("[")[0])
     found = _AT.search(objection)
     param = found["param"] if found else ""
     wanted = _AT.sub("", objection)

@@ -51,6 +51,9 @@ _ORDER: Final = {
 }
 """The members that make the prompt, in the order of most chat templates."""
 
+_IDS: Final = ("input_ids",)
+"""Those of a chat are its prompt, whatever else it says."""
+
 _FIRST_ITEM: Final = re.compile(rb'\[(?P<gap>\s*)(?P<key>\{\s*"[^"\\]{1,64}"\s*:)(?P<space> ?)')
 """How the first item of a list begins tells how the others do, and how they are set apart."""
 _FIRST_ITEM_BYTES: Final = 256
@@ -93,7 +96,9 @@ def prefix_of(request: InferenceRequest) -> Prefix:
     if request.prompt.batch is not None:
         return NO_PREFIX
     values = request.body.values
-    parts = [(name, view) for name in _ORDER[request.api] if (view := _view(values.get(name))) is not None]
+    is_chat_of_ids = request.api is Api.CHAT and _view(values.get("input_ids")) is not None
+    order = _IDS if is_chat_of_ids else _ORDER[request.api]
+    parts = [(name, view) for name in order if (view := _view(values.get(name))) is not None]
     if not parts:
         return NO_PREFIX
     state = xxh3_64(request.api.encode())

@@ -56,6 +56,8 @@ def measure(body: Body) -> Prompt:
         PromptError: There is none that an engine would take.
     """
     if isinstance(body, Chat):
+        if body.input_ids is not None and body.messages is not None:
+            return Prompt(0, len(body.input_ids), None)
         return _measure_messages("messages", body.messages, _length(body.tools))
     if isinstance(body, Completions):
         return _measure_texts_or_ids("prompt", body.prompt)

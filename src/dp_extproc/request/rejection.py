@@ -32,6 +32,7 @@ class Reason(StrEnum):
     MODEL_MISSING = "model_missing"
     MODEL_NOT_FOUND = "model_not_found"
     NO_ENDPOINTS = "no_endpoints"
+    NO_COMPATIBLE_PAIR = "no_compatible_pair"
     ENGINE_TOO_OLD = "engine_version_lacks_path"
     BODY_TIMEOUT = "body_timeout"
     UNSUPPORTED_BODY_MODE = "unsupported_body_mode"

@@ -3,9 +3,9 @@
 Every field that is read may be null: client libraries send nulls for what was not set.
 """
 
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
-from msgspec import Raw, Struct
+from msgspec import Meta, Raw, Struct
 
 from dp_extproc.request.path import Api
 
@@ -35,7 +35,13 @@ class Message(Struct):
 Unknown = dict[str, Any]
 """A message whose content has a form that is not known here; the engine is to judge it."""
 
-TextsOrIds = str | list[str | int | list[int]]
+LARGEST_ID: Final = 2**31 - 1
+"""No vocabulary is so large."""
+
+TokenId = Annotated[int, Meta(ge=0, le=LARGEST_ID)]
+"""Looks up a row of the embedding. No release of SGLang looks whether there is one: its process ends if not."""
+
+TextsOrIds = str | list[str | TokenId | list[TokenId]]
 
 
 class Body(Struct):
@@ -53,13 +59,14 @@ class SamplingParams(Struct):
 
     n: int | None = None
     max_new_tokens: int | None = None
+    stop_token_ids: Raw = NO_VALUE
 
 
 class Generate(Body):
     """/generate."""
 
     text: TextsOrIds | None = None
-    input_ids: list[int | list[int]] | None = None
+    input_ids: list[TokenId | list[TokenId]] | None = None
     input_embeds: list[Raw] | None = None
     sampling_params: SamplingParams | list[SamplingParams] | None = None
 
@@ -75,6 +82,8 @@ class Chat(Body):
 
     messages: list[Message] | None = None
     max_completion_tokens: int | None = None
+    input_ids: list[TokenId] | None = None
+    """SGLang's own: takes the place of what the chat template would make of the messages."""
     tools: Raw = NO_VALUE
 
 

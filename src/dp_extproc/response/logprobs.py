@@ -119,8 +119,16 @@ class StreamMerger:
         self.problem: str | None = None
 
     def feed(self, data: bytes, *, end_of_stream: bool) -> bytes:
-        *complete, rest = data.split(b"\n")
-        merged = [self._end(part) + b"\n" for part in complete]
+        merged: list[bytes] = []
+        rest, line_feed, more = data.partition(b"\n")
+        if line_feed:
+            merged.append(self._end(rest) + b"\n")
+            if b"data" in more:
+                *complete, rest = more.split(b"\n")
+                merged += [self._end(part) + b"\n" for part in complete]
+            else:  # one by one, a MiB of empty lines would block the event loop for most of a second
+                before, line_feed, rest = more.rpartition(b"\n")
+                merged.append(before + line_feed)
         if end_of_stream:
             merged.append(self._end(rest))
         elif self._passing:

@@ -45,6 +45,8 @@ _TRAFFIC: Final = (
     ("burst", float, "for 5 of every 20 seconds so many times the rate"),
     ("concurrency", int, "requests at a time, in place of a rate"),
 )
+_TPOT: Final = {"all": "tpot", "short": "tpot_short", "long": "tpot_long", "longest": "tpot_longest"}
+"""Of which requests the time per output token is shown, and what its numbers are called."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
     for name, setting in _settings(args).items():
         found[name] = run_study(Study(setting, contenders, args.seeds, trace))
         console.print(_table(name, found[name]))
+        if "tpot_mean" in found[name][ENGINES_OWN]:
+            console.print(_tpot_table(found[name]))
         if args.json is not None:
             args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -146,7 +150,7 @@ def _changed(setting: Setting, args: argparse.Namespace) -> Setting:
 def _table(name: str, results: Mapping[str, Mapping[str, float]]) -> Table:
     """Make the table of one setting; times in ms, gains against the engines' own placement."""
     table = Table(title=name, title_justify="left")
-    for column in ("placement", "TTFT mean", "p50", "p99", "gain", "of the clairvoyant's", "TPOT", "gain", "waiting"):
+    for column in ("placement", "TTFT mean", "p50", "p99", "gain", "of the clairvoyant's", "waiting"):
         table.add_column(column, justify="left" if column == "placement" else "right")
     for contender, numbers in results.items():
         share = share_of_gain(results, contender)
@@ -156,8 +160,25 @@ def _table(name: str, results: Mapping[str, Mapping[str, float]]) -> Table:
             *(f"{numbers[f'ttft_{kind}']:,.0f}" for kind in ("mean", "p50", "p99")),
             "" if contender == ENGINES_OWN else f"{numbers['ttft_gain']:.1f} ± {numbers['ttft_gain_ci']:.1f} %",
             "" if builtin or share is None else f"{share:.0%}",
-            f"{numbers['tpot_mean']:.1f}" if "tpot_mean" in numbers else "",
-            "" if contender == ENGINES_OWN or "tpot_gain" not in numbers else f"{numbers['tpot_gain']:.1f} %",
             f"{numbers['wait']:.0%}",
         )
+    return table
+
+
+def _tpot_table(results: Mapping[str, Mapping[str, float]]) -> Table:
+    """Make the table of the time per output token, for short and long requests apart."""
+    table = Table(
+        title="time per output token, ms",
+        caption="by tokens of prompt and answer: the short half of the requests, the long half, the longest tenth",
+        title_justify="left",
+    )
+    for column in ("placement", *(each for kind in _TPOT for each in (kind, "gain")), "p99"):
+        table.add_column(column, justify="left" if column == "placement" else "right")
+    for contender, numbers in results.items():
+        cells = []
+        for key in _TPOT.values():
+            time, gain = numbers.get(f"{key}_mean"), numbers.get(f"{key}_gain")
+            cells.append("" if time is None else f"{time:.2f}")
+            cells.append("" if contender == ENGINES_OWN or gain is None else f"{gain:.1f} %")
+        table.add_row(contender, *cells, f"{numbers['tpot_p99']:.2f}")
     return table

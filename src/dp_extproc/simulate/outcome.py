@@ -1,7 +1,8 @@
 """What came of a run."""
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _WARM_UP = 0.05
@@ -17,6 +18,8 @@ class Outcome:
     per_token: float | None
     """Per output token behind the first; None if there is none."""
     total: float
+    tokens: int
+    """Of its prompt and its answer: what it holds in the KV cache of decode in the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,10 @@ class RunResult:
     """Of the time in prefill steps the part that ranks waited for the fullest one."""
 
     def summary(self) -> dict[str, float]:
-        """Give mean, p50 and p99 of each time in milliseconds, and the wait share."""
+        """Give mean, p50 and p99 of each time in milliseconds, and the wait share.
+
+        The time per output token stands there for short and long requests apart, too: see :func:`_by_length`.
+        """
         kept = [outcome for outcome in self.outcomes if outcome.number >= _WARM_UP * len(self.outcomes)]
         numbers = {
             "ttft": [outcome.first_token for outcome in kept],
@@ -42,4 +48,22 @@ class RunResult:
                 summary[f"{name}_mean"] = statistics.fmean(ordered) * 1000
                 summary[f"{name}_p50"] = ordered[len(ordered) // 2] * 1000
                 summary[f"{name}_p99"] = ordered[int(len(ordered) * 0.99)] * 1000
+        for name, values in _by_length(kept).items():
+            if values:
+                summary[f"{name}_mean"] = statistics.fmean(values) * 1000
         return summary
+
+
+def _by_length(outcomes: Iterable[Outcome]) -> dict[str, list[float]]:
+    """Give the times per output token of the short half of the requests, of the long half, and of the longest tenth.
+
+    Who has how many tokens is the same for every router, so the same requests are compared.
+    """
+    ordered = sorted((each.tokens, each.number, each.per_token) for each in outcomes if each.per_token is not None)
+    values = [per_token for _, _, per_token in ordered]
+    half, tenth = len(values) // 2, math.ceil(len(values) / 10)
+    return {
+        "tpot_short": values[:half],
+        "tpot_long": values[half:],
+        "tpot_longest": values[len(values) - tenth :],
+    }

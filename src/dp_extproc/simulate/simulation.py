@@ -189,7 +189,8 @@ class Simulation:
         sent, first, end = self._sent.pop(number), self._first.pop(number), now + 2 * self.around.network
         per_token = (end - first) / (request.output_tokens - 1) if request.output_tokens > 1 else None
         if number not in self._patience:
-            self._outcomes.append(Outcome(number, first - sent, per_token, end - sent))
+            tokens = request.prompt_tokens + request.output_tokens
+            self._outcomes.append(Outcome(number, first - sent, per_token, end - sent, tokens))
         if not self.around.answers and number not in self._direct:  # the whole answer comes at once then
             self.after(self.around.network, lambda now: self._router.first_token(number, now))
         self._ended(number, now)

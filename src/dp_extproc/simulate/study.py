@@ -53,9 +53,9 @@ def run_study(study: Study) -> dict[str, dict[str, float]]:
     """Run all contenders on all seeds.
 
     Returns:
-        Per contender the means over all seeds of each number of :meth:`RunResult.summary`; and as ``ttft_gain`` and
-        ``tpot_gain`` by how many percent the mean is below the first contender's, seed by seed, with half the width
-        of the 95 % interval as ``ttft_gain_ci`` and ``tpot_gain_ci``.
+        Per contender the means over all seeds of each number of :meth:`RunResult.summary`; and as ``ttft_gain``,
+        ``tpot_gain``, ``tpot_short_gain`` and so on by how many percent the mean is below the first contender's, seed
+        by seed, with half the width of the 95 % interval as ``ttft_gain_ci`` and so on.
     """
     jobs = [
         (study.setting, contender, seed, study.trace) for contender in study.contenders for seed in range(study.seeds)
@@ -91,7 +91,7 @@ def _summarise(
 
 def _gains(own: Sequence[Mapping[str, float]], baseline: Sequence[Mapping[str, float]]) -> dict[str, float]:
     gains: dict[str, float] = {}
-    for measure in ("ttft", "tpot"):
+    for measure in ("ttft", "tpot", "tpot_short", "tpot_long", "tpot_longest"):
         key = f"{measure}_mean"
         if key not in own[0]:
             continue

@@ -5,6 +5,8 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
 
+from dp_extproc.background import heed_cancellation
+
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 2.0
 """Seconds between two attempts to reach the bus. A replica that places blindly should not do so for long."""
@@ -57,14 +59,3 @@ async def keep_up(session: Callable[[], Awaitable[None]], down: Callable[[str], 
             pause = _FIRST_PAUSE
         await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # replicas that lost it together come back one by one
         pause = min(2 * pause, _LONGEST_PAUSE)
-
-
-def heed_cancellation() -> None:
-    """Raise the cancellation of the present task, if it had one and somebody swallowed it.
-
-    redis-py (8.1) does so with one that comes just as it gets its answer, and a task group with one that comes just as
-    a task of it fails. The service would wait for ever for this task to end.
-    """
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError

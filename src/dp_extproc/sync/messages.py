@@ -3,18 +3,22 @@
 Moments are readings of the sender's own clock, and every message tells that clock at sending. Only differences of the
 two mean anything to a receiver, so clocks of different machines are never compared.
 
+Whatever comes from the bus is read as a message, or not at all: every number in it is finite, not negative and below
+2**53, so that nothing that is told can bring numbers onto the books with which nobody can calculate.
+
 Additions go to the end of a struct with a default and are understood across releases. Anything else raises VERSION:
 replicas of different versions do not hear each other, and each says so.
 """
 
 from collections.abc import Iterator, Sequence
 from enum import Enum
-from typing import Annotated, Final
+from typing import Final
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Struct
 from msgspec.structs import replace
 
+from dp_extproc.fleet.quantities import Amount, Count
 from dp_extproc.placement.dispatch import Dispatch
 from dp_extproc.request.prefix import NO_PREFIX
 
@@ -25,38 +29,38 @@ _HEADER: Final = _MAGIC + bytes([VERSION])
 MOST_BYTES: Final = 100_000
 """Of the events of a message. A Unix datagram may have what the sender's socket holds: 212,992 by Linux's default
 (``net.core.wmem_default``), less the kernel's own overhead."""
-
-_Number = Annotated[int, Meta(ge=0)]
+FRAME_BYTES: Final = 1000
+"""Of a message around its events; generously."""
 
 
 class Dispatched(Struct, frozen=True, array_like=True, tag=0):
     """An attempt has begun."""
 
-    attempt: _Number
+    attempt: Count
     """Unique in the life of its replica."""
-    at: float
+    at: Amount
     dispatch: Dispatch
 
 
 class PrefillAnswered(Struct, frozen=True, array_like=True, tag=1):
     """Its prompt is computed."""
 
-    attempt: _Number
-    at: float
+    attempt: Count
+    at: Amount
 
 
 class FirstToken(Struct, frozen=True, array_like=True, tag=2):
     """Its answer has begun."""
 
-    attempt: _Number
-    at: float
+    attempt: Count
+    at: Amount
 
 
 class Ended(Struct, frozen=True, array_like=True, tag=3):
     """It is over."""
 
-    attempt: _Number
-    at: float
+    attempt: Count
+    at: Amount
 
 
 Event = Dispatched | PrefillAnswered | FirstToken | Ended
@@ -66,9 +70,9 @@ class Batch(Struct, frozen=True, array_like=True, tag=0):
     """What has happened since the batch before. An empty one says that its replica lives."""
 
     replica: str
-    sequence: _Number
+    sequence: Count
     """1, 2, 3, and so on: a receiver sees what it has missed."""
-    now: float
+    now: Amount
     events: tuple[Event, ...]
 
 
@@ -76,12 +80,21 @@ class Snapshot(Struct, frozen=True, array_like=True, tag=1):
     """A part of all open attempts of a replica, as they stood after the batch of that sequence number."""
 
     replica: str
-    sequence: _Number
-    now: float
-    part: _Number
-    parts: _Number
+    sequence: Count
+    now: Amount
+    part: Count
+    parts: Count
     events: tuple[Event, ...]
     """Of each open attempt, what has happened to it."""
+
+    def __post_init__(self) -> None:
+        """Check what other replicas have sent.
+
+        Raises:
+            ValueError: There is no such part.
+        """
+        if self.part >= self.parts:
+            raise ValueError("parts are counted from 0")
 
 
 class Ask(Struct, frozen=True, array_like=True, tag=2):
@@ -118,9 +131,11 @@ def decode(data: bytes) -> Message | Unreadable:
         return Unreadable.GARBAGE
     if not data.startswith(_HEADER):
         return Unreadable.OTHER_VERSION
+    if len(data) > MOST_BYTES + FRAME_BYTES:
+        return Unreadable.GARBAGE
     try:
         return _decoder.decode(memoryview(data)[len(_HEADER) :])
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):  # the latter of arrays in arrays, thousands deep
         return Unreadable.GARBAGE
 
 

@@ -19,6 +19,8 @@ FIRST_ASK: Final = 0.05
 ASK_AGAIN: Final = 0.5
 _AHEAD_KEPT: Final = 1000
 """Batches that wait for a missing one: what a replica tells in 20 s. Any more are missing, too, then."""
+_OLDEST: Final = 86_400.0
+"""Seconds before now; what is told of an earlier moment is told of this one. The books give up any attempt sooner."""
 _OK: Final = 200
 """A peer has judged the answers of its engines itself; none of them teaches us anything."""
 
@@ -164,10 +166,10 @@ class Peers:
             peer: Whose they are.
             events: In their order.
             offset: Of our clock from the peer's, as the message showed it. Its way took time, and not always the same.
-            now: No event is later, and none is before the dispatch of its attempt.
+            now: No event is later, none is a day earlier, and none is before the dispatch of its attempt.
         """
         for event in events:
-            at = min(now, event.at + offset)
+            at = min(now, max(now - _OLDEST, event.at + offset))
             known = peer.attempts.get(event.attempt)
             if isinstance(event, Dispatched):
                 if known is None:

@@ -15,7 +15,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
-from dp_extproc.sync.bus import Listener, heed_cancellation, keep_up
+from dp_extproc.background import heed_cancellation
+from dp_extproc.sync.bus import Listener, keep_up
 
 _MOST_WAITING: Final = 256
 """Messages; what a replica tells in 5 s. A server that is slower than that has lost us already."""

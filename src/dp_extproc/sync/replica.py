@@ -35,7 +35,8 @@ class SyncStatus:
     """That the bus did not take."""
     counts: dict[str, int]
     """What went otherwise than it should; see :attr:`dp_extproc.sync.peers.Peers.counts`. Messages that are
-    ``garbage`` or of an ``other_version`` come on top."""
+    ``garbage`` or of an ``other_version`` come on top, and those that could be read but not be applied
+    (``unapplied``)."""
     last_error: str | None
     """Why the bus was lost the last time."""
 
@@ -69,15 +70,19 @@ class Replica:
         self._last_error: str | None = None
         self._sent = 0
         self._received = 0
-        self._unreadable: Counter[str] = Counter({reason.value: 0 for reason in Unreadable})
+        self._counts: Counter[str] = Counter({**{reason.value: 0 for reason in Unreadable}, "unapplied": 0})
+        self._logged: set[type[Exception]] = set()
 
     async def run(self) -> None:
         """Take part until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._bus.run(self))
-            while True:
-                self._beat()
-                await asyncio.sleep(BEAT)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._bus.run(self))
+                while True:
+                    self._beat()
+                    await asyncio.sleep(BEAT)
+        finally:
+            self._connected = False
 
     def status(self) -> SyncStatus:
         """Tell how it goes."""
@@ -88,7 +93,7 @@ class Replica:
             sent=self._sent,
             received=self._received,
             lost=self._bus.lost,
-            counts={**self._peers.counts, **self._unreadable},
+            counts={**self._peers.counts, **self._counts},
             last_error=self._last_error,
         )
 
@@ -120,8 +125,8 @@ class Replica:
         now = self._clock()
         try:
             self._take_in(told, now)
-        except Exception:  # noqa: BLE001 - requests are served without the others' books, too; nothing here may stop that
-            _log.exception("sync: a message of replica %s could not be applied; all of it is left out", told.replica)
+        except Exception as error:  # noqa: BLE001 - requests are served without the others' books, too; nothing here may stop that
+            self._unapplied(told.replica, error)
             self._peers.forget(told.replica, now)
 
     def _take_in(self, told: Message, now: float) -> None:
@@ -136,9 +141,21 @@ class Replica:
             case _:
                 assert_never(told)
 
+    def _unapplied(self, replica: str, error: Exception) -> None:
+        """Count what could be read, and yet not be applied; one traceback of each kind tells enough."""
+        self._counts["unapplied"] += 1
+        if type(error) not in self._logged:
+            self._logged.add(type(error))
+            _log.error(
+                "sync: a message of replica %.40s could not be applied; all of it is left out, and counted; this is a "
+                "fault of dp-extproc, please report it with what follows",
+                replica,
+                exc_info=error,
+            )
+
     def _refuse(self, reason: Unreadable) -> None:
-        self._unreadable[reason.value] += 1
-        if self._unreadable[reason.value] == 1:
+        self._counts[reason.value] += 1
+        if self._counts[reason.value] == 1:
             _log.warning("sync: something on the bus is %s; it is left out, and counted", _EXPLAINED[reason])
 
     def _beat(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from dp_extproc.sync.bus import Listener, keep_up
-from dp_extproc.sync.messages import MOST_BYTES
+from dp_extproc.sync.messages import FRAME_BYTES, MOST_BYTES
 
 _SUFFIX: Final = ".sock"
 _LOOK_AROUND: Final = 0.1
@@ -22,8 +22,6 @@ _MOST_WAITING: Final = 256
 """Messages for one that does not read; Linux itself keeps 10 or more (``net.unix.max_dgram_qlen``)."""
 _BUFFER: Final = 1 << 18
 """Bytes, so that two of the largest messages are on their way. Linux grants less if ``net.core.wmem_max`` is less."""
-_FRAME: Final = 1000
-"""Bytes of a message around its events; generously."""
 _AT_ONCE: Final = 64
 _GONE: Final = (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTCONN)
 
@@ -145,4 +143,4 @@ class _Correspondent:
 def _read(inbox: socket.socket, listener: Listener) -> None:
     with contextlib.suppress(BlockingIOError):
         for _ in range(_AT_ONCE):
-            listener.receive(inbox.recv(MOST_BYTES + _FRAME))
+            listener.receive(inbox.recv(MOST_BYTES + FRAME_BYTES + 1))

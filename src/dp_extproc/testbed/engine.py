@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dp_extproc.fleet.endpoint import in_url
 from dp_extproc.testbed import loopback
 from dp_extproc.testbed.ports import free_ports
 from dp_extproc.testbed.process import CommandProcess
@@ -10,23 +11,28 @@ from dp_extproc.testbed.process import CommandProcess
 class EngineProcess(CommandProcess):
     """``dp-extproc engine`` on a free port; a context manager."""
 
-    def __init__(self, role: str, dp_size: int, *options: str) -> None:
+    def __init__(self, role: str, dp_size: int, *options: str, host: str = "127.0.0.1") -> None:
         """Prepare.
 
         Args:
             role: prefill, decode or unified.
             dp_size: DP ranks.
             options: Further command-line options.
+            host: The address that it listens on.
         """
         self.role = role
         self.port, self.bootstrap_port, debug_port = free_ports(3)
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.debug_url = f"http://127.0.0.1:{debug_port}/debug"
-        arguments = ["engine", "--role", role, "--dp-size", str(dp_size), "--port", str(self.port)]
+        self.url = f"http://{in_url(host)}:{self.port}"
+        self.debug_url = f"http://{in_url(host)}:{debug_port}/debug"
+        arguments = ["engine", "--role", role, "--dp-size", str(dp_size), "--host", host, "--port", str(self.port)]
         arguments += ["--debug-port", str(debug_port)]
         if role == "prefill":
             arguments += ["--bootstrap-port", str(self.bootstrap_port)]
         super().__init__([*arguments, *options], f"{self.url}/v1/models")
+
+    def change(self, *options: str) -> None:
+        """Have it started with further options from the next start on; of a repeated one the last value counts."""
+        self._arguments += options
 
     def requests(self) -> list[dict[str, Any]]:
         """Return every inference request it has received, oldest first."""

@@ -114,6 +114,17 @@ class EnvoyProcess:
             self._directory.cleanup()
             self._directory = None
 
+    def restart(self) -> None:
+        """Kill it, as it is, and start another one in its place.
+
+        Raises:
+            RuntimeError: As when it is first started.
+        """
+        if self._process is not None:
+            self._process.kill()
+        self.__exit__(None, None, None)
+        self.__enter__()
+
     @property
     def pid(self) -> int:
         """Process id; only while it runs."""

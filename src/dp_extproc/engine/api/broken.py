@@ -1,6 +1,7 @@
 """Answers that go wrong on their way: late, never, cut off, or not HTTP at all."""
 
 import asyncio
+import math
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,6 +12,8 @@ _NOISE: Final = b"\x16\x03\x01\x00\xa5 not HTTP \xff\xfe\r\n\r\n"
 """Like a server that speaks TLS on a plain port."""
 _MISSING: Final = 1000
 """Bytes that a short body lacks."""
+_PIECE: Final = 1 << 16
+"""Bytes of a flood that are sent at once, at least; as many as uvicorn writes before it waits for the client."""
 
 
 async def pause(receive: Receive, released: asyncio.Event, seconds: float | None = None) -> bool:
@@ -45,6 +48,11 @@ class Pause:
         """Wait."""
         if self._seconds:
             await pause(receive, self._released, self._seconds)
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether the fault was switched off."""
+        return self._released.is_set()
 
 
 class Cut:
@@ -153,9 +161,58 @@ class Interrupted:
         await self._healthy(scope, receive, interrupt)
 
 
+class Flooded:
+    """A stream whose first event comes late: behind many bytes of something else."""
+
+    def __init__(self, healthy: ASGIApp, text: bytes, size: int, before: Pause) -> None:
+        """Prepare.
+
+        Args:
+            healthy: The answer; one that is no stream is given as it is.
+            text: To be repeated.
+            size: Bytes of it before the answer goes on; 0 for as long as the client reads and the fault is not
+                switched off.
+            before: What comes between the head and the flood.
+        """
+        self._healthy = healthy
+        self._text = text
+        self._size = size
+        self._before = before
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, with the flood behind the head."""
+
+        async def flood(message: Message) -> None:
+            await send(message)
+            if message["type"] == "http.response.start" and _is_stream(message):
+                await self._before(scope, receive, send)
+                await self._flood(receive, send)
+
+        await self._healthy(scope, receive, flood)
+
+    async def _flood(self, receive: Receive, send: Send) -> None:
+        piece = self._text * max(1, _PIECE // len(self._text))
+        left = self._size or math.inf
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            while left > 0 and not gone.done() and not self._before.is_cut_short:
+                body = piece if left >= len(piece) else piece[: int(left)]
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                left -= len(body)
+                await asyncio.sleep(0)  # uvicorn waits only where the client reads more slowly
+        finally:
+            gone.cancel()
+
+
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _is_stream(head: Message) -> bool:
+    return any(
+        name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in head["headers"]
+    )
 
 
 def _lengthen(header: tuple[bytes, bytes]) -> tuple[bytes, bytes]:

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from dp_extproc.engine.api.errors import failed, json_response, stream_error
 from dp_extproc.engine.api.exchange import DONE, Exchange, Update, event, integer, missing, wrong_type
 from dp_extproc.engine.api.generate import DEFAULT_MAX_NEW_TOKENS
-from dp_extproc.engine.api.prompts import read_texts
+from dp_extproc.engine.api.prompts import foreign_id, read_texts
 from dp_extproc.engine.leg import Failure, Finished
 from dp_extproc.engine.text import chat_prompt, output_text
 
@@ -26,7 +26,8 @@ async def completions(exchange: Exchange) -> Response:
     prompts, is_batch = read_texts("prompt", body["prompt"])
     limit = integer(body, "max_tokens")
     limit = _DEFAULT_MAX_TOKENS if limit is None else limit
-    exchange.submit(fields, prompts, limit, samples=integer(body, "n") or 1, is_batch=is_batch)
+    samples, foreign = integer(body, "n") or 1, foreign_id(body["prompt"])
+    exchange.submit(fields, prompts, limit, samples=samples, is_batch=is_batch, foreign_id=foreign)
     return await _respond(exchange, _TextForm(body))
 
 
@@ -43,7 +44,9 @@ async def chat(exchange: Exchange) -> Response:
         raise wrong_type("messages", messages, "list")
     limit = integer(body, "max_completion_tokens", "max_tokens")
     limit = DEFAULT_MAX_NEW_TOKENS if limit is None else limit
-    exchange.submit(fields, [chat_prompt(messages, body.get("tools"))], limit, samples=integer(body, "n") or 1)
+    ids = body.get("input_ids") if exchange.engine.settings.release.chats_by_ids else None
+    prompts = [chat_prompt(messages, body.get("tools"))] if ids is None else read_texts("input_ids", ids)[0]
+    exchange.submit(fields, prompts, limit, samples=integer(body, "n") or 1, foreign_id=foreign_id(ids))
     return await _respond(exchange, _ChatForm(body))
 
 

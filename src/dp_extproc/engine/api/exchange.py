@@ -101,8 +101,17 @@ class Exchange:
         *,
         samples: int = 1,
         is_batch: bool = False,
+        foreign_id: int | None = None,
     ) -> None:
         """Hand the sequences to the schedulers.
+
+        Args:
+            fields: What decides where they run.
+            prompts: The tokens of each.
+            max_new_tokens: Of every sequence.
+            samples: Sequences per prompt.
+            is_batch: Whether the prompts came as a list.
+            foreign_id: A token id among them that no vocabulary has.
 
         Raises:
             RefusedError: SGLang answers 400.
@@ -116,6 +125,8 @@ class Exchange:
             self.engine.kill("TypeError: unsupported operand type(s) for %: 'list' and 'int' (bootstrap_room)")
         wanted = legs(fields, prompts, max_new_tokens, samples, is_batch=is_batch)
         self.tickets = self.record.tickets = self.engine.submit(wanted, streaming=self.streaming)
+        for ticket in self.tickets:
+            ticket.work.foreign_id = foreign_id
         if self.fails_after is not None:
             self._failing = [asyncio.ensure_future(self._fail(each, self.fails_after)) for each in self.tickets]
 

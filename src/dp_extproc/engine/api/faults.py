@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from dp_extproc.engine.api.broken import Cut, Hang, Interrupted, Long, Pause, Short, noise, pause
+from dp_extproc.engine.api.broken import Cut, Flooded, Hang, Interrupted, Long, Pause, Short, noise, pause
 from dp_extproc.engine.api.errors import failed
 from dp_extproc.engine.leg import Failure
 
@@ -23,6 +23,8 @@ BOOTSTRAP: Final = "bootstrap"
 PORTS: Final = (INFERENCE, BOOTSTRAP)
 """What can refuse connections: the API port with everything on it, and the bootstrap port."""
 
+_COMMENT: Final = ": x\n\n"
+"""What a flood repeats when no text is given: an SSE comment."""
 _GARBAGE: Final = b'{"loads": [{"dp_rank": \xff\x00 sglang:num_used_tokens{dp_rank= 1e'
 
 
@@ -42,12 +44,16 @@ class Kind(StrEnum):
     """The connection is closed, as by a process that is killed."""
     GARBAGE = "garbage"
     """200, with a body that nobody can read."""
+    TEXT = "text"
+    """200, with the body that the switch has as ``text``: a page that tells what cannot be."""
     NOISE = "noise"
     """Bytes that are not HTTP."""
     SHORT = "short"
     """The body is shorter than its content-length says; then the connection is closed."""
     LONG = "long"
     """More bytes come than belong to the answer; then the connection is closed."""
+    FLOOD = "flood"
+    """Before its first event a stream sends one text again and again, as fast as it is read."""
     FAIL = "fail"
     """The scheduler gives the request up; the server says so the way it does for the path."""
     BAD_REQUEST = "400"
@@ -63,7 +69,12 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     """Chunks of the answer that come before ``hang``, ``slow``, ``reset`` and ``close``; 0 is before its headers. Of
     ``fail``: tokens. ``short`` comes at the end."""
     seconds: float = 0.0
-    """How long nothing comes before that, or of ``slow`` at all, or of an error behind half of its text; unscaled."""
+    """How long nothing comes before that, or of ``slow`` at all, or of an error behind half of its text, or of a stream
+    between its head and the ``flood``; unscaled."""
+    text: str | None = None
+    """The whole body of ``text``; that which a ``flood`` repeats. By default nothing, and a comment."""
+    size: int = 0
+    """Bytes of a ``flood`` that come before the stream goes on; 0 for no end."""
     times: int | None = None
     """How many requests it hits before it goes away; None for all."""
 
@@ -90,6 +101,8 @@ class Faults:
                 raise ValueError(f"{target}: only {' and '.join(PORTS)} have ports to close")
             if fault.kind is Kind.FAIL and target != INFERENCE:
                 raise ValueError(f"{target}: only {INFERENCE} has schedulers")
+            if fault.kind is Kind.FLOOD and fault.text == "":
+                raise ValueError(f"{target}: a flood needs a text")
         for target, fault in faults.items():
             self._set(target, fault)
             self._released[target].set()
@@ -125,13 +138,13 @@ class Faults:
             case Kind.BAD_REQUEST | Kind.INTERNAL | Kind.UNAVAILABLE:
                 error = failed(request.url.path, Failure(int(fault.kind), "a fault is switched on"))
                 return Interrupted(error, 1, Pause(released, fault.seconds))
-            case Kind.GARBAGE:
-                return Response(_GARBAGE, media_type="application/json")
+            case Kind.GARBAGE | Kind.TEXT:
+                text = _GARBAGE if fault.kind is Kind.GARBAGE else fault.text or ""
+                return Response(text, media_type="application/json")
             case Kind.NOISE:
                 return noise
-            case Kind.SHORT | Kind.LONG:
-                answer = await healthy()
-                return Long(answer) if fault.kind is Kind.LONG else Short(answer, Pause(released, fault.seconds))
+            case Kind.SHORT | Kind.LONG | Kind.FLOOD:
+                return _with_other_bytes(fault, await healthy(), released)
             case Kind.SLOW if not fault.after:
                 await pause(request.receive, released, fault.seconds)
                 return await healthy()
@@ -150,3 +163,13 @@ class Faults:
             self.active.pop(target, None)
         else:
             self.active[target] = fault
+
+
+def _with_other_bytes(fault: Fault, healthy: ASGIApp, released: asyncio.Event) -> ASGIApp:
+    match fault.kind:
+        case Kind.LONG:
+            return Long(healthy)
+        case Kind.FLOOD:
+            return Flooded(healthy, (fault.text or _COMMENT).encode(), fault.size, Pause(released, fault.seconds))
+        case _:
+            return Short(healthy, Pause(released, fault.seconds))

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from dp_extproc.engine.api.errors import failed, json_response
 from dp_extproc.engine.api.exchange import DONE, Exchange, event, integer, wrong_type
 from dp_extproc.engine.api.fields import RoutingFields
-from dp_extproc.engine.api.prompts import read_texts
+from dp_extproc.engine.api.prompts import foreign_id, read_texts
 from dp_extproc.engine.leg import Failure, Finished, RefusedError
 from dp_extproc.engine.logprobs import Logprobs, read_logprobs
 from dp_extproc.engine.scheduler.work import Role
@@ -28,7 +28,8 @@ async def generate(exchange: Exchange) -> Response:
     try:
         prompts, is_batch, limit, samples = _read(body)
         scores = [read_logprobs(body, prompt, index) for index, prompt in enumerate(prompts)]
-        exchange.submit(fields, prompts, limit, samples=samples, is_batch=is_batch)
+        foreign = foreign_id(body.get("input_ids"))
+        exchange.submit(fields, prompts, limit, samples=samples, is_batch=is_batch, foreign_id=foreign)
     except RefusedError as error:
         if not exchange.streaming:
             raise

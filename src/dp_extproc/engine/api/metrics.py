@@ -57,9 +57,10 @@ class Metrics(Collector):
             yield _gauge(
                 "max_total_num_tokens", capacity, ((at, history.rank.limits.capacity) for at, history in every)
             )
-        yield _gauge("page_size", "Page size.", ((at, 1) for at, _ in every))
+        page_size = self._engine.settings.page_size
+        yield _gauge("page_size", "Page size.", ((at, page_size) for at, _ in every))
         if self._engine.settings.release.since("0.5.23"):
-            pages = [(at, history.rank.limits.capacity) for at, history in every]
+            pages = [(at, history.rank.limits.capacity // page_size) for at, history in every]
             yield _gauge("num_pages", "Number of KV cache pages.", pages)
             length = self._engine.settings.context_length
             yield _gauge("context_len", "Maximum context length.", ((at, length) for at, _ in every))

@@ -1,9 +1,15 @@
 """The prompts of a request that is not a chat."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Final
 
 from dp_extproc.engine.api.exchange import wrong_type
 from dp_extproc.engine.text import ids_prompt, text_prompt
+
+_LARGEST_ID: Final = (1 << 31) - 1
+"""Vocabularies are smaller ..."""
+_IDS: Final = range(-(1 << 63), 1 << 63)
+"""... and other numbers never reach a scheduler."""
 
 
 def read_texts(name: str, value: Any) -> tuple[list[bytes], bool]:
@@ -30,6 +36,16 @@ def read_texts(name: str, value: Any) -> tuple[list[bytes], bool]:
         else:
             raise wrong_type(name, each, "string")
     return found, True
+
+
+def foreign_id(value: Any) -> int | None:
+    """Find a token id in a prompt, or a list of them, that no vocabulary has; no release of SGLang looks for it."""
+    if not isinstance(value, list):
+        return None
+    lists: Iterable[list[Any]] = (each for each in (value, *value) if isinstance(each, list))
+    return next(
+        (id_ for ids in lists if _are_ids(ids) for id_ in ids if id_ in _IDS and not 0 <= id_ <= _LARGEST_ID), None
+    )
 
 
 def _are_ids(values: list[Any]) -> bool:

@@ -63,6 +63,8 @@ class Work:
     """What it holds of the prefix cache."""
     cached_tokens: int = 0
     """Prompt tokens that were found in the prefix cache; on decode what prefill has told."""
+    foreign_id: int | None = None
+    """A token id of its prompt that no vocabulary has."""
 
     @property
     def context(self) -> int:

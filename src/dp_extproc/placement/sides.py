@@ -1,0 +1,91 @@
+"""What a pair may be picked from: never two servers that are known not to work together.
+
+The pair is picked one side at a time. So where not everybody can be paired with everybody, the choice of prefill is
+narrowed to servers that leave a choice of decode, and that one to those that the picked prefill server can be paired
+with. Whatever is done for want of better servers, such as taking one that is ejected, stays within that.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from msgspec import Struct
+
+from dp_extproc.placement.decision import Circumstances
+from dp_extproc.placement.fleet_load import FleetLoad
+from dp_extproc.placement.health import avoidance, choose
+from dp_extproc.placement.load import HostLoad
+from dp_extproc.placement.subset import allows
+from dp_extproc.request.body import InferenceRequest
+
+_Quality = tuple[int, int, bool]
+"""How well the servers are known, whether they have failed this request, whether they are ejected. Less is better."""
+
+
+class Sides(Struct, frozen=True):
+    """Servers of both roles."""
+
+    prefills: Sequence[HostLoad]
+    """At least one, each with a partner."""
+    decodes: Sequence[HostLoad]
+    """Likewise."""
+    partners: Mapping[HostLoad, Sequence[HostLoad]] | None = None
+    """Of each prefill server; None if all can be paired with all."""
+
+    def decodes_of(self, prefill: HostLoad) -> Sequence[HostLoad]:
+        """Give the decode servers that a prefill server can be paired with, at least one."""
+        return self.decodes if self.partners is None else self.partners[prefill]
+
+    def only(self, wanted: Callable[[HostLoad], bool]) -> "Sides | None":
+        """Give what is left with the wanted servers alone; None if that is no pair."""
+        prefills = [host for host in self.prefills if wanted(host)]
+        decodes = [host for host in self.decodes if wanted(host)]
+        if self.partners is not None:
+            return _joined((prefill, [host for host in self.partners[prefill] if wanted(host)]) for prefill in prefills)
+        return Sides(prefills, decodes) if prefills and decodes else None
+
+
+def matching_sides(
+    fleet: FleetLoad, pool: str, request: InferenceRequest, now: float, circumstances: Circumstances
+) -> Sides | None:
+    """Choose among the matches of a pool those that can be used best; None if none can.
+
+    Both sides count: a match whose only decode server is ejected is left alone while there is a sound one.
+    """
+    found = []
+    for match in fleet.matches[pool]:
+        prefills = _usable(fleet, match.prefills, request, now, circumstances)
+        decodes = _usable(fleet, match.decodes, request, now, circumstances)
+        if prefills is not None and decodes is not None:
+            (known, failed, sick), (known_too, failed_too, sick_too) = prefills[0], decodes[0]
+            worse = (max(known, known_too), max(failed, failed_too), sick or sick_too)
+            found.append((worse, prefills[1], decodes[1]))
+    best = min((quality for quality, _, _ in found), default=None)
+    return _joined(
+        (prefill, decodes) for quality, prefills, decodes in found if quality == best for prefill in prefills
+    )
+
+
+def _joined(pairs: Iterable[tuple[HostLoad, Sequence[HostLoad]]]) -> Sides | None:
+    partners = {prefill: decodes for prefill, decodes in pairs if decodes}
+    every = {decode: None for decodes in partners.values() for decode in decodes}
+    return Sides(tuple(partners), tuple(every), partners) if partners else None
+
+
+def _usable(
+    fleet: FleetLoad, hosts: Sequence[HostLoad], request: InferenceRequest, now: float, circumstances: Circumstances
+) -> tuple[_Quality, Sequence[HostLoad]] | None:
+    """Give the best of some hosts of one role, and how good they are; None if none can be used at all."""
+    if (subset := circumstances.subset) is not None:
+        hosts = [host for host in hosts if allows(subset, host.address)]
+    freshness, hosts = fleet.best_known(hosts, now)
+    capable = [host for host in hosts if _serves(host, request)]
+    if not capable or freshness is None:
+        return None
+    chosen = choose(capable, circumstances.failed, now)
+    is_sick = not any(host.health.takes(now) for host in chosen)
+    return (freshness, avoidance(capable, circumstances.failed), is_sick), chosen
+
+
+def _serves(host: HostLoad, request: InferenceRequest) -> bool:
+    """Tell whether a host's release takes the routing fields of a request, wherever they have to stand."""
+    takes = host.capabilities
+    return takes.serves(request.api) and (request.is_read or request.api in takes.overrides_on)

@@ -1,0 +1,67 @@
+"""Token ids beside the prompt: what a request says of ids that no vocabulary has.
+
+Those of prompts are checked as they are read, by their type in :mod:`dp_extproc.request.shapes`. The lists here are
+small, and engines take them in more forms (``"5"``, ``5.0``), so they are looked at only when they may be wrong.
+
+Which fields, and what such an id does to SGLang:
+
+- ``stop_token_ids``: it is scattered into a row of the vocabulary as soon as any request of the same batch asks for
+  ``min_new_tokens`` (``penaltylib/min_new_tokens.py``), which ends the process in all releases.
+- ``token_ids_logprob``: 0.5.14 and later refuse it; before, a row is indexed with it, which ends the process.
+
+The keys of ``logit_bias`` are refused by every release.
+"""
+
+import re
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta, Raw
+
+from dp_extproc.request.path import Api
+from dp_extproc.request.shapes import LARGEST_ID, Body, Generate, TokenId
+
+STOP_IDS: Final = "stop_token_ids"
+LOGPROBS_OF_IDS: Final = "token_ids_logprob"
+
+_FIELDS: Final = {
+    Api.GENERATE: (LOGPROBS_OF_IDS,),
+    Api.COMPLETIONS: (STOP_IDS,),
+    Api.CHAT: (STOP_IDS,),
+}
+_SUSPECT: Final = re.compile(rb"-|[0-9]{10}|[eE]")
+"""A sign, as many digits as the largest id has, or an exponent."""
+
+_Lax = TokenId | Annotated[float, Meta(ge=0, le=LARGEST_ID)] | Annotated[str, Meta(pattern="^[^-]{0,9}$")] | None
+_lists: Final[msgspec.json.Decoder[_Lax | list[_Lax | list[_Lax]]]] = msgspec.json.Decoder(
+    _Lax | list[_Lax | list[_Lax]]
+)
+"""Ids in every form that some release takes; one for each prompt of a batch, too."""
+
+
+def with_impossible_id(fields: Body, api: Api, values: dict[str, Raw]) -> str | None:
+    """Name the field that holds an id that no vocabulary has; None if there is none.
+
+    Raises:
+        msgspec.DecodeError: A value is no JSON.
+        RecursionError: It is nested too deeply.
+    """
+    for name in _FIELDS.get(api, ()):
+        if name in values and _is_impossible(values[name]):
+            return name
+    if isinstance(fields, Generate) and fields.sampling_params:
+        parameters = fields.sampling_params
+        several = parameters if isinstance(parameters, list) else [parameters]
+        if any(_is_impossible(each.stop_token_ids) for each in several):
+            return STOP_IDS
+    return None
+
+
+def _is_impossible(raw: Raw) -> bool:
+    if _SUSPECT.search(memoryview(raw)) is None:
+        return False
+    try:
+        _lists.decode(raw)
+    except msgspec.ValidationError:
+        return True
+    return False

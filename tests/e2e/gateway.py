@@ -1,0 +1,43 @@
+"""The shipped example of a gateway of others, with the ports of a test."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dp_extproc.config import Config
+
+EXAMPLE = Path(__file__).parents[2] / "envoy" / "endpoint-picker.yaml"
+
+
+def load_gateway(config: Config, workers: Sequence[int]) -> dict[str, Any]:
+    """Read the example, and put these ports into it: of Envoy and the service by *config*, and of the workers."""
+    example: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
+    resources = example["static_resources"]
+    picker, cluster = resources["clusters"]
+    resources["listeners"][0]["address"]["socket_address"]["port_value"] = config.envoy.inference.port
+    example["admin"]["address"]["socket_address"]["port_value"] = config.envoy.admin.port
+    _set_ports(picker, [config.listen.grpc.port])
+    _set_ports(cluster, workers)
+    return example
+
+
+def http_filters(gateway: dict[str, Any]) -> list[dict[str, Any]]:
+    """Give the filters that each request passes."""
+    manager = gateway["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    found: list[dict[str, Any]] = manager["http_filters"]
+    return found
+
+
+def ext_proc(gateway: dict[str, Any]) -> dict[str, Any]:
+    """Give the settings of the filter that asks the service."""
+    (found,) = [each["typed_config"] for each in http_filters(gateway) if each["name"].endswith("ext_proc")]
+    settings: dict[str, Any] = found
+    return settings
+
+
+def _set_ports(cluster: dict[str, Any], ports: Sequence[int]) -> None:
+    endpoints = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    for endpoint, port in zip(endpoints, ports, strict=True):
+        endpoint["endpoint"]["address"]["socket_address"]["port_value"] = port

@@ -1,0 +1,58 @@
+"""Engines that have IPv6 addresses alone, of releases that differ in how they read one."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from dp_extproc.testbed import loopback
+from dp_extproc.testbed.engine import EngineProcess
+from dp_extproc.testbed.envoy import EnvoyProcess
+from dp_extproc.testbed.service import ServiceProcess, write_config
+from e2e.stack import DECODE_RANKS, FAST, PREFILL_RANKS, Stack, body_of
+from ipv6 import needs_ipv6
+
+pytestmark = needs_ipv6
+
+CHAT = {"model": "any", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
+
+
+@pytest.fixture(scope="module", params=["0.5.7", "0.5.9", "0.5.10", "0.5.23"])
+def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
+    """Run a pair of one release on ::1; prefill's bootstrap host is what stands in its URL."""
+    version = str(request.param)
+    flags = ("--sglang-version", version, "--dp-attention", *FAST)
+    with ExitStack() as running:
+        prefill = running.enter_context(EngineProcess("prefill", PREFILL_RANKS, *flags, host="::1"))
+        decode = running.enter_context(EngineProcess("decode", DECODE_RANKS, *flags, host="::1"))
+        pool = {
+            "models": ["*"],
+            "prefill": {"endpoints": [prefill.url]},
+            "decode": {"endpoints": [{"url": decode.url}]},
+        }
+        service = running.enter_context(ServiceProcess(write_config([pool])))
+        envoy = running.enter_context(EnvoyProcess(service.config))
+        client = running.enter_context(loopback.client(envoy.url, timeout=60))
+        service.wait_until_fresh()
+        service.wait_until_ready()
+        yield Stack([prefill], [decode], service, envoy, client, tuple(map(int, version.split("."))))
+        service.wait_until_idle()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_both_legs_meet(stack: Stack, stream: bool) -> None:
+    """Envoy dials both servers, and decode finds prefill's bootstrap port, whatever its release makes of brackets."""
+    stack.forget()
+    answer = stack.client.post("/v1/chat/completions", json={**CHAT, "stream": stream})
+
+    assert answer.status_code == 200, answer.text
+    assert answer.text.endswith("data: [DONE]\n\n") if stream else json.loads(answer.text)["choices"]
+    for leg in stack.legs():
+        assert leg["outcome"] == "finished"
+        assert body_of(leg)["bootstrap_host"] == "[::1]"
+
+
+def test_a_request_that_any_server_can_answer(stack: Stack) -> None:
+    """It reaches the decode server at its address in brackets."""
+    assert stack.client.get("/get_model_info").status_code == 200

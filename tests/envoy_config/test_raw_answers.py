@@ -1,0 +1,86 @@
+"""What comes before and behind an engine's answer, which no server library would send: it steers nothing."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+import pytest
+
+from dp_extproc.extproc import names
+from envoy_config.harness import BODY, Bench
+
+LIES: Final = {
+    "ours": f"{names.RETRY}: 1\r\n{names.FAILED}: -,10.0.0.9:1,cut\r\n".encode(),
+    "Envoy's": b"x-envoy-ratelimited: true\r\nx-envoy-overloaded: true\r\n",
+}
+HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\n"
+WHOLE: Final = HEAD + b"content-length: 2\r\n\r\nok"
+CHUNKED: Final = b"transfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n"
+PLACES: Final[dict[str, Callable[[bytes], bytes]]] = {
+    "in its headers": lambda lies: HEAD + lies + b"content-length: 2\r\n\r\nok",
+    "in capitals": lambda lies: HEAD + lies.upper() + b"content-length: 2\r\n\r\nok",
+    "in 100 Continue": lambda lies: b"HTTP/1.1 100 Continue\r\n" + lies + b"\r\n" + WHOLE,
+    "in 103 Early Hints": lambda lies: b"HTTP/1.1 103 Early Hints\r\n" + lies + b"\r\n" + WHOLE,
+    "in trailers": lambda lies: HEAD + CHUNKED + lies + b"\r\n",
+    "in trailers that it announces": lambda lies: HEAD + b"trailer: x-dp-retry\r\n" + CHUNKED + lies + b"\r\n",
+}
+
+
+@dataclass
+class RawEngine:
+    """Answers every request with the same bytes."""
+
+    answer: bytes
+    address: str
+    requests: list[bytes] = field(default_factory=list)
+
+    def serve(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    head = b""
+                    while b"\r\n\r\n" not in head and (data := connection.recv(65536)):
+                        head += data
+                    self.requests.append(head)
+                    connection.sendall(self.answer)
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(65536):  # a close with unread bytes would be a reset
+                        pass
+
+
+@contextmanager
+def run_raw_engine(answer: bytes) -> Iterator[RawEngine]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        engine = RawEngine(answer, f"127.0.0.1:{listener.getsockname()[1]}")
+        thread = threading.Thread(target=engine.serve, args=(listener,))
+        thread.start()
+        try:
+            yield engine
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
+
+
+@pytest.mark.parametrize("leg", ["decode", "prefill", "one server"])
+@pytest.mark.parametrize("lies", LIES.values(), ids=LIES)
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_no_part_of_an_answer_steers_the_router(
+    bench: Bench, place: Callable[[bytes], bytes], lies: bytes, leg: str
+) -> None:
+    """Each leg is sent once, and the client sees nothing but the answer."""
+    with run_raw_engine(place(lies)) as engine:
+        placed = {"test_one_server": "1"} if leg == "one server" else {}
+        host = "test_prefill_host" if leg == "prefill" else "test_decode_host"
+        request_id, response = bench.post(BODY, **placed, **{host: engine.address})
+        bench.log_line(request_id, "main" if leg == "one server" else "prefill")
+
+        assert response.status_code == 200
+        assert len(engine.requests) == 1
+        if leg != "prefill":
+            assert response.text == "ok"
+        steering = [name for name in response.headers if name.startswith(("x-dp-", "x-envoy-"))]
+        assert steering == []

@@ -1,0 +1,207 @@
+"""Every header that the service reads from requests, and whose word it takes for it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Final
+
+import grpc
+import pytest
+from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import ProcessingModeBodySendMode as Mode
+
+from dp_extproc.extproc import names
+from dp_extproc.extproc.events import BodyMode, Mutate, Phase, RequestBody, RequestHeaders
+from dp_extproc.extproc.exchange import Exchange
+from dp_extproc.fleet.endpoint import Role
+from dp_extproc.placement.decision import Answer, Circumstances, Decision
+from dp_extproc.request.path import Api
+from dp_extproc.request.rejection import Rejection
+from extproc.wire import (
+    POST,
+    Server,
+    headers_of,
+    kind_of,
+    request_body,
+    request_headers,
+    response_body,
+    response_headers,
+    run_server,
+)
+from placement.fleet_fixtures import Fleet, make_facts
+
+WORKER = "10.0.0.1:33001"
+CUT = f"-,{WORKER},cut"
+BODY = b'{"prompt":"hello"}'
+DUPLEX, BUFFERED, NONE = Mode.FULL_DUPLEX_STREAMED, Mode.BUFFERED, Mode.NONE
+CONVERSATION: Final = "x-conversation"
+
+OF_THE_REQUEST: Final = {":method", ":path", "content-type", "content-encoding", "content-length"}
+"""What it is: read from anybody, for the engine reads the same."""
+OF_OUR_ENVOY: Final = {names.SESSION: "chat-1", names.AVOID: CUT}
+"""Set by our own front door, which takes them from clients first; nobody's word behind another gateway."""
+NEVER_READ: Final = {
+    **dict.fromkeys(names.SET_INSIDE, WORKER),
+    **OF_OUR_ENVOY,
+    "x-dp-anything": "1",
+    "x-override-rid": "victim",
+    "x-override-routed-dp-rank": "1",
+    "x-override-anything": "1",
+    "x-data-parallel-rank": "1",
+    names.DESTINATION: WORKER,
+}
+"""What a client may send to a gateway of others. No engine may see it, nor does the service believe it."""
+
+
+def test_no_header_is_read_that_is_not_in_these_tables() -> None:
+    """Who adds one has to say whose word it is."""
+    assert OF_THE_REQUEST | OF_OUR_ENVOY.keys() == names.READ_FROM_REQUESTS
+    assert names.READ_BEHIND_OTHERS == OF_THE_REQUEST
+    ours = {each for each in vars(names).values() if isinstance(each, str) and each.startswith(names.OWNED_PREFIX)}
+    assert set(names.SET_INSIDE) == ours - {names.OWNED_PREFIX, names.SESSION}
+
+
+@dataclass
+class Listener:
+    """Places everything, and remembers under which circumstances."""
+
+    heard: list[Circumstances] = field(default_factory=list)
+
+    def place(self, api: Api, body: bytes, circumstances: Circumstances) -> Decision | Rejection:
+        self.heard.append(circumstances)
+        return Decision(body, ((names.DECODE_HOST, WORKER.encode()),), {}, None)
+
+    def place_unread(self, api: Api, length: int | None, circumstances: Circumstances) -> Decision | Rejection:
+        raise NotImplementedError
+
+    def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
+        raise NotImplementedError
+
+    def models(self, path: str) -> Answer | Rejection:
+        raise NotImplementedError
+
+    def lost(self, address: str) -> None:
+        raise NotImplementedError
+
+
+def believed(
+    headers: Mapping[str, str], *, picks: bool, session_header: str | None = names.SESSION
+) -> dict[str, object]:
+    """Tell what an exchange makes of the headers of a request."""
+    listener = Listener()
+    exchange = Exchange(listener, BodyMode.LOCKSTEP, 1000, picks=picks, session_header=session_header)
+    exchange.receive(RequestHeaders({**POST, **headers}, False))
+    exchange.receive(RequestBody(BODY, True))
+    (heard,) = listener.heard
+    return {"session": heard.session, "failed": heard.failed, "cut": exchange.cut}
+
+
+NOTHING: Final = {"session": None, "failed": (), "cut": None}
+
+
+@pytest.mark.parametrize("name", NEVER_READ)
+def test_a_gateway_of_others_may_pass_on_whatever_clients_send(name: str) -> None:
+    """None of it means anything behind a front door that is not ours."""
+    assert believed({name: NEVER_READ[name]}, picks=True, session_header=None) == NOTHING
+
+
+def test_our_own_front_door_is_believed() -> None:
+    """It removes from clients what it sets."""
+    expected = {"session": "chat-1", "failed": (frozenset({"-", WORKER}),), "cut": WORKER}
+
+    assert believed(OF_OUR_ENVOY, picks=False) == expected
+
+
+def test_a_conversation_is_named_by_the_clients_own_header() -> None:
+    """A gateway of others sends all headers, so the service reads the one that is configured, and leaves it there."""
+    headers = {CONVERSATION: "chat-1", names.SESSION: "chat-2"}
+    exchange = Exchange(Listener(), BodyMode.LOCKSTEP, 1000, picks=True, session_header=CONVERSATION)
+
+    assert believed(headers, picks=True, session_header=CONVERSATION)["session"] == "chat-1"
+    assert exchange.receive(RequestHeaders({**POST, **headers}, False)) == (
+        Mutate(Phase.REQUEST_HEADERS, remove_headers=(names.SESSION,)),
+    )
+
+
+@dataclass(frozen=True)
+class Running:
+    """The service, and whom it may place requests on."""
+
+    server: Server
+    fleet: Fleet
+
+
+@pytest.fixture
+def picker() -> Iterator[Running]:
+    fleet = Fleet(workers=[make_facts(Role.WORKER)])
+    with run_server(fleet.dispatcher, picks=True) as server:
+        yield Running(server, fleet)
+
+
+@pytest.mark.parametrize(
+    ("path", "mode"),
+    [
+        *product(["/v1/completions", "/v1/embeddings", "/health"], [DUPLEX, BUFFERED]),
+        *product(["/v1/embeddings", "/health"], [NONE]),  # what is read needs a body
+    ],
+)
+def test_no_such_header_goes_on_to_an_engine(picker: Running, path: str, mode: Mode) -> None:
+    """Whatever is read of the request; over gRPC, as a gateway of others sends it."""
+    stream = picker.server.stream()
+    stream.send(request_headers({**POST, **NEVER_READ, ":path": path}, mode=mode), request_body(BODY))
+    head = stream.receive()
+    stream.close()
+
+    sets = headers_of(head)
+    assert set(head.request_headers.response.header_mutation.remove_headers) == NEVER_READ.keys() - sets.keys()
+    assert sets.get(names.DESTINATION, WORKER.encode()) == WORKER.encode()
+
+
+def test_nobody_is_blamed_on_a_clients_word(picker: Running) -> None:
+    """The report of a lost server is our own front door's."""
+    for _ in range(5):
+        stream = picker.server.stream()
+        stream.send(request_headers({**POST, names.AVOID: CUT}, mode=BUFFERED), request_body(BODY))
+        stream.close()
+
+    assert not picker.fleet.host(Role.WORKER).health.is_doubtful
+    assert picker.server.watcher.failures == []
+    assert picker.server.watcher.decisions == ["routed"] * 5
+
+
+STEALING: Final = [
+    pytest.param({names.LEG: "KEY", names.STAGE: names.FIRST_EVENT}, id="as a first event"),
+    pytest.param({names.LEG: "KEY"}, id="as a prefill leg"),
+]
+FAILURE: Final = b'data: {"error":{"code":500,"message":"stolen"}}\n\n'
+
+
+@pytest.mark.parametrize("metadata", STEALING)
+@pytest.mark.parametrize("picks", [False, True], ids=["own", "picks"])
+def test_a_request_without_a_prefill_leg_is_found_by_nobody(picks: bool, metadata: dict[str, str]) -> None:
+    """Numbers that can be counted are no keys: another stream cannot end the request, nor answer in its place."""
+    fleet = Fleet(workers=[make_facts(Role.WORKER)])
+    with run_server(fleet.dispatcher, picks=picks) as server:
+        victim = server.stream()
+        victim.send(request_headers(mode=BUFFERED), request_body(BODY))
+        assert [kind_of(victim.receive()) for _ in range(2)] == ["request_headers", "request_body"]
+        for key in ("0", "1", "2", "", "-"):
+            thief = server.stream(**{name: value.replace("KEY", key) for name, value in metadata.items()})
+            thief.send(response_body(FAILURE, end=True) if names.STAGE in metadata else response_headers(500, end=True))
+            with suppress(grpc.RpcError):  # what begins with a body is no request
+                thief.close()
+
+        assert kind_of(victim.ask(response_headers())) == "response_headers"
+        assert victim.close() == []
+        assert server.watcher.failures == []
+
+
+@pytest.mark.parametrize("metadata", STEALING)
+def test_behind_a_gateway_of_others_each_stream_is_a_request(picker: Running, metadata: dict[str, str]) -> None:
+    """One that makes metadata of a client's headers does not take the request from the service."""
+    stream = picker.server.stream(**metadata)
+    stream.send(request_headers(mode=DUPLEX), request_body(BODY))
+    head = stream.receive()
+    stream.close()
+
+    assert headers_of(head)[names.DESTINATION] == WORKER.encode()

@@ -1,0 +1,139 @@
+"""Servers that must not meet are never paired: SGLang's decode server ends itself at the first such request."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+from dp_extproc.testbed import loopback
+from dp_extproc.testbed.engine import EngineProcess
+from dp_extproc.testbed.envoy import EnvoyProcess
+from dp_extproc.testbed.service import ServiceProcess, write_config
+from e2e.stack import FAST, body_of
+from faults.fleet import ask
+from patience import wait_for
+
+PATH = "/v1/chat/completions"
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """A disaggregated pool whose servers were started with different options."""
+
+    prefills: Sequence[EngineProcess]
+    decodes: Sequence[EngineProcess]
+    service: ServiceProcess
+    client: httpx.Client
+
+    @property
+    def engines(self) -> Sequence[EngineProcess]:
+        return (*self.prefills, *self.decodes)
+
+
+@contextmanager
+def run_fleet(prefills: Sequence[Sequence[str]], decodes: Sequence[Sequence[str]], **sections: Any) -> Iterator[Fleet]:
+    """Run a server of each role with each of these options, the service and Envoy."""
+    with ExitStack() as running:
+        one = [EngineProcess("prefill", 2, "--dp-attention", *FAST, *options) for options in prefills]
+        other = [EngineProcess("decode", 2, "--dp-attention", *FAST, *options) for options in decodes]
+        for engine in (*one, *other):
+            running.push(engine)
+            engine.start()
+        for engine in (*one, *other):
+            engine.wait_until_listening()
+        pool = {
+            "models": ["*"],
+            "prefill": {"endpoints": [engine.url for engine in one]},
+            "decode": {"endpoints": [engine.url for engine in other]},
+        }
+        service = running.enter_context(ServiceProcess(write_config([pool], **sections)))
+        envoy = running.enter_context(EnvoyProcess(service.config))
+        client = running.enter_context(loopback.client(envoy.url, timeout=20))
+        service.wait_until_fresh()
+        service.wait_until_ready()
+        yield Fleet(one, other, service, client)
+
+
+def pages(tokens: int) -> tuple[str, ...]:
+    return ("--page-size", str(tokens))
+
+
+@pytest.mark.parametrize("body_mode", ["buffered", "duplex"])
+@pytest.mark.parametrize(
+    ("prefill", "decode", "reason"),
+    [
+        pytest.param(pages(1), pages(2), "page_size is 1 on prefill and 2 on decode", id="page size"),
+        pytest.param(
+            ("--kv-cache-dtype", "bf16"),
+            ("--kv-cache-dtype", "fp8_e4m3"),
+            "kv_cache_dtype is bf16 on prefill and fp8_e4m3 on decode",
+            id="cache type",
+        ),
+        pytest.param(
+            ("--disaggregation-transfer-backend", "nixl"),
+            (),
+            "disaggregation_transfer_backend is nixl on prefill and mooncake on decode",
+            id="transfer backend",
+        ),
+        pytest.param(
+            ("--model", "one"), ("--model", "another"), "model is one on prefill and another on decode", id="model"
+        ),
+    ],
+)
+def test_a_request_is_refused_when_no_pair_is_left(
+    prefill: Sequence[str], decode: Sequence[str], reason: str, body_mode: str
+) -> None:
+    """The client gets a 503 that names both values and the remedy; no engine gets anything, and both live."""
+    with run_fleet([prefill], [decode], envoy={"body_mode": body_mode}) as fleet:
+        answers = [fleet.client.post(PATH, json={"messages": [{"role": "user", "content": "hi"}]}) for _ in range(3)]
+        errors = [answer.json()["error"] for answer in answers]
+
+        assert [answer.status_code for answer in answers] == [503] * 3
+        assert {(error["code"], error["type"]) for error in errors} == {("no_compatible_pair", "server_error")}
+        assert all(reason in error["message"] and "start both with" in error["message"] for error in errors)
+        assert all(engine.is_running and not engine.requests() for engine in fleet.engines)
+        assert fleet.service.log().count("so they are never paired") == 1
+
+
+def test_a_mixed_fleet_is_used_in_pairs_that_agree() -> None:
+    """Under load everything is answered by two servers of one page size, all of them have work, and none ends."""
+    with run_fleet([pages(1), pages(2)], [pages(1), pages(2)]) as fleet, ThreadPoolExecutor(32) as threads:
+        sent = [threads.submit(ask, fleet.client, PATH, stream=number % 2 == 0) for number in range(200)]
+        outcomes = [each.result() for each in sent]
+        legs = [{body_of(record)["bootstrap_room"] for record in engine.requests()} for engine in fleet.engines]
+
+        assert [str(outcome) for outcome in outcomes] == ["answer"] * 200
+        assert all(engine.is_running for engine in fleet.engines)
+        assert all(legs)
+        assert (legs[0], legs[1]) == (legs[2], legs[3])
+
+
+def test_a_retry_stays_with_servers_that_agree() -> None:
+    """When the only decode server that a pair can have fails, its request goes to the other pair, never across."""
+    with run_fleet([pages(1), pages(2)], [pages(1), pages(2)]) as fleet, ThreadPoolExecutor(16) as threads:
+        fleet.decodes[0].fault(inference="reset")
+        outcomes = [each.result() for each in [threads.submit(ask, fleet.client, PATH, stream=True) for _ in range(60)]]
+
+        assert all(engine.is_running for engine in fleet.engines)
+        assert [str(outcome) for outcome in outcomes] == ["answer"] * 60
+
+
+def test_a_restart_with_other_options_is_noticed() -> None:
+    """A decode server that comes back with the right page size is used, and the log says that it is over."""
+    with run_fleet([pages(1)], [pages(2)], load={"interval": "100ms"}) as fleet:
+        before = ask(fleet.client, PATH, stream=False)
+        (decode,) = fleet.decodes
+        decode.stop()
+        wait_for(lambda: fleet.service.loads()["endpoints"][1]["failure"])
+        decode.change(*pages(1))
+        decode.start()
+        decode.wait_until_listening()
+        wait_for(lambda: not fleet.service.loads()["endpoints"][1]["failure"])
+
+        assert str(before) == "503 no_compatible_pair"
+        assert str(ask(fleet.client, PATH, stream=False)) == "answer"
+        assert "no servers differ any more in that page_size is 1 on prefill and 2 on decode" in fleet.service.log()

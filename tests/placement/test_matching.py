@@ -1,0 +1,238 @@
+"""Servers that must not meet are never paired, whatever is wrong with the others."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dp_extproc.config.reliability import AdmissionSettings
+from dp_extproc.config.schema import HostPolicy, LoadSignal, RankPolicy
+from dp_extproc.extproc import names
+from dp_extproc.fleet.compatibility import difference
+from dp_extproc.fleet.endpoint import EngineFacts, PairTerms, Role
+from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
+from dp_extproc.placement.decision import Circumstances, Decision
+from dp_extproc.placement.load import HostLoad
+from dp_extproc.placement.matching import find_matches
+from dp_extproc.request.path import Api
+from dp_extproc.request.rejection import Reason, Rejection
+from placement.fleet_fixtures import Fleet, make_endpoint, make_facts
+
+BODY = b'{"prompt":"hello"}'
+GONE = ScrapeFailure(FailureKind.REFUSED, "no connection")
+Sizes = Sequence[int | None]
+
+
+def servers(role: Role, sizes: Sizes, version: tuple[int, int, int] = (0, 5, 23)) -> list[EngineFacts]:
+    """Give servers with pages of these sizes; None for one that does not tell."""
+    return [replace(make_facts(role, version, ranks=2), terms=PairTerms(page_size=size)) for size in sizes]
+
+
+def make_fleet(prefills: Sizes, decodes: Sizes, version: tuple[int, int, int] = (0, 5, 23), **more: Any) -> Fleet:
+    return Fleet(
+        prefills=servers(Role.PREFILL, prefills, version), decodes=servers(Role.DECODE, decodes, version), **more
+    )
+
+
+def place(fleet: Fleet, **circumstances: Any) -> Decision | Rejection:
+    return fleet.dispatcher.place(Api.COMPLETIONS, BODY, Circumstances(**circumstances))
+
+
+def numbers(fleet: Fleet, decision: Decision | Rejection) -> tuple[int, int]:
+    """Tell which prefill and which decode server a request goes to, each counted from 1."""
+    assert isinstance(decision, Decision), decision
+    headers = dict(decision.headers)
+    by_address = {host.address.encode(): host for host in fleet.load.hosts.values()}
+    prefill, decode = (by_address[headers[name]] for name in (names.PREFILL_HOST, names.DECODE_HOST))
+    assert difference(prefill.facts, decode.facts) is None
+    return number_of(prefill), number_of(decode)
+
+
+def number_of(host: HostLoad) -> int:
+    return int(host.endpoint.host.rpartition(".")[2])
+
+
+def eject(fleet: Fleet, *hosts: HostLoad) -> None:
+    for host in hosts:
+        while not host.health.is_ejected(fleet.clock()):
+            host.health.failed(fleet.clock())
+
+
+def picks(fleet: Fleet, requests: int = 100) -> set[tuple[int, int]]:
+    return {numbers(fleet, place(fleet)) for _ in range(requests)}
+
+
+def test_a_fleet_that_agrees_is_not_sorted() -> None:
+    """Nothing is looked up for its requests, also where some server does not tell."""
+    fleet = make_fleet([1, 1], [1, None])
+
+    assert not fleet.load.matches
+    assert find_matches([], fleet.load.known("*", Role.DECODE)) is None
+    assert find_matches(fleet.load.known("*", Role.PREFILL), []) is None
+
+
+def test_servers_are_paired_with_those_that_agree() -> None:
+    """Each prefill server has work, and so has each decode server."""
+    assert picks(make_fleet([1, 2], [1, 2])) == {(1, 1), (2, 2)}
+    assert picks(make_fleet([1, 2, 2], [2, 1, 2])) == {(1, 2), (2, 1), (2, 3), (3, 1), (3, 3)}
+
+
+def test_a_prefill_server_without_a_partner_is_left_alone() -> None:
+    """However idle it is."""
+    fleet = make_fleet([1, 2], [2])
+    fleet.sample(make_endpoint(Role.PREFILL, 2), [90_000, 90_000])
+
+    assert picks(fleet) == {(2, 1)}
+
+
+def test_who_does_not_tell_is_paired_with_everybody() -> None:
+    """A pair that may work is not refused."""
+    assert picks(make_fleet([1, None], [2, None])) == {(1, 2), (2, 1), (2, 2)}
+
+
+@pytest.mark.parametrize("host", list(HostPolicy))
+@pytest.mark.parametrize("rank", list(RankPolicy))
+@pytest.mark.parametrize("version", [(0, 5, 5), (0, 5, 9), (0, 5, 10), (0, 5, 23)], ids=str)
+def test_every_policy_and_rank_control_keeps_to_it(
+    host: HostPolicy, rank: RankPolicy, version: tuple[int, int, int]
+) -> None:
+    """Also where a room leads to both ranks."""
+    fleet = make_fleet([1, 2, 1], [2, 1, 2], version, policy={"host": host, "dp_rank": rank})
+
+    assert {(prefill % 2, decode % 2) for prefill, decode in picks(fleet)} == {(1, 0), (0, 1)}
+
+
+def test_the_refusal_names_what_differs() -> None:
+    """In words that an operator can act on, and with a reason of its own."""
+    refusal = place(make_fleet([1, 64], [2]))
+
+    assert isinstance(refusal, Rejection)
+    assert (refusal.status, refusal.reason) == (503, Reason.NO_COMPATIBLE_PAIR)
+    assert "page_size is 1 on prefill and 2 on decode (start both with the same --page-size)" in refusal.message
+    assert "page_size is 64 on prefill and 2 on decode" in refusal.message
+    assert json.loads(refusal.body())["error"]["code"] == "no_compatible_pair"
+
+
+def test_a_partner_that_is_ejected_is_not_replaced_by_one_that_differs() -> None:
+    """The other pair has the work; when all are ejected a pair that agrees is tried all the same."""
+    fleet = make_fleet([1, 2], [1, 2])
+    eject(fleet, fleet.host(Role.DECODE, 1))
+    assert picks(fleet) == {(2, 2)}
+
+    eject(fleet, fleet.host(Role.DECODE, 2))
+    assert picks(fleet) <= {(1, 1), (2, 2)}
+
+
+def test_a_partner_that_is_gone_is_not_replaced_by_one_that_differs() -> None:
+    """Whoever is fresh counts more than who is stale, but only together with a partner."""
+    fleet = make_fleet([1], [1, 2])
+    fleet.load.failed(make_endpoint(Role.DECODE, 1), GONE, fleet.clock())
+
+    assert picks(fleet) == {(1, 1)}
+
+
+def test_a_retry_stays_with_servers_that_agree() -> None:
+    """It goes to another pair if there is one, else to the same one again."""
+    fleet = make_fleet([1, 2], [1, 2])
+    first = frozenset({fleet.host(Role.PREFILL, 1).address, fleet.host(Role.DECODE, 1).address})
+    second = frozenset({fleet.host(Role.PREFILL, 2).address, fleet.host(Role.DECODE, 2).address})
+
+    assert {numbers(fleet, place(fleet, failed=(first,))) for _ in range(20)} == {(2, 2)}
+    assert {numbers(fleet, place(fleet, failed=(second, first))) for _ in range(20)} == {(2, 2)}
+
+    lone = make_fleet([1], [1, 2])
+    assert numbers(lone, place(lone, failed=(first,))) == (1, 1)
+
+
+def test_a_gateway_that_allows_only_servers_that_differ_is_refused() -> None:
+    """What it forbids is not used, whoever would agree."""
+    fleet = make_fleet([1, 2], [1, 2])
+    allowed = frozenset({fleet.host(Role.PREFILL, 1).address, fleet.host(Role.DECODE, 2).address})
+    refusal = place(fleet, subset=allowed)
+
+    assert isinstance(refusal, Rejection)
+    assert refusal.reason is Reason.NO_COMPATIBLE_PAIR
+    assert numbers(fleet, place(fleet, subset=allowed | {fleet.host(Role.DECODE, 1).address})) == (1, 1)
+
+
+def test_a_pair_is_picked_that_has_room_on_both_sides() -> None:
+    """A full decode server sends the request to another pair; it is refused for room once all are full."""
+    fleet = make_fleet([1, 2], [1, 2])
+    limits = AdmissionSettings(max_fill=None, max_load=None, max_requests=2)
+    fleet.dispatcher.configure([fleet.pool], LoadSignal.ESTIMATE, limits)
+    placed = [place(fleet) for _ in range(8)]
+    pairs = [numbers(fleet, each) for each in placed]
+    refusal = place(fleet)
+
+    assert (pairs.count((1, 1)), pairs.count((2, 2))) == (4, 4)
+    assert isinstance(refusal, Rejection)
+    assert refusal.reason is Reason.OVER_CAPACITY
+
+
+def test_an_engine_that_comes_back_with_other_options_is_sorted_anew() -> None:
+    """In both directions."""
+    fleet = make_fleet([1], [2])
+    endpoint = make_endpoint(Role.DECODE)
+    for size, expected in ((1, Decision), (2, Rejection)):
+        (facts,) = servers(Role.DECODE, [size])
+        fleet.load.discovered(endpoint, "10.0.0.1:32001", facts, fleet.clock())
+        assert isinstance(place(fleet), expected)
+
+
+def test_a_server_that_is_configured_no_more_counts_no_more() -> None:
+    """The pool is sorted anew on a reload."""
+    fleet = make_fleet([1], [1, 2])
+    assert fleet.load.matches
+    fleet.load.update([each for each in fleet.endpoints if each != make_endpoint(Role.DECODE, 2)], 5.0)
+    assert not fleet.load.matches
+
+
+def test_a_large_fleet_has_few_kinds() -> None:
+    """Every server is in the match of its kind."""
+    fleet = make_fleet([1, 2] * 50, [2, 1] * 50)
+    matches = find_matches(fleet.load.known("*", Role.PREFILL), fleet.load.known("*", Role.DECODE))
+
+    assert matches is not None
+    assert [(len(match.prefills), len(match.decodes)) for match in matches] == [(50, 50), (50, 50)]
+
+
+sizes = st.lists(st.sampled_from([None, 1, 2]), min_size=1, max_size=3)
+some_hosts = st.sets(st.integers(0, 5))
+
+
+@given(sizes, sizes, some_hosts, some_hosts, st.lists(some_hosts, max_size=3), st.integers(0, 2**32))
+def test_no_trouble_leads_to_a_pair_that_differs(  # noqa: PLR0917 - one of each kind of trouble
+    prefills: Sizes,
+    decodes: Sizes,
+    gone: set[int],
+    ejected: set[int],
+    failed: list[set[int]],
+    seed: int,
+) -> None:
+    """Whoever is gone, ejected or has failed: a pair that agrees is placed if there is one, and none that does not."""
+    fleet = make_fleet(prefills, decodes, seed=seed)
+    hosts = list(fleet.load.hosts.values())
+
+    def those(indices: Iterable[int]) -> list[HostLoad]:
+        return [hosts[index] for index in indices if index < len(hosts)]
+
+    for host in those(gone):
+        fleet.load.failed(host.endpoint, GONE, fleet.clock())
+    eject(fleet, *those(ejected))
+    attempts = tuple(frozenset(host.address for host in those(attempt)) for attempt in failed)
+    can_be_placed = any(
+        difference(one.facts, other.facts) is None
+        for one in fleet.load.known("*", Role.PREFILL)
+        for other in fleet.load.known("*", Role.DECODE)
+    )
+    for _ in range(3):
+        found = place(fleet, failed=attempts)
+        if can_be_placed:
+            numbers(fleet, found)
+        else:
+            assert isinstance(found, Rejection)
+            assert found.reason is Reason.NO_COMPATIBLE_PAIR

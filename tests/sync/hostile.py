@@ -1,0 +1,44 @@
+"""Messages that no replica would send, each of which has once ended one, or all of its requests."""
+
+import math
+from typing import Final
+
+import msgspec
+
+from dp_extproc.placement.dispatch import Dispatch
+from dp_extproc.sync.messages import VERSION, Batch, Dispatched, FirstToken, encode
+
+HEADER: Final = b"dpx" + bytes([VERSION])
+DEEP: Final = b"\x91" * 20_000 + b"\x90"
+"""Arrays of one array each, 20,000 deep."""
+NESTED: Final = HEADER + b"\x96" + msgspec.msgpack.encode(Batch("p", 1, 1000.0, ()))[1:] + DEEP
+"""They stand where a later release may have added something, which is passed over."""
+
+
+def hostile_messages(dispatch: Dispatch) -> list[bytes]:
+    """Make some of every kind, which tell of such an attempt. All are garbage."""
+    demand = dispatch.demand
+    dispatches = [
+        *(msgspec.structs.replace(dispatch, cached=each) for each in (math.nan, math.inf, -1.0)),
+        *(
+            msgspec.structs.replace(dispatch, demand=msgspec.structs.replace(demand, **changed))
+            for changed in (
+                {"tokens": math.inf},
+                {"tokens": math.nan},
+                {"tokens": -1e9},
+                {"tokens": 1.7e308},
+                {"requests": math.inf},
+                {"requests": -1.0},
+                {"text_bytes": 1 << 63},
+                {"known_tokens": -1},
+            )
+        ),
+    ]
+    told = [
+        encode(Batch(f"peer-{number}", 1, 1.0, (Dispatched(1, 1.0, each),))) for number, each in enumerate(dispatches)
+    ]
+    moments = [
+        encode(Batch("clock-1", 1, math.inf, ())),
+        encode(Batch("clock-2", 1, -1e308, (Dispatched(1, 1e308, dispatch), FirstToken(1, math.nan)))),
+    ]
+    return [NESTED, HEADER + DEEP, *told, *moments]
