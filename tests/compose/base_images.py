@@ -38,7 +38,7 @@ class StandIn:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(repr((_SUITE, _PATH, self, 2)).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr((_SUITE, _PATH, self)).encode()).hexdigest()[:16]
 
 
 def stand_in_for(name: str) -> StandIn | None:
@@ -85,6 +85,9 @@ def base_images(docker: Docker, names: list[str], workspace: Path) -> Iterator[l
     try:
         with ThreadPoolExecutor() as several:
             missing = [name for name in several.map(provide, names) if name is not None]
+        some = next(name for name in names if name not in missing)
+        if not docker.succeeds("run", "--rm", "--network", "none", "--entrypoint", "sh", some, "-c", ":"):
+            raise NoEngineError("the Docker engine answers, but runs no containers here")
         yield missing
     finally:
         if not docker.is_ours:
@@ -102,7 +105,10 @@ def _make(docker: Docker, name: str, recipe: StandIn, workspace: Path) -> None:
         hooks = [hook.replace("{envoy}", str(envoy)) for hook in hooks]
     hooks = [f"--extract-hook={hook}" for hook in hooks]
     packages = f"--include={','.join(recipe.packages)}"
-    run(["mmdebstrap", "--quiet", "--variant=extract", packages, *hooks, _SUITE, str(archive)], seconds=300)
+    try:
+        run(["mmdebstrap", "--quiet", "--variant=extract", packages, *hooks, _SUITE, str(archive)], seconds=300)
+    except RuntimeError as error:
+        raise NoEngineError(f"{name} cannot be pulled, and no stand-in can be made: {error}") from None
     changes = [f"--change={change}" for change in (f"LABEL {_LABEL}={recipe.fingerprint}", _PATH, *recipe.changes)]
     docker.run("import", *changes, str(archive), name, seconds=120)
     archive.unlink()
