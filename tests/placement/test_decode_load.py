@@ -115,7 +115,7 @@ def test_a_worker_counts_a_prompt_twice_until_it_is_computed() -> None:
 
 
 def test_the_cost_is_the_fullest_rank_and_what_it_slows_down() -> None:
-    """Below the fullest rank nothing changes; above it each of the three sequences is slowed down.
+    """Each of the three sequences pays for what the fullest rank grows, and for what the ranks get more on average.
 
     The new sequence's own fixed cost of 1000 tokens counts.
     """
@@ -124,9 +124,34 @@ def test_the_cost_is_the_fullest_rank_and_what_it_slows_down() -> None:
         group.ranks[0].reserve(1000, NOW)
     group.survey(NOW)
 
-    assert group.cost(1, 5000) == 6000
-    assert group.cost(1, 5500) == 6500 + 0.3 * 3 * 500
-    assert group.cost(1, 7000) == 8000 + 0.3 * 3 * 2000
+    assert group.cost(1, 5000) == pytest.approx(6000 + 0.3 * 3 * 6000 / 2)
+    assert group.cost(1, 5500) == pytest.approx(6500 + 0.3 * 3 * (500 + 6500 / 2))
+    assert group.cost(1, 7000) == pytest.approx(8000 + 0.3 * 3 * (2000 + 8000 / 2))
+
+
+def test_the_growth_of_the_fullest_rank_counts_for_twenty_sequences_at_most() -> None:
+    """Else a large server of short sequences would never be worth a long one. The room is taken from all of them."""
+    group = make_group(4)
+    for _ in range(50):
+        group.ranks[0].reserve(1000, NOW)
+    group.survey(NOW)
+
+    assert group.top == 100_000
+    assert group.cost(1, 109_000) == pytest.approx(110_000 + 0.3 * (20 * 10_000 + 50 * 110_000 / 4))
+
+
+def test_room_under_the_fullest_rank_costs_those_who_run_beside_it() -> None:
+    """It is not free, so a long sequence is not sent to one server again and again only because it fits there."""
+    busy, quiet = make_group(4), make_group(4)
+    for group, sequences in ((busy, 9), (quiet, 1)):
+        for _ in range(sequences):
+            group.ranks[0].reserve(9_000 / sequences, NOW)
+        group.survey(NOW)
+    busy_added, quiet_added = busy.cost(1, 5000) - busy.top, quiet.cost(1, 5000) - quiet.top
+
+    assert busy.top > 6000 < quiet.top
+    assert busy_added == pytest.approx(9 * quiet_added)
+    assert quiet_added == pytest.approx(0.3 * 6000 / 4)
 
 
 def test_a_rank_without_kv_room_costs_more_than_any_other() -> None:

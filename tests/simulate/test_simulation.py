@@ -234,6 +234,23 @@ def test_our_policies_beat_chance() -> None:
     assert ours < own * 2 / 3
 
 
+def test_long_requests_do_not_pay_for_short_ones_on_decode() -> None:
+    """All get their tokens sooner than with the engines' own placement, and the longest hardly later at the worst.
+
+    Many decode servers can keep short and long requests apart. That is best for the mean, as the short ones are many,
+    but must not be at the cost of the long ones.
+    """
+    many = Fleet(prefill=8, decode=8, ranks=32)
+    own = run(fleet=many, name="agent", requests=1500, rate=220.0).summary()
+    ours = run(PolicySettings(), fleet=many, name="agent", requests=1500, rate=220.0).summary()
+    change = {key: ours[key] / own[key] for key in ours}
+
+    assert change["tpot_mean"] < 0.95
+    assert change["tpot_short_mean"] < 0.95
+    assert change["tpot_long_mean"] < 0.96
+    assert change["tpot_longest_mean"] < 1.05
+
+
 def outcome(number: int, tokens: int, milliseconds: float | None) -> Outcome:
     per_token = None if milliseconds is None else milliseconds / 1000
     return Outcome(number, first_token=1.0, per_token=per_token, total=2.0, tokens=tokens)

@@ -9,7 +9,7 @@ from random import Random
 from dp_extproc.config.schema import LoadSignal, PolicySettings
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Mode, Role, Version
 from dp_extproc.placement.attempt import Attempt
-from dp_extproc.placement.decode_load import JOINT_DELAY, ROOM
+from dp_extproc.placement.decode_load import ROOM, step_cost
 from dp_extproc.placement.demand import Demand
 from dp_extproc.placement.dispatch import Dispatch
 from dp_extproc.placement.fleet_load import FleetLoad
@@ -110,9 +110,9 @@ class Clairvoyant(EnginesOwn):
             top, low = max(loads), min(loads)
             lowest = loads.index(low)
             lacks_room = server.asked_of(lowest) + request.prompt_tokens > ROOM * fleet.capacity
-            new = max(top, low + request.prompt_tokens + self._request_tokens)
+            added = request.prompt_tokens + self._request_tokens
             slowness = fleet.slow_decode if index == 0 else 1.0
-            cost = (new + JOINT_DELAY * sum(server.sequences) * (new - top)) * slowness
+            cost = step_cost(top, low + added, added / fleet.ranks, sum(server.sequences)) * slowness
             if (lacks_room, cost) < best:
                 best, found = (lacks_room, cost), (index, lowest)
         return found
