@@ -18,6 +18,8 @@ OWN: Final = "engines' own"
 BOUND: Final = "clairvoyant"
 OURS: Final = "dp-extproc"
 DEFAULT: Final = "lockstep/minimum_tokens"
+EVEN: Final = "least_tokens/minimum_tokens"
+"""It spreads sequences of every length alike over the decode servers."""
 SCRAPED: Final = "random/minimum_tokens/scraped"
 NO_RANK: Final = "lockstep/none"
 
@@ -110,6 +112,35 @@ def tails() -> str | None:
          "waiting before", "with the default"],
         rows,
     )  # fmt: skip
+
+
+def lengths() -> str | None:
+    """Every setting: by how much TPOT is below the engines' own, for short and long requests apart."""
+    found = read("policies")
+    if found is None:
+        return None
+    names = (DEFAULT, EVEN, BOUND)
+    kinds = ("tpot", "tpot_short", "tpot_long", "tpot_longest")
+    rows = [
+        [
+            setting,
+            f"{results[OWN]['tpot_mean']:.1f}",
+            f"{results[OWN]['tpot_longest_mean']:.1f}",
+            *(gain(results[name], kind) for name in names for kind in kinds),
+        ]
+        for setting, results in found.items()
+        if "tpot_mean" in results[OWN]
+    ]
+    heads = ("all", "short", "long", "longest")
+    return table(
+        [
+            "setting",
+            "engines' own, ms",
+            "longest",
+            *(f"{_short(name)}: {kind}" if kind == "all" else kind for name in names for kind in heads),
+        ],
+        rows,
+    )
 
 
 def slowest() -> str | None:
@@ -341,6 +372,7 @@ def _save(figure: Any, name: str) -> None:
 TABLES: Final[dict[str, Callable[[], str | None]]] = {
     "policies": policies,
     "tails": tails,
+    "lengths": lengths,
     "slowest": slowest,
     "affinity": affinity,
     "replicas": replicas,

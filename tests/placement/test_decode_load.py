@@ -117,26 +117,27 @@ def test_a_worker_counts_a_prompt_twice_until_it_is_computed() -> None:
 def test_the_cost_is_the_fullest_rank_and_what_it_slows_down() -> None:
     """Each of the three sequences pays for what the fullest rank grows, and for what the ranks get more on average.
 
-    The new sequence's own fixed cost of 1000 tokens counts. Of 0.3 times what it adds a third is for the growth.
+    The new sequence's own fixed cost of 1000 tokens counts.
     """
     group = make_group()
     for _ in range(3):
         group.ranks[0].reserve(1000, NOW)
     group.survey(NOW)
 
-    assert group.cost(1, 5000) == pytest.approx(6000 + 3 * 0.2 * 6000 / 2)
-    assert group.cost(1, 5500) == pytest.approx(6500 + 3 * (0.1 * 500 + 0.2 * 6500 / 2))
-    assert group.cost(1, 7000) == pytest.approx(8000 + 3 * (0.1 * 2000 + 0.2 * 8000 / 2))
+    assert group.cost(1, 5000) == pytest.approx(6000 + 0.3 * 3 * 6000 / 2)
+    assert group.cost(1, 5500) == pytest.approx(6500 + 0.3 * 3 * (500 + 6500 / 2))
+    assert group.cost(1, 7000) == pytest.approx(8000 + 0.3 * 3 * (2000 + 8000 / 2))
 
 
-def test_the_cost_of_a_lone_rank_is_what_it_grows() -> None:
-    """Without others beside it there is no room to take from them: all that is added counts alike."""
-    group = make_group(1)
-    for _ in range(3):
+def test_the_growth_of_the_fullest_rank_counts_for_twenty_sequences_at_most() -> None:
+    """Else a large server of short sequences would never be worth a long one. The room is taken from all of them."""
+    group = make_group(4)
+    for _ in range(50):
         group.ranks[0].reserve(1000, NOW)
     group.survey(NOW)
 
-    assert group.cost(0, 6000 + 500) == pytest.approx(7500 + 3 * 0.3 * 1500)
+    assert group.top == 100_000
+    assert group.cost(1, 109_000) == pytest.approx(110_000 + 0.3 * (20 * 10_000 + 50 * 110_000 / 4))
 
 
 def test_room_under_the_fullest_rank_costs_those_who_run_beside_it() -> None:
@@ -150,7 +151,7 @@ def test_room_under_the_fullest_rank_costs_those_who_run_beside_it() -> None:
 
     assert busy.top > 6000 < quiet.top
     assert busy_added == pytest.approx(9 * quiet_added)
-    assert quiet_added == pytest.approx(0.2 * 6000 / 4)
+    assert quiet_added == pytest.approx(0.3 * 6000 / 4)
 
 
 def test_a_rank_without_kv_room_costs_more_than_any_other() -> None:

@@ -17,15 +17,12 @@ ROOM: Final = 0.85
 _NO_ROOM: Final = 1e12
 """Tokens; larger than any load, so that a rank without room comes after all that have some."""
 JOINT_DELAY: Final = 0.3
-"""How much the load that a sequence adds weighs, per sequence of the server that it slows down. It trades the mean for
-the long ones, as short sequences are many. Simulated on 2 decode servers of 8 ranks, time per output token below the
-engines' own, of all and of the longest tenth: 8.2 and 7.0 % with 0.1, 10.2 and 4.5 with 0.3, 11.5 and -0.2 with 1; on 8
-servers of 32 ranks 9.4 and 8.0, 11.3 and 4.2, 11.3 and -7.0 %."""
-AT_ONCE: Final = 1 / 3
-"""Share of that load which is counted by how far the fullest rank grows at once; the rest is counted evenly over the
-ranks. For who fits under the fullest rank takes room that those who come next will lack: were it free, long sequences
-would all go where there are long ones already. Simulated likewise: 9.4 and 5.6 % with 0, 10.2 and 4.5 with 1/3, 11.0
-and 2.5 with 1; with 32 ranks 9.7 and 7.5, 11.3 and 4.2, 11.3 and -7.6 %."""
+"""How much what a sequence adds weighs, per sequence of the server that it slows down."""
+GROWTH_COUNTED: Final = 20
+"""So many of them at most wait for the growth of the fullest rank: the more sequences a server has, the sooner others
+come and fill what that rank leaves below it. Simulated on 2 decode servers of 8 ranks, time per output token below the
+engines' own, of all and of the longest tenth: 10.4 and 4.7 % with 20, 10.3 and 4.3 with 30, 10.6 and 3.7 with 40; on 8
+servers of 32 ranks 11.2 and 5.4, 11.6 and 2.9, 11.9 and 1.4 %."""
 _GROWTH_INTERVAL: Final = 0.25
 """Seconds after which the growth of running sequences is looked at anew. They grow by a few tokens each until then."""
 _TRUSTED: Final = 0.5
@@ -41,6 +38,9 @@ _SWEEP_INTERVAL: Final = 60.0
 def step_cost(top: float, after: float, added_per_rank: float, slowed: float) -> float:
     """Tell what a new sequence costs itself, and those whom it slows down: the fullest rank makes the pace of all.
 
+    They wait for the growth of the fullest rank at once. And whoever fits under it takes room that those who come next
+    will lack: were that free, long sequences would all go where there are long ones already.
+
     Args:
         top: Load of the server's fullest rank.
         after: Load of the sequence's rank, with the sequence.
@@ -48,7 +48,7 @@ def step_cost(top: float, after: float, added_per_rank: float, slowed: float) ->
         slowed: Sequences that the server has already.
     """
     new = max(top, after)
-    return new + JOINT_DELAY * slowed * (AT_ONCE * (new - top) + (1 - AT_ONCE) * added_per_rank)
+    return new + JOINT_DELAY * (min(slowed, GROWTH_COUNTED) * (new - top) + slowed * added_per_rank)
 
 
 class DecodeReservation(Reservation):
