@@ -195,16 +195,20 @@ def _task_failures(stack: Stack) -> float:
 
 @pytest.mark.parametrize("trouble", ["server_info", "dp_size"])
 def test_standing_trouble_forgives_no_failures(trouble: str) -> None:
-    """A server that fails its requests is left alone, whatever else is wrong with it at every scrape."""
+    """A server that fails its requests is left alone, whatever else is wrong with it at every scrape.
+
+    It is never stale: it would be left alone for that, and get no request that it could fail.
+    """
     long = {"failures": 2, "ejection": "10m", "max_ejection": "10m"}
-    with run_stack(decodes=2, load=QUICK, health=long) as stack:
+    with run_stack(decodes=2, load={**QUICK, "stale_after": "10m"}, health=long) as stack:
         sick = stack.decodes[0]
         patient = Patient(stack, sick)
         if trouble == "server_info":
             sick.fault(server_info="500", loads=_ONE_TIMEOUT)
             kind = "http_status"
-        else:  # its load page shows another number of ranks
-            sick.fault(loads={"kind": "text", "text": _ranks(DECODE_RANKS - 1)})
+        else:  # its load page shows another number of ranks, and nothing on them: who is busier would get no request
+            empty = _ranks(DECODE_RANKS - 1, num_used_tokens=0, num_running_reqs=0)
+            sick.fault(loads={"kind": "text", "text": empty})
             kind = "disagreement"
         wait_for(lambda: patient.failures(kind) >= 1)
         sick.fault(inference="500")
