@@ -11,9 +11,9 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 INSTRUCTIONS = [
     line for line in DOCKERFILE.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")
 ]
-REGISTRIES = re.compile(
-    r"pypi\.|pythonhosted|deb\.debian|ubuntu\.com|docker\.io/|ghcr\.io|gcr\.io|quay\.io|registry\.", re.IGNORECASE
-)
+URL_HOST = re.compile(r"[a-z]+://([^/:\s\"']+)", re.IGNORECASE)
+IMAGE_HOST = re.compile(r"^\s*(?:-\s+)?(?:image:|FROM|ARG PYTHON_IMAGE=)\s*([^/\s{]+[.:][^/\s]*)/", re.MULTILINE)
+"""What stands before the first slash of an image's name is a host if it has a dot or a port."""
 TOP = (ROOT / "Dockerfile", ROOT / "docker-compose.yml", ROOT / ".dockerignore")
 SHIPPED = sorted(path for path in (*TOP, *(ROOT / "deploy").rglob("*")) if path.is_file())
 
@@ -54,5 +54,20 @@ def test_last_stage_is_the_service() -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_file_names_the_host_of_a_registry(path: Path) -> None:
-    """Whoever builds behind a mirror has it in the settings of pip and Docker, and nothing here goes around them."""
-    assert REGISTRIES.findall(path.read_text(encoding="utf-8")) == []
+    """Whoever builds behind a mirror has it in the settings of pip and Docker, and nothing here goes around them.
+
+    Hosts here are services of the compose file, which have no dot, and this machine.
+    """
+    text = path.read_text(encoding="utf-8")
+    assert IMAGE_HOST.findall(text) == []
+    assert {host for host in URL_HOST.findall(text) if "." in host} <= {"127.0.0.1"}
+
+
+def test_hosts_of_images_and_urls_are_found() -> None:
+    """Or the test above could not fail."""
+    assert IMAGE_HOST.findall("FROM mirror.example/python:3.11\n  image: mirror:5000/envoy\n") == [
+        "mirror.example",
+        "mirror:5000",
+    ]
+    assert IMAGE_HOST.findall("FROM python:3.11-slim AS a\nimage: prom/prometheus:v3.5.0\n") == []
+    assert URL_HOST.findall("pip --index https://mirror.example/simple") == ["mirror.example"]
