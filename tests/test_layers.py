@@ -51,6 +51,36 @@ IMPURE = {
 READS_THE_FILE = "config/loader.py"
 """It takes a path, and may read it with pathlib; nothing else in the core does."""
 
+LAYERS = (
+    {"__main__"},
+    {"cli"},
+    {"demo"},
+    {"testbed", "simulate"},
+    {"workload"},
+    {"engine"},
+    {"operate"},
+    {"extproc", "envoy_config", "sync"},
+    {"placement"},
+    {"fleet"},
+    {"request", "response"},
+    {"config"},
+    {"background"},
+)
+"""Packages from top to bottom. A package imports from rows below its own, never from above, nor from its neighbours."""
+EXCEPTIONS = {
+    ("envoy_config", "extproc.names"),
+    ("placement", "extproc.names"),
+    ("request", "extproc.names"),
+    ("fleet", "operate.outside"),
+}
+"""Imports that break the rule today, as package and module; each is to go."""
+CYCLES = {
+    frozenset(f"request/{name}.py" for name in ("body", "path", "prefix", "prompt", "rejection", "shapes", "token_ids")),
+    frozenset({"engine/api/coercion.py", "engine/api/fields.py"}),
+}
+"""Modules that import each other today; each is to go."""
+
+EVERY_MODULE = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 MODULES = sorted(
     path.relative_to(ROOT).as_posix()
     for entry in CORE
@@ -101,3 +131,50 @@ def test_a_module_of_the_core_leans_on_the_core_alone(module: str) -> None:
     """What the core imports of this project belongs to the core, too."""
     ours = {file_of(name) for name in imports_of(module) if name.startswith("dp_extproc.")}
     assert ours <= set(MODULES)
+
+
+def package_of(module: str) -> str:
+    """Name the package of a module, or a module of the root itself."""
+    return module.partition("/")[0].removesuffix(".py")
+
+
+def imported_by(module: str) -> set[str]:
+    """Find the modules of this project that a module imports. The root has the version alone, free for all."""
+    names = {name for name in imports_of(module) if name.startswith("dp_extproc.")} - {"dp_extproc.__version__"}
+    return {file_of(name) for name in names} - {module}
+
+
+def test_every_package_has_a_layer() -> None:
+    """A new one is put into the list."""
+    assert {package_of(module) for module in EVERY_MODULE} - {"__init__"} == set().union(*LAYERS)
+
+
+def test_packages_import_from_lower_layers_alone() -> None:
+    """The rooms of the project have one direction."""
+    rows = {package: row for row, packages in enumerate(LAYERS) for package in packages}
+    broken = {
+        (package, other.removesuffix(".py").replace("/", "."))
+        for module in EVERY_MODULE
+        if (package := package_of(module)) in rows
+        for other in imported_by(module)
+        if package_of(other) != package and rows[package_of(other)] <= rows[package]
+    }
+    assert broken == EXCEPTIONS
+
+
+def test_no_modules_import_each_other() -> None:
+    """Also not through others, nor for types alone."""
+    reached = {module: imported_by(module) for module in EVERY_MODULE}
+    grown = True
+    while grown:
+        grown = False
+        for module, known in reached.items():
+            further = set().union(known, *(reached[other] for other in known))
+            if further != known:
+                reached[module], grown = further, True
+    circles = {
+        frozenset(other for other in known if module in reached[other])
+        for module, known in reached.items()
+        if module in known
+    }
+    assert circles == CYCLES
