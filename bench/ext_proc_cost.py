@@ -33,8 +33,8 @@ import uvloop
 from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
 from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest, ProcessingResponse
 
+from dp_extproc import contract
 from dp_extproc.config import PoolConfig, Supervise, SupervisionSettings
-from dp_extproc.extproc import names
 from dp_extproc.extproc.service import SERVICE_NAME, ExtProcService
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Mode, RankSample, Role, Version
 from dp_extproc.operate.telemetry import Telemetry
@@ -226,7 +226,7 @@ class Load:
             for message in self._messages:
                 await stream.write(message)
                 answer = await stream.read()
-            token = (names.LEG, _leg_in(answer))
+            token = (contract.LEG, _leg_in(answer))
             leg = call(metadata=(token,))
             if self._kind in {Supervise.LEGS, Supervise.ANSWERS}:
                 await leg.write(self._leg_headers)
@@ -236,7 +236,7 @@ class Load:
             await leg.done_writing()
             await stream.write(self._response)
             if self._kind == Supervise.ANSWERS:
-                first = call(metadata=(token, (names.STAGE, names.FIRST_EVENT)))
+                first = call(metadata=(token, (contract.STAGE, contract.FIRST_EVENT)))
                 await first.write(self._first_event)
                 await first.read()
                 assert await first.read() is grpc.aio.EOF
@@ -248,7 +248,7 @@ class Load:
 
 def _leg_in(answer: bytes) -> str:
     for option in ProcessingResponse.FromString(answer).request_body.response.header_mutation.set_headers:
-        if option.header.key == names.LEG:
+        if option.header.key == contract.LEG:
             return str(option.header.raw_value.decode())
     return "none"
 

@@ -9,9 +9,9 @@ from typing import Any, Final
 import httpx
 import yaml
 
+from dp_extproc import contract
 from dp_extproc.config import BodyMode, Config
 from dp_extproc.envoy_config import build_bootstrap, render_yaml
-from dp_extproc.extproc import names
 from dp_extproc.testbed import loopback
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.ports import free_ports
@@ -83,8 +83,8 @@ def scripted_bootstrap(config: Config) -> str:
     bootstrap = yaml.safe_load(render_yaml(build_bootstrap(config)))
     patterns = _find(bootstrap, "forward_rules")["allowed_headers"]["patterns"]
     patterns.append({"exact": "x-request-id"})
-    patterns.extend({"prefix": prefix} for prefix in ("test-", *names.FOREIGN_PREFIXES))
-    patterns.extend({"exact": name} for name in names.FOREIGN_NAMES)
+    patterns.extend({"prefix": prefix} for prefix in ("test-", *contract.FOREIGN_PREFIXES))
+    patterns.extend({"exact": name} for name in contract.FOREIGN_NAMES)
     return yaml.safe_dump(bootstrap, sort_keys=False)
 
 

@@ -17,7 +17,7 @@ from envoy.service.ext_proc.v3 import external_processor_pb2_grpc as pb_grpc
 from envoy.type.v3 import http_status_pb2
 from google.protobuf import struct_pb2
 
-from dp_extproc.extproc import names
+from dp_extproc import contract
 
 Answers = Iterator[pb.ProcessingResponse]
 
@@ -51,7 +51,7 @@ class ScriptedService(pb_grpc.ExternalProcessorServicer):  # type: ignore[misc] 
         """Serve one stream of either kind."""
         first = next(request_iterator)
         metadata = {key: str(value) for key, value in context.invocation_metadata()}
-        if names.LEG in metadata:
+        if contract.LEG in metadata:
             answer = first
             if first.HasField("request_headers"):  # else Envoy has answered before
                 yield pb.ProcessingResponse(request_headers=pb.HeadersResponse())
@@ -82,7 +82,7 @@ class ScriptedService(pb_grpc.ExternalProcessorServicer):  # type: ignore[misc] 
             return
         decode = headers.get("test-decode-host", self.decode)
         if first.request_headers.end_of_stream:
-            common = _common({names.DECODE_HOST: decode}, clear_route_cache=True)
+            common = _common({contract.DECODE_HOST: decode}, clear_route_cache=True)
             yield pb.ProcessingResponse(
                 request_headers=pb.HeadersResponse(response=common), dynamic_metadata=_metadata(decode, None)
             )
@@ -97,18 +97,18 @@ class ScriptedService(pb_grpc.ExternalProcessorServicer):  # type: ignore[misc] 
             body += message.request_body.body
             if message.request_body.end_of_stream:
                 break
-        routing = {names.DECODE_HOST: decode}
+        routing = {contract.DECODE_HOST: decode}
         placed = body
         if "test-one-server" not in headers:
             placed = DECODE_PREFIX + body[1:]
             routing |= {
-                names.PREFILL_HOST: headers.get("test-prefill-host", self.prefill),
-                names.PREFILL_PREFIX: PREFILL_PREFIX.decode() + "x" * int(headers.get("test-longer-prefix", "0")),
-                names.PREFIX_LENGTH: headers.get("test-prefix-length", str(len(DECODE_PREFIX))),
-                names.OWNER: self.owner,
-                names.LEG: LEG_TOKEN,
+                contract.PREFILL_HOST: headers.get("test-prefill-host", self.prefill),
+                contract.PREFILL_PREFIX: PREFILL_PREFIX.decode() + "x" * int(headers.get("test-longer-prefix", "0")),
+                contract.PREFIX_LENGTH: headers.get("test-prefix-length", str(len(DECODE_PREFIX))),
+                contract.OWNER: self.owner,
+                contract.LEG: LEG_TOKEN,
             }
-        metadata = _metadata(decode, routing.get(names.PREFILL_HOST))
+        metadata = _metadata(decode, routing.get(contract.PREFILL_HOST))
         if duplex:
             common = _common(routing, clear_route_cache=True)
             yield pb.ProcessingResponse(request_headers=pb.HeadersResponse(response=common), dynamic_metadata=metadata)
@@ -162,12 +162,12 @@ def _chunk(body: bytes, *, last: bool) -> pb.ProcessingResponse:
 
 
 def _metadata(decode: str, prefill: str | None) -> struct_pb2.Struct:
-    placement: dict[str, str | int] = {names.META_MODEL: "small", names.META_POOL: "small,tiny"}
-    placement |= {names.META_DECODE_HOST: decode, names.META_DECODE_RANK: 3}
+    placement: dict[str, str | int] = {contract.META_MODEL: "small", contract.META_POOL: "small,tiny"}
+    placement |= {contract.META_DECODE_HOST: decode, contract.META_DECODE_RANK: 3}
     if prefill is not None:
-        placement |= {names.META_PREFILL_HOST: prefill, names.META_PREFILL_RANK: 2}
+        placement |= {contract.META_PREFILL_HOST: prefill, contract.META_PREFILL_RANK: 2}
     metadata = struct_pb2.Struct()
-    metadata.update({names.METADATA_NAMESPACE: placement})
+    metadata.update({contract.METADATA_NAMESPACE: placement})
     return metadata
 
 
@@ -182,5 +182,5 @@ def _refusal(*, with_reason: bool) -> pb.ProcessingResponse:
         )
     )
     if with_reason:
-        answer.dynamic_metadata.update({names.METADATA_NAMESPACE: {names.META_REASON: "no_capacity"}})
+        answer.dynamic_metadata.update({contract.METADATA_NAMESPACE: {contract.META_REASON: "no_capacity"}})
     return answer

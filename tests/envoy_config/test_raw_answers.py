@@ -9,11 +9,11 @@ from typing import Final
 
 import pytest
 
-from dp_extproc.extproc import names
+from dp_extproc import contract
 from envoy_config.harness import BODY, Bench
 
 LIES: Final = {
-    "ours": f"{names.RETRY}: 1\r\n{names.FAILED}: -,10.0.0.9:1,cut\r\n".encode(),
+    "ours": f"{contract.RETRY}: 1\r\n{contract.FAILED}: -,10.0.0.9:1,cut\r\n".encode(),
     "Envoy's": b"x-envoy-ratelimited: true\r\nx-envoy-overloaded: true\r\n",
 }
 HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\n"

@@ -7,8 +7,8 @@ from http.client import HTTPResponse
 
 import pytest
 
+from dp_extproc import contract
 from dp_extproc.config import BodyMode
-from dp_extproc.extproc import names
 from envoy_config.harness import BODY, Bench, error_of
 from envoy_config.recording_engine import RecordingEngine
 from envoy_config.scripted_service import DECODE_PREFIX, LEG_TOKEN, PREFILL_PREFIX
@@ -39,8 +39,8 @@ def test_no_header_of_the_router_or_of_envoy_reaches_an_engine(bench: Bench, leg
 @pytest.mark.parametrize(
     "header",
     [
-        names.DECODE_HOST,
-        names.PREFILL_HOST,
+        contract.DECODE_HOST,
+        contract.PREFILL_HOST,
         "X-DP-Owner",
         "x-dp-anything",
         "x-override-bootstrap-room",
@@ -149,8 +149,8 @@ def test_the_owner_hears_the_status_of_its_prefill_leg(
     assert bench.log_line(request_id, "prefill")["status"] == int(status)
     (report,) = bench.service.prefill_reports
     assert report.status == status
-    assert report.metadata[names.OWNER] == bench.service.owner
-    assert report.metadata[names.LEG] == LEG_TOKEN
+    assert report.metadata[contract.OWNER] == bench.service.owner
+    assert report.metadata[contract.LEG] == LEG_TOKEN
 
 
 def test_a_refusal_of_the_service_passes_untouched(bench: Bench) -> None:

@@ -3,9 +3,9 @@
 import httpx
 import pytest
 
+from dp_extproc import contract
 from dp_extproc.config import BodyMode
 from dp_extproc.envoy_config import build_bootstrap, render_yaml
-from dp_extproc.extproc import names
 from dp_extproc.testbed import loopback
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.ports import free_ports
@@ -23,7 +23,7 @@ def test_without_the_service_a_request_goes_nowhere(body_mode: BodyMode) -> None
         EnvoyProcess(make_config(body_mode, ports)) as envoy,
         loopback.client(envoy.url) as client,
     ):
-        named = {names.DECODE_HOST: decode.address, names.PREFILL_HOST: decode.address}
+        named = {contract.DECODE_HOST: decode.address, contract.PREFILL_HOST: decode.address}
         refused = client.post("/v1/completions", content=BODY, headers=named)
         assert refused.status_code == 503
         assert error_of(refused)["code"] == "service_unavailable"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dp_extproc.extproc import names
+from dp_extproc import contract
 from dp_extproc.extproc.chunks import CHUNK_BYTES
 from dp_extproc.extproc.events import (
     BodyMode,
@@ -36,7 +36,7 @@ MAX_BODY = 4 * CHUNK_BYTES
 POST = {":method": "POST", ":path": "/generate"}
 REFUSED = 13
 """Length of a body that is refused unseen."""
-PLACED = ((names.DECODE_HOST, b"10.0.0.1:1"),)
+PLACED = ((contract.DECODE_HOST, b"10.0.0.1:1"),)
 
 PHASES: dict[type, Phase] = {
     RequestHeaders: Phase.REQUEST_HEADERS,
@@ -59,7 +59,7 @@ class Echo:
         self.placed.append(body)
         if body.startswith(b"refuse"):
             return Rejection(400, Reason.INVALID_JSON, "as asked")
-        return Decision(body, PLACED, {names.META_POOL: "p"}, None)
+        return Decision(body, PLACED, {contract.META_POOL: "p"}, None)
 
     def lost(self, address: str) -> None:
         raise NotImplementedError
@@ -68,10 +68,10 @@ class Echo:
         self.lengths.append(length)
         if length == REFUSED:
             return Rejection(400, Reason.CANNOT_CARRY_ROUTING, "as asked")
-        return Decision(None, PLACED, {names.META_POOL: "p"}, None, streaming=None)
+        return Decision(None, PLACED, {contract.META_POOL: "p"}, None, streaming=None)
 
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
-        return Decision(None, PLACED, {names.META_POOL: "p"}, None)
+        return Decision(None, PLACED, {contract.META_POOL: "p"}, None)
 
     def models(self, path: str) -> Answer | Rejection:
         return Rejection(404, Reason.MODEL_NOT_FOUND, "no") if path.endswith("no") else Answer(b"{}")

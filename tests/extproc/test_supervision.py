@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from dp_extproc import contract
 from dp_extproc.config.reliability import RetrySettings, Supervise, SupervisionSettings
-from dp_extproc.extproc import names
 from dp_extproc.extproc.events import (
     BodyMode,
     Continue,
@@ -56,7 +56,7 @@ class Attempted:
         self.exchange = Exchange(self.fleet.dispatcher, mode_of_bodies, 1 << 20, holds=True)
         self.failures: list[tuple[Role, Reason, bool]] = []
         self.unseen = 0
-        self.exchange.receive(RequestHeaders(HEADERS | ({names.AVOID: failed} if failed else {}), False))
+        self.exchange.receive(RequestHeaders(HEADERS | ({contract.AVOID: failed} if failed else {}), False))
         self.exchange.receive(RequestBody(body, True))
         assert self.exchange.attempt is not None
         self.attempt = self.exchange.attempt
@@ -280,8 +280,10 @@ class TestFailures:
         reply = main_of(said)
         assert (reply.status, reply.details) == (502, "prefill_failed")
         assert b"out of memory" in reply.body
-        assert dict(reply.headers)[names.RETRY] == "1"
-        assert [*map(sorted, read_failed(dict(reply.headers)[names.FAILED]))] == [["10.0.0.1:31001", "10.0.0.1:32001"]]
+        assert dict(reply.headers)[contract.RETRY] == "1"
+        assert [*map(sorted, read_failed(dict(reply.headers)[contract.FAILED]))] == [
+            ["10.0.0.1:31001", "10.0.0.1:32001"]
+        ]
         assert attempted.blamed() == [Role.PREFILL]
         assert attempted.failures == [(Role.PREFILL, Reason.PREFILL_FAILED, True)]
 
@@ -308,7 +310,7 @@ class TestFailures:
         assert show(attempted.head(500)) == [("MAIN", "take body")]
         attempted.exchange.receive(ResponseBody(b"oops", True))
         said = attempted.watch.decode_explained(b"oops", 1.0)
-        assert show(said) == [("MAIN", f"{names.FAILED} {names.RETRY}"), ("PREFILL", CANCELLED)]
+        assert show(said) == [("MAIN", f"{contract.FAILED} {contract.RETRY}"), ("PREFILL", CANCELLED)]
         assert main_of(said).phase is Phase.RESPONSE_BODY
         assert attempted.blamed() == [Role.DECODE]
 
@@ -317,7 +319,7 @@ class TestFailures:
         attempted = Attempted()
         attempted.watch.prefill_opened()
         assert show(attempted.head(503, has_body=False)) == [
-            ("MAIN", f"{names.FAILED} {names.RETRY}"),
+            ("MAIN", f"{contract.FAILED} {contract.RETRY}"),
             ("PREFILL", CANCELLED),
         ]
 
@@ -326,7 +328,7 @@ class TestFailures:
         attempted = Attempted(duplex=True)
         attempted.watch.prefill_opened()
         said = attempted.head(500)
-        assert show(said) == [("MAIN", f"{names.FAILED} {names.RETRY}"), ("PREFILL", CANCELLED)]
+        assert show(said) == [("MAIN", f"{contract.FAILED} {contract.RETRY}"), ("PREFILL", CANCELLED)]
         assert main_of(said).phase is Phase.RESPONSE_HEADERS
         assert attempted.blamed() == [Role.DECODE]
         assert attempted.failures == [(Role.DECODE, Reason.DECODE_FAILED, True)]
@@ -371,7 +373,7 @@ class TestFailures:
         attempted.prefill(status)
         reply = main_of(attempted.watch.prefill_explained(b'{"error":"too long"}', 1.0))
         assert (reply.status, reply.body) == (status, b'{"error":"too long"}')
-        assert names.RETRY not in dict(reply.headers)
+        assert contract.RETRY not in dict(reply.headers)
         assert attempted.blamed() == []
         assert attempted.failures == []
 
@@ -469,7 +471,7 @@ class TestTime:
         assert attempted.watch.sweep(2.5) == []
         said = attempted.watch.sweep(3.5)
         assert show(said) == [("MAIN", "502 decode_failed"), ("PREFILL", CANCELLED)]
-        assert dict(main_of(said).headers)[names.RETRY] == "1"
+        assert dict(main_of(said).headers)[contract.RETRY] == "1"
         assert b"503" in main_of(said).body
         assert attempted.blamed() == [Role.DECODE]
 
@@ -545,4 +547,4 @@ class TestAttempts:
         attempted.watch._budget.spend(1)
         attempted.watch.prefill_opened()
         reply = main_of(attempted.prefill(500, has_body=False))
-        assert names.RETRY not in dict(reply.headers)
+        assert contract.RETRY not in dict(reply.headers)

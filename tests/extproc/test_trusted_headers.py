@@ -10,7 +10,7 @@ import grpc
 import pytest
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import ProcessingModeBodySendMode as Mode
 
-from dp_extproc.extproc import names
+from dp_extproc import contract
 from dp_extproc.extproc.events import BodyMode, Mutate, Phase, RequestBody, RequestHeaders
 from dp_extproc.extproc.exchange import Exchange
 from dp_extproc.fleet.endpoint import Role
@@ -38,27 +38,29 @@ CONVERSATION: Final = "x-conversation"
 
 OF_THE_REQUEST: Final = {":method", ":path", "content-type", "content-encoding", "content-length"}
 """What it is: read from anybody, for the engine reads the same."""
-OF_OUR_ENVOY: Final = {names.SESSION: "chat-1", names.AVOID: CUT}
+OF_OUR_ENVOY: Final = {contract.SESSION: "chat-1", contract.AVOID: CUT}
 """Set by our own front door, which takes them from clients first; nobody's word behind another gateway."""
 NEVER_READ: Final = {
-    **dict.fromkeys(names.SET_INSIDE, WORKER),
+    **dict.fromkeys(contract.SET_INSIDE, WORKER),
     **OF_OUR_ENVOY,
     "x-dp-anything": "1",
     "x-override-rid": "victim",
     "x-override-routed-dp-rank": "1",
     "x-override-anything": "1",
     "x-data-parallel-rank": "1",
-    names.DESTINATION: WORKER,
+    contract.DESTINATION: WORKER,
 }
 """What a client may send to a gateway of others. No engine may see it, nor does the service believe it."""
 
 
 def test_no_header_is_read_that_is_not_in_these_tables() -> None:
     """Who adds one has to say whose word it is."""
-    assert OF_THE_REQUEST | OF_OUR_ENVOY.keys() == names.READ_FROM_REQUESTS
-    assert names.READ_BEHIND_OTHERS == OF_THE_REQUEST
-    ours = {each for each in vars(names).values() if isinstance(each, str) and each.startswith(names.OWNED_PREFIX)}
-    assert set(names.SET_INSIDE) == ours - {names.OWNED_PREFIX, names.SESSION}
+    assert OF_THE_REQUEST | OF_OUR_ENVOY.keys() == contract.READ_FROM_REQUESTS
+    assert contract.READ_BEHIND_OTHERS == OF_THE_REQUEST
+    ours = {
+        each for each in vars(contract).values() if isinstance(each, str) and each.startswith(contract.OWNED_PREFIX)
+    }
+    assert set(contract.SET_INSIDE) == ours - {contract.OWNED_PREFIX, contract.SESSION}
 
 
 @dataclass
@@ -69,7 +71,7 @@ class Listener:
 
     def place(self, api: Api, body: bytes, circumstances: Circumstances) -> Decision | Rejection:
         self.heard.append(circumstances)
-        return Decision(body, ((names.DECODE_HOST, WORKER.encode()),), {}, None)
+        return Decision(body, ((contract.DECODE_HOST, WORKER.encode()),), {}, None)
 
     def place_unread(self, api: Api, length: int | None, circumstances: Circumstances) -> Decision | Rejection:
         raise NotImplementedError
@@ -85,7 +87,7 @@ class Listener:
 
 
 def believed(
-    headers: Mapping[str, str], *, picks: bool, session_header: str | None = names.SESSION
+    headers: Mapping[str, str], *, picks: bool, session_header: str | None = contract.SESSION
 ) -> dict[str, object]:
     """Tell what an exchange makes of the headers of a request."""
     listener = Listener()
@@ -114,12 +116,12 @@ def test_our_own_front_door_is_believed() -> None:
 
 def test_a_conversation_is_named_by_the_clients_own_header() -> None:
     """A gateway of others sends all headers, so the service reads the one that is configured, and leaves it there."""
-    headers = {CONVERSATION: "chat-1", names.SESSION: "chat-2"}
+    headers = {CONVERSATION: "chat-1", contract.SESSION: "chat-2"}
     exchange = Exchange(Listener(), BodyMode.LOCKSTEP, 1000, picks=True, session_header=CONVERSATION)
 
     assert believed(headers, picks=True, session_header=CONVERSATION)["session"] == "chat-1"
     assert exchange.receive(RequestHeaders({**POST, **headers}, False)) == (
-        Mutate(Phase.REQUEST_HEADERS, remove_headers=(names.SESSION,)),
+        Mutate(Phase.REQUEST_HEADERS, remove_headers=(contract.SESSION,)),
     )
 
 
@@ -154,14 +156,14 @@ def test_no_such_header_goes_on_to_an_engine(picker: Running, path: str, mode: M
 
     sets = headers_of(head)
     assert set(head.request_headers.response.header_mutation.remove_headers) == NEVER_READ.keys() - sets.keys()
-    assert sets.get(names.DESTINATION, WORKER.encode()) == WORKER.encode()
+    assert sets.get(contract.DESTINATION, WORKER.encode()) == WORKER.encode()
 
 
 def test_nobody_is_blamed_on_a_clients_word(picker: Running) -> None:
     """The report of a lost server is our own front door's."""
     for _ in range(5):
         stream = picker.server.stream()
-        stream.send(request_headers({**POST, names.AVOID: CUT}, mode=BUFFERED), request_body(BODY))
+        stream.send(request_headers({**POST, contract.AVOID: CUT}, mode=BUFFERED), request_body(BODY))
         stream.close()
 
     assert not picker.fleet.host(Role.WORKER).health.is_doubtful
@@ -170,8 +172,8 @@ def test_nobody_is_blamed_on_a_clients_word(picker: Running) -> None:
 
 
 STEALING: Final = [
-    pytest.param({names.LEG: "KEY", names.STAGE: names.FIRST_EVENT}, id="as a first event"),
-    pytest.param({names.LEG: "KEY"}, id="as a prefill leg"),
+    pytest.param({contract.LEG: "KEY", contract.STAGE: contract.FIRST_EVENT}, id="as a first event"),
+    pytest.param({contract.LEG: "KEY"}, id="as a prefill leg"),
 ]
 FAILURE: Final = b'data: {"error":{"code":500,"message":"stolen"}}\n\n'
 
@@ -187,7 +189,9 @@ def test_a_request_without_a_prefill_leg_is_found_by_nobody(picks: bool, metadat
         assert [kind_of(victim.receive()) for _ in range(2)] == ["request_headers", "request_body"]
         for key in ("0", "1", "2", "", "-"):
             thief = server.stream(**{name: value.replace("KEY", key) for name, value in metadata.items()})
-            thief.send(response_body(FAILURE, end=True) if names.STAGE in metadata else response_headers(500, end=True))
+            thief.send(
+                response_body(FAILURE, end=True) if contract.STAGE in metadata else response_headers(500, end=True)
+            )
             with suppress(grpc.RpcError):  # what begins with a body is no request
                 thief.close()
 
@@ -204,4 +208,4 @@ def test_behind_a_gateway_of_others_each_stream_is_a_request(picker: Running, me
     head = stream.receive()
     stream.close()
 
-    assert headers_of(head)[names.DESTINATION] == WORKER.encode()
+    assert headers_of(head)[contract.DESTINATION] == WORKER.encode()

@@ -16,8 +16,8 @@ import pytest
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import ProcessingModeBodySendMode as Mode
 from envoy_data_plane.envoy.service.ext_proc.v3 import ProcessingRequest
 
+from dp_extproc import contract
 from dp_extproc.config.reliability import RetrySettings
-from dp_extproc.extproc import names
 from dp_extproc.extproc.chunks import CHUNK_BYTES
 from dp_extproc.fleet.endpoint import Role
 from dp_extproc.placement.decision import Answer, Decision
@@ -102,8 +102,8 @@ class TestLockStep:
         stream.ask(request_headers(mode=BUFFERED))
         headers = headers_of(stream.ask(request_body(BODY)))
 
-        assert headers[names.PREFILL_HOST] == b"10.0.0.1:31001"
-        assert headers[names.DECODE_HOST] == b"10.0.0.1:32001"
+        assert headers[contract.PREFILL_HOST] == b"10.0.0.1:31001"
+        assert headers[contract.DECODE_HOST] == b"10.0.0.1:32001"
 
     def test_10_the_route_is_chosen_anew(self, server: Server) -> None:
         """The route cache is cleared in an answer that sets headers, and in no other."""
@@ -122,7 +122,7 @@ class TestLockStep:
         stream.ask(request_headers(mode=BUFFERED))
         headers = headers_of(stream.ask(request_body(BODY)))
 
-        assert {name for name in headers if not name.startswith(names.OWNED_PREFIX)} == {"content-length"}
+        assert {name for name in headers if not name.startswith(contract.OWNED_PREFIX)} == {"content-length"}
 
     @pytest.mark.parametrize("announced", [{"content-length": str(len(BODY))}, {}], ids=["with length", "chunked"])
     def test_14_content_length_is_that_of_the_new_body(self, server: Server, announced: dict[str, str]) -> None:
@@ -142,7 +142,7 @@ class TestLockStep:
         metadata = stream.ask(request_body(BODY)).dynamic_metadata
 
         assert metadata is not None
-        assert metadata.to_dict()[names.METADATA_NAMESPACE]["model"] == "m"
+        assert metadata.to_dict()[contract.METADATA_NAMESPACE]["model"] == "m"
 
     def test_17_headers_of_ours_from_a_client_are_removed(self, server: Server) -> None:
         """Whoever lets them through to us finds them gone in the first answer."""
@@ -224,7 +224,7 @@ class TestDuplex:
         head, body = self._exchange(server, BODY[:7], BODY[7:])
 
         assert kind_of(head) == "request_headers"
-        assert headers_of(head)[names.DECODE_HOST] == b"10.0.0.1:32001"
+        assert headers_of(head)[contract.DECODE_HOST] == b"10.0.0.1:32001"
         assert kind_of(body) == "request_body"
 
     def test_09_no_header_mutation_in_body_answers(self, server: Server) -> None:
@@ -351,7 +351,7 @@ class TestAnyMode:
         stream = server.stream()
         headers = headers_of(stream.ask(request_headers(GET, end=True, mode=mode)))
 
-        assert headers == {names.DECODE_HOST: b"10.0.0.1:32001"}
+        assert headers == {contract.DECODE_HOST: b"10.0.0.1:32001"}
         assert kind_of(stream.ask(response_headers())) == "response_headers"
 
     @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ class TestAnyMode:
         assert headers_of(message)["content-type"] == b"application/json"
         assert headers_of(message)["x-dp-extproc-reason"] == reason.encode()
         assert message.dynamic_metadata is not None
-        assert message.dynamic_metadata.to_dict()[names.METADATA_NAMESPACE] == {"reason": reason}
+        assert message.dynamic_metadata.to_dict()[contract.METADATA_NAMESPACE] == {"reason": reason}
 
     def test_36_a_body_announced_but_absent(self, server: Server, mode: Mode) -> None:
         """A POST without a body is refused at once."""
@@ -431,7 +431,7 @@ class TestBooks:
         """Found by the leg's token in the initial metadata; prefill's tokens go, decode's stay."""
         main = server.stream()
         main.ask(request_headers(mode=BUFFERED))
-        token = headers_of(main.ask(request_body(BODY)))[names.LEG].decode()
+        token = headers_of(main.ask(request_body(BODY)))[contract.LEG].decode()
         leg = server.stream(x_dp_leg=token)
         assert kind_of(leg.ask(response_headers(200))) == "response_headers"
         assert leg.close() == []
@@ -503,7 +503,7 @@ def test_decisions_are_told_to_the_metrics(server: Server) -> None:
 class TestARepetitionThatNobodyWasAskedFor:
     """Envoy itself repeats a request whose server was lost behind the head that is held here."""
 
-    AGAIN = request_headers({**POST, names.AVOID: "10.0.0.1:31001,10.0.0.1:32001,cut"}, mode=BUFFERED)
+    AGAIN = request_headers({**POST, contract.AVOID: "10.0.0.1:31001,10.0.0.1:32001,cut"}, mode=BUFFERED)
 
     def test_it_is_counted(self, fleet: Fleet) -> None:
         """As a failure of the server that answered, and as a retry."""
@@ -551,25 +551,30 @@ class TestNoBodies:
         assert answer is not None
         assert answer.response.clear_route_cache
         assert answer.response.body_mutation is None
-        assert headers.keys() >= {names.DECODE_HOST, names.PREFILL_HOST, names.OVERRIDE_RANK, names.PREFILL_RANK}
-        assert names.PREFILL_PREFIX not in headers
+        assert headers.keys() >= {
+            contract.DECODE_HOST,
+            contract.PREFILL_HOST,
+            contract.OVERRIDE_RANK,
+            contract.PREFILL_RANK,
+        }
+        assert contract.PREFILL_PREFIX not in headers
         assert kind_of(stream.ask(response_headers())) == "response_headers"
         assert kind_of(stream.ask(response_trailers())) == "response_trailers"
         assert stream.close() == []
 
     def test_17_headers_of_clients_are_replaced_or_removed(self, server: Server) -> None:
         """One that is set here is not removed again."""
-        foreign = {names.OVERRIDE_RANK: "99", "x-override-priority": "9", "x-dp-evil": "1"}
+        foreign = {contract.OVERRIDE_RANK: "99", "x-override-priority": "9", "x-dp-evil": "1"}
         message = server.stream().ask(request_headers({**POST, ":path": "/generate", **foreign}, mode=Mode.NONE))
         answer = message.request_headers
 
         assert answer is not None
-        assert set(answer.response.header_mutation.remove_headers) == foreign.keys() - {names.OVERRIDE_RANK}
-        assert headers_of(message)[names.OVERRIDE_RANK] in {b"0", b"1", b"2", b"3"}
+        assert set(answer.response.header_mutation.remove_headers) == foreign.keys() - {contract.OVERRIDE_RANK}
+        assert headers_of(message)[contract.OVERRIDE_RANK] in {b"0", b"1", b"2", b"3"}
 
     def test_a_repetition_that_cannot_be_afforded(self, fleet_without_bodies: Fleet) -> None:
         """It is refused, though it was placed with its headers; nothing of it stays on the books."""
-        again = {**POST, ":path": "/generate", names.AVOID: "10.0.0.1:31001,10.0.0.1:32001,cut"}
+        again = {**POST, ":path": "/generate", contract.AVOID: "10.0.0.1:31001,10.0.0.1:32001,cut"}
         with run_server(fleet_without_bodies.dispatcher, retry=RetrySettings(burst=1, budget=0)) as server:
             first = server.stream()
             assert kind_of(first.ask(request_headers(again, mode=Mode.NONE))) == "request_headers"

@@ -15,9 +15,9 @@ from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import Processin
 from envoy_data_plane.envoy.service.ext_proc.v3 import ProcessingRequest
 from envoy_data_plane.google.protobuf import ListValue, Struct, Value
 
+from dp_extproc import contract
 from dp_extproc.config import LoadSignal
 from dp_extproc.config.reliability import AdmissionSettings
-from dp_extproc.extproc import names
 from dp_extproc.extproc.chunks import CHUNK_BYTES
 from dp_extproc.fleet.endpoint import Kind, Role
 from extproc.wire import (
@@ -42,7 +42,7 @@ FIRST, SECOND, SIXTH = "10.0.0.1:33001", "10.0.0.2:33002", "[2001:db8::1]:33003"
 BODY = b'{"prompt":"hello"}'
 EMBEDDINGS = {**POST, ":path": "/v1/embeddings"}
 PACKED = {**POST, "content-encoding": "gzip"}
-EVIL = {names.DESTINATION: "6.6.6.6:6", "x-dp-decode-host": "6.6.6.6:6", "x-data-parallel-rank": "9"}
+EVIL = {contract.DESTINATION: "6.6.6.6:6", "x-dp-decode-host": "6.6.6.6:6", "x-data-parallel-rank": "9"}
 """What a client may send to choose for itself."""
 
 
@@ -68,7 +68,7 @@ def said(message: Answer) -> Said:
     """Read a reply."""
     kind = kind_of(message)
     metadata = message.dynamic_metadata.to_dict() if message.dynamic_metadata else {}
-    destination = metadata.get(names.LB_NAMESPACE, {}).get(names.DESTINATION)
+    destination = metadata.get(contract.LB_NAMESPACE, {}).get(contract.DESTINATION)
     answer = getattr(message, kind)
     if kind == "immediate_response":
         return Said(kind, destination=destination, status=int(answer.status.code))
@@ -89,7 +89,7 @@ def said(message: Answer) -> Said:
 
 def picked(endpoint: str, *removes: str, phase: str = "request_headers", **more: Any) -> Said:
     """The reply that routes: header and metadata say the same (15), and the route is chosen anew (10)."""
-    sets = {names.DESTINATION: endpoint.encode(), **more.pop("sets", {})}
+    sets = {contract.DESTINATION: endpoint.encode(), **more.pop("sets", {})}
     return Said(phase, sets, frozenset(removes), destination=endpoint, clears_route=True, **more)
 
 
@@ -102,7 +102,9 @@ def refused(status: int) -> Said:
     return Said("immediate_response", status=status)
 
 
-def hint(*values: Any, key: str = names.DESTINATION_SUBSET, namespace: str = names.SUBSET_NAMESPACE) -> dict[str, Any]:
+def hint(
+    *values: Any, key: str = contract.DESTINATION_SUBSET, namespace: str = contract.SUBSET_NAMESPACE
+) -> dict[str, Any]:
     """Make the metadata of a subset hint: a list of texts, or a single value of any other kind."""
     if len(values) == 1 and isinstance(values[0], Value):
         value = values[0]
@@ -313,7 +315,7 @@ def test_15_the_rank_of_a_vllm_server_goes_into_a_header() -> None:
         stream.send(request_headers(mode=DUPLEX), request_body(BODY))
         head, body = map(said, stream.close())
 
-    assert head.sets[names.DESTINATION] == FIRST.encode()
+    assert head.sets[contract.DESTINATION] == FIRST.encode()
     assert head.sets["x-data-parallel-rank"] in {b"0", b"1"}
     assert body == chunk(BODY, last=True)
 
@@ -352,7 +354,9 @@ def test_31_everybody_is_full() -> None:
 )
 def test_40_who_has_served(server: Server, served: str | None, counted: int) -> None:
     """The gateway's word for another endpoint than the pick is counted, and nothing else."""
-    told = {} if served is None else hint(text(served), key=names.DESTINATION_SERVED, namespace=names.LB_NAMESPACE)
+    told = (
+        {} if served is None else hint(text(served), key=contract.DESTINATION_SERVED, namespace=contract.LB_NAMESPACE)
+    )
     stream = server.stream()
     stream.send(request_headers(mode=DUPLEX), request_body(BODY), response_headers(**told))
 

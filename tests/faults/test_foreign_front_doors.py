@@ -9,8 +9,8 @@ import httpx
 import pytest
 import yaml
 
+from dp_extproc import contract
 from dp_extproc.envoy_config import build_bootstrap, render_yaml
-from dp_extproc.extproc import names
 from dp_extproc.testbed import loopback
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
@@ -49,14 +49,14 @@ class Fleet:
 def lies(victim: str, trap: str) -> dict[str, str]:
     """Give every header that means something inside: with the address of a trap, or that of a server to be ejected."""
     return {
-        **dict.fromkeys(names.SET_INSIDE, trap),
-        names.AVOID: f"-,{victim},cut",
-        names.FAILED: f"-,{victim},cut",
-        names.RETRY: "1",
-        names.LEG: "1",
-        names.STAGE: names.FIRST_EVENT,
-        names.WATCH: "1",
-        names.DESTINATION: trap,
+        **dict.fromkeys(contract.SET_INSIDE, trap),
+        contract.AVOID: f"-,{victim},cut",
+        contract.FAILED: f"-,{victim},cut",
+        contract.RETRY: "1",
+        contract.LEG: "1",
+        contract.STAGE: contract.FIRST_EVENT,
+        contract.WATCH: "1",
+        contract.DESTINATION: trap,
         "x-override-rid": "intruder",
         "x-override-routed-dp-rank": "1",
         "x-data-parallel-rank": "1",
@@ -94,7 +94,7 @@ def picked(request: pytest.FixtureRequest) -> Iterator[Fleet]:
         settings = ext_proc(gateway)
         settings["processing_mode"]["request_body_mode"] = request.param
         settings["grpc_service"]["initial_metadata"] = [
-            {"key": name, "value": f"%REQ({name})%"} for name in (names.LEG, names.STAGE, names.OWNER)
+            {"key": name, "value": f"%REQ({name})%"} for name in (contract.LEG, contract.STAGE, contract.OWNER)
         ]
         envoy = running.enter_context(EnvoyProcess(service.config, bootstrap=yaml.safe_dump(gateway)))
         yield Fleet(workers, service, running.enter_context(loopback.client(envoy.url)))
@@ -135,7 +135,7 @@ def test_no_client_steers_behind_a_gateway_of_others(picked: Fleet, trap: Trap) 
     attack(picked, trap, [("POST", "/v1/embeddings"), ("GET", "/health"), ("GET", "/v1/models")])
 
     addresses = {each.url.removeprefix("http://") for each in picked.workers}
-    assert {each["headers"][names.DESTINATION] for each in picked.received()} <= addresses
+    assert {each["headers"][contract.DESTINATION] for each in picked.received()} <= addresses
 
 
 def test_no_client_steers_behind_another_listener(routed: Fleet, trap: Trap) -> None:

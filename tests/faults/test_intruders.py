@@ -8,21 +8,27 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
-from dp_extproc.extproc import names
+from dp_extproc import contract
 from faults.fleet import BODIES, Fleet, run_fleet
 from faults.trap import Trap
 from patience import wait_for
 
 CHAT, GENERATE = BODIES
-HOSTS = (names.DECODE_HOST, names.PREFILL_HOST, names.OWNER, "x-envoy-original-dst-host", "x-envoy-decorator-operation")
+HOSTS = (
+    contract.DECODE_HOST,
+    contract.PREFILL_HOST,
+    contract.OWNER,
+    "x-envoy-original-dst-host",
+    "x-envoy-decorator-operation",
+)
 """Headers in which an address might be believed."""
 OTHERS = {
-    names.LEG: "0" * 24,
-    names.PREFILL_PREFIX: '{"rid":"intruder",',
-    names.PREFIX_LENGTH: "1",
-    names.WATCH: "1",
-    names.RETRY: "1",
-    names.STAGE: names.FIRST_EVENT,
+    contract.LEG: "0" * 24,
+    contract.PREFILL_PREFIX: '{"rid":"intruder",',
+    contract.PREFIX_LENGTH: "1",
+    contract.WATCH: "1",
+    contract.RETRY: "1",
+    contract.STAGE: contract.FIRST_EVENT,
     "x-override-routed-dp-rank": "1",
     "x-data-parallel-rank": "1",
     "x-envoy-upstream-rq-timeout-ms": "1",
@@ -63,7 +69,12 @@ def _down(fleet: Fleet) -> Iterator[None]:
 
 
 def _lies(address: str) -> list[tuple[str, str]]:
-    lies = [*((name, address) for name in HOSTS), (names.FAILED, address), (names.AVOID, address), *OTHERS.items()]
+    lies = [
+        *((name, address) for name in HOSTS),
+        (contract.FAILED, address),
+        (contract.AVOID, address),
+        *OTHERS.items(),
+    ]
     return [(spelt, value) for name, value in lies for spelt in (name, name.upper())]
 
 

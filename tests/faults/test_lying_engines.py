@@ -9,9 +9,9 @@ from typing import Any, Final
 import httpx
 import pytest
 
+from dp_extproc import contract
 from dp_extproc.config import BodyMode, CutStreams, Supervise
 from dp_extproc.engine.api.faults import Fault, Kind
-from dp_extproc.extproc import names
 from dp_extproc.testbed import loopback
 from dp_extproc.testbed.envoy import EnvoyProcess
 from dp_extproc.testbed.service import ServiceProcess, write_config
@@ -21,7 +21,7 @@ from faults.lying_engine import LyingServer
 from patience import wait_for
 
 FORMS: Final = list(product(BodyMode, CutStreams, Supervise))
-OURS: Final[tuple[str, ...]] = (*names.SET_INSIDE, names.SESSION, "x-dp-extproc-reason", "x-dp-anything")
+OURS: Final[tuple[str, ...]] = (*contract.SET_INSIDE, contract.SESSION, "x-dp-extproc-reason", "x-dp-anything")
 ENVOYS: Final = {
     "x-envoy-ratelimited": "true",
     "x-envoy-overloaded": "true",
@@ -46,7 +46,7 @@ def ours(other: HostedEngine) -> dict[str, str]:
     """Give what an engine might say in our name, with an address where one might be believed."""
     address = other.url.removeprefix("http://")
     lies: dict[str, str] = dict.fromkeys(OURS, address)
-    return lies | {names.RETRY: "1", names.FAILED: f"-,{address},cut", names.AVOID: f"-,{address},cut"}
+    return lies | {contract.RETRY: "1", contract.FAILED: f"-,{address},cut", contract.AVOID: f"-,{address},cut"}
 
 
 def envoys(_other: HostedEngine) -> dict[str, str]:

@@ -11,8 +11,8 @@ from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import Proces
 from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest, ProcessingResponse
 from hypothesis import strategies as st
 
+from dp_extproc import contract
 from dp_extproc.config.reliability import QueueSettings, SupervisionSettings
-from dp_extproc.extproc import names
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.fleet.endpoint import Role
 from dp_extproc.placement.dispatcher import Dispatcher
@@ -38,8 +38,8 @@ _PATHS = st.sampled_from(
 )
 _HEADERS = st.dictionaries(
     st.sampled_from([
-        "content-type", "content-length", "content-encoding", names.AVOID, names.SESSION, names.LEG, names.OWNER,
-        names.DECODE_HOST, "x-override-rid", "x-data-parallel-rank", ":status", "",
+        "content-type", "content-length", "content-encoding", contract.AVOID, contract.SESSION, contract.LEG,
+        contract.OWNER, contract.DECODE_HOST, "x-override-rid", "x-data-parallel-rank", ":status", "",
     ]),
     st.sampled_from([
         "application/json", "gzip", "0", "12", "9" * 30, "-1", "10.0.0.1:31001,10.0.0.1:32001", ";,;",
@@ -279,8 +279,14 @@ class Stage:
     def _stream(self, request: int, kind: str) -> _Open:
         found = self._current.get((request, kind))
         if found is None or found.task.done():
-            metadata = {"main": {}, "leg": {names.LEG: self._token(request)}, "foreign leg": {names.LEG: "no such leg"}}
-            context = FakeContext(metadata.get(kind, {names.LEG: self._token(request), names.STAGE: names.FIRST_EVENT}))
+            metadata = {
+                "main": {},
+                "leg": {contract.LEG: self._token(request)},
+                "foreign leg": {contract.LEG: "no such leg"},
+            }
+            context = FakeContext(
+                metadata.get(kind, {contract.LEG: self._token(request), contract.STAGE: contract.FIRST_EVENT})
+            )
             found = _Open(context, asyncio.ensure_future(self.service.process(None, context)))
             self._current[request, kind] = found
             self.streams.append(found)
@@ -292,7 +298,7 @@ class Stage:
         for answer in main.context.answers() if main is not None else ():
             for phase in ("request_headers", "request_body"):
                 for option in getattr(answer, phase).response.header_mutation.set_headers:
-                    if option.header.key == names.LEG:
+                    if option.header.key == contract.LEG:
                         return str(option.header.raw_value.decode())
         return "not placed yet"
 

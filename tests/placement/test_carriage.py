@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dp_extproc.extproc import names
+from dp_extproc import contract
 from dp_extproc.fleet.endpoint import Role
 from dp_extproc.placement.decision import Decision
 from dp_extproc.request.path import Api
@@ -27,7 +27,7 @@ def place(body: dict[str, Any], *, listeners: bool = False, policy: dict[str, An
 
 
 def overrides(decision: Decision) -> set[str]:
-    return {name.removeprefix(names.OVERRIDE_PREFIX) for name, _ in decision.headers if "override" in name}
+    return {name.removeprefix(contract.OVERRIDE_PREFIX) for name, _ in decision.headers if "override" in name}
 
 
 SETTINGS = {
@@ -54,8 +54,8 @@ def test_a_clients_own_routing_never_gets_through(key: str, value: object, setti
     decision = place({**GENERATE, key: value}, **settings)
     assert decision.body is not None
     headers = dict(decision.headers)
-    rest = decision.body[int(headers[names.PREFIX_LENGTH]) :]
-    legs = [json.loads(decision.body), json.loads(headers[names.PREFILL_PREFIX] + rest)]
+    rest = decision.body[int(headers[contract.PREFIX_LENGTH]) :]
+    legs = [json.loads(decision.body), json.loads(headers[contract.PREFILL_PREFIX] + rest)]
 
     assert overrides(decision) == set()
     for leg in legs:
@@ -88,7 +88,7 @@ def test_a_bootstrap_host_of_ipv6_is_in_brackets(
 
     assert isinstance(decision, Decision)
     if carrier == "headers":
-        told = dict(decision.headers)[names.OVERRIDE_PREFIX + "bootstrap-host"].decode()
+        told = dict(decision.headers)[contract.OVERRIDE_PREFIX + "bootstrap-host"].decode()
     else:
         assert decision.body is not None
         told = json.loads(decision.body)["bootstrap_host"]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from dp_extproc import contract
 from dp_extproc.config import HostPolicy, RankPolicy
-from dp_extproc.extproc import names
 from dp_extproc.fleet.endpoint import Role
 from dp_extproc.placement.decision import Answer, Decision
 from dp_extproc.request.path import Api
@@ -37,8 +37,8 @@ def legs(decision: Decision) -> tuple[dict[str, Any], dict[str, Any]]:
     """The prefill and the decode leg's bodies, the former made the way Envoy makes it."""
     headers = dict(decision.headers)
     assert decision.body is not None
-    rest = decision.body[int(headers[names.PREFIX_LENGTH]) :]
-    return json.loads(headers[names.PREFILL_PREFIX] + rest), json.loads(decision.body)
+    rest = decision.body[int(headers[contract.PREFIX_LENGTH]) :]
+    return json.loads(headers[contract.PREFILL_PREFIX] + rest), json.loads(decision.body)
 
 
 def test_both_legs_field_by_field() -> None:
@@ -79,11 +79,11 @@ def test_headers_and_metadata() -> None:
     decision = place(fleet)
     headers = dict(decision.headers)
 
-    assert headers[names.PREFILL_HOST].decode() == address_of(make_endpoint(Role.PREFILL))
-    assert headers[names.DECODE_HOST].decode() == address_of(make_endpoint(Role.DECODE))
-    assert headers[names.OWNER] == b"127.0.0.1:9002"
+    assert headers[contract.PREFILL_HOST].decode() == address_of(make_endpoint(Role.PREFILL))
+    assert headers[contract.DECODE_HOST].decode() == address_of(make_endpoint(Role.DECODE))
+    assert headers[contract.OWNER] == b"127.0.0.1:9002"
     assert decision.attempt is not None
-    assert decision.attempt.leg == headers[names.LEG].decode()
+    assert decision.attempt.leg == headers[contract.LEG].decode()
     assert decision.metadata == {
         "model": "any",
         "pool": "*",
@@ -310,7 +310,7 @@ class TestAggregated:
         decision = place(fleet, {**CHAT, "rid": "mine", "bootstrap_room": 7, "routed_dp_rank": 0})
 
         assert json.loads(decision.body or b"") == {"routed_dp_rank": 2, **CHAT, "rid": "mine"}
-        assert decision.headers == ((names.DECODE_HOST, b"10.0.0.1:33001"),)
+        assert decision.headers == ((contract.DECODE_HOST, b"10.0.0.1:33001"),)
         assert decision.metadata["decode_rank"] == 2
 
     @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ class TestLookups:
 
         assert all(isinstance(decision, Decision) and decision.attempt is None for decision in decisions)
         hosts = {decision.headers for decision in decisions if isinstance(decision, Decision)}
-        assert hosts == {((names.DECODE_HOST, b"10.0.0.1:32001"),), ((names.DECODE_HOST, b"10.0.0.2:32002"),)}
+        assert hosts == {((contract.DECODE_HOST, b"10.0.0.1:32001"),), ((contract.DECODE_HOST, b"10.0.0.2:32002"),)}
 
     def test_models_of_a_wildcard_pool_are_those_its_engines_serve(self) -> None:
         """The wildcard is no model; what the engines say they serve is."""
@@ -448,10 +448,10 @@ def test_what_clients_see_does_not_tell_the_token_of_a_leg() -> None:
     fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
     decisions = [fleet.dispatcher.place(Api.GENERATE, b'{"text":"x"}') for _ in range(2)]
     placed = [each for each in decisions if isinstance(each, Decision)]
-    tokens = [dict(each.headers)[names.LEG] for each in placed]
+    tokens = [dict(each.headers)[contract.LEG] for each in placed]
 
     assert tokens == [b"token-1", b"token-2"]
     for token, each in zip(tokens, placed, strict=True):
         assert each.body is not None
         assert token not in each.body
-        assert token not in dict(each.headers)[names.PREFILL_PREFIX]
+        assert token not in dict(each.headers)[contract.PREFILL_PREFIX]

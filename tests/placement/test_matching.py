@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dp_extproc import contract
 from dp_extproc.config.reliability import AdmissionSettings
 from dp_extproc.config.schema import HostPolicy, LoadSignal, RankPolicy
-from dp_extproc.extproc import names
 from dp_extproc.fleet.compatibility import difference
 from dp_extproc.fleet.endpoint import EngineFacts, PairTerms, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
@@ -47,7 +47,7 @@ def numbers(fleet: Fleet, decision: Decision | Rejection) -> tuple[int, int]:
     assert isinstance(decision, Decision), decision
     headers = dict(decision.headers)
     by_address = {host.address.encode(): host for host in fleet.load.hosts.values()}
-    prefill, decode = (by_address[headers[name]] for name in (names.PREFILL_HOST, names.DECODE_HOST))
+    prefill, decode = (by_address[headers[name]] for name in (contract.PREFILL_HOST, contract.DECODE_HOST))
     assert difference(prefill.facts, decode.facts) is None
     return number_of(prefill), number_of(decode)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dp_extproc.extproc import names
+from dp_extproc import contract
 from dp_extproc.fleet.endpoint import EngineFacts, Role
 from dp_extproc.placement.decision import Circumstances, Decision
 from dp_extproc.request.path import Api
@@ -14,7 +14,7 @@ from dp_extproc.request.rejection import Reason, Rejection
 from placement.fleet_fixtures import Fleet, make_endpoint, make_facts
 
 POLICY = {"affinity": {"prefixes": False}}
-RANK, ROOM = f"{names.OVERRIDE_PREFIX}routed-dp-rank", f"{names.OVERRIDE_PREFIX}bootstrap-room"
+RANK, ROOM = f"{contract.OVERRIDE_PREFIX}routed-dp-rank", f"{contract.OVERRIDE_PREFIX}bootstrap-room"
 
 
 def facts(role: Role, version: tuple[int, int, int] = (0, 5, 23), **more: Any) -> EngineFacts:
@@ -44,10 +44,10 @@ def test_headers_tell_both_legs_everything() -> None:
     assert decision.body is None
     assert decision.streaming is None
     assert not decision.merges_logprobs
-    assert (headers[names.PREFILL_RANK], headers[RANK]) == (b"3", b"1")
-    assert headers[f"{names.OVERRIDE_PREFIX}disagg-prefill-dp-rank"] == b"3"
+    assert (headers[contract.PREFILL_RANK], headers[RANK]) == (b"3", b"1")
+    assert headers[f"{contract.OVERRIDE_PREFIX}disagg-prefill-dp-rank"] == b"3"
     assert int(headers[ROOM]) % 4 == 3
-    assert (headers[names.PREFILL_HOST], headers[names.DECODE_HOST]) == (b"10.0.0.1:31001", b"10.0.0.1:32001")
+    assert (headers[contract.PREFILL_HOST], headers[contract.DECODE_HOST]) == (b"10.0.0.1:31001", b"10.0.0.1:32001")
 
 
 def test_servers_of_one_rank_are_told_it_as_well() -> None:
@@ -55,7 +55,7 @@ def test_servers_of_one_rank_are_told_it_as_well() -> None:
     fleet = make_fleet([facts(Role.PREFILL, dp_ranks=1)], [facts(Role.DECODE, dp_ranks=1)])
     headers = dict(place(fleet).headers)
 
-    assert (headers[names.PREFILL_RANK], headers[RANK]) == (b"0", b"0")
+    assert (headers[contract.PREFILL_RANK], headers[RANK]) == (b"0", b"0")
 
 
 @pytest.mark.parametrize(("length", "tokens"), [(0, 1), (400, 100), (40_000, 10_000), (None, 1024)])
@@ -101,10 +101,10 @@ def test_the_request_avoids_where_it_has_failed() -> None:
     """A request that is placed anew goes to another pair."""
     fleet = make_fleet([facts(Role.PREFILL)] * 2, [facts(Role.DECODE)] * 2)
     first = dict(place(fleet).headers)
-    failed = frozenset({first[names.PREFILL_HOST].decode(), first[names.DECODE_HOST].decode()})
+    failed = frozenset({first[contract.PREFILL_HOST].decode(), first[contract.DECODE_HOST].decode()})
     second = dict(place(fleet, failed=(failed,)).headers)
 
-    assert {second[names.PREFILL_HOST].decode(), second[names.DECODE_HOST].decode()}.isdisjoint(failed)
+    assert {second[contract.PREFILL_HOST].decode(), second[contract.DECODE_HOST].decode()}.isdisjoint(failed)
 
 
 def test_only_engines_that_obey() -> None:
@@ -112,7 +112,7 @@ def test_only_engines_that_obey() -> None:
     mixed = [facts(Role.DECODE, reads_overrides=False), facts(Role.DECODE, reads_overrides=None), facts(Role.DECODE)]
     fleet = make_fleet(decodes=mixed)
 
-    hosts = {dict(place(fleet).headers)[names.DECODE_HOST] for _ in range(20)}
+    hosts = {dict(place(fleet).headers)[contract.DECODE_HOST] for _ in range(20)}
     assert hosts == {b"10.0.0.3:32003"}
 
 

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from dp_extproc.extproc import names
+from dp_extproc import contract
 from dp_extproc.fleet.endpoint import LoadPage, RankSample, Role
 from dp_extproc.placement.attempt import Attempt
 from dp_extproc.placement.decision import Decision
@@ -49,7 +49,9 @@ class Service:
         decision = self.dispatcher.place(Api.CHAT, body or chat((self.outbox.replica, next(self._prompts))))
         assert isinstance(decision, Decision)
         assert decision.attempt is not None
-        prefill, decode_rank = (decision.metadata[key] for key in (names.META_PREFILL_RANK, names.META_DECODE_RANK))
+        prefill, decode_rank = (
+            decision.metadata[key] for key in (contract.META_PREFILL_RANK, contract.META_DECODE_RANK)
+        )
         assert isinstance(prefill, int)
         assert isinstance(decode_rank, int)
         return decision.attempt, prefill, decode_rank

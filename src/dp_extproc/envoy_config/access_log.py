@@ -8,7 +8,7 @@ from envoy_data_plane.envoy.config.core.v3 import SubstitutionFormatString
 from envoy_data_plane.envoy.extensions.access_loggers.stream.v3 import StdoutAccessLog
 from envoy_data_plane.google.protobuf import Any, Struct
 
-from dp_extproc.extproc.names import (
+from dp_extproc.contract import (
     META_DECODE_HOST,
     META_DECODE_RANK,
     META_MODEL,

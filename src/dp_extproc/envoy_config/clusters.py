@@ -38,6 +38,7 @@ from envoy_data_plane.envoy.type.v3 import Percent
 from envoy_data_plane.google.protobuf import Any
 
 from dp_extproc.config import Config, CutStreams, Supervise
+from dp_extproc.contract import DECODE_HOST, OWNER, PREFILL_HOST
 from dp_extproc.envoy_config.cluster_names import (
     DECODE,
     DECODE_SERVER,
@@ -57,7 +58,6 @@ from dp_extproc.envoy_config.headers import (
 from dp_extproc.envoy_config.limits import UNLIMITED, buffer_bytes
 from dp_extproc.envoy_config.service_addresses import is_named, may_be_several, services_of
 from dp_extproc.envoy_config.tls import speak_tls
-from dp_extproc.extproc.names import DECODE_HOST, OWNER, PREFILL_HOST
 
 _CONNECT_TIMEOUT: Final = timedelta(seconds=2)
 """Linux repeats a lost SYN after one second, so one loss is survived and a dead host is still noticed soon."""

@@ -35,9 +35,7 @@ from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
 from envoy_data_plane.google.protobuf import Any
 
 from dp_extproc.config import BodyMode, Config, Supervise
-from dp_extproc.envoy_config.cluster_names import SERVICE, SERVICE_OWNER
-from dp_extproc.envoy_config.service_addresses import may_be_several
-from dp_extproc.extproc.names import (
+from dp_extproc.contract import (
     FIRST_EVENT,
     LEG,
     METADATA_NAMESPACE,
@@ -46,6 +44,8 @@ from dp_extproc.extproc.names import (
     READ_FROM_RESPONSES,
     STAGE,
 )
+from dp_extproc.envoy_config.cluster_names import SERVICE, SERVICE_OWNER
+from dp_extproc.envoy_config.service_addresses import may_be_several
 
 _SEND: Final = ProcessingModeHeaderSendMode.SEND
 _SKIP: Final = ProcessingModeHeaderSendMode.SKIP

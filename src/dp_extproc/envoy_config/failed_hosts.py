@@ -11,7 +11,7 @@ from envoy_data_plane.envoy.extensions.filters.http.lua.v3 import Lua
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 from envoy_data_plane.google.protobuf import Any
 
-from dp_extproc.extproc.names import AVOID, FAILED
+from dp_extproc.contract import AVOID, FAILED
 
 _NAMESPACE: Final = "dp_extproc.retry"
 

@@ -15,7 +15,7 @@ from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutatio
 from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.google.protobuf import Any
 
-from dp_extproc.extproc.names import (
+from dp_extproc.contract import (
     FOREIGN_NAMES,
     FOREIGN_PREFIXES,
     OVERRIDE_PREFIX,

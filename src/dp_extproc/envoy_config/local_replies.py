@@ -28,7 +28,7 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
 from envoy_data_plane.envoy.type.matcher.v3 import MetadataMatcher, MetadataMatcherPathSegment, ValueMatcher
 from envoy_data_plane.google.protobuf import Any, Struct
 
-from dp_extproc.extproc.names import (
+from dp_extproc.contract import (
     FAILED,
     META_DECODE_HOST,
     META_PREFILL_HOST,

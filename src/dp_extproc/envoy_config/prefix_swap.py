@@ -7,7 +7,7 @@ from envoy_data_plane.envoy.extensions.filters.http.lua.v3 import Lua
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 from envoy_data_plane.google.protobuf import Any
 
-from dp_extproc.extproc.names import (
+from dp_extproc.contract import (
     OVERRIDE_RANK,
     OVERRIDE_RID,
     PREFILL_PREFIX,

@@ -12,6 +12,18 @@ from envoy.service.ext_proc.v3.external_processor_pb2 import (
     ProcessingResponse,
 )
 
+from dp_extproc.contract import (
+    DESTINATION,
+    DESTINATION_SERVED,
+    DESTINATION_SUBSET,
+    FOREIGN_NAMES,
+    FOREIGN_PREFIXES,
+    LB_NAMESPACE,
+    METADATA_NAMESPACE,
+    READ_FROM_REQUESTS,
+    SESSION,
+    SUBSET_NAMESPACE,
+)
 from dp_extproc.extproc.events import (
     BodyMode,
     Continue,
@@ -30,18 +42,6 @@ from dp_extproc.extproc.events import (
     SeeBody,
     StreamedChunk,
     TakeBody,
-)
-from dp_extproc.extproc.names import (
-    DESTINATION,
-    DESTINATION_SERVED,
-    DESTINATION_SUBSET,
-    FOREIGN_NAMES,
-    FOREIGN_PREFIXES,
-    LB_NAMESPACE,
-    METADATA_NAMESPACE,
-    READ_FROM_REQUESTS,
-    SESSION,
-    SUBSET_NAMESPACE,
 )
 from dp_extproc.placement.decision import Metadata
 from dp_extproc.placement.subset import read_subset

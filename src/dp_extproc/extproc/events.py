@@ -24,7 +24,7 @@ class RequestHeaders(Struct, frozen=True):
     """The request begins."""
 
     headers: dict[str, str]
-    """Those of :mod:`dp_extproc.extproc.names`: that are read, and that no client may set. Lower-case names; of a
+    """Those of :mod:`dp_extproc.contract`: that are read, and that no client may set. Lower-case names; of a
     repeated header the last value."""
     end_of_stream: bool
     """There will be no body."""

@@ -14,7 +14,7 @@ Rules that live here and nowhere else:
 from enum import IntEnum, auto
 from typing import Any, ClassVar, Final
 
-from dp_extproc.extproc import names
+from dp_extproc import contract
 from dp_extproc.extproc.chunks import cut
 from dp_extproc.extproc.decider import Decider
 from dp_extproc.extproc.events import (
@@ -111,7 +111,7 @@ class Exchange:
         holds: bool = False,
         queues: bool = False,
         picks: bool = False,
-        session_header: str | None = names.SESSION,
+        session_header: str | None = contract.SESSION,
         subset: frozenset[str] | None = None,
     ) -> None:
         """Begin.
@@ -311,14 +311,14 @@ class Exchange:
         headers = event.headers
         self._is_whole = self._is_whole or event.end_of_stream
         asked = read_path(headers.get(":method", ""), headers.get(":path", ""))
-        reads = names.READ_BEHIND_OTHERS if self._picks else names.READ_FROM_REQUESTS
+        reads = contract.READ_BEHIND_OTHERS if self._picks else contract.READ_FROM_REQUESTS
         foreign = headers.keys() - reads - {self._session_header}
         self._session = None if self._session_header is None else headers.get(self._session_header)
         if self._picks:
             self._foreign = tuple(name for name in foreign if not name.startswith("x-envoy-"))  # Envoy would keep them
         else:
             self._foreign = tuple(foreign)
-            self.failed, self.cut = read_failed(headers.get(names.AVOID)), read_cut(headers.get(names.AVOID))
+            self.failed, self.cut = read_failed(headers.get(contract.AVOID)), read_cut(headers.get(contract.AVOID))
         refusal = refuse_by_headers(headers, self._max_body)
         if self._picks and (not isinstance(asked, Api) or (refusal is not None and refusal.status == _UNSUPPORTED)):
             return self._pass_on()  # the gateway has decided that it is a request for these servers
@@ -494,7 +494,7 @@ class Exchange:
 
 
 _FAILED: Final = 500
-_WORDS_OF_ENVOY: Final = (names.RETRY, names.FAILED)
+_WORDS_OF_ENVOY: Final = (contract.RETRY, contract.FAILED)
 """What Envoy adds to an error of its own, so that it repeats the request if nobody here is left to decide that."""
 _UNSUPPORTED: Final = 415
 """Of bodies that cannot be read."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Final
 
-from dp_extproc.extproc import names
+from dp_extproc import contract
 from dp_extproc.extproc.events import Immediate, Mutate, Phase
 from dp_extproc.placement.decision import Decision
 from dp_extproc.request.rejection import REASON_HEADER, Reason, Rejection
@@ -34,8 +34,8 @@ def route(
     """
     destination = None
     if picks:
-        address = dict(headers)[names.DECODE_HOST]
-        headers = ((names.DESTINATION, address), *(each for each in headers if each[0] != names.DECODE_HOST))
+        address = dict(headers)[contract.DECODE_HOST]
+        headers = ((contract.DESTINATION, address), *(each for each in headers if each[0] != contract.DECODE_HOST))
         destination = address.decode()
     kept = {name for name, _ in headers} if foreign else ()
     return Mutate(
@@ -53,16 +53,16 @@ def refuse(refusal: Rejection) -> Immediate:
     """Refuse a request."""
     reason = refusal.reason.value
     headers = (_JSON, (REASON_HEADER, reason), *refusal.headers)
-    return Immediate(refusal.status, refusal.body(), headers, reason, {names.META_REASON: reason})
+    return Immediate(refusal.status, refusal.body(), headers, reason, {contract.META_REASON: reason})
 
 
 def tell_models(text: bytes) -> Immediate:
     """Answer a question for the models."""
-    return Immediate(200, text, (_JSON,), "models", {names.META_REASON: "models"})
+    return Immediate(200, text, (_JSON,), "models", {contract.META_REASON: "models"})
 
 
 def answer_instead(status: int, body: bytes, reason: Reason, headers: Headers) -> Immediate:
     """Answer in the engine's place: with an error of ours, or with what the other leg said."""
     texts = tuple((name, value.decode("latin-1")) for name, value in headers)
     own = () if reason is Reason.ENGINE_REFUSED else ((REASON_HEADER, reason.value),)
-    return Immediate(status, body, (_JSON, *own, *texts), reason.value, {names.META_REASON: reason.value})
+    return Immediate(status, body, (_JSON, *own, *texts), reason.value, {contract.META_REASON: reason.value})

@@ -11,8 +11,8 @@ import grpc.aio
 from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest
 from google.protobuf.message import DecodeError
 
+from dp_extproc import contract
 from dp_extproc.config.reliability import RetrySettings, SupervisionSettings
-from dp_extproc.extproc import names
 from dp_extproc.extproc.codec import read_event, read_modes, read_subset_hint, write_reply
 from dp_extproc.extproc.decider import Decider
 from dp_extproc.extproc.events import (
@@ -105,7 +105,7 @@ class ExtProcService:
         self._clock = clock
         self._hold_seconds = hold_seconds
         self._picks = picks
-        self._session_header = session_header if picks else names.SESSION
+        self._session_header = session_header if picks else contract.SESSION
         self._open = OpenStreams()
         self._links: dict[str | Attempt, Link] = {}
         """Attempts by the token of their leg, as long as a stream of theirs may come or stay; see :func:`_key`."""
@@ -378,8 +378,8 @@ def _address_of(context: grpc.aio.ServicerContext) -> tuple[str, str]:
     """Read which attempt a stream belongs to, and which of its streams it is; both empty for a request's own."""
     leg = stage = ""
     for name, value in context.invocation_metadata() or ():
-        if name == names.LEG:
+        if name == contract.LEG:
             leg = str(value)
-        elif name == names.STAGE:
+        elif name == contract.STAGE:
             stage = str(value)
     return leg, stage

@@ -18,8 +18,8 @@ from typing import Final, Protocol
 
 from msgspec import Struct
 
+from dp_extproc import contract
 from dp_extproc.config.reliability import Supervise, SupervisionSettings
-from dp_extproc.extproc import names
 from dp_extproc.extproc.events import Continue, Extend, Immediate, Phase, Reply, SeeBody, TakeBody
 from dp_extproc.extproc.exchange import Exchange
 from dp_extproc.extproc.first_event import EngineError, FirstEvent
@@ -328,7 +328,7 @@ class Supervision:
         self._observer.leg_failed(leg, reason, retried=retried)
         if not retried:
             return ()
-        return ((names.RETRY, b"1"), (names.FAILED, write_failed(*(host.address for host in self._hosts()))))
+        return ((contract.RETRY, b"1"), (contract.FAILED, write_failed(*(host.address for host in self._hosts()))))
 
     def _cancel_prefill(self, now: float, *, only_if: bool = True) -> list[Say]:
         """End what still runs. Nothing is said about this attempt any more."""
@@ -364,7 +364,7 @@ class Supervision:
             guilty.health.failed(now)
 
 
-_CANCEL: Final = Immediate(503, b"", (), "cancelled", {names.META_REASON: "cancelled"})
+_CANCEL: Final = Immediate(503, b"", (), "cancelled", {contract.META_REASON: "cancelled"})
 """Ends a prefill leg; nobody reads its answer."""
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from dp_extproc.extproc import names
+from dp_extproc import contract
 from dp_extproc.fleet.endpoint import in_url
 from dp_extproc.fleet.server_info import DEFAULT_BOOTSTRAP_PORT
 from dp_extproc.placement.load import HostLoad
@@ -42,7 +42,7 @@ def carry(
     if in_headers and _fits_headers(request, pair):
         return Carriage(None, override_headers(meeting, *fields))
     bodies = rewrite_disaggregated(request.body, request.prompt.batch, meeting, *fields)
-    swap = ((names.PREFILL_PREFIX, bodies.prefill_prefix), (names.PREFIX_LENGTH, b"%d" % bodies.prefix_length))
+    swap = ((contract.PREFILL_PREFIX, bodies.prefill_prefix), (contract.PREFIX_LENGTH, b"%d" % bodies.prefix_length))
     return Carriage(bodies.decode, swap)
 
 

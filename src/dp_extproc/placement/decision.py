@@ -8,7 +8,7 @@ from dp_extproc.request.body import InferenceRequest
 from dp_extproc.request.prefix import Prefix
 
 Metadata = dict[str, str | int]
-"""Dynamic metadata of a request, by the names of :mod:`dp_extproc.extproc.names`."""
+"""Dynamic metadata of a request, by the names of :mod:`dp_extproc.contract`."""
 
 
 class Circumstances(Struct, frozen=True):

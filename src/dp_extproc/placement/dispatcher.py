@@ -7,9 +7,9 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from dp_extproc import contract
 from dp_extproc.config.reliability import AdmissionSettings
 from dp_extproc.config.schema import Carrier, ClientRanks, LoadSignal, PoolConfig
-from dp_extproc.extproc import names
 from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.fleet.endpoint import Role
 from dp_extproc.fleet.recipe import RANK_HEADER
@@ -35,7 +35,7 @@ from dp_extproc.request.rejection import Reason, Rejection, Wait
 from dp_extproc.request.rewrite import rewrite_aggregated
 from dp_extproc.request.unread import unread_request
 
-_WATCHED: Final = ((names.WATCH, b"1"),)
+_WATCHED: Final = ((contract.WATCH, b"1"),)
 _ORDINARY: Final = Circumstances()
 _BODIES_NEEDED: Final = Rejection(
     500,
@@ -162,8 +162,8 @@ class Dispatcher:
             role = Role.DECODE if pool.config.is_disaggregated else Role.WORKER
             if hosts := self._fleet.eligible(pool.name, role, now, subset):
                 address = self._rng.choice(hosts).address
-                metadata: Metadata = {names.META_POOL: pool.name, names.META_DECODE_HOST: address}
-                headers = ((names.DECODE_HOST, address.encode()), *self._credentials.headers(pool.name))
+                metadata: Metadata = {contract.META_POOL: pool.name, contract.META_DECODE_HOST: address}
+                headers = ((contract.DECODE_HOST, address.encode()), *self._credentials.headers(pool.name))
                 return Decision(None, headers, metadata, None)
         return Rejection(503, Reason.NO_ENDPOINTS, "no engine has been reached yet", headers=TRY_AGAIN)
 
@@ -205,7 +205,7 @@ class Dispatcher:
         body = rewrite_aggregated(request.body, rank_key, side.rank)
         in_header = side.rank if request.api in side.host.capabilities.rank_header_on else None
         headers = (
-            (names.DECODE_HOST, side.host.address.encode()),
+            (contract.DECODE_HOST, side.host.address.encode()),
             *(((RANK_HEADER, b"%d" % in_header),) if in_header is not None else ()),
             *self._credentials.headers(pool.name),
         )
@@ -232,18 +232,18 @@ class Dispatcher:
         prefill.host.health.sent(now)
         decode.host.health.sent(now)
         headers = (
-            (names.DECODE_HOST, decode.host.address.encode()),
-            (names.PREFILL_HOST, prefill.host.address.encode()),
+            (contract.DECODE_HOST, decode.host.address.encode()),
+            (contract.PREFILL_HOST, prefill.host.address.encode()),
             *carried.headers,
-            (names.OWNER, self._owner),
-            (names.LEG, leg.encode()),
+            (contract.OWNER, self._owner),
+            (contract.LEG, leg.encode()),
             *(_WATCHED if request.stream is not False and self._sees_first_events else ()),
             *self._credentials.headers(pool.name),
         )
         metadata = _metadata(pool, request, decode)
-        metadata[names.META_PREFILL_HOST] = prefill.host.address
+        metadata[contract.META_PREFILL_HOST] = prefill.host.address
         if (prefill_rank := prefill.told_rank) is not None:
-            metadata[names.META_PREFILL_RANK] = prefill_rank
+            metadata[contract.META_PREFILL_RANK] = prefill_rank
         return Decision(
             carried.body, headers, metadata, attempt, streaming=request.stream, merges_logprobs=request.wants_logprobs
         )
@@ -366,10 +366,10 @@ class Dispatcher:
 
 def _metadata(pool: _Pool, request: InferenceRequest, decode: Side) -> Metadata:
     metadata: Metadata = {
-        names.META_POOL: pool.name,
-        names.META_MODEL: (request.model or "")[:SHOWN_MODEL],
-        names.META_DECODE_HOST: decode.host.address,
+        contract.META_POOL: pool.name,
+        contract.META_MODEL: (request.model or "")[:SHOWN_MODEL],
+        contract.META_DECODE_HOST: decode.host.address,
     }
     if (rank := decode.told_rank) is not None:
-        metadata[names.META_DECODE_RANK] = rank
+        metadata[contract.META_DECODE_RANK] = rank
     return metadata

@@ -6,7 +6,7 @@ its place on the prefill leg (SGLang: ``request_headers.py``, SGLANG_ENABLE_REQU
 
 from collections.abc import Iterator
 
-from dp_extproc.extproc import names
+from dp_extproc import contract
 from dp_extproc.request.rewrite import Bootstrap, LegFields
 
 Headers = tuple[tuple[str, bytes], ...]
@@ -24,14 +24,14 @@ def override_headers(bootstrap: Bootstrap, prefill: LegFields, decode: LegFields
 
 
 def _headers(bootstrap: Bootstrap, prefill: LegFields, decode: LegFields) -> Iterator[tuple[str, bytes]]:
-    yield f"{names.OVERRIDE_PREFIX}bootstrap-host", bootstrap.host.encode()
-    yield f"{names.OVERRIDE_PREFIX}bootstrap-port", b"%d" % bootstrap.port
-    yield f"{names.OVERRIDE_PREFIX}bootstrap-room", str(bootstrap.rooms).encode()
-    yield names.OVERRIDE_RID, decode.request_id.encode()
+    yield f"{contract.OVERRIDE_PREFIX}bootstrap-host", bootstrap.host.encode()
+    yield f"{contract.OVERRIDE_PREFIX}bootstrap-port", b"%d" % bootstrap.port
+    yield f"{contract.OVERRIDE_PREFIX}bootstrap-room", str(bootstrap.rooms).encode()
+    yield contract.OVERRIDE_RID, decode.request_id.encode()
     if decode.routed_rank is not None:
-        yield names.OVERRIDE_RANK, b"%d" % decode.routed_rank
+        yield contract.OVERRIDE_RANK, b"%d" % decode.routed_rank
     if decode.prefill_rank is not None:
-        yield f"{names.OVERRIDE_PREFIX}disagg-prefill-dp-rank", b"%d" % decode.prefill_rank
-    yield names.PREFILL_RID, prefill.request_id.encode()
+        yield f"{contract.OVERRIDE_PREFIX}disagg-prefill-dp-rank", b"%d" % decode.prefill_rank
+    yield contract.PREFILL_RID, prefill.request_id.encode()
     if prefill.routed_rank is not None:
-        yield names.PREFILL_RANK, b"%d" % prefill.routed_rank
+        yield contract.PREFILL_RANK, b"%d" % prefill.routed_rank
