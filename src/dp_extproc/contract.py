@@ -1,4 +1,8 @@
-"""The names that the service and the Envoy configuration agree on, and those that no client may set."""
+"""Names and value formats that the service, the Envoy configuration and the engines share.
+
+Each attempt comes from the front door as if it were the first, maybe to another process. What has failed travels with
+it in :data:`AVOID`: the hosts of an attempt joined by commas, attempts by semicolons.
+"""
 
 from typing import Final
 
@@ -38,7 +42,9 @@ OWNED_PREFIX: Final = "x-dp-"
 
 FOREIGN_PREFIXES: Final = (OWNED_PREFIX, OVERRIDE_PREFIX, "x-envoy-")
 """Client-sent headers under these prefixes would steer Envoy or override the body's rank in the engine."""
-FOREIGN_NAMES: Final = ("x-data-parallel-rank",)
+RANK_HEADER: Final = "x-data-parallel-rank"
+"""SGLang and vLLM read the rank from it."""
+FOREIGN_NAMES: Final = (RANK_HEADER,)
 """Likewise, by full name: SGLang lets this header win over ``routed_dp_rank`` in the body."""
 
 READ_FROM_REQUESTS: Final = frozenset({
@@ -80,3 +86,28 @@ SET_INSIDE: Final = (
 
 META_REASON: Final = "reason"
 """Set on refusals only; tells Envoy that the local reply has the service's own body."""
+REASON_HEADER: Final = "x-dp-extproc-reason"
+"""On a refusal: its reason, for people and tests; the same text as in the body."""
+
+CUT: Final = "cut"
+"""Third item of an attempt that Envoy has repeated by itself, as the answering server was lost behind its head."""
+_MOST_READ: Final = 16
+"""Attempts; more than may be configured."""
+
+
+def read_failed(header: str | None) -> tuple[frozenset[str], ...]:
+    """Read which hosts each earlier attempt was sent to."""
+    if not header:
+        return ()
+    return tuple(frozenset(attempt.split(",")) - {CUT} for attempt in header.split(";", _MOST_READ)[:_MOST_READ])
+
+
+def read_cut(header: str | None) -> str | None:
+    """Read which server the last attempt has lost, if nobody has counted that yet: Envoy asks nobody about it."""
+    hosts = (header or "").rpartition(";")[2].split(",")
+    return hosts[1] if len(hosts) > 2 and hosts[2] == CUT else None
+
+
+def write_failed(*hosts: str) -> bytes:
+    """Write which hosts an attempt was sent to."""
+    return ",".join(hosts).encode()

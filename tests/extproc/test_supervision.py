@@ -26,7 +26,7 @@ from dp_extproc.extproc.exchange import Exchange
 from dp_extproc.extproc.first_event import EngineError
 from dp_extproc.extproc.supervision import Say, Stream, Supervision
 from dp_extproc.fleet.endpoint import Role
-from dp_extproc.placement.retries import RetryBudget, read_failed
+from dp_extproc.placement.retries import RetryBudget
 from dp_extproc.request.rejection import Reason
 from placement.fleet_fixtures import Fleet, make_facts
 
@@ -281,7 +281,7 @@ class TestFailures:
         assert (reply.status, reply.details) == (502, "prefill_failed")
         assert b"out of memory" in reply.body
         assert dict(reply.headers)[contract.RETRY] == "1"
-        assert [*map(sorted, read_failed(dict(reply.headers)[contract.FAILED]))] == [
+        assert [*map(sorted, contract.read_failed(dict(reply.headers)[contract.FAILED]))] == [
             ["10.0.0.1:31001", "10.0.0.1:32001"]
         ]
         assert attempted.blamed() == [Role.PREFILL]

@@ -3,7 +3,8 @@
 import pytest
 
 from dp_extproc.config.reliability import RetrySettings
-from dp_extproc.placement.retries import RetryBudget, read_cut, read_failed, write_failed
+from dp_extproc.contract import read_cut, read_failed, write_failed
+from dp_extproc.placement.retries import RetryBudget
 
 
 def test_attempts_are_bounded() -> None:

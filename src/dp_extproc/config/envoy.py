@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field
 from dp_extproc.config.listen import MAX_PORT, SocketAddress, socket_address
 from dp_extproc.config.section import Bytes, Seconds, Section
 from dp_extproc.config.security import ServiceTls
+from dp_extproc.contract import DESTINATION, FOREIGN_PREFIXES, RANK_HEADER
 
 _HEADER: Final = re.compile(r"[a-z0-9!#$&'*+.^_`|~-]+")
 """RFC 9110, but for the percent sign, which begins a command in Envoy's formats."""
@@ -19,7 +20,7 @@ _NO_SESSION: Final = frozenset({
     # RFC 9110 and 9112: what frames a message, or belongs to one connection.
     "host", "connection", "proxy-connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "expect",
     "content-length", "content-type", "content-encoding",
-    "x-data-parallel-rank", "x-gateway-destination-endpoint",  # SGLang's and gateways': route
+    RANK_HEADER, DESTINATION,  # SGLang's and gateways': route
 })  # fmt: skip
 """Headers with credentials, and headers that frame or route."""
 
@@ -44,7 +45,7 @@ def _header_name(value: str) -> str:
     name = value.lower()
     if not _HEADER.fullmatch(name):
         raise ValueError("write the name of a request header, such as x-session-id")
-    if name.startswith(("x-dp-", "x-envoy-", "x-override-")):
+    if name.startswith(FOREIGN_PREFIXES):
         raise ValueError("names under x-dp-, x-envoy- and x-override- are taken from clients; write another one")
     if name in _NO_SESSION:
         raise ValueError(f"{value} is not the name of a conversation; write a header that clients send for it")

@@ -29,6 +29,7 @@ from envoy_data_plane.envoy.type.matcher.v3 import MetadataMatcher, MetadataMatc
 from envoy_data_plane.google.protobuf import Any, Struct
 
 from dp_extproc.contract import (
+    CUT,
     FAILED,
     META_DECODE_HOST,
     META_PREFILL_HOST,
@@ -36,7 +37,6 @@ from dp_extproc.contract import (
     METADATA_NAMESPACE,
     RETRY,
 )
-from dp_extproc.placement.retries import CUT
 
 _UPSTREAM_FAILED: Final = ["UF", "UC", "UR", "UH", "UO", "UT", "UPE", "LR"]
 """Response flags of a connection that could not be made, spoke no HTTP, or did not last until the response headers."""

@@ -39,7 +39,6 @@ from dp_extproc.extproc.replies import Headers, answer_instead, refuse, route, t
 from dp_extproc.placement.attempt import Attempt
 from dp_extproc.placement.decision import Circumstances, Decision
 from dp_extproc.placement.queue import Ticket
-from dp_extproc.placement.retries import read_cut, read_failed
 from dp_extproc.request.path import Api, Lookup, read_path
 from dp_extproc.request.rejection import Reason, Rejection, Wait
 from dp_extproc.response.logprobs import Merger, make_merger
@@ -318,7 +317,8 @@ class Exchange:
             self._foreign = tuple(name for name in foreign if not name.startswith("x-envoy-"))  # Envoy would keep them
         else:
             self._foreign = tuple(foreign)
-            self.failed, self.cut = read_failed(headers.get(contract.AVOID)), read_cut(headers.get(contract.AVOID))
+            avoided = headers.get(contract.AVOID)
+            self.failed, self.cut = contract.read_failed(avoided), contract.read_cut(avoided)
         refusal = refuse_by_headers(headers, self._max_body)
         if self._picks and (not isinstance(asked, Api) or (refusal is not None and refusal.status == _UNSUPPORTED)):
             return self._pass_on()  # the gateway has decided that it is a request for these servers

@@ -6,7 +6,7 @@ from typing import Final
 from dp_extproc import contract
 from dp_extproc.extproc.events import Immediate, Mutate, Phase
 from dp_extproc.placement.decision import Decision
-from dp_extproc.request.rejection import REASON_HEADER, Reason, Rejection
+from dp_extproc.request.rejection import Reason, Rejection
 
 Headers = tuple[tuple[str, bytes], ...]
 
@@ -52,7 +52,7 @@ def route(
 def refuse(refusal: Rejection) -> Immediate:
     """Refuse a request."""
     reason = refusal.reason.value
-    headers = (_JSON, (REASON_HEADER, reason), *refusal.headers)
+    headers = (_JSON, (contract.REASON_HEADER, reason), *refusal.headers)
     return Immediate(refusal.status, refusal.body(), headers, reason, {contract.META_REASON: reason})
 
 
@@ -64,5 +64,5 @@ def tell_models(text: bytes) -> Immediate:
 def answer_instead(status: int, body: bytes, reason: Reason, headers: Headers) -> Immediate:
     """Answer in the engine's place: with an error of ours, or with what the other leg said."""
     texts = tuple((name, value.decode("latin-1")) for name, value in headers)
-    own = () if reason is Reason.ENGINE_REFUSED else ((REASON_HEADER, reason.value),)
+    own = () if reason is Reason.ENGINE_REFUSED else ((contract.REASON_HEADER, reason.value),)
     return Immediate(status, body, (_JSON, *own, *texts), reason.value, {contract.META_REASON: reason.value})

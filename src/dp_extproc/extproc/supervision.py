@@ -26,7 +26,7 @@ from dp_extproc.extproc.first_event import EngineError, FirstEvent
 from dp_extproc.fleet.endpoint import Role
 from dp_extproc.placement.attempt import Attempt
 from dp_extproc.placement.load import HostLoad
-from dp_extproc.placement.retries import RetryBudget, write_failed
+from dp_extproc.placement.retries import RetryBudget
 from dp_extproc.request.rejection import Reason, Rejection
 
 LEG_OPENS_SECONDS: Final = 2.0
@@ -328,7 +328,10 @@ class Supervision:
         self._observer.leg_failed(leg, reason, retried=retried)
         if not retried:
             return ()
-        return ((contract.RETRY, b"1"), (contract.FAILED, write_failed(*(host.address for host in self._hosts()))))
+        return (
+            (contract.RETRY, b"1"),
+            (contract.FAILED, contract.write_failed(*(host.address for host in self._hosts()))),
+        )
 
     def _cancel_prefill(self, now: float, *, only_if: bool = True) -> list[Say]:
         """End what still runs. Nothing is said about this attempt any more."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
+from dp_extproc.contract import RANK_HEADER
 from dp_extproc.fleet.endpoint import EngineFacts, Kind, Mode, Role
 from dp_extproc.fleet.releases import VLLM_RANK_HEADER, Fields, Methods, Release, RoomCheck, release_of
 from dp_extproc.request.path import Api
@@ -13,7 +14,6 @@ _VLLM_RANK_HEADER_ON: Final = frozenset({Api.COMPLETIONS, Api.CHAT})
 """Paths on which vLLM reads the rank from a header; on others it picks the rank itself."""
 _VLLM_APIS: Final = frozenset(Api) - {Api.GENERATE}
 
-RANK_HEADER: Final = "x-data-parallel-rank"
 _ROUTED_DP_RANK: Final = "routed_dp_rank"
 _DATA_PARALLEL_RANK: Final = "data_parallel_rank"
 

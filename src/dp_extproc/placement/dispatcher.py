@@ -12,7 +12,6 @@ from dp_extproc.config.reliability import AdmissionSettings
 from dp_extproc.config.schema import Carrier, ClientRanks, LoadSignal, PoolConfig
 from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.fleet.endpoint import Role
-from dp_extproc.fleet.recipe import RANK_HEADER
 from dp_extproc.placement.admission import Admission, is_too_long, largest_capacity
 from dp_extproc.placement.attempt import NOBODY, AttemptObserver, nothing
 from dp_extproc.placement.books import RankLoad
@@ -206,7 +205,7 @@ class Dispatcher:
         in_header = side.rank if request.api in side.host.capabilities.rank_header_on else None
         headers = (
             (contract.DECODE_HOST, side.host.address.encode()),
-            *(((RANK_HEADER, b"%d" % in_header),) if in_header is not None else ()),
+            *(((contract.RANK_HEADER, b"%d" % in_header),) if in_header is not None else ()),
             *self._credentials.headers(pool.name),
         )
         side.host.health.sent(now)

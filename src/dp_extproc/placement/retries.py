@@ -1,19 +1,6 @@
-"""How often a request is placed anew, and what is known of its attempts so far.
-
-Each attempt comes from the front door as if it were the first, maybe to another process; what has failed travels with
-it in a header: the hosts of an attempt joined by commas, attempts by semicolons.
-"""
-
-from typing import Final
+"""How often a request is placed anew."""
 
 from dp_extproc.config.reliability import RetrySettings
-
-_MOST_READ: Final = 16
-"""Attempts; more than may be configured."""
-
-
-CUT: Final = "cut"
-"""Third item of an attempt that Envoy has repeated by itself, as the answering server was lost behind its head."""
 
 
 class RetryBudget:
@@ -39,21 +26,3 @@ class RetryBudget:
             return False
         self._left -= 1
         return True
-
-
-def read_failed(header: str | None) -> tuple[frozenset[str], ...]:
-    """Read which hosts each earlier attempt was sent to."""
-    if not header:
-        return ()
-    return tuple(frozenset(attempt.split(",")) - {CUT} for attempt in header.split(";", _MOST_READ)[:_MOST_READ])
-
-
-def read_cut(header: str | None) -> str | None:
-    """Read which server the last attempt has lost, if nobody has counted that yet: Envoy asks nobody about it."""
-    hosts = (header or "").rpartition(";")[2].split(",")
-    return hosts[1] if len(hosts) > 2 and hosts[2] == CUT else None
-
-
-def write_failed(*hosts: str) -> bytes:
-    """Write which hosts an attempt was sent to."""
-    return ",".join(hosts).encode()

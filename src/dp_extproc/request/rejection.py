@@ -10,9 +10,6 @@ if TYPE_CHECKING:
     from dp_extproc.request.body import InferenceRequest
     from dp_extproc.request.prefix import Prefix
 
-REASON_HEADER: Final = "x-dp-extproc-reason"
-"""Response header that carries the reason of a refusal."""
-
 
 class Reason(StrEnum):
     """Why a request was refused: the ``code`` of the body, a response header, and the response-code details."""
