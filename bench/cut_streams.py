@@ -17,10 +17,10 @@ from typing import Final
 import httpx
 
 from dp_extproc.config import CutStreams
-from dp_extproc.testbed import loopback
-from dp_extproc.testbed.engine import EngineProcess
-from dp_extproc.testbed.envoy import EnvoyProcess
-from dp_extproc.testbed.service import ServiceProcess, write_config
+from dp_extproc.lab.testbed import loopback
+from dp_extproc.lab.testbed.engine import EngineProcess
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 
 TOKENS: Final = 400
 AT_A_TIME: Final = 10

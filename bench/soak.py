@@ -25,9 +25,9 @@ from typing import Any, Final
 
 import aiohttp
 
-from dp_extproc.testbed.engine import EngineProcess
-from dp_extproc.testbed.envoy import EnvoyProcess
-from dp_extproc.testbed.service import ServiceProcess, write_config
+from dp_extproc.lab.testbed.engine import EngineProcess
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 
 _PATIENCE: Final = ("--timeout-bootstrap", "100000", "--timeout-waiting", "100000", "--timeout-heartbeat", "1000")
 """Engines never give up by themselves: whatever hangs, hangs until the router ends it."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import httpx
 
-from dp_extproc.testbed.envoy import EnvoyProcess
-from dp_extproc.testbed.service import ServiceProcess, write_config
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from interop.cases import CASES, PATIENCE_SECONDS, Rig, unified_answers, unified_logprobs
 from interop.record import record_logprobs
 from interop.report import Report

@@ -1,4 +1,4 @@
-"""Real SGLang servers on this machine, as :mod:`dp_extproc.testbed` runs everything else."""
+"""Real SGLang servers on this machine, as :mod:`dp_extproc.lab.testbed` runs everything else."""
 
 import os
 import shutil
@@ -13,8 +13,8 @@ from typing import Any, Final, Self
 
 import httpx
 
-from dp_extproc.testbed.ports import free_ports
-from dp_extproc.testbed.tied_process import start_tied
+from dp_extproc.lab.testbed.ports import free_ports
+from dp_extproc.lab.testbed.tied_process import start_tied
 
 SHIMS: Final = Path(__file__).parent / "shims"
 START_SECONDS: Final = 400.0

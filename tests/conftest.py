@@ -7,7 +7,7 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-from dp_extproc.testbed.ports import PART
+from dp_extproc.lab.testbed.ports import PART
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ[PART] = f"{int(worker.removeprefix('gw')) + 1}/{os.environ['PYTEST_XDIST_WORKER_COUNT']}"

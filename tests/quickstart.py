@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from dp_extproc.testbed import loopback
+from dp_extproc.lab.testbed import loopback
 from patience import wait_for
 
 ROOT = Path(__file__).parent.parent

@@ -9,10 +9,10 @@ import pytest
 
 from dp_extproc import background
 from dp_extproc.background import Guard
-from dp_extproc.testbed import loopback
-from dp_extproc.testbed.ports import free_port
-from dp_extproc.testbed.service import ServiceProcess, write_config
-from dp_extproc.testbed.tied_process import start_tied
+from dp_extproc.lab.testbed import loopback
+from dp_extproc.lab.testbed.ports import free_port
+from dp_extproc.lab.testbed.service import ServiceProcess, write_config
+from dp_extproc.lab.testbed.tied_process import start_tied
 from patience import wait_for
 
 

@@ -25,9 +25,9 @@ from bench.balance.machine import time_scale_for
 from bench.balance.recorded import RecordedRun, read_to_continue
 from bench.balance.report import plot, plot_again, print_report, write_json
 from bench.balance.runs import Run, run_once
-from dp_extproc.workload.capacity import Topology, requests_per_second
-from dp_extproc.workload.generate import NAMES, make_trace
-from dp_extproc.workload.trace import TraceRequest, read_trace
+from dp_extproc.lab.workload.capacity import Topology, requests_per_second
+from dp_extproc.lab.workload.generate import NAMES, make_trace
+from dp_extproc.lab.workload.trace import TraceRequest, read_trace
 
 _SAMPLE: Final = 5000
 """Requests for the mean lengths of a trace."""

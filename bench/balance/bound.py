@@ -9,10 +9,10 @@ from bench.balance.contenders import DEFAULT, ENGINES_OWN
 from bench.balance.engines import COSTS, Size
 from bench.balance.runs import settled_times
 from dp_extproc.config.schema import PolicySettings
-from dp_extproc.simulate.fleet import Fleet
-from dp_extproc.simulate.settings import Setting
-from dp_extproc.simulate.study import CLAIRVOYANT, Contender, run_once
-from dp_extproc.workload.trace import TraceRequest
+from dp_extproc.lab.simulate.fleet import Fleet
+from dp_extproc.lab.simulate.settings import Setting
+from dp_extproc.lab.simulate.study import CLAIRVOYANT, Contender, run_once
+from dp_extproc.lab.workload.trace import TraceRequest
 
 _SIMULATED: Final = (Contender(ENGINES_OWN), Contender(DEFAULT, PolicySettings()), Contender(CLAIRVOYANT))
 

@@ -12,9 +12,9 @@ import msgspec
 import uvloop
 
 from bench.balance.engines import MODEL
-from dp_extproc.simulate.outcome import Outcome
-from dp_extproc.workload.texts import chat_messages
-from dp_extproc.workload.trace import TraceRequest
+from dp_extproc.lab.simulate.outcome import Outcome
+from dp_extproc.lab.workload.texts import chat_messages
+from dp_extproc.lab.workload.trace import TraceRequest
 
 _TAIL: Final = 1024
 """Bytes of a stream's end that are kept; the usage stands there."""

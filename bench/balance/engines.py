@@ -5,10 +5,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dp_extproc.engine.scheduler.costs import Costs
-from dp_extproc.engine.scheduler.rank import Limits
-from dp_extproc.testbed.engine import EngineProcess
-from dp_extproc.workload.capacity import Topology
+from dp_extproc.lab.engine.scheduler.costs import Costs
+from dp_extproc.lab.engine.scheduler.rank import Limits
+from dp_extproc.lab.testbed.engine import EngineProcess
+from dp_extproc.lab.workload.capacity import Topology
 
 MODEL: Final = "bench"
 RELEASE: Final = "0.5.21"

@@ -14,7 +14,7 @@ from rich.table import Table
 from bench.balance.contenders import DEFAULT, ENGINES_OWN
 from bench.balance.recorded import RecordedRun, read_runs
 from bench.balance.runs import Run
-from dp_extproc.workload.comparison import Change, change
+from dp_extproc.lab.workload.comparison import Change, change
 
 mpl.use("svg")
 from matplotlib import pyplot as plt

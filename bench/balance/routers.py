@@ -13,12 +13,12 @@ import httpx
 
 from bench.balance.contenders import Contender, Ours, Smg
 from bench.balance.engines import Engines
-from dp_extproc.testbed import loopback
-from dp_extproc.testbed.envoy import EnvoyProcess
-from dp_extproc.testbed.ports import free_ports
-from dp_extproc.testbed.service import ServiceProcess, write_config
-from dp_extproc.testbed.tied_process import start_tied
-from dp_extproc.testbed.waiting import wait_until
+from dp_extproc.lab.testbed import loopback
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.ports import free_ports
+from dp_extproc.lab.testbed.service import ServiceProcess, write_config
+from dp_extproc.lab.testbed.tied_process import start_tied
+from dp_extproc.lab.testbed.waiting import wait_until
 
 INTERVAL: Final = 1.0
 """Seconds between two looks of ours at the engines' load; the default."""

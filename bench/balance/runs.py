@@ -9,8 +9,8 @@ from bench.balance.contenders import Contender, Smg
 from bench.balance.engines import Account, Size, run_engines
 from bench.balance.machine import Usage
 from bench.balance.routers import run_router
-from dp_extproc.simulate.outcome import Outcome, RunResult
-from dp_extproc.workload.trace import Segment, TraceRequest
+from dp_extproc.lab.simulate.outcome import Outcome, RunResult
+from dp_extproc.lab.workload.trace import Segment, TraceRequest
 
 _WARM_UP = 8
 """Requests that open connections and let decode ranks find prefill ranks."""

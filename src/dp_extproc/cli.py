@@ -12,10 +12,13 @@ _COMMANDS: Final = {
     "serve": ("dp_extproc.operate.serve", "run the external processor"),
     "check": ("dp_extproc.fleet.check_command", "check a configuration file and every engine it names"),
     "envoy-config": ("dp_extproc.envoy_config.command", "print the Envoy configuration for a configuration file"),
-    "engine": ("dp_extproc.engine.command", "run a stand-in for an SGLang server, for tests and demos"),
-    "demo": ("dp_extproc.demo.command", "run a whole fleet on this machine and compare placements"),
-    "load": ("dp_extproc.demo.load_command", "send requests through routers that run already, and compare them"),
-    "simulate": ("dp_extproc.simulate.command", "compute what placement would gain on a fleet and traffic of your own"),
+    "engine": ("dp_extproc.lab.engine.command", "run a stand-in for an SGLang server, for tests and demos"),
+    "demo": ("dp_extproc.lab.demo.command", "run a whole fleet on this machine and compare placements"),
+    "load": ("dp_extproc.lab.demo.load_command", "send requests through routers that run already, and compare them"),
+    "simulate": (
+        "dp_extproc.lab.simulate.command",
+        "compute what placement would gain on a fleet and traffic of your own",
+    ),
 }
 """Module and summary of each command. A module gives add_arguments(parser) and run(args) -> exit status."""
 

@@ -10,7 +10,7 @@ from compose.base_images import base_images
 from compose.checkout import base_image, check_out, foreign_images
 from compose.docker_engine import Docker, NoEngineError, docker_engine
 from compose.project import Project, compose_command
-from dp_extproc.testbed.ports import free_ports
+from dp_extproc.lab.testbed.ports import free_ports
 
 _PORTS = ("PORT", "ADMIN_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
 _BUILD_SECONDS = 600.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
-from dp_extproc.testbed.waiting import wait_until
+from dp_extproc.lab.testbed.waiting import wait_until
 
 HOME: Final = Path(os.environ.get("DP_EXTPROC_DOCKER", "~/.cache/dp-extproc/docker")).expanduser()
 """Where our own engine keeps its images from one run to the next. Outside of every build context."""

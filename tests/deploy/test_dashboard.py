@@ -10,10 +10,10 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from dp_extproc.testbed import loopback
-from dp_extproc.testbed.engine import EngineProcess
-from dp_extproc.testbed.envoy import EnvoyProcess
-from dp_extproc.testbed.service import ServiceProcess, write_config
+from dp_extproc.lab.testbed import loopback
+from dp_extproc.lab.testbed.engine import EngineProcess
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 
 OBSERVE = Path(__file__).parents[2] / "deploy/observe"
 DASHBOARD: dict[str, Any] = json.loads((OBSERVE / "grafana/dashboards/dp-extproc.json").read_text(encoding="utf-8"))

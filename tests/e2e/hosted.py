@@ -11,17 +11,17 @@ from typing import Any, Self
 
 import uvloop
 
-from dp_extproc.engine.api.app import Server
-from dp_extproc.engine.api.faults import Fault
-from dp_extproc.engine.command import parse_settings
-from dp_extproc.testbed.ports import free_row
+from dp_extproc.lab.engine.api.app import Server
+from dp_extproc.lab.engine.api.faults import Fault
+from dp_extproc.lab.engine.command import parse_settings
+from dp_extproc.lab.testbed.ports import free_row
 
 _START_SECONDS = 30.0
 
 
 @dataclass(slots=True)
 class HostedEngine:
-    """One of them; named like :class:`dp_extproc.testbed.engine.EngineProcess`."""
+    """One of them; named like :class:`dp_extproc.lab.testbed.engine.EngineProcess`."""
 
     server: Server
     port: int

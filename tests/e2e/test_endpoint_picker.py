@@ -11,9 +11,9 @@ import httpx
 import pytest
 import yaml
 
-from dp_extproc.testbed import loopback
-from dp_extproc.testbed.envoy import EnvoyProcess
-from dp_extproc.testbed.service import ServiceProcess, write_config
+from dp_extproc.lab.testbed import loopback
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from e2e.gateway import load_gateway
 from e2e.hosted import HostedEngine, HostedEngines
 from e2e.stack import FAST, body_of, one

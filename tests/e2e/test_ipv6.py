@@ -6,10 +6,10 @@ from contextlib import ExitStack
 
 import pytest
 
-from dp_extproc.testbed import loopback
-from dp_extproc.testbed.engine import EngineProcess
-from dp_extproc.testbed.envoy import EnvoyProcess
-from dp_extproc.testbed.service import ServiceProcess, write_config
+from dp_extproc.lab.testbed import loopback
+from dp_extproc.lab.testbed.engine import EngineProcess
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from e2e.stack import DECODE_RANKS, FAST, PREFILL_RANKS, Stack, body_of
 from ipv6 import needs_ipv6
 

@@ -10,9 +10,9 @@ from contextlib import ExitStack
 import pytest
 import yaml
 
-from dp_extproc.testbed.engine import EngineProcess
-from dp_extproc.testbed.envoy import EnvoyProcess
-from dp_extproc.testbed.service import ServiceProcess, write_config
+from dp_extproc.lab.testbed.engine import EngineProcess
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from e2e.gateway import load_gateway
 from e2e.stack import FAST
 from patience import wait_for

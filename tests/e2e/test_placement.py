@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
-from dp_extproc.testbed import loopback
-from dp_extproc.testbed.engine import EngineProcess
-from dp_extproc.testbed.envoy import EnvoyProcess
-from dp_extproc.testbed.service import ServiceProcess, write_config
+from dp_extproc.lab.testbed import loopback
+from dp_extproc.lab.testbed.engine import EngineProcess
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from e2e.stack import PREFILL_RANKS, Stack, run_stack
 from patience import wait_for
 

@@ -12,8 +12,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dp_extproc.config import SocketAddress
-from dp_extproc.testbed.envoy import EnvoyProcess
-from dp_extproc.testbed.ports import free_ports
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.ports import free_ports
 from e2e.stack import Stack, run_stack
 from patience import wait_for
 

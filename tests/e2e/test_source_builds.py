@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dp_extproc.testbed import loopback
+from dp_extproc.lab.testbed import loopback
 from e2e.stack import Stack, body_of, run_stack
 from patience import wait_for
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dp_extproc.testbed import loopback
-from dp_extproc.testbed.engine import EngineProcess
+from dp_extproc.lab.testbed import loopback
+from dp_extproc.lab.testbed.engine import EngineProcess
 from e2e.stack import DECODE_RANKS, Stack, run_stack
 from finite import assert_finite
 from patience import wait_for

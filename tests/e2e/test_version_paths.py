@@ -8,9 +8,9 @@ from typing import Any, Final
 import httpx
 import pytest
 
-from dp_extproc.testbed import loopback
-from dp_extproc.testbed.envoy import EnvoyProcess
-from dp_extproc.testbed.service import ServiceProcess, write_config
+from dp_extproc.lab.testbed import loopback
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from e2e.hosted import HostedEngine, HostedEngines
 from e2e.stack import DECODE_RANKS, FAST, PREFILL_RANKS, body_of, one
 

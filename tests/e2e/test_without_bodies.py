@@ -11,10 +11,10 @@ import httpx
 import openai
 import pytest
 
-from dp_extproc.engine.api.faults import Fault, Kind
-from dp_extproc.testbed import loopback
-from dp_extproc.testbed.envoy import EnvoyProcess
-from dp_extproc.testbed.service import ServiceProcess, write_config
+from dp_extproc.lab.engine.api.faults import Fault, Kind
+from dp_extproc.lab.testbed import loopback
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from e2e.hosted import HostedEngine, HostedEngines
 from e2e.stack import DECODE_RANKS, EVIL, FAST, PREFILL_RANKS, one
 from patience import wait_for

@@ -12,9 +12,9 @@ import yaml
 from dp_extproc import contract
 from dp_extproc.config import BodyMode, Config
 from dp_extproc.envoy_config import build_bootstrap, render_yaml
-from dp_extproc.testbed import loopback
-from dp_extproc.testbed.envoy import EnvoyProcess
-from dp_extproc.testbed.ports import free_ports
+from dp_extproc.lab.testbed import loopback
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.ports import free_ports
 from envoy_config.recording_engine import RecordingEngine, run_engine
 from envoy_config.scripted_service import ScriptedService, run_service
 

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from dp_extproc.testbed.ports import free_port
+from dp_extproc.lab.testbed.ports import free_port
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import yaml
 from dp_extproc.config import BodyMode, Config, CutStreams
 from dp_extproc.envoy_config import build_bootstrap, command, render_yaml
 from dp_extproc.envoy_config.comments import COMMENTS
-from dp_extproc.testbed.envoy import find_envoy
+from dp_extproc.lab.testbed.envoy import find_envoy
 from envoy_config.harness import POOLS
 
 EXAMPLE = Path(__file__).parents[2] / "envoy"

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from dp_extproc.config import BodyMode
-from dp_extproc.testbed.envoy import EnvoyProcess
-from dp_extproc.testbed.ports import free_port, free_ports, free_row
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.ports import free_port, free_ports, free_row
 from envoy_config.harness import make_config
 
 
@@ -24,7 +24,7 @@ def test_envoy_ends_with_whoever_started_it() -> None:
     """A starter that is killed leaves no Envoy behind."""
     code = (
         "import sys; from pathlib import Path\n"
-        "from dp_extproc.testbed.tied_process import start_tied\n"
+        "from dp_extproc.lab.testbed.tied_process import start_tied\n"
         "child = start_tied(['/bin/sleep', '60'], sys.stdout.buffer, sys.stderr.buffer)\n"
         "while 'sleep' not in Path(f'/proc/{child.pid}/comm').read_text(): pass\n"
         "print(child.pid, flush=True); sys.stdin.read()\n"

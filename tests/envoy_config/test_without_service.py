@@ -6,9 +6,9 @@ import pytest
 from dp_extproc import contract
 from dp_extproc.config import BodyMode
 from dp_extproc.envoy_config import build_bootstrap, render_yaml
-from dp_extproc.testbed import loopback
-from dp_extproc.testbed.envoy import EnvoyProcess
-from dp_extproc.testbed.ports import free_ports
+from dp_extproc.lab.testbed import loopback
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.ports import free_ports
 from envoy_config.harness import BODY, error_of, make_config
 from envoy_config.recording_engine import run_engine
 from envoy_config.scripted_service import run_service

@@ -19,10 +19,10 @@ from envoy_data_plane.envoy.config.endpoint.v3 import LocalityLbEndpoints
 from dp_extproc.config import Config
 from dp_extproc.envoy_config import build_bootstrap, render_yaml
 from dp_extproc.envoy_config.cluster_names import SERVICE
-from dp_extproc.testbed import loopback
-from dp_extproc.testbed.engine import EngineProcess
-from dp_extproc.testbed.envoy import EnvoyProcess
-from dp_extproc.testbed.service import ServiceProcess, write_config
+from dp_extproc.lab.testbed import loopback
+from dp_extproc.lab.testbed.engine import EngineProcess
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from e2e.stack import FAST
 from patience import wait_for
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dp_extproc.engine.api.app import Server
-from dp_extproc.engine.settings import Settings
+from dp_extproc.lab.engine.api.app import Server
+from dp_extproc.lab.engine.settings import Settings
 
 REQUEST_ID = b"x-request-id"
 

@@ -12,7 +12,7 @@ from itertools import product
 from threading import Barrier
 from typing import Any, Final
 
-from dp_extproc.testbed.engine import EngineProcess
+from dp_extproc.lab.testbed.engine import EngineProcess
 from faults.fleet import BODIES, Fleet, Outcome, ask, run_fleet
 
 ANSWER: Final = "answer"

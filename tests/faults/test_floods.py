@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import pytest
 
-from dp_extproc.testbed import loopback
-from dp_extproc.testbed.engine import EngineProcess
+from dp_extproc.lab.testbed import loopback
+from dp_extproc.lab.testbed.engine import EngineProcess
 from e2e.stack import FAST
 from faults.fleet import BODIES, Fleet, ask, asking, run_fleet
 from faults.matrix import KINDS

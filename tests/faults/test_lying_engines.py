@@ -11,10 +11,10 @@ import pytest
 
 from dp_extproc import contract
 from dp_extproc.config import BodyMode, CutStreams, Supervise
-from dp_extproc.engine.api.faults import Fault, Kind
-from dp_extproc.testbed import loopback
-from dp_extproc.testbed.envoy import EnvoyProcess
-from dp_extproc.testbed.service import ServiceProcess, write_config
+from dp_extproc.lab.engine.api.faults import Fault, Kind
+from dp_extproc.lab.testbed import loopback
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from e2e.hosted import HostedEngine, HostedEngines
 from e2e.stack import FAST
 from faults.lying_engine import LyingServer

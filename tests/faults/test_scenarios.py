@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from dp_extproc.testbed.engine import EngineProcess
+from dp_extproc.lab.testbed.engine import EngineProcess
 from e2e.stack import PATIENCE
 from faults.fleet import BODIES, Fleet, Outcome, ask, run_fleet
 from patience import wait_for

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from dp_extproc.testbed.engine import EngineProcess
+from dp_extproc.lab.testbed.engine import EngineProcess
 from faults.fleet import BODIES, Fleet, ask, asking, run_fleet
 from patience import wait_for
 

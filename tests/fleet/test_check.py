@@ -13,7 +13,7 @@ from dp_extproc.fleet.check import check_engines
 from dp_extproc.fleet.endpoint import Endpoint, Role
 from dp_extproc.fleet.observer import ScrapeFailure
 from dp_extproc.fleet.watch import EngineWatch
-from dp_extproc.testbed.ports import free_port
+from dp_extproc.lab.testbed.ports import free_port
 from fleet.scripted_engine import Answer, ScriptedEngine, hang
 from ipv6 import needs_ipv6
 

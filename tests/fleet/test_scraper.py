@@ -19,7 +19,7 @@ from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.fleet.engine_client import EngineClient, make_client
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.fleet.scraper import Scraper
-from dp_extproc.testbed.ports import free_port
+from dp_extproc.lab.testbed.ports import free_port
 from fleet.scripted_engine import Answer, ScriptedEngine, cut_off, drip, flood, hang, not_http, reset
 
 DEADLINE = 20.0

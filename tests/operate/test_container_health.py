@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from dp_extproc.config import ListenSettings
-from dp_extproc.engine.settings import Settings
+from dp_extproc.lab.engine.settings import Settings
+from dp_extproc.lab.testbed.engine import EngineProcess
+from dp_extproc.lab.testbed.ports import free_port
+from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from dp_extproc.operate import container_health
 from dp_extproc.operate.container_health import Question, main, question_for
-from dp_extproc.testbed.engine import EngineProcess
-from dp_extproc.testbed.ports import free_port
-from dp_extproc.testbed.service import ServiceProcess, write_config
 
 INIT = ("/sbin/docker-init", "--")
 SCRIPT = ("/app/bin/python3", "/app/bin/dp-extproc")

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import pytest
 
-from dp_extproc.testbed.ports import free_port
-from dp_extproc.testbed.service import ServiceProcess, write_config
+from dp_extproc.lab.testbed.ports import free_port
+from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from patience import wait_for
 
 _PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"

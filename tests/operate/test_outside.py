@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from dp_extproc.config import parse_config
+from dp_extproc.lab.testbed.service import write_config
 from dp_extproc.operate.outside import problems_outside, read_api_keys
-from dp_extproc.testbed.service import write_config
 
 POOL = {"models": ["*"], "workers": {"endpoints": ["http://127.0.0.1:9"]}}
 SECRET = "sk-very-secret"

@@ -17,8 +17,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from dp_extproc.testbed.ports import free_port
-from dp_extproc.testbed.tied_process import start_tied
+from dp_extproc.lab.testbed.ports import free_port
+from dp_extproc.lab.testbed.tied_process import start_tied
 
 TESTS = Path(__file__).parent.parent
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import redis.asyncio
 
+from dp_extproc.lab.testbed.ports import free_port
 from dp_extproc.sync.messages import VERSION
-from dp_extproc.testbed.ports import free_port
 from sync.books import dispatch_to
 from sync.hostile import hostile_messages
 from sync.member import Member, in_background, running, until

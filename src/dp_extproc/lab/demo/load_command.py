@@ -1,0 +1,76 @@
+"""``dp-extproc load``: send the demo's requests through routers that run already, and print what the demo prints."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Final
+from urllib.parse import urlsplit
+
+from rich.console import Console
+
+from dp_extproc.lab.demo.interrupts import Interrupts, run_until_interrupted
+from dp_extproc.lab.demo.options import add_traffic, make_console, missing_parts
+
+_REQUESTS: Final = 400
+_CONCURRENCY: Final = 80
+"""As in the demo: five requests for each of sixteen ranks."""
+_REMEDY: Final = (
+    "Close other programs on this machine, or send fewer requests at a time (--concurrency). "
+    "Stand-in engines that are late need a larger --time-scale."
+)
+
+_Named = tuple[str, str]
+"""A name and a URL."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.epilog = missing_parts(needs_envoy=False)
+    add = parser.add_argument
+    add(
+        "--router", action="append", type=_named, required=True, metavar="NAME=URL", dest="routers",
+        help="where clients send requests; several are compared with the first, in turns",
+    )  # fmt: skip
+    add(
+        "--engine", action="append", type=_named, default=[], metavar="NAME=URL", dest="engines",
+        help="an engine whose ranks are watched; its name begins with prefill or decode, such as 'prefill 1'",
+    )  # fmt: skip
+    add("--model", default="any", metavar="NAME", help="to name in the requests (default: %(default)s)")
+    add_traffic(parser, requests=_REQUESTS, concurrency=_CONCURRENCY)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Send and print. Returns 0, 1 when a router answers nothing, or 128 and the number of a signal."""
+    if (missing := missing_parts(needs_envoy=False)) is not None:
+        sys.stderr.write(f"dp-extproc load: {missing}\n")
+        return 1
+    console = make_console()
+    return run_until_interrupted(console, lambda interrupts: _measure(console, args, interrupts))
+
+
+def _measure(console: Console, args: argparse.Namespace, interrupts: Interrupts) -> None:
+    # The OpenAI client takes a second to import, and belongs to an extra.
+    from dp_extproc.lab.demo.contest import Contender, Contest, Load  # noqa: PLC0415
+    from dp_extproc.lab.demo.jobs import make_jobs  # noqa: PLC0415
+    from dp_extproc.lab.demo.report import About, print_report  # noqa: PLC0415
+
+    jobs = make_jobs(args.requests, args.seed)
+    engines = dict(args.engines)
+    contenders = [Contender(name, _at(url)) for name, url in args.routers]
+    runs = Contest(contenders, engines, Load(jobs, args.concurrency, args.model), console, interrupts).hold()
+    print_report(console, runs, About(jobs, list(engines), is_all_here=False, remedy=_REMEDY))
+
+
+def _at(url: str) -> Callable[[], AbstractContextManager[str]]:
+    return lambda: nullcontext(url)
+
+
+def _named(text: str) -> _Named:
+    """Read ``NAME=URL``, or a URL alone, whose host and port are its name then."""
+    if text.startswith(("http://", "https://")):
+        text = f"{urlsplit(text).netloc}={text}"
+    name, _, url = text.partition("=")
+    if not name.strip() or not url.startswith(("http://", "https://")) or not urlsplit(url).hostname:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=URL, such as 'prefill 1=http://prefill-1:30000'")
+    return name.strip(), url.rstrip("/")

@@ -1,0 +1,57 @@
+"""What the commands that send requests have in common: options, the console, and what has to be installed."""
+
+import argparse
+import importlib.util
+import sys
+from typing import Final
+
+from rich.console import Console
+
+from dp_extproc.lab.testbed.envoy import find_envoy
+
+WIDTH: Final = 100
+"""Columns of what is printed to a file or a pipe; the tables need most of them."""
+
+
+def add_traffic(parser: argparse.ArgumentParser, *, requests: int, concurrency: int) -> None:
+    """Declare the options that say what is sent."""
+    add = parser.add_argument
+    add("--requests", type=positive, default=requests, metavar="N", help="for each router (default: %(default)s)")
+    add("--seed", type=int, default=1, metavar="S", help="of the traffic (default: %(default)s)")
+    add(
+        "--concurrency", type=positive, default=concurrency, metavar="N",
+        help="requests under way at a time (default: %(default)s)",
+    )  # fmt: skip
+
+
+def positive(text: str) -> int:
+    """Read a number that is at least 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def make_console() -> Console:
+    """Make the console: as wide as the terminal, or wide enough for the tables where there is none."""
+    return Console() if sys.stdout.isatty() else Console(width=WIDTH)
+
+
+def missing_parts(*, needs_envoy: bool) -> str | None:
+    """Tell in one line what has to be installed; None when nothing has to be.
+
+    Args:
+        needs_envoy: Whether Envoy is started, too.
+    """
+    missing = []
+    if importlib.util.find_spec("openai") is None:
+        missing.append("the Python package openai")
+    if needs_envoy:
+        try:
+            find_envoy()
+        except FileNotFoundError:
+            missing.append("Envoy")
+    if not missing:
+        return None
+    are = "is" if len(missing) == 1 else "are"
+    return f"{' and '.join(missing)} {are} missing; in the checkout: pip install '.[demo]'"

@@ -1,0 +1,227 @@
+"""Answers that go wrong on their way: late, never, cut off, or not HTTP at all."""
+
+import asyncio
+import math
+from typing import Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dp_extproc.lab.engine.connection import connection_of
+
+_NOISE: Final = b"\x16\x03\x01\x00\xa5 not HTTP \xff\xfe\r\n\r\n"
+"""Like a server that speaks TLS on a plain port."""
+_MISSING: Final = 1000
+"""Bytes that a short body lacks."""
+_PIECE: Final = 1 << 16
+"""Bytes of a flood that are sent at once, at least; as many as uvicorn writes before it waits for the client."""
+
+
+async def pause(receive: Receive, released: asyncio.Event, seconds: float | None = None) -> bool:
+    """Wait for so long, or until the fault is switched off.
+
+    Returns:
+        Whether the client is still there.
+    """
+    gone = asyncio.ensure_future(_disconnected(receive))
+    either = {gone, asyncio.ensure_future(released.wait())}
+    try:
+        await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        return not gone.done()
+    finally:
+        for each in either:
+            each.cancel()
+
+
+async def noise(scope: Scope, _receive: Receive, _send: Send) -> None:
+    """Answer with bytes that are not HTTP."""
+    connection_of(scope).write_and_close(_NOISE)
+
+
+class Pause:
+    """Some seconds without anything."""
+
+    def __init__(self, released: asyncio.Event, seconds: float) -> None:
+        self._released = released
+        self._seconds = seconds
+
+    async def __call__(self, _scope: Scope, receive: Receive, _send: Send) -> None:
+        """Wait."""
+        if self._seconds:
+            await pause(receive, self._released, self._seconds)
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether the fault was switched off."""
+        return self._released.is_set()
+
+
+class Cut:
+    """The end of a connection: a RST, or a FIN after all that was written."""
+
+    def __init__(self, before: Pause, *, reset: bool) -> None:
+        self._before = before
+        self._reset = reset
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Cut it."""
+        await self._before(scope, receive, send)
+        connection = connection_of(scope)
+        if self._reset:
+            connection.reset()
+        else:
+            connection.write_and_close()
+
+
+class Hang:
+    """No answer, as long as the client waits for it."""
+
+    def __init__(self, released: asyncio.Event) -> None:
+        self._released = released
+
+    async def __call__(self, scope: Scope, receive: Receive, _send: Send) -> None:
+        """Wait; the connection is closed when the fault is switched off."""
+        if await pause(receive, self._released):
+            connection_of(scope).write_and_close()
+
+
+class Short:
+    """An answer that claims to be longer than it is."""
+
+    def __init__(self, healthy: ASGIApp, before: Pause) -> None:
+        self._healthy = healthy
+        self._before = before
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, but for the last bytes."""
+
+        async def shorten(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await send({**message, "headers": [*map(_lengthen, message["headers"]), *_length_of_stream(message)]})
+                return
+            await send({**message, "more_body": True})
+            if not message.get("more_body"):
+                await self._before(scope, receive, send)
+                connection_of(scope).write_and_close()
+
+        await self._healthy(scope, receive, shorten)
+
+
+class Long:
+    """An answer that goes on behind its end."""
+
+    def __init__(self, healthy: ASGIApp) -> None:
+        self._healthy = healthy
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, and then some."""
+
+        async def lengthen(message: Message) -> None:
+            await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                connection_of(scope).write_and_close(_NOISE)
+
+        await self._healthy(scope, receive, lengthen)
+
+
+class Interrupted:
+    """An answer that begins well; then something else happens."""
+
+    def __init__(self, healthy: ASGIApp, after: int, fault: ASGIApp) -> None:
+        """Prepare.
+
+        Args:
+            healthy: The answer.
+            after: Chunks of it that the client gets. If it has no more than these, half of the last one is kept back.
+            fault: What happens then. If it returns, the answer goes on.
+        """
+        self._healthy = healthy
+        self._left = after
+        self._fault = fault
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, up to the fault."""
+
+        async def interrupt(message: Message) -> None:
+            if message["type"] != "http.response.body" or self._left < 0:
+                await send(message)
+                return
+            last = not message.get("more_body")
+            body = message.get("body", b"")
+            if self._left and not last:
+                self._left -= 1
+                await send(message)
+                return
+            half = len(body) // 2 if self._left else 0
+            self._left = -1
+            if half:
+                await send({"type": "http.response.body", "body": body[:half], "more_body": True})
+            await self._fault(scope, receive, send)
+            await send({**message, "body": body[half:]})
+
+        await self._healthy(scope, receive, interrupt)
+
+
+class Flooded:
+    """A stream whose first event comes late: behind many bytes of something else."""
+
+    def __init__(self, healthy: ASGIApp, text: bytes, size: int, before: Pause) -> None:
+        """Prepare.
+
+        Args:
+            healthy: The answer; one that is no stream is given as it is.
+            text: To be repeated.
+            size: Bytes of it before the answer goes on; 0 for as long as the client reads and the fault is not
+                switched off.
+            before: What comes between the head and the flood.
+        """
+        self._healthy = healthy
+        self._text = text
+        self._size = size
+        self._before = before
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, with the flood behind the head."""
+
+        async def flood(message: Message) -> None:
+            await send(message)
+            if message["type"] == "http.response.start" and _is_stream(message):
+                await self._before(scope, receive, send)
+                await self._flood(receive, send)
+
+        await self._healthy(scope, receive, flood)
+
+    async def _flood(self, receive: Receive, send: Send) -> None:
+        piece = self._text * max(1, _PIECE // len(self._text))
+        left = self._size or math.inf
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            while left > 0 and not gone.done() and not self._before.is_cut_short:
+                body = piece if left >= len(piece) else piece[: int(left)]
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                left -= len(body)
+                await asyncio.sleep(0)  # uvicorn waits only where the client reads more slowly
+        finally:
+            gone.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _is_stream(head: Message) -> bool:
+    return any(
+        name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in head["headers"]
+    )
+
+
+def _lengthen(header: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
+    name, value = header
+    return (name, b"%d" % (int(value) + _MISSING)) if name.lower() == b"content-length" else header
+
+
+def _length_of_stream(message: Message) -> list[tuple[bytes, bytes]]:
+    """Give a stream a length at all, one that it cannot reach."""
+    if any(name.lower() == b"content-length" for name, _ in message["headers"]):
+        return []
+    return [(b"content-length", b"%d" % (1 << 30))]

@@ -1,0 +1,106 @@
+"""The HTTP server on the bootstrap port of a prefill server.
+
+``/route``, ``/health`` and ``/query_dp_ranks`` are SGLang's (``CommonKVBootstrapServer``). ``POST /rendezvous`` is ours
+and stands for the ZMQ messages and the KV transfer. Decode sends where it wants the cache; the answer comes when the
+cache has been sent, and closing the connection is decode's ABORT. There is no authentication, as in SGLang.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from dp_extproc.lab.engine.api.faults import BOOTSTRAP, Faults
+from dp_extproc.lab.engine.prefill_side import PrefillSide
+from dp_extproc.lab.engine.settings import Settings
+
+
+def bootstrap_app(settings: Settings, side: PrefillSide, faults: Faults) -> Starlette:
+    """Build the server of a prefill server's rooms."""
+
+    async def route(request: Request) -> Response:
+        by_name = settings.release.routes_by_field
+        key = "prefill_dp_rank" if by_name else "target_dp_group"
+        try:
+            rank = int(request.query_params.get(key, ""))
+        except ValueError:
+            return PlainTextResponse("Missing inputs for bootstrap server.", 400)
+        if rank == -1:
+            return JSONResponse(_server_facts(settings) if by_name else _old_server_facts(settings))
+        if not 0 <= rank < settings.dp_size:
+            return PlainTextResponse("Bootstrap info not Found", 404)
+        return JSONResponse({"rank_ip": settings.host, "rank_port": settings.bootstrap_port})
+
+    async def query_dp_ranks(request: Request) -> Response:
+        rooms = (await request.json()).get("bootstrap_rooms", [])
+        return JSONResponse({str(room): side.registered[room] for room in rooms if room in side.registered})
+
+    async def rendezvous(request: Request) -> Response:
+        wanted = await request.json()
+        if not side.understands(wanted["prefill_dp_rank"], wanted["transfer_backend"]):
+            await _disconnected(request)
+            return Response(status_code=499)
+        destination = side.connect(wanted["prefill_dp_rank"], wanted["bootstrap_room"])
+        gone = asyncio.ensure_future(_disconnected(request))
+        either: set[asyncio.Future[Any]] = {destination, gone}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+        if not destination.done():
+            side.disconnect(wanted["prefill_dp_rank"], wanted["bootstrap_room"], destination)
+            return Response(status_code=499)
+        return JSONResponse({"bootstrap_room": wanted["bootstrap_room"], "cached_tokens": destination.result()})
+
+    async def health(_: Request) -> Response:
+        return PlainTextResponse("OK")
+
+    faulty = partial(_faulty, faults)
+    return Starlette(
+        routes=[
+            Route("/route", faulty(route)),
+            Route("/query_dp_ranks", faulty(query_dp_ranks), methods=["POST"]),
+            Route("/rendezvous", faulty(rendezvous), methods=["POST"]),
+            Route("/health", faulty(health)),
+        ]
+    )
+
+
+def _faulty(faults: Faults, healthy: Callable[[Request], Awaitable[Response]]) -> Any:
+    async def endpoint(request: Request) -> ASGIApp:
+        return await faults.answer(BOOTSTRAP, request, lambda: healthy(request))
+
+    return endpoint
+
+
+def _server_facts(settings: Settings) -> dict[str, object]:
+    return {
+        "attn_tp_size": settings.attn_tp_size,
+        "attn_cp_size": 1,
+        "dp_size": settings.dp_size,
+        "pp_size": 1,
+        "page_size": settings.page_size,
+        "kv_cache_dtype": settings.kv_cache_dtype,
+        "follow_bootstrap_room": settings.follows_rooms,
+        "prefill_http_port": settings.port,
+    }
+
+
+def _old_server_facts(settings: Settings) -> dict[str, object]:
+    return {
+        "prefill_attn_tp_size": settings.attn_tp_size,
+        "prefill_dp_size": settings.dp_size,
+        "prefill_pp_size": 1,
+        "prefill_page_size": settings.page_size,
+    }
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

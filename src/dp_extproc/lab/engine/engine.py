@@ -1,0 +1,286 @@
+"""A running engine without its HTTP: legs come in, tokens come out."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from dp_extproc.lab.engine.dispatch import Dispatcher, ServerKilledError
+from dp_extproc.lab.engine.leg import Failure, Finished, Leg, RefusedError
+from dp_extproc.lab.engine.pace import Pace
+from dp_extproc.lab.engine.prefill_side import PrefillSide
+from dp_extproc.lab.engine.scheduler.group import Group, Step
+from dp_extproc.lab.engine.scheduler.prefix_cache import PrefixCache
+from dp_extproc.lab.engine.scheduler.rank import Rank
+from dp_extproc.lab.engine.scheduler.snapshot import RankHistory
+from dp_extproc.lab.engine.scheduler.work import Output, Role, Stage, Work
+from dp_extproc.lab.engine.settings import EngineKind, Settings
+from dp_extproc.lab.engine.ticket import Ticket
+
+if TYPE_CHECKING:
+    from dp_extproc.lab.engine.decode_side import DecodeSide
+
+_FIRST_STAGE = {Role.PREFILL: Stage.BOOTSTRAP, Role.DECODE: Stage.PREALLOC, Role.UNIFIED: Stage.WAITING}
+
+
+def kill_server(reason: str) -> None:
+    """Die as SGLang does when a scheduler or the controller raises: at once, all processes, no goodbye."""
+    sys.stderr.write(f"engine: killed by a request: {reason}\n")
+    sys.stderr.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Engine:
+    """The schedulers of one server."""
+
+    def __init__(self, settings: Settings, *, on_end: Callable[[Ticket], None], kill: Callable[[str], None]) -> None:
+        """Build the ranks; nothing runs yet.
+
+        Args:
+            settings: Of the server.
+            on_end: Called once for every ticket that ends.
+            kill: Called when a request brings the server down.
+        """
+        self.settings = settings
+        now = time.time()
+        self.ranks = [Rank(rank, settings.limits, settings.role) for rank in range(settings.dp_size)]
+        members = [self.ranks] if settings.dp_attention else [[rank] for rank in self.ranks]
+        self.groups = [Group(ranks, settings.costs) for ranks in members]
+        self.histories = [
+            RankHistory(
+                rank,
+                settings.decode_log_interval,
+                reports_last_batch=settings.release.since("0.5.17"),
+                estimates_hits=settings.release.since("0.5.20"),
+                keeps_statistics=settings.enable_metrics,
+                time_scale=settings.time_scale,
+                counted_since=now,
+            )
+            for rank in self.ranks
+        ]
+        self.prefill_side = PrefillSide(settings, self.end, self._wake)
+        self.decode_side = _decode_side(settings, self.end, self._wake, kill)
+        self.stepping = [False] * len(self.groups)
+        self.paces = [Pace() for _ in self.groups]
+        self._dispatcher = Dispatcher(settings)
+        self._on_end = on_end
+        self.kill = kill
+        self._tickets: dict[Work, Ticket] = {}
+        self._rids: dict[str, Ticket] = {}
+        self._wakes = [asyncio.Event() for _ in self.groups]
+        for history in self.histories:
+            history.publish(now)
+            history.report(now)
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run the schedulers' loops."""
+        if self.decode_side is not None:
+            await self.decode_side.prepare()
+        loops = [asyncio.ensure_future(self._run(index)) for index in range(len(self.groups))]
+        for loop in loops:
+            loop.add_done_callback(self._crashed)
+        try:
+            yield
+        finally:
+            for loop in loops:
+                loop.cancel()
+            for ticket in self._tickets.values():
+                ticket.stop_waiting()
+            if self.decode_side is not None:
+                await self.decode_side.close()
+
+    def submit(self, legs: Iterable[Leg], *, streaming: bool = False) -> list[Ticket]:
+        """Give legs to their ranks.
+
+        Raises:
+            RefusedError: The request is wrong in a way that the HTTP process notices; none of its legs has been taken.
+        """
+        legs = list(legs)
+        for leg in legs:
+            self._dispatcher.check(leg)
+            self._check_length(leg)
+        seen = set(self._rids)
+        for leg in legs:
+            if leg.rid in seen:
+                raise RefusedError(f"Duplicate request ID detected: {leg.rid}")
+            seen.add(leg.rid)
+        return [self._take(leg, streaming=streaming) for leg in legs]
+
+    def abort(self, rid: str) -> None:
+        """Abort what ``/abort_request`` names: the HTTP process wants the exact id, schedulers match by prefix."""
+        if rid not in self._rids:
+            return
+        for ticket in [ticket for known, ticket in self._rids.items() if known.startswith(rid)]:
+            self.end(ticket, Failure(None, "Abort requested"))
+
+    def abort_all(self) -> None:
+        for ticket in list(self._rids.values()):
+            self.end(ticket, Failure(None, "Abort requested"))
+
+    def flush_caches(self) -> bool:
+        """Forget all prompts; only ranks do that have nothing to do.
+
+        Returns:
+            Whether all of them did.
+        """
+        idle = [rank for rank in self.ranks if rank.is_empty]
+        for rank in idle:
+            rank.cache = PrefixCache()
+        return len(idle) == len(self.ranks)
+
+    def end(self, ticket: Ticket, how: Finished | Failure) -> None:
+        """End a leg wherever it is, and free what it holds."""
+        rank = self.ranks[ticket.work.dp_rank]
+        if ticket.work.stage is not Stage.DONE:
+            rank.remove(ticket.work)
+        ticket.finish(how)
+        if self._tickets.pop(ticket.work, None) is None:
+            return
+        del self._rids[ticket.leg.rid]
+        self.prefill_side.forget(ticket)
+        if self.decode_side is not None:
+            self.decode_side.forget(ticket)
+        self._on_end(ticket)
+        self._wake(rank.dp_rank)
+
+    def refresh(self) -> None:
+        """Let the schedulers that have nothing to run do what they do meanwhile; call it before reading histories."""
+        now = time.time()
+        for index, group in enumerate(self.groups):
+            if not self.stepping[index]:
+                for rank in group.ranks:
+                    self.histories[rank.dp_rank].idle(now)
+
+    def _take(self, leg: Leg, *, streaming: bool) -> Ticket:
+        try:
+            chosen = self._dispatcher.choose(leg, self.ranks)
+            self._dispatcher.check_shape(leg)
+        except ServerKilledError as error:
+            self.kill(str(error))
+            chosen = 0
+        wanted = 1 if self.settings.role is Role.PREFILL else max(1, leg.max_new_tokens)
+        prompt = leg.prompt if self.settings.caches_prefixes else b""
+        work = Work(leg.rid, chosen, leg.prompt_tokens, wanted, leg.bootstrap_room, prompt=prompt)
+        leg = replace(leg, prompt=b"")  # the journal remembers legs for long, and bodies are kept there anyway
+        ticket = Ticket(leg, work, streaming)
+        self._tickets[work] = self._rids[leg.rid] = ticket
+        if (failure := self._refused_by_scheduler(leg)) is not None:
+            asyncio.get_running_loop().call_soon(self.end, ticket, failure)
+            return ticket
+        self.ranks[chosen].add(work, _FIRST_STAGE[self.settings.role])
+        if self.settings.role is Role.PREFILL:
+            self.prefill_side.arrive(ticket)
+        elif self.decode_side is not None:
+            self.decode_side.arrive(ticket)
+        self._wake(chosen)
+        return ticket
+
+    def _refused_by_scheduler(self, leg: Leg) -> Failure | None:
+        if self.settings.role is not Role.UNIFIED and leg.bootstrap_room is None:
+            text = f"Disaggregated request received without bootstrap room id. req.rid={leg.rid!r}"
+            return Failure(400, f"Invalid request: {text}")
+        if leg.prompt_tokens > self.settings.capacity:
+            text = f"Request {leg.rid} exceeds the maximum number of tokens: {leg.prompt_tokens} > "
+            return Failure(400, f"{text}{self.settings.capacity}")
+        return None
+
+    def _check_length(self, leg: Leg) -> None:
+        limit = self.settings.context_length
+        if leg.prompt_tokens >= limit:
+            raise RefusedError(
+                f"The input ({leg.prompt_tokens} tokens) is longer than the model's context length ({limit} tokens)."
+            )
+        total = leg.prompt_tokens + leg.max_new_tokens
+        if total > limit:
+            raise RefusedError(
+                f"Requested token count exceeds the model's maximum context length of {limit} tokens. You requested a "
+                f"total of {total} tokens: {leg.prompt_tokens} tokens from the input messages and {leg.max_new_tokens} "
+                "tokens for the completion."
+            )
+
+    async def _run(self, index: int) -> None:
+        group, wake, pace = self.groups[index], self._wakes[index], self.paces[index]
+        while True:
+            wake.clear()
+            if self.decode_side is not None:
+                for work in [work for rank in group.ranks for work in rank.preallocate()]:
+                    self.decode_side.allocated(self._tickets[work])
+            step, outputs = group.begin(time.time())
+            self._deliver(outputs)
+            if step is not None:
+                await self._step(index, step, pace)
+            elif not outputs:
+                self._rest(index)
+                await wake.wait()
+                pace.rest()
+
+    async def _step(self, index: int, step: Step, pace: Pace) -> None:
+        group, seconds = self.groups[index], step.seconds * self.settings.time_scale
+        self._look_up_embeddings(group)
+        histories = [self.histories[rank.dp_rank] for rank in group.ranks]
+        self.stepping[index] = True
+        for history, batch in zip(histories, step.batches, strict=True):
+            history.begin_step(batch)
+        await pace.step(seconds)
+        now = time.time()
+        for history, batch in zip(histories, step.batches, strict=True):
+            history.finish_step(batch, seconds, now)
+        outputs = group.finish()
+        for history, batch in zip(histories, step.batches, strict=True):
+            history.report_batch(batch, now)
+        self._deliver(outputs)
+
+    def _look_up_embeddings(self, group: Group) -> None:
+        """Die of a token id that the embedding has no row for, unless it is sharded: each shard masks foreign ids."""
+        if self.settings.kind is EngineKind.VLLM or self.settings.attn_tp_size > 1:
+            return
+        for work in [work for rank in group.ranks for work in rank.chunks if work.foreign_id is not None]:
+            self.kill(f"IndexError: index out of range in self (VocabParallelEmbedding, token id {work.foreign_id})")
+
+    def _crashed(self, loop: asyncio.Future[None]) -> None:
+        if not loop.cancelled() and (error := loop.exception()) is not None:
+            self.kill("".join(traceback.format_exception(error)))
+
+    def _rest(self, index: int) -> None:
+        if self.stepping[index]:
+            self.stepping[index] = False
+            for rank in self.groups[index].ranks:
+                self.histories[rank.dp_rank].publish(time.time())
+        self.refresh()
+
+    def _deliver(self, outputs: Iterable[Output]) -> None:
+        for output in outputs:
+            ticket = self._tickets.get(output.work)
+            if ticket is None:
+                continue
+            if output.error is not None:
+                self.end(ticket, Failure(503, output.error))
+            elif output.token is None:
+                self.prefill_side.computed(ticket)
+            else:
+                ticket.give(output.token)
+                if output.finished:
+                    self.end(ticket, Finished(len(ticket.tokens)))
+
+    def _wake(self, dp_rank: int) -> None:
+        self._wakes[0 if len(self.groups) == 1 else dp_rank].set()
+
+
+def _decode_side(
+    settings: Settings,
+    end: Callable[[Ticket, Finished | Failure], None],
+    wake: Callable[[int], None],
+    kill: Callable[[str], None],
+) -> "DecodeSide | None":
+    if settings.role is not Role.DECODE:
+        return None
+    from dp_extproc.lab.engine.decode_side import DecodeSide  # noqa: PLC0415 - HTTP clients are slow to import
+
+    return DecodeSide(settings, end, wake, kill)

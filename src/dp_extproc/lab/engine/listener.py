@@ -1,0 +1,81 @@
+"""A port that can be closed and opened again while the process goes on."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from dp_extproc.lab.engine.connection import Connection
+
+
+class Listener:
+    """One port, and the application behind it."""
+
+    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
+        """Prepare, without listening."""
+        self._app = app
+        self._host = host
+        self._port = port
+        self._server: _QuietServer | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Listen, unless it does.
+
+        Raises:
+            OSError: The port is taken.
+        """
+        if self._server is not None:
+            return
+        sock = _listen(self._host, self._port)
+        config = uvicorn.Config(self._app, http=Connection, log_level="error", access_log=False, lifespan="off")
+        self._server = _QuietServer(config)
+        self._serving = asyncio.create_task(self._server.serve([sock]))
+        await self._server.ready.wait()
+
+    async def close(self) -> None:
+        """Stop listening, and cut what is under way."""
+        server, self._server = self._server, None
+        if server is None or self._serving is None:
+            return
+        server.cut()
+        await self._serving
+
+
+class _QuietServer(uvicorn.Server):
+    """uvicorn, with the signals left to us: there are several servers in one process."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready.set()
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        return contextlib.nullcontext()
+
+    def cut(self) -> None:
+        """Stop without waiting for requests that are under way."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # they are cut off on purpose
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        self.should_exit = self.force_exit = True
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError:
+        listener.close()
+        raise
+    return listener

@@ -1,0 +1,77 @@
+"""Log probabilities as /generate tells them: who has which, in which shape. The numbers are made up of the tokens.
+
+Measured with SGLang 0.5.23: a disaggregated decode server has those of the answer only, and empty lists for the prompt;
+of the first token, which prefill has made, it lacks those of the tokens that the client has named. The prompt's first
+token has none, as nothing is before it.
+"""
+
+import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dp_extproc.lab.engine.scheduler.work import Role
+
+Entry = list[float | int | None]
+"""Log probability, token, and its text, which is asked for by another field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """What is asked for, of one sequence."""
+
+    prompt: Sequence[int]
+    """Its tokens, from the one on where the client wants to begin."""
+    top: int
+    """Likeliest tokens at each place."""
+    ids: tuple[int, ...] | None
+    """Tokens that the client has named."""
+
+    def members(self, role: Role, output: Sequence[int]) -> dict[str, Any]:
+        """Give what ``meta_info`` says, for so many tokens of the answer."""
+        prompt = [] if role is Role.DECODE else list(self.prompt)
+        said: dict[str, Any] = {
+            "input_token_logprobs": [[None if place == 0 else _score(t), t, None] for place, t in enumerate(prompt)],
+            "output_token_logprobs": [_entry(token) for token in output],
+            "output_token_logprobs_length": len(output),
+        }
+        kinds = {"top": list(range(self.top)) if self.top else None, "token_ids": self.ids}
+        for kind, tokens in kinds.items():
+            if tokens is None:
+                continue
+            here = [_entry(token) for token in tokens]
+            of_output: list[Any] = [here] * len(output)
+            if role is Role.DECODE and kind == "token_ids" and of_output:
+                of_output = [None, *of_output[1:]]
+            said[f"input_{kind}_logprobs"] = [None if place == 0 else here for place, _ in enumerate(prompt)]
+            said[f"output_{kind}_logprobs"] = of_output
+        return said
+
+
+def read_logprobs(body: dict[str, Any], prompt: bytes, index: int) -> Logprobs | None:
+    """Read what a body asks for of the prompt at *index*; None for nothing."""
+
+    def field(name: str, nothing: Any) -> Any:
+        value = body.get(name)
+        if isinstance(value, list) and name != "token_ids_logprob":
+            value = value[index] if index < len(value) else None
+        return nothing if value is None else value
+
+    if field("return_logprob", nothing=False) is not True:
+        return None
+    begin = field("logprob_start_len", -1)
+    tokens = array.array("I", prompt).tolist()
+    ids = body.get("token_ids_logprob")
+    if isinstance(ids, list) and ids and isinstance(ids[0], list):
+        ids = ids[index]
+    return Logprobs(
+        tokens[begin:] if begin >= 0 else [], field("top_logprobs_num", 0), None if ids is None else tuple(ids)
+    )
+
+
+def _entry(token: int) -> Entry:
+    return [_score(token), token, None]
+
+
+def _score(token: int) -> float:
+    return -(1 + token % 97) / 16

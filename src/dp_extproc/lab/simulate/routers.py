@@ -1,0 +1,262 @@
+"""Who decides: the engines themselves, somebody who knows everything, or the service's own code."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+from random import Random
+
+from dp_extproc.config.schema import LoadSignal, PolicySettings
+from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Mode, Role, Version
+from dp_extproc.lab.simulate.fleet import Fleet
+from dp_extproc.lab.simulate.simulation import EngineRanks, Placement, Simulation
+from dp_extproc.lab.workload.trace import TraceRequest
+from dp_extproc.placement.attempt import Attempt
+from dp_extproc.placement.decode_load import ROOM, step_cost
+from dp_extproc.placement.demand import Demand
+from dp_extproc.placement.dispatch import Dispatch
+from dp_extproc.placement.fleet_load import FleetLoad
+from dp_extproc.placement.ledger import Ledger
+from dp_extproc.placement.load import StepCosts
+from dp_extproc.placement.pair import Picker
+from dp_extproc.placement.prefill_load import LATER_STEPS, LATER_WEIGHT, WAITING_COUNTED
+from dp_extproc.placement.ratio import START as BYTES_PER_TOKEN
+from dp_extproc.request.path import Api
+from dp_extproc.request.prefix import NO_PREFIX, Prefix
+from dp_extproc.request.prompt import Prompt
+
+_POOL = "*"
+_BLOCK = 256
+"""Tokens of a block of a prompt's chain: what a kibibyte of text has."""
+
+
+class EnginesOwn:
+    """What happens without a router that knows ranks."""
+
+    reads_gauges = False
+
+    def __init__(self, simulation: Simulation) -> None:
+        self._ranks = simulation.engine_ranks
+
+    def place(self, number: int, request: TraceRequest, now: float) -> Placement:  # noqa: ARG002 - the protocol's
+        return self._ranks.place()
+
+    def prefill_answered(self, number: int, now: float) -> None: ...
+    def first_token(self, number: int, now: float) -> None: ...
+    def ended(self, number: int, now: float) -> None: ...
+    def scraped(self, role: Role, server: int, page: LoadPage, started: float, now: float) -> None: ...
+
+
+class Clairvoyant(EnginesOwn):
+    """Knows the state of every engine, and how long every answer will be. Greedy: what it cannot know is the future.
+
+    On prefill it minimises when the request will be done, plus the delay of those who wait, on the true queues and
+    caches. On decode it weighs each sequence by how long it will still be there.
+    """
+
+    def __init__(self, simulation: Simulation) -> None:
+        super().__init__(simulation)
+        self._simulation = simulation
+        costs = simulation.fleet.costs
+        self._step_tokens = costs.prefill_step / costs.prefill_token
+        self._request_tokens = costs.decode_request / costs.decode_token
+
+    def place(self, number: int, request: TraceRequest, now: float) -> Placement:  # noqa: ARG002 - the protocol's
+        return Placement(*self._prefill(request), *self._decode(request))
+
+    def _prefill(self, request: TraceRequest) -> tuple[int, int]:
+        simulation, fleet = self._simulation, self._simulation.fleet
+        chunk = float(fleet.chunk or fleet.batch)
+        best, found = math.inf, (0, 0)
+        coming = [[0] * fleet.ranks for _ in simulation.prefills]
+        for number, placement in simulation.on_the_way.items():
+            coming[placement.prefill][placement.prefill_rank] += simulation.trace[number].prompt_tokens
+        for index, server in enumerate(simulation.prefills):
+            queues = [server.backlog(rank) + coming[index][rank] for rank in range(fleet.ranks)]
+            top = max(queues)
+            waiting = sum(len(rank.queue) for rank in server.ranks)
+            running = max(sum(rank.chunks.values()) for rank in server.ranks)
+            rest = (self._step_tokens + running) / 2 if server.stepping else 0.0
+            slowness = fleet.slow_prefill if index == 0 else 1.0
+            for rank, queue in enumerate(queues):
+                after = queue + request.prompt_tokens - self._cached(request, index, rank)
+                steps = math.ceil(after / chunk)
+                longer = max(0.0, after - top)
+                cost = rest + steps * self._step_tokens + min(max(top, after), steps * chunk)
+                delayed = min(waiting, WAITING_COUNTED) / max(1, math.ceil(top / chunk))
+                later = LATER_WEIGHT * (min(longer, LATER_STEPS * chunk) if fleet.chunk else longer)
+                cost = (cost + delayed * longer + later) * slowness
+                cost += 1e-6 * queue
+                if cost < best:
+                    best, found = cost, (index, rank)
+        return found
+
+    def _cached(self, request: TraceRequest, server: int, rank: int) -> int:
+        if not self._simulation.fleet.prefix_cache:
+            return 0
+        return self._simulation.prefills[server].cached(rank, request)
+
+    def _decode(self, request: TraceRequest) -> tuple[int, int]:
+        best, found = (True, math.inf), (0, 0)
+        fleet = self._simulation.fleet
+        for index, server in enumerate(self._simulation.decodes):
+            loads = [0.0] * fleet.ranks
+            for rank in range(fleet.ranks):
+                for steps, other in server.ends_of(rank):
+                    together = min(1.0, steps / max(1, request.output_tokens))
+                    context = other.prompt_tokens + other.output_tokens - steps
+                    loads[rank] += (context + self._request_tokens) * together
+                loads[rank] += max(0, server.promised[rank] - server.context[rank])
+            top, low = max(loads), min(loads)
+            lowest = loads.index(low)
+            lacks_room = server.asked_of(lowest) + request.prompt_tokens > ROOM * fleet.capacity
+            added = request.prompt_tokens + self._request_tokens
+            slowness = fleet.slow_decode if index == 0 else 1.0
+            cost = step_cost(top, low + added, added / fleet.ranks, sum(server.sequences)) * slowness
+            if (lacks_room, cost) < best:
+                best, found = (lacks_room, cost), (index, lowest)
+        return found
+
+
+class Ours:
+    """The service's own policies and ledgers, in one or several replicas."""
+
+    def __init__(self, simulation: Simulation, policy: PolicySettings, signal: LoadSignal) -> None:
+        self.reads_gauges = signal is LoadSignal.SCRAPED
+        self._affinity = policy.affinity.prefixes and simulation.fleet.prefix_cache
+        self._simulation = simulation
+        self._rng = simulation.rng
+        around = simulation.around
+        self._replicas = [
+            _Replica(simulation, policy, signal, Random(simulation.rng.random())) for _ in range(around.replicas)
+        ]
+        self._of: dict[int, _Replica] = {}
+
+    def place(self, number: int, request: TraceRequest, now: float) -> Placement:
+        replica = self._rng.choice(self._replicas)
+        self._of[number] = replica
+        prefix = self._prefix(request) if self._affinity else NO_PREFIX
+        placement, dispatch = replica.place(number, self._text_bytes(request), prefix, now)
+        self._share(replica, lambda peer, now: peer.told(number, dispatch, now))
+        return placement
+
+    def prefill_answered(self, number: int, now: float) -> None:
+        self._event(number, lambda replica, now: replica.attempts[number].prefill_answered(200, now), now)
+
+    def first_token(self, number: int, now: float) -> None:
+        self._event(number, lambda replica, now: replica.attempts[number].first_byte(200, now), now)
+
+    def ended(self, number: int, now: float) -> None:
+        self._event(number, lambda replica, now: replica.attempts.pop(number).end(now), now)
+        del self._of[number]
+
+    def scraped(self, role: Role, server: int, page: LoadPage, started: float, now: float) -> None:
+        for replica in self._replicas:
+            replica.fleet.sampled(replica.endpoints[role][server], page, started, now)
+
+    def _event(self, number: int, happen: "Callable[[_Replica, float], None]", now: float) -> None:
+        replica = self._of[number]
+        happen(replica, now)
+        self._share(replica, happen)
+
+    def _share(self, replica: "_Replica", happen: "Callable[[_Replica, float], None]") -> None:
+        delay = self._simulation.around.sync
+        if delay is not None:
+            for peer in self._replicas:
+                if peer is not replica:
+                    self._simulation.after(delay, partial(happen, peer))
+
+    def _text_bytes(self, request: TraceRequest) -> int:
+        """Tell how long the text is that the prompt is estimated by."""
+        around = self._simulation.around
+        tokens = request.prompt_tokens * around.bias
+        if around.error_sigma:
+            tokens *= self._rng.lognormvariate(0, around.error_sigma)
+        if around.underrated and self._rng.random() < around.underrated:
+            tokens /= 4
+        return round(tokens * BYTES_PER_TOKEN)
+
+    def _prefix(self, request: TraceRequest) -> Prefix:
+        blocks, chain = [], 0
+        for segment in request.prompt:
+            for start in range(0, segment.tokens, _BLOCK):
+                chain = hash((chain, segment.text, min(_BLOCK, segment.tokens - start))) & (1 << 64) - 1
+                blocks.append((chain, min(_BLOCK, segment.tokens - start)))
+        return Prefix(tuple(block for block, _ in blocks), tuple(accumulate(size for _, size in blocks)))
+
+
+class _Replica:
+    """One process of the service."""
+
+    def __init__(self, simulation: Simulation, policy: PolicySettings, signal: LoadSignal, rng: Random) -> None:
+        fleet = simulation.fleet
+        sizes = {Role.PREFILL: fleet.prefill, Role.DECODE: fleet.decode}
+        self.endpoints = {
+            role: [Endpoint(f"http://{role}-{index}:1", "", 1, _POOL, role) for index in range(count)]
+            for role, count in sizes.items()
+        }
+        costs = fleet.costs
+        self.fleet = FleetLoad(
+            [endpoint for endpoints in self.endpoints.values() for endpoint in endpoints],
+            simulation.around.stale_after,
+            StepCosts(costs.prefill_step / costs.prefill_token, costs.decode_request / costs.decode_token),
+        )
+        self._index = {
+            endpoint.url: index for endpoints in self.endpoints.values() for index, endpoint in enumerate(endpoints)
+        }
+        for role, endpoints in self.endpoints.items():
+            for endpoint in endpoints:
+                self.fleet.discovered(endpoint, endpoint.url, _facts(role, fleet), 0.0)
+        self._picker = Picker(policy, signal, self.fleet.prefixes[_POOL], rng)
+        self._ledger = Ledger(self.fleet)
+        self._rng = rng
+        self._ranks = fleet.ranks
+        self._engine_ranks: EngineRanks = simulation.engine_ranks
+        self.attempts: dict[int, Attempt] = {}
+
+    def place(self, number: int, text_bytes: int, prefix: Prefix, now: float) -> tuple[Placement, Dispatch]:
+        tokens = self.fleet.ratios[_POOL].estimate(Prompt(text_bytes, 0, None))
+        demand = Demand(tokens, prefix=prefix, text_bytes=text_bytes)
+        prefills = self.fleet.capable(_POOL, Role.PREFILL, Api.CHAT, now)
+        decodes = self.fleet.capable(_POOL, Role.DECODE, Api.CHAT, now)
+        pair = self._picker.pair(prefills, decodes, demand, now)
+        self.attempts[number] = self._ledger.open_pair(pair, demand, now)
+        prefill, decode = pair.prefill, pair.decode
+        decode_server = self._index[decode.host.endpoint.url]
+        placement = Placement(
+            self._index[prefill.host.endpoint.url],
+            self._rng.randrange(self._ranks) if prefill.rank is None else prefill.rank,
+            decode_server,
+            self._engine_ranks.decode_rank(decode_server) if decode.rank is None else decode.rank,
+        )
+        dispatch = Dispatch(
+            _POOL,
+            demand,
+            decode.host.endpoint.url,
+            decode.rank,
+            prefill.host.endpoint.url,
+            prefill.rank,
+            prefill.cached,
+        )
+        return placement, dispatch
+
+    def told(self, number: int, dispatch: Dispatch, now: float) -> None:
+        """Take in what a peer has sent."""
+        self.attempts[number] = self._ledger.open_foreign(dispatch, now)
+
+
+def _facts(role: Role, fleet: Fleet) -> EngineFacts:
+    on_prefill = role is Role.PREFILL
+    return EngineFacts(
+        version=Version(0, 5, 23),
+        dp_ranks=fleet.ranks,
+        mode=Mode.PREFILL if on_prefill else Mode.DECODE,
+        dp_attention=True,
+        served_model=None,
+        bootstrap_port=8998,
+        load_balance_method=None,
+        follows_rooms=on_prefill,
+        step_tokens=fleet.chunk or fleet.batch,
+        chunked=fleet.chunk > 0,
+        prefix_cache=fleet.prefix_cache,
+    )

@@ -1,0 +1,294 @@
+"""The engines: prefill is the strict engine's own scheduler; decode is the same rules in closed form, step by step.
+
+A decode step of the strict engine looks at every sequence. Here a rank is two numbers, its sequences and their context,
+and a heap of the steps at which sequences end: the same times, at a cost that does not grow with the sequences.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+
+from dp_extproc.fleet.endpoint import DecodeSteps, LoadPage, RankSample
+from dp_extproc.lab.engine.scheduler.group import Group
+from dp_extproc.lab.engine.scheduler.prefix_cache import prompt_of
+from dp_extproc.lab.engine.scheduler.rank import Limits, Rank
+from dp_extproc.lab.engine.scheduler.work import Role, Stage, Work
+from dp_extproc.lab.simulate.fleet import Fleet
+from dp_extproc.lab.workload.trace import TraceRequest
+
+Schedule = Callable[[float, Callable[[float], None]], None]
+"""Has something called, with the time, so many seconds from now."""
+
+_RESERVED = 512
+_LOG_INTERVAL = 40
+"""Decode steps between two reports of an engine's throughput."""
+
+
+class PrefillServer:
+    """A prefill server."""
+
+    def __init__(
+        self, fleet: Fleet, slowness: float, schedule: Schedule, computed: Callable[[Work, float], None]
+    ) -> None:
+        """Begin idle.
+
+        Args:
+            fleet: Whose it is.
+            slowness: Factor of its steps.
+            schedule: To wait for the end of a step.
+            computed: Told of every prompt whose last chunk has run.
+        """
+        limits = Limits(fleet.capacity, 1 << 20, fleet.chunk, fleet.batch)
+        self.ranks = [Rank(rank, limits, Role.PREFILL) for rank in range(fleet.ranks)]
+        self.group = Group(self.ranks, fleet.costs)
+        self.stepping = False
+        self.busy = 0.0
+        """Seconds in steps, summed over ranks ..."""
+        self.waited = 0.0
+        """... and those of them that ranks waited for the fullest one."""
+        self._fleet = fleet
+        self._slowness = slowness
+        self._schedule = schedule
+        self._computed = computed
+        self._gauges = [0] * fleet.ranks
+        self._prompt_tokens = 0
+        """Of all prompts that it has answered."""
+
+    def add(self, number: int, rank: int, request: TraceRequest, now: float) -> Work:
+        """Take in a request that may start."""
+        work = Work(str(number), rank, request.prompt_tokens, 1)
+        if self._fleet.prefix_cache:
+            work.prompt = prompt_of([(segment.text, segment.tokens) for segment in request.prompt])
+        self.ranks[rank].add(work, Stage.WAITING)
+        self.wake(now)
+        return work
+
+    def give_up(self, number: int, rank: int) -> bool:
+        """Let go of a request, if no step has taken it in yet."""
+        of = self.ranks[rank]
+        work = next((work for work in of.queued(Stage.WAITING) if work.rid == str(number)), None)
+        if work is not None:
+            of.remove(work)
+        return work is not None
+
+    def wake(self, now: float) -> None:
+        """Begin a step if there is something to do and none is running."""
+        if self.stepping:
+            return
+        step, _ = self.group.begin(now)
+        if step is None:
+            self._gauges = [rank.used for rank in self.ranks]
+            return
+        self.stepping = True
+        tokens = [sum(rank.chunks.values()) for rank in self.ranks]
+        seconds = step.seconds * self._slowness
+        self.busy += seconds * len(tokens)
+        self.waited += seconds * (len(tokens) - sum(tokens) / max(tokens))
+        self._schedule(seconds, self._finish)
+
+    def sent(self, work: Work, now: float) -> None:
+        """The KV cache has been sent."""
+        self.ranks[work.dp_rank].transferred(work)
+        self._prompt_tokens += work.prompt_tokens
+        self.wake(now)
+
+    def backlog(self, rank: int) -> int:
+        """Give the prompt tokens of a rank that no step has taken in yet, as if nothing of them were cached."""
+        of = self.ranks[rank]
+        return sum(
+            work.prompt_tokens - work.prefilled - of.chunks.get(work, 0)
+            for works in (of.queue, of.running)
+            for work in works
+        )
+
+    def cached(self, rank: int, request: TraceRequest) -> int:
+        """Give the tokens of a prompt that a rank holds."""
+        prompt = prompt_of([(segment.text, segment.tokens) for segment in request.prompt])
+        return self.ranks[rank].cache.match(prompt, request.prompt_tokens - 1).end
+
+    def page(self, *, gauges: bool) -> LoadPage:
+        """Tell the load: what ``/v1/loads`` tells, or only the gauges, as old as an engine's are."""
+        if gauges:
+            found = tuple(RankSample(rank, used) for rank, used in enumerate(self._gauges))
+            return LoadPage(found, self._prompt_tokens)
+        samples = []
+        for rank in self.ranks:
+            pending = sum(work.prompt_tokens - work.prefilled for works in (rank.queue, rank.running) for work in works)
+            queued = sum(work.prompt_tokens for work in rank.queue)
+            samples.append(
+                RankSample(
+                    rank.dp_rank,
+                    used_tokens=rank.used,
+                    total_tokens=rank.used + queued,
+                    waiting_uncached_tokens=pending,
+                    waiting_requests=len(rank.queue),
+                    capacity_tokens=rank.limits.capacity,
+                    age=0.0,
+                )
+            )
+        return LoadPage(tuple(samples), self._prompt_tokens)
+
+    def _finish(self, now: float) -> None:
+        had_work = [bool(rank.chunks) for rank in self.ranks]
+        outputs = self.group.finish()
+        self.stepping = False
+        for position, rank in enumerate(self.ranks):
+            if had_work[position]:  # the gauges follow a rank's own batches
+                self._gauges[position] = rank.used
+        for output in outputs:
+            self._computed(output.work, now)
+        self.wake(now)
+
+
+class DecodeServer:
+    """A decode server."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        slowness: float,
+        schedule: Schedule,
+        *,
+        first_token: Callable[[int, float], None],
+        finished: Callable[[int, float], None],
+    ) -> None:
+        """Begin idle.
+
+        Args:
+            fleet: Whose it is.
+            slowness: Factor of its steps.
+            schedule: To wait for the end of a step.
+            first_token: Told of the number of every request that begins to decode.
+            finished: Told of the number of every request that has its last token.
+        """
+        size = fleet.ranks
+        self.sequences = [0] * size
+        self.context = [0] * size
+        self.promised = [0] * size
+        """KV tokens held or reserved."""
+        self.stepping = False
+        self.steps = 0
+        self._accepted = [0] * size
+        self._fleet = fleet
+        self._slowness = slowness
+        self._schedule = schedule
+        self._first_token = first_token
+        self._finished = finished
+        self._waiting: list[deque[tuple[TraceRequest, Callable[[float], None]]]] = [deque() for _ in range(size)]
+        self._arrived: list[tuple[int, int, TraceRequest]] = []
+        self._ends: list[tuple[int, int, int, TraceRequest]] = []
+        """Heap of (step, number, rank, request)."""
+        self._tokens_before = [0] * size
+        self._made_since = 0.0
+        self._throughput = [0.0] * size
+        self._step_seconds = 0.0
+        self._decode_steps = [0] * size
+        """Those in which the rank had sequences ..."""
+        self._decode_seconds = [0.0] * size
+        """... what they took in all ..."""
+        self._decode_tokens = [0] * size
+        """... and made, one for each sequence."""
+
+    def reserve(self, rank: int, request: TraceRequest, now: float, reserved: Callable[[float], None]) -> None:
+        """Reserve KV room for a prompt, now or when there is some; *reserved* is called then."""
+        self._waiting[rank].append((request, reserved))
+        self._admit(rank, now)
+
+    def start(self, number: int, rank: int, request: TraceRequest, now: float) -> None:
+        """Take in a sequence whose KV cache has arrived."""
+        self._arrived.append((number, rank, request))
+        if not self.stepping:
+            self._begin(now)
+
+    def give_up(self, rank: int, request: TraceRequest, now: float) -> None:
+        """Let go of a sequence that has its reservation, and whose KV cache will not come."""
+        self._accepted[rank] -= 1
+        self.promised[rank] -= request.prompt_tokens
+        self._admit(rank, now)
+
+    def ends_of(self, rank: int) -> list[tuple[int, TraceRequest]]:
+        """Give the steps that each sequence of a rank still has to go."""
+        return [(step - self.steps, request) for step, _, of, request in self._ends if of == rank]
+
+    def asked_of(self, rank: int) -> int:
+        """Give the KV tokens that a rank holds, has reserved or will have to."""
+        return self.promised[rank] + sum(request.prompt_tokens for request, _ in self._waiting[rank])
+
+    def page(self, *, gauges: bool) -> LoadPage:
+        """Tell the load; see :meth:`PrefillServer.page`."""
+        return LoadPage(
+            tuple(
+                RankSample(
+                    rank,
+                    used_tokens=self.promised[rank],
+                    total_tokens=None if gauges else self.asked_of(rank),
+                    running_requests=self.sequences[rank],
+                    waiting_requests=self._accepted[rank] - self.sequences[rank] + len(self._waiting[rank]),
+                    capacity_tokens=self._fleet.capacity,
+                    tokens_per_second=self._throughput[rank] or None,
+                    decoded=None if gauges else self._decoded(rank),
+                    age=None if gauges else 0.0,
+                )
+                for rank in range(self._fleet.ranks)
+            )
+        )
+
+    def _decoded(self, rank: int) -> DecodeSteps:
+        tokens = self._decode_tokens[rank]
+        return DecodeSteps(self._decode_steps[rank], tokens, self._decode_seconds[rank], tokens)
+
+    def _admit(self, rank: int, now: float) -> None:
+        waiting = self._waiting[rank]
+        while waiting:
+            request, reserved = waiting[0]
+            kept_back = _RESERVED * self._accepted[rank]
+            if self._accepted[rank] and request.prompt_tokens > self._fleet.capacity - self.promised[rank] - kept_back:
+                return
+            waiting.popleft()
+            self._accepted[rank] += 1
+            self.promised[rank] += request.prompt_tokens
+            reserved(now)
+
+    def _begin(self, now: float) -> None:
+        for number, rank, request in self._arrived:
+            self._first_token(number, now)
+            self.promised[rank] += 1
+            if request.output_tokens <= 1:
+                self._leave(number, rank, request, now)
+                continue
+            self.sequences[rank] += 1
+            self.context[rank] += request.prompt_tokens + 1
+            heapq.heappush(self._ends, (self.steps + request.output_tokens - 1, number, rank, request))
+        self._arrived.clear()
+        self.stepping = any(self.sequences)
+        if self.stepping:
+            costs = self._fleet.costs
+            self._step_seconds = costs.decode_seconds(self.sequences, self.context) * self._slowness
+            self._schedule(self._step_seconds, self._finish)
+
+    def _finish(self, now: float) -> None:
+        self.steps += 1
+        for rank, count in enumerate(self.sequences):
+            self.context[rank] += count
+            self.promised[rank] += count
+            if count:
+                self._decode_steps[rank] += 1
+                self._decode_seconds[rank] += self._step_seconds
+                self._decode_tokens[rank] += count
+        if self.steps % _LOG_INTERVAL == 0:
+            elapsed = now - self._made_since
+            made = zip(self._decode_tokens, self._tokens_before, strict=True)
+            self._throughput = [(tokens - before) / elapsed for tokens, before in made]
+            self._tokens_before, self._made_since = [*self._decode_tokens], now
+        while self._ends and self._ends[0][0] <= self.steps:
+            _, number, rank, request = heapq.heappop(self._ends)
+            self.sequences[rank] -= 1
+            self.context[rank] -= request.prompt_tokens + request.output_tokens
+            self._leave(number, rank, request, now)
+        self._begin(now)
+
+    def _leave(self, number: int, rank: int, request: TraceRequest, now: float) -> None:
+        self._accepted[rank] -= 1
+        self.promised[rank] -= request.prompt_tokens + request.output_tokens
+        self._finished(number, now)
+        self._admit(rank, now)

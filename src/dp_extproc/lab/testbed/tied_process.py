@@ -1,0 +1,36 @@
+"""Child processes that end when whoever started them ends, even by SIGKILL."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import IO, Final
+
+_PR_SET_PDEATHSIG: Final = 1
+"""From ``linux/prctl.h``; the setting outlives ``execve``."""
+
+
+def start_tied(argv: Sequence[str], stdout: IO[bytes], stderr: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start *argv* as a child that gets SIGTERM when the calling thread ends; only on Linux.
+
+    It is the thread that counts, not the process (``prctl(2)``): call this from one that lives long enough.
+
+    The child is in a process group of its own: Ctrl-C in a terminal is for who started it, and that one stops it in
+    order.
+    """
+    shim = [sys.executable, "-m", "dp_extproc.lab.testbed.tied_process", str(os.getpid()), *argv]
+    return subprocess.Popen(shim, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, process_group=0)
+
+
+def _become(parent: int, argv: Sequence[str]) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before the line above took effect
+        sys.exit(1)
+    os.execv(argv[0], list(argv))  # noqa: S606 - becomes the program that the caller asked for
+
+
+if __name__ == "__main__":
+    _become(int(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,61 @@
+"""What a fleet can do at most, by the cost model of the strict engine: to choose a rate that loads it by so much."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Self
+
+from dp_extproc.lab.engine.scheduler.costs import Costs
+from dp_extproc.lab.engine.scheduler.rank import Limits
+from dp_extproc.lab.workload.trace import TraceRequest
+
+_TOPOLOGY: Final = re.compile(r"([1-9]\d*)p([1-9]\d*)d([1-9]\d*)")
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """So many prefill and decode servers, of so many DP ranks each."""
+
+    prefill: int
+    decode: int
+    ranks: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``2p1d8``: two prefill servers, one decode server, eight ranks each.
+
+        Raises:
+            ValueError: It has another form.
+        """
+        match = _TOPOLOGY.fullmatch(text)
+        if match is None:
+            raise ValueError(
+                f"{text!r} is not a topology such as 2p1d8: prefill servers, decode servers, ranks of each"
+            )
+        return cls(*map(int, match.groups()))
+
+    def __str__(self) -> str:
+        return f"{self.prefill}p{self.decode}d{self.ranks}"
+
+
+def requests_per_second(
+    topology: Topology, costs: Costs, prefill: Limits, decode: Limits, trace: Sequence[TraceRequest]
+) -> float:
+    """Tell how many requests like those of a trace a perfectly balanced fleet keeps up with.
+
+    Args:
+        topology: Of the fleet.
+        costs: Of a step.
+        prefill: Of one prefill rank; it has to have chunks.
+        decode: Of one decode rank.
+        trace: For its mean lengths. What its prompts share does not count, so that with a prefix cache it is too low.
+    """
+    prompt = sum(request.prompt_tokens for request in trace) / len(trace)
+    output = sum(request.output_tokens for request in trace) / len(trace)
+    step = costs.prefill_seconds([prefill.chunk] * topology.ranks)
+    prompts = topology.prefill * topology.ranks * prefill.chunk / step / prompt
+    context = prompt + output / 2
+    batch = min(decode.max_running, int(decode.capacity / (context + decode.reserved)))
+    step = costs.decode_seconds([batch] * topology.ranks, [round(batch * context)] * topology.ranks)
+    outputs = topology.decode * topology.ranks * batch / step / output
+    return min(prompts, outputs)

@@ -1,0 +1,304 @@
+"""Signals to a demo that runs, as a terminal and as ``kill`` send them: nothing goes on, and nothing is left."""
+
+import asyncio
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+from dp_extproc.cli import main
+from dp_extproc.lab.demo.interrupts import Interrupts
+from dp_extproc.lab.testbed import loopback
+from patience import wait_for
+
+_LONG = ("--requests", "3000", "--time-scale", "3")
+"""Takes minutes: none of the tests waits for its end."""
+_SHORT = ("--requests", "4", "--time-scale", "0.2")
+_PATIENCE = 120.0
+_DEBUG_PORT = re.compile(rb"--debug-port\0(\d+)\0")
+
+
+@dataclass
+class Demo:
+    """One that runs, as the leader of a session: all that it has started belongs to that."""
+
+    process: subprocess.Popen[bytes]
+    directory: Path
+    printed: bytes = b""
+    seen: set[int] = field(default_factory=set)
+    """Processes of the session that were there at some time."""
+
+    def session(self) -> set[int]:
+        """Find the processes of the session that have not ended."""
+        found = set()
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = path.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == self.process.pid and fields[0] != "Z":
+                found.add(int(path.parent.name))
+        self.seen |= found
+        return found
+
+    def read_until(self, text: str) -> None:
+        """Read what it prints until that is there."""
+        assert self.process.stdout is not None
+        while text.encode() not in self.printed:
+            piece = os.read(self.process.stdout.fileno(), 1)
+            assert piece, f"it ended without {text!r}: {self.printed.decode()}"
+            self.printed += piece
+
+    def arrived(self) -> int:
+        """Count the requests that have come to its engines."""
+        counts = []
+        for pid in self.session():
+            if port := _DEBUG_PORT.search(Path(f"/proc/{pid}/cmdline").read_bytes()):
+                url = f"http://127.0.0.1:{int(port[1])}/debug/requests"
+                counts.append(loopback.CLIENT.get(url, params={"after": "9" * 18}).json()["count"])
+        return sum(counts)
+
+    def end(self) -> int:
+        """Read to the end, and wait for that."""
+        rest, _ = self.process.communicate(timeout=_PATIENCE)
+        self.printed += rest
+        return self.process.returncode
+
+
+@contextmanager
+def _demo(directory: Path, *options: str, pipe: int | None = None) -> Iterator[Demo]:
+    read, write = os.pipe()
+    if pipe is not None:
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, pipe)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dp_extproc", "demo", *options],
+        stdin=subprocess.DEVNULL,
+        stdout=write,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env={**os.environ, "TMPDIR": str(directory)},
+    )
+    os.close(write)
+    process.stdout = os.fdopen(read, "rb", buffering=0)
+    demo = Demo(process, directory)
+    try:
+        yield demo
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+def _starting(demo: Demo) -> None:
+    demo.read_until("Starting")
+
+
+def _engines_starting(demo: Demo) -> None:
+    wait_for(lambda: len(demo.session()) >= 3, _PATIENCE)
+
+
+def _router_starting(demo: Demo) -> None:
+    demo.read_until("1 of 4")
+    wait_for(lambda: len(demo.session()) >= 6, _PATIENCE)
+
+
+def _arrivals(least: int) -> Callable[[Demo], None]:
+    def wait(demo: Demo) -> None:
+        demo.read_until("1 of 4")
+        wait_for(lambda: _quietly(demo) >= least, _PATIENCE)
+
+    return wait
+
+
+def _quietly(demo: Demo) -> int:
+    try:
+        return demo.arrived()
+    except (OSError, httpx.TransportError):  # one of them has just begun or ended
+        return 0
+
+
+def _between_turns(demo: Demo) -> None:
+    demo.read_until("s to go")
+
+
+def _kept(demo: Demo) -> None:
+    demo.read_until("Ctrl-C ends it.")
+
+
+def _interrupt_alone(demo: Demo) -> None:
+    demo.process.send_signal(signal.SIGINT)
+
+
+def _interrupt_all(demo: Demo) -> None:
+    os.killpg(demo.process.pid, signal.SIGINT)
+
+
+def _interrupt_twice(demo: Demo) -> None:
+    _interrupt_all(demo)
+    _interrupt_all(demo)
+
+
+def _terminate(demo: Demo) -> None:
+    demo.process.send_signal(signal.SIGTERM)
+
+
+_WARMING_UP, _RUNNING = _arrivals(1), _arrivals(100)
+
+
+@pytest.mark.parametrize(
+    ("options", "phase", "send", "status"),
+    [
+        pytest.param(_LONG, _starting, _interrupt_all, 130, id="start-ctrl-c"),
+        pytest.param(_LONG, _engines_starting, _interrupt_twice, 130, id="engines-start-ctrl-c-twice"),
+        pytest.param(_LONG, _engines_starting, _terminate, 143, id="engines-start-sigterm"),
+        pytest.param(_LONG, _router_starting, _interrupt_all, 130, id="router-starts-ctrl-c"),
+        pytest.param(_LONG, _WARMING_UP, _interrupt_alone, 130, id="warm-up-sigint"),
+        pytest.param(_LONG, _RUNNING, _interrupt_twice, 130, id="run-ctrl-c-twice"),
+        pytest.param(_LONG, _RUNNING, _interrupt_alone, 130, id="run-sigint"),
+        pytest.param(_LONG, _RUNNING, _terminate, 143, id="run-sigterm"),
+        pytest.param(_SHORT, _between_turns, _interrupt_all, 130, id="between-turns-ctrl-c"),
+        pytest.param((*_SHORT, "--keep"), _kept, _interrupt_all, 0, id="kept-ctrl-c"),
+        pytest.param((*_SHORT, "--keep"), _kept, _terminate, 0, id="kept-sigterm"),
+    ],
+)
+def test_a_signal_ends_the_demo_and_all_that_it_started(
+    tmp_path: Path, options: tuple[str, ...], phase: Callable[[Demo], None], send: Callable[[Demo], None], status: int
+) -> None:
+    """Whenever it comes: no process is left, no file, no traceback, and the status is what shells expect.
+
+    What --keep has left running is meant to be ended so, hence 0.
+    """
+    with _demo(tmp_path, *options) as demo:
+        phase(demo)
+        demo.session()
+        send(demo)
+        ended = demo.end()
+        left = demo.session()
+    printed = demo.printed.decode()
+
+    assert left == set()
+    assert len(demo.seen) > (phase is not _starting)
+    assert "Traceback" not in printed
+    assert "rror" not in printed
+    assert ended == status
+    assert printed.endswith("stopped\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_while_the_report_is_printed_ends_the_demo(tmp_path: Path) -> None:
+    """The report waits for a reader that does not read; the engines are still there then."""
+    with _demo(tmp_path, *_SHORT, pipe=4096) as demo:
+        demo.read_until("What each rank got")
+        assert len(demo.session()) == 5
+        _interrupt_all(demo)
+        ended = demo.end()
+        left = demo.session()
+    printed = demo.printed.decode()
+
+    assert left == set()
+    assert ended == 130
+    assert "Traceback" not in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_before_a_command_listens_ends_it_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries take a second to import; Ctrl-C in that time has no traceback either, whatever the command."""
+
+    def interrupted(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dp_extproc.cli.importlib.import_module", interrupted)
+
+    assert main(["serve", "-c", "dp-extproc.yaml"]) == 130
+
+
+@pytest.fixture
+def interrupts() -> Iterator[Interrupts]:
+    """Listen in this process, and leave its handlers as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with Interrupts().installed() as listening:
+        yield listening
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_held_interrupt_comes_when_the_block_is_over(interrupts: Interrupts) -> None:
+    """A process that has been started is noted before; others that follow are not heard while it stops."""
+    done = []
+
+    def start() -> None:
+        with interrupts.held(), interrupts.held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("started")
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("noted")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    os.kill(os.getpid(), signal.SIGINT)
+    with interrupts.held():
+        done.append("stopped")
+
+    assert done == ["started", "noted", "stopped"]
+    assert interrupts.status == 128 + signal.SIGTERM
+
+
+def test_an_interrupt_cancels_what_runs_in_a_loop(interrupts: Interrupts) -> None:
+    """In order: what it holds open is closed, and the loop ends before the interrupt is raised."""
+    closed = []
+
+    async def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(60)
+        finally:
+            closed.append(asyncio.current_task())
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.run(work())
+
+    assert len(closed) == 1
+    assert interrupts.status == 130
+
+
+def test_a_signal_that_was_invited_is_no_failure(interrupts: Interrupts) -> None:
+    """As Ctrl-C at the end of a demo that was kept, also when it comes before anybody waits for it."""
+    interrupts.invite()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert interrupts.status == 0
+
+
+def test_handlers_are_as_before_when_no_signal_came() -> None:
+    """A command that ended by itself leaves no trace in the process."""
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupts().installed():
+        assert signal.getsignal(signal.SIGINT) != before
+
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_an_interrupt_in_code_made_from_a_string_ends_with_the_status(tmp_path: Path) -> None:
+    """Libraries are imported while the demo starts, and those of dataclasses execute strings."""
+    (tmp_path / "program.py").write_text(
+        "import os, signal, sys\n"
+        "from rich.console import Console\n"
+        "from dp_extproc.lab.demo.interrupts import run_until_interrupted\n"
+        "work = lambda _: exec('os.kill(os.getpid(), signal.SIGTERM)')\n"
+        "sys.exit(run_until_interrupted(Console(), work))\n"
+    )
+    argv = [sys.executable, "-m", "program"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    assert (done.returncode, done.stdout, done.stderr) == (143, "stopped\n", "")

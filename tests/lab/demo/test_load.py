@@ -1,0 +1,119 @@
+"""``dp-extproc load``: routers that run already, compared with real requests."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from dp_extproc.cli import main
+from dp_extproc.lab.testbed.engine import EngineProcess
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.ports import free_port
+from dp_extproc.lab.testbed.service import ServiceProcess, write_config
+
+_FAST = ("--dp-attention", "--time-scale", "0.1")
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[dict[str, EngineProcess]]:
+    with EngineProcess("prefill", 2, *_FAST) as prefill, EngineProcess("decode", 2, *_FAST) as decode:
+        yield {"prefill 1": prefill, "decode 1": decode}
+
+
+@pytest.fixture(scope="module")
+def router(engines: dict[str, EngineProcess]) -> Iterator[str]:
+    """URL of a router in front of them."""
+    pool = {
+        "models": ["*"],
+        "prefill": {"endpoints": [engines["prefill 1"].url]},
+        "decode": {"endpoints": [engines["decode 1"].url]},
+    }
+    with ServiceProcess(write_config([pool])) as service, EnvoyProcess(service.config) as envoy:
+        service.wait_until_fresh()
+        service.wait_until_ready()
+        yield envoy.url
+
+
+def _engine_options(engines: dict[str, EngineProcess]) -> list[str]:
+    return [option for name, engine in engines.items() for option in ("--engine", f"{name}={engine.url}")]
+
+
+def _rows(printed: str, label: str) -> list[str]:
+    return [line for line in printed.splitlines() if label in line]
+
+
+def _cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("│").split("│")]
+
+
+def test_load_compares_routers_when_two_are_given(
+    engines: dict[str, EngineProcess], router: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both get every request once, in halves and in turns; what the ranks got adds up to them, without the warm-up."""
+    routers = ["--router", f"one={router}", "--router", f"other={router}"]
+    status = main(["load", *routers, *_engine_options(engines), "--requests", "20", "--concurrency", "4"])
+    printed = capsys.readouterr().out
+
+    assert status == 0
+    assert [line for line in printed.splitlines() if " of 4: " in line] == [
+        "1 of 4: one, 10 requests",
+        "2 of 4: other, 10 requests",
+        "3 of 4: other, 10 requests",
+        "4 of 4: one, 10 requests",
+    ]
+    for server in engines:
+        start = next(number for number, line in enumerate(printed.splitlines()) if f"│ {server}" in line)
+        ranks = [_cells(line) for line in printed.splitlines()[start : start + 2]]
+        assert [sum(int(rank[column]) for rank in ranks) for column in (2, 5)] == [20, 20]
+    assert _cells(_rows(printed, "failed requests")[0])[1:] == ["0", "0"]
+    assert len(_cells(_rows(printed, "time per output token of long requests")[0])) == 3
+    assert "Sent in halves, in the order: one, other, other, one." in " ".join(printed.split())
+
+
+def test_load_measures_one_router_when_no_engine_is_named(router: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One column, and no table of ranks."""
+    status = main(["load", "--router", router, "--requests", "6", "--concurrency", "3"])
+    printed = capsys.readouterr().out
+
+    assert status == 0
+    assert "1 of 1" in printed
+    assert "What each rank got" not in printed
+    assert len(_cells(_rows(printed, "time to first token, mean")[0])) == 2
+
+
+def test_load_says_so_when_a_router_answers_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its name, its address and the reason, instead of a table of nothing."""
+    url = f"http://127.0.0.1:{free_port()}"
+
+    assert main(["load", "--router", f"mine={url}"]) == 1
+    assert f"mine at {url} answers no request" in " ".join(capsys.readouterr().out.split())
+
+
+def test_load_goes_on_when_pages_and_requests_fail(
+    engines: dict[str, EngineProcess], router: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A failed look is counted and a failed request is listed, each with its reason; the rest is reported as ever."""
+    engines["prefill 1"].fault(loads="500")
+    engines["decode 1"].fault(loads="garbage", inference={"kind": "fail", "after": 60})
+    try:
+        options = [*_engine_options(engines), "--requests", "12", "--concurrency", "4"]
+        status = main(["load", "--router", f"mine={router}", *options])
+    finally:
+        for engine in engines.values():
+            engine.heal()
+    printed = capsys.readouterr().out
+    told = " ".join(printed.split())
+    failed = int(_cells(_rows(printed, "failed requests")[0])[1])
+
+    assert status == 0
+    assert 0 < failed < 12
+    assert f"mine: {failed} requests failed; the times are of the others. " in told
+    assert "looks at the load of prefill 1 failed: /v1/loads answers 500" in told
+    assert "looks at the load of decode 1 failed: ReaderError: /v1/loads is not JSON" in told
+
+
+@pytest.mark.parametrize("text", ["mine", "mine=", "=http://a", "mine=ftp://a", "mine=http://"])
+def test_load_refuses_a_router_that_is_no_name_and_url(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With an example of what is wanted."""
+    with pytest.raises(SystemExit):
+        main(["load", "--router", text])
+    assert "NAME=URL" in capsys.readouterr().err

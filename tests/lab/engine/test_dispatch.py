@@ -1,0 +1,113 @@
+"""Which rank gets a request, release by release, without servers."""
+
+import pytest
+
+from dp_extproc.lab.engine.dispatch import Dispatcher, ServerKilledError, conflict
+from dp_extproc.lab.engine.leg import Leg, RefusedError
+from dp_extproc.lab.engine.release import Release
+from dp_extproc.lab.engine.scheduler.rank import Limits, Rank
+from dp_extproc.lab.engine.scheduler.work import Role, Stage, Work
+from dp_extproc.lab.engine.settings import Settings
+
+RANKS = [Rank(number, Limits(1000, 8, 0)) for number in range(4)]
+
+
+def settings(role: Role, version: str = "0.5.23", method: str = "auto", *, dp_attention: bool = True) -> Settings:
+    return Settings(
+        role=role,
+        dp_size=4,
+        release=Release.parse(version),
+        load_balance_method=method,
+        dp_attention=dp_attention,
+    )
+
+
+def leg(room: int | None = 6, rank: int | None = None, told: int | None = None) -> Leg:
+    return Leg("r", 10, 1, "h", 1, room, rank, told)
+
+
+@pytest.mark.parametrize(
+    ("role", "version", "method", "ranks"),
+    [
+        pytest.param(Role.PREFILL, "0.5.23", "auto", [2, 2], id="prefill follows rooms"),
+        pytest.param(Role.DECODE, "0.5.23", "auto", [0, 1], id="decode goes round"),
+        pytest.param(Role.DECODE, "0.5.8", "auto", [0, 1], id="since 0.5.8"),
+        pytest.param(Role.DECODE, "0.5.7", "auto", [2, 2], id="before that by the room"),
+        pytest.param(Role.DECODE, "0.5.23", "follow_bootstrap_room", [2, 2], id="decode may be told to"),
+        pytest.param(Role.PREFILL, "0.5.23", "round_robin", [0, 1], id="prefill may be told not to"),
+        pytest.param(Role.PREFILL, "0.5.9", "round_robin", [2, 2], id="but not until 0.5.9"),
+        pytest.param(Role.UNIFIED, "0.5.7", "auto", [0, 1], id="aggregated servers go round"),
+    ],
+)
+def test_methods(role: Role, version: str, method: str, ranks: list[int]) -> None:
+    """Two requests with a room of rank 2."""
+    dispatcher = Dispatcher(settings(role, version, method))
+
+    assert [dispatcher.choose(leg(), RANKS) for _ in range(2)] == ranks
+
+
+def test_least_loaded() -> None:
+    """By requests, or by their tokens."""
+    ranks = [Rank(number, Limits(1000, 8, 0)) for number in range(2)]
+    ranks[0].add(Work("a", 0, 500, 1), Stage.WAITING)
+    for name in ("b", "c"):
+        ranks[1].add(Work(name, 1, 10, 1), Stage.WAITING)
+
+    assert Dispatcher(settings(Role.DECODE, method="total_requests")).choose(leg(), ranks) == 0
+    assert Dispatcher(settings(Role.DECODE, method="total_tokens")).choose(leg(), ranks) == 1
+
+
+@pytest.mark.parametrize("rank", [-1, 4, 99])
+def test_range(rank: int) -> None:
+    """From 0.5.10 on a refusal; before, Python's rules for list indices, and death beyond them."""
+    with pytest.raises(RefusedError, match=rf"^routed_dp_rank={rank} out of range \[0, 4\)$"):
+        Dispatcher(settings(Role.DECODE)).check(leg(rank=rank))
+    old = Dispatcher(settings(Role.DECODE, "0.5.9"))
+    old.check(leg(rank=rank))
+    if rank == -1:
+        assert old.choose(leg(rank=rank), RANKS) == 3
+    else:
+        with pytest.raises(ServerKilledError, match="IndexError"):
+            old.choose(leg(rank=rank), RANKS)
+
+
+def test_no_room() -> None:
+    """It kills where the room decides, unless the rank is told or there is one only."""
+    dispatcher = Dispatcher(settings(Role.PREFILL))
+    with pytest.raises(ServerKilledError, match="bootstrap_room is not None"):
+        dispatcher.choose(leg(room=None), RANKS)
+
+    assert dispatcher.choose(leg(room=None, rank=3), RANKS) == 3
+    assert dispatcher.choose(leg(room=None), RANKS[:1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "dp_attention", "rank", "told", "conflicts"),
+    [
+        pytest.param("0.5.23", True, 2, None, False, id="agrees"),
+        pytest.param("0.5.23", True, 1, None, True, id="disagrees"),
+        pytest.param("0.5.23", True, 1, 1, False, id="disagrees, but told"),
+        pytest.param("0.5.15", True, 1, 1, True, id="told, before that mattered"),
+        pytest.param("0.5.10", True, 1, None, False, id="before the check"),
+        pytest.param("0.5.23", False, 2, None, True, id="plain DP is rank 0 everywhere"),
+        pytest.param("0.5.23", False, 2, 2, False, id="plain DP, told"),
+    ],
+)
+def test_conflict(version: str, dp_attention: bool, rank: int, told: int | None, conflicts: bool) -> None:
+    """A room of rank 2 on several ranks."""
+    text = conflict(leg(told=told), rank, settings(Role.PREFILL, version, dp_attention=dp_attention))
+
+    assert (text is not None) == conflicts
+
+
+@pytest.mark.parametrize("text", ["0.5", "next", ""])
+def test_versions_that_are_none(text: str) -> None:
+    """A version has three numbers."""
+    with pytest.raises(ValueError, match="is not a version"):
+        Release.parse(text)
+
+
+def test_suffixes_of_versions() -> None:
+    """They do not matter."""
+    assert str(Release.parse("v0.5.10.post1")) == "0.5.10"
+    assert Release.parse("0.5.10rc1") == Release(0, 5, 10)
