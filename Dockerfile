@@ -47,7 +47,7 @@ WORKDIR /var/lib/dp-extproc
 EXPOSE 9002 9090
 # Asks the service or the engine, whichever runs in the container; any other command is well as long as it runs.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --retries=3 \
-  CMD ["python", "-m", "dp_extproc.operate.container_health"]
+  CMD ["python", "-m", "dp_extproc.runtime.container_health"]
 ENTRYPOINT ["dp-extproc"]
 CMD ["serve", "-c", "/etc/dp-extproc/dp-extproc.yaml"]
 

@@ -37,7 +37,7 @@ from dp_extproc import contract
 from dp_extproc.config import PoolConfig, Supervise, SupervisionSettings
 from dp_extproc.extproc.service import SERVICE_NAME, ExtProcService
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Mode, RankSample, Role, Version
-from dp_extproc.operate.telemetry import Telemetry
+from dp_extproc.observability.metrics import Telemetry
 from dp_extproc.placement.dispatcher import Dispatcher
 from dp_extproc.placement.fleet_load import FleetLoad
 

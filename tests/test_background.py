@@ -97,8 +97,8 @@ def test_a_task_that_is_cancelled_ends() -> None:
 SABOTAGE = """
 import sys
 from dp_extproc.cli import main
-from dp_extproc.operate.readiness import Readiness
-from dp_extproc.operate.reload import Reloader
+from dp_extproc.runtime.readiness import Readiness
+from dp_extproc.runtime.reload import Reloader
 
 sound, failed = Readiness.run, []
 

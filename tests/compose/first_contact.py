@@ -180,7 +180,7 @@ def test_image_holds_what_runs_and_says_what_it_is(project: Project) -> None:
 
 def test_image_health_is_of_the_command_that_runs(project: Project) -> None:
     """One image serves many commands; a health check that asked each for the service would call them sick."""
-    check = ("python", "-m", "dp_extproc.operate.container_health")
+    check = ("python", "-m", "dp_extproc.runtime.container_health")
     for service in ("prefill-1", "dp-extproc"):
         assert project.execute(service, *check) == ""
     other = ("run", "--rm", "--network", "none", "--init", "--entrypoint", "sh", f"{project.image}:local", "-c")

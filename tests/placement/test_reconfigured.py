@@ -7,7 +7,7 @@ from dp_extproc.config import AdmissionSettings, LoadSignal, PoolConfig
 from dp_extproc.fleet.credentials import Credentials
 from dp_extproc.fleet.endpoint import Endpoint, LoadPage, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
-from dp_extproc.operate.telemetry import Telemetry
+from dp_extproc.observability.metrics import Telemetry
 from dp_extproc.placement.decision import Decision
 from dp_extproc.placement.dispatcher import Dispatcher
 from dp_extproc.placement.load import DEFAULT_HEALTH

@@ -16,8 +16,8 @@ from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.fleet.endpoint import Endpoint
 from dp_extproc.fleet.engine_client import EngineClient, make_client
 from dp_extproc.fleet.observer import FleetObserver, ScrapeFailure, unexpected
-from dp_extproc.fleet.trouble import PairLog, TrapLog, TroubleLog
 from dp_extproc.fleet.watch import EngineWatch
+from dp_extproc.observability.log import PairLog, TrapLog, TroubleLog
 
 _JITTER: Final = 0.1
 """Share of the interval by which rounds are moved, or all engines of a fleet would be read in the same moment."""

@@ -13,7 +13,7 @@ import yaml
 from dp_extproc.config import Config, parse_config
 from dp_extproc.lab.testbed.ports import free_port
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
-from dp_extproc.operate.reload import Reloader, cannot_change
+from dp_extproc.runtime.reload import Reloader, cannot_change
 from patience import wait_for
 
 

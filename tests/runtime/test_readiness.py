@@ -11,7 +11,7 @@ from grpc_health.v1.health import aio
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from dp_extproc.extproc.service import SERVICE_NAME
-from dp_extproc.operate.readiness import LIVENESS, READINESS, Readiness
+from dp_extproc.runtime.readiness import LIVENESS, READINESS, Readiness
 
 SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
 FOLLOWING = ["", READINESS, SERVICE_NAME]

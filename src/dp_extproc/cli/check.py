@@ -18,7 +18,7 @@ from dp_extproc.fleet.endpoint import EngineFacts, Kind, in_url
 from dp_extproc.fleet.recipe import capabilities
 from dp_extproc.fleet.roster import endpoints_of
 from dp_extproc.fleet.traps import Trap
-from dp_extproc.operate.outside import problems_of_tls, read_api_keys
+from dp_extproc.runtime.secrets import problems_of_tls, read_api_keys
 
 _COLUMNS: Final = ("url", "role", "pool", "version", "ranks", "bootstrap", "load", "state")
 _PAGE: Final = {LoadSource.LOADS: "/v1/loads", LoadSource.METRICS: "/metrics", None: "-"}

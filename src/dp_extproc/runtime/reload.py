@@ -11,7 +11,7 @@ from typing import Final
 from prometheus_client.core import CounterMetricFamily, Metric
 
 from dp_extproc.config import Config, ConfigError, Problem, Reload, parse_config, read_config
-from dp_extproc.operate.outside import problems_outside
+from dp_extproc.runtime.secrets import problems_outside
 
 _LOOK_SECONDS: Final = 1.0
 _CHANGEABLE: Final = frozenset({"pools", "load", "admission", "drain"})

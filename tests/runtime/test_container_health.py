@@ -13,8 +13,8 @@ from dp_extproc.lab.engine.settings import Settings
 from dp_extproc.lab.testbed.engine import EngineProcess
 from dp_extproc.lab.testbed.ports import free_port
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
-from dp_extproc.operate import container_health
-from dp_extproc.operate.container_health import Question, main, question_for
+from dp_extproc.runtime import container_health
+from dp_extproc.runtime.container_health import Question, main, question_for
 
 INIT = ("/sbin/docker-init", "--")
 SCRIPT = ("/app/bin/python3", "/app/bin/dp-extproc")

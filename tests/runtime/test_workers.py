@@ -17,13 +17,13 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from dp_extproc.cli.serve import with_workers
 from dp_extproc.config import parse_config
 from dp_extproc.lab.testbed.ports import free_port
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
-from dp_extproc.operate.merged_metrics import merge_pages
-from dp_extproc.operate.serve import with_workers
-from dp_extproc.operate.worker import WorkerSeat, seat_config
-from dp_extproc.operate.workers import pause_before
+from dp_extproc.observability.merged_metrics import merge_pages
+from dp_extproc.runtime.worker_context import WorkerSeat, seat_config
+from dp_extproc.runtime.workers import pause_before
 from patience import wait_for
 
 

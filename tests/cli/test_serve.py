@@ -20,8 +20,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from dp_extproc.config import parse_config
 from dp_extproc.lab.testbed.ports import free_port
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
-from dp_extproc.operate.process import serve
-from dp_extproc.operate.sockets import StartError, owner_address
+from dp_extproc.runtime.process import serve
+from dp_extproc.runtime.sockets import StartError, owner_address
 
 EXT_PROC = "envoy.service.ext_proc.v3.ExternalProcessor"
 

@@ -7,7 +7,7 @@ import pytest
 
 from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, Mode, PairTerms, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
-from dp_extproc.fleet.trouble import PairLog, TrapLog, TroubleLog
+from dp_extproc.observability.log import PairLog, TrapLog, TroubleLog
 from fleet.test_recipe import facts
 
 REFUSED = ScrapeFailure(FailureKind.REFUSED, "no connection")

@@ -10,7 +10,7 @@ import yaml
 
 from dp_extproc.config import parse_config
 from dp_extproc.lab.testbed.service import write_config
-from dp_extproc.operate.outside import problems_outside, read_api_keys
+from dp_extproc.runtime.secrets import problems_outside, read_api_keys
 
 POOL = {"models": ["*"], "workers": {"endpoints": ["http://127.0.0.1:9"]}}
 SECRET = "sk-very-secret"

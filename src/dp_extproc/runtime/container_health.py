@@ -1,6 +1,6 @@
 """For HEALTHCHECK of the image: ask what runs in this container whether it is well.
 
-    python -m dp_extproc.operate.container_health [--ready]
+    python -m dp_extproc.runtime.container_health [--ready]
 
 One image runs every command, so the command line of process 1 tells what to ask: the service its admin port (with
 ``--ready`` whether it can place requests), an engine its port. Any other command is well as long as it runs.

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 
 from dp_extproc.config import ServerTls
-from dp_extproc.operate.outside import problems_of_tls
+from dp_extproc.runtime.secrets import problems_of_tls
 
 _log = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ from pydantic import ValidationError
 from dp_extproc import __version__
 from dp_extproc.background import Guard
 from dp_extproc.config import Config
-from dp_extproc.operate.admin import AdminServer
-from dp_extproc.operate.merged_metrics import merge_pages
-from dp_extproc.operate.reload import Reloader
-from dp_extproc.operate.sockets import StartError, listen
-from dp_extproc.operate.worker import WorkerSeat, bus_of
+from dp_extproc.observability.admin import AdminServer
+from dp_extproc.observability.merged_metrics import merge_pages
+from dp_extproc.runtime.reload import Reloader
+from dp_extproc.runtime.sockets import StartError, listen
+from dp_extproc.runtime.worker_context import WorkerSeat, bus_of
 
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 10.0

@@ -15,17 +15,17 @@ from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.fleet.credentials import Credentials
 from dp_extproc.fleet.roster import endpoints_of
 from dp_extproc.fleet.scraper import Scraper
-from dp_extproc.operate.loads_page import describe_loads
-from dp_extproc.operate.outside import read_api_keys
-from dp_extproc.operate.readiness import can_serve
-from dp_extproc.operate.sync_page import SyncMetrics, describe_sync
-from dp_extproc.operate.telemetry import Telemetry
+from dp_extproc.observability.metrics import Telemetry
+from dp_extproc.observability.pages import describe_loads
+from dp_extproc.observability.sync_page import SyncMetrics, describe_sync
 from dp_extproc.placement.attempt import NOBODY, nothing
 from dp_extproc.placement.dispatcher import Dispatcher
 from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.load import StepCosts
 from dp_extproc.placement.queue import WaitingLine
 from dp_extproc.placement.retries import RetryBudget
+from dp_extproc.runtime.readiness import can_serve
+from dp_extproc.runtime.secrets import read_api_keys
 from dp_extproc.sync.join import join
 from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.replica import Replica

@@ -16,8 +16,8 @@ from dp_extproc.fleet.observer import ScrapeFailure
 from dp_extproc.fleet.reading import ReaderError
 from dp_extproc.fleet.server_info import read_server_info
 from dp_extproc.fleet.vllm_pages import facts_of, read_vllm_metrics
-from dp_extproc.operate.loads_page import describe_loads
-from dp_extproc.operate.telemetry import Telemetry
+from dp_extproc.observability.metrics import Telemetry
+from dp_extproc.observability.pages import describe_loads
 from dp_extproc.placement.decision import Decision
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason

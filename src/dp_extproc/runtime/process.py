@@ -19,13 +19,13 @@ from dp_extproc import __version__
 from dp_extproc.background import Guard
 from dp_extproc.config import Config
 from dp_extproc.extproc.service import ExtProcService
-from dp_extproc.operate.admin import AdminServer
-from dp_extproc.operate.readiness import Readiness
-from dp_extproc.operate.reload import Reloader
-from dp_extproc.operate.router import Router
-from dp_extproc.operate.sockets import StartError, cannot_listen, listen, listen_privately, owner_address
-from dp_extproc.operate.tls import server_credentials
-from dp_extproc.operate.worker import WorkerSeat, seat_config
+from dp_extproc.observability.admin import AdminServer
+from dp_extproc.runtime.components import Router
+from dp_extproc.runtime.readiness import Readiness
+from dp_extproc.runtime.reload import Reloader
+from dp_extproc.runtime.sockets import StartError, cannot_listen, listen, listen_privately, owner_address
+from dp_extproc.runtime.tls import server_credentials
+from dp_extproc.runtime.worker_context import WorkerSeat, seat_config
 
 _MESSAGE_SLACK: Final = 1 << 20
 """Bytes of a gRPC message beyond the body: request headers and framing. gRPC's own limit of 4 MiB is too small."""

@@ -9,9 +9,9 @@ from typing import Final
 from dp_extproc import __version__
 
 _COMMANDS: Final = {
-    "serve": ("dp_extproc.operate.serve", "run the external processor"),
-    "check": ("dp_extproc.fleet.check_command", "check a configuration file and every engine it names"),
-    "envoy-config": ("dp_extproc.envoy_config.command", "print the Envoy configuration for a configuration file"),
+    "serve": ("dp_extproc.cli.serve", "run the external processor"),
+    "check": ("dp_extproc.cli.check", "check a configuration file and every engine it names"),
+    "envoy-config": ("dp_extproc.cli.envoy_config", "print the Envoy configuration for a configuration file"),
     "engine": ("dp_extproc.lab.engine.command", "run a stand-in for an SGLang server, for tests and demos"),
     "demo": ("dp_extproc.lab.demo.command", "run a whole fleet on this machine and compare placements"),
     "load": ("dp_extproc.lab.demo.load_command", "send requests through routers that run already, and compare them"),

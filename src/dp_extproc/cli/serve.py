@@ -11,11 +11,11 @@ import uvloop
 from pydantic import ValidationError
 
 from dp_extproc.config import ConfigError, ListenSettings, Problem, parse_config, read_config
-from dp_extproc.operate.outside import problems_outside
-from dp_extproc.operate.process import serve
-from dp_extproc.operate.sockets import StartError, check_ports
-from dp_extproc.operate.worker import WorkerSeat
-from dp_extproc.operate.workers import serve_with_workers
+from dp_extproc.runtime.process import serve
+from dp_extproc.runtime.secrets import problems_outside
+from dp_extproc.runtime.sockets import StartError, check_ports
+from dp_extproc.runtime.worker_context import WorkerSeat
+from dp_extproc.runtime.workers import serve_with_workers
 
 _FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
