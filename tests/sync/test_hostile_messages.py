@@ -11,9 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dp_extproc.fleet.endpoint import Role
-from dp_extproc.observability.metrics import Telemetry
-from dp_extproc.observability.pages import describe_loads
-from dp_extproc.observability.sync_page import SyncMetrics, describe_sync
+from dp_extproc.observability.metrics import SyncMetrics, Telemetry
+from dp_extproc.observability.pages import describe_loads, describe_sync
 from dp_extproc.placement.decision import Decision
 from dp_extproc.placement.demand import Demand
 from dp_extproc.placement.dispatch import Dispatch

@@ -12,12 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from dp_extproc.config import ConfigError, LoadSource, load_config
+from dp_extproc.contract import RANK_HEADER
 from dp_extproc.fleet.check import EngineReport, check_engines
 from dp_extproc.fleet.credentials import Credentials
-from dp_extproc.fleet.endpoint import EngineFacts, Kind, in_url
-from dp_extproc.fleet.recipe import capabilities
+from dp_extproc.fleet.endpoint import EngineFacts, Kind, Role, in_url
+from dp_extproc.fleet.recipe import Capabilities, RankControl, capabilities
 from dp_extproc.fleet.roster import endpoints_of
 from dp_extproc.fleet.traps import Trap
+from dp_extproc.request.path import Api
 from dp_extproc.runtime.secrets import problems_of_tls, read_api_keys
 
 _COLUMNS: Final = ("url", "role", "pool", "version", "ranks", "bootstrap", "load", "state")
@@ -106,11 +108,40 @@ def _by_recipe(reports: Iterable[EngineReport]) -> list[tuple[str, list[str]]]:
     for report in reports:
         if report.facts is not None:
             endpoint = report.endpoint
-            recipe = capabilities(report.facts).describe(
-                endpoint.role, report.facts, headers_only=endpoint.headers_only
-            )
+            takes = capabilities(report.facts)
+            recipe = _way_to_ranks(takes, endpoint.role, report.facts, headers_only=endpoint.headers_only)
             found.setdefault(recipe, []).append(endpoint.url)
     return list(found.items())
+
+
+def _way_to_ranks(takes: Capabilities, role: Role, facts: EngineFacts, *, headers_only: bool) -> str:
+    """Say in a line how requests reach the ranks of an engine."""
+    if headers_only:
+        paths = ", ".join(sorted(takes.overrides_on)) or "none"
+        return f"rank, room and prefill's rank by x-override-* headers alone; paths: {paths}"
+    if facts.listener is not None:
+        ways = f"rank {facts.listener[0]} of {facts.listener[1]} by its address"
+    elif facts.dp_ranks == 1:
+        ways = "one rank"
+    elif role is Role.WORKER:
+        keys = {key: [api for api in Api if takes.rank_keys.get(api) == key] for key in takes.rank_keys.values()}
+        told = [f"{key} ({', '.join(apis)})" for key, apis in keys.items()]
+        if takes.rank_header_on:
+            told.append(f"the header {RANK_HEADER} ({', '.join(sorted(takes.rank_header_on))})")
+        ways = f"rank by {'; '.join(told)}" if told else "rank by the engine itself"
+    else:
+        control = RankControl.BY_FIELD if takes.carries_routed_rank else RankControl.BY_ROOM
+        ways = f"rank by {(control if role is Role.PREFILL else takes.decode_control).value}"
+        if takes.only_first_prefill_rank:
+            ways = "rank 0 only"
+        elif role is Role.PREFILL and takes.carries_routed_rank:
+            ways += ", and a room that agrees"
+    if role is Role.WORKER:
+        return ways
+    if takes.overrides_on:
+        ways += f"; by x-override-* headers where nothing is streamed ({', '.join(sorted(takes.overrides_on))})"
+    prefill = "; prefill's rank by disagg_prefill_dp_rank" if takes.carries_prefill_rank else ""
+    return f"{ways}{prefill}; paths: {', '.join(api for api in Api if takes.serves(api)) or 'none'}"
 
 
 def _by_trap(reports: Iterable[EngineReport]) -> list[tuple[Trap, list[str]]]:

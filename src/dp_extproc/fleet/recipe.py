@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from dp_extproc.contract import RANK_HEADER
-from dp_extproc.fleet.endpoint import EngineFacts, Kind, Mode, Role
+from dp_extproc.fleet.endpoint import EngineFacts, Kind, Mode
 from dp_extproc.fleet.releases import VLLM_RANK_HEADER, Fields, Methods, Release, RoomCheck, release_of
 from dp_extproc.request.path import Api
 
@@ -51,35 +50,6 @@ class Capabilities:
     def prefill_ranks(self, ranks: int) -> Sequence[int]:
         """Give the ranks, out of *ranks*, that a prefill server can serve."""
         return range(1) if self.only_first_prefill_rank else range(ranks)
-
-    def describe(self, role: Role, facts: EngineFacts, *, headers_only: bool = False) -> str:
-        """Say in a line how requests reach the ranks of an engine."""
-        if headers_only:
-            paths = ", ".join(sorted(self.overrides_on)) or "none"
-            return f"rank, room and prefill's rank by x-override-* headers alone; paths: {paths}"
-        if facts.listener is not None:
-            ways = f"rank {facts.listener[0]} of {facts.listener[1]} by its address"
-        elif facts.dp_ranks == 1:
-            ways = "one rank"
-        elif role is Role.WORKER:
-            keys = {key: [api for api in Api if self.rank_keys.get(api) == key] for key in self.rank_keys.values()}
-            told = [f"{key} ({', '.join(apis)})" for key, apis in keys.items()]
-            if self.rank_header_on:
-                told.append(f"the header {RANK_HEADER} ({', '.join(sorted(self.rank_header_on))})")
-            ways = f"rank by {'; '.join(told)}" if told else "rank by the engine itself"
-        else:
-            control = RankControl.BY_FIELD if self.carries_routed_rank else RankControl.BY_ROOM
-            ways = f"rank by {(control if role is Role.PREFILL else self.decode_control).value}"
-            if self.only_first_prefill_rank:
-                ways = "rank 0 only"
-            elif role is Role.PREFILL and self.carries_routed_rank:
-                ways += ", and a room that agrees"
-        if role is Role.WORKER:
-            return ways
-        if self.overrides_on:
-            ways += f"; by x-override-* headers where nothing is streamed ({', '.join(sorted(self.overrides_on))})"
-        prefill = "; prefill's rank by disagg_prefill_dp_rank" if self.carries_prefill_rank else ""
-        return f"{ways}{prefill}; paths: {', '.join(api for api in Api if self.serves(api)) or 'none'}"
 
     overrides_on: frozenset[Api] = frozenset()
     """Paths on which a disaggregated server can be told everything by ``x-override-*`` headers."""

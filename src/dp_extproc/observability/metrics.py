@@ -23,6 +23,7 @@ from dp_extproc.fleet.observer import ScrapeFailure
 from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.load import Freshness
 from dp_extproc.request.rejection import Reason
+from dp_extproc.sync.replica import SyncStatus
 
 _DECISION_BUCKETS: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1)
 """Seconds. A decision on a small body takes tens of microseconds, on one of 64 MB some tens of milliseconds."""
@@ -212,3 +213,31 @@ class Telemetry:
             "Entries on all books, also of servers that are configured no more; zero when nothing is in flight.",
             value=sum(host.reservations for host in (*self._fleet.hosts.values(), *self._fleet.leaving)),
         )
+
+
+class SyncMetrics:
+    """Collects what the exchange between replicas counts."""
+
+    def __init__(self, status: Callable[[], SyncStatus]) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        """Read the status."""
+        status = self._status()
+        yield GaugeMetricFamily("dp_extproc_sync_connected", "1 while the bus works.", value=status.connected)
+        yield GaugeMetricFamily("dp_extproc_sync_peers", "Other replicas that are heard.", value=len(status.peers))
+        yield GaugeMetricFamily(
+            "dp_extproc_sync_foreign_attempts",
+            "Requests of other replicas on the books.",
+            value=sum(peer.attempts for peer in status.peers),
+        )
+        messages = CounterMetricFamily("dp_extproc_sync_messages", "Messages between replicas.", labels=["kind"])
+        for kind, count in (("sent", status.sent), ("received", status.received), ("lost", status.lost)):
+            messages.add_metric([kind], count)
+        yield messages
+        troubles = CounterMetricFamily(
+            "dp_extproc_sync_troubles", "What went otherwise than it should on the bus.", labels=["kind"]
+        )
+        for kind, count in status.counts.items():
+            troubles.add_metric([kind], count)
+        yield troubles

@@ -1,11 +1,13 @@
-"""What the admin port tells of the load cache, as JSON."""
+"""What the admin port shows of the load cache and of the exchange between replicas, as JSON."""
 
+from dataclasses import asdict
 from typing import Any
 
 from dp_extproc.fleet.observer import ScrapeFailure
 from dp_extproc.placement.books import RankLoad
 from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.load import HostLoad
+from dp_extproc.sync.replica import SyncStatus
 
 
 def describe_loads(fleet: FleetLoad, now: float) -> dict[str, Any]:
@@ -69,3 +71,11 @@ def _describe_rank(rank: RankLoad, now: float) -> dict[str, Any]:
         "effective_tokens": round(rank.tokens),
         "picks": rank.picks,
     }
+
+
+def describe_sync(status: SyncStatus) -> dict[str, Any]:
+    """Describe the exchange for /loads. Times are ages in seconds."""
+    page = asdict(status)
+    for peer in page["peers"]:
+        peer["age"] = round(peer["age"], 3)
+    return page

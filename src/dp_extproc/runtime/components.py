@@ -15,9 +15,8 @@ from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.fleet.credentials import Credentials
 from dp_extproc.fleet.roster import endpoints_of
 from dp_extproc.fleet.scraper import Scraper
-from dp_extproc.observability.metrics import Telemetry
-from dp_extproc.observability.pages import describe_loads
-from dp_extproc.observability.sync_page import SyncMetrics, describe_sync
+from dp_extproc.observability.metrics import SyncMetrics, Telemetry
+from dp_extproc.observability.pages import describe_loads, describe_sync
 from dp_extproc.placement.attempt import NOBODY, nothing
 from dp_extproc.placement.dispatcher import Dispatcher
 from dp_extproc.placement.fleet_load import FleetLoad

@@ -23,8 +23,8 @@ from dp_extproc.observability.admin import AdminServer
 from dp_extproc.runtime.components import Router
 from dp_extproc.runtime.readiness import Readiness
 from dp_extproc.runtime.reload import Reloader
+from dp_extproc.runtime.secrets import server_credentials
 from dp_extproc.runtime.sockets import StartError, cannot_listen, listen, listen_privately, owner_address
-from dp_extproc.runtime.tls import server_credentials
 from dp_extproc.runtime.worker_context import WorkerSeat, seat_config
 
 _MESSAGE_SLACK: Final = 1 << 20
