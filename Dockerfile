@@ -45,7 +45,7 @@ RUN install --directory --owner 65532 --group 65532 /var/lib/dp-extproc
 USER 65532:65532
 WORKDIR /var/lib/dp-extproc
 EXPOSE 9002 9090
-# Asks the service or the engine, whichever runs in the container; any other command is well as long as it runs.
+# Asks the service or the engine, whichever runs in the container; any other command counts as healthy while it runs.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --retries=3 \
   CMD ["python", "-m", "dp_extproc.runtime.container_health"]
 ENTRYPOINT ["dp-extproc"]

@@ -1,4 +1,4 @@
-# Everything needs only Python >= 3.11 and make; the rest is installed into .venv on first use.
+# Everything but compose-test needs only Python >= 3.11 and make; the rest is installed into .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -82,7 +82,7 @@ def _take_down(project: Project) -> None:
     for container in docker.lines("ps", "--all", "--quiet", "--filter", f"network={project.name}_default"):
         docker.run("rm", "--force", container, check=False)
     if project.leftovers():
-        project(*everything(), "down", "--volumes", "--timeout", "5", check=False)
+        project(*everything(), "down", "--volumes", "--rmi", "local", "--timeout", "5", check=False)
     if docker.is_ours:
         docker.run("image", "prune", "--force", "--filter", f"until={_UNUSED}")
         return

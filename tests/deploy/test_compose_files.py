@@ -67,3 +67,10 @@ def test_routers_differ_in_nothing_but_the_policy() -> None:
     policy = {"pools": tuple(pool.model_copy(update={"policy": baseline.pools[0].policy}) for pool in ours.pools)}
     assert ours.model_copy(update=policy) == baseline.model_copy(update=alike)
     assert (baseline.pools[0].policy.host, baseline.pools[0].policy.dp_rank) == ("random", "none")
+
+
+def test_no_two_services_build_the_same_image() -> None:
+    """Compose builds all at once, and the second export of a name fails because it is there already."""
+    names = [each["image"] for each in SERVICES.values() if "build" in each and "image" in each]
+    assert names
+    assert len(names) == len(set(names))

@@ -90,13 +90,12 @@ def test_prometheus_reads_everybody_by_name() -> None:
     """Job and page of each target; names are looked up anew, as containers change their addresses."""
     document = yaml.safe_load((OBSERVE / "prometheus.yml").read_text(encoding="utf-8"))
     found = {
-        job["job_name"]: (job.get("metrics_path", "/metrics"), name, source["port"])
+        job["job_name"]: (job.get("metrics_path", "/metrics"), source["names"], source["port"])
         for job in document["scrape_configs"]
         for source in job["dns_sd_configs"]
-        for name in source["names"][:1]
     }
     assert found == {
-        "dp-extproc": ("/metrics", "dp-extproc", 9090),
-        "envoy": ("/stats/prometheus", "envoy", 9901),
-        "engines": ("/metrics", "prefill-1", 30000),
+        "dp-extproc": ("/metrics", ["dp-extproc", "dp-extproc-baseline"], 9090),
+        "envoy": ("/stats/prometheus", ["envoy", "envoy-baseline"], 9901),
+        "engines": ("/metrics", ["prefill-1", "prefill-2", "decode-1", "decode-2"], 30000),
     }

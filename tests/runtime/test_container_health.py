@@ -73,6 +73,7 @@ def test_engine_is_asked_on_its_port() -> None:
     line = (*INIT, *SCRIPT, "engine", "--role", "prefill", "--host", "0.0.0.0", "--port=30000")
     assert asked(line) == ("127.0.0.1", 30000, "/v1/models")
     assert asked((*SCRIPT, "engine", "--port", "30000")) == ("127.0.0.1", 30000, "/v1/models")
+    assert asked((*SCRIPT, "engine", "--host", "localhost", "--port", "30000")) == ("localhost", 30000, "/v1/models")
 
 
 @pytest.mark.parametrize(

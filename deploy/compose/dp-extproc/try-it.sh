@@ -4,8 +4,7 @@ cat <<TEXT
 
 The fleet is up. Try it, from another terminal:
 
-  curl http://127.0.0.1:$PORT/v1/chat/completions -H 'content-type: application/json' \\
-    -d '{"model": "any", "messages": [{"role": "user", "content": "hello"}]}'
+  curl http://127.0.0.1:$PORT/v1/chat/completions -H 'content-type: application/json' -d '{"model": "any", "messages": [{"role": "user", "content": "hello"}]}'
 
 What the service knows of every rank:
   curl http://127.0.0.1:$ADMIN_PORT/loads

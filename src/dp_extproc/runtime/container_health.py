@@ -3,7 +3,7 @@
     python -m dp_extproc.runtime.container_health [--ready]
 
 One image runs every command, so the command line of process 1 tells what to ask: the service its admin port (with
-``--ready`` whether it can place requests), an engine its port. Any other command is well as long as it runs.
+``--ready`` whether it can place requests), an engine its port. Any other command counts as healthy while it runs.
 
 It runs every few seconds beside the service, so it loads no library but the reader of the file.
 """
@@ -113,7 +113,10 @@ def _admin(path: Path) -> tuple[str, int]:
 
 
 def _reachable(host: str) -> str:
-    address = ipaddress.ip_address(host)
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # a name; an unknown one fails when it is dialled
+        return host
     if not address.is_unspecified:
         return host
     return "127.0.0.1" if address.version == 4 else "::1"

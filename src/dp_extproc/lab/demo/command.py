@@ -20,6 +20,7 @@ _TIME_SCALE: Final = 3.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     parser.epilog = missing_parts(needs_envoy=True)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # or the remedy would be folded
     add_traffic(parser, requests=_REQUESTS, concurrency=_CONCURRENCY)
     parser.add_argument(
         "--time-scale", type=_scale, default=_TIME_SCALE, metavar="FACTOR",

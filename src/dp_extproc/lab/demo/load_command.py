@@ -27,6 +27,7 @@ _Named = tuple[str, str]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     parser.epilog = missing_parts(needs_envoy=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # or the remedy would be folded
     add = parser.add_argument
     add(
         "--router", action="append", type=_named, required=True, metavar="NAME=URL", dest="routers",

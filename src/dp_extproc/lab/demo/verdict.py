@@ -12,7 +12,7 @@ _OTHERS: Final = 0.10
 """Share of all processors that other programs may use. Placement changes most times by 10 to 30 %; on two processors
 this much takes a fifth of one away, now from one placement and now from the other."""
 _BUSY: Final = 0.90
-"""Share of all processors that may be busy. Above it whoever wants to run waits for more than it runs."""
+"""Share of all processors that may be busy. Above it a process waits for a processor longer than it runs."""
 _CLIENT: Final = 0.90
 """Of one processor that the client may use, which runs on one only: above it the client sees answers late."""
 _LATE: Final = 0.02
