@@ -305,6 +305,13 @@ def test_another_duration_is_refused(text: str) -> None:
     assert (line, key) == (4, "drain")
 
 
+@pytest.mark.parametrize("text", ["99ms", "0.5ms", "25h", "600h"])
+def test_a_keepalive_that_cannot_be_kept_is_refused(text: str) -> None:
+    """Envoy and gRPC take milliseconds, and not any number of them."""
+    ((line, key, _),) = problems_of(f"{POOL}listen: {{keepalive: {text}}}\n")
+    assert (line, key) == (4, "listen.keepalive")
+
+
 SIZES = {"1024": 1024, "1KiB": 1024, "64MiB": 64 << 20, "2GiB": 2 << 30, "0x1000": 4096}
 
 

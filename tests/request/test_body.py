@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dp_extproc.request.body import MAX_BATCH, InferenceRequest, read_body
+from dp_extproc.request.body import MAX_BATCH, MAX_SAMPLES, InferenceRequest, read_body
 from dp_extproc.request.path import Api
 from dp_extproc.request.prompt import MEDIA_TOKENS
 from dp_extproc.request.rejection import Reason, Rejection
@@ -213,3 +213,29 @@ def test_no_bytes_raise(api: Api, text: bytes, edits: list[tuple[int, int, bytes
 def test_no_random_bytes_raise(api: Api, text: bytes) -> None:
     """The same for bytes that were never a body."""
     assert isinstance(read_body(api, text), InferenceRequest | Rejection)
+
+
+@given(st.integers(-3, 3) | st.integers(MAX_SAMPLES - 2, MAX_SAMPLES + 2) | st.integers(-(2**70), 2**70))
+def test_a_number_of_answers_that_cannot_be_is_refused(n: int) -> None:
+    """It would count as load: a negative one makes a server look empty, and no replica takes it from another."""
+    bodies = (
+        (Api.COMPLETIONS, {"prompt": "a", "n": n}),
+        (Api.CHAT, {"messages": user("a"), "n": n}),
+        (Api.GENERATE, {"text": "a", "sampling_params": {"n": n}}),
+        (Api.GENERATE, {"text": ["a", "b"], "sampling_params": [{"n": 2}, {"n": n}]}),
+    )
+    for api, body in bodies:
+        request = read_body(api, json.dumps(body).encode())
+        if 0 <= n <= MAX_SAMPLES:
+            assert isinstance(request, InferenceRequest), request
+            assert 1 <= request.samples <= MAX_SAMPLES
+            assert request.samples >= n
+        else:
+            assert isinstance(request, Rejection), request
+            assert (request.status, request.reason, request.param) == (400, Reason.UNSUPPORTED_VALUE, "n")
+
+
+@pytest.mark.parametrize("n", [None, 0, 1])
+def test_one_answer_is_asked_for_in_three_ways(n: int | None) -> None:
+    """SGLang takes each of them for one."""
+    assert read(Api.COMPLETIONS, {"prompt": "a", "n": n}).samples == 1

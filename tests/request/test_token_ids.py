@@ -45,6 +45,17 @@ IN_SAMPLING = '{"text":"a","sampling_params":'
             "stop_token_ids",
             id="stop, as a text",
         ),
+        *(
+            pytest.param(
+                api, f'{body}"stop_token_ids":["{hidden}"]}}', "stop_token_ids", "stop_token_ids", id=f"{name}, {api}"
+            )
+            for name, hidden in {
+                "stop, escaped": r"\u002d5",
+                "stop, with underscores": "9_999_999_999",
+                "stop, with an exponent": "1e5",
+            }.items()
+            for api, body in ((Api.COMPLETIONS, '{"prompt":"a",'), (Api.CHAT, CHAT))
+        ),
         pytest.param(Api.CHAT, f'{CHAT}"stop_token_ids":[1e30]}}', "stop_token_ids", "stop_token_ids", id="stop, huge"),
         pytest.param(
             Api.CHAT, f'{CHAT}"stop_token_ids":[-1e400]}}', "stop_token_ids", "stop_token_ids", id="stop, no number"
@@ -89,7 +100,10 @@ def test_an_impossible_id_is_refused(api: Api, body: str, param: str, place: str
         pytest.param(Api.COMPLETIONS, '{"prompt":["-1","-2"]}', 0, id="texts that look like ids"),
         pytest.param(Api.GENERATE, '{"text":"-1","input_ids":null}', 0, id="null"),
         pytest.param(
-            Api.GENERATE, f'{IN_SAMPLING}{{"stop_token_ids":[2,1.0,"5",null,{LARGEST}]}}}}', 0, id="stop, in every form"
+            Api.GENERATE,
+            f'{IN_SAMPLING}{{"stop_token_ids":[2,1.0," 5 ",null,{LARGEST}]}}}}',
+            0,
+            id="stop, in every form",
         ),
         pytest.param(Api.GENERATE, f'{IN_SAMPLING}{{"stop_token_ids":null}}}}', 0, id="no stop"),
         pytest.param(Api.GENERATE, '{"text":"a","token_ids_logprob":[[1],[2]]}', 0, id="log probabilities"),

@@ -170,6 +170,28 @@ def test_lines_without_data_are_not_taken_one_by_one(line: bytes, size: int) -> 
     assert steps < 10 * len(chunks) + 100
 
 
+@pytest.mark.parametrize("line", [b"", b"data", b"data: [DONE]"])
+def test_one_line_with_data_does_not_have_all_others_taken_one_by_one(line: bytes) -> None:
+    """An engine may put one into each chunk."""
+    flood = (line + b"\n") * (1 << 16) + sse(answer(NOTHING))
+    steps = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal steps
+        steps += event == "call"
+
+    merger = StreamMerger(known(OF_PROMPT))
+    sys.setprofile(count)
+    try:
+        merged = merger.feed(flood, end_of_stream=True)
+    finally:
+        sys.setprofile(None)
+
+    assert merged.startswith((line + b"\n") * (1 << 16))
+    assert b"-6.25" in merged
+    assert steps < 100
+
+
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "stream"])
 def test_too_large(whole: bool) -> None:
     """More than is held goes through as it is, told, and what follows an event that was too large is merged again."""

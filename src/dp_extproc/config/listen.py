@@ -65,7 +65,7 @@ class ListenSettings(Section):
     """Where Envoy reaches this very process, when ``grpc`` is a wildcard address; by default this host's own."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes; each has a gRPC port of its own, counted up from ``grpc`` (and from ``advertise``)."""
-    keepalive: Seconds = 10.0
+    keepalive: Annotated[Seconds, Field(ge=0.1, le=86_400)] = 10.0
     """How long nothing comes from an Envoy before it is asked whether it is there, and how long it may take to answer.
     Likewise in the other direction."""
     tls: ServerTls | None = None

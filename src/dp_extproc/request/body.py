@@ -9,7 +9,7 @@ from dp_extproc.request.members import MOST_MEMBERS, JsonObject, TooManyMembersE
 from dp_extproc.request.path import Api
 from dp_extproc.request.prompt import Prompt, PromptError, measure
 from dp_extproc.request.rejection import Reason, Rejection
-from dp_extproc.request.shapes import LARGEST_ID, SHAPES, Body, Chat, Generate, Responses
+from dp_extproc.request.shapes import LARGEST_ID, SHAPES, Body, Chat, Generate, Responses, SamplingParams
 from dp_extproc.request.token_ids import LOGPROBS_OF_IDS, with_impossible_id
 
 LOGPROBS: Final = "return_logprob"
@@ -19,6 +19,8 @@ _NO: Final = frozenset({b"null", b"false"})
 
 MAX_BATCH: Final = 4096
 """Prompts in one request. The prefill leg's prefix travels in a header of Envoy and holds a request id per prompt."""
+MAX_SAMPLES: Final = 4096
+"""Answers to one prompt. Thirty-two times what OpenAI takes; a larger or negative number would falsify the load."""
 
 MOST_MARKS: Final = 2_000_000
 """Braces, brackets and quotes in a body: as many as four megabytes of JSON have that a prompt quotes.
@@ -103,7 +105,10 @@ def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
     if prompt.batch is not None and prompt.batch > MAX_BATCH:
         message = f"a batch of {prompt.batch} prompts is too large; send at most {MAX_BATCH} in one request"
         return Rejection(400, Reason.UNSUPPORTED_VALUE, message)
-    samples, max_tokens = _limits(fields)
+    counts = _sample_counts(fields)
+    if (wrong := next((each for each in counts if not 0 <= each <= MAX_SAMPLES), None)) is not None:
+        message = f"n={str(wrong)[:20]} is not valid; ask for 1 to {MAX_SAMPLES} answers"
+        return Rejection(400, Reason.UNSUPPORTED_VALUE, message, param="n")
     values = body.values
     return InferenceRequest(
         api=api,
@@ -111,8 +116,8 @@ def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
         model=fields.model,
         stream=bool(fields.stream),
         prompt=prompt,
-        max_tokens=max_tokens,
-        samples=samples,
+        max_tokens=_max_tokens(fields),
+        samples=max(1, *counts),
         routed_rank_pin=_pin(values, ROUTED_RANK if ROUTED_RANK in values else OLD_RANK),
         prefill_rank_pin=_pin(values, PREFILL_RANK),
         priority=fields.priority or 0,
@@ -205,19 +210,28 @@ def _wrong_type(objection: str) -> Rejection:
     return Rejection(400, Reason.WRONG_TYPE, message, param=param or None)
 
 
-def _limits(fields: Body) -> tuple[int, int | None]:
-    """Read the number of samples and the limit of output tokens."""
+def _sampling(fields: Generate) -> list[SamplingParams]:
+    sampling = fields.sampling_params or []
+    return sampling if isinstance(sampling, list) else [sampling]
+
+
+def _sample_counts(fields: Body) -> list[int]:
+    """Read how many answers are asked for, of each prompt that says so. SGLang takes 0 for 1."""
     if isinstance(fields, Generate):
-        sampling = fields.sampling_params or []
-        several = sampling if isinstance(sampling, list) else [sampling]
-        limits = [one.max_new_tokens for one in several if one.max_new_tokens is not None]
-        return max((one.n or 1 for one in several), default=1), max(limits, default=None)
+        return [1, *(one.n for one in _sampling(fields) if one.n is not None)]
+    return [1 if fields.n is None else fields.n]
+
+
+def _max_tokens(fields: Body) -> int | None:
+    """Read the limit of output tokens."""
+    if isinstance(fields, Generate):
+        return max((one.max_new_tokens for one in _sampling(fields) if one.max_new_tokens is not None), default=None)
     limit = fields.max_tokens
     if isinstance(fields, Chat) and fields.max_completion_tokens is not None:
         limit = fields.max_completion_tokens
     elif isinstance(fields, Responses):
         limit = fields.max_output_tokens
-    return fields.n or 1, limit
+    return limit
 
 
 def _pin(values: dict[str, msgspec.Raw], param: str) -> int | None:

@@ -29,10 +29,11 @@ _FIELDS: Final = {
     Api.COMPLETIONS: (STOP_IDS,),
     Api.CHAT: (STOP_IDS,),
 }
-_SUSPECT: Final = re.compile(rb"-|[0-9]{10}|[eE]")
-"""A sign, as many digits as the largest id has, or an exponent."""
+_SUSPECT: Final = re.compile(rb"[-eE_\\]|[0-9]{10}")
+"""A sign, an exponent, as many digits as the largest id has; or in a text what may hide one of these."""
+_NUMBER_IN_TEXT: Final = r"^\s*\+?[0-9]{1,9}(\.0*)?\s*$"
 
-_Lax = TokenId | Annotated[float, Meta(ge=0, le=LARGEST_ID)] | Annotated[str, Meta(pattern="^[^-]{0,9}$")] | None
+_Lax = TokenId | Annotated[float, Meta(ge=0, le=LARGEST_ID)] | Annotated[str, Meta(pattern=_NUMBER_IN_TEXT)] | None
 _lists: Final[msgspec.json.Decoder[_Lax | list[_Lax | list[_Lax]]]] = msgspec.json.Decoder(
     _Lax | list[_Lax | list[_Lax]]
 )

@@ -11,6 +11,7 @@ Rules that live here and nowhere else:
   for longer than until its line, or it, is complete.
 """
 
+import re
 from typing import Final, Protocol
 
 import msgspec
@@ -105,6 +106,10 @@ class WholeMerger:
         return answer
 
 
+_MAY_MERGE: Final = re.compile(rb"^data:[ \t\r\f\v]*\{", re.MULTILINE)
+"""Where a line begins that may have log probabilities: JSON behind the field's name."""
+
+
 class StreamMerger:
     """Merges an answer that is a stream of events, line by line."""
 
@@ -123,12 +128,17 @@ class StreamMerger:
         rest, line_feed, more = data.partition(b"\n")
         if line_feed:
             merged.append(self._end(rest) + b"\n")
-            if b"data" in more:
-                *complete, rest = more.split(b"\n")
-                merged += [self._end(part) + b"\n" for part in complete]
-            else:  # one by one, a MiB of empty lines would block the event loop for most of a second
-                before, line_feed, rest = more.rpartition(b"\n")
-                merged.append(before + line_feed)
+            # Line by line, a MiB of empty lines would block the event loop for most of a second.
+            at = 0
+            for found in _MAY_MERGE.finditer(more):
+                end = more.find(b"\n", found.start())
+                if end < 0:
+                    break
+                merged += (more[at : found.start()], self._merge(more[found.start() : end]), b"\n")
+                at = end + 1
+            passed = more.rfind(b"\n") + 1
+            merged.append(more[at:passed])
+            rest = more[passed:]
         if end_of_stream:
             merged.append(self._end(rest))
         elif self._passing:
