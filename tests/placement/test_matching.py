@@ -1,7 +1,7 @@
 """Servers that must not meet are never paired, whatever is wrong with the others."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +12,16 @@ from hypothesis import strategies as st
 from dp_extproc import contract
 from dp_extproc.config.reliability import AdmissionSettings
 from dp_extproc.config.schema import HostPolicy, LoadSignal, RankPolicy
-from dp_extproc.fleet.compatibility import difference
+from dp_extproc.fleet import compatibility
+from dp_extproc.fleet.compatibility import Difference, difference
 from dp_extproc.fleet.endpoint import EngineFacts, PairTerms, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.placement.decision import Circumstances, Decision
+from dp_extproc.placement.health import choose
 from dp_extproc.placement.load import HostLoad
 from dp_extproc.placement.matching import find_matches
+from dp_extproc.placement.sides import matching_sides
+from dp_extproc.request.body import InferenceRequest, read_body
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
 from placement.fleet_fixtures import Fleet, make_endpoint, make_facts
@@ -50,6 +54,13 @@ def numbers(fleet: Fleet, decision: Decision | Rejection) -> tuple[int, int]:
     prefill, decode = (by_address[headers[name]] for name in (contract.PREFILL_HOST, contract.DECODE_HOST))
     assert difference(prefill.facts, decode.facts) is None
     return number_of(prefill), number_of(decode)
+
+
+def read_ids(tokens: int) -> InferenceRequest:
+    """Give a request with a prompt of so many ids."""
+    request = read_body(Api.GENERATE, json.dumps({"input_ids": [1] * tokens}).encode())
+    assert isinstance(request, InferenceRequest)
+    return request
 
 
 def number_of(host: HostLoad) -> int:
@@ -236,3 +247,69 @@ def test_no_trouble_leads_to_a_pair_that_differs(  # noqa: PLR0917 - one of each
         else:
             assert isinstance(found, Rejection)
             assert found.reason is Reason.NO_COMPATIBLE_PAIR
+
+
+def in_large_pool(differing: int = 1) -> Fleet:
+    """Of 100 servers on each side so many have larger pages."""
+    sizes = [1] * (100 - differing) + [2] * differing
+    return make_fleet(sizes, sizes)
+
+
+class Walked(list[HostLoad]):
+    """Counts how often it is walked."""
+
+    walks = 0
+
+    def __iter__(self) -> Iterator[HostLoad]:
+        Walked.walks += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("differing", [1, 50])
+def test_a_server_is_asked_about_once_however_many_it_can_be_paired_with(differing: int) -> None:
+    """Else a decision costs prefill servers times decode servers, and a fleet that is full blocks everything."""
+    fleet = in_large_pool(differing)
+    sides = matching_sides(fleet.load, "*", read_ids(1), fleet.clock(), Circumstances())
+    assert sides is not None
+    asked: list[HostLoad] = []
+
+    def wanted(host: HostLoad) -> bool:
+        asked.append(host)
+        return host not in {fleet.host(Role.PREFILL, 1), fleet.host(Role.DECODE, 2)}
+
+    left = sides.only(wanted)
+    assert left is not None
+    assert len(asked) == len({*asked}) == 200
+    assert (len(left.prefills), len(left.decodes)) == (99, 99)
+    for prefill in left.prefills:
+        expected = [other for other in left.decodes if difference(prefill.facts, other.facts) is None]
+        assert left.decodes_of(prefill) == expected
+
+
+def test_the_decode_servers_of_a_match_are_walked_as_one_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All prefill servers of a match share it, so the number of walks follows from the matches alone."""
+    fleet = in_large_pool()
+    monkeypatch.setattr("dp_extproc.placement.sides.choose", lambda *args: Walked(choose(*args)))
+    Walked.walks = 0
+    sides = matching_sides(fleet.load, "*", read_ids(1), fleet.clock(), Circumstances())
+
+    assert sides is not None
+    assert (len(sides.prefills), len(sides.decodes)) == (100, 100)
+    assert Walked.walks <= 16, "two matches of two lists, each walked a few times"
+
+
+def test_what_differs_in_a_large_fleet_is_found_by_its_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal is a decision, too."""
+    compared = []
+
+    def counted(prefill: EngineFacts, decode: EngineFacts) -> Difference | None:
+        compared.append((prefill, decode))
+        return difference(prefill, decode)
+
+    fleet = make_fleet([1, 64] * 50, [2] * 100)
+    monkeypatch.setattr(compatibility, "difference", counted)
+    refusal = place(fleet)
+
+    assert isinstance(refusal, Rejection)
+    assert "page_size is 64 on prefill and 2 on decode" in refusal.message
+    assert len(compared) == 2

@@ -13,6 +13,7 @@ from dp_extproc.placement.decision import Circumstances
 from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.health import avoidance, choose
 from dp_extproc.placement.load import HostLoad
+from dp_extproc.placement.matching import Match
 from dp_extproc.placement.subset import allows
 from dp_extproc.request.body import InferenceRequest
 
@@ -27,20 +28,24 @@ class Sides(Struct, frozen=True):
     """At least one, each with a partner."""
     decodes: Sequence[HostLoad]
     """Likewise."""
-    partners: Mapping[HostLoad, Sequence[HostLoad]] | None = None
-    """Of each prefill server; None if all can be paired with all."""
+    matches: Mapping[HostLoad, Match] | None = None
+    """Of each prefill server; None if all can be paired with all. All prefill servers of a match share it."""
 
     def decodes_of(self, prefill: HostLoad) -> Sequence[HostLoad]:
         """Give the decode servers that a prefill server can be paired with, at least one."""
-        return self.decodes if self.partners is None else self.partners[prefill]
+        return self.decodes if self.matches is None else self.matches[prefill].decodes
 
     def only(self, wanted: Callable[[HostLoad], bool]) -> "Sides | None":
-        """Give what is left with the wanted servers alone; None if that is no pair."""
+        """Give what is left with the wanted servers alone; None if that is no pair. Each is asked about once."""
         prefills = [host for host in self.prefills if wanted(host)]
         decodes = [host for host in self.decodes if wanted(host)]
-        if self.partners is not None:
-            return _joined((prefill, [host for host in self.partners[prefill] if wanted(host)]) for prefill in prefills)
-        return Sides(prefills, decodes) if prefills and decodes else None
+        if self.matches is None:
+            return _joined([Match(prefills, decodes)])
+        kept = {*prefills, *decodes}
+        return _joined(
+            Match([host for host in match.prefills if host in kept], [host for host in match.decodes if host in kept])
+            for match in {id(match): match for match in self.matches.values()}.values()
+        )
 
 
 def matching_sides(
@@ -57,17 +62,19 @@ def matching_sides(
         if prefills is not None and decodes is not None:
             (known, failed, sick), (known_too, failed_too, sick_too) = prefills[0], decodes[0]
             worse = (max(known, known_too), max(failed, failed_too), sick or sick_too)
-            found.append((worse, prefills[1], decodes[1]))
-    best = min((quality for quality, _, _ in found), default=None)
-    return _joined(
-        (prefill, decodes) for quality, prefills, decodes in found if quality == best for prefill in prefills
-    )
+            found.append((worse, Match(prefills[1], decodes[1])))
+    best = min((quality for quality, _ in found), default=None)
+    return _joined(match for quality, match in found if quality == best)
 
 
-def _joined(pairs: Iterable[tuple[HostLoad, Sequence[HostLoad]]]) -> Sides | None:
-    partners = {prefill: decodes for prefill, decodes in pairs if decodes}
-    every = {decode: None for decodes in partners.values() for decode in decodes}
-    return Sides(tuple(partners), tuple(every), partners) if partners else None
+def _joined(matches: Iterable[Match]) -> Sides | None:
+    """Put matches together; their lists of decode servers are walked once for each match, not for each server."""
+    left = [match for match in matches if match.prefills and match.decodes]
+    if len(left) < 2:
+        return Sides(left[0].prefills, left[0].decodes) if left else None
+    of = {prefill: match for match in left for prefill in match.prefills}
+    every = dict.fromkeys(decode for match in left for decode in match.decodes)
+    return Sides(tuple(of), tuple(every), of)
 
 
 def _usable(
