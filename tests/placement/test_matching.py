@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from dp_extproc import contract
 from dp_extproc.config.reliability import AdmissionSettings
-from dp_extproc.config.schema import HostPolicy, LoadSignal, RankPolicy
+from dp_extproc.config.schema import AffinitySettings, HostPolicy, LoadSignal, PolicySettings, RankPolicy
 from dp_extproc.fleet import compatibility
 from dp_extproc.fleet.compatibility import Difference, difference
-from dp_extproc.fleet.endpoint import EngineFacts, PairTerms, Role
+from dp_extproc.fleet.endpoint import EngineFacts, LoadPage, PairTerms, RankSample, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.placement.decision import Circumstances, Decision
 from dp_extproc.placement.health import choose
@@ -313,3 +313,81 @@ def test_what_differs_in_a_large_fleet_is_found_by_its_kinds(monkeypatch: pytest
     assert isinstance(refusal, Rejection)
     assert "page_size is 64 on prefill and 2 on decode" in refusal.message
     assert len(compared) == 2
+
+
+class OfSizes:
+    """Two pairs that must not be mixed, with KV caches of so many tokens; None for one that does not tell."""
+
+    def __init__(self, prefills: Sizes, decodes: Sizes) -> None:
+        self.fleet = make_fleet([1, 2], [1, 2])
+        for role, sizes in ((Role.PREFILL, prefills), (Role.DECODE, decodes)):
+            for number, size in enumerate(sizes, start=1):
+                self.resize(role, number, size)
+
+    def resize(self, role: Role, number: int, size: int | None) -> None:
+        page = LoadPage(tuple(RankSample(rank, used_tokens=0, capacity_tokens=size, age=0.0) for rank in range(2)))
+        self.fleet.load.sampled(make_endpoint(role, number), page, self.fleet.clock(), self.fleet.clock())
+
+    def place(self, body: dict[str, Any], **circumstances: Any) -> Decision | Rejection:
+        found = self.fleet.dispatcher.place(Api.GENERATE, json.dumps(body).encode(), Circumstances(**circumstances))
+        if isinstance(found, Decision):
+            assert found.attempt is not None
+            found.attempt.end(self.fleet.clock())
+        return found
+
+    def pairs(self, body: dict[str, Any]) -> set[tuple[int, int]]:
+        return {numbers(self.fleet, self.place(body)) for _ in range(40)}
+
+
+LONG = {"input_ids": [1] * 5000}
+BOTH = {(1, 1), (2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("prefills", "decodes", "body", "expected"),
+    [
+        pytest.param((None, None), (1000, 10_000), LONG, {(2, 2)}, id="decode"),
+        pytest.param((1000, 10_000), (None, None), LONG, {(2, 2)}, id="prefill"),
+        pytest.param((None, None), (1000, None), LONG, {(2, 2)}, id="one-does-not-tell"),
+        pytest.param((None, None), (1000, 10_000), {"text": "x" * 24_000}, {(2, 2)}, id="text-beyond-doubt"),
+        pytest.param((None, None), (1000, 10_000), {"text": "x" * 10_000}, {(2, 2)}, id="text-by-estimate"),
+        pytest.param((None, None), (5000, 10_000), LONG, BOTH, id="fits-both"),
+        pytest.param((None, None), (1000, 10_000), {"text": [f"{n}" + "x" * 3000 for n in range(8)]}, BOTH, id="batch"),
+    ],
+)
+def test_a_prompt_goes_to_servers_that_can_hold_it(
+    prefills: Sizes, decodes: Sizes, body: dict[str, Any], expected: set[tuple[int, int]]
+) -> None:
+    """However idle the others are: there it would never be served."""
+    sizes = OfSizes(prefills, decodes)
+    # What a prompt begins with would keep it where it was first.
+    sizes.fleet.dispatcher.configure(
+        [sizes.fleet.pool.model_copy(update={"policy": PolicySettings(affinity=AffinitySettings(prefixes=False))})],
+        LoadSignal.ESTIMATE,
+        AdmissionSettings(),
+    )
+    assert sizes.pairs(body) == expected
+
+
+def test_a_prompt_that_no_pair_can_hold_is_refused_for_good() -> None:
+    """The largest counts, or that which stands in the way of every pair."""
+    for prefills, decodes, largest in (
+        ((None, None), (1000, 2000), "largest decode rank that it can go to holds 2000"),
+        ((3000, 1000), (9000, 9000), "largest prefill rank that it can go to holds 3000"),
+        ((1000, 9000), (9000, 1000), "rank that it can go to holds 1000"),
+    ):
+        refusal = OfSizes(prefills, decodes).place(LONG)
+        assert isinstance(refusal, Rejection), refusal
+        assert (refusal.status, refusal.reason) == (400, Reason.PROMPT_TOO_LONG)
+        assert largest in refusal.message
+
+
+def test_a_long_prompt_is_tried_on_servers_that_may_do_by_now() -> None:
+    """Those that are ejected or have failed it, as the sound ones can never hold it; an estimate is not as certain."""
+    sizes = OfSizes((None, None), (1000, 10_000))
+    failed = frozenset({sizes.fleet.host(Role.DECODE, 2).address})
+    assert numbers(sizes.fleet, sizes.place(LONG, failed=(failed,))) == (2, 2)
+    eject(sizes.fleet, sizes.fleet.host(Role.DECODE, 2))
+
+    assert sizes.pairs(LONG) == {(2, 2)}
+    assert sizes.pairs({"text": "x" * 10_000}) == {(1, 1)}

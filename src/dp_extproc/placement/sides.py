@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from msgspec import Struct
 
+from dp_extproc.placement.admission import least_tokens, may_hold
 from dp_extproc.placement.decision import Circumstances
 from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.health import avoidance, choose
@@ -35,6 +36,10 @@ class Sides(Struct, frozen=True):
         """Give the decode servers that a prefill server can be paired with, at least one."""
         return self.decodes if self.matches is None else self.matches[prefill].decodes
 
+    def match_of(self, prefill: HostLoad) -> Match:
+        """Give all that can be used together with a prefill server, itself among them."""
+        return Match(self.prefills, self.decodes) if self.matches is None else self.matches[prefill]
+
     def only(self, wanted: Callable[[HostLoad], bool]) -> "Sides | None":
         """Give what is left with the wanted servers alone; None if that is no pair. Each is asked about once."""
         prefills = [host for host in self.prefills if wanted(host)]
@@ -53,16 +58,25 @@ def matching_sides(
 ) -> Sides | None:
     """Choose among the matches of a pool those that can be used best; None if none can.
 
-    Both sides count: a match whose only decode server is ejected is left alone while there is a sound one.
+    Both sides count: a match whose only decode server is ejected is left alone while there is a sound one. But an
+    ejected one may do by now, while servers that are too small for a prompt never do.
     """
+    estimate, least = _tokens(fleet, pool, request)
     found = []
     for match in fleet.matches[pool]:
         prefills = _usable(fleet, match.prefills, request, now, circumstances)
         decodes = _usable(fleet, match.decodes, request, now, circumstances)
         if prefills is not None and decodes is not None:
             (known, failed, sick), (known_too, failed_too, sick_too) = prefills[0], decodes[0]
-            worse = (max(known, known_too), max(failed, failed_too), sick or sick_too)
-            found.append((worse, Match(prefills[1], decodes[1])))
+            usable = Match(prefills[1], decodes[1])
+            worse = (
+                not _may_hold(usable, least),
+                max(known, known_too),
+                max(failed, failed_too),
+                sick or sick_too,
+                not _may_hold(usable, estimate),  # which may be wrong
+            )
+            found.append((worse, usable))
     best = min((quality for quality, _ in found), default=None)
     return _joined(match for quality, match in found if quality == best)
 
@@ -75,6 +89,17 @@ def _joined(matches: Iterable[Match]) -> Sides | None:
     of = {prefill: match for match in left for prefill in match.prefills}
     every = dict.fromkeys(decode for match in left for decode in match.decodes)
     return Sides(tuple(of), tuple(every), of)
+
+
+def _tokens(fleet: FleetLoad, pool: str, request: InferenceRequest) -> tuple[float, float]:
+    """Give what a rank has to hold for a prompt, as estimated and at least; 0 where its size tells nothing of that."""
+    estimate = fleet.ratios[pool].estimate(request.prompt)
+    least = least_tokens(request.prompt, estimate)
+    return (estimate, least) if least and request.is_read else (0.0, 0.0)  # one not read may be long for its pictures
+
+
+def _may_hold(match: Match, tokens: float) -> bool:
+    return may_hold(match.prefills, tokens) and may_hold(match.decodes, tokens)
 
 
 def _usable(
