@@ -17,6 +17,7 @@ from dp_extproc.fleet.compatibility import Difference, difference
 from dp_extproc.fleet.endpoint import EngineFacts, LoadPage, PairTerms, RankSample, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.placement.decision import Circumstances, Decision
+from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.health import choose
 from dp_extproc.placement.load import HostLoad
 from dp_extproc.placement.matching import find_matches
@@ -391,3 +392,27 @@ def test_a_long_prompt_is_tried_on_servers_that_may_do_by_now() -> None:
 
     assert sizes.pairs(LONG) == {(2, 2)}
     assert sizes.pairs({"text": "x" * 10_000}) == {(1, 1)}
+
+
+def test_a_refusal_for_want_of_a_pair_never_lacks_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are left may agree: then it tells what differs among all, or that nothing does."""
+    fleet = make_fleet([1, 2], [1, 2])
+    capable = FleetLoad.capable
+
+    def first_alone(load: FleetLoad, pool: str, role: Role, api: Api, now: float) -> Sequence[HostLoad]:
+        return capable(load, pool, role, api, now)[:1]
+
+    monkeypatch.setattr(FleetLoad, "capable", first_alone)
+    monkeypatch.setattr("dp_extproc.placement.dispatcher.matching_sides", lambda *_: None)
+    refusal = place(fleet)
+    assert isinstance(refusal, Rejection)
+    assert refusal.message.endswith("page_size is 2 on prefill and 1 on decode (start both with the same --page-size)")
+
+    fleet = make_fleet([1], [1])
+    fleet.load.matches["*"] = ()
+    refusal = place(fleet)
+    assert isinstance(refusal, Rejection)
+    assert (refusal.status, refusal.reason) == (503, Reason.NO_COMPATIBLE_PAIR)
+    assert refusal.message.endswith(
+        "all of them agree, but no two of them can serve this request now; try again shortly"
+    )

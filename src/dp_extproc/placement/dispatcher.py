@@ -341,7 +341,10 @@ class Dispatcher:
         decodes = self._capable(pool, Role.DECODE, request, now, circumstances)
         if isinstance(decodes, Rejection):
             return decodes
-        return Sides(prefills, decodes) if all_match else nobody_matches(pool.name, prefills, decodes)
+        if all_match:
+            return Sides(prefills, decodes)
+        known = self._fleet.known(pool.name, Role.PREFILL), self._fleet.known(pool.name, Role.DECODE)
+        return nobody_matches(pool.name, (prefills, decodes), known)
 
     def _capable(
         self, pool: _Pool, role: Role, request: InferenceRequest, now: float, circumstances: Circumstances
