@@ -1,7 +1,7 @@
 """Servers that must not meet are never paired, whatever is wrong with the others."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +11,18 @@ from hypothesis import strategies as st
 
 from dp_extproc import contract
 from dp_extproc.config.reliability import AdmissionSettings
-from dp_extproc.config.schema import HostPolicy, LoadSignal, RankPolicy
-from dp_extproc.fleet.compatibility import difference
-from dp_extproc.fleet.endpoint import EngineFacts, PairTerms, Role
+from dp_extproc.config.schema import AffinitySettings, HostPolicy, LoadSignal, PolicySettings, RankPolicy
+from dp_extproc.fleet import compatibility
+from dp_extproc.fleet.compatibility import Difference, difference
+from dp_extproc.fleet.endpoint import EngineFacts, LoadPage, PairTerms, RankSample, Role
 from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
 from dp_extproc.placement.decision import Circumstances, Decision
+from dp_extproc.placement.fleet_load import FleetLoad
+from dp_extproc.placement.health import choose
 from dp_extproc.placement.load import HostLoad
 from dp_extproc.placement.matching import find_matches
+from dp_extproc.placement.sides import matching_sides
+from dp_extproc.request.body import InferenceRequest, read_body
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
 from placement.fleet_fixtures import Fleet, make_endpoint, make_facts
@@ -50,6 +55,13 @@ def numbers(fleet: Fleet, decision: Decision | Rejection) -> tuple[int, int]:
     prefill, decode = (by_address[headers[name]] for name in (contract.PREFILL_HOST, contract.DECODE_HOST))
     assert difference(prefill.facts, decode.facts) is None
     return number_of(prefill), number_of(decode)
+
+
+def read_ids(tokens: int) -> InferenceRequest:
+    """Give a request with a prompt of so many ids."""
+    request = read_body(Api.GENERATE, json.dumps({"input_ids": [1] * tokens}).encode())
+    assert isinstance(request, InferenceRequest)
+    return request
 
 
 def number_of(host: HostLoad) -> int:
@@ -236,3 +248,171 @@ def test_no_trouble_leads_to_a_pair_that_differs(  # noqa: PLR0917 - one of each
         else:
             assert isinstance(found, Rejection)
             assert found.reason is Reason.NO_COMPATIBLE_PAIR
+
+
+def in_large_pool(differing: int = 1) -> Fleet:
+    """Of 100 servers on each side so many have larger pages."""
+    sizes = [1] * (100 - differing) + [2] * differing
+    return make_fleet(sizes, sizes)
+
+
+class Walked(list[HostLoad]):
+    """Counts how often it is walked."""
+
+    walks = 0
+
+    def __iter__(self) -> Iterator[HostLoad]:
+        Walked.walks += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("differing", [1, 50])
+def test_a_server_is_asked_about_once_however_many_it_can_be_paired_with(differing: int) -> None:
+    """Else a decision costs prefill servers times decode servers, and a fleet that is full blocks everything."""
+    fleet = in_large_pool(differing)
+    sides = matching_sides(fleet.load, "*", read_ids(1), fleet.clock(), Circumstances())
+    assert sides is not None
+    asked: list[HostLoad] = []
+
+    def wanted(host: HostLoad) -> bool:
+        asked.append(host)
+        return host not in {fleet.host(Role.PREFILL, 1), fleet.host(Role.DECODE, 2)}
+
+    left = sides.only(wanted)
+    assert left is not None
+    assert len(asked) == len({*asked}) == 200
+    assert (len(left.prefills), len(left.decodes)) == (99, 99)
+    for prefill in left.prefills:
+        expected = [other for other in left.decodes if difference(prefill.facts, other.facts) is None]
+        assert left.decodes_of(prefill) == expected
+
+
+def test_the_decode_servers_of_a_match_are_walked_as_one_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All prefill servers of a match share it, so the number of walks follows from the matches alone."""
+    fleet = in_large_pool()
+    monkeypatch.setattr("dp_extproc.placement.sides.choose", lambda *args: Walked(choose(*args)))
+    Walked.walks = 0
+    sides = matching_sides(fleet.load, "*", read_ids(1), fleet.clock(), Circumstances())
+
+    assert sides is not None
+    assert (len(sides.prefills), len(sides.decodes)) == (100, 100)
+    assert Walked.walks <= 16, "two matches of two lists, each walked a few times"
+
+
+def test_what_differs_in_a_large_fleet_is_found_by_its_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal is a decision, too."""
+    compared = []
+
+    def counted(prefill: EngineFacts, decode: EngineFacts) -> Difference | None:
+        compared.append((prefill, decode))
+        return difference(prefill, decode)
+
+    fleet = make_fleet([1, 64] * 50, [2] * 100)
+    monkeypatch.setattr(compatibility, "difference", counted)
+    refusal = place(fleet)
+
+    assert isinstance(refusal, Rejection)
+    assert "page_size is 64 on prefill and 2 on decode" in refusal.message
+    assert len(compared) == 2
+
+
+class OfSizes:
+    """Two pairs that must not be mixed, with KV caches of so many tokens; None for one that does not tell."""
+
+    def __init__(self, prefills: Sizes, decodes: Sizes) -> None:
+        self.fleet = make_fleet([1, 2], [1, 2])
+        for role, sizes in ((Role.PREFILL, prefills), (Role.DECODE, decodes)):
+            for number, size in enumerate(sizes, start=1):
+                self.resize(role, number, size)
+
+    def resize(self, role: Role, number: int, size: int | None) -> None:
+        page = LoadPage(tuple(RankSample(rank, used_tokens=0, capacity_tokens=size, age=0.0) for rank in range(2)))
+        self.fleet.load.sampled(make_endpoint(role, number), page, self.fleet.clock(), self.fleet.clock())
+
+    def place(self, body: dict[str, Any], **circumstances: Any) -> Decision | Rejection:
+        found = self.fleet.dispatcher.place(Api.GENERATE, json.dumps(body).encode(), Circumstances(**circumstances))
+        if isinstance(found, Decision):
+            assert found.attempt is not None
+            found.attempt.end(self.fleet.clock())
+        return found
+
+    def pairs(self, body: dict[str, Any]) -> set[tuple[int, int]]:
+        return {numbers(self.fleet, self.place(body)) for _ in range(40)}
+
+
+LONG = {"input_ids": [1] * 5000}
+BOTH = {(1, 1), (2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("prefills", "decodes", "body", "expected"),
+    [
+        pytest.param((None, None), (1000, 10_000), LONG, {(2, 2)}, id="decode"),
+        pytest.param((1000, 10_000), (None, None), LONG, {(2, 2)}, id="prefill"),
+        pytest.param((None, None), (1000, None), LONG, {(2, 2)}, id="one-does-not-tell"),
+        pytest.param((None, None), (1000, 10_000), {"text": "x" * 24_000}, {(2, 2)}, id="text-beyond-doubt"),
+        pytest.param((None, None), (1000, 10_000), {"text": "x" * 10_000}, {(2, 2)}, id="text-by-estimate"),
+        pytest.param((None, None), (5000, 10_000), LONG, BOTH, id="fits-both"),
+        pytest.param((None, None), (1000, 10_000), {"text": [f"{n}" + "x" * 3000 for n in range(8)]}, BOTH, id="batch"),
+    ],
+)
+def test_a_prompt_goes_to_servers_that_can_hold_it(
+    prefills: Sizes, decodes: Sizes, body: dict[str, Any], expected: set[tuple[int, int]]
+) -> None:
+    """However idle the others are: there it would never be served."""
+    sizes = OfSizes(prefills, decodes)
+    # What a prompt begins with would keep it where it was first.
+    sizes.fleet.dispatcher.configure(
+        [sizes.fleet.pool.model_copy(update={"policy": PolicySettings(affinity=AffinitySettings(prefixes=False))})],
+        LoadSignal.ESTIMATE,
+        AdmissionSettings(),
+    )
+    assert sizes.pairs(body) == expected
+
+
+def test_a_prompt_that_no_pair_can_hold_is_refused_for_good() -> None:
+    """The largest counts, or that which stands in the way of every pair."""
+    for prefills, decodes, largest in (
+        ((None, None), (1000, 2000), "largest decode rank that it can go to holds 2000"),
+        ((3000, 1000), (9000, 9000), "largest prefill rank that it can go to holds 3000"),
+        ((1000, 9000), (9000, 1000), "rank that it can go to holds 1000"),
+    ):
+        refusal = OfSizes(prefills, decodes).place(LONG)
+        assert isinstance(refusal, Rejection), refusal
+        assert (refusal.status, refusal.reason) == (400, Reason.PROMPT_TOO_LONG)
+        assert largest in refusal.message
+
+
+def test_a_long_prompt_is_tried_on_servers_that_may_do_by_now() -> None:
+    """Those that are ejected or have failed it, as the sound ones can never hold it; an estimate is not as certain."""
+    sizes = OfSizes((None, None), (1000, 10_000))
+    failed = frozenset({sizes.fleet.host(Role.DECODE, 2).address})
+    assert numbers(sizes.fleet, sizes.place(LONG, failed=(failed,))) == (2, 2)
+    eject(sizes.fleet, sizes.fleet.host(Role.DECODE, 2))
+
+    assert sizes.pairs(LONG) == {(2, 2)}
+    assert sizes.pairs({"text": "x" * 10_000}) == {(1, 1)}
+
+
+def test_a_refusal_for_want_of_a_pair_never_lacks_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are left may agree: then it tells what differs among all, or that nothing does."""
+    fleet = make_fleet([1, 2], [1, 2])
+    capable = FleetLoad.capable
+
+    def first_alone(load: FleetLoad, pool: str, role: Role, api: Api, now: float) -> Sequence[HostLoad]:
+        return capable(load, pool, role, api, now)[:1]
+
+    monkeypatch.setattr(FleetLoad, "capable", first_alone)
+    monkeypatch.setattr("dp_extproc.placement.dispatcher.matching_sides", lambda *_: None)
+    refusal = place(fleet)
+    assert isinstance(refusal, Rejection)
+    assert refusal.message.endswith("page_size is 2 on prefill and 1 on decode (start both with the same --page-size)")
+
+    fleet = make_fleet([1], [1])
+    fleet.load.matches["*"] = ()
+    refusal = place(fleet)
+    assert isinstance(refusal, Rejection)
+    assert (refusal.status, refusal.reason) == (503, Reason.NO_COMPATIBLE_PAIR)
+    assert refusal.message.endswith(
+        "all of them agree, but no two of them can serve this request now; try again shortly"
+    )

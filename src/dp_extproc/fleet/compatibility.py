@@ -53,9 +53,20 @@ def difference(prefill: EngineFacts, decode: EngineFacts) -> Difference | None:
 
 def differences(prefills: Iterable[EngineFacts], decodes: Iterable[EngineFacts]) -> list[Difference]:
     """Tell every difference between any two of these, each once."""
-    those = tuple(decodes)
-    found = {each for one in prefills for other in those if (each := difference(one, other)) is not None}
+    those = _one_of_each_kind(decodes)
+    found = {
+        each for one in _one_of_each_kind(prefills) for other in those if (each := difference(one, other)) is not None
+    }
     return sorted(found)
+
+
+def kind_of(facts: EngineFacts) -> tuple[PairTerms, Version | None]:
+    """Give all that decides whom an engine can be paired with: a large fleet has few kinds."""
+    return facts.terms, facts.version
+
+
+def _one_of_each_kind(engines: Iterable[EngineFacts]) -> list[EngineFacts]:
+    return list({kind_of(each): each for each in engines}.values())
 
 
 def _difference(prefill: PairTerms, decode: PairTerms, *, checks_dtype: bool) -> Difference | None:

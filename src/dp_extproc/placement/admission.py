@@ -4,7 +4,7 @@ With prefill/decode disaggregation SGLang itself refuses nothing, however long i
 admission control there is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from dp_extproc.config.reliability import AdmissionSettings
 from dp_extproc.placement.books import RankLoad
@@ -63,8 +63,20 @@ def largest_capacity(hosts: Sequence[HostLoad]) -> int | None:
     return largest or None
 
 
+def may_hold(hosts: Iterable[HostLoad], tokens: float) -> bool:
+    """Tell whether some rank can hold so many tokens, or does not tell; as a rule the first one is enough."""
+    return any(
+        rank.sample is None or not rank.sample.capacity_tokens or tokens <= rank.sample.capacity_tokens
+        for host in hosts
+        for rank in host.ranks
+    )
+
+
 def is_too_long(prompt: Prompt, estimate: float, capacity: int) -> bool:
     """Tell whether a single prompt can fit on no rank for certain; a batch is spread over time, so it can."""
-    if prompt.batch is not None and prompt.batch > 1:
-        return False
-    return prompt.tokens > capacity or estimate > _CERTAIN * capacity
+    return least_tokens(prompt, estimate) > capacity
+
+
+def least_tokens(prompt: Prompt, estimate: float) -> float:
+    """Give what a rank has to hold at one time for a prompt, for certain."""
+    return 0.0 if prompt.batch is not None and prompt.batch > 1 else max(prompt.tokens, estimate / _CERTAIN)

@@ -254,7 +254,10 @@ class Dispatcher:
         prefills, decodes = sides.prefills, sides.decodes
         pins = Pins(request.prefill_rank_pin, request.routed_rank_pin) if pool.honours_pins else Pins()
         pair = pool.picker.pair(prefills, decodes, demand, now, pins, decodes_of=sides.decodes_of)
-        for side, hosts in ((pair.prefill, prefills), (pair.decode, decodes)):
+        own = sides.match_of(pair.prefill.host)  # one may be too small on one side, and the others on the other
+        for side, hosts in (
+            (pair.prefill, prefills), (pair.decode, decodes), (pair.prefill, own.prefills), (pair.decode, own.decodes)
+        ):  # fmt: skip
             if (too_long := self._refuse_too_long(side, hosts, request, demand)) is not None:
                 return too_long
         if not (self._has_room(pair.prefill, demand) and self._has_room(pair.decode, demand)):
@@ -293,7 +296,7 @@ class Dispatcher:
             return None
         message = (
             f"the prompt has about {demand.tokens:.0f} tokens, and the largest {side.host.endpoint.role.value} rank "
-            f"of this model holds {capacity}; send a shorter one"
+            f"that it can go to holds {capacity}; send a shorter one"
         )
         return Rejection(400, Reason.PROMPT_TOO_LONG, message)
 
@@ -338,7 +341,10 @@ class Dispatcher:
         decodes = self._capable(pool, Role.DECODE, request, now, circumstances)
         if isinstance(decodes, Rejection):
             return decodes
-        return Sides(prefills, decodes) if all_match else nobody_matches(pool.name, prefills, decodes)
+        if all_match:
+            return Sides(prefills, decodes)
+        known = self._fleet.known(pool.name, Role.PREFILL), self._fleet.known(pool.name, Role.DECODE)
+        return nobody_matches(pool.name, (prefills, decodes), known)
 
     def _capable(
         self, pool: _Pool, role: Role, request: InferenceRequest, now: float, circumstances: Circumstances

@@ -112,10 +112,12 @@ def choose(hosts: Sequence[_H], failed: Sequence[frozenset[str]], now: float) ->
 
 def avoidance(hosts: Sequence[_H], failed: Sequence[frozenset[str]]) -> int:
     """Tell which hosts :func:`others` would leave out: 0 those of all attempts, 1 those of the last one, 2 none."""
+    if not failed:
+        return 0
     addresses = {host.address for host in hosts}
     if not addresses <= frozenset[str]().union(*failed):
         return 0
-    return 1 if failed and not addresses <= failed[-1] else 2
+    return 1 if not addresses <= failed[-1] else 2
 
 
 def others(hosts: Sequence[_H], failed: Sequence[frozenset[str]]) -> Sequence[_H]:

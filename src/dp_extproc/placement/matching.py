@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from dp_extproc.fleet.compatibility import difference
-from dp_extproc.fleet.endpoint import PairTerms, Version
+from dp_extproc.fleet.compatibility import difference, kind_of
 from dp_extproc.placement.load import HostLoad
 
 
@@ -21,23 +20,20 @@ def find_matches(prefills: Sequence[HostLoad], decodes: Sequence[HostLoad]) -> t
 
     Every prefill server is in at most one match; a decode server may be in several.
     """
-    kinds = {_kind(decode): decode.facts for decode in decodes}
+    kinds = {kind_of(decode.facts): decode.facts for decode in decodes}
     fitting = {
-        _kind(prefill): frozenset(kind for kind, facts in kinds.items() if difference(prefill.facts, facts) is None)
-        for prefill in {_kind(each): each for each in prefills}.values()
+        kind_of(prefill.facts): frozenset(
+            kind for kind, facts in kinds.items() if difference(prefill.facts, facts) is None
+        )
+        for prefill in {kind_of(each.facts): each for each in prefills}.values()
     }
     if all(len(fits) == len(kinds) for fits in fitting.values()):
         return None
     return tuple(
         Match(
-            [prefill for prefill in prefills if fitting[_kind(prefill)] == fits],
-            [decode for decode in decodes if _kind(decode) in fits],
+            [prefill for prefill in prefills if fitting[kind_of(prefill.facts)] == fits],
+            [decode for decode in decodes if kind_of(decode.facts) in fits],
         )
         for fits in dict.fromkeys(fitting.values())
         if fits
     )
-
-
-def _kind(host: HostLoad) -> tuple[PairTerms, Version | None]:
-    """Give all that decides whom a server can be paired with: a large fleet has few kinds."""
-    return host.facts.terms, host.facts.version

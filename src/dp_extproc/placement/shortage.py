@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Final
 
-from dp_extproc.fleet.compatibility import differences
+from dp_extproc.fleet.compatibility import Difference, differences
 from dp_extproc.fleet.endpoint import Kind, Role
 from dp_extproc.fleet.releases import HEADER_APIS
 from dp_extproc.placement.load import HostLoad
@@ -13,6 +13,9 @@ from dp_extproc.request.rejection import Reason, Rejection
 TRY_AGAIN: Final = (("retry-after", "1"),)
 _REASONS: Final = 4
 """That one message names at most."""
+_ALL_AGREE: Final = "all of them agree, but no two of them can serve this request now; try again shortly"
+
+_BothRoles = tuple[Sequence[HostLoad], Sequence[HostLoad]]
 
 
 def nobody_allowed(pool: str) -> Rejection:
@@ -21,12 +24,23 @@ def nobody_allowed(pool: str) -> Rejection:
     return Rejection(503, Reason.NO_ENDPOINTS, message, headers=TRY_AGAIN)
 
 
-def nobody_matches(pool: str, prefills: Sequence[HostLoad], decodes: Sequence[HostLoad]) -> Rejection:
-    """Refuse a request because no two of these servers can be paired, or none of those that can is there."""
-    found = differences((host.facts for host in prefills), (host.facts for host in decodes))
+def nobody_matches(pool: str, usable: _BothRoles, known: _BothRoles) -> Rejection:
+    """Refuse a request because no two servers can be paired, or none of those that can is there.
+
+    Args:
+        pool: Whose servers.
+        usable: Prefill and decode servers that could be asked now.
+        known: All that have told what they are: what differs among them counts where these agree.
+    """
+    found = _differences(usable) or _differences(known)
     reasons = "; ".join(f"{each} ({each.remedy})" for each in found[:_REASONS])
-    message = f"no prefill server for {pool} can be paired with a decode server that is there: {reasons}"
+    message = f"no prefill server for {pool} can be paired with a decode server that is there: {reasons or _ALL_AGREE}"
     return Rejection(503, Reason.NO_COMPATIBLE_PAIR, message, headers=TRY_AGAIN)
+
+
+def _differences(hosts: _BothRoles) -> list[Difference]:
+    prefills, decodes = hosts
+    return differences((host.facts for host in prefills), (host.facts for host in decodes))
 
 
 def nobody_can(pool: str, role: Role, hosts: Sequence[HostLoad], api: Api, *, is_read: bool) -> Rejection:

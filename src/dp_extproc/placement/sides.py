@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from msgspec import Struct
 
+from dp_extproc.placement.admission import least_tokens, may_hold
 from dp_extproc.placement.decision import Circumstances
 from dp_extproc.placement.fleet_load import FleetLoad
 from dp_extproc.placement.health import avoidance, choose
 from dp_extproc.placement.load import HostLoad
+from dp_extproc.placement.matching import Match
 from dp_extproc.placement.subset import allows
 from dp_extproc.request.body import InferenceRequest
 
@@ -27,20 +29,28 @@ class Sides(Struct, frozen=True):
     """At least one, each with a partner."""
     decodes: Sequence[HostLoad]
     """Likewise."""
-    partners: Mapping[HostLoad, Sequence[HostLoad]] | None = None
-    """Of each prefill server; None if all can be paired with all."""
+    matches: Mapping[HostLoad, Match] | None = None
+    """Of each prefill server; None if all can be paired with all. All prefill servers of a match share it."""
 
     def decodes_of(self, prefill: HostLoad) -> Sequence[HostLoad]:
         """Give the decode servers that a prefill server can be paired with, at least one."""
-        return self.decodes if self.partners is None else self.partners[prefill]
+        return self.decodes if self.matches is None else self.matches[prefill].decodes
+
+    def match_of(self, prefill: HostLoad) -> Match:
+        """Give all that can be used together with a prefill server, itself among them."""
+        return Match(self.prefills, self.decodes) if self.matches is None else self.matches[prefill]
 
     def only(self, wanted: Callable[[HostLoad], bool]) -> "Sides | None":
-        """Give what is left with the wanted servers alone; None if that is no pair."""
+        """Give what is left with the wanted servers alone; None if that is no pair. Each is asked about once."""
         prefills = [host for host in self.prefills if wanted(host)]
         decodes = [host for host in self.decodes if wanted(host)]
-        if self.partners is not None:
-            return _joined((prefill, [host for host in self.partners[prefill] if wanted(host)]) for prefill in prefills)
-        return Sides(prefills, decodes) if prefills and decodes else None
+        if self.matches is None:
+            return _joined([Match(prefills, decodes)])
+        kept = {*prefills, *decodes}
+        return _joined(
+            Match([host for host in match.prefills if host in kept], [host for host in match.decodes if host in kept])
+            for match in {id(match): match for match in self.matches.values()}.values()
+        )
 
 
 def matching_sides(
@@ -48,26 +58,48 @@ def matching_sides(
 ) -> Sides | None:
     """Choose among the matches of a pool those that can be used best; None if none can.
 
-    Both sides count: a match whose only decode server is ejected is left alone while there is a sound one.
+    Both sides count: a match whose only decode server is ejected is left alone while there is a sound one. But an
+    ejected one may do by now, while servers that are too small for a prompt never do.
     """
+    estimate, least = _tokens(fleet, pool, request)
     found = []
     for match in fleet.matches[pool]:
         prefills = _usable(fleet, match.prefills, request, now, circumstances)
         decodes = _usable(fleet, match.decodes, request, now, circumstances)
         if prefills is not None and decodes is not None:
             (known, failed, sick), (known_too, failed_too, sick_too) = prefills[0], decodes[0]
-            worse = (max(known, known_too), max(failed, failed_too), sick or sick_too)
-            found.append((worse, prefills[1], decodes[1]))
-    best = min((quality for quality, _, _ in found), default=None)
-    return _joined(
-        (prefill, decodes) for quality, prefills, decodes in found if quality == best for prefill in prefills
-    )
+            usable = Match(prefills[1], decodes[1])
+            worse = (
+                not _may_hold(usable, least),
+                max(known, known_too),
+                max(failed, failed_too),
+                sick or sick_too,
+                not _may_hold(usable, estimate),  # which may be wrong
+            )
+            found.append((worse, usable))
+    best = min((quality for quality, _ in found), default=None)
+    return _joined(match for quality, match in found if quality == best)
 
 
-def _joined(pairs: Iterable[tuple[HostLoad, Sequence[HostLoad]]]) -> Sides | None:
-    partners = {prefill: decodes for prefill, decodes in pairs if decodes}
-    every = {decode: None for decodes in partners.values() for decode in decodes}
-    return Sides(tuple(partners), tuple(every), partners) if partners else None
+def _joined(matches: Iterable[Match]) -> Sides | None:
+    """Put matches together; their lists of decode servers are walked once for each match, not for each server."""
+    left = [match for match in matches if match.prefills and match.decodes]
+    if len(left) < 2:
+        return Sides(left[0].prefills, left[0].decodes) if left else None
+    of = {prefill: match for match in left for prefill in match.prefills}
+    every = dict.fromkeys(decode for match in left for decode in match.decodes)
+    return Sides(tuple(of), tuple(every), of)
+
+
+def _tokens(fleet: FleetLoad, pool: str, request: InferenceRequest) -> tuple[float, float]:
+    """Give what a rank has to hold for a prompt, as estimated and at least; 0 where its size tells nothing of that."""
+    estimate = fleet.ratios[pool].estimate(request.prompt)
+    least = least_tokens(request.prompt, estimate)
+    return (estimate, least) if least and request.is_read else (0.0, 0.0)  # one not read may be long for its pictures
+
+
+def _may_hold(match: Match, tokens: float) -> bool:
+    return may_hold(match.prefills, tokens) and may_hold(match.decodes, tokens)
 
 
 def _usable(
