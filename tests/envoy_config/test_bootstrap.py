@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from dp_extproc.cli import envoy_config as command
 from dp_extproc.config import BodyMode, Config, CutStreams
-from dp_extproc.envoy_config import build_bootstrap, command, render_yaml
+from dp_extproc.envoy_config import build_bootstrap, render_yaml
 from dp_extproc.envoy_config.comments import COMMENTS
 from dp_extproc.lab.testbed.envoy import find_envoy
 from envoy_config.harness import POOLS

@@ -217,7 +217,7 @@ def test_an_interrupt_before_a_command_listens_ends_it_quietly(monkeypatch: pyte
     def interrupted(_: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dp_extproc.cli.importlib.import_module", interrupted)
+    monkeypatch.setattr("importlib.import_module", interrupted)
 
     assert main(["serve", "-c", "dp-extproc.yaml"]) == 130
 
