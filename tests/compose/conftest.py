@@ -70,7 +70,8 @@ def project(docker: Docker, missing_images: list[str], tmp_path_factory: pytest.
     # On an engine of our own the image keeps its name, so that what it was built from is there the next time.
     up = Project(docker, compose, name, "dp-extproc-compose-test" if docker.is_ours else name, directory, ports)
     try:
-        up("up", "--detach", seconds=_BUILD_SECONDS)
+        # Built in any case: an image of this name may be there, of an earlier state of the source.
+        up("up", "--detach", "--build", seconds=_BUILD_SECONDS)
         yield up
     finally:
         _take_down(up)

@@ -269,6 +269,7 @@ def test_a_killed_service_costs_no_stream_and_comes_back(project: Project, clien
 
 def test_load_profile_compares_two_placements(project: Project) -> None:
     """The same requests through both routers, and the demo's tables of what the ranks of the same engines got."""
+    project("--profile", "load", "build", "load", seconds=400)  # what is there may be of an earlier source
     printed = project("--profile", "load", "run", "--rm", "load", seconds=400, LOAD_ARGS="--requests 60")
     for word in ("the engines' own", "dp-extproc", "prefill 1", "prefill 2", "decode 1", "decode 2", "first token"):
         assert word in printed
