@@ -22,6 +22,7 @@ import pytest
 
 from dp_extproc.lab.testbed import loopback
 from patience import wait_for
+from sessions import processes_of
 
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -106,15 +107,7 @@ class Shell:
 
     def session(self) -> set[int]:
         """Find the processes of its session, itself left out."""
-        found = set()
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = path.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == self.process.pid and fields[0] != "Z":
-                found.add(int(path.parent.name))
-        return found - {self.process.pid}
+        return processes_of(self.process.pid) - {self.process.pid}
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -147,24 +148,30 @@ def test_events_go_on_at_once() -> None:
     assert merger.feed(rest, end_of_stream=True) == rest
 
 
+def counted(work: Callable[[], bytes]) -> tuple[bytes, int]:
+    """Do some work, and count the calls of functions in it."""
+    calls = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        done = work()
+    finally:
+        sys.setprofile(None)
+    return done, calls
+
+
 @pytest.mark.parametrize("line", [b"", b": x", b"event: a"], ids=["empty", "comments", "events"])
 @pytest.mark.parametrize("size", [1000, 1 << 20])
 def test_lines_without_data_are_not_taken_one_by_one(line: bytes, size: int) -> None:
     """However many there are: they come to as many steps as there are chunks."""
     flood = (line + b"\n") * ((1 << 20) // (len(line) + 1))
     chunks = [flood[place : place + size] for place in range(0, len(flood), size)]
-    steps = 0
-
-    def count(_frame: object, event: str, _argument: object) -> None:
-        nonlocal steps
-        steps += event == "call"
-
     merger = StreamMerger(known(OF_PROMPT))
-    sys.setprofile(count)
-    try:
-        merged = fed(merger, *chunks)
-    finally:
-        sys.setprofile(None)
+    merged, steps = counted(lambda: fed(merger, *chunks))
 
     assert merged == flood
     assert steps < 10 * len(chunks) + 100
@@ -174,18 +181,8 @@ def test_lines_without_data_are_not_taken_one_by_one(line: bytes, size: int) -> 
 def test_one_line_with_data_does_not_have_all_others_taken_one_by_one(line: bytes) -> None:
     """An engine may put one into each chunk."""
     flood = (line + b"\n") * (1 << 16) + sse(answer(NOTHING))
-    steps = 0
-
-    def count(_frame: object, event: str, _argument: object) -> None:
-        nonlocal steps
-        steps += event == "call"
-
     merger = StreamMerger(known(OF_PROMPT))
-    sys.setprofile(count)
-    try:
-        merged = merger.feed(flood, end_of_stream=True)
-    finally:
-        sys.setprofile(None)
+    merged, steps = counted(lambda: merger.feed(flood, end_of_stream=True))
 
     assert merged.startswith((line + b"\n") * (1 << 16))
     assert b"-6.25" in merged

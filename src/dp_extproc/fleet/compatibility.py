@@ -53,20 +53,22 @@ def difference(prefill: EngineFacts, decode: EngineFacts) -> Difference | None:
 
 def differences(prefills: Iterable[EngineFacts], decodes: Iterable[EngineFacts]) -> list[Difference]:
     """Tell every difference between any two of these, each once."""
-    those = _one_of_each_kind(decodes)
-    found = {
-        each for one in _one_of_each_kind(prefills) for other in those if (each := difference(one, other)) is not None
-    }
-    return sorted(found)
+    ones, others = one_of_each_kind(prefills).values(), one_of_each_kind(decodes).values()
+    return sorted({each for one in ones for other in others if (each := difference(one, other)) is not None})
 
 
-def kind_of(facts: EngineFacts) -> tuple[PairTerms, Version | None]:
-    """Give all that decides whom an engine can be paired with: a large fleet has few kinds."""
+PairKind = tuple[PairTerms, Version | None]
+"""All that decides whom an engine can be paired with. A large fleet has few kinds."""
+
+
+def kind_of(facts: EngineFacts) -> PairKind:
+    """Give the kind of an engine."""
     return facts.terms, facts.version
 
 
-def _one_of_each_kind(engines: Iterable[EngineFacts]) -> list[EngineFacts]:
-    return list({kind_of(each): each for each in engines}.values())
+def one_of_each_kind(engines: Iterable[EngineFacts]) -> dict[PairKind, EngineFacts]:
+    """Give the facts of one engine of each kind. All engines of a kind can be paired with the same others."""
+    return {kind_of(each): each for each in engines}
 
 
 def _difference(prefill: PairTerms, decode: PairTerms, *, checks_dtype: bool) -> Difference | None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from dp_extproc.fleet.compatibility import difference, kind_of
+from dp_extproc.fleet.compatibility import difference, kind_of, one_of_each_kind
 from dp_extproc.placement.load import HostLoad
 
 
@@ -20,12 +20,10 @@ def find_matches(prefills: Sequence[HostLoad], decodes: Sequence[HostLoad]) -> t
 
     Every prefill server is in at most one match; a decode server may be in several.
     """
-    kinds = {kind_of(decode.facts): decode.facts for decode in decodes}
+    kinds = one_of_each_kind(decode.facts for decode in decodes)
     fitting = {
-        kind_of(prefill.facts): frozenset(
-            kind for kind, facts in kinds.items() if difference(prefill.facts, facts) is None
-        )
-        for prefill in {kind_of(each.facts): each for each in prefills}.values()
+        kind: frozenset(other for other, facts in kinds.items() if difference(prefill, facts) is None)
+        for kind, prefill in one_of_each_kind(host.facts for host in prefills).items()
     }
     if all(len(fits) == len(kinds) for fits in fitting.values()):
         return None

@@ -19,6 +19,7 @@ from dp_extproc.cli import main
 from dp_extproc.lab.demo.interrupts import Interrupts
 from dp_extproc.lab.testbed import loopback
 from patience import wait_for
+from sessions import processes_of
 
 _LONG = ("--requests", "3000", "--time-scale", "3")
 """Takes minutes: none of the tests waits for its end."""
@@ -39,14 +40,7 @@ class Demo:
 
     def session(self) -> set[int]:
         """Find the processes of the session that have not ended."""
-        found = set()
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = path.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == self.process.pid and fields[0] != "Z":
-                found.add(int(path.parent.name))
+        found = processes_of(self.process.pid)
         self.seen |= found
         return found
 
