@@ -8,7 +8,7 @@ from typing import Final
 from rich.console import Console
 
 from dp_extproc.lab.demo.interrupts import Interrupts, run_until_interrupted
-from dp_extproc.lab.demo.options import add_traffic, make_console, missing_parts
+from dp_extproc.lab.demo.options import add_traffic, end_help_with_missing_parts, make_console, missing_parts
 
 _REQUESTS: Final = 800
 """Four hundred for each half: ten seconds, in which every rank serves twenty-five requests on either side."""
@@ -19,8 +19,7 @@ _TIME_SCALE: Final = 3.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    parser.epilog = missing_parts(needs_envoy=True)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # or the remedy would be folded
+    end_help_with_missing_parts(parser, needs_envoy=True)
     add_traffic(parser, requests=_REQUESTS, concurrency=_CONCURRENCY)
     parser.add_argument(
         "--time-scale", type=_scale, default=_TIME_SCALE, metavar="FACTOR",

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 from dp_extproc.lab.demo.interrupts import Interrupts, run_until_interrupted
-from dp_extproc.lab.demo.options import add_traffic, make_console, missing_parts
+from dp_extproc.lab.demo.options import add_traffic, end_help_with_missing_parts, make_console, missing_parts
 
 _REQUESTS: Final = 400
 _CONCURRENCY: Final = 80
@@ -26,8 +26,7 @@ _Named = tuple[str, str]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    parser.epilog = missing_parts(needs_envoy=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # or the remedy would be folded
+    end_help_with_missing_parts(parser, needs_envoy=False)
     add = parser.add_argument
     add(
         "--router", action="append", type=_named, required=True, metavar="NAME=URL", dest="routers",

@@ -37,6 +37,12 @@ def make_console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=WIDTH)
 
 
+def end_help_with_missing_parts(parser: argparse.ArgumentParser, *, needs_envoy: bool) -> None:
+    """Have the help of a command end with what has to be installed, if anything has."""
+    parser.epilog = missing_parts(needs_envoy=needs_envoy)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # folded, the remedy could not be copied
+
+
 def missing_parts(*, needs_envoy: bool) -> str | None:
     """Tell in one line what has to be installed; None when nothing has to be.
 
