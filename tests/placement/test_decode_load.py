@@ -3,6 +3,7 @@
 import pytest
 
 from dp_extproc.fleet.endpoint import RankSample
+from dp_extproc.placement.books import absorb
 from dp_extproc.placement.decode_load import DecodeGroup, DecodeReservation
 from dp_extproc.placement.pace import DEFAULT_TPOT
 
@@ -204,6 +205,25 @@ def test_the_engine_knows_better_how_long_our_sequences_are(told: int, load: flo
     group.ranks[0].absorb(sample, NOW + 1, NOW + 1)
 
     assert group.loads[0] == load
+
+
+@pytest.mark.parametrize("reported", [4000, 1200], ids=["more", "less"])
+@pytest.mark.parametrize("is_share", [False, True], ids=["own", "share"])
+@pytest.mark.parametrize("ended", [1, 2])
+def test_a_late_sample_corrects_only_what_is_still_open(ended: int, reported: int, *, is_share: bool) -> None:
+    """The count of an engine may arrive after the requests that it counted have ended: their part goes with them."""
+    group = make_group(1)
+    rank = group.ranks[0]
+    reservations = [rank.reserve(1000, NOW, is_share=is_share) for _ in range(2)]
+    sample = RankSample(0, used_tokens=reported, total_tokens=reported, running_requests=2)
+    for each in reservations[:ended]:
+        each.release(NOW + 2)
+    absorb([(rank, sample, NOW + 1)], 1, NOW + 3)
+
+    still_open = 2 - ended
+    assert rank.others == (reported - 2000) / 2 * still_open
+    assert rank.own_tokens == 2000 * still_open
+    assert rank.tokens == (reported + 2000) / 2 * still_open
 
 
 def test_a_count_that_knows_nothing_of_us_is_not_believed() -> None:

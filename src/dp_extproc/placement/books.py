@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from dp_extproc.fleet.endpoint import RankSample
 
@@ -152,14 +152,13 @@ def absorb(readings: Sequence[tuple[RankLoad, RankSample, float]], ranks: int, n
     """
     _write_off(readings, now)
     ours = [_ours(rank, at) for rank, _, at in readings]
-    known = [each[:2] for each in ours]
-    shares = [each[2:] for each in ours]
-    if any(requests for _, requests in shares):
+    known = [own for own, _ in ours]
+    shares = [shared for _, shared in ours]
+    if any(each.requests for each in shares):
         scale = ranks / len(readings)  # those that are not sampled have their shares, too
-        in_all = scale * sum(tokens for tokens, _ in shares), scale * sum(requests for _, requests in shares)
-        found = _shown_in_all(readings, known, in_all)
+        found = _shown_in_all(readings, known, _Ours(*(scale * sum(column) for column in zip(*shares, strict=True))))
     else:
-        found = [_shown(rank, sample, *own) for (rank, sample, _), own in zip(readings, known, strict=True)]
+        found = [_shown(rank, sample, own) for (rank, sample, _), own in zip(readings, known, strict=True)]
     for (rank, sample, at), (tokens, others) in zip(readings, found, strict=True):
         group = rank.group
         group.reported[rank.position] = sample.used_tokens
@@ -184,53 +183,70 @@ def _write_off(readings: Sequence[tuple[RankLoad, RankSample, float]], now: floa
                 each.withdraw(now)
 
 
-def _ours(rank: RankLoad, at: float) -> tuple[float, float, float, float]:
-    """Give the tokens and requests of ours that a sample of that moment shows of a rank; then those in shares."""
-    tokens = requests = shared_tokens = shared_requests = 0.0
-    for books in (rank.open, rank.settled):
+class _Ours(NamedTuple):
+    """What a sample shows of our reservations."""
+
+    tokens: float
+    requests: float
+    ended_tokens: float
+    """The part of the tokens whose reservations have ended since the sample was taken."""
+
+    def still_open(self, correction: float) -> float:
+        """Return the part of a correction of these tokens that concerns reservations which are open."""
+        return correction * (1 - self.ended_tokens / self.tokens) if self.tokens else correction
+
+
+def _ours(rank: RankLoad, at: float) -> tuple[_Ours, _Ours]:
+    """Return what a sample of that moment shows of a rank's own requests, and of those in shares."""
+    own, shared = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
+    for books, is_over in ((rank.open, False), (rank.settled, True)):
         for reservation in books:
-            if not reservation.since <= at < reservation.until:
-                continue
-            if reservation.is_share:
-                shared_tokens += rank.group.shown(reservation, at)
-                shared_requests += reservation.requests
-            else:
-                tokens += rank.group.shown(reservation, at)
-                requests += reservation.requests
-    return tokens, requests, shared_tokens, shared_requests
+            if reservation.since <= at < reservation.until:
+                sums = shared if reservation.is_share else own
+                tokens = rank.group.shown(reservation, at)
+                sums[0] += tokens
+                sums[1] += reservation.requests
+                sums[2] += tokens if is_over else 0.0
+    return _Ours(*own), _Ours(*shared)
 
 
-def _shown(rank: RankLoad, sample: RankSample, tokens: float, requests: float) -> tuple[float, float]:
+def _shown(rank: RankLoad, sample: RankSample, own: _Ours) -> tuple[float, float]:
     """Give the tokens and requests that a sample shows beyond so many of ours."""
     told = sample.running_requests + sample.waiting_requests
-    others = max(0.0, told - requests)
-    excess = rank.group.told(sample) - tokens
+    others = max(0.0, told - own.requests)
+    excess = rank.group.told(sample) - own.tokens
     if others >= SOMEBODY:
         return max(0.0, excess), others
     # It is ours, if the engine knows of us at all.
-    return (rank.group.misjudged(excess, tokens) if 2 * told >= requests else 0.0), others
+    if 2 * told < own.requests:
+        return 0.0, others
+    return own.still_open(rank.group.misjudged(excess, own.tokens)), others
 
 
 def _shown_in_all(
     readings: Sequence[tuple[RankLoad, RankSample, float]],
-    known: Sequence[tuple[float, float]],
-    shares: tuple[float, float],
+    known: Sequence[_Ours],
+    shares: _Ours,
 ) -> Sequence[tuple[float, float]]:
     """Give the same for all ranks of a server where some requests of ours may be anywhere."""
     excess = [
-        (rank.group.told(sample) - tokens, max(0.0, sample.running_requests + sample.waiting_requests - requests))
-        for (rank, sample, _), (tokens, requests) in zip(readings, known, strict=True)
+        (
+            rank.group.told(sample) - own.tokens,
+            max(0.0, sample.running_requests + sample.waiting_requests - own.requests),
+        )
+        for (rank, sample, _), own in zip(readings, known, strict=True)
     ]
     all_requests = sum(requests for _, requests in excess)
-    strangers = max(0.0, all_requests - shares[1])
+    strangers = max(0.0, all_requests - shares.requests)
     if strangers >= SOMEBODY:
         all_tokens = sum(max(0.0, tokens) for tokens, _ in excess)
-        part = max(0.0, all_tokens - shares[0]) / all_tokens if all_tokens else 0.0
+        part = max(0.0, all_tokens - shares.tokens) / all_tokens if all_tokens else 0.0
         return [(max(0.0, tokens) * part, requests * strangers / all_requests) for tokens, requests in excess]
-    if 2 * all_requests < shares[1]:
+    if 2 * all_requests < shares.requests:
         return [(0.0, 0.0)] * len(readings)
-    beyond, group = sum(tokens for tokens, _ in excess) - shares[0], readings[0][0].group
-    each = group.misjudged(beyond, shares[0] + sum(tokens for tokens, _ in known)) / len(readings)
+    beyond, group = sum(tokens for tokens, _ in excess) - shares.tokens, readings[0][0].group
+    in_all = _Ours(*map(sum, zip(shares, *known, strict=True)))
+    each = in_all.still_open(group.misjudged(beyond, in_all.tokens)) / len(readings)
     return [(each, 0.0)] * len(readings)
 
 
