@@ -14,12 +14,12 @@ from itertools import count
 from random import Random
 
 from dp_extproc.config import HostPolicy, LoadSignal, PolicySettings
-from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Mode, RankSample, Role, Version
-from dp_extproc.placement.demand import Demand
-from dp_extproc.placement.fleet_load import FleetLoad
-from dp_extproc.placement.ledger import Ledger
-from dp_extproc.placement.pair import Picker
+from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, RankSample, Role, Version
+from dp_extproc.load.cache import FleetLoad
+from dp_extproc.load.request_cost import Demand
+from dp_extproc.load.tracker import Ledger
 from dp_extproc.request.path import Api
+from dp_extproc.scheduling.picker import Picker
 
 _IN_FLIGHT = 6
 """Requests per prefill rank on the books."""

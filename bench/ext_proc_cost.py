@@ -35,11 +35,11 @@ from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest, 
 
 from dp_extproc import contract
 from dp_extproc.config import PoolConfig, Supervise, SupervisionSettings
+from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, RankSample, Role, Version
 from dp_extproc.extproc.service import SERVICE_NAME, ExtProcService
-from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Mode, RankSample, Role, Version
+from dp_extproc.load.cache import FleetLoad
 from dp_extproc.observability.metrics import Telemetry
-from dp_extproc.placement.dispatcher import Dispatcher
-from dp_extproc.placement.fleet_load import FleetLoad
+from dp_extproc.scheduling.scheduler import Dispatcher
 
 EMPTY: Final = "empty"
 KINDS: Final = (EMPTY, *(mode.value for mode in Supervise))

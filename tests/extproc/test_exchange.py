@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dp_extproc import contract
-from dp_extproc.extproc.chunks import CHUNK_BYTES
-from dp_extproc.extproc.events import (
+from dp_extproc.attempt.chunks import CHUNK_BYTES
+from dp_extproc.attempt.events import (
     BodyMode,
     Continue,
     Event,
@@ -28,9 +28,9 @@ from dp_extproc.extproc.events import (
     StreamedChunk,
 )
 from dp_extproc.extproc.exchange import Exchange, ProtocolViolationError
-from dp_extproc.placement.decision import Answer, Decision
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
+from dp_extproc.scheduling.decision import Answer, Decision
 
 MAX_BODY = 4 * CHUNK_BYTES
 POST = {":method": "POST", ":path": "/generate"}

@@ -7,7 +7,7 @@ import pytest
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import ProcessingModeBodySendMode as Mode
 from envoy_data_plane.envoy.service.ext_proc.v3 import ProcessingRequest
 
-from dp_extproc.fleet.endpoint import Role
+from dp_extproc.engines.model import Role
 from extproc.wire import (
     GET,
     POST,
@@ -22,7 +22,7 @@ from extproc.wire import (
     response_trailers,
     run_server,
 )
-from placement.fleet_fixtures import Fleet, make_facts
+from fleet_fixtures import Fleet, make_facts
 
 DUPLEX, BUFFERED, NONE = Mode.FULL_DUPLEX_STREAMED, Mode.BUFFERED, Mode.NONE
 BODY = b'{"prompt":"hello"}'

@@ -7,12 +7,12 @@ import pytest
 from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
 from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest, ProcessingResponse
 
+from dp_extproc.engines.model import Role
 from dp_extproc.extproc.service import ExtProcService
-from dp_extproc.fleet.endpoint import Role
 from extproc.wire import Watcher
+from fleet_fixtures import Fleet, make_facts
 from fuzz.streams import FakeContext
 from fuzz.virtual_time import run
-from placement.fleet_fixtures import Fleet, make_facts
 
 
 def messages(status: int) -> list[ProcessingRequest]:

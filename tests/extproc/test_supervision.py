@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from dp_extproc import contract
-from dp_extproc.config.reliability import RetrySettings, Supervise, SupervisionSettings
-from dp_extproc.extproc.events import (
+from dp_extproc.attempt.events import (
     BodyMode,
     Continue,
     Extend,
@@ -22,13 +21,14 @@ from dp_extproc.extproc.events import (
     SeeBody,
     TakeBody,
 )
+from dp_extproc.config.reliability import RetrySettings, Supervise, SupervisionSettings
+from dp_extproc.engines.model import Role
 from dp_extproc.extproc.exchange import Exchange
-from dp_extproc.extproc.first_event import EngineError
+from dp_extproc.extproc.retries import RetryBudget
 from dp_extproc.extproc.supervision import Say, Stream, Supervision
-from dp_extproc.fleet.endpoint import Role
-from dp_extproc.placement.retries import RetryBudget
 from dp_extproc.request.rejection import Reason
-from placement.fleet_fixtures import Fleet, make_facts
+from dp_extproc.response.first_event import EngineError
+from fleet_fixtures import Fleet, make_facts
 
 CHAT = b'{"messages":[{"role":"user","content":"hello"}],"stream":true}'
 PLAIN = CHAT.replace(b"true", b"false")

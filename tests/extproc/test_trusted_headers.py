@@ -11,12 +11,12 @@ import pytest
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import ProcessingModeBodySendMode as Mode
 
 from dp_extproc import contract
-from dp_extproc.extproc.events import BodyMode, Mutate, Phase, RequestBody, RequestHeaders
+from dp_extproc.attempt.events import BodyMode, Mutate, Phase, RequestBody, RequestHeaders
+from dp_extproc.engines.model import Role
 from dp_extproc.extproc.exchange import Exchange
-from dp_extproc.fleet.endpoint import Role
-from dp_extproc.placement.decision import Answer, Circumstances, Decision
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Rejection
+from dp_extproc.scheduling.decision import Answer, Circumstances, Decision
 from extproc.wire import (
     POST,
     Server,
@@ -28,7 +28,7 @@ from extproc.wire import (
     response_headers,
     run_server,
 )
-from placement.fleet_fixtures import Fleet, make_facts
+from fleet_fixtures import Fleet, make_facts
 
 WORKER = "10.0.0.1:33001"
 CUT = f"-,{WORKER},cut"

@@ -17,11 +17,11 @@ from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import Processin
 from envoy_data_plane.envoy.service.ext_proc.v3 import ProcessingRequest
 
 from dp_extproc import contract
+from dp_extproc.attempt.chunks import CHUNK_BYTES
 from dp_extproc.config.reliability import RetrySettings
-from dp_extproc.extproc.chunks import CHUNK_BYTES
-from dp_extproc.fleet.endpoint import Role
-from dp_extproc.placement.decision import Answer, Decision
+from dp_extproc.engines.model import Role
 from dp_extproc.request.rejection import Reason, Rejection
+from dp_extproc.scheduling.decision import Answer, Decision
 from extproc.wire import (
     GET,
     POST,
@@ -36,7 +36,7 @@ from extproc.wire import (
     response_trailers,
     run_server,
 )
-from placement.fleet_fixtures import Fleet, make_facts
+from fleet_fixtures import Fleet, make_facts
 
 BODY = b'{"model":"m","prompt":"hello"}'
 DUPLEX, BUFFERED = Mode.FULL_DUPLEX_STREAMED, Mode.BUFFERED

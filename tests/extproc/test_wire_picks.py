@@ -16,10 +16,10 @@ from envoy_data_plane.envoy.service.ext_proc.v3 import ProcessingRequest
 from envoy_data_plane.google.protobuf import ListValue, Struct, Value
 
 from dp_extproc import contract
+from dp_extproc.attempt.chunks import CHUNK_BYTES
 from dp_extproc.config import LoadSignal
 from dp_extproc.config.reliability import AdmissionSettings
-from dp_extproc.extproc.chunks import CHUNK_BYTES
-from dp_extproc.fleet.endpoint import Kind, Role
+from dp_extproc.engines.model import Kind, Role
 from extproc.wire import (
     GET,
     POST,
@@ -35,7 +35,7 @@ from extproc.wire import (
     response_trailers,
     run_server,
 )
-from placement.fleet_fixtures import Fleet, make_endpoint, make_facts
+from fleet_fixtures import Fleet, make_endpoint, make_facts
 
 DUPLEX, BUFFERED = Mode.FULL_DUPLEX_STREAMED, Mode.BUFFERED
 FIRST, SECOND, SIXTH = "10.0.0.1:33001", "10.0.0.2:33002", "[2001:db8::1]:33003"

@@ -25,12 +25,12 @@ from envoy_data_plane.envoy.service.ext_proc.v3 import (
     ProtocolConfiguration,
 )
 
+from dp_extproc.attempt.decider import Decider
 from dp_extproc.config.reliability import RetrySettings, Supervise, SupervisionSettings
-from dp_extproc.extproc.decider import Decider
+from dp_extproc.engines.model import Role
 from dp_extproc.extproc.exchange import Exchange
+from dp_extproc.extproc.retries import RetryBudget
 from dp_extproc.extproc.service import SERVICE_NAME, ExtProcService
-from dp_extproc.fleet.endpoint import Role
-from dp_extproc.placement.retries import RetryBudget
 from dp_extproc.request.rejection import Reason
 
 METHOD = f"/{SERVICE_NAME}/Process"

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from dp_extproc.config import LoadSettings
+from dp_extproc.engines.listener import ScrapeFailure
+from dp_extproc.engines.model import Endpoint, Role
 from dp_extproc.fleet.check import check_engines
-from dp_extproc.fleet.endpoint import Endpoint, Role
-from dp_extproc.fleet.observer import ScrapeFailure
-from dp_extproc.fleet.watch import EngineWatch
+from dp_extproc.fleet.sources.polling import EngineWatch
 from dp_extproc.lab.testbed.ports import free_port
 from fleet.scripted_engine import Answer, ScriptedEngine, hang
 from ipv6 import needs_ipv6
 
-RECORDED = Path(__file__).parent / "recorded"
+RECORDED = Path(__file__).parents[1] / "engines" / "recorded"
 
 
 def pages(mode: str, version: str = "0.5.23", ranks: int = 2, **info: object) -> dict[str, Answer]:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from dp_extproc.fleet.agreement import disagreement, of_listener, page_of_listener
-from dp_extproc.fleet.endpoint import Endpoint, LoadPage, Mode, RankSample, Role
-from fleet.test_recipe import facts
+from dp_extproc.engines.agreement import disagreement, of_listener, page_of_listener
+from dp_extproc.engines.model import Endpoint, LoadPage, Mode, RankSample, Role
+from engines.test_capabilities import facts
 
 
 def endpoint(rank: int | None, ranks: int | None = None) -> Endpoint:

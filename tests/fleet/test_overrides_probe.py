@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 
 from dp_extproc.config import LoadSettings
-from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
-from dp_extproc.fleet.engine_client import EngineClient, make_client
-from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
-from dp_extproc.fleet.watch import FACTS_EVERY, UNTOLD_EVERY, EngineWatch
-from dp_extproc.placement.fleet_load import FleetLoad
+from dp_extproc.engines.listener import FailureKind, ScrapeFailure
+from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role
+from dp_extproc.fleet.sources.http import EngineClient, make_client
+from dp_extproc.fleet.sources.polling import FACTS_EVERY, UNTOLD_EVERY, EngineWatch
+from dp_extproc.load.cache import FleetLoad
 from fleet.scripted_engine import Answer, ScriptedEngine, cut_off, hang, not_http, refuse, reset
-from placement.fleet_fixtures import Clock
+from fleet_fixtures import Clock
 
 OBEYS = refuse(b'{"error":{"message":"invalid x-override-routed-dp-rank header \'probe\': invalid literal"}}')
 OBEYS_NOT = refuse(b'{"error":{"message":"routed_dp_rank=1000000 out of range [0, 4)"}}')

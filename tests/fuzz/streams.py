@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from dp_extproc import contract
 from dp_extproc.config.reliability import QueueSettings, SupervisionSettings
+from dp_extproc.engines.model import Role
 from dp_extproc.extproc.service import ExtProcService
-from dp_extproc.fleet.endpoint import Role
-from dp_extproc.placement.dispatcher import Dispatcher
-from dp_extproc.placement.queue import WaitingLine
+from dp_extproc.scheduling.queue import WaitingLine
+from dp_extproc.scheduling.scheduler import Dispatcher
 from extproc.wire import Watcher
-from placement.fleet_fixtures import Fleet, make_facts, make_tokens
+from fleet_fixtures import Fleet, make_facts, make_tokens
 
 MAX_BODY: Final = 2000
 REQUESTS: Final = 3

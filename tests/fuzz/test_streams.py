@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dp_extproc.config.reliability import Supervise, SupervisionSettings
-from dp_extproc.extproc.first_event import FirstEvent
-from dp_extproc.fleet.endpoint import Role
+from dp_extproc.engines.model import Role
+from dp_extproc.response.first_event import FirstEvent
 from extproc.wire import METHOD, Server, request_headers, run_server
+from fleet_fixtures import Fleet, make_facts
 from fuzz.effort import examples
 from fuzz.streams import MESSAGES, SCRIPTS, End, Say, Stage, Wait
 from fuzz.virtual_time import run
-from placement.fleet_fixtures import Fleet, make_facts
 
 
 async def _play(script: list[Say | End | Wait], mode: Supervise) -> None:

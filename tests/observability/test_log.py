@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, Mode, PairTerms, Role
-from dp_extproc.fleet.observer import FailureKind, ScrapeFailure
+from dp_extproc.engines.listener import FailureKind, ScrapeFailure
+from dp_extproc.engines.model import Endpoint, EngineFacts, Mode, PairTerms, Role
 from dp_extproc.observability.log import PairLog, TrapLog, TroubleLog
-from fleet.test_recipe import facts
+from engines.test_capabilities import facts
 
 REFUSED = ScrapeFailure(FailureKind.REFUSED, "no connection")
 TIMEOUT = ScrapeFailure(FailureKind.TIMEOUT, "no answer")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dp_extproc.placement.ratio import TokenRatio
+from dp_extproc.estimators.token_ratio import TokenRatio
 from dp_extproc.request.body import InferenceRequest, read_body
 from dp_extproc.request.path import Api
 from dp_extproc.request.prompt import MEDIA_TOKENS, Prompt

@@ -8,22 +8,22 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dp_extproc.fleet.agreement import without_foreign_ranks
-from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Mode, Role
-from dp_extproc.fleet.loads_page import read_loads
-from dp_extproc.fleet.metrics_page import read_metrics
-from dp_extproc.fleet.observer import ScrapeFailure
-from dp_extproc.fleet.reading import ReaderError
-from dp_extproc.fleet.server_info import read_server_info
-from dp_extproc.fleet.vllm_pages import facts_of, read_vllm_metrics
+from dp_extproc.engines.agreement import without_foreign_ranks
+from dp_extproc.engines.listener import ScrapeFailure
+from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, Role
+from dp_extproc.engines.reading import ReaderError
+from dp_extproc.engines.sglang.loads_page import read_loads
+from dp_extproc.engines.sglang.metrics_page import read_metrics
+from dp_extproc.engines.sglang.server_info import read_server_info
+from dp_extproc.engines.vllm.pages import facts_of, read_vllm_metrics
 from dp_extproc.observability.metrics import Telemetry
 from dp_extproc.observability.pages import describe_loads
-from dp_extproc.placement.decision import Decision
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason
+from dp_extproc.scheduling.decision import Decision
 from finite import assert_finite
+from fleet_fixtures import Fleet, address_of, make_endpoint, make_facts
 from fuzz.effort import examples
-from placement.fleet_fixtures import Fleet, address_of, make_endpoint, make_facts
 
 PROMPT = json.dumps({"text": "a prompt of some length", "sampling_params": {"max_new_tokens": 1}}).encode()
 EXPECTED = {Reason.PROMPT_TOO_LONG, Reason.OVER_CAPACITY}

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from dp_extproc.placement.demand import Demand
-from dp_extproc.placement.dispatch import Dispatch
-from dp_extproc.request.prefix import Prefix
+from dp_extproc.load.records import Dispatch
+from dp_extproc.load.request_cost import Demand
+from dp_extproc.prefix_cache.blocks import Prefix
 
 DISPATCH = Dispatch(
     pool="llama",

@@ -5,7 +5,7 @@ from typing import Final
 
 import msgspec
 
-from dp_extproc.placement.dispatch import Dispatch
+from dp_extproc.load.records import Dispatch
 from dp_extproc.sync.messages import VERSION, Batch, Dispatched, FirstToken, encode
 
 HEADER: Final = b"dpx" + bytes([VERSION])

@@ -10,15 +10,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dp_extproc.fleet.endpoint import Role
+from dp_extproc.engines.model import Role
+from dp_extproc.load.records import Dispatch
+from dp_extproc.load.request_cost import Demand
 from dp_extproc.observability.metrics import SyncMetrics, Telemetry
 from dp_extproc.observability.pages import describe_loads, describe_sync
-from dp_extproc.placement.decision import Decision
-from dp_extproc.placement.demand import Demand
-from dp_extproc.placement.dispatch import Dispatch
+from dp_extproc.prefix_cache.blocks import Prefix
 from dp_extproc.request.path import Api
-from dp_extproc.request.prefix import Prefix
-from dp_extproc.sync.bus import Listener
+from dp_extproc.scheduling.decision import Decision
 from dp_extproc.sync.messages import (
     FRAME_BYTES,
     MOST_BYTES,
@@ -35,10 +34,11 @@ from dp_extproc.sync.messages import (
     encode,
 )
 from dp_extproc.sync.outbox import Outbox
-from dp_extproc.sync.replica import Replica
+from dp_extproc.sync.transport.bus import Listener
+from dp_extproc.sync.transport.replica import Replica
 from finite import assert_finite
+from fleet_fixtures import Fleet, make_endpoint, make_facts
 from fuzz.effort import examples
-from placement.fleet_fixtures import Fleet, make_endpoint, make_facts
 from sync.hostile import DEEP, HEADER, NESTED, hostile_messages
 
 PREFILL, DECODE = make_endpoint(Role.PREFILL).url, make_endpoint(Role.DECODE).url

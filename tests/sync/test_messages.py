@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dp_extproc.placement.demand import Demand
-from dp_extproc.placement.dispatch import Dispatch
-from dp_extproc.request.prefix import NO_PREFIX, Prefix
+from dp_extproc.load.records import Dispatch
+from dp_extproc.load.request_cost import Demand
+from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix
 from dp_extproc.sync.messages import (
     MOST_BYTES,
     VERSION,

@@ -7,15 +7,15 @@ from random import Random
 import pytest
 
 from dp_extproc import contract
-from dp_extproc.fleet.endpoint import LoadPage, RankSample, Role
-from dp_extproc.placement.attempt import Attempt
-from dp_extproc.placement.decision import Decision
-from dp_extproc.placement.dispatcher import Dispatcher
+from dp_extproc.engines.model import LoadPage, RankSample, Role
+from dp_extproc.load.in_flight import Attempt
 from dp_extproc.request.path import Api
+from dp_extproc.scheduling.decision import Decision
+from dp_extproc.scheduling.scheduler import Dispatcher
 from dp_extproc.sync.messages import Batch, decode
 from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.peers import Peers
-from placement.fleet_fixtures import Fleet, make_facts, make_tokens
+from fleet_fixtures import Fleet, make_facts, make_tokens
 
 RANKS = 4
 

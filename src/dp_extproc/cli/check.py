@@ -13,12 +13,12 @@ from rich.text import Text
 
 from dp_extproc.config import ConfigError, LoadSource, load_config
 from dp_extproc.contract import RANK_HEADER
+from dp_extproc.engines.capabilities import Capabilities, RankControl, capabilities
+from dp_extproc.engines.credentials import Credentials
+from dp_extproc.engines.model import EngineFacts, Kind, Role, in_url
+from dp_extproc.engines.sglang.diagnostics import Trap
 from dp_extproc.fleet.check import EngineReport, check_engines
-from dp_extproc.fleet.credentials import Credentials
-from dp_extproc.fleet.endpoint import EngineFacts, Kind, Role, in_url
-from dp_extproc.fleet.recipe import Capabilities, RankControl, capabilities
-from dp_extproc.fleet.roster import endpoints_of
-from dp_extproc.fleet.traps import Trap
+from dp_extproc.fleet.discovery.static import endpoints_of
 from dp_extproc.request.path import Api
 from dp_extproc.runtime.secrets import problems_of_tls, read_api_keys
 

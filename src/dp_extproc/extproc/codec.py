@@ -12,19 +12,7 @@ from envoy.service.ext_proc.v3.external_processor_pb2 import (
     ProcessingResponse,
 )
 
-from dp_extproc.contract import (
-    DESTINATION,
-    DESTINATION_SERVED,
-    DESTINATION_SUBSET,
-    FOREIGN_NAMES,
-    FOREIGN_PREFIXES,
-    LB_NAMESPACE,
-    METADATA_NAMESPACE,
-    READ_FROM_REQUESTS,
-    SESSION,
-    SUBSET_NAMESPACE,
-)
-from dp_extproc.extproc.events import (
+from dp_extproc.attempt.events import (
     BodyMode,
     Continue,
     Event,
@@ -43,8 +31,20 @@ from dp_extproc.extproc.events import (
     StreamedChunk,
     TakeBody,
 )
-from dp_extproc.placement.decision import Metadata
-from dp_extproc.placement.subset import read_subset
+from dp_extproc.contract import (
+    DESTINATION,
+    DESTINATION_SERVED,
+    DESTINATION_SUBSET,
+    FOREIGN_NAMES,
+    FOREIGN_PREFIXES,
+    LB_NAMESPACE,
+    METADATA_NAMESPACE,
+    READ_FROM_REQUESTS,
+    SESSION,
+    SUBSET_NAMESPACE,
+)
+from dp_extproc.scheduling.decision import Metadata
+from dp_extproc.scheduling.subset import read_subset
 
 _FOREIGN: Final = frozenset({*FOREIGN_NAMES, DESTINATION})
 _EVENTS: Final = b"text/event-stream"

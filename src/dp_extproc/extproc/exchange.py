@@ -15,9 +15,9 @@ from enum import IntEnum, auto
 from typing import Any, ClassVar, Final
 
 from dp_extproc import contract
-from dp_extproc.extproc.chunks import cut
-from dp_extproc.extproc.decider import Decider
-from dp_extproc.extproc.events import (
+from dp_extproc.attempt.chunks import cut
+from dp_extproc.attempt.decider import Decider
+from dp_extproc.attempt.events import (
     BodyMode,
     Continue,
     Event,
@@ -34,14 +34,14 @@ from dp_extproc.extproc.events import (
     StreamedChunk,
     TakeBody,
 )
-from dp_extproc.extproc.precheck import NO_BODY, refuse_by_headers, too_large
-from dp_extproc.extproc.replies import Headers, answer_instead, refuse, route, tell_models
-from dp_extproc.placement.attempt import Attempt
-from dp_extproc.placement.decision import Circumstances, Decision
-from dp_extproc.placement.queue import Ticket
+from dp_extproc.attempt.precheck import NO_BODY, refuse_by_headers, too_large
+from dp_extproc.attempt.replies import Headers, answer_instead, refuse, route, tell_models
+from dp_extproc.load.in_flight import Attempt
 from dp_extproc.request.path import Api, Lookup, read_path
 from dp_extproc.request.rejection import Reason, Rejection, Wait
 from dp_extproc.response.logprobs import Merger, make_merger
+from dp_extproc.scheduling.decision import Circumstances, Decision
+from dp_extproc.scheduling.queue import Ticket
 
 _OK: Final = 200
 _Replies = tuple[Reply, ...]

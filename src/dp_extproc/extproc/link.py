@@ -8,8 +8,8 @@ from typing import Final
 import grpc
 import grpc.aio
 
+from dp_extproc.attempt.events import Immediate, Reply
 from dp_extproc.extproc.codec import write_reply
-from dp_extproc.extproc.events import Immediate, Reply
 from dp_extproc.extproc.supervision import Say, Stream, Supervision
 from dp_extproc.response.logprobs import MOST_BYTES
 

@@ -12,10 +12,8 @@ from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest
 from google.protobuf.message import DecodeError
 
 from dp_extproc import contract
-from dp_extproc.config.reliability import RetrySettings, SupervisionSettings
-from dp_extproc.extproc.codec import read_event, read_modes, read_subset_hint, write_reply
-from dp_extproc.extproc.decider import Decider
-from dp_extproc.extproc.events import (
+from dp_extproc.attempt.decider import Decider
+from dp_extproc.attempt.events import (
     BodyMode,
     Continue,
     Event,
@@ -26,16 +24,18 @@ from dp_extproc.extproc.events import (
     ResponseHeaders,
     SeeBody,
 )
+from dp_extproc.config.reliability import RetrySettings, SupervisionSettings
+from dp_extproc.engines.model import Role
+from dp_extproc.extproc.codec import read_event, read_modes, read_subset_hint, write_reply
 from dp_extproc.extproc.exchange import Exchange, ProtocolViolationError
-from dp_extproc.extproc.first_event import FirstEvent
 from dp_extproc.extproc.leaving import OpenStreams
 from dp_extproc.extproc.link import Link, Writer
+from dp_extproc.extproc.retries import RetryBudget
 from dp_extproc.extproc.supervision import Say, Stream, Supervision, SupervisionObserver
-from dp_extproc.fleet.endpoint import Role
-from dp_extproc.placement.attempt import Attempt
-from dp_extproc.placement.queue import WaitingLine
-from dp_extproc.placement.retries import RetryBudget
+from dp_extproc.load.in_flight import Attempt
 from dp_extproc.request.rejection import Reason
+from dp_extproc.response.first_event import FirstEvent
+from dp_extproc.scheduling.queue import WaitingLine
 
 SERVICE_NAME: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 

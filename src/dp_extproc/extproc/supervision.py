@@ -19,15 +19,15 @@ from typing import Final, Protocol
 from msgspec import Struct
 
 from dp_extproc import contract
+from dp_extproc.attempt.events import Continue, Extend, Immediate, Phase, Reply, SeeBody, TakeBody
 from dp_extproc.config.reliability import Supervise, SupervisionSettings
-from dp_extproc.extproc.events import Continue, Extend, Immediate, Phase, Reply, SeeBody, TakeBody
+from dp_extproc.engines.model import Role
 from dp_extproc.extproc.exchange import Exchange
-from dp_extproc.extproc.first_event import EngineError, FirstEvent
-from dp_extproc.fleet.endpoint import Role
-from dp_extproc.placement.attempt import Attempt
-from dp_extproc.placement.load import HostLoad
-from dp_extproc.placement.retries import RetryBudget
+from dp_extproc.extproc.retries import RetryBudget
+from dp_extproc.load.endpoint import HostLoad
+from dp_extproc.load.in_flight import Attempt
 from dp_extproc.request.rejection import Reason, Rejection
+from dp_extproc.response.first_event import EngineError, FirstEvent
 
 LEG_OPENS_SECONDS: Final = 2.0
 """How long an answer is held for a prefill leg that has not shown up. Usually it does before its engine is asked."""

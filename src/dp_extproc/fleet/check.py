@@ -8,15 +8,15 @@ from time import monotonic
 from typing import Final
 
 from dp_extproc.config.schema import LoadSettings, LoadSource
-from dp_extproc.fleet.agreement import MODE_OF
-from dp_extproc.fleet.compatibility import difference
-from dp_extproc.fleet.credentials import NO_CREDENTIALS, Credentials
-from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role, in_url
-from dp_extproc.fleet.engine_client import EngineClient, make_client
-from dp_extproc.fleet.observer import FailureKind, ScrapeFailure, unexpected
-from dp_extproc.fleet.server_info import DEFAULT_BOOTSTRAP_PORT
-from dp_extproc.fleet.traps import Trap, traps_of
-from dp_extproc.fleet.watch import EngineWatch
+from dp_extproc.engines.agreement import MODE_OF
+from dp_extproc.engines.compatibility import difference
+from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
+from dp_extproc.engines.listener import FailureKind, ScrapeFailure, unexpected
+from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role, in_url
+from dp_extproc.engines.sglang.diagnostics import Trap, traps_of
+from dp_extproc.engines.sglang.server_info import DEFAULT_BOOTSTRAP_PORT
+from dp_extproc.fleet.sources.http import EngineClient, make_client
+from dp_extproc.fleet.sources.polling import EngineWatch
 
 _CONNECT_SECONDS: Final = 2.0
 IS_ALONE: Final = "; no server of the pool is left that it can be paired with"

@@ -6,11 +6,11 @@ Likewise which prefill and decode servers must not be paired: once when it is fo
 import logging
 from collections.abc import Collection
 
-from dp_extproc.fleet.agreement import MODE_OF
-from dp_extproc.fleet.compatibility import Difference, difference
-from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, PairTerms, Role, Version
-from dp_extproc.fleet.observer import ScrapeFailure
-from dp_extproc.fleet.traps import WRONG_MODE, traps_of
+from dp_extproc.engines.agreement import MODE_OF
+from dp_extproc.engines.compatibility import Difference, difference
+from dp_extproc.engines.listener import ScrapeFailure
+from dp_extproc.engines.model import Endpoint, EngineFacts, PairTerms, Role, Version
+from dp_extproc.engines.sglang.diagnostics import WRONG_MODE, traps_of
 
 _Kind = tuple[str, PairTerms, Version | None]
 """A pool, and all that decides whom one of its servers can be paired with."""

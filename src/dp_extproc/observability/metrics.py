@@ -17,13 +17,13 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from dp_extproc import __version__
+from dp_extproc.engines.listener import ScrapeFailure
+from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.extproc.exchange import Exchange
-from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Role
-from dp_extproc.fleet.observer import ScrapeFailure
-from dp_extproc.placement.fleet_load import FleetLoad
-from dp_extproc.placement.load import Freshness
+from dp_extproc.load.cache import FleetLoad
+from dp_extproc.load.endpoint import Freshness
 from dp_extproc.request.rejection import Reason
-from dp_extproc.sync.replica import SyncStatus
+from dp_extproc.sync.transport.replica import SyncStatus
 
 _DECISION_BUCKETS: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1)
 """Seconds. A decision on a small body takes tens of microseconds, on one of 64 MB some tens of milliseconds."""

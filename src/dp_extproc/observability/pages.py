@@ -3,11 +3,11 @@
 from dataclasses import asdict
 from typing import Any
 
-from dp_extproc.fleet.observer import ScrapeFailure
-from dp_extproc.placement.books import RankLoad
-from dp_extproc.placement.fleet_load import FleetLoad
-from dp_extproc.placement.load import HostLoad
-from dp_extproc.sync.replica import SyncStatus
+from dp_extproc.engines.listener import ScrapeFailure
+from dp_extproc.load.cache import FleetLoad
+from dp_extproc.load.endpoint import HostLoad
+from dp_extproc.load.step_group import RankLoad
+from dp_extproc.sync.transport.replica import SyncStatus
 
 
 def describe_loads(fleet: FleetLoad, now: float) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 if TYPE_CHECKING:
+    from dp_extproc.prefix_cache.blocks import Prefix
     from dp_extproc.request.body import InferenceRequest
-    from dp_extproc.request.prefix import Prefix
 
 
 class Reason(StrEnum):

@@ -11,23 +11,23 @@ from typing import Any, Final
 
 from dp_extproc.background import Guard
 from dp_extproc.config import Config, Protocol, RetrySettings, Supervise
+from dp_extproc.engines.credentials import Credentials
+from dp_extproc.extproc.retries import RetryBudget
 from dp_extproc.extproc.service import ExtProcService
-from dp_extproc.fleet.credentials import Credentials
-from dp_extproc.fleet.roster import endpoints_of
-from dp_extproc.fleet.scraper import Scraper
+from dp_extproc.fleet.discovery.static import endpoints_of
+from dp_extproc.fleet.monitor import Scraper
+from dp_extproc.load.cache import FleetLoad
+from dp_extproc.load.endpoint import StepCosts
+from dp_extproc.load.in_flight import NOBODY, nothing
 from dp_extproc.observability.metrics import SyncMetrics, Telemetry
 from dp_extproc.observability.pages import describe_loads, describe_sync
-from dp_extproc.placement.attempt import NOBODY, nothing
-from dp_extproc.placement.dispatcher import Dispatcher
-from dp_extproc.placement.fleet_load import FleetLoad
-from dp_extproc.placement.load import StepCosts
-from dp_extproc.placement.queue import WaitingLine
-from dp_extproc.placement.retries import RetryBudget
 from dp_extproc.runtime.readiness import can_serve
 from dp_extproc.runtime.secrets import read_api_keys
-from dp_extproc.sync.join import join
+from dp_extproc.scheduling.queue import WaitingLine
+from dp_extproc.scheduling.scheduler import Dispatcher
 from dp_extproc.sync.outbox import Outbox
-from dp_extproc.sync.replica import Replica
+from dp_extproc.sync.transport.join import join
+from dp_extproc.sync.transport.replica import Replica
 
 _LOOK_AROUND_SECONDS: Final = 2.0
 _KEYS_SECONDS: Final = 1.0

@@ -8,9 +8,9 @@ from grpc_health.v1.health import aio
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from dp_extproc.config.schema import PoolConfig
+from dp_extproc.engines.model import Role
 from dp_extproc.extproc.service import SERVICE_NAME
-from dp_extproc.fleet.endpoint import Role
-from dp_extproc.placement.fleet_load import FleetLoad
+from dp_extproc.load.cache import FleetLoad
 
 LIVENESS: Final = "liveness"
 """Names of gRPC health services that probes of the field use; ``""`` and the ext_proc service are standard."""

@@ -18,9 +18,9 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from dp_extproc.fleet.quantities import Amount, Count
-from dp_extproc.placement.dispatch import Dispatch
-from dp_extproc.request.prefix import NO_PREFIX
+from dp_extproc.engines.quantities import Amount, Count
+from dp_extproc.load.records import Dispatch
+from dp_extproc.prefix_cache.blocks import NO_PREFIX
 
 VERSION: Final = 1
 _MAGIC: Final = b"dpx"

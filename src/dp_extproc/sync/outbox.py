@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Final
 
-from dp_extproc.placement.dispatch import Dispatch
+from dp_extproc.load.records import Dispatch
 from dp_extproc.sync.messages import (
     Ask,
     Batch,
@@ -27,7 +27,7 @@ so it bounds for how long a lost message goes unnoticed."""
 
 
 class Outbox:
-    """Collects events and makes messages of them. Implements :class:`dp_extproc.placement.attempt.AttemptObserver`."""
+    """Collects events and makes messages of them. Implements :class:`dp_extproc.load.in_flight.AttemptObserver`."""
 
     def __init__(self, replica: str) -> None:
         """Begin.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, assert_never
 
-from dp_extproc.placement.dispatch import Dispatch
+from dp_extproc.load.records import Dispatch
 from dp_extproc.sync.messages import Batch, Dispatched, Ended, Event, FirstToken, PrefillAnswered, Snapshot
 
 FIRST_ASK: Final = 0.05

@@ -13,7 +13,7 @@ from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.engine import EngineProcess
 from lab.engine.pair import FAST, PROMPTS
 
-PAGES = Path(__file__).parents[2] / "fleet" / "recorded" / "pd_dpattn"
+PAGES = Path(__file__).parents[2] / "engines" / "recorded" / "pd_dpattn"
 METRICS: dict[str, Any] = json.loads((Path(__file__).parent / "recorded" / "metrics.json").read_text())
 ATTENTION = {"dpattn", "attention prefill", "attention decode"}
 MAY_NOT_HAVE_BEGUN = {"num_aborted_requests_total", "cached_tokens_total"}

@@ -11,7 +11,7 @@ from typing import Any, Final
 import uvloop
 from prometheus_client import disable_created_metrics
 
-from dp_extproc.fleet.endpoint import in_url
+from dp_extproc.engines.model import in_url
 from dp_extproc.lab.engine.api.app import Server
 from dp_extproc.lab.engine.release import Release
 from dp_extproc.lab.engine.scheduler.costs import Costs

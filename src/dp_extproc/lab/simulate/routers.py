@@ -7,23 +7,23 @@ from itertools import accumulate
 from random import Random
 
 from dp_extproc.config.schema import LoadSignal, PolicySettings
-from dp_extproc.fleet.endpoint import Endpoint, EngineFacts, LoadPage, Mode, Role, Version
+from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, Role, Version
+from dp_extproc.estimators.token_ratio import START as BYTES_PER_TOKEN
 from dp_extproc.lab.simulate.fleet import Fleet
 from dp_extproc.lab.simulate.simulation import EngineRanks, Placement, Simulation
 from dp_extproc.lab.workload.trace import TraceRequest
-from dp_extproc.placement.attempt import Attempt
-from dp_extproc.placement.decode_load import ROOM, step_cost
-from dp_extproc.placement.demand import Demand
-from dp_extproc.placement.dispatch import Dispatch
-from dp_extproc.placement.fleet_load import FleetLoad
-from dp_extproc.placement.ledger import Ledger
-from dp_extproc.placement.load import StepCosts
-from dp_extproc.placement.pair import Picker
-from dp_extproc.placement.prefill_load import LATER_STEPS, LATER_WEIGHT, WAITING_COUNTED
-from dp_extproc.placement.ratio import START as BYTES_PER_TOKEN
+from dp_extproc.load.cache import FleetLoad
+from dp_extproc.load.decode import ROOM, step_cost
+from dp_extproc.load.endpoint import StepCosts
+from dp_extproc.load.in_flight import Attempt
+from dp_extproc.load.prefill import LATER_STEPS, LATER_WEIGHT, WAITING_COUNTED
+from dp_extproc.load.records import Dispatch
+from dp_extproc.load.request_cost import Demand
+from dp_extproc.load.tracker import Ledger
+from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix
 from dp_extproc.request.path import Api
-from dp_extproc.request.prefix import NO_PREFIX, Prefix
 from dp_extproc.request.prompt import Prompt
+from dp_extproc.scheduling.picker import Picker
 
 _POOL = "*"
 _BLOCK = 256

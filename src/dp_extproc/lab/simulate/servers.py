@@ -8,7 +8,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable
 
-from dp_extproc.fleet.endpoint import DecodeSteps, LoadPage, RankSample
+from dp_extproc.engines.model import DecodeSteps, LoadPage, RankSample
 from dp_extproc.lab.engine.scheduler.group import Group
 from dp_extproc.lab.engine.scheduler.prefix_cache import prompt_of
 from dp_extproc.lab.engine.scheduler.rank import Limits, Rank

@@ -8,7 +8,7 @@ from itertools import count
 from random import Random
 from typing import Protocol
 
-from dp_extproc.fleet.endpoint import LoadPage, Role
+from dp_extproc.engines.model import LoadPage, Role
 from dp_extproc.lab.engine.scheduler.work import Work
 from dp_extproc.lab.simulate.fleet import Fleet, Surroundings
 from dp_extproc.lab.simulate.outcome import Outcome, RunResult

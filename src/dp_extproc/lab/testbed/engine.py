@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dp_extproc.fleet.endpoint import in_url
+from dp_extproc.engines.model import in_url
 from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.ports import free_ports
 from dp_extproc.lab.testbed.process import CommandProcess

@@ -1,0 +1,1 @@
+"""One attempt of a request, as a state machine."""

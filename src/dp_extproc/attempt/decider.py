@@ -1,0 +1,31 @@
+"""What the protocol asks of the placement."""
+
+from typing import Protocol
+
+from dp_extproc.request.path import Api
+from dp_extproc.request.rejection import Rejection
+from dp_extproc.scheduling.decision import Answer, Circumstances, Decision
+
+
+class Decider(Protocol):
+    """What the exchange asks; implemented by :class:`dp_extproc.scheduling.scheduler.Dispatcher`."""
+
+    def place(self, api: Api, body: bytes, circumstances: Circumstances) -> Decision | Rejection:
+        """Decide on an inference request."""
+        ...
+
+    def place_unread(self, api: Api, length: int | None, circumstances: Circumstances) -> Decision | Rejection:
+        """Decide on an inference request whose body is not sent here."""
+        ...
+
+    def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
+        """Decide on a request without a body that any engine can answer."""
+        ...
+
+    def models(self, path: str) -> Answer | Rejection:
+        """Answer a question for the models."""
+        ...
+
+    def lost(self, address: str) -> None:
+        """Take note that the server at this address has dropped a request."""
+        ...

@@ -1,0 +1,134 @@
+"""Whether a prefill and a decode engine can be paired, by what both tell on /server_info. Pure.
+
+SGLang compares some of it itself when the two first meet (``disaggregation/common/conn.py``), and the decode server
+ends itself where they differ: ``page_size`` from 0.5.8 on, ``kv_cache_dtype`` from 0.5.10 on.
+
+Only what is known to fail is a difference. What one side does not tell agrees with everything.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from dp_extproc.engines.model import EngineFacts, PairTerms, Version
+
+CHECKS_DTYPE: Final = Version(0, 5, 10)
+"""From here on decode compares the names of both cache types, and ends itself where they differ."""
+
+_AUTO: Final = "auto"
+_AUTO_MAY_BE: Final = frozenset({_AUTO, "fp8_e4m3"})
+"""What SGLang makes of ``--kv-cache-dtype auto``: the latter for checkpoints that ask for it, which no page tells."""
+_SAME_DTYPE: Final = {"bfloat16": "bf16"}
+_SAME_BACKEND: Final = {"mooncake_tcp": "mooncake"}
+"""Some releases tell the former as the latter (``arg_groups/pd_disaggregation_hook.py``)."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Difference:
+    """One thing in which a prefill and a decode server differ that must not meet."""
+
+    name: str
+    """What differs, as /server_info calls it."""
+    prefill: str
+    decode: str
+    happens: str
+    remedy: str
+
+    @property
+    def code(self) -> str:
+        """Stable name, for documentation and tests."""
+        return f"{self.name}_differs"
+
+    def __str__(self) -> str:
+        return f"{self.name} is {self.prefill} on prefill and {self.decode} on decode"
+
+
+def difference(prefill: EngineFacts, decode: EngineFacts) -> Difference | None:
+    """Tell why two engines cannot be paired; None if nothing is known that speaks against it."""
+    if prefill.terms == decode.terms:
+        return None
+    checks_dtype = decode.version is None or decode.version >= CHECKS_DTYPE
+    return _difference(prefill.terms, decode.terms, checks_dtype=checks_dtype)
+
+
+def differences(prefills: Iterable[EngineFacts], decodes: Iterable[EngineFacts]) -> list[Difference]:
+    """Tell every difference between any two of these, each once."""
+    ones, others = one_of_each_kind(prefills).values(), one_of_each_kind(decodes).values()
+    return sorted({each for one in ones for other in others if (each := difference(one, other)) is not None})
+
+
+PairKind = tuple[PairTerms, Version | None]
+"""All that decides whom an engine can be paired with. A large fleet has few kinds."""
+
+
+def kind_of(facts: EngineFacts) -> PairKind:
+    """Give the kind of an engine."""
+    return facts.terms, facts.version
+
+
+def one_of_each_kind(engines: Iterable[EngineFacts]) -> dict[PairKind, EngineFacts]:
+    """Give the facts of one engine of each kind. All engines of a kind can be paired with the same others."""
+    return {kind_of(each): each for each in engines}
+
+
+def _difference(prefill: PairTerms, decode: PairTerms, *, checks_dtype: bool) -> Difference | None:
+    if None not in {prefill.page_size, decode.page_size} and prefill.page_size != decode.page_size:
+        return Difference(
+            "page_size",
+            str(prefill.page_size),
+            str(decode.page_size),
+            'the decode server would end itself at the first request ("Page size mismatch")',
+            "start both with the same --page-size",
+        )
+    if _dtypes_differ(prefill.kv_cache_dtype, decode.kv_cache_dtype, checks=checks_dtype):
+        return Difference(
+            "kv_cache_dtype",
+            str(prefill.kv_cache_dtype),
+            str(decode.kv_cache_dtype),
+            'the decode server would end itself at the first request ("KV cache dtype mismatch")'
+            if checks_dtype
+            else "answers would be wrong",
+            "start both with the same --kv-cache-dtype",
+        )
+    backends = prefill.transfer_backend, decode.transfer_backend
+    if None not in backends and len({_SAME_BACKEND.get(str(each), each) for each in backends}) > 1:
+        return Difference(
+            "disaggregation_transfer_backend",
+            str(prefill.transfer_backend),
+            str(decode.transfer_backend),
+            "neither understands the other: both legs would hang until they time out, and so would all later ones of "
+            "the prefill rank",
+            "start both with the same --disaggregation-transfer-backend",
+        )
+    if _models_differ(prefill, decode):
+        return Difference(
+            "model",
+            str(prefill.served_name),
+            str(decode.served_name),
+            f"they serve different models from different paths ({prefill.model_path}, {decode.model_path})",
+            "put them into pools of their own; if it is one model, start both with the same --served-model-name",
+        )
+    return None
+
+
+def _dtypes_differ(prefill: str | None, decode: str | None, *, checks: bool) -> bool:
+    if prefill is None or decode is None or prefill == decode:
+        return False
+    if _AUTO in {prefill, decode}:
+        # Before they were compared, a type that is written down may be the one that auto stands for.
+        return checks and not {prefill, decode} <= _AUTO_MAY_BE
+    return checks or _SAME_DTYPE.get(prefill, prefill) != _SAME_DTYPE.get(decode, decode)
+
+
+def _models_differ(prefill: PairTerms, decode: PairTerms) -> bool:
+    """Compare models by what operators call them: a path alone says little, as one model may lie at several."""
+    if None in {prefill.served_name, decode.served_name, prefill.model_path, decode.model_path}:
+        return False
+    return prefill.served_name != decode.served_name and _name_of(prefill.model_path) != _name_of(decode.model_path)
+
+
+def _name_of(path: str | None) -> str:
+    """Give the last part of a path or a hub's id; of a snapshot in a hub's cache the model's."""
+    parts = (path or "").rstrip("/").split("/")
+    is_snapshot = len(parts) > 2 and parts[-2] == "snapshots"
+    return (parts[-3].rpartition("--")[2] if is_snapshot else parts[-1]).casefold()

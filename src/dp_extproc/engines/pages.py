@@ -1,0 +1,64 @@
+"""The few lines of a Prometheus page that tell load; all the others, mostly histograms, never reach the parser."""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+from dp_extproc.engines.reading import unreadable, wrong_shape
+
+PAGE: Final = "/metrics"
+_MAX_BYTES: Final = 1 << 20
+"""Of needed lines; bounds the parser's work to half a second. Real servers print 8 lines of 130 bytes per rank."""
+_MAX_LINE_BYTES: Final = 2048
+_RANK: Final = re.compile(r"[0-9]{1,6}")
+
+
+def needed_lines(page: bytes, needed: re.Pattern[bytes]) -> list[str]:
+    """Find the lines of a page that match.
+
+    Raises:
+        ReaderError: They are too many, too long, or no text.
+    """
+    lines: list[str] = []
+    size = 0
+    for match in needed.finditer(page):
+        line = match[0]
+        if len(line) > _MAX_LINE_BYTES:
+            raise wrong_shape(f"/metrics has a line of {len(line)} bytes: {line[:60]!r}...")
+        size += len(line)
+        if size > _MAX_BYTES:
+            raise wrong_shape(f"/metrics has more than {_MAX_BYTES} bytes about load")
+        try:
+            lines.append(line.decode())
+        except UnicodeDecodeError:
+            raise unreadable(f"/metrics has a line that is not UTF-8: {line[:60]!r}...") from None
+    return lines
+
+
+def parse_samples(lines: Iterable[str]) -> Iterator[Sample]:
+    """Parse lines. Their values are any numbers; :mod:`dp_extproc.engines.quantities` is to check them.
+
+    Raises:
+        ReaderError: They are not Prometheus text.
+    """
+    try:
+        families = list(text_string_to_metric_families("\n".join(lines)))
+    except (ValueError, LookupError, TypeError) as error:  # what the parser raises on lines it did not foresee
+        raise unreadable(f"/metrics is not Prometheus text: {error}") from None
+    for family in families:
+        yield from family.samples
+
+
+def rank_of(sample: Sample, label: str) -> int:
+    """Read the rank from a label; without one it is 0.
+
+    Raises:
+        ReaderError: The label is no number.
+    """
+    text = sample.labels.get(label, "0")
+    if not _RANK.fullmatch(text):
+        raise wrong_shape(f"/metrics has {label}={text[:20]!r} on {sample.name}")
+    return int(text)

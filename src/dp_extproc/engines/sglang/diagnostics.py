@@ -1,0 +1,283 @@
+"""What an operator should know of an engine before requests do: known pitfalls of its release and its flags. Pure.
+
+Only what /server_info shows can be told. What this router already works around is told as well where it costs
+something, or where requests that go past the router would still fall in.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from dp_extproc.config.schema import LoadSource
+from dp_extproc.engines.agreement import MODE_OF
+from dp_extproc.engines.capabilities import RankControl, capabilities
+from dp_extproc.engines.model import Endpoint, EngineFacts, Kind, Mode, Role
+from dp_extproc.engines.sglang.releases import (
+    DISAGGREGATION,
+    HEADER_APIS,
+    NEWEST,
+    VLLM_RANK_HEADER,
+    Fields,
+    RoomCheck,
+    release_of,
+)
+from dp_extproc.request.path import Api
+
+WRONG_MODE: Final = "wrong_mode"
+
+
+@dataclass(frozen=True, slots=True)
+class Trap:
+    """One pitfall."""
+
+    code: str
+    """Stable name, for documentation and tests."""
+    happens: str
+    remedy: str
+    unusable: bool = False
+    """Whether no request can be served, or none in the way that is configured."""
+
+
+def traps(
+    facts: EngineFacts, role: Role, *, needs_overrides: bool = False, headers_only: bool = False
+) -> tuple[Trap, ...]:
+    """Tell every pitfall of an engine in a role, the worst first.
+
+    Args:
+        facts: What it says of itself.
+        role: What it is to do.
+        needs_overrides: Whether headers are to tell it ranks and rooms.
+        headers_only: Whether headers alone can tell it ranks and rooms.
+    """
+    if facts.kind is Kind.VLLM:
+        return tuple(_of_vllm(facts, role))
+    found = [*_of_any(facts, role), *_of_reading(facts, role)]
+    if role is Role.WORKER:
+        found += _of_worker(facts)
+    else:
+        found += _of_disaggregated(facts)
+        found += _of_overrides(facts, headers_only=headers_only) if needs_overrides else ()
+        found += _of_prefill(facts) if role is Role.PREFILL else _of_decode(facts)
+    return tuple(sorted(found, key=lambda trap: not trap.unusable))
+
+
+def traps_of(facts: EngineFacts, endpoint: Endpoint) -> tuple[Trap, ...]:
+    """Tell every pitfall of an engine as it is configured."""
+    return traps(facts, endpoint.role, needs_overrides=endpoint.needs_overrides, headers_only=endpoint.headers_only)
+
+
+def _of_vllm(facts: EngineFacts, role: Role) -> Iterator[Trap]:
+    if role is not Role.WORKER:
+        yield Trap(
+            "vllm_disaggregated",
+            "vLLM's KV connectors run prefill before decode, and decode needs what prefill answered: both legs cannot "
+            "be sent at once",
+            "list it under workers; keep vLLM's own proxy for disaggregated vLLM",
+            unusable=True,
+        )
+    if facts.version is None:
+        yield Trap(
+            "unknown_version", "its version names no release; it is treated like the newest vLLM", "use a release"
+        )
+    elif facts.version < VLLM_RANK_HEADER and facts.dp_ranks > 1:
+        yield Trap(
+            "rank_not_carried",
+            "its release reads no rank from requests: vLLM itself picks it",
+            f"upgrade to vLLM {VLLM_RANK_HEADER}, or give each rank a port of its own (--data-parallel-external-lb)",
+        )
+
+
+def _of_any(facts: EngineFacts, role: Role) -> Iterator[Trap]:
+    if facts.mode is not MODE_OF[role]:
+        yield Trap(
+            WRONG_MODE,
+            f"its disaggregation_mode is {facts.mode}, but it stands under {role}: requests fail or wait for a peer "
+            "that never comes",
+            f"start it with --disaggregation-mode {MODE_OF[role]}, or move it in the configuration",
+            unusable=True,
+        )
+    if facts.version is None:
+        yield Trap(
+            "unknown_version",
+            "its version names no release, as of a build from source; it is treated like the newest one known here, "
+            f"{NEWEST} and later",
+            "nothing, if it is as new as that; else use a released SGLang of 0.5.11 or later",
+        )
+    if facts.role_can_switch:
+        yield Trap(
+            "role_can_switch",
+            "--enable-pd-role-switch lets it change its role; for up to a minute requests go to the wrong role",
+            "leave the flag out, or reload the configuration together with each switch",
+        )
+    if release_of(facts.version).fields is Fields.NONE and facts.dp_ranks > 1:
+        yield Trap(
+            "foreign_rank_is_fatal",
+            "a rank out of range in a request that goes past this router ends the whole server",
+            "let nobody but this router reach it, or upgrade to 0.5.10 or later, which checks the range",
+        )
+
+
+def _of_reading(facts: EngineFacts, role: Role) -> Iterator[Trap]:
+    if release_of(facts.version).load is LoadSource.METRICS:
+        if facts.metrics_enabled is False:
+            yield Trap(
+                "no_load_source",
+                "it has neither /v1/loads (from 0.5.8 on) nor /metrics: only what this router sent it is known",
+                "start it with --enable-metrics",
+            )
+        else:
+            yield Trap(
+                "load_lags",
+                "without /v1/loads (from 0.5.8 on) its load comes from /metrics, which has no queued tokens, lags "
+                "(decode: every 40 steps) and stands still while requests wait for the other side",
+                "upgrade to 0.5.13 or later",
+            )
+    elif facts.metrics_enabled is False and role is not Role.DECODE:
+        yield Trap(
+            "metrics_off",
+            "without /metrics its prompt tokens are not counted, and text lengths stay estimates of 4 bytes per token",
+            "start it with --enable-metrics",
+        )
+
+
+def _of_worker(facts: EngineFacts) -> Iterator[Trap]:
+    if facts.dp_ranks == 1:
+        return
+    takes = capabilities(facts)
+    untold = [api.value for api in Api if takes.aggregated_rank_key(api) is None]
+    if untold:
+        yield Trap(
+            "rank_not_carried",
+            f"its release takes no rank on {', '.join(untold)}: the engine itself picks there",
+            "upgrade to 0.5.22 or later, which takes it on every path",
+        )
+    if facts.follows_rooms:
+        yield Trap(
+            "worker_follows_rooms",
+            "it dispatches by bootstrap_room, and a request that has none and no rank ends the whole server",
+            "start it without --load-balance-method follow_bootstrap_room",
+            unusable=True,
+        )
+
+
+def _of_disaggregated(facts: EngineFacts) -> Iterator[Trap]:
+    if not release_of(facts.version).paths:
+        yield Trap(
+            "too_old",
+            "its release takes no bootstrap fields over HTTP",
+            f"upgrade to {DISAGGREGATION} at least; 0.5.16 or later is best",
+            unusable=True,
+        )
+        return
+    takes = capabilities(facts)
+    refused = [api.value for api in Api if not takes.serves(api)]
+    if refused:
+        yield Trap(
+            "paths_refused",
+            f"its release drops the bootstrap fields on {', '.join(refused)}: such requests are refused with 400",
+            "upgrade to 0.5.20 for /v1/responses, to 0.5.22 for /v1/messages",
+        )
+
+
+def _of_overrides(facts: EngineFacts, *, headers_only: bool) -> Iterator[Trap]:
+    if facts.reads_overrides is False:
+        instead = "no request can be sent to it" if headers_only else "ranks and rooms are carried in bodies"
+        leave = "write another envoy.body_mode" if headers_only else "leave carrier out"
+        yield Trap(
+            "overrides_not_read",
+            f"carrier: headers is configured, but it does not obey x-override-* headers: {instead}",
+            f"start it with SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES=1 (0.5.15 or later; from 0.5.18 on for chat), or "
+            f"{leave}",
+            unusable=True,
+        )
+    elif facts.reads_overrides is None:
+        yield Trap(
+            "overrides_unknown",
+            "it has not told whether it obeys x-override-* headers: until it does, "
+            + ("no request can be sent to it" if headers_only else "ranks and rooms are carried in bodies"),
+            "see why it does not answer POST /generate; it is asked again every few seconds",
+            unusable=headers_only,
+        )
+    else:
+        reads = capabilities(facts).overrides_on
+        unread = [
+            api.value for api in Api if api not in reads and api in HEADER_APIS and capabilities(facts).serves(api)
+        ]
+        if unread:
+            instead = "such requests are refused with 400" if headers_only else "there bodies carry ranks and rooms"
+            yield Trap(
+                "overrides_not_on_chat",
+                f"its release obeys x-override-* headers on /generate alone, not on {', '.join(unread)}: {instead}",
+                "upgrade to 0.5.18 or later",
+                unusable=headers_only,
+            )
+        if headers_only:
+            lost = [api.value for api in Api if api not in HEADER_APIS]
+            yield Trap(
+                "paths_without_bodies",
+                f"no release obeys x-override-* headers on {', '.join(lost)}: such requests are refused with 400",
+                "write another envoy.body_mode if they are needed",
+            )
+
+
+def _of_prefill(facts: EngineFacts) -> Iterator[Trap]:
+    if facts.dp_ranks == 1:
+        return
+    takes = capabilities(facts)
+    if takes.only_first_prefill_rank:
+        yield Trap(
+            "plain_dp_first_rank_only",
+            f"plain DP: every replica takes itself for rank 0, so only rank 0 of {facts.dp_ranks} can serve and the "
+            "others stay idle",
+            "start it with --enable-dp-attention, or upgrade to 0.5.16 or later",
+        )
+    elif (
+        facts.mode is Mode.PREFILL
+        and facts.follows_rooms
+        and not facts.dp_attention
+        and release_of(facts.version).room_check is RoomCheck.SKIPPED
+    ):
+        yield Trap(
+            "plain_dp_needs_rank_on_both_legs",
+            "plain DP: requests for ranks other than 0 that go past this router fail unless both legs carry "
+            "disagg_prefill_dp_rank, as this router's do",
+            "let only this router reach it, or start it with --enable-dp-attention",
+        )
+    if facts.follows_rooms:
+        yield Trap(
+            "roomless_is_fatal",
+            "a request that goes past this router with neither room nor rank ends the whole server",
+            "let nobody but this router reach it, health checks included (use /ready or /health)",
+        )
+    elif release_of(facts.version).room_check is not RoomCheck.SKIPPED:
+        yield Trap(
+            "registers_each_request",
+            f"with --load-balance-method {facts.load_balance_method} its scheduler stops for an HTTP call per request",
+            "start it without --load-balance-method, or upgrade to 0.5.16 or later",
+        )
+
+
+def _of_decode(facts: EngineFacts) -> Iterator[Trap]:
+    takes = capabilities(facts)
+    if takes.carries_routed_rank and not takes.carries_prefill_rank:
+        yield Trap(
+            "prefill_rank_left_out",
+            "0.5.10 fails the first request of each pair of servers that names the prefill rank; it is left out, and "
+            "a prefill server with another method than follow_bootstrap_room is asked for it each time",
+            "upgrade to 0.5.11 or later",
+        )
+    if facts.dp_ranks == 1:
+        return
+    if takes.decode_control is RankControl.ENGINE:
+        yield Trap(
+            "decode_rank_not_controllable",
+            "0.5.8 and 0.5.9 spread requests over decode ranks in turn; no request can choose",
+            "start it with --load-balance-method follow_bootstrap_room, or upgrade to 0.5.10 or later",
+        )
+    elif takes.decode_control is RankControl.BY_ROOM:
+        yield Trap(
+            "ranks_coupled_by_room",
+            "one room decides the ranks of both servers: with as many decode ranks as prefill ranks they are always "
+            "the same, else equal modulo the greatest common divisor of the two numbers",
+            "upgrade to 0.5.10 or later",
+        )

@@ -1,0 +1,160 @@
+"""Reads ``GET /server_info`` (``/get_server_info`` before 0.5.6): an engine's resolved launch arguments."""
+
+import re
+from typing import Any, Final
+
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+from dp_extproc.engines.model import EngineFacts, Mode, PairTerms, Version
+from dp_extproc.engines.quantities import MAX_RANKS, Count, Difference, Port, Ranks, impossible
+from dp_extproc.engines.reading import read_json, wrong_shape
+from dp_extproc.engines.sglang.releases import Methods, release_of
+
+DEFAULT_BOOTSTRAP_PORT: Final = 8998
+"""SGLang's ``--disaggregation-bootstrap-port`` when it is not given."""
+
+FOLLOW_ROOMS: Final = "follow_bootstrap_room"
+"""The ``--load-balance-method`` that dispatches by ``bootstrap_room mod ranks``."""
+
+DEFAULT_STEP_TOKENS: Final = 8192
+"""SGLang's ``--chunked-prefill-size`` on current GPUs, for a page that does not tell it."""
+
+_LARGEST_PAGE: Final = 1 << 20
+"""Tokens of a KV cache page; the largest that SGLang chooses by itself is 128."""
+_LONGEST_NAME: Final = 200
+"""Characters of what is shown of a page's texts."""
+
+_FIRST: Final = Version(0, 1, 0)
+_VERSION: Final = re.compile(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?!\d)")
+
+
+class _Page(Struct):
+    dp_size: Ranks
+    attn_dp_size: Ranks | None = None
+    version: Any = None
+    """Whatever it is: of an engine that tells it in a strange way all else still counts."""
+    disaggregation_mode: str | None = None
+    disaggregation_bootstrap_port: Port | None = None
+    enable_dp_attention: bool | None = None
+    enable_metrics: bool | None = None
+    enable_pd_role_switch: bool | None = None
+    load_balance_method: str | None = None
+    served_model_name: str | None = None
+    model_path: str | None = None
+    chunked_prefill_size: Difference | None = None
+    """-1 says that prompts are not cut."""
+    max_prefill_tokens: Count | None = None
+    disable_radix_cache: bool | None = None
+    page_size: Any = None
+    kv_cache_dtype: Any = None
+    disaggregation_transfer_backend: Any = None
+    enable_hisparse: Any = None
+    internal_states: Raw | UnsetType = UNSET
+
+
+class _State(Struct):
+    disaggregation_mode: str | None = None
+
+
+def read_server_info(page: bytes) -> EngineFacts:
+    """Read the body of ``GET /server_info``.
+
+    Raises:
+        ReaderError: Whatever else the bytes are.
+    """
+    info = read_json(page, _Page, "/server_info")
+    # From 0.5.22 on ``--dp-size 4 --enable-dp-attention`` is told as dp_size 1 and attn_dp_size 4 (parallel_hook.py).
+    ranks = info.dp_size * (info.attn_dp_size or 1)
+    if ranks > MAX_RANKS:
+        raise impossible(ranks, "/server_info", "its number of DP ranks")
+    version = parse_version(info.version)
+    mode = _mode(_present_role(info))
+    return EngineFacts(
+        version=version,
+        dp_ranks=ranks,
+        mode=mode,
+        dp_attention=bool(info.enable_dp_attention),
+        served_model=info.served_model_name or info.model_path,
+        bootstrap_port=info.disaggregation_bootstrap_port or DEFAULT_BOOTSTRAP_PORT,
+        load_balance_method=info.load_balance_method,
+        follows_rooms=follows_rooms(version, mode, info.load_balance_method),
+        metrics_enabled=info.enable_metrics,
+        role_can_switch=bool(info.enable_pd_role_switch),
+        step_tokens=_step_tokens(info),
+        chunked=info.chunked_prefill_size is None or info.chunked_prefill_size > 0,
+        prefix_cache=not info.disable_radix_cache,
+        terms=_terms(info),
+    )
+
+
+def parse_version(text: object) -> Version | None:
+    """Read ``0.5.10.post1``, ``0.5.23rc1``, ``0.5.11.dev3+g0123abc`` as their release; None if it is none.
+
+    A build from source that knows of no tag calls itself ``0.0.0.dev0`` (``sglang/version.py``) or, by setuptools-scm,
+    ``0.0.0.dev1+g0123abc`` or ``0.1.dev1+g0123abc``. That names no release: there is none below 0.1.
+    """
+    match = _VERSION.match(text.strip()) if isinstance(text, str) else None
+    if match is None or (version := Version(int(match[1]), int(match[2]), int(match[3]))) < _FIRST:
+        return None
+    return version
+
+
+def follows_rooms(version: Version | None, mode: Mode, method: str | None) -> bool:
+    """Tell whether a server dispatches by ``bootstrap_room mod ranks`` (``managers/data_parallel_controller.py``).
+
+    Args:
+        version: None is taken for the newest.
+        mode: Aggregated servers do so only when they are told to.
+        method: ``load_balance_method``; None or ``auto`` is what the version makes of it.
+    """
+    methods = release_of(version).methods
+    if methods is Methods.NOBODY:
+        return mode is not Mode.UNIFIED
+    if methods is Methods.DECODE and mode is Mode.PREFILL:
+        return True
+    if method in {None, "auto"}:
+        return mode is Mode.PREFILL
+    return method == FOLLOW_ROOMS
+
+
+def _step_tokens(info: _Page) -> int:
+    """Give the prompt tokens per rank and step. With DP attention the page has them divided by the ranks already."""
+    if info.chunked_prefill_size is not None and info.chunked_prefill_size > 0:
+        return info.chunked_prefill_size
+    return max(1, info.max_prefill_tokens or DEFAULT_STEP_TOKENS)  # without chunks a step takes whole prompts
+
+
+def _terms(info: _Page) -> PairTerms:
+    """Read what a pair has to agree on. What is not as SGLang tells it is not known: the page serves without it."""
+    size = info.page_size
+    # A decode server with HiSparse hands over pages of another size than it tells.
+    knows_size = type(size) is int and 1 <= size <= _LARGEST_PAGE and not info.enable_hisparse
+    path, name = _name(info.model_path), _name(info.served_model_name)
+    return PairTerms(
+        page_size=size if knows_size else None,
+        kv_cache_dtype=_name(info.kv_cache_dtype),
+        transfer_backend=_name(info.disaggregation_transfer_backend),
+        model_path=path,
+        served_name=None if name == path else name,
+    )
+
+
+def _name(value: Any) -> str | None:
+    """Take a name that can be shown on one line of a log and in an error."""
+    return value if isinstance(value, str) and 0 < len(value) <= _LONGEST_NAME and value.isprintable() else None
+
+
+def _present_role(info: _Page) -> str | None:
+    """Give the role; with ``--enable-pd-role-switch`` the launch arguments tell only the first one."""
+    if info.enable_pd_role_switch and isinstance(info.internal_states, Raw):
+        states = read_json(bytes(info.internal_states), list[_State], "/server_info internal_states")
+        if states and states[0].disaggregation_mode is not None:
+            return states[0].disaggregation_mode
+    return info.disaggregation_mode
+
+
+def _mode(text: str | None) -> Mode:
+    try:
+        return Mode(text or "null")
+    except ValueError:
+        raise wrong_shape(f"/server_info tells the unknown disaggregation_mode {(text or '')[:40]!r}") from None

@@ -1,0 +1,157 @@
+"""Reads what vLLM tells of itself: ``/version``, ``/v1/models`` and ``/metrics``.
+
+vLLM has no page of its launch arguments. Each DP rank of a server is an engine with series of its own, told apart by
+the label ``engine``. With ``--data-parallel-hybrid-lb`` these are numbers of the whole deployment, while requests name
+a rank among those of the server (``v1/engine/input_processor.py``); so ranks are counted in the order of the labels.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Final
+
+from msgspec import Struct
+from prometheus_client.samples import Sample
+
+from dp_extproc.engines.model import EngineFacts, Kind, LoadPage, Mode, RankSample
+from dp_extproc.engines.pages import PAGE, needed_lines, parse_samples, rank_of
+from dp_extproc.engines.quantities import MAX_RANKS, count, impossible, share
+from dp_extproc.engines.reading import read_json, wrong_shape
+from dp_extproc.engines.sglang.server_info import parse_version
+
+_RUNNING: Final = "num_requests_running"
+_WAITING: Final = "num_requests_waiting"
+_USAGE: Final = ("kv_cache_usage_perc", "gpu_cache_usage_perc")
+"""The share of KV blocks in use, 0 to 1; the second name is the older one."""
+_CACHE: Final = "cache_config_info"
+_PROMPT_TOKENS: Final = "prompt_tokens_total"
+
+_DIGITS: Final = re.compile(r"[0-9]{1,2000}")
+"""Python reads 4300 at most, and a line has no more than 2048 bytes."""
+
+_NEEDED: Final = re.compile(
+    rb"^vllm[:_](?:%b)[{ \t][^\n]*"
+    % b"|".join(name.encode() for name in (_RUNNING, _WAITING, *_USAGE, _CACHE, _PROMPT_TOKENS)),
+    re.MULTILINE,
+)
+
+
+class _Version(Struct):
+    version: str
+
+
+class _Model(Struct):
+    id: str
+
+
+class _Models(Struct):
+    data: list[_Model]
+
+
+def read_version(page: bytes) -> str:
+    """Read the body of ``GET /version``.
+
+    Raises:
+        ReaderError: Whatever else the bytes are.
+    """
+    return read_json(page, _Version, "/version", of="vLLM").version
+
+
+def read_models(page: bytes) -> str | None:
+    """Read the name of the first model, the base one, from the body of ``GET /v1/models``.
+
+    Raises:
+        ReaderError: Whatever else the bytes are.
+    """
+    models = read_json(page, _Models, "/v1/models", of="vLLM").data
+    return models[0].id if models else None
+
+
+def facts_of(version: str, model: str | None, metrics: bytes) -> EngineFacts:
+    """Put together what a server is.
+
+    Args:
+        version: As on ``/version``.
+        model: What it serves.
+        metrics: The body of ``GET /metrics``.
+
+    Raises:
+        ReaderError: The metrics cannot be read.
+    """
+    samples = _samples(metrics)
+    caches = [sample for sample in samples if _name(sample) == _CACHE]
+    ranks = len({rank_of(sample, "engine") for sample in samples})
+    if not 1 <= ranks <= MAX_RANKS:
+        raise impossible(ranks, PAGE, "its number of DP ranks")
+    return EngineFacts(
+        version=parse_version(version),
+        dp_ranks=ranks,
+        mode=Mode.UNIFIED,
+        dp_attention=False,
+        served_model=model,
+        bootstrap_port=None,
+        load_balance_method=None,
+        follows_rooms=False,
+        metrics_enabled=True,
+        prefix_cache=all(sample.labels.get("enable_prefix_caching") != "False" for sample in caches),
+        kind=Kind.VLLM,
+    )
+
+
+def read_vllm_metrics(page: bytes) -> LoadPage:
+    """Read the body of ``GET /metrics``.
+
+    Raises:
+        ReaderError: Whatever else the bytes are.
+    """
+    gauges: dict[int, dict[str, float]] = defaultdict(dict)
+    capacities: dict[int, int] = {}
+    prompt_tokens: list[int] = []
+    for sample in _samples(page):
+        engine, name = rank_of(sample, "engine"), _name(sample)
+        if name == _CACHE:
+            if (capacity := _capacity(sample.labels)) is not None:
+                capacities[engine] = capacity
+        elif name == _PROMPT_TOKENS:
+            prompt_tokens.append(count(sample.value, PAGE, name))
+        else:
+            value = (share if name in _USAGE else count)(sample.value, PAGE, name)
+            gauges[engine][name] = max(value, gauges[engine].get(name, 0.0))
+    return LoadPage(
+        ranks=tuple(
+            _rank_sample(rank, gauges[engine], capacities.get(engine)) for rank, engine in enumerate(sorted(gauges))
+        ),
+        prompt_tokens=count(sum(prompt_tokens), PAGE, _PROMPT_TOKENS) if prompt_tokens else None,
+    )
+
+
+def _samples(page: bytes) -> list[Sample]:
+    lines = needed_lines(page, _NEEDED)
+    if not lines:
+        raise wrong_shape("/metrics has no vllm: series; is this a vLLM server's page?")
+    return list(parse_samples(lines))
+
+
+def _name(sample: Sample) -> str:
+    return sample.name[len("vllm:") :]
+
+
+def _rank_sample(rank: int, gauges: Mapping[str, float], capacity: int | None) -> RankSample:
+    usage = max((gauges[name] for name in _USAGE if name in gauges), default=0.0)
+    return RankSample(
+        dp_rank=rank,
+        used_tokens=round(usage * (capacity or 0)),
+        running_requests=round(gauges.get(_RUNNING, 0.0)),
+        waiting_requests=round(gauges.get(_WAITING, 0.0)),
+        capacity_tokens=capacity,
+    )
+
+
+def _capacity(labels: Mapping[str, str]) -> int | None:
+    """Give the KV tokens of a rank. Newer releases tell them; before, blocks times their size."""
+    tokens, blocks, size = (labels.get(name, "") for name in ("kv_cache_size_tokens", "num_gpu_blocks", "block_size"))
+    if _DIGITS.fullmatch(tokens):
+        return count(int(tokens), PAGE, "kv_cache_size_tokens")
+    if _DIGITS.fullmatch(blocks) and _DIGITS.fullmatch(size):
+        return count(int(blocks) * int(size), PAGE, "num_gpu_blocks times block_size")
+    return None

@@ -1,0 +1,33 @@
+"""The endpoints of a configuration. Pure."""
+
+from dp_extproc.config.envoy import BodyMode
+from dp_extproc.config.schema import Carrier, Config
+from dp_extproc.engines.model import Endpoint, Role
+
+
+def endpoints_of(config: Config) -> tuple[Endpoint, ...]:
+    """List every endpoint, pool by pool: prefill, decode, workers."""
+    return tuple(
+        Endpoint(
+            url=each.url,
+            host=each.host,
+            port=each.port,
+            pool=pool.name,
+            role=role,
+            dp_size=each.dp_size,
+            dp_rank=each.dp_rank,
+            engine=pool.engine,
+            needs_overrides=pool.carrier is Carrier.HEADERS,
+            headers_only=config.envoy.body_mode is BodyMode.NONE,
+            bootstrap_host=each.bootstrap_host,
+            bootstrap_port=each.bootstrap_port,
+        )
+        for pool in config.pools
+        for role, section in (
+            (Role.PREFILL, pool.prefill),
+            (Role.DECODE, pool.decode),
+            (Role.WORKER, pool.workers),
+        )
+        if section is not None
+        for each in section.endpoints
+    )

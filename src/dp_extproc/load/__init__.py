@@ -1,0 +1,1 @@
+"""What each rank has to do: reservations, and what samples show beyond them."""

@@ -1,0 +1,147 @@
+"""The one place where attempts come on the books: our own, and those that other replicas tell of."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+
+from dp_extproc.load.cache import FleetLoad
+from dp_extproc.load.endpoint import HostLoad
+from dp_extproc.load.in_flight import ERROR, NOBODY, Attempt, AttemptObserver, nothing
+from dp_extproc.load.records import Dispatch
+from dp_extproc.load.request_cost import Demand
+from dp_extproc.scheduling.picker import Pair, Side
+
+
+class Ledger:
+    """Opens attempts. What they hold stands in the load cache."""
+
+    def __init__(
+        self, fleet: FleetLoad, observer: AttemptObserver = NOBODY, made_room: Callable[[], None] = nothing
+    ) -> None:
+        """Set up.
+
+        Args:
+            fleet: The load cache.
+            observer: Told of our own attempts.
+            made_room: Called when something has left the books, whoever had sent it.
+        """
+        self._fleet = fleet
+        self._observer = observer
+        self._made_room = made_room
+        self._numbers = count(1)
+
+    def open_pair(
+        self,
+        pair: Pair,
+        demand: Demand,
+        now: float,
+        *,
+        leg: str = "",
+        streaming: bool = False,
+    ) -> Attempt:
+        """Put a disaggregated request on the books."""
+        prefill, decode = pair.prefill, pair.decode
+        _count_pick(prefill)
+        _count_pick(decode)
+        self._note_prefix(prefill, demand)
+        attempt = Attempt(
+            next(self._numbers),
+            now,
+            prefill.host.reserve(prefill.rank, demand.tokens, now, demand.requests, prefill.cached),
+            decode.host.reserve(decode.rank, demand.tokens, now, demand.requests),
+            prefill_host=prefill.host,
+            decode_host=decode.host,
+            leg=leg,
+            streaming=streaming,
+            observer=self._observer,
+            on_prefill_answer=partial(self._prompt_done, prefill.host, demand),
+            made_room=self._made_room,
+        )
+        if self._observer is not NOBODY:
+            self._observer.dispatched(attempt.number, _dispatch(decode, demand, prefill), now)
+        return attempt
+
+    def open_worker(self, side: Side, demand: Demand, now: float) -> Attempt:
+        """Put a request to an aggregated pool on the books."""
+        _count_pick(side)
+        self._note_prefix(side, demand)
+        reservations = side.host.reserve(side.rank, demand.tokens, now, demand.requests, side.cached)
+        attempt = Attempt(
+            next(self._numbers),
+            now,
+            (),
+            reservations,
+            decode_host=side.host,
+            observer=self._observer,
+            on_prefill_answer=partial(self._prompt_done, side.host, demand),
+            made_room=self._made_room,
+        )
+        if self._observer is not NOBODY:
+            self._observer.dispatched(attempt.number, _dispatch(side, demand), now)
+        return attempt
+
+    def open_foreign(self, dispatch: Dispatch, at: float) -> Attempt:
+        """Put on the books what another replica has sent. Servers that are not known here are left out."""
+        demand, cached = dispatch.demand, min(dispatch.cached, dispatch.demand.tokens)
+        prefill = self._side(dispatch.prefill, dispatch.prefill_rank, cached)
+        decode = self._side(dispatch.decode, dispatch.decode_rank, 0.0 if dispatch.prefill else cached)
+        computing = prefill if dispatch.prefill else decode
+        if computing is not None:
+            self._note_prefix(computing, demand)
+        sides = [
+            () if side is None else side.host.reserve(side.rank, demand.tokens, at, demand.requests, side.cached)
+            for side in (prefill, decode)
+        ]
+        done = None if computing is None else partial(self._prompt_done, computing.host, demand)
+        # Streaming, as its replica tells when the prompt is computed.
+        return Attempt(
+            0,
+            at,
+            *sides,
+            prefill_host=None if prefill is None else prefill.host,
+            decode_host=None if decode is None else decode.host,
+            streaming=True,
+            on_prefill_answer=done,
+            made_room=self._made_room,
+        )
+
+    def _prompt_done(self, host: HostLoad, demand: Demand, status: int) -> None:
+        """Learn from a prompt that was computed, whoever has sent it."""
+        ratio = self._fleet.ratios.get(host.endpoint.pool)  # the pool may be configured no more
+        if status < ERROR and ratio is not None:
+            ratio.answered(host.endpoint.url, demand.text_bytes, demand.known_tokens)
+
+    def _note_prefix(self, side: Side, demand: Demand) -> None:
+        """Take note that a rank is going to hold the KV cache of a prompt."""
+        if side.rank is None or not side.host.facts.prefix_cache:
+            return
+        rank = side.host.ranks[side.rank]
+        index = self._fleet.prefixes[side.host.endpoint.pool]
+        capacity = rank.sample.capacity_tokens if rank.sample is not None else None
+        index.note(rank, demand.prefix, demand.tokens, capacity)
+        if demand.session is not None:
+            index.note_session(demand.session, rank, demand.tokens)
+
+    def _side(self, url: str | None, rank: int | None, cached: float) -> Side | None:
+        host = None if url is None else self._fleet.hosts.get(url)
+        if host is None or (rank is not None and not 0 <= rank < len(host.ranks)):
+            return None
+        return Side(host, rank, routed=False, by_room=False, cached=cached)
+
+
+def _count_pick(side: Side) -> None:
+    """Count our own picks alone, so that those of all replicas add up."""
+    if side.rank is not None:
+        side.host.ranks[side.rank].picks += 1
+
+
+def _dispatch(decode: Side, demand: Demand, prefill: Side | None = None) -> Dispatch:
+    return Dispatch(
+        pool=decode.host.endpoint.pool,
+        demand=demand,
+        decode=decode.host.endpoint.url,
+        decode_rank=decode.rank,
+        prefill=None if prefill is None else prefill.host.endpoint.url,
+        prefill_rank=None if prefill is None else prefill.rank,
+        cached=(prefill or decode).cached,
+    )

@@ -1,0 +1,1 @@
+"""Which rank holds the beginning of which prompt."""

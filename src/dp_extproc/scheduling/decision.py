@@ -1,0 +1,53 @@
+"""What the service decides of a request, for Envoy to carry out."""
+
+from msgspec import Struct
+
+from dp_extproc.load.in_flight import Attempt
+from dp_extproc.prefix_cache.blocks import Prefix
+from dp_extproc.request.body import InferenceRequest
+from dp_extproc.scheduling.queue import Ticket
+
+Metadata = dict[str, str | int]
+"""Dynamic metadata of a request, by the names of :mod:`dp_extproc.contract`."""
+
+
+class Circumstances(Struct, frozen=True):
+    """What is known of a request besides its body."""
+
+    session: str | None = None
+    """The client's name for the conversation."""
+    failed: tuple[frozenset[str], ...] = ()
+    """The hosts of each attempt of this request that has failed, in order."""
+    ticket: Ticket | None = None
+    """Its place in the line, if it waits there."""
+    subset: frozenset[str] | None = None
+    """The endpoints among which a gateway allows to choose; None for all."""
+    sees_answer: bool = True
+    """Whether the body of the answer can be seen and changed."""
+    read: InferenceRequest | None = None
+    """What was read of its body before, of one that has waited ..."""
+    prefix: Prefix | None = None
+    """... and what its prompt begins with."""
+
+
+class Decision(Struct, frozen=True):
+    """Let the request through, to these hosts."""
+
+    body: bytes | None
+    """The new body; None leaves the request as it is."""
+    headers: tuple[tuple[str, bytes], ...]
+    """To set on the request."""
+    metadata: Metadata
+    """For access logs."""
+    attempt: Attempt | None
+    """None when nothing is on the books."""
+    streaming: bool | None = False
+    """Whether the client wants a stream of events; None where only the answer will tell."""
+    merges_logprobs: bool = False
+    """Whether the client wants log probabilities, of which the prefill leg's answer has a part."""
+
+
+class Answer(Struct, frozen=True):
+    """Answer the client without asking an engine."""
+
+    body: bytes

@@ -1,0 +1,37 @@
+"""Which prefill servers of a pool can be paired with which decode servers, where not all can with all."""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from dp_extproc.engines.compatibility import difference, kind_of, one_of_each_kind
+from dp_extproc.load.endpoint import HostLoad
+
+
+class Match(Struct, frozen=True):
+    """Prefill servers, and decode servers each of which can be paired with each of them."""
+
+    prefills: Sequence[HostLoad]
+    decodes: Sequence[HostLoad]
+
+
+def find_matches(prefills: Sequence[HostLoad], decodes: Sequence[HostLoad]) -> tuple[Match, ...] | None:
+    """Sort the servers of a pool by whom they can be paired with; None if all can be with all.
+
+    Every prefill server is in at most one match; a decode server may be in several.
+    """
+    kinds = one_of_each_kind(decode.facts for decode in decodes)
+    fitting = {
+        kind: frozenset(other for other, facts in kinds.items() if difference(prefill, facts) is None)
+        for kind, prefill in one_of_each_kind(host.facts for host in prefills).items()
+    }
+    if all(len(fits) == len(kinds) for fits in fitting.values()):
+        return None
+    return tuple(
+        Match(
+            [prefill for prefill in prefills if fitting[kind_of(prefill.facts)] == fits],
+            [decode for decode in decodes if kind_of(decode.facts) in fits],
+        )
+        for fits in dict.fromkeys(fitting.values())
+        if fits
+    )

@@ -1,0 +1,380 @@
+"""From a request to a decision: which pool, which hosts, which ranks, which room, and the bodies that say so."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from random import Random
+from typing import Final
+
+from msgspec.structs import replace
+
+from dp_extproc import contract
+from dp_extproc.config.reliability import AdmissionSettings
+from dp_extproc.config.schema import Carrier, ClientRanks, LoadSignal, PoolConfig
+from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
+from dp_extproc.engines.model import Role
+from dp_extproc.load.cache import FleetLoad
+from dp_extproc.load.endpoint import HostLoad
+from dp_extproc.load.health import choose
+from dp_extproc.load.in_flight import NOBODY, AttemptObserver, nothing
+from dp_extproc.load.request_cost import SESSION_KEPT, Demand
+from dp_extproc.load.step_group import RankLoad
+from dp_extproc.load.tracker import Ledger
+from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix, prefix_of
+from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated
+from dp_extproc.request.path import Api
+from dp_extproc.request.rejection import Reason, Rejection, Wait
+from dp_extproc.request.rewrite import rewrite_aggregated
+from dp_extproc.request.unread import unread_request
+from dp_extproc.scheduling.admission import Admission, is_too_long, largest_capacity
+from dp_extproc.scheduling.decision import Answer, Circumstances, Decision, Metadata
+from dp_extproc.scheduling.models import SHOWN_MODEL, Catalogue
+from dp_extproc.scheduling.picker import Pair, Picker, Pins, Side
+from dp_extproc.scheduling.queue import Ticket, WaitingLine
+from dp_extproc.scheduling.routing_fields import carry
+from dp_extproc.scheduling.shortage import TRY_AGAIN, nobody_allowed, nobody_can, nobody_matches
+from dp_extproc.scheduling.sides import Sides, matching_sides
+
+_WATCHED: Final = ((contract.WATCH, b"1"),)
+_ORDINARY: Final = Circumstances()
+_BODIES_NEEDED: Final = Rejection(
+    500,
+    Reason.UNSUPPORTED_BODY_MODE,
+    "the ext_proc filter must send request bodies BUFFERED or FULL_DUPLEX_STREAMED, as envoy-config prints it",
+)
+_DEFAULT_ADMISSION: Final = AdmissionSettings()
+
+
+class _Pool:
+    """A pool and what its policies remember."""
+
+    def __init__(self, config: PoolConfig, signal: LoadSignal, fleet: FleetLoad, rng: Random) -> None:
+        self.config = config
+        self.name = config.name
+        self.picker = Picker(config.policy, signal, fleet.prefixes[config.name], rng)
+        self.carries_in_headers = config.carrier is Carrier.HEADERS
+        self.can_go_unread = not any(config.needs_bodies())
+        self.honours_pins = config.policy.client_dp_rank is ClientRanks.HONOUR
+
+
+class Dispatcher:
+    """Decides. Holds no connection and reads no clock; what it knows of the fleet is in the load cache."""
+
+    def __init__(
+        self,
+        pools: Iterable[PoolConfig],
+        fleet: FleetLoad,
+        *,
+        owner: str,
+        rng: Random,
+        draw_token: Callable[[], str],
+        clock: Callable[[], float],
+        signal: LoadSignal = LoadSignal.ESTIMATE,
+        observer: AttemptObserver = NOBODY,
+        admission: AdmissionSettings = _DEFAULT_ADMISSION,
+        line: WaitingLine | None = None,
+        sees_first_events: bool = False,
+        credentials: Credentials = NO_CREDENTIALS,
+    ) -> None:
+        """Set up.
+
+        Args:
+            pools: As configured; each model in one of them.
+            fleet: The load cache.
+            owner: ``IP:port`` where Envoy reaches this very process.
+            rng: For ties, rooms and ids. Seeded differently in every process.
+            draw_token: Gives a token for a leg that nobody can guess, whatever ids clients have seen.
+            clock: Monotonic seconds; the same that the load cache is fed with.
+            signal: What the tokens of a rank are.
+            observer: Told of every attempt.
+            admission: What a rank may have on its books.
+            line: Where requests wait for room; None if none do.
+            sees_first_events: Whether Envoy is to show the first event of streaming answers.
+            credentials: What requests to engines have to show.
+        """
+        self._fleet = fleet
+        self.ledger = Ledger(fleet, observer, made_room=nothing if line is None else line.call)
+        self._owner = owner.encode()
+        self._rng = rng
+        self._draw_token = draw_token
+        self._clock = clock
+        self._line = line
+        self._sees_first_events = sees_first_events
+        self._credentials = credentials
+        self.configure(pools, signal, admission)
+
+    def configure(self, pools: Iterable[PoolConfig], signal: LoadSignal, admission: AdmissionSettings) -> None:
+        """Decide by another configuration from now on; the load cache has been told of it before."""
+        pools = tuple(pools)
+        self._pools = {pool.name: _Pool(pool, signal, self._fleet, self._rng) for pool in pools}
+        self._catalogue = Catalogue(pools, self._fleet)
+        self._admission = Admission(admission)
+
+    def place(
+        self,
+        api: Api,
+        body: bytes,
+        circumstances: Circumstances = _ORDINARY,
+    ) -> Decision | Rejection:
+        """Decide where an inference request goes.
+
+        Args:
+            api: What the path asked for.
+            body: The whole body.
+            circumstances: What is known of it besides.
+        """
+        request = circumstances.read or read_body(api, body)
+        if isinstance(request, Rejection):
+            return request
+        pool = self._resolve(request.model)
+        if isinstance(pool, Rejection):
+            return pool
+        if pool.config.is_disaggregated:
+            refusal = refuse_disaggregated(request, sees_answer=circumstances.sees_answer)
+            refusal = refusal or self._make_wait(pool, request, circumstances.ticket)
+            return refusal or self._place_disaggregated(pool, request, circumstances)
+        return self._make_wait(pool, request, circumstances.ticket) or self._place_aggregated(
+            pool, request, circumstances
+        )
+
+    def place_unread(
+        self, api: Api, length: int | None, circumstances: Circumstances = _ORDINARY
+    ) -> Decision | Rejection:
+        """Decide where a request goes whose body is not seen.
+
+        Args:
+            api: What the path asked for.
+            length: Bytes of the body; None if it does not say.
+            circumstances: What is known of it besides.
+        """
+        pool = next(iter(self._pools.values()))
+        if len(self._pools) > 1 or not pool.can_go_unread:
+            return _BODIES_NEEDED
+        request = unread_request(api, length)
+        return self._make_wait(pool, request, circumstances.ticket) or self._place_disaggregated(
+            pool, request, circumstances
+        )
+
+    def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
+        """Send a request that any engine can answer to a server that answers clients, of a subset if there is one."""
+        now = self._clock()
+        for pool in self._pools.values():
+            role = Role.DECODE if pool.config.is_disaggregated else Role.WORKER
+            if hosts := self._fleet.eligible(pool.name, role, now, subset):
+                address = self._rng.choice(hosts).address
+                metadata: Metadata = {contract.META_POOL: pool.name, contract.META_DECODE_HOST: address}
+                headers = ((contract.DECODE_HOST, address.encode()), *self._credentials.headers(pool.name))
+                return Decision(None, headers, metadata, None)
+        return Rejection(503, Reason.NO_ENDPOINTS, "no engine has been reached yet", headers=TRY_AGAIN)
+
+    def models(self, path: str) -> Answer | Rejection:
+        """Answer ``/v1/models`` for all pools, or ``/v1/models/NAME``."""
+        return self._catalogue.answer(path)
+
+    def lost(self, address: str) -> None:
+        """Take note that the server at this address has dropped a request."""
+        for host in self._fleet.hosts.values():
+            if host.address == address:
+                host.health.failed(self._clock())
+
+    def _resolve(self, model: str | None) -> _Pool | Rejection:
+        name = self._catalogue.pool_of(model)
+        return self._pools[name] if isinstance(name, str) else name
+
+    def _place_aggregated(
+        self, pool: _Pool, request: InferenceRequest, circumstances: Circumstances
+    ) -> Decision | Rejection:
+        now = self._clock()
+        hosts = self._capable(pool, Role.WORKER, request, now, circumstances)
+        if isinstance(hosts, Rejection):
+            return hosts
+        demand = self._demand(pool, request, circumstances)
+        pin = request.routed_rank_pin if pool.honours_pins else None
+        side = pool.picker.worker(hosts, demand, now, pin)
+        if (too_long := self._refuse_too_long(side, hosts, request, demand)) is not None:
+            return too_long
+        if not self._has_room(side, demand):
+            if roomy := self._roomy(hosts, demand):
+                side = pool.picker.worker(roomy, demand, now, pin, wanted=self._fits(demand))
+            if not self._has_room(side, demand):
+                return self._refuse_for_room(pool, Role.WORKER, hosts, request, demand)
+        rank_key = side.host.capabilities.aggregated_rank_key(request.api)
+        if not side.host.capabilities.takes_rank(request.api) and len(side.host.ranks) > 1:
+            side = replace(side, rank=None)
+        attempt = self.ledger.open_worker(side, demand, now)
+        body = rewrite_aggregated(request.body, rank_key, side.rank)
+        in_header = side.rank if request.api in side.host.capabilities.rank_header_on else None
+        headers = (
+            (contract.DECODE_HOST, side.host.address.encode()),
+            *(((contract.RANK_HEADER, b"%d" % in_header),) if in_header is not None else ()),
+            *self._credentials.headers(pool.name),
+        )
+        side.host.health.sent(now)
+        return Decision(body, headers, _metadata(pool, request, side), attempt, streaming=request.stream)
+
+    def _place_disaggregated(
+        self, pool: _Pool, request: InferenceRequest, circumstances: Circumstances
+    ) -> Decision | Rejection:
+        now = self._clock()
+        sides = self._sides(pool, request, now, circumstances)
+        if isinstance(sides, Rejection):
+            return sides
+        demand = self._demand(pool, request, circumstances)
+        pair = self._pick_pair(pool, request, demand, now, sides)
+        if isinstance(pair, Rejection):
+            return pair
+        prefill, decode = pair.prefill, pair.decode
+        batch = request.prompt.batch
+        rooms = pair.draw_room(self._rng) if batch is None else [pair.draw_room(self._rng) for _ in range(batch)]
+        leg, number = self._draw_token(), f"{self._rng.getrandbits(96):024x}"
+        carried = carry(request, pair, rooms, number, in_headers=pool.carries_in_headers)
+        attempt = self.ledger.open_pair(pair, demand, now, leg=leg, streaming=request.stream is not False)
+        prefill.host.health.sent(now)
+        decode.host.health.sent(now)
+        headers = (
+            (contract.DECODE_HOST, decode.host.address.encode()),
+            (contract.PREFILL_HOST, prefill.host.address.encode()),
+            *carried.headers,
+            (contract.OWNER, self._owner),
+            (contract.LEG, leg.encode()),
+            *(_WATCHED if request.stream is not False and self._sees_first_events else ()),
+            *self._credentials.headers(pool.name),
+        )
+        metadata = _metadata(pool, request, decode)
+        metadata[contract.META_PREFILL_HOST] = prefill.host.address
+        if (prefill_rank := prefill.told_rank) is not None:
+            metadata[contract.META_PREFILL_RANK] = prefill_rank
+        return Decision(
+            carried.body, headers, metadata, attempt, streaming=request.stream, merges_logprobs=request.wants_logprobs
+        )
+
+    def _pick_pair(
+        self, pool: _Pool, request: InferenceRequest, demand: Demand, now: float, sides: Sides
+    ) -> Pair | Rejection:
+        """Pick both sides, of the ranks that have room if the best ones have none."""
+        prefills, decodes = sides.prefills, sides.decodes
+        pins = Pins(request.prefill_rank_pin, request.routed_rank_pin) if pool.honours_pins else Pins()
+        pair = pool.picker.pair(prefills, decodes, demand, now, pins, decodes_of=sides.decodes_of)
+        own = sides.match_of(pair.prefill.host)  # one may be too small on one side, and the others on the other
+        for side, hosts in (
+            (pair.prefill, prefills), (pair.decode, decodes), (pair.prefill, own.prefills), (pair.decode, own.decodes)
+        ):  # fmt: skip
+            if (too_long := self._refuse_too_long(side, hosts, request, demand)) is not None:
+                return too_long
+        if not (self._has_room(pair.prefill, demand) and self._has_room(pair.decode, demand)):
+            roomy = sides.only(lambda host: self._admission.has_room(host, None, demand.tokens, demand.requests))
+            if roomy is not None:
+                fits, of = self._fits(demand), roomy.decodes_of
+                pair = pool.picker.pair(roomy.prefills, roomy.decodes, demand, now, pins, wanted=fits, decodes_of=of)
+            # No rank of decode may have room of those that one room can lead to together with prefill's.
+            for side, hosts in ((pair.prefill, prefills), (pair.decode, decodes)):
+                if not self._has_room(side, demand):
+                    return self._refuse_for_room(pool, side.host.endpoint.role, hosts, request, demand)
+        return pair
+
+    def _make_wait(self, pool: _Pool, request: InferenceRequest, ticket: Ticket | None) -> Rejection | None:
+        """Keep a request from overtaking those that wait already."""
+        if self._line is None or not self._line.comes_after(pool.name, request.priority, ticket):
+            return None
+        return self._no_room(pool, request, None, "other requests are waiting already")
+
+    def _no_room(self, pool: _Pool, request: InferenceRequest, prefix: Prefix | None, why: str) -> Rejection:
+        message = f"the servers for {pool.name} are full: {why}; try again later"
+        wait = Wait(pool.name, request.priority, request, prefix)
+        return Rejection(429, Reason.OVER_CAPACITY, message, headers=TRY_AGAIN, wait=wait)
+
+    def _refuse_too_long(
+        self, side: Side, hosts: Sequence[HostLoad], request: InferenceRequest, demand: Demand
+    ) -> Rejection | None:
+        """Refuse a prompt that no rank of these hosts can ever hold; its engine would let the other leg wait for it."""
+        sample = side.host.ranks[side.rank or 0].sample
+        if sample is None or not sample.capacity_tokens or demand.tokens <= sample.capacity_tokens:
+            return None
+        if not request.is_read:  # it may be long for its pictures
+            return None
+        capacity = largest_capacity(hosts)
+        if capacity is None or not is_too_long(request.prompt, demand.tokens, capacity):
+            return None
+        message = (
+            f"the prompt has about {demand.tokens:.0f} tokens, and the largest {side.host.endpoint.role.value} rank "
+            f"that it can go to holds {capacity}; send a shorter one"
+        )
+        return Rejection(400, Reason.PROMPT_TOO_LONG, message)
+
+    def _has_room(self, side: Side, demand: Demand) -> bool:
+        return self._admission.has_room(side.host, side.rank, demand.tokens, demand.requests)
+
+    def _fits(self, demand: Demand) -> Callable[[RankLoad], bool]:
+        return partial(self._admission.fits, tokens=demand.tokens, requests=demand.requests)
+
+    def _roomy(self, hosts: Sequence[HostLoad], demand: Demand) -> list[HostLoad]:
+        return [host for host in hosts if self._admission.has_room(host, None, demand.tokens, demand.requests)]
+
+    def _refuse_for_room(
+        self, pool: _Pool, role: Role, hosts: Sequence[HostLoad], request: InferenceRequest, demand: Demand
+    ) -> Rejection:
+        why = f"no rank of its {len(hosts)} {role} servers takes {demand.tokens:.0f} more tokens"
+        return self._no_room(pool, request, demand.prefix, why)
+
+    def _demand(self, pool: _Pool, request: InferenceRequest, circumstances: Circumstances) -> Demand:
+        prompt, session, prefix = request.prompt, circumstances.session, circumstances.prefix
+        if prefix is None:
+            prefix = prefix_of(request) if pool.config.policy.affinity.prefixes else NO_PREFIX
+        return Demand(
+            tokens=self._fleet.ratios[pool.name].estimate(prompt),
+            requests=(prompt.batch or 1) * request.samples,
+            prefix=prefix,
+            session=session[:SESSION_KEPT] if session and pool.config.policy.affinity.sessions else None,
+            text_bytes=prompt.text_bytes,
+            known_tokens=prompt.tokens,
+        )
+
+    def _sides(
+        self, pool: _Pool, request: InferenceRequest, now: float, circumstances: Circumstances
+    ) -> Sides | Rejection:
+        """Give what a pair may be picked from: never two servers that are known not to work together."""
+        all_match = pool.name not in self._fleet.matches
+        if not all_match and (sides := matching_sides(self._fleet, pool.name, request, now, circumstances)) is not None:
+            return sides
+        prefills = self._capable(pool, Role.PREFILL, request, now, circumstances)
+        if isinstance(prefills, Rejection):
+            return prefills
+        decodes = self._capable(pool, Role.DECODE, request, now, circumstances)
+        if isinstance(decodes, Rejection):
+            return decodes
+        if all_match:
+            return Sides(prefills, decodes)
+        known = self._fleet.known(pool.name, Role.PREFILL), self._fleet.known(pool.name, Role.DECODE)
+        return nobody_matches(pool.name, (prefills, decodes), known)
+
+    def _capable(
+        self, pool: _Pool, role: Role, request: InferenceRequest, now: float, circumstances: Circumstances
+    ) -> Sequence[HostLoad] | Rejection:
+        """Give the hosts of a role that can serve this path and are well, at least one."""
+        api, subset = request.api, circumstances.subset
+        hosts = () if subset is None else self._fleet.eligible(pool.name, role, now, subset)
+        capable = (
+            self._fleet.capable(pool.name, role, api, now)
+            if subset is None
+            else [host for host in hosts if host.capabilities.serves(api)]
+        )
+        if not request.is_read:
+            capable = [host for host in capable if api in host.capabilities.overrides_on]
+        if capable:
+            if circumstances.failed or self._fleet.sick:
+                return choose(capable, circumstances.failed, now)
+            return capable
+        if subset is not None and not hosts:
+            return nobody_allowed(pool.name)
+        hosts = hosts or self._fleet.eligible(pool.name, role, now)
+        return nobody_can(pool.name, role, hosts, api, is_read=request.is_read)
+
+
+def _metadata(pool: _Pool, request: InferenceRequest, decode: Side) -> Metadata:
+    metadata: Metadata = {
+        contract.META_POOL: pool.name,
+        contract.META_MODEL: (request.model or "")[:SHOWN_MODEL],
+        contract.META_DECODE_HOST: decode.host.address,
+    }
+    if (rank := decode.told_rank) is not None:
+        metadata[contract.META_DECODE_RANK] = rank
+    return metadata

@@ -1,0 +1,161 @@
+"""Which prefill and decode servers must not meet, and which only look as if."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dp_extproc.engines.compatibility import difference, differences
+from dp_extproc.engines.model import EngineFacts, Mode, PairTerms
+from dp_extproc.engines.sglang.server_info import read_server_info
+from engines.test_capabilities import facts
+
+RECORDED = Path(__file__).parent / "recorded"
+
+
+def side(mode: Mode, terms: PairTerms, version: str | None = "0.5.23") -> EngineFacts:
+    return replace(facts(version, mode), terms=terms)
+
+
+def code(prefill: PairTerms, decode: PairTerms, version: str | None = "0.5.23") -> str | None:
+    found = difference(side(Mode.PREFILL, prefill, version), side(Mode.DECODE, decode, version))
+    return None if found is None else found.code
+
+
+def page(number: int | None) -> PairTerms:
+    return PairTerms(page_size=number)
+
+
+def dtype(name: str | None) -> PairTerms:
+    return PairTerms(kv_cache_dtype=name)
+
+
+def backend(name: str | None) -> PairTerms:
+    return PairTerms(transfer_backend=name)
+
+
+def model(path: str, name: str | None = None) -> PairTerms:
+    return PairTerms(model_path=path, served_name=name)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "version", "expected"),
+    [
+        pytest.param(page(1), page(1), "0.5.23", None, id="page: the same"),
+        pytest.param(page(1), page(2), "0.5.23", "page_size_differs", id="page: another"),
+        pytest.param(page(64), page(1), "0.5.5", "page_size_differs", id="page: another, before it was compared"),
+        pytest.param(page(1), page(None), "0.5.23", None, id="page: not told"),
+        pytest.param(dtype("auto"), dtype("auto"), "0.5.23", None, id="type: auto"),
+        pytest.param(dtype("bf16"), dtype("fp8_e4m3"), "0.5.23", "kv_cache_dtype_differs", id="type: another"),
+        pytest.param(dtype("bf16"), dtype("fp8_e4m3"), "0.5.9", "kv_cache_dtype_differs", id="type: another, old"),
+        pytest.param(dtype("bf16"), dtype("bfloat16"), "0.5.23", "kv_cache_dtype_differs", id="type: names compared"),
+        pytest.param(dtype("bf16"), dtype("bfloat16"), "0.5.9", None, id="type: names not compared"),
+        pytest.param(dtype("auto"), dtype("fp8_e4m3"), "0.5.23", None, id="type: auto may be fp8"),
+        pytest.param(dtype("fp8_e4m3"), dtype("auto"), None, None, id="type: auto may be fp8, unknown release"),
+        pytest.param(dtype("auto"), dtype("bf16"), "0.5.23", "kv_cache_dtype_differs", id="type: auto is never bf16"),
+        pytest.param(dtype("fp8_e5m2"), dtype("auto"), None, "kv_cache_dtype_differs", id="type: nor fp8_e5m2"),
+        pytest.param(dtype("auto"), dtype("bf16"), "0.5.9", None, id="type: auto may be anything before 0.5.10"),
+        pytest.param(dtype(None), dtype("bf16"), "0.5.23", None, id="type: not told"),
+        pytest.param(
+            backend("mooncake"),
+            backend("nixl"),
+            "0.5.23",
+            "disaggregation_transfer_backend_differs",
+            id="backend: another",
+        ),
+        pytest.param(backend("mooncake_tcp"), backend("mooncake"), "0.5.16", None, id="backend: told as the other"),
+        pytest.param(backend(None), backend("nixl"), "0.5.23", None, id="backend: not told"),
+        pytest.param(model("/a/one", "one"), model("/a/two", "two"), "0.5.23", "model_differs", id="model: another"),
+        pytest.param(model("/a/one", "p"), model("/b/One/", "d"), "0.5.23", None, id="model: a name for each role"),
+        pytest.param(model("/a/fp8", "m"), model("/b/fp4", "m"), "0.5.23", None, id="model: weights of two kinds"),
+        pytest.param(model("/mnt/model"), model("org/name"), "0.5.23", None, id="model: names not given"),
+        pytest.param(model("/mnt/model", "m"), model("org/name"), "0.5.23", None, id="model: one name not given"),
+        pytest.param(
+            model("/hub/models--org--name/snapshots/0a1b", "p"),
+            model("org/name", "d"),
+            "0.5.23",
+            None,
+            id="model: a snapshot of it",
+        ),
+        pytest.param(PairTerms(), PairTerms(), None, None, id="nothing told"),
+    ],
+)
+def test_a_difference_is_found_where_the_pair_would_fail(
+    prefill: PairTerms, decode: PairTerms, version: str | None, expected: str | None
+) -> None:
+    """What one side does not tell, and what may be the same, is no difference: such a pair may work."""
+    assert code(prefill, decode, version) == expected
+
+
+def test_a_difference_names_both_values_and_the_remedy() -> None:
+    """An operator, and whoever gets the refusal, knows what to change."""
+    (found,) = differences(
+        [side(Mode.PREFILL, page(1)), side(Mode.PREFILL, page(1))],
+        [side(Mode.DECODE, page(2)), side(Mode.DECODE, page(2)), side(Mode.DECODE, page(1))],
+    )
+
+    assert str(found) == "page_size is 1 on prefill and 2 on decode"
+    assert "Page size mismatch" in found.happens
+    assert found.remedy == "start both with the same --page-size"
+
+
+def test_a_pair_that_has_served_agrees() -> None:
+    """Real servers that moved KV caches to each other have no difference, and what they tell is read."""
+    prefill, decode = (
+        read_server_info((RECORDED / "pd_dpattn" / f"{side}_server_info.json").read_bytes())
+        for side in ("prefill", "decode")
+    )
+
+    assert difference(prefill, decode) is None
+    assert (prefill.terms.page_size, prefill.terms.kv_cache_dtype) == (1, "auto")
+    assert (prefill.terms.transfer_backend, prefill.terms.served_name) == ("mooncake", "tiny")
+
+
+def told(**info: object) -> PairTerms:
+    return read_server_info(json.dumps({"dp_size": 1, "disaggregation_mode": "decode", **info}).encode()).terms
+
+
+@pytest.mark.parametrize(
+    "size", [0, -1, 1.0, True, "1", None, [], {"a": 1}, 10**400, 2**40], ids=lambda size: repr(size)[:12]
+)
+def test_an_odd_page_size_is_not_known(size: object) -> None:
+    """The page can be used all the same."""
+    assert told(page_size=size) == PairTerms()
+
+
+@pytest.mark.parametrize("name", [7, "", None, ["auto"], "x" * 5000, "bf16\nERROR"], ids=lambda name: repr(name)[:12])
+def test_an_odd_name_is_not_known(name: object) -> None:
+    """Likewise."""
+    assert told(kv_cache_dtype=name, disaggregation_transfer_backend=name) == PairTerms()
+
+
+def test_pages_of_a_server_with_hisparse_are_not_known() -> None:
+    """It hands over pages of another size than it tells, and SGLang does not compare them (0.5.10 to 0.5.12)."""
+    assert told(page_size=64, enable_hisparse=True).page_size is None
+
+
+def test_a_model_that_is_called_by_its_path_has_no_name() -> None:
+    """SGLang fills in the path where no name is given."""
+    assert told(model_path="org/name", served_model_name="org/name").served_name is None
+    assert told(model_path="org/name", served_model_name="mine").served_name == "mine"
+
+
+terms = st.builds(
+    PairTerms,
+    page_size=st.sampled_from([None, 1, 64]),
+    kv_cache_dtype=st.sampled_from([None, "auto", "bf16", "bfloat16", "fp8_e4m3"]),
+    transfer_backend=st.sampled_from([None, "mooncake", "mooncake_tcp", "nixl"]),
+    model_path=st.sampled_from([None, "/a/one", "/b/one", "/a/two"]),
+    served_name=st.sampled_from([None, "one", "two"]),
+)
+
+
+@given(terms, terms, st.sampled_from([None, "0.5.5", "0.5.9", "0.5.10", "0.5.23"]))
+def test_it_does_not_matter_which_side_is_which(one: PairTerms, other: PairTerms, version: str | None) -> None:
+    """What two servers differ in they also differ in with their roles exchanged, and nobody differs from its like."""
+    assert code(one, other, version) == code(other, one, version)
+    assert code(one, one, version) is None
+    assert code(one, PairTerms(), version) is None

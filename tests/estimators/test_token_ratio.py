@@ -1,0 +1,162 @@
+"""Token estimates start sane and correct themselves from what the engines count."""
+
+from random import Random
+
+import pytest
+
+from dp_extproc.estimators.token_ratio import LEAST, MOST, START, TokenRatio
+from dp_extproc.request.prompt import Prompt
+
+ENGINE = "http://10.0.0.1:31001"
+
+
+def test_token_ids_are_exact() -> None:
+    """Known tokens need no estimate."""
+    assert TokenRatio().estimate(Prompt(0, 1234, None)) == 1234
+
+
+@pytest.mark.parametrize(
+    ("text", "least", "most"),
+    [
+        pytest.param("The quick brown fox jumps over the lazy dog. " * 100, 700, 1300, id="english"),
+        pytest.param("敏捷的棕色狐狸跳过了懒狗" * 167, 1000, 2100, id="2000 chinese characters"),
+        pytest.param("素早い茶色の狐がのろまな犬を飛び越える" * 105, 1000, 2100, id="2000 japanese characters"),
+        pytest.param("for (int i = 0; i < n; ++i) { a[i] += b[i]; }\n" * 50, 500, 1200, id="code"),
+        pytest.param("", 1, 1, id="empty"),
+    ],
+)
+def test_first_estimates_are_sane(text: str, least: int, most: int) -> None:
+    """Without any feedback an estimate is within a factor of two of what usual tokenizers make of a text."""
+    assert least <= TokenRatio().estimate(Prompt(len(text.encode()), 0, None)) <= most
+
+
+def _feed(ratio: TokenRatio, text_bytes: int, counted: int, known: int = 0, rounds: int = 200) -> None:
+    total = 0
+    ratio.counted(ENGINE, total, 0.0)
+    for second in range(1, rounds + 1):
+        ratio.answered(ENGINE, text_bytes, known)
+        total += counted
+        ratio.counted(ENGINE, total, second)
+
+
+@pytest.mark.parametrize("bytes_per_token", [1.5, 3.0, 6.0])
+def test_the_ratio_follows_the_engines_count(bytes_per_token: float) -> None:
+    """Whatever the tokenizer makes of the traffic, estimates come to agree with the engine."""
+    ratio = TokenRatio()
+    _feed(ratio, 60_000, round(60_000 / bytes_per_token))
+
+    assert ratio.bytes_per_token == pytest.approx(bytes_per_token, rel=0.02)
+
+
+def test_known_tokens_do_not_bend_the_ratio() -> None:
+    """Token ids among the prompts are counted by the engine, too, and taken out again."""
+    ratio = TokenRatio()
+    _feed(ratio, 60_000, 20_000 + 50_000, known=50_000)
+
+    assert ratio.bytes_per_token == pytest.approx(3.0, rel=0.02)
+
+
+def test_traffic_of_others_alone_teaches_nothing() -> None:
+    """An engine that counts while we send nothing is busy with others."""
+    ratio = TokenRatio()
+    for count in range(0, 10_000_000, 100_000):
+        ratio.counted(ENGINE, count, count / 100_000)
+
+    assert ratio.bytes_per_token == START
+
+
+def test_a_restarted_engine_counts_anew() -> None:
+    """A count that went down is not taken for negative tokens."""
+    ratio = TokenRatio()
+    _feed(ratio, 60_000, 20_000)
+    _feed(ratio, 60_000, 20_000)
+
+    assert ratio.bytes_per_token == pytest.approx(3.0, rel=0.02)
+
+
+def test_a_change_of_traffic_shows() -> None:
+    """Old counts fade: after a few times the memory the new ratio holds."""
+    ratio = TokenRatio()
+    _feed(ratio, 1_000_000, 250_000, rounds=100)
+    _feed(ratio, 1_000_000, 500_000, rounds=100)
+
+    assert ratio.bytes_per_token == pytest.approx(2.0, rel=0.1)
+
+
+@pytest.mark.parametrize(("counted", "bound"), [(10_000_000, LEAST), (0, MOST)], ids=["others' traffic", "all cached"])
+def test_bounds_hold_where_counts_mislead(counted: int, bound: float) -> None:
+    """No count makes an estimate absurd."""
+    ratio = TokenRatio()
+    _feed(ratio, 60_000, counted)
+
+    assert ratio.bytes_per_token == bound
+
+
+class TestTrafficOfOthers:
+    """An engine counts for everybody, and texts have 4 bytes per token, whoever sends them."""
+
+    def test_requests_that_nobody_of_us_has_sent_stop_the_learning(self) -> None:
+        """Three of four prompts are of others, and the engine shows some of them whenever it is read."""
+        ratio = TokenRatio()
+        for second in range(500):
+            ratio.answered(ENGINE, 20_000, 0)
+            ratio.counted(ENGINE, 20_000 * second, second, strangers=True)
+
+        assert ratio.bytes_per_token == START
+
+    def test_they_are_not_there_whenever_the_engine_is_read(self) -> None:
+        """Every other prompt is of others, which two readings of five show; one more without them tells nothing yet."""
+        ratio, chance = TokenRatio(), Random(1)
+        for second in range(3000):
+            ratio.answered(ENGINE, 20_000, 0)
+            ratio.counted(ENGINE, 10_000 * second, second, strangers=chance.random() < 0.4)
+
+        assert ratio.bytes_per_token == pytest.approx(START, rel=0.05)
+
+    def test_what_was_learned_just_before_they_were_seen_is_dropped(self) -> None:
+        """And what comes in the first readings after them; once they have been gone for a while all is learned."""
+        ratio = TokenRatio()
+        count = 0
+
+        def read(times: int, tokens: int, *, strangers: bool = False) -> None:
+            nonlocal count
+            for _ in range(times):
+                ratio.answered(ENGINE, 100_000, 0)
+                count += tokens
+                ratio.counted(ENGINE, count, 0.0, strangers=strangers)
+
+        read(10, 25_000)
+        read(7, 100_000)
+        read(1, 100_000, strangers=True)
+        read(7, 100_000)
+        before = ratio.bytes_per_token
+        read(300, 50_000)
+
+        assert before == START
+        assert ratio.bytes_per_token == pytest.approx(2.0, rel=0.05)
+
+    def test_pages_without_a_count_show_them_too(self) -> None:
+        """The count comes with every tenth page; others are on the page in between."""
+        ratio = TokenRatio()
+        for page in range(1000):
+            ratio.answered(ENGINE, 20_000, 0)
+            ratio.counted(ENGINE, None if page % 10 else 10_000 * page, page, strangers=page % 10 == 5)
+
+        assert ratio.bytes_per_token == START
+
+    @pytest.mark.parametrize("share", [0.25, 0.7, 1.0])
+    def test_what_is_counted_without_us_is_taken_off(self, share: float) -> None:
+        """Requests come by chance, and the engine is read once a second; some are counted a second late."""
+        ratio, chance = TokenRatio(), Random(1)
+        count = late = 0
+        for second in range(5000):
+            ours = [chance.expovariate(1 / 4000) for _ in range(6) if chance.random() < share / 6]
+            others = [chance.expovariate(1 / 4000) for _ in range(6) if chance.random() < (1 - share) / 6]
+            for size in ours:
+                ratio.answered(ENGINE, round(size), 0)
+            count += late
+            late = round(sum(ours) / 2) if chance.random() < 0.2 else 0
+            count += round(sum(ours) / 2) - late + round(sum(others) / 2)
+            ratio.counted(ENGINE, count, second, idle=True)
+
+        assert ratio.bytes_per_token == pytest.approx(2.0, rel=0.1)

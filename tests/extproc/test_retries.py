@@ -1,0 +1,78 @@
+"""How often a request is placed anew."""
+
+import pytest
+
+from dp_extproc.config.reliability import RetrySettings
+from dp_extproc.contract import read_cut, read_failed, write_failed
+from dp_extproc.extproc.retries import RetryBudget
+
+
+def test_attempts_are_bounded() -> None:
+    """Three attempts are two retries."""
+    budget = RetryBudget(RetrySettings(attempts=3))
+    assert [budget.spend(attempts) for attempts in (1, 2, 3)] == [True, True, False]
+
+
+def test_a_storm_is_bounded() -> None:
+    """When everything fails, only the burst is retried, and then a part of what comes."""
+    budget = RetryBudget(RetrySettings(attempts=10, budget=0.5, burst=3))
+    assert [budget.spend(1) for _ in range(5)] == [True, True, True, False, False]
+    for _ in range(4):
+        budget.earn()
+    assert [budget.spend(1) for _ in range(3)] == [True, True, False]
+
+
+def test_the_budget_does_not_grow_beyond_the_burst() -> None:
+    """A quiet night does not allow a storm in the morning."""
+    budget = RetryBudget(RetrySettings(attempts=10, budget=1, burst=2))
+    for _ in range(100):
+        budget.earn()
+    assert [budget.spend(1) for _ in range(3)] == [True, True, False]
+
+
+def test_no_retries_at_all() -> None:
+    """One attempt in all."""
+    assert not RetryBudget(RetrySettings(attempts=1)).spend(1)
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        (None, ()),
+        ("", ()),
+        ("10.0.0.1:1,10.0.0.2:2", ({"10.0.0.1:1", "10.0.0.2:2"},)),
+        ("a:1,b:2;a:1,c:3", ({"a:1", "b:2"}, {"a:1", "c:3"})),
+    ],
+)
+def test_what_has_failed_is_read(header: str | None, expected: tuple[set[str], ...]) -> None:
+    """Attempts by semicolons, their hosts by commas."""
+    assert read_failed(header) == expected
+
+
+@pytest.mark.parametrize(
+    ("header", "lost"),
+    [
+        (None, None),
+        ("a:1,b:2", None),
+        ("a:1,b:2,cut", "b:2"),
+        ("-,b:2,cut", "b:2"),
+        ("a:1,b:2;c:3,d:4,cut", "d:4"),
+        ("a:1,b:2,cut;c:3,d:4", None),
+        (",,,", None),
+    ],
+)
+def test_who_was_lost_by_the_last_attempt(header: str | None, lost: str | None) -> None:
+    """Earlier ones were counted when the last one was placed, and the mark is no host."""
+    assert read_cut(header) == lost
+    assert not any("cut" in hosts for hosts in read_failed(header))
+
+
+def test_what_is_written_is_read() -> None:
+    """Also when Envoy has joined several."""
+    one, two = write_failed("a:1", "b:2"), write_failed("c:3")
+    assert [*map(sorted, read_failed(f"{one.decode()};{two.decode()}"))] == [["a:1", "b:2"], ["c:3"]]
+
+
+def test_an_endless_header_is_not_read_to_its_end() -> None:
+    """Nobody but Envoy sends it, but it is bounded all the same."""
+    assert len(read_failed(";".join(["a:1"] * 10_000))) == 16

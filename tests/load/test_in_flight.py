@@ -1,0 +1,133 @@
+"""An attempt gives back what it reserved exactly once, whatever happens in whatever order."""
+
+from itertools import permutations
+
+import pytest
+
+from dp_extproc.engines.model import Role
+from dp_extproc.load.decode import DecodeGroup
+from dp_extproc.load.in_flight import Attempt
+from fleet_fixtures import Fleet, make_facts
+
+EVENTS = ("prefill", "first_byte", "end")
+
+
+def _tell(attempt: Attempt, event: str, now: float) -> None:
+    if event == "prefill":
+        attempt.prefill_answered(200, now)
+    elif event == "first_byte":
+        attempt.first_byte(200, now)
+    else:
+        attempt.end(now)
+
+
+@pytest.mark.parametrize("streaming", [True, False], ids=["streaming", "whole"])
+@pytest.mark.parametrize(
+    "events",
+    [order for length in range(4) for order in permutations(EVENTS, length)],
+    ids=lambda order: "-".join(order) or "none",
+)
+def test_the_books_are_empty_after_the_end(events: tuple[str, ...], streaming: bool) -> None:
+    """Events may be missing or come in any order, and twice; once the end was told the books are exactly empty."""
+    fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
+    prefill, decode = fleet.host(Role.PREFILL), fleet.host(Role.DECODE)
+    answered: list[int] = []
+    attempt = Attempt(
+        1,
+        0,
+        prefill.reserve(1, 70, 0),
+        decode.reserve(2, 70, 0),
+        leg="leg",
+        streaming=streaming,
+        on_prefill_answer=answered.append,
+    )
+    for now, event in enumerate((*events, *events), start=1):
+        _tell(attempt, event, now)
+
+    over = "end" in events
+    telling = {"prefill"} if streaming else {"prefill", "first_byte"}
+    assert prefill.requests == (0 if over or telling.intersection(events) else 1)
+    assert decode.requests == (0 if over else 1)
+    assert prefill.tokens == 0 if prefill.requests == 0 else prefill.tokens > 0
+    assert decode.tokens == 0 if over else decode.tokens >= 70
+    heard = telling.intersection(events[: events.index("end")] if over else events)
+    assert answered == ([200] if heard else [])
+
+
+class TestWhatAnEndTells:
+    """Two requests wait on a prefill rank; the second one is over without an answer of its leg."""
+
+    @pytest.fixture
+    def fleet(self) -> Fleet:
+        return Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
+
+    @staticmethod
+    def attempts(fleet: Fleet, *, streaming: bool = False) -> list[Attempt]:
+        prefill, decode = fleet.host(Role.PREFILL), fleet.host(Role.DECODE)
+        return [
+            Attempt(number, 0, prefill.reserve(1, 40_000, 0), decode.reserve(2, 40_000, 0), streaming=streaming)
+            for number in range(2)
+        ]
+
+    def test_a_client_that_leaves_tells_nothing(self, fleet: Fleet) -> None:
+        """The first one is as far from its turn as it was before."""
+        _, leaving = self.attempts(fleet)
+        before = fleet.host(Role.PREFILL).tokens
+        leaving.end(1)
+
+        assert fleet.host(Role.PREFILL).tokens == before - 40_000
+
+    def test_nor_does_an_error(self, fleet: Fleet) -> None:
+        """Engines refuse requests at once, and Envoy answers for those that are gone."""
+        _, failed = self.attempts(fleet)
+        before = fleet.host(Role.PREFILL).tokens
+        failed.prefill_answered(503, 1)
+        failed.end(1)
+
+        assert fleet.host(Role.PREFILL).tokens == before - 40_000
+
+    def test_a_whole_answer_tells_that_it_was_computed(self, fleet: Fleet) -> None:
+        """Decode could not have answered otherwise; first in, first out, the other one is computed, too."""
+        _, answered = self.attempts(fleet)
+        answered.first_byte(200, 1)
+
+        assert fleet.host(Role.PREFILL).tokens == 0
+
+    def test_the_head_of_a_stream_does_not(self, fleet: Fleet) -> None:
+        """Engines send it before the first token is computed."""
+        _, begun = self.attempts(fleet, streaming=True)
+        before = fleet.host(Role.PREFILL).tokens
+        begun.first_byte(200, 1)
+
+        assert fleet.host(Role.PREFILL).tokens == before
+
+
+@pytest.mark.parametrize(("status", "lasted"), [(200, 2), (500, None)])
+def test_an_error_tells_nothing_of_how_long_sequences_last(status: int, lasted: float | None) -> None:
+    """A server that fails at once is not a fast one."""
+    fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
+    prefill, decode = fleet.host(Role.PREFILL), fleet.host(Role.DECODE)
+    for number in range(60):
+        attempt = Attempt(number, 0, prefill.reserve(1, 70, 0), decode.reserve(2, 70, 0), leg="leg")
+        attempt.prefill_answered(200, 1)
+        attempt.first_byte(status, 3)
+        attempt.end(3)
+    (group,) = decode.groups
+    assert isinstance(group, DecodeGroup)
+
+    assert group.pace.lasting == lasted
+
+
+def test_on_one_server_the_first_byte_tells_that_the_prompt_is_done() -> None:
+    """An aggregated worker has no prefill leg; its response headers stand for the answer of one."""
+    worker = Fleet(workers=[make_facts(Role.WORKER)]).host(Role.WORKER)
+    answered: list[int] = []
+    attempt = Attempt(1, 0, (), worker.reserve(0, 70, 0), on_prefill_answer=answered.append)
+    queued = worker.tokens
+    attempt.first_byte(200, 1)
+    before = worker.tokens
+    attempt.end(2)
+
+    assert answered == [200]
+    assert queued - before == 70  # to be computed no more, but still to be held
+    assert (before >= 70, worker.tokens) == (True, 0)

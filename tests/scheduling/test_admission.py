@@ -1,0 +1,292 @@
+"""What a rank takes, and what fits nowhere."""
+
+import json
+from random import Random
+from typing import Any
+
+import pytest
+
+from dp_extproc.attempt.events import BodyMode, Mutate, RequestBody, RequestHeaders
+from dp_extproc.config.reliability import AdmissionSettings, QueueSettings
+from dp_extproc.config.schema import LoadSignal
+from dp_extproc.engines.model import LoadPage, RankSample, Role
+from dp_extproc.extproc.exchange import Exchange
+from dp_extproc.load.cache import FleetLoad
+from dp_extproc.load.records import Dispatch
+from dp_extproc.load.request_cost import Demand
+from dp_extproc.request.path import Api
+from dp_extproc.request.rejection import Reason, Rejection
+from dp_extproc.scheduling.decision import Circumstances, Decision
+from dp_extproc.scheduling.queue import WaitingLine
+from dp_extproc.scheduling.scheduler import Dispatcher
+from fleet_fixtures import Fleet, make_endpoint, make_facts, make_tokens
+
+CAPACITY, RUNNING = 1000, 2
+
+
+def ids(tokens: int) -> bytes:
+    return json.dumps({"input_ids": list(range(tokens))}).encode()
+
+
+class Small:
+    """One prefill and one decode server of two ranks, each of which holds 1000 tokens and runs two requests."""
+
+    def __init__(self, line: WaitingLine | None = None, **limits: Any) -> None:
+        self.fleet = Fleet(prefills=[make_facts(Role.PREFILL, ranks=2)], decodes=[make_facts(Role.DECODE, ranks=2)])
+        ranks = tuple(
+            RankSample(rank, used_tokens=0, capacity_tokens=CAPACITY, max_running_requests=RUNNING, age=0.0)
+            for rank in range(2)
+        )
+        for role in (Role.PREFILL, Role.DECODE):
+            self.fleet.load.sampled(make_endpoint(role), LoadPage(ranks), self.fleet.clock(), self.fleet.clock())
+        settings = AdmissionSettings.model_validate({"max_fill": None, "max_load": None, **limits})
+        self.dispatcher = Dispatcher(
+            [self.fleet.pool],
+            self.fleet.load,
+            owner="127.0.0.1:9002",
+            rng=Random(1),
+            draw_token=make_tokens(),
+            clock=self.fleet.clock,
+            admission=settings,
+            line=line,
+        )
+
+    def place(self, tokens: int) -> Decision | Rejection:
+        return self.dispatcher.place(Api.GENERATE, ids(tokens))
+
+    def place_until_refused(self, tokens: int, most: int = 50) -> tuple[list[Decision], Rejection]:
+        placed: list[Decision] = []
+        for _ in range(most):
+            found = self.place(tokens)
+            if isinstance(found, Rejection):
+                return placed, found
+            placed.append(found)
+        raise AssertionError(f"{most} requests were placed")
+
+
+@pytest.mark.parametrize(
+    ("limits", "tokens", "expected"),
+    [
+        pytest.param({"max_requests": 3}, 10, 6, id="requests"),
+        pytest.param({"max_load": 2.0}, 10, 8, id="requests-by-what-runs"),
+    ],
+)
+def test_a_full_fleet_refuses_with_429(limits: dict[str, Any], tokens: int, expected: int) -> None:
+    """Two ranks take twice the limit of one; the refusal says when to come again."""
+    placed, refusal = Small(**limits).place_until_refused(tokens)
+    assert len(placed) == expected
+    assert (refusal.status, refusal.reason) == (429, Reason.OVER_CAPACITY)
+    assert dict(refusal.headers)["retry-after"]
+    assert json.loads(refusal.body())["error"]["type"] == "rate_limit_error"
+
+
+def test_tokens_are_limited_by_what_a_rank_holds() -> None:
+    """Decode counts a thousand tokens for each request besides its prompt, so two fit into 4 x 1000 on each rank."""
+    placed, refusal = Small(max_fill=4.0).place_until_refused(900)
+    assert len(placed) == 4
+    assert "decode" in refusal.message
+
+
+def test_an_empty_rank_takes_whatever_fits_at_all() -> None:
+    """A limit below one request's size would refuse it for ever."""
+    small = Small(max_tokens=10)
+    assert isinstance(small.place(900), Decision)
+    assert isinstance(small.place(900), Decision)
+    assert isinstance(small.place(900), Rejection)
+
+
+class Single:
+    """One server of two ranks that does both."""
+
+    def __init__(self, *, max_requests: int, **policy: Any) -> None:
+        self.fleet = Fleet(workers=[make_facts(Role.WORKER, ranks=2)], policy=policy)
+        self.dispatcher = self.fleet.dispatcher
+        settings = AdmissionSettings(max_fill=None, max_load=None, max_requests=max_requests)
+        self.dispatcher.configure([self.fleet.pool], LoadSignal.ESTIMATE, settings)
+
+    def place(self, body: dict[str, Any]) -> Decision:
+        found = self.dispatcher.place(Api.GENERATE, json.dumps(body).encode())
+        assert isinstance(found, Decision), found
+        return found
+
+    def open(self) -> list[float]:
+        return [rank.own_requests for rank in self.fleet.host(Role.WORKER).ranks]
+
+
+def test_a_batch_counts_as_many_requests() -> None:
+    """Its prompts run side by side, however few messages they came in."""
+    single = Single(max_requests=3)
+    for _ in range(2):
+        single.place({"input_ids": [[1], [2], [3]]})
+
+    assert single.open() == [3, 3]
+    assert isinstance(single.dispatcher.place(Api.GENERATE, ids(1)), Rejection)
+
+
+def test_what_has_no_rank_counts_in_shares() -> None:
+    """Of three requests that the engine spreads over two ranks each rank has one and a half."""
+    single = Single(max_requests=2, dp_rank="none")
+    for _ in range(3):
+        single.place({"input_ids": [1]})
+
+    assert single.open() == [1.5, 1.5]
+    assert isinstance(single.dispatcher.place(Api.GENERATE, ids(1)), Rejection)
+
+
+def test_a_policy_that_looks_at_other_things_does_not_pick_a_full_rank() -> None:
+    """By tokens ever sent the short request's rank is next, but the other one is free."""
+    single = Single(max_requests=1, dp_rank="token_round_robin")
+    long = single.place({"input_ids": list(range(900))})
+    single.place({"input_ids": [1]})
+    assert long.attempt is not None
+    long.attempt.end(single.fleet.clock())
+    single.place({"input_ids": [2]})
+
+    assert single.open() == [1, 1]
+
+
+def test_a_full_rank_is_not_had_by_asking_for_it() -> None:
+    """A client's wish counts as far as there is room."""
+    single = Single(max_requests=1, client_dp_rank="honour")
+    for _ in range(2):
+        single.place({"input_ids": [1], "routed_dp_rank": 1})
+
+    assert single.open() == [1, 1]
+
+
+def test_a_free_rank_of_decode_that_no_room_leads_to_is_none() -> None:
+    """Where the room alone decides on both sides, rank 0 of prefill goes with rank 0 of decode."""
+    facts = [make_facts(role, (0, 5, 7), ranks=2) for role in (Role.PREFILL, Role.DECODE)]
+    fleet = Fleet(prefills=facts[:1], decodes=facts[1:])
+    settings = AdmissionSettings(max_fill=None, max_load=None, max_requests=1)
+    fleet.dispatcher.configure([fleet.pool], LoadSignal.ESTIMATE, settings)
+    free, taken = fleet.host(Role.PREFILL).ranks, fleet.host(Role.DECODE).ranks
+    free[1].reserve(1, fleet.clock())
+    taken[0].reserve(1, fleet.clock())
+    refusal = fleet.dispatcher.place(Api.GENERATE, ids(1))
+
+    assert isinstance(refusal, Rejection)
+    assert refusal.reason is Reason.OVER_CAPACITY
+    assert "decode" in refusal.message
+
+
+def test_room_comes_back_with_the_end_of_a_request() -> None:
+    """What was released may be filled again."""
+    small = Small(max_requests=1)
+    placed, _ = small.place_until_refused(10)
+    assert placed[0].attempt is not None
+    placed[0].attempt.end(small.fleet.clock())
+    assert isinstance(small.place(10), Decision)
+
+
+def test_a_prompt_longer_than_any_rank_is_refused_for_good() -> None:
+    """Counted tokens are certain: 400 at once, as the other leg would wait for minutes."""
+    small = Small()
+    refusal = small.place(CAPACITY + 1)
+    assert isinstance(refusal, Rejection)
+    assert (refusal.status, refusal.reason) == (400, Reason.PROMPT_TOO_LONG)
+    assert isinstance(small.place(CAPACITY), Decision)
+
+
+@pytest.mark.parametrize(("text_bytes", "fits"), [(4 * CAPACITY * 3, True), (4 * CAPACITY * 5, False)])
+def test_texts_are_refused_only_beyond_doubt(text_bytes: int, fits: bool) -> None:
+    """An estimate may be wrong by a factor; only one that no error explains refuses."""
+    found = Small().dispatcher.place(Api.GENERATE, json.dumps({"text": "x" * text_bytes}).encode())
+    assert isinstance(found, Decision) is fits
+
+
+def test_a_batch_is_not_too_long() -> None:
+    """Its prompts take their turns."""
+    found = Small().dispatcher.place(Api.GENERATE, json.dumps({"input_ids": [[1] * 700, [1] * 700]}).encode())
+    assert isinstance(found, Decision)
+
+
+def test_a_new_request_does_not_overtake_those_that_wait() -> None:
+    """There is room, but somebody was there before."""
+    line = WaitingLine(QueueSettings())
+    small = Small(line)
+    ticket = line.join("*", 0, lambda: None)
+    assert ticket is not None
+    found = small.place(10)
+    assert isinstance(found, Rejection)
+    assert found.wait is not None
+    assert (found.wait.pool, found.wait.priority) == ("*", 0)
+    assert isinstance(small.dispatcher.place(Api.GENERATE, ids(10), Circumstances(ticket=ticket)), Decision)
+
+
+def test_the_bodys_priority_counts() -> None:
+    """SGLang's own field; a greater one goes before those that wait."""
+    line = WaitingLine(QueueSettings())
+    small = Small(line)
+    line.join("*", 0, lambda: None)
+    body = json.dumps({"input_ids": [1], "priority": 1}).encode()
+    assert isinstance(small.dispatcher.place(Api.GENERATE, body), Decision)
+
+
+class TestWhoWaitsIsCalled:
+    """Whatever may have made room, whoever did it."""
+
+    def setup_method(self) -> None:
+        self.line = WaitingLine(QueueSettings())
+        self.calls = 0
+        self.small = Small(self.line)
+
+    def wait(self) -> None:
+        assert self.line.join("*", 0, self.called) is not None
+        assert self.calls == 0
+
+    def called(self) -> None:
+        self.calls += 1
+
+    def test_when_prefill_has_answered(self) -> None:
+        """Its tokens leave the books long before the response is over."""
+        placed = self.small.place(10)
+        assert isinstance(placed, Decision)
+        assert placed.attempt is not None
+        self.wait()
+        placed.attempt.prefill_answered(200, self.small.fleet.clock())
+        assert self.calls == 1
+        placed.attempt.end(self.small.fleet.clock())
+        assert self.calls == 2
+        placed.attempt.end(self.small.fleet.clock())
+        assert self.calls == 2
+
+    def test_when_a_request_of_another_process_is_over(self) -> None:
+        """What others send is on the books like our own."""
+        url = make_endpoint(Role.DECODE).url
+        foreign = self.small.dispatcher.ledger.open_foreign(Dispatch("*", Demand(10.0), url, 0), 1000.0)
+        self.wait()
+        foreign.end(1001.0)
+        assert self.calls == 1
+
+    def test_when_an_engine_tells_its_load(self) -> None:
+        """Or who it is: what is asked for next may be free there."""
+        endpoint = make_endpoint(Role.DECODE)
+        load = FleetLoad([endpoint], 5.0, made_room=self.line.call)
+        self.wait()
+        load.discovered(endpoint, "10.0.0.1:1", make_facts(Role.DECODE), 1000.0)
+        assert self.calls == 1
+        load.sampled(endpoint, LoadPage(()), 1000.0, 1000.0)
+        assert self.calls == 2
+
+
+def test_a_request_that_waits_is_read_once() -> None:
+    """It may be as large as a novel, and be called many times before there is room for it."""
+    line = WaitingLine(QueueSettings())
+    small = Small(line, max_requests=1)
+    placed, _ = small.place_until_refused(10)
+    exchange = Exchange(small.dispatcher, BodyMode.LOCKSTEP, 1 << 20, queues=True)
+    exchange.receive(RequestHeaders({":method": "POST", ":path": "/generate"}, False))
+    exchange.receive(RequestBody(ids(20), True))
+    assert exchange.is_waiting
+    exchange._body = [b"not to be read again"]
+    ticket = line.join("*", 0, lambda: None)
+    assert ticket is not None
+    assert exchange.decide_again(ticket) == ()
+    for each in placed:
+        assert each.attempt is not None
+        each.attempt.end(small.fleet.clock())
+    (reply,) = exchange.decide_again(ticket)
+
+    assert isinstance(reply, Mutate)
+    assert json.loads(reply.body or b"")["input_ids"] == list(range(20))

@@ -1,0 +1,95 @@
+"""What carries rank and room: headers where they can say it all, else the body."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dp_extproc import contract
+from dp_extproc.engines.model import Role
+from dp_extproc.request.path import Api
+from dp_extproc.request.rewrite import ROUTING_KEYS
+from dp_extproc.scheduling.decision import Decision
+from fleet_fixtures import Fleet, make_facts
+
+GENERATE = {"text": "a b c"}
+PREFILL, DECODE = (replace(make_facts(role), reads_overrides=True) for role in (Role.PREFILL, Role.DECODE))
+LISTENER = (3, 4)
+
+
+def place(body: dict[str, Any], *, listeners: bool = False, policy: dict[str, Any] | None = None) -> Decision:
+    facts = [replace(each, dp_ranks=1, listener=LISTENER) if listeners else each for each in (PREFILL, DECODE)]
+    fleet = Fleet(prefills=facts[:1], decodes=facts[1:], policy=policy, carrier="headers")
+    decision = fleet.dispatcher.place(Api.GENERATE, json.dumps(body).encode())
+    assert isinstance(decision, Decision), decision
+    return decision
+
+
+def overrides(decision: Decision) -> set[str]:
+    return {name.removeprefix(contract.OVERRIDE_PREFIX) for name, _ in decision.headers if "override" in name}
+
+
+SETTINGS = {
+    "ranks": {},
+    "ranks left to the engine": {"policy": {"dp_rank": "none"}},
+    "a listener for each rank": {"listeners": True},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_body_that_says_nothing_of_ranks_is_left_alone(settings: dict[str, Any]) -> None:
+    """Headers carry what there is to be said."""
+    decision = place(GENERATE, **settings)
+
+    assert decision.body is None
+    assert overrides(decision) >= {"bootstrap-host", "bootstrap-port", "bootstrap-room", "rid"}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("value", [1, None, "x"], ids=["set", "null", "of a wrong type"])
+@pytest.mark.parametrize("key", sorted(ROUTING_KEYS))
+def test_a_clients_own_routing_never_gets_through(key: str, value: object, settings: dict[str, Any]) -> None:
+    """Where a client's body has a key that routes, the body carries, and the client's word is gone from both legs."""
+    decision = place({**GENERATE, key: value}, **settings)
+    assert decision.body is not None
+    headers = dict(decision.headers)
+    rest = decision.body[int(headers[contract.PREFIX_LENGTH]) :]
+    legs = [json.loads(decision.body), json.loads(headers[contract.PREFILL_PREFIX] + rest)]
+
+    assert overrides(decision) == set()
+    for leg in legs:
+        assert leg["bootstrap_room"] > 1
+        assert leg["bootstrap_host"] == "10.0.0.1"
+        assert "data_parallel_rank" not in leg
+        if settings:
+            assert "routed_dp_rank" not in leg
+
+
+@pytest.mark.parametrize("carrier", ["body", "headers"])
+@pytest.mark.parametrize(
+    ("url_host", "configured", "sent"),
+    [
+        ("::1", None, "[::1]"),
+        ("10.0.0.1", "fd00::1", "[fd00::1]"),
+        ("10.0.0.1", "[fd00::1]", "[fd00::1]"),
+        ("fd00::1", "prefill-0.example", "prefill-0.example"),
+        ("10.0.0.1", None, "10.0.0.1"),
+    ],
+)
+def test_a_bootstrap_host_of_ipv6_is_in_brackets(
+    url_host: str, configured: str | None, sent: str, carrier: str
+) -> None:
+    """Releases up to 0.5.9 make a URL of it as it is; later ones take off what they do not need."""
+    fleet = Fleet(prefills=[PREFILL], decodes=[DECODE], carrier=carrier)
+    host = fleet.host(Role.PREFILL)
+    host.endpoint = replace(host.endpoint, host=url_host, bootstrap_host=configured)
+    decision = fleet.dispatcher.place(Api.GENERATE, json.dumps(GENERATE).encode())
+
+    assert isinstance(decision, Decision)
+    if carrier == "headers":
+        told = dict(decision.headers)[contract.OVERRIDE_PREFIX + "bootstrap-host"].decode()
+    else:
+        assert decision.body is not None
+        told = json.loads(decision.body)["bootstrap_host"]
+    assert told == sent
