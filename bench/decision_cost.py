@@ -15,9 +15,9 @@ from random import Random
 
 from dp_extproc.config import HostPolicy, LoadSignal, PolicySettings
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, RankSample, Role, Version
-from dp_extproc.load.cache import FleetLoad
-from dp_extproc.load.request_cost import Demand
-from dp_extproc.load.tracker import Ledger
+from dp_extproc.load.cache import LoadCache
+from dp_extproc.load.request_cost import RequestCost
+from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.request.path import Api
 from dp_extproc.scheduling.picker import Picker
 
@@ -27,14 +27,14 @@ _RATE = 1000
 """Decisions per second."""
 
 
-def make_fleet(servers: int, ranks: int) -> FleetLoad:
+def make_fleet(servers: int, ranks: int) -> LoadCache:
     """Make so many servers of each role, every rank sampled."""
     endpoints = [
         Endpoint(f"http://10.{number >> 8}.{number & 255}.{index}:30000", "10.0.0.1", 30000, "*", role)
         for index, role in enumerate((Role.PREFILL, Role.DECODE))
         for number in range(servers)
     ]
-    fleet = FleetLoad(endpoints, stale_after=5.0)
+    fleet = LoadCache(endpoints, stale_after=5.0)
     for endpoint in endpoints:
         mode = Mode.PREFILL if endpoint.role is Role.PREFILL else Mode.DECODE
         facts = EngineFacts(
@@ -53,7 +53,7 @@ def make_fleet(servers: int, ranks: int) -> FleetLoad:
     return fleet
 
 
-def make_page(fleet: FleetLoad, endpoint: Endpoint) -> LoadPage:
+def make_page(fleet: LoadCache, endpoint: Endpoint) -> LoadPage:
     """Tell of an engine what is on our books, and of somebody else on every fourth rank."""
     samples = []
     for rank in fleet.hosts[endpoint.url].ranks:
@@ -79,7 +79,7 @@ def measure(servers: int, ranks: int, host: HostPolicy, decisions: int) -> list[
     fleet = make_fleet(servers, ranks)
     rng = Random(1)
     picker = Picker(PolicySettings(host=host), LoadSignal.ESTIMATE, fleet.prefixes["*"], rng)
-    ledger = Ledger(fleet)
+    ledger = InFlightTracker(fleet)
     limit = servers * ranks * _IN_FLIGHT
     in_flight = []
     times = []
@@ -93,7 +93,7 @@ def measure(servers: int, ranks: int, host: HostPolicy, decisions: int) -> list[
             unread -= 1
             endpoint = fleet.endpoints[next(reading) % len(fleet.endpoints)]
             fleet.sampled(endpoint, make_page(fleet, endpoint), now, now)
-        demand = Demand(float(rng.randint(200, 8000)))
+        demand = RequestCost(float(rng.randint(200, 8000)))
         began = time.thread_time_ns()
         prefills = fleet.capable("*", Role.PREFILL, Api.CHAT, now)
         decodes = fleet.capable("*", Role.DECODE, Api.CHAT, now)

@@ -37,9 +37,9 @@ from dp_extproc import contract
 from dp_extproc.config import PoolConfig, Supervise, SupervisionSettings
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, RankSample, Role, Version
 from dp_extproc.extproc.service import SERVICE_NAME, ExtProcService
-from dp_extproc.load.cache import FleetLoad
+from dp_extproc.load.cache import LoadCache
 from dp_extproc.observability.metrics import Telemetry
-from dp_extproc.scheduling.scheduler import Dispatcher
+from dp_extproc.scheduling.scheduler import Scheduler
 
 EMPTY: Final = "empty"
 KINDS: Final = (EMPTY, *(mode.value for mode in Supervise))
@@ -85,7 +85,7 @@ def _service(supervise: Supervise) -> ExtProcService:
         for url in urls
     ]
     clock = time.monotonic
-    fleet = FleetLoad(endpoints, stale_after=1e9)
+    fleet = LoadCache(endpoints, stale_after=1e9)
     for endpoint in endpoints:
         mode = Mode.PREFILL if endpoint.role is Role.PREFILL else Mode.DECODE
         facts = EngineFacts(
@@ -104,7 +104,7 @@ def _service(supervise: Supervise) -> ExtProcService:
     pool = PoolConfig.model_validate(
         {"models": ["*"], "prefill": {"endpoints": list(PREFILLS)}, "decode": {"endpoints": list(DECODES)}}
     )
-    dispatcher = Dispatcher(
+    dispatcher = Scheduler(
         [pool],
         fleet,
         owner="127.0.0.1:9002",

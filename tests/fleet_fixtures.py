@@ -7,9 +7,9 @@ from typing import Any
 
 from dp_extproc.config import PoolConfig
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, RankSample, Role, Version
-from dp_extproc.load.cache import FleetLoad
-from dp_extproc.load.endpoint import DEFAULT_COSTS, HostLoad, StepCosts
-from dp_extproc.scheduling.scheduler import Dispatcher
+from dp_extproc.load.cache import LoadCache
+from dp_extproc.load.endpoint import DEFAULT_COSTS, EndpointLoad, StepCosts
+from dp_extproc.scheduling.scheduler import Scheduler
 
 MODES = {Role.PREFILL: Mode.PREFILL, Role.DECODE: Mode.DECODE, Role.WORKER: Mode.UNIFIED}
 
@@ -101,7 +101,7 @@ class Fleet:
             for number, each in enumerate(several, start=1)
         }
         self.endpoints = list(facts)
-        self.load = FleetLoad(self.endpoints, 5.0, costs)
+        self.load = LoadCache(self.endpoints, 5.0, costs)
         for endpoint, each in facts.items():
             self.load.discovered(endpoint, address_of(endpoint), each, self.clock())
             if sampled:
@@ -117,7 +117,7 @@ class Fleet:
                 if by_role[role]
             },
         })  # fmt: skip
-        self.dispatcher = Dispatcher(
+        self.dispatcher = Scheduler(
             [self.pool],
             self.load,
             owner="127.0.0.1:9002",
@@ -129,5 +129,5 @@ class Fleet:
     def sample(self, endpoint: Endpoint, tokens: Sequence[int], age: float | None = 0.0) -> None:
         self.load.sampled(endpoint, LoadPage(samples(tokens, age)), self.clock(), self.clock())
 
-    def host(self, role: Role, number: int = 1) -> HostLoad:
+    def host(self, role: Role, number: int = 1) -> EndpointLoad:
         return self.load.hosts[make_endpoint(role, number).url]

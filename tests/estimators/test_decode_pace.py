@@ -3,20 +3,20 @@
 import pytest
 
 from dp_extproc.engines.model import DecodeSteps, RankSample
-from dp_extproc.estimators.decode_pace import ALIKE, DEFAULT_TPOT, Pace, compare
+from dp_extproc.estimators.decode_pace import ALIKE, DEFAULT_TPOT, DecodePace, compare
 
 NOW = 1000.0
 
 
-def counted(*counts: tuple[float, float, float, float], seconds: float = 1.0) -> Pace:
+def counted(*counts: tuple[float, float, float, float], seconds: float = 1.0) -> DecodePace:
     """Make the pace of a rank that has told one count of its steps after the other."""
-    pace = Pace(1)
+    pace = DecodePace(1)
     for number, count in enumerate(counts):
         pace.learn(0, RankSample(0, 0, decoded=DecodeSteps(*count)), NOW + seconds * number)
     return pace
 
 
-def stepped(steps: int, tpot: float, *, then_idle: float = 0.0) -> Pace:
+def stepped(steps: int, tpot: float, *, then_idle: float = 0.0) -> DecodePace:
     """Make the pace of a rank that has made so many steps of a sequence, and then none for so many seconds."""
     count = (steps, steps, steps * tpot, steps)
     pace = counted((0, 0, 0, 0), count)
@@ -24,7 +24,7 @@ def stepped(steps: int, tpot: float, *, then_idle: float = 0.0) -> Pace:
     return pace
 
 
-def slowness(*paces: Pace) -> list[float]:
+def slowness(*paces: DecodePace) -> list[float]:
     found = compare(paces)
     assert found is not None
     return found[1]
@@ -63,7 +63,7 @@ def test_steps_of_a_while_ago_weigh_less() -> None:
 
 def test_an_engine_that_does_not_count_steps_tells_it_by_its_rate() -> None:
     """Twenty running sequences that make 1000 tokens per second wait 20 ms for each."""
-    pace = Pace(1)
+    pace = DecodePace(1)
     for _ in range(2):
         pace.learn(0, RankSample(0, 0, running_requests=20, tokens_per_second=1000.0), NOW)
 
@@ -72,7 +72,7 @@ def test_an_engine_that_does_not_count_steps_tells_it_by_its_rate() -> None:
 
 def test_a_rate_from_before_there_were_sequences_tells_none() -> None:
     """The engine divides by the time since it told a rate the last time, pauses included."""
-    pace = Pace(1)
+    pace = DecodePace(1)
     for running in (0, 20, 0, 20):
         pace.learn(0, RankSample(0, 0, running_requests=running, tokens_per_second=100.0), NOW)
 
@@ -81,7 +81,7 @@ def test_a_rate_from_before_there_were_sequences_tells_none() -> None:
 
 def test_an_idle_engine_tells_none() -> None:
     """Without sequences or without throughput there is nothing to divide."""
-    pace = Pace(2)
+    pace = DecodePace(2)
     for _ in range(2):
         pace.learn(0, RankSample(0, 0, running_requests=0, tokens_per_second=1000.0), NOW)
         pace.learn(1, RankSample(1, 0, running_requests=5, tokens_per_second=0.0), NOW)
@@ -91,7 +91,7 @@ def test_an_idle_engine_tells_none() -> None:
 
 def test_nobody_has_told() -> None:
     """Then there is nothing to compare."""
-    assert compare([Pace(1), Pace(2)]) is None
+    assert compare([DecodePace(1), DecodePace(2)]) is None
 
 
 def test_a_server_that_is_much_slower_counts_as_slower() -> None:
@@ -120,7 +120,7 @@ def test_all_have_been_idle_for_a_day() -> None:
 
 def test_nobody_has_told_yet_but_one() -> None:
     """The others are taken for as fast as it is."""
-    found = compare([stepped(1000, 0.02), Pace(1)])
+    found = compare([stepped(1000, 0.02), DecodePace(1)])
 
     assert found is not None
     assert found[0] == pytest.approx((0.02 + DEFAULT_TPOT) / 2)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from dp_extproc.engines.model import RankSample
-from dp_extproc.estimators.sample_trust import Belief
+from dp_extproc.estimators.sample_trust import SampleTrust
 from dp_extproc.load.decode import DecodeGroup
 
 NOW = 1000.0
@@ -13,14 +13,14 @@ NOW = 1000.0
 
 def test_the_first_correction_is_followed() -> None:
     """A service that starts beside a busy engine believes it at once, whatever it tells, and of every rank."""
-    belief = Belief(2)
+    belief = SampleTrust(2)
 
     assert [belief.weigh(0, 30_000.0), belief.weigh(1, 500.0)] == [30_000.0, 500.0]
 
 
 def test_what_each_correction_takes_back_is_followed_less_and_less() -> None:
     """Twenty thousand more, and twenty thousand less: after thirty of them little of it is believed, and never none."""
-    belief = Belief(1)
+    belief = SampleTrust(1)
     followed = [belief.weigh(0, sign * 20_000.0) for sign in itertools.islice(itertools.cycle((1, -1)), 30)]
 
     assert [abs(each) for each in followed] == sorted(map(abs, followed), reverse=True)
@@ -29,7 +29,7 @@ def test_what_each_correction_takes_back_is_followed_less_and_less() -> None:
 
 def test_what_is_told_again_and_again_prevails() -> None:
     """Whoever was not believed is, once what he tells stays the same: nine tenths are corrected after 15 samples."""
-    belief = Belief(1)
+    belief = SampleTrust(1)
     for sign in itertools.islice(itertools.cycle((1, -1)), 30):
         belief.weigh(0, sign * 20_000.0)
     known = 0.0
@@ -41,7 +41,7 @@ def test_what_is_told_again_and_again_prevails() -> None:
 
 def test_nothing_to_correct_tells_nothing() -> None:
     """An engine of which we know everything is believed as before."""
-    belief = Belief(1)
+    belief = SampleTrust(1)
     for _ in range(100):
         belief.weigh(0, 0.0)
 
@@ -52,7 +52,7 @@ def test_it_learns_by_samples_of_the_whole_server() -> None:
     """However many ranks these have."""
     shares = []
     for ranks in (1, 8):
-        belief = Belief(ranks)
+        belief = SampleTrust(ranks)
         for sign in (1, -1, 1, -1, 1):
             for position in range(ranks):
                 belief.weigh(position, sign * 1000.0)

@@ -14,7 +14,7 @@ from dp_extproc.attempt.events import (
     BodyMode,
     Continue,
     Event,
-    Extend,
+    ExtendTimeout,
     Immediate,
     Mutate,
     Phase,
@@ -262,7 +262,7 @@ def test_no_sequence_of_events_breaks_the_rules(
 
 
 def _phase(reply: Reply) -> Phase | None:
-    return None if isinstance(reply, Immediate | Extend) else reply.phase
+    return None if isinstance(reply, Immediate | ExtendTimeout) else reply.phase
 
 
 @given(_streams)

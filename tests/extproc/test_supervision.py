@@ -8,8 +8,9 @@ import pytest
 from dp_extproc import contract
 from dp_extproc.attempt.events import (
     BodyMode,
+    BufferBody,
     Continue,
-    Extend,
+    ExtendTimeout,
     Immediate,
     Mutate,
     Phase,
@@ -18,8 +19,7 @@ from dp_extproc.attempt.events import (
     RequestHeaders,
     ResponseBody,
     ResponseHeaders,
-    SeeBody,
-    TakeBody,
+    StreamBody,
 )
 from dp_extproc.config.reliability import RetrySettings, Supervise, SupervisionSettings
 from dp_extproc.engines.model import Role
@@ -103,11 +103,11 @@ def _word(reply: Reply) -> str:
     match reply:
         case Continue():
             return "continue"
-        case TakeBody():
+        case BufferBody():
             return "take body"
-        case SeeBody():
+        case StreamBody():
             return "see body"
-        case Extend():
+        case ExtendTimeout():
             return "extend"
         case Immediate():
             return CANCELLED if reply.details == CANCELLED else f"{reply.status} {reply.details}"

@@ -16,7 +16,7 @@ from dp_extproc.engines.model import Role
 from dp_extproc.extproc.exchange import Exchange
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Rejection
-from dp_extproc.scheduling.decision import Answer, Circumstances, Decision
+from dp_extproc.scheduling.decision import Answer, Decision, RequestContext
 from extproc.wire import (
     POST,
     Server,
@@ -67,13 +67,13 @@ def test_no_header_is_read_that_is_not_in_these_tables() -> None:
 class Listener:
     """Places everything, and remembers under which circumstances."""
 
-    heard: list[Circumstances] = field(default_factory=list)
+    heard: list[RequestContext] = field(default_factory=list)
 
-    def place(self, api: Api, body: bytes, circumstances: Circumstances) -> Decision | Rejection:
+    def place(self, api: Api, body: bytes, circumstances: RequestContext) -> Decision | Rejection:
         self.heard.append(circumstances)
         return Decision(body, ((contract.DECODE_HOST, WORKER.encode()),), {}, None)
 
-    def place_unread(self, api: Api, length: int | None, circumstances: Circumstances) -> Decision | Rejection:
+    def place_unread(self, api: Api, length: int | None, circumstances: RequestContext) -> Decision | Rejection:
         raise NotImplementedError
 
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:

@@ -14,8 +14,8 @@ from dp_extproc.envoy_config.cluster_names import SERVICE
 from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.engine import EngineProcess
 from dp_extproc.lab.testbed.service import ServiceProcess
-from dp_extproc.load.records import Dispatch
-from dp_extproc.load.request_cost import Demand
+from dp_extproc.load.records import PlacementRecord
+from dp_extproc.load.request_cost import RequestCost
 from e2e.load import PATIENT, STREAMS, under_load
 from e2e.stack import PATIENCE
 from faults.fleet import BODIES, Fleet, ask, run_fleet
@@ -91,7 +91,7 @@ def test_hostile_messages_do_no_harm(fleet: Fleet) -> None:
     sockets = list(directory.glob("*.sock"))
     before = [pid for each in services(fleet) for pid in ready(each)]
     pool = str(fleet.endpoints()[0]["pool"])
-    told = Dispatch(pool, Demand(900.0), fleet.decodes[0].url, 0, fleet.prefills[0].url, 0)
+    told = PlacementRecord(pool, RequestCost(900.0), fleet.decodes[0].url, 0, fleet.prefills[0].url, 0)
     hostile = hostile_messages(told)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
         for path in sockets:

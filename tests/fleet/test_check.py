@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dp_extproc.config import LoadSettings
-from dp_extproc.engines.listener import ScrapeFailure
+from dp_extproc.engines.listener import EngineFailure
 from dp_extproc.engines.model import Endpoint, Role
 from dp_extproc.fleet.check import check_engines
 from dp_extproc.fleet.sources.polling import EngineWatch
@@ -234,7 +234,7 @@ def test_a_fault_of_ours_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes no other engine's report away."""
     sound = EngineWatch.round
 
-    async def unsound(watch: EngineWatch) -> ScrapeFailure | None:
+    async def unsound(watch: EngineWatch) -> EngineFailure | None:
         if watch._endpoint.role is Role.PREFILL:
             raise ZeroDivisionError("float division by zero")
         return await sound(watch)

@@ -15,7 +15,7 @@ import pytest
 
 from dp_extproc.background import Guard
 from dp_extproc.config import LoadSettings, LoadSource
-from dp_extproc.engines.listener import FailureKind, ScrapeFailure
+from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.fleet.monitor import Scraper
 from dp_extproc.fleet.sources.http import EngineClient, make_client
@@ -71,7 +71,7 @@ class Notes:
     discoveries: list[tuple[str, str, EngineFacts]] = field(default_factory=list)
     samples: list[tuple[str, LoadPage]] = field(default_factory=list)
     times: list[tuple[float, float]] = field(default_factory=list)
-    failures: list[tuple[str, ScrapeFailure]] = field(default_factory=list)
+    failures: list[tuple[str, EngineFailure]] = field(default_factory=list)
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:
         self.discoveries.append((endpoint.url, address, facts))
@@ -80,13 +80,13 @@ class Notes:
         self.samples.append((endpoint.url, page))
         self.times.append((started, now))
 
-    def failed(self, endpoint: Endpoint, failure: ScrapeFailure, now: float) -> None:
+    def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
         self.failures.append((endpoint.url, failure))
 
     def kinds(self) -> set[FailureKind]:
         return {failure.kind for _, failure in self.failures}
 
-    def failures_of(self, url: str) -> list[ScrapeFailure]:
+    def failures_of(self, url: str) -> list[EngineFailure]:
         return [failure for each, failure in self.failures if each == url]
 
     def used(self) -> list[list[int]]:

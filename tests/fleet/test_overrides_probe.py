@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from dp_extproc.config import LoadSettings
-from dp_extproc.engines.listener import FailureKind, ScrapeFailure
+from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.fleet.sources.http import EngineClient, make_client
 from dp_extproc.fleet.sources.polling import FACTS_EVERY, UNTOLD_EVERY, EngineWatch
-from dp_extproc.load.cache import FleetLoad
+from dp_extproc.load.cache import LoadCache
 from fleet.scripted_engine import Answer, ScriptedEngine, cut_off, hang, not_http, refuse, reset
 from fleet_fixtures import Clock
 
@@ -40,7 +40,7 @@ class Seen:
 
     def __init__(self) -> None:
         self.facts: list[EngineFacts] = []
-        self.failures: list[ScrapeFailure] = []
+        self.failures: list[EngineFailure] = []
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:
         self.facts.append(facts)
@@ -48,7 +48,7 @@ class Seen:
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
         """Nothing is made of it."""
 
-    def failed(self, endpoint: Endpoint, failure: ScrapeFailure, now: float) -> None:
+    def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
         self.failures.append(failure)
 
 
@@ -122,7 +122,7 @@ def test_the_books_stay() -> None:
     """An engine of which more is known, or less, is the same one."""
     endpoint = Endpoint("http://a:1", "a", 1, "m", Role.DECODE, needs_overrides=True)
     facts = asyncio.run(_facts())
-    fleet = FleetLoad([endpoint], 5.0)
+    fleet = LoadCache([endpoint], 5.0)
     for reads in (None, True, None, False, True):
         fleet.discovered(endpoint, "10.0.0.1:1", replace(facts, reads_overrides=reads), 1.0)
         host = fleet.hosts[endpoint.url]

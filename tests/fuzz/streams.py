@@ -15,8 +15,8 @@ from dp_extproc import contract
 from dp_extproc.config.reliability import QueueSettings, SupervisionSettings
 from dp_extproc.engines.model import Role
 from dp_extproc.extproc.service import ExtProcService
-from dp_extproc.scheduling.queue import WaitingLine
-from dp_extproc.scheduling.scheduler import Dispatcher
+from dp_extproc.scheduling.queue import AdmissionQueue
+from dp_extproc.scheduling.scheduler import Scheduler
 from extproc.wire import Watcher
 from fleet_fixtures import Fleet, make_facts, make_tokens
 
@@ -224,7 +224,7 @@ class Stage:
 
     fleet: Fleet
     service: ExtProcService
-    line: WaitingLine
+    line: AdmissionQueue
     streams: list[_Open] = field(default_factory=list)
     _current: dict[tuple[int, str], _Open] = field(default_factory=dict)
 
@@ -233,8 +233,8 @@ class Stage:
         """Build it in the running loop, with two servers of each role and little room on each."""
         clock = asyncio.get_running_loop().time
         fleet = Fleet(prefills=[make_facts(Role.PREFILL)] * 2, decodes=[make_facts(Role.DECODE)] * 2)
-        line = WaitingLine(QueueSettings.model_validate({"max_wait": "1s", "max_depth": 2}))
-        dispatcher = Dispatcher(
+        line = AdmissionQueue(QueueSettings.model_validate({"max_wait": "1s", "max_depth": 2}))
+        dispatcher = Scheduler(
             [fleet.pool],
             fleet.load,
             owner="127.0.0.1:1",

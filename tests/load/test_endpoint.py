@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from dp_extproc.engines.listener import FailureKind, ScrapeFailure
+from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import LoadPage, RankSample, Role
 from dp_extproc.estimators.decode_pace import ALIKE
 from dp_extproc.load.decode import DecodeGroup
 from dp_extproc.load.endpoint import DEFAULT_HEALTH, Freshness, StepCosts, compare_pace
-from dp_extproc.load.in_flight import Attempt
+from dp_extproc.load.in_flight import InFlight
 from dp_extproc.prefix_cache.blocks import Prefix
 from fleet_fixtures import Fleet, make_facts, samples
 
@@ -188,7 +188,7 @@ class TestFreshness:
         """There is no need to wait for the sample of a dead server to grow old; one good page brings it back."""
         fleet = Fleet(prefills=[PREFILL, PREFILL], decodes=[DECODE])
         dead = fleet.host(Role.PREFILL, 1)
-        fleet.load.failed(dead.endpoint, ScrapeFailure(FailureKind.REFUSED, "refused"), fleet.clock())
+        fleet.load.failed(dead.endpoint, EngineFailure(FailureKind.REFUSED, "refused"), fleet.clock())
         without = fleet.load.eligible("*", Role.PREFILL, fleet.clock())
         fleet.sample(dead.endpoint, [0] * 4)
 
@@ -200,7 +200,7 @@ class TestFreshness:
         fleet = Fleet(prefills=[PREFILL, PREFILL], decodes=[DECODE])
         answering, silent = fleet.host(Role.PREFILL, 1), fleet.host(Role.PREFILL, 2)
         attempts = [
-            Attempt(number, fleet.clock(), host.reserve(0, 100, fleet.clock()), (), prefill_host=host)
+            InFlight(number, fleet.clock(), host.reserve(0, 100, fleet.clock()), (), prefill_host=host)
             for number, host in enumerate((answering, silent))
         ]
         fleet.clock.now += 4
@@ -218,7 +218,7 @@ class TestFreshness:
         """A slow page is no reason to turn away: the last sample is still young."""
         fleet = Fleet(prefills=[PREFILL, PREFILL], decodes=[DECODE])
         slow = fleet.host(Role.PREFILL, 1)
-        fleet.load.failed(slow.endpoint, ScrapeFailure(FailureKind.TIMEOUT, "slow"), fleet.clock())
+        fleet.load.failed(slow.endpoint, EngineFailure(FailureKind.TIMEOUT, "slow"), fleet.clock())
 
         assert slow in fleet.load.eligible("*", Role.PREFILL, fleet.clock())
 
@@ -242,7 +242,7 @@ def test_what_others_cause_is_forgotten_when_it_was_told_long_ago(
     host.reserve(1, 300, fleet.clock())
     own = host.tokens - told
     fleet.clock.now += seconds
-    fleet.load.failed(host.endpoint, ScrapeFailure(kind, "away"), fleet.clock())
+    fleet.load.failed(host.endpoint, EngineFailure(kind, "away"), fleet.clock())
     after, requests = host.tokens, host.requests
     fleet.sample(host.endpoint, [20_000, 300, 0, 0])
 
@@ -435,9 +435,9 @@ class TestPrefixesOfARestartedEngine:
         """Nobody listens any more; a slow page alone tells nothing."""
         host = fleet.host(Role.PREFILL)
         fleet.load.prefixes["*"].note(host.ranks[1], self.PREFIX, 1000, None)
-        fleet.load.failed(host.endpoint, ScrapeFailure(FailureKind.TIMEOUT, "slow"), fleet.clock())
+        fleet.load.failed(host.endpoint, EngineFailure(FailureKind.TIMEOUT, "slow"), fleet.clock())
         before = self._held(fleet)
-        fleet.load.failed(host.endpoint, ScrapeFailure(FailureKind.REFUSED, "refused"), fleet.clock())
+        fleet.load.failed(host.endpoint, EngineFailure(FailureKind.REFUSED, "refused"), fleet.clock())
 
         assert (before, self._held(fleet)) == (1000, 0)
 
@@ -462,22 +462,22 @@ BESIDE = {"page_was_read": True}
 @pytest.mark.parametrize(
     ("failures", "comes_back"),
     [
-        pytest.param([ScrapeFailure(FailureKind.DISAGREEMENT, "dp_size", **BESIDE)], False, id="a-disagreement"),
-        pytest.param([ScrapeFailure(FailureKind.HTTP_STATUS, "/server_info", **BESIDE)], False, id="facts-fail"),
-        pytest.param([ScrapeFailure(FailureKind.TIMEOUT, "/server_info", **BESIDE)], False, id="facts-hang"),
-        pytest.param([ScrapeFailure(FailureKind.WRONG_SHAPE, "a bad number")], False, id="a-bad-page"),
-        pytest.param([ScrapeFailure(FailureKind.HTTP_STATUS, "500")], False, id="an-error"),
-        pytest.param([ScrapeFailure(FailureKind.REFUSED, "no connection")], True, id="no-connection"),
-        pytest.param([ScrapeFailure(FailureKind.TIMEOUT, "/v1/loads")], True, id="no-answer"),
-        pytest.param([ScrapeFailure(FailureKind.UNRESOLVABLE, "no address")], True, id="no-address"),
+        pytest.param([EngineFailure(FailureKind.DISAGREEMENT, "dp_size", **BESIDE)], False, id="a-disagreement"),
+        pytest.param([EngineFailure(FailureKind.HTTP_STATUS, "/server_info", **BESIDE)], False, id="facts-fail"),
+        pytest.param([EngineFailure(FailureKind.TIMEOUT, "/server_info", **BESIDE)], False, id="facts-hang"),
+        pytest.param([EngineFailure(FailureKind.WRONG_SHAPE, "a bad number")], False, id="a-bad-page"),
+        pytest.param([EngineFailure(FailureKind.HTTP_STATUS, "500")], False, id="an-error"),
+        pytest.param([EngineFailure(FailureKind.REFUSED, "no connection")], True, id="no-connection"),
+        pytest.param([EngineFailure(FailureKind.TIMEOUT, "/v1/loads")], True, id="no-answer"),
+        pytest.param([EngineFailure(FailureKind.UNRESOLVABLE, "no address")], True, id="no-address"),
         pytest.param(
-            [ScrapeFailure(FailureKind.REFUSED, "no connection"), ScrapeFailure(FailureKind.HTTP_STATUS, "503")],
+            [EngineFailure(FailureKind.REFUSED, "no connection"), EngineFailure(FailureKind.HTTP_STATUS, "503")],
             True,
             id="away-and-starting",
         ),
     ],
 )
-def test_only_who_could_not_be_reached_comes_back(failures: list[ScrapeFailure], comes_back: bool) -> None:
+def test_only_who_could_not_be_reached_comes_back(failures: list[EngineFailure], comes_back: bool) -> None:
     """Trouble that stands beside load pages that are read tells nothing of requests, and forgives nothing."""
     fleet = Fleet(prefills=[PREFILL], decodes=[DECODE])
     host = fleet.host(Role.DECODE)

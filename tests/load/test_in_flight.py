@@ -6,13 +6,13 @@ import pytest
 
 from dp_extproc.engines.model import Role
 from dp_extproc.load.decode import DecodeGroup
-from dp_extproc.load.in_flight import Attempt
+from dp_extproc.load.in_flight import InFlight
 from fleet_fixtures import Fleet, make_facts
 
 EVENTS = ("prefill", "first_byte", "end")
 
 
-def _tell(attempt: Attempt, event: str, now: float) -> None:
+def _tell(attempt: InFlight, event: str, now: float) -> None:
     if event == "prefill":
         attempt.prefill_answered(200, now)
     elif event == "first_byte":
@@ -32,7 +32,7 @@ def test_the_books_are_empty_after_the_end(events: tuple[str, ...], streaming: b
     fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
     prefill, decode = fleet.host(Role.PREFILL), fleet.host(Role.DECODE)
     answered: list[int] = []
-    attempt = Attempt(
+    attempt = InFlight(
         1,
         0,
         prefill.reserve(1, 70, 0),
@@ -62,10 +62,10 @@ class TestWhatAnEndTells:
         return Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
 
     @staticmethod
-    def attempts(fleet: Fleet, *, streaming: bool = False) -> list[Attempt]:
+    def attempts(fleet: Fleet, *, streaming: bool = False) -> list[InFlight]:
         prefill, decode = fleet.host(Role.PREFILL), fleet.host(Role.DECODE)
         return [
-            Attempt(number, 0, prefill.reserve(1, 40_000, 0), decode.reserve(2, 40_000, 0), streaming=streaming)
+            InFlight(number, 0, prefill.reserve(1, 40_000, 0), decode.reserve(2, 40_000, 0), streaming=streaming)
             for number in range(2)
         ]
 
@@ -108,7 +108,7 @@ def test_an_error_tells_nothing_of_how_long_sequences_last(status: int, lasted: 
     fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
     prefill, decode = fleet.host(Role.PREFILL), fleet.host(Role.DECODE)
     for number in range(60):
-        attempt = Attempt(number, 0, prefill.reserve(1, 70, 0), decode.reserve(2, 70, 0), leg="leg")
+        attempt = InFlight(number, 0, prefill.reserve(1, 70, 0), decode.reserve(2, 70, 0), leg="leg")
         attempt.prefill_answered(200, 1)
         attempt.first_byte(status, 3)
         attempt.end(3)
@@ -122,7 +122,7 @@ def test_on_one_server_the_first_byte_tells_that_the_prompt_is_done() -> None:
     """An aggregated worker has no prefill leg; its response headers stand for the answer of one."""
     worker = Fleet(workers=[make_facts(Role.WORKER)]).host(Role.WORKER)
     answered: list[int] = []
-    attempt = Attempt(1, 0, (), worker.reserve(0, 70, 0), on_prefill_answer=answered.append)
+    attempt = InFlight(1, 0, (), worker.reserve(0, 70, 0), on_prefill_answer=answered.append)
     queued = worker.tokens
     attempt.first_byte(200, 1)
     before = worker.tokens

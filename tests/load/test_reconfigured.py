@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from dp_extproc.config import AdmissionSettings, LoadSignal, PoolConfig
 from dp_extproc.engines.credentials import Credentials
-from dp_extproc.engines.listener import FailureKind, ScrapeFailure
+from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import Endpoint, LoadPage, Role
 from dp_extproc.load.endpoint import DEFAULT_HEALTH
 from dp_extproc.observability.metrics import Telemetry
@@ -14,7 +14,7 @@ from dp_extproc.request.body import InferenceRequest, read_body
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Rejection
 from dp_extproc.scheduling.decision import Decision
-from dp_extproc.scheduling.scheduler import Dispatcher
+from dp_extproc.scheduling.scheduler import Scheduler
 from fleet_fixtures import Fleet, address_of, make_endpoint, make_facts, make_tokens
 
 WORKER = make_facts(Role.WORKER)
@@ -171,7 +171,7 @@ def test_every_request_to_an_engine_shows_the_key_of_its_pool() -> None:
     """On single servers as on pairs, and for what any engine can answer; a new key is used from then on."""
     credentials = Credentials({"*": "first"})
     fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
-    dispatcher = Dispatcher(
+    dispatcher = Scheduler(
         [fleet.pool],
         fleet.load,
         owner="127.0.0.1:9002",
@@ -224,7 +224,7 @@ def test_what_was_counted_of_servers_that_leave_is_dropped() -> None:
     stays, gone = fleet.endpoints
     for endpoint in (stays, gone):
         telemetry.sampled(endpoint, LoadPage((), prompt_tokens=5), fleet.clock(), fleet.clock())
-        telemetry.failed(endpoint, ScrapeFailure(FailureKind.TIMEOUT, "slow"), fleet.clock())
+        telemetry.failed(endpoint, EngineFailure(FailureKind.TIMEOUT, "slow"), fleet.clock())
     reconfigure(fleet, stays)
     telemetry.forget_all_but({stays.url})
     reconfigure(fleet, stays, gone)

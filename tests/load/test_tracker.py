@@ -3,10 +3,10 @@
 import pytest
 
 from dp_extproc.engines.model import Role
-from dp_extproc.load.records import Dispatch
-from dp_extproc.load.request_cost import Demand
-from dp_extproc.load.tracker import Ledger
-from dp_extproc.scheduling.picker import Pair, Side
+from dp_extproc.load.records import PlacementRecord
+from dp_extproc.load.request_cost import RequestCost
+from dp_extproc.load.tracker import InFlightTracker
+from dp_extproc.scheduling.picker import Pair, Target
 from fleet_fixtures import Fleet, make_endpoint, make_facts
 
 NOW = 1000.0
@@ -19,7 +19,7 @@ class Witness:
     def __init__(self) -> None:
         self.told: list[tuple[object, ...]] = []
 
-    def dispatched(self, attempt: int, dispatch: Dispatch, now: float) -> None:
+    def dispatched(self, attempt: int, dispatch: PlacementRecord, now: float) -> None:
         self.told.append(("dispatched", attempt, dispatch, now))
 
     def prefill_answered(self, attempt: int, now: float) -> None:
@@ -44,17 +44,17 @@ def requests(fleet: Fleet) -> tuple[float, float]:
 def test_every_event_of_our_own_attempts_is_told_once(fleet: Fleet) -> None:
     """In their order, with what another replica needs to put the attempt on its books; repeated events are not."""
     witness = Witness()
-    ledger = Ledger(fleet.load, witness)
-    prefill = Side(fleet.host(Role.PREFILL), 2, routed=True, by_room=True, cached=30.0)
-    decode = Side(fleet.host(Role.DECODE), 3, routed=True, by_room=False)
-    attempt = ledger.open_pair(Pair(prefill, decode), demand := Demand(100.0), NOW)
+    ledger = InFlightTracker(fleet.load, witness)
+    prefill = Target(fleet.host(Role.PREFILL), 2, routed=True, by_room=True, cached=30.0)
+    decode = Target(fleet.host(Role.DECODE), 3, routed=True, by_room=False)
+    attempt = ledger.open_pair(Pair(prefill, decode), demand := RequestCost(100.0), NOW)
     for _ in range(2):
         attempt.prefill_answered(200, NOW + 1)
         attempt.first_byte(200, NOW + 2)
         attempt.end(NOW + 3)
 
     assert witness.told == [
-        ("dispatched", 1, Dispatch("*", demand, DECODE, 3, PREFILL, 2, 30.0), NOW),
+        ("dispatched", 1, PlacementRecord("*", demand, DECODE, 3, PREFILL, 2, 30.0), NOW),
         ("prefill_answered", 1, NOW + 1),
         ("first_token", 1, NOW + 2),
         ("ended", 1, NOW + 3),
@@ -65,8 +65,8 @@ def test_every_event_of_our_own_attempts_is_told_once(fleet: Fleet) -> None:
 def test_what_another_replica_has_sent_counts_like_ours(fleet: Fleet) -> None:
     """On both ranks, until it ends; what is told of it is told to nobody else."""
     witness = Witness()
-    dispatch = Dispatch("*", Demand(100.0), DECODE, 3, PREFILL, 2)
-    attempt = Ledger(fleet.load, witness).open_foreign(dispatch, NOW)
+    dispatch = PlacementRecord("*", RequestCost(100.0), DECODE, 3, PREFILL, 2)
+    attempt = InFlightTracker(fleet.load, witness).open_foreign(dispatch, NOW)
     loads = fleet.host(Role.PREFILL).ranks[2].tokens, fleet.host(Role.DECODE).ranks[3].tokens
     attempt.end(NOW + 1)
 
@@ -78,14 +78,14 @@ def test_what_another_replica_has_sent_counts_like_ours(fleet: Fleet) -> None:
 @pytest.mark.parametrize(
     "dispatch",
     [
-        Dispatch("*", Demand(100.0), "http://elsewhere:1", 0, "http://elsewhere:2", 0),
-        Dispatch("*", Demand(100.0), DECODE, 4, PREFILL, -1),
+        PlacementRecord("*", RequestCost(100.0), "http://elsewhere:1", 0, "http://elsewhere:2", 0),
+        PlacementRecord("*", RequestCost(100.0), DECODE, 4, PREFILL, -1),
     ],
     ids=["servers", "ranks"],
 )
-def test_what_is_not_known_here_is_left_out(fleet: Fleet, dispatch: Dispatch) -> None:
+def test_what_is_not_known_here_is_left_out(fleet: Fleet, dispatch: PlacementRecord) -> None:
     """Replicas may differ in what they have discovered; nothing is booked where nothing is."""
-    attempt = Ledger(fleet.load).open_foreign(dispatch, NOW)
+    attempt = InFlightTracker(fleet.load).open_foreign(dispatch, NOW)
 
     assert requests(fleet) == (0, 0)
     attempt.end(NOW + 1)

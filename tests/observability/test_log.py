@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from dp_extproc.engines.listener import FailureKind, ScrapeFailure
+from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, Mode, PairTerms, Role
-from dp_extproc.observability.log import PairLog, TrapLog, TroubleLog
+from dp_extproc.observability.log import DiagnosticLog, EndpointStateLog, PairLog
 from engines.test_capabilities import facts
 
-REFUSED = ScrapeFailure(FailureKind.REFUSED, "no connection")
-TIMEOUT = ScrapeFailure(FailureKind.TIMEOUT, "no answer")
+REFUSED = EngineFailure(FailureKind.REFUSED, "no connection")
+TIMEOUT = EngineFailure(FailureKind.TIMEOUT, "no answer")
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ TIMEOUT = ScrapeFailure(FailureKind.TIMEOUT, "no answer")
         pytest.param([REFUSED], ["a: refused: no connection"], id="begins"),
         pytest.param([REFUSED, REFUSED, REFUSED], ["a: refused: no connection"], id="goes-on"),
         pytest.param(
-            [REFUSED, ScrapeFailure(FailureKind.REFUSED, "still none")], ["a: refused: no connection"], id="other-words"
+            [REFUSED, EngineFailure(FailureKind.REFUSED, "still none")], ["a: refused: no connection"], id="other-words"
         ),
         pytest.param([REFUSED, TIMEOUT], ["a: refused: no connection", "a: timeout: no answer"], id="changes"),
         pytest.param(
@@ -34,10 +34,10 @@ TIMEOUT = ScrapeFailure(FailureKind.TIMEOUT, "no answer")
         ),
     ],
 )
-def test_said(rounds: list[ScrapeFailure | None], said: list[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_said(rounds: list[EngineFailure | None], said: list[str], caplog: pytest.LogCaptureFixture) -> None:
     """A row of rounds gives these lines: trouble as warnings, its end as information."""
     caplog.set_level(logging.INFO)
-    log = TroubleLog(logging.getLogger("test"))
+    log = EndpointStateLog(logging.getLogger("test"))
 
     for failure in rounds:
         log.note("a", failure)
@@ -50,7 +50,7 @@ def test_said(rounds: list[ScrapeFailure | None], said: list[str], caplog: pytes
 
 def test_endpoints_are_apart(caplog: pytest.LogCaptureFixture) -> None:
     """The same trouble of another endpoint is news."""
-    log = TroubleLog(logging.getLogger("test"))
+    log = EndpointStateLog(logging.getLogger("test"))
 
     log.note("a", REFUSED)
     log.note("b", REFUSED)
@@ -61,7 +61,7 @@ def test_endpoints_are_apart(caplog: pytest.LogCaptureFixture) -> None:
 def test_pitfalls_are_said_once_for_a_pool_and_role(caplog: pytest.LogCaptureFixture) -> None:
     """What all servers of a role have in common is one line with the remedy; another role has its own lines."""
     caplog.set_level(logging.INFO)
-    log = TrapLog(logging.getLogger("test"))
+    log = DiagnosticLog(logging.getLogger("test"))
     old = facts("0.5.9", Mode.DECODE)
     for number in range(3):
         log.note(Endpoint(f"http://d{number}", "h", 1, "m", Role.DECODE), old)

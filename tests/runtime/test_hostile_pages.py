@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dp_extproc.engines.agreement import without_foreign_ranks
-from dp_extproc.engines.listener import ScrapeFailure
+from dp_extproc.engines.listener import EngineFailure
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, Role
 from dp_extproc.engines.reading import ReaderError
 from dp_extproc.engines.sglang.loads_page import read_loads
@@ -101,7 +101,7 @@ class Hostile:
         try:
             self.telemetry.sampled(endpoint, without_foreign_ranks(read(page), host.facts), now, now)
         except ReaderError as error:
-            self.telemetry.failed(endpoint, ScrapeFailure(error.kind, str(error)), now)
+            self.telemetry.failed(endpoint, EngineFailure(error.kind, str(error)), now)
 
     def introduce(self, role: Role, number: int, facts: Callable[[], EngineFacts]) -> None:
         """Let an engine say what it is."""
@@ -109,7 +109,7 @@ class Hostile:
         try:
             self.telemetry.discovered(endpoint, address_of(endpoint), facts(), self.fleet.clock())
         except ReaderError as error:
-            self.telemetry.failed(endpoint, ScrapeFailure(error.kind, str(error)), self.fleet.clock())
+            self.telemetry.failed(endpoint, EngineFailure(error.kind, str(error)), self.fleet.clock())
 
     def serve(self) -> None:
         """Place a request, let an older one go on, and look at both pages."""

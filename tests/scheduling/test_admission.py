@@ -11,14 +11,14 @@ from dp_extproc.config.reliability import AdmissionSettings, QueueSettings
 from dp_extproc.config.schema import LoadSignal
 from dp_extproc.engines.model import LoadPage, RankSample, Role
 from dp_extproc.extproc.exchange import Exchange
-from dp_extproc.load.cache import FleetLoad
-from dp_extproc.load.records import Dispatch
-from dp_extproc.load.request_cost import Demand
+from dp_extproc.load.cache import LoadCache
+from dp_extproc.load.records import PlacementRecord
+from dp_extproc.load.request_cost import RequestCost
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
-from dp_extproc.scheduling.decision import Circumstances, Decision
-from dp_extproc.scheduling.queue import WaitingLine
-from dp_extproc.scheduling.scheduler import Dispatcher
+from dp_extproc.scheduling.decision import Decision, RequestContext
+from dp_extproc.scheduling.queue import AdmissionQueue
+from dp_extproc.scheduling.scheduler import Scheduler
 from fleet_fixtures import Fleet, make_endpoint, make_facts, make_tokens
 
 CAPACITY, RUNNING = 1000, 2
@@ -31,7 +31,7 @@ def ids(tokens: int) -> bytes:
 class Small:
     """One prefill and one decode server of two ranks, each of which holds 1000 tokens and runs two requests."""
 
-    def __init__(self, line: WaitingLine | None = None, **limits: Any) -> None:
+    def __init__(self, line: AdmissionQueue | None = None, **limits: Any) -> None:
         self.fleet = Fleet(prefills=[make_facts(Role.PREFILL, ranks=2)], decodes=[make_facts(Role.DECODE, ranks=2)])
         ranks = tuple(
             RankSample(rank, used_tokens=0, capacity_tokens=CAPACITY, max_running_requests=RUNNING, age=0.0)
@@ -40,7 +40,7 @@ class Small:
         for role in (Role.PREFILL, Role.DECODE):
             self.fleet.load.sampled(make_endpoint(role), LoadPage(ranks), self.fleet.clock(), self.fleet.clock())
         settings = AdmissionSettings.model_validate({"max_fill": None, "max_load": None, **limits})
-        self.dispatcher = Dispatcher(
+        self.dispatcher = Scheduler(
             [self.fleet.pool],
             self.fleet.load,
             owner="127.0.0.1:9002",
@@ -203,7 +203,7 @@ def test_a_batch_is_not_too_long() -> None:
 
 def test_a_new_request_does_not_overtake_those_that_wait() -> None:
     """There is room, but somebody was there before."""
-    line = WaitingLine(QueueSettings())
+    line = AdmissionQueue(QueueSettings())
     small = Small(line)
     ticket = line.join("*", 0, lambda: None)
     assert ticket is not None
@@ -211,12 +211,12 @@ def test_a_new_request_does_not_overtake_those_that_wait() -> None:
     assert isinstance(found, Rejection)
     assert found.wait is not None
     assert (found.wait.pool, found.wait.priority) == ("*", 0)
-    assert isinstance(small.dispatcher.place(Api.GENERATE, ids(10), Circumstances(ticket=ticket)), Decision)
+    assert isinstance(small.dispatcher.place(Api.GENERATE, ids(10), RequestContext(ticket=ticket)), Decision)
 
 
 def test_the_bodys_priority_counts() -> None:
     """SGLang's own field; a greater one goes before those that wait."""
-    line = WaitingLine(QueueSettings())
+    line = AdmissionQueue(QueueSettings())
     small = Small(line)
     line.join("*", 0, lambda: None)
     body = json.dumps({"input_ids": [1], "priority": 1}).encode()
@@ -227,7 +227,7 @@ class TestWhoWaitsIsCalled:
     """Whatever may have made room, whoever did it."""
 
     def setup_method(self) -> None:
-        self.line = WaitingLine(QueueSettings())
+        self.line = AdmissionQueue(QueueSettings())
         self.calls = 0
         self.small = Small(self.line)
 
@@ -254,7 +254,7 @@ class TestWhoWaitsIsCalled:
     def test_when_a_request_of_another_process_is_over(self) -> None:
         """What others send is on the books like our own."""
         url = make_endpoint(Role.DECODE).url
-        foreign = self.small.dispatcher.ledger.open_foreign(Dispatch("*", Demand(10.0), url, 0), 1000.0)
+        foreign = self.small.dispatcher.ledger.open_foreign(PlacementRecord("*", RequestCost(10.0), url, 0), 1000.0)
         self.wait()
         foreign.end(1001.0)
         assert self.calls == 1
@@ -262,7 +262,7 @@ class TestWhoWaitsIsCalled:
     def test_when_an_engine_tells_its_load(self) -> None:
         """Or who it is: what is asked for next may be free there."""
         endpoint = make_endpoint(Role.DECODE)
-        load = FleetLoad([endpoint], 5.0, made_room=self.line.call)
+        load = LoadCache([endpoint], 5.0, made_room=self.line.call)
         self.wait()
         load.discovered(endpoint, "10.0.0.1:1", make_facts(Role.DECODE), 1000.0)
         assert self.calls == 1
@@ -272,7 +272,7 @@ class TestWhoWaitsIsCalled:
 
 def test_a_request_that_waits_is_read_once() -> None:
     """It may be as large as a novel, and be called many times before there is room for it."""
-    line = WaitingLine(QueueSettings())
+    line = AdmissionQueue(QueueSettings())
     small = Small(line, max_requests=1)
     placed, _ = small.place_until_refused(10)
     exchange = Exchange(small.dispatcher, BodyMode.LOCKSTEP, 1 << 20, queues=True)

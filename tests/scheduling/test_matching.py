@@ -14,21 +14,21 @@ from dp_extproc.config.reliability import AdmissionSettings
 from dp_extproc.config.schema import AffinitySettings, HostPolicy, LoadSignal, PolicySettings, RankPolicy
 from dp_extproc.engines import compatibility
 from dp_extproc.engines.compatibility import Difference, difference
-from dp_extproc.engines.listener import FailureKind, ScrapeFailure
+from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import EngineFacts, LoadPage, PairTerms, RankSample, Role
-from dp_extproc.load.cache import FleetLoad
-from dp_extproc.load.endpoint import HostLoad
+from dp_extproc.load.cache import LoadCache
+from dp_extproc.load.endpoint import EndpointLoad
 from dp_extproc.load.health import choose
 from dp_extproc.request.body import InferenceRequest, read_body
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
-from dp_extproc.scheduling.decision import Circumstances, Decision
+from dp_extproc.scheduling.decision import Decision, RequestContext
 from dp_extproc.scheduling.matching import find_matches
 from dp_extproc.scheduling.sides import matching_sides
 from fleet_fixtures import Fleet, make_endpoint, make_facts
 
 BODY = b'{"prompt":"hello"}'
-GONE = ScrapeFailure(FailureKind.REFUSED, "no connection")
+GONE = EngineFailure(FailureKind.REFUSED, "no connection")
 Sizes = Sequence[int | None]
 
 
@@ -44,7 +44,7 @@ def make_fleet(prefills: Sizes, decodes: Sizes, version: tuple[int, int, int] = 
 
 
 def place(fleet: Fleet, **circumstances: Any) -> Decision | Rejection:
-    return fleet.dispatcher.place(Api.COMPLETIONS, BODY, Circumstances(**circumstances))
+    return fleet.dispatcher.place(Api.COMPLETIONS, BODY, RequestContext(**circumstances))
 
 
 def numbers(fleet: Fleet, decision: Decision | Rejection) -> tuple[int, int]:
@@ -64,11 +64,11 @@ def read_ids(tokens: int) -> InferenceRequest:
     return request
 
 
-def number_of(host: HostLoad) -> int:
+def number_of(host: EndpointLoad) -> int:
     return int(host.endpoint.host.rpartition(".")[2])
 
 
-def eject(fleet: Fleet, *hosts: HostLoad) -> None:
+def eject(fleet: Fleet, *hosts: EndpointLoad) -> None:
     for host in hosts:
         while not host.health.is_ejected(fleet.clock()):
             host.health.failed(fleet.clock())
@@ -229,7 +229,7 @@ def test_no_trouble_leads_to_a_pair_that_differs(  # noqa: PLR0917 - one of each
     fleet = make_fleet(prefills, decodes, seed=seed)
     hosts = list(fleet.load.hosts.values())
 
-    def those(indices: Iterable[int]) -> list[HostLoad]:
+    def those(indices: Iterable[int]) -> list[EndpointLoad]:
         return [hosts[index] for index in indices if index < len(hosts)]
 
     for host in those(gone):
@@ -256,12 +256,12 @@ def in_large_pool(differing: int = 1) -> Fleet:
     return make_fleet(sizes, sizes)
 
 
-class Walked(list[HostLoad]):
+class Walked(list[EndpointLoad]):
     """Counts how often it is walked."""
 
     walks = 0
 
-    def __iter__(self) -> Iterator[HostLoad]:
+    def __iter__(self) -> Iterator[EndpointLoad]:
         Walked.walks += 1
         return super().__iter__()
 
@@ -270,11 +270,11 @@ class Walked(list[HostLoad]):
 def test_a_server_is_asked_about_once_however_many_it_can_be_paired_with(differing: int) -> None:
     """Else a decision costs prefill servers times decode servers, and a fleet that is full blocks everything."""
     fleet = in_large_pool(differing)
-    sides = matching_sides(fleet.load, "*", read_ids(1), fleet.clock(), Circumstances())
+    sides = matching_sides(fleet.load, "*", read_ids(1), fleet.clock(), RequestContext())
     assert sides is not None
-    asked: list[HostLoad] = []
+    asked: list[EndpointLoad] = []
 
-    def wanted(host: HostLoad) -> bool:
+    def wanted(host: EndpointLoad) -> bool:
         asked.append(host)
         return host not in {fleet.host(Role.PREFILL, 1), fleet.host(Role.DECODE, 2)}
 
@@ -292,7 +292,7 @@ def test_the_decode_servers_of_a_match_are_walked_as_one_list(monkeypatch: pytes
     fleet = in_large_pool()
     monkeypatch.setattr("dp_extproc.scheduling.sides.choose", lambda *args: Walked(choose(*args)))
     Walked.walks = 0
-    sides = matching_sides(fleet.load, "*", read_ids(1), fleet.clock(), Circumstances())
+    sides = matching_sides(fleet.load, "*", read_ids(1), fleet.clock(), RequestContext())
 
     assert sides is not None
     assert (len(sides.prefills), len(sides.decodes)) == (100, 100)
@@ -330,7 +330,7 @@ class OfSizes:
         self.fleet.load.sampled(make_endpoint(role, number), page, self.fleet.clock(), self.fleet.clock())
 
     def place(self, body: dict[str, Any], **circumstances: Any) -> Decision | Rejection:
-        found = self.fleet.dispatcher.place(Api.GENERATE, json.dumps(body).encode(), Circumstances(**circumstances))
+        found = self.fleet.dispatcher.place(Api.GENERATE, json.dumps(body).encode(), RequestContext(**circumstances))
         if isinstance(found, Decision):
             assert found.attempt is not None
             found.attempt.end(self.fleet.clock())
@@ -397,12 +397,12 @@ def test_a_long_prompt_is_tried_on_servers_that_may_do_by_now() -> None:
 def test_a_refusal_for_want_of_a_pair_never_lacks_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that are left may agree: then it tells what differs among all, or that nothing does."""
     fleet = make_fleet([1, 2], [1, 2])
-    capable = FleetLoad.capable
+    capable = LoadCache.capable
 
-    def first_alone(load: FleetLoad, pool: str, role: Role, api: Api, now: float) -> Sequence[HostLoad]:
+    def first_alone(load: LoadCache, pool: str, role: Role, api: Api, now: float) -> Sequence[EndpointLoad]:
         return capable(load, pool, role, api, now)[:1]
 
-    monkeypatch.setattr(FleetLoad, "capable", first_alone)
+    monkeypatch.setattr(LoadCache, "capable", first_alone)
     monkeypatch.setattr("dp_extproc.scheduling.scheduler.matching_sides", lambda *_: None)
     refusal = place(fleet)
     assert isinstance(refusal, Rejection)

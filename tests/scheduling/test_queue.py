@@ -1,14 +1,14 @@
 """Who waits, and who is first."""
 
 from dp_extproc.config.reliability import QueueSettings
-from dp_extproc.scheduling.queue import Ticket, WaitingLine
+from dp_extproc.scheduling.queue import AdmissionQueue, Ticket
 
 
 class People:
     """Those who wait, by name, and who was called."""
 
     def __init__(self, max_depth: int = 10) -> None:
-        self.line = WaitingLine(QueueSettings(max_depth=max_depth))
+        self.line = AdmissionQueue(QueueSettings(max_depth=max_depth))
         self.called: list[str] = []
 
     def join(self, name: str, pool: str = "m", priority: int = 0) -> Ticket:

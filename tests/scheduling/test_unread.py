@@ -10,7 +10,7 @@ from dp_extproc import contract
 from dp_extproc.engines.model import EngineFacts, Role
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
-from dp_extproc.scheduling.decision import Circumstances, Decision
+from dp_extproc.scheduling.decision import Decision, RequestContext
 from fleet_fixtures import Fleet, make_endpoint, make_facts
 
 POLICY = {"affinity": {"prefixes": False}}
@@ -28,7 +28,7 @@ def make_fleet(
 
 
 def place(fleet: Fleet, length: int | None = 400, api: Api = Api.CHAT, **circumstances: Any) -> Decision:
-    decision = fleet.dispatcher.place_unread(api, length, Circumstances(**circumstances))
+    decision = fleet.dispatcher.place_unread(api, length, RequestContext(**circumstances))
     assert isinstance(decision, Decision), decision
     return decision
 

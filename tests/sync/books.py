@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass, field
 
-from dp_extproc.load.records import Dispatch
-from dp_extproc.load.request_cost import Demand
+from dp_extproc.load.records import PlacementRecord
+from dp_extproc.load.request_cost import RequestCost
 from dp_extproc.prefix_cache.blocks import Prefix
 
-DISPATCH = Dispatch(
+DISPATCH = PlacementRecord(
     pool="llama",
-    demand=Demand(tokens=1200.0, requests=2.0, prefix=Prefix((1, (1 << 64) - 1), (1024, 2000)), session="a session"),
+    demand=RequestCost(
+        tokens=1200.0, requests=2.0, prefix=Prefix((1, (1 << 64) - 1), (1024, 2000)), session="a session"
+    ),
     decode="http://10.0.0.2:30000",
     decode_rank=None,
     prefill="http://10.0.0.1:30000",
@@ -17,16 +19,16 @@ DISPATCH = Dispatch(
 )
 
 
-def dispatch_to(rank: int) -> Dispatch:
+def dispatch_to(rank: int) -> PlacementRecord:
     """Make a dispatch that can be told from others by its rank."""
-    return Dispatch("llama", Demand(100.0), "http://10.0.0.2:30000", rank, "http://10.0.0.1:30000", rank)
+    return PlacementRecord("llama", RequestCost(100.0), "http://10.0.0.2:30000", rank, "http://10.0.0.1:30000", rank)
 
 
 @dataclass(eq=False)
 class Entry:
     """An attempt of a peer; complains about what no real one would be told."""
 
-    dispatch: Dispatch
+    dispatch: PlacementRecord
     opened_at: float
     answered_at: float | None = None
     first_byte_at: float | None = None
@@ -59,7 +61,7 @@ class Books:
 
     entries: list[Entry] = field(default_factory=list)
 
-    def open_foreign(self, dispatch: Dispatch, at: float) -> Entry:
+    def open_foreign(self, dispatch: PlacementRecord, at: float) -> Entry:
         """Put one on the books."""
         self.entries.append(Entry(dispatch, at))
         return self.entries[-1]

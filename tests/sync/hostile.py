@@ -5,7 +5,7 @@ from typing import Final
 
 import msgspec
 
-from dp_extproc.load.records import Dispatch
+from dp_extproc.load.records import PlacementRecord
 from dp_extproc.sync.messages import VERSION, Batch, Dispatched, FirstToken, encode
 
 HEADER: Final = b"dpx" + bytes([VERSION])
@@ -15,7 +15,7 @@ NESTED: Final = HEADER + b"\x96" + msgspec.msgpack.encode(Batch("p", 1, 1000.0, 
 """They stand where a later release may have added something, which is passed over."""
 
 
-def hostile_messages(dispatch: Dispatch) -> list[bytes]:
+def hostile_messages(dispatch: PlacementRecord) -> list[bytes]:
     """Make some of every kind, which tell of such an attempt. All are garbage."""
     demand = dispatch.demand
     dispatches = [

@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dp_extproc.engines.model import Role
-from dp_extproc.load.records import Dispatch
-from dp_extproc.load.request_cost import Demand
+from dp_extproc.load.records import PlacementRecord
+from dp_extproc.load.request_cost import RequestCost
 from dp_extproc.observability.metrics import SyncMetrics, Telemetry
 from dp_extproc.observability.pages import describe_loads, describe_sync
 from dp_extproc.prefix_cache.blocks import Prefix
@@ -82,10 +82,10 @@ class Target:
         decision.attempt.end(self.fleet.clock())
 
 
-def dispatch(**demand: Any) -> Dispatch:
+def dispatch(**demand: Any) -> PlacementRecord:
     """Make an attempt of 900 tokens on ranks that the fleet has."""
-    told = Demand(900.0, prefix=Prefix((1, 2), (400, 900)), session="s")
-    return Dispatch("*", msgspec.structs.replace(told, **demand), DECODE, 1, PREFILL, 2, 100.0)
+    told = RequestCost(900.0, prefix=Prefix((1, 2), (400, 900)), session="s")
+    return PlacementRecord("*", msgspec.structs.replace(told, **demand), DECODE, 1, PREFILL, 2, 100.0)
 
 
 def batch(sequence: int = 1, *, now: float = 1000.0, at: float = 1000.0) -> Batch:
@@ -231,7 +231,7 @@ def test_faults_of_ours_are_logged_once(caplog: pytest.LogCaptureFixture) -> Non
     """Whatever else a message may do: requests are served, each is counted, and no log is filled."""
     target = Target()
 
-    def fail(_dispatch: Dispatch, _at: float) -> Any:
+    def fail(_dispatch: PlacementRecord, _at: float) -> Any:
         raise ZeroDivisionError("float division by zero")
 
     target.replica._peers._open_foreign = fail

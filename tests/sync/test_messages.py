@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dp_extproc.load.records import Dispatch
-from dp_extproc.load.request_cost import Demand
+from dp_extproc.load.records import PlacementRecord
+from dp_extproc.load.request_cost import RequestCost
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix
 from dp_extproc.sync.messages import (
     MOST_BYTES,
@@ -96,13 +96,15 @@ def test_many_events_are_divided_in_their_order() -> None:
 
 def test_a_hint_that_is_too_large_is_left_out() -> None:
     """An event that exceeds a message by itself is told without the prefix and the session; its load is told."""
-    demand = Demand(5e6, 1.0, Prefix(tuple(range(1 << 60, (1 << 60) + 100_000)), tuple(range(100_000))), "s" * 100_000)
-    dispatch = Dispatch("llama", demand, "http://10.0.0.2:30000", 1)
+    demand = RequestCost(
+        5e6, 1.0, Prefix(tuple(range(1 << 60, (1 << 60) + 100_000)), tuple(range(100_000))), "s" * 100_000
+    )
+    dispatch = PlacementRecord("llama", demand, "http://10.0.0.2:30000", 1)
 
     ((event,),) = portions([Dispatched(1, 0.0, dispatch)])
 
     assert isinstance(event, Dispatched)
-    assert event.dispatch.demand == Demand(5e6, 1.0, NO_PREFIX, None)
+    assert event.dispatch.demand == RequestCost(5e6, 1.0, NO_PREFIX, None)
     assert event.dispatch.decode_rank == 1
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from dp_extproc import contract
 from dp_extproc.engines.model import LoadPage, RankSample, Role
-from dp_extproc.load.in_flight import Attempt
+from dp_extproc.load.in_flight import InFlight
 from dp_extproc.request.path import Api
 from dp_extproc.scheduling.decision import Decision
-from dp_extproc.scheduling.scheduler import Dispatcher
+from dp_extproc.scheduling.scheduler import Scheduler
 from dp_extproc.sync.messages import Batch, decode
 from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.peers import Peers
@@ -32,7 +32,7 @@ class Service:
         facts = [make_facts(Role.PREFILL, ranks=prefill_ranks)]
         self.fleet = Fleet(prefills=facts, decodes=[make_facts(Role.DECODE, ranks=RANKS)])
         self.outbox = Outbox(name)
-        self.dispatcher = Dispatcher(
+        self.dispatcher = Scheduler(
             [self.fleet.pool],
             self.fleet.load,
             owner="127.0.0.1:9002",
@@ -44,7 +44,7 @@ class Service:
         self.peers = Peers(self.dispatcher.ledger.open_foreign, 3.0)
         self._prompts = count()
 
-    def place(self, body: bytes | None = None) -> tuple[Attempt, int, int]:
+    def place(self, body: bytes | None = None) -> tuple[InFlight, int, int]:
         """Place a request, by default one whose prompt is new; give its attempt and its two ranks."""
         decision = self.dispatcher.place(Api.CHAT, body or chat((self.outbox.replica, next(self._prompts))))
         assert isinstance(decision, Decision)

@@ -4,17 +4,17 @@ from typing import Protocol
 
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Rejection
-from dp_extproc.scheduling.decision import Answer, Circumstances, Decision
+from dp_extproc.scheduling.decision import Answer, Decision, RequestContext
 
 
 class Decider(Protocol):
-    """What the exchange asks; implemented by :class:`dp_extproc.scheduling.scheduler.Dispatcher`."""
+    """What the exchange asks; implemented by :class:`dp_extproc.scheduling.scheduler.Scheduler`."""
 
-    def place(self, api: Api, body: bytes, circumstances: Circumstances) -> Decision | Rejection:
+    def place(self, api: Api, body: bytes, circumstances: RequestContext) -> Decision | Rejection:
         """Decide on an inference request."""
         ...
 
-    def place_unread(self, api: Api, length: int | None, circumstances: Circumstances) -> Decision | Rejection:
+    def place_unread(self, api: Api, length: int | None, circumstances: RequestContext) -> Decision | Rejection:
         """Decide on an inference request whose body is not sent here."""
         ...
 

@@ -97,19 +97,19 @@ class Mutate(Struct, frozen=True):
     """``IP:port`` for the gateway's load balancing, in the endpoint-picker protocol."""
 
 
-class TakeBody(Struct, frozen=True):
+class BufferBody(Struct, frozen=True):
     """Go on, and send the response's body as a whole: of errors, and of answers that are no streams."""
 
     phase: Phase
 
 
-class SeeBody(Struct, frozen=True):
+class StreamBody(Struct, frozen=True):
     """Go on, and send the response's body as it comes; it may be changed on its way, also in its length."""
 
     phase: Phase
 
 
-class Extend(Struct, frozen=True):
+class ExtendTimeout(Struct, frozen=True):
     """Wait longer than usual for the answer to the message before."""
 
     seconds: float
@@ -134,4 +134,4 @@ class Immediate(Struct, frozen=True):
     metadata: Metadata | None = None
 
 
-Reply = Continue | Mutate | TakeBody | SeeBody | Extend | StreamedChunk | Immediate
+Reply = Continue | Mutate | BufferBody | StreamBody | ExtendTimeout | StreamedChunk | Immediate

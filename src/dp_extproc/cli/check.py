@@ -16,7 +16,7 @@ from dp_extproc.contract import RANK_HEADER
 from dp_extproc.engines.capabilities import Capabilities, RankControl, capabilities
 from dp_extproc.engines.credentials import Credentials
 from dp_extproc.engines.model import EngineFacts, Kind, Role, in_url
-from dp_extproc.engines.sglang.diagnostics import Trap
+from dp_extproc.engines.sglang.diagnostics import Diagnostic
 from dp_extproc.fleet.check import EngineReport, check_engines
 from dp_extproc.fleet.discovery.static import endpoints_of
 from dp_extproc.request.path import Api
@@ -144,9 +144,9 @@ def _way_to_ranks(takes: Capabilities, role: Role, facts: EngineFacts, *, header
     return f"{ways}{prefill}; paths: {', '.join(api for api in Api if takes.serves(api)) or 'none'}"
 
 
-def _by_trap(reports: Iterable[EngineReport]) -> list[tuple[Trap, list[str]]]:
+def _by_trap(reports: Iterable[EngineReport]) -> list[tuple[Diagnostic, list[str]]]:
     """Group by pitfall: a fleet of equal engines has equal ones. What makes an engine unusable comes first."""
-    found: dict[Trap, list[str]] = {}
+    found: dict[Diagnostic, list[str]] = {}
     for report in reports:
         for trap in report.traps:
             found.setdefault(trap, []).append(report.endpoint.url)

@@ -14,7 +14,7 @@ from dp_extproc.config import ConfigError, ListenSettings, Problem, parse_config
 from dp_extproc.runtime.process import serve
 from dp_extproc.runtime.secrets import problems_outside
 from dp_extproc.runtime.sockets import StartError, check_ports
-from dp_extproc.runtime.worker_context import WorkerSeat
+from dp_extproc.runtime.worker_context import WorkerContext
 from dp_extproc.runtime.workers import serve_with_workers
 
 _FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes, in place of listen.workers, which envoy-config reads, too",
     )
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
-    parser.add_argument("--worker-seat", type=WorkerSeat.parse, help=argparse.SUPPRESS)  # a parent's word to its child
+    # A parent process passes it to the worker processes that it starts.
+    parser.add_argument("--worker-seat", type=WorkerContext.parse, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0 after a signal; 1 if it cannot start; 2 if the file cannot be used.
     """
-    seat: WorkerSeat | None = args.worker_seat
+    seat: WorkerContext | None = args.worker_seat
     logging.basicConfig(
         level=args.log_level.upper(), stream=sys.stderr, format=_FORMAT if seat is None else f"{seat}: {_FORMAT}"
     )
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _serve(args: argparse.Namespace, seat: WorkerSeat | None) -> None:
+def _serve(args: argparse.Namespace, seat: WorkerContext | None) -> None:
     """Check everything, then serve.
 
     Raises:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Final
 
 from dp_extproc.config.schema import Engine
-from dp_extproc.engines.listener import FailureKind, ScrapeFailure
+from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, Kind, LoadPage, Mode, Role
 from dp_extproc.engines.sglang.server_info import DEFAULT_BOOTSTRAP_PORT, follows_rooms
 
@@ -55,7 +55,7 @@ def without_foreign_ranks(page: LoadPage, facts: EngineFacts) -> LoadPage:
     return replace(page, ranks=tuple(sample for sample in page.ranks if sample.dp_rank < facts.dp_ranks))
 
 
-def disagreement(endpoint: Endpoint, facts: EngineFacts, page: LoadPage | None = None) -> ScrapeFailure | None:
+def disagreement(endpoint: Endpoint, facts: EngineFacts, page: LoadPage | None = None) -> EngineFailure | None:
     """Tell how the sources differ, if they do. /server_info wins."""
     if facts.kind is Kind.VLLM and endpoint.role is not Role.WORKER:
         return _disagreement(
@@ -86,8 +86,8 @@ def disagreement(endpoint: Endpoint, facts: EngineFacts, page: LoadPage | None =
     return None
 
 
-def _disagreement(message: str) -> ScrapeFailure:
-    return ScrapeFailure(FailureKind.DISAGREEMENT, message)
+def _disagreement(message: str) -> EngineFailure:
+    return EngineFailure(FailureKind.DISAGREEMENT, message)
 
 
 def _some(ranks: list[int]) -> str:

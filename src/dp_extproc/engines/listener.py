@@ -37,7 +37,7 @@ AWAY: Final = GONE | {FailureKind.TIMEOUT}
 
 
 @dataclass(frozen=True, slots=True)
-class ScrapeFailure:
+class EngineFailure:
     """One thing that is wrong with an endpoint."""
 
     kind: FailureKind
@@ -52,13 +52,13 @@ class ScrapeFailure:
         return not self.page_was_read and self.kind in AWAY
 
 
-def unexpected(error: Exception) -> ScrapeFailure:
+def unexpected(error: Exception) -> EngineFailure:
     """Tell that it is this service that has failed."""
     message = f"dp-extproc itself failed over what the engine told ({type(error).__name__}); see the log"
-    return ScrapeFailure(FailureKind.INTERNAL, message)
+    return EngineFailure(FailureKind.INTERNAL, message)
 
 
-class FleetObserver(Protocol):
+class EngineListener(Protocol):
     """Who wants to know. Called from the event loop, so each call must be short. Times are monotonic seconds."""
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:
@@ -81,5 +81,5 @@ class FleetObserver(Protocol):
             now: When its answer was complete.
         """
 
-    def failed(self, endpoint: Endpoint, failure: ScrapeFailure, now: float) -> None:
+    def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
         """Learn what is wrong; told in every round in which it is so, after :meth:`sampled` if there was a sample."""

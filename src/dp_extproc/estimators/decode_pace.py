@@ -47,7 +47,7 @@ def within(value: float, middle: float, factor: float) -> float:
     return min(middle * factor, max(middle / factor, value))
 
 
-class Pace:
+class DecodePace:
     """How fast one server, or a group of its ranks with a common step, makes tokens."""
 
     __slots__ = ("_ended", "_last", "_lasted", "_mean", "_sampled_at", "steps")
@@ -97,7 +97,7 @@ class Pace:
         self._lasted += (seconds - self._lasted) / self._ended
 
 
-def compare(paces: Sequence[Pace]) -> tuple[float, list[float]] | None:
+def compare(paces: Sequence[DecodePace]) -> tuple[float, list[float]] | None:
     """Find out what is usual among the servers of a pool and role, and how slow each of them is.
 
     What they tell is believed as far as it is like what the others tell, and as it agrees with our own clock.

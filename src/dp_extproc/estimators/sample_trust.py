@@ -24,7 +24,7 @@ _SURPRISE: Final = 3.0
 """No pair of corrections counts more than as many usual ones."""
 
 
-class Belief:
+class SampleTrust:
     """Of the samples of one server."""
 
     __slots__ = ("_before", "_square", "share")

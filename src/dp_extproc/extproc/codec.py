@@ -14,9 +14,10 @@ from envoy.service.ext_proc.v3.external_processor_pb2 import (
 
 from dp_extproc.attempt.events import (
     BodyMode,
+    BufferBody,
     Continue,
     Event,
-    Extend,
+    ExtendTimeout,
     Immediate,
     Mutate,
     Phase,
@@ -27,9 +28,8 @@ from dp_extproc.attempt.events import (
     ResponseBody,
     ResponseHeaders,
     ResponseTrailers,
-    SeeBody,
+    StreamBody,
     StreamedChunk,
-    TakeBody,
 )
 from dp_extproc.contract import (
     DESTINATION,
@@ -117,9 +117,9 @@ def write_reply(reply: Reply) -> bytes:
         return _CONTINUE[reply.phase]
     if isinstance(reply, Mutate):
         return _write_mutation(reply)
-    if isinstance(reply, TakeBody):
+    if isinstance(reply, BufferBody):
         return _TAKE_BODY
-    if isinstance(reply, SeeBody):
+    if isinstance(reply, StreamBody):
         return _SEE_BODY
     response = ProcessingResponse()
     if isinstance(reply, StreamedChunk):
@@ -129,7 +129,7 @@ def write_reply(reply: Reply) -> bytes:
         chunk.end_of_stream = reply.end_of_stream
         # An empty chunk in mid-stream has only default values; it must still be there.
         chunk.SetInParent()
-    elif isinstance(reply, Extend):
+    elif isinstance(reply, ExtendTimeout):
         response.override_message_timeout.FromNanoseconds(int(reply.seconds * 1e9))
     else:
         _write_immediate(reply, response)

@@ -19,6 +19,7 @@ from dp_extproc.attempt.chunks import cut
 from dp_extproc.attempt.decider import Decider
 from dp_extproc.attempt.events import (
     BodyMode,
+    BufferBody,
     Continue,
     Event,
     Mutate,
@@ -30,17 +31,16 @@ from dp_extproc.attempt.events import (
     ResponseBody,
     ResponseHeaders,
     ResponseTrailers,
-    SeeBody,
+    StreamBody,
     StreamedChunk,
-    TakeBody,
 )
 from dp_extproc.attempt.precheck import NO_BODY, refuse_by_headers, too_large
 from dp_extproc.attempt.replies import Headers, answer_instead, refuse, route, tell_models
-from dp_extproc.load.in_flight import Attempt
+from dp_extproc.load.in_flight import InFlight
 from dp_extproc.request.path import Api, Lookup, read_path
 from dp_extproc.request.rejection import Reason, Rejection, Wait
 from dp_extproc.response.logprobs import Merger, make_merger
-from dp_extproc.scheduling.decision import Circumstances, Decision
+from dp_extproc.scheduling.decision import Decision, RequestContext
 from dp_extproc.scheduling.queue import Ticket
 
 _OK: Final = 200
@@ -178,7 +178,7 @@ class Exchange:
         return replies
 
     @property
-    def attempt(self) -> Attempt | None:
+    def attempt(self) -> InFlight | None:
         """What the request has on the books, once it was placed."""
         return None if self.decision is None else self.decision.attempt
 
@@ -284,7 +284,7 @@ class Exchange:
         if self._state is not _State.HELD:
             return ()
         self._state, self._asks_for_body = _State.REFUSING, True
-        return (TakeBody(Phase.RESPONSE_HEADERS),)
+        return (BufferBody(Phase.RESPONSE_HEADERS),)
 
     def abandon(self, status: int, body: bytes, reason: Reason, headers: Headers) -> _Replies:
         """Answer the client in the engine's place: with an error of ours, or with what the other leg said."""
@@ -381,7 +381,7 @@ class Exchange:
         assert self._api is not None  # noqa: S101 - the state says so
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         before = self.wait
-        circumstances = Circumstances(
+        circumstances = RequestContext(
             self._session,
             self.failed,
             ticket,
@@ -500,6 +500,6 @@ _UNSUPPORTED: Final = 415
 """Of bodies that cannot be read."""
 _GO_ON_HEADERS: Final[_Replies] = (Continue(Phase.REQUEST_HEADERS),)
 _GO_ON_RESPONSE: Final[_Replies] = (Continue(Phase.RESPONSE_HEADERS),)
-_SEE_RESPONSE: Final[_Replies] = (SeeBody(Phase.RESPONSE_HEADERS),)
-_TAKE_RESPONSE: Final[_Replies] = (TakeBody(Phase.RESPONSE_HEADERS),)
+_SEE_RESPONSE: Final[_Replies] = (StreamBody(Phase.RESPONSE_HEADERS),)
+_TAKE_RESPONSE: Final[_Replies] = (BufferBody(Phase.RESPONSE_HEADERS),)
 """Envoy keeps a whole answer until it has been changed. Should the service end meanwhile, it goes on as it was."""

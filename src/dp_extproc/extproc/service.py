@@ -22,7 +22,7 @@ from dp_extproc.attempt.events import (
     RequestHeaders,
     ResponseBody,
     ResponseHeaders,
-    SeeBody,
+    StreamBody,
 )
 from dp_extproc.config.reliability import RetrySettings, SupervisionSettings
 from dp_extproc.engines.model import Role
@@ -32,10 +32,10 @@ from dp_extproc.extproc.leaving import OpenStreams
 from dp_extproc.extproc.link import Link, Writer
 from dp_extproc.extproc.retries import RetryBudget
 from dp_extproc.extproc.supervision import Say, Stream, Supervision, SupervisionObserver
-from dp_extproc.load.in_flight import Attempt
+from dp_extproc.load.in_flight import InFlight
 from dp_extproc.request.rejection import Reason
 from dp_extproc.response.first_event import FirstEvent
-from dp_extproc.scheduling.queue import WaitingLine
+from dp_extproc.scheduling.queue import AdmissionQueue
 
 SERVICE_NAME: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 
@@ -75,7 +75,7 @@ class ExtProcService:
         *,
         supervision: SupervisionSettings = _SUPERVISION,
         budget: RetryBudget | None = None,
-        line: WaitingLine | None = None,
+        line: AdmissionQueue | None = None,
         max_body: int,
         clock: Callable[[], float],
         hold_seconds: float = HOLD_SECONDS,
@@ -107,7 +107,7 @@ class ExtProcService:
         self._picks = picks
         self._session_header = session_header if picks else contract.SESSION
         self._open = OpenStreams()
-        self._links: dict[str | Attempt, Link] = {}
+        self._links: dict[str | InFlight, Link] = {}
         """Attempts by the token of their leg, as long as a stream of theirs may come or stay; see :func:`_key`."""
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -251,7 +251,7 @@ class ExtProcService:
         finally:
             line.leave(ticket)
 
-    def _watch(self, exchange: Exchange, attempt: Attempt, writer: Writer) -> Link:
+    def _watch(self, exchange: Exchange, attempt: InFlight, writer: Writer) -> Link:
         """Begin to watch an attempt."""
         if not exchange.failed:
             self._budget.earn()
@@ -360,7 +360,7 @@ class ExtProcService:
 
 _GO_ON_BODY: Final = write_reply(Continue(Phase.RESPONSE_BODY))
 _GO_ON_HEAD: Final = write_reply(Continue(Phase.RESPONSE_HEADERS))
-_SEE: Final = write_reply(SeeBody(Phase.RESPONSE_HEADERS))
+_SEE: Final = write_reply(StreamBody(Phase.RESPONSE_HEADERS))
 _GO_ON: Final[dict[type, tuple[Reply, ...]]] = {
     RequestHeaders: (Continue(Phase.REQUEST_HEADERS),),
     ResponseHeaders: (Continue(Phase.RESPONSE_HEADERS),),
@@ -369,7 +369,7 @@ _GO_ON: Final[dict[type, tuple[Reply, ...]]] = {
 """What a leg is told that nobody knows here."""
 
 
-def _key(attempt: Attempt) -> str | Attempt:
+def _key(attempt: InFlight) -> str | InFlight:
     """Give the key of an attempt: the token of its leg; without a leg itself, which no stream can name."""
     return attempt.leg or attempt
 

@@ -19,13 +19,13 @@ from typing import Final, Protocol
 from msgspec import Struct
 
 from dp_extproc import contract
-from dp_extproc.attempt.events import Continue, Extend, Immediate, Phase, Reply, SeeBody, TakeBody
+from dp_extproc.attempt.events import BufferBody, Continue, ExtendTimeout, Immediate, Phase, Reply, StreamBody
 from dp_extproc.config.reliability import Supervise, SupervisionSettings
 from dp_extproc.engines.model import Role
 from dp_extproc.extproc.exchange import Exchange
 from dp_extproc.extproc.retries import RetryBudget
-from dp_extproc.load.endpoint import HostLoad
-from dp_extproc.load.in_flight import Attempt
+from dp_extproc.load.endpoint import EndpointLoad
+from dp_extproc.load.in_flight import InFlight
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.response.first_event import EngineError, FirstEvent
 
@@ -100,7 +100,7 @@ class Supervision:
     def __init__(
         self,
         exchange: Exchange,
-        attempt: Attempt,
+        attempt: InFlight,
         settings: SupervisionSettings,
         budget: RetryBudget,
         observer: SupervisionObserver,
@@ -157,15 +157,15 @@ class Supervision:
         """The leg's engine has answered, or Envoy in its place."""
         if is_events and has_body and status < 400:  # a head that may come before anything was done
             self._prefill_events = FirstEvent()
-            return [(Stream.PREFILL, SeeBody(Phase.RESPONSE_HEADERS))]
+            return [(Stream.PREFILL, StreamBody(Phase.RESPONSE_HEADERS))]
         sees_text = self.sees_text and has_body and status < 400
-        go_on: Say = (Stream.PREFILL, (SeeBody if sees_text else Continue)(Phase.RESPONSE_HEADERS))
+        go_on: Say = (Stream.PREFILL, (StreamBody if sees_text else Continue)(Phase.RESPONSE_HEADERS))
         if status < 400:
             return [go_on, *self._prefill_done(status, now)]
         self.attempt.prefill_answered(status, now)
         self._prefill, self._prefill_status, self._prefill_refused_at = _Prefill.REFUSING, status, now
         if has_body and not self.is_over:
-            return [(Stream.PREFILL, TakeBody(Phase.RESPONSE_HEADERS))]
+            return [(Stream.PREFILL, BufferBody(Phase.RESPONSE_HEADERS))]
         return [go_on, *self._prefill_failed(b"", now)]
 
     def prefill_explained(self, body: bytes, now: float, *, end_of_stream: bool = True) -> list[Say]:
@@ -272,7 +272,7 @@ class Supervision:
             return self._open_gate()
         if not self._extended and now - self._held_at > EXTEND_AFTER_SECONDS:
             self._extended = True
-            return [(Stream.MAIN, Extend(self._settings.prefill_timeout + self._settings.first_token_timeout))]
+            return [(Stream.MAIN, ExtendTimeout(self._settings.prefill_timeout + self._settings.first_token_timeout))]
         return []
 
     def _overdue(self, now: float) -> Failure | None:
@@ -349,7 +349,7 @@ class Supervision:
         if self.attempt.decode_host is not None:
             self.attempt.decode_host.health.succeeded()
 
-    def _hosts(self) -> list[HostLoad]:
+    def _hosts(self) -> list[EndpointLoad]:
         return [host for host in (self.attempt.prefill_host, self.attempt.decode_host) if host is not None]
 
     def _blame_the_silent(self, leg: Role, now: float) -> None:

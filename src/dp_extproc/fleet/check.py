@@ -11,9 +11,9 @@ from dp_extproc.config.schema import LoadSettings, LoadSource
 from dp_extproc.engines.agreement import MODE_OF
 from dp_extproc.engines.compatibility import difference
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
-from dp_extproc.engines.listener import FailureKind, ScrapeFailure, unexpected
+from dp_extproc.engines.listener import EngineFailure, FailureKind, unexpected
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role, in_url
-from dp_extproc.engines.sglang.diagnostics import Trap, traps_of
+from dp_extproc.engines.sglang.diagnostics import Diagnostic, traps_of
 from dp_extproc.engines.sglang.server_info import DEFAULT_BOOTSTRAP_PORT
 from dp_extproc.fleet.sources.http import EngineClient, make_client
 from dp_extproc.fleet.sources.polling import EngineWatch
@@ -30,8 +30,8 @@ class EngineReport:
     facts: EngineFacts | None
     source: LoadSource | None
     """Which page told the load; None if none did."""
-    failure: ScrapeFailure | None
-    traps: tuple[Trap, ...]
+    failure: EngineFailure | None
+    traps: tuple[Diagnostic, ...]
 
     @property
     def is_usable(self) -> bool:
@@ -81,7 +81,7 @@ class _Note:
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:  # noqa: ARG002 - the protocol's
         self.sampled_once = True
 
-    def failed(self, endpoint: Endpoint, failure: ScrapeFailure, now: float) -> None:
+    def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
         """Leave it: the round returns it, too."""
 
 
@@ -93,7 +93,7 @@ async def _check(engine: EngineClient, everyone: tuple[Endpoint, ...], settings:
         failure = await watch.round()
     except Exception as error:  # noqa: BLE001 - one engine must not take the report of all others away
         failure = unexpected(error)
-    found: tuple[Trap, ...] = ()
+    found: tuple[Diagnostic, ...] = ()
     if note.facts is not None:
         found = traps_of(note.facts, endpoint)
         if note.facts.mode is not MODE_OF[endpoint.role]:
@@ -108,7 +108,7 @@ def _with_pairs(reports: list[EngineReport]) -> list[EngineReport]:
     return [replace(each, traps=(*each.traps, *_pair_traps(each, reports))) for each in reports]
 
 
-def _pair_traps(report: EngineReport, everyone: list[EngineReport]) -> Iterable[Trap]:
+def _pair_traps(report: EngineReport, everyone: list[EngineReport]) -> Iterable[Diagnostic]:
     own, endpoint = report.facts, report.endpoint
     other_side = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(endpoint.role)
     if own is None or own.mode is not MODE_OF[endpoint.role]:
@@ -125,7 +125,7 @@ def _pair_traps(report: EngineReport, everyone: list[EngineReport]) -> Iterable[
     found = [difference(*pair) for pair in pairs]
     is_alone = None not in found
     return dict.fromkeys(
-        Trap(
+        Diagnostic(
             each.code,
             f"{each}, so they are never paired: {each.happens}" + (IS_ALONE if is_alone else ""),
             each.remedy,
@@ -136,7 +136,7 @@ def _pair_traps(report: EngineReport, everyone: list[EngineReport]) -> Iterable[
     )
 
 
-async def _bootstrap_traps(report: EngineReport, everyone: tuple[Endpoint, ...]) -> list[Trap]:
+async def _bootstrap_traps(report: EngineReport, everyone: tuple[Endpoint, ...]) -> list[Diagnostic]:
     """Look whether decode servers can find a prefill server, as far as that shows from here."""
     if report.bootstrap is None or report.facts is None:
         return []
@@ -145,7 +145,7 @@ async def _bootstrap_traps(report: EngineReport, everyone: tuple[Endpoint, ...])
     decodes = [each for each in everyone if each.role is Role.DECODE and each.pool == report.endpoint.pool]
     if _is_loopback(host) and not all(_is_loopback(each.host) for each in decodes):
         found.append(
-            Trap(
+            Diagnostic(
                 "bootstrap_host_is_loopback",
                 f"decode servers on other machines are told to dial {host}, which is themselves",
                 "set bootstrap_host to an address of the prefill server that they can reach",
@@ -154,7 +154,7 @@ async def _bootstrap_traps(report: EngineReport, everyone: tuple[Endpoint, ...])
         )
     elif not await _listens(host, port):
         found.append(
-            Trap(
+            Diagnostic(
                 "bootstrap_unreachable",
                 f"nobody answers at {in_url(host)}:{port}, at least not from here; decode gives up after about 16 s",
                 "set bootstrap_host and bootstrap_port to where decode servers reach the prefill server's registry",

@@ -13,11 +13,11 @@ import httpx
 from dp_extproc.background import Guard
 from dp_extproc.config.schema import LoadSettings
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
-from dp_extproc.engines.listener import FleetObserver, ScrapeFailure, unexpected
+from dp_extproc.engines.listener import EngineFailure, EngineListener, unexpected
 from dp_extproc.engines.model import Endpoint
 from dp_extproc.fleet.sources.http import EngineClient, make_client
 from dp_extproc.fleet.sources.polling import EngineWatch
-from dp_extproc.observability.log import PairLog, TrapLog, TroubleLog
+from dp_extproc.observability.log import DiagnosticLog, EndpointStateLog, PairLog
 
 _JITTER: Final = 0.1
 """Share of the interval by which rounds are moved, or all engines of a fleet would be read in the same moment."""
@@ -32,7 +32,7 @@ class Scraper:
         self,
         endpoints: Iterable[Endpoint],
         settings: LoadSettings,
-        observer: FleetObserver,
+        observer: EngineListener,
         *,
         clock: Callable[[], float],
         rng: random.Random,
@@ -62,8 +62,8 @@ class Scraper:
         self._guard = guard
         self._client = client
         self._credentials = credentials
-        self._troubles = TroubleLog(logger)
-        self._traps = TrapLog(logger)
+        self._troubles = EndpointStateLog(logger)
+        self._traps = DiagnosticLog(logger)
         self._pairs = PairLog(logger)
         self._awaited = {endpoint.url for endpoint in self._endpoints}
         self._watches: dict[Endpoint, asyncio.Task[None]] = {}
@@ -120,7 +120,7 @@ class Scraper:
             pause = self._settings.interval * self._rng.uniform(1 - _JITTER, 1 + _JITTER)
             await asyncio.sleep(max(0.0, pause - (self._clock() - started)))
 
-    def _tried(self, endpoint: Endpoint, failure: ScrapeFailure | None) -> None:
+    def _tried(self, endpoint: Endpoint, failure: EngineFailure | None) -> None:
         self._troubles.note(endpoint.url, failure)
         self._awaited.discard(endpoint.url)
         if not self._awaited:

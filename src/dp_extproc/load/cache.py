@@ -7,10 +7,10 @@ from dataclasses import replace
 from dp_extproc.config.reliability import HealthSettings
 from dp_extproc.engines.agreement import MODE_OF
 from dp_extproc.engines.capabilities import capabilities
-from dp_extproc.engines.listener import GONE, ScrapeFailure
+from dp_extproc.engines.listener import GONE, EngineFailure
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.estimators.token_ratio import TokenRatio
-from dp_extproc.load.endpoint import DEFAULT_COSTS, DEFAULT_HEALTH, Freshness, HostLoad, StepCosts, compare_pace
+from dp_extproc.load.endpoint import DEFAULT_COSTS, DEFAULT_HEALTH, EndpointLoad, Freshness, StepCosts, compare_pace
 from dp_extproc.load.health import Health
 from dp_extproc.load.in_flight import nothing
 from dp_extproc.load.step_group import RankLoad
@@ -20,8 +20,8 @@ from dp_extproc.scheduling.matching import Match, find_matches
 from dp_extproc.scheduling.subset import allows
 
 
-class FleetLoad:
-    """Who is there and how loaded. Implements :class:`dp_extproc.engines.listener.FleetObserver`."""
+class LoadCache:
+    """Who is there and how loaded. Implements :class:`dp_extproc.engines.listener.EngineListener`."""
 
     def __init__(
         self,
@@ -47,23 +47,23 @@ class FleetLoad:
         self._made_room = made_room
         self.sick: set[Health] = set()
         """The records of those that are ejected or have to prove themselves."""
-        self.hosts: dict[str, HostLoad] = {}
+        self.hosts: dict[str, EndpointLoad] = {}
         """By URL; only endpoints that have told their facts."""
-        self.failures: dict[str, ScrapeFailure] = {}
+        self.failures: dict[str, EngineFailure] = {}
         """By URL; what is wrong at present."""
         self.ratios = {endpoint.pool: TokenRatio() for endpoint in self.endpoints}
         self.prefixes: dict[str, PrefixIndex[RankLoad]] = {endpoint.pool: PrefixIndex() for endpoint in self.endpoints}
         """Per pool: which ranks hold the KV cache of which prompts' beginnings."""
-        self._leaving: list[HostLoad] = []
-        self._by_role: dict[tuple[str, Role], list[HostLoad]] = {}
+        self._leaving: list[EndpointLoad] = []
+        self._by_role: dict[tuple[str, Role], list[EndpointLoad]] = {}
         self.matches: dict[str, tuple[Match, ...]] = {}
         """Of the pools in which not every prefill server can be paired with every decode server."""
         self._pages: Counter[tuple[str, Role]] = Counter()
         """Read since the servers of a role were compared."""
-        self._capable: dict[tuple[str, Role, Api], tuple[Sequence[HostLoad], float]] = {}
+        self._capable: dict[tuple[str, Role, Api], tuple[Sequence[EndpointLoad], float]] = {}
 
     @property
-    def leaving(self) -> list[HostLoad]:
+    def leaving(self) -> list[EndpointLoad]:
         """Servers that are configured no more, or have begun anew, and whose last requests are still on their books."""
         self._leaving = [host for host in self._leaving if host.reservations]
         return self._leaving
@@ -102,7 +102,7 @@ class FleetLoad:
         self._pages = Counter({place: pages for place, pages in self._pages.items() if place in places})
         self._sort()
 
-    def _rename_pools(self, known: dict[tuple[str, Role], HostLoad]) -> None:
+    def _rename_pools(self, known: dict[tuple[str, Role], EndpointLoad]) -> None:
         """Let a pool that is new go on with what is known of one that is gone, if it has servers of that one.
 
         A pool is called by its models, so one more of them gives it another name.
@@ -131,13 +131,13 @@ class FleetLoad:
             return
         if known is not None:
             self._let_go(known)
-        self.hosts[endpoint.url] = HostLoad(
+        self.hosts[endpoint.url] = EndpointLoad(
             endpoint, address, facts, capabilities(facts), self._costs, health=Health(self._health, self.sick)
         )
         self._sort()
         self._made_room()
 
-    def _let_go(self, host: HostLoad) -> None:
+    def _let_go(self, host: EndpointLoad) -> None:
         self.sick.discard(host.health)
         host.health = Health(self._health)  # for what becomes of its last requests; nobody is told of it
         self._forget_prefixes(host)
@@ -158,7 +158,7 @@ class FleetLoad:
             if found is not None:
                 self.matches[pool] = found
 
-    def known(self, pool: str, role: Role) -> Sequence[HostLoad]:
+    def known(self, pool: str, role: Role) -> Sequence[EndpointLoad]:
         """Give every host of a role that has told its facts, however well it is known."""
         return self._by_role.get((pool, role), ())
 
@@ -195,7 +195,7 @@ class FleetLoad:
             self._pages[pool, role] = 0
             compare_pace(peers)
 
-    def failed(self, endpoint: Endpoint, failure: ScrapeFailure, now: float) -> None:
+    def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
         """Take in that an endpoint could not be read. Its samples stay, and grow stale; at once if it is gone.
 
         What they tell of others is forgotten then, also if the endpoint goes on answering and is well known by that.
@@ -212,12 +212,12 @@ class FleetLoad:
         if is_gone or now - host.sampled > self.stale_after:
             host.forget_others(now)
 
-    def _forget_prefixes(self, host: HostLoad) -> None:
+    def _forget_prefixes(self, host: EndpointLoad) -> None:
         if (index := self.prefixes.get(host.endpoint.pool)) is not None:  # the pool may be configured no more
             for rank in host.ranks:
                 index.forget(rank)
 
-    def eligible(self, pool: str, role: Role, now: float, among: frozenset[str] | None = None) -> list[HostLoad]:
+    def eligible(self, pool: str, role: Role, now: float, among: frozenset[str] | None = None) -> list[EndpointLoad]:
         """Give the hosts of a role that are known best: the fresh ones; if there are none the stale ones; and so on.
 
         A host that is known less well is not preferred to one that is known to be loaded, but a lone one is used.
@@ -233,13 +233,13 @@ class FleetLoad:
             hosts = [host for host in hosts if allows(among, host.address)]
         return self.best_known(hosts, now)[1]
 
-    def best_known(self, hosts: Sequence[HostLoad], now: float) -> tuple[Freshness | None, list[HostLoad]]:
+    def best_known(self, hosts: Sequence[EndpointLoad], now: float) -> tuple[Freshness | None, list[EndpointLoad]]:
         """Give those of some hosts that are known best, and how well they are."""
         states = [host.freshness(now, self.stale_after) for host in hosts]
         best = min(states, default=None)
         return best, [host for host, state in zip(hosts, states, strict=True) if state is best]
 
-    def capable(self, pool: str, role: Role, api: Api, now: float) -> Sequence[HostLoad]:
+    def capable(self, pool: str, role: Role, api: Api, now: float) -> Sequence[EndpointLoad]:
         """Give those of the eligible hosts whose release takes the routing fields on this path.
 
         Nobody becomes eligible but by an observation, and nobody ceases to be but by one or by growing stale; so
@@ -254,7 +254,7 @@ class FleetLoad:
         self._capable[pool, role, api] = (capable, until)
         return capable
 
-    def discovered_in(self, pool: str) -> list[HostLoad]:
+    def discovered_in(self, pool: str) -> list[EndpointLoad]:
         """Give every host of a pool that has told its facts, in the order of the configuration."""
         return [host for host in self.hosts.values() if host.endpoint.pool == pool]
 

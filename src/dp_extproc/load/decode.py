@@ -8,8 +8,8 @@ import math
 from typing import Final
 
 from dp_extproc.engines.model import RankSample
-from dp_extproc.estimators.decode_pace import DEFAULT_TPOT, ODD_PACE, Pace, within
-from dp_extproc.estimators.sample_trust import Belief
+from dp_extproc.estimators.decode_pace import DEFAULT_TPOT, ODD_PACE, DecodePace, within
+from dp_extproc.estimators.sample_trust import SampleTrust
 from dp_extproc.load.step_group import SOMEBODY, RankLoad, Reservation, StepGroup
 
 ROOM: Final = 0.85
@@ -91,8 +91,8 @@ class DecodeGroup(StepGroup):
         """Seconds per output token, by the engine's own account."""
         self.usual_tpot = DEFAULT_TPOT
         """Of the servers of its pool and role."""
-        self.pace = Pace(len(self.ranks))
-        self._belief = Belief(len(self.ranks))
+        self.pace = DecodePace(len(self.ranks))
+        self._belief = SampleTrust(len(self.ranks))
         self._swept = -math.inf
         """When old sequences were looked for."""
         self._request_tokens = request_tokens

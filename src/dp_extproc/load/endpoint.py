@@ -60,7 +60,7 @@ class Part:
 class Candidate:
     """A host, and those of its ranks that a request may go to."""
 
-    host: "HostLoad"
+    host: "EndpointLoad"
     parts: tuple[Part, ...]
     """At least one, each with at least one rank."""
 
@@ -74,7 +74,7 @@ class Candidate:
         return left if left.parts else None
 
 
-class HostLoad:
+class EndpointLoad:
     """One endpoint: its ranks and how well it is known."""
 
     __slots__ = (
@@ -206,7 +206,7 @@ class HostLoad:
         )
 
 
-def compare_pace(hosts: Iterable[HostLoad]) -> None:
+def compare_pace(hosts: Iterable[EndpointLoad]) -> None:
     """Find out how slow each of some decode servers is, against their average."""
     groups = [group for host in hosts for group in host.groups if isinstance(group, DecodeGroup)]
     if (found := compare([group.pace for group in groups])) is not None:
@@ -215,7 +215,7 @@ def compare_pace(hosts: Iterable[HostLoad]) -> None:
             group.is_usual(usual, slowness)
 
 
-def _candidate(host: HostLoad, ranks: Sequence[RankLoad]) -> Candidate:
+def _candidate(host: EndpointLoad, ranks: Sequence[RankLoad]) -> Candidate:
     parts = []
     for group in host.groups:
         positions = [rank.position for rank in ranks if rank.group is group]

@@ -3,18 +3,18 @@
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from dp_extproc.load.endpoint import HostLoad
-from dp_extproc.load.records import Dispatch
+from dp_extproc.load.endpoint import EndpointLoad
+from dp_extproc.load.records import PlacementRecord
 from dp_extproc.load.step_group import Reservation
 
 
-class AttemptObserver(Protocol):
+class InFlightListener(Protocol):
     """Who wants to know what becomes of attempts. Called on the request path, so each call must be short.
 
     Attempts are numbered, each once in the life of the process. The moments are in the clock of the placement.
     """
 
-    def dispatched(self, attempt: int, dispatch: Dispatch, now: float) -> None:
+    def dispatched(self, attempt: int, dispatch: PlacementRecord, now: float) -> None:
         """A request was placed. Always the first event of an attempt."""
 
     def prefill_answered(self, attempt: int, now: float) -> None:
@@ -30,13 +30,13 @@ class AttemptObserver(Protocol):
 class _Nobody:
     """Wants to know nothing."""
 
-    def dispatched(self, attempt: int, dispatch: Dispatch, now: float) -> None: ...
+    def dispatched(self, attempt: int, dispatch: PlacementRecord, now: float) -> None: ...
     def prefill_answered(self, attempt: int, now: float) -> None: ...
     def first_token(self, attempt: int, now: float) -> None: ...
     def ended(self, attempt: int, now: float) -> None: ...
 
 
-NOBODY: Final[AttemptObserver] = _Nobody()
+NOBODY: Final[InFlightListener] = _Nobody()
 
 ERROR: Final = 400
 """From this status on an answer is an error."""
@@ -46,7 +46,7 @@ def nothing() -> None:
     """Do nothing."""
 
 
-class Attempt:
+class InFlight:
     """From the pick until the answer is over.
 
     The pick itself is the first event; the other three are the methods. Each may come late, repeatedly or not at
@@ -65,11 +65,11 @@ class Attempt:
         prefill: tuple[Reservation, ...],
         decode: tuple[Reservation, ...],
         *,
-        prefill_host: HostLoad | None = None,
-        decode_host: HostLoad | None = None,
+        prefill_host: EndpointLoad | None = None,
+        decode_host: EndpointLoad | None = None,
         leg: str = "",
         streaming: bool = False,
-        observer: AttemptObserver = NOBODY,
+        observer: InFlightListener = NOBODY,
         on_prefill_answer: Callable[[int], None] | None = None,
         made_room: Callable[[], None] = nothing,
     ) -> None:

@@ -3,14 +3,14 @@
 from msgspec import Struct
 
 from dp_extproc.engines.quantities import Amount, Count
-from dp_extproc.load.request_cost import Demand
+from dp_extproc.load.request_cost import RequestCost
 
 
-class Dispatch(Struct, frozen=True):
+class PlacementRecord(Struct, frozen=True):
     """One attempt as it stands on the books. The bounds are checked where another replica tells of it."""
 
     pool: str
-    demand: Demand
+    demand: RequestCost
     decode: str
     """URL of the server that answers the client; of an aggregated pool's worker, too."""
     decode_rank: Count | None

@@ -14,7 +14,7 @@ _Sequences = Annotated[float, Meta(ge=0, lt=1 << 32)]
 """No body is large enough for so many prompts."""
 
 
-class Demand(Struct, frozen=True):
+class RequestCost(Struct, frozen=True):
     """The work that a request is. The bounds are checked where another replica tells of it."""
 
     tokens: Amount

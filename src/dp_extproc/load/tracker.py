@@ -4,19 +4,19 @@ from collections.abc import Callable
 from functools import partial
 from itertools import count
 
-from dp_extproc.load.cache import FleetLoad
-from dp_extproc.load.endpoint import HostLoad
-from dp_extproc.load.in_flight import ERROR, NOBODY, Attempt, AttemptObserver, nothing
-from dp_extproc.load.records import Dispatch
-from dp_extproc.load.request_cost import Demand
-from dp_extproc.scheduling.picker import Pair, Side
+from dp_extproc.load.cache import LoadCache
+from dp_extproc.load.endpoint import EndpointLoad
+from dp_extproc.load.in_flight import ERROR, NOBODY, InFlight, InFlightListener, nothing
+from dp_extproc.load.records import PlacementRecord
+from dp_extproc.load.request_cost import RequestCost
+from dp_extproc.scheduling.picker import Pair, Target
 
 
-class Ledger:
+class InFlightTracker:
     """Opens attempts. What they hold stands in the load cache."""
 
     def __init__(
-        self, fleet: FleetLoad, observer: AttemptObserver = NOBODY, made_room: Callable[[], None] = nothing
+        self, fleet: LoadCache, observer: InFlightListener = NOBODY, made_room: Callable[[], None] = nothing
     ) -> None:
         """Set up.
 
@@ -33,18 +33,18 @@ class Ledger:
     def open_pair(
         self,
         pair: Pair,
-        demand: Demand,
+        demand: RequestCost,
         now: float,
         *,
         leg: str = "",
         streaming: bool = False,
-    ) -> Attempt:
+    ) -> InFlight:
         """Put a disaggregated request on the books."""
         prefill, decode = pair.prefill, pair.decode
         _count_pick(prefill)
         _count_pick(decode)
         self._note_prefix(prefill, demand)
-        attempt = Attempt(
+        attempt = InFlight(
             next(self._numbers),
             now,
             prefill.host.reserve(prefill.rank, demand.tokens, now, demand.requests, prefill.cached),
@@ -61,12 +61,12 @@ class Ledger:
             self._observer.dispatched(attempt.number, _dispatch(decode, demand, prefill), now)
         return attempt
 
-    def open_worker(self, side: Side, demand: Demand, now: float) -> Attempt:
+    def open_worker(self, side: Target, demand: RequestCost, now: float) -> InFlight:
         """Put a request to an aggregated pool on the books."""
         _count_pick(side)
         self._note_prefix(side, demand)
         reservations = side.host.reserve(side.rank, demand.tokens, now, demand.requests, side.cached)
-        attempt = Attempt(
+        attempt = InFlight(
             next(self._numbers),
             now,
             (),
@@ -80,7 +80,7 @@ class Ledger:
             self._observer.dispatched(attempt.number, _dispatch(side, demand), now)
         return attempt
 
-    def open_foreign(self, dispatch: Dispatch, at: float) -> Attempt:
+    def open_foreign(self, dispatch: PlacementRecord, at: float) -> InFlight:
         """Put on the books what another replica has sent. Servers that are not known here are left out."""
         demand, cached = dispatch.demand, min(dispatch.cached, dispatch.demand.tokens)
         prefill = self._side(dispatch.prefill, dispatch.prefill_rank, cached)
@@ -94,7 +94,7 @@ class Ledger:
         ]
         done = None if computing is None else partial(self._prompt_done, computing.host, demand)
         # Streaming, as its replica tells when the prompt is computed.
-        return Attempt(
+        return InFlight(
             0,
             at,
             *sides,
@@ -105,13 +105,13 @@ class Ledger:
             made_room=self._made_room,
         )
 
-    def _prompt_done(self, host: HostLoad, demand: Demand, status: int) -> None:
+    def _prompt_done(self, host: EndpointLoad, demand: RequestCost, status: int) -> None:
         """Learn from a prompt that was computed, whoever has sent it."""
         ratio = self._fleet.ratios.get(host.endpoint.pool)  # the pool may be configured no more
         if status < ERROR and ratio is not None:
             ratio.answered(host.endpoint.url, demand.text_bytes, demand.known_tokens)
 
-    def _note_prefix(self, side: Side, demand: Demand) -> None:
+    def _note_prefix(self, side: Target, demand: RequestCost) -> None:
         """Take note that a rank is going to hold the KV cache of a prompt."""
         if side.rank is None or not side.host.facts.prefix_cache:
             return
@@ -122,21 +122,21 @@ class Ledger:
         if demand.session is not None:
             index.note_session(demand.session, rank, demand.tokens)
 
-    def _side(self, url: str | None, rank: int | None, cached: float) -> Side | None:
+    def _side(self, url: str | None, rank: int | None, cached: float) -> Target | None:
         host = None if url is None else self._fleet.hosts.get(url)
         if host is None or (rank is not None and not 0 <= rank < len(host.ranks)):
             return None
-        return Side(host, rank, routed=False, by_room=False, cached=cached)
+        return Target(host, rank, routed=False, by_room=False, cached=cached)
 
 
-def _count_pick(side: Side) -> None:
+def _count_pick(side: Target) -> None:
     """Count our own picks alone, so that those of all replicas add up."""
     if side.rank is not None:
         side.host.ranks[side.rank].picks += 1
 
 
-def _dispatch(decode: Side, demand: Demand, prefill: Side | None = None) -> Dispatch:
-    return Dispatch(
+def _dispatch(decode: Target, demand: RequestCost, prefill: Target | None = None) -> PlacementRecord:
+    return PlacementRecord(
         pool=decode.host.endpoint.pool,
         demand=demand,
         decode=decode.host.endpoint.url,

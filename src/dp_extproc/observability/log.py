@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 from dp_extproc.engines.agreement import MODE_OF
 from dp_extproc.engines.compatibility import Difference, difference
-from dp_extproc.engines.listener import ScrapeFailure
+from dp_extproc.engines.listener import EngineFailure
 from dp_extproc.engines.model import Endpoint, EngineFacts, PairTerms, Role, Version
 from dp_extproc.engines.sglang.diagnostics import WRONG_MODE, traps_of
 
@@ -16,18 +16,18 @@ _Kind = tuple[str, PairTerms, Version | None]
 """A pool, and all that decides whom one of its servers can be paired with."""
 
 
-class TroubleLog:
+class EndpointStateLog:
     """What has been said about whom. An engine that is down for an hour is one line, not 3600."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
-        self._current: dict[str, ScrapeFailure] = {}
+        self._current: dict[str, EngineFailure] = {}
 
     def forget_all_but(self, urls: Collection[str]) -> None:
         """Forget those that are watched no more."""
         self._current = {url: failure for url, failure in self._current.items() if url in urls}
 
-    def note(self, url: str, failure: ScrapeFailure | None) -> None:
+    def note(self, url: str, failure: EngineFailure | None) -> None:
         """Take in how the last round with *url* went; None is well."""
         known = self._current.get(url)
         if failure is None:
@@ -39,7 +39,7 @@ class TroubleLog:
             self._logger.warning("%s: %s: %s", url, failure.kind, failure.message)
 
 
-class TrapLog:
+class DiagnosticLog:
     """Which pitfalls have been said. All engines of a pool and role have the same ones: each is told of the first."""
 
     def __init__(self, logger: logging.Logger) -> None:

@@ -17,10 +17,10 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from dp_extproc import __version__
-from dp_extproc.engines.listener import ScrapeFailure
+from dp_extproc.engines.listener import EngineFailure
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.extproc.exchange import Exchange
-from dp_extproc.load.cache import FleetLoad
+from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import Freshness
 from dp_extproc.request.rejection import Reason
 from dp_extproc.sync.transport.replica import SyncStatus
@@ -36,7 +36,7 @@ class Telemetry:
     would cost a tenth of the service's own time.
     """
 
-    def __init__(self, fleet: FleetLoad, clock: Callable[[], float]) -> None:
+    def __init__(self, fleet: LoadCache, clock: Callable[[], float]) -> None:
         self._fleet = fleet
         self._clock = clock
         self._failures: Counter[tuple[str, str]] = Counter()
@@ -98,7 +98,7 @@ class Telemetry:
         self._samples[endpoint.url] += 1
         self._fleet.sampled(endpoint, page, started, now)
 
-    def failed(self, endpoint: Endpoint, failure: ScrapeFailure, now: float) -> None:
+    def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
         self._failures[endpoint.url, failure.kind.value] += 1
         self._fleet.failed(endpoint, failure, now)
 

@@ -3,14 +3,14 @@
 from dataclasses import asdict
 from typing import Any
 
-from dp_extproc.engines.listener import ScrapeFailure
-from dp_extproc.load.cache import FleetLoad
-from dp_extproc.load.endpoint import HostLoad
+from dp_extproc.engines.listener import EngineFailure
+from dp_extproc.load.cache import LoadCache
+from dp_extproc.load.endpoint import EndpointLoad
 from dp_extproc.load.step_group import RankLoad
 from dp_extproc.sync.transport.replica import SyncStatus
 
 
-def describe_loads(fleet: FleetLoad, now: float) -> dict[str, Any]:
+def describe_loads(fleet: LoadCache, now: float) -> dict[str, Any]:
     """Describe every configured endpoint and, once it is discovered, each of its ranks. Times are ages in seconds."""
     return {
         "stale_after": fleet.stale_after,
@@ -29,11 +29,11 @@ def describe_loads(fleet: FleetLoad, now: float) -> dict[str, Any]:
     }
 
 
-def _describe_failure(failure: ScrapeFailure | None) -> str | None:
+def _describe_failure(failure: EngineFailure | None) -> str | None:
     return None if failure is None else f"{failure.kind.value}: {failure.message}"
 
 
-def _describe_host(host: HostLoad | None, stale_after: float, now: float) -> dict[str, Any]:
+def _describe_host(host: EndpointLoad | None, stale_after: float, now: float) -> dict[str, Any]:
     if host is None:
         return {"state": "undiscovered", "ranks": []}
     sampled = host.sampled != float("-inf")

@@ -16,15 +16,15 @@ from dp_extproc.extproc.retries import RetryBudget
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.fleet.discovery.static import endpoints_of
 from dp_extproc.fleet.monitor import Scraper
-from dp_extproc.load.cache import FleetLoad
+from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import StepCosts
 from dp_extproc.load.in_flight import NOBODY, nothing
 from dp_extproc.observability.metrics import SyncMetrics, Telemetry
 from dp_extproc.observability.pages import describe_loads, describe_sync
 from dp_extproc.runtime.readiness import can_serve
 from dp_extproc.runtime.secrets import read_api_keys
-from dp_extproc.scheduling.queue import WaitingLine
-from dp_extproc.scheduling.scheduler import Dispatcher
+from dp_extproc.scheduling.queue import AdmissionQueue
+from dp_extproc.scheduling.scheduler import Scheduler
 from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.transport.join import join
 from dp_extproc.sync.transport.replica import Replica
@@ -38,7 +38,7 @@ _TOKEN_BYTES: Final = 12
 _log = logging.getLogger(__name__)
 
 
-class Router:
+class Components:
     """The parts, wired. Nothing runs before :meth:`tasks` do, and nothing is listened on."""
 
     def __init__(self, config: Config, *, owner: str, clock: Callable[[], float], rng: Random, guard: Guard) -> None:
@@ -56,13 +56,13 @@ class Router:
         endpoints = endpoints_of(config)
         self._credentials = Credentials(read_api_keys(config).by_pool)
         costs = StepCosts(config.load.prefill_step_tokens, config.load.decode_request_tokens)
-        self._line = None if config.queue is None else WaitingLine(config.queue)
+        self._line = None if config.queue is None else AdmissionQueue(config.queue)
         woken = nothing if self._line is None else self._line.call
-        self._fleet = FleetLoad(endpoints, config.load.stale_after, costs, config.health, woken)
+        self._fleet = LoadCache(endpoints, config.load.stale_after, costs, config.health, woken)
         self.telemetry = Telemetry(self._fleet, clock)
         self.telemetry.add(guard)
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
-        self._dispatcher = Dispatcher(
+        self._dispatcher = Scheduler(
             config.pools,
             self._fleet,
             owner=owner,

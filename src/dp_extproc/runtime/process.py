@@ -20,12 +20,12 @@ from dp_extproc.background import Guard
 from dp_extproc.config import Config
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.observability.admin import AdminServer
-from dp_extproc.runtime.components import Router
+from dp_extproc.runtime.components import Components
 from dp_extproc.runtime.readiness import Readiness
 from dp_extproc.runtime.reload import Reloader
 from dp_extproc.runtime.secrets import server_credentials
 from dp_extproc.runtime.sockets import StartError, cannot_listen, listen, listen_privately, owner_address
-from dp_extproc.runtime.worker_context import WorkerSeat, seat_config
+from dp_extproc.runtime.worker_context import WorkerContext, seat_config
 
 _MESSAGE_SLACK: Final = 1 << 20
 """Bytes of a gRPC message beyond the body: request headers and framing. gRPC's own limit of 4 MiB is too small."""
@@ -36,8 +36,8 @@ _log = logging.getLogger(__name__)
 class _Pages:
     """What the admin port shows of this process."""
 
-    def __init__(self, router: Router, readiness: Readiness) -> None:
-        self._router = router
+    def __init__(self, components: Components, readiness: Readiness) -> None:
+        self._router = components
         self._readiness = readiness
 
     async def metrics(self) -> bytes:
@@ -50,7 +50,7 @@ class _Pages:
         return self._router.loads()
 
 
-async def serve(written: Config, text: str, path: Path, seat: WorkerSeat | None = None) -> None:
+async def serve(written: Config, text: str, path: Path, seat: WorkerContext | None = None) -> None:
     """Serve until a signal, or until the parent process has ended.
 
     Args:
@@ -65,14 +65,14 @@ async def serve(written: Config, text: str, path: Path, seat: WorkerSeat | None 
     config = seat_config(written, seat)
     guard = Guard()
     rng = random.Random(os.urandom(32))
-    router = Router(config, owner=owner_address(config), clock=time.monotonic, rng=rng, guard=guard)
+    components = Components(config, owner=owner_address(config), clock=time.monotonic, rng=rng, guard=guard)
     health = aio.HealthServicer()
-    readiness = Readiness(health, router.can_serve)
-    reloader = Reloader(path, text, written, lambda config, _text: router.apply(seat_config(config, seat)))
+    readiness = Readiness(health, components.can_serve)
+    reloader = Reloader(path, text, written, lambda config, _text: components.apply(seat_config(config, seat)))
     if seat is None:  # of several workers the parent counts
-        router.telemetry.add(reloader)
+        components.telemetry.add(reloader)
     admin_socket = listen(config.listen.admin, "listen.admin") if seat is None else listen_privately(seat.admin_socket)
-    admin = AdminServer(_Pages(router, readiness), admin_socket)
+    admin = AdminServer(_Pages(components, readiness), admin_socket)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -82,15 +82,15 @@ async def serve(written: Config, text: str, path: Path, seat: WorkerSeat | None 
         seat.listen_to_parent(told=reloader.ask, gone=stopping.set)
     with admin_socket, _start_error_alone():
         async with asyncio.TaskGroup() as tasks:
-            work = {**router.tasks(), "readiness": readiness.run, "reload": reloader.run}
+            work = {**components.tasks(), "readiness": readiness.run, "reload": reloader.run}
             background = [tasks.create_task(guard.keep(name, each), name=name) for name, each in work.items()]
             admin_task = tasks.create_task(guard.keep("admin", admin.run_on_socket))
-            await router.look_around()  # or the first requests would be refused for want of engines
-            async with _grpc_server(config, router.service, health):
+            await components.look_around()  # or the first requests would be refused for want of engines
+            async with _grpc_server(config, components.service, health):
                 where = config.listen.admin if seat is None else "the parent's port"
                 _log.info("dp-extproc %s: ext_proc on %s, admin on %s", __version__, config.listen.grpc, where)
                 await stopping.wait()
-                drain = router.config.drain
+                drain = components.config.drain
                 _log.info("stopping: not ready from now on, answering for another %gs", drain)
                 await readiness.stop()
                 stopping.clear()

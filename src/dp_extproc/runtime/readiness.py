@@ -10,7 +10,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from dp_extproc.config.schema import PoolConfig
 from dp_extproc.engines.model import Role
 from dp_extproc.extproc.service import SERVICE_NAME
-from dp_extproc.load.cache import FleetLoad
+from dp_extproc.load.cache import LoadCache
 
 LIVENESS: Final = "liveness"
 """Names of gRPC health services that probes of the field use; ``""`` and the ext_proc service are standard."""
@@ -20,7 +20,7 @@ _FOLLOW_READINESS: Final = ("", READINESS, SERVICE_NAME)
 _POLL_SECONDS: Final = 0.05
 
 
-def can_serve(pool: PoolConfig, fleet: FleetLoad, now: float) -> bool:
+def can_serve(pool: PoolConfig, fleet: LoadCache, now: float) -> bool:
     """Tell whether a pool has at least one server, however well known, for each role it needs."""
     roles = (Role.PREFILL, Role.DECODE) if pool.is_disaggregated else (Role.WORKER,)
     return all(fleet.eligible(pool.name, role, now) for role in roles)

@@ -14,7 +14,7 @@ _READ_BYTES: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerSeat:
+class WorkerContext:
     """Which worker a process is."""
 
     index: int
@@ -65,7 +65,7 @@ def bus_of(directory: Path) -> SyncSettings:
     return SyncSettings.model_validate({"url": f"unix://{directory / _BUS}"})
 
 
-def seat_config(config: Config, seat: WorkerSeat | None) -> Config:
+def seat_config(config: Config, seat: WorkerContext | None) -> Config:
     """Give the configuration of one worker: a port of its own, and a bus to the others."""
     if seat is None:
         return config

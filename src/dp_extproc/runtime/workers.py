@@ -25,7 +25,7 @@ from dp_extproc.observability.admin import AdminServer
 from dp_extproc.observability.merged_metrics import merge_pages
 from dp_extproc.runtime.reload import Reloader
 from dp_extproc.runtime.sockets import StartError, listen
-from dp_extproc.runtime.worker_context import WorkerSeat, bus_of
+from dp_extproc.runtime.worker_context import WorkerContext, bus_of
 
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 10.0
@@ -55,7 +55,7 @@ class _Worker:
         self._log_level = log_level
         self._process: asyncio.subprocess.Process | None = None
         self._lifeline: int | None = None
-        admin_socket = WorkerSeat(index, 0, directory).admin_socket
+        admin_socket = WorkerContext(index, 0, directory).admin_socket
         self._client = httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(uds=str(admin_socket)), base_url="http://worker", timeout=_PAGE_SECONDS
         )
@@ -86,7 +86,7 @@ class _Worker:
 
     async def _run_once(self, stopping: asyncio.Event) -> int:
         own_end, self._lifeline = os.pipe()
-        seat = WorkerSeat(self.index, own_end, self._directory)
+        seat = WorkerContext(self.index, own_end, self._directory)
         argv = ["-m", "dp_extproc", "serve", "--config", str(configuration_of(self._directory))]
         argv += ["--log-level", self._log_level, "--worker-seat", seat.argument]
         try:

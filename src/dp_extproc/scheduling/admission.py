@@ -7,7 +7,7 @@ admission control there is.
 from collections.abc import Iterable, Sequence
 
 from dp_extproc.config.reliability import AdmissionSettings
-from dp_extproc.load.endpoint import HostLoad
+from dp_extproc.load.endpoint import EndpointLoad
 from dp_extproc.load.step_group import RankLoad
 from dp_extproc.request.prompt import Prompt
 
@@ -25,7 +25,7 @@ class Admission:
         limits = (settings.max_fill, settings.max_load, settings.max_tokens, settings.max_requests)
         self.is_off = all(limit is None for limit in limits)
 
-    def has_room(self, host: HostLoad, rank: int | None, tokens: float, requests: float) -> bool:
+    def has_room(self, host: EndpointLoad, rank: int | None, tokens: float, requests: float) -> bool:
         """Tell whether a rank takes a request; without a rank, whether any rank of the host does."""
         if self.is_off:
             return True
@@ -52,7 +52,7 @@ class Admission:
         return settings.max_load is None or not running or count <= settings.max_load * running
 
 
-def largest_capacity(hosts: Sequence[HostLoad]) -> int | None:
+def largest_capacity(hosts: Sequence[EndpointLoad]) -> int | None:
     """Give the KV cache of the largest rank, in tokens; None if any server does not tell."""
     largest = 0
     for host in hosts:
@@ -63,7 +63,7 @@ def largest_capacity(hosts: Sequence[HostLoad]) -> int | None:
     return largest or None
 
 
-def may_hold(hosts: Iterable[HostLoad], tokens: float) -> bool:
+def may_hold(hosts: Iterable[EndpointLoad], tokens: float) -> bool:
     """Tell whether some rank can hold so many tokens, or does not tell; as a rule the first one is enough."""
     return any(
         rank.sample is None or not rank.sample.capacity_tokens or tokens <= rank.sample.capacity_tokens

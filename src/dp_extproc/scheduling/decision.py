@@ -2,7 +2,7 @@
 
 from msgspec import Struct
 
-from dp_extproc.load.in_flight import Attempt
+from dp_extproc.load.in_flight import InFlight
 from dp_extproc.prefix_cache.blocks import Prefix
 from dp_extproc.request.body import InferenceRequest
 from dp_extproc.scheduling.queue import Ticket
@@ -11,7 +11,7 @@ Metadata = dict[str, str | int]
 """Dynamic metadata of a request, by the names of :mod:`dp_extproc.contract`."""
 
 
-class Circumstances(Struct, frozen=True):
+class RequestContext(Struct, frozen=True):
     """What is known of a request besides its body."""
 
     session: str | None = None
@@ -39,7 +39,7 @@ class Decision(Struct, frozen=True):
     """To set on the request."""
     metadata: Metadata
     """For access logs."""
-    attempt: Attempt | None
+    attempt: InFlight | None
     """None when nothing is on the books."""
     streaming: bool | None = False
     """Whether the client wants a stream of events; None where only the answer will tell."""

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from dp_extproc.engines.compatibility import difference, kind_of, one_of_each_kind
-from dp_extproc.load.endpoint import HostLoad
+from dp_extproc.load.endpoint import EndpointLoad
 
 
 class Match(Struct, frozen=True):
     """Prefill servers, and decode servers each of which can be paired with each of them."""
 
-    prefills: Sequence[HostLoad]
-    decodes: Sequence[HostLoad]
+    prefills: Sequence[EndpointLoad]
+    decodes: Sequence[EndpointLoad]
 
 
-def find_matches(prefills: Sequence[HostLoad], decodes: Sequence[HostLoad]) -> tuple[Match, ...] | None:
+def find_matches(prefills: Sequence[EndpointLoad], decodes: Sequence[EndpointLoad]) -> tuple[Match, ...] | None:
     """Sort the servers of a pool by whom they can be paired with; None if all can be with all.
 
     Every prefill server is in at most one match; a decode server may be in several.

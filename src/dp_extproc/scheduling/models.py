@@ -7,7 +7,7 @@ from urllib.parse import unquote
 import msgspec
 
 from dp_extproc.config.schema import PoolConfig
-from dp_extproc.load.cache import FleetLoad
+from dp_extproc.load.cache import LoadCache
 from dp_extproc.request.path import ONE_MODEL
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.decision import Answer
@@ -17,12 +17,12 @@ SHOWN_MODEL: Final = 200
 """Characters of a model's name in logs and messages; clients may send megabytes."""
 
 
-class Catalogue:
+class ModelRegistry:
     """The models of all pools."""
 
     __slots__ = ("_fleet", "_pool_of", "_pools")
 
-    def __init__(self, pools: Iterable[PoolConfig], fleet: FleetLoad) -> None:
+    def __init__(self, pools: Iterable[PoolConfig], fleet: LoadCache) -> None:
         """Begin.
 
         Args:

@@ -9,18 +9,18 @@ from msgspec import Struct
 from dp_extproc.config.schema import LoadSignal, PolicySettings
 from dp_extproc.engines.capabilities import RankControl
 from dp_extproc.engines.model import Role
-from dp_extproc.load.endpoint import Candidate, HostLoad
-from dp_extproc.load.request_cost import Demand
+from dp_extproc.load.endpoint import Candidate, EndpointLoad
+from dp_extproc.load.request_cost import RequestCost
 from dp_extproc.load.step_group import RankLoad
 from dp_extproc.prefix_cache.index import Held, PrefixIndex
 from dp_extproc.scheduling.bootstrap_room import agree, draw_room
 from dp_extproc.scheduling.policies import NOTHING_HELD, Policy
 
 
-class Side(Struct, frozen=True):
+class Target(Struct, frozen=True):
     """One leg's server."""
 
-    host: HostLoad
+    host: EndpointLoad
     rank: int | None
     """The rank that will serve; None when the engine chooses and nobody outside can know."""
     routed: bool
@@ -44,8 +44,8 @@ class Side(Struct, frozen=True):
 class Pair(Struct, frozen=True):
     """Both sides."""
 
-    prefill: Side
-    decode: Side
+    prefill: Target
+    decode: Target
 
     def draw_room(self, rng: Random) -> int:
         """Draw a new room under which both servers find the ranks of this pair."""
@@ -85,13 +85,13 @@ class Picker:
 
     def worker(
         self,
-        hosts: Sequence[HostLoad],
-        demand: Demand,
+        hosts: Sequence[EndpointLoad],
+        demand: RequestCost,
         now: float,
         pin: int | None = None,
         *,
         wanted: Wanted | None = None,
-    ) -> Side:
+    ) -> Target:
         """Pick a server that does both prefill and decode, and its rank.
 
         Args:
@@ -107,18 +107,18 @@ class Picker:
             Role.WORKER, _only([host.candidate for host in near], wanted), demand.tokens, now, pin=pin, held=held
         )
         index = None if rank is None else rank.index
-        return Side(chosen.host, index, routed=rank is not None, by_room=False, cached=_cached(rank, held))
+        return Target(chosen.host, index, routed=rank is not None, by_room=False, cached=_cached(rank, held))
 
     def pair(
         self,
-        prefills: Sequence[HostLoad],
-        decodes: Sequence[HostLoad],
-        demand: Demand,
+        prefills: Sequence[EndpointLoad],
+        decodes: Sequence[EndpointLoad],
+        demand: RequestCost,
         now: float,
         pins: Pins = NO_PINS,
         *,
         wanted: Wanted | None = None,
-        decodes_of: Callable[[HostLoad], Sequence[HostLoad]] | None = None,
+        decodes_of: Callable[[EndpointLoad], Sequence[EndpointLoad]] | None = None,
     ) -> Pair:
         """Pick both sides of a disaggregated request.
 
@@ -137,14 +137,14 @@ class Picker:
             decodes = decodes_of(prefill.host)
         return Pair(prefill, self._decode(decodes, demand.tokens, now, prefill.residue, pin=pins.decode, wanted=wanted))
 
-    def _held(self, demand: Demand) -> Held[RankLoad]:
+    def _held(self, demand: RequestCost) -> Held[RankLoad]:
         if demand.prefix.blocks or demand.session is not None:
             return self._prefixes.held(demand.prefix, demand.tokens, demand.session)
         return NOTHING_HELD
 
     def _prefill(
-        self, hosts: Sequence[HostLoad], demand: Demand, now: float, pin: int | None, wanted: Wanted | None
-    ) -> Side:
+        self, hosts: Sequence[EndpointLoad], demand: RequestCost, now: float, pin: int | None, wanted: Wanted | None
+    ) -> Target:
         held = self._held(demand)
         near = self._policies[Role.PREFILL].within_reach(hosts, held)
         candidates = _only([host.candidate for host in near], wanted)
@@ -152,10 +152,10 @@ class Picker:
         host = chosen.host
         if rank is None and (host.facts.follows_rooms or host.facts.listener is not None):
             rank = self._rng.choice(chosen.ranks)
-            return Side(host, rank.index, routed=False, by_room=True, cached=_cached(rank, held))
+            return Target(host, rank.index, routed=False, by_room=True, cached=_cached(rank, held))
         # A chosen rank gets a congruent room: from 0.5.11 on a server that follows rooms refuses any other.
         known = rank is not None
-        return Side(
+        return Target(
             host,
             None if rank is None else rank.index,
             routed=known and host.capabilities.carries_routed_rank and host.facts.listener is None,
@@ -165,14 +165,14 @@ class Picker:
 
     def _decode(
         self,
-        hosts: Sequence[HostLoad],
+        hosts: Sequence[EndpointLoad],
         tokens: float,
         now: float,
         prefill: tuple[int, int] | None,
         *,
         pin: int | None,
         wanted: Wanted | None,
-    ) -> Side:
+    ) -> Target:
         near = self._policies[Role.DECODE].within_reach(hosts, NOTHING_HELD)
         by_room = RankControl.BY_ROOM
         reachable = [
@@ -185,11 +185,11 @@ class Picker:
         if control is RankControl.BY_FIELD:
             index = None if rank is None else rank.index
             routed = rank is not None and chosen.host.facts.listener is None
-            return Side(chosen.host, index, routed=routed, by_room=False)
+            return Target(chosen.host, index, routed=routed, by_room=False)
         if control is RankControl.BY_ROOM:
             known = self._rng.choice(chosen.ranks) if rank is None else rank
-            return Side(chosen.host, known.index, routed=False, by_room=True)
-        return Side(chosen.host, None, routed=False, by_room=False)
+            return Target(chosen.host, known.index, routed=False, by_room=True)
+        return Target(chosen.host, None, routed=False, by_room=False)
 
     def _pick(
         self,
@@ -220,7 +220,7 @@ def _only(candidates: Sequence[Candidate], wanted: Wanted | None) -> Sequence[Ca
     return left or candidates
 
 
-def _reachable(host: HostLoad, prefill: tuple[int, int] | None) -> Candidate:
+def _reachable(host: EndpointLoad, prefill: tuple[int, int] | None) -> Candidate:
     """Give a decode server with the ranks that one room can lead to together with the prefill rank."""
     if prefill is None:
         return host.candidate

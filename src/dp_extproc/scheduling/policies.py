@@ -6,7 +6,7 @@ from random import Random
 from typing import Final
 
 from dp_extproc.config.schema import HostPolicy, LoadSignal, PolicySettings, RankPolicy
-from dp_extproc.load.endpoint import Candidate, HostLoad, Part
+from dp_extproc.load.endpoint import Candidate, EndpointLoad, Part
 from dp_extproc.load.step_group import RankLoad, StepGroup, index_from
 from dp_extproc.prefix_cache.index import Held
 
@@ -41,7 +41,7 @@ class Policy:
         self._first = 0
         """Whose turn it was when the first of those within reach was taken for that."""
 
-    def within_reach(self, hosts: Sequence[HostLoad], held: Held[RankLoad]) -> Sequence[HostLoad]:
+    def within_reach(self, hosts: Sequence[EndpointLoad], held: Held[RankLoad]) -> Sequence[EndpointLoad]:
         """Leave out what is too much to compare; never a host that holds a part of the prompt."""
         if len(hosts) <= REACH:
             self._first = 0

@@ -23,7 +23,7 @@ class Ticket:
         return (-self.priority, self._number) < (-other.priority, other._number)
 
 
-class WaitingLine:
+class AdmissionQueue:
     """Those who wait."""
 
     def __init__(self, settings: QueueSettings) -> None:

@@ -7,14 +7,14 @@ from msgspec import Struct
 from dp_extproc import contract
 from dp_extproc.engines.model import in_url
 from dp_extproc.engines.sglang.server_info import DEFAULT_BOOTSTRAP_PORT
-from dp_extproc.load.endpoint import HostLoad
+from dp_extproc.load.endpoint import EndpointLoad
 from dp_extproc.request.body import InferenceRequest
 from dp_extproc.request.overrides import Headers, override_headers
 from dp_extproc.request.rewrite import ROUTING_KEYS, Bootstrap, LegFields, rewrite_disaggregated
-from dp_extproc.scheduling.picker import Pair, Side
+from dp_extproc.scheduling.picker import Pair, Target
 
 
-class Carriage(Struct, frozen=True):
+class LegEncoding(Struct, frozen=True):
     """A request as it leaves for its pair."""
 
     body: bytes | None
@@ -24,7 +24,7 @@ class Carriage(Struct, frozen=True):
 
 def carry(
     request: InferenceRequest, pair: Pair, rooms: int | Sequence[int], number: str, *, in_headers: bool
-) -> Carriage:
+) -> LegEncoding:
     """Tell both legs.
 
     Args:
@@ -38,12 +38,12 @@ def carry(
     if not request.is_read:
         # Or what the client's body says of ranks would count.
         assert all(each.routed_rank is not None and each.prefill_rank is not None for each in fields)  # noqa: S101
-        return Carriage(None, override_headers(meeting, *fields))
+        return LegEncoding(None, override_headers(meeting, *fields))
     if in_headers and _fits_headers(request, pair):
-        return Carriage(None, override_headers(meeting, *fields))
+        return LegEncoding(None, override_headers(meeting, *fields))
     bodies = rewrite_disaggregated(request.body, request.prompt.batch, meeting, *fields)
     swap = ((contract.PREFILL_PREFIX, bodies.prefill_prefix), (contract.PREFIX_LENGTH, b"%d" % bodies.prefix_length))
-    return Carriage(bodies.decode, swap)
+    return LegEncoding(bodies.decode, swap)
 
 
 def _fits_headers(request: InferenceRequest, pair: Pair) -> bool:
@@ -61,7 +61,7 @@ def _fits_headers(request: InferenceRequest, pair: Pair) -> bool:
     )
 
 
-def _meeting(prefill: HostLoad, rooms: int | Sequence[int]) -> Bootstrap:
+def _meeting(prefill: EndpointLoad, rooms: int | Sequence[int]) -> Bootstrap:
     endpoint = prefill.endpoint
     port = endpoint.bootstrap_port or prefill.facts.bootstrap_port or DEFAULT_BOOTSTRAP_PORT
     # Up to 0.5.9 decode makes a URL of the host as it is, so IPv6 has to come in brackets; later releases take both.
@@ -73,7 +73,7 @@ def _fields(pair: Pair, number: str) -> tuple[LegFields, LegFields]:
     return _leg_fields(pair.prefill, rank, f"dp{number}p"), _leg_fields(pair.decode, rank, f"dp{number}d")
 
 
-def _leg_fields(side: Side, prefill_rank: int | None, request_id: str) -> LegFields:
+def _leg_fields(side: Target, prefill_rank: int | None, request_id: str) -> LegFields:
     return LegFields(
         routed_rank=side.rank if side.routed else None,
         prefill_rank=prefill_rank if side.host.capabilities.carries_prefill_rank else None,

@@ -12,13 +12,13 @@ from dp_extproc.config.reliability import AdmissionSettings
 from dp_extproc.config.schema import Carrier, ClientRanks, LoadSignal, PoolConfig
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.engines.model import Role
-from dp_extproc.load.cache import FleetLoad
-from dp_extproc.load.endpoint import HostLoad
+from dp_extproc.load.cache import LoadCache
+from dp_extproc.load.endpoint import EndpointLoad
 from dp_extproc.load.health import choose
-from dp_extproc.load.in_flight import NOBODY, AttemptObserver, nothing
-from dp_extproc.load.request_cost import SESSION_KEPT, Demand
+from dp_extproc.load.in_flight import NOBODY, InFlightListener, nothing
+from dp_extproc.load.request_cost import SESSION_KEPT, RequestCost
 from dp_extproc.load.step_group import RankLoad
-from dp_extproc.load.tracker import Ledger
+from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix, prefix_of
 from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated
 from dp_extproc.request.path import Api
@@ -26,16 +26,16 @@ from dp_extproc.request.rejection import Reason, Rejection, Wait
 from dp_extproc.request.rewrite import rewrite_aggregated
 from dp_extproc.request.unread import unread_request
 from dp_extproc.scheduling.admission import Admission, is_too_long, largest_capacity
-from dp_extproc.scheduling.decision import Answer, Circumstances, Decision, Metadata
-from dp_extproc.scheduling.models import SHOWN_MODEL, Catalogue
-from dp_extproc.scheduling.picker import Pair, Picker, Pins, Side
-from dp_extproc.scheduling.queue import Ticket, WaitingLine
+from dp_extproc.scheduling.decision import Answer, Decision, Metadata, RequestContext
+from dp_extproc.scheduling.models import SHOWN_MODEL, ModelRegistry
+from dp_extproc.scheduling.picker import Pair, Picker, Pins, Target
+from dp_extproc.scheduling.queue import AdmissionQueue, Ticket
 from dp_extproc.scheduling.routing_fields import carry
 from dp_extproc.scheduling.shortage import TRY_AGAIN, nobody_allowed, nobody_can, nobody_matches
-from dp_extproc.scheduling.sides import Sides, matching_sides
+from dp_extproc.scheduling.sides import Targets, matching_sides
 
 _WATCHED: Final = ((contract.WATCH, b"1"),)
-_ORDINARY: Final = Circumstances()
+_ORDINARY: Final = RequestContext()
 _BODIES_NEEDED: Final = Rejection(
     500,
     Reason.UNSUPPORTED_BODY_MODE,
@@ -47,7 +47,7 @@ _DEFAULT_ADMISSION: Final = AdmissionSettings()
 class _Pool:
     """A pool and what its policies remember."""
 
-    def __init__(self, config: PoolConfig, signal: LoadSignal, fleet: FleetLoad, rng: Random) -> None:
+    def __init__(self, config: PoolConfig, signal: LoadSignal, fleet: LoadCache, rng: Random) -> None:
         self.config = config
         self.name = config.name
         self.picker = Picker(config.policy, signal, fleet.prefixes[config.name], rng)
@@ -56,22 +56,22 @@ class _Pool:
         self.honours_pins = config.policy.client_dp_rank is ClientRanks.HONOUR
 
 
-class Dispatcher:
+class Scheduler:
     """Decides. Holds no connection and reads no clock; what it knows of the fleet is in the load cache."""
 
     def __init__(
         self,
         pools: Iterable[PoolConfig],
-        fleet: FleetLoad,
+        fleet: LoadCache,
         *,
         owner: str,
         rng: Random,
         draw_token: Callable[[], str],
         clock: Callable[[], float],
         signal: LoadSignal = LoadSignal.ESTIMATE,
-        observer: AttemptObserver = NOBODY,
+        observer: InFlightListener = NOBODY,
         admission: AdmissionSettings = _DEFAULT_ADMISSION,
-        line: WaitingLine | None = None,
+        line: AdmissionQueue | None = None,
         sees_first_events: bool = False,
         credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
@@ -92,7 +92,7 @@ class Dispatcher:
             credentials: What requests to engines have to show.
         """
         self._fleet = fleet
-        self.ledger = Ledger(fleet, observer, made_room=nothing if line is None else line.call)
+        self.ledger = InFlightTracker(fleet, observer, made_room=nothing if line is None else line.call)
         self._owner = owner.encode()
         self._rng = rng
         self._draw_token = draw_token
@@ -106,14 +106,14 @@ class Dispatcher:
         """Decide by another configuration from now on; the load cache has been told of it before."""
         pools = tuple(pools)
         self._pools = {pool.name: _Pool(pool, signal, self._fleet, self._rng) for pool in pools}
-        self._catalogue = Catalogue(pools, self._fleet)
+        self._catalogue = ModelRegistry(pools, self._fleet)
         self._admission = Admission(admission)
 
     def place(
         self,
         api: Api,
         body: bytes,
-        circumstances: Circumstances = _ORDINARY,
+        circumstances: RequestContext = _ORDINARY,
     ) -> Decision | Rejection:
         """Decide where an inference request goes.
 
@@ -137,7 +137,7 @@ class Dispatcher:
         )
 
     def place_unread(
-        self, api: Api, length: int | None, circumstances: Circumstances = _ORDINARY
+        self, api: Api, length: int | None, circumstances: RequestContext = _ORDINARY
     ) -> Decision | Rejection:
         """Decide where a request goes whose body is not seen.
 
@@ -181,7 +181,7 @@ class Dispatcher:
         return self._pools[name] if isinstance(name, str) else name
 
     def _place_aggregated(
-        self, pool: _Pool, request: InferenceRequest, circumstances: Circumstances
+        self, pool: _Pool, request: InferenceRequest, circumstances: RequestContext
     ) -> Decision | Rejection:
         now = self._clock()
         hosts = self._capable(pool, Role.WORKER, request, now, circumstances)
@@ -212,7 +212,7 @@ class Dispatcher:
         return Decision(body, headers, _metadata(pool, request, side), attempt, streaming=request.stream)
 
     def _place_disaggregated(
-        self, pool: _Pool, request: InferenceRequest, circumstances: Circumstances
+        self, pool: _Pool, request: InferenceRequest, circumstances: RequestContext
     ) -> Decision | Rejection:
         now = self._clock()
         sides = self._sides(pool, request, now, circumstances)
@@ -248,7 +248,7 @@ class Dispatcher:
         )
 
     def _pick_pair(
-        self, pool: _Pool, request: InferenceRequest, demand: Demand, now: float, sides: Sides
+        self, pool: _Pool, request: InferenceRequest, demand: RequestCost, now: float, sides: Targets
     ) -> Pair | Rejection:
         """Pick both sides, of the ranks that have room if the best ones have none."""
         prefills, decodes = sides.prefills, sides.decodes
@@ -283,7 +283,7 @@ class Dispatcher:
         return Rejection(429, Reason.OVER_CAPACITY, message, headers=TRY_AGAIN, wait=wait)
 
     def _refuse_too_long(
-        self, side: Side, hosts: Sequence[HostLoad], request: InferenceRequest, demand: Demand
+        self, side: Target, hosts: Sequence[EndpointLoad], request: InferenceRequest, demand: RequestCost
     ) -> Rejection | None:
         """Refuse a prompt that no rank of these hosts can ever hold; its engine would let the other leg wait for it."""
         sample = side.host.ranks[side.rank or 0].sample
@@ -300,26 +300,26 @@ class Dispatcher:
         )
         return Rejection(400, Reason.PROMPT_TOO_LONG, message)
 
-    def _has_room(self, side: Side, demand: Demand) -> bool:
+    def _has_room(self, side: Target, demand: RequestCost) -> bool:
         return self._admission.has_room(side.host, side.rank, demand.tokens, demand.requests)
 
-    def _fits(self, demand: Demand) -> Callable[[RankLoad], bool]:
+    def _fits(self, demand: RequestCost) -> Callable[[RankLoad], bool]:
         return partial(self._admission.fits, tokens=demand.tokens, requests=demand.requests)
 
-    def _roomy(self, hosts: Sequence[HostLoad], demand: Demand) -> list[HostLoad]:
+    def _roomy(self, hosts: Sequence[EndpointLoad], demand: RequestCost) -> list[EndpointLoad]:
         return [host for host in hosts if self._admission.has_room(host, None, demand.tokens, demand.requests)]
 
     def _refuse_for_room(
-        self, pool: _Pool, role: Role, hosts: Sequence[HostLoad], request: InferenceRequest, demand: Demand
+        self, pool: _Pool, role: Role, hosts: Sequence[EndpointLoad], request: InferenceRequest, demand: RequestCost
     ) -> Rejection:
         why = f"no rank of its {len(hosts)} {role} servers takes {demand.tokens:.0f} more tokens"
         return self._no_room(pool, request, demand.prefix, why)
 
-    def _demand(self, pool: _Pool, request: InferenceRequest, circumstances: Circumstances) -> Demand:
+    def _demand(self, pool: _Pool, request: InferenceRequest, circumstances: RequestContext) -> RequestCost:
         prompt, session, prefix = request.prompt, circumstances.session, circumstances.prefix
         if prefix is None:
             prefix = prefix_of(request) if pool.config.policy.affinity.prefixes else NO_PREFIX
-        return Demand(
+        return RequestCost(
             tokens=self._fleet.ratios[pool.name].estimate(prompt),
             requests=(prompt.batch or 1) * request.samples,
             prefix=prefix,
@@ -329,8 +329,8 @@ class Dispatcher:
         )
 
     def _sides(
-        self, pool: _Pool, request: InferenceRequest, now: float, circumstances: Circumstances
-    ) -> Sides | Rejection:
+        self, pool: _Pool, request: InferenceRequest, now: float, circumstances: RequestContext
+    ) -> Targets | Rejection:
         """Give what a pair may be picked from: never two servers that are known not to work together."""
         all_match = pool.name not in self._fleet.matches
         if not all_match and (sides := matching_sides(self._fleet, pool.name, request, now, circumstances)) is not None:
@@ -342,13 +342,13 @@ class Dispatcher:
         if isinstance(decodes, Rejection):
             return decodes
         if all_match:
-            return Sides(prefills, decodes)
+            return Targets(prefills, decodes)
         known = self._fleet.known(pool.name, Role.PREFILL), self._fleet.known(pool.name, Role.DECODE)
         return nobody_matches(pool.name, (prefills, decodes), known)
 
     def _capable(
-        self, pool: _Pool, role: Role, request: InferenceRequest, now: float, circumstances: Circumstances
-    ) -> Sequence[HostLoad] | Rejection:
+        self, pool: _Pool, role: Role, request: InferenceRequest, now: float, circumstances: RequestContext
+    ) -> Sequence[EndpointLoad] | Rejection:
         """Give the hosts of a role that can serve this path and are well, at least one."""
         api, subset = request.api, circumstances.subset
         hosts = () if subset is None else self._fleet.eligible(pool.name, role, now, subset)
@@ -369,7 +369,7 @@ class Dispatcher:
         return nobody_can(pool.name, role, hosts, api, is_read=request.is_read)
 
 
-def _metadata(pool: _Pool, request: InferenceRequest, decode: Side) -> Metadata:
+def _metadata(pool: _Pool, request: InferenceRequest, decode: Target) -> Metadata:
     metadata: Metadata = {
         contract.META_POOL: pool.name,
         contract.META_MODEL: (request.model or "")[:SHOWN_MODEL],

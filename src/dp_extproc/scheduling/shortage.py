@@ -6,7 +6,7 @@ from typing import Final
 from dp_extproc.engines.compatibility import Difference, differences
 from dp_extproc.engines.model import Kind, Role
 from dp_extproc.engines.sglang.releases import HEADER_APIS
-from dp_extproc.load.endpoint import HostLoad
+from dp_extproc.load.endpoint import EndpointLoad
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
 
@@ -15,7 +15,7 @@ _REASONS: Final = 4
 """That one message names at most."""
 _ALL_AGREE: Final = "all of them agree, but no two of them can serve this request now; try again shortly"
 
-_BothRoles = tuple[Sequence[HostLoad], Sequence[HostLoad]]
+_BothRoles = tuple[Sequence[EndpointLoad], Sequence[EndpointLoad]]
 
 
 def nobody_allowed(pool: str) -> Rejection:
@@ -43,7 +43,7 @@ def _differences(hosts: _BothRoles) -> list[Difference]:
     return differences((host.facts for host in prefills), (host.facts for host in decodes))
 
 
-def nobody_can(pool: str, role: Role, hosts: Sequence[HostLoad], api: Api, *, is_read: bool) -> Rejection:
+def nobody_can(pool: str, role: Role, hosts: Sequence[EndpointLoad], api: Api, *, is_read: bool) -> Rejection:
     """Refuse a request that none of its servers can serve.
 
     Args:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from msgspec import Struct
 
-from dp_extproc.load.cache import FleetLoad
-from dp_extproc.load.endpoint import HostLoad
+from dp_extproc.load.cache import LoadCache
+from dp_extproc.load.endpoint import EndpointLoad
 from dp_extproc.load.health import avoidance, choose
 from dp_extproc.request.body import InferenceRequest
 from dp_extproc.scheduling.admission import least_tokens, may_hold
-from dp_extproc.scheduling.decision import Circumstances
+from dp_extproc.scheduling.decision import RequestContext
 from dp_extproc.scheduling.matching import Match
 from dp_extproc.scheduling.subset import allows
 
@@ -22,25 +22,25 @@ _Quality = tuple[int, int, bool]
 """How well the servers are known, whether they have failed this request, whether they are ejected. Less is better."""
 
 
-class Sides(Struct, frozen=True):
+class Targets(Struct, frozen=True):
     """Servers of both roles."""
 
-    prefills: Sequence[HostLoad]
+    prefills: Sequence[EndpointLoad]
     """At least one, each with a partner."""
-    decodes: Sequence[HostLoad]
+    decodes: Sequence[EndpointLoad]
     """Likewise."""
-    matches: Mapping[HostLoad, Match] | None = None
+    matches: Mapping[EndpointLoad, Match] | None = None
     """Of each prefill server; None if all can be paired with all. All prefill servers of a match share it."""
 
-    def decodes_of(self, prefill: HostLoad) -> Sequence[HostLoad]:
+    def decodes_of(self, prefill: EndpointLoad) -> Sequence[EndpointLoad]:
         """Give the decode servers that a prefill server can be paired with, at least one."""
         return self.decodes if self.matches is None else self.matches[prefill].decodes
 
-    def match_of(self, prefill: HostLoad) -> Match:
+    def match_of(self, prefill: EndpointLoad) -> Match:
         """Give all that can be used together with a prefill server, itself among them."""
         return Match(self.prefills, self.decodes) if self.matches is None else self.matches[prefill]
 
-    def only(self, wanted: Callable[[HostLoad], bool]) -> "Sides | None":
+    def only(self, wanted: Callable[[EndpointLoad], bool]) -> "Targets | None":
         """Give what is left with the wanted servers alone; None if that is no pair. Each is asked about once."""
         prefills = [host for host in self.prefills if wanted(host)]
         decodes = [host for host in self.decodes if wanted(host)]
@@ -54,8 +54,8 @@ class Sides(Struct, frozen=True):
 
 
 def matching_sides(
-    fleet: FleetLoad, pool: str, request: InferenceRequest, now: float, circumstances: Circumstances
-) -> Sides | None:
+    fleet: LoadCache, pool: str, request: InferenceRequest, now: float, circumstances: RequestContext
+) -> Targets | None:
     """Choose among the matches of a pool those that can be used best; None if none can.
 
     Both sides count: a match whose only decode server is ejected is left alone while there is a sound one. But an
@@ -81,17 +81,17 @@ def matching_sides(
     return _joined(match for quality, match in found if quality == best)
 
 
-def _joined(matches: Iterable[Match]) -> Sides | None:
+def _joined(matches: Iterable[Match]) -> Targets | None:
     """Put matches together; their lists of decode servers are walked once for each match, not for each server."""
     left = [match for match in matches if match.prefills and match.decodes]
     if len(left) < 2:
-        return Sides(left[0].prefills, left[0].decodes) if left else None
+        return Targets(left[0].prefills, left[0].decodes) if left else None
     of = {prefill: match for match in left for prefill in match.prefills}
     every = dict.fromkeys(decode for match in left for decode in match.decodes)
-    return Sides(tuple(of), tuple(every), of)
+    return Targets(tuple(of), tuple(every), of)
 
 
-def _tokens(fleet: FleetLoad, pool: str, request: InferenceRequest) -> tuple[float, float]:
+def _tokens(fleet: LoadCache, pool: str, request: InferenceRequest) -> tuple[float, float]:
     """Give what a rank has to hold for a prompt, as estimated and at least; 0 where its size tells nothing of that."""
     estimate = fleet.ratios[pool].estimate(request.prompt)
     least = least_tokens(request.prompt, estimate)
@@ -103,8 +103,12 @@ def _may_hold(match: Match, tokens: float) -> bool:
 
 
 def _usable(
-    fleet: FleetLoad, hosts: Sequence[HostLoad], request: InferenceRequest, now: float, circumstances: Circumstances
-) -> tuple[_Quality, Sequence[HostLoad]] | None:
+    fleet: LoadCache,
+    hosts: Sequence[EndpointLoad],
+    request: InferenceRequest,
+    now: float,
+    circumstances: RequestContext,
+) -> tuple[_Quality, Sequence[EndpointLoad]] | None:
     """Give the best of some hosts of one role, and how good they are; None if none can be used at all."""
     if (subset := circumstances.subset) is not None:
         hosts = [host for host in hosts if allows(subset, host.address)]
@@ -117,7 +121,7 @@ def _usable(
     return (freshness, avoidance(capable, circumstances.failed), is_sick), chosen
 
 
-def _serves(host: HostLoad, request: InferenceRequest) -> bool:
+def _serves(host: EndpointLoad, request: InferenceRequest) -> bool:
     """Tell whether a host's release takes the routing fields of a request, wherever they have to stand."""
     takes = host.capabilities
     return takes.serves(request.api) and (request.is_read or request.api in takes.overrides_on)

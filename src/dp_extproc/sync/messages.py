@@ -19,7 +19,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from dp_extproc.engines.quantities import Amount, Count
-from dp_extproc.load.records import Dispatch
+from dp_extproc.load.records import PlacementRecord
 from dp_extproc.prefix_cache.blocks import NO_PREFIX
 
 VERSION: Final = 1
@@ -39,7 +39,7 @@ class Dispatched(Struct, frozen=True, array_like=True, tag=0):
     attempt: Count
     """Unique in the life of its replica."""
     at: Amount
-    dispatch: Dispatch
+    dispatch: PlacementRecord
 
 
 class PrefillAnswered(Struct, frozen=True, array_like=True, tag=1):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Final
 
-from dp_extproc.load.records import Dispatch
+from dp_extproc.load.records import PlacementRecord
 from dp_extproc.sync.messages import (
     Ask,
     Batch,
@@ -27,7 +27,7 @@ so it bounds for how long a lost message goes unnoticed."""
 
 
 class Outbox:
-    """Collects events and makes messages of them. Implements :class:`dp_extproc.load.in_flight.AttemptObserver`."""
+    """Collects events and makes messages of them. Implements :class:`dp_extproc.load.in_flight.InFlightListener`."""
 
     def __init__(self, replica: str) -> None:
         """Begin.
@@ -50,7 +50,7 @@ class Outbox:
 
     # --- on the request path ---
 
-    def dispatched(self, attempt: int, dispatch: Dispatch, now: float) -> None:
+    def dispatched(self, attempt: int, dispatch: PlacementRecord, now: float) -> None:
         event = Dispatched(attempt, now, dispatch)
         self._news.append(event)
         self._open[attempt] = [event]

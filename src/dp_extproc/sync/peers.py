@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, assert_never
 
-from dp_extproc.load.records import Dispatch
+from dp_extproc.load.records import PlacementRecord
 from dp_extproc.sync.messages import Batch, Dispatched, Ended, Event, FirstToken, PrefillAnswered, Snapshot
 
 FIRST_ASK: Final = 0.05
@@ -25,7 +25,7 @@ _OK: Final = 200
 """A peer has judged the answers of its engines itself; none of them teaches us anything."""
 
 
-class ForeignAttempt(Protocol):
+class PeerRequest(Protocol):
     """An attempt of a peer on our books. Every call may come repeatedly, late or not at all."""
 
     def prefill_answered(self, status: int, now: float) -> None: ...
@@ -57,7 +57,7 @@ class _Peer:
         """Sequence number of the last batch that is in :attr:`attempts`."""
         self.ahead: dict[int, tuple[Batch, float]] = {}
         """Batches that wait for one before them, with the difference of the clocks."""
-        self.attempts: dict[int, tuple[ForeignAttempt, float]] = {}
+        self.attempts: dict[int, tuple[PeerRequest, float]] = {}
         """Open ones, with the moment of the dispatch."""
         self.ask_at = now + FIRST_ASK
         self.parts_of = 0
@@ -72,7 +72,7 @@ class _Peer:
 class Peers:
     """All other replicas."""
 
-    def __init__(self, open_foreign: Callable[[Dispatch, float], ForeignAttempt], silence: float) -> None:
+    def __init__(self, open_foreign: Callable[[PlacementRecord, float], PeerRequest], silence: float) -> None:
         """Begin without any.
 
         Args:

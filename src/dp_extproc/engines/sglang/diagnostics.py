@@ -27,7 +27,7 @@ WRONG_MODE: Final = "wrong_mode"
 
 
 @dataclass(frozen=True, slots=True)
-class Trap:
+class Diagnostic:
     """One pitfall."""
 
     code: str
@@ -40,7 +40,7 @@ class Trap:
 
 def traps(
     facts: EngineFacts, role: Role, *, needs_overrides: bool = False, headers_only: bool = False
-) -> tuple[Trap, ...]:
+) -> tuple[Diagnostic, ...]:
     """Tell every pitfall of an engine in a role, the worst first.
 
     Args:
@@ -61,14 +61,14 @@ def traps(
     return tuple(sorted(found, key=lambda trap: not trap.unusable))
 
 
-def traps_of(facts: EngineFacts, endpoint: Endpoint) -> tuple[Trap, ...]:
+def traps_of(facts: EngineFacts, endpoint: Endpoint) -> tuple[Diagnostic, ...]:
     """Tell every pitfall of an engine as it is configured."""
     return traps(facts, endpoint.role, needs_overrides=endpoint.needs_overrides, headers_only=endpoint.headers_only)
 
 
-def _of_vllm(facts: EngineFacts, role: Role) -> Iterator[Trap]:
+def _of_vllm(facts: EngineFacts, role: Role) -> Iterator[Diagnostic]:
     if role is not Role.WORKER:
-        yield Trap(
+        yield Diagnostic(
             "vllm_disaggregated",
             "vLLM's KV connectors run prefill before decode, and decode needs what prefill answered: both legs cannot "
             "be sent at once",
@@ -76,20 +76,20 @@ def _of_vllm(facts: EngineFacts, role: Role) -> Iterator[Trap]:
             unusable=True,
         )
     if facts.version is None:
-        yield Trap(
+        yield Diagnostic(
             "unknown_version", "its version names no release; it is treated like the newest vLLM", "use a release"
         )
     elif facts.version < VLLM_RANK_HEADER and facts.dp_ranks > 1:
-        yield Trap(
+        yield Diagnostic(
             "rank_not_carried",
             "its release reads no rank from requests: vLLM itself picks it",
             f"upgrade to vLLM {VLLM_RANK_HEADER}, or give each rank a port of its own (--data-parallel-external-lb)",
         )
 
 
-def _of_any(facts: EngineFacts, role: Role) -> Iterator[Trap]:
+def _of_any(facts: EngineFacts, role: Role) -> Iterator[Diagnostic]:
     if facts.mode is not MODE_OF[role]:
-        yield Trap(
+        yield Diagnostic(
             WRONG_MODE,
             f"its disaggregation_mode is {facts.mode}, but it stands under {role}: requests fail or wait for a peer "
             "that never comes",
@@ -97,62 +97,62 @@ def _of_any(facts: EngineFacts, role: Role) -> Iterator[Trap]:
             unusable=True,
         )
     if facts.version is None:
-        yield Trap(
+        yield Diagnostic(
             "unknown_version",
             "its version names no release, as of a build from source; it is treated like the newest one known here, "
             f"{NEWEST} and later",
             "nothing, if it is as new as that; else use a released SGLang of 0.5.11 or later",
         )
     if facts.role_can_switch:
-        yield Trap(
+        yield Diagnostic(
             "role_can_switch",
             "--enable-pd-role-switch lets it change its role; for up to a minute requests go to the wrong role",
             "leave the flag out, or reload the configuration together with each switch",
         )
     if release_of(facts.version).fields is Fields.NONE and facts.dp_ranks > 1:
-        yield Trap(
+        yield Diagnostic(
             "foreign_rank_is_fatal",
             "a rank out of range in a request that goes past this router ends the whole server",
             "let nobody but this router reach it, or upgrade to 0.5.10 or later, which checks the range",
         )
 
 
-def _of_reading(facts: EngineFacts, role: Role) -> Iterator[Trap]:
+def _of_reading(facts: EngineFacts, role: Role) -> Iterator[Diagnostic]:
     if release_of(facts.version).load is LoadSource.METRICS:
         if facts.metrics_enabled is False:
-            yield Trap(
+            yield Diagnostic(
                 "no_load_source",
                 "it has neither /v1/loads (from 0.5.8 on) nor /metrics: only what this router sent it is known",
                 "start it with --enable-metrics",
             )
         else:
-            yield Trap(
+            yield Diagnostic(
                 "load_lags",
                 "without /v1/loads (from 0.5.8 on) its load comes from /metrics, which has no queued tokens, lags "
                 "(decode: every 40 steps) and stands still while requests wait for the other side",
                 "upgrade to 0.5.13 or later",
             )
     elif facts.metrics_enabled is False and role is not Role.DECODE:
-        yield Trap(
+        yield Diagnostic(
             "metrics_off",
             "without /metrics its prompt tokens are not counted, and text lengths stay estimates of 4 bytes per token",
             "start it with --enable-metrics",
         )
 
 
-def _of_worker(facts: EngineFacts) -> Iterator[Trap]:
+def _of_worker(facts: EngineFacts) -> Iterator[Diagnostic]:
     if facts.dp_ranks == 1:
         return
     takes = capabilities(facts)
     untold = [api.value for api in Api if takes.aggregated_rank_key(api) is None]
     if untold:
-        yield Trap(
+        yield Diagnostic(
             "rank_not_carried",
             f"its release takes no rank on {', '.join(untold)}: the engine itself picks there",
             "upgrade to 0.5.22 or later, which takes it on every path",
         )
     if facts.follows_rooms:
-        yield Trap(
+        yield Diagnostic(
             "worker_follows_rooms",
             "it dispatches by bootstrap_room, and a request that has none and no rank ends the whole server",
             "start it without --load-balance-method follow_bootstrap_room",
@@ -160,9 +160,9 @@ def _of_worker(facts: EngineFacts) -> Iterator[Trap]:
         )
 
 
-def _of_disaggregated(facts: EngineFacts) -> Iterator[Trap]:
+def _of_disaggregated(facts: EngineFacts) -> Iterator[Diagnostic]:
     if not release_of(facts.version).paths:
-        yield Trap(
+        yield Diagnostic(
             "too_old",
             "its release takes no bootstrap fields over HTTP",
             f"upgrade to {DISAGGREGATION} at least; 0.5.16 or later is best",
@@ -172,18 +172,18 @@ def _of_disaggregated(facts: EngineFacts) -> Iterator[Trap]:
     takes = capabilities(facts)
     refused = [api.value for api in Api if not takes.serves(api)]
     if refused:
-        yield Trap(
+        yield Diagnostic(
             "paths_refused",
             f"its release drops the bootstrap fields on {', '.join(refused)}: such requests are refused with 400",
             "upgrade to 0.5.20 for /v1/responses, to 0.5.22 for /v1/messages",
         )
 
 
-def _of_overrides(facts: EngineFacts, *, headers_only: bool) -> Iterator[Trap]:
+def _of_overrides(facts: EngineFacts, *, headers_only: bool) -> Iterator[Diagnostic]:
     if facts.reads_overrides is False:
         instead = "no request can be sent to it" if headers_only else "ranks and rooms are carried in bodies"
         leave = "write another envoy.body_mode" if headers_only else "leave carrier out"
-        yield Trap(
+        yield Diagnostic(
             "overrides_not_read",
             f"carrier: headers is configured, but it does not obey x-override-* headers: {instead}",
             f"start it with SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES=1 (0.5.15 or later; from 0.5.18 on for chat), or "
@@ -191,7 +191,7 @@ def _of_overrides(facts: EngineFacts, *, headers_only: bool) -> Iterator[Trap]:
             unusable=True,
         )
     elif facts.reads_overrides is None:
-        yield Trap(
+        yield Diagnostic(
             "overrides_unknown",
             "it has not told whether it obeys x-override-* headers: until it does, "
             + ("no request can be sent to it" if headers_only else "ranks and rooms are carried in bodies"),
@@ -205,7 +205,7 @@ def _of_overrides(facts: EngineFacts, *, headers_only: bool) -> Iterator[Trap]:
         ]
         if unread:
             instead = "such requests are refused with 400" if headers_only else "there bodies carry ranks and rooms"
-            yield Trap(
+            yield Diagnostic(
                 "overrides_not_on_chat",
                 f"its release obeys x-override-* headers on /generate alone, not on {', '.join(unread)}: {instead}",
                 "upgrade to 0.5.18 or later",
@@ -213,19 +213,19 @@ def _of_overrides(facts: EngineFacts, *, headers_only: bool) -> Iterator[Trap]:
             )
         if headers_only:
             lost = [api.value for api in Api if api not in HEADER_APIS]
-            yield Trap(
+            yield Diagnostic(
                 "paths_without_bodies",
                 f"no release obeys x-override-* headers on {', '.join(lost)}: such requests are refused with 400",
                 "write another envoy.body_mode if they are needed",
             )
 
 
-def _of_prefill(facts: EngineFacts) -> Iterator[Trap]:
+def _of_prefill(facts: EngineFacts) -> Iterator[Diagnostic]:
     if facts.dp_ranks == 1:
         return
     takes = capabilities(facts)
     if takes.only_first_prefill_rank:
-        yield Trap(
+        yield Diagnostic(
             "plain_dp_first_rank_only",
             f"plain DP: every replica takes itself for rank 0, so only rank 0 of {facts.dp_ranks} can serve and the "
             "others stay idle",
@@ -237,30 +237,30 @@ def _of_prefill(facts: EngineFacts) -> Iterator[Trap]:
         and not facts.dp_attention
         and release_of(facts.version).room_check is RoomCheck.SKIPPED
     ):
-        yield Trap(
+        yield Diagnostic(
             "plain_dp_needs_rank_on_both_legs",
             "plain DP: requests for ranks other than 0 that go past this router fail unless both legs carry "
             "disagg_prefill_dp_rank, as this router's do",
             "let only this router reach it, or start it with --enable-dp-attention",
         )
     if facts.follows_rooms:
-        yield Trap(
+        yield Diagnostic(
             "roomless_is_fatal",
             "a request that goes past this router with neither room nor rank ends the whole server",
             "let nobody but this router reach it, health checks included (use /ready or /health)",
         )
     elif release_of(facts.version).room_check is not RoomCheck.SKIPPED:
-        yield Trap(
+        yield Diagnostic(
             "registers_each_request",
             f"with --load-balance-method {facts.load_balance_method} its scheduler stops for an HTTP call per request",
             "start it without --load-balance-method, or upgrade to 0.5.16 or later",
         )
 
 
-def _of_decode(facts: EngineFacts) -> Iterator[Trap]:
+def _of_decode(facts: EngineFacts) -> Iterator[Diagnostic]:
     takes = capabilities(facts)
     if takes.carries_routed_rank and not takes.carries_prefill_rank:
-        yield Trap(
+        yield Diagnostic(
             "prefill_rank_left_out",
             "0.5.10 fails the first request of each pair of servers that names the prefill rank; it is left out, and "
             "a prefill server with another method than follow_bootstrap_room is asked for it each time",
@@ -269,13 +269,13 @@ def _of_decode(facts: EngineFacts) -> Iterator[Trap]:
     if facts.dp_ranks == 1:
         return
     if takes.decode_control is RankControl.ENGINE:
-        yield Trap(
+        yield Diagnostic(
             "decode_rank_not_controllable",
             "0.5.8 and 0.5.9 spread requests over decode ranks in turn; no request can choose",
             "start it with --load-balance-method follow_bootstrap_room, or upgrade to 0.5.10 or later",
         )
     elif takes.decode_control is RankControl.BY_ROOM:
-        yield Trap(
+        yield Diagnostic(
             "ranks_coupled_by_room",
             "one room decides the ranks of both servers: with as many decode ranks as prefill ranks they are always "
             "the same, else equal modulo the greatest common divisor of the two numbers",

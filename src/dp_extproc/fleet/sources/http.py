@@ -13,7 +13,7 @@ import httpx
 
 from dp_extproc.config.schema import Engine, LoadSettings
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
-from dp_extproc.engines.listener import FailureKind, ScrapeFailure
+from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, in_url
 from dp_extproc.engines.reading import ReaderError
 from dp_extproc.engines.sglang.loads_page import read_loads
@@ -40,7 +40,7 @@ class ScrapeError(Exception):
     """An engine could not be read."""
 
     def __init__(self, kind: FailureKind, message: str, status: int | None = None) -> None:
-        self.failure = ScrapeFailure(kind, message)
+        self.failure = EngineFailure(kind, message)
         self.status = status
         super().__init__(message)
 

@@ -13,7 +13,7 @@ from dp_extproc.engines.agreement import (
     page_of_listener,
     without_foreign_ranks,
 )
-from dp_extproc.engines.listener import AWAY, GONE, FleetObserver, ScrapeFailure
+from dp_extproc.engines.listener import AWAY, GONE, EngineFailure, EngineListener
 from dp_extproc.engines.model import EngineFacts, Kind, LoadPage, Role
 from dp_extproc.fleet.sources.http import EngineClient, ScrapeError
 
@@ -32,7 +32,7 @@ class EngineWatch:
     """What is known of one engine. Each round tells the observer what it found."""
 
     def __init__(
-        self, engine: EngineClient, source: LoadSource, observer: FleetObserver, clock: Callable[[], float]
+        self, engine: EngineClient, source: LoadSource, observer: EngineListener, clock: Callable[[], float]
     ) -> None:
         self._engine = engine
         self._endpoint = engine.endpoint
@@ -41,7 +41,7 @@ class EngineWatch:
         self._observer = observer
         self._clock = clock
         self._facts: EngineFacts | None = None
-        self._facts_failure: ScrapeFailure | None = None
+        self._facts_failure: EngineFailure | None = None
         self._facts_due = _NOW
         self._prompt_tokens_due = _NOW
         self._was_gone = False
@@ -56,7 +56,7 @@ class EngineWatch:
         """What the engine says of itself; None as long as it has not."""
         return self._facts
 
-    async def round(self) -> ScrapeFailure | None:
+    async def round(self) -> EngineFailure | None:
         """Ask the engine once. Returns what is wrong with it, if anything; the observer has been told."""
         if self._clock() >= self._facts_due:
             self._facts_failure = await self._discover()
@@ -74,7 +74,7 @@ class EngineWatch:
             self._observer.failed(self._endpoint, failure, self._clock())
         return failure
 
-    async def _discover(self) -> ScrapeFailure | None:
+    async def _discover(self) -> EngineFailure | None:
         was_away, self._facts_due = self._facts_due == _NOW, self._clock() + FACTS_EVERY
         failure = None
         try:
@@ -107,7 +107,7 @@ class EngineWatch:
             self._facts_due = self._clock() + UNTOLD_EVERY
         return facts
 
-    async def _sample(self, facts: EngineFacts) -> ScrapeFailure | None:
+    async def _sample(self, facts: EngineFacts) -> EngineFailure | None:
         started = self._clock()
         try:
             page = page_of_listener(await self._load_page(facts), facts)

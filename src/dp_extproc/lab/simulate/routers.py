@@ -12,14 +12,14 @@ from dp_extproc.estimators.token_ratio import START as BYTES_PER_TOKEN
 from dp_extproc.lab.simulate.fleet import Fleet
 from dp_extproc.lab.simulate.simulation import EngineRanks, Placement, Simulation
 from dp_extproc.lab.workload.trace import TraceRequest
-from dp_extproc.load.cache import FleetLoad
+from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.decode import ROOM, step_cost
 from dp_extproc.load.endpoint import StepCosts
-from dp_extproc.load.in_flight import Attempt
+from dp_extproc.load.in_flight import InFlight
 from dp_extproc.load.prefill import LATER_STEPS, LATER_WEIGHT, WAITING_COUNTED
-from dp_extproc.load.records import Dispatch
-from dp_extproc.load.request_cost import Demand
-from dp_extproc.load.tracker import Ledger
+from dp_extproc.load.records import PlacementRecord
+from dp_extproc.load.request_cost import RequestCost
+from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix
 from dp_extproc.request.path import Api
 from dp_extproc.request.prompt import Prompt
@@ -196,7 +196,7 @@ class _Replica:
             for role, count in sizes.items()
         }
         costs = fleet.costs
-        self.fleet = FleetLoad(
+        self.fleet = LoadCache(
             [endpoint for endpoints in self.endpoints.values() for endpoint in endpoints],
             simulation.around.stale_after,
             StepCosts(costs.prefill_step / costs.prefill_token, costs.decode_request / costs.decode_token),
@@ -208,15 +208,15 @@ class _Replica:
             for endpoint in endpoints:
                 self.fleet.discovered(endpoint, endpoint.url, _facts(role, fleet), 0.0)
         self._picker = Picker(policy, signal, self.fleet.prefixes[_POOL], rng)
-        self._ledger = Ledger(self.fleet)
+        self._ledger = InFlightTracker(self.fleet)
         self._rng = rng
         self._ranks = fleet.ranks
         self._engine_ranks: EngineRanks = simulation.engine_ranks
-        self.attempts: dict[int, Attempt] = {}
+        self.attempts: dict[int, InFlight] = {}
 
-    def place(self, number: int, text_bytes: int, prefix: Prefix, now: float) -> tuple[Placement, Dispatch]:
+    def place(self, number: int, text_bytes: int, prefix: Prefix, now: float) -> tuple[Placement, PlacementRecord]:
         tokens = self.fleet.ratios[_POOL].estimate(Prompt(text_bytes, 0, None))
-        demand = Demand(tokens, prefix=prefix, text_bytes=text_bytes)
+        demand = RequestCost(tokens, prefix=prefix, text_bytes=text_bytes)
         prefills = self.fleet.capable(_POOL, Role.PREFILL, Api.CHAT, now)
         decodes = self.fleet.capable(_POOL, Role.DECODE, Api.CHAT, now)
         pair = self._picker.pair(prefills, decodes, demand, now)
@@ -229,7 +229,7 @@ class _Replica:
             decode_server,
             self._engine_ranks.decode_rank(decode_server) if decode.rank is None else decode.rank,
         )
-        dispatch = Dispatch(
+        dispatch = PlacementRecord(
             _POOL,
             demand,
             decode.host.endpoint.url,
@@ -240,7 +240,7 @@ class _Replica:
         )
         return placement, dispatch
 
-    def told(self, number: int, dispatch: Dispatch, now: float) -> None:
+    def told(self, number: int, dispatch: PlacementRecord, now: float) -> None:
         """Take in what a peer has sent."""
         self.attempts[number] = self._ledger.open_foreign(dispatch, now)
 

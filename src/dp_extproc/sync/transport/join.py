@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dp_extproc.config.sync import SyncSettings
-from dp_extproc.load.records import Dispatch
+from dp_extproc.load.records import PlacementRecord
 from dp_extproc.sync.outbox import Outbox
-from dp_extproc.sync.peers import ForeignAttempt
+from dp_extproc.sync.peers import PeerRequest
 from dp_extproc.sync.transport.bus import Bus
 from dp_extproc.sync.transport.replica import Replica
 from dp_extproc.sync.transport.unix_bus import UnixBus
@@ -15,7 +15,7 @@ from dp_extproc.sync.transport.unix_bus import UnixBus
 def join(
     settings: SyncSettings,
     outbox: Outbox,
-    open_foreign: Callable[[Dispatch, float], ForeignAttempt],
+    open_foreign: Callable[[PlacementRecord, float], PeerRequest],
     *,
     clock: Callable[[], float],
 ) -> Replica:

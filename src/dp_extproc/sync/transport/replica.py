@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, assert_never
 
-from dp_extproc.load.records import Dispatch
+from dp_extproc.load.records import PlacementRecord
 from dp_extproc.sync.messages import Ask, Batch, Message, Snapshot, Unreadable, decode
 from dp_extproc.sync.outbox import Outbox
-from dp_extproc.sync.peers import ForeignAttempt, Peers, PeerStatus
+from dp_extproc.sync.peers import PeerRequest, Peers, PeerStatus
 from dp_extproc.sync.transport.bus import Bus
 
 BEAT: Final = 0.02
@@ -48,7 +48,7 @@ class Replica:
         self,
         outbox: Outbox,
         bus: Bus,
-        open_foreign: Callable[[Dispatch, float], ForeignAttempt],
+        open_foreign: Callable[[PlacementRecord, float], PeerRequest],
         *,
         clock: Callable[[], float],
         silence: float,
