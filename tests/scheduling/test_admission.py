@@ -16,7 +16,7 @@ from dp_extproc.load.records import PlacementRecord
 from dp_extproc.load.request_cost import RequestCost
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
-from dp_extproc.scheduling.decision import Decision, RequestContext
+from dp_extproc.scheduling.decision import Decision, Queued, RequestContext, SchedulingResult
 from dp_extproc.scheduling.queue import AdmissionQueue
 from dp_extproc.scheduling.scheduler import Scheduler
 from fleet_fixtures import Fleet, make_endpoint, make_facts, make_tokens
@@ -51,15 +51,15 @@ class Small:
             line=line,
         )
 
-    def place(self, tokens: int) -> Decision | Rejection:
+    def place(self, tokens: int) -> SchedulingResult:
         return self.dispatcher.place(Api.GENERATE, ids(tokens))
 
     def place_until_refused(self, tokens: int, most: int = 50) -> tuple[list[Decision], Rejection]:
         placed: list[Decision] = []
         for _ in range(most):
             found = self.place(tokens)
-            if isinstance(found, Rejection):
-                return placed, found
+            if not isinstance(found, Decision):
+                return placed, found.rejection if isinstance(found, Queued) else found
             placed.append(found)
         raise AssertionError(f"{most} requests were placed")
 
@@ -208,9 +208,8 @@ def test_a_new_request_does_not_overtake_those_that_wait() -> None:
     ticket = line.join("*", 0, lambda: None)
     assert ticket is not None
     found = small.place(10)
-    assert isinstance(found, Rejection)
-    assert found.wait is not None
-    assert (found.wait.pool, found.wait.priority) == ("*", 0)
+    assert isinstance(found, Queued)
+    assert (found.pool, found.priority) == ("*", 0)
     assert isinstance(small.dispatcher.place(Api.GENERATE, ids(10), RequestContext(ticket=ticket)), Decision)
 
 
@@ -275,7 +274,7 @@ def test_a_request_that_waits_is_read_once() -> None:
     line = AdmissionQueue(QueueSettings())
     small = Small(line, max_requests=1)
     placed, _ = small.place_until_refused(10)
-    exchange = Exchange(small.dispatcher, BodyMode.LOCKSTEP, 1 << 20, queues=True)
+    exchange = Exchange(small.dispatcher, BodyMode.LOCKSTEP, 1 << 20)
     exchange.receive(RequestHeaders({":method": "POST", ":path": "/generate"}, False))
     exchange.receive(RequestBody(ids(20), True))
     assert exchange.is_waiting

@@ -163,7 +163,6 @@ class ExtProcService:
             self._max_body,
             response_mode=response_mode,
             holds=not self._picks,  # a gateway of others neither repeats requests nor lets its answers be exchanged
-            queues=self._line is not None,
             picks=self._picks,
             session_header=self._session_header,
             subset=read_subset_hint(message) if self._picks else None,
@@ -232,10 +231,10 @@ class ExtProcService:
 
     async def _wait_for_room(self, exchange: Exchange, event: Event) -> tuple[Reply, ...]:
         """Keep a request in the line until it is placed, or has waited too long."""
-        line, wait = self._line, exchange.wait
-        assert line is not None and wait is not None  # noqa: S101, PT018 - else it would not wait
+        line, queued = self._line, exchange.queued
+        assert line is not None and queued is not None  # noqa: S101, PT018 - else it would not wait
         turn = asyncio.Event()
-        ticket = line.join(wait.pool, wait.priority, turn.set)
+        ticket = line.join(queued.pool, queued.priority, turn.set)
         if ticket is None:
             return self._advance(exchange, event, lambda _: exchange.give_up())
         try:
