@@ -15,7 +15,7 @@ from dp_extproc import contract
 from dp_extproc.config.reliability import QueueSettings, SupervisionSettings
 from dp_extproc.engines.model import Role
 from dp_extproc.extproc.service import ExtProcService
-from dp_extproc.scheduling.queue import AdmissionQueue
+from dp_extproc.scheduling.admission import AdmissionQueue
 from dp_extproc.scheduling.scheduler import Scheduler
 from extproc.wire import Watcher
 from fleet_fixtures import Fleet, make_facts, make_tokens

@@ -16,8 +16,8 @@ from dp_extproc.load.records import PlacementRecord
 from dp_extproc.load.request_cost import RequestCost
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
+from dp_extproc.scheduling.admission import AdmissionQueue
 from dp_extproc.scheduling.decision import Decision, Queued, RequestContext, SchedulingResult
-from dp_extproc.scheduling.queue import AdmissionQueue
 from dp_extproc.scheduling.scheduler import Scheduler
 from fleet_fixtures import Fleet, make_endpoint, make_facts, make_tokens
 

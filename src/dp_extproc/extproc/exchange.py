@@ -40,8 +40,8 @@ from dp_extproc.load.in_flight import InFlight
 from dp_extproc.request.path import Api, Lookup, read_path
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.response.logprobs import Merger, make_merger
+from dp_extproc.scheduling.admission import Ticket
 from dp_extproc.scheduling.decision import Decision, Queued, RequestContext
-from dp_extproc.scheduling.queue import Ticket
 
 _OK: Final = 200
 _Replies = tuple[Reply, ...]

@@ -35,7 +35,7 @@ from dp_extproc.extproc.supervision import Say, Stream, Supervision, Supervision
 from dp_extproc.load.in_flight import InFlight
 from dp_extproc.request.rejection import Reason
 from dp_extproc.response.first_event import FirstEvent
-from dp_extproc.scheduling.queue import AdmissionQueue
+from dp_extproc.scheduling.admission import AdmissionQueue
 
 SERVICE_NAME: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 

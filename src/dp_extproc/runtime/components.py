@@ -23,7 +23,7 @@ from dp_extproc.observability.metrics import SyncMetrics, Telemetry
 from dp_extproc.observability.pages import describe_loads, describe_sync
 from dp_extproc.runtime.readiness import can_serve
 from dp_extproc.runtime.secrets import read_api_keys
-from dp_extproc.scheduling.queue import AdmissionQueue
+from dp_extproc.scheduling.admission import AdmissionQueue
 from dp_extproc.scheduling.scheduler import Scheduler
 from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.transport.join import join

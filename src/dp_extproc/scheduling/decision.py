@@ -6,7 +6,7 @@ from dp_extproc.load.in_flight import InFlight
 from dp_extproc.prefix_cache.blocks import Prefix
 from dp_extproc.request.body import InferenceRequest
 from dp_extproc.request.rejection import Rejection
-from dp_extproc.scheduling.queue import Ticket
+from dp_extproc.scheduling.admission import Ticket
 
 Metadata = dict[str, str | int]
 """Dynamic metadata of a request, by the names of :mod:`dp_extproc.contract`."""

@@ -1,7 +1,7 @@
 """Who waits, and who is first."""
 
 from dp_extproc.config.reliability import QueueSettings
-from dp_extproc.scheduling.queue import AdmissionQueue, Ticket
+from dp_extproc.scheduling.admission import AdmissionQueue, Ticket
 
 
 class People:
