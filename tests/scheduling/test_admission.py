@@ -31,7 +31,7 @@ def ids(tokens: int) -> bytes:
 class Small:
     """One prefill and one decode server of two ranks, each of which holds 1000 tokens and runs two requests."""
 
-    def __init__(self, line: AdmissionQueue | None = None, **limits: Any) -> None:
+    def __init__(self, queue: AdmissionQueue | None = None, **limits: Any) -> None:
         self.fleet = Fleet(prefills=[make_facts(Role.PREFILL, ranks=2)], decodes=[make_facts(Role.DECODE, ranks=2)])
         ranks = tuple(
             RankSample(rank, used_tokens=0, capacity_tokens=CAPACITY, max_running_requests=RUNNING, age=0.0)
@@ -48,7 +48,7 @@ class Small:
             draw_token=make_tokens(),
             clock=self.fleet.clock,
             admission=settings,
-            line=line,
+            queue=queue,
         )
 
     def place(self, tokens: int) -> SchedulingResult:
@@ -203,9 +203,9 @@ def test_a_batch_is_not_too_long() -> None:
 
 def test_a_new_request_does_not_overtake_those_that_wait() -> None:
     """There is room, but somebody was there before."""
-    line = AdmissionQueue(QueueSettings())
-    small = Small(line)
-    ticket = line.join("*", 0, lambda: None)
+    queue = AdmissionQueue(QueueSettings())
+    small = Small(queue)
+    ticket = queue.enqueue("*", 0, lambda: None)
     assert ticket is not None
     found = small.place(10)
     assert isinstance(found, Queued)
@@ -215,9 +215,9 @@ def test_a_new_request_does_not_overtake_those_that_wait() -> None:
 
 def test_the_bodys_priority_counts() -> None:
     """SGLang's own field; a greater one goes before those that wait."""
-    line = AdmissionQueue(QueueSettings())
-    small = Small(line)
-    line.join("*", 0, lambda: None)
+    queue = AdmissionQueue(QueueSettings())
+    small = Small(queue)
+    queue.enqueue("*", 0, lambda: None)
     body = json.dumps({"input_ids": [1], "priority": 1}).encode()
     assert isinstance(small.dispatcher.place(Api.GENERATE, body), Decision)
 
@@ -226,12 +226,12 @@ class TestWhoWaitsIsCalled:
     """Whatever may have made room, whoever did it."""
 
     def setup_method(self) -> None:
-        self.line = AdmissionQueue(QueueSettings())
+        self.queue = AdmissionQueue(QueueSettings())
         self.calls = 0
-        self.small = Small(self.line)
+        self.small = Small(self.queue)
 
     def wait(self) -> None:
-        assert self.line.join("*", 0, self.called) is not None
+        assert self.queue.enqueue("*", 0, self.called) is not None
         assert self.calls == 0
 
     def called(self) -> None:
@@ -261,7 +261,7 @@ class TestWhoWaitsIsCalled:
     def test_when_an_engine_tells_its_load(self) -> None:
         """Or who it is: what is asked for next may be free there."""
         endpoint = make_endpoint(Role.DECODE)
-        load = LoadCache([endpoint], 5.0, made_room=self.line.call)
+        load = LoadCache([endpoint], 5.0, made_room=self.queue.notify)
         self.wait()
         load.discovered(endpoint, "10.0.0.1:1", make_facts(Role.DECODE), 1000.0)
         assert self.calls == 1
@@ -271,15 +271,15 @@ class TestWhoWaitsIsCalled:
 
 def test_a_request_that_waits_is_read_once() -> None:
     """It may be as large as a novel, and be called many times before there is room for it."""
-    line = AdmissionQueue(QueueSettings())
-    small = Small(line, max_requests=1)
+    queue = AdmissionQueue(QueueSettings())
+    small = Small(queue, max_requests=1)
     placed, _ = small.place_until_refused(10)
     exchange = Exchange(small.dispatcher, BodyMode.LOCKSTEP, 1 << 20)
     exchange.receive(RequestHeaders({":method": "POST", ":path": "/generate"}, False))
     exchange.receive(RequestBody(ids(20), True))
     assert exchange.is_waiting
     exchange._body = [b"not to be read again"]
-    ticket = line.join("*", 0, lambda: None)
+    ticket = queue.enqueue("*", 0, lambda: None)
     assert ticket is not None
     assert exchange.decide_again(ticket) == ()
     for each in placed:

@@ -85,7 +85,7 @@ def least_tokens(prompt: Prompt, estimate: float) -> float:
 
 
 class Ticket:
-    """A place in the line."""
+    """The place of one request in the admission queue."""
 
     __slots__ = ("_number", "pool", "priority", "wake")
 
@@ -94,58 +94,59 @@ class Ticket:
         self.priority = priority
         self._number = number
         self.wake = wake
-        """Told that there may be room."""
+        """Called when a rank may have room for the request."""
 
     def __lt__(self, other: "Ticket") -> bool:
         return (-self.priority, self._number) < (-other.priority, other._number)
 
 
 class AdmissionQueue:
-    """Those who wait."""
+    """Holds requests until a rank has room: by priority, then first in first out, each pool by itself."""
 
     def __init__(self, settings: QueueSettings) -> None:
         self.settings = settings
-        self._lines: dict[str, list[Ticket]] = {}
+        self._tickets: dict[str, list[Ticket]] = {}
+        """In order of service, by pool; a pool without a waiting request has no entry."""
         self._numbers = count()
         self._length = 0
 
     def __len__(self) -> int:
         return self._length
 
-    def join(self, pool: str, priority: int, wake: Callable[[], None]) -> Ticket | None:
-        """Take a place; None if there are too many already."""
+    def enqueue(self, pool: str, priority: int, wake: Callable[[], None]) -> Ticket | None:
+        """Add a request; None if the queue is full."""
         if self._length >= self.settings.max_depth:
             return None
         ticket = Ticket(pool, priority, next(self._numbers), wake)
-        insort(self._lines.setdefault(pool, []), ticket)
+        insort(self._tickets.setdefault(pool, []), ticket)
         self._length += 1
         return ticket
 
-    def leave(self, ticket: Ticket) -> None:
-        """Give the place up, whether it was placed or not; who is first now may try."""
-        line = self._lines[ticket.pool]
-        was_first = line[0] is ticket
-        line.remove(ticket)
+    def remove(self, ticket: Ticket) -> None:
+        """Take a request out, whether it was scheduled or not, and wake the next one if it was the first."""
+        tickets = self._tickets[ticket.pool]
+        was_first = tickets[0] is ticket
+        tickets.remove(ticket)
         self._length -= 1
-        if not line:
-            del self._lines[ticket.pool]
+        if not tickets:
+            del self._tickets[ticket.pool]
         elif was_first:
-            line[0].wake()
+            tickets[0].wake()
 
-    def call(self) -> None:
-        """Have the first of each pool try: something has ended, or an engine has told its load."""
-        for line in self._lines.values():
-            line[0].wake()
+    def notify(self) -> None:
+        """Wake the first request of each pool, as some rank may have room."""
+        for tickets in self._tickets.values():
+            tickets[0].wake()
 
-    def comes_after(self, pool: str, priority: int, ticket: Ticket | None) -> bool:
-        """Tell whether a request has to wait for others.
+    def must_wait(self, pool: str, priority: int, ticket: Ticket | None) -> bool:
+        """Tell whether a request has to wait because others were there before.
 
         Args:
-            pool: Where it is to go.
-            priority: Greater ones go first.
-            ticket: Its own place, if it has one.
+            pool: The pool that serves the request.
+            priority: The priority of the request; greater ones are served first.
+            ticket: Its own place in the queue; None if it has none.
         """
-        line = self._lines.get(pool)
-        if not line or line[0] is ticket:
+        tickets = self._tickets.get(pool)
+        if not tickets or tickets[0] is ticket:
             return False
-        return ticket is not None or line[0].priority >= priority
+        return ticket is not None or tickets[0].priority >= priority

@@ -70,7 +70,7 @@ class Scheduler:
         signal: LoadSignal = LoadSignal.ESTIMATE,
         observer: InFlightListener = NOBODY,
         admission: AdmissionSettings = _DEFAULT_ADMISSION,
-        line: AdmissionQueue | None = None,
+        queue: AdmissionQueue | None = None,
         sees_first_events: bool = False,
         credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
@@ -86,17 +86,17 @@ class Scheduler:
             signal: What the tokens of a rank are.
             observer: Told of every attempt.
             admission: What a rank may have on its books.
-            line: Where requests wait for room; None if none do.
+            queue: Where requests wait for room; None refuses them at once.
             sees_first_events: Whether Envoy is to show the first event of streaming answers.
             credentials: What requests to engines have to show.
         """
         self._fleet = fleet
-        self.ledger = InFlightTracker(fleet, observer, made_room=nothing if line is None else line.call)
+        self.ledger = InFlightTracker(fleet, observer, made_room=nothing if queue is None else queue.notify)
         self._owner = owner.encode()
         self._rng = rng
         self._draw_token = draw_token
         self._clock = clock
-        self._line = line
+        self._queue = queue
         self._sees_first_events = sees_first_events
         self._credentials = credentials
         self.configure(pools, signal, admission)
@@ -154,7 +154,7 @@ class Scheduler:
             refusal = refuse_disaggregated(request, sees_answer=context.sees_answer)
             if refusal is not None:
                 return refusal
-        if self._line is not None and self._line.comes_after(pool.name, request.priority, context.ticket):
+        if self._queue is not None and self._queue.must_wait(pool.name, request.priority, context.ticket):
             return self._no_room(pool, request, prefix, "other requests are waiting already")
         place = self._place_disaggregated if is_disaggregated else self._place_aggregated
         return place(pool, request, context, prefix)
@@ -284,7 +284,7 @@ class Scheduler:
     def _no_room(self, pool: _Pool, request: InferenceRequest, prefix: Prefix | None, why: str) -> Rejection | Queued:
         message = f"the servers for {pool.name} are full: {why}; try again later"
         rejection = Rejection(429, Reason.OVER_CAPACITY, message, headers=TRY_AGAIN)
-        return rejection if self._line is None else Queued(pool.name, request.priority, request, prefix, rejection)
+        return rejection if self._queue is None else Queued(pool.name, request.priority, request, prefix, rejection)
 
     def _refuse_too_long(
         self, side: Target, hosts: Sequence[EndpointLoad], request: InferenceRequest, demand: RequestCost
