@@ -115,8 +115,8 @@ class Hostile:
         """Place a request, let an older one go on, and look at both pages."""
         decision = self.fleet.dispatcher.place(Api.GENERATE, PROMPT)
         if isinstance(decision, Decision):
-            assert decision.attempt is not None
-            self.attempts.append(decision.attempt)
+            assert decision.in_flight is not None
+            self.attempts.append(decision.in_flight)
         else:
             assert isinstance(decision, Rejection)
             assert decision.reason in EXPECTED

@@ -138,8 +138,8 @@ def test_a_policy_that_looks_at_other_things_does_not_pick_a_full_rank() -> None
     single = Single(max_requests=1, dp_rank="token_round_robin")
     long = single.place({"input_ids": list(range(900))})
     single.place({"input_ids": [1]})
-    assert long.attempt is not None
-    long.attempt.end(single.fleet.clock())
+    assert long.in_flight is not None
+    long.in_flight.end(single.fleet.clock())
     single.place({"input_ids": [2]})
 
     assert single.open() == [1, 1]
@@ -174,8 +174,8 @@ def test_room_comes_back_with_the_end_of_a_request() -> None:
     """What was released may be filled again."""
     small = Small(max_requests=1)
     placed, _ = small.place_until_refused(10)
-    assert placed[0].attempt is not None
-    placed[0].attempt.end(small.fleet.clock())
+    assert placed[0].in_flight is not None
+    placed[0].in_flight.end(small.fleet.clock())
     assert isinstance(small.place(10), Decision)
 
 
@@ -241,13 +241,13 @@ class TestWhoWaitsIsCalled:
         """Its tokens leave the books long before the response is over."""
         placed = self.small.place(10)
         assert isinstance(placed, Decision)
-        assert placed.attempt is not None
+        assert placed.in_flight is not None
         self.wait()
-        placed.attempt.prefill_answered(200, self.small.fleet.clock())
+        placed.in_flight.prefill_answered(200, self.small.fleet.clock())
         assert self.calls == 1
-        placed.attempt.end(self.small.fleet.clock())
+        placed.in_flight.end(self.small.fleet.clock())
         assert self.calls == 2
-        placed.attempt.end(self.small.fleet.clock())
+        placed.in_flight.end(self.small.fleet.clock())
         assert self.calls == 2
 
     def test_when_a_request_of_another_process_is_over(self) -> None:
@@ -283,8 +283,8 @@ def test_a_request_that_waits_is_read_once() -> None:
     assert ticket is not None
     assert exchange.decide_again(ticket) == ()
     for each in placed:
-        assert each.attempt is not None
-        each.attempt.end(small.fleet.clock())
+        assert each.in_flight is not None
+        each.in_flight.end(small.fleet.clock())
     (reply,) = exchange.decide_again(ticket)
 
     assert isinstance(reply, Mutate)

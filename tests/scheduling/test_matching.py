@@ -332,8 +332,8 @@ class OfSizes:
     def place(self, body: dict[str, Any], **context: Any) -> SchedulingResult:
         found = self.fleet.dispatcher.place(Api.GENERATE, json.dumps(body).encode(), RequestContext(**context))
         if isinstance(found, Decision):
-            assert found.attempt is not None
-            found.attempt.end(self.fleet.clock())
+            assert found.in_flight is not None
+            found.in_flight.end(self.fleet.clock())
         return found
 
     def pairs(self, body: dict[str, Any]) -> set[tuple[int, int]]:

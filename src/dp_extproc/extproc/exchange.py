@@ -176,7 +176,7 @@ class Exchange:
     @property
     def attempt(self) -> InFlight | None:
         """What the request has on the books, once it was placed."""
-        return None if self.decision is None else self.decision.attempt
+        return None if self.decision is None else self.decision.in_flight
 
     @property
     def sees_answer(self) -> bool:

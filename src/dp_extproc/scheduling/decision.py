@@ -36,8 +36,8 @@ class Decision(Struct, frozen=True):
     """To set on the request."""
     metadata: Metadata
     """For access logs."""
-    attempt: InFlight | None
-    """None when nothing is on the books."""
+    in_flight: InFlight | None
+    """The reservations of the request; None for one that has none."""
     streaming: bool | None = False
     """Whether the client wants a stream of events; None where only the answer will tell."""
     merges_logprobs: bool = False
