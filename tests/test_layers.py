@@ -57,7 +57,6 @@ LAYERS = (
 EXCEPTIONS = {
     ("fleet", "observability.log"),
     ("load", "scheduling.matching"),
-    ("load", "scheduling.picker"),
     ("load", "scheduling.subset"),
     ("request", "prefix_cache.blocks"),
 }

@@ -13,7 +13,7 @@ from dp_extproc.config.schema import Carrier, ClientRanks, LoadSignal, PoolConfi
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.engines.model import Role
 from dp_extproc.load.cache import LoadCache
-from dp_extproc.load.endpoint import EndpointLoad
+from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.load.health import choose
 from dp_extproc.load.in_flight import NOBODY, InFlightListener, nothing
 from dp_extproc.load.request_cost import SESSION_KEPT, RequestCost
@@ -28,7 +28,7 @@ from dp_extproc.request.unread import unread_request
 from dp_extproc.scheduling.admission import Admission, is_too_long, largest_capacity
 from dp_extproc.scheduling.decision import Answer, Decision, Metadata, RequestContext
 from dp_extproc.scheduling.models import SHOWN_MODEL, ModelRegistry
-from dp_extproc.scheduling.picker import Pair, Picker, Pins, Target
+from dp_extproc.scheduling.picker import Pair, Picker, Pins
 from dp_extproc.scheduling.queue import AdmissionQueue, Ticket
 from dp_extproc.scheduling.routing_fields import carry
 from dp_extproc.scheduling.shortage import TRY_AGAIN, nobody_allowed, nobody_can, nobody_matches
@@ -200,7 +200,7 @@ class Scheduler:
         rank_key = side.host.capabilities.aggregated_rank_key(request.api)
         if not side.host.capabilities.takes_rank(request.api) and len(side.host.ranks) > 1:
             side = replace(side, rank=None)
-        attempt = self.ledger.open_worker(side, demand, now)
+        attempt = self.ledger.open(None, side, demand, now)
         body = rewrite_aggregated(request.body, rank_key, side.rank)
         in_header = side.rank if request.api in side.host.capabilities.rank_header_on else None
         headers = (
@@ -227,7 +227,7 @@ class Scheduler:
         rooms = pair.draw_room(self._rng) if batch is None else [pair.draw_room(self._rng) for _ in range(batch)]
         leg, number = self._draw_token(), f"{self._rng.getrandbits(96):024x}"
         carried = carry(request, pair, rooms, number, in_headers=pool.carries_in_headers)
-        attempt = self.ledger.open_pair(pair, demand, now, leg=leg, streaming=request.stream is not False)
+        attempt = self.ledger.open(prefill, decode, demand, now, leg=leg, streaming=request.stream is not False)
         prefill.host.health.sent(now)
         decode.host.health.sent(now)
         headers = (
