@@ -205,16 +205,16 @@ def test_the_health_of_a_server_that_leaves_is_dropped() -> None:
             host.health.failed(fleet.clock())
 
     fails()
-    assert fleet.load.sick == {host.health}
+    assert fleet.load.unhealthy == [host]
     reconfigure(fleet, stays)
-    assert fleet.load.sick == set()
+    assert fleet.load.unhealthy == []
     fails()  # the request that it still has
-    assert fleet.load.sick == set()
+    assert fleet.load.unhealthy == []
     reconfigure(fleet, *both)
     assert fleet.load.hosts[gone.url] is host
     assert not host.health.is_ejected(fleet.clock())
     fails()
-    assert fleet.load.sick == {host.health}
+    assert fleet.load.unhealthy == [host]
 
 
 def test_what_was_counted_of_servers_that_leave_is_dropped() -> None:

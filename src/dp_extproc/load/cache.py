@@ -45,8 +45,14 @@ class LoadCache:
         self._costs = costs
         self._health = health
         self._made_room = made_room
-        self.sick: set[Health] = set()
-        """The records of those that are ejected or have to prove themselves."""
+        self.generation = 0
+        """Grows with each event after which the filters of scheduling may find other endpoints.
+
+        These events change facts, addresses, freshness, membership, or which endpoints are unhealthy. Without one, an
+        endpoint changes for the filters by the passing of time alone: it grows stale, or its ejection ends.
+        """
+        self._unhealthy: tuple[int, Sequence[EndpointLoad]] = (0, ())
+        """As of a generation."""
         self.hosts: dict[str, EndpointLoad] = {}
         """By URL; only endpoints that have told their facts."""
         self.failures: dict[str, EngineFailure] = {}
@@ -61,6 +67,15 @@ class LoadCache:
         self._pages: Counter[tuple[str, Role]] = Counter()
         """Read since the servers of a role were compared."""
         self._capable: dict[tuple[str, Role, Api], tuple[Sequence[EndpointLoad], float]] = {}
+
+    @property
+    def unhealthy(self) -> Sequence[EndpointLoad]:
+        """Endpoints that are ejected, or have served nothing since they were."""
+        generation, found = self._unhealthy
+        if generation != self.generation:
+            found = [host for host in self.hosts.values() if host.health.is_unhealthy]
+            self._unhealthy = (self.generation, found)
+        return found
 
     @property
     def leaving(self) -> list[EndpointLoad]:
@@ -83,7 +98,7 @@ class LoadCache:
         for endpoint in self.endpoints:
             if (host := known.get(_place(endpoint))) is not None:
                 if id(host) in left:  # what it did before it left is forgotten
-                    host.health = Health(self._health, self.sick)
+                    host.health = Health(self._health, self._change)
                 if host.endpoint.pool != endpoint.pool:
                     self._forget_prefixes(host)
                 host.endpoint = endpoint
@@ -122,7 +137,7 @@ class LoadCache:
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:  # noqa: ARG002 - the protocol's
         """Take in who an engine is. One that has become another (restarted, upgraded) starts with empty books."""
-        self._capable.clear()  # the address may be another
+        self._change()  # the address may be another
         known = self.hosts.get(endpoint.url)
         if known is not None and replace(known.facts, reads_overrides=facts.reads_overrides) == facts:
             known.address = address
@@ -132,20 +147,22 @@ class LoadCache:
         if known is not None:
             self._let_go(known)
         self.hosts[endpoint.url] = EndpointLoad(
-            endpoint, address, facts, capabilities(facts), self._costs, health=Health(self._health, self.sick)
+            endpoint, address, facts, capabilities(facts), self._costs, health=Health(self._health, self._change)
         )
         self._sort()
         self._made_room()
 
+    def _change(self) -> None:
+        self.generation += 1
+        self._capable.clear()
+
     def _let_go(self, host: EndpointLoad) -> None:
-        self.sick.discard(host.health)
-        host.health = Health(self._health)  # for what becomes of its last requests; nobody is told of it
         self._forget_prefixes(host)
         self.leaving.append(host)
 
     def _sort(self) -> None:
         """Find anew who takes requests, in the order of the configuration."""
-        self._capable.clear()
+        self._change()
         self._by_role = {}
         for each in self.endpoints:
             host = self.hosts.get(each.url)
@@ -167,13 +184,13 @@ class LoadCache:
         self.failures.pop(endpoint.url, None)
         host = self.hosts.get(endpoint.url)
         if host is None or host.freshness(now, self.stale_after) is not Freshness.FRESH:
-            self._capable.clear()  # of one that was known well nothing changes
+            self._change()  # a further sample of a fresh endpoint changes nothing for the filters
         if host is not None:
             host.absorb(page.ranks, started, now)
             restarted = host.has_restarted(page)
             if host.is_away or restarted:
                 host.is_away = False
-                host.health.came_back()
+                host.health.recovered()
             if restarted:
                 self._forget_prefixes(host)
             if endpoint.role is not Role.PREFILL:
@@ -200,7 +217,7 @@ class LoadCache:
 
         What they tell of others is forgotten then, also if the endpoint goes on answering and is well known by that.
         """
-        self._capable.clear()
+        self._change()
         self.failures[endpoint.url] = failure
         host = self.hosts.get(endpoint.url)
         if host is None:

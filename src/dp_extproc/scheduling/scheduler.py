@@ -360,7 +360,7 @@ class Scheduler:
         if not request.is_read:
             capable = [host for host in capable if api in host.capabilities.overrides_on]
         if capable:
-            if circumstances.failed or self._fleet.sick:
+            if circumstances.failed or self._fleet.unhealthy:
                 return choose(capable, circumstances.failed, now)
             return capable
         if subset is not None and not hosts:
