@@ -17,7 +17,6 @@ from dp_extproc.load.matching import Match, find_matches
 from dp_extproc.load.step_group import RankLoad
 from dp_extproc.prefix_cache.index import PrefixIndex
 from dp_extproc.request.path import Api
-from dp_extproc.scheduling.subset import allows
 
 
 class LoadCache:
@@ -60,7 +59,7 @@ class LoadCache:
         self.ratios = {endpoint.pool: TokenRatio() for endpoint in self.endpoints}
         self.prefixes: dict[str, PrefixIndex[RankLoad]] = {endpoint.pool: PrefixIndex() for endpoint in self.endpoints}
         """Per pool: which ranks hold the KV cache of which prompts' beginnings."""
-        self._leaving: list[EndpointLoad] = []
+        self._draining: list[EndpointLoad] = []
         self._by_role: dict[tuple[str, Role], list[EndpointLoad]] = {}
         self.matches: dict[str, tuple[Match, ...]] = {}
         """Of the pools in which not every prefill server can be paired with every decode server."""
@@ -78,10 +77,13 @@ class LoadCache:
         return found
 
     @property
-    def leaving(self) -> list[EndpointLoad]:
-        """Servers that are configured no more, or have begun anew, and whose last requests are still on their books."""
-        self._leaving = [host for host in self._leaving if host.reservations]
-        return self._leaving
+    def draining(self) -> list[EndpointLoad]:
+        """Endpoints that are no longer configured, or whose engine has restarted, with requests still in flight."""
+        return [host for host in self._draining if host.reservations]
+
+    def drop_idle(self) -> None:
+        """Drop what is kept of draining endpoints whose last request has ended."""
+        self._draining = self.draining
 
     def update(self, endpoints: Iterable[Endpoint], stale_after: float) -> None:
         """Take in another configuration. Whoever stays in its role keeps its books, also if its pool is named anew.
@@ -90,11 +92,12 @@ class LoadCache:
         """
         self.endpoints = tuple(endpoints)
         self.stale_after = stale_after
-        before = [*self.leaving, *self.hosts.values()]
+        self.drop_idle()
+        before = [*self._draining, *self.hosts.values()]
         known = {_place(host.endpoint): host for host in before}
         self._rename_pools(known)
         self.hosts = {}
-        left = {id(host) for host in self._leaving}
+        left = {id(host) for host in self._draining}
         for endpoint in self.endpoints:
             if (host := known.get(_place(endpoint))) is not None:
                 if id(host) in left:  # what it did before it left is forgotten
@@ -103,7 +106,7 @@ class LoadCache:
                     self._forget_prefixes(host)
                 host.endpoint = endpoint
                 self.hosts[endpoint.url] = host
-        self._leaving = []
+        self._draining = []
         for host in before:
             if self.hosts.get(host.endpoint.url) is not host:
                 self._let_go(host)
@@ -158,7 +161,8 @@ class LoadCache:
 
     def _let_go(self, host: EndpointLoad) -> None:
         self._forget_prefixes(host)
-        self.leaving.append(host)
+        self.drop_idle()
+        self._draining.append(host)
 
     def _sort(self) -> None:
         """Find anew who takes requests, in the order of the configuration."""
@@ -234,7 +238,7 @@ class LoadCache:
             for rank in host.ranks:
                 index.forget(rank)
 
-    def eligible(self, pool: str, role: Role, now: float, among: frozenset[str] | None = None) -> list[EndpointLoad]:
+    def eligible(self, pool: str, role: Role, now: float) -> list[EndpointLoad]:
         """Give the hosts of a role that are known best: the fresh ones; if there are none the stale ones; and so on.
 
         A host that is known less well is not preferred to one that is known to be loaded, but a lone one is used.
@@ -243,12 +247,8 @@ class LoadCache:
             pool: By name.
             role: Of the hosts.
             now: Who was seen long ago is stale.
-            among: The only addresses that count; None for all.
         """
-        hosts = self.known(pool, role)
-        if among is not None:
-            hosts = [host for host in hosts if allows(among, host.address)]
-        return self.best_known(hosts, now)[1]
+        return self.best_known(self.known(pool, role), now)[1]
 
     def best_known(self, hosts: Sequence[EndpointLoad], now: float) -> tuple[Freshness | None, list[EndpointLoad]]:
         """Give those of some hosts that are known best, and how well they are."""

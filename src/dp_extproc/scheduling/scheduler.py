@@ -33,6 +33,7 @@ from dp_extproc.scheduling.queue import AdmissionQueue, Ticket
 from dp_extproc.scheduling.routing_fields import carry
 from dp_extproc.scheduling.shortage import TRY_AGAIN, nobody_allowed, nobody_can, nobody_matches
 from dp_extproc.scheduling.sides import Targets, matching_sides
+from dp_extproc.scheduling.subset import allows
 
 _WATCHED: Final = ((contract.WATCH, b"1"),)
 _ORDINARY: Final = RequestContext()
@@ -159,7 +160,7 @@ class Scheduler:
         now = self._clock()
         for pool in self._pools.values():
             role = Role.DECODE if pool.config.is_disaggregated else Role.WORKER
-            if hosts := self._fleet.eligible(pool.name, role, now, subset):
+            if hosts := self._eligible(pool, role, now, subset):
                 address = self._rng.choice(hosts).address
                 metadata: Metadata = {contract.META_POOL: pool.name, contract.META_DECODE_HOST: address}
                 headers = ((contract.DECODE_HOST, address.encode()), *self._credentials.headers(pool.name))
@@ -346,12 +347,19 @@ class Scheduler:
         known = self._fleet.known(pool.name, Role.PREFILL), self._fleet.known(pool.name, Role.DECODE)
         return nobody_matches(pool.name, (prefills, decodes), known)
 
+    def _eligible(self, pool: _Pool, role: Role, now: float, subset: frozenset[str] | None) -> Sequence[EndpointLoad]:
+        """Return the endpoints of a role whose load is known best, of a subset if there is one."""
+        known = self._fleet.known(pool.name, role)
+        if subset is not None:
+            known = [host for host in known if allows(subset, host.address)]
+        return self._fleet.best_known(known, now)[1]
+
     def _capable(
         self, pool: _Pool, role: Role, request: InferenceRequest, now: float, circumstances: RequestContext
     ) -> Sequence[EndpointLoad] | Rejection:
         """Give the hosts of a role that can serve this path and are well, at least one."""
         api, subset = request.api, circumstances.subset
-        hosts = () if subset is None else self._fleet.eligible(pool.name, role, now, subset)
+        hosts = () if subset is None else self._eligible(pool, role, now, subset)
         capable = (
             self._fleet.capable(pool.name, role, api, now)
             if subset is None
