@@ -19,11 +19,11 @@ from dp_extproc.engines.model import EngineFacts, LoadPage, PairTerms, RankSampl
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad
 from dp_extproc.load.health import choose
+from dp_extproc.load.matching import find_matches
 from dp_extproc.request.body import InferenceRequest, read_body
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.decision import Decision, RequestContext, SchedulingResult
-from dp_extproc.scheduling.matching import find_matches
 from dp_extproc.scheduling.sides import matching_sides
 from fleet_fixtures import Fleet, make_endpoint, make_facts
 

@@ -13,7 +13,7 @@ from dp_extproc.config.schema import Carrier, ClientRanks, LoadSignal, PoolConfi
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.engines.model import Role
 from dp_extproc.load.cache import LoadCache
-from dp_extproc.load.endpoint import EndpointLoad
+from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.load.health import choose
 from dp_extproc.load.in_flight import NOBODY, InFlightListener, nothing
 from dp_extproc.load.request_cost import SESSION_KEPT, RequestCost
@@ -28,10 +28,11 @@ from dp_extproc.request.unread import unread_request
 from dp_extproc.scheduling.admission import Admission, AdmissionQueue, is_too_long, largest_capacity
 from dp_extproc.scheduling.decision import Answer, Decision, Metadata, Queued, RequestContext, SchedulingResult
 from dp_extproc.scheduling.models import SHOWN_MODEL, ModelRegistry
-from dp_extproc.scheduling.picker import Pair, Picker, Pins, Target
+from dp_extproc.scheduling.picker import Pair, Picker, Pins
 from dp_extproc.scheduling.routing_fields import carry
 from dp_extproc.scheduling.shortage import TRY_AGAIN, nobody_allowed, nobody_can, nobody_matches
 from dp_extproc.scheduling.sides import Targets, matching_sides
+from dp_extproc.scheduling.subset import allows
 
 _WATCHED: Final = ((contract.WATCH, b"1"),)
 _NO_CONTEXT: Final = RequestContext()
@@ -164,7 +165,7 @@ class Scheduler:
         now = self._clock()
         for pool in self._pools.values():
             role = Role.DECODE if pool.config.is_disaggregated else Role.WORKER
-            if hosts := self._fleet.eligible(pool.name, role, now, subset):
+            if hosts := self._eligible(pool, role, now, subset):
                 address = self._rng.choice(hosts).address
                 metadata: Metadata = {contract.META_POOL: pool.name, contract.META_DECODE_HOST: address}
                 headers = ((contract.DECODE_HOST, address.encode()), *self._credentials.headers(pool.name))
@@ -210,7 +211,7 @@ class Scheduler:
         rank_key = side.host.capabilities.aggregated_rank_key(request.api)
         if not side.host.capabilities.takes_rank(request.api) and len(side.host.ranks) > 1:
             side = replace(side, rank=None)
-        attempt = self.ledger.open_worker(side, demand, now)
+        attempt = self.ledger.open(None, side, demand, now)
         body = rewrite_aggregated(request.body, rank_key, side.rank)
         in_header = side.rank if request.api in side.host.capabilities.rank_header_on else None
         headers = (
@@ -237,7 +238,7 @@ class Scheduler:
         rooms = pair.draw_room(self._rng) if batch is None else [pair.draw_room(self._rng) for _ in range(batch)]
         leg, number = self._draw_token(), f"{self._rng.getrandbits(96):024x}"
         carried = carry(request, pair, rooms, number, in_headers=pool.carries_in_headers)
-        attempt = self.ledger.open_pair(pair, demand, now, leg=leg, streaming=request.stream is not False)
+        attempt = self.ledger.open(prefill, decode, demand, now, leg=leg, streaming=request.stream is not False)
         prefill.host.health.sent(now)
         decode.host.health.sent(now)
         headers = (
@@ -352,12 +353,19 @@ class Scheduler:
         known = self._fleet.known(pool.name, Role.PREFILL), self._fleet.known(pool.name, Role.DECODE)
         return nobody_matches(pool.name, (prefills, decodes), known)
 
+    def _eligible(self, pool: _Pool, role: Role, now: float, subset: frozenset[str] | None) -> Sequence[EndpointLoad]:
+        """Return the endpoints of a role whose load is known best, of a subset if there is one."""
+        known = self._fleet.known(pool.name, role)
+        if subset is not None:
+            known = [host for host in known if allows(subset, host.address)]
+        return self._fleet.best_known(known, now)[1]
+
     def _capable(
         self, pool: _Pool, role: Role, request: InferenceRequest, now: float, context: RequestContext
     ) -> Sequence[EndpointLoad] | Rejection:
         """Give the hosts of a role that can serve this path and are well, at least one."""
         api, subset = request.api, context.subset
-        hosts = () if subset is None else self._fleet.eligible(pool.name, role, now, subset)
+        hosts = () if subset is None else self._eligible(pool, role, now, subset)
         capable = (
             self._fleet.capable(pool.name, role, api, now)
             if subset is None
@@ -366,7 +374,7 @@ class Scheduler:
         if not request.is_read:
             capable = [host for host in capable if api in host.capabilities.overrides_on]
         if capable:
-            if context.failed or self._fleet.sick:
+            if context.failed or self._fleet.unhealthy:
                 return choose(capable, context.failed, now)
             return capable
         if subset is not None and not hosts:
