@@ -26,6 +26,7 @@ from envoy_data_plane.envoy.service.ext_proc.v3 import (
 )
 
 from dp_extproc.attempt.decider import Decider
+from dp_extproc.attempt.listener import Decided, LegFailed
 from dp_extproc.config.reliability import RetrySettings, Supervise, SupervisionSettings
 from dp_extproc.engines.model import Role
 from dp_extproc.extproc.exchange import Exchange
@@ -174,6 +175,37 @@ class Watcher:
         self.failures.append((leg, reason, retried))
 
     def leg_unseen(self) -> None:
+        self.unseen += 1
+
+
+@dataclass
+class NewWatcher:
+    """Counts what attempts report."""
+
+    opened: int = 0
+    closed: int = 0
+    decisions: list[str] = field(default_factory=list)
+    failures: list[tuple[Role, Reason, bool]] = field(default_factory=list)
+    unseen: int = 0
+    elsewhere: int = 0
+
+    def attempt_opened(self) -> None:
+        self.opened += 1
+
+    def destination_mismatch(self) -> None:
+        self.elsewhere += 1
+
+    def attempt_closed(self) -> None:
+        self.closed += 1
+
+    def decided(self, decided: Decided) -> None:
+        assert decided.seconds >= 0
+        self.decisions.append(decided.outcome)
+
+    def leg_failed(self, failed: LegFailed) -> None:
+        self.failures.append((failed.leg, failed.reason, failed.retried))
+
+    def leg_missing(self) -> None:
         self.unseen += 1
 
 

@@ -1,37 +1,45 @@
-"""What Envoy tells and what it is told, free of protobuf. Shapes follow ``external_processor.proto``.
+"""Events that an attempt receives and commands that it returns, free of protobuf.
 
-Here and wherever else something is made for every request, frozen data are msgspec structs: to make one takes a quarter
-of the time of a frozen dataclass.
+The shapes of main-stream events and of replies follow ``external_processor.proto``. Objects that are made for every
+request are msgspec structs: making one takes a quarter of the time of a frozen dataclass.
 """
 
-from enum import Enum, StrEnum
+from enum import Enum, IntEnum, StrEnum, auto
 
 from msgspec import Struct
 
+from dp_extproc.attempt.failures import Failure
+from dp_extproc.response.first_event import EngineError
+from dp_extproc.scheduling.admission import Ticket
 from dp_extproc.scheduling.decision import Metadata
 
 
 class BodyMode(Enum):
-    """How bodies come, of requests or of responses: ``processing_mode.proto``, BodySendMode."""
+    """How Envoy sends the bodies of requests or of responses: ``processing_mode.proto``, BodySendMode."""
 
-    LOCKSTEP = "one message with the whole body, one answer to each message"
-    DUPLEX = "chunks; answers whenever, in the order headers, body, trailers"
+    LOCKSTEP = "one message with the whole body; Envoy waits for one reply to each message"
+    DUPLEX = "chunks; replies come at any time, in the order headers, body, trailers"
     NONE = "no body"
-    UNSUPPORTED = "chunks that must be answered one by one: too late to choose a host by the whole body"
+    UNSUPPORTED = "chunks that must be answered one by one: too late to pick by the whole body"
+
+
+# --- events of the main stream ---
 
 
 class RequestHeaders(Struct, frozen=True):
     """The request begins."""
 
     headers: dict[str, str]
-    """Those of :mod:`dp_extproc.contract`: that are read, and that no client may set. Lower-case names; of a
-    repeated header the last value."""
+    """Headers of :mod:`dp_extproc.contract`: those that the service reads, and those that no client may set.
+
+    Names are in lower case; a repeated header has its last value.
+    """
     end_of_stream: bool
-    """There will be no body."""
+    """No body follows."""
 
 
 class RequestBody(Struct, frozen=True):
-    """The body, or in duplex a chunk of it."""
+    """The body has arrived, or in duplex a chunk of it."""
 
     data: bytes
     end_of_stream: bool
@@ -46,15 +54,15 @@ class ResponseHeaders(Struct, frozen=True):
 
     status: int
     end_of_stream: bool = False
-    """There will be no body."""
+    """No body follows."""
     is_events: bool = False
-    """Whether it is a stream of events (``text/event-stream``)."""
+    """Whether the body is a stream of server-sent events (``text/event-stream``)."""
     served: str | None = None
-    """``IP:port`` that has answered, where the gateway tells it."""
+    """``IP:port`` of the endpoint that served the request, where the gateway reports it."""
 
 
 class ResponseBody(Struct, frozen=True):
-    """A piece of the response. Only where it was asked for, or the operator's filter chain sends it."""
+    """A piece of the response has arrived, because it was asked for or the operator's filter chain sends it."""
 
     data: bytes
     end_of_stream: bool
@@ -64,11 +72,78 @@ class ResponseTrailers(Struct, frozen=True):
     """The response ends with trailers."""
 
 
-Event = RequestHeaders | RequestBody | RequestTrailers | ResponseHeaders | ResponseBody | ResponseTrailers
+class MainClosed(Struct, frozen=True):
+    """The main stream has ended: the response is complete, or the client has left."""
+
+    keeps_leg: bool = False
+    """Whether the prefill leg is to go on, because the stream ended only for the stop of the process."""
+
+
+# --- events of the admission queue ---
+
+
+class RoomFreed(Struct, frozen=True):
+    """A rank may have room for the queued request, and no other request is before it."""
+
+    ticket: Ticket
+
+
+class QueueExpired(Struct, frozen=True):
+    """The queued request has waited too long, or the queue is full."""
+
+
+# --- events of the prefill leg ---
+
+
+class LegOpened(Struct, frozen=True):
+    """The prefill leg is about to go to its engine."""
+
+
+class LegHeaders(Struct, frozen=True):
+    """The response of the prefill leg begins; it comes from the engine or from Envoy in its place."""
+
+    status: int
+    end_of_stream: bool = False
+    is_events: bool = False
+
+
+class LegBody(Struct, frozen=True):
+    """A piece of the prefill leg's response has arrived."""
+
+    data: bytes
+    end_of_stream: bool
+
+
+class LegClosed(Struct, frozen=True):
+    """The stream of the prefill leg has ended."""
+
+
+# --- other events ---
+
+
+class FirstEventRead(Struct, frozen=True):
+    """The first event of a streamed response was read on its way to the client."""
+
+    error: EngineError | None
+
+
+class InternalError(Struct, frozen=True):
+    """The handling of an event has raised an exception, which is in the log."""
+
+    message: str
+
+
+MainEvent = RequestHeaders | RequestBody | RequestTrailers | ResponseHeaders | ResponseBody | ResponseTrailers
+"""Messages of Envoy on the main stream."""
+LegEvent = LegOpened | LegHeaders | LegBody | LegClosed
+Event = MainEvent | MainClosed | RoomFreed | QueueExpired | LegEvent | FirstEventRead | InternalError
+
+
+# --- replies to Envoy on the main stream ---
 
 
 class Phase(StrEnum):
-    """Which kind of message an answer belongs to; the protocol wants the same kind back."""
+    """The kind of message that a reply answers; the protocol requires the same kind back."""
 
     REQUEST_HEADERS = "request_headers"
     REQUEST_BODY = "request_body"
@@ -79,13 +154,13 @@ class Phase(StrEnum):
 
 
 class Continue(Struct, frozen=True):
-    """Go on, nothing changed."""
+    """Let the message pass unchanged."""
 
     phase: Phase
 
 
 class Mutate(Struct, frozen=True):
-    """Go on with changes. Header changes in a body answer count only in lock-step."""
+    """Let the message pass with changes. Envoy applies header changes in a body reply only in lock-step."""
 
     phase: Phase
     set_headers: tuple[tuple[str, bytes], ...] = ()
@@ -94,29 +169,29 @@ class Mutate(Struct, frozen=True):
     clear_route_cache: bool = False
     metadata: Metadata | None = None
     destination: str | None = None
-    """``IP:port`` for the gateway's load balancing, in the endpoint-picker protocol."""
+    """``IP:port`` for the load balancing of the gateway, in the endpoint-picker protocol."""
 
 
 class BufferBody(Struct, frozen=True):
-    """Go on, and send the response's body as a whole: of errors, and of answers that are no streams."""
+    """Let the response headers pass, and ask for the whole body in one message."""
 
     phase: Phase
 
 
 class StreamBody(Struct, frozen=True):
-    """Go on, and send the response's body as it comes; it may be changed on its way, also in its length."""
+    """Let the response headers pass, and ask for the body as it arrives. Its content and length may be changed."""
 
     phase: Phase
 
 
 class ExtendTimeout(Struct, frozen=True):
-    """Wait longer than usual for the answer to the message before."""
+    """Let Envoy wait longer than usual for the reply to its last message."""
 
     seconds: float
 
 
 class StreamedChunk(Struct, frozen=True):
-    """A chunk of a body in duplex."""
+    """Pass on a chunk of a body in duplex."""
 
     phase: Phase
     data: bytes
@@ -124,14 +199,53 @@ class StreamedChunk(Struct, frozen=True):
 
 
 class Immediate(Struct, frozen=True):
-    """Answer the client at once; nothing may follow on the stream."""
+    """Answer the client at once; no reply may follow on the stream."""
 
     status: int
     body: bytes
     headers: tuple[tuple[str, str], ...]
     details: str
-    """Shows as %RESPONSE_CODE_DETAILS% in access logs."""
+    """Value of %RESPONSE_CODE_DETAILS% in access logs."""
     metadata: Metadata | None = None
 
 
 Reply = Continue | Mutate | BufferBody | StreamBody | ExtendTimeout | StreamedChunk | Immediate
+
+
+# --- commands ---
+
+
+class ToLeg(IntEnum):
+    """What is to happen to the prefill leg."""
+
+    PROCEED = auto()
+    STREAM_BODY = auto()
+    """Proceed, and report the body as it arrives."""
+    BUFFER_BODY = auto()
+    """Proceed, and report the whole body in one event."""
+    CANCEL = auto()
+
+
+class Enqueue(Struct, frozen=True):
+    """Put the request into the admission queue."""
+
+    pool: str
+    priority: int
+    """Requests of greater priority leave the queue first."""
+
+
+Command = Reply | ToLeg | Enqueue
+"""A reply goes to the main stream. Commands for a stream that is gone are dropped."""
+
+
+class Turn:
+    """One event on its way through the state machines, and what it causes."""
+
+    __slots__ = ("commands", "failure", "now")
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+        """Monotonic seconds."""
+        self.commands: list[Command] = []
+        self.failure: Failure | None = None
+        """The failure of a leg, to be handled once the leg has its next state."""

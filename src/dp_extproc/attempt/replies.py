@@ -1,47 +1,78 @@
-"""Replies that settle a request: where it goes, or what the client gets without an engine."""
+"""Replies on the main stream, in each body mode.
 
-from collections.abc import Iterable
+1. In lock-step each message gets one reply of its own phase. Routing headers go with the reply to the body, as the
+   reply to the headers is due before the body comes.
+2. Where bodies are not sent here, the reply to the headers routes.
+3. In duplex no reply goes out until the whole body is in; then headers, chunks and trailers follow in this order.
+   Routing headers go with the reply to the headers, as Envoy ignores those of a body reply.
+"""
+
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from dp_extproc import contract
-from dp_extproc.attempt.events import Immediate, Mutate, Phase
-from dp_extproc.request.rejection import Reason, Rejection
-from dp_extproc.scheduling.decision import Decision
+from dp_extproc.attempt.events import (
+    BodyMode,
+    Continue,
+    Immediate,
+    Mutate,
+    Phase,
+    Reply,
+    RequestBody,
+    RequestTrailers,
+    ResponseBody,
+    ResponseTrailers,
+    StreamedChunk,
+)
+from dp_extproc.attempt.failures import Failure
+from dp_extproc.attempt.gateways import Gateway, Headers
+from dp_extproc.attempt.intake import Intake
+from dp_extproc.request.rejection import Rejection
+from dp_extproc.scheduling.decision import Answer, Decision
 
-Headers = tuple[tuple[str, bytes], ...]
+CHUNK_BYTES: Final = 62_000
+"""Bytes of the largest chunk of a duplex body. The protocol recommends at most 64 KiB; this leaves room for framing."""
 
+CONTINUE: Final = {phase: Continue(phase) for phase in Phase}
 _JSON: Final = ("content-type", "application/json")
+_RETRY_HEADERS: Final = (contract.RETRY, contract.FAILED)
+"""Retry headers that Envoy's local reply sets itself. Removed here, because the service decides about the retry."""
+
+
+def await_body(mode: BodyMode, untrusted: tuple[str, ...]) -> tuple[Reply, ...]:
+    """Reply to the headers of a request whose body decides."""
+    if mode is BodyMode.DUPLEX:
+        return ()
+    if untrusted:
+        return (Mutate(Phase.REQUEST_HEADERS, remove_headers=untrusted),)
+    return (CONTINUE[Phase.REQUEST_HEADERS],)
 
 
 def route(
     phase: Phase,
     decision: Decision,
-    headers: Headers,
-    body: bytes | None = None,
+    gateway: Gateway,
     *,
-    foreign: Iterable[str] = (),
-    picks: bool = False,
+    headers: Headers | None = None,
+    body: bytes | None = None,
+    untrusted: Iterable[str] = (),
 ) -> Mutate:
-    """Let a request go where it was decided.
+    """Let a request go where the decision says.
 
     Args:
-        phase: What is replied to.
-        decision: Where to.
-        headers: To be set.
-        body: The new one, in lock-step.
-        foreign: Headers of the client's that must not go along.
-        picks: Whether to say it in the way of the endpoint-picker protocol.
+        phase: The kind of the message that the reply answers.
+        decision: The decision.
+        gateway: The gateway that routes.
+        headers: Headers to set; None for those of the decision.
+        body: The new body, in lock-step.
+        untrusted: Headers of the client to remove.
     """
-    destination = None
-    if picks:
-        address = dict(headers)[contract.DECODE_HOST]
-        headers = ((contract.DESTINATION, address), *(each for each in headers if each[0] != contract.DECODE_HOST))
-        destination = address.decode()
-    kept = {name for name, _ in headers} if foreign else ()
+    headers, destination = gateway.destination(decision.headers if headers is None else headers)
+    kept = {name for name, _ in headers} if untrusted else ()
     return Mutate(
         phase,
         set_headers=headers,
-        remove_headers=tuple(name for name in foreign if name not in kept),
+        remove_headers=tuple(name for name in untrusted if name not in kept),
         body=body,
         clear_route_cache=True,  # the routes match on the headers that are set here
         metadata=decision.metadata,
@@ -49,20 +80,68 @@ def route(
     )
 
 
-def refuse(refusal: Rejection) -> Immediate:
+def route_body(intake: Intake, decision: Decision, gateway: Gateway) -> Iterator[Reply]:
+    """Let an inference request go where the decision says."""
+    mode, body = intake.mode, intake.take_body()
+    if mode is BodyMode.LOCKSTEP:
+        new = decision.body
+        length = () if new is None else (("content-length", b"%d" % len(new)),)
+        yield route(Phase.REQUEST_BODY, decision, gateway, headers=(*decision.headers, *length), body=new)
+        return
+    yield route(Phase.REQUEST_HEADERS, decision, gateway, untrusted=intake.untrusted)
+    if mode is BodyMode.DUPLEX:  # Envoy itself removes the content-length of a streamed body
+        yield from cut(body if decision.body is None else decision.body, end_of_stream=not intake.has_trailers)
+        if intake.has_trailers:
+            yield CONTINUE[Phase.REQUEST_TRAILERS]
+
+
+def cut(body: bytes, *, end_of_stream: bool) -> Iterator[StreamedChunk]:
+    """Cut a body into chunks; an empty one is one empty chunk. Only the last chunk may end the stream."""
+    view = memoryview(body)
+    last = max(0, (len(body) - 1) // CHUNK_BYTES)
+    for index in range(last + 1):
+        piece = bytes(view[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES])
+        yield StreamedChunk(Phase.REQUEST_BODY, piece, end_of_stream and index == last)
+
+
+def pass_request(mode: BodyMode, event: RequestBody | RequestTrailers) -> Reply:
+    """Pass on a piece of a request that is on its way already."""
+    if isinstance(event, RequestTrailers):
+        return CONTINUE[Phase.REQUEST_TRAILERS]
+    if mode is BodyMode.DUPLEX:
+        return StreamedChunk(Phase.REQUEST_BODY, event.data, event.end_of_stream)
+    return CONTINUE[Phase.REQUEST_BODY]
+
+
+def pass_response(mode: BodyMode, event: ResponseBody | ResponseTrailers) -> Reply:
+    """Pass on a piece of a response."""
+    if isinstance(event, ResponseTrailers):
+        return CONTINUE[Phase.RESPONSE_TRAILERS]
+    if mode is BodyMode.DUPLEX:
+        return StreamedChunk(Phase.RESPONSE_BODY, event.data, event.end_of_stream)
+    return CONTINUE[Phase.RESPONSE_BODY]
+
+
+def pass_failure(phase: Phase, retry_headers: Headers) -> Mutate:
+    """Let an engine's failure go to the client, or to the gateway that schedules the request again."""
+    return Mutate(phase, set_headers=retry_headers, remove_headers=_RETRY_HEADERS)
+
+
+def refuse(rejection: Rejection) -> Immediate:
     """Refuse a request."""
-    reason = refusal.reason.value
-    headers = (_JSON, (contract.REASON_HEADER, reason), *refusal.headers)
-    return Immediate(refusal.status, refusal.body(), headers, reason, {contract.META_REASON: reason})
+    reason = rejection.reason.value
+    headers = (_JSON, (contract.REASON_HEADER, reason), *rejection.headers)
+    return Immediate(rejection.status, rejection.body(), headers, reason, {contract.META_REASON: reason})
 
 
-def tell_models(text: bytes) -> Immediate:
-    """Answer a question for the models."""
-    return Immediate(200, text, (_JSON,), "models", {contract.META_REASON: "models"})
+def list_models(answer: Answer) -> Immediate:
+    """Answer a request for the list of models."""
+    return Immediate(200, answer.body, (_JSON,), "models", {contract.META_REASON: "models"})
 
 
-def answer_instead(status: int, body: bytes, reason: Reason, headers: Headers) -> Immediate:
-    """Answer in the engine's place: with an error of ours, or with what the other leg said."""
-    texts = tuple((name, value.decode("latin-1")) for name, value in headers)
-    own = () if reason is Reason.ENGINE_REFUSED else ((contract.REASON_HEADER, reason.value),)
-    return Immediate(status, body, (_JSON, *own, *texts), reason.value, {contract.META_REASON: reason.value})
+def answer_failure(failure: Failure, retry_headers: Headers) -> Immediate:
+    """Answer the client in place of the engine."""
+    reason = failure.reason.value
+    texts = tuple((name, value.decode("latin-1")) for name, value in retry_headers)
+    own = () if failure.is_clients_fault else ((contract.REASON_HEADER, reason),)
+    return Immediate(failure.status, failure.body(), (_JSON, *own, *texts), reason, {contract.META_REASON: reason})

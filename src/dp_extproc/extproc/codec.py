@@ -16,9 +16,12 @@ from dp_extproc.attempt.events import (
     BodyMode,
     BufferBody,
     Continue,
-    Event,
     ExtendTimeout,
     Immediate,
+    LegBody,
+    LegHeaders,
+    LegOpened,
+    MainEvent,
     Mutate,
     Phase,
     Reply,
@@ -48,6 +51,7 @@ from dp_extproc.scheduling.subset import read_subset
 
 _FOREIGN: Final = frozenset({*FOREIGN_NAMES, DESTINATION})
 _EVENTS: Final = b"text/event-stream"
+_LEG_OPENED: Final = LegOpened()
 
 _BODY_MODES: Final = {
     ProcessingMode.NONE: BodyMode.NONE,
@@ -82,7 +86,7 @@ def read_subset_hint(message: ProcessingRequest) -> frozenset[str] | None:
     return read_subset((value.string_value,))
 
 
-def read_event(message: ProcessingRequest, session_header: str | None = SESSION) -> Event | None:
+def read_event(message: ProcessingRequest, session_header: str | None = SESSION) -> MainEvent | None:
     """Read a message; None for one that says nothing, or nothing that is known here.
 
     Args:
@@ -107,6 +111,22 @@ def read_event(message: ProcessingRequest, session_header: str | None = SESSION)
             return RequestTrailers()
         case "response_trailers":
             return ResponseTrailers()
+        case _:
+            return None
+
+
+def read_leg_event(message: ProcessingRequest) -> LegOpened | LegHeaders | LegBody | None:
+    """Read a message of the stream of a prefill leg; None for one that has no meaning there."""
+    match message.WhichOneof("request"):
+        case "request_headers":
+            return _LEG_OPENED
+        case "response_headers":
+            headers = message.response_headers
+            status, media = _read_response(headers)
+            return LegHeaders(status, headers.end_of_stream, media.startswith(_EVENTS))
+        case "response_body":
+            chunk = message.response_body
+            return LegBody(chunk.body, chunk.end_of_stream)
         case _:
             return None
 

@@ -35,7 +35,7 @@ from dp_extproc.attempt.events import (
     StreamedChunk,
 )
 from dp_extproc.attempt.precheck import NO_BODY, refuse_by_headers, too_large
-from dp_extproc.attempt.replies import Headers, answer_instead, refuse, route, tell_models
+from dp_extproc.extproc.old_replies import Headers, answer_instead, refuse, route, tell_models
 from dp_extproc.load.in_flight import InFlight
 from dp_extproc.request.path import Api, Lookup, read_path
 from dp_extproc.request.rejection import Reason, Rejection
@@ -209,7 +209,7 @@ class Exchange:
         return self._state is _State.RESPONDING
 
     @property
-    def can_do_without(self) -> bool:
+    def passes_alone(self) -> bool:
         """Whether Envoy lets the rest pass as it is if this stream ends now in good order.
 
         Where pieces of a body may be on their way here it would lose them.

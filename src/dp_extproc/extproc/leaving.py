@@ -6,14 +6,21 @@ status OK lets the rest of the answer pass.
 
 import asyncio
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import grpc.aio
 
-from dp_extproc.extproc.exchange import Exchange
-
 _SECONDS: Final = 5.0
 """For all streams to end. Thousands end in less than one."""
+
+
+class Passing(Protocol):
+    """A main stream, as far as its end matters."""
+
+    @property
+    def is_routed(self) -> bool: ...
+    @property
+    def passes_alone(self) -> bool: ...
 
 
 class OpenStreams:
@@ -22,24 +29,24 @@ class OpenStreams:
     __slots__ = ("_ending", "_is_leaving", "_none_is_ending", "_reads")
 
     def __init__(self) -> None:
-        self._reads: dict[asyncio.Timeout, Exchange] = {}
+        self._reads: dict[asyncio.Timeout, Passing] = {}
         """What waits for a next message."""
         self._ending = 0
         self._none_is_ending = asyncio.Event()
         self._is_leaving = False
 
-    def may_end(self, exchange: Exchange) -> bool:
+    def may_end(self, stream: Passing) -> bool:
         """Tell whether a stream is to end, and whatever belongs to its request is to go on without it."""
-        return self._is_leaving and exchange.can_do_without
+        return self._is_leaving and stream.passes_alone
 
-    async def read(self, exchange: Exchange, context: grpc.aio.ServicerContext) -> Any:
+    async def read(self, stream: Passing, context: grpc.aio.ServicerContext) -> Any:
         """Read the next message; EOF also if the stream is to end."""
-        if not exchange.is_routed:
+        if not stream.is_routed:
             return await context.read()
-        if self.may_end(exchange):
+        if self.may_end(stream):
             return grpc.aio.EOF
         patience = asyncio.timeout(None)
-        self._reads[patience] = exchange
+        self._reads[patience] = stream
         try:
             async with patience:
                 return await context.read()
@@ -64,8 +71,8 @@ class OpenStreams:
         """End what can by now, if the process leaves."""
         if not self._is_leaving:
             return
-        for patience, exchange in list(self._reads.items()):
-            if exchange.can_do_without:
+        for patience, stream in list(self._reads.items()):
+            if stream.passes_alone:
                 del self._reads[patience]
                 self._ending += 1
                 patience.reschedule(0.0)

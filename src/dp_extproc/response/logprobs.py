@@ -30,6 +30,31 @@ _index: Final = msgspec.json.Decoder(int)
 _UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
+class LegText:
+    """The text of the prefill leg's response. Nothing of it is kept if it is larger than what can be merged."""
+
+    __slots__ = ("_chunks", "_size", "is_complete")
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self.is_complete = False
+        """Whether no more of the text will come."""
+
+    def take(self, chunk: bytes, *, end_of_stream: bool) -> None:
+        """Take in a piece of the text."""
+        self._size += len(chunk)
+        if self._size > MOST_BYTES:
+            self._chunks.clear()
+        else:
+            self._chunks.append(chunk)
+        self.is_complete = self.is_complete or end_of_stream
+
+    def read(self) -> bytes:
+        """Give the whole text; nothing if it is not complete, or too large."""
+        return b"".join(self._chunks) if self.is_complete and self._size <= MOST_BYTES else b""
+
+
 class PromptLogprobs(Struct, frozen=True):
     """What the prefill leg tells of each prompt: members of ``meta_info`` by name."""
 

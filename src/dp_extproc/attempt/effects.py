@@ -1,0 +1,168 @@
+"""Everything that an attempt changes outside of itself: reservations, endpoint health, retry budget and listener.
+
+1. An endpoint is blamed for its own leg alone, unless the engine's text accuses the peer.
+2. After a timeout an endpoint is blamed only if it has served no leg since the pick.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+from msgspec import Struct
+
+from dp_extproc import contract
+from dp_extproc.attempt.failures import Blame, Failure, RetryBudget
+from dp_extproc.attempt.gateways import Gateway, Headers
+from dp_extproc.attempt.intake import Decider
+from dp_extproc.attempt.listener import AttemptListener, Decided, LegFailed
+from dp_extproc.config.reliability import SupervisionSettings
+from dp_extproc.engines.model import Role
+from dp_extproc.load.endpoint import EndpointLoad
+from dp_extproc.load.in_flight import InFlight
+from dp_extproc.request.rejection import Reason
+
+_ACCUSATIONS: Final = {
+    Role.PREFILL: (b"Decode instance could be dead",),
+    Role.DECODE: (b"Lost connection with prefill instance", b"Decode handshake failed", b"KVPoll.WaitingForInput"),
+}
+"""Texts by which an engine accuses its peer: mooncake/conn.py, decode.py, common/conn.py."""
+
+
+class Environment(Struct, frozen=True):
+    """The collaborators and settings that all attempts of a service share."""
+
+    decider: Decider
+    gateway: Gateway
+    listener: AttemptListener
+    budget: RetryBudget
+    supervision: SupervisionSettings
+    max_body: int
+    """Size in bytes above which a request body is refused."""
+    body_pause: float
+    """Seconds for which a body in duplex may pause. Envoy has no timeout of its own in this mode."""
+    clock: Callable[[], float]
+    """Monotonic seconds, as in every ``now``. It measures how long a decision takes."""
+
+
+class Effects:
+    """The effects of one attempt."""
+
+    __slots__ = ("_answers", "_decode", "_endpoints", "_environment", "_in_flight", "_prefill")
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+        self._in_flight: InFlight | None = None
+        self._prefill: EndpointLoad | None = None
+        self._decode: EndpointLoad | None = None
+        self._endpoints: list[EndpointLoad] = []
+        self._answers: list[int] = []
+        """Legs that each endpoint had served at the pick."""
+
+    @property
+    def token(self) -> str:
+        """Token of the prefill leg; empty if the attempt has none."""
+        return "" if self._in_flight is None else self._in_flight.leg
+
+    # --- reservations ---
+
+    def open(self, in_flight: InFlight, *, is_first: bool) -> None:
+        """Follow the reservations that scheduling has opened.
+
+        Args:
+            in_flight: The reservations.
+            is_first: Whether this is the first attempt of the request.
+        """
+        self._in_flight = in_flight
+        self._prefill, self._decode = in_flight.prefill_host, in_flight.decode_host
+        self._endpoints = [each for each in (self._prefill, self._decode) if each is not None]
+        self._answers = [each.health.answers for each in self._endpoints]
+        if is_first:
+            self._environment.budget.earn()
+
+    def first_byte(self, status: int, served: str | None, now: float) -> None:
+        """Note that the response headers have arrived.
+
+        Args:
+            status: Status of the response.
+            served: Address of the endpoint that served the request, where the gateway reports it.
+            now: Monotonic seconds.
+        """
+        if self._in_flight is not None:
+            self._in_flight.first_byte(status, now)
+        if served is not None and self._decode is not None and served != self._decode.address:
+            self._environment.listener.destination_mismatch()
+
+    def prefill_answered(self, status: int, now: float) -> None:
+        """Note that the prefill leg has answered."""
+        if self._in_flight is not None:
+            self._in_flight.prefill_answered(status, now)
+
+    def end(self, now: float) -> None:
+        """End all reservations."""
+        if self._in_flight is not None:
+            self._in_flight.end(now)
+
+    # --- endpoint health ---
+
+    def served(self, leg: Role) -> None:
+        """Count a leg that was served."""
+        endpoint = self._prefill if leg is Role.PREFILL else self._decode
+        if endpoint is not None:
+            endpoint.health.succeeded()
+
+    def blame(self, failure: Failure, now: float) -> None:
+        """Count a failure against the endpoint at fault."""
+        if failure.blame is Blame.BY_TEXT:
+            accuses = self._prefill is not None and any(words in failure.text for words in _ACCUSATIONS[failure.leg])
+            endpoint = self._prefill if (failure.leg is Role.PREFILL) != accuses else self._decode
+            if endpoint is not None:
+                endpoint.health.failed(now)
+        elif failure.blame is Blame.IF_SILENT:
+            for endpoint, before in zip(self._endpoints, self._answers, strict=True):
+                # Decode may delay prefill, but prefill does not delay a first token.
+                concerned = failure.leg in {Role.PREFILL, endpoint.endpoint.role}
+                if concerned and endpoint.health.answers == before:
+                    endpoint.health.failed(now)
+
+    # --- retry budget and listener ---
+
+    def retry_lost(self, address: str, attempts: int) -> bool:
+        """Count an attempt that Envoy has repeated by itself, because an endpoint has dropped it.
+
+        Args:
+            address: Address of the endpoint.
+            attempts: Attempts of the request so far, without the present one.
+
+        Returns:
+            Whether the retry budget allows the present one.
+        """
+        self._environment.decider.lost(address)
+        return self._spend(Role.DECODE, Reason.DECODE_FAILED, attempts)
+
+    def retry_headers(self, leg: Role, reason: Reason, attempts: int) -> Headers:
+        """Take a retry from the budget.
+
+        Args:
+            leg: The leg that has failed.
+            reason: The reason of its failure.
+            attempts: Attempts of the request so far.
+
+        Returns:
+            The headers by which the bundled Envoy schedules the request again; none if the client gets the error.
+        """
+        if not self._spend(leg, reason, attempts):
+            return ()
+        addresses = (each.address for each in self._endpoints)
+        return ((contract.RETRY, b"1"), (contract.FAILED, contract.write_failed(*addresses)))
+
+    def _spend(self, leg: Role, reason: Reason, attempts: int) -> bool:
+        retried = self._environment.budget.spend(attempts)
+        self._environment.listener.leg_failed(LegFailed(leg, reason, retried))
+        return retried
+
+    def decided(self, outcome: str, since: float) -> None:
+        """Report the outcome of a decision that began at *since*."""
+        self._environment.listener.decided(Decided(outcome, self._environment.clock() - since))
+
+    def leg_missing(self) -> None:
+        """Report that the prefill leg has not opened in time."""
+        self._environment.listener.leg_missing()

@@ -1,0 +1,48 @@
+"""The first event of a streamed response as a state machine."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from dp_extproc.attempt.events import FirstEventRead, ResponseHeaders, Turn
+from dp_extproc.attempt.failures import engine_error
+from dp_extproc.attempt.transitions import FIRST_EVENT, Cause, FirstState, Outcome, Signal
+from dp_extproc.engines.model import Role
+from dp_extproc.scheduling.decision import Decision
+
+
+class FirstEventWatch:
+    """Whether the first event is awaited, so that an error in it can still become a retry or a clean error."""
+
+    __slots__ = ("_is_unknown", "state")
+
+    def __init__(self) -> None:
+        self.state = FirstState.CLEAR
+        self._is_unknown = False
+        """Whether only the response headers report that the response is a stream."""
+
+    def move(self, cause: Cause, turn: Turn, event: Any) -> None:
+        """Take the transition of a cause, if there is one in this state; the only place where the state is set."""
+        row = FIRST_EVENT.get((self.state, cause))
+        if row is not None:
+            self.state = row[self._ACTIONS[cause](self, turn, event)]
+
+    def _scheduled(self, _turn: Turn, decision: Decision) -> Outcome:
+        self._is_unknown = decision.streaming is None
+        return Outcome.AWAITS_EVENT
+
+    def _headers(self, _turn: Turn, event: ResponseHeaders) -> Outcome:
+        has_none = event.end_of_stream or (self._is_unknown and not event.is_events)
+        return Outcome.DONE if has_none else Outcome.UNCHANGED
+
+    def _read(self, turn: Turn, event: FirstEventRead) -> Outcome:
+        if (error := event.error) is None:
+            return Outcome.DONE
+        message = f"the decode server answered 200, and then the error {error.status}"
+        turn.failure = engine_error(Role.DECODE, error.status, error.body, message)
+        return Outcome.FAILED
+
+    _ACTIONS: ClassVar[dict[Cause, Callable[["FirstEventWatch", Turn, Any], Outcome]]] = {
+        Signal.SCHEDULED: _scheduled,
+        ResponseHeaders: _headers,
+        FirstEventRead: _read,
+    }

@@ -1,0 +1,208 @@
+"""The request of an attempt: its headers and its body, until there is something to decide.
+
+1. A refusal that the headers alone rule out needs no body.
+2. Where bodies are not sent here, the headers decide.
+3. A body in duplex is collected whole before anything is decided.
+"""
+
+from enum import Enum, auto
+from typing import Final, Protocol
+
+from dp_extproc.attempt.events import BodyMode, RequestBody, RequestHeaders
+from dp_extproc.attempt.gateways import Gateway
+from dp_extproc.request.path import Api, Lookup, read_path
+from dp_extproc.request.rejection import Reason, Rejection
+from dp_extproc.scheduling.admission import Ticket
+from dp_extproc.scheduling.decision import Answer, Decision, Queued, RequestContext, SchedulingResult
+
+_MAX_LENGTH_DIGITS: Final = 20
+"""Digits of a content-length that is read: as many as a number of 64 bits has. Python refuses thousands of them."""
+_UNSUPPORTED: Final = 415
+"""Status of bodies that cannot be read."""
+
+_NO_BODY: Final = Rejection(400, Reason.EMPTY_BODY, "the request has no body; send a JSON object")
+_UNSUPPORTED_MODE: Final = Rejection(
+    500,
+    Reason.UNSUPPORTED_BODY_MODE,
+    "the ext_proc filter must send request bodies BUFFERED or FULL_DUPLEX_STREAMED",
+)
+
+
+class Decider(Protocol):
+    """The interface of scheduling that an attempt uses."""
+
+    def place(self, api: Api, body: bytes, context: RequestContext) -> SchedulingResult:
+        """Schedule an inference request."""
+        ...
+
+    def place_unread(self, api: Api, length: int | None, context: RequestContext) -> SchedulingResult:
+        """Schedule an inference request whose body does not pass through the service."""
+        ...
+
+    def place_queued(self, queued: Queued, context: RequestContext) -> SchedulingResult:
+        """Schedule a request again that had to wait."""
+        ...
+
+    def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
+        """Pick an endpoint for a request that any engine can answer."""
+        ...
+
+    def models(self, path: str) -> Answer | Rejection:
+        """Answer a request for the list of models."""
+        ...
+
+    def lost(self, address: str) -> None:
+        """Count a failure of the endpoint at this address, which has dropped a request."""
+        ...
+
+
+class Ready(Enum):
+    """What an inference request needs next."""
+
+    FOR_BODY = auto()
+    FOR_SCHEDULING = auto()
+
+
+class Intake:
+    """Collects one request."""
+
+    __slots__ = (
+        "_api", "_body", "_decider", "_gateway", "_length", "_max_body", "_session", "_size", "_subset", "earlier",
+        "has_trailers", "is_complete", "mode", "queued", "sees_response", "untrusted",
+    )  # fmt: skip
+
+    def __init__(
+        self, decider: Decider, gateway: Gateway, mode: BodyMode, max_body: int, subset: frozenset[str] | None
+    ) -> None:
+        """Set up.
+
+        Args:
+            decider: Scheduling.
+            gateway: The sender of the request.
+            mode: ``protocol_config.request_body_mode`` of the first message of the stream.
+            max_body: Size in bytes above which a body is refused with 413.
+            subset: Addresses of the endpoints that may be picked; None for all.
+        """
+        self._decider = decider
+        self._gateway = gateway
+        self._max_body = max_body
+        self._subset = subset
+        self._api = Api.GENERATE
+        self._session: str | None = None
+        self._length: int | None = None
+        self._body: list[bytes] = []
+        self._size = 0
+        self.mode = mode
+        self.sees_response = gateway.holds_responses and mode is not BodyMode.DUPLEX
+        """Whether Envoy sends the response body when asked for it; in duplex it ignores that."""
+        self.untrusted: tuple[str, ...] = ()
+        self.earlier = gateway.earlier({})
+        self.has_trailers = False
+        self.is_complete = mode is BodyMode.NONE
+        """Whether no more of the request comes here."""
+        self.queued: Queued | None = None
+        """The place of the request in the admission queue; None if it never had to wait."""
+
+    def read_headers(self, event: RequestHeaders) -> Ready | Decision | Answer | Rejection:
+        """Read the request headers.
+
+        Returns:
+            What an inference request needs next; the answer to every other request.
+        """
+        headers, gateway = event.headers, self._gateway
+        self.is_complete = self.is_complete or event.end_of_stream
+        self.untrusted = gateway.untrusted(headers)
+        self.earlier = gateway.earlier(headers)
+        if gateway.session_header is not None:
+            self._session = headers.get(gateway.session_header)
+        asked = read_path(headers.get(":method", ""), headers.get(":path", ""))
+        refusal = _refuse_by_headers(headers, self._max_body)
+        if not isinstance(asked, Api):
+            return self._answer_unread(asked, headers.get(":path", ""))
+        if refusal is not None:
+            passes = gateway.passes_other_paths and refusal.status == _UNSUPPORTED
+            return self._decider.look_up(self._subset) if passes else refusal
+        if event.end_of_stream:
+            return _NO_BODY
+        if self.mode is BodyMode.UNSUPPORTED:
+            return _UNSUPPORTED_MODE
+        self._api = asked
+        if self.mode is not BodyMode.NONE:
+            return Ready.FOR_BODY
+        length = headers.get("content-length", "")
+        self._length = int(length) if length.isdecimal() else None
+        return Ready.FOR_SCHEDULING
+
+    def _answer_unread(self, asked: Lookup | Rejection, path: str) -> Decision | Answer | Rejection:
+        # A gateway of this kind has decided already that the request is for these endpoints.
+        if asked is Lookup.ENGINE or self._gateway.passes_other_paths:
+            return self._decider.look_up(self._subset)
+        return self._decider.models(path) if isinstance(asked, Lookup) else asked
+
+    def read_body(self, event: RequestBody) -> Ready | Rejection:
+        """Read the body, or a chunk of it."""
+        self._size += len(event.data)
+        if self._size > self._max_body:
+            self._body.clear()
+            return _too_large(self._max_body)
+        self._body.append(event.data)
+        self.is_complete = event.end_of_stream or self.mode is not BodyMode.DUPLEX
+        return Ready.FOR_SCHEDULING if self.is_complete else Ready.FOR_BODY
+
+    def read_trailers(self) -> Ready | Rejection:
+        """End the body by trailers."""
+        if self.mode is not BodyMode.DUPLEX:  # a buffered body would have come before them
+            return _NO_BODY
+        self.has_trailers = self.is_complete = True
+        return Ready.FOR_SCHEDULING
+
+    def schedule(self, ticket: Ticket | None) -> SchedulingResult:
+        """Schedule the complete request.
+
+        Args:
+            ticket: The place of the request in the admission queue; None if it has none.
+        """
+        context = RequestContext(self._session, self.earlier.failed, ticket, self._subset, self.sees_response)
+        if self.queued is not None:
+            result = self._decider.place_queued(self.queued, context)
+        elif self.mode is BodyMode.NONE:
+            result = self._decider.place_unread(self._api, self._length, context)
+        else:
+            body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+            self._body = [body]
+            result = self._decider.place(self._api, body, context)
+        if isinstance(result, Queued):
+            self.queued = result
+        elif isinstance(result, Rejection):
+            self._body.clear()
+        return result
+
+    def take_body(self) -> bytes:
+        """Give the client's body away, so that it is not kept for as long as the response takes."""
+        body, self._body = self._body, []
+        return body[0] if body else b""
+
+
+def _refuse_by_headers(headers: dict[str, str], max_body: int) -> Rejection | None:
+    """Refuse a body that cannot be read or is too large, by what its headers announce."""
+    encoding = headers.get("content-encoding")
+    if encoding is not None and encoding.strip().lower() not in {"", "identity"}:
+        message = f"request bodies with content-encoding {encoding!r} cannot be read; send the JSON uncompressed"
+        return Rejection(_UNSUPPORTED, Reason.COMPRESSED_BODY, message)
+    media = headers.get("content-type", "application/json")
+    if media != "application/json" and not _is_json(media):
+        message = f"content-type must be application/json, not {media[:100]!r}"
+        return Rejection(_UNSUPPORTED, Reason.NOT_JSON, message)
+    length = headers.get("content-length", "")
+    if length.isdecimal() and (len(length) > _MAX_LENGTH_DIGITS or int(length) > max_body):
+        return _too_large(max_body)
+    return None
+
+
+def _is_json(content_type: str) -> bool:
+    media = content_type.partition(";")[0].strip().lower()
+    return media == "application/json" or media.endswith("+json")
+
+
+def _too_large(max_body: int) -> Rejection:
+    return Rejection(413, Reason.BODY_TOO_LARGE, f"the request body is larger than {max_body} bytes")

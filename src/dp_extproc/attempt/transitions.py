@@ -1,0 +1,234 @@
+"""The three state machines of an attempt as tables: ``TABLE[state, cause][outcome]`` is the next state.
+
+A cause is the type of an event, or a signal that one machine sends to another. An action looks at the event and
+returns an outcome; the table alone gives the next state. Main-stream messages that are not in the table violate the
+ext_proc protocol. Every other cause that is not in a table has no effect on that machine.
+"""
+
+from collections.abc import Iterable, Mapping
+from enum import IntEnum, auto
+from typing import Final, TypeVar
+
+from dp_extproc.attempt.events import (
+    FirstEventRead,
+    InternalError,
+    LegBody,
+    LegClosed,
+    LegHeaders,
+    LegOpened,
+    MainClosed,
+    QueueExpired,
+    RequestBody,
+    RequestHeaders,
+    RequestTrailers,
+    ResponseBody,
+    ResponseHeaders,
+    ResponseTrailers,
+    RoomFreed,
+)
+
+
+class MainState(IntEnum):
+    """State of the main stream."""
+
+    START = auto()
+    BODY = auto()
+    """The request headers have arrived; the body is awaited."""
+    QUEUED = auto()
+    """The request is complete, but no rank has room for it."""
+    PASSING = auto()
+    """The request is not an inference request, so it has no reservations."""
+    ROUTED = auto()
+    """The request is on its way to the engines; the response is awaited."""
+    HELD = auto()
+    """The response headers are withheld until both legs are good."""
+    ERROR_BODY = auto()
+    """The response is an engine error (5xx) whose text is awaited."""
+    RESPONDING = auto()
+    """The response headers were committed to the client."""
+    MERGING = auto()
+    """A piece of the response waits for the log probabilities of the prefill leg."""
+    ANSWERED = auto()
+    """An immediate response was sent."""
+    CLOSED = auto()
+
+
+class LegState(IntEnum):
+    """State of the prefill leg."""
+
+    ABSENT = auto()
+    """The attempt has no prefill leg, or none yet."""
+    UNSUPERVISED = auto()
+    """With ``supervision: off`` the stream of the leg opens with its response."""
+    AWAITED = auto()
+    OPEN = auto()
+    CHECKING = auto()
+    """The response has status 200 and is a stream; its first event is awaited."""
+    ERROR_BODY = auto()
+    """The response is an error whose text is awaited."""
+    DONE = auto()
+    FAILED = auto()
+    MISSING = auto()
+    """The leg did not report here; it may run all the same."""
+    CANCELLED = auto()
+
+
+class FirstState(IntEnum):
+    """State of the first event of the response."""
+
+    CLEAR = auto()
+    """No first event is awaited."""
+    PENDING = auto()
+
+
+class Signal(IntEnum):
+    """A cause that is not an event."""
+
+    ADVANCE = auto()
+    """A deadline has passed."""
+    SCHEDULED = auto()
+    """Scheduling has picked the endpoints."""
+    COMMIT = auto()
+    """Both legs are good."""
+    ABANDON = auto()
+    """A leg has failed, so its failure answers the client in place of the engine."""
+    CANCEL = auto()
+    """The prefill leg is of no use any more."""
+    TEXT_COMPLETE = auto()
+    """The prefill leg's response is complete, or is not awaited any longer."""
+
+
+class Outcome(IntEnum):
+    """Result of an action."""
+
+    UNCHANGED = auto()
+    AWAITS_BODY = auto()
+    AWAITS_ERROR = auto()
+    AWAITS_EVENT = auto()
+    AWAITS_LEG = auto()
+    AWAITS_TEXT = auto()
+    QUEUED = auto()
+    PASSED = auto()
+    ROUTED = auto()
+    HELD = auto()
+    RELEASED = auto()
+    ANSWERED = auto()
+    CLOSED = auto()
+    OPENED = auto()
+    DONE = auto()
+    FAILED = auto()
+    MISSING = auto()
+    CANCELLED = auto()
+    UNSUPERVISED = auto()
+
+
+_S = TypeVar("_S", MainState, LegState)
+Cause = type | Signal
+Row = Mapping[Outcome, _S]
+Table = dict[tuple[_S, Cause], Row[_S]]
+
+
+def _same(states: Iterable[_S], *causes: Cause) -> Table[_S]:
+    return {(state, cause): {Outcome.UNCHANGED: state} for state in states for cause in causes}
+
+
+def _all(states: Iterable[_S], causes: Iterable[Cause], row: Row[_S]) -> Table[_S]:
+    return {(state, cause): row for state in states for cause in causes}
+
+
+_REQUEST: Final = (RequestBody, RequestTrailers)
+_RESPONSE: Final = (ResponseBody, ResponseTrailers)
+_DECIDED: Final = {
+    Outcome.ROUTED: MainState.ROUTED,
+    Outcome.QUEUED: MainState.QUEUED,
+    Outcome.ANSWERED: MainState.ANSWERED,
+}
+_ANSWERED: Final = {Outcome.ANSWERED: MainState.ANSWERED}
+_RELEASED: Final = {Outcome.RELEASED: MainState.RESPONDING}
+
+ABANDONABLE: Final = frozenset({MainState.ROUTED, MainState.HELD, MainState.ERROR_BODY})
+"""States in which the client can still get another answer than the engine's."""
+UNDECIDED: Final = frozenset({MainState.START, MainState.BODY, MainState.QUEUED})
+
+MAIN: Final[Table[MainState]] = {
+    (MainState.START, RequestHeaders): {
+        **_DECIDED,
+        Outcome.AWAITS_BODY: MainState.BODY,
+        Outcome.PASSED: MainState.PASSING,
+    },
+    (MainState.BODY, RequestBody): {**_DECIDED, Outcome.AWAITS_BODY: MainState.BODY},
+    (MainState.BODY, RequestTrailers): _DECIDED,
+    (MainState.BODY, Signal.ADVANCE): _ANSWERED,
+    (MainState.QUEUED, RoomFreed): _DECIDED,
+    (MainState.QUEUED, QueueExpired): _ANSWERED,
+    # Envoy or another filter may answer by itself at any time.
+    **_all((MainState.START, MainState.BODY, MainState.QUEUED, MainState.PASSING), (ResponseHeaders,), _RELEASED),
+    (MainState.ROUTED, ResponseHeaders): {
+        **_RELEASED,
+        Outcome.HELD: MainState.HELD,
+        Outcome.AWAITS_ERROR: MainState.ERROR_BODY,
+    },
+    (MainState.HELD, Signal.COMMIT): _RELEASED,
+    (MainState.ERROR_BODY, ResponseBody): _RELEASED,
+    **_all(ABANDONABLE, (Signal.ABANDON,), _ANSWERED),
+    **_same((MainState.PASSING, MainState.ROUTED, MainState.HELD, MainState.RESPONDING, MainState.MERGING), *_REQUEST),
+    **_same((MainState.RESPONDING, MainState.MERGING), *_RESPONSE),
+    (MainState.RESPONDING, ResponseBody): {
+        Outcome.UNCHANGED: MainState.RESPONDING,
+        Outcome.AWAITS_TEXT: MainState.MERGING,
+    },
+    (MainState.MERGING, Signal.TEXT_COMPLETE): _RELEASED,
+    **_same((MainState.ANSWERED,), RequestHeaders, ResponseHeaders, *_REQUEST, *_RESPONSE),
+    **_all((*UNDECIDED, MainState.PASSING, *ABANDONABLE), (InternalError,), _ANSWERED),
+    **_all(
+        [state for state in MainState if state is not MainState.CLOSED],
+        (MainClosed,),
+        {Outcome.CLOSED: MainState.CLOSED},
+    ),
+}
+
+UNOPENED: Final = frozenset({LegState.UNSUPERVISED, LegState.AWAITED, LegState.MISSING})
+"""States in which the stream of the leg has not opened, but still may."""
+GOOD: Final = frozenset({LegState.ABSENT, LegState.UNSUPERVISED, LegState.DONE, LegState.MISSING})
+"""States in which the prefill leg does not keep the response from the client."""
+
+LEG: Final[Table[LegState]] = {
+    (LegState.ABSENT, Signal.SCHEDULED): {
+        Outcome.UNSUPERVISED: LegState.UNSUPERVISED,
+        Outcome.AWAITS_LEG: LegState.AWAITED,
+    },
+    **_all((LegState.AWAITED, LegState.MISSING), (LegOpened,), {Outcome.OPENED: LegState.OPEN}),
+    **_all(
+        (*UNOPENED, LegState.OPEN),
+        (LegHeaders,),
+        {
+            Outcome.AWAITS_EVENT: LegState.CHECKING,
+            Outcome.AWAITS_ERROR: LegState.ERROR_BODY,
+            Outcome.DONE: LegState.DONE,
+            Outcome.FAILED: LegState.FAILED,
+        },
+    ),
+    (LegState.CHECKING, LegBody): {
+        Outcome.UNCHANGED: LegState.CHECKING,
+        Outcome.DONE: LegState.DONE,
+        Outcome.FAILED: LegState.FAILED,
+    },
+    **_all((LegState.ERROR_BODY,), (LegBody, LegClosed, Signal.ADVANCE), {Outcome.FAILED: LegState.FAILED}),
+    **_all((LegState.OPEN, LegState.CHECKING), (LegClosed,), {Outcome.FAILED: LegState.FAILED}),
+    (LegState.AWAITED, Signal.ADVANCE): {Outcome.MISSING: LegState.MISSING},
+    **_all(
+        (LegState.AWAITED, LegState.MISSING, LegState.OPEN, LegState.CHECKING),
+        (Signal.CANCEL,),
+        {Outcome.CANCELLED: LegState.CANCELLED},
+    ),
+    (LegState.CANCELLED, LegOpened): {Outcome.CANCELLED: LegState.CANCELLED},
+}
+
+FIRST_EVENT: Final[dict[tuple[FirstState, Cause], Mapping[Outcome, FirstState]]] = {
+    (FirstState.CLEAR, Signal.SCHEDULED): {Outcome.AWAITS_EVENT: FirstState.PENDING},
+    (FirstState.PENDING, ResponseHeaders): {
+        Outcome.UNCHANGED: FirstState.PENDING,
+        Outcome.DONE: FirstState.CLEAR,
+    },
+    (FirstState.PENDING, FirstEventRead): {Outcome.DONE: FirstState.CLEAR, Outcome.FAILED: FirstState.CLEAR},
+}

@@ -1,0 +1,163 @@
+"""The ext_proc streams of attempts: what is written to them, and how the leg of an attempt finds it."""
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Final
+
+import grpc
+import grpc.aio
+
+from dp_extproc import contract
+from dp_extproc.attempt.attempt import Attempt
+from dp_extproc.attempt.events import (
+    BufferBody,
+    Command,
+    Continue,
+    Enqueue,
+    Immediate,
+    LegBody,
+    LegHeaders,
+    LegOpened,
+    Phase,
+    Reply,
+    StreamBody,
+    ToLeg,
+)
+from dp_extproc.extproc.codec import write_reply
+from dp_extproc.extproc.waiting import Waiting
+
+PROCEED: Final[dict[type, Reply]] = {
+    LegOpened: Continue(Phase.REQUEST_HEADERS),
+    LegHeaders: Continue(Phase.RESPONSE_HEADERS),
+    LegBody: Continue(Phase.RESPONSE_BODY),
+}
+"""The reply that lets a message of a leg pass."""
+_LEG_REPLIES: Final[dict[ToLeg, Reply]] = {
+    ToLeg.STREAM_BODY: StreamBody(Phase.RESPONSE_HEADERS),
+    ToLeg.BUFFER_BODY: BufferBody(Phase.RESPONSE_HEADERS),
+    # It ends the leg; no client reads it.
+    ToLeg.CANCEL: Immediate(503, b"", (), "cancelled", {contract.META_REASON: "cancelled"}),
+}
+
+
+class Writer:
+    """Writes replies to a stream, one at a time: gRPC allows no two writes at once.
+
+    Nothing follows an immediate response.
+    """
+
+    __slots__ = ("_context", "_is_over", "_lock")
+
+    def __init__(self, context: grpc.aio.ServicerContext) -> None:
+        self._context = context
+        self._lock = asyncio.Lock()
+        self._is_over = False
+
+    async def write(self, replies: Iterable[Reply]) -> None:
+        for reply in replies:
+            async with self._lock:
+                if self._is_over:
+                    return
+                self._is_over = isinstance(reply, Immediate)
+                await self._context.write(write_reply(reply))
+
+
+class MirroredLeg(Writer):
+    """Carries out the commands for a prefill leg that Envoy mirrors: as replies on the ext_proc stream of the leg."""
+
+    __slots__ = ("message",)
+
+    def __init__(self, context: grpc.aio.ServicerContext) -> None:
+        super().__init__(context)
+        self.message: type = LegOpened
+        """The kind of the last message, which is the next to get a reply."""
+
+    def reply_to(self, command: ToLeg) -> Reply:
+        """Write a command as a reply."""
+        return PROCEED[self.message] if command is ToLeg.PROCEED else _LEG_REPLIES[command]
+
+
+class Streams:
+    """The open streams of one attempt."""
+
+    __slots__ = ("_tasks", "attempt", "leg", "main", "waiting")
+
+    def __init__(self, attempt: Attempt, main: Writer) -> None:
+        self.attempt = attempt
+        self.main = main
+        self.leg: MirroredLeg | None = None
+        self.waiting: Waiting | None = None
+        """The place of the request in the admission queue."""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def carry_out(self, commands: list[Command], own: Writer) -> None:
+        """Write to each stream what is meant for it.
+
+        Args:
+            commands: All commands.
+            own: The stream whose coroutine this is. Envoy may cancel it at any time, also in the middle of a write;
+                that must not keep the other streams from what is meant for them.
+        """
+        if replies := self.post(commands, own):
+            await own.write(replies)
+
+    def post(self, commands: list[Command], own: Writer | None = None) -> list[Reply]:
+        """Have written to each stream but *own* what is meant for it.
+
+        Returns:
+            What is meant for *own*.
+        """
+        main, leg = self.main, self.leg
+        to_main = [command for command in commands if not isinstance(command, ToLeg | Enqueue)]
+        to_leg = [] if leg is None else [leg.reply_to(each) for each in commands if isinstance(each, ToLeg)]
+        if to_main and main is not own:
+            self._write(main, to_main)
+        if leg is not None and to_leg and leg is not own:
+            self._write(leg, to_leg)
+        return to_main if own is main else to_leg
+
+    def _write(self, writer: Writer, replies: list[Reply]) -> None:
+        task = asyncio.create_task(_write(writer, replies))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _write(writer: Writer, replies: list[Reply]) -> None:
+    # A stream that is gone needs no reply any more.
+    with suppress(asyncio.CancelledError, asyncio.InvalidStateError, grpc.RpcError, grpc.aio.BaseError):
+        await writer.write(replies)
+
+
+class Registry:
+    """The attempts whose main stream is open, or whose leg may still open.
+
+    Only the token of its leg, which cannot be guessed, leads another stream to an attempt.
+    """
+
+    __slots__ = ("_all", "_by_token")
+
+    def __init__(self) -> None:
+        self._all: dict[Streams, None] = {}
+        self._by_token: dict[str, Streams] = {}
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[Streams]:
+        return iter(list(self._all))
+
+    def add(self, streams: Streams) -> None:
+        """Add an attempt, or the token that it has got."""
+        self._all[streams] = None
+        if token := streams.attempt.token:
+            self._by_token[token] = streams
+
+    def find(self, token: str) -> Streams | None:
+        """Find the attempt of a leg."""
+        return self._by_token.get(token)
+
+    def discard(self, streams: Streams) -> None:
+        """Remove an attempt that gets no other stream."""
+        self._all.pop(streams, None)
+        self._by_token.pop(streams.attempt.token, None)
