@@ -56,7 +56,7 @@ def make_fleet(servers: int, ranks: int) -> LoadCache:
 def make_page(fleet: LoadCache, endpoint: Endpoint) -> LoadPage:
     """Tell of an engine what is on our books, and of somebody else on every fourth rank."""
     samples = []
-    for rank in fleet.hosts[endpoint.url].ranks:
+    for rank in fleet.by_url[endpoint.url].ranks:
         others = rank.index % 4 == 0
         tokens = round(rank.own_tokens) + 1000 * others
         samples.append(

@@ -60,9 +60,9 @@ class Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
-    """A host, and those of its ranks that a request may go to."""
+    """An endpoint, and those of its ranks that a request may go to."""
 
-    host: "EndpointLoad"
+    endpoint: "EndpointLoad"
     parts: tuple[Part, ...]
     """At least one, each with at least one rank."""
 
@@ -72,7 +72,7 @@ class Candidate:
 
     def only(self, wanted: Callable[[RankLoad], bool]) -> "Candidate | None":
         """Give what is left with the wanted ranks alone; None if that is nothing."""
-        left = _candidate(self.host, [rank for rank in self.ranks if wanted(rank)])
+        left = _candidate(self.endpoint, [rank for rank in self.ranks if wanted(rank)])
         return left if left.parts else None
 
 
@@ -80,7 +80,7 @@ class EndpointLoad:
     """One endpoint: its ranks and how well it is known."""
 
     __slots__ = (
-        "_counts", "_demoted", "address", "answered_at", "candidate", "capabilities", "endpoint", "facts", "groups",
+        "_counts", "_demoted", "address", "answered_at", "candidate", "capabilities", "configured", "facts", "groups",
         "health", "held_tokens", "is_away", "ranks", "sampled", "sees_strangers",
     )  # fmt: skip
 
@@ -94,7 +94,8 @@ class EndpointLoad:
         *,
         health: Health | None = None,
     ) -> None:
-        self.endpoint = endpoint
+        self.configured = endpoint
+        """Its URL, role, pool and bootstrap address."""
         self.health = health or Health(DEFAULT_HEALTH)
         self.address = address
         """``IP:port``, what Envoy dials."""
@@ -117,6 +118,18 @@ class EndpointLoad:
         """Whether it could not be reached since it was read the last time."""
         self._demoted = False
         self._counts: tuple[int, ...] = (0, 0)
+
+    @property
+    def url(self) -> str:
+        return self.configured.url
+
+    @property
+    def pool(self) -> str:
+        return self.configured.pool
+
+    @property
+    def role(self) -> Role:
+        return self.configured.role
 
     @property
     def tokens(self) -> float:
@@ -211,7 +224,7 @@ class EndpointLoad:
 class Target(Struct, frozen=True):
     """The endpoint and the rank that were picked for one leg of a request."""
 
-    host: EndpointLoad
+    endpoint: EndpointLoad
     rank: int | None
     """The rank that will serve; None if the engine picks it, and so no router can predict it."""
     routed: bool
@@ -224,12 +237,12 @@ class Target(Struct, frozen=True):
     @property
     def residue(self) -> tuple[int, int] | None:
         """Return ``(rank, ranks)`` for the bootstrap room; None if it need not lead to the rank."""
-        return self.host.facts.place_of(self.rank) if self.by_room and self.rank is not None else None
+        return self.endpoint.facts.place_of(self.rank) if self.by_room and self.rank is not None else None
 
     @property
-    def told_rank(self) -> int | None:
-        """Return the rank as the whole server counts it; None if the engine picks it."""
-        return None if self.rank is None else self.host.facts.place_of(self.rank)[0]
+    def global_rank(self) -> int | None:
+        """Return the rank as an engine of several nodes counts it; None if the engine picks it."""
+        return None if self.rank is None else self.endpoint.facts.place_of(self.rank)[0]
 
 
 def compare_pace(hosts: Iterable[EndpointLoad]) -> None:

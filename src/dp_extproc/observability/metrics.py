@@ -174,7 +174,7 @@ class Telemetry:
         now = self._clock()
         for endpoint in self._fleet.endpoints:
             names = [endpoint.pool, endpoint.role.value, endpoint.url]
-            host = self._fleet.hosts.get(endpoint.url)
+            host = self._fleet.by_url.get(endpoint.url)
             present = Freshness.UNKNOWN if host is None else host.freshness(now, self._fleet.stale_after)
             for freshness in Freshness:
                 state.add_metric([*names, freshness.name.lower()], float(freshness is present))
@@ -199,9 +199,9 @@ class Telemetry:
         requests = GaugeMetricFamily("dp_extproc_reserved_requests", "Requests on our own books.", labels=labels)
         sent = CounterMetricFamily("dp_extproc_sent_tokens", "Prompt tokens sent, less those held.", labels=labels)
         effective = GaugeMetricFamily("dp_extproc_effective_tokens", "The load that policies compare.", labels=labels)
-        for host in self._fleet.hosts.values():
+        for host in self._fleet.by_url.values():
             for rank in host.ranks:
-                names = [host.endpoint.pool, host.endpoint.role.value, host.endpoint.url, str(rank.index)]
+                names = [host.pool, host.role.value, host.url, str(rank.index)]
                 picks.add_metric(names, rank.picks)
                 reserved.add_metric(names, rank.own_tokens)
                 requests.add_metric(names, rank.own_requests)
@@ -211,7 +211,7 @@ class Telemetry:
         yield GaugeMetricFamily(
             "dp_extproc_reservations",
             "Entries on all books, also of servers that are configured no more; zero when nothing is in flight.",
-            value=sum(host.reservations for host in (*self._fleet.hosts.values(), *self._fleet.draining)),
+            value=sum(host.reservations for host in (*self._fleet.by_url.values(), *self._fleet.draining)),
         )
 
 

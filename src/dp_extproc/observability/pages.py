@@ -21,11 +21,11 @@ def describe_loads(fleet: LoadCache, now: float) -> dict[str, Any]:
                 "pool": endpoint.pool,
                 "role": endpoint.role.value,
                 "failure": _describe_failure(fleet.failures.get(endpoint.url)),
-                **_describe_host(fleet.hosts.get(endpoint.url), fleet.stale_after, now),
+                **_describe_host(fleet.by_url.get(endpoint.url), fleet.stale_after, now),
             }
             for endpoint in fleet.endpoints
         ],
-        "leaving": [{"url": host.endpoint.url, "reservations": host.reservations} for host in fleet.draining],
+        "leaving": [{"url": host.url, "reservations": host.reservations} for host in fleet.draining],
     }
 
 
