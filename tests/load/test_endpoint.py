@@ -39,7 +39,7 @@ def test_load_of_others_adds_to_our_own(fleet: Fleet) -> None:
     fleet.sample(host.configured, [700, 0, 0, 90])
 
     assert [rank.tokens for rank in host.ranks] == [700, 0, 0, 90]
-    assert [rank.others for rank in host.ranks] == [200, 0, 0, 90]
+    assert [rank.external_tokens for rank in host.ranks] == [200, 0, 0, 90]
 
 
 def test_a_sample_taken_before_a_pick_does_not_erase_it(fleet: Fleet) -> None:
@@ -95,8 +95,8 @@ def test_a_reservation_is_released_once(fleet: Fleet) -> None:
     for reservation in (*reservations, *reservations):
         reservation.release(fleet.clock())
 
-    assert host.ranks[3].own_tokens == 0
-    assert host.ranks[3].own_requests == 0
+    assert host.ranks[3].reserved_tokens == 0
+    assert host.ranks[3].reserved_requests == 0
 
 
 def test_a_rank_that_the_engine_picks_is_shared_by_all(fleet: Fleet) -> None:
@@ -140,7 +140,7 @@ class TestGaugesWithoutTimeStamps:
         fleet.clock.now += 1
         fleet.sample(host.configured, [600, 0, 0, 0], age=None)
 
-        assert host.ranks[0].others == 100
+        assert host.ranks[0].external_tokens == 100
 
 
 class TestFreshness:
@@ -387,8 +387,8 @@ class TestRanksThatEnginesPick:
         fleet.clock.now += 1
         fleet.load.sampled(host.configured, self._page(told), fleet.clock(), fleet.clock())
 
-        assert sum(rank.others_requests for rank in host.ranks) == pytest.approx(others)
-        assert sum(rank.others for rank in host.ranks) == pytest.approx(others * 1000)
+        assert sum(rank.external_requests for rank in host.ranks) == pytest.approx(others)
+        assert sum(rank.external_tokens for rank in host.ranks) == pytest.approx(others * 1000)
 
     def test_one_empty_rank_has_lost_nothing(self, fleet: Fleet) -> None:
         """It never had what another one works on; a server that is empty altogether has."""

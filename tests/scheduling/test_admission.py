@@ -110,7 +110,7 @@ class Single:
         return found
 
     def open(self) -> list[float]:
-        return [rank.own_requests for rank in self.fleet.host(Role.WORKER).ranks]
+        return [rank.reserved_requests for rank in self.fleet.host(Role.WORKER).ranks]
 
 
 def test_a_batch_counts_as_many_requests() -> None:

@@ -352,7 +352,7 @@ class TestLockstepDecode:
     def test_who_is_there_already_counts(self) -> None:
         """Both would grow by 4000: with eight sequences that costs more than with two on slightly fuller ranks."""
         candidates = make_candidates(Role.DECODE, [[5000, 5000], [5200, 5200]])
-        candidates[0].endpoint.groups[0].others_requests = 8
+        candidates[0].endpoint.groups[0].external_requests = 8
 
         assert pick(make_policy(HostPolicy.LOCKSTEP), candidates, 3000)[0] == 1
 

@@ -204,8 +204,8 @@ class LoadCache:
                 endpoint.url,
                 page.prompt_tokens,
                 started,
-                idle=host is not None and not host.own_requests,
-                strangers=host is not None and host.sees_strangers,
+                idle=host is not None and not host.reserved_requests,
+                strangers=host is not None and host.has_external_requests,
             )
         self._made_room()
 
@@ -231,7 +231,7 @@ class LoadCache:
             host.demote()
             self._forget_prefixes(host)  # nobody listens, so whoever will has begun anew
         if is_gone or now - host.sampled > self.stale_after:
-            host.forget_others(now)
+            host.forget_external(now)
 
     def _forget_prefixes(self, host: EndpointLoad) -> None:
         if (index := self.prefixes.get(host.pool)) is not None:  # the pool may be configured no more
@@ -266,7 +266,7 @@ class LoadCache:
         if found is not None and now <= found[1]:
             return found[0]
         hosts = self.eligible(pool, role, now)
-        until = min((host.last_sign + self.stale_after for host in hosts), default=now)
+        until = min((host.seen_at + self.stale_after for host in hosts), default=now)
         capable = [host for host in hosts if host.capabilities.serves(api)]
         self._capable[pool, role, api] = (capable, until)
         return capable

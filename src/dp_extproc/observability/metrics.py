@@ -182,9 +182,9 @@ class Telemetry:
                 age.add_metric(names, now - host.sampled)
             if host is not None:
                 ejected.add_metric(names, float(host.health.is_ejected(now)))
-                held.add_metric(names, host.held_tokens)
-                lost.add_metric(names, host.written_off)
-                if (tpot := host.seconds_per_token) is not None:
+                held.add_metric(names, host.cached_prompt_tokens)
+                lost.add_metric(names, host.expired)
+                if (tpot := host.tpot) is not None:
                     pace.add_metric(names, tpot)
             samples.add_metric(names, self._samples[endpoint.url])
             for (url, kind), count in self._failures.items():
@@ -203,9 +203,9 @@ class Telemetry:
             for rank in host.ranks:
                 names = [host.pool, host.role.value, host.url, str(rank.index)]
                 picks.add_metric(names, rank.picks)
-                reserved.add_metric(names, rank.own_tokens)
-                requests.add_metric(names, rank.own_requests)
-                sent.add_metric(names, rank.sent_tokens)
+                reserved.add_metric(names, rank.reserved_tokens)
+                requests.add_metric(names, rank.reserved_requests)
+                sent.add_metric(names, rank.uncached_prompt_tokens)
                 effective.add_metric(names, rank.tokens)
         yield from (picks, sent, reserved, requests, effective)
         yield GaugeMetricFamily(
