@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from dp_extproc.attempt.events import BodyMode, Mutate, RequestBody, RequestHeaders
+from dp_extproc.config.load import LoadSignal
 from dp_extproc.config.reliability import AdmissionSettings, QueueSettings
-from dp_extproc.config.schema import LoadSignal
 from dp_extproc.engines.model import LoadPage, RankSample, Role
 from dp_extproc.extproc.exchange import Exchange
 from dp_extproc.load.cache import LoadCache

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dp_extproc import contract
+from dp_extproc.config.load import LoadSignal
+from dp_extproc.config.pools import AffinitySettings, HostPolicy, PolicySettings, RankPolicy
 from dp_extproc.config.reliability import AdmissionSettings
-from dp_extproc.config.schema import AffinitySettings, HostPolicy, LoadSignal, PolicySettings, RankPolicy
 from dp_extproc.engines import compatibility
 from dp_extproc.engines.compatibility import Difference, difference
 from dp_extproc.engines.listener import EngineFailure, FailureKind

@@ -2,7 +2,9 @@
 
 from dp_extproc.config.envoy import BodyMode, CutStreams, EnvoySettings
 from dp_extproc.config.listen import ListenSettings, SocketAddress
+from dp_extproc.config.load import LoadSettings, LoadSignal, LoadSource
 from dp_extproc.config.loader import ConfigError, Problem, load_config, parse_config, read_config
+from dp_extproc.config.pools import ClientRanks, EndpointConfig, HostPolicy, PolicySettings, PoolConfig, RankPolicy
 from dp_extproc.config.reliability import (
     AdmissionSettings,
     HealthSettings,
@@ -11,20 +13,7 @@ from dp_extproc.config.reliability import (
     Supervise,
     SupervisionSettings,
 )
-from dp_extproc.config.schema import (
-    ClientRanks,
-    Config,
-    EndpointConfig,
-    HostPolicy,
-    LoadSettings,
-    LoadSignal,
-    LoadSource,
-    PolicySettings,
-    PoolConfig,
-    Protocol,
-    RankPolicy,
-    Reload,
-)
+from dp_extproc.config.schema import Config, Protocol, Reload
 from dp_extproc.config.security import ApiKeySource, ServerTls, ServiceTls
 from dp_extproc.config.sync import SyncSettings
 

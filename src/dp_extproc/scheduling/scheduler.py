@@ -8,8 +8,9 @@ from typing import Final
 from msgspec.structs import replace
 
 from dp_extproc import contract
+from dp_extproc.config.load import LoadSignal
+from dp_extproc.config.pools import Carrier, ClientRanks, PoolConfig
 from dp_extproc.config.reliability import AdmissionSettings
-from dp_extproc.config.schema import Carrier, ClientRanks, LoadSignal, PoolConfig
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.engines.model import Role
 from dp_extproc.load.cache import LoadCache

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from dp_extproc.config.schema import LoadSource
+from dp_extproc.config.load import LoadSource
 from dp_extproc.engines.agreement import MODE_OF
 from dp_extproc.engines.capabilities import RankControl, capabilities
 from dp_extproc.engines.model import Endpoint, EngineFacts, Kind, Mode, Role

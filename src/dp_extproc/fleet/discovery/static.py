@@ -1,7 +1,8 @@
 """The endpoints of a configuration. Pure."""
 
 from dp_extproc.config.envoy import BodyMode
-from dp_extproc.config.schema import Carrier, Config
+from dp_extproc.config.pools import Carrier
+from dp_extproc.config.schema import Config
 from dp_extproc.engines.model import Endpoint, Role
 
 
