@@ -36,9 +36,9 @@ class LoadSettings(Section):
     """Hard limit of one scrape, from connecting to the last byte."""
     max_page_bytes: Bytes = 8 << 20
     """A load page larger than this is refused. Real pages with many ranks are below 1 MiB."""
-    prefill_step_tokens: Annotated[float, Field(ge=0, le=1e6, strict=False)] = 500.0
+    prefill_step_cost_tokens: Annotated[float, Field(ge=0, le=1e6, strict=False)] = 500.0
     """The fixed time of a prefill step, in tokens: 10 ms at 20 us per token. A wrong value costs little."""
-    decode_request_tokens: Annotated[float, Field(ge=0, le=1e6, strict=False)] = 1000.0
+    decode_request_cost_tokens: Annotated[float, Field(ge=0, le=1e6, strict=False)] = 1000.0
     """The fixed time of a sequence in a decode step, in tokens of context: 50 us at 50 ns per token."""
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ class Engine(StrEnum):
     VLLM = "vllm"
 
 
-class Carrier(StrEnum):
+class RoutingFields(StrEnum):
     """What tells the engines of a disaggregated pool where a request runs."""
 
     BODY = "body"
@@ -141,7 +141,7 @@ class PoolConfig(Section):
     decode: Endpoints | None = None
     workers: Endpoints | None = None
     engine: Engine = Field(default=Engine.AUTO, strict=False)
-    carrier: Carrier = Field(default=Carrier.BODY, strict=False)
+    routing_fields: RoutingFields = Field(default=RoutingFields.BODY, strict=False)
     policy: PolicySettings = PolicySettings()
     api_key: ApiKeySource | None = None
     """What the pool's engines were started with (``--api-key``); None for none."""
@@ -153,8 +153,8 @@ class PoolConfig(Section):
             raise ValueError("a pool has either prefill and decode, or workers; split this one in two pools")
         if self.workers is None and not disaggregated:
             raise ValueError("a pool needs prefill and decode (disaggregated), or workers (aggregated)")
-        if self.carrier is Carrier.HEADERS and not disaggregated:
-            raise ValueError("carrier: headers is for disaggregated pools; leave it out")
+        if self.routing_fields is RoutingFields.HEADERS and not disaggregated:
+            raise ValueError("routing_fields: headers is for disaggregated pools; leave it out")
         if disaggregated and self.engine is Engine.VLLM:
             raise ValueError(
                 "vLLM's KV connectors run prefill before decode, and decode needs what prefill answered; Envoy sends "
@@ -170,8 +170,8 @@ class PoolConfig(Section):
         """
         if self.workers is not None:
             yield ("workers",), self.name, "servers that do both take their rank in the body: write another body_mode"
-        elif self.carrier is not Carrier.HEADERS:
-            yield ("carrier",), self.carrier.value, "tell the engines by headers: carrier: headers"
+        elif self.routing_fields is not RoutingFields.HEADERS:
+            yield ("routing_fields",), self.routing_fields.value, "tell the engines by headers: routing_fields: headers"
         policy = self.policy
         if policy.affinity.prefixes:
             yield (

@@ -18,7 +18,7 @@ from dp_extproc.config.load import LoadSettings, LoadSignal
 from dp_extproc.config.pools import Endpoints, HostPolicy, PoolConfig
 from dp_extproc.config.reliability import (
     AdmissionSettings,
-    HealthSettings,
+    OutlierDetectionSettings,
     QueueSettings,
     RetrySettings,
     SupervisionSettings,
@@ -30,7 +30,7 @@ from dp_extproc.config.sync import SyncSettings
 class Protocol(StrEnum):
     """To whom the service speaks."""
 
-    OWN = "own"
+    ENVOY = "envoy"
     """The Envoy that ``dp-extproc envoy-config`` configures."""
     ENDPOINT_PICKER = "endpoint_picker"
     """Any gateway that speaks the endpoint-picker protocol of the Gateway API Inference Extension."""
@@ -54,7 +54,7 @@ class Config(Section):
 
     listen: ListenSettings = ListenSettings()
     envoy: EnvoySettings = EnvoySettings()
-    protocol: Protocol = Field(default=Protocol.OWN, strict=False)
+    protocol: Protocol = Field(default=Protocol.ENVOY, strict=False)
     load: LoadSettings = LoadSettings()
     drain: Seconds = 10.0
     """How long a stopping service goes on answering after it has reported that it is not ready."""
@@ -63,7 +63,7 @@ class Config(Section):
     """None for a service that is alone."""
     supervision: SupervisionSettings = SupervisionSettings()
     retry: RetrySettings = RetrySettings()
-    health: HealthSettings = HealthSettings()
+    outlier_detection: OutlierDetectionSettings = OutlierDetectionSettings()
     admission: AdmissionSettings = AdmissionSettings()
     queue: QueueSettings | None = None
     """None refuses at once what cannot be admitted."""

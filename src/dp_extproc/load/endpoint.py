@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, TypeVar
 
-from dp_extproc.config.reliability import HealthSettings
+from dp_extproc.config.reliability import OutlierDetectionSettings
 from dp_extproc.engines.capabilities import Capabilities
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, RankSample, Role
 from dp_extproc.estimators.decode_pace import compare
@@ -40,7 +40,7 @@ class StepCosts:
 
 
 DEFAULT_COSTS: Final = StepCosts()
-DEFAULT_HEALTH: Final = HealthSettings()
+DEFAULT_HEALTH: Final = OutlierDetectionSettings()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -182,10 +182,10 @@ def _of_disaggregated(facts: EngineFacts) -> Iterator[Diagnostic]:
 def _of_overrides(facts: EngineFacts, *, headers_only: bool) -> Iterator[Diagnostic]:
     if facts.reads_overrides is False:
         instead = "no request can be sent to it" if headers_only else "ranks and rooms are carried in bodies"
-        leave = "write another envoy.body_mode" if headers_only else "leave carrier out"
+        leave = "write another envoy.body_mode" if headers_only else "leave routing_fields out"
         yield Diagnostic(
             "overrides_not_read",
-            f"carrier: headers is configured, but it does not obey x-override-* headers: {instead}",
+            f"routing_fields: headers is configured, but it does not obey x-override-* headers: {instead}",
             f"start it with SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES=1 (0.5.15 or later; from 0.5.18 on for chat), or "
             f"{leave}",
             unusable=True,
