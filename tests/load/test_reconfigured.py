@@ -47,9 +47,9 @@ def test_a_server_that_is_left_out_gets_nothing_more_and_keeps_its_books_until_t
 
     assert {target(place(fleet)) for _ in range(10)} == {address_of(stays).encode()}
     assert [(host.url, host.reservations) for host in fleet.load.draining] == [(gone.url, 1)]
-    assert first.attempt is not None
-    first.attempt.first_byte(200, fleet.clock())
-    first.attempt.end(fleet.clock())
+    assert first.in_flight is not None
+    first.in_flight.first_byte(200, fleet.clock())
+    first.in_flight.end(fleet.clock())
     assert fleet.load.draining == []
 
 
@@ -89,8 +89,8 @@ def test_a_server_in_another_role_begins_anew() -> None:
     assert fleet.load.by_url == {}
     fleet.load.discovered(new, address_of(new), make_facts(Role.DECODE), fleet.clock())
     assert fleet.load.by_url[new.url].reservations == 0
-    assert first.attempt is not None
-    first.attempt.end(fleet.clock())
+    assert first.in_flight is not None
+    first.in_flight.end(fleet.clock())
     assert fleet.load.draining == []
 
 
@@ -102,9 +102,9 @@ def test_a_pool_may_go_while_its_requests_are_under_way() -> None:
 
     refused = fleet.dispatcher.place(Api.GENERATE, json.dumps({"text": "x", "model": "gone"}).encode())
     assert isinstance(refused, Rejection)
-    assert first.attempt is not None
-    first.attempt.first_byte(200, fleet.clock())
-    first.attempt.end(fleet.clock())
+    assert first.in_flight is not None
+    first.in_flight.first_byte(200, fleet.clock())
+    first.in_flight.end(fleet.clock())
     assert fleet.load.draining == []
 
 
@@ -116,8 +116,8 @@ def test_a_pool_that_is_gone_may_change_again_while_its_requests_are_under_way()
         reconfigure(fleet, make_endpoint(Role.WORKER, number, pool=f"other{number}"), models=(f"other{number}",))
 
     assert [host.reservations for host in fleet.load.draining] == [1]
-    assert first.attempt is not None
-    first.attempt.end(fleet.clock())
+    assert first.in_flight is not None
+    first.in_flight.end(fleet.clock())
     assert fleet.load.draining == []
 
 
@@ -201,7 +201,7 @@ def test_the_health_of_a_server_that_leaves_is_dropped() -> None:
     host = fleet.load.by_url[gone.url]
 
     def fails() -> None:
-        for _ in range(DEFAULT_HEALTH.failures):
+        for _ in range(DEFAULT_HEALTH.consecutive_failures):
             host.health.failed(fleet.clock())
 
     fails()
