@@ -378,8 +378,9 @@ def test_an_interrupt_while_a_command_is_imported_ends_it_at_once(tmp_path: Path
         "del watched\n"
     )
     (tmp_path / "program.py").write_text(
-        "import sys\n"
+        "import signal, sys\n"
         "from dp_extproc.cli import main as entry\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "sys.modules['dp_extproc.cli.main']._COMMANDS['serve'] = ('slow_command', 'summary')\n"
         "sys.exit(entry(['serve']))\n"
     )
