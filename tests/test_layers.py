@@ -69,7 +69,6 @@ CYCLES = {
             *(f"request/{name}.py" for name in ("body", "path", "prompt", "rejection", "shapes", "token_ids")),
         }
     ),
-    frozenset({"lab/engine/api/coercion.py", "lab/engine/api/fields.py"}),
 }
 """Modules that import each other today; each is to go."""
 
