@@ -462,6 +462,9 @@ class _Broken:
     def place_unread(self, *_request: object) -> Decision | Rejection:
         raise RuntimeError("secret detail")
 
+    def place_queued(self, *_request: object) -> Decision | Rejection:
+        raise RuntimeError("secret detail")
+
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         raise RuntimeError("secret detail")
 

@@ -489,4 +489,4 @@ def test_only_who_could_not_be_reached_comes_back(failures: list[EngineFailure],
         fleet.sample(host.endpoint, [0] * 4)
 
     assert host.health.is_ejected(fleet.clock()) is not comes_back
-    assert bool(fleet.load.sick) is not comes_back
+    assert bool(fleet.load.unhealthy) is not comes_back

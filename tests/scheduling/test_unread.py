@@ -75,8 +75,8 @@ def test_the_estimate_learns_what_a_body_is() -> None:
     for second in range(10):
         ratio.counted(url, 0, second)
     decision = place(fleet, 1 << 20)
-    assert decision.attempt is not None
-    decision.attempt.prefill_answered(200, fleet.clock())
+    assert decision.in_flight is not None
+    decision.in_flight.prefill_answered(200, fleet.clock())
     for second in range(10, 20):
         ratio.counted(url, 1 << 17, second)
 
@@ -94,7 +94,7 @@ def test_no_prompt_is_too_long_by_its_length_alone() -> None:
         for rank in fleet.host(role).ranks:
             rank.sample = replace(sample, dp_rank=rank.index, capacity_tokens=1000)
 
-    assert place(fleet, 1 << 20).attempt is not None
+    assert place(fleet, 1 << 20).in_flight is not None
 
 
 def test_the_request_avoids_where_it_has_failed() -> None:

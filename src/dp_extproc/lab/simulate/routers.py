@@ -220,7 +220,7 @@ class _Replica:
         prefills = self.fleet.capable(_POOL, Role.PREFILL, Api.CHAT, now)
         decodes = self.fleet.capable(_POOL, Role.DECODE, Api.CHAT, now)
         pair = self._picker.pair(prefills, decodes, demand, now)
-        self.attempts[number] = self._ledger.open_pair(pair, demand, now)
+        self.attempts[number] = self._ledger.open(pair.prefill, pair.decode, demand, now)
         prefill, decode = pair.prefill, pair.decode
         decode_server = self._index[decode.host.endpoint.url]
         placement = Placement(
