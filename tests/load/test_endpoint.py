@@ -481,7 +481,7 @@ def test_only_who_could_not_be_reached_comes_back(failures: list[EngineFailure],
     """Trouble that stands beside load pages that are read tells nothing of requests, and forgives nothing."""
     fleet = Fleet(prefills=[PREFILL], decodes=[DECODE])
     host = fleet.host(Role.DECODE)
-    for _ in range(DEFAULT_HEALTH.failures):
+    for _ in range(DEFAULT_HEALTH.consecutive_failures):
         host.health.failed(fleet.clock())
     for _ in range(3):
         for failure in failures:

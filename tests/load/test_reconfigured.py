@@ -201,7 +201,7 @@ def test_the_health_of_a_server_that_leaves_is_dropped() -> None:
     host = fleet.load.hosts[gone.url]
 
     def fails() -> None:
-        for _ in range(DEFAULT_HEALTH.failures):
+        for _ in range(DEFAULT_HEALTH.consecutive_failures):
             host.health.failed(fleet.clock())
 
     fails()

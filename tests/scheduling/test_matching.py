@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dp_extproc import contract
+from dp_extproc.config.load import LoadSignal
+from dp_extproc.config.pools import AffinitySettings, HostPolicy, PolicySettings, RankPolicy
 from dp_extproc.config.reliability import AdmissionSettings
-from dp_extproc.config.schema import AffinitySettings, HostPolicy, LoadSignal, PolicySettings, RankPolicy
 from dp_extproc.engines import compatibility
 from dp_extproc.engines.compatibility import Difference, difference
 from dp_extproc.engines.listener import EngineFailure, FailureKind
@@ -174,7 +175,7 @@ def test_a_gateway_that_allows_only_servers_that_differ_is_refused() -> None:
 def test_a_pair_is_picked_that_has_room_on_both_sides() -> None:
     """A full decode server sends the request to another pair; it is refused for room once all are full."""
     fleet = make_fleet([1, 2], [1, 2])
-    limits = AdmissionSettings(max_fill=None, max_load=None, max_requests=2)
+    limits = AdmissionSettings(max_token_ratio=None, max_request_ratio=None, max_requests=2)
     fleet.dispatcher.configure([fleet.pool], LoadSignal.ESTIMATE, limits)
     placed = [place(fleet) for _ in range(8)]
     pairs = [numbers(fleet, each) for each in placed]

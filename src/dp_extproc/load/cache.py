@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from dp_extproc.config.reliability import HealthSettings
+from dp_extproc.config.reliability import OutlierDetectionSettings
 from dp_extproc.engines.agreement import MODE_OF
 from dp_extproc.engines.capabilities import capabilities
 from dp_extproc.engines.listener import GONE, EngineFailure
@@ -27,7 +27,7 @@ class LoadCache:
         endpoints: Iterable[Endpoint],
         stale_after: float,
         costs: StepCosts = DEFAULT_COSTS,
-        health: HealthSettings = DEFAULT_HEALTH,
+        health: OutlierDetectionSettings = DEFAULT_HEALTH,
         made_room: Callable[[], None] = nothing,
     ) -> None:
         """Begin with nobody known.

@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 
 from msgspec import Struct
 
-from dp_extproc.config.reliability import HealthSettings
+from dp_extproc.config.reliability import OutlierDetectionSettings
 from dp_extproc.engines.capabilities import Capabilities
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, RankSample, Role
 from dp_extproc.estimators.decode_pace import compare
@@ -42,7 +42,7 @@ class StepCosts:
 
 
 DEFAULT_COSTS: Final = StepCosts()
-DEFAULT_HEALTH: Final = HealthSettings()
+DEFAULT_HEALTH: Final = OutlierDetectionSettings()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

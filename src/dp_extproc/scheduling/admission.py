@@ -24,7 +24,7 @@ class Admission:
 
     def __init__(self, settings: AdmissionSettings) -> None:
         self._settings = settings
-        limits = (settings.max_fill, settings.max_load, settings.max_tokens, settings.max_requests)
+        limits = (settings.max_token_ratio, settings.max_request_ratio, settings.max_tokens, settings.max_requests)
         self.is_off = all(limit is None for limit in limits)
 
     def has_room(self, host: EndpointLoad, rank: int | None, tokens: float, requests: float) -> bool:
@@ -49,9 +49,9 @@ class Admission:
         if sample is None:
             return True
         capacity, running = sample.capacity_tokens, sample.max_running_requests
-        if settings.max_fill is not None and capacity and load > settings.max_fill * capacity:
+        if settings.max_token_ratio is not None and capacity and load > settings.max_token_ratio * capacity:
             return False
-        return settings.max_load is None or not running or total <= settings.max_load * running
+        return settings.max_request_ratio is None or not running or total <= settings.max_request_ratio * running
 
 
 def largest_capacity(hosts: Sequence[EndpointLoad]) -> int | None:

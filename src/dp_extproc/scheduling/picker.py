@@ -6,7 +6,8 @@ from typing import Final
 
 from msgspec import Struct
 
-from dp_extproc.config.schema import LoadSignal, PolicySettings
+from dp_extproc.config.load import LoadSignal
+from dp_extproc.config.pools import PolicySettings
 from dp_extproc.engines.capabilities import RankControl
 from dp_extproc.engines.model import Role
 from dp_extproc.load.endpoint import Candidate, EndpointLoad, Target

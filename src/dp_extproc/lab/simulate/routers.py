@@ -6,7 +6,8 @@ from functools import partial
 from itertools import accumulate
 from random import Random
 
-from dp_extproc.config.schema import LoadSignal, PolicySettings
+from dp_extproc.config.load import LoadSignal
+from dp_extproc.config.pools import PolicySettings
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, Role, Version
 from dp_extproc.estimators.token_ratio import START as BYTES_PER_TOKEN
 from dp_extproc.lab.simulate.fleet import Fleet
