@@ -24,7 +24,7 @@ class Admission:
 
     def __init__(self, settings: AdmissionSettings) -> None:
         self._settings = settings
-        limits = (settings.max_fill, settings.max_load, settings.max_tokens, settings.max_requests)
+        limits = (settings.max_token_ratio, settings.max_request_ratio, settings.max_tokens, settings.max_requests)
         self.is_off = all(limit is None for limit in limits)
 
     def has_room(self, host: EndpointLoad, rank: int | None, tokens: float, requests: float) -> bool:
@@ -37,11 +37,11 @@ class Admission:
 
     def fits(self, rank: RankLoad, tokens: float, requests: float) -> bool:
         """Tell whether this very rank takes a request."""
-        if not rank.open and not rank.others_requests:
+        if not rank.open and not rank.external_requests:
             return True  # whatever does not fit here fits nowhere
         settings, sample = self._settings, rank.sample
         load = rank.tokens + tokens
-        total = rank.own_requests + rank.others_requests + requests
+        total = rank.reserved_requests + rank.external_requests + requests
         if settings.max_tokens is not None and load > settings.max_tokens:
             return False
         if settings.max_requests is not None and total > settings.max_requests:
@@ -49,9 +49,9 @@ class Admission:
         if sample is None:
             return True
         capacity, running = sample.capacity_tokens, sample.max_running_requests
-        if settings.max_fill is not None and capacity and load > settings.max_fill * capacity:
+        if settings.max_token_ratio is not None and capacity and load > settings.max_token_ratio * capacity:
             return False
-        return settings.max_load is None or not running or total <= settings.max_load * running
+        return settings.max_request_ratio is None or not running or total <= settings.max_request_ratio * running
 
 
 def largest_capacity(hosts: Sequence[EndpointLoad]) -> int | None:
