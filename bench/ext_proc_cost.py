@@ -115,7 +115,7 @@ def _service(supervise: Supervise) -> ExtProcService:
     )
     return ExtProcService(
         dispatcher,
-        Telemetry(fleet, clock),
+        (Telemetry(fleet, clock),),
         supervision=SupervisionSettings(mode=supervise),
         max_body=MAX_BODY,
         clock=clock,

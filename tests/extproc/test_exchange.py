@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dp_extproc import contract
-from dp_extproc.attempt.chunks import CHUNK_BYTES
+from dp_extproc.attempt.attempt import ProtocolViolationError
 from dp_extproc.attempt.events import (
     BodyMode,
     Continue,
@@ -27,10 +27,12 @@ from dp_extproc.attempt.events import (
     ResponseTrailers,
     StreamedChunk,
 )
-from dp_extproc.extproc.exchange import Exchange, ProtocolViolationError
+from dp_extproc.attempt.replies import CHUNK_BYTES
+from dp_extproc.load.in_flight import InFlight
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.decision import Answer, Decision
+from extproc.attempts import Exchange
 
 MAX_BODY = 4 * CHUNK_BYTES
 POST = {":method": "POST", ":path": "/generate"}
@@ -59,7 +61,7 @@ class Echo:
         self.placed.append(body)
         if body.startswith(b"refuse"):
             return Rejection(400, Reason.INVALID_JSON, "as asked")
-        return Decision(body, PLACED, {contract.META_POOL: "p"}, None)
+        return Decision(body, PLACED, {contract.META_POOL: "p"}, InFlight(1, 0.0, (), ()))
 
     def lost(self, address: str) -> None:
         raise NotImplementedError
@@ -68,7 +70,7 @@ class Echo:
         self.lengths.append(length)
         if length == REFUSED:
             return Rejection(400, Reason.CANNOT_CARRY_ROUTING, "as asked")
-        return Decision(None, PLACED, {contract.META_POOL: "p"}, None, streaming=None)
+        return Decision(None, PLACED, {contract.META_POOL: "p"}, InFlight(1, 0.0, (), ()), streaming=None)
 
     def place_queued(self, *_request: object) -> Decision | Rejection:
         raise NotImplementedError

@@ -2,9 +2,9 @@
 
 import pytest
 
+from dp_extproc.attempt.failures import RetryBudget
 from dp_extproc.config.reliability import RetrySettings
 from dp_extproc.contract import read_cut, read_failed, write_failed
-from dp_extproc.extproc.retries import RetryBudget
 
 
 def test_attempts_are_bounded() -> None:

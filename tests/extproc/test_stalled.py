@@ -37,7 +37,7 @@ def test_an_error_whose_text_does_not_come(disaggregated: bool) -> None:
 
     async def story() -> list[ProcessingResponse]:
         clock = asyncio.get_running_loop().time
-        service = ExtProcService(fleet.dispatcher, Watcher(), max_body=1000, clock=clock)
+        service = ExtProcService(fleet.dispatcher, (Watcher(),), max_body=1000, clock=clock)
         context = FakeContext({})
         sweeper = asyncio.create_task(service.sweep())
         stream = asyncio.create_task(service.process(None, context))
@@ -48,7 +48,7 @@ def test_an_error_whose_text_does_not_come(disaggregated: bool) -> None:
         context.incoming.put_nowait(grpc.aio.EOF)
         await stream
         await asyncio.sleep(60)
-        assert not service._links
+        assert not service._registry
         sweeper.cancel()
         return answers
 

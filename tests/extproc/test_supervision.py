@@ -4,30 +4,42 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from dp_extproc import contract
+from dp_extproc.attempt.attempt import Attempt
 from dp_extproc.attempt.events import (
     BodyMode,
     BufferBody,
+    Command,
     Continue,
+    Event,
     ExtendTimeout,
+    FirstEventRead,
     Immediate,
+    LegBody,
+    LegClosed,
+    LegHeaders,
+    LegOpened,
+    MainClosed,
     Mutate,
     Phase,
-    Reply,
     RequestBody,
     RequestHeaders,
     ResponseBody,
     ResponseHeaders,
     StreamBody,
+    ToLeg,
 )
+from dp_extproc.attempt.intake import Decider
 from dp_extproc.config.reliability import RetrySettings, Supervise, SupervisionSettings
 from dp_extproc.engines.model import Role
-from dp_extproc.extproc.exchange import Exchange
-from dp_extproc.extproc.retries import RetryBudget
-from dp_extproc.extproc.supervision import Say, Stream, Supervision
+from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason
 from dp_extproc.response.first_event import EngineError
+from dp_extproc.scheduling.decision import Decision, RequestContext, SchedulingResult
+from extproc.attempts import make_environment
+from extproc.wire import Watcher
 from fleet_fixtures import Fleet, make_facts
 
 CHAT = b'{"messages":[{"role":"user","content":"hello"}],"stream":true}'
@@ -36,6 +48,14 @@ HEADERS = {":method": "POST", ":path": "/v1/chat/completions", "content-type": "
 SETTINGS = {"prefill_timeout": "100s", "first_token_timeout": "10s"}
 CANCELLED = "cancelled"
 LET_GO = [("MAIN", "continue")]
+Say = tuple[str, Command]
+"""Which leg's stream it is for, and what is said."""
+OF_LEGS = {
+    ToLeg.PROCEED: "continue",
+    ToLeg.BUFFER_BODY: "take body",
+    ToLeg.STREAM_BODY: "see body",
+    ToLeg.CANCEL: CANCELLED,
+}
 
 
 class Attempted:
@@ -52,41 +72,36 @@ class Attempted:
         unread: bool = False,
     ) -> None:
         self.fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
-        mode_of_bodies = BodyMode.DUPLEX if duplex else BodyMode.LOCKSTEP
-        self.exchange = Exchange(self.fleet.dispatcher, mode_of_bodies, 1 << 20, holds=True)
-        self.failures: list[tuple[Role, Reason, bool]] = []
-        self.unseen = 0
-        self.exchange.receive(RequestHeaders(HEADERS | ({contract.AVOID: failed} if failed else {}), False))
-        self.exchange.receive(RequestBody(body, True))
-        assert self.exchange.attempt is not None
-        self.attempt = self.exchange.attempt
-        self.watch = Supervision(
-            self.exchange,
-            self.attempt,
+        self.watcher = Watcher()
+        self.watch = Watch(
+            _Unread(self.fleet.dispatcher) if unread else self.fleet.dispatcher,
+            BodyMode.DUPLEX if duplex else BodyMode.LOCKSTEP,
             SupervisionSettings.model_validate({"mode": mode.value, **SETTINGS}),
-            RetryBudget(retry or RetrySettings()),
-            self,
-            streaming=None if unread else body is CHAT,
-            earlier=len(self.exchange.failed),
-            now=0.0,
+            retry,
+            self.watcher,
         )
+        self.exchange = self.watch
+        self.watch.tell(RequestHeaders(HEADERS | ({contract.AVOID: failed} if failed else {}), False), 0.0)
+        self.watch.tell(RequestBody(body, True), 0.0)
+        assert self.watch.attempt.main.is_routed
 
-    def leg_failed(self, leg: Role, reason: Reason, *, retried: bool) -> None:
-        self.failures.append((leg, reason, retried))
+    @property
+    def failures(self) -> list[tuple[Role, Reason, bool]]:
+        return self.watcher.failures
 
-    def leg_unseen(self) -> None:
-        self.unseen += 1
+    @property
+    def unseen(self) -> int:
+        return self.watcher.unseen
 
     def head(self, status: int = 200, now: float = 1.0, *, has_body: bool = True, is_events: bool = False) -> list[Say]:
         """The decode server's head comes."""
-        assert self.exchange.receive(ResponseHeaders(status, end_of_stream=not has_body, is_events=is_events)) == ()
-        return self.watch.decode_answered(status, now, has_body=has_body, is_events=is_events)
+        return self.watch.tell(ResponseHeaders(status, end_of_stream=not has_body, is_events=is_events), now)
 
     def prefill(
         self, status: int = 200, now: float = 1.0, *, has_body: bool = True, is_events: bool = False
     ) -> list[Say]:
         """The prefill server's head comes."""
-        return self.watch.prefill_answered(status, now, has_body=has_body, is_events=is_events)
+        return self.watch.tell(LegHeaders(status, end_of_stream=not has_body, is_events=is_events), now)
 
     def blamed(self) -> list[Role]:
         """Who has a failure on record."""
@@ -94,13 +109,80 @@ class Attempted:
         return [role for role in roles if self.fleet.host(role).health.is_doubtful]
 
 
+class Watch:
+    """What is told of an attempt by the streams of both legs, and what is said on them."""
+
+    def __init__(
+        self,
+        decider: Decider,
+        mode: BodyMode,
+        supervision: SupervisionSettings,
+        retry: RetrySettings | None,
+        watcher: Watcher,
+    ) -> None:
+        environment = make_environment(decider, listener=watcher, supervision=supervision, retry=retry)
+        self._budget = environment.budget
+        self.attempt = Attempt(environment, mode, BodyMode.LOCKSTEP)
+
+    def tell(self, event: Event, now: float) -> list[Say]:
+        return _said(self.attempt.receive(event, now))
+
+    def receive(self, event: ResponseBody) -> None:
+        """The text of an error: :meth:`decode_explained` tells of it."""
+
+    def prefill_opened(self) -> list[Say]:
+        return self.tell(LegOpened(), 0.0)
+
+    def prefill_explained(self, body: bytes, now: float, *, end_of_stream: bool = True) -> list[Say]:
+        return self.tell(LegBody(body, end_of_stream), now)
+
+    def prefill_closed(self, now: float) -> list[Say]:
+        return self.tell(LegClosed(), now)
+
+    def decode_explained(self, body: bytes, now: float) -> list[Say]:
+        return self.tell(ResponseBody(body, True), now)
+
+    def first_event(self, error: EngineError | None, now: float) -> list[Say]:
+        return self.tell(FirstEventRead(error), now)
+
+    def closed(self, now: float) -> list[Say]:
+        return self.tell(MainClosed(), now)
+
+    def sweep(self, now: float) -> list[Say]:
+        return _said(self.attempt.advance(now))
+
+    @property
+    def awaits_prefill(self) -> bool:
+        return self.attempt.leg.may_open
+
+
+class _Unread:
+    """Places requests, and does not tell whether they ask for a stream."""
+
+    def __init__(self, decider: Decider) -> None:
+        self._decider = decider
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decider, name)
+
+    def place(self, api: Api, body: bytes, context: RequestContext) -> SchedulingResult:
+        placed = self._decider.place(api, body, context)
+        return replace(placed, streaming=None) if isinstance(placed, Decision) else placed
+
+
+def _said(commands: list[Command]) -> list[Say]:
+    return [("PREFILL" if isinstance(command, ToLeg) else "MAIN", command) for command in commands]
+
+
 def show(said: Sequence[Say]) -> list[tuple[str, str]]:
     """What was said, in words."""
-    return [(stream.name, _word(reply)) for stream, reply in said]
+    return [(stream, _word(command)) for stream, command in said]
 
 
-def _word(reply: Reply) -> str:
+def _word(reply: Command) -> str:
     match reply:
+        case ToLeg():
+            return OF_LEGS[reply]
         case Continue():
             return "continue"
         case BufferBody():
@@ -110,7 +192,7 @@ def _word(reply: Reply) -> str:
         case ExtendTimeout():
             return "extend"
         case Immediate():
-            return CANCELLED if reply.details == CANCELLED else f"{reply.status} {reply.details}"
+            return f"{reply.status} {reply.details}"
         case Mutate():
             return " ".join(sorted(name for name, _ in reply.set_headers))
         case _:
@@ -119,7 +201,7 @@ def _word(reply: Reply) -> str:
 
 def main_of(said: Sequence[Say]) -> Any:
     """The one thing said on the main stream."""
-    (reply,) = [reply for stream, reply in said if stream is Stream.MAIN]
+    (reply,) = [reply for stream, reply in said if stream == "MAIN"]
     return reply
 
 
@@ -481,7 +563,7 @@ class TestTime:
         attempted = Attempted()
         if has_head:
             attempted.head(now=1.0)
-        assert (Stream.MAIN, Immediate) not in [(where, type(reply)) for where, reply in attempted.watch.sweep(109.0)]
+        assert ("MAIN", Immediate) not in [(where, type(reply)) for where, reply in attempted.watch.sweep(109.0)]
         assert show(attempted.watch.sweep(111.0)) == [("MAIN", "504 first_token_timeout")]
 
     def test_a_leg_that_never_shows_up_for_a_whole_answer(self) -> None:

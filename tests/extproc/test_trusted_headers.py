@@ -13,10 +13,11 @@ from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import Processin
 from dp_extproc import contract
 from dp_extproc.attempt.events import BodyMode, Mutate, Phase, RequestBody, RequestHeaders
 from dp_extproc.engines.model import Role
-from dp_extproc.extproc.exchange import Exchange
+from dp_extproc.load.in_flight import InFlight
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Rejection
 from dp_extproc.scheduling.decision import Answer, Decision, Queued, RequestContext
+from extproc.attempts import Exchange
 from extproc.wire import (
     POST,
     Server,
@@ -71,7 +72,7 @@ class Listener:
 
     def place(self, api: Api, body: bytes, context: RequestContext) -> Decision | Rejection:
         self.heard.append(context)
-        return Decision(body, ((contract.DECODE_HOST, WORKER.encode()),), {}, None)
+        return Decision(body, ((contract.DECODE_HOST, WORKER.encode()),), {}, InFlight(1, 0.0, (), ()))
 
     def place_unread(self, api: Api, length: int | None, context: RequestContext) -> Decision | Rejection:
         raise NotImplementedError
@@ -86,7 +87,7 @@ class Listener:
         raise NotImplementedError
 
     def lost(self, address: str) -> None:
-        raise NotImplementedError
+        """Our own front door reports it; this is of no interest here."""
 
 
 def believed(

@@ -17,7 +17,7 @@ from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import Processin
 from envoy_data_plane.envoy.service.ext_proc.v3 import ProcessingRequest
 
 from dp_extproc import contract
-from dp_extproc.attempt.chunks import CHUNK_BYTES
+from dp_extproc.attempt.replies import CHUNK_BYTES
 from dp_extproc.config.reliability import RetrySettings
 from dp_extproc.engines.model import Role
 from dp_extproc.request.rejection import Reason, Rejection

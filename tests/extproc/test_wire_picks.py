@@ -16,7 +16,7 @@ from envoy_data_plane.envoy.service.ext_proc.v3 import ProcessingRequest
 from envoy_data_plane.google.protobuf import ListValue, Struct, Value
 
 from dp_extproc import contract
-from dp_extproc.attempt.chunks import CHUNK_BYTES
+from dp_extproc.attempt.replies import CHUNK_BYTES
 from dp_extproc.config import LoadSignal
 from dp_extproc.config.reliability import AdmissionSettings
 from dp_extproc.engines.model import Kind, Role

@@ -25,12 +25,12 @@ from envoy_data_plane.envoy.service.ext_proc.v3 import (
     ProtocolConfiguration,
 )
 
-from dp_extproc.attempt.decider import Decider
+from dp_extproc.attempt.failures import RetryBudget
+from dp_extproc.attempt.gateways import BundledEnvoy, EndpointPicker
+from dp_extproc.attempt.intake import Decider
 from dp_extproc.attempt.listener import Decided, LegFailed
 from dp_extproc.config.reliability import RetrySettings, Supervise, SupervisionSettings
 from dp_extproc.engines.model import Role
-from dp_extproc.extproc.exchange import Exchange
-from dp_extproc.extproc.retries import RetryBudget
 from dp_extproc.extproc.service import SERVICE_NAME, ExtProcService
 from dp_extproc.request.rejection import Reason
 
@@ -148,38 +148,6 @@ class Stream:
 
 @dataclass
 class Watcher:
-    """Counts what the service tells its metrics."""
-
-    opened: int = 0
-    closed: int = 0
-    decisions: list[str] = field(default_factory=list)
-    failures: list[tuple[Role, Reason, bool]] = field(default_factory=list)
-    unseen: int = 0
-    elsewhere: int = 0
-
-    def stream_opened(self) -> None:
-        self.opened += 1
-
-    def served_elsewhere(self) -> None:
-        self.elsewhere += 1
-
-    def stream_closed(self) -> None:
-        self.closed += 1
-
-    def decided(self, exchange: Exchange, seconds: float) -> None:
-        assert seconds >= 0
-        outcome = "routed" if exchange.is_routed else "answered"
-        self.decisions.append(exchange.refusal.value if exchange.refusal else outcome)
-
-    def leg_failed(self, leg: Role, reason: Reason, *, retried: bool) -> None:
-        self.failures.append((leg, reason, retried))
-
-    def leg_unseen(self) -> None:
-        self.unseen += 1
-
-
-@dataclass
-class NewWatcher:
     """Counts what attempts report."""
 
     opened: int = 0
@@ -238,29 +206,34 @@ def run_server(
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
 
-    async def start() -> tuple[grpc.aio.Server, int, ExtProcService]:
+    async def start() -> tuple[grpc.aio.Server, int, ExtProcService, asyncio.Task[None]]:
         service = ExtProcService(
             decider,
-            watcher,
+            (watcher,),
+            gateway=EndpointPicker() if picks else BundledEnvoy(),
             supervision=supervision,
             budget=None if retry is None else RetryBudget(retry),
             max_body=max_body,
             clock=loop.time,
-            hold_seconds=hold_seconds,
-            picks=picks,
+            body_pause=hold_seconds,
         )
         server = grpc.aio.server(options=OPTIONS)
         server.add_generic_rpc_handlers((service.handler(),))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
-        return server, port, service
+        return server, port, service, asyncio.create_task(service.sweep())
 
-    server, port, service = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+    async def stop(server: grpc.aio.Server, sweeper: asyncio.Task[None]) -> None:
+        await server.stop(None)
+        sweeper.cancel()
+        await asyncio.gather(sweeper, return_exceptions=True)
+
+    server, port, service, sweeper = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
     try:
         with grpc.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS) as channel:
             yield Server(channel, watcher, lambda: asyncio.run_coroutine_threadsafe(service.leave(), loop).result(10))
     finally:
-        asyncio.run_coroutine_threadsafe(server.stop(None), loop).result(10)
+        asyncio.run_coroutine_threadsafe(stop(server, sweeper), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()

@@ -246,7 +246,7 @@ class Stage:
             admission=AdmissionSettings.model_validate(limits),
         )
         more: dict[str, Any] = {"supervision": supervision, "queue": queue, "max_body": MAX_BODY, "clock": clock}
-        service = ExtProcService(dispatcher, Watcher(), **more) if make is None else make(dispatcher, **more)
+        service = ExtProcService(dispatcher, (Watcher(),), **more) if make is None else make(dispatcher, **more)
         return cls(fleet, service, queue)
 
     async def play(self, step: Say | End | Wait) -> None:

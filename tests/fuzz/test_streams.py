@@ -32,7 +32,7 @@ async def _play(script: list[Say | End | Wait], mode: Supervise) -> None:
         if not stream.task.cancelled() and (error := stream.task.exception()) is not None:
             assert isinstance(error, grpc.aio.AbortError), error
         _judge(stream.context.answers(), stream.said)
-    assert not stage.service._links
+    assert not stage.service._registry
     assert len(stage.queue) == 0
     for host in stage.fleet.load.by_url.values():
         assert all(not rank.open for rank in host.ranks)

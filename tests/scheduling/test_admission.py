@@ -10,7 +10,6 @@ from dp_extproc.attempt.events import BodyMode, Mutate, RequestBody, RequestHead
 from dp_extproc.config.load import LoadSignal
 from dp_extproc.config.reliability import AdmissionSettings, QueueSettings
 from dp_extproc.engines.model import LoadPage, RankSample, Role
-from dp_extproc.extproc.exchange import Exchange
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.records import PlacementRecord
 from dp_extproc.load.request_cost import RequestCost
@@ -19,6 +18,7 @@ from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.admission import AdmissionQueue
 from dp_extproc.scheduling.decision import Decision, Queued, RequestContext, SchedulingResult
 from dp_extproc.scheduling.scheduler import Scheduler
+from extproc.attempts import Exchange
 from fleet_fixtures import Fleet, make_endpoint, make_facts, make_tokens
 
 CAPACITY, RUNNING = 1000, 2

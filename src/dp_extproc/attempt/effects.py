@@ -72,7 +72,7 @@ class Effects:
             is_first: Whether this is the first attempt of the request.
         """
         self._in_flight = in_flight
-        self._prefill, self._decode = in_flight.prefill_host, in_flight.decode_host
+        self._prefill, self._decode = in_flight.prefill_endpoint, in_flight.decode_endpoint
         self._endpoints = [each for each in (self._prefill, self._decode) if each is not None]
         self._answers = [each.health.answers for each in self._endpoints]
         if is_first:
@@ -119,7 +119,7 @@ class Effects:
         elif failure.blame is Blame.IF_SILENT:
             for endpoint, before in zip(self._endpoints, self._answers, strict=True):
                 # Decode may delay prefill, but prefill does not delay a first token.
-                concerned = failure.leg in {Role.PREFILL, endpoint.endpoint.role}
+                concerned = failure.leg in {Role.PREFILL, endpoint.role}
                 if concerned and endpoint.health.answers == before:
                     endpoint.health.failed(now)
 

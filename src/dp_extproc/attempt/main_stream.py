@@ -205,7 +205,7 @@ class MainStream:
             self._leg.text = LegText()
             self.merging = Merging(self._leg.text, streaming=decision.streaming is True)
         self._leg.move(Signal.SCHEDULED, turn)
-        if decision.streaming is not False and self._environment.supervision.mode is Supervise.ANSWERS:
+        if decision.streaming is not False and self._environment.supervision.mode is Supervise.FIRST_EVENT:
             self._first_event.move(Signal.SCHEDULED, turn, decision)
 
     def _pass_request(self, turn: Turn, event: RequestBody | RequestTrailers) -> Outcome:

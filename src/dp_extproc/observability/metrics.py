@@ -17,12 +17,11 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from dp_extproc import __version__
+from dp_extproc.attempt.listener import Decided, LegFailed
 from dp_extproc.engines.listener import EngineFailure
-from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role
-from dp_extproc.extproc.exchange import Exchange
+from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import Freshness
-from dp_extproc.request.rejection import Reason
 from dp_extproc.sync.transport.replica import SyncStatus
 
 _DECISION_BUCKETS: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1)
@@ -64,29 +63,26 @@ class Telemetry:
         self._samples = Counter({url: count for url, count in self._samples.items() if url in urls})
         self._failures = Counter({key: count for key, count in self._failures.items() if key[0] in urls})
 
-    # --- streams ---
+    # --- attempts ---
 
-    def stream_opened(self) -> None:
+    def attempt_opened(self) -> None:
         self._streams += 1
 
-    def stream_closed(self) -> None:
+    def attempt_closed(self) -> None:
         self._streams -= 1
 
-    def decided(self, exchange: Exchange, seconds: float) -> None:
-        self._decisions[bisect_left(_DECISION_BUCKETS, seconds)] += 1
-        self._decision_seconds += seconds
-        if exchange.refusal is not None:
-            self._outcomes[exchange.refusal.value] += 1
-        else:
-            self._outcomes["routed" if exchange.is_routed else "answered"] += 1
+    def decided(self, decided: Decided) -> None:
+        self._decisions[bisect_left(_DECISION_BUCKETS, decided.seconds)] += 1
+        self._decision_seconds += decided.seconds
+        self._outcomes[decided.outcome] += 1
 
-    def leg_failed(self, leg: Role, reason: Reason, *, retried: bool) -> None:
-        self._leg_failures[leg.value, reason.value, "yes" if retried else "no"] += 1
+    def leg_failed(self, failed: LegFailed) -> None:
+        self._leg_failures[failed.leg.value, failed.reason.value, "yes" if failed.retried else "no"] += 1
 
-    def leg_unseen(self) -> None:
+    def leg_missing(self) -> None:
         self._unseen_legs += 1
 
-    def served_elsewhere(self) -> None:
+    def destination_mismatch(self) -> None:
         self._served_elsewhere += 1
 
     # --- scrapes ---

@@ -9,10 +9,11 @@ from functools import partial
 from random import Random
 from typing import Any, Final
 
+from dp_extproc.attempt.failures import RetryBudget
+from dp_extproc.attempt.gateways import BundledEnvoy, EndpointPicker
 from dp_extproc.background import Guard
 from dp_extproc.config import Config, Protocol, RetrySettings, Supervise
 from dp_extproc.engines.credentials import Credentials
-from dp_extproc.extproc.retries import RetryBudget
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.fleet.discovery.static import endpoints_of
 from dp_extproc.fleet.monitor import Scraper
@@ -82,14 +83,13 @@ class Components:
         picks = config.protocol is Protocol.ENDPOINT_PICKER
         self.service = ExtProcService(
             self._dispatcher,
-            self.telemetry,
+            (self.telemetry,),
+            gateway=EndpointPicker(config.envoy.session_header) if picks else BundledEnvoy(),
             supervision=config.supervision,
             budget=RetryBudget(RetrySettings(attempts=1) if picks else config.retry),
             queue=self._queue,
             max_body=config.envoy.max_body_bytes,
             clock=clock,
-            picks=picks,
-            session_header=config.envoy.session_header,
         )
         self._scraper = Scraper(
             endpoints, config.load, self.telemetry, clock=clock, rng=rng, guard=guard, credentials=self._credentials
