@@ -12,7 +12,6 @@ ROOT = Path(dp_extproc.__file__).parent
 CORE = [
     *("contract.py", "config", "request", "response", "engines", "estimators", "prefix_cache", "load", "scheduling"),
     *("attempt", "sync"),
-    *(f"extproc/{name}.py" for name in ("exchange", "old_replies", "supervision", "retries")),
     *("lab/workload", "lab/engine/scheduler", "lab/engine/text.py"),
     *(f"lab/simulate/{name}.py" for name in ("fleet", "servers", "simulation", "routers", "settings", "outcome")),
     *(f"lab/demo/{name}.py" for name in ("jobs", "estimate")),

@@ -10,6 +10,7 @@ import grpc
 import pytest
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import ProcessingModeBodySendMode as Mode
 
+from attempt.attempts import Exchange
 from dp_extproc import contract
 from dp_extproc.attempt.events import BodyMode, Mutate, Phase, RequestBody, RequestHeaders
 from dp_extproc.engines.model import Role
@@ -17,7 +18,6 @@ from dp_extproc.load.in_flight import InFlight
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Rejection
 from dp_extproc.scheduling.decision import Answer, Decision, Queued, RequestContext
-from extproc.attempts import Exchange
 from extproc.wire import (
     POST,
     Server,

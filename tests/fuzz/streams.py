@@ -12,7 +12,7 @@ from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest, 
 from hypothesis import strategies as st
 
 from dp_extproc import contract
-from dp_extproc.config.reliability import AdmissionSettings, QueueSettings, SupervisionSettings
+from dp_extproc.config.reliability import QueueSettings, SupervisionSettings
 from dp_extproc.engines.model import Role
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.scheduling.admission import AdmissionQueue
@@ -229,7 +229,7 @@ class Stage:
     _current: dict[tuple[int, str], _Open] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, supervision: SupervisionSettings, make: Any = None, **limits: int) -> "Stage":
+    def build(cls, supervision: SupervisionSettings) -> "Stage":
         """Build it in the running loop, with two servers of each role and little room on each."""
         clock = asyncio.get_running_loop().time
         fleet = Fleet(prefills=[make_facts(Role.PREFILL)] * 2, decodes=[make_facts(Role.DECODE)] * 2)
@@ -243,10 +243,10 @@ class Stage:
             clock=clock,
             queue=queue,
             sees_first_events=True,
-            admission=AdmissionSettings.model_validate(limits),
         )
-        more: dict[str, Any] = {"supervision": supervision, "queue": queue, "max_body": MAX_BODY, "clock": clock}
-        service = ExtProcService(dispatcher, (Watcher(),), **more) if make is None else make(dispatcher, **more)
+        service = ExtProcService(
+            dispatcher, (Watcher(),), supervision=supervision, queue=queue, max_body=MAX_BODY, clock=clock
+        )
         return cls(fleet, service, queue)
 
     async def play(self, step: Say | End | Wait) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from attempt.attempts import Exchange
 from dp_extproc.attempt.events import BodyMode, Mutate, RequestBody, RequestHeaders
 from dp_extproc.config.load import LoadSignal
 from dp_extproc.config.reliability import AdmissionSettings, QueueSettings
@@ -18,7 +19,6 @@ from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.admission import AdmissionQueue
 from dp_extproc.scheduling.decision import Decision, Queued, RequestContext, SchedulingResult
 from dp_extproc.scheduling.scheduler import Scheduler
-from extproc.attempts import Exchange
 from fleet_fixtures import Fleet, make_endpoint, make_facts, make_tokens
 
 CAPACITY, RUNNING = 1000, 2

@@ -6,21 +6,14 @@ status OK lets the rest of the answer pass.
 
 import asyncio
 from contextlib import suppress
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import grpc.aio
 
+from dp_extproc.attempt.main_stream import MainStream
+
 _SECONDS: Final = 5.0
 """For all streams to end. Thousands end in less than one."""
-
-
-class Passing(Protocol):
-    """A main stream, as far as its end matters."""
-
-    @property
-    def is_routed(self) -> bool: ...
-    @property
-    def passes_alone(self) -> bool: ...
 
 
 class OpenStreams:
@@ -29,17 +22,17 @@ class OpenStreams:
     __slots__ = ("_ending", "_is_leaving", "_none_is_ending", "_reads")
 
     def __init__(self) -> None:
-        self._reads: dict[asyncio.Timeout, Passing] = {}
+        self._reads: dict[asyncio.Timeout, MainStream] = {}
         """What waits for a next message."""
         self._ending = 0
         self._none_is_ending = asyncio.Event()
         self._is_leaving = False
 
-    def may_end(self, stream: Passing) -> bool:
+    def may_end(self, stream: MainStream) -> bool:
         """Tell whether a stream is to end, and whatever belongs to its request is to go on without it."""
         return self._is_leaving and stream.passes_alone
 
-    async def read(self, stream: Passing, context: grpc.aio.ServicerContext) -> Any:
+    async def read(self, stream: MainStream, context: grpc.aio.ServicerContext) -> Any:
         """Read the next message; EOF also if the stream is to end."""
         if not stream.is_routed:
             return await context.read()

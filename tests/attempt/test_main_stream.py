@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from attempt.attempts import Exchange
 from dp_extproc import contract
 from dp_extproc.attempt.attempt import ProtocolViolationError
 from dp_extproc.attempt.events import (
@@ -32,7 +33,6 @@ from dp_extproc.load.in_flight import InFlight
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.decision import Answer, Decision
-from extproc.attempts import Exchange
 
 MAX_BODY = 4 * CHUNK_BYTES
 POST = {":method": "POST", ":path": "/generate"}

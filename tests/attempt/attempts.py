@@ -43,7 +43,7 @@ def make_environment(
         supervision=supervision,
         max_body=max_body,
         body_pause=BODY_PAUSE,
-        clock=lambda: 0.0,
+        clock=lambda: 1e6,
     )
 
 

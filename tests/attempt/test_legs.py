@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from attempt.attempts import make_environment
 from dp_extproc import contract
 from dp_extproc.attempt.attempt import Attempt
 from dp_extproc.attempt.events import (
@@ -38,7 +39,6 @@ from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason
 from dp_extproc.response.first_event import EngineError
 from dp_extproc.scheduling.decision import Decision, RequestContext, SchedulingResult
-from extproc.attempts import make_environment
 from extproc.wire import Watcher
 from fleet_fixtures import Fleet, make_facts
 
