@@ -8,7 +8,6 @@ from typing import Any, Final
 import pytest
 
 from attempt.attempts import BODY_PAUSE, make_environment
-from dp_extproc.attempt import first_event_watch, main_stream, prefill_leg
 from dp_extproc.attempt.attempt import Attempt, ProtocolViolationError
 from dp_extproc.attempt.events import (
     BodyMode,
@@ -29,6 +28,9 @@ from dp_extproc.attempt.events import (
     ResponseTrailers,
     RoomFreed,
 )
+from dp_extproc.attempt.first_event_watch import FirstEventWatch
+from dp_extproc.attempt.main_stream import MainStream
+from dp_extproc.attempt.prefill_leg import PrefillLeg
 from dp_extproc.attempt.transitions import FIRST_EVENT, LEG, MAIN, FirstState, LegState, MainState, Outcome
 from dp_extproc.config.reliability import Supervise, SupervisionSettings
 from dp_extproc.engines.model import Role
@@ -177,13 +179,9 @@ class Recorder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.found: set[tuple[str, Any, Outcome]] = set()
-        for module, attribute, table in (
-            (main_stream, "MAIN", "main"),
-            (prefill_leg, "LEG", "leg"),
-            (first_event_watch, "FIRST_EVENT", "first event"),
-        ):
-            rows = {key: _Row(row, table, key, self.found) for key, row in TABLES[table].items()}
-            monkeypatch.setattr(module, attribute, rows)
+        for machine, table in ((MainStream, "main"), (PrefillLeg, "leg"), (FirstEventWatch, "first event")):
+            steps = {key: (_Row(row, table, key, self.found), action) for key, (row, action) in machine._STEPS.items()}
+            monkeypatch.setattr(machine, "_STEPS", steps)
 
 
 class _Row(dict[Outcome, Any]):

@@ -34,6 +34,8 @@ ERROR_TEXT_SECONDS: Final = 2.0
 
 _MESSAGES: Final = frozenset(get_args(MainEvent))
 _LEG_EVENTS: Final = frozenset(get_args(LegEvent))
+_RULED: Final = frozenset({MainState.HELD, MainState.MERGING})
+"""States in which the main stream waits for another part of the attempt."""
 
 
 class ProtocolViolationError(Exception):
@@ -91,7 +93,8 @@ class Attempt:
             self.first_event.move(cause, turn, event)
         elif not self.main.move(cause, turn, event) and cause in _MESSAGES:
             raise ProtocolViolationError(f"{cause.__name__} is not expected in state {self.main.state.name}")
-        self._apply_rules(turn)
+        if turn.failure is not None or self.main.state in _RULED:
+            self._apply_rules(turn)
         return turn.commands
 
     def advance(self, now: float) -> list[Command]:

@@ -46,21 +46,18 @@ class Environment(Struct, frozen=True):
 class Effects:
     """The effects of one attempt."""
 
-    __slots__ = ("_answers", "_decode", "_endpoints", "_environment", "_in_flight", "_prefill")
+    __slots__ = ("_answers", "_decode", "_endpoints", "_environment", "_in_flight", "_prefill", "token")
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
+        self.token = ""
+        """Token of the prefill leg; empty if the attempt has none."""
         self._in_flight: InFlight | None = None
         self._prefill: EndpointLoad | None = None
         self._decode: EndpointLoad | None = None
         self._endpoints: list[EndpointLoad] = []
         self._answers: list[int] = []
         """Legs that each endpoint had served at the pick."""
-
-    @property
-    def token(self) -> str:
-        """Token of the prefill leg; empty if the attempt has none."""
-        return "" if self._in_flight is None else self._in_flight.leg
 
     # --- reservations ---
 
@@ -72,6 +69,7 @@ class Effects:
             is_first: Whether this is the first attempt of the request.
         """
         self._in_flight = in_flight
+        self.token = in_flight.leg
         self._prefill, self._decode = in_flight.prefill_endpoint, in_flight.decode_endpoint
         self._endpoints = [each for each in (self._prefill, self._decode) if each is not None]
         self._answers = [each.health.answers for each in self._endpoints]

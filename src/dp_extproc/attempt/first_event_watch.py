@@ -1,11 +1,10 @@
 """The first event of a streamed response as a state machine."""
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 from dp_extproc.attempt.events import FirstEventRead, ResponseHeaders, Turn
 from dp_extproc.attempt.failures import engine_error
-from dp_extproc.attempt.transitions import FIRST_EVENT, Cause, FirstState, Outcome, Signal
+from dp_extproc.attempt.transitions import FIRST_EVENT, Cause, FirstState, Outcome, Signal, bind
 from dp_extproc.engines.model import Role
 from dp_extproc.scheduling.decision import Decision
 
@@ -22,9 +21,10 @@ class FirstEventWatch:
 
     def move(self, cause: Cause, turn: Turn, event: Any) -> None:
         """Take the transition of a cause, if there is one in this state; the only place where the state is set."""
-        row = FIRST_EVENT.get((self.state, cause))
-        if row is not None:
-            self.state = row[self._ACTIONS[cause](self, turn, event)]
+        step = self._STEPS.get((self.state, cause))
+        if step is not None:
+            row, action = step
+            self.state = row[action(self, turn, event)]
 
     def _scheduled(self, _turn: Turn, decision: Decision) -> Outcome:
         self._is_unknown = decision.streaming is None
@@ -41,8 +41,11 @@ class FirstEventWatch:
         turn.failure = engine_error(Role.DECODE, error.status, error.body, message)
         return Outcome.FAILED
 
-    _ACTIONS: ClassVar[dict[Cause, Callable[["FirstEventWatch", Turn, Any], Outcome]]] = {
-        Signal.SCHEDULED: _scheduled,
-        ResponseHeaders: _headers,
-        FirstEventRead: _read,
-    }
+    _STEPS: ClassVar = bind(
+        FIRST_EVENT,
+        {
+            Signal.SCHEDULED: _scheduled,
+            ResponseHeaders: _headers,
+            FirstEventRead: _read,
+        },
+    )

@@ -19,7 +19,7 @@ class Earlier(Struct, frozen=True):
     """Address of the endpoint that dropped the last attempt, if that failure was not counted yet."""
 
 
-_FIRST: Final = Earlier()
+FIRST_ATTEMPT: Final = Earlier()
 
 
 class Gateway(Protocol):
@@ -79,7 +79,7 @@ class BundledEnvoy:
 
     def earlier(self, headers: Mapping[str, str]) -> Earlier:
         avoided = headers.get(contract.AVOID)
-        return Earlier(contract.read_failed(avoided), contract.read_cut(avoided)) if avoided else _FIRST
+        return Earlier(contract.read_failed(avoided), contract.read_cut(avoided)) if avoided else FIRST_ATTEMPT
 
     def destination(self, headers: Headers) -> tuple[Headers, str | None]:
         return headers, None
@@ -110,7 +110,7 @@ class EndpointPicker:
         return tuple(name for name in headers.keys() - self._read if not name.startswith("x-envoy-"))
 
     def earlier(self, headers: Mapping[str, str]) -> Earlier:  # noqa: ARG002 - no header is trusted
-        return _FIRST
+        return FIRST_ATTEMPT
 
     def destination(self, headers: Headers) -> tuple[Headers, str | None]:
         address = dict(headers)[contract.DECODE_HOST]

@@ -9,7 +9,7 @@ from enum import Enum, auto
 from typing import Final, Protocol
 
 from dp_extproc.attempt.events import BodyMode, RequestBody, RequestHeaders
-from dp_extproc.attempt.gateways import Gateway
+from dp_extproc.attempt.gateways import FIRST_ATTEMPT, Gateway
 from dp_extproc.request.path import Api, Lookup, read_path
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.admission import Ticket
@@ -96,7 +96,7 @@ class Intake:
         self.sees_response = gateway.holds_responses and mode is not BodyMode.DUPLEX
         """Whether Envoy sends the response body when asked for it; in duplex it ignores that."""
         self.untrusted: tuple[str, ...] = ()
-        self.earlier = gateway.earlier({})
+        self.earlier = FIRST_ATTEMPT
         self.has_trailers = False
         self.is_complete = mode is BodyMode.NONE
         """Whether no more of the request comes here."""

@@ -1,6 +1,5 @@
 """The main stream of an attempt as a state machine: the request, and the response that the client gets."""
 
-from collections.abc import Callable
 from typing import Any, ClassVar, Final
 
 from dp_extproc.attempt import replies
@@ -31,7 +30,7 @@ from dp_extproc.attempt.gateways import Headers
 from dp_extproc.attempt.intake import Intake, Ready
 from dp_extproc.attempt.merging import Merging
 from dp_extproc.attempt.prefill_leg import PrefillLeg
-from dp_extproc.attempt.transitions import MAIN, UNDECIDED, Cause, MainState, Outcome, Signal
+from dp_extproc.attempt.transitions import MAIN, UNDECIDED, Cause, MainState, Outcome, Signal, bind
 from dp_extproc.config.reliability import Supervise
 from dp_extproc.engines.model import Role
 from dp_extproc.load.in_flight import ERROR
@@ -123,10 +122,10 @@ class MainStream:
         Returns:
             Whether there is one in this state.
         """
-        row = MAIN.get((self.state, cause))
-        if row is None:
+        step = self._STEPS.get((self.state, cause))
+        if step is None:
             return False
-        action = self._ACTIONS.get((self.state, cause)) or self._ACTIONS[cause]
+        row, action = step
         self.state = row[action(self, turn, event)]
         return True
 
@@ -313,32 +312,34 @@ class MainStream:
     def _ignore(self, _turn: Turn, _event: Event) -> Outcome:
         return Outcome.UNCHANGED
 
-    _ACTIONS: ClassVar[dict[Cause | tuple[MainState, Cause], Callable[["MainStream", Turn, Any], Outcome]]] = {
-        RequestHeaders: _request_headers,
-        (MainState.BODY, RequestBody): _request_body,
-        (MainState.BODY, RequestTrailers): _request_body,
-        RequestBody: _pass_request,
-        RequestTrailers: _pass_request,
-        (MainState.ROUTED, ResponseHeaders): _response_headers,
-        ResponseHeaders: _pass_headers,
-        (MainState.ERROR_BODY, ResponseBody): _error_text,
-        (MainState.MERGING, ResponseBody): _keep_piece,
-        (MainState.MERGING, ResponseTrailers): _keep_piece,
-        ResponseBody: _response_piece,
-        ResponseTrailers: _response_piece,
-        (MainState.ANSWERED, RequestHeaders): _ignore,
-        (MainState.ANSWERED, RequestBody): _ignore,
-        (MainState.ANSWERED, RequestTrailers): _ignore,
-        (MainState.ANSWERED, ResponseHeaders): _ignore,
-        (MainState.ANSWERED, ResponseBody): _ignore,
-        (MainState.ANSWERED, ResponseTrailers): _ignore,
-        MainClosed: _closed,
-        RoomFreed: _room_freed,
-        QueueExpired: _queue_expired,
-        InternalError: _internal_error,
-        Signal.ADVANCE: _body_paused,
-        Signal.COMMIT: _commit,
-        Signal.ABANDON: _abandon,
-        Signal.TEXT_COMPLETE: _merge_pieces,
-    }
-    """The action of each cause, or of each cause in a state."""
+    _STEPS: ClassVar = bind(
+        MAIN,
+        {
+            RequestHeaders: _request_headers,
+            (MainState.BODY, RequestBody): _request_body,
+            (MainState.BODY, RequestTrailers): _request_body,
+            RequestBody: _pass_request,
+            RequestTrailers: _pass_request,
+            (MainState.ROUTED, ResponseHeaders): _response_headers,
+            ResponseHeaders: _pass_headers,
+            (MainState.ERROR_BODY, ResponseBody): _error_text,
+            (MainState.MERGING, ResponseBody): _keep_piece,
+            (MainState.MERGING, ResponseTrailers): _keep_piece,
+            ResponseBody: _response_piece,
+            ResponseTrailers: _response_piece,
+            (MainState.ANSWERED, RequestHeaders): _ignore,
+            (MainState.ANSWERED, RequestBody): _ignore,
+            (MainState.ANSWERED, RequestTrailers): _ignore,
+            (MainState.ANSWERED, ResponseHeaders): _ignore,
+            (MainState.ANSWERED, ResponseBody): _ignore,
+            (MainState.ANSWERED, ResponseTrailers): _ignore,
+            MainClosed: _closed,
+            RoomFreed: _room_freed,
+            QueueExpired: _queue_expired,
+            InternalError: _internal_error,
+            Signal.ADVANCE: _body_paused,
+            Signal.COMMIT: _commit,
+            Signal.ABANDON: _abandon,
+            Signal.TEXT_COMPLETE: _merge_pieces,
+        },
+    )

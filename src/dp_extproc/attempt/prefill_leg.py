@@ -1,13 +1,12 @@
 """The prefill leg of an attempt as a state machine."""
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar, Final
 
 from dp_extproc.attempt.effects import Effects
 from dp_extproc.attempt.events import Event, LegBody, LegClosed, LegHeaders, LegOpened, ToLeg, Turn
 from dp_extproc.attempt.failures import engine_error, failed
-from dp_extproc.attempt.transitions import LEG, UNOPENED, Cause, LegState, Outcome, Signal
+from dp_extproc.attempt.transitions import LEG, UNOPENED, Cause, LegState, Outcome, Signal, bind
 from dp_extproc.engines.model import Role
 from dp_extproc.load.in_flight import ERROR
 from dp_extproc.response.first_event import FirstEvent
@@ -67,10 +66,10 @@ class PrefillLeg:
         Returns:
             Whether there is one in this state.
         """
-        row = LEG.get((self.state, cause))
-        if row is None:
+        step = self._STEPS.get((self.state, cause))
+        if step is None:
             return False
-        action = self._ACTIONS.get((self.state, cause)) or self._ACTIONS[cause]
+        row, action = step
         self.state = row[action(self, turn, event)]
         return True
 
@@ -160,17 +159,19 @@ class PrefillLeg:
             turn.commands.append(ToLeg.CANCEL)
         return Outcome.CANCELLED
 
-    _ACTIONS: ClassVar[dict[Cause | tuple[LegState, Cause], Callable[["PrefillLeg", Turn, Any], Outcome]]] = {
-        Signal.SCHEDULED: _expect,
-        LegOpened: _opened,
-        (LegState.CANCELLED, LegOpened): _opened_too_late,
-        LegHeaders: _headers,
-        (LegState.CHECKING, LegBody): _first_event,
-        (LegState.ERROR_BODY, LegBody): _error_text,
-        (LegState.ERROR_BODY, LegClosed): _error_without_text,
-        (LegState.ERROR_BODY, Signal.ADVANCE): _error_without_text,
-        LegClosed: _cut,
-        Signal.ADVANCE: _missing,
-        Signal.CANCEL: _cancelled,
-    }
-    """The action of each cause, or of each cause in a state."""
+    _STEPS: ClassVar = bind(
+        LEG,
+        {
+            Signal.SCHEDULED: _expect,
+            LegOpened: _opened,
+            (LegState.CANCELLED, LegOpened): _opened_too_late,
+            LegHeaders: _headers,
+            (LegState.CHECKING, LegBody): _first_event,
+            (LegState.ERROR_BODY, LegBody): _error_text,
+            (LegState.ERROR_BODY, LegClosed): _error_without_text,
+            (LegState.ERROR_BODY, Signal.ADVANCE): _error_without_text,
+            LegClosed: _cut,
+            Signal.ADVANCE: _missing,
+            Signal.CANCEL: _cancelled,
+        },
+    )

@@ -5,9 +5,9 @@ returns an outcome; the table alone gives the next state. Main-stream messages t
 ext_proc protocol. Every other cause that is not in a table has no effect on that machine.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum, auto
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from dp_extproc.attempt.events import (
     FirstEventRead,
@@ -122,10 +122,11 @@ class Outcome(IntEnum):
     UNSUPERVISED = auto()
 
 
-_S = TypeVar("_S", MainState, LegState)
+_S = TypeVar("_S", MainState, LegState, FirstState)
 Cause = type | Signal
 Row = Mapping[Outcome, _S]
 Table = dict[tuple[_S, Cause], Row[_S]]
+_Step = tuple[Row[_S], Callable[..., Outcome]]
 
 
 def _same(states: Iterable[_S], *causes: Cause) -> Table[_S]:
@@ -224,7 +225,7 @@ LEG: Final[Table[LegState]] = {
     (LegState.CANCELLED, LegOpened): {Outcome.CANCELLED: LegState.CANCELLED},
 }
 
-FIRST_EVENT: Final[dict[tuple[FirstState, Cause], Mapping[Outcome, FirstState]]] = {
+FIRST_EVENT: Final[Table[FirstState]] = {
     (FirstState.CLEAR, Signal.SCHEDULED): {Outcome.AWAITS_EVENT: FirstState.PENDING},
     (FirstState.PENDING, ResponseHeaders): {
         Outcome.UNCHANGED: FirstState.PENDING,
@@ -232,3 +233,11 @@ FIRST_EVENT: Final[dict[tuple[FirstState, Cause], Mapping[Outcome, FirstState]]]
     },
     (FirstState.PENDING, FirstEventRead): {Outcome.DONE: FirstState.CLEAR, Outcome.FAILED: FirstState.CLEAR},
 }
+
+
+def bind(table: Table[_S], actions: Mapping[Any, Callable[..., Outcome]]) -> Mapping[tuple[_S, Cause], _Step[_S]]:
+    """Give each row of a table its action: that of the cause in this state, else that of the cause."""
+    return {
+        (state, cause): (row, actions[state, cause] if (state, cause) in actions else actions[cause])
+        for (state, cause), row in table.items()
+    }

@@ -181,14 +181,15 @@ class ExtProcService:
         """Have an attempt receive an event that may settle where the request goes."""
         attempt = streams.attempt
         commands = self._let(streams, event)
-        if attempt.token:
-            self._registry.add(streams)  # before the leg can open
-        if streams.waiting is not None and not attempt.main.is_queued:
-            streams.waiting.leave()
-            streams.waiting = None
-        for command in commands:
-            if isinstance(command, Enqueue) and self._queue is not None:
-                streams.waiting = Waiting(self._queue, command, partial(self._go_on, streams))
+        if not streams.token and (token := attempt.token):
+            self._registry.name(streams, token)  # before the leg can open
+        if streams.waiting is not None:
+            if not attempt.main.is_queued:
+                streams.waiting.leave()
+                streams.waiting = None
+        elif self._queue is not None and attempt.main.is_queued:
+            (place,) = (command for command in commands if isinstance(command, Enqueue))
+            streams.waiting = Waiting(self._queue, place, partial(self._go_on, streams))
         return commands
 
     def _go_on(self, streams: Streams, event: RoomFreed | QueueExpired) -> None:

@@ -81,11 +81,13 @@ class MirroredLeg(Writer):
 class Streams:
     """The open streams of one attempt."""
 
-    __slots__ = ("_tasks", "attempt", "leg", "main", "waiting")
+    __slots__ = ("_tasks", "attempt", "leg", "main", "token", "waiting")
 
     def __init__(self, attempt: Attempt, main: Writer) -> None:
         self.attempt = attempt
         self.main = main
+        self.token = ""
+        """Token of the leg, once streams can find the attempt by it."""
         self.leg: MirroredLeg | None = None
         self.waiting: Waiting | None = None
         """The place of the request in the admission queue."""
@@ -99,7 +101,7 @@ class Streams:
             own: The stream whose coroutine this is. Envoy may cancel it at any time, also in the middle of a write;
                 that must not keep the other streams from what is meant for them.
         """
-        if replies := self.post(commands, own):
+        if commands and (replies := self.post(commands, own)):
             await own.write(replies)
 
     def post(self, commands: list[Command], own: Writer | None = None) -> list[Reply]:
@@ -108,14 +110,20 @@ class Streams:
         Returns:
             What is meant for *own*.
         """
-        main, leg = self.main, self.leg
-        to_main = [command for command in commands if not isinstance(command, ToLeg | Enqueue)]
-        to_leg = [] if leg is None else [leg.reply_to(each) for each in commands if isinstance(each, ToLeg)]
-        if to_main and main is not own:
-            self._write(main, to_main)
-        if leg is not None and to_leg and leg is not own:
+        leg = self.leg
+        to_main: list[Reply] = []
+        to_leg: list[Reply] = []
+        for command in commands:
+            if isinstance(command, ToLeg):
+                if leg is not None:
+                    to_leg.append(leg.reply_to(command))
+            elif not isinstance(command, Enqueue):
+                to_main.append(command)
+        if to_main and own is not self.main:
+            self._write(self.main, to_main)
+        if to_leg and leg is not None and own is not leg:
             self._write(leg, to_leg)
-        return to_main if own is main else to_leg
+        return to_main if own is self.main else to_leg
 
     def _write(self, writer: Writer, replies: list[Reply]) -> None:
         task = asyncio.create_task(_write(writer, replies))
@@ -148,10 +156,13 @@ class Registry:
         return iter(list(self._all))
 
     def add(self, streams: Streams) -> None:
-        """Add an attempt, or the token that it has got."""
+        """Add an attempt."""
         self._all[streams] = None
-        if token := streams.attempt.token:
-            self._by_token[token] = streams
+
+    def name(self, streams: Streams, token: str) -> None:
+        """Let the leg of an attempt find it."""
+        streams.token = token
+        self._by_token[token] = streams
 
     def find(self, token: str) -> Streams | None:
         """Find the attempt of a leg."""
@@ -160,4 +171,4 @@ class Registry:
     def discard(self, streams: Streams) -> None:
         """Remove an attempt that gets no other stream."""
         self._all.pop(streams, None)
-        self._by_token.pop(streams.attempt.token, None)
+        self._by_token.pop(streams.token, None)
