@@ -7,9 +7,9 @@ from itertools import count
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.load.in_flight import ERROR, NOBODY, InFlight, InFlightListener, nothing
+from dp_extproc.load.rank import Reservation
 from dp_extproc.load.records import PlacementRecord
 from dp_extproc.load.request_cost import RequestCost
-from dp_extproc.load.step_group import Reservation
 
 
 class InFlightTracker:
