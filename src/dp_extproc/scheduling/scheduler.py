@@ -18,7 +18,7 @@ from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.load.health import choose
 from dp_extproc.load.in_flight import NOBODY, InFlightListener, nothing
 from dp_extproc.load.rank import RankLoad
-from dp_extproc.load.request_cost import SESSION_KEPT, RequestCost
+from dp_extproc.load.records import SESSION_KEPT, RequestCost
 from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix, prefix_of
 from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated
