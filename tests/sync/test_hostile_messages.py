@@ -65,7 +65,7 @@ class Target:
     async def run(self, listener: Listener) -> None: ...
 
     def count(self, kind: str) -> int:
-        return self.replica.status().counts[kind]
+        return self.replica.status().anomalies[kind]
 
     def live(self, seconds: float) -> None:
         """Let time pass, engines be read and a request be placed; then look at both pages."""
@@ -179,7 +179,7 @@ def test_a_number_that_cannot_be_is_garbage(place: tuple[int | str, ...], number
     data = HEADER + msgspec.msgpack.encode(replaced(told, place, number))
 
     assert decode(HEADER + msgspec.msgpack.encode(told)) == batch(1)
-    assert decode(data) is Unreadable.GARBAGE
+    assert decode(data) is Unreadable.UNDECODABLE
 
 
 @pytest.mark.parametrize(
@@ -197,12 +197,12 @@ def test_a_number_that_cannot_be_is_garbage(place: tuple[int | str, ...], number
 )
 def test_what_is_not_well_formed_is_garbage(data: bytes) -> None:
     """However it is built: it takes neither an error nor memory."""
-    assert decode(data) is Unreadable.GARBAGE
+    assert decode(data) is Unreadable.UNDECODABLE
 
 
 def test_every_hostile_message_is_garbage() -> None:
     """So are those that other tests send over real buses."""
-    assert {decode(data) for data in hostile_messages(dispatch())} == {Unreadable.GARBAGE}
+    assert {decode(data) for data in hostile_messages(dispatch())} == {Unreadable.UNDECODABLE}
 
 
 def test_a_prompt_has_no_more_cached_than_it_has() -> None:

@@ -48,13 +48,13 @@ def test_every_message_survives_the_way(message: Message) -> None:
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        (b"", Unreadable.GARBAGE),
-        (b"hello", Unreadable.GARBAGE),
-        (encode(Ask("a", None))[:-1], Unreadable.GARBAGE),
-        (encode(Ask("a", None)) + b"x", Unreadable.GARBAGE),
-        (b"dpx\x01\x93\x00", Unreadable.GARBAGE),
-        (b"dpx", Unreadable.OTHER_VERSION),
-        (b"dpx" + bytes([VERSION + 1]) + b"whatever", Unreadable.OTHER_VERSION),
+        (b"", Unreadable.UNDECODABLE),
+        (b"hello", Unreadable.UNDECODABLE),
+        (encode(Ask("a", None))[:-1], Unreadable.UNDECODABLE),
+        (encode(Ask("a", None)) + b"x", Unreadable.UNDECODABLE),
+        (b"dpx\x01\x93\x00", Unreadable.UNDECODABLE),
+        (b"dpx", Unreadable.VERSION_MISMATCH),
+        (b"dpx" + bytes([VERSION + 1]) + b"whatever", Unreadable.VERSION_MISMATCH),
     ],
     ids=["nothing", "text", "cut", "longer", "no_message", "no_version", "newer"],
 )
@@ -73,7 +73,7 @@ def test_a_prompt_whose_blocks_do_not_fit_is_garbage(ends: tuple[int, ...]) -> N
     prefix["ends"] = ends
 
     assert isinstance(fits, Batch)
-    assert decode(header + msgspec.msgpack.encode(told)) is Unreadable.GARBAGE
+    assert decode(header + msgspec.msgpack.encode(told)) is Unreadable.UNDECODABLE
 
 
 @given(st.binary(max_size=200))
