@@ -205,7 +205,7 @@ class LoadCache:
                 page.prompt_tokens,
                 started,
                 idle=host is not None and not host.reserved_requests,
-                strangers=host is not None and host.has_external_requests,
+                external=host is not None and host.has_external_requests,
             )
         self._made_room()
 

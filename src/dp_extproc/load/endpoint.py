@@ -164,7 +164,7 @@ class EndpointLoad:
     @property
     def tpot(self) -> float | None:
         """How long a token takes here, if this is known."""
-        told = [group.pace.told for group in self.groups if isinstance(group, DecodeGroup)]
+        told = [group.pace.reported for group in self.groups if isinstance(group, DecodeGroup)]
         known = [tpot for tpot in told if tpot is not None]
         return sum(known) / len(known) if known else None
 
@@ -260,7 +260,7 @@ def compare_pace(hosts: Iterable[EndpointLoad]) -> None:
     if (found := compare([group.pace for group in groups])) is not None:
         usual, slow = found
         for group, slowness in zip(groups, slow, strict=True):
-            group.is_usual(usual, slowness)
+            group.compare_with(usual, slowness)
 
 
 def _candidate(host: EndpointLoad, ranks: Sequence[RankLoad]) -> Candidate:

@@ -97,7 +97,7 @@ class InFlightTracker:
         """Learn from a prompt that was computed, whoever has sent it."""
         ratio = self._fleet.ratios.get(host.pool)  # the pool may be configured no more
         if status < ERROR and ratio is not None:
-            ratio.answered(host.url, cost.text_bytes, cost.known_tokens)
+            ratio.computed(host.url, cost.text_bytes, cost.known_tokens)
 
     def _note_prefix(self, side: Target, cost: RequestCost) -> None:
         """Take note that a rank is going to hold the KV cache of a prompt."""
