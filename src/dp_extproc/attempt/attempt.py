@@ -36,6 +36,8 @@ _MESSAGES: Final = frozenset(get_args(MainEvent))
 _LEG_EVENTS: Final = frozenset(get_args(LegEvent))
 _RULED: Final = frozenset({MainState.HELD, MainState.MERGING})
 """States in which the main stream waits for another part of the attempt."""
+_UNSETTLED: Final = frozenset({LegState.OPEN, LegState.CHECKING, LegState.ERROR_BODY})
+"""States in which something of the prefill leg is awaited that may take too long."""
 
 
 class ProtocolViolationError(Exception):
@@ -110,6 +112,8 @@ class Attempt:
     @property
     def deadline(self) -> float:
         """The earliest moment behind which :meth:`advance` has something to do."""
+        if self.main.state is MainState.RESPONDING and self.leg.state not in _UNSETTLED:
+            return math.inf  # as most attempts are for most of the time
         return min((deadline for deadline, _ in self._deadlines()), default=math.inf)
 
     @property

@@ -125,10 +125,10 @@ class ExtProcService:
             self._open.end_some()
             for streams in self._registry:
                 attempt = streams.attempt
-                if attempt.is_closed and now > attempt.leg.late_until:
-                    self._registry.discard(streams)
-                elif attempt.deadline < now:
+                if attempt.deadline < now:
                     streams.post(self._let(streams, None))
+                elif attempt.is_closed and now > attempt.leg.late_until:
+                    self._registry.discard(streams)
 
     async def process(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         """Serve one stream to its end."""
