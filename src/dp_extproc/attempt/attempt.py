@@ -151,9 +151,9 @@ class Attempt:
         """Give what is awaited, the most important first: until when, and what follows after that."""
         main, state = self.main, self.main.state
         if state is MainState.BODY:
-            yield main.body_at + self._body_pause, self._give_up_body
+            yield main.body_at + self._body_pause, lambda turn: main.move(Signal.ADVANCE, turn)
         elif main.merging is not None and state is MainState.MERGING:
-            yield main.merging.since + TEXT_SECONDS, self._give_up_text
+            yield main.merging.since + TEXT_SECONDS, lambda turn: main.move(Signal.TEXT_COMPLETE, turn)
         if state >= MainState.ROUTED and not self.leg.is_over:
             yield from self._supervision_deadlines()
 
@@ -169,7 +169,7 @@ class Attempt:
         if (since := self._first_token_since()) is not None:
             yield since + settings.first_token_timeout, self._give_up_first_token
         if main.state is MainState.HELD and leg.state is LegState.AWAITED:
-            yield main.held_at + LEG_OPENS_SECONDS, self._give_up_waiting
+            yield main.held_at + LEG_OPENS_SECONDS, lambda turn: leg.move(Signal.ADVANCE, turn)
         if main.state is MainState.HELD and not main.is_extended:
             yield main.held_at + EXTEND_AFTER_SECONDS, main.extend
 
@@ -184,12 +184,6 @@ class Attempt:
         if self.leg.state in {LegState.AWAITED, LegState.MISSING}:
             return self.main.picked_at + self._supervision.prefill_timeout
         return self.leg.done_at
-
-    def _give_up_body(self, turn: Turn) -> None:
-        self.main.move(Signal.ADVANCE, turn)
-
-    def _give_up_text(self, turn: Turn) -> None:
-        self.main.move(Signal.TEXT_COMPLETE, turn)
 
     def _give_up_leg_error(self, turn: Turn) -> None:
         self.leg.move(Signal.ADVANCE, turn)
@@ -207,6 +201,3 @@ class Attempt:
     def _give_up_first_token(self, turn: Turn) -> None:
         seconds = self._supervision.first_token_timeout
         self._fail(turn, timed_out(Role.DECODE, f"no token came within {seconds:g} s after prefill"))
-
-    def _give_up_waiting(self, turn: Turn) -> None:
-        self.leg.move(Signal.ADVANCE, turn)

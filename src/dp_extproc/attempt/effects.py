@@ -62,12 +62,7 @@ class Effects:
     # --- reservations ---
 
     def open(self, in_flight: InFlight, *, is_first: bool) -> None:
-        """Follow the reservations that scheduling has opened.
-
-        Args:
-            in_flight: The reservations.
-            is_first: Whether this is the first attempt of the request.
-        """
+        """Follow the reservations that scheduling has opened."""
         self._in_flight = in_flight
         self.token = in_flight.leg
         self._prefill, self._decode = in_flight.prefill_endpoint, in_flight.decode_endpoint
@@ -77,13 +72,7 @@ class Effects:
             self._environment.budget.earn()
 
     def first_byte(self, status: int, served: str | None, now: float) -> None:
-        """Note that the response headers have arrived.
-
-        Args:
-            status: Status of the response.
-            served: Address of the endpoint that served the request, where the gateway reports it.
-            now: Monotonic seconds.
-        """
+        """Note that the response headers have arrived, from *served* where the gateway reports it."""
         if self._in_flight is not None:
             self._in_flight.first_byte(status, now)
         if served is not None and self._decode is not None and served != self._decode.address:
@@ -124,25 +113,16 @@ class Effects:
     # --- retry budget and listener ---
 
     def retry_lost(self, address: str, attempts: int) -> bool:
-        """Count an attempt that Envoy has repeated by itself, because an endpoint has dropped it.
-
-        Args:
-            address: Address of the endpoint.
-            attempts: Attempts of the request so far, without the present one.
+        """Count an attempt that an endpoint has dropped, and that Envoy has repeated by itself.
 
         Returns:
-            Whether the retry budget allows the present one.
+            Whether the retry budget allows the present attempt.
         """
         self._environment.decider.lost(address)
         return self._spend(Role.DECODE, Reason.DECODE_FAILED, attempts)
 
     def retry_headers(self, leg: Role, reason: Reason, attempts: int) -> Headers:
         """Take a retry from the budget.
-
-        Args:
-            leg: The leg that has failed.
-            reason: The reason of its failure.
-            attempts: Attempts of the request so far.
 
         Returns:
             The headers by which the bundled Envoy schedules the request again; none if the client gets the error.

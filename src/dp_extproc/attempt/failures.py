@@ -35,11 +35,7 @@ class RetryBudget:
         self._left = min(self._left + self._settings.budget, self._settings.burst)
 
     def spend(self, attempts: int) -> bool:
-        """Take a retry if there is one left for a request that has failed.
-
-        Args:
-            attempts: Attempts of the request so far, the failed one included.
-        """
+        """Take a retry, if one is left for a request that has failed in so many attempts."""
         if attempts >= self._settings.attempts or self._left < 1:
             return False
         self._left -= 1
@@ -91,14 +87,7 @@ def timed_out(leg: Role, message: str) -> Failure:
 
 
 def engine_error(leg: Role, status: int, text: bytes, message: str) -> Failure:
-    """Make the failure that an engine's error means.
-
-    Args:
-        leg: The leg of the engine.
-        status: 400 or more.
-        text: Body of the error.
-        message: Message for the client if the engine is at fault.
-    """
+    """Make the failure that an engine's error of 400 or more means; the message is for one of 500 or more."""
     if status >= FAILED:
         return failed(leg, message, text)
     refused = f"the engine answered {status}"

@@ -1,7 +1,7 @@
 """The two kinds of gateways: whose headers are trusted, and what a gateway lets the service do."""
 
 from collections.abc import Mapping
-from typing import Final, Protocol
+from typing import Final
 
 from msgspec import Struct
 
@@ -22,66 +22,31 @@ class Earlier(Struct, frozen=True):
 FIRST_ATTEMPT: Final = Earlier()
 
 
-class Gateway(Protocol):
-    """What differs between the gateways that send requests here."""
-
-    @property
-    def holds_responses(self) -> bool:
-        """Whether a response may be held, replaced by an error, and retried."""
-
-    @property
-    def opens_leg_streams(self) -> bool:
-        """Whether prefill legs and first events have streams of their own, named in the initial metadata."""
-
-    @property
-    def names_subsets(self) -> bool:
-        """Whether the metadata of a request may name the endpoints that it can go to."""
-
-    @property
-    def passes_other_paths(self) -> bool:
-        """Whether requests that the service does not read go to any endpoint."""
-
-    @property
-    def session_header(self) -> str | None:
-        """The header that names the conversation; None for none."""
-
-    def untrusted(self, headers: Mapping[str, str]) -> tuple[str, ...]:
-        """Name the headers that a client must not have set, so that they are removed."""
-        ...
-
-    def earlier(self, headers: Mapping[str, str]) -> Earlier:
-        """Read the earlier attempts of a request."""
-        ...
-
-    def destination(self, headers: Headers) -> tuple[Headers, str | None]:
-        """Write where a request goes.
-
-        Args:
-            headers: Headers of a decision, with :data:`.contract.DECODE_HOST`.
-
-        Returns:
-            The headers to set, and the ``IP:port`` for the metadata of the gateway's load balancing.
-        """
-        ...
-
-
 class BundledEnvoy:
     """The Envoy that ``envoy-config`` prints. It removes from clients' requests every header that it sets itself."""
 
     holds_responses = True
+    """Whether a response may be held, replaced by an error, and retried."""
     opens_leg_streams = True
+    """Whether prefill legs and first events have streams of their own, named in the initial metadata."""
     names_subsets = False
+    """Whether the metadata of a request may name the endpoints that it can go to."""
     passes_other_paths = False
+    """Whether requests that the service does not read go to any endpoint."""
     session_header: str | None = contract.SESSION
+    """The header that names the conversation; None for none."""
 
     def untrusted(self, headers: Mapping[str, str]) -> tuple[str, ...]:
+        """Name the headers that a client must not have set, so that they are removed."""
         return tuple(headers.keys() - contract.READ_FROM_REQUESTS)
 
     def earlier(self, headers: Mapping[str, str]) -> Earlier:
+        """Read the earlier attempts of a request."""
         avoided = headers.get(contract.AVOID)
         return Earlier(contract.read_failed(avoided), contract.read_cut(avoided)) if avoided else FIRST_ATTEMPT
 
     def destination(self, headers: Headers) -> tuple[Headers, str | None]:
+        """Write where a request goes: headers, and the ``IP:port`` for the metadata of the load balancing."""
         return headers, None
 
 
@@ -97,11 +62,7 @@ class EndpointPicker:
     passes_other_paths = True
 
     def __init__(self, session_header: str | None = None) -> None:
-        """Set up.
-
-        Args:
-            session_header: The clients' header that names a conversation; the bundled Envoy copies it instead.
-        """
+        """Set up; the clients' header that names a conversation comes here itself."""
         self.session_header = session_header
         self._read = contract.READ_BEHIND_OTHERS | {session_header}
 
@@ -116,3 +77,6 @@ class EndpointPicker:
         address = dict(headers)[contract.DECODE_HOST]
         others = (each for each in headers if each[0] != contract.DECODE_HOST)
         return ((contract.DESTINATION, address), *others), address.decode()
+
+
+Gateway = BundledEnvoy | EndpointPicker

@@ -104,11 +104,7 @@ class Intake:
         """The place of the request in the admission queue; None if it never had to wait."""
 
     def read_headers(self, event: RequestHeaders) -> Ready | Decision | Answer | Rejection:
-        """Read the request headers.
-
-        Returns:
-            What an inference request needs next; the answer to every other request.
-        """
+        """Give what an inference request needs next; the answer to every other request."""
         headers, gateway = event.headers, self._gateway
         self.is_complete = self.is_complete or event.end_of_stream
         self.untrusted = gateway.untrusted(headers)
@@ -157,11 +153,7 @@ class Intake:
         return Ready.FOR_SCHEDULING
 
     def schedule(self, ticket: Ticket | None) -> SchedulingResult:
-        """Schedule the complete request.
-
-        Args:
-            ticket: The place of the request in the admission queue; None if it has none.
-        """
+        """Schedule the complete request, which may have a place in the admission queue."""
         context = RequestContext(self._session, self.earlier.failed, ticket, self._subset, self.sees_response)
         if self.queued is not None:
             result = self._decider.place_queued(self.queued, context)

@@ -66,16 +66,6 @@ class MainStream:
         leg: PrefillLeg,
         first_event: FirstEventWatch,
     ) -> None:
-        """Set up.
-
-        Args:
-            environment: Collaborators and settings.
-            effects: The effects of the attempt.
-            intake: The collected request.
-            response_mode: How Envoy sends the response body.
-            leg: The prefill leg of the attempt.
-            first_event: The first event of the response.
-        """
         self._environment = environment
         self._effects = effects
         self._intake = intake
@@ -117,11 +107,7 @@ class MainStream:
         return passes and self._intake.is_complete and not sees_body
 
     def move(self, cause: Cause, turn: Turn, event: Any = None) -> bool:
-        """Take the transition of a cause; the only place where the state is set.
-
-        Returns:
-            Whether there is one in this state.
-        """
+        """Take the transition of a cause, if there is one in this state; the only place where the state is set."""
         step = self._STEPS.get((self.state, cause))
         if step is None:
             return False
@@ -327,12 +313,9 @@ class MainStream:
             (MainState.MERGING, ResponseTrailers): _keep_piece,
             ResponseBody: _response_piece,
             ResponseTrailers: _response_piece,
-            (MainState.ANSWERED, RequestHeaders): _ignore,
-            (MainState.ANSWERED, RequestBody): _ignore,
-            (MainState.ANSWERED, RequestTrailers): _ignore,
-            (MainState.ANSWERED, ResponseHeaders): _ignore,
-            (MainState.ANSWERED, ResponseBody): _ignore,
-            (MainState.ANSWERED, ResponseTrailers): _ignore,
+            **dict.fromkeys(
+                [key for key in MAIN if key[0] is MainState.ANSWERED and key[1] is not MainClosed], _ignore
+            ),
             MainClosed: _closed,
             RoomFreed: _room_freed,
             QueueExpired: _queue_expired,

@@ -15,12 +15,6 @@ class Merging:
     __slots__ = ("_merger", "_text", "pieces", "since", "streaming")
 
     def __init__(self, text: LegText, *, streaming: bool) -> None:
-        """Set up.
-
-        Args:
-            text: The text of the prefill leg's response.
-            streaming: Whether the client's response is a stream of server-sent events.
-        """
         self._text = text
         self.streaming = streaming
         self._merger: Merger | None = None

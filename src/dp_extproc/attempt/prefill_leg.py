@@ -25,12 +25,6 @@ class PrefillLeg:
     )  # fmt: skip
 
     def __init__(self, effects: Effects, *, supervises: bool) -> None:
-        """Set up.
-
-        Args:
-            effects: The effects of the attempt.
-            supervises: Whether the legs of the attempt are supervised.
-        """
         self._effects = effects
         self.supervises = supervises
         self._events: FirstEvent | None = None
@@ -61,11 +55,7 @@ class PrefillLeg:
             turn.commands.append(ToLeg.PROCEED)
 
     def move(self, cause: Cause, turn: Turn, event: Any = None) -> bool:
-        """Take the transition of a cause; the only place where the state is set.
-
-        Returns:
-            Whether there is one in this state.
-        """
+        """Take the transition of a cause, if there is one in this state; the only place where the state is set."""
         step = self._STEPS.get((self.state, cause))
         if step is None:
             return False

@@ -57,16 +57,7 @@ def route(
     body: bytes | None = None,
     untrusted: Iterable[str] = (),
 ) -> Mutate:
-    """Let a request go where the decision says.
-
-    Args:
-        phase: The kind of the message that the reply answers.
-        decision: The decision.
-        gateway: The gateway that routes.
-        headers: Headers to set; None for those of the decision.
-        body: The new body, in lock-step.
-        untrusted: Headers of the client to remove.
-    """
+    """Let a request go where the decision says, with its headers or others, and without the untrusted ones."""
     headers, destination = gateway.destination(decision.headers if headers is None else headers)
     kept = {name for name, _ in headers} if untrusted else ()
     return Mutate(

@@ -9,23 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum, auto
 from typing import Any, Final, TypeVar
 
-from dp_extproc.attempt.events import (
-    FirstEventRead,
-    InternalError,
-    LegBody,
-    LegClosed,
-    LegHeaders,
-    LegOpened,
-    MainClosed,
-    QueueExpired,
-    RequestBody,
-    RequestHeaders,
-    RequestTrailers,
-    ResponseBody,
-    ResponseHeaders,
-    ResponseTrailers,
-    RoomFreed,
-)
+from dp_extproc.attempt import events as on
 
 
 class MainState(IntEnum):
@@ -137,14 +121,10 @@ def _all(states: Iterable[_S], causes: Iterable[Cause], row: Row[_S]) -> Table[_
     return {(state, cause): row for state in states for cause in causes}
 
 
-_REQUEST: Final = (RequestBody, RequestTrailers)
-_RESPONSE: Final = (ResponseBody, ResponseTrailers)
-_DECIDED: Final = {
-    Outcome.ROUTED: MainState.ROUTED,
-    Outcome.QUEUED: MainState.QUEUED,
-    Outcome.ANSWERED: MainState.ANSWERED,
-}
+_REQUEST: Final = (on.RequestBody, on.RequestTrailers)
+_RESPONSE: Final = (on.ResponseBody, on.ResponseTrailers)
 _ANSWERED: Final = {Outcome.ANSWERED: MainState.ANSWERED}
+_DECIDED: Final = {**_ANSWERED, Outcome.ROUTED: MainState.ROUTED, Outcome.QUEUED: MainState.QUEUED}
 _RELEASED: Final = {Outcome.RELEASED: MainState.RESPONDING}
 
 ABANDONABLE: Final = frozenset({MainState.ROUTED, MainState.HELD, MainState.ERROR_BODY})
@@ -152,38 +132,38 @@ ABANDONABLE: Final = frozenset({MainState.ROUTED, MainState.HELD, MainState.ERRO
 UNDECIDED: Final = frozenset({MainState.START, MainState.BODY, MainState.QUEUED})
 
 MAIN: Final[Table[MainState]] = {
-    (MainState.START, RequestHeaders): {
+    (MainState.START, on.RequestHeaders): {
         **_DECIDED,
         Outcome.AWAITS_BODY: MainState.BODY,
         Outcome.PASSED: MainState.PASSING,
     },
-    (MainState.BODY, RequestBody): {**_DECIDED, Outcome.AWAITS_BODY: MainState.BODY},
-    (MainState.BODY, RequestTrailers): _DECIDED,
+    (MainState.BODY, on.RequestBody): {**_DECIDED, Outcome.AWAITS_BODY: MainState.BODY},
+    (MainState.BODY, on.RequestTrailers): _DECIDED,
     (MainState.BODY, Signal.ADVANCE): _ANSWERED,
-    (MainState.QUEUED, RoomFreed): _DECIDED,
-    (MainState.QUEUED, QueueExpired): _ANSWERED,
+    (MainState.QUEUED, on.RoomFreed): _DECIDED,
+    (MainState.QUEUED, on.QueueExpired): _ANSWERED,
     # Envoy or another filter may answer by itself at any time.
-    **_all((MainState.START, MainState.BODY, MainState.QUEUED, MainState.PASSING), (ResponseHeaders,), _RELEASED),
-    (MainState.ROUTED, ResponseHeaders): {
+    **_all((MainState.START, MainState.BODY, MainState.QUEUED, MainState.PASSING), (on.ResponseHeaders,), _RELEASED),
+    (MainState.ROUTED, on.ResponseHeaders): {
         **_RELEASED,
         Outcome.HELD: MainState.HELD,
         Outcome.AWAITS_ERROR: MainState.ERROR_BODY,
     },
     (MainState.HELD, Signal.COMMIT): _RELEASED,
-    (MainState.ERROR_BODY, ResponseBody): _RELEASED,
+    (MainState.ERROR_BODY, on.ResponseBody): _RELEASED,
     **_all(ABANDONABLE, (Signal.ABANDON,), _ANSWERED),
     **_same((MainState.PASSING, MainState.ROUTED, MainState.HELD, MainState.RESPONDING, MainState.MERGING), *_REQUEST),
     **_same((MainState.RESPONDING, MainState.MERGING), *_RESPONSE),
-    (MainState.RESPONDING, ResponseBody): {
+    (MainState.RESPONDING, on.ResponseBody): {
         Outcome.UNCHANGED: MainState.RESPONDING,
         Outcome.AWAITS_TEXT: MainState.MERGING,
     },
     (MainState.MERGING, Signal.TEXT_COMPLETE): _RELEASED,
-    **_same((MainState.ANSWERED,), RequestHeaders, ResponseHeaders, *_REQUEST, *_RESPONSE),
-    **_all((*UNDECIDED, MainState.PASSING, *ABANDONABLE), (InternalError,), _ANSWERED),
+    **_same((MainState.ANSWERED,), on.RequestHeaders, on.ResponseHeaders, *_REQUEST, *_RESPONSE),
+    **_all((*UNDECIDED, MainState.PASSING, *ABANDONABLE), (on.InternalError,), _ANSWERED),
     **_all(
         [state for state in MainState if state is not MainState.CLOSED],
-        (MainClosed,),
+        (on.MainClosed,),
         {Outcome.CLOSED: MainState.CLOSED},
     ),
 }
@@ -198,10 +178,10 @@ LEG: Final[Table[LegState]] = {
         Outcome.UNSUPERVISED: LegState.UNSUPERVISED,
         Outcome.AWAITS_LEG: LegState.AWAITED,
     },
-    **_all((LegState.AWAITED, LegState.MISSING), (LegOpened,), {Outcome.OPENED: LegState.OPEN}),
+    **_all((LegState.AWAITED, LegState.MISSING), (on.LegOpened,), {Outcome.OPENED: LegState.OPEN}),
     **_all(
         (*UNOPENED, LegState.OPEN),
-        (LegHeaders,),
+        (on.LegHeaders,),
         {
             Outcome.AWAITS_EVENT: LegState.CHECKING,
             Outcome.AWAITS_ERROR: LegState.ERROR_BODY,
@@ -209,29 +189,29 @@ LEG: Final[Table[LegState]] = {
             Outcome.FAILED: LegState.FAILED,
         },
     ),
-    (LegState.CHECKING, LegBody): {
+    (LegState.CHECKING, on.LegBody): {
         Outcome.UNCHANGED: LegState.CHECKING,
         Outcome.DONE: LegState.DONE,
         Outcome.FAILED: LegState.FAILED,
     },
-    **_all((LegState.ERROR_BODY,), (LegBody, LegClosed, Signal.ADVANCE), {Outcome.FAILED: LegState.FAILED}),
-    **_all((LegState.OPEN, LegState.CHECKING), (LegClosed,), {Outcome.FAILED: LegState.FAILED}),
+    **_all((LegState.ERROR_BODY,), (on.LegBody, on.LegClosed, Signal.ADVANCE), {Outcome.FAILED: LegState.FAILED}),
+    **_all((LegState.OPEN, LegState.CHECKING), (on.LegClosed,), {Outcome.FAILED: LegState.FAILED}),
     (LegState.AWAITED, Signal.ADVANCE): {Outcome.MISSING: LegState.MISSING},
     **_all(
         (LegState.AWAITED, LegState.MISSING, LegState.OPEN, LegState.CHECKING),
         (Signal.CANCEL,),
         {Outcome.CANCELLED: LegState.CANCELLED},
     ),
-    (LegState.CANCELLED, LegOpened): {Outcome.CANCELLED: LegState.CANCELLED},
+    (LegState.CANCELLED, on.LegOpened): {Outcome.CANCELLED: LegState.CANCELLED},
 }
 
 FIRST_EVENT: Final[Table[FirstState]] = {
     (FirstState.CLEAR, Signal.SCHEDULED): {Outcome.AWAITS_EVENT: FirstState.PENDING},
-    (FirstState.PENDING, ResponseHeaders): {
+    (FirstState.PENDING, on.ResponseHeaders): {
         Outcome.UNCHANGED: FirstState.PENDING,
         Outcome.DONE: FirstState.CLEAR,
     },
-    (FirstState.PENDING, FirstEventRead): {Outcome.DONE: FirstState.CLEAR, Outcome.FAILED: FirstState.CLEAR},
+    (FirstState.PENDING, on.FirstEventRead): {Outcome.DONE: FirstState.CLEAR, Outcome.FAILED: FirstState.CLEAR},
 }
 
 
