@@ -1,4 +1,4 @@
-"""Between protobuf messages and the events and replies of the exchange. The only module that knows the messages."""
+"""Protobuf messages as events, and replies as protobuf messages. No other module reads or writes the messages."""
 
 from typing import Final
 
@@ -49,7 +49,7 @@ from dp_extproc.contract import (
 from dp_extproc.scheduling.decision import Metadata
 from dp_extproc.scheduling.subset import read_subset
 
-_FOREIGN: Final = frozenset({*FOREIGN_NAMES, DESTINATION})
+_UNTRUSTED: Final = frozenset({*FOREIGN_NAMES, DESTINATION})
 _EVENTS: Final = b"text/event-stream"
 _LEG_OPENED: Final = LegOpened()
 
@@ -61,11 +61,11 @@ _BODY_MODES: Final = {
 
 
 def read_modes(first: ProcessingRequest) -> tuple[BodyMode, BodyMode]:
-    """Read how bodies will come from a stream's first message, the only one that says so.
+    """Read the body modes from the first message of a stream, the only one that has them.
 
     Returns:
-        The modes of the request's body and of the response's. An Envoy that does not say (before 1.33) is taken to
-        send both buffered.
+        The mode of the request body and that of the response body. An Envoy before 1.33 does not report them, and is
+        taken to send both bodies buffered.
     """
     if not first.HasField("protocol_config"):
         return BodyMode.LOCKSTEP, BodyMode.LOCKSTEP
@@ -76,7 +76,7 @@ def read_modes(first: ProcessingRequest) -> tuple[BodyMode, BodyMode]:
 
 
 def read_subset_hint(message: ProcessingRequest) -> frozenset[str] | None:
-    """Read among which endpoints to pick: a list or a text, of addresses between commas; None without a hint."""
+    """Read the endpoints that may be picked: a list or a text of addresses between commas. None means all."""
     hint = message.metadata_context.filter_metadata.get(SUBSET_NAMESPACE)
     if hint is None or DESTINATION_SUBSET not in hint.fields:
         return None
@@ -87,11 +87,11 @@ def read_subset_hint(message: ProcessingRequest) -> frozenset[str] | None:
 
 
 def read_event(message: ProcessingRequest, session_header: str | None = SESSION) -> MainEvent | None:
-    """Read a message; None for one that says nothing, or nothing that is known here.
+    """Read a message of a main stream; None for one without a meaning here.
 
     Args:
-        message: As it came.
-        session_header: The header that names a request's conversation, beside those that are read in any case.
+        message: The message.
+        session_header: The header that names the conversation, besides the headers that are read in any case.
     """
     match message.WhichOneof("request"):
         case "request_headers":
@@ -138,16 +138,16 @@ def write_reply(reply: Reply) -> bytes:
     if isinstance(reply, Mutate):
         return _write_mutation(reply)
     if isinstance(reply, BufferBody):
-        return _TAKE_BODY
+        return _BUFFER_BODY
     if isinstance(reply, StreamBody):
-        return _SEE_BODY
+        return _STREAM_BODY
     response = ProcessingResponse()
     if isinstance(reply, StreamedChunk):
         answer = response.request_body if reply.phase is Phase.REQUEST_BODY else response.response_body
         chunk = answer.response.body_mutation.streamed_response
         chunk.body = reply.data
         chunk.end_of_stream = reply.end_of_stream
-        # An empty chunk in mid-stream has only default values; it must still be there.
+        # An empty chunk in mid-stream has only default values, but it must be present.
         chunk.SetInParent()
     elif isinstance(reply, ExtendTimeout):
         response.override_message_timeout.FromNanoseconds(int(reply.seconds * 1e9))
@@ -203,13 +203,13 @@ def _write_immediate(reply: Immediate, response: ProcessingResponse) -> None:
 
 
 def _headers(message: HttpHeaders, session_header: str | None) -> dict[str, str]:
-    """Read the headers that matter: those that are read, and those that no client may set."""
+    """Read the headers that the service reads, and those that no client may set."""
     found: dict[str, str] = {}
     for header in message.headers.headers:
         name = header.key
         if (
             name in READ_FROM_REQUESTS
-            or name in _FOREIGN
+            or name in _UNTRUSTED
             or name == session_header
             or name.startswith(FOREIGN_PREFIXES)
         ):
@@ -248,7 +248,7 @@ def _ask_for_body(mode: ProcessingMode.BodySendMode, *remove: str) -> bytes:
     response.response_headers.response.SetInParent()
     if remove:
         response.response_headers.response.header_mutation.remove_headers.extend(remove)
-    # The whole mode is overridden, so what stays as it is has to be said again.
+    # The whole mode is overridden, so the parts that stay the same are repeated.
     response.mode_override.response_body_mode = mode
     response.mode_override.response_header_mode = ProcessingMode.SEND
     response.mode_override.response_trailer_mode = ProcessingMode.SEND
@@ -256,5 +256,5 @@ def _ask_for_body(mode: ProcessingMode.BodySendMode, *remove: str) -> bytes:
 
 
 _CONTINUE: Final = {phase: _continue(phase) for phase in Phase}
-_TAKE_BODY: Final = _ask_for_body(ProcessingMode.BUFFERED)
-_SEE_BODY: Final = _ask_for_body(ProcessingMode.STREAMED, "content-length")
+_BUFFER_BODY: Final = _ask_for_body(ProcessingMode.BUFFERED)
+_STREAM_BODY: Final = _ask_for_body(ProcessingMode.STREAMED, "content-length")

@@ -1,6 +1,6 @@
-"""Whether a stream of events begins with an error.
+"""The first event of a streamed response, which may be an error.
 
-SGLang begins most streams with status 200 and tells what went wrong in the first event, each API in its own way:
+SGLang begins most streams with status 200 and reports a failure in the first event, each API in its own way:
 ``data: {"error": ...}`` on the OpenAI paths (serving_chat.py), a final state of kind "abort" on /generate
 (tokenizer_manager.py), ``event: error`` on /v1/messages, ``response.failed`` on /v1/responses.
 """
@@ -12,33 +12,33 @@ import msgspec
 from msgspec import Struct
 
 MOST_BYTES: Final = 1 << 16
-"""Of a stream's beginning that are looked at, whatever they are: comments, preamble and the event itself.
+"""Bytes at the start of a stream that are read: comments, preamble and the event itself.
 
-A stream that says nothing in so many bytes counts as begun: errors are short. It could else be held without end, and
-so could the buffers of Envoy that hold what comes behind.
+A stream without an event in so many bytes counts as good, because errors are short. A larger number would let a stream
+of comments be held for long, and with it the buffers of Envoy behind it.
 """
 _UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
-"""Of events that are no JSON, or nested too deeply to be read or written."""
+"""Errors of events that are no JSON, or nested too deeply to be read or written."""
 _PREAMBLE: Final = frozenset({
     "message_start", "ping", "content_block_start",  # Anthropic's
     "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
 })  # fmt: skip
-"""Events that come before anything is known of the answer."""
+"""Types of events that come before any token was computed."""
 
 
 class EngineError(Struct, frozen=True):
-    """An error that stands where an answer should begin."""
+    """An error in place of the start of a response."""
 
     status: int
     body: bytes
-    """As JSON: what the same error looks like when it is not in a stream."""
+    """The JSON that the same error has outside of a stream."""
 
 
 class FirstEvent:
-    """Reads a stream's beginning, chunk by chunk; the result does not depend on how the stream is cut.
+    """Reads the start of a stream, chunk by chunk; the result does not depend on how the stream is cut.
 
-    Lines end with LF, CR or both, and a byte order mark may come first, as the standard for such streams has it.
-    Each byte is looked at once.
+    Lines end with LF, CR or both, and a byte order mark may come first, as the standard of such streams allows.
+    Each byte is read once.
     """
 
     __slots__ = ("_after_return", "_at_start", "_data", "_line", "_room", "error", "is_known")
@@ -47,22 +47,22 @@ class FirstEvent:
         """Begin.
 
         Args:
-            most: Bytes to look at.
+            most: Bytes to read.
         """
         self._room = most
         self._at_start = True
         self._after_return = False
-        """Whether the last byte was a CR: a LF that follows belongs to it."""
+        """Whether the last byte was a CR; an LF that follows belongs to it."""
         self._line: list[bytes] = []
         """The line that is not complete yet, in pieces."""
         self._data: list[bytes] = []
-        """Lines of data of the event that is not complete yet."""
+        """Data lines of the event that is not complete yet."""
         self.is_known = False
-        """Whether enough was read."""
+        """Whether the first event was read, or the stream counts as good without one."""
         self.error: EngineError | None = None
 
     def feed(self, chunk: bytes, *, end_of_stream: bool) -> None:
-        """Read on, until the first event that says something is complete."""
+        """Read the next chunk, until the first event that is no preamble is complete."""
         if self.is_known:
             return
         piece = chunk[: self._room]
@@ -104,7 +104,7 @@ class FirstEvent:
         return line
 
     def _read_line(self, line: bytes) -> None:
-        if line.startswith(b"data:"):  # all else are comments, and fields that say nothing of an error
+        if line.startswith(b"data:"):  # other lines are comments, and fields without an error
             self._data.append(line[5:].strip())
 
     def _end_event(self) -> None:
@@ -115,10 +115,10 @@ class FirstEvent:
 
 
 def _judge(text: bytes) -> tuple[bool, EngineError | None]:
-    """Tell whether the data of an event say how the stream begins, and the error if it is one."""
+    """Tell whether an event decides how the stream begins, and give the error if it is one."""
     try:
         found = msgspec.json.decode(text)
-        if isinstance(found, list):  # /generate tells of a batch so
+        if isinstance(found, list):  # the form of a batch on /generate
             found = next((each for each in found if isinstance(each, dict) and _error_of(each)), None)
         kind = found.get("type") if isinstance(found, dict) else None
         if isinstance(kind, str) and kind in _PREAMBLE:

@@ -1,14 +1,14 @@
-"""Log probabilities of the prompt, which only the prefill leg's answer has, put into the client's.
+"""Merging of the prompt's log probabilities, which only the prefill leg's response has, into the client's response.
 
-A decode server of SGLang sends none of them (output_streamer.py): on /generate with ``return_logprob`` its answer has
-empty lists where a single server's has those of the prompt, in streams in every event. What the prefill leg tells is
-put before what is there, as the routers of SGLang do with one of the lists. (Measured with 0.5.23.)
+A decode engine of SGLang sends none of them (output_streamer.py). On /generate with ``return_logprob`` its response has
+empty lists where an aggregated engine has those of the prompt, in streams in every event. The lists of the prefill leg
+are put before the lists there, as the routers of SGLang do with one of them. (Measured with 0.5.23.)
 
 Rules that live here and nowhere else:
 
-- Values are never read or written anew, only put together: numbers stay as the engine wrote them.
-- What cannot be understood goes through as it is, and :attr:`problem` says so. An answer is never broken or held back
-  for longer than until its line, or it, is complete.
+1. Values are never decoded and encoded again, only joined, so numbers stay as the engine wrote them.
+1. Values are never decoded and encoded again, only joined, so numbers stay as the engine wrote them.
+   held for longer than until its line, or the whole of it, is complete.
 """
 
 import re
@@ -18,10 +18,10 @@ import msgspec
 from msgspec import Raw, Struct
 
 MOST_BYTES: Final = 64 << 20
-"""Of an answer, or of one event, that is held. A prompt of 100000 tokens with 5 alternatives each is 20 MB."""
+"""Bytes of a response, or of one event, that are held. A prompt of 100000 tokens with 5 alternatives each is 20 MB."""
 
 _LOST: Final = "output_token_ids_logprobs"
-"""Also in prefill's answer only, but of the first token instead of the prompt: decode has null for it (decode.py)."""
+"""The only member about the first token that decode lacks too: its response has null there (decode.py)."""
 
 _Members = dict[str, Raw]
 _object: Final = msgspec.json.Decoder(_Members)
@@ -56,20 +56,16 @@ class LegText:
 
 
 class PromptLogprobs(Struct, frozen=True):
-    """What the prefill leg tells of each prompt: members of ``meta_info`` by name."""
+    """Log probabilities of each prompt: members of ``meta_info`` by name."""
 
     prompts: tuple[_Members, ...]
-    """One, or as many as the batch has."""
+    """One entry, or one for each prompt of a batch."""
 
 
-def read_prefill(answer: bytes) -> PromptLogprobs | None:
-    """Read the prefill leg's answer to a request for log probabilities, also a streamed one.
-
-    Returns:
-        None if it cannot be read.
-    """
+def read_prefill(response: bytes) -> PromptLogprobs | None:
+    """Read the prefill leg's response to a request for log probabilities; None if it cannot be parsed."""
     try:
-        found = [_object.decode(each) for each in _objects_of(answer)]
+        found = [_object.decode(each) for each in _objects_of(response)]
         by_index = {_index.decode(each.get("index", Raw(b"%d" % place))): each for place, each in enumerate(found)}
         metas = [_object.decode(each["meta_info"]) for _, each in sorted(by_index.items())]
     except (*_UNREADABLE, KeyError):
@@ -80,23 +76,23 @@ def read_prefill(answer: bytes) -> PromptLogprobs | None:
 
 
 class Merger(Protocol):
-    """Bytes of an answer in, bytes of the merged answer out."""
+    """Takes bytes of a response, and gives bytes of the merged response."""
 
     problem: str | None
-    """Why the answer, or a part of it, was passed on as it was."""
+    """The reason why the response, or a part of it, was passed on unchanged."""
 
     def feed(self, data: bytes, *, end_of_stream: bool) -> bytes:
-        """Take in what has come, and give what can go on."""
+        """Take in a piece of the response, and give what can be passed on."""
         ...
 
 
 class WholeMerger:
-    """Merges an answer that is one JSON text."""
+    """Merges a response that is one JSON text."""
 
-    __slots__ = ("_held", "_known", "_most", "_size", "problem")
+    __slots__ = ("_held", "_most", "_prefill", "_size", "problem")
 
-    def __init__(self, known: PromptLogprobs, most: int = MOST_BYTES) -> None:
-        self._known = known
+    def __init__(self, prompt: PromptLogprobs, most: int = MOST_BYTES) -> None:
+        self._prefill = prompt
         self._most = most
         self._held: list[bytes] = []
         self._size = 0
@@ -111,37 +107,37 @@ class WholeMerger:
             self.problem = "the answer is too large"
         elif not end_of_stream:
             return b""
-        answer = b"".join(self._held)
+        response = b"".join(self._held)
         self._held = []
-        return answer if self.problem is not None else self._merge(answer)
+        return response if self.problem is not None else self._merge(response)
 
-    def _merge(self, answer: bytes) -> bytes:
+    def _merge(self, response: bytes) -> bytes:
         try:
-            if answer.lstrip()[:1] != b"[":
-                found = _object.decode(answer)
-                (known,) = self._known.prompts
-                return _merge_object(found, known)
-            several = _objects.decode(answer)
-            pairs = zip(several, self._known.prompts, strict=True)
-            return b"[" + b",".join(_merge_object(_object.decode(each), known) for each, known in pairs) + b"]"
+            if response.lstrip()[:1] != b"[":
+                found = _object.decode(response)
+                (prompt,) = self._prefill.prompts
+                return _merge_object(found, prompt)
+            responses = _objects.decode(response)
+            pairs = zip(responses, self._prefill.prompts, strict=True)
+            return b"[" + b",".join(_merge_object(_object.decode(each), prompt) for each, prompt in pairs) + b"]"
         except _UNREADABLE:
             self.problem = "the answer cannot be read"
         except ValueError:
             self.problem = "the legs' answers are not of the same number of prompts"
-        return answer
+        return response
 
 
 _MAY_MERGE: Final = re.compile(rb"^data:[ \t\r\f\v]*\{", re.MULTILINE)
-"""Where a line begins that may have log probabilities: JSON behind the field's name."""
+"""The start of a line that may have log probabilities: JSON behind the name of the field."""
 
 
 class StreamMerger:
-    """Merges an answer that is a stream of events, line by line."""
+    """Merges a response that is a stream of server-sent events, line by line."""
 
-    __slots__ = ("_known", "_line", "_most", "_passing", "_size", "problem")
+    __slots__ = ("_line", "_most", "_passing", "_prefill", "_size", "problem")
 
-    def __init__(self, known: PromptLogprobs, most: int = MOST_BYTES) -> None:
-        self._known = known
+    def __init__(self, prompt: PromptLogprobs, most: int = MOST_BYTES) -> None:
+        self._prefill = prompt
         self._most = most
         self._line: list[bytes] = []
         self._size = 0
@@ -197,7 +193,7 @@ class StreamMerger:
             if "meta_info" not in event:  # an error
                 return line
             index = _index.decode(event["index"]) if "index" in event else 0  # only events of batches have it
-            merged = _merge_object(event, self._known.prompts[index])
+            merged = _merge_object(event, self._prefill.prompts[index])
         except _UNREADABLE:
             self.problem = "an event cannot be read"
             return line
@@ -207,56 +203,56 @@ class StreamMerger:
         return name + colon + b" " + merged + (b"\r" if data.endswith(b"\r") else b"")
 
 
-def _objects_of(answer: bytes) -> list[Raw]:
-    """Take an answer apart into those for single prompts. Prefill's streams have one event for each (prefill.py)."""
-    if answer.startswith(b"data:"):
-        lines = (line.removeprefix(b"data:").strip() for line in answer.splitlines() if line.startswith(b"data:"))
+def _objects_of(response: bytes) -> list[Raw]:
+    """Split a response into those of its prompts. Streams of prefill have one event for each prompt (prefill.py)."""
+    if response.startswith(b"data:"):
+        lines = (line.removeprefix(b"data:").strip() for line in response.splitlines() if line.startswith(b"data:"))
         return [Raw(line) for line in lines if line != b"[DONE]"]
-    return _objects.decode(answer) if answer.lstrip()[:1] == b"[" else [Raw(answer)]
+    return _objects.decode(response) if response.lstrip()[:1] == b"[" else [Raw(response)]
 
 
 class NoMerger:
-    """Passes an answer on as it is."""
+    """Passes a response on unchanged."""
 
     __slots__ = ("problem",)
 
     def __init__(self, problem: str) -> None:
         self.problem: str | None = problem
 
-    def feed(self, data: bytes, *, end_of_stream: bool) -> bytes:  # noqa: ARG002 - as the others
+    def feed(self, data: bytes, *, end_of_stream: bool) -> bytes:  # noqa: ARG002 - the interface of mergers
         return data
 
 
 def make_merger(prefill: bytes, *, streaming: bool) -> Merger:
-    """Make what the client's answer goes through.
+    """Make the merger for a response.
 
     Args:
-        prefill: The prefill leg's answer.
-        streaming: Whether the client's is a stream of events.
+        prefill: The prefill leg's response.
+        streaming: Whether the client's response is a stream of server-sent events.
     """
-    known = read_prefill(prefill)
-    if known is None:
+    prompt = read_prefill(prefill)
+    if prompt is None:
         return NoMerger("the prefill leg's answer did not come in time, or cannot be read")
-    return StreamMerger(known) if streaming else WholeMerger(known)
+    return StreamMerger(prompt) if streaming else WholeMerger(prompt)
 
 
-def _merge_object(answer: _Members, known: _Members) -> bytes:
-    """Merge the answer for one prompt.
+def _merge_object(response: _Members, prompt: _Members) -> bytes:
+    """Merge the response to one prompt.
 
     Raises:
-        msgspec.DecodeError: Its ``meta_info`` is no object.
+        msgspec.DecodeError: The ``meta_info`` of the response is no object.
     """
-    if "meta_info" in answer:
-        meta = _object.decode(answer["meta_info"])
-        merged = {key: _put_before(value, meta.get(key)) for key, value in known.items() if _is_of_prompt(key)}
-        if (first := known.get(_LOST)) is not None and (rest := meta.get(_LOST)) is not None:
+    if "meta_info" in response:
+        meta = _object.decode(response["meta_info"])
+        merged = {key: _put_before(value, meta.get(key)) for key, value in prompt.items() if _is_of_prompt(key)}
+        if (first := prompt.get(_LOST)) is not None and (rest := meta.get(_LOST)) is not None:
             merged[_LOST] = _mend(first, rest)
-        answer["meta_info"] = Raw(msgspec.json.encode(meta | merged))
-    return msgspec.json.encode(answer)
+        response["meta_info"] = Raw(msgspec.json.encode(meta | merged))
+    return msgspec.json.encode(response)
 
 
 def _put_before(first: Raw, second: Raw | None) -> Raw:
-    """Put two lists together. Of anything else the first counts: in decode's answer it is null or missing."""
+    """Join two lists. Of other values the first one counts, because decode has null or nothing there."""
     head, tail = bytes(first).strip(), bytes(second or b"").strip()
     if not (head.startswith(b"[") and tail.startswith(b"[")):
         return first if head != b"null" or second is None else second
@@ -265,7 +261,7 @@ def _put_before(first: Raw, second: Raw | None) -> Raw:
 
 
 def _mend(first: Raw, rest: Raw) -> Raw:
-    """Fill in what decode lacks of the first token, which prefill has made."""
+    """Put in the first token's value, which prefill has computed and decode lacks."""
     head, tail = bytes(first).strip(), bytes(rest).strip()
     if head.startswith(b"[") and tail.startswith(b"[null"):
         return Raw(b"[" + head[1:-1] + tail.removeprefix(b"[null"))
@@ -273,5 +269,5 @@ def _mend(first: Raw, rest: Raw) -> Raw:
 
 
 def _is_of_prompt(key: str) -> bool:
-    """Tell whether a member is about the prompt: input_token_logprobs, input_top_logprobs, also in their flat form."""
+    """Tell whether a member belongs to the prompt: input_token_logprobs, input_top_logprobs, also in the flat form."""
     return key.startswith("input_") and "logprobs" in key
