@@ -14,7 +14,7 @@ from dp_extproc.lab.testbed.engine import EngineProcess
 from dp_extproc.lab.testbed.ports import free_port
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from dp_extproc.runtime import container_health
-from dp_extproc.runtime.container_health import Question, main, question_for
+from dp_extproc.runtime.container_health import Check, check_for, main
 
 INIT = ("/sbin/docker-init", "--")
 SCRIPT = ("/app/bin/python3", "/app/bin/dp-extproc")
@@ -22,8 +22,8 @@ MODULE = ("python", "-m", "dp_extproc")
 
 
 def asked(command_line: tuple[str, ...], *, ready: bool = False) -> tuple[str, int, str] | None:
-    question = question_for(command_line, ready=ready)
-    return None if question is None else (question.host, question.port, question.path)
+    check = check_for(command_line, ready=ready)
+    return None if check is None else (check.host, check.port, check.path)
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def test_engine_is_asked_on_its_port() -> None:
 )
 def test_other_commands_are_well_as_long_as_they_run(line: tuple[str, ...]) -> None:
     """There is nothing to ask them."""
-    assert question_for(line, ready=False) is None
+    assert check_for(line, ready=False) is None
     assert main([], line) == 0
 
 
@@ -136,5 +136,5 @@ def test_real_service_and_engine_are_well_until_they_end(tmp_path: Path) -> None
 
 def test_question_says_which_answers_are_good() -> None:
     """A service that answers 404 is not well; an engine that wants a key is."""
-    question = question_for((*SCRIPT, "engine", "--port", "1"), ready=False)
-    assert question == Question("127.0.0.1", 1, "/v1/models", range(100, 600))
+    check = check_for((*SCRIPT, "engine", "--port", "1"), ready=False)
+    assert check == Check("127.0.0.1", 1, "/v1/models", range(100, 600))

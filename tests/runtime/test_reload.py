@@ -13,7 +13,7 @@ import yaml
 from dp_extproc.config import Config, parse_config
 from dp_extproc.lab.testbed.ports import free_port
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
-from dp_extproc.runtime.reload import Reloader, cannot_change
+from dp_extproc.runtime.reload import Reloader, needs_restart
 from patience import wait_for
 
 
@@ -53,7 +53,7 @@ CHANGES = {
 def test_what_a_running_service_can_change(section: str, value: object, expected: list[str]) -> None:
     """Sections that sockets, Envoy or other replicas depend on need a restart, and the remedy says so."""
     before = {"pools": pool("http://127.0.0.1:1")}
-    problems = cannot_change(
+    problems = needs_restart(
         parse_config(yaml.safe_dump(before)), parse_config(yaml.safe_dump({**before, section: value}))
     )
 
@@ -132,7 +132,7 @@ def test_a_configuration_that_cannot_be_applied_is_refused(tmp_path: Path) -> No
     async def story() -> dict[str, float]:
         reloader = Reloader(path, before, parse_config(before), apply)
         running = asyncio.create_task(reloader.run())
-        reloader.ask()
+        reloader.request()
         await returned.wait()
         assert not running.done()
         running.cancel()

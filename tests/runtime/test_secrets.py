@@ -10,7 +10,7 @@ import yaml
 
 from dp_extproc.config import parse_config
 from dp_extproc.lab.testbed.service import write_config
-from dp_extproc.runtime.secrets import problems_outside, read_api_keys
+from dp_extproc.runtime.secrets import external_problems, read_api_keys
 
 POOL = {"models": ["*"], "workers": {"endpoints": ["http://127.0.0.1:9"]}}
 SECRET = "sk-very-secret"
@@ -26,7 +26,7 @@ def with_tls(**files: str) -> dict[str, Any]:
 
 
 def problems_of(content: dict[str, Any]) -> list[str]:
-    return [str(problem) for problem in problems_outside(parse_config(yaml.safe_dump(content)))]
+    return [str(problem) for problem in external_problems(parse_config(yaml.safe_dump(content)))]
 
 
 KEYS = {

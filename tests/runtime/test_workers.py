@@ -22,7 +22,7 @@ from dp_extproc.config import parse_config
 from dp_extproc.lab.testbed.ports import free_port
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from dp_extproc.observability.merged_metrics import merge_pages
-from dp_extproc.runtime.worker_context import WorkerContext, seat_config
+from dp_extproc.runtime.worker_context import WorkerContext, worker_config
 from dp_extproc.runtime.workers import pause_before
 from patience import wait_for
 
@@ -153,7 +153,7 @@ def test_each_worker_is_the_owner_of_what_it_places() -> None:
     """The address that it advertises is its own, too."""
     listen = {"grpc": "0.0.0.0:7000", "advertise": "10.0.0.1:8000", "workers": 3}
     config = parse_config(yaml.safe_dump(write_config(pools(), listen=listen)))
-    found = seat_config(config, WorkerContext(2, 0, Path("/run/x")))
+    found = worker_config(config, WorkerContext(2, 0, Path("/run/x")))
 
     assert str(found.listen.grpc) == "0.0.0.0:7002"
     assert str(found.listen.advertise) == "10.0.0.1:8002"
@@ -165,7 +165,7 @@ def test_a_bus_in_the_file_is_that_of_the_workers_too() -> None:
     """With replicas on several hosts all workers of all of them tell each other."""
     config = parse_config(yaml.safe_dump(write_config(pools(), sync={"url": "redis://10.0.0.7:6379"})))
 
-    assert seat_config(config, WorkerContext(1, 0, Path("/run/x"))).sync is config.sync
+    assert worker_config(config, WorkerContext(1, 0, Path("/run/x"))).sync is config.sync
 
 
 def test_pauses_between_restarts_grow_up_to_a_bound() -> None:
