@@ -14,8 +14,7 @@ from dp_extproc.envoy_config.cluster_names import SERVICE
 from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.engine import EngineProcess
 from dp_extproc.lab.testbed.service import ServiceProcess
-from dp_extproc.load.records import PlacementRecord
-from dp_extproc.load.request_cost import RequestCost
+from dp_extproc.load.records import PlacementRecord, RequestCost
 from e2e.load import PATIENT, STREAMS, under_load
 from e2e.stack import PATIENCE
 from faults.fleet import BODIES, Fleet, ask, run_fleet

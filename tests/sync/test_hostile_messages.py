@@ -11,8 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dp_extproc.engines.model import Role
-from dp_extproc.load.records import PlacementRecord
-from dp_extproc.load.request_cost import RequestCost
+from dp_extproc.load.records import PlacementRecord, RequestCost
 from dp_extproc.observability.metrics import SyncMetrics, Telemetry
 from dp_extproc.observability.pages import describe_loads, describe_sync
 from dp_extproc.prefix_cache.blocks import Prefix

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dp_extproc.load.records import PlacementRecord
-from dp_extproc.load.request_cost import RequestCost
+from dp_extproc.load.records import PlacementRecord, RequestCost
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix
 from dp_extproc.sync.messages import (
     MOST_BYTES,
@@ -104,7 +103,7 @@ def test_a_hint_that_is_too_large_is_left_out() -> None:
     ((event,),) = portions([Dispatched(1, 0.0, dispatch)])
 
     assert isinstance(event, Dispatched)
-    assert event.dispatch.demand == RequestCost(5e6, 1.0, NO_PREFIX, None)
+    assert event.dispatch.cost == RequestCost(5e6, 1.0, NO_PREFIX, None)
     assert event.dispatch.decode_rank == 1
 
 

@@ -157,5 +157,5 @@ def _without_hints(event: Event) -> Event:
     """Leave out what may be of any size. It only tells where prompts are cached; the load stays."""
     if not isinstance(event, Dispatched):
         return event
-    demand = replace(event.dispatch.demand, prefix=NO_PREFIX, session=None)
-    return replace(event, dispatch=replace(event.dispatch, demand=demand))
+    cost = replace(event.dispatch.cost, prefix=NO_PREFIX, session=None)
+    return replace(event, dispatch=replace(event.dispatch, cost=cost))
