@@ -16,6 +16,7 @@ from envoy_data_plane.envoy.config.cluster.v3 import (
 )
 from envoy_data_plane.envoy.config.core.v3 import (
     Address,
+    DataSource,
     EnvoyInternalAddress,
     HealthCheck,
     HealthCheckGrpcHealthCheck,
@@ -30,16 +31,25 @@ from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment, End
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 from envoy_data_plane.envoy.extensions.transport_sockets.internal_upstream.v3 import InternalUpstreamTransport
 from envoy_data_plane.envoy.extensions.transport_sockets.raw_buffer.v3 import RawBuffer
+from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import (
+    CertificateValidationContext,
+    CommonTlsContext,
+    SubjectAltNameMatcher,
+    SubjectAltNameMatcherSanType,
+    TlsCertificate,
+    UpstreamTlsContext,
+)
 from envoy_data_plane.envoy.extensions.upstreams.http.v3 import (
     HttpProtocolOptions,
     HttpProtocolOptionsExplicitHttpConfig,
 )
+from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.envoy.type.v3 import Percent
 from envoy_data_plane.google.protobuf import Any
 
-from dp_extproc.config import Config, CutStreams, Supervise
+from dp_extproc.config import Config, CutStreams, ServiceTls, Supervise
 from dp_extproc.contract import DECODE_HOST, OWNER, PREFILL_HOST
-from dp_extproc.envoy_config.cluster_names import (
+from dp_extproc.envoy_config.addresses import (
     DECODE,
     DECODE_SERVER,
     DISPATCH,
@@ -47,17 +57,21 @@ from dp_extproc.envoy_config.cluster_names import (
     PREFILL_LEG,
     SERVICE,
     SERVICE_OWNER,
+    is_named,
+    may_be_several,
+    services_of,
 )
-from dp_extproc.envoy_config.external_processing import see_first_event
-from dp_extproc.envoy_config.failed_hosts import remember_failed_hosts
-from dp_extproc.envoy_config.headers import (
+from dp_extproc.envoy_config.filters import (
     last_upstream_filter,
+    see_first_event,
     strip_headers_before_placement,
     strip_router_headers,
 )
-from dp_extproc.envoy_config.limits import UNLIMITED, buffer_bytes
-from dp_extproc.envoy_config.service_addresses import is_named, may_be_several, services_of
-from dp_extproc.envoy_config.tls import speak_tls
+from dp_extproc.envoy_config.listeners import buffer_bytes
+from dp_extproc.envoy_config.lua_filters import remember_failed_hosts
+
+_UNLIMITED: Final = 1_000_000
+"""A circuit breaker that never trips; Envoy's default of 1024 is soon reached by streams that last minutes."""
 
 _CONNECT_TIMEOUT: Final = timedelta(seconds=2)
 """Linux repeats a lost SYN after one second, so one loss is survived and a dead host is still noticed soon."""
@@ -235,10 +249,37 @@ def _unlimited() -> CircuitBreakers:
     return CircuitBreakers(
         thresholds=[
             CircuitBreakersThresholds(
-                max_connections=UNLIMITED,
-                max_pending_requests=UNLIMITED,
-                max_requests=UNLIMITED,
-                max_retries=UNLIMITED,
+                max_connections=_UNLIMITED,
+                max_pending_requests=_UNLIMITED,
+                max_requests=_UNLIMITED,
+                max_retries=_UNLIMITED,
             )
         ]
     )
+
+
+def speak_tls(settings: ServiceTls | None) -> TransportSocket | None:
+    """Build the transport socket of a cluster of the service; None for plain HTTP/2.
+
+    Processes are dialled by IP, the owner of a request even by one that no certificate can know; so all of them have
+    certificates for one name, and that is what is verified.
+    """
+    if settings is None:
+        return None
+    certificates = []
+    if settings.cert is not None and settings.key is not None:
+        certificates = [
+            TlsCertificate(
+                certificate_chain=DataSource(filename=settings.cert), private_key=DataSource(filename=settings.key)
+            )
+        ]
+    name = SubjectAltNameMatcher(san_type=SubjectAltNameMatcherSanType.DNS, matcher=StringMatcher(exact=settings.name))
+    context = CommonTlsContext(
+        alpn_protocols=["h2"],
+        tls_certificates=certificates,
+        validation_context=CertificateValidationContext(
+            trusted_ca=DataSource(filename=settings.ca), match_typed_subject_alt_names=[name]
+        ),
+    )
+    tls = UpstreamTlsContext(sni=settings.name, common_tls_context=context)
+    return TransportSocket(name="envoy.transport_sockets.tls", typed_config=Any.pack(tls))

@@ -1,35 +1,64 @@
 """The three listeners: the front door, the place where requests are placed, and the prefill leg."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Final
 
 from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog
-from envoy_data_plane.envoy.config.core.v3 import Address, HttpProtocolOptions, SocketAddress
+from envoy_data_plane.envoy.config.core.v3 import Address, HttpProtocolOptions, SocketAddress, SubstitutionFormatString
 from envoy_data_plane.envoy.config.listener.v3 import Filter, FilterChain, Listener, ListenerInternalListenerConfig
 from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
+from envoy_data_plane.envoy.extensions.access_loggers.stream.v3 import StdoutAccessLog
 from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
     HttpConnectionManager,
     HttpFilter,
     LocalReplyConfig,
 )
-from envoy_data_plane.google.protobuf import Any
+from envoy_data_plane.google.protobuf import Any, Struct
 
-from dp_extproc.config import Config, CutStreams, Supervise
-from dp_extproc.envoy_config.access_log import log_prefill_legs, log_requests
-from dp_extproc.envoy_config.cluster_names import DISPATCH, PREFILL_LEG
-from dp_extproc.envoy_config.external_processing import (
+from dp_extproc.config import Config, CutStreams, EnvoySettings, Supervise
+from dp_extproc.contract import (
+    META_DECODE_HOST,
+    META_DECODE_RANK,
+    META_MODEL,
+    META_POOL,
+    META_PREFILL_HOST,
+    META_PREFILL_RANK,
+    META_REASON,
+    METADATA_NAMESPACE,
+)
+from dp_extproc.envoy_config.addresses import DISPATCH, PREFILL_LEG
+from dp_extproc.envoy_config.filters import (
     place_requests,
     remember_owner,
     report_prefill,
+    strip_client_headers,
 )
-from dp_extproc.envoy_config.headers import strip_client_headers
-from dp_extproc.envoy_config.limits import MAX_HEADERS_COUNT, MAX_HEADERS_KB, buffer_bytes
 from dp_extproc.envoy_config.local_replies import build_local_replies
-from dp_extproc.envoy_config.prefix_swap import swap_prefix
+from dp_extproc.envoy_config.lua_filters import swap_prefix
 from dp_extproc.envoy_config.routes import to_dispatch, to_engines, to_prefill
 from dp_extproc.envoy_config.stream_end import build_decode_listener, remember_decode_host
+
+_MAX_HEADERS_KB: Final = 1024
+"""Header limit of the internal listeners; Envoy's default of 60 would refuse large batches.
+
+The prefill prefix travels in a header. A batch adds a room (up to 19 digits) and a request id (about 35 bytes) for
+every prompt, so 1 MiB carries more than 15,000 prompts. Envoy allows 8192.
+"""
+
+_MAX_HEADERS_COUNT: Final = 200
+"""Header count of the internal listeners: the 100 that a client may send (Envoy's default), and the router's own."""
+
+
+def buffer_bytes(settings: EnvoySettings) -> int:
+    """Return what every hop of a request buffers: the largest body plus the prefix that rewriting adds.
+
+    A prefix is no longer than a header may be. The service refuses a body above ``max_body_bytes`` itself; Envoy's
+    own 413 is only the backstop behind it.
+    """
+    return settings.max_body_bytes + _MAX_HEADERS_KB * 1024
+
 
 INFERENCE: Final = "inference"
 _NO_TIMEOUT: Final = timedelta(0)
@@ -104,8 +133,8 @@ def _internal_manager(
         stat_prefix=name,
         route_config=routes,
         http_filters=[*filters, _router()],
-        common_http_protocol_options=HttpProtocolOptions(max_headers_count=MAX_HEADERS_COUNT),
-        max_request_headers_kb=MAX_HEADERS_KB,
+        common_http_protocol_options=HttpProtocolOptions(max_headers_count=_MAX_HEADERS_COUNT),
+        max_request_headers_kb=_MAX_HEADERS_KB,
         stream_idle_timeout=_NO_TIMEOUT,
         delayed_close_timeout=_CLOSE_DELAY,
         access_log=[access_log],
@@ -121,3 +150,46 @@ def _chain(manager: HttpConnectionManager) -> FilterChain:
     return FilterChain(
         filters=[Filter(name="envoy.filters.network.http_connection_manager", typed_config=Any.pack(manager))]
     )
+
+
+_EVERY_HOP: Final = {
+    "time": "%START_TIME%",
+    "request_id": "%REQ(x-request-id)%",
+    "method": "%REQ(:method)%",
+    "path": "%REQ(:path)%",
+    "status": "%RESPONSE_CODE%",
+    "response_flags": "%RESPONSE_FLAGS%",
+    "response_code_details": "%RESPONSE_CODE_DETAILS%",
+    "bytes_received": "%BYTES_RECEIVED%",
+    "bytes_sent": "%BYTES_SENT%",
+    "duration_ms": "%DURATION%",
+    "first_byte_ms": "%RESPONSE_DURATION%",
+}
+
+_PLACEMENT: Final = {
+    key: f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{key})%"
+    for key in (
+        META_MODEL,
+        META_POOL,
+        META_PREFILL_HOST,
+        META_PREFILL_RANK,
+        META_DECODE_HOST,
+        META_DECODE_RANK,
+        META_REASON,
+    )
+}
+
+
+def log_requests() -> AccessLog:
+    """Log each request with its placement and, if it was refused, the reason."""
+    return _stdout({"leg": "main", **_EVERY_HOP, "client": "%REQ(x-forwarded-for)%", **_PLACEMENT})
+
+
+def log_prefill_legs() -> AccessLog:
+    """Log each prefill leg; ``request_id`` joins it to its request."""
+    return _stdout({"leg": "prefill", **_EVERY_HOP, META_PREFILL_HOST: "%UPSTREAM_HOST%"})
+
+
+def _stdout(fields: Mapping[str, str]) -> AccessLog:
+    line = SubstitutionFormatString(json_format=Struct.from_dict(fields))
+    return AccessLog(name="envoy.access_loggers.stdout", typed_config=Any.pack(StdoutAccessLog(log_format=line)))

@@ -20,8 +20,8 @@ from envoy_data_plane.envoy.config.route.v3 import (
 
 from dp_extproc.config import BodyMode, RetrySettings, Supervise
 from dp_extproc.contract import DECODE_HOST, FAILED, PREFILL_HOST, PREFILL_RID, PREFIX_LENGTH, RETRY, WATCH
-from dp_extproc.envoy_config.cluster_names import DECODE, DISPATCH, PREFILL, PREFILL_LEG
-from dp_extproc.envoy_config.external_processing import FIRST_EVENT_FILTER, show_first_event
+from dp_extproc.envoy_config.addresses import DECODE, DISPATCH, PREFILL, PREFILL_LEG
+from dp_extproc.envoy_config.filters import FIRST_EVENT_FILTER, show_first_event
 
 _NO_TIMEOUT: Final = timedelta(0)
 """Envoy's default of 15 s would cut long generations; how long one may take is the client's and the engine's matter."""

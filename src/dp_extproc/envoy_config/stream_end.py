@@ -27,7 +27,7 @@ from envoy_data_plane.envoy.extensions.wasm.v3 import FailurePolicy, PluginConfi
 from envoy_data_plane.google.protobuf import Any
 
 from dp_extproc.contract import DECODE_HOST
-from dp_extproc.envoy_config.cluster_names import DECODE, DECODE_SERVER
+from dp_extproc.envoy_config.addresses import DECODE, DECODE_SERVER
 
 _ADDRESS: Final = "envoy.network.transport_socket.original_dst_address"
 """The key under which a cluster of type ORIGINAL_DST looks for an address (``original_dst_cluster.h``)."""

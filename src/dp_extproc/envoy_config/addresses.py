@@ -1,8 +1,18 @@
-"""Where the service is to be found, and whether that may be more than one process."""
+"""Names of the clusters, and where the service is to be found, which may be more than one process."""
 
 import ipaddress
+from typing import Final
 
 from dp_extproc.config import Config
+
+DISPATCH: Final = "dp_dispatch"
+PREFILL_LEG: Final = "prefill_leg"
+SERVICE: Final = "extproc"
+SERVICE_OWNER: Final = "extproc_owner"
+PREFILL: Final = "prefill"
+DECODE: Final = "decode"
+"""Also the listener of this name, where streams are to end with an event."""
+DECODE_SERVER: Final = "decode_server"
 
 
 def is_named(config: Config) -> bool:

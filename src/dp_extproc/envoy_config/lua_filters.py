@@ -1,4 +1,4 @@
-"""The Lua filter that turns the mirrored decode leg into the prefill leg: its body, or its headers."""
+"""The two Lua filters: one makes the prefill leg of the mirrored request, one remembers failed attempts."""
 
 from typing import Final
 
@@ -8,6 +8,8 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
 from envoy_data_plane.google.protobuf import Any
 
 from dp_extproc.contract import (
+    AVOID,
+    FAILED,
     OVERRIDE_RANK,
     OVERRIDE_RID,
     PREFILL_PREFIX,
@@ -16,7 +18,7 @@ from dp_extproc.contract import (
     PREFIX_LENGTH,
 )
 
-_SCRIPT: Final = f"""\
+_SWAP: Final = f"""\
 function envoy_on_request(request)
   local headers = request:headers()
   local rid = headers:get("{PREFILL_RID}")
@@ -46,5 +48,34 @@ end
 
 def swap_prefix() -> HttpFilter:
     """Build the filter. A body that it cannot rewrite carries the decode leg's fields and must not be forwarded."""
-    script = DataSource(inline_string=_SCRIPT)
+    script = DataSource(inline_string=_SWAP)
+    return HttpFilter(name="envoy.filters.http.lua", typed_config=Any.pack(Lua(default_source_code=script)))
+
+
+_NAMESPACE: Final = "dp_extproc.retry"
+
+_REMEMBER: Final = f"""\
+function envoy_on_request(request)
+  local known = request:streamInfo():dynamicMetadata():get("{_NAMESPACE}")
+  if known then request:headers():replace("{AVOID}", known["failed"]) end
+end
+function envoy_on_response(response)
+  local failed = response:headers():get("{FAILED}")
+  if failed then
+    local metadata = response:streamInfo():dynamicMetadata()
+    local known = metadata:get("{_NAMESPACE}")
+    if known then failed = known["failed"] .. ";" .. failed end
+    metadata:set("{_NAMESPACE}", "failed", failed)
+  end
+end
+"""
+
+
+def remember_failed_hosts() -> HttpFilter:
+    """Build the filter by which a request that is placed anew says where it has failed.
+
+    It stands in the upstream filter chain of the way from the front door to the place where requests are placed, which
+    runs anew for each attempt, while the dynamic metadata belongs to the request and outlives them.
+    """
+    script = DataSource(inline_string=_REMEMBER)
     return HttpFilter(name="envoy.filters.http.lua", typed_config=Any.pack(Lua(default_source_code=script)))

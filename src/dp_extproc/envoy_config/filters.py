@@ -1,16 +1,19 @@
-"""The ext_proc filters: the one that places a request, and those that report on its legs."""
+"""The HTTP filters: those that call the service over ext_proc, and those that remove headers."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from typing import Final
 
+from envoy_data_plane.envoy.config.common.mutation_rules.v3 import HeaderMutation, HeaderMutationRemoveOnMatch
 from envoy_data_plane.envoy.config.core.v3 import (
     GrpcService,
     GrpcServiceEnvoyGrpc,
     HeaderValue,
+    HeaderValueOption,
     RetryPolicy,
     RetryPolicyRetryHostPredicate,
+    TypedExtensionConfig,
 )
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
     ExternalProcessor,
@@ -23,12 +26,18 @@ from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
     ProcessingModeBodySendMode,
     ProcessingModeHeaderSendMode,
 )
+from envoy_data_plane.envoy.extensions.filters.http.header_mutation.v3 import HeaderMutation as HeaderMutationFilter
+from envoy_data_plane.envoy.extensions.filters.http.header_mutation.v3 import Mutations
 from envoy_data_plane.envoy.extensions.filters.http.header_to_metadata.v3 import Config as HeaderToMetadata
 from envoy_data_plane.envoy.extensions.filters.http.header_to_metadata.v3 import (
     ConfigKeyValuePair,
     ConfigRule,
 )
+from envoy_data_plane.envoy.extensions.filters.http.upstream_codec.v3 import UpstreamCodec
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
+from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 import (
+    HeaderMutation as EarlyHeaderMutation,
+)
 from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import PreviousHostsPredicate
 from envoy_data_plane.envoy.type.matcher.v3 import ListStringMatcher, StringMatcher
 from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
@@ -37,15 +46,20 @@ from envoy_data_plane.google.protobuf import Any
 from dp_extproc.config import BodyMode, Config, Supervise
 from dp_extproc.contract import (
     FIRST_EVENT,
+    FOREIGN_NAMES,
+    FOREIGN_PREFIXES,
     LEG,
     METADATA_NAMESPACE,
+    OVERRIDE_PREFIX,
+    OWNED_PREFIX,
     OWNER,
     READ_FROM_REQUESTS,
     READ_FROM_RESPONSES,
+    SESSION,
+    SET_INSIDE,
     STAGE,
 )
-from dp_extproc.envoy_config.cluster_names import SERVICE, SERVICE_OWNER
-from dp_extproc.envoy_config.service_addresses import may_be_several
+from dp_extproc.envoy_config.addresses import SERVICE, SERVICE_OWNER, may_be_several
 
 _SEND: Final = ProcessingModeHeaderSendMode.SEND
 _SKIP: Final = ProcessingModeHeaderSendMode.SKIP
@@ -215,3 +229,63 @@ def _only(names: Collection[str]) -> HeaderForwardingRules:
 
 def _filter(processor: ExternalProcessor, name: str = "envoy.filters.http.ext_proc") -> HttpFilter:
     return HttpFilter(name=name, typed_config=Any.pack(processor))
+
+
+_ENVOYS: Final = "x-envoy-"
+_INSIDE: Final = (OWNED_PREFIX, _ENVOYS)
+"""Ours, and Envoy's own. Both steer: on a request such as ``x-envoy-internal``, on an answer such as ``x-dp-retry``,
+``x-envoy-ratelimited`` or ``x-envoy-immediate-health-check-fail``."""
+
+
+def strip_client_headers(session_header: str | None) -> TypedExtensionConfig:
+    """Remove what only the router may set, before any filter or route sees the request.
+
+    Args:
+        session_header: Header of clients that the service is to see, under a name of ours.
+    """
+    mutations = [*_remove(FOREIGN_PREFIXES), *(HeaderMutation(remove=name) for name in FOREIGN_NAMES)]
+    if session_header is not None:
+        copy = HeaderValue(key=SESSION, value=f"%REQ({session_header})%")
+        mutations.append(HeaderMutation(append=HeaderValueOption(header=copy)))  # nothing is added for an absent one
+    return TypedExtensionConfig(
+        name="envoy.http.early_header_mutation.header_mutation",
+        typed_config=Any.pack(EarlyHeaderMutation(mutations=mutations)),
+    )
+
+
+def strip_router_headers() -> HttpFilter:
+    """Build the filter between Envoy and an engine, of the cluster's own chain: no steering header passes either way.
+
+    A route's ``request_headers_to_remove`` would act before the host is chosen, and the host is chosen by header. A
+    route's ``response_headers_to_remove`` would act after the router has read an answer, and after local replies have
+    got headers of ours.
+    """
+    return _mutate(Mutations(request_mutations=_remove(_INSIDE), response_mutations=_remove(_INSIDE)))
+
+
+def strip_headers_before_placement() -> HttpFilter:
+    """Build the filter on the way to the place where requests are placed.
+
+    It removes once more what :func:`strip_client_headers` does: the front door may be another one, which does not. The
+    name of the conversation stays; it is the client's own word anyway.
+    """
+    names = [HeaderMutation(remove=name) for name in (*FOREIGN_NAMES, *SET_INSIDE)]
+    return _mutate(Mutations(request_mutations=[*_remove((OVERRIDE_PREFIX, _ENVOYS)), *names]))
+
+
+def last_upstream_filter() -> HttpFilter:
+    """Build the filter that has to be the last one of a cluster's chain."""
+    return HttpFilter(name="envoy.filters.http.upstream_codec", typed_config=Any.pack(UpstreamCodec()))
+
+
+def _mutate(mutations: Mutations) -> HttpFilter:
+    return HttpFilter(
+        name="envoy.filters.http.header_mutation", typed_config=Any.pack(HeaderMutationFilter(mutations=mutations))
+    )
+
+
+def _remove(prefixes: Sequence[str]) -> list[HeaderMutation]:
+    return [
+        HeaderMutation(remove_on_match=HeaderMutationRemoveOnMatch(key_matcher=StringMatcher(prefix=prefix)))
+        for prefix in prefixes
+    ]
