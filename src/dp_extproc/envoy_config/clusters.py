@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
 
+from betterproto2 import Message
 from envoy_data_plane.envoy.config.cluster.v3 import (
     CircuitBreakers,
     CircuitBreakersThresholds,
@@ -45,7 +46,6 @@ from envoy_data_plane.envoy.extensions.upstreams.http.v3 import (
 )
 from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.envoy.type.v3 import Percent
-from envoy_data_plane.google.protobuf import Any
 
 from dp_extproc.config import Config, CutStreams, ServiceTls, Supervise
 from dp_extproc.contract import DECODE_HOST, OWNER, PREFILL_HOST
@@ -69,6 +69,7 @@ from dp_extproc.envoy_config.filters import (
 )
 from dp_extproc.envoy_config.listeners import buffer_bytes
 from dp_extproc.envoy_config.lua_filters import remember_failed_hosts
+from dp_extproc.envoy_config.yaml_text import commented, pack
 
 _UNLIMITED: Final = 1_000_000
 """A circuit breaker that never trips; Envoy's default of 1024 is soon reached by streams that last minutes."""
@@ -115,12 +116,20 @@ def build_clusters(config: Config) -> list[Cluster]:
     remembering = [remember_failed_hosts()] if config.retry.attempts > 1 else []
     watching = [see_first_event(config.envoy.body_mode)] if config.supervision.mode is Supervise.ANSWERS else []
     owner = _grpc(config.listen.keepalive, stream_window=_LARGEST_WINDOW)
+    to_dispatch = _http([strip_headers_before_placement(), *remembering, last_upstream_filter()])
     return [
-        _service(config, buffer),
-        _by_header(SERVICE_OWNER, OWNER, owner, buffer, speak_tls(config.envoy.service_tls)),
-        _by_header(PREFILL, PREFILL_HOST, _engine(), buffer),
+        commented(_service(config, buffer), "The service: envoy.service, or listen.grpc."),
+        commented(
+            _by_header(SERVICE_OWNER, OWNER, owner, buffer, _speak_tls(config.envoy.service_tls)),
+            "The very process of the service that holds the books of a request.",
+        ),
+        commented(
+            _by_header(PREFILL, PREFILL_HOST, _engine(), buffer),
+            "Engines are dialled as the headers say. There is no fallback to another host, since the body\n"
+            "names the prefill server that the decode server will ask.",
+        ),
         *_decode(config.envoy.cut_streams, _engine(watching), buffer),
-        _internal(DISPATCH, buffer, _http([strip_headers_before_placement(), *remembering, last_upstream_filter()])),
+        commented(_internal(DISPATCH, buffer, to_dispatch), "The way to the internal listeners."),
         _internal(PREFILL_LEG, buffer),
     ]
 
@@ -146,8 +155,8 @@ def _service(config: Config, buffer: int) -> Cluster:
             ],
         ),
         circuit_breakers=_unlimited(),
-        typed_extension_protocol_options={_HTTP_OPTIONS: Any.pack(_grpc(config.listen.keepalive))},
-        transport_socket=speak_tls(config.envoy.service_tls),
+        typed_extension_protocol_options={_HTTP_OPTIONS: pack(_grpc(config.listen.keepalive))},
+        transport_socket=_speak_tls(config.envoy.service_tls),
     )
     if may_be_several(config):
         cluster.health_checks = [_READINESS_CHECK]
@@ -168,7 +177,7 @@ def _by_header(
     name: str, header: str, options: HttpProtocolOptions, buffer: int, transport: TransportSocket | None = None
 ) -> Cluster:
     cluster = _at_a_given_address(name, buffer)
-    cluster.typed_extension_protocol_options = {_HTTP_OPTIONS: Any.pack(options)}
+    cluster.typed_extension_protocol_options = {_HTTP_OPTIONS: pack(options)}
     cluster.original_dst_lb_config = ClusterOriginalDstLbConfig(use_http_header=True, http_header_name=header)
     cluster.transport_socket = transport
     return cluster
@@ -194,27 +203,24 @@ def _decode(cut_streams: CutStreams, options: HttpProtocolOptions, buffer: int) 
 
 
 def _internal(listener: str, buffer: int, options: HttpProtocolOptions | None = None) -> Cluster:
-    plain = TransportSocket(name="envoy.transport_sockets.raw_buffer", typed_config=Any.pack(RawBuffer()))
+    endpoint = _endpoint(Address(envoy_internal_address=EnvoyInternalAddress(server_listener_name=listener)))
     return Cluster(
         name=listener,
         type=ClusterDiscoveryType.STATIC,
         per_connection_buffer_limit_bytes=buffer,
-        load_assignment=_single_endpoint(
-            listener, Address(envoy_internal_address=EnvoyInternalAddress(server_listener_name=listener))
+        load_assignment=ClusterLoadAssignment(
+            cluster_name=listener, endpoints=[LocalityLbEndpoints(lb_endpoints=[endpoint])]
         ),
         circuit_breakers=_unlimited(),
-        typed_extension_protocol_options={_HTTP_OPTIONS: Any.pack(options)} if options else {},
-        transport_socket=TransportSocket(
-            name="envoy.transport_sockets.internal_upstream",
-            typed_config=Any.pack(InternalUpstreamTransport(transport_socket=plain)),
+        typed_extension_protocol_options={_HTTP_OPTIONS: pack(options)} if options else {},
+        transport_socket=_transport(
+            "internal_upstream", InternalUpstreamTransport(transport_socket=_transport("raw_buffer", RawBuffer()))
         ),
     )
 
 
-def _single_endpoint(cluster: str, address: Address) -> ClusterLoadAssignment:
-    return ClusterLoadAssignment(
-        cluster_name=cluster, endpoints=[LocalityLbEndpoints(lb_endpoints=[_endpoint(address)])]
-    )
+def _transport(name: str, settings: Message) -> TransportSocket:
+    return TransportSocket(name=f"envoy.transport_sockets.{name}", typed_config=pack(settings))
 
 
 def _endpoint(address: Address) -> LbEndpoint:
@@ -223,9 +229,16 @@ def _endpoint(address: Address) -> LbEndpoint:
 
 def _grpc(keepalive: float, *, stream_window: int | None = None) -> HttpProtocolOptions:
     patience = timedelta(seconds=keepalive)
-    http2 = Http2ProtocolOptions(
-        initial_stream_window_size=stream_window,
-        connection_keepalive=KeepaliveSettings(interval=patience, timeout=patience),
+    http2 = commented(
+        Http2ProtocolOptions(
+            initial_stream_window_size=stream_window,
+            connection_keepalive=KeepaliveSettings(interval=patience, timeout=patience),
+        ),
+        connection_keepalive="listen.keepalive: a service whose host is lost closes no connection. What waits\n"
+        "for it goes on then; see failure_mode_allow above. The service asks Envoy likewise.",
+        initial_stream_window_size="The largest: Envoy's send buffer for a stream has the same limit.\n"
+        "With its default of 16 MiB, Envoy dies if a request ends while that buffer is full of what an engine has "
+        "sent\nand the service has not read.",
     )
     return HttpProtocolOptions(explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=http2))
 
@@ -238,27 +251,35 @@ def _http(filters: Sequence[HttpFilter]) -> HttpProtocolOptions:
 
 
 def _engine(filters: Sequence[HttpFilter] = ()) -> HttpProtocolOptions:
-    return HttpProtocolOptions(
-        common_http_protocol_options=CommonHttpProtocolOptions(idle_timeout=_ENGINE_IDLE_TIMEOUT),
-        explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=Http1ProtocolOptions()),
-        http_filters=[strip_router_headers(), *filters, last_upstream_filter()],
+    options = _http([strip_router_headers(), *filters, last_upstream_filter()])
+    options.common_http_protocol_options = commented(
+        CommonHttpProtocolOptions(idle_timeout=_ENGINE_IDLE_TIMEOUT),
+        idle_timeout="Shorter than the 5 s after which SGLang's HTTP server closes an idle connection, or a\n"
+        "request would now and then be sent into a closing one.",
+    )
+    return commented(
+        options,
+        http_filters="Runs after the host was chosen by header. A route that removed the headers would act\n"
+        "before. Retries belong to the front door: a second try from here would have no headers left. Of an answer it\n"
+        "removes the same names before the router reads them: an engine steers nothing.",
     )
 
 
 def _unlimited() -> CircuitBreakers:
-    return CircuitBreakers(
-        thresholds=[
-            CircuitBreakersThresholds(
-                max_connections=_UNLIMITED,
-                max_pending_requests=_UNLIMITED,
-                max_requests=_UNLIMITED,
-                max_retries=_UNLIMITED,
-            )
-        ]
+    thresholds = CircuitBreakersThresholds(
+        max_connections=_UNLIMITED,
+        max_pending_requests=_UNLIMITED,
+        max_requests=_UNLIMITED,
+        max_retries=_UNLIMITED,
+    )
+    return commented(
+        CircuitBreakers(thresholds=[thresholds]),
+        "Envoy's default of 1024 is soon reached by streams that last minutes. Whether a\n"
+        "request is too much is the service's decision. The same holds for all clusters.",
     )
 
 
-def speak_tls(settings: ServiceTls | None) -> TransportSocket | None:
+def _speak_tls(settings: ServiceTls | None) -> TransportSocket | None:
     """Build the transport socket of a cluster of the service; None for plain HTTP/2.
 
     Processes are dialled by IP, the owner of a request even by one that no certificate can know; so all of them have
@@ -281,5 +302,4 @@ def speak_tls(settings: ServiceTls | None) -> TransportSocket | None:
             trusted_ca=DataSource(filename=settings.ca), match_typed_subject_alt_names=[name]
         ),
     )
-    tls = UpstreamTlsContext(sni=settings.name, common_tls_context=context)
-    return TransportSocket(name="envoy.transport_sockets.tls", typed_config=Any.pack(tls))
+    return _transport("tls", UpstreamTlsContext(sni=settings.name, common_tls_context=context))

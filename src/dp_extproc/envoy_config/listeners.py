@@ -15,7 +15,7 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
     HttpFilter,
     LocalReplyConfig,
 )
-from envoy_data_plane.google.protobuf import Any, Struct
+from envoy_data_plane.google.protobuf import Struct
 
 from dp_extproc.config import Config, CutStreams, EnvoySettings, Supervise
 from dp_extproc.contract import (
@@ -28,8 +28,9 @@ from dp_extproc.contract import (
     META_REASON,
     METADATA_NAMESPACE,
 )
-from dp_extproc.envoy_config.addresses import DISPATCH, PREFILL_LEG
+from dp_extproc.envoy_config.addresses import DECODE, DISPATCH, PREFILL_LEG
 from dp_extproc.envoy_config.filters import (
+    http_filter,
     place_requests,
     remember_owner,
     report_prefill,
@@ -38,7 +39,8 @@ from dp_extproc.envoy_config.filters import (
 from dp_extproc.envoy_config.local_replies import build_local_replies
 from dp_extproc.envoy_config.lua_filters import swap_prefix
 from dp_extproc.envoy_config.routes import to_dispatch, to_engines, to_prefill
-from dp_extproc.envoy_config.stream_end import build_decode_listener, remember_decode_host
+from dp_extproc.envoy_config.stream_end import remember_decode_host, stream_end_filters
+from dp_extproc.envoy_config.yaml_text import commented, pack
 
 _MAX_HEADERS_KB: Final = 1024
 """Header limit of the internal listeners; Envoy's default of 60 would refuse large batches.
@@ -50,107 +52,11 @@ every prompt, so 1 MiB carries more than 15,000 prompts. Envoy allows 8192.
 _MAX_HEADERS_COUNT: Final = 200
 """Header count of the internal listeners: the 100 that a client may send (Envoy's default), and the router's own."""
 
-
-def buffer_bytes(settings: EnvoySettings) -> int:
-    """Return what every hop of a request buffers: the largest body plus the prefix that rewriting adds.
-
-    A prefix is no longer than a header may be. The service refuses a body above ``max_body_bytes`` itself; Envoy's
-    own 413 is only the backstop behind it.
-    """
-    return settings.max_body_bytes + _MAX_HEADERS_KB * 1024
-
-
 INFERENCE: Final = "inference"
 _NO_TIMEOUT: Final = timedelta(0)
 _CLOSE_DELAY: Final = timedelta(milliseconds=50)
 """How long a client that still sends its body has for reading an early answer. By default each hop waits for a second
 before it closes, and so would every client whose answer was cut off."""
-
-
-def build_listeners(config: Config) -> list[Listener]:
-    """Build all listeners, in the order in which a request passes them."""
-    settings = config.envoy
-    buffer = buffer_bytes(settings)
-    replies = build_local_replies(settings.max_body_bytes)
-    repeated = build_local_replies(settings.max_body_bytes, retries=config.retry.attempts > 1)
-    front_door = HttpConnectionManager(
-        stat_prefix=INFERENCE,
-        route_config=to_dispatch(config.retry),
-        http_filters=[_router()],
-        stream_idle_timeout=_NO_TIMEOUT,
-        request_headers_timeout=timedelta(seconds=settings.headers_timeout),
-        request_timeout=timedelta(seconds=settings.upload_timeout),
-        delayed_close_timeout=_CLOSE_DELAY,
-        use_remote_address=True,
-        early_header_mutation_extensions=[strip_client_headers(settings.session_header)],
-        generate_request_id=True,
-        preserve_external_request_id=True,
-        local_reply_config=replies,
-    )
-    supervision = config.supervision.mode
-    watching = [remember_owner()] if supervision is Supervise.ANSWERS else []
-    ends_streams = settings.cut_streams is CutStreams.EVENT
-    handing_on = [remember_decode_host()] if ends_streams else []
-    dispatch = _internal_manager(
-        DISPATCH,
-        to_engines(supervision, settings.body_mode),
-        [place_requests(config), *watching, *handing_on],
-        log_requests(),
-        repeated,
-    )
-    prefill_leg = _internal_manager(
-        PREFILL_LEG, to_prefill(), [remember_owner(), swap_prefix(), report_prefill(supervision)], log_prefill_legs()
-    )
-    inference = settings.inference
-    return [
-        Listener(
-            name=INFERENCE,
-            address=Address(socket_address=SocketAddress(address=inference.host, port_value=inference.port)),
-            filter_chains=[_chain(front_door)],
-            per_connection_buffer_limit_bytes=buffer,
-        ),
-        *(
-            Listener(
-                name=manager.stat_prefix,
-                filter_chains=[_chain(manager)],
-                per_connection_buffer_limit_bytes=buffer,
-                internal_listener=ListenerInternalListenerConfig(),
-            )
-            for manager in (dispatch, prefill_leg)
-        ),
-        *([build_decode_listener(buffer)] if ends_streams else []),
-    ]
-
-
-def _internal_manager(
-    name: str,
-    routes: RouteConfiguration,
-    filters: Sequence[HttpFilter],
-    access_log: AccessLog,
-    replies: LocalReplyConfig | None = None,
-) -> HttpConnectionManager:
-    return HttpConnectionManager(
-        stat_prefix=name,
-        route_config=routes,
-        http_filters=[*filters, _router()],
-        common_http_protocol_options=HttpProtocolOptions(max_headers_count=_MAX_HEADERS_COUNT),
-        max_request_headers_kb=_MAX_HEADERS_KB,
-        stream_idle_timeout=_NO_TIMEOUT,
-        delayed_close_timeout=_CLOSE_DELAY,
-        access_log=[access_log],
-        local_reply_config=replies,
-    )
-
-
-def _router() -> HttpFilter:
-    return HttpFilter(name="envoy.filters.http.router", typed_config=Any.pack(Router(suppress_envoy_headers=True)))
-
-
-def _chain(manager: HttpConnectionManager) -> FilterChain:
-    return FilterChain(
-        filters=[Filter(name="envoy.filters.network.http_connection_manager", typed_config=Any.pack(manager))]
-    )
-
 
 _EVERY_HOP: Final = {
     "time": "%START_TIME%",
@@ -180,16 +86,153 @@ _PLACEMENT: Final = {
 }
 
 
-def log_requests() -> AccessLog:
+def buffer_bytes(settings: EnvoySettings) -> int:
+    """Return what every hop of a request buffers: the largest body plus the prefix that rewriting adds.
+
+    A prefix is no longer than a header may be. The service refuses a body above ``max_body_bytes`` itself; Envoy's
+    own 413 is only the backstop behind it.
+    """
+    return settings.max_body_bytes + _MAX_HEADERS_KB * 1024
+
+
+def build_front_door(config: Config) -> Listener:
+    """Build the listener that clients connect to, the only one that has a port."""
+    settings = config.envoy
+    manager = commented(
+        HttpConnectionManager(
+            stat_prefix=INFERENCE,
+            route_config=to_dispatch(config.retry),
+            http_filters=[_router()],
+            stream_idle_timeout=_NO_TIMEOUT,
+            request_headers_timeout=timedelta(seconds=settings.headers_timeout),
+            request_timeout=timedelta(seconds=settings.upload_timeout),
+            delayed_close_timeout=_CLOSE_DELAY,
+            use_remote_address=True,
+            early_header_mutation_extensions=[strip_client_headers(settings.session_header)],
+            generate_request_id=True,
+            preserve_external_request_id=True,
+            local_reply_config=build_local_replies(settings.max_body_bytes),
+        ),
+        stream_idle_timeout="A stream may be silent for as long as the engine is busy with its prompt.",
+        request_headers_timeout="envoy.headers_timeout.",
+        request_timeout="envoy.upload_timeout: a client that stops in its body would hold buffers for ever.\n"
+        "It ends with the last byte of the request; how long the answer takes does not count.",
+        delayed_close_timeout="By default a client learns a second late that its answer was cut off.",
+        use_remote_address="The client's address goes into x-forwarded-for, and from there into the log.",
+        early_header_mutation_extensions="Before anything else: what only the router may set.\n"
+        "The host headers would send a request to any address; x-data-parallel-rank and x-override-* win over the "
+        "body\nin SGLang.",
+        preserve_external_request_id="A client's request id is the one that all logs show.",
+    )
+    address = SocketAddress(address=settings.inference.host, port_value=settings.inference.port)
+    return commented(
+        Listener(
+            name=INFERENCE,
+            address=Address(socket_address=address),
+            filter_chains=[FilterChain(filters=[_http(manager)])],
+            per_connection_buffer_limit_bytes=buffer_bytes(settings),
+        ),
+        "The front door. It forwards everything; it is a hop of its own so that a failed attempt\n"
+        "can be repeated from here, and be placed anew.",
+        per_connection_buffer_limit_bytes="envoy.max_body_bytes and 1 MiB for what rewriting adds. Every hop\n"
+        "needs it: a body is held until it is placed, and Envoy's default is 1 MiB.",
+    )
+
+
+def build_internal_listeners(config: Config) -> list[Listener]:
+    """Build the listeners behind the front door, in the order in which a request passes them."""
+    settings = config.envoy
+    buffer = buffer_bytes(settings)
+    supervision = config.supervision.mode
+    watching = [remember_owner()] if supervision is Supervise.ANSWERS else []
+    ends_streams = settings.cut_streams is CutStreams.EVENT
+    handing_on = [remember_decode_host()] if ends_streams else []
+    dispatch = _internal_manager(
+        DISPATCH,
+        to_engines(supervision, settings.body_mode),
+        [place_requests(config), *watching, *handing_on],
+        _log_requests(),
+        build_local_replies(settings.max_body_bytes, retries=config.retry.attempts > 1),
+    )
+    owner = commented(remember_owner(), "The report below opens after the x-dp-* headers are gone.")
+    prefill_leg = _internal_manager(
+        PREFILL_LEG, to_prefill(), [owner, swap_prefix(), report_prefill(supervision)], _log_prefill_legs()
+    )
+    listeners = [
+        _internal(DISPATCH, [_http(dispatch)], buffer, "Where requests are placed. An internal listener has no port."),
+        _internal(
+            PREFILL_LEG,
+            [_http(prefill_leg)],
+            buffer,
+            "The mirrored copy, as a request of its own: with its own body, status and log line.",
+        ),
+    ]
+    if ends_streams:
+        decode = _internal(
+            DECODE,
+            stream_end_filters(),
+            buffer,
+            "Passes the bytes of answering servers on. If a server is lost in mid-stream, the filter ends\n"
+            "the stream with an error event; Envoy's HTTP router itself could only cut the client's connection.",
+        )
+        listeners.append(decode)
+    return listeners
+
+
+def _internal(name: str, filters: list[Filter], buffer: int, comment: str) -> Listener:
+    listener = Listener(
+        name=name,
+        filter_chains=[FilterChain(filters=filters)],
+        per_connection_buffer_limit_bytes=buffer,
+        internal_listener=ListenerInternalListenerConfig(),
+    )
+    return commented(listener, comment)
+
+
+def _internal_manager(
+    name: str,
+    routes: RouteConfiguration,
+    filters: Sequence[HttpFilter],
+    access_log: AccessLog,
+    replies: LocalReplyConfig | None = None,
+) -> HttpConnectionManager:
+    return commented(
+        HttpConnectionManager(
+            stat_prefix=name,
+            route_config=routes,
+            http_filters=[*filters, _router()],
+            common_http_protocol_options=HttpProtocolOptions(max_headers_count=_MAX_HEADERS_COUNT),
+            max_request_headers_kb=_MAX_HEADERS_KB,
+            stream_idle_timeout=_NO_TIMEOUT,
+            delayed_close_timeout=_CLOSE_DELAY,
+            access_log=[access_log],
+            local_reply_config=replies,
+        ),
+        common_http_protocol_options="The client's 100 headers and those that the service adds.",
+        max_request_headers_kb="The prefill leg's fields travel in a header: some 60 bytes per prompt of a\n"
+        "batch. Envoy's default is 60 kB.",
+    )
+
+
+def _router() -> HttpFilter:
+    comment = "No x-envoy-* headers: they are no business of clients or engines."
+    return http_filter("router", commented(Router(suppress_envoy_headers=True), suppress_envoy_headers=comment))
+
+
+def _http(manager: HttpConnectionManager) -> Filter:
+    return Filter(name="envoy.filters.network.http_connection_manager", typed_config=pack(manager))
+
+
+def _log_requests() -> AccessLog:
     """Log each request with its placement and, if it was refused, the reason."""
     return _stdout({"leg": "main", **_EVERY_HOP, "client": "%REQ(x-forwarded-for)%", **_PLACEMENT})
 
 
-def log_prefill_legs() -> AccessLog:
+def _log_prefill_legs() -> AccessLog:
     """Log each prefill leg; ``request_id`` joins it to its request."""
     return _stdout({"leg": "prefill", **_EVERY_HOP, META_PREFILL_HOST: "%UPSTREAM_HOST%"})
 
 
 def _stdout(fields: Mapping[str, str]) -> AccessLog:
     line = SubstitutionFormatString(json_format=Struct.from_dict(fields))
-    return AccessLog(name="envoy.access_loggers.stdout", typed_config=Any.pack(StdoutAccessLog(log_format=line)))
+    return AccessLog(name="envoy.access_loggers.stdout", typed_config=pack(StdoutAccessLog(log_format=line)))

@@ -5,7 +5,6 @@ from typing import Final
 from envoy_data_plane.envoy.config.core.v3 import DataSource
 from envoy_data_plane.envoy.extensions.filters.http.lua.v3 import Lua
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
-from envoy_data_plane.google.protobuf import Any
 
 from dp_extproc.contract import (
     AVOID,
@@ -17,6 +16,8 @@ from dp_extproc.contract import (
     PREFILL_RID,
     PREFIX_LENGTH,
 )
+from dp_extproc.envoy_config.filters import http_filter
+from dp_extproc.envoy_config.yaml_text import commented
 
 _SWAP: Final = f"""\
 function envoy_on_request(request)
@@ -48,8 +49,11 @@ end
 
 def swap_prefix() -> HttpFilter:
     """Build the filter. A body that it cannot rewrite carries the decode leg's fields and must not be forwarded."""
-    script = DataSource(inline_string=_SWAP)
-    return HttpFilter(name="envoy.filters.http.lua", typed_config=Any.pack(Lua(default_source_code=script)))
+    return commented(
+        _lua(_SWAP),
+        "The copy has the decode leg's fields at the front. They are replaced by\n"
+        "the prefill leg's; the bytes behind them are the same for both.",
+    )
 
 
 _NAMESPACE: Final = "dp_extproc.retry"
@@ -77,5 +81,9 @@ def remember_failed_hosts() -> HttpFilter:
     It stands in the upstream filter chain of the way from the front door to the place where requests are placed, which
     runs anew for each attempt, while the dynamic metadata belongs to the request and outlives them.
     """
-    script = DataSource(inline_string=_REMEMBER)
-    return HttpFilter(name="envoy.filters.http.lua", typed_config=Any.pack(Lua(default_source_code=script)))
+    comment = "Runs anew for each attempt, and remembers where those before have failed."
+    return commented(_lua(_REMEMBER), comment)
+
+
+def _lua(script: str) -> HttpFilter:
+    return http_filter("lua", Lua(default_source_code=DataSource(inline_string=script)))

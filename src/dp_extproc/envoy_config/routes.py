@@ -22,6 +22,7 @@ from dp_extproc.config import BodyMode, RetrySettings, Supervise
 from dp_extproc.contract import DECODE_HOST, FAILED, PREFILL_HOST, PREFILL_RID, PREFIX_LENGTH, RETRY, WATCH
 from dp_extproc.envoy_config.addresses import DECODE, DISPATCH, PREFILL, PREFILL_LEG
 from dp_extproc.envoy_config.filters import FIRST_EVENT_FILTER, show_first_event
+from dp_extproc.envoy_config.yaml_text import commented
 
 _NO_TIMEOUT: Final = timedelta(0)
 """Envoy's default of 15 s would cut long generations; how long one may take is the client's and the engine's matter."""
@@ -39,34 +40,53 @@ def to_dispatch(retry: RetrySettings) -> RouteConfiguration:
     """
     action = _forward(DISPATCH)
     if retry.attempts > 1:
-        action.retry_policy = RetryPolicy(
-            retry_on="retriable-headers,reset",
-            num_retries=retry.attempts - 1,
-            retriable_headers=[HeaderMatcher(name=RETRY, present_match=True)],
-            retry_back_off=RetryPolicyRetryBackOff(base_interval=_FIRST_BACKOFF, max_interval=_LONGEST_BACKOFF),
+        action.retry_policy = commented(
+            RetryPolicy(
+                retry_on="retriable-headers,reset",
+                num_retries=retry.attempts - 1,
+                retriable_headers=[HeaderMatcher(name=RETRY, present_match=True)],
+                retry_back_off=RetryPolicyRetryBackOff(base_interval=_FIRST_BACKOFF, max_interval=_LONGEST_BACKOFF),
+            ),
+            "The service asks for it, and decides how often: retry. It tells where a request has\n"
+            "failed, so that it is placed elsewhere.",
         )
     return _table(Route(name="all", match=_when(), route=action, response_headers_to_remove=[RETRY, FAILED]))
 
 
 def to_engines(supervision: Supervise, body_mode: BodyMode) -> RouteConfiguration:
     """Route by what the service decided; a request it did not place goes nowhere."""
-    mirror = RouteActionRequestMirrorPolicy(cluster=PREFILL_LEG, disable_shadow_host_suffix_append=True)
+    mirror = commented(
+        RouteActionRequestMirrorPolicy(cluster=PREFILL_LEG, disable_shadow_host_suffix_append=True),
+        disable_shadow_host_suffix_append="Or the engine would see the host name with -shadow behind it.",
+    )
     routes = [
-        Route(name="disaggregated", match=_when(DECODE_HOST, PREFILL_HOST), route=_forward(DECODE, [mirror])),
-        Route(name="one_server", match=_when(DECODE_HOST), route=_forward(DECODE)),
-        Route(
-            name="not_placed",
-            match=_when(),
-            direct_response=DirectResponseAction(status=503),
-            response_headers_to_add=[HeaderValueOption(header=HeaderValue(key=RETRY, value="1"))],
+        commented(
+            Route(name="disaggregated", match=_when(DECODE_HOST, PREFILL_HOST), route=_forward(DECODE, [mirror])),
+            "Placed on a pair: decode answers the client, a copy goes to prefill.",
+        ),
+        commented(
+            Route(name="one_server", match=_when(DECODE_HOST), route=_forward(DECODE)),
+            "Placed on one server: an aggregated pool, or a request that any server can answer.",
+        ),
+        commented(
+            Route(
+                name="not_placed",
+                match=_when(),
+                direct_response=DirectResponseAction(status=503),
+                response_headers_to_add=[HeaderValueOption(header=HeaderValue(key=RETRY, value="1"))],
+            ),
+            "Fail closed: without a decision a request goes nowhere.",
         ),
     ]
     if supervision is Supervise.ANSWERS:
-        watched = Route(
-            name="watched",
-            match=_when(DECODE_HOST, PREFILL_HOST, WATCH),
-            route=_forward(DECODE, [mirror]),
-            typed_per_filter_config={FIRST_EVENT_FILTER: show_first_event(body_mode)},
+        watched = commented(
+            Route(
+                name="watched",
+                match=_when(DECODE_HOST, PREFILL_HOST, WATCH),
+                route=_forward(DECODE, [mirror]),
+                typed_per_filter_config={FIRST_EVENT_FILTER: show_first_event(body_mode)},
+            ),
+            "A stream; its first event is shown to the service before the client sees anything.",
         )
         routes.insert(0, watched)
     return _table(*routes)
@@ -74,17 +94,13 @@ def to_engines(supervision: Supervise, body_mode: BodyMode) -> RouteConfiguratio
 
 def to_prefill() -> RouteConfiguration:
     """Route every mirrored request whose body was rewritten to the prefill server that the service named."""
+    failed = DirectResponseAction(status=500)
     return _table(
-        Route(
-            name="not_rewritten",
-            match=_when(PREFIX_LENGTH),
-            direct_response=DirectResponseAction(status=500),
+        commented(
+            Route(name="not_rewritten", match=_when(PREFIX_LENGTH), direct_response=failed),
+            "The header is removed as the last step of rewriting.",
         ),
-        Route(
-            name="headers_not_rewritten",
-            match=_when(PREFILL_RID),
-            direct_response=DirectResponseAction(status=500),
-        ),
+        Route(name="headers_not_rewritten", match=_when(PREFILL_RID), direct_response=failed),
         Route(name="rewritten", match=_when(), route=_forward(PREFILL)),
     )
 
@@ -98,4 +114,7 @@ def _when(*headers: str) -> RouteMatch:
 
 
 def _forward(cluster: str, mirrors: Sequence[RouteActionRequestMirrorPolicy] = ()) -> RouteAction:
-    return RouteAction(cluster=cluster, timeout=_NO_TIMEOUT, request_mirror_policies=list(mirrors))
+    return commented(
+        RouteAction(cluster=cluster, timeout=_NO_TIMEOUT, request_mirror_policies=list(mirrors)),
+        timeout="Envoy's default of 15 s would cut long generations.",
+    )

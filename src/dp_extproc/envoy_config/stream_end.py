@@ -9,12 +9,8 @@ from datetime import timedelta
 from importlib.resources import files
 from typing import Final
 
-from envoy_data_plane.envoy.config.core.v3 import (
-    AsyncDataSource,
-    DataSource,
-    SubstitutionFormatString,
-)
-from envoy_data_plane.envoy.config.listener.v3 import Filter, FilterChain, Listener, ListenerInternalListenerConfig
+from envoy_data_plane.envoy.config.core.v3 import AsyncDataSource, DataSource, SubstitutionFormatString
+from envoy_data_plane.envoy.config.listener.v3 import Filter
 from envoy_data_plane.envoy.extensions.filters.common.set_filter_state.v3 import (
     FilterStateValue,
     FilterStateValueSharedWithUpstream,
@@ -24,10 +20,11 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
 from envoy_data_plane.envoy.extensions.filters.network.tcp_proxy.v3 import TcpProxy
 from envoy_data_plane.envoy.extensions.filters.network.wasm.v3 import Wasm
 from envoy_data_plane.envoy.extensions.wasm.v3 import FailurePolicy, PluginConfig, VmConfig
-from envoy_data_plane.google.protobuf import Any
 
 from dp_extproc.contract import DECODE_HOST
 from dp_extproc.envoy_config.addresses import DECODE, DECODE_SERVER
+from dp_extproc.envoy_config.filters import http_filter
+from dp_extproc.envoy_config.yaml_text import commented, pack
 
 _ADDRESS: Final = "envoy.network.transport_socket.original_dst_address"
 """The key under which a cluster of type ORIGINAL_DST looks for an address (``original_dst_cluster.h``)."""
@@ -41,25 +38,22 @@ def remember_decode_host() -> HttpFilter:
         format_string=SubstitutionFormatString(text_format_source=DataSource(inline_string=f"%REQ({DECODE_HOST})%")),
         shared_with_upstream=FilterStateValueSharedWithUpstream.ONCE,
     )
-    return HttpFilter(
-        name="envoy.filters.http.set_filter_state",
-        typed_config=Any.pack(SetFilterState(on_request_headers=[address])),
+    return commented(
+        http_filter("set_filter_state", SetFilterState(on_request_headers=[address])),
+        "The address for the connection that the listener decode opens.",
     )
 
 
-def build_decode_listener(buffer: int) -> Listener:
-    """Build the listener that passes the bytes of answering servers on and ends their streams.
-
-    Args:
-        buffer: Bytes of a connection.
-    """
+def stream_end_filters() -> list[Filter]:
+    """Build the filters that pass the bytes of answering servers on and end their streams."""
+    code = commented(DataSource(inline_bytes=_module()), inline_bytes="stream_end.c of this project, as WebAssembly.")
     plugin = PluginConfig(
         name=_NAME,
         root_id=_NAME,
         vm_config=VmConfig(
             vm_id=_NAME,
             runtime="envoy.wasm.runtime.v8",
-            code=AsyncDataSource(local=DataSource(inline_bytes=_module())),
+            code=AsyncDataSource(local=code),
         ),
         failure_policy=FailurePolicy.FAIL_OPEN,
     )
@@ -68,19 +62,10 @@ def build_decode_listener(buffer: int) -> Listener:
         cluster=DECODE_SERVER,
         idle_timeout=timedelta(0),  # by default a prompt that takes more than an hour would be cut
     )
-    return Listener(
-        name=DECODE,
-        filter_chains=[
-            FilterChain(
-                filters=[
-                    Filter(name="envoy.filters.network.wasm", typed_config=Any.pack(Wasm(config=plugin))),
-                    Filter(name="envoy.filters.network.tcp_proxy", typed_config=Any.pack(passing_on)),
-                ]
-            )
-        ],
-        per_connection_buffer_limit_bytes=buffer,
-        internal_listener=ListenerInternalListenerConfig(),
-    )
+    return [
+        Filter(name="envoy.filters.network.wasm", typed_config=pack(Wasm(config=plugin))),
+        Filter(name="envoy.filters.network.tcp_proxy", typed_config=pack(passing_on)),
+    ]
 
 
 def _module() -> bytes:

@@ -1,22 +1,41 @@
-"""The whole Envoy bootstrap as one typed object."""
+"""A whole Envoy bootstrap: every listener and cluster in one file."""
+
+from typing import Final
 
 from envoy_data_plane.envoy.config.bootstrap.v3 import Admin, Bootstrap, BootstrapStaticResources
 from envoy_data_plane.envoy.config.core.v3 import Address, SocketAddress, TypedExtensionConfig
 from envoy_data_plane.envoy.extensions.bootstrap.internal_listener.v3 import InternalListener
-from envoy_data_plane.google.protobuf import Any
 
 from dp_extproc.config import Config
 from dp_extproc.envoy_config.clusters import build_clusters
-from dp_extproc.envoy_config.listeners import build_listeners
+from dp_extproc.envoy_config.listeners import build_front_door, build_internal_listeners
+from dp_extproc.envoy_config.yaml_text import commented, pack
+
+_HEADER: Final = """\
+Printed by: dp-extproc envoy-config -c FILE
+
+Envoy in front of SGLang servers with prefill/decode disaggregation and several data-parallel ranks.
+
+  client -> inference -> dp_dispatch -> decode server
+                             `--mirror-> prefill_leg -> prefill server
+
+The service dp-extproc picks both servers and their ranks and rewrites the body. It names them in x-dp-* headers, so
+no engine is listed here, and engines may come and go without a change of this file. docs/envoy.md tells more.
+"""
 
 
 def build_bootstrap(config: Config) -> Bootstrap:
     """Build what Envoy is started with. It names no engine: hosts come and go without a change here."""
     admin = config.envoy.admin
-    return Bootstrap(
-        static_resources=BootstrapStaticResources(listeners=build_listeners(config), clusters=build_clusters(config)),
-        admin=Admin(address=Address(socket_address=SocketAddress(address=admin.host, port_value=admin.port))),
-        bootstrap_extensions=[
-            TypedExtensionConfig(name="envoy.bootstrap.internal_listener", typed_config=Any.pack(InternalListener()))
-        ],
+    return commented(
+        Bootstrap(
+            static_resources=BootstrapStaticResources(
+                listeners=[build_front_door(config), *build_internal_listeners(config)], clusters=build_clusters(config)
+            ),
+            admin=Admin(address=Address(socket_address=SocketAddress(address=admin.host, port_value=admin.port))),
+            bootstrap_extensions=[
+                TypedExtensionConfig(name="envoy.bootstrap.internal_listener", typed_config=pack(InternalListener()))
+            ],
+        ),
+        _HEADER,
     )
