@@ -66,7 +66,7 @@ _SKIP: Final = ProcessingModeHeaderSendMode.SKIP
 
 _SEND_BODY: Final = {
     BodyMode.BUFFERED: ProcessingModeBodySendMode.BUFFERED,
-    BodyMode.DUPLEX: ProcessingModeBodySendMode.FULL_DUPLEX_STREAMED,
+    BodyMode.FULL_DUPLEX_STREAMED: ProcessingModeBodySendMode.FULL_DUPLEX_STREAMED,
     BodyMode.NONE: ProcessingModeBodySendMode.NONE,
 }
 
@@ -98,7 +98,7 @@ def place_requests(config: Config) -> HttpFilter:
             request_header_mode=_SEND,
             response_header_mode=_SEND,
             request_body_mode=_SEND_BODY[body_mode],
-            request_trailer_mode=_SEND if body_mode is BodyMode.DUPLEX else _SKIP,
+            request_trailer_mode=_SEND if body_mode is BodyMode.FULL_DUPLEX_STREAMED else _SKIP,
             response_trailer_mode=_SEND,
         ),
         request_body_mode="BUFFERED, FULL_DUPLEX_STREAMED or NONE, from envoy.body_mode.",

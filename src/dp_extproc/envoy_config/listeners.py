@@ -17,7 +17,7 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
 )
 from envoy_data_plane.google.protobuf import Struct
 
-from dp_extproc.config import Config, CutStreams, EnvoySettings, Supervise
+from dp_extproc.config import Config, EnvoySettings, Supervise, TruncatedStreams
 from dp_extproc.contract import (
     META_DECODE_HOST,
     META_DECODE_RANK,
@@ -104,8 +104,8 @@ def build_front_door(config: Config) -> Listener:
             route_config=to_dispatch(config.retry),
             http_filters=[_router()],
             stream_idle_timeout=_NO_TIMEOUT,
-            request_headers_timeout=timedelta(seconds=settings.headers_timeout),
-            request_timeout=timedelta(seconds=settings.upload_timeout),
+            request_headers_timeout=timedelta(seconds=settings.request_headers_timeout),
+            request_timeout=timedelta(seconds=settings.request_timeout),
             delayed_close_timeout=_CLOSE_DELAY,
             use_remote_address=True,
             early_header_mutation_extensions=[strip_client_headers(settings.session_header)],
@@ -114,8 +114,8 @@ def build_front_door(config: Config) -> Listener:
             local_reply_config=build_local_replies(settings.max_body_bytes),
         ),
         stream_idle_timeout="A stream may be silent for as long as the engine is busy with its prompt.",
-        request_headers_timeout="envoy.headers_timeout.",
-        request_timeout="envoy.upload_timeout: a client that stops in its body would hold buffers for ever.\n"
+        request_headers_timeout="envoy.request_headers_timeout.",
+        request_timeout="envoy.request_timeout: a client that stops in its body would hold buffers for ever.\n"
         "It ends with the last byte of the request; how long the answer takes does not count.",
         delayed_close_timeout="By default a client learns a second late that its answer was cut off.",
         use_remote_address="The client's address goes into x-forwarded-for, and from there into the log.",
@@ -144,8 +144,8 @@ def build_internal_listeners(config: Config) -> list[Listener]:
     settings = config.envoy
     buffer = buffer_bytes(settings)
     supervision = config.supervision.mode
-    watching = [remember_owner()] if supervision is Supervise.ANSWERS else []
-    ends_streams = settings.cut_streams is CutStreams.EVENT
+    watching = [remember_owner()] if supervision is Supervise.FIRST_EVENT else []
+    ends_streams = settings.truncated_streams is TruncatedStreams.ERROR_EVENT
     handing_on = [remember_decode_host()] if ends_streams else []
     dispatch = _internal_manager(
         DISPATCH,

@@ -78,7 +78,7 @@ def to_engines(supervision: Supervise, body_mode: BodyMode) -> RouteConfiguratio
             "Fail closed: without a decision a request goes nowhere.",
         ),
     ]
-    if supervision is Supervise.ANSWERS:
+    if supervision is Supervise.FIRST_EVENT:
         watched = commented(
             Route(
                 name="watched",
