@@ -83,8 +83,8 @@ def scripted_bootstrap(config: Config) -> str:
     bootstrap = yaml.safe_load(render_yaml(build_bootstrap(config)))
     patterns = _find(bootstrap, "forward_rules")["allowed_headers"]["patterns"]
     patterns.append({"exact": "x-request-id"})
-    patterns.extend({"prefix": prefix} for prefix in ("test-", *contract.FOREIGN_PREFIXES))
-    patterns.extend({"exact": name} for name in contract.FOREIGN_NAMES)
+    patterns.extend({"prefix": prefix} for prefix in ("test-", *contract.UNTRUSTED_PREFIXES))
+    patterns.extend({"exact": name} for name in contract.UNTRUSTED_NAMES)
     return yaml.safe_dump(bootstrap, sort_keys=False)
 
 

@@ -1,4 +1,4 @@
-"""The HTTP filters: those that call the service over ext_proc, and those that remove headers."""
+"""The HTTP filters that call the service over ext_proc, and those that remove headers."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -44,8 +44,6 @@ from envoy_data_plane.google.protobuf import Any
 from dp_extproc.config import BodyMode, Config, Supervise
 from dp_extproc.contract import (
     FIRST_EVENT,
-    FOREIGN_NAMES,
-    FOREIGN_PREFIXES,
     LEG,
     METADATA_NAMESPACE,
     OVERRIDE_PREFIX,
@@ -56,13 +54,15 @@ from dp_extproc.contract import (
     SESSION,
     SET_INSIDE,
     STAGE,
+    UNTRUSTED_NAMES,
+    UNTRUSTED_PREFIXES,
 )
 from dp_extproc.envoy_config.addresses import SERVICE, SERVICE_OWNER, may_be_several
 from dp_extproc.envoy_config.yaml_text import commented, pack
 
 _SEND: Final = ProcessingModeHeaderSendMode.SEND
 _SKIP: Final = ProcessingModeHeaderSendMode.SKIP
-"""Headers and trailers; bodies are not sent unless a mode is named."""
+"""Modes of headers and trailers. Bodies are not sent unless their mode is set."""
 
 _SEND_BODY: Final = {
     BodyMode.BUFFERED: ProcessingModeBodySendMode.BUFFERED,
@@ -73,24 +73,24 @@ _SEND_BODY: Final = {
 FIRST_EVENT_FILTER: Final = "dp_first_event"
 
 _ADDRESS: Final = (OWNER, LEG)
-"""Of the decision that a prefill leg belongs to: the process that keeps it, and its token there."""
+"""Headers by which a stream finds its attempt: the process that scheduled the request, and the token there."""
 
 _ENVOYS: Final = "x-envoy-"
 _INSIDE: Final = (OWNED_PREFIX, _ENVOYS)
-"""Ours, and Envoy's own. Both steer: on a request such as ``x-envoy-internal``, on an answer such as ``x-dp-retry``,
-``x-envoy-ratelimited`` or ``x-envoy-immediate-health-check-fail``."""
+"""Prefixes of the headers that steer this project or Envoy. On requests that is for example ``x-envoy-internal``, on
+responses ``x-dp-retry``, ``x-envoy-ratelimited`` or ``x-envoy-immediate-health-check-fail``."""
 
 _MESSAGE_TIMEOUT: Final = timedelta(seconds=20)
-"""Envoy's default of 200 ms is less than reading a body of 32 MB takes on a busy machine."""
+"""Time for one reply of the service. Envoy's default of 200 ms is too short for a body of 32 MB on a busy machine."""
 
 
 def http_filter(name: str, settings: Message) -> HttpFilter:
-    """Build an HTTP filter of Envoy's."""
+    """Build one of the HTTP filters that are part of Envoy."""
     return HttpFilter(name=f"envoy.filters.http.{name}", typed_config=pack(settings))
 
 
-def place_requests(config: Config) -> HttpFilter:
-    """Build the filter that has each request placed and its body rewritten, and its response held and let go."""
+def schedule_requests(config: Config) -> HttpFilter:
+    """Build the filter with which the service schedules each request, rewrites its body, and holds its response."""
     body_mode = config.envoy.body_mode
     supervision = config.supervision
     mode = commented(
@@ -134,10 +134,10 @@ def place_requests(config: Config) -> HttpFilter:
 
 
 def remember_owner() -> HttpFilter:
-    """Build the filter that keeps the owner of a prefill leg until its response comes.
+    """Build the filter that copies the owner of an attempt into metadata, for the streams that report on it.
 
-    The report is opened with the response. The headers are gone by then: the cluster strips them from the one header
-    map that a request has.
+    A report may open with the response. The headers are gone by then, because the cluster removes them from the only
+    header map that a request has.
     """
     rules = [
         ConfigRule(
@@ -150,9 +150,10 @@ def remember_owner() -> HttpFilter:
 
 
 def report_prefill(supervision: Supervise) -> HttpFilter:
-    """Build the filter that tells the process that placed the request how its prefill leg goes.
+    """Build the filter that reports the prefill leg to the process that scheduled the request.
 
-    With supervision it opens with the request, so that the leg can be ended; without, with the response.
+    With supervision its stream opens with the request, so that the service can cancel the leg; otherwise with the
+    response.
     """
     processor = ExternalProcessor(
         grpc_service=_to_owner(),
@@ -171,12 +172,12 @@ def report_prefill(supervision: Supervise) -> HttpFilter:
     return commented(http_filter("ext_proc", processor), comment)
 
 
-def see_first_event(body_mode: BodyMode) -> HttpFilter:
-    """Build the filter that shows the beginning of streaming answers to the process that placed the request.
+def report_first_event(body_mode: BodyMode) -> HttpFilter:
+    """Build the filter that reports the first event of streams to the process that scheduled the request.
 
-    It does nothing but on routes that say so with :func:`show_first_event`. It belongs into the chain of the cluster:
-    were it in that of the listener, beside the filter that holds the response's headers, Envoy would lose what this one
-    has not let go yet when the other continues, if the end of the response is in by then (1.40 measured).
+    It is idle except on routes with :func:`enable_first_event_report`. It has to be in the chain of the cluster. Beside
+    the filter that holds the response headers, in the chain of the listener, Envoy loses short streams: it drops what
+    this filter still holds if the other one continues after the end of the response (measured with 1.40).
     """
     processor = ExternalProcessor(
         grpc_service=_to_owner(HeaderValue(key=STAGE, value=FIRST_EVENT)),
@@ -192,11 +193,11 @@ def see_first_event(body_mode: BodyMode) -> HttpFilter:
     )
 
 
-def show_first_event(body_mode: BodyMode) -> Any:
-    """Build what switches :func:`see_first_event` on for a route.
+def enable_first_event_report(body_mode: BodyMode) -> Any:
+    """Build the setting of a route that enables :func:`report_first_event`.
 
-    A service that has not seen the request's body does not know whether it asks for a stream. It is shown the answer's
-    head, and asks for the rest itself.
+    Without the request's body the service cannot see whether the client wants a stream. It gets the response headers
+    then, and requests the rest by itself.
     """
     mode = _nothing()
     if body_mode is BodyMode.NONE:
@@ -212,7 +213,7 @@ def _nothing() -> ProcessingMode:
 
 def _to_any_process(*, several: bool) -> GrpcService:
     service = GrpcService(envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=SERVICE))
-    if several:  # one that has died is passed over until Envoy leaves it out
+    if several:  # A dead process is skipped until Envoy ejects it.
         service.retry_policy = RetryPolicy(
             retry_on="connect-failure",
             num_retries=1,
@@ -237,44 +238,44 @@ def _to_owner(*more: HeaderValue) -> GrpcService:
 
 
 def _only(names: Collection[str]) -> HeaderForwardingRules:
-    """Keep everything else in Envoy: credentials are none of the service's business, and every header costs it time."""
+    """Forward these headers alone: the service has no use for credentials, and each header costs time to decode."""
     patterns = [StringMatcher(exact=name) for name in sorted(names)]
     return HeaderForwardingRules(allowed_headers=ListStringMatcher(patterns=patterns))
 
 
 def strip_client_headers(session_header: str | None) -> TypedExtensionConfig:
-    """Remove what only the router may set, before any filter or route sees the request.
+    """Build the mutation that removes untrusted headers before any filter or route reads the request.
 
     Args:
-        session_header: Header of clients that the service is to see, under a name of ours.
+        session_header: Header of clients that is copied to :data:`~dp_extproc.contract.SESSION` for the service.
     """
-    mutations = [*_remove(FOREIGN_PREFIXES), *(HeaderMutation(remove=name) for name in FOREIGN_NAMES)]
+    mutations = [*_remove(UNTRUSTED_PREFIXES), *(HeaderMutation(remove=name) for name in UNTRUSTED_NAMES)]
     if session_header is not None:
         copy = HeaderValue(key=SESSION, value=f"%REQ({session_header})%")
-        mutations.append(HeaderMutation(append=HeaderValueOption(header=copy)))  # nothing is added for an absent one
+        mutations.append(HeaderMutation(append=HeaderValueOption(header=copy)))  # Envoy adds no empty header.
     return TypedExtensionConfig(
         name="envoy.http.early_header_mutation.header_mutation",
         typed_config=pack(EarlyHeaderMutation(mutations=mutations)),
     )
 
 
-def strip_router_headers() -> HttpFilter:
-    """Build the filter between Envoy and an engine, of the cluster's own chain: no steering header passes either way.
+def strip_steering_headers() -> HttpFilter:
+    """Build the filter of an engine's cluster that removes steering headers from requests and responses.
 
-    A route's ``request_headers_to_remove`` would act before the host is chosen, and the host is chosen by header. A
-    route's ``response_headers_to_remove`` would act after the router has read an answer, and after local replies have
-    got headers of ours.
+    A route's ``request_headers_to_remove`` acts too early: Envoy picks the endpoint by such a header afterwards. A
+    route's ``response_headers_to_remove`` acts too late: Envoy's router has read the response by then, and local
+    replies have got headers of the same names.
     """
     return _mutate(Mutations(request_mutations=_remove(_INSIDE), response_mutations=_remove(_INSIDE)))
 
 
-def strip_headers_before_placement() -> HttpFilter:
-    """Build the filter on the way to the place where requests are placed.
+def strip_headers_before_scheduling() -> HttpFilter:
+    """Build the filter that removes untrusted headers on the way to the listener where requests are scheduled.
 
-    It removes once more what :func:`strip_client_headers` does: the front door may be another one, which does not. The
-    name of the conversation stays; it is the client's own word anyway.
+    It repeats :func:`strip_client_headers`, because another front door may lack that. The name of the conversation
+    stays, since the client chooses it in any case.
     """
-    names = [HeaderMutation(remove=name) for name in (*FOREIGN_NAMES, *SET_INSIDE)]
+    names = [HeaderMutation(remove=name) for name in (*UNTRUSTED_NAMES, *SET_INSIDE)]
     return commented(
         _mutate(Mutations(request_mutations=[*_remove((OVERRIDE_PREFIX, _ENVOYS)), *names])),
         "Removes what only the router may set, once more: the front\ndoor may be another one, which does not.",
@@ -282,7 +283,7 @@ def strip_headers_before_placement() -> HttpFilter:
 
 
 def last_upstream_filter() -> HttpFilter:
-    """Build the filter that has to be the last one of a cluster's chain."""
+    """Build the filter that Envoy demands at the end of a cluster's chain."""
     return http_filter("upstream_codec", UpstreamCodec())
 
 

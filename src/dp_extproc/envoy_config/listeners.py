@@ -1,4 +1,4 @@
-"""The three listeners: the front door, the place where requests are placed, and the prefill leg."""
+"""The listeners: the front door for clients, and the internal ones for scheduling, prefill legs and decode."""
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -31,32 +31,32 @@ from dp_extproc.contract import (
 from dp_extproc.envoy_config.addresses import DECODE, DISPATCH, PREFILL_LEG
 from dp_extproc.envoy_config.filters import (
     http_filter,
-    place_requests,
     remember_owner,
     report_prefill,
+    schedule_requests,
     strip_client_headers,
 )
 from dp_extproc.envoy_config.local_replies import build_local_replies
-from dp_extproc.envoy_config.lua_filters import swap_prefix
+from dp_extproc.envoy_config.lua_filters import swap_leg_preamble
 from dp_extproc.envoy_config.routes import to_dispatch, to_engines, to_prefill
-from dp_extproc.envoy_config.stream_end import remember_decode_host, stream_end_filters
+from dp_extproc.envoy_config.stream_end import remember_decode_endpoint, stream_end_filters
 from dp_extproc.envoy_config.yaml_text import commented, pack
 
 _MAX_HEADERS_KB: Final = 1024
-"""Header limit of the internal listeners; Envoy's default of 60 would refuse large batches.
+"""Limit of all request headers of the internal listeners, in KiB. Envoy's default of 60 would refuse large batches.
 
-The prefill prefix travels in a header. A batch adds a room (up to 19 digits) and a request id (about 35 bytes) for
-every prompt, so 1 MiB carries more than 15,000 prompts. Envoy allows 8192.
+The leg preamble of the prefill leg is a header. For each prompt of a batch it has a bootstrap room (up to 19 digits)
+and a request id (about 35 bytes), so 1 MiB is enough for more than 15,000 prompts. Envoy allows 8192 KiB.
 """
 
 _MAX_HEADERS_COUNT: Final = 200
-"""Header count of the internal listeners: the 100 that a client may send (Envoy's default), and the router's own."""
+"""Most headers of a request at the internal listeners: 100 of a client (Envoy's default), and those of the service."""
 
 INFERENCE: Final = "inference"
 _NO_TIMEOUT: Final = timedelta(0)
 _CLOSE_DELAY: Final = timedelta(milliseconds=50)
-"""How long a client that still sends its body has for reading an early answer. By default each hop waits for a second
-before it closes, and so would every client whose answer was cut off."""
+"""Time for a client that still sends its body to read an early response. Envoy's default of 1 s for each hop would
+delay the end of every truncated response as well."""
 
 _EVERY_HOP: Final = {
     "time": "%START_TIME%",
@@ -72,7 +72,7 @@ _EVERY_HOP: Final = {
     "first_byte_ms": "%RESPONSE_DURATION%",
 }
 
-_PLACEMENT: Final = {
+_DECISION: Final = {
     key: f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{key})%"
     for key in (
         META_MODEL,
@@ -87,16 +87,16 @@ _PLACEMENT: Final = {
 
 
 def buffer_bytes(settings: EnvoySettings) -> int:
-    """Return what every hop of a request buffers: the largest body plus the prefix that rewriting adds.
+    """Return the buffer of every hop in bytes: the largest body and the routing fields that rewriting adds.
 
-    A prefix is no longer than a header may be. The service refuses a body above ``max_body_bytes`` itself; Envoy's
-    own 413 is only the backstop behind it.
+    These fields are no longer than a header may be. The service itself refuses a body above ``max_body_bytes``. Envoy's
+    own 413 stops only what exceeds both.
     """
     return settings.max_body_bytes + _MAX_HEADERS_KB * 1024
 
 
 def build_front_door(config: Config) -> Listener:
-    """Build the listener that clients connect to, the only one that has a port."""
+    """Build the listener for clients, the only one with a port. Another gateway may take its place."""
     settings = config.envoy
     manager = commented(
         HttpConnectionManager(
@@ -140,23 +140,23 @@ def build_front_door(config: Config) -> Listener:
 
 
 def build_internal_listeners(config: Config) -> list[Listener]:
-    """Build the listeners behind the front door, in the order in which a request passes them."""
+    """Build the listeners behind the front door, in the order in which requests pass them."""
     settings = config.envoy
     buffer = buffer_bytes(settings)
     supervision = config.supervision.mode
-    watching = [remember_owner()] if supervision is Supervise.FIRST_EVENT else []
+    owner_for_first_event = [remember_owner()] if supervision is Supervise.FIRST_EVENT else []
     ends_streams = settings.truncated_streams is TruncatedStreams.ERROR_EVENT
-    handing_on = [remember_decode_host()] if ends_streams else []
+    decode_endpoint = [remember_decode_endpoint()] if ends_streams else []
     dispatch = _internal_manager(
         DISPATCH,
         to_engines(supervision, settings.body_mode),
-        [place_requests(config), *watching, *handing_on],
+        [schedule_requests(config), *owner_for_first_event, *decode_endpoint],
         _log_requests(),
         build_local_replies(settings.max_body_bytes, retries=config.retry.attempts > 1),
     )
     owner = commented(remember_owner(), "The report below opens after the x-dp-* headers are gone.")
     prefill_leg = _internal_manager(
-        PREFILL_LEG, to_prefill(), [owner, swap_prefix(), report_prefill(supervision)], _log_prefill_legs()
+        PREFILL_LEG, to_prefill(), [owner, swap_leg_preamble(), report_prefill(supervision)], _log_prefill_legs()
     )
     listeners = [
         _internal(DISPATCH, [_http(dispatch)], buffer, "Where requests are placed. An internal listener has no port."),
@@ -224,12 +224,12 @@ def _http(manager: HttpConnectionManager) -> Filter:
 
 
 def _log_requests() -> AccessLog:
-    """Log each request with its placement and, if it was refused, the reason."""
-    return _stdout({"leg": "main", **_EVERY_HOP, "client": "%REQ(x-forwarded-for)%", **_PLACEMENT})
+    """Build the log of requests: each with its decision, or with the reason of its refusal."""
+    return _stdout({"leg": "main", **_EVERY_HOP, "client": "%REQ(x-forwarded-for)%", **_DECISION})
 
 
 def _log_prefill_legs() -> AccessLog:
-    """Log each prefill leg; ``request_id`` joins it to its request."""
+    """Build the log of prefill legs, whose ``request_id`` is that of their request."""
     return _stdout({"leg": "prefill", **_EVERY_HOP, META_PREFILL_HOST: "%UPSTREAM_HOST%"})
 
 

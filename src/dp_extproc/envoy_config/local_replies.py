@@ -1,4 +1,4 @@
-"""Envoy's own error answers in the shape of OpenAI errors, so that client libraries can read them."""
+"""Envoy's own error responses in the shape of OpenAI errors, so that client libraries can read them."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -31,24 +31,25 @@ from dp_extproc.contract import CUT, FAILED, META_DECODE_HOST, META_PREFILL_HOST
 from dp_extproc.envoy_config.yaml_text import commented, pack
 
 _UPSTREAM_FAILED: Final = ["UF", "UC", "UR", "UH", "UO", "UT", "UPE", "LR"]
-"""Response flags of a connection that could not be made, spoke no HTTP, or did not last until the response headers."""
+"""Response flags of a connection that failed, had no valid HTTP, or ended before the response headers."""
 
 _HOSTS: Final = [f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{key})%" for key in (META_PREFILL_HOST, META_DECODE_HOST)]
 _REPEAT: Final = {RETRY: "1", FAILED: ",".join((*_HOSTS, CUT))}
-"""Headers by which the front door repeats a request that the service was not asked about."""
+"""Headers with which the front door repeats a request without a decision of the service about the retry."""
 
 
 def build_local_replies(max_body_bytes: int, *, retries: bool = False) -> LocalReplyConfig:
-    """Build the table of Envoy's own answers.
+    """Build the table of Envoy's own responses.
+
+    An ``ImmediateResponse`` of the service is a local reply, too. It has a reason, which the service sets as dynamic
+    metadata in the same message, and therefore passes as it is.
 
     Args:
-        max_body_bytes: To be told to whom sends more.
-        retries: Whether the front door is to repeat what was lost before its head had gone, unless the service says
-            otherwise. It cannot if the process that placed the request is gone, and no filter is asked where the head
-            was still held here; then it counts the loss when the request comes again.
-
-    An ``ImmediateResponse`` of the service is a local reply, too. It is told apart by the reason that the service
-    sets as dynamic metadata in the same message, and passes as it is.
+        max_body_bytes: Limit that the error for a larger body names.
+        retries: Whether the front door repeats what was lost before its response headers were committed. The service
+            removes the retry headers if it decides otherwise. It cannot do so if its process is gone, or if the
+            headers were still held here, since Envoy calls no filter then. In the second case the service counts the
+            loss when the request arrives again.
     """
     lost = AndFilter(
         filters=[
@@ -120,7 +121,7 @@ def _refusal_of_the_service() -> AccessLogFilter:
 
 
 def _status(op: ComparisonFilterOp, status: int) -> AccessLogFilter:
-    # The runtime key is mandatory in Envoy's schema; nothing sets it.
+    # Envoy's schema demands a runtime key. Nothing sets this one.
     value = RuntimeUInt32(default_value=status, runtime_key="dp_extproc.unused")
     return AccessLogFilter(status_code_filter=StatusCodeFilter(comparison=ComparisonFilter(op=op, value=value)))
 

@@ -1,4 +1,4 @@
-"""The two Lua filters: one makes the prefill leg of the mirrored request, one remembers failed attempts."""
+"""The two Lua filters: one turns the mirrored request into the prefill leg, one remembers failed attempts."""
 
 from typing import Final
 
@@ -19,7 +19,7 @@ from dp_extproc.contract import (
 from dp_extproc.envoy_config.filters import http_filter
 from dp_extproc.envoy_config.yaml_text import commented
 
-_SWAP: Final = f"""\
+_SWAP_LEG_PREAMBLE: Final = f"""\
 function envoy_on_request(request)
   local headers = request:headers()
   local rid = headers:get("{PREFILL_RID}")
@@ -44,13 +44,16 @@ function envoy_on_request(request)
   request:headers():remove("{PREFIX_LENGTH}")
 end
 """
-"""A script that fails halfway lets the request go on; the header it removes last tells the route that it did not."""
+"""The script removes its header last. A script that fails lets the request go on, and the route refuses the header."""
 
 
-def swap_prefix() -> HttpFilter:
-    """Build the filter. A body that it cannot rewrite carries the decode leg's fields and must not be forwarded."""
+def swap_leg_preamble() -> HttpFilter:
+    """Build the filter that replaces the decode leg's preamble, or its headers, by those of the prefill leg.
+
+    A body that it cannot rewrite has the routing fields of the decode leg and must not be forwarded.
+    """
     return commented(
-        _lua(_SWAP),
+        _lua(_SWAP_LEG_PREAMBLE),
         "The copy has the decode leg's fields at the front. They are replaced by\n"
         "the prefill leg's; the bytes behind them are the same for both.",
     )
@@ -58,7 +61,7 @@ def swap_prefix() -> HttpFilter:
 
 _NAMESPACE: Final = "dp_extproc.retry"
 
-_REMEMBER: Final = f"""\
+_REMEMBER_FAILED_ENDPOINTS: Final = f"""\
 function envoy_on_request(request)
   local known = request:streamInfo():dynamicMetadata():get("{_NAMESPACE}")
   if known then request:headers():replace("{AVOID}", known["failed"]) end
@@ -75,14 +78,14 @@ end
 """
 
 
-def remember_failed_hosts() -> HttpFilter:
-    """Build the filter by which a request that is placed anew says where it has failed.
+def remember_failed_endpoints() -> HttpFilter:
+    """Build the filter that adds the endpoints of failed attempts to a repeated request.
 
-    It stands in the upstream filter chain of the way from the front door to the place where requests are placed, which
-    runs anew for each attempt, while the dynamic metadata belongs to the request and outlives them.
+    It belongs to the upstream filter chain between the front door and the listener where requests are scheduled. That
+    chain runs anew for each attempt, while the dynamic metadata of the request stays.
     """
     comment = "Runs anew for each attempt, and remembers where those before have failed."
-    return commented(_lua(_REMEMBER), comment)
+    return commented(_lua(_REMEMBER_FAILED_ENDPOINTS), comment)
 
 
 def _lua(script: str) -> HttpFilter:

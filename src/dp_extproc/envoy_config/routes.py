@@ -21,22 +21,21 @@ from envoy_data_plane.envoy.config.route.v3 import (
 from dp_extproc.config import BodyMode, RetrySettings, Supervise
 from dp_extproc.contract import DECODE_HOST, FAILED, PREFILL_HOST, PREFILL_RID, PREFIX_LENGTH, RETRY, WATCH
 from dp_extproc.envoy_config.addresses import DECODE, DISPATCH, PREFILL, PREFILL_LEG
-from dp_extproc.envoy_config.filters import FIRST_EVENT_FILTER, show_first_event
+from dp_extproc.envoy_config.filters import FIRST_EVENT_FILTER, enable_first_event_report
 from dp_extproc.envoy_config.yaml_text import commented
 
 _NO_TIMEOUT: Final = timedelta(0)
-"""Envoy's default of 15 s would cut long generations; how long one may take is the client's and the engine's matter."""
-
+"""No limit. Envoy's default of 15 s would cut long generations; client and engine have limits of their own."""
 
 _FIRST_BACKOFF: Final = timedelta(milliseconds=25)
 _LONGEST_BACKOFF: Final = timedelta(milliseconds=250)
-"""The pair that failed is not asked again, so there is little to wait for; but a storm is spread a little."""
+"""Pauses before a retry. They are short, as a retry avoids the failed endpoints; they spread many retries a little."""
 
 
 def to_dispatch(retry: RetrySettings) -> RouteConfiguration:
-    """Route everything that comes in from outside; what the service wants placed anew comes by again.
+    """Build the routes of the front door, which forwards every request to the listener where it is scheduled.
 
-    So does what the next hop dropped without an answer: the client has not seen a byte of one.
+    It repeats a request if the response has the retry header, or if the next hop dropped it without a response.
     """
     action = _forward(DISPATCH)
     if retry.attempts > 1:
@@ -54,7 +53,7 @@ def to_dispatch(retry: RetrySettings) -> RouteConfiguration:
 
 
 def to_engines(supervision: Supervise, body_mode: BodyMode) -> RouteConfiguration:
-    """Route by what the service decided; a request it did not place goes nowhere."""
+    """Build the routes to engines, by the headers of the decision. A request without a decision gets a 503."""
     mirror = commented(
         RouteActionRequestMirrorPolicy(cluster=PREFILL_LEG, disable_shadow_host_suffix_append=True),
         disable_shadow_host_suffix_append="Or the engine would see the host name with -shadow behind it.",
@@ -84,7 +83,7 @@ def to_engines(supervision: Supervise, body_mode: BodyMode) -> RouteConfiguratio
                 name="watched",
                 match=_when(DECODE_HOST, PREFILL_HOST, WATCH),
                 route=_forward(DECODE, [mirror]),
-                typed_per_filter_config={FIRST_EVENT_FILTER: show_first_event(body_mode)},
+                typed_per_filter_config={FIRST_EVENT_FILTER: enable_first_event_report(body_mode)},
             ),
             "A stream; its first event is shown to the service before the client sees anything.",
         )
@@ -93,7 +92,7 @@ def to_engines(supervision: Supervise, body_mode: BodyMode) -> RouteConfiguratio
 
 
 def to_prefill() -> RouteConfiguration:
-    """Route every mirrored request whose body was rewritten to the prefill server that the service named."""
+    """Build the routes of the prefill leg: to the prefill endpoint, if body or headers were rewritten."""
     failed = DirectResponseAction(status=500)
     return _table(
         commented(

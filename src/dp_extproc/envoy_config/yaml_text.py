@@ -1,8 +1,8 @@
-"""Typed Envoy objects as YAML that an operator can read.
+"""Typed Envoy objects as commented YAML.
 
-A builder attaches comments to the objects that it makes. They are no part of a message and are lost when it is
-serialized; so :func:`pack` keeps the object itself beside the bytes of a ``typed_config``. Messages take no further
-attributes and no place in a mapping: what belongs to one is kept by its identity, for as long as it lives.
+1. A builder attaches comments to the messages that it makes, so a text stands beside the call that it explains.
+2. Serializing a message drops its comments. Therefore :func:`pack` keeps the message beside the bytes.
+3. Messages accept no attributes and are not hashable. Their comments are kept by identity, until the message is freed.
 """
 
 import weakref
@@ -21,7 +21,7 @@ _contents: Final[dict[int, Message]] = {}
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes scripts as blocks and repeats equal parts instead of referring to them."""
+    """A dumper that writes scripts as blocks, and repeats equal parts instead of referring to them."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - PyYAML's signature
         return True
@@ -35,12 +35,12 @@ _Dumper.add_representer(str, _text)
 
 
 def commented(message: M, comment: str | None = None, /, **fields: str) -> M:
-    """Attach comments to *message*, and return it.
+    """Attach comments to *message* and return it.
 
     Args:
-        message: A part of what will be printed.
-        comment: Text above the whole message, be it an item of a list or the value of a field.
-        fields: Text above single fields, by name.
+        message: A part of the printed configuration.
+        comment: Text above the whole message, as an item of a list or as the value of a field.
+        fields: Texts above single fields, by the field's name.
     """
     _comments[id(message)] = fields if comment is None else {_ITSELF: comment, **fields}
     weakref.finalize(message, _comments.pop, id(message), None)
@@ -48,7 +48,7 @@ def commented(message: M, comment: str | None = None, /, **fields: str) -> M:
 
 
 def pack(message: Message) -> PackedMessage:
-    """Pack *message* for a ``typed_config``, and keep its comments."""
+    """Pack *message* for a ``typed_config`` and keep its comments."""
     packed = PackedMessage.pack(message)
     _contents[id(packed)] = message
     weakref.finalize(packed, _contents.pop, id(packed), None)
@@ -58,7 +58,7 @@ def pack(message: Message) -> PackedMessage:
 def render_yaml(message: Message) -> str:
     """Write *message* as commented YAML in a stable order. Every ``typed_config`` gets its ``@type``.
 
-    Parts of one kind have the same comments; each text is printed once, at its first place.
+    One builder makes several parts of one kind with equal comments. Each text is printed once, at its first place.
     """
     data = message.to_dict(casing=Casing.SNAKE)
     text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
@@ -74,12 +74,12 @@ def render_yaml(message: Message) -> str:
 
 
 def _comments_of(value: Any, node: yaml.Node | None, line: int) -> Iterator[tuple[str, int]]:
-    """Yield the comments of *value* and of all that is in it, from top to bottom.
+    """Yield the comments of *value* and of everything inside it with their lines, from top to bottom.
 
     Args:
-        value: A message, a list or mapping of them, or something without comments.
-        node: The same as YAML.
-        line: Where the value begins: with its key, or as an item of a list; counted from 0.
+        value: A message, a list or mapping of messages, or a value that has no comments.
+        node: The same value as YAML.
+        line: Line of the value's key, or of the list item that the value is; counted from 0.
     """
     if isinstance(value, PackedMessage):
         value = _contents.get(id(value))

@@ -25,7 +25,7 @@ no engine is listed here, and engines may come and go without a change of this f
 
 
 def build_bootstrap(config: Config) -> Bootstrap:
-    """Build what Envoy is started with. It names no engine: hosts come and go without a change here."""
+    """Build the file that Envoy starts with. It names no engine, so endpoints may change without a new one."""
     admin = config.envoy.admin
     return commented(
         Bootstrap(
