@@ -122,12 +122,12 @@ def build_clusters(config: Config) -> list[Cluster]:
         commented(_service(config, buffer), "The service: envoy.service, or listen.grpc."),
         commented(
             _by_header(SERVICE_OWNER, OWNER, owner, buffer, _service_tls(config.envoy.service_tls)),
-            "The very process of the service that holds the books of a request.",
+            "The process of the service that scheduled the request and has its reservations.",
         ),
         commented(
             _by_header(PREFILL, PREFILL_HOST, _engine(), buffer),
-            "Engines are dialled as the headers say. There is no fallback to another host, since the body\n"
-            "names the prefill server that the decode server will ask.",
+            "Envoy dials the address in a header. There is no fallback, because the body names the prefill\n"
+            "endpoint to which the decode engine will connect.",
         ),
         *_decode(config.envoy.truncated_streams, _engine(first_event), buffer),
         commented(_internal(DISPATCH, buffer, to_dispatch), "The way to the internal listeners."),
@@ -236,11 +236,11 @@ def _grpc(keepalive: float, *, stream_window: int | None = None) -> HttpProtocol
             initial_stream_window_size=stream_window,
             connection_keepalive=KeepaliveSettings(interval=keepalive_time, timeout=keepalive_time),
         ),
-        connection_keepalive="listen.keepalive: a service whose host is lost closes no connection. What waits\n"
-        "for it goes on then; see failure_mode_allow above. The service asks Envoy likewise.",
-        initial_stream_window_size="The largest: Envoy's send buffer for a stream has the same limit.\n"
-        "With its default of 16 MiB, Envoy dies if a request ends while that buffer is full of what an engine has "
-        "sent\nand the service has not read.",
+        connection_keepalive="listen.keepalive: a service whose machine is lost closes no connection. When\n"
+        "pings fail, requests that wait for it continue; see failure_mode_allow above. The service pings Envoy, too.",
+        initial_stream_window_size="The largest value, because it also limits Envoy's send buffer for a stream.\n"
+        "With the default of 16 MiB, Envoy crashes if a request ends while that buffer is full of response data\n"
+        "that the service has not read.",
     )
     return HttpProtocolOptions(explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=http2))
 
@@ -256,14 +256,14 @@ def _engine(filters: Sequence[HttpFilter] = ()) -> HttpProtocolOptions:
     options = _http([strip_steering_headers(), *filters, last_upstream_filter()])
     options.common_http_protocol_options = commented(
         CommonHttpProtocolOptions(idle_timeout=_ENGINE_IDLE_TIMEOUT),
-        idle_timeout="Shorter than the 5 s after which SGLang's HTTP server closes an idle connection, or a\n"
-        "request would now and then be sent into a closing one.",
+        idle_timeout="Shorter than the 5 s after which SGLang's HTTP server closes an idle connection. Otherwise\n"
+        "Envoy would sometimes send a request into a closing one.",
     )
     return commented(
         options,
-        http_filters="Runs after the host was chosen by header. A route that removed the headers would act\n"
-        "before. Retries belong to the front door: a second try from here would have no headers left. Of an answer it\n"
-        "removes the same names before the router reads them: an engine steers nothing.",
+        http_filters="Remove steering headers after Envoy picked the endpoint by one of them; a route would do so\n"
+        "before. Only the front door retries, since a second try from here would have no headers left. Responses lose\n"
+        "the same headers before Envoy's router reads them, so that an engine steers nothing.",
     )
 
 
@@ -276,8 +276,8 @@ def _unlimited() -> CircuitBreakers:
     )
     return commented(
         CircuitBreakers(thresholds=[thresholds]),
-        "Envoy's default of 1024 is soon reached by streams that last minutes. Whether a\n"
-        "request is too much is the service's decision. The same holds for all clusters.",
+        "Streams that last minutes soon reach Envoy's default of 1024. The service decides how many\n"
+        "requests are admitted. The same applies to all clusters.",
     )
 
 

@@ -102,8 +102,8 @@ def schedule_requests(config: Config) -> HttpFilter:
             response_trailer_mode=_SEND,
         ),
         request_body_mode="BUFFERED, FULL_DUPLEX_STREAMED or NONE, from envoy.body_mode.",
-        response_trailer_mode="Keeps the stream open, without messages, until the response has ended: the\n"
-        "service learns when ranks become free, and when a client has gone.",
+        response_trailer_mode="Keeps the stream open without messages until the response has ended. Its end\n"
+        "frees the reservations, also if the client has disconnected.",
     )
     processor = commented(
         ExternalProcessor(
@@ -118,19 +118,19 @@ def schedule_requests(config: Config) -> HttpFilter:
             forward_rules=_only(READ_FROM_REQUESTS | READ_FROM_RESPONSES),
             metadata_options=commented(
                 MetadataOptions(receiving_namespaces=MetadataOptionsMetadataNamespaces(untyped=[METADATA_NAMESPACE])),
-                receiving_namespaces="What the service may write into dynamic metadata, for the access log below.",
+                receiving_namespaces="The dynamic metadata that the service may set, for the access log below.",
             ),
             status_on_error=HttpStatus(code=StatusCode.ServiceUnavailable),
         ),
-        failure_mode_allow="Fail open here, closed in the routes above: if the service dies, responses\n"
-        "that are already flowing go on, and new requests get the 503.",
+        failure_mode_allow="Fail open here, and closed in the routes above. If the service crashes, running responses\n"
+        "continue, and new requests get the 503.",
         message_timeout="Envoy's default is 200 ms; a large body takes longer.",
-        max_message_timeout="Held responses may take longer than that.",
-        allow_mode_override="The text of an engine's error is looked at before it is passed on.",
-        forward_rules="All that the service reads; credentials stay in Envoy.",
+        max_message_timeout="The service may hold a response for longer than that.",
+        allow_mode_override="The service reads the text of an engine's error before the client gets it.",
+        forward_rules="The headers that the service reads; credentials stay in Envoy.",
         status_on_error="In FULL_DUPLEX_STREAMED a filter that has sent the body cannot fail open.",
     )
-    return commented(http_filter("ext_proc", processor), "Asks the service.")
+    return commented(http_filter("ext_proc", processor), "Calls the service.")
 
 
 def remember_owner() -> HttpFilter:
@@ -168,7 +168,7 @@ def report_prefill(supervision: Supervise) -> HttpFilter:
         message_timeout=_MESSAGE_TIMEOUT,
         forward_rules=_only(READ_FROM_RESPONSES),
     )
-    comment = "Reports the status of the leg to the process that placed the request."
+    comment = "Reports the status of the leg to the process that scheduled the request."
     return commented(http_filter("ext_proc", processor), comment)
 
 
@@ -189,7 +189,7 @@ def report_first_event(body_mode: BodyMode) -> HttpFilter:
     )
     return commented(
         HttpFilter(name=FIRST_EVENT_FILTER, typed_config=pack(processor)),
-        "Shows the service how a stream begins; only on the route that is called watched.",
+        "Reports the first event of a stream to the service, on the route named watched only.",
     )
 
 
@@ -278,7 +278,7 @@ def strip_headers_before_scheduling() -> HttpFilter:
     names = [HeaderMutation(remove=name) for name in (*UNTRUSTED_NAMES, *SET_INSIDE)]
     return commented(
         _mutate(Mutations(request_mutations=[*_remove((OVERRIDE_PREFIX, _ENVOYS)), *names])),
-        "Removes what only the router may set, once more: the front\ndoor may be another one, which does not.",
+        "Removes untrusted headers once more, because another front door may not do so.",
     )
 
 

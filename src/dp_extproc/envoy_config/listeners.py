@@ -113,16 +113,16 @@ def build_front_door(config: Config) -> Listener:
             preserve_external_request_id=True,
             local_reply_config=build_local_replies(settings.max_body_bytes),
         ),
-        stream_idle_timeout="A stream may be silent for as long as the engine is busy with its prompt.",
+        stream_idle_timeout="A stream may be idle for as long as the engine processes its prompt.",
         request_headers_timeout="envoy.request_headers_timeout.",
-        request_timeout="envoy.request_timeout: a client that stops in its body would hold buffers for ever.\n"
-        "It ends with the last byte of the request; how long the answer takes does not count.",
-        delayed_close_timeout="By default a client learns a second late that its answer was cut off.",
-        use_remote_address="The client's address goes into x-forwarded-for, and from there into the log.",
-        early_header_mutation_extensions="Before anything else: what only the router may set.\n"
-        "The host headers would send a request to any address; x-data-parallel-rank and x-override-* win over the "
-        "body\nin SGLang.",
-        preserve_external_request_id="A client's request id is the one that all logs show.",
+        request_timeout="envoy.request_timeout: a client that stops within its body would hold buffers forever.\n"
+        "The timeout ends with the last byte of the request; it does not limit the response.",
+        delayed_close_timeout="Envoy's default would delay the end of a truncated response by a second.",
+        use_remote_address="Adds the client's address to x-forwarded-for, from where the access log takes it.",
+        early_header_mutation_extensions="Removes untrusted headers before anything reads them. A client could\n"
+        "name any address in x-dp-decode-host. In SGLang, x-data-parallel-rank and x-override-* take precedence\n"
+        "over the body.",
+        preserve_external_request_id="The request id of a client appears in all logs.",
     )
     address = SocketAddress(address=settings.inference.host, port_value=settings.inference.port)
     return commented(
@@ -132,10 +132,10 @@ def build_front_door(config: Config) -> Listener:
             filter_chains=[FilterChain(filters=[_http(manager)])],
             per_connection_buffer_limit_bytes=buffer_bytes(settings),
         ),
-        "The front door. It forwards everything; it is a hop of its own so that a failed attempt\n"
-        "can be repeated from here, and be placed anew.",
-        per_connection_buffer_limit_bytes="envoy.max_body_bytes and 1 MiB for what rewriting adds. Every hop\n"
-        "needs it: a body is held until it is placed, and Envoy's default is 1 MiB.",
+        "The front door. It is a hop of its own, so that it can repeat a failed attempt, which is\n"
+        "then scheduled again.",
+        per_connection_buffer_limit_bytes="envoy.max_body_bytes and 1 MiB for the routing fields. Every hop needs\n"
+        "it, because it may buffer a whole body; Envoy's default is 1 MiB.",
     )
 
 
@@ -154,17 +154,17 @@ def build_internal_listeners(config: Config) -> list[Listener]:
         _log_requests(),
         build_local_replies(settings.max_body_bytes, retries=config.retry.attempts > 1),
     )
-    owner = commented(remember_owner(), "The report below opens after the x-dp-* headers are gone.")
+    owner = commented(remember_owner(), "The report below opens after the x-dp-* headers were removed.")
     prefill_leg = _internal_manager(
         PREFILL_LEG, to_prefill(), [owner, swap_leg_preamble(), report_prefill(supervision)], _log_prefill_legs()
     )
     listeners = [
-        _internal(DISPATCH, [_http(dispatch)], buffer, "Where requests are placed. An internal listener has no port."),
+        _internal(DISPATCH, [_http(dispatch)], buffer, "Schedules requests. An internal listener has no port."),
         _internal(
             PREFILL_LEG,
             [_http(prefill_leg)],
             buffer,
-            "The mirrored copy, as a request of its own: with its own body, status and log line.",
+            "The mirrored copy, as a request with its own body, status and log line.",
         ),
     ]
     if ends_streams:
@@ -172,8 +172,8 @@ def build_internal_listeners(config: Config) -> list[Listener]:
             DECODE,
             stream_end_filters(),
             buffer,
-            "Passes the bytes of answering servers on. If a server is lost in mid-stream, the filter ends\n"
-            "the stream with an error event; Envoy's HTTP router itself could only cut the client's connection.",
+            "Forwards the bytes of responses. If an engine is lost in mid-stream, the filter appends an error\n"
+            "event; Envoy's HTTP router itself could only reset the client's connection.",
         )
         listeners.append(decode)
     return listeners
@@ -208,14 +208,14 @@ def _internal_manager(
             access_log=[access_log],
             local_reply_config=replies,
         ),
-        common_http_protocol_options="The client's 100 headers and those that the service adds.",
-        max_request_headers_kb="The prefill leg's fields travel in a header: some 60 bytes per prompt of a\n"
-        "batch. Envoy's default is 60 kB.",
+        common_http_protocol_options="100 headers of the client, and those that the service adds.",
+        max_request_headers_kb="The prefill leg's preamble is a header, with some 60 bytes for each prompt of\n"
+        "a batch. Envoy's default is 60 KiB.",
     )
 
 
 def _router() -> HttpFilter:
-    comment = "No x-envoy-* headers: they are no business of clients or engines."
+    comment = "No x-envoy-* headers for clients and engines."
     return http_filter("router", commented(Router(suppress_envoy_headers=True), suppress_envoy_headers=comment))
 
 

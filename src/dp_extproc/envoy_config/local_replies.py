@@ -115,7 +115,7 @@ def _refusal_of_the_service() -> AccessLogFilter:
     )
     known = commented(
         MetadataFilter(matcher=matcher, match_if_key_not_found=False),
-        "The service's own refusals are known by their reason and pass as they are.",
+        "Refusals of the service have a reason in their metadata and pass unchanged.",
     )
     return AccessLogFilter(metadata_filter=known)
 

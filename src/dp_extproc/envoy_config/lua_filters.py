@@ -54,8 +54,8 @@ def swap_leg_preamble() -> HttpFilter:
     """
     return commented(
         _lua(_SWAP_LEG_PREAMBLE),
-        "The copy has the decode leg's fields at the front. They are replaced by\n"
-        "the prefill leg's; the bytes behind them are the same for both.",
+        "The copy begins with the leg preamble of the decode leg. The script replaces it by that of\n"
+        "the prefill leg; all other bytes are the same for both.",
     )
 
 
@@ -84,7 +84,7 @@ def remember_failed_endpoints() -> HttpFilter:
     It belongs to the upstream filter chain between the front door and the listener where requests are scheduled. That
     chain runs anew for each attempt, while the dynamic metadata of the request stays.
     """
-    comment = "Runs anew for each attempt, and remembers where those before have failed."
+    comment = "Runs anew for each attempt, and sends the endpoints of failed attempts along."
     return commented(_lua(_REMEMBER_FAILED_ENDPOINTS), comment)
 
 

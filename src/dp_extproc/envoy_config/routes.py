@@ -46,8 +46,8 @@ def to_dispatch(retry: RetrySettings) -> RouteConfiguration:
                 retriable_headers=[HeaderMatcher(name=RETRY, present_match=True)],
                 retry_back_off=RetryPolicyRetryBackOff(base_interval=_FIRST_BACKOFF, max_interval=_LONGEST_BACKOFF),
             ),
-            "The service asks for it, and decides how often: retry. It tells where a request has\n"
-            "failed, so that it is placed elsewhere.",
+            "The service requests a retry by a header and limits the attempts (retry). The front door sends the\n"
+            "failed endpoints along, so that the next attempt avoids them.",
         )
     return _table(Route(name="all", match=_when(), route=action, response_headers_to_remove=[RETRY, FAILED]))
 
@@ -56,16 +56,16 @@ def to_engines(supervision: Supervise, body_mode: BodyMode) -> RouteConfiguratio
     """Build the routes to engines, by the headers of the decision. A request without a decision gets a 503."""
     mirror = commented(
         RouteActionRequestMirrorPolicy(cluster=PREFILL_LEG, disable_shadow_host_suffix_append=True),
-        disable_shadow_host_suffix_append="Or the engine would see the host name with -shadow behind it.",
+        disable_shadow_host_suffix_append="Otherwise the engine would get the host name with -shadow appended.",
     )
     routes = [
         commented(
             Route(name="disaggregated", match=_when(DECODE_HOST, PREFILL_HOST), route=_forward(DECODE, [mirror])),
-            "Placed on a pair: decode answers the client, a copy goes to prefill.",
+            "Scheduled on two endpoints: decode responds to the client, and a copy goes to prefill.",
         ),
         commented(
             Route(name="one_server", match=_when(DECODE_HOST), route=_forward(DECODE)),
-            "Placed on one server: an aggregated pool, or a request that any server can answer.",
+            "Scheduled on one endpoint: an aggregated pool, or a request that any engine can serve.",
         ),
         commented(
             Route(
@@ -74,7 +74,7 @@ def to_engines(supervision: Supervise, body_mode: BodyMode) -> RouteConfiguratio
                 direct_response=DirectResponseAction(status=503),
                 response_headers_to_add=[HeaderValueOption(header=HeaderValue(key=RETRY, value="1"))],
             ),
-            "Fail closed: without a decision a request goes nowhere.",
+            "Fail closed: a request without a decision reaches no engine.",
         ),
     ]
     if supervision is Supervise.FIRST_EVENT:
@@ -85,7 +85,7 @@ def to_engines(supervision: Supervise, body_mode: BodyMode) -> RouteConfiguratio
                 route=_forward(DECODE, [mirror]),
                 typed_per_filter_config={FIRST_EVENT_FILTER: enable_first_event_report(body_mode)},
             ),
-            "A stream; its first event is shown to the service before the client sees anything.",
+            "A stream: the service gets its first event before the client gets anything.",
         )
         routes.insert(0, watched)
     return _table(*routes)
@@ -97,7 +97,7 @@ def to_prefill() -> RouteConfiguration:
     return _table(
         commented(
             Route(name="not_rewritten", match=_when(PREFIX_LENGTH), direct_response=failed),
-            "The header is removed as the last step of rewriting.",
+            "The script removes this header last, so a request that has it was not rewritten.",
         ),
         Route(name="headers_not_rewritten", match=_when(PREFILL_RID), direct_response=failed),
         Route(name="rewritten", match=_when(), route=_forward(PREFILL)),
@@ -115,5 +115,5 @@ def _when(*headers: str) -> RouteMatch:
 def _forward(cluster: str, mirrors: Sequence[RouteActionRequestMirrorPolicy] = ()) -> RouteAction:
     return commented(
         RouteAction(cluster=cluster, timeout=_NO_TIMEOUT, request_mirror_policies=list(mirrors)),
-        timeout="Envoy's default of 15 s would cut long generations.",
+        timeout="Envoy's default of 15 s would end long generations.",
     )

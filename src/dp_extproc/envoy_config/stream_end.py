@@ -40,7 +40,7 @@ def remember_decode_endpoint() -> HttpFilter:
     )
     return commented(
         http_filter("set_filter_state", SetFilterState(on_request_headers=[address])),
-        "The address for the connection that the listener decode opens.",
+        "Passes the decode endpoint to the connection that the listener decode opens.",
     )
 
 

@@ -14,13 +14,13 @@ from dp_extproc.envoy_config.yaml_text import commented, pack
 _HEADER: Final = """\
 Printed by: dp-extproc envoy-config -c FILE
 
-Envoy in front of SGLang servers with prefill/decode disaggregation and several data-parallel ranks.
+Envoy in front of SGLang engines with prefill/decode disaggregation and several data-parallel ranks.
 
-  client -> inference -> dp_dispatch -> decode server
-                             `--mirror-> prefill_leg -> prefill server
+  client -> inference -> dp_dispatch -> decode engine
+                             `--mirror-> prefill_leg -> prefill engine
 
-The service dp-extproc picks both servers and their ranks and rewrites the body. It names them in x-dp-* headers, so
-no engine is listed here, and engines may come and go without a change of this file. docs/envoy.md tells more.
+The service dp-extproc picks both endpoints and their ranks and rewrites the body. It names them in x-dp-* headers, so
+this file lists no engine, and endpoints may change without a new one. For the details see docs/envoy.md.
 """
 
 
