@@ -239,8 +239,8 @@ def _grpc(keepalive: float, *, stream_window: int | None = None) -> HttpProtocol
         connection_keepalive="listen.keepalive: a service whose machine is lost closes no connection. When\n"
         "pings fail, requests that wait for it continue; see failure_mode_allow above. The service pings Envoy, too.",
         initial_stream_window_size="The largest value, because it also limits Envoy's send buffer for a stream.\n"
-        "With the default of 16 MiB, Envoy crashes if a request ends while that buffer is full of response data\n"
-        "that the service has not read.",
+        "With the default of 16 MiB, Envoy crashes if a request ends while that buffer is full of unread\n"
+        "response data.",
     )
     return HttpProtocolOptions(explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=http2))
 

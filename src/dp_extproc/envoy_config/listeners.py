@@ -46,7 +46,7 @@ _MAX_HEADERS_KB: Final = 1024
 """Limit of all request headers of the internal listeners, in KiB. Envoy's default of 60 would refuse large batches.
 
 The leg preamble of the prefill leg is a header. For each prompt of a batch it has a bootstrap room (up to 19 digits)
-and a request id (about 35 bytes), so 1 MiB is enough for more than 15,000 prompts. Envoy allows 8192 KiB.
+and a request id (about 35 bytes). So 1 MiB is enough for more than 15,000 prompts. Envoy allows 8192 KiB.
 """
 
 _MAX_HEADERS_COUNT: Final = 200
