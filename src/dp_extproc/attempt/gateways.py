@@ -64,7 +64,7 @@ class EndpointPicker:
     def __init__(self, session_header: str | None = None) -> None:
         """Set up; the clients' header that names a conversation comes here itself."""
         self.session_header = session_header
-        self._read = contract.READ_BEHIND_OTHERS | {session_header}
+        self._read = contract.READ_BEHIND_GATEWAY | {session_header}
 
     def untrusted(self, headers: Mapping[str, str]) -> tuple[str, ...]:
         # Envoy would not let x-envoy- headers be removed.

@@ -7,8 +7,8 @@ are put before the lists there, as the routers of SGLang do with one of them. (M
 Rules that live here and nowhere else:
 
 1. Values are never decoded and encoded again, only joined, so numbers stay as the engine wrote them.
-1. Values are never decoded and encoded again, only joined, so numbers stay as the engine wrote them.
-   held for longer than until its line, or the whole of it, is complete.
+2. Text that cannot be parsed passes unchanged, and :attr:`problem` has the reason. A response is never broken, and is
+   held for no longer than until its line, or the whole of it, is complete.
 """
 
 import re
