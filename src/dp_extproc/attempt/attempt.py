@@ -176,8 +176,8 @@ class Attempt:
     def _first_token_since(self) -> float | None:
         """Give the moment from which the first token of a stream is awaited; None if none is.
 
-        A response that is no stream has its headers at its end, which may be far off. Only the engine can tell whether
-        a leg that did not report here has failed, so both parts of a stream may take their time then.
+        A response that is no stream has its headers at its end, which may be far off. If the prefill leg does not
+        report here, its end is unknown, so a stream may take the time of both legs.
         """
         if not self.main.streaming or self.main.state not in {MainState.ROUTED, MainState.HELD}:
             return None

@@ -160,7 +160,7 @@ class MainStream:
 
     def _queue_expired(self, turn: Turn, _event: QueueExpired) -> Outcome:
         queued = self._intake.queued
-        assert queued is not None  # noqa: S101 - the state says so
+        assert queued is not None  # noqa: S101 - the state implies it
         return self._refuse(turn, queued.rejection)
 
     def _schedule(self, turn: Turn, ticket: Ticket | None) -> Outcome:
@@ -261,12 +261,12 @@ class MainStream:
         return Outcome.UNCHANGED
 
     def _keep_piece(self, _turn: Turn, event: ResponseBody | ResponseTrailers) -> Outcome:
-        assert self.merging is not None  # noqa: S101 - the state says so
+        assert self.merging is not None  # noqa: S101 - the state implies it
         self.merging.pieces.append(event)
         return Outcome.UNCHANGED
 
     def _merge_pieces(self, turn: Turn, _event: None) -> Outcome:
-        assert self.merging is not None  # noqa: S101 - the state says so
+        assert self.merging is not None  # noqa: S101 - the state implies it
         turn.commands += self.merging.merge_pieces()
         return Outcome.RELEASED
 

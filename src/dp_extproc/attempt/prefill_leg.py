@@ -104,7 +104,7 @@ class PrefillLeg:
 
     def _first_event(self, turn: Turn, event: LegBody) -> Outcome:
         events = self._events
-        assert events is not None  # noqa: S101 - the state says so
+        assert events is not None  # noqa: S101 - the state implies it
         turn.commands.append(ToLeg.PROCEED)
         events.feed(event.data, end_of_stream=event.end_of_stream)
         if not events.is_known:

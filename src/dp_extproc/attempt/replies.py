@@ -57,7 +57,7 @@ def route(
     body: bytes | None = None,
     untrusted: Iterable[str] = (),
 ) -> Mutate:
-    """Let a request go where the decision says, with its headers or others, and without the untrusted ones."""
+    """Route a request by a decision, with its headers or others, and without the untrusted headers."""
     headers, destination = gateway.destination(decision.headers if headers is None else headers)
     kept = {name for name, _ in headers} if untrusted else ()
     return Mutate(
@@ -72,7 +72,7 @@ def route(
 
 
 def route_body(intake: Intake, decision: Decision, gateway: Gateway) -> Iterator[Reply]:
-    """Let an inference request go where the decision says."""
+    """Route an inference request by a decision, in the body mode of its stream."""
     mode, body = intake.mode, intake.take_body()
     if mode is BodyMode.LOCKSTEP:
         new = decision.body

@@ -235,7 +235,7 @@ class ExtProcService:
         first = FirstEvent()
         while (message := await context.read()) is not grpc.aio.EOF:
             event = read_event(message)
-            if isinstance(event, ResponseHeaders):  # sent only where the request does not tell whether it is a stream
+            if isinstance(event, ResponseHeaders):  # sent only if the request was not read
                 await context.write(_STREAM_BODY if event.is_events else _PASS_HEADERS)
                 if not event.is_events:
                     return
