@@ -205,10 +205,10 @@ def main_of(said: Sequence[Say]) -> Any:
     return reply
 
 
-class TestTheGate:
+class TestCommit:
     """When the answer's head goes to the client."""
 
-    def test_after_prefill_and_the_first_event(self) -> None:
+    def test_response_is_committed_after_prefill_and_the_first_event(self) -> None:
         """A stream needs both; the order does not matter."""
         attempted = Attempted()
         assert show(attempted.watch.prefill_opened()) == [("PREFILL", "continue")]
@@ -216,7 +216,7 @@ class TestTheGate:
         assert show(attempted.prefill()) == [("PREFILL", "continue")]
         assert show(attempted.watch.first_event(None, 2.0)) == LET_GO
 
-    def test_the_first_event_may_come_before_prefills_answer(self) -> None:
+    def test_response_is_committed_when_the_first_event_precedes_prefill(self) -> None:
         """/generate begins with 200 at once, and prefill's status is known later."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
@@ -225,7 +225,7 @@ class TestTheGate:
         assert show(attempted.prefill()) == [("PREFILL", "continue"), *LET_GO]
 
     @pytest.mark.parametrize(("mode", "body"), [(Supervise.LEGS, CHAT), (Supervise.FIRST_EVENT, PLAIN)])
-    def test_without_an_event_to_see(self, mode: Supervise, body: bytes) -> None:
+    def test_response_is_committed_after_prefill_when_no_event_is_awaited(self, mode: Supervise, body: bytes) -> None:
         """A whole answer, or the cheaper degree: prefill alone decides."""
         attempted = Attempted(mode, body)
         attempted.watch.prefill_opened()
@@ -237,7 +237,7 @@ class TestTheGate:
         attempted = Attempted(Supervise.OFF)
         assert show(attempted.head()) == LET_GO
 
-    def test_a_leg_that_never_shows_up_is_not_waited_for(self) -> None:
+    def test_response_is_committed_without_a_leg_that_does_not_open(self) -> None:
         """It may run all the same, out of sight; this is counted."""
         attempted = Attempted(body=PLAIN)
         assert attempted.head(now=1.0) == []
@@ -245,7 +245,7 @@ class TestTheGate:
         assert show(attempted.watch.sweep(3.5)) == LET_GO
         assert attempted.unseen == 1
 
-    def test_envoy_is_told_once_to_wait(self) -> None:
+    def test_timeout_of_envoy_is_extended_once(self) -> None:
         """Its own patience is 20 s."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
@@ -269,7 +269,7 @@ class TestUnread:
         attempted.watch.prefill_opened()
         return attempted
 
-    def test_a_whole_answer(self) -> None:
+    def test_whole_response_is_committed_without_a_first_event(self) -> None:
         """It has no first event to wait for, and no time for one."""
         attempted = self._opened()
         assert show(attempted.prefill(now=1.0)) == GO_ON
@@ -293,7 +293,7 @@ class TestUnread:
         assert show(attempted.watch.prefill_explained(b"data: [DONE]\n\n", 2.0)) == GO_ON
         assert attempted.watch.prefill_closed(3.0) == []
 
-    def test_a_first_event_in_pieces(self) -> None:
+    def test_first_event_of_prefill_is_read_in_pieces(self) -> None:
         """It is known when it is whole, or when nothing follows."""
         attempted = self._opened()
         attempted.head()
@@ -302,7 +302,7 @@ class TestUnread:
         assert show(attempted.watch.prefill_explained(EVENT[5:], 2.0, end_of_stream=False)) == [*GO_ON, *LET_GO]
 
     @pytest.mark.parametrize("mode", [Supervise.LEGS, Supervise.FIRST_EVENT])
-    def test_prefill_fails_behind_its_200(self, mode: Supervise) -> None:
+    def test_prefill_fails_when_its_first_event_is_an_error(self, mode: Supervise) -> None:
         """As if the status had said so."""
         attempted = self._opened(mode)
         attempted.head(is_events=True)
@@ -312,26 +312,26 @@ class TestUnread:
         assert b"bootstrap failed" in main_of(said).body
         assert attempted.blamed() == [Role.PREFILL]
 
-    def test_prefill_refuses_behind_its_200(self) -> None:
+    def test_client_gets_the_engines_error_when_prefill_refuses_in_its_first_event(self) -> None:
         """The client's own fault is told as the engine said it."""
         attempted = self._opened()
         attempted.prefill(is_events=True)
         said = attempted.watch.prefill_explained(REFUSED, 2.0)
         assert show(said) == [*GO_ON, ("MAIN", "400 engine_refused")]
 
-    def test_prefill_is_cut_before_its_first_event(self) -> None:
+    def test_prefill_fails_when_it_is_cut_before_its_first_event(self) -> None:
         """Its head has said nothing."""
         attempted = self._opened()
         attempted.prefill(is_events=True)
         assert show(attempted.watch.prefill_closed(2.0)) == [("MAIN", "502 prefill_failed")]
 
-    def test_prefill_takes_too_long_behind_its_200(self) -> None:
+    def test_prefill_times_out_until_its_first_event(self) -> None:
         """Its time runs until the first event."""
         attempted = self._opened()
         attempted.prefill(is_events=True)
         assert show(attempted.watch.sweep(101.0)) == [("MAIN", "504 prefill_timeout"), ("PREFILL", CANCELLED)]
 
-    def test_the_first_token_takes_too_long(self) -> None:
+    def test_first_token_times_out_when_the_response_is_a_stream(self) -> None:
         """Once the head has told that it is a stream."""
         attempted = self._opened()
         attempted.head(is_events=True)
@@ -396,7 +396,7 @@ class TestFailures:
         assert main_of(said).phase is Phase.RESPONSE_BODY
         assert attempted.blamed() == [Role.DECODE]
 
-    def test_decode_fails_without_a_text(self) -> None:
+    def test_decode_fails_at_once_without_a_body(self) -> None:
         """There is nothing to wait for."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
@@ -405,7 +405,7 @@ class TestFailures:
             ("PREFILL", CANCELLED),
         ]
 
-    def test_decode_fails_in_duplex(self) -> None:
+    def test_decode_fails_at_once_in_duplex(self) -> None:
         """Envoy would not send the text, so it is not waited for; it goes to the client, or another attempt is made."""
         attempted = Attempted(duplex=True)
         attempted.watch.prefill_opened()
@@ -415,7 +415,7 @@ class TestFailures:
         assert attempted.blamed() == [Role.DECODE]
         assert attempted.failures == [(Role.DECODE, Reason.DECODE_FAILED, True)]
 
-    def test_an_error_in_the_first_event(self) -> None:
+    def test_decode_fails_when_its_first_event_is_an_error(self) -> None:
         """The 200 before it was not let go, so this is a failure like any other."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
@@ -435,7 +435,7 @@ class TestFailures:
             (Role.DECODE, b"whatever", Role.DECODE),
         ],
     )
-    def test_who_is_to_blame(self, leg: Role, text: bytes, guilty: Role) -> None:
+    def test_endpoint_is_blamed_by_the_text_of_the_error(self, leg: Role, text: bytes, guilty: Role) -> None:
         """Its own leg's engine, unless that says that its peer is gone."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
@@ -448,7 +448,7 @@ class TestFailures:
         assert attempted.blamed() == [guilty]
 
     @pytest.mark.parametrize("status", [400, 404, 422, 429])
-    def test_the_clients_own_fault_as_prefill_says_it(self, status: int) -> None:
+    def test_client_gets_the_engines_error_when_prefill_refuses(self, status: int) -> None:
         """Decode may wait for minutes for what prefill has refused."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
@@ -459,13 +459,13 @@ class TestFailures:
         assert attempted.blamed() == []
         assert attempted.failures == []
 
-    def test_the_clients_own_fault_as_decode_says_it(self) -> None:
+    def test_client_gets_the_engines_error_when_decode_refuses(self) -> None:
         """As it is, and prefill is ended."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
         assert show(attempted.head(400)) == [*LET_GO, ("PREFILL", CANCELLED)]
 
-    def test_the_clients_own_fault_in_the_first_event(self) -> None:
+    def test_client_gets_the_engines_status_when_decode_refuses_in_its_first_event(self) -> None:
         """It becomes the status that it should have been."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
@@ -473,7 +473,7 @@ class TestFailures:
         said = attempted.watch.first_event(EngineError(400, b"{}"), 1.0)
         assert show(said) == [("MAIN", "400 engine_refused"), ("PREFILL", CANCELLED)]
 
-    def test_both_legs_fail(self) -> None:
+    def test_first_failure_decides_when_both_legs_fail(self) -> None:
         """Whoever is first decides; the second one is not heard."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
@@ -485,24 +485,24 @@ class TestFailures:
         assert len(attempted.failures) == 1
 
 
-class TestTheClientLeaves:
+class TestClosed:
     """Whatever still runs is ended."""
 
-    def test_while_prefill_runs(self) -> None:
+    def test_leg_is_cancelled_when_the_client_leaves_during_prefill(self) -> None:
         """Envoy itself ends only the decode leg."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
         assert show(attempted.watch.closed(1.0)) == [("PREFILL", CANCELLED)]
         assert attempted.blamed() == []
 
-    def test_before_prefill_shows_up(self) -> None:
+    def test_leg_is_cancelled_when_it_opens_after_the_client_has_left(self) -> None:
         """It is ended when it does, before it reaches its engine."""
         attempted = Attempted()
         assert attempted.watch.closed(1.0) == []
         assert attempted.watch.awaits_prefill
         assert show(attempted.watch.prefill_opened()) == [("PREFILL", CANCELLED)]
 
-    def test_after_prefill(self) -> None:
+    def test_leg_is_left_alone_when_prefill_is_done(self) -> None:
         """There is nothing to end."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
@@ -524,7 +524,7 @@ class TestTime:
         assert attempted.blamed() == []
         assert attempted.watch.sweep(102.0) == []
 
-    def test_the_first_token(self) -> None:
+    def test_first_token_times_out_after_the_end_of_prefill(self) -> None:
         """Counted from the end of prefill."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
@@ -533,7 +533,7 @@ class TestTime:
         assert show(attempted.watch.sweep(61.0)) == [("MAIN", "504 first_token_timeout")]
 
     @pytest.mark.parametrize(("status", "due"), [(500, "502 prefill_failed"), (400, "400 engine_refused")])
-    def test_the_text_of_prefills_error(self, status: int, due: str) -> None:
+    def test_text_of_prefills_error_times_out(self, status: int, due: str) -> None:
         """After a while the error does without it, and the leg is ended like the other one."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
@@ -545,7 +545,7 @@ class TestTime:
         assert attempted.watch.prefill_closed(8.0) == []
 
     @pytest.mark.parametrize("body", [CHAT, PLAIN])
-    def test_the_text_of_decodes_error(self, body: bytes) -> None:
+    def test_text_of_decodes_error_times_out(self, body: bytes) -> None:
         """Likewise: another attempt, or an error of ours that tells the status."""
         attempted = Attempted(body=body)
         attempted.watch.prefill_opened()
@@ -558,7 +558,7 @@ class TestTime:
         assert attempted.blamed() == [Role.DECODE]
 
     @pytest.mark.parametrize("has_head", [False, True])
-    def test_a_leg_that_never_shows_up(self, has_head: bool) -> None:
+    def test_stream_times_out_after_the_time_of_both_legs_when_the_leg_does_not_open(self, has_head: bool) -> None:
         """A stream is given up when both parts of it have taken as long as they may, head or not."""
         attempted = Attempted()
         if has_head:
@@ -566,12 +566,12 @@ class TestTime:
         assert ("MAIN", Immediate) not in [(where, type(reply)) for where, reply in attempted.watch.sweep(109.0)]
         assert show(attempted.watch.sweep(111.0)) == [("MAIN", "504 first_token_timeout")]
 
-    def test_a_leg_that_never_shows_up_for_a_whole_answer(self) -> None:
+    def test_whole_response_does_not_time_out_when_the_leg_does_not_open(self) -> None:
         """Its head comes with its end, and whether prefill runs is not known here: the engine has to tell."""
         attempted = Attempted(body=PLAIN)
         assert attempted.watch.sweep(5000.0) == []
 
-    def test_a_stream_without_a_body(self) -> None:
+    def test_stream_without_a_body_is_committed_after_prefill(self) -> None:
         """There is no first event to wait for."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
@@ -587,7 +587,9 @@ class TestTime:
             ((Role.PREFILL, Role.DECODE), []),
         ],
     )
-    def test_who_has_answered_nothing_else_is_to_blame(self, alive: tuple[Role, ...], blamed: list[Role]) -> None:
+    def test_timeout_is_blamed_on_endpoints_that_have_served_nothing_since(
+        self, alive: tuple[Role, ...], blamed: list[Role]
+    ) -> None:
         """A server that hangs answers nobody, while one that is merely full does answer others."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
@@ -604,7 +606,7 @@ class TestTime:
         attempted.watch.sweep(12.0)
         assert attempted.blamed() == [Role.DECODE]
 
-    def test_a_whole_answer_may_take_as_long_as_it_likes(self) -> None:
+    def test_whole_response_does_not_time_out(self) -> None:
         """Its head comes with its end."""
         attempted = Attempted(body=PLAIN)
         attempted.watch.prefill_opened()
@@ -615,14 +617,14 @@ class TestTime:
 class TestAttempts:
     """The last attempt's error is the client's."""
 
-    def test_the_last_one(self) -> None:
+    def test_last_attempt_is_not_retried(self) -> None:
         """Two have failed before, and three are made."""
         attempted = Attempted(failed="a:1,b:2;c:3,d:4")
         attempted.watch.prefill_opened()
         attempted.prefill(500, has_body=False)
         assert attempted.failures == [(Role.PREFILL, Reason.PREFILL_FAILED, False)]
 
-    def test_no_budget_left(self) -> None:
+    def test_failure_is_not_retried_without_budget(self) -> None:
         """In a storm the client gets its error at once."""
         budget = RetrySettings(attempts=3, burst=1, budget=0)
         attempted = Attempted(retry=budget)

@@ -104,7 +104,7 @@ LENGTHS = {
 
 @pytest.mark.parametrize(("length", "sizes"), LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("trailers", [False, True], ids=["no-trailers", "trailers"])
-def test_a_body_leaves_in_chunks(length: int, sizes: list[int], trailers: bool) -> None:
+def test_body_is_routed_in_full_chunks_but_for_the_last(length: int, sizes: list[int], trailers: bool) -> None:
     """Chunks are full but for the last, which alone ends the stream, and only if no trailers do."""
     body = b"x" * length
     ending: list[Event] = [RequestBody(body, not trailers), *([RequestTrailers()] if trailers else [])]
@@ -121,7 +121,7 @@ def test_a_body_leaves_in_chunks(length: int, sizes: list[int], trailers: bool) 
 @example('{"text":"漢\\u6f22🦊"}'.encode(), list(range(30)))
 @example(b"refuse this", [3, 3, 5])
 @example(b"", [0, 0])
-def test_any_split_of_a_body_has_the_same_answer(body: bytes, cuts: list[int]) -> None:
+def test_replies_are_the_same_however_a_body_is_split(body: bytes, cuts: list[int]) -> None:
     """Where Envoy cuts a body, within a character or an escape, or sends nothing at all, changes nothing."""
     edges = sorted({0, len(body), *(min(cut, len(body)) for cut in cuts)})
     pieces = [body[start:end] for start, end in pairwise(edges)]
@@ -130,12 +130,12 @@ def test_any_split_of_a_body_has_the_same_answer(body: bytes, cuts: list[int]) -
     assert run(BodyMode.DUPLEX, chunked(pieces)) == run(BodyMode.DUPLEX, chunked([body]))
 
 
-def test_nothing_is_said_before_a_duplex_body_is_whole() -> None:
+def test_duplex_body_gets_no_reply_before_it_is_complete() -> None:
     """Headers are held with the body: the host is not known before."""
     assert run(BodyMode.DUPLEX, [RequestHeaders(POST, False), *[RequestBody(b"x", False)] * 5]) == []
 
 
-def test_a_duplex_body_is_refused_as_soon_as_it_is_too_large() -> None:
+def test_duplex_body_is_refused_as_soon_as_it_is_too_large() -> None:
     """The rest of it is not waited for, and not kept."""
     chunk = RequestBody(b"x" * CHUNK_BYTES, False)
     exchange = Exchange(Echo(), BodyMode.DUPLEX, MAX_BODY)
@@ -162,7 +162,9 @@ LENGTH_HEADERS = {
 
 @pytest.mark.parametrize(("length", "status"), LENGTH_HEADERS.values(), ids=LENGTH_HEADERS)
 @pytest.mark.parametrize("mode", [BodyMode.LOCKSTEP, BodyMode.DUPLEX], ids=lambda mode: mode.name)
-def test_an_announced_length_is_taken_at_its_word(mode: BodyMode, length: str, status: int | None) -> None:
+def test_body_is_refused_unseen_when_its_announced_length_is_too_large(
+    mode: BodyMode, length: str, status: int | None
+) -> None:
     """A body that says it is too large is refused unseen; what is no number says nothing."""
     replies = run(mode, [RequestHeaders({**POST, "content-length": length}, False)])
     refused = [reply.status for reply in replies if isinstance(reply, Immediate)]
@@ -187,14 +189,14 @@ MEDIA = {
 
 
 @pytest.mark.parametrize(("headers", "status"), MEDIA.values(), ids=MEDIA)
-def test_only_plain_json_is_waited_for(headers: dict[str, str], status: int | None) -> None:
+def test_body_is_awaited_only_if_its_headers_announce_plain_json(headers: dict[str, str], status: int | None) -> None:
     """What cannot be read is refused by its headers alone."""
     (reply,) = run(BodyMode.LOCKSTEP, [RequestHeaders({**POST, **headers}, False)])
     assert (reply.status if isinstance(reply, Immediate) else None) == status
 
 
 @pytest.mark.parametrize("state", ["start", "held", "sent", "responding", "over"])
-def test_an_unexpected_error_is_told_while_it_can_be(state: str) -> None:
+def test_internal_error_answers_the_client_until_the_response_begins(state: str) -> None:
     """Up to the response an error becomes a 500; later the client already has its answer."""
     exchange = Exchange(Echo(), BodyMode.DUPLEX, MAX_BODY)
     path: list[Event] = [RequestHeaders(POST, False), RequestBody(b"x", True), ResponseHeaders(200)]
@@ -236,7 +238,7 @@ _streams = st.one_of(
 
 
 @given(st.sampled_from(BodyMode), _streams, st.booleans(), st.integers(0, 8), st.booleans())
-def test_no_sequence_of_events_breaks_the_rules(
+def test_replies_obey_the_protocol_in_any_sequence_of_events(
     mode: BodyMode, events: list[Event], response_duplex: bool, interrupted_at: int, fails: bool
 ) -> None:
     """One reply of its own phase to each event in lock-step, one immediate at most, nothing behind it."""
@@ -271,7 +273,7 @@ def _phase(reply: Reply) -> Phase | None:
 
 
 @given(_streams)
-def test_in_duplex_the_headers_are_answered_first_and_once(events: list[Event]) -> None:
+def test_headers_are_replied_to_first_and_once_in_duplex(events: list[Event]) -> None:
     """No chunk and no trailers are answered before the headers, and no body is replaced but by chunks."""
     exchange = Exchange(Echo(), BodyMode.DUPLEX, MAX_BODY)
     replies: list[Reply] = []
@@ -288,7 +290,7 @@ def test_in_duplex_the_headers_are_answered_first_and_once(events: list[Event]) 
 
 
 @pytest.mark.parametrize(("length", "told"), [("0", 0), ("17", 17), (None, None), ("x", None), ("-1", None)], ids=str)
-def test_without_bodies_the_headers_decide(length: str | None, told: int | None) -> None:
+def test_headers_route_when_bodies_are_not_sent(length: str | None, told: int | None) -> None:
     """The one reply to the headers routes, by the length that they announce; no body will come."""
     decider = Echo()
     exchange = Exchange(decider, BodyMode.NONE, MAX_BODY)
@@ -303,7 +305,7 @@ def test_without_bodies_the_headers_decide(length: str | None, told: int | None)
     assert exchange.is_routed
 
 
-def test_without_bodies_a_refusal_is_due_at_once() -> None:
+def test_headers_are_refused_at_once_when_bodies_are_not_sent() -> None:
     """Before the body has left the client."""
     exchange = Exchange(Echo(), BodyMode.NONE, MAX_BODY)
     (reply,) = exchange.receive(RequestHeaders({**POST, "content-length": str(REFUSED)}, False))

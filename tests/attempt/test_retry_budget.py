@@ -7,13 +7,13 @@ from dp_extproc.config.reliability import RetrySettings
 from dp_extproc.contract import read_cut, read_failed, write_failed
 
 
-def test_attempts_are_bounded() -> None:
+def test_budget_bounds_the_attempts_of_a_request() -> None:
     """Three attempts are two retries."""
     budget = RetryBudget(RetrySettings(attempts=3))
     assert [budget.spend(attempts) for attempts in (1, 2, 3)] == [True, True, False]
 
 
-def test_a_storm_is_bounded() -> None:
+def test_budget_bounds_a_storm_of_failures() -> None:
     """When everything fails, only the burst is retried, and then a part of what comes."""
     budget = RetryBudget(RetrySettings(attempts=10, budget=0.5, burst=3))
     assert [budget.spend(1) for _ in range(5)] == [True, True, True, False, False]
@@ -30,7 +30,7 @@ def test_the_budget_does_not_grow_beyond_the_burst() -> None:
     assert [budget.spend(1) for _ in range(3)] == [True, True, False]
 
 
-def test_no_retries_at_all() -> None:
+def test_budget_of_one_attempt_has_no_retry() -> None:
     """One attempt in all."""
     assert not RetryBudget(RetrySettings(attempts=1)).spend(1)
 
@@ -44,7 +44,7 @@ def test_no_retries_at_all() -> None:
         ("a:1,b:2;a:1,c:3", ({"a:1", "b:2"}, {"a:1", "c:3"})),
     ],
 )
-def test_what_has_failed_is_read(header: str | None, expected: tuple[set[str], ...]) -> None:
+def test_failed_endpoints_are_read_from_the_header(header: str | None, expected: tuple[set[str], ...]) -> None:
     """Attempts by semicolons, their hosts by commas."""
     assert read_failed(header) == expected
 
@@ -61,18 +61,18 @@ def test_what_has_failed_is_read(header: str | None, expected: tuple[set[str], .
         (",,,", None),
     ],
 )
-def test_who_was_lost_by_the_last_attempt(header: str | None, lost: str | None) -> None:
+def test_lost_endpoint_is_read_from_the_last_attempt(header: str | None, lost: str | None) -> None:
     """Earlier ones were counted when the last one was placed, and the mark is no host."""
     assert read_cut(header) == lost
     assert not any("cut" in hosts for hosts in read_failed(header))
 
 
-def test_what_is_written_is_read() -> None:
+def test_failed_endpoints_are_read_as_they_were_written() -> None:
     """Also when Envoy has joined several."""
     one, two = write_failed("a:1", "b:2"), write_failed("c:3")
     assert [*map(sorted, read_failed(f"{one.decode()};{two.decode()}"))] == [["a:1", "b:2"], ["c:3"]]
 
 
-def test_an_endless_header_is_not_read_to_its_end() -> None:
+def test_header_of_failed_endpoints_is_read_up_to_a_bound() -> None:
     """Nobody but Envoy sends it, but it is bounded all the same."""
     assert len(read_failed(";".join(["a:1"] * 10_000))) == 16

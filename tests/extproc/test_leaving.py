@@ -68,7 +68,7 @@ def has_ended(stream: Stream) -> bool:
         pytest.param([request_headers(GET, end=True, mode=DUPLEX), HEAD], 2, id="no body"),
     ],
 )
-def test_a_stream_ends_once_its_answer_has_begun(
+def test_stream_ends_at_a_stop_when_its_response_has_begun(
     server: Server, sent: Sequence[ProcessingRequest], answers: int
 ) -> None:
     """Nothing of the answer's body comes here, so Envoy lets it pass."""
@@ -81,7 +81,7 @@ def test_a_stream_ends_once_its_answer_has_begun(
 
 
 @pytest.mark.parametrize("mode", [DUPLEX, BUFFERED])
-def test_a_picked_request_goes_on_without_its_stream(picker: Server, mode: Mode) -> None:
+def test_stream_of_a_picked_request_ends_at_a_stop(picker: Server, mode: Mode) -> None:
     """Nothing is said on it any more but that its answer may pass, which goes without saying."""
     stream = begin(picker, [request_headers(mode=mode), request_body(BODY)], 2)
 
@@ -91,7 +91,7 @@ def test_a_picked_request_goes_on_without_its_stream(picker: Server, mode: Mode)
 
 
 @pytest.mark.parametrize("picks", [False, True], ids=["own", "picks"])
-def test_a_stream_that_is_not_as_far_ends_later(picks: bool) -> None:
+def test_stream_ends_after_a_stop_as_soon_as_it_can(picks: bool) -> None:
     """Also what is still said while the process is about to end; our own protocol waits for the answer's head."""
     with run_server(Fleet(workers=[make_facts(Role.WORKER)]).dispatcher, picks=picks) as server:
         stream = begin(server, [request_headers(mode=BUFFERED)], 1)
@@ -113,7 +113,9 @@ STAYING = {
 
 
 @pytest.mark.parametrize("sent", STAYING.values(), ids=STAYING)
-def test_a_stream_stays_where_the_answer_may_be_under_way(server: Server, sent: Sequence[ProcessingRequest]) -> None:
+def test_stream_stays_open_when_a_response_body_may_be_on_its_way(
+    server: Server, sent: Sequence[ProcessingRequest]
+) -> None:
     """Envoy loses what it has sent here and got no reply to, and calls it a success."""
     stream = begin(server, sent, 3)
 
@@ -123,7 +125,7 @@ def test_a_stream_stays_where_the_answer_may_be_under_way(server: Server, sent: 
     assert stream.close() == []
 
 
-def test_a_stream_stays_where_the_request_is_under_way(picker: Server) -> None:
+def test_stream_stays_open_when_a_request_body_is_on_its_way(picker: Server) -> None:
     """An engine may answer before it has read a request; the pieces that are on their way here would be lost."""
     sent = [request_headers(EMBEDDINGS, mode=DUPLEX), request_body(b"{", end=False), HEAD]
     stream = begin(picker, sent, 3)
@@ -135,7 +137,7 @@ def test_a_stream_stays_where_the_request_is_under_way(picker: Server) -> None:
     assert has_ended(stream)
 
 
-def test_a_stream_stays_where_the_text_of_an_error_was_asked_for() -> None:
+def test_stream_stays_open_when_the_text_of_an_error_was_asked_for() -> None:
     """Our own protocol reads what an engine says of its failure; until then nothing has passed."""
     with run_server(Fleet(workers=[make_facts(Role.WORKER)]).dispatcher) as server:
         stream = begin(server, [request_headers(mode=BUFFERED), request_body(BODY), response_headers(500)], 3)

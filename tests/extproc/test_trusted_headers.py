@@ -54,7 +54,7 @@ NEVER_READ: Final = {
 """What a client may send to a gateway of others. No engine may see it, nor does the service believe it."""
 
 
-def test_no_header_is_read_that_is_not_in_these_tables() -> None:
+def test_tables_name_every_header_that_is_read() -> None:
     """Who adds one has to say whose word it is."""
     assert OF_THE_REQUEST | OF_OUR_ENVOY.keys() == contract.READ_FROM_REQUESTS
     assert contract.READ_BEHIND_GATEWAY == OF_THE_REQUEST
@@ -106,19 +106,19 @@ NOTHING: Final = {"session": None, "failed": (), "cut": None}
 
 
 @pytest.mark.parametrize("name", NEVER_READ)
-def test_a_gateway_of_others_may_pass_on_whatever_clients_send(name: str) -> None:
+def test_header_of_a_client_is_not_read_behind_a_gateway(name: str) -> None:
     """None of it means anything behind a front door that is not ours."""
     assert believed({name: NEVER_READ[name]}, picks=True, session_header=None) == NOTHING
 
 
-def test_our_own_front_door_is_believed() -> None:
+def test_headers_of_the_bundled_envoy_are_read() -> None:
     """It removes from clients what it sets."""
     expected = {"session": "chat-1", "failed": (frozenset({"-", WORKER}),), "cut": WORKER}
 
     assert believed(OF_OUR_ENVOY, picks=False) == expected
 
 
-def test_a_conversation_is_named_by_the_clients_own_header() -> None:
+def test_session_is_read_from_the_configured_header_behind_a_gateway() -> None:
     """A gateway of others sends all headers, so the service reads the one that is configured, and leaves it there."""
     headers = {CONVERSATION: "chat-1", contract.SESSION: "chat-2"}
     exchange = Exchange(Listener(), BodyMode.LOCKSTEP, 1000, picks=True, session_header=CONVERSATION)
@@ -151,7 +151,7 @@ def picker() -> Iterator[Running]:
         *product(["/v1/embeddings", "/health"], [NONE]),  # what is read needs a body
     ],
 )
-def test_no_such_header_goes_on_to_an_engine(picker: Running, path: str, mode: Mode) -> None:
+def test_untrusted_headers_are_removed_behind_a_gateway(picker: Running, path: str, mode: Mode) -> None:
     """Whatever is read of the request; over gRPC, as a gateway of others sends it."""
     stream = picker.server.stream()
     stream.send(request_headers({**POST, **NEVER_READ, ":path": path}, mode=mode), request_body(BODY))
@@ -163,7 +163,7 @@ def test_no_such_header_goes_on_to_an_engine(picker: Running, path: str, mode: M
     assert sets.get(contract.DESTINATION, WORKER.encode()) == WORKER.encode()
 
 
-def test_nobody_is_blamed_on_a_clients_word(picker: Running) -> None:
+def test_endpoint_is_not_blamed_for_a_header_of_a_client(picker: Running) -> None:
     """The report of a lost server is our own front door's."""
     for _ in range(5):
         stream = picker.server.stream()
@@ -184,7 +184,7 @@ FAILURE: Final = b'data: {"error":{"code":500,"message":"stolen"}}\n\n'
 
 @pytest.mark.parametrize("metadata", STEALING)
 @pytest.mark.parametrize("picks", [False, True], ids=["own", "picks"])
-def test_a_request_without_a_prefill_leg_is_found_by_nobody(picks: bool, metadata: dict[str, str]) -> None:
+def test_attempt_without_a_leg_is_found_by_no_other_stream(picks: bool, metadata: dict[str, str]) -> None:
     """Numbers that can be counted are no keys: another stream cannot end the request, nor answer in its place."""
     fleet = Fleet(workers=[make_facts(Role.WORKER)])
     with run_server(fleet.dispatcher, picks=picks) as server:
@@ -205,7 +205,7 @@ def test_a_request_without_a_prefill_leg_is_found_by_nobody(picks: bool, metadat
 
 
 @pytest.mark.parametrize("metadata", STEALING)
-def test_behind_a_gateway_of_others_each_stream_is_a_request(picker: Running, metadata: dict[str, str]) -> None:
+def test_every_stream_is_a_request_behind_a_gateway(picker: Running, metadata: dict[str, str]) -> None:
     """One that makes metadata of a client's headers does not take the request from the service."""
     stream = picker.server.stream(**metadata)
     stream.send(request_headers(mode=DUPLEX), request_body(BODY))

@@ -391,7 +391,7 @@ class TestAnyMode:
 @pytest.mark.parametrize(
     "mode", [Mode.NONE, Mode.STREAMED, Mode.BUFFERED_PARTIAL, Mode.GRPC], ids=lambda mode: mode.name
 )
-def test_modes_in_which_nothing_can_be_decided(server: Server, mode: Mode) -> None:
+def test_unsupported_body_modes_are_refused(server: Server, mode: Mode) -> None:
     """A filter that sends bodies otherwise gets an error that says so, not a hang."""
     answer = server.stream().ask(request_headers(mode=mode)).immediate_response
 
@@ -399,7 +399,7 @@ def test_modes_in_which_nothing_can_be_decided(server: Server, mode: Mode) -> No
     assert json.loads(answer.body)["error"]["code"] == "unsupported_body_mode"
 
 
-class TestBooks:
+class TestReservations:
     """However a stream ends, what it had on the books is gone."""
 
     def _tokens(self, fleet: Fleet) -> tuple[float, float]:
@@ -427,7 +427,7 @@ class TestBooks:
 
         assert min(held) > 0
 
-    def test_the_prefill_leg_reports_on_a_stream_of_its_own(self, server: Server, fleet: Fleet) -> None:
+    def test_leg_releases_the_reservations_of_prefill(self, server: Server, fleet: Fleet) -> None:
         """Found by the leg's token in the initial metadata; prefill's tokens go, decode's stay."""
         main = server.stream()
         main.ask(request_headers(mode=BUFFERED))
@@ -442,7 +442,7 @@ class TestBooks:
         assert main.close() == []
 
     @pytest.mark.parametrize("token", ["0" * 24, "x", "é".encode().hex()])
-    def test_an_unknown_leg_is_let_through(self, server: Server, token: str) -> None:
+    def test_leg_with_an_unknown_token_passes(self, server: Server, token: str) -> None:
         """A leg of a request that is over, or of another process, disturbs nobody."""
         leg = server.stream(x_dp_leg=token)
 
@@ -489,7 +489,7 @@ def test_35_an_unexpected_error_is_a_500_with_an_id(mode: Mode, caplog: pytest.L
     assert "secret detail" in caplog.text
 
 
-def test_decisions_are_told_to_the_metrics(server: Server) -> None:
+def test_decisions_are_reported_to_the_listener(server: Server) -> None:
     """Each request counts once, by what became of it."""
     routed = server.stream()
     routed.ask(request_headers(mode=BUFFERED))
@@ -503,12 +503,12 @@ def test_decisions_are_told_to_the_metrics(server: Server) -> None:
     assert server.watcher.decisions == ["routed", "routed", "answered", "unknown_path"]
 
 
-class TestARepetitionThatNobodyWasAskedFor:
+class TestRepetitionByEnvoy:
     """Envoy itself repeats a request whose server was lost behind the head that is held here."""
 
     AGAIN = request_headers({**POST, contract.AVOID: "10.0.0.1:31001,10.0.0.1:32001,cut"}, mode=BUFFERED)
 
-    def test_it_is_counted(self, fleet: Fleet) -> None:
+    def test_repetition_is_counted_as_a_failure(self, fleet: Fleet) -> None:
         """As a failure of the server that answered, and as a retry."""
         with run_server(fleet.dispatcher) as server:
             stream = server.stream()
@@ -519,7 +519,7 @@ class TestARepetitionThatNobodyWasAskedFor:
         assert server.watcher.failures == [(Role.DECODE, Reason.DECODE_FAILED, True)]
         assert [fleet.host(role).health.is_doubtful for role in (Role.PREFILL, Role.DECODE)] == [False, True]
 
-    def test_it_is_refused_if_it_cannot_be_afforded(self, fleet: Fleet) -> None:
+    def test_repetition_is_refused_without_budget(self, fleet: Fleet) -> None:
         """In a storm it must not multiply the load, whoever asks for it."""
         with run_server(fleet.dispatcher, retry=RetrySettings(burst=1, budget=0)) as server:
             assert kind_of(server.stream().ask(self.AGAIN)) == "request_headers"
@@ -577,7 +577,7 @@ class TestNoBodies:
         assert set(answer.response.header_mutation.remove_headers) == foreign.keys() - {contract.OVERRIDE_RANK}
         assert headers_of(message)[contract.OVERRIDE_RANK] in {b"0", b"1", b"2", b"3"}
 
-    def test_a_repetition_that_cannot_be_afforded(self, fleet_without_bodies: Fleet) -> None:
+    def test_repetition_is_refused_before_scheduling_without_budget(self, fleet_without_bodies: Fleet) -> None:
         """It is refused, though it was placed with its headers; nothing of it stays on the books."""
         again = {**POST, ":path": "/generate", contract.AVOID: "10.0.0.1:31001,10.0.0.1:32001,cut"}
         with run_server(fleet_without_bodies.dispatcher, retry=RetrySettings(burst=1, budget=0)) as server:
@@ -600,7 +600,7 @@ class TestNoBodies:
         assert answer is not None
         assert json.loads(answer.body)["error"]["code"] == "path_cannot_carry_routing_fields"
 
-    def test_bodies_that_come_all_the_same_are_read(self, server: Server) -> None:
+    def test_bodies_are_read_when_envoy_sends_them_against_the_configuration(self, server: Server) -> None:
         """An Envoy that sends them, against the configuration, gets what headers cannot carry into them."""
         stream = server.stream()
         stream.ask(request_headers(mode=BUFFERED))

@@ -320,7 +320,7 @@ def test_15_the_rank_of_a_vllm_server_goes_into_a_header() -> None:
     assert body == chunk(BODY, last=True)
 
 
-def test_31_nobody_is_ready() -> None:
+def test_31_request_is_refused_without_fresh_endpoints() -> None:
     """503, also for what is not read."""
     fleet = make_fleet(FIRST)
     fleet.load.update((), 5.0)
@@ -331,7 +331,7 @@ def test_31_nobody_is_ready() -> None:
             assert [said(message) for message in stream.close()] == [refused(503)]
 
 
-def test_31_everybody_is_full() -> None:
+def test_31_request_is_refused_when_all_endpoints_are_full() -> None:
     """429, with the time to wait."""
     fleet = make_fleet(FIRST)
     fleet.dispatcher.configure([fleet.pool], LoadSignal.ESTIMATE, AdmissionSettings(max_requests=1))
@@ -352,7 +352,7 @@ def test_31_everybody_is_full() -> None:
     [(FIRST, 0), (SECOND, 1), ("", 0), (None, 0)],
     ids=["the pick", "another", "nobody", "not told"],
 )
-def test_40_who_has_served(server: Server, served: str | None, counted: int) -> None:
+def test_40_other_endpoint_than_the_pick_is_counted(server: Server, served: str | None, counted: int) -> None:
     """The gateway's word for another endpoint than the pick is counted, and nothing else."""
     told = (
         {} if served is None else hint(text(served), key=contract.DESTINATION_SERVED, namespace=contract.LB_NAMESPACE)

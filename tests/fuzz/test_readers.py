@@ -71,7 +71,7 @@ def _has_half_a_character(text: bytes) -> bool:
 
 @examples(150)
 @given(_damaged(), st.frozensets(st.sampled_from(["rid", "stream", "routed_dp_rank", ""])))
-def test_the_scanner_is_as_strict_as_the_reference(text: bytes, unwanted: frozenset[str]) -> None:
+def test_scanner_is_as_strict_as_the_reference(text: bytes, unwanted: frozenset[str]) -> None:
     """The scanner takes what Python's reader takes, refuses what it refuses, and leaves the same members."""
     expected = _reference(text)
     try:
@@ -97,7 +97,7 @@ _values = st.integers(0, 10**9).map(float) | st.floats(0, 1e9)
 
 @examples(60)
 @given(st.lists(st.tuples(_names, _labels, _values), max_size=20))
-def test_the_metrics_reader_misses_nothing(series: list[tuple[str, str, float]]) -> None:
+def test_metrics_reader_finds_what_a_full_parser_finds(series: list[tuple[str, str, float]]) -> None:
     """Picking lines before they are parsed gives what parsing all of them gives."""
     page = "# HELP sglang:x y\n" + "".join(f"sglang:{name}{labels} {value}\n" for name, labels, value in series)
     used: dict[int, float] = defaultdict(float)
@@ -114,7 +114,7 @@ def test_the_metrics_reader_misses_nothing(series: list[tuple[str, str, float]])
 
 @examples(60)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 10**9), st.integers(1, 100)), max_size=12))
-def test_the_loads_reader_takes_the_newest_of_each_rank(loads: list[tuple[int, int, int]]) -> None:
+def test_loads_reader_takes_the_newest_sample_of_each_rank(loads: list[tuple[int, int, int]]) -> None:
     """A rank that is told several times counts once, by its newest numbers."""
     page = {"loads": [{"dp_rank": rank, "num_used_tokens": used, "timestamp": at} for rank, used, at in loads]}
     newest: dict[int, tuple[int, int]] = {}

@@ -52,7 +52,7 @@ def _judge(answers: list[object], said: int) -> None:
 
 @examples(100)
 @given(SCRIPTS, st.sampled_from(Supervise))
-def test_any_script(script: list[Say | End | Wait], mode: Supervise) -> None:
+def test_service_survives_any_script(script: list[Say | End | Wait], mode: Supervise) -> None:
     """Streams of several requests, messages in any order, cut at any moment: all ends well, and the books are empty."""
     run(_play(script, mode))
 
@@ -62,7 +62,7 @@ def test_any_script(script: list[Say | End | Wait], mode: Supervise) -> None:
     b'data: {"text":"a"}\n\n', b'data: {"error":{"code":500}}\r\n\r\n', b"data: [DONE]\n\n", b"event: error\r\n",
     b": x\n\n", b'data: {"type":"message_start"}\n\n', b'data: {"type":"error","error":{"type":"x"}}\n\n',
 ]), max_size=5), st.data())  # fmt: skip
-def test_chunks_do_not_matter_to_the_first_event(parts: list[bytes], data: st.DataObject) -> None:
+def test_first_event_does_not_depend_on_how_a_stream_is_cut(parts: list[bytes], data: st.DataObject) -> None:
     """What the first event of a stream is does not depend on how the network cuts it."""
     text = b"".join(parts)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
@@ -90,7 +90,7 @@ def server() -> Iterator[Server]:
         max_size=4,
     )
 )
-def test_any_bytes_on_the_wire(server: Server, messages: list[bytes]) -> None:
+def test_service_survives_any_bytes(server: Server, messages: list[bytes]) -> None:
     """Bytes that are no message end their own stream, and no other."""
     call = server.channel.stream_stream(METHOD, None, None)(iter(messages), timeout=10)
     try:

@@ -58,7 +58,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("size", [None, 1, 7])
 @pytest.mark.parametrize(("text", "status", "words"), ERRORS.values(), ids=ERRORS)
-def test_an_error_is_recognised(text: str, status: int, words: str, size: int | None) -> None:
+def test_first_event_reads_the_error_of_each_api(text: str, status: int, words: str, size: int | None) -> None:
     """However the stream is cut: its status, and a body that a client can read."""
     first = read(text, size=size)
     assert first.is_known
@@ -85,14 +85,14 @@ ANSWERS = {
 
 @pytest.mark.parametrize("size", [None, 1, 7])
 @pytest.mark.parametrize("text", ANSWERS.values(), ids=ANSWERS)
-def test_everything_else_is_an_answer(text: str, size: int | None) -> None:
+def test_first_event_has_no_error_in_other_events(text: str, size: int | None) -> None:
     """What cannot be read is not ours to judge."""
     first = read(text, size=size)
     assert first.is_known
     assert first.error is None
 
 
-def test_nothing_is_known_before_the_first_event_is_complete() -> None:
+def test_first_event_is_not_known_before_it_is_complete() -> None:
     """Half an event, or a preamble, says nothing yet."""
     first = FirstEvent()
     first.feed(STARTED.encode() + OPENAI[:-1].encode(), end_of_stream=False)
@@ -120,7 +120,7 @@ SIZES = [1, 7, 62_000, 1 << 20]
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("what", ENDLESS.values(), ids=ENDLESS)
-def test_a_stream_counts_as_begun_after_64_kib(what: bytes, size: int) -> None:
+def test_stream_counts_as_good_after_64_kib(what: bytes, size: int) -> None:
     """Nothing can hold an answer for ever, and what comes later is not looked at, not even an error."""
     begun = (what * MOST_BYTES)[: MOST_BYTES - 1]
     first = FirstEvent()
@@ -132,7 +132,7 @@ def test_a_stream_counts_as_begun_after_64_kib(what: bytes, size: int) -> None:
     assert first.error is None
 
 
-def test_an_error_is_found_up_to_the_limit() -> None:
+def test_error_is_found_up_to_the_limit() -> None:
     """It counts what is looked at, not what comes in a chunk."""
     error = OPENAI.encode()
     for excess, is_found in ((0, True), (1, False)):
@@ -152,7 +152,7 @@ NESTING = {
 
 
 @pytest.mark.parametrize("text", NESTING.values(), ids=NESTING)
-def test_no_depth_of_an_error_breaks_the_reader(text: str) -> None:
+def test_reader_survives_any_depth_of_an_error(text: str) -> None:
     """What cannot be read, or written anew, is an answer."""
     for depth in (*range(300, 1050), 20_000):
         first = FirstEvent()
@@ -168,7 +168,7 @@ _SPLINTERS = [
 
 
 @given(st.lists(st.sampled_from(_SPLINTERS) | st.binary(max_size=5), max_size=30), st.data())
-def test_the_result_does_not_depend_on_how_a_stream_is_cut(parts: list[bytes], data: st.DataObject) -> None:
+def test_result_does_not_depend_on_how_a_stream_is_cut(parts: list[bytes], data: st.DataObject) -> None:
     """Neither what is known in the end nor from which byte on."""
     stream = b"".join(parts)
     most = data.draw(st.integers(1, len(stream) + 2))
@@ -239,7 +239,7 @@ class Counted(bytes):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("what", ENDLESS.values(), ids=ENDLESS)
-def test_every_byte_is_looked_at_a_few_times_at_most(what: bytes, size: int) -> None:
+def test_reader_takes_linear_time(what: bytes, size: int) -> None:
     """However many chunks and events there are, and however many bytes come behind the limit."""
     endless = what * (3 * MOST_BYTES // len(what))
     first = FirstEvent()
@@ -255,7 +255,7 @@ def pieces(stream: bytes, size: int) -> Iterator[bytes]:
 
 
 @given(st.lists(st.binary(max_size=50)))
-def test_no_bytes_break_the_reader(chunks: list[bytes]) -> None:
+def test_reader_survives_any_bytes(chunks: list[bytes]) -> None:
     """Whatever comes, the end of the stream settles it."""
     first = FirstEvent()
     for chunk in chunks:

@@ -50,7 +50,7 @@ def fed(merger: Merger, *chunks: bytes) -> bytes:
     return b"".join(merger.feed(chunk, end_of_stream=number == last) for number, chunk in enumerate(chunks))
 
 
-def test_whole() -> None:
+def test_merge_of_a_whole_response() -> None:
     """Prefill's lists come first, decode's follow, and all else is as decode said it."""
     decode = answer({**NOTHING, "input_token_logprobs": [[-3, 5, None]]})
 
@@ -73,7 +73,7 @@ def test_numbers_stay_as_they_are_written() -> None:
     assert merged == b'{"x":1.50,"meta_info":{"input_token_logprobs":[[-1.10, 1e-7]],"t":0.10}}'
 
 
-def test_batch() -> None:
+def test_merge_of_a_batch() -> None:
     """Each prompt of a batch gets its own."""
     other = {"input_token_logprobs": [[-9, 9, None]]}
 
@@ -86,7 +86,7 @@ def test_batch() -> None:
 
 
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
-def test_stream(newline: bytes) -> None:
+def test_merge_of_a_stream(newline: bytes) -> None:
     """Every event gets the prompt's, as a single server repeats them in every event; the frame stays."""
     stream = sse(answer(NOTHING), answer(NOTHING)).replace(b"\n", newline)
 
@@ -98,7 +98,7 @@ def test_stream(newline: bytes) -> None:
     assert merger.problem is None
 
 
-def test_stream_of_a_batch() -> None:
+def test_merge_of_a_streamed_batch() -> None:
     """Events tell which prompt they are of."""
     other = {"input_token_logprobs": [[-9, 9, None]]}
     stream = sse(answer(NOTHING, index=1), answer(NOTHING, index=0))
@@ -109,7 +109,7 @@ def test_stream_of_a_batch() -> None:
     assert second["meta_info"]["input_token_logprobs"] == OF_PROMPT["input_token_logprobs"]
 
 
-def test_flat_form() -> None:
+def test_merge_of_the_flat_form() -> None:
     """What is no list is taken over: decode has none of it."""
     flat = {"input_top_logprobs_val": "AAAA", "input_token_logprobs": None}
 
@@ -120,7 +120,7 @@ def test_flat_form() -> None:
 
 
 @given(cuts=st.lists(st.integers(0, 400), max_size=12), whole=st.booleans())
-def test_any_chunks(cuts: list[int], whole: bool) -> None:
+def test_merge_does_not_depend_on_how_a_response_is_cut(cuts: list[int], whole: bool) -> None:
     """How an answer is cut makes no difference."""
     text = json.dumps(answer(NOTHING)).encode() if whole else sse(answer(NOTHING), answer(NOTHING))
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
@@ -131,14 +131,14 @@ def test_any_chunks(cuts: list[int], whole: bool) -> None:
 
 
 @given(chunks=st.lists(st.binary(max_size=40), min_size=1), whole=st.booleans())
-def test_any_bytes(chunks: list[bytes], whole: bool) -> None:
+def test_merge_survives_any_bytes(chunks: list[bytes], whole: bool) -> None:
     """What is no answer goes through byte for byte, however it is cut."""
     merger: Merger = WholeMerger(known(OF_PROMPT)) if whole else StreamMerger(known(OF_PROMPT))
 
     assert fed(merger, *chunks) == b"".join(chunks)
 
 
-def test_events_go_on_at_once() -> None:
+def test_merged_events_pass_at_once() -> None:
     """An event is given as soon as its line is complete, and the next one is not waited for."""
     merger = StreamMerger(known(OF_PROMPT))
     first, rest = sse(answer(NOTHING)).split(b"\n", 1)
@@ -166,7 +166,7 @@ def counted(work: Callable[[], bytes]) -> tuple[bytes, int]:
 
 @pytest.mark.parametrize("line", [b"", b": x", b"event: a"], ids=["empty", "comments", "events"])
 @pytest.mark.parametrize("size", [1000, 1 << 20])
-def test_lines_without_data_are_not_taken_one_by_one(line: bytes, size: int) -> None:
+def test_lines_without_data_take_linear_time(line: bytes, size: int) -> None:
     """However many there are: they come to as many steps as there are chunks."""
     flood = (line + b"\n") * ((1 << 20) // (len(line) + 1))
     chunks = [flood[place : place + size] for place in range(0, len(flood), size)]
@@ -178,7 +178,7 @@ def test_lines_without_data_are_not_taken_one_by_one(line: bytes, size: int) -> 
 
 
 @pytest.mark.parametrize("line", [b"", b"data", b"data: [DONE]"])
-def test_one_line_with_data_does_not_have_all_others_taken_one_by_one(line: bytes) -> None:
+def test_lines_around_one_with_data_take_linear_time(line: bytes) -> None:
     """An engine may put one into each chunk."""
     flood = (line + b"\n") * (1 << 16) + sse(answer(NOTHING))
     merger = StreamMerger(known(OF_PROMPT))
@@ -190,7 +190,7 @@ def test_one_line_with_data_does_not_have_all_others_taken_one_by_one(line: byte
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "stream"])
-def test_too_large(whole: bool) -> None:
+def test_merge_stops_when_the_response_is_too_large(whole: bool) -> None:
     """More than is held goes through as it is, told, and what follows an event that was too large is merged again."""
     large = answer(NOTHING, pad="x" * 500)
     merger: Merger = WholeMerger(known(OF_PROMPT), 300) if whole else StreamMerger(known(OF_PROMPT), 300)
@@ -209,7 +209,7 @@ def test_too_large(whole: bool) -> None:
     [b"", b"[", b"[]x", b"{}", b'{"meta_info":3}', b'["a"]', b"\xff{}", b"[" * 100_000],
     ids=["empty", "cut", "junk", "no meta_info", "number", "text", "bytes", "deep"],
 )
-def test_prefill_cannot_be_read(prefill: bytes) -> None:
+def test_response_passes_unchanged_when_prefill_cannot_be_read(prefill: bytes) -> None:
     """An answer of the prefill leg that is not as expected is None."""
     assert read_prefill(prefill) is None
 
@@ -224,7 +224,7 @@ def test_prefill_cannot_be_read(prefill: bytes) -> None:
     ],
     ids=["no JSON", "no object", "three", "one"],
 )
-def test_unexpected_answer(text: bytes, problem: str) -> None:
+def test_response_passes_unchanged_when_it_is_unexpected(text: bytes, problem: str) -> None:
     """An answer that does not fit prefill's goes through as it is, told."""
     merger = WholeMerger(known(OF_PROMPT, OF_PROMPT))
 
@@ -232,7 +232,7 @@ def test_unexpected_answer(text: bytes, problem: str) -> None:
     assert problem in (merger.problem or "")
 
 
-def test_errors_are_none_of_ours() -> None:
+def test_errors_pass_unchanged() -> None:
     """An error is passed on without a word."""
     error = b'data: {"error":{"message":"no"}}\n\ndata: [DONE]\n\n'
     merger = StreamMerger(known(OF_PROMPT))
@@ -242,7 +242,7 @@ def test_errors_are_none_of_ours() -> None:
 
 
 @pytest.mark.parametrize("name", ["whole", "whole-batch", "stream", "stream-batch"])
-def test_recorded(name: str) -> None:
+def test_merge_of_recorded_responses(name: str) -> None:
     """Of real answers every one, or every event, has what the prompt's log probabilities are, one list per prompt."""
     recorded = json.loads((RECORDED / f"{name}.json").read_text())
     found = read_prefill(recorded["prefill"].encode())
@@ -266,7 +266,7 @@ def test_recorded(name: str) -> None:
     assert merger.problem is None
 
 
-def test_recorded_answer_only() -> None:
+def test_merge_of_a_recorded_response_without_prompt() -> None:
     """Without ``logprob_start_len`` there is nothing of the prompt, and nothing changes."""
     recorded = json.loads((RECORDED / "whole-answer-only.json").read_text())
     found = read_prefill(recorded["prefill"].encode())
