@@ -1,4 +1,4 @@
-"""Attempts without any stream: events go in, and what comes out is told by the stream that it is for."""
+"""Attempts without gRPC, for tests: events in, replies out."""
 
 from dp_extproc import contract
 from dp_extproc.attempt.attempt import Attempt

@@ -1,4 +1,4 @@
-"""Both legs of an attempt, told step by step: what is said on which stream, and who is blamed."""
+"""Both legs of an attempt, step by step: the commands for each stream, and the endpoint that is blamed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -59,7 +59,7 @@ OF_LEGS = {
 
 
 class Attempted:
-    """A request that was placed on the only pair there is, and what Envoy tells of it."""
+    """A request that was routed to the only pair of endpoints, and the events of its streams."""
 
     def __init__(
         self,
@@ -104,13 +104,13 @@ class Attempted:
         return self.watch.tell(LegHeaders(status, end_of_stream=not has_body, is_events=is_events), now)
 
     def blamed(self) -> list[Role]:
-        """Who has a failure on record."""
+        """Name the legs whose endpoint has a failure on record."""
         roles = (Role.PREFILL, Role.DECODE)
         return [role for role in roles if self.fleet.host(role).health.is_doubtful]
 
 
 class Watch:
-    """What is told of an attempt by the streams of both legs, and what is said on them."""
+    """Events of an attempt as methods, each of which gives the commands that follow."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class Watch:
         return _said(self.attempt.receive(event, now))
 
     def receive(self, event: ResponseBody) -> None:
-        """The text of an error: :meth:`decode_explained` tells of it."""
+        """Ignore the text of an error, which :meth:`decode_explained` reports."""
 
     def prefill_opened(self) -> list[Say]:
         return self.tell(LegOpened(), 0.0)
@@ -157,7 +157,7 @@ class Watch:
 
 
 class _Unread:
-    """Places requests, and does not tell whether they ask for a stream."""
+    """Schedules requests as if their bodies had not been read."""
 
     def __init__(self, decider: Decider) -> None:
         self._decider = decider
@@ -313,7 +313,7 @@ class TestUnread:
         assert attempted.blamed() == [Role.PREFILL]
 
     def test_client_gets_the_engines_error_when_prefill_refuses_in_its_first_event(self) -> None:
-        """The client's own fault is told as the engine said it."""
+        """The client's own fault passes as the engine wrote it."""
         attempted = self._opened()
         attempted.prefill(is_events=True)
         said = attempted.watch.prefill_explained(REFUSED, 2.0)
@@ -332,7 +332,7 @@ class TestUnread:
         assert show(attempted.watch.sweep(101.0)) == [("MAIN", "504 prefill_timeout"), ("PREFILL", CANCELLED)]
 
     def test_first_token_times_out_when_the_response_is_a_stream(self) -> None:
-        """Once the head has told that it is a stream."""
+        """The timeout counts once the headers report a stream."""
         attempted = self._opened()
         attempted.head(is_events=True)
         attempted.prefill(is_events=True)
@@ -340,7 +340,7 @@ class TestUnread:
         assert show(attempted.watch.sweep(13.0)) == [("MAIN", "504 first_token_timeout")]
 
     def test_switched_off(self) -> None:
-        """Nothing is held, and prefill's tokens leave the books with its first event."""
+        """Nothing is held, and the reservation of prefill ends with its first event."""
         attempted = Attempted(Supervise.OFF, unread=True)
         assert show(attempted.head(is_events=True)) == LET_GO
         attempted.prefill(is_events=True)
@@ -436,7 +436,7 @@ class TestFailures:
         ],
     )
     def test_endpoint_is_blamed_by_the_text_of_the_error(self, leg: Role, text: bytes, guilty: Role) -> None:
-        """Its own leg's engine, unless that says that its peer is gone."""
+        """The engine of the failed leg is blamed, unless its text accuses the peer."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
         if leg is Role.PREFILL:
@@ -474,7 +474,7 @@ class TestFailures:
         assert show(said) == [("MAIN", "400 engine_refused"), ("PREFILL", CANCELLED)]
 
     def test_first_failure_decides_when_both_legs_fail(self) -> None:
-        """Whoever is first decides; the second one is not heard."""
+        """The first failure decides; the second one has no effect."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
         attempted.head()
@@ -546,7 +546,7 @@ class TestTime:
 
     @pytest.mark.parametrize("body", [CHAT, PLAIN])
     def test_text_of_decodes_error_times_out(self, body: bytes) -> None:
-        """Likewise: another attempt, or an error of ours that tells the status."""
+        """The failure becomes a retry, or an error of the service with the engine's status."""
         attempted = Attempted(body=body)
         attempted.watch.prefill_opened()
         attempted.head(503, now=1.0)
@@ -567,7 +567,7 @@ class TestTime:
         assert show(attempted.watch.sweep(111.0)) == [("MAIN", "504 first_token_timeout")]
 
     def test_whole_response_does_not_time_out_when_the_leg_does_not_open(self) -> None:
-        """Its head comes with its end, and whether prefill runs is not known here: the engine has to tell."""
+        """Its headers come with its end, and the state of prefill is not reported here."""
         attempted = Attempted(body=PLAIN)
         assert attempted.watch.sweep(5000.0) == []
 
@@ -590,7 +590,7 @@ class TestTime:
     def test_timeout_is_blamed_on_endpoints_that_have_served_nothing_since(
         self, alive: tuple[Role, ...], blamed: list[Role]
     ) -> None:
-        """A server that hangs answers nobody, while one that is merely full does answer others."""
+        """An engine that hangs answers no request, while a full one answers others."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
         for role in alive:

@@ -165,7 +165,7 @@ LENGTH_HEADERS = {
 def test_body_is_refused_unseen_when_its_announced_length_is_too_large(
     mode: BodyMode, length: str, status: int | None
 ) -> None:
-    """A body that says it is too large is refused unseen; what is no number says nothing."""
+    """A length above the limit refuses the body unseen; a text that is no number is ignored."""
     replies = run(mode, [RequestHeaders({**POST, "content-length": length}, False)])
     refused = [reply.status for reply in replies if isinstance(reply, Immediate)]
     assert refused == ([] if status is None else [status])
@@ -289,8 +289,10 @@ def test_headers_are_replied_to_first_and_once_in_duplex(events: list[Event]) ->
     assert not [reply for reply in replies if isinstance(reply, Mutate) and reply.body is not None]
 
 
-@pytest.mark.parametrize(("length", "told"), [("0", 0), ("17", 17), (None, None), ("x", None), ("-1", None)], ids=str)
-def test_headers_route_when_bodies_are_not_sent(length: str | None, told: int | None) -> None:
+@pytest.mark.parametrize(
+    ("length", "expected"), [("0", 0), ("17", 17), (None, None), ("x", None), ("-1", None)], ids=str
+)
+def test_headers_route_when_bodies_are_not_sent(length: str | None, expected: int | None) -> None:
     """The one reply to the headers routes, by the length that they announce; no body will come."""
     decider = Echo()
     exchange = Exchange(decider, BodyMode.NONE, MAX_BODY)
@@ -301,7 +303,7 @@ def test_headers_route_when_bodies_are_not_sent(length: str | None, told: int | 
     assert (reply.phase, reply.set_headers, reply.body) == (Phase.REQUEST_HEADERS, PLACED, None)
     assert reply.remove_headers == ("x-override-priority",)
     assert reply.clear_route_cache
-    assert decider.lengths == [told]
+    assert decider.lengths == [expected]
     assert exchange.is_routed
 
 

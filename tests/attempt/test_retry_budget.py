@@ -1,4 +1,4 @@
-"""How often a request is placed anew."""
+"""The budget of retries, and the headers that name failed endpoints."""
 
 import pytest
 
@@ -74,5 +74,5 @@ def test_failed_endpoints_are_read_as_they_were_written() -> None:
 
 
 def test_header_of_failed_endpoints_is_read_up_to_a_bound() -> None:
-    """Nobody but Envoy sends it, but it is bounded all the same."""
+    """Only Envoy sends it, but it is bounded all the same."""
     assert len(read_failed(";".join(["a:1"] * 10_000))) == 16

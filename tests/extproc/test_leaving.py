@@ -138,7 +138,7 @@ def test_stream_stays_open_when_a_request_body_is_on_its_way(picker: Server) -> 
 
 
 def test_stream_stays_open_when_the_text_of_an_error_was_asked_for() -> None:
-    """Our own protocol reads what an engine says of its failure; until then nothing has passed."""
+    """With the bundled Envoy the service reads the text of a failure; until then nothing has passed."""
     with run_server(Fleet(workers=[make_facts(Role.WORKER)]).dispatcher) as server:
         stream = begin(server, [request_headers(mode=BUFFERED), request_body(BODY), response_headers(500)], 3)
         server.leave()

@@ -29,7 +29,7 @@ def messages(status: int) -> list[ProcessingRequest]:
 
 @pytest.mark.parametrize("disaggregated", [False, True])
 def test_error_is_answered_when_its_text_does_not_arrive(disaggregated: bool) -> None:
-    """It is done without, also where one server does it all: the client gets an error, and nobody hangs."""
+    """The client gets an error without the text, also from an aggregated endpoint."""
     if disaggregated:
         fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
     else:

@@ -40,7 +40,7 @@ CONVERSATION: Final = "x-conversation"
 OF_THE_REQUEST: Final = {":method", ":path", "content-type", "content-encoding", "content-length"}
 """What it is: read from anybody, for the engine reads the same."""
 OF_OUR_ENVOY: Final = {contract.SESSION: "chat-1", contract.AVOID: CUT}
-"""Set by our own front door, which takes them from clients first; nobody's word behind another gateway."""
+"""Headers that the bundled Envoy sets, and removes from clients. Behind another gateway they are untrusted."""
 NEVER_READ: Final = {
     **dict.fromkeys(contract.SET_INSIDE, WORKER),
     **OF_OUR_ENVOY,
@@ -51,11 +51,11 @@ NEVER_READ: Final = {
     "x-data-parallel-rank": "1",
     contract.DESTINATION: WORKER,
 }
-"""What a client may send to a gateway of others. No engine may see it, nor does the service believe it."""
+"""Headers that a client may send to another gateway. No engine may get them, and the service does not read them."""
 
 
 def test_tables_name_every_header_that_is_read() -> None:
-    """Who adds one has to say whose word it is."""
+    """A new header has to be put into one of the tables."""
     assert OF_THE_REQUEST | OF_OUR_ENVOY.keys() == contract.READ_FROM_REQUESTS
     assert contract.READ_BEHIND_GATEWAY == OF_THE_REQUEST
     ours = {
@@ -90,7 +90,7 @@ class Listener:
         """Our own front door reports it; this is of no interest here."""
 
 
-def believed(
+def read_headers(
     headers: Mapping[str, str], *, picks: bool, session_header: str | None = contract.SESSION
 ) -> dict[str, object]:
     """Tell what an exchange makes of the headers of a request."""
@@ -108,14 +108,14 @@ NOTHING: Final = {"session": None, "failed": (), "cut": None}
 @pytest.mark.parametrize("name", NEVER_READ)
 def test_header_of_a_client_is_not_read_behind_a_gateway(name: str) -> None:
     """None of it means anything behind a front door that is not ours."""
-    assert believed({name: NEVER_READ[name]}, picks=True, session_header=None) == NOTHING
+    assert read_headers({name: NEVER_READ[name]}, picks=True, session_header=None) == NOTHING
 
 
 def test_headers_of_the_bundled_envoy_are_read() -> None:
     """It removes from clients what it sets."""
     expected = {"session": "chat-1", "failed": (frozenset({"-", WORKER}),), "cut": WORKER}
 
-    assert believed(OF_OUR_ENVOY, picks=False) == expected
+    assert read_headers(OF_OUR_ENVOY, picks=False) == expected
 
 
 def test_session_is_read_from_the_configured_header_behind_a_gateway() -> None:
@@ -123,7 +123,7 @@ def test_session_is_read_from_the_configured_header_behind_a_gateway() -> None:
     headers = {CONVERSATION: "chat-1", contract.SESSION: "chat-2"}
     exchange = Exchange(Listener(), BodyMode.LOCKSTEP, 1000, picks=True, session_header=CONVERSATION)
 
-    assert believed(headers, picks=True, session_header=CONVERSATION)["session"] == "chat-1"
+    assert read_headers(headers, picks=True, session_header=CONVERSATION)["session"] == "chat-1"
     assert exchange.receive(RequestHeaders({**POST, **headers}, False)) == (
         Mutate(Phase.REQUEST_HEADERS, remove_headers=(contract.SESSION,)),
     )

@@ -82,7 +82,7 @@ class TestLockStep:
 
     @pytest.mark.parametrize("mode", [BUFFERED, None], ids=["said", "not said: an old Envoy"])
     def test_03_mode_of_the_first_message(self, server: Server, mode: Mode | None) -> None:
-        """Lock-step is chosen by the first message, and assumed where it does not say."""
+        """Lock-step is read from the first message, and is the default."""
         stream = server.stream()
 
         assert kind_of(stream.ask(request_headers(mode=mode))) == "request_headers"
@@ -145,12 +145,12 @@ class TestLockStep:
         assert metadata.to_dict()[contract.METADATA_NAMESPACE]["model"] == "m"
 
     def test_17_headers_of_ours_from_a_client_are_removed(self, server: Server) -> None:
-        """Whoever lets them through to us finds them gone in the first answer."""
-        foreign = {"x-dp-decode-host": "1.2.3.4:5", "x-override-rid": "x", "x-data-parallel-rank": "1"}
-        answer = server.stream().ask(request_headers({**POST, **foreign}, mode=BUFFERED)).request_headers
+        """The first reply removes them, whatever has let them through."""
+        untrusted = {"x-dp-decode-host": "1.2.3.4:5", "x-override-rid": "x", "x-data-parallel-rank": "1"}
+        answer = server.stream().ask(request_headers({**POST, **untrusted}, mode=BUFFERED)).request_headers
 
         assert answer is not None
-        assert set(answer.response.header_mutation.remove_headers) == foreign.keys()
+        assert set(answer.response.header_mutation.remove_headers) == untrusted.keys()
 
     def test_20_the_body_is_replaced_whole(self, server: Server) -> None:
         """Not duplex: ``body``, never ``streamed_response``; the client's bytes stand behind ours."""
@@ -182,7 +182,7 @@ class TestLockStep:
         assert answer.response.body_mutation.body.endswith(body[1:])
 
     def test_36_trailers_without_a_body(self, server: Server) -> None:
-        """A client that sends trailers and nothing before them is told so; it is no error of Envoy's."""
+        """Trailers without a body before them are an error of the client, and not of Envoy."""
         stream = server.stream()
         stream.ask(request_headers(mode=BUFFERED))
         answer = stream.ask(request_trailers()).immediate_response
@@ -331,7 +331,7 @@ class TestAnyMode:
         assert stream.close() == []
 
     def test_07_observability_mode_gets_no_answer(self, server: Server, mode: Mode) -> None:
-        """Who only shows us requests wants to hear nothing."""
+        """A reply would be a violation of the protocol."""
         stream = server.stream()
         stream.send(request_headers(mode=mode, observability_mode=True))
 
@@ -392,7 +392,7 @@ class TestAnyMode:
     "mode", [Mode.NONE, Mode.STREAMED, Mode.BUFFERED_PARTIAL, Mode.GRPC], ids=lambda mode: mode.name
 )
 def test_unsupported_body_modes_are_refused(server: Server, mode: Mode) -> None:
-    """A filter that sends bodies otherwise gets an error that says so, not a hang."""
+    """A filter that sends bodies otherwise gets an error with the reason instead of a hang."""
     answer = server.stream().ask(request_headers(mode=mode)).immediate_response
 
     assert answer is not None
@@ -400,14 +400,14 @@ def test_unsupported_body_modes_are_refused(server: Server, mode: Mode) -> None:
 
 
 class TestReservations:
-    """However a stream ends, what it had on the books is gone."""
+    """All reservations end with the stream, however it ends."""
 
     def _tokens(self, fleet: Fleet) -> tuple[float, float]:
         return fleet.host(Role.PREFILL).tokens, fleet.host(Role.DECODE).tokens
 
     @pytest.mark.parametrize("ending", ["half-close", "cancel", "violation"])
     def test_06_released_at_the_end(self, server: Server, fleet: Fleet, ending: str) -> None:
-        """A client that leaves, an answer that ends and an Envoy that errs all empty the books."""
+        """A client that leaves, a response that ends and a violation of the protocol release all reservations."""
         stream = server.stream()
         stream.ask(request_headers(mode=BUFFERED))
         stream.ask(request_body(BODY))
@@ -443,7 +443,7 @@ class TestReservations:
 
     @pytest.mark.parametrize("token", ["0" * 24, "x", "é".encode().hex()])
     def test_leg_with_an_unknown_token_passes(self, server: Server, token: str) -> None:
-        """A leg of a request that is over, or of another process, disturbs nobody."""
+        """A leg of a request that is over, or of another process, has no effect."""
         leg = server.stream(x_dp_leg=token)
 
         assert kind_of(leg.ask(response_headers(200))) == "response_headers"
@@ -474,7 +474,7 @@ class _Broken:
 
 @pytest.mark.parametrize("mode", [BUFFERED, DUPLEX], ids=lambda mode: mode.name)
 def test_35_an_unexpected_error_is_a_500_with_an_id(mode: Mode, caplog: pytest.LogCaptureFixture) -> None:
-    """The client gets an id, the log the cause under that id; the cause is nobody else's business."""
+    """The client gets an id, and the log has the cause under that id."""
     with run_server(_Broken()) as server:
         stream = server.stream()
         stream.send(request_headers(mode=mode), request_body(BODY))
@@ -569,16 +569,16 @@ class TestNoBodies:
 
     def test_17_headers_of_clients_are_replaced_or_removed(self, server: Server) -> None:
         """One that is set here is not removed again."""
-        foreign = {contract.OVERRIDE_RANK: "99", "x-override-priority": "9", "x-dp-evil": "1"}
-        message = server.stream().ask(request_headers({**POST, ":path": "/generate", **foreign}, mode=Mode.NONE))
+        untrusted = {contract.OVERRIDE_RANK: "99", "x-override-priority": "9", "x-dp-evil": "1"}
+        message = server.stream().ask(request_headers({**POST, ":path": "/generate", **untrusted}, mode=Mode.NONE))
         answer = message.request_headers
 
         assert answer is not None
-        assert set(answer.response.header_mutation.remove_headers) == foreign.keys() - {contract.OVERRIDE_RANK}
+        assert set(answer.response.header_mutation.remove_headers) == untrusted.keys() - {contract.OVERRIDE_RANK}
         assert headers_of(message)[contract.OVERRIDE_RANK] in {b"0", b"1", b"2", b"3"}
 
     def test_repetition_is_refused_before_scheduling_without_budget(self, fleet_without_bodies: Fleet) -> None:
-        """It is refused, though it was placed with its headers; nothing of it stays on the books."""
+        """It is refused before it is scheduled, and leaves no reservation."""
         again = {**POST, ":path": "/generate", contract.AVOID: "10.0.0.1:31001,10.0.0.1:32001,cut"}
         with run_server(fleet_without_bodies.dispatcher, retry=RetrySettings(burst=1, budget=0)) as server:
             first = server.stream()

@@ -88,7 +88,7 @@ def said(message: Answer) -> Said:
 
 
 def picked(endpoint: str, *removes: str, phase: str = "request_headers", **more: Any) -> Said:
-    """The reply that routes: header and metadata say the same (15), and the route is chosen anew (10)."""
+    """The reply that routes: header and metadata say the same (15), and the route cache is cleared (10)."""
     sets = {contract.DESTINATION: endpoint.encode(), **more.pop("sets", {})}
     return Said(phase, sets, frozenset(removes), destination=endpoint, clears_route=True, **more)
 
@@ -98,7 +98,7 @@ def chunk(data: bytes, *, last: bool) -> Said:
 
 
 def refused(status: int) -> Said:
-    """17: nobody is picked, so nothing is said of an endpoint."""
+    """17: no endpoint is picked, so none is named."""
     return Said("immediate_response", status=status)
 
 
@@ -163,7 +163,7 @@ DUPLEX_CASES: Final[dict[str, tuple[Sequence[ProcessingRequest], Sequence[Said]]
         [request_headers({**POST, **EVIL}, mode=DUPLEX), request_body(BODY)],
         [picked(FIRST, "x-dp-decode-host", "x-data-parallel-rank"), chunk(WITH_RANK, last=True)],
     ),
-    "17 a refusal names nobody": (
+    "17 a refusal names no endpoint": (
         [request_headers({**POST, **EVIL}, mode=DUPLEX), request_body(b"[]")],
         [refused(400)],
     ),
@@ -277,7 +277,7 @@ HINTS: Final[dict[str, tuple[dict[str, Any], set[str]]]] = {
     "IPv6 for all its ports": (hint("2001:db8::1"), {SIXTH}),
     "several": (hint(FIRST, SECOND), {FIRST, SECOND}),
     "another port": (hint("10.0.0.2:1"), set()),
-    "nobody of the pool": (hint("10.9.9.9:1"), set()),
+    "none of the pool": (hint("10.9.9.9:1"), set()),
     "an empty list": (hint(), set()),
     "an empty text": (hint(text("")), set()),
     "neither list nor text": (hint(Value(number_value=7.0)), set()),
@@ -290,7 +290,7 @@ HINTS: Final[dict[str, tuple[dict[str, Any], set[str]]]] = {
 @pytest.mark.parametrize("headers", [POST, EMBEDDINGS], ids=["read", "not read"])
 @pytest.mark.parametrize(("metadata", "allowed"), HINTS.values(), ids=HINTS)
 def test_30_subset_hints(several: Server, headers: dict[str, str], metadata: dict[str, Any], allowed: set[str]) -> None:
-    """Only those of the hint are picked; if none of them is there, nobody, with a 503."""
+    """Only endpoints of the hint are picked; if none of them is fresh, the answer is 503."""
     found = set()
     for _ in range(60 if len(allowed) > 1 else 3):
         stream = several.stream()
@@ -350,15 +350,15 @@ def test_31_request_is_refused_when_all_endpoints_are_full() -> None:
 @pytest.mark.parametrize(
     ("served", "counted"),
     [(FIRST, 0), (SECOND, 1), ("", 0), (None, 0)],
-    ids=["the pick", "another", "nobody", "not told"],
+    ids=["the pick", "another", "none", "not reported"],
 )
 def test_40_other_endpoint_than_the_pick_is_counted(server: Server, served: str | None, counted: int) -> None:
     """The gateway's word for another endpoint than the pick is counted, and nothing else."""
-    told = (
+    reported = (
         {} if served is None else hint(text(served), key=contract.DESTINATION_SERVED, namespace=contract.LB_NAMESPACE)
     )
     stream = server.stream()
-    stream.send(request_headers(mode=DUPLEX), request_body(BODY), response_headers(**told))
+    stream.send(request_headers(mode=DUPLEX), request_body(BODY), response_headers(**reported))
 
     assert said(stream.close()[-1]) == Said("response_headers")
     assert server.watcher.elsewhere == counted

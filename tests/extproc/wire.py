@@ -1,7 +1,7 @@
 """A real gRPC server around the service, and a client that speaks the protocol through another implementation of it.
 
 Requests are encoded and answers decoded by ``envoy_data_plane`` (betterproto2), so that what the service does with
-``xds-protos`` is read by somebody else.
+``xds-protos`` is read by another implementation.
 """
 
 import asyncio

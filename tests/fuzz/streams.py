@@ -158,7 +158,7 @@ class Wait:
     seconds: float
 
 
-_STREAMS = st.sampled_from(["main", "main", "leg", "leg", "first event", "foreign leg"])
+_STREAMS = st.sampled_from(["main", "main", "leg", "leg", "first event", "unknown leg"])
 _NUMBERS = st.integers(0, REQUESTS - 1)
 SCRIPTS = st.lists(
     st.one_of(
@@ -250,7 +250,7 @@ class Stage:
         return cls(fleet, service, queue)
 
     async def play(self, step: Say | End | Wait) -> None:
-        """Play one step of a script, and let everybody react."""
+        """Play one step of a script, and let all tasks react."""
         if isinstance(step, Wait):
             await asyncio.sleep(step.seconds)
         elif isinstance(step, Say):
@@ -282,7 +282,7 @@ class Stage:
             metadata = {
                 "main": {},
                 "leg": {contract.LEG: self._token(request)},
-                "foreign leg": {contract.LEG: "no such leg"},
+                "unknown leg": {contract.LEG: "no such leg"},
             }
             context = FakeContext(
                 metadata.get(kind, {contract.LEG: self._token(request), contract.STAGE: contract.FIRST_EVENT})

@@ -87,7 +87,7 @@ def test_scanner_is_as_strict_as_the_reference(text: bytes, unwanted: frozenset[
 
 _names = st.sampled_from([
     "num_used_tokens", "num_running_reqs", "num_queue_reqs", "max_total_num_tokens", "num_used_tokens_total",
-    "gen_throughput", "num_prefill_inflight_queue_reqs", "num_used", "foreign",
+    "gen_throughput", "num_prefill_inflight_queue_reqs", "num_used", "unrelated",
 ])  # fmt: skip
 _labels = st.sampled_from(
     ["", '{dp_rank="0"}', '{dp_rank="1"}', '{model_name="a",dp_rank="2"}', '{dp_rank="1",priority=""}']
@@ -115,7 +115,7 @@ def test_metrics_reader_finds_what_a_full_parser_finds(series: list[tuple[str, s
 @examples(60)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 10**9), st.integers(1, 100)), max_size=12))
 def test_loads_reader_takes_the_newest_sample_of_each_rank(loads: list[tuple[int, int, int]]) -> None:
-    """A rank that is told several times counts once, by its newest numbers."""
+    """A rank with several samples counts once, by its newest sample."""
     page = {"loads": [{"dp_rank": rank, "num_used_tokens": used, "timestamp": at} for rank, used, at in loads]}
     newest: dict[int, tuple[int, int]] = {}
     for rank, used, at in loads:

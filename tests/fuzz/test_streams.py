@@ -53,7 +53,7 @@ def _judge(answers: list[object], said: int) -> None:
 @examples(100)
 @given(SCRIPTS, st.sampled_from(Supervise))
 def test_service_survives_any_script(script: list[Say | End | Wait], mode: Supervise) -> None:
-    """Streams of several requests, messages in any order, cut at any moment: all ends well, and the books are empty."""
+    """Messages of several requests in any order, cut at any moment: no error escapes, and no reservation stays."""
     run(_play(script, mode))
 
 

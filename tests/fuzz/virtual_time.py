@@ -1,4 +1,4 @@
-"""An event loop whose time passes only while everybody waits: minutes of it take no time at all."""
+"""An event loop whose time passes only while all tasks wait: minutes of it take no time at all."""
 
 import asyncio
 import selectors
@@ -9,13 +9,13 @@ T = TypeVar("T")
 
 
 class _Selector(selectors.DefaultSelector):
-    """Does not wait; it tells the clock how long it would have."""
+    """Does not wait, but adds the time to wait to the clock."""
 
     now = 1000.0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
-            raise RuntimeError("everybody waits for ever")
+            raise RuntimeError("all tasks wait for ever")
         self.now += max(0.0, timeout)
         return super().select(0)
 

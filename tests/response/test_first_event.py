@@ -1,4 +1,4 @@
-"""Streams that begin with an error, told from those that begin with an answer."""
+"""Streams that begin with an error, and streams that begin with a response."""
 
 import json
 from codecs import BOM_UTF8
@@ -93,7 +93,7 @@ def test_first_event_has_no_error_in_other_events(text: str, size: int | None) -
 
 
 def test_first_event_is_not_known_before_it_is_complete() -> None:
-    """Half an event, or a preamble, says nothing yet."""
+    """Half an event, or a preamble, decides nothing."""
     first = FirstEvent()
     first.feed(STARTED.encode() + OPENAI[:-1].encode(), end_of_stream=False)
     assert not first.is_known

@@ -99,7 +99,7 @@ def test_merge_of_a_stream(newline: bytes) -> None:
 
 
 def test_merge_of_a_streamed_batch() -> None:
-    """Events tell which prompt they are of."""
+    """Events have the index of their prompt."""
     other = {"input_token_logprobs": [[-9, 9, None]]}
     stream = sse(answer(NOTHING, index=1), answer(NOTHING, index=0))
 
@@ -191,7 +191,7 @@ def test_lines_around_one_with_data_take_linear_time(line: bytes) -> None:
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "stream"])
 def test_merge_stops_when_the_response_is_too_large(whole: bool) -> None:
-    """More than is held goes through as it is, told, and what follows an event that was too large is merged again."""
+    """Text above the limit passes unchanged with a problem, and what follows a too large event is merged again."""
     large = answer(NOTHING, pad="x" * 500)
     merger: Merger = WholeMerger(known(OF_PROMPT), 300) if whole else StreamMerger(known(OF_PROMPT), 300)
     text = json.dumps(large).encode() if whole else sse(large, answer(NOTHING))
@@ -225,7 +225,7 @@ def test_response_passes_unchanged_when_prefill_cannot_be_read(prefill: bytes) -
     ids=["no JSON", "no object", "three", "one"],
 )
 def test_response_passes_unchanged_when_it_is_unexpected(text: bytes, problem: str) -> None:
-    """An answer that does not fit prefill's goes through as it is, told."""
+    """A response that does not fit that of prefill passes unchanged with a problem."""
     merger = WholeMerger(known(OF_PROMPT, OF_PROMPT))
 
     assert fed(merger, text) == text
