@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from dp_extproc.engines.listener import FailureKind
 from dp_extproc.engines.model import DecodeSteps, LoadPage, Mode, RankSample, Version
-from dp_extproc.engines.reading import ReaderError
-from dp_extproc.engines.sglang.loads_page import read_loads
-from dp_extproc.engines.sglang.metrics_page import read_metrics
+from dp_extproc.engines.pages import ReaderError
+from dp_extproc.engines.sglang.load_pages import read_loads, read_metrics
 from dp_extproc.engines.sglang.server_info import follows_rooms, parse_version, read_server_info
 
 RECORDED = Path(__file__).parent / "recorded"

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from dp_extproc.engines.agreement import without_foreign_ranks
 from dp_extproc.engines.listener import EngineFailure
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, Role
-from dp_extproc.engines.reading import ReaderError
-from dp_extproc.engines.sglang.loads_page import read_loads
-from dp_extproc.engines.sglang.metrics_page import read_metrics
+from dp_extproc.engines.pages import ReaderError
+from dp_extproc.engines.sglang.load_pages import read_loads, read_metrics
 from dp_extproc.engines.sglang.server_info import read_server_info
 from dp_extproc.engines.vllm.pages import facts_of, read_vllm_metrics
 from dp_extproc.observability.metrics import Telemetry

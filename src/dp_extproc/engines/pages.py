@@ -1,19 +1,57 @@
-"""The few lines of a Prometheus page that tell load; all the others, mostly histograms, never reach the parser."""
+"""Decoding of the pages that engines print: one error, JSON, and the few lines of a Prometheus page that tell load.
+
+All other lines of a Prometheus page, mostly histograms, never reach the parser.
+"""
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import Final, TypeVar
 
+import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from dp_extproc.engines.reading import unreadable, wrong_shape
+from dp_extproc.engines.listener import FailureKind
 
-PAGE: Final = "/metrics"
+Shape = TypeVar("Shape")
+
+METRICS_PAGE: Final = "/metrics"
 _MAX_BYTES: Final = 1 << 20
 """Of needed lines; bounds the parser's work to half a second. Real servers print 8 lines of 130 bytes per rank."""
 _MAX_LINE_BYTES: Final = 2048
 _RANK: Final = re.compile(r"[0-9]{1,6}")
+
+
+class ReaderError(Exception):
+    """A page cannot be used. ``kind`` tells malformed from well-formed but foreign."""
+
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        self.kind = kind
+        super().__init__(message)
+
+
+def wrong_shape(message: str) -> ReaderError:
+    """Make the error for a page that is well-formed but not SGLang's."""
+    return ReaderError(FailureKind.WRONG_SHAPE, message)
+
+
+def unreadable(message: str) -> ReaderError:
+    """Make the error for a page that is not even well-formed."""
+    return ReaderError(FailureKind.UNREADABLE, message)
+
+
+def read_json(page: bytes, shape: type[Shape], name: str, *, of: str = "SGLang") -> Shape:
+    """Decode *page*, which is called *name* in messages, as *shape*. It should be of this kind of engine.
+
+    Raises:
+        ReaderError: It is not JSON, or not of that shape.
+    """
+    try:
+        return msgspec.json.decode(page, type=shape)
+    except msgspec.ValidationError as error:
+        raise wrong_shape(f"{name} is not {of}'s: {error}") from None
+    except (ValueError, RecursionError) as error:  # DecodeError and UnicodeDecodeError are ValueErrors
+        raise unreadable(f"{name} is not JSON: {error}") from None
 
 
 def needed_lines(page: bytes, needed: re.Pattern[bytes]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Annotated, Final
 
 from msgspec import Meta
 
-from dp_extproc.engines.reading import wrong_shape
+from dp_extproc.engines.pages import wrong_shape
 
 LIMIT: Final = 1 << 53
 """No count of tokens comes near; below it integers and floating point agree."""

@@ -7,7 +7,7 @@ from dp_extproc.engines.agreement import disagreement
 from dp_extproc.engines.capabilities import capabilities
 from dp_extproc.engines.listener import FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, Kind, Mode, Role, Version
-from dp_extproc.engines.reading import ReaderError
+from dp_extproc.engines.pages import ReaderError
 from dp_extproc.engines.sglang.diagnostics import traps
 from dp_extproc.engines.vllm.pages import facts_of, read_models, read_version, read_vllm_metrics
 from dp_extproc.request.path import Api

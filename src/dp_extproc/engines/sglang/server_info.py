@@ -6,8 +6,8 @@ from typing import Any, Final
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from dp_extproc.engines.model import EngineFacts, Mode, PairTerms, Version
+from dp_extproc.engines.pages import read_json, wrong_shape
 from dp_extproc.engines.quantities import MAX_RANKS, Count, Difference, Port, Ranks, impossible
-from dp_extproc.engines.reading import read_json, wrong_shape
 from dp_extproc.engines.sglang.releases import Methods, release_of
 
 DEFAULT_BOOTSTRAP_PORT: Final = 8998

@@ -14,9 +14,8 @@ from msgspec import Struct
 from prometheus_client.samples import Sample
 
 from dp_extproc.engines.model import EngineFacts, Kind, LoadPage, Mode, RankSample
-from dp_extproc.engines.pages import PAGE, needed_lines, parse_samples, rank_of
+from dp_extproc.engines.pages import METRICS_PAGE, needed_lines, parse_samples, rank_of, read_json, wrong_shape
 from dp_extproc.engines.quantities import MAX_RANKS, count, impossible, share
-from dp_extproc.engines.reading import read_json, wrong_shape
 from dp_extproc.engines.sglang.server_info import parse_version
 
 _RUNNING: Final = "num_requests_running"
@@ -82,7 +81,7 @@ def facts_of(version: str, model: str | None, metrics: bytes) -> EngineFacts:
     caches = [sample for sample in samples if _name(sample) == _CACHE]
     ranks = len({rank_of(sample, "engine") for sample in samples})
     if not 1 <= ranks <= MAX_RANKS:
-        raise impossible(ranks, PAGE, "its number of DP ranks")
+        raise impossible(ranks, METRICS_PAGE, "its number of DP ranks")
     return EngineFacts(
         version=parse_version(version),
         dp_ranks=ranks,
@@ -113,15 +112,15 @@ def read_vllm_metrics(page: bytes) -> LoadPage:
             if (capacity := _capacity(sample.labels)) is not None:
                 capacities[engine] = capacity
         elif name == _PROMPT_TOKENS:
-            prompt_tokens.append(count(sample.value, PAGE, name))
+            prompt_tokens.append(count(sample.value, METRICS_PAGE, name))
         else:
-            value = (share if name in _USAGE else count)(sample.value, PAGE, name)
+            value = (share if name in _USAGE else count)(sample.value, METRICS_PAGE, name)
             gauges[engine][name] = max(value, gauges[engine].get(name, 0.0))
     return LoadPage(
         ranks=tuple(
             _rank_sample(rank, gauges[engine], capacities.get(engine)) for rank, engine in enumerate(sorted(gauges))
         ),
-        prompt_tokens=count(sum(prompt_tokens), PAGE, _PROMPT_TOKENS) if prompt_tokens else None,
+        prompt_tokens=count(sum(prompt_tokens), METRICS_PAGE, _PROMPT_TOKENS) if prompt_tokens else None,
     )
 
 
@@ -151,7 +150,7 @@ def _capacity(labels: Mapping[str, str]) -> int | None:
     """Give the KV tokens of a rank. Newer releases tell them; before, blocks times their size."""
     tokens, blocks, size = (labels.get(name, "") for name in ("kv_cache_size_tokens", "num_gpu_blocks", "block_size"))
     if _DIGITS.fullmatch(tokens):
-        return count(int(tokens), PAGE, "kv_cache_size_tokens")
+        return count(int(tokens), METRICS_PAGE, "kv_cache_size_tokens")
     if _DIGITS.fullmatch(blocks) and _DIGITS.fullmatch(size):
-        return count(int(blocks) * int(size), PAGE, "num_gpu_blocks times block_size")
+        return count(int(blocks) * int(size), METRICS_PAGE, "num_gpu_blocks times block_size")
     return None

@@ -15,9 +15,8 @@ from dp_extproc.config.schema import Engine, LoadSettings
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, in_url
-from dp_extproc.engines.reading import ReaderError
-from dp_extproc.engines.sglang.loads_page import read_loads
-from dp_extproc.engines.sglang.metrics_page import read_metrics
+from dp_extproc.engines.pages import ReaderError
+from dp_extproc.engines.sglang.load_pages import read_loads, read_metrics
 from dp_extproc.engines.sglang.releases import release_of
 from dp_extproc.engines.sglang.server_info import read_server_info
 from dp_extproc.engines.vllm.pages import facts_of, read_models, read_version, read_vllm_metrics
