@@ -175,3 +175,10 @@ def test_no_modules_import_each_other() -> None:
         if module in known
     }
     assert circles == CYCLES
+
+
+def test_kinds_of_engines_are_compared_by_their_adapters_alone() -> None:
+    """Whatever differs between kinds of engines is a member of the adapter, so a new kind changes nothing else."""
+    users = {module for module in EVERY_MODULE if "dp_extproc.engines.model.Kind" in imports_of(module)}
+
+    assert {package_of(module) for module in users} == {"engines"}

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from dp_extproc.engines.capabilities import RankControl, capabilities
-from dp_extproc.engines.model import EngineFacts, Mode, Role
-from dp_extproc.engines.sglang.diagnostics import traps
-from dp_extproc.engines.sglang.server_info import follows_rooms, parse_version
+from dp_extproc.engines.capabilities import RankControl
+from dp_extproc.engines.model import EngineFacts, Mode, Role, parse_version
+from dp_extproc.engines.sglang.capabilities import capabilities
+from dp_extproc.engines.sglang.diagnostics import diagnostics
+from dp_extproc.engines.sglang.server_info import follows_rooms
 from dp_extproc.request.path import Api
 
 EARLY = {Api.GENERATE, Api.COMPLETIONS, Api.CHAT}
@@ -164,7 +165,7 @@ def test_overrides(version: str, reads: bool | None, apis: set[Api]) -> None:
     engine = replace(facts(version, Mode.DECODE), reads_overrides=reads)
 
     assert capabilities(engine).overrides_on == apis
-    codes = {trap.code for trap in traps(engine, Role.DECODE, needs_overrides=True)}
+    codes = {trap.code for trap in diagnostics(engine, Role.DECODE, needs_overrides=True)}
     assert ("overrides_not_read" in codes) == (reads is False)
 
 
@@ -186,7 +187,7 @@ def test_traps_of_headers(
 ) -> None:
     """What a body can say instead is a pitfall; where no body is seen the engine cannot be used."""
     engine = replace(facts(version, Mode.DECODE), reads_overrides=reads)
-    everything = traps(engine, Role.DECODE, needs_overrides=True, headers_only=headers_only)
+    everything = diagnostics(engine, Role.DECODE, needs_overrides=True, headers_only=headers_only)
     found = [each for each in everything if each.code != "paths_refused"]
     told = {each.code for each in found}
 
@@ -272,7 +273,7 @@ PREFILL, DECODE, UNIFIED = Mode.PREFILL, Mode.DECODE, Mode.UNIFIED
 )
 def test_traps(role: Role, engine: EngineFacts, codes: set[str]) -> None:
     """Each pitfall is told of exactly the engines that have it, with what happens and what to do."""
-    found = traps(engine, role)
+    found = diagnostics(engine, role)
 
     assert {trap.code for trap in found} == codes
     assert all(trap.happens and trap.remedy for trap in found)

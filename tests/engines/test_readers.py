@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dp_extproc.engines.listener import FailureKind
-from dp_extproc.engines.model import DecodeSteps, LoadPage, Mode, RankSample, Version
+from dp_extproc.engines.model import DecodeSteps, LoadPage, Mode, RankSample, Version, parse_version
 from dp_extproc.engines.pages import ReaderError
 from dp_extproc.engines.sglang.load_pages import read_loads, read_metrics
-from dp_extproc.engines.sglang.server_info import follows_rooms, parse_version, read_server_info
+from dp_extproc.engines.sglang.server_info import follows_rooms, read_server_info
 
 RECORDED = Path(__file__).parent / "recorded"
 NOON = datetime(2026, 9, 10, 12, tzinfo=UTC)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from dp_extproc.config import LoadSettings
+from dp_extproc.engines.adapter import read_facts
 from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.fleet.sources.http import EngineClient, make_client
@@ -140,4 +141,4 @@ async def _facts() -> EngineFacts:
         endpoint = Endpoint(engine.url, engine.host, engine.port, "m", Role.DECODE)
         known = EngineClient(endpoint, SETTINGS, client)
         await known.resolve()
-        return await known.facts()
+        return await read_facts(known, endpoint)

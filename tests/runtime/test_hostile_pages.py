@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dp_extproc.engines.agreement import without_foreign_ranks
+from dp_extproc.engines.agreement import without_unknown_ranks
 from dp_extproc.engines.listener import EngineFailure
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, Role
 from dp_extproc.engines.pages import ReaderError
@@ -98,7 +98,7 @@ class Hostile:
         endpoint, now = make_endpoint(role, number), self.fleet.clock()
         host = self.fleet.load.hosts[endpoint.url]
         try:
-            self.telemetry.sampled(endpoint, without_foreign_ranks(read(page), host.facts), now, now)
+            self.telemetry.sampled(endpoint, without_unknown_ranks(read(page), host.facts), now, now)
         except ReaderError as error:
             self.telemetry.failed(endpoint, EngineFailure(error.kind, str(error)), now)
 

@@ -13,10 +13,10 @@ from rich.text import Text
 
 from dp_extproc.config import ConfigError, LoadSource, load_config
 from dp_extproc.contract import RANK_HEADER
-from dp_extproc.engines.capabilities import Capabilities, RankControl, capabilities
+from dp_extproc.engines.adapter import adapter_of
+from dp_extproc.engines.capabilities import Capabilities, RankControl
 from dp_extproc.engines.credentials import Credentials
-from dp_extproc.engines.model import EngineFacts, Kind, Role, in_url
-from dp_extproc.engines.sglang.diagnostics import Diagnostic
+from dp_extproc.engines.model import Diagnostic, EngineFacts, Role, in_url
 from dp_extproc.fleet.check import EngineReport, check_engines
 from dp_extproc.fleet.discovery.static import endpoints_of
 from dp_extproc.request.path import Api
@@ -88,7 +88,7 @@ def _row(report: EngineReport) -> Iterable[Text]:
         endpoint.url,
         endpoint.role.value,
         endpoint.pool,
-        "-" if facts is None else _release(facts),
+        "-" if facts is None else adapter_of(facts.kind).release(facts),
         "-" if facts is None else str(facts.dp_ranks),
         "-" if bootstrap is None else f"{in_url(bootstrap[0])}:{bootstrap[1]}",
         _PAGE[report.source],
@@ -97,18 +97,13 @@ def _row(report: EngineReport) -> Iterable[Text]:
     yield Text(report.state, style="green" if report.state == "ok" else "yellow" if report.is_usable else "red")
 
 
-def _release(facts: EngineFacts) -> str:
-    version = str(facts.version or "unknown")
-    return version if facts.kind is Kind.SGLANG else f"{facts.kind}-{version}"
-
-
 def _by_recipe(reports: Iterable[EngineReport]) -> list[tuple[str, list[str]]]:
     """Tell how requests reach the ranks; equal engines have it the same way."""
     found: dict[str, list[str]] = {}
     for report in reports:
         if report.facts is not None:
             endpoint = report.endpoint
-            takes = capabilities(report.facts)
+            takes = adapter_of(report.facts.kind).capabilities(report.facts)
             recipe = _way_to_ranks(takes, endpoint.role, report.facts, headers_only=endpoint.headers_only)
             found.setdefault(recipe, []).append(endpoint.url)
     return list(found.items())

@@ -4,33 +4,10 @@ A rank that a server does not have must never be sent: before 0.5.10 it ends the
 """
 
 from dataclasses import replace
-from typing import Final
 
-from dp_extproc.config.schema import Engine
+from dp_extproc.engines.adapter import adapter_of
 from dp_extproc.engines.listener import EngineFailure, FailureKind
-from dp_extproc.engines.model import Endpoint, EngineFacts, Kind, LoadPage, Mode, Role
-from dp_extproc.engines.sglang.server_info import DEFAULT_BOOTSTRAP_PORT, follows_rooms
-
-MODE_OF: Final = {Role.PREFILL: Mode.PREFILL, Role.DECODE: Mode.DECODE, Role.WORKER: Mode.UNIFIED}
-"""The ``disaggregation_mode`` that an engine of each role must have."""
-
-
-def configured_facts(endpoint: Endpoint) -> EngineFacts | None:
-    """Make do with the configuration for an engine whose /server_info cannot be used; None if it tells too little."""
-    if endpoint.dp_size is None:
-        return None
-    mode = MODE_OF[endpoint.role]
-    return EngineFacts(
-        version=None,
-        dp_ranks=endpoint.dp_size,
-        mode=mode,
-        dp_attention=False,
-        served_model=None,
-        bootstrap_port=endpoint.bootstrap_port or DEFAULT_BOOTSTRAP_PORT,
-        load_balance_method=None,
-        follows_rooms=follows_rooms(None, mode, None),
-        kind=Kind.VLLM if endpoint.engine is Engine.VLLM else Kind.SGLANG,
-    )
+from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage
 
 
 def of_listener(facts: EngineFacts, endpoint: Endpoint) -> EngineFacts:
@@ -48,7 +25,7 @@ def page_of_listener(page: LoadPage, facts: EngineFacts) -> LoadPage:
     return replace(page, ranks=tuple(replace(each, dp_rank=0) for each in own), silent_ranks=())
 
 
-def without_foreign_ranks(page: LoadPage, facts: EngineFacts) -> LoadPage:
+def without_unknown_ranks(page: LoadPage, facts: EngineFacts) -> LoadPage:
     """Leave out samples of ranks that the server says it does not have."""
     if all(sample.dp_rank < facts.dp_ranks for sample in page.ranks):
         return page
@@ -57,18 +34,10 @@ def without_foreign_ranks(page: LoadPage, facts: EngineFacts) -> LoadPage:
 
 def disagreement(endpoint: Endpoint, facts: EngineFacts, page: LoadPage | None = None) -> EngineFailure | None:
     """Tell how the sources differ, if they do. /server_info wins."""
-    if facts.kind is Kind.VLLM and endpoint.role is not Role.WORKER:
-        return _disagreement(
-            f"it is a vLLM server, which cannot be the {endpoint.role} side: its KV connectors run prefill before "
-            "decode, and both legs are sent at once; list it under workers"
-        )
-    if (mode := MODE_OF[endpoint.role]) is not facts.mode:
-        remedy = f"start it with --disaggregation-mode {mode}, or move it in the configuration"
-        return _disagreement(
-            f"its disaggregation_mode is {facts.mode}, but it is configured as {endpoint.role}; {remedy}"
-        )
-    page_of_facts = "/metrics" if facts.kind is Kind.VLLM else "/server_info"
-    told = f"the engine has {facts.dp_ranks} DP rank(s) by {page_of_facts}"
+    adapter = adapter_of(facts.kind)
+    if (conflict := adapter.role_conflict(facts, endpoint.role)) is not None:
+        return _disagreement(conflict)
+    told = f"the engine has {facts.dp_ranks} DP rank(s) by {adapter.facts_page}"
     if facts.listener is not None:
         rank, ranks = facts.listener
         if rank >= ranks:

@@ -1,9 +1,12 @@
 """The vocabulary of the fleet: endpoints, what an engine says of itself, and samples of its load. Pure data."""
 
+import math
+import re
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
-from dp_extproc.config.schema import Engine
+from dp_extproc.config.schema import Engine, LoadSource
 
 
 def in_url(host: str) -> str:
@@ -53,12 +56,33 @@ class Version:
         return f"{self.major}.{self.minor}.{self.patch}"
 
 
+_FIRST: Final = Version(0, 1, 0)
+_VERSION: Final = re.compile(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?!\d)")
+
+
+def parse_version(text: object) -> Version | None:
+    """Read ``0.5.10.post1``, ``0.5.23rc1``, ``0.5.11.dev3+g0123abc`` as their release; None if it is none.
+
+    A build from source without a tag calls itself ``0.0.0.dev0`` (``sglang/version.py``) or, by setuptools-scm,
+    ``0.0.0.dev1+g0123abc`` or ``0.1.dev1+g0123abc``. That names no release: there is none below 0.1. Suffixes of
+    private builds need not follow PEP 440.
+    """
+    match = _VERSION.match(text.strip()) if isinstance(text, str) else None
+    if match is None or (version := Version(int(match[1]), int(match[2]), int(match[3]))) < _FIRST:
+        return None
+    return version
+
+
 class Mode(StrEnum):
     """An engine's ``disaggregation_mode``."""
 
     PREFILL = "prefill"
     DECODE = "decode"
     UNIFIED = "null"
+
+
+MODE_OF: Final = {Role.PREFILL: Mode.PREFILL, Role.DECODE: Mode.DECODE, Role.WORKER: Mode.UNIFIED}
+"""The ``disaggregation_mode`` that an engine of each role must have."""
 
 
 class Kind(StrEnum):
@@ -194,3 +218,35 @@ class LoadPage:
     """Of those the ones that no prefix cache held; /v1/loads from 0.5.17 on."""
     silent_ranks: tuple[int, ...] = ()
     """Ranks that the page names but that have not published a load yet. Sorted; none of them is in ``ranks``."""
+
+
+@dataclass(slots=True)
+class LoadState:
+    """What reading the load of one engine carries from one round to the next."""
+
+    configured: LoadSource
+    source: LoadSource = LoadSource.LOADS
+    """Which page is read for the load at present: ``LOADS`` or ``METRICS``."""
+    prompt_tokens_due: float = -math.inf
+    """When the count of prompt tokens is to be read next, in monotonic seconds."""
+
+    def __post_init__(self) -> None:
+        """Start with the page that is asked for, or with the better one."""
+        if self.configured is LoadSource.METRICS:
+            self.source = LoadSource.METRICS
+
+
+WRONG_MODE: Final = "wrong_mode"
+"""Code of the diagnostic of an engine whose mode does not fit its role. It is a disagreement as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """A known problem of an engine's release or setup."""
+
+    code: str
+    """Stable name, for documentation and tests."""
+    happens: str
+    remedy: str
+    unusable: bool = False
+    """Whether no request can be served, or none in the way that is configured."""

@@ -5,7 +5,7 @@ All other lines of a Prometheus page, mostly histograms, never reach the parser.
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,12 +22,48 @@ _MAX_LINE_BYTES: Final = 2048
 _RANK: Final = re.compile(r"[0-9]{1,6}")
 
 
-class ReaderError(Exception):
-    """A page cannot be used. ``kind`` tells malformed from well-formed but foreign."""
+ABSENT: Final = frozenset({404, 405})
+FACTS_PATIENCE: Final = 3.0
+"""/server_info waits for the schedulers' next step, /v1/loads does not: it may take this many times as long."""
 
-    def __init__(self, kind: FailureKind, message: str) -> None:
+
+class ReaderError(Exception):
+    """A page of an engine cannot be had or used."""
+
+    def __init__(self, kind: FailureKind, message: str, status: int | None = None) -> None:
         self.kind = kind
+        self.status = status
         super().__init__(message)
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether the engine is there, but has no such page."""
+        return self.status in ABSENT
+
+
+class EngineHttp(Protocol):
+    """One engine over HTTP. It is handed to adapters, which do no I/O of their own."""
+
+    async def get(self, path: str, *, patience: float = 1.0, hint: str = ...) -> bytes:
+        """Get a page.
+
+        Args:
+            path: Its path on the engine.
+            patience: The multiple of ``load.timeout`` within which the page has to be complete.
+            hint: For the message of the error if the engine has no such page: what an operator should do.
+
+        Raises:
+            ReaderError: There is no complete page.
+        """
+
+    async def post(
+        self, path: str, body: bytes, header: tuple[str, str], *, patience: float = 1.0
+    ) -> tuple[int, bytes] | None:
+        """Post JSON with one more header.
+
+        Returns:
+            Status and body of the answer; None if there is no complete one.
+        """
 
 
 def wrong_shape(message: str) -> ReaderError:

@@ -8,12 +8,11 @@ from time import monotonic
 from typing import Final
 
 from dp_extproc.config.schema import LoadSettings, LoadSource
-from dp_extproc.engines.agreement import MODE_OF
+from dp_extproc.engines.adapter import adapter_of
 from dp_extproc.engines.compatibility import difference
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.engines.listener import EngineFailure, FailureKind, unexpected
-from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role, in_url
-from dp_extproc.engines.sglang.diagnostics import Diagnostic, traps_of
+from dp_extproc.engines.model import MODE_OF, Diagnostic, Endpoint, EngineFacts, LoadPage, Role, in_url
 from dp_extproc.engines.sglang.server_info import DEFAULT_BOOTSTRAP_PORT
 from dp_extproc.fleet.sources.http import EngineClient, make_client
 from dp_extproc.fleet.sources.polling import EngineWatch
@@ -95,7 +94,7 @@ async def _check(engine: EngineClient, everyone: tuple[Endpoint, ...], settings:
         failure = unexpected(error)
     found: tuple[Diagnostic, ...] = ()
     if note.facts is not None:
-        found = traps_of(note.facts, endpoint)
+        found = adapter_of(note.facts.kind).diagnostics(note.facts, endpoint)
         if note.facts.mode is not MODE_OF[endpoint.role]:
             failure = None  # the trap says the same
     source = watch.source if note.sampled_once else None

@@ -6,11 +6,10 @@ Likewise which prefill and decode servers must not be paired: once when it is fo
 import logging
 from collections.abc import Collection
 
-from dp_extproc.engines.agreement import MODE_OF
+from dp_extproc.engines.adapter import adapter_of
 from dp_extproc.engines.compatibility import Difference, difference
 from dp_extproc.engines.listener import EngineFailure
-from dp_extproc.engines.model import Endpoint, EngineFacts, PairTerms, Role, Version
-from dp_extproc.engines.sglang.diagnostics import WRONG_MODE, traps_of
+from dp_extproc.engines.model import MODE_OF, WRONG_MODE, Endpoint, EngineFacts, PairTerms, Role, Version
 
 _Kind = tuple[str, PairTerms, Version | None]
 """A pool, and all that decides whom one of its servers can be paired with."""
@@ -48,7 +47,7 @@ class DiagnosticLog:
 
     def note(self, endpoint: Endpoint, facts: EngineFacts) -> None:
         """Say what an operator should know of an engine and has not been told yet."""
-        for trap in traps_of(facts, endpoint):
+        for trap in adapter_of(facts.kind).diagnostics(facts, endpoint):
             key = (endpoint.pool, endpoint.role.value, trap.code)
             if key not in self._said and trap.code != WRONG_MODE:  # a disagreement, which is said as trouble
                 self._said.add(key)

@@ -4,11 +4,10 @@ import pytest
 
 from dp_extproc.config import ConfigError, parse_config
 from dp_extproc.engines.agreement import disagreement
-from dp_extproc.engines.capabilities import capabilities
 from dp_extproc.engines.listener import FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, Kind, Mode, Role, Version
 from dp_extproc.engines.pages import ReaderError
-from dp_extproc.engines.sglang.diagnostics import traps
+from dp_extproc.engines.vllm.adapter import capabilities, diagnostics
 from dp_extproc.engines.vllm.pages import facts_of, read_models, read_version, read_vllm_metrics
 from dp_extproc.request.path import Api
 
@@ -115,13 +114,13 @@ def test_recipe(version: str, ranks: int, by_header: set[Api], codes: set[str]) 
 
     assert takes.rank_header_on == by_header
     assert {api for api in Api if takes.serves(api)} == set(Api) - {Api.GENERATE}
-    assert {trap.code for trap in traps(engine, Role.WORKER)} == codes
+    assert {trap.code for trap in diagnostics(engine, Role.WORKER)} == codes
 
 
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
 def test_not_disaggregated(role: Role) -> None:
     """A vLLM server in a disaggregated pool is unusable, and both check and log say why."""
-    (trap,) = traps(facts(), role)
+    (trap,) = diagnostics(facts(), role)
     failure = disagreement(Endpoint("http://h:1", "h", 1, "m", role), facts())
 
     assert (trap.code, trap.unusable) == ("vllm_disaggregated", True)

@@ -103,8 +103,6 @@ DISAGGREGATION: Final = next(row.since for row in TABLE if row.paths)
 """First with the bootstrap fields on HTTP requests."""
 NEWEST: Final = TABLE[-1].since
 """For which an engine is taken whose version is not known."""
-VLLM_RANK_HEADER: Final = Version(0, 11, 0)
-"""First vLLM that reads ``X-data-parallel-rank`` (vllm-project/vllm#24945)."""
 
 
 def release_of(version: Version | None) -> Release:

@@ -1,14 +1,17 @@
 """Reads ``GET /server_info`` (``/get_server_info`` before 0.5.6): an engine's resolved launch arguments."""
 
-import re
 from typing import Any, Final
 
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from dp_extproc.engines.model import EngineFacts, Mode, PairTerms, Version
+from dp_extproc.engines.model import EngineFacts, Mode, PairTerms, Version, parse_version
 from dp_extproc.engines.pages import read_json, wrong_shape
 from dp_extproc.engines.quantities import MAX_RANKS, Count, Difference, Port, Ranks, impossible
 from dp_extproc.engines.sglang.releases import Methods, release_of
+
+FACTS_PAGE: Final = "/server_info"
+OLD_FACTS_PAGE: Final = "/get_server_info"
+"""The name of the same page before 0.5.6."""
 
 DEFAULT_BOOTSTRAP_PORT: Final = 8998
 """SGLang's ``--disaggregation-bootstrap-port`` when it is not given."""
@@ -23,9 +26,6 @@ _LARGEST_PAGE: Final = 1 << 20
 """Tokens of a KV cache page; the largest that SGLang chooses by itself is 128."""
 _LONGEST_NAME: Final = 200
 """Characters of what is shown of a page's texts."""
-
-_FIRST: Final = Version(0, 1, 0)
-_VERSION: Final = re.compile(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?!\d)")
 
 
 class _Page(Struct):
@@ -62,11 +62,11 @@ def read_server_info(page: bytes) -> EngineFacts:
     Raises:
         ReaderError: Whatever else the bytes are.
     """
-    info = read_json(page, _Page, "/server_info")
+    info = read_json(page, _Page, FACTS_PAGE)
     # From 0.5.22 on ``--dp-size 4 --enable-dp-attention`` is told as dp_size 1 and attn_dp_size 4 (parallel_hook.py).
     ranks = info.dp_size * (info.attn_dp_size or 1)
     if ranks > MAX_RANKS:
-        raise impossible(ranks, "/server_info", "its number of DP ranks")
+        raise impossible(ranks, FACTS_PAGE, "its number of DP ranks")
     version = parse_version(info.version)
     mode = _mode(_present_role(info))
     return EngineFacts(
@@ -85,18 +85,6 @@ def read_server_info(page: bytes) -> EngineFacts:
         prefix_cache=not info.disable_radix_cache,
         terms=_terms(info),
     )
-
-
-def parse_version(text: object) -> Version | None:
-    """Read ``0.5.10.post1``, ``0.5.23rc1``, ``0.5.11.dev3+g0123abc`` as their release; None if it is none.
-
-    A build from source that knows of no tag calls itself ``0.0.0.dev0`` (``sglang/version.py``) or, by setuptools-scm,
-    ``0.0.0.dev1+g0123abc`` or ``0.1.dev1+g0123abc``. That names no release: there is none below 0.1.
-    """
-    match = _VERSION.match(text.strip()) if isinstance(text, str) else None
-    if match is None or (version := Version(int(match[1]), int(match[2]), int(match[3]))) < _FIRST:
-        return None
-    return version
 
 
 def follows_rooms(version: Version | None, mode: Mode, method: str | None) -> bool:

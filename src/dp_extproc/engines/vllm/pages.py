@@ -13,10 +13,9 @@ from typing import Final
 from msgspec import Struct
 from prometheus_client.samples import Sample
 
-from dp_extproc.engines.model import EngineFacts, Kind, LoadPage, Mode, RankSample
+from dp_extproc.engines.model import EngineFacts, Kind, LoadPage, Mode, RankSample, parse_version
 from dp_extproc.engines.pages import METRICS_PAGE, needed_lines, parse_samples, rank_of, read_json, wrong_shape
 from dp_extproc.engines.quantities import MAX_RANKS, count, impossible, share
-from dp_extproc.engines.sglang.server_info import parse_version
 
 _RUNNING: Final = "num_requests_running"
 _WAITING: Final = "num_requests_waiting"
