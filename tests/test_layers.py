@@ -55,7 +55,6 @@ LAYERS = (
 )
 """Packages from top to bottom. A package imports from rows below its own, never from above, nor from its neighbours."""
 EXCEPTIONS = {
-    ("fleet", "observability.log"),
     ("load", "scheduling.matching"),
     ("load", "scheduling.picker"),
     ("load", "scheduling.subset"),

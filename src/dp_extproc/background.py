@@ -50,24 +50,31 @@ class Guard:
                 heed_cancellation()
                 if loop.time() - begun > _STEADY_SECONDS:
                     pause = _FIRST_PAUSE
-                self._note(name, of, error, pause)
+                self.report(name, error, of, then=f"begins anew in {pause:g} s")
             else:
                 return
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _note(self, name: str, of: str, error: Exception, pause: float) -> None:
-        """Count a failure, and log it unless the same was logged a moment ago."""
+    def report(self, name: str, error: Exception, of: str = "", *, then: str) -> None:
+        """Count a failure of a task, and log it unless the same was logged within a minute.
+
+        Args:
+            name: Of the task.
+            error: What was raised.
+            of: Which task of those that share the name.
+            then: What happens next, for the log.
+        """
         self.failures[name] += 1
         kind, now = (name, type(error)), asyncio.get_running_loop().time()
         if now - self._logged.get(kind, -_LOG_SECONDS) >= _LOG_SECONDS:
             self._logged[kind] = now
             _log.error(
-                "background task %s: has failed unexpectedly (%d times so far), begins anew in %g s; please report it, "
+                "background task %s: has failed unexpectedly (%d times so far), %s; please report it, "
                 "with what follows",
                 f"{name} {of}".rstrip(),
                 self.failures[name],
-                pause,
+                then,
                 exc_info=error,
             )
 

@@ -12,7 +12,7 @@ from dp_extproc.config import LoadSettings
 from dp_extproc.engines.listener import EngineFailure
 from dp_extproc.engines.model import Endpoint, Role
 from dp_extproc.fleet.check import check_engines
-from dp_extproc.fleet.sources.polling import EngineWatch
+from dp_extproc.fleet.sources.polling import EnginePoller
 from dp_extproc.lab.testbed.ports import free_port
 from fleet.scripted_engine import Answer, ScriptedEngine, hang
 from ipv6 import needs_ipv6
@@ -232,9 +232,9 @@ def test_bootstrap_host_of_ipv6(tmp_path: Path) -> None:
 
 def test_a_fault_of_ours_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes no other engine's report away."""
-    sound = EngineWatch.round
+    sound = EnginePoller.round
 
-    async def unsound(watch: EngineWatch) -> EngineFailure | None:
+    async def unsound(watch: EnginePoller) -> EngineFailure | None:
         if watch._endpoint.role is Role.PREFILL:
             raise ZeroDivisionError("float division by zero")
         return await sound(watch)
@@ -245,7 +245,7 @@ def test_a_fault_of_ours_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
             reports = await check_engines(both, LoadSettings())
             assert [report.state for report in reports] == ["internal", "ok"]
 
-    monkeypatch.setattr(EngineWatch, "round", unsound)
+    monkeypatch.setattr(EnginePoller, "round", unsound)
     asyncio.run(story())
 
 

@@ -17,9 +17,10 @@ from dp_extproc.background import Guard
 from dp_extproc.config import LoadSettings, LoadSource
 from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role
-from dp_extproc.fleet.monitor import Scraper
+from dp_extproc.fleet.monitor import FleetMonitor
 from dp_extproc.fleet.sources.http import EngineClient, make_client
 from dp_extproc.lab.testbed.ports import free_port
+from dp_extproc.observability.log import EngineLog
 from fleet.scripted_engine import Answer, ScriptedEngine, cut_off, drip, flood, hang, not_http, reset
 
 DEADLINE = 20.0
@@ -109,13 +110,20 @@ async def scraping(
     clock: Callable[[], float] = time.monotonic,
     guard: Guard | None = None,
     notes: Notes | None = None,
-) -> AsyncIterator[tuple[Scraper, Notes]]:
-    """Run a scraper for as long as the block lasts."""
+) -> AsyncIterator[tuple[FleetMonitor, Notes]]:
+    """Run a monitor for as long as the block lasts."""
     notes = notes or Notes()
-    scraper = Scraper(endpoints, load or settings(), notes, clock=clock, rng=random.Random(1), guard=guard or Guard())
-    task = asyncio.create_task(scraper.run())
+    monitor = FleetMonitor(
+        endpoints,
+        load or settings(),
+        (notes, EngineLog(logging.getLogger("dp_extproc.fleet"))),
+        clock=clock,
+        rng=random.Random(1),
+        guard=guard or Guard(),
+    )
+    task = asyncio.create_task(monitor.run())
     try:
-        yield scraper, notes
+        yield monitor, notes
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -127,10 +135,10 @@ def test_healthy_engine() -> None:
 
     async def story() -> None:
         pages = healthy() | {"/server_info": info(enable_metrics=False)}
-        async with ScriptedEngine(pages) as engine, scraping(endpoint(engine.url)) as (scraper, notes):
+        async with ScriptedEngine(pages) as engine, scraping(endpoint(engine.url)) as (monitor, notes):
             await until(lambda: len(notes.samples) >= 5)
 
-            assert scraper.first_round.is_set()
+            assert monitor.first_round.is_set()
             assert [(url, address, facts.dp_ranks) for url, address, facts in notes.discoveries] == [
                 (engine.url, f"127.0.0.1:{engine.port}", 2)
             ]
@@ -168,10 +176,10 @@ def test_one_bad_engine(path: str, answer: Answer, load: dict[str, object], kind
         async with (
             ScriptedEngine(healthy()) as good,
             ScriptedEngine(healthy() | {path: answer}) as bad,
-            scraping(endpoint(good.url), endpoint(bad.url), load=settings(**load)) as (scraper, notes),
+            scraping(endpoint(good.url), endpoint(bad.url), load=settings(**load)) as (monitor, notes),
         ):
             await until(lambda: len(notes.failures_of(bad.url)) >= 2)
-            await scraper.first_round.wait()
+            await monitor.first_round.wait()
             seen = len(notes.samples)
             await until(lambda: len(notes.samples) >= seen + 3)
 
@@ -186,8 +194,8 @@ def test_refused() -> None:
     """Nobody listens: that is said, and the first round is over all the same."""
 
     async def story() -> None:
-        async with scraping(endpoint(f"http://127.0.0.1:{free_port()}")) as (scraper, notes):
-            await scraper.first_round.wait()
+        async with scraping(endpoint(f"http://127.0.0.1:{free_port()}")) as (monitor, notes):
+            await monitor.first_round.wait()
 
             assert notes.kinds() == {FailureKind.REFUSED}
             assert not notes.discoveries
@@ -199,8 +207,8 @@ def test_unresolvable() -> None:
     """A name without an address is said to be one."""
 
     async def story() -> None:
-        async with scraping(endpoint("http://no-such-engine.invalid:30000")) as (scraper, notes):
-            await scraper.first_round.wait()
+        async with scraping(endpoint("http://no-such-engine.invalid:30000")) as (monitor, notes):
+            await monitor.first_round.wait()
 
             assert notes.kinds() == {FailureKind.UNRESOLVABLE}
 
@@ -517,8 +525,8 @@ def test_a_fault_of_ours_over_one_engine_concerns_no_other(caplog: pytest.LogCap
     async def story() -> None:
         async with ScriptedEngine(healthy()) as odd, ScriptedEngine(healthy()) as even:
             guard, notes = Guard(), Unsound(odd.url)
-            async with scraping(endpoint(odd.url), endpoint(even.url), guard=guard, notes=notes) as (scraper, _):
-                await scraper.first_round.wait()
+            async with scraping(endpoint(odd.url), endpoint(even.url), guard=guard, notes=notes) as (monitor, _):
+                await monitor.first_round.wait()
                 await until(lambda: guard.failures["scrape"] >= 2)
                 seen = len(notes.samples)
                 await until(lambda: len(notes.samples) >= seen + 5)
@@ -548,3 +556,43 @@ def test_trouble_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     run(story())
 
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+def test_an_update_replaces_endpoints_and_settings() -> None:
+    """An endpoint that was removed produces no further events; one that was added is polled."""
+
+    async def story() -> None:
+        async with (
+            ScriptedEngine(healthy()) as old,
+            ScriptedEngine(healthy()) as new,
+            scraping(endpoint(old.url)) as (monitor, notes),
+        ):
+            await until(lambda: notes.samples)
+            monitor.update([endpoint(new.url)], settings())
+            seen = len(notes.samples)
+            await until(lambda: len(notes.samples) >= seen + 3)
+            assert {url for url, _ in notes.samples[seen:]} == {new.url}
+
+            monitor.update([endpoint(new.url)], settings(max_page_bytes=4096))
+            await until(lambda: new.requests.count("/server_info") == 2)
+            assert not notes.failures
+
+    run(story())
+
+
+def test_an_endpoint_whose_settings_change_is_discovered_anew() -> None:
+    """The others are polled on."""
+
+    async def story() -> None:
+        async with (
+            ScriptedEngine(healthy()) as one,
+            ScriptedEngine(healthy()) as other,
+            scraping(endpoint(one.url), endpoint(other.url)) as (monitor, notes),
+        ):
+            await until(lambda: len(notes.discoveries) == 2)
+            monitor.update([endpoint(one.url, dp_size=2), endpoint(other.url)], settings())
+            await until(lambda: len(notes.discoveries) == 3)
+
+            assert [url for url, _, _ in notes.discoveries].count(one.url) == 2
+
+    run(story())

@@ -12,7 +12,7 @@ from dp_extproc.engines.adapter import read_facts
 from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.fleet.sources.http import EngineClient, make_client
-from dp_extproc.fleet.sources.polling import FACTS_EVERY, UNTOLD_EVERY, EngineWatch
+from dp_extproc.fleet.sources.polling import FACTS_EVERY, UNTOLD_EVERY, EnginePoller
 from dp_extproc.load.cache import LoadCache
 from fleet.scripted_engine import Answer, ScriptedEngine, cut_off, hang, not_http, refuse, reset
 from fleet_fixtures import Clock
@@ -64,7 +64,7 @@ async def told(
     async with ScriptedEngine() as engine, make_client() as client:
         endpoint = Endpoint(engine.url, engine.host, engine.port, "m", Role.DECODE, needs_overrides=True)
         seen, clock = Seen(), Clock()
-        watch = EngineWatch(EngineClient(endpoint, SETTINGS, client), SETTINGS.source, seen, clock)
+        watch = EnginePoller(EngineClient(endpoint, SETTINGS, client), SETTINGS.source, seen, clock)
         for answer in answers:
             if answer is None:
                 await engine.stop()

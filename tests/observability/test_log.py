@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from dp_extproc.engines.listener import EngineFailure, FailureKind
-from dp_extproc.engines.model import Endpoint, EngineFacts, Mode, PairTerms, Role
-from dp_extproc.observability.log import DiagnosticLog, EndpointStateLog, PairLog
+from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, PairTerms, Role
+from dp_extproc.observability.log import DiagnosticLog, EndpointStateLog, EngineLog, PairLog
 from engines.test_capabilities import facts
 
 REFUSED = EngineFailure(FailureKind.REFUSED, "no connection")
@@ -125,3 +125,35 @@ def test_a_difference_is_over_when_its_server_is_watched_no_more(caplog: pytest.
     log.note(decode, replace(with_pages(2, Role.DECODE), mode=Mode.UNIFIED))
 
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+DIFFERS = EngineFailure(FailureKind.DISAGREEMENT, "dp_size", page_was_read=True)
+
+
+@pytest.mark.parametrize(
+    ("events", "lines"),
+    [
+        pytest.param([REFUSED, None, None], ["refused", "well"], id="over"),
+        pytest.param([REFUSED, None], ["refused"], id="over, as far as is known"),
+        pytest.param([REFUSED, None, REFUSED], ["refused", "well", "refused"], id="over and back"),
+        pytest.param([None, DIFFERS, None, DIFFERS, None, DIFFERS], ["disagreement"], id="goes on beside samples"),
+        pytest.param([REFUSED, None, DIFFERS], ["refused", "disagreement"], id="changes beside a sample"),
+        pytest.param([None, DIFFERS, None, None], ["disagreement", "well"], id="over beside samples"),
+    ],
+)
+def test_engine_log_takes_a_failure_for_over_only_if_none_follows_the_sample(
+    events: list[EngineFailure | None], lines: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """None is a sample. A failure beside it comes after it, in the same round."""
+    caplog.set_level(logging.INFO)
+    log = EngineLog()
+    engine = endpoint("a", Role.WORKER)
+
+    for event in events:
+        if event is None:
+            log.sampled(engine, LoadPage(()), 0.0, 0.0)
+        else:
+            log.failed(engine, event, 0.0)
+
+    kinds = ["well" if "well again" in each.message else each.message.split(": ")[1] for each in caplog.records]
+    assert kinds == lines

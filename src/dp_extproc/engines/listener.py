@@ -1,6 +1,7 @@
 """What the scraper tells the rest of the service. Pure: the load cache and the telemetry implement it."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, Protocol
 
@@ -83,3 +84,43 @@ class EngineListener(Protocol):
 
     def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
         """Learn what is wrong; told in every round in which it is so, after :meth:`sampled` if there was a sample."""
+
+
+class EngineListeners:
+    """Several listeners as one. An exception that one of them raises concerns neither the others nor the emitter."""
+
+    def __init__(self, listeners: tuple[EngineListener, ...], report: Callable[[Endpoint, Exception], None]) -> None:
+        """Start.
+
+        Args:
+            listeners: Called in this order.
+            report: Called with what a listener raises, and the endpoint of the event.
+        """
+        self._listeners = listeners
+        self._report = report
+
+    def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:
+        """Pass the event on. If a listener raises, all are told that the endpoint has failed."""
+        self._emit(endpoint, now, lambda each: each.discovered(endpoint, address, facts, now))
+
+    def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
+        """Pass the event on. If a listener raises, all are told that the endpoint has failed."""
+        self._emit(endpoint, now, lambda each: each.sampled(endpoint, page, started, now))
+
+    def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
+        """Pass the event on."""
+        self._call(endpoint, lambda each: each.failed(endpoint, failure, now))
+
+    def _emit(self, endpoint: Endpoint, now: float, event: Callable[[EngineListener], None]) -> None:
+        if (error := self._call(endpoint, event)) is not None:
+            self.failed(endpoint, replace(unexpected(error), page_was_read=True), now)
+
+    def _call(self, endpoint: Endpoint, event: Callable[[EngineListener], None]) -> Exception | None:
+        first = None
+        for listener in self._listeners:
+            try:
+                event(listener)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other listeners get the event
+                self._report(endpoint, error)
+                first = first or error
+        return first

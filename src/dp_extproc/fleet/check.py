@@ -15,7 +15,7 @@ from dp_extproc.engines.listener import EngineFailure, FailureKind, unexpected
 from dp_extproc.engines.model import MODE_OF, Diagnostic, Endpoint, EngineFacts, LoadPage, Role, in_url
 from dp_extproc.engines.sglang.server_info import DEFAULT_BOOTSTRAP_PORT
 from dp_extproc.fleet.sources.http import EngineClient, make_client
-from dp_extproc.fleet.sources.polling import EngineWatch
+from dp_extproc.fleet.sources.polling import EnginePoller
 
 _CONNECT_SECONDS: Final = 2.0
 IS_ALONE: Final = "; no server of the pool is left that it can be paired with"
@@ -87,9 +87,9 @@ class _Note:
 async def _check(engine: EngineClient, everyone: tuple[Endpoint, ...], settings: LoadSettings) -> EngineReport:
     note = _Note()
     endpoint = engine.endpoint
-    watch = EngineWatch(engine, settings.source, note, monotonic)
+    poller = EnginePoller(engine, settings.source, note, monotonic)
     try:
-        failure = await watch.round()
+        failure = await poller.round()
     except Exception as error:  # noqa: BLE001 - one engine must not take the report of all others away
         failure = unexpected(error)
     found: tuple[Diagnostic, ...] = ()
@@ -97,7 +97,7 @@ async def _check(engine: EngineClient, everyone: tuple[Endpoint, ...], settings:
         found = adapter_of(note.facts.kind).diagnostics(note.facts, endpoint)
         if note.facts.mode is not MODE_OF[endpoint.role]:
             failure = None  # the trap says the same
-    source = watch.source if note.sampled_once else None
+    source = poller.source if note.sampled_once else None
     report = EngineReport(endpoint, note.facts, source, failure, found)
     return replace(report, traps=(*found, *await _bootstrap_traps(report, everyone)))
 

@@ -9,10 +9,51 @@ from collections.abc import Collection
 from dp_extproc.engines.adapter import adapter_of
 from dp_extproc.engines.compatibility import Difference, difference
 from dp_extproc.engines.listener import EngineFailure
-from dp_extproc.engines.model import MODE_OF, WRONG_MODE, Endpoint, EngineFacts, PairTerms, Role, Version
+from dp_extproc.engines.model import MODE_OF, WRONG_MODE, Endpoint, EngineFacts, LoadPage, PairTerms, Role, Version
+
+_log = logging.getLogger(__name__)
 
 _Kind = tuple[str, PairTerms, Version | None]
 """A pool, and all that decides whom one of its servers can be paired with."""
+
+
+class EngineLog:
+    """Writes engine events to the log: an :class:`dp_extproc.engines.listener.EngineListener`.
+
+    A failure may follow a sample of the same round. So the end of a failure is logged only with the next event.
+    """
+
+    def __init__(self, logger: logging.Logger = _log) -> None:
+        self._states = EndpointStateLog(logger)
+        self._diagnostics = DiagnosticLog(logger)
+        self._pairs = PairLog(logger)
+        self._sampled: set[str] = set()
+        """URLs of endpoints whose last event is a sample."""
+
+    def forget_all_but(self, endpoints: Collection[Endpoint]) -> None:
+        """Forget the endpoints that were removed."""
+        urls = {endpoint.url for endpoint in endpoints}
+        self._states.forget_all_but(urls)
+        self._pairs.forget_all_but(endpoints)
+        self._sampled &= urls
+
+    def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:  # noqa: ARG002 - the protocol's
+        """Log the diagnostics of an engine, and the engines that it cannot be paired with."""
+        self._diagnostics.note(endpoint, facts)
+        self._pairs.note(endpoint, facts)
+
+    def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:  # noqa: ARG002 - the protocol's
+        """Log the end of a failure if no failure followed the sample before."""
+        if endpoint.url in self._sampled:
+            self._states.note(endpoint.url, None)
+        self._sampled.add(endpoint.url)
+
+    def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:  # noqa: ARG002 - the protocol's
+        """Log the beginning of a failure."""
+        if endpoint.url in self._sampled and not failure.page_was_read:
+            self._states.note(endpoint.url, None)
+        self._sampled.discard(endpoint.url)
+        self._states.note(endpoint.url, failure)
 
 
 class EndpointStateLog:

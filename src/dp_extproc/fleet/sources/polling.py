@@ -22,17 +22,17 @@ _NOW: Final = -math.inf
 """A time that has come, whatever the clock says."""
 
 
-class EngineWatch:
-    """What is known of one engine. Each round tells the observer what it found."""
+class EnginePoller:
+    """What is known of one engine. Each round tells the listener what it found."""
 
     def __init__(
-        self, engine: EngineClient, source: LoadSource, observer: EngineListener, clock: Callable[[], float]
+        self, engine: EngineClient, source: LoadSource, listener: EngineListener, clock: Callable[[], float]
     ) -> None:
         self._engine = engine
         self._endpoint = engine.endpoint
         self._source = source
         self._load = LoadState(source)
-        self._observer = observer
+        self._listener = listener
         self._clock = clock
         self._facts: EngineFacts | None = None
         self._facts_failure: EngineFailure | None = None
@@ -50,7 +50,7 @@ class EngineWatch:
         return self._facts
 
     async def round(self) -> EngineFailure | None:
-        """Ask the engine once. Returns what is wrong with it, if anything; the observer has been told."""
+        """Ask the engine once. Returns what is wrong with it, if anything; the listener has been told."""
         if self._clock() >= self._facts_due:
             self._facts_failure = await self._discover()
         failure = self._facts_failure
@@ -64,7 +64,7 @@ class EngineWatch:
         else:
             self._facts_due = _NOW
         if failure is not None:
-            self._observer.failed(self._endpoint, failure, self._clock())
+            self._listener.failed(self._endpoint, failure, self._clock())
         return failure
 
     async def _discover(self) -> EngineFailure | None:
@@ -84,7 +84,7 @@ class EngineWatch:
         if was_away or facts != self._facts:
             self._load = LoadState(self._source)
         self._facts = facts
-        self._observer.discovered(self._endpoint, self._engine.address, facts, self._clock())
+        self._listener.discovered(self._endpoint, self._engine.address, facts, self._clock())
         return failure
 
     def _with_overrides(self, facts: EngineFacts) -> EngineFacts:
@@ -108,6 +108,6 @@ class EngineWatch:
             self._was_gone = self._was_gone or error.kind in GONE
             return EngineFailure(error.kind, str(error))
         page = page_of_listener(page, facts)
-        self._observer.sampled(self._endpoint, without_unknown_ranks(page, facts), started, self._clock())
+        self._listener.sampled(self._endpoint, without_unknown_ranks(page, facts), started, self._clock())
         differs = disagreement(self._endpoint, facts, page)
         return None if differs is None else replace(differs, page_was_read=True)
