@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from dp_extproc.config.schema import Engine
+from dp_extproc.config.pools import Engine
 from dp_extproc.engines.adapter import assumed_facts, read_facts
 from dp_extproc.engines.listener import FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, Kind, Role

@@ -26,7 +26,7 @@ class Member:
         self.name = name
         self.books = Books()
         self.outbox = Outbox(name)
-        settings = SyncSettings.model_validate({"url": url, "silence": f"{silence}s"})
+        settings = SyncSettings.model_validate({"url": url, "peer_timeout": f"{silence}s"})
         self.replica = join(settings, self.outbox, self.books.open_foreign, clock=time.monotonic)
         self.own: list[int] = []
         """Open attempts; a dispatch bears the number of its attempt as its rank."""

@@ -7,7 +7,7 @@ operators included, is a member of :class:`EngineAdapter`.
 from collections.abc import Iterable, Mapping
 from typing import Final, Protocol
 
-from dp_extproc.config.schema import Engine
+from dp_extproc.config.pools import Engine
 from dp_extproc.engines.capabilities import Capabilities
 from dp_extproc.engines.listener import FailureKind
 from dp_extproc.engines.model import Diagnostic, Endpoint, EngineFacts, Kind, LoadPage, LoadState, Role

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from dp_extproc.config.schema import Engine, LoadSource
+from dp_extproc.config.load import LoadSource
+from dp_extproc.config.pools import Engine
 
 
 def in_url(host: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Final
 
-from dp_extproc.config.schema import LoadSource
+from dp_extproc.config.load import LoadSource
 from dp_extproc.engines.capabilities import Capabilities, RankControl
 from dp_extproc.engines.model import (
     Diagnostic,

@@ -8,7 +8,7 @@ from typing import Final
 
 import httpx
 
-from dp_extproc.config.schema import LoadSettings
+from dp_extproc.config.load import LoadSettings
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.engines.listener import FailureKind
 from dp_extproc.engines.model import Endpoint, in_url

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from dp_extproc.config.schema import LoadSource
+from dp_extproc.config.load import LoadSource
 from dp_extproc.engines.adapter import adapter_of, assumed_facts, read_facts
 from dp_extproc.engines.agreement import disagreement, of_listener, page_of_listener, without_unknown_ranks
 from dp_extproc.engines.listener import AWAY, GONE, EngineFailure, EngineListener

@@ -33,5 +33,5 @@ def join(
     else:
         from dp_extproc.sync.transport.redis_bus import RedisBus  # noqa: PLC0415 - slow to import, and most have no Redis
 
-        bus = RedisBus(settings.url.get_secret_value(), settings.channel, settings.silence)
-    return Replica(outbox, bus, open_foreign, clock=clock, silence=settings.silence)
+        bus = RedisBus(settings.url.get_secret_value(), settings.channel, settings.peer_timeout)
+    return Replica(outbox, bus, open_foreign, clock=clock, silence=settings.peer_timeout)
