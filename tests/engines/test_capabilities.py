@@ -60,7 +60,7 @@ def test_routing_fields(mode: Mode, version: str | None, routed: bool, prefill_r
     """Which rank fields a release takes does not depend on the role."""
     takes = capabilities(facts(version, mode))
 
-    assert (takes.carries_routed_rank, takes.carries_prefill_rank) == (routed, prefill_rank)
+    assert (takes.takes_routed_rank, takes.takes_prefill_rank) == (routed, prefill_rank)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_overrides(version: str, reads: bool | None, apis: set[Api]) -> None:
     engine = replace(facts(version, Mode.DECODE), reads_overrides=reads)
 
     assert capabilities(engine).overrides_on == apis
-    codes = {trap.code for trap in diagnostics(engine, Role.DECODE, needs_overrides=True)}
+    codes = {diagnostic.code for diagnostic in diagnostics(engine, Role.DECODE, needs_overrides=True)}
     assert ("overrides_not_read" in codes) == (reads is False)
 
 
@@ -275,6 +275,8 @@ def test_traps(role: Role, engine: EngineFacts, codes: set[str]) -> None:
     """Each pitfall is told of exactly the engines that have it, with what happens and what to do."""
     found = diagnostics(engine, role)
 
-    assert {trap.code for trap in found} == codes
-    assert all(trap.happens and trap.remedy for trap in found)
-    assert [trap.unusable for trap in found] == sorted((trap.unusable for trap in found), reverse=True)
+    assert {diagnostic.code for diagnostic in found} == codes
+    assert all(diagnostic.effect and diagnostic.remedy for diagnostic in found)
+    assert [diagnostic.unusable for diagnostic in found] == sorted(
+        (diagnostic.unusable for diagnostic in found), reverse=True
+    )

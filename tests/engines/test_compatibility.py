@@ -98,7 +98,7 @@ def test_a_difference_names_both_values_and_the_remedy() -> None:
     )
 
     assert str(found) == "page_size is 1 on prefill and 2 on decode"
-    assert "Page size mismatch" in found.happens
+    assert "Page size mismatch" in found.effect
     assert found.remedy == "start both with the same --page-size"
 
 

@@ -80,7 +80,7 @@ class TestLoads:
         page = read_loads(loads(rank(0, timestamp=0.0), rank(1, 5, timestamp=NOON.timestamp())))
 
         assert [s.dp_rank for s in page.ranks] == [1]
-        assert page.silent_ranks == (0,)
+        assert page.unpublished_ranks == (0,)
 
     def test_age_is_never_negative(self) -> None:
         """A rank that published after the page's own time stamp was taken is 0 s old."""
@@ -265,7 +265,7 @@ class TestMetrics:
         """A rank of which only constants are told, as after the start, has no sample."""
         page = read_metrics(b'sglang:max_total_num_tokens{dp_rank="1"} 8\n')
 
-        assert page == LoadPage(ranks=(), silent_ranks=(1,))
+        assert page == LoadPage(ranks=(), unpublished_ranks=(1,))
 
     def test_idle_server_that_has_told_nothing(self) -> None:
         """SGLang's page without any of the gauges is readable, and empty."""
@@ -438,7 +438,7 @@ def _reads_or_refuses(read: Callable[[bytes], object], page: bytes) -> None:
     if isinstance(result, LoadPage):
         ranks = [sample.dp_rank for sample in result.ranks]
         assert ranks == sorted(set(ranks))
-        assert not set(ranks) & set(result.silent_ranks)
+        assert not set(ranks) & set(result.unpublished_ranks)
         assert all(sample.used_tokens >= 0 and (sample.age is None or sample.age >= 0) for sample in result.ranks)
 
 

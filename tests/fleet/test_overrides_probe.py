@@ -12,7 +12,7 @@ from dp_extproc.engines.adapter import read_facts
 from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.fleet.sources.http import EngineClient, make_client
-from dp_extproc.fleet.sources.polling import FACTS_EVERY, UNTOLD_EVERY, EnginePoller
+from dp_extproc.fleet.sources.polling import FACTS_EVERY, OVERRIDES_EVERY, EnginePoller
 from dp_extproc.load.cache import LoadCache
 from fleet.scripted_engine import Answer, ScriptedEngine, cut_off, hang, not_http, refuse, reset
 from fleet_fixtures import Clock
@@ -106,7 +106,7 @@ def test_an_answer_that_does_not_tell(answer: Answer, before: Answer) -> None:
 
 def test_it_is_asked_again_soon() -> None:
     """As long as it is not known; then once a minute."""
-    found, _ = asyncio.run(told([503, 503, OBEYS, OBEYS, OBEYS], pause=UNTOLD_EVERY))
+    found, _ = asyncio.run(told([503, 503, OBEYS, OBEYS, OBEYS], pause=OVERRIDES_EVERY))
 
     assert found == [None, None, True]
 

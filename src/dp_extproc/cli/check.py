@@ -68,12 +68,13 @@ def _print(console: Console, reports: Sequence[EngineReport]) -> None:
             console.print(Text(f"{report.endpoint.url}: {report.failure.message}"), soft_wrap=True)
     for recipe, urls in _by_recipe(reports):
         console.print(Text(f"{', '.join(urls)}: {recipe}"), soft_wrap=True)
-    for trap, urls in _by_trap(reports):
+    for diagnostic, urls in _by_diagnostic(reports):
         console.print(
-            Text(f"{trap.code}: {', '.join(urls)}", style="red" if trap.unusable else "yellow"), soft_wrap=True
+            Text(f"{diagnostic.code}: {', '.join(urls)}", style="red" if diagnostic.unusable else "yellow"),
+            soft_wrap=True,
         )
-        console.print(Text(f"  what happens: {trap.happens}"), soft_wrap=True)
-        console.print(Text(f"  remedy: {trap.remedy}"), soft_wrap=True)
+        console.print(Text(f"  what happens: {diagnostic.effect}"), soft_wrap=True)
+        console.print(Text(f"  remedy: {diagnostic.remedy}"), soft_wrap=True)
     unusable = sum(not report.is_usable for report in reports)
     verdict = (
         f"{unusable} of {len(reports)} engines cannot be used" if unusable else f"{len(reports)} engines can be used"
@@ -114,8 +115,8 @@ def _way_to_ranks(takes: Capabilities, role: Role, facts: EngineFacts, *, header
     if headers_only:
         paths = ", ".join(sorted(takes.overrides_on)) or "none"
         return f"rank, room and prefill's rank by x-override-* headers alone; paths: {paths}"
-    if facts.listener is not None:
-        ways = f"rank {facts.listener[0]} of {facts.listener[1]} by its address"
+    if facts.single_rank is not None:
+        ways = f"rank {facts.single_rank[0]} of {facts.single_rank[1]} by its address"
     elif facts.dp_ranks == 1:
         ways = "one rank"
     elif role is Role.WORKER:
@@ -125,24 +126,24 @@ def _way_to_ranks(takes: Capabilities, role: Role, facts: EngineFacts, *, header
             told.append(f"the header {RANK_HEADER} ({', '.join(sorted(takes.rank_header_on))})")
         ways = f"rank by {'; '.join(told)}" if told else "rank by the engine itself"
     else:
-        control = RankControl.BY_FIELD if takes.carries_routed_rank else RankControl.BY_ROOM
+        control = RankControl.BY_FIELD if takes.takes_routed_rank else RankControl.BY_ROOM
         ways = f"rank by {(control if role is Role.PREFILL else takes.decode_control).value}"
         if takes.only_first_prefill_rank:
             ways = "rank 0 only"
-        elif role is Role.PREFILL and takes.carries_routed_rank:
+        elif role is Role.PREFILL and takes.takes_routed_rank:
             ways += ", and a room that agrees"
     if role is Role.WORKER:
         return ways
     if takes.overrides_on:
         ways += f"; by x-override-* headers where nothing is streamed ({', '.join(sorted(takes.overrides_on))})"
-    prefill = "; prefill's rank by disagg_prefill_dp_rank" if takes.carries_prefill_rank else ""
+    prefill = "; prefill's rank by disagg_prefill_dp_rank" if takes.takes_prefill_rank else ""
     return f"{ways}{prefill}; paths: {', '.join(api for api in Api if takes.serves(api)) or 'none'}"
 
 
-def _by_trap(reports: Iterable[EngineReport]) -> list[tuple[Diagnostic, list[str]]]:
+def _by_diagnostic(reports: Iterable[EngineReport]) -> list[tuple[Diagnostic, list[str]]]:
     """Group by pitfall: a fleet of equal engines has equal ones. What makes an engine unusable comes first."""
     found: dict[Diagnostic, list[str]] = {}
     for report in reports:
-        for trap in report.traps:
-            found.setdefault(trap, []).append(report.endpoint.url)
+        for diagnostic in report.diagnostics:
+            found.setdefault(diagnostic, []).append(report.endpoint.url)
     return sorted(found.items(), key=lambda item: not item[0].unusable)

@@ -10,19 +10,19 @@ from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage
 
 
-def of_listener(facts: EngineFacts, endpoint: Endpoint) -> EngineFacts:
+def as_single_rank(facts: EngineFacts, endpoint: Endpoint) -> EngineFacts:
     """See a rank that has a listener of its own as a server of one rank, which knows its place in the whole one."""
     if endpoint.dp_rank is None:
         return facts
-    return replace(facts, dp_ranks=1, listener=(endpoint.dp_rank, endpoint.dp_size or facts.dp_ranks))
+    return replace(facts, dp_ranks=1, single_rank=(endpoint.dp_rank, endpoint.dp_size or facts.dp_ranks))
 
 
-def page_of_listener(page: LoadPage, facts: EngineFacts) -> LoadPage:
+def page_of_single_rank(page: LoadPage, facts: EngineFacts) -> LoadPage:
     """Keep what a load page tells of the listener's own rank, as rank 0; it may show that one only, or all."""
-    if facts.listener is None:
+    if facts.single_rank is None:
         return page
-    own = page.ranks if len(page.ranks) == 1 else [each for each in page.ranks if each.dp_rank == facts.listener[0]]
-    return replace(page, ranks=tuple(replace(each, dp_rank=0) for each in own), silent_ranks=())
+    own = page.ranks if len(page.ranks) == 1 else [each for each in page.ranks if each.dp_rank == facts.single_rank[0]]
+    return replace(page, ranks=tuple(replace(each, dp_rank=0) for each in own), unpublished_ranks=())
 
 
 def without_unknown_ranks(page: LoadPage, facts: EngineFacts) -> LoadPage:
@@ -38,13 +38,13 @@ def disagreement(endpoint: Endpoint, facts: EngineFacts, page: LoadPage | None =
     if (conflict := adapter.role_conflict(facts, endpoint.role)) is not None:
         return _disagreement(conflict)
     told = f"the engine has {facts.dp_ranks} DP rank(s) by {adapter.facts_page}"
-    if facts.listener is not None:
-        rank, ranks = facts.listener
+    if facts.single_rank is not None:
+        rank, ranks = facts.single_rank
         if rank >= ranks:
             return _disagreement(f"the server has {ranks} DP rank(s), but this is to be the listener of rank {rank}")
     elif endpoint.dp_size not in {None, facts.dp_ranks}:
         return _disagreement(f"{told}, but dp_size is {endpoint.dp_size} in the configuration; remove or correct it")
-    shown = {sample.dp_rank for sample in page.ranks} | set(page.silent_ranks) if page else set[int]()
+    shown = {sample.dp_rank for sample in page.ranks} | set(page.unpublished_ranks) if page else set[int]()
     if shown and shown != set(range(facts.dp_ranks)):
         foreign = sorted(rank for rank in shown if rank >= facts.dp_ranks)
         detail = f"also shows {_some(foreign)}, which are left out" if foreign else f"shows only {_some(sorted(shown))}"

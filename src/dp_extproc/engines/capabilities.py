@@ -19,9 +19,9 @@ class RankControl(Enum):
 class Capabilities:
     """What one engine takes."""
 
-    carries_routed_rank: bool
+    takes_routed_rank: bool
     """Whether ``routed_dp_rank`` is obeyed."""
-    carries_prefill_rank: bool
+    takes_prefill_rank: bool
     """Whether ``disagg_prefill_dp_rank`` may be sent."""
     decode_control: RankControl
     """How a decode server's rank is decided."""

@@ -31,7 +31,7 @@ class Difference:
     """What differs, as /server_info calls it."""
     prefill: str
     decode: str
-    happens: str
+    effect: str
     remedy: str
 
     @property
@@ -53,22 +53,22 @@ def difference(prefill: EngineFacts, decode: EngineFacts) -> Difference | None:
 
 def differences(prefills: Iterable[EngineFacts], decodes: Iterable[EngineFacts]) -> list[Difference]:
     """Tell every difference between any two of these, each once."""
-    ones, others = one_of_each_kind(prefills).values(), one_of_each_kind(decodes).values()
+    ones, others = by_pairing_key(prefills).values(), by_pairing_key(decodes).values()
     return sorted({each for one in ones for other in others if (each := difference(one, other)) is not None})
 
 
-PairKind = tuple[PairTerms, Version | None]
+PairingKey = tuple[PairTerms, Version | None]
 """All that decides whom an engine can be paired with. A large fleet has few kinds."""
 
 
-def kind_of(facts: EngineFacts) -> PairKind:
+def pairing_key(facts: EngineFacts) -> PairingKey:
     """Give the kind of an engine."""
     return facts.terms, facts.version
 
 
-def one_of_each_kind(engines: Iterable[EngineFacts]) -> dict[PairKind, EngineFacts]:
+def by_pairing_key(engines: Iterable[EngineFacts]) -> dict[PairingKey, EngineFacts]:
     """Give the facts of one engine of each kind. All engines of a kind can be paired with the same others."""
-    return {kind_of(each): each for each in engines}
+    return {pairing_key(each): each for each in engines}
 
 
 def _difference(prefill: PairTerms, decode: PairTerms, *, checks_dtype: bool) -> Difference | None:

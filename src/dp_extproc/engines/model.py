@@ -136,14 +136,14 @@ class EngineFacts:
     reads_overrides: bool | None = None
     """Whether ``x-override-*`` headers are obeyed (SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES=1); None when it is not
     known, or nobody needs to know."""
-    listener: tuple[int, int] | None = None
+    single_rank: tuple[int, int] | None = None
     """``(rank, ranks)`` where each rank has a listener of its own: which one this is, of how many on the whole server.
     ``dp_ranks`` is 1 then."""
     terms: PairTerms = PairTerms()
 
-    def place_of(self, rank: int) -> tuple[int, int]:
+    def position_of(self, rank: int) -> tuple[int, int]:
         """Give ``(rank, ranks)`` as the whole server counts them."""
-        return self.listener or (rank, self.dp_ranks)
+        return self.single_rank or (rank, self.dp_ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +158,14 @@ class DecodeSteps:
     """Made; with speculative decoding more than one for each sequence in a step."""
 
     @property
-    def pace(self) -> float:
+    def tpot(self) -> float:
         """Seconds per token of a sequence."""
         return self.seconds / self.steps * self.sequences / self.tokens
 
     def since(self, earlier: "DecodeSteps") -> "DecodeSteps | None":
         """Give what was decoded since an earlier count; None if nothing was, or the engine has started anew.
 
-        Less than one step, or less than one token, is nothing: :attr:`pace` divides by both.
+        Less than one step, or less than one token, is nothing: :attr:`tpot` divides by both.
         """
         made = DecodeSteps(
             self.steps - earlier.steps,
@@ -217,7 +217,7 @@ class LoadPage:
     """Prompt tokens of the whole server since its start, by its own count; None when the page does not tell."""
     uncached_prompt_tokens: int | None = None
     """Of those the ones that no prefix cache held; /v1/loads from 0.5.17 on."""
-    silent_ranks: tuple[int, ...] = ()
+    unpublished_ranks: tuple[int, ...] = ()
     """Ranks that the page names but that have not published a load yet. Sorted; none of them is in ``ranks``."""
 
 
@@ -247,7 +247,7 @@ class Diagnostic:
 
     code: str
     """Stable name, for documentation and tests."""
-    happens: str
+    effect: str
     remedy: str
     unusable: bool = False
     """Whether no request can be served, or none in the way that is configured."""

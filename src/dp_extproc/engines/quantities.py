@@ -20,7 +20,7 @@ MAX_RANKS: Final = 4096
 Count = Annotated[int, Meta(ge=0, lt=LIMIT)]
 """Of tokens, requests or steps, in JSON."""
 
-Difference = Annotated[int, Meta(gt=-LIMIT, lt=LIMIT)]
+SignedCount = Annotated[int, Meta(gt=-LIMIT, lt=LIMIT)]
 """A count that SGLang gets by subtraction (``pool_stats_observer.py``: the pool, less what is free, less what can be
 evicted). It can be below zero, and stands for none then: see :func:`at_least_zero`."""
 
@@ -33,7 +33,7 @@ Port = Annotated[int, Meta(ge=1, le=65535)]
 
 
 def at_least_zero(count: int | None) -> int | None:
-    """Take a :data:`Difference` below zero for none."""
+    """Take a :data:`SignedCount` below zero for none."""
     return None if count is None else max(0, count)
 
 
@@ -62,8 +62,8 @@ def count(value: float, page: str, name: str) -> int:
     return round(amount(value, page, name))
 
 
-def difference(value: float, page: str, name: str) -> int:
-    """Likewise for a :data:`Difference`.
+def signed_count(value: float, page: str, name: str) -> int:
+    """Likewise for a :data:`SignedCount`.
 
     Raises:
         ReaderError: It is infinite, no number, or too large.

@@ -129,7 +129,7 @@ def _shown(earlier: RankSample, sample: RankSample) -> tuple[float, float] | Non
     """Give the seconds per token that two samples of a rank show, and in how many steps, if they do."""
     if sample.decoded is not None:
         made = None if earlier.decoded is None else sample.decoded.since(earlier.decoded)
-        return None if made is None else (made.pace, made.steps)
+        return None if made is None else (made.tpot, made.steps)
     if not earlier.running_requests or not sample.running_requests or not sample.tokens_per_second:
         return None  # a rate from before there were sequences counts the pause, too
     return sample.running_requests / sample.tokens_per_second, _LOG_INTERVAL  # all get a token in each step

@@ -30,12 +30,12 @@ class EngineReport:
     source: LoadSource | None
     """Which page told the load; None if none did."""
     failure: EngineFailure | None
-    traps: tuple[Diagnostic, ...]
+    diagnostics: tuple[Diagnostic, ...]
 
     @property
     def is_usable(self) -> bool:
         """Whether requests can be placed on it by its load."""
-        if self.facts is None or any(trap.unusable for trap in self.traps):
+        if self.facts is None or any(diagnostic.unusable for diagnostic in self.diagnostics):
             return False
         return self.failure is None or self.failure.kind is FailureKind.DISAGREEMENT
 
@@ -99,15 +99,15 @@ async def _check(engine: EngineClient, everyone: tuple[Endpoint, ...], settings:
             failure = None  # the trap says the same
     source = poller.source if note.sampled_once else None
     report = EngineReport(endpoint, note.facts, source, failure, found)
-    return replace(report, traps=(*found, *await _bootstrap_traps(report, everyone)))
+    return replace(report, diagnostics=(*found, *await _bootstrap_diagnostics(report, everyone)))
 
 
 def _with_pairs(reports: list[EngineReport]) -> list[EngineReport]:
     """Add to each report with which servers of its pool this one cannot be paired."""
-    return [replace(each, traps=(*each.traps, *_pair_traps(each, reports))) for each in reports]
+    return [replace(each, diagnostics=(*each.diagnostics, *_pair_diagnostics(each, reports))) for each in reports]
 
 
-def _pair_traps(report: EngineReport, everyone: list[EngineReport]) -> Iterable[Diagnostic]:
+def _pair_diagnostics(report: EngineReport, everyone: list[EngineReport]) -> Iterable[Diagnostic]:
     own, endpoint = report.facts, report.endpoint
     other_side = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(endpoint.role)
     if own is None or own.mode is not MODE_OF[endpoint.role]:
@@ -126,7 +126,7 @@ def _pair_traps(report: EngineReport, everyone: list[EngineReport]) -> Iterable[
     return dict.fromkeys(
         Diagnostic(
             each.code,
-            f"{each}, so they are never paired: {each.happens}" + (IS_ALONE if is_alone else ""),
+            f"{each}, so they are never paired: {each.effect}" + (IS_ALONE if is_alone else ""),
             each.remedy,
             unusable=is_alone,
         )
@@ -135,7 +135,7 @@ def _pair_traps(report: EngineReport, everyone: list[EngineReport]) -> Iterable[
     )
 
 
-async def _bootstrap_traps(report: EngineReport, everyone: tuple[Endpoint, ...]) -> list[Diagnostic]:
+async def _bootstrap_diagnostics(report: EngineReport, everyone: tuple[Endpoint, ...]) -> list[Diagnostic]:
     """Look whether decode servers can find a prefill server, as far as that shows from here."""
     if report.bootstrap is None or report.facts is None:
         return []

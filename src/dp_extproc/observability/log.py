@@ -88,12 +88,14 @@ class DiagnosticLog:
 
     def note(self, endpoint: Endpoint, facts: EngineFacts) -> None:
         """Say what an operator should know of an engine and has not been told yet."""
-        for trap in adapter_of(facts.kind).diagnostics(facts, endpoint):
-            key = (endpoint.pool, endpoint.role.value, trap.code)
-            if key not in self._said and trap.code != WRONG_MODE:  # a disagreement, which is said as trouble
+        for diagnostic in adapter_of(facts.kind).diagnostics(facts, endpoint):
+            key = (endpoint.pool, endpoint.role.value, diagnostic.code)
+            if key not in self._said and diagnostic.code != WRONG_MODE:  # a disagreement, which is said as trouble
                 self._said.add(key)
-                level = logging.WARNING if trap.unusable else logging.INFO
-                self._logger.log(level, "%s: %s: %s; remedy: %s", endpoint.url, trap.code, trap.happens, trap.remedy)
+                level = logging.WARNING if diagnostic.unusable else logging.INFO
+                self._logger.log(
+                    level, "%s: %s: %s; remedy: %s", endpoint.url, diagnostic.code, diagnostic.effect, diagnostic.remedy
+                )
 
 
 class PairLog:
@@ -129,7 +131,7 @@ class PairLog:
             if (pool, found) not in self._said:
                 self._logger.warning(
                     "pool %s: %s: %s (prefill: %s; decode: %s), so they are never paired: %s; remedy: %s",
-                    pool, found.code, found, ", ".join(urls), ", ".join(other_urls), found.happens, found.remedy,
+                    pool, found.code, found, ", ".join(urls), ", ".join(other_urls), found.effect, found.remedy,
                 )  # fmt: skip
         for pool, found in sorted(self._said - present.keys()):
             self._logger.info("pool %s: no servers differ any more in that %s", pool, found)

@@ -114,16 +114,16 @@ def test_recipe(version: str, ranks: int, by_header: set[Api], codes: set[str]) 
 
     assert takes.rank_header_on == by_header
     assert {api for api in Api if takes.serves(api)} == set(Api) - {Api.GENERATE}
-    assert {trap.code for trap in diagnostics(engine, Role.WORKER)} == codes
+    assert {diagnostic.code for diagnostic in diagnostics(engine, Role.WORKER)} == codes
 
 
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
 def test_not_disaggregated(role: Role) -> None:
     """A vLLM server in a disaggregated pool is unusable, and both check and log say why."""
-    (trap,) = diagnostics(facts(), role)
+    (diagnostic,) = diagnostics(facts(), role)
     failure = disagreement(Endpoint("http://h:1", "h", 1, "m", role), facts())
 
-    assert (trap.code, trap.unusable) == ("vllm_disaggregated", True)
+    assert (diagnostic.code, diagnostic.unusable) == ("vllm_disaggregated", True)
     assert failure is not None
     assert "prefill before decode" in failure.message
 

@@ -23,18 +23,18 @@ def capabilities(facts: EngineFacts) -> Capabilities:
     # An aggregated server needs no fields; a path that it does not have it refuses itself.
     apis = frozenset(Api) if facts.mode is Mode.UNIFIED else release.paths
     return Capabilities(
-        carries_routed_rank=release.fields is not Fields.NONE,
-        carries_prefill_rank=release.fields is Fields.BOTH,
+        takes_routed_rank=release.fields is not Fields.NONE,
+        takes_prefill_rank=release.fields is Fields.BOTH,
         decode_control=_decode_control(facts, release),
         only_first_prefill_rank=_serves_only_first_rank(facts, release),
         apis=apis,
-        rank_keys=_rank_keys(release) if facts.listener is None else {},
+        rank_keys=_rank_keys(release) if facts.single_rank is None else {},
         overrides_on=(apis & release.overrides) if facts.reads_overrides else frozenset(),
     )
 
 
 def _serves_only_first_rank(facts: EngineFacts, release: Release) -> bool:
-    if facts.mode is not Mode.PREFILL or facts.dp_attention or facts.listener is not None:
+    if facts.mode is not Mode.PREFILL or facts.dp_attention or facts.single_rank is not None:
         return False
     if facts.follows_rooms:
         return release.room_check is RoomCheck.REFUSES
@@ -45,7 +45,7 @@ def _decode_control(facts: EngineFacts, release: Release) -> RankControl:
     if release.fields is not Fields.NONE:
         return RankControl.BY_FIELD
     # data_parallel_rank is no way: a decode server before 0.5.10 takes its own rank for the prefill server's, too.
-    if release.methods is Methods.NOBODY or facts.follows_rooms:
+    if release.methods is Methods.NONE or facts.follows_rooms:
         return RankControl.BY_ROOM
     return RankControl.ENGINE
 

@@ -214,7 +214,7 @@ def _of_prefill(facts: EngineFacts) -> Iterator[Diagnostic]:
 
 def _of_decode(facts: EngineFacts) -> Iterator[Diagnostic]:
     takes = capabilities(facts)
-    if takes.carries_routed_rank and not takes.carries_prefill_rank:
+    if takes.takes_routed_rank and not takes.takes_prefill_rank:
         yield Diagnostic(
             "prefill_rank_left_out",
             "0.5.10 fails the first request of each pair of servers that names the prefill rank; it is left out, and "

@@ -30,12 +30,12 @@ from dp_extproc.engines.pages import METRICS_PAGE, needed_lines, parse_samples, 
 from dp_extproc.engines.quantities import (
     Amount,
     Count,
-    Difference,
     Rank,
+    SignedCount,
     amount,
     at_least_zero,
     count,
-    difference,
+    signed_count,
     whole,
 )
 
@@ -70,10 +70,10 @@ class _Disaggregation(Struct):
 
 class _RankLoad(Struct):
     dp_rank: Rank
-    num_used_tokens: Difference
+    num_used_tokens: SignedCount
     timestamp: Amount | None = None
-    num_total_tokens: Difference | None = None
-    num_waiting_uncached_tokens: Difference | None = None
+    num_total_tokens: SignedCount | None = None
+    num_waiting_uncached_tokens: SignedCount | None = None
     num_running_reqs: Count | None = None
     num_waiting_reqs: Count | None = None
     max_total_num_tokens: Count | None = None
@@ -109,7 +109,7 @@ def read_loads(page: bytes) -> LoadPage:
     return LoadPage(
         ranks=tuple(_sample(newest[rank], printed_at) for rank in sorted(newest)),
         uncached_prompt_tokens=_sum(load.total_prefill_uncached_tokens for load in newest.values()),
-        silent_ranks=tuple(sorted(silent - newest.keys())),
+        unpublished_ranks=tuple(sorted(silent - newest.keys())),
     )
 
 
@@ -196,14 +196,14 @@ def read_metrics(page: bytes) -> LoadPage:
     return LoadPage(
         ranks=tuple(_rank_sample(rank, gauges[rank]) for rank in sorted(gauges) if _USED in gauges[rank]),
         prompt_tokens=_total(counters),
-        silent_ranks=tuple(rank for rank in sorted(gauges) if _USED not in gauges[rank]),
+        unpublished_ranks=tuple(rank for rank in sorted(gauges) if _USED not in gauges[rank]),
     )
 
 
 def _value(name: str, value: float) -> float:
     if name == _THROUGHPUT:
         return amount(value, METRICS_PAGE, name)
-    return difference(value, METRICS_PAGE, name) if name == _USED else count(value, METRICS_PAGE, name)
+    return signed_count(value, METRICS_PAGE, name) if name == _USED else count(value, METRICS_PAGE, name)
 
 
 def _rank_sample(rank: int, gauges: _Gauges) -> RankSample:

@@ -6,7 +6,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 from dp_extproc.engines.model import EngineFacts, Mode, PairTerms, Version, parse_version
 from dp_extproc.engines.pages import read_json, wrong_shape
-from dp_extproc.engines.quantities import MAX_RANKS, Count, Difference, Port, Ranks, impossible
+from dp_extproc.engines.quantities import MAX_RANKS, Count, Port, Ranks, SignedCount, impossible
 from dp_extproc.engines.sglang.releases import Methods, release_of
 
 FACTS_PAGE: Final = "/server_info"
@@ -41,7 +41,7 @@ class _Page(Struct):
     load_balance_method: str | None = None
     served_model_name: str | None = None
     model_path: str | None = None
-    chunked_prefill_size: Difference | None = None
+    chunked_prefill_size: SignedCount | None = None
     """-1 says that prompts are not cut."""
     max_prefill_tokens: Count | None = None
     disable_radix_cache: bool | None = None
@@ -96,7 +96,7 @@ def follows_rooms(version: Version | None, mode: Mode, method: str | None) -> bo
         method: ``load_balance_method``; None or ``auto`` is what the version makes of it.
     """
     methods = release_of(version).methods
-    if methods is Methods.NOBODY:
+    if methods is Methods.NONE:
         return mode is not Mode.UNIFIED
     if methods is Methods.DECODE and mode is Mode.PREFILL:
         return True

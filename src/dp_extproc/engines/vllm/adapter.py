@@ -96,8 +96,8 @@ def capabilities(facts: EngineFacts) -> Capabilities:
     """Look up what a vLLM engine supports."""
     reads = (facts.version is None or facts.version >= READS_RANK_HEADER) and facts.dp_ranks > 1
     return Capabilities(
-        carries_routed_rank=False,
-        carries_prefill_rank=False,
+        takes_routed_rank=False,
+        takes_prefill_rank=False,
         decode_control=RankControl.ENGINE,
         only_first_prefill_rank=False,
         apis=_APIS,

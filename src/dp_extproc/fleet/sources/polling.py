@@ -7,7 +7,7 @@ from typing import Final
 
 from dp_extproc.config.load import LoadSource
 from dp_extproc.engines.adapter import adapter_of, assumed_facts, read_facts
-from dp_extproc.engines.agreement import disagreement, of_listener, page_of_listener, without_unknown_ranks
+from dp_extproc.engines.agreement import as_single_rank, disagreement, page_of_single_rank, without_unknown_ranks
 from dp_extproc.engines.listener import AWAY, GONE, EngineFailure, EngineListener
 from dp_extproc.engines.model import EngineFacts, LoadState
 from dp_extproc.engines.pages import ReaderError
@@ -15,7 +15,7 @@ from dp_extproc.fleet.sources.http import EngineClient
 
 FACTS_EVERY: Final = 60.0
 """Seconds after which an engine is asked anew who it is, and its name looked up."""
-UNTOLD_EVERY: Final = 5.0
+OVERRIDES_EVERY: Final = 5.0
 """Likewise, while it has not told whether it obeys ``x-override-*`` headers, which are needed."""
 
 _NOW: Final = -math.inf
@@ -80,7 +80,7 @@ class EnginePoller:
             if failure.kind in AWAY or self._facts is not None or assumed is None:
                 return failure
             facts = assumed
-        facts = of_listener(facts, self._endpoint)
+        facts = as_single_rank(facts, self._endpoint)
         if was_away or facts != self._facts:
             self._load = LoadState(self._source)
         self._facts = facts
@@ -96,7 +96,7 @@ class EnginePoller:
         elif self._facts is not None and not self._was_gone:
             facts = replace(facts, reads_overrides=self._facts.reads_overrides)
         if facts.reads_overrides is None:
-            self._facts_due = self._clock() + UNTOLD_EVERY
+            self._facts_due = self._clock() + OVERRIDES_EVERY
         return facts
 
     async def _sample(self, facts: EngineFacts) -> EngineFailure | None:
@@ -107,7 +107,7 @@ class EnginePoller:
         except ReaderError as error:
             self._was_gone = self._was_gone or error.kind in GONE
             return EngineFailure(error.kind, str(error))
-        page = page_of_listener(page, facts)
+        page = page_of_single_rank(page, facts)
         self._listener.sampled(self._endpoint, without_unknown_ranks(page, facts), started, self._clock())
         differs = disagreement(self._endpoint, facts, page)
         return None if differs is None else replace(differs, page_was_read=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dp_extproc.engines.agreement import disagreement, of_listener, page_of_listener
+from dp_extproc.engines.agreement import as_single_rank, disagreement, page_of_single_rank
 from dp_extproc.engines.model import Endpoint, LoadPage, Mode, RankSample, Role
 from engines.test_capabilities import facts
 
@@ -18,10 +18,10 @@ def page(*ranks: int) -> LoadPage:
 @pytest.mark.parametrize(("ranks", "place"), [(None, (2, 4)), (8, (2, 8))], ids=["discovered", "configured"])
 def test_its_place(ranks: int | None, place: tuple[int, int]) -> None:
     """It counts as one rank; rooms are drawn for its place among those of the whole server."""
-    seen = of_listener(facts("0.5.23", Mode.PREFILL), endpoint(2, ranks))
+    seen = as_single_rank(facts("0.5.23", Mode.PREFILL), endpoint(2, ranks))
 
     assert seen.dp_ranks == 1
-    assert seen.place_of(0) == place
+    assert seen.position_of(0) == place
     assert disagreement(endpoint(2, ranks), seen, page(0)) is None
 
 
@@ -29,9 +29,9 @@ def test_others_stay_as_they_are() -> None:
     """Without ``dp_rank`` a server has all its ranks."""
     whole = facts("0.5.23", Mode.PREFILL)
 
-    assert of_listener(whole, endpoint(None)) is whole
-    assert whole.place_of(3) == (3, 4)
-    assert page_of_listener(page(0, 1), whole) == page(0, 1)
+    assert as_single_rank(whole, endpoint(None)) is whole
+    assert whole.position_of(3) == (3, 4)
+    assert page_of_single_rank(page(0, 1), whole) == page(0, 1)
 
 
 @pytest.mark.parametrize(
@@ -41,9 +41,9 @@ def test_others_stay_as_they_are() -> None:
 )
 def test_its_load(shown: tuple[int, ...], used: list[int]) -> None:
     """Of a load page its own rank counts, whether the page shows all or only that one."""
-    seen = of_listener(facts("0.5.23", Mode.PREFILL), endpoint(2))
+    seen = as_single_rank(facts("0.5.23", Mode.PREFILL), endpoint(2))
 
-    kept = page_of_listener(page(*shown), seen)
+    kept = page_of_single_rank(page(*shown), seen)
     assert [(sample.dp_rank, sample.used_tokens) for sample in kept.ranks] == [(0, each) for each in used]
 
 
@@ -51,7 +51,7 @@ def test_a_rank_that_is_not_there() -> None:
     """It is a disagreement; requests with its rooms would wait for nobody."""
     wrong = endpoint(4)
 
-    failure = disagreement(wrong, of_listener(facts("0.5.23", Mode.PREFILL), wrong))
+    failure = disagreement(wrong, as_single_rank(facts("0.5.23", Mode.PREFILL), wrong))
     assert failure is not None
     assert "has 4 DP rank(s), but this is to be the listener of rank 4" in failure.message
 
