@@ -25,7 +25,7 @@ from dp_extproc.runtime.secrets import problems_of_tls, read_api_keys
 _COLUMNS: Final = ("url", "role", "pool", "version", "ranks", "bootstrap", "load", "state")
 _PAGE: Final = {LoadSource.LOADS: "/v1/loads", LoadSource.METRICS: "/metrics", None: "-"}
 _NO_WRAPPING: Final = 1000
-"""Columns of a pipe: whoever reads it wants one line per engine."""
+"""Columns of the table if the output is no terminal. It is wide enough for one line per engine."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,8 +66,8 @@ def _print(console: Console, reports: Sequence[EngineReport]) -> None:
     for report in reports:
         if report.failure is not None:
             console.print(Text(f"{report.endpoint.url}: {report.failure.message}"), soft_wrap=True)
-    for recipe, urls in _by_recipe(reports):
-        console.print(Text(f"{', '.join(urls)}: {recipe}"), soft_wrap=True)
+    for way, urls in _by_way(reports):
+        console.print(Text(f"{', '.join(urls)}: {way}"), soft_wrap=True)
     for diagnostic, urls in _by_diagnostic(reports):
         console.print(
             Text(f"{diagnostic.code}: {', '.join(urls)}", style="red" if diagnostic.unusable else "yellow"),
@@ -98,20 +98,20 @@ def _row(report: EngineReport) -> Iterable[Text]:
     yield Text(report.state, style="green" if report.state == "ok" else "yellow" if report.is_usable else "red")
 
 
-def _by_recipe(reports: Iterable[EngineReport]) -> list[tuple[str, list[str]]]:
-    """Tell how requests reach the ranks; equal engines have it the same way."""
+def _by_way(reports: Iterable[EngineReport]) -> list[tuple[str, list[str]]]:
+    """Group endpoints by the way in which requests reach their ranks."""
     found: dict[str, list[str]] = {}
     for report in reports:
         if report.facts is not None:
             endpoint = report.endpoint
             takes = adapter_of(report.facts.kind).capabilities(report.facts)
-            recipe = _way_to_ranks(takes, endpoint.role, report.facts, headers_only=endpoint.headers_only)
-            found.setdefault(recipe, []).append(endpoint.url)
+            way = _way_to_ranks(takes, endpoint.role, report.facts, headers_only=endpoint.headers_only)
+            found.setdefault(way, []).append(endpoint.url)
     return list(found.items())
 
 
 def _way_to_ranks(takes: Capabilities, role: Role, facts: EngineFacts, *, headers_only: bool) -> str:
-    """Say in a line how requests reach the ranks of an engine."""
+    """Describe in one line how requests reach the ranks of an engine."""
     if headers_only:
         paths = ", ".join(sorted(takes.overrides_on)) or "none"
         return f"rank, room and prefill's rank by x-override-* headers alone; paths: {paths}"
@@ -121,10 +121,10 @@ def _way_to_ranks(takes: Capabilities, role: Role, facts: EngineFacts, *, header
         ways = "one rank"
     elif role is Role.WORKER:
         keys = {key: [api for api in Api if takes.rank_keys.get(api) == key] for key in takes.rank_keys.values()}
-        told = [f"{key} ({', '.join(apis)})" for key, apis in keys.items()]
+        names = [f"{key} ({', '.join(apis)})" for key, apis in keys.items()]
         if takes.rank_header_on:
-            told.append(f"the header {RANK_HEADER} ({', '.join(sorted(takes.rank_header_on))})")
-        ways = f"rank by {'; '.join(told)}" if told else "rank by the engine itself"
+            names.append(f"the header {RANK_HEADER} ({', '.join(sorted(takes.rank_header_on))})")
+        ways = f"rank by {'; '.join(names)}" if names else "rank by the engine itself"
     else:
         control = RankControl.BY_FIELD if takes.takes_routed_rank else RankControl.BY_ROOM
         ways = f"rank by {(control if role is Role.PREFILL else takes.decode_control).value}"
@@ -141,7 +141,7 @@ def _way_to_ranks(takes: Capabilities, role: Role, facts: EngineFacts, *, header
 
 
 def _by_diagnostic(reports: Iterable[EngineReport]) -> list[tuple[Diagnostic, list[str]]]:
-    """Group by pitfall: a fleet of equal engines has equal ones. What makes an engine unusable comes first."""
+    """Group endpoints by diagnostic, those that make an engine unusable first."""
     found: dict[Diagnostic, list[str]] = {}
     for report in reports:
         for diagnostic in report.diagnostics:

@@ -1,7 +1,7 @@
-"""The kinds of engines: one adapter each, and which one an endpoint gets.
+"""The kinds of engines: one adapter for each, and the choice among them for an endpoint.
 
-Nothing outside of this package asks for the kind of an engine. Everything that differs between kinds, texts for
-operators included, is a member of :class:`EngineAdapter`.
+No module outside of this package compares kinds. Everything that differs between kinds, texts for operators included,
+is a member of :class:`EngineAdapter`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,11 +29,11 @@ class EngineAdapter(Protocol):
         """Read what an engine is.
 
         Raises:
-            ReaderError: A page cannot be had or used.
+            ReaderError: A page cannot be read.
         """
 
     def assumed_facts(self, endpoint: Endpoint, ranks: int) -> EngineFacts:
-        """Give the facts of an engine that does not show them, with the configured number of DP ranks."""
+        """Return facts for an engine that does not report them, with the configured number of DP ranks."""
 
     async def load(
         self, http: EngineHttp, endpoint: Endpoint, facts: EngineFacts, state: LoadState, now: float
@@ -44,11 +44,11 @@ class EngineAdapter(Protocol):
             http: The engine.
             endpoint: As configured.
             facts: What the engine is.
-            state: Of the rounds before; changed.
+            state: Of the rounds before. It is updated.
             now: Monotonic seconds.
 
         Raises:
-            ReaderError: The page cannot be had or used.
+            ReaderError: The page cannot be read.
         """
 
     def capabilities(self, facts: EngineFacts) -> Capabilities:
@@ -75,20 +75,20 @@ class EngineAdapter(Protocol):
 
 _ADAPTERS: Final[Mapping[Kind, EngineAdapter]] = {Kind.SGLANG: SglangAdapter(), Kind.VLLM: VllmAdapter()}
 _KINDS: Final = {Engine.AUTO: tuple(_ADAPTERS), Engine.SGLANG: (Kind.SGLANG,), Engine.VLLM: (Kind.VLLM,)}
-"""The kinds that an engine may be of by its configuration, in the order in which they are tried."""
+"""The kinds that an engine may be of, by its configuration, in the order of the attempts to read it."""
 
 
 def adapter_of(kind: Kind) -> EngineAdapter:
-    """Give the adapter of a kind."""
+    """Return the adapter of a kind."""
     return _ADAPTERS[kind]
 
 
 async def read_facts(http: EngineHttp, endpoint: Endpoint) -> EngineFacts:
-    """Read what an engine is, and of which kind where the configuration leaves that open.
+    """Read the facts of an engine, by the first adapter that finds its pages where the kind is not configured.
 
     Raises:
-        ReaderError: It shows no facts of any kind that it may be of. The error is of the first kind, unless the engine
-            has pages of another one.
+        ReaderError: No adapter can read the facts. The error is that of the first kind, unless the engine has pages of
+            another one.
     """
     reasons: list[ReaderError] = []
     for kind in _KINDS[endpoint.engine]:
@@ -102,7 +102,7 @@ async def read_facts(http: EngineHttp, endpoint: Endpoint) -> EngineFacts:
 
 
 def assumed_facts(endpoint: Endpoint) -> EngineFacts | None:
-    """Give the facts of an engine that does not show them; None if the configuration has no number of DP ranks."""
+    """Return facts for an engine that does not report them; None without a configured number of DP ranks."""
     if endpoint.dp_size is None:
         return None
     return adapter_of(_KINDS[endpoint.engine][0]).assumed_facts(endpoint, endpoint.dp_size)
@@ -111,7 +111,7 @@ def assumed_facts(endpoint: Endpoint) -> EngineFacts | None:
 def unavailable(api: Api, role: Role, engines: Iterable[EngineFacts]) -> Rejection:
     """Refuse a request on a path that none of these engines can serve.
 
-    Engines of several kinds get the message of the first kind, whose newer releases have more paths.
+    For engines of several kinds the message is that of the first kind, whose newer releases serve all paths.
     """
     several = list(engines)
     versions = ", ".join(sorted({f"{each.kind} {each.version or 'of unknown version'}" for each in several}))

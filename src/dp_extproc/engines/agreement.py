@@ -1,6 +1,6 @@
-"""Whether configuration, /server_info and the load page tell the same role and number of DP ranks. Pure.
+"""Compares configuration, facts and load page of an engine: role and number of DP ranks. Pure.
 
-A rank that a server does not have must never be sent: before 0.5.10 it ends the whole server.
+A request must never name a rank that the engine does not have: SGLang before 0.5.10 ends the whole process then.
 """
 
 from dataclasses import replace
@@ -11,14 +11,14 @@ from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage
 
 
 def as_single_rank(facts: EngineFacts, endpoint: Endpoint) -> EngineFacts:
-    """See a rank that has a listener of its own as a server of one rank, which knows its place in the whole one."""
+    """Turn the facts of an engine into those of the one rank behind the endpoint, if it is configured with one."""
     if endpoint.dp_rank is None:
         return facts
     return replace(facts, dp_ranks=1, single_rank=(endpoint.dp_rank, endpoint.dp_size or facts.dp_ranks))
 
 
 def page_of_single_rank(page: LoadPage, facts: EngineFacts) -> LoadPage:
-    """Keep what a load page tells of the listener's own rank, as rank 0; it may show that one only, or all."""
+    """Keep the sample of the endpoint's only rank, as rank 0. The page may have that rank alone, or all."""
     if facts.single_rank is None:
         return page
     own = page.ranks if len(page.ranks) == 1 else [each for each in page.ranks if each.dp_rank == facts.single_rank[0]]
@@ -26,32 +26,36 @@ def page_of_single_rank(page: LoadPage, facts: EngineFacts) -> LoadPage:
 
 
 def without_unknown_ranks(page: LoadPage, facts: EngineFacts) -> LoadPage:
-    """Leave out samples of ranks that the server says it does not have."""
+    """Leave out samples of ranks that the engine does not have by its facts."""
     if all(sample.dp_rank < facts.dp_ranks for sample in page.ranks):
         return page
     return replace(page, ranks=tuple(sample for sample in page.ranks if sample.dp_rank < facts.dp_ranks))
 
 
 def disagreement(endpoint: Endpoint, facts: EngineFacts, page: LoadPage | None = None) -> EngineFailure | None:
-    """Tell how the sources differ, if they do. /server_info wins."""
+    """Describe how configuration, facts and load page differ, if they do. The facts count."""
     adapter = adapter_of(facts.kind)
     if (conflict := adapter.role_conflict(facts, endpoint.role)) is not None:
         return _disagreement(conflict)
-    told = f"the engine has {facts.dp_ranks} DP rank(s) by {adapter.facts_page}"
+    reported = f"the engine has {facts.dp_ranks} DP rank(s) by {adapter.facts_page}"
     if facts.single_rank is not None:
         rank, ranks = facts.single_rank
         if rank >= ranks:
             return _disagreement(f"the server has {ranks} DP rank(s), but this is to be the listener of rank {rank}")
     elif endpoint.dp_size not in {None, facts.dp_ranks}:
-        return _disagreement(f"{told}, but dp_size is {endpoint.dp_size} in the configuration; remove or correct it")
-    shown = {sample.dp_rank for sample in page.ranks} | set(page.unpublished_ranks) if page else set[int]()
-    if shown and shown != set(range(facts.dp_ranks)):
-        foreign = sorted(rank for rank in shown if rank >= facts.dp_ranks)
-        detail = f"also shows {_some(foreign)}, which are left out" if foreign else f"shows only {_some(sorted(shown))}"
-        if len(shown) == 1 and not foreign:
-            (rank,) = shown
+        return _disagreement(
+            f"{reported}, but dp_size is {endpoint.dp_size} in the configuration; remove or correct it"
+        )
+    on_page = {sample.dp_rank for sample in page.ranks} | set(page.unpublished_ranks) if page else set[int]()
+    if on_page and on_page != set(range(facts.dp_ranks)):
+        unknown = sorted(rank for rank in on_page if rank >= facts.dp_ranks)
+        detail = (
+            f"also shows {_some(unknown)}, which are left out" if unknown else f"shows only {_some(sorted(on_page))}"
+        )
+        if len(on_page) == 1 and not unknown:
+            (rank,) = on_page
             detail += f"; if each rank has a listener of its own, list every one of them, this one with dp_rank: {rank}"
-        return _disagreement(f"{told}, but its load page {detail}")
+        return _disagreement(f"{reported}, but its load page {detail}")
     return None
 
 

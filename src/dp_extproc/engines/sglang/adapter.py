@@ -1,4 +1,4 @@
-"""How an SGLang engine is read, and what differs from other kinds of engines."""
+"""The adapter of SGLang engines: how one is read, and how it differs from other kinds."""
 
 from dataclasses import replace
 from http import HTTPStatus
@@ -30,7 +30,7 @@ _METRICS_HINT: Final = "start the engine with --enable-metrics"
 
 _PROBED: Final = "x-override-routed-dp-rank"
 _PROBE: Final = b'{"text":"probe","sampling_params":{"max_new_tokens":1},"routed_dp_rank":1000000}'
-"""A request for a rank that no engine has."""
+"""A request for a rank out of range."""
 
 
 class SglangAdapter:
@@ -39,7 +39,7 @@ class SglangAdapter:
     facts_page = FACTS_PAGE
 
     async def facts(self, http: EngineHttp, endpoint: Endpoint) -> EngineFacts:
-        """Read ``/server_info`` and, where they are needed, whether ``x-override-*`` headers are obeyed."""
+        """Read ``/server_info``. If the pool needs ``x-override-*`` headers, also probe whether they are obeyed."""
         facts = read_server_info(await _facts_page(http))
         if not endpoint.needs_overrides:
             return facts
@@ -47,7 +47,7 @@ class SglangAdapter:
         return replace(facts, reads_overrides=obeys)
 
     def assumed_facts(self, endpoint: Endpoint, ranks: int) -> EngineFacts:
-        """Take the engine for the newest release, with default flags."""
+        """Return the facts of the newest release with default flags."""
         mode = MODE_OF[endpoint.role]
         return EngineFacts(
             version=None,
@@ -115,7 +115,7 @@ async def _facts_page(http: EngineHttp) -> bytes:
 
 
 async def _obeys_overrides(http: EngineHttp) -> bool | None:
-    """Find out whether ``x-override-*`` headers are obeyed, which no page shows; None if the answer does not show it.
+    """Probe whether ``x-override-*`` headers are obeyed, which no page shows; None if the answer leaves it open.
 
     Both the header and the body of the probe are wrong, so it is refused for the one that is read first. From 0.5.10 on
     nothing of it reaches a scheduler.

@@ -1,4 +1,4 @@
-"""What an SGLang engine supports, derived from the table of releases and from the way that it was started."""
+"""What an SGLang engine supports, derived from the table of releases and from its launch arguments."""
 
 from typing import Final
 
@@ -14,13 +14,13 @@ _DATA_PARALLEL_RANK: Final = "data_parallel_rank"
 def capabilities(facts: EngineFacts) -> Capabilities:
     """Look up what an SGLang engine supports.
 
-    A plain-DP prefill server (``--dp-size`` without DP attention) takes itself for attention rank 0 in every replica
-    (sgl-project/sglang#29725). From 0.5.11 to 0.5.15 one that follows rooms compares the room with that, and refuses
-    whatever the other replicas get; later releases skip the comparison on our requests. In 0.5.10 one that does not
-    follow rooms tells decode that rank, where requests cannot name the true one.
+    Plain DP (``--dp-size`` without DP attention) is special on prefill: every replica takes itself for attention rank 0
+    (sgl-project/sglang#29725). From 0.5.11 to 0.5.15 an engine that follows rooms compares the room with that rank, and
+    fails the requests of all other replicas; later releases skip the comparison for requests of this service. In 0.5.10
+    an engine that does not follow rooms reports rank 0 to decode, and requests cannot name the right one.
     """
     release = release_of(facts.version)
-    # An aggregated server needs no fields; a path that it does not have it refuses itself.
+    # An aggregated pool needs no fields on any path; the engine itself refuses a path that it does not have.
     apis = frozenset(Api) if facts.mode is Mode.UNIFIED else release.paths
     return Capabilities(
         takes_routed_rank=release.fields is not Fields.NONE,
@@ -44,7 +44,7 @@ def _serves_only_first_rank(facts: EngineFacts, release: Release) -> bool:
 def _decode_control(facts: EngineFacts, release: Release) -> RankControl:
     if release.fields is not Fields.NONE:
         return RankControl.BY_FIELD
-    # data_parallel_rank is no way: a decode server before 0.5.10 takes its own rank for the prefill server's, too.
+    # data_parallel_rank is not used: before 0.5.10 decode takes its own rank for the rank of prefill, too.
     if release.methods is Methods.NONE or facts.follows_rooms:
         return RankControl.BY_ROOM
     return RankControl.ENGINE

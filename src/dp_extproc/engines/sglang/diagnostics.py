@@ -1,7 +1,7 @@
-"""What an operator should know of an engine before requests do: known pitfalls of its release and its flags. Pure.
+"""The known problems of SGLang releases and flags, as far as ``/server_info`` shows them. Pure.
 
-Only what /server_info shows can be told. What this router already works around is told as well where it costs
-something, or where requests that go past the router would still fall in.
+A problem that this service works around is listed if the workaround costs something, or if requests that bypass the
+service still meet it.
 """
 
 from collections.abc import Iterator
@@ -24,13 +24,13 @@ from dp_extproc.request.path import Api
 def diagnostics(
     facts: EngineFacts, role: Role, *, needs_overrides: bool = False, headers_only: bool = False
 ) -> tuple[Diagnostic, ...]:
-    """Tell every pitfall of an engine in a role, the worst first.
+    """List the known problems of an engine in a role, the worst first.
 
     Args:
-        facts: What it says of itself.
-        role: What it is to do.
-        needs_overrides: Whether headers are to tell it ranks and rooms.
-        headers_only: Whether headers alone can tell it ranks and rooms.
+        facts: What the engine reports about itself.
+        role: Its role in the configuration.
+        needs_overrides: Whether the routing fields are to be sent as headers.
+        headers_only: Whether they can be sent in no other way.
     """
     found = [*_of_any(facts, role), *_of_reading(facts, role)]
     if role is Role.WORKER:
@@ -99,11 +99,11 @@ def _of_worker(facts: EngineFacts) -> Iterator[Diagnostic]:
     if facts.dp_ranks == 1:
         return
     takes = capabilities(facts)
-    untold = [api.value for api in Api if takes.aggregated_rank_key(api) is None]
-    if untold:
+    uncontrolled = [api.value for api in Api if takes.aggregated_rank_key(api) is None]
+    if uncontrolled:
         yield Diagnostic(
             "rank_not_carried",
-            f"its release takes no rank on {', '.join(untold)}: the engine itself picks there",
+            f"its release takes no rank on {', '.join(uncontrolled)}: the engine itself picks there",
             "upgrade to 0.5.22 or later, which takes it on every path",
         )
     if facts.follows_rooms:

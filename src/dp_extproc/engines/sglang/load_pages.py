@@ -1,4 +1,4 @@
-"""Reads the two pages on which an SGLang engine reports its load per DP rank.
+"""Reads the two pages on which an SGLang engine reports the load of its DP ranks.
 
 ``GET /v1/loads`` (``entrypoints/v1_loads.py``, from 0.5.8 on). Until 0.5.12 it also has totals over all ranks, which
 are ignored. Fields were added one by one: ``num_total_tokens`` with 0.5.11, ``num_waiting_uncached_tokens`` with
@@ -41,13 +41,13 @@ from dp_extproc.engines.quantities import (
 
 LOADS_PAGE: Final = "/v1/loads"
 _MOMENTS: Final = 6
-"""Sums over the steps of a rank: see :func:`_decoded`."""
+"""Number of sums in ``decode_moments``; see :func:`_decoded`."""
 
 _USED: Final = "num_used_tokens"
 _CAPACITY: Final = "max_total_num_tokens"
 _RUNNING: Final = ("num_running_reqs", "num_prefill_inflight_queue_reqs")
 _BOOTSTRAP: Final = ("num_prefill_bootstrap_queue_reqs", "num_prefill_prealloc_queue_reqs")
-"""The same queue: the first from 0.5.11 on, the second before."""
+"""Two names of the same queue: the first from 0.5.11 on, the second before."""
 _WAITING: Final = ("num_queue_reqs", "num_decode_prealloc_queue_reqs", "num_decode_transfer_queue_reqs")
 _THROUGHPUT: Final = "gen_throughput"
 _PROMPT_TOKENS: Final = "prompt_tokens_total"
@@ -82,8 +82,7 @@ class _RankLoad(Struct):
     total_prefill_uncached_tokens: Count | None = None
     disaggregation: _Disaggregation | None = None
     decode_moments: Any = None
-    """Made for fitting a line through the times of steps; should it change its form, the rest of the page still counts.
-    """
+    """Any JSON: the rest of the page counts also if this list, made for a line fit of step times, changes its form."""
 
 
 class _Page(Struct):
@@ -95,26 +94,26 @@ def read_loads(page: bytes) -> LoadPage:
     """Read the body of ``GET /v1/loads``.
 
     Raises:
-        ReaderError: Whatever else the bytes are.
+        ReaderError: The bytes are anything else.
     """
     body = read_json(page, _Page, LOADS_PAGE)
     printed_at = _seconds(body.timestamp)
     newest: dict[int, _RankLoad] = {}
-    silent: set[int] = set()
+    unpublished: set[int] = set()
     for load in body.loads:
-        if load.timestamp == 0.0:  # how SGLang's shared memory starts out (``ShmLoadSnapshotWriter``): never published
-            silent.add(load.dp_rank)
-        elif (known := newest.get(load.dp_rank)) is None or (load.timestamp or 0.0) >= (known.timestamp or 0.0):
+        if load.timestamp == 0.0:  # the initial state of SGLang's shared memory (``ShmLoadSnapshotWriter``)
+            unpublished.add(load.dp_rank)
+        elif (other := newest.get(load.dp_rank)) is None or (load.timestamp or 0.0) >= (other.timestamp or 0.0):
             newest[load.dp_rank] = load
     return LoadPage(
         ranks=tuple(_sample(newest[rank], printed_at) for rank in sorted(newest)),
         uncached_prompt_tokens=_sum(load.total_prefill_uncached_tokens for load in newest.values()),
-        unpublished_ranks=tuple(sorted(silent - newest.keys())),
+        unpublished_ranks=tuple(sorted(unpublished - newest.keys())),
     )
 
 
 def _sample(load: _RankLoad, printed_at: float | None) -> RankSample:
-    # Prefill counts a request whose KV cache is on its way as neither running nor waiting, but keeps its tokens.
+    # Prefill counts a request in transfer as neither running nor waiting, but its tokens as used.
     transferring = load.disaggregation.prefill_inflight_queue_reqs if load.disaggregation else None
     return RankSample(
         dp_rank=load.dp_rank,
@@ -132,16 +131,16 @@ def _sample(load: _RankLoad, printed_at: float | None) -> RankSample:
 
 
 def _decoded(moments: Any) -> DecodeSteps | None:
-    """Read the counts of steps, of sequences in them, of microseconds, two squares and products, and of tokens.
+    """Read the sums of steps, sequences and microseconds, two more sums for a line fit, and the sum of tokens.
 
     Raises:
-        ReaderError: They have the right form, but tell what cannot be.
+        ReaderError: The list has the right form, and an impossible number.
     """
     if not isinstance(moments, list) or len(moments) != _MOMENTS:
         return None
     if not all(type(each) in {int, float} for each in moments):
         return None
-    steps, sequences, micros, _, _, tokens = moments  # the squares outgrow 2**53 in time, and nobody needs them
+    steps, sequences, micros, _, _, tokens = moments  # the squares exceed 2**53 in time, and are not used
     return DecodeSteps(
         steps=whole(steps, LOADS_PAGE, "the steps of decode_moments"),
         sequences=whole(sequences, LOADS_PAGE, "the sequences of decode_moments"),
@@ -151,7 +150,7 @@ def _decoded(moments: Any) -> DecodeSteps | None:
 
 
 def _seconds(iso: str | None) -> float | None:
-    """Give the page's own time as Unix seconds; None when it has none that can be read."""
+    """Return the page's own time in Unix seconds; None if it has none or a malformed one."""
     if iso is None:
         return None
     try:
@@ -162,24 +161,24 @@ def _seconds(iso: str | None) -> float | None:
 
 
 def _age(printed_at: float | None, published_at: float | None) -> float | None:
-    """Compare the engine's clock with itself only: it need not agree with ours."""
+    """Subtract two times of the engine's clock, which need not agree with the clock of the service."""
     if printed_at is None or published_at is None:
         return None
     return max(0.0, printed_at - published_at)
 
 
 def _sum(counts: Iterable[int | None]) -> int | None:
-    """Add up what each rank tells; None when one of them does not."""
-    told = list(counts)
-    known = [each for each in told if each is not None]
-    return count(sum(known), LOADS_PAGE, "all uncached prompt tokens") if known and len(known) == len(told) else None
+    """Add up a count of all ranks; None if a rank has none."""
+    every = list(counts)
+    known = [each for each in every if each is not None]
+    return count(sum(known), LOADS_PAGE, "all uncached prompt tokens") if known and len(known) == len(every) else None
 
 
 def read_metrics(page: bytes) -> LoadPage:
     """Read the body of ``GET /metrics``.
 
     Raises:
-        ReaderError: Whatever else the bytes are.
+        ReaderError: The bytes are anything else.
     """
     lines = needed_lines(page, _NEEDED)
     if not lines and not _ANY_OF_SGLANG.search(page):
@@ -221,9 +220,9 @@ def _rank_sample(rank: int, gauges: _Gauges) -> RankSample:
 
 
 def _total(counters: list[Sample]) -> int | None:
-    """Sum a counter of the whole server: its series (streaming or not, custom labels) split the total between them.
+    """Add up the series of a counter, into which the total of the engine is split (by streaming, by custom labels).
 
-    A series with an empty priority beside others with one would be the total of those.
+    With priority scheduling, the series with an empty priority is the total of the others and is left out.
     """
     if any(sample.labels.get("priority") == "" for sample in counters):
         counters = [sample for sample in counters if not sample.labels.get("priority")]

@@ -1,4 +1,4 @@
-"""How a vLLM engine is read, and what differs from other kinds of engines."""
+"""The adapter of vLLM engines: how one is read, and how it differs from other kinds."""
 
 from collections.abc import Iterator
 from typing import Final
@@ -40,7 +40,7 @@ class VllmAdapter:
         return facts_of(version, model, await http.get(METRICS_PAGE, patience=FACTS_PATIENCE))
 
     def assumed_facts(self, endpoint: Endpoint, ranks: int) -> EngineFacts:  # noqa: ARG002 - the protocol's
-        """Take the engine for the newest release."""
+        """Return the facts of the newest release."""
         return EngineFacts(
             version=None,
             dp_ranks=ranks,

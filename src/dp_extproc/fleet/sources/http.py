@@ -1,4 +1,4 @@
-"""Asks one engine for its pages over HTTP, within a time and a size that it cannot exceed."""
+"""Reads the pages of one engine over HTTP, within bounds of time and size."""
 
 import asyncio
 import ipaddress
@@ -15,21 +15,25 @@ from dp_extproc.engines.model import Endpoint, in_url
 from dp_extproc.engines.pages import ABSENT, FACTS_PATIENCE, ReaderError
 
 KEEPALIVE_SECONDS: Final = 4.0
-"""Shorter than uvicorn's 5 s (``timeout_keep_alive``), or the engine closes a connection as it is used again."""
+"""Seconds that an idle connection is kept. They must be fewer than uvicorn's 5 (``timeout_keep_alive``): otherwise
+engines close connections at the moment of their next use."""
 
 _HINT: Final = "is this an SGLang or vLLM server?"
 _ERROR_BYTES: Final = 65_536
 
 
 def make_client() -> httpx.AsyncClient:
-    """Make the one HTTP client that all engines are asked with. Proxies of the environment are not for them."""
+    """Make the HTTP client for all engines. It ignores the proxies of the environment."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEPALIVE_SECONDS)
-    # Times are limited around whole answers here; httpx limits only the single read.
+    # httpx can only limit single reads, so whole answers are limited where they are read.
     return httpx.AsyncClient(timeout=None, limits=limits, trust_env=False)  # noqa: S113 - see above
 
 
 class EngineClient:
-    """The pages of one engine. Every method raises :class:`dp_extproc.engines.pages.ReaderError` alone."""
+    """The HTTP client of one engine: an :class:`dp_extproc.engines.pages.EngineHttp`.
+
+    Its methods raise :class:`dp_extproc.engines.pages.ReaderError` and no other exception.
+    """
 
     def __init__(
         self,
@@ -40,10 +44,10 @@ class EngineClient:
     ) -> None:
         self.endpoint = endpoint
         self.address = ""
-        """``IP:port`` that is asked, and that Envoy is to dial; known after :meth:`resolve`."""
+        """``IP:port`` of the engine, for this client and for Envoy; known after :meth:`resolve`."""
         self._settings = settings
         self._client = client
-        # A host name may stand for several addresses: ask exactly the one that is told to Envoy, under its name.
+        # A host name may have several addresses: read exactly the one that Envoy gets, under its name.
         self._headers = (
             (b"host", f"{in_url(endpoint.host)}:{endpoint.port}".encode()),
             (b"accept-encoding", b"identity"),
@@ -51,7 +55,7 @@ class EngineClient:
         self._credentials = credentials
 
     async def resolve(self) -> str:
-        """Look up the engine's address; IPv4 is preferred, and the known one is kept while it is still right."""
+        """Look up the address of the engine. IPv4 is preferred, and the present address is kept while it is valid."""
         self.address = f"{await self._look_up()}:{self.endpoint.port}"
         return self.address
 
@@ -71,14 +75,14 @@ class EngineClient:
         except httpx.ConnectError:
             message = f"no connection to {self.address}; is the engine running, and can it be reached from here?"
             raise ReaderError(FailureKind.REFUSED, message) from None
-        except Exception as error:  # noqa: BLE001 - no answer whatever may end the watch over the other engines
+        except Exception as error:  # noqa: BLE001 - an answer, however odd, raises no other exception
             detail = str(error) or type(error).__name__
             raise ReaderError(FailureKind.UNREADABLE, f"{path} got no complete HTTP answer: {detail}") from None
 
     async def post(
         self, path: str, body: bytes, header: tuple[str, str], *, patience: float = 1.0
     ) -> tuple[int, bytes] | None:
-        """Post JSON; see :class:`dp_extproc.engines.pages.EngineHttp`. A long answer is cut."""
+        """Post JSON; see :class:`dp_extproc.engines.pages.EngineHttp`. A long answer is truncated."""
         name, value = header
         headers = [*self._all_headers(), (b"content-type", b"application/json"), (name.encode(), value.encode())]
         with suppress(OSError, TimeoutError, httpx.HTTPError):
@@ -115,17 +119,17 @@ class EngineClient:
         addresses = [in_url(str(each[4][0])) for each in found]
         if not addresses:
             raise ReaderError(FailureKind.UNRESOLVABLE, f"{host} has no address")
-        known = self.address.rpartition(":")[0]
-        return known if known in addresses else addresses[0]
+        present = self.address.rpartition(":")[0]
+        return present if present in addresses else addresses[0]
 
     async def _receive(self, path: str, response: httpx.Response, hint: str) -> bytes:
         limit = self._settings.max_page_bytes
         if response.status_code != httpx.codes.OK:
-            shown = bool(self._credentials.headers(self.endpoint.pool))
-            message = _explain(path, response.status_code, key_shown=shown, hint=hint)
+            has_key = bool(self._credentials.headers(self.endpoint.pool))
+            message = _explain(path, response.status_code, has_key=has_key, hint=hint)
             raise ReaderError(FailureKind.HTTP_STATUS, message, status=response.status_code)
         page = bytearray()
-        # Raw: an answer that is compressed against our wish must not unfold in memory.
+        # Raw bytes: an answer that is compressed against the request must not be expanded in memory.
         async for chunk in response.aiter_raw():
             page += chunk
             if len(page) > limit:
@@ -133,11 +137,11 @@ class EngineClient:
         return bytes(page)
 
 
-def _explain(path: str, status: int, *, key_shown: bool, hint: str) -> str:
+def _explain(path: str, status: int, *, has_key: bool, hint: str) -> str:
     message = f"{path} answered {status}"
     if status in {401, 403}:
-        # Only /metrics, /health and /ready are open when an API key is set (utils/auth.py).
-        if key_shown:
+        # With an API key, all pages but /metrics, /health and /ready need it (utils/auth.py).
+        if has_key:
             return f"{message}: the engine refuses the API key of its pool; compare api_key with its --api-key"
         return f"{message}: the engine asks for an API key; tell the pool where it is: api_key: {{file: ...}}"
     return f"{message}: {hint}" if status in ABSENT else message

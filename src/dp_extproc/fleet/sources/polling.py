@@ -1,4 +1,4 @@
-"""One engine, round by round: who it is when that is not known, then its load."""
+"""Polls one engine in rounds: its facts when they are due, then its load."""
 
 import math
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from dp_extproc.engines.pages import ReaderError
 from dp_extproc.fleet.sources.http import EngineClient
 
 FACTS_EVERY: Final = 60.0
-"""Seconds after which an engine is asked anew who it is, and its name looked up."""
+"""Seconds between two reads of the facts of an engine, each with a look-up of its name."""
 OVERRIDES_EVERY: Final = 5.0
-"""Likewise, while it has not told whether it obeys ``x-override-*`` headers, which are needed."""
+"""Seconds between two reads of the facts while it is unknown whether the needed ``x-override-*`` headers are obeyed."""
 
 _NOW: Final = -math.inf
-"""A time that has come, whatever the clock says."""
+"""A time that has passed on any clock."""
 
 
 class EnginePoller:
-    """What is known of one engine. Each round tells the listener what it found."""
+    """Reads one engine round by round, and emits what it finds as engine events."""
 
     def __init__(
         self, engine: EngineClient, source: LoadSource, listener: EngineListener, clock: Callable[[], float]
@@ -41,16 +41,15 @@ class EnginePoller:
 
     @property
     def source(self) -> LoadSource:
-        """Which page tells the load at present: ``LOADS`` or ``METRICS``."""
+        """Which page is read for the load at present: ``LOADS`` or ``METRICS``."""
         return self._load.source
 
-    @property
-    def facts(self) -> EngineFacts | None:
-        """What the engine says of itself; None as long as it has not."""
-        return self._facts
-
     async def round(self) -> EngineFailure | None:
-        """Ask the engine once. Returns what is wrong with it, if anything; the listener has been told."""
+        """Read the engine once.
+
+        Returns:
+            The failure of the round, if there is one; the listener got it, too.
+        """
         if self._clock() >= self._facts_due:
             self._facts_failure = await self._discover()
         failure = self._facts_failure
@@ -59,7 +58,7 @@ class EnginePoller:
             if failure is not None and failure.kind in AWAY:
                 self._facts_due = _NOW
             if failure is None and self._facts_failure is not None:
-                # A /server_info that fails on its own does not hinder; it is asked again when it is due.
+                # Facts that cannot be read do not keep the load from being read; they are read again when they are due.
                 failure = replace(self._facts_failure, page_was_read=True)
         else:
             self._facts_due = _NOW
@@ -88,7 +87,7 @@ class EnginePoller:
         return failure
 
     def _with_overrides(self, facts: EngineFacts) -> EngineFacts:
-        """Hold on to what was known of ``x-override-*`` headers while an engine that was not gone does not tell."""
+        """Keep the last finding about ``x-override-*`` headers if this read left it open and the engine was not gone."""
         if not self._endpoint.needs_overrides:
             return facts
         if facts.reads_overrides is not None:
