@@ -87,7 +87,7 @@ class EnginePoller:
         return failure
 
     def _with_overrides(self, facts: EngineFacts) -> EngineFacts:
-        """Keep the last finding about ``x-override-*`` headers if this read left it open and the engine was not gone."""
+        """Keep the last finding about ``x-override-*`` headers if this read left it open and the engine stayed."""
         if not self._endpoint.needs_overrides:
             return facts
         if facts.reads_overrides is not None:
