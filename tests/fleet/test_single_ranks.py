@@ -1,4 +1,4 @@
-"""Ranks that have listeners of their own: each is seen as a server of one rank that knows its place."""
+"""Endpoints with only one rank of an engine that has one port for each rank."""
 
 import pytest
 
@@ -15,18 +15,18 @@ def page(*ranks: int) -> LoadPage:
     return LoadPage(tuple(RankSample(rank, used_tokens=10 * rank) for rank in ranks))
 
 
-@pytest.mark.parametrize(("ranks", "place"), [(None, (2, 4)), (8, (2, 8))], ids=["discovered", "configured"])
-def test_its_place(ranks: int | None, place: tuple[int, int]) -> None:
-    """It counts as one rank; rooms are drawn for its place among those of the whole server."""
-    seen = as_single_rank(facts("0.5.23", Mode.PREFILL), endpoint(2, ranks))
+@pytest.mark.parametrize(("ranks", "position"), [(None, (2, 4)), (8, (2, 8))], ids=["discovered", "configured"])
+def test_single_rank_has_its_position_in_the_whole_engine(ranks: int | None, position: tuple[int, int]) -> None:
+    """It counts as one rank; rooms are drawn for its position."""
+    found = as_single_rank(facts("0.5.23", Mode.PREFILL), endpoint(2, ranks))
 
-    assert seen.dp_ranks == 1
-    assert seen.position_of(0) == place
-    assert disagreement(endpoint(2, ranks), seen, page(0)) is None
+    assert found.dp_ranks == 1
+    assert found.position_of(0) == position
+    assert disagreement(endpoint(2, ranks), found, page(0)) is None
 
 
-def test_others_stay_as_they_are() -> None:
-    """Without ``dp_rank`` a server has all its ranks."""
+def test_facts_stay_without_a_configured_rank() -> None:
+    """The endpoint has all ranks of the engine."""
     whole = facts("0.5.23", Mode.PREFILL)
 
     assert as_single_rank(whole, endpoint(None)) is whole
@@ -35,20 +35,20 @@ def test_others_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shown", "used"),
+    ("on_page", "used"),
     [((2,), [20]), ((0,), [0]), ((0, 1, 2, 3), [20]), ((0, 1), [])],
-    ids=["own rank", "counted from 0", "whole server", "others only"],
+    ids=["own rank", "counted from 0", "whole engine", "others only"],
 )
-def test_its_load(shown: tuple[int, ...], used: list[int]) -> None:
-    """Of a load page its own rank counts, whether the page shows all or only that one."""
-    seen = as_single_rank(facts("0.5.23", Mode.PREFILL), endpoint(2))
+def test_single_rank_takes_its_own_sample(on_page: tuple[int, ...], used: list[int]) -> None:
+    """The page may have that rank alone, or all ranks."""
+    found = as_single_rank(facts("0.5.23", Mode.PREFILL), endpoint(2))
 
-    kept = page_of_single_rank(page(*shown), seen)
+    kept = page_of_single_rank(page(*on_page), found)
     assert [(sample.dp_rank, sample.used_tokens) for sample in kept.ranks] == [(0, each) for each in used]
 
 
-def test_a_rank_that_is_not_there() -> None:
-    """It is a disagreement; requests with its rooms would wait for nobody."""
+def test_single_rank_out_of_range_is_a_disagreement() -> None:
+    """Requests with its rooms would wait without end."""
     wrong = endpoint(4)
 
     failure = disagreement(wrong, as_single_rank(facts("0.5.23", Mode.PREFILL), wrong))
@@ -56,8 +56,8 @@ def test_a_rank_that_is_not_there() -> None:
     assert "has 4 DP rank(s), but this is to be the listener of rank 4" in failure.message
 
 
-def test_a_listener_that_is_listed_as_a_server() -> None:
-    """Its load page shows one rank of many, and the message says what to write."""
+def test_single_rank_that_is_not_configured_is_a_disagreement() -> None:
+    """Its load page has one rank of many, and the message has the remedy."""
     failure = disagreement(endpoint(None), facts("0.5.23", Mode.PREFILL), page(3))
 
     assert failure is not None
