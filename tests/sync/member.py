@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dp_extproc.config import SyncSettings
 from dp_extproc.sync.outbox import Outbox
-from dp_extproc.sync.transport.join import join
+from dp_extproc.sync.transport.replica import join
 from sync.books import Books, dispatch_to
 
 PATIENCE = 20.0

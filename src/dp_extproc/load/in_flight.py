@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from dp_extproc.load.endpoint import EndpointLoad
+from dp_extproc.load.rank import Reservation
 from dp_extproc.load.records import PlacementRecord
-from dp_extproc.load.step_group import Reservation
 
 
 class InFlightListener(Protocol):
@@ -55,7 +55,7 @@ class InFlight:
 
     __slots__ = (
         "_answered", "_decode", "_made_room", "_observer", "_on_prefill_answer", "_over", "_prefill", "_streaming",
-        "decode_host", "first_byte_at", "leg", "number", "picked_at", "prefill_host", "prefill_status",
+        "decode_endpoint", "first_byte_at", "leg", "number", "picked_at", "prefill_endpoint", "prefill_status",
     )  # fmt: skip
 
     def __init__(
@@ -65,8 +65,8 @@ class InFlight:
         prefill: tuple[Reservation, ...],
         decode: tuple[Reservation, ...],
         *,
-        prefill_host: EndpointLoad | None = None,
-        decode_host: EndpointLoad | None = None,
+        prefill_endpoint: EndpointLoad | None = None,
+        decode_endpoint: EndpointLoad | None = None,
         leg: str = "",
         streaming: bool = False,
         observer: InFlightListener = NOBODY,
@@ -76,8 +76,8 @@ class InFlight:
         self.number = number
         self.leg = leg
         """Token by which the prefill leg's own ext_proc stream finds this attempt."""
-        self.prefill_host = prefill_host
-        self.decode_host = decode_host
+        self.prefill_endpoint = prefill_endpoint
+        self.decode_endpoint = decode_endpoint
         """Who answers the client; a server that does both, too."""
         self.picked_at = picked_at
         self.prefill_status: int | None = None
@@ -100,16 +100,16 @@ class InFlight:
                 self._on_prefill_answer(status)
             if status >= ERROR:  # nothing was computed; what follows of it, others learn from the end
                 for reservation in self._prefill:
-                    reservation.withdraw(now)
+                    reservation.cancel(now)
                 self._made_room()
                 return
             self._observer.prefill_answered(self.number, now)
-            if self.prefill_host is not None:
-                self.prefill_host.answered_at = now
+            if self.prefill_endpoint is not None:
+                self.prefill_endpoint.answered_at = now
             for reservation in self._prefill:
-                reservation.release(now)
+                reservation.complete(now)
             for reservation in self._decode:
-                reservation.started(now)  # the KV cache is there, so decoding begins
+                reservation.first_token(now)  # the KV cache is there, so decoding begins
             self._made_room()
 
     def first_byte(self, status: int, now: float) -> None:
@@ -119,10 +119,10 @@ class InFlight:
             self._answered = status < ERROR
             if self._answered:
                 self._observer.first_token(self.number, now)
-                if self.decode_host is not None:
-                    self.decode_host.answered_at = now
+                if self.decode_endpoint is not None:
+                    self.decode_endpoint.answered_at = now
                 for reservation in self._decode:
-                    reservation.started(now)
+                    reservation.first_token(now)
             # One server does both; and a whole answer tells that its prompt was computed, whoever did it.
             if not self._prefill or (status < ERROR and not self._streaming):
                 self.prefill_answered(status, now)
@@ -136,10 +136,10 @@ class InFlight:
             self._over = True
             self._observer.ended(self.number, now)
             for reservation in self._prefill:
-                reservation.withdraw(now)
+                reservation.cancel(now)
             for reservation in self._decode:
                 if self._answered:
-                    reservation.release(now)
+                    reservation.complete(now)
                 else:  # how long it lasted tells nothing of the server's pace
-                    reservation.withdraw(now)
+                    reservation.cancel(now)
             self._made_room()

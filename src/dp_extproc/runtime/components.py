@@ -27,8 +27,7 @@ from dp_extproc.runtime.secrets import read_api_keys
 from dp_extproc.scheduling.admission import AdmissionQueue
 from dp_extproc.scheduling.scheduler import Scheduler
 from dp_extproc.sync.outbox import Outbox
-from dp_extproc.sync.transport.join import join
-from dp_extproc.sync.transport.replica import Replica
+from dp_extproc.sync.transport.replica import Replica, join
 
 _LOOK_AROUND_SECONDS: Final = 2.0
 _KEYS_SECONDS: Final = 1.0
@@ -79,7 +78,7 @@ class Components:
         )
         self._replica: Replica | None = None
         if config.sync is not None:
-            self._replica = join(config.sync, outbox, self._dispatcher.ledger.open_foreign, clock=clock)
+            self._replica = join(config.sync, outbox, self._dispatcher.ledger.open_peer, clock=clock)
             self.telemetry.add(SyncMetrics(self._replica.status))
         picks = config.protocol is Protocol.ENDPOINT_PICKER
         self.service = ExtProcService(
