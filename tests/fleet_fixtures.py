@@ -1,4 +1,4 @@
-"""A fleet as the scraper would have told of it, without any engine."""
+"""A fleet whose engine events come from the test, without any engine."""
 
 from collections.abc import Callable, Sequence
 from itertools import count

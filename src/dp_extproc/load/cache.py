@@ -1,4 +1,4 @@
-"""The load cache: every endpoint that has been discovered, fed by what the scraper observes."""
+"""The load cache: every endpoint that has been discovered, fed by engine events."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
