@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 from dp_extproc.config.listen import MAX_PORT, SocketAddress, socket_address
 from dp_extproc.config.section import Bytes, Seconds, Section
 from dp_extproc.config.security import ServiceTls
-from dp_extproc.contract import DESTINATION, FOREIGN_PREFIXES, RANK_HEADER
+from dp_extproc.contract import DESTINATION, RANK_HEADER, UNTRUSTED_PREFIXES
 
 _HEADER: Final = re.compile(r"[a-z0-9!#$&'*+.^_`|~-]+")
 """Names of headers by RFC 9110, without the percent sign, which begins a command in Envoy's formats."""
@@ -45,7 +45,7 @@ def _header_name(value: str) -> str:
     name = value.lower()
     if not _HEADER.fullmatch(name):
         raise ValueError("write the name of a request header, such as x-session-id")
-    if name.startswith(FOREIGN_PREFIXES):
+    if name.startswith(UNTRUSTED_PREFIXES):
         raise ValueError("names under x-dp-, x-envoy- and x-override- are taken from clients; write another one")
     if name in _NO_SESSION:
         raise ValueError(f"{value} is not the name of a conversation; write a header that clients send for it")
