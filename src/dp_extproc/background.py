@@ -81,7 +81,7 @@ class Guard:
         """Collect the metrics of background tasks."""
         failures = CounterMetricFamily(
             "dp_extproc_task_failures",
-            "Unexpected failures of background tasks, each of which has begun anew.",
+            "Unexpected failures of background tasks, each of which goes on or has begun anew.",
             labels=["task"],
         )
         for name, count in self.failures.items():
