@@ -39,7 +39,7 @@ class Readiness:
         self.ready = False
 
     def review(self) -> None:
-        """Determine readiness anew, after an event that may have changed it."""
+        """Determine readiness again after an event that may have changed it."""
         self._changed.set()
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:  # noqa: ARG002 - the protocol's
