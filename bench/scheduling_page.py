@@ -32,15 +32,15 @@ ROBUST: Final = {
     "underrated": "30 % of the prompts four times too short",
     "scrape-0.1s": "engines read every 100 ms",
     "scrape-10s": "every 10 s",
-    "no-scrapes": "engines never tell their load",
-    "stale": "every reading is stale before the next one",
+    "no-scrapes": "engines never report their load",
+    "stale": "every sample is stale before the next one",
     "mute": "engines cannot be read for 30 % of the time, 20 s at a time, and are stale then",
-    "lying": "engines tell nonsense",
+    "lying": "engines report nonsense",
     "no-answers": "no event but the end of a request",
-    "slow-prefill": "one prefill server at half its speed (24 requests/s)",
-    "slow-decode": "one decode server at 0.6 of its speed",
-    "direct": "30 % of the traffic passes the router by",
-    "aborts": "30 % of the clients leave when they have waited (0.5 s on average)",
+    "slow-prefill": "one prefill engine at half its speed (24 requests/s)",
+    "slow-decode": "one decode engine at 0.6 of its speed",
+    "direct": "30 % of the traffic bypasses the router",
+    "aborts": "30 % of the clients disconnect after a wait (0.5 s on average)",
 }
 
 Results = dict[str, dict[str, float]]
@@ -109,7 +109,7 @@ def tails() -> str | None:
         rows.append([setting, f"{own['ttft_p99']:,.0f}", *p99, *tpot, f"{own['wait']:.0%}", f"{ours['wait']:.0%}"])
     return table(
         ["setting", "p99 TTFT, ms", "default", "clairvoyant", "TPOT, ms", "default, %", "clairvoyant, %",
-         "waiting before", "with the default"],
+         "waiting, engines' own", "waiting, default"],
         rows,
     )  # fmt: skip
 
@@ -184,7 +184,7 @@ def replicas() -> str | None:
         rows.append([str(count), *cells])
     if not any(any(row[1:]) for row in rows):
         return None
-    return table(["replicas", "told within 20 ms", "50 ms", "200 ms", "blind"], rows)
+    return table(["replicas", "sync within 20 ms", "50 ms", "200 ms", "blind"], rows)
 
 
 def robustness() -> str | None:
@@ -351,7 +351,7 @@ def draw_replicas() -> None:
     """Draw what replicas lose by not knowing of each other."""
     counts = (1, 2, 4, 8)
     figure, axes = plt.subplots(figsize=(6, 3.8))
-    for late, label in (("20", "told within 20 ms"), ("50", "50 ms"), ("200", "200 ms"), ("blind", "blind")):
+    for late, label in (("20", "sync within 20 ms"), ("50", "50 ms"), ("200", "200 ms"), ("blind", "blind")):
         found = [only(f"replicas-{count}-{late if count > 1 else 'blind'}") for count in counts]
         if all(found):
             axes.plot(counts, [results[DEFAULT]["ttft_gain"] for results in found if results], marker="o", label=label)

@@ -146,9 +146,9 @@ def shell(environment: Mapping[str, str], checkout: Path) -> Iterator[Shell]:
 
 
 def _blocks() -> list[str]:
-    """Give the shell blocks of the README's section ``Beginning``."""
+    """Give the shell blocks of the README's section ``Quick start``."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.partition("\n## Beginning\n")[2].partition("\n## ")[0]
+    section = text.partition("\n## Quick start\n")[2].partition("\n## ")[0]
     return _BLOCK.findall(section)
 
 
