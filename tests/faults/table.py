@@ -11,10 +11,10 @@ from faults.matrix import CELLS, Cell, Outcomes, run_cell, run_quick_fleet
 BEGIN: Final = "<!-- begin faults -->"
 END: Final = "<!-- end faults -->"
 _HEAD: Final = """\
-`answer` means that the client gets the whole response, possibly after another attempt. `part of the answer` means that the
-response ends immediately after its first bytes. Anything else is a status, with the reason of the service or Envoy, or
-with the engine's own text. Results are the same for chats and `/generate`, whole responses and streams, unless the table
-shows a difference. After each cell no engine had a leg left and no reservation was left.
+`answer` means that the client gets the whole response, possibly after another attempt. `part of the answer` means that
+the response ends immediately after its first bytes. Anything else is a status, with the reason of the service or Envoy,
+or with the engine's own text. Results are the same for chats and `/generate`, whole responses and streams, unless the
+table shows a difference. After each cell no engine had a leg left and no reservation was left.
 
 | part | what it does | one of two does it | all do it |
 |---|---|---|---|
