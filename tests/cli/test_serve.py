@@ -1,4 +1,4 @@
-"""The service as a process: how it starts, what it shows, how it ends."""
+"""The service as a process starts, shows its state, and ends as documented."""
 
 import asyncio
 import re
@@ -27,14 +27,14 @@ EXT_PROC = "envoy.service.ext_proc.v3.ExternalProcessor"
 
 
 def pools() -> list[dict[str, Any]]:
-    """A pool of engines that nobody has started."""
+    """Make a pool of engines that are not running."""
     prefill, decode = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
     return [{"models": ["*"], "prefill": {"endpoints": [prefill]}, "decode": {"endpoints": [decode]}}]
 
 
 @pytest.fixture(scope="module")
 def lonely() -> Iterator[ServiceProcess]:
-    """A service none of whose engines is up."""
+    """Give a service none of whose engines is running."""
     with ServiceProcess(write_config(pools())) as service:
         yield service
 
@@ -46,7 +46,7 @@ def health_of(service: ServiceProcess, name: str) -> str:
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
-def test_without_engines_it_lives_but_is_not_ready(lonely: ServiceProcess) -> None:
+def test_the_service_is_alive_but_not_ready_without_engines(lonely: ServiceProcess) -> None:
     """HTTP and gRPC probes agree: alive, not ready."""
     assert httpx.get(f"{lonely.admin_url}/healthz").status_code == 200
     assert httpx.get(f"{lonely.admin_url}/readyz").status_code == 503
@@ -54,8 +54,8 @@ def test_without_engines_it_lives_but_is_not_ready(lonely: ServiceProcess) -> No
     assert [health_of(lonely, name) for name in ("", "readiness", EXT_PROC)] == ["NOT_SERVING"] * 3
 
 
-def test_loads_of_engines_that_never_answered(lonely: ServiceProcess) -> None:
-    """Every configured endpoint is listed, with what is wrong with it."""
+def test_loads_list_engines_that_never_answered(lonely: ServiceProcess) -> None:
+    """Every configured endpoint is listed with its failure."""
     deadline = time.monotonic() + 10
     while any(each["failure"] is None for each in lonely.loads()["endpoints"]):
         assert time.monotonic() < deadline
@@ -67,8 +67,8 @@ def test_loads_of_engines_that_never_answered(lonely: ServiceProcess) -> None:
     assert all(each["failure"].startswith("refused: no connection to ") for each in endpoints)
 
 
-def test_without_the_section_there_is_no_exchange(lonely: ServiceProcess) -> None:
-    """A service that is alone neither talks of other replicas nor counts them."""
+def test_the_service_has_no_peers_without_the_section_sync(lonely: ServiceProcess) -> None:
+    """A service without ``sync`` neither shows nor counts other replicas."""
     assert lonely.loads()["sync"] is None
     assert "dp_extproc_sync" not in lonely.metrics()
 
@@ -85,26 +85,26 @@ def test_without_the_section_there_is_no_exchange(lonely: ServiceProcess) -> Non
         "dp_extproc_bytes_per_token",
     ],
 )
-def test_metrics_are_there_from_the_start(lonely: ServiceProcess, name: str) -> None:
-    """A dashboard has something to show before the first request."""
+def test_metrics_exist_from_the_start(lonely: ServiceProcess, name: str) -> None:
+    """A dashboard has data before the first request."""
     assert re.search(rf"^{name}[{{ ]", lonely.metrics(), re.MULTILINE)
 
 
-def test_what_it_logs_at_the_start(lonely: ServiceProcess) -> None:
-    """One line says where it listens."""
+def test_the_service_logs_its_address_at_the_start(lonely: ServiceProcess) -> None:
+    """One line names the address where the service listens."""
     assert f"ext_proc on {lonely.config.listen.grpc}, admin on {lonely.config.listen.admin}" in lonely.log()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_status_0(number: signal.Signals) -> None:
-    """It stops in its own time, and successfully."""
+def test_the_service_ends_with_status_0_on_a_signal(number: signal.Signals) -> None:
+    """The service ends by itself, with status 0."""
     with ServiceProcess(write_config(pools())) as service:
         assert service.stop(number) == 0
         assert "Traceback" not in service.log()
 
 
-def test_while_draining_it_lives_but_is_not_ready() -> None:
-    """After SIGTERM it goes on answering, alive and not ready; a second signal cuts the wait short."""
+def test_the_service_is_alive_but_not_ready_while_it_drains() -> None:
+    """After SIGTERM the service answers, alive and not ready, until a second signal ends the drain."""
     with ServiceProcess({**write_config(pools()), "drain": "1h"}) as service:
         service.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + 10
@@ -125,8 +125,8 @@ def _serve(path: Path, content: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("listener", ["grpc", "admin"])
-def test_a_taken_port_is_said_plainly(tmp_path: Path, listener: str) -> None:
-    """It does not start on half of its ports, and says which one is taken."""
+def test_a_used_port_is_reported_before_the_start(tmp_path: Path, listener: str) -> None:
+    """The service does not start on a part of its ports, and names the one that is in use."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -138,8 +138,8 @@ def test_a_taken_port_is_said_plainly(tmp_path: Path, listener: str) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_a_port_that_is_taken_later_is_said_plainly_too(tmp_path: Path) -> None:
-    """Between the first look at the ports and listening on them somebody else may come."""
+def test_a_used_port_is_reported_when_it_is_taken_later(tmp_path: Path) -> None:
+    """Another program may take a port between the check of the ports and listening on them."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         text = yaml.safe_dump(write_config(pools(), listen={"grpc": address}))
@@ -147,8 +147,8 @@ def test_a_port_that_is_taken_later_is_said_plainly_too(tmp_path: Path) -> None:
             asyncio.run(serve(parse_config(text), text, tmp_path / "config.yaml"))
 
 
-def test_a_bad_file_is_reported_before_anything_starts(tmp_path: Path) -> None:
-    """Status 2, and every mistake at once."""
+def test_an_invalid_file_is_reported_before_anything_starts(tmp_path: Path) -> None:
+    """The status is 2, and every mistake is listed at once."""
     result = _serve(tmp_path / "config.yaml", {"load": {"interval": 1}, "pools": [{"models": ["*"]}]})
 
     assert result.returncode == 2
@@ -157,27 +157,27 @@ def test_a_bad_file_is_reported_before_anything_starts(tmp_path: Path) -> None:
 
 
 class TestOwnerAddress:
-    """Where the prefill legs of this process report to."""
+    """The address where the prefill legs of this process report."""
 
     def _owner(self, **listen: str) -> str:
         return owner_address(parse_config(yaml.safe_dump({"listen": listen, "pools": pools()})))
 
-    def test_the_address_listened_on(self) -> None:
-        """An address of its own is where it is reached."""
+    def test_the_owner_address_is_the_one_listened_on(self) -> None:
+        """A specific address is where the process is reached."""
         assert self._owner(grpc="127.0.0.1:7001") == "127.0.0.1:7001"
 
-    def test_the_advertised_one(self) -> None:
-        """What the operator says wins."""
+    def test_the_owner_address_is_the_advertised_one(self) -> None:
+        """The configured address takes precedence."""
         assert self._owner(grpc="0.0.0.0:7001", advertise="10.1.2.3:7002") == "10.1.2.3:7002"
 
-    def test_on_all_interfaces_it_is_this_host(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The host's own name leads to an address that others reach."""
+    def test_the_owner_address_is_this_host_on_all_interfaces(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The name of the host leads to an address that other machines reach."""
         monkeypatch.setattr(socket, "gethostbyname", lambda _name: "10.9.8.7")
 
         assert self._owner(grpc="0.0.0.0:7001") == "10.9.8.7:7001"
 
-    def test_a_host_without_an_address_must_be_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It cannot be guessed, so the error names the key."""
+    def test_the_owner_address_must_be_configured_if_unresolvable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The address cannot be guessed, so the error names the key."""
 
         def fail(_name: str) -> str:
             raise OSError("Name or service not known")

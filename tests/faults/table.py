@@ -1,4 +1,4 @@
-"""``python -m faults.table [FILE]``: run every cell, print what clients got, and put it between the marks of a page."""
+"""``python -m faults.table [FILE]`` runs every cell, prints the results, and puts them between the marks of a page."""
 
 import sys
 import time
@@ -22,7 +22,7 @@ table shows a difference. After each cell no engine had a leg left and no reserv
 
 
 def describe(outcomes: Outcomes) -> str:
-    """Say in one line what clients got, by path and form only where that differs."""
+    """Describe in one line what clients got, by path and form only if that differs."""
     if len(set(outcomes.values())) == 1:
         return next(iter(outcomes.values()))
     by_form = {stream: {outcome for (_, s), outcome in outcomes.items() if s is stream} for stream in (False, True)}
@@ -32,7 +32,7 @@ def describe(outcomes: Outcomes) -> str:
 
 
 def as_table(results: Sequence[tuple[Cell, Outcomes]]) -> str:
-    """Write Markdown."""
+    """Write the results as a Markdown table."""
     rows: dict[tuple[str, str], dict[bool, str]] = {}
     for cell, outcomes in results:
         rows.setdefault((cell.part, cell.fault), {})[cell.everywhere] = describe(outcomes)
@@ -43,10 +43,10 @@ def as_table(results: Sequence[tuple[Cell, Outcomes]]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run it.
+    """Run all cells.
 
     Returns:
-        1 if a client got anything else than what is expected.
+        1 if a client got an unexpected result.
     """
     results: list[tuple[Cell, Outcomes]] = []
     surprises = 0
