@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from dp_extproc import contract
+from faults.decoy import Decoy
 from faults.fleet import BODIES, Fleet, run_fleet
-from faults.trap import Decoy
 from patience import wait_for
 
 CHAT, GENERATE = BODIES

@@ -17,7 +17,7 @@ from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from e2e.hosted import HostedEngine, HostedEngines
 from e2e.stack import FAST
-from faults.lying_engine import ForgingEngine
+from faults.forging_engine import ForgingEngine
 from patience import wait_for
 
 FORMS: Final = list(product(BodyMode, CutStreams, Supervise))

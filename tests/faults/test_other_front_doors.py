@@ -17,7 +17,7 @@ from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from e2e.gateway import ext_proc, http_filters, load_gateway
 from e2e.hosted import HostedEngine, HostedEngines
 from e2e.stack import FAST
-from faults.trap import Decoy
+from faults.decoy import Decoy
 
 CHAT: Final = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 STRIPPED: Final = ("x-dp-", "x-override-", "x-data-parallel-rank")
