@@ -20,7 +20,7 @@ from dp_extproc.lab.testbed.engine import EngineProcess
 from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 
-MODES: Final = ("off", "legs", "answers")
+MODES: Final = ("off", "legs", "first_event")
 BODIES: Final = {
     "/generate": {"text": "hello " * 200, "sampling_params": {"max_new_tokens": 4}, "stream": True},
     "/v1/chat/completions": {
@@ -63,7 +63,7 @@ def main() -> None:
             service.wait_until_fresh()
             envoy = running.enter_context(EnvoyProcess(service.config))
             clients[mode] = running.enter_context(loopback.client(envoy.url, timeout=60))
-        print(f"{'path':>22}  {'':>8}  {'TTFT':>9}  more than off, ms (median of rounds; least to most)")
+        print(f"{'path':>22}  {'':>11}  {'TTFT':>9}  more than off, ms (median of rounds; least to most)")
         for path in BODIES:
             medians: dict[str, list[float]] = {mode: [] for mode in MODES}
             for index in range(args.rounds + 1):
@@ -77,7 +77,7 @@ def main() -> None:
             for mode in MODES:
                 more = [mine - off for mine, off in zip(medians[mode], medians["off"], strict=True)]
                 spread = f"{statistics.median(more):+.2f}  ({min(more):+.2f} to {max(more):+.2f})"
-                print(f"{path:>22}  {mode:>8}  {statistics.median(medians[mode]):6.2f} ms  {spread}")
+                print(f"{path:>22}  {mode:>11}  {statistics.median(medians[mode]):6.2f} ms  {spread}")
 
 
 if __name__ == "__main__":

@@ -102,7 +102,8 @@ def measure(engines: int, ranks: int, host: HostPolicy, decisions: int) -> list[
         began = time.thread_time_ns()
         prefills = fleet.capable("*", Role.PREFILL, Api.CHAT, now)
         decodes = fleet.capable("*", Role.DECODE, Api.CHAT, now)
-        attempt = ledger.open_pair(picker.pair(prefills, decodes, demand, now), demand, now)
+        pair = picker.pair(prefills, decodes, demand, now)
+        attempt = ledger.open(pair.prefill, pair.decode, demand, now)
         elapsed = time.thread_time_ns() - began
         in_flight.append(attempt)
         if number >= limit:

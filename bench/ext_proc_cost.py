@@ -3,7 +3,7 @@
 All of them are grpc.aio servers on uvloop in a process of their own. The empty one answers each message with a
 constant. With ``supervision: off`` a request has one stream with request headers, buffered body and response headers,
 and one stream of the prefill leg with its response headers. The messages of supervision measure what it adds: ``legs``
-also has the prefill leg's request headers, and ``answers`` a third stream with the first piece of the response.
+also has the prefill leg's request headers, and ``first_event`` a third stream with the first piece of the response.
 
 The benchmark measures the CPU time of the server process, which hardly depends on other load of the machine. Rounds are
 interleaved, and only ratios within a round count: to the empty server with the messages of ``off``, and with the same
@@ -112,7 +112,7 @@ def _service(supervise: Supervise) -> ExtProcService:
         rng=random.Random(1),
         draw_token=partial(secrets.token_hex, 12),
         clock=clock,
-        sees_first_events=supervise is Supervise.ANSWERS,
+        sees_first_events=supervise is Supervise.FIRST_EVENT,
     )
     return ExtProcService(
         dispatcher,
@@ -232,14 +232,14 @@ class Load:
                 answer = await stream.read()
             token = (contract.LEG, _leg_in(answer))
             leg = call(metadata=(token,))
-            if self._kind in {Supervise.LEGS, Supervise.ANSWERS}:
+            if self._kind in {Supervise.LEGS, Supervise.FIRST_EVENT}:
                 await leg.write(self._leg_headers)
                 await leg.read()
             await leg.write(self._response)
             await leg.read()
             await leg.done_writing()
             await stream.write(self._response)
-            if self._kind == Supervise.ANSWERS:
+            if self._kind == Supervise.FIRST_EVENT:
                 first = call(metadata=(token, (contract.STAGE, contract.FIRST_EVENT)))
                 await first.write(self._first_event)
                 await first.read()
@@ -309,11 +309,11 @@ def main() -> None:
         uvloop.run(_serve(args.serve))
         return
     results = uvloop.run(_compare(args.requests, args.rounds, args.concurrency))
-    head = f"{'body':>6}  {'':>8}  {'empty':>10}  {'service':>10}  to empty with off  to empty with the same messages"
+    head = f"{'body':>6}  {'':>11}  {'empty':>10}  {'service':>10}  to empty with off  to empty with the same messages"
     print(f"{head} (median of {args.rounds}; least to most)")
     for row in results:
         print(
-            f"{row['body']:>6}  {row['supervision']:>8}  {row['empty_us']:7.0f} us  {row['service_us']:7.0f} us  "
+            f"{row['body']:>6}  {row['supervision']:>11}  {row['empty_us']:7.0f} us  {row['service_us']:7.0f} us  "
             f"{_spread(row['ratios']):>17}  {_spread(row['ratios_same_messages'])}"
         )
     if args.json:

@@ -8,12 +8,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
-    Path(name)
-    for name in subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.splitlines()
-    if (ROOT / name).is_file()
+    {
+        Path(name)
+        for name in subprocess.run(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        ).stdout.splitlines()
+        if (ROOT / name).is_file()
+    }
 )  # fmt: skip
 _FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`[^`]*`")

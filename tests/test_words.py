@@ -254,7 +254,7 @@ def listed(*patterns: str) -> list[str]:
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    return sorted(path for path in found.stdout.splitlines() if (ROOT / path).is_file())
+    return sorted({path for path in found.stdout.splitlines() if (ROOT / path).is_file()})
 
 
 MODULES = listed(f"{PRODUCT}*.py")

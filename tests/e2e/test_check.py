@@ -193,7 +193,7 @@ def test_check_rejects_an_engine_that_ignores_override_headers(  # noqa: PLR0917
 ) -> None:
     """An engine that reads no override headers is rejected; one that reads them on fewer paths only without bodies."""
     url = shop.engines[prefill].url
-    pool = {**shop.pair(prefill, "obedient decode"), "carrier": "headers", "policy": UNSEEN}
+    pool = {**shop.pair(prefill, "obedient decode"), "routing_fields": "headers", "policy": UNSEEN}
     found, out = shop.check(pool, body_mode)
 
     assert found == status, out

@@ -199,8 +199,8 @@ def test_an_ejection_stays_while_another_failure_lasts(failure: str) -> None:
 
     Its sample is never stale: a stale endpoint would be avoided for that, and get no request that it could fail.
     """
-    long = {"failures": 2, "ejection": "10m", "max_ejection": "10m"}
-    with run_stack(decodes=2, load={**QUICK, "stale_after": "10m"}, health=long) as stack:
+    long = {"consecutive_failures": 2, "base_ejection_time": "10m", "max_ejection_time": "10m"}
+    with run_stack(decodes=2, load={**QUICK, "stale_after": "10m"}, outlier_detection=long) as stack:
         failing = stack.decodes[0]
         patient = Patient(stack, failing)
         if failure == "server_info":

@@ -82,7 +82,7 @@ def test_streams_continue_while_the_service_drains_and_after_it_ends(slow: Stack
 def test_streams_in_full_duplex_continue_after_the_service_ends() -> None:
     """Envoy breaks a response if its ext_proc stream breaks, so the service ends these streams with status OK."""
     options = ("--time-scale", "5", *PATIENCE)
-    with run_stack(options=options, drain="10ms", envoy={"body_mode": "duplex"}) as stack:
+    with run_stack(options=options, drain="10ms", envoy={"body_mode": "full_duplex_streamed"}) as stack:
 
         async def stop() -> None:
             assert await asyncio.to_thread(stack.service.stop) == 0

@@ -70,6 +70,9 @@ class Echo:
             return Rejection(400, Reason.CANNOT_CARRY_ROUTING, "as asked")
         return Decision(None, PLACED, {contract.META_POOL: "p"}, None, streaming=None)
 
+    def place_queued(self, *_request: object) -> Decision | Rejection:
+        raise NotImplementedError
+
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         return Decision(None, PLACED, {contract.META_POOL: "p"}, None)
 

@@ -16,7 +16,7 @@ from dp_extproc.engines.model import Role
 from dp_extproc.extproc.exchange import Exchange
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Rejection
-from dp_extproc.scheduling.decision import Answer, Decision, RequestContext
+from dp_extproc.scheduling.decision import Answer, Decision, Queued, RequestContext
 from extproc.wire import (
     POST,
     Server,
@@ -65,15 +65,18 @@ def test_no_header_is_read_that_is_not_in_these_tables() -> None:
 
 @dataclass
 class Listener:
-    """Places everything, and remembers under which circumstances."""
+    """Places everything, and keeps the context of each request."""
 
     heard: list[RequestContext] = field(default_factory=list)
 
-    def place(self, api: Api, body: bytes, circumstances: RequestContext) -> Decision | Rejection:
-        self.heard.append(circumstances)
+    def place(self, api: Api, body: bytes, context: RequestContext) -> Decision | Rejection:
+        self.heard.append(context)
         return Decision(body, ((contract.DECODE_HOST, WORKER.encode()),), {}, None)
 
-    def place_unread(self, api: Api, length: int | None, circumstances: RequestContext) -> Decision | Rejection:
+    def place_unread(self, api: Api, length: int | None, context: RequestContext) -> Decision | Rejection:
+        raise NotImplementedError
+
+    def place_queued(self, queued: Queued, context: RequestContext) -> Decision | Rejection:
         raise NotImplementedError
 
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:

@@ -45,7 +45,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         load=load,
         drain="2500ms",
         # otherwise a truncated stream ends with an event that the service sees immediately
-        envoy={"cut_streams": "cut"},
+        envoy={"truncated_streams": "reset"},
     ) as fleet:
         wait_for(lambda: all(len(ready(each)) == 2 for each in services(fleet)), PATIENT)
         wait_for(lambda: fleet.envoy.healthy(SERVICE) == 4, PATIENT)  # Envoy checks the health of each in its turn

@@ -15,7 +15,7 @@ from dp_extproc import contract
 from dp_extproc.config.reliability import QueueSettings, SupervisionSettings
 from dp_extproc.engines.model import Role
 from dp_extproc.extproc.service import ExtProcService
-from dp_extproc.scheduling.queue import AdmissionQueue
+from dp_extproc.scheduling.admission import AdmissionQueue
 from dp_extproc.scheduling.scheduler import Scheduler
 from extproc.wire import Watcher
 from fleet_fixtures import Fleet, make_facts, make_tokens
@@ -224,7 +224,7 @@ class Stage:
 
     fleet: Fleet
     service: ExtProcService
-    line: AdmissionQueue
+    queue: AdmissionQueue
     streams: list[_Open] = field(default_factory=list)
     _current: dict[tuple[int, str], _Open] = field(default_factory=dict)
 
@@ -233,7 +233,7 @@ class Stage:
         """Build it in the running loop, with two servers of each role and little room on each."""
         clock = asyncio.get_running_loop().time
         fleet = Fleet(prefills=[make_facts(Role.PREFILL)] * 2, decodes=[make_facts(Role.DECODE)] * 2)
-        line = AdmissionQueue(QueueSettings.model_validate({"max_wait": "1s", "max_depth": 2}))
+        queue = AdmissionQueue(QueueSettings.model_validate({"max_wait": "1s", "max_depth": 2}))
         dispatcher = Scheduler(
             [fleet.pool],
             fleet.load,
@@ -241,13 +241,13 @@ class Stage:
             rng=Random(1),
             draw_token=make_tokens(),
             clock=clock,
-            line=line,
+            queue=queue,
             sees_first_events=True,
         )
         service = ExtProcService(
-            dispatcher, Watcher(), supervision=supervision, line=line, max_body=MAX_BODY, clock=clock
+            dispatcher, Watcher(), supervision=supervision, queue=queue, max_body=MAX_BODY, clock=clock
         )
-        return cls(fleet, service, line)
+        return cls(fleet, service, queue)
 
     async def play(self, step: Say | End | Wait) -> None:
         """Play one step of a script, and let everybody react."""

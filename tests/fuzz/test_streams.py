@@ -33,7 +33,7 @@ async def _play(script: list[Say | End | Wait], mode: Supervise) -> None:
             assert isinstance(error, grpc.aio.AbortError), error
         _judge(stream.context.answers(), stream.said)
     assert not stage.service._links
-    assert len(stage.line) == 0
+    assert len(stage.queue) == 0
     for host in stage.fleet.load.hosts.values():
         assert all(not rank.open for rank in host.ranks)
         assert sum(rank.tokens for rank in host.ranks) == 0

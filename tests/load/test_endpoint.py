@@ -481,7 +481,7 @@ def test_only_who_could_not_be_reached_comes_back(failures: list[EngineFailure],
     """Trouble that stands beside load pages that are read tells nothing of requests, and forgives nothing."""
     fleet = Fleet(prefills=[PREFILL], decodes=[DECODE])
     host = fleet.host(Role.DECODE)
-    for _ in range(DEFAULT_HEALTH.failures):
+    for _ in range(DEFAULT_HEALTH.consecutive_failures):
         host.health.failed(fleet.clock())
     for _ in range(3):
         for failure in failures:
@@ -489,4 +489,4 @@ def test_only_who_could_not_be_reached_comes_back(failures: list[EngineFailure],
         fleet.sample(host.endpoint, [0] * 4)
 
     assert host.health.is_ejected(fleet.clock()) is not comes_back
-    assert bool(fleet.load.sick) is not comes_back
+    assert bool(fleet.load.unhealthy) is not comes_back

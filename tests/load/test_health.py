@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from dp_extproc.config.reliability import HealthSettings
+from dp_extproc.config.reliability import OutlierDetectionSettings
 from dp_extproc.load.health import PROBE_SECONDS, Health, choose, healthy, others
 
-SETTINGS = HealthSettings.model_validate({"failures": 2, "ejection": "1s", "max_ejection": "4s"})
+SETTINGS = OutlierDetectionSettings.model_validate(
+    {"consecutive_failures": 2, "base_ejection_time": "1s", "max_ejection_time": "4s"}
+)
 
 
 @dataclass(frozen=True)
@@ -16,12 +18,12 @@ class Host:
     health: Health
 
 
-def make_health(sick: set[Health] | None = None) -> Health:
-    return Health(SETTINGS, sick)
+def make_health() -> Health:
+    return Health(SETTINGS)
 
 
 def eject(health: Health, now: float) -> None:
-    for _ in range(SETTINGS.failures):
+    for _ in range(SETTINGS.consecutive_failures):
         health.failed(now)
 
 
@@ -71,17 +73,21 @@ def test_one_request_at_a_time_is_the_probe() -> None:
     assert health.takes(1.5)
 
 
-def test_who_is_not_well_is_on_the_list_of_the_sick() -> None:
-    """Nobody has to look at the records of a fleet that is well."""
-    sick: set[Health] = set()
-    health = make_health(sick)
+def test_a_change_is_reported_at_each_ejection_and_at_recovery() -> None:
+    """A healthy fleet costs no look at the records: what the filters have found holds until a change is reported."""
+    changes: list[bool] = []
+    health = Health(SETTINGS, lambda: changes.append(health.is_unhealthy))
     health.failed(0.0)
-    assert not sick
+    health.succeeded()
     health.failed(0.0)
-    assert sick == {health}
-    health.came_back()
-    assert not sick
+    assert changes == []
+    health.failed(0.0)
+    assert changes == [True]
+    health.recovered()
+    assert changes == [True, False]
     assert health.takes(0.0)
+    health.succeeded()
+    assert changes == [True, False]
 
 
 def test_those_that_are_ejected_are_left_out() -> None:

@@ -46,11 +46,11 @@ def test_a_server_that_is_left_out_gets_nothing_more_and_keeps_its_books_until_t
     reconfigure(fleet, stays)
 
     assert {target(place(fleet)) for _ in range(10)} == {address_of(stays).encode()}
-    assert [(host.endpoint.url, host.reservations) for host in fleet.load.leaving] == [(gone.url, 1)]
-    assert first.attempt is not None
-    first.attempt.first_byte(200, fleet.clock())
-    first.attempt.end(fleet.clock())
-    assert fleet.load.leaving == []
+    assert [(host.endpoint.url, host.reservations) for host in fleet.load.draining] == [(gone.url, 1)]
+    assert first.in_flight is not None
+    first.in_flight.first_byte(200, fleet.clock())
+    first.in_flight.end(fleet.clock())
+    assert fleet.load.draining == []
 
 
 def test_a_server_that_stays_keeps_its_books() -> None:
@@ -75,7 +75,7 @@ def test_a_server_that_comes_back_before_its_last_request_ends_has_its_books_aga
     reconfigure(fleet, *both)
 
     assert fleet.load.hosts[gone.url].reservations == 1
-    assert fleet.load.leaving == []
+    assert fleet.load.draining == []
 
 
 def test_a_server_in_another_role_begins_anew() -> None:
@@ -89,9 +89,9 @@ def test_a_server_in_another_role_begins_anew() -> None:
     assert fleet.load.hosts == {}
     fleet.load.discovered(new, address_of(new), make_facts(Role.DECODE), fleet.clock())
     assert fleet.load.hosts[new.url].reservations == 0
-    assert first.attempt is not None
-    first.attempt.end(fleet.clock())
-    assert fleet.load.leaving == []
+    assert first.in_flight is not None
+    first.in_flight.end(fleet.clock())
+    assert fleet.load.draining == []
 
 
 def test_a_pool_may_go_while_its_requests_are_under_way() -> None:
@@ -102,10 +102,10 @@ def test_a_pool_may_go_while_its_requests_are_under_way() -> None:
 
     refused = fleet.dispatcher.place(Api.GENERATE, json.dumps({"text": "x", "model": "gone"}).encode())
     assert isinstance(refused, Rejection)
-    assert first.attempt is not None
-    first.attempt.first_byte(200, fleet.clock())
-    first.attempt.end(fleet.clock())
-    assert fleet.load.leaving == []
+    assert first.in_flight is not None
+    first.in_flight.first_byte(200, fleet.clock())
+    first.in_flight.end(fleet.clock())
+    assert fleet.load.draining == []
 
 
 def test_a_pool_that_is_gone_may_change_again_while_its_requests_are_under_way() -> None:
@@ -115,10 +115,10 @@ def test_a_pool_that_is_gone_may_change_again_while_its_requests_are_under_way()
     for number in (2, 3):
         reconfigure(fleet, make_endpoint(Role.WORKER, number, pool=f"other{number}"), models=(f"other{number}",))
 
-    assert [host.reservations for host in fleet.load.leaving] == [1]
-    assert first.attempt is not None
-    first.attempt.end(fleet.clock())
-    assert fleet.load.leaving == []
+    assert [host.reservations for host in fleet.load.draining] == [1]
+    assert first.in_flight is not None
+    first.in_flight.end(fleet.clock())
+    assert fleet.load.draining == []
 
 
 def test_a_pool_that_gets_another_model_keeps_its_books() -> None:
@@ -134,7 +134,7 @@ def test_a_pool_that_gets_another_model_keeps_its_books() -> None:
     assert fleet.load.ratios == {"*,more": ratio}
     assert fleet.load.prefixes == {"*,more": prefixes}
     assert fleet.load.prefixes["*,more"] is prefixes
-    assert fleet.load.leaving == []
+    assert fleet.load.draining == []
 
 
 def test_a_server_that_moves_to_another_pool_keeps_its_books_alone() -> None:
@@ -164,7 +164,7 @@ def test_an_engine_that_has_become_another_leaves_its_requests_on_the_old_books(
     fleet.load.discovered(endpoint, address_of(endpoint), make_facts(Role.WORKER, ranks=8), fleet.clock())
 
     assert fleet.host(Role.WORKER).reservations == 0
-    assert [host.reservations for host in fleet.load.leaving] == [1]
+    assert [host.reservations for host in fleet.load.draining] == [1]
 
 
 def test_every_request_to_an_engine_shows_the_key_of_its_pool() -> None:
@@ -201,20 +201,20 @@ def test_the_health_of_a_server_that_leaves_is_dropped() -> None:
     host = fleet.load.hosts[gone.url]
 
     def fails() -> None:
-        for _ in range(DEFAULT_HEALTH.failures):
+        for _ in range(DEFAULT_HEALTH.consecutive_failures):
             host.health.failed(fleet.clock())
 
     fails()
-    assert fleet.load.sick == {host.health}
+    assert fleet.load.unhealthy == [host]
     reconfigure(fleet, stays)
-    assert fleet.load.sick == set()
+    assert fleet.load.unhealthy == []
     fails()  # the request that it still has
-    assert fleet.load.sick == set()
+    assert fleet.load.unhealthy == []
     reconfigure(fleet, *both)
     assert fleet.load.hosts[gone.url] is host
     assert not host.health.is_ejected(fleet.clock())
     fails()
-    assert fleet.load.sick == {host.health}
+    assert fleet.load.unhealthy == [host]
 
 
 def test_what_was_counted_of_servers_that_leave_is_dropped() -> None:

@@ -3,10 +3,10 @@
 import pytest
 
 from dp_extproc.engines.model import Role
+from dp_extproc.load.endpoint import Target
 from dp_extproc.load.records import PlacementRecord
 from dp_extproc.load.request_cost import RequestCost
 from dp_extproc.load.tracker import InFlightTracker
-from dp_extproc.scheduling.picker import Pair, Target
 from fleet_fixtures import Fleet, make_endpoint, make_facts
 
 NOW = 1000.0
@@ -47,7 +47,7 @@ def test_every_event_of_our_own_attempts_is_told_once(fleet: Fleet) -> None:
     ledger = InFlightTracker(fleet.load, witness)
     prefill = Target(fleet.host(Role.PREFILL), 2, routed=True, by_room=True, cached=30.0)
     decode = Target(fleet.host(Role.DECODE), 3, routed=True, by_room=False)
-    attempt = ledger.open_pair(Pair(prefill, decode), demand := RequestCost(100.0), NOW)
+    attempt = ledger.open(prefill, decode, demand := RequestCost(100.0), NOW)
     for _ in range(2):
         attempt.prefill_answered(200, NOW + 1)
         attempt.first_byte(200, NOW + 2)

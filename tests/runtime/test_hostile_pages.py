@@ -19,8 +19,8 @@ from dp_extproc.engines.vllm.pages import facts_of, read_vllm_metrics
 from dp_extproc.observability.metrics import Telemetry
 from dp_extproc.observability.pages import describe_loads
 from dp_extproc.request.path import Api
-from dp_extproc.request.rejection import Reason
-from dp_extproc.scheduling.decision import Decision
+from dp_extproc.request.rejection import Reason, Rejection
+from dp_extproc.scheduling.decision import Decision, Queued
 from finite import assert_finite
 from fleet_fixtures import Fleet, address_of, make_endpoint, make_facts
 from fuzz.effort import examples
@@ -115,9 +115,10 @@ class Hostile:
         """Place a request, let an older one go on, and look at both pages."""
         decision = self.fleet.dispatcher.place(Api.GENERATE, PROMPT)
         if isinstance(decision, Decision):
-            assert decision.attempt is not None
-            self.attempts.append(decision.attempt)
+            assert decision.in_flight is not None
+            self.attempts.append(decision.in_flight)
         else:
+            assert isinstance(decision, Rejection)
             assert decision.reason in EXPECTED
         if len(self.attempts) > 2:
             attempt = self.attempts.pop(0)
@@ -197,6 +198,7 @@ def test_requests_are_placed_whatever_vllm_says(pages: list[tuple[int, bytes]]) 
         hostile.fleet.clock.now += 1.0
         hostile.introduce(Role.WORKER, number, lambda page=page: facts_of("0.11.0", "m", page))  # type: ignore[misc]
         decision = hostile.fleet.dispatcher.place(Api.COMPLETIONS, b'{"model": "m", "prompt": "hello"}')
+        assert not isinstance(decision, Queued)
         assert isinstance(decision, Decision) or decision.reason in EXPECTED
         hostile.show(Role.WORKER, number, read_vllm_metrics, page)
         assert_finite(hostile.telemetry.page().decode(), describe_loads(hostile.fleet.load, hostile.fleet.clock()))

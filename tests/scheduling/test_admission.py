@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from dp_extproc.attempt.events import BodyMode, Mutate, RequestBody, RequestHeaders
+from dp_extproc.config.load import LoadSignal
 from dp_extproc.config.reliability import AdmissionSettings, QueueSettings
-from dp_extproc.config.schema import LoadSignal
 from dp_extproc.engines.model import LoadPage, RankSample, Role
 from dp_extproc.extproc.exchange import Exchange
 from dp_extproc.load.cache import LoadCache
@@ -16,8 +16,8 @@ from dp_extproc.load.records import PlacementRecord
 from dp_extproc.load.request_cost import RequestCost
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
-from dp_extproc.scheduling.decision import Decision, RequestContext
-from dp_extproc.scheduling.queue import AdmissionQueue
+from dp_extproc.scheduling.admission import AdmissionQueue
+from dp_extproc.scheduling.decision import Decision, Queued, RequestContext, SchedulingResult
 from dp_extproc.scheduling.scheduler import Scheduler
 from fleet_fixtures import Fleet, make_endpoint, make_facts, make_tokens
 
@@ -31,7 +31,7 @@ def ids(tokens: int) -> bytes:
 class Small:
     """One prefill and one decode server of two ranks, each of which holds 1000 tokens and runs two requests."""
 
-    def __init__(self, line: AdmissionQueue | None = None, **limits: Any) -> None:
+    def __init__(self, queue: AdmissionQueue | None = None, **limits: Any) -> None:
         self.fleet = Fleet(prefills=[make_facts(Role.PREFILL, ranks=2)], decodes=[make_facts(Role.DECODE, ranks=2)])
         ranks = tuple(
             RankSample(rank, used_tokens=0, capacity_tokens=CAPACITY, max_running_requests=RUNNING, age=0.0)
@@ -39,7 +39,7 @@ class Small:
         )
         for role in (Role.PREFILL, Role.DECODE):
             self.fleet.load.sampled(make_endpoint(role), LoadPage(ranks), self.fleet.clock(), self.fleet.clock())
-        settings = AdmissionSettings.model_validate({"max_fill": None, "max_load": None, **limits})
+        settings = AdmissionSettings.model_validate({"max_token_ratio": None, "max_request_ratio": None, **limits})
         self.dispatcher = Scheduler(
             [self.fleet.pool],
             self.fleet.load,
@@ -48,18 +48,18 @@ class Small:
             draw_token=make_tokens(),
             clock=self.fleet.clock,
             admission=settings,
-            line=line,
+            queue=queue,
         )
 
-    def place(self, tokens: int) -> Decision | Rejection:
+    def place(self, tokens: int) -> SchedulingResult:
         return self.dispatcher.place(Api.GENERATE, ids(tokens))
 
     def place_until_refused(self, tokens: int, most: int = 50) -> tuple[list[Decision], Rejection]:
         placed: list[Decision] = []
         for _ in range(most):
             found = self.place(tokens)
-            if isinstance(found, Rejection):
-                return placed, found
+            if not isinstance(found, Decision):
+                return placed, found.rejection if isinstance(found, Queued) else found
             placed.append(found)
         raise AssertionError(f"{most} requests were placed")
 
@@ -68,7 +68,7 @@ class Small:
     ("limits", "tokens", "expected"),
     [
         pytest.param({"max_requests": 3}, 10, 6, id="requests"),
-        pytest.param({"max_load": 2.0}, 10, 8, id="requests-by-what-runs"),
+        pytest.param({"max_request_ratio": 2.0}, 10, 8, id="requests-by-what-runs"),
     ],
 )
 def test_a_full_fleet_refuses_with_429(limits: dict[str, Any], tokens: int, expected: int) -> None:
@@ -82,7 +82,7 @@ def test_a_full_fleet_refuses_with_429(limits: dict[str, Any], tokens: int, expe
 
 def test_tokens_are_limited_by_what_a_rank_holds() -> None:
     """Decode counts a thousand tokens for each request besides its prompt, so two fit into 4 x 1000 on each rank."""
-    placed, refusal = Small(max_fill=4.0).place_until_refused(900)
+    placed, refusal = Small(max_token_ratio=4.0).place_until_refused(900)
     assert len(placed) == 4
     assert "decode" in refusal.message
 
@@ -101,7 +101,7 @@ class Single:
     def __init__(self, *, max_requests: int, **policy: Any) -> None:
         self.fleet = Fleet(workers=[make_facts(Role.WORKER, ranks=2)], policy=policy)
         self.dispatcher = self.fleet.dispatcher
-        settings = AdmissionSettings(max_fill=None, max_load=None, max_requests=max_requests)
+        settings = AdmissionSettings(max_token_ratio=None, max_request_ratio=None, max_requests=max_requests)
         self.dispatcher.configure([self.fleet.pool], LoadSignal.ESTIMATE, settings)
 
     def place(self, body: dict[str, Any]) -> Decision:
@@ -138,8 +138,8 @@ def test_a_policy_that_looks_at_other_things_does_not_pick_a_full_rank() -> None
     single = Single(max_requests=1, dp_rank="token_round_robin")
     long = single.place({"input_ids": list(range(900))})
     single.place({"input_ids": [1]})
-    assert long.attempt is not None
-    long.attempt.end(single.fleet.clock())
+    assert long.in_flight is not None
+    long.in_flight.end(single.fleet.clock())
     single.place({"input_ids": [2]})
 
     assert single.open() == [1, 1]
@@ -158,7 +158,7 @@ def test_a_free_rank_of_decode_that_no_room_leads_to_is_none() -> None:
     """Where the room alone decides on both sides, rank 0 of prefill goes with rank 0 of decode."""
     facts = [make_facts(role, (0, 5, 7), ranks=2) for role in (Role.PREFILL, Role.DECODE)]
     fleet = Fleet(prefills=facts[:1], decodes=facts[1:])
-    settings = AdmissionSettings(max_fill=None, max_load=None, max_requests=1)
+    settings = AdmissionSettings(max_token_ratio=None, max_request_ratio=None, max_requests=1)
     fleet.dispatcher.configure([fleet.pool], LoadSignal.ESTIMATE, settings)
     free, taken = fleet.host(Role.PREFILL).ranks, fleet.host(Role.DECODE).ranks
     free[1].reserve(1, fleet.clock())
@@ -174,8 +174,8 @@ def test_room_comes_back_with_the_end_of_a_request() -> None:
     """What was released may be filled again."""
     small = Small(max_requests=1)
     placed, _ = small.place_until_refused(10)
-    assert placed[0].attempt is not None
-    placed[0].attempt.end(small.fleet.clock())
+    assert placed[0].in_flight is not None
+    placed[0].in_flight.end(small.fleet.clock())
     assert isinstance(small.place(10), Decision)
 
 
@@ -203,22 +203,21 @@ def test_a_batch_is_not_too_long() -> None:
 
 def test_a_new_request_does_not_overtake_those_that_wait() -> None:
     """There is room, but somebody was there before."""
-    line = AdmissionQueue(QueueSettings())
-    small = Small(line)
-    ticket = line.join("*", 0, lambda: None)
+    queue = AdmissionQueue(QueueSettings())
+    small = Small(queue)
+    ticket = queue.enqueue("*", 0, lambda: None)
     assert ticket is not None
     found = small.place(10)
-    assert isinstance(found, Rejection)
-    assert found.wait is not None
-    assert (found.wait.pool, found.wait.priority) == ("*", 0)
+    assert isinstance(found, Queued)
+    assert (found.pool, found.priority) == ("*", 0)
     assert isinstance(small.dispatcher.place(Api.GENERATE, ids(10), RequestContext(ticket=ticket)), Decision)
 
 
 def test_the_bodys_priority_counts() -> None:
     """SGLang's own field; a greater one goes before those that wait."""
-    line = AdmissionQueue(QueueSettings())
-    small = Small(line)
-    line.join("*", 0, lambda: None)
+    queue = AdmissionQueue(QueueSettings())
+    small = Small(queue)
+    queue.enqueue("*", 0, lambda: None)
     body = json.dumps({"input_ids": [1], "priority": 1}).encode()
     assert isinstance(small.dispatcher.place(Api.GENERATE, body), Decision)
 
@@ -227,12 +226,12 @@ class TestWhoWaitsIsCalled:
     """Whatever may have made room, whoever did it."""
 
     def setup_method(self) -> None:
-        self.line = AdmissionQueue(QueueSettings())
+        self.queue = AdmissionQueue(QueueSettings())
         self.calls = 0
-        self.small = Small(self.line)
+        self.small = Small(self.queue)
 
     def wait(self) -> None:
-        assert self.line.join("*", 0, self.called) is not None
+        assert self.queue.enqueue("*", 0, self.called) is not None
         assert self.calls == 0
 
     def called(self) -> None:
@@ -242,13 +241,13 @@ class TestWhoWaitsIsCalled:
         """Its tokens leave the books long before the response is over."""
         placed = self.small.place(10)
         assert isinstance(placed, Decision)
-        assert placed.attempt is not None
+        assert placed.in_flight is not None
         self.wait()
-        placed.attempt.prefill_answered(200, self.small.fleet.clock())
+        placed.in_flight.prefill_answered(200, self.small.fleet.clock())
         assert self.calls == 1
-        placed.attempt.end(self.small.fleet.clock())
+        placed.in_flight.end(self.small.fleet.clock())
         assert self.calls == 2
-        placed.attempt.end(self.small.fleet.clock())
+        placed.in_flight.end(self.small.fleet.clock())
         assert self.calls == 2
 
     def test_when_a_request_of_another_process_is_over(self) -> None:
@@ -262,7 +261,7 @@ class TestWhoWaitsIsCalled:
     def test_when_an_engine_tells_its_load(self) -> None:
         """Or who it is: what is asked for next may be free there."""
         endpoint = make_endpoint(Role.DECODE)
-        load = LoadCache([endpoint], 5.0, made_room=self.line.call)
+        load = LoadCache([endpoint], 5.0, made_room=self.queue.notify)
         self.wait()
         load.discovered(endpoint, "10.0.0.1:1", make_facts(Role.DECODE), 1000.0)
         assert self.calls == 1
@@ -272,20 +271,20 @@ class TestWhoWaitsIsCalled:
 
 def test_a_request_that_waits_is_read_once() -> None:
     """It may be as large as a novel, and be called many times before there is room for it."""
-    line = AdmissionQueue(QueueSettings())
-    small = Small(line, max_requests=1)
+    queue = AdmissionQueue(QueueSettings())
+    small = Small(queue, max_requests=1)
     placed, _ = small.place_until_refused(10)
-    exchange = Exchange(small.dispatcher, BodyMode.LOCKSTEP, 1 << 20, queues=True)
+    exchange = Exchange(small.dispatcher, BodyMode.LOCKSTEP, 1 << 20)
     exchange.receive(RequestHeaders({":method": "POST", ":path": "/generate"}, False))
     exchange.receive(RequestBody(ids(20), True))
     assert exchange.is_waiting
     exchange._body = [b"not to be read again"]
-    ticket = line.join("*", 0, lambda: None)
+    ticket = queue.enqueue("*", 0, lambda: None)
     assert ticket is not None
     assert exchange.decide_again(ticket) == ()
     for each in placed:
-        assert each.attempt is not None
-        each.attempt.end(small.fleet.clock())
+        assert each.in_flight is not None
+        each.in_flight.end(small.fleet.clock())
     (reply,) = exchange.decide_again(ticket)
 
     assert isinstance(reply, Mutate)

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dp_extproc import contract
+from dp_extproc.config.load import LoadSignal
+from dp_extproc.config.pools import AffinitySettings, HostPolicy, PolicySettings, RankPolicy
 from dp_extproc.config.reliability import AdmissionSettings
-from dp_extproc.config.schema import AffinitySettings, HostPolicy, LoadSignal, PolicySettings, RankPolicy
 from dp_extproc.engines import compatibility
 from dp_extproc.engines.compatibility import Difference, difference
 from dp_extproc.engines.listener import EngineFailure, FailureKind
@@ -19,11 +20,11 @@ from dp_extproc.engines.model import EngineFacts, LoadPage, PairTerms, RankSampl
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad
 from dp_extproc.load.health import choose
+from dp_extproc.load.matching import find_matches
 from dp_extproc.request.body import InferenceRequest, read_body
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
-from dp_extproc.scheduling.decision import Decision, RequestContext
-from dp_extproc.scheduling.matching import find_matches
+from dp_extproc.scheduling.decision import Decision, RequestContext, SchedulingResult
 from dp_extproc.scheduling.sides import matching_sides
 from fleet_fixtures import Fleet, make_endpoint, make_facts
 
@@ -43,11 +44,11 @@ def make_fleet(prefills: Sizes, decodes: Sizes, version: tuple[int, int, int] = 
     )
 
 
-def place(fleet: Fleet, **circumstances: Any) -> Decision | Rejection:
-    return fleet.dispatcher.place(Api.COMPLETIONS, BODY, RequestContext(**circumstances))
+def place(fleet: Fleet, **context: Any) -> SchedulingResult:
+    return fleet.dispatcher.place(Api.COMPLETIONS, BODY, RequestContext(**context))
 
 
-def numbers(fleet: Fleet, decision: Decision | Rejection) -> tuple[int, int]:
+def numbers(fleet: Fleet, decision: SchedulingResult) -> tuple[int, int]:
     """Tell which prefill and which decode server a request goes to, each counted from 1."""
     assert isinstance(decision, Decision), decision
     headers = dict(decision.headers)
@@ -174,7 +175,7 @@ def test_a_gateway_that_allows_only_servers_that_differ_is_refused() -> None:
 def test_a_pair_is_picked_that_has_room_on_both_sides() -> None:
     """A full decode server sends the request to another pair; it is refused for room once all are full."""
     fleet = make_fleet([1, 2], [1, 2])
-    limits = AdmissionSettings(max_fill=None, max_load=None, max_requests=2)
+    limits = AdmissionSettings(max_token_ratio=None, max_request_ratio=None, max_requests=2)
     fleet.dispatcher.configure([fleet.pool], LoadSignal.ESTIMATE, limits)
     placed = [place(fleet) for _ in range(8)]
     pairs = [numbers(fleet, each) for each in placed]
@@ -329,11 +330,11 @@ class OfSizes:
         page = LoadPage(tuple(RankSample(rank, used_tokens=0, capacity_tokens=size, age=0.0) for rank in range(2)))
         self.fleet.load.sampled(make_endpoint(role, number), page, self.fleet.clock(), self.fleet.clock())
 
-    def place(self, body: dict[str, Any], **circumstances: Any) -> Decision | Rejection:
-        found = self.fleet.dispatcher.place(Api.GENERATE, json.dumps(body).encode(), RequestContext(**circumstances))
+    def place(self, body: dict[str, Any], **context: Any) -> SchedulingResult:
+        found = self.fleet.dispatcher.place(Api.GENERATE, json.dumps(body).encode(), RequestContext(**context))
         if isinstance(found, Decision):
-            assert found.attempt is not None
-            found.attempt.end(self.fleet.clock())
+            assert found.in_flight is not None
+            found.in_flight.end(self.fleet.clock())
         return found
 
     def pairs(self, body: dict[str, Any]) -> set[tuple[int, int]]:

@@ -82,8 +82,8 @@ def test_headers_and_metadata() -> None:
     assert headers[contract.PREFILL_HOST].decode() == address_of(make_endpoint(Role.PREFILL))
     assert headers[contract.DECODE_HOST].decode() == address_of(make_endpoint(Role.DECODE))
     assert headers[contract.OWNER] == b"127.0.0.1:9002"
-    assert decision.attempt is not None
-    assert decision.attempt.leg == headers[contract.LEG].decode()
+    assert decision.in_flight is not None
+    assert decision.in_flight.leg == headers[contract.LEG].decode()
     assert decision.metadata == {
         "model": "any",
         "pool": "*",
@@ -103,8 +103,8 @@ def test_every_combination_of_policies_places(host: HostPolicy, rank: RankPolicy
     hosts = [fleet.host(role, number) for role in (Role.PREFILL, Role.DECODE) for number in (1, 2)]
     in_flight = sum(each.requests for each in hosts)
     for decision in decisions:
-        assert decision.attempt is not None
-        decision.attempt.end(fleet.clock())
+        assert decision.in_flight is not None
+        decision.in_flight.end(fleet.clock())
 
     assert in_flight == pytest.approx(40)
     assert [each.requests for each in hosts] == [0, 0, 0, 0]
@@ -412,7 +412,7 @@ class TestLookups:
         fleet = Fleet(prefills=[PREFILL], decodes=[DECODE] * 2)
         decisions = [fleet.dispatcher.look_up() for _ in range(40)]
 
-        assert all(isinstance(decision, Decision) and decision.attempt is None for decision in decisions)
+        assert all(isinstance(decision, Decision) and decision.in_flight is None for decision in decisions)
         hosts = {decision.headers for decision in decisions if isinstance(decision, Decision)}
         assert hosts == {((contract.DECODE_HOST, b"10.0.0.1:32001"),), ((contract.DECODE_HOST, b"10.0.0.2:32002"),)}
 

@@ -24,7 +24,7 @@ def facts(role: Role, version: tuple[int, int, int] = (0, 5, 23), **more: Any) -
 def make_fleet(
     prefills: Sequence[EngineFacts] = (facts(Role.PREFILL),), decodes: Sequence[EngineFacts] = (facts(Role.DECODE),)
 ) -> Fleet:
-    return Fleet(prefills=prefills, decodes=decodes, policy=POLICY, carrier="headers")
+    return Fleet(prefills=prefills, decodes=decodes, policy=POLICY, routing_fields="headers")
 
 
 def place(fleet: Fleet, length: int | None = 400, api: Api = Api.CHAT, **circumstances: Any) -> Decision:
@@ -75,8 +75,8 @@ def test_the_estimate_learns_what_a_body_is() -> None:
     for second in range(10):
         ratio.counted(url, 0, second)
     decision = place(fleet, 1 << 20)
-    assert decision.attempt is not None
-    decision.attempt.prefill_answered(200, fleet.clock())
+    assert decision.in_flight is not None
+    decision.in_flight.prefill_answered(200, fleet.clock())
     for second in range(10, 20):
         ratio.counted(url, 1 << 17, second)
 
@@ -94,7 +94,7 @@ def test_no_prompt_is_too_long_by_its_length_alone() -> None:
         for rank in fleet.host(role).ranks:
             rank.sample = replace(sample, dp_rank=rank.index, capacity_tokens=1000)
 
-    assert place(fleet, 1 << 20).attempt is not None
+    assert place(fleet, 1 << 20).in_flight is not None
 
 
 def test_the_request_avoids_where_it_has_failed() -> None:
@@ -135,7 +135,7 @@ def test_refusals(api: Api, prefill: dict[str, Any], status: int, reason: Reason
 
 
 @pytest.mark.parametrize(
-    ("carrier", "policy"),
+    ("routing_fields", "policy"),
     [
         ("body", POLICY),
         ("headers", {}),
@@ -143,9 +143,11 @@ def test_refusals(api: Api, prefill: dict[str, Any], status: int, reason: Reason
         ("headers", {**POLICY, "client_dp_rank": "honour"}),
     ],
 )
-def test_a_pool_that_needs_bodies(carrier: str, policy: dict[str, Any]) -> None:
+def test_a_pool_that_needs_bodies(routing_fields: str, policy: dict[str, Any]) -> None:
     """An Envoy that sends none, against the configuration, is told so; nothing is placed by guesswork."""
-    fleet = Fleet(prefills=[facts(Role.PREFILL)], decodes=[facts(Role.DECODE)], policy=policy, carrier=carrier)
+    fleet = Fleet(
+        prefills=[facts(Role.PREFILL)], decodes=[facts(Role.DECODE)], policy=policy, routing_fields=routing_fields
+    )
     refusal = fleet.dispatcher.place_unread(Api.CHAT, 10)
 
     assert isinstance(refusal, Rejection)

@@ -76,10 +76,10 @@ class Target:
         self.replica._beat()
         decision = self.fleet.dispatcher.place(Api.GENERATE, PROMPT)
         assert isinstance(decision, Decision)
-        assert decision.attempt is not None
+        assert decision.in_flight is not None
         loads = {**describe_loads(self.fleet.load, self.fleet.clock()), "sync": describe_sync(self.replica.status())}
         assert_finite(self.telemetry.page().decode(), loads)
-        decision.attempt.end(self.fleet.clock())
+        decision.in_flight.end(self.fleet.clock())
 
 
 def dispatch(**demand: Any) -> PlacementRecord:

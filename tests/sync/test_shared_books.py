@@ -48,13 +48,13 @@ class Service:
         """Place a request, by default one whose prompt is new; give its attempt and its two ranks."""
         decision = self.dispatcher.place(Api.CHAT, body or chat((self.outbox.replica, next(self._prompts))))
         assert isinstance(decision, Decision)
-        assert decision.attempt is not None
+        assert decision.in_flight is not None
         prefill, decode_rank = (
             decision.metadata[key] for key in (contract.META_PREFILL_RANK, contract.META_DECODE_RANK)
         )
         assert isinstance(prefill, int)
         assert isinstance(decode_rank, int)
-        return decision.attempt, prefill, decode_rank
+        return decision.in_flight, prefill, decode_rank
 
     def tell(self, *others: "Service") -> None:
         """Tell others what is new."""

@@ -1,21 +1,25 @@
-"""What the protocol asks of the placement."""
+"""The interface of scheduling that an attempt uses."""
 
 from typing import Protocol
 
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Rejection
-from dp_extproc.scheduling.decision import Answer, Decision, RequestContext
+from dp_extproc.scheduling.decision import Answer, Decision, Queued, RequestContext, SchedulingResult
 
 
 class Decider(Protocol):
     """What the exchange asks; implemented by :class:`dp_extproc.scheduling.scheduler.Scheduler`."""
 
-    def place(self, api: Api, body: bytes, circumstances: RequestContext) -> Decision | Rejection:
-        """Decide on an inference request."""
+    def place(self, api: Api, body: bytes, context: RequestContext) -> SchedulingResult:
+        """Schedule an inference request."""
         ...
 
-    def place_unread(self, api: Api, length: int | None, circumstances: RequestContext) -> Decision | Rejection:
-        """Decide on an inference request whose body is not sent here."""
+    def place_unread(self, api: Api, length: int | None, context: RequestContext) -> SchedulingResult:
+        """Schedule an inference request whose body does not pass through the service."""
+        ...
+
+    def place_queued(self, queued: Queued, context: RequestContext) -> SchedulingResult:
+        """Schedule a request again that had to wait."""
         ...
 
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:

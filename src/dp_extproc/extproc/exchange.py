@@ -38,10 +38,10 @@ from dp_extproc.attempt.precheck import NO_BODY, refuse_by_headers, too_large
 from dp_extproc.attempt.replies import Headers, answer_instead, refuse, route, tell_models
 from dp_extproc.load.in_flight import InFlight
 from dp_extproc.request.path import Api, Lookup, read_path
-from dp_extproc.request.rejection import Reason, Rejection, Wait
+from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.response.logprobs import Merger, make_merger
-from dp_extproc.scheduling.decision import Decision, RequestContext
-from dp_extproc.scheduling.queue import Ticket
+from dp_extproc.scheduling.admission import Ticket
+from dp_extproc.scheduling.decision import Decision, Queued, RequestContext
 
 _OK: Final = 200
 _Replies = tuple[Reply, ...]
@@ -83,7 +83,7 @@ class Exchange:
         "_merger",
         "_mode",
         "_picks",
-        "_refused",
+        "_queued",
         "_response_mode",
         "_session",
         "_session_header",
@@ -95,7 +95,6 @@ class Exchange:
         "decision",
         "failed",
         "holds",
-        "queues",
         "refusal",
         "status",
     )
@@ -108,7 +107,6 @@ class Exchange:
         *,
         response_mode: BodyMode = BodyMode.LOCKSTEP,
         holds: bool = False,
-        queues: bool = False,
         picks: bool = False,
         session_header: str | None = contract.SESSION,
         subset: frozenset[str] | None = None,
@@ -121,7 +119,6 @@ class Exchange:
             max_body: Bytes; larger bodies are refused with 413.
             response_mode: Likewise of the response's body.
             holds: Whether the response's headers are held until :meth:`let_go`.
-            queues: Whether a request for which there is no room waits for :meth:`decide_again` or :meth:`give_up`.
             picks: Whether to speak the endpoint-picker protocol: the gateway routes, and this only says where to.
                 No header of ours is believed then, for nobody has removed the clients'.
             session_header: The header that names the conversation; None for none.
@@ -147,8 +144,7 @@ class Exchange:
         self._asks_for_body = False
         """Whether the response's body was asked for."""
         self.holds = holds
-        self.queues = queues
-        self._refused: Rejection | None = None
+        self._queued: Queued | None = None
         self._merger: Merger | None = None
         self.failed: tuple[frozenset[str], ...] = ()
         """Hosts of each earlier attempt of the request."""
@@ -180,7 +176,7 @@ class Exchange:
     @property
     def attempt(self) -> InFlight | None:
         """What the request has on the books, once it was placed."""
-        return None if self.decision is None else self.decision.attempt
+        return None if self.decision is None else self.decision.in_flight
 
     @property
     def sees_answer(self) -> bool:
@@ -203,9 +199,9 @@ class Exchange:
         return self._state is _State.WAITING
 
     @property
-    def wait(self) -> Wait | None:
+    def queued(self) -> Queued | None:
         """Where the request waits."""
-        return None if self._refused is None else self._refused.wait
+        return self._queued
 
     @property
     def is_responding(self) -> bool:
@@ -248,8 +244,8 @@ class Exchange:
 
     def give_up(self) -> _Replies:
         """Refuse the request that waits."""
-        assert self._refused is not None  # noqa: S101 - else it would not wait
-        return self._refuse(self._refused) if self._state is _State.WAITING else ()
+        assert self._queued is not None  # noqa: S101 - else it would not wait
+        return self._refuse(self._queued.rejection) if self._state is _State.WAITING else ()
 
     def refuse_another_attempt(self) -> _Replies:
         """Refuse the request that has come again, before its body is here; or as it was placed, where none comes."""
@@ -380,24 +376,17 @@ class Exchange:
     def _decide(self, ticket: Ticket | None = None) -> _Replies:
         assert self._api is not None  # noqa: S101 - the state says so
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        before = self.wait
-        circumstances = RequestContext(
-            self._session,
-            self.failed,
-            ticket,
-            self._subset,
-            self.sees_answer,
-            read=None if before is None else before.read,
-            prefix=None if before is None else before.prefix,
-        )
-        if self._mode is BodyMode.NONE:
-            decision = self._decider.place_unread(self._api, self._length, circumstances)
+        context = RequestContext(self._session, self.failed, ticket, self._subset, self.sees_answer)
+        if self._queued is not None:
+            decision = self._decider.place_queued(self._queued, context)
+        elif self._mode is BodyMode.NONE:
+            decision = self._decider.place_unread(self._api, self._length, context)
         else:
-            decision = self._decider.place(self._api, body, circumstances)
+            decision = self._decider.place(self._api, body, context)
+        if isinstance(decision, Queued):
+            self._state, self._queued, self._body = _State.WAITING, decision, [body]
+            return ()
         if isinstance(decision, Rejection):
-            if self.queues and decision.wait is not None:
-                self._state, self._refused, self._body = _State.WAITING, decision, [body]
-                return ()
             return self._refuse(decision)
         self._body = []
         self.decision = decision

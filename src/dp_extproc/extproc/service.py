@@ -35,7 +35,7 @@ from dp_extproc.extproc.supervision import Say, Stream, Supervision, Supervision
 from dp_extproc.load.in_flight import InFlight
 from dp_extproc.request.rejection import Reason
 from dp_extproc.response.first_event import FirstEvent
-from dp_extproc.scheduling.queue import AdmissionQueue
+from dp_extproc.scheduling.admission import AdmissionQueue
 
 SERVICE_NAME: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 
@@ -75,7 +75,7 @@ class ExtProcService:
         *,
         supervision: SupervisionSettings = _SUPERVISION,
         budget: RetryBudget | None = None,
-        line: AdmissionQueue | None = None,
+        queue: AdmissionQueue | None = None,
         max_body: int,
         clock: Callable[[], float],
         hold_seconds: float = HOLD_SECONDS,
@@ -89,7 +89,7 @@ class ExtProcService:
             observer: Told of everything.
             supervision: How far legs are watched.
             budget: Of retries; None for one of the usual size.
-            line: Where requests wait for room; None refuses them at once.
+            queue: Where requests wait for room; None refuses them at once.
             max_body: Bytes of a request.
             clock: Monotonic seconds; the same that the books are kept with.
             hold_seconds: How long a body may pause.
@@ -100,7 +100,7 @@ class ExtProcService:
         self._observer = observer
         self._supervision = supervision
         self._budget = budget or RetryBudget(RetrySettings())
-        self._line = line
+        self._queue = queue
         self._max_body = max_body
         self._clock = clock
         self._hold_seconds = hold_seconds
@@ -163,7 +163,6 @@ class ExtProcService:
             self._max_body,
             response_mode=response_mode,
             holds=not self._picks,  # a gateway of others neither repeats requests nor lets its answers be exchanged
-            queues=self._line is not None,
             picks=self._picks,
             session_header=self._session_header,
             subset=read_subset_hint(message) if self._picks else None,
@@ -231,15 +230,15 @@ class ExtProcService:
         return () if retried else self._advance(exchange, event, lambda _: exchange.refuse_another_attempt())
 
     async def _wait_for_room(self, exchange: Exchange, event: Event) -> tuple[Reply, ...]:
-        """Keep a request in the line until it is placed, or has waited too long."""
-        line, wait = self._line, exchange.wait
-        assert line is not None and wait is not None  # noqa: S101, PT018 - else it would not wait
+        """Keep a request in the admission queue until it is placed, or has waited too long."""
+        queue, queued = self._queue, exchange.queued
+        assert queue is not None and queued is not None  # noqa: S101, PT018 - else it would not wait
         turn = asyncio.Event()
-        ticket = line.join(wait.pool, wait.priority, turn.set)
+        ticket = queue.enqueue(queued.pool, queued.priority, turn.set)
         if ticket is None:
             return self._advance(exchange, event, lambda _: exchange.give_up())
         try:
-            async with asyncio.timeout(line.settings.max_wait):
+            async with asyncio.timeout(queue.settings.max_wait):
                 while True:
                     await turn.wait()
                     turn.clear()
@@ -249,7 +248,7 @@ class ExtProcService:
         except TimeoutError:
             return self._advance(exchange, event, lambda _: exchange.give_up())
         finally:
-            line.leave(ticket)
+            queue.remove(ticket)
 
     def _watch(self, exchange: Exchange, attempt: InFlight, writer: Writer) -> Link:
         """Begin to watch an attempt."""

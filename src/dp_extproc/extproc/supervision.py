@@ -137,7 +137,7 @@ class Supervision:
         self._prefill_events: FirstEvent | None = None
         self._prefill_done_at: float | None = None
         self._prefill_refused_at = self._decode_refused_at = math.inf
-        self._seen_first = not (streaming is not False and attempt.leg and settings.mode is Supervise.ANSWERS)
+        self._seen_first = not (streaming is not False and attempt.leg and settings.mode is Supervise.FIRST_EVENT)
         self._answers = tuple(host.health.answers for host in self._hosts())
         self._held_at: float | None = None
         self._extended = False

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from dp_extproc.config.reliability import HealthSettings
+from dp_extproc.config.reliability import OutlierDetectionSettings
 from dp_extproc.engines.agreement import MODE_OF
 from dp_extproc.engines.capabilities import capabilities
 from dp_extproc.engines.listener import GONE, EngineFailure
@@ -13,11 +13,10 @@ from dp_extproc.estimators.token_ratio import TokenRatio
 from dp_extproc.load.endpoint import DEFAULT_COSTS, DEFAULT_HEALTH, EndpointLoad, Freshness, StepCosts, compare_pace
 from dp_extproc.load.health import Health
 from dp_extproc.load.in_flight import nothing
+from dp_extproc.load.matching import Match, find_matches
 from dp_extproc.load.step_group import RankLoad
 from dp_extproc.prefix_cache.index import PrefixIndex
 from dp_extproc.request.path import Api
-from dp_extproc.scheduling.matching import Match, find_matches
-from dp_extproc.scheduling.subset import allows
 
 
 class LoadCache:
@@ -28,7 +27,7 @@ class LoadCache:
         endpoints: Iterable[Endpoint],
         stale_after: float,
         costs: StepCosts = DEFAULT_COSTS,
-        health: HealthSettings = DEFAULT_HEALTH,
+        health: OutlierDetectionSettings = DEFAULT_HEALTH,
         made_room: Callable[[], None] = nothing,
     ) -> None:
         """Begin with nobody known.
@@ -45,8 +44,14 @@ class LoadCache:
         self._costs = costs
         self._health = health
         self._made_room = made_room
-        self.sick: set[Health] = set()
-        """The records of those that are ejected or have to prove themselves."""
+        self.generation = 0
+        """Grows with each event after which the filters of scheduling may find other endpoints.
+
+        These events change facts, addresses, freshness, membership, or which endpoints are unhealthy. Without one, an
+        endpoint changes for the filters by the passing of time alone: it grows stale, or its ejection ends.
+        """
+        self._unhealthy: tuple[int, Sequence[EndpointLoad]] = (0, ())
+        """As of a generation."""
         self.hosts: dict[str, EndpointLoad] = {}
         """By URL; only endpoints that have told their facts."""
         self.failures: dict[str, EngineFailure] = {}
@@ -54,7 +59,7 @@ class LoadCache:
         self.ratios = {endpoint.pool: TokenRatio() for endpoint in self.endpoints}
         self.prefixes: dict[str, PrefixIndex[RankLoad]] = {endpoint.pool: PrefixIndex() for endpoint in self.endpoints}
         """Per pool: which ranks hold the KV cache of which prompts' beginnings."""
-        self._leaving: list[EndpointLoad] = []
+        self._draining: list[EndpointLoad] = []
         self._by_role: dict[tuple[str, Role], list[EndpointLoad]] = {}
         self.matches: dict[str, tuple[Match, ...]] = {}
         """Of the pools in which not every prefill server can be paired with every decode server."""
@@ -63,10 +68,22 @@ class LoadCache:
         self._capable: dict[tuple[str, Role, Api], tuple[Sequence[EndpointLoad], float]] = {}
 
     @property
-    def leaving(self) -> list[EndpointLoad]:
-        """Servers that are configured no more, or have begun anew, and whose last requests are still on their books."""
-        self._leaving = [host for host in self._leaving if host.reservations]
-        return self._leaving
+    def unhealthy(self) -> Sequence[EndpointLoad]:
+        """Endpoints that are ejected, or have served nothing since they were."""
+        generation, found = self._unhealthy
+        if generation != self.generation:
+            found = [host for host in self.hosts.values() if host.health.is_unhealthy]
+            self._unhealthy = (self.generation, found)
+        return found
+
+    @property
+    def draining(self) -> list[EndpointLoad]:
+        """Endpoints that are no longer configured, or whose engine has restarted, with requests still in flight."""
+        return [host for host in self._draining if host.reservations]
+
+    def drop_idle(self) -> None:
+        """Drop what is kept of draining endpoints whose last request has ended."""
+        self._draining = self.draining
 
     def update(self, endpoints: Iterable[Endpoint], stale_after: float) -> None:
         """Take in another configuration. Whoever stays in its role keeps its books, also if its pool is named anew.
@@ -75,20 +92,21 @@ class LoadCache:
         """
         self.endpoints = tuple(endpoints)
         self.stale_after = stale_after
-        before = [*self.leaving, *self.hosts.values()]
+        self.drop_idle()
+        before = [*self._draining, *self.hosts.values()]
         known = {_place(host.endpoint): host for host in before}
         self._rename_pools(known)
         self.hosts = {}
-        left = {id(host) for host in self._leaving}
+        left = {id(host) for host in self._draining}
         for endpoint in self.endpoints:
             if (host := known.get(_place(endpoint))) is not None:
                 if id(host) in left:  # what it did before it left is forgotten
-                    host.health = Health(self._health, self.sick)
+                    host.health = Health(self._health, self._change)
                 if host.endpoint.pool != endpoint.pool:
                     self._forget_prefixes(host)
                 host.endpoint = endpoint
                 self.hosts[endpoint.url] = host
-        self._leaving = []
+        self._draining = []
         for host in before:
             if self.hosts.get(host.endpoint.url) is not host:
                 self._let_go(host)
@@ -122,7 +140,7 @@ class LoadCache:
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:  # noqa: ARG002 - the protocol's
         """Take in who an engine is. One that has become another (restarted, upgraded) starts with empty books."""
-        self._capable.clear()  # the address may be another
+        self._change()  # the address may be another
         known = self.hosts.get(endpoint.url)
         if known is not None and replace(known.facts, reads_overrides=facts.reads_overrides) == facts:
             known.address = address
@@ -132,20 +150,23 @@ class LoadCache:
         if known is not None:
             self._let_go(known)
         self.hosts[endpoint.url] = EndpointLoad(
-            endpoint, address, facts, capabilities(facts), self._costs, health=Health(self._health, self.sick)
+            endpoint, address, facts, capabilities(facts), self._costs, health=Health(self._health, self._change)
         )
         self._sort()
         self._made_room()
 
+    def _change(self) -> None:
+        self.generation += 1
+        self._capable.clear()
+
     def _let_go(self, host: EndpointLoad) -> None:
-        self.sick.discard(host.health)
-        host.health = Health(self._health)  # for what becomes of its last requests; nobody is told of it
         self._forget_prefixes(host)
-        self.leaving.append(host)
+        self.drop_idle()
+        self._draining.append(host)
 
     def _sort(self) -> None:
         """Find anew who takes requests, in the order of the configuration."""
-        self._capable.clear()
+        self._change()
         self._by_role = {}
         for each in self.endpoints:
             host = self.hosts.get(each.url)
@@ -167,13 +188,13 @@ class LoadCache:
         self.failures.pop(endpoint.url, None)
         host = self.hosts.get(endpoint.url)
         if host is None or host.freshness(now, self.stale_after) is not Freshness.FRESH:
-            self._capable.clear()  # of one that was known well nothing changes
+            self._change()  # a further sample of a fresh endpoint changes nothing for the filters
         if host is not None:
             host.absorb(page.ranks, started, now)
             restarted = host.has_restarted(page)
             if host.is_away or restarted:
                 host.is_away = False
-                host.health.came_back()
+                host.health.recovered()
             if restarted:
                 self._forget_prefixes(host)
             if endpoint.role is not Role.PREFILL:
@@ -200,7 +221,7 @@ class LoadCache:
 
         What they tell of others is forgotten then, also if the endpoint goes on answering and is well known by that.
         """
-        self._capable.clear()
+        self._change()
         self.failures[endpoint.url] = failure
         host = self.hosts.get(endpoint.url)
         if host is None:
@@ -217,7 +238,7 @@ class LoadCache:
             for rank in host.ranks:
                 index.forget(rank)
 
-    def eligible(self, pool: str, role: Role, now: float, among: frozenset[str] | None = None) -> list[EndpointLoad]:
+    def eligible(self, pool: str, role: Role, now: float) -> list[EndpointLoad]:
         """Give the hosts of a role that are known best: the fresh ones; if there are none the stale ones; and so on.
 
         A host that is known less well is not preferred to one that is known to be loaded, but a lone one is used.
@@ -226,12 +247,8 @@ class LoadCache:
             pool: By name.
             role: Of the hosts.
             now: Who was seen long ago is stale.
-            among: The only addresses that count; None for all.
         """
-        hosts = self.known(pool, role)
-        if among is not None:
-            hosts = [host for host in hosts if allows(among, host.address)]
-        return self.best_known(hosts, now)[1]
+        return self.best_known(self.known(pool, role), now)[1]
 
     def best_known(self, hosts: Sequence[EndpointLoad], now: float) -> tuple[Freshness | None, list[EndpointLoad]]:
         """Give those of some hosts that are known best, and how well they are."""

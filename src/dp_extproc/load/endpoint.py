@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, TypeVar
 
-from dp_extproc.config.reliability import HealthSettings
+from msgspec import Struct
+
+from dp_extproc.config.reliability import OutlierDetectionSettings
 from dp_extproc.engines.capabilities import Capabilities
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, RankSample, Role
 from dp_extproc.estimators.decode_pace import compare
@@ -40,7 +42,7 @@ class StepCosts:
 
 
 DEFAULT_COSTS: Final = StepCosts()
-DEFAULT_HEALTH: Final = HealthSettings()
+DEFAULT_HEALTH: Final = OutlierDetectionSettings()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -204,6 +206,30 @@ class EndpointLoad:
             each.reserve(tokens * share, now, requests * share, cached * share, is_share=len(self.ranks) > 1)
             for each in self.ranks
         )
+
+
+class Target(Struct, frozen=True):
+    """The endpoint and the rank that were picked for one leg of a request."""
+
+    host: EndpointLoad
+    rank: int | None
+    """The rank that will serve; None if the engine picks it, and so no router can predict it."""
+    routed: bool
+    """Whether the body names the rank. If not, the room leads to it, or the engine picks."""
+    by_room: bool
+    """Whether the bootstrap room must lead to the rank."""
+    cached: float = 0.0
+    """Tokens of the prompt that are expected in the rank's prefix cache."""
+
+    @property
+    def residue(self) -> tuple[int, int] | None:
+        """Return ``(rank, ranks)`` for the bootstrap room; None if it need not lead to the rank."""
+        return self.host.facts.place_of(self.rank) if self.by_room and self.rank is not None else None
+
+    @property
+    def told_rank(self) -> int | None:
+        """Return the rank as the whole server counts it; None if the engine picks it."""
+        return None if self.rank is None else self.host.facts.place_of(self.rank)[0]
 
 
 def compare_pace(hosts: Iterable[EndpointLoad]) -> None:

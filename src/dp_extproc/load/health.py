@@ -6,10 +6,10 @@ once, as it is another process by now. The clock is the caller's.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TypeVar
 
-from dp_extproc.config.reliability import HealthSettings
+from dp_extproc.config.reliability import OutlierDetectionSettings
 
 PROBE_SECONDS: Final = 5.0
 """After so long without an outcome a probe counts as lost, and another request may be one."""
@@ -19,17 +19,17 @@ _MOST_DOUBLINGS: Final = 32
 class Health:
     """One endpoint's record."""
 
-    __slots__ = ("_failures", "_probed", "_settings", "_sick", "answers", "ejections", "until")
+    __slots__ = ("_changed", "_failures", "_probed", "_settings", "answers", "ejections", "until")
 
-    def __init__(self, settings: HealthSettings, sick: "set[Health] | None" = None) -> None:
-        """Begin well.
+    def __init__(self, settings: OutlierDetectionSettings, changed: Callable[[], None] = lambda: None) -> None:
+        """Begin healthy.
 
         Args:
             settings: When to eject.
-            sick: Where it enters itself while it is ejected or has to prove itself.
+            changed: Called at each ejection, and when the endpoint has recovered from the last one.
         """
         self._settings = settings
-        self._sick = set() if sick is None else sick
+        self._changed = changed
         self._failures = 0
         self.answers = 0
         """Legs that went well, in all."""
@@ -40,6 +40,11 @@ class Health:
         """When the present or last ejection ends."""
 
     @property
+    def is_unhealthy(self) -> bool:
+        """Whether it is ejected, or has served nothing since it was."""
+        return self.ejections > 0
+
+    @property
     def is_doubtful(self) -> bool:
         """Whether it has failed since its last success."""
         return self._failures > 0
@@ -47,29 +52,27 @@ class Health:
     def succeeded(self) -> None:
         """Note that a leg went well."""
         self.answers += 1
-        self._forgive()
+        self.recovered()
 
     def failed(self, now: float) -> None:
         """Note that a leg failed by the endpoint's own fault."""
         if now < self.until:
             return  # sent before the ejection
         self._failures += 1
-        if self.ejections or self._failures >= self._settings.failures:
-            seconds = self._settings.ejection * 2.0 ** min(self.ejections, _MOST_DOUBLINGS)
-            self.until = now + min(seconds, self._settings.max_ejection)
+        if self.ejections or self._failures >= self._settings.consecutive_failures:
+            seconds = self._settings.base_ejection_time * 2.0 ** min(self.ejections, _MOST_DOUBLINGS)
+            self.until = now + min(seconds, self._settings.max_ejection_time)
             self.ejections += 1
-            self._sick.add(self)
             self._probed = -math.inf
+            self._changed()
 
-    def came_back(self) -> None:
-        """Note that the engine was away and has come back."""
-        self._forgive()
-
-    def _forgive(self) -> None:
+    def recovered(self) -> None:
+        """Clear the record: the engine was unreachable and has answered again, or has served a request."""
         if self._failures:
-            self._failures = self.ejections = 0
+            was_unhealthy, self._failures, self.ejections = self.is_unhealthy, 0, 0
             self.until = -math.inf
-            self._sick.discard(self)
+            if was_unhealthy:
+                self._changed()
 
     def is_ejected(self, now: float) -> bool:
         return now < self.until

@@ -5,11 +5,11 @@ from functools import partial
 from itertools import count
 
 from dp_extproc.load.cache import LoadCache
-from dp_extproc.load.endpoint import EndpointLoad
+from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.load.in_flight import ERROR, NOBODY, InFlight, InFlightListener, nothing
 from dp_extproc.load.records import PlacementRecord
 from dp_extproc.load.request_cost import RequestCost
-from dp_extproc.scheduling.picker import Pair, Target
+from dp_extproc.load.step_group import Reservation
 
 
 class InFlightTracker:
@@ -30,54 +30,46 @@ class InFlightTracker:
         self._made_room = made_room
         self._numbers = count(1)
 
-    def open_pair(
+    def open(
         self,
-        pair: Pair,
+        prefill: Target | None,
+        decode: Target,
         demand: RequestCost,
         now: float,
         *,
         leg: str = "",
         streaming: bool = False,
     ) -> InFlight:
-        """Put a disaggregated request on the books."""
-        prefill, decode = pair.prefill, pair.decode
-        _count_pick(prefill)
+        """Reserve what a request of this replica needs on both of its targets.
+
+        Args:
+            prefill: None for an endpoint of an aggregated pool, whose one rank computes the prompt, too.
+            decode: The target that answers the client.
+            demand: What the request costs.
+            now: The time of the pick.
+            leg: Token by which the prefill leg's own ext_proc stream finds the request.
+            streaming: Whether the head of the response may come before any of it is computed.
+        """
+        computing = prefill or decode
+        if prefill is not None:
+            _count_pick(prefill)
         _count_pick(decode)
-        self._note_prefix(prefill, demand)
+        self._note_prefix(computing, demand)
         attempt = InFlight(
             next(self._numbers),
             now,
-            prefill.host.reserve(prefill.rank, demand.tokens, now, demand.requests, prefill.cached),
-            decode.host.reserve(decode.rank, demand.tokens, now, demand.requests),
-            prefill_host=prefill.host,
+            () if prefill is None else _reserve(prefill, demand, now),
+            _reserve(decode, demand, now),
+            prefill_host=None if prefill is None else prefill.host,
             decode_host=decode.host,
             leg=leg,
             streaming=streaming,
             observer=self._observer,
-            on_prefill_answer=partial(self._prompt_done, prefill.host, demand),
+            on_prefill_answer=partial(self._prompt_done, computing.host, demand),
             made_room=self._made_room,
         )
         if self._observer is not NOBODY:
             self._observer.dispatched(attempt.number, _dispatch(decode, demand, prefill), now)
-        return attempt
-
-    def open_worker(self, side: Target, demand: RequestCost, now: float) -> InFlight:
-        """Put a request to an aggregated pool on the books."""
-        _count_pick(side)
-        self._note_prefix(side, demand)
-        reservations = side.host.reserve(side.rank, demand.tokens, now, demand.requests, side.cached)
-        attempt = InFlight(
-            next(self._numbers),
-            now,
-            (),
-            reservations,
-            decode_host=side.host,
-            observer=self._observer,
-            on_prefill_answer=partial(self._prompt_done, side.host, demand),
-            made_room=self._made_room,
-        )
-        if self._observer is not NOBODY:
-            self._observer.dispatched(attempt.number, _dispatch(side, demand), now)
         return attempt
 
     def open_foreign(self, dispatch: PlacementRecord, at: float) -> InFlight:
@@ -88,16 +80,13 @@ class InFlightTracker:
         computing = prefill if dispatch.prefill else decode
         if computing is not None:
             self._note_prefix(computing, demand)
-        sides = [
-            () if side is None else side.host.reserve(side.rank, demand.tokens, at, demand.requests, side.cached)
-            for side in (prefill, decode)
-        ]
         done = None if computing is None else partial(self._prompt_done, computing.host, demand)
         # Streaming, as its replica tells when the prompt is computed.
         return InFlight(
             0,
             at,
-            *sides,
+            () if prefill is None else _reserve(prefill, demand, at),
+            () if decode is None else _reserve(decode, demand, at),
             prefill_host=None if prefill is None else prefill.host,
             decode_host=None if decode is None else decode.host,
             streaming=True,
@@ -127,6 +116,10 @@ class InFlightTracker:
         if host is None or (rank is not None and not 0 <= rank < len(host.ranks)):
             return None
         return Target(host, rank, routed=False, by_room=False, cached=cached)
+
+
+def _reserve(side: Target, demand: RequestCost, now: float) -> tuple[Reservation, ...]:
+    return side.host.reserve(side.rank, demand.tokens, now, demand.requests, side.cached)
 
 
 def _count_pick(side: Target) -> None:

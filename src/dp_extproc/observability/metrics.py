@@ -211,7 +211,7 @@ class Telemetry:
         yield GaugeMetricFamily(
             "dp_extproc_reservations",
             "Entries on all books, also of servers that are configured no more; zero when nothing is in flight.",
-            value=sum(host.reservations for host in (*self._fleet.hosts.values(), *self._fleet.leaving)),
+            value=sum(host.reservations for host in (*self._fleet.hosts.values(), *self._fleet.draining)),
         )
 
 

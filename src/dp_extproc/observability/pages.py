@@ -25,7 +25,7 @@ def describe_loads(fleet: LoadCache, now: float) -> dict[str, Any]:
             }
             for endpoint in fleet.endpoints
         ],
-        "leaving": [{"url": host.endpoint.url, "reservations": host.reservations} for host in fleet.leaving],
+        "leaving": [{"url": host.endpoint.url, "reservations": host.reservations} for host in fleet.draining],
     }
 
 

@@ -2,13 +2,9 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
-
-if TYPE_CHECKING:
-    from dp_extproc.prefix_cache.blocks import Prefix
-    from dp_extproc.request.body import InferenceRequest
 
 
 class Reason(StrEnum):
@@ -47,18 +43,6 @@ _KINDS: Final = {429: "rate_limit_error"}
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
-    """Where a request waits that is refused only because there is no room at present."""
-
-    pool: str
-    priority: int
-    read: "InferenceRequest"
-    """What was read of its body, for the next try ..."""
-    prefix: "Prefix | None"
-    """... and what its prompt begins with, if that was asked already."""
-
-
-@dataclass(frozen=True, slots=True)
 class Rejection:
     """A refusal as the client sees it."""
 
@@ -69,8 +53,6 @@ class Rejection:
     """The body field at fault."""
     headers: tuple[tuple[str, str], ...] = ()
     """Further response headers, such as ``retry-after`` or ``allow``."""
-    wait: "Wait | None" = None
-    """How the request may wait for better times."""
 
     def body(self) -> bytes:
         """The body in the shape of OpenAI's errors, which the client libraries turn into their exceptions."""

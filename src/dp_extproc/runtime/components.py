@@ -23,11 +23,10 @@ from dp_extproc.observability.metrics import SyncMetrics, Telemetry
 from dp_extproc.observability.pages import describe_loads, describe_sync
 from dp_extproc.runtime.readiness import can_serve
 from dp_extproc.runtime.secrets import read_api_keys
-from dp_extproc.scheduling.queue import AdmissionQueue
+from dp_extproc.scheduling.admission import AdmissionQueue
 from dp_extproc.scheduling.scheduler import Scheduler
 from dp_extproc.sync.outbox import Outbox
-from dp_extproc.sync.transport.join import join
-from dp_extproc.sync.transport.replica import Replica
+from dp_extproc.sync.transport.replica import Replica, join
 
 _LOOK_AROUND_SECONDS: Final = 2.0
 _KEYS_SECONDS: Final = 1.0
@@ -55,10 +54,10 @@ class Components:
         self._clock = clock
         endpoints = endpoints_of(config)
         self._credentials = Credentials(read_api_keys(config).by_pool)
-        costs = StepCosts(config.load.prefill_step_tokens, config.load.decode_request_tokens)
-        self._line = None if config.queue is None else AdmissionQueue(config.queue)
-        woken = nothing if self._line is None else self._line.call
-        self._fleet = LoadCache(endpoints, config.load.stale_after, costs, config.health, woken)
+        costs = StepCosts(config.load.prefill_step_cost_tokens, config.load.decode_request_cost_tokens)
+        self._queue = None if config.queue is None else AdmissionQueue(config.queue)
+        woken = nothing if self._queue is None else self._queue.notify
+        self._fleet = LoadCache(endpoints, config.load.stale_after, costs, config.outlier_detection, woken)
         self.telemetry = Telemetry(self._fleet, clock)
         self.telemetry.add(guard)
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
@@ -72,8 +71,8 @@ class Components:
             signal=config.load.signal,
             observer=NOBODY if config.sync is None else outbox,
             admission=config.admission,
-            line=self._line,
-            sees_first_events=config.supervision.mode is Supervise.ANSWERS,
+            queue=self._queue,
+            sees_first_events=config.supervision.mode is Supervise.FIRST_EVENT,
             credentials=self._credentials,
         )
         self._replica: Replica | None = None
@@ -86,7 +85,7 @@ class Components:
             self.telemetry,
             supervision=config.supervision,
             budget=RetryBudget(RetrySettings(attempts=1) if picks else config.retry),
-            line=self._line,
+            queue=self._queue,
             max_body=config.envoy.max_body_bytes,
             clock=clock,
             picks=picks,
@@ -119,8 +118,8 @@ class Components:
         self._dispatcher.configure(config.pools, config.load.signal, config.admission)
         self._scraper.update(endpoints, config.load)
         self.telemetry.forget_all_but({each.url for each in endpoints})
-        if self._line is not None:
-            self._line.call()
+        if self._queue is not None:
+            self._queue.notify()
         for word, some in (("new", set(endpoints) - before), ("gone", before - set(endpoints))):
             if some:
                 _log.info("configuration: %s: %s", word, ", ".join(sorted(each.url for each in some)))

@@ -4,9 +4,11 @@ With prefill/decode disaggregation SGLang itself refuses nothing, however long i
 admission control there is.
 """
 
-from collections.abc import Iterable, Sequence
+from bisect import insort
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 
-from dp_extproc.config.reliability import AdmissionSettings
+from dp_extproc.config.reliability import AdmissionSettings, QueueSettings
 from dp_extproc.load.endpoint import EndpointLoad
 from dp_extproc.load.step_group import RankLoad
 from dp_extproc.request.prompt import Prompt
@@ -22,7 +24,7 @@ class Admission:
 
     def __init__(self, settings: AdmissionSettings) -> None:
         self._settings = settings
-        limits = (settings.max_fill, settings.max_load, settings.max_tokens, settings.max_requests)
+        limits = (settings.max_token_ratio, settings.max_request_ratio, settings.max_tokens, settings.max_requests)
         self.is_off = all(limit is None for limit in limits)
 
     def has_room(self, host: EndpointLoad, rank: int | None, tokens: float, requests: float) -> bool:
@@ -39,17 +41,17 @@ class Admission:
             return True  # whatever does not fit here fits nowhere
         settings, sample = self._settings, rank.sample
         load = rank.tokens + tokens
-        count = rank.own_requests + rank.others_requests + requests
+        total = rank.own_requests + rank.others_requests + requests
         if settings.max_tokens is not None and load > settings.max_tokens:
             return False
-        if settings.max_requests is not None and count > settings.max_requests:
+        if settings.max_requests is not None and total > settings.max_requests:
             return False
         if sample is None:
             return True
         capacity, running = sample.capacity_tokens, sample.max_running_requests
-        if settings.max_fill is not None and capacity and load > settings.max_fill * capacity:
+        if settings.max_token_ratio is not None and capacity and load > settings.max_token_ratio * capacity:
             return False
-        return settings.max_load is None or not running or count <= settings.max_load * running
+        return settings.max_request_ratio is None or not running or total <= settings.max_request_ratio * running
 
 
 def largest_capacity(hosts: Sequence[EndpointLoad]) -> int | None:
@@ -80,3 +82,71 @@ def is_too_long(prompt: Prompt, estimate: float, capacity: int) -> bool:
 def least_tokens(prompt: Prompt, estimate: float) -> float:
     """Give what a rank has to hold at one time for a prompt, for certain."""
     return 0.0 if prompt.batch is not None and prompt.batch > 1 else max(prompt.tokens, estimate / _CERTAIN)
+
+
+class Ticket:
+    """The place of one request in the admission queue."""
+
+    __slots__ = ("_number", "pool", "priority", "wake")
+
+    def __init__(self, pool: str, priority: int, number: int, wake: Callable[[], None]) -> None:
+        self.pool = pool
+        self.priority = priority
+        self._number = number
+        self.wake = wake
+        """Called when a rank may have room for the request."""
+
+    def __lt__(self, other: "Ticket") -> bool:
+        return (-self.priority, self._number) < (-other.priority, other._number)
+
+
+class AdmissionQueue:
+    """Holds requests until a rank has room: by priority, then first in first out, each pool by itself."""
+
+    def __init__(self, settings: QueueSettings) -> None:
+        self.settings = settings
+        self._tickets: dict[str, list[Ticket]] = {}
+        """In order of service, by pool; a pool without a waiting request has no entry."""
+        self._numbers = count()
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def enqueue(self, pool: str, priority: int, wake: Callable[[], None]) -> Ticket | None:
+        """Add a request; None if the queue is full."""
+        if self._length >= self.settings.max_depth:
+            return None
+        ticket = Ticket(pool, priority, next(self._numbers), wake)
+        insort(self._tickets.setdefault(pool, []), ticket)
+        self._length += 1
+        return ticket
+
+    def remove(self, ticket: Ticket) -> None:
+        """Take a request out, whether it was scheduled or not, and wake the next one if it was the first."""
+        tickets = self._tickets[ticket.pool]
+        was_first = tickets[0] is ticket
+        tickets.remove(ticket)
+        self._length -= 1
+        if not tickets:
+            del self._tickets[ticket.pool]
+        elif was_first:
+            tickets[0].wake()
+
+    def notify(self) -> None:
+        """Wake the first request of each pool, as some rank may have room."""
+        for tickets in self._tickets.values():
+            tickets[0].wake()
+
+    def must_wait(self, pool: str, priority: int, ticket: Ticket | None) -> bool:
+        """Tell whether a request has to wait because others were there before.
+
+        Args:
+            pool: The pool that serves the request.
+            priority: The priority of the request; greater ones are served first.
+            ticket: Its own place in the queue; None if it has none.
+        """
+        tickets = self._tickets.get(pool)
+        if not tickets or tickets[0] is ticket:
+            return False
+        return ticket is not None or tickets[0].priority >= priority

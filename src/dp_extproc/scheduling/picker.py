@@ -6,39 +6,16 @@ from typing import Final
 
 from msgspec import Struct
 
-from dp_extproc.config.schema import LoadSignal, PolicySettings
+from dp_extproc.config.load import LoadSignal
+from dp_extproc.config.pools import PolicySettings
 from dp_extproc.engines.capabilities import RankControl
 from dp_extproc.engines.model import Role
-from dp_extproc.load.endpoint import Candidate, EndpointLoad
+from dp_extproc.load.endpoint import Candidate, EndpointLoad, Target
 from dp_extproc.load.request_cost import RequestCost
 from dp_extproc.load.step_group import RankLoad
 from dp_extproc.prefix_cache.index import Held, PrefixIndex
 from dp_extproc.scheduling.bootstrap_room import agree, draw_room
 from dp_extproc.scheduling.policies import NOTHING_HELD, Policy
-
-
-class Target(Struct, frozen=True):
-    """One leg's server."""
-
-    host: EndpointLoad
-    rank: int | None
-    """The rank that will serve; None when the engine chooses and nobody outside can know."""
-    routed: bool
-    """Whether the body names the rank. If not, the room leads to it, or the engine chooses."""
-    by_room: bool
-    """Whether the room must lead to the rank."""
-    cached: float = 0.0
-    """Tokens of the prompt that the rank holds already."""
-
-    @property
-    def residue(self) -> tuple[int, int] | None:
-        """``(rank, ranks)`` for the room."""
-        return self.host.facts.place_of(self.rank) if self.by_room and self.rank is not None else None
-
-    @property
-    def told_rank(self) -> int | None:
-        """The rank as the whole server counts it; None when nobody outside can know."""
-        return None if self.rank is None else self.host.facts.place_of(self.rank)[0]
 
 
 class Pair(Struct, frozen=True):

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Final
 
-from dp_extproc.config.schema import HostPolicy, LoadSignal, PolicySettings, RankPolicy
+from dp_extproc.config.load import LoadSignal
+from dp_extproc.config.pools import HostPolicy, PolicySettings, RankPolicy
 from dp_extproc.load.endpoint import Candidate, EndpointLoad, Part
 from dp_extproc.load.step_group import RankLoad, StepGroup, index_from
 from dp_extproc.prefix_cache.index import Held

@@ -7,11 +7,11 @@ from msgspec import Struct
 from dp_extproc import contract
 from dp_extproc.engines.model import in_url
 from dp_extproc.engines.sglang.server_info import DEFAULT_BOOTSTRAP_PORT
-from dp_extproc.load.endpoint import EndpointLoad
+from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.request.body import InferenceRequest
 from dp_extproc.request.overrides import Headers, override_headers
 from dp_extproc.request.rewrite import ROUTING_KEYS, Bootstrap, LegFields, rewrite_disaggregated
-from dp_extproc.scheduling.picker import Pair, Target
+from dp_extproc.scheduling.picker import Pair
 
 
 class LegEncoding(Struct, frozen=True):

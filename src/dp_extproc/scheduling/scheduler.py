@@ -8,12 +8,13 @@ from typing import Final
 from msgspec.structs import replace
 
 from dp_extproc import contract
+from dp_extproc.config.load import LoadSignal
+from dp_extproc.config.pools import ClientRanks, PoolConfig, RoutingFields
 from dp_extproc.config.reliability import AdmissionSettings
-from dp_extproc.config.schema import Carrier, ClientRanks, LoadSignal, PoolConfig
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.engines.model import Role
 from dp_extproc.load.cache import LoadCache
-from dp_extproc.load.endpoint import EndpointLoad
+from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.load.health import choose
 from dp_extproc.load.in_flight import NOBODY, InFlightListener, nothing
 from dp_extproc.load.request_cost import SESSION_KEPT, RequestCost
@@ -22,20 +23,20 @@ from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix, prefix_of
 from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated
 from dp_extproc.request.path import Api
-from dp_extproc.request.rejection import Reason, Rejection, Wait
+from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.request.rewrite import rewrite_aggregated
 from dp_extproc.request.unread import unread_request
-from dp_extproc.scheduling.admission import Admission, is_too_long, largest_capacity
-from dp_extproc.scheduling.decision import Answer, Decision, Metadata, RequestContext
+from dp_extproc.scheduling.admission import Admission, AdmissionQueue, is_too_long, largest_capacity
+from dp_extproc.scheduling.decision import Answer, Decision, Metadata, Queued, RequestContext, SchedulingResult
 from dp_extproc.scheduling.models import SHOWN_MODEL, ModelRegistry
-from dp_extproc.scheduling.picker import Pair, Picker, Pins, Target
-from dp_extproc.scheduling.queue import AdmissionQueue, Ticket
+from dp_extproc.scheduling.picker import Pair, Picker, Pins
 from dp_extproc.scheduling.routing_fields import carry
 from dp_extproc.scheduling.shortage import TRY_AGAIN, nobody_allowed, nobody_can, nobody_matches
 from dp_extproc.scheduling.sides import Targets, matching_sides
+from dp_extproc.scheduling.subset import allows
 
 _WATCHED: Final = ((contract.WATCH, b"1"),)
-_ORDINARY: Final = RequestContext()
+_NO_CONTEXT: Final = RequestContext()
 _BODIES_NEEDED: Final = Rejection(
     500,
     Reason.UNSUPPORTED_BODY_MODE,
@@ -51,7 +52,7 @@ class _Pool:
         self.config = config
         self.name = config.name
         self.picker = Picker(config.policy, signal, fleet.prefixes[config.name], rng)
-        self.carries_in_headers = config.carrier is Carrier.HEADERS
+        self.carries_in_headers = config.routing_fields is RoutingFields.HEADERS
         self.can_go_unread = not any(config.needs_bodies())
         self.honours_pins = config.policy.client_dp_rank is ClientRanks.HONOUR
 
@@ -71,7 +72,7 @@ class Scheduler:
         signal: LoadSignal = LoadSignal.ESTIMATE,
         observer: InFlightListener = NOBODY,
         admission: AdmissionSettings = _DEFAULT_ADMISSION,
-        line: AdmissionQueue | None = None,
+        queue: AdmissionQueue | None = None,
         sees_first_events: bool = False,
         credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
@@ -87,17 +88,17 @@ class Scheduler:
             signal: What the tokens of a rank are.
             observer: Told of every attempt.
             admission: What a rank may have on its books.
-            line: Where requests wait for room; None if none do.
+            queue: Where requests wait for room; None refuses them at once.
             sees_first_events: Whether Envoy is to show the first event of streaming answers.
             credentials: What requests to engines have to show.
         """
         self._fleet = fleet
-        self.ledger = InFlightTracker(fleet, observer, made_room=nothing if line is None else line.call)
+        self.ledger = InFlightTracker(fleet, observer, made_room=nothing if queue is None else queue.notify)
         self._owner = owner.encode()
         self._rng = rng
         self._draw_token = draw_token
         self._clock = clock
-        self._line = line
+        self._queue = queue
         self._sees_first_events = sees_first_events
         self._credentials = credentials
         self.configure(pools, signal, admission)
@@ -113,53 +114,59 @@ class Scheduler:
         self,
         api: Api,
         body: bytes,
-        circumstances: RequestContext = _ORDINARY,
-    ) -> Decision | Rejection:
-        """Decide where an inference request goes.
+        context: RequestContext = _NO_CONTEXT,
+    ) -> SchedulingResult:
+        """Schedule an inference request.
 
         Args:
-            api: What the path asked for.
+            api: The API that its path names.
             body: The whole body.
-            circumstances: What is known of it besides.
+            context: The facts of the request besides its body.
         """
-        request = circumstances.read or read_body(api, body)
-        if isinstance(request, Rejection):
-            return request
-        pool = self._resolve(request.model)
+        request = read_body(api, body)
+        return request if isinstance(request, Rejection) else self._schedule(request, context)
+
+    def place_unread(self, api: Api, length: int | None, context: RequestContext = _NO_CONTEXT) -> SchedulingResult:
+        """Schedule an inference request whose body does not pass through the service.
+
+        Args:
+            api: The API that its path names.
+            length: Size of the body in bytes; None if the headers do not contain it.
+            context: The facts of the request besides its body.
+        """
+        return self._schedule(unread_request(api, length), context)
+
+    def place_queued(self, queued: Queued, context: RequestContext) -> SchedulingResult:
+        """Schedule a request again that had to wait, without parsing its body again.
+
+        Args:
+            queued: The result of the try before.
+            context: The facts of the request besides its body; with its ticket.
+        """
+        return self._schedule(queued.request, context, queued.prefix)
+
+    def _schedule(
+        self, request: InferenceRequest, context: RequestContext, prefix: Prefix | None = None
+    ) -> SchedulingResult:
+        pool = self._resolve(request.model) if request.is_read else self._only_pool()
         if isinstance(pool, Rejection):
             return pool
-        if pool.config.is_disaggregated:
-            refusal = refuse_disaggregated(request, sees_answer=circumstances.sees_answer)
-            refusal = refusal or self._make_wait(pool, request, circumstances.ticket)
-            return refusal or self._place_disaggregated(pool, request, circumstances)
-        return self._make_wait(pool, request, circumstances.ticket) or self._place_aggregated(
-            pool, request, circumstances
-        )
-
-    def place_unread(
-        self, api: Api, length: int | None, circumstances: RequestContext = _ORDINARY
-    ) -> Decision | Rejection:
-        """Decide where a request goes whose body is not seen.
-
-        Args:
-            api: What the path asked for.
-            length: Bytes of the body; None if it does not say.
-            circumstances: What is known of it besides.
-        """
-        pool = next(iter(self._pools.values()))
-        if len(self._pools) > 1 or not pool.can_go_unread:
-            return _BODIES_NEEDED
-        request = unread_request(api, length)
-        return self._make_wait(pool, request, circumstances.ticket) or self._place_disaggregated(
-            pool, request, circumstances
-        )
+        is_disaggregated = pool.config.is_disaggregated
+        if is_disaggregated and request.is_read:
+            refusal = refuse_disaggregated(request, sees_answer=context.sees_answer)
+            if refusal is not None:
+                return refusal
+        if self._queue is not None and self._queue.must_wait(pool.name, request.priority, context.ticket):
+            return self._no_room(pool, request, prefix, "other requests are waiting already")
+        place = self._place_disaggregated if is_disaggregated else self._place_aggregated
+        return place(pool, request, context, prefix)
 
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         """Send a request that any engine can answer to a server that answers clients, of a subset if there is one."""
         now = self._clock()
         for pool in self._pools.values():
             role = Role.DECODE if pool.config.is_disaggregated else Role.WORKER
-            if hosts := self._fleet.eligible(pool.name, role, now, subset):
+            if hosts := self._eligible(pool, role, now, subset):
                 address = self._rng.choice(hosts).address
                 metadata: Metadata = {contract.META_POOL: pool.name, contract.META_DECODE_HOST: address}
                 headers = ((contract.DECODE_HOST, address.encode()), *self._credentials.headers(pool.name))
@@ -180,14 +187,19 @@ class Scheduler:
         name = self._catalogue.pool_of(model)
         return self._pools[name] if isinstance(name, str) else name
 
+    def _only_pool(self) -> _Pool | Rejection:
+        """Find the pool of requests that are not read, which do not name one."""
+        pool = next(iter(self._pools.values()))
+        return pool if len(self._pools) == 1 and pool.can_go_unread else _BODIES_NEEDED
+
     def _place_aggregated(
-        self, pool: _Pool, request: InferenceRequest, circumstances: RequestContext
-    ) -> Decision | Rejection:
+        self, pool: _Pool, request: InferenceRequest, context: RequestContext, prefix: Prefix | None
+    ) -> SchedulingResult:
         now = self._clock()
-        hosts = self._capable(pool, Role.WORKER, request, now, circumstances)
+        hosts = self._capable(pool, Role.WORKER, request, now, context)
         if isinstance(hosts, Rejection):
             return hosts
-        demand = self._demand(pool, request, circumstances)
+        demand = self._demand(pool, request, context, prefix)
         pin = request.routed_rank_pin if pool.honours_pins else None
         side = pool.picker.worker(hosts, demand, now, pin)
         if (too_long := self._refuse_too_long(side, hosts, request, demand)) is not None:
@@ -200,7 +212,7 @@ class Scheduler:
         rank_key = side.host.capabilities.aggregated_rank_key(request.api)
         if not side.host.capabilities.takes_rank(request.api) and len(side.host.ranks) > 1:
             side = replace(side, rank=None)
-        attempt = self.ledger.open_worker(side, demand, now)
+        attempt = self.ledger.open(None, side, demand, now)
         body = rewrite_aggregated(request.body, rank_key, side.rank)
         in_header = side.rank if request.api in side.host.capabilities.rank_header_on else None
         headers = (
@@ -212,22 +224,22 @@ class Scheduler:
         return Decision(body, headers, _metadata(pool, request, side), attempt, streaming=request.stream)
 
     def _place_disaggregated(
-        self, pool: _Pool, request: InferenceRequest, circumstances: RequestContext
-    ) -> Decision | Rejection:
+        self, pool: _Pool, request: InferenceRequest, context: RequestContext, prefix: Prefix | None
+    ) -> SchedulingResult:
         now = self._clock()
-        sides = self._sides(pool, request, now, circumstances)
+        sides = self._sides(pool, request, now, context)
         if isinstance(sides, Rejection):
             return sides
-        demand = self._demand(pool, request, circumstances)
+        demand = self._demand(pool, request, context, prefix)
         pair = self._pick_pair(pool, request, demand, now, sides)
-        if isinstance(pair, Rejection):
+        if not isinstance(pair, Pair):
             return pair
         prefill, decode = pair.prefill, pair.decode
         batch = request.prompt.batch
         rooms = pair.draw_room(self._rng) if batch is None else [pair.draw_room(self._rng) for _ in range(batch)]
         leg, number = self._draw_token(), f"{self._rng.getrandbits(96):024x}"
         carried = carry(request, pair, rooms, number, in_headers=pool.carries_in_headers)
-        attempt = self.ledger.open_pair(pair, demand, now, leg=leg, streaming=request.stream is not False)
+        attempt = self.ledger.open(prefill, decode, demand, now, leg=leg, streaming=request.stream is not False)
         prefill.host.health.sent(now)
         decode.host.health.sent(now)
         headers = (
@@ -249,7 +261,7 @@ class Scheduler:
 
     def _pick_pair(
         self, pool: _Pool, request: InferenceRequest, demand: RequestCost, now: float, sides: Targets
-    ) -> Pair | Rejection:
+    ) -> Pair | Rejection | Queued:
         """Pick both sides, of the ranks that have room if the best ones have none."""
         prefills, decodes = sides.prefills, sides.decodes
         pins = Pins(request.prefill_rank_pin, request.routed_rank_pin) if pool.honours_pins else Pins()
@@ -271,16 +283,10 @@ class Scheduler:
                     return self._refuse_for_room(pool, side.host.endpoint.role, hosts, request, demand)
         return pair
 
-    def _make_wait(self, pool: _Pool, request: InferenceRequest, ticket: Ticket | None) -> Rejection | None:
-        """Keep a request from overtaking those that wait already."""
-        if self._line is None or not self._line.comes_after(pool.name, request.priority, ticket):
-            return None
-        return self._no_room(pool, request, None, "other requests are waiting already")
-
-    def _no_room(self, pool: _Pool, request: InferenceRequest, prefix: Prefix | None, why: str) -> Rejection:
+    def _no_room(self, pool: _Pool, request: InferenceRequest, prefix: Prefix | None, why: str) -> Rejection | Queued:
         message = f"the servers for {pool.name} are full: {why}; try again later"
-        wait = Wait(pool.name, request.priority, request, prefix)
-        return Rejection(429, Reason.OVER_CAPACITY, message, headers=TRY_AGAIN, wait=wait)
+        rejection = Rejection(429, Reason.OVER_CAPACITY, message, headers=TRY_AGAIN)
+        return rejection if self._queue is None else Queued(pool.name, request.priority, request, prefix, rejection)
 
     def _refuse_too_long(
         self, side: Target, hosts: Sequence[EndpointLoad], request: InferenceRequest, demand: RequestCost
@@ -311,12 +317,14 @@ class Scheduler:
 
     def _refuse_for_room(
         self, pool: _Pool, role: Role, hosts: Sequence[EndpointLoad], request: InferenceRequest, demand: RequestCost
-    ) -> Rejection:
+    ) -> Rejection | Queued:
         why = f"no rank of its {len(hosts)} {role} servers takes {demand.tokens:.0f} more tokens"
         return self._no_room(pool, request, demand.prefix, why)
 
-    def _demand(self, pool: _Pool, request: InferenceRequest, circumstances: RequestContext) -> RequestCost:
-        prompt, session, prefix = request.prompt, circumstances.session, circumstances.prefix
+    def _demand(
+        self, pool: _Pool, request: InferenceRequest, context: RequestContext, prefix: Prefix | None
+    ) -> RequestCost:
+        prompt, session = request.prompt, context.session
         if prefix is None:
             prefix = prefix_of(request) if pool.config.policy.affinity.prefixes else NO_PREFIX
         return RequestCost(
@@ -329,16 +337,16 @@ class Scheduler:
         )
 
     def _sides(
-        self, pool: _Pool, request: InferenceRequest, now: float, circumstances: RequestContext
+        self, pool: _Pool, request: InferenceRequest, now: float, context: RequestContext
     ) -> Targets | Rejection:
         """Give what a pair may be picked from: never two servers that are known not to work together."""
         all_match = pool.name not in self._fleet.matches
-        if not all_match and (sides := matching_sides(self._fleet, pool.name, request, now, circumstances)) is not None:
+        if not all_match and (sides := matching_sides(self._fleet, pool.name, request, now, context)) is not None:
             return sides
-        prefills = self._capable(pool, Role.PREFILL, request, now, circumstances)
+        prefills = self._capable(pool, Role.PREFILL, request, now, context)
         if isinstance(prefills, Rejection):
             return prefills
-        decodes = self._capable(pool, Role.DECODE, request, now, circumstances)
+        decodes = self._capable(pool, Role.DECODE, request, now, context)
         if isinstance(decodes, Rejection):
             return decodes
         if all_match:
@@ -346,12 +354,19 @@ class Scheduler:
         known = self._fleet.known(pool.name, Role.PREFILL), self._fleet.known(pool.name, Role.DECODE)
         return nobody_matches(pool.name, (prefills, decodes), known)
 
+    def _eligible(self, pool: _Pool, role: Role, now: float, subset: frozenset[str] | None) -> Sequence[EndpointLoad]:
+        """Return the endpoints of a role whose load is known best, of a subset if there is one."""
+        known = self._fleet.known(pool.name, role)
+        if subset is not None:
+            known = [host for host in known if allows(subset, host.address)]
+        return self._fleet.best_known(known, now)[1]
+
     def _capable(
-        self, pool: _Pool, role: Role, request: InferenceRequest, now: float, circumstances: RequestContext
+        self, pool: _Pool, role: Role, request: InferenceRequest, now: float, context: RequestContext
     ) -> Sequence[EndpointLoad] | Rejection:
         """Give the hosts of a role that can serve this path and are well, at least one."""
-        api, subset = request.api, circumstances.subset
-        hosts = () if subset is None else self._fleet.eligible(pool.name, role, now, subset)
+        api, subset = request.api, context.subset
+        hosts = () if subset is None else self._eligible(pool, role, now, subset)
         capable = (
             self._fleet.capable(pool.name, role, api, now)
             if subset is None
@@ -360,8 +375,8 @@ class Scheduler:
         if not request.is_read:
             capable = [host for host in capable if api in host.capabilities.overrides_on]
         if capable:
-            if circumstances.failed or self._fleet.sick:
-                return choose(capable, circumstances.failed, now)
+            if context.failed or self._fleet.unhealthy:
+                return choose(capable, context.failed, now)
             return capable
         if subset is not None and not hosts:
             return nobody_allowed(pool.name)

@@ -12,10 +12,10 @@ from msgspec import Struct
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad
 from dp_extproc.load.health import avoidance, choose
+from dp_extproc.load.matching import Match
 from dp_extproc.request.body import InferenceRequest
 from dp_extproc.scheduling.admission import least_tokens, may_hold
 from dp_extproc.scheduling.decision import RequestContext
-from dp_extproc.scheduling.matching import Match
 from dp_extproc.scheduling.subset import allows
 
 _Quality = tuple[int, int, bool]

@@ -6,7 +6,8 @@ from functools import partial
 from itertools import accumulate
 from random import Random
 
-from dp_extproc.config.schema import LoadSignal, PolicySettings
+from dp_extproc.config.load import LoadSignal
+from dp_extproc.config.pools import PolicySettings
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, Role, Version
 from dp_extproc.estimators.token_ratio import START as BYTES_PER_TOKEN
 from dp_extproc.lab.simulate.fleet import Fleet
@@ -220,7 +221,7 @@ class _Replica:
         prefills = self.fleet.capable(_POOL, Role.PREFILL, Api.CHAT, now)
         decodes = self.fleet.capable(_POOL, Role.DECODE, Api.CHAT, now)
         pair = self._picker.pair(prefills, decodes, demand, now)
-        self.attempts[number] = self._ledger.open_pair(pair, demand, now)
+        self.attempts[number] = self._ledger.open(pair.prefill, pair.decode, demand, now)
         prefill, decode = pair.prefill, pair.decode
         decode_server = self._index[decode.host.endpoint.url]
         placement = Placement(
