@@ -18,7 +18,7 @@ from random import Random
 from dp_extproc.config import HostPolicy, LoadSignal, PolicySettings
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, RankSample, Role, Version
 from dp_extproc.load.cache import LoadCache
-from dp_extproc.load.request_cost import RequestCost
+from dp_extproc.load.records import RequestCost
 from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.request.path import Api
 from dp_extproc.scheduling.picker import Picker
@@ -58,17 +58,17 @@ def make_fleet(engines: int, ranks: int) -> LoadCache:
 def make_page(fleet: LoadCache, endpoint: Endpoint) -> LoadPage:
     """Make the load page of an engine with the service's own reservations, and external load on every fourth rank."""
     samples = []
-    for rank in fleet.hosts[endpoint.url].ranks:
+    for rank in fleet.by_url[endpoint.url].ranks:
         others = rank.index % 4 == 0
-        tokens = round(rank.own_tokens) + 1000 * others
+        tokens = round(rank.reserved_tokens) + 1000 * others
         samples.append(
             RankSample(
                 rank.index,
                 tokens,
                 total_tokens=tokens,
                 waiting_uncached_tokens=tokens,
-                running_requests=round(rank.own_requests) + others,
-                tokens_per_second=50.0 * max(1, round(rank.own_requests)),
+                running_requests=round(rank.reserved_requests) + others,
+                tokens_per_second=50.0 * max(1, round(rank.reserved_requests)),
                 capacity_tokens=1 << 22,
                 age=0.0,
             )
@@ -84,7 +84,7 @@ def measure(engines: int, ranks: int, host: HostPolicy, decisions: int) -> list[
     fleet = make_fleet(engines, ranks)
     rng = Random(1)
     picker = Picker(PolicySettings(host=host), LoadSignal.ESTIMATE, fleet.prefixes["*"], rng)
-    ledger = InFlightTracker(fleet)
+    tracker = InFlightTracker(fleet)
     limit = engines * ranks * _IN_FLIGHT
     in_flight = []
     times = []
@@ -98,12 +98,12 @@ def measure(engines: int, ranks: int, host: HostPolicy, decisions: int) -> list[
             unread -= 1
             endpoint = fleet.endpoints[next(reading) % len(fleet.endpoints)]
             fleet.sampled(endpoint, make_page(fleet, endpoint), now, now)
-        demand = RequestCost(float(rng.randint(200, 8000)))
+        cost = RequestCost(float(rng.randint(200, 8000)))
         began = time.thread_time_ns()
         prefills = fleet.capable("*", Role.PREFILL, Api.CHAT, now)
         decodes = fleet.capable("*", Role.DECODE, Api.CHAT, now)
-        pair = picker.pair(prefills, decodes, demand, now)
-        attempt = ledger.open(pair.prefill, pair.decode, demand, now)
+        pair = picker.pair(prefills, decodes, cost, now)
+        attempt = tracker.open(pair.prefill, pair.decode, cost, now)
         elapsed = time.thread_time_ns() - began
         in_flight.append(attempt)
         if number >= limit:

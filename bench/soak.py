@@ -158,7 +158,7 @@ class Soak:
         print(f"{datetime.now(UTC):%H:%M:%S.%f}: {kind} {which} dies", flush=True)
 
     async def _workers(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = (await asyncio.to_thread(self.service.loads)).get("workers", [])
+        found: list[dict[str, Any]] = (await asyncio.to_thread(self.service.loads)).get("worker_processes", [])
         return found
 
     async def _report(self) -> None:

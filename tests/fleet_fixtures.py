@@ -7,8 +7,10 @@ from typing import Any
 
 from dp_extproc.config import PoolConfig
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, RankSample, Role, Version
+from dp_extproc.load.attribution import Reading, absorb
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import DEFAULT_COSTS, EndpointLoad, StepCosts
+from dp_extproc.load.step_group import StepGroup
 from dp_extproc.scheduling.scheduler import Scheduler
 
 MODES = {Role.PREFILL: Mode.PREFILL, Role.DECODE: Mode.DECODE, Role.WORKER: Mode.UNIFIED}
@@ -78,6 +80,11 @@ def samples(tokens: Sequence[int], age: float | None = 0.0) -> tuple[RankSample,
     )
 
 
+def absorb_sample(group: StepGroup, sample: RankSample, at: float) -> None:
+    """Correct one rank of a group, as if it were alone in its engine, by a sample that comes without delay."""
+    absorb([Reading(group, group.ranks[sample.dp_rank], sample, at)], 1, at)
+
+
 class Fleet:
     """A pool that has been discovered and sampled, and the dispatcher over it."""
 
@@ -130,4 +137,4 @@ class Fleet:
         self.load.sampled(endpoint, LoadPage(samples(tokens, age)), self.clock(), self.clock())
 
     def host(self, role: Role, number: int = 1) -> EndpointLoad:
-        return self.load.hosts[make_endpoint(role, number).url]
+        return self.load.by_url[make_endpoint(role, number).url]

@@ -86,12 +86,12 @@ def test_a_reload_exchanges_endpoints_without_losing_a_request(changing: Changin
         rest = [line for line in lines if line]
 
     assert [each["url"] for each in page["endpoints"]] == [engine.url for engine in changing.pairs[1]]
-    assert changing.pairs[0][1].url in [each["url"] for each in page["leaving"]]
+    assert changing.pairs[0][1].url in [each["url"] for each in page["draining"]]
     assert statuses == [200] * 5
     assert rest[-1] == "data: [DONE]"
     assert (changing.served_by(0), changing.served_by(1)) == (1, 5)
     changing.service.wait_until_idle()
-    assert changing.service.loads()["leaving"] == []
+    assert changing.service.loads()["draining"] == []
 
 
 def test_an_endpoint_keeps_its_reservations_across_a_reload(changing: Changing) -> None:
@@ -104,7 +104,7 @@ def test_an_endpoint_keeps_its_reservations_across_a_reload(changing: Changing) 
         rest = [line for line in lines if line]
 
     assert sum(rank["reserved"]["requests"] for rank in decode["ranks"]) == 1
-    assert changing.service.loads()["leaving"] == []
+    assert changing.service.loads()["draining"] == []
     assert rest[-1] == "data: [DONE]"
 
 

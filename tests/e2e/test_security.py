@@ -78,7 +78,7 @@ def mutual(authority: Authority) -> Iterator[Stack]:
 
 def prefill_is_reported(stack: Stack) -> bool:
     """Return whether the stream of a prefill leg has reached the process that scheduled the request."""
-    return "dp_extproc_unseen_legs_total 0.0" in stack.service.metrics()
+    return "dp_extproc_missing_prefill_legs_total 0.0" in stack.service.metrics()
 
 
 def test_both_clusters_of_the_service_use_tls(mutual: Stack) -> None:

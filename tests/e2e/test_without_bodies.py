@@ -216,6 +216,6 @@ def test_lookups_work_without_bodies(fleet: Fleet) -> None:
 def test_reservations_end_when_a_client_disconnects_while_it_sends(fleet: Fleet) -> None:
     """A client that disconnects while it sends leaves no reservation."""
     with connect(fleet, length=99):
-        wait_for(lambda: "dp_extproc_streams 1.0" in fleet.service.metrics())
+        wait_for(lambda: "dp_extproc_active_streams 1.0" in fleet.service.metrics())
 
     fleet.service.wait_until_idle()

@@ -18,8 +18,7 @@ from dp_extproc.load.decode import ROOM, step_cost
 from dp_extproc.load.endpoint import StepCosts
 from dp_extproc.load.in_flight import InFlight
 from dp_extproc.load.prefill import LATER_STEPS, LATER_WEIGHT, WAITING_COUNTED
-from dp_extproc.load.records import PlacementRecord
-from dp_extproc.load.request_cost import RequestCost
+from dp_extproc.load.records import PlacementRecord, RequestCost
 from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix
 from dp_extproc.request.path import Api
@@ -209,7 +208,7 @@ class _Replica:
             for endpoint in endpoints:
                 self.fleet.discovered(endpoint, endpoint.url, _facts(role, fleet), 0.0)
         self._picker = Picker(policy, signal, self.fleet.prefixes[_POOL], rng)
-        self._ledger = InFlightTracker(self.fleet)
+        self._tracker = InFlightTracker(self.fleet)
         self._rng = rng
         self._ranks = fleet.ranks
         self._engine_ranks: EngineRanks = simulation.engine_ranks
@@ -217,25 +216,25 @@ class _Replica:
 
     def place(self, number: int, text_bytes: int, prefix: Prefix, now: float) -> tuple[Placement, PlacementRecord]:
         tokens = self.fleet.ratios[_POOL].estimate(Prompt(text_bytes, 0, None))
-        demand = RequestCost(tokens, prefix=prefix, text_bytes=text_bytes)
+        cost = RequestCost(tokens, prefix=prefix, text_bytes=text_bytes)
         prefills = self.fleet.capable(_POOL, Role.PREFILL, Api.CHAT, now)
         decodes = self.fleet.capable(_POOL, Role.DECODE, Api.CHAT, now)
-        pair = self._picker.pair(prefills, decodes, demand, now)
-        self.attempts[number] = self._ledger.open(pair.prefill, pair.decode, demand, now)
+        pair = self._picker.pair(prefills, decodes, cost, now)
+        self.attempts[number] = self._tracker.open(pair.prefill, pair.decode, cost, now)
         prefill, decode = pair.prefill, pair.decode
-        decode_server = self._index[decode.host.endpoint.url]
+        decode_server = self._index[decode.endpoint.url]
         placement = Placement(
-            self._index[prefill.host.endpoint.url],
+            self._index[prefill.endpoint.url],
             self._rng.randrange(self._ranks) if prefill.rank is None else prefill.rank,
             decode_server,
             self._engine_ranks.decode_rank(decode_server) if decode.rank is None else decode.rank,
         )
         dispatch = PlacementRecord(
             _POOL,
-            demand,
-            decode.host.endpoint.url,
+            cost,
+            decode.endpoint.url,
             decode.rank,
-            prefill.host.endpoint.url,
+            prefill.endpoint.url,
             prefill.rank,
             prefill.cached,
         )
@@ -243,7 +242,7 @@ class _Replica:
 
     def told(self, number: int, dispatch: PlacementRecord, now: float) -> None:
         """Take in what a peer has sent."""
-        self.attempts[number] = self._ledger.open_foreign(dispatch, now)
+        self.attempts[number] = self._tracker.open_peer(dispatch, now)
 
 
 def _facts(role: Role, fleet: Fleet) -> EngineFacts:
