@@ -29,16 +29,13 @@ NOT_YET: tuple[str, ...] = (
     "src/dp_extproc/attempt/",
     "src/dp_extproc/background.py",
     "src/dp_extproc/cli/",
-    "src/dp_extproc/config/",
     "src/dp_extproc/contract.py",
     "src/dp_extproc/engines/",
-    "src/dp_extproc/envoy_config/",
     "src/dp_extproc/extproc/",
     "src/dp_extproc/fleet/",
     "src/dp_extproc/lab/",
     "src/dp_extproc/load/cache.py",
     "src/dp_extproc/load/health.py",
-    "src/dp_extproc/load/matching.py",
     "src/dp_extproc/load/step_group.py",
     "src/dp_extproc/observability/",
     "src/dp_extproc/prefix_cache/",
@@ -48,7 +45,6 @@ NOT_YET: tuple[str, ...] = (
     "src/dp_extproc/scheduling/",
     "src/dp_extproc/sync/",
     "CHANGELOG.md",
-    "docs/configuration.md",
     "docs/development.md",
 )
 """Rooms that still have replaced words, as prefixes of paths."""
@@ -97,7 +93,7 @@ REPLACED = (
     ("admission queue", r"waiting\ line in\ line", EVERYWHERE),
     ("routing fields, leg encoding", "carriage carriages carrier carriers", EVERYWHERE),
     ("request context", "circumstance circumstances", EVERYWHERE),
-    ("request cost", "demand demands", EVERYWHERE),
+    ("request cost", "demand", EVERYWHERE),
     ("listener", "observer observers", EVERYWHERE),
     ("model registry", "catalogue catalogues", EVERYWHERE),
     ("peer timeout", "silence silenced", EVERYWHERE),
@@ -110,9 +106,12 @@ ALLOWED_PHRASES = (
     (r"(?:host|bootstrap host) (?:names?|and port|or port|header)|bootstrap host", "", "a part of an address"),
     (r"host polic(?:y|ies)", "", "the key policy.host"),
     (r"virtual hosts?", "", "Envoy's word"),
-    (r"(?:on|of) the host|the host in", "docs/compose.md", "the machine that runs containers; a part of a URL"),
+    (r"the host in", "docs/", "a part of a URL"),
+    (r"(?:on|of) the host", "docs/compose.md", "the machine that runs containers"),
     (r"no host or storage tier", "docs/engine.md", "SGLang's word for a tier of memory"),
     (r"host names", "docs/engines.md", "a part of an address"),
+    (r"hosts?", f"{PRODUCT}config/", "a machine, or a part of an address"),
+    (r"dead host", f"{PRODUCT}envoy_config/", "a machine"),
     (r"on demand", "", "an idiom"),
 )
 ALLOWED_NAMES = {
@@ -153,7 +152,13 @@ ALLOWED_IN_NAMES = (
     (r"grpc servers?", "", "not an engine"),
     (r"host (?:policy|and port)", "", "the key policy.host; a part of an address"),
     (r"dispatch", f"{PRODUCT}envoy_config/", "the listener and cluster dp_dispatch"),
-    (r"decode server|(?:decode|failed) hosts?", f"{PRODUCT}envoy_config/", "the cluster decode_server; headers"),
+    (r"decode server", f"{PRODUCT}envoy_config/", "the cluster decode_server"),
+    (
+        r"hosts?",
+        f"{PRODUCT}envoy_config/",
+        "values of the headers x-dp-decode-host and x-dp-prefill-host; Envoy's words",
+    ),
+    (r"hosts?", f"{PRODUCT}config/", "a part of an address; the key policy.host"),
     (r"dispatch(?:er|ed)?", f"{PRODUCT}lab/engine/", "SGLang's word for the choice of a rank"),
 )
 
@@ -198,7 +203,7 @@ def words_of(name: str) -> str:
 def _without(path: str, text: str, allowed: tuple[tuple[str, str, str], ...]) -> str:
     for phrase, prefix, _ in allowed:
         if path.startswith(prefix):
-            text = re.sub(rf"\b(?:{phrase})\b", "", text)
+            text = re.sub(rf"\b(?:{phrase})\b", "", text, flags=re.IGNORECASE)
     return text
 
 
