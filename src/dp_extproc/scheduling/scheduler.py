@@ -27,11 +27,11 @@ from dp_extproc.request.rewrite import rewrite_aggregated
 from dp_extproc.request.unread import unread_request
 from dp_extproc.scheduling.admission import Admission, AdmissionQueue, is_too_long, largest_capacity
 from dp_extproc.scheduling.decision import Answer, Decision, Metadata, Queued, RequestContext, SchedulingResult
+from dp_extproc.scheduling.filters import TRY_AGAIN, nobody_allowed, nobody_can, nobody_matches
 from dp_extproc.scheduling.models import SHOWN_MODEL, ModelRegistry
+from dp_extproc.scheduling.pairing import Targets, matching_sides
 from dp_extproc.scheduling.picker import Pair, Picker, Pins
 from dp_extproc.scheduling.routing_fields import carry
-from dp_extproc.scheduling.shortage import TRY_AGAIN, nobody_allowed, nobody_can, nobody_matches
-from dp_extproc.scheduling.sides import Targets, matching_sides
 from dp_extproc.scheduling.subset import allows
 
 _WATCHED: Final = ((contract.WATCH, b"1"),)

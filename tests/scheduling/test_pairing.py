@@ -24,7 +24,7 @@ from dp_extproc.request.body import InferenceRequest, read_body
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.decision import Decision, RequestContext, SchedulingResult
-from dp_extproc.scheduling.sides import matching_sides
+from dp_extproc.scheduling.pairing import matching_sides
 from fleet_fixtures import Fleet, make_endpoint, make_facts
 
 BODY = b'{"prompt":"hello"}'
@@ -290,7 +290,7 @@ def test_a_server_is_asked_about_once_however_many_it_can_be_paired_with(differi
 def test_the_decode_servers_of_a_match_are_walked_as_one_list(monkeypatch: pytest.MonkeyPatch) -> None:
     """All prefill servers of a match share it, so the number of walks follows from the matches alone."""
     fleet = in_large_pool()
-    monkeypatch.setattr("dp_extproc.scheduling.sides.choose", lambda *args: Walked(choose(*args)))
+    monkeypatch.setattr("dp_extproc.scheduling.pairing.choose", lambda *args: Walked(choose(*args)))
     Walked.walks = 0
     sides = matching_sides(fleet.load, "*", read_ids(1), fleet.clock(), RequestContext())
 
