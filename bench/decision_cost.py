@@ -19,6 +19,8 @@ from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.request_cost import RequestCost
 from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.request.path import Api
+from dp_extproc.scheduling.filters import EndpointFilter
+from dp_extproc.scheduling.pairing import Pairing
 from dp_extproc.scheduling.picker import Picker
 
 _IN_FLIGHT = 6
@@ -79,7 +81,7 @@ def measure(servers: int, ranks: int, host: HostPolicy, decisions: int) -> list[
     fleet = make_fleet(servers, ranks)
     rng = Random(1)
     picker = Picker(PolicySettings(host=host), LoadSignal.ESTIMATE, fleet.prefixes["*"], rng)
-    ledger = InFlightTracker(fleet)
+    filters, ledger = EndpointFilter(fleet), InFlightTracker(fleet)
     limit = servers * ranks * _IN_FLIGHT
     in_flight = []
     times = []
@@ -95,10 +97,10 @@ def measure(servers: int, ranks: int, host: HostPolicy, decisions: int) -> list[
             fleet.sampled(endpoint, make_page(fleet, endpoint), now, now)
         demand = RequestCost(float(rng.randint(200, 8000)))
         began = time.thread_time_ns()
-        prefills = fleet.capable("*", Role.PREFILL, Api.CHAT, now)
-        decodes = fleet.capable("*", Role.DECODE, Api.CHAT, now)
-        pair = picker.pair(prefills, decodes, demand, now)
-        attempt = ledger.open(pair.prefill, pair.decode, demand, now)
+        prefills = filters.capable("*", Role.PREFILL, Api.CHAT, now)
+        decodes = filters.capable("*", Role.DECODE, Api.CHAT, now)
+        targets = picker.pick(Pairing(prefills, decodes), demand, now)
+        attempt = ledger.open(targets.prefill, targets.decode, demand, now)
         elapsed = time.thread_time_ns() - began
         in_flight.append(attempt)
         if number >= limit:

@@ -16,15 +16,14 @@ from dp_extproc.engines import compatibility
 from dp_extproc.engines.compatibility import Difference, difference
 from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import EngineFacts, LoadPage, PairTerms, RankSample, Role
-from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad
-from dp_extproc.load.health import choose
 from dp_extproc.load.matching import find_matches
 from dp_extproc.request.body import InferenceRequest, read_body
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.decision import Decision, RequestContext, SchedulingResult
-from dp_extproc.scheduling.pairing import matching_sides
+from dp_extproc.scheduling.filters import EndpointFilter, choose
+from dp_extproc.scheduling.pairing import best_pairing
 from fleet_fixtures import Fleet, make_endpoint, make_facts
 
 BODY = b'{"prompt":"hello"}'
@@ -270,15 +269,15 @@ class Walked(list[EndpointLoad]):
 def test_a_server_is_asked_about_once_however_many_it_can_be_paired_with(differing: int) -> None:
     """Else a decision costs prefill servers times decode servers, and a fleet that is full blocks everything."""
     fleet = in_large_pool(differing)
-    sides = matching_sides(fleet.load, "*", read_ids(1), fleet.clock(), RequestContext())
-    assert sides is not None
+    pairing = best_pairing(fleet.load, "*", read_ids(1), RequestContext(), fleet.clock())
+    assert pairing is not None
     asked: list[EndpointLoad] = []
 
     def wanted(host: EndpointLoad) -> bool:
         asked.append(host)
         return host not in {fleet.host(Role.PREFILL, 1), fleet.host(Role.DECODE, 2)}
 
-    left = sides.only(wanted)
+    left = pairing.only(wanted)
     assert left is not None
     assert len(asked) == len({*asked}) == 200
     assert (len(left.prefills), len(left.decodes)) == (99, 99)
@@ -290,12 +289,17 @@ def test_a_server_is_asked_about_once_however_many_it_can_be_paired_with(differi
 def test_the_decode_servers_of_a_match_are_walked_as_one_list(monkeypatch: pytest.MonkeyPatch) -> None:
     """All prefill servers of a match share it, so the number of walks follows from the matches alone."""
     fleet = in_large_pool()
-    monkeypatch.setattr("dp_extproc.scheduling.pairing.choose", lambda *args: Walked(choose(*args)))
-    Walked.walks = 0
-    sides = matching_sides(fleet.load, "*", read_ids(1), fleet.clock(), RequestContext())
 
-    assert sides is not None
-    assert (len(sides.prefills), len(sides.decodes)) == (100, 100)
+    def choose_walked(*args: Any) -> tuple[int, Walked]:
+        level, chosen = choose(*args)
+        return level, Walked(chosen)
+
+    monkeypatch.setattr("dp_extproc.scheduling.pairing.choose", choose_walked)
+    Walked.walks = 0
+    pairing = best_pairing(fleet.load, "*", read_ids(1), RequestContext(), fleet.clock())
+
+    assert pairing is not None
+    assert (len(pairing.prefills), len(pairing.decodes)) == (100, 100)
     assert Walked.walks <= 16, "two matches of two lists, each walked a few times"
 
 
@@ -397,13 +401,13 @@ def test_a_long_prompt_is_tried_on_servers_that_may_do_by_now() -> None:
 def test_a_refusal_for_want_of_a_pair_never_lacks_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that are left may agree: then it tells what differs among all, or that nothing does."""
     fleet = make_fleet([1, 2], [1, 2])
-    capable = LoadCache.capable
+    capable = EndpointFilter.capable
 
-    def first_alone(load: LoadCache, pool: str, role: Role, api: Api, now: float) -> Sequence[EndpointLoad]:
-        return capable(load, pool, role, api, now)[:1]
+    def first_alone(filters: EndpointFilter, *args: Any, **options: Any) -> Sequence[EndpointLoad]:
+        return capable(filters, *args, **options)[:1]
 
-    monkeypatch.setattr(LoadCache, "capable", first_alone)
-    monkeypatch.setattr("dp_extproc.scheduling.scheduler.matching_sides", lambda *_: None)
+    monkeypatch.setattr(EndpointFilter, "capable", first_alone)
+    monkeypatch.setattr("dp_extproc.scheduling.pairing.best_pairing", lambda *_: None)
     refusal = place(fleet)
     assert isinstance(refusal, Rejection)
     assert refusal.message.endswith("page_size is 2 on prefill and 1 on decode (start both with the same --page-size)")

@@ -41,7 +41,7 @@ class Service:
             clock=self.fleet.clock,
             observer=self.outbox,
         )
-        self.peers = Peers(self.dispatcher.ledger.open_foreign, 3.0)
+        self.peers = Peers(self.dispatcher.tracker.open_foreign, 3.0)
         self._prompts = count()
 
     def place(self, body: bytes | None = None) -> tuple[InFlight, int, int]:

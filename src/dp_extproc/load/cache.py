@@ -16,7 +16,6 @@ from dp_extproc.load.in_flight import nothing
 from dp_extproc.load.matching import Match, find_matches
 from dp_extproc.load.step_group import RankLoad
 from dp_extproc.prefix_cache.index import PrefixIndex
-from dp_extproc.request.path import Api
 
 
 class LoadCache:
@@ -65,7 +64,6 @@ class LoadCache:
         """Of the pools in which not every prefill server can be paired with every decode server."""
         self._pages: Counter[tuple[str, Role]] = Counter()
         """Read since the servers of a role were compared."""
-        self._capable: dict[tuple[str, Role, Api], tuple[Sequence[EndpointLoad], float]] = {}
 
     @property
     def unhealthy(self) -> Sequence[EndpointLoad]:
@@ -157,7 +155,6 @@ class LoadCache:
 
     def _change(self) -> None:
         self.generation += 1
-        self._capable.clear()
 
     def _let_go(self, host: EndpointLoad) -> None:
         self._forget_prefixes(host)
@@ -255,21 +252,6 @@ class LoadCache:
         states = [host.freshness(now, self.stale_after) for host in hosts]
         best = min(states, default=None)
         return best, [host for host, state in zip(hosts, states, strict=True) if state is best]
-
-    def capable(self, pool: str, role: Role, api: Api, now: float) -> Sequence[EndpointLoad]:
-        """Give those of the eligible hosts whose release takes the routing fields on this path.
-
-        Nobody becomes eligible but by an observation, and nobody ceases to be but by one or by growing stale; so
-        what was found holds until then.
-        """
-        found = self._capable.get((pool, role, api))
-        if found is not None and now <= found[1]:
-            return found[0]
-        hosts = self.eligible(pool, role, now)
-        until = min((host.last_sign + self.stale_after for host in hosts), default=now)
-        capable = [host for host in hosts if host.capabilities.serves(api)]
-        self._capable[pool, role, api] = (capable, until)
-        return capable
 
     def discovered_in(self, pool: str) -> list[EndpointLoad]:
         """Give every host of a pool that has told its facts, in the order of the configuration."""

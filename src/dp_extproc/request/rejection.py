@@ -39,6 +39,9 @@ class Reason(StrEnum):
     INTERNAL_ERROR = "internal_error"
 
 
+TRY_AGAIN: Final = (("retry-after", "1"),)
+"""Response headers of a refusal that a later try may avoid."""
+
 _KINDS: Final = {429: "rate_limit_error"}
 
 

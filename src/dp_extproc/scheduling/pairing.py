@@ -1,101 +1,130 @@
-"""What a pair may be picked from: never two servers that are known not to work together.
+"""The endpoints that both targets of a request may be picked from: never two that are known not to work together.
 
-The pair is picked one side at a time. So where not everybody can be paired with everybody, the choice of prefill is
-narrowed to servers that leave a choice of decode, and that one to those that the picked prefill server can be paired
-with. Whatever is done for want of better servers, such as taking one that is ejected, stays within that.
+Targets are picked one after the other. So where not every prefill endpoint can be paired with every decode endpoint:
+
+1. The prefill target is picked from endpoints that can be paired with a usable decode endpoint.
+2. The decode target is picked from those that can be paired with the picked prefill endpoint.
+3. Whatever is done for want of better endpoints, such as picking an ejected one, stays within these.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final
 
 from msgspec import Struct
 
+from dp_extproc.engines.compatibility import Difference, differences
+from dp_extproc.engines.model import Role
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad
-from dp_extproc.load.health import avoidance, choose
 from dp_extproc.load.matching import Match
 from dp_extproc.request.body import InferenceRequest
+from dp_extproc.request.rejection import TRY_AGAIN, Reason, Rejection
 from dp_extproc.scheduling.admission import least_tokens, may_hold
 from dp_extproc.scheduling.decision import RequestContext
-from dp_extproc.scheduling.subset import allows
+from dp_extproc.scheduling.filters import EndpointFilter, choose, freshest, serves
+
+_REASONS: Final = 4
+"""Differences that one message names at most."""
+_ALL_AGREE: Final = "all of them agree, but no two of them can serve this request now; try again shortly"
 
 _Quality = tuple[int, int, bool]
-"""How well the servers are known, whether they have failed this request, whether they are ejected. Less is better."""
+"""Freshness, how far failed attempts were avoided, and whether all are ejected. Less is better."""
+_BothRoles = tuple[Sequence[EndpointLoad], Sequence[EndpointLoad]]
 
 
-class Targets(Struct, frozen=True):
-    """Servers of both roles."""
+class Pairing(Struct, frozen=True):
+    """The endpoints of both roles that the targets of a request may be picked from."""
 
     prefills: Sequence[EndpointLoad]
-    """At least one, each with a partner."""
+    """None for an aggregated pool; else at least one, each of which can be paired with one of the others."""
     decodes: Sequence[EndpointLoad]
-    """Likewise."""
+    """At least one; the endpoints that answer the client."""
     matches: Mapping[EndpointLoad, Match] | None = None
-    """Of each prefill server; None if all can be paired with all. All prefill servers of a match share it."""
+    """The match of each prefill endpoint, which all its prefill endpoints share; None if all can be paired with all."""
 
     def decodes_of(self, prefill: EndpointLoad) -> Sequence[EndpointLoad]:
-        """Give the decode servers that a prefill server can be paired with, at least one."""
+        """Return the decode endpoints that a prefill endpoint can be paired with, at least one."""
         return self.decodes if self.matches is None else self.matches[prefill].decodes
 
-    def match_of(self, prefill: EndpointLoad) -> Match:
-        """Give all that can be used together with a prefill server, itself among them."""
-        return Match(self.prefills, self.decodes) if self.matches is None else self.matches[prefill]
+    def scopes_of(self, prefill: EndpointLoad | None) -> "Sequence[Pairing | Match]":
+        """Return all that there is to pick from, and then, if that is less, what goes with a prefill endpoint."""
+        return (self,) if self.matches is None or prefill is None else (self, self.matches[prefill])
 
-    def only(self, wanted: Callable[[EndpointLoad], bool]) -> "Targets | None":
-        """Give what is left with the wanted servers alone; None if that is no pair. Each is asked about once."""
-        prefills = [host for host in self.prefills if wanted(host)]
-        decodes = [host for host in self.decodes if wanted(host)]
+    def only(self, wanted: Callable[[EndpointLoad], bool]) -> "Pairing | None":
+        """Return what is left with the wanted endpoints alone, each asked about once; None if that is no pair."""
+        prefills = [each for each in self.prefills if wanted(each)]
+        decodes = [each for each in self.decodes if wanted(each)]
         if self.matches is None:
-            return _joined([Match(prefills, decodes)])
+            return Pairing(prefills, decodes) if decodes and (prefills or not self.prefills) else None
         kept = {*prefills, *decodes}
         return _joined(
-            Match([host for host in match.prefills if host in kept], [host for host in match.decodes if host in kept])
+            Match([each for each in match.prefills if each in kept], [each for each in match.decodes if each in kept])
             for match in {id(match): match for match in self.matches.values()}.values()
         )
 
 
-def matching_sides(
-    fleet: LoadCache, pool: str, request: InferenceRequest, now: float, circumstances: RequestContext
-) -> Targets | None:
-    """Choose among the matches of a pool those that can be used best; None if none can.
+def find_pairing(
+    filters: EndpointFilter, pool: str, request: InferenceRequest, context: RequestContext, now: float
+) -> Pairing | Rejection:
+    """Return what the targets of a request to a disaggregated pool may be picked from, or its refusal."""
+    load = filters.load
+    all_match = pool not in load.matches
+    if not all_match and (best := best_pairing(load, pool, request, context, now)) is not None:
+        return best
+    prefills = filters.usable(pool, Role.PREFILL, request, context, now)
+    if isinstance(prefills, Rejection):
+        return prefills
+    decodes = filters.usable(pool, Role.DECODE, request, context, now)
+    if isinstance(decodes, Rejection):
+        return decodes
+    if all_match:
+        return Pairing(prefills, decodes)
+    return _refuse(pool, (prefills, decodes), (load.known(pool, Role.PREFILL), load.known(pool, Role.DECODE)))
 
-    Both sides count: a match whose only decode server is ejected is left alone while there is a sound one. But an
-    ejected one may do by now, while servers that are too small for a prompt never do.
+
+def best_pairing(
+    load: LoadCache, pool: str, request: InferenceRequest, context: RequestContext, now: float
+) -> Pairing | None:
+    """Join those matches of a pool that are usable best; None if none is.
+
+    Both roles count: a match whose only decode endpoint is ejected is left out while there is a healthy one. But an
+    ejected endpoint may work again by now, while a rank that is too small for a prompt never holds it.
     """
-    estimate, least = _tokens(fleet, pool, request)
+    estimate, least = _tokens(load, pool, request)
     found = []
-    for match in fleet.matches[pool]:
-        prefills = _usable(fleet, match.prefills, request, now, circumstances)
-        decodes = _usable(fleet, match.decodes, request, now, circumstances)
+    for match in load.matches[pool]:
+        prefills = _usable(load, match.prefills, request, context, now)
+        decodes = _usable(load, match.decodes, request, context, now)
         if prefills is not None and decodes is not None:
-            (known, failed, sick), (known_too, failed_too, sick_too) = prefills[0], decodes[0]
             usable = Match(prefills[1], decodes[1])
+            freshness, avoided, is_ejected = map(max, prefills[0], decodes[0])
             worse = (
                 not _may_hold(usable, least),
-                max(known, known_too),
-                max(failed, failed_too),
-                sick or sick_too,
-                not _may_hold(usable, estimate),  # which may be wrong
+                freshness,
+                avoided,
+                is_ejected,
+                not _may_hold(usable, estimate),  # after the others, as the estimate may be wrong
             )
             found.append((worse, usable))
     best = min((quality for quality, _ in found), default=None)
     return _joined(match for quality, match in found if quality == best)
 
 
-def _joined(matches: Iterable[Match]) -> Targets | None:
-    """Put matches together; their lists of decode servers are walked once for each match, not for each server."""
+def _joined(matches: Iterable[Match]) -> Pairing | None:
+    """Join matches; their lists of decode endpoints are walked once for each match, not for each prefill endpoint."""
     left = [match for match in matches if match.prefills and match.decodes]
     if len(left) < 2:
-        return Targets(left[0].prefills, left[0].decodes) if left else None
+        return Pairing(left[0].prefills, left[0].decodes) if left else None
     of = {prefill: match for match in left for prefill in match.prefills}
     every = dict.fromkeys(decode for match in left for decode in match.decodes)
-    return Targets(tuple(of), tuple(every), of)
+    return Pairing(tuple(of), tuple(every), of)
 
 
-def _tokens(fleet: LoadCache, pool: str, request: InferenceRequest) -> tuple[float, float]:
-    """Give what a rank has to hold for a prompt, as estimated and at least; 0 where its size tells nothing of that."""
-    estimate = fleet.ratios[pool].estimate(request.prompt)
+def _tokens(load: LoadCache, pool: str, request: InferenceRequest) -> tuple[float, float]:
+    """Return the tokens of a prompt that a rank has to hold at a time, estimated and at least; 0 if that is unknown."""
+    estimate = load.ratios[pool].estimate(request.prompt)
     least = least_tokens(request.prompt, estimate)
-    return (estimate, least) if least and request.is_read else (0.0, 0.0)  # one not read may be long for its pictures
+    return (estimate, least) if least and request.is_read else (0.0, 0.0)  # the size of a body may be that of images
 
 
 def _may_hold(match: Match, tokens: float) -> bool:
@@ -103,25 +132,32 @@ def _may_hold(match: Match, tokens: float) -> bool:
 
 
 def _usable(
-    fleet: LoadCache,
-    hosts: Sequence[EndpointLoad],
-    request: InferenceRequest,
-    now: float,
-    circumstances: RequestContext,
+    load: LoadCache, endpoints: Sequence[EndpointLoad], request: InferenceRequest, context: RequestContext, now: float
 ) -> tuple[_Quality, Sequence[EndpointLoad]] | None:
-    """Give the best of some hosts of one role, and how good they are; None if none can be used at all."""
-    if (subset := circumstances.subset) is not None:
-        hosts = [host for host in hosts if allows(subset, host.address)]
-    freshness, hosts = fleet.best_known(hosts, now)
-    capable = [host for host in hosts if _serves(host, request)]
+    """Return the best of some endpoints of one role, and how good they are; None if none can be used at all."""
+    freshness, endpoints = freshest(load, endpoints, now, context.subset)
+    capable = [each for each in endpoints if serves(each, request.api, is_read=request.is_read)]
     if not capable or freshness is None:
         return None
-    chosen = choose(capable, circumstances.failed, now)
-    is_sick = not any(host.health.takes(now) for host in chosen)
-    return (freshness, avoidance(capable, circumstances.failed), is_sick), chosen
+    avoided, chosen = choose(capable, context.failed, now)
+    is_ejected = not any(each.health.takes(now) for each in chosen)
+    return (freshness, avoided, is_ejected), chosen
 
 
-def _serves(host: EndpointLoad, request: InferenceRequest) -> bool:
-    """Tell whether a host's release takes the routing fields of a request, wherever they have to stand."""
-    takes = host.capabilities
-    return takes.serves(request.api) and (request.is_read or request.api in takes.overrides_on)
+def _refuse(pool: str, usable: _BothRoles, known: _BothRoles) -> Rejection:
+    """Refuse a request because no two endpoints can be paired, or none of those that can is usable.
+
+    Args:
+        pool: The name of the pool.
+        usable: The prefill and the decode endpoints that are usable now.
+        known: All whose facts are known. What differs among them counts if the usable ones agree.
+    """
+    found = _differences(usable) or _differences(known)
+    reasons = "; ".join(f"{each} ({each.remedy})" for each in found[:_REASONS])
+    message = f"no prefill server for {pool} can be paired with a decode server that is there: {reasons or _ALL_AGREE}"
+    return Rejection(503, Reason.NO_COMPATIBLE_PAIR, message, headers=TRY_AGAIN)
+
+
+def _differences(endpoints: _BothRoles) -> list[Difference]:
+    prefills, decodes = endpoints
+    return differences((each.facts for each in prefills), (each.facts for each in decodes))

@@ -13,19 +13,18 @@ from dp_extproc.load.endpoint import Candidate, EndpointLoad, Target
 from dp_extproc.load.request_cost import RequestCost
 from dp_extproc.load.step_group import RankLoad
 from dp_extproc.prefix_cache.index import Held, PrefixIndex
-from dp_extproc.scheduling.bootstrap_room import agree, draw_room
+from dp_extproc.scheduling.bootstrap_room import agree
+from dp_extproc.scheduling.pairing import Pairing
 from dp_extproc.scheduling.policies import NOTHING_HELD, Policy
 
 
-class Pair(Struct, frozen=True):
-    """Both sides."""
+class Targets(Struct, frozen=True):
+    """Where both legs of a request go."""
 
-    prefill: Target
+    prefill: Target | None
+    """None for an aggregated pool, whose one target computes the prompt, too."""
     decode: Target
-
-    def draw_room(self, rng: Random) -> int:
-        """Draw a new room under which both servers find the ranks of this pair."""
-        return draw_room(rng, self.prefill.residue, self.decode.residue)
+    """The target that answers the client."""
 
 
 class Pins(Struct, frozen=True):
@@ -59,59 +58,41 @@ class Picker:
         self._prefixes = prefixes
         self._rng = rng
 
-    def worker(
+    def pick(
         self,
-        hosts: Sequence[EndpointLoad],
-        demand: RequestCost,
-        now: float,
-        pin: int | None = None,
-        *,
-        wanted: Wanted | None = None,
-    ) -> Target:
-        """Pick a server that does both prefill and decode, and its rank.
-
-        Args:
-            hosts: At least one, equally eligible.
-            demand: What the request asks for.
-            now: For what changes with time alone.
-            pin: A rank that the client asked for; passed over when no host has it.
-            wanted: Which ranks are picked from, if any host has one; None for all.
-        """
-        held = self._held(demand)
-        near = self._policies[Role.WORKER].within_reach(hosts, held)
-        chosen, rank = self._pick(
-            Role.WORKER, _only([host.candidate for host in near], wanted), demand.tokens, now, pin=pin, held=held
-        )
-        index = None if rank is None else rank.index
-        return Target(chosen.host, index, routed=rank is not None, by_room=False, cached=_cached(rank, held))
-
-    def pair(
-        self,
-        prefills: Sequence[EndpointLoad],
-        decodes: Sequence[EndpointLoad],
-        demand: RequestCost,
+        pairing: Pairing,
+        cost: RequestCost,
         now: float,
         pins: Pins = NO_PINS,
         *,
         wanted: Wanted | None = None,
-        decodes_of: Callable[[EndpointLoad], Sequence[EndpointLoad]] | None = None,
-    ) -> Pair:
-        """Pick both sides of a disaggregated request.
+    ) -> Targets:
+        """Pick the targets of a request.
 
         Args:
-            prefills: At least one, equally eligible.
-            decodes: Likewise.
-            demand: What the request asks for.
-            now: For what changes with time alone.
-            pins: Ranks that the client asked for; passed over when no host has them.
-            wanted: Which ranks are picked from, on either side, if any host has one; None for all.
-            decodes_of: Gives those decode servers, at least one, that a prefill server can be paired with; None if all
-                can be with all.
+            pairing: What to pick from; all endpoints of a role are equally eligible.
+            cost: The work that the request is.
+            now: The current time, as estimates change with it.
+            pins: Ranks that the client asked for; ignored if no endpoint has them.
+            wanted: Tells whether a rank may be picked; ignored for a role if none may. None allows every rank.
         """
-        prefill = self._prefill(prefills, demand, now, pins.prefill, wanted)
-        if decodes_of is not None:
-            decodes = decodes_of(prefill.host)
-        return Pair(prefill, self._decode(decodes, demand.tokens, now, prefill.residue, pin=pins.decode, wanted=wanted))
+        if not pairing.prefills:
+            return Targets(None, self._aggregated(pairing.decodes, cost, now, pins.decode, wanted))
+        prefill = self._prefill(pairing.prefills, cost, now, pins.prefill, wanted)
+        decodes = pairing.decodes_of(prefill.host)
+        return Targets(
+            prefill, self._decode(decodes, cost.tokens, now, prefill.residue, pin=pins.decode, wanted=wanted)
+        )
+
+    def _aggregated(
+        self, hosts: Sequence[EndpointLoad], demand: RequestCost, now: float, pin: int | None, wanted: Wanted | None
+    ) -> Target:
+        held = self._held(demand)
+        near = self._policies[Role.WORKER].within_reach(hosts, held)
+        candidates = _only([host.candidate for host in near], wanted)
+        chosen, rank = self._pick(Role.WORKER, candidates, demand.tokens, now, pin=pin, held=held)
+        index = None if rank is None else rank.index
+        return Target(chosen.host, index, routed=rank is not None, by_room=False, cached=_cached(rank, held))
 
     def _held(self, demand: RequestCost) -> Held[RankLoad]:
         if demand.prefix.blocks or demand.session is not None:

@@ -1,6 +1,6 @@
 """From a request to a decision: which pool, which hosts, which ranks, which room, and the bodies that say so."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from random import Random
 from typing import Final
@@ -14,25 +14,23 @@ from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.engines.model import Role
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad, Target
-from dp_extproc.load.health import choose
 from dp_extproc.load.in_flight import NOBODY, InFlightListener, nothing
+from dp_extproc.load.matching import Match
 from dp_extproc.load.request_cost import SESSION_KEPT, RequestCost
-from dp_extproc.load.step_group import RankLoad
 from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix, prefix_of
 from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated
 from dp_extproc.request.path import Api
-from dp_extproc.request.rejection import Reason, Rejection
-from dp_extproc.request.rewrite import rewrite_aggregated
+from dp_extproc.request.rejection import TRY_AGAIN, Reason, Rejection
 from dp_extproc.request.unread import unread_request
 from dp_extproc.scheduling.admission import Admission, AdmissionQueue, is_too_long, largest_capacity
+from dp_extproc.scheduling.bootstrap_room import draw_room
 from dp_extproc.scheduling.decision import Answer, Decision, Metadata, Queued, RequestContext, SchedulingResult
-from dp_extproc.scheduling.filters import TRY_AGAIN, nobody_allowed, nobody_can, nobody_matches
+from dp_extproc.scheduling.filters import EndpointFilter
 from dp_extproc.scheduling.models import SHOWN_MODEL, ModelRegistry
-from dp_extproc.scheduling.pairing import Targets, matching_sides
-from dp_extproc.scheduling.picker import Pair, Picker, Pins
-from dp_extproc.scheduling.routing_fields import carry
-from dp_extproc.scheduling.subset import allows
+from dp_extproc.scheduling.pairing import Pairing, find_pairing
+from dp_extproc.scheduling.picker import NO_PINS, Picker, Pins, Targets
+from dp_extproc.scheduling.routing_fields import LegEncoding, encode_aggregated, encode_legs
 
 _WATCHED: Final = ((contract.WATCH, b"1"),)
 _NO_CONTEXT: Final = RequestContext()
@@ -92,7 +90,8 @@ class Scheduler:
             credentials: What requests to engines have to show.
         """
         self._fleet = fleet
-        self.ledger = InFlightTracker(fleet, observer, made_room=nothing if queue is None else queue.notify)
+        self.tracker = InFlightTracker(fleet, observer, made_room=nothing if queue is None else queue.notify)
+        self._filters = EndpointFilter(fleet)
         self._owner = owner.encode()
         self._rng = rng
         self._draw_token = draw_token
@@ -150,22 +149,20 @@ class Scheduler:
         pool = self._resolve(request.model) if request.is_read else self._only_pool()
         if isinstance(pool, Rejection):
             return pool
-        is_disaggregated = pool.config.is_disaggregated
-        if is_disaggregated and request.is_read:
+        if pool.config.is_disaggregated and request.is_read:
             refusal = refuse_disaggregated(request, sees_answer=context.sees_answer)
             if refusal is not None:
                 return refusal
         if self._queue is not None and self._queue.must_wait(pool.name, request.priority, context.ticket):
             return self._no_room(pool, request, prefix, "other requests are waiting already")
-        place = self._place_disaggregated if is_disaggregated else self._place_aggregated
-        return place(pool, request, context, prefix)
+        return self._place(pool, request, context, prefix)
 
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         """Send a request that any engine can answer to a server that answers clients, of a subset if there is one."""
         now = self._clock()
         for pool in self._pools.values():
             role = Role.DECODE if pool.config.is_disaggregated else Role.WORKER
-            if hosts := self._eligible(pool, role, now, subset):
+            if hosts := self._filters.freshest(pool.name, role, now, subset):
                 address = self._rng.choice(hosts).address
                 metadata: Metadata = {contract.META_POOL: pool.name, contract.META_DECODE_HOST: address}
                 headers = ((contract.DECODE_HOST, address.encode()), *self._credentials.headers(pool.name))
@@ -191,96 +188,88 @@ class Scheduler:
         pool = next(iter(self._pools.values()))
         return pool if len(self._pools) == 1 and pool.can_go_unread else _BODIES_NEEDED
 
-    def _place_aggregated(
+    def _place(
         self, pool: _Pool, request: InferenceRequest, context: RequestContext, prefix: Prefix | None
     ) -> SchedulingResult:
+        """Pick the targets of a request, encode it for them, and only then open its reservations."""
         now = self._clock()
-        hosts = self._capable(pool, Role.WORKER, request, now, context)
-        if isinstance(hosts, Rejection):
-            return hosts
-        demand = self._demand(pool, request, context, prefix)
-        pin = request.routed_rank_pin if pool.honours_pins else None
-        side = pool.picker.worker(hosts, demand, now, pin)
-        if (too_long := self._refuse_too_long(side, hosts, request, demand)) is not None:
-            return too_long
-        if not self._has_room(side, demand):
-            if roomy := self._roomy(hosts, demand):
-                side = pool.picker.worker(roomy, demand, now, pin, wanted=self._fits(demand))
-            if not self._has_room(side, demand):
-                return self._refuse_for_room(pool, Role.WORKER, hosts, request, demand)
-        rank_key = side.host.capabilities.aggregated_rank_key(request.api)
-        if not side.host.capabilities.takes_rank(request.api) and len(side.host.ranks) > 1:
-            side = replace(side, rank=None)
-        attempt = self.ledger.open(None, side, demand, now)
-        body = rewrite_aggregated(request.body, rank_key, side.rank)
-        in_header = side.rank if request.api in side.host.capabilities.rank_header_on else None
-        headers = (
-            (contract.DECODE_HOST, side.host.address.encode()),
-            *(((contract.RANK_HEADER, b"%d" % in_header),) if in_header is not None else ()),
-            *self._credentials.headers(pool.name),
-        )
-        side.host.health.sent(now)
-        return Decision(body, headers, _metadata(pool, request, side), attempt, streaming=request.stream)
-
-    def _place_disaggregated(
-        self, pool: _Pool, request: InferenceRequest, context: RequestContext, prefix: Prefix | None
-    ) -> SchedulingResult:
-        now = self._clock()
-        sides = self._sides(pool, request, now, context)
-        if isinstance(sides, Rejection):
-            return sides
-        demand = self._demand(pool, request, context, prefix)
-        pair = self._pick_pair(pool, request, demand, now, sides)
-        if not isinstance(pair, Pair):
-            return pair
-        prefill, decode = pair.prefill, pair.decode
-        batch = request.prompt.batch
-        rooms = pair.draw_room(self._rng) if batch is None else [pair.draw_room(self._rng) for _ in range(batch)]
-        leg, number = self._draw_token(), f"{self._rng.getrandbits(96):024x}"
-        carried = carry(request, pair, rooms, number, in_headers=pool.carries_in_headers)
-        attempt = self.ledger.open(prefill, decode, demand, now, leg=leg, streaming=request.stream is not False)
-        prefill.host.health.sent(now)
+        pairing = self._pairing(pool, request, context, now)
+        if isinstance(pairing, Rejection):
+            return pairing
+        cost = self._cost(pool, request, context, prefix)
+        targets = self._pick(pool, request, cost, now, pairing)
+        if not isinstance(targets, Targets):
+            return targets
+        prefill, decode = targets.prefill, targets.decode
+        leg, encoding = self._encode(pool, request, targets)
+        in_flight = self.tracker.open(prefill, decode, cost, now, leg=leg, streaming=request.stream is not False)
+        if prefill is not None:
+            prefill.host.health.sent(now)
         decode.host.health.sent(now)
+        return Decision(
+            encoding.body,
+            (
+                (contract.DECODE_HOST, decode.host.address.encode()),
+                *encoding.headers,
+                *self._credentials.headers(pool.name),
+            ),
+            _metadata(pool, request, targets),
+            in_flight,
+            streaming=request.stream,
+            merges_logprobs=prefill is not None and request.wants_logprobs,
+        )
+
+    def _pairing(
+        self, pool: _Pool, request: InferenceRequest, context: RequestContext, now: float
+    ) -> Pairing | Rejection:
+        if pool.config.is_disaggregated:
+            return find_pairing(self._filters, pool.name, request, context, now)
+        endpoints = self._filters.usable(pool.name, Role.WORKER, request, context, now)
+        return endpoints if isinstance(endpoints, Rejection) else Pairing((), endpoints)
+
+    def _pick(
+        self, pool: _Pool, request: InferenceRequest, cost: RequestCost, now: float, pairing: Pairing
+    ) -> Targets | Rejection | Queued:
+        """Pick the targets of a request, on ranks that have room if the best ones have none."""
+        pins = Pins(request.prefill_rank_pin, request.routed_rank_pin) if pool.honours_pins else NO_PINS
+        targets = pool.picker.pick(pairing, cost, now, pins)
+        # Of the endpoints that can be paired with the picked ones, all may be too small for the prompt.
+        for scope in pairing.scopes_of(None if targets.prefill is None else targets.prefill.host):
+            for target, endpoints in _with_endpoints(targets, scope):
+                if (too_long := self._refuse_too_long(target, endpoints, request, cost)) is not None:
+                    return too_long
+        if not self._have_room(targets, cost):
+            roomy = pairing.only(lambda host: self._admission.has_room(host, None, cost.tokens, cost.requests))
+            if roomy is not None:
+                fits = partial(self._admission.fits, tokens=cost.tokens, requests=cost.requests)
+                targets = pool.picker.pick(roomy, cost, now, pins, wanted=fits)
+            # No rank of decode may have room of those that one bootstrap room can lead to together with prefill's.
+            for target, endpoints in _with_endpoints(targets, pairing):
+                if not self._has_room(target, cost):
+                    return self._refuse_for_room(pool, target.host.endpoint.role, endpoints, request, cost)
+        return targets if targets.prefill is not None else Targets(None, _as_engine_picks(targets.decode, request.api))
+
+    def _encode(self, pool: _Pool, request: InferenceRequest, targets: Targets) -> tuple[str, LegEncoding]:
+        """Encode a request for its targets, and draw the token of its prefill leg; empty if it has none."""
+        prefill, decode = targets.prefill, targets.decode
+        if prefill is None:
+            return "", encode_aggregated(request, decode)
+        batch, residues = request.prompt.batch, (prefill.residue, decode.residue)
+        rooms = (
+            draw_room(self._rng, *residues)
+            if batch is None
+            else [draw_room(self._rng, *residues) for _ in range(batch)]
+        )
+        leg, number = self._draw_token(), f"{self._rng.getrandbits(96):024x}"
+        encoding = encode_legs(request, prefill, decode, rooms, number, in_headers=pool.carries_in_headers)
         headers = (
-            (contract.DECODE_HOST, decode.host.address.encode()),
             (contract.PREFILL_HOST, prefill.host.address.encode()),
-            *carried.headers,
+            *encoding.headers,
             (contract.OWNER, self._owner),
             (contract.LEG, leg.encode()),
             *(_WATCHED if request.stream is not False and self._sees_first_events else ()),
-            *self._credentials.headers(pool.name),
         )
-        metadata = _metadata(pool, request, decode)
-        metadata[contract.META_PREFILL_HOST] = prefill.host.address
-        if (prefill_rank := prefill.told_rank) is not None:
-            metadata[contract.META_PREFILL_RANK] = prefill_rank
-        return Decision(
-            carried.body, headers, metadata, attempt, streaming=request.stream, merges_logprobs=request.wants_logprobs
-        )
-
-    def _pick_pair(
-        self, pool: _Pool, request: InferenceRequest, demand: RequestCost, now: float, sides: Targets
-    ) -> Pair | Rejection | Queued:
-        """Pick both sides, of the ranks that have room if the best ones have none."""
-        prefills, decodes = sides.prefills, sides.decodes
-        pins = Pins(request.prefill_rank_pin, request.routed_rank_pin) if pool.honours_pins else Pins()
-        pair = pool.picker.pair(prefills, decodes, demand, now, pins, decodes_of=sides.decodes_of)
-        own = sides.match_of(pair.prefill.host)  # one may be too small on one side, and the others on the other
-        for side, hosts in (
-            (pair.prefill, prefills), (pair.decode, decodes), (pair.prefill, own.prefills), (pair.decode, own.decodes)
-        ):  # fmt: skip
-            if (too_long := self._refuse_too_long(side, hosts, request, demand)) is not None:
-                return too_long
-        if not (self._has_room(pair.prefill, demand) and self._has_room(pair.decode, demand)):
-            roomy = sides.only(lambda host: self._admission.has_room(host, None, demand.tokens, demand.requests))
-            if roomy is not None:
-                fits, of = self._fits(demand), roomy.decodes_of
-                pair = pool.picker.pair(roomy.prefills, roomy.decodes, demand, now, pins, wanted=fits, decodes_of=of)
-            # No rank of decode may have room of those that one room can lead to together with prefill's.
-            for side, hosts in ((pair.prefill, prefills), (pair.decode, decodes)):
-                if not self._has_room(side, demand):
-                    return self._refuse_for_room(pool, side.host.endpoint.role, hosts, request, demand)
-        return pair
+        return leg, LegEncoding(encoding.body, headers)
 
     def _no_room(self, pool: _Pool, request: InferenceRequest, prefix: Prefix | None, why: str) -> Rejection | Queued:
         message = f"the servers for {pool.name} are full: {why}; try again later"
@@ -288,39 +277,37 @@ class Scheduler:
         return rejection if self._queue is None else Queued(pool.name, request.priority, request, prefix, rejection)
 
     def _refuse_too_long(
-        self, side: Target, hosts: Sequence[EndpointLoad], request: InferenceRequest, demand: RequestCost
+        self, target: Target, endpoints: Sequence[EndpointLoad], request: InferenceRequest, cost: RequestCost
     ) -> Rejection | None:
-        """Refuse a prompt that no rank of these hosts can ever hold; its engine would let the other leg wait for it."""
-        sample = side.host.ranks[side.rank or 0].sample
-        if sample is None or not sample.capacity_tokens or demand.tokens <= sample.capacity_tokens:
+        """Refuse a prompt that no rank of these endpoints can ever hold: the other leg would wait for it in vain."""
+        sample = target.host.ranks[target.rank or 0].sample
+        if sample is None or not sample.capacity_tokens or cost.tokens <= sample.capacity_tokens:
             return None
-        if not request.is_read:  # it may be long for its pictures
+        if not request.is_read:  # the size of a body may be that of images
             return None
-        capacity = largest_capacity(hosts)
-        if capacity is None or not is_too_long(request.prompt, demand.tokens, capacity):
+        capacity = largest_capacity(endpoints)
+        if capacity is None or not is_too_long(request.prompt, cost.tokens, capacity):
             return None
         message = (
-            f"the prompt has about {demand.tokens:.0f} tokens, and the largest {side.host.endpoint.role.value} rank "
+            f"the prompt has about {cost.tokens:.0f} tokens, and the largest {target.host.endpoint.role.value} rank "
             f"that it can go to holds {capacity}; send a shorter one"
         )
         return Rejection(400, Reason.PROMPT_TOO_LONG, message)
 
-    def _has_room(self, side: Target, demand: RequestCost) -> bool:
-        return self._admission.has_room(side.host, side.rank, demand.tokens, demand.requests)
+    def _have_room(self, targets: Targets, cost: RequestCost) -> bool:
+        prefill = targets.prefill
+        return (prefill is None or self._has_room(prefill, cost)) and self._has_room(targets.decode, cost)
 
-    def _fits(self, demand: RequestCost) -> Callable[[RankLoad], bool]:
-        return partial(self._admission.fits, tokens=demand.tokens, requests=demand.requests)
-
-    def _roomy(self, hosts: Sequence[EndpointLoad], demand: RequestCost) -> list[EndpointLoad]:
-        return [host for host in hosts if self._admission.has_room(host, None, demand.tokens, demand.requests)]
+    def _has_room(self, target: Target, cost: RequestCost) -> bool:
+        return self._admission.has_room(target.host, target.rank, cost.tokens, cost.requests)
 
     def _refuse_for_room(
-        self, pool: _Pool, role: Role, hosts: Sequence[EndpointLoad], request: InferenceRequest, demand: RequestCost
+        self, pool: _Pool, role: Role, endpoints: Sequence[EndpointLoad], request: InferenceRequest, cost: RequestCost
     ) -> Rejection | Queued:
-        why = f"no rank of its {len(hosts)} {role} servers takes {demand.tokens:.0f} more tokens"
-        return self._no_room(pool, request, demand.prefix, why)
+        why = f"no rank of its {len(endpoints)} {role} servers takes {cost.tokens:.0f} more tokens"
+        return self._no_room(pool, request, cost.prefix, why)
 
-    def _demand(
+    def _cost(
         self, pool: _Pool, request: InferenceRequest, context: RequestContext, prefix: Prefix | None
     ) -> RequestCost:
         prompt, session = request.prompt, context.session
@@ -335,60 +322,30 @@ class Scheduler:
             known_tokens=prompt.tokens,
         )
 
-    def _sides(
-        self, pool: _Pool, request: InferenceRequest, now: float, context: RequestContext
-    ) -> Targets | Rejection:
-        """Give what a pair may be picked from: never two servers that are known not to work together."""
-        all_match = pool.name not in self._fleet.matches
-        if not all_match and (sides := matching_sides(self._fleet, pool.name, request, now, context)) is not None:
-            return sides
-        prefills = self._capable(pool, Role.PREFILL, request, now, context)
-        if isinstance(prefills, Rejection):
-            return prefills
-        decodes = self._capable(pool, Role.DECODE, request, now, context)
-        if isinstance(decodes, Rejection):
-            return decodes
-        if all_match:
-            return Targets(prefills, decodes)
-        known = self._fleet.known(pool.name, Role.PREFILL), self._fleet.known(pool.name, Role.DECODE)
-        return nobody_matches(pool.name, (prefills, decodes), known)
 
-    def _eligible(self, pool: _Pool, role: Role, now: float, subset: frozenset[str] | None) -> Sequence[EndpointLoad]:
-        """Return the endpoints of a role whose load is known best, of a subset if there is one."""
-        known = self._fleet.known(pool.name, role)
-        if subset is not None:
-            known = [host for host in known if allows(subset, host.address)]
-        return self._fleet.best_known(known, now)[1]
-
-    def _capable(
-        self, pool: _Pool, role: Role, request: InferenceRequest, now: float, context: RequestContext
-    ) -> Sequence[EndpointLoad] | Rejection:
-        """Give the hosts of a role that can serve this path and are well, at least one."""
-        api, subset = request.api, context.subset
-        hosts = () if subset is None else self._eligible(pool, role, now, subset)
-        capable = (
-            self._fleet.capable(pool.name, role, api, now)
-            if subset is None
-            else [host for host in hosts if host.capabilities.serves(api)]
-        )
-        if not request.is_read:
-            capable = [host for host in capable if api in host.capabilities.overrides_on]
-        if capable:
-            if context.failed or self._fleet.unhealthy:
-                return choose(capable, context.failed, now)
-            return capable
-        if subset is not None and not hosts:
-            return nobody_allowed(pool.name)
-        hosts = hosts or self._fleet.eligible(pool.name, role, now)
-        return nobody_can(pool.name, role, hosts, api, is_read=request.is_read)
+def _with_endpoints(targets: Targets, scope: Pairing | Match) -> Iterator[tuple[Target, Sequence[EndpointLoad]]]:
+    """Return each target with the endpoints of its role."""
+    if targets.prefill is not None:
+        yield targets.prefill, scope.prefills
+    yield targets.decode, scope.decodes
 
 
-def _metadata(pool: _Pool, request: InferenceRequest, decode: Target) -> Metadata:
+def _as_engine_picks(target: Target, api: Api) -> Target:
+    """Drop the rank of a target whose engine takes none on this path, and so picks one itself."""
+    takes_rank = target.host.capabilities.takes_rank(api) or len(target.host.ranks) == 1
+    return target if takes_rank else replace(target, rank=None)
+
+
+def _metadata(pool: _Pool, request: InferenceRequest, targets: Targets) -> Metadata:
     metadata: Metadata = {
         contract.META_POOL: pool.name,
         contract.META_MODEL: (request.model or "")[:SHOWN_MODEL],
-        contract.META_DECODE_HOST: decode.host.address,
+        contract.META_DECODE_HOST: targets.decode.host.address,
     }
-    if (rank := decode.told_rank) is not None:
+    if (rank := targets.decode.told_rank) is not None:
         metadata[contract.META_DECODE_RANK] = rank
+    if targets.prefill is not None:
+        metadata[contract.META_PREFILL_HOST] = targets.prefill.host.address
+        if (rank := targets.prefill.told_rank) is not None:
+            metadata[contract.META_PREFILL_RANK] = rank
     return metadata
