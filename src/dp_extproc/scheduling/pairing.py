@@ -15,7 +15,7 @@ from msgspec import Struct
 from dp_extproc.engines.compatibility import Difference, differences
 from dp_extproc.engines.model import Role
 from dp_extproc.load.cache import LoadCache
-from dp_extproc.load.endpoint import EndpointLoad
+from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.load.matching import Match
 from dp_extproc.request.body import InferenceRequest
 from dp_extproc.request.rejection import TRY_AGAIN, Reason, Rejection
@@ -46,9 +46,9 @@ class Pairing(Struct, frozen=True):
         """Return the decode endpoints that a prefill endpoint can be paired with, at least one."""
         return self.decodes if self.matches is None else self.matches[prefill].decodes
 
-    def scopes_of(self, prefill: EndpointLoad | None) -> "Sequence[Pairing | Match]":
-        """Return all that there is to pick from, and then, if that is less, what goes with a prefill endpoint."""
-        return (self,) if self.matches is None or prefill is None else (self, self.matches[prefill])
+    def scopes_of(self, prefill: Target | None) -> "Sequence[Pairing | Match]":
+        """Return all that there is to pick from, and then, if that is less, what can be paired with a target."""
+        return (self,) if self.matches is None or prefill is None else (self, self.matches[prefill.host])
 
     def only(self, wanted: Callable[[EndpointLoad], bool]) -> "Pairing | None":
         """Return what is left with the wanted endpoints alone, each asked about once; None if that is no pair."""

@@ -46,12 +46,13 @@ class _Pool:
     """A pool and what its policies remember."""
 
     def __init__(self, config: PoolConfig, signal: LoadSignal, fleet: LoadCache, rng: Random) -> None:
-        self.config = config
         self.name = config.name
         self.picker = Picker(config.policy, signal, fleet.prefixes[config.name], rng)
+        self.is_disaggregated = config.is_disaggregated
         self.carries_in_headers = config.carrier is Carrier.HEADERS
         self.can_go_unread = not any(config.needs_bodies())
         self.honours_pins = config.policy.client_dp_rank is ClientRanks.HONOUR
+        self.affinity = config.policy.affinity
 
 
 class Scheduler:
@@ -149,7 +150,7 @@ class Scheduler:
         pool = self._resolve(request.model) if request.is_read else self._only_pool()
         if isinstance(pool, Rejection):
             return pool
-        if pool.config.is_disaggregated and request.is_read:
+        if pool.is_disaggregated and request.is_read:
             refusal = refuse_disaggregated(request, sees_answer=context.sees_answer)
             if refusal is not None:
                 return refusal
@@ -161,7 +162,7 @@ class Scheduler:
         """Send a request that any engine can answer to a server that answers clients, of a subset if there is one."""
         now = self._clock()
         for pool in self._pools.values():
-            role = Role.DECODE if pool.config.is_disaggregated else Role.WORKER
+            role = Role.DECODE if pool.is_disaggregated else Role.WORKER
             if hosts := self._filters.freshest(pool.name, role, now, subset):
                 address = self._rng.choice(hosts).address
                 metadata: Metadata = {contract.META_POOL: pool.name, contract.META_DECODE_HOST: address}
@@ -222,7 +223,7 @@ class Scheduler:
     def _pairing(
         self, pool: _Pool, request: InferenceRequest, context: RequestContext, now: float
     ) -> Pairing | Rejection:
-        if pool.config.is_disaggregated:
+        if pool.is_disaggregated:
             return find_pairing(self._filters, pool.name, request, context, now)
         endpoints = self._filters.usable(pool.name, Role.WORKER, request, context, now)
         return endpoints if isinstance(endpoints, Rejection) else Pairing((), endpoints)
@@ -233,11 +234,9 @@ class Scheduler:
         """Pick the targets of a request, on ranks that have room if the best ones have none."""
         pins = Pins(request.prefill_rank_pin, request.routed_rank_pin) if pool.honours_pins else NO_PINS
         targets = pool.picker.pick(pairing, cost, now, pins)
-        # Of the endpoints that can be paired with the picked ones, all may be too small for the prompt.
-        for scope in pairing.scopes_of(None if targets.prefill is None else targets.prefill.host):
-            for target, endpoints in _with_endpoints(targets, scope):
-                if (too_long := self._refuse_too_long(target, endpoints, request, cost)) is not None:
-                    return too_long
+        refusal = self._refuse_too_long(targets, pairing, request, cost)
+        if refusal is not None:
+            return refusal
         if not self._have_room(targets, cost):
             roomy = pairing.only(lambda host: self._admission.has_room(host, None, cost.tokens, cost.requests))
             if roomy is not None:
@@ -246,8 +245,10 @@ class Scheduler:
             # No rank of decode may have room of those that one bootstrap room can lead to together with prefill's.
             for target, endpoints in _with_endpoints(targets, pairing):
                 if not self._has_room(target, cost):
-                    return self._refuse_for_room(pool, target.host.endpoint.role, endpoints, request, cost)
-        return targets if targets.prefill is not None else Targets(None, _as_engine_picks(targets.decode, request.api))
+                    role, count = target.host.endpoint.role, len(endpoints)
+                    why = f"no rank of its {count} {role} servers takes {cost.tokens:.0f} more tokens"
+                    return self._no_room(pool, request, cost.prefix, why)
+        return _as_engines_pick(targets, request.api)
 
     def _encode(self, pool: _Pool, request: InferenceRequest, targets: Targets) -> tuple[str, LegEncoding]:
         """Encode a request for its targets, and draw the token of its prefill leg; empty if it has none."""
@@ -277,22 +278,25 @@ class Scheduler:
         return rejection if self._queue is None else Queued(pool.name, request.priority, request, prefix, rejection)
 
     def _refuse_too_long(
-        self, target: Target, endpoints: Sequence[EndpointLoad], request: InferenceRequest, cost: RequestCost
+        self, targets: Targets, pairing: Pairing, request: InferenceRequest, cost: RequestCost
     ) -> Rejection | None:
-        """Refuse a prompt that no rank of these endpoints can ever hold: the other leg would wait for it in vain."""
-        sample = target.host.ranks[target.rank or 0].sample
-        if sample is None or not sample.capacity_tokens or cost.tokens <= sample.capacity_tokens:
+        """Refuse a prompt that no rank of a role can ever hold: the other leg would wait for it in vain."""
+        prefill, decode = targets.prefill, targets.decode
+        if (prefill is None or _holds(prefill, cost)) and _holds(decode, cost):
             return None
         if not request.is_read:  # the size of a body may be that of images
             return None
-        capacity = largest_capacity(endpoints)
-        if capacity is None or not is_too_long(request.prompt, cost.tokens, capacity):
-            return None
-        message = (
-            f"the prompt has about {cost.tokens:.0f} tokens, and the largest {target.host.endpoint.role.value} rank "
-            f"that it can go to holds {capacity}; send a shorter one"
-        )
-        return Rejection(400, Reason.PROMPT_TOO_LONG, message)
+        # Of the endpoints that can be paired with the picked ones, all may be too small, and others not.
+        for scope in pairing.scopes_of(prefill):
+            for target, endpoints in _with_endpoints(targets, scope):
+                capacity = None if _holds(target, cost) else largest_capacity(endpoints)
+                if capacity is not None and is_too_long(request.prompt, cost.tokens, capacity):
+                    message = (
+                        f"the prompt has about {cost.tokens:.0f} tokens, and the largest "
+                        f"{target.host.endpoint.role.value} rank that it can go to holds {capacity}; send a shorter one"
+                    )
+                    return Rejection(400, Reason.PROMPT_TOO_LONG, message)
+        return None
 
     def _have_room(self, targets: Targets, cost: RequestCost) -> bool:
         prefill = targets.prefill
@@ -301,39 +305,41 @@ class Scheduler:
     def _has_room(self, target: Target, cost: RequestCost) -> bool:
         return self._admission.has_room(target.host, target.rank, cost.tokens, cost.requests)
 
-    def _refuse_for_room(
-        self, pool: _Pool, role: Role, endpoints: Sequence[EndpointLoad], request: InferenceRequest, cost: RequestCost
-    ) -> Rejection | Queued:
-        why = f"no rank of its {len(endpoints)} {role} servers takes {cost.tokens:.0f} more tokens"
-        return self._no_room(pool, request, cost.prefix, why)
-
     def _cost(
         self, pool: _Pool, request: InferenceRequest, context: RequestContext, prefix: Prefix | None
     ) -> RequestCost:
         prompt, session = request.prompt, context.session
         if prefix is None:
-            prefix = prefix_of(request) if pool.config.policy.affinity.prefixes else NO_PREFIX
+            prefix = prefix_of(request) if pool.affinity.prefixes else NO_PREFIX
         return RequestCost(
             tokens=self._fleet.ratios[pool.name].estimate(prompt),
             requests=(prompt.batch or 1) * request.samples,
             prefix=prefix,
-            session=session[:SESSION_KEPT] if session and pool.config.policy.affinity.sessions else None,
+            session=session[:SESSION_KEPT] if session and pool.affinity.sessions else None,
             text_bytes=prompt.text_bytes,
             known_tokens=prompt.tokens,
         )
 
 
 def _with_endpoints(targets: Targets, scope: Pairing | Match) -> Iterator[tuple[Target, Sequence[EndpointLoad]]]:
-    """Return each target with the endpoints of its role."""
+    """Yield each target with the endpoints of its role."""
     if targets.prefill is not None:
         yield targets.prefill, scope.prefills
     yield targets.decode, scope.decodes
 
 
-def _as_engine_picks(target: Target, api: Api) -> Target:
-    """Drop the rank of a target whose engine takes none on this path, and so picks one itself."""
-    takes_rank = target.host.capabilities.takes_rank(api) or len(target.host.ranks) == 1
-    return target if takes_rank else replace(target, rank=None)
+def _holds(target: Target, cost: RequestCost) -> bool:
+    """Tell whether the KV cache of a picked rank can hold a prompt; one of unknown size may."""
+    sample = target.host.ranks[target.rank or 0].sample
+    return sample is None or not sample.capacity_tokens or cost.tokens <= sample.capacity_tokens
+
+
+def _as_engines_pick(targets: Targets, api: Api) -> Targets:
+    """Drop the rank of an aggregated endpoint whose engine takes none on this path, and so picks one itself."""
+    decode = targets.decode
+    if targets.prefill is not None or decode.host.capabilities.takes_rank(api) or len(decode.host.ranks) == 1:
+        return targets
+    return Targets(None, replace(decode, rank=None))
 
 
 def _metadata(pool: _Pool, request: InferenceRequest, targets: Targets) -> Metadata:
