@@ -53,7 +53,7 @@ class InferenceRequest(msgspec.Struct, frozen=True):
     priority: int = 0
     """Greater ones are served first."""
     is_read: bool = True
-    """Whether the body was seen; see :mod:`dp_extproc.request.unread`."""
+    """Whether the body was seen; see :func:`unread_request`."""
 
     @property
     def wants_logprobs(self) -> bool:
@@ -67,6 +67,11 @@ class InferenceRequest(msgspec.Struct, frozen=True):
         start, ids = (bytes(values.get(key, b"null")) for key in (LOGPROBS_START, LOGPROBS_OF_IDS))
         return self.wants_logprobs and (start not in _NO_PROMPT or ids != b"null")
 
+
+UNKNOWN_BYTES: Final = 4096
+"""Taken for a body that does not say how long it is: about a thousand tokens, an ordinary prompt."""
+
+_NOTHING: Final = JsonObject(b"{}")
 
 _integer: Final[msgspec.json.Decoder[int | None]] = msgspec.json.Decoder(int | None)
 _decoders: Final = {api: [msgspec.json.Decoder(shape) for shape in shapes] for api, shapes in SHAPES.items()}
@@ -121,6 +126,27 @@ def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
         routed_rank_pin=_pin(values, ROUTED_RANK if ROUTED_RANK in values else OLD_RANK),
         prefill_rank_pin=_pin(values, PREFILL_RANK),
         priority=fields.priority or 0,
+    )
+
+
+def unread_request(api: Api, length: int | None) -> InferenceRequest:
+    """Make do with what a request's head tells.
+
+    Args:
+        api: What the path asked for.
+        length: Bytes of the body, by its ``content-length``; all of it is taken for prompt.
+    """
+    return InferenceRequest(
+        api=api,
+        body=_NOTHING,
+        model=None,
+        stream=None,
+        prompt=Prompt(UNKNOWN_BYTES if length is None else length, 0, None),
+        max_tokens=None,
+        samples=1,
+        routed_rank_pin=None,
+        prefill_rank_pin=None,
+        is_read=False,
     )
 
 

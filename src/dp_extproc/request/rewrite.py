@@ -5,12 +5,13 @@ the *leg prefix*, and on the prefill leg Envoy replaces that many bytes by the p
 stand the keys that both legs share, and then whatever the client sent, byte for byte.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
 
+from dp_extproc import contract
 from dp_extproc.request.body import OLD_RANK, PREFILL_RANK, ROUTED_RANK
 from dp_extproc.request.members import JsonObject
 
@@ -25,6 +26,9 @@ STREAM_KEYS: Final = ("stream", "stream_options")
 """The client's own on the decode leg. The prefill leg does not stream, so that its status tells how it went."""
 
 LEG_KEYS: Final = ROUTING_KEYS | {"rid", *STREAM_KEYS}
+
+
+Headers = tuple[tuple[str, bytes], ...]
 
 
 class Bootstrap(Struct, frozen=True):
@@ -97,6 +101,31 @@ def rewrite_aggregated(body: JsonObject, rank_key: str | None, rank: int | None)
     fields = b"" if rank is None or rank_key is None else _members({rank_key: rank})
     comma = b"," if fields and not body.is_empty_without(ROUTING_KEYS) else b""
     return b"".join([b"{", fields, comma, *body.without(ROUTING_KEYS)])
+
+
+def override_headers(bootstrap: Bootstrap, prefill: LegFields, decode: LegFields) -> Headers:
+    """Make the headers that say what :func:`rewrite_disaggregated` says in bodies.
+
+    Args:
+        bootstrap: With a single room; headers carry no lists.
+        prefill: For the prefill leg.
+        decode: For the decode leg. Both name the same prefill rank.
+    """
+    return tuple(_headers(bootstrap, prefill, decode))
+
+
+def _headers(bootstrap: Bootstrap, prefill: LegFields, decode: LegFields) -> Iterator[tuple[str, bytes]]:
+    yield f"{contract.OVERRIDE_PREFIX}bootstrap-host", bootstrap.host.encode()
+    yield f"{contract.OVERRIDE_PREFIX}bootstrap-port", b"%d" % bootstrap.port
+    yield f"{contract.OVERRIDE_PREFIX}bootstrap-room", str(bootstrap.rooms).encode()
+    yield contract.OVERRIDE_RID, decode.request_id.encode()
+    if decode.routed_rank is not None:
+        yield contract.OVERRIDE_RANK, b"%d" % decode.routed_rank
+    if decode.prefill_rank is not None:
+        yield f"{contract.OVERRIDE_PREFIX}disagg-prefill-dp-rank", b"%d" % decode.prefill_rank
+    yield contract.PREFILL_RID, prefill.request_id.encode()
+    if prefill.routed_rank is not None:
+        yield contract.PREFILL_RANK, b"%d" % prefill.routed_rank
 
 
 def _leg(fields: LegFields, batch: int | None) -> bytes:

@@ -9,8 +9,15 @@ from dp_extproc.engines.model import in_url
 from dp_extproc.engines.sglang.server_info import DEFAULT_BOOTSTRAP_PORT
 from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.request.body import InferenceRequest
-from dp_extproc.request.overrides import Headers, override_headers
-from dp_extproc.request.rewrite import ROUTING_KEYS, Bootstrap, LegFields, rewrite_aggregated, rewrite_disaggregated
+from dp_extproc.request.rewrite import (
+    ROUTING_KEYS,
+    Bootstrap,
+    Headers,
+    LegFields,
+    override_headers,
+    rewrite_aggregated,
+    rewrite_disaggregated,
+)
 
 
 class LegEncoding(Struct, frozen=True):

@@ -19,10 +19,9 @@ from dp_extproc.load.matching import Match
 from dp_extproc.load.request_cost import SESSION_KEPT, RequestCost
 from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix, prefix_of
-from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated
+from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated, unread_request
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import TRY_AGAIN, Reason, Rejection
-from dp_extproc.request.unread import unread_request
 from dp_extproc.scheduling.admission import Admission, AdmissionQueue, is_too_long, largest_capacity
 from dp_extproc.scheduling.bootstrap_room import draw_room
 from dp_extproc.scheduling.decision import Answer, Decision, Metadata, Queued, RequestContext, SchedulingResult
