@@ -91,23 +91,34 @@ def test_escapes_do_not_count() -> None:
 
 
 @pytest.mark.parametrize(
-    ("api", "body", "expected"),
+    ("api", "body", "param"),
     [
-        pytest.param(Api.CHAT, {"max_tokens": 7}, 7, id="chat"),
-        pytest.param(Api.CHAT, {"max_tokens": 7, "max_completion_tokens": 9}, 9, id="chat, the newer name wins"),
+        pytest.param(Api.CHAT, {"max_tokens": "7"}, "max_tokens", id="chat"),
+        pytest.param(
+            Api.CHAT,
+            {"max_tokens": 7, "max_completion_tokens": "9"},
+            "max_completion_tokens",
+            id="chat, newer name",
+        ),
         pytest.param(Api.CHAT, {"max_tokens": None}, None, id="null"),
-        pytest.param(Api.RESPONSES, {"max_output_tokens": 5, "max_tokens": 1}, 5, id="responses"),
-        pytest.param(Api.MESSAGES, {"max_tokens": 4}, 4, id="messages"),
-        pytest.param(Api.GENERATE, {"sampling_params": {"max_new_tokens": 3}}, 3, id="generate"),
-        pytest.param(Api.GENERATE, {"sampling_params": [{"max_new_tokens": 3}, {"max_new_tokens": 8}]}, 8, id="batch"),
+        pytest.param(Api.RESPONSES, {"max_output_tokens": [5], "max_tokens": 1}, "max_output_tokens", id="responses"),
+        pytest.param(Api.MESSAGES, {"max_tokens": 4.5}, "max_tokens", id="messages"),
+        pytest.param(Api.GENERATE, {"sampling_params": {"max_new_tokens": "3"}}, "sampling_params", id="generate"),
+        pytest.param(
+            Api.GENERATE,
+            {"sampling_params": [{"max_new_tokens": 3}, {"max_new_tokens": "8"}]},
+            "sampling_params",
+            id="batch",
+        ),
         pytest.param(Api.GENERATE, {}, None, id="left to the engine"),
     ],
 )
-def test_output_limits(api: Api, body: dict[str, Any], expected: int | None) -> None:
-    """Each API names the limit in its own way."""
+def test_an_output_limit_of_the_wrong_type_is_refused(api: Api, body: dict[str, Any], param: str | None) -> None:
+    """Each API has its own name for the limit, which the engine alone uses."""
     prompt = {"text": "a", "prompt": "a", "messages": user("a"), "input": "a"}
+    found = read_body(api, json.dumps({**prompt, **body}).encode())
 
-    assert read(api, {**prompt, **body}).max_tokens == expected
+    assert (found.param if isinstance(found, Rejection) else None) == param
 
 
 def test_the_last_of_repeated_keys_counts() -> None:

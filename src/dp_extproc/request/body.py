@@ -9,7 +9,7 @@ from dp_extproc.request.members import MOST_MEMBERS, JsonObject, TooManyMembersE
 from dp_extproc.request.path import Api
 from dp_extproc.request.prompt import Prompt, PromptError, measure
 from dp_extproc.request.rejection import Reason, Rejection
-from dp_extproc.request.shapes import LARGEST_ID, SHAPES, Body, Chat, Generate, Responses, SamplingParams
+from dp_extproc.request.shapes import LARGEST_ID, SHAPES, Body, Generate
 from dp_extproc.request.token_ids import LOGPROBS_OF_IDS, with_impossible_id
 
 LOGPROBS: Final = "return_logprob"
@@ -43,8 +43,6 @@ class InferenceRequest(msgspec.Struct, frozen=True):
     stream: bool | None
     """None where the body is not read."""
     prompt: Prompt
-    max_tokens: int | None
-    """As the client sent it, per prompt; None leaves it to the engine."""
     samples: int
     """``n``: answers per prompt; the largest one in a batch."""
     routed_rank_pin: int | None
@@ -121,7 +119,6 @@ def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
         model=fields.model,
         stream=bool(fields.stream),
         prompt=prompt,
-        max_tokens=_max_tokens(fields),
         samples=max(1, *counts),
         routed_rank_pin=_pin(values, ROUTED_RANK if ROUTED_RANK in values else OLD_RANK),
         prefill_rank_pin=_pin(values, PREFILL_RANK),
@@ -142,7 +139,6 @@ def unread_request(api: Api, length: int | None) -> InferenceRequest:
         model=None,
         stream=None,
         prompt=Prompt(UNKNOWN_BYTES if length is None else length, 0, None),
-        max_tokens=None,
         samples=1,
         routed_rank_pin=None,
         prefill_rank_pin=None,
@@ -236,28 +232,13 @@ def _wrong_type(objection: str) -> Rejection:
     return Rejection(400, Reason.WRONG_TYPE, message, param=param or None)
 
 
-def _sampling(fields: Generate) -> list[SamplingParams]:
-    sampling = fields.sampling_params or []
-    return sampling if isinstance(sampling, list) else [sampling]
-
-
 def _sample_counts(fields: Body) -> list[int]:
     """Read how many answers are asked for, of each prompt that says so. SGLang takes 0 for 1."""
     if isinstance(fields, Generate):
-        return [1, *(one.n for one in _sampling(fields) if one.n is not None)]
+        sampling = fields.sampling_params or []
+        several = sampling if isinstance(sampling, list) else [sampling]
+        return [1, *(each.n for each in several if each.n is not None)]
     return [1 if fields.n is None else fields.n]
-
-
-def _max_tokens(fields: Body) -> int | None:
-    """Read the limit of output tokens."""
-    if isinstance(fields, Generate):
-        return max((one.max_new_tokens for one in _sampling(fields) if one.max_new_tokens is not None), default=None)
-    limit = fields.max_tokens
-    if isinstance(fields, Chat) and fields.max_completion_tokens is not None:
-        limit = fields.max_completion_tokens
-    elif isinstance(fields, Responses):
-        limit = fields.max_output_tokens
-    return limit
 
 
 def _pin(values: dict[str, msgspec.Raw], param: str) -> int | None:
