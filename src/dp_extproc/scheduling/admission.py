@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
 from dp_extproc.config.reliability import AdmissionSettings, QueueSettings
-from dp_extproc.load.endpoint import EndpointLoad
+from dp_extproc.load.endpoint import EndpointLoad, Target
+from dp_extproc.load.request_cost import RequestCost
 from dp_extproc.load.step_group import RankLoad
 from dp_extproc.request.prompt import Prompt
 
@@ -18,40 +19,48 @@ _CERTAIN = 4
 
 
 class Admission:
-    """The limits of one pool's ranks."""
+    """The limits of what a rank may have in flight."""
 
-    __slots__ = ("_settings", "is_off")
+    __slots__ = ("_is_off", "_settings")
 
     def __init__(self, settings: AdmissionSettings) -> None:
         self._settings = settings
         limits = (settings.max_fill, settings.max_load, settings.max_tokens, settings.max_requests)
-        self.is_off = all(limit is None for limit in limits)
+        self._is_off = all(limit is None for limit in limits)
 
-    def has_room(self, host: EndpointLoad, rank: int | None, tokens: float, requests: float) -> bool:
-        """Tell whether a rank takes a request; without a rank, whether any rank of the host does."""
-        if self.is_off:
-            return True
-        if rank is not None:
-            return self.fits(host.ranks[rank], tokens, requests)
-        return any(self.fits(each, tokens, requests) for each in host.candidate.ranks)
+    def takes(self, target: Target, cost: RequestCost) -> bool:
+        """Tell whether a target has room for a request; if its engine picks the rank, whether any rank has."""
+        if target.rank is None:
+            return self.has_room(target.host, cost)
+        return self._is_off or self.fits(target.host.ranks[target.rank], cost)
 
-    def fits(self, rank: RankLoad, tokens: float, requests: float) -> bool:
-        """Tell whether this very rank takes a request."""
+    def has_room(self, endpoint: EndpointLoad, cost: RequestCost) -> bool:
+        """Tell whether any rank of an endpoint has room for a request."""
+        return self._is_off or any(self.fits(rank, cost) for rank in endpoint.candidate.ranks)
+
+    def fits(self, rank: RankLoad, cost: RequestCost) -> bool:
+        """Tell whether a rank has room for a request. An idle one always has: it would have for none else."""
         if not rank.open and not rank.others_requests:
-            return True  # whatever does not fit here fits nowhere
+            return True
         settings, sample = self._settings, rank.sample
-        load = rank.tokens + tokens
-        total = rank.own_requests + rank.others_requests + requests
-        if settings.max_tokens is not None and load > settings.max_tokens:
+        tokens = rank.tokens + cost.tokens
+        requests = rank.own_requests + rank.others_requests + cost.requests
+        if settings.max_tokens is not None and tokens > settings.max_tokens:
             return False
-        if settings.max_requests is not None and total > settings.max_requests:
+        if settings.max_requests is not None and requests > settings.max_requests:
             return False
         if sample is None:
             return True
         capacity, running = sample.capacity_tokens, sample.max_running_requests
-        if settings.max_fill is not None and capacity and load > settings.max_fill * capacity:
+        if settings.max_fill is not None and capacity and tokens > settings.max_fill * capacity:
             return False
-        return settings.max_load is None or not running or total <= settings.max_load * running
+        return settings.max_load is None or not running or requests <= settings.max_load * running
+
+
+def may_ever_hold(target: Target, cost: RequestCost) -> bool:
+    """Tell whether the KV cache of a picked rank is large enough for a prompt; one of unknown size may be."""
+    sample = target.host.ranks[target.rank or 0].sample
+    return sample is None or not sample.capacity_tokens or cost.tokens <= sample.capacity_tokens
 
 
 def largest_capacity(hosts: Sequence[EndpointLoad]) -> int | None:

@@ -64,9 +64,18 @@ class Pairing(Struct, frozen=True):
 
 
 def find_pairing(
-    filters: EndpointFilter, pool: str, request: InferenceRequest, context: RequestContext, now: float
+    filters: EndpointFilter,
+    pool: str,
+    request: InferenceRequest,
+    context: RequestContext,
+    now: float,
+    *,
+    is_disaggregated: bool,
 ) -> Pairing | Rejection:
-    """Return what the targets of a request to a disaggregated pool may be picked from, or its refusal."""
+    """Return what the targets of a request may be picked from, or its refusal."""
+    if not is_disaggregated:
+        endpoints = filters.usable(pool, Role.WORKER, request, context, now)
+        return endpoints if isinstance(endpoints, Rejection) else Pairing((), endpoints)
     load = filters.load
     all_match = pool not in load.matches
     if not all_match and (best := best_pairing(load, pool, request, context, now)) is not None:

@@ -22,7 +22,13 @@ from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix, prefix_of
 from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated, unread_request
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import TRY_AGAIN, Reason, Rejection
-from dp_extproc.scheduling.admission import Admission, AdmissionQueue, is_too_long, largest_capacity
+from dp_extproc.scheduling.admission import (
+    Admission,
+    AdmissionQueue,
+    is_too_long,
+    largest_capacity,
+    may_ever_hold,
+)
 from dp_extproc.scheduling.bootstrap_room import draw_room
 from dp_extproc.scheduling.decision import Answer, Decision, Metadata, Queued, RequestContext, SchedulingResult
 from dp_extproc.scheduling.filters import EndpointFilter
@@ -193,7 +199,7 @@ class Scheduler:
     ) -> SchedulingResult:
         """Pick the targets of a request, encode it for them, and only then open its reservations."""
         now = self._clock()
-        pairing = self._pairing(pool, request, context, now)
+        pairing = find_pairing(self._filters, pool.name, request, context, now, is_disaggregated=pool.is_disaggregated)
         if isinstance(pairing, Rejection):
             return pairing
         cost = self._cost(pool, request, context, prefix)
@@ -219,35 +225,29 @@ class Scheduler:
             merges_logprobs=prefill is not None and request.wants_logprobs,
         )
 
-    def _pairing(
-        self, pool: _Pool, request: InferenceRequest, context: RequestContext, now: float
-    ) -> Pairing | Rejection:
-        if pool.is_disaggregated:
-            return find_pairing(self._filters, pool.name, request, context, now)
-        endpoints = self._filters.usable(pool.name, Role.WORKER, request, context, now)
-        return endpoints if isinstance(endpoints, Rejection) else Pairing((), endpoints)
-
     def _pick(
         self, pool: _Pool, request: InferenceRequest, cost: RequestCost, now: float, pairing: Pairing
     ) -> Targets | Rejection | Queued:
         """Pick the targets of a request, on ranks that have room if the best ones have none."""
         pins = Pins(request.prefill_rank_pin, request.routed_rank_pin) if pool.honours_pins else NO_PINS
         targets = pool.picker.pick(pairing, cost, now, pins)
-        refusal = self._refuse_too_long(targets, pairing, request, cost)
-        if refusal is not None:
-            return refusal
-        if not self._have_room(targets, cost):
-            roomy = pairing.only(lambda host: self._admission.has_room(host, None, cost.tokens, cost.requests))
+        prefill, decode = targets.prefill, targets.decode
+        if not (may_ever_hold(decode, cost) and (prefill is None or may_ever_hold(prefill, cost))):
+            refusal = _refuse_too_long(targets, pairing, request, cost)
+            if refusal is not None:
+                return refusal
+        takes = self._admission.takes
+        if not (takes(decode, cost) and (prefill is None or takes(prefill, cost))):
+            roomy = pairing.only(partial(self._admission.has_room, cost=cost))
             if roomy is not None:
-                fits = partial(self._admission.fits, tokens=cost.tokens, requests=cost.requests)
-                targets = pool.picker.pick(roomy, cost, now, pins, wanted=fits)
+                targets = pool.picker.pick(roomy, cost, now, pins, wanted=partial(self._admission.fits, cost=cost))
             # No rank of decode may have room of those that one bootstrap room can lead to together with prefill's.
             for target, endpoints in _with_endpoints(targets, pairing):
-                if not self._has_room(target, cost):
+                if not takes(target, cost):
                     role, count = target.host.endpoint.role, len(endpoints)
                     why = f"no rank of its {count} {role} servers takes {cost.tokens:.0f} more tokens"
                     return self._no_room(pool, request, cost.prefix, why)
-        return _as_engines_pick(targets, request.api)
+        return targets if prefill is not None else _as_engine_picks(targets, request.api)
 
     def _encode(self, pool: _Pool, request: InferenceRequest, targets: Targets) -> tuple[str, LegEncoding]:
         """Encode a request for its targets, and draw the token of its prefill leg; empty if it has none."""
@@ -276,34 +276,6 @@ class Scheduler:
         rejection = Rejection(429, Reason.OVER_CAPACITY, message, headers=TRY_AGAIN)
         return rejection if self._queue is None else Queued(pool.name, request.priority, request, prefix, rejection)
 
-    def _refuse_too_long(
-        self, targets: Targets, pairing: Pairing, request: InferenceRequest, cost: RequestCost
-    ) -> Rejection | None:
-        """Refuse a prompt that no rank of a role can ever hold: the other leg would wait for it in vain."""
-        prefill, decode = targets.prefill, targets.decode
-        if (prefill is None or _holds(prefill, cost)) and _holds(decode, cost):
-            return None
-        if not request.is_read:  # the size of a body may be that of images
-            return None
-        # Of the endpoints that can be paired with the picked ones, all may be too small, and others not.
-        for scope in pairing.scopes_of(prefill):
-            for target, endpoints in _with_endpoints(targets, scope):
-                capacity = None if _holds(target, cost) else largest_capacity(endpoints)
-                if capacity is not None and is_too_long(request.prompt, cost.tokens, capacity):
-                    message = (
-                        f"the prompt has about {cost.tokens:.0f} tokens, and the largest "
-                        f"{target.host.endpoint.role.value} rank that it can go to holds {capacity}; send a shorter one"
-                    )
-                    return Rejection(400, Reason.PROMPT_TOO_LONG, message)
-        return None
-
-    def _have_room(self, targets: Targets, cost: RequestCost) -> bool:
-        prefill = targets.prefill
-        return (prefill is None or self._has_room(prefill, cost)) and self._has_room(targets.decode, cost)
-
-    def _has_room(self, target: Target, cost: RequestCost) -> bool:
-        return self._admission.has_room(target.host, target.rank, cost.tokens, cost.requests)
-
     def _cost(
         self, pool: _Pool, request: InferenceRequest, context: RequestContext, prefix: Prefix | None
     ) -> RequestCost:
@@ -327,16 +299,29 @@ def _with_endpoints(targets: Targets, scope: Pairing | Match) -> Iterator[tuple[
     yield targets.decode, scope.decodes
 
 
-def _holds(target: Target, cost: RequestCost) -> bool:
-    """Tell whether the KV cache of a picked rank can hold a prompt; one of unknown size may."""
-    sample = target.host.ranks[target.rank or 0].sample
-    return sample is None or not sample.capacity_tokens or cost.tokens <= sample.capacity_tokens
+def _refuse_too_long(
+    targets: Targets, pairing: Pairing, request: InferenceRequest, cost: RequestCost
+) -> Rejection | None:
+    """Refuse a prompt that no rank of a role can ever hold: the other leg would wait for it in vain."""
+    if not request.is_read:  # the size of a body may be that of images
+        return None
+    # Of the endpoints that can be paired with the picked ones, all may be too small, and others not.
+    for scope in pairing.scopes_of(targets.prefill):
+        for target, endpoints in _with_endpoints(targets, scope):
+            capacity = None if may_ever_hold(target, cost) else largest_capacity(endpoints)
+            if capacity is not None and is_too_long(request.prompt, cost.tokens, capacity):
+                message = (
+                    f"the prompt has about {cost.tokens:.0f} tokens, and the largest "
+                    f"{target.host.endpoint.role.value} rank that it can go to holds {capacity}; send a shorter one"
+                )
+                return Rejection(400, Reason.PROMPT_TOO_LONG, message)
+    return None
 
 
-def _as_engines_pick(targets: Targets, api: Api) -> Targets:
+def _as_engine_picks(targets: Targets, api: Api) -> Targets:
     """Drop the rank of an aggregated endpoint whose engine takes none on this path, and so picks one itself."""
     decode = targets.decode
-    if targets.prefill is not None or decode.host.capabilities.takes_rank(api) or len(decode.host.ranks) == 1:
+    if decode.host.capabilities.takes_rank(api) or len(decode.host.ranks) == 1:
         return targets
     return Targets(None, replace(decode, rank=None))
 
