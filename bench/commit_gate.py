@@ -20,7 +20,7 @@ from dp_extproc.lab.testbed.engine import EngineProcess
 from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 
-MODES: Final = ("off", "legs", "answers")
+MODES: Final = ("off", "legs", "first_event")
 BODIES: Final = {
     "/generate": {"text": "hello " * 200, "sampling_params": {"max_new_tokens": 4}, "stream": True},
     "/v1/chat/completions": {

@@ -1,7 +1,7 @@
 """What the hop costs that ends cut streams with an error event: processor time of Envoy for each event of a stream.
 
-The same strict engine behind two Envoys, one with ``cut_streams: cut``, where answers come straight from the engine,
-and one with ``event``, asked in turn; what counts is the ratio within a round.
+The same strict engine behind two Envoys, one with ``truncated_streams: reset``, where answers come straight from the
+engine, and one with ``error_event``, asked in turn; what counts is the ratio within a round.
 
     python bench/cut_streams.py [--requests 20] [--rounds 7]
 """
@@ -16,7 +16,7 @@ from typing import Final
 
 import httpx
 
-from dp_extproc.config import CutStreams
+from dp_extproc.config import TruncatedStreams
 from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.engine import EngineProcess
 from dp_extproc.lab.testbed.envoy import EnvoyProcess
@@ -50,24 +50,27 @@ def main() -> None:
     with ExitStack() as running:
         engine = running.enter_context(EngineProcess("unified", 2, "--dp-attention", "--time-scale", "0.1"))
         pool = {"models": ["*"], "workers": {"endpoints": [engine.url]}}
-        forms: dict[CutStreams, tuple[EnvoyProcess, httpx.Client]] = {}
-        for form in CutStreams:
-            settings = write_config([pool], envoy={"cut_streams": form.value})
+        forms: dict[TruncatedStreams, tuple[EnvoyProcess, httpx.Client]] = {}
+        for form in TruncatedStreams:
+            settings = write_config([pool], envoy={"truncated_streams": form.value})
             service = running.enter_context(ServiceProcess(settings))
             service.wait_until_fresh()
             envoy = running.enter_context(EnvoyProcess(service.config))
             client = running.enter_context(loopback.client(envoy.url, timeout=60))
             forms[form] = envoy, client
         threads = running.enter_context(ThreadPoolExecutor(AT_A_TIME))
-        costs: dict[CutStreams, list[float]] = {form: [] for form in CutStreams}
+        costs: dict[TruncatedStreams, list[float]] = {form: [] for form in TruncatedStreams}
         for index in range(args.rounds + 1):
             for form, (envoy, client) in forms.items():
                 before = _seconds(envoy)
                 events = sum(threads.map(_stream, [client] * args.requests))
                 if index:  # the first round warms up
                     costs[form].append(1e6 * (_seconds(envoy) - before) / events)
-        ratios = [event / cut for cut, event in zip(costs[CutStreams.CUT], costs[CutStreams.EVENT], strict=True)]
-        cut, event = (statistics.median(costs[form]) for form in CutStreams)
+        ratios = [
+            event / cut
+            for cut, event in zip(costs[TruncatedStreams.RESET], costs[TruncatedStreams.ERROR_EVENT], strict=True)
+        ]
+        cut, event = (statistics.median(costs[form]) for form in TruncatedStreams)
         print(f"Envoy's processor time per event: {cut:.1f} us straight, {event:.1f} us through the hop")
         print(
             f"ratio {statistics.median(ratios):.2f} (median of {args.rounds}; {min(ratios):.2f} to {max(ratios):.2f})"

@@ -111,7 +111,7 @@ def _service(supervise: Supervise) -> ExtProcService:
         rng=random.Random(1),
         draw_token=partial(secrets.token_hex, 12),
         clock=clock,
-        sees_first_events=supervise is Supervise.ANSWERS,
+        sees_first_events=supervise is Supervise.FIRST_EVENT,
     )
     return ExtProcService(
         dispatcher,
@@ -228,14 +228,14 @@ class Load:
                 answer = await stream.read()
             token = (contract.LEG, _leg_in(answer))
             leg = call(metadata=(token,))
-            if self._kind in {Supervise.LEGS, Supervise.ANSWERS}:
+            if self._kind in {Supervise.LEGS, Supervise.FIRST_EVENT}:
                 await leg.write(self._leg_headers)
                 await leg.read()
             await leg.write(self._response)
             await leg.read()
             await leg.done_writing()
             await stream.write(self._response)
-            if self._kind == Supervise.ANSWERS:
+            if self._kind == Supervise.FIRST_EVENT:
                 first = call(metadata=(token, (contract.STAGE, contract.FIRST_EVENT)))
                 await first.write(self._first_event)
                 await first.read()

@@ -91,7 +91,7 @@ class Fleet:
         seed: int = 1,
         sampled: bool = True,
         costs: StepCosts = DEFAULT_COSTS,
-        carrier: str = "body",
+        routing_fields: str = "body",
     ) -> None:
         self.clock = Clock()
         by_role = {Role.PREFILL: prefills, Role.DECODE: decodes, Role.WORKER: workers}
@@ -110,7 +110,7 @@ class Fleet:
         self.pool = PoolConfig.model_validate({
             "models": ["*"],
             "policy": policy or {},
-            "carrier": carrier,
+            "routing_fields": routing_fields,
             **{
                 key: {"endpoints": [endpoint.url for endpoint in self.endpoints if endpoint.role is role]}
                 for key, role in sections.items()
@@ -130,4 +130,4 @@ class Fleet:
         self.load.sampled(endpoint, LoadPage(samples(tokens, age)), self.clock(), self.clock())
 
     def host(self, role: Role, number: int = 1) -> EndpointLoad:
-        return self.load.hosts[make_endpoint(role, number).url]
+        return self.load.by_url[make_endpoint(role, number).url]

@@ -8,7 +8,7 @@ from bench.balance.client import Load
 from bench.balance.contenders import DEFAULT, ENGINES_OWN
 from bench.balance.engines import COSTS, Size
 from bench.balance.runs import settled_times
-from dp_extproc.config.schema import PolicySettings
+from dp_extproc.config.pools import PolicySettings
 from dp_extproc.lab.simulate.fleet import Fleet
 from dp_extproc.lab.simulate.settings import Setting
 from dp_extproc.lab.simulate.study import CLAIRVOYANT, Contender, run_once

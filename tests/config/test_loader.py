@@ -13,7 +13,9 @@ POOL = "pools:\n- models: ['*']\n  workers: {endpoints: ['http://a:1']}\n"
 
 FULL = """\
 listen: {grpc: 127.0.0.1:9002, admin: "[::1]:9090", advertise: 10.0.0.9:9002}
-envoy: {inference: 0.0.0.0:8080, admin: 127.0.0.1:9901, max_body_bytes: 67108864, body_mode: duplex, service: dp:9002}
+envoy:
+  {inference: 0.0.0.0:8080, admin: 127.0.0.1:9901, max_body_bytes: 67108864, body_mode: full_duplex_streamed,
+   service: dp:9002}
 load: {source: loads, interval: 500ms, stale_after: 2m, timeout: 1.5s, max_page_bytes: 1MiB}
 drain: 1h
 pools:
@@ -80,7 +82,7 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
     "pools-as-a-mapping": ("pools: {a: b}\n", [(1, "pools", "must be a list")]),
     "pool-as-a-string": (
         "pools: [a]\n",
-        [(1, "pools[0]", "keys such as models, prefill, decode, workers, engine, carrier, policy")],
+        [(1, "pools[0]", "keys such as models, prefill, decode, workers, engine, routing_fields, policy")],
     ),
     "tab": ("pools:\n\t- a\n", [(2, "", "not valid YAML: found character '\\t'")]),
     "unclosed": (POOL + "load: {interval: 1s\n", [(5, "", "not valid YAML")]),
@@ -131,7 +133,10 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
             (
                 4,
                 "colour",
-                "known keys here: listen, envoy, protocol, load, drain, reload, sync, supervision, retry, health, ",
+                (
+                    "known keys here: listen, envoy, protocol, load, drain, reload, sync, supervision, retry, "
+                    "outlier_detection, "
+                ),
             )
         ],
     ),

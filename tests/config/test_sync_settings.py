@@ -24,7 +24,11 @@ def test_the_defaults() -> None:
     """A URL is enough."""
     settings = settings_of("{url: 'redis://a'}")
 
-    assert (settings.url.get_secret_value(), settings.channel, settings.silence) == ("redis://a", "dp-extproc", 3.0)
+    assert (settings.url.get_secret_value(), settings.channel, settings.peer_timeout) == (
+        "redis://a",
+        "dp-extproc",
+        3.0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,12 +71,12 @@ def test_a_bus_is_named_by_a_url(url: str, directory: str | None) -> None:
         ("{url: 'unix:///run/dp?x=1'}", "sync.url", "absolute path"),
         (f"{{url: 'unix:///{'x' * 80}'}}", "sync.url", "at most 80 bytes"),
         ("{url: 'redis://a', channel: 'a b'}", "sync.channel", "pattern"),
-        ("{url: 'redis://a', silence: 500ms}", "sync.silence", "write 1s or more"),
+        ("{url: 'redis://a', peer_timeout: 500ms}", "sync.peer_timeout", "write 1s or more"),
     ],
     ids=[
         "text", "list", "list_of_urls", "no_scheme", "http", "no_host", "slash_in_password", "hash_in_password",
         "port_0", "port_99999", "no_database", "option_without_tls", "option_of_no_tls", "relative", "no_directory",
-        "query", "long_directory", "blank_in_channel", "short_silence",
+        "query", "long_directory", "blank_in_channel", "short_peer_timeout",
     ],
 )  # fmt: skip
 def test_another_bus_is_refused(section: str, key: str, fragment: str) -> None:

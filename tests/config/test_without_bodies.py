@@ -6,7 +6,7 @@ from dp_extproc.config import BodyMode, ConfigError, parse_config
 
 POLICY = "policy: {affinity: {prefixes: false}}"
 PAIR = "prefill: {endpoints: ['http://a:1']}, decode: {endpoints: ['http://b:1']}"
-FITTING = f"{{models: [m], carrier: headers, {PAIR}, {POLICY}}}"
+FITTING = f"{{models: [m], routing_fields: headers, {PAIR}, {POLICY}}}"
 
 
 def problems(*pools: str) -> list[tuple[int | None, str, str]]:
@@ -28,7 +28,7 @@ def test_a_pool_that_headers_can_serve() -> None:
 @pytest.mark.parametrize(
     ("pool", "key", "remedy"),
     [
-        (FITTING.replace("carrier: headers, ", ""), "carrier", "carrier: headers"),
+        (FITTING.replace("routing_fields: headers, ", ""), "routing_fields", "routing_fields: headers"),
         (FITTING.replace(f", {POLICY}", ""), "policy.affinity.prefixes", "{prefixes: false}"),
         (FITTING.replace("}}}", "}, client_dp_rank: honour}}"), "policy.client_dp_rank", "client_dp_rank: replace"),
         (FITTING.replace("}}}", "}, dp_rank: none}}"), "policy.dp_rank", "another policy"),

@@ -16,7 +16,7 @@ def every_version(request: pytest.FixtureRequest) -> Iterator[Stack]:
         yield stack
 
 
-@pytest.fixture(scope="module", params=["buffered", "duplex"])
+@pytest.fixture(scope="module", params=["buffered", "full_duplex_streamed"])
 def every_mode(request: pytest.FixtureRequest) -> Iterator[Stack]:
     """A fleet of the newest release, with Envoy sending bodies in each of the two ways."""
     with run_stack(envoy={"body_mode": request.param, "max_body_bytes": 33 << 20}) as stack:

@@ -185,7 +185,7 @@ def test_header_carrier(  # noqa: PLR0917 - a table
 ) -> None:
     """An engine that reads no headers is refused; one that reads them on fewer paths only where no body is seen."""
     url = shop.engines[prefill].url
-    pool = {**shop.pair(prefill, "obedient decode"), "carrier": "headers", "policy": UNSEEN}
+    pool = {**shop.pair(prefill, "obedient decode"), "routing_fields": "headers", "policy": UNSEEN}
     found, out = shop.check(pool, body_mode)
 
     assert found == status, out

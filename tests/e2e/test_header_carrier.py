@@ -1,4 +1,4 @@
-"""``carrier: headers``: ``x-override-*`` headers tell both legs everything, and bodies stay as they were sent."""
+"""``routing_fields: headers``: ``x-override-*`` headers route both legs, and bodies stay as they were sent."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -52,7 +52,7 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module", params=["buffered", "duplex"])
+@pytest.fixture(scope="module", params=["buffered", "full_duplex_streamed"])
 def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
     with ExitStack() as running:
         engines = HostedEngines()
@@ -66,7 +66,7 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
         config = [
             {
                 "models": [name],
-                "carrier": "headers",
+                "routing_fields": "headers",
                 "prefill": {"endpoints": _endpoints(name, prefill, PREFILL_RANKS)},
                 "decode": {"endpoints": _endpoints(name, decode, DECODE_RANKS)},
                 **({"policy": {"dp_rank": "none"}} if name == "engine picks" else {}),

@@ -16,7 +16,7 @@ ASKED = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2, 
 KEYS = ("input_token_logprobs", "input_top_logprobs", "input_token_ids_logprobs")
 
 
-@pytest.fixture(scope="module", params=["off", "answers"])
+@pytest.fixture(scope="module", params=["off", "first_event"])
 def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
     """A fleet with the least supervision, and the most."""
     with run_stack(supervision={"mode": request.param}) as stack:
@@ -88,7 +88,7 @@ def test_the_service_dies_while_the_answer_is_merged(mortal: Stack) -> None:
 
 @pytest.fixture(scope="module")
 def duplex() -> Iterator[Stack]:
-    with run_stack(envoy={"body_mode": "duplex"}) as stack:
+    with run_stack(envoy={"body_mode": "full_duplex_streamed"}) as stack:
         yield stack
 
 

@@ -53,7 +53,9 @@ def test_each_of_more_than_1024_requests_is_answered_though_the_service_stops() 
     with ExitStack() as running:
         workers = [running.enter_context(EngineProcess("unified", 2, *FAST)) for _ in range(2)]
         pool = {"models": ["*"], "workers": {"endpoints": [each.url for each in workers]}}
-        content = write_config([pool], admission={"max_load": 1000, "max_fill": 1000}, load={"stale_after": "60s"})
+        content = write_config(
+            [pool], admission={"max_request_ratio": 1000, "max_token_ratio": 1000}, load={"stale_after": "60s"}
+        )
         service = running.enter_context(ServiceProcess({**content, "protocol": "endpoint_picker"}))
         gateway = yaml.safe_dump(load_gateway(service.config, [each.port for each in workers]))
         running.enter_context(EnvoyProcess(service.config, bootstrap=gateway))

@@ -82,7 +82,7 @@ def test_streams_go_on_while_the_service_drains_and_after_it_has_ended(slow: Sta
 def test_streams_in_duplex_go_on_after_the_service_has_ended() -> None:
     """Envoy cuts answers there whose ext_proc stream breaks, so the service ends these streams in good order."""
     options = ("--time-scale", "5", *PATIENCE)
-    with run_stack(options=options, drain="10ms", envoy={"body_mode": "duplex"}) as stack:
+    with run_stack(options=options, drain="10ms", envoy={"body_mode": "full_duplex_streamed"}) as stack:
 
         async def stop() -> None:
             assert await asyncio.to_thread(stack.service.stop) == 0

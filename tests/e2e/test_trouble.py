@@ -199,8 +199,8 @@ def test_standing_trouble_forgives_no_failures(trouble: str) -> None:
 
     It is never stale: it would be left alone for that, and get no request that it could fail.
     """
-    long = {"failures": 2, "ejection": "10m", "max_ejection": "10m"}
-    with run_stack(decodes=2, load={**QUICK, "stale_after": "10m"}, health=long) as stack:
+    long = {"consecutive_failures": 2, "base_ejection_time": "10m", "max_ejection_time": "10m"}
+    with run_stack(decodes=2, load={**QUICK, "stale_after": "10m"}, outlier_detection=long) as stack:
         sick = stack.decodes[0]
         patient = Patient(stack, sick)
         if trouble == "server_info":

@@ -59,7 +59,7 @@ def fleet() -> Iterator[Fleet]:
                 "prefill": {"endpoints": [prefill.url]},
                 "decode": {"endpoints": [decode.url]},
                 "policy": HONOUR,
-                "carrier": "headers" if "headers" in model else "body",
+                "routing_fields": "headers" if "headers" in model else "body",
             }
             for model, (prefill, decode) in pools.items()
         ]

@@ -43,7 +43,7 @@ class Fleet:
         return one(self.prefills), one(self.decodes)
 
 
-@pytest.fixture(scope="module", params=["off", "answers"])
+@pytest.fixture(scope="module", params=["off", "first_event"])
 def running(request: pytest.FixtureRequest) -> Iterator[Fleet]:
     with ExitStack() as running:
         options = ("--header-overrides", "--dp-attention", *FAST)
@@ -53,7 +53,7 @@ def running(request: pytest.FixtureRequest) -> Iterator[Fleet]:
         running.enter_context(engines)
         pool = {
             "models": ["*"],
-            "carrier": "headers",
+            "routing_fields": "headers",
             "prefill": {"endpoints": [each.url for each in prefills]},
             "decode": {"endpoints": [each.url for each in decodes]},
             "policy": {"affinity": {"prefixes": False}},
@@ -130,7 +130,7 @@ def test_a_batch(fleet: Fleet, stream: bool) -> None:
     assert {leg["rank"] is not None for leg in wait_for(legs)} == {True}
 
 
-@pytest.mark.parametrize("running", ["answers"], indirect=True)
+@pytest.mark.parametrize("running", ["first_event"], indirect=True)
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @pytest.mark.parametrize(("path", "body"), [("/generate", GENERATE), ("/v1/chat/completions", CHAT)])
 @STREAMS

@@ -8,7 +8,7 @@ from dp_extproc.config import BodyMode
 from envoy_config.harness import Bench, run_bench
 
 
-@pytest.fixture(scope="module", params=[BodyMode.BUFFERED, BodyMode.DUPLEX])
+@pytest.fixture(scope="module", params=[BodyMode.BUFFERED, BodyMode.FULL_DUPLEX_STREAMED])
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     with run_bench(request.param) as bench:
         yield bench

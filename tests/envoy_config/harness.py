@@ -49,10 +49,10 @@ class Bench:
 _WORKERS: Final[dict[str, Any]] = {"models": ["*"], "workers": {"endpoints": ["http://127.0.0.1:1"]}}
 POOLS: Final[dict[BodyMode, dict[str, Any]]] = {
     BodyMode.BUFFERED: _WORKERS,
-    BodyMode.DUPLEX: _WORKERS,
+    BodyMode.FULL_DUPLEX_STREAMED: _WORKERS,
     BodyMode.NONE: {
         "models": ["*"],
-        "carrier": "headers",
+        "routing_fields": "headers",
         "prefill": {"endpoints": ["http://127.0.0.1:1"]},
         "decode": {"endpoints": ["http://127.0.0.1:2"]},
         "policy": {"affinity": {"prefixes": False}},

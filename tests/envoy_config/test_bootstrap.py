@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dp_extproc.cli import envoy_config as command
-from dp_extproc.config import BodyMode, Config, CutStreams
+from dp_extproc.config import BodyMode, Config, TruncatedStreams
 from dp_extproc.envoy_config import build_bootstrap, render_yaml
 from dp_extproc.envoy_config.comments import COMMENTS
 from dp_extproc.lab.testbed.envoy import find_envoy
@@ -72,10 +72,10 @@ def test_envoy_accepts_it(body_mode: BodyMode, service: str | None, tmp_path: Pa
     assert "deprecated" not in done.stderr.lower()
 
 
-@pytest.mark.parametrize("cut_streams", list(CutStreams))
-def test_streams_that_are_cut(cut_streams: CutStreams, tmp_path: Path) -> None:
+@pytest.mark.parametrize("truncated_streams", list(TruncatedStreams))
+def test_streams_that_are_cut(truncated_streams: TruncatedStreams, tmp_path: Path) -> None:
     """Answers pass the filter that ends them, or come straight from the server that the header names."""
-    config = config_with({"cut_streams": cut_streams.value})
+    config = config_with({"truncated_streams": truncated_streams.value})
     resources = printed(config)["static_resources"]
     path = tmp_path / "envoy.yaml"
     path.write_text(render_yaml(build_bootstrap(config)), encoding="utf-8")
@@ -85,7 +85,7 @@ def test_streams_that_are_cut(cut_streams: CutStreams, tmp_path: Path) -> None:
     )
 
     assert done.returncode == 0, done.stderr
-    ends = cut_streams is CutStreams.EVENT
+    ends = truncated_streams is TruncatedStreams.ERROR_EVENT
     assert ("decode" in [each["name"] for each in resources["listeners"]]) is ends
     assert ("decode_server" in [each["name"] for each in resources["clusters"]]) is ends
     assert ("original_dst_lb_config" in named(resources["clusters"], "decode")) is not ends

@@ -16,10 +16,10 @@ BEGUN = {
 }
 
 
-@pytest.fixture(scope="module", params=[BodyMode.BUFFERED, BodyMode.DUPLEX])
+@pytest.fixture(scope="module", params=[BodyMode.BUFFERED, BodyMode.FULL_DUPLEX_STREAMED])
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """An Envoy without much patience."""
-    with run_bench(request.param, headers_timeout="500ms", upload_timeout="1s") as bench:
+    with run_bench(request.param, request_headers_timeout="500ms", request_timeout="1s") as bench:
         yield bench
 
 

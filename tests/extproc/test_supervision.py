@@ -43,7 +43,7 @@ class Attempted:
 
     def __init__(
         self,
-        mode: Supervise = Supervise.ANSWERS,
+        mode: Supervise = Supervise.FIRST_EVENT,
         body: bytes = CHAT,
         *,
         failed: str | None = None,
@@ -142,7 +142,7 @@ class TestTheGate:
         assert attempted.head() == []
         assert show(attempted.prefill()) == [("PREFILL", "continue"), *LET_GO]
 
-    @pytest.mark.parametrize(("mode", "body"), [(Supervise.LEGS, CHAT), (Supervise.ANSWERS, PLAIN)])
+    @pytest.mark.parametrize(("mode", "body"), [(Supervise.LEGS, CHAT), (Supervise.FIRST_EVENT, PLAIN)])
     def test_without_an_event_to_see(self, mode: Supervise, body: bytes) -> None:
         """A whole answer, or the cheaper degree: prefill alone decides."""
         attempted = Attempted(mode, body)
@@ -182,7 +182,7 @@ GO_ON = [("PREFILL", "continue")]
 class TestUnread:
     """The body was not seen: whether it asks for a stream shows with the answers, and then prefill streams, too."""
 
-    def _opened(self, mode: Supervise = Supervise.ANSWERS) -> Attempted:
+    def _opened(self, mode: Supervise = Supervise.FIRST_EVENT) -> Attempted:
         attempted = Attempted(mode, unread=True)
         attempted.watch.prefill_opened()
         return attempted
@@ -219,7 +219,7 @@ class TestUnread:
         assert show(attempted.watch.prefill_explained(EVENT[:5], 2.0, end_of_stream=False)) == GO_ON
         assert show(attempted.watch.prefill_explained(EVENT[5:], 2.0, end_of_stream=False)) == [*GO_ON, *LET_GO]
 
-    @pytest.mark.parametrize("mode", [Supervise.LEGS, Supervise.ANSWERS])
+    @pytest.mark.parametrize("mode", [Supervise.LEGS, Supervise.FIRST_EVENT])
     def test_prefill_fails_behind_its_200(self, mode: Supervise) -> None:
         """As if the status had said so."""
         attempted = self._opened(mode)

@@ -538,7 +538,9 @@ class TestNoBodies:
         """The only pool needs no bodies."""
         facts = {role: replace(make_facts(role), reads_overrides=True) for role in (Role.PREFILL, Role.DECODE)}
         policy = {"affinity": {"prefixes": False}}
-        return Fleet(prefills=[facts[Role.PREFILL]], decodes=[facts[Role.DECODE]], policy=policy, carrier="headers")
+        return Fleet(
+            prefills=[facts[Role.PREFILL]], decodes=[facts[Role.DECODE]], policy=policy, routing_fields="headers"
+        )
 
     @pytest.fixture
     def server(self, fleet_without_bodies: Fleet) -> Iterator[Server]:

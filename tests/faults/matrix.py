@@ -136,9 +136,10 @@ def run_quick_fleet(body_mode: str = "buffered") -> Iterator[Fleet]:
         message_timeout="3s",
         envoy={"body_mode": body_mode},
         load={"interval": "100ms", "stale_after": "20s", "timeout": "5s"},
-        supervision={"mode": "answers", "prefill_timeout": "1s", "first_token_timeout": "1s"},
+        supervision={"mode": "first_event", "prefill_timeout": "1s", "first_token_timeout": "1s"},
         retry={"attempts": 2, "budget": 1.0},  # as many as there are servers
-        health={"failures": 1000},  # every fault is to be met anew; who is left alone for how long has its own tests
+        # Every fault is to be met anew; how long an endpoint stays ejected has tests of its own.
+        outlier_detection={"consecutive_failures": 1000},
     ) as fleet:
         # A decode rank that has not met a prefill server before gives up by itself if it cannot.
         for _ in range(_FIRST_MEETINGS):

@@ -10,7 +10,7 @@ from faults.matrix import CELLS, IN_DUPLEX, KINDS, Cell, run_cell, run_quick_fle
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
-    with run_quick_fleet("duplex") as fleet:
+    with run_quick_fleet("full_duplex_streamed") as fleet:
         yield fleet
 
 

@@ -37,11 +37,11 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
     without_bodies = request.param == "none"
     with run_fleet(
         ("--header-overrides", *FAST) if without_bodies else FAST,
-        of_pool={"carrier": "headers", "policy": {"affinity": {"prefixes": False}}} if without_bodies else {},
+        of_pool={"routing_fields": "headers", "policy": {"affinity": {"prefixes": False}}} if without_bodies else {},
         envoy={"body_mode": request.param},
-        supervision={"mode": "answers", "prefill_timeout": "3s", "first_token_timeout": "3s"},
+        supervision={"mode": "first_event", "prefill_timeout": "3s", "first_token_timeout": "3s"},
         retry={"attempts": 2, "budget": 1.0},
-        health={"failures": 1000},  # every flood is to be met anew
+        outlier_detection={"consecutive_failures": 1000},  # every flood is to be met anew
         load={"interval": "100ms", "stale_after": "20s", "timeout": "5s"},
     ) as fleet:
         for path, stream in KINDS:

@@ -104,7 +104,7 @@ def picked(request: pytest.FixtureRequest) -> Iterator[Fleet]:
 def routed(request: pytest.FixtureRequest) -> Iterator[Fleet]:
     """The printed configuration behind a listener that removes nothing."""
     with ExitStack() as running:
-        workers, service = run(running, "own", retry={"attempts": request.param})
+        workers, service = run(running, "envoy", retry={"attempts": request.param})
         bootstrap = yaml.safe_load(render_yaml(build_bootstrap(service.config)))
         front_door = bootstrap["static_resources"]["listeners"][0]
         del front_door["filter_chains"][0]["filters"][0]["typed_config"]["early_header_mutation_extensions"]

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from dp_extproc import contract
-from dp_extproc.config import BodyMode, CutStreams, Supervise
+from dp_extproc.config import BodyMode, Supervise, TruncatedStreams
 from dp_extproc.lab.engine.api.faults import Fault, Kind
 from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.envoy import EnvoyProcess
@@ -20,7 +20,7 @@ from e2e.stack import FAST
 from faults.lying_engine import LyingServer
 from patience import wait_for
 
-FORMS: Final = list(product(BodyMode, CutStreams, Supervise))
+FORMS: Final = list(product(BodyMode, TruncatedStreams, Supervise))
 OURS: Final[tuple[str, ...]] = (*contract.SET_INSIDE, contract.SESSION, "x-dp-extproc-reason", "x-dp-anything")
 ENVOYS: Final = {
     "x-envoy-ratelimited": "true",
@@ -120,11 +120,11 @@ def engines() -> Iterator[Engines]:
 
 @contextmanager
 def run_fleet(
-    engines: Engines, body_mode: BodyMode, cut_streams: CutStreams, supervise: Supervise, *pools: str
+    engines: Engines, body_mode: BodyMode, truncated_streams: TruncatedStreams, supervise: Supervise, *pools: str
 ) -> Iterator[Fleet]:
     """Run a service for these pools, where a single failure is enough to eject a server."""
     unseen: dict[str, Any] = (
-        {"carrier": "headers", "policy": {"affinity": {"prefixes": False}}} if body_mode is BodyMode.NONE else {}
+        {"routing_fields": "headers", "policy": {"affinity": {"prefixes": False}}} if body_mode is BodyMode.NONE else {}
     )
     known: dict[str, dict[str, Any]] = {
         "pairs": {"prefill": _urls(engines.prefills), "decode": _urls(engines.decodes), **unseen},
@@ -132,9 +132,9 @@ def run_fleet(
     }
     content = write_config(
         [{"models": [name if len(pools) > 1 else "*"], **known[name]} for name in pools],
-        envoy={"body_mode": body_mode.value, "cut_streams": cut_streams.value},
+        envoy={"body_mode": body_mode.value, "truncated_streams": truncated_streams.value},
         supervision={"mode": supervise.value},
-        health={"failures": 1},
+        outlier_detection={"consecutive_failures": 1},
     )
     with ExitStack() as running:
         service = running.enter_context(ServiceProcess(content))
@@ -173,13 +173,13 @@ def ask_everything(fleet: Fleet, pool: str, paths: Sequence[str]) -> None:
     assert [engines.visits(engines.all, each) for each in looked_up] == [1] * len(looked_up)
 
 
-@pytest.mark.parametrize(("body_mode", "cut_streams", "supervise"), FORMS)
+@pytest.mark.parametrize(("body_mode", "truncated_streams", "supervise"), FORMS)
 def test_no_header_of_an_engine_steers_the_router(
-    engines: Engines, body_mode: BodyMode, cut_streams: CutStreams, supervise: Supervise
+    engines: Engines, body_mode: BodyMode, truncated_streams: TruncatedStreams, supervise: Supervise
 ) -> None:
     """Each request is sent once, nobody is blamed for anything, and clients are told nothing of it."""
     pools = ("pairs",) if body_mode is BodyMode.NONE else ("pairs", "workers")
-    with run_fleet(engines, body_mode, cut_streams, supervise, *pools) as fleet:
+    with run_fleet(engines, body_mode, truncated_streams, supervise, *pools) as fleet:
         engines.lie(ours)
         for pool in pools:
             ask_everything(fleet, pool, PATHS)
@@ -195,7 +195,7 @@ def test_no_header_of_an_engine_steers_the_router(
 def usual(engines: Engines, request: pytest.FixtureRequest) -> Iterator[Fleet]:
     """The default form."""
     engines.lie(request.param)
-    with run_fleet(engines, BodyMode.BUFFERED, CutStreams.EVENT, Supervise.ANSWERS, "pairs") as fleet:
+    with run_fleet(engines, BodyMode.BUFFERED, TruncatedStreams.ERROR_EVENT, Supervise.FIRST_EVENT, "pairs") as fleet:
         yield fleet
 
 

@@ -62,7 +62,7 @@ def pages(tokens: int) -> tuple[str, ...]:
     return ("--page-size", str(tokens))
 
 
-@pytest.mark.parametrize("body_mode", ["buffered", "duplex"])
+@pytest.mark.parametrize("body_mode", ["buffered", "full_duplex_streamed"])
 @pytest.mark.parametrize(
     ("prefill", "decode", "reason"),
     [

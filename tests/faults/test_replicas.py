@@ -44,7 +44,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         sync={"url": bus},
         load=load,
         drain="2500ms",
-        envoy={"cut_streams": "cut"},  # else streams that are lost end with an event that the service sees at once
+        envoy={"truncated_streams": "reset"},  # with error_event a lost stream ends with an event the service sees
     ) as fleet:
         wait_for(lambda: all(len(ready(each)) == 2 for each in services(fleet)), PATIENT)
         wait_for(lambda: fleet.envoy.healthy(SERVICE) == 4, PATIENT)  # Envoy asks each whether it is ready in its turn

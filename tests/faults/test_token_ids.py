@@ -28,7 +28,7 @@ class Fleet:
         return sum(len(engine.requests()) for engine in self.engines)
 
 
-@pytest.fixture(scope="module", params=["buffered", "duplex"])
+@pytest.fixture(scope="module", params=["buffered", "full_duplex_streamed"])
 def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
     with ExitStack() as running:
         engines = [EngineProcess(role, 2, "--dp-attention", *FAST) for role in ("prefill", "decode", "unified")]

@@ -1,9 +1,11 @@
 """When an endpoint is left alone, and when it gets requests again."""
 
-from dp_extproc.config.reliability import HealthSettings
+from dp_extproc.config.reliability import OutlierDetectionSettings
 from dp_extproc.load.health import PROBE_SECONDS, Health
 
-SETTINGS = HealthSettings.model_validate({"failures": 2, "ejection": "1s", "max_ejection": "4s"})
+SETTINGS = OutlierDetectionSettings.model_validate(
+    {"consecutive_failures": 2, "base_ejection_time": "1s", "max_ejection_time": "4s"}
+)
 
 
 def make_health() -> Health:
@@ -11,7 +13,7 @@ def make_health() -> Health:
 
 
 def eject(health: Health, now: float) -> None:
-    for _ in range(SETTINGS.failures):
+    for _ in range(SETTINGS.consecutive_failures):
         health.failed(now)
 
 

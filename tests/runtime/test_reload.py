@@ -36,15 +36,15 @@ def reloads(service: ServiceProcess, outcome: str, count: int) -> bool:
 
 CHANGES = {
     "listen": ("listen", {"grpc": "127.0.0.1:7001"}, ["listen"]),
-    "body mode": ("envoy", {"body_mode": "duplex"}, ["envoy"]),
+    "body mode": ("envoy", {"body_mode": "full_duplex_streamed"}, ["envoy"]),
     "bus": ("sync", {"url": "redis://10.0.0.1:6379"}, ["sync"]),
     "supervision": ("supervision", "off", ["supervision"]),
     "retries": ("retry", {"attempts": 1}, ["retry"]),
-    "unit of the books": ("load", {"prefill_step_tokens": 1.0}, ["load.prefill_step_tokens"]),
+    "unit of the books": ("load", {"prefill_step_cost_tokens": 1.0}, ["load.prefill_step_cost_tokens"]),
     "reload": ("reload", "watch", ["reload"]),
     "pools": ("pools", pool("http://127.0.0.1:2", policy={"host": "random"}), []),
     "interval": ("load", {"interval": "250ms"}, []),
-    "admission": ("admission", {"max_fill": 1.0}, []),
+    "admission": ("admission", {"max_token_ratio": 1.0}, []),
     "drain": ("drain", "1h", []),
 }
 

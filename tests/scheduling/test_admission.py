@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from dp_extproc.attempt.events import BodyMode, Mutate, RequestBody, RequestHeaders
+from dp_extproc.config.load import LoadSignal
 from dp_extproc.config.reliability import AdmissionSettings, QueueSettings
-from dp_extproc.config.schema import LoadSignal
 from dp_extproc.engines.model import LoadPage, RankSample, Role
 from dp_extproc.extproc.exchange import Exchange
 from dp_extproc.load.cache import LoadCache
@@ -39,7 +39,7 @@ class Small:
         )
         for role in (Role.PREFILL, Role.DECODE):
             self.fleet.load.sampled(make_endpoint(role), LoadPage(ranks), self.fleet.clock(), self.fleet.clock())
-        settings = AdmissionSettings.model_validate({"max_fill": None, "max_load": None, **limits})
+        settings = AdmissionSettings.model_validate({"max_token_ratio": None, "max_request_ratio": None, **limits})
         self.dispatcher = Scheduler(
             [self.fleet.pool],
             self.fleet.load,
@@ -68,7 +68,7 @@ class Small:
     ("limits", "tokens", "expected"),
     [
         pytest.param({"max_requests": 3}, 10, 6, id="requests"),
-        pytest.param({"max_load": 2.0}, 10, 8, id="requests-by-what-runs"),
+        pytest.param({"max_request_ratio": 2.0}, 10, 8, id="requests-by-what-runs"),
     ],
 )
 def test_a_full_fleet_refuses_with_429(limits: dict[str, Any], tokens: int, expected: int) -> None:
@@ -82,7 +82,7 @@ def test_a_full_fleet_refuses_with_429(limits: dict[str, Any], tokens: int, expe
 
 def test_tokens_are_limited_by_what_a_rank_holds() -> None:
     """Decode counts a thousand tokens for each request besides its prompt, so two fit into 4 x 1000 on each rank."""
-    placed, refusal = Small(max_fill=4.0).place_until_refused(900)
+    placed, refusal = Small(max_token_ratio=4.0).place_until_refused(900)
     assert len(placed) == 4
     assert "decode" in refusal.message
 
@@ -101,7 +101,7 @@ class Single:
     def __init__(self, *, max_requests: int, **policy: Any) -> None:
         self.fleet = Fleet(workers=[make_facts(Role.WORKER, ranks=2)], policy=policy)
         self.dispatcher = self.fleet.dispatcher
-        settings = AdmissionSettings(max_fill=None, max_load=None, max_requests=max_requests)
+        settings = AdmissionSettings(max_token_ratio=None, max_request_ratio=None, max_requests=max_requests)
         self.dispatcher.configure([self.fleet.pool], LoadSignal.ESTIMATE, settings)
 
     def place(self, body: dict[str, Any]) -> Decision:
@@ -110,7 +110,7 @@ class Single:
         return found
 
     def open(self) -> list[float]:
-        return [rank.own_requests for rank in self.fleet.host(Role.WORKER).ranks]
+        return [rank.reserved_requests for rank in self.fleet.host(Role.WORKER).ranks]
 
 
 def test_a_batch_counts_as_many_requests() -> None:
@@ -158,7 +158,7 @@ def test_a_free_rank_of_decode_that_no_room_leads_to_is_none() -> None:
     """Where the room alone decides on both sides, rank 0 of prefill goes with rank 0 of decode."""
     facts = [make_facts(role, (0, 5, 7), ranks=2) for role in (Role.PREFILL, Role.DECODE)]
     fleet = Fleet(prefills=facts[:1], decodes=facts[1:])
-    settings = AdmissionSettings(max_fill=None, max_load=None, max_requests=1)
+    settings = AdmissionSettings(max_token_ratio=None, max_request_ratio=None, max_requests=1)
     fleet.dispatcher.configure([fleet.pool], LoadSignal.ESTIMATE, settings)
     free, taken = fleet.host(Role.PREFILL).ranks, fleet.host(Role.DECODE).ranks
     free[1].reserve(1, fleet.clock())
@@ -253,7 +253,7 @@ class TestWhoWaitsIsCalled:
     def test_when_a_request_of_another_process_is_over(self) -> None:
         """What others send is on the books like our own."""
         url = make_endpoint(Role.DECODE).url
-        foreign = self.small.dispatcher.tracker.open_foreign(PlacementRecord("*", RequestCost(10.0), url, 0), 1000.0)
+        foreign = self.small.dispatcher.tracker.open_peer(PlacementRecord("*", RequestCost(10.0), url, 0), 1000.0)
         self.wait()
         foreign.end(1001.0)
         assert self.calls == 1

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dp_extproc.config.reliability import HealthSettings
+from dp_extproc.config.reliability import OutlierDetectionSettings
 from dp_extproc.engines.capabilities import capabilities
 from dp_extproc.engines.model import Role
 from dp_extproc.load.endpoint import DEFAULT_COSTS, EndpointLoad
@@ -10,7 +10,9 @@ from dp_extproc.load.health import Health
 from dp_extproc.scheduling.filters import allows, avoid, choose, healthy, read_subset
 from fleet_fixtures import make_endpoint, make_facts
 
-SETTINGS = HealthSettings.model_validate({"failures": 2, "ejection": "1s", "max_ejection": "4s"})
+SETTINGS = OutlierDetectionSettings.model_validate(
+    {"consecutive_failures": 2, "base_ejection_time": "1s", "max_ejection_time": "4s"}
+)
 
 
 def make_endpoints(addresses: str) -> list[EndpointLoad]:
@@ -25,7 +27,7 @@ def make_endpoints(addresses: str) -> list[EndpointLoad]:
 
 
 def eject(health: Health, now: float) -> None:
-    for _ in range(SETTINGS.failures):
+    for _ in range(SETTINGS.consecutive_failures):
         health.failed(now)
 
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dp_extproc import contract
+from dp_extproc.config.load import LoadSignal
+from dp_extproc.config.pools import AffinitySettings, HostPolicy, PolicySettings, RankPolicy
 from dp_extproc.config.reliability import AdmissionSettings
-from dp_extproc.config.schema import AffinitySettings, HostPolicy, LoadSignal, PolicySettings, RankPolicy
 from dp_extproc.engines import compatibility
 from dp_extproc.engines.compatibility import Difference, difference
 from dp_extproc.engines.listener import EngineFailure, FailureKind
@@ -50,7 +51,7 @@ def numbers(fleet: Fleet, decision: SchedulingResult) -> tuple[int, int]:
     """Tell which prefill and which decode server a request goes to, each counted from 1."""
     assert isinstance(decision, Decision), decision
     headers = dict(decision.headers)
-    by_address = {host.address.encode(): host for host in fleet.load.hosts.values()}
+    by_address = {host.address.encode(): host for host in fleet.load.by_url.values()}
     prefill, decode = (by_address[headers[name]] for name in (contract.PREFILL_HOST, contract.DECODE_HOST))
     assert difference(prefill.facts, decode.facts) is None
     return number_of(prefill), number_of(decode)
@@ -64,7 +65,7 @@ def read_ids(tokens: int) -> InferenceRequest:
 
 
 def number_of(host: EndpointLoad) -> int:
-    return int(host.endpoint.host.rpartition(".")[2])
+    return int(host.configured.host.rpartition(".")[2])
 
 
 def eject(fleet: Fleet, *hosts: EndpointLoad) -> None:
@@ -173,7 +174,7 @@ def test_a_gateway_that_allows_only_servers_that_differ_is_refused() -> None:
 def test_a_pair_is_picked_that_has_room_on_both_sides() -> None:
     """A full decode server sends the request to another pair; it is refused for room once all are full."""
     fleet = make_fleet([1, 2], [1, 2])
-    limits = AdmissionSettings(max_fill=None, max_load=None, max_requests=2)
+    limits = AdmissionSettings(max_token_ratio=None, max_request_ratio=None, max_requests=2)
     fleet.dispatcher.configure([fleet.pool], LoadSignal.ESTIMATE, limits)
     placed = [place(fleet) for _ in range(8)]
     pairs = [numbers(fleet, each) for each in placed]
@@ -226,13 +227,13 @@ def test_no_trouble_leads_to_a_pair_that_differs(  # noqa: PLR0917 - one of each
 ) -> None:
     """Whoever is gone, ejected or has failed: a pair that agrees is placed if there is one, and none that does not."""
     fleet = make_fleet(prefills, decodes, seed=seed)
-    hosts = list(fleet.load.hosts.values())
+    hosts = list(fleet.load.by_url.values())
 
     def those(indices: Iterable[int]) -> list[EndpointLoad]:
         return [hosts[index] for index in indices if index < len(hosts)]
 
     for host in those(gone):
-        fleet.load.failed(host.endpoint, GONE, fleet.clock())
+        fleet.load.failed(host.configured, GONE, fleet.clock())
     eject(fleet, *those(ejected))
     attempts = tuple(frozenset(host.address for host in those(attempt)) for attempt in failed)
     can_be_placed = any(

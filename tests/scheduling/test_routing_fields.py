@@ -20,7 +20,7 @@ LISTENER = (3, 4)
 
 def place(body: dict[str, Any], *, listeners: bool = False, policy: dict[str, Any] | None = None) -> Decision:
     facts = [replace(each, dp_ranks=1, listener=LISTENER) if listeners else each for each in (PREFILL, DECODE)]
-    fleet = Fleet(prefills=facts[:1], decodes=facts[1:], policy=policy, carrier="headers")
+    fleet = Fleet(prefills=facts[:1], decodes=facts[1:], policy=policy, routing_fields="headers")
     decision = fleet.dispatcher.place(Api.GENERATE, json.dumps(body).encode())
     assert isinstance(decision, Decision), decision
     return decision
@@ -66,7 +66,7 @@ def test_a_clients_own_routing_never_gets_through(key: str, value: object, setti
             assert "routed_dp_rank" not in leg
 
 
-@pytest.mark.parametrize("carrier", ["body", "headers"])
+@pytest.mark.parametrize("routing_fields", ["body", "headers"])
 @pytest.mark.parametrize(
     ("url_host", "configured", "sent"),
     [
@@ -78,16 +78,16 @@ def test_a_clients_own_routing_never_gets_through(key: str, value: object, setti
     ],
 )
 def test_a_bootstrap_host_of_ipv6_is_in_brackets(
-    url_host: str, configured: str | None, sent: str, carrier: str
+    url_host: str, configured: str | None, sent: str, routing_fields: str
 ) -> None:
     """Releases up to 0.5.9 make a URL of it as it is; later ones take off what they do not need."""
-    fleet = Fleet(prefills=[PREFILL], decodes=[DECODE], carrier=carrier)
+    fleet = Fleet(prefills=[PREFILL], decodes=[DECODE], routing_fields=routing_fields)
     host = fleet.host(Role.PREFILL)
-    host.endpoint = replace(host.endpoint, host=url_host, bootstrap_host=configured)
+    host.configured = replace(host.configured, host=url_host, bootstrap_host=configured)
     decision = fleet.dispatcher.place(Api.GENERATE, json.dumps(GENERATE).encode())
 
     assert isinstance(decision, Decision)
-    if carrier == "headers":
+    if routing_fields == "headers":
         told = dict(decision.headers)[contract.OVERRIDE_PREFIX + "bootstrap-host"].decode()
     else:
         assert decision.body is not None

@@ -24,7 +24,7 @@ def facts(role: Role, version: tuple[int, int, int] = (0, 5, 23), **more: Any) -
 def make_fleet(
     prefills: Sequence[EngineFacts] = (facts(Role.PREFILL),), decodes: Sequence[EngineFacts] = (facts(Role.DECODE),)
 ) -> Fleet:
-    return Fleet(prefills=prefills, decodes=decodes, policy=POLICY, carrier="headers")
+    return Fleet(prefills=prefills, decodes=decodes, policy=POLICY, routing_fields="headers")
 
 
 def place(fleet: Fleet, length: int | None = 400, api: Api = Api.CHAT, **circumstances: Any) -> Decision:
@@ -135,7 +135,7 @@ def test_refusals(api: Api, prefill: dict[str, Any], status: int, reason: Reason
 
 
 @pytest.mark.parametrize(
-    ("carrier", "policy"),
+    ("routing_fields", "policy"),
     [
         ("body", POLICY),
         ("headers", {}),
@@ -143,9 +143,11 @@ def test_refusals(api: Api, prefill: dict[str, Any], status: int, reason: Reason
         ("headers", {**POLICY, "client_dp_rank": "honour"}),
     ],
 )
-def test_a_pool_that_needs_bodies(carrier: str, policy: dict[str, Any]) -> None:
+def test_a_pool_that_needs_bodies(routing_fields: str, policy: dict[str, Any]) -> None:
     """An Envoy that sends none, against the configuration, is told so; nothing is placed by guesswork."""
-    fleet = Fleet(prefills=[facts(Role.PREFILL)], decodes=[facts(Role.DECODE)], policy=policy, carrier=carrier)
+    fleet = Fleet(
+        prefills=[facts(Role.PREFILL)], decodes=[facts(Role.DECODE)], policy=policy, routing_fields=routing_fields
+    )
     refusal = fleet.dispatcher.place_unread(Api.CHAT, 10)
 
     assert isinstance(refusal, Rejection)

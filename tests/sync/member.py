@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dp_extproc.config import SyncSettings
 from dp_extproc.sync.outbox import Outbox
-from dp_extproc.sync.transport.join import join
+from dp_extproc.sync.transport.replica import join
 from sync.books import Books, dispatch_to
 
 PATIENCE = 20.0
@@ -26,7 +26,7 @@ class Member:
         self.name = name
         self.books = Books()
         self.outbox = Outbox(name)
-        settings = SyncSettings.model_validate({"url": url, "silence": f"{silence}s"})
+        settings = SyncSettings.model_validate({"url": url, "peer_timeout": f"{silence}s"})
         self.replica = join(settings, self.outbox, self.books.open_foreign, clock=time.monotonic)
         self.own: list[int] = []
         """Open attempts; a dispatch bears the number of its attempt as its rank."""

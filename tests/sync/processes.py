@@ -31,7 +31,7 @@ class MemberProcess:
             [sys.executable, "-m", "sync.member", url, name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(TESTS)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
         )
 
     def __enter__(self) -> Self:

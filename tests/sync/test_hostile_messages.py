@@ -57,8 +57,8 @@ class Target:
 
     def __init__(self) -> None:
         self.fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
-        open_foreign = self.fleet.dispatcher.tracker.open_foreign
-        self.replica = Replica(Outbox("own"), self, open_foreign, clock=self.fleet.clock, silence=3.0)
+        open_peer = self.fleet.dispatcher.tracker.open_peer
+        self.replica = Replica(Outbox("own"), self, open_peer, clock=self.fleet.clock, silence=3.0)
         self.telemetry = Telemetry(self.fleet.load, self.fleet.clock)
         self.telemetry.add(SyncMetrics(self.replica.status))
 
@@ -213,8 +213,8 @@ def test_a_prompt_has_no_more_cached_than_it_has() -> None:
     target.replica.receive(encode(Batch("peer", 1, 1000.0, (Dispatched(1, 1000.0, told),))))
 
     ranks = target.fleet.host(Role.PREFILL).ranks
-    assert [rank.sent_tokens for rank in ranks] == [0.0] * 4
-    assert target.fleet.host(Role.PREFILL).held_tokens == 900.0
+    assert [rank.uncached_prompt_tokens for rank in ranks] == [0.0] * 4
+    assert target.fleet.host(Role.PREFILL).cached_prompt_tokens == 900.0
 
 
 def test_an_attempt_is_at_most_a_day_old() -> None:

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         The exit status: 0 if every engine can be used, 1 if one cannot, 2 if the file or what it names cannot.
     """
     try:
-        config = load_config(args.config)
+        config = load_config(args.config, lambda warning: sys.stderr.write(f"{args.config}: {warning}\n"))
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the bootstrap to stdout. Returns the exit status: 2 if the file cannot be used."""
     try:
-        config = load_config(args.config)
+        config = load_config(args.config, lambda warning: sys.stderr.write(f"{args.config}: {warning}\n"))
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2

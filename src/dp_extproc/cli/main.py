@@ -4,6 +4,9 @@ import argparse
 import importlib
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from dp_extproc import __version__
@@ -43,7 +46,25 @@ def _run(argv: list[str] | None) -> int:
     for name, (module, summary) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         if name in arguments[:1]:  # only the wanted command's libraries are loaded
-            importlib.import_module(module).add_arguments(command)
+            with _ended_at_once():
+                importlib.import_module(module).add_arguments(command)
     args = parser.parse_args(arguments)
     status: int = importlib.import_module(_COMMANDS[args.command][0]).run(args)
     return status
+
+
+@contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process at once while libraries are imported, when nothing has to be stopped.
+
+    A KeyboardInterrupt in a callback of the import machinery would be printed and lost.
+    """
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # whoever handles the signal otherwise, or ignores it, goes on doing so
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

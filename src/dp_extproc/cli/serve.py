@@ -4,13 +4,14 @@ import argparse
 import asyncio
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import uvloop
 from pydantic import ValidationError
 
-from dp_extproc.config import ConfigError, ListenSettings, Problem, parse_config, read_config
+from dp_extproc.config import ConfigError, ListenSettings, Problem, Warn, ignore, parse_config, read_config
 from dp_extproc.runtime.process import serve
 from dp_extproc.runtime.secrets import problems_outside
 from dp_extproc.runtime.sockets import StartError, check_ports
@@ -64,7 +65,10 @@ def _serve(args: argparse.Namespace, seat: WorkerContext | None) -> None:
         StartError: The service cannot listen.
     """
     text = read_config(args.config)
-    config = parse_config(text, str(args.config))
+    warn: Warn = (
+        partial(_log.warning, "%s: %s", args.config) if seat is None else ignore
+    )  # of several processes the parent
+    config = parse_config(text, str(args.config), warn)
     if problems := problems_outside(config):
         raise ConfigError(str(args.config), problems)
     if seat is not None:

@@ -1,30 +1,20 @@
 """What the operator wrote: the configuration file, checked as a whole before anything starts."""
 
-from dp_extproc.config.envoy import BodyMode, CutStreams, EnvoySettings
+from dp_extproc.config.envoy import BodyMode, EnvoySettings, TruncatedStreams
 from dp_extproc.config.listen import ListenSettings, SocketAddress
-from dp_extproc.config.loader import ConfigError, Problem, load_config, parse_config, read_config
+from dp_extproc.config.load import LoadSettings, LoadSignal, LoadSource
+from dp_extproc.config.loader import Warn, ignore, load_config, parse_config, read_config
+from dp_extproc.config.pools import ClientRanks, EndpointConfig, HostPolicy, PolicySettings, PoolConfig, RankPolicy
+from dp_extproc.config.problems import ConfigError, Problem
 from dp_extproc.config.reliability import (
     AdmissionSettings,
-    HealthSettings,
+    OutlierDetectionSettings,
     QueueSettings,
     RetrySettings,
     Supervise,
     SupervisionSettings,
 )
-from dp_extproc.config.schema import (
-    ClientRanks,
-    Config,
-    EndpointConfig,
-    HostPolicy,
-    LoadSettings,
-    LoadSignal,
-    LoadSource,
-    PolicySettings,
-    PoolConfig,
-    Protocol,
-    RankPolicy,
-    Reload,
-)
+from dp_extproc.config.schema import Config, Protocol, Reload
 from dp_extproc.config.security import ApiKeySource, ServerTls, ServiceTls
 from dp_extproc.config.sync import SyncSettings
 
@@ -35,15 +25,14 @@ __all__ = [
     "ClientRanks",
     "Config",
     "ConfigError",
-    "CutStreams",
     "EndpointConfig",
     "EnvoySettings",
-    "HealthSettings",
     "HostPolicy",
     "ListenSettings",
     "LoadSettings",
     "LoadSignal",
     "LoadSource",
+    "OutlierDetectionSettings",
     "PolicySettings",
     "PoolConfig",
     "Problem",
@@ -58,6 +47,9 @@ __all__ = [
     "Supervise",
     "SupervisionSettings",
     "SyncSettings",
+    "TruncatedStreams",
+    "Warn",
+    "ignore",
     "load_config",
     "parse_config",
     "read_config",

@@ -29,7 +29,7 @@ class BodyMode(StrEnum):
     """How Envoy hands request bodies to the service."""
 
     BUFFERED = "buffered"
-    DUPLEX = "duplex"
+    FULL_DUPLEX_STREAMED = "full_duplex_streamed"
     NONE = "none"
     """Not at all: a request is placed by its headers, and headers tell the engines."""
 
@@ -52,12 +52,12 @@ def _header_name(value: str) -> str:
     return name
 
 
-class CutStreams(StrEnum):
+class TruncatedStreams(StrEnum):
     """How a stream ends whose server is lost in mid-answer."""
 
-    CUT = "cut"
+    RESET = "reset"
     """As a connection that is cut, which is all that Envoy's router knows."""
-    EVENT = "event"
+    ERROR_EVENT = "error_event"
     """With an error event, by a filter of ours in Envoy's WebAssembly runtime."""
 
 
@@ -67,9 +67,9 @@ class EnvoySettings(Section):
     inference: SocketAddress = socket_address("127.0.0.1:8080")
     admin: SocketAddress = socket_address("127.0.0.1:9901")
     max_body_bytes: Bytes = 64 << 20
-    headers_timeout: Seconds = 10.0
+    request_headers_timeout: Seconds = 10.0
     """How long a client may take to send a request's headers ..."""
-    upload_timeout: Seconds = 60.0
+    request_timeout: Seconds = 60.0
     """... and all of it. How long the answer takes does not count."""
     body_mode: BodyMode = Field(default=BodyMode.BUFFERED, strict=False)
     service: Annotated[str, AfterValidator(_host_and_port)] | None = None
@@ -79,6 +79,6 @@ class EnvoySettings(Section):
     """Header in which clients name the conversation that a request belongs to."""
     standby: Annotated[tuple[Annotated[str, AfterValidator(_host_and_port)], ...], Field(strict=False)] = ()
     """Further services, each for when all before it are not ready. The first that is ready decides alone."""
-    cut_streams: CutStreams = Field(default=CutStreams.EVENT, strict=False)
+    truncated_streams: TruncatedStreams = Field(default=TruncatedStreams.ERROR_EVENT, strict=False)
     service_tls: ServiceTls | None = None
     """Goes with ``listen.tls``."""

@@ -2,8 +2,7 @@
 
 import difflib
 import reprlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,11 +10,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from dp_extproc.config.problems import ConfigError, Key, Problem, spell
+from dp_extproc.config.renamed import rename
 from dp_extproc.config.schema import Config
 
-Key = tuple[int | str, ...]
-
 _WORD_TAGS: Final = frozenset({"tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"})
+
+Warn = Callable[[Problem], object]
 
 _short: Final = reprlib.Repr()
 """Repeats wrong values in messages. Aliases can make a value of a few lines larger than any memory."""
@@ -23,38 +24,21 @@ _short.maxstring = _short.maxlong = _short.maxother = 80
 _short.maxlevel = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing that is wrong with the file."""
-
-    line: int | None
-    """Counted from 1; None when the place has no line of its own."""
-    key: str
-    """Such as ``pools[0].prefill.endpoints[1].url``."""
-    message: str
-    """What is wrong and what to write instead."""
-
-    def __str__(self) -> str:
-        place = ", ".join(part for part in (f"line {self.line}" if self.line else "", self.key) if part)
-        return f"{place}: {self.message}" if place else self.message
+def ignore(_warning: Problem) -> None:
+    """Drop a warning, where another process logs it."""
 
 
-class ConfigError(Exception):
-    """The file cannot be used. ``problems`` holds everything that is wrong with it."""
-
-    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
-        self.source = source
-        self.problems = tuple(problems)
-        super().__init__("\n".join([f"{source}: {len(self.problems)} problem(s)", *(f"  {p}" for p in self.problems)]))
-
-
-def load_config(path: Path) -> Config:
+def load_config(path: Path, warn: Warn = ignore) -> Config:
     """Read and check a configuration file.
+
+    Args:
+        path: The file.
+        warn: Called for each old name in the file.
 
     Raises:
         ConfigError: With every problem found, or with the reason the file cannot be read.
     """
-    return parse_config(read_config(path), str(path))
+    return parse_config(read_config(path), str(path), warn)
 
 
 def read_config(path: Path) -> str:
@@ -69,20 +53,27 @@ def read_config(path: Path) -> str:
         raise ConfigError(str(path), [Problem(None, "", f"cannot be read: {error}")]) from None
 
 
-def parse_config(text: str, source: str = "configuration") -> Config:
+def parse_config(text: str, source: str = "configuration", warn: Warn = ignore) -> Config:
     """Check the text of a configuration file.
+
+    Args:
+        text: The text.
+        source: Name of the file in messages.
+        warn: Called for each old name in the text.
 
     Raises:
         ConfigError: With every problem found.
     """
     try:
-        root, problems, data = _read_yaml(text)
+        root, warnings, problems, data = _read_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         message = f"is not valid YAML: {getattr(error, 'problem', None) or error}"
         raise ConfigError(source, [Problem(mark.line + 1 if mark else None, "", message)]) from None
     except RecursionError:
         raise ConfigError(source, [Problem(None, "", "is nested too deeply")]) from None
+    for warning in warnings:
+        warn(warning)
     if not isinstance(data, dict):
         raise ConfigError(source, [Problem(None, "", "must be a mapping with at least the key 'pools'")])
     try:
@@ -92,7 +83,7 @@ def parse_config(text: str, source: str = "configuration") -> Config:
         problems += [_problem(detail, root) for detail in details if not _is_told_already(detail, details)]
         raise ConfigError(source, sorted(problems, key=lambda problem: problem.line or 0)) from None
     if problems:
-        raise ConfigError(source, problems)
+        raise ConfigError(source, sorted(problems, key=lambda problem: problem.line or 0))
     return config
 
 
@@ -106,13 +97,16 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
 
-def _read_yaml(text: str) -> tuple[yaml.Node | None, list[Problem], Any]:
-    """Read the text as nodes with their lines, the problems with its keys, and as plain data."""
+def _read_yaml(text: str) -> tuple[yaml.Node | None, list[Problem], list[Problem], Any]:
+    """Read the text as nodes with their lines, the warnings and problems of its keys, and plain data."""
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
-        wrong_keys = list(_wrong_keys(root, set()))  # at once: merge keys (<<) are resolved in the nodes themselves
-        return root, wrong_keys, None if root is None else loader.construct_document(root)
+        # Both before the data is made, which resolves merge keys (<<) in the nodes themselves.
+        wrong_keys = list(_wrong_keys(root, set()))
+        warnings, repeated = rename(root)
+        data = None if root is None else loader.construct_document(root)
+        return root, warnings, wrong_keys + repeated, data
     finally:
         loader.dispose()
 
@@ -127,9 +121,9 @@ def _wrong_keys(node: yaml.Node | None, visited: set[yaml.Node], at: Key = ()) -
         for key, value in node.value:
             name = str(key.value)
             if key.tag not in _WORD_TAGS:
-                yield Problem(key.start_mark.line + 1, _spell((*at, name)), "is not a word to YAML; put it in quotes")
+                yield Problem(key.start_mark.line + 1, spell((*at, name)), "is not a word to YAML; put it in quotes")
             elif name in seen:
-                yield Problem(key.start_mark.line + 1, _spell((*at, name)), "stands twice; keep one of them")
+                yield Problem(key.start_mark.line + 1, spell((*at, name)), "stands twice; keep one of them")
             seen.add(name)
             yield from _wrong_keys(value, visited, (*at, name))
     elif isinstance(node, yaml.SequenceNode):
@@ -148,7 +142,7 @@ def _is_told_already(detail: ErrorDetails, details: Sequence[ErrorDetails]) -> b
 
 def _problem(detail: ErrorDetails, root: yaml.Node | None) -> Problem:
     key, node = _locate(root, detail["loc"])
-    return Problem(node.start_mark.line + 1 if node else None, _spell(key), _explain(detail))
+    return Problem(node.start_mark.line + 1 if node else None, spell(key), _explain(detail))
 
 
 def _locate(root: yaml.Node | None, loc: Key) -> tuple[Key, yaml.Node | None]:
@@ -164,13 +158,6 @@ def _locate(root: yaml.Node | None, loc: Key) -> tuple[Key, yaml.Node | None]:
             following = place = node.value[part]
         node = following
     return loc, place
-
-
-def _spell(key: Key) -> str:
-    text = ""
-    for part in key:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
 
 
 def _explain(detail: ErrorDetails) -> str:

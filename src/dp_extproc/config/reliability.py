@@ -21,14 +21,14 @@ class Supervise(StrEnum):
     """Each leg for itself; the cheapest."""
     LEGS = "legs"
     """If one leg fails, the other is ended at once; the answer is held until prefill is done."""
-    ANSWERS = "answers"
+    FIRST_EVENT = "first_event"
     """Likewise, and a stream is held until its first event is seen not to be an error."""
 
 
 class SupervisionSettings(Section):
     """How the two legs of a request are watched. In the file a word, or a mapping with ``mode``."""
 
-    mode: Supervise = Field(default=Supervise.ANSWERS, strict=False)
+    mode: Supervise = Field(default=Supervise.FIRST_EVENT, strict=False)
     prefill_timeout: Seconds = 280.0
     """How long prefill may take, its queue included. SGLang itself gives up after 300 s."""
     first_token_timeout: Seconds = 60.0
@@ -53,29 +53,29 @@ class RetrySettings(Section):
     """Retries that may be made at once; as many requests as one engine's death may hit."""
 
 
-class HealthSettings(Section):
+class OutlierDetectionSettings(Section):
     """When an endpoint that fails is left alone, and for how long."""
 
-    failures: _Count = 3
+    consecutive_failures: _Count = 3
     """In a row, of its own leg."""
-    ejection: Seconds = 1.0
+    base_ejection_time: Seconds = 1.0
     """The first time; each time that follows twice as long ..."""
-    max_ejection: Seconds = 30.0
+    max_ejection_time: Seconds = 30.0
     """... up to this."""
 
     @model_validator(mode="after")
     def _grows(self) -> Self:
-        if self.max_ejection < self.ejection:
-            raise ValueError("max_ejection must not be shorter than ejection")
+        if self.max_ejection_time < self.base_ejection_time:
+            raise ValueError("max_ejection_time must not be shorter than base_ejection_time")
         return self
 
 
 class AdmissionSettings(Section):
     """How much a rank may have on its books before requests are refused with 429."""
 
-    max_fill: _Fill | None = 4.0
+    max_token_ratio: _Fill | None = 4.0
     """Tokens, as a multiple of the KV cache (``max_total_num_tokens``); None for no limit."""
-    max_load: _Fill | None = 4.0
+    max_request_ratio: _Fill | None = 4.0
     """Requests, as a multiple of what the engine runs at a time (``max_running_requests``); None for no limit."""
     max_tokens: _Count | None = None
     """Tokens on a rank, in addition."""

@@ -25,7 +25,7 @@ class SyncSettings(Section):
     url: SecretStr
     channel: Annotated[str, Field(pattern=r"^\S+$")] = "dp-extproc"
     """On Redis; fleets that share a server each have their own."""
-    silence: Seconds = 3.0
+    peer_timeout: Seconds = 3.0
     """How long a replica may say nothing before its load is taken off the books."""
 
     @model_validator(mode="before")
@@ -60,7 +60,7 @@ class SyncSettings(Section):
             raise ValueError(f"the URL's query may have {', '.join(sorted(_TLS_OPTIONS))}, and with rediss:// only")
         return value
 
-    @field_validator("silence")
+    @field_validator("peer_timeout")
     @classmethod
     def _is_longer_than_a_heartbeat(cls, value: float) -> float:
         if value < _LEAST_SILENCE:

@@ -6,7 +6,7 @@ A rank that a server does not have must never be sent: before 0.5.10 it ends the
 from dataclasses import replace
 from typing import Final
 
-from dp_extproc.config.schema import Engine
+from dp_extproc.config.pools import Engine
 from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, Kind, LoadPage, Mode, Role
 from dp_extproc.engines.sglang.server_info import DEFAULT_BOOTSTRAP_PORT, follows_rooms

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from dp_extproc.config.schema import Engine
+from dp_extproc.config.pools import Engine
 
 
 def in_url(host: str) -> str:

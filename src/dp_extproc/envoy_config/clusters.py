@@ -37,7 +37,7 @@ from envoy_data_plane.envoy.extensions.upstreams.http.v3 import (
 from envoy_data_plane.envoy.type.v3 import Percent
 from envoy_data_plane.google.protobuf import Any
 
-from dp_extproc.config import Config, CutStreams, Supervise
+from dp_extproc.config import Config, Supervise, TruncatedStreams
 from dp_extproc.contract import DECODE_HOST, OWNER, PREFILL_HOST
 from dp_extproc.envoy_config.cluster_names import (
     DECODE,
@@ -99,13 +99,13 @@ def build_clusters(config: Config) -> list[Cluster]:
     """Build all clusters; none of them knows an engine by name."""
     buffer = buffer_bytes(config.envoy)
     remembering = [remember_failed_hosts()] if config.retry.attempts > 1 else []
-    watching = [see_first_event(config.envoy.body_mode)] if config.supervision.mode is Supervise.ANSWERS else []
+    watching = [see_first_event(config.envoy.body_mode)] if config.supervision.mode is Supervise.FIRST_EVENT else []
     owner = _grpc(config.listen.keepalive, stream_window=_LARGEST_WINDOW)
     return [
         _service(config, buffer),
         _by_header(SERVICE_OWNER, OWNER, owner, buffer, speak_tls(config.envoy.service_tls)),
         _by_header(PREFILL, PREFILL_HOST, _engine(), buffer),
-        *_decode(config.envoy.cut_streams, _engine(watching), buffer),
+        *_decode(config.envoy.truncated_streams, _engine(watching), buffer),
         _internal(DISPATCH, buffer, _http([strip_headers_before_placement(), *remembering, last_upstream_filter()])),
         _internal(PREFILL_LEG, buffer),
     ]
@@ -172,9 +172,9 @@ def _at_a_given_address(name: str, buffer: int) -> Cluster:
     )
 
 
-def _decode(cut_streams: CutStreams, options: HttpProtocolOptions, buffer: int) -> list[Cluster]:
+def _decode(truncated_streams: TruncatedStreams, options: HttpProtocolOptions, buffer: int) -> list[Cluster]:
     """Build the way to the answering servers: straight, or through the listener that ends their streams."""
-    if cut_streams is CutStreams.CUT:
+    if truncated_streams is TruncatedStreams.RESET:
         return [_by_header(DECODE, DECODE_HOST, options, buffer)]
     return [_internal(DECODE, buffer, options), _at_a_given_address(DECODE_SERVER, buffer)]
 

@@ -19,9 +19,9 @@ COMMENTS: Final = {
     "can be repeated from here, and be placed anew.",
     "inference use_remote_address": "The client's address goes into x-forwarded-for, and from there into the log.",
     "inference stream_idle_timeout": "A stream may be silent for as long as the engine is busy with its prompt.",
-    "inference request_timeout": "envoy.upload_timeout: a client that stops in its body would hold buffers for ever.\n"
+    "inference request_timeout": "envoy.request_timeout: a client that stops in its body would hold buffers for ever.\n"
     "It ends with the last byte of the request; how long the answer takes does not count.",
-    "inference request_headers_timeout": "envoy.headers_timeout.",
+    "inference request_headers_timeout": "envoy.request_headers_timeout.",
     "inference delayed_close_timeout": "By default a client learns a second late that its answer was cut off.",
     "inference route timeout": "Envoy's default of 15 s would cut long generations.",
     "inference preserve_external_request_id": "A client's request id is the one that all logs show.",

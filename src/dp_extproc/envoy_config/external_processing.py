@@ -53,7 +53,7 @@ _NO_BODY: Final = ProcessingModeBodySendMode.NONE
 
 _SEND_BODY: Final = {
     BodyMode.BUFFERED: ProcessingModeBodySendMode.BUFFERED,
-    BodyMode.DUPLEX: ProcessingModeBodySendMode.FULL_DUPLEX_STREAMED,
+    BodyMode.FULL_DUPLEX_STREAMED: ProcessingModeBodySendMode.FULL_DUPLEX_STREAMED,
     BodyMode.NONE: _NO_BODY,
 }
 
@@ -79,7 +79,7 @@ def place_requests(config: Config) -> HttpFilter:
                 response_header_mode=_SEND,
                 request_body_mode=_SEND_BODY[body_mode],
                 response_body_mode=_NO_BODY,
-                request_trailer_mode=_SEND if body_mode is BodyMode.DUPLEX else _SKIP,
+                request_trailer_mode=_SEND if body_mode is BodyMode.FULL_DUPLEX_STREAMED else _SKIP,
                 response_trailer_mode=_SEND,
             ),
             message_timeout=_MESSAGE_TIMEOUT,

@@ -16,7 +16,7 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
 )
 from envoy_data_plane.google.protobuf import Any
 
-from dp_extproc.config import Config, CutStreams, Supervise
+from dp_extproc.config import Config, Supervise, TruncatedStreams
 from dp_extproc.envoy_config.access_log import log_prefill_legs, log_requests
 from dp_extproc.envoy_config.cluster_names import DISPATCH, PREFILL_LEG
 from dp_extproc.envoy_config.external_processing import (
@@ -49,8 +49,8 @@ def build_listeners(config: Config) -> list[Listener]:
         route_config=to_dispatch(config.retry),
         http_filters=[_router()],
         stream_idle_timeout=_NO_TIMEOUT,
-        request_headers_timeout=timedelta(seconds=settings.headers_timeout),
-        request_timeout=timedelta(seconds=settings.upload_timeout),
+        request_headers_timeout=timedelta(seconds=settings.request_headers_timeout),
+        request_timeout=timedelta(seconds=settings.request_timeout),
         delayed_close_timeout=_CLOSE_DELAY,
         use_remote_address=True,
         early_header_mutation_extensions=[strip_client_headers(settings.session_header)],
@@ -59,8 +59,8 @@ def build_listeners(config: Config) -> list[Listener]:
         local_reply_config=replies,
     )
     supervision = config.supervision.mode
-    watching = [remember_owner()] if supervision is Supervise.ANSWERS else []
-    ends_streams = settings.cut_streams is CutStreams.EVENT
+    watching = [remember_owner()] if supervision is Supervise.FIRST_EVENT else []
+    ends_streams = settings.truncated_streams is TruncatedStreams.ERROR_EVENT
     handing_on = [remember_decode_host()] if ends_streams else []
     dispatch = _internal_manager(
         DISPATCH,

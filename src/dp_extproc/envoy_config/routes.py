@@ -61,7 +61,7 @@ def to_engines(supervision: Supervise, body_mode: BodyMode) -> RouteConfiguratio
             response_headers_to_add=[HeaderValueOption(header=HeaderValue(key=RETRY, value="1"))],
         ),
     ]
-    if supervision is Supervise.ANSWERS:
+    if supervision is Supervise.FIRST_EVENT:
         watched = Route(
             name="watched",
             match=_when(DECODE_HOST, PREFILL_HOST, WATCH),

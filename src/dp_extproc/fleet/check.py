@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Final
 
-from dp_extproc.config.schema import LoadSettings, LoadSource
+from dp_extproc.config.load import LoadSettings, LoadSource
 from dp_extproc.engines.agreement import MODE_OF
 from dp_extproc.engines.compatibility import difference
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-from dp_extproc.config.reliability import HealthSettings
+from dp_extproc.config.reliability import OutlierDetectionSettings
 
 PROBE_SECONDS: Final = 5.0
 """After so long without an outcome a probe counts as lost, and another request may be one."""
@@ -21,7 +21,7 @@ class Health:
 
     __slots__ = ("_changed", "_failures", "_probed", "_settings", "answers", "ejections", "until")
 
-    def __init__(self, settings: HealthSettings, changed: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, settings: OutlierDetectionSettings, changed: Callable[[], None] = lambda: None) -> None:
         """Begin healthy.
 
         Args:
@@ -59,9 +59,9 @@ class Health:
         if now < self.until:
             return  # sent before the ejection
         self._failures += 1
-        if self.ejections or self._failures >= self._settings.failures:
-            seconds = self._settings.ejection * 2.0 ** min(self.ejections, _MOST_DOUBLINGS)
-            self.until = now + min(seconds, self._settings.max_ejection)
+        if self.ejections or self._failures >= self._settings.consecutive_failures:
+            seconds = self._settings.base_ejection_time * 2.0 ** min(self.ejections, _MOST_DOUBLINGS)
+            self.until = now + min(seconds, self._settings.max_ejection_time)
             self.ejections += 1
             self._probed = -math.inf
             self._changed()

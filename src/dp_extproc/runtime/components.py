@@ -26,8 +26,7 @@ from dp_extproc.runtime.secrets import read_api_keys
 from dp_extproc.scheduling.admission import AdmissionQueue
 from dp_extproc.scheduling.scheduler import Scheduler
 from dp_extproc.sync.outbox import Outbox
-from dp_extproc.sync.transport.join import join
-from dp_extproc.sync.transport.replica import Replica
+from dp_extproc.sync.transport.replica import Replica, join
 
 _LOOK_AROUND_SECONDS: Final = 2.0
 _KEYS_SECONDS: Final = 1.0
@@ -55,10 +54,10 @@ class Components:
         self._clock = clock
         endpoints = endpoints_of(config)
         self._credentials = Credentials(read_api_keys(config).by_pool)
-        costs = StepCosts(config.load.prefill_step_tokens, config.load.decode_request_tokens)
+        costs = StepCosts(config.load.prefill_step_cost_tokens, config.load.decode_request_cost_tokens)
         self._queue = None if config.queue is None else AdmissionQueue(config.queue)
         woken = nothing if self._queue is None else self._queue.notify
-        self._fleet = LoadCache(endpoints, config.load.stale_after, costs, config.health, woken)
+        self._fleet = LoadCache(endpoints, config.load.stale_after, costs, config.outlier_detection, woken)
         self.telemetry = Telemetry(self._fleet, clock)
         self.telemetry.add(guard)
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
@@ -73,12 +72,12 @@ class Components:
             observer=NOBODY if config.sync is None else outbox,
             admission=config.admission,
             queue=self._queue,
-            sees_first_events=config.supervision.mode is Supervise.ANSWERS,
+            sees_first_events=config.supervision.mode is Supervise.FIRST_EVENT,
             credentials=self._credentials,
         )
         self._replica: Replica | None = None
         if config.sync is not None:
-            self._replica = join(config.sync, outbox, self._dispatcher.tracker.open_foreign, clock=clock)
+            self._replica = join(config.sync, outbox, self._dispatcher.tracker.open_peer, clock=clock)
             self.telemetry.add(SyncMetrics(self._replica.status))
         picks = config.protocol is Protocol.ENDPOINT_PICKER
         self.service = ExtProcService(

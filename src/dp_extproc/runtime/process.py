@@ -17,7 +17,7 @@ from grpc_health.v1.health import aio
 
 from dp_extproc import __version__
 from dp_extproc.background import Guard
-from dp_extproc.config import Config
+from dp_extproc.config import Config, ignore
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.observability.admin import AdminServer
 from dp_extproc.runtime.components import Components
@@ -69,7 +69,9 @@ async def serve(written: Config, text: str, path: Path, seat: WorkerContext | No
     health = aio.HealthServicer()
     readiness = Readiness(health, components.can_serve)
     reloader = Reloader(path, text, written, lambda config, _text: components.apply(seat_config(config, seat)))
-    if seat is None:  # of several workers the parent counts
+    if seat is not None:
+        reloader.warn = ignore  # of several processes the parent logs the old names in the file
+    else:
         components.telemetry.add(reloader)
     admin_socket = listen(config.listen.admin, "listen.admin") if seat is None else listen_privately(seat.admin_socket)
     admin = AdminServer(_Pages(components, readiness), admin_socket)

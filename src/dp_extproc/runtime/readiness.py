@@ -7,7 +7,7 @@ from typing import Final
 from grpc_health.v1.health import aio
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
-from dp_extproc.config.schema import PoolConfig
+from dp_extproc.config.pools import PoolConfig
 from dp_extproc.engines.model import Role
 from dp_extproc.extproc.service import SERVICE_NAME
 from dp_extproc.load.cache import LoadCache

@@ -5,18 +5,19 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, Metric
 
-from dp_extproc.config import Config, ConfigError, Problem, Reload, parse_config, read_config
+from dp_extproc.config import Config, ConfigError, Problem, Reload, Warn, parse_config, read_config
 from dp_extproc.runtime.secrets import problems_outside
 
 _LOOK_SECONDS: Final = 1.0
 _CHANGEABLE: Final = frozenset({"pools", "load", "admission", "drain"})
 """On all else depend sockets, Envoy's own configuration, the other replicas, or requests under way."""
-_FIXED_LOADS: Final = ("prefill_step_tokens", "decode_request_tokens")
+_FIXED_LOADS: Final = ("prefill_step_cost_tokens", "decode_request_cost_tokens")
 """Units of what stands on the books."""
 _REMEDY: Final = "cannot change while the service runs; restart it, and print the Envoy configuration anew"
 
@@ -48,6 +49,8 @@ class Reloader:
         self._text = text
         self._config = config
         self._apply = apply
+        self.warn: Warn = partial(_log.warning, "%s: %s", path)
+        """Called for each old name in the file."""
         self._asked = asyncio.Event()
         self._counts: Counter[str] = Counter(applied=0, refused=0)
 
@@ -100,7 +103,7 @@ class Reloader:
             _log.exception("configuration: a part of the one before is not in use; restart the service")
 
     def _read(self, text: str) -> Config:
-        config = parse_config(text, str(self._path))
+        config = parse_config(text, str(self._path), self.warn)
         if problems := (*cannot_change(self._config, config), *problems_outside(config)):
             raise ConfigError(str(self._path), problems)
         return config

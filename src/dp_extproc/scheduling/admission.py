@@ -25,14 +25,14 @@ class Admission:
 
     def __init__(self, settings: AdmissionSettings) -> None:
         self._settings = settings
-        limits = (settings.max_fill, settings.max_load, settings.max_tokens, settings.max_requests)
+        limits = (settings.max_token_ratio, settings.max_request_ratio, settings.max_tokens, settings.max_requests)
         self._is_off = all(limit is None for limit in limits)
 
     def takes(self, target: Target, cost: RequestCost) -> bool:
         """Tell whether a target has room for a request; if its engine picks the rank, whether any rank has."""
         if target.rank is None:
-            return self.has_room(target.host, cost)
-        return self._is_off or self.fits(target.host.ranks[target.rank], cost)
+            return self.has_room(target.endpoint, cost)
+        return self._is_off or self.fits(target.endpoint.ranks[target.rank], cost)
 
     def has_room(self, endpoint: EndpointLoad, cost: RequestCost) -> bool:
         """Tell whether any rank of an endpoint has room for a request."""
@@ -40,11 +40,11 @@ class Admission:
 
     def fits(self, rank: RankLoad, cost: RequestCost) -> bool:
         """Tell whether a rank has room for a request. An idle one always has: it would have for none else."""
-        if not rank.open and not rank.others_requests:
+        if not rank.open and not rank.external_requests:
             return True
         settings, sample = self._settings, rank.sample
         tokens = rank.tokens + cost.tokens
-        requests = rank.own_requests + rank.others_requests + cost.requests
+        requests = rank.reserved_requests + rank.external_requests + cost.requests
         if settings.max_tokens is not None and tokens > settings.max_tokens:
             return False
         if settings.max_requests is not None and requests > settings.max_requests:
@@ -52,14 +52,14 @@ class Admission:
         if sample is None:
             return True
         capacity, running = sample.capacity_tokens, sample.max_running_requests
-        if settings.max_fill is not None and capacity and tokens > settings.max_fill * capacity:
+        if settings.max_token_ratio is not None and capacity and tokens > settings.max_token_ratio * capacity:
             return False
-        return settings.max_load is None or not running or requests <= settings.max_load * running
+        return settings.max_request_ratio is None or not running or requests <= settings.max_request_ratio * running
 
 
 def may_ever_hold(target: Target, cost: RequestCost) -> bool:
     """Tell whether the KV cache of a picked rank is large enough for a prompt; one of unknown size may be."""
-    sample = target.host.ranks[target.rank or 0].sample
+    sample = target.endpoint.ranks[target.rank or 0].sample
     return sample is None or not sample.capacity_tokens or cost.tokens <= sample.capacity_tokens
 
 

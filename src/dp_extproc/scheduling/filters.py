@@ -77,7 +77,7 @@ class EndpointFilter:
         if found is not None and now <= found[1]:
             return found[0]
         endpoints = self.freshest(pool, role, now)
-        until = min((each.last_sign + self.load.stale_after for each in endpoints), default=now)
+        until = min((each.seen_at + self.load.stale_after for each in endpoints), default=now)
         capable = [each for each in endpoints if serves(each, api, is_read=is_read)]
         self._capable[key] = (capable, until)
         return capable

@@ -6,7 +6,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from dp_extproc.config.schema import PoolConfig
+from dp_extproc.config.pools import PoolConfig
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.request.path import ONE_MODEL
 from dp_extproc.request.rejection import Reason, Rejection

@@ -48,7 +48,7 @@ class Pairing(Struct, frozen=True):
 
     def scopes_of(self, prefill: Target | None) -> "Sequence[Pairing | Match]":
         """Return all that there is to pick from, and then, if that is less, what can be paired with a target."""
-        return (self,) if self.matches is None or prefill is None else (self, self.matches[prefill.host])
+        return (self,) if self.matches is None or prefill is None else (self, self.matches[prefill.endpoint])
 
     def only(self, wanted: Callable[[EndpointLoad], bool]) -> "Pairing | None":
         """Return what is left with the wanted endpoints alone, each asked about once; None if that is no pair."""

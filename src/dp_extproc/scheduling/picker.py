@@ -6,7 +6,8 @@ from typing import Final
 
 from msgspec import Struct
 
-from dp_extproc.config.schema import LoadSignal, PolicySettings
+from dp_extproc.config.load import LoadSignal
+from dp_extproc.config.pools import PolicySettings
 from dp_extproc.engines.capabilities import RankControl
 from dp_extproc.engines.model import Role
 from dp_extproc.load.endpoint import Candidate, EndpointLoad, Target
@@ -79,7 +80,7 @@ class Picker:
         if not pairing.prefills:
             return Targets(None, self._aggregated(pairing.decodes, cost, now, pins.decode, wanted))
         prefill = self._prefill(pairing.prefills, cost, now, pins.prefill, wanted)
-        decodes = pairing.decodes_of(prefill.host)
+        decodes = pairing.decodes_of(prefill.endpoint)
         return Targets(
             prefill, self._decode(decodes, cost.tokens, now, prefill.residue, pin=pins.decode, wanted=wanted)
         )
@@ -92,7 +93,7 @@ class Picker:
         candidates = _only([host.candidate for host in near], wanted)
         chosen, rank = self._pick(Role.WORKER, candidates, demand.tokens, now, pin=pin, held=held)
         index = None if rank is None else rank.index
-        return Target(chosen.host, index, routed=rank is not None, by_room=False, cached=_cached(rank, held))
+        return Target(chosen.endpoint, index, routed=rank is not None, by_room=False, cached=_cached(rank, held))
 
     def _held(self, demand: RequestCost) -> Held[RankLoad]:
         if demand.prefix.blocks or demand.session is not None:
@@ -106,7 +107,7 @@ class Picker:
         near = self._policies[Role.PREFILL].within_reach(hosts, held)
         candidates = _only([host.candidate for host in near], wanted)
         chosen, rank = self._pick(Role.PREFILL, candidates, demand.tokens, now, pin=pin, held=held)
-        host = chosen.host
+        host = chosen.endpoint
         if rank is None and (host.facts.follows_rooms or host.facts.listener is not None):
             rank = self._rng.choice(chosen.ranks)
             return Target(host, rank.index, routed=False, by_room=True, cached=_cached(rank, held))
@@ -138,15 +139,15 @@ class Picker:
         ]
         candidates = _only(reachable, wanted)
         chosen, rank = self._pick(Role.DECODE, candidates, tokens, now, pin=pin)
-        control = chosen.host.capabilities.decode_control
+        control = chosen.endpoint.capabilities.decode_control
         if control is RankControl.BY_FIELD:
             index = None if rank is None else rank.index
-            routed = rank is not None and chosen.host.facts.listener is None
-            return Target(chosen.host, index, routed=routed, by_room=False)
+            routed = rank is not None and chosen.endpoint.facts.listener is None
+            return Target(chosen.endpoint, index, routed=routed, by_room=False)
         if control is RankControl.BY_ROOM:
             known = self._rng.choice(chosen.ranks) if rank is None else rank
-            return Target(chosen.host, known.index, routed=False, by_room=True)
-        return Target(chosen.host, None, routed=False, by_room=False)
+            return Target(chosen.endpoint, known.index, routed=False, by_room=True)
+        return Target(chosen.endpoint, None, routed=False, by_room=False)
 
     def _pick(
         self,

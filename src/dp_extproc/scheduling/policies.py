@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Final
 
-from dp_extproc.config.schema import HostPolicy, LoadSignal, PolicySettings, RankPolicy
+from dp_extproc.config.load import LoadSignal
+from dp_extproc.config.pools import HostPolicy, PolicySettings, RankPolicy
 from dp_extproc.load.endpoint import Candidate, EndpointLoad, Part
 from dp_extproc.load.step_group import RankLoad, StepGroup, index_from
 from dp_extproc.prefix_cache.index import Held
@@ -174,11 +175,11 @@ class Policy:
             two = self._rng.sample(candidates, 2)
             return two[self._one_of(*_with_least([self._mean_tokens(each) for each in two]))]
         return candidates[
-            self._one_of(*_with_least([each.host.requests / len(each.host.ranks) for each in candidates]))
+            self._one_of(*_with_least([each.endpoint.requests / len(each.endpoint.ranks) for each in candidates]))
         ]
 
     def _mean_tokens(self, candidate: Candidate) -> float:
-        return sum(sum(self._tokens(group)) for group in candidate.host.groups) / len(candidate.host.ranks)
+        return sum(sum(self._tokens(group)) for group in candidate.endpoint.groups) / len(candidate.endpoint.ranks)
 
 
 def _cheapest(

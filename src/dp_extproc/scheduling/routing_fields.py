@@ -30,7 +30,7 @@ class LegEncoding(Struct, frozen=True):
 
 def encode_aggregated(request: InferenceRequest, target: Target) -> LegEncoding:
     """Encode a request to an aggregated pool, with its rank in the body or in a header, as the engine reads it."""
-    takes = target.host.capabilities
+    takes = target.endpoint.capabilities
     body = rewrite_aggregated(request.body, takes.aggregated_rank_key(request.api), target.rank)
     if target.rank is None or request.api not in takes.rank_header_on:
         return LegEncoding(body, ())
@@ -56,9 +56,9 @@ def encode_legs(
         number: Makes the request ids of both legs unique.
         in_headers: Whether the routing fields stand in headers where these can hold them.
     """
-    rank = prefill.told_rank
+    rank = prefill.global_rank
     fields = _leg_fields(prefill, rank, f"dp{number}p"), _leg_fields(decode, rank, f"dp{number}d")
-    bootstrap = _bootstrap(prefill.host, rooms)
+    bootstrap = _bootstrap(prefill.endpoint, rooms)
     if not request.is_read:
         # Or the ranks that the client's body may name would count.
         assert all(each.routed_rank is not None and each.prefill_rank is not None for each in fields)  # noqa: S101
@@ -76,7 +76,7 @@ def _fits_headers(request: InferenceRequest, prefill: Target, decode: Target) ->
     Headers hold no lists, and cannot keep the prefill leg from streaming. Where they have no value for a routing field,
     they cannot replace the one of the client's body.
     """
-    apis = prefill.host.capabilities.overrides_on & decode.host.capabilities.overrides_on
+    apis = prefill.endpoint.capabilities.overrides_on & decode.endpoint.capabilities.overrides_on
     return (
         request.api in apis
         and request.prompt.batch is None
@@ -86,7 +86,7 @@ def _fits_headers(request: InferenceRequest, prefill: Target, decode: Target) ->
 
 
 def _bootstrap(prefill: EndpointLoad, rooms: int | Sequence[int]) -> Bootstrap:
-    endpoint = prefill.endpoint
+    endpoint = prefill.configured
     port = endpoint.bootstrap_port or prefill.facts.bootstrap_port or DEFAULT_BOOTSTRAP_PORT
     # Up to 0.5.9 decode makes a URL of the host as it is, so IPv6 has to come in brackets; later releases take both.
     return Bootstrap(in_url(endpoint.bootstrap_host or endpoint.host), port, rooms)
@@ -95,6 +95,6 @@ def _bootstrap(prefill: EndpointLoad, rooms: int | Sequence[int]) -> Bootstrap:
 def _leg_fields(target: Target, prefill_rank: int | None, request_id: str) -> LegFields:
     return LegFields(
         routed_rank=target.rank if target.routed else None,
-        prefill_rank=prefill_rank if target.host.capabilities.carries_prefill_rank else None,
+        prefill_rank=prefill_rank if target.endpoint.capabilities.carries_prefill_rank else None,
         request_id=request_id,
     )

@@ -8,8 +8,9 @@ from typing import Final
 from msgspec.structs import replace
 
 from dp_extproc import contract
+from dp_extproc.config.load import LoadSignal
+from dp_extproc.config.pools import ClientRanks, PoolConfig, RoutingFields
 from dp_extproc.config.reliability import AdmissionSettings
-from dp_extproc.config.schema import Carrier, ClientRanks, LoadSignal, PoolConfig
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.engines.model import Role
 from dp_extproc.load.cache import LoadCache
@@ -54,7 +55,7 @@ class _Pool:
         self.name = config.name
         self.picker = Picker(config.policy, signal, fleet.prefixes[config.name], rng)
         self.is_disaggregated = config.is_disaggregated
-        self.carries_in_headers = config.carrier is Carrier.HEADERS
+        self.carries_in_headers = config.routing_fields is RoutingFields.HEADERS
         self.can_go_unread = not any(config.needs_bodies())
         self.honours_pins = config.policy.client_dp_rank is ClientRanks.HONOUR
         self.affinity = config.policy.affinity
@@ -181,7 +182,7 @@ class Scheduler:
 
     def lost(self, address: str) -> None:
         """Take note that the server at this address has dropped a request."""
-        for host in self._fleet.hosts.values():
+        for host in self._fleet.by_url.values():
             if host.address == address:
                 host.health.failed(self._clock())
 
@@ -210,12 +211,12 @@ class Scheduler:
         leg, encoding = self._encode(pool, request, targets)
         in_flight = self.tracker.open(prefill, decode, cost, now, leg=leg, streaming=request.stream is not False)
         if prefill is not None:
-            prefill.host.health.sent(now)
-        decode.host.health.sent(now)
+            prefill.endpoint.health.sent(now)
+        decode.endpoint.health.sent(now)
         return Decision(
             encoding.body,
             (
-                (contract.DECODE_HOST, decode.host.address.encode()),
+                (contract.DECODE_HOST, decode.endpoint.address.encode()),
                 *encoding.headers,
                 *self._credentials.headers(pool.name),
             ),
@@ -244,7 +245,7 @@ class Scheduler:
             # No rank of decode may have room of those that one bootstrap room can lead to together with prefill's.
             for target, endpoints in _with_endpoints(targets, pairing):
                 if not takes(target, cost):
-                    role, count = target.host.endpoint.role, len(endpoints)
+                    role, count = target.endpoint.role, len(endpoints)
                     why = f"no rank of its {count} {role} servers takes {cost.tokens:.0f} more tokens"
                     return self._no_room(pool, request, cost.prefix, why)
         return targets if prefill is not None else _as_engine_picks(targets, request.api)
@@ -263,7 +264,7 @@ class Scheduler:
         leg, number = self._draw_token(), f"{self._rng.getrandbits(96):024x}"
         encoding = encode_legs(request, prefill, decode, rooms, number, in_headers=pool.carries_in_headers)
         headers = (
-            (contract.PREFILL_HOST, prefill.host.address.encode()),
+            (contract.PREFILL_HOST, prefill.endpoint.address.encode()),
             *encoding.headers,
             (contract.OWNER, self._owner),
             (contract.LEG, leg.encode()),
@@ -312,7 +313,7 @@ def _refuse_too_long(
             if capacity is not None and is_too_long(request.prompt, cost.tokens, capacity):
                 message = (
                     f"the prompt has about {cost.tokens:.0f} tokens, and the largest "
-                    f"{target.host.endpoint.role.value} rank that it can go to holds {capacity}; send a shorter one"
+                    f"{target.endpoint.role.value} rank that it can go to holds {capacity}; send a shorter one"
                 )
                 return Rejection(400, Reason.PROMPT_TOO_LONG, message)
     return None
@@ -321,7 +322,7 @@ def _refuse_too_long(
 def _as_engine_picks(targets: Targets, api: Api) -> Targets:
     """Drop the rank of an aggregated endpoint whose engine takes none on this path, and so picks one itself."""
     decode = targets.decode
-    if decode.host.capabilities.takes_rank(api) or len(decode.host.ranks) == 1:
+    if decode.endpoint.capabilities.takes_rank(api) or len(decode.endpoint.ranks) == 1:
         return targets
     return Targets(None, replace(decode, rank=None))
 
@@ -330,12 +331,12 @@ def _metadata(pool: _Pool, request: InferenceRequest, targets: Targets) -> Metad
     metadata: Metadata = {
         contract.META_POOL: pool.name,
         contract.META_MODEL: (request.model or "")[:SHOWN_MODEL],
-        contract.META_DECODE_HOST: targets.decode.host.address,
+        contract.META_DECODE_HOST: targets.decode.endpoint.address,
     }
-    if (rank := targets.decode.told_rank) is not None:
+    if (rank := targets.decode.global_rank) is not None:
         metadata[contract.META_DECODE_RANK] = rank
     if targets.prefill is not None:
-        metadata[contract.META_PREFILL_HOST] = targets.prefill.host.address
-        if (rank := targets.prefill.told_rank) is not None:
+        metadata[contract.META_PREFILL_HOST] = targets.prefill.endpoint.address
+        if (rank := targets.prefill.global_rank) is not None:
             metadata[contract.META_PREFILL_RANK] = rank
     return metadata

@@ -18,6 +18,7 @@ import pytest
 from dp_extproc.cli import main
 from dp_extproc.lab.demo.interrupts import Interrupts
 from dp_extproc.lab.testbed import loopback
+from dp_extproc.lab.testbed.waiting import wait_until
 from patience import wait_for
 from sessions import processes_of
 
@@ -226,25 +227,41 @@ def interrupts() -> Iterator[Interrupts]:
         signal.signal(number, handler)
 
 
-def test_a_held_interrupt_comes_when_the_block_is_over(interrupts: Interrupts) -> None:
+def test_a_signal_takes_effect_at_the_next_safe_point(interrupts: Interrupts) -> None:
     """A process that has been started is noted before; others that follow are not heard while it stops."""
     done = []
 
     def start() -> None:
-        with interrupts.held(), interrupts.held():
-            os.kill(os.getpid(), signal.SIGTERM)
-            done.append("started")
-            os.kill(os.getpid(), signal.SIGINT)
-            done.append("noted")
+        interrupts.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("started")
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("noted")
+        interrupts.check()
 
     with pytest.raises(KeyboardInterrupt):
         start()
     os.kill(os.getpid(), signal.SIGINT)
-    with interrupts.held():
-        done.append("stopped")
+    done.append("stopped")
 
     assert done == ["started", "noted", "stopped"]
     assert interrupts.status == 128 + signal.SIGTERM
+
+
+def test_a_wait_for_a_process_ends_by_a_signal(interrupts: Interrupts) -> None:
+    """The wait is far from its end then, and asks no further."""
+    asked = []
+
+    def never() -> bool:
+        asked.append("once")
+        os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        wait_until(never, 60, lambda: "it is not so", interrupts.pause)
+
+    assert asked == ["once"]
+    assert interrupts.status == 130
 
 
 def test_an_interrupt_cancels_what_runs_in_a_loop(interrupts: Interrupts) -> None:
@@ -268,8 +285,9 @@ def test_an_interrupt_cancels_what_runs_in_a_loop(interrupts: Interrupts) -> Non
 def test_a_signal_that_was_invited_is_no_failure(interrupts: Interrupts) -> None:
     """As Ctrl-C at the end of a demo that was kept, also when it comes before anybody waits for it."""
     interrupts.invite()
+    os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGTERM)
+        interrupts.wait()
 
     assert interrupts.status == 0
 
@@ -283,16 +301,90 @@ def test_handlers_are_as_before_when_no_signal_came() -> None:
     assert signal.getsignal(signal.SIGINT) == before
 
 
+_COMMAND = """
+import importlib, os, signal, sys, weakref
+from rich.console import Console
+from dp_extproc.lab.demo.interrupts import run_until_interrupted
+
+def interrupt(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+class Dying:
+    def __del__(self):
+        interrupt()
+
+class Watched:
+    pass
+"""
+"""Begin of a program that sends SIGTERM to itself; a test adds ``work``."""
+
+
+def _run_command(directory: Path, *work: str) -> subprocess.CompletedProcess[str]:
+    lines = "".join(f"    {line}\n" for line in work)
+    end = "sys.exit(run_until_interrupted(Console(), work))\n"
+    (directory / "program.py").write_text(f"{_COMMAND}\ndef work(interrupts):\n{lines}\n{end}")
+    argv = [sys.executable, "-m", "program"]
+    return subprocess.run(argv, capture_output=True, text=True, check=False, cwd=directory, timeout=_PATIENCE)
+
+
 def test_an_interrupt_in_code_made_from_a_string_ends_with_the_status(tmp_path: Path) -> None:
     """Libraries are imported while the demo starts, and those of dataclasses execute strings."""
-    (tmp_path / "program.py").write_text(
-        "import os, signal, sys\n"
-        "from rich.console import Console\n"
-        "from dp_extproc.lab.demo.interrupts import run_until_interrupted\n"
-        "work = lambda _: exec('os.kill(os.getpid(), signal.SIGTERM)')\n"
-        "sys.exit(run_until_interrupted(Console(), work))\n"
-    )
-    argv = [sys.executable, "-m", "program"]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = _run_command(tmp_path, "exec('interrupt()')")
 
     assert (done.returncode, done.stdout, done.stderr) == (143, "stopped\n", "")
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        pytest.param(("watched = Watched()", "watch = weakref.ref(watched, interrupt)", "del watched"), id="weakref"),
+        pytest.param(("dying = Dying()", "del dying"), id="del"),
+        pytest.param(("import interrupted_library",), id="import"),
+    ],
+)
+def test_an_interrupt_does_not_raise_where_it_would_be_lost(tmp_path: Path, work: tuple[str, ...]) -> None:
+    """What Python calls back goes on, prints no traceback, and an import is not left half done."""
+    (tmp_path / "interrupted_library.py").write_text("import __main__\n__main__.interrupt()\n")
+    done = _run_command(tmp_path, *work, "print('whole', flush=True)", "interrupts.wait()")
+
+    assert (done.returncode, done.stdout, done.stderr) == (143, "whole\nstopped\n", "")
+
+
+def test_a_signal_ends_a_command_whose_output_is_never_read(tmp_path: Path) -> None:
+    """Neither the rest of the report nor the word that it stopped waits for the reader."""
+    (tmp_path / "program.py").write_text(
+        "import sys\n"
+        "from rich.console import Console\n"
+        "from dp_extproc.lab.demo.interrupts import run_until_interrupted\n"
+        "console = Console()\n"
+        "sys.exit(run_until_interrupted(console, lambda _: console.print('report ' * 100_000)))\n"
+    )
+    argv = [sys.executable, "-m", "program"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b"r"
+        process.send_signal(signal.SIGINT)
+
+        assert process.wait(_PATIENCE) == 130
+
+
+def test_an_interrupt_while_a_command_is_imported_ends_it_at_once(tmp_path: Path) -> None:
+    """Where an exception would be printed and lost, the signal itself ends the process."""
+    (tmp_path / "slow_command.py").write_text(
+        "import os, signal, weakref\n"
+        "class Watched: pass\n"
+        "watched = Watched()\n"
+        "watch = weakref.ref(watched, lambda _: os.kill(os.getpid(), signal.SIGINT))\n"
+        "del watched\n"
+    )
+    (tmp_path / "program.py").write_text(
+        "import signal, sys\n"
+        "from dp_extproc.cli import main as entry\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
+        "sys.modules['dp_extproc.cli.main']._COMMANDS['serve'] = ('slow_command', 'summary')\n"
+        "sys.exit(entry(['serve']))\n"
+    )
+    argv = [sys.executable, "-m", "program"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=_PATIENCE)
+
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

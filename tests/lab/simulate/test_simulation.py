@@ -159,7 +159,7 @@ def test_every_surrounding_runs(around: Surroundings) -> None:
     simulation.settle()
 
     assert len(result.outcomes) == 150 - len(simulation._patience)
-    assert {host.requests - others(host) for replica in router._replicas for host in replica.fleet.hosts.values()} == {
+    assert {host.requests - others(host) for replica in router._replicas for host in replica.fleet.by_url.values()} == {
         0
     }
     assert not any(replica.attempts for replica in router._replicas)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from dp_extproc.config.schema import LoadSource
+from dp_extproc.config.load import LoadSource
 from dp_extproc.engines.agreement import MODE_OF
 from dp_extproc.engines.capabilities import RankControl, capabilities
 from dp_extproc.engines.model import Endpoint, EngineFacts, Kind, Mode, Role
@@ -182,10 +182,10 @@ def _of_disaggregated(facts: EngineFacts) -> Iterator[Diagnostic]:
 def _of_overrides(facts: EngineFacts, *, headers_only: bool) -> Iterator[Diagnostic]:
     if facts.reads_overrides is False:
         instead = "no request can be sent to it" if headers_only else "ranks and rooms are carried in bodies"
-        leave = "write another envoy.body_mode" if headers_only else "leave carrier out"
+        leave = "write another envoy.body_mode" if headers_only else "leave routing_fields out"
         yield Diagnostic(
             "overrides_not_read",
-            f"carrier: headers is configured, but it does not obey x-override-* headers: {instead}",
+            f"routing_fields: headers is configured, but it does not obey x-override-* headers: {instead}",
             f"start it with SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES=1 (0.5.15 or later; from 0.5.18 on for chat), or "
             f"{leave}",
             unusable=True,

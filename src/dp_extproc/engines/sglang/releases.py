@@ -9,7 +9,7 @@ from enum import Enum, auto
 from itertools import pairwise
 from typing import Final
 
-from dp_extproc.config.schema import LoadSource
+from dp_extproc.config.load import LoadSource
 from dp_extproc.engines.model import Version
 from dp_extproc.request.path import Api
 

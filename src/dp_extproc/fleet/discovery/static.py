@@ -1,7 +1,8 @@
 """The endpoints of a configuration. Pure."""
 
 from dp_extproc.config.envoy import BodyMode
-from dp_extproc.config.schema import Carrier, Config
+from dp_extproc.config.pools import RoutingFields
+from dp_extproc.config.schema import Config
 from dp_extproc.engines.model import Endpoint, Role
 
 
@@ -17,7 +18,7 @@ def endpoints_of(config: Config) -> tuple[Endpoint, ...]:
             dp_size=each.dp_size,
             dp_rank=each.dp_rank,
             engine=pool.engine,
-            needs_overrides=pool.carrier is Carrier.HEADERS,
+            needs_overrides=pool.routing_fields is RoutingFields.HEADERS,
             headers_only=config.envoy.body_mode is BodyMode.NONE,
             bootstrap_host=each.bootstrap_host,
             bootstrap_port=each.bootstrap_port,

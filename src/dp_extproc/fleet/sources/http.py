@@ -11,7 +11,8 @@ from typing import Final, TypeVar
 
 import httpx
 
-from dp_extproc.config.schema import Engine, LoadSettings
+from dp_extproc.config.load import LoadSettings
+from dp_extproc.config.pools import Engine
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, in_url

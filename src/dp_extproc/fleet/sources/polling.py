@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from dp_extproc.config.schema import LoadSource
+from dp_extproc.config.load import LoadSource
 from dp_extproc.engines.agreement import (
     configured_facts,
     disagreement,

@@ -98,6 +98,7 @@ class Contest:
             began = time.perf_counter()
             with contender.run() as url:
                 self._take_turn(contender.name, url, jobs, runs[who])
+            self.interrupts.check()
             took = time.perf_counter() - began
             self.console.print(f"  {took:.0f} s{self._rest(took, len(order) - number)}", highlight=False)
         return runs

@@ -55,13 +55,13 @@ class Fleet:
             "decode": {"endpoints": [engine.url for engine in self.decode]},
             "policy": placement.policy,
         }
-        service = ServiceProcess(write_config([pool]))
-        envoy = EnvoyProcess(service.config)
-        with _stopped_at_the_end(self._interrupts) as running:
+        service = ServiceProcess(write_config([pool]), pause=self._interrupts.pause)
+        envoy = EnvoyProcess(service.config, pause=self._interrupts.pause)
+        with ExitStack() as running:
             for process in (service, envoy):
-                with self._interrupts.held():
-                    running.push(process)
-                    process.start()
+                running.push(process)
+                process.start()
+                self._interrupts.check()
             service.wait_until_listening()
             envoy.wait_until_ready()
             service.wait_until_fresh()
@@ -81,23 +81,13 @@ def run_engines(time_scale: float, interrupts: Interrupts) -> Iterator[Fleet]:
         *("--dp-attention", "--model", MODEL, "--time-scale", str(time_scale), "--max-total-tokens", _KV_TOKENS),
         "--disable-radix-cache",  # both placements get the same prompts: the second would find those of the first
     )
-    with _stopped_at_the_end(interrupts) as running:
-        engines = [EngineProcess(role, RANKS, *flags) for role in ("prefill", "decode") for _ in range(SERVERS)]
+    roles = [role for role in ("prefill", "decode") for _ in range(SERVERS)]
+    engines = [EngineProcess(role, RANKS, *flags, pause=interrupts.pause) for role in roles]
+    with ExitStack() as running:
         for engine in engines:
-            with interrupts.held():
-                running.push(engine)
-                engine.start()
+            running.push(engine)
+            engine.start()
+            interrupts.check()
         for engine in engines:
             engine.wait_until_listening()
         yield Fleet(engines[:SERVERS], engines[SERVERS:], interrupts)
-
-
-@contextmanager
-def _stopped_at_the_end(interrupts: Interrupts) -> Iterator[ExitStack]:
-    """Stop what has been put on the stack; an interrupt meanwhile waits until that is done."""
-    with ExitStack() as running:
-        try:
-            yield running
-        finally:
-            with interrupts.held():
-                running.close()

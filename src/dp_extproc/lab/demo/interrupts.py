@@ -1,34 +1,43 @@
-"""SIGINT and SIGTERM: they end the program where it can be ended, with nothing left half done."""
+"""End a command after SIGINT or SIGTERM, at points where nothing is left half done.
+
+1. The signal handler never raises. An exception between any two instructions is lost in callbacks whose exceptions
+   Python only prints, such as those of weak references. It leaves imports and temporary files half done.
+2. An interrupt takes effect at safe points: :meth:`Interrupts.check`, :meth:`Interrupts.pause`,
+   :meth:`Interrupts.wait` and :meth:`Interrupts.run`.
+3. Output does not block past a signal: from then on, text that the reader does not take is dropped.
+"""
 
 import asyncio
+import io
+import select
 import signal
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Final, NoReturn, Self, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
 T = TypeVar("T")
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_LOOK_AGAIN: Final = 0.1
+"""Seconds between two looks for a signal while nothing else happens; an interrupt is late by as much."""
 
 
 class Interrupts:
-    """Turns the first signal into KeyboardInterrupt, and is deaf to all that follow: it is stopping already.
-
-    Python would raise KeyboardInterrupt between any two instructions: also behind the start of a process and before
-    it is known, or in the middle of a stop. :meth:`held` puts the interrupt off until such a part is over.
-    """
+    """Note the first signal, and raise KeyboardInterrupt at the next safe point. Later signals have no effect."""
 
     def __init__(self) -> None:
         """Prepare; :meth:`installed` listens."""
         self.number: signal.Signals | None = None
         """The first signal that came."""
-        self._raised = False
         self._is_meant = False
-        self._holds = 0
         self._cancel: Callable[[], None] | None = None
 
     @property
@@ -40,7 +49,8 @@ class Interrupts:
     def installed(self) -> Iterator[Self]:
         """Listen to the signals; only in the main thread.
 
-        When one came the process is about to end, and stays deaf to others: none shall spoil its last moments.
+        After a signal the process is about to end. The handlers stay then, so that a second signal does not end it
+        before everything is stopped.
         """
         before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         try:
@@ -50,33 +60,36 @@ class Interrupts:
                 for number, handler in before.items():
                     signal.signal(number, handler)
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Put an interrupt off until the end of the block.
+    def check(self) -> None:
+        """Mark a safe point.
 
         Raises:
-            KeyboardInterrupt: At the end of the block, if a signal came meanwhile.
+            KeyboardInterrupt: A signal came.
         """
-        self._holds += 1
-        try:
-            yield
-        finally:
-            self._holds -= 1
-        self._raise_if_due()
+        if self.number is not None:
+            raise KeyboardInterrupt
 
-    def invite(self) -> None:
-        """From now on a signal is the way in which the program is meant to end; call it before you tell so."""
-        self._is_meant = self.number is None
+    def pause(self, seconds: float) -> None:
+        """Sleep for so many seconds, which are few, as a safe point.
 
-    @staticmethod
-    def wait() -> NoReturn:
+        Raises:
+            KeyboardInterrupt: A signal came.
+        """
+        time.sleep(seconds)
+        self.check()
+
+    def wait(self) -> NoReturn:
         """Wait for a signal.
 
         Raises:
             KeyboardInterrupt: It came.
         """
         while True:
-            signal.pause()
+            self.pause(_LOOK_AGAIN)
+
+    def invite(self) -> None:
+        """Make a signal the intended end of the program from now on; call this before the user is asked for one."""
+        self._is_meant = self.number is None
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in a loop of its own; a signal cancels it, and the loop is closed in order.
@@ -101,13 +114,26 @@ class Interrupts:
                 self._cancel = None
                 work.close()
 
-        with self.held():
-            try:
-                return asyncio.run(cancellable())
-            except asyncio.CancelledError:
-                if self.number is None:
-                    raise
-                raise self._interrupt() from None
+        try:
+            result = asyncio.run(cancellable())
+        except asyncio.CancelledError:
+            self.check()
+            raise
+        self.check()
+        return result
+
+    def output(self, file: IO[str]) -> IO[str]:
+        """Open the descriptor of a text file once more, for text that may be dropped after a signal.
+
+        Returns:
+            The same file, if it has no descriptor.
+        """
+        try:
+            output = _Output(file.fileno(), self)
+        except io.UnsupportedOperation:
+            return file
+        encoding, errors = getattr(file, "encoding", None), getattr(file, "errors", None)
+        return io.TextIOWrapper(output, encoding, errors, write_through=True)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.number is not None:
@@ -115,25 +141,36 @@ class Interrupts:
         self.number = signal.Signals(number)
         if self._cancel is not None:
             self._cancel()
-        self._raise_if_due()
 
-    def _raise_if_due(self) -> None:
-        if self.number is not None and not self._raised and not self._holds:
-            raise self._interrupt()
 
-    def _interrupt(self) -> KeyboardInterrupt:
-        self._raised = True
-        return KeyboardInterrupt()
+class _Output(io.FileIO):
+    """Write to a descriptor as soon as there is room; after a signal, drop what finds none."""
+
+    def __init__(self, descriptor: int, interrupts: Interrupts) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._interrupts = interrupts
+
+    def write(self, data: "ReadableBuffer") -> int:
+        left = whole = memoryview(data)
+        while left and self._has_room():
+            left = left[super().write(left[: select.PIPE_BUF]) :]  # a pipe with room takes so much at once
+        return len(whole)
+
+    def _has_room(self) -> bool:
+        while True:
+            _, writable, _ = select.select([], [self], [], _LOOK_AGAIN)
+            if writable or self._interrupts.number is not None:
+                return bool(writable)
 
 
 def run_until_interrupted(console: Console, work: Callable[[Interrupts], None]) -> int:
     """Do the work of a command.
 
     Returns:
-        Its exit status: 0; 1 when something cannot be started or reached, which is told; 130 after SIGINT, 143 after
-        SIGTERM.
+        Its exit status: 0; 1 after a printed failure to start or reach something; 130 after SIGINT, 143 after SIGTERM.
     """
     interrupts = Interrupts()
+    console.file = interrupts.output(console.file)
     try:
         with interrupts.installed():
             work(interrupts)
@@ -144,15 +181,5 @@ def run_until_interrupted(console: Console, work: Callable[[Interrupts], None]) 
     except KeyboardInterrupt:
         pass
     if interrupts.number is not None:
-        _end_by_status()
         console.print("stopped")
     return interrupts.status
-
-
-def _end_by_status() -> None:
-    """Let the process end with the status that it returns, and not by SIGINT.
-
-    CPython notes a KeyboardInterrupt that leaves code executed from a string, such as the methods that dataclasses
-    write, and then ends by SIGINT, although the exception was dealt with. Executing a string takes the note back.
-    """
-    exec("")  # noqa: S102 - it executes nothing

@@ -9,7 +9,7 @@ import httpx
 
 from dp_extproc.lab.engine.connections import Clients
 from dp_extproc.lab.engine.leg import Failure, Finished
-from dp_extproc.lab.engine.prefill_side import FAKE_HOST, TAKEN_AWAY
+from dp_extproc.lab.engine.rendezvous import FAKE_HOST, TAKEN_AWAY, failure, room_of
 from dp_extproc.lab.engine.scheduler.work import Stage
 from dp_extproc.lab.engine.settings import Settings
 from dp_extproc.lab.engine.ticket import Ticket
@@ -56,7 +56,7 @@ class DecodeSide:
             ticket.work.reachable = True
             self._wake(ticket.work.dp_rank)
             return
-        self._rooms.setdefault(self._key(ticket), []).append(ticket)
+        self._rooms.setdefault(room_of(ticket), []).append(ticket)
         ticket.task = asyncio.ensure_future(self._handshake(ticket))
 
     def allocated(self, ticket: Ticket) -> None:
@@ -71,7 +71,7 @@ class DecodeSide:
 
     def forget(self, ticket: Ticket) -> None:
         """Drop a leg that has ended, however it did."""
-        key = self._key(ticket)
+        key = room_of(ticket)
         tickets = self._rooms.get(key, [])
         if ticket in tickets:
             tickets.remove(ticket)
@@ -91,9 +91,9 @@ class DecodeSide:
             rank = await self._prefill_rank(ticket, facts)
             await self._learn_rank(ticket, rank)
         except _HandshakeError as error:
-            self._end(ticket, self._failure(ticket, "handshake", str(error)))
+            self._end(ticket, failure(ticket, self._settings, "handshake", str(error)))
         except httpx.HTTPError:
-            self._end(ticket, self._failure(ticket, "handshake", "Aborted by AbortReq."))
+            self._end(ticket, failure(ticket, self._settings, "handshake", "Aborted by AbortReq."))
         else:
             ticket.work.reachable = True
             self._wake(ticket.work.dp_rank)
@@ -209,7 +209,7 @@ class DecodeSide:
             # The heartbeat notices: two misses in a row.
             await asyncio.sleep(2 * timeouts.heartbeat * self._settings.time_scale)
             text = f"Lost connection with prefill instance (bootstrap_addr: {address})"
-            self._end(ticket, self._failure(ticket, "transfer", text))
+            self._end(ticket, failure(ticket, self._settings, "transfer", text))
             for key in [key for key in self._prefills if key[1] == address]:
                 del self._prefills[key]
             self._known_ranks = {key for key in self._known_ranks if key[1] != address}
@@ -224,14 +224,14 @@ class DecodeSide:
             return  # its metadata row reads 0, which means "not arrived", for ever
         if ticket.work.stage is Stage.TRANSFER:
             ticket.work.stage, ticket.queued_at = Stage.WAITING, time.time()
-        for other in list(self._rooms.get(self._key(ticket), [])):
+        for other in list(self._rooms.get(room_of(ticket), [])):
             if other is not ticket and other.work.stage in {Stage.PREALLOC, Stage.TRANSFER}:
-                self._end(other, self._failure(other, "transfer", TAKEN_AWAY))
+                self._end(other, failure(other, self._settings, "transfer", TAKEN_AWAY))
         self._wake(ticket.work.dp_rank)
 
     def _timed_out(self, ticket: Ticket, seconds: float) -> None:
         text = f"Request {ticket.leg.bootstrap_room} timed out after {seconds:.1f}s in KVPoll.WaitingForInput"
-        self._end(ticket, self._failure(ticket, "transfer", text))
+        self._end(ticket, failure(ticket, self._settings, "transfer", text))
 
     def _address(self, ticket: Ticket) -> str:
         port = ticket.leg.bootstrap_port or self._settings.bootstrap_port
@@ -239,16 +239,3 @@ class DecodeSide:
         if self._settings.release.wraps_bootstrap_hosts and ":" in host and not host.startswith("["):
             host = f"[{host}]"
         return f"{host}:{port}"
-
-    @staticmethod
-    def _key(ticket: Ticket) -> tuple[int, int]:
-        return ticket.work.dp_rank, ticket.leg.bootstrap_room or 0
-
-    def _failure(self, ticket: Ticket, phase: str, text: str) -> Failure:
-        rank, leg = self._settings.scheduler_rank(ticket.work.dp_rank), ticket.leg
-        return Failure(
-            500,
-            f"Decode {phase} failed for request rank={rank} decode_req.req.rid={leg.rid!r} "
-            f"decode_req.req.bootstrap_room={leg.bootstrap_room} with exception "
-            f"KVTransferError(bootstrap_room={leg.bootstrap_room}): {text}",
-        )

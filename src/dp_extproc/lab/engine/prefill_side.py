@@ -9,18 +9,13 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
 
 from dp_extproc.lab.engine.dispatch import conflict
 from dp_extproc.lab.engine.leg import Failure, Finished
+from dp_extproc.lab.engine.rendezvous import FAKE_HOST, TAKEN_AWAY, failure, room_of
 from dp_extproc.lab.engine.scheduler.work import Stage
 from dp_extproc.lab.engine.settings import Settings
 from dp_extproc.lab.engine.ticket import Ticket
-
-FAKE_HOST: Final = "2.2.2.2"
-"""SGLang's ``FAKE_BOOTSTRAP_HOST``: no other side, the transfer succeeds by itself."""
-
-TAKEN_AWAY: Final = "Failed due to an unknown reason from another rank"
 
 
 @dataclass(slots=True)
@@ -55,7 +50,7 @@ class PrefillSide:
         """Let a leg wait for its decode side."""
         leg, work = ticket.leg, ticket.work
         if (text := conflict(leg, work.dp_rank, self._settings)) is not None:
-            self._end(ticket, self._failure(ticket, "bootstrap", text))
+            self._end(ticket, failure(ticket, self._settings, "bootstrap", text))
             return
         if leg.bootstrap_host == FAKE_HOST:
             self._let_in(ticket)
@@ -100,7 +95,7 @@ class PrefillSide:
             return
         del self._rooms[dp_rank, number]
         for ticket in room.tickets:
-            self._end(ticket, self._failure(ticket, "transfer", "Aborted by AbortReq."))
+            self._end(ticket, failure(ticket, self._settings, "transfer", "Aborted by AbortReq."))
 
     def computed(self, ticket: Ticket) -> None:
         """Begin the transfer of a prompt that has been computed."""
@@ -109,7 +104,7 @@ class PrefillSide:
 
     def forget(self, ticket: Ticket) -> None:
         """Drop a leg that has ended, however it did. Decode is not told."""
-        key = self._key(ticket)
+        key = room_of(ticket)
         room = self._rooms.get(key)
         if room is not None and ticket in room.tickets:
             room.tickets.remove(ticket)
@@ -119,14 +114,14 @@ class PrefillSide:
             del self.registered[key[1]]
 
     def _sent(self, ticket: Ticket) -> None:
-        room = self._rooms.get(self._key(ticket))
+        room = self._rooms.get(room_of(ticket))
         if room is not None and ticket in room.tickets:
-            del self._rooms[self._key(ticket)]
+            del self._rooms[room_of(ticket)]
             if room.destination is not None and not room.destination.done():
                 room.destination.set_result(ticket.work.cached_tokens)
             for other in room.tickets:
                 if other is not ticket:
-                    self._end(other, self._failure(other, "transfer", TAKEN_AWAY))
+                    self._end(other, failure(other, self._settings, "transfer", TAKEN_AWAY))
         ticket.give(0)
         self._end(ticket, Finished(0))
 
@@ -139,7 +134,7 @@ class PrefillSide:
 
     def _timed_out(self, ticket: Ticket, seconds: float) -> None:
         text = f"Request {ticket.leg.bootstrap_room} timed out after {seconds:.1f}s in KVPoll.Bootstrapping"
-        self._end(ticket, self._failure(ticket, "bootstrap", text))
+        self._end(ticket, failure(ticket, self._settings, "bootstrap", text))
 
     def _register(self, ticket: Ticket) -> None:
         release = self._settings.release
@@ -150,17 +145,4 @@ class PrefillSide:
             self.registered[ticket.leg.bootstrap_room] = ticket.work.dp_rank if self._settings.dp_attention else 0
 
     def _room(self, ticket: Ticket) -> _Room:
-        return self._rooms.setdefault(self._key(ticket), _Room())
-
-    @staticmethod
-    def _key(ticket: Ticket) -> tuple[int, int]:
-        return ticket.work.dp_rank, ticket.leg.bootstrap_room or 0
-
-    def _failure(self, ticket: Ticket, phase: str, text: str) -> Failure:
-        rank, leg = self._settings.scheduler_rank(ticket.work.dp_rank), ticket.leg
-        return Failure(
-            500,
-            f"Prefill {phase} failed for request rank={rank} req.rid={leg.rid!r} "
-            f"req.bootstrap_room={leg.bootstrap_room} with exception "
-            f"KVTransferError(bootstrap_room={leg.bootstrap_room}): {text}",
-        )
+        return self._rooms.setdefault(room_of(ticket), _Room())

@@ -11,7 +11,8 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
-from dp_extproc.config.schema import AffinitySettings, HostPolicy, LoadSignal, PolicySettings, RankPolicy
+from dp_extproc.config.load import LoadSignal
+from dp_extproc.config.pools import AffinitySettings, HostPolicy, PolicySettings, RankPolicy
 from dp_extproc.lab.simulate.fleet import Fleet, Surroundings
 from dp_extproc.lab.simulate.settings import SETTINGS, Setting
 from dp_extproc.lab.simulate.study import CLAIRVOYANT, ENGINES_OWN, Contender, Study, run_study, share_of_gain

@@ -6,7 +6,8 @@ from functools import partial
 from itertools import accumulate
 from random import Random
 
-from dp_extproc.config.schema import LoadSignal, PolicySettings
+from dp_extproc.config.load import LoadSignal
+from dp_extproc.config.pools import PolicySettings
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, Role, Version
 from dp_extproc.estimators.token_ratio import START as BYTES_PER_TOKEN
 from dp_extproc.lab.simulate.fleet import Fleet
@@ -226,9 +227,9 @@ class _Replica:
         prefill, decode = targets.prefill, targets.decode
         assert prefill is not None  # noqa: S101 - the pool is disaggregated
         self.attempts[number] = self._ledger.open(prefill, decode, demand, now)
-        decode_server = self._index[decode.host.endpoint.url]
+        decode_server = self._index[decode.endpoint.url]
         placement = Placement(
-            self._index[prefill.host.endpoint.url],
+            self._index[prefill.endpoint.url],
             self._rng.randrange(self._ranks) if prefill.rank is None else prefill.rank,
             decode_server,
             self._engine_ranks.decode_rank(decode_server) if decode.rank is None else decode.rank,
@@ -236,9 +237,9 @@ class _Replica:
         dispatch = PlacementRecord(
             _POOL,
             demand,
-            decode.host.endpoint.url,
+            decode.endpoint.url,
             decode.rank,
-            prefill.host.endpoint.url,
+            prefill.endpoint.url,
             prefill.rank,
             prefill.cached,
         )
@@ -246,7 +247,7 @@ class _Replica:
 
     def told(self, number: int, dispatch: PlacementRecord, now: float) -> None:
         """Take in what a peer has sent."""
-        self.attempts[number] = self._ledger.open_foreign(dispatch, now)
+        self.attempts[number] = self._ledger.open_peer(dispatch, now)
 
 
 def _facts(role: Role, fleet: Fleet) -> EngineFacts:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from dp_extproc.config.schema import LoadSignal, PolicySettings
+from dp_extproc.config.load import LoadSignal
+from dp_extproc.config.pools import PolicySettings
 from dp_extproc.lab.simulate.outcome import RunResult
 from dp_extproc.lab.simulate.routers import Clairvoyant, EnginesOwn, Ours
 from dp_extproc.lab.simulate.settings import Setting

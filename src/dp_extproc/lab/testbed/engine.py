@@ -1,5 +1,7 @@
 """Strict engines under test, with their debug endpoints as a client sees them."""
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from dp_extproc.engines.model import in_url
@@ -11,7 +13,14 @@ from dp_extproc.lab.testbed.process import CommandProcess
 class EngineProcess(CommandProcess):
     """``dp-extproc engine`` on a free port; a context manager."""
 
-    def __init__(self, role: str, dp_size: int, *options: str, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        role: str,
+        dp_size: int,
+        *options: str,
+        host: str = "127.0.0.1",
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
         """Prepare.
 
         Args:
@@ -19,6 +28,7 @@ class EngineProcess(CommandProcess):
             dp_size: DP ranks.
             options: Further command-line options.
             host: The address that it listens on.
+            pause: Sleeps for so many seconds while it is waited for; what this raises ends the wait.
         """
         self.role = role
         self.port, self.bootstrap_port, debug_port = free_ports(3)
@@ -28,7 +38,7 @@ class EngineProcess(CommandProcess):
         arguments += ["--debug-port", str(debug_port)]
         if role == "prefill":
             arguments += ["--bootstrap-port", str(self.bootstrap_port)]
-        super().__init__([*arguments, *options], f"{self.url}/v1/models")
+        super().__init__([*arguments, *options], f"{self.url}/v1/models", pause=pause)
 
     def change(self, *options: str) -> None:
         """Have it started with further options from the next start on; of a repeated one the last value counts."""

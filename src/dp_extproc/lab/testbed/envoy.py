@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -41,7 +43,13 @@ class EnvoyProcess:
     """
 
     def __init__(
-        self, config: Config, *, concurrency: int = 1, log_level: str = "warning", bootstrap: str | None = None
+        self,
+        config: Config,
+        *,
+        concurrency: int = 1,
+        log_level: str = "warning",
+        bootstrap: str | None = None,
+        pause: Callable[[float], None] = time.sleep,
     ) -> None:
         """Prepare, without starting.
 
@@ -50,11 +58,13 @@ class EnvoyProcess:
             concurrency: Worker threads.
             log_level: Of Envoy's own log.
             bootstrap: YAML to use instead of the printed one; must keep to the addresses in *config*.
+            pause: Sleeps for so many seconds while it is waited for; what this raises ends the wait.
         """
         self.url = f"http://{config.envoy.inference}"
         self.admin_url = f"http://{config.envoy.admin}"
         self._bootstrap = bootstrap if bootstrap is not None else render_yaml(build_bootstrap(config))
         self._options = ["--concurrency", str(concurrency), "--log-level", log_level]
+        self._pause = pause
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -97,7 +107,12 @@ class EnvoyProcess:
                 raise RuntimeError(f"Envoy ended with status {status}:\n{self.log()}")
             return loopback.CLIENT.get(f"{self.admin_url}/ready", timeout=1.0).status_code == httpx.codes.OK
 
-        wait_until(is_ready, _START_SECONDS, lambda: f"Envoy was not ready after {_START_SECONDS} s:\n{self.log()}")
+        wait_until(
+            is_ready,
+            _START_SECONDS,
+            lambda: f"Envoy was not ready after {_START_SECONDS} s:\n{self.log()}",
+            self._pause,
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -165,6 +180,7 @@ class EnvoyProcess:
             lambda: len(lines()) >= count,
             _LOG_SECONDS,
             lambda: f"{len(lines())} of {count} lines of request {request_id} after {_LOG_SECONDS} s",
+            self._pause,
         )
         return lines()
 

@@ -4,7 +4,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -23,15 +24,19 @@ class CommandProcess:
     A started one is listening; whether it is ready beyond that is for the caller to wait for.
     """
 
-    def __init__(self, arguments: Sequence[str], listening_url: str) -> None:
+    def __init__(
+        self, arguments: Sequence[str], listening_url: str, *, pause: Callable[[float], None] = time.sleep
+    ) -> None:
         """Prepare, without starting.
 
         Args:
             arguments: The command and its options.
             listening_url: A cheap URL of it; any answer counts.
+            pause: Sleeps for so many seconds while it is waited for; what this raises ends the wait.
         """
         self._arguments = list(arguments)
         self._listening_url = listening_url
+        self._pause = pause
         self._directory = tempfile.TemporaryDirectory(prefix="dp-extproc-")
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -92,7 +97,7 @@ class CommandProcess:
             return True
 
         complaint = f"{self._arguments[0]} does not answer on {self._listening_url}:\n"
-        wait_until(answers, _START_SECONDS, lambda: complaint + self.log())
+        wait_until(answers, _START_SECONDS, lambda: complaint + self.log(), self._pause)
 
     @property
     def pid(self) -> int:

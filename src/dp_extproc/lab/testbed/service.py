@@ -1,6 +1,8 @@
 """The service under test, with its admin port as a client sees it."""
 
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -37,16 +39,17 @@ def write_config(pools: list[dict[str, Any]], **sections: dict[str, Any]) -> dic
 class ServiceProcess(CommandProcess):
     """``dp-extproc serve`` with a configuration of its own; a context manager."""
 
-    def __init__(self, content: dict[str, Any], *options: str) -> None:
+    def __init__(self, content: dict[str, Any], *options: str, pause: Callable[[float], None] = time.sleep) -> None:
         """Prepare.
 
         Args:
             content: Of the configuration file; :func:`write_config` makes one.
             options: Further command-line options.
+            pause: Sleeps for so many seconds while it is waited for; what this raises ends the wait.
         """
         self.config: Config = parse_config(yaml.safe_dump(content, sort_keys=False))
         self.admin_url = f"http://{self.config.listen.admin}"
-        super().__init__(["serve", "--config", "CONFIG", *options], f"{self.admin_url}/healthz")
+        super().__init__(["serve", "--config", "CONFIG", *options], f"{self.admin_url}/healthz", pause=pause)
         self._config_path = Path(self._directory.name) / "config.yaml"
         self.write(yaml.safe_dump(content, sort_keys=False))
         self._arguments[self._arguments.index("CONFIG")] = str(self._config_path)
@@ -71,6 +74,7 @@ class ServiceProcess(CommandProcess):
             lambda: loopback.CLIENT.get(f"{self.admin_url}/readyz").status_code == httpx.codes.OK,
             _READY_SECONDS,
             lambda: f"the service is not ready; {self.loads()}\n{self.log()}",
+            self._pause,
         )
 
     def wait_until_fresh(self) -> None:
@@ -84,7 +88,12 @@ class ServiceProcess(CommandProcess):
             endpoints = self.loads().get("endpoints") or []  # of several workers none may have answered yet
             return {endpoint["state"] for endpoint in endpoints} == {"fresh"}
 
-        wait_until(all_are, _READY_SECONDS, lambda: f"not every endpoint is fresh; {self.loads()}\n{self.log()}")
+        wait_until(
+            all_are,
+            _READY_SECONDS,
+            lambda: f"not every endpoint is fresh; {self.loads()}\n{self.log()}",
+            self._pause,
+        )
 
     def wait_until_idle(self) -> None:
         """Wait until no stream is open and nothing is on the books: every reservation was released.
@@ -100,6 +109,7 @@ class ServiceProcess(CommandProcess):
             lambda: not in_flight(),
             _IDLE_SECONDS,
             lambda: f"something stays on the books: {in_flight()}\n{self.loads()}",
+            self._pause,
         )
 
     def loads(self) -> dict[str, Any]:

@@ -9,13 +9,19 @@ import httpx
 _PAUSE: Final = 0.02
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float, complaint: Callable[[], str]) -> None:
+def wait_until(
+    is_so: Callable[[], bool],
+    seconds: float,
+    complaint: Callable[[], str],
+    pause: Callable[[float], None] = time.sleep,
+) -> None:
     """Wait until something is so. A server that does not answer may yet do so.
 
     Args:
         is_so: Asks; it may raise anything but httpx.TransportError to give up at once.
         seconds: To wait at most.
         complaint: Tells what there is instead, for the error.
+        pause: Sleeps for so many seconds between two questions; it may raise anything to give up.
 
     Raises:
         RuntimeError: It is not so in time.
@@ -27,5 +33,5 @@ def wait_until(is_so: Callable[[], bool], seconds: float, complaint: Callable[[]
                 return
         except httpx.TransportError:
             pass
-        time.sleep(_PAUSE)
+        pause(_PAUSE)
     raise RuntimeError(complaint())

@@ -5,13 +5,16 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, assert_never
 
+from dp_extproc.config.sync import SyncSettings
 from dp_extproc.load.records import PlacementRecord
 from dp_extproc.sync.messages import Ask, Batch, Message, Snapshot, Unreadable, decode
 from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.peers import PeerRequest, Peers, PeerStatus
 from dp_extproc.sync.transport.bus import Bus
+from dp_extproc.sync.transport.unix_bus import UnixBus
 
 BEAT: Final = 0.02
 """Seconds that an event waits at most. Told within 10 ms, two replicas place as well as one; within 50 ms, nearly."""
@@ -165,6 +168,31 @@ class Replica:
         for message in self._outbox.collect(now):
             self._bus.send(message)
             self._sent += 1
+
+
+def join(
+    settings: SyncSettings,
+    outbox: Outbox,
+    open_foreign: Callable[[PlacementRecord, float], PeerRequest],
+    *,
+    clock: Callable[[], float],
+) -> Replica:
+    """Make the replica that the configuration describes. It takes part once it runs.
+
+    Args:
+        settings: The bus.
+        outbox: Is told of our own attempts.
+        open_foreign: Puts an attempt of another replica on our books.
+        clock: Monotonic seconds; the clock of the moments that the outbox is told.
+    """
+    bus: Bus
+    if settings.directory is not None:
+        bus = UnixBus(Path(settings.directory), outbox.replica)
+    else:
+        from dp_extproc.sync.transport.redis_bus import RedisBus  # noqa: PLC0415 - slow to import, and most have no Redis
+
+        bus = RedisBus(settings.url.get_secret_value(), settings.channel, settings.peer_timeout)
+    return Replica(outbox, bus, open_foreign, clock=clock, silence=settings.peer_timeout)
 
 
 _EXPLAINED: Final = {

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
+from pydantic import ValidationError, create_model
 
 from dp_extproc.lab.engine.leg import Leg, RefusedError
 from dp_extproc.lab.engine.release import Release
@@ -43,6 +44,11 @@ class RoutingFields(msgspec.Struct):
     data_parallel_rank: int | None = None
 
 
+_TYPES: Final[dict[str, Any]] = {each.name: (each.type, None) for each in msgspec.structs.fields(RoutingFields)}
+_LaxFields: Final = create_model("_LaxFields", **_TYPES)
+"""The same fields, read as FastAPI reads them; types as in ``managers/io_struct.py``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reader:
     """Reads the routing fields of one path."""
@@ -75,9 +81,7 @@ class Reader:
         try:
             fields = msgspec.convert(given, RoutingFields)
         except msgspec.ValidationError:
-            from dp_extproc.lab.engine.api.coercion import coerce  # noqa: PLC0415 - slow to import, seldom needed
-
-            fields = coerce(given)
+            fields = _coerced(given)
         if self.path == "/generate" and self.release.strict_generate:
             for name, value in given.items():
                 _check_strictly(name, value)
@@ -154,6 +158,23 @@ def legs(
 
 def _item(value: Any, index: int) -> Any:
     return value[index] if isinstance(value, list) else value
+
+
+def _coerced(given: Mapping[str, Any]) -> RoutingFields:
+    """Read fields in pydantic's lax mode, which makes something close of a value of another type.
+
+    Raises:
+        InvalidBodyError: That is not possible.
+    """
+    try:
+        return RoutingFields(**_LaxFields.model_validate(given).model_dump())
+    except ValidationError as error:
+        raise InvalidBodyError(
+            [
+                {"type": each["type"], "loc": ("body", *each["loc"]), "msg": each["msg"], "input": each["input"]}
+                for each in error.errors(include_url=False)
+            ]
+        ) from None
 
 
 def _as_parsed_by_orjson(value: Any) -> Any:
