@@ -17,11 +17,11 @@ NESTED: Final = HEADER + b"\x96" + msgspec.msgpack.encode(Batch("p", 1, 1000.0, 
 
 def hostile_messages(dispatch: PlacementRecord) -> list[bytes]:
     """Make some of every kind, which tell of such an attempt. All are garbage."""
-    demand = dispatch.demand
+    cost = dispatch.cost
     dispatches = [
         *(msgspec.structs.replace(dispatch, cached=each) for each in (math.nan, math.inf, -1.0)),
         *(
-            msgspec.structs.replace(dispatch, demand=msgspec.structs.replace(demand, **changed))
+            msgspec.structs.replace(dispatch, cost=msgspec.structs.replace(cost, **changed))
             for changed in (
                 {"tokens": math.inf},
                 {"tokens": math.nan},

@@ -11,8 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dp_extproc.engines.model import Role
-from dp_extproc.load.records import PlacementRecord
-from dp_extproc.load.request_cost import RequestCost
+from dp_extproc.load.records import PlacementRecord, RequestCost
 from dp_extproc.observability.metrics import SyncMetrics, Telemetry
 from dp_extproc.observability.pages import describe_loads, describe_sync
 from dp_extproc.prefix_cache.blocks import Prefix
@@ -66,7 +65,7 @@ class Target:
     async def run(self, listener: Listener) -> None: ...
 
     def count(self, kind: str) -> int:
-        return self.replica.status().counts[kind]
+        return self.replica.status().anomalies[kind]
 
     def live(self, seconds: float) -> None:
         """Let time pass, engines be read and a request be placed; then look at both pages."""
@@ -180,7 +179,7 @@ def test_a_number_that_cannot_be_is_garbage(place: tuple[int | str, ...], number
     data = HEADER + msgspec.msgpack.encode(replaced(told, place, number))
 
     assert decode(HEADER + msgspec.msgpack.encode(told)) == batch(1)
-    assert decode(data) is Unreadable.GARBAGE
+    assert decode(data) is Unreadable.UNDECODABLE
 
 
 @pytest.mark.parametrize(
@@ -198,12 +197,12 @@ def test_a_number_that_cannot_be_is_garbage(place: tuple[int | str, ...], number
 )
 def test_what_is_not_well_formed_is_garbage(data: bytes) -> None:
     """However it is built: it takes neither an error nor memory."""
-    assert decode(data) is Unreadable.GARBAGE
+    assert decode(data) is Unreadable.UNDECODABLE
 
 
 def test_every_hostile_message_is_garbage() -> None:
     """So are those that other tests send over real buses."""
-    assert {decode(data) for data in hostile_messages(dispatch())} == {Unreadable.GARBAGE}
+    assert {decode(data) for data in hostile_messages(dispatch())} == {Unreadable.UNDECODABLE}
 
 
 def test_a_prompt_has_no_more_cached_than_it_has() -> None:

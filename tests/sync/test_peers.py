@@ -78,7 +78,7 @@ def test_repeated_batches_change_nothing(world: World) -> None:
 
     assert len(world.books.entries) == 1
     assert world.books.open == []
-    assert world.peers.counts["repeated"] == 2
+    assert world.peers.anomalies["duplicate"] == 2
 
 
 def test_a_batch_that_was_overtaken_is_waited_for(world: World) -> None:
@@ -90,7 +90,7 @@ def test_a_batch_that_was_overtaken_is_waited_for(world: World) -> None:
 
     assert not world.in_doubt
     assert world.books.open_ranks == [2]
-    assert world.peers.counts["gaps"] == 1
+    assert world.peers.anomalies["gap"] == 1
 
 
 def test_a_gap_makes_us_ask(world: World) -> None:
@@ -119,7 +119,7 @@ def test_who_comes_later_asks_for_what_was_before(world: World) -> None:
 
     assert world.books.open_ranks == [2, 3]
     assert world.peers.review(10 * FIRST_ASK) == []
-    assert world.peers.counts["gaps"] == 0
+    assert world.peers.anomalies["gap"] == 0
 
 
 def test_a_snapshot_replaces_what_is_known(world: World) -> None:
@@ -197,7 +197,7 @@ def test_a_silent_peer_takes_its_load_along(world: World) -> None:
 
     assert world.books.open == []
     assert world.peers.status(SILENCE) == []
-    assert world.peers.counts["silenced"] == 1
+    assert world.peers.anomalies["peer_timeout"] == 1
 
 
 def test_a_peer_that_speaks_again_is_taken_as_new(world: World) -> None:
@@ -216,7 +216,7 @@ def test_strays_are_counted(world: World) -> None:
     world.batch(1, PrefillAnswered(1, 1000.0), FirstToken(2, 1000.0), Ended(3, 1000.0))
 
     assert world.books.entries == []
-    assert world.peers.counts["strays"] == 3
+    assert world.peers.anomalies["unknown_request"] == 3
 
 
 def test_peers_do_not_mix() -> None:
@@ -228,4 +228,4 @@ def test_peers_do_not_mix() -> None:
     peers.batch(Batch("a", 2, 1000.0, (Ended(1, 1000.0),)), 0.1)
 
     assert books.open_ranks == [1]
-    assert [(status.replica, status.attempts) for status in peers.status(0.1)] == [("a", 0), ("b", 1)]
+    assert [(status.replica, status.requests) for status in peers.status(0.1)] == [("a", 0), ("b", 1)]

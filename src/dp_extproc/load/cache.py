@@ -14,7 +14,7 @@ from dp_extproc.load.endpoint import DEFAULT_COSTS, DEFAULT_HEALTH, EndpointLoad
 from dp_extproc.load.health import Health
 from dp_extproc.load.in_flight import nothing
 from dp_extproc.load.matching import Match, find_matches
-from dp_extproc.load.step_group import RankLoad
+from dp_extproc.load.rank import RankLoad
 from dp_extproc.prefix_cache.index import PrefixIndex
 
 

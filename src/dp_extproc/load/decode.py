@@ -10,7 +10,8 @@ from typing import Final
 from dp_extproc.engines.model import RankSample
 from dp_extproc.estimators.decode_pace import DEFAULT_TPOT, ODD_PACE, DecodePace, within
 from dp_extproc.estimators.sample_trust import SampleTrust
-from dp_extproc.load.step_group import SOMEBODY, RankLoad, Reservation, StepGroup
+from dp_extproc.load.rank import RankLoad, Reservation
+from dp_extproc.load.step_group import EXTERNAL_FROM, StepGroup
 
 ROOM: Final = 0.85
 """Share of the KV cache that may be promised. Beyond it a sequence waits, and keeps prefill waiting."""
@@ -51,42 +52,12 @@ def step_cost(top: float, after: float, added_per_rank: float, slowed: float) ->
     return new + JOINT_DELAY * (min(slowed, GROWTH_COUNTED) * (new - top) + slowed * added_per_rank)
 
 
-class DecodeReservation(Reservation):
-    """A sequence on its way through decode."""
-
-    __slots__ = ("first_token_at", "to_compute")
-
-    def __init__(self, rank: RankLoad, tokens: float, requests: float, since: float, to_compute: float) -> None:
-        super().__init__(rank, tokens, requests, since)
-        self.to_compute = to_compute
-        """Prompt tokens that this very rank has to compute first; 0 on decode servers."""
-        self.first_token_at = math.inf
-
-    def started(self, now: float) -> None:
-        if self.first_token_at == math.inf and self in self.rank.open:
-            self.first_token_at = now
-            group = self.rank.group
-            assert isinstance(group, DecodeGroup)  # noqa: S101 - that made it
-            group.grows(self, now)
-
-
 class DecodeGroup(StepGroup):
     """Decode ranks, or ranks that do both prefill and decode, with a common step."""
 
     __slots__ = (
-        "_belief",
-        "_computes",
-        "_external_extra",
-        "_extra",
-        "_first_tokens",
-        "_growing",
-        "_prompts",
-        "_request_tokens",
-        "_room",
-        "_swept",
-        "pace",
-        "tpot",
-        "usual_tpot",
+        "_belief", "_computes", "_external_extra", "_extra", "_first_tokens", "_growing", "_prompts", "_request_tokens",
+        "_room", "_swept", "pace", "tpot", "usual_tpot",
     )  # fmt: skip
 
     def __init__(self, indices: range, *, request_tokens: float, computes: bool = False) -> None:
@@ -149,32 +120,33 @@ class DecodeGroup(StepGroup):
         self.loads_are([load if load > 0 else 0.0 for load in loads])
         self.due = now + _GROWTH_INTERVAL if self.requests > 0 else math.inf
 
-    def told(self, sample: RankSample) -> float:
+    def tokens_in(self, sample: RankSample) -> float:
         return sample.tokens
 
-    def shown(self, reservation: Reservation, at: float) -> float:
-        assert isinstance(reservation, DecodeReservation)  # noqa: S101 - made by _open
+    def tokens_at(self, reservation: Reservation, at: float) -> float:
         return reservation.tokens + max(0.0, at - reservation.first_token_at) * reservation.requests / self.tpot
 
-    def misjudged(self, excess: float, tokens: float) -> float:
+    def misestimated(self, excess: float, tokens: float) -> float:
         return max(-_TRUSTED * tokens, excess)  # sequences last long, and the engine counts better than we estimate
 
-    def learn(self, position: int, sample: RankSample, at: float) -> None:
+    def _learn(self, position: int, sample: RankSample, at: float) -> None:
         if sample.capacity_tokens:
             self._room[position] = ROOM * sample.capacity_tokens
         self.pace.learn(position, sample, at)
         self._keep_pace()
 
-    def correct(self, rank: RankLoad, others: float, now: float) -> None:
+    def _set_external(self, rank: RankLoad, tokens: float, now: float) -> None:
         position, fixed = rank.position, self._request_tokens * rank.external_requests
-        correction = others + fixed - self.external[position]
+        correction = tokens + fixed - self.external[position]
         is_empty = rank.sample is not None and rank.sample.is_empty
         self.external[position] += self._belief.weigh(position, correction, is_empty=is_empty)
         self._external_extra[position] = min(fixed, max(0.0, self.external[position]))
         self._sum_up(position, now)
 
-    def grows(self, reservation: DecodeReservation, now: float) -> None:
-        """Note that a sequence has had its first token. Strictly for :meth:`DecodeReservation.started`."""
+    def first_token(self, reservation: Reservation, now: float) -> None:
+        if reservation.first_token_at != math.inf or reservation not in reservation.rank.open:
+            return
+        reservation.first_token_at = now
         position = reservation.rank.position
         self._growing[position] += reservation.requests
         self._first_tokens[position] += reservation.requests * reservation.first_token_at
@@ -188,8 +160,7 @@ class DecodeGroup(StepGroup):
             known = rank.sample.capacity_tokens if rank.sample is not None else None
             lifetime = max(_LIFETIME, self.tpot * (2 * known if known else _MOST_TOKENS))
             for lost in [each for each in rank.open if now - each.since > lifetime]:
-                self.expired += 1
-                lost.withdraw(now)
+                self.expire(lost, now)
 
     def is_usual(self, tpot: float, slowness: float) -> None:
         """Note what is usual in its pool and role, and how the server compares."""
@@ -203,31 +174,21 @@ class DecodeGroup(StepGroup):
         if (told := self.pace.told) is not None:
             self.tpot = within(told, self.usual_tpot, ODD_PACE)
 
-    def _open(
-        self,
-        rank: RankLoad,
-        tokens: float,
-        to_compute: float,
-        requests: float,
-        now: float,
-        *,
-        is_share: bool,  # noqa: ARG002 - all sums are linear
-    ) -> Reservation:
+    def _open(self, reservation: Reservation, now: float) -> None:
         if not self._computes:
-            to_compute = 0.0
-        self._prompts[rank.position] += tokens
-        self._extra[rank.position] += self._request_tokens * requests + to_compute
-        self._sum_up(rank.position, now)
+            reservation.to_compute = 0.0
+        position = reservation.rank.position
+        self._prompts[position] += reservation.tokens
+        self._extra[position] += self._request_tokens * reservation.requests + reservation.to_compute
+        self._sum_up(position, now)
         if self.due == math.inf:
             self.due = now + _GROWTH_INTERVAL
-        return DecodeReservation(rank, tokens, requests, now, to_compute)
 
-    def _close(self, reservation: Reservation, now: float, *, worked_off: bool) -> None:
-        assert isinstance(reservation, DecodeReservation)  # noqa: S101 - made by _open
+    def _close(self, reservation: Reservation, now: float, *, served: bool) -> None:
         position = reservation.rank.position
-        if worked_off and reservation.first_token_at != math.inf:
+        if served and reservation.first_token_at != math.inf:
             self.pace.lasted(now - reservation.first_token_at)
-        if reservation.rank.external_requests < SOMEBODY:  # what the sample corrected was ours, and goes with ours
+        if reservation.rank.external_requests < EXTERNAL_FROM:  # what the sample corrected was ours, and goes with ours
             prompts = self._prompts[position]
             self.external[position] *= (
                 max(0.0, 1 - reservation.tokens / prompts) if reservation.rank.open and prompts else 0.0

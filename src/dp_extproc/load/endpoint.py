@@ -12,10 +12,12 @@ from dp_extproc.config.reliability import OutlierDetectionSettings
 from dp_extproc.engines.capabilities import Capabilities
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, RankSample, Role
 from dp_extproc.estimators.decode_pace import compare
+from dp_extproc.load.attribution import Reading, absorb
 from dp_extproc.load.decode import DecodeGroup
 from dp_extproc.load.health import Health
 from dp_extproc.load.prefill import PrefillGroup
-from dp_extproc.load.step_group import SOMEBODY, RankLoad, Reservation, StepGroup, absorb
+from dp_extproc.load.rank import RankLoad, Reservation
+from dp_extproc.load.step_group import EXTERNAL_FROM, StepGroup
 
 _T = TypeVar("_T")
 
@@ -80,20 +82,8 @@ class EndpointLoad:
     """One endpoint: its ranks and how well it is known."""
 
     __slots__ = (
-        "_counts",
-        "_demoted",
-        "address",
-        "answered_at",
-        "cached_prompt_tokens",
-        "candidate",
-        "capabilities",
-        "configured",
-        "facts",
-        "groups",
-        "has_external_requests",
-        "health",
-        "is_away",
-        "ranks",
+        "_counts", "_demoted", "_group_of", "address", "answered_at", "cached_prompt_tokens", "candidate",
+        "capabilities", "configured", "facts", "groups", "has_external_requests", "health", "is_away", "ranks",
         "sampled",
     )  # fmt: skip
 
@@ -115,6 +105,8 @@ class EndpointLoad:
         self.facts = facts
         self.capabilities = capabilities
         self.groups = tuple(_groups(endpoint.role, facts, costs))
+        self._group_of = tuple(group for group in self.groups for _ in group.ranks)
+        """By rank."""
         self.ranks = tuple(rank for group in self.groups for rank in group.ranks)
         usable = capabilities.prefill_ranks(facts.dp_ranks) if endpoint.role is Role.PREFILL else range(facts.dp_ranks)
         self.candidate = _candidate(self, [self.ranks[index] for index in usable])
@@ -190,17 +182,21 @@ class EndpointLoad:
         """Take in a load page that was asked for at *started*. Ranks that the server does not have are left out."""
         before, self.sampled = self.sampled, started
         self._demoted = False
-        known = [(self.ranks[sample.dp_rank], sample) for sample in samples if 0 <= sample.dp_rank < len(self.ranks)]
+        known = [sample for sample in samples if 0 <= sample.dp_rank < len(self.ranks)]
         self.has_external_requests = False
         if known:
-            readings = [(rank, sample, _moment_of(sample, started, rank, before)) for rank, sample in known]
+            readings = [self._reading(sample, started, before) for sample in known]
             ours = sum(rank.kept_requests for rank in self.ranks)
             absorb(readings, len(self.ranks), now)
-            if any(sample.age is None for _, sample in known):  # of no known moment: ours are all that it may have seen
-                beyond = sum(sample.running_requests + sample.waiting_requests for _, sample in known) - ours
+            if any(sample.age is None for sample in known):  # of no known moment: ours are all that it may have seen
+                beyond = sum(sample.running_requests + sample.waiting_requests for sample in known) - ours
             else:
                 beyond = sum(rank.external_requests for rank in self.ranks)
-            self.has_external_requests = beyond >= SOMEBODY
+            self.has_external_requests = beyond >= EXTERNAL_FROM
+
+    def _reading(self, sample: RankSample, started: float, before: float) -> Reading:
+        rank = self.ranks[sample.dp_rank]
+        return Reading(self._group_of[rank.index], rank, sample, _moment_of(sample, started, rank, before))
 
     def has_restarted(self, page: LoadPage) -> bool:
         """Tell whether the engine's running counts have begun anew since the page before."""

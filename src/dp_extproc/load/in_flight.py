@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from dp_extproc.load.endpoint import EndpointLoad
+from dp_extproc.load.rank import Reservation
 from dp_extproc.load.records import PlacementRecord
-from dp_extproc.load.step_group import Reservation
 
 
 class InFlightListener(Protocol):
@@ -100,16 +100,16 @@ class InFlight:
                 self._on_prefill_answer(status)
             if status >= ERROR:  # nothing was computed; what follows of it, others learn from the end
                 for reservation in self._prefill:
-                    reservation.withdraw(now)
+                    reservation.cancel(now)
                 self._made_room()
                 return
             self._observer.prefill_answered(self.number, now)
             if self.prefill_endpoint is not None:
                 self.prefill_endpoint.answered_at = now
             for reservation in self._prefill:
-                reservation.release(now)
+                reservation.complete(now)
             for reservation in self._decode:
-                reservation.started(now)  # the KV cache is there, so decoding begins
+                reservation.first_token(now)  # the KV cache is there, so decoding begins
             self._made_room()
 
     def first_byte(self, status: int, now: float) -> None:
@@ -122,7 +122,7 @@ class InFlight:
                 if self.decode_endpoint is not None:
                     self.decode_endpoint.answered_at = now
                 for reservation in self._decode:
-                    reservation.started(now)
+                    reservation.first_token(now)
             # One server does both; and a whole answer tells that its prompt was computed, whoever did it.
             if not self._prefill or (status < ERROR and not self._streaming):
                 self.prefill_answered(status, now)
@@ -136,10 +136,10 @@ class InFlight:
             self._over = True
             self._observer.ended(self.number, now)
             for reservation in self._prefill:
-                reservation.withdraw(now)
+                reservation.cancel(now)
             for reservation in self._decode:
                 if self._answered:
-                    reservation.release(now)
+                    reservation.complete(now)
                 else:  # how long it lasted tells nothing of the server's pace
-                    reservation.withdraw(now)
+                    reservation.cancel(now)
             self._made_room()

@@ -11,7 +11,8 @@ from collections import deque
 from typing import Final
 
 from dp_extproc.engines.model import RankSample
-from dp_extproc.load.step_group import RankLoad, Reservation, StepGroup
+from dp_extproc.load.rank import RankLoad, Reservation
+from dp_extproc.load.step_group import StepGroup
 
 RUNNING_WEIGHT: Final = 0.25
 """Of tokens in the running step. Without it nothing tells a busy rank from an idle one; with 1 the rule above is lost.
@@ -40,23 +41,6 @@ _PATIENCE: Final = 3.0
 _SMOOTHING: Final = 0.3
 
 
-class PrefillReservation(Reservation):
-    """A prompt on its way through prefill."""
-
-    __slots__ = ("running", "waiting")
-
-    def __init__(self, rank: RankLoad, tokens: float, requests: float, since: float) -> None:
-        super().__init__(rank, tokens, requests, since)
-        self.waiting = tokens
-        """Tokens that no step has taken in yet."""
-        self.running = 0.0
-        """Tokens in the running step."""
-
-    @property
-    def is_computed(self) -> bool:
-        return self.until != math.inf
-
-
 class PrefillGroup(StepGroup):
     """Prefill ranks with a common step."""
 
@@ -80,7 +64,7 @@ class PrefillGroup(StepGroup):
         self._chunked = chunked
         self._step_tokens = step_tokens
         self._most_later = LATER_STEPS * budget if chunked else math.inf
-        self._queues: list[deque[PrefillReservation]] = [deque() for _ in self.ranks]
+        self._queues: list[deque[Reservation]] = [deque() for _ in self.ranks]
         """Per rank, in the order in which they were sent, what is not computed yet."""
         self._waiting = [0.0] * len(self.ranks)
         """Per rank, tokens that have not started."""
@@ -158,48 +142,42 @@ class PrefillGroup(StepGroup):
                         self._run(reservation, reservation.waiting)
         self.due = max(now + SILENCE / 4, self._last_event + silence) if self._uncomputed else math.inf
 
-    def told(self, sample: RankSample) -> float:
+    def tokens_in(self, sample: RankSample) -> float:
         if sample.waiting_uncached_tokens is not None:
             return sample.waiting_uncached_tokens
         if sample.total_tokens is not None:
             return max(0, sample.total_tokens - sample.used_tokens)
         return sample.used_tokens  # before 0.5.11 nothing tells of queued work
 
-    def shown(self, reservation: Reservation, at: float) -> float:  # noqa: ARG002 - the same at any time
-        return reservation.tokens
+    def tokens_at(self, reservation: Reservation, at: float) -> float:  # noqa: ARG002 - the same at any time
+        return reservation.to_compute
 
-    def misjudged(self, excess: float, tokens: float) -> float:  # noqa: ARG002 - whatever they are
+    def misestimated(self, excess: float, tokens: float) -> float:  # noqa: ARG002 - whatever they are
         return 0.0  # it will be gone with our requests, which is sooner than the next sample
 
-    def learn(self, position: int, sample: RankSample, at: float) -> None:
+    def _learn(self, position: int, sample: RankSample, at: float) -> None:
         pass  # a prefill server's pace is learned from its answers
 
-    def correct(self, rank: RankLoad, others: float, now: float) -> None:  # noqa: ARG002 - as above
-        self.external[rank.position] = others
+    def _set_external(self, rank: RankLoad, tokens: float, now: float) -> None:  # noqa: ARG002 - as above
+        self.external[rank.position] = tokens
         self._sum_up(rank.position)
         waiting = min(rank.external_requests, rank.sample.waiting_requests) if rank.sample is not None else 0.0
         self._strangers = max(0.0, self._strangers + waiting - self._strange[rank.position])
         self._strange[rank.position] = waiting
 
-    def _open(
-        self,
-        rank: RankLoad,
-        tokens: float,  # noqa: ARG002 - what is cached costs nothing here
-        to_compute: float,
-        requests: float,
-        now: float,
-        *,
-        is_share: bool,
-    ) -> Reservation:
-        reservation = PrefillReservation(rank, to_compute, requests, now)
-        position = rank.position
+    def first_token(self, reservation: Reservation, now: float) -> None:
+        """Do nothing: output tokens are no work of prefill ranks."""
+
+    def _open(self, reservation: Reservation, now: float) -> None:
+        position, to_compute = reservation.rank.position, reservation.to_compute
+        reservation.waiting = to_compute
         idle = not self._uncomputed
         if idle:
             self._began = self._step_began = now
-        elif is_share:  # as for the one before
+        elif reservation.is_share:  # as for the one before
             idle = self._began == now and not self._queues[position]
         self._uncomputed += 1
-        self._unstarted += requests
+        self._unstarted += reservation.requests
         self._queues[position].append(reservation)
         self._waiting[position] += to_compute
         if idle:
@@ -210,15 +188,13 @@ class PrefillGroup(StepGroup):
             self._sum_up(position)
         if self.due == math.inf:
             self.due = now + SILENCE
-        return reservation
 
-    def _close(self, reservation: Reservation, now: float, *, worked_off: bool) -> None:
-        assert isinstance(reservation, PrefillReservation)  # noqa: S101 - made by _open
-        if not worked_off:
+    def _close(self, reservation: Reservation, now: float, *, served: bool) -> None:
+        if not served:
             self._leave(reservation, now)
             return
         self._last_event = now
-        if reservation.is_computed:
+        if reservation.until != math.inf:
             return  # its step had ended before, by another answer of it
         queue = self._queues[reservation.rank.position]
         self._learn_pace(reservation, now)
@@ -235,7 +211,7 @@ class PrefillGroup(StepGroup):
         self._computed(reservation, now)
         self._step(now)
 
-    def _learn_pace(self, reservation: PrefillReservation, now: float) -> None:
+    def _learn_pace(self, reservation: Reservation, now: float) -> None:
         """Learn from an answer how long tokens take: those of the running step, and of steps that nobody answered."""
         work = 0.0
         for each in self._queues[reservation.rank.position]:
@@ -249,9 +225,9 @@ class PrefillGroup(StepGroup):
         self._shown_pace = pace if before is None else before + (pace - before) * _SMOOTHING
         self._pace = max(_USUAL_PACE, _PATIENCE * self._shown_pace)
 
-    def _leave(self, reservation: PrefillReservation, now: float) -> None:
+    def _leave(self, reservation: Reservation, now: float) -> None:
         """Take a request out that was given up. The step goes on, and so does all that waits."""
-        if reservation.is_computed:
+        if reservation.until != math.inf:
             return
         self._queues[reservation.rank.position].remove(reservation)
         self._computed(reservation, now)
@@ -288,9 +264,9 @@ class PrefillGroup(StepGroup):
                 budget -= taken
         self._running = max(self._runs)
 
-    def _run(self, reservation: PrefillReservation, tokens: float) -> None:
+    def _run(self, reservation: Reservation, tokens: float) -> None:
         """Let a step take in some tokens."""
-        if reservation.waiting == reservation.tokens:
+        if reservation.waiting == reservation.to_compute:
             self._unstarted -= reservation.requests
         reservation.waiting -= tokens
         reservation.running += tokens
@@ -299,9 +275,9 @@ class PrefillGroup(StepGroup):
         self._runs[position] += tokens
         self._sum_up(position)
 
-    def _computed(self, reservation: PrefillReservation, now: float) -> None:
+    def _computed(self, reservation: Reservation, now: float) -> None:
         """Take a request out that its queue has lost already."""
-        if reservation.waiting == reservation.tokens:
+        if reservation.waiting == reservation.to_compute:
             self._unstarted -= reservation.requests
         position = reservation.rank.position
         if self._queues[position]:

@@ -7,9 +7,8 @@ from itertools import count
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.load.in_flight import ERROR, NOBODY, InFlight, InFlightListener, nothing
-from dp_extproc.load.records import PlacementRecord
-from dp_extproc.load.request_cost import RequestCost
-from dp_extproc.load.step_group import Reservation
+from dp_extproc.load.rank import Reservation
+from dp_extproc.load.records import PlacementRecord, RequestCost
 
 
 class InFlightTracker:
@@ -34,7 +33,7 @@ class InFlightTracker:
         self,
         prefill: Target | None,
         decode: Target,
-        demand: RequestCost,
+        cost: RequestCost,
         now: float,
         *,
         leg: str = "",
@@ -45,7 +44,7 @@ class InFlightTracker:
         Args:
             prefill: None for an endpoint of an aggregated pool, whose one rank computes the prompt, too.
             decode: The target that answers the client.
-            demand: What the request costs.
+            cost: What the request costs.
             now: The time of the pick.
             leg: Token by which the prefill leg's own ext_proc stream finds the request.
             streaming: Whether the head of the response may come before any of it is computed.
@@ -54,39 +53,39 @@ class InFlightTracker:
         if prefill is not None:
             _count_pick(prefill)
         _count_pick(decode)
-        self._note_prefix(computing, demand)
+        self._note_prefix(computing, cost)
         attempt = InFlight(
             next(self._numbers),
             now,
-            () if prefill is None else _reserve(prefill, demand, now),
-            _reserve(decode, demand, now),
+            () if prefill is None else _reserve(prefill, cost, now),
+            _reserve(decode, cost, now),
             prefill_endpoint=None if prefill is None else prefill.endpoint,
             decode_endpoint=decode.endpoint,
             leg=leg,
             streaming=streaming,
             observer=self._observer,
-            on_prefill_answer=partial(self._prompt_done, computing.endpoint, demand),
+            on_prefill_answer=partial(self._prompt_done, computing.endpoint, cost),
             made_room=self._made_room,
         )
         if self._observer is not NOBODY:
-            self._observer.dispatched(attempt.number, _dispatch(decode, demand, prefill), now)
+            self._observer.dispatched(attempt.number, _dispatch(decode, cost, prefill), now)
         return attempt
 
     def open_peer(self, dispatch: PlacementRecord, at: float) -> InFlight:
         """Put on the books what another replica has sent. Servers that are not known here are left out."""
-        demand, cached = dispatch.demand, min(dispatch.cached, dispatch.demand.tokens)
+        cost, cached = dispatch.cost, min(dispatch.cached, dispatch.cost.tokens)
         prefill = self._side(dispatch.prefill, dispatch.prefill_rank, cached)
         decode = self._side(dispatch.decode, dispatch.decode_rank, 0.0 if dispatch.prefill else cached)
         computing = prefill if dispatch.prefill else decode
         if computing is not None:
-            self._note_prefix(computing, demand)
-        done = None if computing is None else partial(self._prompt_done, computing.endpoint, demand)
+            self._note_prefix(computing, cost)
+        done = None if computing is None else partial(self._prompt_done, computing.endpoint, cost)
         # Streaming, as its replica tells when the prompt is computed.
         return InFlight(
             0,
             at,
-            () if prefill is None else _reserve(prefill, demand, at),
-            () if decode is None else _reserve(decode, demand, at),
+            () if prefill is None else _reserve(prefill, cost, at),
+            () if decode is None else _reserve(decode, cost, at),
             prefill_endpoint=None if prefill is None else prefill.endpoint,
             decode_endpoint=None if decode is None else decode.endpoint,
             streaming=True,
@@ -94,22 +93,22 @@ class InFlightTracker:
             made_room=self._made_room,
         )
 
-    def _prompt_done(self, host: EndpointLoad, demand: RequestCost, status: int) -> None:
+    def _prompt_done(self, host: EndpointLoad, cost: RequestCost, status: int) -> None:
         """Learn from a prompt that was computed, whoever has sent it."""
         ratio = self._fleet.ratios.get(host.pool)  # the pool may be configured no more
         if status < ERROR and ratio is not None:
-            ratio.answered(host.url, demand.text_bytes, demand.known_tokens)
+            ratio.answered(host.url, cost.text_bytes, cost.known_tokens)
 
-    def _note_prefix(self, side: Target, demand: RequestCost) -> None:
+    def _note_prefix(self, side: Target, cost: RequestCost) -> None:
         """Take note that a rank is going to hold the KV cache of a prompt."""
         if side.rank is None or not side.endpoint.facts.prefix_cache:
             return
         rank = side.endpoint.ranks[side.rank]
         index = self._fleet.prefixes[side.endpoint.pool]
         capacity = rank.sample.capacity_tokens if rank.sample is not None else None
-        index.note(rank, demand.prefix, demand.tokens, capacity)
-        if demand.session is not None:
-            index.note_session(demand.session, rank, demand.tokens)
+        index.note(rank, cost.prefix, cost.tokens, capacity)
+        if cost.session is not None:
+            index.note_session(cost.session, rank, cost.tokens)
 
     def _side(self, url: str | None, rank: int | None, cached: float) -> Target | None:
         host = None if url is None else self._fleet.by_url.get(url)
@@ -118,8 +117,8 @@ class InFlightTracker:
         return Target(host, rank, routed=False, by_room=False, cached=cached)
 
 
-def _reserve(side: Target, demand: RequestCost, now: float) -> tuple[Reservation, ...]:
-    return side.endpoint.reserve(side.rank, demand.tokens, now, demand.requests, side.cached)
+def _reserve(side: Target, cost: RequestCost, now: float) -> tuple[Reservation, ...]:
+    return side.endpoint.reserve(side.rank, cost.tokens, now, cost.requests, side.cached)
 
 
 def _count_pick(side: Target) -> None:
@@ -128,10 +127,10 @@ def _count_pick(side: Target) -> None:
         side.endpoint.ranks[side.rank].picks += 1
 
 
-def _dispatch(decode: Target, demand: RequestCost, prefill: Target | None = None) -> PlacementRecord:
+def _dispatch(decode: Target, cost: RequestCost, prefill: Target | None = None) -> PlacementRecord:
     return PlacementRecord(
         pool=decode.endpoint.pool,
-        demand=demand,
+        cost=cost,
         decode=decode.endpoint.url,
         decode_rank=decode.rank,
         prefill=None if prefill is None else prefill.endpoint.url,

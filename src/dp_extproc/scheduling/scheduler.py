@@ -17,7 +17,7 @@ from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.load.in_flight import NOBODY, InFlightListener, nothing
 from dp_extproc.load.matching import Match
-from dp_extproc.load.request_cost import SESSION_KEPT, RequestCost
+from dp_extproc.load.records import SESSION_KEPT, RequestCost
 from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix, prefix_of
 from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated, unread_request

@@ -112,8 +112,8 @@ Message = Batch | Snapshot | Ask
 class Unreadable(Enum):
     """Why a message was not understood."""
 
-    GARBAGE = "garbage"
-    OTHER_VERSION = "other_version"
+    UNDECODABLE = "undecodable"
+    VERSION_MISMATCH = "version_mismatch"
 
 
 _encoder: Final = msgspec.msgpack.Encoder()
@@ -128,15 +128,15 @@ def encode(message: Message) -> bytes:
 def decode(data: bytes) -> Message | Unreadable:
     """Read a message, or tell why it cannot be read."""
     if not data.startswith(_MAGIC):
-        return Unreadable.GARBAGE
+        return Unreadable.UNDECODABLE
     if not data.startswith(_HEADER):
-        return Unreadable.OTHER_VERSION
+        return Unreadable.VERSION_MISMATCH
     if len(data) > MOST_BYTES + FRAME_BYTES:
-        return Unreadable.GARBAGE
+        return Unreadable.UNDECODABLE
     try:
         return _decoder.decode(memoryview(data)[len(_HEADER) :])
     except (msgspec.MsgspecError, RecursionError):  # the latter of arrays in arrays, thousands deep
-        return Unreadable.GARBAGE
+        return Unreadable.UNDECODABLE
 
 
 def portions(events: Sequence[Event]) -> Iterator[Sequence[Event]]:
@@ -157,5 +157,5 @@ def _without_hints(event: Event) -> Event:
     """Leave out what may be of any size. It only tells where prompts are cached; the load stays."""
     if not isinstance(event, Dispatched):
         return event
-    demand = replace(event.dispatch.demand, prefix=NO_PREFIX, session=None)
-    return replace(event, dispatch=replace(event.dispatch, demand=demand))
+    cost = replace(event.dispatch.cost, prefix=NO_PREFIX, session=None)
+    return replace(event, dispatch=replace(event.dispatch, cost=cost))

@@ -40,8 +40,8 @@ class PeerStatus:
     replica: str
     age: float
     """Seconds since it was heard."""
-    attempts: int
-    """That it has on its books."""
+    requests: int
+    """Requests of the peer that hold reservations here."""
     in_doubt: bool
     """Whether something of it is missing."""
 
@@ -82,7 +82,7 @@ class Peers:
         self._open_foreign = open_foreign
         self._silence = silence
         self._peers: dict[str, _Peer] = {}
-        self.counts: Counter[str] = Counter(repeated=0, gaps=0, snapshots=0, strays=0, silenced=0)
+        self.anomalies: Counter[str] = Counter(duplicate=0, gap=0, snapshot=0, unknown_request=0, peer_timeout=0)
         """What went otherwise than it should: ``repeated`` messages; ``gaps`` of missing ones, and the ``snapshots``
         that closed them; ``strays``, events of attempts that are not known; peers that fell silent."""
 
@@ -90,11 +90,11 @@ class Peers:
         """Take in what a peer has told."""
         peer = self._hear(batch.replica, now)
         if batch.sequence <= peer.applied or batch.sequence in peer.ahead:
-            self.counts["repeated"] += 1
+            self.anomalies["duplicate"] += 1
             return
         if batch.sequence > peer.applied + 1 and not peer.ahead:
             if peer.applied:  # else it is merely older than our acquaintance
-                self.counts["gaps"] += 1
+                self.anomalies["gap"] += 1
             peer.ask_at = now + FIRST_ASK
         if len(peer.ahead) < _AHEAD_KEPT:
             peer.ahead[batch.sequence] = (batch, now - batch.now)
@@ -113,7 +113,7 @@ class Peers:
             return
         events = [event for part in sorted(peer.parts) for event in peer.parts[part]]
         peer.parts.clear()
-        self.counts["snapshots"] += 1
+        self.anomalies["snapshot"] += 1
         known = {event.attempt for event in events}
         for attempt in peer.attempts.keys() - known:
             peer.attempts.pop(attempt)[0].end(now)
@@ -126,7 +126,7 @@ class Peers:
     def review(self, now: float) -> list[str]:
         """Let go of peers that are silent, and name those to be asked for a snapshot. Call it every few moments."""
         for replica in [replica for replica, peer in self._peers.items() if now - peer.heard >= self._silence]:
-            self.counts["silenced"] += 1
+            self.anomalies["peer_timeout"] += 1
             self.forget(replica, now)
         missing = [replica for replica, peer in self._peers.items() if peer.in_doubt and now >= peer.ask_at]
         for replica in missing:
@@ -176,7 +176,7 @@ class Peers:
                     peer.attempts[event.attempt] = (self._open_foreign(event.dispatch, at), at)
                 continue
             if known is None:
-                self.counts["strays"] += 1
+                self.anomalies["unknown_request"] += 1
                 continue
             attempt, begun = known
             at = max(at, begun)

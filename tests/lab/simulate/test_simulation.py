@@ -187,7 +187,7 @@ def test_the_router_learns_how_long_texts_are(around: Surroundings, bytes_per_to
 
 
 def others(host: object) -> float:
-    return sum(group.others_requests for group in host.groups)  # type: ignore[attr-defined]
+    return sum(group.external_requests for group in host.groups)  # type: ignore[attr-defined]
 
 
 def test_the_same_seed_gives_the_same_run() -> None:

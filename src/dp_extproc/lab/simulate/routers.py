@@ -18,8 +18,7 @@ from dp_extproc.load.decode import ROOM, step_cost
 from dp_extproc.load.endpoint import StepCosts
 from dp_extproc.load.in_flight import InFlight
 from dp_extproc.load.prefill import LATER_STEPS, LATER_WEIGHT, WAITING_COUNTED
-from dp_extproc.load.records import PlacementRecord
-from dp_extproc.load.request_cost import RequestCost
+from dp_extproc.load.records import PlacementRecord, RequestCost
 from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix
 from dp_extproc.request.path import Api
@@ -212,7 +211,7 @@ class _Replica:
                 self.fleet.discovered(endpoint, endpoint.url, _facts(role, fleet), 0.0)
         self._filters = EndpointFilter(self.fleet)
         self._picker = Picker(policy, signal, self.fleet.prefixes[_POOL], rng)
-        self._ledger = InFlightTracker(self.fleet)
+        self._tracker = InFlightTracker(self.fleet)
         self._rng = rng
         self._ranks = fleet.ranks
         self._engine_ranks: EngineRanks = simulation.engine_ranks
@@ -220,13 +219,13 @@ class _Replica:
 
     def place(self, number: int, text_bytes: int, prefix: Prefix, now: float) -> tuple[Placement, PlacementRecord]:
         tokens = self.fleet.ratios[_POOL].estimate(Prompt(text_bytes, 0, None))
-        demand = RequestCost(tokens, prefix=prefix, text_bytes=text_bytes)
+        cost = RequestCost(tokens, prefix=prefix, text_bytes=text_bytes)
         prefills = self._filters.capable(_POOL, Role.PREFILL, Api.CHAT, now)
         decodes = self._filters.capable(_POOL, Role.DECODE, Api.CHAT, now)
-        targets = self._picker.pick(Pairing(prefills, decodes), demand, now)
+        targets = self._picker.pick(Pairing(prefills, decodes), cost, now)
         prefill, decode = targets.prefill, targets.decode
         assert prefill is not None  # noqa: S101 - the pool is disaggregated
-        self.attempts[number] = self._ledger.open(prefill, decode, demand, now)
+        self.attempts[number] = self._tracker.open(prefill, decode, cost, now)
         decode_server = self._index[decode.endpoint.url]
         placement = Placement(
             self._index[prefill.endpoint.url],
@@ -236,7 +235,7 @@ class _Replica:
         )
         dispatch = PlacementRecord(
             _POOL,
-            demand,
+            cost,
             decode.endpoint.url,
             decode.rank,
             prefill.endpoint.url,
@@ -247,7 +246,7 @@ class _Replica:
 
     def told(self, number: int, dispatch: PlacementRecord, now: float) -> None:
         """Take in what a peer has sent."""
-        self.attempts[number] = self._ledger.open_peer(dispatch, now)
+        self.attempts[number] = self._tracker.open_peer(dispatch, now)
 
 
 def _facts(role: Role, fleet: Fleet) -> EngineFacts:

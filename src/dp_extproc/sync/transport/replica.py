@@ -36,9 +36,9 @@ class SyncStatus:
     """Of others."""
     lost: int
     """That the bus did not take."""
-    counts: dict[str, int]
-    """What went otherwise than it should; see :attr:`dp_extproc.sync.peers.Peers.counts`. Messages that are
-    ``garbage`` or of an ``other_version`` come on top, and those that could be read but not be applied
+    anomalies: dict[str, int]
+    """What went otherwise than it should; see :attr:`dp_extproc.sync.peers.Peers.anomalies`. Messages that are
+    ``undecodable`` or have a ``version_mismatch`` come on top, and those that could be read but not be applied
     (``unapplied``)."""
     last_error: str | None
     """Why the bus was lost the last time."""
@@ -96,7 +96,7 @@ class Replica:
             sent=self._sent,
             received=self._received,
             lost=self._bus.lost,
-            counts={**self._peers.counts, **self._counts},
+            anomalies={**self._peers.anomalies, **self._counts},
             last_error=self._last_error,
         )
 
@@ -196,6 +196,6 @@ def join(
 
 
 _EXPLAINED: Final = {
-    Unreadable.GARBAGE: "not of this service: do others use the same channel?",
-    Unreadable.OTHER_VERSION: "of another version of this service: replicas hear only those of their own",
+    Unreadable.UNDECODABLE: "not of this service: do others use the same channel?",
+    Unreadable.VERSION_MISMATCH: "of another version of this service: replicas hear only those of their own",
 }
