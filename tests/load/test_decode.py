@@ -44,11 +44,11 @@ def test_an_old_sample_teaches_nothing_anew() -> None:
     group = make_group()
     for rate in (1000.0, 1000.0, 500.0):
         absorb_sample(group, RankSample(0, 0, running_requests=20, tokens_per_second=rate), NOW)
-    before = group.pace.told
+    before = group.pace.reported
     group.forget_external(NOW + 60)
 
     assert group.external_requests == 0
-    assert group.pace.told == before
+    assert group.pace.reported == before
 
 
 def test_with_nothing_in_flight_the_books_are_exactly_zero() -> None:

@@ -18,8 +18,8 @@ class Witness:
     def __init__(self) -> None:
         self.told: list[tuple[object, ...]] = []
 
-    def dispatched(self, attempt: int, dispatch: PlacementRecord, now: float) -> None:
-        self.told.append(("dispatched", attempt, dispatch, now))
+    def opened(self, attempt: int, dispatch: PlacementRecord, now: float) -> None:
+        self.told.append(("opened", attempt, dispatch, now))
 
     def prefill_answered(self, attempt: int, now: float) -> None:
         self.told.append(("prefill_answered", attempt, now))
@@ -53,7 +53,7 @@ def test_every_event_of_our_own_attempts_is_told_once(fleet: Fleet) -> None:
         attempt.end(NOW + 3)
 
     assert witness.told == [
-        ("dispatched", 1, PlacementRecord("*", cost, DECODE, 3, PREFILL, 2, 30.0), NOW),
+        ("opened", 1, PlacementRecord("*", cost, DECODE, 3, PREFILL, 2, 30.0), NOW),
         ("prefill_answered", 1, NOW + 1),
         ("first_token", 1, NOW + 2),
         ("ended", 1, NOW + 3),

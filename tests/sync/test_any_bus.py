@@ -41,7 +41,7 @@ class Telling(RuleBasedStateMachine):
     def dispatch(self) -> None:
         number = next(self.numbers)
         self.open[number] = set()
-        self.teller.dispatched(number, dispatch_to(number), self.now)
+        self.teller.opened(number, dispatch_to(number), self.now)
 
     @rule(choice=st.randoms(use_true_random=False), progress=st.sampled_from(["answered", "first token", "ended"]))
     def go_on(self, choice: Random, progress: str) -> None:

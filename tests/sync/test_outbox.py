@@ -15,7 +15,7 @@ def started() -> Outbox:
 def test_events_are_told_in_one_batch() -> None:
     """What has happened since the last batch goes out in order, with the clock's reading at sending."""
     outbox = started()
-    outbox.dispatched(7, DISPATCH, 0.01)
+    outbox.opened(7, DISPATCH, 0.01)
     outbox.prefill_answered(7, 0.02)
     outbox.first_token(7, 0.03)
     outbox.ended(7, 0.04)
@@ -30,7 +30,7 @@ def test_events_are_told_in_one_batch() -> None:
 def test_nothing_is_told_twice() -> None:
     """Without news and before the heartbeat is due, there is no message."""
     outbox = started()
-    outbox.dispatched(7, DISPATCH, 0.01)
+    outbox.opened(7, DISPATCH, 0.01)
     outbox.collect(0.02)
 
     assert outbox.collect(0.02 + HEARTBEAT / 2) == []
@@ -46,7 +46,7 @@ def test_silence_is_broken_by_a_heartbeat() -> None:
 def test_events_of_unknown_attempts_are_not_told() -> None:
     """What ended once does not end again, and does not go on."""
     outbox = started()
-    outbox.dispatched(7, DISPATCH, 0.01)
+    outbox.opened(7, DISPATCH, 0.01)
     outbox.ended(7, 0.02)
     outbox.collect(0.03)
     outbox.first_token(7, 0.04)
@@ -69,7 +69,7 @@ def test_an_answer_tells_all_that_is_open() -> None:
     """A snapshot follows a batch, whose number it bears, and tells open attempts with what has happened to them."""
     outbox = started()
     for attempt in (1, 2, 3):
-        outbox.dispatched(attempt, dispatch_to(attempt), 0.01)
+        outbox.opened(attempt, dispatch_to(attempt), 0.01)
     outbox.first_token(2, 0.02)
     outbox.collect(0.03)
     outbox.ended(1, 0.04)
@@ -98,7 +98,7 @@ def test_a_large_answer_comes_in_parts() -> None:
     """A snapshot of thousands of attempts takes several messages, all of one number."""
     outbox = started()
     for attempt in range(3000):
-        outbox.dispatched(attempt, dispatch_to(attempt), 0.01)
+        outbox.opened(attempt, dispatch_to(attempt), 0.01)
     outbox.answer()
 
     messages = [decode(data) for data in outbox.collect(0.05)]

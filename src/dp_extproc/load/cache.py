@@ -202,7 +202,7 @@ class LoadCache:
                 page.prompt_tokens,
                 started,
                 idle=host is not None and not host.reserved_requests,
-                strangers=host is not None and host.has_external_requests,
+                external=host is not None and host.has_external_requests,
             )
         self._made_room()
 
@@ -225,9 +225,9 @@ class LoadCache:
             return
         host.is_away = host.is_away or failure.is_away
         if is_gone := failure.kind in GONE:
-            host.demote()
+            host.mark_stale()
             self._forget_prefixes(host)  # nobody listens, so whoever will has begun anew
-        if is_gone or now - host.sampled > self.stale_after:
+        if is_gone or now - host.sampled_at > self.stale_after:
             host.forget_external(now)
 
     def _forget_prefixes(self, host: EndpointLoad) -> None:

@@ -16,7 +16,7 @@ or more than one."""
 
 
 def index_from(start: int, numbers: Sequence[float], wanted: float) -> int:
-    """Find a number, beginning somewhere in the list."""
+    """Return the index of a number that is in the list: the first one from *start* on, or else from the beginning."""
     try:
         return numbers.index(wanted, start)
     except ValueError:
@@ -32,10 +32,10 @@ class External(NamedTuple):
 
 
 class StepGroup(ABC):
-    """Ranks of a server that take their steps together: with DP attention all of them, else each for itself.
+    """Ranks of an engine that step together: with DP attention all of them, otherwise one rank alone.
 
-    A step takes as long as its fullest rank. The lists have one number per rank of the group; policies read them
-    directly, as they are read far more often than they change.
+    A step takes as long as its fullest rank. The lists have one number per rank of the group. Policies read them
+    directly, because they are read far more often than they change.
     """
 
     __slots__ = (
@@ -48,43 +48,44 @@ class StepGroup(ABC):
         size = len(indices)
         self.ranks = tuple(RankLoad(index, self, position) for position, index in enumerate(indices))
         self.loads = [0.0] * size
-        """The estimate of each rank's load, in tokens of its role."""
+        """The estimated load of each rank, in prompt tokens to compute or in tokens of context, depending on the
+        role."""
         self.external = [0.0] * size
-        """The part of it that others cause."""
+        """The part of each load that reservations do not explain."""
         self.reported = [0.0] * size
-        """The scraped gauge, plus what was sent since it was scraped, as ``signal: scraped`` wants it."""
+        """The tokens in use of each rank's last sample, and the prompt tokens since then, for ``signal: scraped``."""
         self.uncached = [0.0] * size
-        """Tokens ever sent."""
+        """Prompt tokens of all requests so far, less those that were expected in the prefix cache."""
         self.requests = 0.0
-        """Our own requests in flight."""
+        """Sequences of all open reservations."""
         self._reservations = 0
         self.external_requests = 0.0
-        """Requests that the last samples showed beyond those."""
+        """Requests that the last samples have beyond the reservations."""
         self.expired = 0
-        """Reservations that no event has ended."""
+        """Reservations that have expired."""
         self.due = math.inf
-        """When :meth:`refresh` has something to do."""
+        """The time from which on :meth:`refresh` has something to do."""
         self.changed = True
-        """Whether anything has changed since :meth:`survey`; who changes something says so."""
+        """Whether anything has changed since the last :meth:`survey`. Each change of a load sets it."""
         self.top = 0.0
         """The greatest load, as of :meth:`survey`."""
         self.low = 0.0
-        """The least load, as of :meth:`survey` ..."""
+        """The least load, as of :meth:`survey`."""
         self.low_position = 0
-        """... and a rank that has it: the first one from ..."""
+        """The position of a rank with the least load, as of :meth:`survey`: the first one from :attr:`start` on."""
         self.start = 0
-        """... here on. Set it at random, and one of several is found at random."""
+        """Where the search for the least load begins. A random start makes the pick among equal ranks random."""
         self.slowness = 1.0
-        """How slow the server is, against the average of its pool and role."""
+        """How many times longer the engine takes for a token than the average of its pool and role."""
         self.floor = 0.0
-        """What no request costs less than ..."""
+        """A lower bound of the cost of any request."""
         self.base = 0.0
-        """... nor less than this and its tokens, times the slowness."""
+        """Another lower bound, to which the tokens of the request are added, times the slowness."""
         self._knows_top = True
         self._knows_low = True
 
     def survey(self, now: float) -> None:
-        """Look for the greatest and the least load; a decision compares many groups of which few have changed."""
+        """Update the extreme loads and the bounds; a decision compares many groups, of which few have changed."""
         if now >= self.due:
             self.refresh(now)
         loads = self.loads
@@ -98,7 +99,7 @@ class StepGroup(ABC):
         self.bound()
         self.changed = False
 
-    def load_is(self, position: int, load: float) -> None:
+    def set_load(self, position: int, load: float) -> None:
         """Set the load of a rank."""
         before = self.loads[position]
         self.loads[position] = load
@@ -113,7 +114,7 @@ class StepGroup(ABC):
         elif position == self.low_position:
             self._knows_low = False
 
-    def loads_are(self, loads: list[float]) -> None:
+    def set_loads(self, loads: list[float]) -> None:
         """Set the loads of all ranks."""
         self.loads[:] = loads
         self.changed = True
@@ -187,15 +188,15 @@ class StepGroup(ABC):
 
     @abstractmethod
     def cost(self, position: int, after: float) -> float:
-        """Tell what it costs, in tokens, to have the rank at this position at *after* tokens; after a survey."""
+        """Return what it costs, in tokens, to have the rank at a position at *after* tokens. Needs a :meth:`survey`."""
 
     @abstractmethod
     def bound(self) -> None:
-        """Find out what no request can cost less than: set :attr:`floor` and :attr:`base`."""
+        """Set the lower bounds :attr:`floor` and :attr:`base`."""
 
     @abstractmethod
     def refresh(self, now: float) -> None:
-        """Let time pass: loads change without events, too."""
+        """Update what changes with time alone, and set :attr:`due`."""
 
     @abstractmethod
     def tokens_in(self, sample: RankSample) -> float:

@@ -190,7 +190,7 @@ class Telemetry:
             for freshness in Freshness:
                 state.add_metric([*names, freshness.name.lower()], float(freshness is present))
             if host is not None and present is not Freshness.UNKNOWN:
-                age.add_metric(names, now - host.sampled)
+                age.add_metric(names, now - host.sampled_at)
             if host is not None:
                 ejected.add_metric(names, float(host.health.is_ejected(now)))
                 held.add_metric(names, host.cached_prompt_tokens)

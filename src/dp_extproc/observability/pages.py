@@ -36,12 +36,12 @@ def _describe_failure(failure: EngineFailure | None) -> str | None:
 def _describe_host(host: EndpointLoad | None, stale_after: float, now: float) -> dict[str, Any]:
     if host is None:
         return {"state": "undiscovered", "ranks": []}
-    sampled = host.sampled != float("-inf")
+    sampled = host.sampled_at != float("-inf")
     return {
         "state": host.freshness(now, stale_after).name.lower(),
         "address": host.address,
         "version": str(host.facts.version) if host.facts.version else None,
-        "age": round(now - host.sampled, 3) if sampled else None,
+        "age": round(now - host.sampled_at, 3) if sampled else None,
         "time_per_output_token": None if (tpot := host.tpot) is None else round(tpot, 6),
         "cached_tokens": round(host.cached_prompt_tokens),
         "expired_reservations": host.expired,

@@ -15,7 +15,7 @@ from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.engines.model import Role
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad, Target
-from dp_extproc.load.in_flight import NOBODY, InFlightListener, nothing
+from dp_extproc.load.in_flight import NO_LISTENER, InFlightListener, nothing
 from dp_extproc.load.matching import Match
 from dp_extproc.load.records import SESSION_KEPT, RequestCost
 from dp_extproc.load.tracker import InFlightTracker
@@ -74,7 +74,7 @@ class Scheduler:
         draw_token: Callable[[], str],
         clock: Callable[[], float],
         signal: LoadSignal = LoadSignal.ESTIMATE,
-        observer: InFlightListener = NOBODY,
+        observer: InFlightListener = NO_LISTENER,
         admission: AdmissionSettings = _DEFAULT_ADMISSION,
         queue: AdmissionQueue | None = None,
         sees_first_events: bool = False,

@@ -50,7 +50,7 @@ class Outbox:
 
     # --- on the request path ---
 
-    def dispatched(self, attempt: int, dispatch: PlacementRecord, now: float) -> None:
+    def opened(self, attempt: int, dispatch: PlacementRecord, now: float) -> None:
         event = Dispatched(attempt, now, dispatch)
         self._news.append(event)
         self._open[attempt] = [event]
