@@ -10,7 +10,7 @@ from dp_extproc.config import HostPolicy, LoadSignal, PolicySettings, RankPolicy
 from dp_extproc.engines.model import Role
 from dp_extproc.load.endpoint import Candidate
 from dp_extproc.prefix_cache.index import Held
-from dp_extproc.scheduling.policies import NOTHING_HELD, REACH, Policy
+from dp_extproc.scheduling.policies import NOTHING_CACHED, REACH, Policy
 from fleet_fixtures import Fleet, make_facts
 
 LOADS = ([500, 400, 900, 600], [800, 300, 700, 850], [450, 460, 470, 480])
@@ -70,7 +70,7 @@ def test_round_robin_takes_all_of_many_hosts_in_turn() -> None:
     policy = make_policy(HostPolicy.ROUND_ROBIN)
     picks = []
     for _ in range(180):
-        near = [host.candidate for host in policy.within_reach(hosts, NOTHING_HELD)]
+        near = [host.candidate for host in policy.within_reach(hosts, NOTHING_CACHED)]
         picks.append(policy.pick(near, 100, fleet.clock())[0].endpoint)
 
     assert picks == 3 * hosts
@@ -167,7 +167,7 @@ def test_a_rank_that_holds_the_prompt_wins_with_every_host_policy(host: HostPoli
     """There are 100 tokens left to compute behind 500, against 1000 on the idle rank."""
     (candidate,) = make_candidates(Role.PREFILL, [[500, 0]])
     policy = make_policy(host)
-    _, rank = policy.pick([candidate], 1000, 1000.0, held=Held({candidate.ranks[0]: 900.0}, 0.0))
+    _, rank = policy.pick([candidate], 1000, 1000.0, cached=Held({candidate.ranks[0]: 900.0}, 0.0))
 
     assert rank is candidate.ranks[0]
 
@@ -311,8 +311,8 @@ class TestLockstepPrefill:
         (candidate,) = make_candidates(Role.PREFILL, [[500, 0]])
         policy = make_policy(HostPolicy.LOCKSTEP)
         held = Held({candidate.ranks[0]: 900.0}, 0.0)
-        _, cheap = policy.pick([candidate], 1000, 1000.0, held=held)
-        _, dear = policy.pick(make_candidates(Role.PREFILL, [[5000, 0]]), 1000, 1000.0, held=held)
+        _, cheap = policy.pick([candidate], 1000, 1000.0, cached=held)
+        _, dear = policy.pick(make_candidates(Role.PREFILL, [[5000, 0]]), 1000, 1000.0, cached=held)
 
         assert cheap is candidate.ranks[0]
         assert dear is not None
@@ -323,14 +323,14 @@ class TestLockstepPrefill:
         (candidate,) = make_candidates(Role.PREFILL, [[5000, 4950]])
         (other,) = make_candidates(Role.PREFILL, [[0, 0]])
         held = Held({candidate.ranks[0]: 900.0}, 0.0)
-        _, rank = make_policy(HostPolicy.LOCKSTEP).pick([candidate, other], 1000, 1000.0, held=held)
+        _, rank = make_policy(HostPolicy.LOCKSTEP).pick([candidate, other], 1000, 1000.0, cached=held)
 
         assert rank in other.ranks
 
     def test_what_everybody_holds_is_computed_nowhere(self) -> None:
         """A system prompt that all ranks hold decides nothing: the least loaded rank gets the request."""
         (candidate,) = make_candidates(Role.PREFILL, [[300, 0]])
-        _, rank = make_policy(HostPolicy.LOCKSTEP).pick([candidate], 1000, 1000.0, held=Held({}, 900.0))
+        _, rank = make_policy(HostPolicy.LOCKSTEP).pick([candidate], 1000, 1000.0, cached=Held({}, 900.0))
 
         assert rank is candidate.ranks[1]
 

@@ -69,7 +69,7 @@ class Components:
             draw_token=partial(secrets.token_hex, _TOKEN_BYTES),
             clock=clock,
             signal=config.load.signal,
-            observer=NO_LISTENER if config.sync is None else outbox,
+            listener=NO_LISTENER if config.sync is None else outbox,
             admission=config.admission,
             queue=self._queue,
             sees_first_events=config.supervision.mode is Supervise.FIRST_EVENT,

@@ -1,6 +1,6 @@
-"""How much a rank may have on its books, and whether a prompt can ever fit.
+"""What a rank may have in flight, whether a prompt can ever fit, and the queue of requests that wait for room.
 
-With prefill/decode disaggregation SGLang itself refuses nothing, however long its queues are, so this is the only
+With prefill/decode disaggregation SGLang itself refuses nothing, however long its queues are. So this is the only
 admission control there is.
 """
 
@@ -15,7 +15,8 @@ from dp_extproc.load.records import RequestCost
 from dp_extproc.request.prompt import Prompt
 
 _CERTAIN = 4
-"""A prompt that is estimated so many times longer than what fits is too long for certain: no text is misjudged more."""
+"""Bounds the error of the estimated tokens of a text: at least this part of them is certain. A smaller value would
+refuse prompts that fit; a greater one would let some wait that never fit."""
 
 
 class Admission:
@@ -63,33 +64,33 @@ def may_ever_hold(target: Target, cost: RequestCost) -> bool:
     return sample is None or not sample.capacity_tokens or cost.tokens <= sample.capacity_tokens
 
 
-def largest_capacity(hosts: Sequence[EndpointLoad]) -> int | None:
-    """Give the KV cache of the largest rank, in tokens; None if any server does not tell."""
+def largest_capacity(endpoints: Sequence[EndpointLoad]) -> int | None:
+    """Return the size of the largest KV cache of a rank, in tokens; None if that of any rank is unknown."""
     largest = 0
-    for host in hosts:
-        for rank in host.ranks:
+    for endpoint in endpoints:
+        for rank in endpoint.ranks:
             if rank.sample is None or not rank.sample.capacity_tokens:
                 return None
             largest = max(largest, rank.sample.capacity_tokens)
     return largest or None
 
 
-def may_hold(hosts: Iterable[EndpointLoad], tokens: float) -> bool:
-    """Tell whether some rank can hold so many tokens, or does not tell; as a rule the first one is enough."""
+def may_hold(endpoints: Iterable[EndpointLoad], tokens: float) -> bool:
+    """Tell whether the KV cache of some rank can hold so many tokens; one of unknown size may."""
     return any(
         rank.sample is None or not rank.sample.capacity_tokens or tokens <= rank.sample.capacity_tokens
-        for host in hosts
-        for rank in host.ranks
+        for endpoint in endpoints
+        for rank in endpoint.ranks
     )
 
 
 def is_too_long(prompt: Prompt, estimate: float, capacity: int) -> bool:
-    """Tell whether a single prompt can fit on no rank for certain; a batch is spread over time, so it can."""
+    """Tell whether a prompt certainly fits on no rank. A batch may fit, as its prompts can run one after the other."""
     return least_tokens(prompt, estimate) > capacity
 
 
 def least_tokens(prompt: Prompt, estimate: float) -> float:
-    """Give what a rank has to hold at one time for a prompt, for certain."""
+    """Return the tokens that a rank certainly has to hold at one time for a prompt."""
     return 0.0 if prompt.batch is not None and prompt.batch > 1 else max(prompt.tokens, estimate / _CERTAIN)
 
 

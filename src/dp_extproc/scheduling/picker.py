@@ -1,4 +1,8 @@
-"""The prefill and the decode side of an attempt, picked so that every engine version agrees on the ranks."""
+"""The targets of a request, picked so that the engines of every release run it on these ranks.
+
+Who decides the rank of an endpoint differs by release: a routing field, the bootstrap room, or the engine. One
+bootstrap room serves both legs, so the decode target is picked after the prefill target, from ranks that agree with it.
+"""
 
 from collections.abc import Callable, Sequence
 from random import Random
@@ -16,11 +20,11 @@ from dp_extproc.load.records import RequestCost
 from dp_extproc.prefix_cache.index import Held, PrefixIndex
 from dp_extproc.scheduling.bootstrap_room import agree
 from dp_extproc.scheduling.pairing import Pairing
-from dp_extproc.scheduling.policies import NOTHING_HELD, Policy
+from dp_extproc.scheduling.policies import NOTHING_CACHED, Policy
 
 
 class Targets(Struct, frozen=True):
-    """Where both legs of a request go."""
+    """The targets of both legs of a request."""
 
     prefill: Target | None
     """None for an aggregated pool, whose one target computes the prompt, too."""
@@ -29,7 +33,7 @@ class Targets(Struct, frozen=True):
 
 
 class Pins(Struct, frozen=True):
-    """Ranks that the client asked for and may ask for."""
+    """The ranks that the client asked for, where the pool allows that."""
 
     prefill: int | None = None
     decode: int | None = None
@@ -42,7 +46,7 @@ Wanted = Callable[[RankLoad], bool]
 
 
 class Picker:
-    """Picks the servers and ranks of one pool."""
+    """Picks the targets of the requests of one pool."""
 
     def __init__(
         self, settings: PolicySettings, signal: LoadSignal, prefixes: PrefixIndex[RankLoad], rng: Random
@@ -50,10 +54,10 @@ class Picker:
         """Set up.
 
         Args:
-            settings: The pool's policies.
-            signal: What the tokens of a rank are.
-            prefixes: Which ranks hold what prompts begin with.
-            rng: For ties and whatever else is left to chance.
+            settings: The policies of the pool.
+            signal: Which numbers are the load of a rank.
+            prefixes: Which ranks have which prefixes in their cache.
+            rng: Source of ties, and of everything that policies leave to chance.
         """
         self._policies = {role: Policy(settings, signal, rng) for role in Role}
         self._prefixes = prefixes
@@ -86,44 +90,46 @@ class Picker:
         )
 
     def _aggregated(
-        self, hosts: Sequence[EndpointLoad], demand: RequestCost, now: float, pin: int | None, wanted: Wanted | None
+        self, endpoints: Sequence[EndpointLoad], cost: RequestCost, now: float, pin: int | None, wanted: Wanted | None
     ) -> Target:
-        held = self._held(demand)
-        near = self._policies[Role.WORKER].within_reach(hosts, held)
-        candidates = _only([host.candidate for host in near], wanted)
-        chosen, rank = self._pick(Role.WORKER, candidates, demand.tokens, now, pin=pin, held=held)
+        cached = self._cached(cost)
+        near = self._policies[Role.WORKER].within_reach(endpoints, cached)
+        candidates = _only([endpoint.candidate for endpoint in near], wanted)
+        chosen, rank = self._pick(Role.WORKER, candidates, cost.tokens, now, pin=pin, cached=cached)
         index = None if rank is None else rank.index
-        return Target(chosen.endpoint, index, routed=rank is not None, by_room=False, cached=_cached(rank, held))
+        return Target(
+            chosen.endpoint, index, routed=rank is not None, by_room=False, cached=_cached_tokens(rank, cached)
+        )
 
-    def _held(self, demand: RequestCost) -> Held[RankLoad]:
-        if demand.prefix.blocks or demand.session is not None:
-            return self._prefixes.held(demand.prefix, demand.tokens, demand.session)
-        return NOTHING_HELD
+    def _cached(self, cost: RequestCost) -> Held[RankLoad]:
+        if cost.prefix.blocks or cost.session is not None:
+            return self._prefixes.held(cost.prefix, cost.tokens, cost.session)
+        return NOTHING_CACHED
 
     def _prefill(
-        self, hosts: Sequence[EndpointLoad], demand: RequestCost, now: float, pin: int | None, wanted: Wanted | None
+        self, endpoints: Sequence[EndpointLoad], cost: RequestCost, now: float, pin: int | None, wanted: Wanted | None
     ) -> Target:
-        held = self._held(demand)
-        near = self._policies[Role.PREFILL].within_reach(hosts, held)
-        candidates = _only([host.candidate for host in near], wanted)
-        chosen, rank = self._pick(Role.PREFILL, candidates, demand.tokens, now, pin=pin, held=held)
-        host = chosen.endpoint
-        if rank is None and (host.facts.follows_rooms or host.facts.listener is not None):
+        cached = self._cached(cost)
+        near = self._policies[Role.PREFILL].within_reach(endpoints, cached)
+        candidates = _only([endpoint.candidate for endpoint in near], wanted)
+        chosen, rank = self._pick(Role.PREFILL, candidates, cost.tokens, now, pin=pin, cached=cached)
+        endpoint = chosen.endpoint
+        if rank is None and (endpoint.facts.follows_rooms or endpoint.facts.listener is not None):
             rank = self._rng.choice(chosen.ranks)
-            return Target(host, rank.index, routed=False, by_room=True, cached=_cached(rank, held))
-        # A chosen rank gets a congruent room: from 0.5.11 on a server that follows rooms refuses any other.
+            return Target(endpoint, rank.index, routed=False, by_room=True, cached=_cached_tokens(rank, cached))
+        # A picked rank gets a congruent room: from 0.5.11 on an engine that follows rooms refuses any other.
         known = rank is not None
         return Target(
-            host,
+            endpoint,
             None if rank is None else rank.index,
-            routed=known and host.capabilities.carries_routed_rank and host.facts.listener is None,
+            routed=known and endpoint.capabilities.carries_routed_rank and endpoint.facts.listener is None,
             by_room=known,
-            cached=_cached(rank, held),
+            cached=_cached_tokens(rank, cached),
         )
 
     def _decode(
         self,
-        hosts: Sequence[EndpointLoad],
+        endpoints: Sequence[EndpointLoad],
         tokens: float,
         now: float,
         prefill: tuple[int, int] | None,
@@ -131,11 +137,11 @@ class Picker:
         pin: int | None,
         wanted: Wanted | None,
     ) -> Target:
-        near = self._policies[Role.DECODE].within_reach(hosts, NOTHING_HELD)
+        near = self._policies[Role.DECODE].within_reach(endpoints, NOTHING_CACHED)
         by_room = RankControl.BY_ROOM
         reachable = [
-            _reachable(host, prefill) if host.capabilities.decode_control is by_room else host.candidate
-            for host in near
+            _reachable(each, prefill) if each.capabilities.decode_control is by_room else each.candidate
+            for each in near
         ]
         candidates = _only(reachable, wanted)
         chosen, rank = self._pick(Role.DECODE, candidates, tokens, now, pin=pin)
@@ -157,18 +163,18 @@ class Picker:
         now: float,
         *,
         pin: int | None,
-        held: Held[RankLoad] = NOTHING_HELD,
+        cached: Held[RankLoad] = NOTHING_CACHED,
     ) -> tuple[Candidate, RankLoad | None]:
         policy = self._policies[role]
         if pin is not None:
             pinned = [left for each in candidates if (left := each.only(lambda rank: rank.index == pin)) is not None]
             if pinned:
-                return policy.pick(pinned, tokens, now, held=held, pinned=True)
-        return policy.pick(candidates, tokens, now, held=held)
+                return policy.pick(pinned, tokens, now, cached=cached, pinned=True)
+        return policy.pick(candidates, tokens, now, cached=cached)
 
 
-def _cached(rank: RankLoad | None, held: Held[RankLoad]) -> float:
-    return 0.0 if rank is None else held.by_slot.get(rank, held.elsewhere)
+def _cached_tokens(rank: RankLoad | None, cached: Held[RankLoad]) -> float:
+    return 0.0 if rank is None else cached.by_slot.get(rank, cached.elsewhere)
 
 
 def _only(candidates: Sequence[Candidate], wanted: Wanted | None) -> Sequence[Candidate]:
@@ -178,10 +184,10 @@ def _only(candidates: Sequence[Candidate], wanted: Wanted | None) -> Sequence[Ca
     return left or candidates
 
 
-def _reachable(host: EndpointLoad, prefill: tuple[int, int] | None) -> Candidate:
-    """Give a decode server with the ranks that one room can lead to together with the prefill rank."""
+def _reachable(endpoint: EndpointLoad, prefill: tuple[int, int] | None) -> Candidate:
+    """Return a decode endpoint with the ranks that one bootstrap room can lead to together with the prefill rank."""
     if prefill is None:
-        return host.candidate
-    left = host.candidate.only(lambda rank: agree(prefill, host.facts.place_of(rank.index)))
+        return endpoint.candidate
+    left = endpoint.candidate.only(lambda rank: agree(prefill, endpoint.facts.place_of(rank.index)))
     assert left is not None  # noqa: S101 - of any ranks that follow one another, one is congruent
     return left

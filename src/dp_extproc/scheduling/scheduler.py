@@ -1,4 +1,13 @@
-"""From a request to a decision: which pool, which hosts, which ranks, which room, and the bodies that say so."""
+"""Scheduling of a request: its pool, its targets, its bootstrap room, and its encoding for them.
+
+The order is the same for both shapes of a pool:
+
+1. Read the body, and find the pool of its model.
+2. Refuse what cannot be served, or let it wait for the requests before it.
+3. Filter the endpoints, and pick a target for each leg: of the ranks that have room, if the best ones have none.
+4. Encode the request for its targets.
+5. Open its reservations. Whatever fails before leaves none.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -49,32 +58,32 @@ _DEFAULT_ADMISSION: Final = AdmissionSettings()
 
 
 class _Pool:
-    """A pool and what its policies remember."""
+    """The settings of a pool that each request needs, and the state of its policies."""
 
-    def __init__(self, config: PoolConfig, signal: LoadSignal, fleet: LoadCache, rng: Random) -> None:
+    def __init__(self, config: PoolConfig, signal: LoadSignal, load: LoadCache, rng: Random) -> None:
         self.name = config.name
-        self.picker = Picker(config.policy, signal, fleet.prefixes[config.name], rng)
+        self.picker = Picker(config.policy, signal, load.prefixes[config.name], rng)
         self.is_disaggregated = config.is_disaggregated
-        self.carries_in_headers = config.routing_fields is RoutingFields.HEADERS
+        self.uses_headers = config.routing_fields is RoutingFields.HEADERS
         self.can_go_unread = not any(config.needs_bodies())
         self.honours_pins = config.policy.client_dp_rank is ClientRanks.HONOUR
         self.affinity = config.policy.affinity
 
 
 class Scheduler:
-    """Decides. Holds no connection and reads no clock; what it knows of the fleet is in the load cache."""
+    """Schedules the requests of one worker process by what the load cache contains, without any I/O of its own."""
 
     def __init__(
         self,
         pools: Iterable[PoolConfig],
-        fleet: LoadCache,
+        load: LoadCache,
         *,
         owner: str,
         rng: Random,
         draw_token: Callable[[], str],
         clock: Callable[[], float],
         signal: LoadSignal = LoadSignal.ESTIMATE,
-        observer: InFlightListener = NO_LISTENER,
+        listener: InFlightListener = NO_LISTENER,
         admission: AdmissionSettings = _DEFAULT_ADMISSION,
         queue: AdmissionQueue | None = None,
         sees_first_events: bool = False,
@@ -83,22 +92,22 @@ class Scheduler:
         """Set up.
 
         Args:
-            pools: As configured; each model in one of them.
-            fleet: The load cache.
-            owner: ``IP:port`` where Envoy reaches this very process.
-            rng: For ties, rooms and ids. Seeded differently in every process.
-            draw_token: Gives a token for a leg that nobody can guess, whatever ids clients have seen.
-            clock: Monotonic seconds; the same that the load cache is fed with.
-            signal: What the tokens of a rank are.
-            observer: Told of every attempt.
-            admission: What a rank may have on its books.
-            queue: Where requests wait for room; None refuses them at once.
-            sees_first_events: Whether Envoy is to show the first event of streaming answers.
-            credentials: What requests to engines have to show.
+            pools: The configured pools; each model is in one of them.
+            load: The load cache.
+            owner: ``IP:port`` where Envoy reaches this worker process.
+            rng: Source of ties, bootstrap rooms and ids. Each worker process has a seed of its own.
+            draw_token: Draws an unguessable token for a prefill leg, whatever ids clients have seen.
+            clock: Returns monotonic seconds; the clock of the load cache.
+            signal: Which numbers are the load of a rank.
+            listener: Called at each event of a request in flight.
+            admission: The limits of what a rank may have in flight.
+            queue: The admission queue; without one, requests that find no room are refused at once.
+            sees_first_events: Whether Envoy sends the first event of streamed responses to the service.
+            credentials: The API keys of the engines, by pool.
         """
-        self._fleet = fleet
-        self.tracker = InFlightTracker(fleet, observer, made_room=nothing if queue is None else queue.notify)
-        self._filters = EndpointFilter(fleet)
+        self._load = load
+        self.tracker = InFlightTracker(load, listener, made_room=nothing if queue is None else queue.notify)
+        self._filters = EndpointFilter(load)
         self._owner = owner.encode()
         self._rng = rng
         self._draw_token = draw_token
@@ -109,18 +118,13 @@ class Scheduler:
         self.configure(pools, signal, admission)
 
     def configure(self, pools: Iterable[PoolConfig], signal: LoadSignal, admission: AdmissionSettings) -> None:
-        """Decide by another configuration from now on; the load cache has been told of it before."""
+        """Schedule by another configuration from now on. The load cache has to be updated before."""
         pools = tuple(pools)
-        self._pools = {pool.name: _Pool(pool, signal, self._fleet, self._rng) for pool in pools}
-        self._catalogue = ModelRegistry(pools, self._fleet)
+        self._pools = {pool.name: _Pool(pool, signal, self._load, self._rng) for pool in pools}
+        self._models = ModelRegistry(pools, self._load)
         self._admission = Admission(admission)
 
-    def place(
-        self,
-        api: Api,
-        body: bytes,
-        context: RequestContext = _NO_CONTEXT,
-    ) -> SchedulingResult:
+    def place(self, api: Api, body: bytes, context: RequestContext = _NO_CONTEXT) -> SchedulingResult:
         """Schedule an inference request.
 
         Args:
@@ -146,7 +150,7 @@ class Scheduler:
 
         Args:
             queued: The result of the try before.
-            context: The facts of the request besides its body; with its ticket.
+            context: The facts of the request besides its body, with its place in the admission queue.
         """
         return self._schedule(queued.request, context, queued.prefix)
 
@@ -165,12 +169,12 @@ class Scheduler:
         return self._place(pool, request, context, prefix)
 
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
-        """Send a request that any engine can answer to a server that answers clients, of a subset if there is one."""
+        """Pick an endpoint for a request that any engine can answer, of a subset if there is one."""
         now = self._clock()
         for pool in self._pools.values():
             role = Role.DECODE if pool.is_disaggregated else Role.WORKER
-            if hosts := self._filters.freshest(pool.name, role, now, subset):
-                address = self._rng.choice(hosts).address
+            if endpoints := self._filters.freshest(pool.name, role, now, subset):
+                address = self._rng.choice(endpoints).address
                 metadata: Metadata = {contract.META_POOL: pool.name, contract.META_DECODE_HOST: address}
                 headers = ((contract.DECODE_HOST, address.encode()), *self._credentials.headers(pool.name))
                 return Decision(None, headers, metadata, None)
@@ -178,20 +182,20 @@ class Scheduler:
 
     def models(self, path: str) -> Answer | Rejection:
         """Answer ``/v1/models`` for all pools, or ``/v1/models/NAME``."""
-        return self._catalogue.answer(path)
+        return self._models.answer(path)
 
     def lost(self, address: str) -> None:
-        """Take note that the server at this address has dropped a request."""
-        for host in self._fleet.by_url.values():
-            if host.address == address:
-                host.health.failed(self._clock())
+        """Count a failure of the endpoints at an address, where the connection of a request was cut."""
+        for endpoint in self._load.by_url.values():
+            if endpoint.address == address:
+                endpoint.health.failed(self._clock())
 
     def _resolve(self, model: str | None) -> _Pool | Rejection:
-        name = self._catalogue.pool_of(model)
+        name = self._models.pool_of(model)
         return self._pools[name] if isinstance(name, str) else name
 
     def _only_pool(self) -> _Pool | Rejection:
-        """Find the pool of requests that are not read, which do not name one."""
+        """Return the pool of a request whose body is not read, and so names no model."""
         pool = next(iter(self._pools.values()))
         return pool if len(self._pools) == 1 and pool.can_go_unread else _BODIES_NEEDED
 
@@ -262,7 +266,7 @@ class Scheduler:
             else [draw_room(self._rng, *residues) for _ in range(batch)]
         )
         leg, number = self._draw_token(), f"{self._rng.getrandbits(96):024x}"
-        encoding = encode_legs(request, prefill, decode, rooms, number, in_headers=pool.carries_in_headers)
+        encoding = encode_legs(request, prefill, decode, rooms, number, in_headers=pool.uses_headers)
         headers = (
             (contract.PREFILL_HOST, prefill.endpoint.address.encode()),
             *encoding.headers,
@@ -284,7 +288,7 @@ class Scheduler:
         if prefix is None:
             prefix = prefix_of(request) if pool.affinity.prefixes else NO_PREFIX
         return RequestCost(
-            tokens=self._fleet.ratios[pool.name].estimate(prompt),
+            tokens=self._load.ratios[pool.name].estimate(prompt),
             requests=(prompt.batch or 1) * request.samples,
             prefix=prefix,
             session=session[:SESSION_KEPT] if session and pool.affinity.sessions else None,
