@@ -38,8 +38,8 @@ def test_only_the_leg_keys_change(body: ObjectText) -> None:
 
     assert read_pairs(legs.decode) == DECODE_LEG + streaming + SHARED + others
     assert read_pairs(legs.prefill) == PREFILL_LEG + SHARED + others
-    shared = legs.decode[legs.prefix_length :]
-    assert shared == legs.prefill[len(legs.prefill_prefix) :]
+    shared = legs.decode[legs.preamble_length :]
+    assert shared == legs.prefill[len(legs.prefill_preamble) :]
     opening = b'"bootstrap_host":"10.0.0.1","bootstrap_port":8998,"bootstrap_room":77'
     comma = b"," if body.kept(LEG_KEYS) else b""
     behind = body.behind_the_brace(LEG_KEYS)

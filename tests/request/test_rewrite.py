@@ -144,4 +144,4 @@ def test_the_prefix_is_fit_for_a_header() -> None:
     body = JsonObject('{"rid":"é\\r\\nx-dp-owner: evil","stream":true,"a":"é"}'.encode())
     legs = rewrite_disaggregated(body, 3, Bootstrap("h", 1, [1, 2, 3]), PREFILL, DECODE)
 
-    assert re.fullmatch(rb"[\x20-\x7e]+", legs.prefill_prefix)
+    assert re.fullmatch(rb"[\x20-\x7e]+", legs.prefill_preamble)

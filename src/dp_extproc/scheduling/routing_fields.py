@@ -66,7 +66,10 @@ def encode_legs(
     if in_headers and _fits_headers(request, prefill, decode):
         return LegEncoding(None, override_headers(bootstrap, *fields))
     bodies = rewrite_disaggregated(request.body, request.prompt.batch, bootstrap, *fields)
-    swap = ((contract.PREFILL_PREFIX, bodies.prefill_prefix), (contract.PREFIX_LENGTH, b"%d" % bodies.prefix_length))
+    swap = (
+        (contract.PREFILL_PREFIX, bodies.prefill_preamble),
+        (contract.PREFIX_LENGTH, b"%d" % bodies.preamble_length),
+    )
     return LegEncoding(bodies.decode, swap)
 
 
