@@ -1,4 +1,4 @@
-"""Endpoints are left out in the order that the filters have, and never all of them where one may do."""
+"""Endpoints are filtered by subset, failed attempts and health, and never all of them where one may work."""
 
 import pytest
 
@@ -45,28 +45,28 @@ def eject(health: Health, now: float) -> None:
         pytest.param([""], [], ["10.0.0.1:80"], id="an empty text"),
     ],
 )
-def test_hints(values: list[str], allowed: list[str], forbidden: list[str]) -> None:
-    """An address is allowed if it stands in the hint, with its port or without one."""
+def test_subset_allows_the_addresses_of_its_hint(values: list[str], allowed: list[str], forbidden: list[str]) -> None:
+    """A hint has addresses with their port or without one."""
     subset = read_subset(values)
 
     assert all(allows(subset, address) for address in allowed)
     assert not any(allows(subset, address) for address in forbidden)
 
 
-def test_those_that_are_ejected_are_left_out() -> None:
-    """Only the others are given."""
-    hosts = make_endpoints("abc")
-    eject(hosts[1].health, 0.0)
-    assert [host.address for host in healthy(hosts, 0.5)] == ["a", "c"]
+def test_healthy_leaves_out_ejected_endpoints() -> None:
+    """Only the healthy endpoints are returned."""
+    endpoints = make_endpoints("abc")
+    eject(endpoints[1].health, 0.0)
+    assert [endpoint.address for endpoint in healthy(endpoints, 0.5)] == ["a", "c"]
 
 
-def test_never_all_are_ejected() -> None:
-    """Of nobody but ejected ones, the one whose time is over first is tried."""
-    hosts = make_endpoints("abc")
-    for moment, host in zip((3.0, 1.0, 2.0), hosts, strict=True):
-        eject(host.health, moment)
-    assert [host.address for host in healthy(hosts, 3.5)] in (["b"], ["b", "c"])
-    assert [host.address for host in healthy(hosts, 1.5)] == ["b"]
+def test_healthy_returns_the_first_to_recover_if_all_are_ejected() -> None:
+    """A request is rather tried on an ejected endpoint than refused."""
+    endpoints = make_endpoints("abc")
+    for moment, endpoint in zip((3.0, 1.0, 2.0), endpoints, strict=True):
+        eject(endpoint.health, moment)
+    assert [endpoint.address for endpoint in healthy(endpoints, 3.5)] in (["b"], ["b", "c"])
+    assert [endpoint.address for endpoint in healthy(endpoints, 1.5)] == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -78,13 +78,18 @@ def test_never_all_are_ejected() -> None:
         pytest.param([], "b", "ac", id="the-first-attempt"),
     ],
 )
-def test_a_retry_goes_to_an_ejected_host_rather_than_back(failed: list[str], ejected: str, expected: str) -> None:
-    """Who has just failed a request is not asked for it again, if there is anybody else."""
-    hosts = make_endpoints("abc")
-    for host in hosts:
-        if host.address in ejected:
-            eject(host.health, 0.0)
-    assert "".join(host.address for host in choose(hosts, [frozenset(each) for each in failed], 0.5)[1]) == expected
+def test_retry_prefers_an_ejected_endpoint_to_one_that_has_failed(
+    failed: list[str], ejected: str, expected: str
+) -> None:
+    """An ejected endpoint may work again, while the other one is known to fail this request."""
+    endpoints = make_endpoints("abc")
+    for endpoint in endpoints:
+        if endpoint.address in ejected:
+            eject(endpoint.health, 0.0)
+    assert (
+        "".join(endpoint.address for endpoint in choose(endpoints, [frozenset(each) for each in failed], 0.5)[1])
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,9 @@ def test_a_retry_goes_to_an_ejected_host_rather_than_back(failed: list[str], eje
         pytest.param(["x"], "abc", id="unknown-ones"),
     ],
 )
-def test_a_retry_goes_elsewhere(failed: list[str], expected: str) -> None:
-    """Hosts of failed attempts are avoided as far as there are others."""
-    hosts = make_endpoints("abc")
-    assert "".join(host.address for host in avoid(hosts, [frozenset(each) for each in failed])[1]) == expected
+def test_retry_avoids_endpoints_of_failed_attempts(failed: list[str], expected: str) -> None:
+    """Endpoints of failed attempts are avoided as far as there are others."""
+    endpoints = make_endpoints("abc")
+    assert (
+        "".join(endpoint.address for endpoint in avoid(endpoints, [frozenset(each) for each in failed])[1]) == expected
+    )
