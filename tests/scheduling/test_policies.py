@@ -9,7 +9,7 @@ import pytest
 from dp_extproc.config import HostPolicy, LoadSignal, PolicySettings, RankPolicy
 from dp_extproc.engines.model import Role
 from dp_extproc.load.endpoint import Candidate
-from dp_extproc.prefix_cache.index import Held
+from dp_extproc.prefix_cache.index import CachedTokens
 from dp_extproc.scheduling.policies import NOTHING_CACHED, REACH, Policy
 from fleet_fixtures import Fleet, make_facts
 
@@ -167,7 +167,7 @@ def test_rank_with_the_prompt_cached_is_picked_by_every_host_policy(host: HostPo
     """There are 100 tokens left to compute behind 500, against 1000 on the idle rank."""
     (candidate,) = make_candidates(Role.PREFILL, [[500, 0]])
     policy = make_policy(host)
-    _, rank = policy.pick([candidate], 1000, 1000.0, cached=Held({candidate.ranks[0]: 900.0}, 0.0))
+    _, rank = policy.pick([candidate], 1000, 1000.0, cached=CachedTokens({candidate.ranks[0]: 900.0}, 0.0))
 
     assert rank is candidate.ranks[0]
 
@@ -310,7 +310,7 @@ class TestLockstepPrefill:
         """Rank 0 has 900 of 1000 tokens cached: behind a queue of 500 it is done after 600, elsewhere after 1000."""
         (candidate,) = make_candidates(Role.PREFILL, [[500, 0]])
         policy = make_policy(HostPolicy.LOCKSTEP)
-        held = Held({candidate.ranks[0]: 900.0}, 0.0)
+        held = CachedTokens({candidate.ranks[0]: 900.0}, 0.0)
         _, cheap = policy.pick([candidate], 1000, 1000.0, cached=held)
         _, dear = policy.pick(make_candidates(Role.PREFILL, [[5000, 0]]), 1000, 1000.0, cached=held)
 
@@ -322,7 +322,7 @@ class TestLockstepPrefill:
         """Affinity is a part of the cost, no rule above it: behind 5000 tokens a cached prompt is late all the same."""
         (candidate,) = make_candidates(Role.PREFILL, [[5000, 4950]])
         (other,) = make_candidates(Role.PREFILL, [[0, 0]])
-        held = Held({candidate.ranks[0]: 900.0}, 0.0)
+        held = CachedTokens({candidate.ranks[0]: 900.0}, 0.0)
         _, rank = make_policy(HostPolicy.LOCKSTEP).pick([candidate, other], 1000, 1000.0, cached=held)
 
         assert rank in other.ranks
@@ -330,7 +330,7 @@ class TestLockstepPrefill:
     def test_tokens_cached_on_all_ranks_decide_nothing(self) -> None:
         """With a system prompt that all ranks have cached, the least loaded rank gets the request."""
         (candidate,) = make_candidates(Role.PREFILL, [[300, 0]])
-        _, rank = make_policy(HostPolicy.LOCKSTEP).pick([candidate], 1000, 1000.0, cached=Held({}, 900.0))
+        _, rank = make_policy(HostPolicy.LOCKSTEP).pick([candidate], 1000, 1000.0, cached=CachedTokens({}, 900.0))
 
         assert rank is candidate.ranks[1]
 
@@ -394,9 +394,9 @@ def test_large_fleet_compares_some_endpoints_and_uses_all() -> None:
     candidates = make_candidates(Role.PREFILL, [[0, 0]] * 100)
     policy = make_policy(HostPolicy.LOCKSTEP)
     hosts = [candidate.endpoint for candidate in candidates]
-    near = [policy.within_reach(hosts, Held({}, 0.0)) for _ in range(400)]
+    near = [policy.within_reach(hosts, CachedTokens({}, 0.0)) for _ in range(400)]
     holder = hosts[70].ranks[1]
 
     assert {len(each) for each in near} == {REACH}
     assert {host.url for each in near for host in each} == {host.url for host in hosts}
-    assert all(hosts[70] in policy.within_reach(hosts, Held({holder: 10.0}, 0.0)) for _ in range(100))
+    assert all(hosts[70] in policy.within_reach(hosts, CachedTokens({holder: 10.0}, 0.0)) for _ in range(100))

@@ -15,8 +15,8 @@ from dp_extproc.load.records import RequestCost
 from dp_extproc.request.prompt import Prompt
 
 _CERTAIN = 4
-"""Bounds the error of the estimated tokens of a text: at least this part of them is certain. A smaller value would
-refuse prompts that fit; a greater one would let some wait that never fit."""
+"""Bounds the error of an estimate: no text has fewer tokens than the estimate divided by this. A smaller value would
+refuse prompts that fit; a greater one would let prompts wait that never fit."""
 
 
 class Admission:
@@ -40,7 +40,7 @@ class Admission:
         return self._is_off or any(self.fits(rank, cost) for rank in endpoint.candidate.ranks)
 
     def fits(self, rank: RankLoad, cost: RequestCost) -> bool:
-        """Tell whether a rank has room for a request. An idle one always has: it would have for none else."""
+        """Tell whether a rank has room for a request. An idle one has, as a limit below it would refuse it for ever."""
         if not rank.open and not rank.external_requests:
             return True
         settings, sample = self._settings, rank.sample

@@ -17,7 +17,7 @@ from dp_extproc.engines.model import Role
 from dp_extproc.load.endpoint import Candidate, EndpointLoad, Target
 from dp_extproc.load.rank import RankLoad
 from dp_extproc.load.records import RequestCost
-from dp_extproc.prefix_cache.index import Held, PrefixIndex
+from dp_extproc.prefix_cache.index import CachedTokens, PrefixIndex
 from dp_extproc.scheduling.bootstrap_room import agree
 from dp_extproc.scheduling.pairing import Pairing
 from dp_extproc.scheduling.policies import NOTHING_CACHED, Policy
@@ -101,9 +101,9 @@ class Picker:
             chosen.endpoint, index, routed=rank is not None, by_room=False, cached=_cached_tokens(rank, cached)
         )
 
-    def _cached(self, cost: RequestCost) -> Held[RankLoad]:
+    def _cached(self, cost: RequestCost) -> CachedTokens[RankLoad]:
         if cost.prefix.blocks or cost.session is not None:
-            return self._prefixes.held(cost.prefix, cost.tokens, cost.session)
+            return self._prefixes.cached(cost.prefix, cost.tokens, cost.session)
         return NOTHING_CACHED
 
     def _prefill(
@@ -163,7 +163,7 @@ class Picker:
         now: float,
         *,
         pin: int | None,
-        cached: Held[RankLoad] = NOTHING_CACHED,
+        cached: CachedTokens[RankLoad] = NOTHING_CACHED,
     ) -> tuple[Candidate, RankLoad | None]:
         policy = self._policies[role]
         if pin is not None:
@@ -173,8 +173,8 @@ class Picker:
         return policy.pick(candidates, tokens, now, cached=cached)
 
 
-def _cached_tokens(rank: RankLoad | None, cached: Held[RankLoad]) -> float:
-    return 0.0 if rank is None else cached.by_slot.get(rank, cached.elsewhere)
+def _cached_tokens(rank: RankLoad | None, cached: CachedTokens[RankLoad]) -> float:
+    return 0.0 if rank is None else cached.by_rank.get(rank, cached.elsewhere)
 
 
 def _only(candidates: Sequence[Candidate], wanted: Wanted | None) -> Sequence[Candidate]:

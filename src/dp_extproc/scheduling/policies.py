@@ -10,7 +10,7 @@ from dp_extproc.config.pools import HostPolicy, PolicySettings, RankPolicy
 from dp_extproc.load.endpoint import Candidate, EndpointLoad, Part
 from dp_extproc.load.rank import RankLoad
 from dp_extproc.load.step_group import StepGroup, index_from
-from dp_extproc.prefix_cache.index import Held
+from dp_extproc.prefix_cache.index import CachedTokens
 
 REACH: Final = 8
 """Bounds the endpoints that are compared for one request, so that a pick costs the same in every fleet. In larger
@@ -20,7 +20,7 @@ fleets each request compares others. Simulated on 32 prefill endpoints, the mean
 _COUNTED: Final = 32
 """Bounds the ranks among which ties are counted. Among more ranks, the first one from a random place on is picked."""
 
-NOTHING_CACHED: Final[Held[RankLoad]] = Held({}, 0.0)
+NOTHING_CACHED: Final[CachedTokens[RankLoad]] = CachedTokens({}, 0.0)
 
 _Pick = tuple[Candidate, RankLoad | None]
 
@@ -44,7 +44,7 @@ class Policy:
         self._first = 0
         """The turn of the first endpoint within reach."""
 
-    def within_reach(self, endpoints: Sequence[EndpointLoad], cached: Held[RankLoad]) -> Sequence[EndpointLoad]:
+    def within_reach(self, endpoints: Sequence[EndpointLoad], cached: CachedTokens[RankLoad]) -> Sequence[EndpointLoad]:
         """Leave out what is too much to compare, but no endpoint that has a part of the prompt in its cache."""
         if len(endpoints) <= REACH:
             self._first = 0
@@ -57,8 +57,8 @@ class Policy:
         near = list(endpoints[start : start + REACH])
         if len(near) < REACH:
             near += endpoints[: REACH - len(near)]
-        if cached.by_slot:
-            holders = {rank.group for rank in cached.by_slot}
+        if cached.by_rank:
+            holders = {rank.group for rank in cached.by_rank}
             near += [each for each in endpoints if each not in near and not holders.isdisjoint(each.groups)]
         return near
 
@@ -68,7 +68,7 @@ class Policy:
         tokens: float,
         now: float,
         *,
-        cached: Held[RankLoad] = NOTHING_CACHED,
+        cached: CachedTokens[RankLoad] = NOTHING_CACHED,
         pinned: bool = False,
     ) -> _Pick:
         """Pick an endpoint and a rank on it.
@@ -99,12 +99,12 @@ class Policy:
         return (chosen, least) if least is not None else self._least((chosen,), self._tokens, now, cached)
 
     def _lockstep(
-        self, candidates: Sequence[Candidate], tokens: float, now: float, cached: Held[RankLoad]
+        self, candidates: Sequence[Candidate], tokens: float, now: float, cached: CachedTokens[RankLoad]
     ) -> tuple[Candidate, RankLoad]:
         """Take the step group where the request costs least: its least loaded rank, or one that has cached tokens."""
         cheapest, found = _cheapest(candidates, tokens - cached.elsewhere, now)
         holders = []
-        for rank, cached_tokens in cached.by_slot.items():
+        for rank, cached_tokens in cached.by_rank.items():
             cost = rank.group.cost(rank.position, rank.tokens + tokens - cached_tokens)
             if cost <= cheapest and (candidate_of_rank := _candidate_of(rank, candidates)) is not None:
                 holders.append((cost, -cached_tokens, self._rng.random(), candidate_of_rank, rank))
@@ -127,12 +127,12 @@ class Policy:
         candidates: Sequence[Candidate],
         numbers: Callable[[StepGroup], list[float]],
         now: float,
-        cached: Held[RankLoad],
+        cached: CachedTokens[RankLoad],
     ) -> tuple[Candidate, RankLoad]:
         """Take the rank with the least number, less its cached tokens, of all candidates: no endpoint is preferred."""
         least = math.inf
         found: list[tuple[Candidate, Part, Sequence[float]]] = []
-        is_surveyed = numbers is _loads and not cached.by_slot
+        is_surveyed = numbers is _loads and not cached.by_rank
         for candidate in candidates:
             for part in candidate.parts:
                 group = part.group
@@ -141,10 +141,10 @@ class Policy:
                 if is_surveyed and group.low > least:
                     continue  # no rank of it is among the least
                 own = part.of(numbers(group))
-                if cached.by_slot:
+                if cached.by_rank:
                     ranks = part.of(part.group.ranks)
                     own = [
-                        number - cached.by_slot.get(rank, cached.elsewhere)
+                        number - cached.by_rank.get(rank, cached.elsewhere)
                         for number, rank in zip(own, ranks, strict=True)
                     ]
                 low = group.low if is_surveyed and part.positions is None else min(own)
