@@ -14,7 +14,8 @@ to fail this very request.
 
 from collections.abc import Iterable, Sequence
 
-from dp_extproc.engines.model import Kind, Role
+from dp_extproc.engines.adapter import unavailable
+from dp_extproc.engines.model import Role
 from dp_extproc.engines.sglang.releases import HEADER_APIS
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad, Freshness
@@ -167,11 +168,4 @@ def _refuse_incapable(pool: str, role: Role, endpoints: Sequence[EndpointLoad], 
     if not is_read and not any(each.facts.reads_overrides for each in endpoints):
         message = f"no {role} server of the pool for {pool} obeys x-override-* headers"
         return Rejection(503, Reason.NO_ENDPOINTS, message, headers=TRY_AGAIN)
-    versions = ", ".join(
-        sorted({f"{each.facts.kind} {each.facts.version or 'of unknown version'}" for each in endpoints})
-    )
-    if all(each.facts.kind is Kind.VLLM for each in endpoints):
-        message = f"{api.value} is not a path of the servers of this model ({versions})"
-        return Rejection(400, Reason.CANNOT_CARRY_ROUTING, message)
-    message = f"{api.value} needs a newer SGLang than the {role} servers of this model run ({versions})"
-    return Rejection(400, Reason.ENGINE_TOO_OLD, message)
+    return unavailable(api, role, (each.facts for each in endpoints))

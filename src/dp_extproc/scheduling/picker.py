@@ -114,7 +114,7 @@ class Picker:
         candidates = _only([endpoint.candidate for endpoint in near], wanted)
         chosen, rank = self._pick(Role.PREFILL, candidates, cost.tokens, now, pin=pin, cached=cached)
         endpoint = chosen.endpoint
-        if rank is None and (endpoint.facts.follows_rooms or endpoint.facts.listener is not None):
+        if rank is None and (endpoint.facts.follows_rooms or endpoint.facts.single_rank is not None):
             rank = self._rng.choice(chosen.ranks)
             return Target(endpoint, rank.index, routed=False, by_room=True, cached=_cached_tokens(rank, cached))
         # A picked rank gets a congruent room: from 0.5.11 on an engine that follows rooms refuses any other.
@@ -122,7 +122,7 @@ class Picker:
         return Target(
             endpoint,
             None if rank is None else rank.index,
-            routed=known and endpoint.capabilities.carries_routed_rank and endpoint.facts.listener is None,
+            routed=known and endpoint.capabilities.takes_routed_rank and endpoint.facts.single_rank is None,
             by_room=known,
             cached=_cached_tokens(rank, cached),
         )
@@ -148,7 +148,7 @@ class Picker:
         control = chosen.endpoint.capabilities.decode_control
         if control is RankControl.BY_FIELD:
             index = None if rank is None else rank.index
-            routed = rank is not None and chosen.endpoint.facts.listener is None
+            routed = rank is not None and chosen.endpoint.facts.single_rank is None
             return Target(chosen.endpoint, index, routed=routed, by_room=False)
         if control is RankControl.BY_ROOM:
             known = self._rng.choice(chosen.ranks) if rank is None else rank
@@ -188,6 +188,6 @@ def _reachable(endpoint: EndpointLoad, prefill: tuple[int, int] | None) -> Candi
     """Return a decode endpoint with the ranks that one bootstrap room can lead to together with the prefill rank."""
     if prefill is None:
         return endpoint.candidate
-    left = endpoint.candidate.only(lambda rank: agree(prefill, endpoint.facts.place_of(rank.index)))
+    left = endpoint.candidate.only(lambda rank: agree(prefill, endpoint.facts.position_of(rank.index)))
     assert left is not None  # noqa: S101 - of any ranks that follow one another, one is congruent
     return left

@@ -98,6 +98,6 @@ def _bootstrap(prefill: EndpointLoad, rooms: int | Sequence[int]) -> Bootstrap:
 def _leg_fields(target: Target, prefill_rank: int | None, request_id: str) -> LegFields:
     return LegFields(
         routed_rank=target.rank if target.routed else None,
-        prefill_rank=prefill_rank if target.endpoint.capabilities.carries_prefill_rank else None,
+        prefill_rank=prefill_rank if target.endpoint.capabilities.takes_prefill_rank else None,
         request_id=request_id,
     )
