@@ -3,8 +3,8 @@
 import pytest
 
 from dp_extproc.config.reliability import OutlierDetectionSettings
-from dp_extproc.engines.capabilities import capabilities
 from dp_extproc.engines.model import Role
+from dp_extproc.engines.sglang.capabilities import capabilities
 from dp_extproc.load.endpoint import DEFAULT_COSTS, EndpointLoad
 from dp_extproc.load.health import Health
 from dp_extproc.scheduling.filters import allows, avoid, choose, healthy, read_subset
