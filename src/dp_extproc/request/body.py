@@ -113,7 +113,9 @@ def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
         message = f"a batch of {prompt.batch} prompts is too large; send at most {MAX_BATCH} in one request"
         return Rejection(400, Reason.UNSUPPORTED_VALUE, message)
     counts = _sample_counts(fields)
-    if (wrong := next((each for each in counts if not 0 <= each <= MAX_SAMPLES), None)) is not None:
+    most = max(counts)
+    if most > MAX_SAMPLES or min(counts) < 0:
+        wrong = next(each for each in counts if not 0 <= each <= MAX_SAMPLES)
         message = f"n={str(wrong)[:20]} is not valid; ask for 1 to {MAX_SAMPLES} answers"
         return Rejection(400, Reason.UNSUPPORTED_VALUE, message, param="n")
     values = body.values
@@ -123,7 +125,7 @@ def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
         model=fields.model,
         stream=bool(fields.stream),
         prompt=prompt,
-        samples=max(1, *counts),
+        samples=most or 1,
         routed_rank_pin=_pin(values, ROUTED_RANK if ROUTED_RANK in values else OLD_RANK),
         prefill_rank_pin=_pin(values, PREFILL_RANK),
         priority=fields.priority or 0,

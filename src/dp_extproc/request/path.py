@@ -25,7 +25,7 @@ class Lookup(Enum):
     """Requests without a body."""
 
     ENGINE = "any engine can answer"
-    MODELS = "the service answers from what it knows"
+    MODELS = "the service answers itself"
 
 
 INFERENCE: Final = {api.value: api for api in Api}
