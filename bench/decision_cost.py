@@ -21,6 +21,8 @@ from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.records import RequestCost
 from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.request.path import Api
+from dp_extproc.scheduling.filters import EndpointFilter
+from dp_extproc.scheduling.pairing import Pairing
 from dp_extproc.scheduling.picker import Picker
 
 _IN_FLIGHT = 6
@@ -84,7 +86,7 @@ def measure(engines: int, ranks: int, host: HostPolicy, decisions: int) -> list[
     fleet = make_fleet(engines, ranks)
     rng = Random(1)
     picker = Picker(PolicySettings(host=host), LoadSignal.ESTIMATE, fleet.prefixes["*"], rng)
-    tracker = InFlightTracker(fleet)
+    filters, tracker = EndpointFilter(fleet), InFlightTracker(fleet)
     limit = engines * ranks * _IN_FLIGHT
     in_flight = []
     times = []
@@ -100,10 +102,10 @@ def measure(engines: int, ranks: int, host: HostPolicy, decisions: int) -> list[
             fleet.sampled(endpoint, make_page(fleet, endpoint), now, now)
         cost = RequestCost(float(rng.randint(200, 8000)))
         began = time.thread_time_ns()
-        prefills = fleet.capable("*", Role.PREFILL, Api.CHAT, now)
-        decodes = fleet.capable("*", Role.DECODE, Api.CHAT, now)
-        pair = picker.pair(prefills, decodes, cost, now)
-        attempt = tracker.open(pair.prefill, pair.decode, cost, now)
+        prefills = filters.capable("*", Role.PREFILL, Api.CHAT, now)
+        decodes = filters.capable("*", Role.DECODE, Api.CHAT, now)
+        targets = picker.pick(Pairing(prefills, decodes), cost, now)
+        attempt = tracker.open(targets.prefill, targets.decode, cost, now)
         elapsed = time.thread_time_ns() - began
         in_flight.append(attempt)
         if number >= limit:

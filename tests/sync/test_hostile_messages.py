@@ -56,8 +56,8 @@ class Target:
 
     def __init__(self) -> None:
         self.fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
-        open_foreign = self.fleet.dispatcher.ledger.open_peer
-        self.replica = Replica(Outbox("own"), self, open_foreign, clock=self.fleet.clock, silence=3.0)
+        open_peer = self.fleet.dispatcher.tracker.open_peer
+        self.replica = Replica(Outbox("own"), self, open_peer, clock=self.fleet.clock, silence=3.0)
         self.telemetry = Telemetry(self.fleet.load, self.fleet.clock)
         self.telemetry.add(SyncMetrics(self.replica.status))
 

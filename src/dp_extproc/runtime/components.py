@@ -83,7 +83,7 @@ class Components:
             draw_token=partial(secrets.token_hex, _TOKEN_BYTES),
             clock=clock,
             signal=config.load.signal,
-            observer=NO_LISTENER if config.sync is None else outbox,
+            listener=NO_LISTENER if config.sync is None else outbox,
             admission=config.admission,
             queue=self._queue,
             sees_first_events=config.supervision.mode is Supervise.FIRST_EVENT,
@@ -91,7 +91,7 @@ class Components:
         )
         self._replica: Replica | None = None
         if config.sync is not None:
-            self._replica = join(config.sync, outbox, self._dispatcher.ledger.open_peer, clock=clock)
+            self._replica = join(config.sync, outbox, self._dispatcher.tracker.open_peer, clock=clock)
             self.telemetry.add(SyncMetrics(self._replica.status))
         picks = config.protocol is Protocol.ENDPOINT_PICKER
         self.service = ExtProcService(
