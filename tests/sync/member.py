@@ -13,7 +13,7 @@ from pathlib import Path
 from dp_extproc.config import SyncSettings
 from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.transport.replica import join
-from sync.books import PeerRequests, record_to
+from sync.peer_requests import PeerRequests, record_to
 
 PATIENCE = 20.0
 """Seconds that a test waits for a condition."""

@@ -11,7 +11,7 @@ from dp_extproc.sync import messages
 from dp_extproc.sync.messages import Batch, Ended, FirstToken, Placed, PrefillAnswered, Snapshot, decode
 from dp_extproc.sync.outbox import HEARTBEAT, Outbox
 from dp_extproc.sync.peers import REQUEST_AGAIN_SECONDS, Peers
-from sync.books import PeerRequests, RecordedRequest, record_to
+from sync.peer_requests import PeerRequests, RecordedRequest, record_to
 
 PEER_TIMEOUT = 1e9
 """No peer is gone here."""

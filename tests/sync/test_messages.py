@@ -25,7 +25,7 @@ from dp_extproc.sync.messages import (
     encode,
     split_events,
 )
-from sync.books import RECORD, record_to
+from sync.peer_requests import RECORD, record_to
 
 EVENTS: tuple[Event, ...] = (Placed(7, 1.5, RECORD), PrefillAnswered(7, 1.75), FirstToken(7, 1.8), Ended(7, 2.0))
 

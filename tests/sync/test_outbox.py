@@ -11,7 +11,7 @@ from dp_extproc.sync.messages import (
     decode,
 )
 from dp_extproc.sync.outbox import HEARTBEAT, Outbox
-from sync.books import RECORD, record_to
+from sync.peer_requests import RECORD, record_to
 
 
 def started() -> Outbox:

@@ -6,7 +6,7 @@ import pytest
 
 from dp_extproc.sync.messages import Batch, Ended, Event, FirstToken, Placed, PrefillAnswered, Snapshot
 from dp_extproc.sync.peers import FIRST_REQUEST_SECONDS, REQUEST_AGAIN_SECONDS, Peers
-from sync.books import PeerRequests, record_to
+from sync.peer_requests import PeerRequests, record_to
 
 PEER_TIMEOUT = 3.0
 

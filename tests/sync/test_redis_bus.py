@@ -15,9 +15,9 @@ import redis.asyncio
 
 from dp_extproc.lab.testbed.ports import free_port
 from dp_extproc.sync.messages import VERSION
-from sync.books import record_to
 from sync.hostile import hostile_messages
 from sync.member import Member, in_background, running, until
+from sync.peer_requests import record_to
 from sync.processes import MemberProcess, RedisProcess, redis_server
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from sync.books import record_to
 from sync.hostile import hostile_messages
 from sync.member import PATIENCE, Member, running, until
+from sync.peer_requests import record_to
 from sync.processes import MemberProcess
 
 

@@ -9,10 +9,10 @@ from dp_extproc.lab.engine.scheduler.costs import Costs
 from dp_extproc.lab.engine.scheduler.group import Group
 from dp_extproc.lab.engine.scheduler.rank import Limits, Rank
 from dp_extproc.lab.engine.scheduler.work import Role, Stage, Work
+from dp_extproc.lab.simulate.engines import DecodeServer
 from dp_extproc.lab.simulate.fleet import Fleet, Surroundings
 from dp_extproc.lab.simulate.outcome import Outcome, RunResult
 from dp_extproc.lab.simulate.routers import Clairvoyant, EnginesOwn, Ours
-from dp_extproc.lab.simulate.servers import DecodeServer
 from dp_extproc.lab.simulate.simulation import Placement, Simulation
 from dp_extproc.lab.workload.generate import NAMES, make_trace
 from dp_extproc.lab.workload.trace import Segment, TraceRequest

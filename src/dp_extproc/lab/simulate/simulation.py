@@ -10,9 +10,9 @@ from typing import Protocol
 
 from dp_extproc.engines.model import LoadPage, Role
 from dp_extproc.lab.engine.scheduler.work import Work
+from dp_extproc.lab.simulate.engines import DecodeServer, PrefillServer
 from dp_extproc.lab.simulate.fleet import Fleet, Surroundings
 from dp_extproc.lab.simulate.outcome import Outcome, RunResult
-from dp_extproc.lab.simulate.servers import DecodeServer, PrefillServer
 from dp_extproc.lab.workload.trace import TraceRequest
 
 
