@@ -56,17 +56,17 @@ def make_fleet(servers: int, ranks: int) -> LoadCache:
 def make_page(fleet: LoadCache, endpoint: Endpoint) -> LoadPage:
     """Tell of an engine what is on our books, and of somebody else on every fourth rank."""
     samples = []
-    for rank in fleet.hosts[endpoint.url].ranks:
+    for rank in fleet.by_url[endpoint.url].ranks:
         others = rank.index % 4 == 0
-        tokens = round(rank.own_tokens) + 1000 * others
+        tokens = round(rank.reserved_tokens) + 1000 * others
         samples.append(
             RankSample(
                 rank.index,
                 tokens,
                 total_tokens=tokens,
                 waiting_uncached_tokens=tokens,
-                running_requests=round(rank.own_requests) + others,
-                tokens_per_second=50.0 * max(1, round(rank.own_requests)),
+                running_requests=round(rank.reserved_requests) + others,
+                tokens_per_second=50.0 * max(1, round(rank.reserved_requests)),
                 capacity_tokens=1 << 22,
                 age=0.0,
             )

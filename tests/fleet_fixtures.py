@@ -130,4 +130,4 @@ class Fleet:
         self.load.sampled(endpoint, LoadPage(samples(tokens, age)), self.clock(), self.clock())
 
     def host(self, role: Role, number: int = 1) -> EndpointLoad:
-        return self.load.hosts[make_endpoint(role, number).url]
+        return self.load.by_url[make_endpoint(role, number).url]

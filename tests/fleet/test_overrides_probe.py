@@ -125,14 +125,14 @@ def test_the_books_stay() -> None:
     fleet = LoadCache([endpoint], 5.0)
     for reads in (None, True, None, False, True):
         fleet.discovered(endpoint, "10.0.0.1:1", replace(facts, reads_overrides=reads), 1.0)
-        host = fleet.hosts[endpoint.url]
+        host = fleet.by_url[endpoint.url]
         host.ranks[2].picks += 1
         assert bool(host.capabilities.overrides_on) is (reads is True)
         assert host.facts.reads_overrides is reads
 
-    assert fleet.hosts[endpoint.url].ranks[2].picks == 5
+    assert fleet.by_url[endpoint.url].ranks[2].picks == 5
     fleet.discovered(endpoint, "10.0.0.1:1", replace(facts, dp_ranks=8, reads_overrides=True), 2.0)
-    assert fleet.hosts[endpoint.url].ranks[2].picks == 0
+    assert fleet.by_url[endpoint.url].ranks[2].picks == 0
 
 
 async def _facts() -> EngineFacts:

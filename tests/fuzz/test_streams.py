@@ -34,7 +34,7 @@ async def _play(script: list[Say | End | Wait], mode: Supervise) -> None:
         _judge(stream.context.answers(), stream.said)
     assert not stage.service._links
     assert len(stage.queue) == 0
-    for host in stage.fleet.load.hosts.values():
+    for host in stage.fleet.load.by_url.values():
         assert all(not rank.open for rank in host.ranks)
         assert sum(rank.tokens for rank in host.ranks) == 0
     sweeper.cancel()

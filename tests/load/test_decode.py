@@ -43,9 +43,9 @@ def test_an_old_sample_teaches_nothing_anew() -> None:
     for rate in (1000.0, 1000.0, 500.0):
         group.ranks[0].absorb(RankSample(0, 0, running_requests=20, tokens_per_second=rate), NOW, NOW)
     before = group.pace.told
-    group.forget_others(NOW + 60)
+    group.forget_external(NOW + 60)
 
-    assert group.others_requests == 0
+    assert group.external_requests == 0
     assert group.pace.told == before
 
 
@@ -87,8 +87,8 @@ def test_what_is_older_than_any_sequence_can_be_goes(capacity: int | None, hours
     before = group.requests
     group.survey(NOW + 3600 * (hours + 0.1))
 
-    assert (before, group.requests, group.written_off) == (1, 0, 1)
-    assert group.loads[0] == group.others[0]
+    assert (before, group.requests, group.expired) == (1, 0, 1)
+    assert group.loads[0] == group.external[0]
 
 
 def test_what_others_cause_comes_on_top_with_its_sequences() -> None:
@@ -99,8 +99,8 @@ def test_what_others_cause_comes_on_top_with_its_sequences() -> None:
     at = NOW + 30
     group.ranks[0].absorb(RankSample(0, used_tokens=4000, total_tokens=5000, running_requests=4), at, at)
 
-    assert group.others[0] == pytest.approx(5000 - 1300 + 3 * 1000)
-    assert group.loads[0] == pytest.approx(group.others[0] + 1300 + 1000)
+    assert group.external[0] == pytest.approx(5000 - 1300 + 3 * 1000)
+    assert group.loads[0] == pytest.approx(group.external[0] + 1300 + 1000)
 
 
 def test_a_worker_counts_a_prompt_twice_until_it_is_computed() -> None:
@@ -221,8 +221,8 @@ def test_a_late_sample_corrects_only_what_is_still_open(ended: int, reported: in
     absorb([(rank, sample, NOW + 1)], 1, NOW + 3)
 
     still_open = 2 - ended
-    assert rank.others == (reported - 2000) / 2 * still_open
-    assert rank.own_tokens == 2000 * still_open
+    assert rank.external_tokens == (reported - 2000) / 2 * still_open
+    assert rank.reserved_tokens == 2000 * still_open
     assert rank.tokens == (reported + 2000) / 2 * still_open
 
 

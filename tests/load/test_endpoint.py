@@ -36,10 +36,10 @@ def test_load_of_others_adds_to_our_own(fleet: Fleet) -> None:
     fleet.clock.now += 1
     host.reserve(0, 500, fleet.clock())
     fleet.clock.now += 1
-    fleet.sample(host.endpoint, [700, 0, 0, 90])
+    fleet.sample(host.configured, [700, 0, 0, 90])
 
     assert [rank.tokens for rank in host.ranks] == [700, 0, 0, 90]
-    assert [rank.others for rank in host.ranks] == [200, 0, 0, 90]
+    assert [rank.external_tokens for rank in host.ranks] == [200, 0, 0, 90]
 
 
 def test_a_sample_taken_before_a_pick_does_not_erase_it(fleet: Fleet) -> None:
@@ -48,7 +48,7 @@ def test_a_sample_taken_before_a_pick_does_not_erase_it(fleet: Fleet) -> None:
     fleet.clock.now += 1
     host.reserve(0, 500, fleet.clock())
     fleet.clock.now += 1
-    fleet.sample(host.endpoint, [300, 0, 0, 0], age=1.5)
+    fleet.sample(host.configured, [300, 0, 0, 0], age=1.5)
 
     assert host.ranks[0].tokens == 800
 
@@ -60,7 +60,7 @@ def test_a_request_that_ended_after_the_sample_is_not_taken_for_load_of_others(f
     (reservation,) = host.reserve(0, 500, fleet.clock())
     fleet.clock.now += 2
     reservation.release(fleet.clock())
-    fleet.sample(host.endpoint, [500, 0, 0, 0], age=1.0)
+    fleet.sample(host.configured, [500, 0, 0, 0], age=1.0)
 
     assert host.ranks[0].tokens == 0
 
@@ -72,7 +72,7 @@ def test_a_request_that_ended_before_the_sample_explains_nothing_in_it(fleet: Fl
     fleet.clock.now += 1
     reservation.release(fleet.clock())
     fleet.clock.now += 1
-    fleet.sample(host.endpoint, [400, 0, 0, 0])
+    fleet.sample(host.configured, [400, 0, 0, 0])
 
     assert host.ranks[0].tokens == 400
 
@@ -83,7 +83,7 @@ def test_a_gauge_that_shows_less_than_our_books_erases_nothing(fleet: Fleet) -> 
     host.reserve(1, 800, fleet.clock())
     fleet.clock.now += 1
     page = LoadPage((RankSample(1, used_tokens=100, age=0.0),))
-    fleet.load.sampled(host.endpoint, page, fleet.clock(), fleet.clock())
+    fleet.load.sampled(host.configured, page, fleet.clock(), fleet.clock())
 
     assert host.ranks[1].tokens == 800
 
@@ -95,8 +95,8 @@ def test_a_reservation_is_released_once(fleet: Fleet) -> None:
     for reservation in (*reservations, *reservations):
         reservation.release(fleet.clock())
 
-    assert host.ranks[3].own_tokens == 0
-    assert host.ranks[3].own_requests == 0
+    assert host.ranks[3].reserved_tokens == 0
+    assert host.ranks[3].reserved_requests == 0
 
 
 def test_a_rank_that_the_engine_picks_is_shared_by_all(fleet: Fleet) -> None:
@@ -118,29 +118,29 @@ class TestGaugesWithoutTimeStamps:
     def test_an_unchanged_gauge_explains_no_newer_requests(self, fleet: Fleet) -> None:
         """A frozen gauge stays a sample of the past: what was sent since is on top of it."""
         host = fleet.host(Role.DECODE)
-        fleet.sample(host.endpoint, [600, 0, 0, 0], age=None)
+        fleet.sample(host.configured, [600, 0, 0, 0], age=None)
         fleet.clock.now += 1
-        fleet.sample(host.endpoint, [600, 0, 0, 1], age=None)
+        fleet.sample(host.configured, [600, 0, 0, 1], age=None)
         fleet.clock.now += 1
         host.reserve(0, 500, fleet.clock())
         fleet.clock.now += 1
-        fleet.sample(host.endpoint, [600, 0, 0, 1], age=None)
+        fleet.sample(host.configured, [600, 0, 0, 1], age=None)
         fleet.clock.now += 1
-        fleet.sample(host.endpoint, [600, 0, 0, 1], age=None)
+        fleet.sample(host.configured, [600, 0, 0, 1], age=None)
 
         assert host.ranks[0].tokens == 1100
 
     def test_a_changed_gauge_is_younger_than_the_page_before(self, fleet: Fleet) -> None:
         """A value that moved was taken after the page before was; what had been sent by then is in it."""
         host = fleet.host(Role.DECODE)
-        fleet.sample(host.endpoint, [0, 0, 0, 0], age=None)
+        fleet.sample(host.configured, [0, 0, 0, 0], age=None)
         host.reserve(0, 500, fleet.clock())
         fleet.clock.now += 1
-        fleet.sample(host.endpoint, [0, 0, 0, 0], age=None)
+        fleet.sample(host.configured, [0, 0, 0, 0], age=None)
         fleet.clock.now += 1
-        fleet.sample(host.endpoint, [600, 0, 0, 0], age=None)
+        fleet.sample(host.configured, [600, 0, 0, 0], age=None)
 
-        assert host.ranks[0].others == 100
+        assert host.ranks[0].external_tokens == 100
 
 
 class TestFreshness:
@@ -154,7 +154,7 @@ class TestFreshness:
         fleet = self._two()
         host = fleet.host(Role.PREFILL)
         states = [host.freshness(fleet.clock(), 5.0)]
-        fleet.sample(host.endpoint, [0] * 4)
+        fleet.sample(host.configured, [0] * 4)
         states.append(host.freshness(fleet.clock(), 5.0))
         fleet.clock.now += 5.1
         states.append(host.freshness(fleet.clock(), 5.0))
@@ -164,14 +164,14 @@ class TestFreshness:
     def test_a_fresh_host_is_preferred_however_loaded(self) -> None:
         """A host that is known to be loaded gets the request, not one that nothing is known of."""
         fleet = self._two()
-        fleet.sample(fleet.host(Role.PREFILL, 2).endpoint, [90_000] * 4)
+        fleet.sample(fleet.host(Role.PREFILL, 2).configured, [90_000] * 4)
 
         assert fleet.load.eligible("*", Role.PREFILL, fleet.clock()) == [fleet.host(Role.PREFILL, 2)]
 
     def test_a_stale_host_is_preferred_to_an_unknown_one(self) -> None:
         """Old knowledge is better than none."""
         fleet = self._two()
-        fleet.sample(fleet.host(Role.PREFILL, 2).endpoint, [0] * 4)
+        fleet.sample(fleet.host(Role.PREFILL, 2).configured, [0] * 4)
         fleet.clock.now += 60
 
         assert fleet.load.eligible("*", Role.PREFILL, fleet.clock()) == [fleet.host(Role.PREFILL, 2)]
@@ -188,9 +188,9 @@ class TestFreshness:
         """There is no need to wait for the sample of a dead server to grow old; one good page brings it back."""
         fleet = Fleet(prefills=[PREFILL, PREFILL], decodes=[DECODE])
         dead = fleet.host(Role.PREFILL, 1)
-        fleet.load.failed(dead.endpoint, EngineFailure(FailureKind.REFUSED, "refused"), fleet.clock())
+        fleet.load.failed(dead.configured, EngineFailure(FailureKind.REFUSED, "refused"), fleet.clock())
         without = fleet.load.eligible("*", Role.PREFILL, fleet.clock())
-        fleet.sample(dead.endpoint, [0] * 4)
+        fleet.sample(dead.configured, [0] * 4)
 
         assert without == [fleet.host(Role.PREFILL, 2)]
         assert dead in fleet.load.eligible("*", Role.PREFILL, fleet.clock())
@@ -200,7 +200,7 @@ class TestFreshness:
         fleet = Fleet(prefills=[PREFILL, PREFILL], decodes=[DECODE])
         answering, silent = fleet.host(Role.PREFILL, 1), fleet.host(Role.PREFILL, 2)
         attempts = [
-            InFlight(number, fleet.clock(), host.reserve(0, 100, fleet.clock()), (), prefill_host=host)
+            InFlight(number, fleet.clock(), host.reserve(0, 100, fleet.clock()), (), prefill_endpoint=host)
             for number, host in enumerate((answering, silent))
         ]
         fleet.clock.now += 4
@@ -218,7 +218,7 @@ class TestFreshness:
         """A slow page is no reason to turn away: the last sample is still young."""
         fleet = Fleet(prefills=[PREFILL, PREFILL], decodes=[DECODE])
         slow = fleet.host(Role.PREFILL, 1)
-        fleet.load.failed(slow.endpoint, EngineFailure(FailureKind.TIMEOUT, "slow"), fleet.clock())
+        fleet.load.failed(slow.configured, EngineFailure(FailureKind.TIMEOUT, "slow"), fleet.clock())
 
         assert slow in fleet.load.eligible("*", Role.PREFILL, fleet.clock())
 
@@ -237,14 +237,14 @@ def test_what_others_cause_is_forgotten_when_it_was_told_long_ago(
     """
     fleet = Fleet(prefills=[PREFILL], decodes=[DECODE])
     host = fleet.host(role)
-    fleet.sample(host.endpoint, [20_000, 0, 0, 0])
+    fleet.sample(host.configured, [20_000, 0, 0, 0])
     told = host.tokens
     host.reserve(1, 300, fleet.clock())
     own = host.tokens - told
     fleet.clock.now += seconds
-    fleet.load.failed(host.endpoint, EngineFailure(kind, "away"), fleet.clock())
+    fleet.load.failed(host.configured, EngineFailure(kind, "away"), fleet.clock())
     after, requests = host.tokens, host.requests
-    fleet.sample(host.endpoint, [20_000, 300, 0, 0])
+    fleet.sample(host.configured, [20_000, 300, 0, 0])
 
     assert after == (own if is_forgotten else told + own)
     assert requests == (1 if is_forgotten else 2)
@@ -255,7 +255,7 @@ def test_a_restarted_engine_starts_with_empty_books(fleet: Fleet) -> None:
     """An engine that has become another one owes nothing; releases of its former life disturb nothing."""
     before = fleet.host(Role.PREFILL)
     (reservation,) = before.reserve(0, 500, fleet.clock())
-    fleet.load.discovered(before.endpoint, "10.0.0.1:31001", make_facts(Role.PREFILL, ranks=2), fleet.clock())
+    fleet.load.discovered(before.configured, "10.0.0.1:31001", make_facts(Role.PREFILL, ranks=2), fleet.clock())
     after = fleet.host(Role.PREFILL)
     reservation.release(fleet.clock())
 
@@ -265,7 +265,7 @@ def test_a_restarted_engine_starts_with_empty_books(fleet: Fleet) -> None:
 
 def test_ranks_that_the_server_does_not_have_are_left_out(fleet: Fleet) -> None:
     """A load page cannot invent ranks."""
-    fleet.sample(fleet.host(Role.PREFILL).endpoint, [1, 2, 3, 4, 5, 6])
+    fleet.sample(fleet.host(Role.PREFILL).configured, [1, 2, 3, 4, 5, 6])
 
     assert [rank.tokens for rank in fleet.host(Role.PREFILL).ranks] == [1, 2, 3, 4]
 
@@ -298,7 +298,7 @@ class TestAnAbsurdPace:
             rate = 500.0 if number < 10 else absurd  # 20 ms for each token of ten sequences
             page = LoadPage((RankSample(0, 0, running_requests=10, tokens_per_second=rate, age=0.0),))
             for _ in range(200):
-                fleet.load.sampled(host.endpoint, page, fleet.clock(), fleet.clock())
+                fleet.load.sampled(host.configured, page, fleet.clock(), fleet.clock())
         compare_pace(fleet.load.eligible("*", Role.DECODE, fleet.clock()))
         return fleet
 
@@ -385,19 +385,21 @@ class TestRanksThatEnginesPick:
         for _ in range(4):
             host.reserve(None, 1000, fleet.clock())
         fleet.clock.now += 1
-        fleet.load.sampled(host.endpoint, self._page(told), fleet.clock(), fleet.clock())
+        fleet.load.sampled(host.configured, self._page(told), fleet.clock(), fleet.clock())
 
-        assert sum(rank.others_requests for rank in host.ranks) == pytest.approx(others)
-        assert sum(rank.others for rank in host.ranks) == pytest.approx(others * 1000)
+        assert sum(rank.external_requests for rank in host.ranks) == pytest.approx(others)
+        assert sum(rank.external_tokens for rank in host.ranks) == pytest.approx(others * 1000)
 
     def test_one_empty_rank_has_lost_nothing(self, fleet: Fleet) -> None:
         """It never had what another one works on; a server that is empty altogether has."""
         host = fleet.host(Role.DECODE)
         host.reserve(None, 1000, fleet.clock())
         fleet.clock.now += 60
-        fleet.load.sampled(host.endpoint, self._page([(1, 1000), (0, 0), (0, 0), (0, 0)]), fleet.clock(), fleet.clock())
+        fleet.load.sampled(
+            host.configured, self._page([(1, 1000), (0, 0), (0, 0), (0, 0)]), fleet.clock(), fleet.clock()
+        )
         before = host.requests
-        fleet.load.sampled(host.endpoint, self._page([(0, 0)] * 4), fleet.clock(), fleet.clock())
+        fleet.load.sampled(host.configured, self._page([(0, 0)] * 4), fleet.clock(), fleet.clock())
 
         assert (before, host.requests) == (1, 0)
 
@@ -435,9 +437,9 @@ class TestPrefixesOfARestartedEngine:
         """Nobody listens any more; a slow page alone tells nothing."""
         host = fleet.host(Role.PREFILL)
         fleet.load.prefixes["*"].note(host.ranks[1], self.PREFIX, 1000, None)
-        fleet.load.failed(host.endpoint, EngineFailure(FailureKind.TIMEOUT, "slow"), fleet.clock())
+        fleet.load.failed(host.configured, EngineFailure(FailureKind.TIMEOUT, "slow"), fleet.clock())
         before = self._held(fleet)
-        fleet.load.failed(host.endpoint, EngineFailure(FailureKind.REFUSED, "refused"), fleet.clock())
+        fleet.load.failed(host.configured, EngineFailure(FailureKind.REFUSED, "refused"), fleet.clock())
 
         assert (before, self._held(fleet)) == (1000, 0)
 
@@ -450,7 +452,7 @@ class TestPrefixesOfARestartedEngine:
             page = replace(LoadPage(samples([0] * 4)), **{field: count})  # type: ignore[arg-type]
             if count != 500:
                 fleet.load.prefixes["*"].note(host.ranks[1], self.PREFIX, 1000, None)
-            fleet.load.sampled(host.endpoint, page, fleet.clock(), fleet.clock())
+            fleet.load.sampled(host.configured, page, fleet.clock(), fleet.clock())
             held.append(self._held(fleet))
 
         assert held == [1000, 1000, 1000, 0]
@@ -485,8 +487,8 @@ def test_only_who_could_not_be_reached_comes_back(failures: list[EngineFailure],
         host.health.failed(fleet.clock())
     for _ in range(3):
         for failure in failures:
-            fleet.load.failed(host.endpoint, failure, fleet.clock())
-        fleet.sample(host.endpoint, [0] * 4)
+            fleet.load.failed(host.configured, failure, fleet.clock())
+        fleet.sample(host.configured, [0] * 4)
 
     assert host.health.is_ejected(fleet.clock()) is not comes_back
     assert bool(fleet.load.unhealthy) is not comes_back

@@ -293,7 +293,7 @@ class TestOthers:
         group.ranks[0].reserve(300, NOW)
         sample(group.ranks[0], NOW + 1, waiting_requests=3, **fields)
 
-        assert group.others == [others]
+        assert group.external == [others]
         assert group.loads == [others + 75]
 
     def test_what_is_computed_explains_nothing(self) -> None:
@@ -310,7 +310,7 @@ class TestOthers:
         group.ranks[0].reserve(300, NOW)
         sample(group.ranks[0], NOW + 1, waiting_uncached_tokens=1200, waiting_requests=1)
 
-        assert group.others == [0]
+        assert group.external == [0]
 
     def test_an_empty_engine_has_lost_what_was_sent_long_ago(self) -> None:
         """Requests that no event ended are written off once the engine shows that it has nothing at all."""
@@ -319,7 +319,7 @@ class TestOthers:
         group.ranks[0].reserve(300, NOW + 20)
         sample(group.ranks[0], NOW + 21)
 
-        assert group.written_off == 1
+        assert group.expired == 1
         assert group.requests == 1
 
 

@@ -46,7 +46,7 @@ def test_a_server_that_is_left_out_gets_nothing_more_and_keeps_its_books_until_t
     reconfigure(fleet, stays)
 
     assert {target(place(fleet)) for _ in range(10)} == {address_of(stays).encode()}
-    assert [(host.endpoint.url, host.reservations) for host in fleet.load.draining] == [(gone.url, 1)]
+    assert [(host.url, host.reservations) for host in fleet.load.draining] == [(gone.url, 1)]
     assert first.in_flight is not None
     first.in_flight.first_byte(200, fleet.clock())
     first.in_flight.end(fleet.clock())
@@ -74,7 +74,7 @@ def test_a_server_that_comes_back_before_its_last_request_ends_has_its_books_aga
     reconfigure(fleet, stays)
     reconfigure(fleet, *both)
 
-    assert fleet.load.hosts[gone.url].reservations == 1
+    assert fleet.load.by_url[gone.url].reservations == 1
     assert fleet.load.draining == []
 
 
@@ -86,9 +86,9 @@ def test_a_server_in_another_role_begins_anew() -> None:
     new = Endpoint(old.url, old.host, old.port, old.pool, Role.DECODE)
     fleet.load.update([new], 5.0)
 
-    assert fleet.load.hosts == {}
+    assert fleet.load.by_url == {}
     fleet.load.discovered(new, address_of(new), make_facts(Role.DECODE), fleet.clock())
-    assert fleet.load.hosts[new.url].reservations == 0
+    assert fleet.load.by_url[new.url].reservations == 0
     assert first.in_flight is not None
     first.in_flight.end(fleet.clock())
     assert fleet.load.draining == []
@@ -146,14 +146,14 @@ def test_a_server_that_moves_to_another_pool_keeps_its_books_alone() -> None:
     index = fleet.load.prefixes["*"]
     fleet.load.update([stays, replace(moves, pool="other")], 5.0)
 
-    assert fleet.load.hosts[moves.url].reservations == 1
+    assert fleet.load.by_url[moves.url].reservations == 1
     assert fleet.load.prefixes["*"] is index
     assert fleet.load.prefixes["other"] is not index
     request = read_body(Api.GENERATE, BODY)
     assert isinstance(request, InferenceRequest)
     held_by = index.held(prefix_of(request), 100, None).by_slot.keys()
     assert held_by
-    assert held_by.isdisjoint(fleet.load.hosts[moves.url].ranks)
+    assert held_by.isdisjoint(fleet.load.by_url[moves.url].ranks)
 
 
 def test_an_engine_that_has_become_another_leaves_its_requests_on_the_old_books() -> None:
@@ -198,7 +198,7 @@ def test_the_health_of_a_server_that_leaves_is_dropped() -> None:
     first = place(fleet)
     both = tuple(fleet.endpoints)
     gone, stays = sorted(both, key=lambda each: address_of(each).encode() != target(first))
-    host = fleet.load.hosts[gone.url]
+    host = fleet.load.by_url[gone.url]
 
     def fails() -> None:
         for _ in range(DEFAULT_HEALTH.consecutive_failures):
@@ -211,7 +211,7 @@ def test_the_health_of_a_server_that_leaves_is_dropped() -> None:
     fails()  # the request that it still has
     assert fleet.load.unhealthy == []
     reconfigure(fleet, *both)
-    assert fleet.load.hosts[gone.url] is host
+    assert fleet.load.by_url[gone.url] is host
     assert not host.health.is_ejected(fleet.clock())
     fails()
     assert fleet.load.unhealthy == [host]

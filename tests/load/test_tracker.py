@@ -66,7 +66,7 @@ def test_what_another_replica_has_sent_counts_like_ours(fleet: Fleet) -> None:
     """On both ranks, until it ends; what is told of it is told to nobody else."""
     witness = Witness()
     dispatch = PlacementRecord("*", RequestCost(100.0), DECODE, 3, PREFILL, 2)
-    attempt = InFlightTracker(fleet.load, witness).open_foreign(dispatch, NOW)
+    attempt = InFlightTracker(fleet.load, witness).open_peer(dispatch, NOW)
     loads = fleet.host(Role.PREFILL).ranks[2].tokens, fleet.host(Role.DECODE).ranks[3].tokens
     attempt.end(NOW + 1)
 
@@ -85,7 +85,7 @@ def test_what_another_replica_has_sent_counts_like_ours(fleet: Fleet) -> None:
 )
 def test_what_is_not_known_here_is_left_out(fleet: Fleet, dispatch: PlacementRecord) -> None:
     """Replicas may differ in what they have discovered; nothing is booked where nothing is."""
-    attempt = InFlightTracker(fleet.load).open_foreign(dispatch, NOW)
+    attempt = InFlightTracker(fleet.load).open_peer(dispatch, NOW)
 
     assert requests(fleet) == (0, 0)
     attempt.end(NOW + 1)

@@ -97,7 +97,7 @@ class Hostile:
     def show(self, role: Role, number: int, read: Callable[[bytes], LoadPage], page: bytes) -> None:
         """Let an engine print a load page."""
         endpoint, now = make_endpoint(role, number), self.fleet.clock()
-        host = self.fleet.load.hosts[endpoint.url]
+        host = self.fleet.load.by_url[endpoint.url]
         try:
             self.telemetry.sampled(endpoint, without_foreign_ranks(read(page), host.facts), now, now)
         except ReaderError as error:

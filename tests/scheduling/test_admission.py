@@ -110,7 +110,7 @@ class Single:
         return found
 
     def open(self) -> list[float]:
-        return [rank.own_requests for rank in self.fleet.host(Role.WORKER).ranks]
+        return [rank.reserved_requests for rank in self.fleet.host(Role.WORKER).ranks]
 
 
 def test_a_batch_counts_as_many_requests() -> None:
@@ -253,7 +253,7 @@ class TestWhoWaitsIsCalled:
     def test_when_a_request_of_another_process_is_over(self) -> None:
         """What others send is on the books like our own."""
         url = make_endpoint(Role.DECODE).url
-        foreign = self.small.dispatcher.ledger.open_foreign(PlacementRecord("*", RequestCost(10.0), url, 0), 1000.0)
+        foreign = self.small.dispatcher.ledger.open_peer(PlacementRecord("*", RequestCost(10.0), url, 0), 1000.0)
         self.wait()
         foreign.end(1001.0)
         assert self.calls == 1

@@ -52,7 +52,7 @@ def numbers(fleet: Fleet, decision: SchedulingResult) -> tuple[int, int]:
     """Tell which prefill and which decode server a request goes to, each counted from 1."""
     assert isinstance(decision, Decision), decision
     headers = dict(decision.headers)
-    by_address = {host.address.encode(): host for host in fleet.load.hosts.values()}
+    by_address = {host.address.encode(): host for host in fleet.load.by_url.values()}
     prefill, decode = (by_address[headers[name]] for name in (contract.PREFILL_HOST, contract.DECODE_HOST))
     assert difference(prefill.facts, decode.facts) is None
     return number_of(prefill), number_of(decode)
@@ -66,7 +66,7 @@ def read_ids(tokens: int) -> InferenceRequest:
 
 
 def number_of(host: EndpointLoad) -> int:
-    return int(host.endpoint.host.rpartition(".")[2])
+    return int(host.configured.host.rpartition(".")[2])
 
 
 def eject(fleet: Fleet, *hosts: EndpointLoad) -> None:
@@ -228,13 +228,13 @@ def test_no_trouble_leads_to_a_pair_that_differs(  # noqa: PLR0917 - one of each
 ) -> None:
     """Whoever is gone, ejected or has failed: a pair that agrees is placed if there is one, and none that does not."""
     fleet = make_fleet(prefills, decodes, seed=seed)
-    hosts = list(fleet.load.hosts.values())
+    hosts = list(fleet.load.by_url.values())
 
     def those(indices: Iterable[int]) -> list[EndpointLoad]:
         return [hosts[index] for index in indices if index < len(hosts)]
 
     for host in those(gone):
-        fleet.load.failed(host.endpoint, GONE, fleet.clock())
+        fleet.load.failed(host.configured, GONE, fleet.clock())
     eject(fleet, *those(ejected))
     attempts = tuple(frozenset(host.address for host in those(attempt)) for attempt in failed)
     can_be_placed = any(

@@ -35,7 +35,7 @@ def make_candidates(role: Role, loads: Sequence[Sequence[int]]) -> list[Candidat
     fleet = Fleet(prefills=prefills, decodes=decodes)
     hosts = [fleet.host(role, number) for number in range(1, len(loads) + 1)]
     for host, tokens in zip(hosts, loads, strict=True):
-        fleet.sample(host.endpoint, tokens)
+        fleet.sample(host.configured, tokens)
     return [host.candidate for host in hosts]
 
 
@@ -71,7 +71,7 @@ def test_round_robin_takes_all_of_many_hosts_in_turn() -> None:
     picks = []
     for _ in range(180):
         near = [host.candidate for host in policy.within_reach(hosts, NOTHING_HELD)]
-        picks.append(policy.pick(near, 100, fleet.clock())[0].host)
+        picks.append(policy.pick(near, 100, fleet.clock())[0].endpoint)
 
     assert picks == 3 * hosts
 
@@ -142,8 +142,8 @@ def test_power_of_two_never_takes_the_most_loaded_host(candidates: list[Candidat
 
 def test_least_requests_takes_the_host_with_the_fewest_for_each_rank(candidates: list[Candidate]) -> None:
     """Requests count, whatever their tokens: the host with one in flight loses to those without."""
-    candidates[2].host.reserve(0, 1, 1000.0)
-    candidates[0].host.reserve(0, 1, 1000.0)
+    candidates[2].endpoint.reserve(0, 1, 1000.0)
+    candidates[0].endpoint.reserve(0, 1, 1000.0)
 
     assert pick(make_policy(HostPolicy.LEAST_REQUESTS), candidates) == (1, 1)
 
@@ -238,7 +238,7 @@ class TestScraped:
         """Two picks of 300 against a gauge of 500: the first two go to the idle rank, the third not; then a report."""
         fleet = Fleet(prefills=[make_facts(Role.PREFILL, ranks=2)], decodes=[make_facts(Role.DECODE)])
         host = fleet.host(Role.PREFILL)
-        fleet.sample(host.endpoint, [0, 500])
+        fleet.sample(host.configured, [0, 500])
         policy = make_policy(HostPolicy.ROUND_ROBIN, signal=LoadSignal.SCRAPED)
 
         def place() -> int:
@@ -248,7 +248,7 @@ class TestScraped:
             return rank.index
 
         before = [place() for _ in range(3)]
-        fleet.sample(host.endpoint, [0, 500])  # the queue is in no gauge of used tokens
+        fleet.sample(host.configured, [0, 500])  # the queue is in no gauge of used tokens
 
         assert before == [0, 0, 1]
         assert place() == 0
@@ -352,7 +352,7 @@ class TestLockstepDecode:
     def test_who_is_there_already_counts(self) -> None:
         """Both would grow by 4000: with eight sequences that costs more than with two on slightly fuller ranks."""
         candidates = make_candidates(Role.DECODE, [[5000, 5000], [5200, 5200]])
-        candidates[0].host.groups[0].others_requests = 8
+        candidates[0].endpoint.groups[0].external_requests = 8
 
         assert pick(make_policy(HostPolicy.LOCKSTEP), candidates, 3000)[0] == 1
 
@@ -374,7 +374,7 @@ class TestLockstepDecode:
     def test_a_slow_server_counts_for_more(self) -> None:
         """With the same tokens, a token on the server that takes twice as long is twice as dear."""
         candidates = make_candidates(Role.DECODE, [[5000, 5000], [6000, 6000]])
-        for group in candidates[0].host.groups:
+        for group in candidates[0].endpoint.groups:
             group.slowness = 2.0
 
         assert pick(make_policy(HostPolicy.LOCKSTEP), candidates)[0] == 1
@@ -393,10 +393,10 @@ def test_in_a_large_fleet_only_some_hosts_are_compared_but_all_get_their_share()
     """A decision costs the same with a hundred hosts; whoever holds the prompt is among those compared."""
     candidates = make_candidates(Role.PREFILL, [[0, 0]] * 100)
     policy = make_policy(HostPolicy.LOCKSTEP)
-    hosts = [candidate.host for candidate in candidates]
+    hosts = [candidate.endpoint for candidate in candidates]
     near = [policy.within_reach(hosts, Held({}, 0.0)) for _ in range(400)]
     holder = hosts[70].ranks[1]
 
     assert {len(each) for each in near} == {REACH}
-    assert {host.endpoint.url for each in near for host in each} == {host.endpoint.url for host in hosts}
+    assert {host.url for each in near for host in each} == {host.url for host in hosts}
     assert all(hosts[70] in policy.within_reach(hosts, Held({holder: 10.0}, 0.0)) for _ in range(100))

@@ -83,7 +83,7 @@ def test_a_bootstrap_host_of_ipv6_is_in_brackets(
     """Releases up to 0.5.9 make a URL of it as it is; later ones take off what they do not need."""
     fleet = Fleet(prefills=[PREFILL], decodes=[DECODE], routing_fields=routing_fields)
     host = fleet.host(Role.PREFILL)
-    host.endpoint = replace(host.endpoint, host=url_host, bootstrap_host=configured)
+    host.configured = replace(host.configured, host=url_host, bootstrap_host=configured)
     decision = fleet.dispatcher.place(Api.GENERATE, json.dumps(GENERATE).encode())
 
     assert isinstance(decision, Decision)

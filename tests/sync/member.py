@@ -27,7 +27,7 @@ class Member:
         self.requests = PeerRequests()
         self.outbox = Outbox(name)
         settings = SyncSettings.model_validate({"url": url, "peer_timeout": f"{peer_timeout}s"})
-        self.replica = join(settings, self.outbox, self.requests.open_in_flight, clock=time.monotonic)
+        self.replica = join(settings, self.outbox, self.requests.open_peer, clock=time.monotonic)
         self.own: list[int] = []
         """Open attempts; the record of an attempt has its number as rank."""
         self._numbers = count(random.randrange(1 << 40))

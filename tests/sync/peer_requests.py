@@ -61,7 +61,7 @@ class PeerRequests:
 
     entries: list[RecordedRequest] = field(default_factory=list)
 
-    def open_in_flight(self, record: PlacementRecord, at: float) -> RecordedRequest:
+    def open_peer(self, record: PlacementRecord, at: float) -> RecordedRequest:
         """Open the reservations of an attempt."""
         self.entries.append(RecordedRequest(record, at))
         return self.entries[-1]

@@ -28,7 +28,7 @@ class Publishing(RuleBasedStateMachine):
         self.numbers = count(1)
         self.publisher = Outbox("publisher")
         self.requests = PeerRequests()
-        self.receiver = Peers(self.requests.open_in_flight, PEER_TIMEOUT)
+        self.receiver = Peers(self.requests.open_peer, PEER_TIMEOUT)
         self.open: dict[int, set[str]] = {}
         """What is true: the events so far of each open attempt."""
         self.after: dict[int, dict[int, set[str]]] = {0: {}}

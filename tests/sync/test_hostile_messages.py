@@ -57,8 +57,8 @@ class Receiver:
 
     def __init__(self) -> None:
         self.fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
-        open_in_flight = self.fleet.dispatcher.ledger.open_foreign
-        self.replica = Replica(Outbox("own"), self, open_in_flight, clock=self.fleet.clock, peer_timeout=3.0)
+        open_peer = self.fleet.dispatcher.ledger.open_peer
+        self.replica = Replica(Outbox("own"), self, open_peer, clock=self.fleet.clock, peer_timeout=3.0)
         self.telemetry = Telemetry(self.fleet.load, self.fleet.clock)
         self.telemetry.add(SyncMetrics(self.replica.status))
 
@@ -213,8 +213,8 @@ def test_cached_tokens_do_not_exceed_the_prompt() -> None:
     receiver.replica.receive(encode(Batch("peer", 1, 1000.0, (Placed(1, 1000.0, huge),))))
 
     ranks = receiver.fleet.host(Role.PREFILL).ranks
-    assert [rank.sent_tokens for rank in ranks] == [0.0] * 4
-    assert receiver.fleet.host(Role.PREFILL).held_tokens == 900.0
+    assert [rank.uncached_prompt_tokens for rank in ranks] == [0.0] * 4
+    assert receiver.fleet.host(Role.PREFILL).cached_prompt_tokens == 900.0
 
 
 def test_peer_attempt_is_at_most_a_day_old() -> None:
@@ -234,7 +234,7 @@ def test_errors_in_applying_are_logged_once(caplog: pytest.LogCaptureFixture) ->
     def fail(_dispatch: PlacementRecord, _at: float) -> Any:
         raise ZeroDivisionError("float division by zero")
 
-    receiver.replica._peers._open_in_flight = fail
+    receiver.replica._peers._open_peer = fail
     for _ in range(50):
         receiver.replica.receive(encode(batch(1)))
 

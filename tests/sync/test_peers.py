@@ -16,7 +16,7 @@ class World:
 
     def __init__(self) -> None:
         self.requests = PeerRequests()
-        self.peers = Peers(self.requests.open_in_flight, PEER_TIMEOUT)
+        self.peers = Peers(self.requests.open_peer, PEER_TIMEOUT)
 
     def batch(self, sequence: int, *events: Event, at: float = 0.0) -> None:
         self.peers.batch(Batch("a", sequence, 1000.0 + at, events), at)
@@ -230,7 +230,7 @@ def test_events_of_unknown_attempts_are_counted(world: World) -> None:
 def test_peers_may_use_the_same_numbers() -> None:
     """The end of an attempt is not the end of a peer's attempt of the same number."""
     requests = PeerRequests()
-    peers = Peers(requests.open_in_flight, PEER_TIMEOUT)
+    peers = Peers(requests.open_peer, PEER_TIMEOUT)
     for rank, replica in enumerate(("a", "b")):
         peers.batch(Batch(replica, 1, 1000.0, (Placed(1, 1000.0, record_to(rank)),)), 0.0)
     peers.batch(Batch("a", 2, 1000.0, (Ended(1, 1000.0),)), 0.1)

@@ -41,7 +41,7 @@ class Service:
             clock=self.fleet.clock,
             observer=self.outbox,
         )
-        self.peers = Peers(self.dispatcher.ledger.open_foreign, 3.0)
+        self.peers = Peers(self.dispatcher.ledger.open_peer, 3.0)
         self._prompts = count()
 
     def place(self, body: bytes | None = None) -> tuple[InFlight, int, int]:
@@ -189,7 +189,7 @@ def test_all_replicas_estimate_the_token_ratio() -> None:
         for service in services:
             page = LoadPage((RankSample(0, 0, age=0.0),), prompt_tokens=counted)
             service.fleet.clock.now = 1000.0 + second
-            service.fleet.load.sampled(host.endpoint, page, service.fleet.clock(), service.fleet.clock())
+            service.fleet.load.sampled(host.configured, page, service.fleet.clock(), service.fleet.clock())
 
     ratios = [service.fleet.load.ratios["*"].bytes_per_token for service in services]
     assert ratios == [pytest.approx(2.0, rel=0.05)] * 4

@@ -276,7 +276,7 @@ class ExtProcService:
         if not isinstance(event, ResponseHeaders):
             return []
         supervision.attempt.first_byte(event.status, now)
-        host = supervision.attempt.decode_host
+        host = supervision.attempt.decode_endpoint
         if event.served is not None and host is not None and event.served != host.address:
             self._observer.served_elsewhere()
         has_body = not event.end_of_stream

@@ -200,8 +200,8 @@ class Supervision:
     def _prefill_done(self, status: int, now: float) -> list[Say]:
         self.attempt.prefill_answered(status, now)
         self._prefill, self._prefill_done_at = _Prefill.DONE, now
-        if self.attempt.prefill_host is not None:
-            self.attempt.prefill_host.health.succeeded()
+        if self.attempt.prefill_endpoint is not None:
+            self.attempt.prefill_endpoint.health.succeeded()
         return self._open_gate()
 
     def _prefill_failed(self, body: bytes, now: float) -> list[Say]:
@@ -346,21 +346,21 @@ class Supervision:
         return self._prefill is _Prefill.AWAITED
 
     def _note_decode_success(self) -> None:
-        if self.attempt.decode_host is not None:
-            self.attempt.decode_host.health.succeeded()
+        if self.attempt.decode_endpoint is not None:
+            self.attempt.decode_endpoint.health.succeeded()
 
     def _hosts(self) -> list[EndpointLoad]:
-        return [host for host in (self.attempt.prefill_host, self.attempt.decode_host) if host is not None]
+        return [host for host in (self.attempt.prefill_endpoint, self.attempt.decode_endpoint) if host is not None]
 
     def _blame_the_silent(self, leg: Role, now: float) -> None:
         """Count a timeout against whoever has answered nothing at all since the request was placed."""
         for host, before in zip(self._hosts(), self._answers, strict=True):
             # Decode may hold prefill up, but not the other way round.
-            if host.health.answers == before and (leg is Role.PREFILL or leg is host.endpoint.role):
+            if host.health.answers == before and (leg is Role.PREFILL or leg is host.role):
                 host.health.failed(now)
 
     def _blame(self, leg: Role, text: bytes, now: float) -> None:
-        prefill, decode = self.attempt.prefill_host, self.attempt.decode_host
+        prefill, decode = self.attempt.prefill_endpoint, self.attempt.decode_endpoint
         accused = prefill is not None and any(words in text for words in _ACCUSATIONS[leg])
         guilty = prefill if (leg is Role.PREFILL) != accused else decode
         if guilty is not None:

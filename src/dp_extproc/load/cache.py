@@ -52,7 +52,7 @@ class LoadCache:
         """
         self._unhealthy: tuple[int, Sequence[EndpointLoad]] = (0, ())
         """As of a generation."""
-        self.hosts: dict[str, EndpointLoad] = {}
+        self.by_url: dict[str, EndpointLoad] = {}
         """By URL; only endpoints that have told their facts."""
         self.failures: dict[str, EngineFailure] = {}
         """By URL; what is wrong at present."""
@@ -72,7 +72,7 @@ class LoadCache:
         """Endpoints that are ejected, or have served nothing since they were."""
         generation, found = self._unhealthy
         if generation != self.generation:
-            found = [host for host in self.hosts.values() if host.health.is_unhealthy]
+            found = [host for host in self.by_url.values() if host.health.is_unhealthy]
             self._unhealthy = (self.generation, found)
         return found
 
@@ -93,22 +93,22 @@ class LoadCache:
         self.endpoints = tuple(endpoints)
         self.stale_after = stale_after
         self.drop_idle()
-        before = [*self._draining, *self.hosts.values()]
-        known = {_place(host.endpoint): host for host in before}
+        before = [*self._draining, *self.by_url.values()]
+        known = {_place(host.configured): host for host in before}
         self._rename_pools(known)
-        self.hosts = {}
+        self.by_url = {}
         left = {id(host) for host in self._draining}
         for endpoint in self.endpoints:
             if (host := known.get(_place(endpoint))) is not None:
                 if id(host) in left:  # what it did before it left is forgotten
                     host.health = Health(self._health, self._change)
-                if host.endpoint.pool != endpoint.pool:
+                if host.pool != endpoint.pool:
                     self._forget_prefixes(host)
-                host.endpoint = endpoint
-                self.hosts[endpoint.url] = host
+                host.configured = endpoint
+                self.by_url[endpoint.url] = host
         self._draining = []
         for host in before:
-            if self.hosts.get(host.endpoint.url) is not host:
+            if self.by_url.get(host.url) is not host:
                 self._let_go(host)
         self.failures = {each.url: self.failures[each.url] for each in self.endpoints if each.url in self.failures}
         pools = {endpoint.pool for endpoint in self.endpoints}
@@ -128,20 +128,20 @@ class LoadCache:
         pools = {endpoint.pool for endpoint in self.endpoints}
         for endpoint in self.endpoints:
             host = known.get(_place(endpoint))
-            if host is None or endpoint.pool in self.ratios or host.endpoint.pool in pools:
+            if host is None or endpoint.pool in self.ratios or host.pool in pools:
                 continue
-            old, new = host.endpoint.pool, endpoint.pool
+            old, new = host.pool, endpoint.pool
             if old not in self.ratios:
                 continue
             self.ratios[new], self.prefixes[new] = self.ratios.pop(old), self.prefixes.pop(old)
             for each in known.values():
-                if each.endpoint.pool == old:
-                    each.endpoint = replace(each.endpoint, pool=new)
+                if each.pool == old:
+                    each.configured = replace(each.configured, pool=new)
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:  # noqa: ARG002 - the protocol's
         """Take in who an engine is. One that has become another (restarted, upgraded) starts with empty books."""
         self._change()  # the address may be another
-        known = self.hosts.get(endpoint.url)
+        known = self.by_url.get(endpoint.url)
         if known is not None and replace(known.facts, reads_overrides=facts.reads_overrides) == facts:
             known.address = address
             if known.facts != facts:  # the same engine, of which more is known
@@ -149,7 +149,7 @@ class LoadCache:
             return
         if known is not None:
             self._let_go(known)
-        self.hosts[endpoint.url] = EndpointLoad(
+        self.by_url[endpoint.url] = EndpointLoad(
             endpoint, address, facts, capabilities(facts), self._costs, health=Health(self._health, self._change)
         )
         self._sort()
@@ -169,7 +169,7 @@ class LoadCache:
         self._change()
         self._by_role = {}
         for each in self.endpoints:
-            host = self.hosts.get(each.url)
+            host = self.by_url.get(each.url)
             # A server in another role than configured would leave its requests hanging.
             if host is not None and host.facts.mode is MODE_OF[each.role]:
                 self._by_role.setdefault((each.pool, each.role), []).append(host)
@@ -186,7 +186,7 @@ class LoadCache:
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
         """Take in a load page that was asked for at *started*."""
         self.failures.pop(endpoint.url, None)
-        host = self.hosts.get(endpoint.url)
+        host = self.by_url.get(endpoint.url)
         if host is None or host.freshness(now, self.stale_after) is not Freshness.FRESH:
             self._change()  # a further sample of a fresh endpoint changes nothing for the filters
         if host is not None:
@@ -204,8 +204,8 @@ class LoadCache:
                 endpoint.url,
                 page.prompt_tokens,
                 started,
-                idle=host is not None and not host.own_requests,
-                strangers=host is not None and host.sees_strangers,
+                idle=host is not None and not host.reserved_requests,
+                strangers=host is not None and host.has_external_requests,
             )
         self._made_room()
 
@@ -223,7 +223,7 @@ class LoadCache:
         """
         self._change()
         self.failures[endpoint.url] = failure
-        host = self.hosts.get(endpoint.url)
+        host = self.by_url.get(endpoint.url)
         if host is None:
             return
         host.is_away = host.is_away or failure.is_away
@@ -231,10 +231,10 @@ class LoadCache:
             host.demote()
             self._forget_prefixes(host)  # nobody listens, so whoever will has begun anew
         if is_gone or now - host.sampled > self.stale_after:
-            host.forget_others(now)
+            host.forget_external(now)
 
     def _forget_prefixes(self, host: EndpointLoad) -> None:
-        if (index := self.prefixes.get(host.endpoint.pool)) is not None:  # the pool may be configured no more
+        if (index := self.prefixes.get(host.pool)) is not None:  # the pool may be configured no more
             for rank in host.ranks:
                 index.forget(rank)
 
@@ -266,14 +266,14 @@ class LoadCache:
         if found is not None and now <= found[1]:
             return found[0]
         hosts = self.eligible(pool, role, now)
-        until = min((host.last_sign + self.stale_after for host in hosts), default=now)
+        until = min((host.seen_at + self.stale_after for host in hosts), default=now)
         capable = [host for host in hosts if host.capabilities.serves(api)]
         self._capable[pool, role, api] = (capable, until)
         return capable
 
     def discovered_in(self, pool: str) -> list[EndpointLoad]:
         """Give every host of a pool that has told its facts, in the order of the configuration."""
-        return [host for host in self.hosts.values() if host.endpoint.pool == pool]
+        return [host for host in self.by_url.values() if host.pool == pool]
 
 
 def _place(endpoint: Endpoint) -> tuple[str, Role]:

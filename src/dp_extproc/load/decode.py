@@ -74,8 +74,19 @@ class DecodeGroup(StepGroup):
     """Decode ranks, or ranks that do both prefill and decode, with a common step."""
 
     __slots__ = (
-        "_belief", "_computes", "_extra", "_first_tokens", "_growing", "_others_extra", "_prompts", "_request_tokens",
-        "_room", "_swept", "pace", "tpot", "usual_tpot",
+        "_belief",
+        "_computes",
+        "_external_extra",
+        "_extra",
+        "_first_tokens",
+        "_growing",
+        "_prompts",
+        "_request_tokens",
+        "_room",
+        "_swept",
+        "pace",
+        "tpot",
+        "usual_tpot",
     )  # fmt: skip
 
     def __init__(self, indices: range, *, request_tokens: float, computes: bool = False) -> None:
@@ -101,7 +112,7 @@ class DecodeGroup(StepGroup):
         self._prompts = [0.0] * size
         self._extra = [0.0] * size
         """Fixed costs, and prompts to be computed."""
-        self._others_extra = [0.0] * size
+        self._external_extra = [0.0] * size
         """Fixed costs of the sequences of others."""
         self._growing = [0.0] * size
         """Sequences that have had their first token ..."""
@@ -115,10 +126,10 @@ class DecodeGroup(StepGroup):
 
         The fixed cost of the new sequence comes on top of them.
         """
-        held = after - self._extra[position] - self._others_extra[position]  # fixed costs take no KV cache
+        held = after - self._extra[position] - self._external_extra[position]  # fixed costs take no KV cache
         penalty = _NO_ROOM if held > self._room[position] else 0.0
         added = after - self.loads[position] + self._request_tokens
-        slowed = self.requests + self.others_requests
+        slowed = self.requests + self.external_requests
         cost = step_cost(self.top, after + self._request_tokens, added / len(self.loads), slowed)
         return cost * self.slowness + penalty
 
@@ -130,7 +141,7 @@ class DecodeGroup(StepGroup):
         """Let the running sequences grow."""
         if now - self._swept >= _SWEEP_INTERVAL:
             self._sweep(now)
-        numbers = zip(self.others, self._prompts, self._extra, self._growing, self._first_tokens, strict=True)
+        numbers = zip(self.external, self._prompts, self._extra, self._growing, self._first_tokens, strict=True)
         loads = [
             others + prompts + extra + (growing * now - first_tokens) / self.tpot
             for others, prompts, extra, growing, first_tokens in numbers
@@ -155,11 +166,11 @@ class DecodeGroup(StepGroup):
         self._keep_pace()
 
     def correct(self, rank: RankLoad, others: float, now: float) -> None:
-        position, fixed = rank.position, self._request_tokens * rank.others_requests
-        correction = others + fixed - self.others[position]
+        position, fixed = rank.position, self._request_tokens * rank.external_requests
+        correction = others + fixed - self.external[position]
         is_empty = rank.sample is not None and rank.sample.is_empty
-        self.others[position] += self._belief.weigh(position, correction, is_empty=is_empty)
-        self._others_extra[position] = min(fixed, max(0.0, self.others[position]))
+        self.external[position] += self._belief.weigh(position, correction, is_empty=is_empty)
+        self._external_extra[position] = min(fixed, max(0.0, self.external[position]))
         self._sum_up(position, now)
 
     def grows(self, reservation: DecodeReservation, now: float) -> None:
@@ -177,7 +188,7 @@ class DecodeGroup(StepGroup):
             known = rank.sample.capacity_tokens if rank.sample is not None else None
             lifetime = max(_LIFETIME, self.tpot * (2 * known if known else _MOST_TOKENS))
             for lost in [each for each in rank.open if now - each.since > lifetime]:
-                self.written_off += 1
+                self.expired += 1
                 lost.withdraw(now)
 
     def is_usual(self, tpot: float, slowness: float) -> None:
@@ -216,9 +227,9 @@ class DecodeGroup(StepGroup):
         position = reservation.rank.position
         if worked_off and reservation.first_token_at != math.inf:
             self.pace.lasted(now - reservation.first_token_at)
-        if reservation.rank.others_requests < SOMEBODY:  # what the sample corrected was ours, and goes with ours
+        if reservation.rank.external_requests < SOMEBODY:  # what the sample corrected was ours, and goes with ours
             prompts = self._prompts[position]
-            self.others[position] *= (
+            self.external[position] *= (
                 max(0.0, 1 - reservation.tokens / prompts) if reservation.rank.open and prompts else 0.0
             )
         if not reservation.rank.open:  # exactly zero, whatever floating point made of the sums
@@ -236,5 +247,5 @@ class DecodeGroup(StepGroup):
 
     def _sum_up(self, position: int, now: float) -> None:
         grown = (self._growing[position] * now - self._first_tokens[position]) / self.tpot
-        load = self.others[position] + self._prompts[position] + self._extra[position] + grown
+        load = self.external[position] + self._prompts[position] + self._extra[position] + grown
         self.load_is(position, max(0.0, load))

@@ -60,9 +60,9 @@ class Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
-    """A host, and those of its ranks that a request may go to."""
+    """An endpoint, and those of its ranks that a request may go to."""
 
-    host: "EndpointLoad"
+    endpoint: "EndpointLoad"
     parts: tuple[Part, ...]
     """At least one, each with at least one rank."""
 
@@ -72,7 +72,7 @@ class Candidate:
 
     def only(self, wanted: Callable[[RankLoad], bool]) -> "Candidate | None":
         """Give what is left with the wanted ranks alone; None if that is nothing."""
-        left = _candidate(self.host, [rank for rank in self.ranks if wanted(rank)])
+        left = _candidate(self.endpoint, [rank for rank in self.ranks if wanted(rank)])
         return left if left.parts else None
 
 
@@ -80,8 +80,21 @@ class EndpointLoad:
     """One endpoint: its ranks and how well it is known."""
 
     __slots__ = (
-        "_counts", "_demoted", "address", "answered_at", "candidate", "capabilities", "endpoint", "facts", "groups",
-        "health", "held_tokens", "is_away", "ranks", "sampled", "sees_strangers",
+        "_counts",
+        "_demoted",
+        "address",
+        "answered_at",
+        "cached_prompt_tokens",
+        "candidate",
+        "capabilities",
+        "configured",
+        "facts",
+        "groups",
+        "has_external_requests",
+        "health",
+        "is_away",
+        "ranks",
+        "sampled",
     )  # fmt: skip
 
     def __init__(
@@ -94,7 +107,8 @@ class EndpointLoad:
         *,
         health: Health | None = None,
     ) -> None:
-        self.endpoint = endpoint
+        self.configured = endpoint
+        """Its URL, role, pool and bootstrap address."""
         self.health = health or Health(DEFAULT_HEALTH)
         self.address = address
         """``IP:port``, what Envoy dials."""
@@ -105,18 +119,30 @@ class EndpointLoad:
         usable = capabilities.prefill_ranks(facts.dp_ranks) if endpoint.role is Role.PREFILL else range(facts.dp_ranks)
         self.candidate = _candidate(self, [self.ranks[index] for index in usable])
         """The host with every rank that can serve."""
-        self.held_tokens = 0.0
+        self.cached_prompt_tokens = 0.0
         """Prompt tokens of all requests sent here that its ranks were taken to hold already."""
         self.sampled = -math.inf
         """When the last good load page was asked for."""
         self.answered_at = -math.inf
         """When it had computed a prompt of ours the last time, or began to answer."""
-        self.sees_strangers = False
+        self.has_external_requests = False
         """Whether the last page showed requests that neither we nor our peers have sent."""
         self.is_away = False
         """Whether it could not be reached since it was read the last time."""
         self._demoted = False
         self._counts: tuple[int, ...] = (0, 0)
+
+    @property
+    def url(self) -> str:
+        return self.configured.url
+
+    @property
+    def pool(self) -> str:
+        return self.configured.pool
+
+    @property
+    def role(self) -> Role:
+        return self.configured.role
 
     @property
     def tokens(self) -> float:
@@ -126,10 +152,10 @@ class EndpointLoad:
     @property
     def requests(self) -> float:
         """Requests in flight, those of others included."""
-        return sum(group.requests + group.others_requests for group in self.groups)
+        return sum(group.requests + group.external_requests for group in self.groups)
 
     @property
-    def own_requests(self) -> float:
+    def reserved_requests(self) -> float:
         """Likewise, but those that are on our books alone."""
         return sum(group.requests for group in self.groups)
 
@@ -139,12 +165,12 @@ class EndpointLoad:
         return sum(len(rank.open) for rank in self.ranks)
 
     @property
-    def written_off(self) -> int:
+    def expired(self) -> int:
         """Requests that no event has ended."""
-        return sum(group.written_off for group in self.groups)
+        return sum(group.expired for group in self.groups)
 
     @property
-    def seconds_per_token(self) -> float | None:
+    def tpot(self) -> float | None:
         """How long a token takes here, if this is known."""
         told = [group.pace.told for group in self.groups if isinstance(group, DecodeGroup)]
         known = [tpot for tpot in told if tpot is not None]
@@ -153,10 +179,10 @@ class EndpointLoad:
     def freshness(self, now: float, stale_after: float) -> Freshness:
         if self.sampled == -math.inf:
             return Freshness.UNKNOWN
-        return Freshness.STALE if self._demoted or now - self.last_sign > stale_after else Freshness.FRESH
+        return Freshness.STALE if self._demoted or now - self.seen_at > stale_after else Freshness.FRESH
 
     @property
-    def last_sign(self) -> float:
+    def seen_at(self) -> float:
         """When it was read, or has answered a request: who answers requests needs no page to be known well."""
         return max(self.sampled, self.answered_at)
 
@@ -165,7 +191,7 @@ class EndpointLoad:
         before, self.sampled = self.sampled, started
         self._demoted = False
         known = [(self.ranks[sample.dp_rank], sample) for sample in samples if 0 <= sample.dp_rank < len(self.ranks)]
-        self.sees_strangers = False
+        self.has_external_requests = False
         if known:
             readings = [(rank, sample, _moment_of(sample, started, rank, before)) for rank, sample in known]
             ours = sum(rank.kept_requests for rank in self.ranks)
@@ -173,8 +199,8 @@ class EndpointLoad:
             if any(sample.age is None for _, sample in known):  # of no known moment: ours are all that it may have seen
                 beyond = sum(sample.running_requests + sample.waiting_requests for _, sample in known) - ours
             else:
-                beyond = sum(rank.others_requests for rank in self.ranks)
-            self.sees_strangers = beyond >= SOMEBODY
+                beyond = sum(rank.external_requests for rank in self.ranks)
+            self.has_external_requests = beyond >= SOMEBODY
 
     def has_restarted(self, page: LoadPage) -> bool:
         """Tell whether the engine's running counts have begun anew since the page before."""
@@ -186,10 +212,10 @@ class EndpointLoad:
         """Trust the samples no longer, however young: the engine is known to be away."""
         self._demoted = True
 
-    def forget_others(self, now: float) -> None:
+    def forget_external(self, now: float) -> None:
         """Take nothing for the load of others until the next page: that of the last one is long over."""
         for group in self.groups:
-            group.forget_others(now)
+            group.forget_external(now)
 
     def reserve(
         self, rank: int | None, tokens: float, now: float, requests: float = 1.0, cached: float = 0.0
@@ -198,7 +224,7 @@ class EndpointLoad:
 
         When the engine itself picks the rank (None), each rank carries an even share.
         """
-        self.held_tokens += cached
+        self.cached_prompt_tokens += cached
         if rank is not None:
             return (self.ranks[rank].reserve(tokens, now, requests, cached),)
         share = 1.0 / len(self.ranks)
@@ -211,7 +237,7 @@ class EndpointLoad:
 class Target(Struct, frozen=True):
     """The endpoint and the rank that were picked for one leg of a request."""
 
-    host: EndpointLoad
+    endpoint: EndpointLoad
     rank: int | None
     """The rank that will serve; None if the engine picks it, and so no router can predict it."""
     routed: bool
@@ -224,12 +250,12 @@ class Target(Struct, frozen=True):
     @property
     def residue(self) -> tuple[int, int] | None:
         """Return ``(rank, ranks)`` for the bootstrap room; None if it need not lead to the rank."""
-        return self.host.facts.place_of(self.rank) if self.by_room and self.rank is not None else None
+        return self.endpoint.facts.place_of(self.rank) if self.by_room and self.rank is not None else None
 
     @property
-    def told_rank(self) -> int | None:
-        """Return the rank as the whole server counts it; None if the engine picks it."""
-        return None if self.rank is None else self.host.facts.place_of(self.rank)[0]
+    def global_rank(self) -> int | None:
+        """Return the rank as an engine of several nodes counts it; None if the engine picks it."""
+        return None if self.rank is None else self.endpoint.facts.place_of(self.rank)[0]
 
 
 def compare_pace(hosts: Iterable[EndpointLoad]) -> None:

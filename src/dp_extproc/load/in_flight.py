@@ -55,7 +55,7 @@ class InFlight:
 
     __slots__ = (
         "_answered", "_decode", "_made_room", "_observer", "_on_prefill_answer", "_over", "_prefill", "_streaming",
-        "decode_host", "first_byte_at", "leg", "number", "picked_at", "prefill_host", "prefill_status",
+        "decode_endpoint", "first_byte_at", "leg", "number", "picked_at", "prefill_endpoint", "prefill_status",
     )  # fmt: skip
 
     def __init__(
@@ -65,8 +65,8 @@ class InFlight:
         prefill: tuple[Reservation, ...],
         decode: tuple[Reservation, ...],
         *,
-        prefill_host: EndpointLoad | None = None,
-        decode_host: EndpointLoad | None = None,
+        prefill_endpoint: EndpointLoad | None = None,
+        decode_endpoint: EndpointLoad | None = None,
         leg: str = "",
         streaming: bool = False,
         observer: InFlightListener = NOBODY,
@@ -76,8 +76,8 @@ class InFlight:
         self.number = number
         self.leg = leg
         """Token by which the prefill leg's own ext_proc stream finds this attempt."""
-        self.prefill_host = prefill_host
-        self.decode_host = decode_host
+        self.prefill_endpoint = prefill_endpoint
+        self.decode_endpoint = decode_endpoint
         """Who answers the client; a server that does both, too."""
         self.picked_at = picked_at
         self.prefill_status: int | None = None
@@ -104,8 +104,8 @@ class InFlight:
                 self._made_room()
                 return
             self._observer.prefill_answered(self.number, now)
-            if self.prefill_host is not None:
-                self.prefill_host.answered_at = now
+            if self.prefill_endpoint is not None:
+                self.prefill_endpoint.answered_at = now
             for reservation in self._prefill:
                 reservation.release(now)
             for reservation in self._decode:
@@ -119,8 +119,8 @@ class InFlight:
             self._answered = status < ERROR
             if self._answered:
                 self._observer.first_token(self.number, now)
-                if self.decode_host is not None:
-                    self.decode_host.answered_at = now
+                if self.decode_endpoint is not None:
+                    self.decode_endpoint.answered_at = now
                 for reservation in self._decode:
                     reservation.started(now)
             # One server does both; and a whole answer tells that its prompt was computed, whoever did it.

@@ -175,9 +175,9 @@ class PrefillGroup(StepGroup):
         pass  # a prefill server's pace is learned from its answers
 
     def correct(self, rank: RankLoad, others: float, now: float) -> None:  # noqa: ARG002 - as above
-        self.others[rank.position] = others
+        self.external[rank.position] = others
         self._sum_up(rank.position)
-        waiting = min(rank.others_requests, rank.sample.waiting_requests) if rank.sample is not None else 0.0
+        waiting = min(rank.external_requests, rank.sample.waiting_requests) if rank.sample is not None else 0.0
         self._strangers = max(0.0, self._strangers + waiting - self._strange[rank.position])
         self._strange[rank.position] = waiting
 
@@ -317,4 +317,6 @@ class PrefillGroup(StepGroup):
         self._sum_up(position)
 
     def _sum_up(self, position: int) -> None:
-        self.load_is(position, self.others[position] + self._waiting[position] + RUNNING_WEIGHT * self._runs[position])
+        self.load_is(
+            position, self.external[position] + self._waiting[position] + RUNNING_WEIGHT * self._runs[position]
+        )

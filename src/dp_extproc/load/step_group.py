@@ -56,7 +56,7 @@ class Reservation:
         if self in self.rank.open:
             self.rank.open.discard(self)
             # With nothing open the count is exactly zero, whatever floating point makes of shares.
-            self.rank.own_requests = self.rank.own_requests - self.requests if self.rank.open else 0.0
+            self.rank.reserved_requests = self.rank.reserved_requests - self.requests if self.rank.open else 0.0
             self.rank.group.closed(self, now, worked_off=worked_off)
             self.until = min(self.until, now)
             self.rank.settled.append(self)
@@ -69,7 +69,15 @@ class RankLoad:
     """One DP rank of one server. Its numbers live in the lists of its group."""
 
     __slots__ = (
-        "group", "index", "open", "others_requests", "own_requests", "picks", "position", "sample", "sampled_at",
+        "external_requests",
+        "group",
+        "index",
+        "open",
+        "picks",
+        "position",
+        "reserved_requests",
+        "sample",
+        "sampled_at",
         "settled",
     )  # fmt: skip
 
@@ -80,8 +88,8 @@ class RankLoad:
         self.position = position
         """Its place in the lists of the group."""
         self.picks = 0
-        self.others_requests = 0.0
-        self.own_requests = 0.0
+        self.external_requests = 0.0
+        self.reserved_requests = 0.0
         """Sequences of all open reservations; a batch has many, and one whose rank the engine picks a share on each."""
         self.sample: RankSample | None = None
         self.sampled_at = -math.inf
@@ -95,17 +103,17 @@ class RankLoad:
         return self.group.loads[self.position]
 
     @property
-    def others(self) -> float:
+    def external_tokens(self) -> float:
         """Tokens that the last sample showed beyond our own."""
-        return self.group.others[self.position]
+        return self.group.external[self.position]
 
     @property
-    def own_tokens(self) -> float:
+    def reserved_tokens(self) -> float:
         """The part of the estimate that is on our books."""
-        return self.tokens - self.others
+        return self.tokens - self.external_tokens
 
     @property
-    def sent_tokens(self) -> float:
+    def uncached_prompt_tokens(self) -> float:
         """Prompt tokens ever sent here, less those that the rank held already."""
         return self.group.sent[self.position]
 
@@ -129,7 +137,7 @@ class RankLoad:
         reservation = self.group.opened(self, tokens, max(_LEAST, tokens - cached), requests, now, is_share=is_share)
         reservation.is_share = is_share
         self.open.add(reservation)
-        self.own_requests += requests
+        self.reserved_requests += requests
         self.group.sent[self.position] += tokens - cached
         self.group.reported[self.position] += tokens
         return reservation
@@ -150,7 +158,7 @@ def absorb(readings: Sequence[tuple[RankLoad, RankSample, float]], ranks: int, n
         ranks: That the server has, sampled or not.
         now: For what turns out to be lost.
     """
-    _write_off(readings, now)
+    _expire(readings, now)
     ours = [_ours(rank, at) for rank, _, at in readings]
     known = [own for own, _ in ours]
     shares = [shared for _, shared in ours]
@@ -162,8 +170,8 @@ def absorb(readings: Sequence[tuple[RankLoad, RankSample, float]], ranks: int, n
     for (rank, sample, at), (tokens, others) in zip(readings, found, strict=True):
         group = rank.group
         group.reported[rank.position] = sample.used_tokens
-        group.others_requests += others - rank.others_requests
-        rank.others_requests = others
+        group.external_requests += others - rank.external_requests
+        rank.external_requests = others
         rank.sample = sample
         rank.sampled_at = at
         group.learn(rank.position, sample, at)
@@ -173,13 +181,13 @@ def absorb(readings: Sequence[tuple[RankLoad, RankSample, float]], ranks: int, n
             rank.settled.popleft()
 
 
-def _write_off(readings: Sequence[tuple[RankLoad, RankSample, float]], now: float) -> None:
+def _expire(readings: Sequence[tuple[RankLoad, RankSample, float]], now: float) -> None:
     """Take off the books what an engine that has nothing at all must have lost."""
     all_empty = all(sample.is_empty for _, sample, _ in readings)
     for rank, sample, at in readings:
         if sample.is_empty:
             for each in [each for each in rank.open if each.since < at - _GRACE and (all_empty or not each.is_share)]:
-                rank.group.written_off += 1
+                rank.group.expired += 1
                 each.withdraw(now)
 
 
@@ -266,9 +274,26 @@ class StepGroup(ABC):
     """
 
     __slots__ = (
-        "_knows_low", "_knows_top", "_reservations", "base", "changed", "due", "floor", "loads", "low",
-        "low_position", "others", "others_requests", "ranks", "reported", "requests", "sent", "slowness", "start",
-        "top", "written_off",
+        "_knows_low",
+        "_knows_top",
+        "_reservations",
+        "base",
+        "changed",
+        "due",
+        "expired",
+        "external",
+        "external_requests",
+        "floor",
+        "loads",
+        "low",
+        "low_position",
+        "ranks",
+        "reported",
+        "requests",
+        "sent",
+        "slowness",
+        "start",
+        "top",
     )  # fmt: skip
 
     def __init__(self, indices: range) -> None:
@@ -276,7 +301,7 @@ class StepGroup(ABC):
         self.ranks = tuple(RankLoad(index, self, position) for position, index in enumerate(indices))
         self.loads = [0.0] * size
         """The estimate of each rank's load, in tokens of its role."""
-        self.others = [0.0] * size
+        self.external = [0.0] * size
         """The part of it that others cause."""
         self.reported = [0.0] * size
         """The scraped gauge, plus what was sent since it was scraped, as ``signal: scraped`` wants it."""
@@ -285,9 +310,9 @@ class StepGroup(ABC):
         self.requests = 0.0
         """Our own requests in flight."""
         self._reservations = 0
-        self.others_requests = 0.0
+        self.external_requests = 0.0
         """Requests that the last samples showed beyond those."""
-        self.written_off = 0
+        self.expired = 0
         """Reservations that no event has ended."""
         self.due = math.inf
         """When :meth:`refresh` has something to do."""
@@ -361,12 +386,12 @@ class StepGroup(ABC):
         self.requests = self.requests - reservation.requests if self._reservations else 0.0
         self._close(reservation, now, worked_off=worked_off)
 
-    def forget_others(self, now: float) -> None:
+    def forget_external(self, now: float) -> None:
         """Take nothing for the load of others any more: what the last samples told of it is too old."""
         for rank in self.ranks:
-            if rank.others_requests >= SOMEBODY:
-                self.others_requests -= rank.others_requests
-                rank.others_requests = self.others[rank.position] = 0.0
+            if rank.external_requests >= SOMEBODY:
+                self.external_requests -= rank.external_requests
+                rank.external_requests = self.external[rank.position] = 0.0
                 self.correct(rank, 0.0, now)
 
     @abstractmethod

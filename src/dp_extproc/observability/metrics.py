@@ -174,7 +174,7 @@ class Telemetry:
         now = self._clock()
         for endpoint in self._fleet.endpoints:
             names = [endpoint.pool, endpoint.role.value, endpoint.url]
-            host = self._fleet.hosts.get(endpoint.url)
+            host = self._fleet.by_url.get(endpoint.url)
             present = Freshness.UNKNOWN if host is None else host.freshness(now, self._fleet.stale_after)
             for freshness in Freshness:
                 state.add_metric([*names, freshness.name.lower()], float(freshness is present))
@@ -182,9 +182,9 @@ class Telemetry:
                 age.add_metric(names, now - host.sampled)
             if host is not None:
                 ejected.add_metric(names, float(host.health.is_ejected(now)))
-                held.add_metric(names, host.held_tokens)
-                lost.add_metric(names, host.written_off)
-                if (tpot := host.seconds_per_token) is not None:
+                held.add_metric(names, host.cached_prompt_tokens)
+                lost.add_metric(names, host.expired)
+                if (tpot := host.tpot) is not None:
                     pace.add_metric(names, tpot)
             samples.add_metric(names, self._samples[endpoint.url])
             for (url, kind), count in self._failures.items():
@@ -199,19 +199,19 @@ class Telemetry:
         requests = GaugeMetricFamily("dp_extproc_reserved_requests", "Requests on our own books.", labels=labels)
         sent = CounterMetricFamily("dp_extproc_sent_tokens", "Prompt tokens sent, less those held.", labels=labels)
         effective = GaugeMetricFamily("dp_extproc_effective_tokens", "The load that policies compare.", labels=labels)
-        for host in self._fleet.hosts.values():
+        for host in self._fleet.by_url.values():
             for rank in host.ranks:
-                names = [host.endpoint.pool, host.endpoint.role.value, host.endpoint.url, str(rank.index)]
+                names = [host.pool, host.role.value, host.url, str(rank.index)]
                 picks.add_metric(names, rank.picks)
-                reserved.add_metric(names, rank.own_tokens)
-                requests.add_metric(names, rank.own_requests)
-                sent.add_metric(names, rank.sent_tokens)
+                reserved.add_metric(names, rank.reserved_tokens)
+                requests.add_metric(names, rank.reserved_requests)
+                sent.add_metric(names, rank.uncached_prompt_tokens)
                 effective.add_metric(names, rank.tokens)
         yield from (picks, sent, reserved, requests, effective)
         yield GaugeMetricFamily(
             "dp_extproc_reservations",
             "Entries on all books, also of servers that are configured no more; zero when nothing is in flight.",
-            value=sum(host.reservations for host in (*self._fleet.hosts.values(), *self._fleet.draining)),
+            value=sum(host.reservations for host in (*self._fleet.by_url.values(), *self._fleet.draining)),
         )
 
 

@@ -21,11 +21,11 @@ def describe_loads(fleet: LoadCache, now: float) -> dict[str, Any]:
                 "pool": endpoint.pool,
                 "role": endpoint.role.value,
                 "failure": _describe_failure(fleet.failures.get(endpoint.url)),
-                **_describe_host(fleet.hosts.get(endpoint.url), fleet.stale_after, now),
+                **_describe_host(fleet.by_url.get(endpoint.url), fleet.stale_after, now),
             }
             for endpoint in fleet.endpoints
         ],
-        "leaving": [{"url": host.endpoint.url, "reservations": host.reservations} for host in fleet.draining],
+        "leaving": [{"url": host.url, "reservations": host.reservations} for host in fleet.draining],
     }
 
 
@@ -42,9 +42,9 @@ def _describe_host(host: EndpointLoad | None, stale_after: float, now: float) ->
         "address": host.address,
         "version": str(host.facts.version) if host.facts.version else None,
         "age": round(now - host.sampled, 3) if sampled else None,
-        "seconds_per_token": None if (tpot := host.seconds_per_token) is None else round(tpot, 6),
-        "held_tokens": round(host.held_tokens),
-        "written_off": host.written_off,
+        "seconds_per_token": None if (tpot := host.tpot) is None else round(tpot, 6),
+        "held_tokens": round(host.cached_prompt_tokens),
+        "written_off": host.expired,
         "ranks": [_describe_rank(rank, now) for rank in host.ranks],
     }
 
@@ -66,8 +66,8 @@ def _describe_rank(rank: RankLoad, now: float) -> dict[str, Any]:
     return {
         "dp_rank": rank.index,
         "scraped": told,
-        "reserved": {"tokens": round(rank.own_tokens), "requests": round(rank.own_requests, 3)},
-        "others_tokens": round(rank.others),
+        "reserved": {"tokens": round(rank.reserved_tokens), "requests": round(rank.reserved_requests, 3)},
+        "others_tokens": round(rank.external_tokens),
         "effective_tokens": round(rank.tokens),
         "picks": rank.picks,
     }

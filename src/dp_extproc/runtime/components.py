@@ -77,7 +77,7 @@ class Components:
         )
         self._replica: Replica | None = None
         if config.sync is not None:
-            self._replica = join(config.sync, outbox, self._dispatcher.ledger.open_foreign, clock=clock)
+            self._replica = join(config.sync, outbox, self._dispatcher.ledger.open_peer, clock=clock)
             self.telemetry.add(SyncMetrics(self._replica.status))
         picks = config.protocol is Protocol.ENDPOINT_PICKER
         self.service = ExtProcService(

@@ -37,11 +37,11 @@ class Admission:
 
     def fits(self, rank: RankLoad, tokens: float, requests: float) -> bool:
         """Tell whether this very rank takes a request."""
-        if not rank.open and not rank.others_requests:
+        if not rank.open and not rank.external_requests:
             return True  # whatever does not fit here fits nowhere
         settings, sample = self._settings, rank.sample
         load = rank.tokens + tokens
-        total = rank.own_requests + rank.others_requests + requests
+        total = rank.reserved_requests + rank.external_requests + requests
         if settings.max_tokens is not None and load > settings.max_tokens:
             return False
         if settings.max_requests is not None and total > settings.max_requests:

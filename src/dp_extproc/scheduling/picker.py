@@ -84,7 +84,7 @@ class Picker:
             Role.WORKER, _only([host.candidate for host in near], wanted), demand.tokens, now, pin=pin, held=held
         )
         index = None if rank is None else rank.index
-        return Target(chosen.host, index, routed=rank is not None, by_room=False, cached=_cached(rank, held))
+        return Target(chosen.endpoint, index, routed=rank is not None, by_room=False, cached=_cached(rank, held))
 
     def pair(
         self,
@@ -111,7 +111,7 @@ class Picker:
         """
         prefill = self._prefill(prefills, demand, now, pins.prefill, wanted)
         if decodes_of is not None:
-            decodes = decodes_of(prefill.host)
+            decodes = decodes_of(prefill.endpoint)
         return Pair(prefill, self._decode(decodes, demand.tokens, now, prefill.residue, pin=pins.decode, wanted=wanted))
 
     def _held(self, demand: RequestCost) -> Held[RankLoad]:
@@ -126,7 +126,7 @@ class Picker:
         near = self._policies[Role.PREFILL].within_reach(hosts, held)
         candidates = _only([host.candidate for host in near], wanted)
         chosen, rank = self._pick(Role.PREFILL, candidates, demand.tokens, now, pin=pin, held=held)
-        host = chosen.host
+        host = chosen.endpoint
         if rank is None and (host.facts.follows_rooms or host.facts.listener is not None):
             rank = self._rng.choice(chosen.ranks)
             return Target(host, rank.index, routed=False, by_room=True, cached=_cached(rank, held))
@@ -158,15 +158,15 @@ class Picker:
         ]
         candidates = _only(reachable, wanted)
         chosen, rank = self._pick(Role.DECODE, candidates, tokens, now, pin=pin)
-        control = chosen.host.capabilities.decode_control
+        control = chosen.endpoint.capabilities.decode_control
         if control is RankControl.BY_FIELD:
             index = None if rank is None else rank.index
-            routed = rank is not None and chosen.host.facts.listener is None
-            return Target(chosen.host, index, routed=routed, by_room=False)
+            routed = rank is not None and chosen.endpoint.facts.listener is None
+            return Target(chosen.endpoint, index, routed=routed, by_room=False)
         if control is RankControl.BY_ROOM:
             known = self._rng.choice(chosen.ranks) if rank is None else rank
-            return Target(chosen.host, known.index, routed=False, by_room=True)
-        return Target(chosen.host, None, routed=False, by_room=False)
+            return Target(chosen.endpoint, known.index, routed=False, by_room=True)
+        return Target(chosen.endpoint, None, routed=False, by_room=False)
 
     def _pick(
         self,

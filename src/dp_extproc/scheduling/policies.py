@@ -175,11 +175,11 @@ class Policy:
             two = self._rng.sample(candidates, 2)
             return two[self._one_of(*_with_least([self._mean_tokens(each) for each in two]))]
         return candidates[
-            self._one_of(*_with_least([each.host.requests / len(each.host.ranks) for each in candidates]))
+            self._one_of(*_with_least([each.endpoint.requests / len(each.endpoint.ranks) for each in candidates]))
         ]
 
     def _mean_tokens(self, candidate: Candidate) -> float:
-        return sum(sum(self._tokens(group)) for group in candidate.host.groups) / len(candidate.host.ranks)
+        return sum(sum(self._tokens(group)) for group in candidate.endpoint.groups) / len(candidate.endpoint.ranks)
 
 
 def _cheapest(

@@ -34,7 +34,7 @@ def carry(
         number: Of the attempt, for the request ids of its legs.
         in_headers: Whether headers are to be used where they can.
     """
-    meeting, fields = _meeting(pair.prefill.host, rooms), _fields(pair, number)
+    meeting, fields = _meeting(pair.prefill.endpoint, rooms), _fields(pair, number)
     if not request.is_read:
         # Or what the client's body says of ranks would count.
         assert all(each.routed_rank is not None and each.prefill_rank is not None for each in fields)  # noqa: S101
@@ -52,7 +52,7 @@ def _fits_headers(request: InferenceRequest, pair: Pair) -> bool:
     They carry no lists, cannot keep the prefill leg from streaming, and cannot take back what the client's body says of
     ranks and rooms where they have nothing to say instead.
     """
-    apis = pair.prefill.host.capabilities.overrides_on & pair.decode.host.capabilities.overrides_on
+    apis = pair.prefill.endpoint.capabilities.overrides_on & pair.decode.endpoint.capabilities.overrides_on
     return (
         request.api in apis
         and request.prompt.batch is None
@@ -62,20 +62,20 @@ def _fits_headers(request: InferenceRequest, pair: Pair) -> bool:
 
 
 def _meeting(prefill: EndpointLoad, rooms: int | Sequence[int]) -> Bootstrap:
-    endpoint = prefill.endpoint
+    endpoint = prefill.configured
     port = endpoint.bootstrap_port or prefill.facts.bootstrap_port or DEFAULT_BOOTSTRAP_PORT
     # Up to 0.5.9 decode makes a URL of the host as it is, so IPv6 has to come in brackets; later releases take both.
     return Bootstrap(in_url(endpoint.bootstrap_host or endpoint.host), port, rooms)
 
 
 def _fields(pair: Pair, number: str) -> tuple[LegFields, LegFields]:
-    rank = pair.prefill.told_rank
+    rank = pair.prefill.global_rank
     return _leg_fields(pair.prefill, rank, f"dp{number}p"), _leg_fields(pair.decode, rank, f"dp{number}d")
 
 
 def _leg_fields(side: Target, prefill_rank: int | None, request_id: str) -> LegFields:
     return LegFields(
         routed_rank=side.rank if side.routed else None,
-        prefill_rank=prefill_rank if side.host.capabilities.carries_prefill_rank else None,
+        prefill_rank=prefill_rank if side.endpoint.capabilities.carries_prefill_rank else None,
         request_id=request_id,
     )

@@ -179,7 +179,7 @@ class Scheduler:
 
     def lost(self, address: str) -> None:
         """Take note that the server at this address has dropped a request."""
-        for host in self._fleet.hosts.values():
+        for host in self._fleet.by_url.values():
             if host.address == address:
                 host.health.failed(self._clock())
 
@@ -209,18 +209,18 @@ class Scheduler:
                 side = pool.picker.worker(roomy, demand, now, pin, wanted=self._fits(demand))
             if not self._has_room(side, demand):
                 return self._refuse_for_room(pool, Role.WORKER, hosts, request, demand)
-        rank_key = side.host.capabilities.aggregated_rank_key(request.api)
-        if not side.host.capabilities.takes_rank(request.api) and len(side.host.ranks) > 1:
+        rank_key = side.endpoint.capabilities.aggregated_rank_key(request.api)
+        if not side.endpoint.capabilities.takes_rank(request.api) and len(side.endpoint.ranks) > 1:
             side = replace(side, rank=None)
         attempt = self.ledger.open(None, side, demand, now)
         body = rewrite_aggregated(request.body, rank_key, side.rank)
-        in_header = side.rank if request.api in side.host.capabilities.rank_header_on else None
+        in_header = side.rank if request.api in side.endpoint.capabilities.rank_header_on else None
         headers = (
-            (contract.DECODE_HOST, side.host.address.encode()),
+            (contract.DECODE_HOST, side.endpoint.address.encode()),
             *(((contract.RANK_HEADER, b"%d" % in_header),) if in_header is not None else ()),
             *self._credentials.headers(pool.name),
         )
-        side.host.health.sent(now)
+        side.endpoint.health.sent(now)
         return Decision(body, headers, _metadata(pool, request, side), attempt, streaming=request.stream)
 
     def _place_disaggregated(
@@ -240,11 +240,11 @@ class Scheduler:
         leg, number = self._draw_token(), f"{self._rng.getrandbits(96):024x}"
         carried = carry(request, pair, rooms, number, in_headers=pool.carries_in_headers)
         attempt = self.ledger.open(prefill, decode, demand, now, leg=leg, streaming=request.stream is not False)
-        prefill.host.health.sent(now)
-        decode.host.health.sent(now)
+        prefill.endpoint.health.sent(now)
+        decode.endpoint.health.sent(now)
         headers = (
-            (contract.DECODE_HOST, decode.host.address.encode()),
-            (contract.PREFILL_HOST, prefill.host.address.encode()),
+            (contract.DECODE_HOST, decode.endpoint.address.encode()),
+            (contract.PREFILL_HOST, prefill.endpoint.address.encode()),
             *carried.headers,
             (contract.OWNER, self._owner),
             (contract.LEG, leg.encode()),
@@ -252,8 +252,8 @@ class Scheduler:
             *self._credentials.headers(pool.name),
         )
         metadata = _metadata(pool, request, decode)
-        metadata[contract.META_PREFILL_HOST] = prefill.host.address
-        if (prefill_rank := prefill.told_rank) is not None:
+        metadata[contract.META_PREFILL_HOST] = prefill.endpoint.address
+        if (prefill_rank := prefill.global_rank) is not None:
             metadata[contract.META_PREFILL_RANK] = prefill_rank
         return Decision(
             carried.body, headers, metadata, attempt, streaming=request.stream, merges_logprobs=request.wants_logprobs
@@ -266,7 +266,7 @@ class Scheduler:
         prefills, decodes = sides.prefills, sides.decodes
         pins = Pins(request.prefill_rank_pin, request.routed_rank_pin) if pool.honours_pins else Pins()
         pair = pool.picker.pair(prefills, decodes, demand, now, pins, decodes_of=sides.decodes_of)
-        own = sides.match_of(pair.prefill.host)  # one may be too small on one side, and the others on the other
+        own = sides.match_of(pair.prefill.endpoint)  # one may be too small on one side, and the others on the other
         for side, hosts in (
             (pair.prefill, prefills), (pair.decode, decodes), (pair.prefill, own.prefills), (pair.decode, own.decodes)
         ):  # fmt: skip
@@ -280,7 +280,7 @@ class Scheduler:
             # No rank of decode may have room of those that one room can lead to together with prefill's.
             for side, hosts in ((pair.prefill, prefills), (pair.decode, decodes)):
                 if not self._has_room(side, demand):
-                    return self._refuse_for_room(pool, side.host.endpoint.role, hosts, request, demand)
+                    return self._refuse_for_room(pool, side.endpoint.role, hosts, request, demand)
         return pair
 
     def _no_room(self, pool: _Pool, request: InferenceRequest, prefix: Prefix | None, why: str) -> Rejection | Queued:
@@ -292,7 +292,7 @@ class Scheduler:
         self, side: Target, hosts: Sequence[EndpointLoad], request: InferenceRequest, demand: RequestCost
     ) -> Rejection | None:
         """Refuse a prompt that no rank of these hosts can ever hold; its engine would let the other leg wait for it."""
-        sample = side.host.ranks[side.rank or 0].sample
+        sample = side.endpoint.ranks[side.rank or 0].sample
         if sample is None or not sample.capacity_tokens or demand.tokens <= sample.capacity_tokens:
             return None
         if not request.is_read:  # it may be long for its pictures
@@ -301,13 +301,13 @@ class Scheduler:
         if capacity is None or not is_too_long(request.prompt, demand.tokens, capacity):
             return None
         message = (
-            f"the prompt has about {demand.tokens:.0f} tokens, and the largest {side.host.endpoint.role.value} rank "
+            f"the prompt has about {demand.tokens:.0f} tokens, and the largest {side.endpoint.role.value} rank "
             f"that it can go to holds {capacity}; send a shorter one"
         )
         return Rejection(400, Reason.PROMPT_TOO_LONG, message)
 
     def _has_room(self, side: Target, demand: RequestCost) -> bool:
-        return self._admission.has_room(side.host, side.rank, demand.tokens, demand.requests)
+        return self._admission.has_room(side.endpoint, side.rank, demand.tokens, demand.requests)
 
     def _fits(self, demand: RequestCost) -> Callable[[RankLoad], bool]:
         return partial(self._admission.fits, tokens=demand.tokens, requests=demand.requests)
@@ -388,8 +388,8 @@ def _metadata(pool: _Pool, request: InferenceRequest, decode: Target) -> Metadat
     metadata: Metadata = {
         contract.META_POOL: pool.name,
         contract.META_MODEL: (request.model or "")[:SHOWN_MODEL],
-        contract.META_DECODE_HOST: decode.host.address,
+        contract.META_DECODE_HOST: decode.endpoint.address,
     }
-    if (rank := decode.told_rank) is not None:
+    if (rank := decode.global_rank) is not None:
         metadata[contract.META_DECODE_RANK] = rank
     return metadata

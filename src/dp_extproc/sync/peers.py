@@ -73,14 +73,14 @@ class _Peer:
 class Peers:
     """Apply the messages of all peers to reservations of this replica."""
 
-    def __init__(self, open_in_flight: Callable[[PlacementRecord, float], PeerRequest], peer_timeout: float) -> None:
+    def __init__(self, open_peer: Callable[[PlacementRecord, float], PeerRequest], peer_timeout: float) -> None:
         """Start without peers.
 
         Args:
-            open_in_flight: Opens the reservations of a peer's attempt.
+            open_peer: Opens the reservations of a peer's attempt.
             peer_timeout: Seconds without a message after which a peer is gone.
         """
-        self._open_in_flight = open_in_flight
+        self._open_peer = open_peer
         self._peer_timeout = peer_timeout
         self._peers: dict[str, _Peer] = {}
         self.counts: Counter[str] = Counter(repeated=0, gaps=0, snapshots=0, strays=0, silenced=0)
@@ -176,7 +176,7 @@ class Peers:
             opened = peer.attempts.get(event.attempt)
             if isinstance(event, Placed):
                 if opened is None:
-                    peer.attempts[event.attempt] = (self._open_in_flight(event.record, at), at)
+                    peer.attempts[event.attempt] = (self._open_peer(event.record, at), at)
                 continue
             if opened is None:
                 self.counts["strays"] += 1

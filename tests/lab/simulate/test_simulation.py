@@ -159,7 +159,7 @@ def test_every_surrounding_runs(around: Surroundings) -> None:
     simulation.settle()
 
     assert len(result.outcomes) == 150 - len(simulation._patience)
-    assert {host.requests - others(host) for replica in router._replicas for host in replica.fleet.hosts.values()} == {
+    assert {host.requests - others(host) for replica in router._replicas for host in replica.fleet.by_url.values()} == {
         0
     }
     assert not any(replica.attempts for replica in router._replicas)
@@ -187,7 +187,7 @@ def test_the_router_learns_how_long_texts_are(around: Surroundings, bytes_per_to
 
 
 def others(host: object) -> float:
-    return sum(group.others_requests for group in host.groups)  # type: ignore[attr-defined]
+    return sum(group.external_requests for group in host.groups)  # type: ignore[attr-defined]
 
 
 def test_the_same_seed_gives_the_same_run() -> None:

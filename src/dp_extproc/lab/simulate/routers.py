@@ -223,9 +223,9 @@ class _Replica:
         pair = self._picker.pair(prefills, decodes, demand, now)
         self.attempts[number] = self._ledger.open(pair.prefill, pair.decode, demand, now)
         prefill, decode = pair.prefill, pair.decode
-        decode_server = self._index[decode.host.endpoint.url]
+        decode_server = self._index[decode.endpoint.url]
         placement = Placement(
-            self._index[prefill.host.endpoint.url],
+            self._index[prefill.endpoint.url],
             self._rng.randrange(self._ranks) if prefill.rank is None else prefill.rank,
             decode_server,
             self._engine_ranks.decode_rank(decode_server) if decode.rank is None else decode.rank,
@@ -233,9 +233,9 @@ class _Replica:
         dispatch = PlacementRecord(
             _POOL,
             demand,
-            decode.host.endpoint.url,
+            decode.endpoint.url,
             decode.rank,
-            prefill.host.endpoint.url,
+            prefill.endpoint.url,
             prefill.rank,
             prefill.cached,
         )
@@ -243,7 +243,7 @@ class _Replica:
 
     def told(self, number: int, dispatch: PlacementRecord, now: float) -> None:
         """Take in what a peer has sent."""
-        self.attempts[number] = self._ledger.open_foreign(dispatch, now)
+        self.attempts[number] = self._ledger.open_peer(dispatch, now)
 
 
 def _facts(role: Role, fleet: Fleet) -> EngineFacts:

@@ -50,7 +50,7 @@ class Replica:
         self,
         outbox: Outbox,
         bus: Bus,
-        open_in_flight: Callable[[PlacementRecord, float], PeerRequest],
+        open_peer: Callable[[PlacementRecord, float], PeerRequest],
         *,
         clock: Callable[[], float],
         peer_timeout: float,
@@ -60,13 +60,13 @@ class Replica:
         Args:
             outbox: Listens to the attempts of this replica.
             bus: Between the replicas.
-            open_in_flight: Opens the reservations of a peer's attempt.
+            open_peer: Opens the reservations of a peer's attempt.
             clock: Monotonic seconds, as in the events of the outbox.
             peer_timeout: Seconds without a message after which a peer is gone.
         """
         self._outbox = outbox
         self._bus = bus
-        self._peers = Peers(open_in_flight, peer_timeout)
+        self._peers = Peers(open_peer, peer_timeout)
         self._clock = clock
         self._connected = False
         self._last_error: str | None = None
@@ -172,7 +172,7 @@ class Replica:
 def join(
     settings: SyncSettings,
     outbox: Outbox,
-    open_in_flight: Callable[[PlacementRecord, float], PeerRequest],
+    open_peer: Callable[[PlacementRecord, float], PeerRequest],
     *,
     clock: Callable[[], float],
 ) -> Replica:
@@ -181,7 +181,7 @@ def join(
     Args:
         settings: The bus.
         outbox: Listens to the attempts of this replica.
-        open_in_flight: Opens the reservations of a peer's attempt.
+        open_peer: Opens the reservations of a peer's attempt.
         clock: Monotonic seconds, as in the events of the outbox.
     """
     bus: Bus
@@ -191,7 +191,7 @@ def join(
         from dp_extproc.sync.transport.redis_bus import RedisBus  # noqa: PLC0415 - slow to import, and most have no Redis
 
         bus = RedisBus(settings.url.get_secret_value(), settings.channel, settings.peer_timeout)
-    return Replica(outbox, bus, open_in_flight, clock=clock, peer_timeout=settings.peer_timeout)
+    return Replica(outbox, bus, open_peer, clock=clock, peer_timeout=settings.peer_timeout)
 
 
 _EXPLAINED: Final = {
