@@ -1,4 +1,4 @@
-"""``dp-extproc simulate``: what placement would gain on a fleet and a traffic of one's own."""
+"""Run ``dp-extproc simulate``: compute what the policies would gain on a given fleet and traffic."""
 
 import argparse
 import json
@@ -47,7 +47,7 @@ _TRAFFIC: Final = (
     ("concurrency", int, "requests at a time, in place of a rate"),
 )
 _TPOT: Final = {"all": "tpot", "short": "tpot_short", "long": "tpot_long", "longest": "tpot_longest"}
-"""Of which requests the time per output token is shown, and what its numbers are called."""
+"""The groups of requests whose time per output token is printed, with the names of their numbers."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +115,7 @@ def _contender(text: str) -> Contender:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Setting]:
-    """Give the settings that are asked for, with what was changed in them."""
+    """Return the settings that are asked for, with the changes of the other options."""
     names = args.setting or []
     chosen = dict(SETTINGS) if "all" in names else {name: SETTINGS[name] for name in names}
     if not chosen:
@@ -149,7 +149,7 @@ def _changed(setting: Setting, args: argparse.Namespace) -> Setting:
 
 
 def _table(name: str, results: Mapping[str, Mapping[str, float]]) -> Table:
-    """Make the table of one setting; times in ms, gains against the engines' own placement."""
+    """Make the table of one setting; times in milliseconds, gains against the engines' own placement."""
     table = Table(title=name, title_justify="left")
     for column in ("placement", "TTFT mean", "p50", "p99", "gain", "of the clairvoyant's", "waiting"):
         table.add_column(column, justify="left" if column == "placement" else "right")
