@@ -9,15 +9,15 @@ from dp_extproc.lab.demo.jobs import make_jobs
 
 def _seconds(requests: int, time_scale: float) -> float:
     parts = [part for _, part in turns(2, make_jobs(requests, seed=1))]
-    return expected_seconds(parts, 80, time_scale, servers=2, ranks=4)
+    return expected_seconds(parts, 80, time_scale, engines=2, ranks=4)
 
 
 def test_the_estimate_is_near_to_what_was_measured() -> None:
     """400 requests in one turn took 15 s on two idle processors; start and warm-up come to that."""
     starting = _seconds(2, 1e-9)
     (jobs,) = [part for _, part in turns(1, make_jobs(400, seed=1))]
-    with_warm_up = expected_seconds([jobs], 80, 3.0, servers=2, ranks=4) - expected_seconds(
-        [jobs], 80, 1e-9, servers=2, ranks=4
+    with_warm_up = expected_seconds([jobs], 80, 3.0, engines=2, ranks=4) - expected_seconds(
+        [jobs], 80, 1e-9, engines=2, ranks=4
     )
 
     assert 14 < with_warm_up < 19

@@ -25,7 +25,7 @@ from sessions import processes_of
 _LONG = ("--requests", "3000", "--time-scale", "3")
 """Takes minutes: none of the tests waits for its end."""
 _SHORT = ("--requests", "4", "--time-scale", "0.2")
-_PATIENCE = 120.0
+_SAMPLE_SECONDS = 120.0
 _DEBUG_PORT = re.compile(rb"--debug-port\0(\d+)\0")
 
 
@@ -64,7 +64,7 @@ class Demo:
 
     def end(self) -> int:
         """Read to the end, and wait for that."""
-        rest, _ = self.process.communicate(timeout=_PATIENCE)
+        rest, _ = self.process.communicate(timeout=_SAMPLE_SECONDS)
         self.printed += rest
         return self.process.returncode
 
@@ -99,18 +99,18 @@ def _starting(demo: Demo) -> None:
 
 
 def _engines_starting(demo: Demo) -> None:
-    wait_for(lambda: len(demo.session()) >= 3, _PATIENCE)
+    wait_for(lambda: len(demo.session()) >= 3, _SAMPLE_SECONDS)
 
 
 def _router_starting(demo: Demo) -> None:
     demo.read_until("1 of 4")
-    wait_for(lambda: len(demo.session()) >= 6, _PATIENCE)
+    wait_for(lambda: len(demo.session()) >= 6, _SAMPLE_SECONDS)
 
 
 def _arrivals(least: int) -> Callable[[Demo], None]:
     def wait(demo: Demo) -> None:
         demo.read_until("1 of 4")
-        wait_for(lambda: _quietly(demo) >= least, _PATIENCE)
+        wait_for(lambda: _quietly(demo) >= least, _SAMPLE_SECONDS)
 
     return wait
 
@@ -324,7 +324,7 @@ def _run_command(directory: Path, *work: str) -> subprocess.CompletedProcess[str
     end = "sys.exit(run_until_interrupted(Console(), work))\n"
     (directory / "program.py").write_text(f"{_COMMAND}\ndef work(interrupts):\n{lines}\n{end}")
     argv = [sys.executable, "-m", "program"]
-    return subprocess.run(argv, capture_output=True, text=True, check=False, cwd=directory, timeout=_PATIENCE)
+    return subprocess.run(argv, capture_output=True, text=True, check=False, cwd=directory, timeout=_SAMPLE_SECONDS)
 
 
 def test_an_interrupt_in_code_made_from_a_string_ends_with_the_status(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_a_signal_ends_a_command_whose_output_is_never_read(tmp_path: Path) -> N
         assert process.stdout.read(1) == b"r"
         process.send_signal(signal.SIGINT)
 
-        assert process.wait(_PATIENCE) == 130
+        assert process.wait(_SAMPLE_SECONDS) == 130
 
 
 def test_an_interrupt_while_a_command_is_imported_ends_it_at_once(tmp_path: Path) -> None:
@@ -385,6 +385,6 @@ def test_an_interrupt_while_a_command_is_imported_ends_it_at_once(tmp_path: Path
         "sys.exit(entry(['serve']))\n"
     )
     argv = [sys.executable, "-m", "program"]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=_PATIENCE)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=_SAMPLE_SECONDS)
 
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

@@ -60,8 +60,8 @@ def test_load_compares_routers_when_two_are_given(
         "3 of 4: other, 10 requests",
         "4 of 4: one, 10 requests",
     ]
-    for server in engines:
-        start = next(number for number, line in enumerate(printed.splitlines()) if f"│ {server}" in line)
+    for engine in engines:
+        start = next(number for number, line in enumerate(printed.splitlines()) if f"│ {engine}" in line)
         ranks = [_cells(line) for line in printed.splitlines()[start : start + 2]]
         assert [sum(int(rank[column]) for rank in ranks) for column in (2, 5)] == [20, 20]
     assert _cells(_rows(printed, "failed requests")[0])[1:] == ["0", "0"]

@@ -39,5 +39,5 @@ def test_without_proc_only_the_process_itself_is_measured(
     share = Spent.now().since(Spent.now()).share()
 
     assert share.busy is None
-    assert share.others is None
+    assert share.external is None
     assert share.client >= 0

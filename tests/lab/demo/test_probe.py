@@ -29,7 +29,7 @@ def test_the_probe_goes_on_when_a_look_fails(fault: str) -> None:
                 urls,
                 lambda probe: (
                     bool(probe.failed.get("prefill 1"))
-                    and bool(probe.looks.get("prefill 1"))
+                    and bool(probe.samples.get("prefill 1"))
                     and bool(probe.failed.get("decode 2"))
                 ),
             )
@@ -37,7 +37,7 @@ def test_the_probe_goes_on_when_a_look_fails(fault: str) -> None:
 
     assert probe.failed["prefill 1"] == 1
     assert probe.reasons["prefill 1"]
-    assert probe.looks["decode 1"] > 0
+    assert probe.samples["decode 1"] > 0
     assert "decode 1" not in probe.failed
     assert probe.failed_share("decode 2") == 1.0
     assert probe.mean_tokens("decode 2", 0) is None

@@ -21,18 +21,18 @@ _QUIET = Spent(10.0, 2.0, (2000, 1000, 900))
 
 def _run(name: str, spent: Spent = _QUIET, *, late: float = 0.0, outcomes: list[Outcome] | None = None) -> Run:
     probe = LoadProbe()
-    for server in ("prefill 1", "decode 1"):
+    for engine in ("prefill 1", "decode 1"):
         for _ in range(100):
-            probe.note(server, {0: 100, 1: 300})
+            probe.note(engine, {0: 100, 1: 300})
     if outcomes is None:
         outcomes = [Outcome(job, 1.0, 0.2, 0.050 if job is _LONG else 0.030) for job in _JOBS]
     received = {("prefill 1", 0): Received(4, 1234)}
     return Run(name, probe, outcomes, 10.0, spent, Account(received, stepping=10.0, late=late))
 
 
-def _print(*runs: Run, is_all_here: bool = True, servers: tuple[str, ...] = ("prefill 1", "decode 1")) -> str:
+def _print(*runs: Run, is_all_here: bool = True, engines: tuple[str, ...] = ("prefill 1", "decode 1")) -> str:
     console = Console(width=100, file=io.StringIO(), record=True)
-    print_report(console, runs, About(_JOBS, servers, is_all_here, "Slow the engines down."))
+    print_report(console, runs, About(_JOBS, engines, is_all_here, "Slow the engines down."))
     return console.export_text()
 
 
@@ -123,7 +123,7 @@ def test_a_server_that_was_seldom_seen_is_told() -> None:
     for _ in range(9):
         run.probe.note_failure("prefill 1", "/v1/loads answers 503")
 
-    printed = _print(run, servers=("prefill 1", "decode 1", "decode 2"))
+    printed = _print(run, engines=("prefill 1", "decode 1", "decode 2"))
     assert "own: 10 of 110 looks at the load of prefill 1 failed: /v1/loads answers 503" in printed
     assert "looks at the load of decode 2 failed: it was never looked at" in printed
     assert "decode 1 failed" not in printed
