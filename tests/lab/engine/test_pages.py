@@ -289,7 +289,7 @@ def test_bootstrap_server(version: str, query: str, expected: dict[str, Any]) ->
         assert httpx.get(f"{bootstrap}/route").status_code == 400
 
 
-def test_dispatch_of_a_decode_server() -> None:
+def test_controller_of_a_decode_server() -> None:
     """Round robin unless told otherwise; a rank that is told does not take a turn."""
     with server("0.5.23", role="decode") as engine:
 

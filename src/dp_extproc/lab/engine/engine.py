@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dp_extproc.lab.engine.dispatch import Dispatcher, ServerKilledError
+from dp_extproc.lab.engine.controller import Dispatcher, ServerKilledError
 from dp_extproc.lab.engine.leg import Failure, Finished, Leg, RefusedError
 from dp_extproc.lab.engine.pace import Pace
 from dp_extproc.lab.engine.prefill_side import PrefillSide

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dp_extproc.lab.engine.dispatch import conflict
+from dp_extproc.lab.engine.controller import conflict
 from dp_extproc.lab.engine.leg import Failure, Finished
 from dp_extproc.lab.engine.rendezvous import FAKE_HOST, TAKEN_AWAY, failure, room_of
 from dp_extproc.lab.engine.scheduler.work import Stage

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dp_extproc.lab.engine.dispatch import Dispatcher, ServerKilledError, conflict
+from dp_extproc.lab.engine.controller import Dispatcher, ServerKilledError, conflict
 from dp_extproc.lab.engine.leg import Leg, RefusedError
 from dp_extproc.lab.engine.release import Release
 from dp_extproc.lab.engine.scheduler.rank import Limits, Rank
