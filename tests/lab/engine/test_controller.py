@@ -2,7 +2,7 @@
 
 import pytest
 
-from dp_extproc.lab.engine.controller import Dispatcher, ServerKilledError, conflict
+from dp_extproc.lab.engine.controller import Controller, EngineKilledError, conflict
 from dp_extproc.lab.engine.leg import Leg, RefusedError
 from dp_extproc.lab.engine.release import Release
 from dp_extproc.lab.engine.scheduler.rank import Limits, Rank
@@ -41,7 +41,7 @@ def leg(room: int | None = 6, rank: int | None = None, told: int | None = None) 
 )
 def test_methods(role: Role, version: str, method: str, ranks: list[int]) -> None:
     """Two requests with a room of rank 2."""
-    dispatcher = Dispatcher(settings(role, version, method))
+    dispatcher = Controller(settings(role, version, method))
 
     assert [dispatcher.choose(leg(), RANKS) for _ in range(2)] == ranks
 
@@ -53,28 +53,28 @@ def test_least_loaded() -> None:
     for name in ("b", "c"):
         ranks[1].add(Work(name, 1, 10, 1), Stage.WAITING)
 
-    assert Dispatcher(settings(Role.DECODE, method="total_requests")).choose(leg(), ranks) == 0
-    assert Dispatcher(settings(Role.DECODE, method="total_tokens")).choose(leg(), ranks) == 1
+    assert Controller(settings(Role.DECODE, method="total_requests")).choose(leg(), ranks) == 0
+    assert Controller(settings(Role.DECODE, method="total_tokens")).choose(leg(), ranks) == 1
 
 
 @pytest.mark.parametrize("rank", [-1, 4, 99])
 def test_range(rank: int) -> None:
     """From 0.5.10 on a refusal; before, Python's rules for list indices, and death beyond them."""
     with pytest.raises(RefusedError, match=rf"^routed_dp_rank={rank} out of range \[0, 4\)$"):
-        Dispatcher(settings(Role.DECODE)).check(leg(rank=rank))
-    old = Dispatcher(settings(Role.DECODE, "0.5.9"))
+        Controller(settings(Role.DECODE)).check(leg(rank=rank))
+    old = Controller(settings(Role.DECODE, "0.5.9"))
     old.check(leg(rank=rank))
     if rank == -1:
         assert old.choose(leg(rank=rank), RANKS) == 3
     else:
-        with pytest.raises(ServerKilledError, match="IndexError"):
+        with pytest.raises(EngineKilledError, match="IndexError"):
             old.choose(leg(rank=rank), RANKS)
 
 
 def test_no_room() -> None:
     """It kills where the room decides, unless the rank is told or there is one only."""
-    dispatcher = Dispatcher(settings(Role.PREFILL))
-    with pytest.raises(ServerKilledError, match="bootstrap_room is not None"):
+    dispatcher = Controller(settings(Role.PREFILL))
+    with pytest.raises(EngineKilledError, match="bootstrap_room is not None"):
         dispatcher.choose(leg(room=None), RANKS)
 
     assert dispatcher.choose(leg(room=None, rank=3), RANKS) == 3

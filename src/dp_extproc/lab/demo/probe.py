@@ -100,5 +100,5 @@ async def _sample(client: httpx.AsyncClient, engine: str, url: str, probe: LoadP
             if ranks:
                 probe.note(engine, {rank.dp_rank: rank.tokens for rank in ranks})
             else:
-                probe.note_failure(engine, "/v1/loads tells of no rank")
+                probe.note_failure(engine, "/v1/loads has no rank")
         await asyncio.sleep(_INTERVAL)

@@ -32,13 +32,13 @@ _AROUND: Final = (
     ("aborts", float, "share of the requests whose clients leave a queue in which they wait for long"),
 )
 _FLEET: Final = (
-    ("prefill", int, "prefill servers"),
-    ("decode", int, "decode servers"),
-    ("ranks", int, "DP ranks of each server"),
+    ("prefill", int, "prefill engines"),
+    ("decode", int, "decode engines"),
+    ("ranks", int, "DP ranks of each engine"),
     ("chunk", int, "prompt tokens per rank and step; 0 for no chunks"),
     ("capacity", int, "KV tokens of a rank"),
-    ("slow_prefill", float, "how many times longer the steps of the first prefill server take"),
-    ("slow_decode", float, "likewise of the first decode server"),
+    ("slow_prefill", float, "how many times longer the steps of the first prefill engine take"),
+    ("slow_decode", float, "how many times longer the steps of the first decode engine take"),
 )
 _TRAFFIC: Final = (
     ("rate", float, "requests per second"),
@@ -61,10 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind, text in (*_FLEET, *_TRAFFIC, *_AROUND):
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     parser.add_argument("--prefix-cache", action=argparse.BooleanOptionalAction, help="whether engines have one")
-    parser.add_argument("--sync", type=float, metavar="MS", help="how late replicas hear of each other; default: never")
-    parser.add_argument("--no-answers", action="store_true", help="the router hears only of the end of a request")
-    parser.add_argument("--no-scrapes", action="store_true", help="engines do not tell their load")
-    parser.add_argument("--lying", action="store_true", help="engines tell nonsense")
+    parser.add_argument(
+        "--sync", type=float, metavar="MS", help="how late replicas get events of peers; default: never"
+    )
+    parser.add_argument("--no-answers", action="store_true", help="the router gets only the end of a request")
+    parser.add_argument("--no-scrapes", action="store_true", help="engines do not report their load")
+    parser.add_argument("--lying", action="store_true", help="engines report nonsense")
     parser.add_argument(
         "--policy", action="append", metavar="HOST/RANK[/scraped][/blind]", type=_contender,
         help=f"policies to compare (default: {_DEFAULT}); /scraped: load.signal, /blind: without affinity",

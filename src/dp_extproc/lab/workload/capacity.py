@@ -30,7 +30,7 @@ class Topology:
         match = _TOPOLOGY.fullmatch(text)
         if match is None:
             raise ValueError(
-                f"{text!r} is not a topology such as 2p1d8: prefill servers, decode servers, ranks of each"
+                f"{text!r} is not a topology such as 2p1d8: prefill engines, decode engines, ranks of each"
             )
         return cls(*map(int, match.groups()))
 
