@@ -16,7 +16,7 @@ from random import Random
 from dp_extproc.config import HostPolicy, LoadSignal, PolicySettings
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, RankSample, Role, Version
 from dp_extproc.load.cache import LoadCache
-from dp_extproc.load.request_cost import RequestCost
+from dp_extproc.load.records import RequestCost
 from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.request.path import Api
 from dp_extproc.scheduling.picker import Picker
@@ -79,7 +79,7 @@ def measure(servers: int, ranks: int, host: HostPolicy, decisions: int) -> list[
     fleet = make_fleet(servers, ranks)
     rng = Random(1)
     picker = Picker(PolicySettings(host=host), LoadSignal.ESTIMATE, fleet.prefixes["*"], rng)
-    ledger = InFlightTracker(fleet)
+    tracker = InFlightTracker(fleet)
     limit = servers * ranks * _IN_FLIGHT
     in_flight = []
     times = []
@@ -93,12 +93,12 @@ def measure(servers: int, ranks: int, host: HostPolicy, decisions: int) -> list[
             unread -= 1
             endpoint = fleet.endpoints[next(reading) % len(fleet.endpoints)]
             fleet.sampled(endpoint, make_page(fleet, endpoint), now, now)
-        demand = RequestCost(float(rng.randint(200, 8000)))
+        cost = RequestCost(float(rng.randint(200, 8000)))
         began = time.thread_time_ns()
         prefills = fleet.capable("*", Role.PREFILL, Api.CHAT, now)
         decodes = fleet.capable("*", Role.DECODE, Api.CHAT, now)
-        pair = picker.pair(prefills, decodes, demand, now)
-        attempt = ledger.open(pair.prefill, pair.decode, demand, now)
+        pair = picker.pair(prefills, decodes, cost, now)
+        attempt = tracker.open(pair.prefill, pair.decode, cost, now)
         elapsed = time.thread_time_ns() - began
         in_flight.append(attempt)
         if number >= limit:

@@ -7,8 +7,10 @@ from typing import Any
 
 from dp_extproc.config import PoolConfig
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, RankSample, Role, Version
+from dp_extproc.load.attribution import Reading, absorb
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import DEFAULT_COSTS, EndpointLoad, StepCosts
+from dp_extproc.load.step_group import StepGroup
 from dp_extproc.scheduling.scheduler import Scheduler
 
 MODES = {Role.PREFILL: Mode.PREFILL, Role.DECODE: Mode.DECODE, Role.WORKER: Mode.UNIFIED}
@@ -76,6 +78,11 @@ def samples(tokens: Sequence[int], age: float | None = 0.0) -> tuple[RankSample,
         )
         for rank, count in enumerate(tokens)
     )
+
+
+def absorb_sample(group: StepGroup, sample: RankSample, at: float) -> None:
+    """Correct one rank of a group, as if it were alone in its engine, by a sample that comes without delay."""
+    absorb([Reading(group, group.ranks[sample.dp_rank], sample, at)], 1, at)
 
 
 class Fleet:

@@ -127,7 +127,7 @@ class SabotagedService(ServiceProcess):
 
     def failures(self, task: str, worker: str = "") -> float:
         """Read the metric of a task; 0 while it is not there."""
-        labels = f'worker="{worker}",' if worker else ""
+        labels = f'process="{worker}",' if worker else ""
         wanted = f'dp_extproc_task_failures_total{{{labels}task="{task}"}} '
         lines = [line for line in self.metrics().splitlines() if line.startswith(wanted)]
         return float(lines[0].removeprefix(wanted)) if lines else 0.0
@@ -155,7 +155,7 @@ def test_a_parent_of_workers_outlives_faults_of_its_own_tasks() -> None:
     """Its own tasks are guarded, too, and shown beside those of the workers."""
     with sabotaged(listen={"workers": 2}) as service:
         wait_for(lambda: service.failures("reload", "parent") >= 3, 30)
-        wait_for(lambda: 'dp_extproc_task_failures_total{worker="1",task="scrape"} 0.0' in service.metrics(), 30)
+        wait_for(lambda: 'dp_extproc_task_failures_total{process="1",task="scrape"} 0.0' in service.metrics(), 30)
 
         assert service.metrics().count("# TYPE dp_extproc_task_failures_total counter") == 1
         assert service.is_running

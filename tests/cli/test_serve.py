@@ -78,11 +78,11 @@ def test_without_the_section_there_is_no_exchange(lonely: ServiceProcess) -> Non
     [
         "dp_extproc_build_info",
         "dp_extproc_requests_total",
-        "dp_extproc_decision_seconds_bucket",
-        "dp_extproc_streams",
+        "dp_extproc_decision_duration_seconds_bucket",
+        "dp_extproc_active_streams",
         "dp_extproc_endpoint_state",
-        "dp_extproc_scrapes_total",
-        "dp_extproc_bytes_per_token",
+        "dp_extproc_load_updates_total",
+        "dp_extproc_prompt_bytes_per_token",
     ],
 )
 def test_metrics_are_there_from_the_start(lonely: ServiceProcess, name: str) -> None:

@@ -94,4 +94,4 @@ def test_what_affinity_saves_is_shown(fleet: Stack) -> None:
     send(fleet, {"text": text(7, 2000)})
     send(fleet, {"text": text(7, 2000)})
 
-    assert sum(endpoint["held_tokens"] for endpoint in fleet.service.loads()["endpoints"]) > 1500
+    assert sum(endpoint["cached_tokens"] for endpoint in fleet.service.loads()["endpoints"]) > 1500

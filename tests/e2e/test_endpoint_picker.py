@@ -233,7 +233,8 @@ def test_who_has_served_is_compared(gateway: Gateway) -> None:
         assert gateway.client.post("/v1/chat/completions", json=CHAT, headers=headers).status_code == 200
         gateway.service.wait_until_idle()
         lines = gateway.service.metrics().splitlines()
-        return next(float(line.split()[1]) for line in lines if line.startswith("dp_extproc_served_elsewhere_total"))
+        name = "dp_extproc_destination_mismatches_total"
+        return next(float(line.split()[1]) for line in lines if line.startswith(name))
 
     before = elsewhere()
     assert elsewhere() == before

@@ -83,7 +83,7 @@ def test_every_leg_reports_to_the_process_that_placed_it(many: Many) -> None:
     routed = many.counts('dp_extproc_requests_total{.*outcome="routed".*}')
     assert len(routed) == 4
     assert min(routed) > 0
-    assert sum(many.counts("dp_extproc_unseen_legs_total{.*}")) == 0
+    assert sum(many.counts("dp_extproc_missing_prefill_legs_total{.*}")) == 0
 
 
 def test_a_prefill_server_dies_under_load(many: Many) -> None:

@@ -83,7 +83,7 @@ def test_load_of_others_is_avoided() -> None:
             others: dict[str, Any] = {**LONG, "text": "x" * 40_000, "routed_dp_rank": 1}
             with client.stream("POST", f"{engine.url}/generate", json=others) as response:
                 next(response.iter_lines())
-                wait_for(lambda: service.loads()["endpoints"][0]["ranks"][1]["others_tokens"] > 5000)
+                wait_for(lambda: service.loads()["endpoints"][0]["ranks"][1]["external_tokens"] > 5000)
                 engine.forget()
                 for _ in range(10):
                     sent = {"text": "x", "sampling_params": {"max_new_tokens": 1}}

@@ -86,12 +86,12 @@ def test_endpoints_come_and_go_without_losing_anything(changing: Changing) -> No
         rest = [line for line in lines if line]
 
     assert [each["url"] for each in page["endpoints"]] == [engine.url for engine in changing.pairs[1]]
-    assert changing.pairs[0][1].url in [each["url"] for each in page["leaving"]]
+    assert changing.pairs[0][1].url in [each["url"] for each in page["draining"]]
     assert statuses == [200] * 5
     assert rest[-1] == "data: [DONE]"
     assert (changing.served_by(0), changing.served_by(1)) == (1, 5)
     changing.service.wait_until_idle()
-    assert changing.service.loads()["leaving"] == []
+    assert changing.service.loads()["draining"] == []
 
 
 def test_who_stays_keeps_its_books(changing: Changing) -> None:
@@ -104,7 +104,7 @@ def test_who_stays_keeps_its_books(changing: Changing) -> None:
         rest = [line for line in lines if line]
 
     assert sum(rank["reserved"]["requests"] for rank in decode["ranks"]) == 1
-    assert changing.service.loads()["leaving"] == []
+    assert changing.service.loads()["draining"] == []
     assert rest[-1] == "data: [DONE]"
 
 

@@ -106,7 +106,7 @@ def test_metrics_and_loads_tell_of_the_exchange(replicas: Replicas) -> None:
     assert "dp_extproc_sync_connected 1.0" in page
     assert "dp_extproc_sync_peers 1.0" in page
     assert 'dp_extproc_sync_messages_total{kind="received"}' in page
-    assert 'dp_extproc_sync_troubles_total{kind="gaps"}' in page
+    assert 'dp_extproc_sync_anomalies_total{kind="gap"}' in page
 
 
 def test_no_request_fails_while_the_bus_is_lost_and_back(replicas: Replicas) -> None:

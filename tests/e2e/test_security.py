@@ -74,7 +74,7 @@ def mutual(authority: Authority) -> Iterator[Stack]:
 
 def prefill_is_reported(stack: Stack) -> bool:
     """Tell whether the stream of a prefill leg has found its way to the process that placed the request."""
-    return "dp_extproc_unseen_legs_total 0.0" in stack.service.metrics()
+    return "dp_extproc_missing_prefill_legs_total 0.0" in stack.service.metrics()
 
 
 def test_both_clusters_of_the_service_speak_tls(mutual: Stack) -> None:

@@ -62,7 +62,7 @@ class Patient:
 
     def _failures(self) -> dict[str, int]:
         url = re.escape(self._engine.url)
-        pattern = rf'dp_extproc_scrape_failures_total{{endpoint="{url}",kind="(\w+)",[^}}]*}} ([\d.]+)'
+        pattern = rf'dp_extproc_load_failures_total{{endpoint="{url}",kind="(\w+)",[^}}]*}} ([\d.]+)'
         found = re.findall(pattern, self._stack.service.metrics())
         return {kind: int(float(count)) for kind, count in found}
 

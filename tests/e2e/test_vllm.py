@@ -99,7 +99,7 @@ def test_load_per_rank(fleet: Fleet) -> None:
     ranks = page[fleet.multiplexed.url]["ranks"]
 
     assert [rank["dp_rank"] for rank in ranks] == [0, 1, 2]
-    assert {rank["scraped"]["capacity_tokens"] for rank in ranks} == {160000}
+    assert {rank["sample"]["capacity_tokens"] for rank in ranks} == {160000}
     assert page[fleet.multiplexed.url]["version"] == "0.11.0"
     assert [len(page[each.url]["ranks"]) for each in fleet.ports] == [1, 1]
 

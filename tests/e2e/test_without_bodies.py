@@ -214,6 +214,6 @@ def test_lookups(fleet: Fleet) -> None:
 def test_a_client_that_leaves_while_it_sends(fleet: Fleet) -> None:
     """Its books are emptied."""
     with connect(fleet, length=99):
-        wait_for(lambda: "dp_extproc_streams 1.0" in fleet.service.metrics())
+        wait_for(lambda: "dp_extproc_active_streams 1.0" in fleet.service.metrics())
 
     fleet.service.wait_until_idle()

@@ -37,14 +37,14 @@ def workers(running: Stack) -> Iterator[Stack]:
 
 
 def of(stack: Stack) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = stack.service.loads()["workers"]
+    found: list[dict[str, Any]] = stack.service.loads()["worker_processes"]
     return found
 
 
 def per_worker(stack: Stack, metric: str, role: str) -> dict[str, float]:
     """Add up a metric of the ranks of a role, worker by worker."""
     found: dict[str, float] = {"0": 0.0, "1": 0.0}
-    line = re.compile(rf'^{metric}{{worker="(\d)",.*role="{role}".*}} (.*)$', re.MULTILINE)
+    line = re.compile(rf'^{metric}{{process="(\d)",.*role="{role}".*}} (.*)$', re.MULTILINE)
     for worker, value in line.findall(stack.service.metrics()):
         found[worker] += float(value)
     return found

@@ -32,33 +32,33 @@ def slowness(*paces: DecodePace) -> list[float]:
 
 def test_it_is_learned_from_the_steps_of_the_engine() -> None:
     """Fifty steps in two seconds are 40 ms per token, however long the engine has been idle before or between them."""
-    assert counted((100, 700, 9.0, 700)).told is None
-    assert counted((100, 700, 9.0, 700), (150, 1700, 11.0, 1700)).told == pytest.approx(0.04)
+    assert counted((100, 700, 9.0, 700)).reported is None
+    assert counted((100, 700, 9.0, 700), (150, 1700, 11.0, 1700)).reported == pytest.approx(0.04)
 
 
 def test_speculative_decoding_makes_more_than_a_token_in_a_step() -> None:
     """Twenty sequences that got 2.5 tokens each in a step of 40 ms wait 16 ms for one."""
-    assert counted((0, 0, 0, 0), (50, 1000, 2.0, 2500)).told == pytest.approx(0.016)
+    assert counted((0, 0, 0, 0), (50, 1000, 2.0, 2500)).reported == pytest.approx(0.016)
 
 
 @pytest.mark.parametrize("later", [(100, 700, 9.0, 700), (3, 9, 0.1, 9), (150, 1700, 8.0, 1700)])
 def test_no_step_and_a_restart_tell_no_pace(later: tuple[float, float, float, float]) -> None:
     """Nor does a clock that went backwards."""
-    assert counted((100, 700, 9.0, 700), later).told is None
+    assert counted((100, 700, 9.0, 700), later).reported is None
 
 
 def test_many_steps_weigh_more_than_few() -> None:
     """Ninety steps of 20 ms and ten of 70 ms, in one moment, are 25 ms on average."""
     pace = counted((0, 0, 0, 0), (90, 90, 1.8, 90), (100, 100, 2.5, 100), seconds=0.0)
 
-    assert pace.told == pytest.approx(0.025)
+    assert pace.reported == pytest.approx(0.025)
 
 
 def test_steps_of_a_while_ago_weigh_less() -> None:
     """After five seconds 100 steps of 20 ms weigh as 50 do, and 50 of 50 ms make it 35 ms."""
     pace = counted((0, 0, 0, 0), (100, 100, 2.0, 100), (150, 150, 4.5, 150), seconds=5.0)
 
-    assert pace.told == pytest.approx(0.035)
+    assert pace.reported == pytest.approx(0.035)
 
 
 def test_an_engine_that_does_not_count_steps_tells_it_by_its_rate() -> None:
@@ -67,7 +67,7 @@ def test_an_engine_that_does_not_count_steps_tells_it_by_its_rate() -> None:
     for _ in range(2):
         pace.learn(0, RankSample(0, 0, running_requests=20, tokens_per_second=1000.0), NOW)
 
-    assert pace.told == pytest.approx(0.02)
+    assert pace.reported == pytest.approx(0.02)
 
 
 def test_a_rate_from_before_there_were_sequences_tells_none() -> None:
@@ -76,7 +76,7 @@ def test_a_rate_from_before_there_were_sequences_tells_none() -> None:
     for running in (0, 20, 0, 20):
         pace.learn(0, RankSample(0, 0, running_requests=running, tokens_per_second=100.0), NOW)
 
-    assert pace.told is None
+    assert pace.reported is None
 
 
 def test_an_idle_engine_tells_none() -> None:
@@ -86,7 +86,7 @@ def test_an_idle_engine_tells_none() -> None:
         pace.learn(0, RankSample(0, 0, running_requests=0, tokens_per_second=1000.0), NOW)
         pace.learn(1, RankSample(1, 0, running_requests=5, tokens_per_second=0.0), NOW)
 
-    assert pace.told is None
+    assert pace.reported is None
 
 
 def test_nobody_has_told() -> None:
@@ -115,7 +115,7 @@ def test_all_have_been_idle_for_a_day() -> None:
     paces = [stepped(1000, tpot, then_idle=86400.0) for tpot in (0.02, 0.06)]
 
     assert slowness(*paces) == [1.0, 1.0]
-    assert [pace.told for pace in paces] == pytest.approx([0.02, 0.06])
+    assert [pace.reported for pace in paces] == pytest.approx([0.02, 0.06])
 
 
 def test_nobody_has_told_yet_but_one() -> None:

@@ -7,6 +7,7 @@ import pytest
 from dp_extproc.engines.model import RankSample
 from dp_extproc.estimators.sample_trust import SampleTrust
 from dp_extproc.load.decode import DecodeGroup
+from fleet_fixtures import absorb_sample
 
 NOW = 1000.0
 
@@ -68,7 +69,7 @@ def test_a_decode_rank_does_not_swing_with_an_engine_that_tells_nonsense() -> No
     loads = []
     for number in range(60):
         told = RankSample(0, 50_000, running_requests=5) if number % 2 else RankSample(0, 0)
-        group.ranks[0].absorb(told, NOW + number, NOW + number)
+        absorb_sample(group, told, NOW + number)
         loads.append(group.loads[0])
 
     assert max(loads[:4]) - min(loads[:4]) > 30_000
@@ -80,9 +81,9 @@ def test_an_empty_rank_is_empty() -> None:
     group = DecodeGroup(range(1), request_tokens=1000)
     for number in range(40):
         told = RankSample(0, 50_000, running_requests=5) if number % 2 else RankSample(0, 10, running_requests=1)
-        group.ranks[0].absorb(told, NOW + number, NOW + number)
+        absorb_sample(group, told, NOW + number)
     before = group.loads[0]
-    group.ranks[0].absorb(RankSample(0, 0), NOW + 60, NOW + 60)
+    absorb_sample(group, RankSample(0, 0), NOW + 60)
 
     assert before > 10_000
     assert group.loads[0] == 0

@@ -34,7 +34,7 @@ def _feed(ratio: TokenRatio, text_bytes: int, counted: int, known: int = 0, roun
     total = 0
     ratio.counted(ENGINE, total, 0.0)
     for second in range(1, rounds + 1):
-        ratio.answered(ENGINE, text_bytes, known)
+        ratio.computed(ENGINE, text_bytes, known)
         total += counted
         ratio.counted(ENGINE, total, second)
 
@@ -99,8 +99,8 @@ class TestTrafficOfOthers:
         """Three of four prompts are of others, and the engine shows some of them whenever it is read."""
         ratio = TokenRatio()
         for second in range(500):
-            ratio.answered(ENGINE, 20_000, 0)
-            ratio.counted(ENGINE, 20_000 * second, second, strangers=True)
+            ratio.computed(ENGINE, 20_000, 0)
+            ratio.counted(ENGINE, 20_000 * second, second, external=True)
 
         assert ratio.bytes_per_token == START
 
@@ -108,8 +108,8 @@ class TestTrafficOfOthers:
         """Every other prompt is of others, which two readings of five show; one more without them tells nothing yet."""
         ratio, chance = TokenRatio(), Random(1)
         for second in range(3000):
-            ratio.answered(ENGINE, 20_000, 0)
-            ratio.counted(ENGINE, 10_000 * second, second, strangers=chance.random() < 0.4)
+            ratio.computed(ENGINE, 20_000, 0)
+            ratio.counted(ENGINE, 10_000 * second, second, external=chance.random() < 0.4)
 
         assert ratio.bytes_per_token == pytest.approx(START, rel=0.05)
 
@@ -118,16 +118,16 @@ class TestTrafficOfOthers:
         ratio = TokenRatio()
         count = 0
 
-        def read(times: int, tokens: int, *, strangers: bool = False) -> None:
+        def read(times: int, tokens: int, *, external: bool = False) -> None:
             nonlocal count
             for _ in range(times):
-                ratio.answered(ENGINE, 100_000, 0)
+                ratio.computed(ENGINE, 100_000, 0)
                 count += tokens
-                ratio.counted(ENGINE, count, 0.0, strangers=strangers)
+                ratio.counted(ENGINE, count, 0.0, external=external)
 
         read(10, 25_000)
         read(7, 100_000)
-        read(1, 100_000, strangers=True)
+        read(1, 100_000, external=True)
         read(7, 100_000)
         before = ratio.bytes_per_token
         read(300, 50_000)
@@ -139,8 +139,8 @@ class TestTrafficOfOthers:
         """The count comes with every tenth page; others are on the page in between."""
         ratio = TokenRatio()
         for page in range(1000):
-            ratio.answered(ENGINE, 20_000, 0)
-            ratio.counted(ENGINE, None if page % 10 else 10_000 * page, page, strangers=page % 10 == 5)
+            ratio.computed(ENGINE, 20_000, 0)
+            ratio.counted(ENGINE, None if page % 10 else 10_000 * page, page, external=page % 10 == 5)
 
         assert ratio.bytes_per_token == START
 
@@ -153,7 +153,7 @@ class TestTrafficOfOthers:
             ours = [chance.expovariate(1 / 4000) for _ in range(6) if chance.random() < share / 6]
             others = [chance.expovariate(1 / 4000) for _ in range(6) if chance.random() < (1 - share) / 6]
             for size in ours:
-                ratio.answered(ENGINE, round(size), 0)
+                ratio.computed(ENGINE, round(size), 0)
             count += late
             late = round(sum(ours) / 2) if chance.random() < 0.2 else 0
             count += round(sum(ours) / 2) - late + round(sum(others) / 2)

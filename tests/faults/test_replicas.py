@@ -14,8 +14,7 @@ from dp_extproc.envoy_config.cluster_names import SERVICE
 from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.engine import EngineProcess
 from dp_extproc.lab.testbed.service import ServiceProcess
-from dp_extproc.load.records import PlacementRecord
-from dp_extproc.load.request_cost import RequestCost
+from dp_extproc.load.records import PlacementRecord, RequestCost
 from e2e.load import PATIENT, STREAMS, under_load
 from e2e.stack import PATIENCE
 from faults.fleet import BODIES, Fleet, ask, run_fleet
@@ -64,13 +63,13 @@ def services(fleet: Fleet) -> Sequence[ServiceProcess]:
 
 def ready(service: ServiceProcess) -> list[int]:
     """Give the process ids of the workers that serve."""
-    return [each["pid"] for each in service.loads().get("workers", []) if each["ready"]]
+    return [each["pid"] for each in service.loads().get("worker_processes", []) if each["ready"]]
 
 
 def count(fleet: Fleet, metric: str, label: str = "") -> list[float]:
     """Add up a metric of every worker; if there is a label, what has it next to the worker's."""
     return [
-        sum(float(line.rpartition(" ")[2]) for line in page if line.startswith(f'{metric}{{worker="{worker}"{label}'))
+        sum(float(line.rpartition(" ")[2]) for line in page if line.startswith(f'{metric}{{process="{worker}"{label}'))
         for page in [service.metrics().splitlines() for service in services(fleet)]
         for worker in range(2)
     ]
@@ -82,7 +81,7 @@ def test_every_leg_reports_to_its_owner(fleet: Fleet) -> None:
 
     assert {str(each.result()) for each in asked} == {"answer"}
     assert all(count(fleet, "dp_extproc_picks_total"))
-    assert sum(count(fleet, "dp_extproc_unseen_legs_total")) == 0
+    assert sum(count(fleet, "dp_extproc_missing_prefill_legs_total")) == 0
 
 
 def test_hostile_messages_do_no_harm(fleet: Fleet) -> None:
@@ -97,7 +96,7 @@ def test_hostile_messages_do_no_harm(fleet: Fleet) -> None:
         for path in sockets:
             for message in hostile:
                 stranger.sendto(message, str(path))
-    wait_for(lambda: count(fleet, "dp_extproc_sync_troubles_total", ',kind="garbage"') == [len(hostile)] * 4)
+    wait_for(lambda: count(fleet, "dp_extproc_sync_anomalies_total", ',kind="undecodable"') == [len(hostile)] * 4)
     asked = [fleet.threads.submit(ask, fleet.client, path, stream=True) for path in (CHAT, GENERATE) * 20]
 
     assert {str(each.result()) for each in asked} == {"answer"}

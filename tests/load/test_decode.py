@@ -4,8 +4,10 @@ import pytest
 
 from dp_extproc.engines.model import RankSample
 from dp_extproc.estimators.decode_pace import DEFAULT_TPOT
-from dp_extproc.load.decode import DecodeGroup, DecodeReservation
-from dp_extproc.load.step_group import absorb
+from dp_extproc.load.attribution import Reading, absorb
+from dp_extproc.load.decode import DecodeGroup
+from dp_extproc.load.rank import Reservation
+from fleet_fixtures import absorb_sample
 
 NOW = 1000.0
 
@@ -29,7 +31,7 @@ def test_it_grows_from_the_first_token_on_at_the_pace_of_its_server() -> None:
     reservation = group.ranks[0].reserve(300, NOW)
     group.refresh(NOW + 10)
     before = group.loads[0]
-    reservation.started(NOW + 10)
+    reservation.first_token(NOW + 10)
     group.refresh(NOW + 13)
 
     assert before == 1300
@@ -41,12 +43,12 @@ def test_an_old_sample_teaches_nothing_anew() -> None:
     """When the others it showed are forgotten, the pace stays as the samples told it, each of them once."""
     group = make_group()
     for rate in (1000.0, 1000.0, 500.0):
-        group.ranks[0].absorb(RankSample(0, 0, running_requests=20, tokens_per_second=rate), NOW, NOW)
-    before = group.pace.told
+        absorb_sample(group, RankSample(0, 0, running_requests=20, tokens_per_second=rate), NOW)
+    before = group.pace.reported
     group.forget_external(NOW + 60)
 
     assert group.external_requests == 0
-    assert group.pace.told == before
+    assert group.pace.reported == before
 
 
 def test_with_nothing_in_flight_the_books_are_exactly_zero() -> None:
@@ -54,9 +56,9 @@ def test_with_nothing_in_flight_the_books_are_exactly_zero() -> None:
     group = make_group()
     reservations = [group.ranks[0].reserve(0.1 * number, NOW) for number in range(1, 30)]
     for number, reservation in enumerate(reservations):
-        reservation.started(NOW + 0.1 * number)
+        reservation.first_token(NOW + 0.1 * number)
     for reservation in (*reservations[::2], *reservations[1::2], *reservations):
-        reservation.release(NOW + 70)
+        reservation.complete(NOW + 70)
 
     assert group.loads == [0, 0]
     assert group.requests == 0
@@ -66,8 +68,8 @@ def test_a_first_token_after_the_end_is_ignored() -> None:
     """Late events find nothing that could grow."""
     group = make_group()
     reservation = group.ranks[0].reserve(300, NOW)
-    reservation.release(NOW + 1)
-    reservation.started(NOW + 2)
+    reservation.complete(NOW + 1)
+    reservation.first_token(NOW + 2)
     group.refresh(NOW + 90)
 
     assert group.loads == [0, 0]
@@ -80,9 +82,9 @@ def test_what_is_older_than_any_sequence_can_be_goes(capacity: int | None, hours
     """At 30 ms per token, twice the KV cache of a rank or a million tokens; an hour at least."""
     group = make_group(1)
     if capacity is not None:
-        group.ranks[0].absorb(RankSample(0, 50, running_requests=1, capacity_tokens=capacity), NOW, NOW)
+        absorb_sample(group, RankSample(0, 50, running_requests=1, capacity_tokens=capacity), NOW)
     reservation = group.ranks[0].reserve(50, NOW)
-    reservation.started(NOW)
+    reservation.first_token(NOW)
     group.survey(NOW + 3600 * hours)
     before = group.requests
     group.survey(NOW + 3600 * (hours + 0.1))
@@ -95,9 +97,9 @@ def test_what_others_cause_comes_on_top_with_its_sequences() -> None:
     """A sample of 5000 tokens and 4 sequences, of which 1300 and one are ours (300 prompt, 1000 grown)."""
     group = make_group()
     reservation = group.ranks[0].reserve(300, NOW)
-    reservation.started(NOW)
+    reservation.first_token(NOW)
     at = NOW + 30
-    group.ranks[0].absorb(RankSample(0, used_tokens=4000, total_tokens=5000, running_requests=4), at, at)
+    absorb_sample(group, RankSample(0, used_tokens=4000, total_tokens=5000, running_requests=4), at)
 
     assert group.external[0] == pytest.approx(5000 - 1300 + 3 * 1000)
     assert group.loads[0] == pytest.approx(group.external[0] + 1300 + 1000)
@@ -108,9 +110,9 @@ def test_a_worker_counts_a_prompt_twice_until_it_is_computed() -> None:
     group = make_group(computes=True)
     reservation = group.ranks[0].reserve(500, NOW, cached=200)
     queued = group.loads[0]
-    reservation.started(NOW)
+    reservation.first_token(NOW)
 
-    assert isinstance(reservation, DecodeReservation)
+    assert isinstance(reservation, Reservation)
     assert queued == 500 + 300 + 1000
     assert group.loads[0] == 500 + 1000
 
@@ -158,7 +160,7 @@ def test_room_under_the_fullest_rank_costs_those_who_run_beside_it() -> None:
 def test_a_rank_without_kv_room_costs_more_than_any_other() -> None:
     """85 % of the capacity may be promised; fixed costs of sequences are no KV tokens."""
     group = make_group(1)
-    group.ranks[0].absorb(RankSample(0, 0, capacity_tokens=10_000), NOW, NOW)
+    absorb_sample(group, RankSample(0, 0, capacity_tokens=10_000), NOW)
     for _ in range(4):
         group.ranks[0].reserve(2000, NOW)
 
@@ -170,7 +172,7 @@ def test_the_fixed_costs_of_others_are_no_kv_tokens_either() -> None:
     """300 sequences that hold 5000 tokens leave 3500 of the 8500 that may be promised."""
     group = make_group(1)
     sample = RankSample(0, used_tokens=5000, total_tokens=5000, running_requests=300, capacity_tokens=10_000)
-    group.ranks[0].absorb(sample, NOW, NOW)
+    absorb_sample(group, sample, NOW)
 
     assert group.cost(0, group.loads[0] + 3400) < 1e9
     assert group.cost(0, group.loads[0] + 3600) > 1e9
@@ -182,10 +184,10 @@ def test_what_was_misjudged_goes_with_the_requests(told: int, loads: list[float]
     group = make_group()
     reservations = [group.ranks[0].reserve(1000, NOW) for _ in range(2)]
     sample = RankSample(0, used_tokens=told, total_tokens=told, running_requests=2)
-    group.ranks[0].absorb(sample, NOW + 1, NOW + 1)
+    absorb_sample(group, sample, NOW + 1)
     found = [group.loads[0]]
     for each in reservations:
-        each.release(NOW + 2)
+        each.complete(NOW + 2)
         found.append(group.loads[0])
 
     assert found == loads
@@ -202,7 +204,7 @@ def test_the_engine_knows_better_how_long_our_sequences_are(told: int, load: flo
     for _ in range(2):
         group.ranks[0].reserve(1000, NOW)
     sample = RankSample(0, used_tokens=told, total_tokens=told, running_requests=2)
-    group.ranks[0].absorb(sample, NOW + 1, NOW + 1)
+    absorb_sample(group, sample, NOW + 1)
 
     assert group.loads[0] == load
 
@@ -217,8 +219,8 @@ def test_a_late_sample_corrects_only_what_is_still_open(ended: int, reported: in
     reservations = [rank.reserve(1000, NOW, is_share=is_share) for _ in range(2)]
     sample = RankSample(0, used_tokens=reported, total_tokens=reported, running_requests=2)
     for each in reservations[:ended]:
-        each.release(NOW + 2)
-    absorb([(rank, sample, NOW + 1)], 1, NOW + 3)
+        each.complete(NOW + 2)
+    absorb([Reading(group, rank, sample, NOW + 1)], 1, NOW + 3)
 
     still_open = 2 - ended
     assert rank.external_tokens == (reported - 2000) / 2 * still_open
@@ -231,6 +233,6 @@ def test_a_count_that_knows_nothing_of_us_is_not_believed() -> None:
     group = make_group()
     for _ in range(4):
         group.ranks[0].reserve(1000, NOW)
-    group.ranks[0].absorb(RankSample(0, used_tokens=50, total_tokens=50, running_requests=1), NOW + 1, NOW + 1)
+    absorb_sample(group, RankSample(0, used_tokens=50, total_tokens=50, running_requests=1), NOW + 1)
 
     assert group.loads[0] == 4 * 2000

@@ -59,7 +59,7 @@ def test_a_request_that_ended_after_the_sample_is_not_taken_for_load_of_others(f
     fleet.clock.now += 1
     (reservation,) = host.reserve(0, 500, fleet.clock())
     fleet.clock.now += 2
-    reservation.release(fleet.clock())
+    reservation.complete(fleet.clock())
     fleet.sample(host.configured, [500, 0, 0, 0], age=1.0)
 
     assert host.ranks[0].tokens == 0
@@ -70,7 +70,7 @@ def test_a_request_that_ended_before_the_sample_explains_nothing_in_it(fleet: Fl
     host = fleet.host(Role.DECODE)
     (reservation,) = host.reserve(0, 500, fleet.clock())
     fleet.clock.now += 1
-    reservation.release(fleet.clock())
+    reservation.complete(fleet.clock())
     fleet.clock.now += 1
     fleet.sample(host.configured, [400, 0, 0, 0])
 
@@ -93,7 +93,7 @@ def test_a_reservation_is_released_once(fleet: Fleet) -> None:
     host = fleet.host(Role.DECODE)
     reservations = [host.reserve(3, 0.1 * n, fleet.clock())[0] for n in range(1, 20)]
     for reservation in (*reservations, *reservations):
-        reservation.release(fleet.clock())
+        reservation.complete(fleet.clock())
 
     assert host.ranks[3].reserved_tokens == 0
     assert host.ranks[3].reserved_requests == 0
@@ -108,7 +108,7 @@ def test_a_rank_that_the_engine_picks_is_shared_by_all(fleet: Fleet) -> None:
     assert host.requests == 1
     assert [rank.picks for rank in host.ranks] == [0, 0, 0, 0]
     for reservation in reservations:
-        reservation.release(fleet.clock())
+        reservation.complete(fleet.clock())
     assert host.tokens == 0
 
 
@@ -257,7 +257,7 @@ def test_a_restarted_engine_starts_with_empty_books(fleet: Fleet) -> None:
     (reservation,) = before.reserve(0, 500, fleet.clock())
     fleet.load.discovered(before.configured, "10.0.0.1:31001", make_facts(Role.PREFILL, ranks=2), fleet.clock())
     after = fleet.host(Role.PREFILL)
-    reservation.release(fleet.clock())
+    reservation.complete(fleet.clock())
 
     assert len(after.ranks) == 2
     assert after.tokens == 0
@@ -281,9 +281,9 @@ def test_a_rank_that_is_never_sampled_remembers_no_more_and_more(fleet: Fleet) -
     """Without samples what is over is forgotten some time, or hours of traffic would fill the memory."""
     rank = fleet.host(Role.DECODE).ranks[0]
     for number in range(30_000):
-        rank.reserve(1, number).release(number)
+        rank.reserve(1, number).complete(number)
 
-    assert len(rank.settled) <= 10_000
+    assert len(rank.ended) <= 10_000
     assert rank.tokens == 0
 
 
@@ -310,7 +310,7 @@ class TestAnAbsurdPace:
         for number in (1, 10):
             host = fleet.host(Role.DECODE, number)
             (reservation,) = host.reserve(1, 300, fleet.clock())
-            reservation.started(fleet.clock())
+            reservation.first_token(fleet.clock())
             host.groups[0].refresh(fleet.clock() + 10)
             loads.append(host.ranks[1].tokens - 1300)
 
@@ -334,8 +334,8 @@ class TestAnAbsurdPace:
         for number in range(1, 11):
             for _ in range(60):
                 (reservation,) = fleet.host(Role.DECODE, number).reserve(0, 300, fleet.clock())
-                reservation.started(fleet.clock())
-                reservation.release(fleet.clock() + (seconds if number == 10 else 5.0))
+                reservation.first_token(fleet.clock())
+                reservation.complete(fleet.clock() + (seconds if number == 10 else 5.0))
         compare_pace(fleet.load.eligible("*", Role.DECODE, fleet.clock()))
 
         assert self._slowness(fleet, 10) == pytest.approx(slowness / ALIKE, rel=0.02)
@@ -410,7 +410,7 @@ class TestRanksThatEnginesPick:
         batch = host.reserve(None, 16_000, fleet.clock(), requests=16)
         fleet.clock.now += 1
         for share in batch:
-            share.release(fleet.clock())
+            share.complete(fleet.clock())
 
         assert not any(reservation.until < fleet.clock() for reservation in before)
         assert host.requests == 8

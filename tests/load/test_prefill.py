@@ -6,7 +6,7 @@ import pytest
 
 from dp_extproc.engines.model import RankSample
 from dp_extproc.load.prefill import ARRIVAL_LAG, PrefillGroup
-from dp_extproc.load.step_group import RankLoad
+from fleet_fixtures import absorb_sample
 
 NOW = 1000.0
 LATER = NOW + 2 * ARRIVAL_LAG
@@ -30,7 +30,7 @@ def test_an_answer_tells_that_a_step_has_ended_for_every_rank() -> None:
     group = make_group()
     first = group.ranks[0].reserve(800, NOW)
     group.ranks[1].reserve(800, NOW)
-    first.release(LATER)
+    first.complete(LATER)
 
     assert group.loads == [0, 200]
 
@@ -41,7 +41,7 @@ def test_what_was_sent_a_moment_ago_has_not_started() -> None:
     first = group.ranks[0].reserve(800, NOW)
     group.ranks[1].reserve(800, NOW)
     group.ranks[1].reserve(60, LATER - ARRIVAL_LAG / 2)
-    first.release(LATER)
+    first.complete(LATER)
 
     assert group.loads == [0, 200 + 60]
 
@@ -51,7 +51,7 @@ def test_a_server_that_has_nothing_else_starts_it_all_the_same() -> None:
     group = make_group()
     first = group.ranks[0].reserve(800, NOW)
     group.ranks[1].reserve(60, LATER - ARRIVAL_LAG / 2)
-    first.release(LATER)
+    first.complete(LATER)
 
     assert group.loads == [0, 15]
 
@@ -61,12 +61,12 @@ def test_two_answers_of_one_step_are_one_step() -> None:
     group = make_group(3)
     runs = group.ranks[0].reserve(500, NOW)
     also = group.ranks[1].reserve(500, NOW)
-    runs.release(LATER)  # now the second one runs
+    runs.complete(LATER)  # now the second one runs
     group.ranks[2].reserve(2500, LATER)
     third = group.ranks[0].reserve(500, LATER)
-    also.release(LATER + 1)
+    also.complete(LATER + 1)
     loads = list(group.loads)
-    third.release(LATER + 1.01)
+    third.complete(LATER + 1.01)
 
     assert loads == [125, 0, 1500 + 250]
     assert group.loads == [0, 0, 500 + 250]  # a third step: the answer came from the running one
@@ -77,11 +77,11 @@ def test_answers_to_requests_that_are_known_to_be_computed_are_no_step() -> None
     group = make_group(2)
     runs = group.ranks[0].reserve(500, NOW)
     one, two = (group.ranks[1].reserve(400, NOW) for _ in range(2))
-    runs.release(LATER)  # both of rank 1 run now, 800 of 1000
+    runs.complete(LATER)  # both of rank 1 run now, 800 of 1000
     group.ranks[0].reserve(3000, LATER)
-    one.release(LATER + 1)
+    one.complete(LATER + 1)
     loads = list(group.loads)
-    two.release(LATER + 1.01)
+    two.complete(LATER + 1.01)
 
     assert loads == [2000 + 250, 0]
     assert group.loads == loads
@@ -95,7 +95,7 @@ def test_a_long_prompt_runs_chunk_by_chunk() -> None:
     for step in range(1, 4):
         other = group.ranks[1].reserve(10, NOW + step - 0.5)
         group.ranks[1].reserve(10, NOW + step - 0.5)
-        other.release(NOW + step)
+        other.complete(NOW + step)
         loads.append(list(group.loads))
 
     assert [load[0] for load in loads] == [1500 + 250, 500 + 250, 125, 0]
@@ -108,9 +108,9 @@ def test_without_chunks_a_long_prompt_runs_alone_in_one_step() -> None:
     long = group.ranks[0].reserve(5000, NOW)
     group.ranks[0].reserve(600, NOW)
     group.ranks[0].reserve(600, NOW)
-    first.release(LATER)
+    first.complete(LATER)
     alone = list(group.loads)
-    long.release(LATER + 1)
+    long.complete(LATER + 1)
 
     assert alone == [1250 + 1200]
     assert group.loads == [150 + 600]
@@ -122,7 +122,7 @@ def test_an_answer_out_of_turn_tells_that_those_before_it_are_done() -> None:
     group.ranks[0].reserve(900, NOW)
     group.ranks[0].reserve(900, NOW)
     last = group.ranks[0].reserve(900, NOW)
-    last.release(LATER)
+    last.complete(LATER)
 
     assert group.loads == [0]
 
@@ -134,9 +134,9 @@ class TestWithdrawn:
         """Ten requests of 4000 tokens, of which the newest is given up: nine are left."""
         group = make_group(1)
         first, *_, newest = [group.ranks[0].reserve(4000, NOW) for _ in range(10)]
-        newest.withdraw(LATER)
+        newest.cancel(LATER)
         after = list(group.loads)
-        first.withdraw(LATER)
+        first.cancel(LATER)
 
         assert after == [3000 + 250 + 8 * 4000]
         assert group.loads == [7 * 4000 + 3000 + 250]  # the next one starts, as nothing else runs
@@ -147,9 +147,9 @@ class TestWithdrawn:
         one = group.ranks[0].reserve(500, NOW)
         two = group.ranks[1].reserve(800, NOW)
         group.ranks[2].reserve(600, NOW)
-        one.release(LATER)  # both others run now
+        one.complete(LATER)  # both others run now
         group.ranks[0].reserve(900, LATER)
-        two.withdraw(LATER + 1)
+        two.cancel(LATER + 1)
 
         assert group.loads == [900, 0, 150]
 
@@ -159,7 +159,7 @@ class TestWithdrawn:
         group.ranks[0].reserve(800, NOW)
         leaving = group.ranks[1].reserve(1000, NOW)
         group.ranks[1].reserve(1000, NOW)
-        leaving.withdraw(NOW + 0.9)
+        leaving.cancel(NOW + 0.9)
         group.refresh(NOW + 1)
 
         assert group.loads == [200, 250]
@@ -168,8 +168,8 @@ class TestWithdrawn:
         """A later answer of its rank told so; the end comes without its own."""
         group = make_group(1)
         silent, answered = (group.ranks[0].reserve(400, NOW) for _ in range(2))
-        answered.release(LATER)
-        silent.withdraw(LATER + 1)
+        answered.complete(LATER)
+        silent.cancel(LATER + 1)
 
         assert group.loads == [0]
         assert group.requests == 0
@@ -203,7 +203,7 @@ class TestSilence:
         first = group.ranks[0].reserve(800, NOW)
         for _ in range(3):
             group.ranks[1].reserve(1000, NOW)
-        first.release(NOW + 1.5)
+        first.complete(NOW + 1.5)
         group.refresh(NOW + 2)
 
         assert group.loads == [0, 2000 + 250]
@@ -241,7 +241,7 @@ class TestSilence:
         first = group.ranks[0].reserve(1000, NOW)
         for _ in range(3):
             group.ranks[0].reserve(1000, NOW)
-        first.release(NOW + 4.2)
+        first.complete(NOW + 4.2)
         group.refresh(NOW + 9)
 
         assert group.loads == [250 + 2000]
@@ -252,7 +252,7 @@ class TestSilence:
         long = group.ranks[0].reserve(10_000, NOW)
         group.ranks[0].reserve(1000, NOW)
         group.ranks[0].reserve(1000, NOW)
-        long.release(NOW + 10)
+        long.complete(NOW + 10)
         before = list(group.loads)
         group.refresh(NOW + 10 + 3)
 
@@ -265,14 +265,14 @@ class TestSilence:
         late = group.ranks[0].reserve(100, NOW)
         group.refresh(NOW + 60)
         group.ranks[0].reserve(70, NOW + 60)
-        late.release(NOW + 61)
+        late.complete(NOW + 61)
 
         assert group.loads == [17.5]
         assert group.requests == 1
 
 
-def sample(rank: RankLoad, at: float, used_tokens: int = 0, **fields: Any) -> None:
-    rank.absorb(RankSample(rank.index, used_tokens, **fields), at, at)
+def sample(group: PrefillGroup, at: float, used_tokens: int = 0, **fields: Any) -> None:
+    absorb_sample(group, RankSample(0, used_tokens, **fields), at)
 
 
 class TestOthers:
@@ -291,7 +291,7 @@ class TestOthers:
         """Tokens to be computed, else queued tokens, else tokens in use; 300 of them are ours."""
         group = make_group(1)
         group.ranks[0].reserve(300, NOW)
-        sample(group.ranks[0], NOW + 1, waiting_requests=3, **fields)
+        sample(group, NOW + 1, waiting_requests=3, **fields)
 
         assert group.external == [others]
         assert group.loads == [others + 75]
@@ -299,8 +299,8 @@ class TestOthers:
     def test_what_is_computed_explains_nothing(self) -> None:
         """A prompt of ours that had been computed is not among the tokens that a later sample shows as waiting."""
         group = make_group(1)
-        group.ranks[0].reserve(300, NOW).release(NOW + 1)
-        sample(group.ranks[0], NOW + 2, waiting_uncached_tokens=300, waiting_requests=1)
+        group.ranks[0].reserve(300, NOW).complete(NOW + 1)
+        sample(group, NOW + 2, waiting_uncached_tokens=300, waiting_requests=1)
 
         assert group.loads == [300]
 
@@ -308,7 +308,7 @@ class TestOthers:
         """A prompt that is longer than we took it for is no load of others; it will be gone with ours."""
         group = make_group(1)
         group.ranks[0].reserve(300, NOW)
-        sample(group.ranks[0], NOW + 1, waiting_uncached_tokens=1200, waiting_requests=1)
+        sample(group, NOW + 1, waiting_uncached_tokens=1200, waiting_requests=1)
 
         assert group.external == [0]
 
@@ -317,7 +317,7 @@ class TestOthers:
         group = make_group(1)
         group.ranks[0].reserve(300, NOW)
         group.ranks[0].reserve(300, NOW + 20)
-        sample(group.ranks[0], NOW + 21)
+        sample(group, NOW + 21)
 
         assert group.expired == 1
         assert group.requests == 1
@@ -358,7 +358,7 @@ def test_a_request_waits_for_the_steps_of_its_own_rank_only() -> None:
     group = make_group()
     first = group.ranks[0].reserve(1000, NOW)
     group.ranks[0].reserve(5000, NOW)
-    first.release(LATER)  # 1000 of the 5000 run, 4000 wait, and 250 more for those that run
+    first.complete(LATER)  # 1000 of the 5000 run, 4000 wait, and 250 more for those that run
     group.survey(NOW)
 
     assert group.loads == [4250, 0]

@@ -228,7 +228,7 @@ def test_what_was_counted_of_servers_that_leave_is_dropped() -> None:
     reconfigure(fleet, stays)
     telemetry.forget_all_but({stays.url})
     reconfigure(fleet, stays, gone)
-    counted = [line for line in telemetry.page().decode().splitlines() if line.startswith("dp_extproc_scrape")]
+    counted = [line for line in telemetry.page().decode().splitlines() if line.startswith("dp_extproc_load_")]
 
     assert [line for line in counted if gone.url in line and not line.endswith(" 0.0")] == []
     assert len([line for line in counted if stays.url in line and line.endswith(" 1.0")]) == 2

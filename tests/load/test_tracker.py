@@ -4,8 +4,7 @@ import pytest
 
 from dp_extproc.engines.model import Role
 from dp_extproc.load.endpoint import Target
-from dp_extproc.load.records import PlacementRecord
-from dp_extproc.load.request_cost import RequestCost
+from dp_extproc.load.records import PlacementRecord, RequestCost
 from dp_extproc.load.tracker import InFlightTracker
 from fleet_fixtures import Fleet, make_endpoint, make_facts
 
@@ -19,8 +18,8 @@ class Witness:
     def __init__(self) -> None:
         self.told: list[tuple[object, ...]] = []
 
-    def dispatched(self, attempt: int, dispatch: PlacementRecord, now: float) -> None:
-        self.told.append(("dispatched", attempt, dispatch, now))
+    def opened(self, attempt: int, dispatch: PlacementRecord, now: float) -> None:
+        self.told.append(("opened", attempt, dispatch, now))
 
     def prefill_answered(self, attempt: int, now: float) -> None:
         self.told.append(("prefill_answered", attempt, now))
@@ -44,17 +43,17 @@ def requests(fleet: Fleet) -> tuple[float, float]:
 def test_every_event_of_our_own_attempts_is_told_once(fleet: Fleet) -> None:
     """In their order, with what another replica needs to put the attempt on its books; repeated events are not."""
     witness = Witness()
-    ledger = InFlightTracker(fleet.load, witness)
+    tracker = InFlightTracker(fleet.load, witness)
     prefill = Target(fleet.host(Role.PREFILL), 2, routed=True, by_room=True, cached=30.0)
     decode = Target(fleet.host(Role.DECODE), 3, routed=True, by_room=False)
-    attempt = ledger.open(prefill, decode, demand := RequestCost(100.0), NOW)
+    attempt = tracker.open(prefill, decode, cost := RequestCost(100.0), NOW)
     for _ in range(2):
         attempt.prefill_answered(200, NOW + 1)
         attempt.first_byte(200, NOW + 2)
         attempt.end(NOW + 3)
 
     assert witness.told == [
-        ("dispatched", 1, PlacementRecord("*", demand, DECODE, 3, PREFILL, 2, 30.0), NOW),
+        ("opened", 1, PlacementRecord("*", cost, DECODE, 3, PREFILL, 2, 30.0), NOW),
         ("prefill_answered", 1, NOW + 1),
         ("first_token", 1, NOW + 2),
         ("ended", 1, NOW + 3),

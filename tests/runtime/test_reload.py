@@ -161,9 +161,9 @@ def test_a_worker_that_starts_anew_does_not_meet_a_refused_file() -> None:
     with ServiceProcess(write_config(pool(new_url()), listen={"workers": 2})) as service:
         wait_for(lambda: service.log().count("ext_proc on") == 2, 20)  # one that dies before would say it only once
         wait_for(lambda: urls_of(service), 20)
-        pids = [each["pid"] for each in service.loads()["workers"]]
+        pids = [each["pid"] for each in service.loads()["worker_processes"]]
         service.write("pools: [")
         os.kill(pids[0], signal.SIGKILL)
-        wait_for(lambda: [each["restarts"] for each in service.loads()["workers"]] == [1, 0], 20)
+        wait_for(lambda: [each["restarts"] for each in service.loads()["worker_processes"]] == [1, 0], 20)
         wait_for(lambda: service.log().count("ext_proc on") == 3, 20)
-        assert [each["pid"] for each in service.loads()["workers"]][1] == pids[1]
+        assert [each["pid"] for each in service.loads()["worker_processes"]][1] == pids[1]

@@ -33,7 +33,7 @@ def pools() -> list[dict[str, Any]]:
 
 
 def workers_of(service: ServiceProcess) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = service.loads()["workers"]
+    found: list[dict[str, Any]] = service.loads()["worker_processes"]
     return found
 
 
@@ -78,9 +78,9 @@ def test_the_metrics_of_all_are_one_page(pair: ServiceProcess) -> None:
     """Every sample has its worker; the parent adds its own."""
     page = pair.metrics()
 
-    assert 'dp_extproc_build_info{worker="0",' in page
-    assert 'dp_extproc_build_info{worker="1",' in page
-    assert "dp_extproc_workers 2.0" in page
+    assert 'dp_extproc_build_info{process="0",' in page
+    assert 'dp_extproc_build_info{process="1",' in page
+    assert "dp_extproc_worker_processes 2.0" in page
     assert 'dp_extproc_config_reloads_total{outcome="applied"} 0.0' in page
     assert page.count("# TYPE dp_extproc_build_info") == 1
 
@@ -95,7 +95,7 @@ def test_one_that_is_killed_is_started_anew_alone(pair: ServiceProcess) -> None:
     assert after[0] == before[0]
     assert after[1]["pid"] not in {None, before[1]["pid"]}
     assert "worker 1 has ended with status -9; starting it again in 0.1 s" in pair.log()
-    assert re.search(r'dp_extproc_worker_restarts_total{worker="1"} 1.0', pair.metrics())
+    assert re.search(r'dp_extproc_worker_process_restarts_total{process="1"} 1.0', pair.metrics())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -179,8 +179,8 @@ def test_pages_are_merged_family_by_family() -> None:
     second = "# HELP a_total A {b} c\n# TYPE a_total counter\na_total 5.0\n# TYPE b gauge\n"
 
     assert merge_pages({"0": first, "1": second}) == (
-        '# HELP a_total A {b} c\n# TYPE a_total counter\na_total{worker="0"} 1.0\na_total{worker="1"} 5.0\n'
-        '# TYPE b gauge\nb{worker="0",x="{ }"} 2.0\n'
+        '# HELP a_total A {b} c\n# TYPE a_total counter\na_total{process="0"} 1.0\na_total{process="1"} 5.0\n'
+        '# TYPE b gauge\nb{process="0",x="{ }"} 2.0\n'
     )
 
 

@@ -12,8 +12,7 @@ from dp_extproc.config.reliability import AdmissionSettings, QueueSettings
 from dp_extproc.engines.model import LoadPage, RankSample, Role
 from dp_extproc.extproc.exchange import Exchange
 from dp_extproc.load.cache import LoadCache
-from dp_extproc.load.records import PlacementRecord
-from dp_extproc.load.request_cost import RequestCost
+from dp_extproc.load.records import PlacementRecord, RequestCost
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.admission import AdmissionQueue

@@ -214,11 +214,11 @@ class TestTokenRoundRobin:
         _, first = policy.pick([candidate], 500, 1000.0)
         ranks = []
         assert first is not None
-        first.reserve(500, 1000.0).release(1001.0)
+        first.reserve(500, 1000.0).complete(1001.0)
         for _ in range(5):
             _, rank = policy.pick([candidate], 100, 1002.0)
             assert rank is not None
-            rank.reserve(100, 1002.0).release(1003.0)
+            rank.reserve(100, 1002.0).complete(1003.0)
             ranks.append(rank.index)
 
         assert ranks == [1 - first.index] * 5
@@ -256,7 +256,7 @@ class TestScraped:
     def test_answers_release_nothing(self) -> None:
         """Only a report takes an increment back: a rank that is idle again still counts as loaded."""
         (candidate,) = make_candidates(Role.PREFILL, [[0, 100]])
-        candidate.ranks[0].reserve(300, 1000.0).release(1000.5)
+        candidate.ranks[0].reserve(300, 1000.0).complete(1000.5)
 
         assert pick(make_policy(HostPolicy.RANDOM, signal=LoadSignal.SCRAPED), [candidate]) == (0, 1)
 
@@ -264,7 +264,7 @@ class TestScraped:
     def test_hosts_are_compared_by_it_too(self, host: HostPolicy) -> None:
         """What was sent to the second host and is over still counts there: 400 and 300 are more than 500."""
         candidates = make_candidates(Role.PREFILL, [[500], [400]])
-        candidates[1].ranks[0].reserve(300, 1000.0).release(1000.0)
+        candidates[1].ranks[0].reserve(300, 1000.0).complete(1000.0)
 
         assert pick(make_policy(host, signal=LoadSignal.SCRAPED), candidates) == (0, 0)
         assert pick(make_policy(host), candidates) == (1, 0)

@@ -17,11 +17,11 @@ NESTED: Final = HEADER + b"\x96" + msgspec.msgpack.encode(Batch("p", 1, 1000.0, 
 
 def hostile_messages(record: PlacementRecord) -> list[bytes]:
     """Make messages of every kind about a placement record. All are garbage."""
-    cost = record.demand
+    cost = record.cost
     records = [
         *(msgspec.structs.replace(record, cached=each) for each in (math.nan, math.inf, -1.0)),
         *(
-            msgspec.structs.replace(record, demand=msgspec.structs.replace(cost, **changed))
+            msgspec.structs.replace(record, cost=msgspec.structs.replace(cost, **changed))
             for changed in (
                 {"tokens": math.inf},
                 {"tokens": math.nan},

@@ -36,7 +36,7 @@ class Member:
         """Begin some attempts."""
         for _ in range(attempts):
             number = next(self._numbers)
-            self.outbox.dispatched(number, record_to(number), time.monotonic())
+            self.outbox.opened(number, record_to(number), time.monotonic())
             self.own.append(number)
 
     def end(self, attempts: int = 1) -> None:

@@ -2,15 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from dp_extproc.load.records import PlacementRecord
-from dp_extproc.load.request_cost import RequestCost
+from dp_extproc.load.records import PlacementRecord, RequestCost
 from dp_extproc.prefix_cache.blocks import Prefix
 
 RECORD = PlacementRecord(
     pool="llama",
-    demand=RequestCost(
-        tokens=1200.0, requests=2.0, prefix=Prefix((1, (1 << 64) - 1), (1024, 2000)), session="a session"
-    ),
+    cost=RequestCost(tokens=1200.0, requests=2.0, prefix=Prefix((1, (1 << 64) - 1), (1024, 2000)), session="a session"),
     decode="http://10.0.0.2:30000",
     decode_rank=None,
     prefill="http://10.0.0.1:30000",

@@ -41,7 +41,7 @@ class Publishing(RuleBasedStateMachine):
     def record(self) -> None:
         number = next(self.numbers)
         self.open[number] = set()
-        self.publisher.dispatched(number, record_to(number), self.now)
+        self.publisher.opened(number, record_to(number), self.now)
 
     @rule(choice=st.randoms(use_true_random=False), progress=st.sampled_from(["answered", "first token", "ended"]))
     def go_on(self, choice: Random, progress: str) -> None:

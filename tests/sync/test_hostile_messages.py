@@ -11,8 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dp_extproc.engines.model import Role
-from dp_extproc.load.records import PlacementRecord
-from dp_extproc.load.request_cost import RequestCost
+from dp_extproc.load.records import PlacementRecord, RequestCost
 from dp_extproc.observability.metrics import SyncMetrics, Telemetry
 from dp_extproc.observability.pages import describe_loads, describe_sync
 from dp_extproc.prefix_cache.blocks import Prefix
@@ -66,7 +65,7 @@ class Receiver:
     async def run(self, listener: Listener) -> None: ...
 
     def count(self, kind: str) -> int:
-        return self.replica.status().counts[kind]
+        return self.replica.status().anomalies[kind]
 
     def live(self, seconds: float) -> None:
         """Advance the time, sample the engines and schedule a request; then read both pages."""
@@ -180,7 +179,7 @@ def test_message_is_garbage_with_a_number_out_of_bounds(path: tuple[int | str, .
     data = HEADER + msgspec.msgpack.encode(replaced(sound, path, number))
 
     assert decode(HEADER + msgspec.msgpack.encode(sound)) == batch(1)
-    assert decode(data) is Unreadable.GARBAGE
+    assert decode(data) is Unreadable.UNDECODABLE
 
 
 @pytest.mark.parametrize(
@@ -198,12 +197,12 @@ def test_message_is_garbage_with_a_number_out_of_bounds(path: tuple[int | str, .
 )
 def test_message_is_garbage_if_not_well_formed(data: bytes) -> None:
     """Malformed data raises no other error, and allocates no memory."""
-    assert decode(data) is Unreadable.GARBAGE
+    assert decode(data) is Unreadable.UNDECODABLE
 
 
 def test_hostile_messages_are_garbage() -> None:
     """Tests with real buses send these messages, too."""
-    assert {decode(data) for data in hostile_messages(record())} == {Unreadable.GARBAGE}
+    assert {decode(data) for data in hostile_messages(record())} == {Unreadable.UNDECODABLE}
 
 
 def test_cached_tokens_do_not_exceed_the_prompt() -> None:

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dp_extproc.load.records import PlacementRecord
-from dp_extproc.load.request_cost import RequestCost
+from dp_extproc.load.records import PlacementRecord, RequestCost
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix
 from dp_extproc.sync.messages import (
     MAX_EVENT_BYTES,
@@ -49,13 +48,13 @@ def test_message_is_decoded_as_it_was_encoded(message: Message) -> None:
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        (b"", Unreadable.GARBAGE),
-        (b"hello", Unreadable.GARBAGE),
-        (encode(SnapshotRequest("a", None))[:-1], Unreadable.GARBAGE),
-        (encode(SnapshotRequest("a", None)) + b"x", Unreadable.GARBAGE),
-        (b"dpx\x01\x93\x00", Unreadable.GARBAGE),
-        (b"dpx", Unreadable.OTHER_VERSION),
-        (b"dpx" + bytes([VERSION + 1]) + b"whatever", Unreadable.OTHER_VERSION),
+        (b"", Unreadable.UNDECODABLE),
+        (b"hello", Unreadable.UNDECODABLE),
+        (encode(SnapshotRequest("a", None))[:-1], Unreadable.UNDECODABLE),
+        (encode(SnapshotRequest("a", None)) + b"x", Unreadable.UNDECODABLE),
+        (b"dpx\x01\x93\x00", Unreadable.UNDECODABLE),
+        (b"dpx", Unreadable.VERSION_MISMATCH),
+        (b"dpx" + bytes([VERSION + 1]) + b"whatever", Unreadable.VERSION_MISMATCH),
     ],
     ids=["nothing", "text", "cut", "longer", "no_message", "no_version", "newer"],
 )
@@ -74,7 +73,7 @@ def test_message_is_garbage_if_prefix_blocks_do_not_fit(ends: tuple[int, ...]) -
     prefix["ends"] = ends
 
     assert isinstance(fits, Batch)
-    assert decode(header + msgspec.msgpack.encode(plain)) is Unreadable.GARBAGE
+    assert decode(header + msgspec.msgpack.encode(plain)) is Unreadable.UNDECODABLE
 
 
 @given(st.binary(max_size=200))
@@ -104,7 +103,7 @@ def test_event_drops_prefix_and_session_if_too_large() -> None:
     ((event,),) = split_events([Placed(1, 0.0, record)])
 
     assert isinstance(event, Placed)
-    assert event.record.demand == RequestCost(5e6, 1.0, NO_PREFIX, None)
+    assert event.record.cost == RequestCost(5e6, 1.0, NO_PREFIX, None)
     assert event.record.decode_rank == 1
 
 

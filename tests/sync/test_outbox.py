@@ -24,7 +24,7 @@ def started() -> Outbox:
 def test_events_go_out_in_one_batch() -> None:
     """Events since the last batch go out in order, with the clock's reading at sending."""
     outbox = started()
-    outbox.dispatched(7, RECORD, 0.01)
+    outbox.opened(7, RECORD, 0.01)
     outbox.prefill_answered(7, 0.02)
     outbox.first_token(7, 0.03)
     outbox.ended(7, 0.04)
@@ -39,7 +39,7 @@ def test_events_go_out_in_one_batch() -> None:
 def test_outbox_sends_nothing_without_events() -> None:
     """Before the heartbeat is due, there is no message either."""
     outbox = started()
-    outbox.dispatched(7, RECORD, 0.01)
+    outbox.opened(7, RECORD, 0.01)
     outbox.collect(0.02)
 
     assert outbox.collect(0.02 + HEARTBEAT / 2) == []
@@ -55,7 +55,7 @@ def test_outbox_sends_an_empty_batch_as_heartbeat() -> None:
 def test_events_of_ended_attempts_are_not_sent() -> None:
     """An attempt ends once, and has no events after that."""
     outbox = started()
-    outbox.dispatched(7, RECORD, 0.01)
+    outbox.opened(7, RECORD, 0.01)
     outbox.ended(7, 0.02)
     outbox.collect(0.03)
     outbox.first_token(7, 0.04)
@@ -78,7 +78,7 @@ def test_snapshot_has_all_open_attempts() -> None:
     """A snapshot follows a batch, whose number it bears, and has all events of open attempts."""
     outbox = started()
     for attempt in (1, 2, 3):
-        outbox.dispatched(attempt, record_to(attempt), 0.01)
+        outbox.opened(attempt, record_to(attempt), 0.01)
     outbox.first_token(2, 0.02)
     outbox.collect(0.03)
     outbox.ended(1, 0.04)
@@ -107,7 +107,7 @@ def test_snapshot_comes_in_parts_if_large() -> None:
     """Thousands of attempts take several messages, all of one sequence number."""
     outbox = started()
     for attempt in range(3000):
-        outbox.dispatched(attempt, record_to(attempt), 0.01)
+        outbox.opened(attempt, record_to(attempt), 0.01)
     outbox.send_snapshot()
 
     messages = [decode(data) for data in outbox.collect(0.05)]

@@ -78,7 +78,7 @@ def test_repeated_batch_is_counted_and_dropped(world: World) -> None:
 
     assert len(world.requests.entries) == 1
     assert world.requests.open == []
-    assert world.peers.counts["repeated"] == 2
+    assert world.peers.anomalies["duplicate"] == 2
 
 
 def test_batches_apply_in_their_order(world: World) -> None:
@@ -90,7 +90,7 @@ def test_batches_apply_in_their_order(world: World) -> None:
 
     assert not world.in_doubt
     assert world.requests.open_ranks == [2]
-    assert world.peers.counts["gaps"] == 1
+    assert world.peers.anomalies["gap"] == 1
 
 
 def test_gap_requests_a_snapshot(world: World) -> None:
@@ -127,7 +127,7 @@ def test_snapshot_is_requested_if_the_first_batch_is_late(world: World) -> None:
 
     assert world.requests.open_ranks == [2, 3]
     assert world.peers.review(10 * FIRST_REQUEST_SECONDS) == []
-    assert world.peers.counts["gaps"] == 0
+    assert world.peers.anomalies["gap"] == 0
 
 
 def test_snapshot_replaces_the_attempts_of_a_peer(world: World) -> None:
@@ -205,7 +205,7 @@ def test_attempts_end_at_the_peer_timeout(world: World) -> None:
 
     assert world.requests.open == []
     assert world.peers.status(PEER_TIMEOUT) == []
-    assert world.peers.counts["silenced"] == 1
+    assert world.peers.anomalies["peer_timeout"] == 1
 
 
 def test_peer_is_new_if_it_returns_after_the_timeout(world: World) -> None:
@@ -224,7 +224,7 @@ def test_events_of_unknown_attempts_are_counted(world: World) -> None:
     world.batch(1, PrefillAnswered(1, 1000.0), FirstToken(2, 1000.0), Ended(3, 1000.0))
 
     assert world.requests.entries == []
-    assert world.peers.counts["strays"] == 3
+    assert world.peers.anomalies["unknown_request"] == 3
 
 
 def test_peers_may_use_the_same_numbers() -> None:
@@ -236,4 +236,4 @@ def test_peers_may_use_the_same_numbers() -> None:
     peers.batch(Batch("a", 2, 1000.0, (Ended(1, 1000.0),)), 0.1)
 
     assert requests.open_ranks == [1]
-    assert [(status.replica, status.attempts) for status in peers.status(0.1)] == [("a", 0), ("b", 1)]
+    assert [(status.replica, status.requests) for status in peers.status(0.1)] == [("a", 0), ("b", 1)]

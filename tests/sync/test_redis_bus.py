@@ -52,7 +52,7 @@ def test_replicas_have_the_attempts_of_all_peers(server: RedisProcess) -> None:
             await until(lambda: a.knows(b, c) and b.knows(a, c) and c.knows(a, b))
             status = a.replica.status()
             assert status.connected
-            assert sorted((peer.replica, peer.attempts) for peer in status.peers) == [("b", 30), ("c", 30)]
+            assert sorted((peer.replica, peer.requests) for peer in status.peers) == [("b", 30), ("c", 30)]
             assert (status.lost, status.last_error) == (lost, None)
 
     asyncio.run(story())
@@ -167,7 +167,7 @@ def test_replica_detects_lost_messages(server: RedisProcess) -> None:
             a.open(1)
             a.outbox.collect(0.0)  # and these messages are lost
             await until(lambda: b.knows(a))
-            assert b.replica.status().counts["gaps"] == 1
+            assert b.replica.status().anomalies["gap"] == 1
 
     asyncio.run(story())
 
@@ -183,8 +183,8 @@ def test_messages_of_other_programs_are_counted(server: RedisProcess, caplog: py
                 for _ in range(3):
                     await stranger.publish("dp-extproc", b"hello")
                     await stranger.publish("dp-extproc", b"dpx" + bytes([VERSION + 1]))
-            await until(lambda: member.replica.status().counts["other_version"] == 3)
-            assert member.replica.status().counts["garbage"] == 3
+            await until(lambda: member.replica.status().anomalies["version_mismatch"] == 3)
+            assert member.replica.status().anomalies["undecodable"] == 3
 
     asyncio.run(story())
 
@@ -202,7 +202,9 @@ def test_hostile_messages_are_counted(server: RedisProcess) -> None:
             async with redis.asyncio.Redis(port=server.port) as stranger:
                 for message in hostile:
                     await stranger.publish("dp-extproc", message)
-            await until(lambda: all(member.replica.status().counts["garbage"] == len(hostile) for member in members))
+            await until(
+                lambda: all(member.replica.status().anomalies["undecodable"] == len(hostile) for member in members)
+            )
             a.open(3)
             await until(lambda: b.knows(a))
             assert [member.replica.status().last_error for member in members] == [None, None]

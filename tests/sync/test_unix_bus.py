@@ -102,7 +102,7 @@ def test_hostile_messages_are_counted(directory: Path) -> None:
                 for message in hostile:
                     stranger.sendto(message, str(directory / "b.sock"))
                     await asyncio.sleep(0)
-            await until(lambda: b.replica.status().counts["garbage"] == len(hostile))
+            await until(lambda: b.replica.status().anomalies["undecodable"] == len(hostile))
             a.open(3)
             await until(lambda: b.knows(a))
             assert [peer.replica for peer in b.replica.status().peers] == ["a"]

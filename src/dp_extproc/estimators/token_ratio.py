@@ -1,4 +1,4 @@
-"""How many tokens a text has: bytes divided by a ratio that corrects itself from the engines' own counts."""
+"""Estimate of the tokens of a text: its bytes divided by a ratio that is learned from the engines' counts."""
 
 from collections import defaultdict, deque
 from collections.abc import Collection
@@ -8,82 +8,86 @@ from typing import Final
 from dp_extproc.request.prompt import Prompt
 
 START: Final = 4.0
-"""Bytes per token to begin with; see :mod:`dp_extproc.request.prompt` for why bytes, and the usual range."""
+"""Bytes per token before anything is learned; see :mod:`dp_extproc.request.prompt` for why bytes, and the usual
+range."""
 LEAST: Final = 1.0
 MOST: Final = 8.0
-"""Bounds that no tokenizer leaves on real text. They hold where counts mislead: traffic of others, cached prefixes."""
+"""Bytes per token, between which all tokenizers stay on real text. The bounds hold where counts mislead, such as by
+external traffic."""
 PRIOR_BYTES: Final = 64 << 10
-"""Weight of the start value: so many bytes must have been counted for it to weigh no more than the counts."""
+"""Weight of the start value, in bytes: after so many counted bytes it weighs no more than the counts."""
 MEMORY_BYTES: Final = 16 << 20
-"""After so many bytes old counts fade, so that a change of traffic shows."""
+"""Bytes after which old counts fade, so that the ratio follows a change of traffic."""
 QUIET_ENOUGH: Final = 20.0
-"""Seconds without a request of ours that tell what an engine counts without us."""
+"""Seconds without reservations after which the rate of external tokens is used."""
 _QUIET_MEMORY: Final = 600.0
+"""Seconds without reservations after which older ones count for a half."""
 _FADING: Final = 0.99
-"""What is left of the quiet seconds after each busy count: the traffic of others has its times, too."""
+"""Factor of the quiet seconds at each use of their rate, because external traffic changes, too."""
 
 _RARELY: Final = 0.03
-"""Share of an engine's pages that may show others for anything to be learned ..."""
+"""Share of an engine's last pages with external requests above which nothing is learned from its counts."""
 _PAGES: Final = 30
-"""... of about so many of the last ones. Others are not there at every moment at which an engine is read; but if they
-count for a tenth of what it does, they are on every tenth page."""
+"""Pages over which that share is averaged. A page shows external requests only of its own moment; but if they are a
+tenth of an engine's work, they are on every tenth page."""
 _UNPROVEN: Final = 0.04
-"""The share to begin with; it takes eight pages without others to come below."""
+"""The share before the first page; eight pages without external requests bring it below the limit."""
 _CLEAR: Final = 8
-"""Pages without others that have to come before something is learned: those who begin are not seen at once."""
+"""Pages without external requests that must follow before a count is used: a page may miss requests that have begun."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Interval:
-    """What lies between two counts of an engine."""
+    """The time between two counts of an engine."""
 
     seconds: float
     text_bytes: int
-    """Answered."""
+    """Bytes of texts whose prompts were computed."""
     tokens: int
-    """Counted, less what was answered of those that came as tokens."""
+    """Counted tokens, less those of computed prompts that came as token ids."""
     is_quiet: bool
-    """Whether nothing of ours was there all the time."""
+    """Whether there was no reservation all the time."""
     is_of_ours: bool
-    """Whether tokens of our texts may be among those counted."""
+    """Whether tokens of known texts may be among those counted."""
     is_clear: bool
-    """Whether no page in it showed others, and pages of this engine hardly ever do."""
+    """Whether no page in it has external requests, and few other pages of this engine have some."""
 
 
 class _Engine:
-    """What is known of one engine's counts."""
+    """The counts of one engine."""
 
     __slots__ = (
-        "_at", "_clear_for", "_count", "_had_text", "_idle_for", "_pages", "_pending", "_strange",
-        "known_tokens", "text_bytes",
+        "_at", "_clear_for", "_count", "_external_share", "_had_text", "_idle_for", "_pages",
+        "_pending", "known_tokens", "text_bytes",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.text_bytes = 0
-        """Answered since the last count ..."""
+        """Bytes of texts whose prompts were computed since the last count."""
         self.known_tokens = 0
-        """... and what came as tokens."""
+        """Tokens of prompts that came as token ids and were computed since the last count."""
         self._had_text = False
-        """Whether some was answered before the last count: what belongs to it may be counted after."""
+        """Whether texts were computed before the last count: their tokens may be counted after it."""
         self._count: int | None = None
+        """The last count."""
         self._at = 0.0
-        """Of the count."""
+        """When it was read."""
         self._idle_for = 0
-        """Counts in succession, the last one included, at which nothing of ours was there."""
+        """Counts in succession, up to the last one, without a reservation."""
         self._pages = 0
-        """Since the last count."""
-        self._strange = _UNPROVEN
-        """Share of the last pages that showed something of others."""
+        """Pages since the last count."""
+        self._external_share = _UNPROVEN
+        """Share of the last pages that have external requests."""
         self._clear_for = 0
-        """Pages in succession, the last one included, that did not."""
+        """Pages in succession, up to the last one, without external requests."""
         self._pending: deque[tuple[int, _Interval]] = deque()
-        """What may be learned from when so many pages in succession have been clear."""
+        """Intervals, each with the number of clear pages in succession after which it is used."""
 
-    def page(self, *, strangers: bool) -> list[_Interval]:
-        """Note a page, and give what may be learned from now."""
+    def page(self, *, external: bool) -> list[_Interval]:
+        """Note a page, and return the intervals that may be used now."""
         self._pages += 1
-        self._strange += (strangers - self._strange) / _PAGES
-        if strangers:
+        self._external_share += (external - self._external_share) / _PAGES
+        if external:
             self._clear_for = 0
             self._pending.clear()
         else:
@@ -94,11 +98,11 @@ class _Engine:
         return clear
 
     def wait_until_clear(self, interval: _Interval) -> None:
-        """Keep what may be learned from if no page of the next few shows others."""
+        """Keep an interval until a number of pages without external requests have followed."""
         self._pending.append((self._clear_for + _CLEAR, interval))
 
     def count(self, prompt_tokens: int, at: float, *, idle: bool) -> _Interval | None:
-        """Note a count. The first one ends nothing."""
+        """Note a count, and return the interval that it ends; None for the first one."""
         before, seconds, was_idle = self._count, at - self._at, self._idle_for > 0
         self._count, self._at = prompt_tokens, at
         self._idle_for = 0 if not idle or self.text_bytes or self.known_tokens else self._idle_for + 1
@@ -109,10 +113,10 @@ class _Engine:
                 seconds=seconds,
                 text_bytes=self.text_bytes,
                 tokens=counted - self.known_tokens,
-                # not the first idle reading, as the last prompt may be counted after it
+                # not at the first idle count, as the last prompt may be counted after it
                 is_quiet=was_idle and self._idle_for > 0,
                 is_of_ours=bool(self.text_bytes) or self._had_text,
-                is_clear=self._clear_for >= self._pages and self._strange < _RARELY,
+                is_clear=self._clear_for >= self._pages and self._external_share < _RARELY,
             )
         self._had_text = bool(self.text_bytes)
         self.text_bytes = self.known_tokens = self._pages = 0
@@ -120,7 +124,7 @@ class _Engine:
 
 
 class _Quiet:
-    """What engines count while they have nothing of ours: the traffic of others."""
+    """What engines count without reservations: external traffic."""
 
     __slots__ = ("_seconds", "_tokens")
 
@@ -135,7 +139,7 @@ class _Quiet:
             self._fade(0.5)
 
     def use(self) -> float | None:
-        """Give the tokens per second, which are known less well then; None if they are not known."""
+        """Return the external tokens per second, whose weight each use lowers; None if too little was counted."""
         if self._seconds < QUIET_ENOUGH:
             return None
         rate = self._tokens / self._seconds
@@ -150,10 +154,11 @@ class _Quiet:
 class TokenRatio:
     """Bytes per token of one pool's texts.
 
-    What was answered, to us and to our peers, is set against what the engine counted, endpoint by endpoint and scrape
-    by scrape. That the two are cut at slightly different moments evens out: every byte and every token is counted once
-    in the end. Engines count for others, too. What they count while they have nothing of ours is taken off; where that
-    is not known, nothing is learned while they show requests of others now and then, nor from shortly before.
+    The bytes of computed prompts, of this replica and its peers, are compared with the tokens that the engine counted,
+    endpoint by endpoint and page by page. The two end at slightly different moments, which evens out: in the end every
+    byte and every token is counted once. Engines count external requests, too. The rate at which they count without
+    reservations is subtracted. While it is not known, nothing is learned from engines with external requests on their
+    pages, nor from shortly before.
     """
 
     __slots__ = ("_bytes", "_engines", "_quiet", "_tokens")
@@ -169,7 +174,7 @@ class TokenRatio:
         return min(MOST, max(LEAST, self._bytes / max(self._tokens, 1.0)))
 
     def forget_all_but(self, endpoints: Collection[str]) -> None:
-        """Forget the counts of those that are configured no more."""
+        """Drop the counts of endpoints that are no longer configured."""
         for endpoint in self._engines.keys() - set(endpoints):
             del self._engines[endpoint]
 
@@ -177,35 +182,35 @@ class TokenRatio:
         """Estimate the tokens of a prompt (of a batch: of all its prompts), at least 1."""
         return max(1, prompt.tokens + round(prompt.text_bytes / self.bytes_per_token))
 
-    def answered(self, endpoint: str, text_bytes: int, known_tokens: int) -> None:
-        """Count a prompt that an engine has worked off."""
+    def computed(self, endpoint: str, text_bytes: int, known_tokens: int) -> None:
+        """Count a prompt that an engine has computed."""
         engine = self._engines[endpoint]
         engine.text_bytes += text_bytes
         engine.known_tokens += known_tokens
 
     def counted(
-        self, endpoint: str, prompt_tokens: int | None, at: float, *, idle: bool = False, strangers: bool = False
+        self, endpoint: str, prompt_tokens: int | None, at: float, *, idle: bool = False, external: bool = False
     ) -> None:
-        """Take in a page of an engine, with its running count of prompt tokens. A count that went down began anew.
+        """Learn from a page of an engine, with its running count of prompt tokens. A lower count began anew.
 
         Args:
-            endpoint: Whose.
-            prompt_tokens: The count; None if the page does not tell it.
-            at: When it was read.
-            idle: Whether nothing of ours is there.
-            strangers: Whether requests of others are.
+            endpoint: URL of the endpoint.
+            prompt_tokens: The count; None if the page has none.
+            at: When the page was read.
+            idle: Whether the endpoint has no reservation.
+            external: Whether it has external requests.
         """
         engine = self._engines[endpoint]
-        for clear in engine.page(strangers=strangers):
+        for clear in engine.page(external=external):
             self._learn(clear.text_bytes, clear.tokens)
         if prompt_tokens is None or (interval := engine.count(prompt_tokens, at, idle=idle)) is None:
             return
         if interval.is_quiet:
             self._quiet.note(interval)
         if not interval.is_of_ours:
-            return  # traffic of others, or of known tokens alone
-        if (others := self._quiet.use()) is not None:
-            self._learn(interval.text_bytes, interval.tokens - others * interval.seconds)
+            return  # external traffic, or token ids alone
+        if (rate := self._quiet.use()) is not None:
+            self._learn(interval.text_bytes, interval.tokens - rate * interval.seconds)
         elif interval.is_clear:
             engine.wait_until_clear(interval)
 

@@ -14,7 +14,7 @@ from dp_extproc.load.endpoint import DEFAULT_COSTS, DEFAULT_HEALTH, EndpointLoad
 from dp_extproc.load.health import Health
 from dp_extproc.load.in_flight import nothing
 from dp_extproc.load.matching import Match, find_matches
-from dp_extproc.load.step_group import RankLoad
+from dp_extproc.load.rank import RankLoad
 from dp_extproc.prefix_cache.index import PrefixIndex
 from dp_extproc.request.path import Api
 
@@ -205,7 +205,7 @@ class LoadCache:
                 page.prompt_tokens,
                 started,
                 idle=host is not None and not host.reserved_requests,
-                strangers=host is not None and host.has_external_requests,
+                external=host is not None and host.has_external_requests,
             )
         self._made_room()
 
@@ -228,9 +228,9 @@ class LoadCache:
             return
         host.is_away = host.is_away or failure.is_away
         if is_gone := failure.kind in GONE:
-            host.demote()
+            host.mark_stale()
             self._forget_prefixes(host)  # nobody listens, so whoever will has begun anew
-        if is_gone or now - host.sampled > self.stale_after:
+        if is_gone or now - host.sampled_at > self.stale_after:
             host.forget_external(now)
 
     def _forget_prefixes(self, host: EndpointLoad) -> None:

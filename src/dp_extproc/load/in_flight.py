@@ -1,45 +1,43 @@
-"""One attempt to serve a request: what it has on the books, and the four events that move it."""
+"""One in-flight request: its reservations, and the four events that move and end them."""
 
 from collections.abc import Callable
 from typing import Final, Protocol
 
 from dp_extproc.load.endpoint import EndpointLoad
+from dp_extproc.load.rank import Reservation
 from dp_extproc.load.records import PlacementRecord
-from dp_extproc.load.step_group import Reservation
 
 
 class InFlightListener(Protocol):
-    """Who wants to know what becomes of attempts. Called on the request path, so each call must be short.
+    """What is called at each event of this replica's requests. The calls are on the request path and must be short.
 
-    Attempts are numbered, each once in the life of the process. The moments are in the clock of the placement.
+    A number is given once in the life of the process. Times are of the clock that the load cache is fed with.
     """
 
-    def dispatched(self, attempt: int, dispatch: PlacementRecord, now: float) -> None:
-        """A request was placed. Always the first event of an attempt."""
+    def opened(self, number: int, record: PlacementRecord, now: float) -> None:
+        """Note that a request was placed. It is the first event of a request."""
 
-    def prefill_answered(self, attempt: int, now: float) -> None:
-        """The prompt is computed. Never told of one whose prefill has failed."""
+    def prefill_answered(self, number: int, now: float) -> None:
+        """Note that the prompt is computed. It is not called if prefill has failed."""
 
-    def first_token(self, attempt: int, now: float) -> None:
-        """The answer to the client has begun. Never told of an error."""
+    def first_token(self, number: int, now: float) -> None:
+        """Note that the response to the client has begun. It is not called for an error."""
 
-    def ended(self, attempt: int, now: float) -> None:
-        """It is over, for whatever reason. Always the last event of an attempt."""
-
-
-class _Nobody:
-    """Wants to know nothing."""
-
-    def dispatched(self, attempt: int, dispatch: PlacementRecord, now: float) -> None: ...
-    def prefill_answered(self, attempt: int, now: float) -> None: ...
-    def first_token(self, attempt: int, now: float) -> None: ...
-    def ended(self, attempt: int, now: float) -> None: ...
+    def ended(self, number: int, now: float) -> None:
+        """Note that the request is over, for whatever reason. It is the last event of a request."""
 
 
-NOBODY: Final[InFlightListener] = _Nobody()
+class _NoListener:
+    def opened(self, number: int, record: PlacementRecord, now: float) -> None: ...
+    def prefill_answered(self, number: int, now: float) -> None: ...
+    def first_token(self, number: int, now: float) -> None: ...
+    def ended(self, number: int, now: float) -> None: ...
+
+
+NO_LISTENER: Final[InFlightListener] = _NoListener()
 
 ERROR: Final = 400
-"""From this status on an answer is an error."""
+"""The status from which on a response is an error."""
 
 
 def nothing() -> None:
@@ -47,15 +45,28 @@ def nothing() -> None:
 
 
 class InFlight:
-    """From the pick until the answer is over.
+    """A request from the pick until its response is over.
 
-    The pick itself is the first event; the other three are the methods. Each may come late, repeatedly or not at
-    all, in any order: whatever happens, every reservation is released exactly once, at the latest by :meth:`end`.
+    The pick is the first event; the other three are the methods. Each may come late, repeatedly or not at all, and in
+    any order. Every reservation is ended exactly once, at the latest by :meth:`end`.
     """
 
     __slots__ = (
-        "_answered", "_decode", "_made_room", "_observer", "_on_prefill_answer", "_over", "_prefill", "_streaming",
-        "decode_endpoint", "first_byte_at", "leg", "number", "picked_at", "prefill_endpoint", "prefill_status",
+        "_decode",
+        "_has_answered",
+        "_listener",
+        "_made_room",
+        "_on_prefill_answer",
+        "_over",
+        "_prefill",
+        "_streaming",
+        "decode_endpoint",
+        "first_byte_at",
+        "leg",
+        "number",
+        "picked_at",
+        "prefill_endpoint",
+        "prefill_status",
     )  # fmt: skip
 
     def __init__(
@@ -69,77 +80,77 @@ class InFlight:
         decode_endpoint: EndpointLoad | None = None,
         leg: str = "",
         streaming: bool = False,
-        observer: InFlightListener = NOBODY,
+        listener: InFlightListener = NO_LISTENER,
         on_prefill_answer: Callable[[int], None] | None = None,
         made_room: Callable[[], None] = nothing,
     ) -> None:
         self.number = number
         self.leg = leg
-        """Token by which the prefill leg's own ext_proc stream finds this attempt."""
+        """Token by which the ext_proc stream of the prefill leg finds this request."""
         self.prefill_endpoint = prefill_endpoint
         self.decode_endpoint = decode_endpoint
-        """Who answers the client; a server that does both, too."""
+        """The endpoint that answers the client: of decode, or an aggregated one."""
         self.picked_at = picked_at
         self.prefill_status: int | None = None
         self.first_byte_at: float | None = None
         self._prefill = prefill
         self._decode = decode
         self._streaming = streaming
-        """Whether the head of the answer may come before any of it is computed."""
-        self._observer = observer
+        """Whether the response headers may come before any token is computed."""
+        self._listener = listener
         self._on_prefill_answer = on_prefill_answer
         self._made_room = made_room
-        self._answered = False
+        self._has_answered = False
         self._over = False
 
     def prefill_answered(self, status: int, now: float) -> None:
-        """Note that the prefill leg is over: its engine has answered, or Envoy in its place."""
+        """Note that the prefill leg is over: its engine has responded, or Envoy in its place."""
         if self.prefill_status is None and not self._over:
             self.prefill_status = status
             if self._on_prefill_answer is not None:
                 self._on_prefill_answer(status)
-            if status >= ERROR:  # nothing was computed; what follows of it, others learn from the end
+            if status >= ERROR:  # nothing was computed; peers learn what follows from the end
                 for reservation in self._prefill:
-                    reservation.withdraw(now)
+                    reservation.cancel(now)
                 self._made_room()
                 return
-            self._observer.prefill_answered(self.number, now)
+            self._listener.prefill_answered(self.number, now)
             if self.prefill_endpoint is not None:
                 self.prefill_endpoint.answered_at = now
             for reservation in self._prefill:
-                reservation.release(now)
+                reservation.complete(now)
             for reservation in self._decode:
-                reservation.started(now)  # the KV cache is there, so decoding begins
+                reservation.first_token(now)  # the KV cache has arrived, so decoding begins
             self._made_room()
 
     def first_byte(self, status: int, now: float) -> None:
-        """Note that the response headers have come from the server that answers the client."""
+        """Note that the response headers have come from the endpoint that answers the client."""
         if self.first_byte_at is None and not self._over:
             self.first_byte_at = now
-            self._answered = status < ERROR
-            if self._answered:
-                self._observer.first_token(self.number, now)
+            self._has_answered = status < ERROR
+            if self._has_answered:
+                self._listener.first_token(self.number, now)
                 if self.decode_endpoint is not None:
                     self.decode_endpoint.answered_at = now
                 for reservation in self._decode:
-                    reservation.started(now)
-            # One server does both; and a whole answer tells that its prompt was computed, whoever did it.
+                    reservation.first_token(now)
+            # An aggregated endpoint computes the prompt itself. And a whole response is evidence of a computed prompt.
             if not self._prefill or (status < ERROR and not self._streaming):
                 self.prefill_answered(status, now)
 
     def end(self, now: float) -> None:
         """Note that the response is over, for whatever reason.
 
-        If prefill has not answered until then, the client has left, or a leg has failed: no step has ended by it.
+        If prefill has not responded until then, the client has left or a leg has failed, and no step has ended by it.
         """
         if not self._over:
             self._over = True
-            self._observer.ended(self.number, now)
+            self._listener.ended(self.number, now)
             for reservation in self._prefill:
-                reservation.withdraw(now)
+                reservation.cancel(now)
             for reservation in self._decode:
-                if self._answered:
-                    reservation.release(now)
-                else:  # how long it lasted tells nothing of the server's pace
-                    reservation.withdraw(now)
+                if self._has_answered:
+                    reservation.complete(now)
+                else:  # its duration is no evidence of the engine's TPOT
+                    reservation.cancel(now)
             self._made_room()

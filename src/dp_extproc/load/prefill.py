@@ -1,9 +1,9 @@
 """The load of prefill ranks: prompt tokens that have not started yet.
 
-All ranks of a group start each step together, and the step takes as long as its fullest rank. Tokens inside the
-running step therefore delay a new request alike on every rank, and are (but for a tie) no reason to prefer another
-one. What counts are the tokens that wait. Nobody tells when a step ends, but the answer of a prefill leg does: then a
-step has ended, and whatever had reached the server by then has started, rank by rank, first in first out.
+All ranks of a group start each step together, and a step takes as long as its fullest rank. Tokens in the running step
+therefore delay a new request equally on every rank, and only break ties. What counts are the tokens that wait.
+Engines do not report when a step ends, but the response of a prefill leg shows it: a step has ended then, and what had
+reached the engine by then has started, rank by rank, first in first out.
 """
 
 import math
@@ -11,68 +11,55 @@ from collections import deque
 from typing import Final
 
 from dp_extproc.engines.model import RankSample
-from dp_extproc.load.step_group import RankLoad, Reservation, StepGroup
+from dp_extproc.load.rank import RankLoad, Reservation
+from dp_extproc.load.step_group import StepGroup
 
 RUNNING_WEIGHT: Final = 0.25
-"""Of tokens in the running step. Without it nothing tells a busy rank from an idle one; with 1 the rule above is lost.
-Simulated on 4 prefill servers of 8 ranks, mean time to first token: 2283 ms with 0, 1449 with 0.25, 1868 with 1."""
+"""Weight of tokens in the running step. With 0 a busy rank looks like an idle one; with 1 they count like waiting ones.
+Simulated on 4 prefill engines of 8 ranks, mean time to first token: 2283 ms with 0, 1449 with 0.25, 1868 with 1."""
 WAITING_COUNTED: Final = 4
-"""At most so many waiting requests are taken to be delayed by a longer step. Simulated, mean time to first token: 1505
-ms with 1, 1449 with 4, 1460 without a limit; without chunks 4585, 3070 and 2853."""
+"""Bound on the waiting requests that a longer step is assumed to delay. Simulated, mean time to first token: 1505 ms
+with 1, 1449 with 4, 1460 without a bound; without chunks 4585, 3070 and 2853."""
 LATER_WEIGHT: Final = 0.75
-"""Of what a longer queue costs those who are still to come. Simulated without chunks, mean time to first token: 2633 ms
-with 0, 1916 with 0.75, 1806 with 1."""
+"""Weight of the delay that a longer queue causes to later requests. Simulated without chunks, mean time to first token:
+2633 ms with 0, 1916 with 0.75, 1806 with 1."""
 LATER_STEPS: Final = 2
-"""They are delayed by so many full steps at most: who comes later runs beside a longer queue on another rank. Without
-this bound long prompts are stacked on one rank, as if every idle server were worth a detour of seconds."""
+"""Bound on the delay of later requests, in full steps: they run beside a longer queue, on another rank. Without it long
+prompts pile up on one rank, because each idle engine seems worth a delay of seconds."""
 ARRIVAL_LAG: Final = 0.02
-"""Seconds from the pick until an engine can start a request: the network, tokenizing, the handshake with decode; and
-from the end of a step to the answer. Simulated, mean time to first token: 1528 ms with 0, 1449 with 0.06, 1373 with
+"""Seconds from the pick until an engine can start a request (network, tokenizing, handshake with decode), and from the
+end of a step until its response arrives. Simulated, mean time to first token: 1528 ms with 0, 1449 with 0.06, 1373 with
 0.25; without chunks 3471, 3070 and 2606; with the lengths of the seed 989, 968 and 1032."""
-SILENCE: Final = 1.0
-"""Seconds without any event, at least, after which time alone tells: older requests count as started."""
-_FORGET_SECONDS: Final = 4.0
-"""Likewise, after which they are forgotten. To both comes what the tokens before them should take."""
-_USUAL_PACE: Final = 1 / 6000
-"""Seconds per prompt token of a rank; slower than most, and the least that a server is given."""
+QUIET_SECONDS: Final = 1.0
+"""Count older requests as started this many seconds after the last event of their step group. If the expected time of
+the running step is longer, it counts instead."""
+_EXPIRY_SECONDS: Final = 4.0
+"""Count a request as computed this many seconds after the last event of its step group, plus the expected time of the
+tokens queued before it."""
+_USUAL_TIME_PER_TOKEN: Final = 1 / 6000
+"""Seconds per prompt token of a rank. It bounds the expected time from below, and is longer than on most engines."""
 _PATIENCE: Final = 3.0
-"""How many times longer than by its own pace a server may take."""
+"""How many times longer than measured a step may take before its events count as lost."""
 _SMOOTHING: Final = 0.3
-
-
-class PrefillReservation(Reservation):
-    """A prompt on its way through prefill."""
-
-    __slots__ = ("running", "waiting")
-
-    def __init__(self, rank: RankLoad, tokens: float, requests: float, since: float) -> None:
-        super().__init__(rank, tokens, requests, since)
-        self.waiting = tokens
-        """Tokens that no step has taken in yet."""
-        self.running = 0.0
-        """Tokens in the running step."""
-
-    @property
-    def is_computed(self) -> bool:
-        return self.until != math.inf
+"""Weight of the newest measurement in the mean time per prompt token."""
 
 
 class PrefillGroup(StepGroup):
     """Prefill ranks with a common step."""
 
     __slots__ = (
-        "_began", "_budget", "_chunked", "_delayed", "_full", "_last_event", "_most_later", "_pace", "_queues",
-        "_running", "_runs", "_shared_step", "_shown_pace", "_step_began", "_step_tokens", "_strange", "_strangers",
-        "_uncomputed", "_unstarted", "_waited", "_waiting",
+        "_allowed", "_began", "_budget", "_chunked", "_delayed", "_external_waiting", "_external_waiting_by_rank",
+        "_full", "_last_event", "_measured", "_most_later", "_queues", "_running", "_runs", "_shared_step",
+        "_step_began", "_step_tokens", "_uncomputed", "_unstarted", "_waited", "_waiting",
     )  # fmt: skip
 
     def __init__(self, indices: range, *, budget: float, chunked: bool, step_tokens: float) -> None:
-        """Begin with empty books.
+        """Begin without load.
 
         Args:
-            indices: DP ranks of the server.
+            indices: DP ranks of the engine.
             budget: Prompt tokens per rank and step.
-            chunked: Whether a prompt beyond the budget is cut into several steps; if not, it runs alone.
+            chunked: Whether the engine cuts a prompt beyond the budget into several steps; if not, it runs alone.
             step_tokens: The fixed time of a step, in tokens that could be computed in it.
         """
         super().__init__(indices)
@@ -80,44 +67,44 @@ class PrefillGroup(StepGroup):
         self._chunked = chunked
         self._step_tokens = step_tokens
         self._most_later = LATER_STEPS * budget if chunked else math.inf
-        self._queues: list[deque[PrefillReservation]] = [deque() for _ in self.ranks]
-        """Per rank, in the order in which they were sent, what is not computed yet."""
+        self._queues: list[deque[Reservation]] = [deque() for _ in self.ranks]
+        """Per rank, reservations whose prompts are not computed yet, in the order of their picks."""
         self._waiting = [0.0] * len(self.ranks)
-        """Per rank, tokens that have not started."""
+        """Per rank, prompt tokens that have not started."""
         self._runs = [0.0] * len(self.ranks)
-        """Per rank, tokens in the running step."""
+        """Per rank, prompt tokens in the running step."""
         self._unstarted = 0.0
-        """Requests of which nothing has started."""
-        self._strangers = 0.0
-        """Likewise of others, by the samples ..."""
-        self._strange = [0.0] * len(self.ranks)
-        """... and per rank."""
+        """Requests of which no token has started."""
+        self._external_waiting = 0.0
+        """External requests that wait, by the samples of all ranks."""
+        self._external_waiting_by_rank = [0.0] * len(self.ranks)
         self._uncomputed = 0
+        """Reservations whose prompts are not computed yet."""
         self._running = 0.0
         """Tokens of the fullest rank in the running step."""
         self._waited = 0.0
-        """Tokens that are left of the running step, as of :meth:`survey` ..."""
+        """Tokens that are left of the running step, as of :meth:`survey`."""
         self._full = budget
-        """... the tokens that its fullest rank has in full steps ..."""
+        """Tokens that the steps of the fullest rank's queue could compute, as of :meth:`survey`."""
         self._delayed = 0.0
-        """... and those who wait, as far as they are counted, per step."""
+        """Waiting requests per step, as far as they count, as of :meth:`survey`."""
         self._last_event = -math.inf
         self._began = -math.inf
-        """When the server had something to do again."""
+        """When the engine began to work again after it had been idle."""
         self._shared_step = -math.inf
-        """When a request in shares was answered the last time."""
+        """When a request with shares on all ranks was served the last time."""
         self._step_began = -math.inf
-        self._shown_pace: float | None = None
-        """Seconds per token, by the events."""
-        self._pace = _USUAL_PACE
-        """Seconds per token after which something must have happened."""
+        self._measured: float | None = None
+        """Mean seconds per prompt token, measured by events."""
+        self._allowed = _USUAL_TIME_PER_TOKEN
+        """Seconds per prompt token after which an event is overdue."""
 
     def cost(self, position: int, after: float) -> float:  # noqa: ARG002 - the same for every rank
-        """Tell what it costs to have a rank at *after* tokens, for the request itself and for everybody else.
+        """Return what it costs to have a rank at *after* tokens, for the request itself and for the other requests.
 
-        The request is done when its rank has taken ``ceil(after / budget)`` more steps, each of them as long as the
-        fullest rank makes it; before that, the running step has to end. If it makes its rank the fullest one, steps
-        get longer for those who wait here, and there will be more of them for those who come.
+        The request is done after the rest of the running step and ``ceil(after / budget)`` more steps of its rank. Each
+        step is as long as the fullest rank makes it. If the request makes its rank the fullest one, steps get longer
+        for the requests that wait here, and more numerous for those that follow.
         """
         top = self.top
         steps = -(-after // self._budget)
@@ -134,72 +121,66 @@ class PrefillGroup(StepGroup):
     def bound(self) -> None:
         steps = -(-self.top // self._budget) or 1.0
         self._full = steps * self._budget
-        self._delayed = min(self._unstarted + self._strangers, WAITING_COUNTED) / steps
+        self._delayed = min(self._unstarted + self._external_waiting, WAITING_COUNTED) / steps
         self._waited = (self._step_tokens + self._running) / 2 if self._uncomputed else 0.0
         self.floor = self._waited + self._step_tokens + min(self.top, self._budget)
         self.base = self._waited + self._step_tokens + self.low
 
     def refresh(self, now: float) -> None:
-        """Without events for a while, take what is old as started, and what is very old as gone."""
-        silence = max(SILENCE, self._pace * self._running)
+        """Without events for a while, count old requests as started, and very old ones as computed."""
+        overdue = max(QUIET_SECONDS, self._allowed * self._running)
         quiet = now - self._last_event
-        if self._uncomputed and quiet >= silence:
+        if self._uncomputed and quiet >= overdue:
             for queue in self._queues:
                 ahead = 0.0
                 for reservation in list(queue):
                     own = reservation.waiting + reservation.running
                     ahead += own
                     age = now - reservation.since
-                    patience = _FORGET_SECONDS * (1 + self._pace * max(ahead, self._running))
+                    patience = _EXPIRY_SECONDS * (1 + self._allowed * max(ahead, self._running))
                     if min(age, quiet) >= patience:
                         queue.remove(reservation)
                         self._computed(reservation, now)
-                    elif age >= silence and reservation.waiting:
+                    elif age >= overdue and reservation.waiting:
                         self._run(reservation, reservation.waiting)
-        self.due = max(now + SILENCE / 4, self._last_event + silence) if self._uncomputed else math.inf
+        self.due = max(now + QUIET_SECONDS / 4, self._last_event + overdue) if self._uncomputed else math.inf
 
-    def told(self, sample: RankSample) -> float:
+    def tokens_in(self, sample: RankSample) -> float:
         if sample.waiting_uncached_tokens is not None:
             return sample.waiting_uncached_tokens
         if sample.total_tokens is not None:
             return max(0, sample.total_tokens - sample.used_tokens)
-        return sample.used_tokens  # before 0.5.11 nothing tells of queued work
+        return sample.used_tokens  # releases before 0.5.11 do not report queued work
 
-    def shown(self, reservation: Reservation, at: float) -> float:  # noqa: ARG002 - the same at any time
-        return reservation.tokens
+    def tokens_at(self, reservation: Reservation, at: float) -> float:  # noqa: ARG002 - the same at any time
+        return reservation.to_compute
 
-    def misjudged(self, excess: float, tokens: float) -> float:  # noqa: ARG002 - whatever they are
-        return 0.0  # it will be gone with our requests, which is sooner than the next sample
+    def misestimated(self, excess: float, tokens: float) -> float:  # noqa: ARG002 - whatever they are
+        return 0.0  # the difference ends with our requests, which is sooner than the next sample
 
-    def learn(self, position: int, sample: RankSample, at: float) -> None:
-        pass  # a prefill server's pace is learned from its answers
+    def _learn(self, position: int, sample: RankSample, at: float) -> None:
+        pass  # the time per prompt token is measured by events
 
-    def correct(self, rank: RankLoad, others: float, now: float) -> None:  # noqa: ARG002 - as above
-        self.external[rank.position] = others
+    def _set_external(self, rank: RankLoad, tokens: float, now: float) -> None:  # noqa: ARG002 - as above
+        self.external[rank.position] = tokens
         self._sum_up(rank.position)
         waiting = min(rank.external_requests, rank.sample.waiting_requests) if rank.sample is not None else 0.0
-        self._strangers = max(0.0, self._strangers + waiting - self._strange[rank.position])
-        self._strange[rank.position] = waiting
+        before, self._external_waiting_by_rank[rank.position] = self._external_waiting_by_rank[rank.position], waiting
+        self._external_waiting = max(0.0, self._external_waiting + waiting - before)
 
-    def _open(
-        self,
-        rank: RankLoad,
-        tokens: float,  # noqa: ARG002 - what is cached costs nothing here
-        to_compute: float,
-        requests: float,
-        now: float,
-        *,
-        is_share: bool,
-    ) -> Reservation:
-        reservation = PrefillReservation(rank, to_compute, requests, now)
-        position = rank.position
+    def first_token(self, reservation: Reservation, now: float) -> None:
+        """Do nothing: output tokens are no work of prefill ranks."""
+
+    def _open(self, reservation: Reservation, now: float) -> None:
+        position, to_compute = reservation.rank.position, reservation.to_compute
+        reservation.waiting = to_compute
         idle = not self._uncomputed
         if idle:
             self._began = self._step_began = now
-        elif is_share:  # as for the one before
+        elif reservation.is_share:  # the first share of the same request made the group busy
             idle = self._began == now and not self._queues[position]
         self._uncomputed += 1
-        self._unstarted += requests
+        self._unstarted += reservation.requests
         self._queues[position].append(reservation)
         self._waiting[position] += to_compute
         if idle:
@@ -209,57 +190,55 @@ class PrefillGroup(StepGroup):
         else:
             self._sum_up(position)
         if self.due == math.inf:
-            self.due = now + SILENCE
-        return reservation
+            self.due = now + QUIET_SECONDS
 
-    def _close(self, reservation: Reservation, now: float, *, worked_off: bool) -> None:
-        assert isinstance(reservation, PrefillReservation)  # noqa: S101 - made by _open
-        if not worked_off:
-            self._leave(reservation, now)
+    def _close(self, reservation: Reservation, now: float, *, served: bool) -> None:
+        if not served:
+            self._drop(reservation, now)
             return
         self._last_event = now
-        if reservation.is_computed:
-            return  # its step had ended before, by another answer of it
+        if reservation.until != math.inf:
+            return  # another response of its step has ended it before
         queue = self._queues[reservation.rank.position]
-        self._learn_pace(reservation, now)
-        if reservation.is_share:  # nobody knows which queue it was in, and all shares together are one answer
+        self._measure(reservation, now)
+        if reservation.is_share:  # which queue it was in is unknown, and all shares together are one response
             queue.remove(reservation)
             self._computed(reservation, now)
             if self._shared_step != now:
                 self._shared_step = now
                 self._step(now)
             return
-        while queue[0] is not reservation:  # first in, first out: what was before it is computed, too
+        while queue[0] is not reservation:  # first in, first out: what was queued before it is computed, too
             self._computed(queue.popleft(), now)
         queue.popleft()
         self._computed(reservation, now)
         self._step(now)
 
-    def _learn_pace(self, reservation: PrefillReservation, now: float) -> None:
-        """Learn from an answer how long tokens take: those of the running step, and of steps that nobody answered."""
+    def _measure(self, reservation: Reservation, now: float) -> None:
+        """Measure by a response how long tokens take: those of the running step, and of steps without a response."""
         work = 0.0
         for each in self._queues[reservation.rank.position]:
             work += each.waiting + each.running
             if each is reservation:
                 break
-        work = max(work, self._running, 1.0)  # less than a token is what floating point has left over
+        work = max(work, self._running, 1.0)  # less than a token is a rounding error
         steps = -(-work // self._budget) if self._chunked else 1.0
-        pace = (now - self._step_began) / (work + max(1.0, steps) * self._step_tokens)
-        before = self._shown_pace
-        self._shown_pace = pace if before is None else before + (pace - before) * _SMOOTHING
-        self._pace = max(_USUAL_PACE, _PATIENCE * self._shown_pace)
+        measured = (now - self._step_began) / (work + max(1.0, steps) * self._step_tokens)
+        before = self._measured
+        self._measured = measured if before is None else before + (measured - before) * _SMOOTHING
+        self._allowed = max(_USUAL_TIME_PER_TOKEN, _PATIENCE * self._measured)
 
-    def _leave(self, reservation: PrefillReservation, now: float) -> None:
-        """Take a request out that was given up. The step goes on, and so does all that waits."""
-        if reservation.is_computed:
+    def _drop(self, reservation: Reservation, now: float) -> None:
+        """Take a cancelled request out of its queue. The running step and the other queues go on."""
+        if reservation.until != math.inf:
             return
         self._queues[reservation.rank.position].remove(reservation)
         self._computed(reservation, now)
         if self._uncomputed and not any(self._runs):
-            self._fill(math.inf)  # it was all that ran
+            self._fill(math.inf)  # the running step had this request alone
 
     def _step(self, now: float) -> None:
-        """A step has ended, and another has begun with what had arrived by then."""
+        """End the running step, and begin another one with what had arrived by then."""
         self._step_began = now
         for position, queue in enumerate(self._queues):
             while queue and queue[0].running and not queue[0].waiting:
@@ -270,9 +249,10 @@ class PrefillGroup(StepGroup):
                 self._sum_up(position)
         self._fill(now - ARRIVAL_LAG)
         if self._uncomputed and not self._running:
-            self._fill(math.inf)  # the server is idle but for those: they start when they arrive
+            self._fill(math.inf)  # the engine has only requests on their way: they start when they arrive
 
     def _fill(self, arrived: float) -> None:
+        """Take waiting tokens into the running step, of requests that were picked until *arrived*."""
         for queue in self._queues:
             budget = self._budget
             for reservation in queue:
@@ -288,9 +268,9 @@ class PrefillGroup(StepGroup):
                 budget -= taken
         self._running = max(self._runs)
 
-    def _run(self, reservation: PrefillReservation, tokens: float) -> None:
-        """Let a step take in some tokens."""
-        if reservation.waiting == reservation.tokens:
+    def _run(self, reservation: Reservation, tokens: float) -> None:
+        """Take some tokens of a request into the running step."""
+        if reservation.waiting == reservation.to_compute:
             self._unstarted -= reservation.requests
         reservation.waiting -= tokens
         reservation.running += tokens
@@ -299,9 +279,9 @@ class PrefillGroup(StepGroup):
         self._runs[position] += tokens
         self._sum_up(position)
 
-    def _computed(self, reservation: PrefillReservation, now: float) -> None:
-        """Take a request out that its queue has lost already."""
-        if reservation.waiting == reservation.tokens:
+    def _computed(self, reservation: Reservation, now: float) -> None:
+        """Count a request as computed that is no longer in its queue."""
+        if reservation.waiting == reservation.to_compute:
             self._unstarted -= reservation.requests
         position = reservation.rank.position
         if self._queues[position]:
@@ -317,6 +297,6 @@ class PrefillGroup(StepGroup):
         self._sum_up(position)
 
     def _sum_up(self, position: int) -> None:
-        self.load_is(
+        self.set_load(
             position, self.external[position] + self._waiting[position] + RUNNING_WEIGHT * self._runs[position]
         )

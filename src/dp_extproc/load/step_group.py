@@ -1,342 +1,91 @@
-"""What this service has sent to the ranks of a server, and what their engine tells beyond it. Common to all roles.
-
-A sample tells all the load there is, ours included, but late; our own books tell our share at once, but nothing of
-other routers or direct traffic. So at each sample the part that our books of that moment do not explain is taken as the
-load that others cause, and the estimate is that part plus our books as they stand. A sample thereby erases nothing that
-the engine had not counted when it was taken, and counts nothing twice.
-"""
+"""Ranks that take their steps together, and the arithmetic of their reservations. Common to all roles."""
 
 import math
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from dp_extproc.engines.model import RankSample
+from dp_extproc.load.rank import RankLoad, Reservation
 
-_SETTLED_KEPT: Final = 10_000
-"""Settled reservations that a rank remembers for the next sample. A rank that is not sampled must not remember more
-and more of them; between two samples no rank serves so many."""
 _LEAST: Final = 1.0
-"""Tokens; engines compute the last one of a prompt even if they hold them all."""
-SOMEBODY: Final = 0.5
-"""Requests; shares of one add up to a little less or more."""
-_GRACE: Final = 10.0
-"""Seconds. An engine that was wholly empty has nothing of what was sent to it so long before."""
-
-
-class Reservation:
-    """A request on one rank's books, from the pick until it is settled."""
-
-    __slots__ = ("is_share", "rank", "requests", "since", "tokens", "until")
-
-    def __init__(self, rank: "RankLoad", tokens: float, requests: float, since: float) -> None:
-        self.rank = rank
-        self.tokens = tokens
-        """Of the prompt: to be computed on prefill, to be held on decode."""
-        self.requests = requests
-        self.since = since
-        self.is_share = False
-        """Whether one of several ranks has the request, and all have a share of it on their books."""
-        self.until = math.inf
-        """When it ceased to show in samples."""
-
-    def release(self, now: float) -> None:
-        """Take it off the books: its engine has worked it off.
-
-        Of this and :meth:`withdraw` only the first call counts, so that every way out may make one.
-        """
-        self._settle(now, worked_off=True)
-
-    def withdraw(self, now: float) -> None:
-        """Take it off the books for any other reason, which tells nothing of what else its engine has done."""
-        self._settle(now, worked_off=False)
-
-    def _settle(self, now: float, *, worked_off: bool) -> None:
-        if self in self.rank.open:
-            self.rank.open.discard(self)
-            # With nothing open the count is exactly zero, whatever floating point makes of shares.
-            self.rank.reserved_requests = self.rank.reserved_requests - self.requests if self.rank.open else 0.0
-            self.rank.group.closed(self, now, worked_off=worked_off)
-            self.until = min(self.until, now)
-            self.rank.settled.append(self)
-
-    def started(self, now: float) -> None:
-        """Note that the first output token has come."""
-
-
-class RankLoad:
-    """One DP rank of one server. Its numbers live in the lists of its group."""
-
-    __slots__ = (
-        "external_requests",
-        "group",
-        "index",
-        "open",
-        "picks",
-        "position",
-        "reserved_requests",
-        "sample",
-        "sampled_at",
-        "settled",
-    )  # fmt: skip
-
-    def __init__(self, index: int, group: "StepGroup", position: int) -> None:
-        self.index = index
-        """The DP rank on its server."""
-        self.group = group
-        self.position = position
-        """Its place in the lists of the group."""
-        self.picks = 0
-        self.external_requests = 0.0
-        self.reserved_requests = 0.0
-        """Sequences of all open reservations; a batch has many, and one whose rank the engine picks a share on each."""
-        self.sample: RankSample | None = None
-        self.sampled_at = -math.inf
-        """When the engine took the sample, in our clock; never later than it really was."""
-        self.open: set[Reservation] = set()
-        self.settled: deque[Reservation] = deque(maxlen=_SETTLED_KEPT)
-
-    @property
-    def tokens(self) -> float:
-        """The estimate of the load, which policies compare."""
-        return self.group.loads[self.position]
-
-    @property
-    def external_tokens(self) -> float:
-        """Tokens that the last sample showed beyond our own."""
-        return self.group.external[self.position]
-
-    @property
-    def reserved_tokens(self) -> float:
-        """The part of the estimate that is on our books."""
-        return self.tokens - self.external_tokens
-
-    @property
-    def uncached_prompt_tokens(self) -> float:
-        """Prompt tokens ever sent here, less those that the rank held already."""
-        return self.group.sent[self.position]
-
-    @property
-    def kept_requests(self) -> float:
-        """Of ours that the next sample may show, at whatever moment it was taken."""
-        return sum(reservation.requests for books in (self.open, self.settled) for reservation in books)
-
-    def reserve(
-        self, tokens: float, now: float, requests: float = 1.0, cached: float = 0.0, *, is_share: bool = False
-    ) -> Reservation:
-        """Put a request on the books.
-
-        Args:
-            tokens: Of the prompt.
-            now: Of the pick.
-            requests: Sequences that it makes; a fraction when several ranks share what only one will get.
-            cached: Prompt tokens that the rank holds already.
-            is_share: Whether other ranks have the same on their books, and nobody knows which one has the request.
-        """
-        reservation = self.group.opened(self, tokens, max(_LEAST, tokens - cached), requests, now, is_share=is_share)
-        reservation.is_share = is_share
-        self.open.add(reservation)
-        self.reserved_requests += requests
-        self.group.sent[self.position] += tokens - cached
-        self.group.reported[self.position] += tokens
-        return reservation
-
-    def absorb(self, sample: RankSample, sampled_at: float, now: float) -> None:
-        """Take in what the engine told of a moment."""
-        absorb([(self, sample, sampled_at)], 1, now)
-
-
-def absorb(readings: Sequence[tuple[RankLoad, RankSample, float]], ranks: int, now: float) -> None:
-    """Take in what an engine told of its ranks.
-
-    A request whose rank the engine picks is a share on the books of each of them, and in the samples wholly on one. So
-    what samples show beyond the requests whose rank is known is set against all shares together.
-
-    Args:
-        readings: The ranks, each with its sample, and with the moment at which it was taken.
-        ranks: That the server has, sampled or not.
-        now: For what turns out to be lost.
-    """
-    _expire(readings, now)
-    ours = [_ours(rank, at) for rank, _, at in readings]
-    known = [own for own, _ in ours]
-    shares = [shared for _, shared in ours]
-    if any(each.requests for each in shares):
-        scale = ranks / len(readings)  # those that are not sampled have their shares, too
-        found = _shown_in_all(readings, known, _Ours(*(scale * sum(column) for column in zip(*shares, strict=True))))
-    else:
-        found = [_shown(rank, sample, own) for (rank, sample, _), own in zip(readings, known, strict=True)]
-    for (rank, sample, at), (tokens, others) in zip(readings, found, strict=True):
-        group = rank.group
-        group.reported[rank.position] = sample.used_tokens
-        group.external_requests += others - rank.external_requests
-        rank.external_requests = others
-        rank.sample = sample
-        rank.sampled_at = at
-        group.learn(rank.position, sample, at)
-        group.correct(rank, tokens, now)
-        # A later sample is of a later moment: what was over by now cannot be in it.
-        while rank.settled and rank.settled[0].until <= at:
-            rank.settled.popleft()
-
-
-def _expire(readings: Sequence[tuple[RankLoad, RankSample, float]], now: float) -> None:
-    """Take off the books what an engine that has nothing at all must have lost."""
-    all_empty = all(sample.is_empty for _, sample, _ in readings)
-    for rank, sample, at in readings:
-        if sample.is_empty:
-            for each in [each for each in rank.open if each.since < at - _GRACE and (all_empty or not each.is_share)]:
-                rank.group.expired += 1
-                each.withdraw(now)
-
-
-class _Ours(NamedTuple):
-    """What a sample shows of our reservations."""
-
-    tokens: float
-    requests: float
-    ended_tokens: float
-    """The part of the tokens whose reservations have ended since the sample was taken."""
-
-    def still_open(self, correction: float) -> float:
-        """Return the part of a correction of these tokens that concerns reservations which are open."""
-        return correction * (1 - self.ended_tokens / self.tokens) if self.tokens else correction
-
-
-def _ours(rank: RankLoad, at: float) -> tuple[_Ours, _Ours]:
-    """Return what a sample of that moment shows of a rank's own requests, and of those in shares."""
-    own, shared = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
-    for books, is_over in ((rank.open, False), (rank.settled, True)):
-        for reservation in books:
-            if reservation.since <= at < reservation.until:
-                sums = shared if reservation.is_share else own
-                tokens = rank.group.shown(reservation, at)
-                sums[0] += tokens
-                sums[1] += reservation.requests
-                sums[2] += tokens if is_over else 0.0
-    return _Ours(*own), _Ours(*shared)
-
-
-def _shown(rank: RankLoad, sample: RankSample, own: _Ours) -> tuple[float, float]:
-    """Give the tokens and requests that a sample shows beyond so many of ours."""
-    told = sample.running_requests + sample.waiting_requests
-    others = max(0.0, told - own.requests)
-    excess = rank.group.told(sample) - own.tokens
-    if others >= SOMEBODY:
-        return max(0.0, excess), others
-    # It is ours, if the engine knows of us at all.
-    if 2 * told < own.requests:
-        return 0.0, others
-    return own.still_open(rank.group.misjudged(excess, own.tokens)), others
-
-
-def _shown_in_all(
-    readings: Sequence[tuple[RankLoad, RankSample, float]],
-    known: Sequence[_Ours],
-    shares: _Ours,
-) -> Sequence[tuple[float, float]]:
-    """Give the same for all ranks of a server where some requests of ours may be anywhere."""
-    excess = [
-        (
-            rank.group.told(sample) - own.tokens,
-            max(0.0, sample.running_requests + sample.waiting_requests - own.requests),
-        )
-        for (rank, sample, _), own in zip(readings, known, strict=True)
-    ]
-    all_requests = sum(requests for _, requests in excess)
-    strangers = max(0.0, all_requests - shares.requests)
-    if strangers >= SOMEBODY:
-        all_tokens = sum(max(0.0, tokens) for tokens, _ in excess)
-        part = max(0.0, all_tokens - shares.tokens) / all_tokens if all_tokens else 0.0
-        return [(max(0.0, tokens) * part, requests * strangers / all_requests) for tokens, requests in excess]
-    if 2 * all_requests < shares.requests:
-        return [(0.0, 0.0)] * len(readings)
-    beyond, group = sum(tokens for tokens, _ in excess) - shares.tokens, readings[0][0].group
-    in_all = _Ours(*map(sum, zip(shares, *known, strict=True)))
-    each = in_all.still_open(group.misjudged(beyond, in_all.tokens)) / len(readings)
-    return [(each, 0.0)] * len(readings)
+"""Tokens of a prompt that an engine computes at least: the last one, even if its prefix cache has all of them."""
+EXTERNAL_FROM: Final = 0.5
+"""Requests beyond the reservations from which on there is external load. Shares of one request add up to a little less
+or more than one."""
 
 
 def index_from(start: int, numbers: Sequence[float], wanted: float) -> int:
-    """Find a number, beginning somewhere in the list."""
+    """Return the index of a number that is in the list: the first one from *start* on, or else from the beginning."""
     try:
         return numbers.index(wanted, start)
     except ValueError:
         return numbers.index(wanted)
 
 
-class StepGroup(ABC):
-    """Ranks of a server that take their steps together: with DP attention all of them, else each for itself.
+class External(NamedTuple):
+    """Load of a rank that no reservation explains."""
 
-    A step takes as long as its fullest rank. The lists have one number per rank of the group; policies read them
-    directly, as they are read far more often than they change.
+    tokens: float
+    """Below zero if the engine counts fewer tokens of our requests than we estimated."""
+    requests: float
+
+
+class StepGroup(ABC):
+    """Ranks of an engine that step together: with DP attention all of them, otherwise one rank alone.
+
+    A step takes as long as its fullest rank. The lists have one number per rank of the group. Policies read them
+    directly, because they are read far more often than they change.
     """
 
     __slots__ = (
-        "_knows_low",
-        "_knows_top",
-        "_reservations",
-        "base",
-        "changed",
-        "due",
-        "expired",
-        "external",
-        "external_requests",
-        "floor",
-        "loads",
-        "low",
-        "low_position",
-        "ranks",
-        "reported",
-        "requests",
-        "sent",
-        "slowness",
-        "start",
-        "top",
+        "_knows_low", "_knows_top", "_reservations", "base", "changed", "due", "expired", "external",
+        "external_requests", "floor", "loads", "low", "low_position", "ranks", "reported", "requests", "slowness",
+        "start", "top", "uncached",
     )  # fmt: skip
 
     def __init__(self, indices: range) -> None:
         size = len(indices)
         self.ranks = tuple(RankLoad(index, self, position) for position, index in enumerate(indices))
         self.loads = [0.0] * size
-        """The estimate of each rank's load, in tokens of its role."""
+        """The estimated load of each rank, in prompt tokens to compute or in tokens of context, depending on the
+        role."""
         self.external = [0.0] * size
-        """The part of it that others cause."""
+        """The part of each load that reservations do not explain."""
         self.reported = [0.0] * size
-        """The scraped gauge, plus what was sent since it was scraped, as ``signal: scraped`` wants it."""
-        self.sent = [0.0] * size
-        """Tokens ever sent."""
+        """The tokens in use of each rank's last sample, and the prompt tokens since then, for ``signal: scraped``."""
+        self.uncached = [0.0] * size
+        """Prompt tokens of all requests so far, less those that were expected in the prefix cache."""
         self.requests = 0.0
-        """Our own requests in flight."""
+        """Sequences of all open reservations."""
         self._reservations = 0
         self.external_requests = 0.0
-        """Requests that the last samples showed beyond those."""
+        """Requests that the last samples have beyond the reservations."""
         self.expired = 0
-        """Reservations that no event has ended."""
+        """Reservations that have expired."""
         self.due = math.inf
-        """When :meth:`refresh` has something to do."""
+        """The time from which on :meth:`refresh` has something to do."""
         self.changed = True
-        """Whether anything has changed since :meth:`survey`; who changes something says so."""
+        """Whether anything has changed since the last :meth:`survey`. Each change of a load sets it."""
         self.top = 0.0
         """The greatest load, as of :meth:`survey`."""
         self.low = 0.0
-        """The least load, as of :meth:`survey` ..."""
+        """The least load, as of :meth:`survey`."""
         self.low_position = 0
-        """... and a rank that has it: the first one from ..."""
+        """The position of a rank with the least load, as of :meth:`survey`: the first one from :attr:`start` on."""
         self.start = 0
-        """... here on. Set it at random, and one of several is found at random."""
+        """Where the search for the least load begins. A random start makes the pick among equal ranks random."""
         self.slowness = 1.0
-        """How slow the server is, against the average of its pool and role."""
+        """How many times longer the engine takes for a token than the average of its pool and role."""
         self.floor = 0.0
-        """What no request costs less than ..."""
+        """A lower bound of the cost of any request."""
         self.base = 0.0
-        """... nor less than this and its tokens, times the slowness."""
+        """Another lower bound, to which the tokens of the request are added, times the slowness."""
         self._knows_top = True
         self._knows_low = True
 
     def survey(self, now: float) -> None:
-        """Look for the greatest and the least load; a decision compares many groups of which few have changed."""
+        """Update the extreme loads and the bounds; a decision compares many groups, of which few have changed."""
         if now >= self.due:
             self.refresh(now)
         loads = self.loads
@@ -350,7 +99,7 @@ class StepGroup(ABC):
         self.bound()
         self.changed = False
 
-    def load_is(self, position: int, load: float) -> None:
+    def set_load(self, position: int, load: float) -> None:
         """Set the load of a rank."""
         before = self.loads[position]
         self.loads[position] = load
@@ -365,74 +114,120 @@ class StepGroup(ABC):
         elif position == self.low_position:
             self._knows_low = False
 
-    def loads_are(self, loads: list[float]) -> None:
+    def set_loads(self, loads: list[float]) -> None:
         """Set the loads of all ranks."""
         self.loads[:] = loads
         self.changed = True
         self._knows_top = self._knows_low = False
 
-    def opened(
-        self, rank: RankLoad, tokens: float, to_compute: float, requests: float, now: float, *, is_share: bool
+    def reserve(
+        self, rank: RankLoad, tokens: float, now: float, requests: float, cached: float, *, is_share: bool
     ) -> Reservation:
-        """Take a new request on the books. Strictly for :meth:`RankLoad.reserve`."""
+        """Open a reservation; see :meth:`RankLoad.reserve`."""
+        reservation = Reservation(rank, tokens, max(_LEAST, tokens - cached), requests, now, is_share=is_share)
         self._reservations += 1
         self.requests += requests
-        return self._open(rank, tokens, to_compute, requests, now, is_share=is_share)
+        self._open(reservation, now)
+        rank.open.add(reservation)
+        rank.reserved_requests += requests
+        self.uncached[rank.position] += tokens - cached
+        self.reported[rank.position] += tokens
+        return reservation
 
-    def closed(self, reservation: Reservation, now: float, *, worked_off: bool) -> None:
-        """Take a request off the books. Strictly for :class:`Reservation`."""
+    def end(self, reservation: Reservation, now: float, *, served: bool) -> None:
+        """End a reservation; see :meth:`Reservation.complete` and :meth:`Reservation.cancel`."""
+        rank = reservation.rank
+        if reservation not in rank.open:
+            return
+        rank.open.discard(reservation)
         self._reservations -= 1
-        # With nothing open the count is exactly zero, whatever floating point makes of shares.
+        # With nothing open both counts are exactly zero, whatever floating point makes of shares.
+        rank.reserved_requests = rank.reserved_requests - reservation.requests if rank.open else 0.0
         self.requests = self.requests - reservation.requests if self._reservations else 0.0
-        self._close(reservation, now, worked_off=worked_off)
+        self._close(reservation, now, served=served)
+        reservation.until = min(reservation.until, now)
+        rank.ended.append(reservation)
+
+    def expire(self, reservation: Reservation, now: float) -> None:
+        """End the reservation of a request that the engine no longer has, though no event has ended it."""
+        self.expired += 1
+        self.end(reservation, now, served=False)
+
+    def correct(self, rank: RankLoad, sample: RankSample, at: float, external: External, now: float) -> None:
+        """Correct a rank by a sample.
+
+        Args:
+            rank: One of this group.
+            sample: The sample.
+            at: When the engine took it.
+            external: The external load in it.
+            now: The present time.
+        """
+        self.reported[rank.position] = sample.used_tokens
+        self.external_requests += external.requests - rank.external_requests
+        rank.external_requests = external.requests
+        rank.sample = sample
+        rank.sampled_at = at
+        self._learn(rank.position, sample, at)
+        self._set_external(rank, external.tokens, now)
+        # A later sample is of a later moment: what had ended by then cannot be in it.
+        while rank.ended and rank.ended[0].until <= at:
+            rank.ended.popleft()
 
     def forget_external(self, now: float) -> None:
-        """Take nothing for the load of others any more: what the last samples told of it is too old."""
+        """Drop the external load of ranks that have external requests: the samples that had them are too old."""
         for rank in self.ranks:
-            if rank.external_requests >= SOMEBODY:
+            if rank.external_requests >= EXTERNAL_FROM:
                 self.external_requests -= rank.external_requests
                 rank.external_requests = self.external[rank.position] = 0.0
-                self.correct(rank, 0.0, now)
+                self._set_external(rank, 0.0, now)
+
+    @abstractmethod
+    def first_token(self, reservation: Reservation, now: float) -> None:
+        """Note that the first output token of a request has come."""
 
     @abstractmethod
     def cost(self, position: int, after: float) -> float:
-        """Tell what it costs, in tokens, to have the rank at this position at *after* tokens; after a survey."""
+        """Return what it costs, in tokens, to have the rank at a position at *after* tokens. Needs a :meth:`survey`."""
 
     @abstractmethod
     def bound(self) -> None:
-        """Find out what no request can cost less than: set :attr:`floor` and :attr:`base`."""
+        """Set the lower bounds :attr:`floor` and :attr:`base`."""
 
     @abstractmethod
     def refresh(self, now: float) -> None:
-        """Let time pass: loads change without events, too."""
+        """Update what changes with time alone, and set :attr:`due`."""
 
     @abstractmethod
-    def told(self, sample: RankSample) -> float:
-        """Give the tokens of a sample that are comparable with our books."""
+    def tokens_in(self, sample: RankSample) -> float:
+        """Return the tokens of a sample that are comparable with the tokens of reservations."""
 
     @abstractmethod
-    def shown(self, reservation: Reservation, at: float) -> float:
-        """Give the tokens that a reservation had in a sample of that moment."""
+    def tokens_at(self, reservation: Reservation, at: float) -> float:
+        """Return the tokens that a sample of that moment contains of a reservation."""
 
     @abstractmethod
-    def misjudged(self, excess: float, tokens: float) -> float:
-        """Tell what to make of tokens that a sample has more (or fewer) than our *tokens*, but no more requests.
+    def misestimated(self, excess: float, tokens: float) -> float:
+        """Attribute a token difference when the request counts agree: our estimate of their lengths was wrong.
 
-        They are ours: the lengths were not estimated right.
+        Args:
+            excess: Tokens that a sample has beyond the reservations; below zero if it has fewer.
+            tokens: Tokens of the reservations.
+
+        Returns:
+            The tokens by which the estimate of the load is corrected.
         """
 
     @abstractmethod
-    def learn(self, position: int, sample: RankSample, at: float) -> None:
-        """Learn from a sample of a rank, taken at a moment, what it tells of the server besides load."""
+    def _learn(self, position: int, sample: RankSample, at: float) -> None:
+        """Learn from a sample what it has of the engine besides load."""
 
     @abstractmethod
-    def correct(self, rank: RankLoad, others: float, now: float) -> None:
-        """Set what others cause on a rank."""
+    def _set_external(self, rank: RankLoad, tokens: float, now: float) -> None:
+        """Set the external tokens of a rank, whose external requests are up to date."""
 
     @abstractmethod
-    def _open(
-        self, rank: RankLoad, tokens: float, to_compute: float, requests: float, now: float, *, is_share: bool
-    ) -> Reservation: ...
+    def _open(self, reservation: Reservation, now: float) -> None: ...
 
     @abstractmethod
-    def _close(self, reservation: Reservation, now: float, *, worked_off: bool) -> None: ...
+    def _close(self, reservation: Reservation, now: float, *, served: bool) -> None: ...

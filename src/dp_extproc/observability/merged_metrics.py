@@ -7,7 +7,7 @@ _COMMENT: Final = "# "
 
 
 def merge_pages(pages: Mapping[str, str]) -> str:
-    """Write the pages of some workers as one, in which each sample has a label ``worker`` more.
+    """Write the pages of some workers as one, in which each sample has a label ``process`` more.
 
     Args:
         pages: By the value of the label; in Prometheus' text format, as its own client writes it: every sample below
@@ -16,7 +16,7 @@ def merge_pages(pages: Mapping[str, str]) -> str:
     comments: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
     for worker, page in pages.items():
-        label = f'worker="{worker}"'
+        label = f'process="{worker}"'
         family = ""
         for line in page.splitlines():
             if line.startswith(_COMMENT):

@@ -28,6 +28,9 @@ from dp_extproc.sync.transport.replica import SyncStatus
 _DECISION_BUCKETS: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1)
 """Seconds. A decision on a small body takes tens of microseconds, on one of 64 MB some tens of milliseconds."""
 
+_SOURCE: Final = "polling"
+"""Where load comes from: the service reads it round by round. No other source exists yet."""
+
 
 class Telemetry:
     """Observes streams and scrapes, and shows the books.
@@ -111,9 +114,9 @@ class Telemetry:
         yield from self._collect_legs()
         yield from self._collect_endpoints()
         yield from self._collect_ranks()
-        ratio = GaugeMetricFamily("dp_extproc_bytes_per_token", "Text bytes taken for one token.", labels=["pool"])
-        for pool, tokens in self._fleet.ratios.items():
-            ratio.add_metric([pool], tokens.bytes_per_token)
+        ratio = GaugeMetricFamily("dp_extproc_prompt_bytes_per_token", "Text bytes per prompt token.", labels=["pool"])
+        for pool, estimate in self._fleet.ratios.items():
+            ratio.add_metric([pool], estimate.bytes_per_token)
         yield ratio
 
     def _collect_requests(self) -> Iterator[Metric]:
@@ -128,28 +131,28 @@ class Telemetry:
         bounds = [*map(str, _DECISION_BUCKETS), "+Inf"]
         buckets = list(zip(bounds, accumulate(map(float, self._decisions)), strict=True))
         yield HistogramMetricFamily(
-            "dp_extproc_decision_seconds",
+            "dp_extproc_decision_duration_seconds",
             "Work from the last byte of the request to the decision.",
             buckets=buckets,
             sum_value=self._decision_seconds,
         )
-        yield GaugeMetricFamily("dp_extproc_streams", "Requests and responses in flight.", value=self._streams)
+        yield GaugeMetricFamily("dp_extproc_active_streams", "Requests and responses in flight.", value=self._streams)
 
     def _collect_legs(self) -> Iterator[Metric]:
         failures = CounterMetricFamily(
             "dp_extproc_leg_failures",
-            "Attempts that failed, by the leg that did, and whether the request was placed anew.",
+            "Failed attempts, by the leg that failed, and whether the request was scheduled again.",
             labels=["leg", "reason", "retried"],
         )
         for labels, count in self._leg_failures.items():
             failures.add_metric(labels, count)
         yield failures
         yield CounterMetricFamily(
-            "dp_extproc_unseen_legs", "Prefill legs that did not report here.", value=self._unseen_legs
+            "dp_extproc_missing_prefill_legs", "Prefill legs whose stream did not arrive here.", value=self._unseen_legs
         )
         yield CounterMetricFamily(
-            "dp_extproc_served_elsewhere",
-            "Requests that a gateway sent to another endpoint than the picked one.",
+            "dp_extproc_destination_mismatches",
+            "Requests that a gateway sent to another endpoint than the pick.",
             value=self._served_elsewhere,
         )
 
@@ -158,19 +161,27 @@ class Telemetry:
         state = GaugeMetricFamily(
             "dp_extproc_endpoint_state", "1 for the present state: fresh, stale, unknown.", labels=[*labels, "state"]
         )
-        age = GaugeMetricFamily("dp_extproc_scrape_age_seconds", "Age of the last load page.", labels=labels)
-        samples = CounterMetricFamily("dp_extproc_scrapes", "Load pages read.", labels=labels)
-        failures = CounterMetricFamily("dp_extproc_scrape_failures", "Scrapes that failed.", labels=[*labels, "kind"])
+        age = GaugeMetricFamily("dp_extproc_load_age_seconds", "Age of the last reading of the load.", labels=labels)
+        samples = CounterMetricFamily("dp_extproc_load_updates", "Readings of the load.", labels=[*labels, "source"])
+        failures = CounterMetricFamily(
+            "dp_extproc_load_failures", "Readings that failed.", labels=[*labels, "source", "kind"]
+        )
         held = CounterMetricFamily(
-            "dp_extproc_held_tokens", "Prompt tokens that the picked ranks were taken to hold already.", labels=labels
+            "dp_extproc_cached_prompt_tokens",
+            "Prompt tokens that were expected in the prefix cache of their rank.",
+            labels=labels,
         )
         lost = CounterMetricFamily(
-            "dp_extproc_written_off", "Requests taken off the books because no event ended them.", labels=labels
+            "dp_extproc_expired_reservations",
+            "Reservations that expired because no event ended them.",
+            labels=labels,
         )
-        ejected = GaugeMetricFamily(
-            "dp_extproc_endpoint_ejected", "1 while the endpoint is left alone for its failures.", labels=labels
+        ejected = GaugeMetricFamily("dp_extproc_endpoint_ejected", "1 while the endpoint is ejected.", labels=labels)
+        pace = GaugeMetricFamily(
+            "dp_extproc_time_per_output_token_seconds",
+            "Mean time per output token, as the engine reports it.",
+            labels=labels,
         )
-        pace = GaugeMetricFamily("dp_extproc_seconds_per_token", "By the engine's own account.", labels=labels)
         now = self._clock()
         for endpoint in self._fleet.endpoints:
             names = [endpoint.pool, endpoint.role.value, endpoint.url]
@@ -179,26 +190,28 @@ class Telemetry:
             for freshness in Freshness:
                 state.add_metric([*names, freshness.name.lower()], float(freshness is present))
             if host is not None and present is not Freshness.UNKNOWN:
-                age.add_metric(names, now - host.sampled)
+                age.add_metric(names, now - host.sampled_at)
             if host is not None:
                 ejected.add_metric(names, float(host.health.is_ejected(now)))
                 held.add_metric(names, host.cached_prompt_tokens)
                 lost.add_metric(names, host.expired)
                 if (tpot := host.tpot) is not None:
                     pace.add_metric(names, tpot)
-            samples.add_metric(names, self._samples[endpoint.url])
+            samples.add_metric([*names, _SOURCE], self._samples[endpoint.url])
             for (url, kind), count in self._failures.items():
                 if url == endpoint.url:
-                    failures.add_metric([*names, kind], count)
+                    failures.add_metric([*names, _SOURCE, kind], count)
         yield from (state, age, ejected, samples, failures, held, lost, pace)
 
     def _collect_ranks(self) -> Iterator[Metric]:
         labels = ["pool", "role", "endpoint", "dp_rank"]
-        picks = CounterMetricFamily("dp_extproc_picks", "Requests sent to a rank by choice.", labels=labels)
-        reserved = GaugeMetricFamily("dp_extproc_reserved_tokens", "Tokens on our own books.", labels=labels)
-        requests = GaugeMetricFamily("dp_extproc_reserved_requests", "Requests on our own books.", labels=labels)
-        sent = CounterMetricFamily("dp_extproc_sent_tokens", "Prompt tokens sent, less those held.", labels=labels)
-        effective = GaugeMetricFamily("dp_extproc_effective_tokens", "The load that policies compare.", labels=labels)
+        picks = CounterMetricFamily("dp_extproc_picks", "Requests for which this rank was picked.", labels=labels)
+        reserved = GaugeMetricFamily("dp_extproc_reserved_tokens", "Tokens of all reservations.", labels=labels)
+        requests = GaugeMetricFamily("dp_extproc_reserved_requests", "Requests with a reservation.", labels=labels)
+        sent = CounterMetricFamily(
+            "dp_extproc_uncached_prompt_tokens", "Prompt tokens that the rank has to compute.", labels=labels
+        )
+        effective = GaugeMetricFamily("dp_extproc_load_tokens", "The load that policies compare.", labels=labels)
         for host in self._fleet.by_url.values():
             for rank in host.ranks:
                 names = [host.pool, host.role.value, host.url, str(rank.index)]
@@ -210,7 +223,7 @@ class Telemetry:
         yield from (picks, sent, reserved, requests, effective)
         yield GaugeMetricFamily(
             "dp_extproc_reservations",
-            "Entries on all books, also of servers that are configured no more; zero when nothing is in flight.",
+            "Reservations on all endpoints, draining ones included; zero when no request is in flight.",
             value=sum(host.reservations for host in (*self._fleet.by_url.values(), *self._fleet.draining)),
         )
 
@@ -225,19 +238,19 @@ class SyncMetrics:
         """Read the status."""
         status = self._status()
         yield GaugeMetricFamily("dp_extproc_sync_connected", "1 while the bus works.", value=status.connected)
-        yield GaugeMetricFamily("dp_extproc_sync_peers", "Other replicas that are heard.", value=len(status.peers))
+        yield GaugeMetricFamily("dp_extproc_sync_peers", "Other replicas that publish.", value=len(status.peers))
         yield GaugeMetricFamily(
-            "dp_extproc_sync_foreign_attempts",
-            "Requests of other replicas on the books.",
-            value=sum(peer.attempts for peer in status.peers),
+            "dp_extproc_sync_peer_requests",
+            "Requests of other replicas with reservations here.",
+            value=sum(peer.requests for peer in status.peers),
         )
         messages = CounterMetricFamily("dp_extproc_sync_messages", "Messages between replicas.", labels=["kind"])
         for kind, count in (("sent", status.sent), ("received", status.received), ("lost", status.lost)):
             messages.add_metric([kind], count)
         yield messages
         troubles = CounterMetricFamily(
-            "dp_extproc_sync_troubles", "What went otherwise than it should on the bus.", labels=["kind"]
+            "dp_extproc_sync_anomalies", "Irregularities of the bus, by kind.", labels=["kind"]
         )
-        for kind, count in status.counts.items():
+        for kind, count in status.anomalies.items():
             troubles.add_metric([kind], count)
         yield troubles

@@ -6,7 +6,7 @@ from typing import Any
 from dp_extproc.engines.listener import EngineFailure
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad
-from dp_extproc.load.step_group import RankLoad
+from dp_extproc.load.rank import RankLoad
 from dp_extproc.sync.transport.replica import SyncStatus
 
 
@@ -14,7 +14,7 @@ def describe_loads(fleet: LoadCache, now: float) -> dict[str, Any]:
     """Describe every configured endpoint and, once it is discovered, each of its ranks. Times are ages in seconds."""
     return {
         "stale_after": fleet.stale_after,
-        "bytes_per_token": {pool: round(ratio.bytes_per_token, 3) for pool, ratio in fleet.ratios.items()},
+        "prompt_bytes_per_token": {pool: round(ratio.bytes_per_token, 3) for pool, ratio in fleet.ratios.items()},
         "endpoints": [
             {
                 "url": endpoint.url,
@@ -25,7 +25,7 @@ def describe_loads(fleet: LoadCache, now: float) -> dict[str, Any]:
             }
             for endpoint in fleet.endpoints
         ],
-        "leaving": [{"url": host.url, "reservations": host.reservations} for host in fleet.draining],
+        "draining": [{"url": host.url, "reservations": host.reservations} for host in fleet.draining],
     }
 
 
@@ -36,15 +36,15 @@ def _describe_failure(failure: EngineFailure | None) -> str | None:
 def _describe_host(host: EndpointLoad | None, stale_after: float, now: float) -> dict[str, Any]:
     if host is None:
         return {"state": "undiscovered", "ranks": []}
-    sampled = host.sampled != float("-inf")
+    sampled = host.sampled_at != float("-inf")
     return {
         "state": host.freshness(now, stale_after).name.lower(),
         "address": host.address,
         "version": str(host.facts.version) if host.facts.version else None,
-        "age": round(now - host.sampled, 3) if sampled else None,
-        "seconds_per_token": None if (tpot := host.tpot) is None else round(tpot, 6),
-        "held_tokens": round(host.cached_prompt_tokens),
-        "written_off": host.expired,
+        "age": round(now - host.sampled_at, 3) if sampled else None,
+        "time_per_output_token": None if (tpot := host.tpot) is None else round(tpot, 6),
+        "cached_tokens": round(host.cached_prompt_tokens),
+        "expired_reservations": host.expired,
         "ranks": [_describe_rank(rank, now) for rank in host.ranks],
     }
 
@@ -65,10 +65,10 @@ def _describe_rank(rank: RankLoad, now: float) -> dict[str, Any]:
         }
     return {
         "dp_rank": rank.index,
-        "scraped": told,
+        "sample": told,
         "reserved": {"tokens": round(rank.reserved_tokens), "requests": round(rank.reserved_requests, 3)},
-        "others_tokens": round(rank.external_tokens),
-        "effective_tokens": round(rank.tokens),
+        "external_tokens": round(rank.external_tokens),
+        "load_tokens": round(rank.tokens),
         "picks": rank.picks,
     }
 

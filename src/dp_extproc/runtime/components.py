@@ -18,7 +18,7 @@ from dp_extproc.fleet.discovery.static import endpoints_of
 from dp_extproc.fleet.monitor import Scraper
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import StepCosts
-from dp_extproc.load.in_flight import NOBODY, nothing
+from dp_extproc.load.in_flight import NO_LISTENER, nothing
 from dp_extproc.observability.metrics import SyncMetrics, Telemetry
 from dp_extproc.observability.pages import describe_loads, describe_sync
 from dp_extproc.runtime.readiness import can_serve
@@ -69,7 +69,7 @@ class Components:
             draw_token=partial(secrets.token_hex, _TOKEN_BYTES),
             clock=clock,
             signal=config.load.signal,
-            observer=NOBODY if config.sync is None else outbox,
+            observer=NO_LISTENER if config.sync is None else outbox,
             admission=config.admission,
             queue=self._queue,
             sees_first_events=config.supervision.mode is Supervise.FIRST_EVENT,

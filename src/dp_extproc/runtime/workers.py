@@ -35,7 +35,7 @@ _MOST_DOUBLINGS: Final = 16
 _PAGE_SECONDS: Final = 2.0
 _NEWS: Final = b"\n"
 _PARENT: Final = "parent"
-"""Who this is in the label ``worker``."""
+"""Who this is in the label ``process``."""
 
 _log = logging.getLogger(__name__)
 
@@ -148,11 +148,11 @@ class _Pages:
         """Show the books as the first worker that answers has them, and who the workers are."""
         ready = {worker.index for worker, page in await self._all("/readyz") if page is not None and page.is_success}
         who = [
-            {"worker": each.index, "pid": each.pid, "ready": each.index in ready, "restarts": each.restarts}
+            {"process": each.index, "pid": each.pid, "ready": each.index in ready, "restarts": each.restarts}
             for each in self._workers
         ]
         books = [page.json() for _, page in await self._all("/loads") if page is not None]
-        return {**(books[0] if books else {}), "workers": who}
+        return {**(books[0] if books else {}), "worker_processes": who}
 
     async def _all(self, path: str) -> list[tuple[_Worker, httpx.Response | None]]:
         return list(zip(self._workers, await asyncio.gather(*(each.page(path) for each in self._workers)), strict=True))
@@ -166,9 +166,9 @@ class _Metrics:
 
     def collect(self) -> Iterator[Metric]:
         running = sum(worker.pid is not None for worker in self._workers)
-        yield GaugeMetricFamily("dp_extproc_workers", "Workers that run.", value=running)
+        yield GaugeMetricFamily("dp_extproc_worker_processes", "Worker processes that run.", value=running)
         restarts = CounterMetricFamily(
-            "dp_extproc_worker_restarts", "Times a worker ended by itself.", labels=["worker"]
+            "dp_extproc_worker_process_restarts", "Times a worker process ended by itself.", labels=["process"]
         )
         for worker in self._workers:
             restarts.add_metric([str(worker.index)], worker.restarts)

@@ -10,7 +10,7 @@ from itertools import count
 
 from dp_extproc.config.reliability import AdmissionSettings, QueueSettings
 from dp_extproc.load.endpoint import EndpointLoad
-from dp_extproc.load.step_group import RankLoad
+from dp_extproc.load.rank import RankLoad
 from dp_extproc.request.prompt import Prompt
 
 _CERTAIN = 4

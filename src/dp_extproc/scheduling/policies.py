@@ -8,7 +8,8 @@ from typing import Final
 from dp_extproc.config.load import LoadSignal
 from dp_extproc.config.pools import HostPolicy, PolicySettings, RankPolicy
 from dp_extproc.load.endpoint import Candidate, EndpointLoad, Part
-from dp_extproc.load.step_group import RankLoad, StepGroup, index_from
+from dp_extproc.load.rank import RankLoad
+from dp_extproc.load.step_group import StepGroup, index_from
 from dp_extproc.prefix_cache.index import Held
 
 REACH: Final = 8
@@ -245,4 +246,4 @@ def _reported(group: StepGroup) -> list[float]:
 
 
 def _sent(group: StepGroup) -> list[float]:
-    return group.sent
+    return group.uncached

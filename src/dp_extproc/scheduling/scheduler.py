@@ -16,9 +16,9 @@ from dp_extproc.engines.model import Role
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.load.health import choose
-from dp_extproc.load.in_flight import NOBODY, InFlightListener, nothing
-from dp_extproc.load.request_cost import SESSION_KEPT, RequestCost
-from dp_extproc.load.step_group import RankLoad
+from dp_extproc.load.in_flight import NO_LISTENER, InFlightListener, nothing
+from dp_extproc.load.rank import RankLoad
+from dp_extproc.load.records import SESSION_KEPT, RequestCost
 from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix, prefix_of
 from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated
@@ -70,7 +70,7 @@ class Scheduler:
         draw_token: Callable[[], str],
         clock: Callable[[], float],
         signal: LoadSignal = LoadSignal.ESTIMATE,
-        observer: InFlightListener = NOBODY,
+        observer: InFlightListener = NO_LISTENER,
         admission: AdmissionSettings = _DEFAULT_ADMISSION,
         queue: AdmissionQueue | None = None,
         sees_first_events: bool = False,

@@ -110,8 +110,8 @@ Message = Batch | Snapshot | SnapshotRequest
 class Unreadable(Enum):
     """Why a message could not be decoded."""
 
-    GARBAGE = "garbage"
-    OTHER_VERSION = "other_version"
+    UNDECODABLE = "undecodable"
+    VERSION_MISMATCH = "version_mismatch"
 
 
 _encoder: Final = msgspec.msgpack.Encoder()
@@ -126,15 +126,15 @@ def encode(message: Message) -> bytes:
 def decode(data: bytes) -> Message | Unreadable:
     """Decode a message, or return why that is not possible."""
     if not data.startswith(_MAGIC):
-        return Unreadable.GARBAGE
+        return Unreadable.UNDECODABLE
     if not data.startswith(_HEADER):
-        return Unreadable.OTHER_VERSION
+        return Unreadable.VERSION_MISMATCH
     if len(data) > MAX_EVENT_BYTES + MAX_FRAME_BYTES:
-        return Unreadable.GARBAGE
+        return Unreadable.UNDECODABLE
     try:
         return _decoder.decode(memoryview(data)[len(_HEADER) :])
     except (msgspec.MsgspecError, RecursionError):  # the latter of arrays in arrays, thousands deep
-        return Unreadable.GARBAGE
+        return Unreadable.UNDECODABLE
 
 
 def split_events(events: Sequence[Event]) -> Iterator[Sequence[Event]]:
@@ -155,5 +155,5 @@ def _without_prefix(event: Event) -> Event:
     """Remove what may be of any size. It only serves affinity; the load of the attempt stays."""
     if not isinstance(event, Placed):
         return event
-    cost = replace(event.record.demand, prefix=NO_PREFIX, session=None)
-    return replace(event, record=replace(event.record, demand=cost))
+    cost = replace(event.record.cost, prefix=NO_PREFIX, session=None)
+    return replace(event, record=replace(event.record, cost=cost))

@@ -50,7 +50,7 @@ class Outbox:
 
     # --- on the request path ---
 
-    def dispatched(self, attempt: int, record: PlacementRecord, now: float) -> None:
+    def opened(self, attempt: int, record: PlacementRecord, now: float) -> None:
         event = Placed(attempt, now, record)
         self._unsent.append(event)
         self._open[attempt] = [event]

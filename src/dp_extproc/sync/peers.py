@@ -41,8 +41,8 @@ class PeerStatus:
     replica: str
     age: float
     """Seconds since its last message."""
-    attempts: int
-    """Open attempts of the peer."""
+    requests: int
+    """Requests of the peer that hold reservations here."""
     in_doubt: bool
     """Whether a batch of it is missing."""
 
@@ -83,19 +83,19 @@ class Peers:
         self._open_peer = open_peer
         self._peer_timeout = peer_timeout
         self._peers: dict[str, _Peer] = {}
-        self.counts: Counter[str] = Counter(repeated=0, gaps=0, snapshots=0, strays=0, silenced=0)
-        """Anomalies: ``repeated`` batches; ``gaps``, where batches are missing, and the ``snapshots`` that closed them;
-        ``strays``, events of unknown attempts; ``silenced``, peers that are gone."""
+        self.anomalies: Counter[str] = Counter(duplicate=0, gap=0, snapshot=0, unknown_request=0, peer_timeout=0)
+        """Anomalies: ``duplicate`` batches; ``gap``, where batches are missing, and the ``snapshot`` that closed them;
+        ``unknown_request``, events of unknown attempts; ``peer_timeout``, peers that are gone."""
 
     def batch(self, batch: Batch, now: float) -> None:
         """Apply a batch of a peer, or keep it until the batches before it are there."""
         peer = self._peer_of(batch.replica, now)
         if batch.sequence <= peer.applied or batch.sequence in peer.ahead:
-            self.counts["repeated"] += 1
+            self.anomalies["duplicate"] += 1
             return
         if batch.sequence > peer.applied + 1 and not peer.ahead:
             if peer.applied:  # else the batches before are older than this connection
-                self.counts["gaps"] += 1
+                self.anomalies["gap"] += 1
             peer.request_at = now + FIRST_REQUEST_SECONDS
         if len(peer.ahead) < _AHEAD_KEPT:
             peer.ahead[batch.sequence] = (batch, now - batch.now)
@@ -114,7 +114,7 @@ class Peers:
             return
         events = [event for part in sorted(peer.parts) for event in peer.parts[part]]
         peer.parts.clear()
-        self.counts["snapshots"] += 1
+        self.anomalies["snapshot"] += 1
         still_open = {event.attempt for event in events}
         for attempt in peer.attempts.keys() - still_open:
             peer.attempts.pop(attempt)[0].end(now)
@@ -129,7 +129,7 @@ class Peers:
         for replica in [
             replica for replica, peer in self._peers.items() if now - peer.last_message_at >= self._peer_timeout
         ]:
-            self.counts["silenced"] += 1
+            self.anomalies["peer_timeout"] += 1
             self.forget(replica, now)
         missing = [replica for replica, peer in self._peers.items() if peer.in_doubt and now >= peer.request_at]
         for replica in missing:
@@ -179,7 +179,7 @@ class Peers:
                     peer.attempts[event.attempt] = (self._open_peer(event.record, at), at)
                 continue
             if opened is None:
-                self.counts["strays"] += 1
+                self.anomalies["unknown_request"] += 1
                 continue
             attempt, begun = opened
             at = max(at, begun)

@@ -18,8 +18,7 @@ from dp_extproc.load.decode import ROOM, step_cost
 from dp_extproc.load.endpoint import StepCosts
 from dp_extproc.load.in_flight import InFlight
 from dp_extproc.load.prefill import LATER_STEPS, LATER_WEIGHT, WAITING_COUNTED
-from dp_extproc.load.records import PlacementRecord
-from dp_extproc.load.request_cost import RequestCost
+from dp_extproc.load.records import PlacementRecord, RequestCost
 from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix
 from dp_extproc.request.path import Api
@@ -209,7 +208,7 @@ class _Replica:
             for endpoint in endpoints:
                 self.fleet.discovered(endpoint, endpoint.url, _facts(role, fleet), 0.0)
         self._picker = Picker(policy, signal, self.fleet.prefixes[_POOL], rng)
-        self._ledger = InFlightTracker(self.fleet)
+        self._tracker = InFlightTracker(self.fleet)
         self._rng = rng
         self._ranks = fleet.ranks
         self._engine_ranks: EngineRanks = simulation.engine_ranks
@@ -221,7 +220,7 @@ class _Replica:
         prefills = self.fleet.capable(_POOL, Role.PREFILL, Api.CHAT, now)
         decodes = self.fleet.capable(_POOL, Role.DECODE, Api.CHAT, now)
         pair = self._picker.pair(prefills, decodes, request_cost, now)
-        self.attempts[number] = self._ledger.open(pair.prefill, pair.decode, request_cost, now)
+        self.attempts[number] = self._tracker.open(pair.prefill, pair.decode, request_cost, now)
         prefill, decode = pair.prefill, pair.decode
         decode_engine = self._index[decode.endpoint.url]
         placement = Placement(
@@ -243,7 +242,7 @@ class _Replica:
 
     def open_peer(self, number: int, record: PlacementRecord, now: float) -> None:
         """Open the reservations of a peer's attempt."""
-        self.attempts[number] = self._ledger.open_peer(record, now)
+        self.attempts[number] = self._tracker.open_peer(record, now)
 
 
 def _facts(role: Role, fleet: Fleet) -> EngineFacts:

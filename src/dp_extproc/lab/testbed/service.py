@@ -17,7 +17,7 @@ from dp_extproc.lab.testbed.waiting import wait_until
 
 _READY_SECONDS: Final = 30.0
 _IDLE_SECONDS: Final = 10.0
-_IN_FLIGHT: Final = re.compile(r"^dp_extproc_(?:streams|reservations)(?:{.*})? (.*)$", re.MULTILINE)
+_IN_FLIGHT: Final = re.compile(r"^dp_extproc_(?:active_streams|reservations)(?:{.*})? (.*)$", re.MULTILINE)
 """One line of each for every worker process."""
 
 

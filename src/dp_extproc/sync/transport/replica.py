@@ -36,9 +36,9 @@ class SyncStatus:
     """Messages of peers."""
     lost: int
     """Messages that the bus did not send."""
-    counts: dict[str, int]
-    """Anomalies: those of :attr:`dp_extproc.sync.peers.Peers.counts`; messages that are ``garbage`` or of an
-    ``other_version``; and messages that were decoded, but not applied (``unapplied``)."""
+    anomalies: dict[str, int]
+    """Anomalies: those of :attr:`dp_extproc.sync.peers.Peers.anomalies`; messages that are ``undecodable`` or of an
+    ``version_mismatch``; and messages that were decoded, but not applied (``unapplied``)."""
     last_error: str | None
     """Why the bus failed the last time."""
 
@@ -95,7 +95,7 @@ class Replica:
             sent=self._sent,
             received=self._received,
             lost=self._bus.lost,
-            counts={**self._peers.counts, **self._counts},
+            anomalies={**self._peers.anomalies, **self._counts},
             last_error=self._last_error,
         )
 
@@ -195,6 +195,6 @@ def join(
 
 
 _EXPLAINED: Final = {
-    Unreadable.GARBAGE: "not of this service: do others use the same channel?",
-    Unreadable.OTHER_VERSION: "of another version of this service: replicas hear only those of their own",
+    Unreadable.UNDECODABLE: "not of this service: do others use the same channel?",
+    Unreadable.VERSION_MISMATCH: "of another version of this service: replicas hear only those of their own",
 }
