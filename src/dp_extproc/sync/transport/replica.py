@@ -37,7 +37,7 @@ class SyncStatus:
     lost: int
     """Messages that the bus did not send."""
     anomalies: dict[str, int]
-    """Anomalies: those of :attr:`dp_extproc.sync.peers.Peers.anomalies`; messages that are ``undecodable`` or of an
+    """Anomalies: those of :attr:`dp_extproc.sync.peers.Peers.anomalies`; messages that are ``undecodable`` or have a
     ``version_mismatch``; and messages that were decoded, but not applied (``unapplied``)."""
     last_error: str | None
     """Why the bus failed the last time."""
