@@ -1,4 +1,4 @@
-"""A fleet as the scraper would have told of it, without any engine."""
+"""A fleet as its engines would have reported it, without any engine."""
 
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -66,7 +66,7 @@ def address_of(endpoint: Endpoint) -> str:
 
 
 def samples(tokens: Sequence[int], age: float | None = 0.0) -> tuple[RankSample, ...]:
-    """Ranks that hold or have queued so many tokens; those of a prefill server are yet to be computed."""
+    """Make samples of ranks that have so many tokens in use or queued; prefill ranks have yet to compute them."""
     return tuple(
         RankSample(
             rank,

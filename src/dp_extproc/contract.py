@@ -1,72 +1,72 @@
 """Names and value formats that the service, the Envoy configuration and the engines share.
 
-Each attempt comes from the front door as if it were the first, maybe to another process. What has failed travels with
-it in :data:`AVOID`: the hosts of an attempt joined by commas, attempts by semicolons.
+Every attempt arrives from the front door as if it were the first, possibly at another process of the service. The
+header :data:`AVOID` lists what has failed before: endpoints of an attempt joined by commas, attempts by semicolons.
 """
 
 from typing import Final
 
 DECODE_HOST: Final = "x-dp-decode-host"
-"""``IP:port`` of the server that answers the client; an aggregated worker, too."""
+"""``IP:port`` of the decode endpoint or the aggregated endpoint, whose response the client gets."""
 PREFILL_HOST: Final = "x-dp-prefill-host"
-"""``IP:port`` of the server that gets the mirrored request; absent in aggregated pools."""
+"""``IP:port`` of the prefill endpoint, which gets the mirrored request; absent in aggregated pools."""
 PREFILL_PREFIX: Final = "x-dp-prefill-prefix"
-"""The first bytes of the prefill leg's body, up to where both legs' bodies are the same."""
+"""The leg preamble of the prefill leg: its body up to where the bodies of both legs are the same."""
 PREFIX_LENGTH: Final = "x-dp-prefix-length"
-"""How many bytes of the decode leg's body the prefill prefix replaces."""
+"""Length in bytes of the decode leg's preamble, which :data:`PREFILL_PREFIX` replaces."""
 PREFILL_RID: Final = "x-dp-prefill-rid"
-"""Where headers carry the routing fields: the prefill leg's request id. The bodies of both legs are the same then."""
+"""Request id of the prefill leg, where routing fields are headers and the bodies of both legs are the same."""
 PREFILL_RANK: Final = "x-dp-prefill-rank"
-"""Likewise the rank that the prefill leg is to run on; absent where the room alone leads to it."""
+"""DP rank of the prefill leg, where routing fields are headers; absent if the bootstrap room alone selects it."""
 OVERRIDE_PREFIX: Final = "x-override-"
-"""SGLang's headers that beat the body, where it is told to read them."""
+"""SGLang's headers that take precedence over the body, if the engine is configured to read them."""
 OVERRIDE_RID: Final = "x-override-rid"
 OVERRIDE_RANK: Final = "x-override-routed-dp-rank"
 OWNER: Final = "x-dp-owner"
-"""``IP:port`` of the service process that placed the request and keeps its books."""
+"""``IP:port`` of the process of the service that scheduled the request and has its reservations."""
 LEG: Final = "x-dp-leg"
-"""Token of one attempt, by which the prefill leg's own ext_proc stream finds the decision."""
+"""Token of one attempt, by which the ext_proc stream of the prefill leg finds that attempt."""
 WATCH: Final = "x-dp-watch"
-"""Present where the first event of the answer is to be seen by the service."""
+"""Present if Envoy is to send the first event of the response to the service."""
 RETRY: Final = "x-dp-retry"
-"""On a response: the front door is to place the request anew."""
+"""Response header: the front door is to repeat the request."""
 FAILED: Final = "x-dp-failed"
-"""On such a response: the hosts that it was sent to."""
+"""Response header beside :data:`RETRY`: the endpoints of the attempt that failed."""
 AVOID: Final = "x-dp-avoid"
-"""On a request that is placed anew: what :data:`FAILED` said each time."""
+"""Request header of a repeated request: the values of :data:`FAILED` of all earlier attempts."""
 SESSION: Final = "x-dp-session"
-"""The client's name for the conversation; Envoy copies it from the header that is configured for it."""
+"""Name that the client gives to a conversation; Envoy copies it from the header of ``envoy.session_header``."""
 
 OWNED_PREFIX: Final = "x-dp-"
-"""Every header under it is ours: removed from what clients send, from what engines get, and from their answers."""
+"""Prefix of the headers between Envoy and the service. Envoy lets none pass from clients, to engines or from them."""
 
-FOREIGN_PREFIXES: Final = (OWNED_PREFIX, OVERRIDE_PREFIX, "x-envoy-")
-"""Client-sent headers under these prefixes would steer Envoy or override the body's rank in the engine."""
+UNTRUSTED_PREFIXES: Final = (OWNED_PREFIX, OVERRIDE_PREFIX, "x-envoy-")
+"""Prefixes of untrusted headers. From a client they would steer Envoy, or override the DP rank in the body."""
 RANK_HEADER: Final = "x-data-parallel-rank"
-"""SGLang and vLLM read the rank from it."""
-FOREIGN_NAMES: Final = (RANK_HEADER,)
-"""Likewise, by full name: SGLang lets this header win over ``routed_dp_rank`` in the body."""
+"""Request header from which SGLang and vLLM read the DP rank."""
+UNTRUSTED_NAMES: Final = (RANK_HEADER,)
+"""Untrusted headers by full name. In SGLang this one takes precedence over ``routed_dp_rank`` in the body."""
 
 READ_FROM_REQUESTS: Final = frozenset({
     ":method", ":path", "content-type", "content-encoding", "content-length", SESSION, AVOID,
 })  # fmt: skip
-"""All that the service reads of a request's headers. Envoy forwards no others to it."""
-READ_BEHIND_OTHERS: Final = READ_FROM_REQUESTS - {SESSION, AVOID}
-"""Likewise where a gateway of others sends the requests: nothing there is set by us, so a client may have set it."""
+"""Request headers that the service reads. Envoy forwards no others to it."""
+READ_BEHIND_GATEWAY: Final = READ_FROM_REQUESTS - {SESSION, AVOID}
+"""Request headers that the service reads behind another gateway, where a client may have set those of this project."""
 READ_FROM_RESPONSES: Final = frozenset({":status", "content-type"})
-"""Likewise of a response's."""
+"""Response headers that the service reads."""
 
 DESTINATION: Final = "x-gateway-destination-endpoint"
-"""Endpoint-picker protocol: the picked ``IP:port``, as a header and in the metadata of :data:`LB_NAMESPACE`."""
+"""Endpoint-picker protocol: ``IP:port`` of the pick, as a header and as metadata in :data:`LB_NAMESPACE`."""
 DESTINATION_SUBSET: Final = "x-gateway-destination-endpoint-subset"
-"""Among which endpoints to pick, in the request's metadata of :data:`SUBSET_NAMESPACE`."""
+"""Endpoint-picker protocol: the endpoints to pick from, in request metadata of :data:`SUBSET_NAMESPACE`."""
 DESTINATION_SERVED: Final = "x-gateway-destination-endpoint-served"
-"""Which endpoint has answered, in the response's metadata of :data:`LB_NAMESPACE`."""
+"""Endpoint-picker protocol: the endpoint that responded, in response metadata of :data:`LB_NAMESPACE`."""
 LB_NAMESPACE: Final = "envoy.lb"
 SUBSET_NAMESPACE: Final = "envoy.lb.subset_hint"
 
 METADATA_NAMESPACE: Final = "dp_extproc"
-"""Dynamic metadata of a request, for access logs."""
+"""Namespace of the dynamic metadata of a request, which access logs print."""
 
 META_MODEL: Final = "model"
 META_POOL: Final = "pool"
@@ -75,39 +75,39 @@ META_PREFILL_RANK: Final = "prefill_rank"
 META_DECODE_HOST: Final = "decode_host"
 META_DECODE_RANK: Final = "decode_rank"
 STAGE: Final = "x-dp-stage"
-"""Initial metadata of the streams that belong to an attempt: which of them this is."""
+"""Initial metadata of an ext_proc stream: which stream of its attempt it is."""
 FIRST_EVENT: Final = "first-event"
 
 SET_INSIDE: Final = (
     DECODE_HOST, PREFILL_HOST, PREFILL_PREFIX, PREFIX_LENGTH, PREFILL_RID, PREFILL_RANK, OWNER, LEG, WATCH, RETRY,
     FAILED, AVOID, STAGE,
 )  # fmt: skip
-"""All of ours that nobody may set before a request is placed: every one but :data:`SESSION`, the front door's."""
+"""Headers of this project that must be absent before scheduling: all but :data:`SESSION`, which the front door sets."""
 
 META_REASON: Final = "reason"
-"""Set on refusals only; tells Envoy that the local reply has the service's own body."""
+"""Metadata of refusals only. With it, Envoy keeps the body that the service gave to the local reply."""
 REASON_HEADER: Final = "x-dp-extproc-reason"
-"""On a refusal: its reason, for people and tests; the same text as in the body."""
+"""Response header of a refusal: its reason, the same text as in the body."""
 
 CUT: Final = "cut"
-"""Third item of an attempt that Envoy has repeated by itself, as the answering server was lost behind its head."""
-_MOST_READ: Final = 16
-"""Attempts; more than may be configured."""
+"""Third item of an attempt that Envoy repeated by itself, as the engine was lost after its response headers."""
+_MAX_ATTEMPTS: Final = 16
+"""Most attempts that are read from a header. It exceeds what may be configured, and bounds parsing of longer ones."""
 
 
 def read_failed(header: str | None) -> tuple[frozenset[str], ...]:
-    """Read which hosts each earlier attempt was sent to."""
+    """Parse :data:`AVOID` into the endpoints of each earlier attempt."""
     if not header:
         return ()
-    return tuple(frozenset(attempt.split(",")) - {CUT} for attempt in header.split(";", _MOST_READ)[:_MOST_READ])
+    return tuple(frozenset(attempt.split(",")) - {CUT} for attempt in header.split(";", _MAX_ATTEMPTS)[:_MAX_ATTEMPTS])
 
 
 def read_cut(header: str | None) -> str | None:
-    """Read which server the last attempt has lost, if nobody has counted that yet: Envoy asks nobody about it."""
-    hosts = (header or "").rpartition(";")[2].split(",")
-    return hosts[1] if len(hosts) > 2 and hosts[2] == CUT else None
+    """Return the endpoint that the last attempt lost, if Envoy repeated it by itself and no failure was counted yet."""
+    endpoints = (header or "").rpartition(";")[2].split(",")
+    return endpoints[1] if len(endpoints) > 2 and endpoints[2] == CUT else None
 
 
-def write_failed(*hosts: str) -> bytes:
-    """Write which hosts an attempt was sent to."""
-    return ",".join(hosts).encode()
+def write_failed(*endpoints: str) -> bytes:
+    """Format the endpoints of one attempt as the value of :data:`FAILED`."""
+    return ",".join(endpoints).encode()

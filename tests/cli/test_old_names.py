@@ -1,4 +1,4 @@
-"""Old names of keys in the file: every command that reads it warns on stderr, with place and remedy."""
+"""Old names of keys: every command that reads the file warns on stderr, with place and remedy."""
 
 import signal
 import subprocess
@@ -17,8 +17,8 @@ WARNING = "line 1, admission.max_fill: was renamed; write max_token_ratio (the o
 
 
 @pytest.mark.parametrize(("command", "status"), [("envoy-config", 0), ("check", 1)])
-def test_a_command_warns_and_goes_on(tmp_path: Path, command: str, status: int) -> None:
-    """The output stays what it is, so that it can be piped."""
+def test_command_warns_of_an_old_name_on_stderr(tmp_path: Path, command: str, status: int) -> None:
+    """The output stays the same, so that it can be piped."""
     path = tmp_path / "config.yaml"
     pools = f"pools: [{{models: ['*'], workers: {{endpoints: ['http://127.0.0.1:{free_port()}']}}}}]\n"
     path.write_text(f"admission: {{max_fill: 2}}\n{pools}")
@@ -29,8 +29,8 @@ def test_a_command_warns_and_goes_on(tmp_path: Path, command: str, status: int) 
     assert "max_token_ratio" not in result.stdout
 
 
-def test_serve_warns_once_for_all_processes_and_again_at_a_reload() -> None:
-    """A worker process reads a copy of what its parent has read."""
+def test_serve_warns_of_an_old_name_once_per_reading() -> None:
+    """A worker process reads a copy of the file that its parent has read."""
     pools = [{"models": ["*"], "workers": {"endpoints": [f"http://127.0.0.1:{free_port()}"]}}]
     content = {"admission": {"max_fill": 2}, **write_config(pools, listen={"workers": 2})}
     with ServiceProcess(content) as service:

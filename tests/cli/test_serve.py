@@ -1,4 +1,4 @@
-"""The service as a process: how it starts, what it shows, how it ends."""
+"""The service as a process: its start, its pages, its end."""
 
 import asyncio
 import re
@@ -27,7 +27,7 @@ EXT_PROC = "envoy.service.ext_proc.v3.ExternalProcessor"
 
 
 def pools() -> list[dict[str, Any]]:
-    """A pool of engines that nobody has started."""
+    """Return a pool of engines that do not run."""
     prefill, decode = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
     return [{"models": ["*"], "prefill": {"endpoints": [prefill]}, "decode": {"endpoints": [decode]}}]
 
@@ -46,16 +46,16 @@ def health_of(service: ServiceProcess, name: str) -> str:
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
-def test_without_engines_it_lives_but_is_not_ready(lonely: ServiceProcess) -> None:
-    """HTTP and gRPC probes agree: alive, not ready."""
+def test_service_is_alive_but_not_ready_without_engines(lonely: ServiceProcess) -> None:
+    """HTTP and gRPC probes agree."""
     assert httpx.get(f"{lonely.admin_url}/healthz").status_code == 200
     assert httpx.get(f"{lonely.admin_url}/readyz").status_code == 503
     assert health_of(lonely, "liveness") == "SERVING"
     assert [health_of(lonely, name) for name in ("", "readiness", EXT_PROC)] == ["NOT_SERVING"] * 3
 
 
-def test_loads_of_engines_that_never_answered(lonely: ServiceProcess) -> None:
-    """Every configured endpoint is listed, with what is wrong with it."""
+def test_loads_lists_engines_that_never_responded(lonely: ServiceProcess) -> None:
+    """Every configured endpoint is listed with its failure."""
     deadline = time.monotonic() + 10
     while any(each["failure"] is None for each in lonely.loads()["endpoints"]):
         assert time.monotonic() < deadline
@@ -67,8 +67,8 @@ def test_loads_of_engines_that_never_answered(lonely: ServiceProcess) -> None:
     assert all(each["failure"].startswith("refused: no connection to ") for each in endpoints)
 
 
-def test_without_the_section_there_is_no_exchange(lonely: ServiceProcess) -> None:
-    """A service that is alone neither talks of other replicas nor counts them."""
+def test_loads_and_metrics_have_no_exchange_without_sync(lonely: ServiceProcess) -> None:
+    """A service without replicas shows and counts none."""
     assert lonely.loads()["sync"] is None
     assert "dp_extproc_sync" not in lonely.metrics()
 
@@ -85,26 +85,26 @@ def test_without_the_section_there_is_no_exchange(lonely: ServiceProcess) -> Non
         "dp_extproc_prompt_bytes_per_token",
     ],
 )
-def test_metrics_are_there_from_the_start(lonely: ServiceProcess, name: str) -> None:
-    """A dashboard has something to show before the first request."""
+def test_metrics_exist_from_the_start(lonely: ServiceProcess, name: str) -> None:
+    """A dashboard has values before the first request."""
     assert re.search(rf"^{name}[{{ ]", lonely.metrics(), re.MULTILINE)
 
 
-def test_what_it_logs_at_the_start(lonely: ServiceProcess) -> None:
-    """One line says where it listens."""
+def test_start_logs_the_addresses(lonely: ServiceProcess) -> None:
+    """One line has both addresses."""
     assert f"ext_proc on {lonely.config.listen.grpc}, admin on {lonely.config.listen.admin}" in lonely.log()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_status_0(number: signal.Signals) -> None:
-    """It stops in its own time, and successfully."""
+def test_signal_ends_the_service_with_status_0(number: signal.Signals) -> None:
+    """The service stops in good order."""
     with ServiceProcess(write_config(pools())) as service:
         assert service.stop(number) == 0
         assert "Traceback" not in service.log()
 
 
-def test_while_draining_it_lives_but_is_not_ready() -> None:
-    """After SIGTERM it goes on answering, alive and not ready; a second signal cuts the wait short."""
+def test_service_is_alive_but_not_ready_while_draining() -> None:
+    """After SIGTERM it continues to work; a second signal ends it at once."""
     with ServiceProcess({**write_config(pools()), "drain": "1h"}) as service:
         service.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + 10
@@ -125,8 +125,8 @@ def _serve(path: Path, content: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("listener", ["grpc", "admin"])
-def test_a_taken_port_is_said_plainly(tmp_path: Path, listener: str) -> None:
-    """It does not start on half of its ports, and says which one is taken."""
+def test_taken_port_is_reported(tmp_path: Path, listener: str) -> None:
+    """The service does not start on half of its ports."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -138,8 +138,8 @@ def test_a_taken_port_is_said_plainly(tmp_path: Path, listener: str) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_a_port_that_is_taken_later_is_said_plainly_too(tmp_path: Path) -> None:
-    """Between the first look at the ports and listening on them somebody else may come."""
+def test_port_taken_after_the_check_is_reported(tmp_path: Path) -> None:
+    """Another process may take a port between the check and the start."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         text = yaml.safe_dump(write_config(pools(), listen={"grpc": address}))
@@ -147,8 +147,8 @@ def test_a_port_that_is_taken_later_is_said_plainly_too(tmp_path: Path) -> None:
             asyncio.run(serve(parse_config(text), text, tmp_path / "config.yaml"))
 
 
-def test_a_bad_file_is_reported_before_anything_starts(tmp_path: Path) -> None:
-    """Status 2, and every mistake at once."""
+def test_invalid_file_is_reported_before_the_start(tmp_path: Path) -> None:
+    """The status is 2, with every mistake at once."""
     result = _serve(tmp_path / "config.yaml", {"load": {"interval": 1}, "pools": [{"models": ["*"]}]})
 
     assert result.returncode == 2
@@ -162,21 +162,21 @@ class TestOwnerAddress:
     def _owner(self, **listen: str) -> str:
         return owner_address(parse_config(yaml.safe_dump({"listen": listen, "pools": pools()})))
 
-    def test_the_address_listened_on(self) -> None:
-        """An address of its own is where it is reached."""
+    def test_owner_is_the_listen_address(self) -> None:
+        """An address that is no wildcard is reached as it is."""
         assert self._owner(grpc="127.0.0.1:7001") == "127.0.0.1:7001"
 
-    def test_the_advertised_one(self) -> None:
-        """What the operator says wins."""
+    def test_owner_is_the_advertised_address(self) -> None:
+        """The setting of the operator overrides the rest."""
         assert self._owner(grpc="0.0.0.0:7001", advertise="10.1.2.3:7002") == "10.1.2.3:7002"
 
-    def test_on_all_interfaces_it_is_this_host(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The host's own name leads to an address that others reach."""
+    def test_owner_is_the_host_address_of_a_wildcard(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The host name resolves to an address that others reach."""
         monkeypatch.setattr(socket, "gethostbyname", lambda _name: "10.9.8.7")
 
         assert self._owner(grpc="0.0.0.0:7001") == "10.9.8.7:7001"
 
-    def test_a_host_without_an_address_must_be_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_owner_is_an_error_without_host_address(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """It cannot be guessed, so the error names the key."""
 
         def fail(_name: str) -> str:

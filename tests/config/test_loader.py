@@ -1,4 +1,4 @@
-"""The configuration file: what it may say, and how its mistakes are told."""
+"""The configuration file: the values that it takes, and the reports of its mistakes."""
 
 import subprocess
 import sys
@@ -40,8 +40,8 @@ def problems_of(text: str) -> list[tuple[int | None, str, str]]:
     return [(problem.line, problem.key, problem.message) for problem in failed.value.problems]
 
 
-def test_everything_that_can_be_said() -> None:
-    """Durations become seconds, sizes bytes, addresses hosts and ports, and endpoints keep what is not discovered."""
+def test_parse_config_reads_every_kind_of_value() -> None:
+    """Durations become seconds, sizes bytes, addresses hosts and ports. Endpoints keep their values."""
     config = parse_config(FULL)
     assert config.listen.admin == SocketAddress(host="::1", port=9090)
     assert str(config.listen.admin) == "[::1]:9090"
@@ -64,8 +64,8 @@ def test_everything_that_can_be_said() -> None:
     assert (second.url, second.host, second.port, second.dp_size) == ("http://[::1]:31002", "::1", 31002, 4)
 
 
-def test_the_smallest_file() -> None:
-    """Pools are enough; a file that says no more takes every default."""
+def test_parse_config_takes_defaults_for_all_but_pools() -> None:
+    """A file with pools alone is complete."""
     config = parse_config(POOL)
     assert config == Config(pools=config.pools)
     assert (config.load.interval, config.envoy.max_body_bytes) == (1.0, 64 << 20)
@@ -284,8 +284,10 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
 
 
 @pytest.mark.parametrize(("text", "expected"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_told_with_its_place_and_remedy(text: str, expected: list[tuple[int | None, str, str]]) -> None:
-    """Every mistake is reported in one go, in the file's order, with line, key, and what to write instead."""
+def test_parse_config_reports_every_mistake_with_place_and_remedy(
+    text: str, expected: list[tuple[int | None, str, str]]
+) -> None:
+    """All mistakes are reported at once, in the order of the file, with line, key and remedy."""
     found = problems_of(text)
     assert [(line, key) for line, key, _ in found] == [(line, key) for line, key, _ in expected]
     for (_, _, message), (_, _, fragment) in zip(found, expected, strict=True):
@@ -296,23 +298,23 @@ DURATIONS = {"250ms": 0.25, "1s": 1.0, "1.5s": 1.5, "2m": 120.0, "1h": 3600.0}
 
 
 @pytest.mark.parametrize(("text", "seconds"), DURATIONS.items(), ids=DURATIONS)
-def test_a_duration_is_read(text: str, seconds: float) -> None:
-    """Durations carry their unit."""
+def test_duration_is_read_with_its_unit(text: str, seconds: float) -> None:
+    """A duration has a unit."""
     assert parse_config(f"{POOL}drain: {text}\n").drain == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(
     "text", ["5", "0.5", "'5'", "5 s", "-1s", "0s", "1d", "1e3s", "s", "''", "yes", "[1s]", "1:30", "9" * 400 + "s"]
 )
-def test_another_duration_is_refused(text: str) -> None:
-    """A bare number leaves the unit to guesswork; nothing, less than nothing and for ever are no durations."""
+def test_duration_is_refused_without_unit_or_positive_number(text: str) -> None:
+    """A bare number leaves the unit open. Zero, negative and infinite durations make no sense."""
     ((line, key, _),) = problems_of(f"{POOL}drain: {text}\n")
     assert (line, key) == (4, "drain")
 
 
 @pytest.mark.parametrize("text", ["99ms", "0.5ms", "25h", "600h"])
-def test_a_keepalive_that_cannot_be_kept_is_refused(text: str) -> None:
-    """Envoy and gRPC take milliseconds, and not any number of them."""
+def test_keepalive_is_refused_outside_its_limits(text: str) -> None:
+    """Envoy and gRPC take whole milliseconds, up to a limit."""
     ((line, key, _),) = problems_of(f"{POOL}listen: {{keepalive: {text}}}\n")
     assert (line, key) == (4, "listen.keepalive")
 
@@ -321,14 +323,14 @@ SIZES = {"1024": 1024, "1KiB": 1024, "64MiB": 64 << 20, "2GiB": 2 << 30, "0x1000
 
 
 @pytest.mark.parametrize(("text", "size"), SIZES.items(), ids=SIZES)
-def test_a_size_is_read(text: str, size: int) -> None:
-    """Sizes are bytes, or say otherwise."""
+def test_size_is_read_with_or_without_unit(text: str, size: int) -> None:
+    """A size is a number of bytes, or has a binary unit."""
     assert parse_config(f"{POOL}envoy: {{max_body_bytes: {text}}}\n").envoy.max_body_bytes == size
 
 
 @pytest.mark.parametrize("text", ["1MB", "64M", "1.5MiB", "-1", "0", "1023", "yes", "'1024'", "1e6", "''", "1 KiB"])
-def test_another_size_is_refused(text: str) -> None:
-    """Units of a thousand would be off by a little, and less than a page of a kilobyte is a slip."""
+def test_size_is_refused_with_another_unit_or_below_1_kib(text: str) -> None:
+    """Decimal units would be slightly wrong, and less than 1 KiB is a mistake."""
     ((line, key, _),) = problems_of(f"{POOL}envoy: {{max_body_bytes: {text}}}\n")
     assert (line, key) == (4, "envoy.max_body_bytes")
 
@@ -337,8 +339,8 @@ def test_another_size_is_refused(text: str) -> None:
     "text",
     ["localhost:1", "9002", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000", "127.0.0.1:-1", ":9002", "'[::1]'", "::"],
 )
-def test_another_address_is_refused(text: str) -> None:
-    """Names are not listened on, and ports are not guessed."""
+def test_listen_address_is_refused_without_ip_and_port(text: str) -> None:
+    """A name is no listen address, and a port has no default."""
     ((line, key, message),) = problems_of(f"{POOL}listen: {{grpc: '{text.strip(chr(39))}'}}\n")
     assert (line, key) == (4, "listen.grpc")
     assert "such as 127.0.0.1:9002" in message
@@ -351,14 +353,14 @@ def test_another_address_is_refused(text: str) -> None:
         "http://a:1#b", "http://u:p@a:1", "http://a b:1", "http://[::1:1", "http://a,b:1", "", "unix:///a",
     ],
 )  # fmt: skip
-def test_another_url_is_refused(url: str) -> None:
-    """An endpoint is plain HTTP, a host and a port; what else stands in a URL would be ignored."""
+def test_url_is_refused_unless_plain_http_with_host_and_port(url: str) -> None:
+    """Other parts of a URL would be ignored."""
     ((line, key, _),) = problems_of(POOL.replace("http://a:1", url))
     assert (line, key) == (3, "pools[0].workers.endpoints[0].url")
 
 
-def test_merge_keys_and_anchors_work() -> None:
-    """What pools share may be written once; what a pool says itself wins."""
+def test_pools_share_values_by_merge_keys() -> None:
+    """A key of the pool itself overrides a merged one."""
     config = parse_config(
         "pools:\n"
         "- &first\n  models: [a]\n  workers: {endpoints: ['http://a:1']}\n"
@@ -371,15 +373,15 @@ def test_merge_keys_and_anchors_work() -> None:
     assert [pool.name for pool in config.pools] == ["a", "b", "c"]
 
 
-def test_aliases_of_aliases_are_not_multiplied() -> None:
-    """A few lines that stand for a billion are refused as quickly as they are written."""
+def test_nested_aliases_are_refused_without_expansion() -> None:
+    """A few lines that stand for a billion values are refused at once."""
     lines = ["a0: &a0 [x, x]"]
     lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 40)]
     assert {key for _, key, _ in problems_of("\n".join(lines))} == {"pools", *(f"a{level}" for level in range(40))}
 
 
-def test_a_long_file() -> None:
-    """A thousand servers are read, and a mistake among them found."""
+def test_mistake_is_found_in_a_file_of_a_thousand_endpoints() -> None:
+    """A large fleet is read, and the line of a mistake is right."""
     lines = ["pools:", "- models: ['*']", "  workers:", "    endpoints:"]
     lines += [f"    - http://10.0.{number // 250}.{number % 250}:30000" for number in range(1000)]
     assert parse_config("\n".join(lines)).pools[0].workers is not None
@@ -389,14 +391,14 @@ def test_a_long_file() -> None:
     ]
 
 
-def test_a_wrong_value_is_not_repeated_at_length() -> None:
-    """However long the value, the message can be read."""
+def test_message_shortens_a_long_wrong_value() -> None:
+    """The message stays readable."""
     ((_, _, message),) = problems_of(f"pools: '{'x' * 100_000}'\n")
     assert len(message) < 200
 
 
-def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path) -> None:
-    """Editors that write them write them unasked."""
+def test_file_is_read_with_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+    """Some editors write both."""
     path = tmp_path / "config.yaml"
     path.write_bytes(b"\xef\xbb\xbf" + POOL.replace("\n", "\r\n").encode())
     assert load_config(path) == parse_config(POOL)
@@ -406,8 +408,8 @@ UNREADABLE = {"missing": None, "latin-1": b"# caf\xe9\n", "utf-16": POOL.encode(
 
 
 @pytest.mark.parametrize("content", UNREADABLE.values(), ids=UNREADABLE)
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
-    """The path stands in the message, and why it cannot be read."""
+def test_unreadable_file_is_reported_with_path_and_reason(tmp_path: Path, content: bytes | None) -> None:
+    """The operator sees which file it is, and why it cannot be read."""
     path = tmp_path / "config.yaml"
     if content is not None:
         path.write_bytes(content)
@@ -415,8 +417,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
         load_config(path)
 
 
-def test_a_directory_is_no_file(tmp_path: Path) -> None:
-    """A path to a directory is told like any file that cannot be read."""
+def test_directory_is_reported_as_unreadable(tmp_path: Path) -> None:
+    """A directory gets the message of any unreadable file."""
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path)
 
@@ -426,8 +428,8 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_help_names_every_command() -> None:
-    """``python -m dp_extproc --help`` is enough to find one's way."""
+def test_help_lists_every_command() -> None:
+    """``python -m dp_extproc --help`` shows what there is."""
     result = _run("--help")
     assert result.returncode == 0
     assert result.stdout.startswith("usage: dp-extproc")
@@ -436,7 +438,7 @@ def test_help_names_every_command() -> None:
 
 
 @pytest.mark.parametrize("command", ["serve", "check", "envoy-config"])
-def test_a_command_tells_the_mistakes_of_its_file(tmp_path: Path, command: str) -> None:
+def test_command_reports_the_mistakes_of_its_file(tmp_path: Path, command: str) -> None:
     """Every command that takes the file ends with status 2 and the list of problems, without a traceback."""
     path = tmp_path / "config.yaml"
     path.write_text(POOL + "drain: 5\ncolour: red\n", encoding="utf-8")
@@ -448,8 +450,8 @@ def test_a_command_tells_the_mistakes_of_its_file(tmp_path: Path, command: str) 
 
 
 @pytest.mark.parametrize("written", ["fd00::1", "[fd00::1]"])
-def test_bootstrap_host_of_ipv6(written: str) -> None:
-    """With or without brackets it is the same address."""
+def test_bootstrap_host_accepts_ipv6_with_or_without_brackets(written: str) -> None:
+    """Both spellings are the same address."""
     config = parse_config(POOL.replace("'http://a:1'", f"{{url: 'http://a:1', bootstrap_host: '{written}'}}"))
 
     assert config.pools[0].workers is not None

@@ -1,4 +1,4 @@
-"""Old names of keys and values: read until 1.0, each with one warning, and replaced before anything is checked."""
+"""Old names of keys and values are read, each with one warning, and replaced before anything is checked."""
 
 from pathlib import Path
 
@@ -92,15 +92,15 @@ OLD_AND_NEW: dict[str, tuple[str, str, list[str]]] = {
 """By the renamed key, or key and value: a file with the old name, the same with the new one, and what to write."""
 
 
-def test_every_old_name_has_a_case() -> None:
-    """A name that is renamed later gets one, too."""
+def test_every_renamed_key_and_value_has_a_case() -> None:
+    """A name that is renamed later needs a case too."""
     values = {f"{key}={value}" for key, renamed in VALUES.items() for value in renamed}
     assert OLD_AND_NEW.keys() == {*KEYS, *values}
 
 
 @pytest.mark.parametrize(("old", "new", "remedies"), OLD_AND_NEW.values(), ids=OLD_AND_NEW)
-def test_an_old_name_is_read_with_one_warning(old: str, new: str, remedies: list[str]) -> None:
-    """The file means the same as with the new name. The warning has the line, and what to write."""
+def test_old_name_is_read_with_one_warning(old: str, new: str, remedies: list[str]) -> None:
+    """The file means the same as with the new name. The warning has the line and the new name."""
     warnings: list[Problem] = []
 
     assert parse_config(f"{PAIR}{old}\n", warn=warnings.append) == parse_config(f"{PAIR}{new}\n", warn=no_warning)
@@ -111,8 +111,8 @@ def test_an_old_name_is_read_with_one_warning(old: str, new: str, remedies: list
     assert all(warning.key.rpartition(".")[2] in old for warning in warnings)
 
 
-def test_a_warning_names_the_place_as_the_file_has_it() -> None:
-    """An operator searches for what stands there."""
+def test_warning_names_the_key_as_the_file_writes_it() -> None:
+    """An operator searches the file for that key."""
     warnings: list[Problem] = []
     pair = PAIR.removeprefix("pools:\n").replace("*", "m").replace("//a", "//c")
     parse_config(f"{POOL}{pair}  carrier: body\nhealth:\n  failures: 5\n", warn=warnings.append)
@@ -132,8 +132,8 @@ BOTH = {
 
 
 @pytest.mark.parametrize(("text", "line", "key", "name"), BOTH.values(), ids=BOTH)
-def test_an_old_name_beside_its_new_one_is_refused(text: str, line: int, key: str, name: str) -> None:
-    """Which of the two counts would be guesswork."""
+def test_old_name_is_refused_beside_its_new_one(text: str, line: int, key: str, name: str) -> None:
+    """It would be unclear which of the two counts."""
     with pytest.raises(ConfigError) as failed:
         parse_config(PAIR + text)
 
@@ -142,8 +142,8 @@ def test_an_old_name_beside_its_new_one_is_refused(text: str, line: int, key: st
     assert problem.message == f"is the old name of {name}, which stands here, too; keep {name} alone"
 
 
-def test_a_problem_has_the_line_of_the_old_name() -> None:
-    """The warning comes before it, so the message may have the new name."""
+def test_problem_has_the_line_of_the_old_name() -> None:
+    """The warning comes before the problem, so the problem may have the new name."""
     warnings: list[Problem] = []
     with pytest.raises(ConfigError) as failed:
         parse_config(f"{POOL}health:\n  ejection: 5\n", warn=warnings.append)
@@ -153,8 +153,8 @@ def test_a_problem_has_the_line_of_the_old_name() -> None:
     assert [warning.line for warning in warnings] == [4, 5]
 
 
-def test_an_old_name_overrides_a_merged_new_one() -> None:
-    """Merge keys work as with new names alone: what a mapping has itself wins, by whichever name."""
+def test_old_name_overrides_a_merged_new_one() -> None:
+    """Merge keys work as with new names alone: a key of the mapping itself counts, by either name."""
     pair = PAIR.replace("- models", "- &first\n  routing_fields: headers\n  models")
     more = "- <<: *first\n  models: [m]\n  carrier: body\n  prefill: {endpoints: ['http://c:1']}\n"
     warnings: list[Problem] = []
@@ -165,8 +165,8 @@ def test_an_old_name_overrides_a_merged_new_one() -> None:
     assert [warning.key for warning in warnings] == ["pools[1].carrier"]
 
 
-def test_an_old_name_in_a_merged_mapping_is_read() -> None:
-    """It is told once, where it stands."""
+def test_old_name_is_read_in_a_merged_mapping() -> None:
+    """The warning has the line of the merged mapping."""
     warnings: list[Problem] = []
     config = parse_config(f"{PAIR}  <<: {{carrier: headers}}\n", warn=warnings.append)
 
@@ -174,16 +174,16 @@ def test_an_old_name_in_a_merged_mapping_is_read() -> None:
     assert [warning.line for warning in warnings] == [5]
 
 
-def test_an_old_word_elsewhere_is_left_alone() -> None:
-    """Only a renamed key's own value is a renamed value: a model may have any name."""
+def test_old_value_is_kept_under_other_keys() -> None:
+    """Only a renamed key has renamed values: a model may have any name."""
     text = PAIR.replace("'*'", "own, duplex").replace("models: [", "models: &names [") + "sync: {url: 'unix:///cut'}\n"
 
     assert parse_config(text, warn=no_warning).pools[0].models == ("own", "duplex")
 
 
 @pytest.mark.parametrize("key", ["outlier_detection.failures", "x.y", "[health]", "? {health: 1}\n"])
-def test_a_key_that_is_no_word_is_left_alone(key: str) -> None:
-    """It is reported as it stands."""
+def test_key_is_kept_if_it_is_no_plain_name(key: str) -> None:
+    """The problem shows the key as the file writes it."""
     with pytest.raises(ConfigError) as failed:
         parse_config(f"{POOL}{key}: {{failures: 5}}\n", warn=no_warning)
 
@@ -191,8 +191,8 @@ def test_a_key_that_is_no_word_is_left_alone(key: str) -> None:
     assert problem.line == 4
 
 
-def test_a_file_is_read_without_a_listener_for_warnings(tmp_path: Path) -> None:
-    """Whoever does not log may leave it out."""
+def test_file_is_read_without_a_receiver_of_warnings(tmp_path: Path) -> None:
+    """A caller that does not log leaves the argument out."""
     path = tmp_path / "config.yaml"
     path.write_text(f"{POOL}protocol: own\n")
 

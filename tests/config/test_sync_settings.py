@@ -1,4 +1,4 @@
-"""The bus between replicas: what it may be, and that its password is never shown."""
+"""The section ``sync``: the URLs that it takes, and the secrecy of its password."""
 
 import pytest
 
@@ -15,13 +15,13 @@ def settings_of(text: str) -> SyncSettings:
     return settings
 
 
-def test_a_service_is_alone_by_default() -> None:
-    """Without the section there is no bus."""
+def test_sync_is_none_without_its_section() -> None:
+    """There is no bus then."""
     assert parse_config(POOL).sync is None
 
 
-def test_the_defaults() -> None:
-    """A URL is enough."""
+def test_sync_needs_a_url_alone() -> None:
+    """All other keys have defaults."""
     settings = settings_of("{url: 'redis://a'}")
 
     assert (settings.url.get_secret_value(), settings.channel, settings.peer_timeout) == (
@@ -42,8 +42,8 @@ def test_the_defaults() -> None:
     ],
     ids=["plain", "ipv6", "credentials", "tls", "unix"],
 )
-def test_a_bus_is_named_by_a_url(url: str, directory: str | None) -> None:
-    """Redis with or without TLS and password, or a directory of this host."""
+def test_url_names_redis_or_a_directory(url: str, directory: str | None) -> None:
+    """Redis may have TLS and a password; the directory is one of this host."""
     settings = settings_of(f"{{url: '{url}'}}")
 
     assert settings.url.get_secret_value() == url
@@ -79,8 +79,8 @@ def test_a_bus_is_named_by_a_url(url: str, directory: str | None) -> None:
         "query", "long_directory", "blank_in_channel", "short_peer_timeout",
     ],
 )  # fmt: skip
-def test_another_bus_is_refused(section: str, key: str, fragment: str) -> None:
-    """The mistake is told with its remedy, and without the password."""
+def test_sync_is_refused_without_showing_the_password(section: str, key: str, fragment: str) -> None:
+    """The problem has its remedy, and no password."""
     with pytest.raises(ConfigError) as failed:
         settings_of(section)
 
@@ -90,8 +90,8 @@ def test_another_bus_is_refused(section: str, key: str, fragment: str) -> None:
     assert SECRET not in str(failed.value)
 
 
-def test_the_password_is_not_shown() -> None:
-    """However a configuration is printed, the URL of its bus is not."""
+def test_configuration_hides_the_password_of_the_bus() -> None:
+    """No representation of a configuration has the URL of its bus."""
     config = parse_config(f"{POOL}sync: {{url: 'redis://:{SECRET}@a'}}\n")
 
     assert SECRET not in f"{config} {config!r} {config.model_dump()} {config.model_dump_json()}"

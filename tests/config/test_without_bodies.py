@@ -1,4 +1,4 @@
-"""``envoy.body_mode: none``: what only bodies can do is refused, each at its place and with what to write."""
+"""``envoy.body_mode: none``: settings that need bodies are refused, each with its place and remedy."""
 
 import pytest
 
@@ -18,8 +18,8 @@ def problems(*pools: str) -> list[tuple[int | None, str, str]]:
     return []
 
 
-def test_a_pool_that_headers_can_serve() -> None:
-    """Prefill and decode, told by headers, placed by load, whatever its other settings."""
+def test_pool_is_accepted_if_headers_suffice() -> None:
+    """A disaggregated pool with routing fields in headers needs no bodies, whatever its other settings."""
     assert problems(FITTING) == []
     config = parse_config(f"envoy: {{body_mode: none}}\nqueue: {{}}\npools: [{FITTING}]")
     assert config.envoy.body_mode is BodyMode.NONE
@@ -39,8 +39,8 @@ def test_a_pool_that_headers_can_serve() -> None:
         ),
     ],
 )
-def test_what_needs_bodies(pool: str, key: str, remedy: str) -> None:
-    """Each is told with its line and the way out."""
+def test_setting_is_refused_if_it_needs_bodies(pool: str, key: str, remedy: str) -> None:
+    """Each problem has its line and remedy."""
     ((line, place, message),) = problems(pool)
 
     assert (line, place) == (3, f"pools[0].{key}")
@@ -48,15 +48,15 @@ def test_what_needs_bodies(pool: str, key: str, remedy: str) -> None:
     assert remedy in message
 
 
-def test_servers_that_do_both() -> None:
-    """Their rank stands in bodies, so both objections stand: to them, and to comparing prompts."""
+def test_aggregated_pool_is_refused_without_bodies() -> None:
+    """Its rank is a field of the body, and prompts cannot be compared either."""
     found = problems("{models: [m], workers: {endpoints: ['http://a:1']}}")
 
     assert [key for _, key, _ in found] == ["pools[0].workers", "pools[0].policy.affinity.prefixes"]
 
 
-def test_several_pools() -> None:
-    """The model that tells pools apart stands in bodies."""
+def test_second_pool_is_refused_without_bodies() -> None:
+    """The model that selects a pool is a field of the body."""
     ((line, key, message),) = problems(
         FITTING, FITTING.replace("a:1", "c:1").replace("b:1", "d:1").replace("[m]", "[n]")
     )
@@ -65,8 +65,8 @@ def test_several_pools() -> None:
     assert "one pool only" in message
 
 
-def test_the_same_pool_with_bodies() -> None:
-    """Nothing of this is asked for in the other modes."""
+def test_other_body_modes_accept_every_pool() -> None:
+    """With bodies these settings are free."""
     parse_config(
         f"pools: [{{models: [m], {PAIR}}}, {FITTING.replace('a:1', 'c:1').replace('b:1', 'd:1').replace('[m]', '[n]')}]"
     )

@@ -1,4 +1,4 @@
-"""What the tests of this folder share: everything around one Envoy, and readers of its answers."""
+"""The processes around one Envoy with a printed configuration, and helpers that read its responses."""
 
 import uuid
 from collections.abc import Iterable, Iterator
@@ -24,7 +24,7 @@ BODY = b'{"model":"small","prompt":"\xc3\xa9"}'
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Everything around one Envoy."""
+    """One Envoy, the scripted service and two recording engines."""
 
     config: Config
     envoy: EnvoyProcess
@@ -34,14 +34,14 @@ class Bench:
     client: httpx.Client
 
     def post(self, body: bytes | Iterable[bytes] = b'{"model":"small"}', **headers: str) -> tuple[str, httpx.Response]:
-        """Send *body* with a new request id; underscores in header names stand for hyphens."""
+        """Send *body* with a new request id. Underscores in header names stand for hyphens."""
         request_id = str(uuid.uuid4())
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         response = self.client.post("/v1/completions", content=body, headers={"x-request-id": request_id, **named})
         return request_id, response
 
     def log_line(self, request_id: str, leg: str) -> dict[str, Any]:
-        """Wait for both lines of a request that has two legs, and return the one of that leg."""
+        """Wait for the access log of all legs of a request, and return the line of *leg*."""
         lines = self.envoy.wait_for_access_log(request_id, 1 if leg == "main" else 2)
         return next(line for line in lines if line["leg"] == leg)
 
@@ -58,7 +58,7 @@ POOLS: Final[dict[BodyMode, dict[str, Any]]] = {
         "policy": {"affinity": {"prefixes": False}},
     },
 }
-"""One that fits each mode; Envoy's configuration names no engine."""
+"""A pool that is valid in each body mode. Envoy's configuration names no engine."""
 
 
 def make_config(body_mode: BodyMode, ports: list[int], **envoy: Any) -> Config:
@@ -79,12 +79,12 @@ def make_config(body_mode: BodyMode, ports: list[int], **envoy: Any) -> Config:
 
 
 def scripted_bootstrap(config: Config) -> str:
-    """Let the service see the headers that script it, and those that it must never see from a client."""
+    """Print a bootstrap that also forwards headers of the script and untrusted headers to the service."""
     bootstrap = yaml.safe_load(render_yaml(build_bootstrap(config)))
     patterns = _find(bootstrap, "forward_rules")["allowed_headers"]["patterns"]
     patterns.append({"exact": "x-request-id"})
-    patterns.extend({"prefix": prefix} for prefix in ("test-", *contract.FOREIGN_PREFIXES))
-    patterns.extend({"exact": name} for name in contract.FOREIGN_NAMES)
+    patterns.extend({"prefix": prefix} for prefix in ("test-", *contract.UNTRUSTED_PREFIXES))
+    patterns.extend({"exact": name} for name in contract.UNTRUSTED_NAMES)
     return yaml.safe_dump(bootstrap, sort_keys=False)
 
 
@@ -97,7 +97,7 @@ def _find(tree: Any, key: str) -> Any:
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
-    """Read an OpenAI-shaped error."""
+    """Return the error of a response in the shape of OpenAI errors."""
     assert response.headers["content-type"] == "application/json"
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}

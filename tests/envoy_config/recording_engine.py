@@ -1,4 +1,4 @@
-"""An HTTP server that remembers every request and answers 200; ``/stream`` answers in two chunks."""
+"""An HTTP server that records every request and responds with 200; ``/stream`` responds in two chunks."""
 
 import asyncio
 import threading
@@ -18,7 +18,7 @@ from dp_extproc.lab.testbed.ports import free_port
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """One request as it arrived."""
+    """One request as the engine received it."""
 
     path: str
     headers: Mapping[str, str]
@@ -27,15 +27,15 @@ class Received:
 
 @dataclass(slots=True)
 class RecordingEngine:
-    """Where it listens, and what came."""
+    """The address of the engine and the requests that it received."""
 
     address: str
     received: list[Received] = field(default_factory=list)
     may_finish: threading.Event = field(default_factory=threading.Event)
-    """Set by the test; until then ``/stream`` holds back its last chunk."""
+    """Set by a test. Until then ``/stream`` delays its last chunk."""
 
     def one(self, request_id: str, deadline: float = 10.0) -> Received:
-        """Wait for the request of that id and return it; a mirrored one may come after the client's answer."""
+        """Wait for the request with that id and return it. A mirrored one may arrive after the client's response."""
         end = time.monotonic() + deadline
         while time.monotonic() < end:
             found = self.of(request_id)
@@ -51,7 +51,7 @@ class RecordingEngine:
 
 @contextmanager
 def run_engine(name: str) -> Iterator[RecordingEngine]:
-    """Run one in a thread of its own."""
+    """Run a recording engine in a thread of its own."""
     port = free_port()
     engine = RecordingEngine(f"127.0.0.1:{port}")
 

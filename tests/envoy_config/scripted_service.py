@@ -1,7 +1,7 @@
-"""An ext_proc server that does what the request's own ``test-*`` headers ask for.
+"""An ext_proc server that follows the ``test-*`` headers of a request.
 
-It follows the protocol that the printed configuration sets up, in both body modes, and knows nothing of models or
-load: the configuration is tested, not the router.
+It uses the protocol of the printed configuration in both body modes, without models or load. Tests with it check the
+configuration alone, not the service.
 """
 
 import json
@@ -29,7 +29,7 @@ LEG_TOKEN = "leg-1"
 
 @dataclass(frozen=True, slots=True)
 class PrefillReport:
-    """What the prefill leg's own stream told."""
+    """Initial metadata and status that the stream of a prefill leg reported."""
 
     metadata: Mapping[str, str]
     status: str
@@ -37,7 +37,7 @@ class PrefillReport:
 
 @dataclass(slots=True)
 class ScriptedService(pb_grpc.ExternalProcessorServicer):  # type: ignore[misc]  # generated without types
-    """Places every request on the same pair, unless told otherwise by the request."""
+    """A service that sends every request to the same two endpoints, unless its headers name others."""
 
     prefill: str
     decode: str
@@ -48,12 +48,12 @@ class ScriptedService(pb_grpc.ExternalProcessorServicer):  # type: ignore[misc] 
     def Process(  # noqa: N802 - the name is gRPC's
         self, request_iterator: Iterator[pb.ProcessingRequest], context: grpc.ServicerContext
     ) -> Answers:
-        """Serve one stream of either kind."""
+        """Serve one stream: that of a request or that of a prefill leg."""
         first = next(request_iterator)
         metadata = {key: str(value) for key, value in context.invocation_metadata()}
         if contract.LEG in metadata:
             answer = first
-            if first.HasField("request_headers"):  # else Envoy has answered before
+            if first.HasField("request_headers"):  # Otherwise Envoy has responded before.
                 yield pb.ProcessingResponse(request_headers=pb.HeadersResponse())
                 answer = next(request_iterator)
             status = _headers(answer.response_headers.headers)[":status"]
@@ -91,7 +91,7 @@ class ScriptedService(pb_grpc.ExternalProcessorServicer):  # type: ignore[misc] 
             yield pb.ProcessingResponse(request_headers=pb.HeadersResponse())
         body = b""
         for message in messages:
-            if message.HasField("response_headers"):  # Envoy refused the body by itself
+            if message.HasField("response_headers"):  # Envoy refused the body by itself.
                 yield pb.ProcessingResponse(response_headers=pb.HeadersResponse())
                 return
             body += message.request_body.body
@@ -122,7 +122,7 @@ class ScriptedService(pb_grpc.ExternalProcessorServicer):  # type: ignore[misc] 
 
 @contextmanager
 def run_service(prefill: str, decode: str, port: int) -> Iterator[ScriptedService]:
-    """Serve on *port* of the loopback."""
+    """Run a scripted service on *port* of the loopback interface."""
     service = ScriptedService(prefill, decode, owner=f"127.0.0.1:{port}")
     options = [("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)]
     server = grpc.server(ThreadPoolExecutor(max_workers=16), options=options)

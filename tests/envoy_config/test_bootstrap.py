@@ -1,17 +1,18 @@
-"""The printed configuration as text: accepted by Envoy, readable, and equal to the committed example."""
+"""The printed configuration is valid for Envoy, has comments, and equals the committed example."""
 
 import argparse
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from envoy_data_plane.envoy.config.bootstrap.v3 import Bootstrap
 
 from dp_extproc.cli import envoy_config as command
 from dp_extproc.config import BodyMode, Config, TruncatedStreams
-from dp_extproc.envoy_config import build_bootstrap, render_yaml
-from dp_extproc.envoy_config.comments import COMMENTS
+from dp_extproc.envoy_config import build_bootstrap, render_yaml, yaml_text
 from dp_extproc.lab.testbed.envoy import find_envoy
 from envoy_config.harness import POOLS
 
@@ -31,7 +32,7 @@ def named(items: list[dict[str, Any]], name: str) -> dict[str, Any]:
     return next(item for item in items if item["name"] == name)
 
 
-def test_the_committed_example_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_committed_example_equals_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     """envoy/envoy.yaml is printed from envoy/dp-extproc.yaml, comments included."""
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
@@ -42,8 +43,8 @@ def test_the_committed_example_is_what_the_command_prints(capsys: pytest.Capture
     assert capsys.readouterr().out == (EXAMPLE / "envoy.yaml").read_text(encoding="utf-8")
 
 
-def test_a_bad_file_is_reported_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is printed that could be taken for a configuration."""
+def test_command_reports_a_bad_file_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Standard output stays empty, so that nothing can be taken for a configuration."""
     path = tmp_path / "bad.yaml"
     path.write_text("pools: []\nlisten: {grpc: nowhere}\n", encoding="utf-8")
 
@@ -57,8 +58,8 @@ def test_a_bad_file_is_reported_on_stderr(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize("service", [None, "dp-extproc.example:9002", "[::1]:9002"])
 @pytest.mark.parametrize("body_mode", list(BodyMode))
-def test_envoy_accepts_it(body_mode: BodyMode, service: str | None, tmp_path: Path) -> None:
-    """``envoy --mode validate`` has no objection in any mode."""
+def test_envoy_accepts_the_printed_configuration(body_mode: BodyMode, service: str | None, tmp_path: Path) -> None:
+    """``envoy --mode validate`` reports neither an error nor a deprecated field."""
     path = tmp_path / "envoy.yaml"
     path.write_text(
         render_yaml(build_bootstrap(config_with({"body_mode": body_mode, "service": service}))), encoding="utf-8"
@@ -73,8 +74,10 @@ def test_envoy_accepts_it(body_mode: BodyMode, service: str | None, tmp_path: Pa
 
 
 @pytest.mark.parametrize("truncated_streams", list(TruncatedStreams))
-def test_streams_that_are_cut(truncated_streams: TruncatedStreams, tmp_path: Path) -> None:
-    """Answers pass the filter that ends them, or come straight from the server that the header names."""
+def test_decode_responses_pass_the_filter_if_truncated_streams_get_an_event(
+    truncated_streams: TruncatedStreams, tmp_path: Path
+) -> None:
+    """With ``reset`` the cluster dials the endpoint in the header itself, without the filter's listener."""
     config = config_with({"truncated_streams": truncated_streams.value})
     resources = printed(config)["static_resources"]
     path = tmp_path / "envoy.yaml"
@@ -91,22 +94,41 @@ def test_streams_that_are_cut(truncated_streams: TruncatedStreams, tmp_path: Pat
     assert ("original_dst_lb_config" in named(resources["clusters"], "decode")) is not ends
 
 
-def test_every_comment_finds_its_place() -> None:
-    """No comment is lost because the key that it belongs to was renamed."""
+class Attached(dict[int, Mapping[str, str]]):
+    """The comments that builders attach, with a record that outlasts the messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.record: list[tuple[str, str]] = []
+
+    def __setitem__(self, message: int, comments: Mapping[str, str]) -> None:
+        self.record += comments.items()
+        super().__setitem__(message, comments)
+
+
+def test_every_comment_of_a_builder_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comment would be lost if its field had another name or were not printed."""
+    attached = Attached()
+    monkeypatch.setattr(yaml_text, "_comments", attached)
     lines = [line.strip() for line in render_yaml(build_bootstrap(config_with())).splitlines()]
 
     missing = [
-        place for place, comment in COMMENTS.items() if any(f"# {row}" not in lines for row in comment.splitlines())
+        place
+        for place, comment in attached.record
+        if any(f"# {row}".rstrip() not in lines for row in comment.splitlines())
     ]
 
     assert missing == []
+    assert len(attached.record) > 50
 
 
-def test_comments_change_nothing() -> None:
-    """The text with comments parses to the same data as without."""
+def test_comments_do_not_change_the_parsed_configuration() -> None:
+    """Text with comments and text without them parse to the same data."""
     bootstrap = build_bootstrap(config_with())
 
-    assert yaml.safe_load(render_yaml(bootstrap)) == yaml.safe_load(render_yaml(bootstrap, {}))
+    bare = Bootstrap.parse(bytes(bootstrap))
+    assert yaml.safe_load(render_yaml(bootstrap)) == yaml.safe_load(render_yaml(bare))
+    assert "# " not in render_yaml(bare)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +142,10 @@ def test_comments_change_nothing() -> None:
         pytest.param("router:9002", "0.0.0.0:1", "STRICT_DNS", ("router", 9002), id="name"),
     ],
 )
-def test_the_service_is_found(service: str | None, grpc: str, kind: str, address: tuple[str, int]) -> None:
-    """The cluster of the service has the address that Envoy can reach."""
+def test_service_cluster_has_the_address_that_envoy_can_reach(
+    service: str | None, grpc: str, kind: str, address: tuple[str, int]
+) -> None:
+    """A wildcard of ``listen.grpc`` becomes the loopback address, and a name is resolved by DNS."""
     clusters = printed(config_with({"service": service}, grpc))["static_resources"]["clusters"]
 
     cluster = named(clusters, "extproc")
@@ -130,7 +154,7 @@ def test_the_service_is_found(service: str | None, grpc: str, kind: str, address
     assert (cluster["type"], socket_address["address"], socket_address["port_value"]) == (kind, *address)
 
 
-def test_every_hop_buffers_the_largest_body_and_what_rewriting_adds() -> None:
+def test_every_hop_buffers_the_largest_body_and_the_routing_fields() -> None:
     """The limit of each listener and cluster follows from max_body_bytes."""
     resources = printed(config_with({"max_body_bytes": 5 << 20}))["static_resources"]
 
@@ -141,8 +165,8 @@ def test_every_hop_buffers_the_largest_body_and_what_rewriting_adds() -> None:
     assert len(hops) == 11
 
 
-def test_envoy_asks_the_service_whether_it_is_there() -> None:
-    """Wherever it speaks gRPC, as often as the service asks Envoy; every process of the service counts."""
+def test_grpc_clusters_send_keepalive_pings() -> None:
+    """Envoy pings each process of the service at the interval at which the service pings Envoy."""
     listen = {"listen": {"keepalive": "3s"}, "pools": [POOLS[BodyMode.BUFFERED]]}
     clusters = printed(Config.model_validate(listen))["static_resources"]["clusters"]
 
@@ -168,10 +192,10 @@ def _http2_options(cluster: dict[str, Any]) -> dict[str, Any] | None:
         pytest.param({"standby": ["10.0.0.9:9002"]}, {}, True, id="standby"),
     ],
 )
-def test_a_process_that_stops_is_left_where_there_may_be_another(
+def test_service_cluster_ejects_a_dead_process_if_there_may_be_another(
     envoy: dict[str, Any], listen: dict[str, Any], watched: bool
 ) -> None:
-    """Envoy looks after its health, leaves one that is dead at once, and opens the refused stream elsewhere."""
+    """Envoy checks the health of each process, ejects a dead one at once, and opens the refused stream elsewhere."""
     config = config_with(envoy)
     config = config.model_copy(update={"listen": config.listen.model_copy(update=listen)})
     text = render_yaml(build_bootstrap(config))

@@ -1,4 +1,4 @@
-"""What comes before and behind an engine's answer, which no server library would send: it steers nothing."""
+"""Raw engine responses with steering headers in unusual places, which no HTTP library would send."""
 
 import socket
 import threading
@@ -12,7 +12,7 @@ import pytest
 from dp_extproc import contract
 from envoy_config.harness import BODY, Bench
 
-LIES: Final = {
+STEERING_HEADERS: Final = {
     "ours": f"{contract.RETRY}: 1\r\n{contract.FAILED}: -,10.0.0.9:1,cut\r\n".encode(),
     "Envoy's": b"x-envoy-ratelimited: true\r\nx-envoy-overloaded: true\r\n",
 }
@@ -20,18 +20,18 @@ HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\n"
 WHOLE: Final = HEAD + b"content-length: 2\r\n\r\nok"
 CHUNKED: Final = b"transfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n"
 PLACES: Final[dict[str, Callable[[bytes], bytes]]] = {
-    "in its headers": lambda lies: HEAD + lies + b"content-length: 2\r\n\r\nok",
-    "in capitals": lambda lies: HEAD + lies.upper() + b"content-length: 2\r\n\r\nok",
-    "in 100 Continue": lambda lies: b"HTTP/1.1 100 Continue\r\n" + lies + b"\r\n" + WHOLE,
-    "in 103 Early Hints": lambda lies: b"HTTP/1.1 103 Early Hints\r\n" + lies + b"\r\n" + WHOLE,
-    "in trailers": lambda lies: HEAD + CHUNKED + lies + b"\r\n",
-    "in trailers that it announces": lambda lies: HEAD + b"trailer: x-dp-retry\r\n" + CHUNKED + lies + b"\r\n",
+    "in its headers": lambda extra: HEAD + extra + b"content-length: 2\r\n\r\nok",
+    "in capitals": lambda extra: HEAD + extra.upper() + b"content-length: 2\r\n\r\nok",
+    "in 100 Continue": lambda extra: b"HTTP/1.1 100 Continue\r\n" + extra + b"\r\n" + WHOLE,
+    "in 103 Early Hints": lambda extra: b"HTTP/1.1 103 Early Hints\r\n" + extra + b"\r\n" + WHOLE,
+    "in trailers": lambda extra: HEAD + CHUNKED + extra + b"\r\n",
+    "in trailers that it announces": lambda extra: HEAD + b"trailer: x-dp-retry\r\n" + CHUNKED + extra + b"\r\n",
 }
 
 
 @dataclass
 class RawEngine:
-    """Answers every request with the same bytes."""
+    """An engine that responds to every request with the same bytes."""
 
     answer: bytes
     address: str
@@ -48,7 +48,7 @@ class RawEngine:
                     self.requests.append(head)
                     connection.sendall(self.answer)
                     connection.shutdown(socket.SHUT_WR)
-                    while connection.recv(65536):  # a close with unread bytes would be a reset
+                    while connection.recv(65536):  # Closing with unread bytes would be a reset.
                         pass
 
 
@@ -66,16 +66,16 @@ def run_raw_engine(answer: bytes) -> Iterator[RawEngine]:
 
 
 @pytest.mark.parametrize("leg", ["decode", "prefill", "one server"])
-@pytest.mark.parametrize("lies", LIES.values(), ids=LIES)
+@pytest.mark.parametrize("extra", STEERING_HEADERS.values(), ids=STEERING_HEADERS)
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
-def test_no_part_of_an_answer_steers_the_router(
-    bench: Bench, place: Callable[[bytes], bytes], lies: bytes, leg: str
+def test_no_part_of_an_engine_response_steers_envoy(
+    bench: Bench, place: Callable[[bytes], bytes], extra: bytes, leg: str
 ) -> None:
-    """Each leg is sent once, and the client sees nothing but the answer."""
-    with run_raw_engine(place(lies)) as engine:
-        placed = {"test_one_server": "1"} if leg == "one server" else {}
+    """Each leg is sent once, and the client gets none of the steering headers."""
+    with run_raw_engine(place(extra)) as engine:
+        unmirrored = {"test_one_server": "1"} if leg == "one server" else {}
         host = "test_prefill_host" if leg == "prefill" else "test_decode_host"
-        request_id, response = bench.post(BODY, **placed, **{host: engine.address})
+        request_id, response = bench.post(BODY, **unmirrored, **{host: engine.address})
         bench.log_line(request_id, "main" if leg == "one server" else "prefill")
 
         assert response.status_code == 200

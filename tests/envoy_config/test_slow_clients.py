@@ -1,4 +1,4 @@
-"""Clients that take their time to ask, and servers that take theirs to answer."""
+"""Clients that send a request slowly, and engines that respond slowly."""
 
 import json
 import socket
@@ -18,13 +18,13 @@ BEGUN = {
 
 @pytest.fixture(scope="module", params=[BodyMode.BUFFERED, BodyMode.FULL_DUPLEX_STREAMED])
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    """An Envoy without much patience."""
+    """An Envoy with short timeouts for headers and requests."""
     with run_bench(request.param, request_headers_timeout="500ms", request_timeout="1s") as bench:
         yield bench
 
 
 def begin(bench: Bench, part: str) -> tuple[bytes, bytes]:
-    """Stop in the middle of a request, and read what Envoy says to that until it closes."""
+    """Stop in the middle of a request, and read Envoy's response until it closes the connection."""
     inference = bench.config.envoy.inference
     answer = b""
     with socket.create_connection((inference.host, inference.port), timeout=30) as client:
@@ -36,16 +36,16 @@ def begin(bench: Bench, part: str) -> tuple[bytes, bytes]:
 
 
 @pytest.mark.parametrize("part", BEGUN)
-def test_a_client_that_stops_in_the_middle_is_let_go(bench: Bench, part: str) -> None:
-    """It gets a 408 like other errors, and what it held is free again."""
+def test_client_gets_a_408_if_it_stops_within_a_request(bench: Bench, part: str) -> None:
+    """The error has the shape of all others, and the connection and its buffers are released."""
     status, body = begin(bench, part)
 
     assert status == b"HTTP/1.1 408 Request Timeout"
     assert json.loads(body)["error"]["code"] == "request_refused"
 
 
-def test_an_answer_may_take_longer_than_the_request(bench: Bench) -> None:
-    """It is not over before somebody has waited in vain for the rest of a request that was begun later."""
+def test_request_timeout_does_not_end_a_slow_response(bench: Bench) -> None:
+    """A stream still runs when another request, which began later, has reached its timeout."""
     with bench.client.stream("GET", "/stream") as response:
         chunks = response.iter_raw()
         assert next(chunks) == b"first"

@@ -1,4 +1,4 @@
-"""The filter that ends streams whose server is lost, in a WebAssembly runtime of its own: this plays Envoy's part."""
+"""The WebAssembly filter that ends truncated streams, in a runtime that takes Envoy's place."""
 
 import re
 from importlib.resources import files
@@ -16,17 +16,17 @@ _IMPORTS = {
     "proxy_define_metric": [ValType.i32] * 4,
     "proxy_increment_metric": [ValType.i32, ValType.i64],
 }
-"""Parameters of what the filter calls; all give a status."""
+"""Parameters of the functions that the filter imports. Each returns a status."""
 EVENT = (
     b"event: error\n"
     b'data: {"type":"error","error":{"message":"the server that was answering was lost; the answer is not complete",'
     b'"type":"server_error","param":null,"code":"stream_cut"}}\n\n'
 )
-TOLD = b"%x\r\n%b\r\n0\r\n\r\n" % (len(EVENT), EVENT)
+ERROR_END = b"%x\r\n%b\r\n0\r\n\r\n" % (len(EVENT), EVENT)
 
 
-class Host:
-    """Envoy, as far as the filter sees it."""
+class WasmHost:
+    """The host of the filter in the sense of proxy-wasm: it takes the place of Envoy."""
 
     def __init__(self) -> None:
         self.cut_streams = 0
@@ -51,13 +51,13 @@ class Host:
         return function(self._store, *arguments)
 
     def pass_on(self, context: int, data: bytes, *, end: bool = False) -> bytes:
-        """Have a piece of a connection's data pass, and give what comes out."""
+        """Pass a piece of a connection's data through the filter and return its output."""
         self._data = bytearray(data)
         assert self.call("proxy_on_upstream_data", context, len(data), int(end)) == 0
         return bytes(self._data)
 
     def connection(self, context: int, pieces: list[bytes]) -> bytes:
-        """Have a whole connection pass, whose server closes it then, and give what comes out."""
+        """Pass a whole connection, which the engine then closes, and return the output."""
         self.call("proxy_on_context_create", context, 1)
         passed = b"".join(self.pass_on(context, piece) for piece in pieces) + self.pass_on(context, b"", end=True)
         self.call("proxy_on_delete", context)
@@ -88,12 +88,12 @@ class Host:
 
 
 @pytest.fixture(scope="module")
-def host() -> Host:
-    return Host()
+def host() -> WasmHost:
+    return WasmHost()
 
 
 def stream(*events: bytes, end: bool = False, head: bytes = b"Content-Type: text/event-stream; charset=utf-8") -> bytes:
-    """Write a chunked answer, as uvicorn does."""
+    """Format a chunked response as uvicorn does."""
     chunks = b"".join(b"%x\r\n%b\r\n" % (len(event), event) for event in events)
     return b"HTTP/1.1 200 OK\r\n" + head + b"\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n" * end
 
@@ -103,14 +103,14 @@ FIRST = b'data: {"n": 1}\n\n'
 LONG = b"data: " + b"x" * 5000 + b"\n\n"
 DONE = b"data: [DONE]\n\n"
 
-CUT: dict[str, tuple[bytes, bytes]] = {
-    "after its head": (stream(), TOLD),
-    "after an event": (stream(FIRST), TOLD),
-    "after a long event": (stream(FIRST, LONG), TOLD),
-    "after other answers": (WHOLE + stream(FIRST, DONE, end=True) + stream(FIRST), TOLD),
-    "after an interim answer": (b"HTTP/1.1 100 Continue\r\n\r\n" + stream(FIRST), TOLD),
-    "after an answer without a body": (b"HTTP/1.1 204 No Content\r\n\r\n" + stream(FIRST), TOLD),
-    "after an empty answer": (b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n" + stream(FIRST), TOLD),
+TRUNCATED: dict[str, tuple[bytes, bytes]] = {
+    "after its head": (stream(), ERROR_END),
+    "after an event": (stream(FIRST), ERROR_END),
+    "after a long event": (stream(FIRST, LONG), ERROR_END),
+    "after other answers": (WHOLE + stream(FIRST, DONE, end=True) + stream(FIRST), ERROR_END),
+    "after an interim answer": (b"HTTP/1.1 100 Continue\r\n\r\n" + stream(FIRST), ERROR_END),
+    "after an answer without a body": (b"HTTP/1.1 204 No Content\r\n\r\n" + stream(FIRST), ERROR_END),
+    "after an empty answer": (b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n" + stream(FIRST), ERROR_END),
     "after its last event": (stream(FIRST, DONE), b"0\r\n\r\n"),
     "in the middle of a chunk": (stream(FIRST, FIRST)[:-6], b""),
     "before the line end of a chunk": (stream(FIRST)[:-2], b""),
@@ -127,40 +127,40 @@ CUT: dict[str, tuple[bytes, bytes]] = {
 }
 
 
-@pytest.mark.parametrize("case", CUT)
-def test_the_server_closes_the_connection(host: Host, case: str) -> None:
-    """In a stream, between two chunks, an error event and the end are appended; elsewhere nothing is."""
-    data, appended = CUT[case]
+@pytest.mark.parametrize("case", TRUNCATED)
+def test_filter_ends_a_stream_if_the_engine_closes_between_chunks(host: WasmHost, case: str) -> None:
+    """It appends an error event and the end of the body between two chunks of a stream, and nothing elsewhere."""
+    data, appended = TRUNCATED[case]
     before = host.cut_streams
 
     assert host.connection(2, [data]) == data + appended
-    assert host.cut_streams - before == (appended == TOLD)
+    assert host.cut_streams - before == (appended == ERROR_END)
 
 
-@given(case=st.sampled_from(sorted(CUT)), cuts=st.lists(st.integers(1, 400), max_size=12))
-def test_it_does_not_matter_how_the_data_is_cut(host: Host, case: str, cuts: list[int]) -> None:
-    """But for the last event, which is known as such only if it comes in one piece."""
-    data, appended = CUT[case]
+@given(case=st.sampled_from(sorted(TRUNCATED)), cuts=st.lists(st.integers(1, 400), max_size=12))
+def test_filter_output_does_not_depend_on_how_data_is_split(host: WasmHost, case: str, cuts: list[int]) -> None:
+    """The exception is the last event, which the filter recognizes only in one piece."""
+    data, appended = TRUNCATED[case]
     pieces, rest = [], data
     for cut in cuts:
         pieces.append(rest[:cut])
         rest = rest[cut:]
     passed = host.connection(3, [*pieces, rest])
 
-    assert passed in ({data + appended, data + TOLD} if appended == b"0\r\n\r\n" else {data + appended})
+    assert passed in ({data + appended, data + ERROR_END} if appended == b"0\r\n\r\n" else {data + appended})
 
 
 @given(data=st.binary(max_size=300), cut=st.integers(0, 300))
-def test_whatever_comes_is_passed_on(host: Host, data: bytes, cut: int) -> None:
-    """Bytes that are no HTTP at all do no harm."""
+def test_filter_passes_arbitrary_bytes_on(host: WasmHost, data: bytes, cut: int) -> None:
+    """Bytes that are not HTTP have no effect."""
     passed = host.connection(4, [data[:cut], data[cut:]])
 
     assert passed.startswith(data)
     assert re.fullmatch(rb"|.*0\r\n\r\n", passed[len(data) :], re.DOTALL)
 
 
-def test_connections_are_kept_apart(host: Host) -> None:
-    """Many at a time, some with the same bucket, each in another state; those that are gone make room."""
+def test_filter_keeps_the_state_of_connections_apart(host: WasmHost) -> None:
+    """Connections may share a bucket of its table, and a closed one leaves it."""
     contexts = [10, 10 + 1024, 10 + 2048, 11, 12]
     for context in contexts:
         host.call("proxy_on_context_create", context, 1)
@@ -168,6 +168,6 @@ def test_connections_are_kept_apart(host: Host) -> None:
     host.call("proxy_on_delete", 10 + 1024)
 
     ends = {context: host.pass_on(context, b"", end=True) for context in contexts}
-    assert ends == {10: TOLD, 10 + 1024: b"", 10 + 2048: TOLD, 11: b"", 12: TOLD}
+    assert ends == {10: ERROR_END, 10 + 1024: b"", 10 + 2048: ERROR_END, 11: b"", 12: ERROR_END}
     for context in contexts:
         host.call("proxy_on_delete", context)

@@ -1,4 +1,4 @@
-"""The helper that runs Envoy: it waits, reports, and leaves nothing behind."""
+"""The helpers of the test bed that run Envoy and reserve ports."""
 
 import subprocess
 import sys
@@ -12,16 +12,16 @@ from dp_extproc.lab.testbed.ports import free_port, free_ports, free_row
 from envoy_config.harness import make_config
 
 
-def test_a_configuration_that_envoy_refuses_is_reported_with_its_log() -> None:
-    """Whoever starts a broken configuration reads why it is broken."""
+def test_envoy_process_reports_the_log_if_envoy_refuses_its_configuration() -> None:
+    """The error names what is wrong with the configuration."""
     envoy = EnvoyProcess(make_config(BodyMode.BUFFERED, free_ports(3)), bootstrap="static_resources: {nonsense: 1}")
 
     with pytest.raises(RuntimeError, match="nonsense"), envoy:
         pass
 
 
-def test_envoy_ends_with_whoever_started_it() -> None:
-    """A starter that is killed leaves no Envoy behind."""
+def test_tied_process_ends_with_its_starter() -> None:
+    """No Envoy remains if its starter is killed."""
     code = (
         "import sys; from pathlib import Path\n"
         "from dp_extproc.lab.testbed.tied_process import start_tied\n"
@@ -51,19 +51,19 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def test_free_ports_are_different() -> None:
-    """Ports that are asked for together can be used together."""
+def test_free_ports_differ_within_one_call() -> None:
+    """Ports of one call can be used together."""
     assert len(set(free_ports(50))) == 50
     assert free_port() < 32_768
 
 
-def test_free_ports_are_given_once() -> None:
-    """Who asked for a port may not listen on it yet when the next one asks."""
-    ports = [free_port() for _ in range(300)]  # by chance alone two of so many are the same, 97 times of 100
+def test_free_ports_differ_between_calls() -> None:
+    """A caller may not listen on its port yet at the time of the next call."""
+    ports = [free_port() for _ in range(300)]  # Random ports alone would collide in 97 of 100 runs.
     rows = [first + place for first in (free_row(3) for _ in range(100)) for place in range(3)]
     assert len({*ports, *rows}) == 600
 
 
-def test_free_ports_are_never_used_up() -> None:
-    """Those of long ago are given again."""
+def test_free_ports_are_reused_after_many_calls() -> None:
+    """The supply never runs out, because early ports return to it."""
     assert all(free_ports(500) for _ in range(50))

@@ -16,8 +16,8 @@ from envoy_config.scripted_service import DECODE_PREFIX, LEG_TOKEN, PREFILL_PREF
 OWN_HEADERS = ("x-dp-", "x-envoy-", "x-override-", "x-data-parallel-rank")
 
 
-def test_each_leg_gets_its_own_body(bench: Bench) -> None:
-    """Decode gets the body of the service, prefill the same with its prefix; the client hears decode."""
+def test_each_leg_gets_its_own_body_and_the_client_decodes_response(bench: Bench) -> None:
+    """Decode gets the body of the service, and prefill the same body with its own leg preamble."""
     request_id, response = bench.post(BODY)
 
     assert response.json()["answered_by"] == "decode"
@@ -26,8 +26,8 @@ def test_each_leg_gets_its_own_body(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("leg", ["decode", "prefill"])
-def test_no_header_of_the_router_or_of_envoy_reaches_an_engine(bench: Bench, leg: str) -> None:
-    """The x-dp-* headers choose the hosts and are gone behind them, as is what Envoy adds."""
+def test_no_steering_header_reaches_an_engine(bench: Bench, leg: str) -> None:
+    """The x-dp-* headers select the endpoints and are removed before these, like the headers that Envoy adds."""
     request_id, _ = bench.post(BODY)
 
     engine: RecordingEngine = getattr(bench, leg)
@@ -49,8 +49,8 @@ def test_no_header_of_the_router_or_of_envoy_reaches_an_engine(bench: Bench, leg
         "x-envoy-retry-on",
     ],
 )
-def test_a_clients_routing_header_is_removed_before_the_service_sees_it(bench: Bench, header: str) -> None:
-    """A client cannot name hosts, ranks or Envoy options; its request is placed as any other."""
+def test_untrusted_header_of_a_client_is_removed_before_the_service(bench: Bench, header: str) -> None:
+    """A client cannot name endpoints, ranks or options of Envoy. Its request is scheduled like others."""
     request_id, response = bench.post(BODY, **{header: "127.0.0.1:1"})
 
     assert response.status_code == 200
@@ -68,8 +68,8 @@ def test_credentials_reach_the_engine_but_not_the_service(bench: Bench) -> None:
     assert bench.decode.one(request_id).headers["authorization"] == "Bearer secret"
 
 
-def test_one_server_gets_an_unmirrored_request(bench: Bench) -> None:
-    """Without a prefill host there is one leg, with the body as the service left it."""
+def test_request_is_not_mirrored_without_a_prefill_endpoint(bench: Bench) -> None:
+    """The only leg has the body as the service left it."""
     request_id, response = bench.post(BODY, test_one_server="1")
 
     assert response.status_code == 200
@@ -78,15 +78,15 @@ def test_one_server_gets_an_unmirrored_request(bench: Bench) -> None:
     assert bench.prefill.of(request_id) == []
 
 
-def test_a_get_goes_to_one_server(bench: Bench) -> None:
-    """A request without a body is routed by its headers alone."""
+def test_request_without_a_body_goes_to_one_endpoint(bench: Bench) -> None:
+    """The service schedules such a request by its headers alone."""
     response = bench.client.get("/health")
 
     assert response.json() == {"answered_by": "decode", "bytes": 0}
 
 
-def test_a_chunked_upload_is_rewritten_on_both_legs(bench: Bench) -> None:
-    """A client need not know the length of what it sends."""
+def test_chunked_upload_is_rewritten_on_both_legs(bench: Bench) -> None:
+    """A client may send a body without its length."""
 
     def chunks() -> Iterator[bytes]:
         for start in range(0, len(BODY), 7):
@@ -102,7 +102,7 @@ def test_a_chunked_upload_is_rewritten_on_both_legs(bench: Bench) -> None:
     assert "transfer-encoding" not in prefill.headers
 
 
-def test_32_mib_pass_both_legs(bench: Bench) -> None:
+def test_body_of_32_mib_passes_both_legs(bench: Bench) -> None:
     """The buffers of all hops hold a large body, which arrives byte for byte."""
     body = b'{"prompt":"' + bytes(range(32, 34)) * (16 << 20) + b'"}'
 
@@ -113,8 +113,8 @@ def test_32_mib_pass_both_legs(bench: Bench) -> None:
     assert bench.prefill.one(request_id).body == PREFILL_PREFIX + body[1:]
 
 
-def test_the_prefix_of_a_large_batch_fits_into_its_header(bench: Bench) -> None:
-    """900 kB of prefill fields pass the internal listeners."""
+def test_leg_preamble_of_a_large_batch_fits_into_its_header(bench: Bench) -> None:
+    """The internal listeners accept 900 kB of routing fields."""
     request_id, response = bench.post(BODY, test_longer_prefix="900000")
 
     assert response.status_code == 200
@@ -122,8 +122,8 @@ def test_the_prefix_of_a_large_batch_fits_into_its_header(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("length", ["", "x", "-1", "1.5", "nan", "1000000"])
-def test_a_prefill_leg_without_a_usable_prefix_is_not_forwarded(bench: Bench, length: str) -> None:
-    """A body with the decode leg's fields must not reach a prefill server."""
+def test_prefill_leg_is_not_forwarded_without_a_usable_leg_preamble(bench: Bench, length: str) -> None:
+    """A body with the routing fields of the decode leg must not reach a prefill engine."""
     request_id, _ = bench.post(BODY, test_prefix_length=length)
 
     assert bench.log_line(request_id, "prefill")["status"] == 500
@@ -138,7 +138,7 @@ def test_a_prefill_leg_without_a_usable_prefix_is_not_forwarded(bench: Bench, le
         pytest.param({"test-prefix-length": "x"}, "500", id="not forwarded"),
     ],
 )
-def test_the_owner_hears_the_status_of_its_prefill_leg(
+def test_prefill_leg_reports_its_status_to_the_owner(
     bench: Bench, request_headers: dict[str, str], status: str
 ) -> None:
     """The report goes to the address in the owner header and carries the leg's token."""
@@ -153,7 +153,7 @@ def test_the_owner_hears_the_status_of_its_prefill_leg(
     assert report.metadata[contract.LEG] == LEG_TOKEN
 
 
-def test_a_refusal_of_the_service_passes_untouched(bench: Bench) -> None:
+def test_refusal_of_the_service_passes_unchanged(bench: Bench) -> None:
     """Status, body and headers of an ImmediateResponse with a reason are the service's own."""
     request_id, response = bench.post(BODY, test_refuse="with-reason")
 
@@ -166,8 +166,8 @@ def test_a_refusal_of_the_service_passes_untouched(bench: Bench) -> None:
     assert bench.decode.of(request_id) == []
 
 
-def test_a_refusal_without_a_reason_keeps_its_headers_only(bench: Bench) -> None:
-    """The reason in dynamic metadata is what tells the service's refusals from Envoy's own errors."""
+def test_refusal_keeps_its_headers_only_if_it_has_no_reason(bench: Bench) -> None:
+    """By the reason in dynamic metadata Envoy distinguishes refusals of the service from its own errors."""
     _, response = bench.post(BODY, test_refuse="without-reason")
 
     assert response.status_code == 429
@@ -175,8 +175,8 @@ def test_a_refusal_without_a_reason_keeps_its_headers_only(bench: Bench) -> None
     assert response.headers["retry-after"] == "7"
 
 
-def test_a_decode_server_that_refuses_connections_gives_a_json_503(bench: Bench) -> None:
-    """The client learns in the shape it can read that there was no answer."""
+def test_client_gets_a_json_503_if_the_decode_engine_refuses_connections(bench: Bench) -> None:
+    """The error has the shape that client libraries can read, and does not reveal the address."""
     _, response = bench.post(BODY, test_decode_host="127.0.0.1:1")
 
     assert response.status_code == 503
@@ -185,8 +185,8 @@ def test_a_decode_server_that_refuses_connections_gives_a_json_503(bench: Bench)
     assert "127.0.0.1" not in error["message"]
 
 
-def test_a_protocol_error_gives_a_json_400(bench: Bench) -> None:
-    """Even what Envoy cannot parse is answered in the shape of OpenAI errors."""
+def test_client_gets_a_json_400_for_malformed_http(bench: Bench) -> None:
+    """The error has the shape of OpenAI errors, even though Envoy could not parse the request."""
     with socket.create_connection((bench.config.envoy.inference.host, bench.config.envoy.inference.port)) as client:
         client.settimeout(10)
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: x\r\n\r\n")
@@ -199,8 +199,8 @@ def test_a_protocol_error_gives_a_json_400(bench: Bench) -> None:
     assert json.loads(body)["error"]["code"] == "request_refused"
 
 
-def test_a_chunked_upload_above_the_limit_gives_a_json_413(bench: Bench) -> None:
-    """Envoy stops an upload that declares no length; in duplex mode the service has to."""
+def test_client_gets_a_json_413_for_a_chunked_upload_above_the_limit(bench: Bench) -> None:
+    """Envoy stops an upload of unknown length. In full duplex mode the service has to."""
     if bench.config.envoy.body_mode is BodyMode.FULL_DUPLEX_STREAMED:
         pytest.skip("Envoy does not hold the body in this mode")
 
@@ -220,8 +220,8 @@ def test_a_chunked_upload_above_the_limit_gives_a_json_413(bench: Bench) -> None
     assert bench.decode.of(request_id) == []
 
 
-def test_the_access_log_shows_where_a_request_was_placed(bench: Bench) -> None:
-    """One line per request, with hosts and ranks of both legs, and one per prefill leg."""
+def test_access_log_has_the_decision_about_each_request(bench: Bench) -> None:
+    """One line for each request has the endpoints and ranks of both legs, and each prefill leg has a line."""
     request_id, _ = bench.post(BODY)
 
     line = bench.log_line(request_id, "main")

@@ -1,4 +1,4 @@
-"""What Envoy does when the service, or the Lua script, is not there to decide."""
+"""Envoy without the service, and with a Lua script that fails."""
 
 import httpx
 import pytest
@@ -15,8 +15,8 @@ from envoy_config.scripted_service import run_service
 
 
 @pytest.mark.parametrize("body_mode", list(BodyMode))
-def test_without_the_service_a_request_goes_nowhere(body_mode: BodyMode) -> None:
-    """The filter fails open, the routes fail closed, and once the service is there requests are its business."""
+def test_request_gets_a_503_without_the_service(body_mode: BodyMode) -> None:
+    """The filter fails open and the routes fail closed. Requests pass once the service runs."""
     ports = free_ports(3)
     with (
         run_engine("decode") as decode,
@@ -31,12 +31,12 @@ def test_without_the_service_a_request_goes_nowhere(body_mode: BodyMode) -> None
 
         with run_service(decode.address, decode.address, ports[2]):
             answer = client.post("/v1/completions", content=BODY, headers={"test-one-server": "1"})
-            # The scripted service places nothing without having seen the body.
+            # The scripted service makes no decision without the body.
             assert answer.status_code == (503 if body_mode is BodyMode.NONE else 200)
 
 
-def test_a_prefill_leg_whose_script_fails_is_not_forwarded() -> None:
-    """Envoy lets a request go on when its Lua script fails; the route holds it."""
+def test_prefill_leg_is_not_forwarded_if_its_script_fails() -> None:
+    """Envoy forwards a request whose Lua script fails, so the route has to refuse it."""
     ports = free_ports(3)
     config = make_config(BodyMode.BUFFERED, ports)
     printed = render_yaml(build_bootstrap(config))
@@ -58,10 +58,10 @@ def test_a_prefill_leg_whose_script_fails_is_not_forwarded() -> None:
     assert [report.status for report in service.prefill_reports] == ["500"]
 
 
-def test_a_running_response_outlives_the_service() -> None:
-    """A stream that has begun is not cut when the service that placed it crashes.
+def test_running_response_continues_after_a_crash_of_the_service() -> None:
+    """A stream that has begun is not truncated if the service crashes.
 
-    Only in buffered mode: Envoy 1.40 never fails open once a body was sent in duplex mode.
+    This holds in buffered mode only. In full duplex mode Envoy 1.40 never fails open after it has sent a body.
     """
     ports = free_ports(3)
     with (

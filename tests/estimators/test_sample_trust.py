@@ -1,4 +1,4 @@
-"""An engine's corrections are followed as far as they prove true."""
+"""An engine's corrections are applied as far as earlier ones have held."""
 
 import itertools
 
@@ -12,76 +12,76 @@ from fleet_fixtures import absorb_sample
 NOW = 1000.0
 
 
-def test_the_first_correction_is_followed() -> None:
-    """A service that starts beside a busy engine believes it at once, whatever it tells, and of every rank."""
-    belief = SampleTrust(2)
+def test_the_first_correction_is_applied_completely() -> None:
+    """A service that starts beside a busy engine has no reservation for its load, whatever it is, and of every rank."""
+    trust = SampleTrust(2)
 
-    assert [belief.weigh(0, 30_000.0), belief.weigh(1, 500.0)] == [30_000.0, 500.0]
+    assert [trust.weigh(0, 30_000.0), trust.weigh(1, 500.0)] == [30_000.0, 500.0]
 
 
-def test_what_each_correction_takes_back_is_followed_less_and_less() -> None:
-    """Twenty thousand more, and twenty thousand less: after thirty of them little of it is believed, and never none."""
-    belief = SampleTrust(1)
-    followed = [belief.weigh(0, sign * 20_000.0) for sign in itertools.islice(itertools.cycle((1, -1)), 30)]
+def test_alternating_corrections_lower_the_sample_trust() -> None:
+    """Twenty thousand more, and twenty thousand less: after thirty of them little is applied, and never nothing."""
+    trust = SampleTrust(1)
+    followed = [trust.weigh(0, sign * 20_000.0) for sign in itertools.islice(itertools.cycle((1, -1)), 30)]
 
     assert [abs(each) for each in followed] == sorted(map(abs, followed), reverse=True)
-    assert 0 < belief.share < 0.1
+    assert 0 < trust.share < 0.1
 
 
-def test_what_is_told_again_and_again_prevails() -> None:
-    """Whoever was not believed is, once what he tells stays the same: nine tenths are corrected after 15 samples."""
-    belief = SampleTrust(1)
+def test_a_repeated_sample_prevails_over_low_trust() -> None:
+    """Nine tenths of what stays the same are corrected after 15 samples, after however much nonsense."""
+    trust = SampleTrust(1)
     for sign in itertools.islice(itertools.cycle((1, -1)), 30):
-        belief.weigh(0, sign * 20_000.0)
+        trust.weigh(0, sign * 20_000.0)
     known = 0.0
     for _ in range(15):
-        known += belief.weigh(0, 20_000.0 - known)
+        known += trust.weigh(0, 20_000.0 - known)
 
     assert 18_000 < known <= 20_000
 
 
-def test_nothing_to_correct_tells_nothing() -> None:
-    """An engine of which we know everything is believed as before."""
-    belief = SampleTrust(1)
+def test_a_correction_of_zero_leaves_the_trust() -> None:
+    """An engine whose load is all explained is trusted as before."""
+    trust = SampleTrust(1)
     for _ in range(100):
-        belief.weigh(0, 0.0)
+        trust.weigh(0, 0.0)
 
-    assert belief.share == 1.0
+    assert trust.share == 1.0
 
 
-def test_it_learns_by_samples_of_the_whole_server() -> None:
-    """However many ranks these have."""
+def test_the_trust_changes_by_samples_of_the_whole_engine() -> None:
+    """The number of its ranks makes no difference."""
     shares = []
     for ranks in (1, 8):
-        belief = SampleTrust(ranks)
+        trust = SampleTrust(ranks)
         for sign in (1, -1, 1, -1, 1):
             for position in range(ranks):
-                belief.weigh(position, sign * 1000.0)
-        shares.append(belief.share)
+                trust.weigh(position, sign * 1000.0)
+        shares.append(trust.share)
 
     assert shares[0] == pytest.approx(shares[1], rel=0.3)
     assert shares[1] < 0.5
 
 
-def test_a_decode_rank_does_not_swing_with_an_engine_that_tells_nonsense() -> None:
-    """It tells 50,000 tokens of others in every second sample: in the end the rank seems to have some, all the time."""
+def test_a_decode_rank_does_not_swing_with_an_engine_that_reports_nonsense() -> None:
+    """It reports 50,000 external tokens in every second sample: in the end the rank has a few of them all the time."""
     group = DecodeGroup(range(1), request_tokens=1000)
     loads = []
     for number in range(60):
-        told = RankSample(0, 50_000, running_requests=5) if number % 2 else RankSample(0, 0)
-        absorb_sample(group, told, NOW + number)
+        sample = RankSample(0, 50_000, running_requests=5) if number % 2 else RankSample(0, 0)
+        absorb_sample(group, sample, NOW + number)
         loads.append(group.loads[0])
 
     assert max(loads[:4]) - min(loads[:4]) > 30_000
     assert max(loads[-4:]) - min(loads[-4:]) < 5_000
 
 
-def test_an_empty_rank_is_empty() -> None:
-    """However little the engine is believed: what it told by mistake must not keep requests away for long."""
+def test_an_empty_sample_is_applied_completely() -> None:
+    """Whatever the trust is: a load that was reported by mistake must not keep requests away for long."""
     group = DecodeGroup(range(1), request_tokens=1000)
     for number in range(40):
-        told = RankSample(0, 50_000, running_requests=5) if number % 2 else RankSample(0, 10, running_requests=1)
-        absorb_sample(group, told, NOW + number)
+        sample = RankSample(0, 50_000, running_requests=5) if number % 2 else RankSample(0, 10, running_requests=1)
+        absorb_sample(group, sample, NOW + number)
     before = group.loads[0]
     absorb_sample(group, RankSample(0, 0), NOW + 60)
 

@@ -1,4 +1,4 @@
-"""Token estimates start sane and correct themselves from what the engines count."""
+"""Token estimates start within the usual range, and follow what the engines count."""
 
 from random import Random
 
@@ -25,8 +25,8 @@ def test_token_ids_are_exact() -> None:
         pytest.param("", 1, 1, id="empty"),
     ],
 )
-def test_first_estimates_are_sane(text: str, least: int, most: int) -> None:
-    """Without any feedback an estimate is within a factor of two of what usual tokenizers make of a text."""
+def test_first_estimates_are_within_a_factor_of_two(text: str, least: int, most: int) -> None:
+    """Without any count an estimate is that near to what usual tokenizers make of a text."""
     assert least <= TokenRatio().estimate(Prompt(len(text.encode()), 0, None)) <= most
 
 
@@ -48,16 +48,16 @@ def test_the_ratio_follows_the_engines_count(bytes_per_token: float) -> None:
     assert ratio.bytes_per_token == pytest.approx(bytes_per_token, rel=0.02)
 
 
-def test_known_tokens_do_not_bend_the_ratio() -> None:
-    """Token ids among the prompts are counted by the engine, too, and taken out again."""
+def test_token_ids_do_not_change_the_ratio() -> None:
+    """Engines count them among the prompts, so they are subtracted."""
     ratio = TokenRatio()
     _feed(ratio, 60_000, 20_000 + 50_000, known=50_000)
 
     assert ratio.bytes_per_token == pytest.approx(3.0, rel=0.02)
 
 
-def test_traffic_of_others_alone_teaches_nothing() -> None:
-    """An engine that counts while we send nothing is busy with others."""
+def test_external_traffic_alone_does_not_change_the_ratio() -> None:
+    """What an engine counts without a reservation is of other senders."""
     ratio = TokenRatio()
     for count in range(0, 10_000_000, 100_000):
         ratio.counted(ENGINE, count, count / 100_000)
@@ -65,8 +65,8 @@ def test_traffic_of_others_alone_teaches_nothing() -> None:
     assert ratio.bytes_per_token == START
 
 
-def test_a_restarted_engine_counts_anew() -> None:
-    """A count that went down is not taken for negative tokens."""
+def test_a_count_that_went_down_began_anew() -> None:
+    """It is not taken for negative tokens."""
     ratio = TokenRatio()
     _feed(ratio, 60_000, 20_000)
     _feed(ratio, 60_000, 20_000)
@@ -74,7 +74,7 @@ def test_a_restarted_engine_counts_anew() -> None:
     assert ratio.bytes_per_token == pytest.approx(3.0, rel=0.02)
 
 
-def test_a_change_of_traffic_shows() -> None:
+def test_the_ratio_follows_a_change_of_traffic() -> None:
     """Old counts fade: after a few times the memory the new ratio holds."""
     ratio = TokenRatio()
     _feed(ratio, 1_000_000, 250_000, rounds=100)
@@ -83,8 +83,8 @@ def test_a_change_of_traffic_shows() -> None:
     assert ratio.bytes_per_token == pytest.approx(2.0, rel=0.1)
 
 
-@pytest.mark.parametrize(("counted", "bound"), [(10_000_000, LEAST), (0, MOST)], ids=["others' traffic", "all cached"])
-def test_bounds_hold_where_counts_mislead(counted: int, bound: float) -> None:
+@pytest.mark.parametrize(("counted", "bound"), [(10_000_000, LEAST), (0, MOST)], ids=["external traffic", "all cached"])
+def test_the_ratio_stays_within_bounds(counted: int, bound: float) -> None:
     """No count makes an estimate absurd."""
     ratio = TokenRatio()
     _feed(ratio, 60_000, counted)
@@ -92,11 +92,11 @@ def test_bounds_hold_where_counts_mislead(counted: int, bound: float) -> None:
     assert ratio.bytes_per_token == bound
 
 
-class TestTrafficOfOthers:
-    """An engine counts for everybody, and texts have 4 bytes per token, whoever sends them."""
+class TestExternalTraffic:
+    """An engine counts the prompts of all senders, and texts have 4 bytes per token, whoever sends them."""
 
-    def test_requests_that_nobody_of_us_has_sent_stop_the_learning(self) -> None:
-        """Three of four prompts are of others, and the engine shows some of them whenever it is read."""
+    def test_frequent_external_requests_stop_the_learning(self) -> None:
+        """Three of four prompts are external, and each page of the engine has some of them."""
         ratio = TokenRatio()
         for second in range(500):
             ratio.computed(ENGINE, 20_000, 0)
@@ -104,8 +104,8 @@ class TestTrafficOfOthers:
 
         assert ratio.bytes_per_token == START
 
-    def test_they_are_not_there_whenever_the_engine_is_read(self) -> None:
-        """Every other prompt is of others, which two readings of five show; one more without them tells nothing yet."""
+    def test_rare_external_requests_stop_the_learning(self) -> None:
+        """Every other prompt is external, on two pages of five; one more page without them is no evidence yet."""
         ratio, chance = TokenRatio(), Random(1)
         for second in range(3000):
             ratio.computed(ENGINE, 20_000, 0)
@@ -113,8 +113,8 @@ class TestTrafficOfOthers:
 
         assert ratio.bytes_per_token == pytest.approx(START, rel=0.05)
 
-    def test_what_was_learned_just_before_they_were_seen_is_dropped(self) -> None:
-        """And what comes in the first readings after them; once they have been gone for a while all is learned."""
+    def test_counts_around_external_requests_are_dropped(self) -> None:
+        """Those of the first pages after them, too; once they have been gone for a while all is learned."""
         ratio = TokenRatio()
         count = 0
 
@@ -135,8 +135,8 @@ class TestTrafficOfOthers:
         assert before == START
         assert ratio.bytes_per_token == pytest.approx(2.0, rel=0.05)
 
-    def test_pages_without_a_count_show_them_too(self) -> None:
-        """The count comes with every tenth page; others are on the page in between."""
+    def test_pages_without_a_count_count_for_external_requests(self) -> None:
+        """The count comes with every tenth page; external requests are on a page between."""
         ratio = TokenRatio()
         for page in range(1000):
             ratio.computed(ENGINE, 20_000, 0)
@@ -145,18 +145,18 @@ class TestTrafficOfOthers:
         assert ratio.bytes_per_token == START
 
     @pytest.mark.parametrize("share", [0.25, 0.7, 1.0])
-    def test_what_is_counted_without_us_is_taken_off(self, share: float) -> None:
-        """Requests come by chance, and the engine is read once a second; some are counted a second late."""
+    def test_the_rate_without_reservations_is_subtracted(self, share: float) -> None:
+        """Requests come at random, and the engine is read once a second; some are counted a second late."""
         ratio, chance = TokenRatio(), Random(1)
         count = late = 0
         for second in range(5000):
             ours = [chance.expovariate(1 / 4000) for _ in range(6) if chance.random() < share / 6]
-            others = [chance.expovariate(1 / 4000) for _ in range(6) if chance.random() < (1 - share) / 6]
+            external = [chance.expovariate(1 / 4000) for _ in range(6) if chance.random() < (1 - share) / 6]
             for size in ours:
                 ratio.computed(ENGINE, round(size), 0)
             count += late
             late = round(sum(ours) / 2) if chance.random() < 0.2 else 0
-            count += round(sum(ours) / 2) - late + round(sum(others) / 2)
+            count += round(sum(ours) / 2) - late + round(sum(external) / 2)
             ratio.counted(ENGINE, count, second, idle=True)
 
         assert ratio.bytes_per_token == pytest.approx(2.0, rel=0.1)

@@ -56,7 +56,7 @@ NEVER_READ: Final = {
 def test_no_header_is_read_that_is_not_in_these_tables() -> None:
     """Who adds one has to say whose word it is."""
     assert OF_THE_REQUEST | OF_OUR_ENVOY.keys() == contract.READ_FROM_REQUESTS
-    assert contract.READ_BEHIND_OTHERS == OF_THE_REQUEST
+    assert contract.READ_BEHIND_GATEWAY == OF_THE_REQUEST
     ours = {
         each for each in vars(contract).values() if isinstance(each, str) and each.startswith(contract.OWNED_PREFIX)
     }

@@ -18,7 +18,7 @@ from envoy_data_plane.envoy.config.endpoint.v3 import LocalityLbEndpoints
 
 from dp_extproc.config import Config
 from dp_extproc.envoy_config import build_bootstrap, render_yaml
-from dp_extproc.envoy_config.cluster_names import SERVICE
+from dp_extproc.envoy_config.addresses import SERVICE
 from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.engine import EngineProcess
 from dp_extproc.lab.testbed.envoy import EnvoyProcess

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from dp_extproc.envoy_config.cluster_names import SERVICE
+from dp_extproc.envoy_config.addresses import SERVICE
 from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.engine import EngineProcess
 from dp_extproc.lab.testbed.service import ServiceProcess

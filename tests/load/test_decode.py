@@ -25,7 +25,7 @@ def test_a_sequence_costs_its_prompt_and_a_fixed_amount() -> None:
     assert group.loads == [2600, 0]
 
 
-def test_it_grows_from_the_first_token_on_at_the_pace_of_its_server() -> None:
+def test_a_sequence_grows_from_its_first_token_at_the_tpot_of_its_engine() -> None:
     """At 30 ms per token it is 100 tokens longer after three seconds; the wait for the first token adds nothing."""
     group = make_group()
     reservation = group.ranks[0].reserve(300, NOW)
@@ -39,8 +39,8 @@ def test_it_grows_from_the_first_token_on_at_the_pace_of_its_server() -> None:
     assert DEFAULT_TPOT == 0.03
 
 
-def test_an_old_sample_teaches_nothing_anew() -> None:
-    """When the others it showed are forgotten, the pace stays as the samples told it, each of them once."""
+def test_dropping_external_load_leaves_the_tpot() -> None:
+    """Each sample counts once for the time per output token, also when its external load is dropped later."""
     group = make_group()
     for rate in (1000.0, 1000.0, 500.0):
         absorb_sample(group, RankSample(0, 0, running_requests=20, tokens_per_second=rate), NOW)
@@ -51,7 +51,7 @@ def test_an_old_sample_teaches_nothing_anew() -> None:
     assert group.pace.reported == before
 
 
-def test_with_nothing_in_flight_the_books_are_exactly_zero() -> None:
+def test_the_load_is_exactly_zero_with_nothing_in_flight() -> None:
     """Whatever floating point makes of the sums, and in whatever order the ends come."""
     group = make_group()
     reservations = [group.ranks[0].reserve(0.1 * number, NOW) for number in range(1, 30)]
@@ -78,7 +78,7 @@ def test_a_first_token_after_the_end_is_ignored() -> None:
 @pytest.mark.parametrize(
     ("capacity", "hours"), [(None, 8.7), (20_000, 1.0), (1_000_000, 16.6)], ids=["unknown", "small", "large"]
 )
-def test_what_is_older_than_any_sequence_can_be_goes(capacity: int | None, hours: float) -> None:
+def test_a_sequence_expires_when_it_is_older_than_any_can_be(capacity: int | None, hours: float) -> None:
     """At 30 ms per token, twice the KV cache of a rank or a million tokens; an hour at least."""
     group = make_group(1)
     if capacity is not None:
@@ -93,8 +93,8 @@ def test_what_is_older_than_any_sequence_can_be_goes(capacity: int | None, hours
     assert group.loads[0] == group.external[0]
 
 
-def test_what_others_cause_comes_on_top_with_its_sequences() -> None:
-    """A sample of 5000 tokens and 4 sequences, of which 1300 and one are ours (300 prompt, 1000 grown)."""
+def test_external_load_is_added_with_its_sequences() -> None:
+    """A sample has 5000 tokens and 4 sequences, of which 1300 and one are reserved (300 prompt, 1000 grown)."""
     group = make_group()
     reservation = group.ranks[0].reserve(300, NOW)
     reservation.first_token(NOW)
@@ -105,8 +105,8 @@ def test_what_others_cause_comes_on_top_with_its_sequences() -> None:
     assert group.loads[0] == pytest.approx(group.external[0] + 1300 + 1000)
 
 
-def test_a_worker_counts_a_prompt_twice_until_it_is_computed() -> None:
-    """It computes the prompt and holds it; what its cache holds already is computed no more."""
+def test_an_aggregated_endpoint_counts_a_prompt_twice_until_it_is_computed() -> None:
+    """It computes the prompt and keeps it; cached tokens need not be computed."""
     group = make_group(computes=True)
     reservation = group.ranks[0].reserve(500, NOW, cached=200)
     queued = group.loads[0]
@@ -118,7 +118,7 @@ def test_a_worker_counts_a_prompt_twice_until_it_is_computed() -> None:
 
 
 def test_the_cost_is_the_fullest_rank_and_what_it_slows_down() -> None:
-    """Each of the three sequences pays for what the fullest rank grows, and for what the ranks get more on average.
+    """Each of the three sequences is slowed by the growth of the fullest rank, and by that of the average rank.
 
     The new sequence's own fixed cost of 1000 tokens counts.
     """
@@ -133,7 +133,7 @@ def test_the_cost_is_the_fullest_rank_and_what_it_slows_down() -> None:
 
 
 def test_the_growth_of_the_fullest_rank_counts_for_twenty_sequences_at_most() -> None:
-    """Else a large server of short sequences would never be worth a long one. The room is taken from all of them."""
+    """Otherwise a large engine of short sequences would never get a long one. The room is taken from all of them."""
     group = make_group(4)
     for _ in range(50):
         group.ranks[0].reserve(1000, NOW)
@@ -143,8 +143,8 @@ def test_the_growth_of_the_fullest_rank_counts_for_twenty_sequences_at_most() ->
     assert group.cost(1, 109_000) == pytest.approx(110_000 + 0.3 * (20 * 10_000 + 50 * 110_000 / 4))
 
 
-def test_room_under_the_fullest_rank_costs_those_who_run_beside_it() -> None:
-    """It is not free, so a long sequence is not sent to one server again and again only because it fits there."""
+def test_room_under_the_fullest_rank_is_not_free() -> None:
+    """Otherwise one engine would get long sequence after long sequence, only because they fit there."""
     busy, quiet = make_group(4), make_group(4)
     for group, sequences in ((busy, 9), (quiet, 1)):
         for _ in range(sequences):
@@ -158,7 +158,7 @@ def test_room_under_the_fullest_rank_costs_those_who_run_beside_it() -> None:
 
 
 def test_a_rank_without_kv_room_costs_more_than_any_other() -> None:
-    """85 % of the capacity may be promised; fixed costs of sequences are no KV tokens."""
+    """85 % of the capacity may be reserved; fixed costs of sequences are no KV tokens."""
     group = make_group(1)
     absorb_sample(group, RankSample(0, 0, capacity_tokens=10_000), NOW)
     for _ in range(4):
@@ -168,8 +168,8 @@ def test_a_rank_without_kv_room_costs_more_than_any_other() -> None:
     assert group.cost(0, group.loads[0] + 600) > 1e9
 
 
-def test_the_fixed_costs_of_others_are_no_kv_tokens_either() -> None:
-    """300 sequences that hold 5000 tokens leave 3500 of the 8500 that may be promised."""
+def test_fixed_costs_of_external_sequences_are_no_kv_tokens() -> None:
+    """300 sequences with 5000 tokens leave 3500 of the 8500 that may be reserved."""
     group = make_group(1)
     sample = RankSample(0, used_tokens=5000, total_tokens=5000, running_requests=300, capacity_tokens=10_000)
     absorb_sample(group, sample, NOW)
@@ -178,12 +178,14 @@ def test_the_fixed_costs_of_others_are_no_kv_tokens_either() -> None:
     assert group.cost(0, group.loads[0] + 3600) > 1e9
 
 
-@pytest.mark.parametrize(("told", "loads"), [(4000, [6000, 3000, 0]), (1500, [3500, 1750, 0])], ids=["more", "less"])
-def test_what_was_misjudged_goes_with_the_requests(told: int, loads: list[float]) -> None:
-    """The engine may not be heard for long, and what it said of requests is nothing to those that follow."""
+@pytest.mark.parametrize(
+    ("reported", "loads"), [(4000, [6000, 3000, 0]), (1500, [3500, 1750, 0])], ids=["more", "less"]
+)
+def test_a_misestimated_length_ends_with_its_requests(reported: int, loads: list[float]) -> None:
+    """The next sample may be far away, and the last one is no evidence for the requests that follow."""
     group = make_group()
     reservations = [group.ranks[0].reserve(1000, NOW) for _ in range(2)]
-    sample = RankSample(0, used_tokens=told, total_tokens=told, running_requests=2)
+    sample = RankSample(0, used_tokens=reported, total_tokens=reported, running_requests=2)
     absorb_sample(group, sample, NOW + 1)
     found = [group.loads[0]]
     for each in reservations:
@@ -194,16 +196,16 @@ def test_what_was_misjudged_goes_with_the_requests(told: int, loads: list[float]
 
 
 @pytest.mark.parametrize(
-    ("told", "load"),
+    ("reported", "load"),
     [(4000, 4000 + 2000), (900, 1000 + 2000), (1500, 1500 + 2000)],
     ids=["more", "far less", "less"],
 )
-def test_the_engine_knows_better_how_long_our_sequences_are(told: int, load: float) -> None:
-    """Two sequences taken for 2000 tokens: its count goes, either way, but never below a half of ours."""
+def test_the_engines_count_corrects_our_estimate_of_lengths(reported: int, load: float) -> None:
+    """Two sequences are estimated at 2000 tokens: the count replaces that, up or down, but never below a half."""
     group = make_group()
     for _ in range(2):
         group.ranks[0].reserve(1000, NOW)
-    sample = RankSample(0, used_tokens=told, total_tokens=told, running_requests=2)
+    sample = RankSample(0, used_tokens=reported, total_tokens=reported, running_requests=2)
     absorb_sample(group, sample, NOW + 1)
 
     assert group.loads[0] == load
@@ -212,8 +214,8 @@ def test_the_engine_knows_better_how_long_our_sequences_are(told: int, load: flo
 @pytest.mark.parametrize("reported", [4000, 1200], ids=["more", "less"])
 @pytest.mark.parametrize("is_share", [False, True], ids=["own", "share"])
 @pytest.mark.parametrize("ended", [1, 2])
-def test_a_late_sample_corrects_only_what_is_still_open(ended: int, reported: int, *, is_share: bool) -> None:
-    """The count of an engine may arrive after the requests that it counted have ended: their part goes with them."""
+def test_a_late_sample_corrects_only_open_reservations(ended: int, reported: int, *, is_share: bool) -> None:
+    """Some requests in it may have ended when it arrives: their part of the correction ends with them."""
     group = make_group(1)
     rank = group.ranks[0]
     reservations = [rank.reserve(1000, NOW, is_share=is_share) for _ in range(2)]
@@ -228,8 +230,8 @@ def test_a_late_sample_corrects_only_what_is_still_open(ended: int, reported: in
     assert rank.tokens == (reported + 2000) / 2 * still_open
 
 
-def test_a_count_that_knows_nothing_of_us_is_not_believed() -> None:
-    """It is old, or of another server: ours stand."""
+def test_a_sample_with_few_of_our_requests_corrects_nothing() -> None:
+    """It is old, or of another engine: the reservations stand."""
     group = make_group()
     for _ in range(4):
         group.ranks[0].reserve(1000, NOW)

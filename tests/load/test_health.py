@@ -1,4 +1,4 @@
-"""When an endpoint is left alone, and when it gets requests again."""
+"""When an endpoint is ejected, and when it gets requests again."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ def eject(health: Health, now: float) -> None:
 
 
 def test_failures_in_a_row_eject() -> None:
-    """One failure is bad luck; a success between two begins anew."""
+    """A success between two failures begins anew."""
     health = make_health()
     health.failed(0.0)
     health.succeeded()
@@ -40,7 +40,7 @@ def test_failures_in_a_row_eject() -> None:
 
 
 def test_each_ejection_is_twice_as_long_up_to_a_limit() -> None:
-    """What fails its probe is left alone longer; four seconds at most here."""
+    """A failed probe ejects for longer; for four seconds at most here."""
     health = make_health()
     now, lengths = 0.0, []
     eject(health, now)
@@ -52,7 +52,7 @@ def test_each_ejection_is_twice_as_long_up_to_a_limit() -> None:
 
 
 def test_failures_of_requests_sent_before_the_ejection_do_not_count() -> None:
-    """A death hits fifty requests at once; the endpoint is not ejected fifty times."""
+    """A crash fails fifty requests at once, and the endpoint is not ejected fifty times."""
     health = make_health()
     for _ in range(50):
         health.failed(10.0)
@@ -60,7 +60,7 @@ def test_failures_of_requests_sent_before_the_ejection_do_not_count() -> None:
 
 
 def test_one_request_at_a_time_is_the_probe() -> None:
-    """After an ejection the first request goes, the next ones wait for its outcome, or until it counts as lost."""
+    """After an ejection one request goes. The next ones wait for its outcome, or until it counts as lost."""
     health = make_health()
     eject(health, 0.0)
     assert health.takes(1.0)
@@ -74,7 +74,7 @@ def test_one_request_at_a_time_is_the_probe() -> None:
 
 
 def test_a_change_is_reported_at_each_ejection_and_at_recovery() -> None:
-    """A healthy fleet costs no look at the records: what the filters have found holds until a change is reported."""
+    """What the filters have found holds until a change is reported."""
     changes: list[bool] = []
     health = Health(SETTINGS, lambda: changes.append(health.is_unhealthy))
     health.failed(0.0)

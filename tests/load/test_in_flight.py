@@ -1,4 +1,4 @@
-"""An attempt gives back what it reserved exactly once, whatever happens in whatever order."""
+"""An in-flight request ends its reservations exactly once, whatever happens in whatever order."""
 
 from itertools import permutations
 
@@ -27,8 +27,8 @@ def _tell(attempt: InFlight, event: str, now: float) -> None:
     [order for length in range(4) for order in permutations(EVENTS, length)],
     ids=lambda order: "-".join(order) or "none",
 )
-def test_the_books_are_empty_after_the_end(events: tuple[str, ...], streaming: bool) -> None:
-    """Events may be missing or come in any order, and twice; once the end was told the books are exactly empty."""
+def test_the_load_is_zero_after_the_end(events: tuple[str, ...], streaming: bool) -> None:
+    """Events may be missing, come in any order, and twice; after the end the load is exactly zero."""
     fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
     prefill, decode = fleet.host(Role.PREFILL), fleet.host(Role.DECODE)
     answered: list[int] = []
@@ -54,8 +54,8 @@ def test_the_books_are_empty_after_the_end(events: tuple[str, ...], streaming: b
     assert answered == ([200] if heard else [])
 
 
-class TestWhatAnEndTells:
-    """Two requests wait on a prefill rank; the second one is over without an answer of its leg."""
+class TestAnEndWithoutPrefill:
+    """Two requests wait on a prefill rank; the second one ends without a response of its leg."""
 
     @pytest.fixture
     def fleet(self) -> Fleet:
@@ -69,7 +69,7 @@ class TestWhatAnEndTells:
             for number in range(2)
         ]
 
-    def test_a_client_that_leaves_tells_nothing(self, fleet: Fleet) -> None:
+    def test_a_client_that_leaves_moves_no_other_request(self, fleet: Fleet) -> None:
         """The first one is as far from its turn as it was before."""
         _, leaving = self.attempts(fleet)
         before = fleet.host(Role.PREFILL).tokens
@@ -77,8 +77,8 @@ class TestWhatAnEndTells:
 
         assert fleet.host(Role.PREFILL).tokens == before - 40_000
 
-    def test_nor_does_an_error(self, fleet: Fleet) -> None:
-        """Engines refuse requests at once, and Envoy answers for those that are gone."""
+    def test_an_error_moves_no_other_request(self, fleet: Fleet) -> None:
+        """Engines refuse requests at once, and Envoy answers for engines that are gone."""
         _, failed = self.attempts(fleet)
         before = fleet.host(Role.PREFILL).tokens
         failed.prefill_answered(503, 1)
@@ -86,15 +86,15 @@ class TestWhatAnEndTells:
 
         assert fleet.host(Role.PREFILL).tokens == before - 40_000
 
-    def test_a_whole_answer_tells_that_it_was_computed(self, fleet: Fleet) -> None:
-        """Decode could not have answered otherwise; first in, first out, the other one is computed, too."""
+    def test_a_whole_response_completes_the_prompt(self, fleet: Fleet) -> None:
+        """Decode could not have responded otherwise; first in, first out, the other one is computed, too."""
         _, answered = self.attempts(fleet)
         answered.first_byte(200, 1)
 
         assert fleet.host(Role.PREFILL).tokens == 0
 
-    def test_the_head_of_a_stream_does_not(self, fleet: Fleet) -> None:
-        """Engines send it before the first token is computed."""
+    def test_the_headers_of_a_stream_complete_no_prompt(self, fleet: Fleet) -> None:
+        """Engines send them before the first token is computed."""
         _, begun = self.attempts(fleet, streaming=True)
         before = fleet.host(Role.PREFILL).tokens
         begun.first_byte(200, 1)
@@ -103,8 +103,8 @@ class TestWhatAnEndTells:
 
 
 @pytest.mark.parametrize(("status", "lasted"), [(200, 2), (500, None)])
-def test_an_error_tells_nothing_of_how_long_sequences_last(status: int, lasted: float | None) -> None:
-    """A server that fails at once is not a fast one."""
+def test_an_error_is_no_duration_of_a_sequence(status: int, lasted: float | None) -> None:
+    """An engine that fails at once is not a fast one."""
     fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
     prefill, decode = fleet.host(Role.PREFILL), fleet.host(Role.DECODE)
     for number in range(60):
@@ -118,8 +118,8 @@ def test_an_error_tells_nothing_of_how_long_sequences_last(status: int, lasted: 
     assert group.pace.lasting == lasted
 
 
-def test_on_one_server_the_first_byte_tells_that_the_prompt_is_done() -> None:
-    """An aggregated worker has no prefill leg; its response headers stand for the answer of one."""
+def test_the_first_byte_of_an_aggregated_endpoint_completes_its_prompt() -> None:
+    """Such an endpoint has no prefill leg; its response headers stand for the response of one."""
     worker = Fleet(workers=[make_facts(Role.WORKER)]).host(Role.WORKER)
     answered: list[int] = []
     attempt = InFlight(1, 0, (), worker.reserve(0, 70, 0), on_prefill_answer=answered.append)

@@ -1,4 +1,4 @@
-"""Prefill ranks count what has not started: a ledger that the answers of prefill legs move forward."""
+"""Prefill ranks count the tokens that have not started; responses of prefill legs move them forward."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def make_group(ranks: int = 2, budget: float = 1000, *, chunked: bool = True) ->
     return PrefillGroup(range(ranks), budget=budget, chunked=chunked, step_tokens=400)
 
 
-def test_a_request_to_an_idle_server_starts_at_once() -> None:
+def test_a_request_to_an_idle_engine_starts_at_once() -> None:
     """It is in the running step, which weighs a quarter; a second one waits for the next step and weighs all."""
     group = make_group()
     group.ranks[0].reserve(800, NOW)
@@ -25,8 +25,8 @@ def test_a_request_to_an_idle_server_starts_at_once() -> None:
     assert group.loads == [200, 800]
 
 
-def test_an_answer_tells_that_a_step_has_ended_for_every_rank() -> None:
-    """When rank 0 answers, what waits on rank 1 and had arrived by then has started."""
+def test_a_response_ends_the_step_of_every_rank() -> None:
+    """When rank 0 responds, what waits on rank 1 and had arrived by then has started."""
     group = make_group()
     first = group.ranks[0].reserve(800, NOW)
     group.ranks[1].reserve(800, NOW)
@@ -35,8 +35,8 @@ def test_an_answer_tells_that_a_step_has_ended_for_every_rank() -> None:
     assert group.loads == [0, 200]
 
 
-def test_what_was_sent_a_moment_ago_has_not_started() -> None:
-    """The step that just began could not know a request that is still being tokenized."""
+def test_a_request_that_has_not_arrived_does_not_start() -> None:
+    """The step that has just begun could not take in a request that is still being tokenized."""
     group = make_group()
     first = group.ranks[0].reserve(800, NOW)
     group.ranks[1].reserve(800, NOW)
@@ -46,8 +46,8 @@ def test_what_was_sent_a_moment_ago_has_not_started() -> None:
     assert group.loads == [0, 200 + 60]
 
 
-def test_a_server_that_has_nothing_else_starts_it_all_the_same() -> None:
-    """With nothing older to run the server starts what arrives."""
+def test_an_engine_without_other_work_starts_a_request_on_its_way() -> None:
+    """Without older requests the engine starts what arrives."""
     group = make_group()
     first = group.ranks[0].reserve(800, NOW)
     group.ranks[1].reserve(60, LATER - ARRIVAL_LAG / 2)
@@ -56,8 +56,8 @@ def test_a_server_that_has_nothing_else_starts_it_all_the_same() -> None:
     assert group.loads == [0, 15]
 
 
-def test_two_answers_of_one_step_are_one_step() -> None:
-    """Both requests ran in the step that ended; the second answer moves nothing further."""
+def test_two_responses_of_one_step_end_it_once() -> None:
+    """Both requests ran in the step that ended; the second response changes nothing."""
     group = make_group(3)
     runs = group.ranks[0].reserve(500, NOW)
     also = group.ranks[1].reserve(500, NOW)
@@ -72,8 +72,8 @@ def test_two_answers_of_one_step_are_one_step() -> None:
     assert group.loads == [0, 0, 500 + 250]  # a third step: the answer came from the running one
 
 
-def test_answers_to_requests_that_are_known_to_be_computed_are_no_step() -> None:
-    """Their KV cache was still on its way; the step they ran in had ended before."""
+def test_a_response_to_a_computed_request_ends_no_step() -> None:
+    """Its KV cache was still on its way; the step that it ran in had ended before."""
     group = make_group(2)
     runs = group.ranks[0].reserve(500, NOW)
     one, two = (group.ranks[1].reserve(400, NOW) for _ in range(2))
@@ -116,8 +116,8 @@ def test_without_chunks_a_long_prompt_runs_alone_in_one_step() -> None:
     assert group.loads == [150 + 600]
 
 
-def test_an_answer_out_of_turn_tells_that_those_before_it_are_done() -> None:
-    """Ranks work first in, first out: an event that was lost is made good by the next one."""
+def test_a_response_out_of_turn_completes_those_before_it() -> None:
+    """Ranks work first in, first out: the next event makes up for a lost one."""
     group = make_group(1)
     group.ranks[0].reserve(900, NOW)
     group.ranks[0].reserve(900, NOW)
@@ -127,11 +127,11 @@ def test_an_answer_out_of_turn_tells_that_those_before_it_are_done() -> None:
     assert group.loads == [0]
 
 
-class TestWithdrawn:
-    """Clients leave and legs fail: that tells nothing of steps."""
+class TestCancelled:
+    """Clients leave and legs fail, which is no evidence of steps."""
 
-    def test_nothing_else_moves(self) -> None:
-        """Ten requests of 4000 tokens, of which the newest is given up: nine are left."""
+    def test_a_cancelled_request_moves_no_other(self) -> None:
+        """Of ten requests of 4000 tokens the newest is cancelled: nine are left."""
         group = make_group(1)
         first, *_, newest = [group.ranks[0].reserve(4000, NOW) for _ in range(10)]
         newest.cancel(LATER)
@@ -141,20 +141,20 @@ class TestWithdrawn:
         assert after == [3000 + 250 + 8 * 4000]
         assert group.loads == [7 * 4000 + 3000 + 250]  # the next one starts, as nothing else runs
 
-    def test_the_running_step_goes_on(self) -> None:
-        """What waits on the other ranks waits for those that run still."""
+    def test_the_running_step_goes_on_after_a_cancelled_request(self) -> None:
+        """What waits on the other ranks still waits for the rest of the step."""
         group = make_group(3)
         one = group.ranks[0].reserve(500, NOW)
         two = group.ranks[1].reserve(800, NOW)
         group.ranks[2].reserve(600, NOW)
-        one.complete(LATER)  # both others run now
+        one.complete(LATER)  # both external run now
         group.ranks[0].reserve(900, LATER)
         two.cancel(LATER + 1)
 
         assert group.loads == [900, 0, 150]
 
-    def test_it_is_no_sign_of_life(self) -> None:
-        """Clients that leave do not keep old requests on the books."""
+    def test_a_cancelled_request_does_not_postpone_overdue_ones(self) -> None:
+        """Clients that leave do not keep old requests in the load."""
         group = make_group(2)
         group.ranks[0].reserve(800, NOW)
         leaving = group.ranks[1].reserve(1000, NOW)
@@ -164,8 +164,8 @@ class TestWithdrawn:
 
         assert group.loads == [200, 250]
 
-    def test_what_was_computed_already_is_not_taken_off_twice(self) -> None:
-        """A later answer of its rank told so; the end comes without its own."""
+    def test_a_computed_request_is_not_taken_off_twice(self) -> None:
+        """A later response of its rank has completed it; then its own end comes without a response."""
         group = make_group(1)
         silent, answered = (group.ranks[0].reserve(400, NOW) for _ in range(2))
         answered.complete(LATER)
@@ -175,11 +175,11 @@ class TestWithdrawn:
         assert group.requests == 0
 
 
-class TestSilence:
-    """Traffic whose events are missing: time alone tells."""
+class TestWithoutEvents:
+    """Events may be missing, so that time alone moves the load."""
 
-    def test_after_a_second_what_waits_counts_as_started(self) -> None:
-        """1000 tokens waiting weigh 250 then."""
+    def test_waiting_requests_count_as_started_after_a_second(self) -> None:
+        """1000 waiting tokens weigh 250 then."""
         group = make_group(2)
         group.ranks[0].reserve(800, NOW)
         group.ranks[1].reserve(1000, NOW)
@@ -189,16 +189,16 @@ class TestSilence:
         assert group.loads == [200, 250]
 
     @pytest.mark.parametrize(("seconds", "left"), [(7.9, 1500.0), (8.0, 0.0)])
-    def test_what_is_very_old_is_forgotten(self, seconds: float, left: float) -> None:
-        """6000 tokens are forgotten after eight seconds."""
+    def test_very_old_requests_count_as_computed(self, seconds: float, left: float) -> None:
+        """6000 tokens are gone after eight seconds."""
         group = make_group(1)
         group.ranks[0].reserve(6000, NOW)
         group.refresh(NOW + seconds)
 
         assert group.loads == [left]
 
-    def test_events_put_it_off(self) -> None:
-        """While answers come in, a long queue is a long queue."""
+    def test_events_postpone_both(self) -> None:
+        """While responses come in, a long queue is a long queue."""
         group = make_group(2)
         first = group.ranks[0].reserve(800, NOW)
         for _ in range(3):
@@ -208,7 +208,7 @@ class TestSilence:
 
         assert group.loads == [0, 2000 + 250]
 
-    def test_what_waits_behind_a_long_prompt_is_not_forgotten(self) -> None:
+    def test_requests_behind_a_long_prompt_are_given_its_time(self) -> None:
         """Without chunks 120,000 tokens are one step of many seconds, for the other rank, too."""
         group = make_group(2, chunked=False)
         group.ranks[0].reserve(120_000, NOW)
@@ -219,7 +219,7 @@ class TestSilence:
 
         assert group.loads == [30_000 + 20 * 300, 300]
 
-    def test_if_the_long_one_gets_no_event_all_is_forgotten_in_the_end(self) -> None:
+    def test_a_long_prompt_without_an_event_counts_as_computed_in_the_end(self) -> None:
         """At 6000 tokens per second, four times over: 84 s for the first, a little more for those behind it."""
         group = make_group(1, chunked=False)
         group.ranks[0].reserve(120_000, NOW)
@@ -235,7 +235,7 @@ class TestSilence:
         assert 0 < without < 2000
         assert group.loads == [0]
 
-    def test_a_server_that_has_shown_to_be_slow_is_given_time(self) -> None:
+    def test_a_slow_engine_is_given_more_time(self) -> None:
         """A step of 1000 tokens took 4.2 s, so that the next one may, too."""
         group = make_group(1)
         first = group.ranks[0].reserve(1000, NOW)
@@ -246,7 +246,7 @@ class TestSilence:
 
         assert group.loads == [250 + 2000]
 
-    def test_steps_without_an_answer_make_no_server_slow(self) -> None:
+    def test_steps_without_a_response_make_no_engine_slow(self) -> None:
         """Ten chunks of a long prompt took a second each: what follows is overdue after a few."""
         group = make_group(1)
         long = group.ranks[0].reserve(10_000, NOW)
@@ -259,8 +259,8 @@ class TestSilence:
         assert before == [250 + 1000]
         assert group.loads == [250 + 250]
 
-    def test_a_late_event_of_a_forgotten_request_changes_nothing(self) -> None:
-        """It is released like any other, and the books stay true."""
+    def test_a_late_event_of_an_overdue_request_changes_nothing(self) -> None:
+        """It is completed like any other, and the load of the external stays."""
         group = make_group(1)
         late = group.ranks[0].reserve(100, NOW)
         group.refresh(NOW + 60)
@@ -275,11 +275,11 @@ def sample(group: PrefillGroup, at: float, used_tokens: int = 0, **fields: Any) 
     absorb_sample(group, RankSample(0, used_tokens, **fields), at)
 
 
-class TestOthers:
-    """What samples show beyond our own books."""
+class TestExternal:
+    """What samples have beyond the reservations is external."""
 
     @pytest.mark.parametrize(
-        ("fields", "others"),
+        ("fields", "external"),
         [
             ({"waiting_uncached_tokens": 900, "total_tokens": 5000, "used_tokens": 4000}, 600),
             ({"total_tokens": 5000, "used_tokens": 4000}, 700),
@@ -287,33 +287,33 @@ class TestOthers:
         ],
         ids=["0.5.13", "0.5.11", "older"],
     )
-    def test_the_best_field_counts(self, fields: dict[str, int], others: float) -> None:
-        """Tokens to be computed, else queued tokens, else tokens in use; 300 of them are ours."""
+    def test_the_most_exact_field_of_a_sample_counts(self, fields: dict[str, int], external: float) -> None:
+        """Tokens to be computed, else queued tokens, else tokens in use; 300 of them are reserved."""
         group = make_group(1)
         group.ranks[0].reserve(300, NOW)
         sample(group, NOW + 1, waiting_requests=3, **fields)
 
-        assert group.external == [others]
-        assert group.loads == [others + 75]
+        assert group.external == [external]
+        assert group.loads == [external + 75]
 
-    def test_what_is_computed_explains_nothing(self) -> None:
-        """A prompt of ours that had been computed is not among the tokens that a later sample shows as waiting."""
+    def test_a_computed_prompt_explains_no_waiting_tokens(self) -> None:
+        """A later sample cannot have it among the tokens that wait."""
         group = make_group(1)
         group.ranks[0].reserve(300, NOW).complete(NOW + 1)
         sample(group, NOW + 2, waiting_uncached_tokens=300, waiting_requests=1)
 
         assert group.loads == [300]
 
-    def test_more_tokens_without_more_requests_are_ours(self) -> None:
-        """A prompt that is longer than we took it for is no load of others; it will be gone with ours."""
+    def test_more_tokens_without_more_requests_are_not_external(self) -> None:
+        """A prompt is longer than estimated; the difference ends with its request."""
         group = make_group(1)
         group.ranks[0].reserve(300, NOW)
         sample(group, NOW + 1, waiting_uncached_tokens=1200, waiting_requests=1)
 
         assert group.external == [0]
 
-    def test_an_empty_engine_has_lost_what_was_sent_long_ago(self) -> None:
-        """Requests that no event ended are written off once the engine shows that it has nothing at all."""
+    def test_old_requests_expire_when_the_engine_is_empty(self) -> None:
+        """Without an event they end once the engine reports no request at all."""
         group = make_group(1)
         group.ranks[0].reserve(300, NOW)
         group.ranks[0].reserve(300, NOW + 20)
@@ -324,7 +324,7 @@ class TestOthers:
 
 
 def test_cached_tokens_are_not_to_be_computed() -> None:
-    """Of 1000 tokens 900 are held by the rank; at least one is computed always."""
+    """Of 1000 tokens 900 are cached by the rank; at least one is always computed."""
     group = make_group(2)
     group.ranks[0].reserve(1000, NOW)
     group.ranks[1].reserve(1000, NOW, cached=900)
@@ -334,7 +334,7 @@ def test_cached_tokens_are_not_to_be_computed() -> None:
 
 
 def test_the_cost_of_a_request_that_fits_under_the_fullest_rank() -> None:
-    """(400 + 800)/2 are left of the running step; then one step of 400 + 600 does it, whoever is the fullest."""
+    """(400 + 800)/2 are left of the running step; then one step of 400 + 600 follows, on whichever rank."""
     group = make_group()
     group.ranks[0].reserve(800, NOW)
     group.ranks[1].reserve(600, NOW)
@@ -344,7 +344,7 @@ def test_the_cost_of_a_request_that_fits_under_the_fullest_rank() -> None:
 
 
 def test_the_cost_of_a_request_that_lengthens_the_step() -> None:
-    """600 -> 900 makes the step longer by 300 for the one who waits, and by three quarters of it for those who come."""
+    """600 -> 900 lengthens the step by 300 for the waiting request, and by three quarters of it for later ones."""
     group = make_group()
     group.ranks[0].reserve(800, NOW)
     group.ranks[1].reserve(600, NOW)
@@ -366,8 +366,8 @@ def test_a_request_waits_for_the_steps_of_its_own_rank_only() -> None:
     assert group.cost(1, 1500) == (400 + 1000) / 2 + 2 * (400 + 1000)
 
 
-def test_an_idle_server_costs_its_steps() -> None:
-    """One step for a short prompt, three for a long one; those to come pay three quarters, of two steps at most."""
+def test_an_idle_engine_costs_its_steps() -> None:
+    """One step for a short prompt, three for a long one; later requests wait three quarters, of two steps at most."""
     group = make_group()
 
     assert group.cost(0, 80) == 400 + 80 + 60

@@ -1,4 +1,4 @@
-"""A fleet and policies that change while requests are on the books."""
+"""Endpoints and policies that change while requests are in flight."""
 
 import json
 from dataclasses import replace
@@ -38,34 +38,34 @@ def target(decision: Decision) -> bytes:
     return dict(decision.headers)["x-dp-decode-host"]
 
 
-def test_a_server_that_is_left_out_gets_nothing_more_and_keeps_its_books_until_the_end() -> None:
-    """Its reservation is released once, when its request ends, and only then it is forgotten."""
+def test_an_endpoint_that_is_left_out_drains() -> None:
+    """Its reservation ends once, with its request, and only then it is dropped."""
     fleet = Fleet(workers=[WORKER, WORKER])
     first = place(fleet)
     gone, stays = sorted(fleet.endpoints, key=lambda each: address_of(each).encode() != target(first))
     reconfigure(fleet, stays)
 
     assert {target(place(fleet)) for _ in range(10)} == {address_of(stays).encode()}
-    assert [(host.url, host.reservations) for host in fleet.load.draining] == [(gone.url, 1)]
+    assert [(load.url, load.reservations) for load in fleet.load.draining] == [(gone.url, 1)]
     assert first.in_flight is not None
     first.in_flight.first_byte(200, fleet.clock())
     first.in_flight.end(fleet.clock())
     assert fleet.load.draining == []
 
 
-def test_a_server_that_stays_keeps_its_books() -> None:
-    """What was sent to it before still counts against it."""
+def test_an_endpoint_that_stays_keeps_its_load() -> None:
+    """Earlier requests still count."""
     fleet = Fleet(workers=[WORKER])
     place(fleet)
     (endpoint,) = fleet.endpoints
-    host = fleet.host(Role.WORKER)
+    load = fleet.host(Role.WORKER)
     reconfigure(fleet, endpoint, make_endpoint(Role.WORKER, 2))
 
-    assert fleet.host(Role.WORKER) is host
-    assert host.reservations == 1
+    assert fleet.host(Role.WORKER) is load
+    assert load.reservations == 1
 
 
-def test_a_server_that_comes_back_before_its_last_request_ends_has_its_books_again() -> None:
+def test_an_endpoint_that_is_configured_again_while_it_drains_keeps_its_load() -> None:
     """Nothing is counted twice, and nothing is lost."""
     fleet = Fleet(workers=[WORKER, WORKER])
     first = place(fleet)
@@ -78,8 +78,8 @@ def test_a_server_that_comes_back_before_its_last_request_ends_has_its_books_aga
     assert fleet.load.draining == []
 
 
-def test_a_server_in_another_role_begins_anew() -> None:
-    """Its books are those of its present role; the request of the former one ends on the old ones."""
+def test_an_endpoint_in_another_role_begins_without_load() -> None:
+    """A request of its former role ends on the former load."""
     fleet = Fleet(workers=[WORKER])
     first = place(fleet)
     old = fleet.endpoints[0]
@@ -94,8 +94,8 @@ def test_a_server_in_another_role_begins_anew() -> None:
     assert fleet.load.draining == []
 
 
-def test_a_pool_may_go_while_its_requests_are_under_way() -> None:
-    """Its request ends like any other; new ones for its models are refused."""
+def test_a_pool_may_be_removed_while_requests_are_in_flight() -> None:
+    """They end like any other; new ones for its models are refused."""
     fleet = Fleet(workers=[WORKER])
     first = place(fleet)
     reconfigure(fleet, make_endpoint(Role.WORKER, 2, pool="other"), models=("other",))
@@ -108,37 +108,37 @@ def test_a_pool_may_go_while_its_requests_are_under_way() -> None:
     assert fleet.load.draining == []
 
 
-def test_a_pool_that_is_gone_may_change_again_while_its_requests_are_under_way() -> None:
-    """Its servers are let go once more, with each reload until the request ends."""
+def test_endpoints_of_a_removed_pool_drain_through_further_changes() -> None:
+    """They drain anew with each reload until the request ends."""
     fleet = Fleet(workers=[WORKER])
     first = place(fleet)
     for number in (2, 3):
         reconfigure(fleet, make_endpoint(Role.WORKER, number, pool=f"other{number}"), models=(f"other{number}",))
 
-    assert [host.reservations for host in fleet.load.draining] == [1]
+    assert [load.reservations for load in fleet.load.draining] == [1]
     assert first.in_flight is not None
     first.in_flight.end(fleet.clock())
     assert fleet.load.draining == []
 
 
-def test_a_pool_that_gets_another_model_keeps_its_books() -> None:
-    """It has another name then; what its servers have, hold and taught about lengths is still known."""
+def test_a_pool_that_gets_another_model_keeps_what_was_learned() -> None:
+    """It has another name then; load, prefixes and token ratio stay."""
     fleet = Fleet(workers=[WORKER])
     place(fleet)
     (old,) = fleet.endpoints
-    host, ratio, prefixes = fleet.host(Role.WORKER), fleet.load.ratios["*"], fleet.load.prefixes["*"]
+    load, ratio, prefixes = fleet.host(Role.WORKER), fleet.load.ratios["*"], fleet.load.prefixes["*"]
     reconfigure(fleet, replace(old, pool="*,more"), models=("*", "more"))
 
-    assert fleet.host(Role.WORKER) is host
-    assert host.reservations == 1
+    assert fleet.host(Role.WORKER) is load
+    assert load.reservations == 1
     assert fleet.load.ratios == {"*,more": ratio}
     assert fleet.load.prefixes == {"*,more": prefixes}
     assert fleet.load.prefixes["*,more"] is prefixes
     assert fleet.load.draining == []
 
 
-def test_a_server_that_moves_to_another_pool_keeps_its_books_alone() -> None:
-    """What it holds is of another model."""
+def test_an_endpoint_that_moves_to_another_pool_keeps_its_load_alone() -> None:
+    """Its prefixes are of another model."""
     fleet = Fleet(workers=[WORKER, WORKER])
     place(fleet)
     place(fleet)
@@ -156,19 +156,19 @@ def test_a_server_that_moves_to_another_pool_keeps_its_books_alone() -> None:
     assert held_by.isdisjoint(fleet.load.by_url[moves.url].ranks)
 
 
-def test_an_engine_that_has_become_another_leaves_its_requests_on_the_old_books() -> None:
-    """They are counted until they end, as the engine may be an upgraded one that still drains."""
+def test_requests_of_a_replaced_engine_stay_on_its_former_load() -> None:
+    """They count until they end, as the engine may be an upgraded one that still drains."""
     fleet = Fleet(workers=[WORKER])
     place(fleet)
     (endpoint,) = fleet.endpoints
     fleet.load.discovered(endpoint, address_of(endpoint), make_facts(Role.WORKER, ranks=8), fleet.clock())
 
     assert fleet.host(Role.WORKER).reservations == 0
-    assert [host.reservations for host in fleet.load.draining] == [1]
+    assert [load.reservations for load in fleet.load.draining] == [1]
 
 
-def test_every_request_to_an_engine_shows_the_key_of_its_pool() -> None:
-    """On single servers as on pairs, and for what any engine can answer; a new key is used from then on."""
+def test_every_request_to_an_engine_has_the_key_of_its_pool() -> None:
+    """For both pool shapes, and for requests that any engine can answer; a new key is used from then on."""
     credentials = Credentials({"*": "first"})
     fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
     dispatcher = Scheduler(
@@ -181,44 +181,44 @@ def test_every_request_to_an_engine_shows_the_key_of_its_pool() -> None:
         credentials=credentials,
     )
 
-    def shown() -> set[bytes]:
+    def sent_keys() -> set[bytes]:
         decisions = [dispatcher.place(Api.GENERATE, BODY), dispatcher.look_up()]
         assert all(isinstance(each, Decision) for each in decisions)
         return {dict(each.headers)["authorization"] for each in decisions if isinstance(each, Decision)}
 
-    assert shown() == {b"Bearer first"}
+    assert sent_keys() == {b"Bearer first"}
     credentials.update({"*": "second"})
-    assert shown() == {b"Bearer second"}
+    assert sent_keys() == {b"Bearer second"}
     assert "second" not in repr(credentials)
 
 
-def test_the_health_of_a_server_that_leaves_is_dropped() -> None:
-    """Also what its last requests tell of it, and when it is configured again."""
+def test_the_health_of_a_draining_endpoint_is_dropped() -> None:
+    """Neither its last requests nor its failures of before count when it is configured again."""
     fleet = Fleet(workers=[WORKER, WORKER])
     first = place(fleet)
     both = tuple(fleet.endpoints)
     gone, stays = sorted(both, key=lambda each: address_of(each).encode() != target(first))
-    host = fleet.load.by_url[gone.url]
+    load = fleet.load.by_url[gone.url]
 
     def fails() -> None:
         for _ in range(DEFAULT_HEALTH.consecutive_failures):
-            host.health.failed(fleet.clock())
+            load.health.failed(fleet.clock())
 
     fails()
-    assert fleet.load.unhealthy == [host]
+    assert fleet.load.unhealthy == [load]
     reconfigure(fleet, stays)
     assert fleet.load.unhealthy == []
     fails()  # the request that it still has
     assert fleet.load.unhealthy == []
     reconfigure(fleet, *both)
-    assert fleet.load.by_url[gone.url] is host
-    assert not host.health.is_ejected(fleet.clock())
+    assert fleet.load.by_url[gone.url] is load
+    assert not load.health.is_ejected(fleet.clock())
     fails()
-    assert fleet.load.unhealthy == [host]
+    assert fleet.load.unhealthy == [load]
 
 
-def test_what_was_counted_of_servers_that_leave_is_dropped() -> None:
-    """Or a fleet whose servers come and go would be remembered, and shown, for ever."""
+def test_counts_of_removed_endpoints_are_dropped() -> None:
+    """Otherwise they would grow with each endpoint that comes and goes."""
     fleet = Fleet(workers=[WORKER, WORKER])
     telemetry = Telemetry(fleet.load, fleet.clock)
     stays, gone = fleet.endpoints

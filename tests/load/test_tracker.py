@@ -1,4 +1,4 @@
-"""Attempts come on the books in one place: our own, told to whoever wants to know, and those of other replicas."""
+"""Requests of this replica, and those that peers publish, are opened in one place."""
 
 import pytest
 
@@ -13,22 +13,22 @@ PREFILL, DECODE = make_endpoint(Role.PREFILL).url, make_endpoint(Role.DECODE).ur
 
 
 class Witness:
-    """Writes down what it is told."""
+    """A listener that keeps what it is called with."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[object, ...]] = []
+        self.calls: list[tuple[object, ...]] = []
 
-    def opened(self, attempt: int, dispatch: PlacementRecord, now: float) -> None:
-        self.told.append(("opened", attempt, dispatch, now))
+    def opened(self, attempt: int, record: PlacementRecord, now: float) -> None:
+        self.calls.append(("opened", attempt, record, now))
 
     def prefill_answered(self, attempt: int, now: float) -> None:
-        self.told.append(("prefill_answered", attempt, now))
+        self.calls.append(("prefill_answered", attempt, now))
 
     def first_token(self, attempt: int, now: float) -> None:
-        self.told.append(("first_token", attempt, now))
+        self.calls.append(("first_token", attempt, now))
 
     def ended(self, attempt: int, now: float) -> None:
-        self.told.append(("ended", attempt, now))
+        self.calls.append(("ended", attempt, now))
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ def requests(fleet: Fleet) -> tuple[float, float]:
     return fleet.host(Role.PREFILL).requests, fleet.host(Role.DECODE).requests
 
 
-def test_every_event_of_our_own_attempts_is_told_once(fleet: Fleet) -> None:
-    """In their order, with what another replica needs to put the attempt on its books; repeated events are not."""
+def test_every_event_of_an_own_request_reaches_the_listener_once(fleet: Fleet) -> None:
+    """In their order, with what a peer needs to reserve the same; repeated events do not."""
     witness = Witness()
     tracker = InFlightTracker(fleet.load, witness)
     prefill = Target(fleet.host(Role.PREFILL), 2, routed=True, by_room=True, cached=30.0)
@@ -52,7 +52,7 @@ def test_every_event_of_our_own_attempts_is_told_once(fleet: Fleet) -> None:
         attempt.first_byte(200, NOW + 2)
         attempt.end(NOW + 3)
 
-    assert witness.told == [
+    assert witness.calls == [
         ("opened", 1, PlacementRecord("*", cost, DECODE, 3, PREFILL, 2, 30.0), NOW),
         ("prefill_answered", 1, NOW + 1),
         ("first_token", 1, NOW + 2),
@@ -61,30 +61,30 @@ def test_every_event_of_our_own_attempts_is_told_once(fleet: Fleet) -> None:
     assert requests(fleet) == (0, 0)
 
 
-def test_what_another_replica_has_sent_counts_like_ours(fleet: Fleet) -> None:
-    """On both ranks, until it ends; what is told of it is told to nobody else."""
+def test_a_request_of_a_peer_counts_like_an_own_one(fleet: Fleet) -> None:
+    """It counts on both ranks until it ends, and reaches no listener."""
     witness = Witness()
-    dispatch = PlacementRecord("*", RequestCost(100.0), DECODE, 3, PREFILL, 2)
-    attempt = InFlightTracker(fleet.load, witness).open_peer(dispatch, NOW)
+    record = PlacementRecord("*", RequestCost(100.0), DECODE, 3, PREFILL, 2)
+    attempt = InFlightTracker(fleet.load, witness).open_peer(record, NOW)
     loads = fleet.host(Role.PREFILL).ranks[2].tokens, fleet.host(Role.DECODE).ranks[3].tokens
     attempt.end(NOW + 1)
 
     assert loads == (25, 1100)
     assert requests(fleet) == (0, 0)
-    assert witness.told == []
+    assert witness.calls == []
 
 
 @pytest.mark.parametrize(
-    "dispatch",
+    "record",
     [
         PlacementRecord("*", RequestCost(100.0), "http://elsewhere:1", 0, "http://elsewhere:2", 0),
         PlacementRecord("*", RequestCost(100.0), DECODE, 4, PREFILL, -1),
     ],
-    ids=["servers", "ranks"],
+    ids=["endpoints", "ranks"],
 )
-def test_what_is_not_known_here_is_left_out(fleet: Fleet, dispatch: PlacementRecord) -> None:
-    """Replicas may differ in what they have discovered; nothing is booked where nothing is."""
-    attempt = InFlightTracker(fleet.load).open_peer(dispatch, NOW)
+def test_unknown_endpoints_and_ranks_of_a_peer_are_left_out(fleet: Fleet, record: PlacementRecord) -> None:
+    """Replicas may differ in what they have discovered."""
+    attempt = InFlightTracker(fleet.load).open_peer(record, NOW)
 
     assert requests(fleet) == (0, 0)
     attempt.end(NOW + 1)

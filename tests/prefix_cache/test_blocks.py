@@ -1,4 +1,4 @@
-"""Two prompts share a beginning as far as their chains are equal."""
+"""Two prompts share a prefix as far as their blocks are equal."""
 
 import json
 from itertools import pairwise
@@ -25,7 +25,7 @@ def chain(api: Api, **body: Any) -> Prefix:
 
 
 def shared(one: Prefix, two: Prefix) -> int:
-    """Give the bytes that two prompts are known to have in common at their beginning."""
+    """Return the bytes that two prompts are found to have in common."""
     return max((end for block, end in zip(one.blocks, one.ends, strict=True) if block in two.blocks), default=0)
 
 
@@ -46,8 +46,8 @@ def user(text: str) -> dict[str, str]:
         (Api.GENERATE, {"text": None, "input_ids": list(range(5000))}),
     ],
 )
-def test_the_same_prompt_is_wholly_shared(api: Api, body: dict[str, Any]) -> None:
-    """Whatever stands beside it; and a prompt that differs from its first word on shares nothing."""
+def test_equal_prompts_share_all_blocks(api: Api, body: dict[str, Any]) -> None:
+    """Other members make no difference; a prompt with another first word shares no block."""
     prefix = chain(api, model="m", **body)
     again = chain(api, **body, temperature=0.5, model="m", stream=True)
     other = json.loads(json.dumps(body).replace("word0", "Word0").replace("[0, 1, ", "[7, 1, "))
@@ -84,7 +84,7 @@ def test_a_conversation_that_goes_on_has_its_earlier_turns_as_a_prefix() -> None
     "key",
     ["model", "lora_path", "extra_key", "cache_salt", "image_data", "video_data", "audio_data", "reasoning_effort"],
 )
-def test_what_has_a_cache_of_its_own_shares_nothing(key: str) -> None:
+def test_prompts_with_different_conditions_share_nothing(key: str) -> None:
     """Another model or adapter has other keys and values for the same words; other media are other words."""
     one, two = (chain(Api.GENERATE, text=TEXT, **{key: value}) for value in ("a", "b"))
 
@@ -99,8 +99,8 @@ def test_what_has_a_cache_of_its_own_shares_nothing(key: str) -> None:
         (Api.RESPONSES, "instructions", {"input": TEXT}),
     ],
 )
-def test_what_stands_before_the_conversation_comes_first(api: Api, key: str, body: dict[str, Any]) -> None:
-    """Tools and system prompts are shared by conversations that have nothing else in common, and divide those."""
+def test_tools_and_system_prompts_come_before_the_conversation(api: Api, key: str, body: dict[str, Any]) -> None:
+    """Conversations that have nothing else in common share them, and other ones differ from them on."""
     value: Any = [{"type": "function", "function": {"name": TEXT[:4000]}}] if key == "tools" else TEXT[:4000]
     other = json.loads(json.dumps(body).replace("word0", "Word0"))
     with_it, other_with_it = chain(api, **{key: value}, **body), chain(api, **{key: value}, **other)
@@ -120,13 +120,13 @@ def test_what_stands_before_the_conversation_comes_first(api: Api, key: str, bod
     ],
     ids=["batch", "batch-of-one", "batch-of-ids", "embeddings", "short"],
 )
-def test_some_prompts_have_none(api: Api, body: dict[str, Any]) -> None:
+def test_some_prompts_have_no_blocks(api: Api, body: dict[str, Any]) -> None:
     """A batch has several prompts, embeddings no text, and a few words are not worth it."""
     assert chain(api, **body) == NO_PREFIX
 
 
 def test_token_ids_of_a_chat_are_its_prompt() -> None:
-    """Its messages, which the engine does not read then, are no part of it."""
+    """The engine does not read its messages then, so that they are no part of the prefix."""
     ids = list(range(1000))
     one = chain(Api.CHAT, messages=[user("one")], input_ids=ids)
 
@@ -135,8 +135,8 @@ def test_token_ids_of_a_chat_are_its_prompt() -> None:
     assert chain(Api.CHAT, messages=[user(TEXT)], input_ids=None) == chain(Api.CHAT, messages=[user(TEXT)])
 
 
-def test_long_prompts_have_few_blocks_of_which_they_share_those_that_are_equal() -> None:
-    """A megabyte has fewer than a hundred; of what two long prompts share at most a sixteenth is not seen."""
+def test_long_prompts_have_few_blocks_and_share_the_equal_ones() -> None:
+    """A megabyte has fewer than a hundred; at most a sixteenth of a common prefix is missed."""
     long = chain(Api.GENERATE, text="y" * (1 << 20))
     longer = chain(Api.GENERATE, text="y" * (3 << 20))
 
@@ -145,27 +145,27 @@ def test_long_prompts_have_few_blocks_of_which_they_share_those_that_are_equal()
 
 
 @given(st.integers(0, 300_000), st.integers(0, 300_000))
-def test_the_chain_tells_how_much_is_shared(common: int, rest: int) -> None:
-    """Of two prompts with so many equal bytes never more, and less by a kibibyte or a sixteenth at most."""
+def test_shared_blocks_measure_the_common_prefix(common: int, rest: int) -> None:
+    """Their bytes never exceed it, and miss a kibibyte or a sixteenth of it at most."""
     one = chain(Api.GENERATE, text="y" * common + "a" * rest)
     two = chain(Api.GENERATE, text="y" * common + "b" * rest)
-    told = shared(one, two)
+    found = shared(one, two)
 
-    assert told <= common + 1  # the opening quote
-    assert common - told <= max(1024, common / 16)
+    assert found <= common + 1  # the opening quote
+    assert common - found <= max(1024, common / 16)
 
 
 @pytest.mark.parametrize("ends", [(1, 2), (0, 0, 0), (1, 3, 2), (-1, 2, 3), (1, 2, 3, 4)])
-def test_a_chain_that_does_not_fit_is_refused(ends: tuple[int, ...]) -> None:
-    """What another replica has sent is checked when it is read."""
-    told = msgspec.msgpack.encode({"blocks": (1, 2, 3), "ends": ends})
+def test_blocks_and_ends_that_do_not_fit_are_refused(ends: tuple[int, ...]) -> None:
+    """A prefix of a peer is checked when it is decoded."""
+    found = msgspec.msgpack.encode({"blocks": (1, 2, 3), "ends": ends})
 
     with pytest.raises(msgspec.ValidationError):
-        msgspec.msgpack.decode(told, type=Prefix)
+        msgspec.msgpack.decode(found, type=Prefix)
 
 
-def test_replicas_can_tell_each_other() -> None:
-    """A chain survives the wire, and is the same in every process."""
+def test_a_prefix_is_the_same_in_every_replica() -> None:
+    """It survives the wire, and does not depend on the process."""
     prefix = chain(Api.GENERATE, text="z" * 3000)
 
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(prefix), type=Prefix) == prefix

@@ -1,4 +1,4 @@
-"""HEALTHCHECK of the image: asks whatever runs in the container, and knows what it cannot ask."""
+"""HEALTHCHECK of the image: which process is checked, at which address, and which responses are healthy."""
 
 import socket
 import threading
@@ -14,7 +14,7 @@ from dp_extproc.lab.testbed.engine import EngineProcess
 from dp_extproc.lab.testbed.ports import free_port
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from dp_extproc.runtime import container_health
-from dp_extproc.runtime.container_health import Question, main, question_for
+from dp_extproc.runtime.container_health import Check, check_for, main
 
 INIT = ("/sbin/docker-init", "--")
 SCRIPT = ("/app/bin/python3", "/app/bin/dp-extproc")
@@ -22,13 +22,13 @@ MODULE = ("python", "-m", "dp_extproc")
 
 
 def asked(command_line: tuple[str, ...], *, ready: bool = False) -> tuple[str, int, str] | None:
-    question = question_for(command_line, ready=ready)
-    return None if question is None else (question.host, question.port, question.path)
+    check = check_for(command_line, ready=ready)
+    return None if check is None else (check.host, check.port, check.path)
 
 
 @contextmanager
 def server_that_says(answer: bytes) -> Iterator[int]:
-    """Answer one connection; None of it is HTTP but what is said."""
+    """Answer one connection with these bytes."""
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
 
         def serve() -> None:
@@ -57,10 +57,10 @@ def server_that_says(answer: bytes) -> Iterator[int]:
         ("", ("127.0.0.1", 9090)),
     ],
 )
-def test_service_is_asked_where_its_file_says(
+def test_service_is_checked_at_the_admin_port_of_its_file(
     tmp_path: Path, before: tuple[str, ...], option: tuple[str, ...], text: str, address: tuple[str, int]
 ) -> None:
-    """However it was started, and with an address for everybody where nobody can be dialled."""
+    """The command line may differ, and a wildcard address is checked at the loopback address."""
     file = tmp_path / "dp-extproc.yaml"
     file.write_text(text, encoding="utf-8")
     line = (*before, "serve", *(word.replace("FILE", str(file)) for word in option), "--log-level", "info")
@@ -68,8 +68,8 @@ def test_service_is_asked_where_its_file_says(
     assert asked(line, ready=True) == (*address, "/readyz")
 
 
-def test_engine_is_asked_on_its_port() -> None:
-    """Also by its name for all addresses."""
+def test_engine_is_checked_at_its_port() -> None:
+    """A wildcard address is checked at the loopback address."""
     line = (*INIT, *SCRIPT, "engine", "--role", "prefill", "--host", "0.0.0.0", "--port=30000")
     assert asked(line) == ("127.0.0.1", 30000, "/v1/models")
     assert asked((*SCRIPT, "engine", "--port", "30000")) == ("127.0.0.1", 30000, "/v1/models")
@@ -79,29 +79,29 @@ def test_engine_is_asked_on_its_port() -> None:
 @pytest.mark.parametrize(
     "line", [(*SCRIPT, "check", "-c", "x"), (*SCRIPT, "load"), SCRIPT, ("sh",), ("sleep", "9"), ()]
 )
-def test_other_commands_are_well_as_long_as_they_run(line: tuple[str, ...]) -> None:
-    """There is nothing to ask them."""
-    assert question_for(line, ready=False) is None
+def test_other_commands_are_healthy_while_they_run(line: tuple[str, ...]) -> None:
+    """They have no port to check."""
+    assert check_for(line, ready=False) is None
     assert main([], line) == 0
 
 
-def test_defaults_are_those_of_the_commands() -> None:
-    """They are written down twice, as the check loads nothing of the service."""
+def test_defaults_equal_those_of_the_commands() -> None:
+    """They are written twice, since the check loads nothing of the service."""
     assert str(ListenSettings().admin) == container_health._DEFAULT_ADMIN
     assert Settings().host == container_health._DEFAULT_ENGINE_HOST
 
 
 @pytest.mark.parametrize("text", ["listen: {admin: nonsense}", "listen: [", "listen: {admin: localhost:9090}", "\x00"])
-def test_a_file_that_cannot_be_used_is_not_well(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is told in a line, not as a traceback."""
+def test_unusable_file_is_unhealthy(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The reason is one line, without a traceback."""
     file = tmp_path / "dp-extproc.yaml"
     file.write_text(text, encoding="utf-8")
     assert main([], (*SCRIPT, "serve", "-c", str(file))) == 1
     assert capsys.readouterr().err.startswith("not well: ")
 
 
-def test_a_file_that_is_not_there_is_not_well(capsys: pytest.CaptureFixture[str]) -> None:
-    """Nor is a command line without one."""
+def test_missing_file_is_unhealthy(capsys: pytest.CaptureFixture[str]) -> None:
+    """So is a command line without a file."""
     assert main([], (*SCRIPT, "serve", "-c", "/nowhere/dp-extproc.yaml")) == 1
     assert main([], (*SCRIPT, "serve")) == 1
     assert "/nowhere/dp-extproc.yaml" in capsys.readouterr().err
@@ -110,16 +110,16 @@ def test_a_file_that_is_not_there_is_not_well(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     "answer", [b"", b"SSH-2.0-server\r\n", b"HTTP/1.1 200 OK", b"HTTP/1.1 503 No\r\n\r\n", b"\n" * 9]
 )
-def test_only_an_answer_that_is_good_is_well(answer: bytes, tmp_path: Path) -> None:
-    """A port that somebody else has, a server that hangs up, a service that is not ready."""
+def test_only_a_healthy_response_counts(answer: bytes, tmp_path: Path) -> None:
+    """Another process on the port, a closed connection and a service that is not ready are unhealthy."""
     file = tmp_path / "dp-extproc.yaml"
     with server_that_says(answer) as port:
         file.write_text(f"listen: {{admin: 127.0.0.1:{port}}}", encoding="utf-8")
         assert main(["--ready"], (*SCRIPT, "serve", "-c", str(file))) == (0 if b" 200 " in answer else 1)
 
 
-def test_real_service_and_engine_are_well_until_they_end(tmp_path: Path) -> None:
-    """The pages that are asked are there; a service without engines lives, and is not ready."""
+def test_running_service_and_engine_are_healthy_until_they_end(tmp_path: Path) -> None:
+    """A service without engines is alive, but not ready."""
     with EngineProcess("unified", 1, "--api-key", "secret") as engine:
         line = (*SCRIPT, "engine", "--port", str(engine.port))
         assert main([], line) == 0
@@ -134,7 +134,7 @@ def test_real_service_and_engine_are_well_until_they_end(tmp_path: Path) -> None
     assert main([], (*SCRIPT, "serve", "-c", str(file))) == 1
 
 
-def test_question_says_which_answers_are_good() -> None:
-    """A service that answers 404 is not well; an engine that wants a key is."""
-    question = question_for((*SCRIPT, "engine", "--port", "1"), ready=False)
-    assert question == Question("127.0.0.1", 1, "/v1/models", range(100, 600))
+def test_check_has_the_healthy_statuses_of_its_process() -> None:
+    """A service with status 404 is unhealthy; an engine that wants a key is healthy."""
+    check = check_for((*SCRIPT, "engine", "--port", "1"), ready=False)
+    assert check == Check("127.0.0.1", 1, "/v1/models", range(100, 600))

@@ -27,7 +27,7 @@ from fuzz.effort import examples
 
 PROMPT = json.dumps({"text": "a prompt of some length", "sampling_params": {"max_new_tokens": 1}}).encode()
 EXPECTED = {Reason.PROMPT_TOO_LONG, Reason.OVER_CAPACITY}
-"""Of ranks that say that they hold next to nothing."""
+"""A load page of ranks with almost no load."""
 NOON = datetime(2026, 9, 10, 12, tzinfo=UTC)
 EXTREMES = (
     0, 1, -1, 7, 0.5, 5e-324, -5e-324, 2.2e-308, 1e-160, 1e6, 1e15, 1.7e308, -1.7e308, 2**31, 2**53 - 1, 2**53, 2**63,
@@ -104,7 +104,7 @@ class Hostile:
             self.telemetry.failed(endpoint, EngineFailure(error.kind, str(error)), now)
 
     def introduce(self, role: Role, number: int, facts: Callable[[], EngineFacts]) -> None:
-        """Let an engine say what it is."""
+        """Discover an engine with these facts."""
         endpoint: Endpoint = make_endpoint(role, number)
         try:
             self.telemetry.discovered(endpoint, address_of(endpoint), facts(), self.fleet.clock())
@@ -162,7 +162,7 @@ STEPS = st.lists(
     ]
 )
 @examples(100)
-def test_requests_are_placed_whatever_load_pages_say(
+def test_requests_are_scheduled_with_any_load_page(
     steps: list[tuple[tuple[Role, int], tuple[Callable[[bytes], LoadPage], bytes], float]],
 ) -> None:
     """No page is an error of ours, and none leaves a number behind that is none."""
@@ -177,8 +177,8 @@ def test_requests_are_placed_whatever_load_pages_say(
 @example(infos=[(Role.PREFILL, {"dp_size": 4, "version": "0.5.23", "chunked_prefill_size": 10**400})])
 @example(infos=[(Role.PREFILL, {"dp_size": 4, "version": "0.5.23", "chunked_prefill_size": 1 << 62})])
 @examples(66)
-def test_requests_are_placed_whatever_engines_say_they_are(infos: list[tuple[Role, dict[str, Any]]]) -> None:
-    """Numbers of ranks, of tokens per step and of ports are checked before anything is calculated with them."""
+def test_requests_are_scheduled_with_any_server_info(infos: list[tuple[Role, dict[str, Any]]]) -> None:
+    """Numbers of ranks, tokens per step and ports are checked before they are used."""
     hostile = Hostile()
     for role, info in infos:
         mode = Mode.PREFILL if role is Role.PREFILL else Mode.DECODE
@@ -191,8 +191,8 @@ def test_requests_are_placed_whatever_engines_say_they_are(infos: list[tuple[Rol
 
 @given(pages=st.lists(st.tuples(st.integers(1, 2), vllm_pages), min_size=1, max_size=6))
 @examples(66)
-def test_requests_are_placed_whatever_vllm_says(pages: list[tuple[int, bytes]]) -> None:
-    """Its shares, counts and labels go through the same door."""
+def test_requests_are_scheduled_with_any_vllm_page(pages: list[tuple[int, bytes]]) -> None:
+    """Its shares, counts and labels are checked in the same place."""
     hostile = Hostile(workers=True)
     for number, page in pages:
         hostile.fleet.clock.now += 1.0
@@ -204,8 +204,8 @@ def test_requests_are_placed_whatever_vllm_says(pages: list[tuple[int, bytes]]) 
         assert_finite(hostile.telemetry.page().decode(), describe_loads(hostile.fleet.load, hostile.fleet.clock()))
 
 
-def test_a_fleet_that_decodes_nothing_for_hours_goes_on() -> None:
-    """What was learned of the pace fades by halves, and must not become a number whose products are zero."""
+def test_requests_are_scheduled_after_hours_without_decoding() -> None:
+    """The weight of the learned pace halves again and again, and must not become a number whose products are zero."""
     hostile = Hostile()
     second = (33.0, 33.0, 1e6, 0.0, 0.0, 33.0)
     for counted in (1, 2):

@@ -59,16 +59,16 @@ def _connected(service: ServiceProcess) -> Iterator[Peer]:
         yield Peer(connection)
 
 
-def test_a_peer_that_answers_no_pings_is_disconnected(service: ServiceProcess) -> None:
-    """It would else keep its streams, and what they have on the books, for as long as TCP has nothing to send."""
+def test_connection_is_closed_if_the_peer_answers_no_pings(service: ServiceProcess) -> None:
+    """Else its streams and their reservations would stay as long as TCP has nothing to send."""
     with _connected(service) as peer:
         kinds = [kind for kind, _, _ in peer.frames()]
 
     assert kinds.count(_PING) == 1
 
 
-def test_a_peer_that_answers_stays_connected(service: ServiceProcess) -> None:
-    """However long nothing else is said, as in a stream whose answer takes its time."""
+def test_connection_stays_if_the_peer_answers_pings(service: ServiceProcess) -> None:
+    """A stream may carry no data for as long as an engine computes."""
     asked = 0
     with _connected(service) as peer:
         for kind, flags, payload in peer.frames():
@@ -82,8 +82,8 @@ def test_a_peer_that_answers_stays_connected(service: ServiceProcess) -> None:
     assert asked == _MORE_THAN_ALLOWED
 
 
-def test_a_peer_may_ask_as_often_as_it_likes(service: ServiceProcess) -> None:
-    """Envoys are set to ask, and how often is their operator's choice."""
+def test_connection_stays_however_often_the_peer_pings(service: ServiceProcess) -> None:
+    """The operator of Envoy chooses how often it pings."""
     answered = 0
     with _connected(service) as peer:
         peer.send_ping()

@@ -1,4 +1,4 @@
-"""What gRPC health probes are told, by a real client over a real port."""
+"""Readiness as gRPC health probes see it, with a real client and a real port."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -51,8 +51,8 @@ class Probe:
         watch.cancel()
 
 
-def test_names_follow_readiness_but_for_liveness() -> None:
-    """Not ready, ready, stopping: every name tells it, and liveness stays."""
+def test_every_name_but_liveness_follows_readiness() -> None:
+    """Not ready, ready, stopping: every name follows, and liveness stays."""
 
     async def scenario(probe: Probe) -> None:
         await probe.wait_for(NOT_SERVING)
@@ -71,7 +71,7 @@ def test_names_follow_readiness_but_for_liveness() -> None:
     asyncio.run(start())
 
 
-def test_an_unknown_name_is_not_found() -> None:
+def test_unknown_name_is_not_found() -> None:
     """A misspelt probe fails at once."""
 
     async def scenario(probe: Probe) -> None:

@@ -1,4 +1,4 @@
-"""Reading the file anew: what is taken, what is refused, and what the running service makes of it."""
+"""Reloads: which files are applied, which are rejected, and what the running service does then."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ import yaml
 from dp_extproc.config import Config, parse_config
 from dp_extproc.lab.testbed.ports import free_port
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
-from dp_extproc.runtime.reload import Reloader, cannot_change
+from dp_extproc.runtime.reload import Reloader, needs_restart
 from patience import wait_for
 
 
@@ -22,7 +22,7 @@ def pool(*urls: str, **more: Any) -> list[dict[str, Any]]:
 
 
 def new_url() -> str:
-    """Name an engine that nobody has started."""
+    """Return the URL of an engine that does not run."""
     return f"http://127.0.0.1:{free_port()}"
 
 
@@ -50,10 +50,10 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(("section", "value", "expected"), CHANGES.values(), ids=CHANGES)
-def test_what_a_running_service_can_change(section: str, value: object, expected: list[str]) -> None:
-    """Sections that sockets, Envoy or other replicas depend on need a restart, and the remedy says so."""
+def test_needs_restart_names_what_a_reload_may_not_change(section: str, value: object, expected: list[str]) -> None:
+    """Sections on which sockets, Envoy or other replicas depend need a restart, and the remedy says so."""
     before = {"pools": pool("http://127.0.0.1:1")}
-    problems = cannot_change(
+    problems = needs_restart(
         parse_config(yaml.safe_dump(before)), parse_config(yaml.safe_dump({**before, section: value}))
     )
 
@@ -74,8 +74,8 @@ def service(content: dict[str, Any]) -> Iterator[ServiceProcess]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_signal_has_the_file_read_anew(workers: int) -> None:
-    """New endpoints are watched by every worker, and those that are left out are gone."""
+def test_sighup_reloads_the_file(workers: int) -> None:
+    """Every worker process polls new endpoints, and no longer those that were removed."""
     old, new = new_url(), new_url()
     content = write_config(pool(old), listen={"workers": workers})
     with ServiceProcess(content) as service:
@@ -90,8 +90,8 @@ def test_a_signal_has_the_file_read_anew(workers: int) -> None:
         assert reloads(service, "applied", 1)
 
 
-def test_a_bad_file_is_refused_with_every_mistake(service: ServiceProcess, content: dict[str, Any]) -> None:
-    """The configuration before stays in use; the log says all that is wrong, and a metric counts."""
+def test_reload_is_rejected_with_every_mistake(service: ServiceProcess, content: dict[str, Any]) -> None:
+    """The configuration before stays in use. The log has every mistake, and a metric counts the rejection."""
     known = urls_of(service)
     service.write(yaml.safe_dump({**content, "load": {"interval": 1}, "pools": [{"models": ["*"]}]}))
     service.send_signal(signal.SIGHUP)
@@ -103,8 +103,8 @@ def test_a_bad_file_is_refused_with_every_mistake(service: ServiceProcess, conte
     assert service.log().count("refused, the one before stays in use") == 1
 
 
-def test_what_cannot_change_is_refused_with_the_remedy(service: ServiceProcess, content: dict[str, Any]) -> None:
-    """A file with one such change is refused as a whole: nothing is half in use."""
+def test_reload_is_rejected_if_it_needs_a_restart(service: ServiceProcess, content: dict[str, Any]) -> None:
+    """One such change rejects the whole file, so no part of it is in use."""
     known = urls_of(service)
     changed = {**content, "supervision": "off", "pools": pool(new_url())}
     service.write(yaml.safe_dump(changed))
@@ -115,8 +115,8 @@ def test_what_cannot_change_is_refused_with_the_remedy(service: ServiceProcess, 
     assert "supervision: cannot change while the service runs; restart it" in service.log()
 
 
-def test_a_configuration_that_cannot_be_applied_is_refused(tmp_path: Path) -> None:
-    """Whatever goes wrong, the process goes on with the configuration before, all of it."""
+def test_reload_is_rejected_if_it_cannot_be_applied(tmp_path: Path) -> None:
+    """The process continues with the whole configuration before."""
     before, after = (yaml.safe_dump({"pools": pool(new_url())}) for _ in range(2))
     path = tmp_path / "config.yaml"
     path.write_text(after)
@@ -132,7 +132,7 @@ def test_a_configuration_that_cannot_be_applied_is_refused(tmp_path: Path) -> No
     async def story() -> dict[str, float]:
         reloader = Reloader(path, before, parse_config(before), apply)
         running = asyncio.create_task(reloader.run())
-        reloader.ask()
+        reloader.request()
         await returned.wait()
         assert not running.done()
         running.cancel()
@@ -142,8 +142,8 @@ def test_a_configuration_that_cannot_be_applied_is_refused(tmp_path: Path) -> No
     assert applied == [after, before]
 
 
-def test_a_file_that_is_watched_is_read_when_it_changes(content: dict[str, Any]) -> None:
-    """With reload: watch nobody has to say so; a file that is missing or bad for a while does no harm."""
+def test_watched_file_is_reloaded_when_it_changes(content: dict[str, Any]) -> None:
+    """No signal is needed, and a file that is missing or wrong for a while does no harm."""
     content["reload"] = "watch"
     with ServiceProcess(content) as service:
         wait_for(lambda: urls_of(service), 20)
@@ -156,8 +156,8 @@ def test_a_file_that_is_watched_is_read_when_it_changes(content: dict[str, Any])
         assert reloads(service, "refused", 1)
 
 
-def test_a_worker_that_starts_anew_does_not_meet_a_refused_file() -> None:
-    """It gets what the others have."""
+def test_restarted_worker_process_does_not_read_a_rejected_file() -> None:
+    """It gets the configuration of the others."""
     with ServiceProcess(write_config(pool(new_url()), listen={"workers": 2})) as service:
         wait_for(lambda: service.log().count("ext_proc on") == 2, 20)  # one that dies before would say it only once
         wait_for(lambda: urls_of(service), 20)

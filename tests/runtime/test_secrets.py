@@ -1,4 +1,4 @@
-"""Files and variables that the configuration refers to: what is wrong with them is told before anything starts."""
+"""Files and variables that the configuration refers to: their problems are reported before the start."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import yaml
 
 from dp_extproc.config import parse_config
 from dp_extproc.lab.testbed.service import write_config
-from dp_extproc.runtime.secrets import problems_outside, read_api_keys
+from dp_extproc.runtime.secrets import external_problems, read_api_keys
 
 POOL = {"models": ["*"], "workers": {"endpoints": ["http://127.0.0.1:9"]}}
 SECRET = "sk-very-secret"
@@ -26,7 +26,7 @@ def with_tls(**files: str) -> dict[str, Any]:
 
 
 def problems_of(content: dict[str, Any]) -> list[str]:
-    return [str(problem) for problem in problems_outside(parse_config(yaml.safe_dump(content)))]
+    return [str(problem) for problem in external_problems(parse_config(yaml.safe_dump(content)))]
 
 
 KEYS = {
@@ -40,8 +40,8 @@ KEYS = {
 
 
 @pytest.mark.parametrize(("content", "expected"), KEYS.values(), ids=KEYS)
-def test_keys_in_files(tmp_path: Path, content: str | bytes | None, expected: str | None) -> None:
-    """A key is one word that a header can carry; what else the file holds is refused, and never repeated."""
+def test_api_key_is_read_from_a_file(tmp_path: Path, content: str | bytes | None, expected: str | None) -> None:
+    """A key is one word that a header can carry. Other contents are refused, and never shown."""
     path = tmp_path / "key"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -52,8 +52,8 @@ def test_keys_in_files(tmp_path: Path, content: str | bytes | None, expected: st
     assert SECRET not in "".join(problems)
 
 
-def test_keys_in_the_environment() -> None:
-    """A variable that is not set is named."""
+def test_api_key_is_read_from_the_environment() -> None:
+    """The problem of a missing variable has its name."""
     config = parse_config(yaml.safe_dump(with_key({"env": VARIABLE})))
 
     assert read_api_keys(config, {VARIABLE: f"{SECRET}\n"}).by_pool == {"*": SECRET}
@@ -62,8 +62,8 @@ def test_keys_in_the_environment() -> None:
     assert SECRET not in repr(read_api_keys(config, {VARIABLE: SECRET}))
 
 
-def test_missing_certificates_are_all_named(tmp_path: Path) -> None:
-    """Not the first alone."""
+def test_missing_certificate_files_are_all_reported(tmp_path: Path) -> None:
+    """The report does not end with the first one."""
     missing = {key: str(tmp_path / key) for key in ("cert", "key", "client_ca")}
 
     assert problems_of(with_tls(**missing)) == [
@@ -71,8 +71,8 @@ def test_missing_certificates_are_all_named(tmp_path: Path) -> None:
     ]
 
 
-def test_files_that_are_no_certificates_are_told(tmp_path: Path) -> None:
-    """Both what belongs together and the roots of clients are looked into."""
+def test_files_without_certificates_are_reported(tmp_path: Path) -> None:
+    """The certificate with its key and the CA bundle are both checked."""
     path = tmp_path / "nothing.pem"
     path.write_text("nothing", encoding="utf-8")
     pair, roots = problems_of(with_tls(cert=str(path), key=str(path), client_ca=str(path)))
@@ -82,8 +82,8 @@ def test_files_that_are_no_certificates_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["serve", "check"])
-def test_commands_say_so_before_anything_starts(tmp_path: Path, command: str) -> None:
-    """Status 2, without a word to any engine."""
+def test_command_reports_missing_secrets_before_it_starts(tmp_path: Path, command: str) -> None:
+    """The status is 2, and no engine is contacted."""
     content = write_config([{**POOL, "api_key": {"file": str(tmp_path / "none")}}])
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")

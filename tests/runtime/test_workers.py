@@ -1,4 +1,4 @@
-"""Several workers behind one admin port: started, started anew, stopped, and shown together."""
+"""Several worker processes behind one admin port: start, restart, stop, and common pages."""
 
 import contextlib
 import os
@@ -22,13 +22,13 @@ from dp_extproc.config import parse_config
 from dp_extproc.lab.testbed.ports import free_port
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from dp_extproc.observability.merged_metrics import merge_pages
-from dp_extproc.runtime.worker_context import WorkerContext, seat_config
+from dp_extproc.runtime.worker_context import WorkerContext, worker_config
 from dp_extproc.runtime.workers import pause_before
 from patience import wait_for
 
 
 def pools() -> list[dict[str, Any]]:
-    """A pool of engines that nobody has started."""
+    """Return a pool of engines that do not run."""
     return [{"models": ["*"], "workers": {"endpoints": [f"http://127.0.0.1:{free_port()}"]}}]
 
 
@@ -59,14 +59,14 @@ def pair() -> Iterator[ServiceProcess]:
         yield service
 
 
-def test_each_worker_has_a_port_of_its_own(pair: ServiceProcess) -> None:
-    """Workers listen side by side, from listen.grpc on."""
+def test_worker_processes_have_ports_of_their_own(pair: ServiceProcess) -> None:
+    """They listen side by side, from listen.grpc on."""
     assert [is_alive(pair, worker) for worker in range(2)] == [True, True]
     assert len({each["pid"] for each in workers_of(pair)} - {pair.pid}) == 2
 
 
-def test_workers_tell_each_other_what_they_send_without_a_word_in_the_file(pair: ServiceProcess) -> None:
-    """They have a bus of their own, in a directory that nobody else can read."""
+def test_worker_processes_share_a_bus_without_configuration(pair: ServiceProcess) -> None:
+    """The bus is in a directory that other users cannot read."""
     sync = pair.loads()["sync"]
 
     assert pair.config.sync is None
@@ -74,8 +74,8 @@ def test_workers_tell_each_other_what_they_send_without_a_word_in_the_file(pair:
     assert len(sync["peers"]) == 1
 
 
-def test_the_metrics_of_all_are_one_page(pair: ServiceProcess) -> None:
-    """Every sample has its worker; the parent adds its own."""
+def test_metrics_of_all_worker_processes_are_one_page(pair: ServiceProcess) -> None:
+    """Every sample has the label of its process, and the parent adds its own metrics."""
     page = pair.metrics()
 
     assert 'dp_extproc_build_info{process="0",' in page
@@ -85,8 +85,8 @@ def test_the_metrics_of_all_are_one_page(pair: ServiceProcess) -> None:
     assert page.count("# TYPE dp_extproc_build_info") == 1
 
 
-def test_one_that_is_killed_is_started_anew_alone(pair: ServiceProcess) -> None:
-    """The other one keeps its process."""
+def test_killed_worker_process_is_restarted_alone(pair: ServiceProcess) -> None:
+    """The other one keeps its process id."""
     before = workers_of(pair)
     os.kill(before[1]["pid"], signal.SIGKILL)
     wait_for(lambda: workers_of(pair)[1]["restarts"] == 1 and is_alive(pair, 1), 20)
@@ -99,8 +99,8 @@ def test_one_that_is_killed_is_started_anew_alone(pair: ServiceProcess) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_all_with_status_0(number: signal.Signals) -> None:
-    """The parent waits for its workers, and leaves nothing behind."""
+def test_signal_ends_all_worker_processes_with_status_0(number: signal.Signals) -> None:
+    """The parent waits for them, and leaves none behind."""
     with ServiceProcess(write_config(pools(), listen={"workers": 2})) as service:
         wait_for(lambda: has_peer(service), 20)
         pids = [each["pid"] for each in workers_of(service)]
@@ -110,8 +110,8 @@ def test_a_signal_ends_all_with_status_0(number: signal.Signals) -> None:
     assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
 
 
-def test_workers_end_with_a_parent_that_is_killed() -> None:
-    """Nobody goes on serving without somebody to look after it."""
+def test_worker_processes_end_with_a_killed_parent() -> None:
+    """No worker process runs without a parent."""
     with ServiceProcess(write_config(pools(), listen={"workers": 2})) as service:
         wait_for(lambda: has_peer(service), 20)
         pids = [each["pid"] for each in workers_of(service)]
@@ -119,8 +119,8 @@ def test_workers_end_with_a_parent_that_is_killed() -> None:
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 20)
 
 
-def test_all_taken_ports_are_told_at_once(tmp_path: Path) -> None:
-    """One message names every port that somebody else has."""
+def test_taken_ports_are_all_reported_at_once(tmp_path: Path) -> None:
+    """One message has every port that another process uses."""
     content = write_config(pools(), listen={"workers": 3})
     config = parse_config(yaml.safe_dump(content))
     first, last, admin = config.listen.grpc, config.listen.grpc.shifted(2), config.listen.admin
@@ -139,8 +139,8 @@ def test_all_taken_ports_are_told_at_once(tmp_path: Path) -> None:
     ]
 
 
-def test_the_command_line_may_name_the_number() -> None:
-    """--workers wins over the file, and is held to the same rules."""
+def test_workers_option_overrides_the_file() -> None:
+    """The number follows the same rules as in the file."""
     listen = parse_config(yaml.safe_dump(write_config(pools()))).listen
 
     assert with_workers(listen, 4).workers == 4
@@ -149,11 +149,11 @@ def test_the_command_line_may_name_the_number() -> None:
         with_workers(listen, 1000)
 
 
-def test_each_worker_is_the_owner_of_what_it_places() -> None:
-    """The address that it advertises is its own, too."""
+def test_worker_process_advertises_its_own_address() -> None:
+    """Envoy reaches the process that scheduled a request at this address."""
     listen = {"grpc": "0.0.0.0:7000", "advertise": "10.0.0.1:8000", "workers": 3}
     config = parse_config(yaml.safe_dump(write_config(pools(), listen=listen)))
-    found = seat_config(config, WorkerContext(2, 0, Path("/run/x")))
+    found = worker_config(config, WorkerContext(2, 0, Path("/run/x")))
 
     assert str(found.listen.grpc) == "0.0.0.0:7002"
     assert str(found.listen.advertise) == "10.0.0.1:8002"
@@ -161,20 +161,20 @@ def test_each_worker_is_the_owner_of_what_it_places() -> None:
     assert found.sync.directory == "/run/x/bus"
 
 
-def test_a_bus_in_the_file_is_that_of_the_workers_too() -> None:
-    """With replicas on several hosts all workers of all of them tell each other."""
+def test_worker_processes_use_the_bus_of_the_file() -> None:
+    """With replicas on several hosts all worker processes of all hosts share it."""
     config = parse_config(yaml.safe_dump(write_config(pools(), sync={"url": "redis://10.0.0.7:6379"})))
 
-    assert seat_config(config, WorkerContext(1, 0, Path("/run/x"))).sync is config.sync
+    assert worker_config(config, WorkerContext(1, 0, Path("/run/x"))).sync is config.sync
 
 
 def test_pauses_between_restarts_grow_up_to_a_bound() -> None:
-    """One that dies at once, again and again, does not keep the machine busy."""
+    """A process that ends at once, again and again, does not occupy the machine."""
     assert [pause_before(ends) for ends in (1, 2, 3, 7, 8, 10_000)] == [0.1, 0.2, 0.4, 6.4, 10.0, 10.0]
 
 
 def test_pages_are_merged_family_by_family() -> None:
-    """Comments stand once, and labels and values are left as they are."""
+    """Comments occur once, and labels and values stay as they are."""
     first = '# HELP a_total A {b} c\n# TYPE a_total counter\na_total 1.0\n# TYPE b gauge\nb{x="{ }"} 2.0\n'
     second = "# HELP a_total A {b} c\n# TYPE a_total counter\na_total 5.0\n# TYPE b gauge\n"
 
@@ -184,7 +184,7 @@ def test_pages_are_merged_family_by_family() -> None:
     )
 
 
-def test_readiness_is_that_of_any_worker(pair: ServiceProcess) -> None:
+def test_readiness_is_that_of_any_worker_process(pair: ServiceProcess) -> None:
     """Without engines none is ready."""
     assert httpx.get(f"{pair.admin_url}/readyz").status_code == 503
     assert httpx.get(f"{pair.admin_url}/healthz").status_code == 200

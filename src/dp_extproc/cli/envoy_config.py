@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 
 from dp_extproc.config import ConfigError, Protocol, load_config
-from dp_extproc.envoy_config.bootstrap import build_bootstrap
-from dp_extproc.envoy_config.yaml_text import render_yaml
+from dp_extproc.envoy_config import build_bootstrap, render_yaml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

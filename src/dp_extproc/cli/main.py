@@ -23,14 +23,14 @@ _COMMANDS: Final = {
         "compute what placement would gain on a fleet and traffic of your own",
     ),
 }
-"""Module and summary of each command. A module gives add_arguments(parser) and run(args) -> exit status."""
+"""Module and summary of each command. ``add_arguments(parser)`` declares options, ``run(args)`` returns the status."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        Its exit status; 130 after an interrupt that the command has not dealt with itself, as shells have it.
+        The exit status of the command; 130, as in shells, after an interrupt that the command did not handle.
     """
     try:
         return _run(argv)
@@ -45,7 +45,7 @@ def _run(argv: list[str] | None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
-        if name in arguments[:1]:  # only the wanted command's libraries are loaded
+        if name in arguments[:1]:  # other commands' libraries stay unloaded
             with _ended_at_once():
                 importlib.import_module(module).add_arguments(command)
     args = parser.parse_args(arguments)

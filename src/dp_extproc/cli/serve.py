@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from dp_extproc.config import ConfigError, ListenSettings, Problem, Warn, ignore, parse_config, read_config
 from dp_extproc.runtime.process import serve
-from dp_extproc.runtime.secrets import problems_outside
+from dp_extproc.runtime.secrets import external_problems
 from dp_extproc.runtime.sockets import StartError, check_ports
 from dp_extproc.runtime.worker_context import WorkerContext
 from dp_extproc.runtime.workers import serve_with_workers
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what ``dp-extproc serve`` takes."""
+    """Declare the options of ``dp-extproc serve``."""
     parser.add_argument("-c", "--config", type=Path, required=True, help="configuration file")
     parser.add_argument(
         "--workers",
@@ -34,45 +34,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     # A parent process passes it to the worker processes that it starts.
-    parser.add_argument("--worker-seat", type=WorkerContext.parse, help=argparse.SUPPRESS)
+    parser.add_argument("--worker-context", type=WorkerContext.parse, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT.
 
     Returns:
-        0 after a signal; 1 if it cannot start; 2 if the file cannot be used.
+        The exit status: 0 after a signal, 1 if the service cannot start, 2 if the file cannot be used.
     """
-    seat: WorkerContext | None = args.worker_seat
+    context: WorkerContext | None = args.worker_context
     logging.basicConfig(
-        level=args.log_level.upper(), stream=sys.stderr, format=_FORMAT if seat is None else f"{seat}: {_FORMAT}"
+        level=args.log_level.upper(), stream=sys.stderr, format=_FORMAT if context is None else f"{context}: {_FORMAT}"
     )
-    for chatty in ("httpx", "uvicorn"):  # the one logs every scrape, the other its own start
+    for chatty in ("httpx", "uvicorn"):  # httpx logs every reading, uvicorn its own start
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        _serve(args, seat)
+        _serve(args, context)
     except (ConfigError, StartError) as error:
         sys.stderr.write(f"{error}\n")
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 
-def _serve(args: argparse.Namespace, seat: WorkerContext | None) -> None:
-    """Check everything, then serve.
+def _serve(args: argparse.Namespace, context: WorkerContext | None) -> None:
+    """Check the configuration and the ports, then serve.
 
     Raises:
-        ConfigError: The file, or what it refers to, cannot be used.
+        ConfigError: The file, or a file or variable that it names, cannot be used.
         StartError: The service cannot listen.
     """
     text = read_config(args.config)
     warn: Warn = (
-        partial(_log.warning, "%s: %s", args.config) if seat is None else ignore
+        partial(_log.warning, "%s: %s", args.config) if context is None else ignore
     )  # of several processes the parent
     config = parse_config(text, str(args.config), warn)
-    if problems := problems_outside(config):
+    if problems := external_problems(config):
         raise ConfigError(str(args.config), problems)
-    if seat is not None:
-        uvloop.run(serve(config, text, args.config, seat))
+    if context is not None:
+        uvloop.run(serve(config, text, args.config, context))
         return
     listen = with_workers(config.listen, args.workers)
     check_ports(listen)
@@ -83,16 +83,16 @@ def _serve(args: argparse.Namespace, seat: WorkerContext | None) -> None:
 
 
 def with_workers(listen: ListenSettings, workers: int | None) -> ListenSettings:
-    """Take the number of processes from the command line, if it is there.
+    """Override ``listen.workers`` by the option, if it is given.
 
     Raises:
-        ConfigError: There cannot be so many.
+        ConfigError: The number does not fit the other settings.
     """
     if workers is None or workers == listen.workers:
         return listen
     addresses = {"grpc": listen.grpc, "admin": listen.admin, "advertise": listen.advertise}
     try:
-        ListenSettings.model_validate({**addresses, "workers": workers})  # all that the number has to go with
+        ListenSettings.model_validate({**addresses, "workers": workers})  # every setting that depends on the number
     except ValidationError as error:
         problems = [Problem(None, "", each["msg"].removeprefix("Value error, ")) for each in error.errors()]
         raise ConfigError("--workers", problems) from None

@@ -1,4 +1,4 @@
-"""What the operator wrote: the configuration file, checked as a whole before anything starts."""
+"""The configuration file as typed data, checked as a whole before anything starts."""
 
 from dp_extproc.config.envoy import BodyMode, EnvoySettings, TruncatedStreams
 from dp_extproc.config.listen import ListenSettings, SocketAddress

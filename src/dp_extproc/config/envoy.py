@@ -1,4 +1,4 @@
-"""What the printed Envoy configuration contains, besides what follows from all other sections."""
+"""The section ``envoy``: settings of the printed Envoy configuration that no other section determines."""
 
 import re
 from enum import StrEnum
@@ -9,29 +9,29 @@ from pydantic import AfterValidator, Field
 from dp_extproc.config.listen import MAX_PORT, SocketAddress, socket_address
 from dp_extproc.config.section import Bytes, Seconds, Section
 from dp_extproc.config.security import ServiceTls
-from dp_extproc.contract import DESTINATION, FOREIGN_PREFIXES, RANK_HEADER
+from dp_extproc.contract import DESTINATION, RANK_HEADER, UNTRUSTED_PREFIXES
 
 _HEADER: Final = re.compile(r"[a-z0-9!#$&'*+.^_`|~-]+")
-"""RFC 9110, but for the percent sign, which begins a command in Envoy's formats."""
+"""Names of headers by RFC 9110, without the percent sign, which begins a command in Envoy's formats."""
 _NO_SESSION: Final = frozenset({
-    # Replicas tell each other what a conversation is called.
+    # Credentials. Replicas publish the names of conversations.
     "authorization", "proxy-authorization", "cookie", "set-cookie", "api-key", "x-api-key", "x-auth-token",
     "x-goog-api-key", "x-amz-security-token",
-    # RFC 9110 and 9112: what frames a message, or belongs to one connection.
+    # Headers that frame a message, or belong to one connection (RFC 9110 and 9112).
     "host", "connection", "proxy-connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "expect",
     "content-length", "content-type", "content-encoding",
-    RANK_HEADER, DESTINATION,  # SGLang's and gateways': route
+    RANK_HEADER, DESTINATION,  # Headers by which SGLang and gateways route.
 })  # fmt: skip
-"""Headers with credentials, and headers that frame or route."""
+"""Headers that cannot name a conversation."""
 
 
 class BodyMode(StrEnum):
-    """How Envoy hands request bodies to the service."""
+    """How Envoy sends request bodies to the service."""
 
     BUFFERED = "buffered"
     FULL_DUPLEX_STREAMED = "full_duplex_streamed"
     NONE = "none"
-    """Not at all: a request is placed by its headers, and headers tell the engines."""
+    """Envoy sends no bodies: the service schedules by headers, and the routing fields are headers."""
 
 
 def _host_and_port(value: str) -> str:
@@ -45,7 +45,7 @@ def _header_name(value: str) -> str:
     name = value.lower()
     if not _HEADER.fullmatch(name):
         raise ValueError("write the name of a request header, such as x-session-id")
-    if name.startswith(FOREIGN_PREFIXES):
+    if name.startswith(UNTRUSTED_PREFIXES):
         raise ValueError("names under x-dp-, x-envoy- and x-override- are taken from clients; write another one")
     if name in _NO_SESSION:
         raise ValueError(f"{value} is not the name of a conversation; write a header that clients send for it")
@@ -53,32 +53,31 @@ def _header_name(value: str) -> str:
 
 
 class TruncatedStreams(StrEnum):
-    """How a stream ends whose server is lost in mid-answer."""
+    """How a stream ends if its decode engine is lost after the first token."""
 
     RESET = "reset"
-    """As a connection that is cut, which is all that Envoy's router knows."""
+    """Envoy's router resets the connection."""
     ERROR_EVENT = "error_event"
-    """With an error event, by a filter of ours in Envoy's WebAssembly runtime."""
+    """A filter in Envoy's WebAssembly runtime appends an error event."""
 
 
 class EnvoySettings(Section):
-    """What the printed Envoy configuration contains."""
+    """Settings of the printed Envoy configuration."""
 
     inference: SocketAddress = socket_address("127.0.0.1:8080")
     admin: SocketAddress = socket_address("127.0.0.1:9901")
     max_body_bytes: Bytes = 64 << 20
     request_headers_timeout: Seconds = 10.0
-    """How long a client may take to send a request's headers ..."""
+    """Seconds that a client has to send the headers of a request."""
     request_timeout: Seconds = 60.0
-    """... and all of it. How long the answer takes does not count."""
+    """Seconds that a client has to send a whole request. The time of the response does not count."""
     body_mode: BodyMode = Field(default=BodyMode.BUFFERED, strict=False)
     service: Annotated[str, AfterValidator(_host_and_port)] | None = None
-    """``host:port`` under which Envoy finds the service; by default ``listen.grpc``."""
-
+    """``host:port`` of the service for Envoy; None stands for ``listen.grpc``."""
     session_header: Annotated[str, AfterValidator(_header_name)] | None = None
-    """Header in which clients name the conversation that a request belongs to."""
+    """Request header in which clients name a conversation."""
     standby: Annotated[tuple[Annotated[str, AfterValidator(_host_and_port)], ...], Field(strict=False)] = ()
-    """Further services, each for when all before it are not ready. The first that is ready decides alone."""
+    """``host:port`` of further services, in order. The first service that is ready gets all requests."""
     truncated_streams: TruncatedStreams = Field(default=TruncatedStreams.ERROR_EVENT, strict=False)
     service_tls: ServiceTls | None = None
-    """Goes with ``listen.tls``."""
+    """TLS from Envoy to the service; required with ``listen.tls``."""

@@ -1,4 +1,4 @@
-"""Where the service listens."""
+"""The section ``listen``: addresses of the service."""
 
 import ipaddress
 from typing import Annotated, Any, Final, Self
@@ -19,7 +19,7 @@ def _ip_address(value: str) -> str:
 
 
 class SocketAddress(Section):
-    """An ``IP:port`` to listen on; IPv6 in brackets."""
+    """An ``IP:port`` to listen on. In the file a text, with IPv6 in brackets."""
 
     host: Annotated[str, AfterValidator(_ip_address)]
     port: Annotated[int, Field(ge=0, le=MAX_PORT)]
@@ -47,29 +47,29 @@ class SocketAddress(Section):
         return ipaddress.ip_address(self.host).is_unspecified
 
     def shifted(self, ports: int) -> "SocketAddress":
-        """Give the address so many ports further on."""
+        """Return the address with a port number that is higher by *ports*."""
         return self.model_copy(update={"port": self.port + ports})
 
 
 def socket_address(text: str) -> SocketAddress:
-    """Read an address; for defaults."""
+    """Read the address of a default."""
     return SocketAddress.model_validate(text)
 
 
 class ListenSettings(Section):
-    """Where the service itself listens."""
+    """Addresses of the service, and how it treats connections."""
 
     grpc: SocketAddress = socket_address("127.0.0.1:9002")
     admin: SocketAddress = socket_address("127.0.0.1:9090")
     advertise: SocketAddress | None = None
-    """Where Envoy reaches this very process, when ``grpc`` is a wildcard address; by default this host's own."""
+    """Address at which Envoy reaches this process. None stands for ``grpc``, or for the host's address if ``grpc`` is a
+    wildcard address."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
-    """Processes; each has a gRPC port of its own, counted up from ``grpc`` (and from ``advertise``)."""
+    """Number of worker processes. Each has a gRPC port of its own, counted up from ``grpc`` and ``advertise``."""
     keepalive: Annotated[Seconds, Field(ge=0.1, le=86_400)] = 10.0
-    """How long nothing comes from an Envoy before it is asked whether it is there, and how long it may take to answer.
-    Likewise in the other direction."""
+    """Seconds without data before either side pings the other, and seconds that the other side has to answer."""
     tls: ServerTls | None = None
-    """None speaks plain HTTP/2."""
+    """None stands for plain HTTP/2."""
 
     @model_validator(mode="after")
     def _every_worker_has_its_port(self) -> Self:

@@ -1,4 +1,4 @@
-"""From the text of the file to a :class:`Config`, or to every problem in it with its line and remedy."""
+"""Reads the text of a file as a :class:`Config`, or finds every problem in it, with line and remedy."""
 
 import difflib
 import reprlib
@@ -19,7 +19,7 @@ _WORD_TAGS: Final = frozenset({"tag:yaml.org,2002:str", "tag:yaml.org,2002:merge
 Warn = Callable[[Problem], object]
 
 _short: Final = reprlib.Repr()
-"""Repeats wrong values in messages. Aliases can make a value of a few lines larger than any memory."""
+"""Shortens wrong values in messages. Aliases can make a value of a few lines larger than any memory."""
 _short.maxstring = _short.maxlong = _short.maxother = 80
 _short.maxlevel = 2
 
@@ -80,7 +80,7 @@ def parse_config(text: str, source: str = "configuration", warn: Warn = ignore) 
         config = Config.model_validate(data)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        problems += [_problem(detail, root) for detail in details if not _is_told_already(detail, details)]
+        problems += [_problem(detail, root) for detail in details if not _is_redundant(detail, details)]
         raise ConfigError(source, sorted(problems, key=lambda problem: problem.line or 0)) from None
     if problems:
         raise ConfigError(source, sorted(problems, key=lambda problem: problem.line or 0))
@@ -88,7 +88,7 @@ def parse_config(text: str, source: str = "configuration", warn: Warn = ignore) 
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which also tells the line of a date or a number that only looks like one."""
+    """The safe loader, which also reports the line of an impossible date or number."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: FBT001, FBT002 - as in the base class
         try:
@@ -98,7 +98,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read_yaml(text: str) -> tuple[yaml.Node | None, list[Problem], list[Problem], Any]:
-    """Read the text as nodes with their lines, the warnings and problems of its keys, and plain data."""
+    """Return the nodes with their lines, the warnings and the problems of keys, and plain data."""
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
@@ -112,8 +112,8 @@ def _read_yaml(text: str) -> tuple[yaml.Node | None, list[Problem], list[Problem
 
 
 def _wrong_keys(node: yaml.Node | None, visited: set[yaml.Node], at: Key = ()) -> Iterator[Problem]:
-    """Find keys that repeat, as YAML lets the later one win silently, and keys that YAML does not take for words."""
-    if node is None or node in visited:  # an alias leads to a node that has been seen, or even to a parent
+    """Find repeated keys, of which YAML silently takes the last, and keys that YAML does not read as text."""
+    if node is None or node in visited:  # an alias leads to a node that was visited, or even to a parent
         return
     visited.add(node)
     if isinstance(node, yaml.MappingNode):
@@ -131,8 +131,11 @@ def _wrong_keys(node: yaml.Node | None, visited: set[yaml.Node], at: Key = ()) -
             yield from _wrong_keys(value, visited, (*at, index))
 
 
-def _is_told_already(detail: ErrorDetails, details: Sequence[ErrorDetails]) -> bool:
-    """A list whose items are all refused is reported as empty, too; and keys were looked at before."""
+def _is_redundant(detail: ErrorDetails, details: Sequence[ErrorDetails]) -> bool:
+    """Find out whether another problem covers this one.
+
+    A list whose items are all refused is also reported as empty, and keys were checked before.
+    """
     if detail["type"] == "invalid_key":
         return True
     return detail["type"] == "too_short" and any(
@@ -146,7 +149,7 @@ def _problem(detail: ErrorDetails, root: yaml.Node | None) -> Problem:
 
 
 def _locate(root: yaml.Node | None, loc: Key) -> tuple[Key, yaml.Node | None]:
-    """Follow a location as far as the file goes; a missing key is placed at the mapping that lacks it."""
+    """Follow a path as far as the file goes. The place of a missing key is the mapping that lacks it."""
     node, place = root, root
     for part in loc:
         following: yaml.Node | None = None
@@ -190,7 +193,7 @@ def _show(value: object) -> str:
 
 
 def _keys_of(loc: Key) -> list[str]:
-    """The keys that the section at *loc* knows."""
+    """List the keys of the section at *loc*."""
     model: Any = Config
     for part in loc:
         if isinstance(part, str):

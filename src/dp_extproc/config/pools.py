@@ -16,66 +16,66 @@ _HOST: Final = re.compile(r"[A-Za-z0-9._:%\-]+")
 
 
 class Engine(StrEnum):
-    """What the servers of a pool run."""
+    """Kind of the engines of a pool."""
 
     AUTO = "auto"
-    """What answers /server_info is SGLang, what answers /version is vLLM."""
+    """An engine that answers /server_info is SGLang, one that answers /version is vLLM."""
     SGLANG = "sglang"
     VLLM = "vllm"
 
 
 class RoutingFields(StrEnum):
-    """What tells the engines of a disaggregated pool where a request runs."""
+    """Where the routing fields of a disaggregated pool go."""
 
     BODY = "body"
     HEADERS = "headers"
-    """``x-override-*``, on requests that headers can carry; others by the body."""
+    """Into ``x-override-*`` headers, or into the body where headers cannot carry them."""
 
 
 class HostPolicy(StrEnum):
-    """How the host of a leg is picked."""
+    """How the endpoint of a leg is picked."""
 
     LOCKSTEP = "lockstep"
-    """Where the request lengthens a step the least for all who share it."""
+    """The endpoint where the request adds the least time to the steps of all requests."""
     LEAST_TOKENS = "least_tokens"
-    """The host that has the rank with the fewest tokens."""
+    """The endpoint that has the rank with the fewest tokens."""
     LEAST_REQUESTS = "least_requests"
-    """The fewest requests in flight for each of its ranks."""
+    """The endpoint with the fewest requests in flight per rank."""
     ROUND_ROBIN = "round_robin"
     RANDOM = "random"
     POWER_OF_TWO = "power_of_two"
-    """The one with fewer tokens of two drawn at random."""
+    """Of two random endpoints the one with fewer tokens."""
 
 
 class RankPolicy(StrEnum):
-    """How the DP rank on the picked host is picked."""
+    """How the DP rank of the picked endpoint is picked."""
 
     MINIMUM_TOKENS = "minimum_tokens"
-    """The one with the fewest tokens."""
+    """The rank with the fewest tokens."""
     TOKEN_ROUND_ROBIN = "token_round_robin"  # noqa: S105 - no password
-    """The one that has been sent the fewest tokens ever."""
+    """The rank that was sent the fewest tokens so far."""
     NONE = "none"
     """The engine picks."""
 
 
 class ClientRanks(StrEnum):
-    """What happens to DP ranks that a client sent in its body."""
+    """What happens to DP ranks in a client's body."""
 
     REPLACE = "replace"
     HONOUR = "honour"
 
 
 class AffinitySettings(Section):
-    """How requests find the ranks that hold the KV cache of their prompts' beginnings."""
+    """How requests find ranks with their prefix in the cache."""
 
     prefixes: bool = True
-    """Whether prompts are compared with those that were sent before."""
+    """Whether prompts are compared with earlier ones."""
     sessions: bool = True
-    """Whether requests of one conversation, as ``envoy.session_header`` names it, are."""
+    """Whether a prompt is compared with the last one of its conversation, which ``envoy.session_header`` names."""
 
 
 class PolicySettings(Section):
-    """How a pool places requests."""
+    """How endpoints and ranks of a pool are picked."""
 
     host: HostPolicy = Field(default=HostPolicy.LOCKSTEP, strict=False)
     dp_rank: RankPolicy = Field(default=RankPolicy.MINIMUM_TOKENS, strict=False)
@@ -84,17 +84,17 @@ class PolicySettings(Section):
 
 
 class EndpointConfig(Section):
-    """One engine server. In the file a URL, or a mapping with ``url`` and what must not be discovered."""
+    """One endpoint. In the file a URL, or a mapping with ``url`` and values that replace discovered ones."""
 
     url: str
     bootstrap_port: Annotated[int, Field(ge=1, le=MAX_PORT)] | None = None
     bootstrap_host: Host | None = None
     dp_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     dp_rank: Annotated[int, Field(ge=0, lt=4096)] | None = None
-    """Of an engine that gives each rank a listener of its own: which rank answers at this URL."""
+    """The rank behind this URL, if the engine has a listener for each rank."""
 
     @model_validator(mode="after")
-    def _rank_is_one_of_its_server(self) -> Self:
+    def _rank_is_one_of_its_engine(self) -> Self:
         if self.dp_rank is not None and self.dp_size is not None and self.dp_rank >= self.dp_size:
             raise ValueError(f"dp_rank {self.dp_rank} is not one of the {self.dp_size} ranks (they count from 0)")
         return self
@@ -134,7 +134,7 @@ class Endpoints(Section):
 
 
 class PoolConfig(Section):
-    """The servers of one or more models: ``prefill`` and ``decode``, or ``workers`` alone."""
+    """The endpoints of one or more models: ``prefill`` and ``decode``, or ``workers`` alone."""
 
     models: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1, strict=False)]
     prefill: Endpoints | None = None
@@ -144,7 +144,7 @@ class PoolConfig(Section):
     routing_fields: RoutingFields = Field(default=RoutingFields.BODY, strict=False)
     policy: PolicySettings = PolicySettings()
     api_key: ApiKeySource | None = None
-    """What the pool's engines were started with (``--api-key``); None for none."""
+    """The key with which the engines were started (``--api-key``); None if there is none."""
 
     @model_validator(mode="after")
     def _has_one_shape(self) -> Self:
@@ -163,10 +163,13 @@ class PoolConfig(Section):
         return self
 
     def needs_bodies(self) -> Iterator[tuple[tuple[int | str, ...], str, str]]:
-        """Tell what of the pool only request bodies can do: where it stands, its value, and what to write instead.
+        """Find the settings that need request bodies.
 
-        A pool of which nothing is told can be served by the headers of requests alone. Then nothing takes back what a
-        client's body says of ranks and rooms, so headers have to say all of it.
+        A pool without such settings can be scheduled by headers alone. The service then cannot remove ranks and rooms
+        from a client's body, so the headers have to override all of them.
+
+        Yields:
+            The place of each setting, its value, and what to write instead.
         """
         if self.workers is not None:
             yield ("workers",), self.name, "servers that do both take their rank in the body: write another body_mode"
@@ -192,7 +195,7 @@ class PoolConfig(Section):
 
     @property
     def name(self) -> str:
-        """What logs, metrics and the admin port call the pool: its models."""
+        """Name of the pool in logs, metrics and on the admin port: its models."""
         return ",".join(self.models)
 
     @property

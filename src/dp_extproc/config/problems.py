@@ -9,12 +9,12 @@ Key = tuple[int | str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong with the file."""
+    """One problem of the file."""
 
     line: int | None
-    """Counted from 1; None when the place has no line of its own."""
+    """Counted from 1; None if the place has no line."""
     key: str
-    """Such as ``pools[0].prefill.endpoints[1].url``."""
+    """Path of the key, such as ``pools[0].prefill.endpoints[1].url``."""
     message: str
     """What is wrong and what to write instead."""
 
@@ -24,7 +24,7 @@ class Problem:
 
 
 class ConfigError(Exception):
-    """The file cannot be used. ``problems`` holds everything that is wrong with it."""
+    """The file cannot be used. ``problems`` holds every problem of it."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         self.source = source

@@ -68,7 +68,7 @@ def _entries(
     node: yaml.Node | None, path: str, at: Key, visited: set[yaml.Node]
 ) -> Iterator[tuple[yaml.MappingNode, int, str, Key]]:
     """Find every entry of every mapping: the mapping, the index, the path with new names, the place of the mapping."""
-    if node is None or node in visited:  # an alias leads to a node that has been seen, or even to a parent
+    if node is None or node in visited:  # an alias leads to a node that was visited, or even to a parent
         return
     visited.add(node)
     if isinstance(node, yaml.SequenceNode):
@@ -78,7 +78,7 @@ def _entries(
         for index, (key, value) in enumerate(node.value):
             if key.tag == _MERGE:
                 yield from _entries(value, path, at, visited)
-            elif isinstance(key, yaml.ScalarNode) and "." not in key.value:  # no key of ours has a dot
+            elif isinstance(key, yaml.ScalarNode) and "." not in key.value:  # no known key has a dot
                 written = f"{path}.{key.value}".lstrip(".")
                 new = f"{path}.{KEYS.get(written, key.value)}".lstrip(".")
                 yield node, index, new, at

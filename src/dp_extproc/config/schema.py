@@ -1,8 +1,7 @@
 """The configuration file as frozen, typed data.
 
-Every default stands in this package and nowhere else. What is left out of an endpoint (ranks, bootstrap port, version)
-is discovered from the engine. A value that cannot be right is refused with what to write instead; the loader
-collects all refusals of a file before it reports them.
+Every default is in this package and nowhere else. Values that an endpoint leaves out (ranks, bootstrap port, version)
+are discovered from the engine. A wrong value is refused with a remedy. The loader reports all refusals at once.
 """
 
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from dp_extproc.config.sync import SyncSettings
 
 
 class Protocol(StrEnum):
-    """To whom the service speaks."""
+    """Which client the service has."""
 
     ENVOY = "envoy"
     """The Envoy that ``dp-extproc envoy-config`` configures."""
@@ -37,16 +36,16 @@ class Protocol(StrEnum):
 
 
 class Reload(StrEnum):
-    """When the file is read anew."""
+    """When the file is read again."""
 
     SIGNAL = "signal"
     """On SIGHUP."""
     WATCH = "watch"
-    """Likewise, and when it changes."""
+    """On SIGHUP, and when the file changes."""
 
 
 _Named = tuple[tuple[int | str, ...], str, str]
-"""Where a name stands in the file, the name, and how its place is told."""
+"""The path of a name in the file, the name, and the path as messages show it."""
 
 
 class Config(Section):
@@ -57,16 +56,16 @@ class Config(Section):
     protocol: Protocol = Field(default=Protocol.ENVOY, strict=False)
     load: LoadSettings = LoadSettings()
     drain: Seconds = 10.0
-    """How long a stopping service goes on answering after it has reported that it is not ready."""
+    """Seconds for which a stopping service continues to work after it has reported that it is not ready."""
     reload: Reload = Field(default=Reload.SIGNAL, strict=False)
     sync: SyncSettings | None = None
-    """None for a service that is alone."""
+    """None if there are no other replicas."""
     supervision: SupervisionSettings = SupervisionSettings()
     retry: RetrySettings = RetrySettings()
     outlier_detection: OutlierDetectionSettings = OutlierDetectionSettings()
     admission: AdmissionSettings = AdmissionSettings()
     queue: QueueSettings | None = None
-    """None refuses at once what cannot be admitted."""
+    """None refuses at once a request that cannot be admitted."""
     pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1, strict=False)]
 
     @model_validator(mode="after")
@@ -110,7 +109,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _both_sides_speak_tls(self) -> Self:
+    def _envoy_uses_tls_too(self) -> Self:
         if self.listen.tls is not None and self.envoy.service_tls is None:
             raise ValueError(
                 "listen.tls needs envoy.service_tls: {ca: FILE, name: DNS-NAME}, or the printed Envoy configuration "
@@ -119,7 +118,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _nothing_stands_twice(self) -> Self:
+    def _names_are_unique(self) -> Self:
         conflicts = [*_repeated(self._models(), "keep it in one"), *_repeated(self._urls(), "a server has one role")]
         if conflicts:
             raise ValidationError.from_exception_data("Config", conflicts)  # pydantic merges it into its own report
@@ -140,7 +139,7 @@ class Config(Section):
 
 
 def _repeated(named: Iterator[_Named], remedy: str) -> Iterator[InitErrorDetails]:
-    """Object to every name that has stood before, at its own place."""
+    """Refuse every name that occurred before, at its own place."""
     first: dict[str, str] = {}
     for loc, name, place in named:
         if name in first:

@@ -1,4 +1,4 @@
-"""What every section of the configuration file is made of."""
+"""Types that all sections of the configuration file share."""
 
 import re
 from ipaddress import IPv6Address
@@ -29,7 +29,7 @@ def _bytes(value: object) -> object:
 
 
 def _bare(host: str) -> str:
-    """Take IPv6 out of its brackets; a colon anywhere else begins a port, which stands in a key of its own."""
+    """Take IPv6 out of its brackets. Any other colon begins a port, which has a key of its own."""
     bare = host.removeprefix("[").removesuffix("]")
     if ":" not in bare and bare == host:
         return host
@@ -41,7 +41,7 @@ def _bare(host: str) -> str:
 
 
 Host = Annotated[str, Field(pattern=r"^(?:[A-Za-z0-9._:\-]+|\[[0-9A-Fa-f.:]+\])$"), AfterValidator(_bare)]
-"""A name or an address; IPv6 with or without brackets in the file, without them here."""
+"""A name or an address. IPv6 may have brackets in the file, and has none here."""
 
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
 """A duration in seconds; in the file a string with a unit."""
@@ -51,6 +51,6 @@ Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1024)]
 
 
 class Section(BaseModel):
-    """A mapping of the file: frozen, without unknown keys, and of exact types."""
+    """A mapping of the file: frozen, without unknown keys, with exact types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)

@@ -1,4 +1,4 @@
-"""TLS and API keys: names of files and variables, never a secret itself."""
+"""TLS and API keys: names of files and variables, never the secrets themselves."""
 
 from typing import Annotated, Final, Self
 
@@ -12,13 +12,13 @@ _PAIR: Final = "cert and key belong together: write both, or neither"
 
 
 class ServerTls(Section):
-    """Files in PEM; they are read anew for handshakes once they have changed."""
+    """TLS of the service. The files are in PEM, and are read again for handshakes once they have changed."""
 
     cert: _Path
-    """The certificate, and those between it and the root."""
+    """The certificate with its intermediate certificates."""
     key: _Path
     client_ca: _Path | None = None
-    """Roots of clients' certificates; with it nobody without one gets in."""
+    """CA bundle; if set, client certificates are required (mutual TLS)."""
 
     @property
     def files(self) -> dict[str, str]:
@@ -28,12 +28,12 @@ class ServerTls(Section):
 
 
 class ServiceTls(Section):
-    """How Envoy speaks to the service over TLS. The files are on Envoy's machine."""
+    """TLS from Envoy to the service. The files are on Envoy's machine."""
 
     ca: _Path
-    """Roots of the service's certificate."""
+    """CA bundle for the certificate of the service."""
     name: _Name
-    """DNS name that the certificates of all processes of the service have; asked for (SNI) and verified."""
+    """DNS name in the certificates of all processes of the service. Envoy sends it as SNI and verifies it."""
     cert: _Path | None = None
     """Envoy's own certificate, for ``listen.tls.client_ca``."""
     key: _Path | None = None
@@ -46,7 +46,7 @@ class ServiceTls(Section):
 
 
 class ApiKeySource(Section):
-    """Where the API key of a pool's engines is: in a variable of the environment, or in a file."""
+    """Where the API key of a pool's engines is: in an environment variable, or in a file."""
 
     env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
     file: _Path | None = None
@@ -59,5 +59,5 @@ class ApiKeySource(Section):
 
     @property
     def place(self) -> str:
-        """Name it in messages."""
+        """Name of the source in messages."""
         return f"the variable {self.env}" if self.file is None else f"the file {self.file}"

@@ -1,4 +1,4 @@
-"""How replicas of the service tell each other what they send."""
+"""The section ``sync``: the bus on which replicas publish their reservations."""
 
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
@@ -8,11 +8,11 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from dp_extproc.config.section import Seconds, Section
 
 _MAX_DIRECTORY: Final = 80
-"""Bytes. A Unix socket's path has 107 at most (``sun_path``), and its own name needs some of them."""
-_LEAST_SILENCE: Final = 1.0
-"""Seconds; twice the pause between two signs of life, so that one may be lost."""
+"""Most bytes of the directory. The path of a Unix socket has 107 at most (``sun_path``), its name included."""
+_LEAST_TIMEOUT: Final = 1.0
+"""Shortest ``peer_timeout``, in seconds: twice the time between two heartbeats, so that one may be lost."""
 _TLS_OPTIONS: Final = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"})
-"""Of the Redis client, in the URL's query."""
+"""Options of the Redis client that the query of the URL may have."""
 _REMEDY: Final = (
     "write redis://host:port, rediss://host:port (TLS) or unix:///directory; user and password go before the host as "
     "user:password@, with characters such as @ : / # ? as %40 %3A %2F %23 %3F"
@@ -20,13 +20,13 @@ _REMEDY: Final = (
 
 
 class SyncSettings(Section):
-    """The bus between the replicas. No message repeats the URL, which may contain a password."""
+    """The bus between replicas. No message shows the URL, which may contain a password."""
 
     url: SecretStr
     channel: Annotated[str, Field(pattern=r"^\S+$")] = "dp-extproc"
-    """On Redis; fleets that share a server each have their own."""
+    """Channel on Redis. Fleets that share a server have different channels."""
     peer_timeout: Seconds = 3.0
-    """How long a replica may say nothing before its load is taken off the books."""
+    """Seconds without a message after which a replica counts as gone and its reservations end."""
 
     @model_validator(mode="before")
     @classmethod
@@ -63,12 +63,12 @@ class SyncSettings(Section):
     @field_validator("peer_timeout")
     @classmethod
     def _is_longer_than_a_heartbeat(cls, value: float) -> float:
-        if value < _LEAST_SILENCE:
+        if value < _LEAST_TIMEOUT:
             raise ValueError("write 1s or more; a replica with nothing to tell speaks twice a second")
         return value
 
     @property
     def directory(self) -> str | None:
-        """Where the sockets are, if the bus is one of this host."""
+        """Directory of the sockets, if the bus is one of this host; else None."""
         parts = urlsplit(self.url.get_secret_value())
         return parts.path if parts.scheme == "unix" else None

@@ -1,6 +1,6 @@
-"""The Envoy bootstrap that belongs to a configuration file, as typed objects and as text."""
+"""Envoy's side of a configuration file, as typed objects and as text."""
 
-from dp_extproc.envoy_config.bootstrap import build_bootstrap
+from dp_extproc.envoy_config.formats.bootstrap import build_bootstrap
 from dp_extproc.envoy_config.yaml_text import render_yaml
 
 __all__ = ["build_bootstrap", "render_yaml"]

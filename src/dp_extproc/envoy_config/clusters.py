@@ -1,9 +1,10 @@
-"""Where Envoy sends things: the service, the engines (named by header), and its own internal listeners."""
+"""The clusters of Envoy: the service, the engines at addresses in headers, and its own internal listeners."""
 
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
 
+from betterproto2 import Message
 from envoy_data_plane.envoy.config.cluster.v3 import (
     CircuitBreakers,
     CircuitBreakersThresholds,
@@ -16,6 +17,7 @@ from envoy_data_plane.envoy.config.cluster.v3 import (
 )
 from envoy_data_plane.envoy.config.core.v3 import (
     Address,
+    DataSource,
     EnvoyInternalAddress,
     HealthCheck,
     HealthCheckGrpcHealthCheck,
@@ -30,16 +32,24 @@ from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment, End
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 from envoy_data_plane.envoy.extensions.transport_sockets.internal_upstream.v3 import InternalUpstreamTransport
 from envoy_data_plane.envoy.extensions.transport_sockets.raw_buffer.v3 import RawBuffer
+from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import (
+    CertificateValidationContext,
+    CommonTlsContext,
+    SubjectAltNameMatcher,
+    SubjectAltNameMatcherSanType,
+    TlsCertificate,
+    UpstreamTlsContext,
+)
 from envoy_data_plane.envoy.extensions.upstreams.http.v3 import (
     HttpProtocolOptions,
     HttpProtocolOptionsExplicitHttpConfig,
 )
+from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.envoy.type.v3 import Percent
-from envoy_data_plane.google.protobuf import Any
 
-from dp_extproc.config import Config, Supervise, TruncatedStreams
+from dp_extproc.config import Config, ServiceTls, Supervise, TruncatedStreams
 from dp_extproc.contract import DECODE_HOST, OWNER, PREFILL_HOST
-from dp_extproc.envoy_config.cluster_names import (
+from dp_extproc.envoy_config.addresses import (
     DECODE,
     DECODE_SERVER,
     DISPATCH,
@@ -47,72 +57,86 @@ from dp_extproc.envoy_config.cluster_names import (
     PREFILL_LEG,
     SERVICE,
     SERVICE_OWNER,
+    is_named,
+    may_be_several,
+    services_of,
 )
-from dp_extproc.envoy_config.external_processing import see_first_event
-from dp_extproc.envoy_config.failed_hosts import remember_failed_hosts
-from dp_extproc.envoy_config.headers import (
+from dp_extproc.envoy_config.filters import (
     last_upstream_filter,
-    strip_headers_before_placement,
-    strip_router_headers,
+    report_first_event,
+    strip_headers_before_scheduling,
+    strip_steering_headers,
 )
-from dp_extproc.envoy_config.limits import UNLIMITED, buffer_bytes
-from dp_extproc.envoy_config.service_addresses import is_named, may_be_several, services_of
-from dp_extproc.envoy_config.tls import speak_tls
+from dp_extproc.envoy_config.listeners import buffer_bytes
+from dp_extproc.envoy_config.lua_filters import remember_failed_endpoints
+from dp_extproc.envoy_config.yaml_text import commented, pack
+
+_UNLIMITED: Final = 1_000_000
+"""Threshold of a circuit breaker that never trips. Streams that last minutes soon reach Envoy's default of 1024."""
 
 _CONNECT_TIMEOUT: Final = timedelta(seconds=2)
-"""Linux repeats a lost SYN after one second, so one loss is survived and a dead host is still noticed soon."""
+"""Time to connect. Linux repeats a lost SYN after 1 s, so one loss is survived and a dead host is noticed soon."""
 
 _ENGINE_IDLE_TIMEOUT: Final = timedelta(seconds=4)
-"""Engines answer over uvicorn, which closes a connection after 5 idle seconds (``timeout_keep_alive``)."""
+"""Idle time of a connection to an engine. It is below uvicorn's 5 s (``timeout_keep_alive``), so Envoy closes first."""
 
 _READINESS_CHECK: Final = HealthCheck(
     timeout=timedelta(seconds=1),
     interval=timedelta(seconds=1),
-    no_traffic_interval=timedelta(seconds=1),  # by default a service that gets no traffic is looked at once a minute
+    no_traffic_interval=timedelta(seconds=1),  # Envoy's default checks a service without traffic once a minute.
     unhealthy_threshold=2,
     healthy_threshold=1,
     grpc_health_check=HealthCheckGrpcHealthCheck(),
 )
-"""Which of several services gets the requests: one that hangs is left after two seconds, one that stops within one."""
+"""Health check of several services. Envoy leaves one that hangs after 2 s, and one that stops within 1 s."""
 
-_DEAD_PROCESS: Final = OutlierDetection(
+_EJECTION: Final = OutlierDetection(
     split_external_local_origin_errors=True,
     consecutive_local_origin_failure=1,
     max_ejection_percent=100,
-    base_ejection_time=timedelta(seconds=3),  # until the health check knows, too; its success ends this at once
+    base_ejection_time=timedelta(seconds=3),  # The health check takes over by then; its success ends the ejection.
     interval=timedelta(milliseconds=500),
 )
-"""A process that has died is left with the first connection that it refuses, not with the next health check."""
+"""Ejection of a dead process at the first connection that it refuses, before the next health check."""
 
 _LARGEST_WINDOW: Final = (1 << 31) - 1
-"""Of a stream in HTTP/2 (RFC 9113, 6.9.1). Envoy takes the window that it offers for its own buffer's limit, too.
+"""Largest window of an HTTP/2 stream (RFC 9113, 6.9.1), in bytes. Envoy limits its own send buffer by the window.
 
-A filter of a cluster that reports over a stream whose buffer is full (16 MiB by default) kills Envoy when the request
-ends: the stream's end has the filter read on from an engine that was let go just before (1.38 to 1.40 measured).
-Without that limit the filter stops by itself, at that of its cluster's buffer, and nothing happens then.
+If that buffer is full (16 MiB by default), an upstream ext_proc filter crashes Envoy when the request ends. The end of
+its stream resumes reading from an engine that was released just before (measured with 1.38 to 1.40). With the largest
+window, the filter stops at the buffer of its own cluster, and no crash follows.
 """
 
 _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
 
 def build_clusters(config: Config) -> list[Cluster]:
-    """Build all clusters; none of them knows an engine by name."""
+    """Build all clusters. None of them names an engine."""
     buffer = buffer_bytes(config.envoy)
-    remembering = [remember_failed_hosts()] if config.retry.attempts > 1 else []
-    watching = [see_first_event(config.envoy.body_mode)] if config.supervision.mode is Supervise.FIRST_EVENT else []
+    failed_endpoints = [remember_failed_endpoints()] if config.retry.attempts > 1 else []
+    supervised = config.supervision.mode is Supervise.FIRST_EVENT
+    first_event = [report_first_event(config.envoy.body_mode)] if supervised else []
     owner = _grpc(config.listen.keepalive, stream_window=_LARGEST_WINDOW)
+    to_dispatch = _http([strip_headers_before_scheduling(), *failed_endpoints, last_upstream_filter()])
     return [
-        _service(config, buffer),
-        _by_header(SERVICE_OWNER, OWNER, owner, buffer, speak_tls(config.envoy.service_tls)),
-        _by_header(PREFILL, PREFILL_HOST, _engine(), buffer),
-        *_decode(config.envoy.truncated_streams, _engine(watching), buffer),
-        _internal(DISPATCH, buffer, _http([strip_headers_before_placement(), *remembering, last_upstream_filter()])),
+        commented(_service(config, buffer), "The service: envoy.service, or listen.grpc."),
+        commented(
+            _by_header(SERVICE_OWNER, OWNER, owner, buffer, _service_tls(config.envoy.service_tls)),
+            "The process of the service that scheduled the request and has its reservations.",
+        ),
+        commented(
+            _by_header(PREFILL, PREFILL_HOST, _engine(), buffer),
+            "Envoy dials the address in a header. There is no fallback, because the body names the prefill\n"
+            "endpoint to which the decode engine will connect.",
+        ),
+        *_decode(config.envoy.truncated_streams, _engine(first_event), buffer),
+        commented(_internal(DISPATCH, buffer, to_dispatch), "The way to the internal listeners."),
         _internal(PREFILL_LEG, buffer),
     ]
 
 
 def _service(config: Config, buffer: int) -> Cluster:
-    """Build the cluster of the service: its workers in turn; and the next service once none of them is healthy."""
+    """Build the cluster of the service: its worker processes in turn, and a standby once none of them is healthy."""
     workers = config.listen.workers
     services = services_of(config)
     named = is_named(config)
@@ -132,16 +156,17 @@ def _service(config: Config, buffer: int) -> Cluster:
             ],
         ),
         circuit_breakers=_unlimited(),
-        typed_extension_protocol_options={_HTTP_OPTIONS: Any.pack(_grpc(config.listen.keepalive))},
-        transport_socket=speak_tls(config.envoy.service_tls),
+        typed_extension_protocol_options={_HTTP_OPTIONS: pack(_grpc(config.listen.keepalive))},
+        transport_socket=_service_tls(config.envoy.service_tls),
     )
     if may_be_several(config):
         cluster.health_checks = [_READINESS_CHECK]
-        cluster.outlier_detection = _DEAD_PROCESS
-        # If all are unhealthy one of them is asked nevertheless: it knows what is wrong. By default half would do.
+        cluster.outlier_detection = _EJECTION
+        # If all are unhealthy, one of them still gets the request and refuses it with a reason. Envoy's default does
+        # so as soon as half of them are.
         cluster.common_lb_config = ClusterCommonLbConfig(
             healthy_panic_threshold=Percent(value=1.0),
-            update_merge_window=timedelta(0),  # by default changes of health are held back for a second
+            update_merge_window=timedelta(0),  # Envoy's default delays changes of health by a second.
         )
     return cluster
 
@@ -154,14 +179,14 @@ def _by_header(
     name: str, header: str, options: HttpProtocolOptions, buffer: int, transport: TransportSocket | None = None
 ) -> Cluster:
     cluster = _at_a_given_address(name, buffer)
-    cluster.typed_extension_protocol_options = {_HTTP_OPTIONS: Any.pack(options)}
+    cluster.typed_extension_protocol_options = {_HTTP_OPTIONS: pack(options)}
     cluster.original_dst_lb_config = ClusterOriginalDstLbConfig(use_http_header=True, http_header_name=header)
     cluster.transport_socket = transport
     return cluster
 
 
 def _at_a_given_address(name: str, buffer: int) -> Cluster:
-    """Build a cluster without hosts: by default it is the address that the connection was opened for."""
+    """Build a cluster without endpoints: each connection goes to the address that its filter state has."""
     return Cluster(
         name=name,
         type=ClusterDiscoveryType.ORIGINAL_DST,
@@ -173,34 +198,31 @@ def _at_a_given_address(name: str, buffer: int) -> Cluster:
 
 
 def _decode(truncated_streams: TruncatedStreams, options: HttpProtocolOptions, buffer: int) -> list[Cluster]:
-    """Build the way to the answering servers: straight, or through the listener that ends their streams."""
+    """Build the way to the decode endpoints: direct, or through the listener that ends truncated streams."""
     if truncated_streams is TruncatedStreams.RESET:
         return [_by_header(DECODE, DECODE_HOST, options, buffer)]
     return [_internal(DECODE, buffer, options), _at_a_given_address(DECODE_SERVER, buffer)]
 
 
 def _internal(listener: str, buffer: int, options: HttpProtocolOptions | None = None) -> Cluster:
-    plain = TransportSocket(name="envoy.transport_sockets.raw_buffer", typed_config=Any.pack(RawBuffer()))
+    endpoint = _endpoint(Address(envoy_internal_address=EnvoyInternalAddress(server_listener_name=listener)))
     return Cluster(
         name=listener,
         type=ClusterDiscoveryType.STATIC,
         per_connection_buffer_limit_bytes=buffer,
-        load_assignment=_single_endpoint(
-            listener, Address(envoy_internal_address=EnvoyInternalAddress(server_listener_name=listener))
+        load_assignment=ClusterLoadAssignment(
+            cluster_name=listener, endpoints=[LocalityLbEndpoints(lb_endpoints=[endpoint])]
         ),
         circuit_breakers=_unlimited(),
-        typed_extension_protocol_options={_HTTP_OPTIONS: Any.pack(options)} if options else {},
-        transport_socket=TransportSocket(
-            name="envoy.transport_sockets.internal_upstream",
-            typed_config=Any.pack(InternalUpstreamTransport(transport_socket=plain)),
+        typed_extension_protocol_options={_HTTP_OPTIONS: pack(options)} if options else {},
+        transport_socket=_transport(
+            "internal_upstream", InternalUpstreamTransport(transport_socket=_transport("raw_buffer", RawBuffer()))
         ),
     )
 
 
-def _single_endpoint(cluster: str, address: Address) -> ClusterLoadAssignment:
-    return ClusterLoadAssignment(
-        cluster_name=cluster, endpoints=[LocalityLbEndpoints(lb_endpoints=[_endpoint(address)])]
-    )
+def _transport(name: str, settings: Message) -> TransportSocket:
+    return TransportSocket(name=f"envoy.transport_sockets.{name}", typed_config=pack(settings))
 
 
 def _endpoint(address: Address) -> LbEndpoint:
@@ -208,10 +230,17 @@ def _endpoint(address: Address) -> LbEndpoint:
 
 
 def _grpc(keepalive: float, *, stream_window: int | None = None) -> HttpProtocolOptions:
-    patience = timedelta(seconds=keepalive)
-    http2 = Http2ProtocolOptions(
-        initial_stream_window_size=stream_window,
-        connection_keepalive=KeepaliveSettings(interval=patience, timeout=patience),
+    keepalive_time = timedelta(seconds=keepalive)
+    http2 = commented(
+        Http2ProtocolOptions(
+            initial_stream_window_size=stream_window,
+            connection_keepalive=KeepaliveSettings(interval=keepalive_time, timeout=keepalive_time),
+        ),
+        connection_keepalive="listen.keepalive: a service whose machine is lost closes no connection. When\n"
+        "pings fail, requests that wait for it continue; see failure_mode_allow above. The service pings Envoy, too.",
+        initial_stream_window_size="The largest value, because it also limits Envoy's send buffer for a stream.\n"
+        "With the default of 16 MiB, Envoy crashes if a request ends while that buffer is full of unread\n"
+        "response data.",
     )
     return HttpProtocolOptions(explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=http2))
 
@@ -224,21 +253,55 @@ def _http(filters: Sequence[HttpFilter]) -> HttpProtocolOptions:
 
 
 def _engine(filters: Sequence[HttpFilter] = ()) -> HttpProtocolOptions:
-    return HttpProtocolOptions(
-        common_http_protocol_options=CommonHttpProtocolOptions(idle_timeout=_ENGINE_IDLE_TIMEOUT),
-        explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=Http1ProtocolOptions()),
-        http_filters=[strip_router_headers(), *filters, last_upstream_filter()],
+    options = _http([strip_steering_headers(), *filters, last_upstream_filter()])
+    options.common_http_protocol_options = commented(
+        CommonHttpProtocolOptions(idle_timeout=_ENGINE_IDLE_TIMEOUT),
+        idle_timeout="Shorter than the 5 s after which SGLang's HTTP server closes an idle connection. Otherwise\n"
+        "Envoy would sometimes send a request into a closing one.",
+    )
+    return commented(
+        options,
+        http_filters="Remove steering headers after Envoy picked the endpoint by one of them; a route would do so\n"
+        "before. Only the front door retries, since a second try from here would have no headers left. Responses lose\n"
+        "the same headers before Envoy's router reads them, so that an engine steers nothing.",
     )
 
 
 def _unlimited() -> CircuitBreakers:
-    return CircuitBreakers(
-        thresholds=[
-            CircuitBreakersThresholds(
-                max_connections=UNLIMITED,
-                max_pending_requests=UNLIMITED,
-                max_requests=UNLIMITED,
-                max_retries=UNLIMITED,
+    thresholds = CircuitBreakersThresholds(
+        max_connections=_UNLIMITED,
+        max_pending_requests=_UNLIMITED,
+        max_requests=_UNLIMITED,
+        max_retries=_UNLIMITED,
+    )
+    return commented(
+        CircuitBreakers(thresholds=[thresholds]),
+        "Streams that last minutes soon reach Envoy's default of 1024. The service decides how many\n"
+        "requests are admitted. The same applies to all clusters.",
+    )
+
+
+def _service_tls(settings: ServiceTls | None) -> TransportSocket | None:
+    """Build the transport socket of a cluster of the service; None for plain HTTP/2.
+
+    Envoy dials the processes by IP address, and no certificate can list all of these. Therefore every process has a
+    certificate for one common name, and Envoy verifies that name.
+    """
+    if settings is None:
+        return None
+    certificates = []
+    if settings.cert is not None and settings.key is not None:
+        certificates = [
+            TlsCertificate(
+                certificate_chain=DataSource(filename=settings.cert), private_key=DataSource(filename=settings.key)
             )
         ]
+    name = SubjectAltNameMatcher(san_type=SubjectAltNameMatcherSanType.DNS, matcher=StringMatcher(exact=settings.name))
+    context = CommonTlsContext(
+        alpn_protocols=["h2"],
+        tls_certificates=certificates,
+        validation_context=CertificateValidationContext(
+            trusted_ca=DataSource(filename=settings.ca), match_typed_subject_alt_names=[name]
+        ),
     )
+    return _transport("tls", UpstreamTlsContext(sni=settings.name, common_tls_context=context))

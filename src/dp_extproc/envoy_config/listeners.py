@@ -1,96 +1,192 @@
-"""The three listeners: the front door, the place where requests are placed, and the prefill leg."""
+"""The listeners: the front door for clients, and the internal ones for scheduling, prefill legs and decode."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Final
 
 from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog
-from envoy_data_plane.envoy.config.core.v3 import Address, HttpProtocolOptions, SocketAddress
+from envoy_data_plane.envoy.config.core.v3 import Address, HttpProtocolOptions, SocketAddress, SubstitutionFormatString
 from envoy_data_plane.envoy.config.listener.v3 import Filter, FilterChain, Listener, ListenerInternalListenerConfig
 from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
+from envoy_data_plane.envoy.extensions.access_loggers.stream.v3 import StdoutAccessLog
 from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
     HttpConnectionManager,
     HttpFilter,
     LocalReplyConfig,
 )
-from envoy_data_plane.google.protobuf import Any
+from envoy_data_plane.google.protobuf import Struct
 
-from dp_extproc.config import Config, Supervise, TruncatedStreams
-from dp_extproc.envoy_config.access_log import log_prefill_legs, log_requests
-from dp_extproc.envoy_config.cluster_names import DISPATCH, PREFILL_LEG
-from dp_extproc.envoy_config.external_processing import (
-    place_requests,
+from dp_extproc.config import Config, EnvoySettings, Supervise, TruncatedStreams
+from dp_extproc.contract import (
+    META_DECODE_HOST,
+    META_DECODE_RANK,
+    META_MODEL,
+    META_POOL,
+    META_PREFILL_HOST,
+    META_PREFILL_RANK,
+    META_REASON,
+    METADATA_NAMESPACE,
+)
+from dp_extproc.envoy_config.addresses import DECODE, DISPATCH, PREFILL_LEG
+from dp_extproc.envoy_config.filters import (
+    http_filter,
     remember_owner,
     report_prefill,
+    schedule_requests,
+    strip_client_headers,
 )
-from dp_extproc.envoy_config.headers import strip_client_headers
-from dp_extproc.envoy_config.limits import MAX_HEADERS_COUNT, MAX_HEADERS_KB, buffer_bytes
 from dp_extproc.envoy_config.local_replies import build_local_replies
-from dp_extproc.envoy_config.prefix_swap import swap_prefix
+from dp_extproc.envoy_config.lua_filters import swap_leg_preamble
 from dp_extproc.envoy_config.routes import to_dispatch, to_engines, to_prefill
-from dp_extproc.envoy_config.stream_end import build_decode_listener, remember_decode_host
+from dp_extproc.envoy_config.stream_end import remember_decode_endpoint, stream_end_filters
+from dp_extproc.envoy_config.yaml_text import commented, pack
+
+_MAX_HEADERS_KB: Final = 1024
+"""Limit of all request headers of the internal listeners, in KiB. Envoy's default of 60 would refuse large batches.
+
+The leg preamble of the prefill leg is a header. For each prompt of a batch it has a bootstrap room (up to 19 digits)
+and a request id (about 35 bytes). So 1 MiB is enough for more than 15,000 prompts. Envoy allows 8192 KiB.
+"""
+
+_MAX_HEADERS_COUNT: Final = 200
+"""Most headers of a request at the internal listeners: 100 of a client (Envoy's default), and those of the service."""
 
 INFERENCE: Final = "inference"
 _NO_TIMEOUT: Final = timedelta(0)
 _CLOSE_DELAY: Final = timedelta(milliseconds=50)
-"""How long a client that still sends its body has for reading an early answer. By default each hop waits for a second
-before it closes, and so would every client whose answer was cut off."""
+"""Time for a client that still sends its body to read an early response. Envoy's default of 1 s for each hop would
+delay the end of every truncated response as well."""
+
+_EVERY_HOP: Final = {
+    "time": "%START_TIME%",
+    "request_id": "%REQ(x-request-id)%",
+    "method": "%REQ(:method)%",
+    "path": "%REQ(:path)%",
+    "status": "%RESPONSE_CODE%",
+    "response_flags": "%RESPONSE_FLAGS%",
+    "response_code_details": "%RESPONSE_CODE_DETAILS%",
+    "bytes_received": "%BYTES_RECEIVED%",
+    "bytes_sent": "%BYTES_SENT%",
+    "duration_ms": "%DURATION%",
+    "first_byte_ms": "%RESPONSE_DURATION%",
+}
+
+_DECISION: Final = {
+    key: f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{key})%"
+    for key in (
+        META_MODEL,
+        META_POOL,
+        META_PREFILL_HOST,
+        META_PREFILL_RANK,
+        META_DECODE_HOST,
+        META_DECODE_RANK,
+        META_REASON,
+    )
+}
 
 
-def build_listeners(config: Config) -> list[Listener]:
-    """Build all listeners, in the order in which a request passes them."""
+def buffer_bytes(settings: EnvoySettings) -> int:
+    """Return the buffer of every hop in bytes: the largest body and the routing fields that rewriting adds.
+
+    These fields are no longer than a header may be. The service itself refuses a body above ``max_body_bytes``. Envoy's
+    own 413 stops only what exceeds both.
+    """
+    return settings.max_body_bytes + _MAX_HEADERS_KB * 1024
+
+
+def build_front_door(config: Config) -> Listener:
+    """Build the listener for clients, the only one with a port. Another gateway may take its place."""
+    settings = config.envoy
+    manager = commented(
+        HttpConnectionManager(
+            stat_prefix=INFERENCE,
+            route_config=to_dispatch(config.retry),
+            http_filters=[_router()],
+            stream_idle_timeout=_NO_TIMEOUT,
+            request_headers_timeout=timedelta(seconds=settings.request_headers_timeout),
+            request_timeout=timedelta(seconds=settings.request_timeout),
+            delayed_close_timeout=_CLOSE_DELAY,
+            use_remote_address=True,
+            early_header_mutation_extensions=[strip_client_headers(settings.session_header)],
+            generate_request_id=True,
+            preserve_external_request_id=True,
+            local_reply_config=build_local_replies(settings.max_body_bytes),
+        ),
+        stream_idle_timeout="A stream may be idle for as long as the engine processes its prompt.",
+        request_headers_timeout="envoy.request_headers_timeout.",
+        request_timeout="envoy.request_timeout: a client that stops within its body would hold buffers forever.\n"
+        "The timeout ends with the last byte of the request; it does not limit the response.",
+        delayed_close_timeout="Envoy's default would delay the end of a truncated response by a second.",
+        use_remote_address="Adds the client's address to x-forwarded-for, from where the access log takes it.",
+        early_header_mutation_extensions="Removes untrusted headers before anything reads them. A client could\n"
+        "name any address in x-dp-decode-host. In SGLang, x-data-parallel-rank and x-override-* take precedence\n"
+        "over the body.",
+        preserve_external_request_id="The request id of a client appears in all logs.",
+    )
+    address = SocketAddress(address=settings.inference.host, port_value=settings.inference.port)
+    return commented(
+        Listener(
+            name=INFERENCE,
+            address=Address(socket_address=address),
+            filter_chains=[FilterChain(filters=[_http(manager)])],
+            per_connection_buffer_limit_bytes=buffer_bytes(settings),
+        ),
+        "The front door. It is a hop of its own, so that it can repeat a failed attempt, which is\n"
+        "then scheduled again.",
+        per_connection_buffer_limit_bytes="envoy.max_body_bytes and 1 MiB for the routing fields. Every hop needs\n"
+        "it, because it may buffer a whole body; Envoy's default is 1 MiB.",
+    )
+
+
+def build_internal_listeners(config: Config) -> list[Listener]:
+    """Build the listeners behind the front door, in the order in which requests pass them."""
     settings = config.envoy
     buffer = buffer_bytes(settings)
-    replies = build_local_replies(settings.max_body_bytes)
-    repeated = build_local_replies(settings.max_body_bytes, retries=config.retry.attempts > 1)
-    front_door = HttpConnectionManager(
-        stat_prefix=INFERENCE,
-        route_config=to_dispatch(config.retry),
-        http_filters=[_router()],
-        stream_idle_timeout=_NO_TIMEOUT,
-        request_headers_timeout=timedelta(seconds=settings.request_headers_timeout),
-        request_timeout=timedelta(seconds=settings.request_timeout),
-        delayed_close_timeout=_CLOSE_DELAY,
-        use_remote_address=True,
-        early_header_mutation_extensions=[strip_client_headers(settings.session_header)],
-        generate_request_id=True,
-        preserve_external_request_id=True,
-        local_reply_config=replies,
-    )
     supervision = config.supervision.mode
-    watching = [remember_owner()] if supervision is Supervise.FIRST_EVENT else []
+    owner_for_first_event = [remember_owner()] if supervision is Supervise.FIRST_EVENT else []
     ends_streams = settings.truncated_streams is TruncatedStreams.ERROR_EVENT
-    handing_on = [remember_decode_host()] if ends_streams else []
+    decode_endpoint = [remember_decode_endpoint()] if ends_streams else []
     dispatch = _internal_manager(
         DISPATCH,
         to_engines(supervision, settings.body_mode),
-        [place_requests(config), *watching, *handing_on],
-        log_requests(),
-        repeated,
+        [schedule_requests(config), *owner_for_first_event, *decode_endpoint],
+        _log_requests(),
+        build_local_replies(settings.max_body_bytes, retries=config.retry.attempts > 1),
     )
+    owner = commented(remember_owner(), "The report below opens after the x-dp-* headers were removed.")
     prefill_leg = _internal_manager(
-        PREFILL_LEG, to_prefill(), [remember_owner(), swap_prefix(), report_prefill(supervision)], log_prefill_legs()
+        PREFILL_LEG, to_prefill(), [owner, swap_leg_preamble(), report_prefill(supervision)], _log_prefill_legs()
     )
-    inference = settings.inference
-    return [
-        Listener(
-            name=INFERENCE,
-            address=Address(socket_address=SocketAddress(address=inference.host, port_value=inference.port)),
-            filter_chains=[_chain(front_door)],
-            per_connection_buffer_limit_bytes=buffer,
+    listeners = [
+        _internal(DISPATCH, [_http(dispatch)], buffer, "Schedules requests. An internal listener has no port."),
+        _internal(
+            PREFILL_LEG,
+            [_http(prefill_leg)],
+            buffer,
+            "The mirrored copy, as a request with its own body, status and log line.",
         ),
-        *(
-            Listener(
-                name=manager.stat_prefix,
-                filter_chains=[_chain(manager)],
-                per_connection_buffer_limit_bytes=buffer,
-                internal_listener=ListenerInternalListenerConfig(),
-            )
-            for manager in (dispatch, prefill_leg)
-        ),
-        *([build_decode_listener(buffer)] if ends_streams else []),
     ]
+    if ends_streams:
+        decode = _internal(
+            DECODE,
+            stream_end_filters(),
+            buffer,
+            "Forwards the bytes of responses. If an engine is lost in mid-stream, the filter appends an error\n"
+            "event; Envoy's HTTP router itself could only reset the client's connection.",
+        )
+        listeners.append(decode)
+    return listeners
+
+
+def _internal(name: str, filters: list[Filter], buffer: int, comment: str) -> Listener:
+    listener = Listener(
+        name=name,
+        filter_chains=[FilterChain(filters=filters)],
+        per_connection_buffer_limit_bytes=buffer,
+        internal_listener=ListenerInternalListenerConfig(),
+    )
+    return commented(listener, comment)
 
 
 def _internal_manager(
@@ -100,24 +196,43 @@ def _internal_manager(
     access_log: AccessLog,
     replies: LocalReplyConfig | None = None,
 ) -> HttpConnectionManager:
-    return HttpConnectionManager(
-        stat_prefix=name,
-        route_config=routes,
-        http_filters=[*filters, _router()],
-        common_http_protocol_options=HttpProtocolOptions(max_headers_count=MAX_HEADERS_COUNT),
-        max_request_headers_kb=MAX_HEADERS_KB,
-        stream_idle_timeout=_NO_TIMEOUT,
-        delayed_close_timeout=_CLOSE_DELAY,
-        access_log=[access_log],
-        local_reply_config=replies,
+    return commented(
+        HttpConnectionManager(
+            stat_prefix=name,
+            route_config=routes,
+            http_filters=[*filters, _router()],
+            common_http_protocol_options=HttpProtocolOptions(max_headers_count=_MAX_HEADERS_COUNT),
+            max_request_headers_kb=_MAX_HEADERS_KB,
+            stream_idle_timeout=_NO_TIMEOUT,
+            delayed_close_timeout=_CLOSE_DELAY,
+            access_log=[access_log],
+            local_reply_config=replies,
+        ),
+        common_http_protocol_options="100 headers of the client, and those that the service adds.",
+        max_request_headers_kb="The prefill leg's preamble is a header, with some 60 bytes for each prompt of\n"
+        "a batch. Envoy's default is 60 KiB.",
     )
 
 
 def _router() -> HttpFilter:
-    return HttpFilter(name="envoy.filters.http.router", typed_config=Any.pack(Router(suppress_envoy_headers=True)))
+    comment = "No x-envoy-* headers for clients and engines."
+    return http_filter("router", commented(Router(suppress_envoy_headers=True), suppress_envoy_headers=comment))
 
 
-def _chain(manager: HttpConnectionManager) -> FilterChain:
-    return FilterChain(
-        filters=[Filter(name="envoy.filters.network.http_connection_manager", typed_config=Any.pack(manager))]
-    )
+def _http(manager: HttpConnectionManager) -> Filter:
+    return Filter(name="envoy.filters.network.http_connection_manager", typed_config=pack(manager))
+
+
+def _log_requests() -> AccessLog:
+    """Build the log of requests: each with its decision, or with the reason of its refusal."""
+    return _stdout({"leg": "main", **_EVERY_HOP, "client": "%REQ(x-forwarded-for)%", **_DECISION})
+
+
+def _log_prefill_legs() -> AccessLog:
+    """Build the log of prefill legs, whose ``request_id`` is that of their request."""
+    return _stdout({"leg": "prefill", **_EVERY_HOP, META_PREFILL_HOST: "%UPSTREAM_HOST%"})
+
+
+def _stdout(fields: Mapping[str, str]) -> AccessLog:
+    line = SubstitutionFormatString(json_format=Struct.from_dict(fields))
+    return AccessLog(name="envoy.access_loggers.stdout", typed_config=pack(StdoutAccessLog(log_format=line)))

@@ -20,71 +20,86 @@ from envoy_data_plane.envoy.config.route.v3 import (
 
 from dp_extproc.config import BodyMode, RetrySettings, Supervise
 from dp_extproc.contract import DECODE_HOST, FAILED, PREFILL_HOST, PREFILL_RID, PREFIX_LENGTH, RETRY, WATCH
-from dp_extproc.envoy_config.cluster_names import DECODE, DISPATCH, PREFILL, PREFILL_LEG
-from dp_extproc.envoy_config.external_processing import FIRST_EVENT_FILTER, show_first_event
+from dp_extproc.envoy_config.addresses import DECODE, DISPATCH, PREFILL, PREFILL_LEG
+from dp_extproc.envoy_config.filters import FIRST_EVENT_FILTER, enable_first_event_report
+from dp_extproc.envoy_config.yaml_text import commented
 
 _NO_TIMEOUT: Final = timedelta(0)
-"""Envoy's default of 15 s would cut long generations; how long one may take is the client's and the engine's matter."""
-
+"""No limit. Envoy's default of 15 s would cut long generations; client and engine have limits of their own."""
 
 _FIRST_BACKOFF: Final = timedelta(milliseconds=25)
 _LONGEST_BACKOFF: Final = timedelta(milliseconds=250)
-"""The pair that failed is not asked again, so there is little to wait for; but a storm is spread a little."""
+"""Pauses before a retry. They are short, as a retry avoids the failed endpoints; they spread many retries a little."""
 
 
 def to_dispatch(retry: RetrySettings) -> RouteConfiguration:
-    """Route everything that comes in from outside; what the service wants placed anew comes by again.
+    """Build the routes of the front door, which forwards every request to the listener where it is scheduled.
 
-    So does what the next hop dropped without an answer: the client has not seen a byte of one.
+    It repeats a request if the response has the retry header, or if the next hop dropped it without a response.
     """
     action = _forward(DISPATCH)
     if retry.attempts > 1:
-        action.retry_policy = RetryPolicy(
-            retry_on="retriable-headers,reset",
-            num_retries=retry.attempts - 1,
-            retriable_headers=[HeaderMatcher(name=RETRY, present_match=True)],
-            retry_back_off=RetryPolicyRetryBackOff(base_interval=_FIRST_BACKOFF, max_interval=_LONGEST_BACKOFF),
+        action.retry_policy = commented(
+            RetryPolicy(
+                retry_on="retriable-headers,reset",
+                num_retries=retry.attempts - 1,
+                retriable_headers=[HeaderMatcher(name=RETRY, present_match=True)],
+                retry_back_off=RetryPolicyRetryBackOff(base_interval=_FIRST_BACKOFF, max_interval=_LONGEST_BACKOFF),
+            ),
+            "The service requests a retry by a header and limits the attempts (retry). The front door sends the\n"
+            "failed endpoints along, so that the next attempt avoids them.",
         )
     return _table(Route(name="all", match=_when(), route=action, response_headers_to_remove=[RETRY, FAILED]))
 
 
 def to_engines(supervision: Supervise, body_mode: BodyMode) -> RouteConfiguration:
-    """Route by what the service decided; a request it did not place goes nowhere."""
-    mirror = RouteActionRequestMirrorPolicy(cluster=PREFILL_LEG, disable_shadow_host_suffix_append=True)
+    """Build the routes to engines, by the headers of the decision. A request without a decision gets a 503."""
+    mirror = commented(
+        RouteActionRequestMirrorPolicy(cluster=PREFILL_LEG, disable_shadow_host_suffix_append=True),
+        disable_shadow_host_suffix_append="Otherwise the engine would get the host name with -shadow appended.",
+    )
     routes = [
-        Route(name="disaggregated", match=_when(DECODE_HOST, PREFILL_HOST), route=_forward(DECODE, [mirror])),
-        Route(name="one_server", match=_when(DECODE_HOST), route=_forward(DECODE)),
-        Route(
-            name="not_placed",
-            match=_when(),
-            direct_response=DirectResponseAction(status=503),
-            response_headers_to_add=[HeaderValueOption(header=HeaderValue(key=RETRY, value="1"))],
+        commented(
+            Route(name="disaggregated", match=_when(DECODE_HOST, PREFILL_HOST), route=_forward(DECODE, [mirror])),
+            "Scheduled on two endpoints: decode responds to the client, and a copy goes to prefill.",
+        ),
+        commented(
+            Route(name="one_server", match=_when(DECODE_HOST), route=_forward(DECODE)),
+            "Scheduled on one endpoint: an aggregated pool, or a request that any engine can serve.",
+        ),
+        commented(
+            Route(
+                name="not_placed",
+                match=_when(),
+                direct_response=DirectResponseAction(status=503),
+                response_headers_to_add=[HeaderValueOption(header=HeaderValue(key=RETRY, value="1"))],
+            ),
+            "Fail closed: a request without a decision reaches no engine.",
         ),
     ]
     if supervision is Supervise.FIRST_EVENT:
-        watched = Route(
-            name="watched",
-            match=_when(DECODE_HOST, PREFILL_HOST, WATCH),
-            route=_forward(DECODE, [mirror]),
-            typed_per_filter_config={FIRST_EVENT_FILTER: show_first_event(body_mode)},
+        watched = commented(
+            Route(
+                name="watched",
+                match=_when(DECODE_HOST, PREFILL_HOST, WATCH),
+                route=_forward(DECODE, [mirror]),
+                typed_per_filter_config={FIRST_EVENT_FILTER: enable_first_event_report(body_mode)},
+            ),
+            "A stream: the service gets its first event before the client gets anything.",
         )
         routes.insert(0, watched)
     return _table(*routes)
 
 
 def to_prefill() -> RouteConfiguration:
-    """Route every mirrored request whose body was rewritten to the prefill server that the service named."""
+    """Build the routes of the prefill leg: to the prefill endpoint, if body or headers were rewritten."""
+    failed = DirectResponseAction(status=500)
     return _table(
-        Route(
-            name="not_rewritten",
-            match=_when(PREFIX_LENGTH),
-            direct_response=DirectResponseAction(status=500),
+        commented(
+            Route(name="not_rewritten", match=_when(PREFIX_LENGTH), direct_response=failed),
+            "The script removes this header last, so a request that has it was not rewritten.",
         ),
-        Route(
-            name="headers_not_rewritten",
-            match=_when(PREFILL_RID),
-            direct_response=DirectResponseAction(status=500),
-        ),
+        Route(name="headers_not_rewritten", match=_when(PREFILL_RID), direct_response=failed),
         Route(name="rewritten", match=_when(), route=_forward(PREFILL)),
     )
 
@@ -98,4 +113,7 @@ def _when(*headers: str) -> RouteMatch:
 
 
 def _forward(cluster: str, mirrors: Sequence[RouteActionRequestMirrorPolicy] = ()) -> RouteAction:
-    return RouteAction(cluster=cluster, timeout=_NO_TIMEOUT, request_mirror_policies=list(mirrors))
+    return commented(
+        RouteAction(cluster=cluster, timeout=_NO_TIMEOUT, request_mirror_policies=list(mirrors)),
+        timeout="Envoy's default of 15 s would end long generations.",
+    )

@@ -1,11 +1,11 @@
-/* Ends a stream of server-sent events whose server was lost with an event that says so, instead of as a cut connection.
+/* Ends a stream of server-sent events with an error event if its engine is lost in mid-stream.
  *
- * A network filter of Envoy (proxy-wasm ABI 0.2.1) on the way from a server to Envoy's HTTP codec. It follows the
- * framing of HTTP/1.1 responses and changes nothing, but for what it appends when the server closes the connection in
- * mid-stream at the boundary of a chunk: an error event and the end of the chunked body. Everywhere else (in the middle
- * of a chunk, in answers that are no streams, between answers) the connection ends as it would without it.
+ * A network filter of Envoy (proxy-wasm ABI 0.2.1) between an engine and Envoy's HTTP codec. It follows the framing of
+ * HTTP/1.1 responses and appends data in one case only: the engine closes the connection in mid-stream, between two
+ * chunks. Then it appends an error event and the end of the chunked body. In all other cases (within a chunk, in
+ * responses that are no streams, between responses) the connection ends as without the filter.
  *
- * No library: `make stream-end` builds it with clang alone, and the module has no state but that of its connections.
+ * It uses no library: `make stream-end` builds it with clang alone. Its only state is that of its connections.
  */
 
 typedef unsigned int u32;
@@ -35,24 +35,24 @@ enum state {
   HEAD,     /* status line and headers */
   SIZE,     /* of a chunk */
   DATA,     /* of a chunk */
-  DATA_END, /* the line end behind it */
+  DATA_END, /* the line end after it */
   TRAILERS,
-  LENGTH, /* a body whose length the head tells */
+  LENGTH, /* a body with a content-length */
   REST,   /* a body that lasts as long as the connection */
 };
 
-enum { LINE = 64 }; /* longer than whatever is looked for in one */
+enum { LINE = 64 }; /* longer than any text that is searched in a line */
 
 struct answers {
   u32 id;
   struct answers *next;
   enum state state;
   u64 left;        /* bytes of the chunk, or of the body */
-  u32 length;      /* of the present line; more than LINE if it is longer */
+  u32 length;      /* of the current line; more than LINE if it is longer */
   int is_first;    /* whether it is the first line of its head */
   int has_no_body; /* 1xx, 204, 304: another head follows */
   int is_chunked, has_length, is_events;
-  int is_complete; /* the last event said that it is the last one */
+  int is_complete; /* the last event was [DONE] */
   char line[LINE]; /* in lower case */
 };
 
@@ -226,7 +226,7 @@ static void append(u32 at, const struct answers *it) {
 
 EXPORT(proxy_abi_version_0_2_1) void proxy_abi_version(void) {}
 
-/* One piece of data at a time is looked at, so one place for it will do. */
+/* One buffer is enough, since the filter reads one piece of data at a time. */
 EXPORT(proxy_on_memory_allocate) void *proxy_on_memory_allocate(u32 size) {
   if (size > scratch_size) {
     scratch = take(size);

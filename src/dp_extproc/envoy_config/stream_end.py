@@ -1,20 +1,16 @@
-"""How a stream ends whose server is lost in mid-answer: with an error event, or as a cut connection.
+"""The filters that end a stream with an error event if its engine is lost in mid-response.
 
-Envoy's HTTP router answers the loss of a server in mid-answer by cutting the client's connection, and asks no filter.
-So between the router and the server stands a listener that only passes bytes on: a network filter there sees the end
-of the server's connection as the last piece of data, to which it may append. The filter is ``stream_end.c``.
+When an engine is lost in mid-response, Envoy's HTTP router resets the client's connection without calling a filter.
+Therefore a listener that only forwards bytes stands between the router and the engine. A network filter there gets the
+end of the engine's connection as the last piece of data, and may append to it. That filter is ``stream_end.c``.
 """
 
 from datetime import timedelta
 from importlib.resources import files
 from typing import Final
 
-from envoy_data_plane.envoy.config.core.v3 import (
-    AsyncDataSource,
-    DataSource,
-    SubstitutionFormatString,
-)
-from envoy_data_plane.envoy.config.listener.v3 import Filter, FilterChain, Listener, ListenerInternalListenerConfig
+from envoy_data_plane.envoy.config.core.v3 import AsyncDataSource, DataSource, SubstitutionFormatString
+from envoy_data_plane.envoy.config.listener.v3 import Filter
 from envoy_data_plane.envoy.extensions.filters.common.set_filter_state.v3 import (
     FilterStateValue,
     FilterStateValueSharedWithUpstream,
@@ -24,65 +20,54 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
 from envoy_data_plane.envoy.extensions.filters.network.tcp_proxy.v3 import TcpProxy
 from envoy_data_plane.envoy.extensions.filters.network.wasm.v3 import Wasm
 from envoy_data_plane.envoy.extensions.wasm.v3 import FailurePolicy, PluginConfig, VmConfig
-from envoy_data_plane.google.protobuf import Any
 
 from dp_extproc.contract import DECODE_HOST
-from dp_extproc.envoy_config.cluster_names import DECODE, DECODE_SERVER
+from dp_extproc.envoy_config.addresses import DECODE, DECODE_SERVER
+from dp_extproc.envoy_config.filters import http_filter
+from dp_extproc.envoy_config.yaml_text import commented, pack
 
 _ADDRESS: Final = "envoy.network.transport_socket.original_dst_address"
-"""The key under which a cluster of type ORIGINAL_DST looks for an address (``original_dst_cluster.h``)."""
+"""Key of the filter state from which an ORIGINAL_DST cluster reads its address (``original_dst_cluster.h``)."""
 _NAME: Final = "dp_stream_end"
 
 
-def remember_decode_host() -> HttpFilter:
-    """Build the filter that hands the decode server's address to the connection that is opened for it."""
+def remember_decode_endpoint() -> HttpFilter:
+    """Build the filter that passes the address of the decode endpoint to the connection that Envoy opens to it."""
     address = FilterStateValue(
         object_key=_ADDRESS,
         format_string=SubstitutionFormatString(text_format_source=DataSource(inline_string=f"%REQ({DECODE_HOST})%")),
         shared_with_upstream=FilterStateValueSharedWithUpstream.ONCE,
     )
-    return HttpFilter(
-        name="envoy.filters.http.set_filter_state",
-        typed_config=Any.pack(SetFilterState(on_request_headers=[address])),
+    return commented(
+        http_filter("set_filter_state", SetFilterState(on_request_headers=[address])),
+        "Passes the decode endpoint to the connection that the listener decode opens.",
     )
 
 
-def build_decode_listener(buffer: int) -> Listener:
-    """Build the listener that passes the bytes of answering servers on and ends their streams.
-
-    Args:
-        buffer: Bytes of a connection.
-    """
+def stream_end_filters() -> list[Filter]:
+    """Build the network filters that forward the bytes of responses and end truncated streams."""
+    code = commented(DataSource(inline_bytes=_module()), inline_bytes="stream_end.c of this project, as WebAssembly.")
     plugin = PluginConfig(
         name=_NAME,
         root_id=_NAME,
         vm_config=VmConfig(
             vm_id=_NAME,
             runtime="envoy.wasm.runtime.v8",
-            code=AsyncDataSource(local=DataSource(inline_bytes=_module())),
+            code=AsyncDataSource(local=code),
         ),
         failure_policy=FailurePolicy.FAIL_OPEN,
     )
-    passing_on = TcpProxy(
+    forwarding = TcpProxy(
         stat_prefix=DECODE,
         cluster=DECODE_SERVER,
-        idle_timeout=timedelta(0),  # by default a prompt that takes more than an hour would be cut
+        idle_timeout=timedelta(0),  # Envoy's default would end a request whose prompt takes more than an hour.
     )
-    return Listener(
-        name=DECODE,
-        filter_chains=[
-            FilterChain(
-                filters=[
-                    Filter(name="envoy.filters.network.wasm", typed_config=Any.pack(Wasm(config=plugin))),
-                    Filter(name="envoy.filters.network.tcp_proxy", typed_config=Any.pack(passing_on)),
-                ]
-            )
-        ],
-        per_connection_buffer_limit_bytes=buffer,
-        internal_listener=ListenerInternalListenerConfig(),
-    )
+    return [
+        Filter(name="envoy.filters.network.wasm", typed_config=pack(Wasm(config=plugin))),
+        Filter(name="envoy.filters.network.tcp_proxy", typed_config=pack(forwarding)),
+    ]
 
 
 def _module() -> bytes:
-    """Read the filter, as ``make stream-end`` has built it."""
+    """Read the WebAssembly module that ``make stream-end`` builds."""
     return files(__package__).joinpath("stream_end.wasm").read_bytes()

@@ -1,19 +1,27 @@
-"""From the typed bootstrap to YAML that an operator can read."""
+"""Typed Envoy objects as commented YAML.
 
+1. A builder attaches comments to the messages that it makes, so a text stands beside the call that it explains.
+2. Serializing a message drops its comments. Therefore :func:`pack` keeps the message beside the bytes.
+3. Messages accept no attributes and are not hashable. Their comments are kept by identity, until the message is freed.
+"""
+
+import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import yaml
-from betterproto2 import Casing
-from envoy_data_plane.envoy.config.bootstrap.v3 import Bootstrap
+from betterproto2 import Casing, Message
+from envoy_data_plane.google.protobuf import Any as PackedMessage
 
-from dp_extproc.envoy_config.comments import COMMENTS, HEADER
+M = TypeVar("M", bound=Message)
 
-Path = tuple[str, ...]
+_ITSELF: Final = ""
+_comments: Final[dict[int, Mapping[str, str]]] = {}
+_contents: Final[dict[int, Message]] = {}
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes scripts as blocks and repeats equal parts instead of referring to them."""
+    """A dumper that writes scripts as blocks, and repeats equal parts instead of referring to them."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - PyYAML's signature
         return True
@@ -26,50 +34,64 @@ def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
-def render_yaml(bootstrap: Bootstrap, comments: Mapping[str, str] = COMMENTS) -> str:
-    """Write *bootstrap* as commented YAML in a stable order.
+def commented(message: M, comment: str | None = None, /, **fields: str) -> M:
+    """Attach comments to *message* and return it.
 
     Args:
-        bootstrap: What to write. Every ``typed_config`` gets its ``@type``.
-        comments: Text by place. A place is a few keys of the way down, from the top to the commented key, separated
-            by blanks; keys between them may be left out, an item of a list is named by its ``name``. The first place
-            in the document that fits gets the comment; places that do not occur are passed over.
+        message: A part of the printed configuration.
+        comment: Text above the whole message, as an item of a list or as the value of a field.
+        fields: Texts above single fields, by the field's name.
     """
-    data = bootstrap.to_dict(casing=Casing.SNAKE)
+    _comments[id(message)] = fields if comment is None else {_ITSELF: comment, **fields}
+    weakref.finalize(message, _comments.pop, id(message), None)
+    return message
+
+
+def pack(message: Message) -> PackedMessage:
+    """Pack *message* for a ``typed_config`` and keep its comments."""
+    packed = PackedMessage.pack(message)
+    _contents[id(packed)] = message
+    weakref.finalize(packed, _contents.pop, id(packed), None)
+    return packed
+
+
+def render_yaml(message: Message) -> str:
+    """Write *message* as commented YAML in a stable order. Every ``typed_config`` gets its ``@type``.
+
+    One builder makes several parts of one kind with equal comments. Each text is printed once, at its first place.
+    """
+    data = message.to_dict(casing=Casing.SNAKE)
     text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
     lines = text.splitlines()
-    pending = {tuple(place.split()): comment for place, comment in comments.items()}
-    above: dict[int, list[str]] = {}
-    for path, line in _places(yaml.compose(text, Loader=yaml.SafeLoader)):
-        for place in [place for place in pending if _fits(place, path)]:
-            indent = " " * (len(lines[line]) - len(lines[line].lstrip()))
-            above.setdefault(line, []).extend(f"{indent}# {row}" for row in pending.pop(place).splitlines())
-    body = (row for number, line in enumerate(lines) for row in (*above.get(number, ()), line))
-    return "\n".join([*(f"# {row}".rstrip() for row in HEADER.splitlines()), *body, ""])
+    above: dict[str, int] = {}
+    for comment, line in _comments_of(message, yaml.compose(text, Loader=yaml.SafeLoader), 0):
+        above.setdefault(comment, line)
+    rows: list[list[str]] = [[] for _ in lines]
+    for comment, line in above.items():
+        indent = " " * (len(lines[line]) - len(lines[line].lstrip()))
+        rows[line] += [f"{indent}# {row}".rstrip() for row in comment.splitlines()]
+    return "\n".join([*(row for number, line in enumerate(lines) for row in (*rows[number], line)), ""])
 
 
-def _places(node: yaml.Node | None, path: Path = ()) -> Iterator[tuple[Path, int]]:
-    """Yield the way to every key and every named item, with its line counted from 0, from top to bottom."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            yield (*path, key.value), key.start_mark.line
-            yield from _places(value, (*path, key.value))
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            name = _name(item)
-            if name is not None:
-                yield (*path, name), item.start_mark.line
-            yield from _places(item, path if name is None else (*path, name))
+def _comments_of(value: Any, node: yaml.Node | None, line: int) -> Iterator[tuple[str, int]]:
+    """Yield the comments of *value* and of everything inside it with their lines, from top to bottom.
 
-
-def _name(item: yaml.Node) -> str | None:
-    if isinstance(item, yaml.MappingNode):
-        for key, value in item.value:
-            if key.value == "name":
-                return str(value.value)
-    return None
-
-
-def _fits(place: Path, path: Path) -> bool:
-    rest = iter(path)
-    return place[-1] == path[-1] and all(key in rest for key in place)
+    Args:
+        value: A message, a list or mapping of messages, or a value that has no comments.
+        node: The same value as YAML.
+        line: Line of the value's key, or of the list item that the value is; counted from 0.
+    """
+    if isinstance(value, PackedMessage):
+        value = _contents.get(id(value))
+    attached = _comments.get(id(value), {})
+    if _ITSELF in attached:
+        yield attached[_ITSELF], line
+    if isinstance(node, yaml.SequenceNode) and isinstance(value, list):
+        for element, item in zip(value, node.value, strict=True):
+            yield from _comments_of(element, item, item.start_mark.line)
+    elif isinstance(node, yaml.MappingNode):
+        for key, item in node.value:
+            if key.value in attached:
+                yield attached[key.value], key.start_mark.line
+            inner = value.get(key.value) if isinstance(value, dict) else getattr(value, key.value, None)
+            yield from _comments_of(inner, item, key.start_mark.line)

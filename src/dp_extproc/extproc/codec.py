@@ -35,18 +35,18 @@ from dp_extproc.contract import (
     DESTINATION,
     DESTINATION_SERVED,
     DESTINATION_SUBSET,
-    FOREIGN_NAMES,
-    FOREIGN_PREFIXES,
     LB_NAMESPACE,
     METADATA_NAMESPACE,
     READ_FROM_REQUESTS,
     SESSION,
     SUBSET_NAMESPACE,
+    UNTRUSTED_NAMES,
+    UNTRUSTED_PREFIXES,
 )
 from dp_extproc.scheduling.decision import Metadata
 from dp_extproc.scheduling.subset import read_subset
 
-_FOREIGN: Final = frozenset({*FOREIGN_NAMES, DESTINATION})
+_FOREIGN: Final = frozenset({*UNTRUSTED_NAMES, DESTINATION})
 _EVENTS: Final = b"text/event-stream"
 
 _BODY_MODES: Final = {
@@ -191,7 +191,7 @@ def _headers(message: HttpHeaders, session_header: str | None) -> dict[str, str]
             name in READ_FROM_REQUESTS
             or name in _FOREIGN
             or name == session_header
-            or name.startswith(FOREIGN_PREFIXES)
+            or name.startswith(UNTRUSTED_PREFIXES)
         ):
             # Envoy fills raw_value; older ones filled value.
             found[name] = header.raw_value.decode("latin-1") or header.value

@@ -306,7 +306,7 @@ class Exchange:
         headers = event.headers
         self._is_whole = self._is_whole or event.end_of_stream
         asked = read_path(headers.get(":method", ""), headers.get(":path", ""))
-        reads = contract.READ_BEHIND_OTHERS if self._picks else contract.READ_FROM_REQUESTS
+        reads = contract.READ_BEHIND_GATEWAY if self._picks else contract.READ_FROM_REQUESTS
         foreign = headers.keys() - reads - {self._session_header}
         self._session = None if self._session_header is None else headers.get(self._session_header)
         if self._picks:

@@ -1,4 +1,4 @@
-"""The load cache: every endpoint that has been discovered, fed by what the scraper observes."""
+"""The load cache: the load of every discovered endpoint, fed by the events of engines."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +20,7 @@ from dp_extproc.request.path import Api
 
 
 class LoadCache:
-    """Who is there and how loaded. Implements :class:`dp_extproc.engines.listener.EngineListener`."""
+    """The endpoints and their loads. Implements :class:`dp_extproc.engines.listener.EngineListener`."""
 
     def __init__(
         self,
@@ -30,14 +30,14 @@ class LoadCache:
         health: OutlierDetectionSettings = DEFAULT_HEALTH,
         made_room: Callable[[], None] = nothing,
     ) -> None:
-        """Begin with nobody known.
+        """Begin without a discovered endpoint.
 
         Args:
-            endpoints: As configured.
-            stale_after: Seconds after which a sample is old.
-            costs: Of steps.
-            health: When to eject a server.
-            made_room: Called when a server has told something by which a request may find room.
+            endpoints: The configured endpoints.
+            stale_after: Seconds after which a sample is stale.
+            costs: The fixed costs of steps.
+            health: When to eject an endpoint.
+            made_room: Called after events by which a queued request may find room.
         """
         self.endpoints = tuple(endpoints)
         self.stale_after = stale_after
@@ -51,65 +51,65 @@ class LoadCache:
         endpoint changes for the filters by the passing of time alone: it grows stale, or its ejection ends.
         """
         self._unhealthy: tuple[int, Sequence[EndpointLoad]] = (0, ())
-        """As of a generation."""
+        """A generation, and the unhealthy endpoints as of it."""
         self.by_url: dict[str, EndpointLoad] = {}
-        """By URL; only endpoints that have told their facts."""
+        """The endpoints that have been discovered, by URL."""
         self.failures: dict[str, EngineFailure] = {}
-        """By URL; what is wrong at present."""
+        """The present failure of each endpoint that has one, by URL."""
         self.ratios = {endpoint.pool: TokenRatio() for endpoint in self.endpoints}
         self.prefixes: dict[str, PrefixIndex[RankLoad]] = {endpoint.pool: PrefixIndex() for endpoint in self.endpoints}
-        """Per pool: which ranks hold the KV cache of which prompts' beginnings."""
+        """The prefix index of each pool."""
         self._draining: list[EndpointLoad] = []
         self._by_role: dict[tuple[str, Role], list[EndpointLoad]] = {}
         self.matches: dict[str, tuple[Match, ...]] = {}
-        """Of the pools in which not every prefill server can be paired with every decode server."""
+        """The matches of each pool in which not all prefill endpoints can be paired with all decode endpoints."""
         self._pages: Counter[tuple[str, Role]] = Counter()
-        """Read since the servers of a role were compared."""
+        """Pages read since the endpoints of a pool and role were compared."""
         self._capable: dict[tuple[str, Role, Api], tuple[Sequence[EndpointLoad], float]] = {}
 
     @property
     def unhealthy(self) -> Sequence[EndpointLoad]:
-        """Endpoints that are ejected, or have served nothing since they were."""
+        """Endpoints that are ejected, or have not succeeded since."""
         generation, found = self._unhealthy
         if generation != self.generation:
-            found = [host for host in self.by_url.values() if host.health.is_unhealthy]
+            found = [load for load in self.by_url.values() if load.health.is_unhealthy]
             self._unhealthy = (self.generation, found)
         return found
 
     @property
     def draining(self) -> list[EndpointLoad]:
         """Endpoints that are no longer configured, or whose engine has restarted, with requests still in flight."""
-        return [host for host in self._draining if host.reservations]
+        return [load for load in self._draining if load.reservations]
 
     def drop_idle(self) -> None:
-        """Drop what is kept of draining endpoints whose last request has ended."""
+        """Drop draining endpoints whose last request has ended."""
         self._draining = self.draining
 
     def update(self, endpoints: Iterable[Endpoint], stale_after: float) -> None:
-        """Take in another configuration. Whoever stays in its role keeps its books, also if its pool is named anew.
+        """Change to another configuration. An endpoint that keeps its URL and role keeps its load and reservations.
 
-        Who is not named any more gets no request; those that it has stay on its books until they end.
+        An endpoint that is no longer configured gets no request, and drains.
         """
         self.endpoints = tuple(endpoints)
         self.stale_after = stale_after
         self.drop_idle()
         before = [*self._draining, *self.by_url.values()]
-        known = {_place(host.configured): host for host in before}
+        known = {_identity(load.configured): load for load in before}
         self._rename_pools(known)
         self.by_url = {}
-        left = {id(host) for host in self._draining}
+        drained = {id(load) for load in self._draining}
         for endpoint in self.endpoints:
-            if (host := known.get(_place(endpoint))) is not None:
-                if id(host) in left:  # what it did before it left is forgotten
-                    host.health = Health(self._health, self._change)
-                if host.pool != endpoint.pool:
-                    self._forget_prefixes(host)
-                host.configured = endpoint
-                self.by_url[endpoint.url] = host
+            if (load := known.get(_identity(endpoint))) is not None:
+                if id(load) in drained:  # failures from before it was drained do not count
+                    load.health = Health(self._health, self._change)
+                if load.pool != endpoint.pool:
+                    self._forget_prefixes(load)
+                load.configured = endpoint
+                self.by_url[endpoint.url] = load
         self._draining = []
-        for host in before:
-            if self.by_url.get(host.url) is not host:
-                self._let_go(host)
+        for load in before:
+            if self.by_url.get(load.url) is not load:
+                self._drain(load)
         self.failures = {each.url: self.failures[each.url] for each in self.endpoints if each.url in self.failures}
         pools = {endpoint.pool for endpoint in self.endpoints}
         self.ratios = {pool: self.ratios.get(pool) or TokenRatio() for pool in pools}
@@ -121,16 +121,16 @@ class LoadCache:
         self._sort()
 
     def _rename_pools(self, known: dict[tuple[str, Role], EndpointLoad]) -> None:
-        """Let a pool that is new go on with what is known of one that is gone, if it has servers of that one.
+        """Keep what was learned of a pool that is gone, for a new pool that has endpoints of it.
 
-        A pool is called by its models, so one more of them gives it another name.
+        A pool is named after its models, so one more model gives it another name.
         """
         pools = {endpoint.pool for endpoint in self.endpoints}
         for endpoint in self.endpoints:
-            host = known.get(_place(endpoint))
-            if host is None or endpoint.pool in self.ratios or host.pool in pools:
+            load = known.get(_identity(endpoint))
+            if load is None or endpoint.pool in self.ratios or load.pool in pools:
                 continue
-            old, new = host.pool, endpoint.pool
+            old, new = load.pool, endpoint.pool
             if old not in self.ratios:
                 continue
             self.ratios[new], self.prefixes[new] = self.ratios.pop(old), self.prefixes.pop(old)
@@ -139,16 +139,16 @@ class LoadCache:
                     each.configured = replace(each.configured, pool=new)
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:  # noqa: ARG002 - the protocol's
-        """Take in who an engine is. One that has become another (restarted, upgraded) starts with empty books."""
+        """Note the facts of an engine. If it has become another one (restarted, upgraded), it starts without load."""
         self._change()  # the address may be another
         known = self.by_url.get(endpoint.url)
         if known is not None and replace(known.facts, reads_overrides=facts.reads_overrides) == facts:
             known.address = address
-            if known.facts != facts:  # the same engine, of which more is known
+            if known.facts != facts:  # the same engine, with more facts
                 known.facts, known.capabilities = facts, capabilities(facts)
             return
         if known is not None:
-            self._let_go(known)
+            self._drain(known)
         self.by_url[endpoint.url] = EndpointLoad(
             endpoint, address, facts, capabilities(facts), self._costs, health=Health(self._health, self._change)
         )
@@ -159,20 +159,20 @@ class LoadCache:
         self.generation += 1
         self._capable.clear()
 
-    def _let_go(self, host: EndpointLoad) -> None:
-        self._forget_prefixes(host)
+    def _drain(self, load: EndpointLoad) -> None:
+        self._forget_prefixes(load)
         self.drop_idle()
-        self._draining.append(host)
+        self._draining.append(load)
 
     def _sort(self) -> None:
-        """Find anew who takes requests, in the order of the configuration."""
+        """Group the endpoints by pool and role, in the order of the configuration, and match them."""
         self._change()
         self._by_role = {}
         for each in self.endpoints:
-            host = self.by_url.get(each.url)
-            # A server in another role than configured would leave its requests hanging.
-            if host is not None and host.facts.mode is MODE_OF[each.role]:
-                self._by_role.setdefault((each.pool, each.role), []).append(host)
+            load = self.by_url.get(each.url)
+            # An engine in another mode than configured would never finish its requests.
+            if load is not None and load.facts.mode is MODE_OF[each.role]:
+                self._by_role.setdefault((each.pool, each.role), []).append(load)
         self.matches = {}
         for pool in self.ratios:
             found = find_matches(self.known(pool, Role.PREFILL), self.known(pool, Role.DECODE))
@@ -180,23 +180,23 @@ class LoadCache:
                 self.matches[pool] = found
 
     def known(self, pool: str, role: Role) -> Sequence[EndpointLoad]:
-        """Give every host of a role that has told its facts, however well it is known."""
+        """Return every discovered endpoint of a pool and role, however fresh its load is."""
         return self._by_role.get((pool, role), ())
 
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
-        """Take in a load page that was asked for at *started*."""
+        """Note a load page that was requested at *started*."""
         self.failures.pop(endpoint.url, None)
-        host = self.by_url.get(endpoint.url)
-        if host is None or host.freshness(now, self.stale_after) is not Freshness.FRESH:
+        load = self.by_url.get(endpoint.url)
+        if load is None or load.freshness(now, self.stale_after) is not Freshness.FRESH:
             self._change()  # a further sample of a fresh endpoint changes nothing for the filters
-        if host is not None:
-            host.absorb(page.ranks, started, now)
-            restarted = host.has_restarted(page)
-            if host.is_away or restarted:
-                host.is_away = False
-                host.health.recovered()
+        if load is not None:
+            load.absorb(page.ranks, started, now)
+            restarted = load.has_restarted(page)
+            if load.is_away or restarted:
+                load.is_away = False
+                load.health.recovered()
             if restarted:
-                self._forget_prefixes(host)
+                self._forget_prefixes(load)
             if endpoint.role is not Role.PREFILL:
                 self._compare_pace(endpoint.pool, endpoint.role)
         if endpoint.role is not Role.DECODE:
@@ -204,57 +204,52 @@ class LoadCache:
                 endpoint.url,
                 page.prompt_tokens,
                 started,
-                idle=host is not None and not host.reserved_requests,
-                external=host is not None and host.has_external_requests,
+                idle=load is not None and not load.reserved_requests,
+                external=load is not None and load.has_external_requests,
             )
         self._made_room()
 
     def _compare_pace(self, pool: str, role: Role) -> None:
-        """Compare servers once for as many pages as there are servers, which costs each page the same."""
+        """Compare the endpoints once for as many pages as they are, so that each page costs the same."""
         self._pages[pool, role] += 1
         if self._pages[pool, role] >= len(peers := self._by_role.get((pool, role), ())):
             self._pages[pool, role] = 0
             compare_pace(peers)
 
     def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
-        """Take in that an endpoint could not be read. Its samples stay, and grow stale; at once if it is gone.
+        """Note that an endpoint could not be read. Its samples stay, and grow stale; at once if its engine is gone.
 
-        What they tell of others is forgotten then, also if the endpoint goes on answering and is well known by that.
+        The external load of stale samples is dropped, also if responses keep the endpoint fresh.
         """
         self._change()
         self.failures[endpoint.url] = failure
-        host = self.by_url.get(endpoint.url)
-        if host is None:
+        load = self.by_url.get(endpoint.url)
+        if load is None:
             return
-        host.is_away = host.is_away or failure.is_away
+        load.is_away = load.is_away or failure.is_away
         if is_gone := failure.kind in GONE:
-            host.mark_stale()
-            self._forget_prefixes(host)  # nobody listens, so whoever will has begun anew
-        if is_gone or now - host.sampled_at > self.stale_after:
-            host.forget_external(now)
+            load.mark_stale()
+            self._forget_prefixes(load)  # no engine listens, so the next one has an empty cache
+        if is_gone or now - load.sampled_at > self.stale_after:
+            load.forget_external(now)
 
-    def _forget_prefixes(self, host: EndpointLoad) -> None:
-        if (index := self.prefixes.get(host.pool)) is not None:  # the pool may be configured no more
-            for rank in host.ranks:
+    def _forget_prefixes(self, load: EndpointLoad) -> None:
+        if (index := self.prefixes.get(load.pool)) is not None:  # the pool may no longer be configured
+            for rank in load.ranks:
                 index.forget(rank)
 
     def eligible(self, pool: str, role: Role, now: float) -> list[EndpointLoad]:
-        """Give the hosts of a role that are known best: the fresh ones; if there are none the stale ones; and so on.
+        """Return the endpoints of a pool and role with the freshest loads: the fresh ones, or else the stale ones.
 
-        A host that is known less well is not preferred to one that is known to be loaded, but a lone one is used.
-
-        Args:
-            pool: By name.
-            role: Of the hosts.
-            now: Who was seen long ago is stale.
+        Endpoints without any sample are used if all are without.
         """
         return self.best_known(self.known(pool, role), now)[1]
 
-    def best_known(self, hosts: Sequence[EndpointLoad], now: float) -> tuple[Freshness | None, list[EndpointLoad]]:
-        """Give those of some hosts that are known best, and how well they are."""
-        states = [host.freshness(now, self.stale_after) for host in hosts]
+    def best_known(self, loads: Sequence[EndpointLoad], now: float) -> tuple[Freshness | None, list[EndpointLoad]]:
+        """Return the freshest of some endpoints, and how fresh they are; None if there are no endpoints."""
+        states = [load.freshness(now, self.stale_after) for load in loads]
         best = min(states, default=None)
-        return best, [host for host, state in zip(hosts, states, strict=True) if state is best]
+        return best, [load for load, state in zip(loads, states, strict=True) if state is best]
 
     def capable(self, pool: str, role: Role, api: Api, now: float) -> Sequence[EndpointLoad]:
         """Give those of the eligible hosts whose release takes the routing fields on this path.
@@ -272,10 +267,10 @@ class LoadCache:
         return capable
 
     def discovered_in(self, pool: str) -> list[EndpointLoad]:
-        """Give every host of a pool that has told its facts, in the order of the configuration."""
-        return [host for host in self.by_url.values() if host.pool == pool]
+        """Return every discovered endpoint of a pool, in the order of the configuration."""
+        return [load for load in self.by_url.values() if load.pool == pool]
 
 
-def _place(endpoint: Endpoint) -> tuple[str, Role]:
-    """Tell what must not change if an endpoint is to be the same one."""
+def _identity(endpoint: Endpoint) -> tuple[str, Role]:
+    """Return what makes an endpoint the same one in another configuration."""
     return endpoint.url, endpoint.role

@@ -1,8 +1,8 @@
-"""Whether an endpoint does its own leg of requests well enough to be sent more of them.
+"""Outlier ejection of one endpoint, by how its own legs of requests end.
 
-Passive: an endpoint whose leg fails several times in a row is ejected, each time twice as long. When the time is over
-it gets one request to prove itself. An engine that could not be reached and prints its load page again is trusted at
-once, as it is another process by now. The clock is the caller's.
+An endpoint whose legs fail several times in a row is ejected, each time twice as long. Then it gets one request at a
+time as a probe. An engine that was unreachable and reports its load again has recovered, as it is another process now.
+The clock is the caller's.
 """
 
 import math
@@ -12,12 +12,12 @@ from typing import Final, Protocol, TypeVar
 from dp_extproc.config.reliability import OutlierDetectionSettings
 
 PROBE_SECONDS: Final = 5.0
-"""After so long without an outcome a probe counts as lost, and another request may be one."""
+"""Seconds after which a probe without an outcome counts as lost, so that another request may be one."""
 _MOST_DOUBLINGS: Final = 32
 
 
 class Health:
-    """One endpoint's record."""
+    """The record of one endpoint."""
 
     __slots__ = ("_changed", "_failures", "_probed", "_settings", "answers", "ejections", "until")
 
@@ -26,38 +26,38 @@ class Health:
 
         Args:
             settings: When to eject.
-            changed: Called at each ejection, and when the endpoint has recovered from the last one.
+            changed: Called at each ejection, and at the recovery from it.
         """
         self._settings = settings
         self._changed = changed
         self._failures = 0
         self.answers = 0
-        """Legs that went well, in all."""
+        """Legs that have succeeded, in all."""
         self._probed = -math.inf
         self.ejections = 0
-        """In a row, without a success between them."""
+        """Ejections in a row, without a success between them."""
         self.until = -math.inf
         """When the present or last ejection ends."""
 
     @property
     def is_unhealthy(self) -> bool:
-        """Whether it is ejected, or has served nothing since it was."""
+        """Whether the endpoint is ejected, or has not succeeded since."""
         return self.ejections > 0
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether it has failed since its last success."""
+        """Whether a leg has failed since the last success."""
         return self._failures > 0
 
     def succeeded(self) -> None:
-        """Note that a leg went well."""
+        """Note that a leg has succeeded."""
         self.answers += 1
         self.recovered()
 
     def failed(self, now: float) -> None:
-        """Note that a leg failed by the endpoint's own fault."""
+        """Note that a leg has failed by the endpoint's own fault."""
         if now < self.until:
-            return  # sent before the ejection
+            return  # the request was sent before the ejection
         self._failures += 1
         if self.ejections or self._failures >= self._settings.consecutive_failures:
             seconds = self._settings.base_ejection_time * 2.0 ** min(self.ejections, _MOST_DOUBLINGS)
@@ -67,7 +67,7 @@ class Health:
             self._changed()
 
     def recovered(self) -> None:
-        """Clear the record: the engine was unreachable and has answered again, or has served a request."""
+        """Clear the record: a leg has succeeded, or the engine is back after it was unreachable."""
         if self._failures:
             was_unhealthy, self._failures, self.ejections = self.is_unhealthy, 0, 0
             self.until = -math.inf
@@ -78,11 +78,11 @@ class Health:
         return now < self.until
 
     def takes(self, now: float) -> bool:
-        """Tell whether it may be sent a request: not while it is ejected, and one at a time after that."""
+        """Return whether a request may be sent: not during an ejection, and one at a time after it."""
         return now >= self.until and (not self.ejections or now - self._probed >= PROBE_SECONDS)
 
     def sent(self, now: float) -> None:
-        """Note that it was sent a request; after an ejection this one is the probe."""
+        """Note that a request was sent; after an ejection it is the probe."""
         if self.ejections:
             self._probed = now
 

@@ -1,4 +1,4 @@
-"""Which prefill servers of a pool can be paired with which decode servers, where not all can with all."""
+"""Matches: which prefill endpoints of a pool can be paired with which decode endpoints, if not all with all."""
 
 from collections.abc import Sequence
 
@@ -9,21 +9,21 @@ from dp_extproc.load.endpoint import EndpointLoad
 
 
 class Match(Struct, frozen=True):
-    """Prefill servers, and decode servers each of which can be paired with each of them."""
+    """Prefill endpoints and decode endpoints, of which any two can be paired."""
 
     prefills: Sequence[EndpointLoad]
     decodes: Sequence[EndpointLoad]
 
 
 def find_matches(prefills: Sequence[EndpointLoad], decodes: Sequence[EndpointLoad]) -> tuple[Match, ...] | None:
-    """Sort the servers of a pool by whom they can be paired with; None if all can be with all.
+    """Group the endpoints of a pool by what they can be paired with; None if all can be paired with all.
 
-    Every prefill server is in at most one match; a decode server may be in several.
+    Each prefill endpoint is in at most one match. A decode endpoint may be in several.
     """
     kinds = one_of_each_kind(decode.facts for decode in decodes)
     fitting = {
         kind: frozenset(other for other, facts in kinds.items() if difference(prefill, facts) is None)
-        for kind, prefill in one_of_each_kind(host.facts for host in prefills).items()
+        for kind, prefill in one_of_each_kind(prefill.facts for prefill in prefills).items()
     }
     if all(len(fits) == len(kinds) for fits in fitting.values()):
         return None

@@ -1,1 +1,1 @@
-"""What the operator sees: metrics, the pages of the admin port, and the logs of what changes."""
+"""Metrics, the pages of the admin port, and the logs of engine events."""

@@ -1,4 +1,4 @@
-"""The admin port: /metrics, /healthz, /readyz, /loads."""
+"""The admin port with /metrics, /healthz, /readyz and /loads."""
 
 import socket
 from collections.abc import Iterator
@@ -13,18 +13,23 @@ from starlette.routing import Route
 
 
 class Pages(Protocol):
-    """What the port shows: of this process, or of all workers together."""
+    """Contents of the pages: of this process, or of all worker processes."""
 
     async def metrics(self) -> bytes:
-        """Give the page in Prometheus' text format."""
+        """Return /metrics in the text format of Prometheus."""
         ...
 
-    async def ready(self) -> bool: ...
-    async def loads(self) -> dict[str, Any]: ...
+    async def ready(self) -> bool:
+        """Find out whether requests can be scheduled."""
+        ...
+
+    async def loads(self) -> dict[str, Any]:
+        """Return /loads."""
+        ...
 
 
 def admin_app(pages: Pages) -> Starlette:
-    """Make the ASGI application out of what it shows."""
+    """Make the ASGI application of the pages."""
 
     async def show_metrics(_request: Request) -> Response:
         return Response(await pages.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -49,17 +54,17 @@ def admin_app(pages: Pages) -> Starlette:
 
 
 class AdminServer(uvicorn.Server):
-    """A uvicorn server that leaves signals and sockets to the service it is part of."""
+    """A uvicorn server that leaves signals and sockets to the service."""
 
     def __init__(self, pages: Pages, listening: socket.socket) -> None:
         super().__init__(uvicorn.Config(admin_app(pages), log_config=None, access_log=False, lifespan="off"))
         self._listening = listening
 
     async def run_on_socket(self) -> None:
-        """Serve until ``should_exit``."""
+        """Serve until ``should_exit`` is set."""
         await self.serve(sockets=[self._listening])
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
+        """Capture no signals."""
         yield

@@ -1,4 +1,4 @@
-"""The metrics pages of several workers as one page. Pure."""
+"""Merges the metrics pages of several worker processes into one. Pure."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -7,16 +7,16 @@ _COMMENT: Final = "# "
 
 
 def merge_pages(pages: Mapping[str, str]) -> str:
-    """Write the pages of some workers as one, in which each sample has a label ``process`` more.
+    """Merge pages, and add the label ``process`` to each sample.
 
     Args:
-        pages: By the value of the label; in Prometheus' text format, as its own client writes it: every sample below
+        pages: Pages by the value of the label, in the text format of the Prometheus client. There every sample is below
             the comments of its family.
     """
     comments: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
-    for worker, page in pages.items():
-        label = f'process="{worker}"'
+    for process, page in pages.items():
+        label = f'process="{process}"'
         family = ""
         for line in page.splitlines():
             if line.startswith(_COMMENT):

@@ -1,4 +1,4 @@
-"""Prometheus metrics. What changes with every request is counted; what can be read off the books is read off them."""
+"""Prometheus metrics: counts of events, and values that are read from the load cache at each scrape."""
 
 from bisect import bisect_left
 from collections import Counter
@@ -26,17 +26,17 @@ from dp_extproc.request.rejection import Reason
 from dp_extproc.sync.transport.replica import SyncStatus
 
 _DECISION_BUCKETS: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1)
-"""Seconds. A decision on a small body takes tens of microseconds, on one of 64 MB some tens of milliseconds."""
+"""Bounds in seconds. A decision on a small body takes tens of microseconds, on one of 64 MB tens of milliseconds."""
 
 _SOURCE: Final = "polling"
-"""Where load comes from: the service reads it round by round. No other source exists yet."""
+"""Source of the load: the service polls the engines. There is no other source yet."""
 
 
 class Telemetry:
-    """Observes streams and scrapes, and shows the books.
+    """Counts events of requests and engines, and collects all metrics of the process.
 
-    What is counted per request is counted in plain numbers: the instruments of the Prometheus client take locks, and
-    would cost a tenth of the service's own time.
+    Counts of requests are plain numbers: the instruments of the Prometheus client take locks, and would cost a tenth of
+    the CPU time of the service.
     """
 
     def __init__(self, fleet: LoadCache, clock: Callable[[], float]) -> None:
@@ -55,15 +55,15 @@ class Telemetry:
         self._registry.register(self)
 
     def add(self, collector: Collector) -> None:
-        """Show what another part of the service counts, too."""
+        """Add the metrics of another component."""
         self._registry.register(collector)
 
     def page(self) -> bytes:
-        """Give the page for /metrics."""
+        """Return /metrics."""
         return generate_latest(self._registry)
 
     def forget_all_but(self, urls: Collection[str]) -> None:
-        """Forget what was counted of those that are configured no more."""
+        """Forget the counts of endpoints that were removed."""
         self._samples = Counter({url: count for url, count in self._samples.items() if url in urls})
         self._failures = Counter({key: count for key, count in self._failures.items() if key[0] in urls})
 
@@ -105,10 +105,10 @@ class Telemetry:
         self._failures[endpoint.url, failure.kind.value] += 1
         self._fleet.failed(endpoint, failure, now)
 
-    # --- prometheus_client calls this at every scrape of ours ---
+    # --- called by prometheus_client at every scrape ---
 
     def collect(self) -> Iterator[Metric]:
-        """Read the books."""
+        """Collect the metrics of requests, legs, endpoints and ranks."""
         yield InfoMetricFamily("dp_extproc_build", "Version of the service.", value={"version": __version__})
         yield from self._collect_requests()
         yield from self._collect_legs()
@@ -229,13 +229,13 @@ class Telemetry:
 
 
 class SyncMetrics:
-    """Collects what the exchange between replicas counts."""
+    """Collects the metrics of the exchange between replicas."""
 
     def __init__(self, status: Callable[[], SyncStatus]) -> None:
         self._status = status
 
     def collect(self) -> Iterator[Metric]:
-        """Read the status."""
+        """Collect the metrics of the present status."""
         status = self._status()
         yield GaugeMetricFamily("dp_extproc_sync_connected", "1 while the bus works.", value=status.connected)
         yield GaugeMetricFamily("dp_extproc_sync_peers", "Other replicas that publish.", value=len(status.peers))
@@ -248,9 +248,9 @@ class SyncMetrics:
         for kind, count in (("sent", status.sent), ("received", status.received), ("lost", status.lost)):
             messages.add_metric([kind], count)
         yield messages
-        troubles = CounterMetricFamily(
+        anomalies = CounterMetricFamily(
             "dp_extproc_sync_anomalies", "Irregularities of the bus, by kind.", labels=["kind"]
         )
         for kind, count in status.anomalies.items():
-            troubles.add_metric([kind], count)
-        yield troubles
+            anomalies.add_metric([kind], count)
+        yield anomalies

@@ -1,4 +1,4 @@
-"""What the admin port shows of the load cache and of the exchange between replicas, as JSON."""
+"""Describes the load cache and the exchange between replicas as JSON, for /loads."""
 
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +11,7 @@ from dp_extproc.sync.transport.replica import SyncStatus
 
 
 def describe_loads(fleet: LoadCache, now: float) -> dict[str, Any]:
-    """Describe every configured endpoint and, once it is discovered, each of its ranks. Times are ages in seconds."""
+    """Describe every configured endpoint, with its ranks once it is discovered. Times are ages in seconds."""
     return {
         "stale_after": fleet.stale_after,
         "prompt_bytes_per_token": {pool: round(ratio.bytes_per_token, 3) for pool, ratio in fleet.ratios.items()},
@@ -21,7 +21,7 @@ def describe_loads(fleet: LoadCache, now: float) -> dict[str, Any]:
                 "pool": endpoint.pool,
                 "role": endpoint.role.value,
                 "failure": _describe_failure(fleet.failures.get(endpoint.url)),
-                **_describe_host(fleet.by_url.get(endpoint.url), fleet.stale_after, now),
+                **_describe_endpoint(fleet.by_url.get(endpoint.url), fleet.stale_after, now),
             }
             for endpoint in fleet.endpoints
         ],
@@ -33,7 +33,7 @@ def _describe_failure(failure: EngineFailure | None) -> str | None:
     return None if failure is None else f"{failure.kind.value}: {failure.message}"
 
 
-def _describe_host(host: EndpointLoad | None, stale_after: float, now: float) -> dict[str, Any]:
+def _describe_endpoint(host: EndpointLoad | None, stale_after: float, now: float) -> dict[str, Any]:
     if host is None:
         return {"state": "undiscovered", "ranks": []}
     sampled = host.sampled_at != float("-inf")
@@ -51,9 +51,9 @@ def _describe_host(host: EndpointLoad | None, stale_after: float, now: float) ->
 
 def _describe_rank(rank: RankLoad, now: float) -> dict[str, Any]:
     sample = rank.sample
-    told = None
+    reported = None
     if sample is not None:
-        told = {
+        reported = {
             "tokens": sample.tokens,
             "used_tokens": sample.used_tokens,
             "total_tokens": sample.total_tokens,
@@ -65,7 +65,7 @@ def _describe_rank(rank: RankLoad, now: float) -> dict[str, Any]:
         }
     return {
         "dp_rank": rank.index,
-        "sample": told,
+        "sample": reported,
         "reserved": {"tokens": round(rank.reserved_tokens), "requests": round(rank.reserved_requests, 3)},
         "external_tokens": round(rank.external_tokens),
         "load_tokens": round(rank.tokens),
@@ -74,7 +74,7 @@ def _describe_rank(rank: RankLoad, now: float) -> dict[str, Any]:
 
 
 def describe_sync(status: SyncStatus) -> dict[str, Any]:
-    """Describe the exchange for /loads. Times are ages in seconds."""
+    """Describe the exchange between replicas. Times are ages in seconds."""
     page = asdict(status)
     for peer in page["peers"]:
         peer["age"] = round(peer["age"], 3)

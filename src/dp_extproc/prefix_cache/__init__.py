@@ -1,1 +1,1 @@
-"""Which rank holds the beginning of which prompt."""
+"""Which DP rank has the KV cache of which prefix."""

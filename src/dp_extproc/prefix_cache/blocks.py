@@ -1,9 +1,9 @@
-"""What a prompt begins with, as hashes by which prompts are compared that were sent at different times.
+"""The prefix of a prompt, as hashes of blocks by which prompts of different times are compared.
 
-The bytes of the JSON are hashed as they stand, in the order in which chat templates use them. Nothing is decoded:
-equal bytes make equal tokens, and conversations that go on repeat their earlier turns byte by byte. Every hash is of
-all bytes up to a cut, so where cuts are can differ from prompt to prompt: some lie at fixed distances, so that any two
-prompts have them in common; the others between messages, where an earlier prompt of the conversation may have ended.
+The bytes of the JSON are hashed as they are, in the order in which chat templates use them. They are not decoded: equal
+bytes make equal tokens, and a conversation that goes on repeats its earlier turns byte by byte. Each hash is of all
+bytes up to a cut, so that the cuts of two prompts may differ. Some cuts are at fixed distances, which all prompts have
+in common. The others are between messages, where an earlier prompt of the conversation may have ended.
 """
 
 import re
@@ -20,27 +20,27 @@ from dp_extproc.request.body import InferenceRequest
 from dp_extproc.request.path import Api
 
 _BLOCK_BYTES: Final = 1024
-"""Distance of the first cuts: some 250 tokens."""
+"""Bytes between the first cuts, which is about 250 tokens."""
 _GROWTH: Final = 16
-"""Later cuts are as far apart as this part of what lies before them. So a mebibyte has fewer than a hundred, and of
-what two prompts have in common at most a sixteenth goes unnoticed."""
+"""Ratio of the bytes before a later cut to its distance from the next one. With it a mebibyte has fewer than a hundred
+cuts, and at most a sixteenth of a common prefix is missed."""
 _LARGEST: Final = 1 << 30
-"""Bytes. Behind it there are no cuts."""
+"""Bytes after which there are no more cuts."""
 
 _LEAST_BYTES: Final = 256
-"""Shorter prompts have no beginning: there is nothing to be won by so few tokens."""
+"""Bytes below which a prompt has no prefix: so few tokens are not worth a rank."""
 
 _LOOK_BACK: Final = 8
-"""Messages at the end of a conversation that may be new since the prompt before: an answer, its tool calls' results."""
+"""Messages at the end of a conversation that may be new since its last prompt: an answer, results of tool calls."""
 _LOOK_BACK_BYTES: Final = 1 << 16
-"""Where those messages are looked for."""
+"""Bytes at the end of a prompt in which those messages are searched."""
 
 _CONDITIONS: Final = (
     "model", "lora_path", "extra_key", "cache_salt", "image_data", "video_data", "audio_data", "chat_template_kwargs",
     "reasoning_effort",
 )  # fmt: skip
-"""Under which two equal prompts have the same KV cache. SGLang keys its cache by the adapter, ``extra_key`` and
-``cache_salt``; media beside a text stand somewhere within it, and what chat templates are told at its beginning."""
+"""Members that must be equal for equal prompts to share KV cache. SGLang keys its cache by the adapter, ``extra_key``
+and ``cache_salt``. Media beside a text are somewhere in it, and arguments of chat templates at its beginning."""
 
 _ORDER: Final = {
     Api.GENERATE: ("text", "input_ids"),
@@ -52,23 +52,24 @@ _ORDER: Final = {
 """The members that make the prompt, in the order of most chat templates."""
 
 _IDS: Final = ("input_ids",)
-"""Those of a chat are its prompt, whatever else it says."""
+"""Token ids of a chat, which are its prompt whatever its other members are."""
 
 _FIRST_ITEM: Final = re.compile(rb'\[(?P<gap>\s*)(?P<key>\{\s*"[^"\\]{1,64}"\s*:)(?P<space> ?)')
-"""How the first item of a list begins tells how the others do, and how they are set apart."""
+"""The beginning of a list's first item, from which follows how other items begin and are separated."""
 _FIRST_ITEM_BYTES: Final = 256
+"""Bytes in which that beginning is searched."""
 
 
 class Prefix(Struct, frozen=True):
-    """What a prompt begins with."""
+    """The prefix of a prompt, block by block."""
 
     blocks: tuple[int, ...] = ()
     """64-bit hashes, each of the prompt up to the end of one block. Prompts that share one are equal up to there."""
     ends: tuple[int, ...] = ()
-    """Where each block ends, in bytes from the start; ascending. Left out if all blocks are of one size."""
+    """The end of each block, in bytes from the start; ascending. Empty if all blocks are of one size."""
 
     def __post_init__(self) -> None:
-        """Check what other replicas have sent.
+        """Check what a peer has sent.
 
         Raises:
             ValueError: The ends are not those of the blocks.
@@ -78,7 +79,7 @@ class Prefix(Struct, frozen=True):
             raise ValueError("every block ends behind the one before, and the last one not at 0")
 
     def tokens_in(self, blocks: int, prompt_tokens: float) -> float:
-        """Tell how many of the prompt's tokens are in its first *blocks* blocks, one or more of them."""
+        """Return how many of the prompt's tokens are in its first *blocks* blocks, one or more of them."""
         ends = self.ends
         return prompt_tokens * ((ends[blocks - 1] / ends[-1]) if ends else (blocks / len(self.blocks)))
 
@@ -87,11 +88,11 @@ NO_PREFIX: Final = Prefix()
 
 
 def prefix_of(request: InferenceRequest) -> Prefix:
-    """Hash what the prompt of a request begins with.
+    """Hash the blocks of a request's prompt.
 
     Returns:
-        Blocks up to the very end of the prompt, so that a repeated prompt is recognised as a whole. None at all for a
-        list of prompts, which has no beginning, for embeddings, which engines do not cache, and for a few words.
+        Blocks up to the very end of the prompt, so that a repeated prompt is recognised as a whole. No blocks for a
+        list of prompts, which has no common prefix, for embeddings, which engines do not cache, and for a few words.
     """
     if request.prompt.batch is not None:
         return NO_PREFIX
@@ -125,7 +126,7 @@ def prefix_of(request: InferenceRequest) -> Prefix:
 
 
 def _view(raw: Raw | None) -> memoryview | None:
-    """Give a member's bytes, if it is there and not null."""
+    """Return the bytes of a member; None if it is missing or null."""
     if raw is None:
         return None
     view = memoryview(raw)
@@ -133,7 +134,7 @@ def _view(raw: Raw | None) -> memoryview | None:
 
 
 def _without_closing(view: memoryview) -> memoryview:
-    """Leave off what follows the last message or character, where a longer prompt goes on."""
+    """Cut off what follows the last message or character, where a longer prompt goes on."""
     end = len(view) - 1
     while end > 1 and view[end - 1] in b" \t\n\r":
         end -= 1
@@ -141,7 +142,7 @@ def _without_closing(view: memoryview) -> memoryview:
 
 
 def _cuts(view: memoryview, *, between_items: bool) -> list[int]:
-    """Give the ends of all blocks, ascending; the last one is the end of the view."""
+    """Return the ends of all blocks, ascending; the last one is the end of the view."""
     length = len(view)
     cuts = [*_GRID[: bisect_left(_GRID, length)], length]
     if between_items:
@@ -151,7 +152,7 @@ def _cuts(view: memoryview, *, between_items: bool) -> list[int]:
 
 
 def _ends_of_items(view: memoryview) -> Iterator[int]:
-    """Find the ends of the last items of a list, the very last excepted. Now and then it is that of an inner list."""
+    """Find the ends of a list's last items, except the very last one. Rarely it is the end of an inner item."""
     first = _FIRST_ITEM.match(view[:_FIRST_ITEM_BYTES])
     if first is None:
         return

@@ -1,7 +1,7 @@
-"""Who holds the KV cache of which prompts' beginnings, as far as it can be known from what was sent where. Pure.
+"""The prefix index: which DP rank has the KV cache of which prefixes, estimated from the requests that it got.
 
-Engines keep what they have computed for the next prompt with the same beginning, and evict what was not used for
-longest, leaves first. The index does the same with hashes, slot by slot, with the capacity that the engine tells.
+Engines keep what they have computed for the next prompt with the same prefix. They evict what was unused for longest,
+the ends of prompts first. The index does the same with the hashes of blocks, with the capacity that the engine reports.
 """
 
 from collections import OrderedDict
@@ -12,88 +12,89 @@ from typing import Final, Generic, TypeVar
 
 from dp_extproc.prefix_cache.blocks import Prefix
 
-_S = TypeVar("_S", bound=Hashable)
+_R = TypeVar("_R", bound=Hashable)
 
 _UNKNOWN_CAPACITY: Final = 1 << 18
-"""Tokens that a slot is taken to hold until its engine tells."""
+"""Tokens of KV cache that a rank is assumed to have until its engine reports them."""
 _MOST_BLOCKS: Final = 1 << 14
-"""Per slot; four million tokens in whole blocks."""
+"""Blocks of one rank: four million tokens in whole blocks."""
 _MOST_BLOCKS_IN_ALL: Final = 1 << 21
-"""Of all slots together: at most a gigabyte, in a fleet that fills it."""
+"""Blocks of all ranks together, which take a gigabyte at most."""
 _MOST_SESSIONS: Final = 100_000
+"""Conversations that the index remembers."""
 _LISTED: Final = 64
-"""Slots that an answer lists at most. A beginning that more than half of all hold is taken to be held by all."""
+"""Ranks that a result lists at most. A prefix that more than half of all ranks have counts as one that all have."""
 
 
 @dataclass(frozen=True, slots=True)
-class Held(Generic[_S]):
-    """Which tokens of a prompt need not be computed."""
+class Held(Generic[_R]):
+    """The tokens of a prompt that ranks need not compute."""
 
-    by_slot: Mapping[_S, float]
-    """Of the slots that hold the longest beginnings."""
+    by_slot: Mapping[_R, float]
+    """Cached tokens of the ranks that have the longest prefixes."""
     elsewhere: float
-    """Of every other slot: more than 0 for what nearly all of them hold, such as a system prompt."""
+    """Cached tokens of every other rank: more than 0 for what nearly all of them have, such as a system prompt."""
 
 
-class PrefixIndex(Generic[_S]):
-    """What each slot holds. A slot is whatever has a cache of its own: one DP rank of one server."""
+class PrefixIndex(Generic[_R]):
+    """The blocks that each rank has. A rank is whatever has a cache of its own: one DP rank of one endpoint."""
 
     def __init__(self) -> None:
-        self._holders: dict[int, dict[_S, None]] = {}
-        """By block, in the order in which they began to hold it; that of a set would be chance."""
-        self._caches: OrderedDict[_S, _Cache] = OrderedDict()
-        """By slot, the one that was sent nothing for longest first."""
+        self._holders: dict[int, dict[_R, None]] = {}
+        """The ranks that have each block, in the order in which they got it; the order of a set would be random."""
+        self._caches: OrderedDict[_R, _Cache] = OrderedDict()
+        """The cache of each rank, ordered from the one whose last request is oldest."""
         self._blocks = 0
-        """Of all slots."""
-        self._sessions: OrderedDict[str, _Session[_S]] = OrderedDict()
+        """Blocks of all ranks."""
+        self._sessions: OrderedDict[str, _Session[_R]] = OrderedDict()
 
-    def held(self, prefix: Prefix, tokens: float, session: str | None = None) -> Held[_S]:
-        """Tell who holds how much of a prompt.
+    def held(self, prefix: Prefix, tokens: float, session: str | None = None) -> Held[_R]:
+        """Return how much of a prompt each rank has cached.
 
         Args:
-            prefix: What it begins with.
-            tokens: Of the whole prompt.
-            session: The client's name for the conversation. Its last prompt is taken for the beginning of this one,
-                where no block tells more.
+            prefix: The prefix of the prompt.
+            tokens: Tokens of the whole prompt.
+            session: The client's name for the conversation. Its last prompt counts as a prefix of this one, unless
+                blocks show a longer one.
         """
-        by_slot: dict[_S, float] = {}
+        by_slot: dict[_R, float] = {}
         elsewhere = 0.0
-        holders, known_slots = self._holders, len(self._caches)
-        # Every level has to be looked at: an earlier prompt may end where this one has a cut, and lack those before.
+        holders, known_ranks = self._holders, len(self._caches)
+        # All levels are searched: an earlier prompt may end where this one has a cut, and lack the cuts before.
         for level, block in zip(range(len(prefix.blocks), 0, -1), reversed(prefix.blocks), strict=True):
-            if (slots := holders.get(block)) is None:
+            if (ranks := holders.get(block)) is None:
                 continue
             share = prefix.tokens_in(level, tokens)
-            if len(slots) > _LISTED and 2 * len(slots) > known_slots:
+            if len(ranks) > _LISTED and 2 * len(ranks) > known_ranks:
                 elsewhere = share
                 break
-            new = [slot for slot in slots if slot not in by_slot] if by_slot else slots
+            new = [rank for rank in ranks if rank not in by_slot] if by_slot else ranks
             by_slot.update(dict.fromkeys(islice(new, _LISTED - len(by_slot)), share))
-            if len(by_slot) >= min(_LISTED, known_slots):
-                break  # whoever could hold less is listed
+            if len(by_slot) >= min(_LISTED, known_ranks):
+                break  # all ranks that could have less are listed
         if session is not None and (known := self._sessions.get(session)) is not None:
-            cache = self._caches[known.slot]
-            if cache.noted - known.noted < cache.capacity:  # else others have pushed it out since
-                by_slot[known.slot] = max(by_slot.get(known.slot, elsewhere), min(known.tokens, tokens))
+            cache = self._caches[known.rank]
+            if cache.recorded - known.recorded < cache.capacity:  # else later prompts have evicted it
+                by_slot[known.rank] = max(by_slot.get(known.rank, elsewhere), min(known.tokens, tokens))
         return Held(by_slot, elsewhere)
 
-    def note(self, slot: _S, prefix: Prefix, tokens: float, capacity_tokens: float | None) -> None:
-        """Take note that a slot is going to compute a prompt, and to hold it then.
+    def note(self, rank: _R, prefix: Prefix, tokens: float, capacity_tokens: float | None) -> None:
+        """Record that a rank is going to compute a prompt, and to keep it in its cache.
 
         Args:
-            slot: Which.
-            prefix: What the prompt begins with.
-            tokens: Of the whole prompt.
-            capacity_tokens: What the slot can hold in all; None if it is not known.
+            rank: The rank.
+            prefix: The prefix of the prompt.
+            tokens: Tokens of the whole prompt.
+            capacity_tokens: Tokens of KV cache that the rank has; None if they are not known.
         """
-        cache = self._cache(slot)
-        self._caches.move_to_end(slot)
+        cache = self._cache(rank)
+        self._caches.move_to_end(rank)
         if capacity_tokens is not None:
             cache.capacity = capacity_tokens
-        cache.noted += tokens
+        cache.recorded += tokens
         blocks, holders = cache.blocks, self._holders
         until = tokens
-        # From the end to the start: what is touched first is evicted first.
+        # From the end to the start, because the block that is touched first is evicted first.
         for level in range(len(prefix.blocks), 0, -1):
             block = prefix.blocks[level - 1]
             before = prefix.tokens_in(level - 1, tokens) if level > 1 else 0.0
@@ -102,11 +103,11 @@ class PrefixIndex(Generic[_S]):
             else:
                 blocks[block] = until - before
                 cache.tokens += until - before
-                holders.setdefault(block, {})[slot] = None
+                holders.setdefault(block, {})[rank] = None
                 self._blocks += 1
             until = before
         while blocks and (cache.tokens > cache.capacity or len(blocks) > _MOST_BLOCKS):
-            self._evict(slot, cache)
+            self._evict(rank, cache)
         while self._blocks > _MOST_BLOCKS_IN_ALL:
             idle, its = next(iter(self._caches.items()))
             if its.blocks:
@@ -114,67 +115,67 @@ class PrefixIndex(Generic[_S]):
             else:
                 self._caches.move_to_end(idle)
 
-    def note_session(self, session: str, slot: _S, tokens: float) -> None:
-        """Take note that a slot is going to hold a prompt of this conversation."""
+    def note_session(self, session: str, rank: _R, tokens: float) -> None:
+        """Record that a rank is going to have the last prompt of a conversation in its cache."""
         self._end_session(session)
-        cache = self._cache(slot)
+        cache = self._cache(rank)
         cache.sessions.add(session)
-        self._sessions[session] = _Session(slot, tokens, cache.noted)
+        self._sessions[session] = _Session(rank, tokens, cache.recorded)
         if len(self._sessions) > _MOST_SESSIONS:
             self._end_session(next(iter(self._sessions)))
 
-    def forget(self, slot: _S) -> None:
-        """A slot holds nothing any more: its engine has begun anew."""
-        cache = self._caches.pop(slot, None)
+    def forget(self, rank: _R) -> None:
+        """Drop all that a rank had: its engine has restarted."""
+        cache = self._caches.pop(rank, None)
         if cache is not None:
             for block in cache.blocks:
-                self._let_go(slot, block)
+                self._drop(rank, block)
             for session in cache.sessions:
                 del self._sessions[session]
 
-    def _cache(self, slot: _S) -> "_Cache":
-        cache = self._caches.get(slot)
+    def _cache(self, rank: _R) -> "_Cache":
+        cache = self._caches.get(rank)
         if cache is None:
-            cache = self._caches[slot] = _Cache()
+            cache = self._caches[rank] = _Cache()
         return cache
 
     def _end_session(self, session: str) -> None:
         if (known := self._sessions.pop(session, None)) is not None:
-            self._caches[known.slot].sessions.discard(session)
+            self._caches[known.rank].sessions.discard(session)
 
-    def _evict(self, slot: _S, cache: "_Cache") -> None:
+    def _evict(self, rank: _R, cache: "_Cache") -> None:
         block, size = cache.blocks.popitem(last=False)
         cache.tokens -= size
-        self._let_go(slot, block)
+        self._drop(rank, block)
 
-    def _let_go(self, slot: _S, block: int) -> None:
+    def _drop(self, rank: _R, block: int) -> None:
         self._blocks -= 1
-        slots = self._holders[block]
-        del slots[slot]
-        if not slots:
+        ranks = self._holders[block]
+        del ranks[rank]
+        if not ranks:
             del self._holders[block]
 
 
 @dataclass(frozen=True, slots=True)
-class _Session(Generic[_S]):
+class _Session(Generic[_R]):
     """The last prompt of a conversation."""
 
-    slot: _S
+    rank: _R
     tokens: float
-    noted: float
-    """What had been sent to the slot by then."""
+    recorded: float
+    """Tokens of all prompts of the rank until then."""
 
 
 class _Cache:
-    """What one slot holds."""
+    """The estimated cache of one rank."""
 
-    __slots__ = ("blocks", "capacity", "noted", "sessions", "tokens")
+    __slots__ = ("blocks", "capacity", "recorded", "sessions", "tokens")
 
     def __init__(self) -> None:
         self.blocks: OrderedDict[int, float] = OrderedDict()
-        """Tokens by block, the one to be evicted next first."""
+        """Tokens of each block, ordered from the one that is evicted next."""
         self.tokens = 0.0
         self.capacity: float = _UNKNOWN_CAPACITY
-        self.noted = 0.0
-        """Tokens ever sent to the slot."""
+        self.recorded = 0.0
+        """Tokens of all prompts so far."""
         self.sessions: set[str] = set()

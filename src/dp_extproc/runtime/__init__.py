@@ -1,1 +1,1 @@
-"""The life of a process that places requests: start, readiness, reload, worker processes, drain and stop."""
+"""The life of a process of the service: start, readiness, reload, worker processes, drain and stop."""

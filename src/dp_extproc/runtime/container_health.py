@@ -1,11 +1,11 @@
-"""For HEALTHCHECK of the image: ask what runs in this container whether it is well.
+"""HEALTHCHECK of the image: checks the process that runs in this container.
 
     python -m dp_extproc.runtime.container_health [--ready]
 
-One image runs every command, so the command line of process 1 tells what to ask: the service its admin port (with
-``--ready`` whether it can place requests), an engine its port. Any other command counts as healthy while it runs.
+One image runs every command, so the check depends on the command line of process 1. The service is checked at its admin
+port (``--ready``: whether it can schedule requests), an engine at its port. Other commands are healthy while they run.
 
-It runs every few seconds beside the service, so it loads no library but the reader of the file.
+The check runs every few seconds beside the service, so it loads no library but the YAML reader.
 """
 
 import argparse
@@ -20,27 +20,28 @@ from typing import Final
 import yaml
 
 _TIMEOUT: Final = 2.0
+"""Limit for connecting, and for each read, in seconds."""
 _FIRST_LINE_BYTES: Final = 4096
 _DEFAULT_ADMIN: Final = "127.0.0.1:9090"
 _DEFAULT_ENGINE_HOST: Final = "127.0.0.1"
-"""A test holds the two defaults to those of ``serve`` and ``engine``."""
+"""Defaults of ``serve`` and ``engine``, without loading them. A test keeps them equal."""
 _PROGRAM: Final = ("dp-extproc", "dp_extproc")
 _ANY_STATUS: Final = range(100, 600)
 _OK: Final = range(200, 300)
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """What to ask over HTTP, and which answers tell that all is well."""
+class Check:
+    """An HTTP request, and the statuses that mean health."""
 
     host: str
     port: int
     path: str
-    well: range
+    healthy: range
 
 
-def question_for(command_line: Sequence[str], *, ready: bool) -> Question | None:
-    """Tell what to ask a process with that command line; None if it cannot be asked anything.
+def check_for(command_line: Sequence[str], *, ready: bool) -> Check | None:
+    """Return the check of a process with that command line; None if it has no port.
 
     Raises:
         ValueError: The command line, or the file that it names, makes no sense.
@@ -50,27 +51,27 @@ def question_for(command_line: Sequence[str], *, ready: bool) -> Question | None
     parser = argparse.ArgumentParser()
     for names in (("-c", "--config"), ("--host",), ("--port",)):
         parser.add_argument(*names)
-    told, _ = parser.parse_known_args(options)
+    given, _ = parser.parse_known_args(options)
     if command == "serve":
-        if told.config is None:
+        if given.config is None:
             raise ValueError("serve was started without a configuration file")
-        host, port = _admin(Path(told.config))
-        return Question(_reachable(host), port, "/readyz" if ready else "/healthz", _OK)
+        host, port = _admin(Path(given.config))
+        return Check(_reachable(host), port, "/readyz" if ready else "/healthz", _OK)
     if command == "engine":
-        # An engine refuses strangers when it has an API key, which is an answer, too.
-        return Question(_reachable(told.host or _DEFAULT_ENGINE_HOST), int(told.port), "/v1/models", _ANY_STATUS)
+        # An engine with an API key refuses this request, which shows that it runs.
+        return Check(_reachable(given.host or _DEFAULT_ENGINE_HOST), int(given.port), "/v1/models", _ANY_STATUS)
     return None
 
 
-def ask(question: Question) -> int:
-    """Give the status of the answer.
+def status_of(check: Check) -> int:
+    """Send the request and return the status of the response.
 
     Raises:
-        OSError: There is none in time.
-        ValueError: It is not HTTP.
+        OSError: There is no response in time.
+        ValueError: The response is not HTTP.
     """
-    with socket.create_connection((question.host, question.port), _TIMEOUT) as connection:
-        connection.sendall(f"GET {question.path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
+    with socket.create_connection((check.host, check.port), _TIMEOUT) as connection:
+        connection.sendall(f"GET {check.path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
         with connection.makefile("rb") as answer:
             protocol, status = answer.readline(_FIRST_LINE_BYTES).split(None, 2)[:2]
     if not protocol.startswith(b"HTTP/"):
@@ -79,23 +80,27 @@ def ask(question: Question) -> int:
 
 
 def main(arguments: Sequence[str], command_line: Sequence[str]) -> int:
-    """Ask, and say what is wrong. Returns the exit status: 0 if all is well, else 1."""
+    """Run the check and print a failure.
+
+    Returns:
+        The exit status: 0 if the process is healthy, else 1.
+    """
     try:
-        question = question_for(command_line, ready="--ready" in arguments)
-        if question is None:
+        check = check_for(command_line, ready="--ready" in arguments)
+        if check is None:
             return 0
-        status = ask(question)
+        status = status_of(check)
     except (OSError, ValueError, yaml.YAMLError) as error:
         sys.stderr.write(f"not well: {error}\n")
         return 1
-    if status not in question.well:
-        sys.stderr.write(f"not well: {question.path} answers {status}\n")
+    if status not in check.healthy:
+        sys.stderr.write(f"not well: {check.path} answers {status}\n")
         return 1
     return 0
 
 
 def _after_program(command_line: Sequence[str]) -> list[str] | None:
-    """Leave out what stands before the command: an init process, the interpreter, the program itself."""
+    """Return the part after the init process, the interpreter and the program itself."""
     for position, word in enumerate(command_line):
         if Path(word).name in _PROGRAM:
             return list(command_line[position + 1 :]) or None
@@ -115,7 +120,7 @@ def _admin(path: Path) -> tuple[str, int]:
 def _reachable(host: str) -> str:
     try:
         address = ipaddress.ip_address(host)
-    except ValueError:  # a name; an unknown one fails when it is dialled
+    except ValueError:  # a name; an unknown one fails when it is connected to
         return host
     if not address.is_unspecified:
         return host

@@ -1,4 +1,4 @@
-"""The life of one process that places requests: start everything in order, serve, drain, stop."""
+"""The life of one process that schedules requests: start the components in order, serve, drain, stop."""
 
 import asyncio
 import contextlib
@@ -25,71 +25,73 @@ from dp_extproc.runtime.readiness import Readiness
 from dp_extproc.runtime.reload import Reloader
 from dp_extproc.runtime.secrets import server_credentials
 from dp_extproc.runtime.sockets import StartError, cannot_listen, listen, listen_privately, owner_address
-from dp_extproc.runtime.worker_context import WorkerContext, seat_config
+from dp_extproc.runtime.worker_context import WorkerContext, worker_config
 
 _MESSAGE_SLACK: Final = 1 << 20
-"""Bytes of a gRPC message beyond the body: request headers and framing. gRPC's own limit of 4 MiB is too small."""
+"""Most bytes of a gRPC message beyond the body: request headers and framing. gRPC's own limit of 4 MiB is too small."""
 
 _log = logging.getLogger(__name__)
 
 
 class _Pages:
-    """What the admin port shows of this process."""
+    """Pages of the admin port."""
 
     def __init__(self, components: Components, readiness: Readiness) -> None:
-        self._router = components
+        self._components = components
         self._readiness = readiness
 
     async def metrics(self) -> bytes:
-        return self._router.telemetry.page()
+        return self._components.telemetry.page()
 
     async def ready(self) -> bool:
         return self._readiness.ready
 
     async def loads(self) -> dict[str, Any]:
-        return self._router.loads()
+        return self._components.loads()
 
 
-async def serve(written: Config, text: str, path: Path, seat: WorkerContext | None = None) -> None:
+async def serve(written: Config, text: str, path: Path, context: WorkerContext | None = None) -> None:
     """Serve until a signal, or until the parent process has ended.
 
     Args:
-        written: The configuration as it is in the file.
-        text: The content of the file ...
-        path: ... and where it is.
-        seat: Which worker this is; None for one that is alone.
+        written: The configuration of the file.
+        text: Content of the file.
+        path: The file.
+        context: Context of a worker process; None if this is the only process.
 
     Raises:
-        StartError: A port is not to be had.
+        StartError: A port is taken.
     """
-    config = seat_config(written, seat)
+    config = worker_config(written, context)
     guard = Guard()
     rng = random.Random(os.urandom(32))
     components = Components(config, owner=owner_address(config), clock=time.monotonic, rng=rng, guard=guard)
     health = aio.HealthServicer()
     readiness = Readiness(health, components.can_serve)
-    reloader = Reloader(path, text, written, lambda config, _text: components.apply(seat_config(config, seat)))
-    if seat is not None:
+    reloader = Reloader(path, text, written, lambda config, _text: components.apply(worker_config(config, context)))
+    if context is not None:
         reloader.warn = ignore  # of several processes the parent logs the old names in the file
     else:
         components.telemetry.add(reloader)
-    admin_socket = listen(config.listen.admin, "listen.admin") if seat is None else listen_privately(seat.admin_socket)
+    admin_socket = (
+        listen(config.listen.admin, "listen.admin") if context is None else listen_privately(context.admin_socket)
+    )
     admin = AdminServer(_Pages(components, readiness), admin_socket)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    loop.add_signal_handler(signal.SIGHUP, reloader.ask)
-    if seat is not None:
-        seat.listen_to_parent(told=reloader.ask, gone=stopping.set)
+    loop.add_signal_handler(signal.SIGHUP, reloader.request)
+    if context is not None:
+        context.watch_parent(on_reload=reloader.request, on_exit=stopping.set)
     with admin_socket, _start_error_alone():
         async with asyncio.TaskGroup() as tasks:
             work = {**components.tasks(), "readiness": readiness.run, "reload": reloader.run}
             background = [tasks.create_task(guard.keep(name, each), name=name) for name, each in work.items()]
             admin_task = tasks.create_task(guard.keep("admin", admin.run_on_socket))
-            await components.look_around()  # or the first requests would be refused for want of engines
+            await components.look_around()  # else the first requests find no endpoint
             async with _grpc_server(config, components.service, health):
-                where = config.listen.admin if seat is None else "the parent's port"
+                where = config.listen.admin if context is None else "the parent's port"
                 _log.info("dp-extproc %s: ext_proc on %s, admin on %s", __version__, config.listen.grpc, where)
                 await stopping.wait()
                 drain = components.config.drain
@@ -117,19 +119,19 @@ def _start_error_alone() -> Iterator[None]:
 
 
 def _keepalive(seconds: float) -> list[tuple[str, int]]:
-    """Set how an Envoy is noticed that has gone without closing its connections, as when its host is lost.
+    """Return gRPC options that detect an Envoy which vanished without closing its connections.
 
-    Its streams end then, and with them what they have on the books.
+    Its streams end then, and so do their reservations.
     """
     milliseconds = max(1, round(seconds * 1000))
     return [
         ("grpc.keepalive_time_ms", milliseconds),
         ("grpc.keepalive_timeout_ms", milliseconds),
-        ("grpc.http2.ping_timeout_ms", milliseconds),  # counts for these pings as well, and is a minute by default
+        ("grpc.http2.ping_timeout_ms", milliseconds),  # applies to these pings too, and is a minute by default
         ("grpc.keepalive_permit_without_calls", 1),
-        # Streams are silent for as long as an answer takes. By default the third ping waits until something was sent.
+        # A stream carries no data while an engine computes. By default the third ping waits until data was sent.
         ("grpc.http2.max_pings_without_data", 0),
-        # Envoy asks as well. By default whoever does so more than twice within five minutes is disconnected.
+        # Envoy pings too. By default gRPC closes a connection after more than two pings within five minutes.
         ("grpc.http2.max_ping_strikes", 0),
     ]
 
@@ -140,7 +142,7 @@ async def _grpc_server(config: Config, service: ExtProcService, health: aio.Heal
         options=[
             ("grpc.max_receive_message_length", config.envoy.max_body_bytes + _MESSAGE_SLACK),
             ("grpc.max_send_message_length", -1),
-            ("grpc.so_reuseport", 0),  # a port that is taken must be an error, not half of the streams
+            ("grpc.so_reuseport", 0),  # a port that is taken must be an error; shared, it would get half of the streams
             *_keepalive(config.listen.keepalive),
         ]
     )

@@ -1,4 +1,4 @@
-"""Reading the configuration file anew while the service runs."""
+"""Reloads the configuration file while the service runs."""
 
 import asyncio
 import contextlib
@@ -12,20 +12,21 @@ from typing import Final
 from prometheus_client.core import CounterMetricFamily, Metric
 
 from dp_extproc.config import Config, ConfigError, Problem, Reload, Warn, parse_config, read_config
-from dp_extproc.runtime.secrets import problems_outside
+from dp_extproc.runtime.secrets import external_problems
 
-_LOOK_SECONDS: Final = 1.0
+_WATCH_SECONDS: Final = 1.0
+"""Seconds between two readings of the file, with ``reload: watch``."""
 _CHANGEABLE: Final = frozenset({"pools", "load", "admission", "drain"})
-"""On all else depend sockets, Envoy's own configuration, the other replicas, or requests under way."""
+"""Sections that a reload may change. Sockets, Envoy, other replicas or running requests depend on all others."""
 _FIXED_LOADS: Final = ("prefill_step_cost_tokens", "decode_request_cost_tokens")
-"""Units of what stands on the books."""
+"""Keys of ``load`` that a reload may not change, since reservations are counted in their units."""
 _REMEDY: Final = "cannot change while the service runs; restart it, and print the Envoy configuration anew"
 
 _log = logging.getLogger(__name__)
 
 
-def cannot_change(before: Config, after: Config) -> tuple[Problem, ...]:
-    """Tell what differs between two configurations that only a restart can change."""
+def needs_restart(before: Config, after: Config) -> tuple[Problem, ...]:
+    """Find the settings that differ and need a restart."""
     fixed = [key for key in Config.model_fields if key not in _CHANGEABLE]
     keys = [key for key in fixed if getattr(before, key) != getattr(after, key)]
     keys += [f"load.{key}" for key in _FIXED_LOADS if getattr(before.load, key) != getattr(after.load, key)]
@@ -33,16 +34,16 @@ def cannot_change(before: Config, after: Config) -> tuple[Problem, ...]:
 
 
 class Reloader:
-    """Hands on what the file says once it says something else; what cannot be used is refused as a whole, and told."""
+    """Applies a changed file. A file that cannot be used is rejected as a whole and logged."""
 
     def __init__(self, path: Path, text: str, config: Config, apply: Callable[[Config, str], None]) -> None:
-        """Begin with what the file said at the start.
+        """Begin with the configuration of the start.
 
         Args:
             path: The file.
             text: Its content.
-            config: What that says.
-            apply: Told of every configuration that can be used, with its text.
+            config: The configuration of the text.
+            apply: Called with every configuration that can be used, and its text.
         """
         self._path = path
         self._seen: str | None = text
@@ -51,69 +52,69 @@ class Reloader:
         self._apply = apply
         self.warn: Warn = partial(_log.warning, "%s: %s", path)
         """Called for each old name in the file."""
-        self._asked = asyncio.Event()
+        self._requested = asyncio.Event()
         self._counts: Counter[str] = Counter(applied=0, refused=0)
 
-    def ask(self) -> None:
-        """Have the file read anew, whether it has changed or not."""
-        self._asked.set()
+    def request(self) -> None:
+        """Request a reload, whether the file has changed or not."""
+        self._requested.set()
 
     async def run(self) -> None:
-        """Read the file when asked, and if it says so when it has changed, until cancelled."""
-        patience = _LOOK_SECONDS if self._config.reload is Reload.WATCH else None
+        """Reload the file on request, and with ``reload: watch`` when it has changed, until cancelled."""
+        interval = _WATCH_SECONDS if self._config.reload is Reload.WATCH else None
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._asked.wait(), patience)
-            asked = self._asked.is_set()
-            self._asked.clear()
-            await self._look(asked=asked)
+                await asyncio.wait_for(self._requested.wait(), interval)
+            requested = self._requested.is_set()
+            self._requested.clear()
+            await self._check(requested=requested)
 
-    async def _look(self, *, asked: bool) -> None:
+    async def _check(self, *, requested: bool) -> None:
         try:
             text = await asyncio.to_thread(read_config, self._path)
         except ConfigError as error:
-            if asked or self._seen is not None:
-                self._refuse(error)
+            if requested or self._seen is not None:
+                self._reject(error)
             self._seen = None
             return
-        if not asked and text == self._seen:
+        if not requested and text == self._seen:
             return
         self._seen = text
         try:
             config = await asyncio.to_thread(self._read, text)
         except ConfigError as error:
-            self._refuse(error)
+            self._reject(error)
             return
         try:
             self._apply(config, text)
-        except Exception:  # noqa: BLE001 - whatever it is, requests go on by the configuration before
+        except Exception:  # noqa: BLE001 - after any error the configuration before stays in use
             self._counts["refused"] += 1
             _log.exception("configuration: cannot be used, the one before stays in use")
-            self._return()
+            self._restore()
             return
         self._config, self._text = config, text
         self._counts["applied"] += 1
         _log.info("configuration: %s is in use as it is now", self._path)
 
-    def _return(self) -> None:
-        """Go back to the configuration before, of which a part may be exchanged already."""
+    def _restore(self) -> None:
+        """Apply the configuration before again, since a part of it may be replaced already."""
         try:
             self._apply(self._config, self._text)
-        except Exception:  # noqa: BLE001 - the process goes on, whatever is left of it
+        except Exception:  # noqa: BLE001 - the process continues with the parts that were restored
             _log.exception("configuration: a part of the one before is not in use; restart the service")
 
     def _read(self, text: str) -> Config:
         config = parse_config(text, str(self._path), self.warn)
-        if problems := (*cannot_change(self._config, config), *problems_outside(config)):
+        if problems := (*needs_restart(self._config, config), *external_problems(config)):
             raise ConfigError(str(self._path), problems)
         return config
 
-    def _refuse(self, error: ConfigError) -> None:
+    def _reject(self, error: ConfigError) -> None:
         self._counts["refused"] += 1
         _log.error("configuration: refused, the one before stays in use: %s", error)
 
     def collect(self) -> Iterator[Metric]:
-        """Collect for /metrics."""
+        """Collect the metrics of reloads."""
         reloads = CounterMetricFamily(
             "dp_extproc_config_reloads", "Times that the configuration was read anew.", labels=["outcome"]
         )

@@ -1,6 +1,6 @@
-"""What the configuration file only refers to: files of certificates, keys in files or in the environment.
+"""Secrets that the configuration only refers to: certificates in files, API keys in files or environment variables.
 
-Files of certificates may be replaced while the service runs.
+Certificates may be replaced while the service runs.
 """
 
 import logging
@@ -20,14 +20,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, repr=False)
 class ApiKeys:
-    """The keys that could be read, and what is wrong with the others. It is printed without them."""
+    """API keys by pool, and the problems of keys that could not be read. The representation hides the keys."""
 
     by_pool: Mapping[str, str]
     problems: tuple[Problem, ...]
 
 
 def read_api_keys(config: Config, environment: Mapping[str, str] = os.environ) -> ApiKeys:
-    """Read the API key of every pool that has one. No problem repeats a key."""
+    """Read the API key of every pool that has one. No problem shows a key."""
     found: dict[str, str] = {}
     problems: list[Problem] = []
     for index, pool in enumerate(config.pools):
@@ -44,7 +44,7 @@ def _read_key(source: ApiKeySource, environment: Mapping[str, str]) -> str:
     """Read one key.
 
     Raises:
-        ValueError: There is none, or it cannot be sent in a header; the message says where, but not what.
+        ValueError: There is none, or no header can carry it. The message names the source, never the key.
     """
     if source.file is None:
         key = environment.get(source.env or "", "")
@@ -62,7 +62,7 @@ def _read_key(source: ApiKeySource, environment: Mapping[str, str]) -> str:
 
 
 def problems_of_tls(tls: ServerTls | None) -> Iterator[Problem]:
-    """Tell what is wrong with the files of ``listen.tls``."""
+    """Find the problems of the files of ``listen.tls``."""
     if tls is None:
         return
     unreadable = False
@@ -86,8 +86,8 @@ def problems_of_tls(tls: ServerTls | None) -> Iterator[Problem]:
             yield Problem(None, "listen.tls.client_ca", f"{tls.client_ca} holds no certificate: {error}")
 
 
-def problems_outside(config: Config) -> tuple[Problem, ...]:
-    """Tell everything that would keep the service from starting although the file itself is right."""
+def external_problems(config: Config) -> tuple[Problem, ...]:
+    """Find everything outside the file that prevents a start with a correct file."""
     return (*problems_of_tls(config.listen.tls), *read_api_keys(config).problems)
 
 
@@ -96,9 +96,9 @@ def _reason(error: OSError | UnicodeDecodeError) -> str:
 
 
 def server_credentials(tls: ServerTls) -> grpc.ServerCredentials:
-    """Make the credentials. gRPC asks for the files' contents at every handshake.
+    """Make credentials that follow the files: gRPC fetches them at every handshake.
 
-    Files that do not belong together, as while they are being replaced, are left until they do.
+    Files that do not fit together, as during a replacement, are not used until they do.
 
     Raises:
         OSError: A file cannot be read.
@@ -110,7 +110,7 @@ def server_credentials(tls: ServerTls) -> grpc.ServerCredentials:
 
 
 class _Fetcher:
-    """Gives gRPC a new configuration once the files have changed; None means that the present one stays."""
+    """Returns a new configuration once the files have changed; None keeps the present one."""
 
     def __init__(self, tls: ServerTls, seen: object) -> None:
         self._tls = tls
@@ -134,7 +134,7 @@ class _Fetcher:
 
 
 def _signature(tls: ServerTls) -> tuple[tuple[int, int, int], ...]:
-    """Tell one state of the files from another. Kubernetes replaces the target of a link, so links are followed."""
+    """Return a value that changes with the files. Kubernetes replaces the target of a link, so links are followed."""
     stats = [Path(path).stat() for path in tls.files.values()]
     return tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
 

@@ -1,4 +1,4 @@
-"""Listening sockets, and a clear word when somebody else has the port."""
+"""Listening sockets, and a clear error if a port is taken."""
 
 import socket
 from pathlib import Path
@@ -11,10 +11,10 @@ class StartError(Exception):
 
 
 def check_ports(settings: ListenSettings) -> None:
-    """Try every port that the service is going to listen on.
+    """Try every port of the service.
 
     Raises:
-        StartError: Some cannot be listened on; the message names all of them.
+        StartError: Ports are taken; the message names all of them.
     """
     wanted = [(settings.grpc.shifted(worker), "listen.grpc") for worker in range(settings.workers)]
     wanted.append((settings.admin, "listen.admin"))
@@ -32,7 +32,7 @@ def listen(address: SocketAddress, key: str) -> socket.socket:
     """Listen on a TCP port.
 
     Raises:
-        StartError: It is not to be had.
+        StartError: The port is taken.
     """
     try:
         return socket.create_server(
@@ -43,7 +43,7 @@ def listen(address: SocketAddress, key: str) -> socket.socket:
 
 
 def listen_privately(path: Path) -> socket.socket:
-    """Listen on a Unix socket, in place of one that a process may have left there."""
+    """Listen on a Unix socket. A socket that an earlier process left there is replaced."""
     path.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listening.bind(str(path))
@@ -52,15 +52,15 @@ def listen_privately(path: Path) -> socket.socket:
 
 
 def cannot_listen(address: SocketAddress, key: str) -> StartError:
-    """Make the word."""
+    """Make the error of an address that is taken."""
     return StartError(f"cannot listen on {address} ({key}): is another process using the port?")
 
 
 def owner_address(config: Config) -> str:
-    """Give the ``IP:port`` under which Envoy reaches this very process.
+    """Return the ``IP:port`` at which Envoy reaches this process.
 
     Raises:
-        StartError: The service listens on a wildcard address and this host's own address is not known.
+        StartError: The service listens on a wildcard address and the address of the host is unknown.
     """
     listening = config.listen
     if listening.advertise is not None:
@@ -68,7 +68,7 @@ def owner_address(config: Config) -> str:
     if not listening.grpc.is_wildcard:
         return str(listening.grpc)
     try:
-        # In a container or a pod the host name resolves to the address that others reach it by.
+        # The host name of a container or pod resolves to the address at which others reach it.
         host = socket.gethostbyname(socket.gethostname())
     except OSError as error:
         message = f"this host's address is not known ({error}); set listen.advertise to the IP:port that Envoy reaches"

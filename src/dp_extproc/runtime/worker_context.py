@@ -1,4 +1,4 @@
-"""One of several workers: its place among them, and how it hears from its parent."""
+"""What a worker process knows of its parent and of its place among the worker processes."""
 
 import asyncio
 import os
@@ -15,49 +15,49 @@ _READ_BYTES: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
-    """Which worker a process is."""
+    """Index of a worker process, and its connections to the parent."""
 
     index: int
-    lifeline: int
-    """Descriptor of a pipe. A byte in it says that the configuration has changed, its end that the parent has ended."""
+    control_pipe: int
+    """Descriptor of a pipe from the parent. A byte requests a reload; its end means that the parent has ended."""
     directory: Path
-    """Of the parent and its workers alone: their sockets, and the configuration in use."""
+    """Private directory of the parent and its worker processes, with their sockets and the configuration in use."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read what :attr:`argument` wrote."""
-        index, lifeline, directory = text.split(":", 2)
-        return cls(int(index), int(lifeline), Path(directory))
+        """Read the text of :attr:`argument`."""
+        index, control_pipe, directory = text.split(":", 2)
+        return cls(int(index), int(control_pipe), Path(directory))
 
     @property
     def argument(self) -> str:
-        """Write it for the command line."""
-        return f"{self.index}:{self.lifeline}:{self.directory}"
+        """Text of the context for the command line."""
+        return f"{self.index}:{self.control_pipe}:{self.directory}"
 
     @property
     def admin_socket(self) -> Path:
-        """Where the worker shows its pages to the parent."""
+        """Socket at which the parent reads the pages of the worker process."""
         return self.directory / f"admin-{self.index}"
 
-    def listen_to_parent(self, *, told: Callable[[], None], gone: Callable[[], None]) -> None:
-        """Call back when the parent has something to tell, and when it has ended."""
+    def watch_parent(self, *, on_reload: Callable[[], None], on_exit: Callable[[], None]) -> None:
+        """Call back when the parent requests a reload, and when it has ended."""
         loop = asyncio.get_running_loop()
 
         def read() -> None:
-            if os.read(self.lifeline, _READ_BYTES):
-                told()
+            if os.read(self.control_pipe, _READ_BYTES):
+                on_reload()
             else:
-                loop.remove_reader(self.lifeline)
-                gone()
+                loop.remove_reader(self.control_pipe)
+                on_exit()
 
-        loop.add_reader(self.lifeline, read)
+        loop.add_reader(self.control_pipe, read)
 
     def __str__(self) -> str:
         return f"worker {self.index}"
 
 
-def bus_of(directory: Path) -> SyncSettings:
-    """Give the bus between workers that are not told of another one.
+def local_bus(directory: Path) -> SyncSettings:
+    """Return the bus between worker processes, for a file without the section ``sync``.
 
     Raises:
         pydantic.ValidationError: The path is too long for a Unix socket.
@@ -65,14 +65,14 @@ def bus_of(directory: Path) -> SyncSettings:
     return SyncSettings.model_validate({"url": f"unix://{directory / _BUS}"})
 
 
-def seat_config(config: Config, seat: WorkerContext | None) -> Config:
-    """Give the configuration of one worker: a port of its own, and a bus to the others."""
-    if seat is None:
+def worker_config(config: Config, context: WorkerContext | None) -> Config:
+    """Return the configuration of one worker process, with a port of its own and a bus to the others."""
+    if context is None:
         return config
     listen = config.listen
     own = {
-        "grpc": listen.grpc.shifted(seat.index),
-        "advertise": None if listen.advertise is None else listen.advertise.shifted(seat.index),
+        "grpc": listen.grpc.shifted(context.index),
+        "advertise": None if listen.advertise is None else listen.advertise.shifted(context.index),
     }
-    sync = config.sync or bus_of(seat.directory)
+    sync = config.sync or local_bus(context.directory)
     return config.model_copy(update={"listen": listen.model_copy(update=own), "sync": sync})

@@ -1,4 +1,4 @@
-"""The parent of several workers: starts each, starts anew whichever ends, and shows the pages of all on one port."""
+"""The parent of several worker processes: starts and restarts them, and serves their pages on one admin port."""
 
 import asyncio
 import contextlib
@@ -25,28 +25,30 @@ from dp_extproc.observability.admin import AdminServer
 from dp_extproc.observability.merged_metrics import merge_pages
 from dp_extproc.runtime.reload import Reloader
 from dp_extproc.runtime.sockets import StartError, listen
-from dp_extproc.runtime.worker_context import WorkerContext, bus_of
+from dp_extproc.runtime.worker_context import WorkerContext, local_bus
 
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 10.0
+"""Seconds before a worker process is restarted, at first and at most."""
 _STEADY_SECONDS: Final = 30.0
-"""A worker that has run for so long did not end because of how it was started."""
+"""Seconds after which the end of a worker process starts a new series of pauses: it did not fail at its start."""
 _MOST_DOUBLINGS: Final = 16
 _PAGE_SECONDS: Final = 2.0
-_NEWS: Final = b"\n"
+"""Limit for reading a page of a worker process, in seconds."""
+_RELOAD: Final = b"\n"
 _PARENT: Final = "parent"
-"""Who this is in the label ``process``."""
+"""Value of the label ``process`` for the parent itself."""
 
 _log = logging.getLogger(__name__)
 
 
 def pause_before(ends: int) -> float:
-    """Tell how long to wait before a worker is started anew that has ended so many times in a row."""
+    """Return the seconds before a restart, after so many ends of a worker process in a row."""
     return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(ends - 1, _MOST_DOUBLINGS))
 
 
 class _Worker:
-    """One worker, over all the processes that it is in the course of time."""
+    """One worker process and its restarts."""
 
     def __init__(self, index: int, directory: Path, log_level: str) -> None:
         self.index = index
@@ -54,7 +56,7 @@ class _Worker:
         self._directory = directory
         self._log_level = log_level
         self._process: asyncio.subprocess.Process | None = None
-        self._lifeline: int | None = None
+        self._control_pipe: int | None = None
         admin_socket = WorkerContext(index, 0, directory).admin_socket
         self._client = httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(uds=str(admin_socket)), base_url="http://worker", timeout=_PAGE_SECONDS
@@ -62,17 +64,17 @@ class _Worker:
 
     @property
     def pid(self) -> int | None:
-        """None while it does not run."""
+        """Process id, or None while no process runs."""
         return None if self._process is None else self._process.pid
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Keep it running; when all are stopping, until it has ended."""
+        """Start and restart the process until *stopping* is set and the process has ended."""
         ends = 0
         while not stopping.is_set():
             started = time.monotonic()
             try:
                 end = f"has ended with status {await self._run_once(stopping)}"
-            except OSError as error:  # the machine has no more memory, processes or files to give
+            except OSError as error:  # the machine has no memory, processes or files left
                 end = f"cannot be started ({error})"
             if stopping.is_set():
                 break
@@ -85,40 +87,40 @@ class _Worker:
         await self._client.aclose()
 
     async def _run_once(self, stopping: asyncio.Event) -> int:
-        own_end, self._lifeline = os.pipe()
-        seat = WorkerContext(self.index, own_end, self._directory)
-        argv = ["-m", "dp_extproc", "serve", "--config", str(configuration_of(self._directory))]
-        argv += ["--log-level", self._log_level, "--worker-seat", seat.argument]
+        own_end, self._control_pipe = os.pipe()
+        context = WorkerContext(self.index, own_end, self._directory)
+        argv = ["-m", "dp_extproc", "serve", "--config", str(config_copy(self._directory))]
+        argv += ["--log-level", self._log_level, "--worker-context", context.argument]
         try:
             try:
-                # Of a group of its own: a Ctrl-C in the terminal is for the parent, which passes it on.
+                # In a process group of its own: a Ctrl-C in the terminal reaches the parent alone, which passes it on.
                 self._process = await asyncio.create_subprocess_exec(
                     sys.executable, *argv, stdin=asyncio.subprocess.DEVNULL, pass_fds=[own_end], process_group=0
                 )
             finally:
                 os.close(own_end)
-            if stopping.is_set():  # while it was being started
+            if stopping.is_set():  # set while the process was being started
                 self.signal(signal.SIGTERM)
             return await self._process.wait()
         finally:
             self._process = None
-            os.close(self._lifeline)
-            self._lifeline = None
+            os.close(self._control_pipe)
+            self._control_pipe = None
 
     def signal(self, number: signal.Signals) -> None:
-        """Pass a signal on, if it runs."""
+        """Send a signal to the process, if one runs."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
-    def tell(self) -> None:
-        """Have it read the configuration anew; one that starts just now will find this in the pipe."""
-        if self._lifeline is not None:
+    def reload(self) -> None:
+        """Request a reload. A process that is just starting finds the request in the pipe."""
+        if self._control_pipe is not None:
             with contextlib.suppress(BrokenPipeError):
-                os.write(self._lifeline, _NEWS)
+                os.write(self._control_pipe, _RELOAD)
 
     async def page(self, path: str) -> httpx.Response | None:
-        """Get a page of it; None if it does not answer."""
+        """Read a page of the process; None if it does not respond."""
         try:
             return await self._client.get(path)
         except httpx.HTTPError:
@@ -126,13 +128,13 @@ class _Worker:
 
 
 class _Pages:
-    """What the admin port shows of all workers."""
+    """Pages of the admin port: those of all worker processes, and the parent's own metrics."""
 
     def __init__(self, workers: list[_Worker], registry: CollectorRegistry, guard: Guard) -> None:
         self._workers = workers
         self._registry = registry
         self._guarded = CollectorRegistry()
-        """What workers count, too."""
+        """Metrics that worker processes have too."""
         self._guarded.register(guard)
 
     async def metrics(self) -> bytes:
@@ -145,21 +147,21 @@ class _Pages:
         return any(page is not None and page.is_success for _, page in await self._all("/readyz"))
 
     async def loads(self) -> dict[str, Any]:
-        """Show the books as the first worker that answers has them, and who the workers are."""
+        """Return /loads of the first worker process that responds, and a list of all worker processes."""
         ready = {worker.index for worker, page in await self._all("/readyz") if page is not None and page.is_success}
-        who = [
+        processes = [
             {"process": each.index, "pid": each.pid, "ready": each.index in ready, "restarts": each.restarts}
             for each in self._workers
         ]
-        books = [page.json() for _, page in await self._all("/loads") if page is not None]
-        return {**(books[0] if books else {}), "worker_processes": who}
+        pages = [page.json() for _, page in await self._all("/loads") if page is not None]
+        return {**(pages[0] if pages else {}), "worker_processes": processes}
 
     async def _all(self, path: str) -> list[tuple[_Worker, httpx.Response | None]]:
         return list(zip(self._workers, await asyncio.gather(*(each.page(path) for each in self._workers)), strict=True))
 
 
 class _Metrics:
-    """Collects what only the parent knows."""
+    """Collects the metrics of the parent."""
 
     def __init__(self, workers: list[_Worker]) -> None:
         self._workers = workers
@@ -175,8 +177,8 @@ class _Metrics:
         yield restarts
 
 
-def configuration_of(directory: Path) -> Path:
-    """Name the copy of the configuration in use: a worker that starts anew must not meet a file that was refused."""
+def config_copy(directory: Path) -> Path:
+    """Return the path of the configuration in use. A restarted worker process must not read a rejected file."""
     return directory / "config.yaml"
 
 
@@ -184,19 +186,19 @@ async def serve_with_workers(count: int, config: Config, text: str, path: Path, 
     """Serve with several processes until a signal, and until all of them have ended.
 
     Args:
-        count: How many there are to be.
-        config: The configuration as it is in the file.
-        text: The content of the file ...
-        path: ... and where it is.
-        log_level: Of the workers.
+        count: Number of worker processes.
+        config: The configuration of the file.
+        text: Content of the file.
+        path: The file.
+        log_level: Log level of the worker processes.
 
     Raises:
-        StartError: The admin port is not to be had, or the directory for temporary files is of no use.
+        StartError: The admin port is taken, or the path of the temporary directory is too long.
     """
     with tempfile.TemporaryDirectory(prefix="dp-extproc-") as name:
-        directory = Path(name)  # for its user alone
+        directory = Path(name)  # readable for its user alone
         try:
-            bus_of(directory)
+            local_bus(directory)
         except ValidationError as error:
             raise StartError(f"{directory}: {error.errors()[0]['msg']}; set TMPDIR to a shorter one") from None
         _write(directory, text)
@@ -205,7 +207,7 @@ async def serve_with_workers(count: int, config: Config, text: str, path: Path, 
         def apply(_config: Config, text: str) -> None:
             _write(directory, text)
             for worker in workers:
-                worker.tell()
+                worker.reload()
 
         reloader = Reloader(path, text, config, apply)
         guard = Guard()
@@ -223,7 +225,7 @@ async def serve_with_workers(count: int, config: Config, text: str, path: Path, 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop, number)
-        loop.add_signal_handler(signal.SIGHUP, reloader.ask)
+        loop.add_signal_handler(signal.SIGHUP, reloader.request)
         async with asyncio.TaskGroup() as tasks:
             admin_task = tasks.create_task(guard.keep("admin", admin.run_on_socket))
             reload_task = tasks.create_task(guard.keep("reload", reloader.run))
@@ -237,7 +239,7 @@ async def serve_with_workers(count: int, config: Config, text: str, path: Path, 
 
 
 def _write(directory: Path, text: str) -> None:
-    """Put the configuration where workers find it, whole at any moment."""
+    """Replace the copy of the configuration that worker processes read, in one step."""
     new = directory / "config.new"
     new.write_text(text, encoding="utf-8")
-    new.replace(configuration_of(directory))
+    new.replace(config_copy(directory))

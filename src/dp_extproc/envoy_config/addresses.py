@@ -1,22 +1,32 @@
-"""Where the service is to be found, and whether that may be more than one process."""
+"""Names of the clusters, and the addresses at which Envoy reaches the processes of the service."""
 
 import ipaddress
+from typing import Final
 
 from dp_extproc.config import Config
 
+DISPATCH: Final = "dp_dispatch"
+PREFILL_LEG: Final = "prefill_leg"
+SERVICE: Final = "extproc"
+SERVICE_OWNER: Final = "extproc_owner"
+PREFILL: Final = "prefill"
+DECODE: Final = "decode"
+"""Also the name of a listener, if truncated streams end with an error event."""
+DECODE_SERVER: Final = "decode_server"
+
 
 def is_named(config: Config) -> bool:
-    """Tell whether the service is found by a name, which may stand for several."""
+    """Return whether Envoy finds the service by a DNS name, which may resolve to several addresses."""
     return any(not _is_ip(host) for host, _ in services_of(config))
 
 
 def may_be_several(config: Config) -> bool:
-    """Tell whether there may be a process to turn to when another one has gone."""
+    """Return whether the service may have several processes, so that Envoy can turn to another one."""
     return config.listen.workers > 1 or bool(config.envoy.standby) or is_named(config)
 
 
 def services_of(config: Config) -> list[tuple[str, int]]:
-    """Give host and port of each service, or of its first worker, in the order in which they decide."""
+    """Return host and port of each service, in order of priority; of several worker processes those of the first."""
     return [_service_address(config), *map(_split, config.envoy.standby)]
 
 

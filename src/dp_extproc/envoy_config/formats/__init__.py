@@ -1,0 +1,1 @@
+"""Output formats over the same listeners and clusters, one module each."""

@@ -1,0 +1,92 @@
+"""The two Lua filters: one turns the mirrored request into the prefill leg, one remembers failed attempts."""
+
+from typing import Final
+
+from envoy_data_plane.envoy.config.core.v3 import DataSource
+from envoy_data_plane.envoy.extensions.filters.http.lua.v3 import Lua
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
+
+from dp_extproc.contract import (
+    AVOID,
+    FAILED,
+    OVERRIDE_RANK,
+    OVERRIDE_RID,
+    PREFILL_PREFIX,
+    PREFILL_RANK,
+    PREFILL_RID,
+    PREFIX_LENGTH,
+)
+from dp_extproc.envoy_config.filters import http_filter
+from dp_extproc.envoy_config.yaml_text import commented
+
+_SWAP_LEG_PREAMBLE: Final = f"""\
+function envoy_on_request(request)
+  local headers = request:headers()
+  local rid = headers:get("{PREFILL_RID}")
+  if rid then
+    local rank = headers:get("{PREFILL_RANK}")
+    headers:remove("{OVERRIDE_RANK}")  -- the decode leg's
+    if rank then headers:add("{OVERRIDE_RANK}", rank) end
+    headers:replace("{OVERRIDE_RID}", rid)
+    headers:remove("{PREFILL_RID}")
+    return
+  end
+  local length = tonumber(string.match(request:headers():get("{PREFIX_LENGTH}") or "", "^%d+$"))
+  local prefix = request:headers():get("{PREFILL_PREFIX}")
+  local body = request:body()  -- waits for the whole body
+  if not length or not prefix or not body or length > body:length() then
+    request:logErr("a prefill leg without a usable prefix is not forwarded")
+    request:respond({{[":status"] = "500"}}, "the prefill leg has no usable prefix")
+    return
+  end
+  local rest = body:getBytes(length, body:length() - length)
+  request:headers():replace("content-length", tostring(body:setBytes(prefix .. rest)))
+  request:headers():remove("{PREFIX_LENGTH}")
+end
+"""
+"""The script removes its header last. A script that fails lets the request go on, and the route refuses the header."""
+
+
+def swap_leg_preamble() -> HttpFilter:
+    """Build the filter that replaces the decode leg's preamble, or its headers, by those of the prefill leg.
+
+    A body that it cannot rewrite has the routing fields of the decode leg and must not be forwarded.
+    """
+    return commented(
+        _lua(_SWAP_LEG_PREAMBLE),
+        "The copy begins with the leg preamble of the decode leg. The script replaces it by that of\n"
+        "the prefill leg; all other bytes are the same for both.",
+    )
+
+
+_NAMESPACE: Final = "dp_extproc.retry"
+
+_REMEMBER_FAILED_ENDPOINTS: Final = f"""\
+function envoy_on_request(request)
+  local known = request:streamInfo():dynamicMetadata():get("{_NAMESPACE}")
+  if known then request:headers():replace("{AVOID}", known["failed"]) end
+end
+function envoy_on_response(response)
+  local failed = response:headers():get("{FAILED}")
+  if failed then
+    local metadata = response:streamInfo():dynamicMetadata()
+    local known = metadata:get("{_NAMESPACE}")
+    if known then failed = known["failed"] .. ";" .. failed end
+    metadata:set("{_NAMESPACE}", "failed", failed)
+  end
+end
+"""
+
+
+def remember_failed_endpoints() -> HttpFilter:
+    """Build the filter that adds the endpoints of failed attempts to a repeated request.
+
+    It belongs to the upstream filter chain between the front door and the listener where requests are scheduled. That
+    chain runs anew for each attempt, while the dynamic metadata of the request stays.
+    """
+    comment = "Runs anew for each attempt, and sends the endpoints of failed attempts along."
+    return commented(_lua(_REMEMBER_FAILED_ENDPOINTS), comment)
+
+
+def _lua(script: str) -> HttpFilter:
+    return http_filter("lua", Lua(default_source_code=DataSource(inline_string=script)))
