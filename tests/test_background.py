@@ -1,4 +1,4 @@
-"""The guard over background tasks: each fault is counted and logged, and the task goes on."""
+"""The guard over background tasks: each failure is counted and logged, and the task is started again."""
 
 import asyncio
 import sys
@@ -17,18 +17,18 @@ from patience import wait_for
 
 
 def run(story: Coroutine[Any, Any, None]) -> None:
-    """Run a test's story in a loop of its own; one that hangs fails."""
+    """Run a test's story in a loop of its own, for 30 s at most."""
     asyncio.run(asyncio.wait_for(story, 30))
 
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let tasks begin anew at once."""
+    """Start tasks again at once."""
     monkeypatch.setattr(background, "_FIRST_PAUSE", 0.0)
 
 
 class Work:
-    """Fails some times, and lasts then."""
+    """A task that fails some times, and then waits."""
 
     def __init__(self, *errors: Exception) -> None:
         self.errors = list(errors)
@@ -42,8 +42,8 @@ class Work:
         await self.ends.wait()
 
 
-def test_a_task_goes_on_after_any_exception(caplog: pytest.LogCaptureFixture) -> None:
-    """Of each kind there is one traceback in the log; the metric counts them all."""
+def test_task_is_started_again_after_any_exception(caplog: pytest.LogCaptureFixture) -> None:
+    """Each type of exception has one traceback in the log; the metric counts all."""
 
     async def story() -> None:
         guard = Guard()
@@ -63,8 +63,8 @@ def test_a_task_goes_on_after_any_exception(caplog: pytest.LogCaptureFixture) ->
     assert all(record.exc_info for record in caplog.records)
 
 
-def test_a_task_that_fails_all_the_time_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    """A fault ten times a second fills no disk."""
+def test_task_that_always_fails_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Many failures a second must not fill the disk."""
 
     async def story() -> None:
         guard = Guard()
@@ -79,8 +79,8 @@ def test_a_task_that_fails_all_the_time_is_logged_once(caplog: pytest.LogCapture
     assert len(caplog.records) == 1
 
 
-def test_a_task_that_is_cancelled_ends() -> None:
-    """A stop is no fault, whether the task works or waits to begin anew."""
+def test_task_ends_when_it_is_cancelled() -> None:
+    """A cancellation is no failure."""
 
     async def story() -> None:
         guard, work = Guard(), Work()
@@ -118,7 +118,7 @@ sys.exit(main())
 
 
 class SabotagedService(ServiceProcess):
-    """A service of whose background tasks two fail: readiness twice, reload always. Of workers only the parent is."""
+    """A service whose readiness task fails twice and whose reload task always fails. Worker processes are spared."""
 
     def start(self) -> None:
         argv = [sys.executable, "-c", SABOTAGE, *self._arguments]
@@ -126,7 +126,7 @@ class SabotagedService(ServiceProcess):
             self._process = start_tied(argv, log, log)
 
     def failures(self, task: str, worker: str = "") -> float:
-        """Read the metric of a task; 0 while it is not there."""
+        """Read the metric of a task; 0 while it is absent."""
         labels = f'process="{worker}",' if worker else ""
         wanted = f'dp_extproc_task_failures_total{{{labels}task="{task}"}} '
         lines = [line for line in self.metrics().splitlines() if line.startswith(wanted)]
@@ -134,13 +134,13 @@ class SabotagedService(ServiceProcess):
 
 
 def sabotaged(**sections: Any) -> SabotagedService:
-    """Make one whose engine nobody has started."""
+    """Make a service whose engine does not exist."""
     pool = {"models": ["*"], "workers": {"endpoints": [f"http://127.0.0.1:{free_port()}"]}}
     return SabotagedService(write_config([pool], **sections))
 
 
-def test_a_service_outlives_faults_of_its_own_tasks() -> None:
-    """What failed twice works then, what fails always is tried again and again, and all else goes on."""
+def test_service_outlives_failures_of_its_tasks() -> None:
+    """A task that failed twice works then; one that always fails is started again and again."""
     with sabotaged() as service:
         wait_for(lambda: service.failures("readiness") == 2 and service.failures("reload") >= 3, 30)
 
@@ -151,8 +151,8 @@ def test_a_service_outlives_faults_of_its_own_tasks() -> None:
         assert service.is_running
 
 
-def test_a_parent_of_workers_outlives_faults_of_its_own_tasks() -> None:
-    """Its own tasks are guarded, too, and shown beside those of the workers."""
+def test_parent_of_worker_processes_outlives_failures_of_its_tasks() -> None:
+    """Its tasks are shown beside those of the worker processes."""
     with sabotaged(listen={"workers": 2}) as service:
         wait_for(lambda: service.failures("reload", "parent") >= 3, 30)
         wait_for(lambda: 'dp_extproc_task_failures_total{process="1",task="scrape"} 0.0' in service.metrics(), 30)

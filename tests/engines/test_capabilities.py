@@ -1,13 +1,14 @@
-"""The version matrix and the pitfalls, row by row."""
+"""What SGLang releases support, and their known problems, row by row."""
 
 from dataclasses import replace
 
 import pytest
 
-from dp_extproc.engines.capabilities import RankControl, capabilities
-from dp_extproc.engines.model import EngineFacts, Mode, Role
-from dp_extproc.engines.sglang.diagnostics import traps
-from dp_extproc.engines.sglang.server_info import follows_rooms, parse_version
+from dp_extproc.engines.capabilities import RankControl
+from dp_extproc.engines.model import EngineFacts, Mode, Role, parse_version
+from dp_extproc.engines.sglang.capabilities import capabilities
+from dp_extproc.engines.sglang.diagnostics import diagnostics
+from dp_extproc.engines.sglang.server_info import follows_rooms
 from dp_extproc.request.path import Api
 
 EARLY = {Api.GENERATE, Api.COMPLETIONS, Api.CHAT}
@@ -55,11 +56,13 @@ def facts(
     ],
 )
 @pytest.mark.parametrize("mode", list(Mode))
-def test_routing_fields(mode: Mode, version: str | None, routed: bool, prefill_rank: bool) -> None:
-    """Which rank fields a release takes does not depend on the role."""
+def test_rank_fields_depend_on_the_release_alone(
+    mode: Mode, version: str | None, routed: bool, prefill_rank: bool
+) -> None:
+    """They are the same in every role."""
     takes = capabilities(facts(version, mode))
 
-    assert (takes.carries_routed_rank, takes.carries_prefill_rank) == (routed, prefill_rank)
+    assert (takes.takes_routed_rank, takes.takes_prefill_rank) == (routed, prefill_rank)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +78,10 @@ def test_routing_fields(mode: Mode, version: str | None, routed: bool, prefill_r
         pytest.param(None, None, RankControl.BY_FIELD, id="unknown"),
     ],
 )
-def test_decode_control(version: str | None, method: str | None, control: RankControl) -> None:
-    """Who decides the decode rank, by release and method."""
+def test_decode_rank_is_decided_by_release_and_method(
+    version: str | None, method: str | None, control: RankControl
+) -> None:
+    """Old releases let the room or the engine decide."""
     assert capabilities(facts(version, Mode.DECODE, method=method)).decode_control is control
 
 
@@ -95,8 +100,10 @@ def test_decode_control(version: str | None, method: str | None, control: RankCo
         pytest.param(None, "auto", False, 4, id="unknown-plain"),
     ],
 )
-def test_usable_prefill_ranks(version: str | None, method: str, attention: bool, usable: int) -> None:
-    """Plain DP of 0.5.11-0.5.15 that follows rooms is confined to rank 0; and 0.5.10 that does not."""
+def test_plain_dp_serves_the_first_rank_alone_in_some_releases(
+    version: str | None, method: str, attention: bool, usable: int
+) -> None:
+    """These are 0.5.11 to 0.5.15 with rooms, and 0.5.10 without."""
     takes = capabilities(facts(version, Mode.PREFILL, method=method, attention=attention))
 
     assert list(takes.prefill_ranks(4)) == list(range(usable))
@@ -115,8 +122,10 @@ def test_usable_prefill_ranks(version: str | None, method: str, attention: bool,
     ],
 )
 @pytest.mark.parametrize("mode", [Mode.PREFILL, Mode.DECODE])
-def test_disaggregated_paths(mode: Mode, version: str | None, served: set[Api]) -> None:
-    """A path is served by releases that take the bootstrap fields on it."""
+def test_disaggregated_pools_serve_paths_with_bootstrap_fields(
+    mode: Mode, version: str | None, served: set[Api]
+) -> None:
+    """Each release has the fields on more paths."""
     takes = capabilities(facts(version, mode))
 
     assert {api for api in Api if takes.serves(api)} == served
@@ -137,10 +146,10 @@ def test_disaggregated_paths(mode: Mode, version: str | None, served: set[Api]) 
         (None, "routed_dp_rank", "routed_dp_rank", "routed_dp_rank", "routed_dp_rank"),
     ],
 )
-def test_aggregated_rank_key(
+def test_aggregated_pools_name_the_rank_by_release_and_path(
     version: str | None, generate: str | None, openai: str | None, responses: str | None, messages: str | None
 ) -> None:
-    """What an aggregated server calls the rank, by release and path; every path is served all the same."""
+    """Every path is served, also without a field for the rank."""
     takes = capabilities(facts(version, Mode.UNIFIED))
 
     assert [takes.aggregated_rank_key(api) for api in Api] == [generate, openai, openai, responses, messages]
@@ -159,16 +168,18 @@ def test_aggregated_rank_key(
         ("0.5.23", None, set[Api]()),
     ],
 )
-def test_overrides(version: str, reads: bool | None, apis: set[Api]) -> None:
-    """Paths on which headers can carry, where the engine reads them; where it was asked and does not, that is said."""
+def test_override_headers_are_used_where_the_engine_obeys_them(
+    version: str, reads: bool | None, apis: set[Api]
+) -> None:
+    """An engine that was probed and does not obey them has a diagnostic."""
     engine = replace(facts(version, Mode.DECODE), reads_overrides=reads)
 
     assert capabilities(engine).overrides_on == apis
-    codes = {trap.code for trap in traps(engine, Role.DECODE, needs_overrides=True)}
+    codes = {diagnostic.code for diagnostic in diagnostics(engine, Role.DECODE, needs_overrides=True)}
     assert ("overrides_not_read" in codes) == (reads is False)
 
 
-@pytest.mark.parametrize("headers_only", [False, True], ids=["bodies carry the rest", "there are no bodies"])
+@pytest.mark.parametrize("headers_only", [False, True], ids=["bodies have the rest", "there are no bodies"])
 @pytest.mark.parametrize(
     ("version", "reads", "unusable", "others"),
     [
@@ -181,17 +192,17 @@ def test_overrides(version: str, reads: bool | None, apis: set[Api]) -> None:
         ("0.5.23", None, {"overrides_unknown"}, set()),
     ],
 )
-def test_traps_of_headers(
+def test_diagnostics_of_override_headers_depend_on_bodies(
     version: str, reads: bool | None, unusable: set[str], others: set[str], headers_only: bool
 ) -> None:
-    """What a body can say instead is a pitfall; where no body is seen the engine cannot be used."""
+    """Where bodies are not seen, an engine that needs them for routing fields cannot be used."""
     engine = replace(facts(version, Mode.DECODE), reads_overrides=reads)
-    everything = traps(engine, Role.DECODE, needs_overrides=True, headers_only=headers_only)
+    everything = diagnostics(engine, Role.DECODE, needs_overrides=True, headers_only=headers_only)
     found = [each for each in everything if each.code != "paths_refused"]
-    told = {each.code for each in found}
+    codes = {each.code for each in found}
 
-    assert told - {"paths_without_bodies"} == unusable | others
-    assert ("paths_without_bodies" in told) == (headers_only and reads is True)
+    assert codes - {"paths_without_bodies"} == unusable | others
+    assert ("paths_without_bodies" in codes) == (headers_only and reads is True)
     assert {each.code for each in found if each.unusable} == (unusable if headers_only or reads is False else set())
 
 
@@ -270,10 +281,12 @@ PREFILL, DECODE, UNIFIED = Mode.PREFILL, Mode.DECODE, Mode.UNIFIED
         ),
     ],
 )
-def test_traps(role: Role, engine: EngineFacts, codes: set[str]) -> None:
-    """Each pitfall is told of exactly the engines that have it, with what happens and what to do."""
-    found = traps(engine, role)
+def test_diagnostics_are_those_of_the_release_and_its_flags(role: Role, engine: EngineFacts, codes: set[str]) -> None:
+    """Each has an effect and a remedy; the worst come first."""
+    found = diagnostics(engine, role)
 
-    assert {trap.code for trap in found} == codes
-    assert all(trap.happens and trap.remedy for trap in found)
-    assert [trap.unusable for trap in found] == sorted((trap.unusable for trap in found), reverse=True)
+    assert {diagnostic.code for diagnostic in found} == codes
+    assert all(diagnostic.effect and diagnostic.remedy for diagnostic in found)
+    assert [diagnostic.unusable for diagnostic in found] == sorted(
+        (diagnostic.unusable for diagnostic in found), reverse=True
+    )

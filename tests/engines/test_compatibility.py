@@ -1,4 +1,4 @@
-"""Which prefill and decode servers must not meet, and which only look as if."""
+"""Settings by which a prefill and a decode engine cannot be paired."""
 
 import json
 from dataclasses import replace
@@ -86,24 +86,24 @@ def model(path: str, name: str | None = None) -> PairTerms:
 def test_a_difference_is_found_where_the_pair_would_fail(
     prefill: PairTerms, decode: PairTerms, version: str | None, expected: str | None
 ) -> None:
-    """What one side does not tell, and what may be the same, is no difference: such a pair may work."""
+    """A setting that one engine does not report, or that may be equal, is no difference: such a pair may work."""
     assert code(prefill, decode, version) == expected
 
 
 def test_a_difference_names_both_values_and_the_remedy() -> None:
-    """An operator, and whoever gets the refusal, knows what to change."""
+    """It is read by operators, and by clients of refused requests."""
     (found,) = differences(
         [side(Mode.PREFILL, page(1)), side(Mode.PREFILL, page(1))],
         [side(Mode.DECODE, page(2)), side(Mode.DECODE, page(2)), side(Mode.DECODE, page(1))],
     )
 
     assert str(found) == "page_size is 1 on prefill and 2 on decode"
-    assert "Page size mismatch" in found.happens
+    assert "Page size mismatch" in found.effect
     assert found.remedy == "start both with the same --page-size"
 
 
-def test_a_pair_that_has_served_agrees() -> None:
-    """Real servers that moved KV caches to each other have no difference, and what they tell is read."""
+def test_a_recorded_pair_has_no_difference() -> None:
+    """These engines moved KV caches to each other; all their settings are read."""
     prefill, decode = (
         read_server_info((RECORDED / "pd_dpattn" / f"{side}_server_info.json").read_bytes())
         for side in ("prefill", "decode")
@@ -114,33 +114,33 @@ def test_a_pair_that_has_served_agrees() -> None:
     assert (prefill.terms.transfer_backend, prefill.terms.served_name) == ("mooncake", "tiny")
 
 
-def told(**info: object) -> PairTerms:
+def reported(**info: object) -> PairTerms:
     return read_server_info(json.dumps({"dp_size": 1, "disaggregation_mode": "decode", **info}).encode()).terms
 
 
 @pytest.mark.parametrize(
     "size", [0, -1, 1.0, True, "1", None, [], {"a": 1}, 10**400, 2**40], ids=lambda size: repr(size)[:12]
 )
-def test_an_odd_page_size_is_not_known(size: object) -> None:
-    """The page can be used all the same."""
-    assert told(page_size=size) == PairTerms()
+def test_a_malformed_page_size_is_left_out(size: object) -> None:
+    """The rest of the page counts."""
+    assert reported(page_size=size) == PairTerms()
 
 
 @pytest.mark.parametrize("name", [7, "", None, ["auto"], "x" * 5000, "bf16\nERROR"], ids=lambda name: repr(name)[:12])
-def test_an_odd_name_is_not_known(name: object) -> None:
-    """Likewise."""
-    assert told(kv_cache_dtype=name, disaggregation_transfer_backend=name) == PairTerms()
+def test_a_malformed_name_is_left_out(name: object) -> None:
+    """The rest of the page counts."""
+    assert reported(kv_cache_dtype=name, disaggregation_transfer_backend=name) == PairTerms()
 
 
-def test_pages_of_a_server_with_hisparse_are_not_known() -> None:
-    """It hands over pages of another size than it tells, and SGLang does not compare them (0.5.10 to 0.5.12)."""
-    assert told(page_size=64, enable_hisparse=True).page_size is None
+def test_page_size_is_left_out_with_hisparse() -> None:
+    """The engine uses pages of another size than it reports, and SGLang does not compare them (0.5.10 to 0.5.12)."""
+    assert reported(page_size=64, enable_hisparse=True).page_size is None
 
 
-def test_a_model_that_is_called_by_its_path_has_no_name() -> None:
-    """SGLang fills in the path where no name is given."""
-    assert told(model_path="org/name", served_model_name="org/name").served_name is None
-    assert told(model_path="org/name", served_model_name="mine").served_name == "mine"
+def test_a_model_without_a_name_goes_by_its_path() -> None:
+    """SGLang reports the path as the name then."""
+    assert reported(model_path="org/name", served_model_name="org/name").served_name is None
+    assert reported(model_path="org/name", served_model_name="mine").served_name == "mine"
 
 
 terms = st.builds(
@@ -154,8 +154,8 @@ terms = st.builds(
 
 
 @given(terms, terms, st.sampled_from([None, "0.5.5", "0.5.9", "0.5.10", "0.5.23"]))
-def test_it_does_not_matter_which_side_is_which(one: PairTerms, other: PairTerms, version: str | None) -> None:
-    """What two servers differ in they also differ in with their roles exchanged, and nobody differs from its like."""
+def test_differences_are_symmetric(one: PairTerms, other: PairTerms, version: str | None) -> None:
+    """Engines with equal settings have none."""
     assert code(one, other, version) == code(other, one, version)
     assert code(one, one, version) is None
     assert code(one, PairTerms(), version) is None

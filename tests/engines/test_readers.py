@@ -1,4 +1,4 @@
-"""The readers of /v1/loads, /metrics and /server_info, on pages of real servers and on anything else."""
+"""The readers of /v1/loads, /metrics and /server_info, on recorded pages and on any other bytes."""
 
 import json
 from collections.abc import Callable
@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dp_extproc.engines.listener import FailureKind
-from dp_extproc.engines.model import DecodeSteps, LoadPage, Mode, RankSample, Version
-from dp_extproc.engines.reading import ReaderError
-from dp_extproc.engines.sglang.loads_page import read_loads
-from dp_extproc.engines.sglang.metrics_page import read_metrics
-from dp_extproc.engines.sglang.server_info import follows_rooms, parse_version, read_server_info
+from dp_extproc.engines.model import DecodeSteps, LoadPage, Mode, RankSample, Version, parse_version
+from dp_extproc.engines.pages import ReaderError
+from dp_extproc.engines.sglang.load_pages import read_loads, read_metrics
+from dp_extproc.engines.sglang.server_info import follows_rooms, read_server_info
 
 RECORDED = Path(__file__).parent / "recorded"
 NOON = datetime(2026, 9, 10, 12, tzinfo=UTC)
@@ -37,8 +36,8 @@ def rank(index: int, used: int = 0, **fields: Any) -> dict[str, Any]:
 class TestLoads:
     """GET /v1/loads."""
 
-    def test_busy_server(self) -> None:
-        """A page recorded under load gives both ranks with everything it tells."""
+    def test_loads_of_a_busy_engine_have_everything_that_it_reports(self) -> None:
+        """The page was recorded under load, with two ranks."""
         page = read_loads(recorded("dp2_underload/loads.json"))
 
         assert page.ranks[0].age == pytest.approx(0.1939, abs=1e-4)
@@ -57,15 +56,15 @@ class TestLoads:
         )
 
     @pytest.mark.parametrize("name", ["dp2/loads.json", "pd_dpattn/prefill_loads.json", "pd_dpattn/decode_loads.json"])
-    def test_every_recorded_page(self, name: str) -> None:
-        """Each recorded page gives ranks 0 and 1, with age and capacity."""
+    def test_loads_have_age_and_capacity_on_each_recorded_page(self, name: str) -> None:
+        """Each page has ranks 0 and 1."""
         page = read_loads(recorded(name))
 
         assert [(s.dp_rank, s.capacity_tokens) for s in page.ranks] == [(0, 8192), (1, 8192)]
         assert all(s.age is not None and 0 <= s.age < 1 for s in page.ranks)
 
-    def test_first_version_of_the_page(self) -> None:
-        """The page of 0.5.8 lacks later fields and has totals; what it lacks is None."""
+    def test_loads_of_the_first_release_lack_later_fields(self) -> None:
+        """The page of 0.5.8 also has totals; a field that it lacks is None."""
         page = read_loads(
             loads(
                 rank(0, 17, num_running_reqs=2, num_waiting_reqs=1, max_total_num_tokens=900, num_total_reqs=3),
@@ -76,34 +75,34 @@ class TestLoads:
 
         assert page == LoadPage(ranks=(RankSample(0, 17, running_requests=2, waiting_requests=1, capacity_tokens=900),))
 
-    def test_rank_that_never_published(self) -> None:
+    def test_loads_have_no_sample_of_a_rank_that_never_published(self) -> None:
         """A time stamp of 0.0 means that the numbers beside it are no sample."""
         page = read_loads(loads(rank(0, timestamp=0.0), rank(1, 5, timestamp=NOON.timestamp())))
 
         assert [s.dp_rank for s in page.ranks] == [1]
-        assert page.silent_ranks == (0,)
+        assert page.unpublished_ranks == (0,)
 
-    def test_age_is_never_negative(self) -> None:
-        """A rank that published after the page's own time stamp was taken is 0 s old."""
+    def test_loads_have_no_negative_age(self) -> None:
+        """A rank that published after the page took its own time stamp is 0 s old."""
         page = read_loads(loads(rank(0, timestamp=NOON.timestamp() + 3)))
 
         assert page.ranks[0].age == 0.0
 
     @pytest.mark.parametrize("timestamp", [None, "yesterday", "", "2026-99-99T00:00:00"])
-    def test_page_without_usable_time(self, timestamp: str | None) -> None:
-        """Without a time of its own the page gives samples of unknown age."""
+    def test_loads_have_no_age_without_a_time_of_the_page(self, timestamp: str | None) -> None:
+        """The samples count, with an unknown age."""
         page = read_loads(loads(rank(0, 4, timestamp=NOON.timestamp()), timestamp=timestamp))
 
         assert page.ranks == (RankSample(0, 4),)
 
-    def test_time_without_zone_is_utc(self) -> None:
-        """A page that prints its time without an offset means UTC."""
+    def test_loads_take_a_time_without_zone_as_utc(self) -> None:
+        """Some releases print the time without an offset."""
         stamp = NOON.replace(tzinfo=None).isoformat()
         page = read_loads(loads(rank(0, timestamp=NOON.timestamp() - 2), timestamp=stamp))
 
         assert page.ranks[0].age == 2.0
 
-    def test_duplicate_rank_keeps_the_newest(self) -> None:
+    def test_loads_keep_the_newest_entry_of_a_rank(self) -> None:
         """Of several entries for one rank the one published last counts."""
         now = NOON.timestamp()
         page = read_loads(
@@ -115,8 +114,8 @@ class TestLoads:
     @pytest.mark.parametrize(
         "moments", [None, 5, "sextet", [], [1.0] * 5, [1.0] * 7, ["a"] * 6, [[1]] * 6, {"n": 1}, [True] * 6]
     )
-    def test_counts_of_decode_steps_in_another_form(self, moments: object) -> None:
-        """They are left out, and the rest of the page counts."""
+    def test_loads_leave_out_decode_steps_in_another_form(self, moments: object) -> None:
+        """The rest of the page counts."""
         page = read_loads(loads(rank(0, 7, decode_moments=moments)))
 
         assert page.ranks == (RankSample(0, 7),)
@@ -132,29 +131,29 @@ class TestLoads:
             [10**400] * 6,
         ],
     )
-    def test_counts_of_decode_steps_that_cannot_be(self, moments: list[float]) -> None:
-        """Counts are whole, finite and not negative; a page that says otherwise is refused, and says of what."""
+    def test_loads_refuse_impossible_counts_of_decode_steps(self, moments: list[float]) -> None:
+        """Counts are whole, finite and not negative; the error names the count."""
         with pytest.raises(ReaderError, match=r"/v1/loads says .* of decode_moments") as refusal:
             read_loads(loads(rank(0, 7, decode_moments=moments)))
 
         assert refusal.value.kind is FailureKind.WRONG_SHAPE
 
-    def test_sums_of_squares_may_be_of_any_size(self) -> None:
-        """Nobody needs them, and those of a server that has run for months are beyond what integers can be told of."""
+    def test_loads_ignore_the_size_of_sums_of_squares(self) -> None:
+        """They are not used, and after months they exceed the bound of all other numbers."""
         page = read_loads(loads(rank(0, 7, decode_moments=[10.0, 20.0, 3e5, 1e300, 1e300, 20.0])))
 
         assert page.ranks[0].decoded == DecodeSteps(10.0, 20.0, 0.3, 20.0)
 
-    def test_prefill_in_transfer_counts_as_running(self) -> None:
-        """A prefill rank counts requests whose KV cache is on its way, which SGLang lists apart."""
+    def test_loads_count_requests_in_transfer_as_running(self) -> None:
+        """SGLang lists the requests of a prefill rank whose KV cache is in transfer apart."""
         page = read_loads(
             loads(rank(0, num_running_reqs=0, disaggregation={"mode": "prefill", "prefill_inflight_queue_reqs": 3}))
         )
 
         assert page.ranks[0].running_requests == 3
 
-    def test_slightly_negative_count_is_zero(self) -> None:
-        """A count below zero, an artefact of the engine's own bookkeeping, is zero."""
+    def test_loads_raise_a_negative_count_to_zero(self) -> None:
+        """Counts below zero are an artefact of the engine's own bookkeeping."""
         assert read_loads(loads(rank(0, -1, num_total_tokens=-1))).ranks == (RankSample(0, 0, 0),)
 
     @pytest.mark.parametrize(
@@ -178,8 +177,8 @@ class TestLoads:
             ),
         ],
     )
-    def test_other_bytes(self, page: bytes, kind: FailureKind) -> None:
-        """What is no such page is refused, and says whether it is malformed or foreign."""
+    def test_a_page_of_another_shape_is_refused(self, page: bytes, kind: FailureKind) -> None:
+        """The error separates malformed pages from well-formed pages of another shape."""
         with pytest.raises(ReaderError, match="/v1/loads") as refusal:
             read_loads(page)
 
@@ -189,8 +188,8 @@ class TestLoads:
 class TestMetrics:
     """GET /metrics."""
 
-    def test_busy_server(self) -> None:
-        """A page recorded under load gives both ranks and the prompt tokens of the whole server."""
+    def test_metrics_of_a_busy_engine_have_ranks_and_prompt_tokens(self) -> None:
+        """The page was recorded under load, with two ranks."""
         page = read_metrics(recorded("dp2_underload/metrics.txt"))
 
         assert [rank.tokens_per_second for rank in page.ranks] == pytest.approx([104.12, 184.99], abs=0.01)
@@ -202,25 +201,25 @@ class TestMetrics:
             prompt_tokens=58,
         )
 
-    def test_prompt_tokens_of_streaming_and_plain_requests_add_up(self) -> None:
-        """The counter is split by is_streaming; both parts belong to the server's total."""
+    def test_metrics_add_up_prompt_tokens_of_all_series(self) -> None:
+        """The counter is split by is_streaming; both parts belong to the total of the engine."""
         assert read_metrics(recorded("pd_dpattn/decode_metrics.txt")).prompt_tokens == 253 + 120
 
-    def test_prefill_queues(self) -> None:
+    def test_metrics_of_prefill_count_its_queues(self) -> None:
         """On prefill, requests in bootstrap wait and requests in transfer run."""
         ranks = read_metrics(recorded("constructed/metrics-prefill-sample.txt")).ranks
 
         assert [s.dp_rank for s in ranks] == [0, 1, 2, 3]
         assert ranks[3] == RankSample(3, 40960, running_requests=4, waiting_requests=6, capacity_tokens=440000)
 
-    def test_decode_queues(self) -> None:
-        """On decode, requests that wait for room or for their KV cache wait."""
+    def test_metrics_of_decode_count_its_queues(self) -> None:
+        """On decode, requests that wait for memory or for their KV cache wait."""
         ranks = read_metrics(recorded("constructed/metrics-decode-sample.txt")).ranks
 
         assert ranks[2] == RankSample(2, 401408, running_requests=33, waiting_requests=8, capacity_tokens=440000)
 
-    def test_underscore_names(self) -> None:
-        """A page whose names were changed to underscores on the way reads the same."""
+    def test_metrics_may_have_underscores_instead_of_colons(self) -> None:
+        """Some collectors rename the series."""
         page = recorded("dp2_underload/metrics.txt")
 
         assert read_metrics(page.replace(b"sglang:", b"sglang_")) == read_metrics(page)
@@ -249,27 +248,27 @@ class TestMetrics:
             pytest.param(['num_used_tokens_more{dp_rank="0"} 3', "num_used_tokens 1"], [(0, 1)], id="longer-name"),
         ],
     )
-    def test_labels(self, lines: list[str], expected: list[tuple[int, int]]) -> None:
-        """Samples are grouped by dp_rank; of several for one rank the maximum counts, of the first pipeline rank."""
+    def test_metrics_are_grouped_by_rank(self, lines: list[str], expected: list[tuple[int, int]]) -> None:
+        """Of several series of one rank the maximum counts, on the first pipeline rank."""
         page = read_metrics("".join(f"sglang:{line}\n" for line in lines).encode())
 
         assert [(s.dp_rank, s.used_tokens) for s in page.ranks] == expected
 
-    def test_names_of_one_queue_count_once(self) -> None:
-        """The bootstrap queue had another name before 0.5.11; a page with both has it once."""
+    def test_metrics_count_a_queue_with_two_names_once(self) -> None:
+        """The bootstrap queue had another name before 0.5.11; a page may have both."""
         lines = ["num_used_tokens 1", "num_prefill_bootstrap_queue_reqs 4", "num_prefill_prealloc_queue_reqs 4"]
         page = read_metrics("".join(f"sglang:{line}\n" for line in lines).encode())
 
         assert page.ranks[0].waiting_requests == 4
 
-    def test_rank_without_usage(self) -> None:
-        """A rank of which only constants are told, as after the start, has no sample."""
+    def test_metrics_have_no_sample_of_a_rank_without_usage(self) -> None:
+        """After its start a rank has only constants on the page."""
         page = read_metrics(b'sglang:max_total_num_tokens{dp_rank="1"} 8\n')
 
-        assert page == LoadPage(ranks=(), silent_ranks=(1,))
+        assert page == LoadPage(ranks=(), unpublished_ranks=(1,))
 
-    def test_idle_server_that_has_told_nothing(self) -> None:
-        """SGLang's page without any of the gauges is readable, and empty."""
+    def test_metrics_may_have_no_ranks(self) -> None:
+        """A page of SGLang without any of the gauges is readable, and empty."""
         assert read_metrics(b"# TYPE sglang:e2e_request_latency_seconds histogram\n") == LoadPage(ranks=())
 
     @pytest.mark.parametrize(
@@ -289,8 +288,8 @@ class TestMetrics:
             pytest.param(b"sglang:num_used_tokens 1\n" * 50_000, FailureKind.WRONG_SHAPE, id="many-lines"),
         ],
     )
-    def test_other_bytes(self, page: bytes, kind: FailureKind) -> None:
-        """What is no such page is refused, and says whether it is malformed or foreign."""
+    def test_a_page_of_another_shape_is_refused(self, page: bytes, kind: FailureKind) -> None:
+        """The error separates malformed pages from well-formed pages of another shape."""
         with pytest.raises(ReaderError, match="/metrics") as refusal:
             read_metrics(page)
 
@@ -310,8 +309,10 @@ class TestServerInfo:
             ("pd_plaindp/prefill_server_info.json", Mode.PREFILL, False, 31198, True),
         ],
     )
-    def test_recorded_page(self, name: str, mode: Mode, attention: bool, port: int, follows: bool) -> None:
-        """Every recorded server has two ranks, whichever of the two sizes tells them."""
+    def test_server_info_of_recorded_engines(
+        self, name: str, mode: Mode, attention: bool, port: int, follows: bool
+    ) -> None:
+        """Every recorded engine has two ranks, in one or the other of two sizes."""
         facts = read_server_info(recorded(name))
 
         assert (facts.version, facts.dp_ranks, facts.served_model) == (Version(0, 5, 23), 2, "tiny")
@@ -319,8 +320,8 @@ class TestServerInfo:
         assert facts.follows_rooms is follows
         assert facts.metrics_enabled is True
 
-    def test_old_page(self) -> None:
-        """A page without the newer keys gives the ranks of dp_size and SGLang's default bootstrap port."""
+    def test_server_info_of_an_old_release_lacks_newer_keys(self) -> None:
+        """Ranks are those of dp_size, and the bootstrap port is SGLang's default."""
         facts = read_server_info(
             b'{"version":"0.5.5","dp_size":4,"enable_dp_attention":true,"disaggregation_mode":"prefill",'
             b'"model_path":"/m","served_model_name":null,"internal_states":[{"x":1}]}'
@@ -329,16 +330,16 @@ class TestServerInfo:
         assert (facts.dp_ranks, facts.dp_attention, facts.bootstrap_port, facts.served_model) == (4, True, 8998, "/m")
 
     @pytest.mark.parametrize("version", ["0.0.0.dev0", "main", "", None, 5, 0.5, ["0.5.23"], {"a": 1}])
-    def test_version_that_names_no_release(self, version: object) -> None:
-        """Whatever stands there: all else on the page counts, and rooms are followed as by the newest release."""
+    def test_server_info_counts_without_a_version(self, version: object) -> None:
+        """The rest of the page counts, and rooms are followed as by the newest release."""
         page = {"dp_size": 4, "disaggregation_mode": "prefill", "version": version}
         facts = read_server_info(json.dumps(page).encode())
 
         assert (facts.version, facts.dp_ranks, facts.mode) == (None, 4, Mode.PREFILL)
         assert facts.follows_rooms
 
-    def test_role_that_was_switched(self) -> None:
-        """With --enable-pd-role-switch the role is the one of the schedulers, not of the launch arguments."""
+    def test_server_info_has_the_role_that_was_switched_to(self) -> None:
+        """With --enable-pd-role-switch the role is that of the schedulers, not of the launch arguments."""
         facts = read_server_info(
             b'{"dp_size":1,"disaggregation_mode":"prefill","enable_pd_role_switch":true,'
             b'"internal_states":[{"disaggregation_mode":"decode"}]}'
@@ -372,8 +373,8 @@ class TestServerInfo:
             ("0.5." + "9" * 5000, None),
         ],
     )
-    def test_version(self, text: str | None, version: Version | None) -> None:
-        """Suffixes of a release do not matter; what is no release is None."""
+    def test_version_is_the_release_of_a_text(self, text: str | None, version: Version | None) -> None:
+        """Suffixes do not count; a text without a release is None."""
         assert parse_version(text) == version
 
     @pytest.mark.parametrize(
@@ -392,8 +393,10 @@ class TestServerInfo:
             pytest.param(None, Mode.PREFILL, "total_tokens", False, id="unknown-prefill-total-tokens"),
         ],
     )
-    def test_follows_rooms(self, version: Version | None, mode: Mode, method: str | None, follows: bool) -> None:
-        """Who dispatches by room depends on version, role and method."""
+    def test_following_of_rooms_depends_on_release_role_and_method(
+        self, version: Version | None, mode: Mode, method: str | None, follows: bool
+    ) -> None:
+        """Prefill follows rooms by default; before 0.5.8 decode does, too."""
         assert follows_rooms(version, mode, method) is follows
 
     @pytest.mark.parametrize(
@@ -410,8 +413,8 @@ class TestServerInfo:
             ),
         ],
     )
-    def test_other_bytes(self, page: bytes, kind: FailureKind) -> None:
-        """What is no such page is refused, and says whether it is malformed or foreign."""
+    def test_a_page_of_another_shape_is_refused(self, page: bytes, kind: FailureKind) -> None:
+        """The error separates malformed pages from well-formed pages of another shape."""
         with pytest.raises(ReaderError, match="/server_info") as refusal:
             read_server_info(page)
 
@@ -439,24 +442,26 @@ def _reads_or_refuses(read: Callable[[bytes], object], page: bytes) -> None:
     if isinstance(result, LoadPage):
         ranks = [sample.dp_rank for sample in result.ranks]
         assert ranks == sorted(set(ranks))
-        assert not set(ranks) & set(result.silent_ranks)
+        assert not set(ranks) & set(result.unpublished_ranks)
         assert all(sample.used_tokens >= 0 and (sample.age is None or sample.age >= 0) for sample in result.ranks)
 
 
 @pytest.mark.parametrize(("read", "name"), READERS)
-class TestNothingElseEscapes:
-    """Whatever the bytes are, a reader gives data or a ReaderError."""
+class TestAnyBytes:
+    """Whatever the bytes are, a reader returns data or raises a ReaderError."""
 
     @given(page=st.binary(max_size=400))
     @settings(max_examples=200, deadline=None)
-    def test_random_bytes(self, read: Callable[[bytes], object], name: str, page: bytes) -> None:
-        """Random bytes are read or refused."""
+    def test_random_bytes_are_read_or_refused(self, read: Callable[[bytes], object], name: str, page: bytes) -> None:
+        """No other exception leaves a reader."""
         _reads_or_refuses(read, page)
 
     @given(data=st.data())
     @settings(max_examples=300, deadline=None)
-    def test_mutated_page(self, read: Callable[[bytes], object], name: str, data: st.DataObject) -> None:
-        """A real page with a stretch replaced, removed or repeated is read or refused."""
+    def test_a_mutated_page_is_read_or_refused(
+        self, read: Callable[[bytes], object], name: str, data: st.DataObject
+    ) -> None:
+        """A stretch of a real page is replaced, removed or repeated."""
         page = recorded(name)
         start = data.draw(st.integers(0, len(page)))
         length = data.draw(st.integers(0, 60))
@@ -468,10 +473,10 @@ class TestNothingElseEscapes:
 
     @given(key=st.integers(0, 40), value=JSON_VALUES)
     @settings(max_examples=200, deadline=None)
-    def test_page_with_foreign_values(
+    def test_a_page_with_a_value_of_another_type_is_read_or_refused(
         self, read: Callable[[bytes], object], name: str, key: int, value: object
     ) -> None:
-        """A page in which one value is of any other type is read or refused."""
+        """One value of a real page is replaced by any JSON."""
         if not name.endswith(".json"):
             _reads_or_refuses(read, f'sglang:num_used_tokens{{dp_rank="{value}"}} {value}\n'.encode(errors="replace"))
             return

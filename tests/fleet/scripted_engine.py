@@ -1,4 +1,4 @@
-"""An HTTP server on a real socket whose pages, and misbehaviour, a test writes out."""
+"""An HTTP server on a real socket. Its pages, and its misbehaviour, are data of a test."""
 
 import asyncio
 import contextlib
@@ -11,14 +11,14 @@ from dp_extproc.engines.model import in_url
 
 Misbehaviour = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 Answer = bytes | int | Misbehaviour
-"""A page, a status without one, or what to do with the connection once the request has been read."""
+"""A page, a status without one, or a function that gets the connection after the request has been read."""
 
 
 _LENGTH: Final = re.compile(r"^content-length: (\d+)", re.IGNORECASE | re.MULTILINE)
 
 
 class ScriptedEngine:
-    """Answers what ``pages`` says at the moment; other paths with 404. An async context manager."""
+    """Answers with ``pages``, and with 404 on other paths. An async context manager."""
 
     def __init__(self, pages: dict[str, Answer] | None = None, host: str = "127.0.0.1", port: int = 0) -> None:
         self.pages = pages or {}
@@ -84,7 +84,7 @@ def _response(answer: bytes | int) -> bytes:
 
 
 async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Never answer, until the client has gone."""
+    """Never answer, until the client closes the connection."""
     await reader.read()
 
 
@@ -110,13 +110,13 @@ async def not_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 
 
 async def cut_off(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Promise more than comes."""
+    """Announce more bytes than are sent."""
     writer.write(b'HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n{"loads"')
     await writer.drain()
 
 
 async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Send a byte at a time, for ever: no single read takes long."""
+    """Send one byte at a time without end: no single read takes long."""
     writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
     while True:
         writer.write(b"1\r\n \r\n")
@@ -125,7 +125,7 @@ async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 
 async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Send without end, as fast as it is taken."""
+    """Send without end, as fast as the client reads."""
     writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
     while True:
         writer.write(b"10000\r\n%b\r\n" % (b" " * 0x10000))

@@ -1,4 +1,4 @@
-"""``dp-extproc check``, as a process against engines on real sockets."""
+"""The command ``dp-extproc check``, as a process against engines on real sockets."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ from dp_extproc.config import LoadSettings
 from dp_extproc.engines.listener import EngineFailure
 from dp_extproc.engines.model import Endpoint, Role
 from dp_extproc.fleet.check import check_engines
-from dp_extproc.fleet.sources.polling import EngineWatch
+from dp_extproc.fleet.sources.polling import EnginePoller
 from dp_extproc.lab.testbed.ports import free_port
 from fleet.scripted_engine import Answer, ScriptedEngine, hang
 from ipv6 import needs_ipv6
@@ -22,8 +22,8 @@ RECORDED = Path(__file__).parents[1] / "engines" / "recorded"
 
 def pages(mode: str, version: str = "0.5.23", ranks: int = 2, **info: object) -> dict[str, Answer]:
     loads = [{"dp_rank": rank, "num_used_tokens": 0} for rank in range(ranks)]
-    told = {"version": version, "dp_size": ranks, "disaggregation_mode": mode, "enable_dp_attention": True} | info
-    return {"/server_info": json.dumps(told).encode(), "/v1/loads": json.dumps({"loads": loads}).encode()}
+    reported = {"version": version, "dp_size": ranks, "disaggregation_mode": mode, "enable_dp_attention": True} | info
+    return {"/server_info": json.dumps(reported).encode(), "/v1/loads": json.dumps({"loads": loads}).encode()}
 
 
 async def check(config: str, directory: Path) -> tuple[int, str, str]:
@@ -42,8 +42,8 @@ def row_of(url: str, out: str) -> list[str]:
     return next(line.split() for line in out.splitlines() if line.startswith(f"{url} "))
 
 
-def test_good_fleet(tmp_path: Path) -> None:
-    """A fleet without pitfalls is a table, one line per engine, and exit status 0."""
+def test_check_prints_a_table_of_a_good_fleet(tmp_path: Path) -> None:
+    """There is one line per engine, and the exit status is 0."""
 
     async def story() -> None:
         async with (
@@ -70,8 +70,8 @@ def test_good_fleet(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_recorded_server(tmp_path: Path) -> None:
-    """The pages of a real server in the wrong role are told as what they are."""
+def test_check_finds_an_engine_in_the_wrong_role(tmp_path: Path) -> None:
+    """Its pages are those of a real engine."""
 
     async def story() -> None:
         recorded: dict[str, Answer] = {
@@ -91,8 +91,8 @@ def test_recorded_server(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_bad_engines(tmp_path: Path) -> None:
-    """Engines that hang, are away or hide their load are named with the reason; the exit status is 1."""
+def test_check_gives_the_reason_of_each_failure(tmp_path: Path) -> None:
+    """Engines hang, are away or hide their load; the exit status is 1."""
 
     async def story() -> None:
         away = f"http://127.0.0.1:{free_port()}"
@@ -117,8 +117,8 @@ def test_bad_engines(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_pitfalls_are_grouped(tmp_path: Path) -> None:
-    """A pitfall that several engines share is told once, with all of them."""
+def test_check_groups_engines_by_diagnostic(tmp_path: Path) -> None:
+    """A diagnostic of several engines is printed once, with all of them."""
 
     async def story() -> None:
         async with (
@@ -143,8 +143,8 @@ def test_pitfalls_are_grouped(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_bootstrap_host_that_only_prefill_knows(tmp_path: Path) -> None:
-    """A loopback bootstrap host is a pitfall when decode servers are elsewhere."""
+def test_check_finds_a_bootstrap_host_that_is_loopback(tmp_path: Path) -> None:
+    """Decode engines on other machines cannot reach it."""
 
     async def story() -> None:
         async with ScriptedEngine(pages("prefill")) as prefill:
@@ -160,8 +160,8 @@ def test_bootstrap_host_that_only_prefill_knows(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_builds_from_source(tmp_path: Path) -> None:
-    """A version that names no release is said in a line; the engine can be used, as one of the newest release."""
+def test_check_accepts_builds_from_source(tmp_path: Path) -> None:
+    """A version without a release is reported; the engine is usable, as one of the newest release."""
 
     async def story() -> None:
         versions = ("0.0.0.dev0", "0.0.0.dev1+g0123abc", "main")
@@ -183,21 +183,21 @@ def test_builds_from_source(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_pages_that_tell_what_cannot_be(tmp_path: Path) -> None:
-    """Each is reported as trouble of its engine, and of no other."""
+def test_check_reports_impossible_numbers(tmp_path: Path) -> None:
+    """The failure is that of the one engine."""
 
     async def story() -> None:
-        lies = {
+        impossible = {
             "/v1/loads": b'{"loads":[{"dp_rank":0,"num_used_tokens":1,"decode_moments":[5e-324,1,1e6,0,0,1]}]}',
             "/server_info": b'{"dp_size":1,"version":"0.5.23","chunked_prefill_size":1%b}' % (b"0" * 400),
         }
         async with AsyncExitStack() as stack:
-            liars = [
+            wrong = [
                 await stack.enter_async_context(ScriptedEngine(pages("null", ranks=1) | {path: page}))
-                for path, page in lies.items()
+                for path, page in impossible.items()
             ]
             good = await stack.enter_async_context(ScriptedEngine(pages("null", ranks=1)))
-            urls = [engine.url for engine in (*liars, good)]
+            urls = [engine.url for engine in (*wrong, good)]
             status, out, err = await check(
                 f'pools: [{{models: ["*"], workers: {{endpoints: {json.dumps(urls)}}}}}]', tmp_path
             )
@@ -211,8 +211,8 @@ def test_pages_that_tell_what_cannot_be(tmp_path: Path) -> None:
 
 
 @needs_ipv6
-def test_bootstrap_host_of_ipv6(tmp_path: Path) -> None:
-    """Addresses are shown as they are written before a port, and dialled as they are."""
+def test_check_prints_ipv6_addresses_in_brackets(tmp_path: Path) -> None:
+    """They are dialled without."""
 
     async def story() -> None:
         async with ScriptedEngine(host="::1") as prefill, ScriptedEngine(pages("decode"), host="::1") as decode:
@@ -230,14 +230,14 @@ def test_bootstrap_host_of_ipv6(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_a_fault_of_ours_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes no other engine's report away."""
-    sound = EngineWatch.round
+def test_check_reports_an_exception_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reports of other engines are complete."""
+    sound = EnginePoller.round
 
-    async def unsound(watch: EngineWatch) -> EngineFailure | None:
-        if watch._endpoint.role is Role.PREFILL:
+    async def unsound(poller: EnginePoller) -> EngineFailure | None:
+        if poller._endpoint.role is Role.PREFILL:
             raise ZeroDivisionError("float division by zero")
-        return await sound(watch)
+        return await sound(poller)
 
     async def story() -> None:
         async with ScriptedEngine(pages("decode")) as engine:
@@ -245,12 +245,12 @@ def test_a_fault_of_ours_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
             reports = await check_engines(both, LoadSettings())
             assert [report.state for report in reports] == ["internal", "ok"]
 
-    monkeypatch.setattr(EngineWatch, "round", unsound)
+    monkeypatch.setattr(EnginePoller, "round", unsound)
     asyncio.run(story())
 
 
-def test_bad_file(tmp_path: Path) -> None:
-    """Every problem of the file is told on stderr; no engine is contacted, and the exit status is 2."""
+def test_check_prints_all_problems_of_a_file(tmp_path: Path) -> None:
+    """They are on stderr, no engine is contacted, and the exit status is 2."""
     status, out, err = asyncio.run(check("load: {interval: 1}\npools: []\n", tmp_path))
 
     assert (status, out) == (2, "")
@@ -258,8 +258,8 @@ def test_bad_file(tmp_path: Path) -> None:
     assert "pools" in err
 
 
-def test_servers_that_must_not_meet(tmp_path: Path) -> None:
-    """Each difference is told with the servers that have it; only one without any partner cannot be used."""
+def test_check_finds_engines_that_cannot_be_paired(tmp_path: Path) -> None:
+    """Each difference is printed with its engines. Only an engine without any partner is unusable."""
 
     async def story() -> None:
         async with (

@@ -1,4 +1,4 @@
-"""The scraper against HTTP servers on real sockets, well-behaved and not."""
+"""The monitor against HTTP servers on real sockets, well-behaved and not."""
 
 import asyncio
 import json
@@ -17,9 +17,10 @@ from dp_extproc.background import Guard
 from dp_extproc.config import LoadSettings, LoadSource
 from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role
-from dp_extproc.fleet.monitor import Scraper
+from dp_extproc.fleet.monitor import FleetMonitor
 from dp_extproc.fleet.sources.http import EngineClient, make_client
 from dp_extproc.lab.testbed.ports import free_port
+from dp_extproc.observability.log import EngineLog
 from fleet.scripted_engine import Answer, ScriptedEngine, cut_off, drip, flood, hang, not_http, reset
 
 DEADLINE = 20.0
@@ -65,8 +66,8 @@ def endpoint(url: str, role: Role = Role.WORKER, **more: Any) -> Endpoint:
 
 
 @dataclass
-class Notes:
-    """An observer that writes everything down."""
+class Recorder:
+    """A listener that keeps all events."""
 
     discoveries: list[tuple[str, str, EngineFacts]] = field(default_factory=list)
     samples: list[tuple[str, LoadPage]] = field(default_factory=list)
@@ -94,7 +95,7 @@ class Notes:
 
 
 class Clock:
-    """Monotonic time that can be put forward."""
+    """Monotonic time that can be advanced."""
 
     ahead = 0.0
 
@@ -108,35 +109,42 @@ async def scraping(
     load: LoadSettings | None = None,
     clock: Callable[[], float] = time.monotonic,
     guard: Guard | None = None,
-    notes: Notes | None = None,
-) -> AsyncIterator[tuple[Scraper, Notes]]:
-    """Run a scraper for as long as the block lasts."""
-    notes = notes or Notes()
-    scraper = Scraper(endpoints, load or settings(), notes, clock=clock, rng=random.Random(1), guard=guard or Guard())
-    task = asyncio.create_task(scraper.run())
+    events: Recorder | None = None,
+) -> AsyncIterator[tuple[FleetMonitor, Recorder]]:
+    """Run a monitor for as long as the block lasts."""
+    events = events or Recorder()
+    monitor = FleetMonitor(
+        endpoints,
+        load or settings(),
+        (events, EngineLog(logging.getLogger("dp_extproc.fleet"))),
+        clock=clock,
+        rng=random.Random(1),
+        guard=guard or Guard(),
+    )
+    task = asyncio.create_task(monitor.run())
     try:
-        yield scraper, notes
+        yield monitor, events
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     assert task.cancelled(), task.exception()
 
 
-def test_healthy_engine() -> None:
-    """An engine is discovered once, then its load is told again and again over one connection."""
+def test_engine_is_discovered_once_and_sampled_in_every_round() -> None:
+    """All rounds use one connection."""
 
     async def story() -> None:
         pages = healthy() | {"/server_info": info(enable_metrics=False)}
-        async with ScriptedEngine(pages) as engine, scraping(endpoint(engine.url)) as (scraper, notes):
-            await until(lambda: len(notes.samples) >= 5)
+        async with ScriptedEngine(pages) as engine, scraping(endpoint(engine.url)) as (monitor, events):
+            await until(lambda: len(events.samples) >= 5)
 
-            assert scraper.first_round.is_set()
-            assert [(url, address, facts.dp_ranks) for url, address, facts in notes.discoveries] == [
+            assert monitor.first_round.is_set()
+            assert [(url, address, facts.dp_ranks) for url, address, facts in events.discoveries] == [
                 (engine.url, f"127.0.0.1:{engine.port}", 2)
             ]
-            assert set(map(tuple, notes.used())) == {(10, 20)}
-            assert all(started <= now for started, now in notes.times)
-            assert not notes.failures
+            assert set(map(tuple, events.used())) == {(10, 20)}
+            assert all(started <= now for started, now in events.times)
+            assert not events.failures
             assert engine.connections == 1
 
     run(story())
@@ -161,69 +169,71 @@ def test_healthy_engine() -> None:
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/loads", "/server_info"])
-def test_one_bad_engine(path: str, answer: Answer, load: dict[str, object], kind: FailureKind) -> None:
-    """Whatever one engine does on a page, it is said what is wrong, and the other engine is read as before."""
+def test_failure_of_one_engine_leaves_the_others_alone(
+    path: str, answer: Answer, load: dict[str, object], kind: FailureKind
+) -> None:
+    """Its kind is reported, whatever the engine does on a page."""
 
     async def story() -> None:
         async with (
             ScriptedEngine(healthy()) as good,
             ScriptedEngine(healthy() | {path: answer}) as bad,
-            scraping(endpoint(good.url), endpoint(bad.url), load=settings(**load)) as (scraper, notes),
+            scraping(endpoint(good.url), endpoint(bad.url), load=settings(**load)) as (monitor, events),
         ):
-            await until(lambda: len(notes.failures_of(bad.url)) >= 2)
-            await scraper.first_round.wait()
-            seen = len(notes.samples)
-            await until(lambda: len(notes.samples) >= seen + 3)
+            await until(lambda: len(events.failures_of(bad.url)) >= 2)
+            await monitor.first_round.wait()
+            seen = len(events.samples)
+            await until(lambda: len(events.samples) >= seen + 3)
 
-            assert {failure.kind for failure in notes.failures_of(bad.url)} == {kind}
-            assert all(path in failure.message for failure in notes.failures_of(bad.url))
-            assert {url for url, _ in notes.samples} == {good.url}
+            assert {failure.kind for failure in events.failures_of(bad.url)} == {kind}
+            assert all(path in failure.message for failure in events.failures_of(bad.url))
+            assert {url for url, _ in events.samples} == {good.url}
 
     run(story())
 
 
-def test_refused() -> None:
-    """Nobody listens: that is said, and the first round is over all the same."""
+def test_refused_connection_is_a_failure() -> None:
+    """The first round is over nevertheless."""
 
     async def story() -> None:
-        async with scraping(endpoint(f"http://127.0.0.1:{free_port()}")) as (scraper, notes):
-            await scraper.first_round.wait()
+        async with scraping(endpoint(f"http://127.0.0.1:{free_port()}")) as (monitor, events):
+            await monitor.first_round.wait()
 
-            assert notes.kinds() == {FailureKind.REFUSED}
-            assert not notes.discoveries
+            assert events.kinds() == {FailureKind.REFUSED}
+            assert not events.discoveries
 
     run(story())
 
 
-def test_unresolvable() -> None:
-    """A name without an address is said to be one."""
+def test_name_without_address_is_a_failure() -> None:
+    """Its kind is distinct from a refused connection."""
 
     async def story() -> None:
-        async with scraping(endpoint("http://no-such-engine.invalid:30000")) as (scraper, notes):
-            await scraper.first_round.wait()
+        async with scraping(endpoint("http://no-such-engine.invalid:30000")) as (monitor, events):
+            await monitor.first_round.wait()
 
-            assert notes.kinds() == {FailureKind.UNRESOLVABLE}
+            assert events.kinds() == {FailureKind.UNRESOLVABLE}
 
     run(story())
 
 
-def test_name_is_resolved_and_asked_under_its_own() -> None:
-    """A host name becomes an IPv4 address for Envoy; the engine is asked at that address, under its name."""
+def test_name_is_resolved_and_sent_as_host_header() -> None:
+    """Envoy gets the IPv4 address at which the engine is read."""
 
     async def story() -> None:
         async with ScriptedEngine(healthy()) as engine:
             named = endpoint(f"http://localhost:{engine.port}")
-            async with scraping(named) as (_, notes):
-                await until(lambda: notes.samples)
+            async with scraping(named) as (_, events):
+                await until(lambda: events.samples)
 
-                assert notes.discoveries[0][1] == f"127.0.0.1:{engine.port}"
+                assert events.discoveries[0][1] == f"127.0.0.1:{engine.port}"
                 assert engine.host_headers == {f"localhost:{engine.port}"}
 
     run(story())
 
 
-def test_address_is_kept_while_it_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of several addresses an IPv4 one is taken and kept, in whatever order they come, until it is gone."""
+def test_address_is_kept_while_it_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several addresses, in any order, an IPv4 address is preferred."""
 
     async def story() -> None:
         answers: list[str] = []
@@ -247,8 +257,8 @@ def test_address_is_kept_while_it_is_right(monkeypatch: pytest.MonkeyPatch) -> N
     run(story())
 
 
-def test_ipv6_literal() -> None:
-    """An IPv6 address stays one, in brackets."""
+def test_ipv6_address_is_kept_in_brackets() -> None:
+    """It needs no look-up."""
     with socket.socket(socket.AF_INET6) as probe:
         try:
             probe.bind(("::1", 0))
@@ -258,47 +268,47 @@ def test_ipv6_literal() -> None:
     async def story() -> None:
         async with (
             ScriptedEngine(healthy(), host="::1") as engine,
-            scraping(endpoint(f"http://[::1]:{engine.port}")) as (_, notes),
+            scraping(endpoint(f"http://[::1]:{engine.port}")) as (_, events),
         ):
-            await until(lambda: notes.samples)
+            await until(lambda: events.samples)
 
-            assert notes.discoveries[0][1] == f"[::1]:{engine.port}"
+            assert events.discoveries[0][1] == f"[::1]:{engine.port}"
             assert engine.host_headers == {f"[::1]:{engine.port}"}
 
     run(story())
 
 
-def test_auto_falls_back_to_metrics() -> None:
-    """An engine without /v1/loads is read on /metrics, and not asked for the other page every round."""
+def test_auto_source_falls_back_to_metrics() -> None:
+    """An engine without /v1/loads is asked for that page once, not in every round."""
 
     async def story() -> None:
         pages: dict[str, Answer] = {"/server_info": info(), "/metrics": metrics(1, 2)}
-        async with ScriptedEngine(pages) as engine, scraping(endpoint(engine.url)) as (_, notes):
-            await until(lambda: len(notes.samples) >= 4)
+        async with ScriptedEngine(pages) as engine, scraping(endpoint(engine.url)) as (_, events):
+            await until(lambda: len(events.samples) >= 4)
 
-            assert notes.used()[0] == [1, 2]
-            assert notes.samples[0][1].prompt_tokens == 77
+            assert events.used()[0] == [1, 2]
+            assert events.samples[0][1].prompt_tokens == 77
             assert engine.requests.count("/v1/loads") == 1
-            assert not notes.failures
+            assert not events.failures
 
     run(story())
 
 
-def test_engine_that_comes_back_newer() -> None:
-    """After a restart the engine is asked anew who it is, and for the better page."""
+def test_engine_that_was_away_is_discovered_again() -> None:
+    """It may have been upgraded, and have the better page of load."""
 
     async def story() -> None:
         old: dict[str, Answer] = {"/get_server_info": info(version="0.5.5"), "/metrics": metrics(1, 2)}
         engine = ScriptedEngine(old)
-        async with engine, scraping(endpoint(engine.url)) as (_, notes):
-            await until(lambda: notes.samples)
+        async with engine, scraping(endpoint(engine.url)) as (_, events):
+            await until(lambda: events.samples)
             await engine.stop()
-            await until(lambda: FailureKind.REFUSED in notes.kinds())
+            await until(lambda: FailureKind.REFUSED in events.kinds())
             engine.pages = {"/server_info": info(4), "/v1/loads": loads(5, 6, 7, 8)}
             await engine.start()
-            await until(lambda: [5, 6, 7, 8] in notes.used())
+            await until(lambda: [5, 6, 7, 8] in events.used())
 
-            assert [str(facts.version) for _, _, facts in notes.discoveries] == ["0.5.5", "0.5.23"]
+            assert [str(facts.version) for _, _, facts in events.discoveries] == ["0.5.5", "0.5.23"]
 
     run(story())
 
@@ -311,115 +321,115 @@ def test_engine_that_comes_back_newer() -> None:
         pytest.param(LoadSource.AUTO, {}, "--enable-metrics", id="neither"),
     ],
 )
-def test_missing_source(source: LoadSource, pages: dict[str, Answer], part: str) -> None:
-    """A load source that the engine does not have is a failure with its remedy; no other source is used instead."""
+def test_absent_source_is_a_failure_with_its_remedy(source: LoadSource, pages: dict[str, Answer], part: str) -> None:
+    """No other source is used instead."""
 
     async def story() -> None:
         async with (
             ScriptedEngine({"/server_info": info()} | pages) as engine,
-            scraping(endpoint(engine.url), load=settings(source=source.value)) as (_, notes),
+            scraping(endpoint(engine.url), load=settings(source=source.value)) as (_, events),
         ):
-            await until(lambda: len(notes.failures) >= 3)
+            await until(lambda: len(events.failures) >= 3)
 
-            assert notes.kinds() == {FailureKind.HTTP_STATUS}
-            assert part in notes.failures[0][1].message
-            assert not notes.samples
-            assert len(notes.discoveries) == 1
+            assert events.kinds() == {FailureKind.HTTP_STATUS}
+            assert part in events.failures[0][1].message
+            assert not events.samples
+            assert len(events.discoveries) == 1
 
     run(story())
 
 
-def test_prompt_tokens_come_from_metrics_now_and_then() -> None:
-    """With /v1/loads as the source, /metrics is read for the prompt tokens once in a while, not every round."""
+def test_prompt_tokens_are_read_from_metrics_once_in_many_rounds() -> None:
+    """The load comes from /v1/loads."""
 
     async def story() -> None:
         async with (
             ScriptedEngine(healthy() | {"/metrics": metrics(1, 2)}) as engine,
-            scraping(endpoint(engine.url)) as (_, notes),
+            scraping(endpoint(engine.url)) as (_, events),
         ):
-            await until(lambda: len(notes.samples) >= 4)
+            await until(lambda: len(events.samples) >= 4)
 
-            assert [page.prompt_tokens for _, page in notes.samples[:3]] == [77, None, None]
+            assert [page.prompt_tokens for _, page in events.samples[:3]] == [77, None, None]
             assert engine.requests.count("/metrics") == 1
 
     run(story())
 
 
-def test_prompt_tokens_are_read_again() -> None:
-    """After ten seconds the prompt tokens are read once more."""
+def test_prompt_tokens_are_read_again_after_ten_seconds() -> None:
+    """The facts are not read again for that."""
 
     async def story() -> None:
         clock = Clock()
         async with (
             ScriptedEngine(healthy() | {"/metrics": metrics(1, 2)}) as engine,
-            scraping(endpoint(engine.url), clock=clock) as (_, notes),
+            scraping(endpoint(engine.url), clock=clock) as (_, events),
         ):
-            await until(lambda: len(notes.samples) >= 3)
+            await until(lambda: len(events.samples) >= 3)
             clock.ahead += 11
-            await until(lambda: [page.prompt_tokens for _, page in notes.samples].count(77) == 2)
+            await until(lambda: [page.prompt_tokens for _, page in events.samples].count(77) == 2)
 
             assert engine.requests.count("/server_info") == 1
 
     run(story())
 
 
-def test_engine_that_changed_unnoticed() -> None:
-    """Within a minute it shows that an engine has become another, even if it was never seen to be away."""
+def test_facts_are_read_again_after_a_minute() -> None:
+    """An engine may be replaced between two rounds."""
 
     async def story() -> None:
         clock = Clock()
         async with (
             ScriptedEngine(healthy()) as engine,
-            scraping(endpoint(engine.url), clock=clock) as (_, notes),
+            scraping(endpoint(engine.url), clock=clock) as (_, events),
         ):
-            await until(lambda: notes.samples)
+            await until(lambda: events.samples)
             engine.pages = healthy() | {"/server_info": info(version="0.5.24")}
             clock.ahead += 61
-            await until(lambda: len(notes.discoveries) == 2)
+            await until(lambda: len(events.discoveries) == 2)
 
-            assert str(notes.discoveries[1][2].version) == "0.5.24"
-            assert not notes.failures
+            assert str(events.discoveries[1][2].version) == "0.5.24"
+            assert not events.failures
 
     run(story())
 
 
-def test_known_engine_whose_facts_cannot_be_read_anymore() -> None:
-    """A /server_info that fails later is said, and asked again a minute later; the load is read on."""
+def test_load_is_read_on_while_facts_cannot_be_read() -> None:
+    """The failure is reported, and the facts are read again a minute later."""
 
     async def story() -> None:
         clock = Clock()
         async with (
             ScriptedEngine(healthy()) as engine,
-            scraping(endpoint(engine.url), clock=clock) as (_, notes),
+            scraping(endpoint(engine.url), clock=clock) as (_, events),
         ):
-            await until(lambda: notes.samples)
+            await until(lambda: events.samples)
             engine.pages = healthy() | {"/server_info": 503}
             clock.ahead += 61
-            await until(lambda: notes.failures)
-            seen = len(notes.samples)
-            await until(lambda: len(notes.samples) >= seen + 3)
+            await until(lambda: events.failures)
+            seen = len(events.samples)
+            await until(lambda: len(events.samples) >= seen + 3)
 
-            assert notes.kinds() == {FailureKind.HTTP_STATUS}
+            assert events.kinds() == {FailureKind.HTTP_STATUS}
             assert engine.requests.count("/server_info") == 2
 
             engine.pages = healthy()
             clock.ahead += 61
-            await until(lambda: len(notes.discoveries) == 2)
+            await until(lambda: len(events.discoveries) == 2)
 
     run(story())
 
 
-def test_prompt_tokens_are_dispensable() -> None:
-    """A /metrics page that cannot be read spoils no sample."""
+def test_sample_counts_without_prompt_tokens() -> None:
+    """A /metrics page that cannot be read is no failure here."""
 
     async def story() -> None:
         async with (
             ScriptedEngine(healthy() | {"/metrics": b"\xff"}) as engine,
-            scraping(endpoint(engine.url)) as (_, notes),
+            scraping(endpoint(engine.url)) as (_, events),
         ):
-            await until(lambda: len(notes.samples) >= 2)
+            await until(lambda: len(events.samples) >= 2)
 
-            assert not notes.failures
+            assert not events.failures
 
     run(story())
 
@@ -431,75 +441,75 @@ def test_prompt_tokens_are_dispensable() -> None:
         pytest.param(loads(1), [1], id="too-few"),
     ],
 )
-def test_ranks_disagree(page: bytes, kept: list[int]) -> None:
-    """Ranks that /server_info does not know never reach the observer, and the difference is said."""
+def test_samples_of_unknown_ranks_are_left_out(page: bytes, kept: list[int]) -> None:
+    """The difference to /server_info is reported."""
 
     async def story() -> None:
         async with (
             ScriptedEngine(healthy() | {"/v1/loads": page}) as engine,
-            scraping(endpoint(engine.url)) as (_, notes),
+            scraping(endpoint(engine.url)) as (_, events),
         ):
-            await until(lambda: notes.failures and len(notes.samples) >= 2)
+            await until(lambda: events.failures and len(events.samples) >= 2)
 
-            assert notes.kinds() == {FailureKind.DISAGREEMENT}
-            assert set(map(tuple, notes.used())) == {tuple(kept)}
+            assert events.kinds() == {FailureKind.DISAGREEMENT}
+            assert set(map(tuple, events.used())) == {tuple(kept)}
 
     run(story())
 
 
-def test_configured_ranks_disagree() -> None:
-    """/server_info wins over a configured dp_size, and the difference is said."""
+def test_reported_ranks_count_more_than_configured_ones() -> None:
+    """The difference is reported."""
 
     async def story() -> None:
         async with (
             ScriptedEngine(healthy()) as engine,
-            scraping(endpoint(engine.url, dp_size=8)) as (_, notes),
+            scraping(endpoint(engine.url, dp_size=8)) as (_, events),
         ):
-            await until(lambda: notes.failures)
+            await until(lambda: events.failures)
 
-            assert notes.discoveries[0][2].dp_ranks == 2
-            assert notes.kinds() == {FailureKind.DISAGREEMENT}
-            assert "dp_size is 8" in notes.failures[0][1].message
+            assert events.discoveries[0][2].dp_ranks == 2
+            assert events.kinds() == {FailureKind.DISAGREEMENT}
+            assert "dp_size is 8" in events.failures[0][1].message
 
     run(story())
 
 
-def test_configured_ranks_stand_in() -> None:
-    """An engine that hides /server_info is used with the configured dp_size; what is wrong is still said."""
+def test_configured_ranks_replace_hidden_facts() -> None:
+    """The failure of /server_info is reported nevertheless."""
 
     async def story() -> None:
         async with (
             ScriptedEngine({"/v1/loads": loads(1, 2)}) as engine,
-            scraping(endpoint(engine.url, Role.PREFILL, dp_size=2)) as (_, notes),
+            scraping(endpoint(engine.url, Role.PREFILL, dp_size=2)) as (_, events),
         ):
-            await until(lambda: len(notes.samples) >= 2)
+            await until(lambda: len(events.samples) >= 2)
 
-            (_, _, facts), *others = notes.discoveries
+            (_, _, facts), *others = events.discoveries
             assert (facts.version, facts.dp_ranks, facts.follows_rooms) == (None, 2, True)
             assert not others
-            assert notes.kinds() == {FailureKind.HTTP_STATUS}
+            assert events.kinds() == {FailureKind.HTTP_STATUS}
 
     run(story())
 
 
-def test_wrong_role() -> None:
-    """An engine whose mode is not the one of its role in the configuration is said to be so."""
+def test_wrong_role_is_a_disagreement() -> None:
+    """The message has the remedy."""
 
     async def story() -> None:
         async with (
             ScriptedEngine(healthy()) as engine,
-            scraping(endpoint(engine.url, Role.DECODE)) as (_, notes),
+            scraping(endpoint(engine.url, Role.DECODE)) as (_, events),
         ):
-            await until(lambda: notes.failures)
+            await until(lambda: events.failures)
 
-            assert notes.kinds() == {FailureKind.DISAGREEMENT}
-            assert "--disaggregation-mode decode" in notes.failures[0][1].message
+            assert events.kinds() == {FailureKind.DISAGREEMENT}
+            assert "--disaggregation-mode decode" in events.failures[0][1].message
 
     run(story())
 
 
-class Unsound(Notes):
-    """An observer that fails over one engine until it is mended."""
+class RaisingRecorder(Recorder):
+    """A listener that raises over one engine until it is repaired."""
 
     def __init__(self, url: str) -> None:
         super().__init__()
@@ -511,40 +521,80 @@ class Unsound(Notes):
         super().sampled(endpoint, page, started, now)
 
 
-def test_a_fault_of_ours_over_one_engine_concerns_no_other(caplog: pytest.LogCaptureFixture) -> None:
-    """The others are read on; this one is told as trouble, counted and tried again, until all is well."""
+def test_exception_of_a_listener_concerns_one_engine(caplog: pytest.LogCaptureFixture) -> None:
+    """It is a failure of that engine, logged once and counted; the others are read on."""
 
     async def story() -> None:
         async with ScriptedEngine(healthy()) as odd, ScriptedEngine(healthy()) as even:
-            guard, notes = Guard(), Unsound(odd.url)
-            async with scraping(endpoint(odd.url), endpoint(even.url), guard=guard, notes=notes) as (scraper, _):
-                await scraper.first_round.wait()
+            guard, events = Guard(), RaisingRecorder(odd.url)
+            async with scraping(endpoint(odd.url), endpoint(even.url), guard=guard, events=events) as (monitor, _):
+                await monitor.first_round.wait()
                 await until(lambda: guard.failures["scrape"] >= 2)
-                seen = len(notes.samples)
-                await until(lambda: len(notes.samples) >= seen + 5)
-                assert notes.kinds() == {FailureKind.INTERNAL}
-                assert notes.failures_of(even.url) == []
-                notes.fails_over = ""
-                await until(lambda: odd.url in {url for url, _ in notes.samples})
+                seen = len(events.samples)
+                await until(lambda: len(events.samples) >= seen + 5)
+                assert events.kinds() == {FailureKind.INTERNAL}
+                assert events.failures_of(even.url) == []
+                events.fails_over = ""
+                await until(lambda: odd.url in {url for url, _ in events.samples})
 
     run(story())
     assert [record.levelname for record in caplog.records if record.exc_info] == ["ERROR"]
     assert next(each.getMessage() for each in caplog.records if "internal" in each.getMessage()).endswith("see the log")
 
 
-def test_trouble_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_failure_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     """Many failed rounds are one line, and their end is one."""
     caplog.set_level(logging.INFO, "dp_extproc.fleet")
 
     async def story() -> None:
         async with (
             ScriptedEngine(healthy() | {"/v1/loads": 500}) as engine,
-            scraping(endpoint(engine.url)) as (_, notes),
+            scraping(endpoint(engine.url)) as (_, events),
         ):
-            await until(lambda: len(notes.failures) >= 5)
+            await until(lambda: len(events.failures) >= 5)
             engine.pages = healthy()
-            await until(lambda: len(notes.samples) >= 3)
+            await until(lambda: len(events.samples) >= 3)
 
     run(story())
 
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+def test_update_replaces_endpoints_and_settings() -> None:
+    """An endpoint that was removed produces no further events; one that was added is polled."""
+
+    async def story() -> None:
+        async with (
+            ScriptedEngine(healthy()) as old,
+            ScriptedEngine(healthy()) as new,
+            scraping(endpoint(old.url)) as (monitor, events),
+        ):
+            await until(lambda: events.samples)
+            monitor.update([endpoint(new.url)], settings())
+            seen = len(events.samples)
+            await until(lambda: len(events.samples) >= seen + 3)
+            assert {url for url, _ in events.samples[seen:]} == {new.url}
+
+            monitor.update([endpoint(new.url)], settings(max_page_bytes=4096))
+            await until(lambda: new.requests.count("/server_info") == 2)
+            assert not events.failures
+
+    run(story())
+
+
+def test_update_restarts_an_endpoint_with_other_settings() -> None:
+    """The others are polled on."""
+
+    async def story() -> None:
+        async with (
+            ScriptedEngine(healthy()) as one,
+            ScriptedEngine(healthy()) as other,
+            scraping(endpoint(one.url), endpoint(other.url)) as (monitor, events),
+        ):
+            await until(lambda: len(events.discoveries) == 2)
+            monitor.update([endpoint(one.url, dp_size=2), endpoint(other.url)], settings())
+            await until(lambda: len(events.discoveries) == 3)
+
+            assert [url for url, _, _ in events.discoveries].count(one.url) == 2
+
+    run(story())

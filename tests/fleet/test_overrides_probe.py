@@ -1,4 +1,4 @@
-"""Whether an engine obeys ``x-override-*`` headers: it does, it does not, or that is not known."""
+"""The probe whether an engine obeys ``x-override-*`` headers: yes, no, or open."""
 
 import asyncio
 import json
@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 
 from dp_extproc.config import LoadSettings
+from dp_extproc.engines.adapter import read_facts
 from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.fleet.sources.http import EngineClient, make_client
-from dp_extproc.fleet.sources.polling import FACTS_EVERY, UNTOLD_EVERY, EngineWatch
+from dp_extproc.fleet.sources.polling import FACTS_EVERY, OVERRIDES_EVERY, EnginePoller
 from dp_extproc.load.cache import LoadCache
 from fleet.scripted_engine import Answer, ScriptedEngine, cut_off, hang, not_http, refuse, reset
 from fleet_fixtures import Clock
@@ -35,8 +36,8 @@ UNKNOWN: dict[str, Answer] = {
 }
 
 
-class Seen:
-    """What an observer is told."""
+class Recorder:
+    """A listener that keeps facts and failures."""
 
     def __init__(self) -> None:
         self.facts: list[EngineFacts] = []
@@ -46,24 +47,24 @@ class Seen:
         self.facts.append(facts)
 
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
-        """Nothing is made of it."""
+        """Keep nothing."""
 
     def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
         self.failures.append(failure)
 
 
-async def told(
+async def probe(
     answers: Sequence[Answer | None], version: str = "0.5.23", pause: float = FACTS_EVERY
 ) -> tuple[list[bool | None], list[FailureKind]]:
-    """Have an engine answer the probe so, one after the other; None is an engine that is away for a round.
+    """Poll an engine that gives these answers to the probe, in turn; None is an engine that is away for a round.
 
     Returns:
-        What was found each time, and what else went wrong.
+        The finding of each discovery, and the kinds of all failures.
     """
     async with ScriptedEngine() as engine, make_client() as client:
         endpoint = Endpoint(engine.url, engine.host, engine.port, "m", Role.DECODE, needs_overrides=True)
-        seen, clock = Seen(), Clock()
-        watch = EngineWatch(EngineClient(endpoint, SETTINGS, client), SETTINGS.source, seen, clock)
+        events, clock = Recorder(), Clock()
+        poller = EnginePoller(EngineClient(endpoint, SETTINGS, client), SETTINGS.source, events, clock)
         for answer in answers:
             if answer is None:
                 await engine.stop()
@@ -73,11 +74,11 @@ async def told(
                     "/v1/loads": json.dumps(LOADS).encode(),
                     "/generate": answer,
                 }
-            await watch.round()
+            await poller.round()
             if answer is None:
                 await engine.start()
             clock.now += pause
-        return [facts.reads_overrides for facts in seen.facts], [failure.kind for failure in seen.failures]
+        return [facts.reads_overrides for facts in events.facts], [failure.kind for failure in events.failures]
 
 
 @pytest.mark.parametrize(
@@ -89,37 +90,37 @@ async def told(
         pytest.param(hang, "0.5.14", False, id="a release that cannot"),
     ],
 )
-def test_an_answer_that_tells(answer: Answer, version: str, found: bool) -> None:
-    """The engine's error says which of two mistakes it has seen."""
-    assert asyncio.run(told([answer], version)) == ([found], [])
+def test_probe_is_answered_by_the_error(answer: Answer, version: str, found: bool) -> None:
+    """The error names one of the two mistakes of the probe."""
+    assert asyncio.run(probe([answer], version)) == ([found], [])
 
 
 @pytest.mark.parametrize("answer", UNKNOWN.values(), ids=UNKNOWN)
 @pytest.mark.parametrize("before", [OBEYS, OBEYS_NOT], ids=["did obey", "did not obey"])
-def test_an_answer_that_does_not_tell(answer: Answer, before: Answer) -> None:
-    """What was known stays known, and /server_info counts all the same; at first nothing is known."""
+def test_probe_that_is_left_open_changes_nothing(answer: Answer, before: Answer) -> None:
+    """The facts count nevertheless; before the first answer the finding is open."""
     known = before is OBEYS
 
-    assert asyncio.run(told([answer, before, answer, answer])) == ([None, known, known, known], [])
+    assert asyncio.run(probe([answer, before, answer, answer])) == ([None, known, known, known], [])
 
 
-def test_it_is_asked_again_soon() -> None:
-    """As long as it is not known; then once a minute."""
-    found, _ = asyncio.run(told([503, 503, OBEYS, OBEYS, OBEYS], pause=UNTOLD_EVERY))
+def test_probe_is_repeated_soon_while_it_is_open() -> None:
+    """After an answer it is repeated once a minute."""
+    found, _ = asyncio.run(probe([503, 503, OBEYS, OBEYS, OBEYS], pause=OVERRIDES_EVERY))
 
     assert found == [None, None, True]
 
 
-def test_an_engine_that_was_gone_may_obey_no_more() -> None:
-    """It may have been started otherwise: a header that it does not read would leave requests without a room."""
-    found, failures = asyncio.run(told([OBEYS, None, 503, OBEYS_NOT]))
+def test_finding_is_dropped_after_the_engine_was_gone() -> None:
+    """It may have been started otherwise, and a header that it ignores leaves requests without a room."""
+    found, failures = asyncio.run(probe([OBEYS, None, 503, OBEYS_NOT]))
 
     assert found == [True, None, False]
     assert set(failures) == {FailureKind.REFUSED}
 
 
-def test_the_books_stay() -> None:
-    """An engine of which more is known, or less, is the same one."""
+def test_reservations_stay_when_the_finding_changes() -> None:
+    """It is the same engine."""
     endpoint = Endpoint("http://a:1", "a", 1, "m", Role.DECODE, needs_overrides=True)
     facts = asyncio.run(_facts())
     fleet = LoadCache([endpoint], 5.0)
@@ -138,6 +139,6 @@ def test_the_books_stay() -> None:
 async def _facts() -> EngineFacts:
     async with ScriptedEngine({"/server_info": json.dumps(INFO).encode()}) as engine, make_client() as client:
         endpoint = Endpoint(engine.url, engine.host, engine.port, "m", Role.DECODE)
-        known = EngineClient(endpoint, SETTINGS, client)
-        await known.resolve()
-        return await known.facts()
+        engine_client = EngineClient(endpoint, SETTINGS, client)
+        await engine_client.resolve()
+        return await read_facts(engine_client, endpoint)

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from dp_extproc.engines.sglang.loads_page import read_loads
-from dp_extproc.engines.sglang.metrics_page import read_metrics
+from dp_extproc.engines.sglang.load_pages import read_loads, read_metrics
 from dp_extproc.request.members import JsonObject
 from fuzz.effort import examples
 from request.json_texts import ObjectText, objects, read_pairs

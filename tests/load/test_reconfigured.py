@@ -223,8 +223,9 @@ def test_counts_of_removed_endpoints_are_dropped() -> None:
     telemetry = Telemetry(fleet.load, fleet.clock)
     stays, gone = fleet.endpoints
     for endpoint in (stays, gone):
-        telemetry.sampled(endpoint, LoadPage((), prompt_tokens=5), fleet.clock(), fleet.clock())
-        telemetry.failed(endpoint, EngineFailure(FailureKind.TIMEOUT, "slow"), fleet.clock())
+        for listener in (fleet.load, telemetry):
+            listener.sampled(endpoint, LoadPage((), prompt_tokens=5), fleet.clock(), fleet.clock())
+            listener.failed(endpoint, EngineFailure(FailureKind.TIMEOUT, "slow"), fleet.clock())
     reconfigure(fleet, stays)
     telemetry.forget_all_but({stays.url})
     reconfigure(fleet, stays, gone)

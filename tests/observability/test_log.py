@@ -1,4 +1,4 @@
-"""Trouble is said when it begins, changes or ends, and at no other time."""
+"""The log of engine events: failures when they begin, change or end, and diagnostics once."""
 
 import logging
 from dataclasses import replace
@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from dp_extproc.engines.listener import EngineFailure, FailureKind
-from dp_extproc.engines.model import Endpoint, EngineFacts, Mode, PairTerms, Role
-from dp_extproc.observability.log import DiagnosticLog, EndpointStateLog, PairLog
+from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, PairTerms, Role
+from dp_extproc.observability.log import DiagnosticLog, EndpointStateLog, EngineLog, PairLog
 from engines.test_capabilities import facts
 
 REFUSED = EngineFailure(FailureKind.REFUSED, "no connection")
@@ -15,7 +15,7 @@ TIMEOUT = EngineFailure(FailureKind.TIMEOUT, "no answer")
 
 
 @pytest.mark.parametrize(
-    ("rounds", "said"),
+    ("rounds", "lines"),
     [
         pytest.param([None, None], [], id="well"),
         pytest.param([REFUSED], ["a: refused: no connection"], id="begins"),
@@ -34,22 +34,24 @@ TIMEOUT = EngineFailure(FailureKind.TIMEOUT, "no answer")
         ),
     ],
 )
-def test_said(rounds: list[EngineFailure | None], said: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    """A row of rounds gives these lines: trouble as warnings, its end as information."""
+def test_failures_are_logged_when_they_begin_change_or_end(
+    rounds: list[EngineFailure | None], lines: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beginnings are warnings, ends are information."""
     caplog.set_level(logging.INFO)
     log = EndpointStateLog(logging.getLogger("test"))
 
     for failure in rounds:
         log.note("a", failure)
 
-    assert [record.message for record in caplog.records] == said
+    assert [record.message for record in caplog.records] == lines
     assert [record.levelname for record in caplog.records] == [
-        "INFO" if "again" in line else "WARNING" for line in said
+        "INFO" if "again" in line else "WARNING" for line in lines
     ]
 
 
-def test_endpoints_are_apart(caplog: pytest.LogCaptureFixture) -> None:
-    """The same trouble of another endpoint is news."""
+def test_failures_of_endpoints_are_logged_apart(caplog: pytest.LogCaptureFixture) -> None:
+    """The same failure of another endpoint is a line of its own."""
     log = EndpointStateLog(logging.getLogger("test"))
 
     log.note("a", REFUSED)
@@ -58,8 +60,8 @@ def test_endpoints_are_apart(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.message for record in caplog.records] == ["a: refused: no connection", "b: refused: no connection"]
 
 
-def test_pitfalls_are_said_once_for_a_pool_and_role(caplog: pytest.LogCaptureFixture) -> None:
-    """What all servers of a role have in common is one line with the remedy; another role has its own lines."""
+def test_diagnostics_are_logged_once_for_a_pool_and_role(caplog: pytest.LogCaptureFixture) -> None:
+    """Another role has its own lines."""
     caplog.set_level(logging.INFO)
     log = DiagnosticLog(logging.getLogger("test"))
     old = facts("0.5.9", Mode.DECODE)
@@ -89,8 +91,8 @@ def with_pages(tokens: int, role: Role) -> EngineFacts:
     return replace(facts("0.5.23", mode), terms=PairTerms(page_size=tokens))
 
 
-def test_servers_that_differ_are_said_once_and_once_when_it_is_over(caplog: pytest.LogCaptureFixture) -> None:
-    """However many servers differ, and however often they are asked; who is in another pool does not count."""
+def test_differences_are_logged_when_they_begin_and_end(caplog: pytest.LogCaptureFixture) -> None:
+    """The number of engines and of reads does not count, nor do engines of other pools."""
     caplog.set_level(logging.INFO)
     log = PairLog(logging.getLogger("test"))
     first, second = endpoint("d1", Role.DECODE), endpoint("d2", Role.DECODE)
@@ -114,8 +116,8 @@ def test_servers_that_differ_are_said_once_and_once_when_it_is_over(caplog: pyte
     assert over.getMessage() == "pool m: no servers differ any more in that page_size is 1 on prefill and 2 on decode"
 
 
-def test_a_difference_is_over_when_its_server_is_watched_no_more(caplog: pytest.LogCaptureFixture) -> None:
-    """It left the configuration, or stands in another role than the engine has."""
+def test_difference_ends_when_its_engine_is_removed(caplog: pytest.LogCaptureFixture) -> None:
+    """An engine in another role than configured counts as removed."""
     caplog.set_level(logging.INFO)
     log = PairLog(logging.getLogger("test"))
     prefill, decode = endpoint("p", Role.PREFILL), endpoint("d", Role.DECODE)
@@ -125,3 +127,35 @@ def test_a_difference_is_over_when_its_server_is_watched_no_more(caplog: pytest.
     log.note(decode, replace(with_pages(2, Role.DECODE), mode=Mode.UNIFIED))
 
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+DIFFERS = EngineFailure(FailureKind.DISAGREEMENT, "dp_size", page_was_read=True)
+
+
+@pytest.mark.parametrize(
+    ("events", "lines"),
+    [
+        pytest.param([REFUSED, None, None], ["refused", "well"], id="over"),
+        pytest.param([REFUSED, None], ["refused"], id="over, as far as is known"),
+        pytest.param([REFUSED, None, REFUSED], ["refused", "well", "refused"], id="over and back"),
+        pytest.param([None, DIFFERS, None, DIFFERS, None, DIFFERS], ["disagreement"], id="goes on beside samples"),
+        pytest.param([REFUSED, None, DIFFERS], ["refused", "disagreement"], id="changes beside a sample"),
+        pytest.param([None, DIFFERS, None, None], ["disagreement", "well"], id="over beside samples"),
+    ],
+)
+def test_failure_ends_only_if_none_follows_the_sample(
+    events: list[EngineFailure | None], lines: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """None is a sample. A failure of the same round comes after it."""
+    caplog.set_level(logging.INFO)
+    log = EngineLog()
+    engine = endpoint("a", Role.WORKER)
+
+    for event in events:
+        if event is None:
+            log.sampled(engine, LoadPage(()), 0.0, 0.0)
+        else:
+            log.failed(engine, event, 0.0)
+
+    kinds = ["well" if "well again" in each.message else each.message.split(": ")[1] for each in caplog.records]
+    assert kinds == lines

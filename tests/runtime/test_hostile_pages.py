@@ -8,12 +8,11 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dp_extproc.engines.agreement import without_foreign_ranks
-from dp_extproc.engines.listener import EngineFailure
+from dp_extproc.engines.agreement import without_unknown_ranks
+from dp_extproc.engines.listener import EngineFailure, EngineListeners
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, Role
-from dp_extproc.engines.reading import ReaderError
-from dp_extproc.engines.sglang.loads_page import read_loads
-from dp_extproc.engines.sglang.metrics_page import read_metrics
+from dp_extproc.engines.pages import ReaderError
+from dp_extproc.engines.sglang.load_pages import read_loads, read_metrics
 from dp_extproc.engines.sglang.server_info import read_server_info
 from dp_extproc.engines.vllm.pages import facts_of, read_vllm_metrics
 from dp_extproc.observability.metrics import Telemetry
@@ -82,6 +81,11 @@ def _vllm_line(name: str, engine: int, said: str) -> str:
     return f'vllm:{name}{{engine="{engine}"}} {said}\n'
 
 
+def raise_again(endpoint: Endpoint, error: Exception) -> None:
+    """Fail the test by what a listener raised."""
+    raise error
+
+
 class Hostile:
     """A fleet whose engines print anything."""
 
@@ -92,6 +96,7 @@ class Hostile:
         else:
             self.fleet = Fleet(prefills=[make_facts(Role.PREFILL)] * 2, decodes=[make_facts(Role.DECODE)] * 2)
         self.telemetry = Telemetry(self.fleet.load, self.fleet.clock)
+        self.listeners = EngineListeners((self.fleet.load, self.telemetry), raise_again)
         self.attempts: list[Any] = []
 
     def show(self, role: Role, number: int, read: Callable[[bytes], LoadPage], page: bytes) -> None:
@@ -99,17 +104,17 @@ class Hostile:
         endpoint, now = make_endpoint(role, number), self.fleet.clock()
         host = self.fleet.load.by_url[endpoint.url]
         try:
-            self.telemetry.sampled(endpoint, without_foreign_ranks(read(page), host.facts), now, now)
+            self.listeners.sampled(endpoint, without_unknown_ranks(read(page), host.facts), now, now)
         except ReaderError as error:
-            self.telemetry.failed(endpoint, EngineFailure(error.kind, str(error)), now)
+            self.listeners.failed(endpoint, EngineFailure(error.kind, str(error)), now)
 
     def introduce(self, role: Role, number: int, facts: Callable[[], EngineFacts]) -> None:
         """Discover an engine with these facts."""
         endpoint: Endpoint = make_endpoint(role, number)
         try:
-            self.telemetry.discovered(endpoint, address_of(endpoint), facts(), self.fleet.clock())
+            self.listeners.discovered(endpoint, address_of(endpoint), facts(), self.fleet.clock())
         except ReaderError as error:
-            self.telemetry.failed(endpoint, EngineFailure(error.kind, str(error)), self.fleet.clock())
+            self.listeners.failed(endpoint, EngineFailure(error.kind, str(error)), self.fleet.clock())
 
     def serve(self) -> None:
         """Place a request, let an older one go on, and look at both pages."""
@@ -216,7 +221,7 @@ def test_requests_are_scheduled_after_hours_without_decoding() -> None:
     for _ in range(3 * 3600):
         hostile.fleet.clock.now += 1.0
         for number in (1, 2):
-            hostile.telemetry.sampled(
+            hostile.listeners.sampled(
                 make_endpoint(Role.DECODE, number), same, hostile.fleet.clock(), hostile.fleet.clock()
             )
 

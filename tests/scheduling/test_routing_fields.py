@@ -19,7 +19,7 @@ LISTENER = (3, 4)
 
 
 def place(body: dict[str, Any], *, listeners: bool = False, policy: dict[str, Any] | None = None) -> Decision:
-    facts = [replace(each, dp_ranks=1, listener=LISTENER) if listeners else each for each in (PREFILL, DECODE)]
+    facts = [replace(each, dp_ranks=1, single_rank=LISTENER) if listeners else each for each in (PREFILL, DECODE)]
     fleet = Fleet(prefills=facts[:1], decodes=facts[1:], policy=policy, routing_fields="headers")
     decision = fleet.dispatcher.place(Api.GENERATE, json.dumps(body).encode())
     assert isinstance(decision, Decision), decision

@@ -13,10 +13,10 @@ from rich.text import Text
 
 from dp_extproc.config import ConfigError, LoadSource, load_config
 from dp_extproc.contract import RANK_HEADER
-from dp_extproc.engines.capabilities import Capabilities, RankControl, capabilities
+from dp_extproc.engines.adapter import adapter_of
+from dp_extproc.engines.capabilities import Capabilities, RankControl
 from dp_extproc.engines.credentials import Credentials
-from dp_extproc.engines.model import EngineFacts, Kind, Role, in_url
-from dp_extproc.engines.sglang.diagnostics import Diagnostic
+from dp_extproc.engines.model import Diagnostic, EngineFacts, Role, in_url
 from dp_extproc.fleet.check import EngineReport, check_engines
 from dp_extproc.fleet.discovery.static import endpoints_of
 from dp_extproc.request.path import Api
@@ -25,7 +25,7 @@ from dp_extproc.runtime.secrets import problems_of_tls, read_api_keys
 _COLUMNS: Final = ("url", "role", "pool", "version", "ranks", "bootstrap", "load", "state")
 _PAGE: Final = {LoadSource.LOADS: "/v1/loads", LoadSource.METRICS: "/metrics", None: "-"}
 _NO_WRAPPING: Final = 1000
-"""Columns of a pipe: whoever reads it wants one line per engine."""
+"""Columns of the table if the output is no terminal. It is wide enough for one line per engine."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,14 +66,15 @@ def _print(console: Console, reports: Sequence[EngineReport]) -> None:
     for report in reports:
         if report.failure is not None:
             console.print(Text(f"{report.endpoint.url}: {report.failure.message}"), soft_wrap=True)
-    for recipe, urls in _by_recipe(reports):
-        console.print(Text(f"{', '.join(urls)}: {recipe}"), soft_wrap=True)
-    for trap, urls in _by_trap(reports):
+    for way, urls in _by_way(reports):
+        console.print(Text(f"{', '.join(urls)}: {way}"), soft_wrap=True)
+    for diagnostic, urls in _by_diagnostic(reports):
         console.print(
-            Text(f"{trap.code}: {', '.join(urls)}", style="red" if trap.unusable else "yellow"), soft_wrap=True
+            Text(f"{diagnostic.code}: {', '.join(urls)}", style="red" if diagnostic.unusable else "yellow"),
+            soft_wrap=True,
         )
-        console.print(Text(f"  what happens: {trap.happens}"), soft_wrap=True)
-        console.print(Text(f"  remedy: {trap.remedy}"), soft_wrap=True)
+        console.print(Text(f"  what happens: {diagnostic.effect}"), soft_wrap=True)
+        console.print(Text(f"  remedy: {diagnostic.remedy}"), soft_wrap=True)
     unusable = sum(not report.is_usable for report in reports)
     verdict = (
         f"{unusable} of {len(reports)} engines cannot be used" if unusable else f"{len(reports)} engines can be used"
@@ -88,7 +89,7 @@ def _row(report: EngineReport) -> Iterable[Text]:
         endpoint.url,
         endpoint.role.value,
         endpoint.pool,
-        "-" if facts is None else _release(facts),
+        "-" if facts is None else adapter_of(facts.kind).release(facts),
         "-" if facts is None else str(facts.dp_ranks),
         "-" if bootstrap is None else f"{in_url(bootstrap[0])}:{bootstrap[1]}",
         _PAGE[report.source],
@@ -97,57 +98,52 @@ def _row(report: EngineReport) -> Iterable[Text]:
     yield Text(report.state, style="green" if report.state == "ok" else "yellow" if report.is_usable else "red")
 
 
-def _release(facts: EngineFacts) -> str:
-    version = str(facts.version or "unknown")
-    return version if facts.kind is Kind.SGLANG else f"{facts.kind}-{version}"
-
-
-def _by_recipe(reports: Iterable[EngineReport]) -> list[tuple[str, list[str]]]:
-    """Tell how requests reach the ranks; equal engines have it the same way."""
+def _by_way(reports: Iterable[EngineReport]) -> list[tuple[str, list[str]]]:
+    """Group endpoints by the way in which requests reach their ranks."""
     found: dict[str, list[str]] = {}
     for report in reports:
         if report.facts is not None:
             endpoint = report.endpoint
-            takes = capabilities(report.facts)
-            recipe = _way_to_ranks(takes, endpoint.role, report.facts, headers_only=endpoint.headers_only)
-            found.setdefault(recipe, []).append(endpoint.url)
+            takes = adapter_of(report.facts.kind).capabilities(report.facts)
+            way = _way_to_ranks(takes, endpoint.role, report.facts, headers_only=endpoint.headers_only)
+            found.setdefault(way, []).append(endpoint.url)
     return list(found.items())
 
 
 def _way_to_ranks(takes: Capabilities, role: Role, facts: EngineFacts, *, headers_only: bool) -> str:
-    """Say in a line how requests reach the ranks of an engine."""
+    """Describe in one line how requests reach the ranks of an engine."""
     if headers_only:
         paths = ", ".join(sorted(takes.overrides_on)) or "none"
         return f"rank, room and prefill's rank by x-override-* headers alone; paths: {paths}"
-    if facts.listener is not None:
-        ways = f"rank {facts.listener[0]} of {facts.listener[1]} by its address"
+    if facts.single_rank is not None:
+        ways = f"rank {facts.single_rank[0]} of {facts.single_rank[1]} by its address"
     elif facts.dp_ranks == 1:
         ways = "one rank"
     elif role is Role.WORKER:
         keys = {key: [api for api in Api if takes.rank_keys.get(api) == key] for key in takes.rank_keys.values()}
-        told = [f"{key} ({', '.join(apis)})" for key, apis in keys.items()]
+        names = [f"{key} ({', '.join(apis)})" for key, apis in keys.items()]
         if takes.rank_header_on:
-            told.append(f"the header {RANK_HEADER} ({', '.join(sorted(takes.rank_header_on))})")
-        ways = f"rank by {'; '.join(told)}" if told else "rank by the engine itself"
+            names.append(f"the header {RANK_HEADER} ({', '.join(sorted(takes.rank_header_on))})")
+        ways = f"rank by {'; '.join(names)}" if names else "rank by the engine itself"
     else:
-        control = RankControl.BY_FIELD if takes.carries_routed_rank else RankControl.BY_ROOM
+        control = RankControl.BY_FIELD if takes.takes_routed_rank else RankControl.BY_ROOM
         ways = f"rank by {(control if role is Role.PREFILL else takes.decode_control).value}"
         if takes.only_first_prefill_rank:
             ways = "rank 0 only"
-        elif role is Role.PREFILL and takes.carries_routed_rank:
+        elif role is Role.PREFILL and takes.takes_routed_rank:
             ways += ", and a room that agrees"
     if role is Role.WORKER:
         return ways
     if takes.overrides_on:
         ways += f"; by x-override-* headers where nothing is streamed ({', '.join(sorted(takes.overrides_on))})"
-    prefill = "; prefill's rank by disagg_prefill_dp_rank" if takes.carries_prefill_rank else ""
+    prefill = "; prefill's rank by disagg_prefill_dp_rank" if takes.takes_prefill_rank else ""
     return f"{ways}{prefill}; paths: {', '.join(api for api in Api if takes.serves(api)) or 'none'}"
 
 
-def _by_trap(reports: Iterable[EngineReport]) -> list[tuple[Diagnostic, list[str]]]:
-    """Group by pitfall: a fleet of equal engines has equal ones. What makes an engine unusable comes first."""
+def _by_diagnostic(reports: Iterable[EngineReport]) -> list[tuple[Diagnostic, list[str]]]:
+    """Group endpoints by diagnostic, those that make an engine unusable first."""
     found: dict[Diagnostic, list[str]] = {}
     for report in reports:
-        for trap in report.traps:
-            found.setdefault(trap, []).append(report.endpoint.url)
+        for diagnostic in report.diagnostics:
+            found.setdefault(diagnostic, []).append(report.endpoint.url)
     return sorted(found.items(), key=lambda item: not item[0].unusable)

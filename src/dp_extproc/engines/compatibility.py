@@ -1,37 +1,38 @@
-"""Whether a prefill and a decode engine can be paired, by what both tell on /server_info. Pure.
+"""Compares a prefill and a decode engine by the settings that both report: can they be paired? Pure.
 
-SGLang compares some of it itself when the two first meet (``disaggregation/common/conn.py``), and the decode server
-ends itself where they differ: ``page_size`` from 0.5.8 on, ``kv_cache_dtype`` from 0.5.10 on.
+SGLang compares some settings itself at the first request of a pair (``disaggregation/common/conn.py``). Where they
+differ, the decode engine ends itself: for ``page_size`` from 0.5.8 on, for ``kv_cache_dtype`` from 0.5.10 on.
 
-Only what is known to fail is a difference. What one side does not tell agrees with everything.
+Only settings that are known to fail are a difference. A setting that one engine does not report agrees with any value.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from typing import Final
 
 from dp_extproc.engines.model import EngineFacts, PairTerms, Version
 
 CHECKS_DTYPE: Final = Version(0, 5, 10)
-"""From here on decode compares the names of both cache types, and ends itself where they differ."""
+"""First release in which decode compares the names of both cache types, and ends itself if they differ."""
 
 _AUTO: Final = "auto"
 _AUTO_MAY_BE: Final = frozenset({_AUTO, "fp8_e4m3"})
-"""What SGLang makes of ``--kv-cache-dtype auto``: the latter for checkpoints that ask for it, which no page tells."""
+"""What ``--kv-cache-dtype auto`` may stand for: fp8_e4m3 for some checkpoints, which no page shows."""
 _SAME_DTYPE: Final = {"bfloat16": "bf16"}
 _SAME_BACKEND: Final = {"mooncake_tcp": "mooncake"}
-"""Some releases tell the former as the latter (``arg_groups/pd_disaggregation_hook.py``)."""
+"""Some releases report the first as the second (``arg_groups/pd_disaggregation_hook.py``)."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Difference:
-    """One thing in which a prefill and a decode server differ that must not meet."""
+    """One setting by which a prefill and a decode engine must not be paired."""
 
     name: str
-    """What differs, as /server_info calls it."""
+    """The name of the setting on ``/server_info``."""
     prefill: str
     decode: str
-    happens: str
+    effect: str
     remedy: str
 
     @property
@@ -44,7 +45,7 @@ class Difference:
 
 
 def difference(prefill: EngineFacts, decode: EngineFacts) -> Difference | None:
-    """Tell why two engines cannot be paired; None if nothing is known that speaks against it."""
+    """Return why two engines cannot be paired; None if no reason is known."""
     if prefill.terms == decode.terms:
         return None
     checks_dtype = decode.version is None or decode.version >= CHECKS_DTYPE
@@ -52,23 +53,23 @@ def difference(prefill: EngineFacts, decode: EngineFacts) -> Difference | None:
 
 
 def differences(prefills: Iterable[EngineFacts], decodes: Iterable[EngineFacts]) -> list[Difference]:
-    """Tell every difference between any two of these, each once."""
-    ones, others = one_of_each_kind(prefills).values(), one_of_each_kind(decodes).values()
-    return sorted({each for one in ones for other in others if (each := difference(one, other)) is not None})
+    """List all differences between any two of these engines, each once."""
+    pairs = product(by_pairing_key(prefills).values(), by_pairing_key(decodes).values())
+    return sorted({found for pair in pairs if (found := difference(*pair)) is not None})
 
 
-PairKind = tuple[PairTerms, Version | None]
-"""All that decides whom an engine can be paired with. A large fleet has few kinds."""
+PairingKey = tuple[PairTerms, Version | None]
+"""Everything on which pairing depends. A large fleet has few such keys."""
 
 
-def kind_of(facts: EngineFacts) -> PairKind:
-    """Give the kind of an engine."""
+def pairing_key(facts: EngineFacts) -> PairingKey:
+    """Return the key of an engine."""
     return facts.terms, facts.version
 
 
-def one_of_each_kind(engines: Iterable[EngineFacts]) -> dict[PairKind, EngineFacts]:
-    """Give the facts of one engine of each kind. All engines of a kind can be paired with the same others."""
-    return {kind_of(each): each for each in engines}
+def by_pairing_key(engines: Iterable[EngineFacts]) -> dict[PairingKey, EngineFacts]:
+    """Return one engine for each key. All engines of one key can be paired with the same engines."""
+    return {pairing_key(each): each for each in engines}
 
 
 def _difference(prefill: PairTerms, decode: PairTerms, *, checks_dtype: bool) -> Difference | None:
@@ -115,20 +116,20 @@ def _dtypes_differ(prefill: str | None, decode: str | None, *, checks: bool) -> 
     if prefill is None or decode is None or prefill == decode:
         return False
     if _AUTO in {prefill, decode}:
-        # Before they were compared, a type that is written down may be the one that auto stands for.
+        # In releases that compare no names, the named type may be the one that auto stands for.
         return checks and not {prefill, decode} <= _AUTO_MAY_BE
     return checks or _SAME_DTYPE.get(prefill, prefill) != _SAME_DTYPE.get(decode, decode)
 
 
 def _models_differ(prefill: PairTerms, decode: PairTerms) -> bool:
-    """Compare models by what operators call them: a path alone says little, as one model may lie at several."""
+    """Compare models by the names that operators gave: a path is no identity, as one model may lie at several."""
     if None in {prefill.served_name, decode.served_name, prefill.model_path, decode.model_path}:
         return False
     return prefill.served_name != decode.served_name and _name_of(prefill.model_path) != _name_of(decode.model_path)
 
 
 def _name_of(path: str | None) -> str:
-    """Give the last part of a path or a hub's id; of a snapshot in a hub's cache the model's."""
+    """Return the last part of a path or of an id on a hub; for a snapshot in a hub's cache the name of the model."""
     parts = (path or "").rstrip("/").split("/")
     is_snapshot = len(parts) > 2 and parts[-2] == "snapshots"
     return (parts[-3].rpartition("--")[2] if is_snapshot else parts[-1]).casefold()

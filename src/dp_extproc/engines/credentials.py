@@ -1,4 +1,4 @@
-"""The API keys that engines ask for, by pool. They are shown to nobody but the engines."""
+"""The API keys of engines, by pool. They are sent to engines and appear nowhere else."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -8,25 +8,25 @@ Headers = tuple[tuple[str, bytes], ...]
 
 
 class Credentials:
-    """The keys that hold at the moment; one instance for everybody who talks to engines."""
+    """The keys in use at present. One instance serves every sender of requests to engines."""
 
     __slots__ = ("_by_pool",)
 
     def __init__(self, keys: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Begin.
+        """Start.
 
         Args:
-            keys: By the name of the pool; pools without one are left out.
+            keys: By the name of the pool, without the pools that need none.
         """
         self._by_pool: dict[str, Headers] = {}
         self.update(keys)
 
     def update(self, keys: Mapping[str, str]) -> None:
-        """Take other keys from now on."""
+        """Replace the keys."""
         self._by_pool = {pool: (("authorization", f"Bearer {key}".encode()),) for pool, key in keys.items()}
 
     def headers(self, pool: str) -> Headers:
-        """Give the headers of a request to an engine of a pool; none if it asks for no key."""
+        """Return the headers of a request to an engine of a pool; none if the pool has no key."""
         return self._by_pool.get(pool, ())
 
     def __repr__(self) -> str:

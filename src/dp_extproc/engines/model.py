@@ -1,18 +1,22 @@
-"""The vocabulary of the fleet: endpoints, what an engine says of itself, and samples of its load. Pure data."""
+"""The vocabulary of the fleet: endpoints, the facts of an engine, and samples of its load. Pure data."""
 
+import math
+import re
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
+from dp_extproc.config.load import LoadSource
 from dp_extproc.config.pools import Engine
 
 
 def in_url(host: str) -> str:
-    """Write a host name or an address as it stands before a port: IPv6 in brackets, but never in two pairs."""
+    """Write a host name or an address as it stands before a port: IPv6 in one pair of brackets."""
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 class Role(StrEnum):
-    """What a server does for a pool."""
+    """What an endpoint does for its pool."""
 
     PREFILL = "prefill"
     DECODE = "decode"
@@ -21,7 +25,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One engine server as configured. What is None is discovered from the engine."""
+    """One endpoint as configured. A value of None is read from the engine instead."""
 
     url: str
     """``http://host:port``, as configured; the endpoint's name in logs, metrics and the admin port."""
@@ -31,19 +35,19 @@ class Endpoint:
     role: Role
     dp_size: int | None = None
     dp_rank: int | None = None
-    """The one rank that answers here, of an engine that gives each rank a listener of its own."""
+    """The only DP rank behind this endpoint, of an engine that has one port for each rank."""
     bootstrap_host: str | None = None
     bootstrap_port: int | None = None
     engine: Engine = Engine.AUTO
     needs_overrides: bool = False
-    """Whether it is to be told ranks and rooms by headers."""
+    """Whether the pool is configured to send routing fields as headers."""
     headers_only: bool = False
-    """Whether it can be told in no other way, as bodies are not seen."""
+    """Whether headers are the only place for routing fields, because the service does not see bodies."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Version:
-    """An engine's release. Pre- and post-release suffixes do not change what the wire carries."""
+    """The release of an engine. Suffixes such as ``rc1`` or ``.post1`` change nothing in its API and are left out."""
 
     major: int
     minor: int
@@ -51,6 +55,23 @@ class Version:
 
     def __str__(self) -> str:
         return f"{self.major}.{self.minor}.{self.patch}"
+
+
+_FIRST: Final = Version(0, 1, 0)
+_VERSION: Final = re.compile(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?!\d)")
+
+
+def parse_version(text: object) -> Version | None:
+    """Read ``0.5.10.post1``, ``0.5.23rc1``, ``0.5.11.dev3+g0123abc`` as their release; None if it is none.
+
+    A build from source without a tag calls itself ``0.0.0.dev0`` (``sglang/version.py``) or, by setuptools-scm,
+    ``0.0.0.dev1+g0123abc`` or ``0.1.dev1+g0123abc``. That names no release: there is none below 0.1. Suffixes of
+    private builds need not follow PEP 440.
+    """
+    match = _VERSION.match(text.strip()) if isinstance(text, str) else None
+    if match is None or (version := Version(int(match[1]), int(match[2]), int(match[3]))) < _FIRST:
+        return None
+    return version
 
 
 class Mode(StrEnum):
@@ -61,8 +82,12 @@ class Mode(StrEnum):
     UNIFIED = "null"
 
 
+MODE_OF: Final = {Role.PREFILL: Mode.PREFILL, Role.DECODE: Mode.DECODE, Role.WORKER: Mode.UNIFIED}
+"""The ``disaggregation_mode`` that an engine of each role must have."""
+
+
 class Kind(StrEnum):
-    """What a server runs."""
+    """The program that an engine runs."""
 
     SGLANG = "SGLang"
     VLLM = "vLLM"
@@ -70,77 +95,83 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PairTerms:
-    """What a prefill and a decode server must agree on; see :mod:`dp_extproc.engines.compatibility`. None: not told."""
+    """Settings on which a prefill and a decode engine must agree; None where the engine does not report one.
+
+    :mod:`dp_extproc.engines.compatibility` compares them.
+    """
 
     page_size: int | None = None
     kv_cache_dtype: str | None = None
-    """As written on the command line, or made of it by the release; ``auto`` where only the model tells."""
+    """As given on the command line, or as the release resolved it; ``auto`` where it depends on the model."""
     transfer_backend: str | None = None
     model_path: str | None = None
     served_name: str | None = None
-    """What the model is called by an operator; None where it is called by its path."""
+    """The name that an operator gave to the model; None if the model goes by its path."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What an engine says of itself: SGLang on /server_info, vLLM on /version, /v1/models and /metrics."""
+    """What an engine reports about itself, other than its load.
+
+    SGLang reports it on ``/server_info``; vLLM on ``/version``, ``/v1/models`` and ``/metrics``.
+    """
 
     version: Version | None
-    """None when what the engine calls its version names no release."""
+    """None if the reported version names no release."""
     dp_ranks: int
-    """DP ranks of the whole server: ``dp_size * attn_dp_size`` (attn_dp_size exists from 0.5.22 on)."""
+    """DP ranks of the whole engine: ``dp_size * attn_dp_size`` (``attn_dp_size`` exists from 0.5.22 on)."""
     mode: Mode
     dp_attention: bool
-    """False on a server with several ranks means plain DP: replicas without a common step."""
+    """False with several ranks means plain DP: replicas without a common step."""
     served_model: str | None
     bootstrap_port: int | None
     load_balance_method: str | None
     follows_rooms: bool
-    """Whether the server itself dispatches by ``bootstrap_room mod dp_ranks``."""
+    """Whether the engine itself picks the rank ``bootstrap_room mod dp_ranks``."""
     metrics_enabled: bool | None = None
-    """Whether it was started with ``--enable-metrics``; None when it does not say."""
+    """Whether it was started with ``--enable-metrics``; None if it does not report that."""
     role_can_switch: bool = False
-    """Whether it was started with ``--enable-pd-role-switch``; ``mode`` is then the role it has now."""
+    """Whether it was started with ``--enable-pd-role-switch``; ``mode`` is then its present role."""
     step_tokens: int = 8192
-    """Prompt tokens that one rank computes in a step at most."""
+    """The most prompt tokens that one rank computes in one step."""
     chunked: bool = True
-    """Whether a longer prompt is cut into several steps; if not, it runs alone."""
+    """Whether a longer prompt is split into several steps. Otherwise it has a step of its own."""
     prefix_cache: bool = True
-    """Whether its ranks keep the KV cache of prompts for others with the same beginning."""
+    """Whether its ranks keep the KV cache of a prompt for later prompts with the same prefix."""
     kind: Kind = Kind.SGLANG
     reads_overrides: bool | None = None
-    """Whether ``x-override-*`` headers are obeyed (SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES=1); None when it is not
-    known, or nobody needs to know."""
-    listener: tuple[int, int] | None = None
-    """``(rank, ranks)`` where each rank has a listener of its own: which one this is, of how many on the whole server.
+    """Whether ``x-override-*`` headers are obeyed (SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES=1); None if that is unknown
+    or not needed."""
+    single_rank: tuple[int, int] | None = None
+    """``(rank, ranks)`` of an endpoint with only one rank of an engine: its number, and how many ranks the engine has.
     ``dp_ranks`` is 1 then."""
     terms: PairTerms = PairTerms()
 
-    def place_of(self, rank: int) -> tuple[int, int]:
-        """Give ``(rank, ranks)`` as the whole server counts them."""
-        return self.listener or (rank, self.dp_ranks)
+    def position_of(self, rank: int) -> tuple[int, int]:
+        """Return ``(rank, ranks)`` as the whole engine counts them."""
+        return self.single_rank or (rank, self.dp_ranks)
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeSteps:
-    """What a rank has decoded since its engine started."""
+    """Totals of what a rank has decoded since its engine started."""
 
     steps: float
     sequences: float
-    """Those of every step, added up."""
+    """The sequences of each step, added up."""
     seconds: float
     tokens: float
-    """Made; with speculative decoding more than one for each sequence in a step."""
+    """Output tokens. With speculative decoding a sequence may get several in one step."""
 
     @property
-    def pace(self) -> float:
-        """Seconds per token of a sequence."""
+    def tpot(self) -> float:
+        """Time per output token of a sequence, in seconds."""
         return self.seconds / self.steps * self.sequences / self.tokens
 
     def since(self, earlier: "DecodeSteps") -> "DecodeSteps | None":
-        """Give what was decoded since an earlier count; None if nothing was, or the engine has started anew.
+        """Subtract an earlier count; None if nothing was decoded since then, or the engine was restarted.
 
-        Less than one step, or less than one token, is nothing: :attr:`pace` divides by both.
+        Less than one step or one token counts as nothing, because :attr:`tpot` divides by both.
         """
         made = DecodeSteps(
             self.steps - earlier.steps,
@@ -153,11 +184,11 @@ class DecodeSteps:
 
 @dataclass(frozen=True, slots=True)
 class RankSample:
-    """The load of one DP rank at one moment. What the engine's version does not tell is None."""
+    """The load of one DP rank at one moment. A value that the engine does not report is None."""
 
     dp_rank: int
     used_tokens: int
-    """KV tokens in use by running and transferring requests; no queued work."""
+    """KV tokens in use by running and transferring requests, without queued work."""
     total_tokens: int | None = None
     """``used_tokens`` plus the prompt tokens of all queued requests; /v1/loads from 0.5.11 on."""
     waiting_uncached_tokens: int | None = None
@@ -166,31 +197,63 @@ class RankSample:
     capacity_tokens: int | None = None
     max_running_requests: int | None = None
     tokens_per_second: float | None = None
-    """Output tokens that the rank makes, over some seconds before; a pause in them counts."""
+    """Output tokens per second, averaged by the engine over the last seconds, pauses included."""
     decoded: DecodeSteps | None = None
     age: float | None = None
-    """Seconds between the rank's own time stamp and the page it stands on; None when there is no time stamp."""
+    """Seconds between the rank's own time stamp and that of its page; None without a time stamp."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether the rank has nothing at all to do."""
+        """Whether the rank has no work at all."""
         return not (self.used_tokens or self.total_tokens or self.running_requests or self.waiting_requests)
 
     @property
     def tokens(self) -> int:
-        """The load that it tells: with queued work where the engine tells of it."""
+        """The reported load in tokens, queued work included where the engine reports it."""
         return self.used_tokens if self.total_tokens is None else self.total_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class LoadPage:
-    """One reading of an engine's load source."""
+    """One read of the page on which an engine reports its load."""
 
     ranks: tuple[RankSample, ...]
     """Sorted by rank, each rank at most once."""
     prompt_tokens: int | None = None
-    """Prompt tokens of the whole server since its start, by its own count; None when the page does not tell."""
+    """Prompt tokens that the engine has counted since its start; None if the page has no such count."""
     uncached_prompt_tokens: int | None = None
-    """Of those the ones that no prefix cache held; /v1/loads from 0.5.17 on."""
-    silent_ranks: tuple[int, ...] = ()
-    """Ranks that the page names but that have not published a load yet. Sorted; none of them is in ``ranks``."""
+    """The same without cached tokens; ``/v1/loads`` has it from 0.5.17 on."""
+    unpublished_ranks: tuple[int, ...] = ()
+    """Ranks on the page that have not published a load yet. Sorted; none of them is in ``ranks``."""
+
+
+@dataclass(slots=True)
+class LoadState:
+    """What reading the load of one engine carries from one round to the next."""
+
+    configured: LoadSource
+    source: LoadSource = LoadSource.LOADS
+    """Which page is read for the load at present: ``LOADS`` or ``METRICS``."""
+    prompt_tokens_due: float = -math.inf
+    """When the count of prompt tokens is to be read next, in monotonic seconds."""
+
+    def __post_init__(self) -> None:
+        """Start with the configured page, or with the better one where that is open."""
+        if self.configured is LoadSource.METRICS:
+            self.source = LoadSource.METRICS
+
+
+WRONG_MODE: Final = "wrong_mode"
+"""Code of the diagnostic of an engine whose mode does not fit its role. It is a disagreement as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """A known problem of an engine's release or setup."""
+
+    code: str
+    """Stable name, for documentation and tests."""
+    effect: str
+    remedy: str
+    unusable: bool = False
+    """Whether no request can be served, or none in the way that is configured."""

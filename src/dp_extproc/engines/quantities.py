@@ -1,7 +1,7 @@
-"""The one door for numbers from engines' pages: finite, not negative, below 2**53, and what their unit allows.
+"""Checks every number of an engine's page: finite, not negative, below 2**53, and as its unit allows.
 
-Whatever passes can be added up, compared and divided without an error and without an infinity. Anything else refuses
-the reading, as any other page that cannot be used; whoever watches the engine says so once.
+Numbers that pass can be added, compared and divided without an exception and without an infinity. Any other number
+makes the whole page unusable, like any other malformed page; the failure is then logged once.
 """
 
 import math
@@ -9,23 +9,23 @@ from typing import Annotated, Final
 
 from msgspec import Meta
 
-from dp_extproc.engines.reading import wrong_shape
+from dp_extproc.engines.pages import wrong_shape
 
 LIMIT: Final = 1 << 53
-"""No count of tokens comes near; below it integers and floating point agree."""
+"""Bound of all numbers. Below it integers and floating point agree; no count of tokens comes near it."""
 
 MAX_RANKS: Final = 4096
-"""No server is that large; a number beyond it is a mistake, and would be paid for in memory."""
+"""Bound of the number of DP ranks, because each one costs memory. No engine comes near it."""
 
 Count = Annotated[int, Meta(ge=0, lt=LIMIT)]
-"""Of tokens, requests or steps, in JSON."""
+"""A number of tokens, requests or steps in JSON."""
 
-Difference = Annotated[int, Meta(gt=-LIMIT, lt=LIMIT)]
-"""A count that SGLang gets by subtraction (``pool_stats_observer.py``: the pool, less what is free, less what can be
-evicted). It can be below zero, and stands for none then: see :func:`at_least_zero`."""
+SignedCount = Annotated[int, Meta(gt=-LIMIT, lt=LIMIT)]
+"""A count that SGLang computes by subtraction (``pool_stats_observer.py``: the pool, less the free tokens, less those
+that can be evicted). It can be below zero, and stands for zero then; see :func:`at_least_zero`."""
 
 Amount = Annotated[float, Meta(ge=0, lt=LIMIT)]
-"""Of seconds, or of tokens per second, in JSON."""
+"""A number of seconds, or of tokens per second, in JSON."""
 
 Rank = Annotated[int, Meta(ge=0, lt=1_000_000)]
 Ranks = Annotated[int, Meta(ge=1, le=MAX_RANKS)]
@@ -33,17 +33,17 @@ Port = Annotated[int, Meta(ge=1, le=65535)]
 
 
 def at_least_zero(count: int | None) -> int | None:
-    """Take a :data:`Difference` below zero for none."""
+    """Raise a :data:`SignedCount` to zero at least."""
     return None if count is None else max(0, count)
 
 
 def amount(value: float, page: str, name: str) -> float:
-    """Let a number through that no reader of JSON has checked.
+    """Check a number that no JSON schema has checked.
 
     Args:
-        value: Whatever the page says.
-        page: Where it stands, and ...
-        name: ... what it is, for the message.
+        value: The number.
+        page: The page that it is from, for the message.
+        name: Its name on that page, for the message.
 
     Raises:
         ReaderError: It is negative, infinite, no number, or too large.
@@ -54,16 +54,16 @@ def amount(value: float, page: str, name: str) -> float:
 
 
 def count(value: float, page: str, name: str) -> int:
-    """Likewise for a number of things; those that pages print as floating point are rounded.
+    """Check a count, and round it: some pages print counts as floating point.
 
     Raises:
-        ReaderError: As above.
+        ReaderError: It is negative, infinite, no number, or too large.
     """
     return round(amount(value, page, name))
 
 
-def difference(value: float, page: str, name: str) -> int:
-    """Likewise for a :data:`Difference`.
+def signed_count(value: float, page: str, name: str) -> int:
+    """Check a :data:`SignedCount`, and raise it to zero at least.
 
     Raises:
         ReaderError: It is infinite, no number, or too large.
@@ -72,10 +72,10 @@ def difference(value: float, page: str, name: str) -> int:
 
 
 def whole(value: float, page: str, name: str) -> float:
-    """Likewise for a number of things that cannot be in parts, and is calculated with in floating point.
+    """Check a count that is kept in floating point.
 
     Raises:
-        ReaderError: As above, or there is a part of one.
+        ReaderError: It is negative, infinite, no number, too large, or not whole.
     """
     if amount(value, page, name) != math.floor(value):
         raise impossible(value, page, name)
@@ -83,7 +83,7 @@ def whole(value: float, page: str, name: str) -> float:
 
 
 def share(value: float, page: str, name: str) -> float:
-    """Likewise for a part of a whole.
+    """Check a share of a whole.
 
     Raises:
         ReaderError: It is not between 0 and 1.
@@ -94,5 +94,5 @@ def share(value: float, page: str, name: str) -> float:
 
 
 def impossible(value: object, page: str, name: str) -> Exception:
-    """Make the error for a number that cannot be."""
+    """Make the error for an impossible number."""
     return wrong_shape(f"{page} says {str(value)[:20]} for {name}, which cannot be")

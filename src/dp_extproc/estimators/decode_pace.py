@@ -130,7 +130,7 @@ def _between(earlier: RankSample, sample: RankSample) -> tuple[float, float] | N
     """Return the seconds per token between two samples of a rank, and in how many steps; None if they have none."""
     if sample.decoded is not None:
         made = None if earlier.decoded is None else sample.decoded.since(earlier.decoded)
-        return None if made is None else (made.pace, made.steps)
+        return None if made is None else (made.tpot, made.steps)
     if not earlier.running_requests or not sample.running_requests or not sample.tokens_per_second:
         return None  # a rate that began without sequences contains the pause
     return sample.running_requests / sample.tokens_per_second, _LOG_INTERVAL  # each sequence gets a token in each step

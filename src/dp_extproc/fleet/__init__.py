@@ -1,1 +1,1 @@
-"""What is known of the engines: who they are, what they can, how loaded they are."""
+"""The endpoints of the fleet: their discovery, and the monitor that polls them."""

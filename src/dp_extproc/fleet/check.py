@@ -1,4 +1,4 @@
-"""Contacts every engine once, as the scraper would, and gathers what is to be said about it."""
+"""Reads every engine once, as the monitor does, and reports on each. Used by ``dp-extproc check``."""
 
 import asyncio
 import ipaddress
@@ -8,15 +8,14 @@ from time import monotonic
 from typing import Final
 
 from dp_extproc.config.load import LoadSettings, LoadSource
-from dp_extproc.engines.agreement import MODE_OF
+from dp_extproc.engines.adapter import adapter_of
 from dp_extproc.engines.compatibility import difference
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.engines.listener import EngineFailure, FailureKind, unexpected
-from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role, in_url
-from dp_extproc.engines.sglang.diagnostics import Diagnostic, traps_of
+from dp_extproc.engines.model import MODE_OF, Diagnostic, Endpoint, EngineFacts, LoadPage, Role, in_url
 from dp_extproc.engines.sglang.server_info import DEFAULT_BOOTSTRAP_PORT
 from dp_extproc.fleet.sources.http import EngineClient, make_client
-from dp_extproc.fleet.sources.polling import EngineWatch
+from dp_extproc.fleet.sources.polling import EnginePoller
 
 _CONNECT_SECONDS: Final = 2.0
 IS_ALONE: Final = "; no server of the pool is left that it can be paired with"
@@ -24,100 +23,100 @@ IS_ALONE: Final = "; no server of the pool is left that it can be paired with"
 
 @dataclass(frozen=True, slots=True)
 class EngineReport:
-    """What one engine answered."""
+    """The result for one endpoint."""
 
     endpoint: Endpoint
     facts: EngineFacts | None
     source: LoadSource | None
-    """Which page told the load; None if none did."""
+    """The page of its load; None if there is none."""
     failure: EngineFailure | None
-    traps: tuple[Diagnostic, ...]
+    diagnostics: tuple[Diagnostic, ...]
 
     @property
     def is_usable(self) -> bool:
-        """Whether requests can be placed on it by its load."""
-        if self.facts is None or any(trap.unusable for trap in self.traps):
+        """Whether requests can be sent to it by its load."""
+        if self.facts is None or any(each.unusable for each in self.diagnostics):
             return False
         return self.failure is None or self.failure.kind is FailureKind.DISAGREEMENT
 
     @property
     def state(self) -> str:
-        """Sum it up in a word or two."""
+        """Return the result in one word."""
         if self.failure is not None:
             return self.failure.kind.value
         return "ok" if self.is_usable else "unusable"
 
     @property
     def bootstrap(self) -> tuple[str, int] | None:
-        """Where decode servers find this prefill server; None for others."""
+        """Where decode engines find this prefill engine; None for other roles."""
         if self.endpoint.role is not Role.PREFILL:
             return None
-        told = self.facts.bootstrap_port if self.facts else None
+        reported = self.facts.bootstrap_port if self.facts else None
         host = self.endpoint.bootstrap_host or self.endpoint.host
-        return host, self.endpoint.bootstrap_port or told or DEFAULT_BOOTSTRAP_PORT
+        return host, self.endpoint.bootstrap_port or reported or DEFAULT_BOOTSTRAP_PORT
 
 
 async def check_engines(
     endpoints: Iterable[Endpoint], settings: LoadSettings, credentials: Credentials = NO_CREDENTIALS
 ) -> list[EngineReport]:
-    """Contact every endpoint, all at the same time; the reports are in the order of the endpoints."""
-    everyone = tuple(endpoints)
+    """Read every endpoint, all at the same time. The reports are in the order of the endpoints."""
+    every = tuple(endpoints)
     async with make_client() as client:
         reports = await asyncio.gather(
-            *(_check(EngineClient(each, settings, client, credentials), everyone, settings) for each in everyone)
+            *(_check(EngineClient(each, settings, client, credentials), every, settings) for each in every)
         )
     return _with_pairs(reports)
 
 
-class _Note:
-    """An observer of a single round."""
+class _Round:
+    """Keeps the engine events of a single round."""
 
     facts: EngineFacts | None = None
-    sampled_once = False
+    has_sample = False
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:  # noqa: ARG002 - the protocol's
         self.facts = facts
 
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:  # noqa: ARG002 - the protocol's
-        self.sampled_once = True
+        self.has_sample = True
 
     def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
-        """Leave it: the round returns it, too."""
+        """Keep nothing: the round returns the failure, too."""
 
 
-async def _check(engine: EngineClient, everyone: tuple[Endpoint, ...], settings: LoadSettings) -> EngineReport:
-    note = _Note()
+async def _check(engine: EngineClient, every: tuple[Endpoint, ...], settings: LoadSettings) -> EngineReport:
+    events = _Round()
     endpoint = engine.endpoint
-    watch = EngineWatch(engine, settings.source, note, monotonic)
+    poller = EnginePoller(engine, settings.source, events, monotonic)
     try:
-        failure = await watch.round()
-    except Exception as error:  # noqa: BLE001 - one engine must not take the report of all others away
+        failure = await poller.round()
+    except Exception as error:  # noqa: BLE001 - an exception over one engine must not cost all other reports
         failure = unexpected(error)
     found: tuple[Diagnostic, ...] = ()
-    if note.facts is not None:
-        found = traps_of(note.facts, endpoint)
-        if note.facts.mode is not MODE_OF[endpoint.role]:
-            failure = None  # the trap says the same
-    source = watch.source if note.sampled_once else None
-    report = EngineReport(endpoint, note.facts, source, failure, found)
-    return replace(report, traps=(*found, *await _bootstrap_traps(report, everyone)))
+    if events.facts is not None:
+        found = adapter_of(events.facts.kind).diagnostics(events.facts, endpoint)
+        if events.facts.mode is not MODE_OF[endpoint.role]:
+            failure = None  # the diagnostic has the same message
+    source = poller.source if events.has_sample else None
+    report = EngineReport(endpoint, events.facts, source, failure, found)
+    return replace(report, diagnostics=(*found, *await _bootstrap_diagnostics(report, every)))
 
 
 def _with_pairs(reports: list[EngineReport]) -> list[EngineReport]:
-    """Add to each report with which servers of its pool this one cannot be paired."""
-    return [replace(each, traps=(*each.traps, *_pair_traps(each, reports))) for each in reports]
+    """Add to each report the engines of its pool with which this one cannot be paired."""
+    return [replace(each, diagnostics=(*each.diagnostics, *_pair_diagnostics(each, reports))) for each in reports]
 
 
-def _pair_traps(report: EngineReport, everyone: list[EngineReport]) -> Iterable[Diagnostic]:
+def _pair_diagnostics(report: EngineReport, every: list[EngineReport]) -> Iterable[Diagnostic]:
     own, endpoint = report.facts, report.endpoint
-    other_side = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(endpoint.role)
+    other_role = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(endpoint.role)
     if own is None or own.mode is not MODE_OF[endpoint.role]:
         return ()
     others = [
         each.facts
-        for each in everyone
+        for each in every
         if each.endpoint.pool == endpoint.pool
-        and each.endpoint.role is other_side
+        and each.endpoint.role is other_role
         and each.facts is not None
         and each.facts.mode is MODE_OF[each.endpoint.role]
     ]
@@ -127,7 +126,7 @@ def _pair_traps(report: EngineReport, everyone: list[EngineReport]) -> Iterable[
     return dict.fromkeys(
         Diagnostic(
             each.code,
-            f"{each}, so they are never paired: {each.happens}" + (IS_ALONE if is_alone else ""),
+            f"{each}, so they are never paired: {each.effect}" + (IS_ALONE if is_alone else ""),
             each.remedy,
             unusable=is_alone,
         )
@@ -136,13 +135,13 @@ def _pair_traps(report: EngineReport, everyone: list[EngineReport]) -> Iterable[
     )
 
 
-async def _bootstrap_traps(report: EngineReport, everyone: tuple[Endpoint, ...]) -> list[Diagnostic]:
-    """Look whether decode servers can find a prefill server, as far as that shows from here."""
+async def _bootstrap_diagnostics(report: EngineReport, every: tuple[Endpoint, ...]) -> list[Diagnostic]:
+    """Check whether decode engines can find a prefill engine, as far as that can be checked from here."""
     if report.bootstrap is None or report.facts is None:
         return []
     host, port = report.bootstrap
     found = []
-    decodes = [each for each in everyone if each.role is Role.DECODE and each.pool == report.endpoint.pool]
+    decodes = [each for each in every if each.role is Role.DECODE and each.pool == report.endpoint.pool]
     if _is_loopback(host) and not all(_is_loopback(each.host) for each in decodes):
         found.append(
             Diagnostic(

@@ -1,7 +1,6 @@
-"""Watches the engines: one task per endpoint, so that one that hangs slows nobody else."""
+"""Polls every endpoint in a task of its own, so that an engine that hangs delays no other."""
 
 import asyncio
-import logging
 import random
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
@@ -13,26 +12,25 @@ import httpx
 from dp_extproc.background import Guard
 from dp_extproc.config.load import LoadSettings
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
-from dp_extproc.engines.listener import EngineFailure, EngineListener, unexpected
+from dp_extproc.engines.listener import EngineListener, EngineListeners, unexpected
 from dp_extproc.engines.model import Endpoint
+from dp_extproc.fleet.discovery.membership import Membership, membership
 from dp_extproc.fleet.sources.http import EngineClient, make_client
-from dp_extproc.fleet.sources.polling import EngineWatch
-from dp_extproc.observability.log import DiagnosticLog, EndpointStateLog, PairLog
+from dp_extproc.fleet.sources.polling import EnginePoller
 
 _JITTER: Final = 0.1
-"""Share of the interval by which rounds are moved, or all engines of a fleet would be read in the same moment."""
+"""Share of the interval by which rounds are moved at random. Without it all engines would be read at the same time."""
+_TASK: Final = "scrape"
 
-logger = logging.getLogger(__name__)
 
-
-class Scraper:
-    """Keeps an observer informed of every endpoint's address, facts and load."""
+class FleetMonitor:
+    """Emits the engine events of every endpoint: address, facts, load and failures."""
 
     def __init__(
         self,
         endpoints: Iterable[Endpoint],
         settings: LoadSettings,
-        observer: EngineListener,
+        listeners: Iterable[EngineListener],
         *,
         clock: Callable[[], float],
         rng: random.Random,
@@ -40,51 +38,51 @@ class Scraper:
         client: httpx.AsyncClient | None = None,
         credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
-        """Set up; nothing is asked before :meth:`run`.
+        """Set up; nothing is read before :meth:`run`.
 
         Args:
-            endpoints: Whom to watch.
-            settings: How.
-            observer: Whom to tell.
-            clock: Monotonic seconds; what the observer is told.
+            endpoints: At first.
+            settings: How their load is read.
+            listeners: Get every event, in this order. The load cache comes first.
+            clock: Monotonic seconds, for the times of events.
             rng: For the jitter.
-            guard: Over the task of each endpoint.
-            client: To ask with, left open at the end; by default an own one.
-            credentials: What engines are shown.
+            guard: Over the task of each endpoint, and for what listeners raise.
+            client: To read with, left open at the end; by default one of its own.
+            credentials: API keys of the engines.
         """
         self.first_round = asyncio.Event()
         """Set when every endpoint has answered or failed once."""
-        self._endpoints = tuple(endpoints)
+        self._endpoints = {endpoint.url: endpoint for endpoint in endpoints}
         self._settings = settings
-        self._observer = observer
+        self._listeners = EngineListeners(tuple(listeners), self._report)
         self._clock = clock
         self._rng = rng
         self._guard = guard
         self._client = client
         self._credentials = credentials
-        self._troubles = EndpointStateLog(logger)
-        self._traps = DiagnosticLog(logger)
-        self._pairs = PairLog(logger)
-        self._awaited = {endpoint.url for endpoint in self._endpoints}
-        self._watches: dict[Endpoint, asyncio.Task[None]] = {}
+        self._awaited = set(self._endpoints)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
 
     def update(self, endpoints: Iterable[Endpoint], settings: LoadSettings) -> None:
-        """Watch others, or otherwise, from now on. Nobody is told any more of those that are left out."""
-        again = settings != self._settings
-        self._endpoints = tuple(endpoints)
-        self._settings = settings
-        for endpoint in [each for each in self._watches if again or each not in self._endpoints]:
-            self._watches.pop(endpoint).cancel()
-        urls = {endpoint.url for endpoint in self._endpoints}
-        self._awaited &= urls
-        self._troubles.forget_all_but(urls)
-        self._pairs.forget_all_but(self._endpoints)
+        """Replace the endpoints and the settings. Endpoints that were removed produce no further events."""
+        if settings != self._settings:
+            self._settings = settings
+            self._stop(tuple(self._tasks))
+        self.apply(membership(self._endpoints.values(), endpoints))
+
+    def apply(self, change: Membership) -> None:
+        """Poll the endpoints that were added, as configured now those that were updated, and no longer the removed."""
+        self._stop(each.url for each in (*change.updated, *change.removed))
+        for endpoint in change.removed:
+            del self._endpoints[endpoint.url]
+        self._endpoints.update({each.url: each for each in (*change.added, *change.updated)})
+        self._awaited &= self._endpoints.keys()
         self._changed.set()
 
     async def run(self) -> None:
-        """Watch until cancelled."""
-        self._watches.clear()  # those of a run that has failed have ended with it
+        """Poll until cancelled."""
+        self._tasks.clear()  # the tasks of a run that has failed ended with it
         async with AsyncExitStack() as stack:
             client = self._client
             if client is None:
@@ -93,35 +91,37 @@ class Scraper:
             while True:
                 if not self._awaited:
                     self.first_round.set()
-                for endpoint in self._endpoints:
-                    if endpoint not in self._watches:
-                        watch = self._guard.keep("scrape", partial(self._watch, endpoint, client), endpoint.url)
-                        self._watches[endpoint] = group.create_task(watch, name=f"scrape {endpoint.url}")
+                for url, endpoint in self._endpoints.items():
+                    if url not in self._tasks:
+                        poll = self._guard.keep(_TASK, partial(self._poll, endpoint, client), url)
+                        self._tasks[url] = group.create_task(poll, name=f"{_TASK} {url}")
                 await self._changed.wait()
                 self._changed.clear()
 
-    async def _watch(self, endpoint: Endpoint, client: httpx.AsyncClient) -> None:
+    def _stop(self, urls: Iterable[str]) -> None:
+        for url in urls:
+            if (task := self._tasks.pop(url, None)) is not None:
+                task.cancel()
+
+    async def _poll(self, endpoint: Endpoint, client: httpx.AsyncClient) -> None:
         engine = EngineClient(endpoint, self._settings, client, self._credentials)
-        watch = EngineWatch(engine, self._settings.source, self._observer, self._clock)
-        facts = None
+        poller = EnginePoller(engine, self._settings.source, self._listeners, self._clock)
         while True:
             started = self._clock()
             try:
-                failure = await watch.round()
+                await poller.round()
             except Exception as error:
-                self._tried(endpoint, unexpected(error))
-                self._observer.failed(endpoint, unexpected(error), self._clock())
+                self._listeners.failed(endpoint, unexpected(error), self._clock())
+                self._tried(endpoint)
                 raise
-            if watch.facts is not None and watch.facts is not facts:
-                facts = watch.facts
-                self._traps.note(endpoint, facts)
-                self._pairs.note(endpoint, facts)
-            self._tried(endpoint, failure)
+            self._tried(endpoint)
             pause = self._settings.interval * self._rng.uniform(1 - _JITTER, 1 + _JITTER)
             await asyncio.sleep(max(0.0, pause - (self._clock() - started)))
 
-    def _tried(self, endpoint: Endpoint, failure: EngineFailure | None) -> None:
-        self._troubles.note(endpoint.url, failure)
+    def _tried(self, endpoint: Endpoint) -> None:
         self._awaited.discard(endpoint.url)
         if not self._awaited:
             self.first_round.set()
+
+    def _report(self, endpoint: Endpoint, error: Exception) -> None:
+        self._guard.report(_TASK, error, endpoint.url, then="goes on")

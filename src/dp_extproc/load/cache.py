@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from dp_extproc.config.reliability import OutlierDetectionSettings
-from dp_extproc.engines.agreement import MODE_OF
-from dp_extproc.engines.capabilities import capabilities
+from dp_extproc.engines.adapter import adapter_of
 from dp_extproc.engines.listener import GONE, EngineFailure
-from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role
+from dp_extproc.engines.model import MODE_OF, Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.estimators.token_ratio import TokenRatio
 from dp_extproc.load.endpoint import DEFAULT_COSTS, DEFAULT_HEALTH, EndpointLoad, Freshness, StepCosts, compare_pace
 from dp_extproc.load.health import Health
@@ -145,13 +144,13 @@ class LoadCache:
         if known is not None and replace(known.facts, reads_overrides=facts.reads_overrides) == facts:
             known.address = address
             if known.facts != facts:  # the same engine, with more facts
-                known.facts, known.capabilities = facts, capabilities(facts)
+                known.facts, known.capabilities = facts, adapter_of(facts.kind).capabilities(facts)
             return
         if known is not None:
             self._drain(known)
-        self.by_url[endpoint.url] = EndpointLoad(
-            endpoint, address, facts, capabilities(facts), self._costs, health=Health(self._health, self._change)
-        )
+        takes = adapter_of(facts.kind).capabilities(facts)
+        health = Health(self._health, self._change)
+        self.by_url[endpoint.url] = EndpointLoad(endpoint, address, facts, takes, self._costs, health=health)
         self._sort()
         self._made_room()
 

@@ -246,12 +246,12 @@ class Target(Struct, frozen=True):
     @property
     def residue(self) -> tuple[int, int] | None:
         """Return ``(rank, ranks)`` for the bootstrap room; None if it need not lead to the rank."""
-        return self.endpoint.facts.place_of(self.rank) if self.by_room and self.rank is not None else None
+        return self.endpoint.facts.position_of(self.rank) if self.by_room and self.rank is not None else None
 
     @property
     def global_rank(self) -> int | None:
         """Return the rank as an engine of several nodes counts it; None if the engine picks it."""
-        return None if self.rank is None else self.endpoint.facts.place_of(self.rank)[0]
+        return None if self.rank is None else self.endpoint.facts.position_of(self.rank)[0]
 
 
 def compare_pace(endpoints: Iterable[EndpointLoad]) -> None:

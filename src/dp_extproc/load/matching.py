@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from dp_extproc.engines.compatibility import difference, kind_of, one_of_each_kind
+from dp_extproc.engines.compatibility import by_pairing_key, difference, pairing_key
 from dp_extproc.load.endpoint import EndpointLoad
 
 
@@ -20,17 +20,17 @@ def find_matches(prefills: Sequence[EndpointLoad], decodes: Sequence[EndpointLoa
 
     Each prefill endpoint is in at most one match. A decode endpoint may be in several.
     """
-    kinds = one_of_each_kind(decode.facts for decode in decodes)
+    kinds = by_pairing_key(decode.facts for decode in decodes)
     fitting = {
         kind: frozenset(other for other, facts in kinds.items() if difference(prefill, facts) is None)
-        for kind, prefill in one_of_each_kind(prefill.facts for prefill in prefills).items()
+        for kind, prefill in by_pairing_key(prefill.facts for prefill in prefills).items()
     }
     if all(len(fits) == len(kinds) for fits in fitting.values()):
         return None
     return tuple(
         Match(
-            [prefill for prefill in prefills if fitting[kind_of(prefill.facts)] == fits],
-            [decode for decode in decodes if kind_of(decode.facts) in fits],
+            [prefill for prefill in prefills if fitting[pairing_key(prefill.facts)] == fits],
+            [decode for decode in decodes if pairing_key(decode.facts) in fits],
         )
         for fits in dict.fromkeys(fitting.values())
         if fits

@@ -95,15 +95,13 @@ class Telemetry:
     # --- scrapes ---
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:
-        self._fleet.discovered(endpoint, address, facts, now)
+        """Count nothing: what an engine is stands in the load cache."""
 
-    def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
+    def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:  # noqa: ARG002 - the protocol's
         self._samples[endpoint.url] += 1
-        self._fleet.sampled(endpoint, page, started, now)
 
-    def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
+    def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:  # noqa: ARG002 - the protocol's
         self._failures[endpoint.url, failure.kind.value] += 1
-        self._fleet.failed(endpoint, failure, now)
 
     # --- called by prometheus_client at every scrape ---
 

@@ -15,10 +15,11 @@ from dp_extproc.engines.credentials import Credentials
 from dp_extproc.extproc.retries import RetryBudget
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.fleet.discovery.static import endpoints_of
-from dp_extproc.fleet.monitor import Scraper
+from dp_extproc.fleet.monitor import FleetMonitor
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import StepCosts
 from dp_extproc.load.in_flight import NO_LISTENER, nothing
+from dp_extproc.observability.log import EngineLog
 from dp_extproc.observability.metrics import SyncMetrics, Telemetry
 from dp_extproc.observability.pages import describe_loads, describe_sync
 from dp_extproc.runtime.readiness import can_serve
@@ -91,14 +92,21 @@ class Components:
             picks=picks,
             session_header=config.envoy.session_header,
         )
-        self._scraper = Scraper(
-            endpoints, config.load, self.telemetry, clock=clock, rng=rng, guard=guard, credentials=self._credentials
+        self._engine_log = EngineLog()
+        self._monitor = FleetMonitor(
+            endpoints,
+            config.load,
+            (self._fleet, self.telemetry, self._engine_log),
+            clock=clock,
+            rng=rng,
+            guard=guard,
+            credentials=self._credentials,
         )
 
     async def look_around(self) -> None:
         """Wait until every engine has been tried once, but not for one that hangs."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._scraper.first_round.wait(), _LOOK_AROUND_SECONDS)
+            await asyncio.wait_for(self._monitor.first_round.wait(), _LOOK_AROUND_SECONDS)
 
     def can_serve(self) -> bool:
         """Tell whether some pool has servers for every role that it needs."""
@@ -116,7 +124,8 @@ class Components:
         self._renew_keys()
         self._fleet.update(endpoints, config.load.stale_after)
         self._dispatcher.configure(config.pools, config.load.signal, config.admission)
-        self._scraper.update(endpoints, config.load)
+        self._monitor.update(endpoints, config.load)
+        self._engine_log.forget_all_but(endpoints)
         self.telemetry.forget_all_but({each.url for each in endpoints})
         if self._queue is not None:
             self._queue.notify()
@@ -126,12 +135,12 @@ class Components:
 
     def tasks(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
         """Give what has to run all the time, by name."""
-        tasks = {"scraper": self._scraper.run, "sweep": self.service.sweep, "api_keys": self._keep_keys}
+        tasks = {"scraper": self._monitor.run, "sweep": self.service.sweep, "api_keys": self._keep_keys}
         return tasks if self._replica is None else {**tasks, "sync": partial(self._take_part, self._replica)}
 
     async def _take_part(self, replica: Replica) -> None:
         """Join the other replicas once every engine was tried: what they tell of unknown ones would be left out."""
-        await self._scraper.first_round.wait()
+        await self._monitor.first_round.wait()
         await replica.run()
 
     async def _keep_keys(self) -> None:

@@ -127,7 +127,7 @@ class Picker:
         candidates = _only([host.candidate for host in near], wanted)
         chosen, rank = self._pick(Role.PREFILL, candidates, demand.tokens, now, pin=pin, held=held)
         host = chosen.endpoint
-        if rank is None and (host.facts.follows_rooms or host.facts.listener is not None):
+        if rank is None and (host.facts.follows_rooms or host.facts.single_rank is not None):
             rank = self._rng.choice(chosen.ranks)
             return Target(host, rank.index, routed=False, by_room=True, cached=_cached(rank, held))
         # A chosen rank gets a congruent room: from 0.5.11 on a server that follows rooms refuses any other.
@@ -135,7 +135,7 @@ class Picker:
         return Target(
             host,
             None if rank is None else rank.index,
-            routed=known and host.capabilities.carries_routed_rank and host.facts.listener is None,
+            routed=known and host.capabilities.takes_routed_rank and host.facts.single_rank is None,
             by_room=known,
             cached=_cached(rank, held),
         )
@@ -161,7 +161,7 @@ class Picker:
         control = chosen.endpoint.capabilities.decode_control
         if control is RankControl.BY_FIELD:
             index = None if rank is None else rank.index
-            routed = rank is not None and chosen.endpoint.facts.listener is None
+            routed = rank is not None and chosen.endpoint.facts.single_rank is None
             return Target(chosen.endpoint, index, routed=routed, by_room=False)
         if control is RankControl.BY_ROOM:
             known = self._rng.choice(chosen.ranks) if rank is None else rank
@@ -201,6 +201,6 @@ def _reachable(host: EndpointLoad, prefill: tuple[int, int] | None) -> Candidate
     """Give a decode server with the ranks that one room can lead to together with the prefill rank."""
     if prefill is None:
         return host.candidate
-    left = host.candidate.only(lambda rank: agree(prefill, host.facts.place_of(rank.index)))
+    left = host.candidate.only(lambda rank: agree(prefill, host.facts.position_of(rank.index)))
     assert left is not None  # noqa: S101 - of any ranks that follow one another, one is congruent
     return left

@@ -76,6 +76,6 @@ def _fields(pair: Pair, number: str) -> tuple[LegFields, LegFields]:
 def _leg_fields(side: Target, prefill_rank: int | None, request_id: str) -> LegFields:
     return LegFields(
         routed_rank=side.rank if side.routed else None,
-        prefill_rank=prefill_rank if side.endpoint.capabilities.carries_prefill_rank else None,
+        prefill_rank=prefill_rank if side.endpoint.capabilities.takes_prefill_rank else None,
         request_id=request_id,
     )

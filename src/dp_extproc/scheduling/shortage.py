@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Final
 
+from dp_extproc.engines.adapter import unavailable
 from dp_extproc.engines.compatibility import Difference, differences
-from dp_extproc.engines.model import Kind, Role
+from dp_extproc.engines.model import Role
 from dp_extproc.engines.sglang.releases import HEADER_APIS
 from dp_extproc.load.endpoint import EndpointLoad
 from dp_extproc.request.path import Api
@@ -62,9 +63,4 @@ def nobody_can(pool: str, role: Role, hosts: Sequence[EndpointLoad], api: Api, *
     if not is_read and not any(host.facts.reads_overrides for host in hosts):
         message = f"no {role} server of the pool for {pool} obeys x-override-* headers"
         return Rejection(503, Reason.NO_ENDPOINTS, message, headers=TRY_AGAIN)
-    versions = ", ".join(sorted({f"{host.facts.kind} {host.facts.version or 'of unknown version'}" for host in hosts}))
-    if all(host.facts.kind is Kind.VLLM for host in hosts):
-        message = f"{api.value} is not a path of the servers of this model ({versions})"
-        return Rejection(400, Reason.CANNOT_CARRY_ROUTING, message)
-    message = f"{api.value} needs a newer SGLang than the {role} servers of this model run ({versions})"
-    return Rejection(400, Reason.ENGINE_TOO_OLD, message)
+    return unavailable(api, role, (host.facts for host in hosts))

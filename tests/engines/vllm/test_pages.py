@@ -1,14 +1,13 @@
-"""vLLM's pages, as its servers print them."""
+"""The readers and the adapter of vLLM, on pages as vLLM prints them."""
 
 import pytest
 
 from dp_extproc.config import ConfigError, parse_config
 from dp_extproc.engines.agreement import disagreement
-from dp_extproc.engines.capabilities import capabilities
 from dp_extproc.engines.listener import FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, Kind, Mode, Role, Version
-from dp_extproc.engines.reading import ReaderError
-from dp_extproc.engines.sglang.diagnostics import traps
+from dp_extproc.engines.pages import ReaderError
+from dp_extproc.engines.vllm.adapter import capabilities, diagnostics
 from dp_extproc.engines.vllm.pages import facts_of, read_models, read_version, read_vllm_metrics
 from dp_extproc.request.path import Api
 
@@ -37,18 +36,18 @@ def facts(version: str = "0.11.0", ranks: int = 2) -> EngineFacts:
     return facts_of(version, "m", page(*map(str, range(ranks))))
 
 
-def test_load_per_engine() -> None:
-    """Each engine is a rank; used tokens are the share of the cache times its size; reasons are not added."""
+def test_metrics_have_a_sample_for_each_engine_label() -> None:
+    """Used tokens are the share of the cache times its size; series by reason are not added."""
     load = read_vllm_metrics(page("0", "1"))
 
-    told = [(each.dp_rank, each.used_tokens, each.running_requests, each.waiting_requests) for each in load.ranks]
-    assert told == [(0, 1600, 1, 2), (1, 3200, 2, 3)]
+    ranks = [(each.dp_rank, each.used_tokens, each.running_requests, each.waiting_requests) for each in load.ranks]
+    assert ranks == [(0, 1600, 1, 2), (1, 3200, 2, 3)]
     assert [each.capacity_tokens for each in load.ranks] == [16000, 16000]
     assert load.prompt_tokens == 200
 
 
-def test_ranks_of_one_node_of_many() -> None:
-    """With hybrid balancing labels count all nodes' engines, and requests those of the node: from 0 on, by number."""
+def test_ranks_are_counted_from_zero_on_each_node() -> None:
+    """With hybrid balancing labels count the ranks of all nodes, and requests those of one node."""
     load = read_vllm_metrics(page("10", "8", "9"))
 
     assert [(each.dp_rank, each.running_requests) for each in load.ranks] == [(0, 2), (1, 3), (2, 1)]
@@ -62,8 +61,8 @@ def test_ranks_of_one_node_of_many() -> None:
         pytest.param('num_gpu_blocks="10"', None, id="half"),
     ],
 )
-def test_capacity(cache: str, capacity: int | None) -> None:
-    """The size of the cache, if the page tells it; without it there are requests, and no tokens."""
+def test_capacity_is_the_size_of_the_cache(cache: str, capacity: int | None) -> None:
+    """Without it on the page there are requests, and no tokens."""
     (rank,) = read_vllm_metrics(page("0", cache=cache)).ranks
 
     assert rank.capacity_tokens == capacity
@@ -71,8 +70,8 @@ def test_capacity(cache: str, capacity: int | None) -> None:
     assert rank.running_requests == 1
 
 
-def test_facts() -> None:
-    """Version, model, ranks and prefix cache come from three pages."""
+def test_facts_are_put_together_from_three_pages() -> None:
+    """They are version, model, ranks and prefix cache."""
     found = facts_of(
         read_version(b'{"version":"0.11.1rc2.dev3+gabc"}'), read_models(b'{"data":[{"id":"m"}]}'), page("0")
     )
@@ -91,8 +90,8 @@ def test_facts() -> None:
         pytest.param(b'vllm:num_requests_running{engine="0"} NaN\n', id="no number"),
     ],
 )
-def test_pages_that_are_not_vllm_s(text: bytes) -> None:
-    """They are said to be of the wrong shape."""
+def test_pages_of_another_shape_are_refused(text: bytes) -> None:
+    """The failure kind is that of a wrong shape."""
     with pytest.raises(ReaderError) as caught:
         read_vllm_metrics(text)
     assert caught.value.kind is FailureKind.WRONG_SHAPE
@@ -108,29 +107,31 @@ def test_pages_that_are_not_vllm_s(text: bytes) -> None:
         pytest.param("dev", 2, {Api.COMPLETIONS, Api.CHAT}, {"unknown_version"}, id="unknown"),
     ],
 )
-def test_recipe(version: str, ranks: int, by_header: set[Api], codes: set[str]) -> None:
-    """The rank goes into a header, where the release reads it; /generate is none of its paths."""
+def test_rank_is_sent_as_a_header_where_the_release_reads_it(
+    version: str, ranks: int, by_header: set[Api], codes: set[str]
+) -> None:
+    """The path /generate is not served."""
     engine = facts(version, ranks)
     takes = capabilities(engine)
 
     assert takes.rank_header_on == by_header
     assert {api for api in Api if takes.serves(api)} == set(Api) - {Api.GENERATE}
-    assert {trap.code for trap in traps(engine, Role.WORKER)} == codes
+    assert {diagnostic.code for diagnostic in diagnostics(engine, Role.WORKER)} == codes
 
 
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
-def test_not_disaggregated(role: Role) -> None:
-    """A vLLM server in a disaggregated pool is unusable, and both check and log say why."""
-    (trap,) = traps(facts(), role)
+def test_vllm_cannot_be_used_in_a_disaggregated_pool(role: Role) -> None:
+    """Both the diagnostic and the disagreement give the reason."""
+    (diagnostic,) = diagnostics(facts(), role)
     failure = disagreement(Endpoint("http://h:1", "h", 1, "m", role), facts())
 
-    assert (trap.code, trap.unusable) == ("vllm_disaggregated", True)
+    assert (diagnostic.code, diagnostic.unusable) == ("vllm_disaggregated", True)
     assert failure is not None
     assert "prefill before decode" in failure.message
 
 
-def test_not_configured_disaggregated() -> None:
-    """The file is refused with the reason."""
+def test_configuration_refuses_vllm_in_a_disaggregated_pool() -> None:
+    """The error gives the reason."""
     text = 'pools: [{models: [m], engine: vllm, prefill: {endpoints: ["http://a:1"]}, decode: {endpoints: ["http://b:1"]}}]'
     with pytest.raises(ConfigError, match="run prefill before decode") as caught:
         parse_config(text)

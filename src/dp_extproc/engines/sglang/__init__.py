@@ -1,1 +1,1 @@
-"""SGLang."""
+"""SGLang engines: the adapter, the table of releases, and the readers of pages."""

@@ -1,56 +1,37 @@
-"""What an operator should know of an engine before requests do: known pitfalls of its release and its flags. Pure.
+"""The known problems of SGLang releases and flags, as far as ``/server_info`` shows them. Pure.
 
-Only what /server_info shows can be told. What this router already works around is told as well where it costs
-something, or where requests that go past the router would still fall in.
+A problem that this service works around is listed if the workaround costs something, or if requests that bypass the
+service still meet it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
 
 from dp_extproc.config.load import LoadSource
-from dp_extproc.engines.agreement import MODE_OF
-from dp_extproc.engines.capabilities import RankControl, capabilities
-from dp_extproc.engines.model import Endpoint, EngineFacts, Kind, Mode, Role
+from dp_extproc.engines.capabilities import RankControl
+from dp_extproc.engines.model import MODE_OF, WRONG_MODE, Diagnostic, EngineFacts, Mode, Role
+from dp_extproc.engines.sglang.capabilities import capabilities
 from dp_extproc.engines.sglang.releases import (
     DISAGGREGATION,
     HEADER_APIS,
     NEWEST,
-    VLLM_RANK_HEADER,
     Fields,
     RoomCheck,
     release_of,
 )
 from dp_extproc.request.path import Api
 
-WRONG_MODE: Final = "wrong_mode"
 
-
-@dataclass(frozen=True, slots=True)
-class Diagnostic:
-    """One pitfall."""
-
-    code: str
-    """Stable name, for documentation and tests."""
-    happens: str
-    remedy: str
-    unusable: bool = False
-    """Whether no request can be served, or none in the way that is configured."""
-
-
-def traps(
+def diagnostics(
     facts: EngineFacts, role: Role, *, needs_overrides: bool = False, headers_only: bool = False
 ) -> tuple[Diagnostic, ...]:
-    """Tell every pitfall of an engine in a role, the worst first.
+    """List the known problems of an engine in a role, the worst first.
 
     Args:
-        facts: What it says of itself.
-        role: What it is to do.
-        needs_overrides: Whether headers are to tell it ranks and rooms.
-        headers_only: Whether headers alone can tell it ranks and rooms.
+        facts: What the engine reports about itself.
+        role: Its role in the configuration.
+        needs_overrides: Whether the routing fields are to be sent as headers.
+        headers_only: Whether they can be sent in no other way.
     """
-    if facts.kind is Kind.VLLM:
-        return tuple(_of_vllm(facts, role))
     found = [*_of_any(facts, role), *_of_reading(facts, role)]
     if role is Role.WORKER:
         found += _of_worker(facts)
@@ -58,33 +39,7 @@ def traps(
         found += _of_disaggregated(facts)
         found += _of_overrides(facts, headers_only=headers_only) if needs_overrides else ()
         found += _of_prefill(facts) if role is Role.PREFILL else _of_decode(facts)
-    return tuple(sorted(found, key=lambda trap: not trap.unusable))
-
-
-def traps_of(facts: EngineFacts, endpoint: Endpoint) -> tuple[Diagnostic, ...]:
-    """Tell every pitfall of an engine as it is configured."""
-    return traps(facts, endpoint.role, needs_overrides=endpoint.needs_overrides, headers_only=endpoint.headers_only)
-
-
-def _of_vllm(facts: EngineFacts, role: Role) -> Iterator[Diagnostic]:
-    if role is not Role.WORKER:
-        yield Diagnostic(
-            "vllm_disaggregated",
-            "vLLM's KV connectors run prefill before decode, and decode needs what prefill answered: both legs cannot "
-            "be sent at once",
-            "list it under workers; keep vLLM's own proxy for disaggregated vLLM",
-            unusable=True,
-        )
-    if facts.version is None:
-        yield Diagnostic(
-            "unknown_version", "its version names no release; it is treated like the newest vLLM", "use a release"
-        )
-    elif facts.version < VLLM_RANK_HEADER and facts.dp_ranks > 1:
-        yield Diagnostic(
-            "rank_not_carried",
-            "its release reads no rank from requests: vLLM itself picks it",
-            f"upgrade to vLLM {VLLM_RANK_HEADER}, or give each rank a port of its own (--data-parallel-external-lb)",
-        )
+    return tuple(sorted(found, key=lambda each: not each.unusable))
 
 
 def _of_any(facts: EngineFacts, role: Role) -> Iterator[Diagnostic]:
@@ -144,11 +99,11 @@ def _of_worker(facts: EngineFacts) -> Iterator[Diagnostic]:
     if facts.dp_ranks == 1:
         return
     takes = capabilities(facts)
-    untold = [api.value for api in Api if takes.aggregated_rank_key(api) is None]
-    if untold:
+    uncontrolled = [api.value for api in Api if takes.aggregated_rank_key(api) is None]
+    if uncontrolled:
         yield Diagnostic(
             "rank_not_carried",
-            f"its release takes no rank on {', '.join(untold)}: the engine itself picks there",
+            f"its release takes no rank on {', '.join(uncontrolled)}: the engine itself picks there",
             "upgrade to 0.5.22 or later, which takes it on every path",
         )
     if facts.follows_rooms:
@@ -259,7 +214,7 @@ def _of_prefill(facts: EngineFacts) -> Iterator[Diagnostic]:
 
 def _of_decode(facts: EngineFacts) -> Iterator[Diagnostic]:
     takes = capabilities(facts)
-    if takes.carries_routed_rank and not takes.carries_prefill_rank:
+    if takes.takes_routed_rank and not takes.takes_prefill_rank:
         yield Diagnostic(
             "prefill_rank_left_out",
             "0.5.10 fails the first request of each pair of servers that names the prefill rank; it is left out, and "

@@ -1,7 +1,7 @@
-"""The version matrix: what each range of SGLang releases takes, and who obeys it. Nothing else compares versions.
+"""The table of SGLang releases: what each range of them supports.
 
-:mod:`dp_extproc.engines.capabilities` derives from it, and from the way that an engine was started, what that engine
-supports; :mod:`dp_extproc.engines.sglang.diagnostics` derives its known problems.
+:mod:`dp_extproc.engines.sglang.capabilities` derives what one engine supports from this table and from its launch
+arguments; :mod:`dp_extproc.engines.sglang.diagnostics` derives its known problems.
 """
 
 from dataclasses import dataclass
@@ -15,34 +15,34 @@ from dp_extproc.request.path import Api
 
 
 class Methods(Enum):
-    """Which servers do as ``--load-balance-method`` says."""
+    """Which engines of a disaggregated pool obey ``--load-balance-method``."""
 
-    NOBODY = auto()
-    """In disaggregated mode the room leads to the rank, on both sides."""
+    NONE = auto()
+    """The rank follows from the room, on prefill and on decode."""
     DECODE = auto()
-    """Prefill follows rooms whatever was asked for (server_args.py)."""
+    """Prefill follows rooms with any method (``server_args.py``)."""
     ALL = auto()
 
 
 class Fields(Enum):
-    """Which fields for ranks are obeyed."""
+    """Which routing fields for ranks are obeyed."""
 
     NONE = auto()
     ROUTED = auto()
-    """``routed_dp_rank``, and a rank out of range is refused. There is ``disagg_prefill_dp_rank``, too, but the first
-    request of each pair of servers that carries it fails (fixed by sgl-project/sglang#22990)."""
+    """``routed_dp_rank`` is obeyed, and a rank out of range is refused. ``disagg_prefill_dp_rank`` exists, but the
+    first request with it fails for each pair of engines (fixed by sgl-project/sglang#22990)."""
     BOTH = auto()
-    """Likewise ``disagg_prefill_dp_rank``."""
+    """``routed_dp_rank`` and ``disagg_prefill_dp_rank`` are obeyed."""
 
 
 class RoomCheck(Enum):
-    """What a prefill server that follows rooms makes of a request whose room says another rank than its own."""
+    """How a prefill engine that follows rooms treats a request whose room leads to another rank than its own."""
 
     NONE = auto()
     REFUSES = auto()
     SKIPPED = auto()
-    """Nothing, if the prefill leg names ``disagg_prefill_dp_rank`` (sgl-project/sglang#27546). Then it does not
-    register the rank of each request either."""
+    """It serves the request if the prefill leg has ``disagg_prefill_dp_rank`` (sgl-project/sglang#27546). Nor does it
+    register the rank of each request then."""
 
 
 _NOWHERE: Final = frozenset[Api]()
@@ -53,26 +53,26 @@ _LATER: Final = _EARLY | {Api.RESPONSES}
 _ALL: Final = frozenset(Api)
 
 HEADER_APIS: Final = frozenset({Api.GENERATE, Api.CHAT, Api.MESSAGES})
-"""Paths on which any release obeys ``x-override-*`` headers; /v1/messages is converted to chat."""
+"""Paths on which some release obeys ``x-override-*`` headers; ``/v1/messages`` is converted to chat."""
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A range of releases: from one, to the one before the next row's."""
+    """A range of releases, up to the one before the next row."""
 
     since: Version
     load: LoadSource
-    """The best page of load that it has."""
+    """The better page of load of the two that it may have."""
     methods: Methods
     fields: Fields
     room_check: RoomCheck
     paths: frozenset[Api]
-    """That carry the fields of disaggregation, and ``routed_dp_rank`` where there is one."""
+    """Paths with the fields of disaggregation, and with ``routed_dp_rank`` where that exists."""
     alias: frozenset[Api]
-    """That carry ``data_parallel_rank``, as long as there is nothing better. From 0.5.10 on it is deprecated, and
-    missing on /generate of 0.5.15 to 0.5.17."""
+    """Paths with ``data_parallel_rank``, in releases that have no better field. From 0.5.10 on it is deprecated, and
+    missing on ``/generate`` of 0.5.15 to 0.5.17."""
     overrides: frozenset[Api]
-    """On which ``x-override-*`` headers are obeyed, where that is switched on."""
+    """Paths on which ``x-override-*`` headers are obeyed, in engines where that is switched on."""
 
 
 _METRICS, _LOADS = LoadSource.METRICS, LoadSource.LOADS
@@ -82,12 +82,12 @@ def _v(text: str) -> Version:
     return Version(*map(int, text.split(".")))
 
 
-# since, load page, who obeys methods, fields for ranks, room check, paths, paths of the alias, paths of overrides
+# since, load page, methods obeyed by, fields for ranks, room check, paths, paths of the alias, paths of overrides
 TABLE: Final = (
-    Release(_v("0.0.0"),  _METRICS, Methods.NOBODY, Fields.NONE,   RoomCheck.NONE,    _NOWHERE, _NOWHERE,  _NOWHERE),
-    Release(_v("0.4.6"),  _METRICS, Methods.NOBODY, Fields.NONE,   RoomCheck.NONE,    _EARLY,   _NOWHERE,  _NOWHERE),
-    Release(_v("0.4.7"),  _METRICS, Methods.NOBODY, Fields.NONE,   RoomCheck.NONE,    _EARLY,   _GENERATE, _NOWHERE),
-    Release(_v("0.5.7"),  _METRICS, Methods.NOBODY, Fields.NONE,   RoomCheck.NONE,    _EARLY,   _EARLY,    _NOWHERE),
+    Release(_v("0.0.0"),  _METRICS, Methods.NONE, Fields.NONE,   RoomCheck.NONE,    _NOWHERE, _NOWHERE,  _NOWHERE),
+    Release(_v("0.4.6"),  _METRICS, Methods.NONE, Fields.NONE,   RoomCheck.NONE,    _EARLY,   _NOWHERE,  _NOWHERE),
+    Release(_v("0.4.7"),  _METRICS, Methods.NONE, Fields.NONE,   RoomCheck.NONE,    _EARLY,   _GENERATE, _NOWHERE),
+    Release(_v("0.5.7"),  _METRICS, Methods.NONE, Fields.NONE,   RoomCheck.NONE,    _EARLY,   _EARLY,    _NOWHERE),
     Release(_v("0.5.8"),  _LOADS,   Methods.DECODE, Fields.NONE,   RoomCheck.NONE,    _EARLY,   _EARLY,    _NOWHERE),
     Release(_v("0.5.10"), _LOADS,   Methods.ALL,    Fields.ROUTED, RoomCheck.NONE,    _EARLY,   _NOWHERE,  _NOWHERE),
     Release(_v("0.5.11"), _LOADS,   Methods.ALL,    Fields.BOTH,   RoomCheck.REFUSES, _EARLY,   _NOWHERE,  _NOWHERE),
@@ -97,18 +97,16 @@ TABLE: Final = (
     Release(_v("0.5.20"), _LOADS,   Methods.ALL,    Fields.BOTH,   RoomCheck.SKIPPED, _LATER,   _NOWHERE,  HEADER_APIS),
     Release(_v("0.5.22"), _LOADS,   Methods.ALL,    Fields.BOTH,   RoomCheck.SKIPPED, _ALL,     _NOWHERE,  HEADER_APIS),
 )  # fmt: skip
-"""In order. What 0.5.22 changed in the meaning of ``dp_size`` needs no row: /server_info tells both factors."""
+"""All ranges, in order. The new meaning of ``dp_size`` in 0.5.22 needs no row: ``/server_info`` has both factors."""
 
 DISAGGREGATION: Final = next(row.since for row in TABLE if row.paths)
-"""First with the bootstrap fields on HTTP requests."""
+"""First release with the bootstrap fields on HTTP requests."""
 NEWEST: Final = TABLE[-1].since
-"""For which an engine is taken whose version is not known."""
-VLLM_RANK_HEADER: Final = Version(0, 11, 0)
-"""First vLLM that reads ``X-data-parallel-rank`` (vllm-project/vllm#24945)."""
+"""The release that an engine of unknown version is taken for."""
 
 
 def release_of(version: Version | None) -> Release:
-    """Find a release's row. A build whose version names no release is somebody's own, and rather new than old."""
+    """Return the row of a release. A version of None is a private build, which is rather new than old."""
     if version is None:
         return TABLE[-1]
     return next((row for row, after in pairwise(TABLE) if version < after.since), TABLE[-1])

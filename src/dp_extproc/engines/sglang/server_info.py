@@ -1,38 +1,38 @@
-"""Reads ``GET /server_info`` (``/get_server_info`` before 0.5.6): an engine's resolved launch arguments."""
+"""Reads ``GET /server_info`` (``/get_server_info`` before 0.5.6): the resolved launch arguments of an SGLang engine."""
 
-import re
 from typing import Any, Final
 
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from dp_extproc.engines.model import EngineFacts, Mode, PairTerms, Version
-from dp_extproc.engines.quantities import MAX_RANKS, Count, Difference, Port, Ranks, impossible
-from dp_extproc.engines.reading import read_json, wrong_shape
+from dp_extproc.engines.model import EngineFacts, Mode, PairTerms, Version, parse_version
+from dp_extproc.engines.pages import read_json, wrong_shape
+from dp_extproc.engines.quantities import MAX_RANKS, Count, Port, Ranks, SignedCount, impossible
 from dp_extproc.engines.sglang.releases import Methods, release_of
 
+FACTS_PAGE: Final = "/server_info"
+OLD_FACTS_PAGE: Final = "/get_server_info"
+"""The name of the same page before 0.5.6."""
+
 DEFAULT_BOOTSTRAP_PORT: Final = 8998
-"""SGLang's ``--disaggregation-bootstrap-port`` when it is not given."""
+"""SGLang's default of ``--disaggregation-bootstrap-port``."""
 
 FOLLOW_ROOMS: Final = "follow_bootstrap_room"
-"""The ``--load-balance-method`` that dispatches by ``bootstrap_room mod ranks``."""
+"""The ``--load-balance-method`` that picks the rank ``bootstrap_room mod ranks``."""
 
 DEFAULT_STEP_TOKENS: Final = 8192
-"""SGLang's ``--chunked-prefill-size`` on current GPUs, for a page that does not tell it."""
+"""SGLang's ``--chunked-prefill-size`` on current GPUs, for a page without it."""
 
 _LARGEST_PAGE: Final = 1 << 20
-"""Tokens of a KV cache page; the largest that SGLang chooses by itself is 128."""
+"""Bound for the tokens of a KV cache page. SGLang's own defaults end at 128."""
 _LONGEST_NAME: Final = 200
-"""Characters of what is shown of a page's texts."""
-
-_FIRST: Final = Version(0, 1, 0)
-_VERSION: Final = re.compile(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?!\d)")
+"""Bound for the characters of a text that is logged or sent to clients."""
 
 
 class _Page(Struct):
     dp_size: Ranks
     attn_dp_size: Ranks | None = None
     version: Any = None
-    """Whatever it is: of an engine that tells it in a strange way all else still counts."""
+    """Any JSON: the rest of the page counts also with a malformed version."""
     disaggregation_mode: str | None = None
     disaggregation_bootstrap_port: Port | None = None
     enable_dp_attention: bool | None = None
@@ -41,8 +41,8 @@ class _Page(Struct):
     load_balance_method: str | None = None
     served_model_name: str | None = None
     model_path: str | None = None
-    chunked_prefill_size: Difference | None = None
-    """-1 says that prompts are not cut."""
+    chunked_prefill_size: SignedCount | None = None
+    """-1 if prompts are not split."""
     max_prefill_tokens: Count | None = None
     disable_radix_cache: bool | None = None
     page_size: Any = None
@@ -60,13 +60,13 @@ def read_server_info(page: bytes) -> EngineFacts:
     """Read the body of ``GET /server_info``.
 
     Raises:
-        ReaderError: Whatever else the bytes are.
+        ReaderError: The bytes are anything else.
     """
-    info = read_json(page, _Page, "/server_info")
-    # From 0.5.22 on ``--dp-size 4 --enable-dp-attention`` is told as dp_size 1 and attn_dp_size 4 (parallel_hook.py).
+    info = read_json(page, _Page, FACTS_PAGE)
+    # From 0.5.22 on ``--dp-size 4 --enable-dp-attention`` reads as dp_size 1 and attn_dp_size 4 (parallel_hook.py).
     ranks = info.dp_size * (info.attn_dp_size or 1)
     if ranks > MAX_RANKS:
-        raise impossible(ranks, "/server_info", "its number of DP ranks")
+        raise impossible(ranks, FACTS_PAGE, "its number of DP ranks")
     version = parse_version(info.version)
     mode = _mode(_present_role(info))
     return EngineFacts(
@@ -87,28 +87,16 @@ def read_server_info(page: bytes) -> EngineFacts:
     )
 
 
-def parse_version(text: object) -> Version | None:
-    """Read ``0.5.10.post1``, ``0.5.23rc1``, ``0.5.11.dev3+g0123abc`` as their release; None if it is none.
-
-    A build from source that knows of no tag calls itself ``0.0.0.dev0`` (``sglang/version.py``) or, by setuptools-scm,
-    ``0.0.0.dev1+g0123abc`` or ``0.1.dev1+g0123abc``. That names no release: there is none below 0.1.
-    """
-    match = _VERSION.match(text.strip()) if isinstance(text, str) else None
-    if match is None or (version := Version(int(match[1]), int(match[2]), int(match[3]))) < _FIRST:
-        return None
-    return version
-
-
 def follows_rooms(version: Version | None, mode: Mode, method: str | None) -> bool:
-    """Tell whether a server dispatches by ``bootstrap_room mod ranks`` (``managers/data_parallel_controller.py``).
+    """Return whether an engine picks the rank ``bootstrap_room mod ranks`` (``managers/data_parallel_controller.py``).
 
     Args:
-        version: None is taken for the newest.
-        mode: Aggregated servers do so only when they are told to.
-        method: ``load_balance_method``; None or ``auto`` is what the version makes of it.
+        version: None stands for the newest release.
+        mode: Without disaggregation only the method counts.
+        method: ``load_balance_method``; None or ``auto`` is the default of the release.
     """
     methods = release_of(version).methods
-    if methods is Methods.NOBODY:
+    if methods is Methods.NONE:
         return mode is not Mode.UNIFIED
     if methods is Methods.DECODE and mode is Mode.PREFILL:
         return True
@@ -118,20 +106,20 @@ def follows_rooms(version: Version | None, mode: Mode, method: str | None) -> bo
 
 
 def _step_tokens(info: _Page) -> int:
-    """Give the prompt tokens per rank and step. With DP attention the page has them divided by the ranks already."""
+    """Return the prompt tokens per rank and step. With DP attention the page has them divided by the ranks already."""
     if info.chunked_prefill_size is not None and info.chunked_prefill_size > 0:
         return info.chunked_prefill_size
-    return max(1, info.max_prefill_tokens or DEFAULT_STEP_TOKENS)  # without chunks a step takes whole prompts
+    return max(1, info.max_prefill_tokens or DEFAULT_STEP_TOKENS)  # without chunks a step has whole prompts
 
 
 def _terms(info: _Page) -> PairTerms:
-    """Read what a pair has to agree on. What is not as SGLang tells it is not known: the page serves without it."""
+    """Read the settings on which a pair has to agree. A malformed one is left out, and the rest of the page counts."""
     size = info.page_size
-    # A decode server with HiSparse hands over pages of another size than it tells.
-    knows_size = type(size) is int and 1 <= size <= _LARGEST_PAGE and not info.enable_hisparse
+    # With HiSparse a decode engine uses pages of another size than it reports.
+    is_usable = type(size) is int and 1 <= size <= _LARGEST_PAGE and not info.enable_hisparse
     path, name = _name(info.model_path), _name(info.served_model_name)
     return PairTerms(
-        page_size=size if knows_size else None,
+        page_size=size if is_usable else None,
         kv_cache_dtype=_name(info.kv_cache_dtype),
         transfer_backend=_name(info.disaggregation_transfer_backend),
         model_path=path,
@@ -140,12 +128,12 @@ def _terms(info: _Page) -> PairTerms:
 
 
 def _name(value: Any) -> str | None:
-    """Take a name that can be shown on one line of a log and in an error."""
+    """Accept a name that fits on one line of a log and of an error."""
     return value if isinstance(value, str) and 0 < len(value) <= _LONGEST_NAME and value.isprintable() else None
 
 
 def _present_role(info: _Page) -> str | None:
-    """Give the role; with ``--enable-pd-role-switch`` the launch arguments tell only the first one."""
+    """Return the present role. With ``--enable-pd-role-switch`` the launch arguments have only the first one."""
     if info.enable_pd_role_switch and isinstance(info.internal_states, Raw):
         states = read_json(bytes(info.internal_states), list[_State], "/server_info internal_states")
         if states and states[0].disaggregation_mode is not None:

@@ -1,1 +1,1 @@
-"""vLLM."""
+"""vLLM engines: the adapter and the readers of pages."""

@@ -1,8 +1,8 @@
-"""Reads what vLLM tells of itself: ``/version``, ``/v1/models`` and ``/metrics``.
+"""Reads the pages of vLLM: ``/version``, ``/v1/models`` and ``/metrics``.
 
-vLLM has no page of its launch arguments. Each DP rank of a server is an engine with series of its own, told apart by
-the label ``engine``. With ``--data-parallel-hybrid-lb`` these are numbers of the whole deployment, while requests name
-a rank among those of the server (``v1/engine/input_processor.py``); so ranks are counted in the order of the labels.
+vLLM has no page of its launch arguments. Each of its DP ranks has series of its own, with the label ``engine``. With
+``--data-parallel-hybrid-lb`` the label counts the ranks of all nodes, while requests name a rank of their node
+(``v1/engine/input_processor.py``). So ranks are counted here in the order of the labels.
 """
 
 import re
@@ -13,21 +13,19 @@ from typing import Final
 from msgspec import Struct
 from prometheus_client.samples import Sample
 
-from dp_extproc.engines.model import EngineFacts, Kind, LoadPage, Mode, RankSample
-from dp_extproc.engines.pages import PAGE, needed_lines, parse_samples, rank_of
+from dp_extproc.engines.model import EngineFacts, Kind, LoadPage, Mode, RankSample, parse_version
+from dp_extproc.engines.pages import METRICS_PAGE, needed_lines, parse_samples, rank_of, read_json, wrong_shape
 from dp_extproc.engines.quantities import MAX_RANKS, count, impossible, share
-from dp_extproc.engines.reading import read_json, wrong_shape
-from dp_extproc.engines.sglang.server_info import parse_version
 
 _RUNNING: Final = "num_requests_running"
 _WAITING: Final = "num_requests_waiting"
 _USAGE: Final = ("kv_cache_usage_perc", "gpu_cache_usage_perc")
-"""The share of KV blocks in use, 0 to 1; the second name is the older one."""
+"""Names of the share of KV blocks in use, from 0 to 1; the second name is the older one."""
 _CACHE: Final = "cache_config_info"
 _PROMPT_TOKENS: Final = "prompt_tokens_total"
 
 _DIGITS: Final = re.compile(r"[0-9]{1,2000}")
-"""Python reads 4300 at most, and a line has no more than 2048 bytes."""
+"""Digits of a number, within the 4300 that Python converts; a line has no more than 2048 bytes."""
 
 _NEEDED: Final = re.compile(
     rb"^vllm[:_](?:%b)[{ \t][^\n]*"
@@ -52,7 +50,7 @@ def read_version(page: bytes) -> str:
     """Read the body of ``GET /version``.
 
     Raises:
-        ReaderError: Whatever else the bytes are.
+        ReaderError: The bytes are anything else.
     """
     return read_json(page, _Version, "/version", of="vLLM").version
 
@@ -61,18 +59,18 @@ def read_models(page: bytes) -> str | None:
     """Read the name of the first model, the base one, from the body of ``GET /v1/models``.
 
     Raises:
-        ReaderError: Whatever else the bytes are.
+        ReaderError: The bytes are anything else.
     """
     models = read_json(page, _Models, "/v1/models", of="vLLM").data
     return models[0].id if models else None
 
 
 def facts_of(version: str, model: str | None, metrics: bytes) -> EngineFacts:
-    """Put together what a server is.
+    """Put together the facts of an engine.
 
     Args:
         version: As on ``/version``.
-        model: What it serves.
+        model: The model that it serves.
         metrics: The body of ``GET /metrics``.
 
     Raises:
@@ -82,7 +80,7 @@ def facts_of(version: str, model: str | None, metrics: bytes) -> EngineFacts:
     caches = [sample for sample in samples if _name(sample) == _CACHE]
     ranks = len({rank_of(sample, "engine") for sample in samples})
     if not 1 <= ranks <= MAX_RANKS:
-        raise impossible(ranks, PAGE, "its number of DP ranks")
+        raise impossible(ranks, METRICS_PAGE, "its number of DP ranks")
     return EngineFacts(
         version=parse_version(version),
         dp_ranks=ranks,
@@ -102,7 +100,7 @@ def read_vllm_metrics(page: bytes) -> LoadPage:
     """Read the body of ``GET /metrics``.
 
     Raises:
-        ReaderError: Whatever else the bytes are.
+        ReaderError: The bytes are anything else.
     """
     gauges: dict[int, dict[str, float]] = defaultdict(dict)
     capacities: dict[int, int] = {}
@@ -113,15 +111,15 @@ def read_vllm_metrics(page: bytes) -> LoadPage:
             if (capacity := _capacity(sample.labels)) is not None:
                 capacities[engine] = capacity
         elif name == _PROMPT_TOKENS:
-            prompt_tokens.append(count(sample.value, PAGE, name))
+            prompt_tokens.append(count(sample.value, METRICS_PAGE, name))
         else:
-            value = (share if name in _USAGE else count)(sample.value, PAGE, name)
+            value = (share if name in _USAGE else count)(sample.value, METRICS_PAGE, name)
             gauges[engine][name] = max(value, gauges[engine].get(name, 0.0))
     return LoadPage(
         ranks=tuple(
             _rank_sample(rank, gauges[engine], capacities.get(engine)) for rank, engine in enumerate(sorted(gauges))
         ),
-        prompt_tokens=count(sum(prompt_tokens), PAGE, _PROMPT_TOKENS) if prompt_tokens else None,
+        prompt_tokens=count(sum(prompt_tokens), METRICS_PAGE, _PROMPT_TOKENS) if prompt_tokens else None,
     )
 
 
@@ -148,10 +146,10 @@ def _rank_sample(rank: int, gauges: Mapping[str, float], capacity: int | None) -
 
 
 def _capacity(labels: Mapping[str, str]) -> int | None:
-    """Give the KV tokens of a rank. Newer releases tell them; before, blocks times their size."""
+    """Return the KV tokens of a rank. Older releases report only blocks and their size."""
     tokens, blocks, size = (labels.get(name, "") for name in ("kv_cache_size_tokens", "num_gpu_blocks", "block_size"))
     if _DIGITS.fullmatch(tokens):
-        return count(int(tokens), PAGE, "kv_cache_size_tokens")
+        return count(int(tokens), METRICS_PAGE, "kv_cache_size_tokens")
     if _DIGITS.fullmatch(blocks) and _DIGITS.fullmatch(size):
-        return count(int(blocks) * int(size), PAGE, "num_gpu_blocks times block_size")
+        return count(int(blocks) * int(size), METRICS_PAGE, "num_gpu_blocks times block_size")
     return None

@@ -1,1 +1,1 @@
-"""Where the endpoints come from."""
+"""Discovery of the endpoints of the fleet."""

@@ -1,4 +1,4 @@
-"""The endpoints of a configuration. Pure."""
+"""Lists the endpoints of a configuration. Pure."""
 
 from dp_extproc.config.envoy import BodyMode
 from dp_extproc.config.pools import RoutingFields

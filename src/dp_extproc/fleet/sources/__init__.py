@@ -1,1 +1,1 @@
-"""How an endpoint is read."""
+"""Sources of engine events: how an endpoint is read."""

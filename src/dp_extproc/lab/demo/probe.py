@@ -8,7 +8,7 @@ from typing import Final
 
 import httpx
 
-from dp_extproc.engines.sglang.loads_page import read_loads
+from dp_extproc.engines.sglang.load_pages import read_loads
 
 _INTERVAL: Final = 0.1
 _SAMPLE_SECONDS: Final = 2.0
