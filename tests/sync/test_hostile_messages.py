@@ -56,7 +56,7 @@ class Receiver:
 
     def __init__(self) -> None:
         self.fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
-        open_peer = self.fleet.dispatcher.ledger.open_peer
+        open_peer = self.fleet.dispatcher.tracker.open_peer
         self.replica = Replica(Outbox("own"), self, open_peer, clock=self.fleet.clock, peer_timeout=3.0)
         self.telemetry = Telemetry(self.fleet.load, self.fleet.clock)
         self.telemetry.add(SyncMetrics(self.replica.status))

@@ -39,9 +39,9 @@ class Service:
             rng=Random(1),  # the same for all: nothing but what they know keeps them apart
             draw_token=make_tokens(),
             clock=self.fleet.clock,
-            observer=self.outbox,
+            listener=self.outbox,
         )
-        self.peers = Peers(self.dispatcher.ledger.open_peer, 3.0)
+        self.peers = Peers(self.dispatcher.tracker.open_peer, 3.0)
         self._prompts = count()
 
     def place(self, body: bytes | None = None) -> tuple[InFlight, int, int]:

@@ -23,6 +23,8 @@ from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix
 from dp_extproc.request.path import Api
 from dp_extproc.request.prompt import Prompt
+from dp_extproc.scheduling.filters import EndpointFilter
+from dp_extproc.scheduling.pairing import Pairing
 from dp_extproc.scheduling.picker import Picker
 
 _POOL = "*"
@@ -207,6 +209,7 @@ class _Replica:
         for role, endpoints in self.endpoints.items():
             for endpoint in endpoints:
                 self.fleet.discovered(endpoint, endpoint.url, _facts(role, fleet), 0.0)
+        self._filters = EndpointFilter(self.fleet)
         self._picker = Picker(policy, signal, self.fleet.prefixes[_POOL], rng)
         self._tracker = InFlightTracker(self.fleet)
         self._rng = rng
@@ -216,12 +219,13 @@ class _Replica:
 
     def place(self, number: int, text_bytes: int, prefix: Prefix, now: float) -> tuple[Placement, PlacementRecord]:
         tokens = self.fleet.ratios[_POOL].estimate(Prompt(text_bytes, 0, None))
-        request_cost = RequestCost(tokens, prefix=prefix, text_bytes=text_bytes)
-        prefills = self.fleet.capable(_POOL, Role.PREFILL, Api.CHAT, now)
-        decodes = self.fleet.capable(_POOL, Role.DECODE, Api.CHAT, now)
-        pair = self._picker.pair(prefills, decodes, request_cost, now)
-        self.attempts[number] = self._tracker.open(pair.prefill, pair.decode, request_cost, now)
-        prefill, decode = pair.prefill, pair.decode
+        cost = RequestCost(tokens, prefix=prefix, text_bytes=text_bytes)
+        prefills = self._filters.capable(_POOL, Role.PREFILL, Api.CHAT, now)
+        decodes = self._filters.capable(_POOL, Role.DECODE, Api.CHAT, now)
+        targets = self._picker.pick(Pairing(prefills, decodes), cost, now)
+        prefill, decode = targets.prefill, targets.decode
+        assert prefill is not None  # noqa: S101 - the pool is disaggregated
+        self.attempts[number] = self._tracker.open(prefill, decode, cost, now)
         decode_engine = self._index[decode.endpoint.url]
         placement = Placement(
             self._index[prefill.endpoint.url],
@@ -231,7 +235,7 @@ class _Replica:
         )
         record = PlacementRecord(
             _POOL,
-            request_cost,
+            cost,
             decode.endpoint.url,
             decode.rank,
             prefill.endpoint.url,
