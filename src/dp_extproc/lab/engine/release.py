@@ -57,7 +57,7 @@ class Release:
 
     def takes_data_parallel_rank(self, path: str) -> bool:
         """Whether bodies of *path* have ``data_parallel_rank``; from 0.5.10 on a deprecated alias."""
-        if path == "/generate":  # the alias was lost in 0.5.15 and came back with 0.5.18
+        if path == "/generate":  # the alias was lost in 0.5.15 and was restored in 0.5.18
             return self.since("0.4.7") and not (self.since("0.5.15") and not self.since("0.5.18"))
         if path == "/v1/messages":
             return False

@@ -75,11 +75,11 @@ class Simulation:
         self._first: dict[int, float] = {}
         self._outcomes: list[Outcome] = []
         self._direct: set[int] = set()
-        leaving = Random(f"aborts {seed}")
+        chance = Random(f"aborts {seed}")
         self._patience = {
-            number: leaving.expovariate(1 / around.patience)
+            number: chance.expovariate(1 / around.patience)
             for number in range(len(trace))
-            if leaving.random() < around.aborts
+            if chance.random() < around.aborts
         }
         """Seconds until a client leaves, by its request."""
         self._left: set[int] = set()
