@@ -14,7 +14,7 @@ CORE = [
     *("attempt", "sync"),
     *(f"extproc/{name}.py" for name in ("exchange", "supervision", "retries")),
     *("lab/workload", "lab/engine/scheduler", "lab/engine/text.py"),
-    *(f"lab/simulate/{name}.py" for name in ("fleet", "servers", "simulation", "routers", "settings", "outcome")),
+    *(f"lab/simulate/{name}.py" for name in ("fleet", "engines", "simulation", "routers", "settings", "outcome")),
     *(f"lab/demo/{name}.py" for name in ("jobs", "estimate")),
 ]
 ADAPTERS_WITHIN = ["sync/transport"]
