@@ -28,12 +28,7 @@ PRODUCT = "src/dp_extproc/"
 NOT_YET: tuple[str, ...] = (
     "src/dp_extproc/attempt/",
     "src/dp_extproc/extproc/",
-    "src/dp_extproc/lab/",
-    "src/dp_extproc/request/",
     "src/dp_extproc/response/",
-    "src/dp_extproc/runtime/",
-    "src/dp_extproc/scheduling/",
-    "src/dp_extproc/sync/",
     "CHANGELOG.md",
     "docs/development.md",
 )
@@ -93,6 +88,13 @@ ALLOWED_PHRASES = (
     # a phrase with a replaced word, where it may stand (a prefix of the path), why
     (r"server process(?:es)?", "", "the definition of an engine"),
     (r"(?:gRPC|HTTP|ext_proc|empty|Redis|Valkey|DNS|bootstrap|admin|uvicorn) servers?", "", "not an engine"),
+    (r"servers?", f"{PRODUCT}sync/transport/redis_bus.py", "of Redis"),
+    (r"servers?", f"{PRODUCT}lab/testbed/loopback.py", "any HTTP server of a test"),
+    (r"servers?", f"{PRODUCT}lab/engine/listener.py", "of uvicorn"),
+    (r"server-sent events?|a server that speaks TLS", f"{PRODUCT}lab/engine/", "words of HTTP and TLS"),
+    (r"worker threads?", f"{PRODUCT}lab/testbed/envoy.py", "Envoy's word"),
+    (r"host", f"{PRODUCT}lab/testbed/", "a parameter that is an address to listen on"),
+    (r"host", f"{PRODUCT}runtime/sockets.py", "the name of this machine"),
     (r"(?:host|bootstrap host) (?:names?|and port|or port|header)|bootstrap host", "", "a part of an address"),
     (r"host polic(?:y|ies)", "", "the key policy.host"),
     (r"virtual hosts?", "", "Envoy's word"),
@@ -152,6 +154,13 @@ ALLOWED_IN_NAMES = (
         "values of the headers x-dp-decode-host and x-dp-prefill-host; Envoy's words",
     ),
     (r"hosts?", f"{PRODUCT}config/", "a part of an address; the key policy.host"),
+    (r"host", f"{PRODUCT}lab/engine/", "an address to listen on; SGLang's bootstrap_host"),
+    (r"host", f"{PRODUCT}runtime/container_health.py", "a part of an address"),
+    (r"host", f"{PRODUCT}scheduling/policies.py", "the key policy.host"),
+    (r"host", f"{PRODUCT}lab/simulate/command.py", "the key policy.host"),
+    (r"servers?", f"{PRODUCT}lab/engine/listener.py", "of uvicorn"),
+    (r"servers?", f"{PRODUCT}lab/engine/bootstrap_server.py", "SGLang's word"),
+    (r"server times", f"{PRODUCT}lab/engine/", "times that SGLang calls so"),
     (r"dispatch(?:er|ed)?", f"{PRODUCT}lab/engine/", "SGLang's word for the choice of a rank"),
 )
 

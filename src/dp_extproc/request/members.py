@@ -112,5 +112,5 @@ class JsonObject:
         return pieces
 
     def is_empty_without(self, unwanted: Collection[str]) -> bool:
-        """Tell whether no member is left after :meth:`without`."""
+        """Return whether no member is left after :meth:`without`."""
         return self.values.keys() <= set(unwanted)

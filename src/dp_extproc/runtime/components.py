@@ -75,7 +75,7 @@ class Components:
         self.telemetry = Telemetry(self._fleet, clock)
         self.telemetry.add(guard)
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
-        self._dispatcher = Scheduler(
+        self._scheduler = Scheduler(
             config.pools,
             self._fleet,
             owner=owner,
@@ -91,11 +91,11 @@ class Components:
         )
         self._replica: Replica | None = None
         if config.sync is not None:
-            self._replica = join(config.sync, outbox, self._dispatcher.tracker.open_peer, clock=clock)
+            self._replica = join(config.sync, outbox, self._scheduler.tracker.open_peer, clock=clock)
             self.telemetry.add(SyncMetrics(self._replica.status))
         picks = config.protocol is Protocol.ENDPOINT_PICKER
         self.service = ExtProcService(
-            self._dispatcher,
+            self._scheduler,
             self.telemetry,
             supervision=config.supervision,
             budget=RetryBudget(RetrySettings(attempts=1) if picks else config.retry),
@@ -136,7 +136,7 @@ class Components:
         self.config = config
         self._renew_keys()
         self._fleet.update(endpoints, config.load.stale_after)
-        self._dispatcher.configure(config.pools, config.load.signal, config.admission)
+        self._scheduler.configure(config.pools, config.load.signal, config.admission)
         self._monitor.update(endpoints, config.load)
         self._engine_log.forget_all_but(endpoints)
         self.readiness.review()

@@ -30,17 +30,17 @@ class Admission:
         self._is_off = all(limit is None for limit in limits)
 
     def takes(self, target: Target, cost: RequestCost) -> bool:
-        """Tell whether a target has room for a request; if its engine picks the rank, whether any rank has."""
+        """Return whether a target has room for a request; if its engine picks the rank, whether any rank has."""
         if target.rank is None:
             return self.has_room(target.endpoint, cost)
         return self._is_off or self.fits(target.endpoint.ranks[target.rank], cost)
 
     def has_room(self, endpoint: EndpointLoad, cost: RequestCost) -> bool:
-        """Tell whether any rank of an endpoint has room for a request."""
+        """Return whether any rank of an endpoint has room for a request."""
         return self._is_off or any(self.fits(rank, cost) for rank in endpoint.candidate.ranks)
 
     def fits(self, rank: RankLoad, cost: RequestCost) -> bool:
-        """Tell whether a rank has room for a request. An idle one has, as a limit below it would refuse it for ever."""
+        """Return whether a rank has room for a request. An idle one has: a low limit must not refuse it for ever."""
         if not rank.open and not rank.external_requests:
             return True
         settings, sample = self._settings, rank.sample
@@ -59,7 +59,7 @@ class Admission:
 
 
 def may_ever_hold(target: Target, cost: RequestCost) -> bool:
-    """Tell whether the KV cache of a picked rank is large enough for a prompt; one of unknown size may be."""
+    """Return whether the KV cache of a picked rank is large enough for a prompt; one of unknown size may be."""
     sample = target.endpoint.ranks[target.rank or 0].sample
     return sample is None or not sample.capacity_tokens or cost.tokens <= sample.capacity_tokens
 
@@ -76,7 +76,7 @@ def largest_capacity(endpoints: Sequence[EndpointLoad]) -> int | None:
 
 
 def may_hold(endpoints: Iterable[EndpointLoad], tokens: float) -> bool:
-    """Tell whether the KV cache of some rank can hold so many tokens; one of unknown size may."""
+    """Return whether the KV cache of some rank can hold so many tokens; one of unknown size may."""
     return any(
         rank.sample is None or not rank.sample.capacity_tokens or tokens <= rank.sample.capacity_tokens
         for endpoint in endpoints
@@ -85,7 +85,7 @@ def may_hold(endpoints: Iterable[EndpointLoad], tokens: float) -> bool:
 
 
 def is_too_long(prompt: Prompt, estimate: float, capacity: int) -> bool:
-    """Tell whether a prompt certainly fits on no rank. A batch may fit, as its prompts can run one after the other."""
+    """Return whether a prompt certainly fits on no rank. A batch may fit: its prompts can run one by one."""
     return least_tokens(prompt, estimate) > capacity
 
 
@@ -149,7 +149,7 @@ class AdmissionQueue:
             tickets[0].wake()
 
     def must_wait(self, pool: str, priority: int, ticket: Ticket | None) -> bool:
-        """Tell whether a request has to wait because others were there before.
+        """Return whether a request has to wait because others were there before.
 
         Args:
             pool: The pool that serves the request.

@@ -39,7 +39,7 @@ def draw_room(rng: Random, prefill: tuple[int, int] | None, decode: tuple[int, i
 
 
 def agree(prefill: tuple[int, int], decode: tuple[int, int]) -> bool:
-    """Tell whether some bootstrap room leads to both ``(rank, ranks)``."""
+    """Return whether some bootstrap room leads to both ``(rank, ranks)``."""
     return (prefill[0] - decode[0]) % math.gcd(prefill[1], decode[1]) == 0
 
 

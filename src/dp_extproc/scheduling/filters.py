@@ -101,7 +101,7 @@ def read_subset(values: Iterable[str]) -> Subset:
 
 
 def allows(subset: Subset, address: str) -> bool:
-    """Tell whether ``IP:port`` (IPv6 in brackets) is one of a subset."""
+    """Return whether ``IP:port`` (IPv6 in brackets) is one of a subset."""
     ip = address.rpartition(":")[0]
     return address in subset or ip in subset or ip.strip("[]") in subset
 
@@ -116,7 +116,7 @@ def freshest(
 
 
 def serves(endpoint: EndpointLoad, api: Api, *, is_read: bool) -> bool:
-    """Tell whether an endpoint reads the routing fields of a request: from its body, or from headers if it has to."""
+    """Return whether an endpoint reads the routing fields of a request: from its body, or from headers if it has to."""
     takes = endpoint.capabilities
     return takes.serves(api) and (is_read or api in takes.overrides_on)
 

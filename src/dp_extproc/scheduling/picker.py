@@ -42,7 +42,7 @@ class Pins(Struct, frozen=True):
 NO_PINS: Final = Pins()
 
 Wanted = Callable[[RankLoad], bool]
-"""Tells whether a rank may be picked."""
+"""Whether a rank may be picked."""
 
 
 class Picker:
@@ -79,7 +79,7 @@ class Picker:
             cost: The work that the request is.
             now: The current time, as estimates change with it.
             pins: Ranks that the client asked for; ignored if no endpoint has them.
-            wanted: Tells whether a rank may be picked; ignored for a role if none may. None allows every rank.
+            wanted: Whether a rank may be picked; ignored for a role if none may. None allows every rank.
         """
         if not pairing.prefills:
             return Targets(None, self._aggregated(pairing.decodes, cost, now, pins.decode, wanted))

@@ -74,7 +74,7 @@ def encode_legs(
 
 
 def _fits_headers(request: InferenceRequest, prefill: Target, decode: Target) -> bool:
-    """Tell whether headers can hold all routing fields of a request.
+    """Return whether headers can hold all routing fields of a request.
 
     Headers hold no lists, and cannot keep the prefill leg from streaming. Where they have no value for a routing field,
     they cannot replace the one of the client's body.
@@ -91,7 +91,7 @@ def _fits_headers(request: InferenceRequest, prefill: Target, decode: Target) ->
 def _bootstrap(prefill: EndpointLoad, rooms: int | Sequence[int]) -> Bootstrap:
     endpoint = prefill.configured
     port = endpoint.bootstrap_port or prefill.facts.bootstrap_port or DEFAULT_BOOTSTRAP_PORT
-    # Up to 0.5.9 decode makes a URL of the host as it is, so IPv6 has to come in brackets; later releases take both.
+    # Up to 0.5.9 decode makes a URL of the value as it is, so IPv6 has to come in brackets; later releases take both.
     return Bootstrap(in_url(endpoint.bootstrap_host or endpoint.host), port, rooms)
 
 

@@ -24,7 +24,7 @@ async def send(
     """
     queue = iter(jobs)
     outcomes: list[Outcome] = []
-    # Routers and engines are near: a proxy of the environment is for other servers.
+    # Routers and engines are near: a proxy of the environment is for other destinations.
     http = DefaultAsyncHttpxClient(trust_env=False)
     client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120, http_client=http)
     async with client:

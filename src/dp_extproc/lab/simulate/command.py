@@ -108,8 +108,8 @@ def _contender(text: str) -> Contender:
             affinity=AffinitySettings(prefixes="blind" not in options),
         )
     except ValueError:
-        hosts, ranks = ", ".join(HostPolicy), ", ".join(RankPolicy)
-        raise argparse.ArgumentTypeError(f"{text!r}: write HOST/RANK, of {hosts} and {ranks}") from None
+        host_policies, rank_policies = ", ".join(HostPolicy), ", ".join(RankPolicy)
+        raise argparse.ArgumentTypeError(f"{text!r}: write HOST/RANK, of {host_policies} and {rank_policies}") from None
     if unknown := set(options) - {"scraped", "blind"}:
         raise argparse.ArgumentTypeError(f"{text!r}: {', '.join(unknown)} is not known; scraped and blind are")
     signal = LoadSignal.SCRAPED if "scraped" in options else LoadSignal.ESTIMATE

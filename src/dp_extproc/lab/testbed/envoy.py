@@ -156,7 +156,7 @@ class EnvoyProcess:
         return self._read("stderr")
 
     def healthy(self, cluster: str) -> int:
-        """Count the hosts of a cluster that are healthy for Envoy."""
+        """Count the endpoints of a cluster that are healthy for Envoy."""
         page = loopback.CLIENT.get(f"{self.admin_url}/clusters").raise_for_status().text
         flags = [line.rpartition("::")[2] for line in page.splitlines() if line.startswith(f"{cluster}::")]
         return flags.count("healthy")

@@ -7,7 +7,7 @@ from typing import Final
 import httpx
 
 _TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-"""Never used. Loading the certificates that verify servers costs 50 ms of a processor for each client."""
+"""Never used. Loading the certificates that verify peers costs 50 ms of a processor for each client."""
 
 
 class _ConnectionsPerThread(httpx.BaseTransport):
