@@ -1,4 +1,4 @@
-# Everything but compose-test needs only Python >= 3.11 and make; the rest is installed into .venv on first use.
+# All targets except compose-test need only Python >= 3.11 and make; the first use installs the rest into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -27,12 +27,12 @@ setup: .venv/ready
 test: check
 	$(BIN)/pytest --numprocesses $(TESTS_AT_A_TIME) --dist loadfile
 
-# The first steps of the README, as they stand there, in a new environment; left out where pip reaches no package index.
+# The quick start of the README, word for word, in a new environment; skipped if pip reaches no package index.
 quickstart-test: setup
 	$(BIN)/pytest tests/quickstart.py
 
-# docker compose up, its profiles, failures and its end, in real containers. Wants Docker, or root and Debian's docker.io
-# and mmdebstrap: where an image cannot be pulled, a stand-in is made of Debian's packages.
+# docker compose up, its profiles, failures and its end, in real containers. Needs Docker, or root and Debian's docker.io
+# and mmdebstrap. If an image cannot be pulled, a stand-in is built from Debian's packages.
 compose-test: setup
 	$(BIN)/pytest --durations 8 tests/compose/first_contact.py
 
@@ -49,15 +49,15 @@ format: setup
 demo: setup
 	$(BIN)/dp-extproc demo $(if $(KEEP),--keep) $(ARGS)
 
-# Every kind of fault on every part, and what clients get: prints the table of docs/reliability.md, and puts it there.
+# Every kind of fault on every part, and what clients get: prints the table of docs/reliability.md, and updates the page.
 faults: setup
 	PYTHONPATH=tests $(BIN)/python -m faults.table docs/reliability.md
 
-# Hours under load while engines and workers are killed: make soak ARGS="--seconds 3600"
+# Hours under load while engines and worker processes are killed: make soak ARGS="--seconds 3600"
 soak: .venv/bench-ready
 	$(BIN)/python -m bench.soak $(ARGS)
 
-# Our Envoy and service in front of real SGLang servers, which it installs first: 4 minutes, and then about 10.
+# Envoy and the service in front of real SGLang engines, which it installs first: 4 minutes, and then about 10.
 interop: setup
 	SGLVENV=$(SGLVENV) SGLRUN=$(SGLRUN) interop/setup.sh
 	$(BIN)/python -m interop --venv $(SGLVENV) --run $(SGLRUN) $(ARGS)
@@ -66,7 +66,7 @@ interop: setup
 bench: setup
 	$(BIN)/python bench/ext_proc_cost.py
 
-# Placement end to end, against the engines' own and against smg: make balance ARGS="--topology 2p2d4 --trace agent"
+# Scheduling end to end, against the engines' own placement and against smg: make balance ARGS="--topology 2p2d4 --trace agent"
 balance: .venv/bench-ready
 	$(BIN)/python -m bench.balance $(ARGS)
 
@@ -74,7 +74,7 @@ balance: .venv/bench-ready
 simulated: .venv/bench-ready
 	bench/simulated.sh
 
-# The filter that ends cut streams; only for those who change it. Wants clang with lld (Debian: clang, lld).
+# The filter that ends truncated streams, after a change of it. Needs clang with lld (Debian: clang, lld).
 stream-end: src/dp_extproc/envoy_config/stream_end.wasm
 
 src/dp_extproc/envoy_config/stream_end.wasm: src/dp_extproc/envoy_config/stream_end.c

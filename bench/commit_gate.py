@@ -1,8 +1,8 @@
-"""What holding answers back costs a client: time to first token with supervision, against without.
+"""Measure what the commit gate costs a client: time to first token with supervision and without.
 
-The same strict engines (one prefill, one decode server) behind two services with an Envoy each, asked in turn. The
-engines' own times go into both, so the difference is what supervision adds: its messages, and the gap for which an
-answer is held until prefill has answered.
+The same strict engines (one prefill, one decode engine) run behind two services with an Envoy each, which get requests
+in turn. The engines' own times are in both results. So the difference is the cost of supervision: its messages, and the
+gap for which a response is held until prefill has answered.
 
     python bench/commit_gate.py [--requests 200] [--rounds 5]
 """
@@ -33,7 +33,7 @@ BODIES: Final = {
 
 
 def _first_token(client: httpx.Client, path: str) -> float:
-    """Give the seconds until the first event that is more than a head."""
+    """Return the seconds until the first event that is more than a head."""
     began = time.perf_counter()
     with client.stream("POST", path, json=BODIES[path]) as response:
         response.raise_for_status()
@@ -44,7 +44,7 @@ def _first_token(client: httpx.Client, path: str) -> float:
 
 
 def main() -> None:
-    """Run the comparison and print it."""
+    """Run the comparison, and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=40, help="per round, path and mode")
     parser.add_argument("--rounds", type=int, default=5)
@@ -63,7 +63,7 @@ def main() -> None:
             service.wait_until_fresh()
             envoy = running.enter_context(EnvoyProcess(service.config))
             clients[mode] = running.enter_context(loopback.client(envoy.url, timeout=60))
-        print(f"{'path':>22}  {'':>8}  {'TTFT':>9}  more than off, ms (median of rounds; least to most)")
+        print(f"{'path':>22}  {'':>11}  {'TTFT':>9}  more than off, ms (median of rounds; least to most)")
         for path in BODIES:
             medians: dict[str, list[float]] = {mode: [] for mode in MODES}
             for index in range(args.rounds + 1):
@@ -77,7 +77,7 @@ def main() -> None:
             for mode in MODES:
                 more = [mine - off for mine, off in zip(medians[mode], medians["off"], strict=True)]
                 spread = f"{statistics.median(more):+.2f}  ({min(more):+.2f} to {max(more):+.2f})"
-                print(f"{path:>22}  {mode:>8}  {statistics.median(medians[mode]):6.2f} ms  {spread}")
+                print(f"{path:>22}  {mode:>11}  {statistics.median(medians[mode]):6.2f} ms  {spread}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the hop costs that ends cut streams with an error event: processor time of Envoy for each event of a stream.
+"""Measure the hop that ends truncated streams with an error event: Envoy's CPU time for each event of a stream.
 
-The same strict engine behind two Envoys, one with ``truncated_streams: reset``, where answers come straight from the
-engine, and one with ``error_event``, asked in turn; what counts is the ratio within a round.
+The same strict engine runs behind two Envoys, which get requests in turn. With ``truncated_streams: reset`` responses
+come directly from the engine, and with ``error_event`` through the hop. Only the ratio within a round counts.
 
     python bench/cut_streams.py [--requests 20] [--rounds 7]
 """
@@ -29,20 +29,20 @@ _TICK: Final = 1 / os.sysconf("SC_CLK_TCK")
 
 
 def _stream(client: httpx.Client) -> int:
-    """Read a stream to its end, and give the number of its events."""
+    """Read a stream to its end, and count its events."""
     with client.stream("POST", "/v1/completions", json=BODY) as response:
         response.raise_for_status()
         return sum(line.startswith("data:") for line in response.iter_lines())
 
 
 def _seconds(envoy: EnvoyProcess) -> float:
-    """Give what an Envoy has used: utime and stime, fields 14 and 15 of ``proc_pid_stat(5)``."""
+    """Return the CPU time of an Envoy: utime and stime, fields 14 and 15 of ``proc_pid_stat(5)``."""
     fields = Path(f"/proc/{envoy.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) * _TICK
 
 
 def main() -> None:
-    """Run the comparison and print it."""
+    """Run the comparison, and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=20, help="per round and form")
     parser.add_argument("--rounds", type=int, default=7)

@@ -1,9 +1,11 @@
-"""What one placement decision costs in the service, from a small fleet to one of 4096 ranks.
+"""Measure one scheduling decision of the service, from a small fleet to one of 4096 ranks.
 
-A decision is everything between a request that was read and a body to be written: who can serve it, host and rank for
-both legs, and the books. Between decisions requests are answered and end, and every engine is read once a second of the
-1000 decisions that it has, so that each decision finds what has changed. Prints microseconds of the processor's time,
-the median and the 99th percentile of single decisions; a busy machine makes them longer, by its caches alone.
+A decision is everything between a parsed request and a body to be written: filters, endpoint and rank for both legs,
+and reservations. Between decisions, requests are answered and end. Every engine is read once a second, which has 1000
+decisions, so each decision finds what has changed.
+
+Prints microseconds of CPU time: the median and the 99th percentile of single decisions. A busy machine makes them
+longer, by its caches alone.
 """
 
 import argparse
@@ -19,20 +21,22 @@ from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.records import RequestCost
 from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.request.path import Api
+from dp_extproc.scheduling.filters import EndpointFilter
+from dp_extproc.scheduling.pairing import Pairing
 from dp_extproc.scheduling.picker import Picker
 
 _IN_FLIGHT = 6
-"""Requests per prefill rank on the books."""
+"""Reserved requests per prefill rank."""
 _RATE = 1000
 """Decisions per second."""
 
 
-def make_fleet(servers: int, ranks: int) -> LoadCache:
-    """Make so many servers of each role, every rank sampled."""
+def make_fleet(engines: int, ranks: int) -> LoadCache:
+    """Make so many endpoints of each role, with a sample of every rank."""
     endpoints = [
         Endpoint(f"http://10.{number >> 8}.{number & 255}.{index}:30000", "10.0.0.1", 30000, "*", role)
         for index, role in enumerate((Role.PREFILL, Role.DECODE))
-        for number in range(servers)
+        for number in range(engines)
     ]
     fleet = LoadCache(endpoints, stale_after=5.0)
     for endpoint in endpoints:
@@ -54,7 +58,7 @@ def make_fleet(servers: int, ranks: int) -> LoadCache:
 
 
 def make_page(fleet: LoadCache, endpoint: Endpoint) -> LoadPage:
-    """Tell of an engine what is on our books, and of somebody else on every fourth rank."""
+    """Make the load page of an engine with the service's own reservations, and external load on every fourth rank."""
     samples = []
     for rank in fleet.by_url[endpoint.url].ranks:
         others = rank.index % 4 == 0
@@ -74,13 +78,16 @@ def make_page(fleet: LoadCache, endpoint: Endpoint) -> LoadPage:
     return LoadPage(tuple(samples))
 
 
-def measure(servers: int, ranks: int, host: HostPolicy, decisions: int) -> list[float]:
-    """Place requests at a steady load and time each one. Returns microseconds."""
-    fleet = make_fleet(servers, ranks)
+def measure(engines: int, ranks: int, host: HostPolicy, decisions: int) -> list[float]:
+    """Schedule requests at a steady load, and time each one.
+
+    Returns microseconds.
+    """
+    fleet = make_fleet(engines, ranks)
     rng = Random(1)
     picker = Picker(PolicySettings(host=host), LoadSignal.ESTIMATE, fleet.prefixes["*"], rng)
-    tracker = InFlightTracker(fleet)
-    limit = servers * ranks * _IN_FLIGHT
+    filters, tracker = EndpointFilter(fleet), InFlightTracker(fleet)
+    limit = engines * ranks * _IN_FLIGHT
     in_flight = []
     times = []
     reading = count()
@@ -95,10 +102,10 @@ def measure(servers: int, ranks: int, host: HostPolicy, decisions: int) -> list[
             fleet.sampled(endpoint, make_page(fleet, endpoint), now, now)
         cost = RequestCost(float(rng.randint(200, 8000)))
         began = time.thread_time_ns()
-        prefills = fleet.capable("*", Role.PREFILL, Api.CHAT, now)
-        decodes = fleet.capable("*", Role.DECODE, Api.CHAT, now)
-        pair = picker.pair(prefills, decodes, cost, now)
-        attempt = tracker.open(pair.prefill, pair.decode, cost, now)
+        prefills = filters.capable("*", Role.PREFILL, Api.CHAT, now)
+        decodes = filters.capable("*", Role.DECODE, Api.CHAT, now)
+        targets = picker.pick(Pairing(prefills, decodes), cost, now)
+        attempt = tracker.open(targets.prefill, targets.decode, cost, now)
         elapsed = time.thread_time_ns() - began
         in_flight.append(attempt)
         if number >= limit:
@@ -114,13 +121,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--decisions", type=int, default=3000)
     args = parser.parse_args()
-    print(f"{'policy':16}{'servers':>16}{'ranks in all':>14}{'median us':>11}{'p99 us':>9}")
-    for servers, ranks in ((2, 4), (8, 8), (256, 8), (64, 32), (8, 256)):
+    print(f"{'policy':16}{'engines':>16}{'ranks in all':>14}{'median us':>11}{'p99 us':>9}")
+    for engines, ranks in ((2, 4), (8, 8), (256, 8), (64, 32), (8, 256)):
         for host in (HostPolicy.LOCKSTEP, HostPolicy.LEAST_TOKENS):
-            times = sorted(measure(servers, ranks, host, args.decisions))
-            shape = f"{servers}+{servers} of {ranks}"
+            times = sorted(measure(engines, ranks, host, args.decisions))
+            shape = f"{engines}+{engines} of {ranks}"
             p99 = times[int(len(times) * 0.99)]
-            print(f"{host:16}{shape:>16}{2 * servers * ranks:>14}{statistics.median(times):>11.1f}{p99:>9.1f}")
+            print(f"{host:16}{shape:>16}{2 * engines * ranks:>14}{statistics.median(times):>11.1f}{p99:>9.1f}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""What a request costs in the service, against an empty ext_proc server in the same process shape.
+"""Measure what a request costs in the service, against an empty ext_proc server with the same processes.
 
-All servers are grpc.aio on uvloop in a process of their own. The empty one answers each message with a constant.
-With ``supervision: off`` a request has one stream with request headers, buffered body and response headers, and one
-stream of the prefill leg with its response headers. What supervision adds is measured with the messages that it adds:
-``legs`` has the prefill leg's request headers besides, ``answers`` a third stream with the first piece of the answer.
-Measured is the CPU time of the server process, which hardly depends on what else the machine is doing; rounds are
-interleaved, and what counts are ratios within a round: to the empty server with the messages of ``off``, and with the
-same messages.
+All of them are grpc.aio servers on uvloop in a process of their own. The empty one answers each message with a
+constant. With ``supervision: off`` a request has one stream with request headers, buffered body and response headers,
+and one stream of the prefill leg with its response headers. The messages of supervision measure what it adds: ``legs``
+also has the prefill leg's request headers, and ``first_event`` a third stream with the first piece of the response.
+
+The benchmark measures the CPU time of the server process, which hardly depends on other load of the machine. Rounds are
+interleaved, and only ratios within a round count: to the empty server with the messages of ``off``, and with the same
+messages.
 
     python bench/ext_proc_cost.py [--requests 400] [--rounds 7] [--json FILE]
 """
@@ -56,7 +57,7 @@ OPTIONS: Final = [("grpc.max_receive_message_length", -1), ("grpc.max_send_messa
 
 
 class _EmptyServer:
-    """Answers every message with the constant that lets it through."""
+    """The ext_proc server that answers every message with a constant."""
 
     def __init__(self) -> None:
         self._answers: dict[str, bytes] = {}
@@ -70,7 +71,7 @@ class _EmptyServer:
             kind = message.WhichOneof("request")
             await context.write(self._answers[kind])
             if kind == "response_body":
-                return  # the stream that sees a first event ends with it
+                return  # the stream that carries a first event ends with it
 
     def handler(self) -> Any:
         process = grpc.stream_stream_rpc_method_handler(self.process, ProcessingRequest.FromString, None)
@@ -140,7 +141,7 @@ class Server:
     pid: int
 
     def cpu_seconds(self) -> float:
-        """CPU time of all its threads so far, in nanosecond resolution (Linux schedstat)."""
+        """Return the CPU time of all its threads so far, in nanosecond resolution (Linux schedstat)."""
         tasks = Path(f"/proc/{self.pid}/task").iterdir()
         return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
@@ -196,7 +197,7 @@ def _leg_headers() -> bytes:
 
 
 class Load:
-    """Sends requests of one size to one server, a few at a time."""
+    """A client that sends requests of one size to one server, a few at a time."""
 
     def __init__(self, size: int, concurrency: int, kind: str) -> None:
         self._kind = kind
@@ -210,7 +211,10 @@ class Load:
         self._concurrency = concurrency
 
     async def run(self, server: Server, requests: int) -> float:
-        """Send so many requests. Returns CPU seconds of the server per request."""
+        """Send so many requests.
+
+        Returns CPU seconds of the server per request.
+        """
         async with grpc.aio.insecure_channel(server.address, options=OPTIONS) as channel:
             call = channel.stream_stream(METHOD, None, None)
             await self._some(call, self._concurrency)  # connect
@@ -293,7 +297,7 @@ def _spread(ratios: list[float]) -> str:
 
 
 def main() -> None:
-    """Run the comparison and print it."""
+    """Run the comparison, and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=400, help="per half of a round; a tenth of it for 1 MB bodies")
     parser.add_argument("--rounds", type=int, default=7)
@@ -305,11 +309,11 @@ def main() -> None:
         uvloop.run(_serve(args.serve))
         return
     results = uvloop.run(_compare(args.requests, args.rounds, args.concurrency))
-    head = f"{'body':>6}  {'':>8}  {'empty':>10}  {'service':>10}  to empty with off  to empty with the same messages"
+    head = f"{'body':>6}  {'':>11}  {'empty':>10}  {'service':>10}  to empty with off  to empty with the same messages"
     print(f"{head} (median of {args.rounds}; least to most)")
     for row in results:
         print(
-            f"{row['body']:>6}  {row['supervision']:>8}  {row['empty_us']:7.0f} us  {row['service_us']:7.0f} us  "
+            f"{row['body']:>6}  {row['supervision']:>11}  {row['empty_us']:7.0f} us  {row['service_us']:7.0f} us  "
             f"{_spread(row['ratios']):>17}  {_spread(row['ratios_same_messages'])}"
         )
     if args.json:

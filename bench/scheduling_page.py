@@ -1,4 +1,4 @@
-"""Puts the numbers of docs/scheduling/*.json into the tables of docs/scheduling.md, and draws its plots."""
+"""Put the numbers of docs/scheduling/*.json into the tables of docs/scheduling.md, and draw its plots."""
 
 import json
 import re
@@ -19,7 +19,7 @@ BOUND: Final = "clairvoyant"
 OURS: Final = "dp-extproc"
 DEFAULT: Final = "lockstep/minimum_tokens"
 EVEN: Final = "least_tokens/minimum_tokens"
-"""It spreads sequences of every length alike over the decode servers."""
+"""The policy that spreads sequences of every length equally over the decode engines."""
 SCRAPED: Final = "random/minimum_tokens/scraped"
 NO_RANK: Final = "lockstep/none"
 
@@ -32,15 +32,15 @@ ROBUST: Final = {
     "underrated": "30 % of the prompts four times too short",
     "scrape-0.1s": "engines read every 100 ms",
     "scrape-10s": "every 10 s",
-    "no-scrapes": "engines never tell their load",
-    "stale": "every reading is stale before the next one",
+    "no-scrapes": "engines never report their load",
+    "stale": "every sample is stale before the next one",
     "mute": "engines cannot be read for 30 % of the time, 20 s at a time, and are stale then",
-    "lying": "engines tell nonsense",
+    "lying": "engines report nonsense",
     "no-answers": "no event but the end of a request",
-    "slow-prefill": "one prefill server at half its speed (24 requests/s)",
-    "slow-decode": "one decode server at 0.6 of its speed",
-    "direct": "30 % of the traffic passes the router by",
-    "aborts": "30 % of the clients leave when they have waited (0.5 s on average)",
+    "slow-prefill": "one prefill engine at half its speed (24 requests/s)",
+    "slow-decode": "one decode engine at 0.6 of its speed",
+    "direct": "30 % of the traffic bypasses the router",
+    "aborts": "30 % of the clients disconnect after a wait (0.5 s on average)",
 }
 
 Results = dict[str, dict[str, float]]
@@ -60,13 +60,13 @@ def only(name: str) -> Results | None:
 
 
 def gain(numbers: dict[str, float], measure: str = "ttft") -> str:
-    """Show by how much a time is below the engines' own."""
+    """Format by how much a time is below the engines' own."""
     value = numbers.get(f"{measure}_gain")
     return "" if value is None else f"{value:.1f}"
 
 
 def lower_p99(numbers: dict[str, float], own: dict[str, float]) -> str:
-    """Show by how much the slowest requests are below the engines' own."""
+    """Format by how much the slowest requests are below the engines' own."""
     return f"{100 * (1 - numbers['ttft_p99'] / own['ttft_p99']):.1f}" if numbers else ""
 
 
@@ -77,7 +77,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def policies() -> str | None:
-    """Every setting and policy: gain of mean TTFT."""
+    """Tabulate the gain of mean TTFT for every setting and policy."""
     found = read("policies")
     if found is None:
         return None
@@ -92,12 +92,12 @@ def policies() -> str | None:
 
 
 def _short(name: str) -> str:
-    """Name a placement in the head of a column: without the rank policy that nearly all have."""
+    """Name a placement in the head of a column, without the most frequent rank policy."""
     return name if "/" not in name else f"`{name.replace('/minimum_tokens', '')}`"
 
 
 def tails() -> str | None:
-    """Every setting: p99 of TTFT and mean TPOT, of the default."""
+    """Tabulate p99 TTFT and mean TPOT of the default for every setting."""
     found = read("policies")
     if found is None:
         return None
@@ -109,13 +109,13 @@ def tails() -> str | None:
         rows.append([setting, f"{own['ttft_p99']:,.0f}", *p99, *tpot, f"{own['wait']:.0%}", f"{ours['wait']:.0%}"])
     return table(
         ["setting", "p99 TTFT, ms", "default", "clairvoyant", "TPOT, ms", "default, %", "clairvoyant, %",
-         "waiting before", "with the default"],
+         "waiting, engines' own", "waiting, default"],
         rows,
     )  # fmt: skip
 
 
 def lengths() -> str | None:
-    """Every setting: by how much TPOT is below the engines' own, for short and long requests apart."""
+    """Tabulate by how much TPOT is below the engines' own for every setting, for short and long requests apart."""
     found = read("policies")
     if found is None:
         return None
@@ -144,7 +144,7 @@ def lengths() -> str | None:
 
 
 def slowest() -> str | None:
-    """Every setting and policy: p99 of TTFT, as a multiple of the default's."""
+    """Tabulate p99 TTFT as a multiple of the default's for every setting and policy."""
     found = read("policies")
     if found is None:
         return None
@@ -157,7 +157,7 @@ def slowest() -> str | None:
 
 
 def affinity() -> str | None:
-    """Sessions, with and without looking at prefixes."""
+    """Tabulate conversations, with and without prefix affinity."""
     results = only("affinity")
     if results is None:
         return None
@@ -174,7 +174,7 @@ def affinity() -> str | None:
 
 
 def replicas() -> str | None:
-    """Several replicas, blind and told."""
+    """Tabulate several replicas, with and without sync."""
     rows = []
     for count in (1, 2, 4, 8):
         cells = []
@@ -184,11 +184,11 @@ def replicas() -> str | None:
         rows.append([str(count), *cells])
     if not any(any(row[1:]) for row in rows):
         return None
-    return table(["replicas", "told within 20 ms", "50 ms", "200 ms", "blind"], rows)
+    return table(["replicas", "sync within 20 ms", "50 ms", "200 ms", "blind"], rows)
 
 
 def robustness() -> str | None:
-    """What goes wrong, and what it costs."""
+    """Tabulate disturbances and their cost."""
     rows = []
     for name, text in ROBUST.items():
         if (results := only(f"robust-{name}")) is not None:
@@ -223,7 +223,7 @@ def robustness() -> str | None:
 
 
 def measured() -> str | None:
-    """Every fleet and trace that was measured end to end: ours, and of smg whatever was best in each column."""
+    """Tabulate every measured fleet and trace: dp-extproc, and the best of smg in each column."""
     rows = []
     for path in sorted(NUMBERS.glob("balance-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -251,7 +251,7 @@ def measured() -> str | None:
 
 
 def agreement() -> str | None:
-    """What the simulation says of the traces that were measured."""
+    """Tabulate the simulation of the measured traces."""
     rows = []
     for path in sorted(NUMBERS.glob("balance-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -286,7 +286,7 @@ def _is_smg(name: str) -> bool:
 
 
 def _change(change: dict[str, float] | None) -> str:
-    """Show a change with half the width of its interval."""
+    """Format a change with half the width of its interval."""
     if change is None:
         return ""
     margin = "" if change["margin"] is None else f" ± {100 * change['margin']:.1f}"
@@ -294,7 +294,7 @@ def _change(change: dict[str, float] | None) -> str:
 
 
 def balance() -> str | None:
-    """Real routers in front of strict engines, a table for each run of bench/balance."""
+    """Tabulate real routers in front of strict engines, with a table for each run of bench/balance."""
     parts = []
     for path in sorted(NUMBERS.glob("balance-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -319,7 +319,7 @@ def balance() -> str | None:
 
 
 def _machine(runs: Sequence[dict[str, Any]]) -> str:
-    """Tell how busy the runs kept the processors, and how busy others did meanwhile."""
+    """Format how busy the runs kept the processors, and how busy other programs did meanwhile."""
     ours = [run["ours"] for run in runs]
     others = max(0.0, *(run["machine"] - run["ours"] for run in runs))
     return f"runs took {min(ours):.0%} to {max(ours):.0%} of the machine, others up to {others:.0%}"
@@ -348,10 +348,10 @@ def draw_policies() -> None:
 
 
 def draw_replicas() -> None:
-    """Draw what replicas lose by not knowing of each other."""
+    """Draw the loss of replicas without sync."""
     counts = (1, 2, 4, 8)
     figure, axes = plt.subplots(figsize=(6, 3.8))
-    for late, label in (("20", "told within 20 ms"), ("50", "50 ms"), ("200", "200 ms"), ("blind", "blind")):
+    for late, label in (("20", "sync within 20 ms"), ("50", "50 ms"), ("200", "200 ms"), ("blind", "blind")):
         found = [only(f"replicas-{count}-{late if count > 1 else 'blind'}") for count in counts]
         if all(found):
             axes.plot(counts, [results[DEFAULT]["ttft_gain"] for results in found if results], marker="o", label=label)
@@ -384,7 +384,7 @@ TABLES: Final[dict[str, Callable[[], str | None]]] = {
 
 
 def main() -> None:
-    """Rewrite what stands between the marks of each table."""
+    """Rewrite the text between the marks of each table."""
     mpl.rcParams["svg.hashsalt"] = "dp-extproc"  # the same numbers make the same file
     page = PAGE.read_text(encoding="utf-8")
     for name, make in TABLES.items():

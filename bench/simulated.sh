@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every simulation of docs/scheduling.md, and writes its tables and plots anew. A quarter of an hour on two cores.
+# Run every simulation of docs/scheduling.md, and write its tables and plots again: a quarter of an hour on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 BIN=${BIN:-.venv/bin}

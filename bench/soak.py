@@ -1,8 +1,8 @@
-"""Load for a long time on a fleet whose engines and workers are killed at random: nothing may grow, stay or get lost.
+"""Load a fleet for a long time while engines and worker processes are killed at random: nothing may be lost or left.
 
-``python -m bench.soak --seconds 3600``. Prints a line of what there is every ten seconds, and a summary at the end. It
-ends with status 1 if the memory of the service has grown, reservations are left, or a request was lost that could have
-been served: one engine or one worker is down at a time, so that is every one that has not received a token.
+``python -m bench.soak --seconds 3600``. Prints a line every ten seconds, and a summary at the end. It ends with status
+1 if the memory of the service has grown, reservations are left, or a request was lost that could have been served. One
+engine or one worker process is down at a time, so every request without a token could have been served.
 """
 
 import argparse
@@ -30,21 +30,21 @@ from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 
 _PATIENCE: Final = ("--timeout-bootstrap", "100000", "--timeout-waiting", "100000", "--timeout-heartbeat", "1000")
-"""Engines never give up by themselves: whatever hangs, hangs until the router ends it."""
+"""Options by which engines never give up by themselves: whatever hangs, hangs until the router ends it."""
 _GRACE: Final = 60.0
 """Seconds that a client waits for the next byte."""
 _DOWN: Final = (1.0, 8.0)
-"""Seconds between the death of an engine and its return, at least and at most."""
+"""Seconds between the death of an engine and its restart, at least and at most."""
 _AT_PEACE: Final = 5.0
-"""Seconds between the return of one and the next death, at least: Envoy looks at workers once a second."""
+"""Least seconds between a restart and the next death: Envoy checks worker processes once a second."""
 _REPORT: Final = 10.0
 _WARM_UP: Final = 0.25
-"""Part of the time in which memory may grow."""
+"""Fraction of the time in which memory may grow."""
 _GROWTH: Final = 1.10
 _GROWTH_BYTES: Final = 16 << 20
-"""Memory that is more than so much larger, by both measures, in the last quarter than in the second has grown."""
+"""Bytes of growth from the second to the last quarter, by both measures, from which on memory counts as grown."""
 _SHOWN: Final = 20
-"""Of the requests that were lost; with what the access log has on each of their legs."""
+"""Number of lost requests to print, with the access log of each of their legs."""
 _TELLING: Final = (
     *("time", "leg", "status", "response_flags", "response_code_details", "reason", "duration_ms"),
     *("prefill_host", "decode_host"),
@@ -62,7 +62,7 @@ _PATHS: Final[dict[str, Any]] = {
 
 @dataclass
 class Soak:
-    """What is going on."""
+    """The state of a run."""
 
     args: argparse.Namespace
     prefills: Sequence[EngineProcess]
@@ -71,22 +71,22 @@ class Soak:
     envoy: EnvoyProcess
     rng: Random
     ends: Counter[str] = field(default_factory=Counter)
-    """What became of requests."""
+    """Number of requests by result."""
     lost: dict[str, str] = field(default_factory=dict)
-    """Likewise, by id, of those that are not as they should be."""
+    """Number of wrong results, by request id."""
     kills: Counter[str] = field(default_factory=Counter)
     memory: list[tuple[float, int]] = field(default_factory=list)
-    """Bytes of the largest process that places requests, and when."""
+    """Time, and bytes of the largest process that schedules requests."""
     dying: bool = False
-    """Whether an answering engine is being killed just now."""
+    """Whether an answering engine is being killed at this moment."""
     asked: int = 0
     open: int = 0
     trouble: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while something is down: a leg whose server and whose supervisor die together is known to wait."""
+    """Held while something is down, because a leg waits if its engine and its supervising process die together."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
-        """Have load and trouble for as long as was asked for."""
+        """Run load and failures for the requested time."""
         timeout = aiohttp.ClientTimeout(total=None, sock_read=_GRACE)
         connector = aiohttp.TCPConnector(limit=0)
         async with (
@@ -97,7 +97,7 @@ class Soak:
             at = time.monotonic()
             deadline = at + self.args.seconds
             while (at := at + self.rng.expovariate(self.args.rate)) < deadline:
-                await asyncio.sleep(at - time.monotonic())  # what is late is made up for
+                await asyncio.sleep(at - time.monotonic())  # make up for late requests
                 if self.open < _MOST_OPEN:
                     tasks.create_task(self._ask(session))
             self.over.set()
@@ -119,7 +119,7 @@ class Soak:
         finally:
             self.open -= 1
         self.ends[end] += 1
-        # Nothing may cut an answer but the death of an engine: not that of a worker, nor of the other role.
+        # Only the death of an engine may truncate a response: not that of a worker process, nor of the other role.
         if end not in _FINE and not (end == _CUT and self.kills["decode"] > deaths):
             self.lost[request_id] = end
 
@@ -140,7 +140,7 @@ class Soak:
                 await asyncio.to_thread(victim.wait_until_listening)
 
     async def _kill_workers(self) -> None:
-        if self.args.workers < 2:  # then there would be nobody to place requests
+        if self.args.workers < 2:  # otherwise no process would be left to schedule requests
             return
         while not self.over.is_set():
             await self._pause(_AT_PEACE + self.rng.expovariate(1 / self.args.kill_every))
@@ -153,12 +153,12 @@ class Soak:
                     await self._pause(_DOWN[0])
 
     def note_kill(self, kind: str, which: str) -> None:
-        """Tell who is about to die."""
+        """Record which process is about to die."""
         self.kills[kind] += 1
         print(f"{datetime.now(UTC):%H:%M:%S.%f}: {kind} {which} dies", flush=True)
 
     async def _workers(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = (await asyncio.to_thread(self.service.loads)).get("workers", [])
+        found: list[dict[str, Any]] = (await asyncio.to_thread(self.service.loads)).get("worker_processes", [])
         return found
 
     async def _report(self) -> None:
@@ -172,7 +172,7 @@ class Soak:
             kills = ", ".join(f"{count} {kind}s" for kind, count in self.kills.items())
             print(
                 f"{now:6.0f} s: {self.ends.total()} requests over, {self.open} open, {bytes_ >> 20} MiB; "
-                f"killed {kills or 'nobody'}; {_described(self.ends)}",
+                f"killed {kills or 'none'}; {_described(self.ends)}",
                 flush=True,
             )
 
@@ -221,7 +221,7 @@ def _described(ends: Counter[str]) -> str:
 
 
 def _resident(pid: int) -> int:
-    """Read how much memory a process has; nothing once it is gone."""
+    """Read how much memory a process has; nothing once it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     except (FileNotFoundError, ProcessLookupError):
@@ -242,7 +242,7 @@ def _has_grown(memory: Sequence[tuple[float, int]], seconds: float) -> tuple[flo
 
 
 def _reserved(service: ServiceProcess) -> float:
-    """Add up what is on the books, once it has had time to leave them."""
+    """Sum the reservations, after a time in which they can end."""
     deadline = time.monotonic() + 30
     while True:
         endpoints = service.loads()["endpoints"]
@@ -270,12 +270,12 @@ def _summarise(soak: Soak) -> int:
 
 
 def main() -> int:
-    """Run it."""
+    """Run the soak test."""
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
     parser.add_argument("--seconds", type=float, default=3600.0)
     parser.add_argument("--rate", type=float, default=200.0, help="requests per second")
     parser.add_argument("--workers", type=int, default=2, help="processes of the service; one alone is not killed")
-    parser.add_argument("--servers", type=int, default=2, help="of each role")
+    parser.add_argument("--engines", type=int, default=2, help="of each role")
     parser.add_argument("--kill-every", type=float, default=15.0, metavar="SECONDS", help="on average")
     parser.add_argument("--tokens", type=int, default=40, help="of an answer at most")
     parser.add_argument("--leave", type=float, default=0.02, metavar="SHARE", help="of clients that do not read on")
@@ -284,13 +284,13 @@ def main() -> int:
     args = parser.parse_args()
     options = ("--dp-attention", "--time-scale", args.time_scale, *_PATIENCE)
     with ExitStack() as running:
-        engines = [EngineProcess(role, 2, *options) for role in ("prefill", "decode") for _ in range(args.servers)]
+        engines = [EngineProcess(role, 2, *options) for role in ("prefill", "decode") for _ in range(args.engines)]
         for engine in engines:
             running.push(engine)
             engine.start()
         for engine in engines:
             engine.wait_until_listening()
-        prefills, decodes = engines[: args.servers], engines[args.servers :]
+        prefills, decodes = engines[: args.engines], engines[args.engines :]
         pool = {
             "models": ["*"],
             "prefill": {"endpoints": [engine.url for engine in prefills]},

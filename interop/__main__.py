@@ -1,6 +1,6 @@
-"""Our Envoy and service in front of real SGLang servers: ``make interop``.
+"""Test Envoy and the service in front of real SGLang engines: ``make interop``.
 
-Exit status 0 if everything is as it should be.
+The exit status is 0 if everything works.
 """
 
 import argparse
@@ -16,13 +16,13 @@ from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from interop.cases import CASES, PATIENCE_SECONDS, Rig, unified_answers, unified_logprobs
 from interop.record import record_logprobs
 from interop.report import Report
-from interop.servers import SHAPES, RealServer, Shape, run_servers
+from interop.servers import SHAPES, RealEngine, Shape, run_engines
 
 
 def run(shape: Shape, venv: Path, folder: Path, report: Report) -> None:
-    """Try everything on servers of one shape."""
+    """Test everything on engines of one shape."""
     report.shape = shape.name
-    unified, prefill, decode = (RealServer(role, shape, venv, folder) for role in ("unified", "prefill", "decode"))
+    unified, prefill, decode = (RealEngine(role, shape, venv, folder) for role in ("unified", "prefill", "decode"))
     pool = {
         "models": ["*"],
         "prefill": {"endpoints": [{"url": prefill.url, "bootstrap_port": prefill.bootstrap_port}]},
@@ -31,11 +31,11 @@ def run(shape: Shape, venv: Path, folder: Path, report: Report) -> None:
     }
     began = time.monotonic()
     with httpx.Client(timeout=PATIENCE_SECONDS, trust_env=False) as client:
-        with run_servers(unified):
+        with run_engines(unified):
             answers, logprobs = unified_answers(client, unified), unified_logprobs(client, unified)
-        with run_servers(prefill, decode):
+        with run_engines(prefill, decode):
             record_logprobs(client, prefill, decode, folder / "recorded" / shape.model)
-            print(f"{shape.name}: servers are up after {time.monotonic() - began:.0f} s", flush=True)
+            print(f"{shape.name}: engines are up after {time.monotonic() - began:.0f} s", flush=True)
             with ServiceProcess(write_config([pool])) as service, EnvoyProcess(service.config) as envoy:
                 service.wait_until_fresh()
                 service.wait_until_ready()
@@ -43,7 +43,7 @@ def run(shape: Shape, venv: Path, folder: Path, report: Report) -> None:
                 for case in CASES:
                     try:
                         case(rig)
-                    except Exception as error:  # noqa: BLE001 - the others are tried all the same
+                    except Exception as error:  # noqa: BLE001 - the other cases run all the same
                         traceback.print_exc()
                         report.add(case.__name__, f"{type(error).__name__}: {error}"[:200], good=False)
                 service.wait_until_idle()

@@ -1,4 +1,4 @@
-"""Requests as clients send them, and what became of the answer."""
+"""Send requests as clients do, and read the responses."""
 
 import json
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ APIS: Final = {
         "ignore_eos": True,
     },
 }  # fmt: skip
-"""Bodies by path: a greedy answer of exactly so many tokens."""
+"""Bodies by path, for a greedy response of exactly so many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A request whose answer a unified server knows."""
+    """A request to which a unified engine has answered."""
 
     path: str
     prompt: str
@@ -37,33 +37,33 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
-    """What a client got."""
+class Received:
+    """The response that a client got."""
 
     status: int
     text: str
-    """Of the answer; of an error its whole body."""
+    """Text of the response; of an error its whole body."""
     rank: int | None = None
-    """As /generate tells it."""
+    """The rank that /generate reports."""
     complete: bool = True
-    """Whether a stream ended as it should."""
+    """Whether a stream ended correctly."""
 
 
-def ask(client: httpx.Client, url: str, question: Question, **more: Any) -> Heard:
-    """Send a request and hear its answer to the end."""
+def ask(client: httpx.Client, url: str, question: Question, **more: Any) -> Received:
+    """Send a request, and read its response to the end."""
     if not question.stream:
         response = client.post(url + question.path, json=question.body(**more))
         if response.status_code != httpx.codes.OK:
-            return Heard(response.status_code, response.text)
+            return Received(response.status_code, response.text)
         return _read(question.path, [response.json()])
     with client.stream("POST", url + question.path, json=question.body(**more)) as response:
         if response.status_code != httpx.codes.OK:
-            return Heard(response.status_code, response.read().decode())
+            return Received(response.status_code, response.read().decode())
         return _read(question.path, list(events(response)), streamed=True)
 
 
 def ask_meta(client: httpx.Client, url: str, question: Question) -> dict[str, Any]:
-    """Ask /generate for log probabilities, and give the last ``meta_info``."""
+    """Request log probabilities from /generate, and return the last ``meta_info``."""
     asked = question.body(return_logprob=True, logprob_start_len=0, top_logprobs_num=2, token_ids_logprob=[10, 20])
     response = client.post(url + question.path, json=asked).raise_for_status()
     lines = response.text.split("\n\n") if question.stream else [response.text]
@@ -80,12 +80,12 @@ def events(response: httpx.Response) -> Iterator[dict[str, Any] | None]:
             yield None if data == "[DONE]" else json.loads(data)
 
 
-def _read(path: str, found: list[dict[str, Any] | None], *, streamed: bool = False) -> Heard:
+def _read(path: str, found: list[dict[str, Any] | None], *, streamed: bool = False) -> Received:
     complete = not streamed or (bool(found) and found[-1] is None)
     known = [event for event in found if event is not None]
     if path == "/generate":  # each event has the whole text so far
-        return Heard(200, known[-1]["text"], known[-1]["meta_info"].get("dp_rank"), complete)
+        return Received(200, known[-1]["text"], known[-1]["meta_info"].get("dp_rank"), complete)
     key = "delta" if streamed else "message"
     choices = [choice for event in known for choice in event.get("choices", [])]
     texts = [choice["text"] if "text" in choice else choice[key].get("content") or "" for choice in choices]
-    return Heard(200, "".join(texts), None, complete)
+    return Received(200, "".join(texts), None, complete)

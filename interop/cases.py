@@ -1,4 +1,4 @@
-"""What is tried on a disaggregated pair of real servers behind Envoy and the service."""
+"""Cases for a disaggregated pair of real engines behind Envoy and the service."""
 
 import itertools
 import time
@@ -10,109 +10,112 @@ from typing import Any, Final, TypeVar
 
 import httpx
 
-from interop.asking import APIS, Heard, Question, ask, ask_meta, events
+from interop.asking import APIS, Question, Received, ask, ask_meta, events
 from interop.report import Report
-from interop.servers import CONTEXT_TOKENS, RealServer
+from interop.servers import CONTEXT_TOKENS, RealEngine
 
 T = TypeVar("T")
 
 RANKS: Final = (0, 1)
 PATIENCE_SECONDS: Final = 60.0
-"""A leg that waits for its peer would stay 300 s: whatever ends earlier was ended by somebody."""
+"""A leg that waits for its peer would stay 300 s, so whatever ends earlier was ended on purpose."""
 LONG: Final = 1900
-"""Tokens: some 20 s on these servers, much longer than any of them takes to notice that its client has left."""
+"""Tokens of a response of about 20 s on these engines, much longer than they take to notice a disconnect."""
 
 PAIRS: Final = tuple(itertools.product(RANKS, RANKS))
 QUESTIONS: Final = {
     (path, stream, pair): Question(path, f"{number}. Tell me what {path} is, please.", stream)
     for number, (path, stream, pair) in enumerate(itertools.product(APIS, (False, True), PAIRS), start=10)
 }
-"""No two prompts begin alike, so no prefix cache hides which rank has computed one."""
+"""Questions without a common beginning, so no prefix cache hides which rank has computed one."""
 
 LOGPROBS_QUESTIONS: Final = {
     stream: Question("/generate", f"{stream}, the prompt is told, too.", stream) for stream in (False, True)
 }
 LOGPROB_KEYS: Final = ("input_token_logprobs", "input_token_ids_logprobs")
-"""Not the likeliest tokens: of random weights many are equally likely, and rounding orders them."""
+"""Keys to compare.
 
-Answers = Mapping[tuple[str, bool, tuple[int, int]], Heard]
+The likeliest tokens are omitted: random weights make many equally likely, and rounding orders them.
+"""
+
+Answers = Mapping[tuple[str, bool, tuple[int, int]], Received]
 
 
 @dataclass(frozen=True, slots=True)
 class Rig:
-    """Everything that runs."""
+    """The running parts, and the answers of a unified engine."""
 
     client: httpx.Client
     url: str
-    prefill: RealServer
-    decode: RealServer
+    prefill: RealEngine
+    decode: RealEngine
     answers: Answers
-    """Of the unified server."""
+    """Answers of the unified engine."""
     logprobs: Mapping[bool, dict[str, Any]]
-    """Likewise: ``meta_info`` of what was asked for log probabilities, whole and streamed."""
+    """``meta_info`` of the unified engine for requests with log probabilities, whole and streamed."""
     report: Report
 
 
 def every_pair(rig: Rig) -> None:
-    """Each API reaches each pair of ranks that the client chooses, and answers as one server would."""
+    """Check that each API reaches each pair of ranks that the client chooses, and answers like one engine."""
     for (path, stream), keys in itertools.groupby(QUESTIONS, lambda key: key[:2]):
         reached, same, wrong = 0, 0, ""
         for key in keys:
             (prefill_rank, decode_rank), before = key[2], _computed(rig)
-            heard = ask(
+            got = ask(
                 rig.client, rig.url, QUESTIONS[key], routed_dp_rank=decode_rank, disagg_prefill_dp_rank=prefill_rank
             )
             seen = _moved(rig, before)
-            told = heard.rank in {None, decode_rank}
-            if seen == (prefill_rank, decode_rank) and told:
+            agrees = got.rank in {None, decode_rank}
+            if seen == (prefill_rank, decode_rank) and agrees:
                 reached += 1
             else:
-                wrong += f"; P{prefill_rank} D{decode_rank}: {heard.status}, counters {seen}, told {heard.rank}"
+                wrong += f"; P{prefill_rank} D{decode_rank}: {got.status}, counters {seen}, reported {got.rank}"
             expected = rig.answers[key].text
-            if heard.complete and heard.text == expected:
+            if got.complete and got.text == expected:
                 same += 1
             else:
-                wrong += f"; {heard.text!r} instead of {expected!r}"
-        seen_all = f"{reached} of 4 pairs reached, {same} of 4 answers equal the unified server's{wrong}"
+                wrong += f"; {got.text!r} instead of {expected!r}"
+        seen_all = f"{reached} of 4 pairs reached, {same} of 4 answers equal the unified engine's{wrong}"
         rig.report.add(f"{path}, {'streamed' if stream else 'whole'}", seen_all, good=reached == same == len(PAIRS))
 
 
-def chosen_by_us(rig: Rig) -> None:
-    """Without a wish of the client's, both ranks of both servers get work."""
+def picked_by_the_service(rig: Rig) -> None:
+    """Check that both ranks of both engines get work if the client chooses none."""
     pairs = []
     for number in range(8):
         before = _computed(rig)
-        heard = ask(rig.client, rig.url, Question("/generate", f"{number + 100} is a number", stream=False))
-        if heard.status == httpx.codes.OK:
+        got = ask(rig.client, rig.url, Question("/generate", f"{number + 100} is a number", stream=False))
+        if got.status == httpx.codes.OK:
             pairs.append(_moved(rig, before))
     used = [{pair[side] for pair in pairs} for side in (0, 1)]
     seen = f"{len(pairs)} of 8 answered, prefill ranks {sorted(used[0])}, decode ranks {sorted(used[1])}"
-    rig.report.add("8 requests, ranks chosen by the service", seen, good=len(pairs) == 8 and used == [{0, 1}, {0, 1}])
+    rig.report.add("8 requests, ranks picked by the service", seen, good=len(pairs) == 8 and used == [{0, 1}, {0, 1}])
 
 
 def log_probabilities(rig: Rig) -> None:
-    """Those of the prompt, which only prefill knows, are told as by one server, up to the last digits."""
+    """Check that log probabilities of the prompt, which only prefill has, equal those of one engine up to rounding."""
     for stream in (False, True):
         question = LOGPROBS_QUESTIONS[stream]
         before = _computed(rig)
         expected = rig.logprobs[stream]
-        heard = ask_meta(rig.client, rig.url, question)
+        got = ask_meta(rig.client, rig.url, question)
         _moved(rig, before)
-        lengths = {key: len(heard.get(key) or []) for key in LOGPROB_KEYS}
-        same = sum(_near(heard.get(key), expected[key]) for key in LOGPROB_KEYS)
-        seen = f"{same} of {len(LOGPROB_KEYS)} lists equal the unified server's; lengths {list(lengths.values())}"
+        lengths = {key: len(got.get(key) or []) for key in LOGPROB_KEYS}
+        same = sum(_near(got.get(key), expected[key]) for key in LOGPROB_KEYS)
+        seen = f"{same} of {len(LOGPROB_KEYS)} lists equal the unified engine's; lengths {list(lengths.values())}"
         good = same == len(LOGPROB_KEYS) and set(lengths.values()) == {len(question.prompt)}
         rig.report.add(f"log probabilities, {'streamed' if stream else 'whole'}", seen, good=good)
 
 
 def too_long(rig: Rig) -> None:
-    """What is the client's own fault comes as the engine said it."""
-    heard = ask(rig.client, rig.url, Question("/generate", "x" * (CONTEXT_TOKENS + 100), stream=False))
-    rig.report.add("prompt longer than the context", f"{heard.status}: {heard.text[:120]}", good=heard.status == 400)
+    """Check that the client's own error arrives with the text of the engine."""
+    got = ask(rig.client, rig.url, Question("/generate", "x" * (CONTEXT_TOKENS + 100), stream=False))
+    rig.report.add("prompt longer than the context", f"{got.status}: {got.text[:120]}", good=got.status == 400)
 
 
-def client_leaves(rig: Rig) -> None:
-    """The decode server gives a request up whose client has left, streaming or not."""
+def client_disconnects(rig: Rig) -> None:
+    """Check that the decode engine ends a request whose client has disconnected, streaming or not."""
     for stream in (True, False):
         before = sum(rig.decode.computed())
         question = Question("/generate", f"abort {stream}", stream, LONG)
@@ -126,7 +129,7 @@ def client_leaves(rig: Rig) -> None:
         freed = _wait(lambda: all(not each["num_running_reqs"] for each in rig.decode.loads()))
         took, computed = time.monotonic() - left, sum(rig.decode.computed()) - before
         free = _wait(
-            lambda: all(not each["num_used_tokens"] for server in (rig.prefill, rig.decode) for each in server.loads())
+            lambda: all(not each["num_used_tokens"] for engine in (rig.prefill, rig.decode) for each in engine.loads())
         )
         seen = f"freed after {took:.1f} s and {computed} of {LONG} tokens" if freed else "not freed"
         good = bool(freed) and bool(free) and computed < LONG
@@ -134,7 +137,7 @@ def client_leaves(rig: Rig) -> None:
 
 
 def prefill_dies(rig: Rig) -> None:
-    """A stream that has its KV cache goes on; new requests fail at once; all is well again when the server is back."""
+    """Check that a stream with its KV cache continues, new requests fail immediately, and a restart ends that."""
     question = Question("/generate", "prefill dies", stream=True, tokens=300)
     with rig.client.stream("POST", rig.url + question.path, json=question.body()) as response:
         stream = events(response)
@@ -147,14 +150,14 @@ def prefill_dies(rig: Rig) -> None:
 
     for case in ("at once", "later"):
         began = time.monotonic()
-        heard = ask(rig.client, rig.url, Question("/v1/chat/completions", f"nobody there, {case}", stream=False))
+        got = ask(rig.client, rig.url, Question("/v1/chat/completions", f"prefill is gone, {case}", stream=False))
         took = time.monotonic() - began
-        seen = f"{heard.status} after {took:.1f} s: {heard.text[:100]}"
-        rig.report.add(f"prefill is gone: a new request, {case}", seen, good=heard.status in {502, 503})
+        seen = f"{got.status} after {took:.1f} s: {got.text[:100]}"
+        rig.report.add(f"prefill is gone: a new request, {case}", seen, good=got.status in {502, 503})
     freed = _wait(lambda: all(not each["num_used_tokens"] for each in rig.decode.loads()))
     rig.report.add("prefill is gone: KV cache on decode", "free" if freed else "still reserved", good=bool(freed))
 
-    rig.decode.step_back()
+    rig.decode.lower_priority()
     rig.prefill.start()
     rig.prefill.wait_until_ready()
     began = time.monotonic()
@@ -166,7 +169,10 @@ def prefill_dies(rig: Rig) -> None:
 
 
 def decode_dies(rig: Rig) -> None:
-    """A stream that has begun ends at once, with an error event. The last case: nobody starts that server again."""
+    """Check that a begun stream ends immediately with an error event.
+
+    This is the last case, because the engine stays down.
+    """
     question = Question("/v1/chat/completions", "decode dies", stream=True, tokens=300)
     with rig.client.stream("POST", rig.url + question.path, json=question.body()) as response:
         stream = events(response)
@@ -180,22 +186,22 @@ def decode_dies(rig: Rig) -> None:
 
 
 CASES: Final[Sequence[Callable[[Rig], None]]] = (
-    every_pair, chosen_by_us, log_probabilities, too_long, client_leaves, prefill_dies, decode_dies,
+    every_pair, picked_by_the_service, log_probabilities, too_long, client_disconnects, prefill_dies, decode_dies,
 )  # fmt: skip
 
 
-def unified_answers(client: httpx.Client, unified: RealServer) -> Answers:
-    """Ask a unified server everything that is compared with it."""
+def unified_answers(client: httpx.Client, unified: RealEngine) -> Answers:
+    """Send a unified engine every request that is compared with it."""
     return {key: ask(client, unified.url, question) for key, question in QUESTIONS.items()}
 
 
-def unified_logprobs(client: httpx.Client, unified: RealServer) -> dict[bool, dict[str, Any]]:
-    """Ask a unified server for log probabilities."""
+def unified_logprobs(client: httpx.Client, unified: RealEngine) -> dict[bool, dict[str, Any]]:
+    """Request log probabilities from a unified engine."""
     return {stream: ask_meta(client, unified.url, question) for stream, question in LOGPROBS_QUESTIONS.items()}
 
 
 def _near(ours: Any, theirs: Any) -> bool:
-    """Whether two JSON values are the same but for rounding."""
+    """Return whether two JSON values are the same except for rounding."""
     if isinstance(ours, list) and isinstance(theirs, list):
         return len(ours) == len(theirs) and all(map(_near, ours, theirs))
     if isinstance(ours, float) and isinstance(theirs, float):
@@ -208,7 +214,7 @@ def _computed(rig: Rig) -> tuple[list[int], list[int]]:
 
 
 def _moved(rig: Rig, before: tuple[list[int], list[int]]) -> tuple[int, int]:
-    """Wait until the counters of one rank of each server have moved, and tell which; -1 for none or several."""
+    """Wait until the counters of one rank of each engine have moved, and return the ranks; -1 for none or several."""
 
     def moved() -> list[list[int]] | None:
         sides = [
@@ -222,7 +228,7 @@ def _moved(rig: Rig, before: tuple[list[int], list[int]]) -> tuple[int, int]:
 
 
 def _wait(probe: Callable[[], T], seconds: float = PATIENCE_SECONDS) -> T | None:
-    """Wait until a probe gives something that is true, but not for ever."""
+    """Wait until a probe returns a true value, with a time limit."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if found := probe():

@@ -1,7 +1,7 @@
 """Let torchvision be imported beside a CPU build of torch.
 
-Its wheel brings a library for CUDA that does not load then, and the import fails where it describes operators of it.
-SGLang imports it for image models only; so the descriptions of operators that are not there are left out.
+Its wheel has a CUDA library that does not load then, and the import fails where it describes the operators of that
+library. SGLang imports torchvision for image models only, so the descriptions of missing operators are removed.
 """
 
 import sysconfig
@@ -19,7 +19,10 @@ def _describe(name):
 
 
 def mend() -> None:
-    """Raises SystemExit where the file is not the one that is known."""
+    """Patch the file.
+
+    Raises SystemExit if the file is not the expected one.
+    """
     text = PAGE.read_text()
     if "def _describe(" in text:
         return

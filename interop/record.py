@@ -1,4 +1,4 @@
-"""Both legs' answers to requests for log probabilities, kept as files: what tests without SGLang are made of."""
+"""Record both legs' responses to requests for log probabilities as files, for tests without SGLang."""
 
 import json
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import httpx
 
-from interop.servers import RealServer
+from interop.servers import RealEngine
 
 ROOM: Final = 7_000_000_000_000
 PROMPT: Final = "Say yes."
@@ -30,12 +30,12 @@ def _requests() -> Iterator[tuple[str, dict[str, Any]]]:
         )
 
 
-def record_logprobs(client: httpx.Client, prefill: RealServer, decode: RealServer, folder: Path) -> None:
-    """Ask both legs directly, as the service would have them asked, and write what each has answered."""
+def record_logprobs(client: httpx.Client, prefill: RealEngine, decode: RealEngine, folder: Path) -> None:
+    """Send both legs directly, as the service would, and write each response."""
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(1) as pool:
         for number, (name, body) in enumerate(_requests()):
-            room = ROOM + 10 * number  # even, and the next one is free for the second of a batch
+            room = ROOM + 10 * number  # even, so that the next one is free for the second prompt of a batch
             meeting = {
                 "bootstrap_host": "127.0.0.1",
                 "bootstrap_port": prefill.bootstrap_port,

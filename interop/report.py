@@ -1,11 +1,11 @@
-"""What was tried and what came of it, as a table."""
+"""The tested cases and their results, as a table."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One thing that was tried."""
+    """One tested case."""
 
     shape: str
     case: str
@@ -15,7 +15,7 @@ class Row:
 
 @dataclass(slots=True)
 class Report:
-    """Everything that was tried; each row is printed as it comes."""
+    """All tested cases; each row is printed as it comes."""
 
     shape: str = ""
     rows: list[Row] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Report:
         return bool(self.rows) and all(row.good for row in self.rows)
 
     def table(self) -> str:
-        """Write Markdown."""
+        """Write a Markdown table."""
         lines = ["| ranks | case | seen | |", "| --- | --- | --- | --- |"]
         lines += [f"| {row.shape} | {row.case} | {row.seen} | {'ok' if row.good else '**no**'} |" for row in self.rows]
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Real SGLang servers on this machine, as :mod:`dp_extproc.lab.testbed` runs everything else."""
+"""Run real SGLang engines on this machine, as :mod:`dp_extproc.lab.testbed` runs everything else."""
 
 import os
 import shutil
@@ -18,10 +18,10 @@ from dp_extproc.lab.testbed.tied_process import start_tied
 
 SHIMS: Final = Path(__file__).parent / "shims"
 START_SECONDS: Final = 400.0
-"""Two servers start side by side in 75 s on two idle cores, and much later on busy ones."""
+"""Seconds for a start; two engines start side by side in 75 s on two idle cores, and much later on busy ones."""
 _POLL_SECONDS: Final = 0.5
 _LAST: Final = 15
-"""Of priorities (``nice``)."""
+"""The lowest priority (``nice``)."""
 _READY: Final = b"fired up and ready to roll"
 """Logged once its own first request has been answered (http_server.py)."""
 CONTEXT_TOKENS: Final = 2048
@@ -56,18 +56,18 @@ SHAPES: Final = {
 }
 
 
-class RealServer:
+class RealEngine:
     """``sglang.launch_server`` with all its processes, in a session of its own."""
 
     def __init__(self, role: str, shape: Shape, venv: Path, run: Path, *options: str) -> None:
-        """Prepare.
+        """Prepare an engine.
 
         Args:
             role: prefill, decode or unified.
-            shape: Of its ranks.
+            shape: Shape of its ranks.
             venv: Where SGLang is installed.
             run: Folder with the models; the logs are written there.
-            options: Further ones.
+            options: Further options.
         """
         self.role = role
         self.port, self.bootstrap_port = free_ports(2)
@@ -91,7 +91,7 @@ class RealServer:
             self._process = start_tied(argv, log, log)
 
     def wait_until_ready(self) -> None:
-        """Wait until it has answered a request of its own.
+        """Wait until the engine has answered a request of its own.
 
         Raises:
             RuntimeError: It ended, or is not ready in time; the message ends with its log.
@@ -104,7 +104,7 @@ class RealServer:
             time.sleep(_POLL_SECONDS)
 
     def kill(self) -> None:
-        """End all its processes at once, and wait until they are gone."""
+        """End all its processes immediately, and wait until they are gone."""
         if self._process is None:
             return
         session = self._process.pid
@@ -117,8 +117,8 @@ class RealServer:
         self._process.wait()
         self._process = None
 
-    def step_back(self) -> None:
-        """Leave the cores to others: idle schedulers spin, and keep a server that starts beside them from its own."""
+    def lower_priority(self) -> None:
+        """Lower its priority, because idle schedulers spin, and delay an engine that starts beside them."""
         assert self._process is not None
         for pid in _members_of(self._process.pid):
             with _gone():
@@ -137,7 +137,7 @@ class RealServer:
         return sorted(page["loads"], key=lambda each: int(each["dp_rank"]))
 
     def computed(self) -> list[int]:
-        """Return how many tokens each rank has computed: of prompts on a prefill server, of answers on a decode one."""
+        """Return how many tokens each rank has computed: of prompts on prefill, of output on decode."""
         if self.role == "prefill":
             return [int(each["total_prefill_uncached_tokens"]) for each in self.loads()]
         return [int((each["decode_moments"] or [0])[-1]) for each in self.loads()]
@@ -157,13 +157,13 @@ _ROLES: Final[Mapping[str, Sequence[str]]] = {
 
 
 @contextmanager
-def run_servers(*servers: RealServer) -> Iterator[None]:
-    """Start servers side by side, and end them whatever happens."""
+def run_engines(*engines: RealEngine) -> Iterator[None]:
+    """Start engines side by side, and end them whatever happens."""
     with ExitStack() as running:
-        for server in servers:
-            running.enter_context(server)
-        for server in servers:
-            server.wait_until_ready()
+        for engine in engines:
+            running.enter_context(engine)
+        for engine in engines:
+            engine.wait_until_ready()
         yield
 
 

@@ -1,7 +1,7 @@
 #!/bin/sh
-# A virtual environment in which the real SGLang runs without a GPU, and two tiny models: about 4 minutes, 3 GB.
-# SGLVENV and SGLRUN name where; what is there already is kept. Needs Python 3.11 on Linux x86-64; for the library libibverbs1, which
-# Mooncake links, either root on Debian or that it is installed.
+# Make a virtual environment for real SGLang without a GPU, and two tiny models: about 4 minutes, 3 GB.
+# SGLVENV and SGLRUN name the folders; existing files are kept. Needs Python 3.11 on Linux x86-64, and the library
+# libibverbs1, which Mooncake links; root on Debian installs it.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 : "${SGLVENV:?}" "${SGLRUN:?}"
@@ -12,7 +12,8 @@ python="$SGLVENV/bin/python"
 ${PYTHON:-python3.11} -m venv "$SGLVENV"
 pip() { "$python" -m pip --quiet --disable-pip-version-check "$@"; }
 pip install --requirement "$here/requirements.txt"
-# Imported on the way but never run on a CPU, except Mooncake, which carries the KV cache; their own dependencies would bring CUDA.
+# SGLang imports these but never runs them on a CPU, except Mooncake, which transfers the KV cache. Their own
+# dependencies would install CUDA.
 pip install --no-deps triton==3.7.1 torchvision==0.28.0 xgrammar==0.2.7 tml-renderers==0.1.0 deepseek-recipe==0.2.0 modelscope \
   mooncake-transfer-engine-non-cuda==0.3.13.post1
 pip install --no-deps "sglang==$version"

@@ -1,6 +1,6 @@
-"""A model of two layers for SGLang: its configuration and tokenizer; the weights are made up by `--load-format dummy`.
+"""Make a model of two layers for SGLang: its configuration and tokenizer; `--load-format dummy` invents the weights.
 
-Every byte is a token, so the length of an ASCII text is its number of tokens, and a test knows it.
+Every byte is a token, so the length of an ASCII text is its number of tokens.
 
 Usage: tiny_model.py llama|qwen3 FOLDER
 """

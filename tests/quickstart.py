@@ -1,7 +1,7 @@
-"""The README's first steps, word for word, in a directory, a home and a Python environment that are new.
+"""The README's quick start works word for word, in a new directory, home and Python environment.
 
-It is not collected with the other tests: it installs from a package index, and takes the ports that the README names.
-``make quickstart-test`` runs it.
+Other tests do not collect it, because it installs from a package index and uses the ports that the README names. ``make
+quickstart-test`` runs it.
 """
 
 import json
@@ -27,22 +27,22 @@ from sessions import processes_of
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _PORTS = {31001: "engine", 8998: "engine", 32001: "engine", 9002: "serve", 9090: "serve", 8080: "Envoy", 9901: "Envoy"}
-"""That the steps listen on, and what does."""
+"""Ports of the quick start, and what listens on each."""
 _PASSED_ON = re.compile(r"(?:PIP_|SSL_CERT_|REQUESTS_CA_BUNDLE$|https?_proxy$|no_proxy$)", re.IGNORECASE)
-"""Variables that say how this machine reaches a package index."""
+"""Variables that configure how this machine reaches a package index."""
 _INSTALLING = 300.0
-"""Seconds; it takes half a minute, and is left to whatever the index is."""
+"""Seconds; the installation takes half a minute, and the rest depends on the package index."""
 _STARTING = 60.0
 COMMANDS = ("serve", "check", "envoy-config", "engine", "demo", "load", "simulate")
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """Give what a newcomer has: a home of their own, and system programs with a Python that is new enough."""
+    """Give the environment of a new user: an own home, and system programs with a Python that is new enough."""
     home, programs = tmp_path / "home", tmp_path / "bin"
     home.mkdir()
     programs.mkdir()
-    # curl tells the status in a line of its own, without a word in the line that is tried.
+    # curl prints the status on its own line, so the pasted command stays unchanged.
     (home / ".curlrc").write_text('write-out = "\\nstatus %{http_code}\\n"\n', encoding="utf-8")
     base = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}"
     python = programs / "python3"
@@ -54,7 +54,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """Copy this tree as a clone would be: what git knows, as it is now."""
+    """Copy this tree as a clone would have it: the tracked files in their present state."""
     copy = tmp_path / "dp-extproc"
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -69,7 +69,7 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _free_ports() -> None:
-    """The steps name their ports, so nobody else may have them."""
+    """The quick start names its ports, so no other program may use them."""
     for port, what in _PORTS.items():
         with socket.socket() as probe:
             taken = probe.connect_ex(("127.0.0.1", port)) == 0
@@ -82,10 +82,10 @@ class Shell:
 
     process: subprocess.Popen[bytes]
     lines: list[str] = field(default_factory=list)
-    """What it and all that it has started have printed."""
+    """Lines printed by the shell and all that it has started."""
 
     def paste(self, text: str, seconds: float) -> list[str]:
-        """Run a block, and give the lines that were printed meanwhile; every command of it has to succeed."""
+        """Run a block, and return the lines printed meanwhile; every command has to succeed."""
         assert self.process.stdin is not None
         begin, mark = len(self.lines), f"block over {time.monotonic_ns()}"
         self.process.stdin.write(f"{text}\necho\necho {mark}\n".encode())
@@ -99,14 +99,14 @@ class Shell:
         return self.lines[begin : self.lines.index(mark)]
 
     def wait_until(self, is_so: Callable[[], bool], seconds: float) -> None:
-        """Wait until something is so; the failure shows what has been printed."""
+        """Wait until a condition holds; the failure shows the printed lines."""
         try:
             wait_for(is_so, seconds)
         except AssertionError as error:
             raise AssertionError(f"{error}\n" + "\n".join(self.lines)) from None
 
     def session(self) -> set[int]:
-        """Find the processes of its session, itself left out."""
+        """Find the processes of its session, without the shell itself."""
         return processes_of(self.process.pid) - {self.process.pid}
 
 
@@ -146,9 +146,9 @@ def shell(environment: Mapping[str, str], checkout: Path) -> Iterator[Shell]:
 
 
 def _blocks() -> list[str]:
-    """Give the shell blocks of the README's section ``Beginning``."""
+    """Return the shell blocks of the README's section ``Quick start``."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.partition("\n## Beginning\n")[2].partition("\n## ")[0]
+    section = text.partition("\n## Quick start\n")[2].partition("\n## ")[0]
     return _BLOCK.findall(section)
 
 
@@ -162,10 +162,10 @@ def _skip_without_index(environment: Mapping[str, str], directory: Path) -> None
         pytest.skip(f"pip reaches no package index here: {asked.stderr.strip()[-300:]}")
 
 
-def test_the_first_steps_of_the_readme_work_as_written(
+def test_the_quick_start_of_the_readme_works_as_written(
     shell: Shell, environment: Mapping[str, str], tmp_path: Path
 ) -> None:
-    """A newcomer pastes one block after the other, and reads what each prints before the next."""
+    """A new user pastes one block after the other, and reads the output of each before the next."""
     install, engines, start, ask, stop = _blocks()
     _skip_without_index(environment, tmp_path)
 
@@ -197,7 +197,7 @@ def test_the_first_steps_of_the_readme_work_as_written(
 
 
 def _wants(shell: Shell, missing: str) -> None:
-    """The demo says in one line what it lacks, and that is all."""
+    """The demo names the missing part in one line, and prints nothing else."""
     told = shell.paste("dp-extproc demo || echo status $?", _STARTING)
     assert [line for line in told if line] == [
         f"dp-extproc demo: {missing}; in the checkout: pip install '.[demo]'",

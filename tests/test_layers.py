@@ -13,7 +13,7 @@ CORE = [
     *("contract.py", "config", "request", "response", "engines", "estimators", "prefix_cache", "load", "scheduling"),
     *("attempt", "sync"),
     *("lab/workload", "lab/engine/scheduler", "lab/engine/text.py"),
-    *(f"lab/simulate/{name}.py" for name in ("fleet", "servers", "simulation", "routers", "settings", "outcome")),
+    *(f"lab/simulate/{name}.py" for name in ("fleet", "engines", "simulation", "routers", "settings", "outcome")),
     *(f"lab/demo/{name}.py" for name in ("jobs", "estimate")),
 ]
 ADAPTERS_WITHIN = ["sync/transport"]

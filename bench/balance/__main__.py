@@ -1,8 +1,8 @@
-"""Placement end to end: the same requests through our Envoy and service and through others, on this machine.
+"""Measure scheduling end to end: the same requests through dp-extproc and other routers, on this machine.
 
-Engines are the strict stand-ins, which take their steps together and count what those cost; everything else is real.
-Each run has fresh engines and a fresh router. Runs of one seed follow each other, so that what the machine does
-besides hits all alike.
+Engines are the strict stand-ins, which take their steps together and count the cost; everything else is real. Each run
+has fresh engines and a fresh router. Runs of one seed follow each other, so other load of the machine affects all
+equally.
 """
 
 import argparse
@@ -35,17 +35,17 @@ _SAMPLE: Final = 5000
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run."""
+    """The runs to make."""
 
     contenders: Sequence[Contender]
     traces: Mapping[int, Sequence[TraceRequest]]
-    """By seed."""
+    """Traces by seed."""
     size: Size
     load: Load
     rate: float
     """Requests per second of an unscaled engine."""
     capacity: float
-    """Those that the fleet keeps up with at most."""
+    """Requests per second that the fleet can serve at most."""
     title: str
 
 
@@ -89,7 +89,7 @@ def main() -> int:
             runs.append(run)
             for failure in run.failed[:1]:
                 console.print(f"{len(run.failed)} failed, such as: {failure.reason}", markup=False)
-        if args.out is not None:  # seed by seed: what was measured is not lost if this is stopped
+        if args.out is not None:  # seed by seed, so that a stop loses no finished seed
             write_json(args.out.with_suffix(".json"), _about(args, plan), runs, simulated)
     print_report(console, plan.title, runs, simulated)
     if args.out is not None:
@@ -98,11 +98,11 @@ def main() -> int:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    """Decide everything.
+    """Plan the runs.
 
     Raises:
-        ValueError: Some option cannot be.
-        OSError: The trace cannot be read.
+        ValueError: An option has an impossible value.
+        OSError: The trace is unreadable.
     """
     topology, contenders = Topology.parse(args.topology), chosen(args.only or MAIN)
     size = Size(topology, chunk=args.chunk)
@@ -112,7 +112,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     if args.trace in NAMES:
         rate = args.rate or capacity * args.load
         traces = {seed: make_trace(args.trace, args.requests, rate, seed, burst=args.burst) for seed in seeds}
-    else:  # a file says by itself when its requests come
+    else:  # a file has the arrival times of its requests
         rate = len(sample) / max(sample[-1].arrival, 1e-9)
         traces = dict.fromkeys(seeds, sample[: args.requests])
     tokens = rate * sum(request.output_tokens for request in sample) / len(sample)
@@ -143,7 +143,7 @@ def _about(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """Give the options that all runs of a file have in common; whose runs and which seeds, they say themselves."""
+    """Return the options that all runs of a file share; each run has its contender and seed itself."""
     return {key: value for key, value in vars(args).items() if key not in {"seeds", "only", "plot", "out", "add"}}
 
 
@@ -151,7 +151,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.balance", description=__doc__)
     add = parser.add_argument
     add("--trace", default="seed-prompts", help=f"{', '.join(NAMES)}, or a JSONL file (default: %(default)s)")
-    add("--topology", default="1p1d2", metavar="PpDdN", help="servers and ranks of each (default: %(default)s)")
+    add("--topology", default="1p1d2", metavar="PpDdN", help="engines and ranks of each (default: %(default)s)")
     add("--load", type=float, default=0.8, help="share of what the fleet can do at most (default: %(default)s)")
     add("--rate", type=float, help="requests per second instead")
     add("--burst", type=float, default=1.0, help="for 5 of every 20 seconds so many times the rate")

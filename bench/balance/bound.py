@@ -1,4 +1,4 @@
-"""The same traces in the simulation: what could be won at best, and whether the simulation tells the truth."""
+"""Simulate the measured traces: the best possible gain, and whether the simulation agrees with the measurement."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,15 +24,15 @@ class SimulatedRun:
     contender: str
     seed: int
     times: dict[str, float]
-    """By the names that real runs give it."""
+    """Times, by the names of real runs."""
 
     def numbers(self) -> dict[str, float]:
-        """Give what a table shows."""
+        """Return the numbers of a table."""
         return self.times
 
 
 def simulate(seed: int, trace: Sequence[TraceRequest], size: Size, load: Load) -> list[SimulatedRun]:
-    """Simulate a trace with the engines' own placement, with ours, and with one that knows everything."""
+    """Simulate a trace with the engines' own placement, with dp-extproc, and with the clairvoyant."""
     topology = size.topology
     fleet = Fleet(
         topology.prefill,

@@ -1,4 +1,4 @@
-"""Sends a trace and measures what its clients see, at little cost: bodies are made before, streams are not parsed."""
+"""Send a trace and measure what clients see, at little cost: bodies are made before, and streams are not parsed."""
 
 import asyncio
 import re
@@ -17,7 +17,7 @@ from dp_extproc.lab.workload.texts import chat_messages
 from dp_extproc.lab.workload.trace import TraceRequest
 
 _TAIL: Final = 1024
-"""Bytes of a stream's end that are kept; the usage stands there."""
+"""Bytes kept of a stream's end, where the usage is."""
 _COMPLETION: Final = re.compile(rb'"completion_tokens":(\d+)')
 
 
@@ -31,12 +31,12 @@ class Job:
     body: bytes
     output_tokens: int
     tokens: int
-    """Of prompt and answer."""
+    """Tokens of prompt and output."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """What became of a request that was not answered as it should have been."""
+    """The result of a request without a correct response."""
 
     number: int
     reason: str
@@ -44,14 +44,14 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How a trace is sent."""
+    """The way a trace is sent."""
 
     time_scale: float = 1.0
-    """Of the engines; arrivals keep pace with them, and what is measured is divided by it."""
+    """Time scale of the engines; arrivals are scaled with it, and measured times are divided by it."""
     concurrency: int | None = None
-    """So many at a time, without regard to arrivals."""
+    """Number of requests at a time, without regard to arrivals."""
     timeout: float = 120.0
-    """Of one request."""
+    """Timeout of one request, in seconds."""
 
 
 def make_jobs(trace: Sequence[TraceRequest]) -> list[Job]:
@@ -69,16 +69,16 @@ def make_jobs(trace: Sequence[TraceRequest]) -> list[Job]:
 
 
 def send(url: str, jobs: Sequence[Job], load: Load, on_done: Callable[[], None]) -> tuple[list[Outcome], list[Failed]]:
-    """Send all jobs. Nothing is tried twice, so that nothing is hidden.
+    """Send all jobs, without retries, so that no failure is hidden.
 
     Args:
-        url: Of the router.
-        jobs: In the order of their arrival.
-        load: How.
+        url: Address of the router.
+        jobs: The jobs in the order of their arrival.
+        load: The way to send them.
         on_done: Called after each.
 
     Returns:
-        What was answered, with times in seconds of an unscaled engine, and what was not.
+        The answered requests, with times in seconds of an unscaled engine, and the failed ones.
     """
     results = uvloop.run(_send(f"{url}/v1/chat/completions", jobs, load, on_done))
     return (
@@ -140,8 +140,8 @@ async def _ask(session: aiohttp.ClientSession, url: str, job: Job, time_scale: f
             last = time.perf_counter()
     except (aiohttp.ClientError, TimeoutError) as error:
         return Failed(job.number, f"{type(error).__name__} {error}"[:200])
-    told = _COMPLETION.findall(tail)
-    if first is None or not told or int(told[-1]) != job.output_tokens:
+    usages = _COMPLETION.findall(tail)
+    if first is None or not usages or int(usages[-1]) != job.output_tokens:
         return Failed(job.number, f"cut off: {tail[-200:].decode(errors='replace')}")
     per_token = (last - first) / (job.output_tokens - 1) / time_scale if job.output_tokens > 1 else None
     return Outcome(job.number, (first - began) / time_scale, per_token, (last - began) / time_scale, job.tokens)

@@ -1,4 +1,4 @@
-"""Who is compared, as data."""
+"""The compared routers and their settings, as data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,13 +8,13 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """Envoy and the service."""
+    """Envoy and dp-extproc."""
 
     name: str
     policy: Mapping[str, str] = field(default_factory=dict)
     """Section ``policy`` of the pool."""
     signal: str = "estimate"
-    """``load.signal``."""
+    """The value of ``load.signal``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,19 +24,21 @@ class Smg:
     name: str
     policy: str
     picks_ranks: bool = True
-    """Whether it names DP ranks. If so, prefill servers must not follow rooms: it draws rooms that have nothing to do
-    with the rank it names, and prefill refuses such requests (``follow_bootstrap_room conflict``, SGLang since 0.5.11).
-    It is given prefill servers with ``--load-balance-method round_robin``, which do as they are told."""
+    """Whether it names DP ranks.
+
+    If so, prefill engines must not follow rooms: smg draws rooms without regard to the rank that it names, and prefill
+    rejects such requests (``follow_bootstrap_room conflict``, SGLang since 0.5.11). Its prefill engines run with
+    ``--load-balance-method round_robin``, by which they follow the named rank.
+    """
     flags: tuple[str, ...] = ()
     interval: float = 10.0
-    """Seconds between two looks at the engines' load; 10 is its default."""
+    """Seconds between two reads of the engines' load; smg's default is 10."""
 
 
 Contender = Ours | Smg
 
 ENGINES_OWN: Final = "engines' own"
-"""The baseline: a random server, and the rank that SGLang's default picks (the room's on prefill, round robin on
-decode)."""
+"""The baseline: a random endpoint, and the rank of SGLang's default (the room's on prefill, round robin on decode)."""
 DEFAULT: Final = "dp-extproc"
 
 _MINIMUM_TOKENS: Final = ("--dp-minimum-tokens-scheduler",)
@@ -63,18 +65,18 @@ CONTENDERS: Final[Sequence[Contender]] = (
 )
 
 MAIN: Final = (ENGINES_OWN, DEFAULT, "ours scraped", "smg * 1 s", "smg * 10 s")
-"""Who is compared unless something else is asked for."""
+"""The contenders of a run without other options."""
 
 
 def chosen(patterns: Sequence[str]) -> list[Contender]:
-    """Give the contenders whose names match, as shells match, and always the baseline.
+    """Select the contenders by shell patterns, and always the baseline.
 
     Raises:
-        ValueError: A pattern matches nobody.
+        ValueError: A pattern matches no contender.
     """
     for pattern in patterns:
         if not any(fnmatchcase(contender.name, pattern) for contender in CONTENDERS):
             names = ", ".join(contender.name for contender in CONTENDERS)
-            raise ValueError(f"nobody is called {pattern!r}; there are: {names}")
+            raise ValueError(f"no contender is called {pattern!r}; there are: {names}")
     wanted = (ENGINES_OWN, *patterns)
     return [each for each in CONTENDERS if any(fnmatchcase(each.name, pattern) for pattern in wanted)]

@@ -1,4 +1,4 @@
-"""The engines of one run: started fresh, so that their books and caches are empty, and asked in the end."""
+"""The engines of one run: started fresh, so that load and caches are empty, and read at the end."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,16 +12,16 @@ from dp_extproc.lab.workload.capacity import Topology
 
 MODEL: Final = "bench"
 RELEASE: Final = "0.5.21"
-"""The last one that tells its ranks under the name by which smg looks for them (``dp_size``)."""
+"""The last release that reports its ranks under the name that smg reads (``dp_size``)."""
 COSTS: Final = Costs(prefill_step=0.03, prefill_token=100e-6)
-"""A large mixture-of-experts model: 37,000 prompt tokens per second on four full ranks."""
+"""Costs of a large mixture-of-experts model: 37,000 prompt tokens per second on four full ranks."""
 STREAM_INTERVAL: Final = 16
-"""Tokens per chunk: a token of its own for each would be most of the machine's work, and of nobody's decision."""
+"""Tokens per chunk; one chunk per token would be most of the machine's work, and does not depend on scheduling."""
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How large the engines are."""
+    """Size of the engines."""
 
     topology: Topology
     chunk: int = 4096
@@ -37,13 +37,13 @@ class Size:
         return Limits(self.capacity, self.max_running, self.chunk)
 
     def flags(self) -> tuple[str, ...]:
-        """Give the options that all engines have in common."""
+        """List the options that all engines share."""
         ranks = self.topology.ranks
         return (
             *("--dp-attention", "--model", MODEL, "--sglang-version", RELEASE, "--time-scale", str(self.time_scale)),
             *("--max-total-tokens", str(self.capacity), "--max-running-requests", str(self.max_running * ranks)),
             *("--chunked-prefill-size", str(self.chunk * ranks), "--stream-interval", str(STREAM_INTERVAL)),
-            # Nobody waits longer for /health because the engines are slower.
+            # /health does not become slower with the engines.
             *("--timeout-health", str(1 / self.time_scale)),
             *("--cost-prefill-step", str(COSTS.prefill_step), "--cost-prefill-token", str(COSTS.prefill_token)),
         )
@@ -51,20 +51,22 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What the servers of one role say of a run."""
+    """Totals of a run, as the engines of one role report them."""
 
     wait_share: float
-    """Of the time in steps the part that the average rank waited for the fullest one."""
+    """Fraction of the time in steps that the average rank waited for the fullest one."""
     imbalance: float
-    """Tokens of a server's busiest rank against its average rank: computed ones on prefill, generated ones on decode.
-    The mean over the servers."""
+    """Tokens of an engine's busiest rank against its average rank: computed ones on prefill, generated ones on decode.
+
+    The mean over the engines.
+    """
     cached_share: float
-    """Of the prompts' tokens those that were found in the prefix cache."""
+    """Fraction of the prompt tokens that were cached."""
 
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """Those that run."""
+    """The running engines."""
 
     prefill: Sequence[EngineProcess]
     decode: Sequence[EngineProcess]
@@ -74,7 +76,7 @@ class Engines:
         return [engine.pid for engine in (*self.prefill, *self.decode)]
 
     def account(self, role: str) -> Account:
-        """Ask the servers of a role."""
+        """Read the totals of the engines of a role."""
         groups = [group for engine in (self.prefill if role == "prefill" else self.decode) for group in engine.steps()]
         key = "computed_tokens" if role == "prefill" else "generated_tokens"
         seconds = sum(group["seconds"] for group in groups)
@@ -88,11 +90,11 @@ class Engines:
 
 @contextmanager
 def run_engines(size: Size, *prefill_flags: str) -> Iterator[Engines]:
-    """Run them.
+    """Run the engines.
 
     Args:
-        size: How many, how large.
-        prefill_flags: Further options of prefill servers.
+        size: Their number and size.
+        prefill_flags: Further options of prefill engines.
     """
     topology, flags = size.topology, size.flags()
     prefill = [EngineProcess("prefill", topology.ranks, *flags, *prefill_flags) for _ in range(topology.prefill)]

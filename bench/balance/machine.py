@@ -1,4 +1,4 @@
-"""How busy the machine was: a benchmark of placement must not become one of its processors."""
+"""Measure how busy the machine was, because a benchmark of scheduling must not become one of its processors."""
 
 import os
 import time
@@ -11,16 +11,16 @@ _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _PROCESSORS: Final = os.cpu_count() or 1
 
 _REQUEST_SECONDS: Final = 0.004
-"""Processor time of a request in its client, the router and both engines, measured ..."""
+"""CPU time of a request in its client, the router and both engines, as measured on one machine, in seconds."""
 _TOKEN_SECONDS: Final = 15e-6
-"""... and of each of its output tokens."""
+"""CPU time of each output token of a request, in seconds."""
 _SHARE: Final = 0.45
-"""Of the machine that a run may take, by these estimates."""
+"""Fraction of the machine that a run may use, by these estimates."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Processor seconds until now."""
+    """Processor seconds so far."""
 
     at: float
     machine: float
@@ -31,7 +31,7 @@ class Usage:
         """Read ``/proc``.
 
         Args:
-            pids: Of the processes that are ours, beside this one.
+            pids: The processes of the run, without this one.
         """
         first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0]
         user, nice, system, _idle, _iowait, irq, softirq, steal = (int(each) for each in first.split()[1:9])
@@ -39,23 +39,23 @@ class Usage:
         return cls(time.monotonic(), machine, sum(map(_seconds, [os.getpid(), *pids])))
 
     def shares_since(self, before: Self) -> tuple[float, float]:
-        """Give the share of all processors' time that was not idle, and the part of it that was ours."""
+        """Return the fraction of all processors' time that was not idle, and the part of it that the run used."""
         possible = max(1e-9, (self.at - before.at) * _PROCESSORS)
         return (self.machine - before.machine) / possible, (self.ours - before.ours) / possible
 
 
 def time_scale_for(requests: float, tokens: float) -> float:
-    """Choose how slow engines have to be for this machine to keep up at about half of its time.
+    """Choose how slow engines have to be for this machine to be busy about half of its time.
 
     Args:
-        requests: Per second of an unscaled engine.
-        tokens: Of output, likewise.
+        requests: Requests per second of an unscaled engine.
+        tokens: Output tokens per second of an unscaled engine.
     """
     seconds = requests * _REQUEST_SECONDS + tokens * _TOKEN_SECONDS
     return max(1.0, round(seconds / (_SHARE * _PROCESSORS), 1))
 
 
 def _seconds(pid: int) -> float:
-    """Give what a process has used, by ``proc_pid_stat(5)``: utime and stime are fields 14 and 15."""
+    """Return the CPU time of a process, by ``proc_pid_stat(5)``: utime and stime are fields 14 and 15."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS

@@ -1,4 +1,4 @@
-"""Runs of an earlier time, from the file they were written to."""
+"""Read runs of an earlier time from the file that they were written to."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -15,26 +15,26 @@ class RecordedRun:
 
     @property
     def contender(self) -> str:
-        """Whose it was."""
+        """The contender of the run."""
         return str(self.record["contender"])
 
     @property
     def seed(self) -> int:
-        """Of which trace."""
+        """The seed of the trace."""
         return int(self.record["seed"])
 
     def numbers(self) -> dict[str, float]:
-        """Give what a table shows."""
+        """Return the numbers of a table."""
         kept = {key: value for key, value in self.record.items() if isinstance(value, int | float)}
         return {key: float(value) for key, value in kept.items() if key not in {"seed", "answered"}}
 
     def as_json(self) -> dict[str, Any]:
-        """Give all of it."""
+        """Return the whole run."""
         return dict(self.record)
 
 
 def read_runs(path: Path) -> tuple[dict[str, Any], list[RecordedRun]]:
-    """Read what a file says of its runs, and the runs."""
+    """Read what a file has about its runs, and the runs."""
     content = json.loads(path.read_text(encoding="utf-8"))
     return content["about"], [RecordedRun(record) for record in content["runs"]]
 
@@ -45,7 +45,7 @@ def read_to_continue(
     """Read the runs to which more seeds are to be added; none if there is no such file.
 
     Raises:
-        ValueError: They are not of these options, contenders and seeds.
+        ValueError: They have other options, contenders or seeds.
     """
     if not path.exists():
         return []

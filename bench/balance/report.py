@@ -1,4 +1,4 @@
-"""The runs as a table, as JSON, and as plots."""
+"""Show the runs as a table, as JSON, and as plots."""
 
 import json
 import math
@@ -42,12 +42,12 @@ class Result(Protocol):
     @property
     def seed(self) -> int: ...
     def numbers(self) -> dict[str, float]:
-        """Give its numbers by their names."""
+        """Return its numbers by their names."""
         ...
 
 
 def changes(runs: Sequence[Result], key: str, baseline: str = ENGINES_OWN) -> dict[str, Change]:
-    """Compare a number of every contender with the baseline, seed by seed; who lacks it in a run is left out."""
+    """Compare a number of every contender with the baseline, seed by seed; contenders without it are left out."""
     values = {(run.contender, run.seed): run.numbers().get(key) for run in runs}
     seeds = sorted({run.seed for run in runs})
     found = {}
@@ -60,7 +60,7 @@ def changes(runs: Sequence[Result], key: str, baseline: str = ENGINES_OWN) -> di
 
 
 def means(runs: Sequence[Result]) -> dict[str, dict[str, float]]:
-    """Give the mean over the seeds of every number of every contender."""
+    """Return the mean over the seeds of every number of every contender."""
     found: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(run.contender for run in runs):
         own = [run.numbers() for run in runs if run.contender == name]
@@ -70,7 +70,7 @@ def means(runs: Sequence[Result]) -> dict[str, dict[str, float]]:
 
 
 def print_report(console: Console, title: str, runs: Sequence[Result], simulated: Sequence[Result]) -> None:
-    """Print times with their change against the baseline, what the engines say, and what the simulation does."""
+    """Print times with their change against the baseline, the engines' totals, and the results of the simulation."""
     _print_times(console, title, runs)
     console.print(_engines_table(title, runs))
     _print_times(console, f"simulated: {title}", simulated)
@@ -102,7 +102,7 @@ def _print_times(console: Console, title: str, runs: Sequence[Result]) -> None:
 def write_json(
     path: Path, about: dict[str, Any], runs: Sequence[Run | RecordedRun], simulated: Sequence[Result]
 ) -> None:
-    """Write everything."""
+    """Write everything to a JSON file."""
     content = {
         "about": about,
         "summary": _summary(runs),
@@ -164,16 +164,16 @@ def plot(stem: Path, title: str, runs: Sequence[Result]) -> None:
 
 
 def plot_again(path: Path) -> None:
-    """Make the plots of a JSON file anew."""
+    """Draw the plots of a JSON file again."""
     about, runs = read_runs(path)
     plot(path.with_suffix(""), about["title"], runs)
 
 
 def _engines_table(title: str, runs: Sequence[Result]) -> Table:
     table = Table(
-        title=f"{title}: what the engines say",
+        title=f"{title}: totals of the engines",
         caption="waiting: share of the time in steps that the average rank waits for the fullest one. imbalance: "
-        "tokens of the busiest rank of a server against the average. machine: share of its processors that was busy, "
+        "tokens of the busiest rank of an engine against the average. machine: share of its processors that was busy, "
         "and the part of it that was ours",
         title_justify="left",
     )

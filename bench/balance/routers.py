@@ -1,4 +1,4 @@
-"""The routers of the contenders, as processes."""
+"""Run the routers of the contenders as processes."""
 
 import subprocess
 import tempfile
@@ -21,17 +21,17 @@ from dp_extproc.lab.testbed.tied_process import start_tied
 from dp_extproc.lab.testbed.waiting import wait_until
 
 INTERVAL: Final = 1.0
-"""Seconds between two looks of ours at the engines' load; the default."""
+"""Seconds between two reads of the engines' load by dp-extproc; the default."""
 _READY_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """One that runs."""
+    """A running router."""
 
     url: str
-    """Where requests go."""
+    """The address for requests."""
     pids: Sequence[int]
 
 
@@ -40,9 +40,9 @@ def run_router(contender: Contender, engines: Engines, time_scale: float) -> Ite
     """Run a contender's router in front of the engines until it is ready.
 
     Args:
-        contender: Whose.
-        engines: That run.
-        time_scale: Of the engines: what a router does every second, it does every so many.
+        contender: The router and its settings.
+        engines: The running engines.
+        time_scale: Time scale of the engines, which also scales the intervals of the router.
     """
     run = (
         _run_ours(contender, engines, time_scale)

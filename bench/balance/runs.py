@@ -1,4 +1,4 @@
-"""One contender, one trace: a run."""
+"""Run one contender on one trace."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,12 +15,12 @@ from dp_extproc.lab.workload.trace import Segment, TraceRequest
 _WARM_UP = 8
 """Requests that open connections and let decode ranks find prefill ranks."""
 _SETTLING = 0.2
-"""Share of the requests at the start that is left out of the times: they meet an empty fleet."""
+"""Fraction of the requests at the start that is excluded from the times, because they meet an empty fleet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What came of it."""
+    """The result of a run."""
 
     contender: str
     seed: int
@@ -31,12 +31,12 @@ class Run:
     prefill: Account
     decode: Account
     machine: float
-    """Share of the processors' time that was not idle ..."""
+    """Fraction of the processors' time that was not idle."""
     ours: float
-    """... and the part of it that went to client, router and engines. The rest is what others did meanwhile."""
+    """The part of ``machine`` that client, router and engines used. Other programs used the rest."""
 
     def numbers(self) -> dict[str, float]:
-        """Give what a table shows."""
+        """Return the numbers of a table."""
         return {
             **self.times,
             "failed": len(self.failed),
@@ -50,7 +50,7 @@ class Run:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """Give all of it; of the failures the first five."""
+        """Return the whole run, with the first five of its failures."""
         failures = [asdict(each) for each in self.failed[:5]]
         return {
             "contender": self.contender,
@@ -70,7 +70,7 @@ def run_once(
     load: Load,
     on_done: Callable[[], None],
 ) -> Run:
-    """Start engines and the contender's router, send the trace, ask the engines, stop everything."""
+    """Start engines and the contender's router, send the trace, read the engines, stop everything."""
     flags = ("--load-balance-method", "round_robin") if isinstance(contender, Smg) and contender.picks_ranks else ()
     jobs = make_jobs(trace)
     with run_engines(size, *flags) as engines, run_router(contender, engines, size.time_scale) as router:
@@ -85,7 +85,7 @@ def run_once(
 
 
 def settled_times(outcomes: Sequence[Outcome], requests: int) -> dict[str, float]:
-    """Give mean, p50 and p99 of the times of those that did not meet an empty fleet, in milliseconds."""
+    """Return mean, p50 and p99 of the times of requests that did not meet an empty fleet, in milliseconds."""
     settled = [outcome for outcome in outcomes if outcome.number >= _SETTLING * requests]
     times = RunResult(settled, 0.0).summary() if settled else {}
     times.pop("wait", None)

@@ -1,8 +1,8 @@
-"""Print what pyproject.toml asks for, one requirement a line; those of an extra if one is named.
+"""Print the requirements of pyproject.toml, one per line, or those of an extra.
 
     python3 dependencies.py [EXTRA]
 
-pip installs dependencies only together with the project itself, whose every change would then install them all anew.
+pip installs dependencies only together with the project, so every change of it would install all of them again.
 """
 
 import sys
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def requirements(pyproject: Path, extra: str | None) -> list[str]:
-    """Read them."""
+    """Read the requirements of the project, or of one of its extras."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     found: list[str] = project["dependencies"] if extra is None else project["optional-dependencies"][extra]
     return found

@@ -1,4 +1,4 @@
-"""Mends three places of SGLang 0.5.23 that nobody runs on a CPU, in memory, when they are imported.
+"""Patch three places of SGLang 0.5.23 that never run on a CPU, in memory, when they are imported.
 
 Python imports this module by itself in every process whose PYTHONPATH has this folder, so it reaches all of SGLang's.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def length_of_fillers(module: Any) -> None:
-    """DP attention pads ranks that have no work and asks the backend for a length; the one in torch has no answer."""
+    """DP attention pads ranks that have no work and needs a length from the backend; the one in torch has none."""
     backend = module.TorchNativeAttnBackend
     if not hasattr(backend, "get_cpu_graph_seq_len_fill_value"):
         backend.get_cpu_graph_seq_len_fill_value = lambda _: 1
@@ -48,12 +48,12 @@ MENDED: dict[str, Callable[[Any], None]] = {
 
 
 class Mender(importlib.abc.MetaPathFinder):
-    """Finds what the others find, and mends it once it has run."""
+    """An import hook that finds what the other finders find, and patches it once it has run."""
 
     def find_spec(
         self, name: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        mend = MENDED.pop(name, None)  # taken out first: the search below comes here again
+        mend = MENDED.pop(name, None)  # removed first, because the search below comes here again
         spec = None if mend is None else importlib.util.find_spec(name)
         if mend is None or spec is None or spec.loader is None:
             return spec

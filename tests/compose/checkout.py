@@ -1,4 +1,4 @@
-"""What a newcomer has who runs docker compose: the files of the repository; and wheels, which builds find there."""
+"""A checkout as a new user of docker compose has it: the repository's files, and wheels for the builds."""
 
 import platform
 import shutil
@@ -16,13 +16,13 @@ PARTS: Final = (
 )  # fmt: skip
 
 _PYTHON: Final = "3.11"
-"""Of the base image."""
+"""Python version of the base image."""
 _OLDER: Final = ("async-timeout>=4.0.3",)
-"""Debian's Python is 3.11.2, for which a dependency asks for one more; the index is asked by another Python."""
+"""Debian's Python is 3.11.2 and a dependency needs one patch more, so another Python queries the index."""
 
 
 def check_out(directory: Path) -> None:
-    """Copy what the images are built and run from, and fetch wheels: builds may have no network."""
+    """Copy what the images are built and run from, and fetch wheels, because builds may have no network."""
     for part in PARTS:
         source = ROOT / part
         if source.is_dir():
@@ -33,7 +33,7 @@ def check_out(directory: Path) -> None:
 
 
 def base_image() -> str:
-    """Give the name of the image that the project's own are built on."""
+    """Name the base image of the project's own images."""
     for line in (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines():
         if line.startswith("ARG PYTHON_IMAGE="):
             return line.partition("=")[2]
@@ -41,14 +41,14 @@ def base_image() -> str:
 
 
 def services() -> dict[str, dict[str, Any]]:
-    """Read the services of docker-compose.yml, as they are written."""
+    """Read the services of docker-compose.yml as they are written."""
     document = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
     found: dict[str, dict[str, Any]] = document["services"]
     return found
 
 
-def foreign_images() -> list[str]:
-    """Give the names of the images that are not built here."""
+def pulled_images() -> list[str]:
+    """Name the images that are not built here."""
     return sorted({service["image"] for service in services().values() if "build" not in service})
 
 
@@ -59,7 +59,7 @@ def _fetch_wheels(directory: Path) -> None:
     extras = project["optional-dependencies"]
     wanted += [each for extra in ("envoy", "lab") for each in extras[extra] if not each.startswith(project["name"])]
     machine = platform.machine()
-    # pip does not know that a newer C library runs what was built for an older one. Debian bookworm has 2.36.
+    # pip cannot see that a newer C library runs wheels for an older one. Debian bookworm has 2.36.
     tags = [f"manylinux_2_{minor}_{machine}" for minor in range(36, 4, -1)] + [f"manylinux2014_{machine}"]
     subprocess.run(
         [

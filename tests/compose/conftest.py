@@ -1,4 +1,4 @@
-"""The project that the test walks through, from nothing to nothing."""
+"""The compose project that the test walks through, from nothing to nothing."""
 
 import os
 import secrets
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from compose.base_images import base_images
-from compose.checkout import base_image, check_out, foreign_images
+from compose.checkout import base_image, check_out, pulled_images
 from compose.docker_engine import Docker, NoEngineError, docker_engine
 from compose.project import Project, compose_command
 from dp_extproc.lab.testbed.ports import free_ports
@@ -15,11 +15,11 @@ from dp_extproc.lab.testbed.ports import free_ports
 _PORTS = ("PORT", "ADMIN_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
 _BUILD_SECONDS = 600.0
 _UNUSED = "48h"
-"""How long an engine of our own keeps what was built from older sources."""
+"""How long an own engine keeps what was built from older sources."""
 
 
 def _give_up(why: Exception) -> None:
-    """Fail; or leave the test out, where the caller has said that it may be."""
+    """Fail, or skip the test if the caller has allowed that."""
     if os.environ.get("DP_EXTPROC_COMPOSE_TEST") == "if-possible":
         pytest.skip(f"LEFT OUT: {why}")
     pytest.fail(str(why))
@@ -27,7 +27,7 @@ def _give_up(why: Exception) -> None:
 
 @pytest.fixture(scope="session")
 def docker() -> Iterator[Docker]:
-    """The engine."""
+    """Give the Docker engine."""
     engine = docker_engine()
     try:
         found = engine.__enter__()
@@ -42,8 +42,8 @@ def docker() -> Iterator[Docker]:
 
 @pytest.fixture(scope="session")
 def missing_images(docker: Docker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """Images that are not to be had here; the others are there."""
-    images = base_images(docker, [base_image(), *foreign_images()], tmp_path_factory.mktemp("images"))
+    """Name the images that are not available here; all others exist."""
+    images = base_images(docker, [base_image(), *pulled_images()], tmp_path_factory.mktemp("images"))
     try:
         missing = images.__enter__()
     except NoEngineError as why:
@@ -57,7 +57,7 @@ def missing_images(docker: Docker, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def project(docker: Docker, missing_images: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """``docker compose up`` in a checkout, with free ports."""
+    """Give the project after ``docker compose up`` in a checkout, with free ports."""
     directory = tmp_path_factory.mktemp("checkout")
     check_out(directory)
     ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
@@ -67,10 +67,10 @@ def project(docker: Docker, missing_images: list[str], tmp_path_factory: pytest.
         _give_up(why)
         raise
     name = f"dpx{secrets.token_hex(4)}"
-    # On an engine of our own the image keeps its name, so that what it was built from is there the next time.
+    # On an own engine the image keeps its name, so the next run finds its build cache.
     up = Project(docker, compose, name, "dp-extproc-compose-test" if docker.is_ours else name, directory, ports)
     try:
-        # Built in any case: an image of this name may be there, of an earlier state of the source.
+        # Always build, because an image of this name may exist from an earlier state of the source.
         up("up", "--detach", "--build", seconds=_BUILD_SECONDS)
         yield up
     finally:
@@ -78,7 +78,7 @@ def project(docker: Docker, missing_images: list[str], tmp_path_factory: pytest.
 
 
 def _take_down(project: Project) -> None:
-    """Remove whatever is still there, however the test has ended."""
+    """Remove everything that is left, however the test has ended."""
     docker = project.docker
     for container in docker.lines("ps", "--all", "--quiet", "--filter", f"network={project.name}_default"):
         docker.run("rm", "--force", container, check=False)

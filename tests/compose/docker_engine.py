@@ -1,4 +1,4 @@
-"""A Docker engine for the test: the one that answers, or one of our own that ends with the test."""
+"""A Docker engine for the test: the running one, or an own one that ends with the test."""
 
 import fcntl
 import os
@@ -15,40 +15,40 @@ from typing import IO, Final
 from dp_extproc.lab.testbed.waiting import wait_until
 
 HOME: Final = Path(os.environ.get("DP_EXTPROC_DOCKER", "~/.cache/dp-extproc/docker")).expanduser()
-"""Where our own engine keeps its images from one run to the next. Outside of every build context."""
+"""Where an own engine keeps its images between runs, outside of every build context."""
 
 _START_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 60.0
 _OWN_NETWORKS_ONLY: Final = ("--bridge=none", "--iptables=false", "--ip-forward=false", "--ip-masq=false")
-"""So it changes nothing on the host: no bridge, no filter rules, no forwarding. The test makes its own network."""
+"""Options that leave the host unchanged: no bridge, no filter rules, no forwarding. The test makes its own network."""
 
 
 class NoEngineError(Exception):
-    """No engine answers, and none can be started; the message says why."""
+    """No engine answers, and none can be started; the message has the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Docker:
-    """The client, with the engine that it speaks to."""
+    """The Docker client, with its engine."""
 
     environment: Mapping[str, str]
     is_ours: bool
-    """Whether the engine is of this test alone. Nothing of another one is replaced or removed."""
+    """Whether this test alone uses the engine. Nothing of another engine is replaced or removed."""
 
     def run(self, *arguments: str, check: bool = True, seconds: float = 60) -> str:
-        """Run ``docker`` with these arguments, and return what it prints.
+        """Run ``docker`` with these arguments, and return its output.
 
         Raises:
-            RuntimeError: It failed; the message has what it printed.
+            RuntimeError: It failed; the message has its output.
         """
         return run(["docker", *arguments], self.environment, check=check, seconds=seconds)
 
     def lines(self, *arguments: str) -> list[str]:
-        """Run ``docker``, and return the lines that it prints."""
+        """Run ``docker``, and return the lines of its output."""
         return self.run(*arguments).split("\n")[:-1]
 
     def succeeds(self, *arguments: str, seconds: float = 60) -> bool:
-        """Tell whether ``docker`` ends with status 0."""
+        """Return whether ``docker`` ends with status 0."""
         try:
             self.run(*arguments, seconds=seconds)
         except (RuntimeError, subprocess.TimeoutExpired):
@@ -64,10 +64,10 @@ def run(
     seconds: float = 60,
     cwd: Path | None = None,
 ) -> str:
-    """Run a command to its end, and return what it prints.
+    """Run a command to its end, and return its output.
 
     Raises:
-        RuntimeError: It failed; the message has what it printed.
+        RuntimeError: It failed; the message has its output.
     """
     ended = subprocess.run(
         argv, check=False, text=True, stdin=subprocess.DEVNULL, capture_output=True, env=environment, timeout=seconds,
@@ -80,7 +80,7 @@ def run(
 
 @contextmanager
 def docker_engine() -> Iterator[Docker]:
-    """Give the engine that answers; else run one.
+    """Give the running engine, or start one.
 
     Raises:
         NoEngineError: There is none.
@@ -103,7 +103,7 @@ def docker_engine() -> Iterator[Docker]:
 @contextmanager
 def _own_engine() -> Iterator[Docker]:
     with ExitStack() as stack:
-        # Short, for the paths of sockets have an end at 107 bytes.
+        # Short, because paths of sockets are limited to 107 bytes.
         state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dpx-docker-")))
         log = stack.enter_context((state / "log").open("wb"))
         socket = f"unix://{state}/socket"
@@ -130,7 +130,7 @@ def _own_engine() -> Iterator[Docker]:
 
 
 def _data_root(stack: ExitStack, state: Path) -> Path:
-    """Take the kept one, unless another run has it."""
+    """Use the kept data directory, unless another run uses it."""
     HOME.mkdir(parents=True, exist_ok=True)
     lock: IO[bytes] = stack.enter_context((HOME / "lock").open("wb"))
     try:
@@ -154,7 +154,7 @@ def _last_line(state: Path) -> str:
     return next((line for line in reversed(lines) if line.strip()), "it says nothing")
 
 
-if __name__ == "__main__":  # for scripts: whether there is an engine, or can be
+if __name__ == "__main__":  # for scripts: whether there is an engine, or one can be started
     try:
         with docker_engine() as found:
             sys.stdout.write(f"Docker {found.run('version', '--format', '{{.Server.Version}}')}")

@@ -1,4 +1,4 @@
-"""`docker compose up`, as a newcomer meets it: walked through from the first line to the last, for real.
+"""`docker compose up` works for a new user from the first line to the last, with real containers.
 
 `make compose-test` runs this file; its name keeps it out of `make test`. The tests share the containers, in order.
 """
@@ -26,24 +26,24 @@ RANKS: Final = 4
 PREFILL: Final = ("prefill-1", "prefill-2")
 DECODE: Final = ("decode-1", "decode-2")
 PATIENCE: Final = 60.0
-"""Seconds that a container may take to come up on a busy machine."""
+"""Seconds that a container may take to start on a busy machine."""
 
 LONG: Final = 1000
 """Tokens of a stream that has to outlast what happens to a container meanwhile: ten seconds or more."""
-ONLY_IN_TROUBLE: Final = ('outcome!~"routed', "leg_failures", "scrape_failures", "> 0)")
-"""Of the dashboard's queries: these find nothing while all is well, or while nothing is in flight."""
+ONLY_AFTER_FAILURES: Final = ('outcome!~"routed', "leg_failures", "scrape_failures", "> 0)")
+"""Queries of the dashboard that find nothing without a failure, or without a request in flight."""
 
 
 @pytest.fixture
 def client(project: Project) -> Iterator[OpenAI]:
-    """The client that nearly everybody uses, on the host, without retries that would hide something."""
+    """Give the OpenAI client, on the host, without retries that would hide a failure."""
     url = f"http://127.0.0.1:{project.ports['PORT']}/v1"
     with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
         yield client
 
 
 def ask(client: OpenAI, text: str = "hello") -> str:
-    """Ask for a whole answer, and return its id."""
+    """Request a whole response, and return its id."""
     answer = client.chat.completions.create(model="any", messages=[{"role": "user", "content": text}], max_tokens=8)
     assert answer.choices[0].finish_reason == "length"
     assert answer.choices[0].message.content
@@ -51,7 +51,7 @@ def ask(client: OpenAI, text: str = "hello") -> str:
 
 
 class Stream:
-    """A streamed answer, read by a thread of its own."""
+    """A streamed response, read by its own thread."""
 
     def __init__(self, client: OpenAI, max_tokens: int, text: str = "hello") -> None:
         self.id = ""
@@ -68,7 +68,7 @@ class Stream:
         return self._thread.is_alive()
 
     def end(self) -> "Stream":
-        """Wait for the end."""
+        """Wait for the end of the stream."""
         self._thread.join(PATIENCE)
         assert not self.runs
         return self
@@ -92,7 +92,7 @@ class Stream:
 
 
 def begin_streams(client: OpenAI, count: int) -> list[Stream]:
-    """Begin some long streams, and wait until all of them flow."""
+    """Begin some long streams, and wait until all of them have output."""
     streams = [Stream(client, LONG) for _ in range(count)]
     for stream in streams:
         assert stream.has_begun.wait(PATIENCE)
@@ -101,8 +101,8 @@ def begin_streams(client: OpenAI, count: int) -> list[Stream]:
 
 
 @contextmanager
-def another_holds(project: Project, address: str) -> Iterator[None]:
-    """Let something else have the address of a container that is gone, so that it comes back with another one."""
+def address_in_use(project: Project, address: str) -> Iterator[None]:
+    """Let another container use the address of a removed one, so that its successor gets another address."""
     docker, others = project.docker, []
     image = f"{project.image}:local"
     try:
@@ -117,13 +117,13 @@ def another_holds(project: Project, address: str) -> Iterator[None]:
         docker.run("rm", "--force", *others)
 
 
-def is_well(project: Project, service: str) -> Callable[[], bool]:
-    """Ask whether the engine calls a container healthy."""
+def is_healthy(project: Project, service: str) -> Callable[[], bool]:
+    """Check whether Docker reports a container as healthy."""
     return lambda: project.inspect(service)["State"].get("Health", {}).get("Status") == "healthy"
 
 
 def legs(project: Project, engines: tuple[str, ...]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Give engine and leg by the request's id, less the letter that tells the two legs apart, of all that finished."""
+    """Map the request id, without the letter that distinguishes the legs, to engine and leg of all finished legs."""
     return {
         leg["rid"][:-1]: (engine, leg)
         for engine in engines
@@ -133,8 +133,8 @@ def legs(project: Project, engines: tuple[str, ...]) -> dict[str, tuple[str, dic
     }
 
 
-def test_says_what_to_try_and_that_works(project: Project) -> None:
-    """The last lines of ``up`` are the newcomer's first steps; the request is the one of the README."""
+def test_up_prints_a_request_that_works(project: Project) -> None:
+    """The last lines of ``up`` show the first steps; the request is the one of the README."""
     text = wait_for(lambda: project.docker.run("logs", project.container("try-it")), PATIENCE)
     joined = text.replace("\\\n", " ")
     (line,) = [line for line in joined.splitlines() if "/v1/chat/completions" in line]
@@ -151,8 +151,8 @@ def test_says_what_to_try_and_that_works(project: Project) -> None:
     assert len(httpx.get(loads).raise_for_status().json()["endpoints"]) == 4
 
 
-def test_containers_have_no_more_than_they_need(project: Project) -> None:
-    """Whoever breaks out of a process finds nothing to write to, no capability, and no port open to the network."""
+def test_containers_have_least_privileges(project: Project) -> None:
+    """An intruder in a process finds no writable file, no capability, and no port open to the network."""
     for service in (*PREFILL, *DECODE, "dp-extproc", "envoy"):
         found = project.inspect(service)
         status = dict(line.split(":", 1) for line in project.execute(service, "cat", "/proc/self/status").splitlines())
@@ -165,8 +165,8 @@ def test_containers_have_no_more_than_they_need(project: Project) -> None:
             assert {binding["HostIp"] for binding in bindings} == {"127.0.0.1"}
 
 
-def test_image_holds_what_runs_and_says_what_it_is(project: Project) -> None:
-    """No compiler, no wheels, nothing of the build; labels as the OCI has them."""
+def test_image_has_only_what_runs_and_its_labels(project: Project) -> None:
+    """The image has no compiler, no wheels and no build files, and has the labels of the OCI."""
     look = "command -v cc gcc c++ ld make; ls -d /wheels /build /app/bin/pip; true"
     assert project.execute("dp-extproc", "sh", "-c", look) == ""
     labels = project.inspect("dp-extproc")["Config"]["Labels"]
@@ -178,8 +178,8 @@ def test_image_holds_what_runs_and_says_what_it_is(project: Project) -> None:
         assert "usage" in helped
 
 
-def test_image_health_is_of_the_command_that_runs(project: Project) -> None:
-    """One image serves many commands; a health check that asked each for the service would call them sick."""
+def test_image_health_checks_the_running_command(project: Project) -> None:
+    """One image runs many commands; a check of the service alone would report the others as unhealthy."""
     check = ("python", "-m", "dp_extproc.runtime.container_health")
     for service in ("prefill-1", "dp-extproc"):
         assert project.execute(service, *check) == ""
@@ -188,7 +188,7 @@ def test_image_health_is_of_the_command_that_runs(project: Project) -> None:
 
 
 def test_requests_reach_the_ranks_that_both_legs_name(project: Project, client: OpenAI) -> None:
-    """Whole and streamed, many at once: every rank gets some, and what the two engines were told agrees."""
+    """Of many concurrent requests, streamed and not, every rank gets some, and the legs of both engines agree."""
     with ThreadPoolExecutor(32) as several:
         whole = [several.submit(ask, client, "word " * (50 * number)) for number in range(1, 33)]
         streamed = [Stream(client, 32, "word " * (50 * number)) for number in range(1, 33)]
@@ -212,14 +212,14 @@ def test_requests_reach_the_ranks_that_both_legs_name(project: Project, client: 
         assert used == {(server, rank) for server in servers for rank in range(RANKS)}
 
 
-def test_a_killed_engine_costs_its_streams_alone_and_comes_back(project: Project, client: OpenAI) -> None:
-    """Its streams end at once with an error; others do not notice; it is used again, also at another address."""
+def test_an_engine_is_used_again_after_it_was_killed(project: Project, client: OpenAI) -> None:
+    """Its streams end immediately with an error, others continue, and it is used again, also at another address."""
     gone, address = "decode-1", project.address("decode-1")
     streams = begin_streams(client, 12)
     on_it = {leg["rid"] for record in project.journal(gone) if record["outcome"] == "running" for leg in record["legs"]}
     assert all(stream.runs for stream in streams)
     project.docker.run("kill", project.container(gone))
-    with another_holds(project, address):
+    with address_in_use(project, address):
         for _ in range(10):
             ask(client)
         for stream in streams:
@@ -228,17 +228,18 @@ def test_a_killed_engine_costs_its_streams_alone_and_comes_back(project: Project
         kept = [stream for stream in streams if stream.id not in on_it]
         assert lost
         assert kept
-        assert {type(stream.error) for stream in lost} == {APIError}  # of an event in the stream, not of the connection
+        # an error event in the stream, not an error of the connection
+        assert {type(stream.error) for stream in lost} == {APIError}
         assert {(stream.error, stream.pieces, stream.finish) for stream in kept} == {(None, LONG, "length")}
 
         project("start", gone)
         assert project.address(gone) != address
-        wait_for(is_well(project, gone), PATIENCE)
+        wait_for(is_healthy(project, gone), PATIENCE)
         wait_for(lambda: [ask(client) for _ in range(4)] and project.journal(gone), PATIENCE)
 
 
-def test_a_killed_service_costs_no_stream_and_comes_back(project: Project, client: OpenAI) -> None:
-    """Envoy lets running streams go on, refuses what nobody can place, and finds the service at its new address."""
+def test_streams_continue_when_the_service_is_killed(project: Project, client: OpenAI) -> None:
+    """Envoy continues the streams, rejects requests without a decision, and finds the service at its new address."""
     address = project.address("dp-extproc")
     streams = begin_streams(client, 12)
     project.docker.run("kill", project.container("dp-extproc"))
@@ -246,7 +247,7 @@ def test_a_killed_service_costs_no_stream_and_comes_back(project: Project, clien
         with pytest.raises(InternalServerError) as refused:
             ask(client)
         assert refused.value.status_code == 503
-    with another_holds(project, address):
+    with address_in_use(project, address):
         for stream in streams:
             stream.end()
         assert {(stream.error, stream.pieces, stream.finish) for stream in streams} == {(None, LONG, "length")}
@@ -268,19 +269,19 @@ def test_a_killed_service_costs_no_stream_and_comes_back(project: Project, clien
 
 
 def test_load_profile_compares_two_placements(project: Project) -> None:
-    """The same requests through both routers, and the demo's tables of what the ranks of the same engines got."""
-    project("--profile", "load", "build", "load", seconds=400)  # what is there may be of an earlier source
+    """Both routers get the same requests, and the tables of the demo show the ranks of the same engines."""
+    project("--profile", "load", "build", "load", seconds=400)  # the existing image may be of an earlier source
     printed = project("--profile", "load", "run", "--rm", "load", seconds=400, LOAD_ARGS="--requests 60")
     for word in ("the engines' own", "dp-extproc", "prefill 1", "prefill 2", "decode 1", "decode 2", "first token"):
         assert word in printed
 
 
 def test_observe_profile_reads_all_that_the_dashboard_shows(project: Project, missing_images: list[str]) -> None:
-    """Prometheus takes its configuration, reaches everybody, and answers each query of the dashboard."""
+    """Prometheus accepts its configuration, reaches all targets, and answers each query of the dashboard."""
     grafana = services()["grafana"]["image"]
     seen = ["prometheus"] if grafana in missing_images else ["prometheus", "grafana"]
     project("--profile", "observe", "up", "--detach", *seen)
-    wait_for(is_well(project, "prometheus"), PATIENCE)
+    wait_for(is_healthy(project, "prometheus"), PATIENCE)
     project.execute("prometheus", "promtool", "check", "config", "/etc/prometheus/prometheus.yml")
     api = f"http://127.0.0.1:{project.ports['PROMETHEUS_PORT']}/api/v1"
     expected = {("dp-extproc", "dp-extproc"), ("envoy", "envoy"), *(("engines", name) for name in (*PREFILL, *DECODE))}
@@ -295,9 +296,9 @@ def test_observe_profile_reads_all_that_the_dashboard_shows(project: Project, mi
         answer = httpx.get(f"{api}/query", params={"query": query}).raise_for_status().json()
         return bool(answer["data"]["result"])
 
-    expected_queries = [each for each in dashboard_queries() if not any(word in each for word in ONLY_IN_TROUBLE)]
+    expected_queries = [each for each in dashboard_queries() if not any(word in each for word in ONLY_AFTER_FAILURES)]
     for query in dashboard_queries():
-        answered(query)  # a query that Prometheus cannot read is answered with 400
+        answered(query)  # Prometheus answers an invalid query with 400
     wait_for(lambda: all(answered(query) for query in expected_queries), PATIENCE)
     if "grafana" in seen:
         url = f"http://127.0.0.1:{project.ports['GRAFANA_PORT']}/api/dashboards/uid/dp-extproc"
@@ -315,8 +316,8 @@ def dashboard_queries() -> list[str]:
     ]
 
 
-def test_takes_all_of_it_away(project: Project) -> None:
-    """After ``down`` there is no container, no network and no volume of it."""
+def test_down_removes_everything(project: Project) -> None:
+    """After ``down`` the project has no container, no network and no volume."""
     assert project.leftovers()
     project(*everything(), "down", "--volumes", "--rmi", "local")
     assert project.leftovers() == []

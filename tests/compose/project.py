@@ -1,4 +1,4 @@
-"""A compose project: its containers, and what is inside them."""
+"""A compose project with its containers."""
 
 import json
 import os
@@ -15,7 +15,7 @@ _FETCH: Final = "import sys, urllib.request as u; sys.stdout.buffer.write(u.urlo
 
 
 def compose_command(docker: Docker) -> list[str]:
-    """Give the compose that is there: of the variable ``COMPOSE``, the client's own, or the one before that.
+    """Find the compose command: from the variable ``COMPOSE``, the plugin, or the older program.
 
     Raises:
         NoEngineError: There is none.
@@ -37,33 +37,33 @@ class Project:
     compose: list[str]
     name: str
     image: str
-    """The name under which it builds its images."""
+    """The name under which the project builds its images."""
     directory: Path
     ports: dict[str, int]
-    """On the host, by the variables of docker-compose.yml that set them."""
+    """Ports on the host, by the variables of docker-compose.yml that set them."""
 
     def __call__(self, *arguments: str, check: bool = True, seconds: float = 120, **variables: str) -> str:
-        """Run a command of compose with these variables set, and return what it prints."""
+        """Run a compose command with these variables set, and return its output."""
         variables |= {name: str(port) for name, port in self.ports.items()}
         environment = {**self.docker.environment, **variables, "DP_EXTPROC_IMAGE": self.image}
         argv = [*self.compose, "--project-name", self.name, *arguments]
         return run(argv, environment, check=check, seconds=seconds, cwd=self.directory)
 
     def container(self, service: str) -> str:
-        """Give the id of a service's container, whether or not it runs."""
+        """Return the id of a service's container, whether or not it runs."""
         filters = (f"{_LABEL}={self.name}", f"com.docker.compose.service={service}", "com.docker.compose.oneoff=False")
         labels = [word for each in filters for word in ("--filter", f"label={each}")]
         (found,) = self.docker.lines("ps", "--all", "--quiet", *labels)
         return found
 
     def inspect(self, service: str) -> dict[str, Any]:
-        """Give all that the engine knows of a service's container."""
+        """Return all that Docker reports of a service's container."""
         (found,) = json.loads(self.docker.run("inspect", self.container(service)))
         described: dict[str, Any] = found
         return described
 
     def address(self, service: str) -> str:
-        """Give the address that a container has in the project's network; empty when it does not run."""
+        """Return the address of a container in the project's network, empty if it does not run."""
         (network,) = self.inspect(service)["NetworkSettings"]["Networks"].values()
         address: str = network["IPAddress"]
         return address
@@ -81,12 +81,12 @@ class Project:
         return self.execute(service, "python", "-c", _FETCH, url)
 
     def journal(self, engine: str) -> list[dict[str, Any]]:
-        """Tell what an engine has received."""
+        """Return the request journal of an engine."""
         found: list[dict[str, Any]] = json.loads(self.page(engine, "http://127.0.0.1:30000/debug/requests"))["requests"]
         return found
 
     def leftovers(self) -> list[str]:
-        """Name what is there of the project: containers, networks, volumes."""
+        """Name the containers, networks and volumes of the project."""
         ours = ("--quiet", "--filter", f"label={_LABEL}={self.name}")
         kinds = (("ps", "--all"), ("network", "ls"), ("volume", "ls"))
         return [name for kind in kinds for name in self.docker.lines(*kind, *ours)]

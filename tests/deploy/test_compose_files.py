@@ -1,4 +1,4 @@
-"""docker-compose.yml and the configurations beside it, as far as they can be checked without containers."""
+"""docker-compose.yml and the configurations beside it are valid, as far as a test without containers can check."""
 
 import re
 from pathlib import Path
@@ -20,8 +20,8 @@ ENGINES = ("prefill-1", "prefill-2", "decode-1", "decode-2")
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_every_service_is_confined(name: str) -> None:
-    """Nothing runs with capabilities, with a root file system that it can write to, or open to the network."""
+def test_every_service_has_least_privileges(name: str) -> None:
+    """No container has capabilities, a writable root file system, or a port open to the network."""
     service = SERVICES[name]
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
@@ -30,14 +30,14 @@ def test_every_service_is_confined(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, service in SERVICES.items() if "build" not in service])
-def test_images_of_others_are_pinned(name: str) -> None:
-    """What was tried is what runs."""
+def test_pulled_images_are_pinned(name: str) -> None:
+    """The tested images are the ones that run."""
     assert re.fullmatch(r"[a-z]+/[a-z]+:v?\d+\.\d+\.\d+", SERVICES[name]["image"])
 
 
 @pytest.mark.parametrize("file", ROUTERS)
 def test_configuration_names_services_of_the_compose_file(file: str) -> None:
-    """A name that does not exist is noticed by nobody but the newcomer."""
+    """Otherwise only a new user would notice a name that does not exist."""
     config = load_config(CONFIGURATIONS / file)
     assert config.envoy.service == f"{ROUTERS[file]}:{config.listen.grpc.port}"
     assert ROUTERS[file] in SERVICES
@@ -52,7 +52,7 @@ def test_configuration_names_services_of_the_compose_file(file: str) -> None:
 
 @pytest.mark.parametrize("file", ROUTERS)
 def test_printed_envoy_configuration_finds_the_service_by_its_name(file: str) -> None:
-    """A container that is started anew may get another address; a name that Envoy looks up follows it."""
+    """A restarted container may get another address, and only a name that Envoy resolves follows it."""
     bootstrap = yaml.safe_load(render_yaml(build_bootstrap(load_config(CONFIGURATIONS / file))))
     (cluster,) = [each for each in bootstrap["static_resources"]["clusters"] if each["name"] == "extproc"]
     assert cluster["type"] == "STRICT_DNS"
@@ -60,8 +60,8 @@ def test_printed_envoy_configuration_finds_the_service_by_its_name(file: str) ->
     assert ROUTERS[file] in str(cluster["load_assignment"])
 
 
-def test_routers_differ_in_nothing_but_the_policy() -> None:
-    """Else the tables of the load generator would compare something else, too."""
+def test_routers_differ_only_in_their_policy() -> None:
+    """Otherwise the tables of the load generator would also compare something else."""
     ours, baseline = (load_config(CONFIGURATIONS / file) for file in ROUTERS)
     alike = {"reload": ours.reload, "envoy": ours.envoy}
     policy = {"pools": tuple(pool.model_copy(update={"policy": baseline.pools[0].policy}) for pool in ours.pools)}
@@ -70,7 +70,7 @@ def test_routers_differ_in_nothing_but_the_policy() -> None:
 
 
 def test_no_two_services_build_the_same_image() -> None:
-    """Compose builds all at once, and the second export of a name fails because it is there already."""
+    """Compose builds all images at once, and the second export of a name fails."""
     names = [each["image"] for each in SERVICES.values() if "build" in each and "image" in each]
     assert names
     assert len(names) == len(set(names))

@@ -1,4 +1,4 @@
-"""The dashboard shows what the pages of a running router have, and nothing that they do not."""
+"""The dashboard queries only series that a running router has, and shows all of them."""
 
 import json
 import re
@@ -21,7 +21,7 @@ QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["
 SELECTOR = re.compile(r"\b((?:dp_extproc|envoy)_[a-z_]+)\{([^}]*)\}")
 LABEL = re.compile(r"([a-z_]+)(?:=~|!~|!=|=)")
 OF_PROMETHEUS = {"instance", "job"}
-"""Labels that a target gets, whatever its page has."""
+"""Labels that Prometheus adds to every target."""
 
 
 @pytest.fixture(scope="module")
@@ -49,18 +49,18 @@ def series() -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("query", QUERIES)
-def test_dashboard_asks_for_series_that_there_are(query: str, series: dict[str, set[str]]) -> None:
-    """A metric that was renamed leaves an empty panel, which looks like good news."""
+def test_dashboard_queries_existing_series(query: str, series: dict[str, set[str]]) -> None:
+    """A renamed metric leaves an empty panel, which looks like good news."""
     selectors = SELECTOR.findall(query)
     assert selectors
     for name, labels in selectors:
         assert name in series
-        if series[name]:  # what has not happened yet has no labels
+        if series[name]:  # a counter of failures has no labels before the first failure
             assert set(LABEL.findall(labels)) <= series[name] | OF_PROMETHEUS
 
 
-def test_dashboard_finds_its_data_and_itself() -> None:
-    """The source that the panels name is the provisioned one; nothing lies on top of something else."""
+def test_dashboard_uses_the_provisioned_data_source() -> None:
+    """The data source of the panels is the provisioned one, and no panel covers another."""
     (source,) = yaml.safe_load((OBSERVE / "grafana/datasources/prometheus.yml").read_text(encoding="utf-8"))[
         "datasources"
     ]
@@ -79,15 +79,15 @@ def test_dashboard_finds_its_data_and_itself() -> None:
     assert all(x + width <= other for (y, x, width), (same, other, _) in pairwise(places) if y == same)
 
 
-def test_every_panel_says_what_it_shows() -> None:
-    """A title alone leaves the reader to guess what is good."""
+def test_every_panel_has_a_description() -> None:
+    """From a title alone the reader cannot see which values are good."""
     titles = [panel["title"] for panel in DASHBOARD["panels"]]
     assert len(set(titles)) == len(titles)
     assert [panel["title"] for panel in DASHBOARD["panels"] if not panel["description"]] == []
 
 
-def test_prometheus_reads_everybody_by_name() -> None:
-    """Job and page of each target; names are looked up anew, as containers change their addresses."""
+def test_prometheus_reads_every_target_by_name() -> None:
+    """Each target has its job and page, by a name that is resolved again when containers change their addresses."""
     document = yaml.safe_load((OBSERVE / "prometheus.yml").read_text(encoding="utf-8"))
     found = {
         job["job_name"]: (job.get("metrics_path", "/metrics"), source["names"], source["port"])

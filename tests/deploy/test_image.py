@@ -1,4 +1,4 @@
-"""The files that the image is made of: rules that a build does not check."""
+"""The files of the image follow rules that a build does not check."""
 
 import re
 import tomllib
@@ -13,18 +13,18 @@ INSTRUCTIONS = [
 ]
 URL_HOST = re.compile(r"[a-z]+://([^/:\s\"']+)", re.IGNORECASE)
 IMAGE_HOST = re.compile(r"^\s*(?:-\s+)?(?:image:|FROM|ARG PYTHON_IMAGE=)\s*([^/\s{]+[.:][^/\s]*)/", re.MULTILINE)
-"""What stands before the first slash of an image's name is a host if it has a dot or a port."""
+"""The part before the first slash of an image's name is a host if it has a dot or a port."""
 TOP = (ROOT / "Dockerfile", ROOT / "docker-compose.yml", ROOT / ".dockerignore")
 SHIPPED = sorted(path for path in (*TOP, *(ROOT / "deploy").rglob("*")) if path.is_file())
 
 
 def values(instruction: str) -> list[str]:
-    """Give what stands behind each of these instructions."""
+    """Return the arguments of each of these instructions."""
     return [line.split(None, 1)[1] for line in INSTRUCTIONS if line.split()[0] == instruction]
 
 
 def test_image_names_the_version_of_the_project() -> None:
-    """A label that was forgotten at a release would say something wrong of every container."""
+    """A label that was forgotten at a release would be wrong in every container."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (labels,) = values("LABEL")
     assert f'org.opencontainers.image.version="{project["version"]}"' in labels
@@ -33,12 +33,12 @@ def test_image_names_the_version_of_the_project() -> None:
 
 
 def test_image_has_a_user_with_a_number() -> None:
-    """``runAsNonRoot`` of Kubernetes cannot tell who a name is, and refuses to start the container."""
+    """``runAsNonRoot`` of Kubernetes cannot resolve a user name, and would not start the container."""
     assert values("USER") == ["65532:65532"]
 
 
 def test_image_is_built_by_both_builders() -> None:
-    """The builder before BuildKit knows no options of RUN, and none but --from, --chown of COPY."""
+    """The builder before BuildKit supports no options of RUN, and only --from and --chown of COPY."""
     assert not any(value.startswith("--") for value in values("RUN"))
     assert {word for value in values("COPY") for word in value.split() if word.startswith("--")} <= {
         "--from=build",
@@ -48,13 +48,13 @@ def test_image_is_built_by_both_builders() -> None:
 
 
 def test_last_stage_is_the_service() -> None:
-    """What is built when no target is named is the small image."""
+    """Without a target, a build makes the small image."""
     assert values("FROM")[-1] == "runtime AS service"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_file_names_the_host_of_a_registry(path: Path) -> None:
-    """Whoever builds behind a mirror has it in the settings of pip and Docker, and nothing here goes around them.
+    """A user behind a mirror configures it in pip and Docker, and no file here bypasses that.
 
     Hosts here are services of the compose file, which have no dot, and this machine.
     """
@@ -64,7 +64,7 @@ def test_no_file_names_the_host_of_a_registry(path: Path) -> None:
 
 
 def test_hosts_of_images_and_urls_are_found() -> None:
-    """Or the test above could not fail."""
+    """Otherwise the test above could not fail."""
     assert IMAGE_HOST.findall("FROM mirror.example/python:3.11\n  image: mirror:5000/envoy\n") == [
         "mirror.example",
         "mirror:5000",

@@ -1,4 +1,4 @@
-"""The shipped example of a gateway of others, with the ports of a test."""
+"""The shipped example of an endpoint-picker gateway, with the ports of a test."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ EXAMPLE = Path(__file__).parents[2] / "envoy" / "endpoint-picker.yaml"
 
 
 def load_gateway(config: Config, workers: Sequence[int]) -> dict[str, Any]:
-    """Read the example, and put these ports into it: of Envoy and the service by *config*, and of the workers."""
+    """Read the example and set its ports: those of Envoy and the service from *config*, and those of the engines."""
     example: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
     resources = example["static_resources"]
     picker, cluster = resources["clusters"]
@@ -24,14 +24,14 @@ def load_gateway(config: Config, workers: Sequence[int]) -> dict[str, Any]:
 
 
 def http_filters(gateway: dict[str, Any]) -> list[dict[str, Any]]:
-    """Give the filters that each request passes."""
+    """List the HTTP filters that each request passes."""
     manager = gateway["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
     found: list[dict[str, Any]] = manager["http_filters"]
     return found
 
 
 def ext_proc(gateway: dict[str, Any]) -> dict[str, Any]:
-    """Give the settings of the filter that asks the service."""
+    """Return the settings of the filter that calls the service."""
     (found,) = [each["typed_config"] for each in http_filters(gateway) if each["name"].endswith("ext_proc")]
     settings: dict[str, Any] = found
     return settings

@@ -1,4 +1,4 @@
-"""Many strict engines in one thread: for tests of what engines are told, where no engine is to die."""
+"""Many strict engines in one thread, for tests of the requests that engines receive, in which no engine has to die."""
 
 import asyncio
 import threading
@@ -21,7 +21,7 @@ _START_SECONDS = 30.0
 
 @dataclass(slots=True)
 class HostedEngine:
-    """One of them; named like :class:`dp_extproc.lab.testbed.engine.EngineProcess`."""
+    """One hosted engine, with the methods of :class:`dp_extproc.lab.testbed.engine.EngineProcess`."""
 
     server: Server
     port: int
@@ -33,7 +33,7 @@ class HostedEngine:
         return f"http://127.0.0.1:{self.port}"
 
     def requests(self) -> list[dict[str, Any]]:
-        """Give what it has received, but for the service's own questions whether it obeys headers."""
+        """List the received requests, without the service's probe of header overrides."""
         assert not self.killed_by, self.killed_by
         received: list[dict[str, Any]] = list(self.server.journal.show())
         return [each for each in received if each["headers"].get("x-override-routed-dp-rank") != "probe"]
@@ -42,13 +42,13 @@ class HostedEngine:
         self.server.journal.clear()
 
     def fault(self, **faults: Fault) -> None:
-        """Switch faults that need no word with the loop: none that opens or closes ports, or that hangs."""
+        """Inject faults that do not need the event loop: none that opens or closes ports, or that hangs."""
         self.server.faults.active.update(faults)
 
 
 @dataclass(slots=True)
 class HostedEngines:
-    """A context manager; engines are added before it is entered."""
+    """A context manager that runs engines; they are added before it is entered."""
 
     engines: list[HostedEngine] = field(default_factory=list)
     _loop: asyncio.AbstractEventLoop | None = None
@@ -56,7 +56,7 @@ class HostedEngines:
     _stop: asyncio.Event | None = None
 
     def add(self, *options: str, listeners: int = 1, build: Callable[..., Server] = Server) -> HostedEngine:
-        """Add an engine with the options of ``dp-extproc engine``, but for ports; *build* makes it."""
+        """Add an engine with the options of ``dp-extproc engine``, except for ports; *build* makes it."""
         taken = {port for each in self.engines for port in (each.port, each.bootstrap_port)}
         while (port := free_row(listeners + 1)) in taken or port + listeners in taken:
             pass
@@ -67,7 +67,7 @@ class HostedEngines:
         return self.engines[-1]
 
     def __enter__(self) -> Self:
-        """Run them, and wait until all listen."""
+        """Run the engines, and wait until all listen."""
         running: Future[None] = Future()
         self._thread = threading.Thread(target=lambda: uvloop.run(self._run(running)), name="engines")
         self._thread.start()

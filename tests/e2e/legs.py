@@ -1,4 +1,4 @@
-"""What both legs of a disaggregated request must look like, release by release."""
+"""The required form of both legs of a disaggregated request, release by release."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from e2e.stack import DECODE_RANKS, PREFILL_RANKS, ROUTING_FIELDS, Stack, body_o
 
 
 def assert_legs(stack: Stack, sent: dict[str, Any], path: str, *, batch: int | None = None) -> tuple[int, int | None]:
-    """Compare both legs with what the client sent, field by field.
+    """Compare both legs with the client's request, field by field.
 
     Returns:
-        The ranks on which the engines ran the legs; for decode None when nobody outside chose it.
+        The ranks on which the engines ran the legs; for decode None if the engine picked it.
     """
     prefill, decode = stack.legs()
     assert prefill["path"] == decode["path"] == path
@@ -60,7 +60,7 @@ def _assert_ranks(stack: Stack, prefill: dict[str, Any], decode: dict[str, Any],
         if stack.version >= (0, 5, 11):
             expected["disagg_prefill_dp_rank"] = p
         assert {key: body[key] for key in fields & body.keys()} == expected
-    if stack.version < (0, 5, 8):  # nothing but the room decides, on both servers
+    if stack.version < (0, 5, 8):  # the room alone determines the rank on both engines
         room = decode["bootstrap_room"]
         rooms = room if isinstance(room, list) else [room]
         assert {room % DECODE_RANKS for room in rooms} == {d}

@@ -1,4 +1,4 @@
-"""Clients that go on asking while something happens."""
+"""Clients that send requests without pause while something else happens."""
 
 import asyncio
 from collections import Counter
@@ -14,7 +14,7 @@ STREAM = {"text": "y", "sampling_params": {"max_new_tokens": 300}, "stream": Tru
 STREAMS = 20
 SENDERS = 8
 PATIENT = 40.0
-"""Seconds; a process takes its time to start on a busy machine."""
+"""Seconds; a process starts slowly on a busy machine."""
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Load:
     """Clients that send short requests one after the other, and some that read streams."""
 
     statuses: Counter[int | str] = field(default_factory=Counter)
-    """What the short requests got; with its text what was not a success."""
+    """Results of the short requests: the status, and the text if it was no success."""
     ends: Counter[str] = field(default_factory=Counter)
     """The last lines of the streams."""
     over: bool = False
@@ -41,13 +41,13 @@ class Load:
         self.ends[last] += 1
 
     async def goes_on(self) -> None:
-        """Wait until each of the senders can have had another answer."""
+        """Wait until each sender can have had another response."""
         before = self.statuses.total()
         await asyncio.to_thread(wait_for, lambda: self.statuses.total() >= before + SENDERS, PATIENT)
 
 
-def under_load(url: str, trouble: Callable[[], None]) -> Load:
-    """Have clients send short requests, and streams be open, while something happens."""
+def under_load(url: str, happen: Callable[[], None]) -> Load:
+    """Let clients send short requests, and keep streams open, while something else happens."""
 
     async def story() -> Load:
         load, opened = Load(), asyncio.Semaphore(0)
@@ -64,7 +64,7 @@ def under_load(url: str, trouble: Callable[[], None]) -> Load:
                 clients.create_task(load.send(client))
             await load.goes_on()
             try:
-                await asyncio.to_thread(trouble)
+                await asyncio.to_thread(happen)
                 await load.goes_on()
             finally:
                 load.over = True

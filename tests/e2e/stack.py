@@ -17,9 +17,9 @@ from patience import wait_for
 PREFILL_RANKS = 4
 DECODE_RANKS = 2
 PATIENCE = ("--timeout-bootstrap", "100000", "--timeout-waiting", "100000", "--timeout-heartbeat", "1000")
-"""Timeouts shrink with the time scale; these must not, or a busy test machine looks like a dead server."""
+"""These timeouts must not shrink with the time scale, or an engine on a busy test machine counts as dead."""
 FAST = ("--time-scale", "0.01", *PATIENCE)
-"""A hundred times faster than a server would be: these tests are about bodies, not about time."""
+"""A hundred times faster than a real engine: these tests check bodies, not times."""
 
 ROUTING_FIELDS = {
     "routed_dp_rank",
@@ -38,12 +38,12 @@ EVIL = {
     "bootstrap_port": 9,
     "bootstrap_room": 9,
 }
-"""What a client may say in its body."""
+"""Fields by which a client could try to control routing from its body."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Everything that runs."""
+    """The running engines, service and Envoy."""
 
     prefills: Sequence[EngineProcess]
     decodes: Sequence[EngineProcess]
@@ -53,7 +53,7 @@ class Stack:
     version: tuple[int, ...]
 
     def forget(self) -> None:
-        """Clear what the engines remember."""
+        """Clear the request journals of the engines."""
         for engine in (*self.prefills, *self.decodes):
             engine.forget()
 
@@ -62,12 +62,12 @@ class Stack:
         return one(self.prefills), one(self.decodes)
 
     def received(self) -> list[dict[str, Any]]:
-        """Give every request that any engine has received since :meth:`forget`."""
+        """List every request that any engine has received since :meth:`forget`."""
         return [request for engine in (*self.prefills, *self.decodes) for request in engine.requests()]
 
 
 class Remembers(Protocol):
-    """An engine that tells what it has received."""
+    """An engine that keeps a journal of its requests."""
 
     def requests(self) -> list[dict[str, Any]]: ...
 
@@ -84,7 +84,7 @@ def one(engines: Sequence[Remembers]) -> dict[str, Any]:
 
 
 def body_of(request: dict[str, Any]) -> dict[str, Any]:
-    """Read the body of a received request, exactly as it came."""
+    """Read the body of a received request, exactly as it arrived."""
     body: dict[str, Any] = json.loads(request["body"])
     return body
 
@@ -93,9 +93,9 @@ def body_of(request: dict[str, Any]) -> dict[str, Any]:
 def run_stack(
     version: str = "0.5.23", *, prefills: int = 1, decodes: int = 1, options: Sequence[str] = (), **sections: Any
 ) -> Iterator[Stack]:
-    """Run a disaggregated fleet of one release; *sections* go over the configuration, or over that of its pool.
+    """Run a disaggregated fleet of one release; *sections* override the configuration, or that of its pool.
 
-    In the end nothing may be on the books.
+    At the end no reservation may be left.
     """
     flags = ("--sglang-version", version, "--dp-attention", *FAST, *options)
     of_pool: dict[str, Any] = {key: sections.pop(key) for key in ("policy", "api_key") if key in sections}

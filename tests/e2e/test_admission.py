@@ -1,4 +1,4 @@
-"""Full servers, through Envoy: refusals, and requests that wait their turn."""
+"""A full fleet behind Envoy rejects requests, or lets them wait in the admission queue."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +20,7 @@ def post(stack: Stack, body: dict[str, Any]) -> httpx.Response:
 
 
 def occupy(stack: Stack, pool: ThreadPoolExecutor) -> list[Future[httpx.Response]]:
-    """Have each decode rank run a request, and wait until the engine has got them."""
+    """Let each decode rank run a request, and wait until the engine has got them."""
     stack.forget()
     running = [pool.submit(post, stack, LONG) for _ in range(DECODE_RANKS)]
     wait_for(lambda: len(stack.decodes[0].requests()) == DECODE_RANKS)
@@ -29,21 +29,21 @@ def occupy(stack: Stack, pool: ThreadPoolExecutor) -> list[Future[httpx.Response
 
 @pytest.fixture(scope="module")
 def full() -> Iterator[Stack]:
-    """A decode server each of whose ranks takes one request."""
+    """Give a decode engine whose ranks take one request each."""
     with run_stack(options=SLOW, admission={"max_requests": 1}) as stack:
         yield stack
 
 
 @pytest.fixture(scope="module")
 def waiting() -> Iterator[Stack]:
-    """Likewise, with a line in front of it."""
+    """Give the same fleet with an admission queue."""
     queue = {"max_wait": "10s", "max_depth": 2}
     with run_stack(options=SLOW, admission={"max_requests": 1}, queue=queue) as stack:
         yield stack
 
 
-def test_a_full_fleet_refuses_at_once(full: Stack) -> None:
-    """429, when to come again, and why; once there is room the same request is served."""
+def test_a_full_fleet_rejects_a_request_immediately(full: Stack) -> None:
+    """The 429 has the reason and a time to retry; once there is room, the same request is served."""
     with ThreadPoolExecutor(8) as pool:
         running = occupy(full, pool)
         refused = post(full, SHORT)
@@ -57,8 +57,8 @@ def test_a_full_fleet_refuses_at_once(full: Stack) -> None:
     assert post(full, SHORT).status_code == 200
 
 
-def test_a_prompt_that_fits_nowhere_is_refused_for_good(full: Stack) -> None:
-    """400 before either engine has seen it."""
+def test_a_prompt_is_rejected_if_it_fits_on_no_rank(full: Stack) -> None:
+    """The client gets a 400 before either engine receives the request."""
     full.forget()
     refused = full.client.post("/generate", json={"input_ids": [1] * 50_001})
 
@@ -67,8 +67,8 @@ def test_a_prompt_that_fits_nowhere_is_refused_for_good(full: Stack) -> None:
     assert full.received() == []
 
 
-def test_requests_wait_for_room(waiting: Stack) -> None:
-    """Of three, two wait and are served in the end, and one finds the line full."""
+def test_requests_wait_in_the_queue_if_the_fleet_is_full(waiting: Stack) -> None:
+    """Of three requests, two wait and are served in the end, and one finds the queue full."""
     with ThreadPoolExecutor(8) as pool:
         running = occupy(waiting, pool)
         more = [pool.submit(post, waiting, SHORT) for _ in range(3)]
@@ -79,11 +79,11 @@ def test_requests_wait_for_room(waiting: Stack) -> None:
     assert outcomes == [200, 200, 429]
 
 
-def test_who_leaves_the_line_makes_room_in_it(waiting: Stack) -> None:
-    """A client that gives up waiting is forgotten, and never reaches an engine."""
+def test_a_client_leaves_the_queue_when_it_disconnects(waiting: Stack) -> None:
+    """A client that stops waiting is removed from the queue, and its request never reaches an engine."""
     with ThreadPoolExecutor(8) as pool:
         running = occupy(waiting, pool)
-        for _ in range(3):  # more than the line is deep
+        for _ in range(3):  # more than the queue holds
             with pytest.raises(httpx.ReadTimeout):
                 waiting.client.post("/generate", json=SHORT, timeout=0.2)
         served = post(waiting, SHORT)

@@ -1,4 +1,4 @@
-"""Requests find the rank whose prefix cache holds the beginning of their prompt."""
+"""Requests reach the rank whose prefix cache holds the beginning of their prompt."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ OUTPUT = {"sampling_params": {"max_new_tokens": 1}}
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Stack]:
-    """Two prefill servers of four ranks; clients name their conversation in a header."""
+    """Give two prefill engines of four ranks; clients name their conversation in a header."""
     with run_stack(prefills=2, envoy={"session_header": "X-Conversation"}) as stack:
         yield stack
 
@@ -33,7 +33,7 @@ def send(stack: Stack, body: dict[str, Any], **headers: str) -> dict[str, Any]:
 
 
 def prefill_ranks(stack: Stack) -> Counter[tuple[str, int]]:
-    """Count the prompts of each rank since the engines were made to forget."""
+    """Count the prompts of each rank since the journals were cleared."""
     return Counter(
         (engine.url, leg["dp_rank"])
         for engine in stack.prefills
@@ -42,8 +42,8 @@ def prefill_ranks(stack: Stack) -> Counter[tuple[str, int]]:
     )
 
 
-def test_one_prompt_is_computed_once(fleet: Stack) -> None:
-    """Sent 24 times in a row, it goes to one rank of eight, whose engine has all but the first in its cache."""
+def test_a_prompt_returns_to_its_rank_when_it_repeats(fleet: Stack) -> None:
+    """Of 24 equal prompts in a row all go to one rank of eight, whose engine has all but the first in its cache."""
     fleet.forget()
     prompt = {"text": text(1, 2000)}
     cached = [send(fleet, prompt)["cached_tokens"] for _ in range(24)]
@@ -53,23 +53,23 @@ def test_one_prompt_is_computed_once(fleet: Stack) -> None:
     assert min(cached[1:]) > 1500
 
 
-def test_a_conversation_stays_where_its_turns_are(fleet: Stack) -> None:
-    """Each of eight conversations keeps to a rank of its own while it grows; they share ranks evenly."""
+def test_a_conversation_returns_to_its_rank_while_it_grows(fleet: Stack) -> None:
+    """Each of eight growing conversations stays on one rank, and they share the ranks evenly."""
     fleet.forget()
     turns = {number: text(100 + number, 800) for number in range(8)}
     ranks: dict[int, set[tuple[str, int]]] = {number: set() for number in turns}
     for turn in range(4):
-        for number, said in turns.items():
+        for number, prompt in turns.items():
             before = prefill_ranks(fleet)
-            send(fleet, {"text": said})
+            send(fleet, {"text": prompt})
             ranks[number] |= set(prefill_ranks(fleet) - before)
-            turns[number] = said + " " + text(1000 * turn + number, 300)
+            turns[number] = prompt + " " + text(1000 * turn + number, 300)
 
     assert all(len(used) == 1 for used in ranks.values())
 
 
-def test_a_session_header_stands_for_what_the_text_does_not_tell(fleet: Stack) -> None:
-    """Token ids that share nothing with what came before go to the rank of their conversation all the same."""
+def test_a_session_header_selects_the_rank_without_a_shared_prefix(fleet: Stack) -> None:
+    """Token ids without a shared prefix go to the rank of their conversation."""
     fleet.forget()
     rng = Random(5)
     for _ in range(6):
@@ -78,8 +78,8 @@ def test_a_session_header_stands_for_what_the_text_does_not_tell(fleet: Stack) -
     assert list(prefill_ranks(fleet).values()) == [6]
 
 
-def test_our_own_session_header_is_taken_from_clients(fleet: Stack) -> None:
-    """Only the configured one is copied: without it requests with nothing in common spread."""
+def test_an_internal_session_header_is_removed_from_client_requests(fleet: Stack) -> None:
+    """Envoy copies only the configured header, so requests without a common prefix spread."""
     fleet.forget()
     rng = Random(6)
     for _ in range(16):
@@ -89,8 +89,8 @@ def test_our_own_session_header_is_taken_from_clients(fleet: Stack) -> None:
     assert all("x-dp-session" not in dict(request["headers"]) for request in fleet.received())
 
 
-def test_what_affinity_saves_is_shown(fleet: Stack) -> None:
-    """The metrics and /loads tell how many prompt tokens were taken to be held."""
+def test_cached_tokens_are_counted_in_metrics_and_loads(fleet: Stack) -> None:
+    """The metrics and ``/loads`` show the number of prompt tokens that probably were in the prefix caches."""
     send(fleet, {"text": text(7, 2000)})
     send(fleet, {"text": text(7, 2000)})
 

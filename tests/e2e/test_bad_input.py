@@ -1,4 +1,4 @@
-"""Bad requests get a clear OpenAI-shaped error, and never reach an engine."""
+"""Bad requests get an OpenAI-shaped error with a remedy, and never reach an engine."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ CHAT = {"model": "any", "messages": [{"role": "user", "content": "hi"}]}
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
-    """A request that must be refused."""
+    """A request that the service must reject."""
 
     content: bytes
     path: str = "/v1/completions"
@@ -67,8 +67,10 @@ class Mistake:
         pytest.param(Mistake(b"", "/flush_cache"), 404, "unknown_path", id="administration"),
     ],
 )
-def test_refusals(every_mode: Stack, mistake: Mistake, status: int, code: str) -> None:
-    """Each kind of mistake has its status and code, in the body and in a header; no engine has seen it."""
+def test_a_bad_request_is_rejected_with_its_status_and_code(
+    every_mode: Stack, mistake: Mistake, status: int, code: str
+) -> None:
+    """Each kind of mistake has its status and code, in the body and in a header, and no engine receives it."""
     response = every_mode.client.request(
         mistake.method,
         mistake.path,
@@ -85,8 +87,8 @@ def test_refusals(every_mode: Stack, mistake: Mistake, status: int, code: str) -
     assert every_mode.received() == []
 
 
-def test_an_announced_body_that_is_too_large(every_mode: Stack) -> None:
-    """Its length tells before it is sent: 413 at once, without waiting for the body."""
+def test_a_body_is_rejected_if_its_declared_length_is_too_large(every_mode: Stack) -> None:
+    """The declared length is too large, so the 413 comes without waiting for the body."""
     connection = HTTPConnection(str(every_mode.service.config.envoy.inference), timeout=10)
     connection.putrequest("POST", "/v1/completions")
     connection.putheader("content-type", "application/json")
@@ -100,8 +102,8 @@ def test_an_announced_body_that_is_too_large(every_mode: Stack) -> None:
     assert every_mode.received() == []
 
 
-def test_an_unannounced_body_that_is_too_large(every_mode: Stack) -> None:
-    """Chunked, it is refused once it exceeds the limit."""
+def test_a_chunked_body_is_rejected_when_it_exceeds_the_limit(every_mode: Stack) -> None:
+    """A chunked body is rejected once it exceeds the limit."""
 
     def too_much() -> Iterator[bytes]:
         yield b'{"prompt":"'
@@ -111,7 +113,7 @@ def test_an_unannounced_body_that_is_too_large(every_mode: Stack) -> None:
     try:
         response = every_mode.client.post("/v1/completions", content=too_much(), headers=JSON)
     except httpx.WriteError:
-        pass  # the connection was closed on the rest of the upload, as HTTP/1 allows
+        pass  # the rest of the upload met a closed connection, as HTTP/1 allows
     else:
         assert response.status_code == 413
         assert response.json()["error"]["type"] == "invalid_request_error"
@@ -125,8 +127,8 @@ def test_an_unannounced_body_that_is_too_large(every_mode: Stack) -> None:
         pytest.param({**CHAT, "n": 3}, "unsupported_value", id="n"),
     ],
 )
-def test_the_client_library_understands_refusals(newest: Stack, call: dict[str, Any], code: str) -> None:
-    """The OpenAI client raises its own exception, with our code."""
+def test_the_openai_client_raises_its_exception_on_a_rejection(newest: Stack, call: dict[str, Any], code: str) -> None:
+    """The OpenAI client raises its own exception, with the code of the service."""
     url = f"{newest.envoy.url}/v1"
     with (
         openai.OpenAI(base_url=url, api_key="key", max_retries=0) as client,
@@ -138,11 +140,12 @@ def test_the_client_library_understands_refusals(newest: Stack, call: dict[str, 
     assert newest.received() == []
 
 
-def test_no_error_of_an_engine_is_changed(newest: Stack) -> None:
-    """What the engine itself refuses comes through as the engine said it."""
+def test_an_engine_error_reaches_the_client_unchanged(newest: Stack) -> None:
+    """The client gets a rejection by an engine with the engine's own text."""
     response = newest.client.post("/v1/chat/completions", json={**CHAT, "max_tokens": 100_000_000})
 
     assert response.status_code == 400
     assert "x-dp-extproc-reason" not in response.headers
     assert "maximum context length" in response.json()["message"]
-    assert newest.received()  # by whichever leg was first; the other one may have been ended before it came there
+    # from either leg, whichever was first; the other may have been ended before it reached its engine
+    assert newest.received()

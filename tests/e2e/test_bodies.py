@@ -1,4 +1,4 @@
-"""Bodies of every size and kind arrive on both legs as they were sent, in both of Envoy's body modes."""
+"""Bodies of every size and kind arrive on both legs as the client sent them, in both of Envoy's body modes."""
 
 import hashlib
 import json
@@ -18,8 +18,8 @@ def completion(**fields: Any) -> dict[str, Any]:
     return {"model": "any", "prompt": "p", "max_tokens": 1, **fields}
 
 
-def test_the_smallest_bodies(every_mode: Stack) -> None:
-    """One byte is answered as what it is, no JSON object; and the least object that is a request goes through."""
+def test_the_smallest_bodies_are_read_correctly(every_mode: Stack) -> None:
+    """One byte is rejected as not being a JSON object, and the smallest object that is a request passes."""
     refused = every_mode.client.post(PATH, content=b"1", headers={"content-type": "application/json"})
     assert refused.status_code == 400
     assert every_mode.received() == []
@@ -30,9 +30,9 @@ def test_the_smallest_bodies(every_mode: Stack) -> None:
 
 @pytest.mark.parametrize("size", [1_000, 62_000, 70_000, 1 << 20, 32 << 20], ids=lambda size: f"{size} bytes")
 @pytest.mark.parametrize("chunked", [False, True], ids=["with length", "chunked"])
-def test_large_bodies(every_mode: Stack, size: int, chunked: bool) -> None:
-    """From one to many chunks, with and without a content-length; not one byte behind the routing fields differs."""
-    # Not in the prompt: an engine would be right to refuse eight million tokens.
+def test_large_bodies_arrive_unchanged_on_both_legs(every_mode: Stack, size: int, chunked: bool) -> None:
+    """From one to many chunks, with and without a content-length, no byte after the routing fields differs."""
+    # Not in the prompt: an engine would rightly reject eight million tokens.
     rest = b'"model":"any","max_tokens":1,"prompt":"p","padding":"' + b"0123456789abcdef" * (size // 16) + b'"}'
     content: bytes | Iterator[bytes] = b"{" + rest
     if chunked:
@@ -42,14 +42,14 @@ def test_large_bodies(every_mode: Stack, size: int, chunked: bool) -> None:
     assert response.status_code == 200, response.text[:500]
     for leg in every_mode.legs():
         assert leg["outcome"] == "finished"
-        # In duplex Envoy streams the decode leg's body, without a length.
+        # In full-duplex mode Envoy streams the decode leg's body, without a length.
         assert leg["headers"].get("content-length", str(leg["body_length"])) == str(leg["body_length"])
         front = (leg["body"] or leg["body_head"])[: leg["body_length"] - len(rest)].encode()
         assert leg["body_sha256"] == hashlib.sha256(front + rest).hexdigest()
 
 
 def test_a_compact_unicode_body_is_kept_byte_for_byte(every_mode: Stack) -> None:
-    """Key order, number formats, escapes, repeated keys and white space arrive as they were sent."""
+    """Key order, number formats, escapes, repeated keys and white space arrive as the client sent them."""
     sent = (
         b'{ "prompt" : "\\u00e9 \xc3\xa9 \xf0\x9f\x97\xbc \\ud83d\\uddfc" , "temperature":1.0E+0,"seed":-0 , '
         b'"x": 123456789012345678901234567890,"x":[1e-7,{"stream":1,"rid":2}],\t"max_tokens":1 }'
@@ -74,7 +74,7 @@ def test_a_compact_unicode_body_is_kept_byte_for_byte(every_mode: Stack) -> None
     ],
 )
 def test_routing_fields_of_a_client_are_replaced(every_mode: Stack, fields: dict[str, Any]) -> None:
-    """Whatever a client says of routing, both legs get ours, once."""
+    """Both legs get the routing fields of the service once, whatever fields the client sent."""
     response = every_mode.client.post(PATH, json=completion(**fields))
 
     assert response.status_code == 200, response.text
@@ -99,7 +99,7 @@ def test_routing_fields_of_a_client_are_replaced(every_mode: Stack, fields: dict
     ],
 )
 def test_routing_headers_of_a_client_have_no_effect(every_mode: Stack, name: str, value: str) -> None:
-    """A client cannot choose a host, a rank or a leg by a header, and no such header reaches an engine."""
+    """A client cannot choose an endpoint, a rank or a leg by a header, and no such header reaches an engine."""
     response = every_mode.client.post(PATH, json=completion(), headers={name: value})
 
     assert response.status_code == 200, response.text
@@ -109,7 +109,7 @@ def test_routing_headers_of_a_client_have_no_effect(every_mode: Stack, name: str
 
 
 def test_other_headers_reach_both_engines(every_mode: Stack) -> None:
-    """Credentials, request ids and whatever else a client sends are passed on."""
+    """Credentials, request ids and all other headers of a client reach both engines."""
     headers = {"authorization": "Bearer key", "x-request-id": "my-id", "x-tenant": "blue"}
     assert every_mode.client.post(PATH, json=completion(), headers=headers).status_code == 200
 
@@ -117,8 +117,8 @@ def test_other_headers_reach_both_engines(every_mode: Stack) -> None:
         assert {name: leg["headers"].get(name) for name in headers} == headers
 
 
-def test_white_space_around_a_body(every_mode: Stack) -> None:
-    """A body may begin and end in white space, and its type may have parameters."""
+def test_a_body_passes_with_white_space_around_it(every_mode: Stack) -> None:
+    """A body may begin and end in white space, and its content type may have parameters."""
     sent = b'\n{"prompt":"p","max_tokens":1}\n\n'
     response = every_mode.client.post(PATH, content=sent, headers={"content-type": "application/json; charset=utf-8"})
 
@@ -127,7 +127,7 @@ def test_white_space_around_a_body(every_mode: Stack) -> None:
 
 
 def test_the_access_log_names_the_pick(every_mode: Stack) -> None:
-    """Model, pool, hosts and ranks of a request stand in its line of Envoy's access log."""
+    """The access log line of a request has its model, pool, endpoints and ranks."""
     headers = {"x-request-id": f"logged-{every_mode.service.config.envoy.body_mode}"}
     assert every_mode.client.post(PATH, json=completion(model="m1"), headers=headers).status_code == 200
     prefill_rank, decode_rank = assert_legs(every_mode, completion(model="m1"), PATH)
@@ -145,8 +145,8 @@ def test_the_access_log_names_the_pick(every_mode: Stack) -> None:
     assert f"http://{line['decode_host']}" == every_mode.decodes[0].url
 
 
-def test_client_library_streams_through_both_modes(every_mode: Stack) -> None:
-    """A streamed answer arrives piece by piece, not all at the end."""
+def test_a_stream_arrives_piece_by_piece_in_both_body_modes(every_mode: Stack) -> None:
+    """A streamed response arrives piece by piece, not all at the end."""
     sent = completion(stream=True, max_tokens=5)
     with every_mode.client.stream("POST", PATH, json=sent) as response:
         assert response.status_code == 200

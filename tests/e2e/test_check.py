@@ -1,4 +1,4 @@
-"""``dp-extproc check`` against strict engines: each is explained on one screen, and refused where it cannot serve."""
+"""``dp-extproc check`` explains each strict engine on one screen, and rejects those that cannot serve."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ import yaml
 from e2e.hosted import HostedEngine, HostedEngines
 
 LINES, COLUMNS = 24, 100
-"""Of a screen."""
+"""Lines and columns of a screen."""
 UNSEEN = {"affinity": {"prefixes": False}}
 OVERRIDES = ("--header-overrides",)
 
@@ -40,7 +40,11 @@ class Shop:
     config: Path
 
     def check(self, pool: dict[str, Any], body_mode: str = "buffered") -> tuple[int, str]:
-        """Run the command on one pool. Returns its exit status and what it printed."""
+        """Run the command on one pool.
+
+        Returns:
+            Its exit status and what it printed.
+        """
         content = {"envoy": {"body_mode": body_mode}, "pools": [{"models": ["m"], **pool}]}
         self.config.write_text(yaml.safe_dump(content), encoding="utf-8")
         command = [sys.executable, "-m", "dp_extproc", "check", "-c", str(self.config)]
@@ -49,7 +53,7 @@ class Shop:
         return done.returncode, done.stdout
 
     def pair(self, prefill: str, decode: str) -> dict[str, Any]:
-        """Make a pool of two of them."""
+        """Make a pool of a prefill and a decode engine."""
         return {
             "prefill": {"endpoints": [self.engines[prefill].url]},
             "decode": {"endpoints": [self.engines[decode].url]},
@@ -65,7 +69,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
 
 
 def explained(out: str, url: str) -> list[str]:
-    """Give all that concerns an engine, as rows of a terminal: heading, its line, how it is reached, its pitfalls."""
+    """List all rows of a terminal about an engine: heading, its line, its rank control, and its diagnostics."""
     head, *lines = out.splitlines()
     found, concerns = [head], False
     for line in lines:
@@ -75,15 +79,15 @@ def explained(out: str, url: str) -> list[str]:
     return [line[at : at + COLUMNS] for line in found for at in range(0, len(line), COLUMNS)]
 
 
-def recipe_of(out: str, url: str) -> str:
-    """Give the sentence on how an engine's ranks are reached."""
+def rank_control_of(out: str, url: str) -> str:
+    """Return the sentence about the rank control of an engine."""
     return next(
         line for line in out.splitlines() if line.startswith("http") and url in line.partition(": ")[0].split(", ")
     )
 
 
 def codes_of(out: str, url: str) -> set[str]:
-    """Name the pitfalls of an engine."""
+    """List the diagnostic codes of an engine."""
     return {line.partition(":")[0] for line in out.splitlines() if line.endswith(url) or f"{url}, " in line}
 
 
@@ -106,8 +110,10 @@ def codes_of(out: str, url: str) -> set[str]:
         ),
     ],
 )
-def test_a_pair_on_one_screen(shop: Shop, prefill: str, decode: str, ways: tuple[str, ...], codes: set[str]) -> None:
-    """Release, ranks, load page, how its ranks are reached, and every pitfall with what to do."""
+def test_check_explains_a_pair_on_one_screen(
+    shop: Shop, prefill: str, decode: str, ways: tuple[str, ...], codes: set[str]
+) -> None:
+    """One screen has release, ranks, load page, rank control, and every diagnostic with its remedy."""
     status, out = shop.check(shop.pair(prefill, decode))
     first, second = shop.engines[prefill].url, shop.engines[decode].url
     row = next(line.split() for line in out.splitlines() if line.startswith(f"{first} "))
@@ -115,7 +121,7 @@ def test_a_pair_on_one_screen(shop: Shop, prefill: str, decode: str, ways: tuple
 
     assert status == 0, out
     assert (row[1], row[4], row[6]) == ("prefill", "4", "/v1/loads")
-    assert all(words in recipe_of(out, first) for words in ways)
+    assert all(words in rank_control_of(out, first) for words in ways)
     assert codes_of(out, first) == codes
     assert "".join(screen).count("remedy: ") == "".join(screen).count("what happens: ") == len(codes)
     assert len(screen) <= LINES
@@ -129,31 +135,33 @@ def test_a_pair_on_one_screen(shop: Shop, prefill: str, decode: str, ways: tuple
         ("vllm", "vLLM-0.11.0", "the header x-data-parallel-rank", "/metrics"),
     ],
 )
-def test_workers_on_one_screen(shop: Shop, name: str, release: str, way: str, page: str) -> None:
-    """Of either kind."""
+def test_check_explains_aggregated_engines_on_one_screen(
+    shop: Shop, name: str, release: str, way: str, page: str
+) -> None:
+    """One screen has aggregated engines of both kinds."""
     url = shop.engines[name].url
     status, out = shop.check({"workers": {"endpoints": [url]}})
 
     assert status == 0, out
     assert {release, "4", page} <= set(next(line.split() for line in out.splitlines() if line.startswith(url)))
-    assert way in recipe_of(out, url)
+    assert way in rank_control_of(out, url)
     assert len(explained(out, url)) <= LINES
 
 
-def test_an_old_vllm(shop: Shop) -> None:
-    """It serves, and picks its ranks itself; the way out is told."""
+def test_check_accepts_an_old_vllm_with_a_remedy(shop: Shop) -> None:
+    """An old vLLM serves and picks its ranks itself, and the remedy is printed."""
     url = shop.engines["old vllm"].url
     status, out = shop.check({"workers": {"endpoints": [url]}})
 
     assert status == 0
-    assert "rank by the engine itself" in recipe_of(out, url)
+    assert "rank by the engine itself" in rank_control_of(out, url)
     assert codes_of(out, url) == {"rank_not_carried"}
     assert "upgrade to vLLM 0.11.0" in out
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_vllm_cannot_be_one_of_a_pair(shop: Shop, role: str) -> None:
-    """It is refused with the reason and with what to write instead."""
+def test_check_rejects_vllm_in_a_disaggregated_pool(shop: Shop, role: str) -> None:
+    """The rejection has the reason and the correct configuration."""
     url = shop.engines["vllm"].url
     status, out = shop.check({**shop.pair("prefill", "decode"), role: {"endpoints": [url]}})
 
@@ -180,15 +188,15 @@ ON_ALL = "/generate, /v1/chat/completions, /v1/messages"
         ("0.5.11 prefill", "none", 1, {"overrides_not_read"}, "paths: none"),
     ],
 )
-def test_header_carrier(  # noqa: PLR0917 - a table
+def test_check_rejects_an_engine_that_ignores_override_headers(  # noqa: PLR0917 - a table
     shop: Shop, prefill: str, body_mode: str, status: int, codes: set[str], way: str
 ) -> None:
-    """An engine that reads no headers is refused; one that reads them on fewer paths only where no body is seen."""
+    """An engine that reads no override headers is rejected; one that reads them on fewer paths only without bodies."""
     url = shop.engines[prefill].url
     pool = {**shop.pair(prefill, "obedient decode"), "routing_fields": "headers", "policy": UNSEEN}
     found, out = shop.check(pool, body_mode)
 
     assert found == status, out
-    assert way in recipe_of(out, url)
+    assert way in rank_control_of(out, url)
     assert {code for code in codes_of(out, url) if code.startswith(("overrides", "paths_without"))} == codes
     assert len(explained(out, url)) <= LINES

@@ -1,4 +1,4 @@
-"""Unmodified clients through real Envoy: what they get, and what both legs got, for every release that differs."""
+"""Unmodified clients and both legs get correct results through real Envoy, for each release that differs."""
 
 import asyncio
 import json
@@ -23,8 +23,8 @@ def client(every_version: Stack) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_openai_chat(every_version: Stack, client: openai.OpenAI) -> None:
-    """A plain chat request is answered by decode, with usage, after both legs met."""
+def test_openai_chat_is_answered_by_decode(every_version: Stack, client: openai.OpenAI) -> None:
+    """Decode answers a plain chat request, with usage, after both legs met."""
     answer = client.chat.completions.create(**CHAT)
 
     assert answer.choices[0].message.content
@@ -33,8 +33,8 @@ def test_openai_chat(every_version: Stack, client: openai.OpenAI) -> None:
     assert_legs(every_version, CHAT, "/v1/chat/completions")
 
 
-def test_openai_chat_streaming(every_version: Stack, client: openai.OpenAI) -> None:
-    """A streamed chat arrives chunk by chunk, with usage at the end; prefill was asked not to stream."""
+def test_openai_chat_streams_chunk_by_chunk(every_version: Stack, client: openai.OpenAI) -> None:
+    """A streamed chat arrives chunk by chunk, with usage at the end, and prefill does not stream."""
     sent: dict[str, Any] = {**CHAT, "stream": True, "stream_options": {"include_usage": True}}
     chunks = list(client.chat.completions.create(**sent))
 
@@ -45,8 +45,8 @@ def test_openai_chat_streaming(every_version: Stack, client: openai.OpenAI) -> N
     assert_legs(every_version, sent, "/v1/chat/completions")
 
 
-def test_openai_async(every_version: Stack) -> None:
-    """The asynchronous client, too; twenty requests at once all come back."""
+def test_openai_async_client_gets_every_response(every_version: Stack) -> None:
+    """Twenty concurrent requests of the asynchronous client all get a response."""
 
     async def ask_all() -> list[Any]:
         url = f"{every_version.envoy.url}/v1"
@@ -62,8 +62,8 @@ def test_openai_async(every_version: Stack) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streaming"])
-def test_openai_completions(every_version: Stack, client: openai.OpenAI, stream: bool) -> None:
-    """The completions API, with a text."""
+def test_openai_completions_answer_a_text(every_version: Stack, client: openai.OpenAI, stream: bool) -> None:
+    """The completions API works with a text prompt."""
     sent: dict[str, Any] = {"model": "any", "prompt": "once upon", "max_tokens": 4, "stream": stream}
     answer = client.completions.create(**sent)
     texts = [chunk.choices[0].text for chunk in answer if chunk.choices] if stream else [answer.choices[0].text]
@@ -80,8 +80,10 @@ def test_openai_completions(every_version: Stack, client: openai.OpenAI, stream:
         pytest.param(["alone"], id="one"),
     ],
 )
-def test_openai_batches(every_version: Stack, client: openai.OpenAI, prompt: list[Any]) -> None:
-    """Each prompt of a batch has a room of its own; all lead to the one prefill rank."""
+def test_openai_batches_have_a_room_for_each_prompt(
+    every_version: Stack, client: openai.OpenAI, prompt: list[Any]
+) -> None:
+    """Each prompt of a batch has its own room, and all rooms lead to the one prefill rank."""
     sent: dict[str, Any] = {"model": "any", "prompt": prompt, "max_tokens": 3}
     answer = client.completions.create(**sent)
 
@@ -90,8 +92,8 @@ def test_openai_batches(every_version: Stack, client: openai.OpenAI, prompt: lis
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streaming"])
-def test_generate(every_version: Stack, stream: bool) -> None:
-    """SGLang's own API by plain HTTP; the rank that served is the one that was picked."""
+def test_generate_runs_on_the_picked_rank(every_version: Stack, stream: bool) -> None:
+    """SGLang's own API works by plain HTTP, and the picked rank serves it."""
     sent: dict[str, Any] = {
         "input_ids": [1, 2, 3],
         "sampling_params": {"max_new_tokens": 5, "temperature": 0.50},
@@ -108,8 +110,8 @@ def test_generate(every_version: Stack, stream: bool) -> None:
         assert answer["meta_info"]["dp_rank"] == decode_rank
 
 
-def test_both_ranks_vary_independently(every_version: Stack) -> None:
-    """Over many requests every pair of a prefill and a decode rank that the release allows is used; p != d included."""
+def test_ranks_of_both_legs_vary_independently(every_version: Stack) -> None:
+    """Over many requests, every pair of ranks that the release allows is used, unequal pairs included."""
     if every_version.version < (0, 5, 10):
         pytest.skip("decode ranks are the engine's own choice in this release")
     pairs = set()
@@ -133,8 +135,8 @@ MESSAGES_API: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streaming"])
-def test_messages_by_plain_http(every_version: Stack, stream: bool) -> None:
-    """The Anthropic API works where the release carries its fields, and is refused where it would kill the engine."""
+def test_messages_are_served_only_by_releases_that_support_them(every_version: Stack, stream: bool) -> None:
+    """The Anthropic API works where the release reads its fields, and is rejected where it would kill the engine."""
     sent: dict[str, Any] = {**MESSAGES_API, "stream": stream}
     response = every_version.client.post("/v1/messages", json=sent)
 
@@ -147,8 +149,8 @@ def test_messages_by_plain_http(every_version: Stack, stream: bool) -> None:
         assert_legs(every_version, sent, "/v1/messages")
 
 
-def test_anthropic_client(newest: Stack) -> None:
-    """The official Anthropic client, streaming and not."""
+def test_anthropic_client_gets_a_response(newest: Stack) -> None:
+    """The official Anthropic client works with and without streaming."""
     url = newest.envoy.url
     with anthropic.Anthropic(base_url=url, api_key="key", max_retries=0, timeout=30) as client:
         answer = client.messages.create(model="any", max_tokens=5, messages=[{"role": "user", "content": "hello"}])
@@ -159,8 +161,8 @@ def test_anthropic_client(newest: Stack) -> None:
     assert text
 
 
-def test_responses_api(every_version: Stack, client: openai.OpenAI) -> None:
-    """The responses API works where the release carries its fields, and is refused where it does not."""
+def test_responses_are_served_only_by_releases_that_support_them(every_version: Stack, client: openai.OpenAI) -> None:
+    """The responses API works where the release reads its fields, and is rejected elsewhere."""
     if every_version.version < (0, 5, 20):
         with pytest.raises(openai.BadRequestError) as refused:
             client.responses.create(model="any", input="hello", max_output_tokens=4)

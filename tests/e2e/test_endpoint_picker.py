@@ -1,4 +1,4 @@
-"""``protocol: endpoint_picker``: an Envoy of others routes to what the service picks, from the shipped example."""
+"""An Envoy with the shipped ``protocol: endpoint_picker`` example routes to what the service picks."""
 
 import gzip
 import json
@@ -21,10 +21,10 @@ from e2e.stack import FAST, body_of, one
 SUBSET = "x-test-subset"
 """Header of this test that becomes the gateway's subset hint."""
 LIAR = "x-test-served"
-"""Header of this test by which the gateway says who has served, instead of the truth."""
+"""Header of this test by which the gateway reports a wrong endpoint as the one that served."""
 CONVERSATION = "x-conversation"
 MOST_REQUESTS = 2
-"""On a rank."""
+"""Limit of requests on a rank."""
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 
 ORIGINAL_DST = """
@@ -61,7 +61,7 @@ typed_config:
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """Two workers behind somebody else's Envoy."""
+    """Two aggregated engines behind a gateway."""
 
     workers: tuple[HostedEngine, HostedEngine]
     client: httpx.Client
@@ -99,7 +99,7 @@ def gateway(running: Gateway) -> Gateway:
 
 
 def _gateway(service: ServiceProcess, workers: tuple[HostedEngine, ...], routing: str) -> str:
-    """Take the example with the ports of this test, with what a gateway adds, and with its own way of routing."""
+    """Build the example with the ports of this test, its additions, and the gateway's way of routing."""
     example: dict[str, Any] = load_gateway(service.config, [each.port for each in workers])
     resources = example["static_resources"]
     listener, cluster = resources["listeners"][0], resources["clusters"][1]
@@ -122,8 +122,8 @@ def address_of(worker: HostedEngine) -> str:
 
 
 @pytest.mark.parametrize("running", ["metadata", "header"], indirect=True)
-def test_each_way_of_telling_the_pick_is_enough(gateway: Gateway) -> None:
-    """A gateway that looks at the metadata alone, or at the header alone, routes every request to the pick."""
+def test_a_gateway_routes_to_the_pick_by_header_or_metadata_alone(gateway: Gateway) -> None:
+    """A gateway that reads only the metadata, or only the header, routes every request to the pick."""
     used = set()
     for _ in range(20):
         gateway.forget()
@@ -137,8 +137,8 @@ def test_each_way_of_telling_the_pick_is_enough(gateway: Gateway) -> None:
     assert len(used) == 2
 
 
-def test_requests_go_where_the_service_says(gateway: Gateway) -> None:
-    """Header and metadata lead to the picked endpoint, the body to its rank; both servers and ranks are used."""
+def test_requests_reach_the_picked_endpoint_and_rank(gateway: Gateway) -> None:
+    """Header and metadata lead to the picked endpoint, and the body to its rank; both endpoints and ranks are used."""
     used = set()
     for _ in range(60):
         gateway.forget()
@@ -159,13 +159,13 @@ def test_requests_go_where_the_service_says(gateway: Gateway) -> None:
     assert len(used) == 4
 
 
-def test_a_conversation_stays_where_its_prompts_are(gateway: Gateway) -> None:
-    """The service reads the clients' own header, as nobody copies it here; what comes under our name counts nothing."""
+def test_a_conversation_returns_to_its_rank_by_the_client_header(gateway: Gateway) -> None:
+    """The service reads the client's own session header, and ignores a value under its internal name."""
     used: dict[str, set[tuple[int, int]]] = {CONVERSATION: set(), "x-dp-session": set()}
     for name, places in used.items():
         for number in range(12):
             gateway.forget()
-            content = f"{name} {number} " * 200  # no two prompts begin alike
+            content = f"{name} {number} " * 200  # no two prompts share a beginning
             body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
             assert gateway.client.post("/v1/chat/completions", json=body, headers={name: "chat-1"}).status_code == 200
             gateway.service.wait_until_idle()
@@ -178,8 +178,8 @@ def test_a_conversation_stays_where_its_prompts_are(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("form", ["{address}", "{address} , 127.0.0.1:1", "127.0.0.1:1,{address}"])
-def test_only_the_allowed_endpoints(gateway: Gateway, form: str) -> None:
-    """A subset hint is obeyed, with and without others in it."""
+def test_a_subset_hint_limits_the_pick(gateway: Gateway, form: str) -> None:
+    """The service picks from the subset hint, also if it lists unknown addresses."""
     wanted = gateway.workers[1]
     for _ in range(6):
         gateway.forget()
@@ -189,36 +189,36 @@ def test_only_the_allowed_endpoints(gateway: Gateway, form: str) -> None:
         assert gateway.workers[0].requests() == []
 
 
-def test_an_address_without_a_port_allows_all_its_ports(gateway: Gateway) -> None:
-    """As the protocol has it."""
+def test_a_subset_hint_without_a_port_allows_all_ports(gateway: Gateway) -> None:
+    """The protocol defines an address without a port as all its ports."""
     response = gateway.client.post("/v1/chat/completions", json=CHAT, headers={SUBSET: "127.0.0.1"})
 
     assert response.status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/embeddings"])
-def test_nobody_allowed(gateway: Gateway, path: str) -> None:
-    """A subset in which nobody is ready is a 503, and no engine gets the request."""
+def test_a_subset_hint_without_a_ready_endpoint_gives_503(gateway: Gateway, path: str) -> None:
+    """A subset without a ready endpoint gives a 503, and no engine gets the request."""
     response = gateway.client.post(path, json=CHAT, headers={SUBSET: "10.9.9.9:1"})
 
     assert (response.status_code, response.json()["error"]["code"]) == (503, "no_endpoints")
     assert [request for worker in gateway.workers for request in worker.requests()] == []
 
 
-def test_what_is_not_read_is_passed_on(gateway: Gateway) -> None:
-    """Other paths, other methods and compressed bodies go to any server as they are: the gateway sent them here."""
+def test_an_unreadable_request_reaches_any_endpoint_unchanged(gateway: Gateway) -> None:
+    """The gateway sends other paths, other methods and compressed bodies here, so they go to any endpoint."""
     assert gateway.client.get("/v1/models").json()["data"][0]["id"] == "strict-engine"
     embedding = gateway.client.post("/v1/embeddings", json={"input": "a"})
     assert (embedding.status_code, "embedding model" in embedding.text) == (400, True)
     packed = gzip.compress(json.dumps(CHAT).encode())
     headers = {"content-encoding": "gzip", "content-type": "application/json"}
     answer = gateway.client.post("/v1/chat/completions", content=packed, headers=headers)
-    assert answer.status_code == 400  # the stand-in does not unpack
+    assert answer.status_code == 400  # the stand-in does not decompress
     assert "x-upstream" in answer.headers
 
 
-def test_streams_and_books(gateway: Gateway) -> None:
-    """A stream comes through, and nothing stays on the books."""
+def test_a_stream_leaves_no_reservation(gateway: Gateway) -> None:
+    """A stream arrives whole, and no reservation is left."""
     with gateway.client.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as response:
         lines = [line for line in response.iter_lines() if line]
 
@@ -226,8 +226,8 @@ def test_streams_and_books(gateway: Gateway) -> None:
     gateway.service.wait_until_idle()
 
 
-def test_who_has_served_is_compared(gateway: Gateway) -> None:
-    """The gateway's word for another endpoint than the picked one is counted; its word for the same is not."""
+def test_a_destination_mismatch_is_counted(gateway: Gateway) -> None:
+    """The service counts a response from another endpoint than the pick, and ignores one from the pick."""
 
     def elsewhere(**headers: str) -> float:
         assert gateway.client.post("/v1/chat/completions", json=CHAT, headers=headers).status_code == 200
@@ -242,7 +242,7 @@ def test_who_has_served_is_compared(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("size", [200_000, 1 << 20])
-def test_large_bodies(gateway: Gateway, size: int) -> None:
+def test_large_bodies_arrive_unchanged_on_both_legs(gateway: Gateway, size: int) -> None:
     """Bodies of many chunks arrive whole."""
     sent = {"padding": "x" * size, **CHAT}
     assert gateway.client.post("/v1/chat/completions", json=sent).status_code == 200
@@ -251,8 +251,11 @@ def test_large_bodies(gateway: Gateway, size: int) -> None:
     assert request["body_length"] == len(json.dumps({"routed_dp_rank": 0, **sent}, separators=(",", ":")))
 
 
-def test_nobody_with_room(gateway: Gateway) -> None:
-    """A request that no rank has room for is a 429. The last test: engines seem busy for a while after it."""
+def test_a_request_is_rejected_if_no_rank_has_room(gateway: Gateway) -> None:
+    """A request that fits on no rank gets a 429.
+
+    This is the last test, because the engines seem busy for a while after it.
+    """
     endless = {**CHAT, "max_tokens": 1_000_000, "stream": True}
     with ExitStack() as streams:
         answers: list[httpx.Response] = []

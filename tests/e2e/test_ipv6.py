@@ -1,4 +1,4 @@
-"""Engines that have IPv6 addresses alone, of releases that differ in how they read one."""
+"""Engines with IPv6 addresses work, although releases differ in how they read one."""
 
 import json
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ CHAT = {"model": "any", "messages": [{"role": "user", "content": "hello"}], "max
 
 @pytest.fixture(scope="module", params=["0.5.7", "0.5.9", "0.5.10", "0.5.23"])
 def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
-    """Run a pair of one release on ::1; prefill's bootstrap host is what stands in its URL."""
+    """Run a pair of one release on ::1; the bootstrap host of prefill is the address in its URL."""
     version = str(request.param)
     flags = ("--sglang-version", version, "--dp-attention", *FAST)
     with ExitStack() as running:
@@ -41,8 +41,8 @@ def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_both_legs_meet(stack: Stack, stream: bool) -> None:
-    """Envoy dials both servers, and decode finds prefill's bootstrap port, whatever its release makes of brackets."""
+def test_both_legs_meet_at_ipv6_addresses(stack: Stack, stream: bool) -> None:
+    """Envoy reaches both engines, and decode reaches prefill's bootstrap port, however the release reads brackets."""
     stack.forget()
     answer = stack.client.post("/v1/chat/completions", json={**CHAT, "stream": stream})
 
@@ -53,6 +53,6 @@ def test_both_legs_meet(stack: Stack, stream: bool) -> None:
         assert body_of(leg)["bootstrap_host"] == "[::1]"
 
 
-def test_a_request_that_any_server_can_answer(stack: Stack) -> None:
-    """It reaches the decode server at its address in brackets."""
+def test_a_lookup_reaches_an_engine_at_an_ipv6_address(stack: Stack) -> None:
+    """The request reaches the decode engine at its address in brackets."""
     assert stack.client.get("/get_model_info").status_code == 200

@@ -1,4 +1,4 @@
-"""Log probabilities of the prompt, which live on the prefill leg, in the answer that the client gets."""
+"""The client's response has the log probabilities of the prompt, which only the prefill leg has."""
 
 import json
 import signal
@@ -18,14 +18,14 @@ KEYS = ("input_token_logprobs", "input_top_logprobs", "input_token_ids_logprobs"
 
 @pytest.fixture(scope="module", params=["off", "first_event"])
 def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
-    """A fleet with the least supervision, and the most."""
+    """Give a fleet with the least supervision, and one with the most."""
     with run_stack(supervision={"mode": request.param}) as stack:
         yield stack
 
 
 @pytest.fixture
 def mortal() -> Iterator[Stack]:
-    """A fleet of its own, whose service may die."""
+    """Give a separate fleet, whose service may die."""
     with run_stack() as stack:
         yield stack
 
@@ -35,7 +35,7 @@ def body(text: str | list[str], *, stream: bool, **more: Any) -> dict[str, Any]:
 
 
 def metas(stack: Stack, asked: dict[str, Any]) -> list[dict[str, Any]]:
-    """Send a request, and give the meta_info of each answer, or of each event."""
+    """Send a request, and return the ``meta_info`` of each response or event."""
     response = stack.client.post("/generate", json=asked)
     assert response.status_code == 200
     if asked["stream"]:
@@ -48,8 +48,8 @@ def metas(stack: Stack, asked: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("text", [PROMPT, [PROMPT, PROMPT]], ids=["scalar", "batch"])
-def test_prompt_is_told(stack: Stack, text: str | list[str], stream: bool) -> None:
-    """Every answer and every event has one list per token of the prompt, and the first token's named ones."""
+def test_log_probabilities_of_the_prompt_are_in_the_response(stack: Stack, text: str | list[str], stream: bool) -> None:
+    """Every response and event has one list per token of the prompt, and the named ones of the first token."""
     found = metas(stack, body(text, stream=stream, **ASKED))
 
     assert found
@@ -61,8 +61,8 @@ def test_prompt_is_told(stack: Stack, text: str | list[str], stream: bool) -> No
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_large(stack: Stack, stream: bool) -> None:
-    """Answers of megabytes, on both legs, larger than what Envoy buffers, come whole."""
+def test_log_probabilities_arrive_whole_in_large_responses(stack: Stack, stream: bool) -> None:
+    """Responses of megabytes on both legs, larger than Envoy's buffers, arrive whole."""
     tokens = 2000
 
     asked = {**body("x" * 4 * tokens, stream=stream), **ASKED, "top_logprobs_num": 10}
@@ -71,8 +71,8 @@ def test_large(stack: Stack, stream: bool) -> None:
     assert {len(meta["input_top_logprobs"]) for meta in found} == {tokens}
 
 
-def test_the_service_dies_while_the_answer_is_merged(mortal: Stack) -> None:
-    """The client gets the engine's own answer, whole, as good as it is; never the end of one behind a 200."""
+def test_the_response_arrives_if_the_service_dies_while_it_merges(mortal: Stack) -> None:
+    """The client gets the engine's own whole response, never a part of it after a 200."""
     (decode,) = mortal.decodes
     decode.fault(inference={"kind": "slow", "after": 1, "seconds": 60})
     asked = {**body(PROMPT, stream=False), **ASKED}
@@ -92,8 +92,8 @@ def duplex() -> Iterator[Stack]:
         yield stack
 
 
-def test_log_probabilities_of_the_prompt_are_refused_in_duplex(duplex: Stack) -> None:
-    """There Envoy lets nobody change an answer; one without what was asked for would be worse than none."""
+def test_log_probabilities_of_the_prompt_are_rejected_in_full_duplex(duplex: Stack) -> None:
+    """In full-duplex mode Envoy lets no filter change a response, and one without these values would be wrong."""
     refused = duplex.client.post("/generate", json={**body(PROMPT, stream=False), **ASKED})
 
     assert refused.status_code == 400
@@ -102,14 +102,14 @@ def test_log_probabilities_of_the_prompt_are_refused_in_duplex(duplex: Stack) ->
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_log_probabilities_of_the_answer_are_told_in_duplex(duplex: Stack, stream: bool) -> None:
-    """They are decode's, so nothing has to be changed."""
+def test_log_probabilities_of_the_output_arrive_in_full_duplex(duplex: Stack, stream: bool) -> None:
+    """These values are decode's, so the response needs no change."""
     for meta in metas(duplex, body(PROMPT, stream=stream, return_logprob=True, logprob_start_len=-1)):
         assert len(meta["output_token_logprobs"]) == meta["completion_tokens"]
 
 
-def test_only_the_answer_is_asked_for(stack: Stack) -> None:
-    """Without ``logprob_start_len`` there is nothing of the prompt, and nothing is made up."""
+def test_log_probabilities_of_the_output_arrive_alone_if_requested(stack: Stack) -> None:
+    """Without ``logprob_start_len`` the response has no values of the prompt, and the service invents none."""
     (meta,) = metas(stack, body(PROMPT, stream=False, return_logprob=True))
 
     assert meta["input_token_logprobs"] == []
@@ -117,8 +117,8 @@ def test_only_the_answer_is_asked_for(stack: Stack) -> None:
     assert not {"input_top_logprobs", "input_token_ids_logprobs"} & meta.keys()
 
 
-def test_nothing_is_asked_for(stack: Stack) -> None:
-    """Who does not ask for log probabilities gets the engine's bytes, with their length."""
+def test_a_response_is_unchanged_without_log_probabilities(stack: Stack) -> None:
+    """A client that does not ask for log probabilities gets the engine's bytes, with their length."""
     response = stack.client.post("/generate", json=body(PROMPT, stream=False))
 
     assert "content-length" in response.headers

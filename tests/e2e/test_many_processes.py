@@ -1,4 +1,4 @@
-"""Two replicas of two workers each over one fleet: whichever process places a request watches its legs."""
+"""With two replicas of two worker processes over one fleet, the process that schedules a request watches its legs."""
 
 import re
 import signal
@@ -25,7 +25,7 @@ STREAM = {**PLAIN, "stream": True}
 
 @dataclass(frozen=True)
 class Many:
-    """Everything that runs."""
+    """The running replicas, Envoys and engines."""
 
     prefills: Sequence[EngineProcess]
     decodes: Sequence[EngineProcess]
@@ -33,12 +33,12 @@ class Many:
     fronts: Sequence[EnvoyProcess]
 
     def counts(self, metric: str) -> list[float]:
-        """Give a metric of every process, one line each."""
+        """List a metric of every process."""
         line = re.compile(rf"^{metric} (.*)$", re.MULTILINE)
         return [float(value) for service in self.services for value in line.findall(service.metrics())]
 
     def ask(self, number: int) -> tuple[int, bytes]:
-        """Send a request through either Envoy in turn, streaming or not, over a connection of its own."""
+        """Send a request through the Envoys in turn, streaming or not, over a connection of its own."""
         url = f"{self.fronts[number % 2].url}/generate"
         answer = httpx.post(url, json=STREAM if number % 4 < 2 else PLAIN, timeout=60, trust_env=False)
         return answer.status_code, answer.content
@@ -73,8 +73,8 @@ def all_at_once(many: Many) -> list[tuple[int, bytes]]:
         return list(pool.map(many.ask, range(REQUESTS)))
 
 
-def test_every_leg_reports_to_the_process_that_placed_it(many: Many) -> None:
-    """All four processes place requests, and none misses a leg."""
+def test_every_leg_reports_to_the_process_that_scheduled_it(many: Many) -> None:
+    """All four processes schedule requests, and none misses a leg."""
     answers = all_at_once(many)
     for service in many.services:
         service.wait_until_idle()
@@ -86,8 +86,8 @@ def test_every_leg_reports_to_the_process_that_placed_it(many: Many) -> None:
     assert sum(many.counts("dp_extproc_missing_prefill_legs_total{.*}")) == 0
 
 
-def test_a_prefill_server_dies_under_load(many: Many) -> None:
-    """Whoever placed a request that was on it places it anew, and nobody notices."""
+def test_requests_are_retried_when_a_prefill_engine_dies_under_load(many: Many) -> None:
+    """The process that scheduled a request on the dead engine retries it, and no client gets an error."""
     with ThreadPoolExecutor(CLIENTS) as pool:
         answers = [pool.submit(many.ask, number) for number in range(REQUESTS)]
         wait_for(lambda: sum(answer.done() for answer in answers) > REQUESTS // 4)

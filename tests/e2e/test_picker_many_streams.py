@@ -1,4 +1,4 @@
-"""More requests in flight behind the shipped gateway than Envoy allows by default."""
+"""The shipped gateway handles more requests in flight than Envoy allows by default."""
 
 import asyncio
 import json
@@ -18,9 +18,9 @@ from e2e.stack import FAST
 from patience import wait_for
 
 STREAMS = 1100
-"""Envoy's circuit breakers are at 1024 by default."""
+"""More than Envoy's default limit of its circuit breakers, which is 1024."""
 DESCRIPTORS = 8 * 1024
-"""More than Envoy, a worker or this test need."""
+"""More file descriptors than Envoy, an engine or this test need."""
 BODY = json.dumps({"text": "x", "sampling_params": {"max_new_tokens": 1}}).encode()
 REQUEST = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (
     len(BODY),
@@ -30,7 +30,7 @@ REQUEST = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json
 
 @pytest.fixture(autouse=True)
 def descriptors() -> Iterator[None]:
-    """What is started meanwhile may open that many files."""
+    """Let processes that start meanwhile open that many files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(soft, DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard))
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
@@ -39,7 +39,7 @@ def descriptors() -> Iterator[None]:
 
 
 async def ask(host: str, port: int) -> bytes:
-    """Send a request, and read what it is told."""
+    """Send a request, and return the text of its response."""
     reader, writer = await asyncio.open_connection(host, port)
     try:
         writer.write(REQUEST)
@@ -48,8 +48,8 @@ async def ask(host: str, port: int) -> bytes:
         writer.close()
 
 
-def test_each_of_more_than_1024_requests_is_answered_though_the_service_stops() -> None:
-    """All are at the workers at the same time; then the service stops, and then the workers answer."""
+def test_more_than_1024_requests_are_answered_although_the_service_stops() -> None:
+    """All requests are at the engines at the same time; then the service stops, and then the engines answer."""
     with ExitStack() as running:
         workers = [running.enter_context(EngineProcess("unified", 2, *FAST)) for _ in range(2)]
         pool = {"models": ["*"], "workers": {"endpoints": [each.url for each in workers]}}
@@ -61,15 +61,15 @@ def test_each_of_more_than_1024_requests_is_answered_though_the_service_stops() 
         running.enter_context(EnvoyProcess(service.config, bootstrap=gateway))
         service.wait_until_fresh()
         for worker in workers:
-            worker.fault(inference={"kind": "slow", "seconds": 600})  # or until it is healed
+            worker.fault(inference={"kind": "slow", "seconds": 600})  # or until the fault is removed
         address = service.config.envoy.inference
 
         async def story() -> list[bytes]:
             asked = [asyncio.create_task(ask(address.host, address.port)) for _ in range(STREAMS)]
 
             def have_arrived() -> bool:
-                is_told = any(task.done() for task in asked)
-                return is_told or sum(len(each.requests()) for each in workers) == STREAMS
+                is_marked_incomplete = any(task.done() for task in asked)
+                return is_marked_incomplete or sum(len(each.requests()) for each in workers) == STREAMS
 
             await asyncio.to_thread(wait_for, have_arrived, 120.0)
             assert [task.result() for task in asked if task.done()] == []

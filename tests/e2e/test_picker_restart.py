@@ -1,4 +1,4 @@
-"""A gateway of others that fails closed, and a service that is restarted: what engines work on is answered whole."""
+"""Behind a gateway that fails closed, requests at engines are answered in full when the service restarts."""
 
 import asyncio
 import signal
@@ -19,14 +19,14 @@ from e2e.stack import PATIENCE
 from patience import wait_for
 
 TOKENS = 300
-"""Of each answer; of a stream an event for each."""
+"""Tokens of each response; a stream has an event for each."""
 EACH = 4
 """Requests of each kind."""
 
 
 @dataclass(frozen=True)
 class Gateway:
-    """One worker behind somebody else's Envoy."""
+    """One aggregated engine behind a gateway."""
 
     worker: EngineProcess
     service: ServiceProcess
@@ -47,7 +47,7 @@ def run_gateway(**processing_mode: str) -> Iterator[Gateway]:
 
 
 async def ask(client: httpx.AsyncClient, begun: asyncio.Semaphore, *, stream: bool) -> str:
-    """Send a request, and tell what came of it."""
+    """Send a request, and return its result."""
     body = {"text": "x", "sampling_params": {"max_new_tokens": TOKENS}, "stream": stream}
     text = ""
     async with client.stream("POST", "/generate", json=body) as answer:
@@ -63,11 +63,11 @@ async def ask(client: httpx.AsyncClient, begun: asyncio.Semaphore, *, stream: bo
     return "whole" if answer.status_code == 200 and is_whole else f"{answer.status_code}: {text[-100:]!r}"
 
 
-def ask_during(gateway: Gateway, trouble: Callable[[], Awaitable[Any]]) -> dict[bool, list[str]]:
-    """Send requests, stop the engine in the middle of them all, let something happen, and have it go on.
+def ask_during(gateway: Gateway, happen: Callable[[], Awaitable[Any]]) -> dict[bool, list[str]]:
+    """Send requests, stop the engine in the middle of all of them, call *happen*, and let the engine continue.
 
     Returns:
-        What came of the streams, which had begun, and of whole answers, which had not.
+        The results of the streams, which had begun, and of whole responses, which had not.
     """
 
     async def story() -> dict[bool, list[str]]:
@@ -87,7 +87,7 @@ def ask_during(gateway: Gateway, trouble: Callable[[], Awaitable[Any]]) -> dict[
             gateway.worker.send_signal(signal.SIGSTOP)
             try:
                 assert not any(task.done() for tasks in asked.values() for task in tasks)
-                await trouble()
+                await happen()
             finally:
                 gateway.worker.send_signal(signal.SIGCONT)
         return {stream: [task.result() for task in tasks] for stream, tasks in asked.items()}
@@ -96,8 +96,8 @@ def ask_during(gateway: Gateway, trouble: Callable[[], Awaitable[Any]]) -> dict[
 
 
 @pytest.mark.parametrize("request_body_mode", ["FULL_DUPLEX_STREAMED", "BUFFERED"])
-def test_requests_at_engines_are_answered_whole_when_the_service_stops(request_body_mode: str) -> None:
-    """The service ends their streams in good order; one that breaks would be an empty 500 or a cut answer."""
+def test_requests_at_engines_are_answered_in_full_when_the_service_stops(request_body_mode: str) -> None:
+    """The service ends these streams with status OK; a broken one would be an empty 500 or a cut response."""
     statuses: list[int | None] = []
 
     with run_gateway(request_body_mode=request_body_mode) as gateway:

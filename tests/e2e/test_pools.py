@@ -1,4 +1,4 @@
-"""Several pools in one fleet: by model, disaggregated and aggregated, and what passes without a body."""
+"""One fleet serves several pools by model, disaggregated and aggregated, and passes requests without a body."""
 
 import json
 from collections.abc import Iterator
@@ -77,8 +77,8 @@ def chat(model: str | None) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("model", ["large", "huge"])
-def test_a_disaggregated_pool_by_model(pools: Pools, model: str) -> None:
-    """Every model of the pool goes to its two servers."""
+def test_a_disaggregated_pool_is_selected_by_model(pools: Pools, model: str) -> None:
+    """Every model of the pool goes to its two engines."""
     assert pools.client.post("/v1/chat/completions", json=chat(model)).status_code == 200
 
     assert body_of(one([pools.prefill]))["model"] == body_of(one([pools.decode]))["model"] == model
@@ -86,9 +86,9 @@ def test_a_disaggregated_pool_by_model(pools: Pools, model: str) -> None:
 
 
 def test_an_aggregated_pool_gets_only_a_rank(pools: Pools) -> None:
-    """One server gets the request, unmirrored, with its rank in front; it runs there."""
+    """One engine gets the request, without a mirror, with its rank at the front, and runs it there."""
     ranks = set()
-    for _ in range(60):  # ties are broken at random; all but never one rank would be left out that often
+    for _ in range(60):  # ties are broken at random; with this many requests a rank is practically never left out
         pools.small.forget()
         assert pools.client.post("/v1/chat/completions", json=chat("small")).status_code == 200
         request = one([pools.small])
@@ -102,23 +102,23 @@ def test_an_aggregated_pool_gets_only_a_rank(pools: Pools) -> None:
     assert pools.prefill.requests() == pools.decode.requests() == []
 
 
-def test_an_old_aggregated_engine_gets_the_old_name_of_the_rank(pools: Pools) -> None:
-    """Before 0.5.10 the field was called otherwise."""
+def test_an_old_aggregated_engine_gets_the_rank_under_its_old_name(pools: Pools) -> None:
+    """Before 0.5.10 the field had another name."""
     assert pools.client.post("/v1/chat/completions", json=chat("old")).status_code == 200
     request = one([pools.old])
 
     assert body_of(request) == {"data_parallel_rank": request["rank"], **chat("old")}
 
 
-def test_several_samples_of_an_aggregated_pool(pools: Pools) -> None:
-    """N > 1 works where one server does both."""
+def test_an_aggregated_pool_serves_several_samples(pools: Pools) -> None:
+    """``n`` > 1 works if one engine computes both prefill and decode."""
     answer = pools.client.post("/v1/chat/completions", json={**chat("small"), "n": 2})
 
     assert [choice["index"] for choice in answer.json()["choices"]] == [0, 1]
 
 
-def test_an_unknown_model(pools: Pools) -> None:
-    """The 404 names the models that there are."""
+def test_an_unknown_model_is_rejected_with_the_known_ones(pools: Pools) -> None:
+    """The 404 lists the models of all pools."""
     response = pools.client.post("/v1/chat/completions", json=chat("nope"))
     error = response.json()["error"]
 
@@ -134,8 +134,10 @@ def test_an_unknown_model(pools: Pools) -> None:
         pytest.param("/generate", {"text": "a"}, id="generate has none"),
     ],
 )
-def test_no_model_where_several_pools_could_be_meant(pools: Pools, path: str, body: dict[str, object]) -> None:
-    """A body without a model is refused; the error tells what to add."""
+def test_a_missing_model_is_rejected_if_several_pools_could_be_meant(
+    pools: Pools, path: str, body: dict[str, object]
+) -> None:
+    """A body without a model is rejected, and the error names the remedy."""
     response = pools.client.post(path, json=body)
     error = response.json()["error"]
 
@@ -143,15 +145,15 @@ def test_no_model_where_several_pools_could_be_meant(pools: Pools, path: str, bo
     assert "large" in error["message"]
 
 
-def test_generate_with_a_model(pools: Pools) -> None:
-    """/generate takes a model, too, to say which pool is meant; engines ignore the key."""
+def test_generate_selects_the_pool_by_its_model(pools: Pools) -> None:
+    """A model on ``/generate`` selects the pool; engines ignore the key."""
     sent = {"text": "a", "model": "small", "sampling_params": {"max_new_tokens": 1}}
 
     assert pools.client.post("/generate", json=sent).status_code == 200
     assert body_of(one([pools.small]))["model"] == "small"
 
 
-def test_models_of_all_pools(pools: Pools) -> None:
+def test_models_of_all_pools_are_listed(pools: Pools) -> None:
     """The OpenAI client lists the models of every pool, and looks one up."""
     with openai.OpenAI(base_url=f"{pools.url}/v1", api_key="key", max_retries=0) as client:
         assert [model.id for model in client.models.list()] == ["large", "huge", "small", "old"]
@@ -161,8 +163,8 @@ def test_models_of_all_pools(pools: Pools) -> None:
 
 
 @pytest.mark.parametrize("path", ["/health", "/model_info", "/server_info", "/get_model_info"])
-def test_lookups_go_to_a_server_that_answers_clients(pools: Pools, path: str) -> None:
-    """What any engine can answer is asked of a decode server."""
+def test_lookups_go_to_an_engine_that_answers_clients(pools: Pools, path: str) -> None:
+    """A decode engine answers lookups that any engine could answer."""
     response = pools.client.get(path)
 
     assert response.status_code == 200

@@ -1,4 +1,4 @@
-"""Endpoints and policies that change while requests are under way, through real Envoy."""
+"""Endpoints and policies change while requests are in flight, through real Envoy."""
 
 import signal
 import threading
@@ -25,7 +25,7 @@ STREAM = {"text": "y", "sampling_params": {"max_new_tokens": 400}, "stream": Tru
 
 @dataclass
 class Changing:
-    """Two pairs of servers, of which the service knows one at first."""
+    """Two pairs of engines, of which the configuration lists one at first."""
 
     pairs: list[list[EngineProcess]]
     content: dict[str, Any]
@@ -33,7 +33,7 @@ class Changing:
     client: httpx.Client
 
     def use(self, *pairs: int, **policy: str) -> None:
-        """Have the file name these pairs, and wait until it is in use and they are ready."""
+        """Write these pairs to the file, and wait until they are in use and ready."""
         self.content["pools"] = [pool_of([self.pairs[index] for index in pairs], **policy)]
         self.service.write(yaml.safe_dump(self.content))
         before = self.service.log().count("is in use as it is now")
@@ -42,7 +42,7 @@ class Changing:
         self.service.wait_until_fresh()
 
     def served_by(self, pair: int) -> int:
-        """Count the requests that a pair's decode server has had."""
+        """Count the requests of a pair's decode engine."""
         return len(self.pairs[pair][1].requests())
 
 
@@ -75,8 +75,8 @@ def changing() -> Iterator[Changing]:
         service.wait_until_idle()
 
 
-def test_endpoints_come_and_go_without_losing_anything(changing: Changing) -> None:
-    """A stream goes on to its end although its servers are configured no more; new requests go to the new ones."""
+def test_a_reload_exchanges_endpoints_without_losing_a_request(changing: Changing) -> None:
+    """A stream continues to its end after its endpoints are removed, and new requests go to the new ones."""
     with changing.client.stream("POST", "/generate", json=STREAM) as answer:
         lines = answer.iter_lines()
         next(lines)
@@ -94,8 +94,8 @@ def test_endpoints_come_and_go_without_losing_anything(changing: Changing) -> No
     assert changing.service.loads()["draining"] == []
 
 
-def test_who_stays_keeps_its_books(changing: Changing) -> None:
-    """A reload that adds servers forgets nothing about those that were there."""
+def test_an_endpoint_keeps_its_reservations_across_a_reload(changing: Changing) -> None:
+    """A reload that adds endpoints keeps the reservations of the others."""
     with changing.client.stream("POST", "/generate", json=STREAM) as answer:
         lines = answer.iter_lines()
         next(lines)
@@ -108,7 +108,7 @@ def test_who_stays_keeps_its_books(changing: Changing) -> None:
     assert rest[-1] == "data: [DONE]"
 
 
-def test_policies_change_at_once(changing: Changing) -> None:
+def test_a_reload_changes_policies_immediately(changing: Changing) -> None:
     """With round robin both pairs get the same number of requests, one after the other."""
     changing.use(0, 1, host="round_robin")
     for _ in range(6):
@@ -117,8 +117,8 @@ def test_policies_change_at_once(changing: Changing) -> None:
     assert (changing.served_by(0), changing.served_by(1)) == (3, 3)
 
 
-def test_no_request_fails_while_the_fleet_is_exchanged(changing: Changing) -> None:
-    """Under load one pair is exchanged for the other, and back."""
+def test_no_request_fails_while_a_reload_exchanges_the_fleet(changing: Changing) -> None:
+    """Under load one pair replaces the other, and then the reverse."""
     statuses: list[int] = []
     over = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Two services over the same engines, each behind an Envoy of its own, that tell each other what they send."""
+"""Two services over the same engines, each behind its own Envoy, share their requests by ``sync``."""
 
 import asyncio
 from collections import Counter
@@ -27,7 +27,7 @@ SHORT = {"text": "x", "sampling_params": {"max_new_tokens": 1}}
 
 @dataclass(frozen=True)
 class Replicas:
-    """Everything that runs."""
+    """The running services, Envoys and engines."""
 
     engines: Sequence[EngineProcess]
     """Prefill, decode."""
@@ -36,22 +36,22 @@ class Replicas:
     redis: RedisProcess
 
     def in_flight(self, service: ServiceProcess) -> list[int]:
-        """Give the requests on the books of a service, for each role."""
+        """Count the reserved requests of a service, for each role."""
         endpoints = service.loads()["endpoints"]
         return [round(sum(rank["reserved"]["requests"] for rank in each["ranks"])) for each in endpoints]
 
-    def know_of(self, count: int) -> bool:
-        """Tell whether both services have so many requests on decode's books."""
+    def both_reserve(self, count: int) -> bool:
+        """Return whether both services have this many reserved requests on decode."""
         return [self.in_flight(service)[1] for service in self.services] == [count] * 2
 
     def connected(self) -> list[bool]:
-        """Tell which of the services have the bus."""
+        """List which services are connected to the bus."""
         return [service.loads()["sync"]["connected"] for service in self.services]
 
 
 @pytest.fixture(scope="module")
 def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
-    """Engines whose pages are read too rarely to tell anything: what is known of the other service, it has told."""
+    """Give services that read load pages too rarely to learn from them, so all peer load comes from ``sync``."""
     with ExitStack() as running:
         redis = running.enter_context(redis_server(tmp_path_factory.mktemp("redis")))
         engines = [EngineProcess(role, RANKS, "--dp-attention", *SLOW) for role in ("prefill", "decode")]
@@ -79,15 +79,15 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
         yield found
 
 
-def test_two_replicas_do_not_pick_the_same_rank_in_step(replicas: Replicas) -> None:
-    """Long requests that come through either in turn end up on different ranks, of prefill as of decode."""
+def test_two_replicas_pick_different_ranks(replicas: Replicas) -> None:
+    """Long requests through both services in turn end up on different ranks, of prefill and of decode."""
     with loopback.client(timeout=60) as client, ThreadPoolExecutor(RANKS) as pool:
         answers = []
         for count in range(1, RANKS + 1):
-            sent = {**LONG, "text": f"{count}{'x' * 160_000}"}  # nothing of it is cached anywhere
+            sent = {**LONG, "text": f"{count}{'x' * 160_000}"}  # no engine has any of it in its prefix cache
             request = client.build_request("POST", f"{replicas.fronts[count % 2].url}/generate", json=sent)
             answers.append(pool.submit(client.send, request, stream=True))
-            wait_for(partial(replicas.know_of, count))
+            wait_for(partial(replicas.both_reserve, count))
         for answer in answers:
             answer.result().close()
         ranks = [Counter(request["rank"] for request in engine.requests()) for engine in replicas.engines]
@@ -96,7 +96,7 @@ def test_two_replicas_do_not_pick_the_same_rank_in_step(replicas: Replicas) -> N
     wait_for(lambda: [replicas.in_flight(service) for service in replicas.services] == [[0, 0]] * 2)
 
 
-def test_metrics_and_loads_tell_of_the_exchange(replicas: Replicas) -> None:
+def test_metrics_and_loads_show_the_peer(replicas: Replicas) -> None:
     """Each service shows its peer, and that the bus works."""
     names = [service.loads()["sync"]["replica"] for service in replicas.services]
     peers = [service.loads()["sync"]["peers"][0]["replica"] for service in replicas.services]
@@ -109,8 +109,8 @@ def test_metrics_and_loads_tell_of_the_exchange(replicas: Replicas) -> None:
     assert 'dp_extproc_sync_anomalies_total{kind="gap"}' in page
 
 
-def test_no_request_fails_while_the_bus_is_lost_and_back(replicas: Replicas) -> None:
-    """Under load the bus is killed and started again: every request is served, and in the end the books are empty."""
+def test_no_request_fails_while_the_bus_restarts(replicas: Replicas) -> None:
+    """The bus dies and restarts under load: every request is served, and in the end no reservation is left."""
 
     async def send_until(done: asyncio.Event, front: EnvoyProcess, statuses: Counter[int]) -> None:
         async with httpx.AsyncClient(base_url=front.url, timeout=60, trust_env=False) as client:

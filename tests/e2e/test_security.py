@@ -1,4 +1,4 @@
-"""TLS between Envoy and the service, and API keys between everybody and the engines."""
+"""TLS protects the connections between Envoy and the service, and API keys those to the engines."""
 
 import json
 import subprocess
@@ -40,7 +40,11 @@ class Authority:
         return str(self.directory / "ca.pem")
 
     def issue(self, file: str, name: str = NAME) -> dict[str, str]:
-        """Make a certificate for a name, over one that may be there. Returns where it and its key are."""
+        """Make a certificate for a name, over an existing one.
+
+        Returns:
+            The paths of the certificate and its key.
+        """
         cert, key, request = (str(self.directory / f"{file}.{end}") for end in ("pem", "key", "csr"))
         _openssl(
             "req", *_new_key(Path(key)), "-out", request, "-subj", "/CN=x", "-addext", f"subjectAltName=DNS:{name}"
@@ -65,7 +69,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @pytest.fixture(scope="module")
 def mutual(authority: Authority) -> Iterator[Stack]:
-    """A fleet where Envoy and the service show each other certificates."""
+    """Give a fleet where Envoy and the service present certificates to each other."""
     listen = {"tls": {**authority.issue("service"), "client_ca": authority.ca}}
     envoy = {"service_tls": {**authority.issue("envoy", "envoy.test"), "ca": authority.ca, "name": NAME}}
     with run_stack(listen=listen, envoy=envoy) as stack:
@@ -73,12 +77,12 @@ def mutual(authority: Authority) -> Iterator[Stack]:
 
 
 def prefill_is_reported(stack: Stack) -> bool:
-    """Tell whether the stream of a prefill leg has found its way to the process that placed the request."""
+    """Return whether the stream of a prefill leg has reached the process that scheduled the request."""
     return "dp_extproc_missing_prefill_legs_total 0.0" in stack.service.metrics()
 
 
-def test_both_clusters_of_the_service_speak_tls(mutual: Stack) -> None:
-    """Requests are placed, and prefill legs are reported to their owner, which is dialled by IP."""
+def test_both_clusters_of_the_service_use_tls(mutual: Stack) -> None:
+    """Requests are scheduled, and prefill legs reach their owner, to which Envoy connects by IP address."""
     answers = [mutual.client.post("/generate", json=REQUEST).status_code for _ in range(5)]
 
     assert answers == [200] * 5
@@ -92,16 +96,16 @@ def test_both_clusters_of_the_service_speak_tls(mutual: Stack) -> None:
     }
 
 
-@pytest.mark.parametrize("credentials", ["none", "certificate of nobody", "certificate of ours"])
-def test_nobody_without_a_certificate_gets_in(mutual: Stack, authority: Authority, credentials: str) -> None:
-    """With client_ca the service talks to those alone who have a certificate of that authority."""
+@pytest.mark.parametrize("credentials", ["none", "certificate of another authority", "certificate of ours"])
+def test_a_client_is_rejected_without_a_certificate(mutual: Stack, authority: Authority, credentials: str) -> None:
+    """With ``client_ca`` the service accepts only clients that have a certificate of that authority."""
     ca = Path(authority.ca).read_bytes()
     key = cert = None
     if credentials != "none":
         issuer = authority
-        if credentials == "certificate of nobody":
-            (authority.directory / "nobody").mkdir()
-            issuer = Authority.found(authority.directory / "nobody")
+        if credentials == "certificate of another authority":
+            (authority.directory / "another").mkdir()
+            issuer = Authority.found(authority.directory / "another")
         files = issuer.issue("client", "client.test")
         key, cert = Path(files["key"]).read_bytes(), Path(files["cert"]).read_bytes()
     channel = grpc.secure_channel(
@@ -119,8 +123,8 @@ def test_nobody_without_a_certificate_gets_in(mutual: Stack, authority: Authorit
             assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-def test_new_certificates_are_taken_without_a_restart(mutual: Stack, authority: Authority) -> None:
-    """The next handshake after the files have changed shows the new certificate."""
+def test_new_certificates_are_used_without_a_restart(mutual: Stack, authority: Authority) -> None:
+    """The next handshake after the files have changed presents the new certificate."""
 
     def shown() -> str:
         host, port = mutual.service.config.listen.grpc.host, mutual.service.config.listen.grpc.port
@@ -135,11 +139,11 @@ def test_new_certificates_are_taken_without_a_restart(mutual: Stack, authority: 
     assert "TLS: new connections get the new certificate" in mutual.service.log()
 
 
-def test_envoy_talks_to_nobody_with_another_name(mutual: Stack, authority: Authority) -> None:
-    """A certificate of the right authority for another name is not enough: nothing is placed."""
+def test_envoy_rejects_a_certificate_for_another_name(mutual: Stack, authority: Authority) -> None:
+    """A certificate of the right authority for another name is not enough, so no request is scheduled."""
     settings = mutual.service.config.envoy.service_tls
     assert settings is not None
-    wrong = settings.model_copy(update={"name": "somebody.else"})
+    wrong = settings.model_copy(update={"name": "another.name"})
     config = mutual.service.config
     envoy = config.envoy.model_copy(update={"service_tls": wrong, **_free_addresses()})
     with EnvoyProcess(config.model_copy(update={"envoy": envoy})) as front:
@@ -163,13 +167,13 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def locked(key_file: Path) -> Iterator[Stack]:
-    """Engines that want a key, which the service has from a file."""
+    """Give engines that need a key, which the service reads from a file."""
     with run_stack(options=("--api-key", KEY), api_key={"file": str(key_file)}) as stack:
         yield stack
 
 
-def test_engines_are_shown_the_key_on_both_legs(locked: Stack) -> None:
-    """Whatever a client shows is replaced: it is the service that the engines trust."""
+def test_engines_get_the_key_on_both_legs(locked: Stack) -> None:
+    """The key of the pool replaces the client's, because the engines trust the service."""
     locked.forget()
     answer = locked.client.post("/generate", json=REQUEST, headers={"authorization": "Bearer of-the-client"})
 
@@ -178,13 +182,13 @@ def test_engines_are_shown_the_key_on_both_legs(locked: Stack) -> None:
         assert leg["headers"]["authorization"] == f"Bearer {KEY}"
 
 
-def test_requests_that_any_engine_answers_show_the_key_too(locked: Stack) -> None:
-    """A page of an engine that is asked for through Envoy is not refused."""
+def test_lookups_have_the_key(locked: Stack) -> None:
+    """An engine does not reject a lookup that arrives through Envoy."""
     assert locked.client.get("/model_info").status_code == 200
 
 
-def test_the_key_is_shown_to_nobody_else(locked: Stack) -> None:
-    """Neither pages, logs nor Envoy's configuration and access log repeat it."""
+def test_the_key_appears_in_no_page_or_log(locked: Stack) -> None:
+    """Neither pages and logs nor Envoy's configuration and access log contain the key."""
     locked.client.post("/generate", json=REQUEST)
     shown = {
         "loads": json.dumps(locked.service.loads()),
@@ -199,8 +203,8 @@ def test_the_key_is_shown_to_nobody_else(locked: Stack) -> None:
     assert [place for place, text in shown.items() if KEY in text] == []
 
 
-def test_a_new_key_is_taken_from_its_file(locked: Stack, key_file: Path) -> None:
-    """Keys may be replaced while the service runs; one that is unreadable changes nothing."""
+def test_a_new_key_is_read_from_its_file(locked: Stack, key_file: Path) -> None:
+    """A key may be replaced while the service runs, and an unreadable one changes nothing."""
 
     def key_shown() -> str:
         locked.forget()
@@ -211,7 +215,7 @@ def test_a_new_key_is_taken_from_its_file(locked: Stack, key_file: Path) -> None
     wait_for(lambda: "the key that was there before stays in use" in locked.service.log())
     assert key_shown() == f"Bearer {KEY}"
     key_file.write_text(OTHER_KEY, encoding="utf-8")
-    # The engines still want the first one, so the new one shows in what they refuse.
+    # The engines still need the first one, so their rejection shows that the new one is in use.
     wait_for(
         lambda: any("refuses the API key" in (each["failure"] or "") for each in locked.service.loads()["endpoints"])
     )

@@ -1,4 +1,4 @@
-"""What becomes of streams and of new requests when the service stops, or dies."""
+"""Streams and new requests have defined results when the service stops or dies."""
 
 import asyncio
 import signal
@@ -14,19 +14,19 @@ from patience import wait_for
 SHORT = {"text": "x", "sampling_params": {"max_new_tokens": 1}}
 STREAM = {"text": "y", "sampling_params": {"max_new_tokens": 60}, "stream": True}
 COMPLETE = 60 + 1
-"""Events: one for each token, and the last word."""
+"""The events of a complete stream: one for each token, and the last."""
 
 
 @pytest.fixture
 def slow() -> Iterator[Stack]:
-    """A fleet whose streams take some seconds."""
+    """Give a fleet whose streams take some seconds."""
     with run_stack(options=("--time-scale", "5", *PATIENCE), drain="20s") as stack:
         yield stack
-        stack.service.send_signal(signal.SIGTERM)  # the second one, at the end, cuts the drain short
+        stack.service.send_signal(signal.SIGTERM)  # the second signal, at the end, cuts the drain short
 
 
-def while_streaming(stack: Stack, count: int, trouble: Callable[[], Awaitable[None]]) -> Counter[tuple[int, str]]:
-    """Open streams, let something happen once each has had an event, and read them to their ends.
+def while_streaming(stack: Stack, count: int, happen: Callable[[], Awaitable[None]]) -> Counter[tuple[int, str]]:
+    """Open streams, call *happen* once each has had an event, and read them to their ends.
 
     Returns:
         How many streams had so many events, with this as the last one.
@@ -55,14 +55,14 @@ def while_streaming(stack: Stack, count: int, trouble: Callable[[], Awaitable[No
             for _ in range(count):
                 await opened.acquire()
             assert not any(reader.done() for reader in readers)
-            await trouble()
+            await happen()
         return Counter(reader.result() for reader in readers)
 
     return asyncio.run(story())
 
 
-def test_streams_go_on_while_the_service_drains_and_after_it_has_ended(slow: Stack) -> None:
-    """SIGTERM: not ready at once, still answering, status 0; and nobody who has an answer notices."""
+def test_streams_continue_while_the_service_drains_and_after_it_ends(slow: Stack) -> None:
+    """After SIGTERM the service is not ready, still answers, and ends with status 0; no stream is affected."""
     answered: list[int] = []
 
     async def stop() -> None:
@@ -79,8 +79,8 @@ def test_streams_go_on_while_the_service_drains_and_after_it_has_ended(slow: Sta
     assert answered == [503, 200]
 
 
-def test_streams_in_duplex_go_on_after_the_service_has_ended() -> None:
-    """Envoy cuts answers there whose ext_proc stream breaks, so the service ends these streams in good order."""
+def test_streams_in_full_duplex_continue_after_the_service_ends() -> None:
+    """Envoy breaks a response if its ext_proc stream breaks, so the service ends these streams with status OK."""
     options = ("--time-scale", "5", *PATIENCE)
     with run_stack(options=options, drain="10ms", envoy={"body_mode": "full_duplex_streamed"}) as stack:
 
@@ -92,8 +92,8 @@ def test_streams_in_duplex_go_on_after_the_service_has_ended() -> None:
     assert ends == {(COMPLETE, "data: [DONE]"): 20}
 
 
-def test_a_service_that_is_killed_takes_no_stream_with_it(slow: Stack) -> None:
-    """SIGKILL under 200 streams: all complete; meanwhile a clear 503, and service again soon after its return."""
+def test_streams_continue_when_the_service_is_killed(slow: Stack) -> None:
+    """After SIGKILL 200 streams complete; new requests get a 503, and are served again soon after the restart."""
     refused: list[httpx.Response] = []
 
     async def kill() -> None:

@@ -1,4 +1,4 @@
-"""Engines that were built from source, whose version names no release."""
+"""Engines that were built from source, whose version names no release, work like the newest release."""
 
 import json
 
@@ -17,8 +17,8 @@ PATHS = {
 
 
 @pytest.mark.parametrize("version", ["0.0.0.dev0", "0.0.0.dev1+g0123abc", None, 5])
-def test_requests_are_served(version: object) -> None:
-    """They are taken for the newest release that is known: every path is served, and both ranks are named."""
+def test_engines_built_from_source_serve_requests(version: object) -> None:
+    """The service treats them like the newest release: every path is served, and both ranks are named."""
     with run_stack() as stack:
         for engine in (*stack.prefills, *stack.decodes):
             page = loopback.CLIENT.get(f"{engine.url}/server_info").raise_for_status().json()

@@ -1,4 +1,4 @@
-"""Several services of which one decides: the first that is ready, with the whole ledger in one process."""
+"""Of several services the first that is ready decides, with all reservations in one process."""
 
 import re
 from collections.abc import Iterator
@@ -59,8 +59,8 @@ def services() -> Iterator[Services]:
         yield Services(first, standby, running.enter_context(loopback.client(front.url, timeout=60)))
 
 
-def test_the_standby_decides_once_the_first_is_gone(services: Services) -> None:
-    """While the first is ready it gets every request; when it is killed, the standby gets them all."""
+def test_the_standby_decides_when_the_first_service_is_killed(services: Services) -> None:
+    """While the first service is ready it gets every request; when it is killed, the standby gets them all."""
     before = services.statuses(20)
     shares = routed(services.first), routed(services.standby)
     services.first.stop()

@@ -1,4 +1,4 @@
-"""What a release takes on which path, and by what: on bodies of a pair, in headers, and of servers that do both."""
+"""Each release serves its paths, with routing fields in bodies or headers, in disaggregated and aggregated pools."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,9 +16,9 @@ from e2e.stack import DECODE_RANKS, FAST, PREFILL_RANKS, body_of, one
 
 PAIRS: Final = ("0.4.6", "0.5.8", "0.5.10", "0.5.11", "0.5.19", "0.5.20", "0.5.21", "0.5.22")
 BY_HEADERS: Final = ("0.5.14", "0.5.15", "0.5.17", "0.5.18")
-"""Releases of pairs that are told to obey headers."""
+"""Releases of disaggregated engines that read override headers."""
 WORKERS: Final = ("0.4.6", "0.4.7", "0.5.9", "0.5.10", "0.5.15", "0.5.17", "0.5.18")
-"""Releases of servers that do both. Those from 0.5.15 to 0.5.17 take no ``data_parallel_rank`` on /generate."""
+"""Releases of aggregated engines. Those from 0.5.15 to 0.5.17 read no ``data_parallel_rank`` on /generate."""
 HONOUR: Final = {"client_dp_rank": "honour"}
 
 RESPONSES = ("/v1/responses", {"input": "hi", "max_output_tokens": 2})
@@ -88,8 +88,10 @@ def fleet() -> Iterator[Fleet]:
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else str(value),
 )
-def test_paths(fleet: Fleet, version: str, asked: tuple[str, dict[str, Any]], served: bool) -> None:
-    """A path is served from the release on that carries the fields there, to the ranks that are asked for."""
+def test_a_path_is_served_from_its_release_on(
+    fleet: Fleet, version: str, asked: tuple[str, dict[str, Any]], served: bool
+) -> None:
+    """A path is served from the release on that reads the fields there, on the requested ranks."""
     legs = fleet.pools[version]
     for engine in legs:
         engine.forget()
@@ -119,8 +121,10 @@ def test_paths(fleet: Fleet, version: str, asked: tuple[str, dict[str, Any]], se
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else str(value),
 )
-def test_headers(fleet: Fleet, version: str, asked: tuple[str, dict[str, Any]], by_headers: bool) -> None:
-    """Headers carry from the release on that obeys them on a path, and bodies before."""
+def test_headers_have_the_routing_fields_from_their_release_on(
+    fleet: Fleet, version: str, asked: tuple[str, dict[str, Any]], by_headers: bool
+) -> None:
+    """Headers have the routing fields from the release on that reads them on a path, and bodies before."""
     model = f"{version} by headers"
     for engine in fleet.pools[model]:
         engine.forget()
@@ -129,15 +133,15 @@ def test_headers(fleet: Fleet, version: str, asked: tuple[str, dict[str, Any]], 
     assert response.status_code == 200, response.text
     for engine in fleet.pools[model]:
         leg = one([engine])
-        told = leg["headers"].get("x-override-routed-dp-rank")
-        assert told == (str(leg["rank"]) if by_headers else None)
+        leaked = leg["headers"].get("x-override-routed-dp-rank")
+        assert leaked == (str(leg["rank"]) if by_headers else None)
         assert body_of(leg).get("routed_dp_rank") == (None if by_headers else leg["rank"])
 
 
 @pytest.mark.parametrize("version", WORKERS)
 @pytest.mark.parametrize("key", ["data_parallel_rank", "routed_dp_rank"])
-def test_workers_are_told_the_rank_by_the_name_that_they_know(fleet: Fleet, version: str, key: str) -> None:
-    """Whatever a client calls it; where a release takes no rank, none is sent."""
+def test_aggregated_engines_get_the_rank_under_their_own_name(fleet: Fleet, version: str, key: str) -> None:
+    """The rank has the engine's own name, whatever name a client uses; a release that reads no rank gets none."""
     worker = fleet.workers[version]
     takes = version != "0.4.6"
     name = "routed_dp_rank" if tuple(map(int, version.split("."))) >= (0, 5, 10) else "data_parallel_rank"
@@ -147,8 +151,8 @@ def test_workers_are_told_the_rank_by_the_name_that_they_know(fleet: Fleet, vers
         response = fleet.client.post(path, json={"model": f"worker {version}", **body, key: rank})
         assert response.status_code == 200, response.text
         request = one([worker])
-        told = {each: value for each, value in body_of(request).items() if each.endswith("_rank")}
-        assert told == ({name: rank} if takes else {})
+        leaked = {each: value for each, value in body_of(request).items() if each.endswith("_rank")}
+        assert leaked == ({name: rank} if takes else {})
         assert not takes or request["rank"] == rank
 
 
@@ -158,8 +162,8 @@ def test_workers_are_told_the_rank_by_the_name_that_they_know(fleet: Fleet, vers
     [{"input_ids": [[1, 2, 3], [4, 5], [6]]}, {"text": ["a", "b", "c"]}],
     ids=lambda prompts: next(iter(prompts)),
 )
-def test_batches_of_generate(fleet: Fleet, version: str, prompts: dict[str, Any]) -> None:
-    """Each prompt, of tokens or of text, has a room and an id of its own, and all run on one pair of ranks."""
+def test_batches_of_generate_have_a_room_for_each_prompt(fleet: Fleet, version: str, prompts: dict[str, Any]) -> None:
+    """Each prompt, of tokens or of text, has its own room and id, and all run on one pair of ranks."""
     legs = fleet.pools[version]
     for engine in legs:
         engine.forget()

@@ -1,4 +1,4 @@
-"""Every release and every way to start it that makes a difference: which pairs of ranks requests can be sent to."""
+"""Requests reach all pairs of ranks that each release, with each relevant launch option, allows."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -19,7 +19,7 @@ Pairs = set[tuple[int, int | None]]
 
 ALL: Final[Pairs] = {(p, d) for p in range(PREFILL_RANKS) for d in range(DECODE_RANKS)}
 COUPLED: Final[Pairs] = {(p, d) for p, d in ALL if d is not None and (p - d) % 2 == 0}
-"""One room decides both ranks, so they are equal modulo the greatest common divisor of 4 and 2."""
+"""One room determines both ranks, so they are equal modulo the greatest common divisor of 4 and 2."""
 NOT_DECODE: Final[Pairs] = {(p, None) for p in range(PREFILL_RANKS)}
 """The engine picks the decode rank."""
 FIRST: Final[Pairs] = {(0, d) for d in range(DECODE_RANKS)}
@@ -36,7 +36,7 @@ def method(name: str, attention: Sequence[str] = ATTENTION) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Servers, and what can be reached on them."""
+    """Engines, and the pairs of ranks that are reachable on them."""
 
     name: str
     version: str
@@ -122,14 +122,14 @@ def _pool(row: Row, prefill: HostedEngine, decode: HostedEngine) -> dict[str, An
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_every_pair_of_ranks_that_the_engines_allow(fleet: Fleet, row: Row) -> None:
-    """Requests for each pair of ranks run where they were asked for, or where the engines allow; and none fails."""
+def test_every_allowed_pair_of_ranks_is_reached(fleet: Fleet, row: Row) -> None:
+    """Requests for each pair of ranks run where they were requested, or where the engines allow, and none fails."""
     reached: Pairs = set()
     wanted = list(product(range(PREFILL_RANKS), range(DECODE_RANKS)))
     for prefill_rank, decode_rank in wanted * (25 if row.listeners else 1):
         pair = _send(fleet, row, prefill_rank, decode_rank)
         reached.add(pair if row.reached is not NOT_DECODE else (pair[0], None))
-        if row.listeners:  # which server is not to be asked for, so chance decides
+        if row.listeners:  # a request cannot choose the engine, so its choice is random
             if reached == row.reached:
                 break
         elif row.reached is ALL:
@@ -157,8 +157,8 @@ def _send(fleet: Fleet, row: Row, prefill_rank: int, decode_rank: int) -> tuple[
     return on_prefill["rank"], on_decode["rank"]
 
 
-def test_a_listener_gets_no_rank_to_pass_on(fleet: Fleet) -> None:
-    """Where the address says the rank, the body names only prefill's, which both sides need."""
+def test_a_rank_listener_gets_no_rank_in_its_body(fleet: Fleet) -> None:
+    """If the address selects the rank, the body names only prefill's, which both legs need."""
     _, _ = _send(fleet, ROWS[-1], 0, 0)
     prefill, decode = fleet.pools[ROWS[-1].name]
     rank = one([prefill])["rank"]

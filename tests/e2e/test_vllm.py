@@ -1,4 +1,4 @@
-"""Aggregated vLLM behind Envoy: found out by itself, its ranks told by header, its load read per engine."""
+"""Aggregated vLLM works behind Envoy: it is detected, gets ranks by header, and reports load per engine label."""
 
 import json
 from collections.abc import Iterator
@@ -66,7 +66,7 @@ def chat(model: str, **fields: object) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_every_rank_by_header(fleet: Fleet, path: str) -> None:
+def test_every_rank_is_reached_by_header(fleet: Fleet, path: str) -> None:
     """The header names the rank, the engine runs the request there, and the body stays as the client sent it."""
     ranks = set()
     sent = chat("multiplexed") if "chat" in path else {"model": "multiplexed", "prompt": "p", "max_tokens": 2}
@@ -84,8 +84,8 @@ def test_every_rank_by_header(fleet: Fleet, path: str) -> None:
     assert ranks == {0, 1, 2}
 
 
-def test_streams(fleet: Fleet) -> None:
-    """A stream comes through to its end."""
+def test_a_stream_arrives_from_vllm(fleet: Fleet) -> None:
+    """A stream arrives to its end."""
     with fleet.client.stream("POST", "/v1/chat/completions", json=chat("multiplexed", stream=True)) as response:
         lines = [line for line in response.iter_lines() if line]
 
@@ -93,8 +93,8 @@ def test_streams(fleet: Fleet) -> None:
     assert lines[-1] == "data: [DONE]"
 
 
-def test_load_per_rank(fleet: Fleet) -> None:
-    """What /metrics tells of each engine stands on the admin port: ranks, capacity, prompt tokens."""
+def test_load_per_rank_is_read_from_metrics(fleet: Fleet) -> None:
+    """The admin port shows the values that ``/metrics`` has of each engine label: ranks, capacity, prompt tokens."""
     page = {endpoint["url"]: endpoint for endpoint in fleet.service.loads()["endpoints"]}
     ranks = page[fleet.multiplexed.url]["ranks"]
 
@@ -104,8 +104,8 @@ def test_load_per_rank(fleet: Fleet) -> None:
     assert [len(page[each.url]["ranks"]) for each in fleet.ports] == [1, 1]
 
 
-def test_a_release_that_reads_no_header_picks_by_itself(fleet: Fleet) -> None:
-    """It is told no rank, and the log says once why."""
+def test_an_old_release_picks_its_rank_itself(fleet: Fleet) -> None:
+    """It gets no rank, and the log reports the reason once."""
     for _ in range(3):
         fleet.old.forget()
         assert fleet.client.post("/v1/chat/completions", json=chat("old")).status_code == 200
@@ -114,8 +114,8 @@ def test_a_release_that_reads_no_header_picks_by_itself(fleet: Fleet) -> None:
     assert fleet.service.log().count(f"{fleet.old.url}: rank_not_carried: ") == 1
 
 
-def test_ranks_with_ports_of_their_own(fleet: Fleet) -> None:
-    """Each is a server of one rank: both are used, and need no header."""
+def test_ranks_with_their_own_ports_need_no_header(fleet: Fleet) -> None:
+    """Each port is an endpoint of one rank: both are used, and need no header."""
     used = set()
     for _ in range(40):
         for each in fleet.ports:
@@ -130,7 +130,7 @@ def test_ranks_with_ports_of_their_own(fleet: Fleet) -> None:
     assert len(used) == 2
 
 
-def test_sglang_beside_it(fleet: Fleet) -> None:
+def test_an_sglang_pool_beside_vllm_gets_ranks_in_bodies(fleet: Fleet) -> None:
     """The same client's request to an SGLang pool has the rank in its body."""
     assert fleet.client.post("/v1/chat/completions", json=chat("sglang")).status_code == 200
     request = wait_for(lambda: one([fleet.sglang]))
@@ -139,16 +139,16 @@ def test_sglang_beside_it(fleet: Fleet) -> None:
     assert "x-data-parallel-rank" not in request["headers"]
 
 
-def test_a_path_that_vllm_does_not_have(fleet: Fleet) -> None:
-    """/generate is SGLang's; the refusal says what runs here."""
+def test_a_path_is_rejected_if_vllm_does_not_have_it(fleet: Fleet) -> None:
+    """``/generate`` is SGLang's, and the rejection names the engine of this pool."""
     response = fleet.client.post("/generate", json={"text": "a", "model": "multiplexed"})
 
     assert response.status_code == 400
     assert "vLLM 0.11.0" in response.json()["error"]["message"]
 
 
-def test_the_stand_in_keeps_vllm_s_contract(fleet: Fleet) -> None:
-    """Asked directly: a rank out of range is a 400, one that is no number counts as none, others' pages are missing."""
+def test_the_stand_in_implements_the_contract_of_vllm(fleet: Fleet) -> None:
+    """Sent directly, a rank out of range is a 400, no number counts as no rank, and SGLang's pages are missing."""
     url = fleet.multiplexed.url
     wrong = httpx.post(f"{url}/v1/completions", json={"prompt": "p"}, headers={"x-data-parallel-rank": "3"})
     odd = httpx.post(

@@ -1,4 +1,4 @@
-"""``envoy.body_mode: none``: bodies go from clients to both engines unseen; headers place requests and tell engines."""
+"""With ``envoy.body_mode: none`` bodies go to both engines unread, and headers schedule and route requests."""
 
 import json
 import socket
@@ -27,7 +27,7 @@ STREAMS = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """Two pairs of servers behind an Envoy that sends no bodies to the service."""
+    """Two pairs of engines behind an Envoy that sends no bodies to the service."""
 
     prefills: tuple[HostedEngine, ...]
     decodes: tuple[HostedEngine, ...]
@@ -81,8 +81,8 @@ def overrides(leg: dict[str, Any]) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("path", "body"), [("/generate", GENERATE), ("/v1/chat/completions", CHAT), ("/v1/messages", MESSAGES)]
 )
-def test_both_legs_get_the_clients_bytes(fleet: Fleet, path: str, body: dict[str, Any], stream: bool) -> None:
-    """Each runs on the rank that its headers name; the client's own ranks and rooms count for nothing."""
+def test_both_legs_get_the_bytes_of_the_client(fleet: Fleet, path: str, body: dict[str, Any], stream: bool) -> None:
+    """Each leg runs on the rank of its headers, and the client's own ranks and rooms have no effect."""
     pairs = set()
     for evil in ({}, *60 * [EVIL]):  # ties are broken at random
         fleet.forget()
@@ -104,8 +104,8 @@ def test_both_legs_get_the_clients_bytes(fleet: Fleet, path: str, body: dict[str
 
 
 @STREAMS
-def test_answers_reach_the_client_as_they_are(fleet: Fleet, stream: bool) -> None:
-    """The client library reads them; an answer that is no stream keeps its length."""
+def test_responses_reach_the_client_unchanged(fleet: Fleet, stream: bool) -> None:
+    """The client library reads the responses, and one that is not a stream keeps its length."""
     with openai.OpenAI(base_url=f"{fleet.envoy.url}/v1", api_key="key", max_retries=0) as client:
         kept = client.chat.completions.with_raw_response
         response = kept.create(model="m", messages=CHAT["messages"], max_tokens=4, stream=stream)  # type: ignore[call-overload]
@@ -118,8 +118,8 @@ def test_answers_reach_the_client_as_they_are(fleet: Fleet, stream: bool) -> Non
 
 
 @STREAMS
-def test_a_batch(fleet: Fleet, stream: bool) -> None:
-    """Its rooms count on from the one that the headers name; named ranks keep all of it on one pair."""
+def test_a_batch_runs_on_one_pair_of_ranks(fleet: Fleet, stream: bool) -> None:
+    """Rooms of a batch count up from the one in the headers; with named ranks all of it runs on one pair."""
     body = {**GENERATE, "text": ["a", "b", "c"], "stream": stream}
     assert fleet.client.post("/generate", json=body).status_code == 200
 
@@ -134,8 +134,10 @@ def test_a_batch(fleet: Fleet, stream: bool) -> None:
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @pytest.mark.parametrize(("path", "body"), [("/generate", GENERATE), ("/v1/chat/completions", CHAT)])
 @STREAMS
-def test_a_failed_leg_is_seen(fleet: Fleet, role: str, path: str, body: dict[str, Any], stream: bool) -> None:
-    """Also when its engine begins with 200: the first event tells, of either leg, and the request is placed anew."""
+def test_a_failed_leg_is_retried_without_bodies(
+    fleet: Fleet, role: str, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    """A failure behind a 200 shows in the first event of either leg, and the request is retried."""
     engines = fleet.prefills if role == "prefill" else fleet.decodes
     for engine in engines:
         engine.fault(inference=Fault(Kind.FAIL, times=1))
@@ -147,7 +149,7 @@ def test_a_failed_leg_is_seen(fleet: Fleet, role: str, path: str, body: dict[str
 
 
 def connect(fleet: Fleet, length: int) -> socket.socket:
-    """Begin a request that announces so many bytes, and send one of them."""
+    """Begin a request that declares so many bytes, and send one of them."""
     host, port = fleet.envoy.url.removeprefix("http://").split(":")
     client = socket.create_connection((host, int(port)))
     head = (
@@ -163,15 +165,15 @@ def connect(fleet: Fleet, length: int) -> socket.socket:
 
 
 def chunks(text: bytes) -> Iterator[bytes]:
-    """Have httpx send a body in chunks, without its length."""
+    """Let httpx send a body in chunks, without its length."""
     for start in range(0, len(text), 50_000):
         yield text[start : start + 50_000]
 
 
 @pytest.mark.parametrize("size", [10, 3 << 20, 12 << 20])
 @pytest.mark.parametrize("announced", [True, False], ids=["with its length", "in chunks"])
-def test_bodies_of_any_size(fleet: Fleet, size: int, announced: bool) -> None:
-    """Nothing holds them back and nothing of them is lost on either leg."""
+def test_bodies_of_any_size_arrive_on_both_legs(fleet: Fleet, size: int, announced: bool) -> None:
+    """Bodies of any size arrive on both legs without delay and without loss."""
     text = json.dumps({**GENERATE, "padding": "x" * size}).encode()
     headers = {"content-type": "application/json"}
     response = fleet.client.post("/generate", content=text if announced else chunks(text), headers=headers)
@@ -181,15 +183,15 @@ def test_bodies_of_any_size(fleet: Fleet, size: int, announced: bool) -> None:
     assert prefill["body_length"] == decode["body_length"] == len(text)
 
 
-def test_a_body_that_is_too_large(fleet: Fleet) -> None:
-    """One that says so is refused before it comes."""
+def test_a_body_is_rejected_by_its_declared_length(fleet: Fleet) -> None:
+    """A request with too large a declared length is rejected before its body arrives."""
     with connect(fleet, length=1 << 40) as client:
         assert client.recv(1000).startswith(b"HTTP/1.1 413 ")
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses"])
-def test_paths_that_read_no_headers(fleet: Fleet, path: str) -> None:
-    """They are refused, and no engine sees them."""
+def test_paths_without_override_headers_are_rejected(fleet: Fleet, path: str) -> None:
+    """The service rejects these paths, and no engine gets the request."""
     response = fleet.client.post(path, json={"prompt": "a", "input": "a"})
 
     assert (response.status_code, response.json()["error"]["code"]) == (400, "path_cannot_carry_routing_fields")
@@ -197,22 +199,22 @@ def test_paths_that_read_no_headers(fleet: Fleet, path: str) -> None:
 
 
 @pytest.mark.parametrize("body", [b"[]", b"{", b'{"text":7}'])
-def test_what_is_wrong_with_a_body_the_engine_says(fleet: Fleet, body: bytes) -> None:
-    """Nobody else reads it; both engines refuse it, and the client gets their word."""
+def test_a_bad_body_is_rejected_by_the_engines(fleet: Fleet, body: bytes) -> None:
+    """No part of the router reads the body, so both engines reject it, and the client gets their text."""
     response = fleet.client.post("/generate", content=body, headers={"content-type": "application/json"})
 
     assert response.status_code in {400, 422}
     fleet.service.wait_until_idle()
 
 
-def test_lookups(fleet: Fleet) -> None:
-    """What needs no body is as ever."""
+def test_lookups_work_without_bodies(fleet: Fleet) -> None:
+    """Requests without a body work as in other modes."""
     assert fleet.client.get("/health").status_code == 200
     assert fleet.client.get("/v1/models").status_code == 200
 
 
-def test_a_client_that_leaves_while_it_sends(fleet: Fleet) -> None:
-    """Its books are emptied."""
+def test_reservations_end_when_a_client_disconnects_while_it_sends(fleet: Fleet) -> None:
+    """A client that disconnects while it sends leaves no reservation."""
     with connect(fleet, length=99):
         wait_for(lambda: "dp_extproc_active_streams 1.0" in fleet.service.metrics())
 

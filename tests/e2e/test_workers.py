@@ -1,4 +1,4 @@
-"""Workers that die, are restarted one by one, or stop, while Envoy has requests and streams for them."""
+"""Worker processes die, restart one by one, or stop, while Envoy has requests and streams for them."""
 
 import os
 import re
@@ -20,7 +20,7 @@ LONG = {"text": "y", "sampling_params": {"max_new_tokens": 3000}, "stream": True
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Stack]:
-    """A fleet behind two workers; decode takes some seconds for a stream."""
+    """Give a fleet behind two worker processes; decode takes some seconds for a stream."""
     options = ("--time-scale", "1", *PATIENCE)
     with run_stack(options=options, listen={"workers": 2}, drain="1500ms") as stack:
         wait_for(lambda: all(each["ready"] for each in of(stack)), PATIENT)
@@ -30,7 +30,7 @@ def running() -> Iterator[Stack]:
 
 @pytest.fixture
 def workers(running: Stack) -> Iterator[Stack]:
-    """That fleet, with engines that remember nothing; in the end nothing may be on the books."""
+    """Give that fleet with empty journals; in the end no reservation may be left."""
     running.forget()
     yield running
     running.service.wait_until_idle()
@@ -42,7 +42,7 @@ def of(stack: Stack) -> list[dict[str, Any]]:
 
 
 def per_worker(stack: Stack, metric: str, role: str) -> dict[str, float]:
-    """Add up a metric of the ranks of a role, worker by worker."""
+    """Sum a metric of the ranks of a role, by worker process."""
     found: dict[str, float] = {"0": 0.0, "1": 0.0}
     line = re.compile(rf'^{metric}{{process="(\d)",.*role="{role}".*}} (.*)$', re.MULTILINE)
     for worker, value in line.findall(stack.service.metrics()):
@@ -50,8 +50,8 @@ def per_worker(stack: Stack, metric: str, role: str) -> dict[str, float]:
     return found
 
 
-def test_load_is_counted_once_whichever_worker_places_it(workers: Stack) -> None:
-    """Envoy takes the workers in turn; each knows of all requests, and places the next one by all of them."""
+def test_load_is_counted_once_over_worker_processes(workers: Stack) -> None:
+    """Envoy uses the worker processes in turn; each counts all requests, and schedules the next one by all of them."""
 
     def both_know_of(count: int) -> bool:
         return per_worker(workers, "dp_extproc_reserved_requests", "decode") == {"0": count, "1": count}
@@ -75,8 +75,8 @@ def is_back(stack: Stack, index: int, pid: int) -> bool:
     return bool(worker["ready"] and worker["pid"] != pid)
 
 
-def test_a_worker_that_is_killed_costs_no_request(workers: Stack) -> None:
-    """SIGKILL under load: the other worker takes what comes, open streams go on, and the lost one comes back."""
+def test_no_request_fails_when_a_worker_process_is_killed(workers: Stack) -> None:
+    """After SIGKILL under load the other process takes new requests, streams continue, and the lost one restarts."""
     victim, restarts = of(workers)[0]["pid"], [each["restarts"] for each in of(workers)]
 
     def kill() -> None:
@@ -90,8 +90,8 @@ def test_a_worker_that_is_killed_costs_no_request(workers: Stack) -> None:
     assert [each["restarts"] for each in of(workers)] == [restarts[0] + 1, restarts[1]]
 
 
-def test_workers_that_are_restarted_one_by_one_cost_no_request(workers: Stack) -> None:
-    """SIGTERM to each in turn under load: each drains and comes back, and nobody notices."""
+def test_no_request_fails_when_worker_processes_restart_one_by_one(workers: Stack) -> None:
+    """After SIGTERM under load each process drains and restarts in its turn, and no client gets an error."""
 
     def restart() -> None:
         for index in range(2):

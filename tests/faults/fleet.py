@@ -1,4 +1,4 @@
-"""Two servers of each role, the service and Envoy, and clients that tell what they got."""
+"""Two engines of each role, the service and Envoy, and clients that report the result of each request."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ from e2e.stack import FAST
 from patience import wait_for
 
 TOKENS: Final = 5
-"""That each request asks for."""
+"""Output tokens of each request."""
 PATIENCE: Final = 20.0
 """Seconds that a client waits for the next byte."""
 _MESSAGE_TIMEOUT: Final = " message_timeout: 20s"
@@ -40,26 +40,26 @@ BODIES: Final[dict[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a client got."""
+    """The result that a client got."""
 
     status: int | None
-    """None if there was no answer as long as it waited."""
+    """None if no response came while the client waited."""
     text: str
     complete: bool
-    """Whether the answer came to its end, with every token."""
+    """Whether the response came to its end, with every token."""
     reason: str | None = None
-    """Of an error that does not come from the engine: the service's word or Envoy's."""
+    """Reason of an error that does not come from the engine: the service's or Envoy's."""
     error: httpx.TransportError | None = None
-    """What broke the connection, or made the client give up waiting."""
+    """The exception that broke the connection, or made the client stop waiting."""
 
     @property
-    def is_told(self) -> bool:
-        """Whether the client was told that the answer is not complete."""
+    def is_marked_incomplete(self) -> bool:
+        """Whether the client got the event that marks the response as incomplete."""
         return self.text.endswith("\n\n") and '"stream_cut"' in self.text.rpartition("event: error\n")[2]
 
     @property
     def is_lost(self) -> bool:
-        """Whether the client has nothing of what it asked for."""
+        """Whether the client has no part of the response."""
         return not self.complete and not (
             self.status == 200 and self.text and not isinstance(self.error, httpx.TimeoutException)
         )
@@ -70,7 +70,7 @@ class Outcome:
         if self.status == 200:
             if self.complete:
                 return "answer"
-            return "part of the answer, and an error event" if self.is_told else "part of the answer"
+            return "part of the answer, and an error event" if self.is_marked_incomplete else "part of the answer"
         return f"{self.status} {self.reason or 'of the engine'}"
 
 
@@ -83,14 +83,14 @@ def ask(
     on_first: Callable[[], object] | None = None,
     **more: Any,
 ) -> Outcome:
-    """Send a request, and tell what came of it.
+    """Send a request, and return its result.
 
     Args:
         client: Whose connections to use.
-        path: Of the request.
+        path: Path of the request.
         stream: Whether it asks for a stream.
         patience: Seconds to wait for each byte.
-        on_first: Called when the first bytes of the answer are here.
+        on_first: Called when the first bytes of the response have arrived.
         more: Further fields of the body.
     """
     text, status, reason, complete, broken = b"", None, None, False, None
@@ -112,7 +112,7 @@ def ask(
 
 @contextmanager
 def asking(fleet: "Fleet", path: str) -> Iterator[socket.socket]:
-    """Ask for a stream; whether any of it is read is the caller's affair."""
+    """Request a stream; the caller decides whether to read any of it."""
     body = json.dumps({**BODIES[path], "stream": True}).encode()
     host, port = fleet.envoy.url.removeprefix("http://").split(":")
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -138,7 +138,7 @@ def _reason_of_envoy(text: bytes) -> str | None:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Everything that runs."""
+    """The running engines, services, Envoy and client."""
 
     prefills: Sequence[EngineProcess]
     decodes: Sequence[EngineProcess]
@@ -154,39 +154,39 @@ class Fleet:
         return (*self.prefills, *self.decodes)
 
     def forget(self) -> None:
-        """Clear what the engines remember."""
+        """Clear the request journals of the engines."""
         for engine in self.engines:
             engine.forget()
 
     def recover(self) -> None:
-        """Put all engines right, and wait until the service knows."""
+        """Remove the faults of all engines, and wait until the service has read them."""
         for engine in self.engines:
             engine.heal()
         self.wait_until_fresh()
 
-    def recover_all_but(self, sick: EngineProcess) -> None:
-        """Put the other engines right."""
+    def recover_all_but(self, failing: EngineProcess) -> None:
+        """Remove the faults of all engines but one."""
         for engine in self.engines:
-            if engine is not sick:
+            if engine is not failing:
                 engine.heal()
 
     def restart_service(self) -> None:
-        """Start the service anew."""
+        """Start the service again."""
         self.service.start()
         self.service.wait_until_listening()
         self.wait_until_fresh()
 
     def wait_until_fresh(self) -> None:
-        """Wait until every engine is known to be well."""
+        """Wait until every endpoint is fresh and has no failure."""
         wait_for(lambda: all(each["state"] == "fresh" and not each["failure"] for each in self.endpoints()))
 
     def settle(self) -> None:
-        """Wait until no engine has anything to do, and nothing is on the books."""
+        """Wait until no engine has work, and no reservation is left."""
         wait_for(lambda: not self.running())
         wait_for(lambda: not self.reserved())
 
     def running(self) -> list[tuple[str, str]]:
-        """Give the legs that engines still have."""
+        """List the legs that engines still run."""
         return [
             (engine.role, record["path"])
             for engine in self.engines
@@ -196,17 +196,17 @@ class Fleet:
         ]
 
     def reserved(self) -> list[dict[str, Any]]:
-        """Give what is on the books."""
+        """List the ranks' reservations that are not zero."""
         reserved = [rank["reserved"] for each in self.endpoints() for rank in each["ranks"]]
         return [each for each in reserved if each["requests"] or each["tokens"]]
 
     def endpoints(self) -> list[dict[str, Any]]:
-        """Give what the service knows of the engines."""
+        """List the endpoints as the service reports them."""
         found: list[dict[str, Any]] = self.service.loads()["endpoints"]
         return found
 
     def stat(self, name: str) -> int:
-        """Give a number of Envoy's statistics; 0 for one that it has not counted yet."""
+        """Read a number of Envoy's statistics; 0 if Envoy has not counted it yet."""
         page = loopback.CLIENT.get(f"{self.envoy.admin_url}/stats", params={"filter": f"^{re.escape(name)}$"})
         return int(page.raise_for_status().text.rpartition(":")[2] or 0)
 
@@ -220,14 +220,14 @@ def run_fleet(
     of_pool: Mapping[str, Any] = MappingProxyType({}),
     **sections: Any,
 ) -> Iterator[Fleet]:
-    """Run it.
+    """Run a fleet.
 
     Args:
-        options: Of the engines.
-        message_timeout: How long Envoy waits for a word of the service, if that is to be less than usual.
-        replicas: Of the service, behind one Envoy that finds them by a name.
-        of_pool: Goes over the configuration of the pool.
-        sections: Go over the configuration.
+        options: Options of the engines.
+        message_timeout: How long Envoy waits for a message of the service, if that is to be less than usual.
+        replicas: Number of services behind one Envoy that finds them by a name.
+        of_pool: Overrides the configuration of the pool.
+        sections: Override the configuration.
     """
     with ExitStack() as running:
         engines = [
@@ -266,7 +266,7 @@ def run_fleet(
 
 
 def _build_for_several(configs: Sequence[Config]) -> Bootstrap:
-    """Build what Envoy is started with, as if the name of the service had been resolved to these."""
+    """Build Envoy's configuration as if the name of the service had been resolved to these addresses."""
     first = configs[0]
     named = first.model_copy(update={"envoy": first.envoy.model_copy(update={"service": "dp-extproc.test:9002"})})
     bootstrap = build_bootstrap(named)

@@ -1,4 +1,4 @@
-"""Every kind of fault on every part, on one of two servers and on both, and what the client is to get."""
+"""Every kind of fault on every part, on one of two engines and on both, with the result that the client must get."""
 
 import signal
 import socket
@@ -17,11 +17,11 @@ from faults.fleet import BODIES, Fleet, Outcome, ask, run_fleet
 
 ANSWER: Final = "answer"
 PART: Final = "part of the answer"
-TOLD: Final = "part of the answer, and an error event"
+PART_AND_EVENT: Final = "part of the answer, and an error event"
 KINDS: Final = tuple(product(BODIES, (False, True)))
-"""Of requests: path, and whether it streams."""
+"""Kinds of requests: path, and whether it streams."""
 _TRIES: Final = 6
-"""How often requests are sent until one of them has met the fault; mostly one of the first pair does."""
+"""How often to send requests until one of them has met the fault; usually one of the first pair does."""
 _FIRST_MEETINGS: Final = 16
 """Requests of each kind."""
 
@@ -31,15 +31,15 @@ Outcomes = dict[tuple[str, bool], str]
 
 @dataclass(frozen=True)
 class Cell:
-    """One fault."""
+    """A fault in one part of the fleet."""
 
     part: str
     fault: str
     switch: Switch
     everywhere: bool
-    """On all servers of the role, or on one of two."""
+    """Whether the fault is on all engines of the role, or on one of two."""
     expected: str | dict[bool, str]
-    """What the client gets who meets the fault; or that of whole answers and that of streams."""
+    """The result of a client that meets the fault, or those of whole responses and of streams."""
 
     @property
     def place(self) -> tuple[str, str, bool]:
@@ -61,7 +61,7 @@ def _cells(part: str, faults: dict[str, tuple[Switch, str | dict[bool, str], str
 
 
 _MIDDLE: Final = {"kind": "reset", "after": 1, "seconds": 0.5}
-"""A reset takes along what Envoy has not read by then, so it has some time for the beginning of the answer."""
+"""A reset discards what Envoy has not read, so this gives it time for the beginning of the response."""
 _CLOSED: Final = {**_MIDDLE, "kind": "close"}
 _SHORT: Final = {"kind": "short", "seconds": 0.1}
 _STOPS: Final = {"kind": "500", "seconds": 60}
@@ -89,7 +89,7 @@ CELLS: Final = [
         "hangs": ("hang", ANSWER, "504 prefill_timeout"),
         "resets before headers": ("reset", ANSWER, "503 upstream_failed"),
         "resets in mid-answer": (_MIDDLE, PART, PART),
-        "is killed in mid-answer": (_CLOSED, {False: PART, True: TOLD}, {False: PART, True: TOLD}),
+        "is killed in mid-answer": (_CLOSED, {False: PART, True: PART_AND_EVENT}, {False: PART, True: PART_AND_EVENT}),
         "answers 500": ("500", ANSWER, "500 of the engine"),
         "answers 503": ("503", ANSWER, "503 of the engine"),
         "stops in its 500": (_STOPS, ANSWER, "502 decode_failed"),
@@ -115,7 +115,7 @@ CELLS: Final = [
 ]  # fmt: skip
 
 
-IN_DUPLEX: Final = (
+IN_FULL_DUPLEX: Final = (
     ("prefill", "answers 500", False),
     ("decode", "answers 500", False),
     ("decode", "answers 500", True),
@@ -123,73 +123,73 @@ IN_DUPLEX: Final = (
     ("decode", "resets before headers", False),
     ("decode", "gives the request up", True),
 )
-"""The cells in which Envoy is asked for something that it does otherwise, or not at all, in duplex mode."""
+"""The cells in which Envoy handles a request of the service differently, or ignores it, in full-duplex mode."""
 
 
 @contextmanager
 def run_quick_fleet(body_mode: str = "buffered") -> Iterator[Fleet]:
-    """Run a fleet with times so short that what takes too long does so quickly.
+    """Run a fleet with such short timeouts that each expires quickly.
 
-    Envoy must wait longer for a word than prefill may take, as by default.
+    Envoy must wait longer for a message than prefill may take, as by default.
     """
     with run_fleet(
         message_timeout="3s",
         envoy={"body_mode": body_mode},
         load={"interval": "100ms", "stale_after": "20s", "timeout": "5s"},
         supervision={"mode": "first_event", "prefill_timeout": "1s", "first_token_timeout": "1s"},
-        retry={"attempts": 2, "budget": 1.0},  # as many as there are servers
-        # Every fault is to be met anew; how long an endpoint stays ejected has tests of its own.
+        retry={"attempts": 2, "budget": 1.0},  # as many as there are engines
+        # requests have to meet every fault, so no endpoint may be ejected; ejection has its own tests
         outlier_detection={"consecutive_failures": 1000},
     ) as fleet:
-        # A decode rank that has not met a prefill server before gives up by itself if it cannot.
+        # A decode rank that has not met a prefill engine before gives up by itself if it cannot.
         for _ in range(_FIRST_MEETINGS):
             _ask_all(fleet)
         yield fleet
 
 
 def run_cell(fleet: Fleet, cell: Cell) -> Outcomes:
-    """Put a fault where it belongs, send requests of every kind, and put everything right again.
+    """Inject a fault, send requests of every kind, and remove the fault.
 
     Returns:
-        What the client got that met the fault, by kind of request.
+        The result of the client that met the fault, by kind of request.
     """
     fleet.forget()
     if cell.part == "service":
         found = _SERVICE_FAULTS[cell.fault](fleet)
     else:
-        with _fault(fleet, cell) as sick:
+        with _fault(fleet, cell) as failing:
             is_noted = cell.part != "bootstrap port" and cell.switch != "refuse"
-            found = _ask_until_met(fleet, sick if is_noted else [])
-            fleet.settle()  # while the fault lasts: it is not the engine's recovery that ends what is left
+            found = _ask_until_met(fleet, failing if is_noted else [])
+            fleet.settle()  # while the fault lasts, so that not the engine's recovery ends what is left
     fleet.settle()
     return found
 
 
 @contextmanager
 def _fault(fleet: Fleet, cell: Cell) -> Iterator[Sequence[EngineProcess]]:
-    """Have a fault; gives the servers that have it."""
+    """Inject a fault, and give the engines that have it."""
     engines = fleet.decodes if cell.part == "decode" else fleet.prefills
-    sick = engines if cell.everywhere else engines[:1]
+    failing = engines if cell.everywhere else engines[:1]
     target = "bootstrap" if cell.part == "bootstrap port" else "inference"
-    for engine in sick:
+    for engine in failing:
         engine.fault(**{target: cell.switch})
     try:
-        yield sick
+        yield failing
     finally:
         fleet.recover()
 
 
-def _ask_until_met(fleet: Fleet, sick: Sequence[EngineProcess]) -> Outcomes:
-    """Send requests of every kind, until one of each has met the fault; if servers do not note that, a few."""
+def _ask_until_met(fleet: Fleet, failing: Sequence[EngineProcess]) -> Outcomes:
+    """Send requests of every kind until one of each has met the fault, or a few if engines do not record that."""
     found: dict[tuple[str, bool], set[str]] = {kind: set() for kind in KINDS}
     missing = set(KINDS)
     for tries in range(_TRIES):
-        # Two at once mostly go to different servers; but the ranks of one that was faster before are filled first.
+        # Two at once usually go to different engines, but the ranks of one that was faster before are filled first.
         asked = [(kind, _ask(fleet, kind)) for kind in missing for _ in range(2 << tries)]
         for kind, each in asked:
             found[kind].add(str(each.result()))
-        bodies = [record["body"] for engine in sick for record in engine.requests() if record["fault"]]
-        missing = {kind for kind in missing if sick and not any(_tag(kind) in body for body in bodies)}
+        bodies = [record["body"] for engine in failing for record in engine.requests() if record["fault"]]
+        missing = {kind for kind in missing if failing and not any(_tag(kind) in body for body in bodies)}
         if not missing:
             return {kind: " or ".join(sorted(outcomes - {ANSWER})) or ANSWER for kind, outcomes in found.items()}
     raise AssertionError(f"no request of {missing} has met the fault")
@@ -237,7 +237,7 @@ def _talking_nonsense(connection: socket.socket) -> None:
 
 
 def _while_another_listens(behave: Callable[[socket.socket], None], fleet: Fleet) -> Outcomes:
-    """Have something else at the address of the service."""
+    """Let another program listen at the address of the service."""
     fleet.service.stop(signal.SIGKILL)
     grpc = fleet.service.config.listen.grpc
 

@@ -1,4 +1,4 @@
-"""``python -m faults.table [FILE]``: run every cell, print what clients got, and put it between the marks of a page."""
+"""``python -m faults.table [FILE]`` runs every cell, prints the results, and puts them between the marks of a page."""
 
 import sys
 import time
@@ -11,10 +11,10 @@ from faults.matrix import CELLS, Cell, Outcomes, run_cell, run_quick_fleet
 BEGIN: Final = "<!-- begin faults -->"
 END: Final = "<!-- end faults -->"
 _HEAD: Final = """\
-`answer` is the whole answer, at the latest after another attempt. `part of the answer` was cut off, at once, after its
-first bytes. Anything else is a status, with the word of the service or of Envoy for the reason, or with the engine's
-own text. Chats and `/generate`, whole answers and streams get the same unless the table says otherwise. After each cell
-no engine had a leg left, and nothing was on the books.
+`answer` means that the client gets the whole response, possibly after another attempt. `part of the answer` means that
+the response ends immediately after its first bytes. Anything else is a status, with the reason of the service or Envoy,
+or with the engine's own text. Results are the same for chats and `/generate`, whole responses and streams, unless the
+table shows a difference. After each cell no engine had a leg left and no reservation was left.
 
 | part | what it does | one of two does it | all do it |
 |---|---|---|---|
@@ -22,7 +22,7 @@ no engine had a leg left, and nothing was on the books.
 
 
 def describe(outcomes: Outcomes) -> str:
-    """Say in one line what clients got, by path and form only where that differs."""
+    """Describe in one line what clients got, by path and form only if that differs."""
     if len(set(outcomes.values())) == 1:
         return next(iter(outcomes.values()))
     by_form = {stream: {outcome for (_, s), outcome in outcomes.items() if s is stream} for stream in (False, True)}
@@ -32,7 +32,7 @@ def describe(outcomes: Outcomes) -> str:
 
 
 def as_table(results: Sequence[tuple[Cell, Outcomes]]) -> str:
-    """Write Markdown."""
+    """Write the results as a Markdown table."""
     rows: dict[tuple[str, str], dict[bool, str]] = {}
     for cell, outcomes in results:
         rows.setdefault((cell.part, cell.fault), {})[cell.everywhere] = describe(outcomes)
@@ -43,10 +43,10 @@ def as_table(results: Sequence[tuple[Cell, Outcomes]]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run it.
+    """Run all cells.
 
     Returns:
-        1 if a client got anything else than what is expected.
+        1 if a client got an unexpected result.
     """
     results: list[tuple[Cell, Outcomes]] = []
     surprises = 0

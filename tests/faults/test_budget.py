@@ -1,4 +1,4 @@
-"""The budget of retries holds for whatever fails, also where Envoy would repeat by itself."""
+"""The retry budget limits all retries, also those that Envoy would make by itself."""
 
 import pytest
 
@@ -8,8 +8,8 @@ CHAT, _ = BODIES
 
 
 @pytest.mark.parametrize("body_mode", ["buffered", "full_duplex_streamed"])
-def test_a_loss_that_cannot_be_afforded_is_not_repeated(body_mode: str) -> None:
-    """The first request may be placed twice, the second one only once, though three attempts are allowed."""
+def test_a_failed_request_is_not_retried_with_an_empty_budget(body_mode: str) -> None:
+    """The first request may be scheduled twice and the second only once, although three attempts are allowed."""
     with run_fleet(
         retry={"attempts": 3, "burst": 1, "budget": 0},
         outlier_detection={"consecutive_failures": 1000},

@@ -1,4 +1,4 @@
-"""Streams that send very much before their first event, and are ended in the middle of it: nobody dies of that."""
+"""Streams with many bytes before their first event, which end in the middle of it, crash neither service nor Envoy."""
 
 import signal
 import socket
@@ -20,7 +20,7 @@ CHAT, GENERATE = BODIES
 MEBIBYTE: Final = 1 << 20
 BURST: Final = 25_000_000
 _PAUSED: Final = "cluster.decode.upstream_flow_control_paused_reading_total"
-"""How often Envoy has stopped to read answers, because it cannot hand them on."""
+"""How often Envoy has stopped reading responses because it cannot forward them."""
 PAUSE: Final = 3.0
 """Seconds between the head of a stream and its flood, in which the service is stopped."""
 TEXTS: Final = {
@@ -33,7 +33,7 @@ TEXTS: Final = {
 
 @pytest.fixture(scope="module", params=["buffered", "none"])
 def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
-    """One whose engines' streams are seen from their first event on, and one where heads are seen, too."""
+    """Give a fleet that watches first events, and one that also holds response headers."""
     without_bodies = request.param == "none"
     with run_fleet(
         ("--header-overrides", *FAST) if without_bodies else FAST,
@@ -41,7 +41,7 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
         envoy={"body_mode": request.param},
         supervision={"mode": "first_event", "prefill_timeout": "3s", "first_token_timeout": "3s"},
         retry={"attempts": 2, "budget": 1.0},
-        outlier_detection={"consecutive_failures": 1000},  # every flood is to be met anew
+        outlier_detection={"consecutive_failures": 1000},  # requests have to meet every flood
         load={"interval": "100ms", "stale_after": "20s", "timeout": "5s"},
     ) as fleet:
         for path, stream in KINDS:
@@ -51,17 +51,17 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
 
 @dataclass
 class Flooded:
-    """What a client of a stream got."""
+    """The result of a client of a stream."""
 
     leaves_after: float = float("inf")
-    """Bytes; may be changed while it reads."""
+    """Bytes after which the client disconnects; may be changed while it reads."""
     status: int | None = None
     size: int = 0
     end: bytes = b""
-    """The last of it."""
+    """The last bytes of the stream."""
 
     def read(self, fleet: Fleet, path: str) -> None:
-        """Ask for a stream, and read it up to its end, or until the client is to leave."""
+        """Request a stream, and read it to its end, or until the client is to disconnect."""
         body = {**BODIES[path], "stream": True}
         with loopback.client(fleet.envoy.url) as client, client.stream("POST", path, json=body) as answer:
             self.status = answer.status_code
@@ -74,7 +74,10 @@ class Flooded:
 
 @contextmanager
 def _flooding(fleet: Fleet, role: str = "decode", **fault: Any) -> Iterator[None]:
-    """Have one stream of each server of a role begin with a flood. In the end all is as before, with the same Envoy."""
+    """Let one stream of each engine of a role begin with a flood.
+
+    At the end the fleet works as before, with the same Envoy.
+    """
     pid = fleet.envoy.pid
     fleet.forget()
     engines = fleet.decodes if role == "decode" else fleet.prefills
@@ -93,8 +96,8 @@ def _flooding(fleet: Fleet, role: str = "decode", **fault: Any) -> Iterator[None
 
 @pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_a_burst_before_the_first_event(fleet: Fleet, text: str, path: str) -> None:
-    """The stream counts as begun when 64 KiB of it say nothing, and the client gets all of it."""
+def test_a_stream_arrives_whole_with_a_burst_before_its_first_event(fleet: Fleet, text: str, path: str) -> None:
+    """The stream counts as begun after 64 KiB without an event, and the client gets all of it."""
     with _flooding(fleet, text=text, size=BURST):
         flooded = Flooded()
         flooded.read(fleet, path)
@@ -106,8 +109,8 @@ def test_a_burst_before_the_first_event(fleet: Fleet, text: str, path: str) -> N
 
 @pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_others_are_served_while_a_flood_does_not_end(fleet: Fleet, text: str, path: str) -> None:
-    """Its client leaves when it has had enough; all the while others get their answers."""
+def test_other_requests_are_served_during_an_endless_flood(fleet: Fleet, text: str, path: str) -> None:
+    """Its client disconnects in the end, and all the while other clients get their responses."""
     flooded, enough = Flooded(), 3 * MEBIBYTE
     with _flooding(fleet, text=text):
         reading = fleet.threads.submit(flooded.read, fleet, path)
@@ -122,8 +125,8 @@ def test_others_are_served_while_a_flood_does_not_end(fleet: Fleet, text: str, p
     assert flooded.status == 200
 
 
-def test_a_flood_behind_a_head_that_is_held(fleet: Fleet) -> None:
-    """Envoy has its buffers full of it when the attempt is given up because of prefill."""
+def test_a_flood_behind_held_headers_ends_with_the_attempt(fleet: Fleet) -> None:
+    """Envoy's buffers are full of the flood when the attempt ends because of prefill."""
     for engine in fleet.prefills:
         engine.fault(inference="hang")
     try:
@@ -144,17 +147,17 @@ def _client_leaves(fleet: Fleet, client: socket.socket, _engines: Sequence[Engin
 
 
 def _engine_dies(fleet: Fleet, _client: socket.socket, engines: Sequence[EngineProcess]) -> None:
-    (sick,) = [engine for engine in engines if engine.requests()]
-    sick.stop(signal.SIGKILL)
-    sick.start()
-    sick.wait_until_listening()
+    (failing,) = [engine for engine in engines if engine.requests()]
+    failing.stop(signal.SIGKILL)
+    failing.start()
+    failing.wait_until_listening()
     fleet.service.send_signal(signal.SIGCONT)
     fleet.wait_until_fresh()
 
 
 def _service_dies(fleet: Fleet, client: socket.socket, _engines: Sequence[EngineProcess]) -> None:
     fleet.service.stop(signal.SIGKILL)
-    client.recv(1)  # nobody holds the answer any more
+    client.recv(1)  # the response is not held any more
     fleet.restart_service()
 
 
@@ -172,10 +175,10 @@ ENDINGS: Final = {
 
 
 @pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
-def test_envoy_outlives_a_flood_that_the_service_does_not_read(
+def test_envoy_survives_a_flood_that_the_service_does_not_read(
     fleet: Fleet, ending: Callable[[Fleet, socket.socket, Sequence[EngineProcess]], None]
 ) -> None:
-    """It has read as much as it takes without handing it on when the request ends, in whatever way."""
+    """Envoy has read as much as it can without forwarding when the request ends, for each way to end."""
     with _flooding(fleet, seconds=PAUSE), asking(fleet, GENERATE) as client:
         wait_for(lambda: any(engine.requests() for engine in fleet.decodes))
         paused = fleet.stat(_PAUSED)

@@ -1,4 +1,4 @@
-"""Clients that try to steer requests: by headers, by trailers, by what is in bodies; with the service and without."""
+"""Clients cannot control routing by headers, trailers or bodies, with or without the service."""
 
 import json
 import socket
@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from dp_extproc import contract
+from faults.decoy import Decoy
 from faults.fleet import BODIES, Fleet, run_fleet
-from faults.trap import Trap
 from patience import wait_for
 
 CHAT, GENERATE = BODIES
@@ -21,7 +21,7 @@ HOSTS = (
     "x-envoy-original-dst-host",
     "x-envoy-decorator-operation",
 )
-"""Headers in which an address might be believed."""
+"""Headers in which the router could accept an address."""
 OTHERS = {
     contract.LEG: "0" * 24,
     contract.PREFILL_PREFIX: '{"rid":"intruder",',
@@ -38,10 +38,10 @@ OTHERS = {
 
 
 @pytest.fixture
-def trap() -> Iterator[Trap]:
-    trap = Trap()
-    yield trap
-    trap.close()
+def decoy() -> Iterator[Decoy]:
+    decoy = Decoy()
+    yield decoy
+    decoy.close()
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def running() -> Iterator[Fleet]:
 
 @pytest.fixture
 def fleet(running: Fleet) -> Fleet:
-    """A fleet whose engines remember nothing."""
+    """Give a fleet with empty request journals."""
     running.settle()
     running.forget()
     return running
@@ -68,23 +68,23 @@ def _down(fleet: Fleet) -> Iterator[None]:
         fleet.service.wait_until_ready()
 
 
-def _lies(address: str) -> list[tuple[str, str]]:
-    lies = [
+def _forged_headers(address: str) -> list[tuple[str, str]]:
+    forged_headers = [
         *((name, address) for name in HOSTS),
         (contract.FAILED, address),
         (contract.AVOID, address),
         *OTHERS.items(),
     ]
-    return [(spelt, value) for name, value in lies for spelt in (name, name.upper())]
+    return [(spelt, value) for name, value in forged_headers for spelt in (name, name.upper())]
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_no_header_of_a_client_steers_a_request(fleet: Fleet, trap: Trap, path: str) -> None:
-    """Headers that steer inside have no effect from outside: both legs go where the service says, without them."""
-    answer = fleet.client.post(path, json=BODIES[path], headers=_lies(trap.address))
+def test_a_client_header_controls_no_routing(fleet: Fleet, decoy: Decoy, path: str) -> None:
+    """Internal headers have no effect from outside: both legs go to the service's pick, without these headers."""
+    answer = fleet.client.post(path, json=BODIES[path], headers=_forged_headers(decoy.address))
 
     assert answer.status_code == 200
-    assert trap.visits == 0
+    assert decoy.visits == 0
     received = [record for engine in fleet.engines for record in engine.requests()]
     assert len(received) == 2
     for record in received:
@@ -93,24 +93,24 @@ def test_no_header_of_a_client_steers_a_request(fleet: Fleet, trap: Trap, path: 
         assert "intruder" not in record["body"]
 
 
-def test_no_header_of_a_client_steers_a_request_while_the_service_is_down(fleet: Fleet, trap: Trap) -> None:
-    """Nobody answers for a decision that a client made up: 503, and no server is dialled."""
+def test_a_client_header_controls_no_routing_while_the_service_is_down(fleet: Fleet, decoy: Decoy) -> None:
+    """Envoy does not accept a decision from a client: it answers 503 and connects to no engine."""
     with _down(fleet):
         for path in (CHAT, GENERATE, "/health", "/v1/models", "/anything"):
             method = "POST" if path in BODIES else "GET"
-            answer = fleet.client.request(method, path, json=BODIES.get(path), headers=_lies(trap.address))
+            answer = fleet.client.request(method, path, json=BODIES.get(path), headers=_forged_headers(decoy.address))
             assert answer.status_code == 503
             assert answer.json()["error"]["code"] == "service_unavailable"
 
-    assert trap.visits == 0
+    assert decoy.visits == 0
     assert [record for engine in fleet.engines for record in engine.requests()] == []
 
 
-def test_trailers_are_no_headers(fleet: Fleet, trap: Trap) -> None:
-    """What comes behind a chunked body does not steer either."""
+def test_a_trailer_controls_no_routing(fleet: Fleet, decoy: Decoy) -> None:
+    """Trailers behind a chunked body do not control routing either."""
     host, port = fleet.envoy.url.removeprefix("http://").split(":")
     body = json.dumps(BODIES[GENERATE]).encode()
-    trailers = "".join(f"{name}: {trap.address}\r\n" for name in HOSTS)
+    trailers = "".join(f"{name}: {decoy.address}\r\n" for name in HOSTS)
     head = (
         f"POST {GENERATE} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
     )
@@ -119,13 +119,13 @@ def test_trailers_are_no_headers(fleet: Fleet, trap: Trap) -> None:
         answer = client.recv(65536)
 
     assert answer.startswith(b"HTTP/1.1 200")
-    assert trap.visits == 0
+    assert decoy.visits == 0
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param("m\r\nx-dp-decode-host: TRAP\r\n\r\n", id="line breaks"),
+        pytest.param("m\r\nx-dp-decode-host: DECOY\r\n\r\n", id="line breaks"),
         pytest.param("m\n\n{}", id="bare line feeds"),
         pytest.param("m\0x", id="a zero"),
         pytest.param("m\u0085\u2028\x7f", id="other control characters"),
@@ -135,9 +135,9 @@ def test_trailers_are_no_headers(fleet: Fleet, trap: Trap) -> None:
         pytest.param("m" * 100_000, id="very long"),
     ],
 )
-def test_nothing_in_a_body_gets_into_headers_or_logs(fleet: Fleet, trap: Trap, text: str) -> None:
-    """Whatever fields say, each leg has its own headers, and the access log one line per leg that can be read."""
-    text = text.replace("TRAP", trap.address)
+def test_a_body_field_never_reaches_headers_or_logs(fleet: Fleet, decoy: Decoy, text: str) -> None:
+    """Whatever the fields contain, each leg has its own headers, and the access log one valid line per leg."""
+    text = text.replace("DECOY", decoy.address)
     request_id = f"intruder-{abs(hash(text))}"
     fields = {"model": text, "rid": text, "user": text, "session_id": text, "bootstrap_host": text, "priority": 1}
     answer = fleet.client.post(GENERATE, json={**BODIES[GENERATE], **fields}, headers={"x-request-id": request_id})
@@ -146,19 +146,19 @@ def test_nothing_in_a_body_gets_into_headers_or_logs(fleet: Fleet, trap: Trap, t
     lines = fleet.envoy.wait_for_access_log(request_id, 2)
     assert sorted(line["leg"] for line in lines) == ["main", "prefill"]
     assert all(line["status"] == 200 for line in lines)
-    assert trap.visits == 0
+    assert decoy.visits == 0
 
 
 @pytest.mark.parametrize("value", [b"caf\xe9", b"\xff\xfe", b"a" * 5000, b'","x":"', b"a\tb"], ids=repr)
-def test_any_name_of_a_conversation_is_harmless(fleet: Fleet, value: bytes) -> None:
-    """The one header that is taken over from clients may hold whatever HTTP lets through."""
+def test_a_session_header_is_harmless_with_any_value(fleet: Fleet, value: bytes) -> None:
+    """The one header that is copied from clients may contain anything that HTTP allows."""
     answer = fleet.client.post(GENERATE, json=BODIES[GENERATE], headers={b"x-conversation": value})
 
     assert answer.status_code == 200
 
 
-def test_too_many_or_too_large_headers(fleet: Fleet) -> None:
-    """They are refused at the front door; no engine sees them."""
+def test_headers_are_rejected_if_too_many_or_too_large(fleet: Fleet) -> None:
+    """The front door rejects them, and no engine receives them."""
     many = {f"x-{number}": "1" for number in range(150)}
     large = {"x-large": "a" * 100_000}
     for headers in (many, large):
@@ -167,8 +167,8 @@ def test_too_many_or_too_large_headers(fleet: Fleet) -> None:
     assert [record for engine in fleet.engines for record in engine.requests()] == []
 
 
-def test_a_deep_or_wide_body(fleet: Fleet) -> None:
-    """Bodies that would cost more than they are worth are refused before anybody reads them twice."""
+def test_a_body_is_rejected_if_too_deep_or_too_wide(fleet: Fleet) -> None:
+    """Bodies that would be too expensive to read are rejected before they are read twice."""
     deep = b'{"text":"a","x":' + b"[" * 200_000 + b"]" * 200_000 + b"}"
     wide = json.dumps({"text": ["a"] * 5000}).encode()
     for body in (deep, wide):
@@ -179,8 +179,8 @@ def test_a_deep_or_wide_body(fleet: Fleet) -> None:
     assert [record for engine in fleet.engines for record in engine.requests()] == []
 
 
-def test_the_service_outlives_them_all(fleet: Fleet) -> None:
-    """After all of this nothing is on the books, and the next request is served."""
+def test_the_service_serves_after_all_attacks(fleet: Fleet) -> None:
+    """After all of this no reservation is left, and the next request is served."""
     assert httpx.get(f"{fleet.service.admin_url}/readyz").status_code == 200
     assert fleet.client.post(CHAT, json=BODIES[CHAT]).status_code == 200
     wait_for(lambda: not fleet.reserved())

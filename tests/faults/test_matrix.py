@@ -1,4 +1,4 @@
-"""Every fault on every part: what the client gets, what engines are left with, what is left on the books."""
+"""Every fault on every part gives the client the result of the table, and leaves no leg and no reservation."""
 
 from collections.abc import Iterator
 
@@ -15,15 +15,15 @@ def fleet() -> Iterator[Fleet]:
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
-def test_a_fault(fleet: Fleet, cell: Cell) -> None:
-    """The client gets what the table says; then no engine has a leg left, and nothing is on the books."""
+def test_a_fault_gives_the_result_of_the_table(fleet: Fleet, cell: Cell) -> None:
+    """Once the client has its result, no engine has a leg left, and no reservation is left."""
     outcomes = run_cell(fleet, cell)
 
     assert outcomes == {(path, stream): cell.expects(stream=stream) for path, stream in KINDS}
 
 
 TRIES = 50
-"""An idle fleet asks the server that was a little faster before, or either of two."""
+"""An idle fleet uses the engine that was a little faster before, or either of two."""
 OTHER_PATHS = {
     "/v1/messages": {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "hello"}]},
     "/v1/responses": {"model": "m", "max_output_tokens": 5, "input": "hello"},
@@ -31,8 +31,8 @@ OTHER_PATHS = {
 
 
 @pytest.mark.parametrize("path", OTHER_PATHS)
-def test_a_stream_of_another_kind_that_begins_with_an_error(fleet: Fleet, path: str) -> None:
-    """Whatever an API calls its first event: there is another attempt, and if that fails, too, an honest status."""
+def test_a_stream_is_retried_on_other_paths_if_it_begins_with_an_error(fleet: Fleet, path: str) -> None:
+    """Whatever an API calls its first event, there is another attempt, and then a status that shows the failure."""
     asked = {**OTHER_PATHS[path], "stream": True}
     fleet.forget()
     fleet.client.post(path, json=asked)

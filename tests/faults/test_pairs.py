@@ -1,4 +1,4 @@
-"""Servers that must not meet are never paired: SGLang's decode server ends itself at the first such request."""
+"""Incompatible engines are never paired, because SGLang's decode engine exits at the first such request."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,7 @@ PATH = "/v1/chat/completions"
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """A disaggregated pool whose servers were started with different options."""
+    """A disaggregated pool whose engines were started with different options."""
 
     prefills: Sequence[EngineProcess]
     decodes: Sequence[EngineProcess]
@@ -36,7 +36,7 @@ class Fleet:
 
 @contextmanager
 def run_fleet(prefills: Sequence[Sequence[str]], decodes: Sequence[Sequence[str]], **sections: Any) -> Iterator[Fleet]:
-    """Run a server of each role with each of these options, the service and Envoy."""
+    """Run an engine of each role with each of these options, the service and Envoy."""
     with ExitStack() as running:
         one = [EngineProcess("prefill", 2, "--dp-attention", *FAST, *options) for options in prefills]
         other = [EngineProcess("decode", 2, "--dp-attention", *FAST, *options) for options in decodes]
@@ -84,10 +84,10 @@ def pages(tokens: int) -> tuple[str, ...]:
         ),
     ],
 )
-def test_a_request_is_refused_when_no_pair_is_left(
+def test_a_request_is_rejected_if_no_compatible_pair_is_left(
     prefill: Sequence[str], decode: Sequence[str], reason: str, body_mode: str
 ) -> None:
-    """The client gets a 503 that names both values and the remedy; no engine gets anything, and both live."""
+    """The 503 has both values and the remedy; no engine gets the request, and both survive."""
     with run_fleet([prefill], [decode], envoy={"body_mode": body_mode}) as fleet:
         answers = [fleet.client.post(PATH, json={"messages": [{"role": "user", "content": "hi"}]}) for _ in range(3)]
         errors = [answer.json()["error"] for answer in answers]
@@ -99,8 +99,8 @@ def test_a_request_is_refused_when_no_pair_is_left(
         assert fleet.service.log().count("so they are never paired") == 1
 
 
-def test_a_mixed_fleet_is_used_in_pairs_that_agree() -> None:
-    """Under load everything is answered by two servers of one page size, all of them have work, and none ends."""
+def test_a_mixed_fleet_is_used_in_compatible_pairs() -> None:
+    """Under load each response comes from two engines of one page size, all engines have work, and none exits."""
     with run_fleet([pages(1), pages(2)], [pages(1), pages(2)]) as fleet, ThreadPoolExecutor(32) as threads:
         sent = [threads.submit(ask, fleet.client, PATH, stream=number % 2 == 0) for number in range(200)]
         outcomes = [each.result() for each in sent]
@@ -112,8 +112,8 @@ def test_a_mixed_fleet_is_used_in_pairs_that_agree() -> None:
         assert (legs[0], legs[1]) == (legs[2], legs[3])
 
 
-def test_a_retry_stays_with_servers_that_agree() -> None:
-    """When the only decode server that a pair can have fails, its request goes to the other pair, never across."""
+def test_a_retry_uses_a_compatible_pair() -> None:
+    """If the only compatible decode engine fails, its request goes to the other pair, never across."""
     with run_fleet([pages(1), pages(2)], [pages(1), pages(2)]) as fleet, ThreadPoolExecutor(16) as threads:
         fleet.decodes[0].fault(inference="reset")
         outcomes = [each.result() for each in [threads.submit(ask, fleet.client, PATH, stream=True) for _ in range(60)]]
@@ -122,8 +122,8 @@ def test_a_retry_stays_with_servers_that_agree() -> None:
         assert [str(outcome) for outcome in outcomes] == ["answer"] * 60
 
 
-def test_a_restart_with_other_options_is_noticed() -> None:
-    """A decode server that comes back with the right page size is used, and the log says that it is over."""
+def test_a_pair_is_used_when_a_restart_makes_it_compatible() -> None:
+    """A decode engine that restarts with the right page size is used, and the log reports the end of the difference."""
     with run_fleet([pages(1)], [pages(2)], load={"interval": "100ms"}) as fleet:
         before = ask(fleet.client, PATH, stream=False)
         (decode,) = fleet.decodes

@@ -1,4 +1,4 @@
-"""Two replicas of two workers each behind one Envoy: legs report to the one process of four that has placed them."""
+"""With two replicas of two worker processes each, legs report to the one process of four that scheduled them."""
 
 import os
 import signal
@@ -43,10 +43,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         sync={"url": bus},
         load=load,
         drain="2500ms",
-        envoy={"truncated_streams": "reset"},  # with error_event a lost stream ends with an event the service sees
+        # otherwise a truncated stream ends with an event that the service sees immediately
+        envoy={"truncated_streams": "reset"},
     ) as fleet:
         wait_for(lambda: all(len(ready(each)) == 2 for each in services(fleet)), PATIENT)
-        wait_for(lambda: fleet.envoy.healthy(SERVICE) == 4, PATIENT)  # Envoy asks each whether it is ready in its turn
+        wait_for(lambda: fleet.envoy.healthy(SERVICE) == 4, PATIENT)  # Envoy checks the health of each in its turn
         yield fleet
 
 
@@ -62,12 +63,12 @@ def services(fleet: Fleet) -> Sequence[ServiceProcess]:
 
 
 def ready(service: ServiceProcess) -> list[int]:
-    """Give the process ids of the workers that serve."""
+    """List the process ids of the worker processes that serve."""
     return [each["pid"] for each in service.loads().get("worker_processes", []) if each["ready"]]
 
 
 def count(fleet: Fleet, metric: str, label: str = "") -> list[float]:
-    """Add up a metric of every worker; if there is a label, what has it next to the worker's."""
+    """Sum a metric over all worker processes, with *label* beside the label of the process if one is given."""
     return [
         sum(float(line.rpartition(" ")[2]) for line in page if line.startswith(f'{metric}{{process="{worker}"{label}'))
         for page in [service.metrics().splitlines() for service in services(fleet)]
@@ -76,7 +77,7 @@ def count(fleet: Fleet, metric: str, label: str = "") -> list[float]:
 
 
 def test_every_leg_reports_to_its_owner(fleet: Fleet) -> None:
-    """All four processes place requests, and none misses the leg of one."""
+    """All four processes schedule requests, and none misses one of its legs."""
     asked = [fleet.threads.submit(ask, fleet.client, path, stream=True) for path in (CHAT, GENERATE) * 20]
 
     assert {str(each.result()) for each in asked} == {"answer"}
@@ -84,14 +85,14 @@ def test_every_leg_reports_to_its_owner(fleet: Fleet) -> None:
     assert sum(count(fleet, "dp_extproc_missing_prefill_legs_total")) == 0
 
 
-def test_hostile_messages_do_no_harm(fleet: Fleet) -> None:
-    """Somebody writes to the bus; all four processes count it, and every request is answered."""
+def test_hostile_messages_are_counted_and_ignored(fleet: Fleet) -> None:
+    """Another program writes to the bus; all four processes count it, and every request is answered."""
     directory = Path(fleet.service.config.sync.directory or "") if fleet.service.config.sync else Path()
     sockets = list(directory.glob("*.sock"))
     before = [pid for each in services(fleet) for pid in ready(each)]
     pool = str(fleet.endpoints()[0]["pool"])
-    told = PlacementRecord(pool, RequestCost(900.0), fleet.decodes[0].url, 0, fleet.prefills[0].url, 0)
-    hostile = hostile_messages(told)
+    leaked = PlacementRecord(pool, RequestCost(900.0), fleet.decodes[0].url, 0, fleet.prefills[0].url, 0)
+    hostile = hostile_messages(leaked)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
         for path in sockets:
             for message in hostile:
@@ -107,22 +108,22 @@ def test_hostile_messages_do_no_harm(fleet: Fleet) -> None:
     assert sum(count(fleet, "dp_extproc_task_failures_total")) == 0
 
 
-def test_a_leg_that_fails_ends_the_other_one(fleet: Fleet) -> None:
-    """Wherever it was placed: decode is told at once, and does not wait for what will never come."""
+def test_a_failed_leg_ends_the_other_leg(fleet: Fleet) -> None:
+    """Whichever process scheduled it, decode ends immediately instead of waiting for its peer."""
     for engine in fleet.prefills:
         engine.fault(inference="500")
     asked = [fleet.threads.submit(ask, fleet.client, GENERATE, stream=False) for _ in range(CLIENTS)]
 
     assert {str(each.result()) for each in asked} == {"502 prefill_failed"}
-    fleet.settle()  # engines that work again would end them, too
+    fleet.settle()  # working engines would end them too
     fleet.recover()
     legs = [record for engine in fleet.decodes for record in engine.requests()]
     assert len(legs) >= CLIENTS
     assert {(record["outcome"], record["error"]) for record in legs} == {("aborted", "client disconnected")}
 
 
-def test_a_client_that_leaves_ends_both_legs(fleet: Fleet) -> None:
-    """Wherever it was placed."""
+def test_a_disconnect_ends_both_legs(fleet: Fleet) -> None:
+    """Whichever process scheduled the request, a disconnect ends both of its legs."""
     for engine in fleet.engines:
         engine.fault(inference="hang")
     for _ in range(4):
@@ -134,8 +135,8 @@ def test_a_client_that_leaves_ends_both_legs(fleet: Fleet) -> None:
     assert all(record["disconnected_at"] for engine in fleet.engines for record in engine.requests())
 
 
-def test_a_server_that_is_lost_behind_an_early_200(fleet: Fleet) -> None:
-    """Envoy asks nobody before it repeats such a request; whoever gets it then counts what has happened."""
+def test_a_failure_is_counted_if_an_engine_dies_behind_an_early_200(fleet: Fleet) -> None:
+    """Envoy retries such a request by itself, and the process that gets it then counts the failure."""
     victim, before = fleet.decodes[0], sum(count(fleet, "dp_extproc_leg_failures_total"))
     for engine in fleet.prefills:
         engine.fault(inference={"kind": "slow", "seconds": 60})
@@ -155,8 +156,8 @@ def test_a_server_that_is_lost_behind_an_early_200(fleet: Fleet) -> None:
     fleet.wait_until_fresh()
 
 
-def test_a_server_that_is_lost_after_who_has_sent_to_it(fleet: Fleet) -> None:
-    """Envoy repeats what it has no answer to, without being told; whoever gets it then counts what has happened."""
+def test_a_failure_is_counted_if_the_scheduling_process_died_before(fleet: Fleet) -> None:
+    """Envoy retries an unanswered request by itself, and the process that gets it then counts the failure."""
     victim, other = fleet.decodes[0], fleet.others[0]
     asked = [
         fleet.threads.submit(ask, fleet.client, path, stream=False, **VERY_LONG[path])
@@ -173,18 +174,18 @@ def test_a_server_that_is_lost_after_who_has_sent_to_it(fleet: Fleet) -> None:
     wait_for(lambda: len(ready(fleet.service)) == 2, PATIENT)
 
     assert set(outcomes) == {"answer"}
-    assert sum(map(failures_at, services(fleet))) - before == hit  # those that were killed count from 0 again
+    assert sum(map(failures_at, services(fleet))) - before == hit  # the counters of killed processes start again at 0
     wait_for(lambda: fleet.envoy.healthy(SERVICE) == 4, PATIENT)
     fleet.wait_until_fresh()
 
 
 def sent(engines: Sequence[EngineProcess]) -> list[dict[str, Any]]:
-    """Give the requests that engines have."""
+    """List the requests that engines have."""
     return [record for engine in engines for record in engine.requests()]
 
 
 def failures_at(service: ServiceProcess) -> float:
-    """Add up the failures of decode that a replica has counted."""
+    """Sum the decode failures that a replica has counted."""
     lines = [line for line in service.metrics().splitlines() if line.startswith("dp_extproc_leg_failures_total{")]
     return sum(float(line.rpartition(" ")[2]) for line in lines if 'leg="decode"' in line)
 
@@ -193,8 +194,8 @@ def log(fleet: Fleet) -> list[dict[str, Any]]:
     return [line for line in fleet.envoy.access_log() if line["leg"] == "main" and line["status"] != 200]
 
 
-def test_a_decode_server_that_dies(fleet: Fleet) -> None:
-    """No request is lost that has not received a token, and nobody counts twice what others placed."""
+def test_no_request_fails_when_a_decode_engine_dies(fleet: Fleet) -> None:
+    """No request without a token is lost, and each failure is counted by one replica."""
     victim = fleet.decodes[0]
     asked = [
         fleet.threads.submit(ask, fleet.client, GENERATE, stream=stream, **LONG)
@@ -210,8 +211,8 @@ def test_a_decode_server_that_dies(fleet: Fleet) -> None:
     fleet.wait_until_fresh()
 
 
-def test_a_worker_that_is_killed_costs_no_request(fleet: Fleet) -> None:
-    """The other three take what comes."""
+def test_no_request_fails_when_a_worker_process_is_killed(fleet: Fleet) -> None:
+    """The other three processes schedule the requests."""
     victim = ready(fleet.service)[0]
 
     def kill() -> None:
@@ -224,8 +225,8 @@ def test_a_worker_that_is_killed_costs_no_request(fleet: Fleet) -> None:
     assert load.ends == {"data: [DONE]": STREAMS}
 
 
-def test_replicas_that_are_restarted_one_by_one_cost_no_request(fleet: Fleet) -> None:
-    """SIGTERM to each, which drains and ends, and is started again when it has."""
+def test_no_request_fails_when_replicas_restart_one_by_one(fleet: Fleet) -> None:
+    """Each drains and ends after SIGTERM, and is started again when it has ended."""
 
     def restart() -> None:
         for service in services(fleet):

@@ -1,4 +1,4 @@
-"""Stories of a fleet in trouble: servers die and return under load, the service dies, clients leave."""
+"""Under load, engines die and restart, the service dies, and clients disconnect."""
 
 import signal
 from collections import Counter
@@ -21,15 +21,15 @@ from patience import wait_for
 
 CHAT, GENERATE = BODIES
 INTERVAL = 1.0
-"""Seconds between two scrapes where that matters."""
+"""Seconds between two reads of a load page, in tests where that matters."""
 CLIENTS = 50
 LONG: dict[str, dict[str, Any]] = {CHAT: {"max_tokens": 20}, GENERATE: {"sampling_params": {"max_new_tokens": 20}}}
-"""Bodies of answers that take half a second on the slow engines below."""
+"""Bodies of responses that take half a second on the slow engines below."""
 
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
-    """A fleet half as fast as a real one, as it is supervised by default."""
+    """Give a fleet half as fast as a real one, with default supervision."""
     load = {"interval": f"{INTERVAL:.0f}s", "stale_after": "5s", "timeout": "1s"}
     with run_fleet(("--time-scale", "2", *PATIENCE), load=load) as fleet:
         yield fleet
@@ -37,7 +37,7 @@ def fleet() -> Iterator[Fleet]:
 
 @contextmanager
 def clients(fleet: Fleet) -> Iterator[list[Outcome]]:
-    """Have clients that ask again and again, half of them for streams; gives what they got."""
+    """Run clients that send requests without pause, half of them for streams, and collect the results."""
     enough, outcomes = Event(), []
 
     def work(path: str, *, stream: bool) -> None:
@@ -56,8 +56,8 @@ def clients(fleet: Fleet) -> Iterator[list[Outcome]]:
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_a_server_that_dies_and_returns(fleet: Fleet, role: str) -> None:
-    """No request is lost that has not received a token, and the server has traffic again within two scrapes."""
+def test_an_engine_has_traffic_again_after_it_restarts(fleet: Fleet, role: str) -> None:
+    """No request without a token is lost, and the engine has traffic again within two load intervals."""
     victim = (fleet.prefills if role == "prefill" else fleet.decodes)[0]
     with clients(fleet) as outcomes:
         victim.stop(signal.SIGKILL)
@@ -73,12 +73,14 @@ def test_a_server_that_dies_and_returns(fleet: Fleet, role: str) -> None:
     kinds = Counter(map(str, outcomes))
     cut = [outcome for outcome in outcomes if not outcome.complete]
     assert len(cut) <= (0 if role == "prefill" else CLIENTS), kinds
-    assert [str(outcome) for outcome in cut if outcome.text.startswith("data:") and not outcome.is_told] == []
+    assert [
+        str(outcome) for outcome in cut if outcome.text.startswith("data:") and not outcome.is_marked_incomplete
+    ] == []
     fleet.settle()
 
 
-def test_the_service_dies_under_many_streams(fleet: Fleet) -> None:
-    """All streams that have begun are completed; then requests get a clear 503, and are served once it is back."""
+def test_many_streams_continue_when_the_service_dies(fleet: Fleet) -> None:
+    """All begun streams complete; then requests get a 503, and are served once the service has restarted."""
     streams = 200
     for engine in fleet.decodes:
         engine.fault(inference={"kind": "slow", "after": 2, "seconds": 5})
@@ -107,8 +109,8 @@ def test_the_service_dies_under_many_streams(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_a_client_that_leaves_in_a_silent_stream(fleet: Fleet, path: str) -> None:
-    """The decode server sees within a second that the client has gone, though it has nothing to say for eight."""
+def test_a_disconnect_reaches_the_engine_in_a_stream_without_output(fleet: Fleet, path: str) -> None:
+    """The decode engine notices the disconnect within a second, although it sends nothing for eight."""
     fleet.forget()
     for engine in fleet.decodes:
         engine.fault(inference={"kind": "slow", "after": 2, "seconds": 8})
@@ -121,8 +123,8 @@ def test_a_client_that_leaves_in_a_silent_stream(fleet: Fleet, path: str) -> Non
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_a_client_that_leaves_before_the_first_token(fleet: Fleet, *, stream: bool) -> None:
-    """Both servers see within a second that the client has gone."""
+def test_a_disconnect_reaches_both_engines_before_the_first_token(fleet: Fleet, *, stream: bool) -> None:
+    """Both engines notice the disconnect within a second."""
     fleet.forget()
     for engine in fleet.engines:
         engine.fault(inference="hang")
@@ -134,15 +136,15 @@ def test_a_client_that_leaves_before_the_first_token(fleet: Fleet, *, stream: bo
     fleet.settle()
 
 
-def test_streams_are_whole_when_many_come_at_once(fleet: Fleet) -> None:
-    """However the beginning of a stream, its end and the reports on them overtake each other, nothing is lost."""
+def test_streams_arrive_whole_if_many_start_at_once(fleet: Fleet) -> None:
+    """Nothing is lost, in whatever order the beginning of a stream, its end and their reports arrive."""
     asked = [fleet.threads.submit(ask, fleet.client, CHAT, stream=True, patience=60) for _ in range(200)]
 
     assert Counter(str(each.result()) for each in asked) == {"answer": 200}
 
 
-def test_client_libraries_raise_what_a_cut_stream_ends_with(fleet: Fleet) -> None:
-    """Both take the event for the error that it is, after what has come of the answer."""
+def test_client_libraries_raise_the_error_of_a_truncated_stream(fleet: Fleet) -> None:
+    """Both clients raise the event as an error, after the part of the response that arrived."""
     url = str(fleet.client.base_url)
     for engine in fleet.decodes:
         engine.fault(inference={"kind": "close", "after": 4, "seconds": 0.2})
@@ -151,7 +153,7 @@ def test_client_libraries_raise_what_a_cut_stream_ends_with(fleet: Fleet) -> Non
     asked: Any = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 20, "stream": True}
     with (
         openai.OpenAI(base_url=f"{url}/v1", api_key="key", max_retries=0) as chats,
-        pytest.raises(openai.APIError, match="the answer is not complete") as told,
+        pytest.raises(openai.APIError, match="the answer is not complete") as leaked,
     ):
         heard.extend(chats.chat.completions.create(**asked))
     with (
@@ -160,7 +162,7 @@ def test_client_libraries_raise_what_a_cut_stream_ends_with(fleet: Fleet) -> Non
     ):
         heard.extend(messages.messages.create(**asked))
 
-    assert told.value.code == "stream_cut"
+    assert leaked.value.code == "stream_cut"
     assert len(heard) >= 4
     fleet.recover()
     fleet.settle()

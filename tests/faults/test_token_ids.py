@@ -1,4 +1,4 @@
-"""Token ids that end an engine's process never reach one, whatever path, pool and body mode they come through."""
+"""Token ids that kill an engine never reach one, through any path, pool and body mode."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -24,7 +24,7 @@ class Fleet:
     client: httpx.Client
 
     def received(self) -> int:
-        """Count the requests that any engine has got."""
+        """Count the requests that any engine has received."""
         return sum(len(engine.requests()) for engine in self.engines)
 
 
@@ -73,7 +73,9 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
         ),
     ],
 )
-def test_a_lethal_token_id_is_refused(fleet: Fleet, model: str, path: str, body: dict[str, object], param: str) -> None:
+def test_a_lethal_token_id_is_rejected(
+    fleet: Fleet, model: str, path: str, body: dict[str, object], param: str
+) -> None:
     """The client gets a 400 that names the field, engines get nothing, and the next request is served."""
     before = fleet.received()
     refused = fleet.client.post(path, json={"model": model, **body})

@@ -1,4 +1,4 @@
-"""Peers that vanish without closing their connections, as when a host is lost: one that is stopped answers no pings."""
+"""Peers vanish without closing their connections, as when a machine is lost; a stopped process answers no pings."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def fleet() -> Iterator[Fleet]:
 
 
 @pytest.mark.parametrize("hangs", ["prefill", "decode"])
-def test_nothing_stays_on_the_books_of_an_envoy_that_has_vanished(fleet: Fleet, hangs: str) -> None:
+def test_reservations_end_when_an_envoy_vanishes(fleet: Fleet, hangs: str) -> None:
     """Its streams end, whichever leg they wait for, although it closes no connection."""
     engines = fleet.prefills if hangs == "prefill" else fleet.decodes
     with _hanging(fleet, engines), ExitStack() as clients:
@@ -39,21 +39,21 @@ def test_nothing_stays_on_the_books_of_an_envoy_that_has_vanished(fleet: Fleet, 
             fleet.envoy.restart()
 
 
-def test_envoy_does_not_wait_for_a_service_that_has_vanished(fleet: Fleet) -> None:
-    """It closes the connections to it, and goes on with what is held there."""
+def test_envoy_continues_when_the_service_vanishes(fleet: Fleet) -> None:
+    """Envoy closes its connections to the service, and continues with the responses that are held."""
     with _hanging(fleet, fleet.prefills), asking(fleet, GENERATE) as client:
         wait_for(lambda: any(engine.requests() for engine in fleet.decodes))
         fleet.service.send_signal(signal.SIGSTOP)
         try:
             wait_for(lambda: all(map(fleet.stat, _CLOSED_FOR_SILENCE)))
-            assert client.recv(12) == b"HTTP/1.1 200"  # the head, which is held as long as prefill has not answered
+            assert client.recv(12) == b"HTTP/1.1 200"  # the headers, which are held while prefill has not answered
         finally:
             fleet.service.send_signal(signal.SIGCONT)
 
 
 @contextmanager
 def _hanging(fleet: Fleet, engines: Sequence[EngineProcess]) -> Iterator[None]:
-    """Have engines that do not answer; then all is as before."""
+    """Let engines hang, and restore them at the end."""
     fleet.forget()
     for engine in engines:
         engine.fault(inference="hang")

@@ -433,7 +433,7 @@ class TestPrefixesOfARestartedEngine:
 
     def _held(self, fleet: Fleet) -> float:
         endpoint = fleet.host(Role.PREFILL)
-        return fleet.load.prefixes["*"].held(self.PREFIX, 1000).by_slot.get(endpoint.ranks[1], 0.0)
+        return fleet.load.prefixes["*"].cached(self.PREFIX, 1000).by_rank.get(endpoint.ranks[1], 0.0)
 
     def test_a_refused_connection_is_evidence_of_a_restart(self, fleet: Fleet) -> None:
         """No process listens any more; a slow page alone is no evidence."""

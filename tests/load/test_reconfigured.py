@@ -151,7 +151,7 @@ def test_an_endpoint_that_moves_to_another_pool_keeps_its_load_alone() -> None:
     assert fleet.load.prefixes["other"] is not index
     request = read_body(Api.GENERATE, BODY)
     assert isinstance(request, InferenceRequest)
-    held_by = index.held(prefix_of(request), 100, None).by_slot.keys()
+    held_by = index.cached(prefix_of(request), 100, None).by_rank.keys()
     assert held_by
     assert held_by.isdisjoint(fleet.load.by_url[moves.url].ranks)
 

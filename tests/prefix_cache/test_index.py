@@ -20,17 +20,17 @@ def test_the_longest_prefix_counts() -> None:
     index.note(1, make_prefix("abx"), 300, None)
     index.note(2, make_prefix("abcy"), 400, None)
     index.note(3, make_prefix("bcd"), 300, None)
-    held = index.held(make_prefix("abcd"), 1000)
+    cached = index.cached(make_prefix("abcd"), 1000)
 
-    assert held.by_slot == {2: 750, 1: 500}
-    assert held.elsewhere == 0
+    assert cached.by_rank == {2: 750, 1: 500}
+    assert cached.elsewhere == 0
 
 
 def test_an_unknown_prompt_is_cached_nowhere() -> None:
     """None of its blocks was recorded."""
-    held = PrefixIndex[int]().held(make_prefix("abc"), 1000)
+    cached = PrefixIndex[int]().cached(make_prefix("abc"), 1000)
 
-    assert (held.by_slot, held.elsewhere) == ({}, 0)
+    assert (cached.by_rank, cached.elsewhere) == ({}, 0)
 
 
 def test_the_end_of_the_least_recently_used_prompt_is_evicted_first() -> None:
@@ -39,8 +39,8 @@ def test_the_end_of_the_least_recently_used_prompt_is_evicted_first() -> None:
     index.note(1, make_prefix("abcd"), 400, 500)
     index.note(1, make_prefix("xyz"), 300, 500)
 
-    assert index.held(make_prefix("abcd"), 400).by_slot == {1: 200}
-    assert index.held(make_prefix("xyz"), 300).by_slot == {1: 300}
+    assert index.cached(make_prefix("abcd"), 400).by_rank == {1: 200}
+    assert index.cached(make_prefix("xyz"), 300).by_rank == {1: 300}
 
 
 def test_ranks_are_listed_in_the_order_in_which_they_were_recorded() -> None:
@@ -51,7 +51,7 @@ def test_ranks_are_listed_in_the_order_in_which_they_were_recorded() -> None:
     for rank in ranks:
         index.note(rank, make_prefix("ab"), 200, None)
 
-    assert [*index.held(make_prefix("ab"), 200).by_slot] == ranks
+    assert [*index.cached(make_prefix("ab"), 200).by_rank] == ranks
 
 
 def test_a_restarted_rank_has_nothing_cached() -> None:
@@ -62,9 +62,9 @@ def test_a_restarted_rank_has_nothing_cached() -> None:
         index.note_session(f"s{rank}", rank, 200)
     index.forget(1)
 
-    assert index.held(make_prefix("ab"), 200).by_slot == {2: 200}
-    assert index.held(NO_PREFIX, 200, "s1").by_slot == {}
-    assert index.held(NO_PREFIX, 200, "s2").by_slot == {2: 200}
+    assert index.cached(make_prefix("ab"), 200).by_rank == {2: 200}
+    assert index.cached(NO_PREFIX, 200, "s1").by_rank == {}
+    assert index.cached(NO_PREFIX, 200, "s2").by_rank == {2: 200}
 
 
 def test_a_prefix_that_nearly_all_ranks_have_counts_for_all() -> None:
@@ -72,10 +72,10 @@ def test_a_prefix_that_nearly_all_ranks_have_counts_for_all() -> None:
     index = PrefixIndex[int]()
     for rank in range(100):
         index.note(rank, make_prefix("sy" + chr(200 + rank)), 300, None)
-    held = index.held(make_prefix("sy" + chr(207)), 300)
+    cached = index.cached(make_prefix("sy" + chr(207)), 300)
 
-    assert held.by_slot == {7: 300}
-    assert held.elsewhere == 200
+    assert cached.by_rank == {7: 300}
+    assert cached.elsewhere == 200
 
 
 def test_a_session_counts_as_its_last_prompt() -> None:
@@ -84,10 +84,10 @@ def test_a_session_counts_as_its_last_prompt() -> None:
     index.note_session("s", 1, 800)
     index.note(1, make_prefix("abc"), 300, None)
 
-    assert index.held(NO_PREFIX, 1000, "s").by_slot == {1: 800}
-    assert index.held(NO_PREFIX, 500, "s").by_slot == {1: 500}
-    assert index.held(make_prefix("abc"), 900, "s").by_slot == {1: 900}
-    assert index.held(NO_PREFIX, 1000, "t").by_slot == {}
+    assert index.cached(NO_PREFIX, 1000, "s").by_rank == {1: 800}
+    assert index.cached(NO_PREFIX, 500, "s").by_rank == {1: 500}
+    assert index.cached(make_prefix("abc"), 900, "s").by_rank == {1: 900}
+    assert index.cached(NO_PREFIX, 1000, "t").by_rank == {}
 
 
 PROMPTS = st.text("ab", min_size=1, max_size=8)
@@ -100,7 +100,7 @@ def test_the_index_is_exact_while_nothing_is_evicted(sent: list[tuple[int, str]]
     index = PrefixIndex[int]()
     for rank, words in sent:
         index.note(rank, make_prefix(words), 100 * len(words), None)
-    held = index.held(make_prefix(asked), 100 * len(asked)).by_slot
+    cached = index.cached(make_prefix(asked), 100 * len(asked)).by_rank
 
     truth: dict[int, int] = {}
     for rank, words in sent:
@@ -108,7 +108,7 @@ def test_the_index_is_exact_while_nothing_is_evicted(sent: list[tuple[int, str]]
             (n for n, (a, b) in enumerate(zip(words, asked, strict=False)) if a != b), min(len(words), len(asked))
         )
         truth[rank] = max(truth.get(rank, 0), 100 * length)
-    assert {rank: round(tokens) for rank, tokens in held.items()} == {rank: n for rank, n in truth.items() if n}
+    assert {rank: round(tokens) for rank, tokens in cached.items()} == {rank: n for rank, n in truth.items() if n}
 
 
 def test_a_session_whose_prompt_was_evicted_has_nothing_cached() -> None:
@@ -117,11 +117,11 @@ def test_a_session_whose_prompt_was_evicted_has_nothing_cached() -> None:
     index.note(1, NO_PREFIX, 400, 1000)
     index.note_session("s", 1, 400)
     index.note(1, NO_PREFIX, 900, 1000)
-    before = index.held(NO_PREFIX, 400, "s").by_slot
+    before = index.cached(NO_PREFIX, 400, "s").by_rank
     index.note(1, NO_PREFIX, 200, 1000)
 
     assert before == {1: 400}
-    assert index.held(NO_PREFIX, 400, "s").by_slot == {}
+    assert index.cached(NO_PREFIX, 400, "s").by_rank == {}
 
 
 def test_a_session_moves_with_its_last_prompt() -> None:
@@ -130,11 +130,11 @@ def test_a_session_moves_with_its_last_prompt() -> None:
     index.note_session("s", 1, 400)
     index.note_session("s", 2, 500)
     index.forget(1)
-    before = index.held(NO_PREFIX, 400, "s").by_slot
+    before = index.cached(NO_PREFIX, 400, "s").by_rank
     index.forget(2)
 
     assert before == {2: 400}
-    assert index.held(NO_PREFIX, 400, "s").by_slot == {}
+    assert index.cached(NO_PREFIX, 400, "s").by_rank == {}
 
 
 def test_a_prefix_that_many_but_not_most_ranks_have_lists_some_of_them() -> None:
@@ -142,11 +142,11 @@ def test_a_prefix_that_many_but_not_most_ranks_have_lists_some_of_them() -> None
     index = PrefixIndex[int]()
     for rank in range(200):
         index.note(rank, make_prefix("sy" if rank < 70 else "xz" + chr(200 + rank)), 200, None)
-    held = index.held(make_prefix("sy"), 200)
+    cached = index.cached(make_prefix("sy"), 200)
 
-    assert len(held.by_slot) == 64
-    assert set(held.by_slot.values()) == {200}
-    assert held.elsewhere == 0
+    assert len(cached.by_rank) == 64
+    assert set(cached.by_rank.values()) == {200}
+    assert cached.elsewhere == 0
 
 
 def test_cuts_that_only_some_prompts_have_are_found() -> None:
@@ -154,7 +154,7 @@ def test_cuts_that_only_some_prompts_have_are_found() -> None:
     index = PrefixIndex[int]()
     index.note(1, Prefix((11, 12, 13), (100, 250, 300)), 300, None)
 
-    assert index.held(Prefix((11, 99, 13, 14), (100, 200, 300, 400)), 400).by_slot == {1: 300}
+    assert index.cached(Prefix((11, 99, 13, 14), (100, 200, 300, 400)), 400).by_rank == {1: 300}
 
 
 def test_all_ranks_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,11 +167,11 @@ def test_all_ranks_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     index.note(0, make_prefix("0a"), 200, None)
     index.note(9, make_prefix("xyz"), 300, None)
 
-    left = [len(index.held(make_prefix(f"{rank}abc"), 400).by_slot) for rank in range(10)]
+    left = [len(index.cached(make_prefix(f"{rank}abc"), 400).by_rank) for rank in range(10)]
     assert left == [1] * 10
-    assert index.held(make_prefix("xyz"), 300).by_slot == {9: 300}
-    assert index.held(make_prefix("1abc"), 400).by_slot == {1: 100}
-    assert index.held(make_prefix("2abc"), 400).by_slot == {2: 400}
+    assert index.cached(make_prefix("xyz"), 300).by_rank == {9: 300}
+    assert index.cached(make_prefix("1abc"), 400).by_rank == {1: 100}
+    assert index.cached(make_prefix("2abc"), 400).by_rank == {2: 400}
     assert sum(len(cache.blocks) for cache in index._caches.values()) == 40
 
 

@@ -51,7 +51,7 @@ def _list(draw: st.DrawFn, items: st.SearchStrategy[str]) -> str:
 
 @st.composite
 def _member(draw: st.DrawFn, values: st.SearchStrategy[str]) -> tuple[str, str]:
-    """A member with the white space around it: its key, and its text."""
+    """Draw a member with the white space around it: its key, and its text."""
     key = draw(st.one_of(_leg_keys, _near_leg_keys, _unicode))
     space = [draw(_space) for _ in range(4)]
     return key, space[0] + draw(_escaped(key)) + space[1] + ":" + space[2] + draw(values) + space[3]
@@ -76,7 +76,7 @@ class ObjectText:
     def __init__(self, lead: str, members: list[tuple[str, str]], empty: str, trail: str) -> None:
         self.members = members
         self.empty = empty
-        """White space between the braces of an object without members."""
+        """The white space between the braces of an object without members."""
         self.trail = trail
         inner = ",".join(text for _, text in members) if members else empty
         self.text = f"{lead}{{{inner}}}{trail}".encode()
@@ -89,7 +89,7 @@ class ObjectText:
         return [text for key, text in self.members if key not in unwanted]
 
     def behind_the_brace(self, unwanted: frozenset[str]) -> bytes:
-        """What is to be left behind the opening brace."""
+        """The expected text behind the opening brace."""
         inner = ",".join(self.kept(unwanted)) if self.members else self.empty
         return f"{inner}}}{self.trail}".encode()
 

@@ -1,4 +1,4 @@
-"""Whatever bytes come as a body: a request, or a refusal, never an exception."""
+"""Any bytes of a body are a request or a refusal, and never an exception."""
 
 import json
 
@@ -27,7 +27,7 @@ TOKENS = [b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"null", b"1e999", b"
 
 @st.composite
 def _mutated(draw: st.DrawFn) -> bytes:
-    """A valid body with a few of its bytes cut out or replaced."""
+    """Draw a valid body with a few of its bytes removed or replaced."""
     text = draw(st.sampled_from(SEEDS))
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(text)))
@@ -37,7 +37,7 @@ def _mutated(draw: st.DrawFn) -> bytes:
 
 
 def judge(api: Api, text: bytes) -> None:
-    """Take a body all the way; what is accepted must be JSON in Python's eyes, too, and stay JSON in both legs."""
+    """Read and rewrite a body; what is accepted must be JSON for Python, too, and stay JSON in both legs."""
     request = read_body(api, text)
     if isinstance(request, Rejection):
         assert 400 <= request.status < 500
@@ -55,15 +55,15 @@ def judge(api: Api, text: bytes) -> None:
 
 
 @given(st.sampled_from(Api), st.binary(max_size=200))
-def test_any_bytes_are_judged(api: Api, text: bytes) -> None:
+def test_any_bytes_are_read_or_refused(api: Api, text: bytes) -> None:
     """Noise is refused, and nothing is raised."""
     judge(api, text)
 
 
 @settings(max_examples=500)
 @given(st.sampled_from(Api), _mutated())
-def test_damaged_bodies_are_judged(api: Api, text: bytes) -> None:
-    """A body that was nearly right is refused, or right in every reader's eyes."""
+def test_damaged_body_is_read_or_refused(api: Api, text: bytes) -> None:
+    """A body that was nearly right is refused, or right for every JSON reader."""
     judge(api, text)
 
 
@@ -87,14 +87,14 @@ _known_keys = st.sampled_from([
         max_size=5,
     ),
 )
-def test_known_keys_may_hold_anything(api: Api, body: dict[str, object]) -> None:
-    """No value of any type under any key that is read makes the reader stumble."""
+def test_known_keys_may_have_any_value(api: Api, body: dict[str, object]) -> None:
+    """No value of any type under any key that is read raises an error."""
     judge(api, json.dumps(body).encode())
 
 
 @pytest.mark.parametrize("api", Api)
 @pytest.mark.parametrize("depth", [10, 300, 900, 1_000, 1_100, 100_000])
-def test_no_depth_of_nesting_is_too_much(api: Api, depth: int) -> None:
+def test_any_depth_of_nesting_is_read_or_refused(api: Api, depth: int) -> None:
     """Nested tool results, messages and lists are read or refused at any depth."""
     opening, closing = b'[{"type":"tool_result","content":', b"}]"
     for value in (opening * depth + b"1" + closing * depth, b"[" * depth + b"]" * depth, b'{"a":' * depth):

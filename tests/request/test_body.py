@@ -1,4 +1,4 @@
-"""What is read of a body, in every form of the five APIs, and what is refused with which words."""
+"""A body is read in every form of the five APIs, or refused with a reason and a text."""
 
 import json
 from typing import Any
@@ -78,40 +78,51 @@ def user(content: Any) -> list[dict[str, Any]]:
         ),
     ],
 )
-def test_prompts(api: Api, body: dict[str, Any], size: tuple[int, int, int | None]) -> None:
-    """Text is measured in UTF-8 bytes, ids exactly, pictures flat; lists are batches."""
+def test_prompt_is_measured_in_every_form(api: Api, body: dict[str, Any], size: tuple[int, int, int | None]) -> None:
+    """Text is measured in UTF-8 bytes, ids exactly, media by a fixed count; lists are batches."""
     prompt = read(api, body).prompt
 
     assert (prompt.text_bytes, prompt.tokens, prompt.batch) == size
 
 
-def test_escapes_do_not_count() -> None:
-    """A text sent in ASCII escapes has the size of the text."""
+def test_escaped_text_has_the_size_of_the_text() -> None:
+    """The length of ASCII escapes does not count."""
     assert read(Api.COMPLETIONS, b'{"prompt":"\\u6771\\u4eac"}').prompt.text_bytes == 6
 
 
 @pytest.mark.parametrize(
-    ("api", "body", "expected"),
+    ("api", "body", "param"),
     [
-        pytest.param(Api.CHAT, {"max_tokens": 7}, 7, id="chat"),
-        pytest.param(Api.CHAT, {"max_tokens": 7, "max_completion_tokens": 9}, 9, id="chat, the newer name wins"),
+        pytest.param(Api.CHAT, {"max_tokens": "7"}, "max_tokens", id="chat"),
+        pytest.param(
+            Api.CHAT,
+            {"max_tokens": 7, "max_completion_tokens": "9"},
+            "max_completion_tokens",
+            id="chat, newer name",
+        ),
         pytest.param(Api.CHAT, {"max_tokens": None}, None, id="null"),
-        pytest.param(Api.RESPONSES, {"max_output_tokens": 5, "max_tokens": 1}, 5, id="responses"),
-        pytest.param(Api.MESSAGES, {"max_tokens": 4}, 4, id="messages"),
-        pytest.param(Api.GENERATE, {"sampling_params": {"max_new_tokens": 3}}, 3, id="generate"),
-        pytest.param(Api.GENERATE, {"sampling_params": [{"max_new_tokens": 3}, {"max_new_tokens": 8}]}, 8, id="batch"),
+        pytest.param(Api.RESPONSES, {"max_output_tokens": [5], "max_tokens": 1}, "max_output_tokens", id="responses"),
+        pytest.param(Api.MESSAGES, {"max_tokens": 4.5}, "max_tokens", id="messages"),
+        pytest.param(Api.GENERATE, {"sampling_params": {"max_new_tokens": "3"}}, "sampling_params", id="generate"),
+        pytest.param(
+            Api.GENERATE,
+            {"sampling_params": [{"max_new_tokens": 3}, {"max_new_tokens": "8"}]},
+            "sampling_params",
+            id="batch",
+        ),
         pytest.param(Api.GENERATE, {}, None, id="left to the engine"),
     ],
 )
-def test_output_limits(api: Api, body: dict[str, Any], expected: int | None) -> None:
-    """Each API names the limit in its own way."""
+def test_an_output_limit_of_the_wrong_type_is_refused(api: Api, body: dict[str, Any], param: str | None) -> None:
+    """Each API has its own name for the limit, which the engine alone uses."""
     prompt = {"text": "a", "prompt": "a", "messages": user("a"), "input": "a"}
+    found = read_body(api, json.dumps({**prompt, **body}).encode())
 
-    assert read(api, {**prompt, **body}).max_tokens == expected
+    assert (found.param if isinstance(found, Rejection) else None) == param
 
 
-def test_the_last_of_repeated_keys_counts() -> None:
-    """As in SGLang's JSON reader."""
+def test_last_of_repeated_keys_counts() -> None:
+    """The JSON reader of SGLang takes the last one, too."""
     assert read(Api.COMPLETIONS, b'{"prompt":"a","model":"x","model":"y"}').model == "y"
 
 
@@ -158,8 +169,8 @@ def test_the_last_of_repeated_keys_counts() -> None:
         pytest.param(Api.MESSAGES, b'{"messages":[],"system":7}', Reason.WRONG_TYPE, "system", id="system"),
     ],
 )
-def test_refusals(api: Api, text: bytes, reason: Reason, param: str | None) -> None:
-    """Each mistake has its reason, names the field, and is shaped like OpenAI's errors."""
+def test_mistake_is_refused_with_reason_and_field(api: Api, text: bytes, reason: Reason, param: str | None) -> None:
+    """Each refusal has the shape of errors of OpenAI."""
     refusal = read_body(api, text)
 
     assert isinstance(refusal, Rejection)
@@ -168,8 +179,8 @@ def test_refusals(api: Api, text: bytes, reason: Reason, param: str | None) -> N
     assert error == {"message": refusal.message, "type": "invalid_request_error", "param": param, "code": reason.value}
 
 
-def test_a_batch_has_a_limit() -> None:
-    """The prefix of the prefill leg, with an id for each prompt, must fit a header."""
+def test_batch_beyond_the_limit_is_refused() -> None:
+    """The preamble of the prefill leg, with an id for each prompt, must fit a header."""
     at, above = ({"prompt": ["a"] * count} for count in (MAX_BATCH, MAX_BATCH + 1))
 
     assert read(Api.COMPLETIONS, at).prompt.batch == MAX_BATCH
@@ -178,8 +189,8 @@ def test_a_batch_has_a_limit() -> None:
     assert refusal.reason is Reason.UNSUPPORTED_VALUE
 
 
-def test_numbers_of_many_digits() -> None:
-    """Where they are not read they are nobody's business; where they are, they are refused, not choked on."""
+def test_numbers_of_many_digits_are_skipped_or_refused() -> None:
+    """Numbers that are not read pass; others are refused, and raise no error."""
     digits = b"9" * 5000
     assert read(Api.COMPLETIONS, b'{"prompt":"a","seed":' + digits + b"}").prompt.text_bytes == 1
     outcome = read_body(
@@ -201,8 +212,8 @@ VALID = [
     st.sampled_from(VALID),
     st.lists(st.tuples(st.integers(0, 110), st.integers(0, 8), st.binary(max_size=6)), max_size=3),
 )
-def test_no_bytes_raise(api: Api, text: bytes, edits: list[tuple[int, int, bytes]]) -> None:
-    """Whatever is done to a body, the outcome is a request or a refusal."""
+def test_edited_body_raises_nothing(api: Api, text: bytes, edits: list[tuple[int, int, bytes]]) -> None:
+    """Whatever is changed in a body, the result is a request or a refusal."""
     for start, length, piece in edits:
         text = text[:start] + piece + text[start + length :]
 
@@ -210,14 +221,14 @@ def test_no_bytes_raise(api: Api, text: bytes, edits: list[tuple[int, int, bytes
 
 
 @given(st.sampled_from(Api), st.binary(max_size=200))
-def test_no_random_bytes_raise(api: Api, text: bytes) -> None:
-    """The same for bytes that were never a body."""
+def test_random_bytes_raise_nothing(api: Api, text: bytes) -> None:
+    """Bytes that were never a body are refused."""
     assert isinstance(read_body(api, text), InferenceRequest | Rejection)
 
 
 @given(st.integers(-3, 3) | st.integers(MAX_SAMPLES - 2, MAX_SAMPLES + 2) | st.integers(-(2**70), 2**70))
-def test_a_number_of_answers_that_cannot_be_is_refused(n: int) -> None:
-    """It would count as load: a negative one makes a server look empty, and no replica takes it from another."""
+def test_invalid_number_of_answers_is_refused(n: int) -> None:
+    """It would count as load: a negative one makes an engine look empty, and no peer accepts it."""
     bodies = (
         (Api.COMPLETIONS, {"prompt": "a", "n": n}),
         (Api.CHAT, {"messages": user("a"), "n": n}),
@@ -236,6 +247,6 @@ def test_a_number_of_answers_that_cannot_be_is_refused(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [None, 0, 1])
-def test_one_answer_is_asked_for_in_three_ways(n: int | None) -> None:
-    """SGLang takes each of them for one."""
+def test_one_answer_has_three_spellings(n: int | None) -> None:
+    """SGLang reads each of them as one."""
     assert read(Api.COMPLETIONS, {"prompt": "a", "n": n}).samples == 1

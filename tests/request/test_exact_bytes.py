@@ -1,4 +1,4 @@
-"""The bodies of the legs, to the byte, against texts whose parts are known because they were put together here."""
+"""The bodies of the legs have the expected bytes, in texts whose parts are known because they are built here."""
 
 import pytest
 from hypothesis import example, given
@@ -28,8 +28,8 @@ DECODE_LEG = [("routed_dp_rank", "2"), ("disagg_prefill_dp_rank", "1"), ("rid", 
 @given(objects)
 @example(ObjectText("", [], "", ""))
 @example(ObjectText("\n", [], " \t", "\r\n"))
-def test_only_the_leg_keys_change(body: ObjectText) -> None:
-    """Any object comes back in both legs with its leg keys replaced and every other byte in its place."""
+def test_only_leg_keys_change(body: ObjectText) -> None:
+    """Any object has in both legs its leg keys replaced and every other byte in its place."""
     client = read_pairs(body.text)
     others = [(key, value) for key, value in client if key not in LEG_KEYS]
     streaming = [(key, dict(client)[key]) for key in STREAM_KEYS if key in dict(client)]
@@ -38,8 +38,8 @@ def test_only_the_leg_keys_change(body: ObjectText) -> None:
 
     assert read_pairs(legs.decode) == DECODE_LEG + streaming + SHARED + others
     assert read_pairs(legs.prefill) == PREFILL_LEG + SHARED + others
-    shared = legs.decode[legs.prefix_length :]
-    assert shared == legs.prefill[len(legs.prefill_prefix) :]
+    shared = legs.decode[legs.preamble_length :]
+    assert shared == legs.prefill[len(legs.prefill_preamble) :]
     opening = b'"bootstrap_host":"10.0.0.1","bootstrap_port":8998,"bootstrap_room":77'
     comma = b"," if body.kept(LEG_KEYS) else b""
     behind = body.behind_the_brace(LEG_KEYS)
@@ -48,8 +48,8 @@ def test_only_the_leg_keys_change(body: ObjectText) -> None:
 
 @given(objects, st.sampled_from(["routed_dp_rank", "data_parallel_rank", None]), st.sampled_from([0, 3, None]))
 @example(ObjectText("", [], "", ""), "routed_dp_rank", 1)
-def test_an_aggregated_body_changes_in_its_rank_alone(body: ObjectText, rank_key: str | None, rank: int | None) -> None:
-    """For one server all routing keys give way to at most one rank; ``rid`` and ``stream`` stay the client's."""
+def test_aggregated_body_changes_in_its_rank_alone(body: ObjectText, rank_key: str | None, rank: int | None) -> None:
+    """At most one rank replaces all routing keys; ``rid`` and ``stream`` stay as the client sent them."""
     others = [(key, value) for key, value in read_pairs(body.text) if key not in ROUTING_KEYS]
     ours = [(rank_key, str(rank))] if rank_key is not None and rank is not None else []
 
@@ -62,8 +62,8 @@ def test_an_aggregated_body_changes_in_its_rank_alone(body: ObjectText, rank_key
 
 
 @given(objects)
-def test_the_values_by_key_are_those_of_the_last_member(body: ObjectText) -> None:
-    """Of repeated keys the last value is taken, as Python's and so SGLang's reader does."""
+def test_values_by_key_are_those_of_the_last_member(body: ObjectText) -> None:
+    """Of repeated keys the last value is taken, as by the JSON reader of Python, and so of SGLang."""
     values = {key: read_pairs(b'{"v":%s}' % bytes(raw)) for key, raw in JsonObject(body.text).values.items()}
     assert values == {key: [("v", value)] for key, value in read_pairs(body.text)}
 
@@ -88,8 +88,8 @@ BYTES = {
 
 
 @pytest.mark.parametrize("text", BYTES.values(), ids=BYTES)
-def test_a_telling_body_keeps_its_bytes(text: bytes) -> None:
-    """Spellings that a re-serialisation would change come through as they are."""
+def test_unusual_spelling_keeps_its_bytes(text: bytes) -> None:
+    """Spellings that a serialisation would change stay as they are."""
     legs = rewrite_disaggregated(JsonObject(text), None, BOOTSTRAP, PREFILL, DECODE)
     others = [(key, value) for key, value in read_pairs(text) if key not in LEG_KEYS]
     assert read_pairs(legs.prefill) == PREFILL_LEG + SHARED + others

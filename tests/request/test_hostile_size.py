@@ -1,4 +1,4 @@
-"""Bodies that are made to cost much more than their size: they are refused, or cost little."""
+"""Bodies that are made to cost much more than their size are refused, or cost little."""
 
 import json
 import tracemalloc
@@ -12,12 +12,12 @@ from dp_extproc.request.rejection import Reason, Rejection
 
 _MARKS = 200_000
 _BYTES_OF_A_MARK = 300
-"""So a body with as many as are allowed takes 600 MB for a moment."""
+"""Bounds the memory of one mark: a body with as many as are allowed takes 600 MB for a moment."""
 _BYTES_OF_A_BYTE = 12
 
 
 def _peak_of(api: Api, text: bytes) -> int:
-    """Bytes of memory that reading a body takes at most."""
+    """Return the bytes of memory that reading a body takes at most."""
     tracemalloc.start()
     try:
         read_body(api, text)
@@ -26,8 +26,8 @@ def _peak_of(api: Api, text: bytes) -> int:
         tracemalloc.stop()
 
 
-def test_members_are_limited() -> None:
-    """Each one would be looked for in the text; no request has so many."""
+def test_too_many_members_are_refused() -> None:
+    """Each one would be searched for in the text; no request has so many."""
     members = b",".join(b'"f%d":1' % number for number in range(MOST_MEMBERS + 1))
     refusal = read_body(Api.GENERATE, b'{"text":"a",' + members + b"}")
     assert isinstance(refusal, Rejection)
@@ -38,14 +38,14 @@ def test_members_are_limited() -> None:
 
 
 @pytest.mark.parametrize("thing", [b"{},", b"[],", b'"",'], ids=["objects", "lists", "strings"])
-def test_marks_are_limited(thing: bytes) -> None:
-    """Millions of empty objects would take gigabytes, and seconds in which nobody else is served."""
+def test_too_many_marks_are_refused(thing: bytes) -> None:
+    """Millions of empty objects would take gigabytes, and seconds in which other requests wait."""
     refusal = read_body(Api.CHAT, b'{"messages":[' + thing * MOST_MARKS + b"0]}")
     assert isinstance(refusal, Rejection)
     assert (refusal.status, refusal.reason) == (400, Reason.UNSUPPORTED_VALUE)
 
 
-def test_a_long_prompt_may_quote_json() -> None:
+def test_long_prompt_may_quote_json() -> None:
     """Millions of tokens of JSON in a prompt are no attack."""
     quoted = json.dumps([{"name": "value", "number": 17}] * 70_000)
     assert len(quoted) > 2_000_000
@@ -67,8 +67,8 @@ def test_a_long_prompt_may_quote_json() -> None:
         (Api.GENERATE, b'{"input_embeds":[', b"[],", 1),
     ],
 )
-def test_what_is_read_costs_little_memory(api: Api, begin: bytes, thing: bytes, marks: int) -> None:
-    """However the marks are used, each costs no more than a small object; also in a body that is refused."""
+def test_body_costs_little_memory(api: Api, begin: bytes, thing: bytes, marks: int) -> None:
+    """However the marks are used, each costs no more than a small object, also in a body that is refused."""
     end = b"0]}]}" if begin.count(b"[") > begin.count(b"]") + 1 else b"0]}"
     text = begin + thing * (_MARKS // marks) + end.replace(b"0", thing[:-1], 1)
     json.loads(text)
@@ -82,7 +82,7 @@ def test_what_is_read_costs_little_memory(api: Api, begin: bytes, thing: bytes, 
     ids=["small-ids", "large-ids", "embeddings"],
 )  # fmt: skip
 def test_numbers_cost_little_memory(body: bytes) -> None:
-    """They have no marks, and are not limited."""
+    """Numbers have no marks, and are not limited."""
     request = read_body(Api.GENERATE, body)
     assert isinstance(request, InferenceRequest)
     assert request.prompt.tokens in {500_001, 100_001, 100}

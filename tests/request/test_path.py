@@ -1,4 +1,4 @@
-"""Which paths go where, and that nothing else goes anywhere."""
+"""Known paths are read, and all others are refused."""
 
 import pytest
 
@@ -8,14 +8,14 @@ from dp_extproc.request.rejection import Reason, Rejection
 
 @pytest.mark.parametrize("path", list(INFERENCE))
 @pytest.mark.parametrize("query", ["", "?", "?a=1&b=/health"])
-def test_inference_paths(path: str, query: str) -> None:
-    """POST of an inference path, with any query."""
+def test_inference_path_is_read(path: str, query: str) -> None:
+    """The query does not matter."""
     assert read_path("POST", path + query) is Api(path)
 
 
 @pytest.mark.parametrize(("path", "lookup"), [*LOOKUPS.items(), ("/v1/models/org/name", Lookup.MODELS)])
-def test_lookups(path: str, lookup: Lookup) -> None:
-    """GET of what needs no body."""
+def test_lookup_path_is_read(path: str, lookup: Lookup) -> None:
+    """A lookup is a GET without a body."""
     assert read_path("GET", path) is lookup
 
 
@@ -39,16 +39,16 @@ def test_lookups(path: str, lookup: Lookup) -> None:
         pytest.param("", "/generate", 405, Reason.WRONG_METHOD, id="no method"),
     ],
 )
-def test_refusals(method: str, path: str, status: int, reason: Reason) -> None:
-    """Whatever is not known exactly is refused."""
+def test_unknown_path_or_method_is_refused(method: str, path: str, status: int, reason: Reason) -> None:
+    """Only exact paths are accepted."""
     refusal = read_path(method, path)
 
     assert isinstance(refusal, Rejection)
     assert (refusal.status, refusal.reason) == (status, reason)
 
 
-def test_a_wrong_method_names_the_right_one() -> None:
-    """As HTTP asks for, in the ``allow`` header."""
+def test_wrong_method_is_refused_with_the_right_one() -> None:
+    """HTTP asks for it in the ``allow`` header."""
     refusal = read_path("GET", "/generate")
 
     assert isinstance(refusal, Rejection)

@@ -1,4 +1,4 @@
-"""How large a prompt is taken to be, in every form the APIs take it."""
+"""The size of a prompt is measured in every form that the APIs take."""
 
 import json
 from typing import Any
@@ -139,8 +139,8 @@ FORMS: dict[str, tuple[Api, dict[str, Any], Prompt]] = {
 
 
 @pytest.mark.parametrize(("api", "body", "prompt"), FORMS.values(), ids=FORMS)
-def test_a_prompt_is_measured(api: Api, body: dict[str, Any], prompt: Prompt) -> None:
-    """Texts count in UTF-8 bytes, token ids one by one, media flat; lists of prompts tell how many there are."""
+def test_prompt_is_measured(api: Api, body: dict[str, Any], prompt: Prompt) -> None:
+    """Texts count in UTF-8 bytes, token ids one by one, media by a fixed count; lists of prompts have their number."""
     assert read(api, body).prompt == prompt
 
 
@@ -155,12 +155,12 @@ SANE = {
 
 
 @pytest.mark.parametrize(("text", "least", "most"), SANE.values(), ids=SANE)
-def test_an_estimate_is_sane_before_anything_was_learned(text: str, least: int, most: int) -> None:
-    """No script is taken for many times more or fewer tokens than it has."""
+def test_first_estimate_is_of_the_right_magnitude(text: str, least: int, most: int) -> None:
+    """No script counts as many times more or fewer tokens than it has."""
     estimate = TokenRatio().estimate(read(Api.CHAT, {"messages": [user(text)]}).prompt)
     assert least <= estimate <= most
 
 
-def test_token_ids_are_not_estimated() -> None:
+def test_token_ids_are_counted_exactly() -> None:
     """A prompt of token ids has exactly as many tokens."""
     assert TokenRatio().estimate(read(Api.GENERATE, {"input_ids": list(range(12_345))}).prompt) == 12_345

@@ -1,4 +1,4 @@
-"""The bodies of the legs: the leg keys are ours, every other byte is the client's."""
+"""In the bodies of the legs the leg keys are ours, and every other byte is the client's."""
 
 import json
 import re
@@ -44,7 +44,7 @@ MEMBER = st.tuples(SPACE, KEYS, SPACE, SPACE)
 
 
 def objects(values: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
-    """JSON objects as text, with repeated keys, escapes and white space of all kinds."""
+    """Draw JSON objects as text, with repeated keys, escapes and white space of all kinds."""
     member = st.tuples(MEMBER, values, SPACE).map(lambda m: f"{m[0][0]}{m[0][1]}{m[0][2]}:{m[0][3]}{m[1]}{m[2]}")
     body = st.lists(member, max_size=6).map(",".join)
     return st.tuples(SPACE, body).map(lambda parts: "{" + (parts[1] or parts[0]) + "}")
@@ -69,7 +69,7 @@ def pairs(text: bytes) -> list[tuple[str, Any]]:
 @example(b'{"stream":1}')
 @example(b' { "rid" : 1 , "a":[1,{"rid":2}], "rid":"x,\\"b\\":1", "b":"\xc3\xa9" } \n')
 def test_only_leg_keys_change(text: bytes) -> None:
-    """Behind our keys stand exactly the client's other members, in order, however its keys are written or repeated."""
+    """Behind our keys stand exactly the other members of the client, in order, however its keys are written."""
     body = JsonObject(text)
     legs = rewrite_disaggregated(body, None, BOOTSTRAP, PREFILL, DECODE)
     kept = [(key, value) for key, value in pairs(text) if key not in LEG_KEYS]
@@ -87,7 +87,7 @@ def test_only_leg_keys_change(text: bytes) -> None:
 
 @given(BODIES)
 def test_every_other_byte_stays(text: bytes) -> None:
-    """A body without leg keys stands whole behind ours; with some, all that is left are pieces of it."""
+    """A body without leg keys stands whole behind ours; of one with some, only pieces of it are left."""
     body = JsonObject(text)
     legs = rewrite_disaggregated(body, None, BOOTSTRAP, PREFILL, DECODE)
     inner = text[text.index(b"{") + 1 :]
@@ -100,8 +100,8 @@ def test_every_other_byte_stays(text: bytes) -> None:
 
 
 @given(BODIES)
-def test_an_aggregated_body_gets_only_the_rank(text: bytes) -> None:
-    """Streaming and ids stay the client's; only routing keys go."""
+def test_aggregated_body_gets_only_the_rank(text: bytes) -> None:
+    """Streaming and ids stay as the client sent them; only routing keys go."""
     kept = [(key, value) for key, value in pairs(text) if key not in ROUTING_KEYS]
 
     assert pairs(rewrite_aggregated(JsonObject(text), "routed_dp_rank", 3)) == [("routed_dp_rank", "3"), *kept]
@@ -109,8 +109,8 @@ def test_an_aggregated_body_gets_only_the_rank(text: bytes) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 13])
-def test_a_batch_has_an_id_for_each_prompt(batch: int) -> None:
-    """Lists of ids go with lists of prompts, and no id begins another."""
+def test_batch_has_an_id_for_each_prompt(batch: int) -> None:
+    """Lists of ids go with lists of prompts, and no id is the start of another."""
     rooms = list(range(1, batch + 1))
     legs = rewrite_disaggregated(JsonObject(b'{"prompt":[]}'), batch, Bootstrap("h", 1, rooms), PREFILL, DECODE)
     ids = [*json.loads(legs.prefill)["rid"], *json.loads(legs.decode)["rid"]]
@@ -128,8 +128,8 @@ def test_a_batch_has_an_id_for_each_prompt(batch: int) -> None:
         pytest.param(LegFields(None, 1, "p"), LegFields(None, 1, "d"), id="prefill rank only"),
     ],
 )
-def test_fields_that_a_release_does_not_take_are_left_out(prefill: LegFields, decode: LegFields) -> None:
-    """What is None is not in the body at all."""
+def test_field_without_a_value_is_left_out(prefill: LegFields, decode: LegFields) -> None:
+    """A routing field that is None is not in the body at all."""
     legs = rewrite_disaggregated(JsonObject(b'{"a":1}'), None, BOOTSTRAP, prefill, decode)
 
     for fields, text in ((prefill, legs.prefill), (decode, legs.decode)):
@@ -139,9 +139,9 @@ def test_fields_that_a_release_does_not_take_are_left_out(prefill: LegFields, de
         assert (fields.routed_rank is None) == ("routed_dp_rank" not in body)
 
 
-def test_the_prefix_is_fit_for_a_header() -> None:
-    """The prefill prefix travels in a header: printable ASCII, whatever the client sent."""
+def test_preamble_fits_a_header() -> None:
+    """A header has the preamble of the prefill leg: printable ASCII, whatever the client sent."""
     body = JsonObject('{"rid":"é\\r\\nx-dp-owner: evil","stream":true,"a":"é"}'.encode())
     legs = rewrite_disaggregated(body, 3, Bootstrap("h", 1, [1, 2, 3]), PREFILL, DECODE)
 
-    assert re.fullmatch(rb"[\x20-\x7e]+", legs.prefill_prefix)
+    assert re.fullmatch(rb"[\x20-\x7e]+", legs.prefill_preamble)

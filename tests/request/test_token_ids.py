@@ -1,4 +1,4 @@
-"""Token ids that no vocabulary has are refused, wherever a request names ids: they end SGLang's processes."""
+"""Token ids that no vocabulary has are refused in every field: they would end the process of an engine."""
 
 import msgspec
 import pytest
@@ -83,7 +83,7 @@ IN_SAMPLING = '{"text":"a","sampling_params":'
         ),
     ],
 )
-def test_an_impossible_id_is_refused(api: Api, body: str, param: str, place: str) -> None:
+def test_invalid_id_is_refused(api: Api, body: str, param: str, place: str) -> None:
     """The refusal names the field and, in a prompt, the very place."""
     refusal = read_body(api, body.encode())
 
@@ -120,8 +120,8 @@ def test_other_numbers_pass(api: Api, body: str, tokens: int) -> None:
 
 
 @given(st.lists(st.integers(-(2**70), 2**70) | st.integers(-3, 3) | st.integers(LARGEST - 2, LARGEST + 2), min_size=1))
-def test_ids_pass_exactly_if_all_are_possible(ids: list[int]) -> None:
-    """It does not matter where in a list the impossible one is, nor how the list is given."""
+def test_ids_pass_exactly_if_all_are_valid(ids: list[int]) -> None:
+    """The position of the invalid one in a list does not matter, nor the form of the list."""
     possible = all(0 <= each <= LARGEST for each in ids)
     listed = b"[%s]" % b",".join(b"%d" % each for each in ids)
     for api, body in (
@@ -135,7 +135,7 @@ def test_ids_pass_exactly_if_all_are_possible(ids: list[int]) -> None:
 
 
 def test_ids_of_a_chat_are_its_prompt() -> None:
-    """SGLang leaves the chat template out then, so the messages are not counted."""
+    """SGLang does not apply the chat template then, so the messages are not counted."""
     body = {"messages": [{"role": "user", "content": "x" * 1000}], "input_ids": [1, 2, 3]}
     request = read_body(Api.CHAT, msgspec.json.encode(body))
 

@@ -10,8 +10,12 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import aio
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
+from dp_extproc.engines.listener import EngineFailure, FailureKind
+from dp_extproc.engines.model import LoadPage, Role
 from dp_extproc.extproc.service import SERVICE_NAME
-from dp_extproc.runtime.readiness import LIVENESS, READINESS, Readiness
+from dp_extproc.load.cache import LoadCache
+from dp_extproc.runtime.readiness import LIVENESS, READINESS, Readiness, can_serve
+from fleet_fixtures import Fleet, address_of, make_endpoint, make_facts
 
 SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
 FOLLOWING = ["", READINESS, SERVICE_NAME]
@@ -59,6 +63,7 @@ def test_every_name_but_liveness_follows_readiness() -> None:
         assert [await probe.status(name) for name in FOLLOWING] == [NOT_SERVING] * 3
         assert await probe.status(LIVENESS) == SERVING
         probe.can_serve = True
+        probe.readiness.review()
         await probe.wait_for(SERVING)
         assert [await probe.status(name) for name in FOLLOWING] == [SERVING] * 3
         await probe.readiness.stop()
@@ -69,6 +74,35 @@ def test_every_name_but_liveness_follows_readiness() -> None:
         await Probe().run(scenario)
 
     asyncio.run(start())
+
+
+def test_discovery_reviews_readiness() -> None:
+    """The endpoint may be the first of its role; load and failures of an endpoint change nothing."""
+
+    async def scenario(probe: Probe) -> None:
+        await probe.wait_for(NOT_SERVING)
+        probe.can_serve = True
+        endpoint = make_endpoint(Role.WORKER)
+        probe.readiness.failed(endpoint, EngineFailure(FailureKind.TIMEOUT, "slow"), 0.0)
+        probe.readiness.sampled(endpoint, LoadPage(()), 0.0, 0.0)
+        assert await probe.status(READINESS) == NOT_SERVING
+        probe.readiness.discovered(endpoint, address_of(endpoint), make_facts(Role.WORKER), 0.0)
+        await probe.wait_for(SERVING)
+
+    async def start() -> None:
+        await Probe().run(scenario)
+
+    asyncio.run(start())
+
+
+def test_readiness_counts_discovered_endpoints_of_every_role() -> None:
+    """A pool needs all its roles, and its load may be unknown."""
+    fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)], sampled=False)
+    half = LoadCache(fleet.endpoints, 5.0)
+    half.discovered(fleet.endpoints[0], address_of(fleet.endpoints[0]), make_facts(Role.PREFILL), 0.0)
+
+    assert can_serve(fleet.pool, fleet.load)
+    assert not can_serve(fleet.pool, half)
 
 
 def test_unknown_name_is_not_found() -> None:

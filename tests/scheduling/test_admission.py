@@ -1,4 +1,4 @@
-"""What a rank takes, and what fits nowhere."""
+"""A request is placed while a rank has room, and waits or is refused otherwise."""
 
 import json
 from random import Random
@@ -28,7 +28,7 @@ def ids(tokens: int) -> bytes:
 
 
 class Small:
-    """One prefill and one decode server of two ranks, each of which holds 1000 tokens and runs two requests."""
+    """One prefill and one decode endpoint of two ranks, each of which holds 1000 tokens and runs two requests."""
 
     def __init__(self, queue: AdmissionQueue | None = None, **limits: Any) -> None:
         self.fleet = Fleet(prefills=[make_facts(Role.PREFILL, ranks=2)], decodes=[make_facts(Role.DECODE, ranks=2)])
@@ -70,8 +70,8 @@ class Small:
         pytest.param({"max_request_ratio": 2.0}, 10, 8, id="requests-by-what-runs"),
     ],
 )
-def test_a_full_fleet_refuses_with_429(limits: dict[str, Any], tokens: int, expected: int) -> None:
-    """Two ranks take twice the limit of one; the refusal says when to come again."""
+def test_request_is_refused_with_429_if_all_ranks_are_full(limits: dict[str, Any], tokens: int, expected: int) -> None:
+    """Two ranks take twice the limit of one; the refusal has a time to try again."""
     placed, refusal = Small(**limits).place_until_refused(tokens)
     assert len(placed) == expected
     assert (refusal.status, refusal.reason) == (429, Reason.OVER_CAPACITY)
@@ -79,15 +79,15 @@ def test_a_full_fleet_refuses_with_429(limits: dict[str, Any], tokens: int, expe
     assert json.loads(refusal.body())["error"]["type"] == "rate_limit_error"
 
 
-def test_tokens_are_limited_by_what_a_rank_holds() -> None:
+def test_tokens_are_limited_by_the_capacity_of_a_rank() -> None:
     """Decode counts a thousand tokens for each request besides its prompt, so two fit into 4 x 1000 on each rank."""
     placed, refusal = Small(max_token_ratio=4.0).place_until_refused(900)
     assert len(placed) == 4
     assert "decode" in refusal.message
 
 
-def test_an_empty_rank_takes_whatever_fits_at_all() -> None:
-    """A limit below one request's size would refuse it for ever."""
+def test_idle_rank_takes_a_request_above_its_limits() -> None:
+    """A limit below the size of one request would refuse it for ever."""
     small = Small(max_tokens=10)
     assert isinstance(small.place(900), Decision)
     assert isinstance(small.place(900), Decision)
@@ -95,7 +95,7 @@ def test_an_empty_rank_takes_whatever_fits_at_all() -> None:
 
 
 class Single:
-    """One server of two ranks that does both."""
+    """One aggregated endpoint of two ranks."""
 
     def __init__(self, *, max_requests: int, **policy: Any) -> None:
         self.fleet = Fleet(workers=[make_facts(Role.WORKER, ranks=2)], policy=policy)
@@ -112,8 +112,8 @@ class Single:
         return [rank.reserved_requests for rank in self.fleet.host(Role.WORKER).ranks]
 
 
-def test_a_batch_counts_as_many_requests() -> None:
-    """Its prompts run side by side, however few messages they came in."""
+def test_batch_counts_as_one_request_per_prompt() -> None:
+    """The prompts run side by side, however few messages they came in."""
     single = Single(max_requests=3)
     for _ in range(2):
         single.place({"input_ids": [[1], [2], [3]]})
@@ -122,8 +122,8 @@ def test_a_batch_counts_as_many_requests() -> None:
     assert isinstance(single.dispatcher.place(Api.GENERATE, ids(1)), Rejection)
 
 
-def test_what_has_no_rank_counts_in_shares() -> None:
-    """Of three requests that the engine spreads over two ranks each rank has one and a half."""
+def test_request_without_a_rank_counts_in_shares() -> None:
+    """Three requests that the engine spreads over two ranks are one and a half on each."""
     single = Single(max_requests=2, dp_rank="none")
     for _ in range(3):
         single.place({"input_ids": [1]})
@@ -132,8 +132,8 @@ def test_what_has_no_rank_counts_in_shares() -> None:
     assert isinstance(single.dispatcher.place(Api.GENERATE, ids(1)), Rejection)
 
 
-def test_a_policy_that_looks_at_other_things_does_not_pick_a_full_rank() -> None:
-    """By tokens ever sent the short request's rank is next, but the other one is free."""
+def test_token_round_robin_skips_a_full_rank() -> None:
+    """By the tokens of all requests so far the rank of the short request is next, but only the other one has room."""
     single = Single(max_requests=1, dp_rank="token_round_robin")
     long = single.place({"input_ids": list(range(900))})
     single.place({"input_ids": [1]})
@@ -144,8 +144,8 @@ def test_a_policy_that_looks_at_other_things_does_not_pick_a_full_rank() -> None
     assert single.open() == [1, 1]
 
 
-def test_a_full_rank_is_not_had_by_asking_for_it() -> None:
-    """A client's wish counts as far as there is room."""
+def test_rank_that_a_client_asks_for_is_ignored_if_full() -> None:
+    """A pin counts as far as there is room."""
     single = Single(max_requests=1, client_dp_rank="honour")
     for _ in range(2):
         single.place({"input_ids": [1], "routed_dp_rank": 1})
@@ -153,8 +153,8 @@ def test_a_full_rank_is_not_had_by_asking_for_it() -> None:
     assert single.open() == [1, 1]
 
 
-def test_a_free_rank_of_decode_that_no_room_leads_to_is_none() -> None:
-    """Where the room alone decides on both sides, rank 0 of prefill goes with rank 0 of decode."""
+def test_request_is_refused_if_no_bootstrap_room_leads_to_the_free_decode_rank() -> None:
+    """Where the bootstrap room decides on both legs, rank 0 of prefill goes with rank 0 of decode."""
     facts = [make_facts(role, (0, 5, 7), ranks=2) for role in (Role.PREFILL, Role.DECODE)]
     fleet = Fleet(prefills=facts[:1], decodes=facts[1:])
     settings = AdmissionSettings(max_token_ratio=None, max_request_ratio=None, max_requests=1)
@@ -169,8 +169,8 @@ def test_a_free_rank_of_decode_that_no_room_leads_to_is_none() -> None:
     assert "decode" in refusal.message
 
 
-def test_room_comes_back_with_the_end_of_a_request() -> None:
-    """What was released may be filled again."""
+def test_request_is_placed_after_another_one_has_ended() -> None:
+    """The reservations of a request that has ended leave room."""
     small = Small(max_requests=1)
     placed, _ = small.place_until_refused(10)
     assert placed[0].in_flight is not None
@@ -178,8 +178,8 @@ def test_room_comes_back_with_the_end_of_a_request() -> None:
     assert isinstance(small.place(10), Decision)
 
 
-def test_a_prompt_longer_than_any_rank_is_refused_for_good() -> None:
-    """Counted tokens are certain: 400 at once, as the other leg would wait for minutes."""
+def test_prompt_of_ids_longer_than_any_rank_is_refused_with_400() -> None:
+    """Counted tokens are certain. The prompt is refused at once, as the other leg would wait for minutes."""
     small = Small()
     refusal = small.place(CAPACITY + 1)
     assert isinstance(refusal, Rejection)
@@ -188,20 +188,20 @@ def test_a_prompt_longer_than_any_rank_is_refused_for_good() -> None:
 
 
 @pytest.mark.parametrize(("text_bytes", "fits"), [(4 * CAPACITY * 3, True), (4 * CAPACITY * 5, False)])
-def test_texts_are_refused_only_beyond_doubt(text_bytes: int, fits: bool) -> None:
-    """An estimate may be wrong by a factor; only one that no error explains refuses."""
+def test_long_text_is_refused_only_if_certainly_too_long(text_bytes: int, fits: bool) -> None:
+    """An estimate may be wrong by a factor; a text is refused only if no such error explains its length."""
     found = Small().dispatcher.place(Api.GENERATE, json.dumps({"text": "x" * text_bytes}).encode())
     assert isinstance(found, Decision) is fits
 
 
-def test_a_batch_is_not_too_long() -> None:
-    """Its prompts take their turns."""
+def test_batch_is_not_refused_as_too_long() -> None:
+    """The prompts of a batch can run one after the other."""
     found = Small().dispatcher.place(Api.GENERATE, json.dumps({"input_ids": [[1] * 700, [1] * 700]}).encode())
     assert isinstance(found, Decision)
 
 
-def test_a_new_request_does_not_overtake_those_that_wait() -> None:
-    """There is room, but somebody was there before."""
+def test_new_request_is_queued_behind_waiting_requests() -> None:
+    """There is room, but another request was there before."""
     queue = AdmissionQueue(QueueSettings())
     small = Small(queue)
     ticket = queue.enqueue("*", 0, lambda: None)
@@ -212,8 +212,8 @@ def test_a_new_request_does_not_overtake_those_that_wait() -> None:
     assert isinstance(small.dispatcher.place(Api.GENERATE, ids(10), RequestContext(ticket=ticket)), Decision)
 
 
-def test_the_bodys_priority_counts() -> None:
-    """SGLang's own field; a greater one goes before those that wait."""
+def test_request_of_greater_priority_is_placed_before_waiting_requests() -> None:
+    """``priority`` is a field of SGLang; requests of a greater one need not wait for others."""
     queue = AdmissionQueue(QueueSettings())
     small = Small(queue)
     queue.enqueue("*", 0, lambda: None)
@@ -221,55 +221,55 @@ def test_the_bodys_priority_counts() -> None:
     assert isinstance(small.dispatcher.place(Api.GENERATE, body), Decision)
 
 
-class TestWhoWaitsIsCalled:
-    """Whatever may have made room, whoever did it."""
+class TestNotification:
+    """The admission queue is notified of every event that may have made room."""
 
     def setup_method(self) -> None:
         self.queue = AdmissionQueue(QueueSettings())
-        self.calls = 0
+        self.notified = 0
         self.small = Small(self.queue)
 
     def wait(self) -> None:
-        assert self.queue.enqueue("*", 0, self.called) is not None
-        assert self.calls == 0
+        assert self.queue.enqueue("*", 0, self.notify) is not None
+        assert self.notified == 0
 
-    def called(self) -> None:
-        self.calls += 1
+    def notify(self) -> None:
+        self.notified += 1
 
-    def test_when_prefill_has_answered(self) -> None:
-        """Its tokens leave the books long before the response is over."""
+    def test_queue_is_notified_when_prefill_is_done(self) -> None:
+        """The prefill reservation ends long before the response does."""
         placed = self.small.place(10)
         assert isinstance(placed, Decision)
         assert placed.in_flight is not None
         self.wait()
         placed.in_flight.prefill_answered(200, self.small.fleet.clock())
-        assert self.calls == 1
+        assert self.notified == 1
         placed.in_flight.end(self.small.fleet.clock())
-        assert self.calls == 2
+        assert self.notified == 2
         placed.in_flight.end(self.small.fleet.clock())
-        assert self.calls == 2
+        assert self.notified == 2
 
-    def test_when_a_request_of_another_process_is_over(self) -> None:
-        """What others send is on the books like our own."""
+    def test_queue_is_notified_when_a_request_of_a_peer_ends(self) -> None:
+        """Requests of peers hold reservations like our own."""
         url = make_endpoint(Role.DECODE).url
-        foreign = self.small.dispatcher.ledger.open_peer(PlacementRecord("*", RequestCost(10.0), url, 0), 1000.0)
+        peer = self.small.dispatcher.tracker.open_peer(PlacementRecord("*", RequestCost(10.0), url, 0), 1000.0)
         self.wait()
-        foreign.end(1001.0)
-        assert self.calls == 1
+        peer.end(1001.0)
+        assert self.notified == 1
 
-    def test_when_an_engine_tells_its_load(self) -> None:
-        """Or who it is: what is asked for next may be free there."""
+    def test_queue_is_notified_when_an_engine_is_discovered_or_sampled(self) -> None:
+        """A new engine, or a lower load, may have room."""
         endpoint = make_endpoint(Role.DECODE)
         load = LoadCache([endpoint], 5.0, made_room=self.queue.notify)
         self.wait()
         load.discovered(endpoint, "10.0.0.1:1", make_facts(Role.DECODE), 1000.0)
-        assert self.calls == 1
+        assert self.notified == 1
         load.sampled(endpoint, LoadPage(()), 1000.0, 1000.0)
-        assert self.calls == 2
+        assert self.notified == 2
 
 
-def test_a_request_that_waits_is_read_once() -> None:
-    """It may be as large as a novel, and be called many times before there is room for it."""
+def test_queued_request_is_parsed_once() -> None:
+    """Its body may be megabytes, and it may be scheduled many times before it finds room."""
     queue = AdmissionQueue(QueueSettings())
     small = Small(queue, max_requests=1)
     placed, _ = small.place_until_refused(10)

@@ -1,4 +1,4 @@
-"""Rooms lead both servers to the chosen ranks, whatever their numbers of ranks."""
+"""Bootstrap rooms lead both engines to the picked ranks, whatever their numbers of ranks."""
 
 import math
 from random import Random
@@ -13,8 +13,8 @@ RANKED = st.integers(1, 64).flatmap(lambda ranks: st.tuples(st.integers(0, ranks
 
 
 @given(prefill=RANKED, seed=st.integers())
-def test_a_room_is_congruent_to_the_prefill_rank(prefill: tuple[int, int], seed: int) -> None:
-    """A drawn room is in 1..2^63-1 and leads to the rank."""
+def test_room_is_congruent_to_the_prefill_rank(prefill: tuple[int, int], seed: int) -> None:
+    """A drawn bootstrap room is in 1..2^63-1 and leads to the rank."""
     room = draw_room(Random(seed), prefill)
 
     assert 1 <= room <= MAX_ROOM
@@ -22,10 +22,10 @@ def test_a_room_is_congruent_to_the_prefill_rank(prefill: tuple[int, int], seed:
 
 
 @given(prefill=RANKED, decode=RANKED, seed=st.integers())
-def test_a_room_is_congruent_to_both_ranks_or_refused(
+def test_room_is_congruent_to_both_ranks_or_an_error(
     prefill: tuple[int, int], decode: tuple[int, int], seed: int
 ) -> None:
-    """A room that both servers follow exists exactly when the ranks agree modulo the common divisor."""
+    """A bootstrap room for both engines exists exactly if the ranks agree modulo the common divisor."""
     if agree(prefill, decode):
         room = draw_room(Random(seed), prefill, decode)
 
@@ -51,8 +51,8 @@ class _From(Random):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 32])
-def test_the_bounds_are_never_left(ranks: int) -> None:
-    """The least room is never 0, which SGLang reads as "not arrived", and the greatest fits a signed 64-bit integer."""
+def test_room_stays_within_its_bounds(ranks: int) -> None:
+    """The least one is never 0, which SGLang reads as "not arrived"; the greatest fits a signed 64-bit integer."""
     for rank in range(ranks):
         least, greatest = (draw_room(_From(*draws), (rank, ranks)) for draws in ((0, 1), (MAX_ROOM, -1)))
 
@@ -61,7 +61,7 @@ def test_the_bounds_are_never_left(ranks: int) -> None:
 
 
 def test_rooms_spread_over_the_whole_range() -> None:
-    """Rooms of one rank are uniform over 1..2^63-1: each quarter gets about a quarter of them."""
+    """Bootstrap rooms of one rank are uniform over 1..2^63-1: each quarter gets about a quarter of them."""
     rng = Random(7)
     quarters = [0] * 4
     for _ in range(4000):

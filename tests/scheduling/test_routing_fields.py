@@ -1,4 +1,4 @@
-"""What carries rank and room: headers where they can say it all, else the body."""
+"""Routing fields stand in headers where these can hold all of them, and else in the body."""
 
 import json
 from dataclasses import replace
@@ -38,8 +38,8 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_body_that_says_nothing_of_ranks_is_left_alone(settings: dict[str, Any]) -> None:
-    """Headers carry what there is to be said."""
+def test_body_without_routing_fields_is_unchanged(settings: dict[str, Any]) -> None:
+    """Headers have all routing fields."""
     decision = place(GENERATE, **settings)
 
     assert decision.body is None
@@ -49,8 +49,8 @@ def test_a_body_that_says_nothing_of_ranks_is_left_alone(settings: dict[str, Any
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("value", [1, None, "x"], ids=["set", "null", "of a wrong type"])
 @pytest.mark.parametrize("key", sorted(ROUTING_KEYS))
-def test_a_clients_own_routing_never_gets_through(key: str, value: object, settings: dict[str, Any]) -> None:
-    """Where a client's body has a key that routes, the body carries, and the client's word is gone from both legs."""
+def test_routing_field_of_a_client_reaches_no_engine(key: str, value: object, settings: dict[str, Any]) -> None:
+    """If the body of a client has one, the routing fields stand in the body, and the one of the client is gone."""
     decision = place({**GENERATE, key: value}, **settings)
     assert decision.body is not None
     headers = dict(decision.headers)
@@ -77,10 +77,10 @@ def test_a_clients_own_routing_never_gets_through(key: str, value: object, setti
         ("10.0.0.1", None, "10.0.0.1"),
     ],
 )
-def test_a_bootstrap_host_of_ipv6_is_in_brackets(
+def test_bootstrap_host_of_ipv6_is_in_brackets(
     url_host: str, configured: str | None, sent: str, routing_fields: str
 ) -> None:
-    """Releases up to 0.5.9 make a URL of it as it is; later ones take off what they do not need."""
+    """Releases up to 0.5.9 make a URL of it as it is; later ones remove the brackets."""
     fleet = Fleet(prefills=[PREFILL], decodes=[DECODE], routing_fields=routing_fields)
     host = fleet.host(Role.PREFILL)
     host.configured = replace(host.configured, host=url_host, bootstrap_host=configured)

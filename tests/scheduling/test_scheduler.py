@@ -1,4 +1,4 @@
-"""From a request to hosts, ranks, rooms and bodies, for every engine version that differs."""
+"""A request gets its targets, bootstrap room and bodies, for every release of an engine that differs."""
 
 import json
 from collections import Counter
@@ -34,15 +34,15 @@ def refuse(fleet: Fleet, body: dict[str, Any], api: Api = Api.CHAT) -> Rejection
 
 
 def legs(decision: Decision) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The prefill and the decode leg's bodies, the former made the way Envoy makes it."""
+    """Return the bodies of the prefill and the decode leg, the former made the way Envoy makes it."""
     headers = dict(decision.headers)
     assert decision.body is not None
     rest = decision.body[int(headers[contract.PREFIX_LENGTH]) :]
     return json.loads(headers[contract.PREFILL_PREFIX] + rest), json.loads(decision.body)
 
 
-def test_both_legs_field_by_field() -> None:
-    """Each leg gets its rank, its id and its way of streaming, both the same meeting point; the rest is untouched."""
+def test_bodies_of_both_legs_have_their_routing_fields() -> None:
+    """Each leg has its rank, id and way of streaming, and both have one bootstrap room; the rest is unchanged."""
     fleet = Fleet(prefills=[PREFILL], decodes=[make_facts(Role.DECODE, ranks=8)])
     fleet.sample(make_endpoint(Role.PREFILL), [9, 9, 9, 1])
     fleet.sample(make_endpoint(Role.DECODE), [9, 9, 9, 9, 9, 1, 9, 9])
@@ -71,8 +71,8 @@ def test_both_legs_field_by_field() -> None:
     assert room % 4 == 3
 
 
-def test_headers_and_metadata() -> None:
-    """Envoy is told both hosts, how to make the prefill leg's body and who keeps the books; the log gets the pick."""
+def test_decision_has_headers_and_metadata() -> None:
+    """Headers have both endpoints, the preamble of the prefill leg and the owner; the access log gets the pick."""
     fleet = Fleet(prefills=[PREFILL], decodes=[DECODE])
     fleet.sample(make_endpoint(Role.PREFILL), [9, 1, 9, 9])
     fleet.sample(make_endpoint(Role.DECODE), [9, 9, 1, 9])
@@ -96,8 +96,8 @@ def test_headers_and_metadata() -> None:
 
 @pytest.mark.parametrize("rank", list(RankPolicy))
 @pytest.mark.parametrize("host", list(HostPolicy))
-def test_every_combination_of_policies_places(host: HostPolicy, rank: RankPolicy) -> None:
-    """Whatever the two policies, a request goes to one of the servers, and gives back all it has reserved."""
+def test_every_combination_of_policies_places_a_request(host: HostPolicy, rank: RankPolicy) -> None:
+    """The end of the request ends all of its reservations."""
     fleet = Fleet(prefills=[PREFILL] * 2, decodes=[DECODE] * 2, policy={"host": host.value, "dp_rank": rank.value})
     decisions = [place(fleet) for _ in range(20)]
     hosts = [fleet.host(role, number) for role in (Role.PREFILL, Role.DECODE) for number in (1, 2)]
@@ -112,7 +112,7 @@ def test_every_combination_of_policies_places(host: HostPolicy, rank: RankPolicy
 
 
 def test_requests_spread_evenly_by_tokens() -> None:
-    """Requests of one size fill all ranks of all hosts alike, before any scrape has seen one of them."""
+    """Requests of one size fill all ranks of all endpoints alike, before any sample has one of them."""
     fleet = Fleet(prefills=[PREFILL] * 2, decodes=[DECODE] * 2)
     for _ in range(80):
         place(fleet)
@@ -122,8 +122,8 @@ def test_requests_spread_evenly_by_tokens() -> None:
         assert set(picks) <= {9, 10, 11}  # the very first one runs at once and weighs less
 
 
-def test_uneven_requests_even_out() -> None:
-    """A long prompt on one rank is balanced by many short ones on the others."""
+def test_long_prompt_is_balanced_by_short_ones() -> None:
+    """A long prompt on one rank is balanced by many short ones on the other ranks."""
     fleet = Fleet(prefills=[PREFILL], decodes=[DECODE], policy={"affinity": {"prefixes": False}})
     place(fleet, {**CHAT, "messages": [{"role": "user", "content": "x" * 40_000}]})
     for _ in range(300):
@@ -136,7 +136,7 @@ def test_uneven_requests_even_out() -> None:
 
 
 def test_rooms_and_ids_never_repeat() -> None:
-    """Every attempt has its own room and ids, and every room leads to the rank."""
+    """Every attempt has its own bootstrap room and ids, and every room leads to the rank."""
     fleet = Fleet(prefills=[PREFILL], decodes=[DECODE])
     bodies = [legs(place(fleet)) for _ in range(200)]
     rooms = [decode["bootstrap_room"] for _, decode in bodies]
@@ -147,8 +147,8 @@ def test_rooms_and_ids_never_repeat() -> None:
     assert all(decode["bootstrap_room"] % 4 == prefill["routed_dp_rank"] for prefill, decode in bodies)
 
 
-def test_a_batch_gets_a_room_and_an_id_for_each_prompt() -> None:
-    """All rooms lead to the one prefill rank; no id is the beginning of another, as engines abort by prefix."""
+def test_batch_gets_a_room_and_an_id_for_each_prompt() -> None:
+    """All rooms lead to the one prefill rank. No id is the start of another, as engines abort by the start of an id."""
     fleet = Fleet(prefills=[PREFILL], decodes=[DECODE])
     prefill, decode = legs(place(fleet, {"model": "any", "prompt": ["a"] * 12}, Api.COMPLETIONS))
     rooms = decode["bootstrap_room"]
@@ -181,10 +181,10 @@ def test_a_batch_gets_a_room_and_an_id_for_each_prompt() -> None:
         ),
     ],
 )
-def test_rank_fields_by_version(
+def test_rank_fields_follow_the_release(
     version: tuple[int, int, int], prefill_fields: set[str], decode_fields: set[str]
 ) -> None:
-    """Each release gets the rank fields that it takes; the room says the prefill rank to all of them."""
+    """Each release gets the rank fields that it takes; the bootstrap room leads to the prefill rank in all of them."""
     fleet = Fleet(prefills=[make_facts(Role.PREFILL, version)], decodes=[make_facts(Role.DECODE, version)])
     for _ in range(20):
         decision = place(fleet)
@@ -200,8 +200,8 @@ def test_rank_fields_by_version(
             assert "decode_rank" not in decision.metadata
 
 
-def test_rooms_lead_to_both_ranks_where_only_they_decide() -> None:
-    """Before 0.5.8 both servers follow the room; the decode rank is the least loaded of those that one can reach."""
+def test_room_leads_to_both_ranks_where_it_alone_decides() -> None:
+    """Before 0.5.8 both engines follow the room; the decode rank is the least loaded of those that it can lead to."""
     old = (0, 5, 7)
     fleet = Fleet(prefills=[make_facts(Role.PREFILL, old, 4)], decodes=[make_facts(Role.DECODE, old, 6)])
     fleet.sample(make_endpoint(Role.PREFILL), [9, 1, 9, 9])
@@ -213,19 +213,19 @@ def test_rooms_lead_to_both_ranks_where_only_they_decide() -> None:
     assert (room % 4, room % 6) == (1, 3)
 
 
-def test_plain_dp_prefill_of_old_versions_uses_its_only_working_rank() -> None:
-    """From 0.5.11 to 0.5.15 every rank but 0 of a plain-DP prefill server fails its requests."""
+def test_plain_dp_prefill_of_old_releases_uses_rank_0() -> None:
+    """From 0.5.11 to 0.5.15 every other rank of a plain-DP prefill engine fails its requests."""
     facts = make_facts(Role.PREFILL, (0, 5, 13), dp_attention=False)
     fleet = Fleet(prefills=[facts], decodes=[DECODE])
 
     assert {place(fleet).metadata["prefill_rank"] for _ in range(20)} == {0}
 
 
-class TestEnginesOwnPlacement:
+class TestRankOfTheEngine:
     """``dp_rank: none`` leaves the ranks to the engines."""
 
-    def test_no_rank_is_routed(self) -> None:
-        """Only the room decides on prefill; its rank is known all the same, and decode needs to be told it."""
+    def test_no_rank_is_in_the_bodies(self) -> None:
+        """The room alone decides on prefill; that rank is known all the same, and decode needs it."""
         fleet = Fleet(prefills=[PREFILL], decodes=[DECODE], policy={"dp_rank": "none"})
         seen: Counter[int | str] = Counter()
         for _ in range(200):
@@ -240,16 +240,16 @@ class TestEnginesOwnPlacement:
 
         assert sorted(seen) == [0, 1, 2, 3]
 
-    def test_a_prefill_server_that_balances_itself_is_told_nothing(self) -> None:
-        """A round-robin prefill server registers its pick; naming a rank would contradict it."""
+    def test_prefill_engine_that_balances_itself_gets_no_rank(self) -> None:
+        """A round-robin prefill engine registers its own pick, which a rank in the body would contradict."""
         facts = make_facts(Role.PREFILL, method="round_robin")
         fleet = Fleet(prefills=[facts], decodes=[DECODE], policy={"dp_rank": "none"})
         prefill, decode = legs(place(fleet))
 
         assert not {"routed_dp_rank", "disagg_prefill_dp_rank"} & (prefill.keys() | decode.keys())
 
-    def test_a_batch_stays_on_one_prefill_rank(self) -> None:
-        """The prefill rank is one for the whole body, so all its rooms lead to the same."""
+    def test_batch_stays_on_one_prefill_rank(self) -> None:
+        """The whole body has one prefill rank, so all of its rooms lead to the same."""
         fleet = Fleet(prefills=[PREFILL], decodes=[DECODE], policy={"dp_rank": "none"})
         _, decode = legs(place(fleet, {"prompt": ["a"] * 9}, Api.COMPLETIONS))
 
@@ -257,7 +257,7 @@ class TestEnginesOwnPlacement:
 
 
 class TestClientRanks:
-    """Ranks that a client sent are pins only where the operator lets them be."""
+    """A rank that a client asks for is a pin only where the operator allows it."""
 
     def _fleet(self, policy: str) -> Fleet:
         fleet = Fleet(prefills=[PREFILL], decodes=[DECODE], policy={"client_dp_rank": policy})
@@ -277,7 +277,9 @@ class TestClientRanks:
             pytest.param("honour", {**CHAT, "routed_dp_rank": None}, (0, 0), id="null"),
         ],
     )
-    def test_pins(self, policy: str, body: dict[str, Any], ranks: tuple[int, int]) -> None:
+    def test_rank_of_a_client_is_honoured_if_allowed(
+        self, policy: str, body: dict[str, Any], ranks: tuple[int, int]
+    ) -> None:
         """A pin in range is obeyed on both legs and in the room; any other is replaced."""
         prefill, decode = legs(place(self._fleet(policy), body))
 
@@ -286,8 +288,8 @@ class TestClientRanks:
         assert decode["bootstrap_room"] % 4 == ranks[0]
         assert not {"data_parallel_rank"} & (prefill.keys() | decode.keys())
 
-    def test_a_pin_picks_among_the_hosts_that_have_the_rank(self) -> None:
-        """A rank that only the larger host has goes there, however loaded it is."""
+    def test_pin_picks_among_the_endpoints_that_have_the_rank(self) -> None:
+        """A rank that only the larger endpoint has is picked there, whatever its load."""
         fleet = Fleet(
             prefills=[make_facts(Role.PREFILL, ranks=2), make_facts(Role.PREFILL, ranks=8)],
             decodes=[DECODE],
@@ -301,10 +303,10 @@ class TestClientRanks:
 
 
 class TestAggregated:
-    """One kind of server does both; there is no mirror."""
+    """An aggregated pool has one target for each request, and no mirror."""
 
-    def test_only_the_rank_is_added(self) -> None:
-        """The body keeps everything else, streaming and ids included; client-sent routing fields go."""
+    def test_aggregated_body_gets_only_the_rank(self) -> None:
+        """Streaming, ids and all else stay; routing fields of the client go."""
         fleet = Fleet(workers=[make_facts(Role.WORKER)])
         fleet.sample(make_endpoint(Role.WORKER), [9, 9, 1, 9])
         decision = place(fleet, {**CHAT, "rid": "mine", "bootstrap_room": 7, "routed_dp_rank": 0})
@@ -322,23 +324,25 @@ class TestAggregated:
             pytest.param((0, 5, 6), Api.CHAT, None, id="0.5.6 chat takes none"),
         ],
     )
-    def test_the_rank_by_version(self, version: tuple[int, int, int], api: Api, key: str | None) -> None:
-        """Old releases call the rank otherwise, or take none on a path; then the engine places the request."""
+    def test_aggregated_rank_follows_the_release(
+        self, version: tuple[int, int, int], api: Api, key: str | None
+    ) -> None:
+        """Old releases have another name for the rank, or take none on a path; then the engine picks it."""
         fleet = Fleet(workers=[make_facts(Role.WORKER, version)])
         sent = {"text": "a"} if api is Api.GENERATE else CHAT
         body = json.loads(place(fleet, sent, api).body or b"")
 
         assert body.keys() - sent.keys() == ({key} if key else set())
 
-    def test_several_samples_are_fine(self) -> None:
-        """N > 1 is broken only between two servers."""
+    def test_several_samples_are_allowed_on_aggregated_endpoints(self) -> None:
+        """N > 1 fails only between two engines."""
         fleet = Fleet(workers=[make_facts(Role.WORKER)])
 
         assert json.loads(place(fleet, {**CHAT, "n": 4}).body or b"")["n"] == 4
 
 
 class TestRefusals:
-    """What cannot be placed is refused with a reason, and leaves nothing on the books."""
+    """A request that cannot be placed is refused with a reason, and leaves no reservation."""
 
     @pytest.mark.parametrize(
         ("api", "body", "param"),
@@ -357,16 +361,16 @@ class TestRefusals:
             pytest.param(Api.RESPONSES, {"input": "a", "background": True}, "background", id="background"),
         ],
     )
-    def test_what_disaggregation_cannot_do(self, api: Api, body: dict[str, Any], param: str) -> None:
-        """These work on one server only; a clear 400 is better than a hang."""
+    def test_request_that_needs_one_engine_is_refused(self, api: Api, body: dict[str, Any], param: str) -> None:
+        """These work on one engine only; a clear 400 is better than a hang."""
         fleet = Fleet(prefills=[PREFILL], decodes=[DECODE])
         refusal = refuse(fleet, body, api)
 
         assert (refusal.status, refusal.reason, refusal.param) == (400, Reason.UNSUPPORTED_VALUE, param)
         assert fleet.host(Role.PREFILL).tokens == fleet.host(Role.DECODE).tokens == 0
 
-    def test_no_server_is_known(self) -> None:
-        """Before any engine has been reached the client is asked to come again."""
+    def test_request_is_refused_before_any_engine_is_reached(self) -> None:
+        """The client gets a time to try again."""
         fleet = Fleet(prefills=[PREFILL], decodes=[DECODE])
         fleet.load._by_role.clear()
         refusal = refuse(fleet, CHAT)
@@ -383,8 +387,10 @@ class TestRefusals:
             pytest.param((0, 5, 22), Api.MESSAGES, True, id="messages on 0.5.22"),
         ],
     )
-    def test_paths_that_an_old_engine_would_die_of(self, version: tuple[int, int, int], api: Api, served: bool) -> None:
-        """A path whose handler drops the room must not reach a prefill server: it would end the process."""
+    def test_path_that_would_end_an_old_engine_is_refused(
+        self, version: tuple[int, int, int], api: Api, served: bool
+    ) -> None:
+        """A path whose handler drops the bootstrap room would end the process of a prefill engine."""
         fleet = Fleet(prefills=[make_facts(Role.PREFILL, version)], decodes=[make_facts(Role.DECODE, version)])
         outcome = fleet.dispatcher.place(api, json.dumps({**CHAT, "input": "a"}).encode())
 
@@ -395,8 +401,8 @@ class TestRefusals:
             assert (outcome.status, outcome.reason) == (400, Reason.ENGINE_TOO_OLD)
             assert ".".join(map(str, version)) in outcome.message
 
-    def test_only_the_new_engines_of_a_mixed_pool_get_new_paths(self) -> None:
-        """During an upgrade the path works on the servers that have it."""
+    def test_new_path_goes_to_the_new_engines_of_a_mixed_pool(self) -> None:
+        """During an upgrade the path works on the engines that have it."""
         old, new = make_facts(Role.PREFILL, (0, 5, 19)), make_facts(Role.PREFILL)
         fleet = Fleet(prefills=[old, new], decodes=[DECODE])
 
@@ -405,10 +411,10 @@ class TestRefusals:
 
 
 class TestLookups:
-    """Requests without a body."""
+    """Lookups are requests without a body."""
 
-    def test_any_decode_server_answers(self) -> None:
-        """Such a request goes to one server, without a mirror and without a place on the books."""
+    def test_lookup_goes_to_any_decode_endpoint(self) -> None:
+        """Such a request has no mirror and no reservations."""
         fleet = Fleet(prefills=[PREFILL], decodes=[DECODE] * 2)
         decisions = [fleet.dispatcher.look_up() for _ in range(40)]
 
@@ -416,23 +422,23 @@ class TestLookups:
         hosts = {decision.headers for decision in decisions if isinstance(decision, Decision)}
         assert hosts == {((contract.DECODE_HOST, b"10.0.0.1:32001"),), ((contract.DECODE_HOST, b"10.0.0.2:32002"),)}
 
-    def test_models_of_a_wildcard_pool_are_those_its_engines_serve(self) -> None:
-        """The wildcard is no model; what the engines say they serve is."""
+    def test_models_of_a_wildcard_pool_are_those_of_its_engines(self) -> None:
+        """The wildcard is no model; what the engines report is."""
         answer = Fleet(prefills=[PREFILL], decodes=[DECODE]).dispatcher.models("/v1/models")
 
         assert isinstance(answer, Answer)
         assert [card["id"] for card in json.loads(answer.body)["data"]] == ["served"]
 
-    def test_a_model_with_a_slash(self) -> None:
-        """Client libraries escape the slash of org/name; no engine sees the path, so it is read here."""
+    def test_model_with_an_escaped_slash_is_found(self) -> None:
+        """Client libraries escape the slash of org/name, and no engine gets the path, so it is decoded here."""
         fleet = Fleet(workers=[replace(make_facts(Role.WORKER), served_model="org/name")])
         answer = fleet.dispatcher.models("/v1/models/org%2Fname")
 
         assert isinstance(answer, Answer)
         assert json.loads(answer.body)["id"] == "org/name"
 
-    def test_one_model(self) -> None:
-        """A known model can be looked up, an unknown one is a 404 that names the known ones."""
+    def test_one_model_can_be_looked_up(self) -> None:
+        """An unknown model is a 404 with the known ones."""
         dispatcher = Fleet(prefills=[PREFILL], decodes=[DECODE]).dispatcher
         known, unknown = dispatcher.models("/v1/models/served?x=1"), dispatcher.models("/v1/models/other")
 
@@ -443,8 +449,8 @@ class TestLookups:
         assert "served" in unknown.message
 
 
-def test_what_clients_see_does_not_tell_the_token_of_a_leg() -> None:
-    """SGLang gives request ids back as ids of answers; the token is drawn elsewhere, and new for each attempt."""
+def test_token_of_a_leg_does_not_follow_from_ids() -> None:
+    """SGLang returns request ids to clients; the token is drawn elsewhere, and anew for each attempt."""
     fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
     decisions = [fleet.dispatcher.place(Api.GENERATE, b'{"text":"x"}') for _ in range(2)]
     placed = [each for each in decisions if isinstance(each, Decision)]

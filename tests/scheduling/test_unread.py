@@ -1,4 +1,4 @@
-"""Requests of which only the head is seen: where they go, what is taken for their size, and what is refused."""
+"""Requests whose body is not read are placed by their headers, estimated by their length, or refused."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,8 +33,8 @@ def place(fleet: Fleet, length: int | None = 400, api: Api = Api.CHAT, **circums
     return decision
 
 
-def test_headers_tell_both_legs_everything() -> None:
-    """The least loaded ranks, a room that agrees, and nothing of the body; whether it streams is left open."""
+def test_headers_have_all_routing_fields() -> None:
+    """They have the least loaded ranks and a room that agrees; whether the response streams is unknown."""
     fleet = make_fleet()
     fleet.sample(make_endpoint(Role.PREFILL), [9, 9, 9, 1])
     fleet.sample(make_endpoint(Role.DECODE), [9, 1, 9, 9])
@@ -50,8 +50,8 @@ def test_headers_tell_both_legs_everything() -> None:
     assert (headers[contract.PREFILL_HOST], headers[contract.DECODE_HOST]) == (b"10.0.0.1:31001", b"10.0.0.1:32001")
 
 
-def test_servers_of_one_rank_are_told_it_as_well() -> None:
-    """A rank in a client's body would count otherwise."""
+def test_rank_is_in_headers_also_if_there_is_only_one() -> None:
+    """Otherwise a rank in the body of a client would count."""
     fleet = make_fleet([facts(Role.PREFILL, dp_ranks=1)], [facts(Role.DECODE, dp_ranks=1)])
     headers = dict(place(fleet).headers)
 
@@ -59,8 +59,8 @@ def test_servers_of_one_rank_are_told_it_as_well() -> None:
 
 
 @pytest.mark.parametrize(("length", "tokens"), [(0, 1), (400, 100), (40_000, 10_000), (None, 1024)])
-def test_the_length_is_the_estimate(length: int | None, tokens: int) -> None:
-    """All of a body is taken for prompt; one that does not say its length for an ordinary prompt."""
+def test_tokens_are_estimated_by_the_length(length: int | None, tokens: int) -> None:
+    """The whole body counts as prompt; one of unknown length counts as an ordinary prompt."""
     fleet = make_fleet()
     place(fleet, length)
 
@@ -68,8 +68,8 @@ def test_the_length_is_the_estimate(length: int | None, tokens: int) -> None:
     assert reservation.tokens == tokens
 
 
-def test_the_estimate_learns_what_a_body_is() -> None:
-    """What engines count is set against whole bodies, so that what is not prompt in them is learnt, too."""
+def test_estimate_follows_the_counts_of_engines() -> None:
+    """The counts are compared with whole bodies, so the estimate learns what of them is no prompt."""
     fleet = make_fleet()
     ratio, url = fleet.load.ratios["*"], make_endpoint(Role.PREFILL).url
     for second in range(10):
@@ -83,8 +83,8 @@ def test_the_estimate_learns_what_a_body_is() -> None:
     assert 7 < ratio.bytes_per_token <= 8
 
 
-def test_no_prompt_is_too_long_by_its_length_alone() -> None:
-    """A picture has many bytes and few tokens."""
+def test_prompt_is_not_refused_by_its_length_alone() -> None:
+    """An image has many bytes and few tokens."""
     fleet = make_fleet()
     for endpoint in fleet.endpoints:
         fleet.sample(endpoint, [0] * 4)
@@ -97,8 +97,8 @@ def test_no_prompt_is_too_long_by_its_length_alone() -> None:
     assert place(fleet, 1 << 20).in_flight is not None
 
 
-def test_the_request_avoids_where_it_has_failed() -> None:
-    """A request that is placed anew goes to another pair."""
+def test_retry_goes_to_another_pair() -> None:
+    """Retry avoidance needs no body."""
     fleet = make_fleet([facts(Role.PREFILL)] * 2, [facts(Role.DECODE)] * 2)
     first = dict(place(fleet).headers)
     failed = frozenset({first[contract.PREFILL_HOST].decode(), first[contract.DECODE_HOST].decode()})
@@ -107,8 +107,8 @@ def test_the_request_avoids_where_it_has_failed() -> None:
     assert {second[contract.PREFILL_HOST].decode(), second[contract.DECODE_HOST].decode()}.isdisjoint(failed)
 
 
-def test_only_engines_that_obey() -> None:
-    """One that does not, or of which it is not known, gets no request."""
+def test_only_engines_that_read_the_headers_get_requests() -> None:
+    """An engine that does not, or of which it is unknown, gets no request."""
     mixed = [facts(Role.DECODE, reads_overrides=False), facts(Role.DECODE, reads_overrides=None), facts(Role.DECODE)]
     fleet = make_fleet(decodes=mixed)
 
@@ -126,8 +126,10 @@ def test_only_engines_that_obey() -> None:
         pytest.param(Api.CHAT, {"reads_overrides": None}, 503, Reason.NO_ENDPOINTS, id="not known yet"),
     ],
 )
-def test_refusals(api: Api, prefill: dict[str, Any], status: int, reason: Reason) -> None:
-    """What headers cannot say to these engines is refused with the reason: there is no body to say it."""
+def test_request_that_headers_cannot_route_is_refused(
+    api: Api, prefill: dict[str, Any], status: int, reason: Reason
+) -> None:
+    """There is no body that could have the routing fields, so the refusal has the reason."""
     refusal = make_fleet([facts(Role.PREFILL, **prefill)]).dispatcher.place_unread(api, 10)
 
     assert isinstance(refusal, Rejection)
@@ -143,8 +145,8 @@ def test_refusals(api: Api, prefill: dict[str, Any], status: int, reason: Reason
         ("headers", {**POLICY, "client_dp_rank": "honour"}),
     ],
 )
-def test_a_pool_that_needs_bodies(routing_fields: str, policy: dict[str, Any]) -> None:
-    """An Envoy that sends none, against the configuration, is told so; nothing is placed by guesswork."""
+def test_request_is_refused_if_the_pool_needs_bodies(routing_fields: str, policy: dict[str, Any]) -> None:
+    """An Envoy that sends no bodies, against the configuration, gets the reason; no request is placed by guess."""
     fleet = Fleet(
         prefills=[facts(Role.PREFILL)], decodes=[facts(Role.DECODE)], policy=policy, routing_fields=routing_fields
     )
@@ -154,8 +156,8 @@ def test_a_pool_that_needs_bodies(routing_fields: str, policy: dict[str, Any]) -
     assert (refusal.status, refusal.reason) == (500, Reason.UNSUPPORTED_BODY_MODE)
 
 
-def test_servers_that_do_both_need_bodies() -> None:
-    """Their rank stands there."""
+def test_aggregated_pool_needs_bodies() -> None:
+    """The rank of an aggregated endpoint stands in the body."""
     fleet = Fleet(workers=[make_facts(Role.WORKER)], policy=POLICY)
     refusal = fleet.dispatcher.place_unread(Api.CHAT, 10)
 

@@ -1,4 +1,4 @@
-"""Messages that no replica would send, each of which has once ended one, or all of its requests."""
+"""Make messages that no replica would send; each has ended a replica, or all of its requests, before it was refused."""
 
 import math
 from typing import Final
@@ -6,7 +6,7 @@ from typing import Final
 import msgspec
 
 from dp_extproc.load.records import PlacementRecord
-from dp_extproc.sync.messages import VERSION, Batch, Dispatched, FirstToken, encode
+from dp_extproc.sync.messages import VERSION, Batch, FirstToken, Placed, encode
 
 HEADER: Final = b"dpx" + bytes([VERSION])
 DEEP: Final = b"\x91" * 20_000 + b"\x90"
@@ -15,13 +15,13 @@ NESTED: Final = HEADER + b"\x96" + msgspec.msgpack.encode(Batch("p", 1, 1000.0, 
 """They stand where a later release may have added something, which is passed over."""
 
 
-def hostile_messages(dispatch: PlacementRecord) -> list[bytes]:
-    """Make some of every kind, which tell of such an attempt. All are garbage."""
-    cost = dispatch.cost
-    dispatches = [
-        *(msgspec.structs.replace(dispatch, cached=each) for each in (math.nan, math.inf, -1.0)),
+def hostile_messages(record: PlacementRecord) -> list[bytes]:
+    """Make messages of every kind about a placement record. All are garbage."""
+    cost = record.cost
+    records = [
+        *(msgspec.structs.replace(record, cached=each) for each in (math.nan, math.inf, -1.0)),
         *(
-            msgspec.structs.replace(dispatch, cost=msgspec.structs.replace(cost, **changed))
+            msgspec.structs.replace(record, cost=msgspec.structs.replace(cost, **changed))
             for changed in (
                 {"tokens": math.inf},
                 {"tokens": math.nan},
@@ -34,11 +34,9 @@ def hostile_messages(dispatch: PlacementRecord) -> list[bytes]:
             )
         ),
     ]
-    told = [
-        encode(Batch(f"peer-{number}", 1, 1.0, (Dispatched(1, 1.0, each),))) for number, each in enumerate(dispatches)
-    ]
+    messages = [encode(Batch(f"peer-{number}", 1, 1.0, (Placed(1, 1.0, each),))) for number, each in enumerate(records)]
     moments = [
         encode(Batch("clock-1", 1, math.inf, ())),
-        encode(Batch("clock-2", 1, -1e308, (Dispatched(1, 1e308, dispatch), FirstToken(1, math.nan)))),
+        encode(Batch("clock-2", 1, -1e308, (Placed(1, 1e308, record), FirstToken(1, math.nan)))),
     ]
-    return [NESTED, HEADER + DEEP, *told, *moments]
+    return [NESTED, HEADER + DEEP, *messages, *moments]

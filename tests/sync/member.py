@@ -1,4 +1,4 @@
-"""A replica with synthetic attempts: in this process, or as a process of its own that is told what to do by lines."""
+"""Run a replica with synthetic attempts: in this process, or as a child that reads commands from stdin."""
 
 import asyncio
 import json
@@ -13,30 +13,30 @@ from pathlib import Path
 from dp_extproc.config import SyncSettings
 from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.transport.replica import join
-from sync.books import Books, dispatch_to
+from sync.peer_requests import PeerRequests, record_to
 
 PATIENCE = 20.0
 """Seconds that a test waits for a condition."""
 
 
 class Member:
-    """One replica and its books."""
+    """Connect one replica to recorded requests."""
 
-    def __init__(self, url: str, name: str, silence: float = 2.0) -> None:
+    def __init__(self, url: str, name: str, peer_timeout: float = 2.0) -> None:
         self.name = name
-        self.books = Books()
+        self.requests = PeerRequests()
         self.outbox = Outbox(name)
-        settings = SyncSettings.model_validate({"url": url, "peer_timeout": f"{silence}s"})
-        self.replica = join(settings, self.outbox, self.books.open_foreign, clock=time.monotonic)
+        settings = SyncSettings.model_validate({"url": url, "peer_timeout": f"{peer_timeout}s"})
+        self.replica = join(settings, self.outbox, self.requests.open_peer, clock=time.monotonic)
         self.own: list[int] = []
-        """Open attempts; a dispatch bears the number of its attempt as its rank."""
+        """Open attempts; the record of an attempt has its number as rank."""
         self._numbers = count(random.randrange(1 << 40))
 
     def open(self, attempts: int = 1) -> None:
         """Begin some attempts."""
         for _ in range(attempts):
             number = next(self._numbers)
-            self.outbox.opened(number, dispatch_to(number), time.monotonic())
+            self.outbox.opened(number, record_to(number), time.monotonic())
             self.own.append(number)
 
     def end(self, attempts: int = 1) -> None:
@@ -48,20 +48,20 @@ class Member:
         del self.own[:attempts]
 
     async def work(self) -> None:
-        """Begin and end attempts until cancelled, a few hundred a second."""
+        """Begin and end attempts until cancelled, a few hundred per second."""
         while True:
             self.open(3)
             self.end(3 if len(self.own) > 100 else 2)
             await asyncio.sleep(0.01)
 
     def knows(self, *others: "Member") -> bool:
-        """Tell whether the books show exactly what others have open."""
-        return self.books.open_ranks == sorted(number for other in others for number in other.own)
+        """Check that the recorded requests are exactly the open attempts of other members."""
+        return self.requests.open_ranks == sorted(number for other in others for number in other.own)
 
 
 @asynccontextmanager
 async def running(*members: Member) -> AsyncIterator[None]:
-    """Let replicas run."""
+    """Run replicas."""
     async with AsyncExitStack() as stack:
         for member in members:
             await stack.enter_async_context(in_background(member.replica.run()))
@@ -89,16 +89,16 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def obey(member: Member) -> None:
-    """Do what the lines of stdin say, and answer each with what is known."""
+    """Run the commands of stdin, and answer each with the state."""
     lines = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     while line := await lines.readline():
         command, number = line.split()
-        {b"open": member.open, b"end": member.end, b"tell": lambda _: None}[command](int(number))
+        {b"open": member.open, b"end": member.end, b"state": lambda _: None}[command](int(number))
         status = member.replica.status()
-        answer = {"own": member.own, "known": member.books.open_ranks, "connected": status.connected}
-        sys.stdout.write(json.dumps(answer) + "\n")
+        state = {"own": member.own, "followed": member.requests.open_ranks, "connected": status.connected}
+        sys.stdout.write(json.dumps(state) + "\n")
         sys.stdout.flush()
 
 

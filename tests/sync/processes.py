@@ -1,4 +1,4 @@
-"""Real processes: replicas of their own, and a Redis server."""
+"""Run real processes: replicas and a Redis server."""
 
 import json
 import os
@@ -24,7 +24,7 @@ TESTS = Path(__file__).parent.parent
 
 
 class MemberProcess:
-    """``sync/member.py`` as a child."""
+    """Run ``sync/member.py`` as a child."""
 
     def __init__(self, url: str, name: str) -> None:
         self._process = subprocess.Popen(
@@ -49,17 +49,17 @@ class MemberProcess:
         self._process.send_signal(number)
 
     def do(self, command: str, number: int = 0) -> dict[str, Any]:
-        """Let it do something, and return what it has open and knows then."""
+        """Run a command, and return the attempts that the process has open, and those of its peers."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(f"{command} {number}\n".encode())
         self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return answer
+        state: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return state
 
 
 class RedisProcess:
-    """A ``redis-server`` of its own on a free port."""
+    """Run a ``redis-server`` on a free port."""
 
     def __init__(self, directory: Path, *options: str) -> None:
         self.port = free_port()

@@ -1,4 +1,4 @@
-"""What is written is read again, and nothing else is."""
+"""Messages are decoded as they were encoded, and all other data is refused."""
 
 import msgspec
 import pytest
@@ -8,25 +8,25 @@ from hypothesis import strategies as st
 from dp_extproc.load.records import PlacementRecord, RequestCost
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix
 from dp_extproc.sync.messages import (
-    MOST_BYTES,
+    MAX_EVENT_BYTES,
     VERSION,
-    Ask,
     Batch,
-    Dispatched,
     Ended,
     Event,
     FirstToken,
     Message,
+    Placed,
     PrefillAnswered,
     Snapshot,
+    SnapshotRequest,
     Unreadable,
     decode,
     encode,
-    portions,
+    split_events,
 )
-from sync.books import DISPATCH, dispatch_to
+from sync.peer_requests import RECORD, record_to
 
-EVENTS: tuple[Event, ...] = (Dispatched(7, 1.5, DISPATCH), PrefillAnswered(7, 1.75), FirstToken(7, 1.8), Ended(7, 2.0))
+EVENTS: tuple[Event, ...] = (Placed(7, 1.5, RECORD), PrefillAnswered(7, 1.75), FirstToken(7, 1.8), Ended(7, 2.0))
 
 
 @pytest.mark.parametrize(
@@ -35,13 +35,13 @@ EVENTS: tuple[Event, ...] = (Dispatched(7, 1.5, DISPATCH), PrefillAnswered(7, 1.
         Batch("a", 1, 2.5, EVENTS),
         Batch("a", 2, 3.0, ()),
         Snapshot("a", 2, 3.0, 0, 1, EVENTS[:3]),
-        Ask("a", None),
-        Ask("a", "b"),
+        SnapshotRequest("a", None),
+        SnapshotRequest("a", "b"),
     ],
     ids=["batch", "heartbeat", "snapshot", "ask_all", "ask_one"],
 )
-def test_every_message_survives_the_way(message: Message) -> None:
-    """A message is read as it was written, hashes of all 64 bits included."""
+def test_message_is_decoded_as_it_was_encoded(message: Message) -> None:
+    """Hashes of all 64 bits stay as they are."""
     assert decode(encode(message)) == message
 
 
@@ -50,63 +50,63 @@ def test_every_message_survives_the_way(message: Message) -> None:
     [
         (b"", Unreadable.UNDECODABLE),
         (b"hello", Unreadable.UNDECODABLE),
-        (encode(Ask("a", None))[:-1], Unreadable.UNDECODABLE),
-        (encode(Ask("a", None)) + b"x", Unreadable.UNDECODABLE),
+        (encode(SnapshotRequest("a", None))[:-1], Unreadable.UNDECODABLE),
+        (encode(SnapshotRequest("a", None)) + b"x", Unreadable.UNDECODABLE),
         (b"dpx\x01\x93\x00", Unreadable.UNDECODABLE),
         (b"dpx", Unreadable.VERSION_MISMATCH),
         (b"dpx" + bytes([VERSION + 1]) + b"whatever", Unreadable.VERSION_MISMATCH),
     ],
     ids=["nothing", "text", "cut", "longer", "no_message", "no_version", "newer"],
 )
-def test_what_cannot_be_read_is_told_apart(data: bytes, expected: Unreadable) -> None:
+def test_decode_returns_why_data_is_refused(data: bytes, expected: Unreadable) -> None:
     """Garbage and messages of another version are values, not errors."""
     assert decode(data) is expected
 
 
 @pytest.mark.parametrize("ends", [(7,), (5, 0), (0, 0), (5, 3), (-5, 3), (1, 2, 3)])
-def test_a_prompt_whose_blocks_do_not_fit_is_garbage(ends: tuple[int, ...]) -> None:
-    """It would break the books of whoever heard it, so it is refused before."""
-    told = msgspec.to_builtins(Batch("a", 1, 2.5, EVENTS[:1]))
-    prefix = told[-1][0][-1]["demand"]["prefix"]
-    header = encode(Ask("a", None))[:4]
-    fits = decode(header + msgspec.msgpack.encode(told))
+def test_message_is_garbage_if_prefix_blocks_do_not_fit(ends: tuple[int, ...]) -> None:
+    """Such a prefix would break the prefix index of each receiver."""
+    plain = msgspec.to_builtins(Batch("a", 1, 2.5, EVENTS[:1]))
+    prefix = plain[-1][0][-1]["demand"]["prefix"]
+    header = encode(SnapshotRequest("a", None))[:4]
+    fits = decode(header + msgspec.msgpack.encode(plain))
     prefix["ends"] = ends
 
     assert isinstance(fits, Batch)
-    assert decode(header + msgspec.msgpack.encode(told)) is Unreadable.UNDECODABLE
+    assert decode(header + msgspec.msgpack.encode(plain)) is Unreadable.UNDECODABLE
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_break_the_reader(data: bytes) -> None:
-    """Whatever comes after a right header is either a message or garbage."""
-    assert isinstance(decode(b"dpx" + bytes([VERSION]) + data), Batch | Snapshot | Ask | Unreadable)
+def test_decode_never_raises_after_a_right_header(data: bytes) -> None:
+    """All bytes behind it are either a message or garbage."""
+    assert isinstance(decode(b"dpx" + bytes([VERSION]) + data), Batch | Snapshot | SnapshotRequest | Unreadable)
 
 
-def test_many_events_are_divided_in_their_order() -> None:
-    """No message is larger than a datagram may be, and none of the events is left out."""
-    events: list[Event] = [Dispatched(number, 0.0, dispatch_to(number)) for number in range(5000)]
+def test_events_are_split_in_their_order() -> None:
+    """No message is larger than a datagram may be, and none of the events is lost."""
+    events: list[Event] = [Placed(number, 0.0, record_to(number)) for number in range(5000)]
 
-    divided = list(portions(events))
+    divided = list(split_events(events))
 
     assert len(divided) > 1
     assert [event for portion in divided for event in portion] == events
-    assert all(len(encode(Batch("a", 1, 0.0, tuple(portion)))) < MOST_BYTES + 100 for portion in divided)
+    assert all(len(encode(Batch("a", 1, 0.0, tuple(portion)))) < MAX_EVENT_BYTES + 100 for portion in divided)
 
 
-def test_a_hint_that_is_too_large_is_left_out() -> None:
-    """An event that exceeds a message by itself is told without the prefix and the session; its load is told."""
-    demand = RequestCost(
+def test_event_drops_prefix_and_session_if_too_large() -> None:
+    """An event that exceeds a message by itself keeps its load."""
+    cost = RequestCost(
         5e6, 1.0, Prefix(tuple(range(1 << 60, (1 << 60) + 100_000)), tuple(range(100_000))), "s" * 100_000
     )
-    dispatch = PlacementRecord("llama", demand, "http://10.0.0.2:30000", 1)
+    record = PlacementRecord("llama", cost, "http://10.0.0.2:30000", 1)
 
-    ((event,),) = portions([Dispatched(1, 0.0, dispatch)])
+    ((event,),) = split_events([Placed(1, 0.0, record)])
 
-    assert isinstance(event, Dispatched)
-    assert event.dispatch.cost == RequestCost(5e6, 1.0, NO_PREFIX, None)
-    assert event.dispatch.decode_rank == 1
+    assert isinstance(event, Placed)
+    assert event.record.cost == RequestCost(5e6, 1.0, NO_PREFIX, None)
+    assert event.record.decode_rank == 1
 
 
-def test_nothing_takes_no_message() -> None:
-    """Without events there is nothing to divide."""
-    assert list(portions([])) == []
+def test_no_events_need_no_message() -> None:
+    """Without events there is nothing to split."""
+    assert list(split_events([])) == []

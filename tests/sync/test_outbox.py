@@ -1,52 +1,61 @@
-"""What is collected, and when."""
+"""Test which messages an outbox collects, and when."""
 
-from dp_extproc.sync.messages import Ask, Batch, Dispatched, Ended, FirstToken, PrefillAnswered, Snapshot, decode
+from dp_extproc.sync.messages import (
+    Batch,
+    Ended,
+    FirstToken,
+    Placed,
+    PrefillAnswered,
+    Snapshot,
+    SnapshotRequest,
+    decode,
+)
 from dp_extproc.sync.outbox import HEARTBEAT, Outbox
-from sync.books import DISPATCH, dispatch_to
+from sync.peer_requests import RECORD, record_to
 
 
 def started() -> Outbox:
-    """Make one that has just said that it lives."""
+    """Make an outbox that has just published a heartbeat."""
     outbox = Outbox("a")
     assert [decode(data) for data in outbox.collect(0.0)] == [Batch("a", 1, 0.0, ())]
     return outbox
 
 
-def test_events_are_told_in_one_batch() -> None:
-    """What has happened since the last batch goes out in order, with the clock's reading at sending."""
+def test_events_go_out_in_one_batch() -> None:
+    """Events since the last batch go out in order, with the clock's reading at sending."""
     outbox = started()
-    outbox.opened(7, DISPATCH, 0.01)
+    outbox.opened(7, RECORD, 0.01)
     outbox.prefill_answered(7, 0.02)
     outbox.first_token(7, 0.03)
     outbox.ended(7, 0.04)
 
     (message,) = map(decode, outbox.collect(0.05))
 
-    told = (Dispatched(7, 0.01, DISPATCH), PrefillAnswered(7, 0.02), FirstToken(7, 0.03), Ended(7, 0.04))
-    assert message == Batch("a", 2, 0.05, told)
+    events = (Placed(7, 0.01, RECORD), PrefillAnswered(7, 0.02), FirstToken(7, 0.03), Ended(7, 0.04))
+    assert message == Batch("a", 2, 0.05, events)
     assert outbox.open_attempts == 0
 
 
-def test_nothing_is_told_twice() -> None:
-    """Without news and before the heartbeat is due, there is no message."""
+def test_outbox_sends_nothing_without_events() -> None:
+    """Before the heartbeat is due, there is no message either."""
     outbox = started()
-    outbox.opened(7, DISPATCH, 0.01)
+    outbox.opened(7, RECORD, 0.01)
     outbox.collect(0.02)
 
     assert outbox.collect(0.02 + HEARTBEAT / 2) == []
 
 
-def test_silence_is_broken_by_a_heartbeat() -> None:
-    """An empty batch takes a sequence number, by which peers see what they have missed."""
+def test_outbox_sends_an_empty_batch_as_heartbeat() -> None:
+    """It takes a sequence number, by which peers detect missing batches."""
     outbox = started()
 
     assert [decode(data) for data in outbox.collect(HEARTBEAT)] == [Batch("a", 2, HEARTBEAT, ())]
 
 
-def test_events_of_unknown_attempts_are_not_told() -> None:
-    """What ended once does not end again, and does not go on."""
+def test_events_of_ended_attempts_are_not_sent() -> None:
+    """An attempt ends once, and has no events after that."""
     outbox = started()
-    outbox.opened(7, DISPATCH, 0.01)
+    outbox.opened(7, RECORD, 0.01)
     outbox.ended(7, 0.02)
     outbox.collect(0.03)
     outbox.first_token(7, 0.04)
@@ -55,38 +64,38 @@ def test_events_of_unknown_attempts_are_not_told() -> None:
     assert outbox.collect(0.05) == []
 
 
-def test_questions_are_sent_once() -> None:
-    """Asking the same replica twice before the next messages is one question."""
+def test_snapshot_requests_are_sent_once() -> None:
+    """Two requests for one replica before the next messages are one."""
     outbox = started()
     for of in ("b", "b", None):
-        outbox.ask(of)
+        outbox.request_snapshot(of)
 
-    assert [decode(data) for data in outbox.collect(0.01)] == [Ask("a", "b"), Ask("a", None)]
+    assert [decode(data) for data in outbox.collect(0.01)] == [SnapshotRequest("a", "b"), SnapshotRequest("a", None)]
     assert outbox.collect(0.02) == []
 
 
-def test_an_answer_tells_all_that_is_open() -> None:
-    """A snapshot follows a batch, whose number it bears, and tells open attempts with what has happened to them."""
+def test_snapshot_has_all_open_attempts() -> None:
+    """A snapshot follows a batch, whose number it bears, and has all events of open attempts."""
     outbox = started()
     for attempt in (1, 2, 3):
-        outbox.opened(attempt, dispatch_to(attempt), 0.01)
+        outbox.opened(attempt, record_to(attempt), 0.01)
     outbox.first_token(2, 0.02)
     outbox.collect(0.03)
     outbox.ended(1, 0.04)
-    outbox.answer()
-    outbox.answer()
+    outbox.send_snapshot()
+    outbox.send_snapshot()
 
     batch, snapshot = map(decode, outbox.collect(0.05))
 
     assert batch == Batch("a", 3, 0.05, (Ended(1, 0.04),))
-    still_open = (Dispatched(2, 0.01, dispatch_to(2)), FirstToken(2, 0.02), Dispatched(3, 0.01, dispatch_to(3)))
+    still_open = (Placed(2, 0.01, record_to(2)), FirstToken(2, 0.02), Placed(3, 0.01, record_to(3)))
     assert snapshot == Snapshot("a", 3, 0.05, 0, 1, still_open)
 
 
-def test_an_answer_with_nothing_open_says_so() -> None:
-    """An empty snapshot is told, too: it ends what peers believe."""
+def test_snapshot_is_sent_empty_without_open_attempts() -> None:
+    """An empty snapshot ends the attempts that peers still have."""
     outbox = started()
-    outbox.answer()
+    outbox.send_snapshot()
 
     assert [decode(data) for data in outbox.collect(0.01)] == [
         Batch("a", 2, 0.01, ()),
@@ -94,12 +103,12 @@ def test_an_answer_with_nothing_open_says_so() -> None:
     ]
 
 
-def test_a_large_answer_comes_in_parts() -> None:
-    """A snapshot of thousands of attempts takes several messages, all of one number."""
+def test_snapshot_comes_in_parts_if_large() -> None:
+    """Thousands of attempts take several messages, all of one sequence number."""
     outbox = started()
     for attempt in range(3000):
-        outbox.opened(attempt, dispatch_to(attempt), 0.01)
-    outbox.answer()
+        outbox.opened(attempt, record_to(attempt), 0.01)
+    outbox.send_snapshot()
 
     messages = [decode(data) for data in outbox.collect(0.05)]
 

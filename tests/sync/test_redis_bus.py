@@ -1,4 +1,4 @@
-"""Replicas on a real Redis server: what one sends the others know, whatever becomes of the server."""
+"""Replicas on a real Redis server have the attempts of their peers, whatever happens to the server."""
 
 import asyncio
 import logging
@@ -15,21 +15,21 @@ import redis.asyncio
 
 from dp_extproc.lab.testbed.ports import free_port
 from dp_extproc.sync.messages import VERSION
-from sync.books import dispatch_to
 from sync.hostile import hostile_messages
 from sync.member import Member, in_background, running, until
+from sync.peer_requests import record_to
 from sync.processes import MemberProcess, RedisProcess, redis_server
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RedisProcess]:
-    """A server of this test alone."""
+    """Run a server for one test."""
     with redis_server(tmp_path) as running_server:
         yield running_server
 
 
-def has_told_more_than(member: Member, messages: int) -> bool:
-    """Tell whether a replica has sent something by now."""
+def has_sent_more_than(member: Member, messages: int) -> bool:
+    """Check whether a replica has sent more messages by now."""
     return member.replica.status().sent > messages
 
 
@@ -38,8 +38,8 @@ def open_files() -> int:
     return len(list(Path("/dev/fd").iterdir()))
 
 
-def test_what_one_sends_the_others_know(server: RedisProcess) -> None:
-    """Dispatches and ends of each reach all others, and nobody's own come back to it."""
+def test_replicas_have_the_attempts_of_all_peers(server: RedisProcess) -> None:
+    """Placed and ended attempts of each reach all others, and no replica gets its own."""
 
     async def story() -> None:
         members = a, b, c = [Member(server.url, name) for name in "abc"]
@@ -58,8 +58,8 @@ def test_what_one_sends_the_others_know(server: RedisProcess) -> None:
     asyncio.run(story())
 
 
-def test_who_comes_later_learns_what_was_before(server: RedisProcess) -> None:
-    """A newcomer asks the others, who tell it all they have open, in parts if it is much."""
+def test_new_replica_gets_all_open_attempts(server: RedisProcess) -> None:
+    """It requests snapshots, which come in parts if they are large."""
 
     async def story() -> None:
         first, second = Member(server.url, "first"), Member(server.url, "second")
@@ -73,8 +73,10 @@ def test_who_comes_later_learns_what_was_before(server: RedisProcess) -> None:
     asyncio.run(story())
 
 
-def test_the_server_is_killed_and_comes_back_under_load(server: RedisProcess, caplog: pytest.LogCaptureFixture) -> None:
-    """The replicas go on alone, say once each that the bus is lost and back, and then know everything again."""
+def test_replicas_survive_a_restart_of_the_server_under_load(
+    server: RedisProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They go on alone, log once each that the bus is lost and back, and are complete again."""
     caplog.set_level(logging.WARNING, "dp_extproc")
 
     async def story() -> None:
@@ -87,23 +89,23 @@ def test_the_server_is_killed_and_comes_back_under_load(server: RedisProcess, ca
                 await until(lambda: all(len(member.own) > 50 for member in members))
                 server.kill()
                 await until(lambda: not any(member.replica.status().connected for member in members))
-                await until(lambda: not any(member.books.open for member in members))  # after the silence
+                await until(lambda: not any(member.requests.open for member in members))  # after the peer timeout
                 server.start()
                 await until(lambda: all(member.replica.status().connected for member in members))
-                await until(lambda: all(len(member.books.open) > 100 for member in members))
+                await until(lambda: all(len(member.requests.open) > 100 for member in members))
             await until(lambda: a.knows(b, c) and b.knows(a, c) and c.knows(a, b))
             assert all(member.replica.status().lost > 0 for member in members)
 
     asyncio.run(story())
 
-    told = [record.getMessage() for record in caplog.records]
-    assert len([line for line in told if "sync: no bus" in line]) == 3
-    assert len([line for line in told if "the bus is back" in line]) == 3
-    assert len(told) == 6
+    lines = [record.getMessage() for record in caplog.records]
+    assert len([line for line in lines if "sync: no bus" in line]) == 3
+    assert len([line for line in lines if "the bus is back" in line]) == 3
+    assert len(lines) == 6
 
 
-def test_a_server_that_hangs_is_left(server: RedisProcess) -> None:
-    """A connection that is open but through which nothing comes counts as lost, and is made anew."""
+def test_connection_is_replaced_if_the_server_hangs(server: RedisProcess) -> None:
+    """A connection that is open, but delivers nothing, counts as lost."""
 
     async def story() -> None:
         a, b = Member(server.url, "a", 1.0), Member(server.url, "b", 1.0)
@@ -112,33 +114,33 @@ def test_a_server_that_hangs_is_left(server: RedisProcess) -> None:
             await until(lambda: b.knows(a))
             server.send_signal(signal.SIGSTOP)
             await until(lambda: not a.replica.status().connected and not b.replica.status().connected)
-            await until(lambda: b.books.open == [])
+            await until(lambda: b.requests.open == [])
             server.send_signal(signal.SIGCONT)
             await until(lambda: b.knows(a))
 
     asyncio.run(story())
 
 
-def test_a_peer_that_is_killed_takes_its_load_along(server: RedisProcess) -> None:
-    """What a dead process had on its books is taken off everybody's; a new one of its kind is another replica."""
+def test_attempts_end_if_their_replica_is_killed(server: RedisProcess) -> None:
+    """A new process of its kind is another replica."""
 
     async def story() -> None:
         survivor = Member(server.url, "survivor", 1.0)
         async with running(survivor):
             with MemberProcess(server.url, "victim") as victim:
                 victim.do("open", 7)
-                await until(lambda: len(survivor.books.open) == 7)
+                await until(lambda: len(survivor.requests.open) == 7)
                 victim.send_signal(signal.SIGKILL)
-                await until(lambda: survivor.books.open == [])
+                await until(lambda: survivor.requests.open == [])
             with MemberProcess(server.url, "successor") as successor:
                 successor.do("open", 2)
-                await until(lambda: len(survivor.books.open) == 2)
+                await until(lambda: len(survivor.requests.open) == 2)
 
     asyncio.run(story())
 
 
-def test_a_replica_stops_whatever_it_is_doing(server: RedisProcess) -> None:
-    """Cancelled amid its work with the server, each of many replicas ends; the client alone swallows some of these."""
+def test_replica_stops_whenever_it_is_cancelled(server: RedisProcess) -> None:
+    """The client alone swallows some cancellations."""
 
     async def story() -> None:
         members = [Member(server.url, str(number)) for number in range(40)]
@@ -146,15 +148,15 @@ def test_a_replica_stops_whatever_it_is_doing(server: RedisProcess) -> None:
         await until(lambda: all(member.replica.status().connected for member in members))
         for member, task in zip(members, tasks, strict=True):
             member.open()
-            await until(partial(has_told_more_than, member, member.replica.status().sent))
+            await until(partial(has_sent_more_than, member, member.replica.status().sent))
             task.cancel()
         await until(lambda: all(task.done() for task in tasks))
 
     asyncio.run(story())
 
 
-def test_messages_that_were_dropped_are_noticed(server: RedisProcess) -> None:
-    """Who misses a message sees it by the numbers, asks, and knows again."""
+def test_replica_detects_lost_messages(server: RedisProcess) -> None:
+    """Sequence numbers show them, and a snapshot closes the gap."""
 
     async def story() -> None:
         a, b = Member(server.url, "a"), Member(server.url, "b")
@@ -163,15 +165,15 @@ def test_messages_that_were_dropped_are_noticed(server: RedisProcess) -> None:
             await until(lambda: b.knows(a))
             a.end(2)
             a.open(1)
-            a.outbox.collect(0.0)  # and nobody ever sees it
+            a.outbox.collect(0.0)  # and these messages are lost
             await until(lambda: b.knows(a))
             assert b.replica.status().anomalies["gap"] == 1
 
     asyncio.run(story())
 
 
-def test_others_on_the_channel_do_no_harm(server: RedisProcess, caplog: pytest.LogCaptureFixture) -> None:
-    """Garbage and messages of another version are counted, told once, and left out."""
+def test_messages_of_other_programs_are_counted(server: RedisProcess, caplog: pytest.LogCaptureFixture) -> None:
+    """Garbage and messages of another version are logged once, and dropped."""
 
     async def story() -> None:
         member = Member(server.url, "a")
@@ -189,12 +191,12 @@ def test_others_on_the_channel_do_no_harm(server: RedisProcess, caplog: pytest.L
     assert len([record for record in caplog.records if "something on the bus" in record.getMessage()]) == 2
 
 
-def test_hostile_messages_do_no_harm(server: RedisProcess) -> None:
-    """Each is counted; the bus stays, and what others have to tell is heard as before."""
+def test_hostile_messages_are_counted(server: RedisProcess) -> None:
+    """The bus stays, and messages of peers are applied as before."""
 
     async def story() -> None:
         members = a, b = Member(server.url, "a"), Member(server.url, "b")
-        hostile = hostile_messages(dispatch_to(1))
+        hostile = hostile_messages(record_to(1))
         async with running(*members):
             await until(lambda: all(len(member.replica.status().peers) == 1 for member in members))
             async with redis.asyncio.Redis(port=server.port) as stranger:
@@ -211,8 +213,8 @@ def test_hostile_messages_do_no_harm(server: RedisProcess) -> None:
     asyncio.run(story())
 
 
-def test_a_password_is_used_and_never_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With the right one replicas talk; with a wrong one the log names the remedy, not the password."""
+def test_password_is_used_and_never_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With a wrong password the log names the remedy."""
 
     async def story(port: int) -> None:
         right = [Member(f"redis://:s%40cret@127.0.0.1:{port}", name) for name in "ab"]
@@ -233,8 +235,8 @@ def test_a_password_is_used_and_never_told(tmp_path: Path, caplog: pytest.LogCap
     assert "s@cret" not in caplog.text
 
 
-def test_tls_checks_who_the_server_is(tmp_path: Path) -> None:
-    """With the server's certificate replicas talk; without it the server is not trusted."""
+def test_tls_verifies_the_server(tmp_path: Path) -> None:
+    """Without the server's certificate the server is not trusted."""
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("openssl is not installed; it makes the certificate")
@@ -259,8 +261,8 @@ def test_tls_checks_who_the_server_is(tmp_path: Path) -> None:
         asyncio.run(story())
 
 
-def test_a_user_needs_no_more_rights_than_it_uses(server: RedisProcess) -> None:
-    """Publishing and subscribing to the channel is enough; without that right the reason says so."""
+def test_user_needs_rights_for_the_channel_alone(server: RedisProcess) -> None:
+    """Without the right to publish and subscribe the reason names it."""
 
     async def story() -> None:
         async with redis.asyncio.Redis(port=server.port) as admin:
@@ -284,8 +286,8 @@ def test_a_user_needs_no_more_rights_than_it_uses(server: RedisProcess) -> None:
     asyncio.run(story())
 
 
-def test_nobody_there(caplog: pytest.LogCaptureFixture) -> None:
-    """A server that was never reached is told once, with its address."""
+def test_unreachable_server_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """The log has its address, but no password."""
 
     async def story() -> None:
         member = Member(f"redis://:hunter2@127.0.0.1:{free_port()}", "a")

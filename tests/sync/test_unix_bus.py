@@ -1,4 +1,4 @@
-"""Processes of one host, through a directory: all know what each sends, and nobody waits for one that does not read."""
+"""Processes of one machine exchange messages through a directory, and none waits for one that does not read."""
 
 import asyncio
 import logging
@@ -12,21 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from sync.books import dispatch_to
 from sync.hostile import hostile_messages
 from sync.member import PATIENCE, Member, running, until
+from sync.peer_requests import record_to
 from sync.processes import MemberProcess
 
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    """A directory that is made on demand. Its path is short, as socket paths must be."""
+    """Name a directory that is made on demand. Its path is short, as socket paths must be."""
     with tempfile.TemporaryDirectory(prefix="dp-") as parent:
         yield Path(parent) / "sync"
 
 
 def sockets(directory: Path) -> list[str]:
-    """Name the sockets there are."""
+    """List the names of the sockets."""
     return sorted(path.name for path in directory.iterdir()) if directory.exists() else []
 
 
@@ -38,15 +38,15 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_processes_of_a_host_know_each_other(directory: Path) -> None:
-    """Four real processes each know what the other three have open, however they came and went."""
+def test_processes_have_the_attempts_of_all_others(directory: Path) -> None:
+    """Four real processes each have the open attempts of the other three, however they come and go."""
     with ExitStack() as stack:
         members = [stack.enter_context(MemberProcess(f"unix://{directory}", name)) for name in "abcd"]
 
         def agree() -> bool:
-            states = [member.do("tell") for member in members]
+            states = [member.do("state") for member in members]
             return all(
-                state["known"] == sorted(number for other in states if other is not state for number in other["own"])
+                state["followed"] == sorted(number for other in states if other is not state for number in other["own"])
                 for state in states
             )
 
@@ -54,7 +54,7 @@ def test_processes_of_a_host_know_each_other(directory: Path) -> None:
             member.do("open", 10 * number)
             member.do("end", number)
         wait_until(agree)
-        assert sum(len(member.do("tell")["own"]) for member in members) == 54
+        assert sum(len(member.do("state")["own"]) for member in members) == 54
 
         members[3].send_signal(signal.SIGKILL)
         del members[3]
@@ -66,17 +66,17 @@ def test_processes_of_a_host_know_each_other(directory: Path) -> None:
         wait_until(agree)
 
 
-def test_a_process_that_is_stopped_holds_nobody_up(directory: Path) -> None:
-    """While one does not read, the others go on telling each other; when it goes on it learns what it has missed."""
+def test_stopped_process_blocks_no_other(directory: Path) -> None:
+    """The others go on meanwhile; when it continues, it gets what it has missed."""
 
     async def story() -> None:
         a, b = Member(f"unix://{directory}", "a"), Member(f"unix://{directory}", "b")
         async with running(a, b):
             with MemberProcess(f"unix://{directory}", "stopped") as stopped:
                 stopped.do("open", 1)
-                await until(lambda: len(a.books.open) == len(b.books.open) == 1)
+                await until(lambda: len(a.requests.open) == len(b.requests.open) == 1)
                 stopped.send_signal(signal.SIGSTOP)
-                await until(lambda: a.books.open == [])  # it is silent
+                await until(lambda: a.requests.open == [])  # its timeout is over
                 for _ in range(300):  # far more than its queue and its sender's hold
                     a.open(20)
                     a.end(20)
@@ -84,18 +84,18 @@ def test_a_process_that_is_stopped_holds_nobody_up(directory: Path) -> None:
                 a.open(2)
                 await until(lambda: b.knows(a))
                 stopped.send_signal(signal.SIGCONT)
-                await until(lambda: stopped.do("tell")["known"] == sorted(a.own))
-                await until(lambda: len(b.books.open) == 3)
+                await until(lambda: stopped.do("state")["followed"] == sorted(a.own))
+                await until(lambda: len(b.requests.open) == 3)
 
     asyncio.run(story())
 
 
-def test_hostile_messages_do_no_harm(directory: Path) -> None:
-    """Each is counted, and what others have to tell is heard as before."""
+def test_hostile_messages_are_counted(directory: Path) -> None:
+    """Messages of peers are applied as before."""
 
     async def story() -> None:
         a, b = Member(f"unix://{directory}", "a"), Member(f"unix://{directory}", "b")
-        hostile = hostile_messages(dispatch_to(1))
+        hostile = hostile_messages(record_to(1))
         async with running(a, b):
             await until(lambda: sockets(directory) == ["a.sock", "b.sock"])
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
@@ -110,8 +110,8 @@ def test_hostile_messages_do_no_harm(directory: Path) -> None:
     asyncio.run(story())
 
 
-def test_much_goes_through_a_small_queue(directory: Path) -> None:
-    """A snapshot of many parts, more than the kernel queues for a socket, reaches a newcomer whole."""
+def test_large_snapshot_passes_a_small_queue(directory: Path) -> None:
+    """It has more parts than the kernel queues for a socket."""
 
     async def story() -> None:
         first, second = Member(f"unix://{directory}", "first"), Member(f"unix://{directory}", "second")
@@ -124,8 +124,8 @@ def test_much_goes_through_a_small_queue(directory: Path) -> None:
     asyncio.run(story())
 
 
-def test_a_socket_that_is_removed_is_made_again(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Somebody tidies up; the replica says so, and is there again."""
+def test_removed_socket_is_made_again(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The replica logs it, and is back."""
     caplog.set_level(logging.WARNING, "dp_extproc")
 
     async def story() -> None:
@@ -142,8 +142,8 @@ def test_a_socket_that_is_removed_is_made_again(directory: Path, caplog: pytest.
     assert "somebody has removed the socket" in caplog.text
 
 
-def test_who_leaves_leaves_nothing_behind(directory: Path) -> None:
-    """The socket of a replica that stops is removed."""
+def test_replica_removes_its_socket_at_the_end(directory: Path) -> None:
+    """A replica that stops leaves no file."""
 
     async def story() -> None:
         async with running(Member(f"unix://{directory}", "a")):
@@ -154,7 +154,7 @@ def test_who_leaves_leaves_nothing_behind(directory: Path) -> None:
     assert sockets(directory) == []
 
 
-def test_a_directory_that_cannot_be_made_is_told(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_directory_that_cannot_be_made_is_logged(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The replica goes on alone, and tries again."""
     directory.touch()  # a file of that name
 

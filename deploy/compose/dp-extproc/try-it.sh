@@ -6,13 +6,13 @@ The fleet is up. Try it, from another terminal:
 
   curl http://127.0.0.1:$PORT/v1/chat/completions -H 'content-type: application/json' -d '{"model": "any", "messages": [{"role": "user", "content": "hello"}]}'
 
-What the service knows of every rank:
+The load of every rank:
   curl http://127.0.0.1:$ADMIN_PORT/loads
 
-The engines' own placement against this one, as tables:
+The engines' own placement against dp-extproc, as tables:
   docker compose --profile load run --rm load
 
-A server fails, and comes back:
+An engine fails and restarts:
   docker compose kill decode-2
   docker compose start decode-2
 

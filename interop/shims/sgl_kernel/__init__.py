@@ -1,7 +1,7 @@
-"""Stands in for SGLang's compiled kernels, which exist for GPUs and for CPUs with AMX only.
+"""Stand in for SGLang's compiled kernels, which exist for GPUs and for CPUs with AMX only.
 
-One of them is needed and written in torch; each other name can be imported and raises when it is called, so nothing is
-made up in silence. `torch.ops.sgl_kernel` stays empty, which makes SGLang take its own code in torch.
+One of them is needed and written in torch. Each other name can be imported and raises when it is called, so nothing is
+invented without an error. `torch.ops.sgl_kernel` stays empty, so SGLang uses its own code in torch.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def assign_req_to_token_pool_cpu(
 
 
 def missing(name: str) -> Callable[..., NoReturn]:
-    """Something that can be imported by that name, and not be called."""
+    """Return an object that can be imported by that name, and not be called."""
     if name.startswith("__"):
         raise AttributeError(name)
 

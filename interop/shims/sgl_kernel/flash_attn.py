@@ -1,3 +1,3 @@
-"""Nothing of it is there: see the package."""
+"""No function of this module is needed: see the package."""
 
-from . import missing as __getattr__  # noqa: F401 - asked by Python for each name that is imported from here
+from . import missing as __getattr__  # noqa: F401 - Python requests this for each name that is imported from here

@@ -24,7 +24,7 @@ class SyncSettings(Section):
 
     url: SecretStr
     channel: Annotated[str, Field(pattern=r"^\S+$")] = "dp-extproc"
-    """Channel on Redis. Fleets that share a server have different channels."""
+    """Channel on Redis. Fleets that share a Redis server have different channels."""
     peer_timeout: Seconds = 3.0
     """Seconds without a message after which a replica counts as gone and its reservations end."""
 

@@ -47,7 +47,7 @@ from dp_extproc.contract import (
     UNTRUSTED_PREFIXES,
 )
 from dp_extproc.scheduling.decision import Metadata
-from dp_extproc.scheduling.subset import read_subset
+from dp_extproc.scheduling.filters import read_subset
 
 _UNTRUSTED: Final = frozenset({*UNTRUSTED_NAMES, DESTINATION})
 _EVENTS: Final = b"text/event-stream"

@@ -15,7 +15,6 @@ from dp_extproc.load.in_flight import nothing
 from dp_extproc.load.matching import Match, find_matches
 from dp_extproc.load.rank import RankLoad
 from dp_extproc.prefix_cache.index import PrefixIndex
-from dp_extproc.request.path import Api
 
 
 class LoadCache:
@@ -64,7 +63,6 @@ class LoadCache:
         """The matches of each pool in which not all prefill endpoints can be paired with all decode endpoints."""
         self._pages: Counter[tuple[str, Role]] = Counter()
         """Pages read since the endpoints of a pool and role were compared."""
-        self._capable: dict[tuple[str, Role, Api], tuple[Sequence[EndpointLoad], float]] = {}
 
     @property
     def unhealthy(self) -> Sequence[EndpointLoad]:
@@ -156,7 +154,6 @@ class LoadCache:
 
     def _change(self) -> None:
         self.generation += 1
-        self._capable.clear()
 
     def _drain(self, load: EndpointLoad) -> None:
         self._forget_prefixes(load)
@@ -249,21 +246,6 @@ class LoadCache:
         states = [load.freshness(now, self.stale_after) for load in loads]
         best = min(states, default=None)
         return best, [load for load, state in zip(loads, states, strict=True) if state is best]
-
-    def capable(self, pool: str, role: Role, api: Api, now: float) -> Sequence[EndpointLoad]:
-        """Give those of the eligible hosts whose release takes the routing fields on this path.
-
-        Nobody becomes eligible but by an observation, and nobody ceases to be but by one or by growing stale; so
-        what was found holds until then.
-        """
-        found = self._capable.get((pool, role, api))
-        if found is not None and now <= found[1]:
-            return found[0]
-        hosts = self.eligible(pool, role, now)
-        until = min((host.seen_at + self.stale_after for host in hosts), default=now)
-        capable = [host for host in hosts if host.capabilities.serves(api)]
-        self._capable[pool, role, api] = (capable, until)
-        return capable
 
     def discovered_in(self, pool: str) -> list[EndpointLoad]:
         """Return every discovered endpoint of a pool, in the order of the configuration."""

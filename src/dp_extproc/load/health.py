@@ -6,8 +6,8 @@ The clock is the caller's.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Final, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Final
 
 from dp_extproc.config.reliability import OutlierDetectionSettings
 
@@ -85,52 +85,3 @@ class Health:
         """Note that a request was sent; after an ejection it is the probe."""
         if self.ejections:
             self._probed = now
-
-
-class HasHealth(Protocol):
-    """What is chosen from."""
-
-    @property
-    def health(self) -> Health: ...
-    @property
-    def address(self) -> str: ...
-
-
-_H = TypeVar("_H", bound=HasHealth)
-
-
-def healthy(hosts: Sequence[_H], now: float) -> Sequence[_H]:
-    """Leave out those that take no request; if that is all of them, give the one that will be the first to."""
-    left = [host for host in hosts if host.health.takes(now)]
-    return left or [min(hosts, key=lambda host: host.health.until)]
-
-
-def choose(hosts: Sequence[_H], failed: Sequence[frozenset[str]], now: float) -> Sequence[_H]:
-    """Leave out hosts of failed attempts, as :func:`others` does, and of the rest those that take no request.
-
-    In this order: a host that is ejected may do by now, while one that has just failed is known to fail this request.
-    """
-    return healthy(others(hosts, failed) if failed else hosts, now)
-
-
-def avoidance(hosts: Sequence[_H], failed: Sequence[frozenset[str]]) -> int:
-    """Tell which hosts :func:`others` would leave out: 0 those of all attempts, 1 those of the last one, 2 none."""
-    if not failed:
-        return 0
-    addresses = {host.address for host in hosts}
-    if not addresses <= frozenset[str]().union(*failed):
-        return 0
-    return 1 if not addresses <= failed[-1] else 2
-
-
-def others(hosts: Sequence[_H], failed: Sequence[frozenset[str]]) -> Sequence[_H]:
-    """Leave out the hosts of failed attempts; if that is all of them, those of the last attempt; else nobody.
-
-    Args:
-        hosts: At least one.
-        failed: Addresses of each attempt, the last one's at the end.
-    """
-    for avoided in (frozenset[str]().union(*failed), failed[-1] if failed else frozenset[str]()):
-        if left := [host for host in hosts if host.address not in avoided]:
-            return left
-    return hosts

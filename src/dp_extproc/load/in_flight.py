@@ -52,20 +52,8 @@ class InFlight:
     """
 
     __slots__ = (
-        "_decode",
-        "_has_answered",
-        "_listener",
-        "_made_room",
-        "_on_prefill_answer",
-        "_over",
-        "_prefill",
-        "_streaming",
-        "decode_endpoint",
-        "first_byte_at",
-        "leg",
-        "number",
-        "picked_at",
-        "prefill_endpoint",
+        "_decode", "_has_answered", "_listener", "_made_room", "_on_prefill_answer", "_over", "_prefill",
+        "_streaming", "decode_endpoint", "first_byte_at", "leg", "number", "picked_at", "prefill_endpoint",
         "prefill_status",
     )  # fmt: skip
 

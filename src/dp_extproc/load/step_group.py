@@ -39,7 +39,7 @@ class StepGroup(ABC):
     """
 
     __slots__ = (
-        "_knows_low", "_knows_top", "_reservations", "base", "changed", "due", "expired", "external",
+        "_low_is_valid", "_reservations", "_top_is_valid", "base", "changed", "due", "expired", "external",
         "external_requests", "floor", "loads", "low", "low_position", "ranks", "reported", "requests", "slowness",
         "start", "top", "uncached",
     )  # fmt: skip
@@ -81,21 +81,21 @@ class StepGroup(ABC):
         """A lower bound of the cost of any request."""
         self.base = 0.0
         """Another lower bound, to which the tokens of the request are added, times the slowness."""
-        self._knows_top = True
-        self._knows_low = True
+        self._top_is_valid = True
+        self._low_is_valid = True
 
     def survey(self, now: float) -> None:
         """Update the extreme loads and the bounds; a decision compares many groups, of which few have changed."""
         if now >= self.due:
             self.refresh(now)
         loads = self.loads
-        if not self._knows_top:
+        if not self._top_is_valid:
             self.top = max(loads)
-            self._knows_top = True
-        if not self._knows_low:
+            self._top_is_valid = True
+        if not self._low_is_valid:
             self.low = min(loads)
             self.low_position = index_from(self.start, loads, self.low)
-            self._knows_low = True
+            self._low_is_valid = True
         self.bound()
         self.changed = False
 
@@ -107,18 +107,18 @@ class StepGroup(ABC):
         if load >= self.top:
             self.top = load
         elif before >= self.top:
-            self._knows_top = False
+            self._top_is_valid = False
         if load < self.low:
             self.low = load
             self.low_position = position
         elif position == self.low_position:
-            self._knows_low = False
+            self._low_is_valid = False
 
     def set_loads(self, loads: list[float]) -> None:
         """Set the loads of all ranks."""
         self.loads[:] = loads
         self.changed = True
-        self._knows_top = self._knows_low = False
+        self._top_is_valid = self._low_is_valid = False
 
     def reserve(
         self, rank: RankLoad, tokens: float, now: float, requests: float, cached: float, *, is_share: bool

@@ -27,10 +27,10 @@ _LISTED: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Held(Generic[_R]):
+class CachedTokens(Generic[_R]):
     """The tokens of a prompt that ranks need not compute."""
 
-    by_slot: Mapping[_R, float]
+    by_rank: Mapping[_R, float]
     """Cached tokens of the ranks that have the longest prefixes."""
     elsewhere: float
     """Cached tokens of every other rank: more than 0 for what nearly all of them have, such as a system prompt."""
@@ -48,7 +48,7 @@ class PrefixIndex(Generic[_R]):
         """Blocks of all ranks."""
         self._sessions: OrderedDict[str, _Session[_R]] = OrderedDict()
 
-    def held(self, prefix: Prefix, tokens: float, session: str | None = None) -> Held[_R]:
+    def cached(self, prefix: Prefix, tokens: float, session: str | None = None) -> CachedTokens[_R]:
         """Return how much of a prompt each rank has cached.
 
         Args:
@@ -57,7 +57,7 @@ class PrefixIndex(Generic[_R]):
             session: The client's name for the conversation. Its last prompt counts as a prefix of this one, unless
                 blocks show a longer one.
         """
-        by_slot: dict[_R, float] = {}
+        by_rank: dict[_R, float] = {}
         elsewhere = 0.0
         holders, known_ranks = self._holders, len(self._caches)
         # All levels are searched: an earlier prompt may end where this one has a cut, and lack the cuts before.
@@ -68,15 +68,15 @@ class PrefixIndex(Generic[_R]):
             if len(ranks) > _LISTED and 2 * len(ranks) > known_ranks:
                 elsewhere = share
                 break
-            new = [rank for rank in ranks if rank not in by_slot] if by_slot else ranks
-            by_slot.update(dict.fromkeys(islice(new, _LISTED - len(by_slot)), share))
-            if len(by_slot) >= min(_LISTED, known_ranks):
+            new = [rank for rank in ranks if rank not in by_rank] if by_rank else ranks
+            by_rank.update(dict.fromkeys(islice(new, _LISTED - len(by_rank)), share))
+            if len(by_rank) >= min(_LISTED, known_ranks):
                 break  # all ranks that could have less are listed
         if session is not None and (known := self._sessions.get(session)) is not None:
             cache = self._caches[known.rank]
             if cache.recorded - known.recorded < cache.capacity:  # else later prompts have evicted it
-                by_slot[known.rank] = max(by_slot.get(known.rank, elsewhere), min(known.tokens, tokens))
-        return Held(by_slot, elsewhere)
+                by_rank[known.rank] = max(by_rank.get(known.rank, elsewhere), min(known.tokens, tokens))
+        return CachedTokens(by_rank, elsewhere)
 
     def note(self, rank: _R, prefix: Prefix, tokens: float, capacity_tokens: float | None) -> None:
         """Record that a rank is going to compute a prompt, and to keep it in its cache.

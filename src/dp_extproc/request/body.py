@@ -1,4 +1,7 @@
-"""What a request body asks for, read once; or why it is refused."""
+"""Reads a request body once: what scheduling and rewriting need of it, or the refusal.
+
+A body that does not pass through the service is estimated by its length.
+"""
 
 import re
 from typing import Final
@@ -9,23 +12,23 @@ from dp_extproc.request.members import MOST_MEMBERS, JsonObject, TooManyMembersE
 from dp_extproc.request.path import Api
 from dp_extproc.request.prompt import Prompt, PromptError, measure
 from dp_extproc.request.rejection import Reason, Rejection
-from dp_extproc.request.shapes import LARGEST_ID, SHAPES, Body, Chat, Generate, Responses, SamplingParams
-from dp_extproc.request.token_ids import LOGPROBS_OF_IDS, with_impossible_id
+from dp_extproc.request.shapes import LARGEST_ID, SHAPES, Body, Generate
+from dp_extproc.request.token_ids import LOGPROBS_OF_IDS, find_invalid_ids
 
 LOGPROBS: Final = "return_logprob"
 LOGPROBS_START: Final = "logprob_start_len"
 _NO_PROMPT: Final = frozenset({b"null", b"-1"})
-_NO: Final = frozenset({b"null", b"false"})
+_OFF: Final = frozenset({b"null", b"false"})
 
 MAX_BATCH: Final = 4096
-"""Prompts in one request. The prefill leg's prefix travels in a header of Envoy and holds a request id per prompt."""
+"""Bounds the prompts of one request: a header contains the preamble of the prefill leg, with a request id for each."""
 MAX_SAMPLES: Final = 4096
-"""Answers to one prompt. Thirty-two times what OpenAI takes; a larger or negative number would falsify the load."""
+"""Bounds the answers to one prompt, at 32 times what OpenAI takes: any larger number would falsify the load."""
 
 MOST_MARKS: Final = 2_000_000
-"""Braces, brackets and quotes in a body: as many as four megabytes of JSON have that a prompt quotes.
+"""Bounds the braces, brackets and quotes of a body, at as many as four megabytes of JSON have that a prompt quotes.
 
-Every object, list and string that is read takes a hundred bytes of memory, and the time of all others; so a body of
+Every object, list and string takes a hundred bytes of memory, and time in which other requests wait. So a body of
 nothing else is refused.
 """
 
@@ -35,53 +38,57 @@ OLD_RANK: Final = "data_parallel_rank"
 
 
 class InferenceRequest(msgspec.Struct, frozen=True):
-    """What matters for placing and rewriting a request."""
+    """What scheduling and rewriting need of a request."""
 
     api: Api
     body: JsonObject
     model: str | None
     stream: bool | None
-    """None where the body is not read."""
+    """Whether the client asked for a stream of events; None if the body was not read."""
     prompt: Prompt
-    max_tokens: int | None
-    """As the client sent it, per prompt; None leaves it to the engine."""
     samples: int
-    """``n``: answers per prompt; the largest one in a batch."""
+    """The answers to each prompt (``n``); the most of any prompt of a batch."""
     routed_rank_pin: int | None
-    """Decode (or worker) rank that the client asked for."""
+    """The rank of the endpoint that answers the client, if the client asked for one."""
     prefill_rank_pin: int | None
+    """The rank of the prefill endpoint, if the client asked for one."""
     priority: int = 0
-    """Greater ones are served first."""
+    """Requests of greater priority are served first."""
     is_read: bool = True
-    """Whether the body was seen; see :mod:`dp_extproc.request.unread`."""
+    """Whether the body was read; see :func:`unread_request`."""
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether log probabilities of the prompt may be asked for: only /generate has them."""
-        return self.api is Api.GENERATE and bytes(self.body.values.get(LOGPROBS, b"false")) not in _NO
+        """Whether log probabilities are asked for, which only /generate has."""
+        return self.api is Api.GENERATE and bytes(self.body.values.get(LOGPROBS, b"false")) not in _OFF
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether it asks for what only the prefill leg's answer has."""
+        """Whether log probabilities are asked for that only the response of the prefill leg has."""
         values = self.body.values
         start, ids = (bytes(values.get(key, b"null")) for key in (LOGPROBS_START, LOGPROBS_OF_IDS))
         return self.wants_logprobs and (start not in _NO_PROMPT or ids != b"null")
 
 
+UNKNOWN_BYTES: Final = 4096
+"""The bytes that a body of unknown length counts as: about a thousand tokens, an ordinary prompt."""
+
+_EMPTY: Final = JsonObject(b"{}")
+
 _integer: Final[msgspec.json.Decoder[int | None]] = msgspec.json.Decoder(int | None)
 _decoders: Final = {api: [msgspec.json.Decoder(shape) for shape in shapes] for api, shapes in SHAPES.items()}
 
 _AT: Final = re.compile(r" - at `\$\.?(?P<param>\w*)[^`]*`$")
-"""How msgspec ends a message to say where the wrong type is."""
+"""The end of a message of msgspec, with the place of the wrong type."""
 _OUT_OF_RANGE: Final = re.compile(r"Expected `int` [<>]= .* - at `\$\.(?P<place>[^`]*)`$")
-"""What it says of a number that is out of range; only token ids have one."""
+"""The message of msgspec for a number that is out of range; only token ids have a range."""
 
 
 def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
     """Read a request body.
 
     Args:
-        api: What the path asked for; tells where the prompt and its limits stand.
+        api: The API that the path names, and by which the prompt is found.
         text: The whole body.
     """
     body = _read_object(text)
@@ -90,7 +97,7 @@ def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
     try:
         fields = _decode(api, text)
         prompt = measure(fields)
-        impossible = with_impossible_id(fields, api, body.values)
+        invalid = find_invalid_ids(fields, api, body.values)
     except msgspec.ValidationError as error:
         return _wrong_type(str(error))
     except msgspec.DecodeError as error:  # in a value that was skipped before
@@ -100,13 +107,15 @@ def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
     except PromptError as error:
         reason = Reason.MISSING_FIELD if error.missing else Reason.WRONG_TYPE
         return Rejection(400, reason, str(error), param=error.param)
-    if impossible is not None:
-        return _impossible_id(impossible, impossible)
+    if invalid is not None:
+        return _invalid_ids(invalid, invalid)
     if prompt.batch is not None and prompt.batch > MAX_BATCH:
         message = f"a batch of {prompt.batch} prompts is too large; send at most {MAX_BATCH} in one request"
         return Rejection(400, Reason.UNSUPPORTED_VALUE, message)
     counts = _sample_counts(fields)
-    if (wrong := next((each for each in counts if not 0 <= each <= MAX_SAMPLES), None)) is not None:
+    most = max(counts)
+    if most > MAX_SAMPLES or min(counts) < 0:
+        wrong = next(each for each in counts if not 0 <= each <= MAX_SAMPLES)
         message = f"n={str(wrong)[:20]} is not valid; ask for 1 to {MAX_SAMPLES} answers"
         return Rejection(400, Reason.UNSUPPORTED_VALUE, message, param="n")
     values = body.values
@@ -116,20 +125,39 @@ def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
         model=fields.model,
         stream=bool(fields.stream),
         prompt=prompt,
-        max_tokens=_max_tokens(fields),
-        samples=max(1, *counts),
+        samples=most or 1,
         routed_rank_pin=_pin(values, ROUTED_RANK if ROUTED_RANK in values else OLD_RANK),
         prefill_rank_pin=_pin(values, PREFILL_RANK),
         priority=fields.priority or 0,
     )
 
 
+def unread_request(api: Api, length: int | None) -> InferenceRequest:
+    """Estimate a request by its headers, as its body does not pass through the service.
+
+    Args:
+        api: The API that the path names.
+        length: The bytes of the body, by its ``content-length``, which all count as prompt; None if it is unknown.
+    """
+    return InferenceRequest(
+        api=api,
+        body=_EMPTY,
+        model=None,
+        stream=None,
+        prompt=Prompt(UNKNOWN_BYTES if length is None else length, 0, None),
+        samples=1,
+        routed_rank_pin=None,
+        prefill_rank_pin=None,
+        is_read=False,
+    )
+
+
 def refuse_disaggregated(request: InferenceRequest, *, sees_answer: bool = True) -> Rejection | None:
-    """Refuse what cannot be done when prefill and decode are different servers, with the way around it.
+    """Refuse what cannot be done when prefill and decode run on different engines, with the way around it.
 
     Args:
         request: The request.
-        sees_answer: Whether the body of its answer can be changed.
+        sees_answer: Whether the body of its response can be changed.
     """
     if request.samples > 1:
         # Every version clones one bootstrap room for all samples (tokenizer_manager.py): hangs or wrong answers.
@@ -144,10 +172,10 @@ def refuse_disaggregated(request: InferenceRequest, *, sees_answer: bool = True)
     if request.api is Api.RESPONSES:
         values = request.body.values
         for param, remedy in (
-            ("previous_response_id", "send the conversation in input"),  # the store of one server knows the answer
+            ("previous_response_id", "send the conversation in input"),  # only the engine that answered has it stored
             ("background", "leave it out or send false"),  # prefill would answer before it has run
         ):
-            if param in values and bytes(values[param]) not in _NO:
+            if param in values and bytes(values[param]) not in _OFF:
                 message = f"{param} does not work with prefill/decode disaggregation; {remedy}"
                 return Rejection(400, Reason.UNSUPPORTED_VALUE, message, param=param)
     return None
@@ -184,7 +212,7 @@ def _read_object(text: bytes) -> JsonObject | Rejection:
 
 
 def _decode(api: Api, text: bytes) -> Body:
-    """Read the fields, by the first shape that fits; the last one's objections are reported."""
+    """Read the fields by the first shape that fits, or report why the last one does not."""
     first, *others = _decoders[api]
     try:
         return first.decode(text)
@@ -194,48 +222,33 @@ def _decode(api: Api, text: bytes) -> Body:
         raise
 
 
-def _impossible_id(place: str, param: str) -> Rejection:
+def _invalid_ids(place: str, param: str) -> Rejection:
     message = f"{place} is not valid: token ids are whole numbers from 0 to {LARGEST_ID}"
     return Rejection(400, Reason.UNSUPPORTED_VALUE, message, param=param)
 
 
-def _wrong_type(objection: str) -> Rejection:
-    if (outside := _OUT_OF_RANGE.match(objection)) is not None:
+def _wrong_type(problem: str) -> Rejection:
+    if (outside := _OUT_OF_RANGE.match(problem)) is not None:
         place = outside["place"]
-        return _impossible_id(place, place.partition("[")[0])
-    found = _AT.search(objection)
+        return _invalid_ids(place, place.partition("[")[0])
+    found = _AT.search(problem)
     param = found["param"] if found else ""
-    wanted = _AT.sub("", objection)
+    wanted = _AT.sub("", problem)
     message = f"{param} has a wrong type: {wanted[:1].lower()}{wanted[1:]}"
     return Rejection(400, Reason.WRONG_TYPE, message, param=param or None)
 
 
-def _sampling(fields: Generate) -> list[SamplingParams]:
-    sampling = fields.sampling_params or []
-    return sampling if isinstance(sampling, list) else [sampling]
-
-
 def _sample_counts(fields: Body) -> list[int]:
-    """Read how many answers are asked for, of each prompt that says so. SGLang takes 0 for 1."""
+    """Return the number of answers of each prompt that has one. SGLang reads 0 as 1."""
     if isinstance(fields, Generate):
-        return [1, *(one.n for one in _sampling(fields) if one.n is not None)]
+        sampling = fields.sampling_params or []
+        several = sampling if isinstance(sampling, list) else [sampling]
+        return [1, *(each.n for each in several if each.n is not None)]
     return [1 if fields.n is None else fields.n]
 
 
-def _max_tokens(fields: Body) -> int | None:
-    """Read the limit of output tokens."""
-    if isinstance(fields, Generate):
-        return max((one.max_new_tokens for one in _sampling(fields) if one.max_new_tokens is not None), default=None)
-    limit = fields.max_tokens
-    if isinstance(fields, Chat) and fields.max_completion_tokens is not None:
-        limit = fields.max_completion_tokens
-    elif isinstance(fields, Responses):
-        limit = fields.max_output_tokens
-    return limit
-
-
 def _pin(values: dict[str, msgspec.Raw], param: str) -> int | None:
-    """A rank that is no integer is no pin; it is replaced like one that is out of range."""
+    """Read the rank that a client asked for. One that is no integer is ignored, like one that is out of range."""
     raw = values.get(param)
     if raw is None:
         return None

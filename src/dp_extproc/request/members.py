@@ -1,8 +1,8 @@
-"""The members of a JSON object as byte ranges of its text, without re-serialising anything.
+"""The members of a JSON object as byte ranges of its text, without serialising anything again.
 
-msgspec validates the whole text and skips values at memory speed, but tells their lengths, not their positions.
-So the object is walked once more, member by member: a regular expression reads the key, the length jumps over
-the value.
+msgspec validates the whole text and skips values at memory speed, but returns their lengths, not their positions. So
+the object is walked once more, member by member: a regular expression reads the key, and the length leads over the
+value.
 """
 
 import re
@@ -14,11 +14,11 @@ import msgspec
 _WHITESPACE: Final = rb"[ \t\n\r]*"
 _KEY: Final = _WHITESPACE + rb'"[^"\\]*(?:\\.[^"\\]*)*"' + _WHITESPACE + rb":" + _WHITESPACE
 _TO_VALUE: Final = re.compile(_WHITESPACE + rb"([{,}])(?:" + _KEY + rb")?")
-"""From the start, or from the end of a value, to the start of the next value or behind the object."""
+"""Matches from the start, or the end of a value, to the start of the next value, or to behind the object."""
 
 
 MOST_MEMBERS: Final = 4096
-"""Of one object. Requests have a few dozen; each costs hundreds of bytes and a look at the text."""
+"""Bounds the members of one object. Requests have a few dozen; each member costs hundreds of bytes of memory."""
 
 
 class TooManyMembersError(Exception):
@@ -35,7 +35,7 @@ class _Key:
 
 
 class _MemberReader:
-    """Reads the members of an object, and stops when there are too many."""
+    """Reads the members of an object, and stops if there are too many."""
 
     def __init__(self) -> None:
         self._decoder = msgspec.json.Decoder(dict[_Key, msgspec.Raw], dec_hook=self._as_key)
@@ -75,14 +75,14 @@ class JsonObject:
         if not text.isascii():
             text.decode()  # values that are skipped are not checked for UTF-8 by msgspec
         self.values: dict[str, msgspec.Raw] = {key.name: raw for key, raw in self._members.items()}
-        """Of a repeated key the last value: the one that SGLang's JSON reader takes."""
+        """The values by key; of a repeated key the last one, which the JSON reader of SGLang takes."""
 
     def without(self, unwanted: Collection[str]) -> list[memoryview]:
-        """Drop members by key, every occurrence, however the key is escaped.
+        """Leave out members by key: every occurrence, however the key is escaped.
 
         Returns:
-            Pieces that, joined, are the text behind the opening brace, closing brace included, every other byte
-            as it was. They are views: a body of many megabytes is copied once, when it is put together.
+            Pieces that, joined, are the text behind the opening brace, with the closing brace and every other byte
+            unchanged. They are views, so that a body of many megabytes is copied only once.
         """
         text, view = self.text, memoryview(self.text)
         match = _TO_VALUE.match(text)
@@ -91,11 +91,11 @@ class JsonObject:
         if self.values.keys().isdisjoint(unwanted):
             return [view[position:]]
         pieces: list[memoryview] = []
-        run: int | None = None  # where the present run of wanted members began
+        run: int | None = None  # the start of the present run of wanted members
         for key, raw in self._members.items():
             begin = position
             match = _TO_VALUE.match(text, match.end() + len(memoryview(raw)))
-            assert match is not None  # noqa: S101 - as above
+            assert match is not None  # noqa: S101 - the text has been validated
             position = match.end(1)
             if key.name not in unwanted:
                 run = begin if run is None else run
@@ -107,10 +107,10 @@ class JsonObject:
             pieces.append(view[run:])
         else:
             if pieces:
-                pieces[-1] = pieces[-1][:-1]  # its comma has lost the member behind it
+                pieces[-1] = pieces[-1][:-1]  # without the comma before the dropped members
             pieces.append(view[closing:])
         return pieces
 
     def is_empty_without(self, unwanted: Collection[str]) -> bool:
-        """Tell whether no member is left after :meth:`without`."""
+        """Return whether no member is left after :meth:`without`."""
         return self.values.keys() <= set(unwanted)

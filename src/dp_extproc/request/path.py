@@ -1,8 +1,8 @@
-"""What a method and a path ask for. Whatever is not named here never reaches an engine.
+"""Reads what a method and a path ask for. A path that is not listed here never reaches an engine.
 
-Refusing is not pedantry: a prefill server with several DP ranks ends its whole process when a request arrives
-without a bootstrap room (assertion in SGLang's ``data_parallel_controller.py``), and any path whose handler
-builds its own request object drops the room.
+A prefill engine with several DP ranks ends its whole process at a request without a bootstrap room (assertion in
+SGLang's ``data_parallel_controller.py``). A path whose handler builds a request object of its own drops the bootstrap
+room, so such paths are refused.
 """
 
 from enum import Enum, StrEnum
@@ -12,7 +12,7 @@ from dp_extproc.request.rejection import Reason, Rejection
 
 
 class Api(StrEnum):
-    """The request formats that carry routing fields."""
+    """The request formats that have routing fields."""
 
     GENERATE = "/generate"
     COMPLETIONS = "/v1/completions"
@@ -25,7 +25,7 @@ class Lookup(Enum):
     """Requests without a body."""
 
     ENGINE = "any engine can answer"
-    MODELS = "the service answers from what it knows"
+    MODELS = "the service answers itself"
 
 
 INFERENCE: Final = {api.value: api for api in Api}
@@ -42,22 +42,22 @@ LOOKUPS: Final = {
 }
 
 ONE_MODEL: Final = "/v1/models/"
-"""Prefix of the path that asks for one model."""
+"""The start of a path that asks for one model."""
 
 _WITHOUT_FIELDS: Final = frozenset({
     "/v1/embeddings", "/encode", "/v1/classify", "/classify", "/v1/rerank", "/v1/score",
     "/v1/audio/transcriptions", "/v1/realtime", "/api/chat", "/api/generate", "/vertex_generate", "/invocations",
 })  # fmt: skip
-"""SGLang paths whose handlers drop the routing fields (or nest them where a rewrite of the body can't reach)."""
+"""SGLang paths whose handlers drop the routing fields, or nest them where a rewrite of the body cannot reach."""
 
 
 def read_path(method: str, path: str) -> Api | Lookup | Rejection:
-    """Tell what a request asks for.
+    """Read what a request asks for.
 
     Args:
-        method: As received, upper case.
-        path: The ``:path`` pseudo header, query included. It is compared as it stands: an engine may decode
-            escapes that were overlooked here, so an escaped or doubled slash is an unknown path.
+        method: The method as it was received, in upper case.
+        path: The ``:path`` pseudo header with its query. It is compared without decoding, so that an escaped or
+            doubled slash, which an engine may decode, is an unknown path.
     """
     plain = path.partition("?")[0]
     if (api := INFERENCE.get(plain)) is not None:

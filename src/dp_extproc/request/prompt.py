@@ -1,7 +1,7 @@
-"""How large a prompt is, in every form the APIs take it: exact token counts, and bytes of text to be estimated.
+"""The size of a prompt, in every form that the APIs take: exact token counts, and bytes of text to be estimated.
 
-Texts are counted in UTF-8 bytes, which vary far less per token between languages than characters or words do:
-byte-pair tokenizers make a token of 4 to 4.5 bytes of English, 3 to 4.5 of Chinese or Japanese, 3 to 4 of code.
+Texts are counted in UTF-8 bytes, which vary far less per token between languages than characters or words do.
+Byte-pair tokenizers make a token of 4 to 4.5 bytes of English, 3 to 4.5 of Chinese or Japanese, and 3 to 4 of code.
 """
 
 import re
@@ -14,8 +14,8 @@ from msgspec import Raw, Struct
 from dp_extproc.request.shapes import Body, Chat, Completions, Generate, Message, Messages, Part, Responses, TextsOrIds
 
 MEDIA_TOKENS: Final = 1024
-"""Taken for an image, audio or video part. Vision models make about one token of 28 x 28 pixels (Qwen2-VL), so this
-is the order of magnitude of one picture; its base64 text says nothing of its tokens."""
+"""The tokens that an image, audio or video part counts as. Vision models make about one token of 28 x 28 pixels
+(Qwen2-VL), so this is the order of magnitude of one image. The length of its base64 text is no measure of it."""
 
 _TEXT_TYPES: Final = frozenset({
     "text", "input_text", "output_text", "refusal", "summary_text", "thinking", "redacted_thinking", "tool_use",
@@ -23,7 +23,7 @@ _TEXT_TYPES: Final = frozenset({
 })  # fmt: skip
 
 _MEDIA_KEYS: Final = ("url", "data")
-"""How keys end under which media stand, in base64 or by their address."""
+"""The ends of the keys of media, whether in base64 or by address."""
 
 _values: Final[msgspec.json.Decoder[list[Raw]]] = msgspec.json.Decoder(list[Raw])
 _LIST_OF_LISTS: Final = re.compile(rb"\[\s*\[")
@@ -31,13 +31,14 @@ _parts: Final[msgspec.json.Decoder[list[Part]]] = msgspec.json.Decoder(list[Part
 
 
 class Prompt(Struct, frozen=True):
-    """The size of a request's prompt or, summed up, of its batch of prompts."""
+    """The size of the prompt of a request, or the sum over its batch of prompts."""
 
     text_bytes: int
+    """UTF-8 bytes of text."""
     tokens: int
-    """Known without estimating: token ids, and the flat count of media parts."""
+    """Tokens that need no estimate: token ids, and the fixed count of media parts."""
     batch: int | None
-    """How many prompts a list form holds; None for the scalar form. A list of one is a batch of 1."""
+    """The number of prompts in the list form; None for the scalar form. A list of one is a batch of 1."""
 
 
 class PromptError(ValueError):
@@ -95,7 +96,7 @@ def _measure_generate(body: Generate) -> Prompt:
 
 
 def _measure_embeds(rows: list[Raw]) -> Prompt:
-    """Count embeddings, which are a list of numbers for each token; those of a batch are one level deeper."""
+    """Count embeddings, which are one list of numbers per token, and one level deeper in a batch."""
     if any(bytes(memoryview(row)[:1]) != b"[" for row in rows):
         raise PromptError("input_embeds", "input_embeds has to be a list of lists of numbers")
     if rows and _LIST_OF_LISTS.match(rows[0]):
@@ -124,14 +125,14 @@ def _measure_list(param: str, items: Sequence[Any]) -> Prompt:
 
 
 def _measure_messages(param: str, messages: list[Message] | None, text_bytes: int, tokens: int = 0) -> Prompt:
-    """Sum up a conversation, on top of what stands beside it: system prompts, and tools.
+    """Add the size of a conversation to that of its system prompts and tools.
 
     Tool definitions and calls become part of the prompt through the chat template, nearly as they stand.
     """
     if messages is None:
         raise PromptError(param, f"{param} is needed", missing=True)
     for message in messages:
-        if not isinstance(message, Message):  # of an unknown form; its text is all that can be counted
+        if not isinstance(message, Message):  # of an unknown form, of which only the texts can be counted
             text_bytes += _any_text(message)
             continue
         content = message.content
@@ -159,14 +160,14 @@ def _measure_parts(parts: Iterable[Part]) -> tuple[int, int]:
 
 
 def _measure_result(result: Raw) -> tuple[int, int]:
-    """Measure what a tool gave back: as it stands, unless it is a list of parts, which may hold pictures."""
+    """Measure the result of a tool: by its length, unless it is a list of parts, which may have images."""
     text = memoryview(result)
     if text and text[0] == ord("["):
         try:
             parts = _parts.decode(result)
         except msgspec.ValidationError:
             return len(text), 0
-        # What a part itself contains is not looked into: each level would be read once more for every level above.
+        # The contents of a part are not decoded: each level would be read once more for every level above.
         media = sum(part.type not in _TEXT_TYPES for part in parts)
         texts = (_size(part.text) + _length(part.content) for part in parts if part.type in _TEXT_TYPES)
         return sum(texts), media * MEDIA_TOKENS

@@ -1,4 +1,4 @@
-"""Expected refusals as values: a status, a reason for machines and a message that says what to do."""
+"""Expected refusals as values: a status, a reason for machines, and a message with what to do."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,7 +8,7 @@ import msgspec
 
 
 class Reason(StrEnum):
-    """Why a request was refused: the ``code`` of the body, a response header, and the response-code details."""
+    """Why a request was refused, as ``code`` of the body, in a response header, and in the response-code details."""
 
     UNKNOWN_PATH = "unknown_path"
     WRONG_METHOD = "method_not_allowed"
@@ -39,12 +39,15 @@ class Reason(StrEnum):
     INTERNAL_ERROR = "internal_error"
 
 
+TRY_AGAIN: Final = (("retry-after", "1"),)
+"""Response headers of a refusal that a later try may avoid."""
+
 _KINDS: Final = {429: "rate_limit_error"}
 
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """A refusal as the client sees it."""
+    """The refusal of a request, as the client gets it."""
 
     status: int
     reason: Reason
@@ -55,7 +58,7 @@ class Rejection:
     """Further response headers, such as ``retry-after`` or ``allow``."""
 
     def body(self) -> bytes:
-        """The body in the shape of OpenAI's errors, which the client libraries turn into their exceptions."""
+        """Return the body in the shape of errors of OpenAI, which client libraries turn into their exceptions."""
         kind = _KINDS.get(self.status) or ("invalid_request_error" if self.status < 500 else "server_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.reason.value}
         return msgspec.json.encode({"error": error})

@@ -1,6 +1,7 @@
-"""The bodies of the five APIs, as far as they matter here. Whatever else a body holds is skipped unread.
+"""The shapes of the bodies of the five APIs. Members that are not listed here are skipped unread.
 
-Every field that is read may be null: client libraries send nulls for what was not set.
+Every field may be null, as client libraries send nulls for what was not set. Some fields are listed only so that a
+wrong type is refused before any engine reads it.
 """
 
 from typing import Annotated, Any, Final
@@ -13,7 +14,7 @@ NO_VALUE: Final = Raw(b"")
 
 
 class Part(Struct):
-    """A piece of a message's content, of any API."""
+    """A part of the content of a message, in any API."""
 
     type: str = ""
     text: str | None = None
@@ -33,19 +34,19 @@ class Message(Struct):
 
 
 Unknown = dict[str, Any]
-"""A message whose content has a form that is not known here; the engine is to judge it."""
+"""A message whose content has an unknown form, which the engine has to judge."""
 
 LARGEST_ID: Final = 2**31 - 1
-"""No vocabulary is so large."""
+"""The largest valid token id; no vocabulary is so large."""
 
 TokenId = Annotated[int, Meta(ge=0, le=LARGEST_ID)]
-"""Looks up a row of the embedding. No release of SGLang looks whether there is one: its process ends if not."""
+"""A token id. SGLang looks up its row of the embedding unchecked, and its process ends if there is none."""
 
 TextsOrIds = str | list[str | TokenId | list[TokenId]]
 
 
 class Body(Struct):
-    """What all APIs have in common."""
+    """The fields that all APIs have."""
 
     model: str | None = None
     stream: bool | None = None
@@ -55,7 +56,7 @@ class Body(Struct):
 
 
 class SamplingParams(Struct):
-    """Of /generate."""
+    """The sampling parameters of /generate."""
 
     n: int | None = None
     max_new_tokens: int | None = None
@@ -63,7 +64,7 @@ class SamplingParams(Struct):
 
 
 class Generate(Body):
-    """/generate."""
+    """The body of /generate."""
 
     text: TextsOrIds | None = None
     input_ids: list[TokenId | list[TokenId]] | None = None
@@ -72,29 +73,29 @@ class Generate(Body):
 
 
 class Completions(Body):
-    """/v1/completions."""
+    """The body of /v1/completions."""
 
     prompt: TextsOrIds | None = None
 
 
 class Chat(Body):
-    """/v1/chat/completions."""
+    """The body of /v1/chat/completions."""
 
     messages: list[Message] | None = None
     max_completion_tokens: int | None = None
     input_ids: list[TokenId] | None = None
-    """SGLang's own: takes the place of what the chat template would make of the messages."""
+    """An extension of SGLang: the prompt in place of what the chat template would make of the messages."""
     tools: Raw = NO_VALUE
 
 
 class ChatUnknown(Chat):
-    """The same with messages of any form."""
+    """The body of /v1/chat/completions with messages of any form."""
 
     messages: list[Unknown] | None = None  # type: ignore[assignment]
 
 
 class Messages(Body):
-    """/v1/messages."""
+    """The body of /v1/messages."""
 
     system: str | list[Part] | None = None
     messages: list[Message] | None = None
@@ -102,13 +103,13 @@ class Messages(Body):
 
 
 class MessagesUnknown(Messages):
-    """The same with messages of any form."""
+    """The body of /v1/messages with messages of any form."""
 
     messages: list[Unknown] | None = None  # type: ignore[assignment]
 
 
 class Responses(Body):
-    """/v1/responses."""
+    """The body of /v1/responses."""
 
     input: str | list[Message] | None = None
     instructions: str | None = None
@@ -117,7 +118,7 @@ class Responses(Body):
 
 
 class ResponsesUnknown(Responses):
-    """The same with input items of any form."""
+    """The body of /v1/responses with input items of any form."""
 
     input: str | list[Unknown] | None = None  # type: ignore[assignment]
 
@@ -129,4 +130,4 @@ SHAPES: Final[dict[Api, tuple[type[Body], ...]]] = {
     Api.RESPONSES: (Responses, ResponsesUnknown),
     Api.MESSAGES: (Messages, MessagesUnknown),
 }
-"""To be tried in this order."""
+"""The shapes of each API, in the order in which they are tried."""

@@ -1,13 +1,13 @@
-"""Token ids beside the prompt: what a request says of ids that no vocabulary has.
+"""Token ids beside the prompt: finds those that no vocabulary has, and that would end the process of an engine.
 
-Those of prompts are checked as they are read, by their type in :mod:`dp_extproc.request.shapes`. The lists here are
-small, and engines take them in more forms (``"5"``, ``5.0``), so they are looked at only when they may be wrong.
+The ids of prompts are checked when they are read, by their type in :mod:`dp_extproc.request.shapes`. The lists of these
+fields are small, and engines take them in more forms (``"5"``, ``5.0``), so they are decoded only if they look wrong.
 
-Which fields, and what such an id does to SGLang:
+What an invalid id does to SGLang, by field:
 
-- ``stop_token_ids``: it is scattered into a row of the vocabulary as soon as any request of the same batch asks for
-  ``min_new_tokens`` (``penaltylib/min_new_tokens.py``), which ends the process in all releases.
-- ``token_ids_logprob``: 0.5.14 and later refuse it; before, a row is indexed with it, which ends the process.
+- ``stop_token_ids``: SGLang scatters it into a row of the vocabulary as soon as any request of the same batch asks for
+  ``min_new_tokens`` (``penaltylib/min_new_tokens.py``). This ends the process in all releases.
+- ``token_ids_logprob``: 0.5.14 and later refuse it. Earlier releases index a row with it, which ends the process.
 
 The keys of ``logit_bias`` are refused by every release.
 """
@@ -30,35 +30,35 @@ _FIELDS: Final = {
     Api.CHAT: (STOP_IDS,),
 }
 _SUSPECT: Final = re.compile(rb"[-eE_\\]|[0-9]{10}")
-"""A sign, an exponent, as many digits as the largest id has; or in a text what may hide one of these."""
+"""A sign, an exponent, or as many digits as the largest id has; or an escape in a text that may hide one of these."""
 _NUMBER_IN_TEXT: Final = r"^\s*\+?[0-9]{1,9}(\.0*)?\s*$"
 
 _Lax = TokenId | Annotated[float, Meta(ge=0, le=LARGEST_ID)] | Annotated[str, Meta(pattern=_NUMBER_IN_TEXT)] | None
 _lists: Final[msgspec.json.Decoder[_Lax | list[_Lax | list[_Lax]]]] = msgspec.json.Decoder(
     _Lax | list[_Lax | list[_Lax]]
 )
-"""Ids in every form that some release takes; one for each prompt of a batch, too."""
+"""Ids in every form that some release takes, also as a list for each prompt of a batch."""
 
 
-def with_impossible_id(fields: Body, api: Api, values: dict[str, Raw]) -> str | None:
-    """Name the field that holds an id that no vocabulary has; None if there is none.
+def find_invalid_ids(fields: Body, api: Api, values: dict[str, Raw]) -> str | None:
+    """Return the name of a field with an id that no vocabulary has; None if there is none.
 
     Raises:
         msgspec.DecodeError: A value is no JSON.
         RecursionError: It is nested too deeply.
     """
     for name in _FIELDS.get(api, ()):
-        if name in values and _is_impossible(values[name]):
+        if name in values and _has_invalid_id(values[name]):
             return name
     if isinstance(fields, Generate) and fields.sampling_params:
         parameters = fields.sampling_params
         several = parameters if isinstance(parameters, list) else [parameters]
-        if any(_is_impossible(each.stop_token_ids) for each in several):
+        if any(_has_invalid_id(each.stop_token_ids) for each in several):
             return STOP_IDS
     return None
 
 
-def _is_impossible(raw: Raw) -> bool:
+def _has_invalid_id(raw: Raw) -> bool:
     if _SUSPECT.search(memoryview(raw)) is None:
         return False
     try:

@@ -21,7 +21,6 @@ from dp_extproc.config import Config, ignore
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.observability.admin import AdminServer
 from dp_extproc.runtime.components import Components
-from dp_extproc.runtime.readiness import Readiness
 from dp_extproc.runtime.reload import Reloader
 from dp_extproc.runtime.secrets import server_credentials
 from dp_extproc.runtime.sockets import StartError, cannot_listen, listen, listen_privately, owner_address
@@ -36,15 +35,14 @@ _log = logging.getLogger(__name__)
 class _Pages:
     """Pages of the admin port."""
 
-    def __init__(self, components: Components, readiness: Readiness) -> None:
+    def __init__(self, components: Components) -> None:
         self._components = components
-        self._readiness = readiness
 
     async def metrics(self) -> bytes:
         return self._components.telemetry.page()
 
     async def ready(self) -> bool:
-        return self._readiness.ready
+        return self._components.readiness.ready
 
     async def loads(self) -> dict[str, Any]:
         return self._components.loads()
@@ -65,9 +63,8 @@ async def serve(written: Config, text: str, path: Path, context: WorkerContext |
     config = worker_config(written, context)
     guard = Guard()
     rng = random.Random(os.urandom(32))
-    components = Components(config, owner=owner_address(config), clock=time.monotonic, rng=rng, guard=guard)
     health = aio.HealthServicer()
-    readiness = Readiness(health, components.can_serve)
+    components = Components(config, health, owner=owner_address(config), clock=time.monotonic, rng=rng, guard=guard)
     reloader = Reloader(path, text, written, lambda config, _text: components.apply(worker_config(config, context)))
     if context is not None:
         reloader.warn = ignore  # of several processes the parent logs the old names in the file
@@ -76,7 +73,7 @@ async def serve(written: Config, text: str, path: Path, context: WorkerContext |
     admin_socket = (
         listen(config.listen.admin, "listen.admin") if context is None else listen_privately(context.admin_socket)
     )
-    admin = AdminServer(_Pages(components, readiness), admin_socket)
+    admin = AdminServer(_Pages(components), admin_socket)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -86,17 +83,17 @@ async def serve(written: Config, text: str, path: Path, context: WorkerContext |
         context.watch_parent(on_reload=reloader.request, on_exit=stopping.set)
     with admin_socket, _start_error_alone():
         async with asyncio.TaskGroup() as tasks:
-            work = {**components.tasks(), "readiness": readiness.run, "reload": reloader.run}
+            work = {**components.tasks(), "reload": reloader.run}
             background = [tasks.create_task(guard.keep(name, each), name=name) for name, each in work.items()]
             admin_task = tasks.create_task(guard.keep("admin", admin.run_on_socket))
-            await components.look_around()  # else the first requests find no endpoint
+            await components.first_round()  # else the first requests find no endpoint
             async with _grpc_server(config, components.service, health):
                 where = config.listen.admin if context is None else "the parent's port"
                 _log.info("dp-extproc %s: ext_proc on %s, admin on %s", __version__, config.listen.grpc, where)
                 await stopping.wait()
                 drain = components.config.drain
                 _log.info("stopping: not ready from now on, answering for another %gs", drain)
-                await readiness.stop()
+                await components.readiness.stop()
                 stopping.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(stopping.wait(), drain)  # a second signal cuts it short

@@ -1,4 +1,7 @@
-"""Whether the service can do its job, told in the two ways that Envoy's users ask: gRPC health and HTTP."""
+"""Readiness of the service, as gRPC health and as a flag for HTTP.
+
+Readiness changes only when an engine is discovered, when another configuration is applied, or when the service stops.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -8,50 +11,63 @@ from grpc_health.v1.health import aio
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from dp_extproc.config.pools import PoolConfig
-from dp_extproc.engines.model import Role
+from dp_extproc.engines.listener import EngineFailure
+from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.extproc.service import SERVICE_NAME
 from dp_extproc.load.cache import LoadCache
 
 LIVENESS: Final = "liveness"
-"""Names of gRPC health services that probes of the field use; ``""`` and the ext_proc service are standard."""
 READINESS: Final = "readiness"
+"""Names of gRPC health services that common probes use; ``""`` and the ext_proc service are standard."""
 _FOLLOW_READINESS: Final = ("", READINESS, SERVICE_NAME)
 
-_POLL_SECONDS: Final = 0.05
 
-
-def can_serve(pool: PoolConfig, fleet: LoadCache, now: float) -> bool:
-    """Tell whether a pool has at least one server, however well known, for each role it needs."""
+def can_serve(pool: PoolConfig, load: LoadCache) -> bool:
+    """Find out whether a pool has at least one discovered endpoint, fresh or not, for each of its roles."""
     roles = (Role.PREFILL, Role.DECODE) if pool.is_disaggregated else (Role.WORKER,)
-    return all(fleet.eligible(pool.name, role, now) for role in roles)
+    return all(load.known(pool.name, role) for role in roles)
 
 
 class Readiness:
-    """Ready once some pool can serve; not ready any more once the service is stopping."""
+    """Ready once some pool can serve, until the service stops. Implements ``EngineListener``."""
 
     def __init__(self, health: aio.HealthServicer, can_serve_some: Callable[[], bool]) -> None:
         self._health = health
         self._can_serve_some = can_serve_some
+        self._changed = asyncio.Event()
         self._stopping = False
         self.ready = False
+
+    def review(self) -> None:
+        """Determine readiness again after an event that may have changed it."""
+        self._changed.set()
+
+    def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:  # noqa: ARG002 - the protocol's
+        """Review, since the endpoint may be the first of its role."""
+        self.review()
+
+    def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
+        """Do nothing: load does not change readiness."""
+
+    def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
+        """Do nothing: a discovered endpoint is used while there is no better one."""
 
     async def run(self) -> None:
         """Keep the health service up to date until cancelled."""
         await self._health.set(LIVENESS, HealthCheckResponse.SERVING)
-        await self._tell()
         while True:
-            if self.ready != (now_ready := not self._stopping and self._can_serve_some()):
-                self.ready = now_ready
-                await self._tell()
-            await asyncio.sleep(_POLL_SECONDS)
+            self._changed.clear()
+            self.ready = not self._stopping and self._can_serve_some()
+            await self._publish()
+            await self._changed.wait()
 
     async def stop(self) -> None:
         """Report not ready from now on; liveness stays."""
         self._stopping = True
         self.ready = False
-        await self._tell()
+        await self._publish()
 
-    async def _tell(self) -> None:
-        status = HealthCheckResponse.SERVING if self.ready else HealthCheckResponse.NOT_SERVING
-        for service in _FOLLOW_READINESS:
+    async def _publish(self) -> None:
+        for service in _FOLLOW_READINESS:  # the service may stop while a name is being set
+            status = HealthCheckResponse.SERVING if self.ready else HealthCheckResponse.NOT_SERVING
             await self._health.set(service, status)

@@ -116,7 +116,7 @@ class Reloader:
     def collect(self) -> Iterator[Metric]:
         """Collect the metrics of reloads."""
         reloads = CounterMetricFamily(
-            "dp_extproc_config_reloads", "Times that the configuration was read anew.", labels=["outcome"]
+            "dp_extproc_config_reloads", "Times that the configuration was reloaded.", labels=["outcome"]
         )
         for outcome, count in self._counts.items():
             reloads.add_metric([outcome], count)

@@ -7,7 +7,7 @@ from dp_extproc.config import Config, ListenSettings, SocketAddress
 
 
 class StartError(Exception):
-    """The service cannot start; the message says why and what to do."""
+    """The service cannot start; the message has the reason and the remedy."""
 
 
 def check_ports(settings: ListenSettings) -> None:

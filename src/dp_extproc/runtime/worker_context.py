@@ -1,4 +1,4 @@
-"""What a worker process knows of its parent and of its place among the worker processes."""
+"""The context of a worker process: its index, its parent, and its share of the configuration."""
 
 import asyncio
 import os

@@ -1,6 +1,6 @@
-"""How much a rank may have on its books, and whether a prompt can ever fit.
+"""What a rank may have in flight, whether a prompt can ever fit, and the queue of requests that wait for room.
 
-With prefill/decode disaggregation SGLang itself refuses nothing, however long its queues are, so this is the only
+With prefill/decode disaggregation SGLang itself refuses nothing, however long its queues are. So this is the only
 admission control there is.
 """
 
@@ -9,78 +9,88 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
 from dp_extproc.config.reliability import AdmissionSettings, QueueSettings
-from dp_extproc.load.endpoint import EndpointLoad
+from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.load.rank import RankLoad
+from dp_extproc.load.records import RequestCost
 from dp_extproc.request.prompt import Prompt
 
 _CERTAIN = 4
-"""A prompt that is estimated so many times longer than what fits is too long for certain: no text is misjudged more."""
+"""Bounds the error of an estimate: no text has fewer tokens than the estimate divided by this. A smaller value would
+refuse prompts that fit; a greater one would let prompts wait that never fit."""
 
 
 class Admission:
-    """The limits of one pool's ranks."""
+    """The limits of what a rank may have in flight."""
 
-    __slots__ = ("_settings", "is_off")
+    __slots__ = ("_is_off", "_settings")
 
     def __init__(self, settings: AdmissionSettings) -> None:
         self._settings = settings
         limits = (settings.max_token_ratio, settings.max_request_ratio, settings.max_tokens, settings.max_requests)
-        self.is_off = all(limit is None for limit in limits)
+        self._is_off = all(limit is None for limit in limits)
 
-    def has_room(self, host: EndpointLoad, rank: int | None, tokens: float, requests: float) -> bool:
-        """Tell whether a rank takes a request; without a rank, whether any rank of the host does."""
-        if self.is_off:
-            return True
-        if rank is not None:
-            return self.fits(host.ranks[rank], tokens, requests)
-        return any(self.fits(each, tokens, requests) for each in host.candidate.ranks)
+    def takes(self, target: Target, cost: RequestCost) -> bool:
+        """Return whether a target has room for a request; if its engine picks the rank, whether any rank has."""
+        if target.rank is None:
+            return self.has_room(target.endpoint, cost)
+        return self._is_off or self.fits(target.endpoint.ranks[target.rank], cost)
 
-    def fits(self, rank: RankLoad, tokens: float, requests: float) -> bool:
-        """Tell whether this very rank takes a request."""
+    def has_room(self, endpoint: EndpointLoad, cost: RequestCost) -> bool:
+        """Return whether any rank of an endpoint has room for a request."""
+        return self._is_off or any(self.fits(rank, cost) for rank in endpoint.candidate.ranks)
+
+    def fits(self, rank: RankLoad, cost: RequestCost) -> bool:
+        """Return whether a rank has room for a request. An idle one has: a low limit must not refuse it for ever."""
         if not rank.open and not rank.external_requests:
-            return True  # whatever does not fit here fits nowhere
+            return True
         settings, sample = self._settings, rank.sample
-        load = rank.tokens + tokens
-        total = rank.reserved_requests + rank.external_requests + requests
-        if settings.max_tokens is not None and load > settings.max_tokens:
+        tokens = rank.tokens + cost.tokens
+        requests = rank.reserved_requests + rank.external_requests + cost.requests
+        if settings.max_tokens is not None and tokens > settings.max_tokens:
             return False
-        if settings.max_requests is not None and total > settings.max_requests:
+        if settings.max_requests is not None and requests > settings.max_requests:
             return False
         if sample is None:
             return True
         capacity, running = sample.capacity_tokens, sample.max_running_requests
-        if settings.max_token_ratio is not None and capacity and load > settings.max_token_ratio * capacity:
+        if settings.max_token_ratio is not None and capacity and tokens > settings.max_token_ratio * capacity:
             return False
-        return settings.max_request_ratio is None or not running or total <= settings.max_request_ratio * running
+        return settings.max_request_ratio is None or not running or requests <= settings.max_request_ratio * running
 
 
-def largest_capacity(hosts: Sequence[EndpointLoad]) -> int | None:
-    """Give the KV cache of the largest rank, in tokens; None if any server does not tell."""
+def may_ever_hold(target: Target, cost: RequestCost) -> bool:
+    """Return whether the KV cache of a picked rank is large enough for a prompt; one of unknown size may be."""
+    sample = target.endpoint.ranks[target.rank or 0].sample
+    return sample is None or not sample.capacity_tokens or cost.tokens <= sample.capacity_tokens
+
+
+def largest_capacity(endpoints: Sequence[EndpointLoad]) -> int | None:
+    """Return the size of the largest KV cache of a rank, in tokens; None if that of any rank is unknown."""
     largest = 0
-    for host in hosts:
-        for rank in host.ranks:
+    for endpoint in endpoints:
+        for rank in endpoint.ranks:
             if rank.sample is None or not rank.sample.capacity_tokens:
                 return None
             largest = max(largest, rank.sample.capacity_tokens)
     return largest or None
 
 
-def may_hold(hosts: Iterable[EndpointLoad], tokens: float) -> bool:
-    """Tell whether some rank can hold so many tokens, or does not tell; as a rule the first one is enough."""
+def may_hold(endpoints: Iterable[EndpointLoad], tokens: float) -> bool:
+    """Return whether the KV cache of some rank can hold so many tokens; one of unknown size may."""
     return any(
         rank.sample is None or not rank.sample.capacity_tokens or tokens <= rank.sample.capacity_tokens
-        for host in hosts
-        for rank in host.ranks
+        for endpoint in endpoints
+        for rank in endpoint.ranks
     )
 
 
 def is_too_long(prompt: Prompt, estimate: float, capacity: int) -> bool:
-    """Tell whether a single prompt can fit on no rank for certain; a batch is spread over time, so it can."""
+    """Return whether a prompt certainly fits on no rank. A batch may fit: its prompts can run one by one."""
     return least_tokens(prompt, estimate) > capacity
 
 
 def least_tokens(prompt: Prompt, estimate: float) -> float:
-    """Give what a rank has to hold at one time for a prompt, for certain."""
+    """Return the tokens that a rank certainly has to hold at one time for a prompt."""
     return 0.0 if prompt.batch is not None and prompt.batch > 1 else max(prompt.tokens, estimate / _CERTAIN)
 
 
@@ -139,7 +149,7 @@ class AdmissionQueue:
             tickets[0].wake()
 
     def must_wait(self, pool: str, priority: int, ticket: Ticket | None) -> bool:
-        """Tell whether a request has to wait because others were there before.
+        """Return whether a request has to wait because others were there before.
 
         Args:
             pool: The pool that serves the request.

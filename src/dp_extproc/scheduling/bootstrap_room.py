@@ -1,7 +1,8 @@
 """Bootstrap rooms: the numbers under which the two legs of an attempt find each other.
 
-A server that follows rooms dispatches by ``room mod ranks``, and from 0.5.11 on a prefill server refuses a request
-whose room says another rank than its body. A room that is congruent to the chosen rank suits every version.
+An engine that follows bootstrap rooms runs a request on the rank ``room mod ranks``. From 0.5.11 on, a prefill engine
+refuses a request whose body names another rank than that. A bootstrap room that is congruent to the picked rank suits
+every release.
 """
 
 import math
@@ -9,23 +10,23 @@ from random import Random
 from typing import Final
 
 MAX_ROOM: Final = (1 << 63) - 1
-"""SGLang's request contract takes a signed 64-bit integer (``api/v1/api_types.py``)."""
+"""The largest bootstrap room: SGLang reads a signed 64-bit integer (``api/v1/api_types.py``)."""
 
 
 class NoSuchRoomError(ValueError):
-    """No room is congruent to both ranks."""
+    """No bootstrap room is congruent to both ranks."""
 
 
 def draw_room(rng: Random, prefill: tuple[int, int] | None, decode: tuple[int, int] | None = None) -> int:
-    """Draw a room, uniformly from all in 1..2^63-1 that suit. 0 is never drawn: it reads as "not arrived" there.
+    """Draw a bootstrap room, uniformly from all in 1..2^63-1 that suit. SGLang reads 0 as "not arrived".
 
     Args:
-        rng: Where randomness comes from. Rooms of one fleet must not repeat, so replicas must not share a seed.
-        prefill: ``(rank, ranks)`` that the room must lead to on the prefill server; None when that is unknown.
-        decode: Likewise on a decode server that follows rooms itself.
+        rng: Source of randomness. Bootstrap rooms of one fleet must not repeat, so replicas must not share a seed.
+        prefill: ``(rank, ranks)`` that it must lead to on the prefill engine; None if it need not.
+        decode: ``(rank, ranks)`` that it must lead to on the decode engine; None if it need not.
 
     Raises:
-        NoSuchRoomError: The two cannot be met by one room.
+        NoSuchRoomError: No bootstrap room leads to both.
     """
     residue, modulus = prefill or (0, 1)
     if decode is not None:
@@ -38,7 +39,7 @@ def draw_room(rng: Random, prefill: tuple[int, int] | None, decode: tuple[int, i
 
 
 def agree(prefill: tuple[int, int], decode: tuple[int, int]) -> bool:
-    """Tell whether some room leads to both ``(rank, ranks)``."""
+    """Return whether some bootstrap room leads to both ``(rank, ranks)``."""
     return (prefill[0] - decode[0]) % math.gcd(prefill[1], decode[1]) == 0
 
 

@@ -1,4 +1,4 @@
-"""What comes of scheduling a request: a decision, a rejection, or a place to wait."""
+"""The records that scheduling takes and returns: the context of a request, and a decision, or a place in the queue."""
 
 from msgspec import Struct
 
@@ -9,39 +9,39 @@ from dp_extproc.request.rejection import Rejection
 from dp_extproc.scheduling.admission import Ticket
 
 Metadata = dict[str, str | int]
-"""Dynamic metadata of a request, by the names of :mod:`dp_extproc.contract`."""
+"""Dynamic metadata of a request, under the keys of :mod:`dp_extproc.contract`."""
 
 
 class RequestContext(Struct, frozen=True):
     """The facts of a request besides its body."""
 
     session: str | None = None
-    """The client's name for the conversation."""
+    """The id of the conversation, as the client sent it."""
     failed: tuple[frozenset[str], ...] = ()
-    """The hosts of each attempt of this request that has failed, in order."""
+    """The addresses of the endpoints of each failed attempt of the request, in order."""
     ticket: Ticket | None = None
     """Its place in the admission queue; None if it has none."""
     subset: frozenset[str] | None = None
-    """The endpoints among which a gateway allows to choose; None for all."""
+    """The endpoints that the gateway allows; None for all."""
     sees_answer: bool = True
-    """Whether the body of the answer can be seen and changed."""
+    """Whether the body of the response passes through the service, and can be changed."""
 
 
 class Decision(Struct, frozen=True):
-    """Let the request through, to these hosts."""
+    """A request that was scheduled, as Envoy has to send it."""
 
     body: bytes | None
-    """The new body; None leaves the request as it is."""
+    """The new body; None leaves the body of the client."""
     headers: tuple[tuple[str, bytes], ...]
-    """To set on the request."""
+    """Headers to set on the request."""
     metadata: Metadata
-    """For access logs."""
+    """Dynamic metadata for access logs."""
     in_flight: InFlight | None
     """The reservations of the request; None for one that has none."""
     streaming: bool | None = False
-    """Whether the client wants a stream of events; None where only the answer will tell."""
+    """Whether the client asked for a stream of events; None if the body was not read."""
     merges_logprobs: bool = False
-    """Whether the client wants log probabilities, of which the prefill leg's answer has a part."""
+    """Whether the client asked for log probabilities, a part of which only the response of the prefill leg has."""
 
 
 class Queued(Struct, frozen=True):
@@ -65,6 +65,6 @@ SchedulingResult = Decision | Rejection | Queued
 
 
 class Answer(Struct, frozen=True):
-    """Answer the client without asking an engine."""
+    """A response that the service gives itself."""
 
     body: bytes

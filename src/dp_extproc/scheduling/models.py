@@ -1,4 +1,4 @@
-"""Which models there are, and which pool serves each."""
+"""The models that can be asked for, and the pool of each."""
 
 from collections.abc import Iterable
 from typing import Final
@@ -14,27 +14,27 @@ from dp_extproc.scheduling.decision import Answer
 
 _ANY_MODEL: Final = "*"
 SHOWN_MODEL: Final = 200
-"""Characters of a model's name in logs and messages; clients may send megabytes."""
+"""Bounds the characters of a model name in logs and messages, as clients may send megabytes."""
 
 
 class ModelRegistry:
-    """The models of all pools."""
+    """Finds the pool of a model, and answers questions for the models."""
 
-    __slots__ = ("_fleet", "_pool_of", "_pools")
+    __slots__ = ("_load", "_pool_of", "_pools")
 
-    def __init__(self, pools: Iterable[PoolConfig], fleet: LoadCache) -> None:
-        """Begin.
+    def __init__(self, pools: Iterable[PoolConfig], load: LoadCache) -> None:
+        """Index the configured models.
 
         Args:
-            pools: As configured; each model in one of them.
-            fleet: Knows what the engines of "*" pools serve.
+            pools: The configured pools; each model is in one of them.
+            load: Contains the models that the engines of "*" pools report.
         """
-        self._fleet = fleet
+        self._load = load
         self._pools = tuple(pools)
         self._pool_of = {model: pool.name for pool in self._pools for model in pool.models}
 
     def pool_of(self, model: str | None) -> str | Rejection:
-        """Name the pool that serves a model; None stands for a request that names no model."""
+        """Return the pool that serves a model, None for a request that names no model; or the refusal."""
         if model is None:
             if len(self._pools) == 1:
                 return self._pools[0].name
@@ -43,16 +43,16 @@ class ModelRegistry:
         return self._pool_of.get(model) or self._pool_of.get(_ANY_MODEL) or self._unknown(model)
 
     def known(self) -> list[str]:
-        """Name every model that can be asked for: the configured ones, and what the engines of "*" pools serve."""
+        """Return every model that can be asked for: the configured ones, and those that engines of "*" pools report."""
         known: dict[str, None] = {}
         for pool in self._pools:
             for model in pool.models:
                 if model != _ANY_MODEL:
                     known[model] = None
                     continue
-                for host in self._fleet.discovered_in(pool.name):
-                    if host.facts.served_model and host.facts.served_model not in self._pool_of:
-                        known[host.facts.served_model] = None
+                for endpoint in self._load.discovered_in(pool.name):
+                    if endpoint.facts.served_model and endpoint.facts.served_model not in self._pool_of:
+                        known[endpoint.facts.served_model] = None
         return list(known)
 
     def answer(self, path: str) -> Answer | Rejection:

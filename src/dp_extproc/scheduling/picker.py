@@ -1,4 +1,8 @@
-"""The prefill and the decode side of an attempt, picked so that every engine version agrees on the ranks."""
+"""The targets of a request, picked so that the engines of every release run it on these ranks.
+
+Who decides the rank of an endpoint differs by release: a routing field, the bootstrap room, or the engine. One
+bootstrap room serves both legs, so the decode target is picked after the prefill target, from ranks that agree with it.
+"""
 
 from collections.abc import Callable, Sequence
 from random import Random
@@ -13,24 +17,23 @@ from dp_extproc.engines.model import Role
 from dp_extproc.load.endpoint import Candidate, EndpointLoad, Target
 from dp_extproc.load.rank import RankLoad
 from dp_extproc.load.records import RequestCost
-from dp_extproc.prefix_cache.index import Held, PrefixIndex
-from dp_extproc.scheduling.bootstrap_room import agree, draw_room
-from dp_extproc.scheduling.policies import NOTHING_HELD, Policy
+from dp_extproc.prefix_cache.index import CachedTokens, PrefixIndex
+from dp_extproc.scheduling.bootstrap_room import agree
+from dp_extproc.scheduling.pairing import Pairing
+from dp_extproc.scheduling.policies import NOTHING_CACHED, Policy
 
 
-class Pair(Struct, frozen=True):
-    """Both sides."""
+class Targets(Struct, frozen=True):
+    """The targets of both legs of a request."""
 
-    prefill: Target
+    prefill: Target | None
+    """None for an aggregated pool, whose one target computes the prompt, too."""
     decode: Target
-
-    def draw_room(self, rng: Random) -> int:
-        """Draw a new room under which both servers find the ranks of this pair."""
-        return draw_room(rng, self.prefill.residue, self.decode.residue)
+    """The target that answers the client."""
 
 
 class Pins(Struct, frozen=True):
-    """Ranks that the client asked for and may ask for."""
+    """The ranks that the client asked for, where the pool allows that."""
 
     prefill: int | None = None
     decode: int | None = None
@@ -39,11 +42,11 @@ class Pins(Struct, frozen=True):
 NO_PINS: Final = Pins()
 
 Wanted = Callable[[RankLoad], bool]
-"""Tells whether a rank may be picked."""
+"""Whether a rank may be picked."""
 
 
 class Picker:
-    """Picks the servers and ranks of one pool."""
+    """Picks the targets of the requests of one pool."""
 
     def __init__(
         self, settings: PolicySettings, signal: LoadSignal, prefixes: PrefixIndex[RankLoad], rng: Random
@@ -51,98 +54,82 @@ class Picker:
         """Set up.
 
         Args:
-            settings: The pool's policies.
-            signal: What the tokens of a rank are.
-            prefixes: Which ranks hold what prompts begin with.
-            rng: For ties and whatever else is left to chance.
+            settings: The policies of the pool.
+            signal: Which numbers are the load of a rank.
+            prefixes: Which ranks have which prefixes in their cache.
+            rng: Source of ties, and of everything that policies leave to chance.
         """
         self._policies = {role: Policy(settings, signal, rng) for role in Role}
         self._prefixes = prefixes
         self._rng = rng
 
-    def worker(
+    def pick(
         self,
-        hosts: Sequence[EndpointLoad],
-        demand: RequestCost,
-        now: float,
-        pin: int | None = None,
-        *,
-        wanted: Wanted | None = None,
-    ) -> Target:
-        """Pick a server that does both prefill and decode, and its rank.
-
-        Args:
-            hosts: At least one, equally eligible.
-            demand: What the request asks for.
-            now: For what changes with time alone.
-            pin: A rank that the client asked for; passed over when no host has it.
-            wanted: Which ranks are picked from, if any host has one; None for all.
-        """
-        held = self._held(demand)
-        near = self._policies[Role.WORKER].within_reach(hosts, held)
-        chosen, rank = self._pick(
-            Role.WORKER, _only([host.candidate for host in near], wanted), demand.tokens, now, pin=pin, held=held
-        )
-        index = None if rank is None else rank.index
-        return Target(chosen.endpoint, index, routed=rank is not None, by_room=False, cached=_cached(rank, held))
-
-    def pair(
-        self,
-        prefills: Sequence[EndpointLoad],
-        decodes: Sequence[EndpointLoad],
-        demand: RequestCost,
+        pairing: Pairing,
+        cost: RequestCost,
         now: float,
         pins: Pins = NO_PINS,
         *,
         wanted: Wanted | None = None,
-        decodes_of: Callable[[EndpointLoad], Sequence[EndpointLoad]] | None = None,
-    ) -> Pair:
-        """Pick both sides of a disaggregated request.
+    ) -> Targets:
+        """Pick the targets of a request.
 
         Args:
-            prefills: At least one, equally eligible.
-            decodes: Likewise.
-            demand: What the request asks for.
-            now: For what changes with time alone.
-            pins: Ranks that the client asked for; passed over when no host has them.
-            wanted: Which ranks are picked from, on either side, if any host has one; None for all.
-            decodes_of: Gives those decode servers, at least one, that a prefill server can be paired with; None if all
-                can be with all.
+            pairing: What to pick from; all endpoints of a role are equally eligible.
+            cost: The work that the request is.
+            now: The current time, as estimates change with it.
+            pins: Ranks that the client asked for; ignored if no endpoint has them.
+            wanted: Whether a rank may be picked; ignored for a role if none may. None allows every rank.
         """
-        prefill = self._prefill(prefills, demand, now, pins.prefill, wanted)
-        if decodes_of is not None:
-            decodes = decodes_of(prefill.endpoint)
-        return Pair(prefill, self._decode(decodes, demand.tokens, now, prefill.residue, pin=pins.decode, wanted=wanted))
+        if not pairing.prefills:
+            return Targets(None, self._aggregated(pairing.decodes, cost, now, pins.decode, wanted))
+        prefill = self._prefill(pairing.prefills, cost, now, pins.prefill, wanted)
+        decodes = pairing.decodes_of(prefill.endpoint)
+        return Targets(
+            prefill, self._decode(decodes, cost.tokens, now, prefill.residue, pin=pins.decode, wanted=wanted)
+        )
 
-    def _held(self, demand: RequestCost) -> Held[RankLoad]:
-        if demand.prefix.blocks or demand.session is not None:
-            return self._prefixes.held(demand.prefix, demand.tokens, demand.session)
-        return NOTHING_HELD
+    def _aggregated(
+        self, endpoints: Sequence[EndpointLoad], cost: RequestCost, now: float, pin: int | None, wanted: Wanted | None
+    ) -> Target:
+        cached = self._cached(cost)
+        near = self._policies[Role.WORKER].within_reach(endpoints, cached)
+        candidates = _only([endpoint.candidate for endpoint in near], wanted)
+        chosen, rank = self._pick(Role.WORKER, candidates, cost.tokens, now, pin=pin, cached=cached)
+        index = None if rank is None else rank.index
+        return Target(
+            chosen.endpoint, index, routed=rank is not None, by_room=False, cached=_cached_tokens(rank, cached)
+        )
+
+    def _cached(self, cost: RequestCost) -> CachedTokens[RankLoad]:
+        if cost.prefix.blocks or cost.session is not None:
+            return self._prefixes.cached(cost.prefix, cost.tokens, cost.session)
+        return NOTHING_CACHED
 
     def _prefill(
-        self, hosts: Sequence[EndpointLoad], demand: RequestCost, now: float, pin: int | None, wanted: Wanted | None
+        self, endpoints: Sequence[EndpointLoad], cost: RequestCost, now: float, pin: int | None, wanted: Wanted | None
     ) -> Target:
-        held = self._held(demand)
-        near = self._policies[Role.PREFILL].within_reach(hosts, held)
-        candidates = _only([host.candidate for host in near], wanted)
-        chosen, rank = self._pick(Role.PREFILL, candidates, demand.tokens, now, pin=pin, held=held)
-        host = chosen.endpoint
-        if rank is None and (host.facts.follows_rooms or host.facts.single_rank is not None):
+        cached = self._cached(cost)
+        near = self._policies[Role.PREFILL].within_reach(endpoints, cached)
+        candidates = _only([endpoint.candidate for endpoint in near], wanted)
+        chosen, rank = self._pick(Role.PREFILL, candidates, cost.tokens, now, pin=pin, cached=cached)
+        endpoint = chosen.endpoint
+        if rank is None and (endpoint.facts.follows_rooms or endpoint.facts.single_rank is not None):
             rank = self._rng.choice(chosen.ranks)
-            return Target(host, rank.index, routed=False, by_room=True, cached=_cached(rank, held))
-        # A chosen rank gets a congruent room: from 0.5.11 on a server that follows rooms refuses any other.
+            return Target(endpoint, rank.index, routed=False, by_room=True, cached=_cached_tokens(rank, cached))
+        # A picked rank gets a congruent room: from 0.5.11 on an engine that follows rooms refuses any other.
         known = rank is not None
         return Target(
-            host,
+            endpoint,
             None if rank is None else rank.index,
-            routed=known and host.capabilities.takes_routed_rank and host.facts.single_rank is None,
+            routed=known and endpoint.capabilities.takes_routed_rank and endpoint.facts.single_rank is None,
             by_room=known,
-            cached=_cached(rank, held),
+            cached=_cached_tokens(rank, cached),
         )
 
     def _decode(
         self,
-        hosts: Sequence[EndpointLoad],
+        endpoints: Sequence[EndpointLoad],
         tokens: float,
         now: float,
         prefill: tuple[int, int] | None,
@@ -150,11 +137,11 @@ class Picker:
         pin: int | None,
         wanted: Wanted | None,
     ) -> Target:
-        near = self._policies[Role.DECODE].within_reach(hosts, NOTHING_HELD)
+        near = self._policies[Role.DECODE].within_reach(endpoints, NOTHING_CACHED)
         by_room = RankControl.BY_ROOM
         reachable = [
-            _reachable(host, prefill) if host.capabilities.decode_control is by_room else host.candidate
-            for host in near
+            _reachable(each, prefill) if each.capabilities.decode_control is by_room else each.candidate
+            for each in near
         ]
         candidates = _only(reachable, wanted)
         chosen, rank = self._pick(Role.DECODE, candidates, tokens, now, pin=pin)
@@ -176,18 +163,18 @@ class Picker:
         now: float,
         *,
         pin: int | None,
-        held: Held[RankLoad] = NOTHING_HELD,
+        cached: CachedTokens[RankLoad] = NOTHING_CACHED,
     ) -> tuple[Candidate, RankLoad | None]:
         policy = self._policies[role]
         if pin is not None:
             pinned = [left for each in candidates if (left := each.only(lambda rank: rank.index == pin)) is not None]
             if pinned:
-                return policy.pick(pinned, tokens, now, held=held, pinned=True)
-        return policy.pick(candidates, tokens, now, held=held)
+                return policy.pick(pinned, tokens, now, cached=cached, pinned=True)
+        return policy.pick(candidates, tokens, now, cached=cached)
 
 
-def _cached(rank: RankLoad | None, held: Held[RankLoad]) -> float:
-    return 0.0 if rank is None else held.by_slot.get(rank, held.elsewhere)
+def _cached_tokens(rank: RankLoad | None, cached: CachedTokens[RankLoad]) -> float:
+    return 0.0 if rank is None else cached.by_rank.get(rank, cached.elsewhere)
 
 
 def _only(candidates: Sequence[Candidate], wanted: Wanted | None) -> Sequence[Candidate]:
@@ -197,10 +184,10 @@ def _only(candidates: Sequence[Candidate], wanted: Wanted | None) -> Sequence[Ca
     return left or candidates
 
 
-def _reachable(host: EndpointLoad, prefill: tuple[int, int] | None) -> Candidate:
-    """Give a decode server with the ranks that one room can lead to together with the prefill rank."""
+def _reachable(endpoint: EndpointLoad, prefill: tuple[int, int] | None) -> Candidate:
+    """Return a decode endpoint with the ranks that one bootstrap room can lead to together with the prefill rank."""
     if prefill is None:
-        return host.candidate
-    left = host.candidate.only(lambda rank: agree(prefill, host.facts.position_of(rank.index)))
+        return endpoint.candidate
+    left = endpoint.candidate.only(lambda rank: agree(prefill, endpoint.facts.position_of(rank.index)))
     assert left is not None  # noqa: S101 - of any ranks that follow one another, one is congruent
     return left

@@ -1,4 +1,4 @@
-"""Which host and which rank get a request. Each policy is a few lines over the same estimate."""
+"""The policies that pick the endpoint and the rank of a request. Each is a few lines over the same estimate of load."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,30 +10,31 @@ from dp_extproc.config.pools import HostPolicy, PolicySettings, RankPolicy
 from dp_extproc.load.endpoint import Candidate, EndpointLoad, Part
 from dp_extproc.load.rank import RankLoad
 from dp_extproc.load.step_group import StepGroup, index_from
-from dp_extproc.prefix_cache.index import Held
+from dp_extproc.prefix_cache.index import CachedTokens
 
 REACH: Final = 8
-"""Of more hosts than these so many are compared, others for each request: a decision costs the same in every fleet.
-Simulated on 32 prefill servers, mean time to first token: 1040 ms with 6, 1015 with 8, 998 with 24, 987 with 32."""
+"""Bounds the endpoints that are compared for one request, so that a pick costs the same in every fleet. In larger
+fleets each request compares others. Simulated on 32 prefill endpoints, the mean time to first token was 1040 ms with 6,
+1015 with 8, 998 with 24, 987 with 32."""
 
 _COUNTED: Final = 32
-"""Of more ranks than these nobody counts those that are loaded alike: the first one from a random place on is taken."""
+"""Bounds the ranks among which ties are counted. Among more ranks, the first one from a random place on is picked."""
 
-NOTHING_HELD: Final[Held[RankLoad]] = Held({}, 0.0)
+NOTHING_CACHED: Final[CachedTokens[RankLoad]] = CachedTokens({}, 0.0)
 
 _Pick = tuple[Candidate, RankLoad | None]
 
 
 class Policy:
-    """Picks hosts and ranks for one role of one pool."""
+    """Picks endpoints and ranks for one role of one pool."""
 
     def __init__(self, settings: PolicySettings, signal: LoadSignal, rng: Random) -> None:
         """Set up.
 
         Args:
-            settings: Which policies.
-            signal: What the tokens of a rank are.
-            rng: For random picks, and for ties: replicas that broke them alike would pile up on one rank.
+            settings: The policies of the pool.
+            signal: Which numbers are the load of a rank.
+            rng: Source of random picks, and of ties: replicas that broke them alike would pile up on one rank.
         """
         self._host = settings.host
         self._rank = settings.dp_rank
@@ -41,24 +42,24 @@ class Policy:
         self._rng = rng
         self._turn = 0
         self._first = 0
-        """Whose turn it was when the first of those within reach was taken for that."""
+        """The turn of the first endpoint within reach."""
 
-    def within_reach(self, hosts: Sequence[EndpointLoad], held: Held[RankLoad]) -> Sequence[EndpointLoad]:
-        """Leave out what is too much to compare; never a host that holds a part of the prompt."""
-        if len(hosts) <= REACH:
+    def within_reach(self, endpoints: Sequence[EndpointLoad], cached: CachedTokens[RankLoad]) -> Sequence[EndpointLoad]:
+        """Leave out what is too much to compare, but no endpoint that has a part of the prompt in its cache."""
+        if len(endpoints) <= REACH:
             self._first = 0
-            return hosts
+            return endpoints
         if self._host is HostPolicy.ROUND_ROBIN:
             self._first = self._turn
-            start = self._turn % len(hosts)
+            start = self._turn % len(endpoints)
         else:
-            start = int(self._rng.random() * len(hosts))
-        near = list(hosts[start : start + REACH])
+            start = int(self._rng.random() * len(endpoints))
+        near = list(endpoints[start : start + REACH])
         if len(near) < REACH:
-            near += hosts[: REACH - len(near)]
-        if held.by_slot:
-            holders = {rank.group for rank in held.by_slot}
-            near += [host for host in hosts if host not in near and not holders.isdisjoint(host.groups)]
+            near += endpoints[: REACH - len(near)]
+        if cached.by_rank:
+            holders = {rank.group for rank in cached.by_rank}
+            near += [each for each in endpoints if each not in near and not holders.isdisjoint(each.groups)]
         return near
 
     def pick(
@@ -67,46 +68,46 @@ class Policy:
         tokens: float,
         now: float,
         *,
-        held: Held[RankLoad] = NOTHING_HELD,
+        cached: CachedTokens[RankLoad] = NOTHING_CACHED,
         pinned: bool = False,
     ) -> _Pick:
-        """Pick a host and a rank on it.
+        """Pick an endpoint and a rank on it.
 
         Args:
             candidates: At least one, equally eligible.
-            tokens: Of the prompt.
-            now: For what changes with time alone.
-            held: Which of those tokens ranks hold already.
-            pinned: Whether the client has chosen the rank, so that none is left to the engine.
+            tokens: The tokens of the prompt.
+            now: The current time, as estimates change with it.
+            cached: How many of these tokens each rank has in its cache.
+            pinned: Whether the client asked for the rank, so that none is left to the engine.
 
         Returns:
             The candidate, and the rank; None leaves the rank to the engine.
         """
         if self._rank is RankPolicy.NONE and self._host is HostPolicy.LOCKSTEP and not pinned:
-            return self._cheapest_anywhere(candidates, tokens - held.elsewhere, now), None
+            return self._cheapest_anywhere(candidates, tokens - cached.elsewhere, now), None
         if self._host is HostPolicy.LOCKSTEP:
-            chosen, least = self._lockstep(candidates, tokens, now, held)
+            chosen, least = self._lockstep(candidates, tokens, now, cached)
         elif self._host is HostPolicy.LEAST_TOKENS:
-            chosen, least = self._least(candidates, self._tokens, now, held)
+            chosen, least = self._least(candidates, self._tokens, now, cached)
         else:
-            chosen = candidates[0] if len(candidates) == 1 else self._pick_host(candidates)
+            chosen = candidates[0] if len(candidates) == 1 else self._pick_endpoint(candidates)
             least = None
         if self._rank is RankPolicy.NONE and not pinned:
             return chosen, None
         if self._rank is RankPolicy.TOKEN_ROUND_ROBIN:
-            return self._least((chosen,), _sent, now, NOTHING_HELD)
-        return (chosen, least) if least is not None else self._least((chosen,), self._tokens, now, held)
+            return self._least((chosen,), _sent, now, NOTHING_CACHED)
+        return (chosen, least) if least is not None else self._least((chosen,), self._tokens, now, cached)
 
     def _lockstep(
-        self, candidates: Sequence[Candidate], tokens: float, now: float, held: Held[RankLoad]
+        self, candidates: Sequence[Candidate], tokens: float, now: float, cached: CachedTokens[RankLoad]
     ) -> tuple[Candidate, RankLoad]:
-        """Take the group where the request costs least, on its least loaded rank or one that holds its beginning."""
-        cheapest, found = _cheapest(candidates, tokens - held.elsewhere, now)
+        """Take the step group where the request costs least: its least loaded rank, or one that has cached tokens."""
+        cheapest, found = _cheapest(candidates, tokens - cached.elsewhere, now)
         holders = []
-        for rank, cached in held.by_slot.items():
-            cost = rank.group.cost(rank.position, rank.tokens + tokens - cached)
+        for rank, cached_tokens in cached.by_rank.items():
+            cost = rank.group.cost(rank.position, rank.tokens + tokens - cached_tokens)
             if cost <= cheapest and (candidate_of_rank := _candidate_of(rank, candidates)) is not None:
-                holders.append((cost, -cached, self._rng.random(), candidate_of_rank, rank))
+                holders.append((cost, -cached_tokens, self._rng.random(), candidate_of_rank, rank))
         if holders:
             return min(holders, key=_first_three)[3:]
         chosen, part, low = found[0] if len(found) == 1 else self._rng.choice(found)
@@ -117,7 +118,7 @@ class Policy:
         return chosen, part.of(group.ranks)[self._one_of(part.of(group.loads), low)]
 
     def _cheapest_anywhere(self, candidates: Sequence[Candidate], tokens: float, now: float) -> Candidate:
-        """Take the host where the request costs least if any of its ranks may get it."""
+        """Take the endpoint where the request costs least on average over its ranks, as the engine picks the rank."""
         costs = [_mean_cost(candidate, tokens, now) for candidate in candidates]
         return candidates[self._one_of(*_with_least(costs))]
 
@@ -126,24 +127,25 @@ class Policy:
         candidates: Sequence[Candidate],
         numbers: Callable[[StepGroup], list[float]],
         now: float,
-        held: Held[RankLoad],
+        cached: CachedTokens[RankLoad],
     ) -> tuple[Candidate, RankLoad]:
-        """Take the least number of all ranks of all candidates, less what a rank holds: no host is preferred."""
+        """Take the rank with the least number, less its cached tokens, of all candidates: no endpoint is preferred."""
         least = math.inf
         found: list[tuple[Candidate, Part, Sequence[float]]] = []
-        is_surveyed = numbers is _loads and not held.by_slot
+        is_surveyed = numbers is _loads and not cached.by_rank
         for candidate in candidates:
             for part in candidate.parts:
                 group = part.group
                 if group.changed or now >= group.due:
                     group.survey(now)
                 if is_surveyed and group.low > least:
-                    continue  # there is nothing to be found
+                    continue  # no rank of it is among the least
                 own = part.of(numbers(group))
-                if held.by_slot:
+                if cached.by_rank:
                     ranks = part.of(part.group.ranks)
                     own = [
-                        number - held.by_slot.get(rank, held.elsewhere) for number, rank in zip(own, ranks, strict=True)
+                        number - cached.by_rank.get(rank, cached.elsewhere)
+                        for number, rank in zip(own, ranks, strict=True)
                     ]
                 low = group.low if is_surveyed and part.positions is None else min(own)
                 if low < least:
@@ -151,21 +153,21 @@ class Policy:
                     found = [(candidate, part, own)]
                 elif low == least:
                     found.append((candidate, part, own))
-        if len(found) > 1:  # each rank its chance: a host with several is likelier than one with a single one
+        if len(found) > 1:  # each rank has the same chance, so an endpoint with several is likelier
             chances = [len(own) if len(own) > _COUNTED else own.count(least) for _, _, own in found]
             found = self._rng.choices(found, chances)
         chosen, part, own = found[0]
         return chosen, part.of(part.group.ranks)[self._one_of(own, least)]
 
     def _one_of(self, numbers: Sequence[float], wanted: float) -> int:
-        """Give the index of a number, any of them at random."""
+        """Return the index of a number; if several are equal, that of a random one."""
         if len(numbers) > _COUNTED:
             return index_from(int(self._rng.random() * len(numbers)), numbers, wanted)
         if numbers.count(wanted) == 1:
             return numbers.index(wanted)
         return self._rng.choice([index for index, number in enumerate(numbers) if number == wanted])
 
-    def _pick_host(self, candidates: Sequence[Candidate]) -> Candidate:
+    def _pick_endpoint(self, candidates: Sequence[Candidate]) -> Candidate:
         if self._host is HostPolicy.ROUND_ROBIN:
             turn = self._turn - self._first
             self._turn += 1
@@ -186,7 +188,7 @@ class Policy:
 def _cheapest(
     candidates: Sequence[Candidate], tokens: float, now: float
 ) -> tuple[float, list[tuple[Candidate, Part, float]]]:
-    """Give the least cost of a request, and where it costs that, each with its least load."""
+    """Return the least cost of a request, and where it costs that, each with its least load."""
     cheapest = math.inf
     found: list[tuple[Candidate, Part, float]] = []
     for candidate in candidates:
@@ -195,7 +197,7 @@ def _cheapest(
             if group.changed or now >= group.due:
                 group.survey(now)
             if group.floor > cheapest or group.base + tokens * group.slowness > cheapest:
-                continue  # without a look at all that it costs
+                continue  # the exact cost cannot be lower
             if part.positions is None:
                 position, low = group.low_position, group.low
             else:
@@ -211,7 +213,7 @@ def _cheapest(
 
 
 def _mean_cost(candidate: Candidate, tokens: float, now: float) -> float:
-    """Give what a request costs on average over the ranks of a host."""
+    """Return the average cost of a request over the ranks of an endpoint."""
     costs: list[float] = []
     for part in candidate.parts:
         group = part.group
@@ -229,7 +231,7 @@ def _first_three(holder: tuple[float, float, float, Candidate, RankLoad]) -> tup
 
 
 def _candidate_of(rank: RankLoad, candidates: Sequence[Candidate]) -> Candidate | None:
-    """Find the candidate that a rank belongs to, if it may be taken."""
+    """Return the candidate that a rank belongs to; None if the rank may not be picked."""
     for candidate in candidates:
         for part in candidate.parts:
             if part.group is rank.group and (part.positions is None or rank.position in part.positions):

@@ -1,4 +1,4 @@
-"""What tells both legs of a disaggregated request where to run and meet: their bodies, or headers."""
+"""The routing fields of a request, by which its legs run on their ranks and meet: in the body, or in headers."""
 
 from collections.abc import Sequence
 
@@ -9,50 +9,77 @@ from dp_extproc.engines.model import in_url
 from dp_extproc.engines.sglang.server_info import DEFAULT_BOOTSTRAP_PORT
 from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.request.body import InferenceRequest
-from dp_extproc.request.overrides import Headers, override_headers
-from dp_extproc.request.rewrite import ROUTING_KEYS, Bootstrap, LegFields, rewrite_disaggregated
-from dp_extproc.scheduling.picker import Pair
+from dp_extproc.request.rewrite import (
+    ROUTING_KEYS,
+    Bootstrap,
+    Headers,
+    LegFields,
+    override_headers,
+    rewrite_aggregated,
+    rewrite_disaggregated,
+)
 
 
 class LegEncoding(Struct, frozen=True):
-    """A request as it leaves for its pair."""
+    """A request as it leaves for its targets."""
 
     body: bytes | None
     """The new body; None leaves the client's."""
     headers: Headers
 
 
-def carry(
-    request: InferenceRequest, pair: Pair, rooms: int | Sequence[int], number: str, *, in_headers: bool
+def encode_aggregated(request: InferenceRequest, target: Target) -> LegEncoding:
+    """Encode a request to an aggregated pool, with its rank in the body or in a header, as the engine reads it."""
+    takes = target.endpoint.capabilities
+    body = rewrite_aggregated(request.body, takes.aggregated_rank_key(request.api), target.rank)
+    if target.rank is None or request.api not in takes.rank_header_on:
+        return LegEncoding(body, ())
+    return LegEncoding(body, ((contract.RANK_HEADER, b"%d" % target.rank),))
+
+
+def encode_legs(
+    request: InferenceRequest,
+    prefill: Target,
+    decode: Target,
+    rooms: int | Sequence[int],
+    number: str,
+    *,
+    in_headers: bool,
 ) -> LegEncoding:
-    """Tell both legs.
+    """Encode both legs of a request to a disaggregated pool.
 
     Args:
-        request: What the client wants.
-        pair: Where it goes.
-        rooms: One, or one for each prompt of a batch.
-        number: Of the attempt, for the request ids of its legs.
-        in_headers: Whether headers are to be used where they can.
+        request: The request of the client.
+        prefill: The target of the prefill leg.
+        decode: The target of the decode leg.
+        rooms: The bootstrap room, or one for each prompt of a batch.
+        number: Makes the request ids of both legs unique.
+        in_headers: Whether the routing fields stand in headers where these can hold them.
     """
-    meeting, fields = _meeting(pair.prefill.endpoint, rooms), _fields(pair, number)
+    rank = prefill.global_rank
+    fields = _leg_fields(prefill, rank, f"dp{number}p"), _leg_fields(decode, rank, f"dp{number}d")
+    bootstrap = _bootstrap(prefill.endpoint, rooms)
     if not request.is_read:
-        # Or what the client's body says of ranks would count.
+        # Or the ranks that the client's body may name would count.
         assert all(each.routed_rank is not None and each.prefill_rank is not None for each in fields)  # noqa: S101
-        return LegEncoding(None, override_headers(meeting, *fields))
-    if in_headers and _fits_headers(request, pair):
-        return LegEncoding(None, override_headers(meeting, *fields))
-    bodies = rewrite_disaggregated(request.body, request.prompt.batch, meeting, *fields)
-    swap = ((contract.PREFILL_PREFIX, bodies.prefill_prefix), (contract.PREFIX_LENGTH, b"%d" % bodies.prefix_length))
+        return LegEncoding(None, override_headers(bootstrap, *fields))
+    if in_headers and _fits_headers(request, prefill, decode):
+        return LegEncoding(None, override_headers(bootstrap, *fields))
+    bodies = rewrite_disaggregated(request.body, request.prompt.batch, bootstrap, *fields)
+    swap = (
+        (contract.PREFILL_PREFIX, bodies.prefill_preamble),
+        (contract.PREFIX_LENGTH, b"%d" % bodies.preamble_length),
+    )
     return LegEncoding(bodies.decode, swap)
 
 
-def _fits_headers(request: InferenceRequest, pair: Pair) -> bool:
-    """Tell whether headers can say it all.
+def _fits_headers(request: InferenceRequest, prefill: Target, decode: Target) -> bool:
+    """Return whether headers can hold all routing fields of a request.
 
-    They carry no lists, cannot keep the prefill leg from streaming, and cannot take back what the client's body says of
-    ranks and rooms where they have nothing to say instead.
+    Headers hold no lists, and cannot keep the prefill leg from streaming. Where they have no value for a routing field,
+    they cannot replace the one of the client's body.
     """
-    apis = pair.prefill.endpoint.capabilities.overrides_on & pair.decode.endpoint.capabilities.overrides_on
+    apis = prefill.endpoint.capabilities.overrides_on & decode.endpoint.capabilities.overrides_on
     return (
         request.api in apis
         and request.prompt.batch is None
@@ -61,21 +88,16 @@ def _fits_headers(request: InferenceRequest, pair: Pair) -> bool:
     )
 
 
-def _meeting(prefill: EndpointLoad, rooms: int | Sequence[int]) -> Bootstrap:
+def _bootstrap(prefill: EndpointLoad, rooms: int | Sequence[int]) -> Bootstrap:
     endpoint = prefill.configured
     port = endpoint.bootstrap_port or prefill.facts.bootstrap_port or DEFAULT_BOOTSTRAP_PORT
-    # Up to 0.5.9 decode makes a URL of the host as it is, so IPv6 has to come in brackets; later releases take both.
+    # Up to 0.5.9 decode makes a URL of the value as it is, so IPv6 has to come in brackets; later releases take both.
     return Bootstrap(in_url(endpoint.bootstrap_host or endpoint.host), port, rooms)
 
 
-def _fields(pair: Pair, number: str) -> tuple[LegFields, LegFields]:
-    rank = pair.prefill.global_rank
-    return _leg_fields(pair.prefill, rank, f"dp{number}p"), _leg_fields(pair.decode, rank, f"dp{number}d")
-
-
-def _leg_fields(side: Target, prefill_rank: int | None, request_id: str) -> LegFields:
+def _leg_fields(target: Target, prefill_rank: int | None, request_id: str) -> LegFields:
     return LegFields(
-        routed_rank=side.rank if side.routed else None,
-        prefill_rank=prefill_rank if side.endpoint.capabilities.takes_prefill_rank else None,
+        routed_rank=target.rank if target.routed else None,
+        prefill_rank=prefill_rank if target.endpoint.capabilities.takes_prefill_rank else None,
         request_id=request_id,
     )

@@ -1,6 +1,15 @@
-"""From a request to a decision: which pool, which hosts, which ranks, which room, and the bodies that say so."""
+"""Scheduling of a request: its pool, its targets, its bootstrap room, and its encoding for them.
 
-from collections.abc import Callable, Iterable, Sequence
+The order is the same for both shapes of a pool:
+
+1. Read the body, and find the pool of its model.
+2. Refuse what cannot be served, or let it wait for the requests before it.
+3. Filter the endpoints, and pick a target for each leg: of the ranks that have room, if the best ones have none.
+4. Encode the request for its targets.
+5. Open its reservations. Whatever fails before leaves none.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from random import Random
 from typing import Final
@@ -15,25 +24,28 @@ from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.engines.model import Role
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad, Target
-from dp_extproc.load.health import choose
 from dp_extproc.load.in_flight import NO_LISTENER, InFlightListener, nothing
-from dp_extproc.load.rank import RankLoad
+from dp_extproc.load.matching import Match
 from dp_extproc.load.records import SESSION_KEPT, RequestCost
 from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix, prefix_of
-from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated
+from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated, unread_request
 from dp_extproc.request.path import Api
-from dp_extproc.request.rejection import Reason, Rejection
-from dp_extproc.request.rewrite import rewrite_aggregated
-from dp_extproc.request.unread import unread_request
-from dp_extproc.scheduling.admission import Admission, AdmissionQueue, is_too_long, largest_capacity
+from dp_extproc.request.rejection import TRY_AGAIN, Reason, Rejection
+from dp_extproc.scheduling.admission import (
+    Admission,
+    AdmissionQueue,
+    is_too_long,
+    largest_capacity,
+    may_ever_hold,
+)
+from dp_extproc.scheduling.bootstrap_room import draw_room
 from dp_extproc.scheduling.decision import Answer, Decision, Metadata, Queued, RequestContext, SchedulingResult
+from dp_extproc.scheduling.filters import EndpointFilter
 from dp_extproc.scheduling.models import SHOWN_MODEL, ModelRegistry
-from dp_extproc.scheduling.picker import Pair, Picker, Pins
-from dp_extproc.scheduling.routing_fields import carry
-from dp_extproc.scheduling.shortage import TRY_AGAIN, nobody_allowed, nobody_can, nobody_matches
-from dp_extproc.scheduling.sides import Targets, matching_sides
-from dp_extproc.scheduling.subset import allows
+from dp_extproc.scheduling.pairing import Pairing, find_pairing
+from dp_extproc.scheduling.picker import NO_PINS, Picker, Pins, Targets
+from dp_extproc.scheduling.routing_fields import LegEncoding, encode_aggregated, encode_legs
 
 _WATCHED: Final = ((contract.WATCH, b"1"),)
 _NO_CONTEXT: Final = RequestContext()
@@ -46,31 +58,32 @@ _DEFAULT_ADMISSION: Final = AdmissionSettings()
 
 
 class _Pool:
-    """A pool and what its policies remember."""
+    """The settings of a pool that each request needs, and the state of its policies."""
 
-    def __init__(self, config: PoolConfig, signal: LoadSignal, fleet: LoadCache, rng: Random) -> None:
-        self.config = config
+    def __init__(self, config: PoolConfig, signal: LoadSignal, load: LoadCache, rng: Random) -> None:
         self.name = config.name
-        self.picker = Picker(config.policy, signal, fleet.prefixes[config.name], rng)
-        self.carries_in_headers = config.routing_fields is RoutingFields.HEADERS
+        self.picker = Picker(config.policy, signal, load.prefixes[config.name], rng)
+        self.is_disaggregated = config.is_disaggregated
+        self.uses_headers = config.routing_fields is RoutingFields.HEADERS
         self.can_go_unread = not any(config.needs_bodies())
         self.honours_pins = config.policy.client_dp_rank is ClientRanks.HONOUR
+        self.affinity = config.policy.affinity
 
 
 class Scheduler:
-    """Decides. Holds no connection and reads no clock; what it knows of the fleet is in the load cache."""
+    """Schedules the requests of one worker process by what the load cache contains, without any I/O of its own."""
 
     def __init__(
         self,
         pools: Iterable[PoolConfig],
-        fleet: LoadCache,
+        load: LoadCache,
         *,
         owner: str,
         rng: Random,
         draw_token: Callable[[], str],
         clock: Callable[[], float],
         signal: LoadSignal = LoadSignal.ESTIMATE,
-        observer: InFlightListener = NO_LISTENER,
+        listener: InFlightListener = NO_LISTENER,
         admission: AdmissionSettings = _DEFAULT_ADMISSION,
         queue: AdmissionQueue | None = None,
         sees_first_events: bool = False,
@@ -79,21 +92,22 @@ class Scheduler:
         """Set up.
 
         Args:
-            pools: As configured; each model in one of them.
-            fleet: The load cache.
-            owner: ``IP:port`` where Envoy reaches this very process.
-            rng: For ties, rooms and ids. Seeded differently in every process.
-            draw_token: Gives a token for a leg that nobody can guess, whatever ids clients have seen.
-            clock: Monotonic seconds; the same that the load cache is fed with.
-            signal: What the tokens of a rank are.
-            observer: Told of every attempt.
-            admission: What a rank may have on its books.
-            queue: Where requests wait for room; None refuses them at once.
-            sees_first_events: Whether Envoy is to show the first event of streaming answers.
-            credentials: What requests to engines have to show.
+            pools: The configured pools; each model is in one of them.
+            load: The load cache.
+            owner: ``IP:port`` where Envoy reaches this worker process.
+            rng: Source of ties, bootstrap rooms and ids. Each worker process has a seed of its own.
+            draw_token: Draws an unguessable token for a prefill leg, whatever ids clients have seen.
+            clock: Returns monotonic seconds; the clock of the load cache.
+            signal: Which numbers are the load of a rank.
+            listener: Called at each event of a request in flight.
+            admission: The limits of what a rank may have in flight.
+            queue: The admission queue; without one, requests that find no room are refused at once.
+            sees_first_events: Whether Envoy sends the first event of streamed responses to the service.
+            credentials: The API keys of the engines, by pool.
         """
-        self._fleet = fleet
-        self.ledger = InFlightTracker(fleet, observer, made_room=nothing if queue is None else queue.notify)
+        self._load = load
+        self.tracker = InFlightTracker(load, listener, made_room=nothing if queue is None else queue.notify)
+        self._filters = EndpointFilter(load)
         self._owner = owner.encode()
         self._rng = rng
         self._draw_token = draw_token
@@ -104,18 +118,13 @@ class Scheduler:
         self.configure(pools, signal, admission)
 
     def configure(self, pools: Iterable[PoolConfig], signal: LoadSignal, admission: AdmissionSettings) -> None:
-        """Decide by another configuration from now on; the load cache has been told of it before."""
+        """Schedule by another configuration from now on. The load cache has to be updated before."""
         pools = tuple(pools)
-        self._pools = {pool.name: _Pool(pool, signal, self._fleet, self._rng) for pool in pools}
-        self._catalogue = ModelRegistry(pools, self._fleet)
+        self._pools = {pool.name: _Pool(pool, signal, self._load, self._rng) for pool in pools}
+        self._models = ModelRegistry(pools, self._load)
         self._admission = Admission(admission)
 
-    def place(
-        self,
-        api: Api,
-        body: bytes,
-        context: RequestContext = _NO_CONTEXT,
-    ) -> SchedulingResult:
+    def place(self, api: Api, body: bytes, context: RequestContext = _NO_CONTEXT) -> SchedulingResult:
         """Schedule an inference request.
 
         Args:
@@ -141,7 +150,7 @@ class Scheduler:
 
         Args:
             queued: The result of the try before.
-            context: The facts of the request besides its body; with its ticket.
+            context: The facts of the request besides its body, with its place in the admission queue.
         """
         return self._schedule(queued.request, context, queued.prefix)
 
@@ -151,23 +160,21 @@ class Scheduler:
         pool = self._resolve(request.model) if request.is_read else self._only_pool()
         if isinstance(pool, Rejection):
             return pool
-        is_disaggregated = pool.config.is_disaggregated
-        if is_disaggregated and request.is_read:
+        if pool.is_disaggregated and request.is_read:
             refusal = refuse_disaggregated(request, sees_answer=context.sees_answer)
             if refusal is not None:
                 return refusal
         if self._queue is not None and self._queue.must_wait(pool.name, request.priority, context.ticket):
             return self._no_room(pool, request, prefix, "other requests are waiting already")
-        place = self._place_disaggregated if is_disaggregated else self._place_aggregated
-        return place(pool, request, context, prefix)
+        return self._place(pool, request, context, prefix)
 
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
-        """Send a request that any engine can answer to a server that answers clients, of a subset if there is one."""
+        """Pick an endpoint for a request that any engine can answer, of a subset if there is one."""
         now = self._clock()
         for pool in self._pools.values():
-            role = Role.DECODE if pool.config.is_disaggregated else Role.WORKER
-            if hosts := self._eligible(pool, role, now, subset):
-                address = self._rng.choice(hosts).address
+            role = Role.DECODE if pool.is_disaggregated else Role.WORKER
+            if endpoints := self._filters.freshest(pool.name, role, now, subset):
+                address = self._rng.choice(endpoints).address
                 metadata: Metadata = {contract.META_POOL: pool.name, contract.META_DECODE_HOST: address}
                 headers = ((contract.DECODE_HOST, address.encode()), *self._credentials.headers(pool.name))
                 return Decision(None, headers, metadata, None)
@@ -175,221 +182,165 @@ class Scheduler:
 
     def models(self, path: str) -> Answer | Rejection:
         """Answer ``/v1/models`` for all pools, or ``/v1/models/NAME``."""
-        return self._catalogue.answer(path)
+        return self._models.answer(path)
 
     def lost(self, address: str) -> None:
-        """Take note that the server at this address has dropped a request."""
-        for host in self._fleet.by_url.values():
-            if host.address == address:
-                host.health.failed(self._clock())
+        """Count a failure of the endpoints at an address, where the connection of a request was cut."""
+        for endpoint in self._load.by_url.values():
+            if endpoint.address == address:
+                endpoint.health.failed(self._clock())
 
     def _resolve(self, model: str | None) -> _Pool | Rejection:
-        name = self._catalogue.pool_of(model)
+        name = self._models.pool_of(model)
         return self._pools[name] if isinstance(name, str) else name
 
     def _only_pool(self) -> _Pool | Rejection:
-        """Find the pool of requests that are not read, which do not name one."""
+        """Return the pool of a request whose body is not read, and so names no model."""
         pool = next(iter(self._pools.values()))
         return pool if len(self._pools) == 1 and pool.can_go_unread else _BODIES_NEEDED
 
-    def _place_aggregated(
+    def _place(
         self, pool: _Pool, request: InferenceRequest, context: RequestContext, prefix: Prefix | None
     ) -> SchedulingResult:
+        """Pick the targets of a request, encode it for them, and only then open its reservations."""
         now = self._clock()
-        hosts = self._capable(pool, Role.WORKER, request, now, context)
-        if isinstance(hosts, Rejection):
-            return hosts
-        demand = self._demand(pool, request, context, prefix)
-        pin = request.routed_rank_pin if pool.honours_pins else None
-        side = pool.picker.worker(hosts, demand, now, pin)
-        if (too_long := self._refuse_too_long(side, hosts, request, demand)) is not None:
-            return too_long
-        if not self._has_room(side, demand):
-            if roomy := self._roomy(hosts, demand):
-                side = pool.picker.worker(roomy, demand, now, pin, wanted=self._fits(demand))
-            if not self._has_room(side, demand):
-                return self._refuse_for_room(pool, Role.WORKER, hosts, request, demand)
-        rank_key = side.endpoint.capabilities.aggregated_rank_key(request.api)
-        if not side.endpoint.capabilities.takes_rank(request.api) and len(side.endpoint.ranks) > 1:
-            side = replace(side, rank=None)
-        attempt = self.ledger.open(None, side, demand, now)
-        body = rewrite_aggregated(request.body, rank_key, side.rank)
-        in_header = side.rank if request.api in side.endpoint.capabilities.rank_header_on else None
-        headers = (
-            (contract.DECODE_HOST, side.endpoint.address.encode()),
-            *(((contract.RANK_HEADER, b"%d" % in_header),) if in_header is not None else ()),
-            *self._credentials.headers(pool.name),
-        )
-        side.endpoint.health.sent(now)
-        return Decision(body, headers, _metadata(pool, request, side), attempt, streaming=request.stream)
-
-    def _place_disaggregated(
-        self, pool: _Pool, request: InferenceRequest, context: RequestContext, prefix: Prefix | None
-    ) -> SchedulingResult:
-        now = self._clock()
-        sides = self._sides(pool, request, now, context)
-        if isinstance(sides, Rejection):
-            return sides
-        demand = self._demand(pool, request, context, prefix)
-        pair = self._pick_pair(pool, request, demand, now, sides)
-        if not isinstance(pair, Pair):
-            return pair
-        prefill, decode = pair.prefill, pair.decode
-        batch = request.prompt.batch
-        rooms = pair.draw_room(self._rng) if batch is None else [pair.draw_room(self._rng) for _ in range(batch)]
-        leg, number = self._draw_token(), f"{self._rng.getrandbits(96):024x}"
-        carried = carry(request, pair, rooms, number, in_headers=pool.carries_in_headers)
-        attempt = self.ledger.open(prefill, decode, demand, now, leg=leg, streaming=request.stream is not False)
-        prefill.endpoint.health.sent(now)
+        pairing = find_pairing(self._filters, pool.name, request, context, now, is_disaggregated=pool.is_disaggregated)
+        if isinstance(pairing, Rejection):
+            return pairing
+        cost = self._cost(pool, request, context, prefix)
+        targets = self._pick(pool, request, cost, now, pairing)
+        if not isinstance(targets, Targets):
+            return targets
+        prefill, decode = targets.prefill, targets.decode
+        leg, encoding = self._encode(pool, request, targets)
+        in_flight = self.tracker.open(prefill, decode, cost, now, leg=leg, streaming=request.stream is not False)
+        if prefill is not None:
+            prefill.endpoint.health.sent(now)
         decode.endpoint.health.sent(now)
+        return Decision(
+            encoding.body,
+            (
+                (contract.DECODE_HOST, decode.endpoint.address.encode()),
+                *encoding.headers,
+                *self._credentials.headers(pool.name),
+            ),
+            _metadata(pool, request, targets),
+            in_flight,
+            streaming=request.stream,
+            merges_logprobs=prefill is not None and request.wants_logprobs,
+        )
+
+    def _pick(
+        self, pool: _Pool, request: InferenceRequest, cost: RequestCost, now: float, pairing: Pairing
+    ) -> Targets | Rejection | Queued:
+        """Pick the targets of a request, on ranks that have room if the best ones have none."""
+        pins = Pins(request.prefill_rank_pin, request.routed_rank_pin) if pool.honours_pins else NO_PINS
+        targets = pool.picker.pick(pairing, cost, now, pins)
+        prefill, decode = targets.prefill, targets.decode
+        if not (may_ever_hold(decode, cost) and (prefill is None or may_ever_hold(prefill, cost))):
+            refusal = _refuse_too_long(targets, pairing, request, cost)
+            if refusal is not None:
+                return refusal
+        takes = self._admission.takes
+        if not (takes(decode, cost) and (prefill is None or takes(prefill, cost))):
+            roomy = pairing.only(partial(self._admission.has_room, cost=cost))
+            if roomy is not None:
+                targets = pool.picker.pick(roomy, cost, now, pins, wanted=partial(self._admission.fits, cost=cost))
+            # No rank of decode may have room of those that one bootstrap room can lead to together with prefill's.
+            for target, endpoints in _with_endpoints(targets, pairing):
+                if not takes(target, cost):
+                    role, count = target.endpoint.role, len(endpoints)
+                    why = f"no rank of its {count} {role} servers takes {cost.tokens:.0f} more tokens"
+                    return self._no_room(pool, request, cost.prefix, why)
+        return targets if prefill is not None else _as_engine_picks(targets, request.api)
+
+    def _encode(self, pool: _Pool, request: InferenceRequest, targets: Targets) -> tuple[str, LegEncoding]:
+        """Encode a request for its targets, and draw the token of its prefill leg; empty if it has none."""
+        prefill, decode = targets.prefill, targets.decode
+        if prefill is None:
+            return "", encode_aggregated(request, decode)
+        batch, residues = request.prompt.batch, (prefill.residue, decode.residue)
+        rooms = (
+            draw_room(self._rng, *residues)
+            if batch is None
+            else [draw_room(self._rng, *residues) for _ in range(batch)]
+        )
+        leg, number = self._draw_token(), f"{self._rng.getrandbits(96):024x}"
+        encoding = encode_legs(request, prefill, decode, rooms, number, in_headers=pool.uses_headers)
         headers = (
-            (contract.DECODE_HOST, decode.endpoint.address.encode()),
             (contract.PREFILL_HOST, prefill.endpoint.address.encode()),
-            *carried.headers,
+            *encoding.headers,
             (contract.OWNER, self._owner),
             (contract.LEG, leg.encode()),
             *(_WATCHED if request.stream is not False and self._sees_first_events else ()),
-            *self._credentials.headers(pool.name),
         )
-        metadata = _metadata(pool, request, decode)
-        metadata[contract.META_PREFILL_HOST] = prefill.endpoint.address
-        if (prefill_rank := prefill.global_rank) is not None:
-            metadata[contract.META_PREFILL_RANK] = prefill_rank
-        return Decision(
-            carried.body, headers, metadata, attempt, streaming=request.stream, merges_logprobs=request.wants_logprobs
-        )
-
-    def _pick_pair(
-        self, pool: _Pool, request: InferenceRequest, demand: RequestCost, now: float, sides: Targets
-    ) -> Pair | Rejection | Queued:
-        """Pick both sides, of the ranks that have room if the best ones have none."""
-        prefills, decodes = sides.prefills, sides.decodes
-        pins = Pins(request.prefill_rank_pin, request.routed_rank_pin) if pool.honours_pins else Pins()
-        pair = pool.picker.pair(prefills, decodes, demand, now, pins, decodes_of=sides.decodes_of)
-        own = sides.match_of(pair.prefill.endpoint)  # one may be too small on one side, and the others on the other
-        for side, hosts in (
-            (pair.prefill, prefills), (pair.decode, decodes), (pair.prefill, own.prefills), (pair.decode, own.decodes)
-        ):  # fmt: skip
-            if (too_long := self._refuse_too_long(side, hosts, request, demand)) is not None:
-                return too_long
-        if not (self._has_room(pair.prefill, demand) and self._has_room(pair.decode, demand)):
-            roomy = sides.only(lambda host: self._admission.has_room(host, None, demand.tokens, demand.requests))
-            if roomy is not None:
-                fits, of = self._fits(demand), roomy.decodes_of
-                pair = pool.picker.pair(roomy.prefills, roomy.decodes, demand, now, pins, wanted=fits, decodes_of=of)
-            # No rank of decode may have room of those that one room can lead to together with prefill's.
-            for side, hosts in ((pair.prefill, prefills), (pair.decode, decodes)):
-                if not self._has_room(side, demand):
-                    return self._refuse_for_room(pool, side.endpoint.role, hosts, request, demand)
-        return pair
+        return leg, LegEncoding(encoding.body, headers)
 
     def _no_room(self, pool: _Pool, request: InferenceRequest, prefix: Prefix | None, why: str) -> Rejection | Queued:
         message = f"the servers for {pool.name} are full: {why}; try again later"
         rejection = Rejection(429, Reason.OVER_CAPACITY, message, headers=TRY_AGAIN)
         return rejection if self._queue is None else Queued(pool.name, request.priority, request, prefix, rejection)
 
-    def _refuse_too_long(
-        self, side: Target, hosts: Sequence[EndpointLoad], request: InferenceRequest, demand: RequestCost
-    ) -> Rejection | None:
-        """Refuse a prompt that no rank of these hosts can ever hold; its engine would let the other leg wait for it."""
-        sample = side.endpoint.ranks[side.rank or 0].sample
-        if sample is None or not sample.capacity_tokens or demand.tokens <= sample.capacity_tokens:
-            return None
-        if not request.is_read:  # it may be long for its pictures
-            return None
-        capacity = largest_capacity(hosts)
-        if capacity is None or not is_too_long(request.prompt, demand.tokens, capacity):
-            return None
-        message = (
-            f"the prompt has about {demand.tokens:.0f} tokens, and the largest {side.endpoint.role.value} rank "
-            f"that it can go to holds {capacity}; send a shorter one"
-        )
-        return Rejection(400, Reason.PROMPT_TOO_LONG, message)
-
-    def _has_room(self, side: Target, demand: RequestCost) -> bool:
-        return self._admission.has_room(side.endpoint, side.rank, demand.tokens, demand.requests)
-
-    def _fits(self, demand: RequestCost) -> Callable[[RankLoad], bool]:
-        return partial(self._admission.fits, tokens=demand.tokens, requests=demand.requests)
-
-    def _roomy(self, hosts: Sequence[EndpointLoad], demand: RequestCost) -> list[EndpointLoad]:
-        return [host for host in hosts if self._admission.has_room(host, None, demand.tokens, demand.requests)]
-
-    def _refuse_for_room(
-        self, pool: _Pool, role: Role, hosts: Sequence[EndpointLoad], request: InferenceRequest, demand: RequestCost
-    ) -> Rejection | Queued:
-        why = f"no rank of its {len(hosts)} {role} servers takes {demand.tokens:.0f} more tokens"
-        return self._no_room(pool, request, demand.prefix, why)
-
-    def _demand(
+    def _cost(
         self, pool: _Pool, request: InferenceRequest, context: RequestContext, prefix: Prefix | None
     ) -> RequestCost:
         prompt, session = request.prompt, context.session
         if prefix is None:
-            prefix = prefix_of(request) if pool.config.policy.affinity.prefixes else NO_PREFIX
+            prefix = prefix_of(request) if pool.affinity.prefixes else NO_PREFIX
         return RequestCost(
-            tokens=self._fleet.ratios[pool.name].estimate(prompt),
+            tokens=self._load.ratios[pool.name].estimate(prompt),
             requests=(prompt.batch or 1) * request.samples,
             prefix=prefix,
-            session=session[:SESSION_KEPT] if session and pool.config.policy.affinity.sessions else None,
+            session=session[:SESSION_KEPT] if session and pool.affinity.sessions else None,
             text_bytes=prompt.text_bytes,
             known_tokens=prompt.tokens,
         )
 
-    def _sides(
-        self, pool: _Pool, request: InferenceRequest, now: float, context: RequestContext
-    ) -> Targets | Rejection:
-        """Give what a pair may be picked from: never two servers that are known not to work together."""
-        all_match = pool.name not in self._fleet.matches
-        if not all_match and (sides := matching_sides(self._fleet, pool.name, request, now, context)) is not None:
-            return sides
-        prefills = self._capable(pool, Role.PREFILL, request, now, context)
-        if isinstance(prefills, Rejection):
-            return prefills
-        decodes = self._capable(pool, Role.DECODE, request, now, context)
-        if isinstance(decodes, Rejection):
-            return decodes
-        if all_match:
-            return Targets(prefills, decodes)
-        known = self._fleet.known(pool.name, Role.PREFILL), self._fleet.known(pool.name, Role.DECODE)
-        return nobody_matches(pool.name, (prefills, decodes), known)
 
-    def _eligible(self, pool: _Pool, role: Role, now: float, subset: frozenset[str] | None) -> Sequence[EndpointLoad]:
-        """Return the endpoints of a role whose load is known best, of a subset if there is one."""
-        known = self._fleet.known(pool.name, role)
-        if subset is not None:
-            known = [host for host in known if allows(subset, host.address)]
-        return self._fleet.best_known(known, now)[1]
-
-    def _capable(
-        self, pool: _Pool, role: Role, request: InferenceRequest, now: float, context: RequestContext
-    ) -> Sequence[EndpointLoad] | Rejection:
-        """Give the hosts of a role that can serve this path and are well, at least one."""
-        api, subset = request.api, context.subset
-        hosts = () if subset is None else self._eligible(pool, role, now, subset)
-        capable = (
-            self._fleet.capable(pool.name, role, api, now)
-            if subset is None
-            else [host for host in hosts if host.capabilities.serves(api)]
-        )
-        if not request.is_read:
-            capable = [host for host in capable if api in host.capabilities.overrides_on]
-        if capable:
-            if context.failed or self._fleet.unhealthy:
-                return choose(capable, context.failed, now)
-            return capable
-        if subset is not None and not hosts:
-            return nobody_allowed(pool.name)
-        hosts = hosts or self._fleet.eligible(pool.name, role, now)
-        return nobody_can(pool.name, role, hosts, api, is_read=request.is_read)
+def _with_endpoints(targets: Targets, scope: Pairing | Match) -> Iterator[tuple[Target, Sequence[EndpointLoad]]]:
+    """Yield each target with the endpoints of its role."""
+    if targets.prefill is not None:
+        yield targets.prefill, scope.prefills
+    yield targets.decode, scope.decodes
 
 
-def _metadata(pool: _Pool, request: InferenceRequest, decode: Target) -> Metadata:
+def _refuse_too_long(
+    targets: Targets, pairing: Pairing, request: InferenceRequest, cost: RequestCost
+) -> Rejection | None:
+    """Refuse a prompt that no rank of a role can ever hold: the other leg would wait for it in vain."""
+    if not request.is_read:  # the size of a body may be that of images
+        return None
+    # Of the endpoints that can be paired with the picked ones, all may be too small, and others not.
+    for scope in pairing.scopes_of(targets.prefill):
+        for target, endpoints in _with_endpoints(targets, scope):
+            capacity = None if may_ever_hold(target, cost) else largest_capacity(endpoints)
+            if capacity is not None and is_too_long(request.prompt, cost.tokens, capacity):
+                message = (
+                    f"the prompt has about {cost.tokens:.0f} tokens, and the largest "
+                    f"{target.endpoint.role.value} rank that it can go to holds {capacity}; send a shorter one"
+                )
+                return Rejection(400, Reason.PROMPT_TOO_LONG, message)
+    return None
+
+
+def _as_engine_picks(targets: Targets, api: Api) -> Targets:
+    """Drop the rank of an aggregated endpoint whose engine takes none on this path, and so picks one itself."""
+    decode = targets.decode
+    if decode.endpoint.capabilities.takes_rank(api) or len(decode.endpoint.ranks) == 1:
+        return targets
+    return Targets(None, replace(decode, rank=None))
+
+
+def _metadata(pool: _Pool, request: InferenceRequest, targets: Targets) -> Metadata:
     metadata: Metadata = {
         contract.META_POOL: pool.name,
         contract.META_MODEL: (request.model or "")[:SHOWN_MODEL],
-        contract.META_DECODE_HOST: decode.endpoint.address,
+        contract.META_DECODE_HOST: targets.decode.endpoint.address,
     }
-    if (rank := decode.global_rank) is not None:
+    if (rank := targets.decode.global_rank) is not None:
         metadata[contract.META_DECODE_RANK] = rank
+    if targets.prefill is not None:
+        metadata[contract.META_PREFILL_HOST] = targets.prefill.endpoint.address
+        if (rank := targets.prefill.global_rank) is not None:
+            metadata[contract.META_PREFILL_RANK] = rank
     return metadata

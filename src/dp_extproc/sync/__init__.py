@@ -1,1 +1,1 @@
-"""Replicas tell each other what they have sent, so that they do not all pick the rank that looked idle to each."""
+"""Replicas publish their in-flight requests, so that they do not all pick the rank that looks idle to each of them."""

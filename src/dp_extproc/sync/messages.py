@@ -1,13 +1,11 @@
-"""What replicas tell each other, and how it is written: four bytes of magic and version, then msgpack.
+"""Define the messages between replicas, and their encoding: four bytes of magic and version, then msgpack.
 
-Moments are readings of the sender's own clock, and every message tells that clock at sending. Only differences of the
-two mean anything to a receiver, so clocks of different machines are never compared.
-
-Whatever comes from the bus is read as a message, or not at all: every number in it is finite, not negative and below
-2**53, so that nothing that is told can bring numbers onto the books with which nobody can calculate.
-
-Additions go to the end of a struct with a default and are understood across releases. Anything else raises VERSION:
-replicas of different versions do not hear each other, and each says so.
+1. Moments are readings of the sender's own clock, in seconds, and every message has that clock's reading at sending.
+   Receivers use only differences of the two, so clocks of different machines are never compared.
+2. Data from the bus is decoded as a message, or refused as a whole. Every number in a message is finite, not negative
+   and below 2**53, so that no message makes the load of a rank infinite or undefined.
+3. Additions go to the end of a struct, with a default; older and newer releases understand each other then. Any other
+   change raises VERSION: replicas of different versions refuse each other's messages, and log it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,58 +24,58 @@ VERSION: Final = 1
 _MAGIC: Final = b"dpx"
 _HEADER: Final = _MAGIC + bytes([VERSION])
 
-MOST_BYTES: Final = 100_000
-"""Of the events of a message. A Unix datagram may have what the sender's socket holds: 212,992 by Linux's default
-(``net.core.wmem_default``), less the kernel's own overhead."""
-FRAME_BYTES: Final = 1000
-"""Of a message around its events; generously."""
+MAX_EVENT_BYTES: Final = 100_000
+"""Bound the encoded events of a message. A Unix datagram may have what the sender's socket buffers: 212,992 bytes by
+Linux's default (``net.core.wmem_default``), less the kernel's own overhead."""
+MAX_FRAME_BYTES: Final = 1000
+"""Bound the encoded rest of a message; about ten times what it takes."""
 
 
-class Dispatched(Struct, frozen=True, array_like=True, tag=0):
-    """An attempt has begun."""
+class Placed(Struct, frozen=True, array_like=True, tag=0):
+    """An attempt was placed: its reservations are open."""
 
     attempt: Count
-    """Unique in the life of its replica."""
+    """A number that is unique in the life of the replica."""
     at: Amount
-    dispatch: PlacementRecord
+    record: PlacementRecord
 
 
 class PrefillAnswered(Struct, frozen=True, array_like=True, tag=1):
-    """Its prompt is computed."""
+    """The prompt of an attempt is computed."""
 
     attempt: Count
     at: Amount
 
 
 class FirstToken(Struct, frozen=True, array_like=True, tag=2):
-    """Its answer has begun."""
+    """The answer of an attempt has begun."""
 
     attempt: Count
     at: Amount
 
 
 class Ended(Struct, frozen=True, array_like=True, tag=3):
-    """It is over."""
+    """An attempt is over."""
 
     attempt: Count
     at: Amount
 
 
-Event = Dispatched | PrefillAnswered | FirstToken | Ended
+Event = Placed | PrefillAnswered | FirstToken | Ended
 
 
 class Batch(Struct, frozen=True, array_like=True, tag=0):
-    """What has happened since the batch before. An empty one says that its replica lives."""
+    """All events of a replica since its batch before. An empty batch is a heartbeat."""
 
     replica: str
     sequence: Count
-    """1, 2, 3, and so on: a receiver sees what it has missed."""
+    """1, 2, 3, and so on. A receiver detects missing batches by it."""
     now: Amount
     events: tuple[Event, ...]
 
 
 class Snapshot(Struct, frozen=True, array_like=True, tag=1):
-    """A part of all open attempts of a replica, as they stood after the batch of that sequence number."""
+    """A part of all open attempts of a replica, as they were after the batch of that sequence number."""
 
     replica: str
     sequence: Count
@@ -85,10 +83,10 @@ class Snapshot(Struct, frozen=True, array_like=True, tag=1):
     part: Count
     parts: Count
     events: tuple[Event, ...]
-    """Of each open attempt, what has happened to it."""
+    """The events so far of each open attempt."""
 
     def __post_init__(self) -> None:
-        """Check what other replicas have sent.
+        """Check the numbers of a part that another replica has sent.
 
         Raises:
             ValueError: There is no such part.
@@ -97,20 +95,20 @@ class Snapshot(Struct, frozen=True, array_like=True, tag=1):
             raise ValueError("parts are counted from 0")
 
 
-class Ask(Struct, frozen=True, array_like=True, tag=2):
-    """A replica wants a snapshot."""
+class SnapshotRequest(Struct, frozen=True, array_like=True, tag=2):
+    """A replica requests a snapshot."""
 
     replica: str
-    """That wants it."""
+    """The replica that requests it."""
     of: str | None
-    """The one to answer; None stands for all."""
+    """The replica that is to send it; None for all replicas."""
 
 
-Message = Batch | Snapshot | Ask
+Message = Batch | Snapshot | SnapshotRequest
 
 
 class Unreadable(Enum):
-    """Why a message was not understood."""
+    """Why a message could not be decoded."""
 
     UNDECODABLE = "undecodable"
     VERSION_MISMATCH = "version_mismatch"
@@ -121,17 +119,17 @@ _decoder: Final[msgspec.msgpack.Decoder[Message]] = msgspec.msgpack.Decoder(Mess
 
 
 def encode(message: Message) -> bytes:
-    """Write a message."""
+    """Encode a message."""
     return _HEADER + _encoder.encode(message)
 
 
 def decode(data: bytes) -> Message | Unreadable:
-    """Read a message, or tell why it cannot be read."""
+    """Decode a message, or return why that is not possible."""
     if not data.startswith(_MAGIC):
         return Unreadable.UNDECODABLE
     if not data.startswith(_HEADER):
         return Unreadable.VERSION_MISMATCH
-    if len(data) > MOST_BYTES + FRAME_BYTES:
+    if len(data) > MAX_EVENT_BYTES + MAX_FRAME_BYTES:
         return Unreadable.UNDECODABLE
     try:
         return _decoder.decode(memoryview(data)[len(_HEADER) :])
@@ -139,23 +137,23 @@ def decode(data: bytes) -> Message | Unreadable:
         return Unreadable.UNDECODABLE
 
 
-def portions(events: Sequence[Event]) -> Iterator[Sequence[Event]]:
-    """Divide events, in their order, into as many messages as they need. Without any there is none."""
+def split_events(events: Sequence[Event]) -> Iterator[Sequence[Event]]:
+    """Split events, in their order, into as many messages as they need; no events need none."""
     if not events:
         return
-    if len(_encoder.encode(events)) <= MOST_BYTES:
+    if len(_encoder.encode(events)) <= MAX_EVENT_BYTES:
         yield events
     elif len(events) > 1:
         middle = len(events) // 2
-        yield from portions(events[:middle])
-        yield from portions(events[middle:])
+        yield from split_events(events[:middle])
+        yield from split_events(events[middle:])
     else:
-        yield [_without_hints(event) for event in events]
+        yield [_without_prefix(event) for event in events]
 
 
-def _without_hints(event: Event) -> Event:
-    """Leave out what may be of any size. It only tells where prompts are cached; the load stays."""
-    if not isinstance(event, Dispatched):
+def _without_prefix(event: Event) -> Event:
+    """Remove what may be of any size. It only serves affinity; the load of the attempt stays."""
+    if not isinstance(event, Placed):
         return event
-    cost = replace(event.dispatch.cost, prefix=NO_PREFIX, session=None)
-    return replace(event, dispatch=replace(event.dispatch, cost=cost))
+    cost = replace(event.record.cost, prefix=NO_PREFIX, session=None)
+    return replace(event, record=replace(event.record, cost=cost))

@@ -1,6 +1,6 @@
-"""What this replica has to tell. Pure: messages come out as bytes when somebody collects them.
+"""Turn the events of this replica's in-flight requests into messages. Pure: :meth:`Outbox.collect` returns bytes.
 
-It is told of attempts on the request path, where it appends to a list; everything else is done at collecting.
+Events arrive on the request path, where they are only appended to a list. Everything else is done at collecting.
 """
 
 from collections.abc import Iterator
@@ -9,40 +9,40 @@ from typing import Final
 
 from dp_extproc.load.records import PlacementRecord
 from dp_extproc.sync.messages import (
-    Ask,
     Batch,
-    Dispatched,
     Ended,
     Event,
     FirstToken,
+    Placed,
     PrefillAnswered,
     Snapshot,
+    SnapshotRequest,
     encode,
-    portions,
+    split_events,
 )
 
 HEARTBEAT: Final = 0.5
-"""Seconds after which a replica with nothing to tell says that it lives. Peers see by it, too, what they have missed,
-so it bounds for how long a lost message goes unnoticed."""
+"""Seconds after which a replica without events publishes an empty batch. Peers detect missing batches by it, too, so it
+bounds for how long a lost message goes unnoticed."""
 
 
 class Outbox:
-    """Collects events and makes messages of them. Implements :class:`dp_extproc.load.in_flight.InFlightListener`."""
+    """Collect events and make messages of them. Implements :class:`dp_extproc.load.in_flight.InFlightListener`."""
 
     def __init__(self, replica: str) -> None:
-        """Begin.
+        """Start without events.
 
         Args:
-            replica: The name of this replica: random, so that a restarted process is another one to its peers.
+            replica: The name of this replica. It is random, so that peers take a restarted process for another replica.
         """
         self.replica = replica
-        self._news: list[Event] = []
+        self._unsent: list[Event] = []
         self._open: dict[int, list[Event]] = {}
-        """Of each open attempt, what has happened to it."""
+        """The events so far of each open attempt."""
         self._sequence = 0
-        self._spoke = float("-inf")
-        self._asked = False
-        self._questions: list[str | None] = []
+        self._last_batch_at = float("-inf")
+        self._owes_snapshot = False
+        self._snapshot_requests: list[str | None] = []
 
     @property
     def open_attempts(self) -> int:
@@ -50,57 +50,57 @@ class Outbox:
 
     # --- on the request path ---
 
-    def opened(self, attempt: int, dispatch: PlacementRecord, now: float) -> None:
-        event = Dispatched(attempt, now, dispatch)
-        self._news.append(event)
+    def opened(self, attempt: int, record: PlacementRecord, now: float) -> None:
+        event = Placed(attempt, now, record)
+        self._unsent.append(event)
         self._open[attempt] = [event]
 
     def prefill_answered(self, attempt: int, now: float) -> None:
-        self._went_on(PrefillAnswered(attempt, now))
+        self._progress(PrefillAnswered(attempt, now))
 
     def first_token(self, attempt: int, now: float) -> None:
-        self._went_on(FirstToken(attempt, now))
+        self._progress(FirstToken(attempt, now))
 
     def ended(self, attempt: int, now: float) -> None:
         if self._open.pop(attempt, None) is not None:
-            self._news.append(Ended(attempt, now))
+            self._unsent.append(Ended(attempt, now))
 
-    def _went_on(self, event: PrefillAnswered | FirstToken) -> None:
+    def _progress(self, event: PrefillAnswered | FirstToken) -> None:
         if (history := self._open.get(event.attempt)) is not None:
             history.append(event)
-            self._news.append(event)
+            self._unsent.append(event)
 
-    # --- at leisure ---
+    # --- off the request path ---
 
-    def ask(self, of: str | None) -> None:
-        """Ask a replica for a snapshot with the next messages; None asks all."""
-        self._questions.append(of)
+    def request_snapshot(self, of: str | None) -> None:
+        """Request a snapshot of a replica with the next messages; None requests it of all."""
+        self._snapshot_requests.append(of)
 
-    def answer(self) -> None:
-        """Send a snapshot with the next messages. However many have asked, it is one for all."""
-        self._asked = True
+    def send_snapshot(self) -> None:
+        """Add one snapshot to the next messages, however many peers have requested it."""
+        self._owes_snapshot = True
 
     def collect(self, now: float) -> list[bytes]:
-        """Give the messages that are due."""
-        messages = [encode(Ask(self.replica, of)) for of in dict.fromkeys(self._questions)]
-        self._questions.clear()
-        if self._news or self._asked or now - self._spoke >= HEARTBEAT:
+        """Return the messages that are due."""
+        messages = [encode(SnapshotRequest(self.replica, of)) for of in dict.fromkeys(self._snapshot_requests)]
+        self._snapshot_requests.clear()
+        if self._unsent or self._owes_snapshot or now - self._last_batch_at >= HEARTBEAT:
             messages += self._batches(now)
-        if self._asked:
+        if self._owes_snapshot:
             messages += self._snapshot(now)
-            self._asked = False
+            self._owes_snapshot = False
         return messages
 
     def _batches(self, now: float) -> Iterator[bytes]:
-        """An attempt that began and ended within one is told as any other: where its prompt is cached is news, too."""
-        news, self._news = self._news, []
-        self._spoke = now
-        for events in list(portions(news)) or [()]:
+        """Attempts that began and ended since the last batch are sent, too: their prompts are cached now."""
+        unsent, self._unsent = self._unsent, []
+        self._last_batch_at = now
+        for events in list(split_events(unsent)) or [()]:
             self._sequence += 1
             yield encode(Batch(self.replica, self._sequence, now, tuple(events)))
 
     def _snapshot(self, now: float) -> Iterator[bytes]:
-        """A batch has gone before, so no two snapshots have the same sequence number."""
-        parts = list(portions(list(chain.from_iterable(self._open.values())))) or [()]
+        """Send this behind a batch only, so that no two snapshots have the same sequence number."""
+        parts = list(split_events(list(chain.from_iterable(self._open.values())))) or [()]
         for part, events in enumerate(parts):
             yield encode(Snapshot(self.replica, self._sequence, now, part, len(parts), tuple(events)))

@@ -1,9 +1,9 @@
-"""What the other replicas have on their books, kept true over a bus that may lose, repeat and reorder. Pure.
+"""Follow the in-flight requests of all peers over a bus that may lose, repeat and reorder messages. Pure.
 
-Rule 1: batches of a peer are applied in the order of their sequence numbers, each once. One that is ahead waits.
-Rule 2: while something is missing, the peer is asked for a snapshot: all that it has open after a certain batch.
-Rule 3: a snapshot replaces what is known of the peer. What it does not know has ended.
-Rule 4: a peer that is silent for a while is gone, and all it had on its books with it. If it speaks again, it is new.
+Rule 1: batches of a peer are applied in the order of their sequence numbers, each once. A batch that is ahead waits.
+Rule 2: while a batch is missing, a snapshot is requested: all attempts that the peer has open after a certain batch.
+Rule 3: a snapshot replaces the known attempts of the peer. An attempt that is not in the snapshot has ended.
+Rule 4: a peer without a message for the peer timeout is gone, and its attempts end. When it returns, it is new.
 """
 
 from collections import Counter
@@ -12,21 +12,22 @@ from dataclasses import dataclass
 from typing import Final, Protocol, assert_never
 
 from dp_extproc.load.records import PlacementRecord
-from dp_extproc.sync.messages import Batch, Dispatched, Ended, Event, FirstToken, PrefillAnswered, Snapshot
+from dp_extproc.sync.messages import Batch, Ended, Event, FirstToken, Placed, PrefillAnswered, Snapshot
 
-FIRST_ASK: Final = 0.05
-"""Seconds for what is missing to come by itself: late, or as the answer to somebody else."""
-ASK_AGAIN: Final = 0.5
+FIRST_REQUEST_SECONDS: Final = 0.05
+"""Seconds for a missing batch to come by itself: late, or in a snapshot that another peer has requested."""
+REQUEST_AGAIN_SECONDS: Final = 0.5
+"""Seconds between two requests for a snapshot of the same peer."""
 _AHEAD_KEPT: Final = 1000
-"""Batches that wait for a missing one: what a replica tells in 20 s. Any more are missing, too, then."""
+"""Batches that wait for a missing one: those of 20 s. Any further batch is dropped, and so it is missing, too."""
 _OLDEST: Final = 86_400.0
-"""Seconds before now; what is told of an earlier moment is told of this one. The books give up any attempt sooner."""
+"""Seconds before now that an event may have. An earlier one is moved there; reservations expire sooner than that."""
 _OK: Final = 200
-"""A peer has judged the answers of its engines itself; none of them teaches us anything."""
+"""The status of every answer of a peer's engine: the peer has dealt with errors itself."""
 
 
 class PeerRequest(Protocol):
-    """An attempt of a peer on our books. Every call may come repeatedly, late or not at all."""
+    """The reservations of a peer's attempt. Every call may come repeatedly, late or not at all."""
 
     def prefill_answered(self, status: int, now: float) -> None: ...
     def first_byte(self, status: int, now: float) -> None: ...
@@ -35,33 +36,33 @@ class PeerRequest(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PeerStatus:
-    """One other replica, as it looks from here."""
+    """The state of one peer, as this replica sees it."""
 
     replica: str
     age: float
-    """Seconds since it was heard."""
+    """Seconds since its last message."""
     requests: int
     """Requests of the peer that hold reservations here."""
     in_doubt: bool
-    """Whether something of it is missing."""
+    """Whether a batch of it is missing."""
 
 
 class _Peer:
-    """What is known of one replica."""
+    """The messages and the open attempts of one peer."""
 
-    __slots__ = ("ahead", "applied", "ask_at", "attempts", "heard", "parts", "parts_of")
+    __slots__ = ("ahead", "applied", "attempts", "last_message_at", "parts", "parts_of", "request_at")
 
     def __init__(self, now: float) -> None:
-        self.heard = now
+        self.last_message_at = now
         self.applied = 0
-        """Sequence number of the last batch that is in :attr:`attempts`."""
+        """Sequence number of the last batch that is applied to :attr:`attempts`."""
         self.ahead: dict[int, tuple[Batch, float]] = {}
-        """Batches that wait for one before them, with the difference of the clocks."""
+        """Batches that wait for a missing one, with the difference of the two clocks in seconds."""
         self.attempts: dict[int, tuple[PeerRequest, float]] = {}
-        """Open ones, with the moment of the dispatch."""
-        self.ask_at = now + FIRST_ASK
+        """Open attempts, with the moment at which each was placed."""
+        self.request_at = now + FIRST_REQUEST_SECONDS
         self.parts_of = 0
-        """Sequence number of the snapshot that is being put together."""
+        """Sequence number of the snapshot whose parts are collected."""
         self.parts: dict[int, Sequence[Event]] = {}
 
     @property
@@ -70,41 +71,41 @@ class _Peer:
 
 
 class Peers:
-    """All other replicas."""
+    """Apply the messages of all peers to reservations of this replica."""
 
-    def __init__(self, open_foreign: Callable[[PlacementRecord, float], PeerRequest], silence: float) -> None:
-        """Begin without any.
+    def __init__(self, open_peer: Callable[[PlacementRecord, float], PeerRequest], peer_timeout: float) -> None:
+        """Start without peers.
 
         Args:
-            open_foreign: Puts an attempt on our books.
-            silence: Seconds after which a peer that says nothing is gone.
+            open_peer: Opens the reservations of a peer's attempt.
+            peer_timeout: Seconds without a message after which a peer is gone.
         """
-        self._open_foreign = open_foreign
-        self._silence = silence
+        self._open_peer = open_peer
+        self._peer_timeout = peer_timeout
         self._peers: dict[str, _Peer] = {}
         self.anomalies: Counter[str] = Counter(duplicate=0, gap=0, snapshot=0, unknown_request=0, peer_timeout=0)
-        """What went otherwise than it should: ``repeated`` messages; ``gaps`` of missing ones, and the ``snapshots``
-        that closed them; ``strays``, events of attempts that are not known; peers that fell silent."""
+        """Anomalies: ``duplicate`` batches; ``gap``, where batches are missing, and the ``snapshot`` that closed them;
+        ``unknown_request``, events of unknown attempts; ``peer_timeout``, peers that are gone."""
 
     def batch(self, batch: Batch, now: float) -> None:
-        """Take in what a peer has told."""
-        peer = self._hear(batch.replica, now)
+        """Apply a batch of a peer, or keep it until the batches before it are there."""
+        peer = self._peer_of(batch.replica, now)
         if batch.sequence <= peer.applied or batch.sequence in peer.ahead:
             self.anomalies["duplicate"] += 1
             return
         if batch.sequence > peer.applied + 1 and not peer.ahead:
-            if peer.applied:  # else it is merely older than our acquaintance
+            if peer.applied:  # else the batches before are older than this connection
                 self.anomalies["gap"] += 1
-            peer.ask_at = now + FIRST_ASK
+            peer.request_at = now + FIRST_REQUEST_SECONDS
         if len(peer.ahead) < _AHEAD_KEPT:
             peer.ahead[batch.sequence] = (batch, now - batch.now)
         self._go_on(peer, now)
 
     def snapshot(self, snapshot: Snapshot, now: float) -> None:
-        """Take in a part of what a peer has open; with the last part, the whole."""
-        peer = self._hear(snapshot.replica, now)
+        """Keep a part of a snapshot; with the last part, apply the whole snapshot."""
+        peer = self._peer_of(snapshot.replica, now)
         if snapshot.sequence <= peer.applied or snapshot.sequence < peer.parts_of:
-            return  # it is known already, or its rest was overtaken by a newer one
+            return  # it is applied already, or its other parts were overtaken by a newer one
         if snapshot.sequence > peer.parts_of:
             peer.parts_of = snapshot.sequence
             peer.parts.clear()
@@ -114,8 +115,8 @@ class Peers:
         events = [event for part in sorted(peer.parts) for event in peer.parts[part]]
         peer.parts.clear()
         self.anomalies["snapshot"] += 1
-        known = {event.attempt for event in events}
-        for attempt in peer.attempts.keys() - known:
+        still_open = {event.attempt for event in events}
+        for attempt in peer.attempts.keys() - still_open:
             peer.attempts.pop(attempt)[0].end(now)
         self._apply(peer, events, now - snapshot.now, now)
         peer.applied = snapshot.sequence
@@ -124,33 +125,35 @@ class Peers:
         self._go_on(peer, now)
 
     def review(self, now: float) -> list[str]:
-        """Let go of peers that are silent, and name those to be asked for a snapshot. Call it every few moments."""
-        for replica in [replica for replica, peer in self._peers.items() if now - peer.heard >= self._silence]:
+        """Forget peers that are gone, and return those to request a snapshot of. Call it every few milliseconds."""
+        for replica in [
+            replica for replica, peer in self._peers.items() if now - peer.last_message_at >= self._peer_timeout
+        ]:
             self.anomalies["peer_timeout"] += 1
             self.forget(replica, now)
-        missing = [replica for replica, peer in self._peers.items() if peer.in_doubt and now >= peer.ask_at]
+        missing = [replica for replica, peer in self._peers.items() if peer.in_doubt and now >= peer.request_at]
         for replica in missing:
-            self._peers[replica].ask_at = now + ASK_AGAIN
+            self._peers[replica].request_at = now + REQUEST_AGAIN_SECONDS
         return missing
 
     def forget(self, replica: str, now: float) -> None:
-        """Take all that a peer had on its books off ours."""
+        """End all attempts of a peer."""
         if (peer := self._peers.pop(replica, None)) is not None:
             for attempt, _ in peer.attempts.values():
                 attempt.end(now)
 
     def status(self, now: float) -> list[PeerStatus]:
-        """Tell of each peer."""
+        """Return the state of each peer."""
         return [
-            PeerStatus(replica, now - peer.heard, len(peer.attempts), peer.in_doubt)
+            PeerStatus(replica, now - peer.last_message_at, len(peer.attempts), peer.in_doubt)
             for replica, peer in self._peers.items()
         ]
 
-    def _hear(self, replica: str, now: float) -> _Peer:
+    def _peer_of(self, replica: str, now: float) -> _Peer:
         peer = self._peers.get(replica)
         if peer is None:
             peer = self._peers[replica] = _Peer(now)
-        peer.heard = now
+        peer.last_message_at = now
         return peer
 
     def _go_on(self, peer: _Peer, now: float) -> None:
@@ -160,25 +163,25 @@ class Peers:
             self._apply(peer, batch.events, offset, now)
 
     def _apply(self, peer: _Peer, events: Sequence[Event], offset: float, now: float) -> None:
-        """Apply events to the books.
+        """Apply events to the reservations.
 
         Args:
-            peer: Whose they are.
+            peer: The sender of the events.
             events: In their order.
-            offset: Of our clock from the peer's, as the message showed it. Its way took time, and not always the same.
-            now: No event is later, none is a day earlier, and none is before the dispatch of its attempt.
+            offset: Seconds from the peer's clock to ours, by the message itself; the time of its way is in it.
+            now: No event is later, none is a day earlier, and none is before its attempt was placed.
         """
         for event in events:
             at = min(now, max(now - _OLDEST, event.at + offset))
-            known = peer.attempts.get(event.attempt)
-            if isinstance(event, Dispatched):
-                if known is None:
-                    peer.attempts[event.attempt] = (self._open_foreign(event.dispatch, at), at)
+            opened = peer.attempts.get(event.attempt)
+            if isinstance(event, Placed):
+                if opened is None:
+                    peer.attempts[event.attempt] = (self._open_peer(event.record, at), at)
                 continue
-            if known is None:
+            if opened is None:
                 self.anomalies["unknown_request"] += 1
                 continue
-            attempt, begun = known
+            attempt, begun = opened
             at = max(at, begun)
             match event:
                 case PrefillAnswered():

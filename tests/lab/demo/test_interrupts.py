@@ -1,4 +1,4 @@
-"""Signals to a demo that runs, as a terminal and as ``kill`` send them: nothing goes on, and nothing is left."""
+"""Send signals to a running demo, as a terminal and as ``kill`` do: nothing runs on, and nothing is left."""
 
 import asyncio
 import fcntl
@@ -25,13 +25,13 @@ from sessions import processes_of
 _LONG = ("--requests", "3000", "--time-scale", "3")
 """Takes minutes: none of the tests waits for its end."""
 _SHORT = ("--requests", "4", "--time-scale", "0.2")
-_PATIENCE = 120.0
+_SAMPLE_SECONDS = 120.0
 _DEBUG_PORT = re.compile(rb"--debug-port\0(\d+)\0")
 
 
 @dataclass
 class Demo:
-    """One that runs, as the leader of a session: all that it has started belongs to that."""
+    """A running demo, as the leader of a session that has all its children."""
 
     process: subprocess.Popen[bytes]
     directory: Path
@@ -40,13 +40,13 @@ class Demo:
     """Processes of the session that were there at some time."""
 
     def session(self) -> set[int]:
-        """Find the processes of the session that have not ended."""
+        """Find the running processes of the session."""
         found = processes_of(self.process.pid)
         self.seen |= found
         return found
 
     def read_until(self, text: str) -> None:
-        """Read what it prints until that is there."""
+        """Read the output until a text is there."""
         assert self.process.stdout is not None
         while text.encode() not in self.printed:
             piece = os.read(self.process.stdout.fileno(), 1)
@@ -54,7 +54,7 @@ class Demo:
             self.printed += piece
 
     def arrived(self) -> int:
-        """Count the requests that have come to its engines."""
+        """Count the requests that have reached its engines."""
         counts = []
         for pid in self.session():
             if port := _DEBUG_PORT.search(Path(f"/proc/{pid}/cmdline").read_bytes()):
@@ -63,8 +63,8 @@ class Demo:
         return sum(counts)
 
     def end(self) -> int:
-        """Read to the end, and wait for that."""
-        rest, _ = self.process.communicate(timeout=_PATIENCE)
+        """Read to the end, and wait for the process."""
+        rest, _ = self.process.communicate(timeout=_SAMPLE_SECONDS)
         self.printed += rest
         return self.process.returncode
 
@@ -99,18 +99,18 @@ def _starting(demo: Demo) -> None:
 
 
 def _engines_starting(demo: Demo) -> None:
-    wait_for(lambda: len(demo.session()) >= 3, _PATIENCE)
+    wait_for(lambda: len(demo.session()) >= 3, _SAMPLE_SECONDS)
 
 
 def _router_starting(demo: Demo) -> None:
     demo.read_until("1 of 4")
-    wait_for(lambda: len(demo.session()) >= 6, _PATIENCE)
+    wait_for(lambda: len(demo.session()) >= 6, _SAMPLE_SECONDS)
 
 
 def _arrivals(least: int) -> Callable[[Demo], None]:
     def wait(demo: Demo) -> None:
         demo.read_until("1 of 4")
-        wait_for(lambda: _quietly(demo) >= least, _PATIENCE)
+        wait_for(lambda: _quietly(demo) >= least, _SAMPLE_SECONDS)
 
     return wait
 
@@ -166,12 +166,12 @@ _WARMING_UP, _RUNNING = _arrivals(1), _arrivals(100)
         pytest.param((*_SHORT, "--keep"), _kept, _terminate, 0, id="kept-sigterm"),
     ],
 )
-def test_a_signal_ends_the_demo_and_all_that_it_started(
+def test_signal_ends_the_demo_and_its_children(
     tmp_path: Path, options: tuple[str, ...], phase: Callable[[Demo], None], send: Callable[[Demo], None], status: int
 ) -> None:
-    """Whenever it comes: no process is left, no file, no traceback, and the status is what shells expect.
+    """In any phase: no process is left, no file, no traceback, and the status is what shells expect.
 
-    What --keep has left running is meant to be ended so, hence 0.
+    A signal is the intended end of what --keep has left running, hence 0.
     """
     with _demo(tmp_path, *options) as demo:
         phase(demo)
@@ -190,8 +190,8 @@ def test_a_signal_ends_the_demo_and_all_that_it_started(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_signal_while_the_report_is_printed_ends_the_demo(tmp_path: Path) -> None:
-    """The report waits for a reader that does not read; the engines are still there then."""
+def test_signal_ends_the_demo_while_the_report_is_printed(tmp_path: Path) -> None:
+    """The report waits for a reader that does not read; the engines still run then."""
     with _demo(tmp_path, *_SHORT, pipe=4096) as demo:
         demo.read_until("What each rank got")
         assert len(demo.session()) == 5
@@ -206,8 +206,8 @@ def test_a_signal_while_the_report_is_printed_ends_the_demo(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupt_before_a_command_listens_ends_it_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Libraries take a second to import; Ctrl-C in that time has no traceback either, whatever the command."""
+def test_interrupt_ends_a_command_quietly_before_it_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries take a second to import; Ctrl-C in that time prints no traceback either."""
 
     def interrupted(_: str) -> None:
         raise KeyboardInterrupt
@@ -219,7 +219,7 @@ def test_an_interrupt_before_a_command_listens_ends_it_quietly(monkeypatch: pyte
 
 @pytest.fixture
 def interrupts() -> Iterator[Interrupts]:
-    """Listen in this process, and leave its handlers as they were."""
+    """Listen in this process, and restore its handlers afterwards."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with Interrupts().installed() as listening:
         yield listening
@@ -227,8 +227,8 @@ def interrupts() -> Iterator[Interrupts]:
         signal.signal(number, handler)
 
 
-def test_a_signal_takes_effect_at_the_next_safe_point(interrupts: Interrupts) -> None:
-    """A process that has been started is noted before; others that follow are not heard while it stops."""
+def test_signal_takes_effect_at_the_next_safe_point(interrupts: Interrupts) -> None:
+    """A process that has been started is noted before; later signals have no effect while it stops."""
     done = []
 
     def start() -> None:
@@ -248,8 +248,8 @@ def test_a_signal_takes_effect_at_the_next_safe_point(interrupts: Interrupts) ->
     assert interrupts.status == 128 + signal.SIGTERM
 
 
-def test_a_wait_for_a_process_ends_by_a_signal(interrupts: Interrupts) -> None:
-    """The wait is far from its end then, and asks no further."""
+def test_signal_ends_the_wait_for_a_process(interrupts: Interrupts) -> None:
+    """The wait is far from its timeout then, and checks no further."""
     asked = []
 
     def never() -> bool:
@@ -264,8 +264,8 @@ def test_a_wait_for_a_process_ends_by_a_signal(interrupts: Interrupts) -> None:
     assert interrupts.status == 130
 
 
-def test_an_interrupt_cancels_what_runs_in_a_loop(interrupts: Interrupts) -> None:
-    """In order: what it holds open is closed, and the loop ends before the interrupt is raised."""
+def test_interrupt_cancels_a_coroutine(interrupts: Interrupts) -> None:
+    """Everything that it holds open is closed, and the loop ends before the interrupt is raised."""
     closed = []
 
     async def work() -> None:
@@ -282,8 +282,8 @@ def test_an_interrupt_cancels_what_runs_in_a_loop(interrupts: Interrupts) -> Non
     assert interrupts.status == 130
 
 
-def test_a_signal_that_was_invited_is_no_failure(interrupts: Interrupts) -> None:
-    """As Ctrl-C at the end of a demo that was kept, also when it comes before anybody waits for it."""
+def test_invited_signal_is_no_failure(interrupts: Interrupts) -> None:
+    """Ctrl-C is the end of a demo that was kept, also when it comes before the wait."""
     interrupts.invite()
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
@@ -292,7 +292,7 @@ def test_a_signal_that_was_invited_is_no_failure(interrupts: Interrupts) -> None
     assert interrupts.status == 0
 
 
-def test_handlers_are_as_before_when_no_signal_came() -> None:
+def test_handlers_are_restored_without_a_signal() -> None:
     """A command that ended by itself leaves no trace in the process."""
     before = signal.getsignal(signal.SIGINT)
     with Interrupts().installed():
@@ -324,10 +324,10 @@ def _run_command(directory: Path, *work: str) -> subprocess.CompletedProcess[str
     end = "sys.exit(run_until_interrupted(Console(), work))\n"
     (directory / "program.py").write_text(f"{_COMMAND}\ndef work(interrupts):\n{lines}\n{end}")
     argv = [sys.executable, "-m", "program"]
-    return subprocess.run(argv, capture_output=True, text=True, check=False, cwd=directory, timeout=_PATIENCE)
+    return subprocess.run(argv, capture_output=True, text=True, check=False, cwd=directory, timeout=_SAMPLE_SECONDS)
 
 
-def test_an_interrupt_in_code_made_from_a_string_ends_with_the_status(tmp_path: Path) -> None:
+def test_interrupt_in_code_from_a_string_keeps_the_status(tmp_path: Path) -> None:
     """Libraries are imported while the demo starts, and those of dataclasses execute strings."""
     done = _run_command(tmp_path, "exec('interrupt()')")
 
@@ -342,16 +342,16 @@ def test_an_interrupt_in_code_made_from_a_string_ends_with_the_status(tmp_path: 
         pytest.param(("import interrupted_library",), id="import"),
     ],
 )
-def test_an_interrupt_does_not_raise_where_it_would_be_lost(tmp_path: Path, work: tuple[str, ...]) -> None:
-    """What Python calls back goes on, prints no traceback, and an import is not left half done."""
+def test_interrupt_does_not_raise_where_it_would_be_lost(tmp_path: Path, work: tuple[str, ...]) -> None:
+    """Callbacks of Python go on without a traceback, and an import is not left half done."""
     (tmp_path / "interrupted_library.py").write_text("import __main__\n__main__.interrupt()\n")
     done = _run_command(tmp_path, *work, "print('whole', flush=True)", "interrupts.wait()")
 
     assert (done.returncode, done.stdout, done.stderr) == (143, "whole\nstopped\n", "")
 
 
-def test_a_signal_ends_a_command_whose_output_is_never_read(tmp_path: Path) -> None:
-    """Neither the rest of the report nor the word that it stopped waits for the reader."""
+def test_signal_ends_a_command_whose_output_is_never_read(tmp_path: Path) -> None:
+    """Neither the rest of the report nor "stopped" waits for the reader."""
     (tmp_path / "program.py").write_text(
         "import sys\n"
         "from rich.console import Console\n"
@@ -365,11 +365,11 @@ def test_a_signal_ends_a_command_whose_output_is_never_read(tmp_path: Path) -> N
         assert process.stdout.read(1) == b"r"
         process.send_signal(signal.SIGINT)
 
-        assert process.wait(_PATIENCE) == 130
+        assert process.wait(_SAMPLE_SECONDS) == 130
 
 
-def test_an_interrupt_while_a_command_is_imported_ends_it_at_once(tmp_path: Path) -> None:
-    """Where an exception would be printed and lost, the signal itself ends the process."""
+def test_interrupt_ends_a_command_at_once_during_its_import(tmp_path: Path) -> None:
+    """The signal itself ends the process where an exception would be printed and lost."""
     (tmp_path / "slow_command.py").write_text(
         "import os, signal, weakref\n"
         "class Watched: pass\n"
@@ -385,6 +385,6 @@ def test_an_interrupt_while_a_command_is_imported_ends_it_at_once(tmp_path: Path
         "sys.exit(entry(['serve']))\n"
     )
     argv = [sys.executable, "-m", "program"]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=_PATIENCE)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=_SAMPLE_SECONDS)
 
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

@@ -1,4 +1,4 @@
-"""``dp-extproc load``: routers that run already, compared with real requests."""
+"""Test ``dp-extproc load``: compare running routers with real requests."""
 
 from collections.abc import Iterator
 
@@ -21,7 +21,7 @@ def engines() -> Iterator[dict[str, EngineProcess]]:
 
 @pytest.fixture(scope="module")
 def router(engines: dict[str, EngineProcess]) -> Iterator[str]:
-    """URL of a router in front of them."""
+    """Run a router in front of the engines, and yield its URL."""
     pool = {
         "models": ["*"],
         "prefill": {"endpoints": [engines["prefill 1"].url]},
@@ -45,10 +45,10 @@ def _cells(row: str) -> list[str]:
     return [cell.strip() for cell in row.strip("│").split("│")]
 
 
-def test_load_compares_routers_when_two_are_given(
+def test_load_compares_two_routers(
     engines: dict[str, EngineProcess], router: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both get every request once, in halves and in turns; what the ranks got adds up to them, without the warm-up."""
+    """Both get every request once, in halves and in turns; the ranks got as many, without the warm-up."""
     routers = ["--router", f"one={router}", "--router", f"other={router}"]
     status = main(["load", *routers, *_engine_options(engines), "--requests", "20", "--concurrency", "4"])
     printed = capsys.readouterr().out
@@ -60,8 +60,8 @@ def test_load_compares_routers_when_two_are_given(
         "3 of 4: other, 10 requests",
         "4 of 4: one, 10 requests",
     ]
-    for server in engines:
-        start = next(number for number, line in enumerate(printed.splitlines()) if f"│ {server}" in line)
+    for engine in engines:
+        start = next(number for number, line in enumerate(printed.splitlines()) if f"│ {engine}" in line)
         ranks = [_cells(line) for line in printed.splitlines()[start : start + 2]]
         assert [sum(int(rank[column]) for rank in ranks) for column in (2, 5)] == [20, 20]
     assert _cells(_rows(printed, "failed requests")[0])[1:] == ["0", "0"]
@@ -69,8 +69,8 @@ def test_load_compares_routers_when_two_are_given(
     assert "Sent in halves, in the order: one, other, other, one." in " ".join(printed.split())
 
 
-def test_load_measures_one_router_when_no_engine_is_named(router: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """One column, and no table of ranks."""
+def test_load_measures_one_router_without_engines(router: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """There is one column, and no table of ranks."""
     status = main(["load", "--router", router, "--requests", "6", "--concurrency", "3"])
     printed = capsys.readouterr().out
 
@@ -80,18 +80,18 @@ def test_load_measures_one_router_when_no_engine_is_named(router: str, capsys: p
     assert len(_cells(_rows(printed, "time to first token, mean")[0])) == 2
 
 
-def test_load_says_so_when_a_router_answers_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its name, its address and the reason, instead of a table of nothing."""
+def test_load_fails_if_a_router_answers_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """The message has its name, its address and the reason."""
     url = f"http://127.0.0.1:{free_port()}"
 
     assert main(["load", "--router", f"mine={url}"]) == 1
     assert f"mine at {url} answers no request" in " ".join(capsys.readouterr().out.split())
 
 
-def test_load_goes_on_when_pages_and_requests_fail(
+def test_load_counts_failed_samples_and_requests(
     engines: dict[str, EngineProcess], router: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A failed look is counted and a failed request is listed, each with its reason; the rest is reported as ever."""
+    """Each is listed with its reason; the rest is printed as ever."""
     engines["prefill 1"].fault(loads="500")
     engines["decode 1"].fault(loads="garbage", inference={"kind": "fail", "after": 60})
     try:
@@ -101,19 +101,19 @@ def test_load_goes_on_when_pages_and_requests_fail(
         for engine in engines.values():
             engine.heal()
     printed = capsys.readouterr().out
-    told = " ".join(printed.split())
+    printed_text = " ".join(printed.split())
     failed = int(_cells(_rows(printed, "failed requests")[0])[1])
 
     assert status == 0
     assert 0 < failed < 12
-    assert f"mine: {failed} requests failed; the times are of the others. " in told
-    assert "looks at the load of prefill 1 failed: /v1/loads answers 500" in told
-    assert "looks at the load of decode 1 failed: ReaderError: /v1/loads is not JSON" in told
+    assert f"mine: {failed} requests failed; the times are of the others. " in printed_text
+    assert "looks at the load of prefill 1 failed: /v1/loads answers 500" in printed_text
+    assert "looks at the load of decode 1 failed: ReaderError: /v1/loads is not JSON" in printed_text
 
 
 @pytest.mark.parametrize("text", ["mine", "mine=", "=http://a", "mine=ftp://a", "mine=http://"])
-def test_load_refuses_a_router_that_is_no_name_and_url(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """With an example of what is wanted."""
+def test_load_refuses_a_router_without_name_and_url(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The message has an example."""
     with pytest.raises(SystemExit):
         main(["load", "--router", text])
     assert "NAME=URL" in capsys.readouterr().err

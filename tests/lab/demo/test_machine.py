@@ -1,4 +1,4 @@
-"""What the machine is said to have done."""
+"""Test the measured use of processors."""
 
 import subprocess
 import sys
@@ -12,8 +12,8 @@ _BURN = "import time\nwhile time.process_time() < 0.5: pass\nprint('burnt', flus
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="wants /proc")
-def test_what_children_use_is_our_own() -> None:
-    """While they run, and when they have ended; what this process uses is the client's."""
+def test_own_share_includes_children() -> None:
+    """It does so while they run, and when they have ended; the client's share is this process alone."""
     before = Spent.now()
     with subprocess.Popen([sys.executable, "-c", _BURN], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
@@ -31,13 +31,13 @@ def test_what_children_use_is_our_own() -> None:
     assert running.plus(ended).seconds == pytest.approx(running.seconds + ended.seconds)
 
 
-def test_without_proc_only_the_process_itself_is_measured(
+def test_only_the_client_is_measured_without_proc(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """As on macOS."""
+    """On macOS there is no /proc."""
     monkeypatch.setattr(machine, "_PROC", tmp_path_factory.mktemp("empty"))
     share = Spent.now().since(Spent.now()).share()
 
     assert share.busy is None
-    assert share.others is None
+    assert share.external is None
     assert share.client >= 0

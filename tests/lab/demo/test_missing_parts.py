@@ -1,4 +1,4 @@
-"""Commands after a plain installation, without any extra."""
+"""Test commands after a plain installation, without extras."""
 
 import subprocess
 import sys
@@ -24,14 +24,14 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_shown_without_extras(command: str) -> None:
-    """Of every command; where something is missing the help ends with it."""
+def test_help_is_printed_without_extras(command: str) -> None:
+    """The help of a command ends with what is missing."""
     done = _run(command, "--help")
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ")
-    told = [line for line in done.stdout.splitlines() if line.endswith("pip install '.[demo]'")]
-    assert len(told) == (command in {"demo", "load"})
+    printed_text = [line for line in done.stdout.splitlines() if line.endswith("pip install '.[demo]'")]
+    assert len(printed_text) == (command in {"demo", "load"})
 
 
 @pytest.mark.parametrize(
@@ -41,8 +41,8 @@ def test_help_is_shown_without_extras(command: str) -> None:
         (("load", "--router", "http://127.0.0.1:1"), "the Python package openai is missing"),
     ],
 )
-def test_what_is_missing_is_said_in_one_line(arguments: tuple[str, ...], missing: str) -> None:
-    """With how to get it, and status 1."""
+def test_missing_parts_are_named_in_one_line(arguments: tuple[str, ...], missing: str) -> None:
+    """The line has the remedy, and the status is 1."""
     done = _run(*arguments)
 
     assert done.returncode == 1
@@ -50,8 +50,8 @@ def test_what_is_missing_is_said_in_one_line(arguments: tuple[str, ...], missing
     assert done.stderr == f"dp-extproc {arguments[0]}: {missing}; in the checkout: pip install '.[demo]'\n"
 
 
-def test_every_other_command_starts_without_extras(tmp_path: Path) -> None:
-    """The Envoy configuration is printed, a fleet simulated, and a check made, with what a plain installation has."""
+def test_other_commands_start_without_extras(tmp_path: Path) -> None:
+    """A plain installation prints the Envoy configuration, simulates a fleet and makes a check."""
     config = tmp_path / "dp-extproc.yaml"
     config.write_text('pools: [{models: ["*"], prefill: {endpoints: ["http://127.0.0.1:1"]}, '
                       'decode: {endpoints: ["http://127.0.0.1:2"]}}]\n', encoding="utf-8")  # fmt: skip

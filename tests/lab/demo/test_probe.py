@@ -1,4 +1,4 @@
-"""Looks at engines that do not answer as they should."""
+"""Sample engines that do not answer as they should."""
 
 import asyncio
 from collections.abc import Callable
@@ -19,8 +19,8 @@ async def _watch(urls: dict[str, str], enough: Callable[[LoadProbe], bool]) -> L
 
 
 @pytest.mark.parametrize("fault", ["hang", "500", "garbage", "reset", "noise", "short"])
-def test_the_probe_goes_on_when_a_look_fails(fault: str) -> None:
-    """Each failed look is counted with its reason, the next one is a new chance, and other servers are looked at."""
+def test_probe_goes_on_if_a_sample_fails(fault: str) -> None:
+    """Each failed sample is counted with its reason, and other engines are sampled."""
     with EngineProcess("prefill", 2) as sick, EngineProcess("decode", 2) as well:
         sick.fault(loads={"kind": fault, "times": 1})
         urls = {"prefill 1": sick.url, "decode 1": well.url, "decode 2": f"http://127.0.0.1:{free_port()}"}
@@ -29,7 +29,7 @@ def test_the_probe_goes_on_when_a_look_fails(fault: str) -> None:
                 urls,
                 lambda probe: (
                     bool(probe.failed.get("prefill 1"))
-                    and bool(probe.looks.get("prefill 1"))
+                    and bool(probe.samples.get("prefill 1"))
                     and bool(probe.failed.get("decode 2"))
                 ),
             )
@@ -37,15 +37,15 @@ def test_the_probe_goes_on_when_a_look_fails(fault: str) -> None:
 
     assert probe.failed["prefill 1"] == 1
     assert probe.reasons["prefill 1"]
-    assert probe.looks["decode 1"] > 0
+    assert probe.samples["decode 1"] > 0
     assert "decode 1" not in probe.failed
     assert probe.failed_share("decode 2") == 1.0
     assert probe.mean_tokens("decode 2", 0) is None
     assert probe.imbalance(["decode 2"]) is None
 
 
-def test_failed_looks_do_not_count_as_empty_ranks() -> None:
-    """The average is over the looks that succeeded, of each server by itself."""
+def test_failed_samples_do_not_count_as_empty_ranks() -> None:
+    """The average is over the samples that succeeded, of each engine apart."""
     probe = LoadProbe()
     probe.note("prefill 1", {0: 100, 1: 300})
     probe.note_failure("prefill 1", "timeout")

@@ -1,4 +1,4 @@
-"""What is printed of runs, and when it is called worthless."""
+"""Test the printed report, and when it is marked invalid."""
 
 import io
 from dataclasses import replace
@@ -21,18 +21,18 @@ _QUIET = Spent(10.0, 2.0, (2000, 1000, 900))
 
 def _run(name: str, spent: Spent = _QUIET, *, late: float = 0.0, outcomes: list[Outcome] | None = None) -> Run:
     probe = LoadProbe()
-    for server in ("prefill 1", "decode 1"):
+    for engine in ("prefill 1", "decode 1"):
         for _ in range(100):
-            probe.note(server, {0: 100, 1: 300})
+            probe.note(engine, {0: 100, 1: 300})
     if outcomes is None:
         outcomes = [Outcome(job, 1.0, 0.2, 0.050 if job is _LONG else 0.030) for job in _JOBS]
     received = {("prefill 1", 0): Received(4, 1234)}
     return Run(name, probe, outcomes, 10.0, spent, Account(received, stepping=10.0, late=late))
 
 
-def _print(*runs: Run, is_all_here: bool = True, servers: tuple[str, ...] = ("prefill 1", "decode 1")) -> str:
+def _print(*runs: Run, is_all_here: bool = True, engines: tuple[str, ...] = ("prefill 1", "decode 1")) -> str:
     console = Console(width=100, file=io.StringIO(), record=True)
-    print_report(console, runs, About(_JOBS, servers, is_all_here, "Slow the engines down."))
+    print_report(console, runs, About(_JOBS, engines, is_all_here, "Slow the engines down."))
     return console.export_text()
 
 
@@ -41,8 +41,8 @@ def _row(printed: str, label: str) -> list[str]:
     return [cell.strip() for cell in line.strip("│").split("│")][1:]
 
 
-def test_a_quiet_machine_gives_a_table_that_counts() -> None:
-    """Nothing is said against it, and long and short requests stand apart."""
+def test_report_is_valid_on_a_quiet_machine() -> None:
+    """There is no warning, and long and short requests are apart."""
     faster = [Outcome(job, 1.0, 0.1, 0.060 if job is _LONG else 0.015) for job in _JOBS]
     printed = _print(_run("own"), _run("ours", outcomes=faster))
 
@@ -66,8 +66,8 @@ def test_a_quiet_machine_gives_a_table_that_counts() -> None:
     ],
     ids=["others", "busy", "client", "late"],
 )
-def test_a_busy_machine_makes_the_table_worthless(run: Run, reason: str) -> None:
-    """It is said at the table, with the reason and with what to do, also when one placement only was hit."""
+def test_report_is_invalid_on_a_busy_machine(run: Run, reason: str) -> None:
+    """The table has a mark, with the reason and the remedy, also when one placement only was affected."""
     printed = _print(_run("own"), run)
 
     assert "What it means - NOTHING: the machine was too busy" in printed
@@ -77,8 +77,8 @@ def test_a_busy_machine_makes_the_table_worthless(run: Run, reason: str) -> None
     assert ("Slow the engines down." in printed) == ("other programs" not in reason)
 
 
-def test_engines_elsewhere_are_not_taken_for_other_programs() -> None:
-    """Routers and engines that run already may be on this machine, or not: what they use is not held against them."""
+def test_remote_engines_do_not_count_as_other_programs() -> None:
+    """Running routers and engines may be on this machine or not: their share is not counted against the result."""
     printed = _print(_run("mine", replace(_QUIET, machine=(2000, 1200, 100))), is_all_here=False)
 
     assert "NOTHING" not in printed
@@ -86,8 +86,8 @@ def test_engines_elsewhere_are_not_taken_for_other_programs() -> None:
 
 
 @pytest.mark.parametrize("machine", [None, (0, 0, 0)])
-def test_what_cannot_be_measured_is_not_claimed(machine: tuple[int, int, int] | None) -> None:
-    """Without /proc, or with one of zeros, it says so; what the process itself can tell still counts."""
+def test_report_names_what_it_cannot_measure(machine: tuple[int, int, int] | None) -> None:
+    """That is so without /proc, or with one of zeros; the measures of the process itself still count."""
     printed = _print(_run("own", replace(_QUIET, machine=machine)))
 
     assert _row(printed, "this machine's processors, busy") == ["not measurable here"]
@@ -95,8 +95,8 @@ def test_what_cannot_be_measured_is_not_claimed(machine: tuple[int, int, int] | 
     assert "How busy this machine was cannot be measured here" in printed
 
 
-def test_requests_that_all_failed_leave_gaps_and_are_listed() -> None:
-    """No mean of nothing, no crash: dashes, and every kind of failure with its number, whatever its text looks like."""
+def test_report_lists_failures_if_all_requests_failed() -> None:
+    """Means are dashes, and every kind of failure has its number, whatever its text."""
     errors = [Outcome(_SHORT, 1.0, error="[red]a page[/]"), *[Outcome(_LONG, 1.0, error="timed out")] * 3]
     printed = _print(_run("own", outcomes=errors), _run("ours"))
 
@@ -108,22 +108,22 @@ def test_requests_that_all_failed_leave_gaps_and_are_listed() -> None:
     assert "1 x [red]a page[/]" in printed
 
 
-def test_a_failure_is_not_counted_into_times() -> None:
-    """A stream that broke has a first token, but it is not one of the requests that were answered."""
+def test_failed_requests_do_not_count_in_times() -> None:
+    """A stream that broke has a first token, but it was not answered."""
     outcomes = [Outcome(_SHORT, 1.0, 0.1, 0.01), Outcome(_SHORT, 1.0, 9.9, 9.9, error="a stream that ended early")]
 
     assert _row(_print(_run("own", outcomes=outcomes)), "time to first token, mean") == ["100 ms"]
 
 
-def test_a_server_that_was_seldom_seen_is_told() -> None:
-    """More than one look in twenty failed, or there was none; one failure in a hundred is nothing to speak of."""
+def test_report_names_an_undersampled_engine() -> None:
+    """More than one sample in twenty failed, or there was none; one failure in a hundred is no problem."""
     run = _run("own")
     run.probe.note_failure("prefill 1", "/v1/loads answers 503")
     assert "looks at the load" not in _print(run)
     for _ in range(9):
         run.probe.note_failure("prefill 1", "/v1/loads answers 503")
 
-    printed = _print(run, servers=("prefill 1", "decode 1", "decode 2"))
+    printed = _print(run, engines=("prefill 1", "decode 1", "decode 2"))
     assert "own: 10 of 110 looks at the load of prefill 1 failed: /v1/loads answers 503" in printed
     assert "looks at the load of decode 2 failed: it was never looked at" in printed
     assert "decode 1 failed" not in printed

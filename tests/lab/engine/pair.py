@@ -1,4 +1,4 @@
-"""A prefill and a decode engine, and both legs of requests to them."""
+"""Run a prefill and a decode engine, and send both legs of requests to them."""
 
 import itertools
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from dp_extproc.lab.testbed.engine import EngineProcess
 
 RANKS = 4
 FAST = ("--time-scale", "0.01", "--timeout-bootstrap", "80", "--timeout-waiting", "80")
-"""A hundred times faster, and what waits for nobody gives up after 0.8 seconds."""
+"""A hundred times faster, and a leg without its other leg gives up after 0.8 seconds."""
 PROMPTS: dict[str, dict[str, Any]] = {
     "/generate": {"text": "hello", "sampling_params": {"max_new_tokens": 3}},
     "/v1/completions": {"prompt": "hello", "max_tokens": 3},
@@ -26,7 +26,7 @@ PROMPTS: dict[str, dict[str, Any]] = {
 
 @dataclass(slots=True)
 class Pair:
-    """Two engines that can meet."""
+    """Two engines that can connect."""
 
     prefill: EngineProcess
     decode: EngineProcess
@@ -35,11 +35,11 @@ class Pair:
     _rooms: Iterator[int] = field(default_factory=lambda: itertools.count(1000))
 
     def room(self, rank: int = 0) -> int:
-        """Give a fresh room that belongs to a prefill rank."""
+        """Return a fresh room that belongs to a prefill rank."""
         return next(self._rooms) * RANKS + rank
 
     def meeting(self, room: object, **more: Any) -> dict[str, Any]:
-        """Give the bootstrap fields of both legs."""
+        """Return the bootstrap fields of both legs."""
         place = {"bootstrap_host": "127.0.0.1", "bootstrap_port": self.prefill.bootstrap_port}
         return {**place, "bootstrap_room": room, **more}
 
@@ -62,7 +62,7 @@ class Pair:
         return legs[0].result(), legs[1].result()
 
     def legs(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Look at the last leg that each engine has received."""
+        """Return the last leg that each engine has received."""
         return self.prefill.requests()[-1], self.decode.requests()[-1]
 
 
@@ -88,7 +88,7 @@ def run_pair(
 
 
 def text_of(response: httpx.Response) -> str:
-    """Give the error message of an answer in any of SGLang's shapes."""
+    """Return the error message of an answer in any of SGLang's shapes."""
     body = response.json()
     error = body.get("error", body)
     return str(error if isinstance(error, str) else error["message"])

@@ -1,4 +1,4 @@
-"""What of a recorded answer is compared: which members it has and of what kind, not the numbers and texts in them."""
+"""Reduce a recorded answer to what is compared: its members and their types, not numbers and texts."""
 
 import json
 import re
@@ -10,7 +10,7 @@ LONG = "LONG"
 
 
 def shape(value: Any) -> Any:
-    """Keep names and kinds; of equal neighbours in a list one."""
+    """Keep names and types; of equal neighbours in a list one."""
     if isinstance(value, dict):
         # without a hit in the prefix cache there are no details of it
         return {key: "object or null" if key == "cached_tokens_details" else shape(each) for key, each in value.items()}
@@ -29,7 +29,7 @@ def events_of(text: str) -> list[Any]:
 
 
 def comparable(error: str) -> str:
-    """Leave out of an error what no two servers share: ids, how long a prompt is, and where in the code it was noticed.
+    """Remove from an error what no two engines share: ids, the length of a prompt, and its place in the code.
 
     A prompt has other tokens here, see the text model in docs/engine.md.
     """

@@ -1,4 +1,4 @@
-"""The prefix cache of every DP rank, as clients and pages of servers show it."""
+"""Test the prefix cache of every DP rank, as clients and pages of engines show it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +22,7 @@ def pair() -> Iterator[Pair]:
 
 
 def ask(pair: Pair, rank: int, text: str, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Send both legs of a prompt, and give both answers' meta_info."""
+    """Send both legs of a prompt, and return both answers' meta_info."""
     prefill, decode = pair.send("/generate", pair.meeting(pair.room(rank), text=text, **more))
     return prefill.json()["meta_info"], decode.json()["meta_info"]
 
@@ -40,13 +40,13 @@ def series(engine: EngineProcess, **labels: str) -> dict[str, float]:
     return {sample.name: sample.value for sample in samples if labels.items() <= sample.labels.items()}
 
 
-def test_a_prompt_is_cached_where_it_was_computed(pair: Pair) -> None:
-    """On that rank all but its last token is found; another rank computes it anew. Both answers tell."""
-    told = [ask(pair, rank, TEXT) for rank in (1, 1, 2)]
+def test_prompt_is_cached_on_its_rank(pair: Pair) -> None:
+    """On that rank all but its last token is found; another rank computes it anew. Both answers report it."""
+    reported = [ask(pair, rank, TEXT) for rank in (1, 1, 2)]
 
-    assert [prefill["dp_rank"] for prefill, _ in told] == [1, 1, 2]
+    assert [prefill["dp_rank"] for prefill, _ in reported] == [1, 1, 2]
     for position in (0, 1):
-        answers = [each[position] for each in told]
+        answers = [each[position] for each in reported]
         assert [each["cached_tokens"] for each in answers] == [0, 999, 0]
         assert [each["cached_tokens_details"] for each in answers] == [None, {"device": 999, "host": 0}, None]
         assert [each["prompt_tokens"] for each in answers] == [1000] * 3
@@ -54,8 +54,8 @@ def test_a_prompt_is_cached_where_it_was_computed(pair: Pair) -> None:
     assert computed == [0, 1001, 1000, 0]
 
 
-def test_pages_tell_of_the_cache() -> None:
-    """Cached tokens are not used ones; rates, counters and gauges know them apart. Decode keeps no cache."""
+def test_pages_report_the_cache() -> None:
+    """Cached tokens are not used ones; rates, counters and gauges differ. Decode keeps no cache."""
     with run_pair("0.5.23") as pair:
         for text in (TEXT, TEXT[:2000] + "x"):
             ask(pair, 3, text)
@@ -82,7 +82,7 @@ def test_pages_tell_of_the_cache() -> None:
         assert (on_decode["sglang:kv_evictable_tokens"], on_decode["sglang:cache_hit_rate"]) == (0, 0)
 
 
-def test_the_least_recently_used_goes_when_room_is_needed() -> None:
+def test_cache_evicts_the_least_recently_used() -> None:
     """A rank of 1500 tokens keeps one prompt of a thousand."""
     other = TEXT[::-1]
     with run_pair("0.5.23", "--max-total-tokens", "1500") as pair:
@@ -91,16 +91,16 @@ def test_the_least_recently_used_goes_when_room_is_needed() -> None:
     assert cached == [0, 999, 0, 0]
 
 
-def test_the_cache_can_be_switched_off() -> None:
-    """Then every prompt is computed from its beginning, and /server_info says so; a decode server always does."""
+def test_cache_can_be_switched_off() -> None:
+    """Every prompt is computed from its beginning then, and /server_info reports it; a decode engine always does so."""
     with run_pair("0.5.23", "--disable-radix-cache") as pair:
         assert [ask(pair, 0, TEXT)[0]["cached_tokens"] for _ in range(2)] == [0, 0]
         assert load(pair.prefill, 0)["total_prefill_uncached_tokens"] == 2000
         assert httpx.get(f"{pair.prefill.url}/server_info").json()["disable_radix_cache"] is True
 
 
-def test_server_info_tells_who_caches(pair: Pair) -> None:
-    """As recorded of real servers with their defaults; the batch without chunks is not divided among the ranks."""
+def test_server_info_reports_the_cache(pair: Pair) -> None:
+    """Values are as recorded of real engines; the batch without chunks is not divided among the ranks."""
     prefill, decode = (httpx.get(f"{engine.url}/server_info").json() for engine in (pair.prefill, pair.decode))
 
     assert (prefill["disable_radix_cache"], decode["disable_radix_cache"]) == (False, True)
@@ -109,7 +109,7 @@ def test_server_info_tells_who_caches(pair: Pair) -> None:
 
 
 def test_decode_reports_its_output_rate() -> None:
-    """While a rank runs, not when it rests; /v1/loads and /metrics agree about that."""
+    """It does so while a rank runs, not when it rests; /v1/loads and /metrics agree."""
     with EngineProcess("decode", 2, *FAST, "--decode-log-interval", "2") as engine:
 
         def rates() -> list[float]:
@@ -126,7 +126,7 @@ def test_decode_reports_its_output_rate() -> None:
 
 @pytest.fixture(scope="module")
 def reporting() -> Iterator[EngineProcess]:
-    """A unified server that reports cached tokens to every client."""
+    """Run a unified engine that reports cached tokens to every client."""
     with EngineProcess("unified", 1, *FAST, "--enable-cache-report") as engine:
         yield engine
 
@@ -136,8 +136,8 @@ def post(engine: EngineProcess, path: str, **body: Any) -> dict[str, Any]:
     return answer
 
 
-def test_a_conversation_goes_on_from_the_cache(reporting: EngineProcess) -> None:
-    """The next turn finds the last one's prompt: its messages, and the head of the answer that it now carries."""
+def test_next_turn_finds_the_conversation_in_the_cache(reporting: EngineProcess) -> None:
+    """The next turn finds the last one's prompt: its messages, and the head of the answer that it now has."""
     messages = [{"role": "system", "content": "s" * 400}, {"role": "user", "content": "u" * 40}]
     path = "/v1/chat/completions"
     first = post(reporting, path, messages=messages, max_tokens=2)["usage"]
@@ -174,18 +174,18 @@ def test_a_conversation_goes_on_from_the_cache(reporting: EngineProcess) -> None
     ],
     ids=["completions, a batch", "completions, token ids", "responses", "messages"],
 )
-def test_every_usage_tells_of_cached_tokens(
+def test_usage_reports_cached_tokens_in_every_api(
     reporting: EngineProcess, path: str, body: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    """Each API in its own words, if the server was started to tell."""
+    """Each API has its own names, if the engine was started to report them."""
     post(reporting, path, **body)
     usage = post(reporting, path, **body)["usage"]
 
     assert expected.items() <= usage.items()
 
 
-def test_an_image_is_recognised(reporting: EngineProcess) -> None:
-    """The same image is the same tokens, another one is not."""
+def test_same_image_is_the_same_tokens(reporting: EngineProcess) -> None:
+    """Another image is not."""
     asked = []
     for name in ("cat", "cat", "dog"):
         image = {"type": "image_url", "image_url": {"url": f"data:{name}"}}

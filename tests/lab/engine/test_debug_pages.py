@@ -1,4 +1,4 @@
-"""What the stand-in tells about itself."""
+"""Test what the stand-in reports about itself."""
 
 import asyncio
 
@@ -10,8 +10,8 @@ from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.engine import EngineProcess
 
 
-def test_the_journal_tells_only_what_came_later_when_it_is_asked_so() -> None:
-    """Whoever measures need not clear a journal that others read, nor fetch what it has seen before."""
+def test_journal_returns_only_later_requests() -> None:
+    """A measurement need not clear a journal that others read, nor fetch what it has read before."""
     with EngineProcess("unified", 1, "--time-scale", "0.01") as engine:
         for number in range(3):
             body = {"text": f"hello {number}", "sampling_params": {"max_new_tokens": 1}}
@@ -31,14 +31,14 @@ def test_the_journal_tells_only_what_came_later_when_it_is_asked_so() -> None:
     assert refusals == [400] * 4
 
 
-def test_steps_tell_how_late_they_are() -> None:
+def test_steps_report_how_late_they_are() -> None:
     """Nothing is late in an engine that has time."""
     with EngineProcess("unified", 2, "--dp-attention") as engine:
         assert [group["late"] for group in engine.steps()] == [0.0]
 
 
-def test_time_is_lost_when_a_step_begins_later_than_can_be_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a machine was behind by more than the lag is not made up for, and counted; less is, and is not."""
+def test_time_is_lost_beyond_the_lag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A delay beyond the lag is not made up for, and counted; a smaller one is made up for."""
     clock = {"now": 100.0}
     monkeypatch.setattr("dp_extproc.lab.engine.pace.time.monotonic", lambda: clock["now"])
 

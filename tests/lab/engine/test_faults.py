@@ -1,4 +1,4 @@
-"""The faults that can be switched on, as a client and as the engine's journal see them."""
+"""Test the faults that can be switched on, as a client and as the engine's journal record them."""
 
 import json
 import socket
@@ -25,7 +25,7 @@ def server() -> Iterator[EngineProcess]:
 
 @pytest.fixture
 def engine(server: EngineProcess) -> Iterator[EngineProcess]:
-    """An engine without faults and memories."""
+    """Run an engine without faults and without requests in its journal."""
     server.forget()
     yield server
     server.heal()
@@ -41,8 +41,8 @@ def journal(engine: EngineProcess) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("status", ["400", "500", "503"])
-def test_statuses(engine: EngineProcess, status: str) -> None:
-    """An engine answers a status without having done anything."""
+def test_fault_answers_a_status(engine: EngineProcess, status: str) -> None:
+    """The engine has done nothing for it."""
     engine.fault(inference=status)
     assert generate(engine).status_code == int(status)
     record = journal(engine)
@@ -61,8 +61,10 @@ def test_statuses(engine: EngineProcess, status: str) -> None:
         pytest.param({"kind": "hang", "after": 2}, httpx.ReadTimeout, id="hang in mid-stream"),
     ],
 )
-def test_broken_answers(engine: EngineProcess, fault: dict[str, Any], error: type[Exception], *, stream: bool) -> None:
-    """A client gets no (whole) answer, and the engine's journal knows who ended it."""
+def test_fault_breaks_an_answer(
+    engine: EngineProcess, fault: dict[str, Any], error: type[Exception], *, stream: bool
+) -> None:
+    """A client gets no (whole) answer, and the journal has the reason."""
     hangs = fault["kind"] == "hang"
     engine.fault(inference=fault)
     with pytest.raises(error):
@@ -74,8 +76,8 @@ def test_broken_answers(engine: EngineProcess, fault: dict[str, Any], error: typ
         assert journal(engine)["disconnected_at"] is None
 
 
-def test_an_answer_that_is_too_long(engine: EngineProcess) -> None:
-    """What belongs to it comes, and after that something else, and the end of the connection."""
+def test_long_answer_has_more_bytes(engine: EngineProcess) -> None:
+    """The answer is complete, then other bytes come, and the end of the connection."""
     engine.fault(inference="long")
     with socket.create_connection(("127.0.0.1", engine.port), timeout=10) as client:
         body = json.dumps(REQUEST).encode()
@@ -88,8 +90,8 @@ def test_an_answer_that_is_too_long(engine: EngineProcess) -> None:
     assert b"not HTTP" in rest[length:]
 
 
-def test_chunks_before_a_reset(engine: EngineProcess) -> None:
-    """A reset in mid-stream comes after as many events as were asked for."""
+def test_reset_comes_after_the_wanted_chunks(engine: EngineProcess) -> None:
+    """A reset in mid-stream comes after as many events as were wanted."""
     engine.fault(inference={"kind": "reset", "after": 3})
     events: list[str] = []
     with (
@@ -100,24 +102,24 @@ def test_chunks_before_a_reset(engine: EngineProcess) -> None:
     assert len(events) == 3
 
 
-def test_a_pause_in_mid_stream(engine: EngineProcess) -> None:
-    """A slow engine pauses after the chunks that were asked for, and then goes on."""
+def test_slow_stream_pauses_after_the_wanted_chunks(engine: EngineProcess) -> None:
+    """Then it goes on."""
     engine.fault(inference={"kind": "slow", "after": 1, "seconds": 0.3})
     began = time.monotonic()
     assert generate(engine, stream=True).text.count("data: ") == 9
     assert time.monotonic() - began >= 0.3
 
 
-def test_a_slow_answer(engine: EngineProcess) -> None:
-    """A slow engine answers late, but right."""
+def test_slow_answer_is_late_but_right(engine: EngineProcess) -> None:
+    """Nothing else is wrong with it."""
     engine.fault(inference={"kind": "slow", "seconds": 0.3})
     began = time.monotonic()
     assert generate(engine).status_code == 200
     assert time.monotonic() - began >= 0.3
 
 
-def test_only_the_next_requests(engine: EngineProcess) -> None:
-    """A fault can go away after a number of requests."""
+def test_fault_ends_after_its_requests(engine: EngineProcess) -> None:
+    """A fault can hit a number of requests."""
     engine.fault(inference={"kind": "500", "times": 2})
     assert [generate(engine).status_code for _ in range(3)] == [500, 500, 200]
 
@@ -131,8 +133,8 @@ def test_only_the_next_requests(engine: EngineProcess) -> None:
         pytest.param("/v1/responses", {"input": "hello"}, "response.failed", id="responses"),
     ],
 )
-def test_failures_of_the_scheduler(engine: EngineProcess, path: str, body: dict[str, Any], sign: str) -> None:
-    """A request that its scheduler gives up is a 500, or in a stream an event behind status 200."""
+def test_failed_request_is_a_500_or_an_event(engine: EngineProcess, path: str, body: dict[str, Any], sign: str) -> None:
+    """In a stream it is an event behind status 200."""
     engine.fault(inference="fail")
     assert httpx.post(engine.url + path, json=body).status_code == 500
     answer = httpx.post(engine.url + path, json={**body, "stream": True})
@@ -140,16 +142,16 @@ def test_failures_of_the_scheduler(engine: EngineProcess, path: str, body: dict[
     assert sign in answer.text
 
 
-def test_a_failure_after_some_tokens(engine: EngineProcess) -> None:
-    """A scheduler can give up a request of which the client has seen something."""
+def test_request_fails_after_some_tokens(engine: EngineProcess) -> None:
+    """The client has part of the answer then."""
     engine.fault(inference={"kind": "fail", "after": 3})
     events = [line for line in generate(engine, stream=True).text.splitlines() if line]
     assert '"abort"' not in events[2]
     assert '"abort"' in events[-2]
 
 
-def test_a_closed_port(engine: EngineProcess) -> None:
-    """An engine can refuse connections, and cut those that are open, without being gone."""
+def test_closed_port_refuses_connections(engine: EngineProcess) -> None:
+    """Open connections are closed, and the engine still runs."""
     with loopback.client() as client:
         assert client.get(f"{engine.url}/v1/models").status_code == 200
         engine.fault(inference="refuse")
@@ -161,8 +163,8 @@ def test_a_closed_port(engine: EngineProcess) -> None:
         assert client.get(f"{engine.url}/v1/models").status_code == 200
 
 
-def test_the_bootstrap_port() -> None:
-    """The bootstrap port has faults of its own; the API port does not notice."""
+def test_bootstrap_port_has_faults_of_its_own() -> None:
+    """The API port is not affected."""
     with EngineProcess("prefill", 2, "--time-scale", "0.01") as engine:
         url = f"http://127.0.0.1:{engine.bootstrap_port}/health"
         engine.fault(bootstrap="hang")
@@ -176,8 +178,8 @@ def test_the_bootstrap_port() -> None:
         assert httpx.get(url).status_code == 200
 
 
-def test_a_client_that_leaves(engine: EngineProcess) -> None:
-    """The journal tells at once when a client has cut a stream, long before SGLang's own look after it."""
+def test_journal_records_a_client_that_leaves(engine: EngineProcess) -> None:
+    """It does so at once when a client closes a stream, long before SGLang's own check."""
     engine.fault(inference={"kind": "slow", "after": 1, "seconds": 60})
     with httpx.stream("POST", f"{engine.url}/generate", json={**REQUEST, "stream": True}) as answer:
         assert answer.status_code == 200
@@ -195,16 +197,16 @@ def test_a_client_that_leaves(engine: EngineProcess) -> None:
         pytest.param({"inference": {"kind": "hang", "when": 1}}, id="no such field"),
     ],
 )
-def test_faults_that_do_not_exist(engine: EngineProcess, faults: dict[str, Any]) -> None:
-    """A wrong switch is refused with the reason, and changes nothing."""
+def test_unknown_fault_is_refused(engine: EngineProcess, faults: dict[str, Any]) -> None:
+    """The answer has the reason, and nothing changes."""
     answer = httpx.post(f"{engine.debug_url}/faults", json=faults)
     assert answer.status_code == 400
     assert answer.text
     assert httpx.get(f"{engine.debug_url}/faults").json() == {}
 
 
-def test_a_flood_comes_before_the_first_event(engine: EngineProcess) -> None:
-    """As many bytes of it as were asked for; whole answers have no place for it."""
+def test_flood_comes_before_the_first_event(engine: EngineProcess) -> None:
+    """It has as many bytes as were wanted; whole answers have no place for it."""
     engine.fault(inference={"kind": "flood", "text": ": wait\n\n", "size": 200_000})
     streamed = generate(engine, stream=True).text
     flood, rest = streamed[:200_000], streamed[200_000:]
@@ -215,8 +217,8 @@ def test_a_flood_comes_before_the_first_event(engine: EngineProcess) -> None:
     assert "text" in generate(engine).json()
 
 
-def test_a_flood_without_an_end_stops_when_its_client_leaves(engine: EngineProcess) -> None:
-    """Or when it is switched off: then the answer comes."""
+def test_endless_flood_stops_when_its_client_leaves(engine: EngineProcess) -> None:
+    """It also stops when it is switched off: then the answer comes."""
     engine.fault(inference={"kind": "flood"})
     with httpx.stream("POST", f"{engine.url}/generate", json={**REQUEST, "stream": True}, timeout=5.0) as answer:
         next(answer.iter_raw())
@@ -229,7 +231,7 @@ def test_a_flood_without_an_end_stops_when_its_client_leaves(engine: EngineProce
         assert b"".join(chunks).endswith(b"data: [DONE]\n\n")
 
 
-def test_a_flood_needs_a_text(engine: EngineProcess) -> None:
-    """Or it would be none."""
+def test_flood_refuses_an_empty_text(engine: EngineProcess) -> None:
+    """It would have no bytes."""
     with pytest.raises(httpx.HTTPStatusError, match="400"):
         engine.fault(inference={"kind": "flood", "text": ""})

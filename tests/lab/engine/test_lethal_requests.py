@@ -1,4 +1,4 @@
-"""Requests that bring a whole server down in SGLang bring this one down, too."""
+"""Requests that end a whole engine in SGLang end the stand-in, too."""
 
 import signal
 from typing import Any
@@ -38,7 +38,7 @@ IDS = {"text": None, "input_ids": [1, -1]}
         pytest.param("unified", "0.5.13", "/v1/chat/completions", {"input_ids": [-1]}, id="the same in a chat"),
     ],
 )
-def test_a_request_kills_the_server(role: str, version: str, path: str, body: dict[str, Any]) -> None:
+def test_request_kills_the_engine(role: str, version: str, path: str, body: dict[str, Any]) -> None:
     """No answer comes, and the process is gone."""
     with EngineProcess(role, 2, "--sglang-version", version, "--dp-attention") as engine:
         with pytest.raises(httpx.TransportError):
@@ -63,8 +63,10 @@ def test_a_request_kills_the_server(role: str, version: str, path: str, body: di
         ),
     ],
 )
-def test_a_token_id_below_zero_passes(role: str, path: str, body: dict[str, Any], options: tuple[str, ...]) -> None:
-    """Only the lookup of an embedding that is in one piece fails."""
+def test_token_id_below_zero_passes_with_a_sharded_embedding(
+    role: str, path: str, body: dict[str, Any], options: tuple[str, ...]
+) -> None:
+    """Only the lookup of an embedding in one piece fails."""
     with EngineProcess(role, 2, "--dp-attention", "--time-scale", "0.01", *options) as engine:
         assert httpx.post(engine.url + path, json={**PROMPTS[path], **body}).status_code == 200
         assert engine.is_running
@@ -78,8 +80,8 @@ def test_a_token_id_below_zero_passes(role: str, path: str, body: dict[str, Any]
         pytest.param("decode", 2, {}, id="decode"),
     ],
 )
-def test_a_missing_room_is_else_a_bad_request(role: str, ranks: int, body: dict[str, Any]) -> None:
-    """Past the controller a missing room is a clean 400."""
+def test_missing_room_is_a_bad_request_behind_the_controller(role: str, ranks: int, body: dict[str, Any]) -> None:
+    """Past the controller it is a clean 400."""
     with EngineProcess(role, ranks, "--dp-attention") as engine:
         answer = httpx.post(f"{engine.url}/generate", json={**PROMPTS["/generate"], **body, "rid": "mine"})
 
@@ -93,8 +95,8 @@ def test_a_missing_room_is_else_a_bad_request(role: str, ranks: int, body: dict[
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stops_at_once_with_requests_open(number: signal.Signals) -> None:
-    """A signal ends it with status 0, whoever waits for an answer."""
+def test_engine_stops_at_once_with_open_requests(number: signal.Signals) -> None:
+    """A signal ends it with status 0."""
     with EngineProcess("decode", 2) as engine, loopback.client() as client:
         body = {**PROMPTS["/generate"], **ROOM, "stream": True}
         with client.stream("POST", f"{engine.url}/generate", json=body) as response:

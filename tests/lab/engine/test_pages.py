@@ -1,4 +1,4 @@
-"""What servers tell of themselves and of their load, release by release, and the debug pages."""
+"""Test the pages of engines about themselves and their load, release by release, and the debug pages."""
 
 import re
 import time
@@ -30,7 +30,7 @@ RECORDED_0_5_23 = CORE | {
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
-    """A pair in which nobody gives up."""
+    """Run a pair without timeouts."""
     with run_pair("0.5.23", "--timeout-waiting", "1000000", "--timeout-bootstrap", "1000000") as pair:
         yield pair
 
@@ -46,7 +46,7 @@ def get(engine: EngineProcess, path: str) -> Any:
 
 
 def samples(engine: EngineProcess, name: str) -> list[Sample]:
-    """All samples of a series on /metrics."""
+    """Return all samples of a series on /metrics."""
     text = httpx.get(f"{engine.url}/metrics").text
     return [each for family in text_string_to_metric_families(text) for each in family.samples if each.name == name]
 
@@ -63,8 +63,10 @@ def gauge(engine: EngineProcess, name: str, rank: int) -> float:
         pytest.param("0.5.21", ["--dp-attention"], (4, None), id="0.5.21, DP attention"),
     ],
 )
-def test_server_info(version: str, options: list[str], sizes: tuple[int, int | None]) -> None:
-    """From 0.5.22 on dp_size counts replicas; with DP attention the chunk and the batch are shared by the ranks."""
+def test_server_info_counts_replicas_from_0_5_22(
+    version: str, options: list[str], sizes: tuple[int, int | None]
+) -> None:
+    """With DP attention the ranks share the chunk and the batch."""
     with server(version, *options, "--chunked-prefill-size", "4096", "--model", "m", role="prefill", ranks=4) as engine:
         info, card = get(engine, "/server_info"), get(engine, "/v1/models")["data"][0]
         load = get(engine, "/v1/loads")["loads"]
@@ -99,8 +101,8 @@ def test_server_info(version: str, options: list[str], sizes: tuple[int, int | N
         ),
     ],
 )
-def test_pages_come_and_go(version: str, present: list[str], absent: list[str]) -> None:
-    """Each release has the pages that it has."""
+def test_pages_exist_by_release(version: str, present: list[str], absent: list[str]) -> None:
+    """Each release has its own pages."""
     with server(version) as engine:
         assert {path: httpx.get(engine.url + path).status_code for path in present} == dict.fromkeys(present, 200)
         assert {path: httpx.get(engine.url + path).status_code for path in absent} == dict.fromkeys(absent, 404)
@@ -116,7 +118,7 @@ def test_pages_come_and_go(version: str, present: list[str], absent: list[str]) 
         ("0.5.8", CORE | {"num_total_reqs"}),
     ],
 )
-def test_fields_of_loads(version: str, fields: set[str]) -> None:
+def test_loads_have_fields_by_release(version: str, fields: set[str]) -> None:
     """Fields came one by one; those of 0.5.23 are the recorded ones."""
     with server(version) as engine:
         page = get(engine, "/v1/loads")
@@ -125,8 +127,8 @@ def test_fields_of_loads(version: str, fields: set[str]) -> None:
     assert ("aggregate" in page) == (version in {"0.5.8", "0.5.11"})
 
 
-def test_parts_of_loads(pair: Pair) -> None:
-    """One rank, some sections, the Prometheus form with its underscore names; an unknown section is refused."""
+def test_loads_return_parts(pair: Pair) -> None:
+    """Parts are one rank, some sections, or the Prometheus form; an unknown section is refused."""
     engine = pair.prefill
     assert [load["dp_rank"] for load in get(engine, "/v1/loads?dp_rank=1")["loads"]] == [1]
     assert not {"memory", "disaggregation", "queues"} & set(get(engine, "/v1/loads?include=core")["loads"][0])
@@ -139,8 +141,8 @@ def test_parts_of_loads(pair: Pair) -> None:
     assert "Invalid include sections" in refused.text
 
 
-def test_loads_show_queues_that_metrics_do_not(pair: Pair) -> None:
-    """A prefill server that waits for decode: /v1/loads shows the tokens, /metrics stays as it was."""
+def test_loads_have_queues_that_metrics_lack(pair: Pair) -> None:
+    """On a prefill engine that waits for decode /v1/loads has the tokens, and /metrics stays as it was."""
     body = pair.meeting(pair.room(2), routed_dp_rank=2, text="x" * 4000, rid="lonely")
     before = gauge(pair.prefill, "num_prefill_bootstrap_queue_reqs", 2)
     answer = pair.post(pair.prefill, "/generate", **body)
@@ -154,7 +156,7 @@ def test_loads_show_queues_that_metrics_do_not(pair: Pair) -> None:
     answer.result()
 
 
-def test_decode_holds_kv_room_for_what_has_not_arrived(pair: Pair) -> None:
+def test_decode_reserves_kv_room_before_the_cache_arrives(pair: Pair) -> None:
     """The prompt counts as used as soon as there is room for it."""
     answer = pair.post(pair.decode, "/generate", **pair.meeting(pair.room(), rid="early", text="x" * 400))
     load = wait_for(lambda: next((each for each in loads(pair.decode) if each["num_used_tokens"]), None))
@@ -172,8 +174,8 @@ def loads(engine: EngineProcess) -> list[dict[str, Any]]:
     return page
 
 
-def test_prealloc_queue_holds_prefill_back() -> None:
-    """While a decode rank has no KV room, prefill's legs wait in the bootstrap queue."""
+def test_full_decode_rank_holds_prefill_back() -> None:
+    """Prefill's legs wait in the bootstrap queue while a decode rank has no KV room."""
     patient = ("--timeout-waiting", "1000000", "--timeout-bootstrap", "1000000")
     with run_pair("0.5.23", "--max-total-tokens", "1000", *patient) as pair:
         first = pair.meeting(pair.room(), text="x" * 3600)
@@ -193,16 +195,16 @@ def test_prealloc_queue_holds_prefill_back() -> None:
         assert too_long.json() == {"error": {"message": "Request r exceeds the maximum number of tokens: 1001 > 1000"}}
 
 
-def test_time_stamps_of_loads(pair: Pair) -> None:
-    """Every rank has its own; an idle server's are fresh."""
+def test_loads_have_a_time_per_rank(pair: Pair) -> None:
+    """Those of an idle engine are fresh."""
     seen = time.time()
     stamps = wait_for(lambda: [each["timestamp"] for each in loads(pair.decode) if each["timestamp"] > seen - 0.05])
 
     assert len(stamps) == 2
 
 
-def test_names_and_labels_of_metrics(pair: Pair) -> None:
-    """Colon names; gauges of schedulers carry the rank, counters of the HTTP process do not."""
+def test_metrics_have_sglangs_names_and_labels(pair: Pair) -> None:
+    """Names have colons; gauges of schedulers have the rank, counters of the HTTP process do not."""
     pair.send("/generate", pair.meeting(pair.room(1)))
     used = samples(pair.prefill, "sglang:num_used_tokens")
     assert sorted(each.labels["dp_rank"] for each in used) == ["0", "1", "2", "3"]
@@ -222,8 +224,8 @@ def test_names_and_labels_of_metrics(pair: Pair) -> None:
     assert sum(load["total_prefill_uncached_tokens"] for load in loads(pair.prefill)) == sum(computed.values())
 
 
-def test_metrics_of_other_releases() -> None:
-    """One rank has no dp_rank; 0.5.10 calls the bootstrap queue otherwise; constants come from all schedulers."""
+def test_metrics_differ_by_release() -> None:
+    """One rank has no dp_rank; 0.5.10 has another name for the bootstrap queue; constants come from all schedulers."""
     with server("0.5.10", "--attn-tp-size", "2", ranks=1) as engine:
         text = httpx.get(f"{engine.url}/metrics").text
         assert "dp_rank" not in text
@@ -257,7 +259,7 @@ def test_ranks_without_dp_attention_step_alone() -> None:
 
 
 def test_health_is_a_generation(pair: Pair) -> None:
-    """/health moves the counters of rank 0 of a prefill server; /ready does not."""
+    """/health moves the counters of rank 0 of a prefill engine; /ready does not."""
     before = [load["total_prefill_uncached_tokens"] for load in loads(pair.prefill)]
     assert httpx.get(f"{pair.prefill.url}/ready").status_code == 200
     assert [load["total_prefill_uncached_tokens"] for load in loads(pair.prefill)] == before
@@ -278,8 +280,8 @@ def test_health_is_a_generation(pair: Pair) -> None:
         ("0.5.9", "engine_rank=-1&target_dp_group=-1&target_pp_rank=-1", {"prefill_dp_size": 4}),
     ],
 )
-def test_bootstrap_server(version: str, query: str, expected: dict[str, Any]) -> None:
-    """/route tells the number of ranks, on a port without authentication."""
+def test_bootstrap_server_reports_the_ranks(version: str, query: str, expected: dict[str, Any]) -> None:
+    """/route has the number of ranks, on a port without authentication."""
     with server(version, "--api-key", "k", role="prefill", ranks=4) as engine:
         bootstrap = f"http://127.0.0.1:{engine.bootstrap_port}"
         facts = httpx.get(f"{bootstrap}/route?{query}").json()
@@ -289,8 +291,8 @@ def test_bootstrap_server(version: str, query: str, expected: dict[str, Any]) ->
         assert httpx.get(f"{bootstrap}/route").status_code == 400
 
 
-def test_dispatch_of_a_decode_server() -> None:
-    """Round robin unless told otherwise; a rank that is told does not take a turn."""
+def test_decode_picks_ranks_in_turn() -> None:
+    """It is round robin by default; an explicit rank does not take a turn."""
     with server("0.5.23", role="decode") as engine:
 
         def rank(**body: Any) -> int:
@@ -300,8 +302,8 @@ def test_dispatch_of_a_decode_server() -> None:
         assert [rank(), rank(routed_dp_rank=0), rank(routed_dp_rank=0), rank(), rank()] == [0, 0, 0, 1, 0]
 
 
-def test_faults(pair: Pair) -> None:
-    """A page can be made to hang, to fail and to talk rubbish, and put right again."""
+def test_page_can_fail_and_recover(pair: Pair) -> None:
+    """A page can hang, fail and answer garbage, and be restored."""
     engine = pair.prefill
     engine.fault(loads="500", metrics="garbage", server_info="hang")
     assert httpx.get(f"{engine.url}/v1/loads").status_code == 500
@@ -317,8 +319,8 @@ def test_faults(pair: Pair) -> None:
     assert httpx.post(f"{engine.url}/debug/faults", json={"loads": "nonsense"}).status_code == 400
 
 
-def test_the_journal(pair: Pair) -> None:
-    """Both legs can be looked at: headers, the body as it came, fields, rank, outcome, times."""
+def test_journal_has_both_legs(pair: Pair) -> None:
+    """It has headers, the body as it came, fields, rank, outcome and times."""
     pair.prefill.forget()
     assert pair.prefill.requests() == []
     content = b'{"text" : "\\u00e9 \xc3\xa9", "sampling_params":{"max_new_tokens":1},'

@@ -1,4 +1,4 @@
-"""The radix tree of prompts, beside a model that knows every prefix by itself."""
+"""Compare the radix tree of prompts with a naive model."""
 
 import math
 import struct
@@ -31,7 +31,7 @@ def prompt(*tokens: int) -> bytes:
 
 
 class Model:
-    """Every cached prefix as a tuple of its own, and how many hold it."""
+    """Hold every cached prefix as a tuple of its own, and how many lock it."""
 
     def __init__(self) -> None:
         self.cache = PrefixCache()
@@ -104,8 +104,8 @@ def test_long_prompts_part_at_the_right_token(lengths: list[tuple[int, int]]) ->
     assert cache.size == len(first) // TOKEN_BYTES
 
 
-def test_who_was_not_used_for_longest_goes_first() -> None:
-    """Looking a prompt up counts as use; a shared beginning outlives what hangs on it."""
+def test_least_recently_used_leaf_is_evicted_first() -> None:
+    """A lookup counts as use; a shared prefix outlives its leaves."""
     cache = PrefixCache()
     for last in (1, 2, 3):
         cache.insert(prompt(7, 7, last))
@@ -120,8 +120,8 @@ def test_who_was_not_used_for_longest_goes_first() -> None:
     assert cache.size == 0
 
 
-def test_a_leaf_goes_as_a_whole() -> None:
-    """Asked for one token, the cache gives up all of the oldest leaf, as SGLang's does."""
+def test_leaf_is_evicted_as_a_whole() -> None:
+    """For one token the cache evicts all of the oldest leaf, as SGLang's does."""
     cache = PrefixCache()
     cache.insert(prompt(*range(100)))
     cache.evict(1)
@@ -129,8 +129,8 @@ def test_a_leaf_goes_as_a_whole() -> None:
     assert cache.size == 0
 
 
-def test_half_of_a_held_prompt_can_be_found() -> None:
-    """A node that is split while it is held stays held on both sides."""
+def test_split_node_stays_locked_on_both_sides() -> None:
+    """It is split while it is locked."""
     cache = PrefixCache()
     node = cache.insert(prompt(1, 2, 3, 4))
     cache.lock(node)

@@ -1,4 +1,4 @@
-"""The engine's pages beside the recorded ones of SGLang 0.5.23."""
+"""Compare the stand-in's pages with the recorded ones of SGLang 0.5.23."""
 
 import json
 import re
@@ -17,20 +17,20 @@ PAGES = Path(__file__).parents[2] / "engines" / "recorded" / "pd_dpattn"
 METRICS: dict[str, Any] = json.loads((Path(__file__).parent / "recorded" / "metrics.json").read_text())
 ATTENTION = {"dpattn", "attention prefill", "attention decode"}
 MAY_NOT_HAVE_BEGUN = {"num_aborted_requests_total", "cached_tokens_total"}
-"""Nobody is aborted here, and nobody tells decode what prefill had in its cache."""
+"""Series without a cause here: no request is aborted, and prefill reports no cached tokens to decode."""
 DEPENDS_ON_TRAFFIC = {"is_streaming", "mode"}
 
 
 @pytest.fixture(scope="module", params=list(METRICS["pages"]))
 def page(request: pytest.FixtureRequest) -> str:
-    """Which recorded server the engine is like."""
+    """Name the recorded engine that the stand-in is compared with."""
     name: str = request.param
     return name
 
 
 @pytest.fixture(scope="module")
 def engine(page: str) -> Iterator[EngineProcess]:
-    """A server that has answered what the recorded one had, streaming or not."""
+    """Run an engine that has answered what the recorded one had, streaming or not."""
     role = page.rsplit(maxsplit=1)[-1] if " " in page else "unified"
     options = ["--dp-attention"] if page in ATTENTION else []
     streams = any(each.get("is_streaming") == "true" for labels in theirs(page).values() for each in labels)
@@ -45,13 +45,13 @@ def engine(page: str) -> Iterator[EngineProcess]:
 
 
 def theirs(page: str) -> dict[str, list[dict[str, str]]]:
-    """Give the labels of the recorded series; a histogram is there by its count."""
+    """Return the labels of the recorded series; a histogram is there by its count."""
     recorded: dict[str, list[str]] = METRICS["pages"][page]
     return {name: METRICS["labels"][int(number)] for number, names in recorded.items() for name in names}
 
 
 def ours(engine: EngineProcess) -> dict[str, list[dict[str, str]]]:
-    """Give the labels of our series, likewise."""
+    """Return the labels of the stand-in's series; a histogram is there by its count."""
     found: dict[str, list[dict[str, str]]] = {}
     for name, labels in re.findall(r"^sglang:(\w+)\{(.*)\}", httpx.get(f"{engine.url}/metrics").text, re.MULTILINE):
         if not name.endswith(("_bucket", "_sum")):
@@ -73,7 +73,7 @@ def test_metrics(engine: EngineProcess, page: str) -> None:
         assert {frozenset(each) for each in labels} == {frozenset(each) for each in real[name]}, name
 
 
-def test_buckets(engine: EngineProcess) -> None:
+def test_histograms_have_sglangs_buckets(engine: EngineProcess) -> None:
     """Histograms have SGLang's buckets."""
     found: dict[str, list[str]] = {}
     text = httpx.get(f"{engine.url}/metrics").text
@@ -94,8 +94,8 @@ def test_loads_for_prometheus(engine: EngineProcess) -> None:
 
 
 @pytest.mark.parametrize("page", ["attention prefill", "attention decode"], indirect=True)
-def test_loads(engine: EngineProcess) -> None:
-    """The same keys in the same order, the same kinds; what stands for an unknown utilization differs by role."""
+def test_loads_are_as_recorded(engine: EngineProcess) -> None:
+    """They have the same keys in the same order and the same types; an unknown utilization differs by role."""
     mine, real = httpx.get(f"{engine.url}/v1/loads").json(), json.loads(recorded(engine, "loads.json"))
 
     assert shape(mine) == shape(real)
@@ -104,7 +104,7 @@ def test_loads(engine: EngineProcess) -> None:
 
 
 @pytest.mark.parametrize("page", ["attention prefill", "attention decode"], indirect=True)
-def test_server_info(engine: EngineProcess) -> None:
+def test_server_info_is_as_recorded(engine: EngineProcess) -> None:
     """Every key is a real one, with a value of its type."""
     mine, real = httpx.get(f"{engine.url}/server_info").json(), json.loads(recorded(engine, "server_info.json"))
 
@@ -119,7 +119,7 @@ def recorded(engine: EngineProcess, page: str) -> str:
 
 
 def shape(value: Any) -> Any:
-    """Keep keys and kinds."""
+    """Keep keys and types."""
     if isinstance(value, dict):
         return {key: shape(each) for key, each in value.items()}
     if isinstance(value, list):

@@ -1,6 +1,6 @@
-"""Requests that a real SGLang 0.5.23 was sent, and what it answered: ours answers the same.
+"""Answer requests as a real SGLang 0.5.23 did.
 
-The servers were ``--dp-size 2``, plain and with DP attention, without header overrides.
+The engines were ``--dp-size 2``, plain and with DP attention, without header overrides.
 """
 
 import json
@@ -36,7 +36,7 @@ OTHER_WORDS = {"generate bad json", "/v1/chat/completions bad json", "/v1/comple
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[dict[str, EngineProcess]]:
-    """Servers as the recorded ones."""
+    """Run engines like the recorded ones."""
     engines = {
         name: EngineProcess("unified", 2, *FAST, "--model", "tiny", *LIMITS, *more) for name, more in SERVERS.items()
     }
@@ -53,7 +53,7 @@ def servers() -> Iterator[dict[str, EngineProcess]]:
 
 @pytest.fixture(scope="module")
 def busy() -> Iterator[EngineProcess]:
-    """A server whose ranks are both at work for ever, on as much as they may run at a time."""
+    """Run an engine whose ranks both have as much work as they may, without end."""
     with (
         EngineProcess("unified", 2, *FAST, "--max-running-requests", "1") as engine,
         loopback.client(timeout=None) as client,
@@ -93,8 +93,10 @@ def client() -> Iterator[httpx.Client]:
 
 
 @pytest.mark.parametrize(("server", "case"), CASES)
-def test_answer(client: httpx.Client, servers: dict[str, EngineProcess], server: str, case: dict[str, Any]) -> None:
-    """The same status and headers, the same error in the same words; of an answer the same members, in every event."""
+def test_answer_is_as_recorded(
+    client: httpx.Client, servers: dict[str, EngineProcess], server: str, case: dict[str, Any]
+) -> None:
+    """It has the same status and headers, the same error text, and the same members in every event."""
     response = client.send(request_of(servers[server], case))
 
     assert response.status_code == case["status"], response.text
@@ -116,8 +118,10 @@ def test_answer(client: httpx.Client, servers: dict[str, EngineProcess], server:
 
 
 @pytest.mark.parametrize("server", SERVERS)
-def test_turns(client: httpx.Client, servers: dict[str, EngineProcess], server: str) -> None:
-    """What names no rank that its path reads, health checks among it, is served by one rank after the other."""
+def test_requests_without_a_rank_take_turns(
+    client: httpx.Client, servers: dict[str, EngineProcess], server: str
+) -> None:
+    """So do health checks: one rank after the other."""
     engine = servers[server]
     cases = [case for case in RECORDED[server] if "turn" in case]
     served, before = [], counted(client, engine)
@@ -133,7 +137,7 @@ def test_turns(client: httpx.Client, servers: dict[str, EngineProcess], server: 
 
 
 def counted(client: httpx.Client, engine: EngineProcess) -> dict[int, float]:
-    """Give how many tokens each rank has counted so far."""
+    """Return how many tokens each rank has counted so far."""
     found: dict[int, float] = {}
     for family in text_string_to_metric_families(client.get(f"{engine.url}/metrics").text):
         for sample in family.samples:
@@ -144,8 +148,8 @@ def counted(client: httpx.Client, engine: EngineProcess) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case["name"]) for case in HEADS])
-def test_head_of_a_stream(client: httpx.Client, busy: EngineProcess, case: dict[str, Any]) -> None:
-    """It comes at once, or with the first token, as it came from the real one."""
+def test_head_of_a_stream_is_as_recorded(client: httpx.Client, busy: EngineProcess, case: dict[str, Any]) -> None:
+    """It comes at once, or with the first token, as from the real engine."""
     head = Event()
 
     def read() -> str:

@@ -1,7 +1,7 @@
-"""Requests that a real prefill and a real decode server of SGLang 0.5.23 were sent: ours answer the same, or never.
+"""Answer legs as a real prefill and a real decode engine of SGLang 0.5.23 did, or never.
 
-Both had two ranks, once as plain replicas and once with DP attention, and read ``x-override-*``. What the real servers
-had not answered after 8 s is held to hang.
+Both had two ranks, once as plain replicas and once with DP attention, and read ``x-override-*``. A request that the
+real engines had not answered after 8 s counts as one that hangs.
 """
 
 import json
@@ -29,14 +29,14 @@ OPTIONS = ("--model", "tiny", "--header-overrides", "--timeout-waiting", "100000
 
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Pair]:
-    """A pair of plain replicas, in which nobody gives up."""
+    """Run a pair of plain replicas without timeouts."""
     with run_pair("0.5.23", *OPTIONS, dp_attention=False, ranks=2) as pair:
         yield pair
 
 
 @pytest.fixture(scope="module")
 def attention() -> Iterator[Pair]:
-    """The same with DP attention."""
+    """Run a pair with DP attention without timeouts."""
     with run_pair("0.5.23", *OPTIONS, ranks=2) as pair:
         yield pair
 
@@ -56,11 +56,11 @@ class Sent:
     answer: Future[httpx.Response] = field(default_factory=Future)
 
     def noted(self) -> dict[str, Any]:
-        """Look it up in the journal, which was empty before it: call it before another request is sent there."""
+        """Return the journal's entry, which was empty before: call it before another request is sent there."""
         return wait_for(self.engine.requests)[0]
 
     def rid(self) -> str:
-        """Tell by what id its scheduler knows it."""
+        """Return the id of the request in its scheduler."""
         return str(wait_for(lambda: self.noted()["legs"])[0]["rid"])
 
     def is_waiting(self) -> bool:
@@ -91,14 +91,14 @@ def send(pair: Pair, case: dict[str, Any], side: str, room: int) -> Sent:
 
 
 @pytest.mark.parametrize("case", cases_of("plain"))
-def test_plain_replicas(plain: Pair, case: dict[str, Any]) -> None:
-    """The same status, errors, members and ranks on both sides; the head at the same time; the same silence."""
+def test_plain_replicas_answer_as_recorded(plain: Pair, case: dict[str, Any]) -> None:
+    """Status, errors, members and ranks are the same on both sides; the head comes at the same time, or never."""
     replay(plain, case)
 
 
 @pytest.mark.parametrize("case", cases_of("attention"))
-def test_dp_attention(attention: Pair, case: dict[str, Any]) -> None:
-    """Likewise."""
+def test_dp_attention_answers_as_recorded(attention: Pair, case: dict[str, Any]) -> None:
+    """Everything is compared as for plain replicas."""
     replay(attention, case)
 
 
@@ -116,11 +116,11 @@ def replay(pair: Pair, case: dict[str, Any]) -> None:
             check_answer(pair, case, leg, room)
     hanging = [(leg, leg.rid()) for leg in legs if "hangs" in leg.expected]
     for leg, rid in hanging:
-        check_silence(pair, leg, rid)
+        check_waiting(pair, leg, rid)
 
 
 def check_head(pair: Pair, leg: Sent) -> None:
-    """Look at a leg whose other side is late."""
+    """Check the head of a leg whose other side is late."""
     wait_for(leg.is_waiting)
     if leg.expected.get("head") == "at once":
         assert leg.head.wait(10)
@@ -144,8 +144,8 @@ def check_answer(pair: Pair, case: dict[str, Any], leg: Sent, room: int) -> None
         assert leg.noted()["rank"] == expected["rank"]
 
 
-def check_silence(pair: Pair, leg: Sent, rid: str) -> None:
-    """See that a leg still waits when a later pair has been served, and then end it."""
+def check_waiting(pair: Pair, leg: Sent, rid: str) -> None:
+    """Check that a leg still waits after a later pair has been served, and then end it."""
     serve_another(pair)
     assert leg.head.is_set() == (leg.expected.get("head") == "at once")
     assert not leg.answer.done()
@@ -154,7 +154,7 @@ def check_silence(pair: Pair, leg: Sent, rid: str) -> None:
 
 
 def serve_another(pair: Pair) -> None:
-    """Send both legs of a request that goes well: time enough for whatever else is about to come."""
+    """Send both legs of a request that goes well: time enough for other answers to come."""
     ranks = {"routed_dp_rank": 1, "disagg_prefill_dp_rank": 1}
     answers = pair.send("/generate", pair.meeting(pair.room(1)), ranks, ranks)
     assert [answer.status_code for answer in answers] == [200, 200]

@@ -1,4 +1,4 @@
-"""Both legs of a request meet, or fail as they do in SGLang: one pair of real servers per release that differs."""
+"""Both legs of a request meet, or fail as they do in SGLang: one pair of engines for each release that differs."""
 
 from collections.abc import Iterator
 
@@ -22,27 +22,27 @@ def newest() -> Iterator[Pair]:
 
 @pytest.fixture(scope="module")
 def before_bypass() -> Iterator[Pair]:
-    """0.5.15: the room conflict is checked whatever the legs say."""
+    """Run a pair of 0.5.15: the room conflict is checked whatever the legs name."""
     with run_pair("0.5.15") as pair:
         yield pair
 
 
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Pair]:
-    """Plain DP: independent replicas."""
+    """Run a pair with plain DP: independent replicas."""
     with run_pair("0.5.23", dp_attention=False) as pair:
         yield pair
 
 
 @pytest.fixture(scope="module")
 def old() -> Iterator[Pair]:
-    """0.5.9: ranks are told as data_parallel_rank."""
+    """Run a pair of 0.5.9, where ranks are named as data_parallel_rank."""
     with run_pair("0.5.9") as pair:
         yield pair
 
 
 def stages_of(engine: EngineProcess) -> list[str]:
-    """Say how far the legs are that an engine has received."""
+    """Return the stages of the legs that an engine has received."""
     return [leg["stage"] for request in engine.requests() for leg in request["legs"]]
 
 
@@ -50,7 +50,7 @@ def stages_of(engine: EngineProcess) -> list[str]:
 @pytest.mark.parametrize("decode_rank", [0, 1])
 @pytest.mark.parametrize("prefill_rank", [0, 3])
 def test_every_pair_of_ranks_meets(newest: Pair, path: str, prefill_rank: int, decode_rank: int) -> None:
-    """With ranks in both bodies and a room that agrees, each leg runs where it was told to."""
+    """With ranks in both bodies and a room that agrees, each leg runs on its rank."""
     common = newest.meeting(newest.room(prefill_rank), disagg_prefill_dp_rank=prefill_rank)
     answers = newest.send(path, common, {"routed_dp_rank": prefill_rank}, {"routed_dp_rank": decode_rank})
 
@@ -62,7 +62,7 @@ def test_every_pair_of_ranks_meets(newest: Pair, path: str, prefill_rank: int, d
 
 
 def test_prefill_answers_with_one_token_and_length_zero(newest: Pair) -> None:
-    """Prefill's answer says so itself that it is no answer; both legs begin with the same token."""
+    """Both legs begin with the same token."""
     prefill, decode = newest.send("/generate", newest.meeting(newest.room()))
 
     assert prefill.json()["meta_info"]["finish_reason"] == {"type": "length", "length": 0}
@@ -80,7 +80,7 @@ def test_without_ranks_the_room_decides_on_prefill(newest: Pair) -> None:
         assert decode.status_code == 200
 
 
-def test_room_conflict(newest: Pair) -> None:
+def test_room_conflict_fails_on_prefill(newest: Pair) -> None:
     """A rank that the room does not imply fails at once on prefill, and decode waits in vain."""
     room = newest.room(3)
     prefill, decode = newest.send("/generate", newest.meeting(room), {"routed_dp_rank": 1})
@@ -94,7 +94,7 @@ def test_room_conflict(newest: Pair) -> None:
     assert TIMED_OUT_ON_DECODE in text_of(decode)
 
 
-def test_told_rank_skips_the_conflict_check(newest: Pair) -> None:
+def test_explicit_rank_skips_the_conflict_check(newest: Pair) -> None:
     """From 0.5.16 on a prefill leg that names its rank may have any room."""
     common = newest.meeting(newest.room(3), disagg_prefill_dp_rank=1)
     prefill, decode = newest.send("/generate", common, {"routed_dp_rank": 1})
@@ -103,8 +103,8 @@ def test_told_rank_skips_the_conflict_check(newest: Pair) -> None:
     assert prefill.json()["meta_info"]["dp_rank"] == 1
 
 
-def test_told_rank_does_not_skip_it_before(before_bypass: Pair) -> None:
-    """Until 0.5.15 the room has to agree, whatever else is said."""
+def test_explicit_rank_does_not_skip_it_before_0_5_16(before_bypass: Pair) -> None:
+    """Until 0.5.15 the room has to agree."""
     common = before_bypass.meeting(before_bypass.room(3), disagg_prefill_dp_rank=1)
     prefill, decode = before_bypass.send("/generate", common, {"routed_dp_rank": 1})
 
@@ -125,8 +125,8 @@ def test_plain_dp_sees_rank_zero_in_every_replica(plain: Pair) -> None:
     assert prefill.json()["meta_info"]["dp_rank"] == 2
 
 
-def test_plain_dp_works_when_both_legs_tell_the_rank(plain: Pair) -> None:
-    """From 0.5.16 on plain DP is fine with disagg_prefill_dp_rank on both legs."""
+def test_plain_dp_works_if_both_legs_name_the_rank(plain: Pair) -> None:
+    """From 0.5.16 on plain DP works with disagg_prefill_dp_rank on both legs."""
     for rank in range(RANKS):
         common = plain.meeting(plain.room(rank), disagg_prefill_dp_rank=rank)
         answers = plain.send("/generate", common, {"routed_dp_rank": rank}, {"routed_dp_rank": rank % 2})
@@ -134,18 +134,18 @@ def test_plain_dp_works_when_both_legs_tell_the_rank(plain: Pair) -> None:
         assert [answer.status_code for answer in answers] == [200, 200]
 
 
-def test_wrong_prefill_rank_told_to_decode(newest: Pair) -> None:
-    """The legs wait for each other on different ranks until both give up."""
+def test_legs_time_out_with_different_prefill_ranks(newest: Pair) -> None:
+    """They wait for each other on different ranks."""
     common = newest.meeting(newest.room(1))
-    told = {"routed_dp_rank": 1, "disagg_prefill_dp_rank": 1}
-    prefill, decode = newest.send("/generate", common, told, {"disagg_prefill_dp_rank": 0})
+    explicit = {"routed_dp_rank": 1, "disagg_prefill_dp_rank": 1}
+    prefill, decode = newest.send("/generate", common, explicit, {"disagg_prefill_dp_rank": 0})
 
     assert TIMED_OUT_ON_PREFILL in text_of(prefill)
     assert TIMED_OUT_ON_DECODE in text_of(decode)
 
 
-def test_prefill_rank_out_of_range_told_to_decode(newest: Pair) -> None:
-    """Decode fails at once with SGLang's words."""
+def test_decode_fails_with_a_prefill_rank_out_of_range(newest: Pair) -> None:
+    """It fails at once with SGLang's text."""
     decode = newest.post(newest.decode, "/generate", **newest.meeting(newest.room()), disagg_prefill_dp_rank=7).result()
 
     assert decode.status_code == 500
@@ -156,8 +156,8 @@ def test_prefill_rank_out_of_range_told_to_decode(newest: Pair) -> None:
     assert text_of(decode).startswith("Decode handshake failed for request rank=")
 
 
-def test_dead_bootstrap_port(newest: Pair) -> None:
-    """Decode tries fifteen times before it gives up."""
+def test_decode_gives_up_a_dead_bootstrap_port(newest: Pair) -> None:
+    """It tries fifteen times."""
     body = {**newest.meeting(newest.room()), "bootstrap_port": 1}
     decode = newest.post(newest.decode, "/generate", **body).result()
 
@@ -166,8 +166,8 @@ def test_dead_bootstrap_port(newest: Pair) -> None:
 
 
 @pytest.mark.parametrize("side", ["prefill", "decode"])
-def test_a_leg_that_stays_alone_times_out(newest: Pair, side: str) -> None:
-    """Nobody is told that the other leg will never come."""
+def test_leg_without_its_other_leg_times_out(newest: Pair, side: str) -> None:
+    """SGLang reports to no side that the other leg will never come."""
     engine = newest.prefill if side == "prefill" else newest.decode
     answer = newest.post(engine, "/generate", **newest.meeting(newest.room())).result()
 
@@ -190,8 +190,8 @@ def test_room_zero_never_arrives(newest: Pair) -> None:
     assert decode.result().json()["meta_info"]["finish_reason"]["type"] == "abort"
 
 
-def test_a_live_room_used_twice_breaks_one_of_both(newest: Pair) -> None:
-    """Whoever is done first takes the room away from the other; one room in two requests never works."""
+def test_room_used_twice_breaks_one_request(newest: Pair) -> None:
+    """The first one that is done takes the room away from the other."""
     common = newest.meeting(newest.room())
     prefills = [newest.post(newest.prefill, "/generate", **common) for _ in range(2)]
     wait_for(lambda: sum(request["outcome"] == "running" for request in newest.prefill.requests()) == 2)
@@ -203,15 +203,15 @@ def test_a_live_room_used_twice_breaks_one_of_both(newest: Pair) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_several_samples_are_broken(newest: Pair, path: str) -> None:
+def test_several_samples_fail(newest: Pair, path: str) -> None:
     """All samples of a prompt share its room, so n > 1 fails."""
     prefill, decode = newest.send(path, newest.meeting(newest.room(), n=2))
 
     assert [prefill.status_code, decode.status_code] == [500, 500]
 
 
-def test_batches(newest: Pair) -> None:
-    """A list of rooms serves a batch; a single one is counted up, which collides with a rank for all."""
+def test_batch_needs_a_list_of_rooms(newest: Pair) -> None:
+    """A single room is counted up, which collides with an explicit rank."""
     batch = {"prompt": ["a", "b"], "routed_dp_rank": 1}
     rooms = [newest.room(1), newest.room(1)]
     prefill, decode = newest.send("/v1/completions", newest.meeting(rooms), batch, batch)
@@ -223,7 +223,7 @@ def test_batches(newest: Pair) -> None:
     assert decode.status_code == 500
 
 
-def test_a_list_of_rooms_that_is_too_short(newest: Pair) -> None:
+def test_short_list_of_rooms_is_a_500(newest: Pair) -> None:
     """It is an IndexError, a 500 without JSON."""
     body = newest.meeting([newest.room()], prompt=["a", "b"])
     answer = newest.post(newest.prefill, "/v1/completions", **body).result()
@@ -231,7 +231,7 @@ def test_a_list_of_rooms_that_is_too_short(newest: Pair) -> None:
     assert answer.status_code == 500
 
 
-def test_fake_bootstrap_host(newest: Pair) -> None:
+def test_fake_bootstrap_host_serves_one_side(newest: Pair) -> None:
     """2.2.2.2 is SGLang's way to try one side alone."""
     for engine in (newest.prefill, newest.decode):
         answer = newest.post(engine, "/generate", bootstrap_host="2.2.2.2", bootstrap_room=newest.room()).result()
@@ -251,8 +251,8 @@ def test_fake_bootstrap_host(newest: Pair) -> None:
         pytest.param("0.5.23", "::1", True, id="0.5.23 without"),
     ],
 )
-def test_bootstrap_host_of_ipv6(version: str, written: str, meets: bool) -> None:
-    """Until 0.5.9 decode dials what it is told, with a colon and the port behind it; later releases take both ways."""
+def test_ipv6_bootstrap_host_needs_brackets_by_release(version: str, written: str, meets: bool) -> None:
+    """Until 0.5.9 decode dials the host as it is, with colon and port behind it; later releases take both forms."""
     with run_pair(version, host="::1") as pair:
         prefill, decode = pair.send("/generate", pair.meeting(pair.room(), bootstrap_host=written))
 
@@ -272,7 +272,7 @@ def test_decode_loses_a_dead_prefill_server() -> None:
         assert "Lost connection with prefill instance (bootstrap_addr: 127.0.0.1:" in text_of(decode.result())
 
 
-def test_decode_tells_prefill_when_it_gives_up(newest: Pair) -> None:
+def test_decode_aborts_prefill_when_it_gives_up(newest: Pair) -> None:
     """Abort goes from decode to prefill, not the other way round."""
     common = newest.meeting(newest.room())
     long = {"text": "x" * 4_000_000}
@@ -285,8 +285,8 @@ def test_decode_tells_prefill_when_it_gives_up(newest: Pair) -> None:
     assert decode.result().json()["meta_info"]["finish_reason"]["type"] == "abort"
 
 
-def test_first_told_rank_fails_once_in_0_5_10() -> None:
-    """The first request of a decode rank and a prefill server with disagg_prefill_dp_rank is lost, later ones not."""
+def test_first_explicit_rank_fails_once_in_0_5_10() -> None:
+    """The first request of a decode rank and a prefill engine with disagg_prefill_dp_rank is lost, later ones not."""
     with run_pair("0.5.10") as pair:
         statuses = []
         for _ in range(2):
@@ -321,8 +321,8 @@ def test_oldest_releases_decide_both_ranks_by_the_room() -> None:
             assert decode.json()["meta_info"]["dp_rank"] == rank % 2
 
 
-def test_prefill_that_does_not_follow_rooms_registers_them() -> None:
-    """With round robin on prefill decode asks where a room is."""
+def test_prefill_registers_rooms_that_it_does_not_follow() -> None:
+    """With round robin on prefill decode queries where a room is."""
     with run_pair("0.5.23", "--load-balance-method", "round_robin") as pair:
         ranks = []
         for _ in range(RANKS):

@@ -1,4 +1,4 @@
-"""What a server makes of one request: types, ranges, headers and shapes, compared with recorded answers of 0.5.23."""
+"""Compare the answers to single requests with recorded ones of 0.5.23: types, ranges, headers and shapes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,14 +15,14 @@ OPENAI = ["/v1/completions", "/v1/chat/completions", "/v1/responses"]
 
 @pytest.fixture(scope="module")
 def newest() -> Iterator[EngineProcess]:
-    """A unified server of the newest release with two ranks."""
+    """Run a unified engine of the newest release with two ranks."""
     with EngineProcess("unified", 2, *FAST) as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
 def small() -> Iterator[EngineProcess]:
-    """A server with a context of 100 tokens, an API key and header overrides."""
+    """Run an engine with a context of 100 tokens, an API key and header overrides."""
     with EngineProcess(
         "unified", 2, *FAST, "--context-length", "100", "--header-overrides", "--api-key", "k"
     ) as engine:
@@ -47,8 +47,10 @@ def rank_of_last(engine: EngineProcess) -> object:
         pytest.param(-1, {"error": {"message": "routed_dp_rank=-1 out of range [0, 2)"}}, id="negative"),
     ],
 )
-def test_generate_is_strict(newest: EngineProcess, value: object, expected: dict[str, Any]) -> None:
-    """/generate refuses what only looks like a rank, in SGLang's words."""
+def test_generate_refuses_values_that_look_like_ranks(
+    newest: EngineProcess, value: object, expected: dict[str, Any]
+) -> None:
+    """The error has SGLang's text."""
     answer = post(newest, "/generate", routed_dp_rank=value)
 
     assert answer.status_code == 400
@@ -78,8 +80,8 @@ def test_wrong_types_are_validation_errors(newest: EngineProcess, path: str, val
 
 @pytest.mark.parametrize("value", ["1", True, 1.0], ids=repr)
 @pytest.mark.parametrize("path", OPENAI)
-def test_openai_paths_coerce(newest: EngineProcess, path: str, value: object) -> None:
-    """The OpenAI paths take for rank 1 whatever can be read as 1."""
+def test_openai_paths_coerce_values_to_ranks(newest: EngineProcess, path: str, value: object) -> None:
+    """Any value that can be read as 1 is rank 1."""
     assert post(newest, path, routed_dp_rank=value).status_code == 200
     assert rank_of_last(newest) == 1
 
@@ -120,8 +122,8 @@ def test_rank_out_of_range_in_a_generate_stream(newest: EngineProcess) -> None:
         pytest.param((1 << 63), "i64", id="2^63"),
     ],
 )
-def test_rooms_that_are_none(newest: EngineProcess, room: object, message: str) -> None:
-    """/generate takes 64-bit integers only; the largest is 2^63-1."""
+def test_generate_refuses_rooms_beyond_64_bits(newest: EngineProcess, room: object, message: str) -> None:
+    """The largest room is 2^63-1."""
     answer = post(newest, "/generate", bootstrap_room=room)
 
     assert answer.status_code == 400
@@ -129,7 +131,7 @@ def test_rooms_that_are_none(newest: EngineProcess, room: object, message: str) 
     assert post(newest, "/generate", bootstrap_room=(1 << 63) - 1).status_code == 200
 
 
-def test_generate_was_lax_before() -> None:
+def test_generate_coerced_values_before_0_5_22() -> None:
     """Until 0.5.21 "1" was rank 1 on /generate as well; from 0.5.15 to 0.5.17 data_parallel_rank was not read."""
     with EngineProcess("unified", 2, *FAST, "--sglang-version", "0.5.16") as engine:
         assert post(engine, "/generate", routed_dp_rank="1").json()["meta_info"]["dp_rank"] == 1
@@ -139,7 +141,7 @@ def test_generate_was_lax_before() -> None:
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
-def test_the_deprecated_alias(newest: EngineProcess, path: str) -> None:
+def test_deprecated_alias_is_read(newest: EngineProcess, path: str) -> None:
     """data_parallel_rank is routed_dp_rank's old name, and loses against it."""
     assert post(newest, path, data_parallel_rank=1).status_code == 200
     assert rank_of_last(newest) == 1
@@ -148,7 +150,7 @@ def test_the_deprecated_alias(newest: EngineProcess, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", [*OPENAI, "/v1/messages"])
-def test_the_rank_header_beats_the_body(newest: EngineProcess, path: str) -> None:
+def test_rank_header_beats_the_body(newest: EngineProcess, path: str) -> None:
     """X-Data-Parallel-Rank counts on all paths but /generate."""
     for rank in (0, 1):
         body = {"routed_dp_rank": 1 - rank}
@@ -163,8 +165,8 @@ def test_generate_ignores_the_rank_header(newest: EngineProcess) -> None:
     )
 
 
-def test_a_rank_header_that_is_no_number(newest: EngineProcess) -> None:
-    """It is a 400 in words of its own."""
+def test_rank_header_without_a_number_is_a_400(newest: EngineProcess) -> None:
+    """It has a text of its own."""
     answer = post(newest, "/v1/chat/completions", {"X-Data-Parallel-Rank": "abc"})
 
     message = "Invalid X-Data-Parallel-Rank header: must be an integer, got 'abc'"
@@ -197,8 +199,8 @@ def test_override_headers_switched_on(small: EngineProcess, path: str, rank: int
 
 
 @pytest.mark.parametrize("path", PROMPTS)
-def test_what_is_no_request(newest: EngineProcess, path: str) -> None:
-    """Broken JSON, other JSON, no prompt and another content type are 400s."""
+def test_invalid_request_is_a_400(newest: EngineProcess, path: str) -> None:
+    """Broken JSON, other JSON, no prompt and another content type are refused."""
     json = {"content-type": "application/json"}
     for content in (b'{"model": ', b"[1]", b"", b"{}", b'"x"'):
         assert httpx.post(newest.url + path, content=content, headers=json).status_code == 400
@@ -211,8 +213,8 @@ def test_what_is_no_request(newest: EngineProcess, path: str) -> None:
         assert answer.status_code == (200 if path == "/generate" and not headers else 400)
 
 
-def test_recorded_words(newest: EngineProcess) -> None:
-    """Some errors of 0.5.23, word for word."""
+def test_errors_have_the_recorded_texts(newest: EngineProcess) -> None:
+    """Some errors of 0.5.23 are compared word for word."""
     answer = httpx.post(f"{newest.url}/generate", json={})
     assert answer.json() == {"error": {"message": "Either text, input_ids or input_embeds should be provided."}}
     answer = httpx.post(f"{newest.url}/v1/chat/completions", json={"model": "tiny"})
@@ -220,7 +222,7 @@ def test_recorded_words(newest: EngineProcess) -> None:
     assert httpx.get(f"{newest.url}/get_load").json() == {"detail": "Not Found"}
 
 
-def test_a_prompt_that_is_too_long(small: EngineProcess) -> None:
+def test_prompt_beyond_the_context_is_refused(small: EngineProcess) -> None:
     """The context length counts prompt and answer."""
     key = {"Authorization": "Bearer k"}
     answer = post(small, "/generate", key, text="x" * 480)
@@ -230,7 +232,7 @@ def test_a_prompt_that_is_too_long(small: EngineProcess) -> None:
     assert text_of(answer).startswith("Requested token count exceeds the model's maximum context length of 100 tokens.")
 
 
-def test_duplicate_request_ids(newest: EngineProcess) -> None:
+def test_duplicate_request_id_is_refused(newest: EngineProcess) -> None:
     """An id may be used again only when its request has ended; a batch numbers its id."""
     answer = post(newest, "/v1/completions", prompt=["a", "b"], rid=["x", "x"])
     assert text_of(answer) == "Duplicate request ID detected: x"
@@ -239,8 +241,8 @@ def test_duplicate_request_ids(newest: EngineProcess) -> None:
     assert post(newest, "/generate", rid="x").json()["meta_info"]["id"] == "x"
 
 
-def test_authentication(small: EngineProcess) -> None:
-    """Everything needs the key but /health, /ready, /metrics and OPTIONS."""
+def test_all_pages_need_the_key_but_a_few(small: EngineProcess) -> None:
+    """/health, /ready, /metrics and OPTIONS need none."""
     for path in ("/v1/models", "/v1/loads", "/server_info", "/model_info"):
         assert httpx.get(small.url + path).status_code == 401
         assert httpx.get(small.url + path, headers={"Authorization": "Bearer k"}).status_code == 200
@@ -266,7 +268,7 @@ def test_tokens_are_counted_by_a_simple_rule(newest: EngineProcess) -> None:
     }
 
 
-def test_a_chat_takes_token_ids_for_its_prompt(newest: EngineProcess) -> None:
+def test_chat_uses_token_ids_as_its_prompt(newest: EngineProcess) -> None:
     """They take the place of its messages, which must be there all the same."""
     answer = post(newest, "/v1/chat/completions", input_ids=[5, 6])
 
@@ -281,7 +283,7 @@ def test_several_samples_on_a_unified_server(newest: EngineProcess) -> None:
     assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (2, 6)
 
 
-def test_a_stream_has_one_event_per_token(newest: EngineProcess) -> None:
+def test_stream_has_one_event_per_token(newest: EngineProcess) -> None:
     """/generate repeats the text so far in each event; completions send the next piece only."""
     events = post(newest, "/generate", stream=True).text.split("\n\n")
     assert len(events) == 3 + 2

@@ -1,4 +1,4 @@
-"""Steps, queues and KV accounting of DP ranks, without servers or clocks."""
+"""Test steps, queues and KV accounting of DP ranks, without processes or clocks."""
 
 import itertools
 
@@ -51,7 +51,7 @@ def run_step(group: Group) -> tuple[float, list[Output]]:
 
 
 class TestPrefill:
-    def test_a_long_prompt_runs_in_chunks(self) -> None:
+    def test_long_prompt_runs_in_chunks(self) -> None:
         """A rank computes at most its budget per step; the token comes with the last chunk."""
         (rank,) = ranks(Role.PREFILL, 1)
         prompt = work(250)
@@ -64,7 +64,7 @@ class TestPrefill:
         assert rank.uncached_tokens == 250
 
     def test_short_prompts_share_a_step(self) -> None:
-        """What is left of the budget goes to the next in line."""
+        """The rest of the budget goes to the next prompt in the queue."""
         (rank,) = ranks(Role.PREFILL, 1)
         prompts = [work(60), work(60), work(60)]
         add(rank, *prompts)
@@ -72,7 +72,7 @@ class TestPrefill:
 
         assert [each.prefilled for each in prompts] == [60, 40, 0]
 
-    def test_without_chunks_the_batch_is_bounded(self) -> None:
+    def test_batch_is_bounded_without_chunks(self) -> None:
         """A longer prompt than the bound runs alone, whole."""
         limits = Limits(capacity=1000, max_running=8, chunk=0, batch=100)
         (rank,) = ranks(Role.PREFILL, 1, limits)
@@ -83,7 +83,7 @@ class TestPrefill:
 
         assert [len(each) for each in finished] == [1, 2, 3]
 
-    def test_a_step_costs_what_the_fullest_rank_costs(self) -> None:
+    def test_step_costs_what_the_fullest_rank_costs(self) -> None:
         """Ranks with a common step all wait for it; the sum counts for the shared part."""
         group = Group(ranks(Role.PREFILL, 4), COSTS)
         add(group.ranks[0], work(80))
@@ -95,8 +95,8 @@ class TestPrefill:
         assert alone == pytest.approx(1 + 0.01 * (0.75 * 80 + 0.25 * 20))
         assert together == pytest.approx(1 + 0.01 * 80)
 
-    def test_who_waits_for_the_fullest_rank_is_counted(self) -> None:
-        """One of four ranks works: three quarters of the step are waited. All work alike: nobody waits."""
+    def test_waits_for_the_fullest_rank_are_counted(self) -> None:
+        """One of four ranks works: three quarters of the step are waited. If all work alike, none waits."""
         group = Group(ranks(Role.PREFILL, 4), COSTS)
         add(group.ranks[0], work(80))
         alone, _ = run_step(group)
@@ -109,7 +109,7 @@ class TestPrefill:
         assert group.steps == 2
         assert group.seconds == pytest.approx(alone + together)
 
-    def test_nothing_starts_before_decode_has_answered(self) -> None:
+    def test_prefill_waits_until_decode_has_answered(self) -> None:
         """The bootstrap queue holds no KV room and takes part in no step."""
         (rank,) = ranks(Role.PREFILL, 1)
         add(rank, work(80), stage=Stage.BOOTSTRAP)
@@ -118,7 +118,7 @@ class TestPrefill:
         assert rank.used == 0
 
     def test_kv_room_is_held_until_the_transfer_is_over(self) -> None:
-        """A full rank lets nobody in, first come first served."""
+        """A full rank admits no sequence, first come first served."""
         (rank,) = ranks(Role.PREFILL, 1, Limits(capacity=100, max_running=8, chunk=1000))
         first, second, third = work(80), work(30), work(10)
         add(rank, first, second, third)
@@ -135,7 +135,7 @@ class TestPrefill:
 
 class TestDecode:
     def test_kv_room_is_reserved_before_prefill_may_start(self) -> None:
-        """The prealloc queue is served in order, with a reserve for everybody who was let in."""
+        """The prealloc queue is served in order, with a reserve for each accepted sequence."""
         (rank,) = ranks(Role.DECODE, 1, Limits(capacity=100, max_running=8, chunk=0, reserved=10))
         first, second, third = work(60), work(35), work(5)
         add(rank, first, second, third, stage=Stage.PREALLOC)
@@ -148,8 +148,8 @@ class TestDecode:
         rank.remove(first)
         assert rank.preallocate() == [second, third]
 
-    def test_who_has_not_reached_prefill_blocks_nobody(self) -> None:
-        """Others pass by."""
+    def test_sequence_without_contact_to_prefill_blocks_no_other(self) -> None:
+        """Others pass it."""
         (rank,) = ranks(Role.DECODE, 1)
         stuck, ready = work(10), work(10)
         add(rank, stuck, ready, stage=Stage.PREALLOC)
@@ -157,7 +157,7 @@ class TestDecode:
 
         assert rank.preallocate() == [ready]
 
-    def test_the_first_token_comes_with_the_kv_cache(self) -> None:
+    def test_first_token_comes_with_the_kv_cache(self) -> None:
         """A sequence that has arrived gives its first token before any step."""
         (rank,) = ranks(Role.DECODE, 1)
         arrived = work(10, output=3)
@@ -170,15 +170,15 @@ class TestDecode:
         assert [output.token for output in group.finish()] == [1]
         assert rank.used == 12
 
-    def test_the_batch_is_bounded(self) -> None:
-        """Who is beyond max_running_requests waits for a place, also with its KV cache there."""
+    def test_batch_is_bounded_by_running_requests(self) -> None:
+        """A sequence beyond max_running_requests waits, also with its KV cache there."""
         (rank,) = ranks(Role.DECODE, 1, Limits(capacity=1000, max_running=2, chunk=0))
         add(rank, *(work(1, output=2) for _ in range(3)))
         group = Group([rank], COSTS)
 
         assert [len(run_step(group)[1]) for _ in range(3)] == [4, 2, 0]
 
-    def test_a_step_grows_with_batch_and_context(self) -> None:
+    def test_step_grows_with_batch_and_context(self) -> None:
         """The largest batch and the longest context of any rank count, not those of one and the same."""
         group = Group(ranks(Role.DECODE), COSTS)
         add(group.ranks[0], *(work(1, 9) for _ in range(4)))
@@ -187,7 +187,7 @@ class TestDecode:
 
         assert seconds == pytest.approx(1 + 0.1 * 4 + 0.001 * 301)
 
-    def test_the_newest_is_evicted_when_kv_room_runs_out(self) -> None:
+    def test_newest_sequence_is_evicted_without_kv_room(self) -> None:
         """Its client gets an error, and the others go on."""
         (rank,) = ranks(Role.DECODE, 1, Limits(capacity=21, max_running=8, chunk=0))
         old, new = work(9, 9), work(9, 9)
@@ -201,7 +201,7 @@ class TestDecode:
 
 
 class TestUnified:
-    def test_prefill_goes_first(self) -> None:
+    def test_prefill_has_priority_over_decode(self) -> None:
         """While there is a prompt to compute, the rank's running sequences pause."""
         (rank,) = ranks(Role.UNIFIED, 1)
         first, second = work(10, 5), work(150, 2)
@@ -213,7 +213,7 @@ class TestUnified:
 
         assert generated == [(1, 0), (1, 1), (2, 2)]
 
-    def test_everything_is_freed_in_the_end(self) -> None:
+    def test_everything_is_freed_at_the_end(self) -> None:
         """No KV token is lost over many sequences of all sizes."""
         group = Group(ranks(Role.UNIFIED, 2), COSTS)
         works = [work(7 * number % 300 + 1, number % 9 + 1, number % 2) for number in range(100)]
@@ -228,7 +228,7 @@ class TestUnified:
 
 
 class TestPrefixCache:
-    def test_a_prompt_is_computed_once(self) -> None:
+    def test_prompt_is_computed_once(self) -> None:
         """The second time only its last token is, and the step costs accordingly."""
         (rank,) = ranks(Role.PREFILL, 1)
         first, second = known(80), known(80)
@@ -242,8 +242,8 @@ class TestPrefixCache:
         assert seconds == pytest.approx(1 + 0.01)
         assert (rank.uncached_tokens, rank.cached_tokens) == (81, 79)
 
-    def test_only_the_common_beginning_is_shared(self) -> None:
-        """Token by token, with pages of one token."""
+    def test_only_the_common_prefix_is_shared(self) -> None:
+        """It is shared token by token, with pages of one token."""
         (rank,) = ranks(Role.PREFILL, 1)
         first, second = known(80, topic=1, shared=33), known(70, topic=2, shared=33)
         group = Group([rank], COSTS)
@@ -254,8 +254,8 @@ class TestPrefixCache:
 
         assert second.cached_tokens == 33
 
-    def test_every_chunk_is_there_for_the_next_in_line(self) -> None:
-        """Who starts behind a long prompt finds what has been computed of it so far, and computes the rest itself."""
+    def test_every_chunk_is_cached_for_the_next_prompt(self) -> None:
+        """A prompt behind a long one finds what has been computed of it so far, and computes the rest itself."""
         (rank,) = ranks(Role.PREFILL, 1)
         first, second = known(250), known(250)
         add(rank, first, second)
@@ -267,8 +267,8 @@ class TestPrefixCache:
         assert (first.cached_tokens, second.cached_tokens, rank.uncached_tokens) == (0, 200, 300)
         assert rank.used == 250
 
-    def test_two_in_one_step_do_not_see_each_other(self) -> None:
-        """Both compute the prompt; from then on it is there once, held by both."""
+    def test_prompts_of_one_step_do_not_share(self) -> None:
+        """Both compute the prompt; from then on it is there once, locked by both."""
         (rank,) = ranks(Role.PREFILL, 1)
         first, second = known(40), known(40)
         add(rank, first, second)
@@ -284,7 +284,7 @@ class TestPrefixCache:
         assert (rank.used, rank.cache.evictable) == (0, 40)
 
     def test_cached_prompts_make_room(self) -> None:
-        """What nobody uses counts as free, and the least recently used goes when the room is needed."""
+        """Unlocked prompts count as free, and the least recently used is evicted when the room is needed."""
         (rank,) = ranks(Role.PREFILL, 1, Limits(capacity=100, max_running=8, chunk=1000))
         group = Group([rank], COSTS)
         old, used_again, new = (known(40, topic=topic, shared=0) for topic in (1, 2, 3))
@@ -297,8 +297,8 @@ class TestPrefixCache:
         found = {topic: rank.cache.match(known(40, topic=topic, shared=0).prompt, 40).end for topic in (1, 2, 3)}
         assert found == {1: 0, 2: 40, 3: 40}
 
-    def test_what_is_found_needs_no_room(self) -> None:
-        """A prompt that has its beginning in the cache is let in where another of its length is not."""
+    def test_cached_tokens_need_no_room(self) -> None:
+        """A prompt with a cached prefix is admitted where another of its length is not."""
         (rank,) = ranks(Role.PREFILL, 1, Limits(capacity=100, max_running=8, chunk=1000))
         group = Group([rank], COSTS)
         first, stranger, second = known(80), known(80, topic=1, shared=0), known(90)
@@ -313,7 +313,7 @@ class TestPrefixCache:
 
         assert (second.stage, rank.used) == (Stage.INFLIGHT, 90)
 
-    def test_an_aborted_prompt_leaves_its_chunks(self) -> None:
+    def test_aborted_prompt_leaves_its_chunks(self) -> None:
         """What had been computed of it stays for others."""
         (rank,) = ranks(Role.PREFILL, 1)
         aborted = known(250)
@@ -323,8 +323,8 @@ class TestPrefixCache:
 
         assert (rank.used, rank.cache.evictable, aborted.prompt) == (0, 100, b"")
 
-    def test_answers_push_cached_prompts_out(self) -> None:
-        """A unified rank whose sequences grow gives up what is cached before it evicts a sequence."""
+    def test_answers_evict_cached_prompts(self) -> None:
+        """A unified rank whose sequences grow evicts cached prompts before it evicts a sequence."""
         (rank,) = ranks(Role.UNIFIED, 1, Limits(capacity=30, max_running=8, chunk=100, reserved=0))
         group = Group([rank], COSTS)
         add(rank, known(20, output=1, topic=1, shared=0))
@@ -337,8 +337,8 @@ class TestPrefixCache:
         assert [output.error for output in outputs] == [None] * 20
         assert (rank.used, rank.cache.size) == (0, 9)
 
-    def test_a_sequence_without_a_prompt_takes_no_part(self) -> None:
-        """That is how the cache is switched off: for a server, or for a simulation that knows lengths only."""
+    def test_sequence_without_a_prompt_is_not_cached(self) -> None:
+        """That is how the cache is switched off: for an engine, or for a simulation that has lengths only."""
         (rank,) = ranks(Role.PREFILL, 1)
         group = Group([rank], COSTS)
         for each in (work(80), work(80)):
@@ -348,8 +348,8 @@ class TestPrefixCache:
 
         assert (rank.uncached_tokens, rank.cache.size, rank.used) == (160, 0, 0)
 
-    def test_everything_is_let_go_in_the_end(self) -> None:
-        """Many prompts with common beginnings under pressure: the room is never overrun, and nothing stays held."""
+    def test_everything_is_unlocked_at_the_end(self) -> None:
+        """Many prompts with common prefixes under pressure: the room is never exceeded, and nothing stays locked."""
         (rank,) = ranks(Role.UNIFIED, 1, Limits(capacity=400, max_running=8, chunk=64, reserved=4))
         works = [known(7 * number % 300 + 1, number % 9 + 1, number % 4, shared=number % 90) for number in range(200)]
         add(rank, *works)
@@ -364,7 +364,7 @@ class TestPrefixCache:
 
 
 class TestWhatIsPublished:
-    def test_an_idle_rank_beside_a_busy_one_keeps_its_gauges(self) -> None:
+    def test_idle_rank_beside_a_busy_one_keeps_its_gauges(self) -> None:
         """Its snapshot follows every 15 steps, its gauges do not follow at all."""
         group = Group(ranks(Role.DECODE), COSTS)
         idle, busy = (RankHistory(rank, decode_log_interval=4) for rank in group.ranks)
@@ -386,7 +386,7 @@ class TestWhatIsPublished:
         assert busy.gauges_at == 20.0
 
     def test_gauges_freeze_under_back_pressure(self) -> None:
-        """Queues that wait for the other side show in snapshots only."""
+        """Queues that wait for the other side are in snapshots only."""
         (rank,) = ranks(Role.PREFILL, 1)
         history = RankHistory(rank)
         history.idle(100.0)
@@ -399,8 +399,8 @@ class TestWhatIsPublished:
         assert history.gauges is not None
         assert (history.gauges.queues["bootstrap"], history.gauges_at) == (0, 100.0)
 
-    def test_an_idle_server_puts_its_gauges_right(self) -> None:
-        """At once when they tell of running requests, else every 30 seconds."""
+    def test_idle_engine_corrects_its_gauges(self) -> None:
+        """It does so at once when they report running requests, else every 30 seconds."""
         (rank,) = ranks(Role.PREFILL, 1)
         history, group, prompt = RankHistory(rank), Group([rank], COSTS), work(80)
         add(rank, prompt)
@@ -416,8 +416,8 @@ class TestWhatIsPublished:
         assert history.gauges.num_used_tokens == 0
         assert reported == [2.0, 2.0, 2.0, 32.0]
 
-    def test_prefill_reported_nobody_as_running_before_0_5_17(self) -> None:
-        """So nothing hurried an idle server to put its gauges right."""
+    def test_prefill_reported_no_running_request_before_0_5_17(self) -> None:
+        """So an idle engine had no cause to correct its gauges at once."""
         (rank,) = ranks(Role.PREFILL, 1)
         history, group, prompt = RankHistory(rank, reports_last_batch=False), Group([rank], COSTS), work(80)
         add(rank, prompt)
@@ -428,8 +428,8 @@ class TestWhatIsPublished:
         assert history.gauges is not None
         assert (history.gauges.reported_running, history.gauges.num_used_tokens) == (0, 80)
 
-    def test_totals_count_what_is_promised(self) -> None:
-        """On decode: used is what holds KV room, total adds who waits for some, active leaves out the transfer."""
+    def test_totals_count_what_is_reserved(self) -> None:
+        """On decode: used is what holds KV room, total adds what waits for some, active leaves out the transfer."""
         (rank,) = ranks(Role.DECODE, 1)
         moving, waiting = work(100), work(30)
         add(rank, moving, waiting, stage=Stage.PREALLOC)
@@ -440,8 +440,8 @@ class TestWhatIsPublished:
         assert (snapshot.num_used_tokens, snapshot.num_total_tokens, snapshot.num_active_tokens) == (100, 130, 30)
         assert (snapshot.num_running_reqs, snapshot.num_waiting_reqs) == (0, 2)
 
-    def test_decode_moments_let_one_fit_the_cost(self) -> None:
-        """Sums over steps of batch size and time."""
+    def test_decode_moments_are_sums_over_steps(self) -> None:
+        """They are sums of batch size and time, enough to fit the cost."""
         (rank,) = ranks(Role.DECODE, 1)
         history, group = RankHistory(rank), Group([rank], COSTS)
         add(rank, work(10, 3), work(10, 3))
@@ -453,7 +453,7 @@ class TestWhatIsPublished:
         assert micros == pytest.approx(2 * (1 + 0.2) * 1e6 + (22 + 24) * 0.001 * 1e6)
 
     def test_waiting_tokens_are_discounted_by_the_recent_hit_rate(self) -> None:
-        """Not by what they will find: with its default policy SGLang does not look them up."""
+        """With its default policy SGLang does not look up what they will find."""
         (rank,) = ranks(Role.PREFILL, 1)
         history, group = RankHistory(rank), Group([rank], COSTS)
         add(rank, known(90))
@@ -467,8 +467,8 @@ class TestWhatIsPublished:
         assert waiting.num_waiting_uncached_tokens == int(90 * (1 - 90 / 190)) + int(11 * (1 - 90 / 190))
         assert (waiting.num_used_tokens, waiting.num_total_tokens, waiting.kv_evictable_tokens) == (100, 201, 0)
 
-    def test_the_recent_hit_rate_forgets(self) -> None:
-        """After 15 seconds, at the next batch; until 0.5.18 waiting tokens were told whole."""
+    def test_recent_hit_rate_expires(self) -> None:
+        """It does so after 15 seconds, at the next batch; until 0.5.18 all waiting tokens were reported."""
         rate = HitRate()
         rate.add(0, 100, 0.0)
         rate.add(90, 10, 14.9)
@@ -484,8 +484,8 @@ class TestWhatIsPublished:
 
         assert history.take().num_waiting_uncached_tokens == 50
 
-    def test_output_tokens_per_second(self) -> None:
-        """Those of 4 steps of its own over the time between two reports, idle times included; 0 at rest."""
+    def test_output_rate_is_over_its_own_reports(self) -> None:
+        """It is the tokens of 4 own steps over the time between two reports, idle times included; 0 at rest."""
         (rank,) = ranks(Role.DECODE, 1)
         history, group = RankHistory(rank, decode_log_interval=4, counted_since=10.0), Group([rank], COSTS)
         add(rank, work(10, 13), work(10, 13))
@@ -499,7 +499,7 @@ class TestWhatIsPublished:
 
         assert history.take().gen_throughput == 0
 
-    def test_without_metrics_no_rates(self) -> None:
+    def test_rates_need_metrics(self) -> None:
         """SGLang computes them for its collector only, so /v1/loads has none either."""
         (rank,) = ranks(Role.UNIFIED, 1)
         history, group = RankHistory(rank, decode_log_interval=1, keeps_statistics=False), Group([rank], COSTS)

@@ -1,4 +1,4 @@
-"""When headers come, how streams fail, and what happens when a client leaves; and the official client libraries."""
+"""Test when headers come, how streams fail, what happens when a client leaves, and the official client libraries."""
 
 import asyncio
 import json
@@ -24,35 +24,35 @@ KICK_STARTED = ["/v1/completions", "/v1/chat/completions"]
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
-    """A pair that waits for ever."""
+    """Run a pair without timeouts."""
     with run_pair("0.5.23", "--timeout-waiting", "1000000", "--timeout-bootstrap", "1000000") as pair:
         yield pair
 
 
 @pytest.fixture(scope="module")
 def before_kick_start() -> Iterator[Pair]:
-    """The same, of the last release without a kick-start."""
+    """Run a pair of the last release without a kick-start, without timeouts."""
     with run_pair("0.5.9", "--timeout-waiting", "1000000") as pair:
         yield pair
 
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[Pair]:
-    """A pair whose decode gives up quickly."""
+    """Run a pair whose decode gives up quickly."""
     with run_pair("0.5.23") as pair:
         yield pair
 
 
 @pytest.fixture(scope="module")
 def unified() -> Iterator[EngineProcess]:
-    """A server of its own, which computes a prompt in one step, however long."""
+    """Run an engine that computes a prompt in one step, however long."""
     with EngineProcess("unified", 2, "--time-scale", "0.01", "--chunked-prefill-size", "-1") as engine:
         yield engine
 
 
 @pytest.mark.parametrize("path", IMMEDIATE)
-def test_headers_come_at_once(pair: Pair, path: str) -> None:
-    """These paths answer 200 before anybody knows how it ends, even while prefill has not begun."""
+def test_headers_come_at_once_on_some_paths(pair: Pair, path: str) -> None:
+    """They answer 200 before the result is known, even while prefill has not begun."""
     common = pair.meeting(pair.room())
     body = {**PROMPTS[path], **common, "stream": True}
     with pair.client.stream("POST", pair.decode.url + path, json=body) as decode:
@@ -103,8 +103,8 @@ def test_headers_came_at_once_until_0_5_9(before_kick_start: Pair, path: str) ->
 
 
 @pytest.mark.parametrize("path", KICK_STARTED)
-def test_a_failure_inside_an_openai_stream(impatient: Pair, path: str) -> None:
-    """It is a 200 whose first and only event is the error."""
+def test_failure_in_an_openai_stream_is_its_only_event(impatient: Pair, path: str) -> None:
+    """The status is 200."""
     answer = impatient.post(impatient.decode, path, **impatient.meeting(impatient.room()), stream=True).result()
 
     first, done, _ = answer.text.split("\n\n")
@@ -115,7 +115,7 @@ def test_a_failure_inside_an_openai_stream(impatient: Pair, path: str) -> None:
     assert error == {"object": "error", "type": "INTERNAL_SERVER_ERROR", "param": None, "code": 500}
 
 
-def test_a_failure_inside_a_generate_stream(impatient: Pair) -> None:
+def test_failure_in_a_generate_stream_is_an_abort(impatient: Pair) -> None:
     """It is an ordinary event whose finish_reason is an abort with a status."""
     answer = impatient.post(impatient.decode, "/generate", **impatient.meeting(impatient.room()), stream=True).result()
 
@@ -126,8 +126,8 @@ def test_a_failure_inside_a_generate_stream(impatient: Pair) -> None:
     assert (reason["type"], reason["status_code"]) == ("abort", 500)
 
 
-def test_failures_of_the_other_apis(impatient: Pair) -> None:
-    """Messages mask what went wrong; responses nest it; both tell it inside a stream as their APIs do."""
+def test_failures_have_the_shape_of_their_api(impatient: Pair) -> None:
+    """Messages mask the reason; responses nest it; both report it inside a stream as their APIs do."""
 
     def fail(path: str, **body: Any) -> httpx.Response:
         return impatient.post(impatient.decode, path, **impatient.meeting(impatient.room()), **body).result()
@@ -147,8 +147,8 @@ def compact(value: object) -> str:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streaming"])
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/messages"])
-def test_a_client_that_leaves_aborts_its_request(pair: Pair, path: str, stream: bool) -> None:
-    """Its KV room is free again, and nobody tells prefill's client."""
+def test_request_is_aborted_if_its_client_leaves(pair: Pair, path: str, stream: bool) -> None:
+    """Its KV room is free again, and prefill's client gets no message."""
     body = {**PROMPTS[path], **pair.meeting(pair.room()), "stream": stream}
 
     async def leave() -> None:
@@ -170,7 +170,7 @@ def loads_of(engine: EngineProcess, rank: int) -> dict[str, Any]:
     return page
 
 
-def test_abort_request(pair: Pair) -> None:
+def test_abort_request_matches_by_prefix(pair: Pair) -> None:
     """The id has to be known exactly, then everything that begins with it is aborted."""
     for rid in ("a-1", "a-10", "b-1"):
         pair.post(pair.decode, "/generate", **pair.meeting(pair.room()), rid=rid)
@@ -190,7 +190,7 @@ def running(engine: EngineProcess) -> set[str]:
     return {leg["rid"] for each in engine.requests() if each["outcome"] == "running" for leg in each["legs"]}
 
 
-def test_openai_client(unified: EngineProcess) -> None:
+def test_openai_client_works(unified: EngineProcess) -> None:
     """Chat, completions and responses, streaming and not, with usage."""
     messages: Any = [{"role": "user", "content": "hello"}]
     with openai.OpenAI(base_url=f"{unified.url}/v1", api_key="key", max_retries=0) as client:
@@ -217,7 +217,7 @@ def test_openai_client(unified: EngineProcess) -> None:
         assert text == answer.output_text
 
 
-def test_anthropic_client(unified: EngineProcess) -> None:
+def test_anthropic_client_works(unified: EngineProcess) -> None:
     """Messages, streaming and not, with usage."""
     messages: Any = [{"role": "user", "content": "hello"}]
     with anthropic.Anthropic(base_url=unified.url, api_key="key", max_retries=0) as client:
@@ -235,8 +235,8 @@ def test_anthropic_client(unified: EngineProcess) -> None:
 @pytest.mark.parametrize(
     ("tokens", "chunks"), [(1, [1]), (4, [1, 3]), (9, [1, 4, 4]), (10, [1, 4, 4, 1])], ids=["1", "4", "9", "10"]
 )
-def test_tokens_come_in_chunks_as_long_as_the_interval(tokens: int, chunks: list[int]) -> None:
-    """The first token comes alone, so that it is not held up; what is left at the end is shorter."""
+def test_tokens_come_in_chunks_of_the_interval(tokens: int, chunks: list[int]) -> None:
+    """The first token comes alone, so that it is not held up; the last chunk may be shorter."""
     with (
         EngineProcess("unified", 1, "--time-scale", "0.01", "--stream-interval", "4") as engine,
         openai.OpenAI(base_url=f"{engine.url}/v1", api_key="key", max_retries=0) as client,
@@ -246,9 +246,9 @@ def test_tokens_come_in_chunks_as_long_as_the_interval(tokens: int, chunks: list
 
 
 @pytest.mark.parametrize("megabytes", [1, 60])
-def test_large_bodies(unified: EngineProcess, megabytes: int) -> None:
-    """A body of many megabytes is read, noted by digest and ends, and can be fetched back."""
-    # in a key that nobody reads: it is not to be computed, too
+def test_large_body_is_kept_by_digest(unified: EngineProcess, megabytes: int) -> None:
+    """A body of many megabytes is read, recorded by digest and ends, and can be fetched."""
+    # in a key that is not read: it is not to be computed, too
     content = b'{"text":"x","padding":"' + b"x" * (megabytes << 20) + b'","sampling_params":{"max_new_tokens":0}}'
     headers = {"content-type": "application/json"}
     unified.forget()

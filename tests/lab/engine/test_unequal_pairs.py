@@ -1,4 +1,4 @@
-"""Two engines that were started with different options: what SGLang does when they meet, release by release."""
+"""Connect two engines that were started with different options: what SGLang does then, release by release."""
 
 import signal
 from collections.abc import Iterator, Sequence
@@ -52,8 +52,8 @@ def run_unequal(version: str, prefill: Sequence[str], decode: Sequence[str]) -> 
         for version in ("0.5.10", "0.5.23")
     ],
 )
-def test_the_decode_server_ends_itself(version: str, prefill: Sequence[str], decode: Sequence[str], words: str) -> None:
-    """At the first request, with SGLang's words; the prefill server lives."""
+def test_decode_engine_ends_itself(version: str, prefill: Sequence[str], decode: Sequence[str], words: str) -> None:
+    """It does so at the first request, with SGLang's text; the prefill engine lives."""
     with run_unequal(version, prefill, decode) as pair:
         legs = [pair.post(engine, "/generate", **pair.meeting(4)) for engine in (pair.prefill, pair.decode)]
         with pytest.raises(httpx.TransportError):
@@ -73,16 +73,16 @@ def test_the_decode_server_ends_itself(version: str, prefill: Sequence[str], dec
         pytest.param("0.5.9", "--kv-cache-dtype", "bf16", id="cache type before 0.5.10"),
     ],
 )
-def test_older_releases_do_not_look(version: str, option: str, value: str) -> None:
-    """They go on, with a KV cache that they take for another; here the answer does not show it."""
+def test_older_releases_do_not_check(version: str, option: str, value: str) -> None:
+    """They go on with a KV cache of the wrong shape; here the answer does not show it."""
     with run_unequal(version, (), (option, value)) as pair:
         prefill, decode = pair.send("/generate", pair.meeting(4))
 
         assert (prefill.status_code, decode.status_code) == (200, 200)
 
 
-def test_another_transfer_backend_makes_a_prefill_rank_deaf() -> None:
-    """Both legs time out, and so do later ones of a pair that would work: the thread that listens has ended."""
+def test_other_transfer_backend_stops_a_prefill_rank() -> None:
+    """Both legs time out, and so do later ones of a pair that would work: the thread that reads has ended."""
     with (
         run_unequal("0.5.23", (), ("--disaggregation-transfer-backend", "nixl")) as pair,
         EngineProcess("decode", 2, "--dp-attention", *FAST) as sound,
@@ -97,15 +97,15 @@ def test_another_transfer_backend_makes_a_prefill_rank_deaf() -> None:
         assert [each.result().status_code for each in third] == [200, 200]
 
 
-def test_pages_tell_the_options() -> None:
-    """As SGLang's do."""
-    told = {"page_size": 64, "kv_cache_dtype": "fp8_e4m3", "disaggregation_transfer_backend": "nixl"}
+def test_pages_report_the_options() -> None:
+    """They do so as SGLang's do."""
+    reported = {"page_size": 64, "kv_cache_dtype": "fp8_e4m3", "disaggregation_transfer_backend": "nixl"}
     options = ("--page-size", "64", "--kv-cache-dtype", "fp8_e4m3", "--disaggregation-transfer-backend", "nixl")
     with EngineProcess("prefill", 2, *options) as engine:
         info = httpx.get(f"{engine.url}/server_info").json()
         query = dict.fromkeys(("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank"), -1)
         route = httpx.get(f"http://127.0.0.1:{engine.bootstrap_port}/route", params=query).json()
 
-        assert {key: info[key] for key in told} == told
+        assert {key: info[key] for key in reported} == reported
         assert (route["page_size"], route["kv_cache_dtype"]) == (64, "fp8_e4m3")
         assert "sglang:page_size" in httpx.get(f"{engine.url}/metrics").text

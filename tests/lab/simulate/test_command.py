@@ -1,4 +1,4 @@
-"""``dp-extproc simulate``: a table for a fleet and a trace of one's own."""
+"""Test ``dp-extproc simulate``: a table for a given fleet and trace."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,10 @@ from dp_extproc.lab.workload.generate import make_trace
 from dp_extproc.lab.workload.trace import write_trace
 
 
-def test_a_trace_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A JSONL trace and a small fleet give a row for each placement, and the numbers as JSON."""
+def test_simulate_prints_a_row_for_each_placement_of_a_trace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The numbers are written as JSON, too."""
     trace, numbers = tmp_path / "trace.jsonl", tmp_path / "numbers.json"
     trace.write_text("".join(write_trace(make_trace("azure", 80, 30.0, 1))), encoding="utf-8")
     fleet = ["--prefill", "2", "--decode", "1", "--ranks", "2"]
@@ -26,8 +28,10 @@ def test_a_trace_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "of the clairvoyant's" in capsys.readouterr().out
 
 
-def test_short_and_long_requests_are_shown_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of the time per output token: in the table and in the numbers, with what each gains; for prefill alone not."""
+def test_simulate_prints_tpot_of_short_and_long_requests_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Table and numbers have the time per output token with its gains; there is none for prefill alone."""
     numbers = tmp_path / "numbers.json"
     small = ["--setting", "4p2d8-agent", "--requests", "60", "--prefill", "2", "--ranks", "2", "--rate", "4"]
     assert main(["simulate", *small, "--seeds", "2", "--json", str(numbers)]) == 0
@@ -43,8 +47,8 @@ def test_short_and_long_requests_are_shown_apart(tmp_path: Path, capsys: pytest.
     assert "time per output token" not in capsys.readouterr().out
 
 
-def test_a_setting_can_be_changed(capsys: pytest.CaptureFixture[str]) -> None:
-    """What is given goes over the setting; blind and told replicas are two surroundings."""
+def test_options_change_a_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    """Replicas with and without sync are two surroundings."""
     small = ["--setting", "4p2d8-agent", "--requests", "60", "--prefill", "2", "--ranks", "2", "--rate", "4"]
     statuses = [main(["simulate", *small, "--seeds", "1", "--replicas", "2", *sync]) for sync in ([], ["--sync", "20"])]
 
@@ -52,29 +56,29 @@ def test_a_setting_can_be_changed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "4p2d8-agent" in capsys.readouterr().out
 
 
-def test_every_bad_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All at once, with the line."""
+def test_simulate_names_every_bad_line_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All bad lines are named at once."""
     path = tmp_path / "trace.jsonl"
     path.write_text(
         '{"arrival": 0, "prompt_tokens": 5, "output_tokens": 1}\n{"arrival": -1}\nnonsense\n', encoding="utf-8"
     )
 
     assert main(["simulate", "--trace", str(path)]) == 2
-    told = capsys.readouterr().err
-    assert "line 2" in told
-    assert "line 3" in told
+    open_peer = capsys.readouterr().err
+    assert "line 2" in open_peer
+    assert "line 3" in open_peer
 
 
 @pytest.mark.parametrize("policy", ["lockstep/fewest", "best", "random/none/quick"])
-def test_an_unknown_policy_is_refused(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """With those that there are."""
+def test_simulate_refuses_an_unknown_policy(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The message has all policies."""
     with pytest.raises(SystemExit):
         main(["simulate", "--policy", policy])
     assert policy in capsys.readouterr().err
 
 
-def test_every_setting_has_a_plausible_fleet() -> None:
-    """Names tell the topology: 4p2d8 is four prefill and two decode servers of eight ranks."""
+def test_settings_have_the_fleet_of_their_name() -> None:
+    """The name is the topology: 4p2d8 is four prefill and two decode engines of eight ranks."""
     for name, setting in SETTINGS.items():
         fleet = setting.fleet
         assert name.startswith(f"{fleet.prefill}p{fleet.decode}d{fleet.ranks}-")

@@ -1,4 +1,4 @@
-"""The simulation keeps the strict engine's rules, loses nothing, and is the same for the same seed."""
+"""The simulation keeps the stand-in's rules, loses no request, and is the same for the same seed."""
 
 from collections.abc import Callable
 
@@ -9,10 +9,10 @@ from dp_extproc.lab.engine.scheduler.costs import Costs
 from dp_extproc.lab.engine.scheduler.group import Group
 from dp_extproc.lab.engine.scheduler.rank import Limits, Rank
 from dp_extproc.lab.engine.scheduler.work import Role, Stage, Work
+from dp_extproc.lab.simulate.engines import DecodeEngine
 from dp_extproc.lab.simulate.fleet import Fleet, Surroundings
 from dp_extproc.lab.simulate.outcome import Outcome, RunResult
 from dp_extproc.lab.simulate.routers import Clairvoyant, EnginesOwn, Ours
-from dp_extproc.lab.simulate.servers import DecodeServer
 from dp_extproc.lab.simulate.simulation import Placement, Simulation
 from dp_extproc.lab.workload.generate import NAMES, make_trace
 from dp_extproc.lab.workload.trace import Segment, TraceRequest
@@ -25,7 +25,7 @@ def request(prompt: int, output: int, arrival: float = 0.0) -> TraceRequest:
 
 
 class Clock:
-    """Runs what is scheduled, in order."""
+    """Run what is scheduled, in order."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -43,7 +43,7 @@ class Clock:
 
 
 def step_by_step(requests: list[tuple[int, TraceRequest]], costs: Costs, ranks: int) -> dict[int, float]:
-    """Decode with the strict engine's own classes. Returns when each request had its last token."""
+    """Decode with the stand-in's own classes. Returns when each request had its last token."""
     group = Group([Rank(rank, Limits(1 << 25, 1 << 20, 0), Role.DECODE) for rank in range(ranks)], costs)
     for number, (rank, each) in enumerate(requests):
         work = Work(str(number), rank, each.prompt_tokens, each.output_tokens)
@@ -63,12 +63,12 @@ def step_by_step(requests: list[tuple[int, TraceRequest]], costs: Costs, ranks: 
                 ends[int(output.work.rid)] = now
 
 
-def test_decode_takes_the_very_times_of_the_strict_engine() -> None:
+def test_decode_takes_the_times_of_the_stand_in() -> None:
     """Token by token there, a heap and two sums here: the last tokens come at the same moments."""
     fleet = Fleet(decode=1, ranks=3)
     requests = [(number % 3, request(100 * number + 5, 1 + 7 * number)) for number in range(20)]
     clock, ends = Clock(), {}
-    server = DecodeServer(
+    server = DecodeEngine(
         fleet,
         1.0,
         clock.after,
@@ -103,8 +103,8 @@ def run(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_request_ends_once(name: str) -> None:
-    """Whatever the traffic."""
+def test_every_request_ends_once_with_any_traffic(name: str) -> None:
+    """No request is lost or counted twice."""
     result = run(
         PolicySettings(), name=name, fleet=Fleet(prefill=2, decode=2, ranks=4, prefix_cache=name == "sessions")
     )
@@ -116,7 +116,7 @@ def test_every_request_ends_once(name: str) -> None:
 @pytest.mark.parametrize("rank", list(RankPolicy))
 @pytest.mark.parametrize("host", list(HostPolicy))
 def test_every_policy_runs(host: HostPolicy, rank: RankPolicy) -> None:
-    """Each pair of policies, with the service's own code."""
+    """Each pair of policies runs with the service's own code."""
     assert len(run(PolicySettings(host=host, dp_rank=rank), requests=60).outcomes) == 60
 
 
@@ -152,7 +152,7 @@ def test_every_policy_runs(host: HostPolicy, rank: RankPolicy) -> None:
     ],
 )
 def test_every_surrounding_runs(around: Surroundings) -> None:
-    """And afterwards no replica has anything on its books."""
+    """Afterwards no replica has any reservation."""
     simulation = Simulation(SMALL, around, make_trace("azure", 150, 40.0, 1), 1)
     router = Ours(simulation, PolicySettings(), LoadSignal.ESTIMATE)
     result = simulation.run(router)
@@ -175,8 +175,8 @@ def test_every_surrounding_runs(around: Surroundings) -> None:
         pytest.param(Surroundings(direct_share=0.3), 4.0, id="direct traffic"),
     ],
 )
-def test_the_router_learns_how_long_texts_are(around: Surroundings, bytes_per_token: float) -> None:
-    """From what the engines count; but not from what they count for others."""
+def test_router_estimates_the_token_ratio(around: Surroundings, bytes_per_token: float) -> None:
+    """It learns from what the engines count, but not from what they count for other routers."""
     simulation = Simulation(SMALL, around, make_trace("agent", 500, 6.5, 1), 1)
     router = Ours(simulation, PolicySettings(), LoadSignal.ESTIMATE)
     simulation.run(router)
@@ -190,13 +190,13 @@ def others(host: object) -> float:
     return sum(group.external_requests for group in host.groups)  # type: ignore[attr-defined]
 
 
-def test_the_same_seed_gives_the_same_run() -> None:
-    """To the last digit; another seed does not."""
+def test_runs_are_equal_with_the_same_seed() -> None:
+    """They are equal to the last digit; another seed gives another run."""
     assert run(PolicySettings()).summary() == run(PolicySettings()).summary() != run(PolicySettings(), seed=2).summary()
 
 
-def test_a_closed_loop_keeps_so_many_requests_in_flight() -> None:
-    """With one at a time every request is alone: its prompt is one step, and it waits for nobody."""
+def test_closed_loop_keeps_one_request_in_flight() -> None:
+    """Every request is alone: its prompt is one step, and it waits for no other."""
     result = run(fleet=Fleet(prefill=1, decode=1, ranks=1), concurrency=1, requests=20)
     costs = Fleet().costs
     (outcome,) = [outcome for outcome in result.outcomes if outcome.number == 0]
@@ -207,15 +207,15 @@ def test_a_closed_loop_keeps_so_many_requests_in_flight() -> None:
     )
 
 
-def test_the_clairvoyant_sees_what_nobody_tells() -> None:
-    """Three requests of 4000 tokens sit on one rank of the only server; it takes the other one."""
+def test_clairvoyant_reads_the_true_queues() -> None:
+    """Three requests of 4000 tokens are on one rank of the only engine; it picks the other one."""
     trace = [request(4000, 2, 0.0)] * 3 + [request(500, 2, 0.02)]
     simulation = Simulation(Fleet(prefill=1, decode=1, ranks=2), Surroundings(), trace, 1)
     clairvoyant = Clairvoyant(simulation)
     placed: list[Placement] = []
 
     class Stubborn(EnginesOwn):
-        """Sends the first three to rank 0."""
+        """Send the first three requests to rank 0."""
 
         def place(self, number: int, request: TraceRequest, now: float) -> Placement:
             placed.append(clairvoyant.place(number, request, now) if number == 3 else Placement(0, 0, 0, 0))
@@ -226,18 +226,18 @@ def test_the_clairvoyant_sees_what_nobody_tells() -> None:
     assert (placed[-1].prefill_rank, placed[-1].decode_rank) == (1, 1)
 
 
-def test_our_policies_beat_chance() -> None:
-    """On an uneven trace at high load, with seeds fixed: a third less to the first token, in mean."""
+def test_policies_beat_random_placement() -> None:
+    """With an uneven trace at high load and fixed seeds: a third less to the first token, in mean."""
     own = run(requests=600, name="agent", rate=6.5).summary()["ttft_mean"]
     ours = run(PolicySettings(), requests=600, name="agent", rate=6.5).summary()["ttft_mean"]
 
     assert ours < own * 2 / 3
 
 
-def test_long_requests_do_not_pay_for_short_ones_on_decode() -> None:
-    """All get their tokens sooner than with the engines' own placement, and the longest hardly later at the worst.
+def test_policies_keep_the_tpot_of_long_requests() -> None:
+    """All requests get their tokens sooner than with the engines' own placement, the longest hardly later at worst.
 
-    Many decode servers can keep short and long requests apart. That is best for the mean, as the short ones are many,
+    Many decode engines can keep short and long requests apart. That is best for the mean, as the short ones are many,
     but must not be at the cost of the long ones.
     """
     many = Fleet(prefill=8, decode=8, ranks=32)
@@ -256,10 +256,10 @@ def outcome(number: int, tokens: int, milliseconds: float | None) -> Outcome:
     return Outcome(number, first_token=1.0, per_token=per_token, total=2.0, tokens=tokens)
 
 
-def test_short_and_long_requests_have_their_times_apart() -> None:
-    """Of twenty, the two with the most tokens are the longest; who has but one token of output is left out.
+def test_summary_has_the_tpot_of_short_and_long_requests_apart() -> None:
+    """Of twenty, the two with the most tokens are the longest; requests with one token of output are left out.
 
-    The first one is the warm-up. Those of the same length are told apart by their number, the same for every router.
+    The first one is the warm-up. Requests of the same length are ordered by their number, the same for every router.
     """
     short = [outcome(number, 100, 10.0) for number in range(10, 20)]
     long = [outcome(number, 100, 12.0) for number in range(20, 28)]
@@ -273,8 +273,8 @@ def test_short_and_long_requests_have_their_times_apart() -> None:
     assert summary["tpot_mean"] == pytest.approx((10 * 10 + 8 * 12 + 30 + 20) / 20)
 
 
-def test_without_output_there_are_no_times_per_token() -> None:
-    """Answers of a single token have none, whatever their length."""
+def test_summary_has_no_tpot_without_output() -> None:
+    """Answers of a single token have no time per output token, whatever their length."""
     summary = RunResult([outcome(number, 100, None) for number in range(5)], 0.0).summary()
 
     assert not [key for key in summary if key.startswith("tpot")]

@@ -1,4 +1,4 @@
-"""Comparisons over seeds, and what a fleet can do at most."""
+"""Test comparisons over seeds, and the highest rate of a fleet."""
 
 import pytest
 
@@ -12,15 +12,15 @@ COSTS = Costs(prefill_step=0.1, prefill_token=0.001, decode_step=0.01, decode_re
 CHUNKS = Limits(capacity=100_000, max_running=100, chunk=900)
 
 
-def test_changes_are_taken_pair_by_pair() -> None:
-    """A fifth less at every seed is a fifth less without doubt, however much the seeds differ."""
+def test_change_compares_pair_by_pair() -> None:
+    """A fifth less at every seed is certainly a fifth less, however much the seeds differ."""
     found = change([80, 800, 8], [100, 1000, 10])
     assert found.mean == pytest.approx(-0.2)
     assert found.margin == pytest.approx(0, abs=1e-9)
     assert found.is_certain
 
 
-def test_the_margin_is_students() -> None:
+def test_margin_is_by_students_t() -> None:
     """Changes of -10 %, -20 % and -30 %: 4.30 times their deviation over the root of three."""
     found = change([90, 80, 70], [100, 100, 100])
     assert found.mean == pytest.approx(-0.2)
@@ -28,40 +28,40 @@ def test_the_margin_is_students() -> None:
     assert not found.is_certain
 
 
-def test_many_seeds_take_the_normal_distribution() -> None:
-    """Twenty of them."""
+def test_margin_is_normal_with_many_seeds() -> None:
+    """There are twenty of them."""
     found = change([90, 110] * 10, [100] * 20)
     assert found.margin == pytest.approx(1.96 * 0.1026 / 20**0.5, rel=1e-3)
 
 
-def test_one_seed_proves_nothing() -> None:
-    """There is a change, and no margin."""
+def test_one_seed_has_no_margin() -> None:
+    """There is a change, but it is not certain."""
     found = change([50], [100])
     assert (found.mean, found.margin, found.is_certain) == (-0.5, None, False)
 
 
 @pytest.mark.parametrize(("values", "baseline"), [([], []), ([1.0], [1.0, 2.0])], ids=["none", "of unequal number"])
-def test_what_is_not_paired_is_refused(values: list[float], baseline: list[float]) -> None:
-    """Every run has its baseline."""
+def test_change_refuses_unpaired_numbers(values: list[float], baseline: list[float]) -> None:
+    """Every run needs its baseline."""
     with pytest.raises(ValueError, match=r"no runs|shorter|longer"):
         change(values, baseline)
 
 
-def test_topologies_are_read_and_written() -> None:
-    """Two prefill servers, one decode server, eight ranks."""
+def test_topology_is_parsed_and_printed() -> None:
+    """Two prefill engines, one decode engine, eight ranks."""
     assert Topology.parse("2p1d8") == Topology(2, 1, 8)
     assert str(Topology(2, 1, 8)) == "2p1d8"
 
 
 @pytest.mark.parametrize("text", ["", "0p1d2", "2p1d", "1p1d2x", "p1d2"])
-def test_what_is_no_topology_is_refused(text: str) -> None:
-    """With an example of one."""
+def test_topology_refuses_other_texts(text: str) -> None:
+    """The message has an example."""
     with pytest.raises(ValueError, match="such as 2p1d8"):
         Topology.parse(text)
 
 
 def test_prefill_is_the_limit_for_long_prompts() -> None:
-    """Two ranks with 900 tokens a step of one second: 1800 tokens per second and server, three prompts of 600."""
+    """Two ranks with 900 tokens a step of one second: 1800 tokens per second and engine, three prompts of 600."""
     trace = [TraceRequest(0, (Segment(1, 600),), 1)]
     assert requests_per_second(Topology(1, 1, 2), COSTS, CHUNKS, CHUNKS, trace) == pytest.approx(3)
     assert requests_per_second(Topology(2, 1, 2), COSTS, CHUNKS, CHUNKS, trace) == pytest.approx(6)

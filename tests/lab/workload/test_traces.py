@@ -1,4 +1,4 @@
-"""Traces: what they are made of, that they can be made again, and what is wrong with a file."""
+"""Test what traces are made of, that they are reproducible, and the errors of trace files."""
 
 import statistics
 from random import Random
@@ -22,7 +22,7 @@ MEANS = {
 
 
 @pytest.mark.parametrize("name", LENGTHS)
-def test_lengths_have_the_means_that_are_written_down(name: str) -> None:
+def test_lengths_have_the_documented_means(name: str) -> None:
     """Ten thousand draws come within 5 %; the tail of the long mix allows for 10 %."""
     rng = Random(7)
     prompts, outputs = zip(*(LENGTHS[name](rng) for _ in range(10_000)), strict=True)
@@ -31,7 +31,7 @@ def test_lengths_have_the_means_that_are_written_down(name: str) -> None:
     assert statistics.fmean(outputs) == pytest.approx(MEANS[name][1], rel=tolerance)
 
 
-def test_the_seeds_lengths_keep_to_their_bounds() -> None:
+def test_seed_lengths_keep_their_bounds() -> None:
     """Inputs of 1481-4120 tokens, outputs of 187-4068."""
     rng = Random(7)
     prompts, outputs = zip(*(LENGTHS["seed"](rng) for _ in range(10_000)), strict=True)
@@ -42,7 +42,7 @@ def test_the_seeds_lengths_keep_to_their_bounds() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_trace_is_the_same_for_the_same_seed_alone(name: str) -> None:
+def test_trace_depends_on_the_seed(name: str) -> None:
     """Equal seeds make equal traces of the wanted length in the order of arrival, other seeds other ones."""
     trace = make_trace(name, 200, 10, seed=1)
     assert trace == make_trace(name, 200, 10, seed=1)
@@ -51,13 +51,13 @@ def test_a_trace_is_the_same_for_the_same_seed_alone(name: str) -> None:
     assert [request.arrival for request in trace] == sorted(request.arrival for request in trace)
 
 
-def test_arrivals_come_at_the_rate() -> None:
+def test_arrivals_have_the_rate() -> None:
     """4000 arrivals at 20 per second take about 200 seconds."""
     trace = make_trace("seed", 4000, 20, seed=3)
     assert trace[-1].arrival == pytest.approx(200, rel=0.05)
 
 
-def test_bursts_have_their_share_and_leave_the_rate_as_it_is() -> None:
+def test_bursts_keep_the_mean_rate() -> None:
     """With bursts of 2.5 times the rate, 62.5 % of the requests come in a quarter of the time."""
     period = BURST_SECONDS + CALM_SECONDS
     times = [request.arrival for request in make_trace("seed", 8000, 20, seed=3, burst=2.5)]
@@ -68,13 +68,13 @@ def test_bursts_have_their_share_and_leave_the_rate_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("rate", "burst"), [pytest.param(0, 1, id="no rate"), pytest.param(10, 4.5, id="bursts with more than all")]
 )
-def test_arrivals_that_cannot_be_are_refused(rate: float, burst: float) -> None:
+def test_arrivals_refuse_an_impossible_burst(rate: float, burst: float) -> None:
     """A quarter of the time cannot have more than four times the rate."""
     with pytest.raises(ValueError, match="no such arrivals"):
         next(arrivals(Random(1), rate, burst))
 
 
-def test_a_conversation_repeats_all_that_was_said_before() -> None:
+def test_conversation_repeats_its_earlier_turns() -> None:
     """Each turn's prompt begins with the whole prompt of the turn before it; conversations share system prompts."""
     before: dict[int, TraceRequest] = {}
     turns = 0
@@ -90,7 +90,7 @@ def test_a_conversation_repeats_all_that_was_said_before() -> None:
     assert len({request.prompt[0] for request in before.values()}) == 4
 
 
-def test_conversations_share_nothing_but_the_system_prompt() -> None:
+def test_conversations_share_only_the_system_prompt() -> None:
     """Behind the first segment no text occurs in two conversations."""
     owners: dict[Segment, int | None] = {}
     for request in make_trace(SESSIONS, 500, 5, seed=1):
@@ -99,8 +99,8 @@ def test_conversations_share_nothing_but_the_system_prompt() -> None:
 
 
 @pytest.mark.parametrize(("name", "share"), [("azure", 0.0), ("mixed", 0.5), ("chinese", 1.0)])
-def test_chinese_traces_differ_from_english_ones_in_language_alone(name: str, share: float) -> None:
-    """So that results can be compared number by number."""
+def test_chinese_traces_differ_only_in_language(name: str, share: float) -> None:
+    """So results can be compared number by number."""
     trace, english = make_trace(name, 1000, 10, seed=1), make_trace("azure", 1000, 10, seed=1)
     assert [(request.arrival, request.prompt, request.output_tokens) for request in trace] == [
         (request.arrival, request.prompt, request.output_tokens) for request in english
@@ -109,14 +109,14 @@ def test_chinese_traces_differ_from_english_ones_in_language_alone(name: str, sh
 
 
 @pytest.mark.parametrize("name", ["mixed", SESSIONS])
-def test_a_written_trace_reads_back(name: str) -> None:
-    """Segments, sessions and languages included."""
+def test_written_trace_is_read_back(name: str) -> None:
+    """Segments, sessions and languages are in it."""
     trace = make_trace(name, 100, 5, seed=1)
     assert read_trace(write_trace(trace)) == trace
 
 
 def test_prompts_without_segments_share_nothing() -> None:
-    """Two lines of the same length are two different prompts; empty lines are passed over, late ones put in order."""
+    """Two lines of the same length are two different prompts; empty lines are skipped, late ones sorted."""
     lines = [
         '{"arrival": 2, "prompt_tokens": 10, "output_tokens": 3}\n',
         "\n",
@@ -128,8 +128,8 @@ def test_prompts_without_segments_share_nothing() -> None:
     assert first.prompt != second.prompt
 
 
-def test_all_bad_lines_are_told_at_once() -> None:
-    """Each with its number and what is wrong with it."""
+def test_error_has_all_bad_lines() -> None:
+    """Each has its number and the reason."""
     lines = [
         '{"arrival": 0, "prompt_tokens": 10, "output_tokens": 3}',
         "no json",
@@ -139,20 +139,20 @@ def test_all_bad_lines_are_told_at_once() -> None:
     ]
     with pytest.raises(TraceError) as caught:
         read_trace(lines)
-    told = str(caught.value).splitlines()
-    assert [line.partition(":")[0] for line in told] == ["line 2", "line 3", "line 4", "line 5"]
-    assert "arrival" in told[1]
-    assert "colour" in told[2]
-    assert "add up" in told[3]
+    printed_text = str(caught.value).splitlines()
+    assert [line.partition(":")[0] for line in printed_text] == ["line 2", "line 3", "line 4", "line 5"]
+    assert "arrival" in printed_text[1]
+    assert "colour" in printed_text[2]
+    assert "add up" in printed_text[3]
 
 
-def test_many_bad_lines_are_counted() -> None:
-    """Ten are shown, the others counted."""
+def test_error_counts_many_bad_lines() -> None:
+    """Ten are printed, the others counted."""
     with pytest.raises(TraceError, match=r"\nand 90 more$"):
         read_trace(["{}"] * 100)
 
 
-def test_an_empty_trace_is_refused() -> None:
+def test_empty_trace_is_refused() -> None:
     """A file of empty lines has no requests."""
     with pytest.raises(TraceError, match="no requests"):
         read_trace(["\n"])

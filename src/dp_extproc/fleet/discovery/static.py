@@ -7,7 +7,7 @@ from dp_extproc.engines.model import Endpoint, Role
 
 
 def endpoints_of(config: Config) -> tuple[Endpoint, ...]:
-    """List every endpoint, pool by pool: prefill, decode, workers."""
+    """List every endpoint, pool by pool: prefill, decode, aggregated."""
     return tuple(
         Endpoint(
             url=each.url,

@@ -1,1 +1,1 @@
-"""A whole fleet on this machine: engines, the service, Envoy, and clients; the engines' own placement against ours."""
+"""Run a whole fleet on this machine - engines, the service, Envoy, clients - and compare the engines' own placement."""

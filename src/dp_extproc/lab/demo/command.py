@@ -1,4 +1,4 @@
-"""``dp-extproc demo``: the engines' own placement against ours, on this machine."""
+"""Run ``dp-extproc demo``: compare the engines' own placement with the service's, on this machine."""
 
 import argparse
 import math
@@ -11,7 +11,7 @@ from dp_extproc.lab.demo.interrupts import Interrupts, run_until_interrupted
 from dp_extproc.lab.demo.options import add_traffic, end_help_with_missing_parts, make_console, missing_parts
 
 _REQUESTS: Final = 800
-"""Four hundred for each half: ten seconds, in which every rank serves twenty-five requests on either side."""
+"""Four hundred for each half: ten seconds, in which every rank serves twenty-five requests with either placement."""
 _CONCURRENCY: Final = 80
 """Enough that every rank has work most of the time: five requests for each of the sixteen ranks."""
 _TIME_SCALE: Final = 3.0

@@ -1,4 +1,4 @@
-"""Sends the same requests through every router, in turns, and gathers what came of them."""
+"""Send the same requests through every router, in turns, and collect the results."""
 
 import asyncio
 import time
@@ -22,32 +22,32 @@ _WARM_UP: Final = 16
 
 
 class UnreachableError(RuntimeError):
-    """A router answers nothing; the message says which and why."""
+    """A router that answers no request; the message has its name and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A router, and what a reader calls it."""
+    """A router with its printed name."""
 
     name: str
     run: Callable[[], AbstractContextManager[str]]
-    """Makes it run, and gives its URL."""
+    """Runs it, and returns its URL."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is sent to every router."""
+    """The requests that are sent to every router."""
 
     jobs: Sequence[Job]
     concurrency: int
     model: str
     warm_up: Sequence[Job] = field(default_factory=lambda: make_jobs(_WARM_UP, seed=0))
-    """Opens connections, and lets decode ranks find prefill ranks."""
+    """Requests that open connections, and let decode ranks connect to prefill ranks."""
 
 
 @dataclass(slots=True)
 class Run:
-    """What came of one contender's requests."""
+    """The results of one contender."""
 
     name: str
     probe: LoadProbe = field(default_factory=LoadProbe)
@@ -59,9 +59,9 @@ class Run:
 
 
 def turns(contenders: int, jobs: Sequence[Job]) -> list[tuple[int, Sequence[Job]]]:
-    """Give who gets which jobs, in order: each gets all of them once, in two halves, and then back in reverse.
+    """Return which contender gets which jobs, in order: each gets all once, in two halves, then back in reverse.
 
-    A machine that becomes slower or faster meanwhile so does it to all alike.
+    A machine that becomes slower or faster meanwhile affects all alike.
     """
     if contenders == 1:
         return [(0, jobs)]
@@ -77,13 +77,13 @@ class Contest:
 
     contenders: Sequence[Contender]
     engines: Mapping[str, str]
-    """URLs, by the names that a reader sees."""
+    """URLs by the printed names."""
     load: Load
     console: Console
     interrupts: Interrupts
 
     def hold(self) -> list[Run]:
-        """Do it.
+        """Send all requests.
 
         Raises:
             UnreachableError: A router answers nothing.
@@ -109,7 +109,7 @@ class Contest:
 
     def _take_turn(self, name: str, url: str, jobs: Sequence[Job], run: Run) -> None:
         columns = (TextColumn(escape(name)), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        # Where lines cannot be written over, the line that was printed before has to do.
+        # Where lines cannot be written over, the line that was printed before is enough.
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(name, total=len(jobs))
             self.interrupts.run(self._measure(name, url, jobs, run, lambda: progress.advance(task)))

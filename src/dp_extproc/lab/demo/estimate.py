@@ -1,4 +1,4 @@
-"""How long a demo takes, by the cost model of its engines. Pure."""
+"""Estimate how long a demo takes, by the cost model of its engines. Pure."""
 
 import math
 import statistics
@@ -9,17 +9,17 @@ from dp_extproc.lab.demo.jobs import Job
 from dp_extproc.lab.engine.scheduler.costs import Costs
 
 _CHUNK: Final = 8192
-"""Prompt tokens of a step of a whole server (``--chunked-prefill-size``)."""
+"""Prompt tokens of a step of a whole engine (``--chunked-prefill-size``)."""
 _START_ENGINES: Final = 5.0
-"""Seconds that four engines take to start on two processors ..."""
+"""Seconds in which four engines start on two processors."""
 _START_ROUTER: Final = 4.0
-"""... and a service, Envoy, and a first look at every engine, and the end of all that."""
+"""Seconds in which a service and Envoy start, sample every engine once, and stop."""
 _QUARTER: Final = 0.25
-"""Of a minute, by which it may be more than is said."""
+"""Part of a minute by which the time may exceed the printed minutes."""
 
 
 def expected_seconds(
-    turns: Sequence[Sequence[Job]], concurrency: int, time_scale: float, *, servers: int, ranks: int
+    turns: Sequence[Sequence[Job]], concurrency: int, time_scale: float, *, engines: int, ranks: int
 ) -> float:
     """Estimate the time of a demo on a machine that has nothing else to do.
 
@@ -27,11 +27,11 @@ def expected_seconds(
         turns: The jobs of each turn; each has a router of its own.
         concurrency: Requests at a time.
         time_scale: How slow the engines are.
-        servers: For prefill, and as many for decode.
-        ranks: Of each.
+        engines: Engines for prefill, and as many for decode.
+        ranks: DP ranks of each engine.
     """
     return _START_ENGINES + sum(
-        _START_ROUTER + _turn_seconds(jobs, concurrency, time_scale, servers * ranks, ranks) for jobs in turns
+        _START_ROUTER + _turn_seconds(jobs, concurrency, time_scale, engines * ranks, ranks) for jobs in turns
     )
 
 
@@ -49,6 +49,6 @@ def _turn_seconds(jobs: Sequence[Job], concurrency: int, time_scale: float, all_
 
 
 def in_words(seconds: float) -> str:
-    """Say about how long that is; who is ready sooner is not disappointed."""
+    """Return about how long that is; to be done sooner does no harm."""
     minutes = max(1, math.ceil(seconds / 60 - _QUARTER))
     return "about a minute" if minutes == 1 else f"about {minutes} minutes"

@@ -1,4 +1,4 @@
-"""The fleet of the demo: two prefill and two decode engines of four ranks each, and a router in front of them."""
+"""Run the fleet of the demo: two prefill and two decode engines of four ranks each, and a router in front of them."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,14 +12,14 @@ from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 
 MODEL: Final = "demo"
 RANKS: Final = 4
-SERVERS: Final = 2
+PER_ROLE: Final = 2
 _KV_TOKENS: Final = "440000"
 """KV room of a rank: about that of a large model on one H200."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A way to place requests, and what a reader calls it."""
+    """A way to schedule requests, with its printed name."""
 
     name: str
     policy: dict[str, str]
@@ -39,7 +39,7 @@ class Router:
 
 
 class Fleet:
-    """The engines."""
+    """The engines of the demo."""
 
     def __init__(self, prefill: list[EngineProcess], decode: list[EngineProcess], interrupts: Interrupts) -> None:
         self.prefill = prefill
@@ -69,7 +69,7 @@ class Fleet:
             yield Router(service, envoy)
 
     def named(self) -> dict[str, EngineProcess]:
-        """Give the engines by the names that a reader sees."""
+        """Return the engines by their printed names."""
         roles = (("prefill", self.prefill), ("decode", self.decode))
         return {f"{role} {number}": engine for role, engines in roles for number, engine in enumerate(engines, 1)}
 
@@ -81,7 +81,7 @@ def run_engines(time_scale: float, interrupts: Interrupts) -> Iterator[Fleet]:
         *("--dp-attention", "--model", MODEL, "--time-scale", str(time_scale), "--max-total-tokens", _KV_TOKENS),
         "--disable-radix-cache",  # both placements get the same prompts: the second would find those of the first
     )
-    roles = [role for role in ("prefill", "decode") for _ in range(SERVERS)]
+    roles = [role for role in ("prefill", "decode") for _ in range(PER_ROLE)]
     engines = [EngineProcess(role, RANKS, *flags, pause=interrupts.pause) for role in roles]
     with ExitStack() as running:
         for engine in engines:
@@ -90,4 +90,4 @@ def run_engines(time_scale: float, interrupts: Interrupts) -> Iterator[Fleet]:
             interrupts.check()
         for engine in engines:
             engine.wait_until_listening()
-        yield Fleet(engines[:SERVERS], engines[SERVERS:], interrupts)
+        yield Fleet(engines[:PER_ROLE], engines[PER_ROLE:], interrupts)

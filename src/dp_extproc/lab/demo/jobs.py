@@ -1,4 +1,4 @@
-"""Requests of uneven length, and what their senders saw. Pure."""
+"""Make requests of uneven length, and record what clients measure. Pure."""
 
 import statistics
 from collections.abc import Sequence
@@ -26,27 +26,27 @@ class Job:
 
     @property
     def prompt_tokens(self) -> int:
-        """Of the stand-in engine, which counts four bytes each. Other tokenizers come near to that with English."""
+        """Count the tokens of the prompt as the stand-in does, at four bytes each; for English that is nearly right."""
         return len(self.prompt) // TOKEN_BYTES
 
     @property
     def tokens(self) -> int:
-        """Of prompt and output together."""
+        """Count the tokens of prompt and output together."""
         return self.prompt_tokens + self.max_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one. Times in seconds."""
+    """The result of one request. Times in seconds."""
 
     job: Job
     total: float
     first_token: float | None = None
     """Time to the first token; None without streaming."""
     per_token: float | None = None
-    """Time per output token behind the first; None without streaming, or with one token."""
+    """Time per output token after the first; None without streaming, or with one token."""
     error: str | None = None
-    """Why it failed."""
+    """The reason of a failure."""
 
 
 def make_jobs(count: int, seed: int) -> list[Job]:
@@ -63,7 +63,7 @@ def make_jobs(count: int, seed: int) -> list[Job]:
 
 
 def middle_length(jobs: Sequence[Job]) -> float:
-    """Give the length in tokens, of prompt and output together, that as many jobs exceed as stay below it."""
+    """Return the median length in tokens, of prompt and output together."""
     return statistics.median(job.tokens for job in jobs)
 
 

@@ -1,4 +1,4 @@
-"""``dp-extproc load``: send the demo's requests through routers that run already, and print what the demo prints."""
+"""Run ``dp-extproc load``: send the demo's requests through routers that run already, and print the same tables."""
 
 import argparse
 import sys
@@ -14,7 +14,7 @@ from dp_extproc.lab.demo.options import add_traffic, end_help_with_missing_parts
 
 _REQUESTS: Final = 400
 _CONCURRENCY: Final = 80
-"""As in the demo: five requests for each of sixteen ranks."""
+"""Five requests for each of sixteen ranks, as in the demo."""
 _REMEDY: Final = (
     "Close other programs on this machine, or send fewer requests at a time (--concurrency). "
     "Stand-in engines that are late need a larger --time-scale."

@@ -1,4 +1,4 @@
-"""How busy this machine was while requests ran, and with what."""
+"""Measure how busy this machine was while requests ran, and with what."""
 
 import os
 import time
@@ -11,29 +11,29 @@ _PROC: Final = Path("/proc")
 _IDLE: Final = (3, 4)
 """Places of idle and iowait among the numbers of the first line of ``/proc/stat``."""
 _COUNTED: Final = 8
-"""Of these numbers; the two behind them are of guests, and part of the first two."""
+"""Numbers that count; the two after them are of guests, and part of the first two."""
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Of a stretch of time, what went where."""
+    """How processors were used in a stretch of time."""
 
     client: float
-    """Of one processor: what this process used."""
+    """Share of one processor that this process used."""
     busy: float | None = None
-    """Of all processors: what was not idle. None where that cannot be measured."""
+    """Share of all processors that was not idle. None where that cannot be measured."""
     own: float | None = None
-    """Of all processors: what this process and its children used."""
+    """Share of all processors that this process and its children used."""
 
     @property
-    def others(self) -> float | None:
-        """Give what everything else used, of all processors."""
+    def external(self) -> float | None:
+        """Return the share of all processors that other programs used."""
         return None if self.busy is None or self.own is None else max(0.0, self.busy - self.own)
 
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """Processor time: a moment's counters, or the difference of two."""
+    """Processor time: the counters of a moment, or the difference of two moments."""
 
     seconds: float
     client: float
@@ -46,15 +46,15 @@ class Spent:
         return cls(time.monotonic(), time.process_time(), _ticks())
 
     def since(self, before: Self) -> Self:
-        """Give what has been spent since *before*."""
+        """Return the difference from *before*."""
         return self._with(before, -1)
 
     def plus(self, other: Self) -> Self:
-        """Give the sum of two stretches of time."""
+        """Return the sum of two stretches of time."""
         return self._with(other, 1)
 
     def share(self) -> Share:
-        """Give the shares of this stretch of time."""
+        """Return the shares of this stretch of time."""
         client = self.client / self.seconds if self.seconds else 0.0
         if self.machine is None or self.machine[0] <= 0:  # some sandboxes have a page of zeros
             return Share(client)
@@ -79,7 +79,7 @@ def _ticks() -> tuple[int, int, int] | None:
 
 
 def _own_ticks(root: int) -> int:
-    """Give what a process, its children and theirs have used, also those that have ended and were waited for."""
+    """Return the ticks of a process, its children and theirs, with those that have ended and were waited for."""
     found: dict[int, tuple[int, int]] = {}
     for path in _PROC.glob("[0-9]*/stat"):
         try:

@@ -1,4 +1,4 @@
-"""What the commands that send requests have in common: options, the console, and what has to be installed."""
+"""Define what the commands that send requests share: options, the console, and a check of what is installed."""
 
 import argparse
 import importlib.util
@@ -14,7 +14,7 @@ WIDTH: Final = 100
 
 
 def add_traffic(parser: argparse.ArgumentParser, *, requests: int, concurrency: int) -> None:
-    """Declare the options that say what is sent."""
+    """Declare the options of the traffic."""
     add = parser.add_argument
     add("--requests", type=positive, default=requests, metavar="N", help="for each router (default: %(default)s)")
     add("--seed", type=int, default=1, metavar="S", help="of the traffic (default: %(default)s)")
@@ -38,13 +38,13 @@ def make_console() -> Console:
 
 
 def end_help_with_missing_parts(parser: argparse.ArgumentParser, *, needs_envoy: bool) -> None:
-    """Have the help of a command end with what has to be installed, if anything has."""
+    """Let the help of a command end with what has to be installed, if anything is missing."""
     parser.epilog = missing_parts(needs_envoy=needs_envoy)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # folded, the remedy could not be copied
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # the remedy could not be copied from folded text
 
 
 def missing_parts(*, needs_envoy: bool) -> str | None:
-    """Tell in one line what has to be installed; None when nothing has to be.
+    """Return one line with what has to be installed; None when nothing is missing.
 
     Args:
         needs_envoy: Whether Envoy is started, too.

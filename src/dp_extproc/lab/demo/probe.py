@@ -1,4 +1,4 @@
-"""Watches the load of every rank while requests run, by the engines' own account."""
+"""Sample the load of every rank while requests run, from the pages of the engines."""
 
 import asyncio
 import contextlib
@@ -11,70 +11,70 @@ import httpx
 from dp_extproc.engines.sglang.load_pages import read_loads
 
 _INTERVAL: Final = 0.1
-_PATIENCE: Final = 2.0
-"""Seconds for one look. A page takes milliseconds; a longer wait would only leave more of the run unseen."""
+_SAMPLE_SECONDS: Final = 2.0
+"""Seconds for one sample. A page takes milliseconds; waiting longer would only leave more of the run unsampled."""
 
 
 @dataclass(slots=True)
 class LoadProbe:
-    """Sums over all looks so far."""
+    """Sums over all samples so far."""
 
-    looks: dict[str, int] = field(default_factory=dict)
-    """Per server: how often its page was read."""
+    samples: dict[str, int] = field(default_factory=dict)
+    """Per engine: how often its page was read."""
     failed: dict[str, int] = field(default_factory=dict)
-    """Per server: how often it could not be read."""
+    """Per engine: how often it could not be read."""
     reasons: dict[str, str] = field(default_factory=dict)
-    """Per server: why not, the last time."""
+    """Per engine: the reason of the last failure."""
     tokens: dict[tuple[str, int], int] = field(default_factory=dict)
-    """Per server and rank: tokens held or queued there, summed over all looks."""
+    """Per engine and rank: tokens held or queued there, summed over all samples."""
     fullest: dict[str, int] = field(default_factory=dict)
-    """Per server: tokens of its fullest rank at each look, summed."""
+    """Per engine: tokens of its fullest rank in each sample, summed."""
 
-    def note(self, server: str, tokens: Mapping[int, int]) -> None:
-        """Take in one look at one server: the tokens of each rank."""
-        self.looks[server] = self.looks.get(server, 0) + 1
+    def note(self, engine: str, tokens: Mapping[int, int]) -> None:
+        """Add one sample of one engine: the tokens of each rank."""
+        self.samples[engine] = self.samples.get(engine, 0) + 1
         for rank, count in tokens.items():
-            self.tokens[server, rank] = self.tokens.get((server, rank), 0) + count
-        self.fullest[server] = self.fullest.get(server, 0) + max(tokens.values(), default=0)
+            self.tokens[engine, rank] = self.tokens.get((engine, rank), 0) + count
+        self.fullest[engine] = self.fullest.get(engine, 0) + max(tokens.values(), default=0)
 
-    def note_failure(self, server: str, reason: str) -> None:
-        """Take in a look at one server that failed."""
-        self.failed[server] = self.failed.get(server, 0) + 1
-        self.reasons[server] = reason
+    def note_failure(self, engine: str, reason: str) -> None:
+        """Count a sample of one engine that failed."""
+        self.failed[engine] = self.failed.get(engine, 0) + 1
+        self.reasons[engine] = reason
 
-    def mean_tokens(self, server: str, rank: int) -> float | None:
-        """Give the average load of a rank; None when it was never seen."""
-        total = self.tokens.get((server, rank))
-        return None if total is None else total / self.looks[server]
+    def mean_tokens(self, engine: str, rank: int) -> float | None:
+        """Return the average load of a rank; None when it was never sampled."""
+        total = self.tokens.get((engine, rank))
+        return None if total is None else total / self.samples[engine]
 
-    def failed_share(self, server: str) -> float:
-        """Give the share of the looks at a server that failed; 1 when there was none at all."""
-        failed = self.failed.get(server, 0)
-        looks = self.looks.get(server, 0) + failed
-        return failed / looks if looks else 1.0
+    def failed_share(self, engine: str) -> float:
+        """Return the share of the samples of an engine that failed; 1 when there was none at all."""
+        failed = self.failed.get(engine, 0)
+        samples = self.samples.get(engine, 0) + failed
+        return failed / samples if samples else 1.0
 
-    def imbalance(self, servers: Sequence[str]) -> float | None:
-        """Give how full the fullest rank of a server was at any moment, against the average rank then.
+    def imbalance(self, engines: Sequence[str]) -> float | None:
+        """Return the tokens of the fullest rank of an engine at any moment, as a multiple of the average rank.
 
         Returns:
-            1.0 when all ranks always had the same; None when none of these servers had anything.
+            1.0 when all ranks always had the same; None when none of these engines had any tokens.
         """
-        fullest = sum(self.fullest.get(server, 0) for server in servers)
-        ranks = [[count for (name, _), count in self.tokens.items() if name == server] for server in servers]
+        fullest = sum(self.fullest.get(engine, 0) for engine in engines)
+        ranks = [[count for (name, _), count in self.tokens.items() if name == engine] for engine in engines]
         average = sum(sum(counts) / len(counts) for counts in ranks if counts)
         return fullest / average if average else None
 
 
 @contextlib.asynccontextmanager
 async def watch(urls: Mapping[str, str], probe: LoadProbe) -> AsyncIterator[None]:
-    """Look at every server ten times a second, and note it. A look that fails is counted.
+    """Sample every engine ten times a second. A sample that fails is counted.
 
     Args:
-        urls: By the server's name.
-        probe: Where to note.
+        urls: URLs by the engine's name.
+        probe: Receives the samples.
     """
-    async with httpx.AsyncClient(timeout=_PATIENCE, trust_env=False) as client:
-        looking = [asyncio.create_task(_look_on(client, name, url, probe)) for name, url in urls.items()]
+    async with httpx.AsyncClient(timeout=_SAMPLE_SECONDS, trust_env=False) as client:
+        looking = [asyncio.create_task(_sample(client, name, url, probe)) for name, url in urls.items()]
         try:
             yield
         finally:
@@ -83,22 +83,22 @@ async def watch(urls: Mapping[str, str], probe: LoadProbe) -> AsyncIterator[None
             await asyncio.gather(*looking, return_exceptions=True)
 
 
-async def _look_on(client: httpx.AsyncClient, server: str, url: str, probe: LoadProbe) -> None:
+async def _sample(client: httpx.AsyncClient, engine: str, url: str, probe: LoadProbe) -> None:
     while True:
         try:
             # Bytes that trickle in for ever would pass httpx's own timeouts, which are per read.
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(_SAMPLE_SECONDS):
                 page = (await client.get(f"{url}/v1/loads")).raise_for_status().content
             ranks = read_loads(page).ranks
         except TimeoutError:
-            probe.note_failure(server, f"/v1/loads has not answered within {_PATIENCE:.0f} s")
+            probe.note_failure(engine, f"/v1/loads has not answered within {_SAMPLE_SECONDS:.0f} s")
         except httpx.HTTPStatusError as error:
-            probe.note_failure(server, f"/v1/loads answers {error.response.status_code}")
-        except Exception as error:  # noqa: BLE001 - whatever a server answers, the next look may succeed
-            probe.note_failure(server, f"{type(error).__name__}: {error}")
+            probe.note_failure(engine, f"/v1/loads answers {error.response.status_code}")
+        except Exception as error:  # noqa: BLE001 - whatever an engine answers, the next sample may succeed
+            probe.note_failure(engine, f"{type(error).__name__}: {error}")
         else:
             if ranks:
-                probe.note(server, {rank.dp_rank: rank.tokens for rank in ranks})
+                probe.note(engine, {rank.dp_rank: rank.tokens for rank in ranks})
             else:
-                probe.note_failure(server, "/v1/loads tells of no rank")
+                probe.note_failure(engine, "/v1/loads has no rank")
         await asyncio.sleep(_INTERVAL)

@@ -1,4 +1,4 @@
-"""What was measured, as tables."""
+"""Print the results as tables."""
 
 import statistics
 from collections import Counter
@@ -13,22 +13,22 @@ from rich.table import Table
 from dp_extproc.lab.demo.contest import Run, turns
 from dp_extproc.lab.demo.jobs import Job, Outcome, middle_length
 from dp_extproc.lab.demo.standin import Received
-from dp_extproc.lab.demo.verdict import unseen, worthless_because
+from dp_extproc.lab.demo.verdict import invalid_because, undersampled
 
 _UNKNOWN: Final = "-"
-_CLOSE_OTHERS: Final = "Close other programs on this machine, and try again."
+_CLOSE_PROGRAMS: Final = "Close other programs on this machine, and try again."
 _ERRORS_SHOWN: Final = 5
 _ERROR_LENGTH: Final = 200
-"""Characters of an error that are shown: a router may answer with a page."""
+"""Characters of an error that are printed: a router may answer with a page."""
 
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What a reader has to know beside the numbers."""
+    """What the tables need besides the numbers."""
 
     jobs: Sequence[Job]
-    servers: Sequence[str]
-    """The engines by name. The first word tells what an engine is for: ``prefill 1``."""
+    engines: Sequence[str]
+    """The engines by name. The first word is the role of an engine: ``prefill 1``."""
     is_all_here: bool
     """Whether engines and routers are children of this process."""
     remedy: str
@@ -36,18 +36,18 @@ class About:
 
 
 def print_report(console: Console, runs: Sequence[Run], about: About) -> None:
-    """Print what each rank got and what the clients saw, run beside run, and whether it is worth anything."""
-    reasons = worthless_because(runs, is_all_here=about.is_all_here)
-    if about.servers:
+    """Print what each rank got and what the clients measured, run beside run, and whether the numbers are valid."""
+    reasons = invalid_because(runs, is_all_here=about.is_all_here)
+    if about.engines:
         console.print(_ranks_table(runs, about))
-    console.print(_summary_table(runs, about, is_worthless=bool(reasons)))
+    console.print(_summary_table(runs, about, is_invalid=bool(reasons)))
     if reasons:
         _print(console, "[bold]Do not compare these times: this machine was too busy.[/]")
         _print(console, *(escape(reason.text) for reason in reasons))
-        _print(console, _CLOSE_OTHERS if any(reason.is_others for reason in reasons) else about.remedy)
+        _print(console, _CLOSE_PROGRAMS if any(reason.is_external for reason in reasons) else about.remedy)
     if any(run.spent.share().busy is None for run in runs):
         _print(console, "How busy this machine was cannot be measured here: it has no /proc/stat that counts.")
-    _print(console, *map(escape, unseen(runs, about.servers)))
+    _print(console, *map(escape, undersampled(runs, about.engines)))
     for run in runs:
         _print_failures(console, run)
 
@@ -85,38 +85,38 @@ def _ranks_table(runs: Sequence[Run], about: About) -> Table:
             table.add_column(
                 f"{escape(run.name)}\n{column}" if column == columns[0] else f"\n{column}", justify="right"
             )
-    for server in about.servers:
-        ranks = _ranks(server, runs)
+    for engine in about.engines:
+        ranks = _ranks(engine, runs)
         if not ranks:
-            table.add_row(escape(server), _UNKNOWN, *[_UNKNOWN] * len(columns) * len(runs), end_section=True)
+            table.add_row(escape(engine), _UNKNOWN, *[_UNKNOWN] * len(columns) * len(runs), end_section=True)
         for rank in ranks:
-            cells = [cell for run in runs for cell in _rank_cells(run, server, rank, with_received=shows_received)]
-            table.add_row(escape(server) if rank == ranks[0] else "", str(rank), *cells, end_section=rank == ranks[-1])
+            cells = [cell for run in runs for cell in _rank_cells(run, engine, rank, with_received=shows_received)]
+            table.add_row(escape(engine) if rank == ranks[0] else "", str(rank), *cells, end_section=rank == ranks[-1])
     return table
 
 
-def _ranks(server: str, runs: Sequence[Run]) -> list[int]:
-    """List the ranks of a server that anybody knows of."""
+def _ranks(engine: str, runs: Sequence[Run]) -> list[int]:
+    """List the ranks of an engine that were sampled, or that received requests."""
     known: set[tuple[str, int]] = set()
     for run in runs:
         known |= run.probe.tokens.keys()
         known |= run.account.received.keys() if run.account is not None else set()
-    return sorted(rank for name, rank in known if name == server)
+    return sorted(rank for name, rank in known if name == engine)
 
 
-def _rank_cells(run: Run, server: str, rank: int, *, with_received: bool) -> list[str]:
-    load = run.probe.mean_tokens(server, rank)
+def _rank_cells(run: Run, engine: str, rank: int, *, with_received: bool) -> list[str]:
+    load = run.probe.mean_tokens(engine, rank)
     cells = [_UNKNOWN if load is None else f"{load:,.0f}"]
     if with_received and run.account is not None:
-        got = run.account.received.get((server, rank), Received())
+        got = run.account.received.get((engine, rank), Received())
         cells = [f"{got.requests:,}", f"{got.tokens:,}", *cells]
     return cells
 
 
-def _summary_table(runs: Sequence[Run], about: About, *, is_worthless: bool) -> Table:
+def _summary_table(runs: Sequence[Run], about: About, *, is_invalid: bool) -> Table:
     title = "What it means"
     table = Table(
-        title=f"{title} - NOTHING: the machine was too busy, see below" if is_worthless else title,
+        title=f"{title} - NOTHING: the machine was too busy, see below" if is_invalid else title,
         caption=_caption(runs, about),
         title_justify="left",
         caption_justify="left",
@@ -160,7 +160,7 @@ Measure = tuple[str, Callable[[Run], float | None], Callable[[float], str]]
 
 def _measures(about: About) -> list[Measure]:
     middle = middle_length(about.jobs)
-    roles = dict.fromkeys(server.split(maxsplit=1)[0] for server in about.servers)
+    roles = dict.fromkeys(engine.split(maxsplit=1)[0] for engine in about.engines)
     return [
         *(
             (f"fullest {escape(role)} rank of a server against its average", _imbalance(about, role), "{:.2f} x".format)
@@ -185,14 +185,14 @@ def _measures(about: About) -> list[Measure]:
 
 
 def _imbalance(about: About, role: str) -> Callable[[Run], float | None]:
-    servers = [server for server in about.servers if server.split(maxsplit=1)[0] == role]
-    return lambda run: run.probe.imbalance(servers)
+    engines = [engine for engine in about.engines if engine.split(maxsplit=1)[0] == role]
+    return lambda run: run.probe.imbalance(engines)
 
 
 def _machine(about: About) -> Iterable[tuple[str, Callable[[Run], str]]]:
     yield "this machine's processors, busy", lambda run: _share(run.spent.share().busy)
     if about.is_all_here:
-        yield "this machine's processors, used by other programs", lambda run: _share(run.spent.share().others)
+        yield "this machine's processors, used by other programs", lambda run: _share(run.spent.share().external)
     yield "the client, of one processor", lambda run: _share(run.spent.share().client)
     yield (
         "engines' steps, longer than they should be",

@@ -1,4 +1,4 @@
-"""The demo itself: the same requests by the engines' own placement and by ours, on a fleet of stand-in engines."""
+"""Run the demo: the same requests by the engines' own placement and by the service's, on stand-in engines."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -8,7 +8,17 @@ from rich.console import Console
 
 from dp_extproc.lab.demo.contest import Contender, Contest, Load, turns
 from dp_extproc.lab.demo.estimate import expected_seconds, in_words
-from dp_extproc.lab.demo.fleet import ENGINES_OWN, MODEL, OURS, RANKS, SERVERS, Fleet, Placement, Router, run_engines
+from dp_extproc.lab.demo.fleet import (
+    ENGINES_OWN,
+    MODEL,
+    OURS,
+    PER_ROLE,
+    RANKS,
+    Fleet,
+    Placement,
+    Router,
+    run_engines,
+)
 from dp_extproc.lab.demo.interrupts import Interrupts
 from dp_extproc.lab.demo.jobs import make_jobs
 from dp_extproc.lab.demo.report import About, print_report
@@ -26,7 +36,7 @@ def show(
     time_scale: float,
     keep: bool,
 ) -> None:
-    """Run everything and print what came of it.
+    """Run everything and print the results.
 
     Raises:
         RuntimeError: A part cannot be started.
@@ -34,16 +44,16 @@ def show(
     """
     jobs = make_jobs(requests, seed)
     parts = [part for _, part in turns(len(_PLACEMENTS), jobs)]
-    seconds = expected_seconds(parts, concurrency, time_scale, servers=SERVERS, ranks=RANKS)
+    seconds = expected_seconds(parts, concurrency, time_scale, engines=PER_ROLE, ranks=RANKS)
     console.print(
-        f"Starting {SERVERS} prefill and {SERVERS} decode engines of {RANKS} ranks each, the router and Envoy; "
+        f"Starting {PER_ROLE} prefill and {PER_ROLE} decode engines of {RANKS} ranks each, the router and Envoy; "
         f"{requests} requests of uneven length, every other one streamed, for each of two placements. "
         f"This takes {in_words(seconds)}, and longer on a busy machine.",
         highlight=False,
     )
     with run_engines(time_scale, interrupts) as fleet:
         contenders = [Contender(placement.name, _runner(fleet, placement)) for placement in _PLACEMENTS]
-        engines = {server: engine.url for server, engine in fleet.named().items()}
+        engines = {name: engine.url for name, engine in fleet.named().items()}
         runs = Contest(contenders, engines, Load(jobs, concurrency, MODEL), console, interrupts).hold()
         print_report(console, runs, About(jobs, list(engines), is_all_here=True, remedy=_remedy(time_scale)))
         if keep:

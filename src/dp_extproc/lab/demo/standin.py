@@ -1,4 +1,4 @@
-"""What stand-in engines tell beyond SGLang's pages: who got which request, and whether they kept their pace."""
+"""Read what stand-in engines report beyond SGLang's pages: the requests of each rank, and whether steps were late."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -15,27 +15,27 @@ _TIMEOUT: Final = 30.0
 
 @dataclass(slots=True)
 class Received:
-    """What one rank got."""
+    """The requests that one rank got."""
 
     requests: int = 0
     tokens: int = 0
-    """Of their prompts."""
+    """Tokens of their prompts."""
 
 
 @dataclass(slots=True)
 class Account:
-    """What the stand-ins tell of one placement's requests."""
+    """What the stand-ins report about the requests of one placement."""
 
     received: dict[tuple[str, int], Received] = field(default_factory=dict)
-    """Per server and rank."""
+    """Per engine and rank."""
     stepping: float = 0.0
-    """Seconds that the steps of all servers should have taken, before scaling."""
+    """Seconds that the steps of all engines should have taken, before scaling."""
     late: float = 0.0
-    """Seconds that they took longer because the machine was too busy, before scaling."""
+    """Seconds that steps took longer because the machine was too busy, before scaling."""
 
     @property
     def late_share(self) -> float:
-        """Give how much longer steps took than they should have, as a share."""
+        """Return how much longer steps took than they should have, as a share."""
         return self.late / self.stepping if self.stepping else 0.0
 
 
@@ -65,17 +65,17 @@ class _Steps(Struct):
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Where the servers stood before the requests of a placement came."""
+    """The counters of the engines before the requests of a placement."""
 
-    servers: Mapping[str, tuple[int, float, float]]
-    """Per server: number of its last request, seconds of its steps, and those that were late."""
+    engines: Mapping[str, tuple[int, float, float]]
+    """Per engine: number of its last request, seconds of its steps, and seconds that they were late."""
 
     @classmethod
     async def now(cls, urls: Mapping[str, str]) -> Self | None:
-        """Ask every server.
+        """Read the counters of every engine.
 
         Returns:
-            None when not all of them are stand-ins that tell.
+            None when not all of them are stand-ins with these pages.
         """
         if not urls:
             return None
@@ -86,27 +86,27 @@ class Mark:
             except (httpx.HTTPError, httpx.InvalidURL, msgspec.DecodeError):
                 return None
         return cls(
-            {server: (page.count, seconds, late) for server, (page, seconds, late) in zip(urls, found, strict=True)}
+            {engine: (page.count, seconds, late) for engine, (page, seconds, late) in zip(urls, found, strict=True)}
         )
 
     async def add_since(self, urls: Mapping[str, str], account: Account) -> bool:
-        """Add to *account* what has come since.
+        """Add the difference since the mark to *account*.
 
         Returns:
-            False when a server does not tell any more.
+            False when an engine has no such page any more.
         """
         async with _client() as client:
             try:
                 found = await asyncio.gather(
-                    *(_state(client, url, self.servers[server][0]) for server, url in urls.items())
+                    *(_state(client, url, self.engines[engine][0]) for engine, url in urls.items())
                 )
             except (httpx.HTTPError, httpx.InvalidURL, msgspec.DecodeError):
                 return False
-        for server, (page, seconds, late) in zip(urls, found, strict=True):
-            _, seconds_before, late_before = self.servers[server]
+        for engine, (page, seconds, late) in zip(urls, found, strict=True):
+            _, seconds_before, late_before = self.engines[engine]
             account.stepping += seconds - seconds_before
             account.late += late - late_before
-            _add(account.received, server, page.requests)
+            _add(account.received, engine, page.requests)
         return True
 
 
@@ -122,8 +122,8 @@ async def _state(client: httpx.AsyncClient, url: str, after: int) -> tuple[_Requ
     return msgspec.json.decode(requests.content, type=_Requests), seconds, late
 
 
-def _add(received: dict[tuple[str, int], Received], server: str, requests: Sequence[_Request]) -> None:
+def _add(received: dict[tuple[str, int], Received], engine: str, requests: Sequence[_Request]) -> None:
     for leg in (leg for request in requests for leg in request.legs):
-        rank = received.setdefault((server, leg.dp_rank), Received())
+        rank = received.setdefault((engine, leg.dp_rank), Received())
         rank.requests += 1
         rank.tokens += leg.prompt_tokens

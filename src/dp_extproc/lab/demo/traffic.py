@@ -1,4 +1,4 @@
-"""Sends requests through the real OpenAI client."""
+"""Send requests through the real OpenAI client."""
 
 import asyncio
 import time
@@ -13,18 +13,18 @@ from dp_extproc.lab.demo.jobs import Job, Outcome
 async def send(
     url: str, model: str, jobs: Sequence[Job], concurrency: int, on_done: Callable[[], None]
 ) -> list[Outcome]:
-    """Send all jobs to a router, so many at a time. Nothing is retried, so that nothing is hidden.
+    """Send all jobs to a router, so many at a time. Nothing is retried, so that no failure is hidden.
 
     Args:
-        url: Of the router.
-        model: To name in the requests.
-        jobs: What to send.
+        url: URL of the router.
+        model: The model in the requests.
+        jobs: The requests to send.
         concurrency: Requests at a time.
         on_done: Called after each.
     """
     queue = iter(jobs)
     outcomes: list[Outcome] = []
-    # Routers and engines are near: a proxy that the environment names is for elsewhere.
+    # Routers and engines are near: a proxy of the environment is for other destinations.
     http = DefaultAsyncHttpxClient(trust_env=False)
     client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120, http_client=http)
     async with client:

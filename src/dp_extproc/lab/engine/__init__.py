@@ -1,1 +1,1 @@
-"""A strict stand-in for an SGLang server: its HTTP contract, release by release, without a model."""
+"""Stand in for an SGLang engine: its HTTP contract, release by release, without a model."""

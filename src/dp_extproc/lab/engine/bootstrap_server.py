@@ -1,8 +1,8 @@
-"""The HTTP server on the bootstrap port of a prefill server.
+"""Serve the bootstrap port of a prefill engine.
 
-``/route``, ``/health`` and ``/query_dp_ranks`` are SGLang's (``CommonKVBootstrapServer``). ``POST /rendezvous`` is ours
-and stands for the ZMQ messages and the KV transfer. Decode sends where it wants the cache; the answer comes when the
-cache has been sent, and closing the connection is decode's ABORT. There is no authentication, as in SGLang.
+``/route``, ``/health`` and ``/query_dp_ranks`` are SGLang's (``CommonKVBootstrapServer``). ``POST /rendezvous`` is the
+stand-in's own, for the ZMQ messages and the KV transfer. Decode names the destination of the cache; the answer comes
+when the cache has been sent, and closing the connection is decode's ABORT. There is no authentication, as in SGLang.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from dp_extproc.lab.engine.settings import Settings
 
 
 def bootstrap_app(settings: Settings, side: PrefillSide, faults: Faults) -> Starlette:
-    """Build the server of a prefill server's rooms."""
+    """Build the application of a prefill engine's bootstrap port."""
 
     async def route(request: Request) -> Response:
         by_name = settings.release.routes_by_field

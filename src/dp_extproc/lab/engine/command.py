@@ -1,4 +1,4 @@
-"""``dp-extproc engine``: run one strict engine."""
+"""Run ``dp-extproc engine``, a stand-in for an engine."""
 
 import argparse
 import asyncio
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = Settings()
     add = parser.add_argument
     add("--kind", type=EngineKind, choices=list(EngineKind), default=default.kind, help="whose contract it keeps")
-    add("--role", type=Role, choices=list(Role), default=default.role, help="what the server does")
+    add("--role", type=Role, choices=list(Role), default=default.role, help="role of the engine")
     add("--dp-size", type=_positive, default=default.dp_size, metavar="N", help="DP ranks")
     add("--port", type=int, required=True)
     add("--host", default=default.host)
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kv-cache-dtype", default=default.kv_cache_dtype, metavar="TYPE", help="of the KV cache")
     add("--disaggregation-transfer-backend", default=default.transfer_backend, metavar="NAME", help="moves KV caches")
     add("--disable-radix-cache", action="store_true", help="compute every prompt from its beginning")
-    add("--enable-cache-report", action="store_true", help="tell in the usage of an answer how much was cached")
+    add("--enable-cache-report", action="store_true", help="report cached tokens in the usage of an answer")
     add("--time-scale", type=float, default=1.0, metavar="FACTOR", help="of every duration: 0.1 is ten times faster")
     timeouts = parser.add_argument_group("SGLang's timeouts, in seconds before --time-scale")
     _add_fields(timeouts, Timeouts, "timeout")
@@ -87,7 +87,7 @@ async def _serve(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     async with server.engine.running():
-        for listener in server.listeners.values():
+        for listener in reversed(server.listeners.values()):  # the API port last: an engine that answers is complete
             await listener.open()
         sys.stdout.write(_ready_line(settings))
         sys.stdout.flush()

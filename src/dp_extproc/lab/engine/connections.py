@@ -1,4 +1,4 @@
-"""HTTP clients for requests that stay open long.
+"""Keep HTTP clients for requests that stay open long.
 
 httpx looks at every connection of a client whenever one is taken or given back, each time in turn for each: a few dozen
 open requests cost more than everything else here. So each request has a client to itself, and clients are used again.
@@ -13,18 +13,18 @@ import anyio.lowlevel
 import httpx
 
 _KEEPALIVE_SECONDS: Final = 3.0
-"""Below the 5 s after which the bootstrap server closes an idle connection (uvicorn's ``timeout_keep_alive``): what is
-sent into one that closes just then looks like a lost prefill server."""
+"""Below the 5 s after which the bootstrap server closes an idle connection (uvicorn's ``timeout_keep_alive``): a
+request into a connection that closes just then looks like a lost prefill engine."""
 
 
 class Clients:
-    """Idle clients, each with at most one connection."""
+    """Hold idle clients, each with at most one connection."""
 
     def __init__(self, timeout: float) -> None:
-        """Start without any.
+        """Start without clients.
 
         Args:
-            timeout: Of requests, in seconds, unless they say otherwise.
+            timeout: Timeout of requests in seconds, unless they have their own.
         """
         self._timeout = timeout
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # never used, but costly to make per client
@@ -41,7 +41,7 @@ class Clients:
             self._idle.append(client)
 
     async def prepare(self) -> None:
-        """Make the first client, and load what it is made of: the first request should not have to wait for that."""
+        """Make the first client, and load its libraries, so that the first request does not wait for that."""
         with self.one():
             await anyio.lowlevel.checkpoint()
 

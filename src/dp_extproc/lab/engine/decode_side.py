@@ -1,4 +1,4 @@
-"""Decode's half of the rendezvous: find the prefill rank, reserve KV room, ask for the KV cache, wait for it."""
+"""Do decode's half of the rendezvous: find the prefill rank, reserve KV room, request the KV cache, wait for it."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ from dp_extproc.lab.engine.settings import Settings
 from dp_extproc.lab.engine.ticket import Ticket
 
 _QUERY_PAUSE: Final = 0.1
-"""Seconds between questions for the rank of a room, unscaled."""
+"""Seconds between two queries for the rank of a room, unscaled."""
 
 
 class _HandshakeError(Exception):
@@ -23,7 +23,7 @@ class _HandshakeError(Exception):
 
 
 class DecodeSide:
-    """What a decode server knows of prefill servers and of its rooms."""
+    """Hold what a decode engine has learned about prefill engines, and its rooms."""
 
     def __init__(
         self,
@@ -32,13 +32,13 @@ class DecodeSide:
         wake: Callable[[int], None],
         kill: Callable[[str], None],
     ) -> None:
-        """Start without knowing anyone.
+        """Start without prefill engines.
 
         Args:
-            settings: Of the server.
-            end: Ends a ticket, wherever it is.
+            settings: Options of the engine.
+            end: Ends a ticket in any stage.
             wake: Makes a rank's scheduler look at its queues.
-            kill: Called when a prefill server must not be met.
+            kill: Called when the prefill engine has other options.
         """
         self._settings = settings
         self._end = end
@@ -46,12 +46,12 @@ class DecodeSide:
         self._kill = kill
         self._clients = Clients(settings.timeouts.bootstrap_answer)
         self._prefills: dict[tuple[int, str], dict[str, Any]] = {}
-        """What each of our ranks has learned, by bootstrap address: every scheduler process has its own memory."""
+        """Facts that each rank has learned, by bootstrap address: every scheduler process has its own memory."""
         self._known_ranks: set[tuple[int, str, int]] = set()
         self._rooms: dict[tuple[int, int], list[Ticket]] = {}
 
     def arrive(self, ticket: Ticket) -> None:
-        """Begin to reach a leg's prefill server."""
+        """Begin to reach a leg's prefill engine."""
         if ticket.leg.bootstrap_host == FAKE_HOST:
             ticket.work.reachable = True
             self._wake(ticket.work.dp_rank)
@@ -60,7 +60,7 @@ class DecodeSide:
         ticket.task = asyncio.ensure_future(self._handshake(ticket))
 
     def allocated(self, ticket: Ticket) -> None:
-        """Ask for the KV cache, now that there is room for it."""
+        """Request the KV cache, now that there is room for it."""
         if ticket.leg.bootstrap_host == FAKE_HOST:
             self._arrived(ticket)
             return
@@ -70,7 +70,7 @@ class DecodeSide:
         ticket.task = asyncio.ensure_future(self._receive(ticket))
 
     def forget(self, ticket: Ticket) -> None:
-        """Drop a leg that has ended, however it did."""
+        """Remove a leg that has ended, for any reason."""
         key = room_of(ticket)
         tickets = self._rooms.get(key, [])
         if ticket in tickets:
@@ -79,7 +79,7 @@ class DecodeSide:
                 del self._rooms[key]
 
     async def prepare(self) -> None:
-        """Get ready for the first leg."""
+        """Prepare the clients for the first leg."""
         await self._clients.prepare()
 
     async def close(self) -> None:
@@ -99,7 +99,7 @@ class DecodeSide:
             self._wake(ticket.work.dp_rank)
 
     async def _learn(self, ticket: Ticket) -> dict[str, Any]:
-        """Find out about the prefill server, unless this rank knows it.
+        """Fetch the facts of the prefill engine, unless this rank has them.
 
         Raises:
             _HandshakeError: It cannot be reached.
@@ -118,7 +118,7 @@ class DecodeSide:
                 continue
             self._compare(facts)
             self._prefills[key] = facts
-            if self._settings.release.loses_first_told_rank and ticket.leg.disagg_prefill_dp_rank is not None:
+            if self._settings.release.loses_first_explicit_rank and ticket.leg.disagg_prefill_dp_rank is not None:
                 raise _HandshakeError(
                     f"Prefill server with bootstrap_addr: {key[1]} is healthy before, but now it is down. Request "
                     f"(bootstrap_room: {ticket.leg.bootstrap_room}) has been marked as failed."
@@ -127,7 +127,7 @@ class DecodeSide:
         raise _HandshakeError("Aborted by AbortReq.")
 
     def _compare(self, facts: dict[str, Any]) -> None:
-        """Raise in the scheduler, as SGLang does, where the prefill server was started with other options."""
+        """Raise in the scheduler, as SGLang does, where the prefill engine was started with other options."""
         own, release = self._settings, self._settings.release
         size, dtype = facts.get("page_size", facts.get("prefill_page_size")), facts.get("kv_cache_dtype")
         if release.checks_page_size and size is not None and size != own.page_size:
@@ -166,7 +166,7 @@ class DecodeSide:
             await asyncio.sleep(_QUERY_PAUSE * self._settings.time_scale)
 
     async def _learn_rank(self, ticket: Ticket, rank: int) -> None:
-        """Fetch where the prefill rank is, unless this rank knows it.
+        """Fetch the address of the prefill rank, unless this rank has it.
 
         Raises:
             _HandshakeError: There is no such rank.
@@ -206,7 +206,7 @@ class DecodeSide:
                 answer = await client.post(f"http://{address}/rendezvous", json=wanted, timeout=None)
             ticket.work.cached_tokens = int(answer.raise_for_status().json()["cached_tokens"])
         except httpx.HTTPError:
-            # The heartbeat notices: two misses in a row.
+            # The heartbeat detects it by two misses in a row.
             await asyncio.sleep(2 * timeouts.heartbeat * self._settings.time_scale)
             text = f"Lost connection with prefill instance (bootstrap_addr: {address})"
             self._end(ticket, failure(ticket, self._settings, "transfer", text))

@@ -1,4 +1,4 @@
-"""A running engine without its HTTP: legs come in, tokens come out."""
+"""Run an engine without its HTTP: legs come in, tokens come out."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dp_extproc.lab.engine.dispatch import Dispatcher, ServerKilledError
+from dp_extproc.lab.engine.controller import Controller, EngineKilledError
 from dp_extproc.lab.engine.leg import Failure, Finished, Leg, RefusedError
 from dp_extproc.lab.engine.pace import Pace
 from dp_extproc.lab.engine.prefill_side import PrefillSide
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 _FIRST_STAGE = {Role.PREFILL: Stage.BOOTSTRAP, Role.DECODE: Stage.PREALLOC, Role.UNIFIED: Stage.WAITING}
 
 
-def kill_server(reason: str) -> None:
-    """Die as SGLang does when a scheduler or the controller raises: at once, all processes, no goodbye."""
+def kill_engine(reason: str) -> None:
+    """End as SGLang does when a scheduler or the controller raises: all processes, at once."""
     sys.stderr.write(f"engine: killed by a request: {reason}\n")
     sys.stderr.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Engine:
-    """The schedulers of one server."""
+    """Hold the schedulers of one engine."""
 
     def __init__(self, settings: Settings, *, on_end: Callable[[Ticket], None], kill: Callable[[str], None]) -> None:
         """Build the ranks; nothing runs yet.
 
         Args:
-            settings: Of the server.
+            settings: Options of the engine.
             on_end: Called once for every ticket that ends.
-            kill: Called when a request brings the server down.
+            kill: Called when a request ends the engine.
         """
         self.settings = settings
         now = time.time()
@@ -68,7 +68,7 @@ class Engine:
         self.decode_side = _decode_side(settings, self.end, self._wake, kill)
         self.stepping = [False] * len(self.groups)
         self.paces = [Pace() for _ in self.groups]
-        self._dispatcher = Dispatcher(settings)
+        self._controller = Controller(settings)
         self._on_end = on_end
         self.kill = kill
         self._tickets: dict[Work, Ticket] = {}
@@ -97,14 +97,14 @@ class Engine:
                 await self.decode_side.close()
 
     def submit(self, legs: Iterable[Leg], *, streaming: bool = False) -> list[Ticket]:
-        """Give legs to their ranks.
+        """Send legs to their ranks.
 
         Raises:
-            RefusedError: The request is wrong in a way that the HTTP process notices; none of its legs has been taken.
+            RefusedError: The HTTP process refuses the request; none of its legs has been taken.
         """
         legs = list(legs)
         for leg in legs:
-            self._dispatcher.check(leg)
+            self._controller.check(leg)
             self._check_length(leg)
         seen = set(self._rids)
         for leg in legs:
@@ -114,7 +114,7 @@ class Engine:
         return [self._take(leg, streaming=streaming) for leg in legs]
 
     def abort(self, rid: str) -> None:
-        """Abort what ``/abort_request`` names: the HTTP process wants the exact id, schedulers match by prefix."""
+        """Abort what ``/abort_request`` names: the HTTP process needs the exact id, schedulers match by prefix."""
         if rid not in self._rids:
             return
         for ticket in [ticket for known, ticket in self._rids.items() if known.startswith(rid)]:
@@ -125,7 +125,7 @@ class Engine:
             self.end(ticket, Failure(None, "Abort requested"))
 
     def flush_caches(self) -> bool:
-        """Forget all prompts; only ranks do that have nothing to do.
+        """Empty the prefix cache of each idle rank.
 
         Returns:
             Whether all of them did.
@@ -136,7 +136,7 @@ class Engine:
         return len(idle) == len(self.ranks)
 
     def end(self, ticket: Ticket, how: Finished | Failure) -> None:
-        """End a leg wherever it is, and free what it holds."""
+        """End a leg in any stage, and free what it holds."""
         rank = self.ranks[ticket.work.dp_rank]
         if ticket.work.stage is not Stage.DONE:
             rank.remove(ticket.work)
@@ -151,7 +151,7 @@ class Engine:
         self._wake(rank.dp_rank)
 
     def refresh(self) -> None:
-        """Let the schedulers that have nothing to run do what they do meanwhile; call it before reading histories."""
+        """Let idle schedulers do their periodic work; call it before reading histories."""
         now = time.time()
         for index, group in enumerate(self.groups):
             if not self.stepping[index]:
@@ -160,15 +160,15 @@ class Engine:
 
     def _take(self, leg: Leg, *, streaming: bool) -> Ticket:
         try:
-            chosen = self._dispatcher.choose(leg, self.ranks)
-            self._dispatcher.check_shape(leg)
-        except ServerKilledError as error:
+            chosen = self._controller.choose(leg, self.ranks)
+            self._controller.check_shape(leg)
+        except EngineKilledError as error:
             self.kill(str(error))
             chosen = 0
         wanted = 1 if self.settings.role is Role.PREFILL else max(1, leg.max_new_tokens)
         prompt = leg.prompt if self.settings.caches_prefixes else b""
         work = Work(leg.rid, chosen, leg.prompt_tokens, wanted, leg.bootstrap_room, prompt=prompt)
-        leg = replace(leg, prompt=b"")  # the journal remembers legs for long, and bodies are kept there anyway
+        leg = replace(leg, prompt=b"")  # the journal keeps legs for long, and bodies apart from them
         ticket = Ticket(leg, work, streaming)
         self._tickets[work] = self._rids[leg.rid] = ticket
         if (failure := self._refused_by_scheduler(leg)) is not None:
@@ -238,11 +238,11 @@ class Engine:
         self._deliver(outputs)
 
     def _look_up_embeddings(self, group: Group) -> None:
-        """Die of a token id that the embedding has no row for, unless it is sharded: each shard masks foreign ids."""
+        """End at a token id that the embedding has no row for, unless it is sharded: each shard masks ids of others."""
         if self.settings.kind is EngineKind.VLLM or self.settings.attn_tp_size > 1:
             return
-        for work in [work for rank in group.ranks for work in rank.chunks if work.foreign_id is not None]:
-            self.kill(f"IndexError: index out of range in self (VocabParallelEmbedding, token id {work.foreign_id})")
+        for work in [work for rank in group.ranks for work in rank.chunks if work.unknown_id is not None]:
+            self.kill(f"IndexError: index out of range in self (VocabParallelEmbedding, token id {work.unknown_id})")
 
     def _crashed(self, loop: asyncio.Future[None]) -> None:
         if not loop.cancelled() and (error := loop.exception()) is not None:

@@ -1,4 +1,4 @@
-"""What one request asks of this server, sequence by sequence, and how a sequence can end."""
+"""Describe the sequences of a request to this engine, and how a sequence can end."""
 
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ class Leg:
     bootstrap_port: int | None = None
     bootstrap_room: int | None = None
     routed_dp_rank: int | None = None
-    """Until 0.5.9 what ``data_parallel_rank`` said."""
+    """Until 0.5.9 the value of ``data_parallel_rank``."""
     disagg_prefill_dp_rank: int | None = None
     prompt: bytes = field(default=b"", repr=False)
     """The prompt's tokens, for the prefix cache."""
@@ -24,11 +24,11 @@ class RefusedError(Exception):
     """A request that never reaches a scheduler: SGLang's ValueError in the HTTP process, a 400."""
 
     def __init__(self, message: str, *, in_header: bool = False) -> None:
-        """Remember the message.
+        """Keep the message.
 
         Args:
-            message: As SGLang words it.
-            in_header: It is about ``X-Data-Parallel-Rank``; such errors have a ``type`` of their own.
+            message: SGLang's text.
+            in_header: Whether it is about ``X-Data-Parallel-Rank``; such errors have a ``type`` of their own.
         """
         super().__init__(message)
         self.message = message
@@ -37,7 +37,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A sequence that a scheduler gave up."""
+    """The end of a sequence that a scheduler gave up."""
 
     status: int | None
     """None for a sequence that was aborted on request."""
@@ -46,7 +46,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A sequence that came to its end."""
+    """The end of a complete sequence."""
 
     length: int
-    """What ``finish_reason`` tells: the output tokens, and 0 on prefill (``FINISH_LENGTH(length=0)``)."""
+    """What ``finish_reason`` reports: the output tokens, and 0 on prefill (``FINISH_LENGTH(length=0)``)."""

@@ -1,4 +1,4 @@
-"""A port that can be closed and opened again while the process goes on."""
+"""Serve a port that can be closed and opened again while the process runs."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ from dp_extproc.lab.engine.connection import Connection
 
 
 class Listener:
-    """One port, and the application behind it."""
+    """Connect one port to its application."""
 
     def __init__(self, app: ASGIApp, host: str, port: int) -> None:
         """Prepare, without listening."""
@@ -23,7 +23,7 @@ class Listener:
         self._serving: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Listen, unless it does.
+        """Listen, unless it does already.
 
         Raises:
             OSError: The port is taken.
@@ -37,7 +37,7 @@ class Listener:
         await self._server.ready.wait()
 
     async def close(self) -> None:
-        """Stop listening, and cut what is under way."""
+        """Stop listening, and close all open connections."""
         server, self._server = self._server, None
         if server is None or self._serving is None:
             return
@@ -46,7 +46,7 @@ class Listener:
 
 
 class _QuietServer(uvicorn.Server):
-    """uvicorn, with the signals left to us: there are several servers in one process."""
+    """Run uvicorn without its signal handlers: there are several servers in one process."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -60,7 +60,7 @@ class _QuietServer(uvicorn.Server):
         return contextlib.nullcontext()
 
     def cut(self) -> None:
-        """Stop without waiting for requests that are under way."""
+        """Stop without waiting for open requests."""
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # they are cut off on purpose
         for server in self.servers:
             server.close()

@@ -1,6 +1,6 @@
-"""Log probabilities as /generate tells them: who has which, in which shape. The numbers are made up of the tokens.
+"""Make up log probabilities of tokens, in the shapes of /generate.
 
-Measured with SGLang 0.5.23: a disaggregated decode server has those of the answer only, and empty lists for the prompt;
+Measured with SGLang 0.5.23: a disaggregated decode engine has those of the answer only, and empty lists for the prompt;
 of the first token, which prefill has made, it lacks those of the tokens that the client has named. The prompt's first
 token has none, as nothing is before it.
 """
@@ -13,24 +13,24 @@ from typing import Any
 from dp_extproc.lab.engine.scheduler.work import Role
 
 Entry = list[float | int | None]
-"""Log probability, token, and its text, which is asked for by another field."""
+"""Log probability, token, and its text, which another field asks for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """What is asked for, of one sequence."""
+    """The log probabilities that are wanted of one sequence."""
 
     prompt: Sequence[int]
-    """Its tokens, from the one on where the client wants to begin."""
+    """Tokens of the prompt, from the first one that the client wants."""
     top: int
     """Likeliest tokens at each place."""
     ids: tuple[int, ...] | None
     """Tokens that the client has named."""
 
     def members(self, role: Role, output: Sequence[int]) -> dict[str, Any]:
-        """Give what ``meta_info`` says, for so many tokens of the answer."""
+        """Return the members of ``meta_info``, for so many tokens of the answer."""
         prompt = [] if role is Role.DECODE else list(self.prompt)
-        said: dict[str, Any] = {
+        members: dict[str, Any] = {
             "input_token_logprobs": [[None if place == 0 else _score(t), t, None] for place, t in enumerate(prompt)],
             "output_token_logprobs": [_entry(token) for token in output],
             "output_token_logprobs_length": len(output),
@@ -43,13 +43,13 @@ class Logprobs:
             of_output: list[Any] = [here] * len(output)
             if role is Role.DECODE and kind == "token_ids" and of_output:
                 of_output = [None, *of_output[1:]]
-            said[f"input_{kind}_logprobs"] = [None if place == 0 else here for place, _ in enumerate(prompt)]
-            said[f"output_{kind}_logprobs"] = of_output
-        return said
+            members[f"input_{kind}_logprobs"] = [None if place == 0 else here for place, _ in enumerate(prompt)]
+            members[f"output_{kind}_logprobs"] = of_output
+        return members
 
 
 def read_logprobs(body: dict[str, Any], prompt: bytes, index: int) -> Logprobs | None:
-    """Read what a body asks for of the prompt at *index*; None for nothing."""
+    """Read what a body wants for the prompt at *index*; None for nothing."""
 
     def field(name: str, nothing: Any) -> Any:
         value = body.get(name)

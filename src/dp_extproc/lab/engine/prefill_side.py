@@ -1,8 +1,8 @@
-"""Prefill's half of the rendezvous: rooms in which a decode leg says where the KV cache of a prefill leg goes.
+"""Do prefill's half of the rendezvous: rooms in which a decode leg names the destination of a KV cache.
 
 All state of a room is keyed by rank and number alone, as SGLang's is (``disaggregation/common/conn.py``). So two live
-requests with one room share it: the second destination replaces the first, whose owner waits in vain, and whichever
-prefill leg is done first takes the room away from the other.
+requests with one room share it: the second destination replaces the first, whose owner waits in vain, and the first
+prefill leg that is done takes the room away from the other.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dp_extproc.lab.engine.dispatch import conflict
+from dp_extproc.lab.engine.controller import conflict
 from dp_extproc.lab.engine.leg import Failure, Finished
 from dp_extproc.lab.engine.rendezvous import FAKE_HOST, TAKEN_AWAY, failure, room_of
 from dp_extproc.lab.engine.scheduler.work import Stage
@@ -25,7 +25,7 @@ class _Room:
 
 
 class PrefillSide:
-    """The rooms of a prefill server."""
+    """Hold the rooms of a prefill engine."""
 
     def __init__(
         self, settings: Settings, end: Callable[[Ticket, Finished | Failure], None], wake: Callable[[int], None]
@@ -33,18 +33,18 @@ class PrefillSide:
         """Start without rooms.
 
         Args:
-            settings: Of the server.
-            end: Ends a ticket, wherever it is.
+            settings: Options of the engine.
+            end: Ends a ticket in any stage.
             wake: Makes a rank's scheduler look at its queues.
         """
         self._settings = settings
         self._end = end
         self._wake = wake
         self._rooms: dict[tuple[int, int], _Room] = {}
-        self._deaf: set[int] = set()
-        """Ranks that have heard of another transfer backend."""
+        self._mismatched: set[int] = set()
+        """Ranks that have received a message of another transfer backend."""
         self.registered: dict[int, int] = {}
-        """Rank per room, for servers that do not follow rooms (``/register_dp_rank``)."""
+        """Rank per room, for engines that do not follow rooms (``/register_dp_rank``)."""
 
     def arrive(self, ticket: Ticket) -> None:
         """Let a leg wait for its decode side."""
@@ -66,21 +66,20 @@ class PrefillSide:
         ticket.timer = loop.call_later(seconds, self._timed_out, ticket, self._settings.timeouts.bootstrap)
 
     def understands(self, dp_rank: int, transfer_backend: str) -> bool:
-        """Tell whether a rank takes in what a decode leg says.
+        """Check whether a rank reads the message of a decode leg.
 
         A message of another backend ends the thread that reads them (``bootstrap_thread``), and so later ones are not
-        taken in either: legs wait until they time out.
+        read either: legs wait until they time out.
         """
         if transfer_backend != self._settings.transfer_backend:
-            self._deaf.add(dp_rank)
-        return dp_rank not in self._deaf
+            self._mismatched.add(dp_rank)
+        return dp_rank not in self._mismatched
 
     def connect(self, dp_rank: int, number: int) -> asyncio.Future[int]:
         """Take a decode leg's destination.
 
         Returns:
-            What is done once the KV cache has been sent there, with the number of prompt tokens that prefill had in its
-            cache. It is never done when prefill fails: SGLang does not tell decode.
+        X
         """
         room = self._rooms.setdefault((dp_rank, number), _Room())
         room.destination = asyncio.get_running_loop().create_future()
@@ -89,7 +88,7 @@ class PrefillSide:
         return room.destination
 
     def disconnect(self, dp_rank: int, number: int, destination: asyncio.Future[int]) -> None:
-        """Hear that a decode leg has given up: unlike the other way round, SGLang tells prefill."""
+        """End the legs of a room after a decode leg has given up. SGLang reports that to prefill, not the reverse."""
         room = self._rooms.get((dp_rank, number))
         if room is None or room.destination is not destination:
             return
@@ -103,7 +102,7 @@ class PrefillSide:
         ticket.timer = asyncio.get_running_loop().call_later(seconds, self._sent, ticket)
 
     def forget(self, ticket: Ticket) -> None:
-        """Drop a leg that has ended, however it did. Decode is not told."""
+        """Remove a leg that has ended, for any reason. Decode gets no message."""
         key = room_of(ticket)
         room = self._rooms.get(key)
         if room is not None and ticket in room.tickets:
@@ -138,10 +137,10 @@ class PrefillSide:
 
     def _register(self, ticket: Ticket) -> None:
         release = self._settings.release
-        told = ticket.leg.disagg_prefill_dp_rank is not None and release.told_rank_skips_conflict_check
+        explicit = ticket.leg.disagg_prefill_dp_rank is not None and release.explicit_rank_skips_conflict_check
         derivable = self._settings.follows_rooms and not self._settings.force_query
-        if not derivable and not told and ticket.leg.bootstrap_room is not None:
-            # With plain DP every replica calls itself attention-DP rank 0.
+        if not derivable and not explicit and ticket.leg.bootstrap_room is not None:
+            # With plain DP every replica has the attention-DP rank 0.
             self.registered[ticket.leg.bootstrap_room] = ticket.work.dp_rank if self._settings.dp_attention else 0
 
     def _room(self, ticket: Ticket) -> _Room:

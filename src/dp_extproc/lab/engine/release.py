@@ -1,4 +1,4 @@
-"""What differs between SGLang releases, as far as a client or a router can see it.
+"""List how SGLang releases differ for a client or a router.
 
 Each line names the release that introduced the behaviour. Sources: the wheels of 0.4.5 to 0.5.23 and the pull requests
 named beside the lines.
@@ -13,7 +13,7 @@ _NUMBERS: Final = re.compile(r"v?(\d+)\.(\d+)\.(\d+)")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Release:
-    """A release by its three numbers; suffixes such as ``.post1`` change nothing here."""
+    """Identify a release by its three numbers; suffixes such as ``.post1`` change nothing here."""
 
     major: int
     minor: int
@@ -32,7 +32,7 @@ class Release:
         return cls(int(match[1]), int(match[2]), int(match[3]))
 
     def since(self, text: str) -> bool:
-        """Tell whether this release is *text* or later."""
+        """Check whether this release is *text* or later."""
         return self >= Release.parse(text)
 
     def __str__(self) -> str:
@@ -40,24 +40,24 @@ class Release:
 
     @property
     def routes_by_field(self) -> bool:
-        """``routed_dp_rank``, ``disagg_prefill_dp_rank``, their range check, and ``X-Data-Parallel-Rank``."""
+        """Whether it has ``routed_dp_rank``, ``disagg_prefill_dp_rank``, a range check and ``X-Data-Parallel-Rank``."""
         return self.since("0.5.10")
 
     @property
     def wraps_bootstrap_hosts(self) -> bool:
-        """Decode puts brackets around an IPv6 ``bootstrap_host`` that has none (``_bootstrap_addr``, ``decode.py``).
+        """Whether decode puts brackets around an IPv6 ``bootstrap_host`` (``_bootstrap_addr``, ``decode.py``).
 
-        Until 0.5.9 it makes a URL of it as it is, which nobody can dial.
+        Until 0.5.9 it makes an invalid URL of such an address.
         """
         return self.since("0.5.10")
 
     def takes_bootstrap(self, path: str) -> bool:
-        """Whether bodies of *path* carry ``bootstrap_*`` (and the rank fields, where the release has them)."""
+        """Whether bodies of *path* have ``bootstrap_*`` (and the rank fields, where the release has them)."""
         return self.since({"/v1/responses": "0.5.20", "/v1/messages": "0.5.22"}.get(path, "0.4.6"))
 
     def takes_data_parallel_rank(self, path: str) -> bool:
-        """Whether bodies of *path* carry ``data_parallel_rank``; from 0.5.10 on a deprecated alias."""
-        if path == "/generate":  # the alias was lost in 0.5.15 and came back with 0.5.18
+        """Whether bodies of *path* have ``data_parallel_rank``; from 0.5.10 on a deprecated alias."""
+        if path == "/generate":  # the alias was lost in 0.5.15 and was restored in 0.5.18
             return self.since("0.4.7") and not (self.since("0.5.15") and not self.since("0.5.18"))
         if path == "/v1/messages":
             return False
@@ -74,62 +74,62 @@ class Release:
 
     @property
     def strict_generate(self) -> bool:
-        """``/generate`` refuses values that only look like integers (``api/v1/api_types.py``)."""
+        """Whether ``/generate`` refuses values that only look like integers (``api/v1/api_types.py``)."""
         return self.since("0.5.22")
 
     @property
     def balances(self) -> bool:
-        """``--load-balance-method`` decides in disaggregated servers (PR 16080); before, the room did on both sides."""
+        """Whether both sides use ``--load-balance-method`` (PR 16080); before, they followed the room."""
         return self.since("0.5.8")
 
     @property
     def prefill_always_follows_rooms(self) -> bool:
-        """0.5.8 and 0.5.9 override ``--load-balance-method`` on prefill (``server_args.py``)."""
+        """Whether ``--load-balance-method`` is overridden on prefill, as in 0.5.8 and 0.5.9 (``server_args.py``)."""
         return self.balances and not self.since("0.5.10")
 
     @property
     def checks_room_conflict(self) -> bool:
-        """Prefill fails a request on another rank than its room implies (``disaggregation/common/conn.py``)."""
+        """Whether prefill fails a request on another rank than its room implies (``disaggregation/common/conn.py``)."""
         return self.since("0.5.11")
 
     @property
-    def told_rank_skips_conflict_check(self) -> bool:
-        """... unless the prefill leg itself carries ``disagg_prefill_dp_rank`` (PR 27546)."""
+    def explicit_rank_skips_conflict_check(self) -> bool:
+        """Whether that check is skipped if the prefill leg has ``disagg_prefill_dp_rank`` itself (PR 27546)."""
         return self.since("0.5.16")
 
     @property
-    def loses_first_told_rank(self) -> bool:
-        """The first request of a decode-prefill pair with ``disagg_prefill_dp_rank`` fails (fixed by PR 22990)."""
+    def loses_first_explicit_rank(self) -> bool:
+        """Whether the first request of a pair with ``disagg_prefill_dp_rank`` fails (fixed by PR 22990)."""
         return self.routes_by_field and not self.since("0.5.11")
 
     @property
     def chats_by_ids(self) -> bool:
-        """``input_ids`` of a chat are its prompt."""
+        """Whether ``input_ids`` of a chat are its prompt."""
         return self.since("0.5.13")
 
     @property
     def kick_starts(self) -> bool:
-        """Streaming completions and chat hold their headers until the first chunk."""
+        """Whether streaming completions and chat hold their headers until the first chunk."""
         return self.since("0.5.10")
 
     @property
     def checks_page_size(self) -> bool:
-        """Decode ends itself when prefill has pages of another size (``disaggregation/common/conn.py``)."""
+        """Whether decode ends itself when prefill has pages of another size (``disaggregation/common/conn.py``)."""
         return self.since("0.5.8")
 
     @property
     def checks_cache_dtype(self) -> bool:
-        """Likewise when prefill's ``--kv-cache-dtype`` is another."""
+        """Whether decode ends itself when prefill's ``--kv-cache-dtype`` is another."""
         return self.since("0.5.10")
 
     @property
     def room_zero_never_arrives(self) -> bool:
-        """A metadata row that reads 0 means "not arrived" (``disaggregation/utils.py``)."""
+        """Whether a metadata row that reads 0 means "not arrived" (``disaggregation/utils.py``)."""
         return self.since("0.5.9")
 
     @property
     def counts_replicas(self) -> bool:
-        """``/server_info`` tells ``dp_size`` 1 and ``attn_dp_size`` N with DP attention (``parallel_hook.py``)."""
+        """Whether ``/server_info`` has ``dp_size`` 1, ``attn_dp_size`` N with DP attention (``parallel_hook.py``)."""
         return self.since("0.5.22")
 
     @property
@@ -146,5 +146,5 @@ class Release:
 
     @property
     def has_server_info(self) -> bool:
-        """``/server_info``, ``/model_info``; before only ``/get_server_info``, ``/get_model_info``."""
+        """Whether it has ``/server_info``, ``/model_info``; before only ``/get_server_info``, ``/get_model_info``."""
         return self.since("0.5.6")

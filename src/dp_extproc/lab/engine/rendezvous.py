@@ -1,4 +1,4 @@
-"""What prefill's and decode's half of the rendezvous share: which room a leg is in, and how SGLang words a failure."""
+"""Hold what prefill's and decode's half of the rendezvous share: the key of a room, and the text of a failure."""
 
 from typing import Final
 
@@ -8,7 +8,7 @@ from dp_extproc.lab.engine.settings import Settings
 from dp_extproc.lab.engine.ticket import Ticket
 
 FAKE_HOST: Final = "2.2.2.2"
-"""SGLang's ``FAKE_BOOTSTRAP_HOST``: no other side, the transfer succeeds by itself."""
+"""SGLang's ``FAKE_BOOTSTRAP_HOST``: there is no other side, the transfer succeeds by itself."""
 TAKEN_AWAY: Final = "Failed due to an unknown reason from another rank"
 
 

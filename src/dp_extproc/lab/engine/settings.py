@@ -1,4 +1,4 @@
-"""What an engine is started with."""
+"""Define the options of an engine."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,23 +18,23 @@ class Timeouts:
     waiting: float = 300.0
     """``SGLANG_DISAGGREGATION_WAITING_TIMEOUT``: decode waits for the KV cache."""
     bootstrap_tries: int = 15
-    """Of decode to reach the bootstrap server (``disaggregation/decode.py``) ..."""
+    """Tries of decode to reach the bootstrap server (``disaggregation/decode.py``)."""
     bootstrap_pause: float = 1.0
-    """... this far apart."""
+    """Seconds between two of these tries."""
     bootstrap_answer: float = 5.0
-    """How long each of them may take. Real seconds: no network and no event loop gets faster by ``--time-scale``."""
+    """Seconds that each of these tries may take. Real seconds: ``--time-scale`` makes no network faster."""
     heartbeat: float = 5.0
-    """``SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL``; two misses and a prefill server counts as lost."""
+    """``SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL``; after two misses a prefill engine counts as lost."""
     disconnect_poll: float = 4.0
-    """``SGLANG_REQUEST_STATE_WAIT_TIMEOUT``: how often a waiting request looks whether its client is still there."""
+    """``SGLANG_REQUEST_STATE_WAIT_TIMEOUT``: how often a waiting request checks whether its client is still there."""
     background_abort: float = 2.0
-    """After the end of a streaming response (``create_abort_task`` of the tokenizer manager)."""
+    """Seconds after the end of a streaming response (``create_abort_task`` of the tokenizer manager)."""
     health: float = 1.0
-    """/health waits this long before it looks for the token of its probe."""
+    """Seconds that /health waits before it looks for the token of its probe."""
 
 
 class EngineKind(StrEnum):
-    """Whose contract is kept."""
+    """The kind of engine whose contract is kept."""
 
     SGLANG = "sglang"
     VLLM = "vllm"
@@ -42,7 +42,7 @@ class EngineKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The resolved options of an engine; times still unscaled."""
+    """The resolved options of an engine; times are unscaled."""
 
     kind: EngineKind = EngineKind.SGLANG
     role: Role = Role.UNIFIED
@@ -60,7 +60,7 @@ class Settings:
     enable_metrics: bool = True
     header_overrides: bool = False
     force_query: bool = False
-    """``SGLANG_DISAGGREGATION_FORCE_QUERY_PREFILL_DP_RANK``: prefill registers ranks, decode asks for them."""
+    """``SGLANG_DISAGGREGATION_FORCE_QUERY_PREFILL_DP_RANK``: prefill registers ranks, decode queries them."""
     rank_listeners: bool = False
     """``SGLANG_RUST_SERVER``: each rank has a listener of its own, at ``port`` plus the rank."""
     api_key: str | None = None
@@ -73,7 +73,7 @@ class Settings:
     decode_log_interval: int = 40
     stream_interval: int = 1
     page_size: int = 1
-    """Tokens of a KV cache page. Only told, and compared by the two sides: here pages have one token."""
+    """Tokens of a KV cache page. It is only reported, and compared by the two sides: here pages have one token."""
     kv_cache_dtype: str = "auto"
     transfer_backend: str = "mooncake"
     disable_radix_cache: bool = False
@@ -84,7 +84,7 @@ class Settings:
 
     @property
     def method(self) -> str:
-        """The load balance method after SGLang has resolved ``auto`` (``arg_groups/serving_hook.py``)."""
+        """Return the load balance method after SGLang has resolved ``auto`` (``arg_groups/serving_hook.py``)."""
         if self.role is Role.PREFILL and self.release.prefill_always_follows_rooms:
             return "follow_bootstrap_room"
         if self.load_balance_method != "auto":
@@ -93,19 +93,19 @@ class Settings:
 
     @property
     def follows_rooms(self) -> bool:
-        """Whether the server dispatches by ``bootstrap_room mod ranks``."""
+        """Whether the engine picks ranks by ``bootstrap_room mod ranks``."""
         if not self.release.balances:
             return self.role is not Role.UNIFIED
         return self.method == "follow_bootstrap_room"
 
     @property
     def caches_prefixes(self) -> bool:
-        """Whether ranks keep what they have computed; decode servers do not, unless told to (not modelled)."""
+        """Whether ranks keep what they have computed; decode engines do not by default (the option is not modelled)."""
         return not self.disable_radix_cache and self.role is not Role.DECODE
 
     @property
     def limits(self) -> Limits:
-        """Of one rank: DP attention divides the server's numbers among its ranks, replicas each have all of them."""
+        """Return the limits of one rank: DP attention divides the engine's numbers, replicas each have all of them."""
         share = self.dp_size if self.dp_attention else 1
         return Limits(
             capacity=self.capacity,
@@ -117,11 +117,11 @@ class Settings:
 
     @property
     def rank_chunk(self) -> int:
-        """Prompt tokens per rank and step; 0 for no chunks (``--chunked-prefill-size -1``)."""
+        """Return the prompt tokens per rank and step; 0 for no chunks (``--chunked-prefill-size -1``)."""
         if self.chunked_prefill_size <= 0:
             return 0
         return max(1, self.chunked_prefill_size // (self.dp_size if self.dp_attention else 1))
 
     def scheduler_rank(self, dp_rank: int) -> int:
-        """The number that a rank's scheduler calls itself in error texts: its tensor-parallel rank in its replica."""
+        """Return the number of a rank's scheduler in error texts: its tensor-parallel rank in its replica."""
         return dp_rank * self.attn_tp_size if self.dp_attention else 0

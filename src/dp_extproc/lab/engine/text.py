@@ -1,8 +1,8 @@
-"""The "model": which tokens a prompt has, and which come out. Deterministic, so that any two engines agree.
+"""Be the "model": make the tokens of prompts and answers. Deterministic, so that any two engines agree.
 
 Four UTF-8 bytes of a text are a token, the last one padded; token ids are one each; a chat has the tokens of its tools
 and of its texts, with four in front of each message and three for the head of the answer, which are those of an
-assistant's message; an image has 256. Prompts are given as the prefix cache wants them, four bytes per token.
+assistant's message; an image has 256. Prompts have the form of the prefix cache, four bytes per token.
 """
 
 import array
@@ -30,13 +30,13 @@ def count_tokens(prompt: bytes) -> int:
 
 
 def text_prompt(text: str) -> bytes:
-    """Give the tokens of a text; at least one."""
+    """Return the tokens of a text; at least one."""
     raw = text.encode("utf-8", "surrogatepass")
     return raw.ljust(max(1, -(-len(raw) // TOKEN_BYTES)) * TOKEN_BYTES, b"\0")
 
 
 def ids_prompt(ids: list[int]) -> bytes:
-    """Give the tokens that are named by *ids*; of ids beyond 32 bits the lower ones count."""
+    """Return the tokens of *ids*; of ids beyond 32 bits the lower ones count."""
     try:
         return array.array("I", ids).tobytes()
     except OverflowError:
@@ -54,7 +54,7 @@ def output_text(token_id: int) -> str:
 
 
 def chat_prompt(messages: list[Any], tools: Any = None) -> bytes:
-    """Give the tokens of a conversation in OpenAI's or Anthropic's form."""
+    """Return the tokens of a conversation in OpenAI's or Anthropic's form."""
     head = text_prompt(msgspec.json.encode(tools).decode()) if tools else b""
     answer = _frame("assistant")[: TOKENS_FOR_ANSWER * TOKEN_BYTES]
     return b"".join((head, *_messages(messages), answer))

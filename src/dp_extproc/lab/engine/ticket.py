@@ -1,4 +1,4 @@
-"""A leg under way, as its HTTP handler and the scheduler's loop share it."""
+"""Track a leg, for its HTTP handler and for the scheduler's loop."""
 
 import asyncio
 import time
@@ -18,25 +18,25 @@ class Ticket:
     streaming: bool = False
     received_at: float = field(default_factory=time.time)
     queued_at: float = 0.0
-    """Since when it has waited for nothing but a step."""
+    """Moment since which it waits for nothing but a step."""
     first_token_at: float | None = None
     ended_at: float | None = None
     tokens: list[int] = field(default_factory=list)
     end: Finished | Failure | None = None
     timer: asyncio.TimerHandle | None = None
     task: asyncio.Task[None] | None = None
-    """What decode does to reach prefill."""
+    """The task in which decode reaches prefill."""
     prefill_dp_rank: int = 0
-    """On decode: the rank that it expects its KV cache from."""
+    """On decode: the rank that its KV cache comes from."""
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        """Begin to wait at once; who waits for the other side first says so later."""
+        """Start to wait at once; a leg that waits for the other side first sets a later moment."""
         self.queued_at = self.received_at
 
-    def first_known_at(self, role: Role) -> float | None:
-        """Tell when the HTTP process heard of the first token: decode tells what is not streamed at the end."""
+    def first_token_reported_at(self, role: Role) -> float | None:
+        """Return when the HTTP process got the first token: decode reports what is not streamed at the end."""
         return self.ended_at if role is Role.DECODE and not self.streaming else self.first_token_at
 
     def give(self, position: int) -> None:
@@ -46,7 +46,7 @@ class Ticket:
         self._changed.set()
 
     def finish(self, end: Finished | Failure) -> None:
-        """End it; only the first end counts. Releases what waited for the other side."""
+        """End it; only the first end counts. Stops what waits for the other side."""
         if self.end is not None:
             return
         self.end, self.ended_at = end, time.time()
@@ -55,7 +55,7 @@ class Ticket:
         self._ended.set()
 
     def stop_waiting(self) -> None:
-        """Give up the present wait for the other server."""
+        """Stop waiting for the other engine."""
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None

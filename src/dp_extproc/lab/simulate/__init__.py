@@ -1,1 +1,1 @@
-"""A fleet as discrete events, driven by the service's own policies and ledgers: what placement would do, in seconds."""
+"""Simulate a fleet as discrete events, with the service's own policies and reservations, in seconds."""

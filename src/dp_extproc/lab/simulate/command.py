@@ -1,4 +1,4 @@
-"""``dp-extproc simulate``: what placement would gain on a fleet and a traffic of one's own."""
+"""Run ``dp-extproc simulate``: compute what the policies would gain on a given fleet and traffic."""
 
 import argparse
 import json
@@ -32,13 +32,13 @@ _AROUND: Final = (
     ("aborts", float, "share of the requests whose clients leave a queue in which they wait for long"),
 )
 _FLEET: Final = (
-    ("prefill", int, "prefill servers"),
-    ("decode", int, "decode servers"),
-    ("ranks", int, "DP ranks of each server"),
+    ("prefill", int, "prefill engines"),
+    ("decode", int, "decode engines"),
+    ("ranks", int, "DP ranks of each engine"),
     ("chunk", int, "prompt tokens per rank and step; 0 for no chunks"),
     ("capacity", int, "KV tokens of a rank"),
-    ("slow_prefill", float, "how many times longer the steps of the first prefill server take"),
-    ("slow_decode", float, "likewise of the first decode server"),
+    ("slow_prefill", float, "how many times longer the steps of the first prefill engine take"),
+    ("slow_decode", float, "how many times longer the steps of the first decode engine take"),
 )
 _TRAFFIC: Final = (
     ("rate", float, "requests per second"),
@@ -47,7 +47,7 @@ _TRAFFIC: Final = (
     ("concurrency", int, "requests at a time, in place of a rate"),
 )
 _TPOT: Final = {"all": "tpot", "short": "tpot_short", "long": "tpot_long", "longest": "tpot_longest"}
-"""Of which requests the time per output token is shown, and what its numbers are called."""
+"""The groups of requests whose time per output token is printed, with the names of their numbers."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,10 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind, text in (*_FLEET, *_TRAFFIC, *_AROUND):
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     parser.add_argument("--prefix-cache", action=argparse.BooleanOptionalAction, help="whether engines have one")
-    parser.add_argument("--sync", type=float, metavar="MS", help="how late replicas hear of each other; default: never")
-    parser.add_argument("--no-answers", action="store_true", help="the router hears only of the end of a request")
-    parser.add_argument("--no-scrapes", action="store_true", help="engines do not tell their load")
-    parser.add_argument("--lying", action="store_true", help="engines tell nonsense")
+    parser.add_argument(
+        "--sync", type=float, metavar="MS", help="how late replicas get events of peers; default: never"
+    )
+    parser.add_argument("--no-answers", action="store_true", help="the router gets only the end of a request")
+    parser.add_argument("--no-scrapes", action="store_true", help="engines do not report their load")
+    parser.add_argument("--lying", action="store_true", help="engines report nonsense")
     parser.add_argument(
         "--policy", action="append", metavar="HOST/RANK[/scraped][/blind]", type=_contender,
         help=f"policies to compare (default: {_DEFAULT}); /scraped: load.signal, /blind: without affinity",
@@ -106,8 +108,8 @@ def _contender(text: str) -> Contender:
             affinity=AffinitySettings(prefixes="blind" not in options),
         )
     except ValueError:
-        hosts, ranks = ", ".join(HostPolicy), ", ".join(RankPolicy)
-        raise argparse.ArgumentTypeError(f"{text!r}: write HOST/RANK, of {hosts} and {ranks}") from None
+        host_policies, rank_policies = ", ".join(HostPolicy), ", ".join(RankPolicy)
+        raise argparse.ArgumentTypeError(f"{text!r}: write HOST/RANK, of {host_policies} and {rank_policies}") from None
     if unknown := set(options) - {"scraped", "blind"}:
         raise argparse.ArgumentTypeError(f"{text!r}: {', '.join(unknown)} is not known; scraped and blind are")
     signal = LoadSignal.SCRAPED if "scraped" in options else LoadSignal.ESTIMATE
@@ -115,7 +117,7 @@ def _contender(text: str) -> Contender:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Setting]:
-    """Give the settings that are asked for, with what was changed in them."""
+    """Return the settings that are asked for, with the changes of the other options."""
     names = args.setting or []
     chosen = dict(SETTINGS) if "all" in names else {name: SETTINGS[name] for name in names}
     if not chosen:
@@ -149,7 +151,7 @@ def _changed(setting: Setting, args: argparse.Namespace) -> Setting:
 
 
 def _table(name: str, results: Mapping[str, Mapping[str, float]]) -> Table:
-    """Make the table of one setting; times in ms, gains against the engines' own placement."""
+    """Make the table of one setting; times in milliseconds, gains against the engines' own placement."""
     table = Table(title=name, title_justify="left")
     for column in ("placement", "TTFT mean", "p50", "p99", "gain", "of the clairvoyant's", "waiting"):
         table.add_column(column, justify="left" if column == "placement" else "right")

@@ -1,4 +1,4 @@
-"""What came of a run."""
+"""Record the results of a run."""
 
 import math
 import statistics
@@ -6,34 +6,34 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _WARM_UP = 0.05
-"""Share of the requests at the start that is left out: they meet an empty fleet."""
+"""Share of the requests at the start that is left out: the fleet is empty then."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One request. Times in seconds."""
+    """The result of one request. Times in seconds."""
 
     number: int
     first_token: float
     per_token: float | None
-    """Per output token behind the first; None if there is none."""
+    """Time per output token after the first; None if there is none."""
     total: float
     tokens: int
-    """Of its prompt and its answer: what it holds in the KV cache of decode in the end."""
+    """Tokens of prompt and answer: its size in the KV cache of decode at the end."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """All of them."""
+    """The results of all requests."""
 
     outcomes: Sequence[Outcome]
     wait_share: float
-    """Of the time in prefill steps the part that ranks waited for the fullest one."""
+    """Share of the time in prefill steps in which ranks waited for the fullest one."""
 
     def summary(self) -> dict[str, float]:
-        """Give mean, p50 and p99 of each time in milliseconds, and the wait share.
+        """Return mean, p50 and p99 of each time in milliseconds, and the wait share.
 
-        The time per output token stands there for short and long requests apart, too: see :func:`_by_length`.
+        The time per output token is there for short and long requests apart, too: see :func:`_by_length`.
         """
         kept = [outcome for outcome in self.outcomes if outcome.number >= _WARM_UP * len(self.outcomes)]
         numbers = {
@@ -55,9 +55,9 @@ class RunResult:
 
 
 def _by_length(outcomes: Iterable[Outcome]) -> dict[str, list[float]]:
-    """Give the times per output token of the short half of the requests, of the long half, and of the longest tenth.
+    """Return the times per output token of the short half, the long half and the longest tenth of the requests.
 
-    Who has how many tokens is the same for every router, so the same requests are compared.
+    The number of tokens of a request is the same for every router, so the same requests are compared.
     """
     ordered = sorted((each.tokens, each.number, each.per_token) for each in outcomes if each.per_token is not None)
     values = [per_token for _, _, per_token in ordered]

@@ -1,4 +1,4 @@
-"""Who decides: the engines themselves, somebody who knows everything, or the service's own code."""
+"""Schedule requests of a simulation: by the engines themselves, with full knowledge, or by the service's own code."""
 
 import math
 from collections.abc import Callable
@@ -23,6 +23,8 @@ from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix
 from dp_extproc.request.path import Api
 from dp_extproc.request.prompt import Prompt
+from dp_extproc.scheduling.filters import EndpointFilter
+from dp_extproc.scheduling.pairing import Pairing
 from dp_extproc.scheduling.picker import Picker
 
 _POOL = "*"
@@ -31,7 +33,7 @@ _BLOCK = 256
 
 
 class EnginesOwn:
-    """What happens without a router that knows ranks."""
+    """Leave the ranks to the engines, as a router without ranks does."""
 
     reads_gauges = False
 
@@ -44,14 +46,14 @@ class EnginesOwn:
     def prefill_answered(self, number: int, now: float) -> None: ...
     def first_token(self, number: int, now: float) -> None: ...
     def ended(self, number: int, now: float) -> None: ...
-    def scraped(self, role: Role, server: int, page: LoadPage, started: float, now: float) -> None: ...
+    def scraped(self, role: Role, engine: int, page: LoadPage, started: float, now: float) -> None: ...
 
 
 class Clairvoyant(EnginesOwn):
-    """Knows the state of every engine, and how long every answer will be. Greedy: what it cannot know is the future.
+    """Schedule with the state of every engine and the length of every answer, but without the future.
 
-    On prefill it minimises when the request will be done, plus the delay of those who wait, on the true queues and
-    caches. On decode it weighs each sequence by how long it will still be there.
+    On prefill it minimises when the request is done, plus the delay of waiting requests, on the true queues and caches.
+    On decode it weighs each sequence by how long it will still run.
     """
 
     def __init__(self, simulation: Simulation) -> None:
@@ -71,12 +73,12 @@ class Clairvoyant(EnginesOwn):
         coming = [[0] * fleet.ranks for _ in simulation.prefills]
         for number, placement in simulation.on_the_way.items():
             coming[placement.prefill][placement.prefill_rank] += simulation.trace[number].prompt_tokens
-        for index, server in enumerate(simulation.prefills):
-            queues = [server.backlog(rank) + coming[index][rank] for rank in range(fleet.ranks)]
+        for index, engine in enumerate(simulation.prefills):
+            queues = [engine.backlog(rank) + coming[index][rank] for rank in range(fleet.ranks)]
             top = max(queues)
-            waiting = sum(len(rank.queue) for rank in server.ranks)
-            running = max(sum(rank.chunks.values()) for rank in server.ranks)
-            rest = (self._step_tokens + running) / 2 if server.stepping else 0.0
+            waiting = sum(len(rank.queue) for rank in engine.ranks)
+            running = max(sum(rank.chunks.values()) for rank in engine.ranks)
+            rest = (self._step_tokens + running) / 2 if engine.stepping else 0.0
             slowness = fleet.slow_prefill if index == 0 else 1.0
             for rank, queue in enumerate(queues):
                 after = queue + request.prompt_tokens - self._cached(request, index, rank)
@@ -91,35 +93,35 @@ class Clairvoyant(EnginesOwn):
                     best, found = cost, (index, rank)
         return found
 
-    def _cached(self, request: TraceRequest, server: int, rank: int) -> int:
+    def _cached(self, request: TraceRequest, engine: int, rank: int) -> int:
         if not self._simulation.fleet.prefix_cache:
             return 0
-        return self._simulation.prefills[server].cached(rank, request)
+        return self._simulation.prefills[engine].cached(rank, request)
 
     def _decode(self, request: TraceRequest) -> tuple[int, int]:
         best, found = (True, math.inf), (0, 0)
         fleet = self._simulation.fleet
-        for index, server in enumerate(self._simulation.decodes):
+        for index, engine in enumerate(self._simulation.decodes):
             loads = [0.0] * fleet.ranks
             for rank in range(fleet.ranks):
-                for steps, other in server.ends_of(rank):
+                for steps, other in engine.ends_of(rank):
                     together = min(1.0, steps / max(1, request.output_tokens))
                     context = other.prompt_tokens + other.output_tokens - steps
                     loads[rank] += (context + self._request_tokens) * together
-                loads[rank] += max(0, server.promised[rank] - server.context[rank])
+                loads[rank] += max(0, engine.promised[rank] - engine.context[rank])
             top, low = max(loads), min(loads)
             lowest = loads.index(low)
-            lacks_room = server.asked_of(lowest) + request.prompt_tokens > ROOM * fleet.capacity
+            lacks_room = engine.requested_tokens(lowest) + request.prompt_tokens > ROOM * fleet.capacity
             added = request.prompt_tokens + self._request_tokens
             slowness = fleet.slow_decode if index == 0 else 1.0
-            cost = step_cost(top, low + added, added / fleet.ranks, sum(server.sequences)) * slowness
+            cost = step_cost(top, low + added, added / fleet.ranks, sum(engine.sequences)) * slowness
             if (lacks_room, cost) < best:
                 best, found = (lacks_room, cost), (index, lowest)
         return found
 
 
 class Ours:
-    """The service's own policies and ledgers, in one or several replicas."""
+    """Schedule with the service's own policies and reservations, in one or several replicas."""
 
     def __init__(self, simulation: Simulation, policy: PolicySettings, signal: LoadSignal) -> None:
         self.reads_gauges = signal is LoadSignal.SCRAPED
@@ -136,8 +138,8 @@ class Ours:
         replica = self._rng.choice(self._replicas)
         self._of[number] = replica
         prefix = self._prefix(request) if self._affinity else NO_PREFIX
-        placement, dispatch = replica.place(number, self._text_bytes(request), prefix, now)
-        self._share(replica, lambda peer, now: peer.told(number, dispatch, now))
+        placement, record = replica.place(number, self._text_bytes(request), prefix, now)
+        self._share(replica, lambda peer, now: peer.open_peer(number, record, now))
         return placement
 
     def prefill_answered(self, number: int, now: float) -> None:
@@ -150,24 +152,24 @@ class Ours:
         self._event(number, lambda replica, now: replica.attempts.pop(number).end(now), now)
         del self._of[number]
 
-    def scraped(self, role: Role, server: int, page: LoadPage, started: float, now: float) -> None:
+    def scraped(self, role: Role, engine: int, page: LoadPage, started: float, now: float) -> None:
         for replica in self._replicas:
-            replica.fleet.sampled(replica.endpoints[role][server], page, started, now)
+            replica.fleet.sampled(replica.endpoints[role][engine], page, started, now)
 
-    def _event(self, number: int, happen: "Callable[[_Replica, float], None]", now: float) -> None:
+    def _event(self, number: int, event: "Callable[[_Replica, float], None]", now: float) -> None:
         replica = self._of[number]
-        happen(replica, now)
-        self._share(replica, happen)
+        event(replica, now)
+        self._share(replica, event)
 
-    def _share(self, replica: "_Replica", happen: "Callable[[_Replica, float], None]") -> None:
+    def _share(self, replica: "_Replica", event: "Callable[[_Replica, float], None]") -> None:
         delay = self._simulation.around.sync
         if delay is not None:
             for peer in self._replicas:
                 if peer is not replica:
-                    self._simulation.after(delay, partial(happen, peer))
+                    self._simulation.after(delay, partial(event, peer))
 
     def _text_bytes(self, request: TraceRequest) -> int:
-        """Tell how long the text is that the prompt is estimated by."""
+        """Return the length in bytes of the text that the prompt is estimated by."""
         around = self._simulation.around
         tokens = request.prompt_tokens * around.bias
         if around.error_sigma:
@@ -186,7 +188,7 @@ class Ours:
 
 
 class _Replica:
-    """One process of the service."""
+    """One replica of the service."""
 
     def __init__(self, simulation: Simulation, policy: PolicySettings, signal: LoadSignal, rng: Random) -> None:
         fleet = simulation.fleet
@@ -207,6 +209,7 @@ class _Replica:
         for role, endpoints in self.endpoints.items():
             for endpoint in endpoints:
                 self.fleet.discovered(endpoint, endpoint.url, _facts(role, fleet), 0.0)
+        self._filters = EndpointFilter(self.fleet)
         self._picker = Picker(policy, signal, self.fleet.prefixes[_POOL], rng)
         self._tracker = InFlightTracker(self.fleet)
         self._rng = rng
@@ -217,19 +220,20 @@ class _Replica:
     def place(self, number: int, text_bytes: int, prefix: Prefix, now: float) -> tuple[Placement, PlacementRecord]:
         tokens = self.fleet.ratios[_POOL].estimate(Prompt(text_bytes, 0, None))
         cost = RequestCost(tokens, prefix=prefix, text_bytes=text_bytes)
-        prefills = self.fleet.capable(_POOL, Role.PREFILL, Api.CHAT, now)
-        decodes = self.fleet.capable(_POOL, Role.DECODE, Api.CHAT, now)
-        pair = self._picker.pair(prefills, decodes, cost, now)
-        self.attempts[number] = self._tracker.open(pair.prefill, pair.decode, cost, now)
-        prefill, decode = pair.prefill, pair.decode
-        decode_server = self._index[decode.endpoint.url]
+        prefills = self._filters.capable(_POOL, Role.PREFILL, Api.CHAT, now)
+        decodes = self._filters.capable(_POOL, Role.DECODE, Api.CHAT, now)
+        targets = self._picker.pick(Pairing(prefills, decodes), cost, now)
+        prefill, decode = targets.prefill, targets.decode
+        assert prefill is not None  # noqa: S101 - the pool is disaggregated
+        self.attempts[number] = self._tracker.open(prefill, decode, cost, now)
+        decode_engine = self._index[decode.endpoint.url]
         placement = Placement(
             self._index[prefill.endpoint.url],
             self._rng.randrange(self._ranks) if prefill.rank is None else prefill.rank,
-            decode_server,
-            self._engine_ranks.decode_rank(decode_server) if decode.rank is None else decode.rank,
+            decode_engine,
+            self._engine_ranks.decode_rank(decode_engine) if decode.rank is None else decode.rank,
         )
-        dispatch = PlacementRecord(
+        record = PlacementRecord(
             _POOL,
             cost,
             decode.endpoint.url,
@@ -238,11 +242,11 @@ class _Replica:
             prefill.rank,
             prefill.cached,
         )
-        return placement, dispatch
+        return placement, record
 
-    def told(self, number: int, dispatch: PlacementRecord, now: float) -> None:
-        """Take in what a peer has sent."""
-        self.attempts[number] = self._tracker.open_peer(dispatch, now)
+    def open_peer(self, number: int, record: PlacementRecord, now: float) -> None:
+        """Open the reservations of a peer's attempt."""
+        self.attempts[number] = self._tracker.open_peer(record, now)
 
 
 def _facts(role: Role, fleet: Fleet) -> EngineFacts:

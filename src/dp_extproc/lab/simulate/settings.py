@@ -1,4 +1,4 @@
-"""Settings to simulate by name: the fleets and kinds of traffic of docs/scheduling.md."""
+"""Define settings to simulate by name: the fleets and kinds of traffic of docs/scheduling.md."""
 
 from dataclasses import dataclass, field
 from typing import Final
@@ -9,16 +9,16 @@ from dp_extproc.lab.workload.generate import SESSIONS
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A fleet, its traffic, and what lies between."""
+    """A fleet, its traffic and its surroundings."""
 
     fleet: Fleet
     lengths: str
     rate: float
-    """Requests per second. Chosen for each row so that placement by the engines themselves is loaded but keeps up."""
+    """Requests per second; chosen so that the engines' own placement has high load, but keeps up."""
     requests: int = 4000
     burst: float = 1.0
     concurrency: int | None = None
-    """Requests at a time; the rate does not matter then."""
+    """Requests at a time, in place of a rate."""
     around: Surroundings = field(default_factory=Surroundings)
 
 

@@ -1,4 +1,4 @@
-"""One run: a trace through a router and a fleet. Time is a number, and nothing is left to chance but by the seed."""
+"""Run one trace through a router and a fleet. Time is a number, and all randomness comes from the seed."""
 
 import heapq
 from collections.abc import Callable, Sequence
@@ -10,15 +10,15 @@ from typing import Protocol
 
 from dp_extproc.engines.model import LoadPage, Role
 from dp_extproc.lab.engine.scheduler.work import Work
+from dp_extproc.lab.simulate.engines import DecodeEngine, PrefillEngine
 from dp_extproc.lab.simulate.fleet import Fleet, Surroundings
 from dp_extproc.lab.simulate.outcome import Outcome, RunResult
-from dp_extproc.lab.simulate.servers import DecodeServer, PrefillServer
 from dp_extproc.lab.workload.trace import TraceRequest
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a request goes."""
+    """The engines and ranks of a request, by their indexes."""
 
     prefill: int
     prefill_rank: int
@@ -27,22 +27,22 @@ class Placement:
 
 
 class Router(Protocol):
-    """Decides, by what it hears. Requests are numbers."""
+    """Schedules requests, which are numbers, by the events that it receives."""
 
     def place(self, number: int, request: TraceRequest, now: float) -> Placement: ...
     def prefill_answered(self, number: int, now: float) -> None: ...
     def first_token(self, number: int, now: float) -> None: ...
     def ended(self, number: int, now: float) -> None: ...
-    def scraped(self, role: Role, server: int, page: LoadPage, started: float, now: float) -> None: ...
+    def scraped(self, role: Role, engine: int, page: LoadPage, started: float, now: float) -> None: ...
 
     @property
     def reads_gauges(self) -> bool:
-        """Whether it wants the gauges of an engine rather than its page of loads."""
+        """Whether it reads the gauges of an engine rather than its page of loads."""
         ...
 
 
 class Simulation:
-    """The fleet and the clock. The router that is given to :meth:`run` may look at both, if it is clairvoyant."""
+    """Hold the fleet and the clock. The clairvoyant router reads both."""
 
     def __init__(self, fleet: Fleet, around: Surroundings, trace: Sequence[TraceRequest], seed: int) -> None:
         self.fleet = fleet
@@ -51,11 +51,11 @@ class Simulation:
         self.rng = Random(f"simulation {seed}")
         self._seed = seed
         self.prefills = [
-            PrefillServer(fleet, fleet.slow_prefill if index == 0 else 1.0, self.after, self._computed)
+            PrefillEngine(fleet, fleet.slow_prefill if index == 0 else 1.0, self.after, self._computed)
             for index in range(fleet.prefill)
         ]
         self.decodes = [
-            DecodeServer(
+            DecodeEngine(
                 fleet,
                 fleet.slow_decode if index == 0 else 1.0,
                 self.after,
@@ -66,7 +66,7 @@ class Simulation:
         ]
         self.engine_ranks = EngineRanks(fleet, self.rng)
         self.on_the_way: dict[int, Placement] = {}
-        """Requests that prefill does not have yet."""
+        """Requests that have not reached prefill yet."""
         self._now = 0.0
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = count()
@@ -75,19 +75,19 @@ class Simulation:
         self._first: dict[int, float] = {}
         self._outcomes: list[Outcome] = []
         self._direct: set[int] = set()
-        leaving = Random(f"aborts {seed}")
+        chance = Random(f"aborts {seed}")
         self._patience = {
-            number: leaving.expovariate(1 / around.patience)
+            number: chance.expovariate(1 / around.patience)
             for number in range(len(trace))
-            if leaving.random() < around.aborts
+            if chance.random() < around.aborts
         }
-        """Of clients that may leave."""
+        """Seconds until a client leaves, by its request."""
         self._left: set[int] = set()
         self._over = 0
         self._backlog: list[int] = []
 
     def run(self, router: Router, *, concurrency: int | None = None) -> RunResult:
-        """Send the trace: at its arrivals, or so many requests at a time."""
+        """Send the trace: at its arrivals, or with so many requests at a time."""
         self._router = router
         if concurrency is None:
             for number, request in enumerate(self.trace):
@@ -102,11 +102,11 @@ class Simulation:
             action(self._now)
         return RunResult(
             self._outcomes,
-            sum(server.waited for server in self.prefills) / max(1e-9, sum(server.busy for server in self.prefills)),
+            sum(engine.waited for engine in self.prefills) / max(1e-9, sum(engine.busy for engine in self.prefills)),
         )
 
     def settle(self, seconds: float = 1.0) -> None:
-        """Let what is on its way arrive, after the last request has ended."""
+        """Deliver what is on its way, after the last request has ended."""
         until = self._now + seconds
         while self._events and self._events[0][0] <= until:
             self._now, _, action = heapq.heappop(self._events)
@@ -116,11 +116,11 @@ class Simulation:
         heapq.heappush(self._events, (when, next(self._order), action))
 
     def after(self, seconds: float, action: Callable[[float], None]) -> None:
-        """Have something done so many seconds from now."""
+        """Schedule an action so many seconds from now."""
         self._at(self._now + seconds, action)
 
-    def _tell(self, action: Callable[[float], None]) -> None:
-        """Tell the router, unless it does not get to know such things."""
+    def _notify(self, action: Callable[[float], None]) -> None:
+        """Notify the router, unless it receives no such events."""
         if self.around.answers:
             self.after(self.around.network, action)
 
@@ -151,7 +151,7 @@ class Simulation:
         self.after(self.around.network, lambda now: decode.reserve(placement.decode_rank, request, now, reserved))
 
     def _leave(self, number: int, now: float) -> None:
-        """A client leaves, if its request waits still; else it stays, as its answer is about to come."""
+        """Let a client leave, if its request still waits; else it stays, as its answer is about to come."""
         if number in self.on_the_way:
             self._left.add(number)
             self._ended(number, now)
@@ -176,13 +176,13 @@ class Simulation:
         placement = self._placements[number]
         self.prefills[placement.prefill].sent(work, now)
         if number not in self._direct:
-            self._tell(lambda now: self._router.prefill_answered(number, now))
+            self._notify(lambda now: self._router.prefill_answered(number, now))
         self.decodes[placement.decode].start(number, placement.decode_rank, self.trace[number], now)
 
     def _first_token(self, number: int, now: float) -> None:
         self._first[number] = now + 2 * self.around.network
         if number not in self._direct:
-            self._tell(lambda now: self._router.first_token(number, now))
+            self._notify(lambda now: self._router.first_token(number, now))
 
     def _finished(self, number: int, now: float) -> None:
         request = self.trace[number]
@@ -203,19 +203,19 @@ class Simulation:
 
     def _scrape(self, now: float) -> None:
         if not self.around.scrapes and now > 0:
-            return  # engines have been discovered, and are never heard of again
+            return  # engines have been discovered, and report nothing more
         gauges = self._router.reads_gauges
-        pages = [(Role.PREFILL, index, server.page(gauges=gauges)) for index, server in enumerate(self.prefills)]
-        pages += [(Role.DECODE, index, server.page(gauges=gauges)) for index, server in enumerate(self.decodes)]
+        pages = [(Role.PREFILL, index, engine.page(gauges=gauges)) for index, engine in enumerate(self.prefills)]
+        pages += [(Role.DECODE, index, engine.page(gauges=gauges)) for index, engine in enumerate(self.decodes)]
         for role, index, page in pages:
             if self._is_mute(role, index, now):
                 continue
-            told = _lie(page, self.rng) if self.around.lying and now > 0 else page
-            self._router.scraped(role, index, told, now, now)
+            reported = _nonsense(page, self.rng) if self.around.lying and now > 0 else page
+            self._router.scraped(role, index, reported, now, now)
         self.after(self.around.scrape_interval, self._scrape)
 
     def _is_mute(self, role: Role, index: int, now: float) -> bool:
-        """Tell whether an engine cannot be read: by turns of 20 seconds, each engine for itself."""
+        """Check whether an engine cannot be read: in turns of 20 seconds, for each engine apart."""
         turn = int(now / _MUTE_SECONDS)
         return turn > 0 and Random(f"mute {self._seed} {role} {index} {turn}").random() < self.around.mute
 
@@ -224,7 +224,7 @@ _MUTE_SECONDS = 20.0
 
 
 class EngineRanks:
-    """What engines do by themselves, on random servers.
+    """Schedule as engines do without a router, on random engines.
 
     On prefill it is the rank that a random room leads to, on decode the next one in turn.
     """
@@ -235,7 +235,7 @@ class EngineRanks:
         self._turns = [0] * fleet.decode
 
     def place(self) -> Placement:
-        """Place a request, whatever it is."""
+        """Schedule a request, whatever its size."""
         decode = self._rng.randrange(self._fleet.decode)
         return Placement(
             self._rng.randrange(self._fleet.prefill),
@@ -244,13 +244,13 @@ class EngineRanks:
             self.decode_rank(decode),
         )
 
-    def decode_rank(self, server: int) -> int:
-        """Give the rank that a decode server picks when it is not told one."""
-        self._turns[server] = (self._turns[server] + 1) % self._fleet.ranks
-        return self._turns[server]
+    def decode_rank(self, engine: int) -> int:
+        """Return the rank that a decode engine picks when the request names none."""
+        self._turns[engine] = (self._turns[engine] + 1) % self._fleet.ranks
+        return self._turns[engine]
 
 
-def _lie(page: LoadPage, rng: Random) -> LoadPage:
+def _nonsense(page: LoadPage, rng: Random) -> LoadPage:
     samples = list(page.ranks)
     rng.shuffle(samples)
     return LoadPage(

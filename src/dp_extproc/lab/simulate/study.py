@@ -1,4 +1,4 @@
-"""Several routers over the same traces, seed by seed, on all cores."""
+"""Run several routers over the same traces, seed by seed, on all cores."""
 
 import multiprocessing
 import statistics
@@ -21,23 +21,23 @@ CLAIRVOYANT: Final = "clairvoyant"
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A way to place requests."""
+    """A way to schedule requests."""
 
     name: str
     policy: PolicySettings | None = None
-    """None for those that are built in."""
+    """None for the contenders that are built in."""
     signal: LoadSignal = LoadSignal.ESTIMATE
 
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """What to run."""
+    """The setting, the contenders and the number of seeds of a study."""
 
     setting: Setting
     contenders: Sequence[Contender]
     seeds: int = 10
     trace: tuple[TraceRequest, ...] | None = None
-    """In place of a made one; the seed then only decides ties."""
+    """A given trace in place of a made one; the seed then only decides ties."""
 
 
 def run_once(setting: Setting, contender: Contender, seed: int, trace: tuple[TraceRequest, ...] | None) -> RunResult:
@@ -74,13 +74,13 @@ def run_study(study: Study) -> dict[str, dict[str, float]]:
 
 
 def share_of_gain(results: Mapping[str, Mapping[str, float]], name: str, measure: str = "ttft") -> float | None:
-    """Tell how much of what the clairvoyant gains a contender does; None if nobody was clairvoyant."""
+    """Return which share of the clairvoyant's gain a contender has; None without a clairvoyant."""
     bound = results.get(CLAIRVOYANT, {}).get(f"{measure}_gain")
     return results[name][f"{measure}_gain"] / bound if bound else None
 
 
 def with_around(setting: Setting, **changes: object) -> Setting:
-    """Give the setting with other surroundings."""
+    """Return the setting with other surroundings."""
     return replace(setting, around=replace(setting.around, **changes))  # type: ignore[arg-type]
 
 

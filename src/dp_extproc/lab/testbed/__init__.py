@@ -1,1 +1,1 @@
-"""Real processes on this machine: engines, the service and Envoy. For the tests, the demo and the benchmarks."""
+"""Run engines, the service and Envoy as real processes on this machine, for tests, the demo and the benchmarks."""

@@ -1,4 +1,4 @@
-"""Strict engines under test, with their debug endpoints as a client sees them."""
+"""Run stand-in engines, and call their debug endpoints as a client."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from dp_extproc.lab.testbed.process import CommandProcess
 
 
 class EngineProcess(CommandProcess):
-    """``dp-extproc engine`` on a free port; a context manager."""
+    """Run ``dp-extproc engine`` on a free port; a context manager."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class EngineProcess(CommandProcess):
             dp_size: DP ranks.
             options: Further command-line options.
             host: The address that it listens on.
-            pause: Sleeps for so many seconds while it is waited for; what this raises ends the wait.
+            pause: Sleeps for so many seconds between two checks of a wait; an exception from it ends the wait.
         """
         self.role = role
         self.port, self.bootstrap_port, debug_port = free_ports(3)
@@ -41,11 +41,11 @@ class EngineProcess(CommandProcess):
         super().__init__([*arguments, *options], f"{self.url}/v1/models", pause=pause)
 
     def change(self, *options: str) -> None:
-        """Have it started with further options from the next start on; of a repeated one the last value counts."""
+        """Add options for the next start; of a repeated option the last value counts."""
         self._arguments += options
 
     def requests(self) -> list[dict[str, Any]]:
-        """Return every inference request it has received, oldest first."""
+        """Return every inference request that the engine has received, oldest first."""
         page = loopback.CLIENT.get(f"{self.debug_url}/requests").raise_for_status().json()
         received: list[dict[str, Any]] = page["requests"] if isinstance(page, dict) else page
         return received
@@ -55,7 +55,7 @@ class EngineProcess(CommandProcess):
         loopback.CLIENT.delete(f"{self.debug_url}/requests").raise_for_status()
 
     def steps(self) -> list[dict[str, Any]]:
-        """Return what the steps of its groups of ranks have taken so far."""
+        """Return the steps of its groups of ranks so far."""
         page = loopback.CLIENT.get(f"{self.debug_url}/steps").raise_for_status().json()
         groups: list[dict[str, Any]] = page["groups"]
         return groups

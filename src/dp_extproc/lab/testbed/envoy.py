@@ -1,4 +1,4 @@
-"""A real Envoy on this machine, for tests, the demo and the benchmark."""
+"""Run a real Envoy on this machine, for tests, the demo and the benchmark."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def find_envoy() -> str:
 
 
 class EnvoyProcess:
-    """Envoy with the configuration that belongs to *config*; a context manager.
+    """Run Envoy with the configuration that belongs to *config*; a context manager.
 
     Several run side by side. Each ends with the process that started it.
     """
@@ -54,11 +54,11 @@ class EnvoyProcess:
         """Prepare, without starting.
 
         Args:
-            config: Says where to listen.
+            config: Has the addresses to listen on.
             concurrency: Worker threads.
             log_level: Of Envoy's own log.
             bootstrap: YAML to use instead of the printed one; must keep to the addresses in *config*.
-            pause: Sleeps for so many seconds while it is waited for; what this raises ends the wait.
+            pause: Sleeps for so many seconds between two checks of a wait; an exception from it ends the wait.
         """
         self.url = f"http://{config.envoy.inference}"
         self.admin_url = f"http://{config.envoy.admin}"
@@ -89,7 +89,7 @@ class EnvoyProcess:
         (path / "envoy.yaml").write_text(self._bootstrap, encoding="utf-8")
         argv = [find_envoy(), "--config-path", str(path / "envoy.yaml"), *self._options]
         # No hot restart, or the second Envoy of a machine would take the first for its predecessor.
-        # Access logs are buffered for 10 s by default, too long for whoever waits for a line.
+        # Access logs are buffered for 10 s by default, too long to wait for a line.
         argv += ["--disable-hot-restart", "--file-flush-interval-msec", "50"]
         with (path / "stdout").open("wb") as stdout, (path / "stderr").open("wb") as stderr:
             self._process = start_tied(argv, stdout, stderr)
@@ -130,10 +130,10 @@ class EnvoyProcess:
             self._directory = None
 
     def restart(self) -> None:
-        """Kill it, as it is, and start another one in its place.
+        """Kill it, and start another one in its place.
 
         Raises:
-            RuntimeError: As when it is first started.
+            RuntimeError: It ended, or is not ready in time.
         """
         if self._process is not None:
             self._process.kill()
@@ -156,7 +156,7 @@ class EnvoyProcess:
         return self._read("stderr")
 
     def healthy(self, cluster: str) -> int:
-        """Count the hosts of a cluster that Envoy takes for healthy."""
+        """Count the endpoints of a cluster that are healthy for Envoy."""
         page = loopback.CLIENT.get(f"{self.admin_url}/clusters").raise_for_status().text
         flags = [line.rpartition("::")[2] for line in page.splitlines() if line.startswith(f"{cluster}::")]
         return flags.count("healthy")
@@ -167,10 +167,10 @@ class EnvoyProcess:
         return [json.loads(line) for line in text.split("\n")[:-1]]  # splitlines() would split at U+2028, too
 
     def wait_for_access_log(self, request_id: str, count: int = 1) -> list[dict[str, Any]]:
-        """Wait until *count* lines of that request are in the access log, and return them.
+        """Wait until *count* lines of a request are in the access log, and return them.
 
         Raises:
-            RuntimeError: They do not come.
+            RuntimeError: They are not there in time.
         """
 
         def lines() -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""HTTP to the servers of the test bed: plain, and from as many threads as wanted."""
+"""Send HTTP requests to processes of the test bed, from any number of threads."""
 
 import ssl
 import threading
@@ -7,15 +7,15 @@ from typing import Final
 import httpx
 
 _TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-"""Never used. To load the certificates that would verify servers costs 50 ms of a processor for each client."""
+"""Never used. Loading the certificates that verify peers costs 50 ms of a processor for each client."""
 
 
 class _ConnectionsPerThread(httpx.BaseTransport):
-    """Connections that no two threads share.
+    """Keep the connections of each thread apart.
 
-    httpcore (1.0.9) closes a connection that is idle and readable, for its server must have closed it. Between the one
-    look and the other, another thread may have sent a request there, and what is to be read is the answer: it gets
-    EBADF instead. Of 200 requests at once one in a thousand did on a busy machine.
+    httpcore (1.0.9) closes a connection that is idle and readable, as its server must have closed it. Between its two
+    checks another thread may have sent a request there; what is readable is its answer then, and that thread gets
+    EBADF. Of 200 requests at once one in a thousand did on a busy machine.
     """
 
     def __init__(self, limits: httpx.Limits) -> None:

@@ -1,4 +1,4 @@
-"""Free TCP ports for servers that cannot be asked which port the kernel gave them."""
+"""Find free TCP ports for programs that do not print which port the kernel gave them."""
 
 import os
 import random
@@ -9,18 +9,18 @@ from typing import Final
 _BELOW_EPHEMERAL: Final = range(20_000, 32_000)
 """Linux takes the local ports of outgoing connections from 32768 up, so none of these is taken by chance."""
 PART: Final = "DP_EXTPROC_PORTS"
-"""Variable with a part of them, as ``2/3``: what runs at the same time elsewhere takes none of those that are found."""
+"""Variable with a part of the ports, as ``2/3``, so that test processes that run side by side use different ports."""
 _given: Final[set[int]] = set()
-"""Ports that this process has found before: who asked for them may not listen yet, or may be about to again."""
+"""Ports that this process has returned before: their programs may not listen yet, or may listen again."""
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """Return a port of *host* that nobody listens on."""
+    """Return a port of *host* that no process listens on."""
     return free_ports(1, host)[0]
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Return *count* different ports of *host* that nobody listens on, and that were not returned before.
+    """Return *count* different ports of *host* that no process listens on, and that were not returned before.
 
     Raises:
         OSError: Too few ports are free.
@@ -50,7 +50,7 @@ def free_row(count: int, host: str = "127.0.0.1") -> int:
 
 
 def _in_any_order(ports: range) -> Iterable[int]:
-    """Give all that are new; when half of all have been given, those that were are forgotten."""
+    """Return all new ports in random order; once half of all have been returned, all count as new."""
     if len(_given) > len(ports) // 2:
         _given.clear()
     return (port for port in random.sample(ports, len(ports)) if port not in _given)

@@ -1,4 +1,4 @@
-"""A server of ours as a child process: started on a free port, waited for, stopped by its own pid."""
+"""Run a command of this project as a child process: start it, wait for it, and stop it by its own pid."""
 
 import signal
 import subprocess
@@ -19,7 +19,7 @@ _STOP_SECONDS: Final = 10.0
 
 
 class CommandProcess:
-    """``dp-extproc COMMAND ...`` as a child; a context manager.
+    """Run ``dp-extproc COMMAND ...`` as a child; a context manager.
 
     A started one is listening; whether it is ready beyond that is for the caller to wait for.
     """
@@ -32,7 +32,7 @@ class CommandProcess:
         Args:
             arguments: The command and its options.
             listening_url: A cheap URL of it; any answer counts.
-            pause: Sleeps for so many seconds while it is waited for; what this raises ends the wait.
+            pause: Sleeps for so many seconds between two checks of a wait; an exception from it ends the wait.
         """
         self._arguments = list(arguments)
         self._listening_url = listening_url
@@ -56,7 +56,7 @@ class CommandProcess:
         self._directory.cleanup()
 
     def start(self) -> None:
-        """Start, also anew after :meth:`stop`; its log goes on."""
+        """Start, also anew after :meth:`stop`; the log is appended."""
         argv = [sys.executable, "-m", "dp_extproc", *self._arguments]
         with self._log_path.open("ab") as log:
             self._process = start_tied(argv, log, log)
@@ -79,7 +79,7 @@ class CommandProcess:
             return process.wait()
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal without waiting for what comes of it."""
+        """Send a signal without waiting for its effect."""
         if self._process is not None:
             self._process.send_signal(number)
 
@@ -111,7 +111,7 @@ class CommandProcess:
         return self._process is not None and self._process.poll() is None
 
     def log(self) -> str:
-        """Return what it has written so far."""
+        """Return its output so far."""
         return self._log_path.read_text(encoding="utf-8", errors="replace")
 
     @property

@@ -1,4 +1,4 @@
-"""The service under test, with its admin port as a client sees it."""
+"""Run the service, and call its admin port as a client."""
 
 import re
 import time
@@ -18,7 +18,7 @@ from dp_extproc.lab.testbed.waiting import wait_until
 _READY_SECONDS: Final = 30.0
 _IDLE_SECONDS: Final = 10.0
 _IN_FLIGHT: Final = re.compile(r"^dp_extproc_(?:active_streams|reservations)(?:{.*})? (.*)$", re.MULTILINE)
-"""One line of each for every worker."""
+"""One line of each for every worker process."""
 
 
 def write_config(pools: list[dict[str, Any]], **sections: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def write_config(pools: list[dict[str, Any]], **sections: dict[str, Any]) -> dic
 
 
 class ServiceProcess(CommandProcess):
-    """``dp-extproc serve`` with a configuration of its own; a context manager."""
+    """Run ``dp-extproc serve`` with a configuration of its own; a context manager."""
 
     def __init__(self, content: dict[str, Any], *options: str, pause: Callable[[float], None] = time.sleep) -> None:
         """Prepare.
@@ -45,7 +45,7 @@ class ServiceProcess(CommandProcess):
         Args:
             content: Of the configuration file; :func:`write_config` makes one.
             options: Further command-line options.
-            pause: Sleeps for so many seconds while it is waited for; what this raises ends the wait.
+            pause: Sleeps for so many seconds between two checks of a wait; an exception from it ends the wait.
         """
         self.config: Config = parse_config(yaml.safe_dump(content, sort_keys=False))
         self.admin_url = f"http://{self.config.listen.admin}"
@@ -59,7 +59,7 @@ class ServiceProcess(CommandProcess):
         return self
 
     def write(self, text: str) -> None:
-        """Write the configuration file anew, whole at any moment."""
+        """Replace the configuration file, which is whole at any moment."""
         new = self._config_path.with_suffix(".new")
         new.write_text(text, encoding="utf-8")
         new.replace(self._config_path)
@@ -78,14 +78,14 @@ class ServiceProcess(CommandProcess):
         )
 
     def wait_until_fresh(self) -> None:
-        """Wait until the load of every configured endpoint is known.
+        """Wait until every configured endpoint has a fresh sample.
 
         Raises:
             RuntimeError: It is not in time; the message ends with the log.
         """
 
         def all_are() -> bool:
-            endpoints = self.loads().get("endpoints") or []  # of several workers none may have answered yet
+            endpoints = self.loads().get("endpoints") or []  # of several worker processes none may have answered yet
             return {endpoint["state"] for endpoint in endpoints} == {"fresh"}
 
         wait_until(
@@ -96,10 +96,10 @@ class ServiceProcess(CommandProcess):
         )
 
     def wait_until_idle(self) -> None:
-        """Wait until no stream is open and nothing is on the books: every reservation was released.
+        """Wait until no stream is open and no reservation is left.
 
         Raises:
-            RuntimeError: Something stays; the message ends with the books.
+            RuntimeError: Some stay; the message ends with the page of loads.
         """
 
         def in_flight() -> list[str]:
@@ -108,7 +108,7 @@ class ServiceProcess(CommandProcess):
         wait_until(
             lambda: not in_flight(),
             _IDLE_SECONDS,
-            lambda: f"something stays on the books: {in_flight()}\n{self.loads()}",
+            lambda: f"reservations or streams are left: {in_flight()}\n{self.loads()}",
             self._pause,
         )
 

@@ -1,4 +1,4 @@
-"""Child processes that end when whoever started them ends, even by SIGKILL."""
+"""Start child processes that end when their parent ends, even by SIGKILL."""
 
 import ctypes
 import os
@@ -15,9 +15,9 @@ _PR_SET_PDEATHSIG: Final = 1
 def start_tied(argv: Sequence[str], stdout: IO[bytes], stderr: IO[bytes]) -> subprocess.Popen[bytes]:
     """Start *argv* as a child that gets SIGTERM when the calling thread ends; only on Linux.
 
-    It is the thread that counts, not the process (``prctl(2)``): call this from one that lives long enough.
+    The thread counts, not the process (``prctl(2)``): call this from one that lives long enough.
 
-    The child is in a process group of its own: Ctrl-C in a terminal is for who started it, and that one stops it in
+    The child is in a process group of its own: Ctrl-C in a terminal reaches only the parent, which stops the child in
     order.
     """
     shim = [sys.executable, "-m", "dp_extproc.lab.testbed.tied_process", str(os.getpid()), *argv]

@@ -1,4 +1,4 @@
-"""Waiting until a server of the test bed is as far as it has to be."""
+"""Wait for a condition of a process of the test bed."""
 
 import time
 from collections.abc import Callable
@@ -15,16 +15,16 @@ def wait_until(
     complaint: Callable[[], str],
     pause: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Wait until something is so. A server that does not answer may yet do so.
+    """Wait until a condition holds. A process that does not answer yet counts as false.
 
     Args:
-        is_so: Asks; it may raise anything but httpx.TransportError to give up at once.
-        seconds: To wait at most.
-        complaint: Tells what there is instead, for the error.
-        pause: Sleeps for so many seconds between two questions; it may raise anything to give up.
+        is_so: The condition; it may raise anything but httpx.TransportError to give up at once.
+        seconds: Seconds to wait at most.
+        complaint: Describes the state for the error.
+        pause: Sleeps for so many seconds between two checks; it may raise anything to give up.
 
     Raises:
-        RuntimeError: It is not so in time.
+        RuntimeError: The condition does not hold in time.
     """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -1,1 +1,1 @@
-"""What clients ask for: seeded traces of requests, for the simulator and the benchmarks. Pure."""
+"""Make seeded traces of requests, for the simulation and the benchmarks. Pure."""

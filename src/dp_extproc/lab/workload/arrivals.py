@@ -1,4 +1,4 @@
-"""When requests arrive."""
+"""Draw the times at which requests arrive."""
 
 from collections.abc import Iterator
 from random import Random
@@ -9,11 +9,11 @@ CALM_SECONDS: Final = 15.0
 
 
 def arrivals(rng: Random, rate: float, burst: float = 1.0) -> Iterator[float]:
-    """Give the times of a Poisson process, in seconds, without end.
+    """Yield the times of a Poisson process, in seconds, without end.
 
     Args:
         rng: Drawn from between one arrival and the next.
-        rate: Per second, on average.
+        rate: Requests per second, on average.
         burst: For the first 5 of every 20 seconds so many times the rate, and less in between; 1 for a steady one.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a fleet can do at most, by the cost model of the strict engine: to choose a rate that loads it by so much."""
+"""Compute the highest rate of a fleet by the cost model of the stand-in, to choose a rate that is a share of it."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _TOPOLOGY: Final = re.compile(r"([1-9]\d*)p([1-9]\d*)d([1-9]\d*)")
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """So many prefill and decode servers, of so many DP ranks each."""
+    """A number of prefill and decode engines, with the same number of DP ranks each."""
 
     prefill: int
     decode: int
@@ -22,7 +22,7 @@ class Topology:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``2p1d8``: two prefill servers, one decode server, eight ranks each.
+        """Read ``2p1d8``: two prefill engines, one decode engine, eight ranks each.
 
         Raises:
             ValueError: It has another form.
@@ -30,7 +30,7 @@ class Topology:
         match = _TOPOLOGY.fullmatch(text)
         if match is None:
             raise ValueError(
-                f"{text!r} is not a topology such as 2p1d8: prefill servers, decode servers, ranks of each"
+                f"{text!r} is not a topology such as 2p1d8: prefill engines, decode engines, ranks of each"
             )
         return cls(*map(int, match.groups()))
 
@@ -41,14 +41,14 @@ class Topology:
 def requests_per_second(
     topology: Topology, costs: Costs, prefill: Limits, decode: Limits, trace: Sequence[TraceRequest]
 ) -> float:
-    """Tell how many requests like those of a trace a perfectly balanced fleet keeps up with.
+    """Return how many requests like those of a trace a perfectly balanced fleet serves per second.
 
     Args:
-        topology: Of the fleet.
-        costs: Of a step.
-        prefill: Of one prefill rank; it has to have chunks.
-        decode: Of one decode rank.
-        trace: For its mean lengths. What its prompts share does not count, so that with a prefix cache it is too low.
+        topology: Engines and ranks of the fleet.
+        costs: Costs of a step.
+        prefill: Limits of one prefill rank, with chunks.
+        decode: Limits of one decode rank.
+        trace: Has the mean lengths. Shared prefixes do not count, so the result is too low with a prefix cache.
     """
     prompt = sum(request.prompt_tokens for request in trace) / len(trace)
     output = sum(request.output_tokens for request in trace) / len(trace)

@@ -1,4 +1,4 @@
-"""One number of several contenders, seed by seed: differences that are more than the luck of a trace."""
+"""Compare one number of several contenders, seed by seed, with a confidence interval."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Final
 
 _STUDENT: Final = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-"""97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; beyond, the normal distribution will do."""
+"""97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; beyond, the normal distribution is used."""
 _NORMAL: Final = 1.96
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Against a baseline, as a share of it: -0.2 is a fifth less."""
+    """A change against a baseline, as a share of it: -0.2 is a fifth less."""
 
     mean: float
     margin: float | None
@@ -20,7 +20,7 @@ class Change:
 
     @property
     def is_certain(self) -> bool:
-        """Whether the interval leaves no doubt about the sign."""
+        """Whether the interval excludes the other sign."""
         return self.margin is not None and abs(self.mean) > self.margin
 
 

@@ -1,4 +1,4 @@
-"""Makes traces: the same for the same seed."""
+"""Make traces; the same seed makes the same trace."""
 
 from itertools import count, islice
 from random import Random
@@ -11,12 +11,12 @@ from dp_extproc.lab.workload.trace import Language, Segment, TraceRequest
 SESSIONS: Final = "sessions"
 
 _CHINESE: Final = {"chinese": 1.0, "mixed": 0.5}
-"""Share of the requests that are in Chinese; they are those of ``azure`` otherwise, number by number."""
+"""Share of the requests that are in Chinese, by the kind of traffic; they are those of ``azure``, number by number."""
 NAMES: Final = (*LENGTHS, *_CHINESE, SESSIONS)
 
 _TURNS: Final = (3, 10)
 _THINKING: Final = 12.0
-"""Mean seconds between two turns of a conversation, beside the two that nobody is faster than."""
+"""Mean seconds between two turns of a conversation, beside the two seconds that are always there."""
 _SYSTEM_PROMPTS: Final = (800, 2000, 4000, 6000)
 
 
@@ -25,9 +25,9 @@ def make_trace(name: str, requests: int, rate: float, seed: int, *, burst: float
 
     Args:
         name: One of ``NAMES``.
-        requests: How many.
-        rate: Of arrivals per second, on average.
-        seed: Equal ones make equal traces.
+        requests: Number of requests.
+        rate: Arrivals per second, on average.
+        seed: Equal seeds make equal traces.
         burst: For 5 of every 20 seconds so many times the rate, and less in between; 1 is a Poisson process.
     """
     base = azure.__name__ if name in _CHINESE else name

@@ -70,12 +70,12 @@ def long_context(rng: Random) -> tuple[int, int]:
 
 
 def conversation_text(rng: Random) -> int:
-    """What a user adds in one turn of a long conversation: a question, or a page to go with it."""
+    """Draw the tokens that a user adds in one turn of a long conversation: a question, or a page with it."""
     return _lognormal(rng, 1200, 1.0, 50, 8000)
 
 
 def conversation_output(rng: Random) -> int:
-    """What the answer to it has."""
+    """Draw the tokens of the answer to one turn."""
     return _lognormal(rng, 200, 0.7, 16, 1500)
 
 

@@ -1,4 +1,4 @@
-"""The text of a prompt: as many tokens as the trace says, by the strict engine's count of four UTF-8 bytes each.
+"""Write the text of a prompt: as many tokens as the trace has, by the stand-in's count of four UTF-8 bytes each.
 
 The same segment is the same text wherever it occurs, and different segments differ from their first bytes on.
 """
@@ -25,7 +25,7 @@ _CHINESE: Final = (
 )
 _CHINESE_BYTES: Final = 3
 _REMEMBERED: Final = 512
-"""Texts that are kept: those that prompts share come again."""
+"""Texts that are cached, because prompts share them."""
 
 
 @lru_cache(_REMEMBERED)

@@ -1,4 +1,4 @@
-"""Requests as a trace: when they arrive, how long they are, and what their prompts have in common."""
+"""Describe requests as a trace: when they arrive, how long they are, and which beginnings their prompts share."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 
 
 class Language(StrEnum):
-    """What a prompt is written in. It changes how large the text of so many tokens looks to a router."""
+    """The language of a prompt. It changes the size in bytes of so many tokens."""
 
     ENGLISH = "en"
     CHINESE = "zh"
@@ -18,19 +18,19 @@ class Language(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of a prompt. Prompts share a beginning as far as their leading segments are equal."""
+    """A part of a prompt. Prompts share a prefix as far as their leading segments are equal."""
 
     text: int
-    """Which text; segments with the same number are the same."""
+    """Number of the text; segments with the same number are the same."""
     tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """One request."""
+    """One request of a trace."""
 
     arrival: float
-    """Seconds since the start; in a closed loop only its place in the order."""
+    """Seconds since the start; in a closed loop only the order counts."""
     prompt: tuple[Segment, ...]
     output_tokens: int
     session: int | None = None
@@ -43,7 +43,7 @@ class TraceRequest:
 
 
 class TraceError(ValueError):
-    """A trace file cannot be read; the message names every bad line."""
+    """A trace file that cannot be read; the message has every bad line."""
 
 
 class _Line(Struct, forbid_unknown_fields=True):
@@ -58,9 +58,9 @@ class _Line(Struct, forbid_unknown_fields=True):
 
 _lines = msgspec.json.Decoder(_Line)
 _OWN_TEXTS = 1 << 31
-"""Numbers from here on are of prompts that share nothing."""
+"""Numbers of texts from here on belong to prompts that share nothing."""
 _SHOWN = 10
-"""Bad lines that an error names at most."""
+"""Bad lines that an error has at most."""
 
 
 def read_trace(lines: Iterable[str]) -> list[TraceRequest]:
@@ -97,7 +97,7 @@ def read_trace(lines: Iterable[str]) -> list[TraceRequest]:
 
 
 def write_trace(requests: Sequence[TraceRequest]) -> Iterator[str]:
-    """Write a trace, line by line, so that :func:`read_trace` gives it back."""
+    """Write a trace line by line, as :func:`read_trace` reads it."""
     for request in requests:
         segments = [(segment.text, segment.tokens) for segment in request.prompt]
         tokens, output = request.prompt_tokens, request.output_tokens

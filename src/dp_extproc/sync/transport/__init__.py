@@ -1,1 +1,1 @@
-"""How messages between replicas travel."""
+"""Carry messages between replicas."""

@@ -1,4 +1,4 @@
-"""What carries messages between replicas: nobody waits for it, it may lose messages, and it comes back by itself."""
+"""Define the bus between replicas: sending never waits, messages may be lost, and a lost bus is restored by itself."""
 
 import asyncio
 import random
@@ -9,42 +9,42 @@ from dp_extproc.background import heed_cancellation
 
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 2.0
-"""Seconds between two attempts to reach the bus. A replica that places blindly should not do so for long."""
+"""Seconds between two attempts to reach the bus. Without it a replica schedules without the load of its peers."""
 
 
 class Listener(Protocol):
-    """Who is told what comes from a bus."""
+    """Receiver of the events and messages of a bus."""
 
     def up(self) -> None:
-        """The bus works now. Messages sent before that are lost."""
+        """Note that the bus works now. Messages that were sent before are lost."""
 
     def down(self, reason: str) -> None:
-        """It does not, or no longer. It is told for every failure; the reason is a sentence without secrets."""
+        """Note a failure of the bus; called for every one. The reason is a sentence without secrets."""
 
-    def receive(self, message: bytes) -> None:
-        """Somebody has sent this, perhaps ourselves."""
+    def receive(self, data: bytes) -> None:
+        """Take a message of any replica, this one included."""
 
 
 class Bus(Protocol):
-    """Sends to all other replicas."""
+    """Send messages to all other replicas."""
 
     @property
     def lost(self) -> int:
-        """Messages of ours that could not be sent."""
+        """Count the messages of this replica that could not be sent."""
 
     def send(self, message: bytes) -> None:
-        """Send when it is possible, else drop it. Never waits."""
+        """Send a message if possible, else drop it. Never waits."""
 
     async def run(self, listener: Listener) -> None:
-        """Keep the bus alive until cancelled."""
+        """Keep the bus connected until cancelled."""
 
 
 async def keep_up(session: Callable[[], Awaitable[None]], down: Callable[[str], None]) -> None:
-    """Run one session after the other, for ever, with pauses that grow while they end soon.
+    """Run one session after the other, with pauses that grow while sessions end within two seconds. Never returns.
 
     Args:
-        session: Ends by an :exc:`OSError` that says why; :exc:`TimeoutError` and :exc:`ConnectionError` are some.
-        down: Is told why.
+        session: Ends by an :exc:`OSError` with the reason; :exc:`TimeoutError` and :exc:`ConnectionError` are some.
+        down: Called with the reason.
     """
     loop = asyncio.get_running_loop()
     pause = _FIRST_PAUSE
@@ -57,5 +57,5 @@ async def keep_up(session: Callable[[], Awaitable[None]], down: Callable[[str], 
             down(str(error) or type(error).__name__)
         if loop.time() - begun > _LONGEST_PAUSE:
             pause = _FIRST_PAUSE
-        await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # replicas that lost it together come back one by one
+        await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # replicas that lost it together connect one by one
         pause = min(2 * pause, _LONGEST_PAUSE)

@@ -1,6 +1,6 @@
-"""The bus over Redis or Valkey: one channel, to which every replica publishes and subscribes.
+"""Connect replicas over Redis or Valkey: every replica publishes and subscribes to one channel.
 
-A replica hears itself, too. That shows that the way through the server works, which no open connection does.
+A replica receives its own messages, too. They show that the way through the server works; an open connection does not.
 """
 
 import asyncio
@@ -18,21 +18,21 @@ from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 from dp_extproc.background import heed_cancellation
 from dp_extproc.sync.transport.bus import Listener, keep_up
 
-_MOST_WAITING: Final = 256
-"""Messages; what a replica tells in 5 s. A server that is slower than that has lost us already."""
+_MAX_WAITING: Final = 256
+"""Messages that wait for the server: those of 5 s. A slower server has exceeded the timeout already."""
 _AT_ONCE: Final = 64
 
 
 class RedisBus:
-    """Implements :class:`dp_extproc.sync.transport.bus.Bus`."""
+    """Send through a channel of a server. Implements :class:`dp_extproc.sync.transport.bus.Bus`."""
 
     def __init__(self, url: str, channel: str, patience: float) -> None:
         """Prepare, without connecting.
 
         Args:
             url: ``redis://[user:password@]host:port`` or ``rediss://...`` with TLS.
-            channel: Common to the replicas that tell each other.
-            patience: Seconds to wait for the server. Longer than the pause between two messages of our own.
+            channel: Common to all replicas of a fleet.
+            patience: Seconds to wait for the server; longer than the pause between two messages of this replica.
         """
         self._lost = 0
         self._url = url
@@ -50,7 +50,7 @@ class RedisBus:
         if not self._connected:
             self._lost += 1
             return
-        if len(self._waiting) == _MOST_WAITING:
+        if len(self._waiting) == _MAX_WAITING:
             self._waiting.popleft()
             self._lost += 1
         self._waiting.append(message)
@@ -70,7 +70,7 @@ class RedisBus:
             raise ConnectionError(_sentence(_first(errors))) from None
         finally:
             self._connected = False
-            self._lost += len(self._waiting)  # their moments were told as of now, so they must not come later
+            self._lost += len(self._waiting)  # their moments are relative to now
             self._waiting.clear()
 
     @contextlib.asynccontextmanager
@@ -80,12 +80,12 @@ class RedisBus:
             protocol=2,  # every Redis and Valkey speaks it, and pub/sub needs no more
             socket_timeout=self._patience,
             socket_connect_timeout=self._patience,
-            retry=Retry(NoBackoff(), 0),  # a connection that comes back by itself would hide that messages were lost
+            retry=Retry(NoBackoff(), 0),  # a connection that is restored by itself would hide lost messages
         )
         subscription = client.pubsub()
         try:
             await subscription.subscribe(self._channel)
-            await self._next(subscription)  # the server's word for it: all that is sent from now on arrives
+            await self._next(subscription)  # the server confirms: all messages from now on arrive
             yield client, subscription
         finally:
             for each in (subscription, client):
@@ -130,7 +130,7 @@ def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 def _sentence(error: BaseException) -> str:
-    """Say what is wrong. The client's own messages name host and port, but never the password."""
+    """Describe an error. The client's own messages name host and port, but never the password."""
     if isinstance(error, AuthenticationError):
         return f"the server refuses the user or the password of sync.url: {error}"
     if isinstance(error, NoPermissionError):

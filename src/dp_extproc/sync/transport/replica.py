@@ -1,4 +1,4 @@
-"""One replica among others: ties what it tells and what it hears to a bus and a clock."""
+"""Take part in the exchange of in-flight requests: connect outbox and peers to a bus and a clock."""
 
 import asyncio
 import logging
@@ -10,64 +10,63 @@ from typing import Final, assert_never
 
 from dp_extproc.config.sync import SyncSettings
 from dp_extproc.load.records import PlacementRecord
-from dp_extproc.sync.messages import Ask, Batch, Message, Snapshot, Unreadable, decode
+from dp_extproc.sync.messages import Batch, Message, Snapshot, SnapshotRequest, Unreadable, decode
 from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.peers import PeerRequest, Peers, PeerStatus
 from dp_extproc.sync.transport.bus import Bus
 from dp_extproc.sync.transport.unix_bus import UnixBus
 
 BEAT: Final = 0.02
-"""Seconds that an event waits at most. Told within 10 ms, two replicas place as well as one; within 50 ms, nearly."""
+"""Seconds that an event waits at most. With 10 ms two replicas schedule as well as one; with 50 ms nearly so."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class SyncStatus:
-    """How the exchange with the other replicas goes."""
+    """The state of the exchange with the other replicas."""
 
     replica: str
-    """Our own name."""
+    """Name of this replica."""
     connected: bool
     peers: list[PeerStatus]
     sent: int
-    """Messages given to the bus; ``lost`` ones included."""
+    """Messages given to the bus, with those that were lost."""
     received: int
-    """Of others."""
+    """Messages of peers."""
     lost: int
-    """That the bus did not take."""
+    """Messages that the bus did not send."""
     anomalies: dict[str, int]
-    """What went otherwise than it should; see :attr:`dp_extproc.sync.peers.Peers.anomalies`. Messages that are
-    ``undecodable`` or have a ``version_mismatch`` come on top, and those that could be read but not be applied
-    (``unapplied``)."""
+    """Anomalies: those of :attr:`dp_extproc.sync.peers.Peers.anomalies`; messages that are ``undecodable`` or have a
+    ``version_mismatch``; and messages that were decoded, but not applied (``unapplied``)."""
     last_error: str | None
-    """Why the bus was lost the last time."""
+    """Why the bus failed the last time."""
 
 
 class Replica:
-    """Tells its peers what it sends, and keeps what they send on the books. Implements ``Listener`` of a bus."""
+    """Publish the attempts of this replica, and follow those of its peers. Implements ``Listener`` of a bus."""
 
     def __init__(
         self,
         outbox: Outbox,
         bus: Bus,
-        open_foreign: Callable[[PlacementRecord, float], PeerRequest],
+        open_peer: Callable[[PlacementRecord, float], PeerRequest],
         *,
         clock: Callable[[], float],
-        silence: float,
+        peer_timeout: float,
     ) -> None:
-        """Set up.
+        """Connect the parts.
 
         Args:
-            outbox: Is told of our own attempts.
+            outbox: Listens to the attempts of this replica.
             bus: Between the replicas.
-            open_foreign: Puts an attempt of a peer on our books.
-            clock: Monotonic seconds; the clock of the moments that the outbox is told.
-            silence: Seconds after which a peer that says nothing is gone.
+            open_peer: Opens the reservations of a peer's attempt.
+            clock: Monotonic seconds, as in the events of the outbox.
+            peer_timeout: Seconds without a message after which a peer is gone.
         """
         self._outbox = outbox
         self._bus = bus
-        self._peers = Peers(open_foreign, silence)
+        self._peers = Peers(open_peer, peer_timeout)
         self._clock = clock
         self._connected = False
         self._last_error: str | None = None
@@ -88,7 +87,7 @@ class Replica:
             self._connected = False
 
     def status(self) -> SyncStatus:
-        """Tell how it goes."""
+        """Return the state of the exchange."""
         return SyncStatus(
             replica=self._outbox.replica,
             connected=self._connected,
@@ -106,10 +105,10 @@ class Replica:
         if self._last_error is None:
             _log.info("sync: connected, as replica %s", self._outbox.replica)
         else:
-            _log.warning("sync: the bus is back; asking the others what they have on their books")
+            _log.warning("sync: the bus is back; requesting the open attempts of all peers")
         self._connected = True
-        self._outbox.ask(None)
-        self._outbox.answer()  # they have missed us as we have missed them
+        self._outbox.request_snapshot(None)
+        self._outbox.send_snapshot()  # peers have missed messages, too
 
     def down(self, reason: str) -> None:
         if self._connected or self._last_error is None:
@@ -117,35 +116,35 @@ class Replica:
         self._connected = False
         self._last_error = reason
 
-    def receive(self, message: bytes) -> None:
-        told = decode(message)
-        if isinstance(told, Unreadable):
-            self._refuse(told)
+    def receive(self, data: bytes) -> None:
+        message = decode(data)
+        if isinstance(message, Unreadable):
+            self._refuse(message)
             return
-        if told.replica == self._outbox.replica:
-            return  # our own echo
+        if message.replica == self._outbox.replica:
+            return  # an echo of this replica
         self._received += 1
         now = self._clock()
         try:
-            self._take_in(told, now)
-        except Exception as error:  # noqa: BLE001 - requests are served without the others' books, too; nothing here may stop that
-            self._unapplied(told.replica, error)
-            self._peers.forget(told.replica, now)
+            self._apply(message, now)
+        except Exception as error:  # noqa: BLE001 - requests are served without the load of peers, too
+            self._unapplied(message.replica, error)
+            self._peers.forget(message.replica, now)
 
-    def _take_in(self, told: Message, now: float) -> None:
-        match told:
+    def _apply(self, message: Message, now: float) -> None:
+        match message:
             case Batch():
-                self._peers.batch(told, now)
+                self._peers.batch(message, now)
             case Snapshot():
-                self._peers.snapshot(told, now)
-            case Ask():
-                if told.of is None or told.of == self._outbox.replica:
-                    self._outbox.answer()
+                self._peers.snapshot(message, now)
+            case SnapshotRequest():
+                if message.of is None or message.of == self._outbox.replica:
+                    self._outbox.send_snapshot()
             case _:
-                assert_never(told)
+                assert_never(message)
 
     def _unapplied(self, replica: str, error: Exception) -> None:
-        """Count what could be read, and yet not be applied; one traceback of each kind tells enough."""
+        """Count a message that was decoded, but not applied; log one traceback for each kind of error."""
         self._counts["unapplied"] += 1
         if type(error) not in self._logged:
             self._logged.add(type(error))
@@ -164,7 +163,7 @@ class Replica:
     def _beat(self) -> None:
         now = self._clock()
         for replica in self._peers.review(now):
-            self._outbox.ask(replica)
+            self._outbox.request_snapshot(replica)
         for message in self._outbox.collect(now):
             self._bus.send(message)
             self._sent += 1
@@ -173,7 +172,7 @@ class Replica:
 def join(
     settings: SyncSettings,
     outbox: Outbox,
-    open_foreign: Callable[[PlacementRecord, float], PeerRequest],
+    open_peer: Callable[[PlacementRecord, float], PeerRequest],
     *,
     clock: Callable[[], float],
 ) -> Replica:
@@ -181,9 +180,9 @@ def join(
 
     Args:
         settings: The bus.
-        outbox: Is told of our own attempts.
-        open_foreign: Puts an attempt of another replica on our books.
-        clock: Monotonic seconds; the clock of the moments that the outbox is told.
+        outbox: Listens to the attempts of this replica.
+        open_peer: Opens the reservations of a peer's attempt.
+        clock: Monotonic seconds, as in the events of the outbox.
     """
     bus: Bus
     if settings.directory is not None:
@@ -192,7 +191,7 @@ def join(
         from dp_extproc.sync.transport.redis_bus import RedisBus  # noqa: PLC0415 - slow to import, and most have no Redis
 
         bus = RedisBus(settings.url.get_secret_value(), settings.channel, settings.peer_timeout)
-    return Replica(outbox, bus, open_foreign, clock=clock, silence=settings.peer_timeout)
+    return Replica(outbox, bus, open_peer, clock=clock, peer_timeout=settings.peer_timeout)
 
 
 _EXPLAINED: Final = {

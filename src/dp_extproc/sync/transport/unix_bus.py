@@ -1,7 +1,9 @@
-"""The bus between processes of one host: each has a datagram socket in a common directory, and sends to all others.
+"""Connect processes of one machine: each has a datagram socket in a common directory, and sends to all others.
 
-To each of the others it sends from a socket of its own. Datagrams that are not read yet count against the sender's
-buffer, so with one socket for all a process that is stopped would keep its peers from each other.
+1. A process has one sending socket for each receiver. Datagrams that are not read yet count against the sender's
+   buffer, so with one socket for all a stopped process would block messages between the others.
+2. The sockets are read and written here, not by asyncio's datagram transports. uvloop's transport prints errors of
+   queued datagrams to stdout, and both drop the newest message at a full queue, not the oldest.
 """
 
 import asyncio
@@ -12,46 +14,46 @@ from collections import deque
 from pathlib import Path
 from typing import Final
 
-from dp_extproc.sync.messages import FRAME_BYTES, MOST_BYTES
+from dp_extproc.sync.messages import MAX_EVENT_BYTES, MAX_FRAME_BYTES
 from dp_extproc.sync.transport.bus import Listener, keep_up
 
 _SUFFIX: Final = ".sock"
-_LOOK_AROUND: Final = 0.1
-"""Seconds between two looks for others."""
-_MOST_WAITING: Final = 256
-"""Messages for one that does not read; Linux itself keeps 10 or more (``net.unix.max_dgram_qlen``)."""
+_SCAN_SECONDS: Final = 0.1
+"""Seconds between two scans of the directory."""
+_MAX_WAITING: Final = 256
+"""Messages that wait for a process that does not read. Linux itself keeps 10 or more (``net.unix.max_dgram_qlen``)."""
 _BUFFER: Final = 1 << 18
-"""Bytes, so that two of the largest messages are on their way. Linux grants less if ``net.core.wmem_max`` is less."""
+"""Bytes of a sender's buffer: two of the largest messages. Linux grants less if ``net.core.wmem_max`` is less."""
 _AT_ONCE: Final = 64
 _GONE: Final = (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTCONN)
 
 
 class UnixBus:
-    """Implements :class:`dp_extproc.sync.transport.bus.Bus`."""
+    """Send through sockets of a directory. Implements :class:`dp_extproc.sync.transport.bus.Bus`."""
 
     def __init__(self, directory: Path, replica: str) -> None:
-        """Prepare, without making anything.
+        """Prepare, without making files.
 
         Args:
-            directory: Common to the processes that tell each other; is made if need be.
-            replica: The name of this one's socket.
+            directory: Common to all processes; it is made if need be.
+            replica: The name of this process's socket.
         """
         self._lost = 0
         self._directory = directory
         self._own = directory / (replica + _SUFFIX)
-        self._others: dict[Path, _Correspondent] = {}
-        self._looked = float("-inf")
+        self._receivers: dict[Path, _Receiver] = {}
+        self._scanned_at = float("-inf")
 
     @property
     def lost(self) -> int:
-        return self._lost + sum(other.lost for other in self._others.values())
+        return self._lost + sum(receiver.lost for receiver in self._receivers.values())
 
     def send(self, message: bytes) -> None:
-        if asyncio.get_running_loop().time() - self._looked >= _LOOK_AROUND:
-            self._look_around()
-        for path, other in list(self._others.items()):
-            other.send(message)
-            if other.is_gone:
+        if asyncio.get_running_loop().time() - self._scanned_at >= _SCAN_SECONDS:
+            self._scan()
+        for path, receiver in list(self._receivers.items()):
+            receiver.send(message)
+            if receiver.is_gone:
                 self._drop(path)
 
     async def run(self, listener: Listener) -> None:
@@ -67,37 +69,37 @@ class UnixBus:
             try:
                 listener.up()
                 while True:
-                    await asyncio.sleep(_LOOK_AROUND)
-                    if not self._own.exists():  # nobody can find us any more
+                    await asyncio.sleep(_SCAN_SECONDS)
+                    if not self._own.exists():  # no process finds this one any more
                         raise FileNotFoundError(f"somebody has removed the socket {self._own}")
             finally:
                 loop.remove_reader(inbox)
                 self._own.unlink(missing_ok=True)
-                for path in list(self._others):
+                for path in list(self._receivers):
                     self._drop(path)
 
-    def _look_around(self) -> None:
-        self._looked = asyncio.get_running_loop().time()
+    def _scan(self) -> None:
+        self._scanned_at = asyncio.get_running_loop().time()
         found = set(self._directory.glob("*" + _SUFFIX)) - {self._own}
-        for path in self._others.keys() - found:
+        for path in self._receivers.keys() - found:
             self._drop(path)
-        for path in found - self._others.keys():
+        for path in found - self._receivers.keys():
             try:
-                self._others[path] = _Correspondent(path)
+                self._receivers[path] = _Receiver(path)
             except OSError as error:
                 if error.errno in _GONE:  # its process has ended without removing it
                     path.unlink(missing_ok=True)
 
     def _drop(self, path: Path) -> None:
-        other = self._others.pop(path)
-        self._lost += other.lost
-        other.close()
-        if other.is_gone:
+        receiver = self._receivers.pop(path)
+        self._lost += receiver.lost
+        receiver.close()
+        if receiver.is_gone:
             path.unlink(missing_ok=True)
 
 
-class _Correspondent:
-    """One other process, and what it has not taken yet."""
+class _Receiver:
+    """The way to one other process, with the messages that it has not taken yet."""
 
     def __init__(self, path: Path) -> None:
         self.lost = 0
@@ -112,11 +114,11 @@ class _Correspondent:
             raise
 
     def send(self, message: bytes) -> None:
-        if len(self._waiting) == _MOST_WAITING:
+        if len(self._waiting) == _MAX_WAITING:
             self._waiting.popleft()
             self.lost += 1
         self._waiting.append(message)
-        if len(self._waiting) == 1:  # else it is known to take nothing now
+        if len(self._waiting) == 1:  # else its socket is full
             self._flush()
 
     def close(self) -> None:
@@ -143,4 +145,4 @@ class _Correspondent:
 def _read(inbox: socket.socket, listener: Listener) -> None:
     with contextlib.suppress(BlockingIOError):
         for _ in range(_AT_ONCE):
-            listener.receive(inbox.recv(MOST_BYTES + FRAME_BYTES + 1))
+            listener.receive(inbox.recv(MAX_EVENT_BYTES + MAX_FRAME_BYTES + 1))

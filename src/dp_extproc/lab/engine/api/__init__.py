@@ -1,1 +1,1 @@
-"""The engine's HTTP: SGLang's paths, shapes and habits."""
+"""Serve the engine's HTTP: SGLang's paths and shapes."""

@@ -1,4 +1,4 @@
-"""The engine's paths."""
+"""Serve the engine's paths."""
 
 import re
 from collections.abc import Awaitable, Callable
@@ -25,7 +25,7 @@ from dp_extproc.lab.engine.api.journal import Journal, Noted, Record
 from dp_extproc.lab.engine.api.messages import messages
 from dp_extproc.lab.engine.api.responses import responses
 from dp_extproc.lab.engine.bootstrap_server import bootstrap_app
-from dp_extproc.lab.engine.engine import Engine, kill_server
+from dp_extproc.lab.engine.engine import Engine, kill_engine
 from dp_extproc.lab.engine.leg import RefusedError
 from dp_extproc.lab.engine.listener import Listener
 from dp_extproc.lab.engine.scheduler.work import Role
@@ -42,20 +42,20 @@ _INFERENCE: Final[dict[str, Callable[[Exchange], Awaitable[Response]]]] = {
     **dict.fromkeys(unroutable.EMBEDDING, unroutable.embedding),
 }
 _LAX: Final = frozenset({"/generate", "/encode", *unroutable.GENERATING})
-"""Paths that do not insist on a declared content type."""
+"""Paths that do not require a declared content type."""
 _FROM_ANYWHERE: Final = Middleware(
     CORSMiddleware, allow_origins=["*"], allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
 )
-"""``http_server.py`` has it so; that is where ``vary: Origin`` comes from."""
+"""CORS as in ``http_server.py``; ``vary: Origin`` comes from it."""
 _OPEN_TO_ALL: Final = ("/health", "/ready", "/metrics", "/debug")
-"""Prefixes without authentication (``utils/auth.py``), and our own."""
+"""Prefixes without authentication (``utils/auth.py``), and those of the stand-in."""
 _NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 
 class Server:
-    """One engine with its HTTP."""
+    """Connect one engine to its HTTP."""
 
-    def __init__(self, settings: Settings, *, kill: Callable[[str], None] = kill_server) -> None:
+    def __init__(self, settings: Settings, *, kill: Callable[[str], None] = kill_engine) -> None:
         """Build it; nothing runs yet."""
         self.settings = settings
         self.engine = Engine(settings, on_end=self._ended, kill=kill)
@@ -239,7 +239,7 @@ class Server:
 
 
 class _OfRank:
-    """The listener of one rank."""
+    """Mark requests of the listener of one rank."""
 
     def __init__(self, app: ASGIApp, rank: int) -> None:
         self._app = app
@@ -251,7 +251,7 @@ class _OfRank:
 
 
 class _Authentication:
-    """SGLang's API key middleware: everything but the exempt prefixes and OPTIONS needs the key."""
+    """Require the API key as SGLang's middleware does, but for the exempt prefixes and OPTIONS."""
 
     def __init__(self, app: ASGIApp, api_key: str | None, open_to_all: tuple[str, ...] = _OPEN_TO_ALL) -> None:
         self._app = app
@@ -277,7 +277,7 @@ def _detail(_: Request, error: Exception) -> Response:
 
 
 def _check_content_type(path: str, headers: Headers) -> None:
-    """Refuse what is not declared as JSON.
+    """Refuse a body that is not declared as JSON.
 
     Raises:
         InvalidBodyError: It is something else; or not declared at all, which only some paths allow.
@@ -296,7 +296,7 @@ def _check_content_type(path: str, headers: Headers) -> None:
 
 
 def _joined(headers: Headers) -> dict[str, str]:
-    """Give each name once; repeated values are joined with a comma (RFC 9110 section 5.3)."""
+    """Return each name once; repeated values are joined with a comma (RFC 9110 section 5.3)."""
     found: dict[str, str] = {}
     for name, value in headers.items():
         found[name] = f"{found[name]}, {value}" if name in found else value

@@ -1,4 +1,4 @@
-"""Answers that go wrong on their way: late, never, cut off, or not HTTP at all."""
+"""Answer late, never, partly, or with bytes that are not HTTP."""
 
 import asyncio
 import math
@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dp_extproc.lab.engine.connection import connection_of
 
 _NOISE: Final = b"\x16\x03\x01\x00\xa5 not HTTP \xff\xfe\r\n\r\n"
-"""Like a server that speaks TLS on a plain port."""
+"""A TLS alert, as from a server that speaks TLS on a plain port."""
 _MISSING: Final = 1000
 """Bytes that a short body lacks."""
 _PIECE: Final = 1 << 16
@@ -38,7 +38,7 @@ async def noise(scope: Scope, _receive: Receive, _send: Send) -> None:
 
 
 class Pause:
-    """Some seconds without anything."""
+    """Wait some seconds without an answer."""
 
     def __init__(self, released: asyncio.Event, seconds: float) -> None:
         self._released = released
@@ -56,7 +56,7 @@ class Pause:
 
 
 class Cut:
-    """The end of a connection: a RST, or a FIN after all that was written."""
+    """Close a connection: with a RST, or with a FIN after all that was written."""
 
     def __init__(self, before: Pause, *, reset: bool) -> None:
         self._before = before
@@ -73,7 +73,7 @@ class Cut:
 
 
 class Hang:
-    """No answer, as long as the client waits for it."""
+    """Answer nothing as long as the client waits."""
 
     def __init__(self, released: asyncio.Event) -> None:
         self._released = released
@@ -85,14 +85,14 @@ class Hang:
 
 
 class Short:
-    """An answer that claims to be longer than it is."""
+    """Answer with fewer bytes than the declared length."""
 
     def __init__(self, healthy: ASGIApp, before: Pause) -> None:
         self._healthy = healthy
         self._before = before
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, but for the last bytes."""
+        """Answer without the last bytes."""
 
         async def shorten(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -107,13 +107,13 @@ class Short:
 
 
 class Long:
-    """An answer that goes on behind its end."""
+    """Answer with bytes after the end."""
 
     def __init__(self, healthy: ASGIApp) -> None:
         self._healthy = healthy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, and then some."""
+        """Answer, and write more bytes."""
 
         async def lengthen(message: Message) -> None:
             await send(message)
@@ -124,7 +124,7 @@ class Long:
 
 
 class Interrupted:
-    """An answer that begins well; then something else happens."""
+    """Begin an answer well; then apply a fault."""
 
     def __init__(self, healthy: ASGIApp, after: int, fault: ASGIApp) -> None:
         """Prepare.
@@ -139,7 +139,7 @@ class Interrupted:
         self._fault = fault
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, up to the fault."""
+        """Answer up to the fault."""
 
         async def interrupt(message: Message) -> None:
             if message["type"] != "http.response.body" or self._left < 0:
@@ -162,7 +162,7 @@ class Interrupted:
 
 
 class Flooded:
-    """A stream whose first event comes late: behind many bytes of something else."""
+    """Stream many other bytes before the first event."""
 
     def __init__(self, healthy: ASGIApp, text: bytes, size: int, before: Pause) -> None:
         """Prepare.
@@ -180,7 +180,7 @@ class Flooded:
         self._before = before
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, with the flood behind the head."""
+        """Answer with the flood behind the head."""
 
         async def flood(message: Message) -> None:
             await send(message)
@@ -221,7 +221,7 @@ def _lengthen(header: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
 
 
 def _length_of_stream(message: Message) -> list[tuple[bytes, bytes]]:
-    """Give a stream a length at all, one that it cannot reach."""
+    """Declare a length for a stream, one that it cannot reach."""
     if any(name.lower() == b"content-length" for name, _ in message["headers"]):
         return []
     return [(b"content-length", b"%d" % (1 << 30))]

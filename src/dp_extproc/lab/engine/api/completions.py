@@ -1,4 +1,4 @@
-"""``/v1/completions`` and ``/v1/chat/completions``."""
+"""Serve ``/v1/completions`` and ``/v1/chat/completions``."""
 
 import time
 from collections.abc import AsyncIterator
@@ -9,12 +9,12 @@ from starlette.responses import Response
 from dp_extproc.lab.engine.api.errors import failed, json_response, stream_error
 from dp_extproc.lab.engine.api.exchange import DONE, Exchange, Update, event, integer, missing, wrong_type
 from dp_extproc.lab.engine.api.generate import DEFAULT_MAX_NEW_TOKENS
-from dp_extproc.lab.engine.api.prompts import foreign_id, read_texts
+from dp_extproc.lab.engine.api.prompts import read_texts, unknown_id
 from dp_extproc.lab.engine.leg import Failure, Finished
 from dp_extproc.lab.engine.text import chat_prompt, output_text
 
 _DEFAULT_MAX_TOKENS: Final = 16
-"""Of ``/v1/completions``, as OpenAI has it."""
+"""Default of ``/v1/completions``, as in OpenAI's API."""
 
 
 async def completions(exchange: Exchange) -> Response:
@@ -26,8 +26,8 @@ async def completions(exchange: Exchange) -> Response:
     prompts, is_batch = read_texts("prompt", body["prompt"])
     limit = integer(body, "max_tokens")
     limit = _DEFAULT_MAX_TOKENS if limit is None else limit
-    samples, foreign = integer(body, "n") or 1, foreign_id(body["prompt"])
-    exchange.submit(fields, prompts, limit, samples=samples, is_batch=is_batch, foreign_id=foreign)
+    samples, unknown = integer(body, "n") or 1, unknown_id(body["prompt"])
+    exchange.submit(fields, prompts, limit, samples=samples, is_batch=is_batch, unknown_id=unknown)
     return await _respond(exchange, _TextForm(body))
 
 
@@ -46,7 +46,7 @@ async def chat(exchange: Exchange) -> Response:
     limit = DEFAULT_MAX_NEW_TOKENS if limit is None else limit
     ids = body.get("input_ids") if exchange.engine.settings.release.chats_by_ids else None
     prompts = [chat_prompt(messages, body.get("tools"))] if ids is None else read_texts("input_ids", ids)[0]
-    exchange.submit(fields, prompts, limit, samples=integer(body, "n") or 1, foreign_id=foreign_id(ids))
+    exchange.submit(fields, prompts, limit, samples=integer(body, "n") or 1, unknown_id=unknown_id(ids))
     return await _respond(exchange, _ChatForm(body))
 
 
@@ -67,7 +67,7 @@ class _Form:
         raise NotImplementedError
 
     def chunks(self, update: Update) -> list[dict[str, Any]]:
-        """Give the ``choices`` entries of one update, each for a chunk of its own."""
+        """Return the ``choices`` entries of one update, each for a chunk of its own."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""Error answers in SGLang's shapes, which differ by path and by who noticed."""
+"""Answer errors in SGLang's shapes, which differ by path and by the part that found them."""
 
 from http import HTTPStatus
 from typing import Any
@@ -51,7 +51,7 @@ def stream_error(failure: Failure) -> dict[str, Any]:
 
 
 def anthropic_error(status: int, message: str) -> dict[str, Any]:
-    """Build an Anthropic error; what went wrong inside the server is masked."""
+    """Build an Anthropic error; errors inside the engine are masked."""
     kind = "invalid_request_error" if status < 500 else "api_error"
     return {"type": "error", "error": {"type": kind, "message": message if status < 500 else "Internal server error"}}
 

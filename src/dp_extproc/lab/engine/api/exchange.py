@@ -1,4 +1,4 @@
-"""What all inference paths have in common: reading a request, waiting for its legs, streaming them."""
+"""Do what all inference paths share: read a request, wait for its legs, stream them."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -21,20 +21,20 @@ from dp_extproc.lab.engine.ticket import Ticket
 
 DISCONNECTED = Failure(None, "client disconnected")
 LISTENER = "engine.dp_rank"
-"""In the ASGI scope of a listener that belongs to one rank: which."""
+"""Key of the rank in the ASGI scope of a listener that belongs to one rank."""
 DONE = "data: [DONE]\n\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What is new of one sequence: tokens, or the end of it, or both."""
+    """New tokens of one sequence, or its end, or both."""
 
     index: int
     ticket: Ticket
     tokens: int
-    """Output tokens so far ..."""
+    """Output tokens so far."""
     known: int
-    """... and how many of them earlier updates had."""
+    """Output tokens that earlier updates had."""
     end: Finished | Failure | None
 
     @property
@@ -43,7 +43,7 @@ class Update:
 
     @property
     def text(self) -> str:
-        """The text of the new tokens; empty for an end without any."""
+        """Return the text of the new tokens; empty for an end without any."""
         return "".join(map(output_text, self.ticket.tokens[self.known : self.tokens]))
 
 
@@ -55,10 +55,10 @@ class Exchange:
     request: Request
     record: Record
     fails_after: int | None = None
-    """After how many tokens the scheduler gives it up; None for never."""
+    """Tokens after which the scheduler gives it up; None for never."""
     tickets: list[Ticket] = field(default_factory=list)
     streaming: bool = False
-    """What the body says."""
+    """The value in the body."""
     samples: int = 1
     """Sequences per prompt (``n``)."""
     _failing: list[asyncio.Future[None]] = field(default_factory=list)
@@ -81,8 +81,8 @@ class Exchange:
             raise InvalidBodyError([{**place, "ctx": {"error": str(error)}}]) from None
         if not isinstance(body, dict):
             wrong = "Input should be a valid dictionary or object to extract fields from"
-            shown = body if isinstance(body, int | float | bool | None) else "..."
-            raise InvalidBodyError([{"type": "model_attributes_type", "loc": ("body",), "msg": wrong, "input": shown}])
+            value = body if isinstance(body, int | float | bool | None) else "..."
+            raise InvalidBodyError([{"type": "model_attributes_type", "loc": ("body",), "msg": wrong, "input": value}])
         self.streaming = body.get("stream") is True
         return body
 
@@ -101,17 +101,17 @@ class Exchange:
         *,
         samples: int = 1,
         is_batch: bool = False,
-        foreign_id: int | None = None,
+        unknown_id: int | None = None,
     ) -> None:
         """Hand the sequences to the schedulers.
 
         Args:
-            fields: What decides where they run.
-            prompts: The tokens of each.
-            max_new_tokens: Of every sequence.
+            fields: The routing fields.
+            prompts: The tokens of each prompt.
+            max_new_tokens: Output tokens of every sequence.
             samples: Sequences per prompt.
             is_batch: Whether the prompts came as a list.
-            foreign_id: A token id among them that no vocabulary has.
+            unknown_id: A token id among them that no vocabulary has.
 
         Raises:
             RefusedError: SGLang answers 400.
@@ -126,12 +126,12 @@ class Exchange:
         wanted = legs(fields, prompts, max_new_tokens, samples, is_batch=is_batch)
         self.tickets = self.record.tickets = self.engine.submit(wanted, streaming=self.streaming)
         for ticket in self.tickets:
-            ticket.work.foreign_id = foreign_id
+            ticket.work.unknown_id = unknown_id
         if self.fails_after is not None:
             self._failing = [asyncio.ensure_future(self._fail(each, self.fails_after)) for each in self.tickets]
 
     async def finish(self) -> Failure | None:
-        """Wait until all sequences have ended, looking from time to time whether the client is still there.
+        """Wait until all sequences have ended, checking from time to time whether the client is still there.
 
         Returns:
             The first failure, if there is one; an abort is none.
@@ -144,7 +144,7 @@ class Exchange:
         return next((end for t in self.tickets if isinstance(end := t.end, Failure) and end.status is not None), None)
 
     async def first(self) -> None:
-        """Wait for the first token or end of any sequence ("kick-start"), looking after the client likewise."""
+        """Wait for the first token or end of any sequence ("kick-start"), or for the client to go."""
         while not any(ticket.tokens or ticket.end for ticket in self.tickets):
             waits = [asyncio.ensure_future(ticket.wait(0, self._poll_seconds)) for ticket in self.tickets]
             try:
@@ -157,7 +157,7 @@ class Exchange:
                 self.abort()
 
     async def updates(self) -> AsyncIterator[Update]:
-        """Iterate over tokens and ends: the first token as soon as it is there, then ``stream_interval`` at a time."""
+        """Iterate over tokens and ends: the first token at once, then ``stream_interval`` at a time."""
         interval = self.engine.settings.stream_interval
         if len(self.tickets) == 1:
             async for update in _follow(0, self.tickets[0], interval):
@@ -176,7 +176,7 @@ class Exchange:
                 pump.cancel()
 
     def abort(self) -> None:
-        """End all sequences: the client has gone."""
+        """End all sequences, as the client is gone."""
         for ticket in self.tickets:
             self.engine.end(ticket, DISCONNECTED)
 
@@ -186,7 +186,7 @@ class Exchange:
         Args:
             events: Each a whole event with its empty line.
             abort_later: Whether what still runs a while after the end of the response is aborted; that is how SGLang
-                notices that a client went away in the middle. /v1/responses does not do it.
+                detects that a client left in the middle. /v1/responses does not do it.
         """
         task = BackgroundTask(self._abort_later) if abort_later else None
         return StreamingResponse(events, media_type="text/event-stream", background=task)
@@ -234,20 +234,20 @@ def integer(body: Mapping[str, Any], *names: str) -> int | None:
 
 
 def missing(name: str, body: Mapping[str, Any]) -> InvalidBodyError:
-    """Build the error for a field that has to be there."""
+    """Build the error for a missing field."""
     return InvalidBodyError([{"type": "missing", "loc": ("body", name), "msg": "Field required", "input": dict(body)}])
 
 
 def wrong_type(name: str, value: Any, expected: str) -> InvalidBodyError:
     """Build the error for a field of the wrong shape."""
-    shown = value if isinstance(value, int | float | bool | None) else type(value).__name__
+    found = value if isinstance(value, int | float | bool | None) else type(value).__name__
     return InvalidBodyError(
         [
             {
                 "type": f"{expected}_type",
                 "loc": ("body", name),
                 "msg": f"Input should be a valid {expected}",
-                "input": shown,
+                "input": found,
             }
         ]
     )

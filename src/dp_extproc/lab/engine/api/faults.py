@@ -1,4 +1,4 @@
-"""Misbehaviour that is switched on at run time, for tests of those who have to cope with it.
+"""Switch faults at run time, for tests of clients and routers.
 
 Every page has its switch, all inference paths have one together, and so has the bootstrap port.
 """
@@ -21,74 +21,74 @@ PAGES: Final = ("loads", "metrics", "server_info", "model_info", "health", "mode
 INFERENCE: Final = "inference"
 BOOTSTRAP: Final = "bootstrap"
 PORTS: Final = (INFERENCE, BOOTSTRAP)
-"""What can refuse connections: the API port with everything on it, and the bootstrap port."""
+"""Ports that can refuse connections: the API port with everything on it, and the bootstrap port."""
 
 _COMMENT: Final = ": x\n\n"
-"""What a flood repeats when no text is given: an SSE comment."""
+"""Text of a flood by default: an SSE comment."""
 _GARBAGE: Final = b'{"loads": [{"dp_rank": \xff\x00 sglang:num_used_tokens{dp_rank= 1e'
 
 
 class Kind(StrEnum):
-    """What goes wrong."""
+    """Kinds of faults."""
 
     OK = "ok"
     REFUSE = "refuse"
     """The port is closed, and all its connections are cut."""
     HANG = "hang"
-    """No (further) byte comes."""
+    """No further byte comes."""
     SLOW = "slow"
-    """The next byte takes some seconds."""
+    """The next byte comes after some seconds."""
     RESET = "reset"
     """The connection is reset."""
     CLOSE = "close"
     """The connection is closed, as by a process that is killed."""
     GARBAGE = "garbage"
-    """200, with a body that nobody can read."""
+    """200, with a body that cannot be parsed."""
     TEXT = "text"
-    """200, with the body that the switch has as ``text``: a page that tells what cannot be."""
+    """200, with the body that the switch has as ``text``: a page with impossible values."""
     NOISE = "noise"
     """Bytes that are not HTTP."""
     SHORT = "short"
-    """The body is shorter than its content-length says; then the connection is closed."""
+    """The body is shorter than its content-length; then the connection is closed."""
     LONG = "long"
     """More bytes come than belong to the answer; then the connection is closed."""
     FLOOD = "flood"
     """Before its first event a stream sends one text again and again, as fast as it is read."""
     FAIL = "fail"
-    """The scheduler gives the request up; the server says so the way it does for the path."""
+    """The scheduler gives the request up; the engine answers as it does for the path."""
     BAD_REQUEST = "400"
     INTERNAL = "500"
     UNAVAILABLE = "503"
 
 
 class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One switch."""
+    """The state of one switch."""
 
     kind: Kind
     after: int = 0
-    """Chunks of the answer that come before ``hang``, ``slow``, ``reset`` and ``close``; 0 is before its headers. Of
+    """Chunks of the answer that come before ``hang``, ``slow``, ``reset`` and ``close``; 0 is before its headers. For
     ``fail``: tokens. ``short`` comes at the end."""
     seconds: float = 0.0
-    """How long nothing comes before that, or of ``slow`` at all, or of an error behind half of its text, or of a stream
-    between its head and the ``flood``; unscaled."""
+    """Seconds without bytes before the fault; for ``slow`` the whole pause. Also before an error behind half of its
+    text, or between the head of a stream and the ``flood``. Unscaled."""
     text: str | None = None
-    """The whole body of ``text``; that which a ``flood`` repeats. By default nothing, and a comment."""
+    """The whole body for ``text``; the repeated text for ``flood``. By default nothing, and a comment."""
     size: int = 0
     """Bytes of a ``flood`` that come before the stream goes on; 0 for no end."""
     times: int | None = None
-    """How many requests it hits before it goes away; None for all."""
+    """Requests that it hits before it is switched off; None for all."""
 
 
 class Faults:
-    """The faults that are switched on, by what they hit."""
+    """The faults that are switched on, by page or port."""
 
     def __init__(self) -> None:
-        """Start without any."""
+        """Start without faults."""
         self.active: dict[str, Fault] = {}
         self._released = {target: asyncio.Event() for target in (*PAGES, *PORTS)}
 
     def switch(self, wanted: dict[str, Kind | Fault]) -> None:
-        """Switch some.
+        """Switch some faults.
 
         Raises:
             ValueError: There is no such page, or it has no such fault.
@@ -109,11 +109,11 @@ class Faults:
             self._released[target] = asyncio.Event()
 
     def refuses(self, target: str) -> bool:
-        """Tell whether a port is to be closed."""
+        """Check whether a port is to be closed."""
         return target in self.active and self.active[target].kind is Kind.REFUSE
 
     def take(self, target: str) -> Fault | None:
-        """Give the fault that hits the next request, if there is one, and count it."""
+        """Return the fault that hits the next request, if there is one, and count it."""
         fault = self.active.get(target)
         if fault is None or fault.kind is Kind.REFUSE:
             return None

@@ -1,4 +1,4 @@
-"""The routing fields of a body and of headers: which this release reads on this path, and what it makes of values."""
+"""Read the routing fields of a body and of headers as a release does on a path."""
 
 import uuid
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _MAX_U64: Final = (1 << 64) - 1
 
 
 class InvalidBodyError(Exception):
-    """FastAPI's RequestValidationError."""
+    """The error that FastAPI raises as RequestValidationError."""
 
     def __init__(self, errors: list[dict[str, Any]]) -> None:
         """Keep pydantic's list of errors."""
@@ -29,11 +29,11 @@ class InvalidBodyError(Exception):
 
 
 class InvalidTypeError(Exception):
-    """The second check of ``/generate`` from 0.5.22 on (``api/v1/api_types.py``)."""
+    """The error of the second check of ``/generate`` from 0.5.22 on (``api/v1/api_types.py``)."""
 
 
 class RoutingFields(msgspec.Struct):
-    """Everything that decides where a request runs."""
+    """All fields that decide where a request runs."""
 
     rid: list[str] | str | None = None
     bootstrap_host: list[str | None] | str | None = None
@@ -51,12 +51,12 @@ _LaxFields: Final = create_model("_LaxFields", **_TYPES)
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Reads the routing fields of one path."""
+    """Read the routing fields of one path."""
 
     release: Release
     path: str
     overrides: bool
-    """Whether the server was started with SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES."""
+    """Whether the engine was started with SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES."""
 
     def names(self) -> list[str]:
         """List the body fields that are read."""
@@ -99,7 +99,7 @@ class Reader:
 
 
 def read_rank_header(headers: Mapping[str, str]) -> RoutingFields:
-    """Read all that vLLM takes of routing; what is no number counts as absent (``_get_data_parallel_rank``)."""
+    """Read the routing field of vLLM; a value that is no number counts as absent (``_get_data_parallel_rank``)."""
     fields = RoutingFields()
     try:
         fields.routed_dp_rank = int(headers.get("x-data-parallel-rank", ""))
@@ -117,9 +117,9 @@ def legs(
     work in disaggregated mode.
 
     Args:
-        fields: Of the whole request.
-        prompts: The tokens of each.
-        max_new_tokens: Of every sequence.
+        fields: The routing fields of the whole request.
+        prompts: The tokens of each prompt.
+        max_new_tokens: Output tokens of every sequence.
         samples: Sequences per prompt.
         is_batch: Whether the prompts came as a list, even of one.
 
@@ -161,7 +161,7 @@ def _item(value: Any, index: int) -> Any:
 
 
 def _coerced(given: Mapping[str, Any]) -> RoutingFields:
-    """Read fields in pydantic's lax mode, which makes something close of a value of another type.
+    """Read fields in pydantic's lax mode, which converts values of some other types.
 
     Raises:
         InvalidBodyError: That is not possible.
@@ -178,7 +178,7 @@ def _coerced(given: Mapping[str, Any]) -> RoutingFields:
 
 
 def _as_parsed_by_orjson(value: Any) -> Any:
-    """Make integers beyond 64 bits what SGLang's JSON parser makes of them, which shows in error texts."""
+    """Convert integers beyond 64 bits as SGLang's JSON parser does, which is visible in error texts."""
     if isinstance(value, list):
         return [_as_parsed_by_orjson(each) for each in value]
     if isinstance(value, int) and not -_MAX_I64 - 1 <= value <= _MAX_U64:

@@ -1,4 +1,4 @@
-"""``/generate``, SGLang's own API. Its streams have their headers at once, whatever happens later."""
+"""Serve ``/generate``, SGLang's own API. Its streams have their headers at once, whatever happens later."""
 
 import time
 import uuid
@@ -10,7 +10,7 @@ from starlette.responses import Response
 from dp_extproc.lab.engine.api.errors import failed, json_response
 from dp_extproc.lab.engine.api.exchange import DONE, Exchange, event, integer, wrong_type
 from dp_extproc.lab.engine.api.fields import RoutingFields
-from dp_extproc.lab.engine.api.prompts import foreign_id, read_texts
+from dp_extproc.lab.engine.api.prompts import read_texts, unknown_id
 from dp_extproc.lab.engine.leg import Failure, Finished, RefusedError
 from dp_extproc.lab.engine.logprobs import Logprobs, read_logprobs
 from dp_extproc.lab.engine.scheduler.work import Role
@@ -18,7 +18,8 @@ from dp_extproc.lab.engine.text import output_text
 from dp_extproc.lab.engine.ticket import Ticket
 
 DEFAULT_MAX_NEW_TOKENS = 128
-"""SGLang's default of ``max_new_tokens``. Here also for chats without a limit, which SGLang lets fill the context."""
+"""SGLang's default of ``max_new_tokens``. It is here also for chats without a limit, which SGLang lets fill the
+context."""
 
 
 async def generate(exchange: Exchange) -> Response:
@@ -28,8 +29,8 @@ async def generate(exchange: Exchange) -> Response:
     try:
         prompts, is_batch, limit, samples = _read(body)
         scores = [read_logprobs(body, prompt, index) for index, prompt in enumerate(prompts)]
-        foreign = foreign_id(body.get("input_ids"))
-        exchange.submit(fields, prompts, limit, samples=samples, is_batch=is_batch, foreign_id=foreign)
+        unknown = unknown_id(body.get("input_ids"))
+        exchange.submit(fields, prompts, limit, samples=samples, is_batch=is_batch, unknown_id=unknown)
     except RefusedError as error:
         if not exchange.streaming:
             raise
@@ -46,20 +47,20 @@ async def generate(exchange: Exchange) -> Response:
 
 
 class Answers:
-    """What is told of each sequence of a request."""
+    """Build the answers of the sequences of a request."""
 
     def __init__(self, exchange: Exchange, scores: Sequence[Logprobs | None]) -> None:
-        """Begin.
+        """Start without answers.
 
         Args:
             exchange: The request, submitted.
-            scores: What each prompt's log probabilities are asked for.
+            scores: The log probabilities that are wanted for each prompt.
         """
         self._exchange = exchange
         self._scores = scores
 
     def of(self, index: int, count: int, end: Finished | Failure | None) -> dict[str, Any]:
-        """Tell of one sequence, with so many tokens of its answer."""
+        """Build the answer of one sequence, with so many tokens."""
         exchange = self._exchange
         ticket = exchange.tickets[index]
         ids = ticket.tokens[:count]
@@ -100,7 +101,7 @@ async def _events(exchange: Exchange, answers: Answers, *, many: bool) -> AsyncI
 
 
 def meta_info(ticket: Ticket, role: Role, count: int, end: Finished | Failure | None) -> dict[str, Any]:
-    """Tell how a sequence went; ``dp_rank`` is the only place where SGLang tells who served it."""
+    """Describe a finished sequence; ``dp_rank`` is the only field in which SGLang reports the rank."""
     cached = ticket.work.cached_tokens
     info: dict[str, Any] = {
         "id": ticket.leg.rid,
@@ -133,7 +134,7 @@ def _scheduler_times(ticket: Ticket, role: Role) -> dict[str, float]:
 
 
 def _server_times(ticket: Ticket, role: Role, count: int, ended_at: float) -> dict[str, float]:
-    first = ticket.first_known_at(role) or ended_at
+    first = ticket.first_token_reported_at(role) or ended_at
     times = {
         "e2e_latency": ended_at - ticket.received_at,
         "request_received_ts": ticket.received_at,
@@ -156,5 +157,5 @@ def _finish_reason(end: Finished | Failure | None) -> dict[str, Any] | None:
 
 
 def probe_fields() -> RoutingFields:
-    """Route the probe of ``/health_generate``: SGLang's fake bootstrap host and room 0 (``http_server.py``)."""
+    """Return the routing fields of the probe of ``/health_generate``: SGLang's fake bootstrap host and room 0."""
     return RoutingFields(rid=f"HEALTH_CHECK_{uuid.uuid4().hex}", bootstrap_host="2.2.2.2", bootstrap_room=0)

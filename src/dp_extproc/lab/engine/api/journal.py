@@ -1,4 +1,4 @@
-"""What every inference request looked like and what became of it, for tests to look at. Bounded."""
+"""Record every inference request and its result, for tests. Bounded."""
 
 import base64
 import hashlib
@@ -15,15 +15,15 @@ from dp_extproc.lab.engine.ticket import Ticket
 
 MAX_RECORDS: Final = 10_000
 MAX_KEPT_BYTES: Final = 256 << 20
-"""Of bodies; the oldest are forgotten first."""
-MAX_SHOWN_BYTES: Final = 64 << 10
-"""Longer bodies are shown by digest and ends; the whole is on a page of its own."""
+"""Bytes of bodies that are kept; the oldest are dropped first."""
+MAX_INLINE_BYTES: Final = 64 << 10
+"""Bytes of a body on the page; longer ones have digest and ends there, and a page of their own."""
 _END_BYTES: Final = 256
 
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """One request."""
+    """The record of one request."""
 
     number: int
     method: str
@@ -34,20 +34,20 @@ class Record:
     body_sha256: str
     received_at: float = field(default_factory=time.time)
     refused: tuple[int, str] | None = None
-    """Status and text of a refusal before any scheduler had it."""
+    """Status and text of a refusal before a scheduler had it."""
     tickets: list[Ticket] = field(default_factory=list)
     fault: str | None = None
-    """What went wrong with it on purpose."""
+    """The fault that it was hit by."""
     answer_status: int | None = None
     answered_at: float | None = None
-    """When its last byte was written."""
+    """Moment of its last byte."""
     is_over: bool = False
     """Whether nothing more will be answered."""
     disconnected_at: float | None = None
-    """When the client cut the connection, if it did so before the end of the answer."""
+    """Moment at which the client closed the connection before the end of the answer."""
 
     def refuse(self, status: int, text: str) -> None:
-        """Note that it was refused."""
+        """Record a refusal."""
         self.refused = (status, text)
 
     def show(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Record:
     def _outcome(self, ends: list[Any], failure: Failure | None) -> str:
         if self.refused is not None:
             return "failed"
-        if not ends and self.is_over:  # no scheduler has seen it
+        if not ends and self.is_over:  # no scheduler has had it
             return "failed" if self.disconnected_at is None else "aborted"
         if not ends or None in ends:
             return "running"
@@ -92,7 +92,7 @@ class Record:
         shown: dict[str, Any] = {"body": None, "body_length": self.body_length, "body_sha256": self.body_sha256}
         if self.body is None:
             return shown
-        if self.body_length > MAX_SHOWN_BYTES:
+        if self.body_length > MAX_INLINE_BYTES:
             shown["body_head"] = self.body[:_END_BYTES].decode("utf-8", "replace")
             shown["body_tail"] = self.body[-_END_BYTES:].decode("utf-8", "replace")
             return shown
@@ -104,7 +104,7 @@ class Record:
 
 
 class Noted:
-    """An answer, and what becomes of it on its way to the client."""
+    """Send an answer, and record how it reached the client."""
 
     def __init__(self, answer: ASGIApp, record: Record) -> None:
         """Prepare."""
@@ -134,7 +134,7 @@ class Noted:
 
 
 class Journal:
-    """The last requests."""
+    """Hold the last requests."""
 
     def __init__(self) -> None:
         """Start empty."""
@@ -143,7 +143,7 @@ class Journal:
         self._count = 0
 
     def open(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Record:
-        """Note a request."""
+        """Record a request."""
         self._count += 1
         record = Record(self._count, method, path, headers, body, len(body), hashlib.sha256(body).hexdigest())
         self._records.append(record)
@@ -158,17 +158,17 @@ class Journal:
         return record
 
     def find(self, number: int) -> Record | None:
-        """Look a request up."""
+        """Return a request."""
         return next((record for record in self._records if record.number == number), None)
 
     def clear(self) -> None:
-        """Forget everything; requests under way go on, unnoted."""
+        """Drop all records; requests under way go on without one."""
         self._records.clear()
         self._kept = 0
 
     @property
     def count(self) -> int:
-        """How many requests have arrived, whether or not they are still here: the number of the last."""
+        """Return the number of the last request that has arrived, whether or not it is still here."""
         return self._count
 
     def show(self, after: int = 0) -> list[dict[str, Any]]:

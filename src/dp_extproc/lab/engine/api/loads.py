@@ -1,4 +1,4 @@
-"""``/v1/loads`` and ``/get_load``: the ranks' snapshots, with the fields that the release has."""
+"""Serve ``/v1/loads`` and ``/get_load``: the ranks' snapshots, with the fields that the release has."""
 
 from datetime import UTC, datetime
 from typing import Any, Final

@@ -1,4 +1,4 @@
-"""``/v1/messages``, Anthropic's API. Its streams have their headers at once; errors inside the server are masked."""
+"""Serve ``/v1/messages``, Anthropic's API. Its streams have headers at once; errors inside the engine are masked."""
 
 import uuid
 from collections.abc import AsyncIterator
@@ -66,7 +66,7 @@ async def _events(exchange: Exchange, head: dict[str, Any]) -> AsyncIterator[str
 
 
 def _input_usage(exchange: Exchange, ticket: Ticket) -> dict[str, int]:
-    """Tell cached tokens apart, as Anthropic does, if the server reports them."""
+    """Count cached tokens apart, as Anthropic does, if the engine reports them."""
     cached = ticket.work.cached_tokens if exchange.engine.settings.enable_cache_report else 0
     usage = {"input_tokens": ticket.leg.prompt_tokens - cached}
     return usage | ({"cache_read_input_tokens": cached} if cached else {})

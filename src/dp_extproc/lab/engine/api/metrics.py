@@ -1,4 +1,4 @@
-"""``/metrics``: gauges per rank, as stale as SGLang's; counters and histograms of the HTTP process, without ranks."""
+"""Serve ``/metrics``: gauges per rank, as stale as SGLang's; counters and histograms without ranks."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -22,11 +22,11 @@ _WITHOUT_THE_FEATURE: Final = (
     "spec_block_accept_length", "spec_cap_length", "spec_num_draft_tokens", "spec_num_steps", "swa_available_tokens",
     "swa_evictable_tokens", "swa_token_usage", "swa_used_tokens",
 )  # fmt: skip
-"""Gauges that 0.5.23 exports as 0 on servers without what they are about."""
+"""Gauges that 0.5.23 exports as 0 on engines without the feature that they belong to."""
 
 
 class Metrics(Collector):
-    """The page of one server."""
+    """The page of one engine."""
 
     def __init__(self, engine: Engine) -> None:
         """Register the series of *engine*."""
@@ -43,7 +43,7 @@ class Metrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Give the series of the schedulers."""
+        """Return the series of the schedulers."""
         ranks = self._engine.histories
         first = [(self._labels(history, 0), history) for history in ranks]
         every = [
@@ -71,7 +71,7 @@ class Metrics(Collector):
         for name in names:
             yield _gauge(name, f"{name.replace('_', ' ').capitalize()}.", ((at, gauges[name]) for at, gauges in values))
         yield self._realtime(first)
-        for name in ("num_retracted_reqs", "num_paused_reqs"):  # a few gauges of SGLang carry the process as well
+        for name in ("num_retracted_reqs", "num_paused_reqs"):  # a few gauges of SGLang have the process as well
             yield _gauge(name, "Number of such requests.", (({**at, "pid": str(os.getpid())}, 0) for at, _ in first))
 
     def _realtime(self, ranks: Iterable[tuple[dict[str, str], RankHistory]]) -> Metric:
@@ -108,7 +108,7 @@ def _gauge(name: str, text: str, samples: Iterable[tuple[dict[str, str], float]]
 
 
 def _gauges(engine: Engine, history: RankHistory) -> dict[str, float]:
-    """Give the values that a rank has last reported."""
+    """Return the values that a rank has last reported."""
     release, gauges = engine.settings.release, history.gauges or history.take()
     found: dict[str, float] = {
         "num_running_reqs": gauges.reported_running,

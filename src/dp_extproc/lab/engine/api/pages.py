@@ -1,4 +1,4 @@
-"""What a server tells of itself: ``/server_info``, ``/model_info``, ``/v1/models``, ``/health``, ``/ready``."""
+"""Serve an engine's pages about itself: ``/server_info``, ``/model_info``, ``/v1/models``, ``/health``, ``/ready``."""
 
 import asyncio
 import time
@@ -25,7 +25,7 @@ _LLAMA: Final[dict[str, Any]] = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
 }
-"""What ``/model_info`` tells of a model that reads and writes text; ``embedding`` is left out."""
+"""Content of ``/model_info`` for a model that reads and writes text; ``embedding`` is left out."""
 _HEALTH_TIMEOUT = 20.0
 """``SGLANG_HEALTH_CHECK_TIMEOUT``, unscaled."""
 
@@ -36,17 +36,17 @@ FLUSHED: Final = (
 
 
 def mode(settings: Settings) -> str:
-    """Give the ``disaggregation_mode``."""
+    """Return the ``disaggregation_mode``."""
     return "null" if settings.role is Role.UNIFIED else str(settings.role)
 
 
 def utilization(settings: Settings) -> float:
-    """Give what SGLang calls so: nobody measures it, and prefill says as much."""
+    """Return SGLang's ``utilization``, which is not measured; prefill reports that."""
     return -1.0 if settings.role is Role.PREFILL else 0.0
 
 
 def server_info(settings: Settings) -> dict[str, Any]:
-    """Give the resolved server arguments, as far as anybody reads them."""
+    """Return the resolved options of the engine that routers and tests read."""
     release, ranks = settings.release, settings.dp_size
     sizes: dict[str, Any] = {"dp_size": ranks}
     if release.counts_replicas:  # from here on dp_size counts replicas
@@ -89,7 +89,7 @@ def server_info(settings: Settings) -> dict[str, Any]:
 
 
 def model_info(settings: Settings) -> dict[str, Any]:
-    """Give what is known of the model."""
+    """Return the facts of the model."""
     info: dict[str, Any] = {"model_path": f"/models/{settings.model}", "is_generation": True}
     if settings.release.since("0.5.18"):
         info["served_model_name"] = settings.model
@@ -99,14 +99,14 @@ def model_info(settings: Settings) -> dict[str, Any]:
 
 
 def models(settings: Settings) -> dict[str, Any]:
-    """Give the list of models, which is one."""
+    """Return the list of models, which has one."""
     card = {"id": settings.model, "object": "model", "created": int(time.time()), "owned_by": "sglang"}
     card |= {"root": settings.model, "parent": None, "max_model_len": settings.context_length}
     return {"object": "list", "data": [card]}
 
 
 def steps(engine: Engine) -> list[dict[str, Any]]:
-    """Give what steps have taken and who waited in them, for each group of ranks that takes them together."""
+    """Return the steps of each step group: their seconds, and the seconds in which ranks waited."""
     return [
         {
             "steps": group.steps,
@@ -139,5 +139,5 @@ async def health(_: Request, engine: Engine) -> Response:
 
 
 async def ready(_: Request) -> Response:
-    """Answer at once: the server has started."""
+    """Answer at once: the engine has started."""
     return PlainTextResponse("")

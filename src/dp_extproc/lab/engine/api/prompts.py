@@ -1,4 +1,4 @@
-"""The prompts of a request that is not a chat."""
+"""Read the prompts of a request that is not a chat."""
 
 from collections.abc import Iterable
 from typing import Any, Final
@@ -7,9 +7,9 @@ from dp_extproc.lab.engine.api.exchange import wrong_type
 from dp_extproc.lab.engine.text import ids_prompt, text_prompt
 
 _LARGEST_ID: Final = (1 << 31) - 1
-"""Vocabularies are smaller ..."""
+"""Largest token id of a vocabulary; real ones are smaller."""
 _IDS: Final = range(-(1 << 63), 1 << 63)
-"""... and other numbers never reach a scheduler."""
+"""Numbers that can reach a scheduler."""
 
 
 def read_texts(name: str, value: Any) -> tuple[list[bytes], bool]:
@@ -38,8 +38,8 @@ def read_texts(name: str, value: Any) -> tuple[list[bytes], bool]:
     return found, True
 
 
-def foreign_id(value: Any) -> int | None:
-    """Find a token id in a prompt, or a list of them, that no vocabulary has; no release of SGLang looks for it."""
+def unknown_id(value: Any) -> int | None:
+    """Find a token id in a prompt, or a list of them, that no vocabulary has; no release of SGLang checks it."""
     if not isinstance(value, list):
         return None
     lists: Iterable[list[Any]] = (each for each in (value, *value) if isinstance(each, list))

@@ -1,4 +1,4 @@
-"""The part of ``/metrics`` that counts requests which have ended; most of it without ranks, as in SGLang."""
+"""Serve the part of ``/metrics`` that counts requests which have ended; most of it without ranks, as in SGLang."""
 
 from typing import Final
 
@@ -28,15 +28,15 @@ _TOKENS: Final = (
 
 
 class RequestMetrics:
-    """What one server has served."""
+    """Count the requests of one engine."""
 
     def __init__(self, settings: Settings, registry: CollectorRegistry, rank_labels: list[dict[str, str]]) -> None:
         """Register the series; each begins with what it counts first.
 
         Args:
-            settings: Of the server.
-            registry: Of its page.
-            rank_labels: What the series of each rank's scheduler are labelled with.
+            settings: Options of the engine.
+            registry: Registry of its page.
+            rank_labels: Labels of the series of each rank's scheduler.
         """
         self._role = settings.role
         self._model = {"model_name": settings.model, "engine_type": str(settings.role)}
@@ -93,7 +93,7 @@ class RequestMetrics:
         self._e2e.labels(**labels).observe(ticket.ended_at - ticket.received_at)
         if self._role is Role.PREFILL:
             return
-        first = ticket.first_known_at(self._role) or ticket.ended_at
+        first = ticket.first_token_reported_at(self._role) or ticket.ended_at
         self._ttft.labels(**labels).observe(first - ticket.received_at)
         if output > 1 and ticket.ended_at > first:
             gap = (ticket.ended_at - first) / (output - 1)

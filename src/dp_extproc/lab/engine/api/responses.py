@@ -1,4 +1,4 @@
-"""``/v1/responses``, OpenAI's newer API. Its streams have their headers at once, and nobody aborts what they leave."""
+"""Serve ``/v1/responses``, OpenAI's newer API. Its streams have headers at once; what clients leave is not aborted."""
 
 import time
 import uuid
@@ -54,7 +54,7 @@ def _prompt(body: dict[str, Any]) -> bytes:
 
 
 class _Page:
-    """The response object and its parts."""
+    """Build the response object and its parts."""
 
     def __init__(self, body: dict[str, Any], limit: int) -> None:
         self._body = body

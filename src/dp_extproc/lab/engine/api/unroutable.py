@@ -1,6 +1,6 @@
-"""Paths that exist in SGLang but build their requests without bootstrap fields: poison for disaggregated servers.
+"""Serve paths of SGLang that build requests without bootstrap fields, which end a disaggregated engine.
 
-They are here so that a router which forwards them is found out. What they would answer on a unified server is left out.
+They are here to detect a router that forwards them. Their answers on a unified engine are left out.
 """
 
 from typing import Final
@@ -18,7 +18,7 @@ EMBEDDING: Final = ("/v1/embeddings", "/encode", "/v1/classify")
 
 
 async def generating(exchange: Exchange) -> Response:
-    """Do to a disaggregated server what the path's request without a room does to it."""
+    """Treat the path's request without a room as a disaggregated engine does."""
     if exchange.engine.settings.role is Role.UNIFIED:
         exchange.record.refuse(501, "not implemented")
         return PlainTextResponse("the strict engine does not implement this path", 501)

@@ -1,6 +1,6 @@
-"""What an aggregated vLLM server has of its own: its errors, and its metrics with a series per engine.
+"""Serve what an aggregated vLLM engine has of its own: its errors, and its metrics with a series per rank.
 
-Each DP rank is an engine. Facts are those of vLLM 0.11 (``v1/metrics/loggers.py``, ``entrypoints/openai``).
+Each DP rank is an "engine" there. Facts are those of vLLM 0.11 (``v1/metrics/loggers.py``, ``entrypoints/openai``).
 """
 
 from collections.abc import Iterator

@@ -1,1 +1,1 @@
-"""The engine's scheduler: steps, queues and KV accounting of DP ranks. Pure: no I/O, no clock; times are passed in."""
+"""Schedule an engine's ranks: steps, queues and KV accounting. Pure: no I/O, no clock; times are passed in."""

@@ -1,4 +1,4 @@
-"""What a step costs, in seconds of an unscaled engine."""
+"""Compute what a step costs, in seconds of an unscaled engine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,22 +22,22 @@ class Costs:
     decode_request: float = 50e-6
     decode_token: float = 50e-9
     transfer: float = 0.002
-    """Of the KV cache from prefill to decode, whatever its size."""
+    """Seconds of the KV cache's way from prefill to decode, whatever its size."""
     transfer_token: float = 1e-6
 
     def prefill_seconds(self, tokens: Sequence[int]) -> float:
-        """Give the cost of computing *tokens* prompt tokens, one number per rank of the group."""
+        """Return the cost of computing *tokens* prompt tokens, one number per rank of the group."""
         share = self.lockstep_share
         return self.prefill_step + self.prefill_token * (share * max(tokens) + (1 - share) * sum(tokens) / len(tokens))
 
     def decode_seconds(self, requests: Sequence[int], context: Sequence[int]) -> float:
-        """Give the cost of one output token for *requests* sequences with *context* tokens, per rank of the group."""
+        """Return the cost of one output token for *requests* sequences with *context* tokens, per rank of the group."""
         return self.decode_step + self.decode_request * max(requests) + self.decode_token * max(context)
 
     def own_seconds(self, tokens: int, requests: int, context: int) -> float:
-        """Give what a rank's own part of a step would cost alone, without what all ranks pay."""
+        """Return what a rank's own part of a step would cost alone, without what all ranks pay."""
         return self.prefill_token * tokens + self.decode_request * requests + self.decode_token * context
 
     def transfer_seconds(self, tokens: int) -> float:
-        """Give the time that the KV cache of *tokens* tokens is on its way."""
+        """Return the time that the KV cache of *tokens* tokens is on its way."""
         return self.transfer + self.transfer_token * tokens

@@ -1,7 +1,7 @@
-"""Ranks that take their steps together.
+"""Let ranks step together.
 
-With DP attention the ranks of a server run every forward pass together: a rank without work runs an idle batch, and the
-step takes as long as the fullest rank needs. Without it every replica is a group of its own.
+With DP attention the ranks of an engine run every forward pass together: a rank without work runs an idle batch, and
+the step takes as long as the fullest rank needs. Without it every replica is a group of its own.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from dp_extproc.lab.engine.scheduler.work import Output, Work
 
 
 class Batch(Enum):
-    """What a rank does in a step."""
+    """The work of a rank in a step."""
 
     PREFILL = "prefill"
     DECODE = "decode"
@@ -31,24 +31,24 @@ class Step:
 
 
 class Group:
-    """Some ranks with a common step."""
+    """A step group: ranks with a common step."""
 
     def __init__(self, ranks: Sequence[Rank], costs: Costs) -> None:
-        """Take over *ranks*; their state is changed by calls to the group and to the ranks alike."""
+        """Start with *ranks*; their state is changed by calls to the group and to the ranks alike."""
         self.ranks = list(ranks)
         self.costs = costs
         self.steps = 0
         self.seconds = 0.0
-        """Of all steps, unscaled."""
+        """Seconds of all steps, unscaled."""
         self.waited = 0.0
-        """Those of them that the average rank waited for the fullest one."""
+        """Seconds of them in which the average rank waited for the fullest one."""
         self._decoding: list[list[Work]] = [[] for _ in self.ranks]
 
     def begin(self, now: float) -> tuple[Step | None, list[Output]]:
         """Choose what every rank does next.
 
         Returns:
-            The step, None if nobody has anything to do; and the tokens that are known at once: the first on decode.
+            The step, None if no rank has work; and the tokens that are known at once: the first on decode.
         """
         outputs = [output for rank in self.ranks for output in rank.merge_arrived(now)]
         tokens = [rank.plan_prefill(now) for rank in self.ranks]
@@ -68,7 +68,7 @@ class Group:
         return Step(seconds, batches), outputs
 
     def finish(self) -> list[Output]:
-        """Book the step that :meth:`begin` chose."""
+        """Apply the results of the step that :meth:`begin` chose."""
         outputs: list[Output] = []
         for rank, batch in zip(self.ranks, self._decoding, strict=True):
             outputs += rank.finish_prefill()

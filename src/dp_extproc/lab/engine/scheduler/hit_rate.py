@@ -1,4 +1,4 @@
-"""The share of prompt tokens that a rank finds in its prefix cache, as SGLang reckons it."""
+"""Compute the share of prompt tokens that a rank finds in its prefix cache, as SGLang does."""
 
 from collections import deque
 from typing import Final
@@ -8,7 +8,7 @@ WINDOW: Final = 15.0
 
 
 class HitRate:
-    """The rate of the last prefill batch, and the rate of a recent while. Neither fades before the next batch."""
+    """The rate of the last prefill batch, and the rate of a recent while. Both stay until the next batch."""
 
     def __init__(self, window: float = WINDOW) -> None:
         """Start at 0.

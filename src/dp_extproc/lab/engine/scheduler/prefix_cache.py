@@ -1,13 +1,13 @@
-"""The prefix cache of one DP rank: a radix tree of the prompts whose KV cache is still there.
+"""Cache the prefixes of one DP rank: a radix tree of the prompts whose KV cache is still there.
 
 After SGLang's ``mem_cache/radix_cache.py`` with pages of one token and its default eviction, least recently used:
 
 - A node stands for some tokens behind those of its parent, so two prompts share what they begin with, token by token.
-- What a running sequence uses is locked, from its node up to the root. Everything else may be given up for new tokens,
+- What a running sequence uses is locked, from its node up to the root. Everything else may be evicted for new tokens,
   whole leaves at a time.
 - Looking a prompt up, and inserting it, makes all of its nodes the most recently used.
 
-A prompt is known here by its tokens, :data:`TOKEN_BYTES` bytes each. Bytes, because comparing long prompts is then one
+A prompt is the bytes of its tokens here, :data:`TOKEN_BYTES` each. Bytes, because comparing long prompts is then one
 ``memcmp`` and a slice is a plain copy.
 """
 
@@ -38,46 +38,46 @@ class Node:
     end: int
     """Length of the prefix, in tokens."""
     used_at: int
-    """On the cache's own clock, which ticks with every use."""
+    """Moment of the last use on the cache's own clock, which ticks with every use."""
     users: int = 0
-    """Sequences that hold this prefix or a longer one."""
+    """Sequences that use this prefix or a longer one."""
     children: "dict[bytes, Node]" = field(default_factory=dict)
-    """By their first token."""
+    """Children by their first token."""
     is_candidate: bool = False
-    """Whether the cache has noted it for eviction."""
+    """Whether the cache has listed it for eviction."""
 
     @property
     def size(self) -> int:
-        """Tokens of the node itself."""
+        """Count the tokens of the node itself."""
         return len(self.tokens) // TOKEN_BYTES
 
 
 class PrefixCache:
-    """What a rank still has of the prompts that it has computed. Sizes are in tokens."""
+    """Hold the prompts that a rank has computed and not evicted. Sizes are in tokens."""
 
     def __init__(self) -> None:
         """Start empty."""
         self._root = Node(b"", None, 0, 0)
         self._clock = 0
         self._candidates: list[tuple[int, int, int, Node]] = []
-        """A heap of what was a leaf that nobody held when it was noted: its last use then, its end, and a number, as
-        two branches of a split may share both. What has become of it since is looked at when it comes out."""
+        """A heap of nodes that were unlocked leaves when they were listed: the last use then, the end, and a number, as
+        two branches of a split may share both. Later changes are checked when a node comes out."""
         self._noted = 0
         self.size = 0
         self.locked = 0
-        """Part of the size that running sequences hold."""
+        """Part of the size that running sequences lock."""
 
     @property
     def evictable(self) -> int:
-        """Part of the size that can be given up."""
+        """Return the part of the size that can be evicted."""
         return self.size - self.locked
 
     def match(self, prompt: bytes, longest: int) -> Node:
-        """Find the longest prefix of *prompt* that is there, of at most *longest* tokens."""
+        """Find the longest cached prefix of *prompt*, of at most *longest* tokens."""
         return self._descend(prompt[: longest * TOKEN_BYTES])
 
     def insert(self, prompt: bytes) -> Node:
-        """Keep the tokens of *prompt*; those that are there already are not added again."""
+        """Keep the tokens of *prompt*; cached ones are not added again."""
         node = self._descend(prompt)
         rest = prompt[node.end * TOKEN_BYTES :]
         if not rest:
@@ -89,14 +89,14 @@ class PrefixCache:
         return leaf
 
     def lock(self, node: Node) -> None:
-        """Hold a prefix: it stays until :meth:`unlock`."""
+        """Lock a prefix: it stays until :meth:`unlock`."""
         for each in self._path(node):
             if not each.users:
                 self.locked += each.size
             each.users += 1
 
     def unlock(self, node: Node) -> None:
-        """Let a prefix go that was locked."""
+        """Unlock a prefix."""
         for each in self._path(node):
             each.users -= 1
             if not each.users:
@@ -104,7 +104,7 @@ class PrefixCache:
                 self._note(each)
 
     def evict(self, tokens: int) -> None:
-        """Give up leaves, those first that were not used for longest, until *tokens* are free or nothing is left."""
+        """Evict leaves, the least recently used first, until *tokens* are free or nothing is left."""
         while tokens > 0 and self._candidates:
             noted, _, _, leaf = heapq.heappop(self._candidates)
             leaf.is_candidate = False
@@ -115,7 +115,7 @@ class PrefixCache:
                 tokens -= leaf.size
 
     def _note(self, node: Node) -> None:
-        """Make a node a candidate for eviction, if it is one: a leaf that nobody holds, and not the root."""
+        """List a node for eviction, if it is an unlocked leaf and not the root."""
         if node.parent is not None and not (node.users or node.children or node.is_candidate):
             node.is_candidate = True
             self._noted += 1
@@ -128,7 +128,7 @@ class PrefixCache:
         self._note(leaf.parent)
 
     def _descend(self, prompt: bytes) -> Node:
-        """Follow a prompt as far as it is known; a node that it leaves in the middle is split there."""
+        """Follow a prompt as far as it is cached; a node that it leaves in the middle is split there."""
         self._clock += 1
         node, at = self._root, 0
         while at < len(prompt) and (child := node.children.get(prompt[at : at + TOKEN_BYTES])) is not None:
@@ -149,7 +149,7 @@ class PrefixCache:
         return upper
 
     def _path(self, node: Node) -> list[Node]:
-        """List a node and those above it, without the root."""
+        """List a node and its ancestors, without the root."""
         path = []
         while node.parent is not None:
             path.append(node)
@@ -158,7 +158,7 @@ class PrefixCache:
 
 
 def _common(prompt: bytes, at: int, tokens: bytes) -> int:
-    """Count the bytes of *tokens* that *prompt* has at *at*, in whole tokens."""
+    """Count the bytes that *tokens* and *prompt* at *at* have in common, in whole tokens."""
     if prompt.startswith(tokens, at):
         return len(tokens)
     low, high = 0, min(len(tokens), len(prompt) - at) // TOKEN_BYTES

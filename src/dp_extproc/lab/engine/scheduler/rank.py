@@ -1,15 +1,15 @@
-"""One DP rank: its queues, its KV room, and what it brings to a step.
+"""Schedule one DP rank: its queues, its KV room, and its part of a step.
 
 Rules, after SGLang's ``managers/scheduler.py`` and ``disaggregation/{prefill,decode}.py``:
 
 - All queues are first in, first out; the head blocks those behind it, except that decode passes over sequences whose
-  prefill server has not answered yet.
+  prefill engine has not answered yet.
 - Prefill reserves KV room for a whole prompt when the first chunk of it runs, and holds it until the transfer is over.
 - Decode reserves KV room for the whole prompt *before* prefill may start, and keeps some back for every sequence that
   it has already accepted (``num_reserved_decode_tokens``).
-- Prefill has priority over decode on a server that does both.
+- Prefill has priority over decode on an engine that does both.
 - A prompt is looked up in the prefix cache when its first chunk is about to run, and inserted after every chunk. At
-  least its last token is computed. Cached tokens that nobody uses count as free, and go when their room is needed.
+  least its last token is computed. Cached tokens that no sequence uses count as free, and are evicted for others.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from dp_extproc.lab.engine.scheduler.work import QUEUED_STAGES, Output, Role, St
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a rank can hold and do."""
+    """The limits of a rank."""
 
     capacity: int
     """KV tokens."""
@@ -42,7 +42,7 @@ class Rank:
     limits: Limits
     role: Role = Role.UNIFIED
     queue: list[Work] = field(default_factory=list)
-    """Everything that does not run yet, in the order of arrival; each work's stage tells which queue it is in."""
+    """Everything that does not run yet, in the order of arrival; each work's stage names its queue."""
     running: list[Work] = field(default_factory=list)
     inflight: list[Work] = field(default_factory=list)
     chunks: dict[Work, int] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Rank:
     """Output tokens given since the start; none on prefill."""
 
     def add(self, work: Work, stage: Stage) -> None:
-        """Take in a new sequence.
+        """Accept a new sequence.
 
         Args:
             work: Not known to any rank.
@@ -68,7 +68,7 @@ class Rank:
         self.queue.append(work)
 
     def remove(self, work: Work) -> None:
-        """Forget a sequence, wherever it is; its KV room is free at once, but for what the prefix cache keeps."""
+        """Remove a sequence from any queue; its KV room is free at once, but for what the prefix cache keeps."""
         for place in (self.queue, self.running, self.inflight):
             if work in place:
                 place.remove(work)
@@ -80,7 +80,7 @@ class Rank:
         work.stage = Stage.DONE
 
     def preallocate(self) -> list[Work]:
-        """On decode: reserve KV room for whom there is some, in order.
+        """On decode: reserve KV room for the sequences that have some, in order.
 
         Returns:
             Those that now wait for their KV cache.
@@ -125,7 +125,7 @@ class Rank:
         return sum(self.chunks.values())
 
     def finish_prefill(self) -> list[Output]:
-        """Book the prompt tokens of the step that ran."""
+        """Apply the prompt tokens of the step that ran."""
         outputs = []
         for work, tokens in list(self.chunks.items()):  # one that is finished leaves the table
             work.prefilled += tokens
@@ -145,7 +145,7 @@ class Rank:
         return outputs
 
     def merge_arrived(self, now: float) -> list[Output]:
-        """Let sequences whose KV cache has arrived run; their first token came along with it."""
+        """Let sequences whose KV cache has arrived run; their first token came with it."""
         outputs: list[Output] = []
         if self.role is not Role.DECODE:
             return outputs
@@ -183,19 +183,19 @@ class Rank:
         return [work for work in self.running if work.prefilled >= work.prompt_tokens]
 
     def works(self) -> Iterator[Work]:
-        """Iterate over every sequence that is here."""
+        """Iterate over every sequence of this rank."""
         yield from self.queue
         yield from self.running
         yield from self.inflight
 
     @property
     def used(self) -> int:
-        """KV tokens that somebody holds; what two sequences share counts once."""
+        """Count the KV tokens in use; what two sequences share counts once."""
         return self.held + self.cache.locked
 
     @property
     def free(self) -> int:
-        """KV tokens that nobody holds, cached or not."""
+        """Count the KV tokens that no sequence uses, cached or not."""
         return self.limits.capacity - self.used
 
     @property
@@ -203,7 +203,7 @@ class Rank:
         return not (self.queue or self.running or self.inflight)
 
     def transferred(self, work: Work) -> None:
-        """On prefill: the KV cache has been sent; the sequence is done."""
+        """On prefill: end a sequence whose KV cache has been sent."""
         self.remove(work)
 
     def _admit(self, work: Work, now: float) -> bool:
@@ -222,7 +222,7 @@ class Rank:
         return True
 
     def _keep(self, work: Work) -> None:
-        """Insert what has been computed of a prompt; what others have inserted meanwhile is not held twice."""
+        """Insert what has been computed of a prompt; what others have inserted meanwhile is not kept twice."""
         if not work.prompt or work.prefix is None:
             return
         total, before = work.held + work.shared, work.prefix
@@ -248,7 +248,7 @@ class Rank:
         return Output(work, position, finished=finished)
 
     def _hold(self, work: Work, tokens: int) -> None:
-        """Hold *tokens* for a sequence, its part of the prefix cache included."""
+        """Lock *tokens* for a sequence, its part of the prefix cache included."""
         own = tokens - work.shared
         self.held += own - work.held
         work.held = own

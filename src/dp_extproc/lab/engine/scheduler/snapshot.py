@@ -1,4 +1,4 @@
-"""What a rank publishes of itself, and when: the snapshot behind /v1/loads and the gauges behind /metrics.
+"""Publish the state of a rank as SGLang does: the snapshot behind /v1/loads and the gauges behind /metrics.
 
 Both are as old as SGLang's are, which is the point (``managers/scheduler.py``, ``observability/metrics_reporter.py``):
 
@@ -25,12 +25,12 @@ STALL_REFRESH: Final = 0.05
 IDLE_REFRESH: Final = 30.0
 """Seconds, unscaled, between reports of an idle scheduler."""
 THROUGHPUT_STALENESS: Final = 30.0
-"""Seconds, unscaled, after which prefill's reports no longer tell the last output rate."""
+"""Seconds, unscaled, after which prefill's reports no longer have the last output rate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A rank at one moment; the names are those of /v1/loads."""
+    """The state of a rank at one moment; the names are those of /v1/loads."""
 
     num_running_reqs: int
     num_waiting_reqs: int
@@ -44,7 +44,7 @@ class Snapshot:
     max_running_requests: int
     gen_throughput: float
     cache_hit_rate: float
-    """Of the last prefill batch."""
+    """Hit rate of the last prefill batch."""
     total_prefill_uncached_tokens: int
     total_prefill_busy_us: int
     decode_moments: tuple[float, ...] | None
@@ -52,30 +52,30 @@ class Snapshot:
     """Sequences per stage."""
     decode_sum_seq_lens: int
     reported_running: int
-    """What /metrics calls running: on prefill the last batch."""
+    """Running sequences in /metrics: on prefill the last batch."""
 
     @property
     def token_usage(self) -> float:
-        """Share of the KV room that is used."""
+        """Return the share of the KV room that is used."""
         return self.num_used_tokens / self.max_total_num_tokens
 
 
 @dataclass(slots=True)
 class RankHistory:
-    """What a rank has done since the start, and what it has published of it."""
+    """The work of a rank since the start, and what it has published of it."""
 
     rank: Rank
     decode_log_interval: int = 40
     reports_last_batch: bool = True
-    """Whether prefill tells its last batch as running; before 0.5.17 it told the running batch, empty there."""
+    """Whether prefill reports its last batch as running; before 0.5.17 it reported the running batch, empty there."""
     estimates_hits: bool = True
-    """Whether waiting tokens are discounted by the recent hit rate; until 0.5.18 they were told whole. (Which prefix a
-    waiting prompt will match is looked up by schedule policies other than SGLang's default, ``fcfs``.)"""
+    """Whether waiting tokens are discounted by the recent hit rate; until 0.5.18 all of them were reported. (Which
+    prefix a waiting prompt will match is looked up by schedule policies other than SGLang's default, ``fcfs``.)"""
     keeps_statistics: bool = True
     """Whether rates are computed at all: with ``--enable-metrics`` only."""
     time_scale: float = 1.0
     counted_since: float = 0.0
-    """When the output tokens of the present rate began to count: at the last report of one, at first at the start."""
+    """Start of the present output rate: at its last report, at first at the start."""
     published: Snapshot | None = None
     published_at: float = 0.0
     gauges: Snapshot | None = None
@@ -90,7 +90,7 @@ class RankHistory:
     _throughput: float = 0.0
     _last_throughput: float = 0.0
     _batch_tokens: tuple[int, int] = (0, 0)
-    """Of the prefill batch that runs: found in the prefix cache, and to be computed."""
+    """Tokens of the prefill batch that runs: found in the prefix cache, and to be computed."""
     _cached_before: int = 0
     _hit_rate: HitRate = field(init=False)
 
@@ -99,14 +99,14 @@ class RankHistory:
         self._hit_rate = HitRate(WINDOW * self.time_scale)
 
     def begin_step(self, batch: Batch) -> None:
-        """Note what the next step is for this rank, before its results change the queues."""
+        """Note the next step of this rank, before its results change the queues."""
         if batch is Batch.PREFILL:
             self.last_batch = len(self.rank.chunks)
             found = self.rank.cached_tokens - self._cached_before
             self._batch_tokens, self._cached_before = (found, sum(self.rank.chunks.values())), self.rank.cached_tokens
 
     def finish_step(self, batch: Batch, seconds: float, now: float) -> None:
-        """Book a step whose results are not processed yet.
+        """Count a step whose results are not processed yet.
 
         Args:
             batch: What the rank did in it.
@@ -135,7 +135,7 @@ class RankHistory:
             elapsed = now - self.counted_since
             self._throughput = self._last_throughput = self._decode_tokens / elapsed if elapsed > 0 else 0.0
             self.counted_since, self._decode_tokens = now, 0
-            # The batch as it ran, with those who have finished in it: they are filtered out by the next step.
+            # The batch as it ran, with sequences that have finished in it: the next step removes those.
             self.gauges, self.gauges_at = replace(self.take(), reported_running=self._batch_size), now
         elif batch is Batch.PREFILL:
             is_recent = now - self.counted_since <= THROUGHPUT_STALENESS * self.time_scale
@@ -144,7 +144,7 @@ class RankHistory:
             self.report(now)
 
     def idle(self, now: float) -> None:
-        """Do what a scheduler does that has nothing to run; to be called at any time, the more often the better."""
+        """Do what an idle scheduler does; call it at any time, the more often the better."""
         self.last_batch = 0
         if now - self.published_at >= STALL_REFRESH * self.time_scale:
             self.publish(now)
@@ -164,7 +164,7 @@ class RankHistory:
         self.gauges, self.gauges_at = self.take(), now
 
     def take(self) -> Snapshot:
-        """Look at the rank as it is now."""
+        """Take a snapshot of the rank."""
         rank = self.rank
         stages = dict.fromkeys(Stage, 0)
         for work in rank.works():

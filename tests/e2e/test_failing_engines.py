@@ -1,4 +1,4 @@
-"""One engine in trouble: the others are routed to as before, and the log says it once."""
+"""While one engine fails, requests go to the others as before, and the log reports it once."""
 
 import json
 import re
@@ -15,18 +15,18 @@ from patience import wait_for
 
 REQUEST = {"text": "x", "sampling_params": {"max_new_tokens": 1}}
 QUICK = {"stale_after": "2s", "timeout": "1s"}
-"""A second: no page of a healthy server may take longer, on however slow a machine."""
+"""A second: no page of a healthy engine may take longer, even on a slow machine."""
 
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Stack]:
-    """Two servers of each role, and knowledge that grows old quickly."""
+    """Give two engines of each role, and samples that become stale quickly."""
     with run_stack(prefills=2, decodes=2, load=QUICK) as stack:
         yield stack
 
 
 class Patient:
-    """The engine in trouble, seen through the service's log and metrics from now on."""
+    """The failing engine, as the service's log and metrics show it from now on."""
 
     def __init__(self, stack: Stack, engine: EngineProcess) -> None:
         self._stack = stack
@@ -35,11 +35,11 @@ class Patient:
         self._failed = self._failures()
 
     def state(self) -> str:
-        """Tell how well the service knows the engine."""
+        """Return the service's state of the engine."""
         return str(self._shown()["state"])
 
     def failure(self) -> str | None:
-        """Tell what is wrong with the engine at present."""
+        """Return the current failure of the engine."""
         found: str | None = self._shown()["failure"]
         return found
 
@@ -48,11 +48,11 @@ class Patient:
         return next(each for each in endpoints if each["url"] == self._engine.url)
 
     def warnings(self) -> list[str]:
-        """Tell of what kinds of trouble the log has warned, in order."""
+        """List the failure kinds of which the log has warned, in order."""
         return self._warnings()[len(self._warned) :]
 
     def failures(self, kind: str) -> int:
-        """Count failed scrapes of a kind."""
+        """Count failed reads of a kind."""
         return self._failures().get(kind, 0) - self._failed.get(kind, 0)
 
     def _warnings(self) -> list[str]:
@@ -68,7 +68,7 @@ class Patient:
 
 
 def send(stack: Stack, count: int = 24) -> None:
-    """Send requests and expect every one to be answered."""
+    """Send requests, and expect a response to each."""
     answers = [stack.client.post("/generate", json=REQUEST).status_code for _ in range(count)]
     assert answers == [200] * count
 
@@ -87,26 +87,26 @@ def engines_of(stack: Stack, role: str) -> tuple[EngineProcess, EngineProcess]:
         pytest.param("500", "http_status", id="errors"),
     ],
 )
-def test_a_load_page_in_trouble(fleet: Stack, role: str, fault: str, kind: str) -> None:
-    """A server whose load page hangs, lies or fails is avoided while the other serves; then it returns."""
-    sick, well = engines_of(fleet, role)
-    patient, healthy = Patient(fleet, sick), Patient(fleet, well)
-    sick.fault(loads=fault, metrics=fault)
+def test_an_engine_is_avoided_while_its_load_page_fails(fleet: Stack, role: str, fault: str, kind: str) -> None:
+    """An engine whose load page hangs, is wrong or fails is avoided while the other serves; then it is used again."""
+    failing, well = engines_of(fleet, role)
+    patient, healthy = Patient(fleet, failing), Patient(fleet, well)
+    failing.fault(loads=fault, metrics=fault)
     wait_for(lambda: patient.state() == "stale")
     fleet.forget()
     send(fleet)
 
-    assert sick.requests() == []
+    assert failing.requests() == []
     assert len(well.requests()) == 24
     wait_for(lambda: patient.failures(kind) >= 4)
     assert (patient.warnings(), healthy.warnings()) == ([kind], [])
-    sick.fault(loads="ok", metrics="ok")
+    failing.fault(loads="ok", metrics="ok")
     wait_for(lambda: patient.state() == "fresh")
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_a_server_that_is_down(fleet: Stack, role: str) -> None:
-    """A dead server is avoided as soon as a scrape was refused, and used again once it is back."""
+def test_a_dead_engine_is_avoided_until_it_restarts(fleet: Stack, role: str) -> None:
+    """A dead engine is avoided as soon as a read was refused, and used again once it has restarted."""
     dead, well = engines_of(fleet, role)
     patient = Patient(fleet, dead)
     dead.stop()
@@ -117,7 +117,7 @@ def test_a_server_that_is_down(fleet: Stack, role: str) -> None:
     assert len(well.requests()) == 24
     wait_for(lambda: patient.failures("refused") >= 4)
     warnings = patient.warnings()
-    # A page that was under way when the server went is trouble of another kind, and is said once, too.
+    # A page in transit when the engine died is a failure of another kind, and is logged once too.
     assert warnings[-1] == "refused"
     assert len(warnings) == len(set(warnings))
     dead.start()
@@ -127,8 +127,8 @@ def test_a_server_that_is_down(fleet: Stack, role: str) -> None:
     assert dead.requests()
 
 
-def test_a_lone_stale_server_is_still_used() -> None:
-    """Old knowledge is no reason to refuse when there is nobody else."""
+def test_a_stale_endpoint_is_used_if_it_is_the_only_one() -> None:
+    """A stale sample is no reason to reject a request if there is no other endpoint."""
     with run_stack(load=QUICK) as stack:
         for engine in (*stack.prefills, *stack.decodes):
             engine.fault(loads="hang", metrics="hang")
@@ -137,14 +137,14 @@ def test_a_lone_stale_server_is_still_used() -> None:
 
 
 def _ranks(count: int, **numbers: object) -> str:
-    told = {"num_used_tokens": 5, "num_running_reqs": 1, "timestamp": 1e9} | numbers
+    leaked = {"num_used_tokens": 5, "num_running_reqs": 1, "timestamp": 1e9} | numbers
     return json.dumps(
-        {"timestamp": "2026-09-10T12:00:00+00:00", "loads": [{"dp_rank": each, **told} for each in range(count)]}
+        {"timestamp": "2026-09-10T12:00:00+00:00", "loads": [{"dp_rank": each, **leaked} for each in range(count)]}
     )
 
 
 _ONE_TIMEOUT: dict[str, Any] = {"kind": "hang", "times": 1}
-"""After one an engine is asked anew who it is."""
+"""After one timeout the service reads ``/server_info`` again."""
 _SOME = [100.0, 100.0, 3e6, 0.0, 0.0, 100.0]
 
 
@@ -166,8 +166,8 @@ _SOME = [100.0, 100.0, 3e6, 0.0, 0.0, 100.0]
         ),
     ],
 )
-def test_a_page_that_tells_what_cannot_be(fleet: Stack, role: str, page: str, text: str) -> None:
-    """It is refused as other pages that cannot be used, said once, and nothing else is any different."""
+def test_a_page_with_impossible_values_is_rejected(fleet: Stack, role: str, page: str, text: str) -> None:
+    """The page is rejected like other unusable pages and logged once, and nothing else changes."""
     liar, well = engines_of(fleet, role)
     patient, healthy = Patient(fleet, liar), Patient(fleet, well)
     liar.fault(loads={"kind": "text", "text": _ranks(2 if role == "decode" else 4, decode_moments=_SOME)})
@@ -193,26 +193,26 @@ def _task_failures(stack: Stack) -> float:
     return sum(map(float, counts))
 
 
-@pytest.mark.parametrize("trouble", ["server_info", "dp_size"])
-def test_standing_trouble_forgives_no_failures(trouble: str) -> None:
-    """A server that fails its requests is left alone, whatever else is wrong with it at every scrape.
+@pytest.mark.parametrize("failure", ["server_info", "dp_size"])
+def test_an_ejection_stays_while_another_failure_lasts(failure: str) -> None:
+    """An endpoint that fails its requests stays ejected, whatever else fails at every read.
 
-    It is never stale: it would be left alone for that, and get no request that it could fail.
+    Its sample is never stale: a stale endpoint would be avoided for that, and get no request that it could fail.
     """
     long = {"consecutive_failures": 2, "base_ejection_time": "10m", "max_ejection_time": "10m"}
     with run_stack(decodes=2, load={**QUICK, "stale_after": "10m"}, outlier_detection=long) as stack:
-        sick = stack.decodes[0]
-        patient = Patient(stack, sick)
-        if trouble == "server_info":
-            sick.fault(server_info="500", loads=_ONE_TIMEOUT)
+        failing = stack.decodes[0]
+        patient = Patient(stack, failing)
+        if failure == "server_info":
+            failing.fault(server_info="500", loads=_ONE_TIMEOUT)
             kind = "http_status"
-        else:  # its load page shows another number of ranks, and nothing on them: who is busier would get no request
+        else:  # its load page has another number of ranks without load, because a busier engine would get no request
             empty = _ranks(DECODE_RANKS - 1, num_used_tokens=0, num_running_reqs=0)
-            sick.fault(loads={"kind": "text", "text": empty})
+            failing.fault(loads={"kind": "text", "text": empty})
             kind = "disagreement"
         wait_for(lambda: patient.failures(kind) >= 1)
-        sick.fault(inference="500")
-        ejected = f'dp_extproc_endpoint_ejected{{endpoint="{sick.url}",pool="*",role="decode"}} 1.0'
+        failing.fault(inference="500")
+        ejected = f'dp_extproc_endpoint_ejected{{endpoint="{failing.url}",pool="*",role="decode"}} 1.0'
 
         def is_ejected() -> bool:
             send(stack, 4)
@@ -220,9 +220,9 @@ def test_standing_trouble_forgives_no_failures(trouble: str) -> None:
 
         wait_for(is_ejected, 30)
         seen = patient.failures(kind)
-        sick.forget()
+        failing.forget()
         wait_for(lambda: patient.failures(kind) >= seen + 10)
         send(stack)
 
         assert ejected in stack.service.metrics()
-        assert sick.requests() == []
+        assert failing.requests() == []

@@ -1,4 +1,4 @@
-"""What placement makes of what replicas tell: two services over the same engines, without anything between them."""
+"""Two schedulers over the same engines balance as one, once their replicas exchange messages."""
 
 import json
 from itertools import count
@@ -21,12 +21,12 @@ RANKS = 4
 
 
 def chat(beginning: object) -> bytes:
-    """Make a request of 2000 tokens whose prompt begins like no other, unless that begins alike."""
+    """Make a request of 2000 tokens whose prompt begins with the given text."""
     return json.dumps({"model": "any", "messages": [{"role": "user", "content": f"{beginning}{'x' * 8000}"}]}).encode()
 
 
 class Service:
-    """A dispatcher, and what ties it to others."""
+    """Connect a scheduler to an outbox and to peers."""
 
     def __init__(self, name: str, *, prefill_ranks: int = RANKS) -> None:
         facts = [make_facts(Role.PREFILL, ranks=prefill_ranks)]
@@ -39,13 +39,13 @@ class Service:
             rng=Random(1),  # the same for all: nothing but what they know keeps them apart
             draw_token=make_tokens(),
             clock=self.fleet.clock,
-            observer=self.outbox,
+            listener=self.outbox,
         )
-        self.peers = Peers(self.dispatcher.ledger.open_peer, 3.0)
+        self.peers = Peers(self.dispatcher.tracker.open_peer, 3.0)
         self._prompts = count()
 
     def place(self, body: bytes | None = None) -> tuple[InFlight, int, int]:
-        """Place a request, by default one whose prompt is new; give its attempt and its two ranks."""
+        """Schedule a request, by default with a new prompt; return its in-flight request and its two ranks."""
         decision = self.dispatcher.place(Api.CHAT, body or chat((self.outbox.replica, next(self._prompts))))
         assert isinstance(decision, Decision)
         assert decision.in_flight is not None
@@ -56,8 +56,8 @@ class Service:
         assert isinstance(decode_rank, int)
         return decision.in_flight, prefill, decode_rank
 
-    def tell(self, *others: "Service") -> None:
-        """Tell others what is new."""
+    def send_to(self, *others: "Service") -> None:
+        """Send all new messages to others."""
         for data in self.outbox.collect(self.fleet.clock()):
             batch = decode(data)
             assert isinstance(batch, Batch)
@@ -65,38 +65,38 @@ class Service:
                 other.peers.batch(batch, other.fleet.clock())
 
     def loads(self) -> list[list[float]]:
-        """Give the load of every rank, of prefill and of decode."""
+        """Return the load of every rank, of prefill and of decode."""
         return [[rank.tokens for rank in self.fleet.host(role).ranks] for role in (Role.PREFILL, Role.DECODE)]
 
     def requests(self) -> list[float]:
-        """Give the requests that are on the books of each role."""
+        """Return the requests in flight of each role."""
         return [self.fleet.host(role).requests for role in (Role.PREFILL, Role.DECODE)]
 
 
-def test_replicas_that_are_told_do_not_pick_the_same_rank_in_step() -> None:
-    """Requests that alternate between two services spread over all ranks, as if there was one service."""
+def test_schedulers_pick_different_ranks_with_sync() -> None:
+    """Requests that alternate between two services spread over all ranks, as with one service."""
     a, b = Service("a"), Service("b")
     picks = []
     for service, other in ((a, b), (b, a), (a, b), (b, a)):
         picks.append(service.place()[1:])
-        service.tell(other)
+        service.send_to(other)
 
     assert sorted(prefill for prefill, _ in picks) == list(range(RANKS))
     assert sorted(decode_rank for _, decode_rank in picks) == list(range(RANKS))
 
 
-def test_replicas_that_are_not_told_do() -> None:
-    """The same without a word between them: this is what the exchange is there for."""
+def test_schedulers_pick_the_same_ranks_without_sync() -> None:
+    """This is what the exchange is there for."""
     a, b = Service("a"), Service("b")
 
     assert [service.place()[1:] for service in (a, a)] == [service.place()[1:] for service in (b, b)]
 
 
-def test_both_show_the_same_load() -> None:
-    """A peer's request weighs on every rank what it weighs for the one who sent it, from the pick to its end."""
+def test_both_schedulers_have_the_same_load() -> None:
+    """A peer's request adds the same load to every rank as at its own service, from the pick to its end."""
     a, b = Service("a"), Service("b")
     attempts = [a.place()[0] for _ in range(6)]
-    a.tell(b)
+    a.send_to(b)
     assert b.loads() == [pytest.approx(loads) for loads in a.loads()]
     assert b.requests() == a.requests() == [6, 6]
 
@@ -106,53 +106,53 @@ def test_both_show_the_same_load() -> None:
         attempt.prefill_answered(200, a.fleet.clock())
     attempts[0].first_byte(200, a.fleet.clock())
     attempts[1].end(a.fleet.clock())
-    a.tell(b)
+    a.send_to(b)
     assert b.loads() == [pytest.approx(loads) for loads in a.loads()]
     assert b.requests() == a.requests() == [3, 5]
 
     for attempt in attempts:
         attempt.end(a.fleet.clock())
-    a.tell(b)
+    a.send_to(b)
     assert b.requests() == a.requests() == [0, 0]
     assert b.loads() == [[0.0] * RANKS] * 2
 
 
-def test_the_load_of_a_silent_peer_goes() -> None:
-    """A replica that died with requests on its books leaves none on others'."""
+def test_load_of_a_peer_ends_with_the_peer() -> None:
+    """A replica that died with open requests leaves no load on others."""
     a, b = Service("a"), Service("b")
     for _ in range(5):
         a.place()
-    a.tell(b)
+    a.send_to(b)
     assert b.requests() == [5, 5]
     b.peers.review(b.fleet.clock() + 3.0)
 
     assert b.requests() == [0, 0]
 
 
-def test_our_own_load_stays_when_a_peer_falls_silent() -> None:
-    """Its requests were behind ours in every queue; that they are forgotten does not mean that ours are computed."""
+def test_own_load_stays_when_a_peer_is_gone() -> None:
+    """The requests of the peer were behind ours in every queue; when they end, ours are not computed yet."""
     a, b = Service("a"), Service("b")
     for _ in range(3 * RANKS):
         b.place()
     before = b.loads()
     for _ in range(RANKS):
         a.place()
-    a.tell(b)
+    a.send_to(b)
     b.peers.review(b.fleet.clock() + 3.0)
 
     assert b.requests() == [3 * RANKS, 3 * RANKS]
     assert b.loads() == [pytest.approx(loads) for loads in before]
 
 
-def test_a_failed_leg_of_a_peer_is_no_step() -> None:
-    """The error is told as the end of the attempt, and as nothing before."""
+def test_failed_prefill_of_a_peer_is_no_step() -> None:
+    """An error is sent as the end of the attempt, and not before."""
     a, b = Service("a"), Service("b")
     attempts = [a.place()[0] for _ in range(3 * RANKS)]
     attempts[-1].prefill_answered(500, a.fleet.clock())
-    a.tell(b)
+    a.send_to(b)
     assert b.requests() == [3 * RANKS, 3 * RANKS]
     attempts[-1].end(a.fleet.clock())
-    a.tell(b)
+    a.send_to(b)
 
     assert b.loads() == [pytest.approx(loads) for loads in a.loads()]
     assert sum(b.loads()[0]) == pytest.approx(
@@ -160,20 +160,20 @@ def test_a_failed_leg_of_a_peer_is_no_step() -> None:
     )  # the first one of all runs, and the rest waits
 
 
-def test_a_prompt_finds_its_cache_through_any_replica() -> None:
-    """What one replica has sent somewhere, the other takes to be cached there; once the first request is over, too."""
+def test_prefix_is_found_through_any_replica() -> None:
+    """A prompt that one replica has sent is cached there for the other, also after the first request is over."""
     a, b = Service("a"), Service("b")
     other, other_rank, _ = a.place()
     attempt, rank, _ = a.place(chat("the same"))
     for each in (other, attempt):
         each.end(a.fleet.clock())
-    a.tell(b)
+    a.send_to(b)
 
     assert rank != other_rank  # which is the one that it would have taken by itself
     assert {b.place(chat("the same"))[1] for _ in range(3)} == {rank}
 
 
-def test_all_replicas_learn_how_long_texts_are() -> None:
+def test_all_replicas_estimate_the_token_ratio() -> None:
     """The engine counts for all four, and each has sent a fourth: two bytes are a token, not half a byte."""
     services = [Service(name) for name in "abcd"]
     host = services[0].fleet.host(Role.PREFILL)
@@ -185,7 +185,7 @@ def test_all_replicas_learn_how_long_texts_are() -> None:
             attempt.end(service.fleet.clock())
             counted += 8000 // 2
         for service in services:
-            service.tell(*(other for other in services if other is not service))
+            service.send_to(*(other for other in services if other is not service))
         for service in services:
             page = LoadPage((RankSample(0, 0, age=0.0),), prompt_tokens=counted)
             service.fleet.clock.now = 1000.0 + second
@@ -195,22 +195,22 @@ def test_all_replicas_learn_how_long_texts_are() -> None:
     assert ratios == [pytest.approx(2.0, rel=0.05)] * 4
 
 
-def test_picks_are_counted_where_they_are_made() -> None:
-    """The counters of all replicas add up: what a peer has picked is not counted here again."""
+def test_picks_are_counted_at_one_replica() -> None:
+    """The counters of all replicas add up: the picks of a peer are not counted here again."""
     a, b = Service("a"), Service("b")
     for _ in range(5):
         a.place()
-    a.tell(b)
+    a.send_to(b)
 
     assert [sum(rank.picks for rank in service.fleet.host(Role.PREFILL).ranks) for service in (a, b)] == [5, 0]
 
 
-def test_a_rank_that_is_not_known_here_is_left_out() -> None:
-    """While an engine is being replaced by a larger one, one replica may know it before the other does."""
+def test_peer_attempt_is_ignored_on_an_unknown_rank() -> None:
+    """While an engine is replaced by a larger one, one replica may know it before the other does."""
     large, small = Service("large", prefill_ranks=8), Service("small", prefill_ranks=2)
     for _ in range(8):
         large.place()
-    large.tell(small)
+    large.send_to(small)
 
     assert large.requests() == [8, 8]
     assert small.requests() == [2, 8]

@@ -1,11 +1,11 @@
-"""An address that tells whether somebody was led to it."""
+"""An address that records whether a request was led to it."""
 
 import socket
 import threading
 
 
-class Trap:
-    """An address that nobody has a reason to dial."""
+class Decoy:
+    """An address to which no part of the router has a reason to connect."""
 
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))

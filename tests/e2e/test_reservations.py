@@ -1,4 +1,4 @@
-"""Requests go where the least is to do, and the books say what is in flight."""
+"""Requests go to the least loaded rank, and reservations show what is in flight."""
 
 import asyncio
 from collections import Counter
@@ -17,25 +17,25 @@ from e2e.stack import PREFILL_RANKS, Stack, run_stack
 from patience import wait_for
 
 SLOW = ("--time-scale", "0.5", "--disable-radix-cache")
-"""Every prompt takes its time, those that were sent before too."""
+"""Every prompt takes a long time to compute, also a repeated one."""
 LONG = {"text": "x" * 160_000, "sampling_params": {"max_new_tokens": 400}, "stream": True}
 
 
 @pytest.fixture(scope="module")
 def slow() -> Iterator[Stack]:
-    """A fleet that is slow enough to be watched."""
+    """Give a fleet that is slow enough to be watched."""
     with run_stack(options=SLOW) as stack:
         yield stack
 
 
 def reserved(stack: Stack, role: str) -> list[int]:
-    """Requests on the books of each rank of a role."""
+    """Count the reserved requests of each rank of a role."""
     (endpoint,) = [each for each in stack.service.loads()["endpoints"] if each["role"] == role]
     return [round(rank["reserved"]["requests"]) for rank in endpoint["ranks"]]
 
 
-def test_the_books_follow_a_request(slow: Stack) -> None:
-    """Prefill's share is released when its leg answers, decode's only at the end of the stream."""
+def test_reservations_follow_a_request(slow: Stack) -> None:
+    """Prefill's reservation ends when its leg is answered, decode's only at the end of the stream."""
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(slow.client.post, "/generate", json=LONG)
         wait_for(lambda: sum(reserved(slow, "prefill")) == sum(reserved(slow, "decode")) == 1)
@@ -46,7 +46,7 @@ def test_the_books_follow_a_request(slow: Stack) -> None:
 
 
 def test_concurrent_requests_take_different_ranks(slow: Stack) -> None:
-    """Requests of one size that are in flight together spread over all prefill ranks before any scrape could tell."""
+    """Concurrent requests of one size spread over all prefill ranks before any load sample could show them."""
     slow.forget()
     sent = {"text": "x" * 40_000, "sampling_params": {"max_new_tokens": 1}}
 
@@ -61,8 +61,8 @@ def test_concurrent_requests_take_different_ranks(slow: Stack) -> None:
     wait_for(lambda: sum(reserved(slow, "prefill")) == sum(reserved(slow, "decode")) == 0)
 
 
-def test_a_client_that_leaves_takes_its_load_along(slow: Stack) -> None:
-    """A dropped connection empties the books, and the engine sees that its client has gone."""
+def test_reservations_end_when_a_client_disconnects(slow: Stack) -> None:
+    """A disconnect ends the reservations, and the engine notices that its client is gone."""
     slow.forget()
     with slow.client.stream("POST", "/generate", json=LONG) as response:
         next(response.iter_lines())
@@ -70,8 +70,8 @@ def test_a_client_that_leaves_takes_its_load_along(slow: Stack) -> None:
     wait_for(lambda: all(request["outcome"] == "aborted" for request in slow.decodes[0].requests()))
 
 
-def test_load_of_others_is_avoided() -> None:
-    """A rank that somebody else has loaded directly gets no request while others have less to do."""
+def test_external_load_is_avoided() -> None:
+    """A rank with direct traffic gets no request while other ranks have a lower load."""
     with EngineProcess("unified", 3, *SLOW) as engine:
         pool = {"models": ["*"], "workers": {"endpoints": [engine.url]}}
         with (

@@ -1,4 +1,4 @@
-"""Which DP rank gets a request: SGLang's ``managers/data_parallel_controller.py``, release by release. Pure."""
+"""Choose the DP rank of a request as SGLang's ``managers/data_parallel_controller.py`` does, by release. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from dp_extproc.lab.engine.scheduler.work import Role
 from dp_extproc.lab.engine.settings import EngineKind, Settings
 
 
-class ServerKilledError(Exception):
-    """An exception in the controller's loop: it has no guard per request, so the whole server goes down (SIGQUIT)."""
+class EngineKilledError(Exception):
+    """An exception in the controller's loop: it has no guard per request, so the whole engine ends (SIGQUIT)."""
 
 
 @dataclass(slots=True)
-class Dispatcher:
-    """Chooses ranks for one server."""
+class Controller:
+    """Choose the ranks of one engine."""
 
     settings: Settings
     _next: int = 0
 
     def check(self, leg: Leg) -> None:
-        """Do what the HTTP process does before anything is sent to the controller.
+        """Check what the HTTP process checks before anything is sent to the controller.
 
         Raises:
             RefusedError: The rank is out of range. Until 0.5.9 nothing looked.
@@ -33,13 +33,13 @@ class Dispatcher:
             raise RefusedError(f"routed_dp_rank={rank} out of range [0, {ranks})")
 
     def check_shape(self, leg: Leg) -> None:
-        """Do what the scheduler processes do to what the HTTP process let through.
+        """Check a leg that the HTTP process let through as the scheduler processes do.
 
         Raises:
             ServerKilledError: It raises there.
         """
         if self.settings.role is Role.DECODE and leg.bootstrap_room is not None and leg.bootstrap_host is None:
-            raise ServerKilledError("AttributeError: 'NoneType' object has no attribute 'startswith' (bootstrap_host)")
+            raise EngineKilledError("AttributeError: 'NoneType' object has no attribute 'startswith' (bootstrap_host)")
 
     def choose(self, leg: Leg, ranks: Sequence[Rank]) -> int:
         """Choose the rank of a leg.
@@ -64,12 +64,12 @@ class Dispatcher:
 
     def _given(self, rank: int, size: int) -> int:
         if not -size <= rank < size:
-            raise ServerKilledError(f"IndexError: list index out of range (data_parallel_rank={rank}, {size} workers)")
+            raise EngineKilledError(f"IndexError: list index out of range (data_parallel_rank={rank}, {size} workers)")
         return rank % size
 
     def _by_room(self, leg: Leg, size: int) -> int:
         if leg.bootstrap_room is None:
-            raise ServerKilledError("AssertionError: req.bootstrap_room is not None")
+            raise EngineKilledError("AssertionError: req.bootstrap_room is not None")
         return leg.bootstrap_room % size
 
     def _least_loaded(self, ranks: Sequence[Rank]) -> int:
@@ -82,7 +82,7 @@ class Dispatcher:
 
 
 def _least_busy(ranks: Sequence[Rank]) -> int:
-    """Choose as vLLM's ``DPLBAsyncMPClient`` does: four times those that wait, plus those that run."""
+    """Choose as vLLM's ``DPLBAsyncMPClient`` does: four times the waiting requests, plus the running ones."""
 
     def score(rank: Rank) -> int:
         running = len(rank.running)
@@ -92,15 +92,15 @@ def _least_busy(ranks: Sequence[Rank]) -> int:
 
 
 def conflict(leg: Leg, dp_rank: int, settings: Settings) -> str | None:
-    """Tell how a prefill rank and a room disagree, if this release looks (``disaggregation/common/conn.py``).
+    """Describe how a prefill rank and a room disagree, if this release checks it (``disaggregation/common/conn.py``).
 
-    The check knows the attention-DP rank only: with plain DP that is 0 in every replica.
+    The check uses the attention-DP rank only: with plain DP that is 0 in every replica.
     """
     if leg.bootstrap_room is None or not (settings.follows_rooms and settings.release.checks_room_conflict):
         return None
     if settings.force_query:
         return None
-    if leg.disagg_prefill_dp_rank is not None and settings.release.told_rank_skips_conflict_check:
+    if leg.disagg_prefill_dp_rank is not None and settings.release.explicit_rank_skips_conflict_check:
         return None
     seen = dp_rank if settings.dp_attention else 0
     implied = leg.bootstrap_room % settings.dp_size

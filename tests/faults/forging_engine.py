@@ -1,4 +1,4 @@
-"""An engine whose every answer carries headers that it has no business to send."""
+"""An engine whose every response has headers that an engine must not set."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -11,23 +11,23 @@ from dp_extproc.lab.engine.settings import Settings
 REQUEST_ID = b"x-request-id"
 
 
-class LyingServer(Server):
-    """The strict stand-in, with further headers on its answers."""
+class ForgingEngine(Server):
+    """The strict engine, with further headers on its responses."""
 
     def __init__(self, settings: Settings, *, kill: Callable[[str], None]) -> None:
-        self.lies: dict[str, str] = {}
+        self.forged_headers: dict[str, str] = {}
         self.visits: Counter[str] = Counter()
-        """By the request id, which whatever comes through Envoy has."""
+        """Number of requests by request id, which every request through Envoy has."""
         super().__init__(settings, kill=kill)
 
     def app(self) -> ASGIApp:
         honest = super().app()
 
-        async def lying(scope: Scope, receive: Receive, send: Send) -> None:
+        async def forging(scope: Scope, receive: Receive, send: Send) -> None:
             async def add(message: Message) -> None:
                 if message["type"] == "http.response.start":
-                    lies = [(name.encode(), value.encode()) for name, value in self.lies.items()]
-                    message = {**message, "headers": [*message["headers"], *lies]}
+                    forged_headers = [(name.encode(), value.encode()) for name, value in self.forged_headers.items()]
+                    message = {**message, "headers": [*message["headers"], *forged_headers]}
                 await send(message)
 
             request_id = dict(scope["headers"]).get(REQUEST_ID) if scope["type"] == "http" else None
@@ -35,4 +35,4 @@ class LyingServer(Server):
                 self.visits[request_id.decode()] += 1
             await honest(scope, receive, add)
 
-        return lying
+        return forging

@@ -1,11 +1,11 @@
-"""Books that remember what they were told, and sit still for assertions."""
+"""Record the calls that reservations of peers get, for assertions."""
 
 from dataclasses import dataclass, field
 
 from dp_extproc.load.records import PlacementRecord, RequestCost
 from dp_extproc.prefix_cache.blocks import Prefix
 
-DISPATCH = PlacementRecord(
+RECORD = PlacementRecord(
     pool="llama",
     cost=RequestCost(tokens=1200.0, requests=2.0, prefix=Prefix((1, (1 << 64) - 1), (1024, 2000)), session="a session"),
     decode="http://10.0.0.2:30000",
@@ -16,16 +16,16 @@ DISPATCH = PlacementRecord(
 )
 
 
-def dispatch_to(rank: int) -> PlacementRecord:
-    """Make a dispatch that can be told from others by its rank."""
+def record_to(rank: int) -> PlacementRecord:
+    """Make a placement record that its rank identifies."""
     return PlacementRecord("llama", RequestCost(100.0), "http://10.0.0.2:30000", rank, "http://10.0.0.1:30000", rank)
 
 
 @dataclass(eq=False)
-class Entry:
-    """An attempt of a peer; complains about what no real one would be told."""
+class RecordedRequest:
+    """Record the events of a peer's attempt, and refuse calls that no real reservations would get."""
 
-    dispatch: PlacementRecord
+    record: PlacementRecord
     opened_at: float
     answered_at: float | None = None
     first_byte_at: float | None = None
@@ -53,21 +53,21 @@ class Entry:
 
 
 @dataclass
-class Books:
-    """All attempts of peers, in the order in which they were opened."""
+class PeerRequests:
+    """Record all attempts of peers, in the order in which they were opened."""
 
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[RecordedRequest] = field(default_factory=list)
 
-    def open_foreign(self, dispatch: PlacementRecord, at: float) -> Entry:
-        """Put one on the books."""
-        self.entries.append(Entry(dispatch, at))
+    def open_peer(self, record: PlacementRecord, at: float) -> RecordedRequest:
+        """Open the reservations of an attempt."""
+        self.entries.append(RecordedRequest(record, at))
         return self.entries[-1]
 
     @property
-    def open(self) -> list[Entry]:
+    def open(self) -> list[RecordedRequest]:
         return [entry for entry in self.entries if entry.ended_at is None]
 
     @property
     def open_ranks(self) -> list[int]:
-        """Tell what is open, by the ranks of :func:`dispatch_to`."""
-        return sorted(rank for entry in self.open if (rank := entry.dispatch.decode_rank) is not None)
+        """Return what is open, by the ranks of :func:`record_to`."""
+        return sorted(rank for entry in self.open if (rank := entry.record.decode_rank) is not None)

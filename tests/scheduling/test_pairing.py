@@ -1,4 +1,4 @@
-"""Servers that must not meet are never paired, whatever is wrong with the others."""
+"""Endpoints that cannot be paired never get a request together, whatever has failed elsewhere."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,15 +17,14 @@ from dp_extproc.engines import compatibility
 from dp_extproc.engines.compatibility import Difference, difference
 from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import EngineFacts, LoadPage, PairTerms, RankSample, Role
-from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad
-from dp_extproc.load.health import choose
 from dp_extproc.load.matching import find_matches
 from dp_extproc.request.body import InferenceRequest, read_body
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.decision import Decision, RequestContext, SchedulingResult
-from dp_extproc.scheduling.sides import matching_sides
+from dp_extproc.scheduling.filters import EndpointFilter, choose
+from dp_extproc.scheduling.pairing import best_pairing
 from fleet_fixtures import Fleet, make_endpoint, make_facts
 
 BODY = b'{"prompt":"hello"}'
@@ -34,7 +33,7 @@ Sizes = Sequence[int | None]
 
 
 def servers(role: Role, sizes: Sizes, version: tuple[int, int, int] = (0, 5, 23)) -> list[EngineFacts]:
-    """Give servers with pages of these sizes; None for one that does not tell."""
+    """Make endpoints with pages of these sizes; None for one that reports none."""
     return [replace(make_facts(role, version, ranks=2), terms=PairTerms(page_size=size)) for size in sizes]
 
 
@@ -49,7 +48,7 @@ def place(fleet: Fleet, **context: Any) -> SchedulingResult:
 
 
 def numbers(fleet: Fleet, decision: SchedulingResult) -> tuple[int, int]:
-    """Tell which prefill and which decode server a request goes to, each counted from 1."""
+    """Return the numbers of the prefill and the decode endpoint of a decision, each counted from 1."""
     assert isinstance(decision, Decision), decision
     headers = dict(decision.headers)
     by_address = {host.address.encode(): host for host in fleet.load.by_url.values()}
@@ -59,7 +58,7 @@ def numbers(fleet: Fleet, decision: SchedulingResult) -> tuple[int, int]:
 
 
 def read_ids(tokens: int) -> InferenceRequest:
-    """Give a request with a prompt of so many ids."""
+    """Read a request with a prompt of so many ids."""
     request = read_body(Api.GENERATE, json.dumps({"input_ids": [1] * tokens}).encode())
     assert isinstance(request, InferenceRequest)
     return request
@@ -79,8 +78,8 @@ def picks(fleet: Fleet, requests: int = 100) -> set[tuple[int, int]]:
     return {numbers(fleet, place(fleet)) for _ in range(requests)}
 
 
-def test_a_fleet_that_agrees_is_not_sorted() -> None:
-    """Nothing is looked up for its requests, also where some server does not tell."""
+def test_fleet_that_agrees_has_no_matches() -> None:
+    """Such a pool costs no look-up, also where an engine reports no page size."""
     fleet = make_fleet([1, 1], [1, None])
 
     assert not fleet.load.matches
@@ -88,21 +87,21 @@ def test_a_fleet_that_agrees_is_not_sorted() -> None:
     assert find_matches(fleet.load.known("*", Role.PREFILL), []) is None
 
 
-def test_servers_are_paired_with_those_that_agree() -> None:
-    """Each prefill server has work, and so has each decode server."""
+def test_endpoints_are_paired_with_those_that_agree() -> None:
+    """Each prefill endpoint gets requests, and so does each decode endpoint."""
     assert picks(make_fleet([1, 2], [1, 2])) == {(1, 1), (2, 2)}
     assert picks(make_fleet([1, 2, 2], [2, 1, 2])) == {(1, 2), (2, 1), (2, 3), (3, 1), (3, 3)}
 
 
-def test_a_prefill_server_without_a_partner_is_left_alone() -> None:
-    """However idle it is."""
+def test_prefill_endpoint_without_a_partner_gets_no_request() -> None:
+    """Its load does not matter."""
     fleet = make_fleet([1, 2], [2])
     fleet.sample(make_endpoint(Role.PREFILL, 2), [90_000, 90_000])
 
     assert picks(fleet) == {(2, 1)}
 
 
-def test_who_does_not_tell_is_paired_with_everybody() -> None:
+def test_endpoint_of_unknown_page_size_is_paired_with_all() -> None:
     """A pair that may work is not refused."""
     assert picks(make_fleet([1, None], [2, None])) == {(1, 2), (2, 1), (2, 2)}
 
@@ -110,17 +109,17 @@ def test_who_does_not_tell_is_paired_with_everybody() -> None:
 @pytest.mark.parametrize("host", list(HostPolicy))
 @pytest.mark.parametrize("rank", list(RankPolicy))
 @pytest.mark.parametrize("version", [(0, 5, 5), (0, 5, 9), (0, 5, 10), (0, 5, 23)], ids=str)
-def test_every_policy_and_rank_control_keeps_to_it(
+def test_every_policy_and_rank_control_picks_a_pair_that_agrees(
     host: HostPolicy, rank: RankPolicy, version: tuple[int, int, int]
 ) -> None:
-    """Also where a room leads to both ranks."""
+    """The rule holds also where a bootstrap room leads to both ranks."""
     fleet = make_fleet([1, 2, 1], [2, 1, 2], version, policy={"host": host, "dp_rank": rank})
 
     assert {(prefill % 2, decode % 2) for prefill, decode in picks(fleet)} == {(1, 0), (0, 1)}
 
 
-def test_the_refusal_names_what_differs() -> None:
-    """In words that an operator can act on, and with a reason of its own."""
+def test_refusal_names_what_differs() -> None:
+    """Its text has a remedy for the operator, and its reason is a reason of its own."""
     refusal = place(make_fleet([1, 64], [2]))
 
     assert isinstance(refusal, Rejection)
@@ -130,8 +129,8 @@ def test_the_refusal_names_what_differs() -> None:
     assert json.loads(refusal.body())["error"]["code"] == "no_compatible_pair"
 
 
-def test_a_partner_that_is_ejected_is_not_replaced_by_one_that_differs() -> None:
-    """The other pair has the work; when all are ejected a pair that agrees is tried all the same."""
+def test_ejected_partner_is_not_replaced_by_one_that_differs() -> None:
+    """The other pair gets the requests. If all are ejected, a pair that agrees is tried all the same."""
     fleet = make_fleet([1, 2], [1, 2])
     eject(fleet, fleet.host(Role.DECODE, 1))
     assert picks(fleet) == {(2, 2)}
@@ -140,16 +139,16 @@ def test_a_partner_that_is_ejected_is_not_replaced_by_one_that_differs() -> None
     assert picks(fleet) <= {(1, 1), (2, 2)}
 
 
-def test_a_partner_that_is_gone_is_not_replaced_by_one_that_differs() -> None:
-    """Whoever is fresh counts more than who is stale, but only together with a partner."""
+def test_unreachable_partner_is_not_replaced_by_one_that_differs() -> None:
+    """A fresh endpoint is preferred to a stale one only together with a partner."""
     fleet = make_fleet([1], [1, 2])
     fleet.load.failed(make_endpoint(Role.DECODE, 1), GONE, fleet.clock())
 
     assert picks(fleet) == {(1, 1)}
 
 
-def test_a_retry_stays_with_servers_that_agree() -> None:
-    """It goes to another pair if there is one, else to the same one again."""
+def test_retry_goes_to_a_pair_that_agrees() -> None:
+    """It goes to another pair if there is one, and else to the same one again."""
     fleet = make_fleet([1, 2], [1, 2])
     first = frozenset({fleet.host(Role.PREFILL, 1).address, fleet.host(Role.DECODE, 1).address})
     second = frozenset({fleet.host(Role.PREFILL, 2).address, fleet.host(Role.DECODE, 2).address})
@@ -161,8 +160,8 @@ def test_a_retry_stays_with_servers_that_agree() -> None:
     assert numbers(lone, place(lone, failed=(first,))) == (1, 1)
 
 
-def test_a_gateway_that_allows_only_servers_that_differ_is_refused() -> None:
-    """What it forbids is not used, whoever would agree."""
+def test_request_is_refused_if_the_subset_has_no_pair_that_agrees() -> None:
+    """Endpoints outside of the subset are not used, even if they agree."""
     fleet = make_fleet([1, 2], [1, 2])
     allowed = frozenset({fleet.host(Role.PREFILL, 1).address, fleet.host(Role.DECODE, 2).address})
     refusal = place(fleet, subset=allowed)
@@ -172,8 +171,8 @@ def test_a_gateway_that_allows_only_servers_that_differ_is_refused() -> None:
     assert numbers(fleet, place(fleet, subset=allowed | {fleet.host(Role.DECODE, 1).address})) == (1, 1)
 
 
-def test_a_pair_is_picked_that_has_room_on_both_sides() -> None:
-    """A full decode server sends the request to another pair; it is refused for room once all are full."""
+def test_pair_is_picked_that_has_room_on_both_legs() -> None:
+    """A full decode endpoint sends the request to another pair; it is refused once all are full."""
     fleet = make_fleet([1, 2], [1, 2])
     limits = AdmissionSettings(max_token_ratio=None, max_request_ratio=None, max_requests=2)
     fleet.dispatcher.configure([fleet.pool], LoadSignal.ESTIMATE, limits)
@@ -186,8 +185,8 @@ def test_a_pair_is_picked_that_has_room_on_both_sides() -> None:
     assert refusal.reason is Reason.OVER_CAPACITY
 
 
-def test_an_engine_that_comes_back_with_other_options_is_sorted_anew() -> None:
-    """In both directions."""
+def test_matches_change_when_an_engine_restarts_with_other_options() -> None:
+    """The change takes effect in both directions."""
     fleet = make_fleet([1], [2])
     endpoint = make_endpoint(Role.DECODE)
     for size, expected in ((1, Decision), (2, Rejection)):
@@ -196,16 +195,16 @@ def test_an_engine_that_comes_back_with_other_options_is_sorted_anew() -> None:
         assert isinstance(place(fleet), expected)
 
 
-def test_a_server_that_is_configured_no_more_counts_no_more() -> None:
-    """The pool is sorted anew on a reload."""
+def test_matches_change_when_an_endpoint_is_removed() -> None:
+    """The matches are found anew on a reload."""
     fleet = make_fleet([1], [1, 2])
     assert fleet.load.matches
     fleet.load.update([each for each in fleet.endpoints if each != make_endpoint(Role.DECODE, 2)], 5.0)
     assert not fleet.load.matches
 
 
-def test_a_large_fleet_has_few_kinds() -> None:
-    """Every server is in the match of its kind."""
+def test_large_fleet_has_one_match_per_kind() -> None:
+    """Every endpoint is in the match of its kind."""
     fleet = make_fleet([1, 2] * 50, [2, 1] * 50)
     matches = find_matches(fleet.load.known("*", Role.PREFILL), fleet.load.known("*", Role.DECODE))
 
@@ -218,7 +217,7 @@ some_hosts = st.sets(st.integers(0, 5))
 
 
 @given(sizes, sizes, some_hosts, some_hosts, st.lists(some_hosts, max_size=3), st.integers(0, 2**32))
-def test_no_trouble_leads_to_a_pair_that_differs(  # noqa: PLR0917 - one of each kind of trouble
+def test_no_failure_leads_to_a_pair_that_differs(  # noqa: PLR0917 - one of each kind of trouble
     prefills: Sizes,
     decodes: Sizes,
     gone: set[int],
@@ -226,7 +225,7 @@ def test_no_trouble_leads_to_a_pair_that_differs(  # noqa: PLR0917 - one of each
     failed: list[set[int]],
     seed: int,
 ) -> None:
-    """Whoever is gone, ejected or has failed: a pair that agrees is placed if there is one, and none that does not."""
+    """Whatever is unreachable, ejected or has failed: a pair that agrees is picked if there is one, and no other."""
     fleet = make_fleet(prefills, decodes, seed=seed)
     hosts = list(fleet.load.by_url.values())
 
@@ -252,7 +251,7 @@ def test_no_trouble_leads_to_a_pair_that_differs(  # noqa: PLR0917 - one of each
 
 
 def in_large_pool(differing: int = 1) -> Fleet:
-    """Of 100 servers on each side so many have larger pages."""
+    """Make 100 endpoints of each role, so many of which have larger pages."""
     sizes = [1] * (100 - differing) + [2] * differing
     return make_fleet(sizes, sizes)
 
@@ -268,18 +267,18 @@ class Walked(list[EndpointLoad]):
 
 
 @pytest.mark.parametrize("differing", [1, 50])
-def test_a_server_is_asked_about_once_however_many_it_can_be_paired_with(differing: int) -> None:
-    """Else a decision costs prefill servers times decode servers, and a fleet that is full blocks everything."""
+def test_endpoint_is_asked_about_once_whatever_its_partners(differing: int) -> None:
+    """Otherwise a decision would cost the product of both roles, and a full fleet would block everything."""
     fleet = in_large_pool(differing)
-    sides = matching_sides(fleet.load, "*", read_ids(1), fleet.clock(), RequestContext())
-    assert sides is not None
+    pairing = best_pairing(fleet.load, "*", read_ids(1), RequestContext(), fleet.clock())
+    assert pairing is not None
     asked: list[EndpointLoad] = []
 
     def wanted(host: EndpointLoad) -> bool:
         asked.append(host)
         return host not in {fleet.host(Role.PREFILL, 1), fleet.host(Role.DECODE, 2)}
 
-    left = sides.only(wanted)
+    left = pairing.only(wanted)
     assert left is not None
     assert len(asked) == len({*asked}) == 200
     assert (len(left.prefills), len(left.decodes)) == (99, 99)
@@ -288,20 +287,25 @@ def test_a_server_is_asked_about_once_however_many_it_can_be_paired_with(differi
         assert left.decodes_of(prefill) == expected
 
 
-def test_the_decode_servers_of_a_match_are_walked_as_one_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All prefill servers of a match share it, so the number of walks follows from the matches alone."""
+def test_decode_endpoints_of_a_match_are_walked_as_one_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All prefill endpoints of a match share it, so the number of walks follows from the matches alone."""
     fleet = in_large_pool()
-    monkeypatch.setattr("dp_extproc.scheduling.sides.choose", lambda *args: Walked(choose(*args)))
-    Walked.walks = 0
-    sides = matching_sides(fleet.load, "*", read_ids(1), fleet.clock(), RequestContext())
 
-    assert sides is not None
-    assert (len(sides.prefills), len(sides.decodes)) == (100, 100)
+    def choose_walked(*args: Any) -> tuple[int, Walked]:
+        level, chosen = choose(*args)
+        return level, Walked(chosen)
+
+    monkeypatch.setattr("dp_extproc.scheduling.pairing.choose", choose_walked)
+    Walked.walks = 0
+    pairing = best_pairing(fleet.load, "*", read_ids(1), RequestContext(), fleet.clock())
+
+    assert pairing is not None
+    assert (len(pairing.prefills), len(pairing.decodes)) == (100, 100)
     assert Walked.walks <= 16, "two matches of two lists, each walked a few times"
 
 
-def test_what_differs_in_a_large_fleet_is_found_by_its_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The refusal is a decision, too."""
+def test_differences_in_a_large_fleet_are_found_by_its_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal has to be as cheap as a decision."""
     compared = []
 
     def counted(prefill: EngineFacts, decode: EngineFacts) -> Difference | None:
@@ -318,7 +322,7 @@ def test_what_differs_in_a_large_fleet_is_found_by_its_kinds(monkeypatch: pytest
 
 
 class OfSizes:
-    """Two pairs that must not be mixed, with KV caches of so many tokens; None for one that does not tell."""
+    """Two pairs that cannot be mixed, with KV caches of so many tokens; None for one of unknown size."""
 
     def __init__(self, prefills: Sizes, decodes: Sizes) -> None:
         self.fleet = make_fleet([1, 2], [1, 2])
@@ -357,10 +361,10 @@ BOTH = {(1, 1), (2, 2)}
         pytest.param((None, None), (1000, 10_000), {"text": [f"{n}" + "x" * 3000 for n in range(8)]}, BOTH, id="batch"),
     ],
 )
-def test_a_prompt_goes_to_servers_that_can_hold_it(
+def test_prompt_goes_to_endpoints_that_can_hold_it(
     prefills: Sizes, decodes: Sizes, body: dict[str, Any], expected: set[tuple[int, int]]
 ) -> None:
-    """However idle the others are: there it would never be served."""
+    """The load of the others does not matter, as the prompt would never run there."""
     sizes = OfSizes(prefills, decodes)
     # What a prompt begins with would keep it where it was first.
     sizes.fleet.dispatcher.configure(
@@ -371,8 +375,8 @@ def test_a_prompt_goes_to_servers_that_can_hold_it(
     assert sizes.pairs(body) == expected
 
 
-def test_a_prompt_that_no_pair_can_hold_is_refused_for_good() -> None:
-    """The largest counts, or that which stands in the way of every pair."""
+def test_prompt_that_no_pair_can_hold_is_refused_with_400() -> None:
+    """The largest capacity counts, or the one that rules out every pair."""
     for prefills, decodes, largest in (
         ((None, None), (1000, 2000), "largest decode rank that it can go to holds 2000"),
         ((3000, 1000), (9000, 9000), "largest prefill rank that it can go to holds 3000"),
@@ -384,8 +388,8 @@ def test_a_prompt_that_no_pair_can_hold_is_refused_for_good() -> None:
         assert largest in refusal.message
 
 
-def test_a_long_prompt_is_tried_on_servers_that_may_do_by_now() -> None:
-    """Those that are ejected or have failed it, as the sound ones can never hold it; an estimate is not as certain."""
+def test_long_prompt_prefers_unhealthy_endpoints_to_small_ones() -> None:
+    """Ejected or failed ones may work again, while the others can never hold it; an estimate is not as certain."""
     sizes = OfSizes((None, None), (1000, 10_000))
     failed = frozenset({sizes.fleet.host(Role.DECODE, 2).address})
     assert numbers(sizes.fleet, sizes.place(LONG, failed=(failed,))) == (2, 2)
@@ -395,16 +399,16 @@ def test_a_long_prompt_is_tried_on_servers_that_may_do_by_now() -> None:
     assert sizes.pairs({"text": "x" * 10_000}) == {(1, 1)}
 
 
-def test_a_refusal_for_want_of_a_pair_never_lacks_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that are left may agree: then it tells what differs among all, or that nothing does."""
+def test_refusal_for_want_of_a_pair_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the usable endpoints agree, it names what differs among all, or that nothing does."""
     fleet = make_fleet([1, 2], [1, 2])
-    capable = LoadCache.capable
+    capable = EndpointFilter.capable
 
-    def first_alone(load: LoadCache, pool: str, role: Role, api: Api, now: float) -> Sequence[EndpointLoad]:
-        return capable(load, pool, role, api, now)[:1]
+    def first_alone(filters: EndpointFilter, *args: Any, **options: Any) -> Sequence[EndpointLoad]:
+        return capable(filters, *args, **options)[:1]
 
-    monkeypatch.setattr(LoadCache, "capable", first_alone)
-    monkeypatch.setattr("dp_extproc.scheduling.scheduler.matching_sides", lambda *_: None)
+    monkeypatch.setattr(EndpointFilter, "capable", first_alone)
+    monkeypatch.setattr("dp_extproc.scheduling.pairing.best_pairing", lambda *_: None)
     refusal = place(fleet)
     assert isinstance(refusal, Rejection)
     assert refusal.message.endswith("page_size is 2 on prefill and 1 on decode (start both with the same --page-size)")

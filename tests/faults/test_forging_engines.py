@@ -1,4 +1,4 @@
-"""Engines that try to steer the router by headers of their answers, in every form of the printed configuration."""
+"""Engines cannot control the router by headers of their responses, in every form of the printed configuration."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +17,7 @@ from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from e2e.hosted import HostedEngine, HostedEngines
 from e2e.stack import FAST
-from faults.lying_engine import LyingServer
+from faults.forging_engine import ForgingEngine
 from patience import wait_for
 
 FORMS: Final = list(product(BodyMode, TruncatedStreams, Supervise))
@@ -39,24 +39,28 @@ ENVOYS: Final = {
 PATHS: Final = ("/v1/chat/completions", "/generate")
 LOOKUPS: Final = ("/health", "/server_info")
 _NUMBERS: Final = count()
-Lies = Callable[[HostedEngine], dict[str, str]]
+ForgedHeaders = Callable[[HostedEngine], dict[str, str]]
 
 
 def ours(other: HostedEngine) -> dict[str, str]:
-    """Give what an engine might say in our name, with an address where one might be believed."""
+    """List headers in the name of the service, with an address wherever the router could accept one."""
     address = other.url.removeprefix("http://")
-    lies: dict[str, str] = dict.fromkeys(OURS, address)
-    return lies | {contract.RETRY: "1", contract.FAILED: f"-,{address},cut", contract.AVOID: f"-,{address},cut"}
+    forged_headers: dict[str, str] = dict.fromkeys(OURS, address)
+    return forged_headers | {
+        contract.RETRY: "1",
+        contract.FAILED: f"-,{address},cut",
+        contract.AVOID: f"-,{address},cut",
+    }
 
 
 def envoys(_other: HostedEngine) -> dict[str, str]:
-    """Give what it might say in Envoy's; apart from ours, as some of these headers forbid what others ask for."""
+    """List headers in Envoy's name; they are separate, because some of them forbid what the others cause."""
     return ENVOYS
 
 
 @dataclass(frozen=True)
 class Engines:
-    """Two of each kind, of which each accuses the other."""
+    """Two engines of each kind, each of which blames the other."""
 
     prefills: Sequence[HostedEngine]
     decodes: Sequence[HostedEngine]
@@ -67,42 +71,45 @@ class Engines:
         return (*self.prefills, *self.decodes, *self.workers)
 
     def visits(self, engines: Sequence[HostedEngine], request_id: str) -> int:
-        """Count how often a request has come to any of these."""
+        """Count how often a request has come to any of these engines."""
         return sum(server_of(engine).visits[request_id] for engine in engines)
 
-    def lie(self, lies: Lies) -> None:
-        """Have each say something of the other."""
+    def forge(self, forged_headers: ForgedHeaders) -> None:
+        """Let each engine blame the other."""
         for first, second in (self.prefills, self.decodes, self.workers):
-            server_of(first).lies, server_of(second).lies = lies(second), lies(first)
+            server_of(first).forged_headers, server_of(second).forged_headers = (
+                forged_headers(second),
+                forged_headers(first),
+            )
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """Everything that runs."""
+    """The engines, the service, and a client."""
 
     engines: Engines
     service: ServiceProcess
     client: httpx.Client
-    told: set[str] = field(default_factory=set)
-    """What engines have told clients that is none of their business."""
+    leaked: set[str] = field(default_factory=set)
+    """Internal headers of engines that reached clients."""
 
     def ask(self, method: str, path: str, **more: Any) -> tuple[str, httpx.Response]:
-        """Send a request under an id of its own, and remember which steering headers came with its answer."""
+        """Send a request under its own id, and collect the internal headers of its response."""
         request_id = f"request-{next(_NUMBERS)}"
         answer = self.client.request(method, path, headers={"x-request-id": request_id}, **more)
-        self.told.update(name for name in answer.headers if name.startswith(("x-dp-", "x-envoy-")))
+        self.leaked.update(name for name in answer.headers if name.startswith(("x-dp-", "x-envoy-")))
         return request_id, answer
 
     def counted(self, metric: str) -> dict[str, float]:
-        """Give what a metric counts, by its labels."""
+        """Return a metric's values, by its labels."""
         page = self.service.metrics()
         assert f"# TYPE {metric.removesuffix('_total')}" in page
         lines = [line for line in page.splitlines() if line.startswith(metric + "{")]
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.endswith(" 0.0")}
 
 
-def server_of(engine: HostedEngine) -> LyingServer:
-    assert isinstance(engine.server, LyingServer)
+def server_of(engine: HostedEngine) -> ForgingEngine:
+    assert isinstance(engine.server, ForgingEngine)
     return engine.server
 
 
@@ -111,7 +118,7 @@ def engines() -> Iterator[Engines]:
     hosted = HostedEngines()
     options = ("--header-overrides", "--dp-attention", "--dp-size", "2", *FAST)
     pairs = {
-        role: [hosted.add("--role", role, *options, build=LyingServer) for _ in range(2)]
+        role: [hosted.add("--role", role, *options, build=ForgingEngine) for _ in range(2)]
         for role in ("prefill", "decode", "unified")
     }
     with hosted:
@@ -122,7 +129,7 @@ def engines() -> Iterator[Engines]:
 def run_fleet(
     engines: Engines, body_mode: BodyMode, truncated_streams: TruncatedStreams, supervise: Supervise, *pools: str
 ) -> Iterator[Fleet]:
-    """Run a service for these pools, where a single failure is enough to eject a server."""
+    """Run a service for these pools, where a single failure ejects an endpoint."""
     unseen: dict[str, Any] = (
         {"routing_fields": "headers", "policy": {"affinity": {"prefixes": False}}} if body_mode is BodyMode.NONE else {}
     )
@@ -154,8 +161,8 @@ def body_of(path: str, model: str, *, stream: bool) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "stream": stream}
 
 
-def ask_everything(fleet: Fleet, pool: str, paths: Sequence[str]) -> None:
-    """Send a request of each kind, and see that each leg has come to an engine once."""
+def send_all_kinds(fleet: Fleet, pool: str, paths: Sequence[str]) -> None:
+    """Send a request of each kind, and check that each leg has come to an engine once."""
     engines = fleet.engines
     legs = [engines.prefills, engines.decodes] if pool == "pairs" else [engines.workers]
     asked, looked_up = [], []
@@ -174,27 +181,27 @@ def ask_everything(fleet: Fleet, pool: str, paths: Sequence[str]) -> None:
 
 
 @pytest.mark.parametrize(("body_mode", "truncated_streams", "supervise"), FORMS)
-def test_no_header_of_an_engine_steers_the_router(
+def test_an_engine_header_controls_no_routing(
     engines: Engines, body_mode: BodyMode, truncated_streams: TruncatedStreams, supervise: Supervise
 ) -> None:
-    """Each request is sent once, nobody is blamed for anything, and clients are told nothing of it."""
+    """Each request is sent once, no endpoint is blamed, and no internal header reaches a client."""
     pools = ("pairs",) if body_mode is BodyMode.NONE else ("pairs", "workers")
     with run_fleet(engines, body_mode, truncated_streams, supervise, *pools) as fleet:
-        engines.lie(ours)
+        engines.forge(ours)
         for pool in pools:
-            ask_everything(fleet, pool, PATHS)
-        engines.lie(envoys)
-        ask_everything(fleet, pools[-1], PATHS[:1])
+            send_all_kinds(fleet, pool, PATHS)
+        engines.forge(envoys)
+        send_all_kinds(fleet, pools[-1], PATHS[:1])
 
         assert fleet.counted("dp_extproc_leg_failures_total") == {}
         assert fleet.counted("dp_extproc_endpoint_ejected") == {}
-        assert fleet.told == set()
+        assert fleet.leaked == set()
 
 
 @pytest.fixture(params=[ours, envoys])
 def usual(engines: Engines, request: pytest.FixtureRequest) -> Iterator[Fleet]:
-    """The default form."""
-    engines.lie(request.param)
+    """Give the default form."""
+    engines.forge(request.param)
     with run_fleet(engines, BodyMode.BUFFERED, TruncatedStreams.ERROR_EVENT, Supervise.FIRST_EVENT, "pairs") as fleet:
         yield fleet
 
@@ -206,36 +213,36 @@ def switch(engines: Sequence[HostedEngine], kind: Kind) -> None:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("role", ["prefills", "decodes"])
-def test_an_error_of_the_client_is_told_once(usual: Fleet, role: str, stream: bool) -> None:
-    """What an engine refuses is not sent to others, whatever its headers say."""
-    sick: Sequence[HostedEngine] = getattr(usual.engines, role)
-    switch(sick, Kind.BAD_REQUEST)
+def test_an_error_of_the_client_is_returned_without_a_retry(usual: Fleet, role: str, stream: bool) -> None:
+    """A rejection by an engine is not retried on others, whatever its headers contain."""
+    failing: Sequence[HostedEngine] = getattr(usual.engines, role)
+    switch(failing, Kind.BAD_REQUEST)
     try:
         request_id, answer = usual.ask("POST", PATHS[0], json=body_of(PATHS[0], "pairs", stream=stream))
     finally:
-        switch(sick, Kind.OK)
+        switch(failing, Kind.OK)
 
     assert answer.status_code == 400
-    assert usual.engines.visits(sick, request_id) == 1
+    assert usual.engines.visits(failing, request_id) == 1
     assert usual.counted("dp_extproc_endpoint_ejected") == {}
-    assert usual.told == set()
+    assert usual.leaked == set()
 
 
-def test_a_server_that_fails_is_blamed_and_not_the_one_that_it_names(usual: Fleet) -> None:
-    """Its request is placed anew, once, as the service says; where it has failed is the service's word, too."""
-    sick, well = usual.engines.decodes
-    switch([sick], Kind.INTERNAL)
+def test_a_failing_engine_is_blamed_instead_of_the_one_it_names(usual: Fleet) -> None:
+    """The service decides that its request is retried, once, and which endpoint gets the blame."""
+    failing, well = usual.engines.decodes
+    switch([failing], Kind.INTERNAL)
     try:
         while True:  # ties are broken at random
             request_id, answer = usual.ask("POST", PATHS[0], json=body_of(PATHS[0], "pairs", stream=False))
             assert answer.status_code == 200
-            if usual.engines.visits([sick], request_id):
+            if usual.engines.visits([failing], request_id):
                 break
     finally:
-        switch([sick], Kind.OK)
+        switch([failing], Kind.OK)
 
     assert usual.engines.visits([well], request_id) == 1
     assert list(usual.counted("dp_extproc_leg_failures_total").values()) == [1.0]
     ejected = usual.counted("dp_extproc_endpoint_ejected")
     assert not any(well.url in labels for labels in ejected)
-    assert usual.told == set()
+    assert usual.leaked == set()

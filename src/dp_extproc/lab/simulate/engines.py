@@ -1,7 +1,7 @@
-"""The engines: prefill is the strict engine's own scheduler; decode is the same rules in closed form, step by step.
+"""Simulate engines: prefill by the stand-in's own scheduler, decode by the same rules in closed form, step by step.
 
-A decode step of the strict engine looks at every sequence. Here a rank is two numbers, its sequences and their context,
-and a heap of the steps at which sequences end: the same times, at a cost that does not grow with the sequences.
+A decode step of the stand-in looks at every sequence. Here a rank is two numbers, its sequences and their context, and
+a heap of the steps at which sequences end: the same times, at a cost that does not grow with the sequences.
 """
 
 import heapq
@@ -24,38 +24,38 @@ _LOG_INTERVAL = 40
 """Decode steps between two reports of an engine's throughput."""
 
 
-class PrefillServer:
-    """A prefill server."""
+class PrefillEngine:
+    """Simulate a prefill engine."""
 
     def __init__(
         self, fleet: Fleet, slowness: float, schedule: Schedule, computed: Callable[[Work, float], None]
     ) -> None:
-        """Begin idle.
+        """Start idle.
 
         Args:
-            fleet: Whose it is.
-            slowness: Factor of its steps.
-            schedule: To wait for the end of a step.
-            computed: Told of every prompt whose last chunk has run.
+            fleet: The fleet that it belongs to.
+            slowness: Factor of its step times.
+            schedule: Calls an action after so many seconds.
+            computed: Called for every prompt whose last chunk has run.
         """
         limits = Limits(fleet.capacity, 1 << 20, fleet.chunk, fleet.batch)
         self.ranks = [Rank(rank, limits, Role.PREFILL) for rank in range(fleet.ranks)]
         self.group = Group(self.ranks, fleet.costs)
         self.stepping = False
         self.busy = 0.0
-        """Seconds in steps, summed over ranks ..."""
+        """Seconds in steps, summed over ranks."""
         self.waited = 0.0
-        """... and those of them that ranks waited for the fullest one."""
+        """Seconds in steps in which ranks waited for the fullest one, summed over ranks."""
         self._fleet = fleet
         self._slowness = slowness
         self._schedule = schedule
         self._computed = computed
         self._gauges = [0] * fleet.ranks
         self._prompt_tokens = 0
-        """Of all prompts that it has answered."""
+        """Tokens of all prompts that it has answered."""
 
     def add(self, number: int, rank: int, request: TraceRequest, now: float) -> Work:
-        """Take in a request that may start."""
+        """Accept a request that may start."""
         work = Work(str(number), rank, request.prompt_tokens, 1)
         if self._fleet.prefix_cache:
             work.prompt = prompt_of([(segment.text, segment.tokens) for segment in request.prompt])
@@ -64,7 +64,7 @@ class PrefillServer:
         return work
 
     def give_up(self, number: int, rank: int) -> bool:
-        """Let go of a request, if no step has taken it in yet."""
+        """Remove a request, if no step has computed a part of it yet."""
         of = self.ranks[rank]
         work = next((work for work in of.queued(Stage.WAITING) if work.rid == str(number)), None)
         if work is not None:
@@ -72,7 +72,7 @@ class PrefillServer:
         return work is not None
 
     def wake(self, now: float) -> None:
-        """Begin a step if there is something to do and none is running."""
+        """Start a step if there is work and none is running."""
         if self.stepping:
             return
         step, _ = self.group.begin(now)
@@ -87,13 +87,13 @@ class PrefillServer:
         self._schedule(seconds, self._finish)
 
     def sent(self, work: Work, now: float) -> None:
-        """The KV cache has been sent."""
+        """Free what held the KV cache of a prompt, which has been sent."""
         self.ranks[work.dp_rank].transferred(work)
         self._prompt_tokens += work.prompt_tokens
         self.wake(now)
 
     def backlog(self, rank: int) -> int:
-        """Give the prompt tokens of a rank that no step has taken in yet, as if nothing of them were cached."""
+        """Return the prompt tokens of a rank that no step has taken yet, cached ones included."""
         of = self.ranks[rank]
         return sum(
             work.prompt_tokens - work.prefilled - of.chunks.get(work, 0)
@@ -102,12 +102,12 @@ class PrefillServer:
         )
 
     def cached(self, rank: int, request: TraceRequest) -> int:
-        """Give the tokens of a prompt that a rank holds."""
+        """Return the tokens of a prompt that a rank has cached."""
         prompt = prompt_of([(segment.text, segment.tokens) for segment in request.prompt])
         return self.ranks[rank].cache.match(prompt, request.prompt_tokens - 1).end
 
     def page(self, *, gauges: bool) -> LoadPage:
-        """Tell the load: what ``/v1/loads`` tells, or only the gauges, as old as an engine's are."""
+        """Report the load: the numbers of ``/v1/loads``, or only the gauges, as old as those of an engine."""
         if gauges:
             found = tuple(RankSample(rank, used) for rank, used in enumerate(self._gauges))
             return LoadPage(found, self._prompt_tokens)
@@ -140,8 +140,8 @@ class PrefillServer:
         self.wake(now)
 
 
-class DecodeServer:
-    """A decode server."""
+class DecodeEngine:
+    """Simulate a decode engine."""
 
     def __init__(
         self,
@@ -152,20 +152,20 @@ class DecodeServer:
         first_token: Callable[[int, float], None],
         finished: Callable[[int, float], None],
     ) -> None:
-        """Begin idle.
+        """Start idle.
 
         Args:
-            fleet: Whose it is.
-            slowness: Factor of its steps.
-            schedule: To wait for the end of a step.
-            first_token: Told of the number of every request that begins to decode.
-            finished: Told of the number of every request that has its last token.
+            fleet: The fleet that it belongs to.
+            slowness: Factor of its step times.
+            schedule: Calls an action after so many seconds.
+            first_token: Called with the number of every request that begins to decode.
+            finished: Called with the number of every request that has its last token.
         """
         size = fleet.ranks
         self.sequences = [0] * size
         self.context = [0] * size
         self.promised = [0] * size
-        """KV tokens held or reserved."""
+        """KV tokens in use or reserved."""
         self.stepping = False
         self.steps = 0
         self._accepted = [0] * size
@@ -183,11 +183,11 @@ class DecodeServer:
         self._throughput = [0.0] * size
         self._step_seconds = 0.0
         self._decode_steps = [0] * size
-        """Those in which the rank had sequences ..."""
+        """Steps in which the rank had sequences."""
         self._decode_seconds = [0.0] * size
-        """... what they took in all ..."""
+        """Seconds that these steps took."""
         self._decode_tokens = [0] * size
-        """... and made, one for each sequence."""
+        """Tokens that these steps made, one for each sequence."""
 
     def reserve(self, rank: int, request: TraceRequest, now: float, reserved: Callable[[float], None]) -> None:
         """Reserve KV room for a prompt, now or when there is some; *reserved* is called then."""
@@ -195,33 +195,33 @@ class DecodeServer:
         self._admit(rank, now)
 
     def start(self, number: int, rank: int, request: TraceRequest, now: float) -> None:
-        """Take in a sequence whose KV cache has arrived."""
+        """Accept a sequence whose KV cache has arrived."""
         self._arrived.append((number, rank, request))
         if not self.stepping:
             self._begin(now)
 
     def give_up(self, rank: int, request: TraceRequest, now: float) -> None:
-        """Let go of a sequence that has its reservation, and whose KV cache will not come."""
+        """Remove a sequence that has its reservation, and whose KV cache will not come."""
         self._accepted[rank] -= 1
         self.promised[rank] -= request.prompt_tokens
         self._admit(rank, now)
 
     def ends_of(self, rank: int) -> list[tuple[int, TraceRequest]]:
-        """Give the steps that each sequence of a rank still has to go."""
+        """Return the steps that each sequence of a rank still needs."""
         return [(step - self.steps, request) for step, _, of, request in self._ends if of == rank]
 
-    def asked_of(self, rank: int) -> int:
-        """Give the KV tokens that a rank holds, has reserved or will have to."""
+    def requested_tokens(self, rank: int) -> int:
+        """Return the KV tokens that a rank has reserved, or will have to."""
         return self.promised[rank] + sum(request.prompt_tokens for request, _ in self._waiting[rank])
 
     def page(self, *, gauges: bool) -> LoadPage:
-        """Tell the load; see :meth:`PrefillServer.page`."""
+        """Report the load; see :meth:`PrefillEngine.page`."""
         return LoadPage(
             tuple(
                 RankSample(
                     rank,
                     used_tokens=self.promised[rank],
-                    total_tokens=None if gauges else self.asked_of(rank),
+                    total_tokens=None if gauges else self.requested_tokens(rank),
                     running_requests=self.sequences[rank],
                     waiting_requests=self._accepted[rank] - self.sequences[rank] + len(self._waiting[rank]),
                     capacity_tokens=self._fleet.capacity,

@@ -1,4 +1,4 @@
-"""Clients that try to steer requests where the front door is not ours, and removes nothing of what they send."""
+"""Clients cannot control routing behind a front door that does not remove their headers."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -17,60 +17,60 @@ from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from e2e.gateway import ext_proc, http_filters, load_gateway
 from e2e.hosted import HostedEngine, HostedEngines
 from e2e.stack import FAST
-from faults.trap import Trap
+from faults.decoy import Decoy
 
 CHAT: Final = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 STRIPPED: Final = ("x-dp-", "x-override-", "x-data-parallel-rank")
 ATTEMPTS: Final = 6
-"""Lies of each kind; half as many failures eject a server."""
+"""Attempts with each kind of header; half as many failures eject an endpoint."""
 LEAVES: Final = "envoy.filters.http.header_mutation"
 """The filter of the shipped example that removes the clients' headers."""
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """Two servers behind somebody's front door."""
+    """Two engines behind another front door."""
 
     workers: Sequence[HostedEngine]
     service: ServiceProcess
     client: httpx.Client
 
-    def blames(self) -> list[str]:
-        """Give what the service's metrics tell of failures."""
+    def failures(self) -> list[str]:
+        """List the failures in the service's metrics."""
         page = self.service.metrics()
         assert "# TYPE dp_extproc_endpoint_ejected" in page
-        told = ("dp_extproc_endpoint_ejected{", "dp_extproc_leg_failures_total{")
-        return [line for line in page.splitlines() if line.startswith(told) and not line.endswith(" 0.0")]
+        counters = ("dp_extproc_endpoint_ejected{", "dp_extproc_leg_failures_total{")
+        return [line for line in page.splitlines() if line.startswith(counters) and not line.endswith(" 0.0")]
 
     def received(self) -> list[dict[str, Any]]:
         return [request for worker in self.workers for request in worker.requests()]
 
 
-def lies(victim: str, trap: str) -> dict[str, str]:
-    """Give every header that means something inside: with the address of a trap, or that of a server to be ejected."""
+def forged_headers(victim: str, decoy: str) -> dict[str, str]:
+    """List all headers with an internal meaning, with the address of a decoy, or of an endpoint to be ejected."""
     return {
-        **dict.fromkeys(contract.SET_INSIDE, trap),
+        **dict.fromkeys(contract.SET_INSIDE, decoy),
         contract.AVOID: f"-,{victim},cut",
         contract.FAILED: f"-,{victim},cut",
         contract.RETRY: "1",
         contract.LEG: "1",
         contract.STAGE: contract.FIRST_EVENT,
         contract.WATCH: "1",
-        contract.DESTINATION: trap,
+        contract.DESTINATION: decoy,
         "x-override-rid": "intruder",
         "x-override-routed-dp-rank": "1",
         "x-data-parallel-rank": "1",
-        "x-envoy-original-dst-host": trap,
+        "x-envoy-original-dst-host": decoy,
         "x-envoy-upstream-rq-timeout-ms": "1",
         "x-envoy-retry-on": "5xx",
     }
 
 
 @pytest.fixture
-def trap() -> Iterator[Trap]:
-    trap = Trap()
-    yield trap
-    trap.close()
+def decoy() -> Iterator[Decoy]:
+    decoy = Decoy()
+    yield decoy
+    decoy.close()
 
 
 def run(running: ExitStack, protocol: str, **sections: Any) -> tuple[Sequence[HostedEngine], ServiceProcess]:
@@ -85,7 +85,7 @@ def run(running: ExitStack, protocol: str, **sections: Any) -> tuple[Sequence[Ho
 
 @pytest.fixture(params=["FULL_DUPLEX_STREAMED", "BUFFERED"])
 def picked(request: pytest.FixtureRequest) -> Iterator[Fleet]:
-    """A gateway that speaks the endpoint-picker protocol, removes nothing, and makes metadata of clients' headers."""
+    """A gateway that speaks the endpoint-picker protocol, removes no headers, and copies client headers to metadata."""
     with ExitStack() as running:
         workers, service = run(running, "endpoint_picker")
         gateway = load_gateway(service.config, [each.port for each in workers])
@@ -102,7 +102,7 @@ def picked(request: pytest.FixtureRequest) -> Iterator[Fleet]:
 
 @pytest.fixture(params=[1, 3], ids=["without retries", "with retries"])
 def routed(request: pytest.FixtureRequest) -> Iterator[Fleet]:
-    """The printed configuration behind a listener that removes nothing."""
+    """The printed configuration behind a listener that removes no headers."""
     with ExitStack() as running:
         workers, service = run(running, "envoy", retry={"attempts": request.param})
         bootstrap = yaml.safe_load(render_yaml(build_bootstrap(service.config)))
@@ -112,32 +112,32 @@ def routed(request: pytest.FixtureRequest) -> Iterator[Fleet]:
         yield Fleet(workers, service, running.enter_context(loopback.client(envoy.url)))
 
 
-def attack(fleet: Fleet, trap: Trap, paths: Sequence[tuple[str, str]]) -> None:
-    """Send requests that lie of each server in turn, and see that each was served like any other."""
+def attack(fleet: Fleet, decoy: Decoy, paths: Sequence[tuple[str, str]]) -> None:
+    """Send requests that blame each endpoint in turn, and check that each was served like any other."""
     for worker in fleet.workers:
-        headers = lies(worker.url.removeprefix("http://"), trap.address)
+        headers = forged_headers(worker.url.removeprefix("http://"), decoy.address)
         for method, path in [("POST", "/v1/chat/completions")] * ATTEMPTS + list(paths):
             answer = fleet.client.request(method, path, json=CHAT if method == "POST" else None, headers=headers)
-            assert answer.status_code in {200, 400}, answer.text  # of what is no chat the stand-in knows nothing
+            assert answer.status_code in {200, 400}, answer.text  # the stand-in has no other paths than chats here
             assert not {name for name in answer.headers if name.startswith("x-dp-")}
     fleet.service.wait_until_idle()
 
-    assert trap.visits == 0
-    assert fleet.blames() == []
+    assert decoy.visits == 0
+    assert fleet.failures() == []
     received = fleet.received()
     chats = [each for each in received if each["path"] == "/v1/chat/completions"]
     assert len(chats) == ATTEMPTS * len(fleet.workers)
     assert [name for each in received for name in each["headers"] if name.startswith(STRIPPED)] == []
 
 
-def test_no_client_steers_behind_a_gateway_of_others(picked: Fleet, trap: Trap) -> None:
-    """Nothing is believed there, and nothing of it reaches an engine, also of what is passed on unread."""
-    attack(picked, trap, [("POST", "/v1/embeddings"), ("GET", "/health"), ("GET", "/v1/models")])
+def test_a_client_controls_no_routing_behind_another_gateway(picked: Fleet, decoy: Decoy) -> None:
+    """The service ignores these headers, and none reaches an engine, also on requests that pass unread."""
+    attack(picked, decoy, [("POST", "/v1/embeddings"), ("GET", "/health"), ("GET", "/v1/models")])
 
     addresses = {each.url.removeprefix("http://") for each in picked.workers}
     assert {each["headers"][contract.DESTINATION] for each in picked.received()} <= addresses
 
 
-def test_no_client_steers_behind_another_listener(routed: Fleet, trap: Trap) -> None:
-    """The way to the place where requests are placed removes once more what only the router may set."""
-    attack(routed, trap, [("GET", "/health")])
+def test_a_client_controls_no_routing_behind_another_listener(routed: Fleet, decoy: Decoy) -> None:
+    """The cluster in front of the scheduler removes the headers again that only the router may set."""
+    attack(routed, decoy, [("GET", "/health")])

@@ -1,4 +1,4 @@
-"""``routing_fields: headers``: ``x-override-*`` headers route both legs, and bodies stay as they were sent."""
+"""With routing fields in ``x-override-*`` headers, both legs run as picked and bodies stay as the client sent them."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -22,26 +22,26 @@ COMPLETION = {"prompt": "p", "max_tokens": 2}
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """A pool per kind of engine: prefill and decode server by model."""
+    """A pool per kind of engine: prefill and decode engine by model."""
 
     pools: dict[str, tuple[HostedEngine, HostedEngine]]
     client: httpx.Client
     service: ServiceProcess
 
     def send(self, model: str, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Send a request, and give what both legs were."""
+        """Send a request, and return both legs as the engines received them."""
         for engine in self.pools[model]:
             engine.forget()
         text = json.dumps({"model": model, **body}, indent=1)
-        response = self.client.post(path, content=text, headers={"content-type": "application/json", **FOREIGN})
+        response = self.client.post(path, content=text, headers={"content-type": "application/json", **UNTRUSTED})
         assert response.status_code == 200, response.text
         prefill, decode = (one([engine]) for engine in self.pools[model])
         assert prefill["outcome"] == decode["outcome"] == "finished"
         return prefill, decode
 
 
-FOREIGN = {"x-override-routed-dp-rank": "99", "x-override-priority": "7", "x-dp-prefill-rid": "evil"}
-"""What a client may try; none of it reaches an engine."""
+UNTRUSTED = {"x-override-routed-dp-rank": "99", "x-override-priority": "7", "x-dp-prefill-rid": "evil"}
+"""Headers that a client may try; none of them reaches an engine."""
 OPTIONS = {
     "newest": ("--header-overrides",),
     "engine picks": ("--header-overrides",),
@@ -95,23 +95,25 @@ def _endpoints(name: str, engine: HostedEngine, ranks: int) -> list[Any]:
         pytest.param("early", "/generate", GENERATE, id="generate of 0.5.15"),
     ],
 )
-def test_headers_say_it_all(fleet: Fleet, model: str, path: str, body: dict[str, Any]) -> None:
-    """Each leg runs on the rank that its own headers name, in one room; both bodies are the client's, byte for byte."""
+def test_headers_route_both_legs_with_unchanged_bodies(
+    fleet: Fleet, model: str, path: str, body: dict[str, Any]
+) -> None:
+    """Each leg runs on the rank of its own headers, in one room, and both bodies are the client's, byte for byte."""
     pairs = set()
     for _ in range(12):
         prefill, decode = fleet.send(model, path, body)
         sent = json.dumps({"model": model, **body}, indent=1)
         assert prefill["body"] == decode["body"] == sent
-        told = [
+        leaked = [
             {name.removeprefix("x-override-"): leg["headers"][name] for name in leg["headers"] if "override" in name}
             for leg in (prefill, decode)
         ]
-        assert [each.pop("routed-dp-rank") for each in told] == [str(prefill["rank"]), str(decode["rank"])]
-        assert len({each.pop("rid") for each in told}) == 2
-        assert told[0] == told[1]
-        assert told[0].keys() == {"bootstrap-host", "bootstrap-port", "bootstrap-room", "disagg-prefill-dp-rank"}
-        assert told[0]["disagg-prefill-dp-rank"] == str(prefill["rank"])
-        assert int(told[0]["bootstrap-room"]) % PREFILL_RANKS == prefill["rank"]
+        assert [each.pop("routed-dp-rank") for each in leaked] == [str(prefill["rank"]), str(decode["rank"])]
+        assert len({each.pop("rid") for each in leaked}) == 2
+        assert leaked[0] == leaked[1]
+        assert leaked[0].keys() == {"bootstrap-host", "bootstrap-port", "bootstrap-room", "disagg-prefill-dp-rank"}
+        assert leaked[0]["disagg-prefill-dp-rank"] == str(prefill["rank"])
+        assert int(leaked[0]["bootstrap-room"]) % PREFILL_RANKS == prefill["rank"]
         assert not [name for leg in (prefill, decode) for name in leg["headers"] if name.startswith("x-dp-")]
         pairs.add((prefill["rank"], decode["rank"]))
 
@@ -125,12 +127,14 @@ def test_headers_say_it_all(fleet: Fleet, model: str, path: str, body: dict[str,
         pytest.param("early", "/v1/chat/completions", CHAT, id="a path that reads them later"),
         pytest.param("newest", "/generate", {**GENERATE, "text": ["a", "b"]}, id="a batch"),
         pytest.param("newest", "/v1/chat/completions", {**CHAT, "stream": True}, id="a stream"),
-        pytest.param("off", "/generate", GENERATE, id="engines that were not told to"),
+        pytest.param("off", "/generate", GENERATE, id="engines without the option"),
         pytest.param("old", "/generate", GENERATE, id="engines that are too old"),
     ],
 )
-def test_bodies_say_it_elsewhere(fleet: Fleet, model: str, path: str, body: dict[str, Any]) -> None:
-    """What headers cannot carry, or engines would not read there, is carried by the body."""
+def test_bodies_have_the_routing_fields_that_headers_cannot_hold(
+    fleet: Fleet, model: str, path: str, body: dict[str, Any]
+) -> None:
+    """The body has the routing fields that headers cannot hold, or that the engine would not read there."""
     prefill, decode = fleet.send(model, path, body)
 
     for leg in (prefill, decode):
@@ -140,8 +144,8 @@ def test_bodies_say_it_elsewhere(fleet: Fleet, model: str, path: str, body: dict
 
 @pytest.mark.parametrize("model", ["newest", "engine picks", "listeners"])
 @pytest.mark.parametrize("keys", [EVIL.keys(), {"routed_dp_rank"}, {"data_parallel_rank"}], ids=", ".join)
-def test_ranks_of_clients_do_not_get_through(fleet: Fleet, model: str, keys: Collection[str]) -> None:
-    """A body that would route itself is rewritten, also where no header would have said otherwise."""
+def test_a_client_rank_in_a_body_is_replaced(fleet: Fleet, model: str, keys: Collection[str]) -> None:
+    """A body with its own routing fields is rewritten, also if headers could hold the fields of the service."""
     legs = fleet.send(model, "/generate", {**GENERATE, **{key: EVIL[key] for key in keys}})
 
     for leg in legs:
@@ -150,8 +154,8 @@ def test_ranks_of_clients_do_not_get_through(fleet: Fleet, model: str, keys: Col
         assert (body.get("routed_dp_rank") == leg["rank"]) is (model == "newest")
 
 
-def test_engines_that_do_not_obey_are_said_once(fleet: Fleet) -> None:
-    """The log names them with the remedy, and only them."""
+def test_engines_without_override_headers_are_logged_once(fleet: Fleet) -> None:
+    """The log names the engines that ignore override headers once, with the remedy, and no others."""
     lines = [line for line in fleet.service.log().splitlines() if "overrides_not_read" in line]
 
     assert len(lines) == 4
