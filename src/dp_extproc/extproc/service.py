@@ -42,8 +42,8 @@ from dp_extproc.attempt.intake import Decider
 from dp_extproc.attempt.listener import AttemptListener
 from dp_extproc.config.reliability import RetrySettings, SupervisionSettings
 from dp_extproc.extproc.codec import read_event, read_leg_event, read_modes, read_subset_hint, write_reply
-from dp_extproc.extproc.leaving import OpenStreams
 from dp_extproc.extproc.listeners import Listeners
+from dp_extproc.extproc.stopping import OpenStreams
 from dp_extproc.extproc.streams import PROCEED, MirroredLeg, Registry, Streams, Writer
 from dp_extproc.extproc.waiting import Waiting
 from dp_extproc.response.first_event import FirstEvent
@@ -109,7 +109,7 @@ class ExtProcService:
         self._registry = Registry()
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """Make the handler that a server registers. Its replies are serialised already, most of them only once."""
+        """Make the handler that a gRPC server registers. Its replies are serialised already, most of them only once."""
         process = grpc.stream_stream_rpc_method_handler(self.process, ProcessingRequest.FromString, None)
         return grpc.method_handlers_generic_handler(SERVICE_NAME, {"Process": process})
 
@@ -246,9 +246,7 @@ class ExtProcService:
                 continue
             first.feed(event.data, end_of_stream=event.end_of_stream)
             is_done = first.is_known or event.end_of_stream
-            if (
-                is_done and streams is not None
-            ):  # before the reply: with that Envoy may end the stream, and this coroutine
+            if is_done and streams is not None:  # before the reply, which may end the stream and this coroutine
                 streams.post(self._let(streams, FirstEventRead(first.error)))
             await context.write(_PASS_BODY)
             if is_done:

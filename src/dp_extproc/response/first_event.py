@@ -115,7 +115,7 @@ class FirstEvent:
 
 
 def _judge(text: bytes) -> tuple[bool, EngineError | None]:
-    """Tell whether an event decides how the stream begins, and give the error if it is one."""
+    """Return whether an event decides how the stream begins, and the error if it is one."""
     try:
         found = msgspec.json.decode(text)
         if isinstance(found, list):  # the form of a batch on /generate

@@ -269,5 +269,5 @@ def _mend(first: Raw, rest: Raw) -> Raw:
 
 
 def _is_of_prompt(key: str) -> bool:
-    """Tell whether a member belongs to the prompt: input_token_logprobs, input_top_logprobs, also in the flat form."""
+    """Return whether a member is of the prompt: input_token_logprobs, input_top_logprobs, also in the flat form."""
     return key.startswith("input_") and "logprobs" in key

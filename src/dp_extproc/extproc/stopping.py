@@ -29,7 +29,7 @@ class OpenStreams:
         self._is_stopping = False
 
     def may_end(self, stream: MainStream) -> bool:
-        """Tell whether a stream is to end while the rest of its attempt goes on."""
+        """Return whether a stream is to end while the rest of its attempt goes on."""
         return self._is_stopping and stream.passes_alone
 
     async def read(self, stream: MainStream, context: grpc.aio.ServicerContext) -> Any:
