@@ -502,6 +502,17 @@ class TestClosed:
         assert attempted.watch.awaits_prefill
         assert show(attempted.watch.prefill_opened()) == [("PREFILL", CANCELLED)]
 
+    @pytest.mark.parametrize("status", [400, 500])
+    @pytest.mark.parametrize("end", [MainClosed(), FirstEventRead(EngineError(500, b""))], ids=["client", "decode"])
+    def test_leg_is_cancelled_when_the_text_of_its_error_is_awaited(self, end: Event, status: int) -> None:
+        """The engine may delay the text for as long as it wants, and the leg would stay with it."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        attempted.head()
+        attempted.prefill(status)
+        assert ("PREFILL", CANCELLED) in show(attempted.watch.tell(end, 1.0))
+        assert attempted.watch.sweep(3.5) == []
+
     def test_leg_is_left_alone_when_prefill_is_done(self) -> None:
         """There is nothing to end."""
         attempted = Attempted()

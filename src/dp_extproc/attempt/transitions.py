@@ -198,7 +198,7 @@ LEG: Final[Table[LegState]] = {
     **_all((LegState.OPEN, LegState.CHECKING), (on.LegClosed,), {Outcome.FAILED: LegState.FAILED}),
     (LegState.AWAITED, Signal.ADVANCE): {Outcome.MISSING: LegState.MISSING},
     **_all(
-        (LegState.AWAITED, LegState.MISSING, LegState.OPEN, LegState.CHECKING),
+        (LegState.AWAITED, LegState.MISSING, LegState.OPEN, LegState.CHECKING, LegState.ERROR_BODY),
         (Signal.CANCEL,),
         {Outcome.CANCELLED: LegState.CANCELLED},
     ),
