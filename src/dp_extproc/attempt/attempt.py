@@ -190,7 +190,7 @@ class Attempt:
     def _give_up_leg_error(self, turn: Turn) -> None:
         self.leg.move(Signal.ADVANCE, turn)
         self._apply_rules(turn)
-        turn.commands.append(ToLeg.CANCEL)
+        turn.commands.append(ToLeg.CANCEL)  # the rules do not end a leg that has failed, but its stream is still open
 
     def _give_up_error(self, turn: Turn) -> None:
         message = f"the decode server answered {self.main.status}, and did not say why"

@@ -62,7 +62,7 @@ class EndpointPicker:
     passes_other_paths = True
 
     def __init__(self, session_header: str | None = None) -> None:
-        """Set up; the clients' header that names a conversation comes here itself."""
+        """Set up; *session_header* is the header of clients, which nothing has copied to ``x-dp-session``."""
         self.session_header = session_header
         self._read = contract.READ_BEHIND_GATEWAY | {session_header}
 

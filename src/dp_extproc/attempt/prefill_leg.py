@@ -30,12 +30,12 @@ class PrefillLeg(Machine[LegState]):
         super().__init__(LegState.ABSENT)
         self._effects = effects
         self.is_supervised = is_supervised
-        """Whether the leg can fail the attempt, and be ended; with ``supervision: off`` it only reports."""
+        """Whether the leg's stream opens with its request, so that the leg can be ended; else with its response."""
         self._first_event: FirstEventReader | None = None
         self._status = 0
         """Status of an error; that of one in the first event, if it is there."""
         self.was_cancelled = False
-        """Whether the leg is of no use any more, in whichever state. Then no failure reaches the client any more."""
+        """Whether the leg is of no use any more, in whichever state. From then on no failure reaches the client."""
         self.done_at: float | None = None
         """The time at which the prompt was computed; None if that is not reported."""
         self.error_at = 0.0

@@ -106,7 +106,6 @@ def pass_failure(phase: Phase, retry_headers: Headers) -> Mutate:
 
 
 def refuse(rejection: Rejection) -> Immediate:
-    """Refuse a request."""
     reason = rejection.reason.value
     headers = (_JSON, (contract.REASON_HEADER, reason), *rejection.headers)
     return Immediate(rejection.status, rejection.body(), headers, reason, {contract.META_REASON: reason})

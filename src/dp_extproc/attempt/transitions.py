@@ -96,6 +96,7 @@ class Outcome(IntEnum):
     ROUTED = auto()
     HELD = auto()
     RELEASED = auto()
+    """The response may go to the client."""
     ANSWERED = auto()
     CLOSED = auto()
     OPENED = auto()

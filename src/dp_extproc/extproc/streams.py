@@ -143,7 +143,6 @@ class Registry:
         return iter(list(self._all))
 
     def add(self, streams: Streams) -> None:
-        """Add an attempt."""
         self._all[streams] = None
 
     def name(self, streams: Streams, token: str) -> None:
@@ -152,7 +151,6 @@ class Registry:
         self._by_token[token] = streams
 
     def find(self, token: str) -> Streams | None:
-        """Find the attempt of a leg."""
         return self._by_token.get(token)
 
     def discard(self, streams: Streams) -> None:
