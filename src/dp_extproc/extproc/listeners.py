@@ -8,7 +8,7 @@ from dp_extproc.attempt.listener import AttemptListener, Decided, LegFailed
 _log = logging.getLogger(__name__)
 
 
-class Listeners:
+class AttemptListeners:
     """Calls each listener. One that raises is logged, and never ends an attempt."""
 
     def __init__(self, listeners: Iterable[AttemptListener]) -> None:

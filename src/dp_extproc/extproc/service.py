@@ -28,7 +28,7 @@ from dp_extproc.attempt.intake import Decider
 from dp_extproc.attempt.listener import AttemptListener
 from dp_extproc.config.reliability import RetrySettings, SupervisionSettings
 from dp_extproc.extproc.codec import read_event, read_leg_event, read_modes, read_subset_hint, write_reply
-from dp_extproc.extproc.listeners import Listeners
+from dp_extproc.extproc.listeners import AttemptListeners
 from dp_extproc.extproc.stopping import OpenStreams
 from dp_extproc.extproc.streams import PROCEED, MirroredLeg, Registry, Streams, Writer
 from dp_extproc.extproc.waiting import Waiting
@@ -68,7 +68,7 @@ class ExtProcService:
 
         *queue* is where requests wait for room, the same that scheduling has. *clock* is also that of the load cache.
         """
-        self._listener = Listeners(listeners)
+        self._listener = AttemptListeners(listeners)
         self._gateway = gateway
         self._environment = Environment(
             decider=decider,
