@@ -22,7 +22,7 @@ from dp_extproc.engines.sglang.server_info import (
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
 
-PROMPT_TOKENS_EVERY: Final = 10.0
+_PROMPT_TOKENS_EVERY: Final = 10.0
 """Seconds between two reads of the count of prompt tokens, which only ``/metrics`` has."""
 
 _LOADS_HINT: Final = "it exists from SGLang 0.5.8 on; set load.source to auto or metrics"
@@ -43,22 +43,15 @@ class SglangAdapter:
         facts = read_server_info(await _facts_page(http))
         if not endpoint.needs_overrides:
             return facts
-        obeys = await _obeys_overrides(http) if release_of(facts.version).overrides else False
-        return replace(facts, reads_overrides=obeys)
+        could_obey = bool(release_of(facts.version).overrides)
+        return replace(facts, reads_overrides=could_obey and await _obeys_overrides(http))
 
     def assumed_facts(self, endpoint: Endpoint, ranks: int) -> EngineFacts:
         """Return the facts of the newest release with default flags."""
         mode = MODE_OF[endpoint.role]
-        return EngineFacts(
-            version=None,
-            dp_ranks=ranks,
-            mode=mode,
-            dp_attention=False,
-            served_model=None,
-            bootstrap_port=endpoint.bootstrap_port or DEFAULT_BOOTSTRAP_PORT,
-            load_balance_method=None,
-            follows_rooms=follows_rooms(None, mode, None),
-        )
+        port = endpoint.bootstrap_port or DEFAULT_BOOTSTRAP_PORT
+        follows = follows_rooms(None, mode, None)
+        return EngineFacts(version=None, dp_ranks=ranks, mode=mode, bootstrap_port=port, follows_rooms=follows)
 
     async def load(
         self, http: EngineHttp, endpoint: Endpoint, facts: EngineFacts, state: LoadState, now: float
@@ -72,18 +65,16 @@ class SglangAdapter:
             return replace(page, prompt_tokens=page.uncached_prompt_tokens)
         if now < state.prompt_tokens_due:
             return page
-        state.prompt_tokens_due = now + PROMPT_TOKENS_EVERY
+        state.prompt_tokens_due = now + _PROMPT_TOKENS_EVERY
         try:
             return replace(page, prompt_tokens=(await _metrics(http)).prompt_tokens)
         except ReaderError:
             return page  # the count only refines estimates
 
     def capabilities(self, facts: EngineFacts) -> Capabilities:
-        """Look up what the engine supports."""
         return capabilities(facts)
 
     def diagnostics(self, facts: EngineFacts, endpoint: Endpoint) -> tuple[Diagnostic, ...]:
-        """List the known problems of the engine as it is configured."""
         return diagnostics(
             facts, endpoint.role, needs_overrides=endpoint.needs_overrides, headers_only=endpoint.headers_only
         )
@@ -96,12 +87,10 @@ class SglangAdapter:
         return f"its disaggregation_mode is {facts.mode}, but it is configured as {role}; {remedy}"
 
     def unavailable(self, api: Api, role: Role, versions: str) -> Rejection:
-        """Refuse a request that needs a newer release."""
         message = f"{api.value} needs a newer SGLang than the {role} servers of this model run ({versions})"
         return Rejection(400, Reason.ENGINE_TOO_OLD, message)
 
     def release(self, facts: EngineFacts) -> str:
-        """Name the release in a table of engines."""
         return str(facts.version or "unknown")
 
 
