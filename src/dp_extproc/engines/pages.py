@@ -24,6 +24,7 @@ FACTS_PATIENCE: Final = 3.0
 _MAX_BYTES: Final = 1 << 20
 """Bytes of needed lines; they bound the work of the parser to half a second. Engines print 1 kB per rank."""
 _MAX_LINE_BYTES: Final = 2048
+"""Bytes of one needed line, with all of its labels; lines of engines have some hundred."""
 _RANK: Final = re.compile(r"[0-9]{1,6}")
 
 

@@ -5,6 +5,7 @@ from http import HTTPStatus
 from typing import Final
 
 from dp_extproc.config.load import LoadSource
+from dp_extproc.contract import OVERRIDE_RANK
 from dp_extproc.engines.capabilities import Capabilities
 from dp_extproc.engines.model import MODE_OF, Diagnostic, Endpoint, EngineFacts, LoadPage, LoadState, Role
 from dp_extproc.engines.pages import FACTS_PATIENCE, METRICS_PAGE, EngineHttp, ReaderError
@@ -28,7 +29,6 @@ _PROMPT_TOKENS_EVERY: Final = 10.0
 _LOADS_HINT: Final = "it exists from SGLang 0.5.8 on; set load.source to auto or metrics"
 _METRICS_HINT: Final = "start the engine with --enable-metrics"
 
-_PROBED: Final = "x-override-routed-dp-rank"
 _PROBE: Final = b'{"text":"probe","sampling_params":{"max_new_tokens":1},"routed_dp_rank":1000000}'
 """A request for a rank out of range."""
 
@@ -109,7 +109,7 @@ async def _obeys_overrides(http: EngineHttp) -> bool | None:
     Both the header and the body of the probe are wrong, so it is refused for the one that is read first. From 0.5.10 on
     nothing of it reaches a scheduler.
     """
-    answer = await http.post("/generate", _PROBE, (_PROBED, "probe"), patience=FACTS_PATIENCE)
+    answer = await http.post("/generate", _PROBE, (OVERRIDE_RANK, "probe"), patience=FACTS_PATIENCE)
     if answer is None:
         return None
     status, text = answer
@@ -117,7 +117,7 @@ async def _obeys_overrides(http: EngineHttp) -> bool | None:
         return False  # a header that is obeyed would have been refused
     if status != HTTPStatus.BAD_REQUEST:
         return None
-    if _PROBED.encode() in text:
+    if OVERRIDE_RANK.encode() in text:
         return True
     return False if b"routed_dp_rank" in text else None
 
