@@ -78,7 +78,6 @@ class Guard:
             )
 
     def collect(self) -> Iterator[Metric]:
-        """Collect the metrics of background tasks."""
         failures = CounterMetricFamily(
             "dp_extproc_task_failures",
             "Unexpected failures of background tasks, each of which goes on or has begun anew.",

@@ -65,7 +65,6 @@ class EndpointStateLog:
         self._current: dict[str, EngineFailure] = {}
 
     def forget_all_but(self, urls: Collection[str]) -> None:
-        """Forget the endpoints that were removed."""
         self._current = {url: failure for url, failure in self._current.items() if url in urls}
 
     def note(self, url: str, failure: EngineFailure | None) -> None:
@@ -108,12 +107,10 @@ class PairLog:
         self._logged: set[tuple[str, Difference]] = set()
 
     def forget_all_but(self, endpoints: Collection[Endpoint]) -> None:
-        """Forget the endpoints that were removed."""
         self._facts = {endpoint: facts for endpoint, facts in self._facts.items() if endpoint in endpoints}
         self._update()
 
     def note(self, endpoint: Endpoint, facts: EngineFacts) -> None:
-        """Take the facts of an engine."""
         before = self._facts.get(endpoint)
         self._facts[endpoint] = facts
         if before is None or (before.terms, before.version, before.mode) != (facts.terms, facts.version, facts.mode):

@@ -59,7 +59,6 @@ class Telemetry:
         self._registry.register(collector)
 
     def page(self) -> bytes:
-        """Return /metrics."""
         return generate_latest(self._registry)
 
     def forget_all_but(self, urls: Collection[str]) -> None:
@@ -103,7 +102,6 @@ class Telemetry:
     # --- called by prometheus_client at every scrape ---
 
     def collect(self) -> Iterator[Metric]:
-        """Collect the metrics of requests, legs, endpoints and ranks."""
         yield InfoMetricFamily("dp_extproc_build", "Version of the service.", value={"version": __version__})
         yield from self._collect_requests()
         yield from self._collect_legs()
@@ -221,7 +219,6 @@ class SyncMetrics:
         self._status = status
 
     def collect(self) -> Iterator[Metric]:
-        """Collect the metrics of the present status."""
         status = self._status()
         yield GaugeMetricFamily("dp_extproc_sync_connected", "1 while the bus works.", value=status.connected)
         yield GaugeMetricFamily("dp_extproc_sync_peers", "Other replicas that publish.", value=len(status.peers))

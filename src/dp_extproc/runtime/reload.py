@@ -112,7 +112,6 @@ class Reloader:
         _log.error("configuration: refused, the one before stays in use: %s", error)
 
     def collect(self) -> Iterator[Metric]:
-        """Collect the metrics of reloads."""
         reloads = CounterMetricFamily(
             "dp_extproc_config_reloads", "Times that the configuration was reloaded.", labels=["outcome"]
         )
