@@ -30,13 +30,13 @@ class Guard:
         """Number of failures by the name of the task."""
         self._logged: dict[tuple[str, type[Exception]], float] = {}
 
-    async def keep(self, name: str, work: Callable[[], Awaitable[object]], of: str = "") -> None:
+    async def keep(self, name: str, work: Callable[[], Awaitable[object]], which: str = "") -> None:
         """Run a task until it returns or is cancelled. After any exception it is started again.
 
         Args:
-            name: The name of the task, for the log and the metric; several tasks may share one.
+            name: Name of the task in the log and in the metric. Several tasks may share one.
             work: Starts the task.
-            of: Which task of those that share the name, for the log.
+            which: Distinguishes tasks of one name in the log, for example by a URL.
         """
         self.failures[name] += 0  # a metric that is there from the start can be watched
         loop = asyncio.get_running_loop()
@@ -49,19 +49,19 @@ class Guard:
                 heed_cancellation()
                 if loop.time() - started > _STEADY_SECONDS:
                     pause = _FIRST_PAUSE
-                self.report(name, error, of, then=f"begins anew in {pause:g} s")
+                self.report(name, error, which, then=f"begins anew in {pause:g} s")
             else:
                 return
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def report(self, name: str, error: Exception, of: str = "", *, then: str) -> None:
-        """Count a failure of a task, and log it unless the same was logged within a minute.
+    def report(self, name: str, error: Exception, which: str = "", *, then: str) -> None:
+        """Count a failure of a task. Log it, unless one of the same name and type was logged within a minute.
 
         Args:
-            name: Of the task.
-            error: What was raised.
-            of: Which task of those that share the name.
+            name: Name of the task.
+            error: The exception that the task raised.
+            which: As in :meth:`keep`.
             then: What happens next, for the log.
         """
         self.failures[name] += 1
@@ -71,14 +71,13 @@ class Guard:
             _log.error(
                 "background task %s: has failed unexpectedly (%d times so far), %s; please report it, "
                 "with what follows",
-                f"{name} {of}".rstrip(),
+                f"{name} {which}".rstrip(),
                 self.failures[name],
                 then,
                 exc_info=error,
             )
 
     def collect(self) -> Iterator[Metric]:
-        """Collect the metrics of background tasks."""
         failures = CounterMetricFamily(
             "dp_extproc_task_failures",
             "Unexpected failures of background tasks, each of which goes on or has begun anew.",

@@ -15,8 +15,8 @@ from dp_extproc.engines.pages import ReaderError
 from dp_extproc.engines.sglang.load_pages import read_loads, read_metrics
 from dp_extproc.engines.sglang.server_info import read_server_info
 from dp_extproc.engines.vllm.pages import facts_of, read_vllm_metrics
+from dp_extproc.observability.loads_page import describe_loads
 from dp_extproc.observability.metrics import Telemetry
-from dp_extproc.observability.pages import describe_loads
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.decision import Decision, Queued

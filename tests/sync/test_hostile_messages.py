@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from dp_extproc.engines.model import Role
 from dp_extproc.load.records import PlacementRecord, RequestCost
+from dp_extproc.observability.loads_page import describe_loads, describe_sync
 from dp_extproc.observability.metrics import SyncMetrics, Telemetry
-from dp_extproc.observability.pages import describe_loads, describe_sync
 from dp_extproc.prefix_cache.blocks import Prefix
 from dp_extproc.request.path import Api
 from dp_extproc.scheduling.decision import Decision

@@ -1,4 +1,4 @@
-"""Names of the clusters, and the addresses at which Envoy reaches the processes of the service."""
+"""Names of clusters and internal listeners, and the addresses at which Envoy reaches the processes of the service."""
 
 import ipaddress
 from typing import Final
@@ -7,30 +7,40 @@ from dp_extproc.config import Config
 
 DISPATCH: Final = "dp_dispatch"
 PREFILL_LEG: Final = "prefill_leg"
+"""Clusters that lead to the internal listeners of the same names."""
+DECODE: Final = "decode"
+"""Also leads to an internal listener if truncated streams end with an error event, else to the decode endpoint."""
+DECODE_SERVER: Final = "decode_server"
+PREFILL: Final = "prefill"
 SERVICE: Final = "extproc"
 SERVICE_OWNER: Final = "extproc_owner"
-PREFILL: Final = "prefill"
-DECODE: Final = "decode"
-"""Also the name of a listener, if truncated streams end with an error event."""
-DECODE_SERVER: Final = "decode_server"
 
 
-def is_named(config: Config) -> bool:
-    """Return whether Envoy finds the service by a DNS name, which may resolve to several addresses."""
+def has_dns_name(config: Config) -> bool:
+    """Return whether Envoy resolves a DNS name to find the service. There may be several addresses then."""
     return any(not _is_ip(host) for host, _ in services_of(config))
 
 
 def may_be_several(config: Config) -> bool:
     """Return whether the service may have several processes, so that Envoy can turn to another one."""
-    return config.listen.workers > 1 or bool(config.envoy.standby) or is_named(config)
+    return config.listen.workers > 1 or bool(config.envoy.standby) or has_dns_name(config)
 
 
 def services_of(config: Config) -> list[tuple[str, int]]:
-    """Return host and port of each service, in order of priority; of several worker processes those of the first."""
-    return [_service_address(config), *map(_split, config.envoy.standby)]
+    """Return host and port of the service and its standbys, in order. They are those of the first worker process."""
+    return [_service_address(config), *map(_host_and_port, config.envoy.standby)]
 
 
-def _split(address: str) -> tuple[str, int]:
+def _service_address(config: Config) -> tuple[str, int]:
+    if config.envoy.service is not None:
+        return _host_and_port(config.envoy.service)
+    listen = config.listen.grpc
+    if listen.is_wildcard:
+        return ("::1" if ":" in listen.host else "127.0.0.1"), listen.port
+    return listen.host, listen.port
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
@@ -41,12 +51,3 @@ def _is_ip(host: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _service_address(config: Config) -> tuple[str, int]:
-    if config.envoy.service is not None:
-        return _split(config.envoy.service)
-    listen = config.listen.grpc
-    if listen.is_wildcard:
-        return ("::1" if ":" in listen.host else "127.0.0.1"), listen.port
-    return listen.host, listen.port

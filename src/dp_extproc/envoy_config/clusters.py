@@ -1,49 +1,18 @@
-"""The clusters of Envoy: the service, the engines at addresses in headers, and its own internal listeners."""
+"""Envoy's clusters lead to the service, to engines at addresses in headers, and to Envoy's own internal listeners."""
 
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
 
 from betterproto2 import Message
-from envoy_data_plane.envoy.config.cluster.v3 import (
-    CircuitBreakers,
-    CircuitBreakersThresholds,
-    Cluster,
-    ClusterCommonLbConfig,
-    ClusterDiscoveryType,
-    ClusterLbPolicy,
-    ClusterOriginalDstLbConfig,
-    OutlierDetection,
-)
-from envoy_data_plane.envoy.config.core.v3 import (
-    Address,
-    DataSource,
-    EnvoyInternalAddress,
-    HealthCheck,
-    HealthCheckGrpcHealthCheck,
-    Http1ProtocolOptions,
-    Http2ProtocolOptions,
-    KeepaliveSettings,
-    SocketAddress,
-    TransportSocket,
-)
-from envoy_data_plane.envoy.config.core.v3 import HttpProtocolOptions as CommonHttpProtocolOptions
-from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints
+from envoy_data_plane.envoy.config.cluster import v3 as cluster
+from envoy_data_plane.envoy.config.core import v3 as core
+from envoy_data_plane.envoy.config.endpoint import v3 as endpoint
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 from envoy_data_plane.envoy.extensions.transport_sockets.internal_upstream.v3 import InternalUpstreamTransport
 from envoy_data_plane.envoy.extensions.transport_sockets.raw_buffer.v3 import RawBuffer
-from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import (
-    CertificateValidationContext,
-    CommonTlsContext,
-    SubjectAltNameMatcher,
-    SubjectAltNameMatcherSanType,
-    TlsCertificate,
-    UpstreamTlsContext,
-)
-from envoy_data_plane.envoy.extensions.upstreams.http.v3 import (
-    HttpProtocolOptions,
-    HttpProtocolOptionsExplicitHttpConfig,
-)
+from envoy_data_plane.envoy.extensions.transport_sockets.tls import v3 as tls
+from envoy_data_plane.envoy.extensions.upstreams.http import v3 as upstream
 from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.envoy.type.v3 import Percent
 
@@ -57,7 +26,7 @@ from dp_extproc.envoy_config.addresses import (
     PREFILL_LEG,
     SERVICE,
     SERVICE_OWNER,
-    is_named,
+    has_dns_name,
     may_be_several,
     services_of,
 )
@@ -80,17 +49,17 @@ _CONNECT_TIMEOUT: Final = timedelta(seconds=2)
 _ENGINE_IDLE_TIMEOUT: Final = timedelta(seconds=4)
 """Idle time of a connection to an engine. It is below uvicorn's 5 s (``timeout_keep_alive``), so Envoy closes first."""
 
-_READINESS_CHECK: Final = HealthCheck(
+_READINESS_CHECK: Final = core.HealthCheck(
     timeout=timedelta(seconds=1),
     interval=timedelta(seconds=1),
     no_traffic_interval=timedelta(seconds=1),  # Envoy's default checks a service without traffic once a minute.
     unhealthy_threshold=2,
     healthy_threshold=1,
-    grpc_health_check=HealthCheckGrpcHealthCheck(),
+    grpc_health_check=core.HealthCheckGrpcHealthCheck(),
 )
 """Health check of several services. Envoy leaves one that hangs after 2 s, and one that stops within 1 s."""
 
-_EJECTION: Final = OutlierDetection(
+_EJECTION: Final = cluster.OutlierDetection(
     split_external_local_origin_errors=True,
     consecutive_local_origin_failure=1,
     max_ejection_percent=100,
@@ -110,131 +79,131 @@ window, the filter stops at the buffer of its own cluster, and no crash follows.
 _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
 
-def build_clusters(config: Config) -> list[Cluster]:
+def build_clusters(config: Config) -> list[cluster.Cluster]:
     """Build all clusters. None of them names an engine."""
     buffer = buffer_bytes(config.envoy)
     failed_endpoints = [remember_failed_endpoints()] if config.retry.attempts > 1 else []
     supervised = config.supervision.mode is Supervise.FIRST_EVENT
     first_event = [report_first_event(config.envoy.body_mode)] if supervised else []
-    owner = _grpc(config.listen.keepalive, stream_window=_LARGEST_WINDOW)
-    to_dispatch = _http([strip_headers_before_scheduling(), *failed_endpoints, last_upstream_filter()])
+    owner = _grpc_options(config.listen.keepalive, stream_window=_LARGEST_WINDOW)
+    dispatch = _http_options([strip_headers_before_scheduling(), *failed_endpoints, last_upstream_filter()])
     return [
-        commented(_service(config, buffer), "The service: envoy.service, or listen.grpc."),
+        commented(_to_service(config, buffer), "The service: envoy.service, or listen.grpc."),
         commented(
-            _by_header(SERVICE_OWNER, OWNER, owner, buffer, _service_tls(config.envoy.service_tls)),
+            _to_address_in_header(SERVICE_OWNER, OWNER, owner, buffer, _service_tls(config.envoy.service_tls)),
             "The process of the service that scheduled the request and has its reservations.",
         ),
         commented(
-            _by_header(PREFILL, PREFILL_HOST, _engine(), buffer),
+            _to_address_in_header(PREFILL, PREFILL_HOST, _engine_options(), buffer),
             "Envoy dials the address in a header. There is no fallback, because the body names the prefill\n"
             "endpoint to which the decode engine will connect.",
         ),
-        *_decode(config.envoy.truncated_streams, _engine(first_event), buffer),
-        commented(_internal(DISPATCH, buffer, to_dispatch), "The way to the internal listeners."),
-        _internal(PREFILL_LEG, buffer),
+        *_to_decode(config.envoy.truncated_streams, _engine_options(first_event), buffer),
+        commented(_to_listener(DISPATCH, buffer, dispatch), "The way to the internal listeners."),
+        _to_listener(PREFILL_LEG, buffer),
     ]
 
 
-def _service(config: Config, buffer: int) -> Cluster:
+def _to_service(config: Config, buffer: int) -> cluster.Cluster:
     """Build the cluster of the service: its worker processes in turn, and a standby once none of them is healthy."""
-    workers = config.listen.workers
-    services = services_of(config)
-    named = is_named(config)
-    cluster = Cluster(
+    discovery = cluster.ClusterDiscoveryType
+    localities = [
+        endpoint.LocalityLbEndpoints(
+            priority=priority,
+            lb_endpoints=[_endpoint(_socket_address(host, port + worker)) for worker in range(config.listen.workers)],
+        )
+        for priority, (host, port) in enumerate(services_of(config))
+    ]
+    service = cluster.Cluster(
         name=SERVICE,
-        type=ClusterDiscoveryType.STRICT_DNS if named else ClusterDiscoveryType.STATIC,
+        type=discovery.STRICT_DNS if has_dns_name(config) else discovery.STATIC,
         connect_timeout=_CONNECT_TIMEOUT,
         per_connection_buffer_limit_bytes=buffer,
-        load_assignment=ClusterLoadAssignment(
-            cluster_name=SERVICE,
-            endpoints=[
-                LocalityLbEndpoints(
-                    priority=priority,
-                    lb_endpoints=[_endpoint(_socket_address(host, port + worker)) for worker in range(workers)],
-                )
-                for priority, (host, port) in enumerate(services)
-            ],
-        ),
+        load_assignment=endpoint.ClusterLoadAssignment(cluster_name=SERVICE, endpoints=localities),
         circuit_breakers=_unlimited(),
-        typed_extension_protocol_options={_HTTP_OPTIONS: pack(_grpc(config.listen.keepalive))},
+        typed_extension_protocol_options={_HTTP_OPTIONS: pack(_grpc_options(config.listen.keepalive))},
         transport_socket=_service_tls(config.envoy.service_tls),
     )
     if may_be_several(config):
-        cluster.health_checks = [_READINESS_CHECK]
-        cluster.outlier_detection = _EJECTION
+        service.health_checks = [_READINESS_CHECK]
+        service.outlier_detection = _EJECTION
         # If all are unhealthy, one of them still gets the request and refuses it with a reason. Envoy's default does
         # so as soon as half of them are.
-        cluster.common_lb_config = ClusterCommonLbConfig(
+        service.common_lb_config = cluster.ClusterCommonLbConfig(
             healthy_panic_threshold=Percent(value=1.0),
             update_merge_window=timedelta(0),  # Envoy's default delays changes of health by a second.
         )
-    return cluster
+    return service
 
 
-def _socket_address(host: str, port: int) -> Address:
-    return Address(socket_address=SocketAddress(address=host, port_value=port))
+def _socket_address(host: str, port: int) -> core.Address:
+    return core.Address(socket_address=core.SocketAddress(address=host, port_value=port))
 
 
-def _by_header(
-    name: str, header: str, options: HttpProtocolOptions, buffer: int, transport: TransportSocket | None = None
-) -> Cluster:
-    cluster = _at_a_given_address(name, buffer)
-    cluster.typed_extension_protocol_options = {_HTTP_OPTIONS: pack(options)}
-    cluster.original_dst_lb_config = ClusterOriginalDstLbConfig(use_http_header=True, http_header_name=header)
-    cluster.transport_socket = transport
-    return cluster
+def _to_address_in_header(
+    name: str,
+    header: str,
+    options: upstream.HttpProtocolOptions,
+    buffer: int,
+    transport: core.TransportSocket | None = None,
+) -> cluster.Cluster:
+    by_header = _to_address_in_filter_state(name, buffer)
+    by_header.typed_extension_protocol_options = {_HTTP_OPTIONS: pack(options)}
+    by_header.original_dst_lb_config = cluster.ClusterOriginalDstLbConfig(use_http_header=True, http_header_name=header)
+    by_header.transport_socket = transport
+    return by_header
 
 
-def _at_a_given_address(name: str, buffer: int) -> Cluster:
+def _to_address_in_filter_state(name: str, buffer: int) -> cluster.Cluster:
     """Build a cluster without endpoints: each connection goes to the address that its filter state has."""
-    return Cluster(
+    return cluster.Cluster(
         name=name,
-        type=ClusterDiscoveryType.ORIGINAL_DST,
+        type=cluster.ClusterDiscoveryType.ORIGINAL_DST,
         connect_timeout=_CONNECT_TIMEOUT,
         per_connection_buffer_limit_bytes=buffer,
-        lb_policy=ClusterLbPolicy.CLUSTER_PROVIDED,
+        lb_policy=cluster.ClusterLbPolicy.CLUSTER_PROVIDED,
         circuit_breakers=_unlimited(),
     )
 
 
-def _decode(truncated_streams: TruncatedStreams, options: HttpProtocolOptions, buffer: int) -> list[Cluster]:
-    """Build the way to the decode endpoints: direct, or through the listener that ends truncated streams."""
+def _to_decode(
+    truncated_streams: TruncatedStreams, options: upstream.HttpProtocolOptions, buffer: int
+) -> list[cluster.Cluster]:
+    """Build the way to decode endpoints: direct, or through the listener that ends truncated streams."""
     if truncated_streams is TruncatedStreams.RESET:
-        return [_by_header(DECODE, DECODE_HOST, options, buffer)]
-    return [_internal(DECODE, buffer, options), _at_a_given_address(DECODE_SERVER, buffer)]
+        return [_to_address_in_header(DECODE, DECODE_HOST, options, buffer)]
+    return [_to_listener(DECODE, buffer, options), _to_address_in_filter_state(DECODE_SERVER, buffer)]
 
 
-def _internal(listener: str, buffer: int, options: HttpProtocolOptions | None = None) -> Cluster:
-    endpoint = _endpoint(Address(envoy_internal_address=EnvoyInternalAddress(server_listener_name=listener)))
-    return Cluster(
+def _to_listener(listener: str, buffer: int, options: upstream.HttpProtocolOptions | None = None) -> cluster.Cluster:
+    address = core.Address(envoy_internal_address=core.EnvoyInternalAddress(server_listener_name=listener))
+    locality = endpoint.LocalityLbEndpoints(lb_endpoints=[_endpoint(address)])
+    raw = _transport("raw_buffer", RawBuffer())
+    return cluster.Cluster(
         name=listener,
-        type=ClusterDiscoveryType.STATIC,
+        type=cluster.ClusterDiscoveryType.STATIC,
         per_connection_buffer_limit_bytes=buffer,
-        load_assignment=ClusterLoadAssignment(
-            cluster_name=listener, endpoints=[LocalityLbEndpoints(lb_endpoints=[endpoint])]
-        ),
+        load_assignment=endpoint.ClusterLoadAssignment(cluster_name=listener, endpoints=[locality]),
         circuit_breakers=_unlimited(),
         typed_extension_protocol_options={_HTTP_OPTIONS: pack(options)} if options else {},
-        transport_socket=_transport(
-            "internal_upstream", InternalUpstreamTransport(transport_socket=_transport("raw_buffer", RawBuffer()))
-        ),
+        transport_socket=_transport("internal_upstream", InternalUpstreamTransport(transport_socket=raw)),
     )
 
 
-def _transport(name: str, settings: Message) -> TransportSocket:
-    return TransportSocket(name=f"envoy.transport_sockets.{name}", typed_config=pack(settings))
+def _transport(name: str, settings: Message) -> core.TransportSocket:
+    return core.TransportSocket(name=f"envoy.transport_sockets.{name}", typed_config=pack(settings))
 
 
-def _endpoint(address: Address) -> LbEndpoint:
-    return LbEndpoint(endpoint=Endpoint(address=address))
+def _endpoint(address: core.Address) -> endpoint.LbEndpoint:
+    return endpoint.LbEndpoint(endpoint=endpoint.Endpoint(address=address))
 
 
-def _grpc(keepalive: float, *, stream_window: int | None = None) -> HttpProtocolOptions:
-    keepalive_time = timedelta(seconds=keepalive)
+def _grpc_options(keepalive_seconds: float, *, stream_window: int | None = None) -> upstream.HttpProtocolOptions:
+    keepalive = timedelta(seconds=keepalive_seconds)
     http2 = commented(
-        Http2ProtocolOptions(
+        core.Http2ProtocolOptions(
             initial_stream_window_size=stream_window,
-            connection_keepalive=KeepaliveSettings(interval=keepalive_time, timeout=keepalive_time),
+            connection_keepalive=core.KeepaliveSettings(interval=keepalive, timeout=keepalive),
         ),
         connection_keepalive="listen.keepalive: a service whose machine is lost closes no connection. When\n"
         "pings fail, requests that wait for it continue; see failure_mode_allow above. The service pings Envoy, too.",
@@ -242,20 +211,19 @@ def _grpc(keepalive: float, *, stream_window: int | None = None) -> HttpProtocol
         "With the default of 16 MiB, Envoy crashes if a request ends while that buffer is full of unread\n"
         "response data.",
     )
-    return HttpProtocolOptions(explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=http2))
+    protocol = upstream.HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=http2)
+    return upstream.HttpProtocolOptions(explicit_http_config=protocol)
 
 
-def _http(filters: Sequence[HttpFilter]) -> HttpProtocolOptions:
-    return HttpProtocolOptions(
-        explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=Http1ProtocolOptions()),
-        http_filters=list(filters),
-    )
+def _http_options(filters: Sequence[HttpFilter]) -> upstream.HttpProtocolOptions:
+    protocol = upstream.HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=core.Http1ProtocolOptions())
+    return upstream.HttpProtocolOptions(explicit_http_config=protocol, http_filters=list(filters))
 
 
-def _engine(filters: Sequence[HttpFilter] = ()) -> HttpProtocolOptions:
-    options = _http([strip_steering_headers(), *filters, last_upstream_filter()])
+def _engine_options(filters: Sequence[HttpFilter] = ()) -> upstream.HttpProtocolOptions:
+    options = _http_options([strip_steering_headers(), *filters, last_upstream_filter()])
     options.common_http_protocol_options = commented(
-        CommonHttpProtocolOptions(idle_timeout=_ENGINE_IDLE_TIMEOUT),
+        core.HttpProtocolOptions(idle_timeout=_ENGINE_IDLE_TIMEOUT),
         idle_timeout="Shorter than the 5 s after which SGLang's HTTP server closes an idle connection. Otherwise\n"
         "Envoy would sometimes send a request into a closing one.",
     )
@@ -267,21 +235,18 @@ def _engine(filters: Sequence[HttpFilter] = ()) -> HttpProtocolOptions:
     )
 
 
-def _unlimited() -> CircuitBreakers:
-    thresholds = CircuitBreakersThresholds(
-        max_connections=_UNLIMITED,
-        max_pending_requests=_UNLIMITED,
-        max_requests=_UNLIMITED,
-        max_retries=_UNLIMITED,
+def _unlimited() -> cluster.CircuitBreakers:
+    thresholds = cluster.CircuitBreakersThresholds(
+        max_connections=_UNLIMITED, max_pending_requests=_UNLIMITED, max_requests=_UNLIMITED, max_retries=_UNLIMITED
     )
     return commented(
-        CircuitBreakers(thresholds=[thresholds]),
+        cluster.CircuitBreakers(thresholds=[thresholds]),
         "Streams that last minutes soon reach Envoy's default of 1024. The service decides how many\n"
         "requests are admitted. The same applies to all clusters.",
     )
 
 
-def _service_tls(settings: ServiceTls | None) -> TransportSocket | None:
+def _service_tls(settings: ServiceTls | None) -> core.TransportSocket | None:
     """Build the transport socket of a cluster of the service; None for plain HTTP/2.
 
     Envoy dials the processes by IP address, and no certificate can list all of these. Therefore every process has a
@@ -291,17 +256,15 @@ def _service_tls(settings: ServiceTls | None) -> TransportSocket | None:
         return None
     certificates = []
     if settings.cert is not None and settings.key is not None:
-        certificates = [
-            TlsCertificate(
-                certificate_chain=DataSource(filename=settings.cert), private_key=DataSource(filename=settings.key)
-            )
-        ]
-    name = SubjectAltNameMatcher(san_type=SubjectAltNameMatcherSanType.DNS, matcher=StringMatcher(exact=settings.name))
-    context = CommonTlsContext(
+        chain, key = core.DataSource(filename=settings.cert), core.DataSource(filename=settings.key)
+        certificates = [tls.TlsCertificate(certificate_chain=chain, private_key=key)]
+    dns = tls.SubjectAltNameMatcherSanType.DNS
+    name = tls.SubjectAltNameMatcher(san_type=dns, matcher=StringMatcher(exact=settings.name))
+    context = tls.CommonTlsContext(
         alpn_protocols=["h2"],
         tls_certificates=certificates,
-        validation_context=CertificateValidationContext(
-            trusted_ca=DataSource(filename=settings.ca), match_typed_subject_alt_names=[name]
+        validation_context=tls.CertificateValidationContext(
+            trusted_ca=core.DataSource(filename=settings.ca), match_typed_subject_alt_names=[name]
         ),
     )
-    return _transport("tls", UpstreamTlsContext(sni=settings.name, common_tls_context=context))
+    return _transport("tls", tls.UpstreamTlsContext(sni=settings.name, common_tls_context=context))

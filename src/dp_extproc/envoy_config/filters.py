@@ -1,4 +1,4 @@
-"""The HTTP filters that call the service over ext_proc, and those that remove headers."""
+"""The HTTP filters of Envoy that call the service over ext_proc, and those that remove headers."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -7,78 +7,36 @@ from typing import Final
 
 from betterproto2 import Message
 from envoy_data_plane.envoy.config.common.mutation_rules.v3 import HeaderMutation, HeaderMutationRemoveOnMatch
-from envoy_data_plane.envoy.config.core.v3 import (
-    GrpcService,
-    GrpcServiceEnvoyGrpc,
-    HeaderValue,
-    HeaderValueOption,
-    RetryPolicy,
-    RetryPolicyRetryHostPredicate,
-    TypedExtensionConfig,
-)
-from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
-    ExternalProcessor,
-    ExtProcOverrides,
-    ExtProcPerRoute,
-    HeaderForwardingRules,
-    MetadataOptions,
-    MetadataOptionsMetadataNamespaces,
-    ProcessingMode,
-    ProcessingModeBodySendMode,
-    ProcessingModeHeaderSendMode,
-)
-from envoy_data_plane.envoy.extensions.filters.http.header_mutation.v3 import HeaderMutation as HeaderMutationFilter
-from envoy_data_plane.envoy.extensions.filters.http.header_mutation.v3 import Mutations
-from envoy_data_plane.envoy.extensions.filters.http.header_to_metadata.v3 import Config as HeaderToMetadata
-from envoy_data_plane.envoy.extensions.filters.http.header_to_metadata.v3 import ConfigKeyValuePair, ConfigRule
+from envoy_data_plane.envoy.config.core import v3 as core
+from envoy_data_plane.envoy.extensions.filters.http.ext_proc import v3 as ext_proc
+from envoy_data_plane.envoy.extensions.filters.http.header_mutation import v3 as header_mutation
+from envoy_data_plane.envoy.extensions.filters.http.header_to_metadata import v3 as header_to_metadata
 from envoy_data_plane.envoy.extensions.filters.http.upstream_codec.v3 import UpstreamCodec
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
-from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 import (
-    HeaderMutation as EarlyHeaderMutation,
-)
+from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation import v3 as early_header_mutation
 from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import PreviousHostsPredicate
 from envoy_data_plane.envoy.type.matcher.v3 import ListStringMatcher, StringMatcher
 from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
 from envoy_data_plane.google.protobuf import Any
 
+from dp_extproc import contract
 from dp_extproc.config import BodyMode, Config, Supervise
-from dp_extproc.contract import (
-    FIRST_EVENT,
-    LEG,
-    METADATA_NAMESPACE,
-    OVERRIDE_PREFIX,
-    OWNED_PREFIX,
-    OWNER,
-    READ_FROM_REQUESTS,
-    READ_FROM_RESPONSES,
-    SESSION,
-    SET_INSIDE,
-    STAGE,
-    UNTRUSTED_NAMES,
-    UNTRUSTED_PREFIXES,
-)
 from dp_extproc.envoy_config.addresses import SERVICE, SERVICE_OWNER, may_be_several
 from dp_extproc.envoy_config.yaml_text import commented, pack
 
-_SEND: Final = ProcessingModeHeaderSendMode.SEND
-_SKIP: Final = ProcessingModeHeaderSendMode.SKIP
+_SEND: Final = ext_proc.ProcessingModeHeaderSendMode.SEND
+_SKIP: Final = ext_proc.ProcessingModeHeaderSendMode.SKIP
 """Modes of headers and trailers. Bodies are not sent unless their mode is set."""
-
-_SEND_BODY: Final = {
-    BodyMode.BUFFERED: ProcessingModeBodySendMode.BUFFERED,
-    BodyMode.FULL_DUPLEX_STREAMED: ProcessingModeBodySendMode.FULL_DUPLEX_STREAMED,
-    BodyMode.NONE: ProcessingModeBodySendMode.NONE,
-}
 
 FIRST_EVENT_FILTER: Final = "dp_first_event"
 
-_ADDRESS: Final = (OWNER, LEG)
+_ATTEMPT_HEADERS: Final = (contract.OWNER, contract.LEG)
 """Headers by which a stream finds its attempt: the process that scheduled the request, and the token there."""
 
-_ENVOYS: Final = "x-envoy-"
-_INSIDE: Final = (OWNED_PREFIX, _ENVOYS)
-"""Prefixes of the headers that steer this project or Envoy. On requests that is for example ``x-envoy-internal``, on
-responses ``x-dp-retry``, ``x-envoy-ratelimited`` or ``x-envoy-immediate-health-check-fail``."""
+_ENVOY_PREFIX: Final = "x-envoy-"
+_STEERING_PREFIXES: Final = (contract.OWNED_PREFIX, _ENVOY_PREFIX)
+"""Prefixes of the headers that steer this project or Envoy. Examples are ``x-envoy-internal`` on requests, and
+``x-dp-retry`` or ``x-envoy-immediate-health-check-fail`` on responses."""
 
 _MESSAGE_TIMEOUT: Final = timedelta(seconds=20)
 """Time for one reply of the service. Envoy's default of 200 ms is too short for a body of 32 MB on a busy machine."""
@@ -92,12 +50,12 @@ def http_filter(name: str, settings: Message) -> HttpFilter:
 def schedule_requests(config: Config) -> HttpFilter:
     """Build the filter with which the service schedules each request, rewrites its body, and holds its response."""
     body_mode = config.envoy.body_mode
-    supervision = config.supervision
+    longest_hold = math.ceil(config.supervision.prefill_timeout + config.supervision.first_token_timeout)
     mode = commented(
-        ProcessingMode(
+        ext_proc.ProcessingMode(
             request_header_mode=_SEND,
             response_header_mode=_SEND,
-            request_body_mode=_SEND_BODY[body_mode],
+            request_body_mode=ext_proc.ProcessingModeBodySendMode[body_mode.name],
             request_trailer_mode=_SEND if body_mode is BodyMode.FULL_DUPLEX_STREAMED else _SKIP,
             response_trailer_mode=_SEND,
         ),
@@ -105,21 +63,21 @@ def schedule_requests(config: Config) -> HttpFilter:
         response_trailer_mode="Keeps the stream open without messages until the response has ended. Its end\n"
         "frees the reservations, also if the client has disconnected.",
     )
+    namespaces = ext_proc.MetadataOptionsMetadataNamespaces(untyped=[contract.METADATA_NAMESPACE])
+    metadata = commented(
+        ext_proc.MetadataOptions(receiving_namespaces=namespaces),
+        receiving_namespaces="The dynamic metadata that the service may set, for the access log below.",
+    )
     processor = commented(
-        ExternalProcessor(
+        ext_proc.ExternalProcessor(
             grpc_service=_to_any_process(several=may_be_several(config)),
             failure_mode_allow=True,
             processing_mode=mode,
             message_timeout=_MESSAGE_TIMEOUT,
-            max_message_timeout=timedelta(
-                seconds=math.ceil(supervision.prefill_timeout + supervision.first_token_timeout)
-            ),
+            max_message_timeout=timedelta(seconds=longest_hold),
             allow_mode_override=True,
-            forward_rules=_only(READ_FROM_REQUESTS | READ_FROM_RESPONSES),
-            metadata_options=commented(
-                MetadataOptions(receiving_namespaces=MetadataOptionsMetadataNamespaces(untyped=[METADATA_NAMESPACE])),
-                receiving_namespaces="The dynamic metadata that the service may set, for the access log below.",
-            ),
+            forward_rules=_forward_only(contract.READ_FROM_REQUESTS | contract.READ_FROM_RESPONSES),
+            metadata_options=metadata,
             status_on_error=HttpStatus(code=StatusCode.ServiceUnavailable),
         ),
         failure_mode_allow="Fail open here, and closed in the routes above. If the service crashes, running responses\n"
@@ -134,39 +92,37 @@ def schedule_requests(config: Config) -> HttpFilter:
 
 
 def remember_owner() -> HttpFilter:
-    """Build the filter that copies the owner of an attempt into metadata, for the streams that report on it.
+    """Build the filter that copies :data:`_ATTEMPT_HEADERS` into metadata, for the streams that report on an attempt.
 
-    A report may open with the response. The headers are gone by then, because the cluster removes them from the only
-    header map that a request has.
+    The stream of a report may open with the response. The headers are gone by then, because the filters of the cluster
+    remove them from the request.
     """
-    rules = [
-        ConfigRule(
-            header=name,
-            on_header_present=ConfigKeyValuePair(metadata_namespace=METADATA_NAMESPACE, key=name),
-        )
-        for name in _ADDRESS
-    ]
-    return http_filter("header_to_metadata", HeaderToMetadata(request_rules=rules))
+    copied = {
+        name: header_to_metadata.ConfigKeyValuePair(metadata_namespace=contract.METADATA_NAMESPACE, key=name)
+        for name in _ATTEMPT_HEADERS
+    }
+    rules = [header_to_metadata.ConfigRule(header=name, on_header_present=pair) for name, pair in copied.items()]
+    return http_filter("header_to_metadata", header_to_metadata.Config(request_rules=rules))
 
 
 def report_prefill(supervision: Supervise) -> HttpFilter:
     """Build the filter that reports the prefill leg to the process that scheduled the request.
 
-    With supervision its stream opens with the request, so that the service can cancel the leg; otherwise with the
-    response.
+    With supervision the filter opens its stream with the request, so that the service can cancel the leg. Without, it
+    opens it with the response.
     """
-    processor = ExternalProcessor(
+    processor = ext_proc.ExternalProcessor(
         grpc_service=_to_owner(),
         failure_mode_allow=True,
         allow_mode_override=True,
-        processing_mode=ProcessingMode(
+        processing_mode=ext_proc.ProcessingMode(
             request_header_mode=_SKIP if supervision is Supervise.OFF else _SEND,
             response_header_mode=_SEND,
             request_trailer_mode=_SKIP,
             response_trailer_mode=_SKIP,
         ),
         message_timeout=_MESSAGE_TIMEOUT,
-        forward_rules=_only(READ_FROM_RESPONSES),
+        forward_rules=_forward_only(contract.READ_FROM_RESPONSES),
     )
     comment = "Reports the status of the leg to the process that scheduled the request."
     return commented(http_filter("ext_proc", processor), comment)
@@ -175,17 +131,17 @@ def report_prefill(supervision: Supervise) -> HttpFilter:
 def report_first_event(body_mode: BodyMode) -> HttpFilter:
     """Build the filter that reports the first event of streams to the process that scheduled the request.
 
-    It is idle except on routes with :func:`enable_first_event_report`. It has to be in the chain of the cluster. Beside
-    the filter that holds the response headers, in the chain of the listener, Envoy loses short streams: it drops what
-    this filter still holds if the other one continues after the end of the response (measured with 1.40).
+    It is idle except on routes with :func:`enable_first_event_report`. It must be in the filter chain of the cluster.
+    In that of the listener, beside the filter that holds the response headers, Envoy would lose short streams: it drops
+    what this filter still has if the other one continues after the end of the response (measured with 1.40).
     """
-    processor = ExternalProcessor(
-        grpc_service=_to_owner(HeaderValue(key=STAGE, value=FIRST_EVENT)),
+    processor = ext_proc.ExternalProcessor(
+        grpc_service=_to_owner(core.HeaderValue(key=contract.STAGE, value=contract.FIRST_EVENT)),
         failure_mode_allow=True,
         allow_mode_override=body_mode is BodyMode.NONE,
-        processing_mode=_nothing(),
+        processing_mode=_no_messages(),
         message_timeout=_MESSAGE_TIMEOUT,
-        forward_rules=_only(READ_FROM_RESPONSES) if body_mode is BodyMode.NONE else None,
+        forward_rules=_forward_only(contract.READ_FROM_RESPONSES) if body_mode is BodyMode.NONE else None,
     )
     return commented(
         HttpFilter(name=FIRST_EVENT_FILTER, typed_config=pack(processor)),
@@ -196,66 +152,65 @@ def report_first_event(body_mode: BodyMode) -> HttpFilter:
 def enable_first_event_report(body_mode: BodyMode) -> Any:
     """Build the setting of a route that enables :func:`report_first_event`.
 
-    Without the request's body the service cannot see whether the client wants a stream. It gets the response headers
-    then, and requests the rest by itself.
+    With :attr:`BodyMode.NONE` the service cannot see in the request whether the client wants a stream. It then gets the
+    response headers first, and requests the body of streams.
     """
-    mode = _nothing()
+    mode = _no_messages()
     if body_mode is BodyMode.NONE:
         mode.response_header_mode = _SEND
     else:
-        mode.response_body_mode = ProcessingModeBodySendMode.STREAMED
-    return pack(ExtProcPerRoute(overrides=ExtProcOverrides(processing_mode=mode)))
+        mode.response_body_mode = ext_proc.ProcessingModeBodySendMode.STREAMED
+    return pack(ext_proc.ExtProcPerRoute(overrides=ext_proc.ExtProcOverrides(processing_mode=mode)))
 
 
-def _nothing() -> ProcessingMode:
-    return ProcessingMode(request_header_mode=_SKIP, response_header_mode=_SKIP)
+def _no_messages() -> ext_proc.ProcessingMode:
+    return ext_proc.ProcessingMode(request_header_mode=_SKIP, response_header_mode=_SKIP)
 
 
-def _to_any_process(*, several: bool) -> GrpcService:
-    service = GrpcService(envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=SERVICE))
+def _to_any_process(*, several: bool) -> core.GrpcService:
+    service = core.GrpcService(envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=SERVICE))
     if several:  # A dead process is skipped until Envoy ejects it.
-        service.retry_policy = RetryPolicy(
+        another = core.RetryPolicyRetryHostPredicate(
+            name="envoy.retry_host_predicates.previous_hosts", typed_config=pack(PreviousHostsPredicate())
+        )
+        service.retry_policy = core.RetryPolicy(
             retry_on="connect-failure",
             num_retries=1,
-            retry_host_predicate=[
-                RetryPolicyRetryHostPredicate(
-                    name="envoy.retry_host_predicates.previous_hosts", typed_config=pack(PreviousHostsPredicate())
-                )
-            ],
+            retry_host_predicate=[another],
             host_selection_retry_max_attempts=3,
         )
     return service
 
 
-def _to_owner(*more: HeaderValue) -> GrpcService:
-    return GrpcService(
-        envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=SERVICE_OWNER),
-        initial_metadata=[
-            *(HeaderValue(key=name, value=f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{name})%") for name in _ADDRESS),
-            *more,
-        ],
+def _to_owner(*more: core.HeaderValue) -> core.GrpcService:
+    attempt = {name: f"%DYNAMIC_METADATA({contract.METADATA_NAMESPACE}:{name})%" for name in _ATTEMPT_HEADERS}
+    return core.GrpcService(
+        envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=SERVICE_OWNER),
+        initial_metadata=[*(core.HeaderValue(key=name, value=value) for name, value in attempt.items()), *more],
     )
 
 
-def _only(names: Collection[str]) -> HeaderForwardingRules:
-    """Forward these headers alone: the service has no use for credentials, and each header costs time to decode."""
+def _forward_only(names: Collection[str]) -> ext_proc.HeaderForwardingRules:
+    """Send the service no other headers. It has no use for credentials, and each header costs time to decode."""
     patterns = [StringMatcher(exact=name) for name in sorted(names)]
-    return HeaderForwardingRules(allowed_headers=ListStringMatcher(patterns=patterns))
+    return ext_proc.HeaderForwardingRules(allowed_headers=ListStringMatcher(patterns=patterns))
 
 
-def strip_client_headers(session_header: str | None) -> TypedExtensionConfig:
+def strip_client_headers(session_header: str | None) -> core.TypedExtensionConfig:
     """Build the mutation that removes untrusted headers before any filter or route reads the request.
 
     Args:
         session_header: Header of clients that is copied to :data:`~dp_extproc.contract.SESSION` for the service.
     """
-    mutations = [*_remove(UNTRUSTED_PREFIXES), *(HeaderMutation(remove=name) for name in UNTRUSTED_NAMES)]
+    mutations = _remove_by_prefix(contract.UNTRUSTED_PREFIXES)
+    mutations += [HeaderMutation(remove=name) for name in contract.UNTRUSTED_NAMES]
     if session_header is not None:
-        copy = HeaderValue(key=SESSION, value=f"%REQ({session_header})%")
-        mutations.append(HeaderMutation(append=HeaderValueOption(header=copy)))  # Envoy adds no empty header.
-    return TypedExtensionConfig(
+        copy = core.HeaderValue(key=contract.SESSION, value=f"%REQ({session_header})%")
+        # Envoy adds no empty header.
+        mutations.append(HeaderMutation(append=core.HeaderValueOption(header=copy)))
+    return core.TypedExtensionConfig(
         name="envoy.http.early_header_mutation.header_mutation",
-        typed_config=pack(EarlyHeaderMutation(mutations=mutations)),
+        typed_config=pack(early_header_mutation.HeaderMutation(mutations=mutations)),
     )
 
 
@@ -266,7 +221,8 @@ def strip_steering_headers() -> HttpFilter:
     route's ``response_headers_to_remove`` acts too late: Envoy's router has read the response by then, and local
     replies have got headers of the same names.
     """
-    return _mutate(Mutations(request_mutations=_remove(_INSIDE), response_mutations=_remove(_INSIDE)))
+    removed = _remove_by_prefix(_STEERING_PREFIXES)
+    return _mutation_filter(header_mutation.Mutations(request_mutations=removed, response_mutations=removed))
 
 
 def strip_headers_before_scheduling() -> HttpFilter:
@@ -275,9 +231,10 @@ def strip_headers_before_scheduling() -> HttpFilter:
     It repeats :func:`strip_client_headers`, because another front door may lack that. The name of the conversation
     stays, since the client chooses it in any case.
     """
-    names = [HeaderMutation(remove=name) for name in (*UNTRUSTED_NAMES, *SET_INSIDE)]
+    removed = _remove_by_prefix((contract.OVERRIDE_PREFIX, _ENVOY_PREFIX))
+    removed += [HeaderMutation(remove=name) for name in (*contract.UNTRUSTED_NAMES, *contract.SET_INSIDE)]
     return commented(
-        _mutate(Mutations(request_mutations=[*_remove((OVERRIDE_PREFIX, _ENVOYS)), *names])),
+        _mutation_filter(header_mutation.Mutations(request_mutations=removed)),
         "Removes untrusted headers once more, because another front door may not do so.",
     )
 
@@ -287,12 +244,10 @@ def last_upstream_filter() -> HttpFilter:
     return http_filter("upstream_codec", UpstreamCodec())
 
 
-def _mutate(mutations: Mutations) -> HttpFilter:
-    return http_filter("header_mutation", HeaderMutationFilter(mutations=mutations))
+def _mutation_filter(mutations: header_mutation.Mutations) -> HttpFilter:
+    return http_filter("header_mutation", header_mutation.HeaderMutation(mutations=mutations))
 
 
-def _remove(prefixes: Sequence[str]) -> list[HeaderMutation]:
-    return [
-        HeaderMutation(remove_on_match=HeaderMutationRemoveOnMatch(key_matcher=StringMatcher(prefix=prefix)))
-        for prefix in prefixes
-    ]
+def _remove_by_prefix(prefixes: Sequence[str]) -> list[HeaderMutation]:
+    matches = [HeaderMutationRemoveOnMatch(key_matcher=StringMatcher(prefix=prefix)) for prefix in prefixes]
+    return [HeaderMutation(remove_on_match=match) for match in matches]

@@ -5,29 +5,16 @@ from datetime import timedelta
 from typing import Final
 
 from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog
-from envoy_data_plane.envoy.config.core.v3 import Address, HttpProtocolOptions, SocketAddress, SubstitutionFormatString
-from envoy_data_plane.envoy.config.listener.v3 import Filter, FilterChain, Listener, ListenerInternalListenerConfig
+from envoy_data_plane.envoy.config.core import v3 as core
+from envoy_data_plane.envoy.config.listener import v3 as listener
 from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
 from envoy_data_plane.envoy.extensions.access_loggers.stream.v3 import StdoutAccessLog
 from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
-from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
-    HttpConnectionManager,
-    HttpFilter,
-    LocalReplyConfig,
-)
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import v3 as hcm
 from envoy_data_plane.google.protobuf import Struct
 
+from dp_extproc import contract
 from dp_extproc.config import Config, EnvoySettings, Supervise, TruncatedStreams
-from dp_extproc.contract import (
-    META_DECODE_HOST,
-    META_DECODE_RANK,
-    META_MODEL,
-    META_POOL,
-    META_PREFILL_HOST,
-    META_PREFILL_RANK,
-    META_REASON,
-    METADATA_NAMESPACE,
-)
 from dp_extproc.envoy_config.addresses import DECODE, DISPATCH, PREFILL_LEG
 from dp_extproc.envoy_config.filters import (
     http_filter,
@@ -73,15 +60,15 @@ _EVERY_HOP: Final = {
 }
 
 _DECISION: Final = {
-    key: f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{key})%"
+    key: f"%DYNAMIC_METADATA({contract.METADATA_NAMESPACE}:{key})%"
     for key in (
-        META_MODEL,
-        META_POOL,
-        META_PREFILL_HOST,
-        META_PREFILL_RANK,
-        META_DECODE_HOST,
-        META_DECODE_RANK,
-        META_REASON,
+        contract.META_MODEL,
+        contract.META_POOL,
+        contract.META_PREFILL_HOST,
+        contract.META_PREFILL_RANK,
+        contract.META_DECODE_HOST,
+        contract.META_DECODE_RANK,
+        contract.META_REASON,
     )
 }
 
@@ -95,11 +82,11 @@ def buffer_bytes(settings: EnvoySettings) -> int:
     return settings.max_body_bytes + _MAX_HEADERS_KB * 1024
 
 
-def build_front_door(config: Config) -> Listener:
+def build_front_door(config: Config) -> listener.Listener:
     """Build the listener for clients, the only one with a port. Another gateway may take its place."""
     settings = config.envoy
     manager = commented(
-        HttpConnectionManager(
+        hcm.HttpConnectionManager(
             stat_prefix=INFERENCE,
             route_config=to_dispatch(config.retry),
             http_filters=[_router()],
@@ -124,12 +111,12 @@ def build_front_door(config: Config) -> Listener:
         "over the body.",
         preserve_external_request_id="The request id of a client appears in all logs.",
     )
-    address = SocketAddress(address=settings.inference.host, port_value=settings.inference.port)
+    address = core.SocketAddress(address=settings.inference.host, port_value=settings.inference.port)
     return commented(
-        Listener(
+        listener.Listener(
             name=INFERENCE,
-            address=Address(socket_address=address),
-            filter_chains=[FilterChain(filters=[_http(manager)])],
+            address=core.Address(socket_address=address),
+            filter_chains=[listener.FilterChain(filters=[_network_filter(manager)])],
             per_connection_buffer_limit_bytes=buffer_bytes(settings),
         ),
         "The front door. It is a hop of its own, so that it can repeat a failed attempt, which is\n"
@@ -139,36 +126,31 @@ def build_front_door(config: Config) -> Listener:
     )
 
 
-def build_internal_listeners(config: Config) -> list[Listener]:
+def build_internal_listeners(config: Config) -> list[listener.Listener]:
     """Build the listeners behind the front door, in the order in which requests pass them."""
     settings = config.envoy
     buffer = buffer_bytes(settings)
     supervision = config.supervision.mode
-    owner_for_first_event = [remember_owner()] if supervision is Supervise.FIRST_EVENT else []
     ends_streams = settings.truncated_streams is TruncatedStreams.ERROR_EVENT
-    decode_endpoint = [remember_decode_endpoint()] if ends_streams else []
-    dispatch = _internal_manager(
-        DISPATCH,
-        to_engines(supervision, settings.body_mode),
-        [schedule_requests(config), *owner_for_first_event, *decode_endpoint],
-        _log_requests(),
-        build_local_replies(settings.max_body_bytes, retries=config.retry.attempts > 1),
-    )
+    filters = [schedule_requests(config)]
+    if supervision is Supervise.FIRST_EVENT:
+        filters.append(remember_owner())
+    if ends_streams:
+        filters.append(remember_decode_endpoint())
+    replies = build_local_replies(settings.max_body_bytes, retries=config.retry.attempts > 1)
+    routes = to_engines(supervision, settings.body_mode)
+    dispatch = _internal_http(DISPATCH, routes, filters, _log_requests(), replies)
     owner = commented(remember_owner(), "The report below opens after the x-dp-* headers were removed.")
-    prefill_leg = _internal_manager(
+    prefill_leg = _internal_http(
         PREFILL_LEG, to_prefill(), [owner, swap_leg_preamble(), report_prefill(supervision)], _log_prefill_legs()
     )
+    comment = "The mirrored copy, as a request with its own body, status and log line."
     listeners = [
-        _internal(DISPATCH, [_http(dispatch)], buffer, "Schedules requests. An internal listener has no port."),
-        _internal(
-            PREFILL_LEG,
-            [_http(prefill_leg)],
-            buffer,
-            "The mirrored copy, as a request with its own body, status and log line.",
-        ),
+        _internal_listener(DISPATCH, [dispatch], buffer, "Schedules requests. An internal listener has no port."),
+        _internal_listener(PREFILL_LEG, [prefill_leg], buffer, comment),
     ]
     if ends_streams:
-        decode = _internal(
+        decode = _internal_listener(
             DECODE,
             stream_end_filters(),
             buffer,
@@ -179,29 +161,29 @@ def build_internal_listeners(config: Config) -> list[Listener]:
     return listeners
 
 
-def _internal(name: str, filters: list[Filter], buffer: int, comment: str) -> Listener:
-    listener = Listener(
+def _internal_listener(name: str, filters: list[listener.Filter], buffer: int, comment: str) -> listener.Listener:
+    internal = listener.Listener(
         name=name,
-        filter_chains=[FilterChain(filters=filters)],
+        filter_chains=[listener.FilterChain(filters=filters)],
         per_connection_buffer_limit_bytes=buffer,
-        internal_listener=ListenerInternalListenerConfig(),
+        internal_listener=listener.ListenerInternalListenerConfig(),
     )
-    return commented(listener, comment)
+    return commented(internal, comment)
 
 
-def _internal_manager(
+def _internal_http(
     name: str,
     routes: RouteConfiguration,
-    filters: Sequence[HttpFilter],
+    filters: Sequence[hcm.HttpFilter],
     access_log: AccessLog,
-    replies: LocalReplyConfig | None = None,
-) -> HttpConnectionManager:
-    return commented(
-        HttpConnectionManager(
+    replies: hcm.LocalReplyConfig | None = None,
+) -> listener.Filter:
+    manager = commented(
+        hcm.HttpConnectionManager(
             stat_prefix=name,
             route_config=routes,
             http_filters=[*filters, _router()],
-            common_http_protocol_options=HttpProtocolOptions(max_headers_count=_MAX_HEADERS_COUNT),
+            common_http_protocol_options=core.HttpProtocolOptions(max_headers_count=_MAX_HEADERS_COUNT),
             max_request_headers_kb=_MAX_HEADERS_KB,
             stream_idle_timeout=_NO_TIMEOUT,
             delayed_close_timeout=_CLOSE_DELAY,
@@ -212,15 +194,16 @@ def _internal_manager(
         max_request_headers_kb="The prefill leg's preamble is a header, with some 60 bytes for each prompt of\n"
         "a batch. Envoy's default is 60 KiB.",
     )
+    return _network_filter(manager)
 
 
-def _router() -> HttpFilter:
+def _router() -> hcm.HttpFilter:
     comment = "No x-envoy-* headers for clients and engines."
     return http_filter("router", commented(Router(suppress_envoy_headers=True), suppress_envoy_headers=comment))
 
 
-def _http(manager: HttpConnectionManager) -> Filter:
-    return Filter(name="envoy.filters.network.http_connection_manager", typed_config=pack(manager))
+def _network_filter(manager: hcm.HttpConnectionManager) -> listener.Filter:
+    return listener.Filter(name="envoy.filters.network.http_connection_manager", typed_config=pack(manager))
 
 
 def _log_requests() -> AccessLog:
@@ -230,9 +213,9 @@ def _log_requests() -> AccessLog:
 
 def _log_prefill_legs() -> AccessLog:
     """Build the log of prefill legs, whose ``request_id`` is that of their request."""
-    return _stdout({"leg": "prefill", **_EVERY_HOP, META_PREFILL_HOST: "%UPSTREAM_HOST%"})
+    return _stdout({"leg": "prefill", **_EVERY_HOP, contract.META_PREFILL_HOST: "%UPSTREAM_HOST%"})
 
 
 def _stdout(fields: Mapping[str, str]) -> AccessLog:
-    line = SubstitutionFormatString(json_format=Struct.from_dict(fields))
+    line = core.SubstitutionFormatString(json_format=Struct.from_dict(fields))
     return AccessLog(name="envoy.access_loggers.stdout", typed_config=pack(StdoutAccessLog(log_format=line)))

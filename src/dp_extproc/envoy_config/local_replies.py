@@ -3,137 +3,100 @@
 from collections.abc import Mapping
 from typing import Final
 
-from envoy_data_plane.envoy.config.accesslog.v3 import (
-    AccessLogFilter,
-    AndFilter,
-    ComparisonFilter,
-    ComparisonFilterOp,
-    ExtensionFilter,
-    MetadataFilter,
-    ResponseFlagFilter,
-    StatusCodeFilter,
-)
-from envoy_data_plane.envoy.config.core.v3 import (
-    HeaderValue,
-    HeaderValueOption,
-    RuntimeUInt32,
-    SubstitutionFormatString,
-)
+from envoy_data_plane.envoy.config.accesslog import v3 as accesslog
+from envoy_data_plane.envoy.config.core import v3 as core
 from envoy_data_plane.envoy.extensions.access_loggers.filters.cel.v3 import ExpressionFilter
-from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
-    LocalReplyConfig,
-    ResponseMapper,
-)
-from envoy_data_plane.envoy.type.matcher.v3 import MetadataMatcher, MetadataMatcherPathSegment, ValueMatcher
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import v3 as hcm
+from envoy_data_plane.envoy.type.matcher import v3 as matcher
 from envoy_data_plane.google.protobuf import Struct
 
 from dp_extproc.contract import CUT, FAILED, META_DECODE_HOST, META_PREFILL_HOST, META_REASON, METADATA_NAMESPACE, RETRY
 from dp_extproc.envoy_config.yaml_text import commented, pack
 
+_Op = accesslog.ComparisonFilterOp
+_REQUEST_ERROR: Final = "invalid_request_error"
+_FLEET_ERROR: Final = "server_error"
+"""OpenAI's types of errors: of the request itself, and of all that is behind the front door."""
+
 _UPSTREAM_FAILED: Final = ["UF", "UC", "UR", "UH", "UO", "UT", "UPE", "LR"]
 """Response flags of a connection that failed, had no valid HTTP, or ended before the response headers."""
 
 _HOSTS: Final = [f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{key})%" for key in (META_PREFILL_HOST, META_DECODE_HOST)]
+_NO_HEADERS: Final[Mapping[str, str]] = {}
 _REPEAT: Final = {RETRY: "1", FAILED: ",".join((*_HOSTS, CUT))}
 """Headers with which the front door repeats a request without a decision of the service about the retry."""
 
 
-def build_local_replies(max_body_bytes: int, *, retries: bool = False) -> LocalReplyConfig:
+def build_local_replies(max_body_bytes: int, *, retries: bool = False) -> hcm.LocalReplyConfig:
     """Build the table of Envoy's own responses.
 
-    An ``ImmediateResponse`` of the service is a local reply, too. It has a reason, which the service sets as dynamic
-    metadata in the same message, and therefore passes as it is.
+    For Envoy a refusal of the service (an ``ImmediateResponse``) is a local reply, too. It passes unchanged, since the
+    service sets its reason as dynamic metadata in the same message.
 
     Args:
         max_body_bytes: Limit that the error for a larger body names.
-        retries: Whether the front door repeats what was lost before its response headers were committed. The service
-            removes the retry headers if it decides otherwise. It cannot do so if its process is gone, or if the
-            headers were still held here, since Envoy calls no filter then. In the second case the service counts the
-            loss when the request arrives again.
+        retries: Whether the front door repeats a request that was lost before its response headers were committed. The
+            service removes the retry headers if it decides otherwise. It cannot do so if its process is gone, or if
+            the response headers were still held, since Envoy calls no filter then. In the second case the service
+            counts the loss when the request arrives again.
     """
-    lost = AndFilter(
-        filters=[
-            _status(ComparisonFilterOp.GE, 500),
-            AccessLogFilter(response_flag_filter=ResponseFlagFilter(flags=_UPSTREAM_FAILED)),
-        ]
-    )
+    failed = accesslog.AccessLogFilter(response_flag_filter=accesslog.ResponseFlagFilter(flags=_UPSTREAM_FAILED))
+    lost = accesslog.AccessLogFilter(and_filter=accesslog.AndFilter(filters=[_status(_Op.GE, 500), failed]))
+    repeat = _REPEAT if retries else {}
+    too_large = f"The request body is larger than {max_body_bytes} bytes."
+    unavailable = "The routing service did not place the request; it may be starting or down. Try again."
+    refused = "The proxy refused the request: %RESPONSE_CODE_DETAILS%"
     mappers = [
-        ResponseMapper(filter=_refusal_of_the_service()),
+        hcm.ResponseMapper(filter=_refusal_of_the_service()),
         *([_lost_while_held()] if retries else []),
-        _reply(
-            _status(ComparisonFilterOp.EQ, 413),
-            f"The request body is larger than {max_body_bytes} bytes.",
-            "invalid_request_error",
-            "request_too_large",
-        ),
-        _reply(
-            AccessLogFilter(and_filter=lost),
-            "The request got no answer: %LOCAL_REPLY_BODY%",
-            "server_error",
-            "upstream_failed",
-            _REPEAT if retries else {},
-        ),
-        _reply(
-            _status(ComparisonFilterOp.EQ, 503),
-            "The routing service did not place the request; it may be starting or down. Try again.",
-            "server_error",
-            "service_unavailable",
-        ),
-        _reply(
-            _status(ComparisonFilterOp.GE, 500),
-            "The proxy failed: %RESPONSE_CODE_DETAILS%",
-            "server_error",
-            "proxy_error",
-        ),
-        _reply(
-            _status(ComparisonFilterOp.GE, 400),
-            "The proxy refused the request: %RESPONSE_CODE_DETAILS%",
-            "invalid_request_error",
-            "request_refused",
-        ),
+        _error(_status(_Op.EQ, 413), _REQUEST_ERROR, "request_too_large", too_large),
+        _error(lost, _FLEET_ERROR, "upstream_failed", "The request got no answer: %LOCAL_REPLY_BODY%", repeat),
+        _error(_status(_Op.EQ, 503), _FLEET_ERROR, "service_unavailable", unavailable),
+        _error(_status(_Op.GE, 500), _FLEET_ERROR, "proxy_error", "The proxy failed: %RESPONSE_CODE_DETAILS%"),
+        _error(_status(_Op.GE, 400), _REQUEST_ERROR, "request_refused", refused),
     ]
-    return commented(LocalReplyConfig(mappers=mappers), "Envoy's own errors in the shape of OpenAI errors.")
+    return commented(hcm.LocalReplyConfig(mappers=mappers), "Envoy's own errors in the shape of OpenAI errors.")
 
 
-def _lost_while_held() -> ResponseMapper:
+def _lost_while_held() -> hcm.ResponseMapper:
     lost = ExpressionFilter(expression='response.code_details.startsWith("upstream_reset_after_response_started")')
-    extension = ExtensionFilter(name="envoy.access_loggers.extension_filters.cel", typed_config=pack(lost))
-    return _reply(
-        AccessLogFilter(extension_filter=extension),
-        "The server was lost before its answer had begun: %RESPONSE_CODE_DETAILS%",
-        "server_error",
+    extension = accesslog.ExtensionFilter(name="envoy.access_loggers.extension_filters.cel", typed_config=pack(lost))
+    return _error(
+        accesslog.AccessLogFilter(extension_filter=extension),
+        _FLEET_ERROR,
         "upstream_failed",
+        "The server was lost before its answer had begun: %RESPONSE_CODE_DETAILS%",
         _REPEAT,
     )
 
 
-def _refusal_of_the_service() -> AccessLogFilter:
-    matcher = MetadataMatcher(
+def _refusal_of_the_service() -> accesslog.AccessLogFilter:
+    reason = matcher.MetadataMatcher(
         filter=METADATA_NAMESPACE,
-        path=[MetadataMatcherPathSegment(key=META_REASON)],
-        value=ValueMatcher(present_match=True),
+        path=[matcher.MetadataMatcherPathSegment(key=META_REASON)],
+        value=matcher.ValueMatcher(present_match=True),
     )
     known = commented(
-        MetadataFilter(matcher=matcher, match_if_key_not_found=False),
+        accesslog.MetadataFilter(matcher=reason, match_if_key_not_found=False),
         "Refusals of the service have a reason in their metadata and pass unchanged.",
     )
-    return AccessLogFilter(metadata_filter=known)
+    return accesslog.AccessLogFilter(metadata_filter=known)
 
 
-def _status(op: ComparisonFilterOp, status: int) -> AccessLogFilter:
+def _status(op: _Op, status: int) -> accesslog.AccessLogFilter:
     # Envoy's schema demands a runtime key. Nothing sets this one.
-    value = RuntimeUInt32(default_value=status, runtime_key="dp_extproc.unused")
-    return AccessLogFilter(status_code_filter=StatusCodeFilter(comparison=ComparisonFilter(op=op, value=value)))
+    value = core.RuntimeUInt32(default_value=status, runtime_key="dp_extproc.unused")
+    comparison = accesslog.ComparisonFilter(op=op, value=value)
+    return accesslog.AccessLogFilter(status_code_filter=accesslog.StatusCodeFilter(comparison=comparison))
 
 
-def _reply(
-    when: AccessLogFilter, message: str, kind: str, code: str, headers: Mapping[str, str] | None = None
-) -> ResponseMapper:
+def _error(
+    when: accesslog.AccessLogFilter, kind: str, code: str, message: str, headers: Mapping[str, str] = _NO_HEADERS
+) -> hcm.ResponseMapper:
     error = {"message": message, "type": kind, "param": None, "code": code}
-    return ResponseMapper(
+    added = [core.HeaderValue(key=name, value=value) for name, value in headers.items()]
+    return hcm.ResponseMapper(
         filter=when,
-        headers_to_add=[
-            HeaderValueOption(header=HeaderValue(key=name, value=value)) for name, value in (headers or {}).items()
-        ],
-        body_format_override=SubstitutionFormatString(json_format=Struct.from_dict({"error": error})),
+        headers_to_add=[core.HeaderValueOption(header=header) for header in added],
+        body_format_override=core.SubstitutionFormatString(json_format=Struct.from_dict({"error": error})),
     )

@@ -2,37 +2,28 @@
 
 from typing import Final
 
-from envoy_data_plane.envoy.config.core.v3 import DataSource
+from envoy_data_plane.envoy.config.core import v3 as core
 from envoy_data_plane.envoy.extensions.filters.http.lua.v3 import Lua
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 
-from dp_extproc.contract import (
-    AVOID,
-    FAILED,
-    OVERRIDE_RANK,
-    OVERRIDE_RID,
-    PREFILL_PREFIX,
-    PREFILL_RANK,
-    PREFILL_RID,
-    PREFIX_LENGTH,
-)
+from dp_extproc import contract
 from dp_extproc.envoy_config.filters import http_filter
 from dp_extproc.envoy_config.yaml_text import commented
 
 _SWAP_LEG_PREAMBLE: Final = f"""\
 function envoy_on_request(request)
   local headers = request:headers()
-  local rid = headers:get("{PREFILL_RID}")
+  local rid = headers:get("{contract.PREFILL_RID}")
   if rid then
-    local rank = headers:get("{PREFILL_RANK}")
-    headers:remove("{OVERRIDE_RANK}")  -- the decode leg's
-    if rank then headers:add("{OVERRIDE_RANK}", rank) end
-    headers:replace("{OVERRIDE_RID}", rid)
-    headers:remove("{PREFILL_RID}")
+    local rank = headers:get("{contract.PREFILL_RANK}")
+    headers:remove("{contract.OVERRIDE_RANK}")  -- the decode leg's
+    if rank then headers:add("{contract.OVERRIDE_RANK}", rank) end
+    headers:replace("{contract.OVERRIDE_RID}", rid)
+    headers:remove("{contract.PREFILL_RID}")
     return
   end
-  local length = tonumber(string.match(request:headers():get("{PREFIX_LENGTH}") or "", "^%d+$"))
-  local prefix = request:headers():get("{PREFILL_PREFIX}")
+  local length = tonumber(string.match(request:headers():get("{contract.PREFIX_LENGTH}") or "", "^%d+$"))
+  local prefix = request:headers():get("{contract.PREFILL_PREFIX}")
   local body = request:body()  -- waits for the whole body
   if not length or not prefix or not body or length > body:length() then
     request:logErr("a prefill leg without a usable prefix is not forwarded")
@@ -41,7 +32,7 @@ function envoy_on_request(request)
   end
   local rest = body:getBytes(length, body:length() - length)
   request:headers():replace("content-length", tostring(body:setBytes(prefix .. rest)))
-  request:headers():remove("{PREFIX_LENGTH}")
+  request:headers():remove("{contract.PREFIX_LENGTH}")
 end
 """
 """The script removes its header last. A script that fails lets the request go on, and the route refuses the header."""
@@ -64,10 +55,10 @@ _NAMESPACE: Final = "dp_extproc.retry"
 _REMEMBER_FAILED_ENDPOINTS: Final = f"""\
 function envoy_on_request(request)
   local known = request:streamInfo():dynamicMetadata():get("{_NAMESPACE}")
-  if known then request:headers():replace("{AVOID}", known["failed"]) end
+  if known then request:headers():replace("{contract.AVOID}", known["failed"]) end
 end
 function envoy_on_response(response)
-  local failed = response:headers():get("{FAILED}")
+  local failed = response:headers():get("{contract.FAILED}")
   if failed then
     local metadata = response:streamInfo():dynamicMetadata()
     local known = metadata:get("{_NAMESPACE}")
@@ -89,4 +80,4 @@ def remember_failed_endpoints() -> HttpFilter:
 
 
 def _lua(script: str) -> HttpFilter:
-    return http_filter("lua", Lua(default_source_code=DataSource(inline_string=script)))
+    return http_filter("lua", Lua(default_source_code=core.DataSource(inline_string=script)))

@@ -1,22 +1,11 @@
-"""The route tables of the three listeners."""
+"""The route tables of the front door and of the listeners that schedule requests and forward prefill legs."""
 
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
 
-from envoy_data_plane.envoy.config.core.v3 import HeaderValue, HeaderValueOption
-from envoy_data_plane.envoy.config.route.v3 import (
-    DirectResponseAction,
-    HeaderMatcher,
-    RetryPolicy,
-    RetryPolicyRetryBackOff,
-    Route,
-    RouteAction,
-    RouteActionRequestMirrorPolicy,
-    RouteConfiguration,
-    RouteMatch,
-    VirtualHost,
-)
+from envoy_data_plane.envoy.config.core import v3 as core
+from envoy_data_plane.envoy.config.route import v3 as route
 
 from dp_extproc.config import BodyMode, RetrySettings, Supervise
 from dp_extproc.contract import DECODE_HOST, FAILED, PREFILL_HOST, PREFILL_RID, PREFIX_LENGTH, RETRY, WATCH
@@ -32,54 +21,55 @@ _LONGEST_BACKOFF: Final = timedelta(milliseconds=250)
 """Pauses before a retry. They are short, as a retry avoids the failed endpoints; they spread many retries a little."""
 
 
-def to_dispatch(retry: RetrySettings) -> RouteConfiguration:
+def to_dispatch(retry: RetrySettings) -> route.RouteConfiguration:
     """Build the routes of the front door, which forwards every request to the listener where it is scheduled.
 
     It repeats a request if the response has the retry header, or if the next hop dropped it without a response.
     """
     action = _forward(DISPATCH)
     if retry.attempts > 1:
+        backoff = route.RetryPolicyRetryBackOff(base_interval=_FIRST_BACKOFF, max_interval=_LONGEST_BACKOFF)
         action.retry_policy = commented(
-            RetryPolicy(
+            route.RetryPolicy(
                 retry_on="retriable-headers,reset",
                 num_retries=retry.attempts - 1,
-                retriable_headers=[HeaderMatcher(name=RETRY, present_match=True)],
-                retry_back_off=RetryPolicyRetryBackOff(base_interval=_FIRST_BACKOFF, max_interval=_LONGEST_BACKOFF),
+                retriable_headers=[route.HeaderMatcher(name=RETRY, present_match=True)],
+                retry_back_off=backoff,
             ),
             "The service requests a retry by a header and limits the attempts (retry). The front door sends the\n"
             "failed endpoints along, so that the next attempt avoids them.",
         )
-    return _table(Route(name="all", match=_when(), route=action, response_headers_to_remove=[RETRY, FAILED]))
+    return _table(route.Route(name="all", match=_when(), route=action, response_headers_to_remove=[RETRY, FAILED]))
 
 
-def to_engines(supervision: Supervise, body_mode: BodyMode) -> RouteConfiguration:
+def to_engines(supervision: Supervise, body_mode: BodyMode) -> route.RouteConfiguration:
     """Build the routes to engines, by the headers of the decision. A request without a decision gets a 503."""
     mirror = commented(
-        RouteActionRequestMirrorPolicy(cluster=PREFILL_LEG, disable_shadow_host_suffix_append=True),
+        route.RouteActionRequestMirrorPolicy(cluster=PREFILL_LEG, disable_shadow_host_suffix_append=True),
         disable_shadow_host_suffix_append="Otherwise the engine would get the host name with -shadow appended.",
     )
     routes = [
         commented(
-            Route(name="disaggregated", match=_when(DECODE_HOST, PREFILL_HOST), route=_forward(DECODE, [mirror])),
+            route.Route(name="disaggregated", match=_when(DECODE_HOST, PREFILL_HOST), route=_forward(DECODE, [mirror])),
             "Scheduled on two endpoints: decode responds to the client, and a copy goes to prefill.",
         ),
         commented(
-            Route(name="one_server", match=_when(DECODE_HOST), route=_forward(DECODE)),
+            route.Route(name="one_server", match=_when(DECODE_HOST), route=_forward(DECODE)),
             "Scheduled on one endpoint: an aggregated pool, or a request that any engine can serve.",
         ),
         commented(
-            Route(
+            route.Route(
                 name="not_placed",
                 match=_when(),
-                direct_response=DirectResponseAction(status=503),
-                response_headers_to_add=[HeaderValueOption(header=HeaderValue(key=RETRY, value="1"))],
+                direct_response=route.DirectResponseAction(status=503),
+                response_headers_to_add=[core.HeaderValueOption(header=core.HeaderValue(key=RETRY, value="1"))],
             ),
             "Fail closed: a request without a decision reaches no engine.",
         ),
     ]
     if supervision is Supervise.FIRST_EVENT:
         watched = commented(
-            Route(
+            route.Route(
                 name="watched",
                 match=_when(DECODE_HOST, PREFILL_HOST, WATCH),
                 route=_forward(DECODE, [mirror]),
@@ -91,29 +81,30 @@ def to_engines(supervision: Supervise, body_mode: BodyMode) -> RouteConfiguratio
     return _table(*routes)
 
 
-def to_prefill() -> RouteConfiguration:
+def to_prefill() -> route.RouteConfiguration:
     """Build the routes of the prefill leg: to the prefill endpoint, if body or headers were rewritten."""
-    failed = DirectResponseAction(status=500)
+    failed = route.DirectResponseAction(status=500)
     return _table(
         commented(
-            Route(name="not_rewritten", match=_when(PREFIX_LENGTH), direct_response=failed),
+            route.Route(name="not_rewritten", match=_when(PREFIX_LENGTH), direct_response=failed),
             "The script removes this header last, so a request that has it was not rewritten.",
         ),
-        Route(name="headers_not_rewritten", match=_when(PREFILL_RID), direct_response=failed),
-        Route(name="rewritten", match=_when(), route=_forward(PREFILL)),
+        route.Route(name="headers_not_rewritten", match=_when(PREFILL_RID), direct_response=failed),
+        route.Route(name="rewritten", match=_when(), route=_forward(PREFILL)),
     )
 
 
-def _table(*routes: Route) -> RouteConfiguration:
-    return RouteConfiguration(virtual_hosts=[VirtualHost(name="all", domains=["*"], routes=list(routes))])
+def _table(*routes: route.Route) -> route.RouteConfiguration:
+    return route.RouteConfiguration(virtual_hosts=[route.VirtualHost(name="all", domains=["*"], routes=list(routes))])
 
 
-def _when(*headers: str) -> RouteMatch:
-    return RouteMatch(prefix="/", headers=[HeaderMatcher(name=name, present_match=True) for name in headers])
+def _when(*headers: str) -> route.RouteMatch:
+    present = [route.HeaderMatcher(name=name, present_match=True) for name in headers]
+    return route.RouteMatch(prefix="/", headers=present)
 
 
-def _forward(cluster: str, mirrors: Sequence[RouteActionRequestMirrorPolicy] = ()) -> RouteAction:
+def _forward(cluster: str, mirrors: Sequence[route.RouteActionRequestMirrorPolicy] = ()) -> route.RouteAction:
     return commented(
-        RouteAction(cluster=cluster, timeout=_NO_TIMEOUT, request_mirror_policies=list(mirrors)),
+        route.RouteAction(cluster=cluster, timeout=_NO_TIMEOUT, request_mirror_policies=list(mirrors)),
         timeout="Envoy's default of 15 s would end long generations.",
     )

@@ -17,19 +17,16 @@ class Pages(Protocol):
 
     async def metrics(self) -> bytes:
         """Return /metrics in the text format of Prometheus."""
-        ...
 
     async def ready(self) -> bool:
-        """Find out whether requests can be scheduled."""
-        ...
+        """Return whether requests can be scheduled."""
 
     async def loads(self) -> dict[str, Any]:
-        """Return /loads."""
-        ...
+        """Return /loads as JSON data."""
 
 
 def admin_app(pages: Pages) -> Starlette:
-    """Make the ASGI application of the pages."""
+    """Make the ASGI application that serves the pages."""
 
     async def show_metrics(_request: Request) -> Response:
         return Response(await pages.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -54,7 +51,7 @@ def admin_app(pages: Pages) -> Starlette:
 
 
 class AdminServer(uvicorn.Server):
-    """A uvicorn server that leaves signals and sockets to the service."""
+    """A uvicorn server on a socket that is open already. It leaves signals to the process."""
 
     def __init__(self, pages: Pages, listening: socket.socket) -> None:
         super().__init__(uvicorn.Config(admin_app(pages), log_config=None, access_log=False, lifespan="off"))
@@ -66,5 +63,5 @@ class AdminServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Capture no signals."""
+        """Capture none, unlike uvicorn."""
         yield

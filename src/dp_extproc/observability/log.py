@@ -1,6 +1,6 @@
 """Logs engine events: failures when they begin, change or end, and each diagnostic once.
 
-Prefill and decode engines that cannot be paired are logged when that is found, and when it is over.
+It also logs when engines of a pool cannot be paired, and when this is over.
 """
 
 import logging
@@ -18,10 +18,10 @@ _Group = tuple[str, PairTerms, Version | None]
 
 
 class EngineLog:
-    """Logs engine events: an :class:`dp_extproc.engines.listener.EngineListener`.
+    """Logs engine events. Implements ``EngineListener``.
 
-    A failure may follow the sample of its round. The end of a failure is therefore logged with the event after the
-    sample.
+    A failure may follow the sample of the same round. Therefore a sample ends the failure before it only if the next
+    event is no such failure.
     """
 
     def __init__(self, logger: logging.Logger = _log) -> None:
@@ -44,13 +44,13 @@ class EngineLog:
         self._pairs.note(endpoint, facts)
 
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:  # noqa: ARG002 - the protocol's
-        """Log the end of a failure if no failure followed the sample before."""
+        """Log the end of a failure if the last event was a sample, too."""
         if endpoint.url in self._sampled:
             self._states.note(endpoint.url, None)
         self._sampled.add(endpoint.url)
 
     def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:  # noqa: ARG002 - the protocol's
-        """Log the beginning of a failure."""
+        """Log the failure, and before it the end of the last one if a whole round without failure lies between."""
         if endpoint.url in self._sampled and not failure.page_was_read:
             self._states.note(endpoint.url, None)
         self._sampled.discard(endpoint.url)
@@ -65,7 +65,6 @@ class EndpointStateLog:
         self._current: dict[str, EngineFailure] = {}
 
     def forget_all_but(self, urls: Collection[str]) -> None:
-        """Forget the endpoints that were removed."""
         self._current = {url: failure for url, failure in self._current.items() if url in urls}
 
     def note(self, url: str, failure: EngineFailure | None) -> None:
@@ -108,12 +107,10 @@ class PairLog:
         self._logged: set[tuple[str, Difference]] = set()
 
     def forget_all_but(self, endpoints: Collection[Endpoint]) -> None:
-        """Forget the endpoints that were removed."""
         self._facts = {endpoint: facts for endpoint, facts in self._facts.items() if endpoint in endpoints}
         self._update()
 
     def note(self, endpoint: Endpoint, facts: EngineFacts) -> None:
-        """Take the facts of an engine."""
         before = self._facts.get(endpoint)
         self._facts[endpoint] = facts
         if before is None or (before.terms, before.version, before.mode) != (facts.terms, facts.version, facts.mode):

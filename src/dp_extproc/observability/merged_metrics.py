@@ -10,8 +10,8 @@ def merge_pages(pages: Mapping[str, str]) -> str:
     """Merge pages, and add the label ``process`` to each sample.
 
     Args:
-        pages: Pages by the value of the label, in the text format of the Prometheus client. There every sample is below
-            the comments of its family.
+        pages: Pages by the value of the label, in the text format of the Prometheus client. That format puts the
+            samples of a family below its comments.
     """
     comments: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}

@@ -1,8 +1,9 @@
-"""Prometheus metrics: counts of events, and values that are read from the load cache at each scrape."""
+"""Prometheus metrics: counts of events, and values that are read from the load cache whenever Prometheus scrapes."""
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from itertools import accumulate
 from typing import Final
 
@@ -28,7 +29,7 @@ _DECISION_BUCKETS: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.0
 """Bounds in seconds. A decision on a small body takes tens of microseconds, on one of 64 MB tens of milliseconds."""
 
 _SOURCE: Final = "polling"
-"""Source of the load: the service polls the engines. There is no other source yet."""
+"""Value of the label ``source``: the service polls the engines for their load. There is no other source yet."""
 
 
 class Telemetry:
@@ -38,8 +39,8 @@ class Telemetry:
     the CPU time of the service.
     """
 
-    def __init__(self, fleet: LoadCache, clock: Callable[[], float]) -> None:
-        self._fleet = fleet
+    def __init__(self, loads: LoadCache, clock: Callable[[], float]) -> None:
+        self._loads = loads
         self._clock = clock
         self._failures: Counter[tuple[str, str]] = Counter()
         self._samples: Counter[str] = Counter()
@@ -48,8 +49,8 @@ class Telemetry:
         self._decision_seconds = 0.0
         self._streams = 0
         self._leg_failures: Counter[tuple[str, str, str]] = Counter()
-        self._unseen_legs = 0
-        self._served_elsewhere = 0
+        self._missing_legs = 0
+        self._destination_mismatches = 0
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -58,7 +59,6 @@ class Telemetry:
         self._registry.register(collector)
 
     def page(self) -> bytes:
-        """Return /metrics."""
         return generate_latest(self._registry)
 
     def forget_all_but(self, urls: Collection[str]) -> None:
@@ -83,15 +83,15 @@ class Telemetry:
         self._leg_failures[failed.leg.value, failed.reason.value, "yes" if failed.retried else "no"] += 1
 
     def leg_missing(self) -> None:
-        self._unseen_legs += 1
+        self._missing_legs += 1
 
     def destination_mismatch(self) -> None:
-        self._served_elsewhere += 1
+        self._destination_mismatches += 1
 
-    # --- scrapes ---
+    # --- engines ---
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:
-        """Count nothing: what an engine is stands in the load cache."""
+        """Count nothing: the load cache has the facts of the engine."""
 
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:  # noqa: ARG002 - the protocol's
         self._samples[endpoint.url] += 1
@@ -102,32 +102,28 @@ class Telemetry:
     # --- called by prometheus_client at every scrape ---
 
     def collect(self) -> Iterator[Metric]:
-        """Collect the metrics of requests, legs, endpoints and ranks."""
         yield InfoMetricFamily("dp_extproc_build", "Version of the service.", value={"version": __version__})
         yield from self._collect_requests()
         yield from self._collect_legs()
         yield from self._collect_endpoints()
         yield from self._collect_ranks()
         ratio = GaugeMetricFamily("dp_extproc_prompt_bytes_per_token", "Text bytes per prompt token.", labels=["pool"])
-        for pool, estimate in self._fleet.ratios.items():
+        for pool, estimate in self._loads.ratios.items():
             ratio.add_metric([pool], estimate.bytes_per_token)
         yield ratio
 
     def _collect_requests(self) -> Iterator[Metric]:
-        outcomes = CounterMetricFamily(
+        yield _by_label(
             "dp_extproc_requests",
             "Requests decided: outcome is routed, answered (by the service itself), or the reason of a refusal.",
-            labels=["outcome"],
+            "outcome",
+            self._outcomes,
         )
-        for outcome, count in self._outcomes.items():
-            outcomes.add_metric([outcome], count)
-        yield outcomes
         bounds = [*map(str, _DECISION_BUCKETS), "+Inf"]
-        buckets = list(zip(bounds, accumulate(map(float, self._decisions)), strict=True))
         yield HistogramMetricFamily(
             "dp_extproc_decision_duration_seconds",
             "Work from the last byte of the request to the decision.",
-            buckets=buckets,
+            buckets=list(zip(bounds, accumulate(map(float, self._decisions)), strict=True)),
             sum_value=self._decision_seconds,
         )
         yield GaugeMetricFamily("dp_extproc_active_streams", "Requests and responses in flight.", value=self._streams)
@@ -142,83 +138,77 @@ class Telemetry:
             failures.add_metric(labels, count)
         yield failures
         yield CounterMetricFamily(
-            "dp_extproc_missing_prefill_legs", "Prefill legs whose stream did not arrive here.", value=self._unseen_legs
+            "dp_extproc_missing_prefill_legs",
+            "Prefill legs whose stream did not arrive here.",
+            value=self._missing_legs,
         )
         yield CounterMetricFamily(
             "dp_extproc_destination_mismatches",
             "Requests that a gateway sent to another endpoint than the pick.",
-            value=self._served_elsewhere,
+            value=self._destination_mismatches,
         )
 
     def _collect_endpoints(self) -> Iterator[Metric]:
         labels = ["pool", "role", "endpoint"]
+        gauge, counter = partial(GaugeMetricFamily, labels=labels), partial(CounterMetricFamily, labels=labels)
         state = GaugeMetricFamily(
             "dp_extproc_endpoint_state", "1 for the present state: fresh, stale, unknown.", labels=[*labels, "state"]
         )
-        age = GaugeMetricFamily("dp_extproc_load_age_seconds", "Age of the last reading of the load.", labels=labels)
+        age = gauge("dp_extproc_load_age_seconds", "Age of the last reading of the load.")
         samples = CounterMetricFamily("dp_extproc_load_updates", "Readings of the load.", labels=[*labels, "source"])
         failures = CounterMetricFamily(
             "dp_extproc_load_failures", "Readings that failed.", labels=[*labels, "source", "kind"]
         )
-        held = CounterMetricFamily(
-            "dp_extproc_cached_prompt_tokens",
-            "Prompt tokens that were expected in the prefix cache of their rank.",
-            labels=labels,
+        cached = counter(
+            "dp_extproc_cached_prompt_tokens", "Prompt tokens that were expected in the prefix cache of their rank."
         )
-        lost = CounterMetricFamily(
-            "dp_extproc_expired_reservations",
-            "Reservations that expired because no event ended them.",
-            labels=labels,
-        )
-        ejected = GaugeMetricFamily("dp_extproc_endpoint_ejected", "1 while the endpoint is ejected.", labels=labels)
-        pace = GaugeMetricFamily(
-            "dp_extproc_time_per_output_token_seconds",
-            "Mean time per output token, as the engine reports it.",
-            labels=labels,
+        expired = counter("dp_extproc_expired_reservations", "Reservations that expired because no event ended them.")
+        ejected = gauge("dp_extproc_endpoint_ejected", "1 while the endpoint is ejected.")
+        tpot = gauge(
+            "dp_extproc_time_per_output_token_seconds", "Mean time per output token, as the engine reports it."
         )
         now = self._clock()
-        for endpoint in self._fleet.endpoints:
+        for endpoint in self._loads.endpoints:
             names = [endpoint.pool, endpoint.role.value, endpoint.url]
-            host = self._fleet.by_url.get(endpoint.url)
-            present = Freshness.UNKNOWN if host is None else host.freshness(now, self._fleet.stale_after)
+            load = self._loads.by_url.get(endpoint.url)
+            present = Freshness.UNKNOWN if load is None else load.freshness(now, self._loads.stale_after)
             for freshness in Freshness:
                 state.add_metric([*names, freshness.name.lower()], float(freshness is present))
-            if host is not None and present is not Freshness.UNKNOWN:
-                age.add_metric(names, now - host.sampled_at)
-            if host is not None:
-                ejected.add_metric(names, float(host.health.is_ejected(now)))
-                held.add_metric(names, host.cached_prompt_tokens)
-                lost.add_metric(names, host.expired)
-                if (tpot := host.tpot) is not None:
-                    pace.add_metric(names, tpot)
+            if load is not None:
+                if present is not Freshness.UNKNOWN:
+                    age.add_metric(names, now - load.sampled_at)
+                ejected.add_metric(names, float(load.health.is_ejected(now)))
+                cached.add_metric(names, load.cached_prompt_tokens)
+                expired.add_metric(names, load.expired)
+                if (seconds := load.tpot) is not None:
+                    tpot.add_metric(names, seconds)
             samples.add_metric([*names, _SOURCE], self._samples[endpoint.url])
             for (url, kind), count in self._failures.items():
                 if url == endpoint.url:
                     failures.add_metric([*names, _SOURCE, kind], count)
-        yield from (state, age, ejected, samples, failures, held, lost, pace)
+        yield from (state, age, ejected, samples, failures, cached, expired, tpot)
 
     def _collect_ranks(self) -> Iterator[Metric]:
         labels = ["pool", "role", "endpoint", "dp_rank"]
-        picks = CounterMetricFamily("dp_extproc_picks", "Requests for which this rank was picked.", labels=labels)
-        reserved = GaugeMetricFamily("dp_extproc_reserved_tokens", "Tokens of all reservations.", labels=labels)
-        requests = GaugeMetricFamily("dp_extproc_reserved_requests", "Requests with a reservation.", labels=labels)
-        sent = CounterMetricFamily(
-            "dp_extproc_uncached_prompt_tokens", "Prompt tokens that the rank has to compute.", labels=labels
-        )
-        effective = GaugeMetricFamily("dp_extproc_load_tokens", "The load that policies compare.", labels=labels)
-        for host in self._fleet.by_url.values():
-            for rank in host.ranks:
-                names = [host.pool, host.role.value, host.url, str(rank.index)]
+        gauge, counter = partial(GaugeMetricFamily, labels=labels), partial(CounterMetricFamily, labels=labels)
+        picks = counter("dp_extproc_picks", "Requests for which this rank was picked.")
+        reserved = gauge("dp_extproc_reserved_tokens", "Tokens of all reservations.")
+        requests = gauge("dp_extproc_reserved_requests", "Requests with a reservation.")
+        uncached = counter("dp_extproc_uncached_prompt_tokens", "Prompt tokens that the rank has to compute.")
+        compared = gauge("dp_extproc_load_tokens", "The load that policies compare.")
+        for load in self._loads.by_url.values():
+            for rank in load.ranks:
+                names = [load.pool, load.role.value, load.url, str(rank.index)]
                 picks.add_metric(names, rank.picks)
                 reserved.add_metric(names, rank.reserved_tokens)
                 requests.add_metric(names, rank.reserved_requests)
-                sent.add_metric(names, rank.uncached_prompt_tokens)
-                effective.add_metric(names, rank.tokens)
-        yield from (picks, sent, reserved, requests, effective)
+                uncached.add_metric(names, rank.uncached_prompt_tokens)
+                compared.add_metric(names, rank.tokens)
+        yield from (picks, uncached, reserved, requests, compared)
         yield GaugeMetricFamily(
             "dp_extproc_reservations",
             "Reservations on all endpoints, draining ones included; zero when no request is in flight.",
-            value=sum(host.reservations for host in (*self._fleet.by_url.values(), *self._fleet.draining)),
+            value=sum(load.reservations for load in (*self._loads.by_url.values(), *self._loads.draining)),
         )
 
 
@@ -229,7 +219,6 @@ class SyncMetrics:
         self._status = status
 
     def collect(self) -> Iterator[Metric]:
-        """Collect the metrics of the present status."""
         status = self._status()
         yield GaugeMetricFamily("dp_extproc_sync_connected", "1 while the bus works.", value=status.connected)
         yield GaugeMetricFamily("dp_extproc_sync_peers", "Other replicas that publish.", value=len(status.peers))
@@ -238,13 +227,13 @@ class SyncMetrics:
             "Requests of other replicas with reservations here.",
             value=sum(peer.requests for peer in status.peers),
         )
-        messages = CounterMetricFamily("dp_extproc_sync_messages", "Messages between replicas.", labels=["kind"])
-        for kind, count in (("sent", status.sent), ("received", status.received), ("lost", status.lost)):
-            messages.add_metric([kind], count)
-        yield messages
-        anomalies = CounterMetricFamily(
-            "dp_extproc_sync_anomalies", "Irregularities of the bus, by kind.", labels=["kind"]
-        )
-        for kind, count in status.anomalies.items():
-            anomalies.add_metric([kind], count)
-        yield anomalies
+        messages = {"sent": status.sent, "received": status.received, "lost": status.lost}
+        yield _by_label("dp_extproc_sync_messages", "Messages between replicas.", "kind", messages)
+        yield _by_label("dp_extproc_sync_anomalies", "Irregularities of the bus, by kind.", "kind", status.anomalies)
+
+
+def _by_label(name: str, text: str, label: str, counts: Mapping[str, int]) -> Metric:
+    counter = CounterMetricFamily(name, text, labels=[label])
+    for value, count in counts.items():
+        counter.add_metric([value], count)
+    return counter

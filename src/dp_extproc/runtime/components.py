@@ -1,4 +1,4 @@
-"""The components of one process that schedules requests: made from a configuration, and changed by a reload."""
+"""The components of a process that schedules requests: built from a configuration, and changed by a reload."""
 
 import asyncio
 import contextlib
@@ -22,9 +22,9 @@ from dp_extproc.fleet.monitor import FleetMonitor
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import StepCosts
 from dp_extproc.load.in_flight import NO_LISTENER, nothing
+from dp_extproc.observability.loads_page import describe_loads, describe_sync
 from dp_extproc.observability.log import EngineLog
 from dp_extproc.observability.metrics import SyncMetrics, Telemetry
-from dp_extproc.observability.pages import describe_loads, describe_sync
 from dp_extproc.runtime.readiness import Readiness, can_serve
 from dp_extproc.runtime.secrets import read_api_keys
 from dp_extproc.scheduling.admission import AdmissionQueue
@@ -43,7 +43,10 @@ _log = logging.getLogger(__name__)
 
 
 class Components:
-    """The connected components. They do nothing before :meth:`tasks` run, and listen on no port."""
+    """The connected components, which are also the pages of the admin port.
+
+    They do nothing before :meth:`tasks` run, and listen on no port.
+    """
 
     def __init__(
         self,
@@ -55,15 +58,10 @@ class Components:
         rng: Random,
         guard: Guard,
     ) -> None:
-        """Make and connect the components.
+        """Build and connect the components.
 
-        Args:
-            config: Configuration of this process.
-            health: The gRPC health service, which follows readiness.
-            owner: ``IP:port`` at which Envoy reaches this process.
-            clock: Monotonic seconds.
-            rng: Random numbers, seeded differently in every process.
-            guard: Guard of the background tasks.
+        The gRPC service *health* follows readiness. *owner* is the ``IP:port`` at which Envoy reaches this process.
+        *clock* returns monotonic seconds, and *rng* has another seed in every process.
         """
         self.config = config
         self._clock = clock
@@ -72,13 +70,13 @@ class Components:
         costs = StepCosts(config.load.prefill_step_cost_tokens, config.load.decode_request_cost_tokens)
         self._queue = None if config.queue is None else AdmissionQueue(config.queue)
         made_room = nothing if self._queue is None else self._queue.notify
-        self._fleet = LoadCache(endpoints, config.load.stale_after, costs, config.outlier_detection, made_room)
-        self.telemetry = Telemetry(self._fleet, clock)
+        self._loads = LoadCache(endpoints, config.load.stale_after, costs, config.outlier_detection, made_room)
+        self.telemetry = Telemetry(self._loads, clock)
         self.telemetry.add(guard)
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
         self._scheduler = Scheduler(
             config.pools,
-            self._fleet,
+            self._loads,
             owner=owner,
             rng=rng,
             draw_token=partial(secrets.token_hex, _TOKEN_BYTES),
@@ -94,23 +92,23 @@ class Components:
         if config.sync is not None:
             self._replica = join(config.sync, outbox, self._scheduler.tracker.open_peer, clock=clock)
             self.telemetry.add(SyncMetrics(self._replica.status))
-        picks = config.protocol is Protocol.ENDPOINT_PICKER
+        is_picker = config.protocol is Protocol.ENDPOINT_PICKER
         self.service = ExtProcService(
             self._scheduler,
             (self.telemetry,),
-            gateway=EndpointPicker(config.envoy.session_header) if picks else BundledEnvoy(),
+            gateway=EndpointPicker(config.envoy.session_header) if is_picker else BundledEnvoy(),
             supervision=config.supervision,
-            budget=RetryBudget(RetrySettings(attempts=1) if picks else config.retry),
+            budget=RetryBudget(RetrySettings(attempts=1) if is_picker else config.retry),
             queue=self._queue,
             max_body=config.envoy.max_body_bytes,
             clock=clock,
         )
-        self.readiness = Readiness(health, self._can_serve)
+        self.readiness = Readiness(health, lambda: any(can_serve(pool, self._loads) for pool in self.config.pools))
         self._engine_log = EngineLog()
         self._monitor = FleetMonitor(
             endpoints,
             config.load,
-            (self._fleet, self.telemetry, self._engine_log, self.readiness),
+            (self._loads, self.telemetry, self._engine_log, self.readiness),
             clock=clock,
             rng=rng,
             guard=guard,
@@ -118,24 +116,26 @@ class Components:
         )
 
     async def first_round(self) -> None:
-        """Wait until every engine was read once, or failed; at most for a limited time, since an engine may hang."""
+        """Wait until each engine was read or has failed once, for a limited time, since an engine may hang."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._monitor.first_round.wait(), _FIRST_ROUND_SECONDS)
 
-    def _can_serve(self) -> bool:
-        return any(can_serve(pool, self._fleet) for pool in self.config.pools)
+    async def metrics(self) -> bytes:
+        return self.telemetry.page()
 
-    def loads(self) -> dict[str, Any]:
-        """Return /loads."""
+    async def ready(self) -> bool:
+        return self.readiness.ready
+
+    async def loads(self) -> dict[str, Any]:
         sync = None if self._replica is None else describe_sync(self._replica.status())
-        return {**describe_loads(self._fleet, self._clock()), "sync": sync}
+        return {**describe_loads(self._loads, self._clock()), "sync": sync}
 
     def apply(self, config: Config) -> None:
-        """Apply another configuration. It differs in nothing that needs a restart; see :mod:`.reload`."""
+        """Apply another configuration, which differs in no setting that needs a restart (see :mod:`.reload`)."""
         before, endpoints = set(endpoints_of(self.config)), endpoints_of(config)
         self.config = config
         self._renew_keys()
-        self._fleet.update(endpoints, config.load.stale_after)
+        self._loads.update(endpoints, config.load.stale_after)
         self._scheduler.configure(config.pools, config.load.signal, config.admission)
         self._monitor.update(endpoints, config.load)
         self._engine_log.forget_all_but(endpoints)
@@ -143,9 +143,9 @@ class Components:
         self.telemetry.forget_all_but({each.url for each in endpoints})
         if self._queue is not None:
             self._queue.notify()
-        for word, some in (("new", set(endpoints) - before), ("gone", before - set(endpoints))):
-            if some:
-                _log.info("configuration: %s: %s", word, ", ".join(sorted(each.url for each in some)))
+        for word, changed in (("new", set(endpoints) - before), ("gone", before - set(endpoints))):
+            if changed:
+                _log.info("configuration: %s: %s", word, ", ".join(sorted(each.url for each in changed)))
 
     def tasks(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
         """Return the background tasks by name."""
@@ -158,7 +158,7 @@ class Components:
         return tasks if self._replica is None else {**tasks, "sync": partial(self._exchange, self._replica)}
 
     async def _exchange(self, replica: Replica) -> None:
-        """Join the other replicas after the first round, since their requests on undiscovered endpoints are ignored."""
+        """Join the other replicas after the first round, as requests on undiscovered endpoints would be ignored."""
         await self._monitor.first_round.wait()
         await replica.run()
 

@@ -22,6 +22,7 @@ import yaml
 _TIMEOUT: Final = 2.0
 """Limit for connecting, and for each read, in seconds."""
 _FIRST_LINE_BYTES: Final = 4096
+"""Most bytes that are read of a response; its first line has the status."""
 _DEFAULT_ADMIN: Final = "127.0.0.1:9090"
 _DEFAULT_ENGINE_HOST: Final = "127.0.0.1"
 """Defaults of ``serve`` and ``engine``, without loading them. A test keeps them equal."""
@@ -49,8 +50,9 @@ def check_for(command_line: Sequence[str], *, ready: bool) -> Check | None:
     """
     command, *options = _after_program(command_line) or [""]
     parser = argparse.ArgumentParser()
-    for names in (("-c", "--config"), ("--host",), ("--port",)):
-        parser.add_argument(*names)
+    parser.add_argument("-c", "--config")
+    parser.add_argument("--host")
+    parser.add_argument("--port")
     given, _ = parser.parse_known_args(options)
     if command == "serve":
         if given.config is None:
@@ -87,24 +89,19 @@ def main(arguments: Sequence[str], command_line: Sequence[str]) -> int:
     """
     try:
         check = check_for(command_line, ready="--ready" in arguments)
-        if check is None:
+        if check is None or (status := status_of(check)) in check.healthy:
             return 0
-        status = status_of(check)
+        problem = f"{check.path} answers {status}"
     except (OSError, ValueError, yaml.YAMLError) as error:
-        sys.stderr.write(f"not well: {error}\n")
-        return 1
-    if status not in check.healthy:
-        sys.stderr.write(f"not well: {check.path} answers {status}\n")
-        return 1
-    return 0
+        problem = str(error)
+    sys.stderr.write(f"not well: {problem}\n")
+    return 1
 
 
-def _after_program(command_line: Sequence[str]) -> list[str] | None:
-    """Return the part after the init process, the interpreter and the program itself."""
-    for position, word in enumerate(command_line):
-        if Path(word).name in _PROGRAM:
-            return list(command_line[position + 1 :]) or None
-    return None
+def _after_program(command_line: Sequence[str]) -> Sequence[str]:
+    """Return the part after the init process, the interpreter and the program itself; nothing for another program."""
+    programs = (position for position, word in enumerate(command_line, 1) if Path(word).name in _PROGRAM)
+    return command_line[next(programs, len(command_line)) :]
 
 
 def _admin(path: Path) -> tuple[str, int]:
@@ -120,7 +117,7 @@ def _admin(path: Path) -> tuple[str, int]:
 def _reachable(host: str) -> str:
     try:
         address = ipaddress.ip_address(host)
-    except ValueError:  # a name; an unknown one fails when it is connected to
+    except ValueError:  # a name, and if it is unknown, connecting fails
         return host
     if not address.is_unspecified:
         return host

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import grpc.aio
 from grpc_health.v1 import health_pb2_grpc
@@ -27,35 +27,16 @@ from dp_extproc.runtime.sockets import StartError, cannot_listen, listen, listen
 from dp_extproc.runtime.worker_context import WorkerContext, worker_config
 
 _MESSAGE_SLACK: Final = 1 << 20
-"""Most bytes of a gRPC message beyond the body: request headers and framing. gRPC's own limit of 4 MiB is too small."""
+"""Bytes that a gRPC message may have beyond the body, for headers and framing. gRPC's own limit is 4 MiB in all."""
 
 _log = logging.getLogger(__name__)
-
-
-class _Pages:
-    """Pages of the admin port."""
-
-    def __init__(self, components: Components) -> None:
-        self._components = components
-
-    async def metrics(self) -> bytes:
-        return self._components.telemetry.page()
-
-    async def ready(self) -> bool:
-        return self._components.readiness.ready
-
-    async def loads(self) -> dict[str, Any]:
-        return self._components.loads()
 
 
 async def serve(written: Config, text: str, path: Path, context: WorkerContext | None = None) -> None:
     """Serve until a signal, or until the parent process has ended.
 
-    Args:
-        written: The configuration of the file.
-        text: Content of the file.
-        path: The file.
-        context: Context of a worker process; None if this is the only process.
+    *written* is the configuration in *text*, the content of the file at *path*. A worker process has a *context*, and
+    takes its share of the configuration.
 
     Raises:
         StartError: A port is taken.
@@ -65,15 +46,16 @@ async def serve(written: Config, text: str, path: Path, context: WorkerContext |
     rng = random.Random(os.urandom(32))
     health = aio.HealthServicer()
     components = Components(config, health, owner=owner_address(config), clock=time.monotonic, rng=rng, guard=guard)
-    reloader = Reloader(path, text, written, lambda config, _text: components.apply(worker_config(config, context)))
-    if context is not None:
-        reloader.warn = ignore  # of several processes the parent logs the old names in the file
-    else:
-        components.telemetry.add(reloader)
-    admin_socket = (
-        listen(config.listen.admin, "listen.admin") if context is None else listen_privately(context.admin_socket)
+    warn = None if context is None else ignore  # of several processes the parent logs the old names in the file
+    reloader = Reloader(
+        path, text, written, lambda config, _text: components.apply(worker_config(config, context)), warn
     )
-    admin = AdminServer(_Pages(components), admin_socket)
+    if context is None:
+        components.telemetry.add(reloader)
+        admin_socket = listen(config.listen.admin, "listen.admin")
+    else:
+        admin_socket = listen_privately(context.admin_socket)
+    admin = AdminServer(components, admin_socket)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -105,7 +87,7 @@ async def serve(written: Config, text: str, path: Path, context: WorkerContext |
 
 @contextlib.contextmanager
 def _start_error_alone() -> Iterator[None]:
-    """Take a :class:`StartError` out of the group that a task group makes of it."""
+    """Raise a :class:`StartError` alone, without the exception group that a task group makes of it."""
     try:
         yield
     except ExceptionGroup as errors:
@@ -116,10 +98,7 @@ def _start_error_alone() -> Iterator[None]:
 
 
 def _keepalive(seconds: float) -> list[tuple[str, int]]:
-    """Return gRPC options that detect an Envoy which vanished without closing its connections.
-
-    Its streams end then, and so do their reservations.
-    """
+    """Return gRPC options that end the streams, and so the reservations, of an Envoy whose machine is lost."""
     milliseconds = max(1, round(seconds * 1000))
     return [
         ("grpc.keepalive_time_ms", milliseconds),

@@ -23,7 +23,7 @@ _FOLLOW_READINESS: Final = ("", READINESS, SERVICE_NAME)
 
 
 def can_serve(pool: PoolConfig, load: LoadCache) -> bool:
-    """Find out whether a pool has at least one discovered endpoint, fresh or not, for each of its roles."""
+    """Return whether a pool has at least one discovered endpoint, fresh or not, for each of its roles."""
     roles = (Role.PREFILL, Role.DECODE) if pool.is_disaggregated else (Role.WORKER,)
     return all(load.known(pool.name, role) for role in roles)
 

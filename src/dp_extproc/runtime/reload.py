@@ -17,7 +17,7 @@ from dp_extproc.runtime.secrets import external_problems
 _WATCH_SECONDS: Final = 1.0
 """Seconds between two readings of the file, with ``reload: watch``."""
 _CHANGEABLE: Final = frozenset({"pools", "load", "admission", "drain"})
-"""Sections that a reload may change. Sockets, Envoy, other replicas or running requests depend on all others."""
+"""Sections that a reload may change. On each other one sockets, Envoy, other replicas or running requests depend."""
 _FIXED_LOADS: Final = ("prefill_step_cost_tokens", "decode_request_cost_tokens")
 """Keys of ``load`` that a reload may not change, since reservations are counted in their units."""
 _REMEDY: Final = "cannot change while the service runs; restart it, and print the Envoy configuration anew"
@@ -36,22 +36,20 @@ def needs_restart(before: Config, after: Config) -> tuple[Problem, ...]:
 class Reloader:
     """Applies a changed file. A file that cannot be used is rejected as a whole and logged."""
 
-    def __init__(self, path: Path, text: str, config: Config, apply: Callable[[Config, str], None]) -> None:
-        """Begin with the configuration of the start.
+    def __init__(
+        self, path: Path, text: str, config: Config, apply: Callable[[Config, str], None], warn: Warn | None = None
+    ) -> None:
+        """Begin with *config*, the configuration in *text*, which is the content of the file at *path*.
 
-        Args:
-            path: The file.
-            text: Its content.
-            config: The configuration of the text.
-            apply: Called with every configuration that can be used, and its text.
+        *apply* is called with every configuration that can be used, and its text. *warn* is called for each old name in
+        the file; None stands for the log.
         """
         self._path = path
         self._seen: str | None = text
         self._text = text
         self._config = config
         self._apply = apply
-        self.warn: Warn = partial(_log.warning, "%s: %s", path)
-        """Called for each old name in the file."""
+        self._warn = warn or partial(_log.warning, "%s: %s", path)
         self._requested = asyncio.Event()
         self._counts: Counter[str] = Counter(applied=0, refused=0)
 
@@ -87,7 +85,7 @@ class Reloader:
             return
         try:
             self._apply(config, text)
-        except Exception:  # noqa: BLE001 - after any error the configuration before stays in use
+        except Exception:  # noqa: BLE001 - after any error the previous configuration stays in use
             self._counts["refused"] += 1
             _log.exception("configuration: cannot be used, the one before stays in use")
             self._restore()
@@ -97,14 +95,14 @@ class Reloader:
         _log.info("configuration: %s is in use as it is now", self._path)
 
     def _restore(self) -> None:
-        """Apply the configuration before again, since a part of it may be replaced already."""
+        """Apply the previous configuration again, since a part of it may be replaced already."""
         try:
             self._apply(self._config, self._text)
         except Exception:  # noqa: BLE001 - the process continues with the parts that were restored
             _log.exception("configuration: a part of the one before is not in use; restart the service")
 
     def _read(self, text: str) -> Config:
-        config = parse_config(text, str(self._path), self.warn)
+        config = parse_config(text, str(self._path), self._warn)
         if problems := (*needs_restart(self._config, config), *external_problems(config)):
             raise ConfigError(str(self._path), problems)
         return config
@@ -114,7 +112,6 @@ class Reloader:
         _log.error("configuration: refused, the one before stays in use: %s", error)
 
     def collect(self) -> Iterator[Metric]:
-        """Collect the metrics of reloads."""
         reloads = CounterMetricFamily(
             "dp_extproc_config_reloads", "Times that the configuration was reloaded.", labels=["outcome"]
         )

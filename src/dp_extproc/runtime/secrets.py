@@ -1,7 +1,4 @@
-"""Secrets that the configuration only refers to: certificates in files, API keys in files or environment variables.
-
-Certificates may be replaced while the service runs.
-"""
+"""Secrets that the configuration only refers to: certificates in files, API keys in files or environment variables."""
 
 import logging
 import os
@@ -20,14 +17,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, repr=False)
 class ApiKeys:
-    """API keys by pool, and the problems of keys that could not be read. The representation hides the keys."""
+    """API keys by pool, and the problems of keys that could not be read. ``repr`` hides the keys."""
 
     by_pool: Mapping[str, str]
     problems: tuple[Problem, ...]
 
 
 def read_api_keys(config: Config, environment: Mapping[str, str] = os.environ) -> ApiKeys:
-    """Read the API key of every pool that has one. No problem shows a key."""
+    """Read the API key of every pool that has one. The text of a problem has no key."""
     found: dict[str, str] = {}
     problems: list[Problem] = []
     for index, pool in enumerate(config.pools):
@@ -87,7 +84,7 @@ def problems_of_tls(tls: ServerTls | None) -> Iterator[Problem]:
 
 
 def external_problems(config: Config) -> tuple[Problem, ...]:
-    """Find everything outside the file that prevents a start with a correct file."""
+    """Find problems of the files and environment variables to which a correct configuration refers."""
     return (*problems_of_tls(config.listen.tls), *read_api_keys(config).problems)
 
 
@@ -103,14 +100,14 @@ def server_credentials(tls: ServerTls) -> grpc.ServerCredentials:
     Raises:
         OSError: A file cannot be read.
     """
-    first = _signature(tls)
+    first = _file_signature(tls)
     return grpc.dynamic_ssl_server_credentials(
-        _configuration(tls), _Fetcher(tls, first), require_client_authentication=tls.client_ca is not None
+        _certificates(tls), _RenewedCertificates(tls, first), require_client_authentication=tls.client_ca is not None
     )
 
 
-class _Fetcher:
-    """Returns a new configuration once the files have changed; None keeps the present one."""
+class _RenewedCertificates:
+    """Called by gRPC at each handshake. Returns the certificates if the files have changed, else None."""
 
     def __init__(self, tls: ServerTls, seen: object) -> None:
         self._tls = tls
@@ -118,14 +115,14 @@ class _Fetcher:
 
     def __call__(self) -> Any:
         try:
-            now = _signature(self._tls)
+            now = _file_signature(self._tls)
             if now == self._seen:
                 return None
             self._seen = now
             if problems := list(problems_of_tls(self._tls)):
                 _log.error("TLS: the files have changed, but stay unused: %s", "; ".join(map(str, problems)))
                 return None
-            renewed = _configuration(self._tls)
+            renewed = _certificates(self._tls)
         except OSError as error:
             _log.error("TLS: the files have changed, but cannot be read: %s", error)
             return None
@@ -133,13 +130,13 @@ class _Fetcher:
         return renewed
 
 
-def _signature(tls: ServerTls) -> tuple[tuple[int, int, int], ...]:
-    """Return a value that changes with the files. Kubernetes replaces the target of a link, so links are followed."""
+def _file_signature(tls: ServerTls) -> tuple[tuple[int, int, int], ...]:
+    """Return a value that changes with the files. It follows links, because Kubernetes replaces their targets."""
     stats = [Path(path).stat() for path in tls.files.values()]
     return tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
 
 
-def _configuration(tls: ServerTls) -> Any:
+def _certificates(tls: ServerTls) -> Any:
     key, cert = Path(tls.key).read_bytes(), Path(tls.cert).read_bytes()
     roots = None if tls.client_ca is None else Path(tls.client_ca).read_bytes()
     return grpc.ssl_server_certificate_configuration([(key, cert)], root_certificates=roots)

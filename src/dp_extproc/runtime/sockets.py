@@ -18,14 +18,14 @@ def check_ports(settings: ListenSettings) -> None:
     """
     wanted = [(settings.grpc.shifted(worker), "listen.grpc") for worker in range(settings.workers)]
     wanted.append((settings.admin, "listen.admin"))
-    refused: list[str] = []
+    problems: list[str] = []
     for address, key in wanted:
         try:
             listen(address, key).close()
         except StartError as error:
-            refused.append(str(error))
-    if refused:
-        raise StartError("\n".join(refused))
+            problems.append(str(error))
+    if problems:
+        raise StartError("\n".join(problems))
 
 
 def listen(address: SocketAddress, key: str) -> socket.socket:
@@ -34,10 +34,9 @@ def listen(address: SocketAddress, key: str) -> socket.socket:
     Raises:
         StartError: The port is taken.
     """
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:
-        return socket.create_server(
-            (address.host, address.port), family=socket.AF_INET6 if ":" in address.host else socket.AF_INET
-        )
+        return socket.create_server((address.host, address.port), family=family)
     except OSError:
         raise cannot_listen(address, key) from None
 
@@ -52,7 +51,7 @@ def listen_privately(path: Path) -> socket.socket:
 
 
 def cannot_listen(address: SocketAddress, key: str) -> StartError:
-    """Make the error of an address that is taken."""
+    """Make the error for an address that is taken."""
     return StartError(f"cannot listen on {address} ({key}): is another process using the port?")
 
 

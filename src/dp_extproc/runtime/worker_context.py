@@ -15,7 +15,7 @@ _READ_BYTES: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
-    """Index of a worker process, and its connections to the parent."""
+    """What a worker process gets from its parent."""
 
     index: int
     control_pipe: int
@@ -25,13 +25,13 @@ class WorkerContext:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read the text of :attr:`argument`."""
+        """Parse the text that :attr:`argument` returns."""
         index, control_pipe, directory = text.split(":", 2)
         return cls(int(index), int(control_pipe), Path(directory))
 
     @property
     def argument(self) -> str:
-        """Text of the context for the command line."""
+        """The context as a text for the command line."""
         return f"{self.index}:{self.control_pipe}:{self.directory}"
 
     @property
@@ -40,7 +40,7 @@ class WorkerContext:
         return self.directory / f"admin-{self.index}"
 
     def watch_parent(self, *, on_reload: Callable[[], None], on_exit: Callable[[], None]) -> None:
-        """Call back when the parent requests a reload, and when it has ended."""
+        """Call *on_reload* when the parent requests a reload, and *on_exit* when it has ended."""
         loop = asyncio.get_running_loop()
 
         def read() -> None:

@@ -33,9 +33,11 @@ _LONGEST_PAUSE: Final = 10.0
 _STEADY_SECONDS: Final = 30.0
 """Seconds after which the end of a worker process starts a new series of pauses: it did not fail at its start."""
 _MOST_DOUBLINGS: Final = 16
+"""Most doublings of the pause that are computed. More would overflow after a thousand ends."""
 _PAGE_SECONDS: Final = 2.0
 """Limit for reading a page of a worker process, in seconds."""
 _RELOAD: Final = b"\n"
+"""What the parent writes to a control pipe; see :class:`WorkerContext`."""
 _PARENT: Final = "parent"
 """Value of the label ``process`` for the parent itself."""
 
@@ -43,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 
 def pause_before(ends: int) -> float:
-    """Return the seconds before a restart, after so many ends of a worker process in a row."""
+    """Return the seconds before a restart after so many ends of a worker process in a row."""
     return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(ends - 1, _MOST_DOUBLINGS))
 
 
@@ -130,18 +132,20 @@ class _Worker:
 class _Pages:
     """Pages of the admin port: those of all worker processes, and the parent's own metrics."""
 
-    def __init__(self, workers: list[_Worker], registry: CollectorRegistry, guard: Guard) -> None:
+    def __init__(self, workers: list[_Worker], reloader: Reloader, guard: Guard) -> None:
         self._workers = workers
-        self._registry = registry
-        self._guarded = CollectorRegistry()
+        self._own = CollectorRegistry()
+        self._own.register(reloader)
+        self._own.register(self)
+        self._shared = CollectorRegistry()
         """Metrics that worker processes have too."""
-        self._guarded.register(guard)
+        self._shared.register(guard)
 
     async def metrics(self) -> bytes:
         pages = await self._all("/metrics")
-        texts = {_PARENT: generate_latest(self._guarded).decode()}
+        texts = {_PARENT: generate_latest(self._shared).decode()}
         texts |= {str(worker.index): page.text for worker, page in pages if page is not None}
-        return generate_latest(self._registry) + merge_pages(texts).encode()
+        return generate_latest(self._own) + merge_pages(texts).encode()
 
     async def ready(self) -> bool:
         return any(page is not None and page.is_success for _, page in await self._all("/readyz"))
@@ -159,14 +163,8 @@ class _Pages:
     async def _all(self, path: str) -> list[tuple[_Worker, httpx.Response | None]]:
         return list(zip(self._workers, await asyncio.gather(*(each.page(path) for each in self._workers)), strict=True))
 
-
-class _Metrics:
-    """Collects the metrics of the parent."""
-
-    def __init__(self, workers: list[_Worker]) -> None:
-        self._workers = workers
-
     def collect(self) -> Iterator[Metric]:
+        """Collect the metrics that the parent alone has."""
         running = sum(worker.pid is not None for worker in self._workers)
         yield GaugeMetricFamily("dp_extproc_worker_processes", "Worker processes that run.", value=running)
         restarts = CounterMetricFamily(
@@ -183,14 +181,9 @@ def config_copy(directory: Path) -> Path:
 
 
 async def serve_with_workers(count: int, config: Config, text: str, path: Path, log_level: str) -> None:
-    """Serve with several processes until a signal, and until all of them have ended.
+    """Serve with *count* worker processes until a signal, and until all of them have ended.
 
-    Args:
-        count: Number of worker processes.
-        config: The configuration of the file.
-        text: Content of the file.
-        path: The file.
-        log_level: Log level of the worker processes.
+    *config* is the configuration in *text*, the content of the file at *path*.
 
     Raises:
         StartError: The admin port is taken, or the path of the temporary directory is too long.
@@ -211,10 +204,7 @@ async def serve_with_workers(count: int, config: Config, text: str, path: Path, 
 
         reloader = Reloader(path, text, config, apply)
         guard = Guard()
-        registry = CollectorRegistry()
-        registry.register(reloader)
-        registry.register(_Metrics(workers))
-        admin = AdminServer(_Pages(workers, registry, guard), listen(config.listen.admin, "listen.admin"))
+        admin = AdminServer(_Pages(workers, reloader, guard), listen(config.listen.admin, "listen.admin"))
         stopping = asyncio.Event()
 
         def stop(number: signal.Signals) -> None:

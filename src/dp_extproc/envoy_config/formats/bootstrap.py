@@ -2,8 +2,8 @@
 
 from typing import Final
 
-from envoy_data_plane.envoy.config.bootstrap.v3 import Admin, Bootstrap, BootstrapStaticResources
-from envoy_data_plane.envoy.config.core.v3 import Address, SocketAddress, TypedExtensionConfig
+from envoy_data_plane.envoy.config.bootstrap import v3 as bootstrap
+from envoy_data_plane.envoy.config.core import v3 as core
 from envoy_data_plane.envoy.extensions.bootstrap.internal_listener.v3 import InternalListener
 
 from dp_extproc.config import Config
@@ -24,18 +24,19 @@ this file lists no engine, and endpoints may change without a new one. For the d
 """
 
 
-def build_bootstrap(config: Config) -> Bootstrap:
+def build_bootstrap(config: Config) -> bootstrap.Bootstrap:
     """Build the file that Envoy starts with. It names no engine, so endpoints may change without a new one."""
-    admin = config.envoy.admin
+    admin = core.SocketAddress(address=config.envoy.admin.host, port_value=config.envoy.admin.port)
+    internal = core.TypedExtensionConfig(
+        name="envoy.bootstrap.internal_listener", typed_config=pack(InternalListener())
+    )
     return commented(
-        Bootstrap(
-            static_resources=BootstrapStaticResources(
+        bootstrap.Bootstrap(
+            static_resources=bootstrap.BootstrapStaticResources(
                 listeners=[build_front_door(config), *build_internal_listeners(config)], clusters=build_clusters(config)
             ),
-            admin=Admin(address=Address(socket_address=SocketAddress(address=admin.host, port_value=admin.port))),
-            bootstrap_extensions=[
-                TypedExtensionConfig(name="envoy.bootstrap.internal_listener", typed_config=pack(InternalListener()))
-            ],
+            admin=bootstrap.Admin(address=core.Address(socket_address=admin)),
+            bootstrap_extensions=[internal],
         ),
         _HEADER,
     )

@@ -17,9 +17,10 @@ from dp_extproc.lab.simulate.fleet import Fleet
 from dp_extproc.lab.workload.trace import TraceRequest
 
 Schedule = Callable[[float, Callable[[float], None]], None]
-"""Has something called, with the time, so many seconds from now."""
+"""Calls an action with the time, so many seconds from now."""
 
 _RESERVED = 512
+"""KV tokens that decode keeps free per accepted sequence (SGLang's ``num_reserved_decode_tokens``)."""
 _LOG_INTERVAL = 40
 """Decode steps between two reports of an engine's throughput."""
 

@@ -15,6 +15,9 @@ from dp_extproc.lab.simulate.fleet import Fleet, Surroundings
 from dp_extproc.lab.simulate.outcome import Outcome, RunResult
 from dp_extproc.lab.workload.trace import TraceRequest
 
+_MUTE_SECONDS = 20.0
+"""Length of a turn in which an engine can or cannot be read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -215,12 +218,9 @@ class Simulation:
         self.after(self.around.scrape_interval, self._scrape)
 
     def _is_mute(self, role: Role, index: int, now: float) -> bool:
-        """Check whether an engine cannot be read: in turns of 20 seconds, for each engine apart."""
+        """Draw whether an engine cannot be read in the present turn, for each engine apart."""
         turn = int(now / _MUTE_SECONDS)
         return turn > 0 and Random(f"mute {self._seed} {role} {index} {turn}").random() < self.around.mute
-
-
-_MUTE_SECONDS = 20.0
 
 
 class EngineRanks:

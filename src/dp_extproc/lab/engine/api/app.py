@@ -1,4 +1,4 @@
-"""Serve the engine's paths."""
+"""Serve the HTTP of the stand-in engine: its API, its pages, and those under ``/debug`` for tests."""
 
 import re
 from collections.abc import Awaitable, Callable
@@ -53,7 +53,7 @@ _NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 
 class Server:
-    """Connect one engine to its HTTP."""
+    """One stand-in engine with its HTTP listeners, journal and faults."""
 
     def __init__(self, settings: Settings, *, kill: Callable[[str], None] = kill_engine) -> None:
         """Build it; nothing runs yet."""

@@ -45,7 +45,6 @@ class Pause:
         self._seconds = seconds
 
     async def __call__(self, _scope: Scope, receive: Receive, _send: Send) -> None:
-        """Wait."""
         if self._seconds:
             await pause(receive, self._released, self._seconds)
 
@@ -63,7 +62,6 @@ class Cut:
         self._reset = reset
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Cut it."""
         await self._before(scope, receive, send)
         connection = connection_of(scope)
         if self._reset:

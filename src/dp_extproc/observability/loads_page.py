@@ -1,4 +1,4 @@
-"""Describes the load cache and the exchange between replicas as JSON, for /loads."""
+"""Describes the load cache and the exchange between replicas as JSON data, for /loads."""
 
 from dataclasses import asdict
 from typing import Any
@@ -10,22 +10,22 @@ from dp_extproc.load.rank import RankLoad
 from dp_extproc.sync.transport.replica import SyncStatus
 
 
-def describe_loads(fleet: LoadCache, now: float) -> dict[str, Any]:
+def describe_loads(loads: LoadCache, now: float) -> dict[str, Any]:
     """Describe every configured endpoint, with its ranks once it is discovered. Times are ages in seconds."""
     return {
-        "stale_after": fleet.stale_after,
-        "prompt_bytes_per_token": {pool: round(ratio.bytes_per_token, 3) for pool, ratio in fleet.ratios.items()},
+        "stale_after": loads.stale_after,
+        "prompt_bytes_per_token": {pool: round(ratio.bytes_per_token, 3) for pool, ratio in loads.ratios.items()},
         "endpoints": [
             {
                 "url": endpoint.url,
                 "pool": endpoint.pool,
                 "role": endpoint.role.value,
-                "failure": _describe_failure(fleet.failures.get(endpoint.url)),
-                **_describe_endpoint(fleet.by_url.get(endpoint.url), fleet.stale_after, now),
+                "failure": _describe_failure(loads.failures.get(endpoint.url)),
+                **_describe_endpoint(loads.by_url.get(endpoint.url), loads.stale_after, now),
             }
-            for endpoint in fleet.endpoints
+            for endpoint in loads.endpoints
         ],
-        "draining": [{"url": host.url, "reservations": host.reservations} for host in fleet.draining],
+        "draining": [{"url": load.url, "reservations": load.reservations} for load in loads.draining],
     }
 
 
@@ -33,19 +33,18 @@ def _describe_failure(failure: EngineFailure | None) -> str | None:
     return None if failure is None else f"{failure.kind.value}: {failure.message}"
 
 
-def _describe_endpoint(host: EndpointLoad | None, stale_after: float, now: float) -> dict[str, Any]:
-    if host is None:
+def _describe_endpoint(load: EndpointLoad | None, stale_after: float, now: float) -> dict[str, Any]:
+    if load is None:
         return {"state": "undiscovered", "ranks": []}
-    sampled = host.sampled_at != float("-inf")
     return {
-        "state": host.freshness(now, stale_after).name.lower(),
-        "address": host.address,
-        "version": str(host.facts.version) if host.facts.version else None,
-        "age": round(now - host.sampled_at, 3) if sampled else None,
-        "time_per_output_token": None if (tpot := host.tpot) is None else round(tpot, 6),
-        "cached_tokens": round(host.cached_prompt_tokens),
-        "expired_reservations": host.expired,
-        "ranks": [_describe_rank(rank, now) for rank in host.ranks],
+        "state": load.freshness(now, stale_after).name.lower(),
+        "address": load.address,
+        "version": str(load.facts.version) if load.facts.version else None,
+        "age": _age(load.sampled_at, now),
+        "time_per_output_token": None if (tpot := load.tpot) is None else round(tpot, 6),
+        "cached_tokens": round(load.cached_prompt_tokens),
+        "expired_reservations": load.expired,
+        "ranks": [_describe_rank(rank, now) for rank in load.ranks],
     }
 
 
@@ -61,7 +60,7 @@ def _describe_rank(rank: RankLoad, now: float) -> dict[str, Any]:
             "running_requests": sample.running_requests,
             "waiting_requests": sample.waiting_requests,
             "capacity_tokens": sample.capacity_tokens,
-            "age": round(now - rank.sampled_at, 3) if rank.sampled_at != float("-inf") else None,
+            "age": _age(rank.sampled_at, now),
         }
     return {
         "dp_rank": rank.index,
@@ -71,6 +70,10 @@ def _describe_rank(rank: RankLoad, now: float) -> dict[str, Any]:
         "load_tokens": round(rank.tokens),
         "picks": rank.picks,
     }
+
+
+def _age(sampled_at: float, now: float) -> float | None:
+    return None if sampled_at == float("-inf") else round(now - sampled_at, 3)
 
 
 def describe_sync(status: SyncStatus) -> dict[str, Any]:
