@@ -1,5 +1,6 @@
 """Several worker processes behind one admin port: start, restart, stop, and common pages."""
 
+import asyncio
 import contextlib
 import os
 import re
@@ -17,14 +18,18 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from dp_extproc.background import Guard
 from dp_extproc.cli.serve import with_workers
 from dp_extproc.config import parse_config
 from dp_extproc.lab.testbed.ports import free_port
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from dp_extproc.observability.merged_metrics import merge_pages
+from dp_extproc.runtime.reload import Reloader
 from dp_extproc.runtime.worker_context import WorkerContext, worker_config
-from dp_extproc.runtime.workers import pause_before
+from dp_extproc.runtime.workers import _Pages, _Worker, pause_before
 from patience import wait_for
+
+CONFIG = "pools:\n- models: ['*']\n  workers: {endpoints: [http://127.0.0.1:1]}\n"
 
 
 def pools() -> list[dict[str, Any]]:
@@ -49,6 +54,32 @@ def is_alive(service: ServiceProcess, worker: int) -> bool:
 def has_peer(service: ServiceProcess) -> bool:
     page = service.loads()
     return "sync" in page and [peer["age"] < 1 for peer in page["sync"]["peers"]] == [True]
+
+
+def test_pages_leave_out_a_worker_process_that_responds_with_an_error(tmp_path: Path) -> None:
+    """The pages of the others would be lost with it."""
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "worker-0":
+            return httpx.Response(500, text="unexpected error")
+        metrics = "# TYPE dp_extproc_streams gauge\ndp_extproc_streams 3.0\n"
+        return httpx.Response(200, text='{"endpoints": []}' if request.url.path == "/loads" else metrics)
+
+    async def read() -> tuple[dict[str, Any], bytes]:
+        workers = [_Worker(index, tmp_path, "info") for index in range(2)]
+        for worker in workers:
+            worker._client = httpx.AsyncClient(
+                transport=httpx.MockTransport(respond), base_url=f"http://worker-{worker.index}"
+            )
+        config, text = parse_config(CONFIG), CONFIG
+        pages = _Pages(workers, Reloader(tmp_path / "config.yaml", text, config, lambda *_: None), Guard())
+        return await pages.loads(), await pages.metrics()
+
+    loads, metrics = asyncio.run(read())
+
+    assert loads["endpoints"] == []
+    assert [each["ready"] for each in loads["worker_processes"]] == [False, True]
+    assert b'dp_extproc_streams{process="1"} 3.0' in metrics
 
 
 @pytest.fixture(scope="module")

@@ -122,9 +122,9 @@ class _Worker:
                 os.write(self._control_pipe, _RELOAD)
 
     async def page(self, path: str) -> httpx.Response | None:
-        """Read a page of the process; None if it does not respond."""
+        """Read a page of the process; None if it does not respond, or with an error."""
         try:
-            return await self._client.get(path)
+            return (await self._client.get(path)).raise_for_status()
         except httpx.HTTPError:
             return None
 
@@ -148,11 +148,11 @@ class _Pages:
         return generate_latest(self._own) + merge_pages(texts).encode()
 
     async def ready(self) -> bool:
-        return any(page is not None and page.is_success for _, page in await self._all("/readyz"))
+        return any(page is not None for _, page in await self._all("/readyz"))
 
     async def loads(self) -> dict[str, Any]:
         """Return /loads of the first worker process that responds, and a list of all worker processes."""
-        ready = {worker.index for worker, page in await self._all("/readyz") if page is not None and page.is_success}
+        ready = {worker.index for worker, page in await self._all("/readyz") if page is not None}
         processes = [
             {"process": each.index, "pid": each.pid, "ready": each.index in ready, "restarts": each.restarts}
             for each in self._workers
