@@ -115,7 +115,7 @@ def test_an_error_is_no_duration_of_a_sequence(status: int, lasted: float | None
     (group,) = decode.groups
     assert isinstance(group, DecodeGroup)
 
-    assert group.pace.lasting == lasted
+    assert group.pace.duration == lasted
 
 
 def test_the_first_byte_of_an_aggregated_endpoint_completes_its_prompt() -> None:

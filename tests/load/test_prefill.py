@@ -13,7 +13,7 @@ LATER = NOW + 2 * ARRIVAL_LAG
 
 
 def make_group(ranks: int = 2, budget: float = 1000, *, chunked: bool = True) -> PrefillGroup:
-    return PrefillGroup(range(ranks), budget=budget, chunked=chunked, step_tokens=400)
+    return PrefillGroup(range(ranks), budget=budget, chunked=chunked, step_cost=400)
 
 
 def test_a_request_to_an_idle_engine_starts_at_once() -> None:

@@ -21,19 +21,19 @@ _LEAST: Final = 0.03
 _SAMPLES: Final = 6.0
 """Samples of a whole engine over which the usual size of corrections is averaged."""
 _SURPRISE: Final = 3.0
-"""Bound on the weight of one pair of corrections, in usual pairs."""
+"""Bound on the likeness of one pair of corrections, their product divided by the mean square."""
 
 
 class SampleTrust:
-    """The trust in the samples of one engine."""
-
-    __slots__ = ("_before", "_square", "share")
+    """The trust in the samples of one step group."""
 
     def __init__(self, ranks: int) -> None:
         self.share = 1.0
         """Share of a correction that is applied; all of it until corrections are taken back."""
         self._before = [0.0] * ranks
+        """The last correction of each rank, in tokens."""
         self._square = 0.0
+        """The mean square of the corrections."""
 
     def weigh(self, position: int, correction: float, *, is_empty: bool = False) -> float:
         """Return the part of a correction that is applied, and adjust the trust.
