@@ -157,9 +157,9 @@ class TestCancelled:
         """Clients that leave do not keep old requests in the load."""
         group = make_group(2)
         group.ranks[0].reserve(800, NOW)
-        leaving = group.ranks[1].reserve(1000, NOW)
+        cancelled = group.ranks[1].reserve(1000, NOW)
         group.ranks[1].reserve(1000, NOW)
-        leaving.cancel(NOW + 0.9)
+        cancelled.cancel(NOW + 0.9)
         group.refresh(NOW + 1)
 
         assert group.loads == [200, 250]

@@ -36,12 +36,9 @@ class SampleTrust:
         """The mean square of the corrections."""
 
     def weigh(self, position: int, correction: float, *, is_empty: bool = False) -> float:
-        """Return the part of a correction that is applied, and adjust the trust.
+        """Adjust the trust by a correction of a rank, in tokens, and return the part of it that is applied.
 
-        Args:
-            position: The position of the rank in its group.
-            correction: The whole correction, in tokens.
-            is_empty: Whether the sample has no load at all. That is no estimate, and applied completely.
+        A sample without any load is no estimate, so that its correction is applied completely.
         """
         ranks = len(self._before)
         before, self._before[position] = self._before[position], correction

@@ -180,14 +180,9 @@ class TokenRatio:
     def counted(
         self, endpoint: str, prompt_tokens: int | None, at: float, *, idle: bool = False, external: bool = False
     ) -> None:
-        """Learn from a page of an engine, with its running count of prompt tokens. A lower count began anew.
+        """Learn from a page that was read at *at*, with its running count of prompt tokens. A lower count began anew.
 
-        Args:
-            endpoint: URL of the endpoint.
-            prompt_tokens: The count; None if the page has none.
-            at: When the page was read.
-            idle: Whether the endpoint has no reservation.
-            external: Whether it has external requests.
+        The endpoint is named by its URL. It is *idle* without a reservation; *external* are requests without one.
         """
         engine = self._engines[endpoint]
         for clear in engine.note_page(external=external):

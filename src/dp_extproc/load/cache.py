@@ -28,17 +28,10 @@ class LoadCache:
         health: OutlierDetectionSettings = DEFAULT_HEALTH,
         made_room: Callable[[], None] = nothing,
     ) -> None:
-        """Begin without a discovered endpoint.
-
-        Args:
-            endpoints: The configured endpoints.
-            stale_after: Seconds after which a sample is stale.
-            costs: The fixed costs of steps.
-            health: When to eject an endpoint.
-            made_room: Called after events by which a queued request may find room.
-        """
+        """Begin without a discovered endpoint. Events by which a queued request may find room call *made_room*."""
         self.endpoints = tuple(endpoints)
         self.stale_after = stale_after
+        """Seconds after which a sample is stale."""
         self._costs = costs
         self._health = health
         self._made_room = made_room
@@ -220,10 +213,10 @@ class LoadCache:
         if load is None:
             return
         load.is_away = load.is_away or failure.is_away
-        if is_gone := failure.kind in GONE:
-            load.mark_stale()
-            self._forget_prefixes(load)  # no engine listens, so the next one has an empty cache
-        if is_gone or now - load.sampled_at > self.stale_after:
+        if failure.kind in GONE:
+            load.is_gone = True
+            self._forget_prefixes(load)  # the next engine has an empty cache
+        if failure.kind in GONE or now - load.sampled_at > self.stale_after:
             load.forget_external(now)
 
     def _forget_prefixes(self, load: EndpointLoad) -> None:

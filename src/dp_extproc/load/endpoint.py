@@ -79,6 +79,11 @@ class Candidate:
 class EndpointLoad:
     """One endpoint, with its ranks and what its engine reports."""
 
+    __slots__ = (
+        "_counts", "address", "answered_at", "cached_prompt_tokens", "candidate", "capabilities", "configured", "facts",
+        "groups", "has_external_requests", "health", "is_away", "is_gone", "ranks", "sampled_at",
+    )  # fmt: skip
+
     def __init__(
         self,
         endpoint: Endpoint,
@@ -111,7 +116,8 @@ class EndpointLoad:
         """Whether the last page has more requests than this replica and its peers have sent."""
         self.is_away = False
         """Whether the endpoint was unreachable after the last good load page."""
-        self._is_stale = False
+        self.is_gone = False
+        """Whether no engine listens any more: the samples are stale, however recent they are, until the next one."""
         self._counts: tuple[int, ...] = (0, 0)
         """Running counts of the last page: prompt tokens, and those that were not cached."""
 
@@ -162,7 +168,7 @@ class EndpointLoad:
     def freshness(self, now: float, stale_after: float) -> Freshness:
         if self.sampled_at == -math.inf:
             return Freshness.UNKNOWN
-        return Freshness.STALE if self._is_stale or now - self.seen_at > stale_after else Freshness.FRESH
+        return Freshness.STALE if self.is_gone or now - self.seen_at > stale_after else Freshness.FRESH
 
     @property
     def seen_at(self) -> float:
@@ -172,7 +178,7 @@ class EndpointLoad:
     def absorb(self, samples: tuple[RankSample, ...], started: float, now: float) -> None:
         """Correct the load by a page that was requested at *started*; samples of unknown ranks have no effect."""
         before, self.sampled_at = self.sampled_at, started
-        self._is_stale = False
+        self.is_gone = False
         readings = [
             Reading(rank, sample, _moment_of(sample, started, rank, before))
             for sample in samples
@@ -181,7 +187,7 @@ class EndpointLoad:
         ]
         self.has_external_requests = False
         if readings:
-            ours = sum(rank.requests_in_next_sample for rank in self.ranks)
+            ours = sum(each.requests for rank in self.ranks for kept in (rank.open, rank.ended) for each in kept)
             absorb(readings, len(self.ranks), now)
             if any(each.sample.age is None for each in readings):  # of an unknown time, so it may contain any of ours
                 beyond = sum(each.requests for each in readings) - ours
@@ -194,10 +200,6 @@ class EndpointLoad:
         before, counts = self._counts, (page.prompt_tokens, page.uncached_prompt_tokens)
         self._counts = tuple(then if now is None else now for now, then in zip(counts, before, strict=True))
         return any(now < then for now, then in zip(self._counts, before, strict=True))
-
-    def mark_stale(self) -> None:
-        """Make the samples stale, however recent they are, until the next one."""
-        self._is_stale = True
 
     def forget_external(self, now: float) -> None:
         """Drop the external load until the next page: that of the last one is out of date."""

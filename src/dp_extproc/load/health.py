@@ -7,6 +7,7 @@ The clock is the caller's.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from dp_extproc.config.reliability import OutlierDetectionSettings
@@ -17,23 +18,23 @@ _MOST_DOUBLINGS: Final = 32
 """Bound on the exponent, so that no number of ejections overflows; the longest ejection is reached long before."""
 
 
+@dataclass(slots=True, eq=False)
 class Health:
     """The health of one endpoint."""
 
-    def __init__(self, settings: OutlierDetectionSettings, changed: Callable[[], None] = lambda: None) -> None:
-        """Begin healthy. *changed* is called at each ejection, and at the recovery from it."""
-        self._settings = settings
-        self._changed = changed
-        self.failures = 0
-        """Legs that have failed since the last success."""
-        self.successes = 0
-        """Legs that have succeeded, in all."""
-        self._probed = -math.inf
-        """When the last probe was sent."""
-        self.ejections = 0
-        """Ejections in a row, without a success between them."""
-        self.until = -math.inf
-        """When the present or last ejection ends."""
+    settings: OutlierDetectionSettings
+    changed: Callable[[], None] = lambda: None
+    """Called at each ejection, and at the recovery from it."""
+    failures: int = 0
+    """Legs that have failed since the last success."""
+    successes: int = 0
+    """Legs that have succeeded, in all."""
+    ejections: int = 0
+    """Ejections in a row, without a success between them."""
+    until: float = -math.inf
+    """When the present or last ejection ends."""
+    probed_at: float = -math.inf
+    """When the last request was sent after an ejection."""
 
     @property
     def is_unhealthy(self) -> bool:
@@ -50,12 +51,12 @@ class Health:
         if now < self.until:
             return  # the request was sent before the ejection
         self.failures += 1
-        if self.ejections or self.failures >= self._settings.consecutive_failures:
-            seconds = self._settings.base_ejection_time * 2.0 ** min(self.ejections, _MOST_DOUBLINGS)
-            self.until = now + min(seconds, self._settings.max_ejection_time)
+        if self.ejections or self.failures >= self.settings.consecutive_failures:
+            seconds = self.settings.base_ejection_time * 2.0 ** min(self.ejections, _MOST_DOUBLINGS)
+            self.until = now + min(seconds, self.settings.max_ejection_time)
             self.ejections += 1
-            self._probed = -math.inf
-            self._changed()
+            self.probed_at = -math.inf
+            self.changed()
 
     def recovered(self) -> None:
         """Clear the record: a leg has succeeded, or the engine is back after it was unreachable."""
@@ -63,16 +64,16 @@ class Health:
             was_unhealthy, self.failures, self.ejections = self.is_unhealthy, 0, 0
             self.until = -math.inf
             if was_unhealthy:
-                self._changed()
+                self.changed()
 
     def is_ejected(self, now: float) -> bool:
         return now < self.until
 
     def takes(self, now: float) -> bool:
         """Return whether the endpoint takes a request: none during an ejection, and one at a time after it."""
-        return now >= self.until and (not self.ejections or now - self._probed >= PROBE_SECONDS)
+        return now >= self.until and (not self.ejections or now - self.probed_at >= PROBE_SECONDS)
 
     def sent(self, now: float) -> None:
         """Note that a request was sent; after an ejection it is the probe."""
         if self.ejections:
-            self._probed = now
+            self.probed_at = now

@@ -117,11 +117,6 @@ class RankLoad:
         """Prompt tokens of all requests so far, less those that were expected in the rank's prefix cache."""
         return self.group.uncached[self.position]
 
-    @property
-    def requests_in_next_sample(self) -> float:
-        """The most sequences of reservations that the next sample can contain, whenever it was taken."""
-        return sum(reservation.requests for kept in (self.open, self.ended) for reservation in kept)
-
     def reserve(
         self, tokens: float, now: float, requests: float = 1.0, cached: float = 0.0, *, is_share: bool = False
     ) -> Reservation:
@@ -307,12 +302,8 @@ class StepGroup(ABC):
     def misestimated(self, excess: float, tokens: float) -> float:
         """Attribute a token difference when the request counts agree: our estimate of their lengths was wrong.
 
-        Args:
-            excess: Tokens that a sample has beyond the reservations; below zero if it has fewer.
-            tokens: Tokens of the reservations.
-
-        Returns:
-            The tokens by which the estimate of the load is corrected.
+        A sample has *excess* more tokens than the *tokens* of the reservations; below zero if it has fewer. The result
+        is the tokens by which the estimate of the load is corrected.
         """
 
     @abstractmethod

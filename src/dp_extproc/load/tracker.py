@@ -33,15 +33,10 @@ class InFlightTracker:
         leg: str = "",
         streaming: bool = False,
     ) -> InFlight:
-        """Reserve what a request of this replica needs on its targets.
+        """Reserve what a request of this replica needs on its targets, which were picked at *now*.
 
-        Args:
-            prefill: The target that computes the prompt; None if that is an aggregated endpoint, the decode target.
-            decode: The target that answers the client.
-            cost: What the request costs.
-            now: The time of the pick.
-            leg: Token by which the ext_proc stream of the prefill leg finds the request.
-            streaming: Whether the response headers may come before any token is computed.
+        Without a prefill target the decode target is an aggregated endpoint, which computes the prompt, too.
+        :class:`InFlight` describes *leg* and *streaming*.
         """
         for target in (prefill, decode):
             if target is not None and target.rank is not None:

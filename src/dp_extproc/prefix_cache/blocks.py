@@ -61,11 +61,7 @@ class Prefix(Struct, frozen=True):
     """The end of each block, in bytes from the start; ascending. Empty if all blocks are of one size."""
 
     def __post_init__(self) -> None:
-        """Check what a peer has sent.
-
-        Raises:
-            ValueError: The ends are not those of the blocks.
-        """
+        """Raise :exc:`ValueError` if a peer has sent ends that are not those of the blocks."""
         ends = self.ends
         if ends and not (len(ends) == len(self.blocks) and ends[-1] > 0 and all(map(le, chain((0,), ends), ends))):
             raise ValueError("every block ends behind the one before, and the last one not at 0")

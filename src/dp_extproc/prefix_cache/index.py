@@ -49,13 +49,10 @@ class PrefixIndex(Generic[_R]):
         self._sessions: OrderedDict[str, _Session[_R]] = OrderedDict()
 
     def cached(self, prefix: Prefix, tokens: float, session: str | None = None) -> CachedTokens[_R]:
-        """Return how much of a prompt each rank has cached.
+        """Return how much of a prompt of so many tokens each rank has cached.
 
-        Args:
-            prefix: The prefix of the prompt.
-            tokens: Tokens of the whole prompt.
-            session: The client's name for the conversation. Its last prompt counts as a prefix of this one, unless
-                blocks show a longer one.
+        With a session, the client's name for a conversation, its last prompt counts as a prefix of this one, unless
+        blocks show a longer one.
         """
         by_rank: dict[_R, float] = {}
         elsewhere = 0.0
