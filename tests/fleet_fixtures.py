@@ -82,7 +82,7 @@ def samples(tokens: Sequence[int], age: float | None = 0.0) -> tuple[RankSample,
 
 def absorb_sample(group: StepGroup, sample: RankSample, at: float) -> None:
     """Correct one rank of a group, as if it were alone in its engine, by a sample that comes without delay."""
-    absorb([Reading(group, group.ranks[sample.dp_rank], sample, at)], 1, at)
+    absorb([Reading(group.ranks[sample.dp_rank], sample, at)], 1, at)
 
 
 class Fleet:

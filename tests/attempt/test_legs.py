@@ -106,7 +106,7 @@ class Attempted:
     def blamed(self) -> list[Role]:
         """Name the legs whose endpoint has a failure on record."""
         roles = (Role.PREFILL, Role.DECODE)
-        return [role for role in roles if self.fleet.endpoint(role).health.is_doubtful]
+        return [role for role in roles if self.fleet.endpoint(role).health.failures]
 
 
 class Watch:

@@ -6,7 +6,7 @@ from dp_extproc.engines.model import RankSample
 from dp_extproc.estimators.decode_pace import DEFAULT_TPOT
 from dp_extproc.load.attribution import Reading, absorb
 from dp_extproc.load.decode import DecodeGroup
-from dp_extproc.load.rank import Reservation
+from dp_extproc.load.step_group import Reservation
 from fleet_fixtures import absorb_sample
 
 NOW = 1000.0
@@ -222,7 +222,7 @@ def test_a_late_sample_corrects_only_open_reservations(ended: int, reported: int
     sample = RankSample(0, used_tokens=reported, total_tokens=reported, running_requests=2)
     for each in reservations[:ended]:
         each.complete(NOW + 2)
-    absorb([Reading(group, rank, sample, NOW + 1)], 1, NOW + 3)
+    absorb([Reading(rank, sample, NOW + 1)], 1, NOW + 3)
 
     still_open = 2 - ended
     assert rank.external_tokens == (reported - 2000) / 2 * still_open

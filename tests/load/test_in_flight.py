@@ -12,7 +12,7 @@ from fleet_fixtures import Fleet, make_facts
 EVENTS = ("prefill", "first_byte", "end")
 
 
-def _tell(attempt: InFlight, event: str, now: float) -> None:
+def _apply(attempt: InFlight, event: str, now: float) -> None:
     if event == "prefill":
         attempt.prefill_answered(200, now)
     elif event == "first_byte":
@@ -42,16 +42,16 @@ def test_the_load_is_zero_after_the_end(events: tuple[str, ...], streaming: bool
         on_prefill_answer=answered.append,
     )
     for now, event in enumerate((*events, *events), start=1):
-        _tell(attempt, event, now)
+        _apply(attempt, event, now)
 
     over = "end" in events
-    telling = {"prefill"} if streaming else {"prefill", "first_byte"}
-    assert prefill.requests == (0 if over or telling.intersection(events) else 1)
+    answering = {"prefill"} if streaming else {"prefill", "first_byte"}
+    assert prefill.requests == (0 if over or answering.intersection(events) else 1)
     assert decode.requests == (0 if over else 1)
     assert prefill.tokens == 0 if prefill.requests == 0 else prefill.tokens > 0
     assert decode.tokens == 0 if over else decode.tokens >= 70
-    heard = telling.intersection(events[: events.index("end")] if over else events)
-    assert answered == ([200] if heard else [])
+    applied = answering.intersection(events[: events.index("end")] if over else events)
+    assert answered == ([200] if applied else [])
 
 
 class TestAnEndWithoutPrefill:
@@ -71,9 +71,9 @@ class TestAnEndWithoutPrefill:
 
     def test_a_client_that_leaves_moves_no_other_request(self, fleet: Fleet) -> None:
         """The first one is as far from its turn as it was before."""
-        _, leaving = self.attempts(fleet)
+        _, cancelled = self.attempts(fleet)
         before = fleet.endpoint(Role.PREFILL).tokens
-        leaving.end(1)
+        cancelled.end(1)
 
         assert fleet.endpoint(Role.PREFILL).tokens == before - 40_000
 
@@ -115,7 +115,7 @@ def test_an_error_is_no_duration_of_a_sequence(status: int, lasted: float | None
     (group,) = decode.groups
     assert isinstance(group, DecodeGroup)
 
-    assert group.pace.lasting == lasted
+    assert group.pace.duration == lasted
 
 
 def test_the_first_byte_of_an_aggregated_endpoint_completes_its_prompt() -> None:

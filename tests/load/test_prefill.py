@@ -13,7 +13,7 @@ LATER = NOW + 2 * ARRIVAL_LAG
 
 
 def make_group(ranks: int = 2, budget: float = 1000, *, chunked: bool = True) -> PrefillGroup:
-    return PrefillGroup(range(ranks), budget=budget, chunked=chunked, step_tokens=400)
+    return PrefillGroup(range(ranks), budget=budget, chunked=chunked, step_cost=400)
 
 
 def test_a_request_to_an_idle_engine_starts_at_once() -> None:
@@ -157,9 +157,9 @@ class TestCancelled:
         """Clients that leave do not keep old requests in the load."""
         group = make_group(2)
         group.ranks[0].reserve(800, NOW)
-        leaving = group.ranks[1].reserve(1000, NOW)
+        cancelled = group.ranks[1].reserve(1000, NOW)
         group.ranks[1].reserve(1000, NOW)
-        leaving.cancel(NOW + 0.9)
+        cancelled.cancel(NOW + 0.9)
         group.refresh(NOW + 1)
 
         assert group.loads == [200, 250]

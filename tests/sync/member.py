@@ -54,7 +54,7 @@ class Member:
             self.end(3 if len(self.own) > 100 else 2)
             await asyncio.sleep(0.01)
 
-    def knows(self, *others: "Member") -> bool:
+    def follows(self, *others: "Member") -> bool:
         """Check that the recorded requests are exactly the open attempts of other members."""
         return self.requests.open_ranks == sorted(number for other in others for number in other.own)
 

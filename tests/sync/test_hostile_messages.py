@@ -230,7 +230,7 @@ def test_errors_in_applying_are_logged_once(caplog: pytest.LogCaptureFixture) ->
     """Requests are served, each error is counted, and no log is filled."""
     receiver = Receiver()
 
-    def fail(_dispatch: PlacementRecord, _at: float) -> Any:
+    def fail(_record: PlacementRecord, _at: float) -> Any:
         raise ZeroDivisionError("float division by zero")
 
     receiver.replica._peers._open_peer = fail

@@ -33,7 +33,7 @@ def test_events_go_out_in_one_batch() -> None:
 
     events = (Placed(7, 0.01, RECORD), PrefillAnswered(7, 0.02), FirstToken(7, 0.03), Ended(7, 0.04))
     assert message == Batch("a", 2, 0.05, events)
-    assert outbox.open_attempts == 0
+    assert outbox._open == {}
 
 
 def test_outbox_sends_nothing_without_events() -> None:

@@ -49,7 +49,7 @@ def test_replicas_have_the_attempts_of_all_peers(server: RedisProcess) -> None:
             for member in members:
                 member.open(50)
                 member.end(20)
-            await until(lambda: a.knows(b, c) and b.knows(a, c) and c.knows(a, b))
+            await until(lambda: a.follows(b, c) and b.follows(a, c) and c.follows(a, b))
             status = a.replica.status()
             assert status.connected
             assert sorted((peer.replica, peer.requests) for peer in status.peers) == [("b", 30), ("c", 30)]
@@ -68,7 +68,7 @@ def test_new_replica_gets_all_open_attempts(server: RedisProcess) -> None:
             first.open(3000)
             await until(lambda: first.replica.status().sent > 1)
             async with running(second):
-                await until(lambda: second.knows(first))
+                await until(lambda: second.follows(first))
 
     asyncio.run(story())
 
@@ -93,7 +93,7 @@ def test_replicas_survive_a_restart_of_the_server_under_load(
                 server.start()
                 await until(lambda: all(member.replica.status().connected for member in members))
                 await until(lambda: all(len(member.requests.open) > 100 for member in members))
-            await until(lambda: a.knows(b, c) and b.knows(a, c) and c.knows(a, b))
+            await until(lambda: a.follows(b, c) and b.follows(a, c) and c.follows(a, b))
             assert all(member.replica.status().lost > 0 for member in members)
 
     asyncio.run(story())
@@ -111,12 +111,12 @@ def test_connection_is_replaced_if_the_server_hangs(server: RedisProcess) -> Non
         a, b = Member(server.url, "a", 1.0), Member(server.url, "b", 1.0)
         async with running(a, b):
             a.open(5)
-            await until(lambda: b.knows(a))
+            await until(lambda: b.follows(a))
             server.send_signal(signal.SIGSTOP)
             await until(lambda: not a.replica.status().connected and not b.replica.status().connected)
             await until(lambda: b.requests.open == [])
             server.send_signal(signal.SIGCONT)
-            await until(lambda: b.knows(a))
+            await until(lambda: b.follows(a))
 
     asyncio.run(story())
 
@@ -162,11 +162,11 @@ def test_replica_detects_lost_messages(server: RedisProcess) -> None:
         a, b = Member(server.url, "a"), Member(server.url, "b")
         async with running(a, b):
             a.open(5)
-            await until(lambda: b.knows(a))
+            await until(lambda: b.follows(a))
             a.end(2)
             a.open(1)
             a.outbox.collect(0.0)  # and these messages are lost
-            await until(lambda: b.knows(a))
+            await until(lambda: b.follows(a))
             assert b.replica.status().anomalies["gap"] == 1
 
     asyncio.run(story())
@@ -179,10 +179,10 @@ def test_messages_of_other_programs_are_counted(server: RedisProcess, caplog: py
         member = Member(server.url, "a")
         async with running(member):
             await until(lambda: member.replica.status().connected)
-            async with redis.asyncio.Redis(port=server.port) as stranger:
+            async with redis.asyncio.Redis(port=server.port) as outsider:
                 for _ in range(3):
-                    await stranger.publish("dp-extproc", b"hello")
-                    await stranger.publish("dp-extproc", b"dpx" + bytes([VERSION + 1]))
+                    await outsider.publish("dp-extproc", b"hello")
+                    await outsider.publish("dp-extproc", b"dpx" + bytes([VERSION + 1]))
             await until(lambda: member.replica.status().anomalies["version_mismatch"] == 3)
             assert member.replica.status().anomalies["undecodable"] == 3
 
@@ -199,14 +199,14 @@ def test_hostile_messages_are_counted(server: RedisProcess) -> None:
         hostile = hostile_messages(record_to(1))
         async with running(*members):
             await until(lambda: all(len(member.replica.status().peers) == 1 for member in members))
-            async with redis.asyncio.Redis(port=server.port) as stranger:
+            async with redis.asyncio.Redis(port=server.port) as outsider:
                 for message in hostile:
-                    await stranger.publish("dp-extproc", message)
+                    await outsider.publish("dp-extproc", message)
             await until(
                 lambda: all(member.replica.status().anomalies["undecodable"] == len(hostile) for member in members)
             )
             a.open(3)
-            await until(lambda: b.knows(a))
+            await until(lambda: b.follows(a))
             assert [member.replica.status().last_error for member in members] == [None, None]
             assert [len(member.replica.status().peers) for member in members] == [1, 1]
 
@@ -221,7 +221,7 @@ def test_password_is_used_and_never_logged(tmp_path: Path, caplog: pytest.LogCap
         wrong = Member(f"redis://:hunter2@127.0.0.1:{port}", "c")
         async with running(*right, wrong):
             right[0].open()
-            await until(lambda: right[1].knows(right[0]))
+            await until(lambda: right[1].follows(right[0]))
             await until(lambda: wrong.replica.status().last_error is not None)
             error = wrong.replica.status().last_error
             assert error is not None
@@ -252,7 +252,7 @@ def test_tls_verifies_the_server(tmp_path: Path) -> None:
         open_before = open_files()
         async with running(*trusting, doubting):
             trusting[0].open()
-            await until(lambda: trusting[1].knows(trusting[0]))
+            await until(lambda: trusting[1].follows(trusting[0]))
             await until(lambda: "CERTIFICATE_VERIFY_FAILED" in (doubting.replica.status().last_error or ""))
         # A connection with TLS is closed only when the server has said goodbye, which the client does not wait for.
         await until(lambda: open_files() == open_before)
@@ -279,7 +279,7 @@ def test_user_needs_rights_for_the_channel_alone(server: RedisProcess) -> None:
         wrong = Member(f"redis://wrong:password@127.0.0.1:{server.port}", "c")
         async with running(*right, wrong):
             right[0].open()
-            await until(lambda: right[1].knows(right[0]))
+            await until(lambda: right[1].follows(right[0]))
             await until(lambda: wrong.replica.status().last_error is not None)
             assert "does not let this user publish and subscribe" in (wrong.replica.status().last_error or "")
 

@@ -82,7 +82,7 @@ def test_stopped_process_blocks_no_other(directory: Path) -> None:
                     a.end(20)
                     await asyncio.sleep(0.005)
                 a.open(2)
-                await until(lambda: b.knows(a))
+                await until(lambda: b.follows(a))
                 stopped.send_signal(signal.SIGCONT)
                 await until(lambda: stopped.do("state")["followed"] == sorted(a.own))
                 await until(lambda: len(b.requests.open) == 3)
@@ -98,13 +98,13 @@ def test_hostile_messages_are_counted(directory: Path) -> None:
         hostile = hostile_messages(record_to(1))
         async with running(a, b):
             await until(lambda: sockets(directory) == ["a.sock", "b.sock"])
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as outsider:
                 for message in hostile:
-                    stranger.sendto(message, str(directory / "b.sock"))
+                    outsider.sendto(message, str(directory / "b.sock"))
                     await asyncio.sleep(0)
             await until(lambda: b.replica.status().anomalies["undecodable"] == len(hostile))
             a.open(3)
-            await until(lambda: b.knows(a))
+            await until(lambda: b.follows(a))
             assert [peer.replica for peer in b.replica.status().peers] == ["a"]
 
     asyncio.run(story())
@@ -119,7 +119,7 @@ def test_large_snapshot_passes_a_small_queue(directory: Path) -> None:
             first.open(10_000)
             await until(lambda: first.replica.status().connected)
             async with running(second):
-                await until(lambda: second.knows(first))
+                await until(lambda: second.follows(first))
 
     asyncio.run(story())
 
@@ -135,7 +135,7 @@ def test_removed_socket_is_made_again(directory: Path, caplog: pytest.LogCapture
             (directory / "b.sock").unlink()
             await until(lambda: "the bus is back" in caplog.text)
             a.open(3)
-            await until(lambda: b.knows(a))
+            await until(lambda: b.follows(a))
 
     asyncio.run(story())
 

@@ -63,7 +63,7 @@ class Effects:
         self.token = in_flight.leg
         self._prefill, self._decode = in_flight.prefill_endpoint, in_flight.decode_endpoint
         self._endpoints = [each for each in (self._prefill, self._decode) if each is not None]
-        self._answers = [each.health.answers for each in self._endpoints]
+        self._answers = [each.health.successes for each in self._endpoints]
         if is_first:
             self._environment.budget.earn()
 
@@ -103,7 +103,7 @@ class Effects:
             for endpoint, before in zip(self._endpoints, self._answers, strict=True):
                 # Decode may delay prefill, but prefill does not delay a first token.
                 concerned = failure.leg in {Role.PREFILL, endpoint.role}
-                if concerned and endpoint.health.answers == before:
+                if concerned and endpoint.health.successes == before:
                     endpoint.health.failed(now)
 
     # --- retry budget and listener ---

@@ -17,10 +17,10 @@ DEFAULT_TPOT: Final = 0.03
 ODD_PACE: Final = 4.0
 """Bound on the factor by which a reported TPOT may differ from the usual one."""
 ALIKE: Final = 1.1
-"""Factor of slowness that counts as none: idle engines of one kind share the requests, though their counts always
-differ a little. Only what exceeds it counts, so that the slowness has no jump there."""
+"""Factor by which the TPOT of engines of one kind may differ by chance. Only what exceeds it is slowness, so that idle
+engines share the requests."""
 _ODD_SLOWNESS: Final = 2.0
-"""Bound on the reported slowness against the average of the pool, while the durations of sequences are not known."""
+"""Bound on the reported slowness against the average of the pool."""
 _CONTRADICTION: Final = 1.5
 """Bound on the factor between the reported slowness and the slowness by the durations of sequences."""
 _LEAST_TPOT: Final = 0.001
@@ -31,10 +31,10 @@ _HALF_LIFE: Final = 5.0
 _FORGOTTEN: Final = 1e-6
 """Steps below which there are none. Halved without end they would become so small that their products are zero."""
 _HALF_WEIGHT: Final = 50.0
-"""Steps of a rank, those of two seconds, by which a slowness counts for a half. Simulated, 5 or 20 are as good for a
-busy fleet, but make idle engines differ by chance."""
+"""Steps of a rank, made in about two seconds, with which a slowness counts for a half. Simulated, 5 or 20 are as good
+for a busy fleet, but make idle engines differ by chance."""
 _LOG_INTERVAL: Final = 40.0
-"""Steps between two rates that SGLang reports by default (``--decode-log-interval``)."""
+"""Steps that a reported rate stands for: SGLang's default of ``--decode-log-interval``."""
 _MEMORY: Final = 200
 """Sequences after which older durations fade from the mean."""
 _KNOWN_AFTER: Final = 50
@@ -47,9 +47,7 @@ def within(value: float, middle: float, factor: float) -> float:
 
 
 class DecodePace:
-    """Time per output token of one engine, or of those of its ranks that step together."""
-
-    __slots__ = ("_ended", "_last", "_lasted", "_mean", "_sampled_at", "steps")
+    """Time per output token of one step group."""
 
     def __init__(self, ranks: int) -> None:
         self._last: list[RankSample | None] = [None] * ranks
@@ -59,7 +57,7 @@ class DecodePace:
         self.steps = 0.0
         """Steps per rank behind the mean; older ones count less."""
         self._sampled_at = -math.inf
-        self._lasted = 0.0
+        self._duration = 0.0
         """Mean seconds from the first to the last token of a sequence."""
         self._ended = 0
         """Sequences behind that mean."""
@@ -70,12 +68,12 @@ class DecodePace:
         return self._mean or None
 
     @property
-    def lasting(self) -> float | None:
+    def duration(self) -> float | None:
         """Mean seconds that a sequence lasts, by the clock of this process; None while too few have ended.
 
         Sequences are as long on one engine as on another, so this measures how slow an engine is without its reports.
         """
-        return self._lasted if self._ended >= _KNOWN_AFTER else None
+        return self._duration if self._ended >= _KNOWN_AFTER else None
 
     def learn(self, position: int, sample: RankSample, at: float) -> None:
         """Learn from a sample of a rank, taken at *at*."""
@@ -91,10 +89,10 @@ class DecodePace:
         self.steps += (share := steps / len(self._last))
         self._mean += (min(_MOST_TPOT, max(_LEAST_TPOT, tpot)) - self._mean) * share / self.steps
 
-    def lasted(self, seconds: float) -> None:
+    def ended(self, seconds: float) -> None:
         """Learn from a sequence that has taken so many seconds from its first token to its end."""
         self._ended = min(self._ended + 1, _MEMORY)
-        self._lasted += (seconds - self._lasted) / self._ended
+        self._duration += (seconds - self._duration) / self._ended
 
 
 def compare(paces: Sequence[DecodePace]) -> tuple[float, list[float]] | None:
@@ -114,13 +112,13 @@ def compare(paces: Sequence[DecodePace]) -> tuple[float, list[float]] | None:
     if not (steps := sum(each.steps for each in paces)):
         return usual, [1.0] * len(paces)
     average = sum(tpot * each.steps for tpot, each in zip(known, paces, strict=True)) / steps
-    clocks = [each.lasting for each in paces if each.lasting is not None]
-    lasting = fmean(clocks) if clocks else None
+    durations = [each.duration for each in paces if each.duration is not None]
+    duration = fmean(durations) if durations else None
     slow = []
     for each, tpot in zip(paces, known, strict=True):
         slowness = within(tpot / average, 1.0, _ODD_SLOWNESS)
-        if lasting and each.lasting is not None:
-            slowness = within(slowness, within(each.lasting / lasting, 1.0, ODD_PACE), _CONTRADICTION)
+        if duration and each.duration is not None:
+            slowness = within(slowness, within(each.duration / duration, 1.0, ODD_PACE), _CONTRADICTION)
         slowness **= each.steps / (each.steps + _HALF_WEIGHT)
         slow.append(slowness / within(slowness, 1.0, ALIKE))
     return usual, slow

@@ -21,27 +21,24 @@ _LEAST: Final = 0.03
 _SAMPLES: Final = 6.0
 """Samples of a whole engine over which the usual size of corrections is averaged."""
 _SURPRISE: Final = 3.0
-"""Bound on the weight of one pair of corrections, in usual pairs."""
+"""Bound on the likeness of one pair of corrections, their product divided by the mean square."""
 
 
 class SampleTrust:
-    """The trust in the samples of one engine."""
-
-    __slots__ = ("_before", "_square", "share")
+    """The trust in the samples of one step group."""
 
     def __init__(self, ranks: int) -> None:
         self.share = 1.0
         """Share of a correction that is applied; all of it until corrections are taken back."""
         self._before = [0.0] * ranks
+        """The last correction of each rank, in tokens."""
         self._square = 0.0
+        """The mean square of the corrections."""
 
     def weigh(self, position: int, correction: float, *, is_empty: bool = False) -> float:
-        """Return the part of a correction that is applied, and adjust the trust.
+        """Adjust the trust by a correction of a rank, in tokens, and return the part of it that is applied.
 
-        Args:
-            position: The position of the rank in its group.
-            correction: The whole correction, in tokens.
-            is_empty: Whether the sample has no load at all. That is no estimate, and applied completely.
+        A sample without any load is no estimate, so that its correction is applied completely.
         """
         ranks = len(self._before)
         before, self._before[position] = self._before[position], correction

@@ -2,14 +2,13 @@
 
 from collections import defaultdict, deque
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from dp_extproc.request.prompt import Prompt
 
 START: Final = 4.0
-"""Bytes per token before anything is learned; see :mod:`dp_extproc.request.prompt` for why bytes, and the usual
-range."""
+"""Bytes per token before anything is learned. :mod:`dp_extproc.request.prompt` has the usual range."""
 LEAST: Final = 1.0
 MOST: Final = 8.0
 """Bytes per token, between which all tokenizers stay on real text. The bounds hold where counts mislead, such as by
@@ -24,7 +23,6 @@ _QUIET_MEMORY: Final = 600.0
 """Seconds without reservations after which older ones count for a half."""
 _FADING: Final = 0.99
 """Factor of the quiet seconds at each use of their rate, because external traffic changes, too."""
-
 _RARELY: Final = 0.03
 """Share of an engine's last pages with external requests above which nothing is learned from its counts."""
 _PAGES: Final = 30
@@ -53,37 +51,32 @@ class _Interval:
     """Whether no page in it has external requests, and few other pages of this engine have some."""
 
 
+@dataclass(slots=True)
 class _Engine:
     """The counts of one engine."""
 
-    __slots__ = (
-        "_at", "_clear_for", "_count", "_external_share", "_had_text", "_idle_for", "_pages",
-        "_pending", "known_tokens", "text_bytes",
-    )  # fmt: skip
+    text_bytes: int = 0
+    """Bytes of texts whose prompts were computed since the last count."""
+    known_tokens: int = 0
+    """Tokens of prompts that came as token ids and were computed since the last count."""
+    _had_text: bool = False
+    """Whether texts were computed before the last count: their tokens may be counted after it."""
+    _count: int | None = None
+    """The last count of prompt tokens."""
+    _at: float = 0.0
+    """When it was read."""
+    _idle_for: int = 0
+    """Counts in succession, up to the last one, without a reservation."""
+    _pages: int = 0
+    """Pages since the last count."""
+    _external_share: float = _UNPROVEN
+    """Share of the last pages that have external requests."""
+    _clear_for: int = 0
+    """Pages in succession, up to the last one, without external requests."""
+    _pending: deque[tuple[int, _Interval]] = field(default_factory=deque)
+    """Intervals, each with the number of clear pages in succession after which it is used."""
 
-    def __init__(self) -> None:
-        self.text_bytes = 0
-        """Bytes of texts whose prompts were computed since the last count."""
-        self.known_tokens = 0
-        """Tokens of prompts that came as token ids and were computed since the last count."""
-        self._had_text = False
-        """Whether texts were computed before the last count: their tokens may be counted after it."""
-        self._count: int | None = None
-        """The last count."""
-        self._at = 0.0
-        """When it was read."""
-        self._idle_for = 0
-        """Counts in succession, up to the last one, without a reservation."""
-        self._pages = 0
-        """Pages since the last count."""
-        self._external_share = _UNPROVEN
-        """Share of the last pages that have external requests."""
-        self._clear_for = 0
-        """Pages in succession, up to the last one, without external requests."""
-        self._pending: deque[tuple[int, _Interval]] = deque()
-        """Intervals, each with the number of clear pages in succession after which it is used."""
-
-    def page(self, *, external: bool) -> list[_Interval]:
+    def note_page(self, *, external: bool) -> list[_Interval]:
         """Note a page, and return the intervals that may be used now."""
         self._pages += 1
         self._external_share += (external - self._external_share) / _PAGES
@@ -101,7 +94,7 @@ class _Engine:
         """Keep an interval until a number of pages without external requests have followed."""
         self._pending.append((self._clear_for + _CLEAR, interval))
 
-    def count(self, prompt_tokens: int, at: float, *, idle: bool) -> _Interval | None:
+    def note_count(self, prompt_tokens: int, at: float, *, idle: bool) -> _Interval | None:
         """Note a count, and return the interval that it ends; None for the first one."""
         before, seconds, was_idle = self._count, at - self._at, self._idle_for > 0
         self._count, self._at = prompt_tokens, at
@@ -123,14 +116,12 @@ class _Engine:
         return interval
 
 
+@dataclass(slots=True)
 class _Quiet:
     """What engines count without reservations: external traffic."""
 
-    __slots__ = ("_seconds", "_tokens")
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-        self._tokens = 0.0
+    _seconds: float = 0.0
+    _tokens: float = 0.0
 
     def note(self, interval: _Interval) -> None:
         self._tokens += interval.tokens
@@ -138,7 +129,7 @@ class _Quiet:
         if self._seconds > _QUIET_MEMORY:
             self._fade(0.5)
 
-    def use(self) -> float | None:
+    def use_rate(self) -> float | None:
         """Return the external tokens per second, whose weight each use lowers; None if too little was counted."""
         if self._seconds < QUIET_ENOUGH:
             return None
@@ -160,8 +151,6 @@ class TokenRatio:
     reservations is subtracted. While it is not known, nothing is learned from engines with external requests on their
     pages, nor from shortly before.
     """
-
-    __slots__ = ("_bytes", "_engines", "_quiet", "_tokens")
 
     def __init__(self) -> None:
         self._bytes = float(PRIOR_BYTES)
@@ -191,25 +180,20 @@ class TokenRatio:
     def counted(
         self, endpoint: str, prompt_tokens: int | None, at: float, *, idle: bool = False, external: bool = False
     ) -> None:
-        """Learn from a page of an engine, with its running count of prompt tokens. A lower count began anew.
+        """Learn from a page that was read at *at*, with its running count of prompt tokens. A lower count began anew.
 
-        Args:
-            endpoint: URL of the endpoint.
-            prompt_tokens: The count; None if the page has none.
-            at: When the page was read.
-            idle: Whether the endpoint has no reservation.
-            external: Whether it has external requests.
+        The endpoint is named by its URL. It is *idle* without a reservation; *external* are requests without one.
         """
         engine = self._engines[endpoint]
-        for clear in engine.page(external=external):
+        for clear in engine.note_page(external=external):
             self._learn(clear.text_bytes, clear.tokens)
-        if prompt_tokens is None or (interval := engine.count(prompt_tokens, at, idle=idle)) is None:
+        if prompt_tokens is None or (interval := engine.note_count(prompt_tokens, at, idle=idle)) is None:
             return
         if interval.is_quiet:
             self._quiet.note(interval)
         if not interval.is_of_ours:
             return  # external traffic, or token ids alone
-        if (rate := self._quiet.use()) is not None:
+        if (rate := self._quiet.use_rate()) is not None:
             self._learn(interval.text_bytes, interval.tokens - rate * interval.seconds)
         elif interval.is_clear:
             engine.wait_until_clear(interval)

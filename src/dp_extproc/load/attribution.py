@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from dp_extproc.engines.model import RankSample
-from dp_extproc.load.rank import RankLoad
-from dp_extproc.load.step_group import EXTERNAL_FROM, External, StepGroup
+from dp_extproc.load.step_group import EXTERNAL_FROM, External, RankLoad
 
 _GRACE: Final = 10.0
 """Seconds from a pick until an engine that reports no request at all must have lost it."""
@@ -20,11 +19,18 @@ _GRACE: Final = 10.0
 class Reading(NamedTuple):
     """A sample of one rank."""
 
-    group: StepGroup
     rank: RankLoad
     sample: RankSample
     at: float
     """When the engine took the sample, by the clock of this process."""
+
+    @property
+    def requests(self) -> int:
+        return self.sample.running_requests + self.sample.waiting_requests
+
+    @property
+    def tokens(self) -> float:
+        return self.rank.group.tokens_in(self.sample)
 
 
 class _Ours(NamedTuple):
@@ -61,28 +67,28 @@ def absorb(readings: Sequence[Reading], ranks: int, now: float) -> None:
         external = _external_in_all(readings, known, all_shares)
     else:
         external = [_external_in(reading, own) for reading, own in zip(readings, known, strict=True)]
-    for (group, rank, sample, at), found in zip(readings, external, strict=True):
-        group.correct(rank, sample, at, found, now)
+    for (rank, sample, at), found in zip(readings, external, strict=True):
+        rank.group.correct(rank, sample, at, found, now)
 
 
 def _expire_lost(readings: Sequence[Reading], now: float) -> None:
     """Expire reservations of requests that an engine must have lost, as it reports no request at all."""
     all_empty = all(reading.sample.is_empty for reading in readings)
-    for group, rank, sample, at in readings:
+    for rank, sample, at in readings:
         if sample.is_empty:
             for each in [each for each in rank.open if each.since < at - _GRACE and (all_empty or not each.is_share)]:
-                group.expire(each, now)
+                rank.group.expire(each, now)
 
 
 def _ours_in(reading: Reading) -> tuple[_Ours, _Ours]:
     """Return what a sample contains of the reservations of this very rank, and of shares."""
-    group, rank, _, at = reading
-    own, shared = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
+    rank, _, at = reading
+    own, shared = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]  # in the order of _Ours
     for reservations, has_ended in ((rank.open, False), (rank.ended, True)):
         for reservation in reservations:
             if reservation.since <= at < reservation.until:
                 sums = shared if reservation.is_share else own
-                tokens = group.tokens_at(reservation, at)
+                tokens = rank.group.tokens_at(reservation, at)
                 sums[0] += tokens
                 sums[1] += reservation.requests
                 sums[2] += tokens if has_ended else 0.0
@@ -91,25 +97,20 @@ def _ours_in(reading: Reading) -> tuple[_Ours, _Ours]:
 
 def _external_in(reading: Reading, own: _Ours) -> External:
     """Return the external tokens and requests in a sample of a rank without shares."""
-    group, _, sample, _ = reading
-    reported = sample.running_requests + sample.waiting_requests
-    requests = max(0.0, reported - own.requests)
-    excess = group.tokens_in(sample) - own.tokens
+    requests = max(0.0, reading.requests - own.requests)
+    excess = reading.tokens - own.tokens
     if requests >= EXTERNAL_FROM:
         return External(max(0.0, excess), requests)
-    if 2 * reported < own.requests:  # the sample is too old, or of another engine: it counts few of our requests
+    if 2 * reading.requests < own.requests:  # it counts few of ours: it is too old, or of another engine
         return External(0.0, requests)
-    return External(own.still_open(group.misestimated(excess, own.tokens)), requests)
+    return External(own.still_open(reading.rank.group.misestimated(excess, own.tokens)), requests)
 
 
 def _external_in_all(readings: Sequence[Reading], known: Sequence[_Ours], shares: _Ours) -> Sequence[External]:
     """Return the external tokens and requests for each rank of an engine that has shares of requests."""
     excess = [
-        (
-            group.tokens_in(sample) - own.tokens,
-            max(0.0, sample.running_requests + sample.waiting_requests - own.requests),
-        )
-        for (group, _, sample, _), own in zip(readings, known, strict=True)
+        (each.tokens - own.tokens, max(0.0, each.requests - own.requests))
+        for each, own in zip(readings, known, strict=True)
     ]
     all_requests = sum(requests for _, requests in excess)
     external = max(0.0, all_requests - shares.requests)
@@ -117,9 +118,9 @@ def _external_in_all(readings: Sequence[Reading], known: Sequence[_Ours], shares
         all_tokens = sum(max(0.0, tokens) for tokens, _ in excess)
         part = max(0.0, all_tokens - shares.tokens) / all_tokens if all_tokens else 0.0
         return [External(max(0.0, tokens) * part, requests * external / all_requests) for tokens, requests in excess]
-    if 2 * all_requests < shares.requests:
+    if 2 * all_requests < shares.requests:  # likewise too few of ours
         return [External(0.0, 0.0)] * len(readings)
     beyond = sum(tokens for tokens, _ in excess) - shares.tokens
     in_all = _Ours(*map(sum, zip(shares, *known, strict=True)))
-    each = in_all.still_open(readings[0].group.misestimated(beyond, in_all.tokens)) / len(readings)
+    each = in_all.still_open(readings[0].rank.group.misestimated(beyond, in_all.tokens)) / len(readings)
     return [External(each, 0.0)] * len(readings)

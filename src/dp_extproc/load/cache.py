@@ -1,4 +1,4 @@
-"""The load cache: the load of every discovered endpoint, fed by the events of engines."""
+"""The load cache: every discovered endpoint with its load, fed by the events of engines, and by pool and role."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -13,12 +13,12 @@ from dp_extproc.load.endpoint import DEFAULT_COSTS, DEFAULT_HEALTH, EndpointLoad
 from dp_extproc.load.health import Health
 from dp_extproc.load.in_flight import nothing
 from dp_extproc.load.matching import Match, find_matches
-from dp_extproc.load.rank import RankLoad
+from dp_extproc.load.step_group import RankLoad
 from dp_extproc.prefix_cache.index import PrefixIndex
 
 
 class LoadCache:
-    """The endpoints and their loads. Implements :class:`dp_extproc.engines.listener.EngineListener`."""
+    """The endpoints and what is learned of them. Implements :class:`dp_extproc.engines.listener.EngineListener`."""
 
     def __init__(
         self,
@@ -28,17 +28,10 @@ class LoadCache:
         health: OutlierDetectionSettings = DEFAULT_HEALTH,
         made_room: Callable[[], None] = nothing,
     ) -> None:
-        """Begin without a discovered endpoint.
-
-        Args:
-            endpoints: The configured endpoints.
-            stale_after: Seconds after which a sample is stale.
-            costs: The fixed costs of steps.
-            health: When to eject an endpoint.
-            made_room: Called after events by which a queued request may find room.
-        """
+        """Begin without a discovered endpoint. Events by which a queued request may find room call *made_room*."""
         self.endpoints = tuple(endpoints)
         self.stale_after = stale_after
+        """Seconds after which a sample is stale."""
         self._costs = costs
         self._health = health
         self._made_room = made_room
@@ -55,14 +48,16 @@ class LoadCache:
         self.failures: dict[str, EngineFailure] = {}
         """The present failure of each endpoint that has one, by URL."""
         self.ratios = {endpoint.pool: TokenRatio() for endpoint in self.endpoints}
+        """The bytes per token of each pool."""
         self.prefixes: dict[str, PrefixIndex[RankLoad]] = {endpoint.pool: PrefixIndex() for endpoint in self.endpoints}
         """The prefix index of each pool."""
         self._draining: list[EndpointLoad] = []
         self._by_role: dict[tuple[str, Role], list[EndpointLoad]] = {}
+        """The endpoints of each pool and role, in the order of the configuration."""
         self.matches: dict[str, tuple[Match, ...]] = {}
         """The matches of each pool in which not all prefill endpoints can be paired with all decode endpoints."""
         self._pages: Counter[tuple[str, Role]] = Counter()
-        """Pages read since the endpoints of a pool and role were compared."""
+        """Load pages since the endpoints of a pool and role were last compared."""
 
     @property
     def unhealthy(self) -> Sequence[EndpointLoad]:
@@ -79,7 +74,7 @@ class LoadCache:
         return [load for load in self._draining if load.reservations]
 
     def drop_idle(self) -> None:
-        """Drop draining endpoints whose last request has ended."""
+        """Forget draining endpoints whose last request has ended."""
         self._draining = self.draining
 
     def update(self, endpoints: Iterable[Endpoint], stale_after: float) -> None:
@@ -89,21 +84,19 @@ class LoadCache:
         """
         self.endpoints = tuple(endpoints)
         self.stale_after = stale_after
-        self.drop_idle()
-        before = [*self._draining, *self.by_url.values()]
+        drained, self._draining = self.draining, []
+        before = [*drained, *self.by_url.values()]
         known = {_identity(load.configured): load for load in before}
         self._rename_pools(known)
         self.by_url = {}
-        drained = {id(load) for load in self._draining}
         for endpoint in self.endpoints:
             if (load := known.get(_identity(endpoint))) is not None:
-                if id(load) in drained:  # failures from before it was drained do not count
+                if load in drained:  # failures from before it was drained do not count
                     load.health = Health(self._health, self._change)
                 if load.pool != endpoint.pool:
                     self._forget_prefixes(load)
                 load.configured = endpoint
                 self.by_url[endpoint.url] = load
-        self._draining = []
         for load in before:
             if self.by_url.get(load.url) is not load:
                 self._drain(load)
@@ -115,7 +108,7 @@ class LoadCache:
             ratio.forget_all_but({each.url for each in self.endpoints if each.pool == pool})
         places = {(each.pool, each.role) for each in self.endpoints}
         self._pages = Counter({place: pages for place, pages in self._pages.items() if place in places})
-        self._sort()
+        self._index()
 
     def _rename_pools(self, known: dict[tuple[str, Role], EndpointLoad]) -> None:
         """Keep what was learned of a pool that is gone, for a new pool that has endpoints of it.
@@ -125,11 +118,9 @@ class LoadCache:
         pools = {endpoint.pool for endpoint in self.endpoints}
         for endpoint in self.endpoints:
             load = known.get(_identity(endpoint))
-            if load is None or endpoint.pool in self.ratios or load.pool in pools:
+            if load is None or endpoint.pool in self.ratios or load.pool in pools or load.pool not in self.ratios:
                 continue
             old, new = load.pool, endpoint.pool
-            if old not in self.ratios:
-                continue
             self.ratios[new], self.prefixes[new] = self.ratios.pop(old), self.prefixes.pop(old)
             for each in known.values():
                 if each.pool == old:
@@ -139,17 +130,16 @@ class LoadCache:
         """Note the facts of an engine. If it has become another one (restarted, upgraded), it starts without load."""
         self._change()  # the address may be another
         known = self.by_url.get(endpoint.url)
+        capabilities = adapter_of(facts.kind).capabilities(facts)
+        # Whether an engine reads x-override-* headers is found out later than its other facts.
         if known is not None and replace(known.facts, reads_overrides=facts.reads_overrides) == facts:
-            known.address = address
-            if known.facts != facts:  # the same engine, with more facts
-                known.facts, known.capabilities = facts, adapter_of(facts.kind).capabilities(facts)
+            known.address, known.facts, known.capabilities = address, facts, capabilities
             return
         if known is not None:
             self._drain(known)
-        takes = adapter_of(facts.kind).capabilities(facts)
         health = Health(self._health, self._change)
-        self.by_url[endpoint.url] = EndpointLoad(endpoint, address, facts, takes, self._costs, health=health)
-        self._sort()
+        self.by_url[endpoint.url] = EndpointLoad(endpoint, address, facts, capabilities, self._costs, health=health)
+        self._index()
         self._made_room()
 
     def _change(self) -> None:
@@ -160,8 +150,8 @@ class LoadCache:
         self.drop_idle()
         self._draining.append(load)
 
-    def _sort(self) -> None:
-        """Group the endpoints by pool and role, in the order of the configuration, and match them."""
+    def _index(self) -> None:
+        """Index the endpoints by pool and role, and match those of both roles."""
         self._change()
         self._by_role = {}
         for each in self.endpoints:
@@ -176,7 +166,7 @@ class LoadCache:
                 self.matches[pool] = found
 
     def known(self, pool: str, role: Role) -> Sequence[EndpointLoad]:
-        """Return every discovered endpoint of a pool and role, however fresh its load is."""
+        """Return every endpoint of a pool and role whose engine runs in the mode of the role, however fresh it is."""
         return self._by_role.get((pool, role), ())
 
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
@@ -187,7 +177,7 @@ class LoadCache:
             self._change()  # a further sample of a fresh endpoint changes nothing for the filters
         if load is not None:
             load.absorb(page.ranks, started, now)
-            restarted = load.has_restarted(page)
+            restarted = load.detect_restart(page)
             if load.is_away or restarted:
                 load.is_away = False
                 load.health.recovered()
@@ -206,9 +196,9 @@ class LoadCache:
         self._made_room()
 
     def _compare_pace(self, pool: str, role: Role) -> None:
-        """Compare the endpoints once for as many pages as they are, so that each page costs the same."""
+        """Compare the endpoints only when each has had a page since, so that a page costs the same in every fleet."""
         self._pages[pool, role] += 1
-        if self._pages[pool, role] >= len(peers := self._by_role.get((pool, role), ())):
+        if self._pages[pool, role] >= len(peers := self.known(pool, role)):
             self._pages[pool, role] = 0
             compare_pace(peers)
 
@@ -223,10 +213,10 @@ class LoadCache:
         if load is None:
             return
         load.is_away = load.is_away or failure.is_away
-        if is_gone := failure.kind in GONE:
-            load.mark_stale()
-            self._forget_prefixes(load)  # no engine listens, so the next one has an empty cache
-        if is_gone or now - load.sampled_at > self.stale_after:
+        if failure.kind in GONE:
+            load.is_gone = True
+            self._forget_prefixes(load)  # the next engine has an empty cache
+        if failure.kind in GONE or now - load.sampled_at > self.stale_after:
             load.forget_external(now)
 
     def _forget_prefixes(self, load: EndpointLoad) -> None:
@@ -234,21 +224,17 @@ class LoadCache:
             for rank in load.ranks:
                 index.forget(rank)
 
-    def eligible(self, pool: str, role: Role, now: float) -> list[EndpointLoad]:
-        """Return the endpoints of a pool and role with the freshest loads: the fresh ones, or else the stale ones.
-
-        Endpoints without any sample are used if all are without.
-        """
-        return self.best_known(self.known(pool, role), now)[1]
-
     def best_known(self, loads: Sequence[EndpointLoad], now: float) -> tuple[Freshness | None, list[EndpointLoad]]:
-        """Return the freshest of some endpoints, and how fresh they are; None if there are no endpoints."""
+        """Return the freshest of some endpoints, and how fresh they are; None if there are no endpoints.
+
+        These are the fresh ones, or else the stale ones. Endpoints without any sample are used if all are without.
+        """
         states = [load.freshness(now, self.stale_after) for load in loads]
         best = min(states, default=None)
         return best, [load for load, state in zip(loads, states, strict=True) if state is best]
 
     def discovered_in(self, pool: str) -> list[EndpointLoad]:
-        """Return every discovered endpoint of a pool, in the order of the configuration."""
+        """Return every discovered endpoint of a pool, whatever its role and mode."""
         return [load for load in self.by_url.values() if load.pool == pool]
 
 

@@ -1,7 +1,7 @@
-"""The load of decode ranks: the context that attention reads in every step, and a fixed cost per sequence.
+"""The load of decode ranks: the context that attention reads in every step, and what a further sequence costs.
 
 Every sequence of an engine gets one token per step, and a step takes as long as its fullest rank. The time of a rank
-grows with the tokens of its sequences, prompt and output so far, and with their number.
+grows with the tokens of its sequences, prompt and output so far, and with their number: a fixed cost for each.
 """
 
 import math
@@ -10,13 +10,12 @@ from typing import Final
 from dp_extproc.engines.model import RankSample
 from dp_extproc.estimators.decode_pace import DEFAULT_TPOT, ODD_PACE, DecodePace, within
 from dp_extproc.estimators.sample_trust import SampleTrust
-from dp_extproc.load.rank import RankLoad, Reservation
-from dp_extproc.load.step_group import EXTERNAL_FROM, StepGroup
+from dp_extproc.load.step_group import EXTERNAL_FROM, RankLoad, Reservation, StepGroup
 
 ROOM: Final = 0.85
 """Share of the KV cache that may be reserved. A sequence beyond it waits, and makes prefill wait for it."""
 _NO_ROOM: Final = 1e12
-"""Tokens, more than any load: a rank without room costs more than every rank that has some."""
+"""Cost in tokens, more than any load: a rank without room costs more than every rank that has some."""
 JOINT_DELAY: Final = 0.3
 """Weight of the load that a sequence adds, per sequence of the engine that it slows down."""
 GROWTH_COUNTED: Final = 20
@@ -31,8 +30,8 @@ _TRUSTED: Final = 0.5
 _LIFETIME: Final = 3600.0
 """Seconds before which no sequence expires."""
 _MOST_TOKENS: Final = 1 << 20
-"""Tokens, which no sequence exceeds; if the KV cache of its rank is known, twice its size. A sequence that is older
-than such a one would be has ended, though its event was lost."""
+"""Bound on the output tokens of a sequence, if the KV cache of its rank is unknown. A sequence that is older than so
+many tokens take has ended, though its event was lost."""
 _SWEEP_INTERVAL: Final = 60.0
 """Seconds between two searches for sequences that are too old."""
 
@@ -71,20 +70,20 @@ class DecodeGroup(StepGroup):
         """
         super().__init__(indices)
         self.tpot = DEFAULT_TPOT
-        """Seconds per output token, as the engine reports."""
+        """Seconds per output token: what the engine reports, near the usual one."""
         self.usual_tpot = DEFAULT_TPOT
         """Seconds per output token that are usual for endpoints of the same pool and role."""
         self.pace = DecodePace(len(self.ranks))
         self._trust = SampleTrust(len(self.ranks))
         self._swept = -math.inf
-        """When sequences that are too old were looked for."""
+        """When sequences that are too old were last looked for."""
         self._request_tokens = request_tokens
         self._computes = computes
         size = len(self.ranks)
         self._prompts = [0.0] * size
         """Per rank, prompt tokens of all open reservations."""
         self._extra = [0.0] * size
-        """Per rank, fixed costs of sequences, and prompt tokens that are still to be computed."""
+        """Per rank, fixed costs of sequences, and prompt tokens that are still to be computed, which count twice."""
         self._external_extra = [0.0] * size
         """Per rank, fixed costs of external sequences."""
         self._growing = [0.0] * size
@@ -108,7 +107,7 @@ class DecodeGroup(StepGroup):
         self.base = (self.low + self._request_tokens) * self.slowness
 
     def refresh(self, now: float) -> None:
-        """Update the loads by the growth of running sequences, and expire those that are too old."""
+        """Add the tokens that running sequences have got since, and expire sequences that are too old."""
         if now - self._swept >= _SWEEP_INTERVAL:
             self._sweep(now)
         numbers = zip(self.external, self._prompts, self._extra, self._growing, self._first_tokens, strict=True)
@@ -145,10 +144,9 @@ class DecodeGroup(StepGroup):
     def first_token(self, reservation: Reservation, now: float) -> None:
         if reservation.first_token_at != math.inf or reservation not in reservation.rank.open:
             return
-        reservation.first_token_at = now
-        position = reservation.rank.position
+        position, reservation.first_token_at = reservation.rank.position, now
         self._growing[position] += reservation.requests
-        self._first_tokens[position] += reservation.requests * reservation.first_token_at
+        self._first_tokens[position] += reservation.requests * now
         self._extra[position] -= reservation.to_compute
         self._sum_up(position, now)
 
@@ -186,14 +184,11 @@ class DecodeGroup(StepGroup):
     def _close(self, reservation: Reservation, now: float, *, served: bool) -> None:
         position = reservation.rank.position
         if served and reservation.first_token_at != math.inf:
-            self.pace.lasted(now - reservation.first_token_at)
-        if (
-            reservation.rank.external_requests < EXTERNAL_FROM
-        ):  # the sample corrected our own estimate, so that the correction ends with our requests
-            prompts = self._prompts[position]
-            self.external[position] *= (
-                max(0.0, 1 - reservation.tokens / prompts) if reservation.rank.open and prompts else 0.0
-            )
+            self.pace.ended(now - reservation.first_token_at)
+        if reservation.rank.external_requests < EXTERNAL_FROM:
+            # The sample corrected our own estimate, so the correction ends with our requests.
+            prompts = self._prompts[position] if reservation.rank.open else 0.0
+            self.external[position] *= max(0.0, 1 - reservation.tokens / prompts) if prompts else 0.0
         if not reservation.rank.open:  # exactly zero, whatever floating point made of the sums
             self._prompts[position] = self._extra[position] = 0.0
             self._growing[position] = self._first_tokens[position] = 0.0

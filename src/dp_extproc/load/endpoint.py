@@ -1,4 +1,4 @@
-"""The load of one endpoint: its ranks, in groups that step together, and how fresh their samples are."""
+"""One endpoint: its ranks, in step groups, how fresh their samples are, and what of it a request may use."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -16,8 +16,7 @@ from dp_extproc.load.attribution import Reading, absorb
 from dp_extproc.load.decode import DecodeGroup
 from dp_extproc.load.health import Health
 from dp_extproc.load.prefill import PrefillGroup
-from dp_extproc.load.rank import RankLoad, Reservation
-from dp_extproc.load.step_group import EXTERNAL_FROM, StepGroup
+from dp_extproc.load.step_group import EXTERNAL_FROM, RankLoad, Reservation, StepGroup
 
 _T = TypeVar("_T")
 
@@ -48,11 +47,11 @@ DEFAULT_HEALTH: Final = OutlierDetectionSettings()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """The ranks of a group that a request may go to."""
+    """The ranks of a step group that a request may go to."""
 
     group: StepGroup
     positions: Sequence[int] | None
-    """Positions in the lists of the group; None stands for all."""
+    """Positions in the lists of the group; None for all."""
 
     def of(self, values: Sequence[_T]) -> Sequence[_T]:
         """Return the values of these ranks from a list of the group."""
@@ -72,7 +71,7 @@ class Candidate:
         return [rank for part in self.parts for rank in part.of(part.group.ranks)]
 
     def only(self, wanted: Callable[[RankLoad], bool]) -> "Candidate | None":
-        """Return the candidate with the wanted ranks alone; None if it has none of them."""
+        """Return the candidate with the wanted ranks alone; None if it has none."""
         left = _candidate(self.endpoint, [rank for rank in self.ranks if wanted(rank)])
         return left if left.parts else None
 
@@ -81,9 +80,8 @@ class EndpointLoad:
     """One endpoint, with its ranks and what its engine reports."""
 
     __slots__ = (
-        "_counts", "_group_of", "_is_stale", "address", "answered_at", "cached_prompt_tokens", "candidate",
-        "capabilities", "configured", "facts", "groups", "has_external_requests", "health", "is_away", "ranks",
-        "sampled_at",
+        "_counts", "address", "answered_at", "cached_prompt_tokens", "candidate", "capabilities", "configured", "facts",
+        "groups", "has_external_requests", "health", "is_away", "is_gone", "ranks", "sampled_at",
     )  # fmt: skip
 
     def __init__(
@@ -94,18 +92,16 @@ class EndpointLoad:
         capabilities: Capabilities,
         costs: StepCosts,
         *,
-        health: Health | None = None,
+        health: Health,
     ) -> None:
         self.configured = endpoint
         """The endpoint as configured: URL, role, pool and bootstrap address."""
-        self.health = health or Health(DEFAULT_HEALTH)
+        self.health = health
         self.address = address
         """``IP:port``, to which Envoy connects."""
         self.facts = facts
         self.capabilities = capabilities
         self.groups = tuple(_groups(endpoint.role, facts, costs))
-        self._group_of = tuple(group for group in self.groups for _ in group.ranks)
-        """The group of each rank."""
         self.ranks = tuple(rank for group in self.groups for rank in group.ranks)
         usable = capabilities.prefill_ranks(facts.dp_ranks) if endpoint.role is Role.PREFILL else range(facts.dp_ranks)
         self.candidate = _candidate(self, [self.ranks[index] for index in usable])
@@ -120,7 +116,8 @@ class EndpointLoad:
         """Whether the last page has more requests than this replica and its peers have sent."""
         self.is_away = False
         """Whether the endpoint was unreachable after the last good load page."""
-        self._is_stale = False
+        self.is_gone = False
+        """Whether no engine listens any more: the samples are stale, however recent they are, until the next one."""
         self._counts: tuple[int, ...] = (0, 0)
         """Running counts of the last page: prompt tokens, and those that were not cached."""
 
@@ -143,12 +140,12 @@ class EndpointLoad:
 
     @property
     def requests(self) -> float:
-        """Requests in flight, with the external ones."""
+        """Sequences in flight, with the external ones."""
         return sum(group.requests + group.external_requests for group in self.groups)
 
     @property
     def reserved_requests(self) -> float:
-        """Requests in flight that have reservations."""
+        """Sequences in flight that have reservations."""
         return sum(group.requests for group in self.groups)
 
     @property
@@ -164,14 +161,14 @@ class EndpointLoad:
     @property
     def tpot(self) -> float | None:
         """Mean seconds per output token, as the engine reports; None if it has not."""
-        paces = [group.pace.reported for group in self.groups if isinstance(group, DecodeGroup)]
-        reported = [tpot for tpot in paces if tpot is not None]
+        groups = [group for group in self.groups if isinstance(group, DecodeGroup)]
+        reported = [tpot for group in groups if (tpot := group.pace.reported) is not None]
         return sum(reported) / len(reported) if reported else None
 
     def freshness(self, now: float, stale_after: float) -> Freshness:
         if self.sampled_at == -math.inf:
             return Freshness.UNKNOWN
-        return Freshness.STALE if self._is_stale or now - self.seen_at > stale_after else Freshness.FRESH
+        return Freshness.STALE if self.is_gone or now - self.seen_at > stale_after else Freshness.FRESH
 
     @property
     def seen_at(self) -> float:
@@ -181,32 +178,28 @@ class EndpointLoad:
     def absorb(self, samples: tuple[RankSample, ...], started: float, now: float) -> None:
         """Correct the load by a page that was requested at *started*; samples of unknown ranks have no effect."""
         before, self.sampled_at = self.sampled_at, started
-        self._is_stale = False
-        known = [sample for sample in samples if 0 <= sample.dp_rank < len(self.ranks)]
+        self.is_gone = False
+        readings = [
+            Reading(rank, sample, _moment_of(sample, started, rank, before))
+            for sample in samples
+            if 0 <= sample.dp_rank < len(self.ranks)
+            for rank in [self.ranks[sample.dp_rank]]
+        ]
         self.has_external_requests = False
-        if known:
-            readings = [self._reading(sample, started, before) for sample in known]
-            ours = sum(rank.kept_requests for rank in self.ranks)
+        if readings:
+            ours = sum(each.requests for rank in self.ranks for kept in (rank.open, rank.ended) for each in kept)
             absorb(readings, len(self.ranks), now)
-            if any(sample.age is None for sample in known):  # taken at an unknown time: it may contain any of ours
-                beyond = sum(sample.running_requests + sample.waiting_requests for sample in known) - ours
+            if any(each.sample.age is None for each in readings):  # of an unknown time, so it may contain any of ours
+                beyond = sum(each.requests for each in readings) - ours
             else:
                 beyond = sum(rank.external_requests for rank in self.ranks)
             self.has_external_requests = beyond >= EXTERNAL_FROM
 
-    def _reading(self, sample: RankSample, started: float, before: float) -> Reading:
-        rank = self.ranks[sample.dp_rank]
-        return Reading(self._group_of[rank.index], rank, sample, _moment_of(sample, started, rank, before))
-
-    def has_restarted(self, page: LoadPage) -> bool:
-        """Return whether the engine's running counts have begun anew since the page before."""
+    def detect_restart(self, page: LoadPage) -> bool:
+        """Note the running counts of a page, and return whether they have begun anew since the page before."""
         before, counts = self._counts, (page.prompt_tokens, page.uncached_prompt_tokens)
         self._counts = tuple(then if now is None else now for now, then in zip(counts, before, strict=True))
         return any(now < then for now, then in zip(self._counts, before, strict=True))
-
-    def mark_stale(self) -> None:
-        """Make the samples stale, however recent they are, until the next one."""
-        self._is_stale = True
 
     def forget_external(self, now: float) -> None:
         """Drop the external load until the next page: that of the last one is out of date."""
@@ -278,7 +271,7 @@ def _groups(role: Role, facts: EngineFacts, costs: StepCosts) -> Sequence[StepGr
     members = [range(size)] if facts.dp_attention else [range(index, index + 1) for index in range(size)]
     if role is Role.PREFILL:
         return [
-            PrefillGroup(each, budget=facts.step_tokens, chunked=facts.chunked, step_tokens=costs.prefill_step)
+            PrefillGroup(each, budget=facts.step_tokens, chunked=facts.chunked, step_cost=costs.prefill_step)
             for each in members
         ]
     computes = role is Role.WORKER
@@ -286,10 +279,10 @@ def _groups(role: Role, facts: EngineFacts, costs: StepCosts) -> Sequence[StepGr
 
 
 def _moment_of(sample: RankSample, started: float, rank: RankLoad, before: float) -> float:
-    """Return when a sample was taken: by the time stamp of its page, or else by whether it has changed.
+    """Return the earliest time at which a sample can have been taken.
 
-    A sample without a time stamp may be of any age while it stays the same. A changed one is younger than the page
-    before.
+    A page has a time stamp, or its samples may be of any age. While such a sample stays the same, it is as old as it
+    was. A changed one is younger than the page before.
     """
     if sample.age is not None:
         return started - sample.age

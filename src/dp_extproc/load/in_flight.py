@@ -1,11 +1,12 @@
 """One in-flight request: its reservations, and the four events that move and end them."""
 
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Final, Protocol
 
 from dp_extproc.load.endpoint import EndpointLoad
-from dp_extproc.load.rank import Reservation
 from dp_extproc.load.records import PlacementRecord
+from dp_extproc.load.step_group import Reservation
 
 
 class InFlightListener(Protocol):
@@ -35,15 +36,15 @@ class _NoListener:
 
 
 NO_LISTENER: Final[InFlightListener] = _NoListener()
-
 ERROR: Final = 400
-"""The status from which on a response is an error."""
+"""The HTTP status from which on a response is an error."""
 
 
 def nothing() -> None:
     """Do nothing."""
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class InFlight:
     """A request from the pick until its response is over.
 
@@ -51,79 +52,60 @@ class InFlight:
     any order. Every reservation is ended exactly once, at the latest by :meth:`end`.
     """
 
-    __slots__ = (
-        "_decode", "_has_answered", "_listener", "_made_room", "_on_prefill_answer", "_over", "_prefill",
-        "_streaming", "decode_endpoint", "first_byte_at", "leg", "number", "picked_at", "prefill_endpoint",
-        "prefill_status",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        number: int,
-        picked_at: float,
-        prefill: tuple[Reservation, ...],
-        decode: tuple[Reservation, ...],
-        *,
-        prefill_endpoint: EndpointLoad | None = None,
-        decode_endpoint: EndpointLoad | None = None,
-        leg: str = "",
-        streaming: bool = False,
-        listener: InFlightListener = NO_LISTENER,
-        on_prefill_answer: Callable[[int], None] | None = None,
-        made_room: Callable[[], None] = nothing,
-    ) -> None:
-        self.number = number
-        self.leg = leg
-        """Token by which the ext_proc stream of the prefill leg finds this request."""
-        self.prefill_endpoint = prefill_endpoint
-        self.decode_endpoint = decode_endpoint
-        """The endpoint that answers the client: of decode, or an aggregated one."""
-        self.picked_at = picked_at
-        self.prefill_status: int | None = None
-        self.first_byte_at: float | None = None
-        self._prefill = prefill
-        self._decode = decode
-        self._streaming = streaming
-        """Whether the response headers may come before any token is computed."""
-        self._listener = listener
-        self._on_prefill_answer = on_prefill_answer
-        self._made_room = made_room
-        self._has_answered = False
-        self._over = False
+    number: int
+    picked_at: float
+    prefill: tuple[Reservation, ...]
+    decode: tuple[Reservation, ...]
+    """Reservations of the endpoint that answers the client: of decode, or an aggregated one."""
+    _: KW_ONLY
+    prefill_endpoint: EndpointLoad | None = None
+    decode_endpoint: EndpointLoad | None = None
+    leg: str = ""
+    """Token by which the ext_proc stream of the prefill leg finds this request."""
+    streaming: bool = False
+    """Whether the response headers may come before any token is computed."""
+    listener: InFlightListener = NO_LISTENER
+    on_prefill_answer: Callable[[int], None] | None = None
+    """Called with the status when the prefill leg is over."""
+    made_room: Callable[[], None] = nothing
+    prefill_status: int | None = field(default=None, init=False)
+    first_byte_at: float | None = field(default=None, init=False)
+    _has_answered: bool = field(default=False, init=False)
+    _is_over: bool = field(default=False, init=False)
 
     def prefill_answered(self, status: int, now: float) -> None:
         """Note that the prefill leg is over: its engine has responded, or Envoy in its place."""
-        if self.prefill_status is None and not self._over:
+        if self.prefill_status is None and not self._is_over:
             self.prefill_status = status
-            if self._on_prefill_answer is not None:
-                self._on_prefill_answer(status)
+            if self.on_prefill_answer is not None:
+                self.on_prefill_answer(status)
             if status >= ERROR:  # nothing was computed; peers learn what follows from the end
-                for reservation in self._prefill:
+                for reservation in self.prefill:
                     reservation.cancel(now)
-                self._made_room()
+                self.made_room()
                 return
-            self._listener.prefill_answered(self.number, now)
+            self.listener.prefill_answered(self.number, now)
             if self.prefill_endpoint is not None:
                 self.prefill_endpoint.answered_at = now
-            for reservation in self._prefill:
+            for reservation in self.prefill:
                 reservation.complete(now)
-            for reservation in self._decode:
+            for reservation in self.decode:
                 reservation.first_token(now)  # the KV cache has arrived, so decoding begins
-            self._made_room()
+            self.made_room()
 
     def first_byte(self, status: int, now: float) -> None:
         """Note that the response headers have come from the endpoint that answers the client."""
-        if self.first_byte_at is None and not self._over:
+        if self.first_byte_at is None and not self._is_over:
             self.first_byte_at = now
             self._has_answered = status < ERROR
             if self._has_answered:
-                self._listener.first_token(self.number, now)
+                self.listener.first_token(self.number, now)
                 if self.decode_endpoint is not None:
                     self.decode_endpoint.answered_at = now
-                for reservation in self._decode:
+                for reservation in self.decode:
                     reservation.first_token(now)
             # An aggregated endpoint computes the prompt itself. And a whole response is evidence of a computed prompt.
-            if not self._prefill or (status < ERROR and not self._streaming):
+            if not self.prefill or (status < ERROR and not self.streaming):
                 self.prefill_answered(status, now)
 
     def end(self, now: float) -> None:
@@ -131,14 +113,14 @@ class InFlight:
 
         If prefill has not responded until then, the client has left or a leg has failed, and no step has ended by it.
         """
-        if not self._over:
-            self._over = True
-            self._listener.ended(self.number, now)
-            for reservation in self._prefill:
+        if not self._is_over:
+            self._is_over = True
+            self.listener.ended(self.number, now)
+            for reservation in self.prefill:
                 reservation.cancel(now)
-            for reservation in self._decode:
+            for reservation in self.decode:
                 if self._has_answered:
                     reservation.complete(now)
                 else:  # its duration is no evidence of the engine's TPOT
                     reservation.cancel(now)
-            self._made_room()
+            self.made_room()

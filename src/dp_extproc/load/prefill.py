@@ -1,4 +1,4 @@
-"""The load of prefill ranks: prompt tokens that have not started yet.
+"""The load of prefill ranks: prompt tokens that have not started yet, and what a further prompt costs.
 
 All ranks of a group start each step together, and a step takes as long as its fullest rank. Tokens in the running step
 therefore delay a new request equally on every rank, and only break ties. What counts are the tokens that wait.
@@ -11,8 +11,7 @@ from collections import deque
 from typing import Final
 
 from dp_extproc.engines.model import RankSample
-from dp_extproc.load.rank import RankLoad, Reservation
-from dp_extproc.load.step_group import StepGroup
+from dp_extproc.load.step_group import RankLoad, Reservation, StepGroup
 
 RUNNING_WEIGHT: Final = 0.25
 """Weight of tokens in the running step. With 0 a busy rank looks like an idle one; with 1 they count like waiting ones.
@@ -31,11 +30,11 @@ ARRIVAL_LAG: Final = 0.02
 end of a step until its response arrives. Simulated, mean time to first token: 1528 ms with 0, 1449 with 0.06, 1373 with
 0.25; without chunks 3471, 3070 and 2606; with the lengths of the seed 989, 968 and 1032."""
 QUIET_SECONDS: Final = 1.0
-"""Count older requests as started this many seconds after the last event of their step group. If the expected time of
-the running step is longer, it counts instead."""
+"""Count requests older than this as started, if their step group had no event for as many seconds. If the expected time
+of the running step is longer, it counts instead."""
 _EXPIRY_SECONDS: Final = 4.0
-"""Count a request as computed this many seconds after the last event of its step group, plus the expected time of the
-tokens queued before it."""
+"""Count a request as computed this many seconds after the last event of its step group, and as many times what the
+tokens up to its own may take."""
 _USUAL_TIME_PER_TOKEN: Final = 1 / 6000
 """Seconds per prompt token of a rank. It bounds the expected time from below, and is longer than on most engines."""
 _PATIENCE: Final = 3.0
@@ -48,56 +47,58 @@ class PrefillGroup(StepGroup):
     """Prefill ranks with a common step."""
 
     __slots__ = (
-        "_allowed", "_began", "_budget", "_chunked", "_delayed", "_external_waiting", "_external_waiting_by_rank",
-        "_full", "_last_event", "_measured", "_most_later", "_queues", "_running", "_runs", "_shared_step",
-        "_step_began", "_step_tokens", "_uncomputed", "_unstarted", "_waited", "_waiting",
+        "_budget", "_busy_since", "_chunked", "_delayed_per_step", "_external_waiting", "_external_waiting_by_rank",
+        "_last_event", "_later_counted", "_overdue_per_token", "_queues", "_rest_of_step", "_running", "_shares_served",
+        "_step_began", "_step_cost", "_step_length", "_steps_capacity", "_time_per_token", "_uncomputed", "_unstarted",
+        "_waiting",
     )  # fmt: skip
 
-    def __init__(self, indices: range, *, budget: float, chunked: bool, step_tokens: float) -> None:
+    def __init__(self, indices: range, *, budget: float, chunked: bool, step_cost: float) -> None:
         """Begin without load.
 
         Args:
             indices: DP ranks of the engine.
             budget: Prompt tokens per rank and step.
             chunked: Whether the engine cuts a prompt beyond the budget into several steps; if not, it runs alone.
-            step_tokens: The fixed time of a step, in tokens that could be computed in it.
+            step_cost: The fixed time of a step, in prompt tokens that take as long.
         """
         super().__init__(indices)
         self._budget = budget
         self._chunked = chunked
-        self._step_tokens = step_tokens
-        self._most_later = LATER_STEPS * budget if chunked else math.inf
+        self._step_cost = step_cost
+        self._later_counted = LATER_STEPS * budget if chunked else math.inf
+        """Bound on the tokens of a longer queue that count as a delay of later requests."""
         self._queues: list[deque[Reservation]] = [deque() for _ in self.ranks]
         """Per rank, reservations whose prompts are not computed yet, in the order of their picks."""
         self._waiting = [0.0] * len(self.ranks)
         """Per rank, prompt tokens that have not started."""
-        self._runs = [0.0] * len(self.ranks)
+        self._running = [0.0] * len(self.ranks)
         """Per rank, prompt tokens in the running step."""
         self._unstarted = 0.0
         """Requests of which no token has started."""
         self._external_waiting = 0.0
-        """External requests that wait, by the samples of all ranks."""
+        """External requests that wait, by the samples of all ranks: the sum of the next list."""
         self._external_waiting_by_rank = [0.0] * len(self.ranks)
         self._uncomputed = 0
         """Reservations whose prompts are not computed yet."""
-        self._running = 0.0
-        """Tokens of the fullest rank in the running step."""
-        self._waited = 0.0
-        """Tokens that are left of the running step, as of :meth:`survey`."""
-        self._full = budget
+        self._step_length = 0.0
+        """Prompt tokens of the fullest rank in the running step."""
+        self._rest_of_step = 0.0
+        """Expected rest of the running step, in tokens, as of :meth:`survey`: a half of it."""
+        self._steps_capacity = budget
         """Tokens that the steps of the fullest rank's queue could compute, as of :meth:`survey`."""
-        self._delayed = 0.0
-        """Waiting requests per step, as far as they count, as of :meth:`survey`."""
+        self._delayed_per_step = 0.0
+        """Waiting requests per step, at most WAITING_COUNTED in all, as of :meth:`survey`."""
         self._last_event = -math.inf
-        self._began = -math.inf
+        self._busy_since = -math.inf
         """When the engine began to work again after it had been idle."""
-        self._shared_step = -math.inf
-        """When a request with shares on all ranks was served the last time."""
+        self._shares_served = -math.inf
+        """When a request with shares on all ranks was served the last time: its shares end one by one, at one time."""
         self._step_began = -math.inf
-        self._measured: float | None = None
+        self._time_per_token: float | None = None
         """Mean seconds per prompt token, measured by events."""
-        self._allowed = _USUAL_TIME_PER_TOKEN
-        """Seconds per prompt token after which an event is overdue."""
+        self._overdue_per_token = _USUAL_TIME_PER_TOKEN
+        """Seconds per prompt token after which the next event is overdue."""
 
     def cost(self, position: int, after: float) -> float:  # noqa: ARG002 - the same for every rank
         """Return what it costs to have a rank at *after* tokens, for the request itself and for the other requests.
@@ -110,25 +111,26 @@ class PrefillGroup(StepGroup):
         steps = -(-after // self._budget)
         if after <= top:
             full = steps * self._budget
-            return self._waited + steps * self._step_tokens + (top if top < full else full)  # noqa: FURB136 - here and below calls cost most
-        lengthened = (after if after < self._full else self._full) - top  # noqa: FURB136
+            # Here and below without min and max: this is called for each rank of each decision, and calls cost most.
+            return self._rest_of_step + steps * self._step_cost + (top if top < full else full)  # noqa: FURB136
+        lengthened = (after if after < self._steps_capacity else self._steps_capacity) - top  # noqa: FURB136
         later = after - top
-        if later > self._most_later:  # noqa: PLR1730
-            later = self._most_later
-        own = self._waited + steps * self._step_tokens + after
-        return own + self._delayed * lengthened + LATER_WEIGHT * later
+        if later > self._later_counted:  # noqa: PLR1730
+            later = self._later_counted
+        own = self._rest_of_step + steps * self._step_cost + after
+        return own + self._delayed_per_step * lengthened + LATER_WEIGHT * later
 
     def bound(self) -> None:
         steps = -(-self.top // self._budget) or 1.0
-        self._full = steps * self._budget
-        self._delayed = min(self._unstarted + self._external_waiting, WAITING_COUNTED) / steps
-        self._waited = (self._step_tokens + self._running) / 2 if self._uncomputed else 0.0
-        self.floor = self._waited + self._step_tokens + min(self.top, self._budget)
-        self.base = self._waited + self._step_tokens + self.low
+        self._steps_capacity = steps * self._budget
+        self._delayed_per_step = min(self._unstarted + self._external_waiting, WAITING_COUNTED) / steps
+        self._rest_of_step = (self._step_cost + self._step_length) / 2 if self._uncomputed else 0.0
+        self.floor = self._rest_of_step + self._step_cost + min(self.top, self._budget)
+        self.base = self._rest_of_step + self._step_cost + self.low
 
     def refresh(self, now: float) -> None:
-        """Without events for a while, count old requests as started, and very old ones as computed."""
-        overdue = max(QUIET_SECONDS, self._allowed * self._running)
+        """Count old requests as started, and very old ones as computed, if there was no event for a while."""
+        overdue = max(QUIET_SECONDS, self._overdue_per_token * self._step_length)
         quiet = now - self._last_event
         if self._uncomputed and quiet >= overdue:
             for queue in self._queues:
@@ -137,7 +139,7 @@ class PrefillGroup(StepGroup):
                     own = reservation.waiting + reservation.running
                     ahead += own
                     age = now - reservation.since
-                    patience = _EXPIRY_SECONDS * (1 + self._allowed * max(ahead, self._running))
+                    patience = _EXPIRY_SECONDS * (1 + self._overdue_per_token * max(ahead, self._step_length))
                     if min(age, quiet) >= patience:
                         queue.remove(reservation)
                         self._computed(reservation, now)
@@ -152,21 +154,22 @@ class PrefillGroup(StepGroup):
             return max(0, sample.total_tokens - sample.used_tokens)
         return sample.used_tokens  # releases before 0.5.11 do not report queued work
 
-    def tokens_at(self, reservation: Reservation, at: float) -> float:  # noqa: ARG002 - the same at any time
+    def tokens_at(self, reservation: Reservation, at: float) -> float:  # noqa: ARG002
         return reservation.to_compute
 
-    def misestimated(self, excess: float, tokens: float) -> float:  # noqa: ARG002 - whatever they are
-        return 0.0  # the difference ends with our requests, which is sooner than the next sample
+    def misestimated(self, excess: float, tokens: float) -> float:  # noqa: ARG002
+        return 0.0  # any difference ends with our requests, which is sooner than the next sample
 
     def _learn(self, position: int, sample: RankSample, at: float) -> None:
         pass  # the time per prompt token is measured by events
 
-    def _set_external(self, rank: RankLoad, tokens: float, now: float) -> None:  # noqa: ARG002 - as above
-        self.external[rank.position] = tokens
-        self._sum_up(rank.position)
+    def _set_external(self, rank: RankLoad, tokens: float, now: float) -> None:  # noqa: ARG002
+        position, by_rank = rank.position, self._external_waiting_by_rank
+        self.external[position] = tokens
+        self._sum_up(position)
         waiting = min(rank.external_requests, rank.sample.waiting_requests) if rank.sample is not None else 0.0
-        before, self._external_waiting_by_rank[rank.position] = self._external_waiting_by_rank[rank.position], waiting
-        self._external_waiting = max(0.0, self._external_waiting + waiting - before)
+        self._external_waiting = max(0.0, self._external_waiting + waiting - by_rank[position])
+        by_rank[position] = waiting
 
     def first_token(self, reservation: Reservation, now: float) -> None:
         """Do nothing: output tokens are no work of prefill ranks."""
@@ -176,9 +179,9 @@ class PrefillGroup(StepGroup):
         reservation.waiting = to_compute
         idle = not self._uncomputed
         if idle:
-            self._began = self._step_began = now
-        elif reservation.is_share:  # the first share of the same request made the group busy
-            idle = self._began == now and not self._queues[position]
+            self._busy_since = self._step_began = now
+        elif reservation.is_share:  # the group was idle, too, if an earlier share of the same request made it busy
+            idle = self._busy_since == now and not self._queues[position]
         self._uncomputed += 1
         self._unstarted += reservation.requests
         self._queues[position].append(reservation)
@@ -186,26 +189,30 @@ class PrefillGroup(StepGroup):
         if idle:
             self._last_event = now
             self._run(reservation, min(to_compute, self._budget) if self._chunked else to_compute)
-            self._running = max(self._running, reservation.running)
+            self._step_length = max(self._step_length, reservation.running)
         else:
             self._sum_up(position)
         if self.due == math.inf:
             self.due = now + QUIET_SECONDS
 
     def _close(self, reservation: Reservation, now: float, *, served: bool) -> None:
-        if not served:
-            self._drop(reservation, now)
-            return
-        self._last_event = now
+        if served:
+            self._last_event = now
         if reservation.until != math.inf:
             return  # another response of its step has ended it before
         queue = self._queues[reservation.rank.position]
+        if not served:  # the running step and the other queues go on
+            queue.remove(reservation)
+            self._computed(reservation, now)
+            if self._uncomputed and not any(self._running):
+                self._fill(math.inf)  # the running step had this request alone
+            return
         self._measure(reservation, now)
         if reservation.is_share:  # which queue it was in is unknown, and all shares together are one response
             queue.remove(reservation)
             self._computed(reservation, now)
-            if self._shared_step != now:
-                self._shared_step = now
+            if self._shares_served != now:
+                self._shares_served = now
                 self._step(now)
             return
         while queue[0] is not reservation:  # first in, first out: what was queued before it is computed, too
@@ -221,21 +228,12 @@ class PrefillGroup(StepGroup):
             work += each.waiting + each.running
             if each is reservation:
                 break
-        work = max(work, self._running, 1.0)  # less than a token is a rounding error
+        work = max(work, self._step_length, 1.0)  # less than a token is a rounding error
         steps = -(-work // self._budget) if self._chunked else 1.0
-        measured = (now - self._step_began) / (work + max(1.0, steps) * self._step_tokens)
-        before = self._measured
-        self._measured = measured if before is None else before + (measured - before) * _SMOOTHING
-        self._allowed = max(_USUAL_TIME_PER_TOKEN, _PATIENCE * self._measured)
-
-    def _drop(self, reservation: Reservation, now: float) -> None:
-        """Take a cancelled request out of its queue. The running step and the other queues go on."""
-        if reservation.until != math.inf:
-            return
-        self._queues[reservation.rank.position].remove(reservation)
-        self._computed(reservation, now)
-        if self._uncomputed and not any(self._runs):
-            self._fill(math.inf)  # the running step had this request alone
+        measured = (now - self._step_began) / (work + max(1.0, steps) * self._step_cost)
+        before = self._time_per_token
+        self._time_per_token = measured if before is None else before + (measured - before) * _SMOOTHING
+        self._overdue_per_token = max(_USUAL_TIME_PER_TOKEN, _PATIENCE * self._time_per_token)
 
     def _step(self, now: float) -> None:
         """End the running step, and begin another one with what had arrived by then."""
@@ -244,11 +242,11 @@ class PrefillGroup(StepGroup):
             while queue and queue[0].running and not queue[0].waiting:
                 self._computed(queue.popleft(), now)
             if queue and queue[0].running:
-                self._runs[position] -= queue[0].running
+                self._running[position] -= queue[0].running
                 queue[0].running = 0.0
                 self._sum_up(position)
         self._fill(now - ARRIVAL_LAG)
-        if self._uncomputed and not self._running:
+        if self._uncomputed and not self._step_length:
             self._fill(math.inf)  # the engine has only requests on their way: they start when they arrive
 
     def _fill(self, arrived: float) -> None:
@@ -266,7 +264,7 @@ class PrefillGroup(StepGroup):
                         break
                 self._run(reservation, taken)
                 budget -= taken
-        self._running = max(self._runs)
+        self._step_length = max(self._running)
 
     def _run(self, reservation: Reservation, tokens: float) -> None:
         """Take some tokens of a request into the running step."""
@@ -276,7 +274,7 @@ class PrefillGroup(StepGroup):
         reservation.running += tokens
         position = reservation.rank.position
         self._waiting[position] -= tokens
-        self._runs[position] += tokens
+        self._running[position] += tokens
         self._sum_up(position)
 
     def _computed(self, reservation: Reservation, now: float) -> None:
@@ -286,17 +284,16 @@ class PrefillGroup(StepGroup):
         position = reservation.rank.position
         if self._queues[position]:
             self._waiting[position] -= reservation.waiting
-            self._runs[position] -= reservation.running
+            self._running[position] -= reservation.running
         else:  # exactly zero, whatever floating point made of the sums
-            self._waiting[position] = self._runs[position] = 0.0
+            self._waiting[position] = self._running[position] = 0.0
         reservation.waiting = reservation.running = 0.0
         reservation.until = now
         self._uncomputed -= 1
         if not self._uncomputed:
-            self._unstarted = self._running = 0.0
+            self._unstarted = self._step_length = 0.0
         self._sum_up(position)
 
     def _sum_up(self, position: int) -> None:
-        self.set_load(
-            position, self.external[position] + self._waiting[position] + RUNNING_WEIGHT * self._runs[position]
-        )
+        waiting = self.external[position] + self._waiting[position]
+        self.set_load(position, waiting + RUNNING_WEIGHT * self._running[position])

@@ -1,13 +1,20 @@
-"""Ranks that take their steps together, and the arithmetic of their reservations. Common to all roles."""
+"""Ranks that step together, the reservations on them, and the arithmetic of their loads. Common to all roles.
+
+Reservations and ranks are records. Only their step group changes them, and sums them up.
+"""
 
 import math
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from dp_extproc.engines.model import RankSample
-from dp_extproc.load.rank import RankLoad, Reservation
 
+_ENDED_KEPT: Final = 10_000
+"""Ended reservations that a rank remembers for the next sample. It bounds the memory of a rank that is never sampled;
+between two samples no rank serves so many requests."""
 _LEAST: Final = 1.0
 """Tokens of a prompt that an engine computes at least: the last one, even if its prefix cache has all of them."""
 EXTERNAL_FROM: Final = 0.5
@@ -31,6 +38,100 @@ class External(NamedTuple):
     requests: float
 
 
+@dataclass(slots=True, eq=False, repr=False)
+class Reservation:
+    """A request on one rank, from the pick until an event ends it."""
+
+    rank: "RankLoad"
+    tokens: float
+    """Tokens of the prompt."""
+    to_compute: float
+    """Tokens of the prompt that this rank has to compute; 0 on decode endpoints."""
+    requests: float
+    """Sequences that the request makes, or the rank's share of them."""
+    since: float
+    """When the rank was picked."""
+    is_share: bool
+    """Whether the engine picks the rank, so that one of several ranks has the request and each has a share."""
+    until: float = math.inf
+    """When the reservation ceased to show in samples: its prompt is computed, or it has ended."""
+    first_token_at: float = math.inf
+    waiting: float = 0.0
+    """Prompt tokens that no prefill step has taken in yet."""
+    running: float = 0.0
+    """Prompt tokens in the running prefill step."""
+
+    def first_token(self, now: float) -> None:
+        """Note that the first output token has come."""
+        self.rank.group.first_token(self, now)
+
+    def complete(self, now: float) -> None:
+        """End the reservation: the engine has served the request. After the first end a further one has no effect."""
+        self.rank.group.end(self, now, served=True)
+
+    def cancel(self, now: float) -> None:
+        """End the reservation of a request that was not served; this is no evidence of how far the engine is."""
+        self.rank.group.end(self, now, served=False)
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class RankLoad:
+    """One DP rank of one endpoint. Its loads are in the lists of its step group, in tokens."""
+
+    index: int
+    """The DP rank in its engine."""
+    group: "StepGroup"
+    position: int
+    """The index of the rank in the lists of its group."""
+    picks: int = 0
+    """Requests for which this replica has picked the rank."""
+    external_requests: float = 0.0
+    """Requests that the last sample has beyond the reservations."""
+    reserved_requests: float = 0.0
+    """Sequences of all open reservations; a batch has many, and a share of a request a fraction."""
+    sample: RankSample | None = None
+    """The last sample."""
+    sampled_at: float = -math.inf
+    """When the engine took that sample, by the clock of this process; never later than it really was."""
+    open: set[Reservation] = field(default_factory=set)
+    ended: deque[Reservation] = field(default_factory=lambda: deque(maxlen=_ENDED_KEPT))
+    """Ended reservations that the next sample may still contain, in the order of their ends."""
+
+    @property
+    def tokens(self) -> float:
+        """The estimated load, which policies compare."""
+        return self.group.loads[self.position]
+
+    @property
+    def external_tokens(self) -> float:
+        """Tokens that the last sample has beyond the reservations."""
+        return self.group.external[self.position]
+
+    @property
+    def reserved_tokens(self) -> float:
+        """The part of the load that reservations cause."""
+        return self.tokens - self.external_tokens
+
+    @property
+    def uncached_prompt_tokens(self) -> float:
+        """Prompt tokens of all requests so far, less those that were expected in the rank's prefix cache."""
+        return self.group.uncached[self.position]
+
+    def reserve(
+        self, tokens: float, now: float, requests: float = 1.0, cached: float = 0.0, *, is_share: bool = False
+    ) -> Reservation:
+        """Reserve what a request needs.
+
+        Args:
+            tokens: Tokens of the prompt.
+            now: The time of the pick.
+            requests: Sequences that the request makes; a fraction for a share of it.
+            cached: Prompt tokens that are expected in the rank's prefix cache.
+            is_share: Whether other ranks have the same reservation, because the engine picks one of them.
+        """
+        return self.group.reserve(self, tokens, now, requests, cached, is_share=is_share)
+
+
 class StepGroup(ABC):
     """Ranks of an engine that step together: with DP attention all of them, otherwise one rank alone.
 
@@ -48,8 +149,7 @@ class StepGroup(ABC):
         size = len(indices)
         self.ranks = tuple(RankLoad(index, self, position) for position, index in enumerate(indices))
         self.loads = [0.0] * size
-        """The estimated load of each rank, in prompt tokens to compute or in tokens of context, depending on the
-        role."""
+        """The estimated load of each rank: prompt tokens to compute in prefill, tokens of context in decode."""
         self.external = [0.0] * size
         """The part of each load that reservations do not explain."""
         self.reported = [0.0] * size
@@ -78,9 +178,9 @@ class StepGroup(ABC):
         self.slowness = 1.0
         """How many times longer the engine takes for a token than the average of its pool and role."""
         self.floor = 0.0
-        """A lower bound of the cost of any request."""
+        """A lower bound of :meth:`cost`, in tokens, for any request."""
         self.base = 0.0
-        """Another lower bound, to which the tokens of the request are added, times the slowness."""
+        """Another lower bound, to which a policy adds the tokens of the request, times the slowness."""
         self._top_is_valid = True
         self._low_is_valid = True
 
@@ -123,7 +223,7 @@ class StepGroup(ABC):
     def reserve(
         self, rank: RankLoad, tokens: float, now: float, requests: float, cached: float, *, is_share: bool
     ) -> Reservation:
-        """Open a reservation; see :meth:`RankLoad.reserve`."""
+        """Open a reservation on a rank of this group; see :meth:`RankLoad.reserve` for the arguments."""
         reservation = Reservation(rank, tokens, max(_LEAST, tokens - cached), requests, now, is_share=is_share)
         self._reservations += 1
         self.requests += requests
@@ -149,20 +249,12 @@ class StepGroup(ABC):
         rank.ended.append(reservation)
 
     def expire(self, reservation: Reservation, now: float) -> None:
-        """End the reservation of a request that the engine no longer has, though no event has ended it."""
+        """End the reservation of a request that the engine no longer has, without an event."""
         self.expired += 1
         self.end(reservation, now, served=False)
 
     def correct(self, rank: RankLoad, sample: RankSample, at: float, external: External, now: float) -> None:
-        """Correct a rank by a sample.
-
-        Args:
-            rank: One of this group.
-            sample: The sample.
-            at: When the engine took it.
-            external: The external load in it.
-            now: The present time.
-        """
+        """Correct a rank of this group by a sample that the engine took at *at*, and by the external load in it."""
         self.reported[rank.position] = sample.used_tokens
         self.external_requests += external.requests - rank.external_requests
         rank.external_requests = external.requests
@@ -210,17 +302,13 @@ class StepGroup(ABC):
     def misestimated(self, excess: float, tokens: float) -> float:
         """Attribute a token difference when the request counts agree: our estimate of their lengths was wrong.
 
-        Args:
-            excess: Tokens that a sample has beyond the reservations; below zero if it has fewer.
-            tokens: Tokens of the reservations.
-
-        Returns:
-            The tokens by which the estimate of the load is corrected.
+        A sample has *excess* more tokens than the *tokens* of the reservations; below zero if it has fewer. The result
+        is the tokens by which the estimate of the load is corrected.
         """
 
     @abstractmethod
     def _learn(self, position: int, sample: RankSample, at: float) -> None:
-        """Learn from a sample what it has of the engine besides load."""
+        """Learn from a sample what it shows of the engine besides load."""
 
     @abstractmethod
     def _set_external(self, rank: RankLoad, tokens: float, now: float) -> None:

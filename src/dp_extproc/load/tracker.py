@@ -7,24 +7,18 @@ from itertools import count
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.load.in_flight import ERROR, NO_LISTENER, InFlight, InFlightListener, nothing
-from dp_extproc.load.rank import Reservation
 from dp_extproc.load.records import PlacementRecord, RequestCost
+from dp_extproc.load.step_group import Reservation
 
 
 class InFlightTracker:
     """Opens in-flight requests, whose reservations are in the load cache."""
 
     def __init__(
-        self, fleet: LoadCache, listener: InFlightListener = NO_LISTENER, made_room: Callable[[], None] = nothing
+        self, cache: LoadCache, listener: InFlightListener = NO_LISTENER, made_room: Callable[[], None] = nothing
     ) -> None:
-        """Set up.
-
-        Args:
-            fleet: The load cache.
-            listener: Called at each event of this replica's own requests.
-            made_room: Called when a reservation has ended, of whichever replica.
-        """
-        self._fleet = fleet
+        """Begin without requests. *made_room* is called when a reservation has ended, of whichever replica."""
+        self._cache = cache
         self._listener = listener
         self._made_room = made_room
         self._numbers = count(1)
@@ -39,26 +33,21 @@ class InFlightTracker:
         leg: str = "",
         streaming: bool = False,
     ) -> InFlight:
-        """Reserve what a request of this replica needs on its targets.
+        """Reserve what a request of this replica needs on its targets, which were picked at *now*.
 
-        Args:
-            prefill: The target that computes the prompt; None if that is an aggregated endpoint, the decode target.
-            decode: The target that answers the client.
-            cost: What the request costs.
-            now: The time of the pick.
-            leg: Token by which the ext_proc stream of the prefill leg finds the request.
-            streaming: Whether the response headers may come before any token is computed.
+        Without a prefill target the decode target is an aggregated endpoint, which computes the prompt, too.
+        :class:`InFlight` describes *leg* and *streaming*.
         """
         for target in (prefill, decode):
             if target is not None and target.rank is not None:
                 target.endpoint.ranks[target.rank].picks += 1  # of this replica, so that those of all replicas add up
-        listener = self._listener
+        number, listener = next(self._numbers), self._listener
         in_flight = self._open(
-            next(self._numbers), prefill, decode, cost, now,
-            computes=prefill or decode, leg=leg, streaming=streaming, listener=listener,
+            number, prefill, decode, cost, now,
+            computes=prefill or decode, listener=listener, leg=leg, streaming=streaming,
         )  # fmt: skip
-        if listener is not NO_LISTENER:
-            listener.opened(in_flight.number, _record(prefill, decode, cost), now)
+        if listener is not NO_LISTENER:  # a record for nothing would slow the request path
+            listener.opened(number, _record(prefill, decode, cost), now)
         return in_flight
 
     def open_peer(self, record: PlacementRecord, at: float) -> InFlight:
@@ -68,40 +57,34 @@ class InFlightTracker:
         decode = self._target(record.decode, record.decode_rank, 0.0 if record.prefill else cached)
         computes = prefill if record.prefill else decode
         # Streaming, because the peer publishes when the prompt is computed.
-        return self._open(0, prefill, decode, record.cost, at, computes=computes, streaming=True)
+        return self._open(0, prefill, decode, record.cost, at, computes=computes, listener=NO_LISTENER, streaming=True)
 
     def _open(
-        self,
-        number: int,
-        prefill: Target | None,
-        decode: Target | None,
-        cost: RequestCost,
-        now: float,
-        *,
-        computes: Target | None,
-        leg: str = "",
-        streaming: bool,
-        listener: InFlightListener = NO_LISTENER,
-    ) -> InFlight:
+        self, number: int, prefill: Target | None, decode: Target | None, cost: RequestCost, now: float, *,
+        computes: Target | None, listener: InFlightListener, leg: str = "", streaming: bool,
+    ) -> InFlight:  # fmt: skip
+        """Open the reservations of both legs; *computes* is the target that computes the prompt."""
+        on_prefill_answer = None
         if computes is not None:
             self._record_prefix(computes, cost)
+            on_prefill_answer = partial(self._prompt_done, computes.endpoint, cost)
         return InFlight(
             number,
             now,
-            () if prefill is None else _reserve(prefill, cost, now),
-            () if decode is None else _reserve(decode, cost, now),
+            _reserve(prefill, cost, now),
+            _reserve(decode, cost, now),
             prefill_endpoint=None if prefill is None else prefill.endpoint,
             decode_endpoint=None if decode is None else decode.endpoint,
             leg=leg,
             streaming=streaming,
             listener=listener,
-            on_prefill_answer=None if computes is None else partial(self._prompt_done, computes.endpoint, cost),
+            on_prefill_answer=on_prefill_answer,
             made_room=self._made_room,
         )
 
     def _prompt_done(self, endpoint: EndpointLoad, cost: RequestCost, status: int) -> None:
         """Learn the bytes per token from a computed prompt, of whichever replica."""
-        ratio = self._fleet.ratios.get(endpoint.pool)  # the pool may no longer be configured
+        ratio = self._cache.ratios.get(endpoint.pool)  # the pool may no longer be configured
         if status < ERROR and ratio is not None:
             ratio.computed(endpoint.url, cost.text_bytes, cost.known_tokens)
 
@@ -110,20 +93,22 @@ class InFlightTracker:
         if target.rank is None or not target.endpoint.facts.prefix_cache:
             return
         rank = target.endpoint.ranks[target.rank]
-        index = self._fleet.prefixes[target.endpoint.pool]
+        index = self._cache.prefixes[target.endpoint.pool]
         capacity = rank.sample.capacity_tokens if rank.sample is not None else None
         index.note(rank, cost.prefix, cost.tokens, capacity)
         if cost.session is not None:
             index.note_session(cost.session, rank, cost.tokens)
 
     def _target(self, url: str | None, rank: int | None, cached: float) -> Target | None:
-        endpoint = None if url is None else self._fleet.by_url.get(url)
+        endpoint = None if url is None else self._cache.by_url.get(url)
         if endpoint is None or (rank is not None and not 0 <= rank < len(endpoint.ranks)):
             return None
         return Target(endpoint, rank, routed=False, by_room=False, cached=cached)
 
 
-def _reserve(target: Target, cost: RequestCost, now: float) -> tuple[Reservation, ...]:
+def _reserve(target: Target | None, cost: RequestCost, now: float) -> tuple[Reservation, ...]:
+    if target is None:
+        return ()
     return target.endpoint.reserve(target.rank, cost.tokens, now, cost.requests, target.cached)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from dp_extproc.engines.listener import EngineFailure
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad
-from dp_extproc.load.rank import RankLoad
+from dp_extproc.load.step_group import RankLoad
 from dp_extproc.sync.transport.replica import SyncStatus
 
 

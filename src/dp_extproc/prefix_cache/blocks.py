@@ -9,7 +9,7 @@ in common. The others are between messages, where an earlier prompt of the conve
 import re
 from bisect import bisect_left
 from collections.abc import Iterator
-from itertools import accumulate, chain, repeat, takewhile
+from itertools import chain
 from operator import le
 from typing import Final
 
@@ -26,22 +26,18 @@ _GROWTH: Final = 16
 cuts, and at most a sixteenth of a common prefix is missed."""
 _LARGEST: Final = 1 << 30
 """Bytes after which there are no more cuts."""
-
 _LEAST_BYTES: Final = 256
 """Bytes below which a prompt has no prefix: so few tokens are not worth a rank."""
-
 _LOOK_BACK: Final = 8
 """Messages at the end of a conversation that may be new since its last prompt: an answer, results of tool calls."""
 _LOOK_BACK_BYTES: Final = 1 << 16
 """Bytes at the end of a prompt in which those messages are searched."""
-
 _CONDITIONS: Final = (
     "model", "lora_path", "extra_key", "cache_salt", "image_data", "video_data", "audio_data", "chat_template_kwargs",
     "reasoning_effort",
 )  # fmt: skip
 """Members that must be equal for equal prompts to share KV cache. SGLang keys its cache by the adapter, ``extra_key``
 and ``cache_salt``. Media beside a text are somewhere in it, and arguments of chat templates at its beginning."""
-
 _ORDER: Final = {
     Api.GENERATE: ("text", "input_ids"),
     Api.COMPLETIONS: ("prompt",),
@@ -50,10 +46,6 @@ _ORDER: Final = {
     Api.MESSAGES: ("tools", "system", "messages"),
 }
 """The members that make the prompt, in the order of most chat templates."""
-
-_IDS: Final = ("input_ids",)
-"""Token ids of a chat, which are its prompt whatever its other members are."""
-
 _FIRST_ITEM: Final = re.compile(rb'\[(?P<gap>\s*)(?P<key>\{\s*"[^"\\]{1,64}"\s*:)(?P<space> ?)')
 """The beginning of a list's first item, from which follows how other items begin and are separated."""
 _FIRST_ITEM_BYTES: Final = 256
@@ -69,11 +61,7 @@ class Prefix(Struct, frozen=True):
     """The end of each block, in bytes from the start; ascending. Empty if all blocks are of one size."""
 
     def __post_init__(self) -> None:
-        """Check what a peer has sent.
-
-        Raises:
-            ValueError: The ends are not those of the blocks.
-        """
+        """Raise :exc:`ValueError` if a peer has sent ends that are not those of the blocks."""
         ends = self.ends
         if ends and not (len(ends) == len(self.blocks) and ends[-1] > 0 and all(map(le, chain((0,), ends), ends))):
             raise ValueError("every block ends behind the one before, and the last one not at 0")
@@ -97,8 +85,9 @@ def prefix_of(request: InferenceRequest) -> Prefix:
     if request.prompt.batch is not None:
         return NO_PREFIX
     values = request.body.values
-    is_chat_of_ids = request.api is Api.CHAT and _view(values.get("input_ids")) is not None
-    order = _IDS if is_chat_of_ids else _ORDER[request.api]
+    order: tuple[str, ...] = _ORDER[request.api]
+    if request.api is Api.CHAT and _view(values.get("input_ids")) is not None:
+        order = ("input_ids",)  # they are the prompt of a chat, whatever its other members are
     parts = [(name, view) for name in order if (view := _view(values.get(name))) is not None]
     if not parts:
         return NO_PREFIX
@@ -143,12 +132,8 @@ def _without_closing(view: memoryview) -> memoryview:
 
 def _cuts(view: memoryview, *, between_items: bool) -> list[int]:
     """Return the ends of all blocks, ascending; the last one is the end of the view."""
-    length = len(view)
-    cuts = [*_GRID[: bisect_left(_GRID, length)], length]
-    if between_items:
-        cuts.extend(_ends_of_items(view))
-        cuts = sorted(set(cuts))
-    return cuts
+    cuts = [*_GRID[: bisect_left(_GRID, len(view))], len(view)]
+    return sorted({*cuts, *_ends_of_items(view)}) if between_items else cuts
 
 
 def _ends_of_items(view: memoryview) -> Iterator[int]:
@@ -168,9 +153,12 @@ def _ends_of_items(view: memoryview) -> Iterator[int]:
         yield start + found + 1
 
 
-_GRID: Final = tuple(
-    takewhile(
-        lambda cut: cut <= _LARGEST,
-        accumulate(chain((0,), repeat(0)), lambda cut, _: cut + max(_BLOCK_BYTES, cut // _GROWTH)),
-    )
-)[1:]
+def _fixed_cuts() -> Iterator[int]:
+    cut = _BLOCK_BYTES
+    while cut <= _LARGEST:
+        yield cut
+        cut += max(_BLOCK_BYTES, cut // _GROWTH)
+
+
+_GRID: Final = tuple(_fixed_cuts())
+"""The cuts at fixed distances, in bytes from the start of a member."""

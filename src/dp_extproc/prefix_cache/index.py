@@ -6,7 +6,7 @@ the ends of prompts first. The index does the same with the hashes of blocks, wi
 
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final, Generic, TypeVar
 
@@ -49,13 +49,10 @@ class PrefixIndex(Generic[_R]):
         self._sessions: OrderedDict[str, _Session[_R]] = OrderedDict()
 
     def cached(self, prefix: Prefix, tokens: float, session: str | None = None) -> CachedTokens[_R]:
-        """Return how much of a prompt each rank has cached.
+        """Return how much of a prompt of so many tokens each rank has cached.
 
-        Args:
-            prefix: The prefix of the prompt.
-            tokens: Tokens of the whole prompt.
-            session: The client's name for the conversation. Its last prompt counts as a prefix of this one, unless
-                blocks show a longer one.
+        With a session, the client's name for a conversation, its last prompt counts as a prefix of this one, unless
+        blocks show a longer one.
         """
         by_rank: dict[_R, float] = {}
         elsewhere = 0.0
@@ -79,13 +76,9 @@ class PrefixIndex(Generic[_R]):
         return CachedTokens(by_rank, elsewhere)
 
     def note(self, rank: _R, prefix: Prefix, tokens: float, capacity_tokens: float | None) -> None:
-        """Record that a rank is going to compute a prompt, and to keep it in its cache.
+        """Record that a rank is going to compute a prompt of so many tokens, and to keep it in its cache.
 
-        Args:
-            rank: The rank.
-            prefix: The prefix of the prompt.
-            tokens: Tokens of the whole prompt.
-            capacity_tokens: Tokens of KV cache that the rank has; None if they are not known.
+        The capacity is the size of the rank's KV cache in tokens; None if it is not known.
         """
         cache = self._cache(rank)
         self._caches.move_to_end(rank)
@@ -109,11 +102,11 @@ class PrefixIndex(Generic[_R]):
         while blocks and (cache.tokens > cache.capacity or len(blocks) > _MOST_BLOCKS):
             self._evict(rank, cache)
         while self._blocks > _MOST_BLOCKS_IN_ALL:
-            idle, its = next(iter(self._caches.items()))
-            if its.blocks:
-                self._evict(idle, its)
+            oldest, cache = next(iter(self._caches.items()))
+            if cache.blocks:
+                self._evict(oldest, cache)
             else:
-                self._caches.move_to_end(idle)
+                self._caches.move_to_end(oldest)
 
     def note_session(self, session: str, rank: _R, tokens: float) -> None:
         """Record that a rank is going to have the last prompt of a conversation in its cache."""
@@ -126,16 +119,14 @@ class PrefixIndex(Generic[_R]):
 
     def forget(self, rank: _R) -> None:
         """Drop all that a rank had: its engine has restarted."""
-        cache = self._caches.pop(rank, None)
-        if cache is not None:
+        if (cache := self._caches.pop(rank, None)) is not None:
             for block in cache.blocks:
                 self._drop(rank, block)
             for session in cache.sessions:
                 del self._sessions[session]
 
     def _cache(self, rank: _R) -> "_Cache":
-        cache = self._caches.get(rank)
-        if cache is None:
+        if (cache := self._caches.get(rank)) is None:
             cache = self._caches[rank] = _Cache()
         return cache
 
@@ -166,16 +157,17 @@ class _Session(Generic[_R]):
     """Tokens of all prompts of the rank until then."""
 
 
+@dataclass(slots=True)
 class _Cache:
     """The estimated cache of one rank."""
 
-    __slots__ = ("blocks", "capacity", "recorded", "sessions", "tokens")
-
-    def __init__(self) -> None:
-        self.blocks: OrderedDict[int, float] = OrderedDict()
-        """Tokens of each block, ordered from the one that is evicted next."""
-        self.tokens = 0.0
-        self.capacity: float = _UNKNOWN_CAPACITY
-        self.recorded = 0.0
-        """Tokens of all prompts so far."""
-        self.sessions: set[str] = set()
+    blocks: OrderedDict[int, float] = field(default_factory=OrderedDict)
+    """Tokens of each block, ordered from the one that is evicted next."""
+    tokens: float = 0.0
+    """Tokens of all blocks."""
+    capacity: float = _UNKNOWN_CAPACITY
+    """Tokens that fit in."""
+    recorded: float = 0.0
+    """Tokens of all prompts so far."""
+    sessions: set[str] = field(default_factory=set)
+    """The conversations whose last prompt the rank got."""

@@ -10,8 +10,8 @@ from itertools import count
 
 from dp_extproc.config.reliability import AdmissionSettings, QueueSettings
 from dp_extproc.load.endpoint import EndpointLoad, Target
-from dp_extproc.load.rank import RankLoad
 from dp_extproc.load.records import RequestCost
+from dp_extproc.load.step_group import RankLoad
 from dp_extproc.request.prompt import Prompt
 
 _CERTAIN = 4

@@ -15,8 +15,8 @@ from dp_extproc.config.pools import PolicySettings
 from dp_extproc.engines.capabilities import RankControl
 from dp_extproc.engines.model import Role
 from dp_extproc.load.endpoint import Candidate, EndpointLoad, Target
-from dp_extproc.load.rank import RankLoad
 from dp_extproc.load.records import RequestCost
+from dp_extproc.load.step_group import RankLoad
 from dp_extproc.prefix_cache.index import CachedTokens, PrefixIndex
 from dp_extproc.scheduling.bootstrap_room import agree
 from dp_extproc.scheduling.pairing import Pairing

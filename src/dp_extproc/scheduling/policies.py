@@ -8,8 +8,7 @@ from typing import Final
 from dp_extproc.config.load import LoadSignal
 from dp_extproc.config.pools import HostPolicy, PolicySettings, RankPolicy
 from dp_extproc.load.endpoint import Candidate, EndpointLoad, Part
-from dp_extproc.load.rank import RankLoad
-from dp_extproc.load.step_group import StepGroup, index_from
+from dp_extproc.load.step_group import RankLoad, StepGroup, index_from
 from dp_extproc.prefix_cache.index import CachedTokens
 
 REACH: Final = 8

@@ -1,4 +1,4 @@
-"""Define the messages between replicas, and their encoding: four bytes of magic and version, then msgpack.
+"""The messages between replicas, and their encoding: four bytes of magic and version, then msgpack.
 
 1. Moments are readings of the sender's own clock, in seconds, and every message has that clock's reading at sending.
    Receivers use only differences of the two, so clocks of different machines are never compared.
@@ -31,34 +31,28 @@ MAX_FRAME_BYTES: Final = 1000
 """Bound the encoded rest of a message; about ten times what it takes."""
 
 
-class Placed(Struct, frozen=True, array_like=True, tag=0):
-    """An attempt was placed: its reservations are open."""
-
+class _Event(Struct, frozen=True, array_like=True):
     attempt: Count
     """A number that is unique in the life of the replica."""
     at: Amount
+
+
+class Placed(_Event, frozen=True, tag=0):
+    """An attempt was placed: its reservations are open."""
+
     record: PlacementRecord
 
 
-class PrefillAnswered(Struct, frozen=True, array_like=True, tag=1):
+class PrefillAnswered(_Event, frozen=True, tag=1):
     """The prompt of an attempt is computed."""
 
-    attempt: Count
-    at: Amount
+
+class FirstToken(_Event, frozen=True, tag=2):
+    """The response of an attempt has begun."""
 
 
-class FirstToken(Struct, frozen=True, array_like=True, tag=2):
-    """The answer of an attempt has begun."""
-
-    attempt: Count
-    at: Amount
-
-
-class Ended(Struct, frozen=True, array_like=True, tag=3):
+class Ended(_Event, frozen=True, tag=3):
     """An attempt is over."""
-
-    attempt: Count
-    at: Amount
 
 
 Event = Placed | PrefillAnswered | FirstToken | Ended
@@ -86,22 +80,18 @@ class Snapshot(Struct, frozen=True, array_like=True, tag=1):
     """The events so far of each open attempt."""
 
     def __post_init__(self) -> None:
-        """Check the numbers of a part that another replica has sent.
-
-        Raises:
-            ValueError: There is no such part.
-        """
+        """Raise :exc:`ValueError` if there is no such part."""
         if self.part >= self.parts:
             raise ValueError("parts are counted from 0")
 
 
 class SnapshotRequest(Struct, frozen=True, array_like=True, tag=2):
-    """A replica requests a snapshot."""
+    """A request for a snapshot."""
 
     replica: str
-    """The replica that requests it."""
+    """The replica that sends the request."""
     of: str | None
-    """The replica that is to send it; None for all replicas."""
+    """The replica that is to send the snapshot; None for all replicas."""
 
 
 Message = Batch | Snapshot | SnapshotRequest
@@ -119,7 +109,6 @@ _decoder: Final[msgspec.msgpack.Decoder[Message]] = msgspec.msgpack.Decoder(Mess
 
 
 def encode(message: Message) -> bytes:
-    """Encode a message."""
     return _HEADER + _encoder.encode(message)
 
 
@@ -138,7 +127,7 @@ def decode(data: bytes) -> Message | Unreadable:
 
 
 def split_events(events: Sequence[Event]) -> Iterator[Sequence[Event]]:
-    """Split events, in their order, into as many messages as they need; no events need none."""
+    """Split events, in their order, into parts that each fit into a message; no events need none."""
     if not events:
         return
     if len(_encoder.encode(events)) <= MAX_EVENT_BYTES:
@@ -152,7 +141,7 @@ def split_events(events: Sequence[Event]) -> Iterator[Sequence[Event]]:
 
 
 def _without_prefix(event: Event) -> Event:
-    """Remove what may be of any size. It only serves affinity; the load of the attempt stays."""
+    """Remove what may be of any size. It only serves the prefix index; the load of the attempt stays."""
     if not isinstance(event, Placed):
         return event
     cost = replace(event.record.cost, prefix=NO_PREFIX, session=None)

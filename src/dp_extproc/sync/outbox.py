@@ -1,6 +1,7 @@
-"""Turn the events of this replica's in-flight requests into messages. Pure: :meth:`Outbox.collect` returns bytes.
+"""The outbox: turns the events of this replica's in-flight requests into messages for its peers.
 
-Events arrive on the request path, where they are only appended to a list. Everything else is done at collecting.
+Events arrive on the request path, where they are only appended to a list. Everything else is done by
+:meth:`Outbox.collect`, which returns bytes for a bus.
 """
 
 from collections.abc import Iterator
@@ -27,15 +28,11 @@ bounds for how long a lost message goes unnoticed."""
 
 
 class Outbox:
-    """Collect events and make messages of them. Implements :class:`dp_extproc.load.in_flight.InFlightListener`."""
+    """The unsent events and the open attempts. Implements :class:`dp_extproc.load.in_flight.InFlightListener`."""
 
     def __init__(self, replica: str) -> None:
-        """Start without events.
-
-        Args:
-            replica: The name of this replica. It is random, so that peers take a restarted process for another replica.
-        """
         self.replica = replica
+        """The name of this replica. It is random, so that peers take a restarted process for another replica."""
         self._unsent: list[Event] = []
         self._open: dict[int, list[Event]] = {}
         """The events so far of each open attempt."""
@@ -43,10 +40,6 @@ class Outbox:
         self._last_batch_at = float("-inf")
         self._owes_snapshot = False
         self._snapshot_requests: list[str | None] = []
-
-    @property
-    def open_attempts(self) -> int:
-        return len(self._open)
 
     # --- on the request path ---
 
@@ -92,7 +85,7 @@ class Outbox:
         return messages
 
     def _batches(self, now: float) -> Iterator[bytes]:
-        """Attempts that began and ended since the last batch are sent, too: their prompts are cached now."""
+        # Attempts that began and ended since the last batch are sent, too: their prompts are cached now.
         unsent, self._unsent = self._unsent, []
         self._last_batch_at = now
         for events in list(split_events(unsent)) or [()]:
@@ -100,7 +93,7 @@ class Outbox:
             yield encode(Batch(self.replica, self._sequence, now, tuple(events)))
 
     def _snapshot(self, now: float) -> Iterator[bytes]:
-        """Send this behind a batch only, so that no two snapshots have the same sequence number."""
+        """Encode a snapshot. It is sent behind a batch only, so that no two have the same sequence number."""
         parts = list(split_events(list(chain.from_iterable(self._open.values())))) or [()]
         for part, events in enumerate(parts):
             yield encode(Snapshot(self.replica, self._sequence, now, part, len(parts), tuple(events)))

@@ -1,4 +1,4 @@
-"""Follow the in-flight requests of all peers over a bus that may lose, repeat and reorder messages. Pure.
+"""The in-flight requests of all peers, by messages over a bus that may lose, repeat and reorder them.
 
 Rule 1: batches of a peer are applied in the order of their sequence numbers, each once. A batch that is ahead waits.
 Rule 2: while a batch is missing, a snapshot is requested: all attempts that the peer has open after a certain batch.
@@ -19,11 +19,11 @@ FIRST_REQUEST_SECONDS: Final = 0.05
 REQUEST_AGAIN_SECONDS: Final = 0.5
 """Seconds between two requests for a snapshot of the same peer."""
 _AHEAD_KEPT: Final = 1000
-"""Batches that wait for a missing one: those of 20 s. Any further batch is dropped, and so it is missing, too."""
+"""Bound on the batches that wait for a missing one: those of 20 s. A further batch is dropped, and so missing, too."""
 _OLDEST: Final = 86_400.0
 """Seconds before now that an event may have. An earlier one is moved there; reservations expire sooner than that."""
 _OK: Final = 200
-"""The status of every answer of a peer's engine: the peer has dealt with errors itself."""
+"""The status of each response of an engine to a peer: the peer has dealt with errors itself."""
 
 
 class PeerRequest(Protocol):
@@ -50,8 +50,6 @@ class PeerStatus:
 class _Peer:
     """The messages and the open attempts of one peer."""
 
-    __slots__ = ("ahead", "applied", "attempts", "last_message_at", "parts", "parts_of", "request_at")
-
     def __init__(self, now: float) -> None:
         self.last_message_at = now
         self.applied = 0
@@ -61,31 +59,23 @@ class _Peer:
         self.attempts: dict[int, tuple[PeerRequest, float]] = {}
         """Open attempts, with the moment at which each was placed."""
         self.request_at = now + FIRST_REQUEST_SECONDS
+        """When to request the next snapshot, if a batch is missing then."""
         self.parts_of = 0
         """Sequence number of the snapshot whose parts are collected."""
         self.parts: dict[int, Sequence[Event]] = {}
-
-    @property
-    def in_doubt(self) -> bool:
-        return bool(self.ahead)
 
 
 class Peers:
     """Apply the messages of all peers to reservations of this replica."""
 
     def __init__(self, open_peer: Callable[[PlacementRecord, float], PeerRequest], peer_timeout: float) -> None:
-        """Start without peers.
-
-        Args:
-            open_peer: Opens the reservations of a peer's attempt.
-            peer_timeout: Seconds without a message after which a peer is gone.
-        """
+        """Begin without peers. *open_peer* opens the reservations of an attempt; the timeout is in seconds."""
         self._open_peer = open_peer
         self._peer_timeout = peer_timeout
         self._peers: dict[str, _Peer] = {}
         self.anomalies: Counter[str] = Counter(duplicate=0, gap=0, snapshot=0, unknown_request=0, peer_timeout=0)
-        """Anomalies: ``duplicate`` batches; ``gap``, where batches are missing, and the ``snapshot`` that closed them;
-        ``unknown_request``, events of unknown attempts; ``peer_timeout``, peers that are gone."""
+        """How often each happened: ``duplicate`` batches; ``gap``, where batches are missing, and the ``snapshot`` that
+        closed it; ``unknown_request``, events of unknown attempts; ``peer_timeout``, peers that are gone."""
 
     def batch(self, batch: Batch, now: float) -> None:
         """Apply a batch of a peer, or keep it until the batches before it are there."""
@@ -99,7 +89,7 @@ class Peers:
             peer.request_at = now + FIRST_REQUEST_SECONDS
         if len(peer.ahead) < _AHEAD_KEPT:
             peer.ahead[batch.sequence] = (batch, now - batch.now)
-        self._go_on(peer, now)
+        self._apply_following(peer, now)
 
     def snapshot(self, snapshot: Snapshot, now: float) -> None:
         """Keep a part of a snapshot; with the last part, apply the whole snapshot."""
@@ -120,20 +110,19 @@ class Peers:
             peer.attempts.pop(attempt)[0].end(now)
         self._apply(peer, events, now - snapshot.now, now)
         peer.applied = snapshot.sequence
-        for sequence in [sequence for sequence in peer.ahead if sequence <= peer.applied]:
-            del peer.ahead[sequence]
-        self._go_on(peer, now)
+        peer.ahead = {sequence: ahead for sequence, ahead in peer.ahead.items() if sequence > peer.applied}
+        self._apply_following(peer, now)
 
     def review(self, now: float) -> list[str]:
         """Forget peers that are gone, and return those to request a snapshot of. Call it every few milliseconds."""
-        for replica in [
-            replica for replica, peer in self._peers.items() if now - peer.last_message_at >= self._peer_timeout
-        ]:
-            self.anomalies["peer_timeout"] += 1
-            self.forget(replica, now)
-        missing = [replica for replica, peer in self._peers.items() if peer.in_doubt and now >= peer.request_at]
-        for replica in missing:
-            self._peers[replica].request_at = now + REQUEST_AGAIN_SECONDS
+        missing = []
+        for replica, peer in list(self._peers.items()):
+            if now - peer.last_message_at >= self._peer_timeout:
+                self.anomalies["peer_timeout"] += 1
+                self.forget(replica, now)
+            elif peer.ahead and now >= peer.request_at:
+                peer.request_at = now + REQUEST_AGAIN_SECONDS
+                missing.append(replica)
         return missing
 
     def forget(self, replica: str, now: float) -> None:
@@ -143,9 +132,8 @@ class Peers:
                 attempt.end(now)
 
     def status(self, now: float) -> list[PeerStatus]:
-        """Return the state of each peer."""
         return [
-            PeerStatus(replica, now - peer.last_message_at, len(peer.attempts), peer.in_doubt)
+            PeerStatus(replica, now - peer.last_message_at, len(peer.attempts), in_doubt=bool(peer.ahead))
             for replica, peer in self._peers.items()
         ]
 
@@ -156,7 +144,8 @@ class Peers:
         peer.last_message_at = now
         return peer
 
-    def _go_on(self, peer: _Peer, now: float) -> None:
+    def _apply_following(self, peer: _Peer, now: float) -> None:
+        """Apply the batches that are ahead, up to the next missing one."""
         while (following := peer.ahead.pop(peer.applied + 1, None)) is not None:
             batch, offset = following
             peer.applied = batch.sequence
@@ -168,8 +157,9 @@ class Peers:
         Args:
             peer: The sender of the events.
             events: In their order.
-            offset: Seconds from the peer's clock to ours, by the message itself; the time of its way is in it.
-            now: No event is later, none is a day earlier, and none is before its attempt was placed.
+            offset: Seconds to add to readings of the peer's clock; the message's time on the way is in it.
+            now: The present time. Events are moved, if need be: none is later or a day earlier than now, and none is
+                before its attempt was placed.
         """
         for event in events:
             at = min(now, max(now - _OLDEST, event.at + offset))

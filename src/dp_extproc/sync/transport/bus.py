@@ -1,4 +1,4 @@
-"""Define the bus between replicas: sending never waits, messages may be lost, and a lost bus is restored by itself."""
+"""The bus between replicas: sending never waits, messages may be lost, and a lost bus is restored by itself."""
 
 import asyncio
 import random
@@ -9,11 +9,11 @@ from dp_extproc.background import heed_cancellation
 
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 2.0
-"""Seconds between two attempts to reach the bus. Without it a replica schedules without the load of its peers."""
+"""Seconds between two attempts to reach the bus. Meanwhile a replica schedules without the load of its peers."""
 
 
 class Listener(Protocol):
-    """Receiver of the events and messages of a bus."""
+    """What a bus calls."""
 
     def up(self) -> None:
         """Note that the bus works now. Messages that were sent before are lost."""
@@ -26,14 +26,14 @@ class Listener(Protocol):
 
 
 class Bus(Protocol):
-    """Send messages to all other replicas."""
+    """Sends messages to all other replicas."""
 
     @property
     def lost(self) -> int:
-        """Count the messages of this replica that could not be sent."""
+        """Messages of this replica that could not be sent, in all."""
 
     def send(self, message: bytes) -> None:
-        """Send a message if possible, else drop it. Never waits."""
+        """Send a message if possible, else drop it, without waiting."""
 
     async def run(self, listener: Listener) -> None:
         """Keep the bus connected until cancelled."""
@@ -43,8 +43,8 @@ async def keep_up(session: Callable[[], Awaitable[None]], down: Callable[[str], 
     """Run one session after the other, with pauses that grow while sessions end within two seconds. Never returns.
 
     Args:
-        session: Ends by an :exc:`OSError` with the reason; :exc:`TimeoutError` and :exc:`ConnectionError` are some.
-        down: Called with the reason.
+        session: Raises an :exc:`OSError` with the reason for its end; :exc:`TimeoutError` is one, too.
+        down: Called with that reason.
     """
     loop = asyncio.get_running_loop()
     pause = _FIRST_PAUSE

@@ -1,4 +1,4 @@
-"""Connect replicas over Redis or Valkey: every replica publishes and subscribes to one channel.
+"""A bus over Redis or Valkey: every replica publishes and subscribes to one channel.
 
 A replica receives its own messages, too. They show that the way through the server works; an open connection does not.
 """
@@ -19,12 +19,13 @@ from dp_extproc.background import heed_cancellation
 from dp_extproc.sync.transport.bus import Listener, keep_up
 
 _MAX_WAITING: Final = 256
-"""Messages that wait for the server: those of 5 s. A slower server has exceeded the timeout already."""
+"""Bound on the messages that wait for the server: those of 5 s. A slower server has exceeded the timeout already."""
 _AT_ONCE: Final = 64
+"""Bound on the messages of one round trip."""
 
 
 class RedisBus:
-    """Send through a channel of a server. Implements :class:`dp_extproc.sync.transport.bus.Bus`."""
+    """Sends through a channel of a server. Implements :class:`dp_extproc.sync.transport.bus.Bus`."""
 
     def __init__(self, url: str, channel: str, patience: float) -> None:
         """Prepare, without connecting.
@@ -34,27 +35,23 @@ class RedisBus:
             channel: Common to all replicas of a fleet.
             patience: Seconds to wait for the server; longer than the pause between two messages of this replica.
         """
-        self._lost = 0
+        self.lost = 0
         self._url = url
         self._channel = channel
         self._patience = patience
         self._connected = False
         self._waiting: deque[bytes] = deque()
-        self._some = asyncio.Event()
-
-    @property
-    def lost(self) -> int:
-        return self._lost
+        self._some_wait = asyncio.Event()
 
     def send(self, message: bytes) -> None:
         if not self._connected:
-            self._lost += 1
+            self.lost += 1
             return
         if len(self._waiting) == _MAX_WAITING:
             self._waiting.popleft()
-            self._lost += 1
+            self.lost += 1
         self._waiting.append(message)
-        self._some.set()
+        self._some_wait.set()
 
     async def run(self, listener: Listener) -> None:
         await keep_up(lambda: self._session(listener), listener.down)
@@ -70,7 +67,7 @@ class RedisBus:
             raise ConnectionError(_sentence(_first(errors))) from None
         finally:
             self._connected = False
-            self._lost += len(self._waiting)  # their moments are relative to now
+            self.lost += len(self._waiting)  # their moments are relative to now
             self._waiting.clear()
 
     @contextlib.asynccontextmanager
@@ -94,8 +91,8 @@ class RedisBus:
 
     async def _publish(self, client: Redis) -> None:
         while True:
-            await self._some.wait()
-            self._some.clear()
+            await self._some_wait.wait()
+            self._some_wait.clear()
             while self._waiting:
                 pipeline = client.pipeline(transaction=False)
                 messages = [self._waiting.popleft() for _ in range(min(_AT_ONCE, len(self._waiting)))]
@@ -104,7 +101,7 @@ class RedisBus:
                 try:
                     await pipeline.execute()
                 except BaseException:
-                    self._lost += len(messages)
+                    self.lost += len(messages)
                     raise
                 heed_cancellation()
 

@@ -1,4 +1,4 @@
-"""Take part in the exchange of in-flight requests: connect outbox and peers to a bus and a clock."""
+"""One replica in the exchange of in-flight requests: its outbox and its peers, connected to a bus and a clock."""
 
 import asyncio
 import logging
@@ -18,6 +18,10 @@ from dp_extproc.sync.transport.unix_bus import UnixBus
 
 BEAT: Final = 0.02
 """Seconds that an event waits at most. With 10 ms two replicas schedule as well as one; with 50 ms nearly so."""
+_EXPLAINED: Final = {
+    Unreadable.UNDECODABLE: "not of this service: do others use the same channel?",
+    Unreadable.VERSION_MISMATCH: "of another version of this service: replicas hear only those of their own",
+}
 
 _log = logging.getLogger(__name__)
 
@@ -37,14 +41,14 @@ class SyncStatus:
     lost: int
     """Messages that the bus did not send."""
     anomalies: dict[str, int]
-    """Anomalies: those of :attr:`dp_extproc.sync.peers.Peers.anomalies`; messages that are ``undecodable`` or have a
+    """Those of :attr:`dp_extproc.sync.peers.Peers.anomalies`; messages that are ``undecodable`` or have a
     ``version_mismatch``; and messages that were decoded, but not applied (``unapplied``)."""
     last_error: str | None
     """Why the bus failed the last time."""
 
 
 class Replica:
-    """Publish the attempts of this replica, and follow those of its peers. Implements ``Listener`` of a bus."""
+    """Publishes the attempts of this replica, and follows those of its peers. Implements ``Listener`` of a bus."""
 
     def __init__(
         self,
@@ -87,7 +91,6 @@ class Replica:
             self._connected = False
 
     def status(self) -> SyncStatus:
-        """Return the state of the exchange."""
         return SyncStatus(
             replica=self._outbox.replica,
             connected=self._connected,
@@ -119,7 +122,7 @@ class Replica:
     def receive(self, data: bytes) -> None:
         message = decode(data)
         if isinstance(message, Unreadable):
-            self._refuse(message)
+            self._unreadable(message)
             return
         if message.replica == self._outbox.replica:
             return  # an echo of this replica
@@ -155,7 +158,7 @@ class Replica:
                 exc_info=error,
             )
 
-    def _refuse(self, reason: Unreadable) -> None:
+    def _unreadable(self, reason: Unreadable) -> None:
         self._counts[reason.value] += 1
         if self._counts[reason.value] == 1:
             _log.warning("sync: something on the bus is %s; it is left out, and counted", _EXPLAINED[reason])
@@ -176,14 +179,7 @@ def join(
     *,
     clock: Callable[[], float],
 ) -> Replica:
-    """Make the replica that the configuration describes. It takes part once it runs.
-
-    Args:
-        settings: The bus.
-        outbox: Listens to the attempts of this replica.
-        open_peer: Opens the reservations of a peer's attempt.
-        clock: Monotonic seconds, as in the events of the outbox.
-    """
+    """Make the replica that the configuration describes; see :class:`Replica`. It takes part once it runs."""
     bus: Bus
     if settings.directory is not None:
         bus = UnixBus(Path(settings.directory), outbox.replica)
@@ -192,9 +188,3 @@ def join(
 
         bus = RedisBus(settings.url.get_secret_value(), settings.channel, settings.peer_timeout)
     return Replica(outbox, bus, open_peer, clock=clock, peer_timeout=settings.peer_timeout)
-
-
-_EXPLAINED: Final = {
-    Unreadable.UNDECODABLE: "not of this service: do others use the same channel?",
-    Unreadable.VERSION_MISMATCH: "of another version of this service: replicas hear only those of their own",
-}

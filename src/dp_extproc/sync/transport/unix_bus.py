@@ -1,4 +1,4 @@
-"""Connect processes of one machine: each has a datagram socket in a common directory, and sends to all others.
+"""A bus between processes of one machine: each has a datagram socket in a common directory, and sends to all others.
 
 1. A process has one sending socket for each receiver. Datagrams that are not read yet count against the sender's
    buffer, so with one socket for all a stopped process would block messages between the others.
@@ -21,23 +21,21 @@ _SUFFIX: Final = ".sock"
 _SCAN_SECONDS: Final = 0.1
 """Seconds between two scans of the directory."""
 _MAX_WAITING: Final = 256
-"""Messages that wait for a process that does not read. Linux itself keeps 10 or more (``net.unix.max_dgram_qlen``)."""
+"""Bound on the messages that wait for a process that does not read, beside those that Linux keeps: 10 or more
+(``net.unix.max_dgram_qlen``)."""
 _BUFFER: Final = 1 << 18
 """Bytes of a sender's buffer: two of the largest messages. Linux grants less if ``net.core.wmem_max`` is less."""
 _AT_ONCE: Final = 64
+"""Bound on the messages that are read before other tasks of the process go on."""
 _GONE: Final = (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTCONN)
+"""Errors of a socket whose process has ended."""
 
 
 class UnixBus:
-    """Send through sockets of a directory. Implements :class:`dp_extproc.sync.transport.bus.Bus`."""
+    """Sends through sockets of a directory. Implements :class:`dp_extproc.sync.transport.bus.Bus`."""
 
     def __init__(self, directory: Path, replica: str) -> None:
-        """Prepare, without making files.
-
-        Args:
-            directory: Common to all processes; it is made if need be.
-            replica: The name of this process's socket.
-        """
+        """Prepare, without making files. The directory is common to all processes; it is made if need be."""
         self._lost = 0
         self._directory = directory
         self._own = directory / (replica + _SUFFIX)
