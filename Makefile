@@ -40,6 +40,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@find src/dp_extproc -name lab -prune -o -name '*.py' -print0 | xargs -0 cat | wc -l | sed 's/^ */lines of the product: /'
 
 format: setup
 	$(BIN)/ruff format .

@@ -105,7 +105,7 @@ def _service(supervise: Supervise) -> ExtProcService:
     pool = PoolConfig.model_validate(
         {"models": ["*"], "prefill": {"endpoints": list(PREFILLS)}, "decode": {"endpoints": list(DECODES)}}
     )
-    dispatcher = Scheduler(
+    scheduler = Scheduler(
         [pool],
         fleet,
         owner="127.0.0.1:9002",
@@ -115,7 +115,7 @@ def _service(supervise: Supervise) -> ExtProcService:
         sees_first_events=supervise is Supervise.FIRST_EVENT,
     )
     return ExtProcService(
-        dispatcher,
+        scheduler,
         (Telemetry(fleet, clock),),
         supervision=SupervisionSettings(mode=supervise),
         max_body=MAX_BODY,

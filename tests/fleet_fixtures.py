@@ -27,7 +27,7 @@ class Clock:
 
 
 def make_tokens() -> Callable[[], str]:
-    """Give different tokens, though anybody could guess them."""
+    """Give different tokens, though they are easy to guess."""
     numbers = count(1)
     return lambda: f"token-{next(numbers)}"
 
@@ -40,7 +40,7 @@ def make_facts(
     dp_attention: bool = True,
     method: str | None = None,
 ) -> EngineFacts:
-    """What an engine with default flags says of itself."""
+    """Make what an engine with default flags reports."""
     if method is None and version >= (0, 5, 8):
         method = "follow_bootstrap_room" if role is Role.PREFILL else "round_robin"
     follows = role is not Role.WORKER and (version < (0, 5, 8) or method == "follow_bootstrap_room")
@@ -86,7 +86,7 @@ def absorb_sample(group: StepGroup, sample: RankSample, at: float) -> None:
 
 
 class Fleet:
-    """A pool that has been discovered and sampled, and the dispatcher over it."""
+    """A pool that has been discovered and sampled, and the scheduler over it."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class Fleet:
                 if by_role[role]
             },
         })  # fmt: skip
-        self.dispatcher = Scheduler(
+        self.scheduler = Scheduler(
             [self.pool],
             self.load,
             owner="127.0.0.1:9002",
@@ -136,5 +136,9 @@ class Fleet:
     def sample(self, endpoint: Endpoint, tokens: Sequence[int], age: float | None = 0.0) -> None:
         self.load.sampled(endpoint, LoadPage(samples(tokens, age)), self.clock(), self.clock())
 
-    def host(self, role: Role, number: int = 1) -> EndpointLoad:
+    def endpoint(self, role: Role, number: int = 1) -> EndpointLoad:
         return self.load.by_url[make_endpoint(role, number).url]
+
+    def eligible(self, role: Role) -> list[EndpointLoad]:
+        """Return the endpoints of a role with the freshest loads."""
+        return self.load.best_known(self.load.known("*", role), self.clock())[1]

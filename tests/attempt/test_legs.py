@@ -74,7 +74,7 @@ class Attempted:
         self.fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
         self.watcher = Watcher()
         self.watch = Watch(
-            _Unread(self.fleet.dispatcher) if unread else self.fleet.dispatcher,
+            _Unread(self.fleet.scheduler) if unread else self.fleet.scheduler,
             BodyMode.DUPLEX if duplex else BodyMode.LOCKSTEP,
             SupervisionSettings.model_validate({"mode": mode.value, **SETTINGS}),
             retry,
@@ -106,7 +106,7 @@ class Attempted:
     def blamed(self) -> list[Role]:
         """Name the legs whose endpoint has a failure on record."""
         roles = (Role.PREFILL, Role.DECODE)
-        return [role for role in roles if self.fleet.host(role).health.is_doubtful]
+        return [role for role in roles if self.fleet.endpoint(role).health.is_doubtful]
 
 
 class Watch:
@@ -282,10 +282,10 @@ class TestUnread:
         attempted = self._opened()
         assert attempted.head(is_events=True) == []
         assert show(attempted.prefill(is_events=True)) == [("PREFILL", "see body")]
-        assert attempted.fleet.host(Role.PREFILL).reservations
+        assert attempted.fleet.endpoint(Role.PREFILL).reservations
         if prefill_first:
             assert show(attempted.watch.prefill_explained(EVENT, 2.0, end_of_stream=False)) == GO_ON
-            assert not attempted.fleet.host(Role.PREFILL).reservations
+            assert not attempted.fleet.endpoint(Role.PREFILL).reservations
             assert show(attempted.watch.first_event(None, 2.0)) == LET_GO
         else:
             assert attempted.watch.first_event(None, 2.0) == []
@@ -344,9 +344,9 @@ class TestUnread:
         attempted = Attempted(Supervise.OFF, unread=True)
         assert show(attempted.head(is_events=True)) == LET_GO
         attempted.prefill(is_events=True)
-        assert attempted.fleet.host(Role.PREFILL).reservations
+        assert attempted.fleet.endpoint(Role.PREFILL).reservations
         assert show(attempted.watch.prefill_explained(EVENT, 2.0)) == GO_ON
-        assert not attempted.fleet.host(Role.PREFILL).reservations
+        assert not attempted.fleet.endpoint(Role.PREFILL).reservations
 
 
 class TestFailures:
@@ -529,7 +529,7 @@ class TestTime:
         attempted = Attempted()
         attempted.watch.prefill_opened()
         for role in (Role.PREFILL, Role.DECODE):
-            attempted.fleet.host(role).health.succeeded()
+            attempted.fleet.endpoint(role).health.succeeded()
         assert attempted.watch.sweep(99.0) == []
         assert show(attempted.watch.sweep(101.0)) == [("MAIN", "504 prefill_timeout"), ("PREFILL", CANCELLED)]
         assert attempted.blamed() == []
@@ -605,7 +605,7 @@ class TestTime:
         attempted = Attempted()
         attempted.watch.prefill_opened()
         for role in alive:
-            attempted.fleet.host(role).health.succeeded()
+            attempted.fleet.endpoint(role).health.succeeded()
         attempted.watch.sweep(101.0)
         assert attempted.blamed() == blamed
 

@@ -67,7 +67,7 @@ class Scripted:
 
     def __init__(self) -> None:
         fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
-        self._scheduler = fleet.dispatcher
+        self._scheduler = fleet.scheduler
 
     def place(self, api: Api, body: bytes, context: RequestContext) -> SchedulingResult:
         if body == b"refuse":

@@ -30,7 +30,7 @@ PATIENCE: Final = 60.0
 
 LONG: Final = 1000
 """Tokens of a stream that has to outlast what happens to a container meanwhile: ten seconds or more."""
-ONLY_AFTER_FAILURES: Final = ('outcome!~"routed', "leg_failures", "scrape_failures", "> 0)")
+ONLY_AFTER_FAILURES: Final = ('outcome!~"routed', "leg_failures", "load_failures", "> 0)")
 """Queries of the dashboard that find nothing without a failure, or without a request in flight."""
 
 

@@ -37,7 +37,7 @@ def test_error_is_answered_when_its_text_does_not_arrive(disaggregated: bool) ->
 
     async def story() -> list[ProcessingResponse]:
         clock = asyncio.get_running_loop().time
-        service = ExtProcService(fleet.dispatcher, (Watcher(),), max_body=1000, clock=clock)
+        service = ExtProcService(fleet.scheduler, (Watcher(),), max_body=1000, clock=clock)
         context = FakeContext({})
         sweeper = asyncio.create_task(service.sweep())
         stream = asyncio.create_task(service.process(None, context))

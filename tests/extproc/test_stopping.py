@@ -32,13 +32,13 @@ HEAD = response_headers()
 
 @pytest.fixture(params=["own", "picks"])
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    with run_server(Fleet(workers=[make_facts(Role.WORKER)]).dispatcher, picks=request.param == "picks") as server:
+    with run_server(Fleet(workers=[make_facts(Role.WORKER)]).scheduler, picks=request.param == "picks") as server:
         yield server
 
 
 @pytest.fixture
 def picker() -> Iterator[Server]:
-    with run_server(Fleet(workers=[make_facts(Role.WORKER)]).dispatcher, picks=True) as server:
+    with run_server(Fleet(workers=[make_facts(Role.WORKER)]).scheduler, picks=True) as server:
         yield server
 
 
@@ -93,7 +93,7 @@ def test_stream_of_a_picked_request_ends_at_a_stop(picker: Server, mode: Mode) -
 @pytest.mark.parametrize("picks", [False, True], ids=["own", "picks"])
 def test_stream_ends_after_a_stop_as_soon_as_it_can(picks: bool) -> None:
     """Also what is still said while the process is about to end; our own protocol waits for the answer's head."""
-    with run_server(Fleet(workers=[make_facts(Role.WORKER)]).dispatcher, picks=picks) as server:
+    with run_server(Fleet(workers=[make_facts(Role.WORKER)]).scheduler, picks=picks) as server:
         stream = begin(server, [request_headers(mode=BUFFERED)], 1)
         server.leave()
         assert kind_of(stream.ask(request_body(BODY))) == "request_body"
@@ -139,7 +139,7 @@ def test_stream_stays_open_when_a_request_body_is_on_its_way(picker: Server) -> 
 
 def test_stream_stays_open_when_the_text_of_an_error_was_asked_for() -> None:
     """With the bundled Envoy the service reads the text of a failure; until then nothing has passed."""
-    with run_server(Fleet(workers=[make_facts(Role.WORKER)]).dispatcher) as server:
+    with run_server(Fleet(workers=[make_facts(Role.WORKER)]).scheduler) as server:
         stream = begin(server, [request_headers(mode=BUFFERED), request_body(BODY), response_headers(500)], 3)
         server.leave()
 

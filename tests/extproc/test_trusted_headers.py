@@ -140,7 +140,7 @@ class Running:
 @pytest.fixture
 def picker() -> Iterator[Running]:
     fleet = Fleet(workers=[make_facts(Role.WORKER)])
-    with run_server(fleet.dispatcher, picks=True) as server:
+    with run_server(fleet.scheduler, picks=True) as server:
         yield Running(server, fleet)
 
 
@@ -170,7 +170,7 @@ def test_endpoint_is_not_blamed_for_a_header_of_a_client(picker: Running) -> Non
         stream.send(request_headers({**POST, contract.AVOID: CUT}, mode=BUFFERED), request_body(BODY))
         stream.close()
 
-    assert not picker.fleet.host(Role.WORKER).health.is_doubtful
+    assert not picker.fleet.endpoint(Role.WORKER).health.is_doubtful
     assert picker.server.watcher.failures == []
     assert picker.server.watcher.decisions == ["routed"] * 5
 
@@ -187,7 +187,7 @@ FAILURE: Final = b'data: {"error":{"code":500,"message":"stolen"}}\n\n'
 def test_attempt_without_a_leg_is_found_by_no_other_stream(picks: bool, metadata: dict[str, str]) -> None:
     """Numbers that can be counted are no keys: another stream cannot end the request, nor answer in its place."""
     fleet = Fleet(workers=[make_facts(Role.WORKER)])
-    with run_server(fleet.dispatcher, picks=picks) as server:
+    with run_server(fleet.scheduler, picks=picks) as server:
         victim = server.stream()
         victim.send(request_headers(mode=BUFFERED), request_body(BODY))
         assert [kind_of(victim.receive()) for _ in range(2)] == ["request_headers", "request_body"]

@@ -49,7 +49,7 @@ def fleet() -> Fleet:
 
 @pytest.fixture
 def server(fleet: Fleet) -> Iterator[Server]:
-    with run_server(fleet.dispatcher) as server:
+    with run_server(fleet.scheduler) as server:
         yield server
 
 
@@ -293,7 +293,7 @@ class TestDuplex:
 
     def test_36_a_body_that_stops_coming(self, fleet: Fleet) -> None:
         """Envoy has no timeout in this mode, so the service has one: 408."""
-        with run_server(fleet.dispatcher, hold_seconds=0.05) as server:
+        with run_server(fleet.scheduler, hold_seconds=0.05) as server:
             stream = server.stream()
             stream.send(request_headers(mode=DUPLEX), request_body(BODY[:5], end=False))
             answer = stream.receive()
@@ -403,7 +403,7 @@ class TestReservations:
     """All reservations end with the stream, however it ends."""
 
     def _tokens(self, fleet: Fleet) -> tuple[float, float]:
-        return fleet.host(Role.PREFILL).tokens, fleet.host(Role.DECODE).tokens
+        return fleet.endpoint(Role.PREFILL).tokens, fleet.endpoint(Role.DECODE).tokens
 
     @pytest.mark.parametrize("ending", ["half-close", "cancel", "violation"])
     def test_06_released_at_the_end(self, server: Server, fleet: Fleet, ending: str) -> None:
@@ -510,18 +510,18 @@ class TestRepetitionByEnvoy:
 
     def test_repetition_is_counted_as_a_failure(self, fleet: Fleet) -> None:
         """As a failure of the server that answered, and as a retry."""
-        with run_server(fleet.dispatcher) as server:
+        with run_server(fleet.scheduler) as server:
             stream = server.stream()
             assert kind_of(stream.ask(self.AGAIN)) == "request_headers"
             assert kind_of(stream.ask(request_body(BODY))) == "request_body"
             stream.close()
 
         assert server.watcher.failures == [(Role.DECODE, Reason.DECODE_FAILED, True)]
-        assert [fleet.host(role).health.is_doubtful for role in (Role.PREFILL, Role.DECODE)] == [False, True]
+        assert [fleet.endpoint(role).health.is_doubtful for role in (Role.PREFILL, Role.DECODE)] == [False, True]
 
     def test_repetition_is_refused_without_budget(self, fleet: Fleet) -> None:
         """In a storm it must not multiply the load, whoever asks for it."""
-        with run_server(fleet.dispatcher, retry=RetrySettings(burst=1, budget=0)) as server:
+        with run_server(fleet.scheduler, retry=RetrySettings(burst=1, budget=0)) as server:
             assert kind_of(server.stream().ask(self.AGAIN)) == "request_headers"
             answer = server.stream().ask(self.AGAIN)
 
@@ -544,7 +544,7 @@ class TestNoBodies:
 
     @pytest.fixture
     def server(self, fleet_without_bodies: Fleet) -> Iterator[Server]:
-        with run_server(fleet_without_bodies.dispatcher) as server:
+        with run_server(fleet_without_bodies.scheduler) as server:
             yield server
 
     def test_01_one_answer_to_each_message(self, server: Server) -> None:
@@ -580,7 +580,7 @@ class TestNoBodies:
     def test_repetition_is_refused_before_scheduling_without_budget(self, fleet_without_bodies: Fleet) -> None:
         """It is refused before it is scheduled, and leaves no reservation."""
         again = {**POST, ":path": "/generate", contract.AVOID: "10.0.0.1:31001,10.0.0.1:32001,cut"}
-        with run_server(fleet_without_bodies.dispatcher, retry=RetrySettings(burst=1, budget=0)) as server:
+        with run_server(fleet_without_bodies.scheduler, retry=RetrySettings(burst=1, budget=0)) as server:
             first = server.stream()
             assert kind_of(first.ask(request_headers(again, mode=Mode.NONE))) == "request_headers"
             first.close()
@@ -589,8 +589,8 @@ class TestNoBodies:
             assert second.close() == []
 
         assert answer.immediate_response.status.code.value == 502
-        assert not fleet_without_bodies.host(Role.PREFILL).reservations
-        assert not fleet_without_bodies.host(Role.DECODE).reservations
+        assert not fleet_without_bodies.endpoint(Role.PREFILL).reservations
+        assert not fleet_without_bodies.endpoint(Role.DECODE).reservations
 
     @pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses"])
     def test_31_paths_that_read_no_headers(self, server: Server, path: str) -> None:

@@ -122,21 +122,21 @@ def make_fleet(*addresses: str) -> Fleet:
     fleet = Fleet(workers=[make_facts(Role.WORKER, ranks=1) for _ in addresses])
     for number, address in enumerate(addresses, start=1):
         endpoint = make_endpoint(Role.WORKER, number)
-        fleet.load.discovered(endpoint, address, fleet.host(Role.WORKER, number).facts, fleet.clock())
+        fleet.load.discovered(endpoint, address, fleet.endpoint(Role.WORKER, number).facts, fleet.clock())
     return fleet
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
     """One worker, so that it is known who is picked."""
-    with run_server(make_fleet(FIRST).dispatcher, picks=True, max_body=4 * CHUNK_BYTES) as server:
+    with run_server(make_fleet(FIRST).scheduler, picks=True, max_body=4 * CHUNK_BYTES) as server:
         yield server
 
 
 @pytest.fixture
 def several() -> Iterator[Server]:
     """Three workers, one with an IPv6 address."""
-    with run_server(make_fleet(FIRST, SECOND, SIXTH).dispatcher, picks=True) as server:
+    with run_server(make_fleet(FIRST, SECOND, SIXTH).scheduler, picks=True) as server:
         yield server
 
 
@@ -310,7 +310,7 @@ def test_30_subset_hints(several: Server, headers: dict[str, str], metadata: dic
 def test_15_the_rank_of_a_vllm_server_goes_into_a_header() -> None:
     """And the body stays as it is."""
     facts = replace(make_facts(Role.WORKER, (0, 11, 0), 2), kind=Kind.VLLM)
-    with run_server(Fleet(workers=[facts]).dispatcher, picks=True) as server:
+    with run_server(Fleet(workers=[facts]).scheduler, picks=True) as server:
         stream = server.stream()
         stream.send(request_headers(mode=DUPLEX), request_body(BODY))
         head, body = map(said, stream.close())
@@ -324,7 +324,7 @@ def test_31_request_is_refused_without_fresh_endpoints() -> None:
     """503, also for what is not read."""
     fleet = make_fleet(FIRST)
     fleet.load.update((), 5.0)
-    with run_server(fleet.dispatcher, picks=True) as server:
+    with run_server(fleet.scheduler, picks=True) as server:
         for headers in (POST, EMBEDDINGS, GET):
             stream = server.stream()
             stream.send(request_headers(headers, mode=DUPLEX), request_body(BODY))
@@ -334,8 +334,8 @@ def test_31_request_is_refused_without_fresh_endpoints() -> None:
 def test_31_request_is_refused_when_all_endpoints_are_full() -> None:
     """429, with the time to wait."""
     fleet = make_fleet(FIRST)
-    fleet.dispatcher.configure([fleet.pool], LoadSignal.ESTIMATE, AdmissionSettings(max_requests=1))
-    with run_server(fleet.dispatcher, picks=True) as server:
+    fleet.scheduler.configure([fleet.pool], LoadSignal.ESTIMATE, AdmissionSettings(max_requests=1))
+    with run_server(fleet.scheduler, picks=True) as server:
         busy = server.stream()
         busy.send(request_headers(mode=DUPLEX), request_body(BODY))
         assert said(busy.receive()).destination == FIRST

@@ -234,7 +234,7 @@ class Stage:
         clock = asyncio.get_running_loop().time
         fleet = Fleet(prefills=[make_facts(Role.PREFILL)] * 2, decodes=[make_facts(Role.DECODE)] * 2)
         queue = AdmissionQueue(QueueSettings.model_validate({"max_wait": "1s", "max_depth": 2}))
-        dispatcher = Scheduler(
+        scheduler = Scheduler(
             [fleet.pool],
             fleet.load,
             owner="127.0.0.1:1",
@@ -245,7 +245,7 @@ class Stage:
             sees_first_events=True,
         )
         service = ExtProcService(
-            dispatcher, (Watcher(),), supervision=supervision, queue=queue, max_body=MAX_BODY, clock=clock
+            scheduler, (Watcher(),), supervision=supervision, queue=queue, max_body=MAX_BODY, clock=clock
         )
         return cls(fleet, service, queue)
 

@@ -76,7 +76,7 @@ def test_first_event_does_not_depend_on_how_a_stream_is_cut(parts: list[bytes], 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
-    with run_server(fleet.dispatcher) as server:
+    with run_server(fleet.scheduler) as server:
         yield server
 
 

@@ -24,7 +24,7 @@ def fleet() -> Fleet:
 
 def test_a_reservation_counts_at_once(fleet: Fleet) -> None:
     """A new request counts before any sample has it."""
-    endpoint = fleet.host(Role.DECODE)
+    endpoint = fleet.endpoint(Role.DECODE)
     endpoint.reserve(2, 500, fleet.clock())
 
     assert [rank.tokens for rank in endpoint.ranks] == [0, 0, 500, 0]
@@ -32,7 +32,7 @@ def test_a_reservation_counts_at_once(fleet: Fleet) -> None:
 
 def test_external_load_is_added_to_reservations(fleet: Fleet) -> None:
     """What a sample has beyond the reservations is external."""
-    endpoint = fleet.host(Role.DECODE)
+    endpoint = fleet.endpoint(Role.DECODE)
     fleet.clock.now += 1
     endpoint.reserve(0, 500, fleet.clock())
     fleet.clock.now += 1
@@ -44,7 +44,7 @@ def test_external_load_is_added_to_reservations(fleet: Fleet) -> None:
 
 def test_a_sample_taken_before_a_pick_does_not_erase_it(fleet: Fleet) -> None:
     """A sample cannot contain a later request, even if its page arrives after the pick."""
-    endpoint = fleet.host(Role.DECODE)
+    endpoint = fleet.endpoint(Role.DECODE)
     fleet.clock.now += 1
     endpoint.reserve(0, 500, fleet.clock())
     fleet.clock.now += 1
@@ -55,7 +55,7 @@ def test_a_sample_taken_before_a_pick_does_not_erase_it(fleet: Fleet) -> None:
 
 def test_a_request_that_ended_after_the_sample_is_no_external_load(fleet: Fleet) -> None:
     """A sample that still has a request of ours, which has ended by now, leaves no load behind."""
-    endpoint = fleet.host(Role.DECODE)
+    endpoint = fleet.endpoint(Role.DECODE)
     fleet.clock.now += 1
     (reservation,) = endpoint.reserve(0, 500, fleet.clock())
     fleet.clock.now += 2
@@ -67,7 +67,7 @@ def test_a_request_that_ended_after_the_sample_is_no_external_load(fleet: Fleet)
 
 def test_a_request_that_ended_before_the_sample_explains_no_load(fleet: Fleet) -> None:
     """Load in a sample after the end of ours is external."""
-    endpoint = fleet.host(Role.DECODE)
+    endpoint = fleet.endpoint(Role.DECODE)
     (reservation,) = endpoint.reserve(0, 500, fleet.clock())
     fleet.clock.now += 1
     reservation.complete(fleet.clock())
@@ -79,7 +79,7 @@ def test_a_request_that_ended_before_the_sample_explains_no_load(fleet: Fleet) -
 
 def test_a_gauge_below_the_reservations_takes_nothing_back(fleet: Fleet) -> None:
     """A gauge of used tokens leaves out queued work, and our queued requests count all the same."""
-    endpoint = fleet.host(Role.DECODE)
+    endpoint = fleet.endpoint(Role.DECODE)
     endpoint.reserve(1, 800, fleet.clock())
     fleet.clock.now += 1
     page = LoadPage((RankSample(1, used_tokens=100, age=0.0),))
@@ -90,7 +90,7 @@ def test_a_gauge_below_the_reservations_takes_nothing_back(fleet: Fleet) -> None
 
 def test_a_reservation_ends_once(fleet: Fleet) -> None:
     """Every way out may end it; the load changes once, and is exactly zero with nothing in flight."""
-    endpoint = fleet.host(Role.DECODE)
+    endpoint = fleet.endpoint(Role.DECODE)
     reservations = [endpoint.reserve(3, 0.1 * n, fleet.clock())[0] for n in range(1, 20)]
     for reservation in (*reservations, *reservations):
         reservation.complete(fleet.clock())
@@ -101,7 +101,7 @@ def test_a_reservation_ends_once(fleet: Fleet) -> None:
 
 def test_all_ranks_share_a_request_whose_rank_the_engine_picks(fleet: Fleet) -> None:
     """The rank is unknown, so each has an equal share, and none counts as picked."""
-    endpoint = fleet.host(Role.DECODE)
+    endpoint = fleet.endpoint(Role.DECODE)
     reservations = endpoint.reserve(None, 400, fleet.clock())
 
     assert [rank.tokens for rank in endpoint.ranks] == [100, 100, 100, 100]
@@ -117,7 +117,7 @@ class TestGaugesWithoutTimeStamps:
 
     def test_an_unchanged_gauge_explains_no_newer_requests(self, fleet: Fleet) -> None:
         """A gauge that stands still stays a sample of the past, which has no later request."""
-        endpoint = fleet.host(Role.DECODE)
+        endpoint = fleet.endpoint(Role.DECODE)
         fleet.sample(endpoint.configured, [600, 0, 0, 0], age=None)
         fleet.clock.now += 1
         fleet.sample(endpoint.configured, [600, 0, 0, 1], age=None)
@@ -132,7 +132,7 @@ class TestGaugesWithoutTimeStamps:
 
     def test_a_changed_gauge_is_younger_than_the_page_before(self, fleet: Fleet) -> None:
         """A value that has changed was taken after the page before, and has the requests until then."""
-        endpoint = fleet.host(Role.DECODE)
+        endpoint = fleet.endpoint(Role.DECODE)
         fleet.sample(endpoint.configured, [0, 0, 0, 0], age=None)
         endpoint.reserve(0, 500, fleet.clock())
         fleet.clock.now += 1
@@ -152,7 +152,7 @@ class TestFreshness:
     def test_freshness_has_three_states(self) -> None:
         """An endpoint is unknown before the first sample, fresh after it, and stale when it has grown old."""
         fleet = self._two()
-        endpoint = fleet.host(Role.PREFILL)
+        endpoint = fleet.endpoint(Role.PREFILL)
         states = [endpoint.freshness(fleet.clock(), 5.0)]
         fleet.sample(endpoint.configured, [0] * 4)
         states.append(endpoint.freshness(fleet.clock(), 5.0))
@@ -164,17 +164,17 @@ class TestFreshness:
     def test_a_fresh_endpoint_is_preferred_however_loaded(self) -> None:
         """A loaded endpoint gets the request rather than one of unknown load."""
         fleet = self._two()
-        fleet.sample(fleet.host(Role.PREFILL, 2).configured, [90_000] * 4)
+        fleet.sample(fleet.endpoint(Role.PREFILL, 2).configured, [90_000] * 4)
 
-        assert fleet.load.eligible("*", Role.PREFILL, fleet.clock()) == [fleet.host(Role.PREFILL, 2)]
+        assert fleet.eligible(Role.PREFILL) == [fleet.endpoint(Role.PREFILL, 2)]
 
     def test_a_stale_endpoint_is_preferred_to_an_unknown_one(self) -> None:
         """An old sample is better than none."""
         fleet = self._two()
-        fleet.sample(fleet.host(Role.PREFILL, 2).configured, [0] * 4)
+        fleet.sample(fleet.endpoint(Role.PREFILL, 2).configured, [0] * 4)
         fleet.clock.now += 60
 
-        assert fleet.load.eligible("*", Role.PREFILL, fleet.clock()) == [fleet.host(Role.PREFILL, 2)]
+        assert fleet.eligible(Role.PREFILL) == [fleet.endpoint(Role.PREFILL, 2)]
 
     @pytest.mark.parametrize("sampled", [True, False], ids=["stale", "unknown"])
     def test_a_lone_endpoint_is_used(self, sampled: bool) -> None:
@@ -182,23 +182,23 @@ class TestFreshness:
         fleet = Fleet(prefills=[PREFILL], decodes=[DECODE], sampled=sampled)
         fleet.clock.now += 60
 
-        assert fleet.load.eligible("*", Role.PREFILL, fleet.clock()) == [fleet.host(Role.PREFILL)]
+        assert fleet.eligible(Role.PREFILL) == [fleet.endpoint(Role.PREFILL)]
 
     def test_an_endpoint_that_refuses_connections_is_stale_at_once(self) -> None:
         """The samples of a dead engine need not grow old; one good page makes the endpoint fresh again."""
         fleet = Fleet(prefills=[PREFILL, PREFILL], decodes=[DECODE])
-        dead = fleet.host(Role.PREFILL, 1)
+        dead = fleet.endpoint(Role.PREFILL, 1)
         fleet.load.failed(dead.configured, EngineFailure(FailureKind.REFUSED, "refused"), fleet.clock())
-        without = fleet.load.eligible("*", Role.PREFILL, fleet.clock())
+        without = fleet.eligible(Role.PREFILL)
         fleet.sample(dead.configured, [0] * 4)
 
-        assert without == [fleet.host(Role.PREFILL, 2)]
-        assert dead in fleet.load.eligible("*", Role.PREFILL, fleet.clock())
+        assert without == [fleet.endpoint(Role.PREFILL, 2)]
+        assert dead in fleet.eligible(Role.PREFILL)
 
     def test_an_endpoint_that_answers_requests_is_fresh(self) -> None:
         """Its page may be broken, or slow under load: without requests an engine would be wasted."""
         fleet = Fleet(prefills=[PREFILL, PREFILL], decodes=[DECODE])
-        answering, silent = fleet.host(Role.PREFILL, 1), fleet.host(Role.PREFILL, 2)
+        answering, silent = fleet.endpoint(Role.PREFILL, 1), fleet.endpoint(Role.PREFILL, 2)
         attempts = [
             InFlight(number, fleet.clock(), endpoint.reserve(0, 100, fleet.clock()), (), prefill_endpoint=endpoint)
             for number, endpoint in enumerate((answering, silent))
@@ -208,7 +208,7 @@ class TestFreshness:
         attempts[1].end(fleet.clock())
         fleet.clock.now += 4
 
-        assert fleet.load.eligible("*", Role.PREFILL, fleet.clock()) == [answering]
+        assert fleet.eligible(Role.PREFILL) == [answering]
         assert [answering.freshness(fleet.clock() + after, 5.0) for after in (0, 2)] == [
             Freshness.FRESH,
             Freshness.STALE,
@@ -217,10 +217,10 @@ class TestFreshness:
     def test_a_single_failed_page_changes_nothing(self) -> None:
         """The last sample is still recent."""
         fleet = Fleet(prefills=[PREFILL, PREFILL], decodes=[DECODE])
-        slow = fleet.host(Role.PREFILL, 1)
+        slow = fleet.endpoint(Role.PREFILL, 1)
         fleet.load.failed(slow.configured, EngineFailure(FailureKind.TIMEOUT, "slow"), fleet.clock())
 
-        assert slow in fleet.load.eligible("*", Role.PREFILL, fleet.clock())
+        assert slow in fleet.eligible(Role.PREFILL)
 
 
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
@@ -236,7 +236,7 @@ def test_external_load_of_stale_samples_is_dropped(
     Reservations stay, and the next page may have external load again.
     """
     fleet = Fleet(prefills=[PREFILL], decodes=[DECODE])
-    endpoint = fleet.host(role)
+    endpoint = fleet.endpoint(role)
     fleet.sample(endpoint.configured, [20_000, 0, 0, 0])
     reported = endpoint.tokens
     endpoint.reserve(1, 300, fleet.clock())
@@ -253,10 +253,10 @@ def test_external_load_of_stale_samples_is_dropped(
 
 def test_a_restarted_engine_starts_without_load(fleet: Fleet) -> None:
     """Reservations on the engine of before end without effect on the new one."""
-    before = fleet.host(Role.PREFILL)
+    before = fleet.endpoint(Role.PREFILL)
     (reservation,) = before.reserve(0, 500, fleet.clock())
     fleet.load.discovered(before.configured, "10.0.0.1:31001", make_facts(Role.PREFILL, ranks=2), fleet.clock())
-    after = fleet.host(Role.PREFILL)
+    after = fleet.endpoint(Role.PREFILL)
     reservation.complete(fleet.clock())
 
     assert len(after.ranks) == 2
@@ -265,21 +265,21 @@ def test_a_restarted_engine_starts_without_load(fleet: Fleet) -> None:
 
 def test_samples_of_unknown_ranks_have_no_effect(fleet: Fleet) -> None:
     """A load page cannot add ranks."""
-    fleet.sample(fleet.host(Role.PREFILL).configured, [1, 2, 3, 4, 5, 6])
+    fleet.sample(fleet.endpoint(Role.PREFILL).configured, [1, 2, 3, 4, 5, 6])
 
-    assert [rank.tokens for rank in fleet.host(Role.PREFILL).ranks] == [1, 2, 3, 4]
+    assert [rank.tokens for rank in fleet.endpoint(Role.PREFILL).ranks] == [1, 2, 3, 4]
 
 
 def test_an_engine_in_another_mode_gets_no_request() -> None:
     """A decode engine among the prefill endpoints would never finish its requests."""
     fleet = Fleet(prefills=[PREFILL, DECODE], decodes=[DECODE])
 
-    assert fleet.load.eligible("*", Role.PREFILL, fleet.clock()) == [fleet.host(Role.PREFILL, 1)]
+    assert fleet.eligible(Role.PREFILL) == [fleet.endpoint(Role.PREFILL, 1)]
 
 
 def test_a_rank_without_samples_keeps_a_bounded_number_of_ended_reservations(fleet: Fleet) -> None:
     """Otherwise hours of traffic would fill the memory."""
-    rank = fleet.host(Role.DECODE).ranks[0]
+    rank = fleet.endpoint(Role.DECODE).ranks[0]
     for number in range(30_000):
         rank.reserve(1, number).complete(number)
 
@@ -294,12 +294,12 @@ class TestAnAbsurdTpot:
     def _fleet(absurd: float) -> Fleet:
         fleet = Fleet(prefills=[PREFILL], decodes=[DECODE] * 10)
         for number in range(1, 11):
-            endpoint = fleet.host(Role.DECODE, number)
+            endpoint = fleet.endpoint(Role.DECODE, number)
             rate = 500.0 if number < 10 else absurd  # 20 ms for each token of ten sequences
             page = LoadPage((RankSample(0, 0, running_requests=10, tokens_per_second=rate, age=0.0),))
             for _ in range(200):
                 fleet.load.sampled(endpoint.configured, page, fleet.clock(), fleet.clock())
-        compare_pace(fleet.load.eligible("*", Role.DECODE, fleet.clock()))
+        compare_pace(fleet.eligible(Role.DECODE))
         return fleet
 
     @pytest.mark.parametrize("rate", [1e9, 1e-9])
@@ -308,7 +308,7 @@ class TestAnAbsurdTpot:
         fleet = self._fleet(rate)
         loads = []
         for number in (1, 10):
-            endpoint = fleet.host(Role.DECODE, number)
+            endpoint = fleet.endpoint(Role.DECODE, number)
             (reservation,) = endpoint.reserve(1, 300, fleet.clock())
             reservation.first_token(fleet.clock())
             endpoint.groups[0].refresh(fleet.clock() + 10)
@@ -333,10 +333,10 @@ class TestAnAbsurdTpot:
         fleet = self._fleet(rate)
         for number in range(1, 11):
             for _ in range(60):
-                (reservation,) = fleet.host(Role.DECODE, number).reserve(0, 300, fleet.clock())
+                (reservation,) = fleet.endpoint(Role.DECODE, number).reserve(0, 300, fleet.clock())
                 reservation.first_token(fleet.clock())
                 reservation.complete(fleet.clock() + (seconds if number == 10 else 5.0))
-        compare_pace(fleet.load.eligible("*", Role.DECODE, fleet.clock()))
+        compare_pace(fleet.eligible(Role.DECODE))
 
         assert self._slowness(fleet, 10) == pytest.approx(slowness / ALIKE, rel=0.02)
 
@@ -349,7 +349,7 @@ class TestAnAbsurdTpot:
 
     @staticmethod
     def _slowness(fleet: Fleet, number: int) -> float:
-        (group,) = fleet.host(Role.DECODE, number).groups
+        (group,) = fleet.endpoint(Role.DECODE, number).groups
         assert isinstance(group, DecodeGroup)
         return group.slowness
 
@@ -383,7 +383,7 @@ class TestRanksThatEnginesPick:
         self, fleet: Fleet, role: Role, reported: list[tuple[int, int]], others: float
     ) -> None:
         """Four requests of ours have 1000 tokens each, wherever they are."""
-        endpoint = fleet.host(role)
+        endpoint = fleet.endpoint(role)
         for _ in range(4):
             endpoint.reserve(None, 1000, fleet.clock())
         fleet.clock.now += 1
@@ -394,7 +394,7 @@ class TestRanksThatEnginesPick:
 
     def test_one_empty_rank_has_lost_nothing(self, fleet: Fleet) -> None:
         """It never had what another one computes; an engine whose ranks are all empty has lost it."""
-        endpoint = fleet.host(Role.DECODE)
+        endpoint = fleet.endpoint(Role.DECODE)
         endpoint.reserve(None, 1000, fleet.clock())
         fleet.clock.now += 60
         fleet.load.sampled(
@@ -407,7 +407,7 @@ class TestRanksThatEnginesPick:
 
     def test_a_large_batch_in_shares_completes_no_other_requests(self, fleet: Fleet) -> None:
         """Its response is no evidence of what was before it in each queue, but it is one step."""
-        endpoint = fleet.host(Role.PREFILL)
+        endpoint = fleet.endpoint(Role.PREFILL)
         before = [endpoint.reserve(rank, 30_000, fleet.clock())[0] for rank in range(4) for _ in range(2)]
         batch = endpoint.reserve(None, 16_000, fleet.clock(), requests=16)
         fleet.clock.now += 1
@@ -420,7 +420,7 @@ class TestRanksThatEnginesPick:
 
     def test_every_share_starts_on_an_idle_engine(self, fleet: Fleet) -> None:
         """One of them is the request, which would start at once."""
-        endpoint = fleet.host(Role.PREFILL)
+        endpoint = fleet.endpoint(Role.PREFILL)
         endpoint.reserve(None, 4000, fleet.clock())
 
         assert [rank.tokens for rank in endpoint.ranks] == [250] * 4
@@ -432,12 +432,12 @@ class TestPrefixesOfARestartedEngine:
     PREFIX = Prefix((1, 2), (500, 1000))
 
     def _held(self, fleet: Fleet) -> float:
-        endpoint = fleet.host(Role.PREFILL)
+        endpoint = fleet.endpoint(Role.PREFILL)
         return fleet.load.prefixes["*"].cached(self.PREFIX, 1000).by_rank.get(endpoint.ranks[1], 0.0)
 
     def test_a_refused_connection_is_evidence_of_a_restart(self, fleet: Fleet) -> None:
         """No process listens any more; a slow page alone is no evidence."""
-        endpoint = fleet.host(Role.PREFILL)
+        endpoint = fleet.endpoint(Role.PREFILL)
         fleet.load.prefixes["*"].note(endpoint.ranks[1], self.PREFIX, 1000, None)
         fleet.load.failed(endpoint.configured, EngineFailure(FailureKind.TIMEOUT, "slow"), fleet.clock())
         before = self._held(fleet)
@@ -448,7 +448,7 @@ class TestPrefixesOfARestartedEngine:
     @pytest.mark.parametrize("field", ["prompt_tokens", "uncached_prompt_tokens"])
     def test_a_count_that_went_down_is_evidence_of_a_restart(self, fleet: Fleet, field: str) -> None:
         """Running counts only grow while a process lives; a page without a count changes nothing."""
-        endpoint = fleet.host(Role.PREFILL)
+        endpoint = fleet.endpoint(Role.PREFILL)
         held = []
         for count in (70_000, 90_000, None, 500):
             page = replace(LoadPage(samples([0] * 4)), **{field: count})  # type: ignore[arg-type]
@@ -484,7 +484,7 @@ BESIDE = {"page_was_read": True}
 def test_an_endpoint_recovers_only_after_it_was_unreachable(failures: list[EngineFailure], recovers: bool) -> None:
     """A failure beside load pages that are read is no evidence of how requests end, and clears no record."""
     fleet = Fleet(prefills=[PREFILL], decodes=[DECODE])
-    endpoint = fleet.host(Role.DECODE)
+    endpoint = fleet.endpoint(Role.DECODE)
     for _ in range(DEFAULT_HEALTH.consecutive_failures):
         endpoint.health.failed(fleet.clock())
     for _ in range(3):

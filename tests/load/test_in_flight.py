@@ -30,7 +30,7 @@ def _tell(attempt: InFlight, event: str, now: float) -> None:
 def test_the_load_is_zero_after_the_end(events: tuple[str, ...], streaming: bool) -> None:
     """Events may be missing, come in any order, and twice; after the end the load is exactly zero."""
     fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
-    prefill, decode = fleet.host(Role.PREFILL), fleet.host(Role.DECODE)
+    prefill, decode = fleet.endpoint(Role.PREFILL), fleet.endpoint(Role.DECODE)
     answered: list[int] = []
     attempt = InFlight(
         1,
@@ -63,7 +63,7 @@ class TestAnEndWithoutPrefill:
 
     @staticmethod
     def attempts(fleet: Fleet, *, streaming: bool = False) -> list[InFlight]:
-        prefill, decode = fleet.host(Role.PREFILL), fleet.host(Role.DECODE)
+        prefill, decode = fleet.endpoint(Role.PREFILL), fleet.endpoint(Role.DECODE)
         return [
             InFlight(number, 0, prefill.reserve(1, 40_000, 0), decode.reserve(2, 40_000, 0), streaming=streaming)
             for number in range(2)
@@ -72,41 +72,41 @@ class TestAnEndWithoutPrefill:
     def test_a_client_that_leaves_moves_no_other_request(self, fleet: Fleet) -> None:
         """The first one is as far from its turn as it was before."""
         _, leaving = self.attempts(fleet)
-        before = fleet.host(Role.PREFILL).tokens
+        before = fleet.endpoint(Role.PREFILL).tokens
         leaving.end(1)
 
-        assert fleet.host(Role.PREFILL).tokens == before - 40_000
+        assert fleet.endpoint(Role.PREFILL).tokens == before - 40_000
 
     def test_an_error_moves_no_other_request(self, fleet: Fleet) -> None:
         """Engines refuse requests at once, and Envoy answers for engines that are gone."""
         _, failed = self.attempts(fleet)
-        before = fleet.host(Role.PREFILL).tokens
+        before = fleet.endpoint(Role.PREFILL).tokens
         failed.prefill_answered(503, 1)
         failed.end(1)
 
-        assert fleet.host(Role.PREFILL).tokens == before - 40_000
+        assert fleet.endpoint(Role.PREFILL).tokens == before - 40_000
 
     def test_a_whole_response_completes_the_prompt(self, fleet: Fleet) -> None:
         """Decode could not have responded otherwise; first in, first out, the other one is computed, too."""
         _, answered = self.attempts(fleet)
         answered.first_byte(200, 1)
 
-        assert fleet.host(Role.PREFILL).tokens == 0
+        assert fleet.endpoint(Role.PREFILL).tokens == 0
 
     def test_the_headers_of_a_stream_complete_no_prompt(self, fleet: Fleet) -> None:
         """Engines send them before the first token is computed."""
         _, begun = self.attempts(fleet, streaming=True)
-        before = fleet.host(Role.PREFILL).tokens
+        before = fleet.endpoint(Role.PREFILL).tokens
         begun.first_byte(200, 1)
 
-        assert fleet.host(Role.PREFILL).tokens == before
+        assert fleet.endpoint(Role.PREFILL).tokens == before
 
 
 @pytest.mark.parametrize(("status", "lasted"), [(200, 2), (500, None)])
 def test_an_error_is_no_duration_of_a_sequence(status: int, lasted: float | None) -> None:
     """An engine that fails at once is not a fast one."""
     fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
-    prefill, decode = fleet.host(Role.PREFILL), fleet.host(Role.DECODE)
+    prefill, decode = fleet.endpoint(Role.PREFILL), fleet.endpoint(Role.DECODE)
     for number in range(60):
         attempt = InFlight(number, 0, prefill.reserve(1, 70, 0), decode.reserve(2, 70, 0), leg="leg")
         attempt.prefill_answered(200, 1)
@@ -120,7 +120,7 @@ def test_an_error_is_no_duration_of_a_sequence(status: int, lasted: float | None
 
 def test_the_first_byte_of_an_aggregated_endpoint_completes_its_prompt() -> None:
     """Such an endpoint has no prefill leg; its response headers stand for the response of one."""
-    worker = Fleet(workers=[make_facts(Role.WORKER)]).host(Role.WORKER)
+    worker = Fleet(workers=[make_facts(Role.WORKER)]).endpoint(Role.WORKER)
     answered: list[int] = []
     attempt = InFlight(1, 0, (), worker.reserve(0, 70, 0), on_prefill_answer=answered.append)
     queued = worker.tokens

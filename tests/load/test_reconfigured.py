@@ -22,7 +22,7 @@ BODY = json.dumps({"text": "x" * 400}).encode()
 
 
 def place(fleet: Fleet) -> Decision:
-    decision = fleet.dispatcher.place(Api.GENERATE, BODY)
+    decision = fleet.scheduler.place(Api.GENERATE, BODY)
     assert isinstance(decision, Decision), decision
     return decision
 
@@ -31,7 +31,7 @@ def reconfigure(fleet: Fleet, *endpoints: Endpoint, models: tuple[str, ...] = ("
     fleet.load.update(endpoints, 5.0)
     urls = [endpoint.url for endpoint in endpoints]
     pool = PoolConfig.model_validate({"models": list(models), "workers": {"endpoints": urls}})
-    fleet.dispatcher.configure([pool], LoadSignal.ESTIMATE, AdmissionSettings())
+    fleet.scheduler.configure([pool], LoadSignal.ESTIMATE, AdmissionSettings())
 
 
 def target(decision: Decision) -> bytes:
@@ -58,10 +58,10 @@ def test_an_endpoint_that_stays_keeps_its_load() -> None:
     fleet = Fleet(workers=[WORKER])
     place(fleet)
     (endpoint,) = fleet.endpoints
-    load = fleet.host(Role.WORKER)
+    load = fleet.endpoint(Role.WORKER)
     reconfigure(fleet, endpoint, make_endpoint(Role.WORKER, 2))
 
-    assert fleet.host(Role.WORKER) is load
+    assert fleet.endpoint(Role.WORKER) is load
     assert load.reservations == 1
 
 
@@ -100,7 +100,7 @@ def test_a_pool_may_be_removed_while_requests_are_in_flight() -> None:
     first = place(fleet)
     reconfigure(fleet, make_endpoint(Role.WORKER, 2, pool="other"), models=("other",))
 
-    refused = fleet.dispatcher.place(Api.GENERATE, json.dumps({"text": "x", "model": "gone"}).encode())
+    refused = fleet.scheduler.place(Api.GENERATE, json.dumps({"text": "x", "model": "gone"}).encode())
     assert isinstance(refused, Rejection)
     assert first.in_flight is not None
     first.in_flight.first_byte(200, fleet.clock())
@@ -126,10 +126,10 @@ def test_a_pool_that_gets_another_model_keeps_what_was_learned() -> None:
     fleet = Fleet(workers=[WORKER])
     place(fleet)
     (old,) = fleet.endpoints
-    load, ratio, prefixes = fleet.host(Role.WORKER), fleet.load.ratios["*"], fleet.load.prefixes["*"]
+    load, ratio, prefixes = fleet.endpoint(Role.WORKER), fleet.load.ratios["*"], fleet.load.prefixes["*"]
     reconfigure(fleet, replace(old, pool="*,more"), models=("*", "more"))
 
-    assert fleet.host(Role.WORKER) is load
+    assert fleet.endpoint(Role.WORKER) is load
     assert load.reservations == 1
     assert fleet.load.ratios == {"*,more": ratio}
     assert fleet.load.prefixes == {"*,more": prefixes}
@@ -163,7 +163,7 @@ def test_requests_of_a_replaced_engine_stay_on_its_former_load() -> None:
     (endpoint,) = fleet.endpoints
     fleet.load.discovered(endpoint, address_of(endpoint), make_facts(Role.WORKER, ranks=8), fleet.clock())
 
-    assert fleet.host(Role.WORKER).reservations == 0
+    assert fleet.endpoint(Role.WORKER).reservations == 0
     assert [load.reservations for load in fleet.load.draining] == [1]
 
 
@@ -171,18 +171,18 @@ def test_every_request_to_an_engine_has_the_key_of_its_pool() -> None:
     """For both pool shapes, and for requests that any engine can answer; a new key is used from then on."""
     credentials = Credentials({"*": "first"})
     fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
-    dispatcher = Scheduler(
+    scheduler = Scheduler(
         [fleet.pool],
         fleet.load,
         owner="127.0.0.1:9002",
-        rng=fleet.dispatcher._rng,
+        rng=fleet.scheduler._rng,
         draw_token=make_tokens(),
         clock=fleet.clock,
         credentials=credentials,
     )
 
     def sent_keys() -> set[bytes]:
-        decisions = [dispatcher.place(Api.GENERATE, BODY), dispatcher.look_up()]
+        decisions = [scheduler.place(Api.GENERATE, BODY), scheduler.look_up()]
         assert all(isinstance(each, Decision) for each in decisions)
         return {dict(each.headers)["authorization"] for each in decisions if isinstance(each, Decision)}
 

@@ -37,15 +37,15 @@ def fleet() -> Fleet:
 
 
 def requests(fleet: Fleet) -> tuple[float, float]:
-    return fleet.host(Role.PREFILL).requests, fleet.host(Role.DECODE).requests
+    return fleet.endpoint(Role.PREFILL).requests, fleet.endpoint(Role.DECODE).requests
 
 
 def test_every_event_of_an_own_request_reaches_the_listener_once(fleet: Fleet) -> None:
     """In their order, with what a peer needs to reserve the same; repeated events do not."""
     witness = Witness()
     tracker = InFlightTracker(fleet.load, witness)
-    prefill = Target(fleet.host(Role.PREFILL), 2, routed=True, by_room=True, cached=30.0)
-    decode = Target(fleet.host(Role.DECODE), 3, routed=True, by_room=False)
+    prefill = Target(fleet.endpoint(Role.PREFILL), 2, routed=True, by_room=True, cached=30.0)
+    decode = Target(fleet.endpoint(Role.DECODE), 3, routed=True, by_room=False)
     attempt = tracker.open(prefill, decode, cost := RequestCost(100.0), NOW)
     for _ in range(2):
         attempt.prefill_answered(200, NOW + 1)
@@ -66,7 +66,7 @@ def test_a_request_of_a_peer_counts_like_an_own_one(fleet: Fleet) -> None:
     witness = Witness()
     record = PlacementRecord("*", RequestCost(100.0), DECODE, 3, PREFILL, 2)
     attempt = InFlightTracker(fleet.load, witness).open_peer(record, NOW)
-    loads = fleet.host(Role.PREFILL).ranks[2].tokens, fleet.host(Role.DECODE).ranks[3].tokens
+    loads = fleet.endpoint(Role.PREFILL).ranks[2].tokens, fleet.endpoint(Role.DECODE).ranks[3].tokens
     attempt.end(NOW + 1)
 
     assert loads == (25, 1100)

@@ -118,7 +118,7 @@ class Hostile:
 
     def serve(self) -> None:
         """Place a request, let an older one go on, and look at both pages."""
-        decision = self.fleet.dispatcher.place(Api.GENERATE, PROMPT)
+        decision = self.fleet.scheduler.place(Api.GENERATE, PROMPT)
         if isinstance(decision, Decision):
             assert decision.in_flight is not None
             self.attempts.append(decision.in_flight)
@@ -202,7 +202,7 @@ def test_requests_are_scheduled_with_any_vllm_page(pages: list[tuple[int, bytes]
     for number, page in pages:
         hostile.fleet.clock.now += 1.0
         hostile.introduce(Role.WORKER, number, lambda page=page: facts_of("0.11.0", "m", page))  # type: ignore[misc]
-        decision = hostile.fleet.dispatcher.place(Api.COMPLETIONS, b'{"model": "m", "prompt": "hello"}')
+        decision = hostile.fleet.scheduler.place(Api.COMPLETIONS, b'{"model": "m", "prompt": "hello"}')
         assert not isinstance(decision, Queued)
         assert isinstance(decision, Decision) or decision.reason in EXPECTED
         hostile.show(Role.WORKER, number, read_vllm_metrics, page)

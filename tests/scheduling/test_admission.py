@@ -39,7 +39,7 @@ class Small:
         for role in (Role.PREFILL, Role.DECODE):
             self.fleet.load.sampled(make_endpoint(role), LoadPage(ranks), self.fleet.clock(), self.fleet.clock())
         settings = AdmissionSettings.model_validate({"max_token_ratio": None, "max_request_ratio": None, **limits})
-        self.dispatcher = Scheduler(
+        self.scheduler = Scheduler(
             [self.fleet.pool],
             self.fleet.load,
             owner="127.0.0.1:9002",
@@ -51,7 +51,7 @@ class Small:
         )
 
     def place(self, tokens: int) -> SchedulingResult:
-        return self.dispatcher.place(Api.GENERATE, ids(tokens))
+        return self.scheduler.place(Api.GENERATE, ids(tokens))
 
     def place_until_refused(self, tokens: int, most: int = 50) -> tuple[list[Decision], Rejection]:
         placed: list[Decision] = []
@@ -99,17 +99,17 @@ class Single:
 
     def __init__(self, *, max_requests: int, **policy: Any) -> None:
         self.fleet = Fleet(workers=[make_facts(Role.WORKER, ranks=2)], policy=policy)
-        self.dispatcher = self.fleet.dispatcher
+        self.scheduler = self.fleet.scheduler
         settings = AdmissionSettings(max_token_ratio=None, max_request_ratio=None, max_requests=max_requests)
-        self.dispatcher.configure([self.fleet.pool], LoadSignal.ESTIMATE, settings)
+        self.scheduler.configure([self.fleet.pool], LoadSignal.ESTIMATE, settings)
 
     def place(self, body: dict[str, Any]) -> Decision:
-        found = self.dispatcher.place(Api.GENERATE, json.dumps(body).encode())
+        found = self.scheduler.place(Api.GENERATE, json.dumps(body).encode())
         assert isinstance(found, Decision), found
         return found
 
     def open(self) -> list[float]:
-        return [rank.reserved_requests for rank in self.fleet.host(Role.WORKER).ranks]
+        return [rank.reserved_requests for rank in self.fleet.endpoint(Role.WORKER).ranks]
 
 
 def test_batch_counts_as_one_request_per_prompt() -> None:
@@ -119,7 +119,7 @@ def test_batch_counts_as_one_request_per_prompt() -> None:
         single.place({"input_ids": [[1], [2], [3]]})
 
     assert single.open() == [3, 3]
-    assert isinstance(single.dispatcher.place(Api.GENERATE, ids(1)), Rejection)
+    assert isinstance(single.scheduler.place(Api.GENERATE, ids(1)), Rejection)
 
 
 def test_request_without_a_rank_counts_in_shares() -> None:
@@ -129,7 +129,7 @@ def test_request_without_a_rank_counts_in_shares() -> None:
         single.place({"input_ids": [1]})
 
     assert single.open() == [1.5, 1.5]
-    assert isinstance(single.dispatcher.place(Api.GENERATE, ids(1)), Rejection)
+    assert isinstance(single.scheduler.place(Api.GENERATE, ids(1)), Rejection)
 
 
 def test_token_round_robin_skips_a_full_rank() -> None:
@@ -158,11 +158,11 @@ def test_request_is_refused_if_no_bootstrap_room_leads_to_the_free_decode_rank()
     facts = [make_facts(role, (0, 5, 7), ranks=2) for role in (Role.PREFILL, Role.DECODE)]
     fleet = Fleet(prefills=facts[:1], decodes=facts[1:])
     settings = AdmissionSettings(max_token_ratio=None, max_request_ratio=None, max_requests=1)
-    fleet.dispatcher.configure([fleet.pool], LoadSignal.ESTIMATE, settings)
-    free, taken = fleet.host(Role.PREFILL).ranks, fleet.host(Role.DECODE).ranks
+    fleet.scheduler.configure([fleet.pool], LoadSignal.ESTIMATE, settings)
+    free, taken = fleet.endpoint(Role.PREFILL).ranks, fleet.endpoint(Role.DECODE).ranks
     free[1].reserve(1, fleet.clock())
     taken[0].reserve(1, fleet.clock())
-    refusal = fleet.dispatcher.place(Api.GENERATE, ids(1))
+    refusal = fleet.scheduler.place(Api.GENERATE, ids(1))
 
     assert isinstance(refusal, Rejection)
     assert refusal.reason is Reason.OVER_CAPACITY
@@ -190,13 +190,13 @@ def test_prompt_of_ids_longer_than_any_rank_is_refused_with_400() -> None:
 @pytest.mark.parametrize(("text_bytes", "fits"), [(4 * CAPACITY * 3, True), (4 * CAPACITY * 5, False)])
 def test_long_text_is_refused_only_if_certainly_too_long(text_bytes: int, fits: bool) -> None:
     """An estimate may be wrong by a factor; a text is refused only if no such error explains its length."""
-    found = Small().dispatcher.place(Api.GENERATE, json.dumps({"text": "x" * text_bytes}).encode())
+    found = Small().scheduler.place(Api.GENERATE, json.dumps({"text": "x" * text_bytes}).encode())
     assert isinstance(found, Decision) is fits
 
 
 def test_batch_is_not_refused_as_too_long() -> None:
     """The prompts of a batch can run one after the other."""
-    found = Small().dispatcher.place(Api.GENERATE, json.dumps({"input_ids": [[1] * 700, [1] * 700]}).encode())
+    found = Small().scheduler.place(Api.GENERATE, json.dumps({"input_ids": [[1] * 700, [1] * 700]}).encode())
     assert isinstance(found, Decision)
 
 
@@ -209,7 +209,7 @@ def test_new_request_is_queued_behind_waiting_requests() -> None:
     found = small.place(10)
     assert isinstance(found, Queued)
     assert (found.pool, found.priority) == ("*", 0)
-    assert isinstance(small.dispatcher.place(Api.GENERATE, ids(10), RequestContext(ticket=ticket)), Decision)
+    assert isinstance(small.scheduler.place(Api.GENERATE, ids(10), RequestContext(ticket=ticket)), Decision)
 
 
 def test_request_of_greater_priority_is_placed_before_waiting_requests() -> None:
@@ -218,7 +218,7 @@ def test_request_of_greater_priority_is_placed_before_waiting_requests() -> None
     small = Small(queue)
     queue.enqueue("*", 0, lambda: None)
     body = json.dumps({"input_ids": [1], "priority": 1}).encode()
-    assert isinstance(small.dispatcher.place(Api.GENERATE, body), Decision)
+    assert isinstance(small.scheduler.place(Api.GENERATE, body), Decision)
 
 
 class TestNotification:
@@ -252,7 +252,7 @@ class TestNotification:
     def test_queue_is_notified_when_a_request_of_a_peer_ends(self) -> None:
         """Requests of peers hold reservations like our own."""
         url = make_endpoint(Role.DECODE).url
-        peer = self.small.dispatcher.tracker.open_peer(PlacementRecord("*", RequestCost(10.0), url, 0), 1000.0)
+        peer = self.small.scheduler.tracker.open_peer(PlacementRecord("*", RequestCost(10.0), url, 0), 1000.0)
         self.wait()
         peer.end(1001.0)
         assert self.notified == 1
@@ -273,7 +273,7 @@ def test_queued_request_is_parsed_once() -> None:
     queue = AdmissionQueue(QueueSettings())
     small = Small(queue, max_requests=1)
     placed, _ = small.place_until_refused(10)
-    exchange = Exchange(small.dispatcher, BodyMode.LOCKSTEP, 1 << 20)
+    exchange = Exchange(small.scheduler, BodyMode.LOCKSTEP, 1 << 20)
     exchange.receive(RequestHeaders({":method": "POST", ":path": "/generate"}, False))
     exchange.receive(RequestBody(ids(20), True))
     assert exchange.is_waiting

@@ -44,7 +44,7 @@ def make_fleet(prefills: Sizes, decodes: Sizes, version: tuple[int, int, int] = 
 
 
 def place(fleet: Fleet, **context: Any) -> SchedulingResult:
-    return fleet.dispatcher.place(Api.COMPLETIONS, BODY, RequestContext(**context))
+    return fleet.scheduler.place(Api.COMPLETIONS, BODY, RequestContext(**context))
 
 
 def numbers(fleet: Fleet, decision: SchedulingResult) -> tuple[int, int]:
@@ -132,10 +132,10 @@ def test_refusal_names_what_differs() -> None:
 def test_ejected_partner_is_not_replaced_by_one_that_differs() -> None:
     """The other pair gets the requests. If all are ejected, a pair that agrees is tried all the same."""
     fleet = make_fleet([1, 2], [1, 2])
-    eject(fleet, fleet.host(Role.DECODE, 1))
+    eject(fleet, fleet.endpoint(Role.DECODE, 1))
     assert picks(fleet) == {(2, 2)}
 
-    eject(fleet, fleet.host(Role.DECODE, 2))
+    eject(fleet, fleet.endpoint(Role.DECODE, 2))
     assert picks(fleet) <= {(1, 1), (2, 2)}
 
 
@@ -150,8 +150,8 @@ def test_unreachable_partner_is_not_replaced_by_one_that_differs() -> None:
 def test_retry_goes_to_a_pair_that_agrees() -> None:
     """It goes to another pair if there is one, and else to the same one again."""
     fleet = make_fleet([1, 2], [1, 2])
-    first = frozenset({fleet.host(Role.PREFILL, 1).address, fleet.host(Role.DECODE, 1).address})
-    second = frozenset({fleet.host(Role.PREFILL, 2).address, fleet.host(Role.DECODE, 2).address})
+    first = frozenset({fleet.endpoint(Role.PREFILL, 1).address, fleet.endpoint(Role.DECODE, 1).address})
+    second = frozenset({fleet.endpoint(Role.PREFILL, 2).address, fleet.endpoint(Role.DECODE, 2).address})
 
     assert {numbers(fleet, place(fleet, failed=(first,))) for _ in range(20)} == {(2, 2)}
     assert {numbers(fleet, place(fleet, failed=(second, first))) for _ in range(20)} == {(2, 2)}
@@ -163,19 +163,19 @@ def test_retry_goes_to_a_pair_that_agrees() -> None:
 def test_request_is_refused_if_the_subset_has_no_pair_that_agrees() -> None:
     """Endpoints outside of the subset are not used, even if they agree."""
     fleet = make_fleet([1, 2], [1, 2])
-    allowed = frozenset({fleet.host(Role.PREFILL, 1).address, fleet.host(Role.DECODE, 2).address})
+    allowed = frozenset({fleet.endpoint(Role.PREFILL, 1).address, fleet.endpoint(Role.DECODE, 2).address})
     refusal = place(fleet, subset=allowed)
 
     assert isinstance(refusal, Rejection)
     assert refusal.reason is Reason.NO_COMPATIBLE_PAIR
-    assert numbers(fleet, place(fleet, subset=allowed | {fleet.host(Role.DECODE, 1).address})) == (1, 1)
+    assert numbers(fleet, place(fleet, subset=allowed | {fleet.endpoint(Role.DECODE, 1).address})) == (1, 1)
 
 
 def test_pair_is_picked_that_has_room_on_both_legs() -> None:
     """A full decode endpoint sends the request to another pair; it is refused once all are full."""
     fleet = make_fleet([1, 2], [1, 2])
     limits = AdmissionSettings(max_token_ratio=None, max_request_ratio=None, max_requests=2)
-    fleet.dispatcher.configure([fleet.pool], LoadSignal.ESTIMATE, limits)
+    fleet.scheduler.configure([fleet.pool], LoadSignal.ESTIMATE, limits)
     placed = [place(fleet) for _ in range(8)]
     pairs = [numbers(fleet, each) for each in placed]
     refusal = place(fleet)
@@ -276,7 +276,7 @@ def test_endpoint_is_asked_about_once_whatever_its_partners(differing: int) -> N
 
     def wanted(host: EndpointLoad) -> bool:
         asked.append(host)
-        return host not in {fleet.host(Role.PREFILL, 1), fleet.host(Role.DECODE, 2)}
+        return host not in {fleet.endpoint(Role.PREFILL, 1), fleet.endpoint(Role.DECODE, 2)}
 
     left = pairing.only(wanted)
     assert left is not None
@@ -335,7 +335,7 @@ class OfSizes:
         self.fleet.load.sampled(make_endpoint(role, number), page, self.fleet.clock(), self.fleet.clock())
 
     def place(self, body: dict[str, Any], **context: Any) -> SchedulingResult:
-        found = self.fleet.dispatcher.place(Api.GENERATE, json.dumps(body).encode(), RequestContext(**context))
+        found = self.fleet.scheduler.place(Api.GENERATE, json.dumps(body).encode(), RequestContext(**context))
         if isinstance(found, Decision):
             assert found.in_flight is not None
             found.in_flight.end(self.fleet.clock())
@@ -367,7 +367,7 @@ def test_prompt_goes_to_endpoints_that_can_hold_it(
     """The load of the others does not matter, as the prompt would never run there."""
     sizes = OfSizes(prefills, decodes)
     # What a prompt begins with would keep it where it was first.
-    sizes.fleet.dispatcher.configure(
+    sizes.fleet.scheduler.configure(
         [sizes.fleet.pool.model_copy(update={"policy": PolicySettings(affinity=AffinitySettings(prefixes=False))})],
         LoadSignal.ESTIMATE,
         AdmissionSettings(),
@@ -391,9 +391,9 @@ def test_prompt_that_no_pair_can_hold_is_refused_with_400() -> None:
 def test_long_prompt_prefers_unhealthy_endpoints_to_small_ones() -> None:
     """Ejected or failed ones may work again, while the others can never hold it; an estimate is not as certain."""
     sizes = OfSizes((None, None), (1000, 10_000))
-    failed = frozenset({sizes.fleet.host(Role.DECODE, 2).address})
+    failed = frozenset({sizes.fleet.endpoint(Role.DECODE, 2).address})
     assert numbers(sizes.fleet, sizes.place(LONG, failed=(failed,))) == (2, 2)
-    eject(sizes.fleet, sizes.fleet.host(Role.DECODE, 2))
+    eject(sizes.fleet, sizes.fleet.endpoint(Role.DECODE, 2))
 
     assert sizes.pairs(LONG) == {(2, 2)}
     assert sizes.pairs({"text": "x" * 10_000}) == {(1, 1)}

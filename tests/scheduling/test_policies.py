@@ -33,7 +33,7 @@ def make_candidates(role: Role, loads: Sequence[Sequence[int]]) -> list[Candidat
     other = make_facts(Role.DECODE if role is Role.PREFILL else Role.PREFILL)
     prefills, decodes = ([facts] * len(loads), [other]) if role is Role.PREFILL else ([other], [facts] * len(loads))
     fleet = Fleet(prefills=prefills, decodes=decodes)
-    hosts = [fleet.host(role, number) for number in range(1, len(loads) + 1)]
+    hosts = [fleet.endpoint(role, number) for number in range(1, len(loads) + 1)]
     for host, tokens in zip(hosts, loads, strict=True):
         fleet.sample(host.configured, tokens)
     return [host.candidate for host in hosts]
@@ -66,7 +66,7 @@ def test_round_robin_picks_endpoints_in_turn(candidates: list[Candidate]) -> Non
 def test_round_robin_picks_all_of_many_endpoints_in_turn() -> None:
     """The order holds also where only some are compared for each request."""
     fleet = Fleet(prefills=[make_facts(Role.PREFILL)] * 60, decodes=[make_facts(Role.DECODE)])
-    hosts = fleet.load.eligible("*", Role.PREFILL, fleet.clock())
+    hosts = fleet.eligible(Role.PREFILL)
     policy = make_policy(HostPolicy.ROUND_ROBIN)
     picks = []
     for _ in range(180):
@@ -88,7 +88,7 @@ def test_round_robin_goes_on_when_an_endpoint_leaves(candidates: list[Candidate]
 def test_endpoint_whose_engine_picks_the_rank_is_compared_by_all_ranks() -> None:
     """An idle rank beside a full one is not cheap for a request that may run on either of them."""
     fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE, ranks=2)] * 2)
-    one, two = hosts = fleet.load.eligible("*", Role.DECODE, fleet.clock())
+    one, two = hosts = fleet.eligible(Role.DECODE)
     one.reserve(0, 6000, fleet.clock())
     for rank in range(2):
         two.reserve(rank, 2500, fleet.clock())
@@ -112,7 +112,7 @@ def test_ties_are_broken_at_random_on_large_engines_too() -> None:
             seed=seed,
         )
         policy = Policy(PolicySettings(), LoadSignal.ESTIMATE, Random(seed))
-        (host,) = fleet.load.eligible("*", Role.PREFILL, fleet.clock())
+        (host,) = fleet.eligible(Role.PREFILL)
         own = []
         for _ in range(100):
             _, rank = policy.pick([host.candidate], 9000, fleet.clock())
@@ -154,7 +154,7 @@ def test_least_requests_counts_them_per_rank() -> None:
         prefills=[make_facts(Role.PREFILL, ranks=4), make_facts(Role.PREFILL, ranks=1)],
         decodes=[make_facts(Role.DECODE)],
     )
-    wide, narrow = hosts = fleet.load.eligible("*", Role.PREFILL, fleet.clock())
+    wide, narrow = hosts = fleet.eligible(Role.PREFILL)
     for rank in range(3):
         wide.reserve(rank, 100, fleet.clock())
     narrow.reserve(0, 100, fleet.clock())
@@ -237,7 +237,7 @@ class TestScraped:
     def test_scraped_increments_count_until_the_next_sample(self) -> None:
         """Of three picks of 300 against a gauge of 500, two go to the idle rank; then a sample replaces them."""
         fleet = Fleet(prefills=[make_facts(Role.PREFILL, ranks=2)], decodes=[make_facts(Role.DECODE)])
-        host = fleet.host(Role.PREFILL)
+        host = fleet.endpoint(Role.PREFILL)
         fleet.sample(host.configured, [0, 500])
         policy = make_policy(HostPolicy.ROUND_ROBIN, signal=LoadSignal.SCRAPED)
 

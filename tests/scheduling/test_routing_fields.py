@@ -21,7 +21,7 @@ LISTENER = (3, 4)
 def place(body: dict[str, Any], *, listeners: bool = False, policy: dict[str, Any] | None = None) -> Decision:
     facts = [replace(each, dp_ranks=1, single_rank=LISTENER) if listeners else each for each in (PREFILL, DECODE)]
     fleet = Fleet(prefills=facts[:1], decodes=facts[1:], policy=policy, routing_fields="headers")
-    decision = fleet.dispatcher.place(Api.GENERATE, json.dumps(body).encode())
+    decision = fleet.scheduler.place(Api.GENERATE, json.dumps(body).encode())
     assert isinstance(decision, Decision), decision
     return decision
 
@@ -82,9 +82,9 @@ def test_bootstrap_host_of_ipv6_is_in_brackets(
 ) -> None:
     """Releases up to 0.5.9 make a URL of it as it is; later ones remove the brackets."""
     fleet = Fleet(prefills=[PREFILL], decodes=[DECODE], routing_fields=routing_fields)
-    host = fleet.host(Role.PREFILL)
+    host = fleet.endpoint(Role.PREFILL)
     host.configured = replace(host.configured, host=url_host, bootstrap_host=configured)
-    decision = fleet.dispatcher.place(Api.GENERATE, json.dumps(GENERATE).encode())
+    decision = fleet.scheduler.place(Api.GENERATE, json.dumps(GENERATE).encode())
 
     assert isinstance(decision, Decision)
     if routing_fields == "headers":

@@ -22,13 +22,13 @@ PINNED = {**CHAT, "routed_dp_rank": 3, "disagg_prefill_dp_rank": 2}
 
 
 def place(fleet: Fleet, body: dict[str, Any] | None = None, api: Api = Api.CHAT) -> Decision:
-    decision = fleet.dispatcher.place(api, json.dumps(body or CHAT).encode())
+    decision = fleet.scheduler.place(api, json.dumps(body or CHAT).encode())
     assert isinstance(decision, Decision), decision
     return decision
 
 
 def refuse(fleet: Fleet, body: dict[str, Any], api: Api = Api.CHAT) -> Rejection:
-    refusal = fleet.dispatcher.place(api, json.dumps(body).encode())
+    refusal = fleet.scheduler.place(api, json.dumps(body).encode())
     assert isinstance(refusal, Rejection), refusal
     return refusal
 
@@ -100,7 +100,7 @@ def test_every_combination_of_policies_places_a_request(host: HostPolicy, rank: 
     """The end of the request ends all of its reservations."""
     fleet = Fleet(prefills=[PREFILL] * 2, decodes=[DECODE] * 2, policy={"host": host.value, "dp_rank": rank.value})
     decisions = [place(fleet) for _ in range(20)]
-    hosts = [fleet.host(role, number) for role in (Role.PREFILL, Role.DECODE) for number in (1, 2)]
+    hosts = [fleet.endpoint(role, number) for role in (Role.PREFILL, Role.DECODE) for number in (1, 2)]
     in_flight = sum(each.requests for each in hosts)
     for decision in decisions:
         assert decision.in_flight is not None
@@ -118,7 +118,7 @@ def test_requests_spread_evenly_by_tokens() -> None:
         place(fleet)
 
     for role in (Role.PREFILL, Role.DECODE):
-        picks = [rank.picks for number in (1, 2) for rank in fleet.host(role, number).ranks]
+        picks = [rank.picks for number in (1, 2) for rank in fleet.endpoint(role, number).ranks]
         assert set(picks) <= {9, 10, 11}  # the very first one runs at once and weighs less
 
 
@@ -128,10 +128,10 @@ def test_long_prompt_is_balanced_by_short_ones() -> None:
     place(fleet, {**CHAT, "messages": [{"role": "user", "content": "x" * 40_000}]})
     for _ in range(300):
         place(fleet, {**CHAT, "messages": [{"role": "user", "content": "x" * 400}]})
-    tokens = [rank.tokens for rank in fleet.host(Role.PREFILL).ranks]
+    tokens = [rank.tokens for rank in fleet.endpoint(Role.PREFILL).ranks]
 
     assert max(tokens) - min(tokens) <= 100
-    picks = sorted(rank.picks for rank in fleet.host(Role.PREFILL).ranks)
+    picks = sorted(rank.picks for rank in fleet.endpoint(Role.PREFILL).ranks)
     assert picks[0] < 0.7 * picks[1]
 
 
@@ -367,7 +367,7 @@ class TestRefusals:
         refusal = refuse(fleet, body, api)
 
         assert (refusal.status, refusal.reason, refusal.param) == (400, Reason.UNSUPPORTED_VALUE, param)
-        assert fleet.host(Role.PREFILL).tokens == fleet.host(Role.DECODE).tokens == 0
+        assert fleet.endpoint(Role.PREFILL).tokens == fleet.endpoint(Role.DECODE).tokens == 0
 
     def test_request_is_refused_before_any_engine_is_reached(self) -> None:
         """The client gets a time to try again."""
@@ -392,7 +392,7 @@ class TestRefusals:
     ) -> None:
         """A path whose handler drops the bootstrap room would end the process of a prefill engine."""
         fleet = Fleet(prefills=[make_facts(Role.PREFILL, version)], decodes=[make_facts(Role.DECODE, version)])
-        outcome = fleet.dispatcher.place(api, json.dumps({**CHAT, "input": "a"}).encode())
+        outcome = fleet.scheduler.place(api, json.dumps({**CHAT, "input": "a"}).encode())
 
         if served:
             assert isinstance(outcome, Decision)
@@ -416,7 +416,7 @@ class TestLookups:
     def test_lookup_goes_to_any_decode_endpoint(self) -> None:
         """Such a request has no mirror and no reservations."""
         fleet = Fleet(prefills=[PREFILL], decodes=[DECODE] * 2)
-        decisions = [fleet.dispatcher.look_up() for _ in range(40)]
+        decisions = [fleet.scheduler.look_up() for _ in range(40)]
 
         assert all(isinstance(decision, Decision) and decision.in_flight is None for decision in decisions)
         hosts = {decision.headers for decision in decisions if isinstance(decision, Decision)}
@@ -424,7 +424,7 @@ class TestLookups:
 
     def test_models_of_a_wildcard_pool_are_those_of_its_engines(self) -> None:
         """The wildcard is no model; what the engines report is."""
-        answer = Fleet(prefills=[PREFILL], decodes=[DECODE]).dispatcher.models("/v1/models")
+        answer = Fleet(prefills=[PREFILL], decodes=[DECODE]).scheduler.models("/v1/models")
 
         assert isinstance(answer, Answer)
         assert [card["id"] for card in json.loads(answer.body)["data"]] == ["served"]
@@ -432,15 +432,15 @@ class TestLookups:
     def test_model_with_an_escaped_slash_is_found(self) -> None:
         """Client libraries escape the slash of org/name, and no engine gets the path, so it is decoded here."""
         fleet = Fleet(workers=[replace(make_facts(Role.WORKER), served_model="org/name")])
-        answer = fleet.dispatcher.models("/v1/models/org%2Fname")
+        answer = fleet.scheduler.models("/v1/models/org%2Fname")
 
         assert isinstance(answer, Answer)
         assert json.loads(answer.body)["id"] == "org/name"
 
     def test_one_model_can_be_looked_up(self) -> None:
         """An unknown model is a 404 with the known ones."""
-        dispatcher = Fleet(prefills=[PREFILL], decodes=[DECODE]).dispatcher
-        known, unknown = dispatcher.models("/v1/models/served?x=1"), dispatcher.models("/v1/models/other")
+        scheduler = Fleet(prefills=[PREFILL], decodes=[DECODE]).scheduler
+        known, unknown = scheduler.models("/v1/models/served?x=1"), scheduler.models("/v1/models/other")
 
         assert isinstance(known, Answer)
         assert json.loads(known.body)["id"] == "served"
@@ -452,7 +452,7 @@ class TestLookups:
 def test_token_of_a_leg_does_not_follow_from_ids() -> None:
     """SGLang returns request ids to clients; the token is drawn elsewhere, and anew for each attempt."""
     fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
-    decisions = [fleet.dispatcher.place(Api.GENERATE, b'{"text":"x"}') for _ in range(2)]
+    decisions = [fleet.scheduler.place(Api.GENERATE, b'{"text":"x"}') for _ in range(2)]
     placed = [each for each in decisions if isinstance(each, Decision)]
     tokens = [dict(each.headers)[contract.LEG] for each in placed]
 

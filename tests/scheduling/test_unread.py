@@ -28,7 +28,7 @@ def make_fleet(
 
 
 def place(fleet: Fleet, length: int | None = 400, api: Api = Api.CHAT, **circumstances: Any) -> Decision:
-    decision = fleet.dispatcher.place_unread(api, length, RequestContext(**circumstances))
+    decision = fleet.scheduler.place_unread(api, length, RequestContext(**circumstances))
     assert isinstance(decision, Decision), decision
     return decision
 
@@ -64,7 +64,7 @@ def test_tokens_are_estimated_by_the_length(length: int | None, tokens: int) -> 
     fleet = make_fleet()
     place(fleet, length)
 
-    (reservation,) = [each for rank in fleet.host(Role.PREFILL).ranks for each in rank.open]
+    (reservation,) = [each for rank in fleet.endpoint(Role.PREFILL).ranks for each in rank.open]
     assert reservation.tokens == tokens
 
 
@@ -88,10 +88,10 @@ def test_prompt_is_not_refused_by_its_length_alone() -> None:
     fleet = make_fleet()
     for endpoint in fleet.endpoints:
         fleet.sample(endpoint, [0] * 4)
-    sample = fleet.host(Role.PREFILL).ranks[0].sample
+    sample = fleet.endpoint(Role.PREFILL).ranks[0].sample
     assert sample is not None
     for role in (Role.PREFILL, Role.DECODE):
-        for rank in fleet.host(role).ranks:
+        for rank in fleet.endpoint(role).ranks:
             rank.sample = replace(sample, dp_rank=rank.index, capacity_tokens=1000)
 
     assert place(fleet, 1 << 20).in_flight is not None
@@ -130,7 +130,7 @@ def test_request_that_headers_cannot_route_is_refused(
     api: Api, prefill: dict[str, Any], status: int, reason: Reason
 ) -> None:
     """There is no body that could have the routing fields, so the refusal has the reason."""
-    refusal = make_fleet([facts(Role.PREFILL, **prefill)]).dispatcher.place_unread(api, 10)
+    refusal = make_fleet([facts(Role.PREFILL, **prefill)]).scheduler.place_unread(api, 10)
 
     assert isinstance(refusal, Rejection)
     assert (refusal.status, refusal.reason) == (status, reason)
@@ -150,7 +150,7 @@ def test_request_is_refused_if_the_pool_needs_bodies(routing_fields: str, policy
     fleet = Fleet(
         prefills=[facts(Role.PREFILL)], decodes=[facts(Role.DECODE)], policy=policy, routing_fields=routing_fields
     )
-    refusal = fleet.dispatcher.place_unread(Api.CHAT, 10)
+    refusal = fleet.scheduler.place_unread(Api.CHAT, 10)
 
     assert isinstance(refusal, Rejection)
     assert (refusal.status, refusal.reason) == (500, Reason.UNSUPPORTED_BODY_MODE)
@@ -159,7 +159,7 @@ def test_request_is_refused_if_the_pool_needs_bodies(routing_fields: str, policy
 def test_aggregated_pool_needs_bodies() -> None:
     """The rank of an aggregated endpoint stands in the body."""
     fleet = Fleet(workers=[make_facts(Role.WORKER)], policy=POLICY)
-    refusal = fleet.dispatcher.place_unread(Api.CHAT, 10)
+    refusal = fleet.scheduler.place_unread(Api.CHAT, 10)
 
     assert isinstance(refusal, Rejection)
     assert refusal.reason is Reason.UNSUPPORTED_BODY_MODE

@@ -56,7 +56,7 @@ class Receiver:
 
     def __init__(self) -> None:
         self.fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
-        open_peer = self.fleet.dispatcher.tracker.open_peer
+        open_peer = self.fleet.scheduler.tracker.open_peer
         self.replica = Replica(Outbox("own"), self, open_peer, clock=self.fleet.clock, peer_timeout=3.0)
         self.telemetry = Telemetry(self.fleet.load, self.fleet.clock)
         self.telemetry.add(SyncMetrics(self.replica.status))
@@ -73,7 +73,7 @@ class Receiver:
         for role, tokens in ((Role.PREFILL, 700), (Role.DECODE, 0)):
             self.fleet.sample(make_endpoint(role), [tokens] * 4)
         self.replica._beat()
-        decision = self.fleet.dispatcher.place(Api.GENERATE, PROMPT)
+        decision = self.fleet.scheduler.place(Api.GENERATE, PROMPT)
         assert isinstance(decision, Decision)
         assert decision.in_flight is not None
         loads = {**describe_loads(self.fleet.load, self.fleet.clock()), "sync": describe_sync(self.replica.status())}
@@ -211,9 +211,9 @@ def test_cached_tokens_do_not_exceed_the_prompt() -> None:
     huge = msgspec.structs.replace(record(), cached=1e12)
     receiver.replica.receive(encode(Batch("peer", 1, 1000.0, (Placed(1, 1000.0, huge),))))
 
-    ranks = receiver.fleet.host(Role.PREFILL).ranks
+    ranks = receiver.fleet.endpoint(Role.PREFILL).ranks
     assert [rank.uncached_prompt_tokens for rank in ranks] == [0.0] * 4
-    assert receiver.fleet.host(Role.PREFILL).cached_prompt_tokens == 900.0
+    assert receiver.fleet.endpoint(Role.PREFILL).cached_prompt_tokens == 900.0
 
 
 def test_peer_attempt_is_at_most_a_day_old() -> None:
@@ -222,7 +222,7 @@ def test_peer_attempt_is_at_most_a_day_old() -> None:
     events = (Placed(1, 0.0, record()), PrefillAnswered(1, 0.0), FirstToken(1, 0.0))
     receiver.replica.receive(encode(Batch("peer", 1, 2.0**52, events)))
 
-    (open_one,) = receiver.fleet.host(Role.DECODE).ranks[1].open
+    (open_one,) = receiver.fleet.endpoint(Role.DECODE).ranks[1].open
     assert open_one.since == receiver.fleet.clock() - 86_400
 
 

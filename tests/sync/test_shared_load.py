@@ -32,7 +32,7 @@ class Service:
         facts = [make_facts(Role.PREFILL, ranks=prefill_ranks)]
         self.fleet = Fleet(prefills=facts, decodes=[make_facts(Role.DECODE, ranks=RANKS)])
         self.outbox = Outbox(name)
-        self.dispatcher = Scheduler(
+        self.scheduler = Scheduler(
             [self.fleet.pool],
             self.fleet.load,
             owner="127.0.0.1:9002",
@@ -41,12 +41,12 @@ class Service:
             clock=self.fleet.clock,
             listener=self.outbox,
         )
-        self.peers = Peers(self.dispatcher.tracker.open_peer, 3.0)
+        self.peers = Peers(self.scheduler.tracker.open_peer, 3.0)
         self._prompts = count()
 
     def place(self, body: bytes | None = None) -> tuple[InFlight, int, int]:
         """Schedule a request, by default with a new prompt; return its in-flight request and its two ranks."""
-        decision = self.dispatcher.place(Api.CHAT, body or chat((self.outbox.replica, next(self._prompts))))
+        decision = self.scheduler.place(Api.CHAT, body or chat((self.outbox.replica, next(self._prompts))))
         assert isinstance(decision, Decision)
         assert decision.in_flight is not None
         prefill, decode_rank = (
@@ -66,11 +66,11 @@ class Service:
 
     def loads(self) -> list[list[float]]:
         """Return the load of every rank, of prefill and of decode."""
-        return [[rank.tokens for rank in self.fleet.host(role).ranks] for role in (Role.PREFILL, Role.DECODE)]
+        return [[rank.tokens for rank in self.fleet.endpoint(role).ranks] for role in (Role.PREFILL, Role.DECODE)]
 
     def requests(self) -> list[float]:
         """Return the requests in flight of each role."""
-        return [self.fleet.host(role).requests for role in (Role.PREFILL, Role.DECODE)]
+        return [self.fleet.endpoint(role).requests for role in (Role.PREFILL, Role.DECODE)]
 
 
 def test_schedulers_pick_different_ranks_with_sync() -> None:
@@ -176,7 +176,7 @@ def test_prefix_is_found_through_any_replica() -> None:
 def test_all_replicas_estimate_the_token_ratio() -> None:
     """The engine counts for all four, and each has sent a fourth: two bytes are a token, not half a byte."""
     services = [Service(name) for name in "abcd"]
-    host = services[0].fleet.host(Role.PREFILL)
+    host = services[0].fleet.endpoint(Role.PREFILL)
     counted = 0
     for second in range(100):
         for service in services:
@@ -202,7 +202,7 @@ def test_picks_are_counted_at_one_replica() -> None:
         a.place()
     a.send_to(b)
 
-    assert [sum(rank.picks for rank in service.fleet.host(Role.PREFILL).ranks) for service in (a, b)] == [5, 0]
+    assert [sum(rank.picks for rank in service.fleet.endpoint(Role.PREFILL).ranks) for service in (a, b)] == [5, 0]
 
 
 def test_peer_attempt_is_ignored_on_an_unknown_rank() -> None:
