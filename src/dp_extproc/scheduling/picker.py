@@ -100,10 +100,14 @@ class Picker:
         """
         policy = self._policies[role]
         near, by_room = policy.within_reach(endpoints, cached), RankControl.BY_ROOM
-        candidates = [
-            _reachable(each, residue) if residue and each.capabilities.decode_control is by_room else each.candidate
-            for each in near
-        ]
+        candidates = (
+            [each.candidate for each in near]
+            if residue is None
+            else [
+                _reachable(each, residue) if each.capabilities.decode_control is by_room else each.candidate
+                for each in near
+            ]
+        )
         if wanted is not None:
             candidates = [left for each in candidates if (left := each.only(wanted)) is not None] or candidates
         if pin is not None:
@@ -113,38 +117,35 @@ class Picker:
         return policy.pick(candidates, tokens, now, cached=cached)
 
     def _prefill_target(self, chosen: Candidate, rank: RankLoad | None, cached: CachedTokens[RankLoad]) -> Target:
-        endpoint = chosen.endpoint
-        if rank is None and (endpoint.facts.follows_rooms or endpoint.facts.single_rank is not None):
+        endpoint, routed = chosen.endpoint, False
+        if rank is not None:
+            routed = endpoint.capabilities.takes_routed_rank and endpoint.facts.single_rank is None
+        elif endpoint.facts.follows_rooms or endpoint.facts.single_rank is not None:
             rank = self._rng.choice(chosen.ranks)
-            return Target(endpoint, rank.index, routed=False, by_room=True, cached=_cached_tokens(rank, cached))
-        # A picked rank gets a congruent room: from 0.5.11 on an engine that follows rooms refuses any other.
-        known = rank is not None
-        routed = known and endpoint.capabilities.takes_routed_rank and endpoint.facts.single_rank is None
-        return Target(endpoint, _index(rank), routed=routed, by_room=known, cached=_cached_tokens(rank, cached))
+        else:
+            return Target(endpoint, None, routed=False, by_room=False)
+        # A routed rank gets a congruent room, too: from 0.5.11 on an engine that follows rooms refuses any other.
+        return Target(endpoint, rank.index, routed=routed, by_room=True, cached=_cached_tokens(rank, cached))
 
     def _decode_target(self, chosen: Candidate, rank: RankLoad | None) -> Target:
         endpoint = chosen.endpoint
         control = endpoint.capabilities.decode_control
-        if control is RankControl.BY_FIELD:
-            routed = rank is not None and endpoint.facts.single_rank is None
-            return Target(endpoint, _index(rank), routed=routed, by_room=False)
         if control is RankControl.BY_ROOM:
             known = self._rng.choice(chosen.ranks) if rank is None else rank
             return Target(endpoint, known.index, routed=False, by_room=True)
-        return Target(endpoint, None, routed=False, by_room=False)
+        if rank is None or control is RankControl.ENGINE:
+            return Target(endpoint, None, routed=False, by_room=False)
+        return Target(endpoint, rank.index, routed=endpoint.facts.single_rank is None, by_room=False)
 
 
 def _aggregated_target(chosen: Candidate, rank: RankLoad | None, cached: CachedTokens[RankLoad]) -> Target:
-    routed = rank is not None
-    return Target(chosen.endpoint, _index(rank), routed=routed, by_room=False, cached=_cached_tokens(rank, cached))
+    if rank is None:
+        return Target(chosen.endpoint, None, routed=False, by_room=False)
+    return Target(chosen.endpoint, rank.index, routed=True, by_room=False, cached=_cached_tokens(rank, cached))
 
 
-def _index(rank: RankLoad | None) -> int | None:
-    return None if rank is None else rank.index
-
-
-def _cached_tokens(rank: RankLoad | None, cached: CachedTokens[RankLoad]) -> float:
-    return 0.0 if rank is None else cached.by_rank.get(rank, cached.elsewhere)
+def _cached_tokens(rank: RankLoad, cached: CachedTokens[RankLoad]) -> float:
+    return cached.by_rank.get(rank, cached.elsewhere)
 
 
 def _reachable(endpoint: EndpointLoad, prefill: tuple[int, int]) -> Candidate:

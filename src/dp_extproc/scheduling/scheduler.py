@@ -233,9 +233,8 @@ class Scheduler:
         prefill, decode = targets.prefill, targets.decode
         if prefill is None:
             return "", encode_aggregated(request, decode)
-        batch, residues = request.prompt.batch, (prefill.residue, decode.residue)
-        drawn = [draw_room(self._rng, *residues) for _ in range(batch or 1)]
-        rooms = drawn[0] if batch is None else drawn
+        rng, batch, residues = self._rng, request.prompt.batch, (prefill.residue, decode.residue)
+        rooms = draw_room(rng, *residues) if batch is None else [draw_room(rng, *residues) for _ in range(batch)]
         leg, number = self._draw_token(), f"{self._rng.getrandbits(96):024x}"
         encoding = encode_legs(request, prefill, decode, rooms, number, in_headers=pool.uses_headers)
         headers = (
