@@ -1,8 +1,10 @@
 """The tables of the state machines, walked exhaustively: no dead state, and no outcome that nothing produces."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -239,6 +241,19 @@ def test_every_state_of_the_main_stream_has_a_way_to_its_end() -> None:
     """Otherwise reservations could stay for ever."""
     assert {state for (state, cause) in MAIN if cause is MainClosed} == set(MainState) - {MainState.CLOSED}
     assert all(MAIN[state, MainClosed] == {Outcome.CLOSED: MainState.CLOSED} for state in list(MainState)[:-1])
+
+
+def test_diagram_of_the_documentation_is_the_table_of_the_main_stream() -> None:
+    """A reader of the diagram sees each transition, but for the two that the page leaves out."""
+    page = Path(__file__).parents[2] / "docs" / "development.md"
+    drawn = re.findall(r"^    ([A-Z_]+) --> ([A-Z_]+):", page.read_text(encoding="utf-8"), re.MULTILINE)
+    table = {
+        (state.name, after.name)
+        for (state, cause), row in MAIN.items()
+        for after in row.values()
+        if cause not in {MainClosed, InternalError} and after is not state
+    }
+    assert sorted(drawn) == sorted(table | {("RESPONDING", "CLOSED"), ("ANSWERED", "CLOSED")})
 
 
 @pytest.mark.parametrize("story", STORIES)

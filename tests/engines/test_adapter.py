@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from dp_extproc.config.pools import Engine
+from dp_extproc.config.pools import EngineKind
 from dp_extproc.engines.adapter import assumed_facts, read_facts
 from dp_extproc.engines.listener import FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, Kind, Role
@@ -43,25 +43,25 @@ class Http:
         return None
 
 
-def endpoint(engine: Engine = Engine.AUTO, dp_size: int | None = None) -> Endpoint:
+def endpoint(engine: EngineKind = EngineKind.AUTO, dp_size: int | None = None) -> Endpoint:
     return Endpoint("http://h:1", "h", 1, "m", Role.WORKER, dp_size=dp_size, engine=engine)
 
 
-def facts(pages: Pages, engine: Engine = Engine.AUTO) -> EngineFacts:
+def facts(pages: Pages, engine: EngineKind = EngineKind.AUTO) -> EngineFacts:
     return asyncio.run(read_facts(Http(pages), endpoint(engine)))
 
 
 @pytest.mark.parametrize(
     ("pages", "engine", "kind"),
     [
-        pytest.param(SGLANG, Engine.AUTO, Kind.SGLANG, id="SGLang"),
-        pytest.param(OLD_SGLANG, Engine.AUTO, Kind.SGLANG, id="SGLang, the page's old name"),
-        pytest.param(VLLM, Engine.AUTO, Kind.VLLM, id="vLLM"),
-        pytest.param(VLLM, Engine.VLLM, Kind.VLLM, id="vLLM as configured"),
-        pytest.param({**VLLM, "/server_info": b"{}"}, Engine.AUTO, Kind.VLLM, id="vLLM with a page of that name"),
+        pytest.param(SGLANG, EngineKind.AUTO, Kind.SGLANG, id="SGLang"),
+        pytest.param(OLD_SGLANG, EngineKind.AUTO, Kind.SGLANG, id="SGLang, the page's old name"),
+        pytest.param(VLLM, EngineKind.AUTO, Kind.VLLM, id="vLLM"),
+        pytest.param(VLLM, EngineKind.VLLM, Kind.VLLM, id="vLLM as configured"),
+        pytest.param({**VLLM, "/server_info": b"{}"}, EngineKind.AUTO, Kind.VLLM, id="vLLM with a page of that name"),
     ],
 )
-def test_an_engine_is_of_the_kind_whose_pages_it_has(pages: Pages, engine: Engine, kind: Kind) -> None:
+def test_an_engine_is_of_the_kind_whose_pages_it_has(pages: Pages, engine: EngineKind, kind: Kind) -> None:
     """SGLang is tried first; a page that is absent, or of another shape, leads to the next kind."""
     assert facts(pages, engine).kind is kind
 
@@ -69,21 +69,27 @@ def test_an_engine_is_of_the_kind_whose_pages_it_has(pages: Pages, engine: Engin
 @pytest.mark.parametrize(
     ("pages", "engine", "kind", "path"),
     [
-        pytest.param({}, Engine.AUTO, FailureKind.HTTP_STATUS, "/get_server_info", id="no pages at all"),
+        pytest.param({}, EngineKind.AUTO, FailureKind.HTTP_STATUS, "/get_server_info", id="no pages at all"),
         pytest.param(
-            {"/server_info": FailureKind.TIMEOUT, **VLLM}, Engine.AUTO, FailureKind.TIMEOUT, "/server_info", id="slow"
+            {"/server_info": FailureKind.TIMEOUT, **VLLM},
+            EngineKind.AUTO,
+            FailureKind.TIMEOUT,
+            "/server_info",
+            id="slow",
         ),
         pytest.param(
-            {"/server_info": b"{}"}, Engine.AUTO, FailureKind.WRONG_SHAPE, "/server_info", id="another program"
+            {"/server_info": b"{}"}, EngineKind.AUTO, FailureKind.WRONG_SHAPE, "/server_info", id="another program"
         ),
         pytest.param(
-            {**VLLM, "/metrics": FailureKind.TIMEOUT}, Engine.AUTO, FailureKind.TIMEOUT, "/metrics", id="vLLM, slow"
+            {**VLLM, "/metrics": FailureKind.TIMEOUT}, EngineKind.AUTO, FailureKind.TIMEOUT, "/metrics", id="vLLM, slow"
         ),
-        pytest.param(VLLM, Engine.SGLANG, FailureKind.HTTP_STATUS, "/get_server_info", id="another one as configured"),
+        pytest.param(
+            VLLM, EngineKind.SGLANG, FailureKind.HTTP_STATUS, "/get_server_info", id="another one as configured"
+        ),
     ],
 )
 def test_the_failure_of_the_likeliest_kind_is_reported(
-    pages: Pages, engine: Engine, kind: FailureKind, path: str
+    pages: Pages, engine: EngineKind, kind: FailureKind, path: str
 ) -> None:
     """It is the first kind's, unless the engine has pages of another kind."""
     with pytest.raises(ReaderError, match=path) as failure:
@@ -91,8 +97,8 @@ def test_the_failure_of_the_likeliest_kind_is_reported(
     assert failure.value.kind is kind
 
 
-@pytest.mark.parametrize(("engine", "kind"), [(Engine.AUTO, Kind.SGLANG), (Engine.VLLM, Kind.VLLM)])
-def test_facts_are_assumed_where_the_number_of_ranks_is_configured(engine: Engine, kind: Kind) -> None:
+@pytest.mark.parametrize(("engine", "kind"), [(EngineKind.AUTO, Kind.SGLANG), (EngineKind.VLLM, Kind.VLLM)])
+def test_facts_are_assumed_where_the_number_of_ranks_is_configured(engine: EngineKind, kind: Kind) -> None:
     """An engine of unknown kind is taken for SGLang of the newest release."""
     found = assumed_facts(endpoint(engine, dp_size=4))
 

@@ -4,7 +4,7 @@ import pytest
 
 from dp_extproc.attempt.listener import Decided, LegFailed
 from dp_extproc.engines.model import Role
-from dp_extproc.extproc.listeners import Listeners
+from dp_extproc.extproc.listeners import AttemptListeners
 from dp_extproc.request.rejection import Reason
 from extproc.wire import Watcher
 
@@ -19,7 +19,7 @@ class Broken:
 def test_listener_that_raises_is_logged_and_keeps_nothing_from_the_others(caplog: pytest.LogCaptureFixture) -> None:
     """An attempt goes on, whatever happens to its metrics."""
     watcher = Watcher()
-    listeners = Listeners((Broken(), watcher))  # type: ignore[arg-type]
+    listeners = AttemptListeners((Broken(), watcher))  # type: ignore[arg-type]
     listeners.attempt_opened()
     listeners.decided(Decided("routed", 0.1))
     listeners.leg_failed(LegFailed(Role.DECODE, Reason.DECODE_FAILED, retried=True))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dp_extproc.config.reliability import Supervise, SupervisionSettings
 from dp_extproc.engines.model import Role
-from dp_extproc.response.first_event import FirstEvent
+from dp_extproc.response.first_event import FirstEventReader
 from extproc.wire import METHOD, Server, request_headers, run_server
 from fleet_fixtures import Fleet, make_facts
 from fuzz.effort import examples
@@ -66,7 +66,7 @@ def test_first_event_does_not_depend_on_how_a_stream_is_cut(parts: list[bytes], 
     """What the first event of a stream is does not depend on how the network cuts it."""
     text = b"".join(parts)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
-    whole, cut = FirstEvent(), FirstEvent()
+    whole, cut = FirstEventReader(), FirstEventReader()
     whole.feed(text, end_of_stream=True)
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         cut.feed(text[start:end], end_of_stream=end == len(text) and start == (cuts[-1] if cuts else 0))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dp_extproc.response.first_event import MOST_BYTES, EngineError, FirstEvent
+from dp_extproc.response.first_event import MOST_BYTES, EngineError, FirstEventReader
 
 CHUNK = 'data: {"id":"1","choices":[{"delta":{"role":"assistant"}}]}\n\n'
 OPENAI = 'data: {"error":{"object":"error","message":"Decode transfer failed","type":"X","param":null,"code":500}}\n\n'
@@ -19,11 +19,11 @@ STARTED = 'event: message_start\ndata: {"type":"message_start","message":{"id":"
 CREATED = 'event: response.created\ndata: {"type":"response.created","response":{}}\n\n'
 
 
-def read(text: str, *, size: int | None = None) -> FirstEvent:
+def read(text: str, *, size: int | None = None) -> FirstEventReader:
     """Feed a whole stream, in pieces of *size* bytes."""
     data = text.encode()
     size = size or len(data)
-    first = FirstEvent()
+    first = FirstEventReader()
     for start in range(0, len(data), size):
         first.feed(data[start : start + size], end_of_stream=start + size >= len(data))
     return first
@@ -94,7 +94,7 @@ def test_first_event_has_no_error_in_other_events(text: str, size: int | None) -
 
 def test_first_event_is_not_known_before_it_is_complete() -> None:
     """Half an event, or a preamble, decides nothing."""
-    first = FirstEvent()
+    first = FirstEventReader()
     first.feed(STARTED.encode() + OPENAI[:-1].encode(), end_of_stream=False)
     assert not first.is_known
     first.feed(b"\n", end_of_stream=False)
@@ -123,7 +123,7 @@ SIZES = [1, 7, 62_000, 1 << 20]
 def test_stream_counts_as_good_after_64_kib(what: bytes, size: int) -> None:
     """Nothing can hold an answer for ever, and what comes later is not looked at, not even an error."""
     begun = (what * MOST_BYTES)[: MOST_BYTES - 1]
-    first = FirstEvent()
+    first = FirstEventReader()
     for piece in pieces(begun, size):
         first.feed(piece, end_of_stream=False)
     assert not first.is_known
@@ -137,7 +137,7 @@ def test_error_is_found_up_to_the_limit() -> None:
     error = OPENAI.encode()
     for excess, is_found in ((0, True), (1, False)):
         before = b":" * (MOST_BYTES - len(error) - 2 + excess) + b"\n\n"
-        first = FirstEvent()
+        first = FirstEventReader()
         first.feed(before + error + b": x\n\n" * 9, end_of_stream=False)
         assert first.is_known
         assert (first.error is not None) is is_found
@@ -155,7 +155,7 @@ NESTING = {
 def test_reader_survives_any_depth_of_an_error(text: str) -> None:
     """What cannot be read, or written anew, is an answer."""
     for depth in (*range(300, 1050), 20_000):
-        first = FirstEvent()
+        first = FirstEventReader()
         first.feed(f"data: {text % ('[' * depth + ']' * depth)}\n\n".encode(), end_of_stream=False)
         assert first.is_known
 
@@ -173,7 +173,7 @@ def test_result_does_not_depend_on_how_a_stream_is_cut(parts: list[bytes], data:
     stream = b"".join(parts)
     most = data.draw(st.integers(1, len(stream) + 2))
     cuts = data.draw(st.lists(st.integers(0, len(stream))).map(sorted))
-    first = FirstEvent(most)
+    first = FirstEventReader(most)
     for start, end in pairwise([0, *cuts]):
         first.feed(stream[start:end], end_of_stream=False)
         assert _result(first) == _result(_whole(stream[:end], most, end_of_stream=False))
@@ -182,13 +182,13 @@ def test_result_does_not_depend_on_how_a_stream_is_cut(parts: list[bytes], data:
     assert first.is_known
 
 
-def _whole(stream: bytes, most: int, *, end_of_stream: bool) -> FirstEvent:
-    first = FirstEvent(most)
+def _whole(stream: bytes, most: int, *, end_of_stream: bool) -> FirstEventReader:
+    first = FirstEventReader(most)
     first.feed(stream, end_of_stream=end_of_stream)
     return first
 
 
-def _result(first: FirstEvent) -> tuple[bool, EngineError | None]:
+def _result(first: FirstEventReader) -> tuple[bool, EngineError | None]:
     return first.is_known, first.error
 
 
@@ -242,7 +242,7 @@ class Counted(bytes):
 def test_reader_takes_linear_time(what: bytes, size: int) -> None:
     """However many chunks and events there are, and however many bytes come behind the limit."""
     endless = what * (3 * MOST_BYTES // len(what))
-    first = FirstEvent()
+    first = FirstEventReader()
     Counted.touched = 0
     for piece in pieces(endless, size):
         first.feed(Counted(piece), end_of_stream=False)
@@ -257,7 +257,7 @@ def pieces(stream: bytes, size: int) -> Iterator[bytes]:
 @given(st.lists(st.binary(max_size=50)))
 def test_reader_survives_any_bytes(chunks: list[bytes]) -> None:
     """Whatever comes, the end of the stream settles it."""
-    first = FirstEvent()
+    first = FirstEventReader()
     for chunk in chunks:
         first.feed(chunk, end_of_stream=False)
     first.feed(b"", end_of_stream=True)

@@ -1,1 +1,1 @@
-"""One attempt of a request, as a state machine."""
+"""One attempt of a request as a state machine: events in, commands out."""

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from typing import Final, get_args
 
 from dp_extproc.attempt.effects import Effects, Environment
-from dp_extproc.attempt.events import BodyMode, Command, Event, FirstEventRead, LegEvent, MainEvent, ToLeg, Turn
+from dp_extproc.attempt.events import BodyMode, Command, Event, FirstEventRead, LegEvent, MainEvent, ToLeg
 from dp_extproc.attempt.failures import Failure, failed, timed_out
 from dp_extproc.attempt.first_event_watch import FirstEventWatch
 from dp_extproc.attempt.intake import Intake
+from dp_extproc.attempt.machine import Turn
 from dp_extproc.attempt.main_stream import MainStream
-from dp_extproc.attempt.merging import TEXT_SECONDS
 from dp_extproc.attempt.prefill_leg import PrefillLeg
 from dp_extproc.attempt.transitions import GOOD, FirstState, LegState, MainState, Signal
 from dp_extproc.config.reliability import Supervise
@@ -31,10 +31,12 @@ EXTEND_AFTER_SECONDS: Final = 5.0
 """Seconds that a response is held before Envoy's patience of 20 s is extended."""
 ERROR_TEXT_SECONDS: Final = 2.0
 """Seconds that the text of an error may take behind its headers."""
+LEG_TEXT_SECONDS: Final = 5.0
+"""Seconds that a piece of the response waits for the prefill leg's text. Envoy waits 20 s for a reply."""
 
 _MESSAGES: Final = frozenset(get_args(MainEvent))
 _LEG_EVENTS: Final = frozenset(get_args(LegEvent))
-_RULED: Final = frozenset({MainState.HELD, MainState.MERGING})
+_WAITING: Final = frozenset({MainState.HELD, MainState.MERGING})
 """States in which the main stream waits for another part of the attempt."""
 _UNSETTLED: Final = frozenset({LegState.OPEN, LegState.CHECKING, LegState.ERROR_BODY})
 """States in which something of the prefill leg is awaited that may take too long."""
@@ -68,7 +70,7 @@ class Attempt:
         self._body_pause = environment.body_pause if mode is BodyMode.DUPLEX else math.inf
         self._effects = Effects(environment)
         intake = Intake(environment.decider, environment.gateway, mode, environment.max_body, subset)
-        self.leg = PrefillLeg(self._effects, supervises=environment.supervision.mode is not Supervise.OFF)
+        self.leg = PrefillLeg(self._effects, is_supervised=environment.supervision.mode is not Supervise.OFF)
         self.first_event = FirstEventWatch()
         self.main = MainStream(
             environment, self._effects, intake, response_mode, leg=self.leg, first_event=self.first_event
@@ -95,7 +97,7 @@ class Attempt:
             self.first_event.move(cause, turn, event)
         elif not self.main.move(cause, turn, event) and cause in _MESSAGES:
             raise ProtocolViolationError(f"{cause.__name__} is not expected in state {self.main.state.name}")
-        if turn.failure is not None or self.main.state in _RULED:
+        if turn.failure is not None or self.main.state in _WAITING:
             self._apply_rules(turn)
         return turn.commands
 
@@ -141,7 +143,7 @@ class Attempt:
     def _fail(self, turn: Turn, failure: Failure) -> None:
         """Blame an endpoint, answer the client while that is possible, and end the other leg."""
         self._effects.blame(failure, turn.now)
-        if not self.leg.is_over:
+        if not self.leg.was_cancelled:
             self.main.move(Signal.ABANDON, turn, failure)
         self.leg.cancel(turn)
 
@@ -153,8 +155,8 @@ class Attempt:
         if state is MainState.BODY:
             yield main.body_at + self._body_pause, lambda turn: main.move(Signal.ADVANCE, turn)
         elif main.merging is not None and state is MainState.MERGING:
-            yield main.merging.since + TEXT_SECONDS, lambda turn: main.move(Signal.TEXT_COMPLETE, turn)
-        if state >= MainState.ROUTED and not self.leg.is_over:
+            yield main.merging.since + LEG_TEXT_SECONDS, lambda turn: main.move(Signal.TEXT_COMPLETE, turn)
+        if state >= MainState.ROUTED and not self.leg.was_cancelled:
             yield from self._supervision_deadlines()
 
     def _supervision_deadlines(self) -> Iterator[tuple[float, Callable[[Turn], object]]]:
@@ -164,7 +166,7 @@ class Attempt:
         if main.state is MainState.ERROR_BODY:
             yield main.error_at + ERROR_TEXT_SECONDS, self._give_up_error
             return
-        if leg.supervises and leg.state in {LegState.OPEN, LegState.CHECKING}:
+        if leg.is_supervised and leg.state in {LegState.OPEN, LegState.CHECKING}:
             yield main.picked_at + settings.prefill_timeout, self._give_up_prefill
         if (since := self._first_token_since()) is not None:
             yield since + settings.first_token_timeout, self._give_up_first_token
@@ -188,7 +190,7 @@ class Attempt:
     def _give_up_leg_error(self, turn: Turn) -> None:
         self.leg.move(Signal.ADVANCE, turn)
         self._apply_rules(turn)
-        turn.commands.append(ToLeg.CANCEL)
+        turn.commands.append(ToLeg.CANCEL)  # the rules do not end a leg that has failed, but its stream is still open
 
     def _give_up_error(self, turn: Turn) -> None:
         message = f"the decode server answered {self.main.status}, and did not say why"

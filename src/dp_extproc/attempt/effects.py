@@ -1,8 +1,4 @@
-"""Everything that an attempt changes outside of itself: reservations, endpoint health, retry budget and listener.
-
-1. An endpoint is blamed for its own leg alone, unless the engine's text accuses the peer.
-2. After a timeout an endpoint is blamed only if it has served no leg since the pick.
-"""
+"""Everything that an attempt changes outside of itself: reservations, endpoint health, retry budget and listener."""
 
 from collections.abc import Callable
 from typing import Final
@@ -57,11 +53,11 @@ class Effects:
         self._decode: EndpointLoad | None = None
         self._endpoints: list[EndpointLoad] = []
         self._answers: list[int] = []
-        """Legs that each endpoint had served at the pick."""
+        """Number of legs that each endpoint had served at the pick."""
 
     # --- reservations ---
 
-    def open(self, in_flight: InFlight, *, is_first: bool) -> None:
+    def follow(self, in_flight: InFlight, *, is_first: bool) -> None:
         """Follow the reservations that scheduling has opened."""
         self._in_flight = in_flight
         self.token = in_flight.leg
@@ -112,14 +108,14 @@ class Effects:
 
     # --- retry budget and listener ---
 
-    def retry_lost(self, address: str, attempts: int) -> bool:
+    def attempt_lost(self, address: str, attempts: int) -> bool:
         """Count an attempt that an endpoint has dropped, and that Envoy has repeated by itself.
 
         Returns:
             Whether the retry budget allows the present attempt.
         """
         self._environment.decider.lost(address)
-        return self._spend(Role.DECODE, Reason.DECODE_FAILED, attempts)
+        return self._report_failure(Role.DECODE, Reason.DECODE_FAILED, attempts)
 
     def retry_headers(self, leg: Role, reason: Reason, attempts: int) -> Headers:
         """Take a retry from the budget.
@@ -127,12 +123,13 @@ class Effects:
         Returns:
             The headers by which the bundled Envoy schedules the request again; none if the client gets the error.
         """
-        if not self._spend(leg, reason, attempts):
+        if not self._report_failure(leg, reason, attempts):
             return ()
         addresses = (each.address for each in self._endpoints)
         return ((contract.RETRY, b"1"), (contract.FAILED, contract.write_failed(*addresses)))
 
-    def _spend(self, leg: Role, reason: Reason, attempts: int) -> bool:
+    def _report_failure(self, leg: Role, reason: Reason, attempts: int) -> bool:
+        """Report the failure of a leg, and return whether a retry could be taken from the budget."""
         retried = self._environment.budget.spend(attempts)
         self._environment.listener.leg_failed(LegFailed(leg, reason, retried))
         return retried

@@ -12,8 +12,8 @@ from dp_extproc.config.reliability import RetrySettings
 from dp_extproc.engines.model import Role
 from dp_extproc.request.rejection import Reason, Rejection
 
-FAILED: Final = 500
-"""From this status on a response is a failure of the engine."""
+ENGINE_FAILED: Final = 500
+"""The status from which on a response is a failure of the engine."""
 _TEXT_BYTES: Final = 2000
 """Bytes of an engine's text that a client gets within an error of the service."""
 
@@ -47,7 +47,9 @@ class Blame(IntEnum):
 
     NONE = auto()
     BY_TEXT = auto()
+    """It is that of the failed leg, unless the engine's text accuses the peer."""
     IF_SILENT = auto()
+    """It is each endpoint that may have delayed the leg, and that has served no leg since the pick."""
 
 
 class Failure(Struct, frozen=True):
@@ -88,7 +90,7 @@ def timed_out(leg: Role, message: str) -> Failure:
 
 def engine_error(leg: Role, status: int, text: bytes, message: str) -> Failure:
     """Make the failure that an engine's error of 400 or more means; the message is for one of 500 or more."""
-    if status >= FAILED:
+    if status >= ENGINE_FAILED:
         return failed(leg, message, text)
     refused = f"the engine answered {status}"
     return Failure(leg, Reason.ENGINE_REFUSED, status, refused, text, Blame.NONE)

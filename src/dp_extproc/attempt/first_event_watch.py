@@ -1,30 +1,24 @@
 """The first event of a streamed response as a state machine."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from dp_extproc.attempt.events import FirstEventRead, ResponseHeaders, Turn
+from dp_extproc.attempt.events import FirstEventRead, ResponseHeaders
 from dp_extproc.attempt.failures import engine_error
-from dp_extproc.attempt.transitions import FIRST_EVENT, Cause, FirstState, Outcome, Signal, bind
+from dp_extproc.attempt.machine import Machine, Turn, bind
+from dp_extproc.attempt.transitions import FIRST_EVENT, FirstState, Outcome, Signal
 from dp_extproc.engines.model import Role
 from dp_extproc.scheduling.decision import Decision
 
 
-class FirstEventWatch:
+class FirstEventWatch(Machine[FirstState]):
     """Whether the first event is awaited, so that an error in it can still become a retry or a clean error."""
 
-    __slots__ = ("_is_unknown", "state")
+    __slots__ = ("_is_unknown",)
 
     def __init__(self) -> None:
-        self.state = FirstState.CLEAR
+        super().__init__(FirstState.CLEAR)
         self._is_unknown = False
-        """Whether only the response headers report that the response is a stream."""
-
-    def move(self, cause: Cause, turn: Turn, event: Any) -> None:
-        """Take the transition of a cause, if there is one in this state; the only place where the state is set."""
-        step = self._STEPS.get((self.state, cause))
-        if step is not None:
-            row, action = step
-            self.state = row[action(self, turn, event)]
+        """Whether only the response headers will show that the response is a stream."""
 
     def _scheduled(self, _turn: Turn, decision: Decision) -> Outcome:
         self._is_unknown = decision.streaming is None
@@ -42,10 +36,5 @@ class FirstEventWatch:
         return Outcome.FAILED
 
     _STEPS: ClassVar = bind(
-        FIRST_EVENT,
-        {
-            Signal.SCHEDULED: _scheduled,
-            ResponseHeaders: _headers,
-            FirstEventRead: _read,
-        },
+        FIRST_EVENT, {Signal.SCHEDULED: _scheduled, ResponseHeaders: _headers, FirstEventRead: _read}
     )

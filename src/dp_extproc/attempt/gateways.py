@@ -10,7 +10,7 @@ from dp_extproc import contract
 Headers = tuple[tuple[str, bytes], ...]
 
 
-class Earlier(Struct, frozen=True):
+class EarlierAttempts(Struct, frozen=True):
     """The earlier attempts of a request, as the gateway reports them."""
 
     failed: tuple[frozenset[str], ...] = ()
@@ -19,7 +19,7 @@ class Earlier(Struct, frozen=True):
     """Address of the endpoint that dropped the last attempt, if that failure was not counted yet."""
 
 
-FIRST_ATTEMPT: Final = Earlier()
+FIRST_ATTEMPT: Final = EarlierAttempts()
 
 
 class BundledEnvoy:
@@ -40,10 +40,10 @@ class BundledEnvoy:
         """Name the headers that a client must not have set, so that they are removed."""
         return tuple(headers.keys() - contract.READ_FROM_REQUESTS)
 
-    def earlier(self, headers: Mapping[str, str]) -> Earlier:
+    def earlier(self, headers: Mapping[str, str]) -> EarlierAttempts:
         """Read the earlier attempts of a request."""
         avoided = headers.get(contract.AVOID)
-        return Earlier(contract.read_failed(avoided), contract.read_cut(avoided)) if avoided else FIRST_ATTEMPT
+        return EarlierAttempts(contract.read_failed(avoided), contract.read_cut(avoided)) if avoided else FIRST_ATTEMPT
 
     def destination(self, headers: Headers) -> tuple[Headers, str | None]:
         """Write where a request goes: headers, and the ``IP:port`` for the metadata of the load balancing."""
@@ -62,7 +62,7 @@ class EndpointPicker:
     passes_other_paths = True
 
     def __init__(self, session_header: str | None = None) -> None:
-        """Set up; the clients' header that names a conversation comes here itself."""
+        """Set up; *session_header* is the header of clients, which nothing has copied to ``x-dp-session``."""
         self.session_header = session_header
         self._read = contract.READ_BEHIND_GATEWAY | {session_header}
 
@@ -70,7 +70,7 @@ class EndpointPicker:
         # Envoy would not let x-envoy- headers be removed.
         return tuple(name for name in headers.keys() - self._read if not name.startswith("x-envoy-"))
 
-    def earlier(self, headers: Mapping[str, str]) -> Earlier:  # noqa: ARG002 - no header is trusted
+    def earlier(self, headers: Mapping[str, str]) -> EarlierAttempts:  # noqa: ARG002 - no header is trusted
         return FIRST_ATTEMPT
 
     def destination(self, headers: Headers) -> tuple[Headers, str | None]:

@@ -1,6 +1,6 @@
 """The request of an attempt: its headers and its body, until there is something to decide.
 
-1. A refusal that the headers alone rule out needs no body.
+1. What the headers alone rule out is refused without its body.
 2. Where bodies are not sent here, the headers decide.
 3. A body in duplex is collected whole before anything is decided.
 """
@@ -22,9 +22,7 @@ _UNSUPPORTED: Final = 415
 
 _NO_BODY: Final = Rejection(400, Reason.EMPTY_BODY, "the request has no body; send a JSON object")
 _UNSUPPORTED_MODE: Final = Rejection(
-    500,
-    Reason.UNSUPPORTED_BODY_MODE,
-    "the ext_proc filter must send request bodies BUFFERED or FULL_DUPLEX_STREAMED",
+    500, Reason.UNSUPPORTED_BODY_MODE, "the ext_proc filter must send request bodies BUFFERED or FULL_DUPLEX_STREAMED"
 )
 
 
@@ -56,11 +54,11 @@ class Decider(Protocol):
         ...
 
 
-class Ready(Enum):
+class Need(Enum):
     """What an inference request needs next."""
 
-    FOR_BODY = auto()
-    FOR_SCHEDULING = auto()
+    BODY = auto()
+    SCHEDULING = auto()
 
 
 class Intake:
@@ -74,15 +72,7 @@ class Intake:
     def __init__(
         self, decider: Decider, gateway: Gateway, mode: BodyMode, max_body: int, subset: frozenset[str] | None
     ) -> None:
-        """Set up.
-
-        Args:
-            decider: Scheduling.
-            gateway: The sender of the request.
-            mode: ``protocol_config.request_body_mode`` of the first message of the stream.
-            max_body: Size in bytes above which a body is refused with 413.
-            subset: Addresses of the endpoints that may be picked; None for all.
-        """
+        """Set up; *max_body* is the size in bytes above which a body is refused with 413."""
         self._decider = decider
         self._gateway = gateway
         self._max_body = max_body
@@ -103,7 +93,7 @@ class Intake:
         self.queued: Queued | None = None
         """The place of the request in the admission queue; None if it never had to wait."""
 
-    def read_headers(self, event: RequestHeaders) -> Ready | Decision | Answer | Rejection:
+    def read_headers(self, event: RequestHeaders) -> Need | Decision | Answer | Rejection:
         """Give what an inference request needs next; the answer to every other request."""
         headers, gateway = event.headers, self._gateway
         self.is_complete = self.is_complete or event.end_of_stream
@@ -112,10 +102,9 @@ class Intake:
         if gateway.session_header is not None:
             self._session = headers.get(gateway.session_header)
         asked = read_path(headers.get(":method", ""), headers.get(":path", ""))
-        refusal = _refuse_by_headers(headers, self._max_body)
         if not isinstance(asked, Api):
             return self._answer_unread(asked, headers.get(":path", ""))
-        if refusal is not None:
+        if (refusal := _refuse_by_headers(headers, self._max_body)) is not None:
             passes = gateway.passes_other_paths and refusal.status == _UNSUPPORTED
             return self._decider.look_up(self._subset) if passes else refusal
         if event.end_of_stream:
@@ -124,10 +113,10 @@ class Intake:
             return _UNSUPPORTED_MODE
         self._api = asked
         if self.mode is not BodyMode.NONE:
-            return Ready.FOR_BODY
+            return Need.BODY
         length = headers.get("content-length", "")
         self._length = int(length) if length.isdecimal() else None
-        return Ready.FOR_SCHEDULING
+        return Need.SCHEDULING
 
     def _answer_unread(self, asked: Lookup | Rejection, path: str) -> Decision | Answer | Rejection:
         # A gateway of this kind has decided already that the request is for these endpoints.
@@ -135,7 +124,7 @@ class Intake:
             return self._decider.look_up(self._subset)
         return self._decider.models(path) if isinstance(asked, Lookup) else asked
 
-    def read_body(self, event: RequestBody) -> Ready | Rejection:
+    def read_body(self, event: RequestBody) -> Need | Rejection:
         """Read the body, or a chunk of it."""
         self._size += len(event.data)
         if self._size > self._max_body:
@@ -143,14 +132,14 @@ class Intake:
             return _too_large(self._max_body)
         self._body.append(event.data)
         self.is_complete = event.end_of_stream or self.mode is not BodyMode.DUPLEX
-        return Ready.FOR_SCHEDULING if self.is_complete else Ready.FOR_BODY
+        return Need.SCHEDULING if self.is_complete else Need.BODY
 
-    def read_trailers(self) -> Ready | Rejection:
+    def read_trailers(self) -> Need | Rejection:
         """End the body by trailers."""
         if self.mode is not BodyMode.DUPLEX:  # a buffered body would have come before them
             return _NO_BODY
         self.has_trailers = self.is_complete = True
-        return Ready.FOR_SCHEDULING
+        return Need.SCHEDULING
 
     def schedule(self, ticket: Ticket | None) -> SchedulingResult:
         """Schedule the complete request, which may have a place in the admission queue."""

@@ -1,12 +1,7 @@
 """Log probabilities of the prompt, which the prefill leg's response has, on their way into the client's response."""
 
-from typing import Final
-
 from dp_extproc.attempt.events import Continue, Mutate, Phase, Reply, ResponseBody, ResponseTrailers
 from dp_extproc.response.logprobs import LegText, Merger, make_merger
-
-TEXT_SECONDS: Final = 5.0
-"""Seconds that a piece of the response waits for the prefill leg's text. Envoy waits 20 s for a reply."""
 
 
 class Merging:

@@ -1,15 +1,16 @@
 """The prefill leg of an attempt as a state machine."""
 
 import math
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 from dp_extproc.attempt.effects import Effects
-from dp_extproc.attempt.events import Event, LegBody, LegClosed, LegHeaders, LegOpened, ToLeg, Turn
+from dp_extproc.attempt.events import Event, LegBody, LegClosed, LegHeaders, LegOpened, ToLeg
 from dp_extproc.attempt.failures import engine_error, failed
-from dp_extproc.attempt.transitions import LEG, UNOPENED, Cause, LegState, Outcome, Signal, bind
+from dp_extproc.attempt.machine import Machine, Turn, bind
+from dp_extproc.attempt.transitions import LEG, UNOPENED, LegState, Outcome, Signal
 from dp_extproc.engines.model import Role
 from dp_extproc.load.in_flight import ERROR
-from dp_extproc.response.first_event import FirstEvent
+from dp_extproc.response.first_event import FirstEventReader
 from dp_extproc.response.logprobs import LegText
 
 LATE_SECONDS: Final = 10.0
@@ -17,23 +18,28 @@ LATE_SECONDS: Final = 10.0
 _OK: Final = 200
 
 
-class PrefillLeg:
+class PrefillLeg(Machine[LegState]):
     """What the stream of the leg reports, and what is to happen to the leg."""
 
     __slots__ = (
-        "_effects", "_events", "_status", "done_at", "error_at", "is_over", "late_until", "state", "supervises", "text",
+        "_effects", "_first_event", "_status", "done_at", "error_at", "is_supervised", "late_until", "text",
+        "was_cancelled",
     )  # fmt: skip
 
-    def __init__(self, effects: Effects, *, supervises: bool) -> None:
+    def __init__(self, effects: Effects, *, is_supervised: bool) -> None:
+        super().__init__(LegState.ABSENT)
         self._effects = effects
-        self.supervises = supervises
-        self._events: FirstEvent | None = None
+        self.is_supervised = is_supervised
+        """Whether the leg's stream opens with its request, so that the leg can be ended; else with its response."""
+        self._first_event: FirstEventReader | None = None
         self._status = 0
-        self.state = LegState.ABSENT
-        self.is_over = False
-        """Whether the leg is of no use any more. Then no failure of the attempt reaches the client."""
+        """Status of an error; that of one in the first event, if it is there."""
+        self.was_cancelled = False
+        """Whether the leg is of no use any more, in whichever state. From then on no failure reaches the client."""
         self.done_at: float | None = None
+        """The time at which the prompt was computed; None if that is not reported."""
         self.error_at = 0.0
+        """The time of the headers of an error."""
         self.late_until = -math.inf
         """Until when the leg may open though it was cancelled."""
         self.text: LegText | None = None
@@ -54,26 +60,17 @@ class PrefillLeg:
         if not self.move(type(event), turn, event) and not isinstance(event, LegClosed):
             turn.commands.append(ToLeg.PROCEED)
 
-    def move(self, cause: Cause, turn: Turn, event: Any = None) -> bool:
-        """Take the transition of a cause, if there is one in this state; the only place where the state is set."""
-        step = self._STEPS.get((self.state, cause))
-        if step is None:
-            return False
-        row, action = step
-        self.state = row[action(self, turn, event)]
-        return True
-
     def cancel(self, turn: Turn) -> None:
         """End the leg; a leg that is not supervised goes on."""
-        if not self.is_over:
-            self.is_over = True
-            if self.supervises:
+        if not self.was_cancelled:
+            self.was_cancelled = True
+            if self.is_supervised:
                 self.move(Signal.CANCEL, turn)
 
     # --- actions ---
 
     def _expect(self, _turn: Turn, _event: None) -> Outcome:
-        return Outcome.AWAITS_LEG if self.supervises else Outcome.UNSUPERVISED
+        return Outcome.AWAITS_LEG if self.is_supervised else Outcome.UNSUPERVISED
 
     def _opened(self, turn: Turn, _event: LegOpened) -> Outcome:
         turn.commands.append(ToLeg.PROCEED)
@@ -88,32 +85,32 @@ class PrefillLeg:
         if event.status >= ERROR:
             self._status = event.status
             self._effects.prefill_answered(event.status, turn.now)
-            if has_body and not self.is_over:
+            if has_body and not self.was_cancelled:
                 self.error_at = turn.now
                 turn.commands.append(ToLeg.BUFFER_BODY)
                 return Outcome.AWAITS_ERROR
             turn.commands.append(ToLeg.PROCEED)
             return self._failed(turn, b"")
         if event.is_events and has_body:  # such headers may come before anything was computed
-            self._events = FirstEvent()
+            self._first_event = FirstEventReader()
             turn.commands.append(ToLeg.STREAM_BODY)
             return Outcome.AWAITS_EVENT
         wants_text = self.text is not None and has_body
         turn.commands.append(ToLeg.STREAM_BODY if wants_text else ToLeg.PROCEED)
         return self._done(turn, event.status)
 
-    def _first_event(self, turn: Turn, event: LegBody) -> Outcome:
-        events = self._events
-        assert events is not None  # noqa: S101 - the state implies it
+    def _checked_body(self, turn: Turn, event: LegBody) -> Outcome:
+        first = self._first_event
+        assert first is not None  # noqa: S101 - the state implies it
         turn.commands.append(ToLeg.PROCEED)
-        events.feed(event.data, end_of_stream=event.end_of_stream)
-        if not events.is_known:
+        first.feed(event.data, end_of_stream=event.end_of_stream)
+        if not first.is_known:
             return Outcome.UNCHANGED
-        if events.error is None:
+        if first.error is None:
             return self._done(turn, _OK)
-        self._status = events.error.status
+        self._status = first.error.status
         self._effects.prefill_answered(self._status, turn.now)
-        return self._failed(turn, events.error.body)
+        return self._failed(turn, first.error.body)
 
     def _error_text(self, turn: Turn, event: LegBody) -> Outcome:
         turn.commands.append(ToLeg.PROCEED)
@@ -123,7 +120,7 @@ class PrefillLeg:
         return self._failed(turn, b"")
 
     def _cut(self, turn: Turn, _event: LegClosed) -> Outcome:
-        if self.supervises:
+        if self.is_supervised:
             turn.failure = failed(Role.PREFILL, "the prefill server's connection was cut")
         return Outcome.FAILED
 
@@ -156,7 +153,7 @@ class PrefillLeg:
             LegOpened: _opened,
             (LegState.CANCELLED, LegOpened): _opened_too_late,
             LegHeaders: _headers,
-            (LegState.CHECKING, LegBody): _first_event,
+            (LegState.CHECKING, LegBody): _checked_body,
             (LegState.ERROR_BODY, LegBody): _error_text,
             (LegState.ERROR_BODY, LegClosed): _error_without_text,
             (LegState.ERROR_BODY, Signal.ADVANCE): _error_without_text,

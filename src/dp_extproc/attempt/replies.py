@@ -11,19 +11,8 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from dp_extproc import contract
-from dp_extproc.attempt.events import (
-    BodyMode,
-    Continue,
-    Immediate,
-    Mutate,
-    Phase,
-    Reply,
-    RequestBody,
-    RequestTrailers,
-    ResponseBody,
-    ResponseTrailers,
-    StreamedChunk,
-)
+from dp_extproc.attempt import events as on
+from dp_extproc.attempt.events import BodyMode, Continue, Immediate, Mutate, Phase, Reply, StreamedChunk
 from dp_extproc.attempt.failures import Failure
 from dp_extproc.attempt.gateways import Gateway, Headers
 from dp_extproc.attempt.intake import Intake
@@ -34,6 +23,12 @@ CHUNK_BYTES: Final = 62_000
 """Bytes of the largest chunk of a duplex body. The protocol recommends at most 64 KiB; this leaves room for framing."""
 
 CONTINUE: Final = {phase: Continue(phase) for phase in Phase}
+_PHASES: Final[dict[type, Phase]] = {
+    on.RequestBody: Phase.REQUEST_BODY,
+    on.RequestTrailers: Phase.REQUEST_TRAILERS,
+    on.ResponseBody: Phase.RESPONSE_BODY,
+    on.ResponseTrailers: Phase.RESPONSE_TRAILERS,
+}
 _JSON: Final = ("content-type", "application/json")
 _RETRY_HEADERS: Final = (contract.RETRY, contract.FAILED)
 """Retry headers that Envoy's local reply sets itself. Removed here, because the service decides about the retry."""
@@ -95,22 +90,14 @@ def cut(body: bytes, *, end_of_stream: bool) -> Iterator[StreamedChunk]:
         yield StreamedChunk(Phase.REQUEST_BODY, piece, end_of_stream and index == last)
 
 
-def pass_request(mode: BodyMode, event: RequestBody | RequestTrailers) -> Reply:
-    """Pass on a piece of a request that is on its way already."""
-    if isinstance(event, RequestTrailers):
-        return CONTINUE[Phase.REQUEST_TRAILERS]
-    if mode is BodyMode.DUPLEX:
-        return StreamedChunk(Phase.REQUEST_BODY, event.data, event.end_of_stream)
-    return CONTINUE[Phase.REQUEST_BODY]
-
-
-def pass_response(mode: BodyMode, event: ResponseBody | ResponseTrailers) -> Reply:
-    """Pass on a piece of a response."""
-    if isinstance(event, ResponseTrailers):
-        return CONTINUE[Phase.RESPONSE_TRAILERS]
-    if mode is BodyMode.DUPLEX:
-        return StreamedChunk(Phase.RESPONSE_BODY, event.data, event.end_of_stream)
-    return CONTINUE[Phase.RESPONSE_BODY]
+def pass_on(
+    mode: BodyMode, event: on.RequestBody | on.RequestTrailers | on.ResponseBody | on.ResponseTrailers
+) -> Reply:
+    """Pass on a piece of a request that is on its way already, or of a response."""
+    phase = _PHASES[type(event)]
+    if mode is BodyMode.DUPLEX and isinstance(event, (on.RequestBody, on.ResponseBody)):
+        return StreamedChunk(phase, event.data, event.end_of_stream)
+    return CONTINUE[phase]
 
 
 def pass_failure(phase: Phase, retry_headers: Headers) -> Mutate:
@@ -119,7 +106,6 @@ def pass_failure(phase: Phase, retry_headers: Headers) -> Mutate:
 
 
 def refuse(rejection: Rejection) -> Immediate:
-    """Refuse a request."""
     reason = rejection.reason.value
     headers = (_JSON, (contract.REASON_HEADER, reason), *rejection.headers)
     return Immediate(rejection.status, rejection.body(), headers, reason, {contract.META_REASON: reason})

@@ -5,9 +5,9 @@ returns an outcome; the table alone gives the next state. Main-stream messages t
 ext_proc protocol. Every other cause that is not in a table has no effect on that machine.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from enum import IntEnum, auto
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from dp_extproc.attempt import events as on
 
@@ -96,6 +96,7 @@ class Outcome(IntEnum):
     ROUTED = auto()
     HELD = auto()
     RELEASED = auto()
+    """The response may go to the client."""
     ANSWERED = auto()
     CLOSED = auto()
     OPENED = auto()
@@ -110,7 +111,6 @@ _S = TypeVar("_S", MainState, LegState, FirstState)
 Cause = type | Signal
 Row = Mapping[Outcome, _S]
 Table = dict[tuple[_S, Cause], Row[_S]]
-_Step = tuple[Row[_S], Callable[..., Outcome]]
 
 
 def _same(states: Iterable[_S], *causes: Cause) -> Table[_S]:
@@ -125,6 +125,7 @@ _REQUEST: Final = (on.RequestBody, on.RequestTrailers)
 _RESPONSE: Final = (on.ResponseBody, on.ResponseTrailers)
 _ANSWERED: Final = {Outcome.ANSWERED: MainState.ANSWERED}
 _DECIDED: Final = {**_ANSWERED, Outcome.ROUTED: MainState.ROUTED, Outcome.QUEUED: MainState.QUEUED}
+_COLLECTED: Final = {**_DECIDED, Outcome.AWAITS_BODY: MainState.BODY}
 _RELEASED: Final = {Outcome.RELEASED: MainState.RESPONDING}
 
 ABANDONABLE: Final = frozenset({MainState.ROUTED, MainState.HELD, MainState.ERROR_BODY})
@@ -132,12 +133,8 @@ ABANDONABLE: Final = frozenset({MainState.ROUTED, MainState.HELD, MainState.ERRO
 UNDECIDED: Final = frozenset({MainState.START, MainState.BODY, MainState.QUEUED})
 
 MAIN: Final[Table[MainState]] = {
-    (MainState.START, on.RequestHeaders): {
-        **_DECIDED,
-        Outcome.AWAITS_BODY: MainState.BODY,
-        Outcome.PASSED: MainState.PASSING,
-    },
-    (MainState.BODY, on.RequestBody): {**_DECIDED, Outcome.AWAITS_BODY: MainState.BODY},
+    (MainState.START, on.RequestHeaders): {**_COLLECTED, Outcome.PASSED: MainState.PASSING},
+    (MainState.BODY, on.RequestBody): _COLLECTED,
     (MainState.BODY, on.RequestTrailers): _DECIDED,
     (MainState.BODY, Signal.ADVANCE): _ANSWERED,
     (MainState.QUEUED, on.RoomFreed): _DECIDED,
@@ -161,11 +158,7 @@ MAIN: Final[Table[MainState]] = {
     (MainState.MERGING, Signal.TEXT_COMPLETE): _RELEASED,
     **_same((MainState.ANSWERED,), on.RequestHeaders, on.ResponseHeaders, *_REQUEST, *_RESPONSE),
     **_all((*UNDECIDED, MainState.PASSING, *ABANDONABLE), (on.InternalError,), _ANSWERED),
-    **_all(
-        [state for state in MainState if state is not MainState.CLOSED],
-        (on.MainClosed,),
-        {Outcome.CLOSED: MainState.CLOSED},
-    ),
+    **_all(set(MainState) - {MainState.CLOSED}, (on.MainClosed,), {Outcome.CLOSED: MainState.CLOSED}),
 }
 
 UNOPENED: Final = frozenset({LegState.UNSUPERVISED, LegState.AWAITED, LegState.MISSING})
@@ -207,17 +200,6 @@ LEG: Final[Table[LegState]] = {
 
 FIRST_EVENT: Final[Table[FirstState]] = {
     (FirstState.CLEAR, Signal.SCHEDULED): {Outcome.AWAITS_EVENT: FirstState.PENDING},
-    (FirstState.PENDING, on.ResponseHeaders): {
-        Outcome.UNCHANGED: FirstState.PENDING,
-        Outcome.DONE: FirstState.CLEAR,
-    },
+    (FirstState.PENDING, on.ResponseHeaders): {Outcome.UNCHANGED: FirstState.PENDING, Outcome.DONE: FirstState.CLEAR},
     (FirstState.PENDING, on.FirstEventRead): {Outcome.DONE: FirstState.CLEAR, Outcome.FAILED: FirstState.CLEAR},
 }
-
-
-def bind(table: Table[_S], actions: Mapping[Any, Callable[..., Outcome]]) -> Mapping[tuple[_S, Cause], _Step[_S]]:
-    """Give each row of a table its action: that of the cause in this state, else that of the cause."""
-    return {
-        (state, cause): (row, actions[state, cause] if (state, cause) in actions else actions[cause])
-        for (state, cause), row in table.items()
-    }

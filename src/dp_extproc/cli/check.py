@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -29,7 +30,6 @@ _NO_WRAPPING: Final = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of the command."""
     parser.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="configuration file (YAML)")
 
 
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(console: Console, reports: Sequence[EngineReport]) -> None:
+    line = partial(console.print, soft_wrap=True)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in _COLUMNS:
         table.add_column(column, justify="right" if column == "ranks" else "left", overflow="fold")
@@ -65,26 +66,21 @@ def _print(console: Console, reports: Sequence[EngineReport]) -> None:
     console.print()
     for report in reports:
         if report.failure is not None:
-            console.print(Text(f"{report.endpoint.url}: {report.failure.message}"), soft_wrap=True)
+            line(Text(f"{report.endpoint.url}: {report.failure.message}"))
     for way, urls in _by_way(reports):
-        console.print(Text(f"{', '.join(urls)}: {way}"), soft_wrap=True)
+        line(Text(f"{', '.join(urls)}: {way}"))
     for diagnostic, urls in _by_diagnostic(reports):
-        console.print(
-            Text(f"{diagnostic.code}: {', '.join(urls)}", style="red" if diagnostic.unusable else "yellow"),
-            soft_wrap=True,
-        )
-        console.print(Text(f"  what happens: {diagnostic.effect}"), soft_wrap=True)
-        console.print(Text(f"  remedy: {diagnostic.remedy}"), soft_wrap=True)
-    unusable = sum(not report.is_usable for report in reports)
-    verdict = (
-        f"{unusable} of {len(reports)} engines cannot be used" if unusable else f"{len(reports)} engines can be used"
-    )
-    console.print(Text(verdict, style="red" if unusable else "green"))
+        line(Text(f"{diagnostic.code}: {', '.join(urls)}", style="red" if diagnostic.unusable else "yellow"))
+        line(Text(f"  what happens: {diagnostic.effect}"))
+        line(Text(f"  remedy: {diagnostic.remedy}"))
+    if unusable := sum(not report.is_usable for report in reports):
+        console.print(Text(f"{unusable} of {len(reports)} engines cannot be used", style="red"))
+    else:
+        console.print(Text(f"{len(reports)} engines can be used", style="green"))
 
 
 def _row(report: EngineReport) -> Iterable[Text]:
-    endpoint, facts = report.endpoint, report.facts
-    bootstrap = report.bootstrap
+    endpoint, facts, bootstrap = report.endpoint, report.facts, report.bootstrap
     cells = (
         endpoint.url,
         endpoint.role.value,

@@ -9,7 +9,6 @@ from dp_extproc.envoy_config import build_bootstrap, render_yaml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of the command."""
     parser.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="configuration file (YAML)")
 
 

@@ -24,13 +24,9 @@ _log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of ``dp-extproc serve``."""
     parser.add_argument("-c", "--config", type=Path, required=True, help="configuration file")
     parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes, in place of listen.workers, which envoy-config reads, too",
+        "--workers", type=int, metavar="N", help="processes, in place of listen.workers, which envoy-config reads, too"
     )
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     # A parent process passes it to the worker processes that it starts.
@@ -44,9 +40,8 @@ def run(args: argparse.Namespace) -> int:
         The exit status: 0 after a signal, 1 if the service cannot start, 2 if the file cannot be used.
     """
     context: WorkerContext | None = args.worker_context
-    logging.basicConfig(
-        level=args.log_level.upper(), stream=sys.stderr, format=_FORMAT if context is None else f"{context}: {_FORMAT}"
-    )
+    line = _FORMAT if context is None else f"{context}: {_FORMAT}"
+    logging.basicConfig(level=args.log_level.upper(), stream=sys.stderr, format=line)
     for chatty in ("httpx", "uvicorn"):  # httpx logs every reading, uvicorn its own start
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
@@ -65,9 +60,8 @@ def _serve(args: argparse.Namespace, context: WorkerContext | None) -> None:
         StartError: The service cannot listen.
     """
     text = read_config(args.config)
-    warn: Warn = (
-        partial(_log.warning, "%s: %s", args.config) if context is None else ignore
-    )  # of several processes the parent
+    # In a worker process the warnings are dropped: its parent has logged them.
+    warn: Warn = partial(_log.warning, "%s: %s", args.config) if context is None else ignore
     config = parse_config(text, str(args.config), warn)
     if problems := external_problems(config):
         raise ConfigError(str(args.config), problems)

@@ -34,6 +34,15 @@ class BodyMode(StrEnum):
     """Envoy sends no bodies: the service schedules by headers, and the routing fields are headers."""
 
 
+class TruncatedStreams(StrEnum):
+    """How a stream ends if its decode engine is lost after the first token."""
+
+    RESET = "reset"
+    """Envoy's router resets the connection."""
+    ERROR_EVENT = "error_event"
+    """A filter in Envoy's WebAssembly runtime appends an error event."""
+
+
 def _host_and_port(value: str) -> str:
     host, _, port = value.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) <= MAX_PORT:
@@ -50,15 +59,6 @@ def _header_name(value: str) -> str:
     if name in _NO_SESSION:
         raise ValueError(f"{value} is not the name of a conversation; write a header that clients send for it")
     return name
-
-
-class TruncatedStreams(StrEnum):
-    """How a stream ends if its decode engine is lost after the first token."""
-
-    RESET = "reset"
-    """Envoy's router resets the connection."""
-    ERROR_EVENT = "error_event"
-    """A filter in Envoy's WebAssembly runtime appends an error event."""
 
 
 class EnvoySettings(Section):

@@ -1,6 +1,7 @@
 """The section ``listen``: addresses of the service."""
 
 import ipaddress
+from contextlib import suppress
 from typing import Annotated, Any, Final, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -30,13 +31,11 @@ class SocketAddress(Section):
         if isinstance(value, dict):
             return value
         if isinstance(value, str):
-            host, separator, port = value.rpartition(":")
-            host = host.removeprefix("[").removesuffix("]")
-            if separator and port.isdecimal() and 0 <= int(port) <= MAX_PORT:
-                try:
-                    return {"host": str(ipaddress.ip_address(host)), "port": int(port)}
-                except ValueError:
-                    pass
+            host, _, port = value.rpartition(":")
+            with suppress(ValueError):
+                address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+                if port.isdecimal() and int(port) <= MAX_PORT:
+                    return {"host": str(address), "port": int(port)}
         raise ValueError("write an IP address and a port, such as 127.0.0.1:9002, 0.0.0.0:9002 or [::1]:9002")
 
     def __str__(self) -> str:
@@ -75,12 +74,9 @@ class ListenSettings(Section):
     def _every_worker_has_its_port(self) -> Self:
         last = self.workers - 1
         for key, address in (("grpc", self.grpc), ("advertise", self.advertise)):
-            if address is None or not last:
-                continue
-            if address.port == 0 or address.port + last > MAX_PORT:
-                raise ValueError(
-                    f"{self.workers} workers take the ports from {key} on, so it has to be in 1-{MAX_PORT - last}"
-                )
+            if last and address is not None and not 0 < address.port <= MAX_PORT - last:
+                ports = f"1-{MAX_PORT - last}"
+                raise ValueError(f"{self.workers} workers take the ports from {key} on, so it has to be in {ports}")
         same_host = self.grpc.host == self.admin.host or self.grpc.is_wildcard or self.admin.is_wildcard
         if last and same_host and self.grpc.port <= self.admin.port <= self.grpc.port + last:
             taken = f"{self.grpc.port}-{self.grpc.port + last}"

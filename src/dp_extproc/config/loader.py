@@ -14,10 +14,10 @@ from dp_extproc.config.problems import ConfigError, Key, Problem, spell
 from dp_extproc.config.renamed import rename
 from dp_extproc.config.schema import Config
 
-_WORD_TAGS: Final = frozenset({"tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"})
-
 Warn = Callable[[Problem], object]
 
+_WORD_TAGS: Final = frozenset({"tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"})
+"""YAML's types of a key that is a text, or that merges another mapping (``<<``)."""
 _short: Final = reprlib.Repr()
 """Shortens wrong values in messages. Aliases can make a value of a few lines larger than any memory."""
 _short.maxstring = _short.maxlong = _short.maxother = 80
@@ -29,24 +29,12 @@ def ignore(_warning: Problem) -> None:
 
 
 def load_config(path: Path, warn: Warn = ignore) -> Config:
-    """Read and check a configuration file.
-
-    Args:
-        path: The file.
-        warn: Called for each old name in the file.
-
-    Raises:
-        ConfigError: With every problem found, or with the reason the file cannot be read.
-    """
+    """Read and check a configuration file; see :func:`read_config` and :func:`parse_config`."""
     return parse_config(read_config(path), str(path), warn)
 
 
 def read_config(path: Path) -> str:
-    """Read the text of a configuration file.
-
-    Raises:
-        ConfigError: With the reason that it cannot be read.
-    """
+    """Read the text of a configuration file, or raise :class:`ConfigError` with the reason that it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -54,15 +42,9 @@ def read_config(path: Path) -> str:
 
 
 def parse_config(text: str, source: str = "configuration", warn: Warn = ignore) -> Config:
-    """Check the text of a configuration file.
+    """Check the text of a configuration file, or raise :class:`ConfigError` with every problem found.
 
-    Args:
-        text: The text.
-        source: Name of the file in messages.
-        warn: Called for each old name in the text.
-
-    Raises:
-        ConfigError: With every problem found.
+    *source* is the name of the file in messages. *warn* is called for each old name in the text.
     """
     try:
         root, warnings, problems, data = _read_yaml(text)
@@ -81,10 +63,10 @@ def parse_config(text: str, source: str = "configuration", warn: Warn = ignore) 
     except ValidationError as error:
         details = error.errors(include_url=False)
         problems += [_problem(detail, root) for detail in details if not _is_redundant(detail, details)]
-        raise ConfigError(source, sorted(problems, key=lambda problem: problem.line or 0)) from None
-    if problems:
-        raise ConfigError(source, sorted(problems, key=lambda problem: problem.line or 0))
-    return config
+    else:
+        if not problems:
+            return config
+    raise ConfigError(source, sorted(problems, key=lambda problem: problem.line or 0))
 
 
 class _Loader(yaml.SafeLoader):
@@ -132,23 +114,19 @@ def _wrong_keys(node: yaml.Node | None, visited: set[yaml.Node], at: Key = ()) -
 
 
 def _is_redundant(detail: ErrorDetails, details: Sequence[ErrorDetails]) -> bool:
-    """Find out whether another problem covers this one.
-
-    A list whose items are all refused is also reported as empty, and keys were checked before.
-    """
-    if detail["type"] == "invalid_key":
-        return True
-    return detail["type"] == "too_short" and any(
-        other["loc"][: len(detail["loc"])] == detail["loc"] and other is not detail for other in details
-    )
+    """Return whether another problem covers this one: the items of a list are all refused, or a key is no text."""
+    if detail["type"] == "too_short":
+        loc = detail["loc"]
+        return any(other["loc"][: len(loc)] == loc and other is not detail for other in details)
+    return detail["type"] == "invalid_key"
 
 
 def _problem(detail: ErrorDetails, root: yaml.Node | None) -> Problem:
-    key, node = _locate(root, detail["loc"])
-    return Problem(node.start_mark.line + 1 if node else None, spell(key), _explain(detail))
+    node = _locate(root, detail["loc"])
+    return Problem(node.start_mark.line + 1 if node else None, spell(detail["loc"]), _explain(detail))
 
 
-def _locate(root: yaml.Node | None, loc: Key) -> tuple[Key, yaml.Node | None]:
+def _locate(root: yaml.Node | None, loc: Key) -> yaml.Node | None:
     """Follow a path as far as the file goes. The place of a missing key is the mapping that lacks it."""
     node, place = root, root
     for part in loc:
@@ -160,7 +138,7 @@ def _locate(root: yaml.Node | None, loc: Key) -> tuple[Key, yaml.Node | None]:
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             following = place = node.value[part]
         node = following
-    return loc, place
+    return place
 
 
 def _explain(detail: ErrorDetails) -> str:

@@ -9,14 +9,15 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from dp_extproc.config.listen import MAX_PORT
+from dp_extproc.config.problems import Key
 from dp_extproc.config.section import Host, Section
 from dp_extproc.config.security import ApiKeySource
 
 _HOST: Final = re.compile(r"[A-Za-z0-9._:%\-]+")
 
 
-class Engine(StrEnum):
-    """Kind of the engines of a pool."""
+class EngineKind(StrEnum):
+    """Kind of the engines of a pool, as configured."""
 
     AUTO = "auto"
     """An engine that answers /server_info is SGLang, one that answers /version is vLLM."""
@@ -126,7 +127,7 @@ class EndpointConfig(Section):
 
     @property
     def port(self) -> int:
-        return urlsplit(self.url).port or 80
+        return urlsplit(self.url).port or 0  # every URL has one
 
 
 class Endpoints(Section):
@@ -140,7 +141,7 @@ class PoolConfig(Section):
     prefill: Endpoints | None = None
     decode: Endpoints | None = None
     workers: Endpoints | None = None
-    engine: Engine = Field(default=Engine.AUTO, strict=False)
+    engine: EngineKind = Field(default=EngineKind.AUTO, strict=False)
     routing_fields: RoutingFields = Field(default=RoutingFields.BODY, strict=False)
     policy: PolicySettings = PolicySettings()
     api_key: ApiKeySource | None = None
@@ -149,20 +150,26 @@ class PoolConfig(Section):
     @model_validator(mode="after")
     def _has_one_shape(self) -> Self:
         disaggregated = self.prefill is not None and self.decode is not None
-        if self.workers is not None and (self.prefill is not None or self.decode is not None):
+        if self.workers is not None and (self.prefill or self.decode):
             raise ValueError("a pool has either prefill and decode, or workers; split this one in two pools")
         if self.workers is None and not disaggregated:
             raise ValueError("a pool needs prefill and decode (disaggregated), or workers (aggregated)")
         if self.routing_fields is RoutingFields.HEADERS and not disaggregated:
             raise ValueError("routing_fields: headers is for disaggregated pools; leave it out")
-        if disaggregated and self.engine is Engine.VLLM:
+        if disaggregated and self.engine is EngineKind.VLLM:
             raise ValueError(
                 "vLLM's KV connectors run prefill before decode, and decode needs what prefill answered; Envoy sends "
                 "both legs at once. Write workers, for servers that do both"
             )
         return self
 
-    def needs_bodies(self) -> Iterator[tuple[tuple[int | str, ...], str, str]]:
+    def endpoints(self) -> Iterator[tuple[str, int, EndpointConfig]]:
+        """List every endpoint with its place: the key ``prefill``, ``decode`` or ``workers``, and the index there."""
+        for key, section in (("prefill", self.prefill), ("decode", self.decode), ("workers", self.workers)):
+            for index, endpoint in enumerate(section.endpoints if section else ()):
+                yield key, index, endpoint
+
+    def needs_bodies(self) -> Iterator[tuple[Key, str, str]]:
         """Find the settings that need request bodies.
 
         A pool without such settings can be scheduled by headers alone. The service then cannot remove ranks and rooms
@@ -177,21 +184,17 @@ class PoolConfig(Section):
             yield ("routing_fields",), self.routing_fields.value, "tell the engines by headers: routing_fields: headers"
         policy = self.policy
         if policy.affinity.prefixes:
-            yield (
-                ("policy", "affinity", "prefixes"),
-                "true",
-                "prompts are not seen: write policy: {affinity: {prefixes: false}}",
-            )
+            message = "prompts are not seen: write policy: {affinity: {prefixes: false}}"
+            yield ("policy", "affinity", "prefixes"), "true", message
         if policy.client_dp_rank is ClientRanks.HONOUR:
             yield ("policy", "client_dp_rank"), "honour", "ranks in bodies are not seen: write client_dp_rank: replace"
         if policy.dp_rank is RankPolicy.NONE:
             message = "headers must name a rank, or one in a client's body would count: write another policy"
             yield ("policy", "dp_rank"), "none", message
-        for role, section in (("prefill", self.prefill), ("decode", self.decode)):
-            for index, endpoint in enumerate(section.endpoints if section else ()):
-                if endpoint.dp_rank is not None:
-                    message = "a listener of one rank takes no rank by headers, and one in a client's body would count"
-                    yield (role, "endpoints", index, "dp_rank"), str(endpoint.dp_rank), message
+        for key, index, endpoint in self.endpoints():
+            if key != "workers" and endpoint.dp_rank is not None:
+                message = "a listener of one rank takes no rank by headers, and one in a client's body would count"
+                yield (key, "endpoints", index, "dp_rank"), str(endpoint.dp_rank), message
 
     @property
     def name(self) -> str:

@@ -4,7 +4,7 @@ Every default is in this package and nowhere else. Values that an endpoint leave
 are discovered from the engine. A wrong value is refused with a remedy. The loader reports all refusals at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from typing import Annotated, Self
 
@@ -14,7 +14,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from dp_extproc.config.envoy import BodyMode, EnvoySettings
 from dp_extproc.config.listen import ListenSettings
 from dp_extproc.config.load import LoadSettings, LoadSignal
-from dp_extproc.config.pools import Endpoints, HostPolicy, PoolConfig
+from dp_extproc.config.pools import HostPolicy, PoolConfig
+from dp_extproc.config.problems import Key, spell
 from dp_extproc.config.reliability import (
     AdmissionSettings,
     OutlierDetectionSettings,
@@ -44,8 +45,8 @@ class Reload(StrEnum):
     """On SIGHUP, and when the file changes."""
 
 
-_Named = tuple[tuple[int | str, ...], str, str]
-"""The path of a name in the file, the name, and the path as messages show it."""
+_Named = tuple[Key, str, str]
+"""The path of a name in the file, the name, and the place that messages show."""
 
 
 class Config(Section):
@@ -71,18 +72,12 @@ class Config(Section):
     @model_validator(mode="after")
     def _lockstep_has_its_estimate(self) -> Self:
         if self.load.signal is LoadSignal.SCRAPED:
-            lacking = [
-                _objection(
-                    ("pools", index, "policy", "host"),
-                    pool.policy.host.value,
-                    "host: lockstep needs load.signal: estimate; with load.signal: scraped write another host policy, "
-                    "such as random or round_robin",
-                )
-                for index, pool in enumerate(self.pools)
-                if pool.policy.host is HostPolicy.LOCKSTEP
-            ]
-            if lacking:
-                raise ValidationError.from_exception_data("Config", lacking)
+            message = (
+                "host: lockstep needs load.signal: estimate; with load.signal: scraped write another host policy, such "
+                "as random or round_robin"
+            )
+            found = [index for index, pool in enumerate(self.pools) if pool.policy.host is HostPolicy.LOCKSTEP]
+            _refuse(_objection(("pools", index, "policy", "host"), "lockstep", message) for index in found)
         return self
 
     @model_validator(mode="after")
@@ -104,8 +99,7 @@ class Config(Section):
             if len(self.pools) > 1:
                 message = "the model of a request is not seen, so there can be one pool only; write another body_mode"
                 needs.append(_objection(("pools", 1), self.pools[1].name, f"envoy.body_mode: none: {message}"))
-            if needs:
-                raise ValidationError.from_exception_data("Config", needs)
+            _refuse(needs)
         return self
 
     @model_validator(mode="after")
@@ -119,9 +113,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
-        conflicts = [*_repeated(self._models(), "keep it in one"), *_repeated(self._urls(), "a server has one role")]
-        if conflicts:
-            raise ValidationError.from_exception_data("Config", conflicts)  # pydantic merges it into its own report
+        _refuse([*_repeated(self._models(), "keep it in one"), *_repeated(self._urls(), "a server has one role")])
         return self
 
     def _models(self) -> Iterator[_Named]:
@@ -131,11 +123,9 @@ class Config(Section):
 
     def _urls(self) -> Iterator[_Named]:
         for index, pool in enumerate(self.pools):
-            for role in ("prefill", "decode", "workers"):
-                section: Endpoints | None = getattr(pool, role)
-                for position, endpoint in enumerate(section.endpoints if section else ()):
-                    loc = ("pools", index, role, "endpoints", position)
-                    yield loc, endpoint.url, f"pools[{index}].{role}.endpoints[{position}]"
+            for key, position, endpoint in pool.endpoints():
+                loc = ("pools", index, key, "endpoints", position)
+                yield loc, endpoint.url, spell(loc)
 
 
 def _repeated(named: Iterator[_Named], remedy: str) -> Iterator[InitErrorDetails]:
@@ -147,6 +137,12 @@ def _repeated(named: Iterator[_Named], remedy: str) -> Iterator[InitErrorDetails
         first.setdefault(name, place)
 
 
-def _objection(loc: tuple[int | str, ...], value: str, message: str) -> InitErrorDetails:
+def _refuse(objections: Iterable[InitErrorDetails]) -> None:
+    """Raise all objections, if there are any. Pydantic merges them into its own report."""
+    if found := list(objections):
+        raise ValidationError.from_exception_data("Config", found)
+
+
+def _objection(loc: Key, value: str, message: str) -> InitErrorDetails:
     error = PydanticCustomError("value_error", "{error}", {"error": message})
     return InitErrorDetails(type=error, loc=loc, input=value)

@@ -1,6 +1,6 @@
 """TLS and API keys: names of files and variables, never the secrets themselves."""
 
-from typing import Annotated, Final, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -8,7 +8,6 @@ from dp_extproc.config.section import Section
 
 _Path = Annotated[str, Field(min_length=1, pattern=r"^[^\x00\r\n]+$")]
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$")]
-_PAIR: Final = "cert and key belong together: write both, or neither"
 
 
 class ServerTls(Section):
@@ -41,7 +40,7 @@ class ServiceTls(Section):
     @model_validator(mode="after")
     def _has_a_pair(self) -> Self:
         if (self.cert is None) != (self.key is None):
-            raise ValueError(_PAIR)
+            raise ValueError("cert and key belong together: write both, or neither")
         return self
 
 

@@ -51,9 +51,8 @@ class SyncSettings(Section):
             if len(parts.path.encode()) > _MAX_DIRECTORY:
                 raise ValueError(f"a Unix socket's directory has at most {_MAX_DIRECTORY} bytes; choose a shorter one")
             return value
-        if parts.scheme not in {"redis", "rediss"} or not host or parts.fragment or port == 0:
-            raise ValueError(_REMEDY)
-        if parts.path.strip("/") and not parts.path.strip("/").isdecimal():
+        is_database = (parts.path.strip("/") or "0").isdecimal()
+        if parts.scheme not in {"redis", "rediss"} or not host or parts.fragment or port == 0 or not is_database:
             raise ValueError(_REMEDY)
         options = {option.partition("=")[0] for option in parts.query.split("&") if option}
         if options - (_TLS_OPTIONS if parts.scheme == "rediss" else set()):

@@ -7,7 +7,7 @@ is a member of :class:`EngineAdapter`.
 from collections.abc import Iterable, Mapping
 from typing import Final, Protocol
 
-from dp_extproc.config.pools import Engine
+from dp_extproc.config.pools import EngineKind
 from dp_extproc.engines.capabilities import Capabilities
 from dp_extproc.engines.listener import FailureKind
 from dp_extproc.engines.model import Diagnostic, Endpoint, EngineFacts, Kind, LoadPage, LoadState, Role
@@ -30,11 +30,7 @@ class EngineAdapter(Protocol):
         """The paths on which some release reads all routing fields from headers."""
 
     async def facts(self, http: EngineHttp, endpoint: Endpoint) -> EngineFacts:
-        """Read what an engine is.
-
-        Raises:
-            ReaderError: A page cannot be read.
-        """
+        """Read what an engine is, or raise ``ReaderError``."""
 
     def assumed_facts(self, endpoint: Endpoint, ranks: int) -> EngineFacts:
         """Return facts for an engine that does not report them, with the configured number of DP ranks."""
@@ -42,17 +38,9 @@ class EngineAdapter(Protocol):
     async def load(
         self, http: EngineHttp, endpoint: Endpoint, facts: EngineFacts, state: LoadState, now: float
     ) -> LoadPage:
-        """Read the load of an engine.
+        """Read the load of an engine, or raise ``ReaderError``. The *state* of the rounds before is updated.
 
-        Args:
-            http: The engine.
-            endpoint: As configured.
-            facts: What the engine is.
-            state: Of the rounds before. It is updated.
-            now: Monotonic seconds.
-
-        Raises:
-            ReaderError: The page cannot be read.
+        *now* is in monotonic seconds.
         """
 
     def capabilities(self, facts: EngineFacts) -> Capabilities:
@@ -65,34 +53,25 @@ class EngineAdapter(Protocol):
         """Explain why an engine cannot have a role, and what to do; None if it can."""
 
     def unavailable(self, api: Api, role: Role, versions: str) -> Rejection:
-        """Refuse a request on a path that no engine of a role can serve.
-
-        Args:
-            api: The path.
-            role: Of the engines.
-            versions: Their kinds and releases, for the message.
-        """
+        """Refuse a request on a path that no engine of a role can serve. The message names their *versions*."""
 
     def release(self, facts: EngineFacts) -> str:
         """Name the release of an engine in a table."""
 
 
 _ADAPTERS: Final[Mapping[Kind, EngineAdapter]] = {Kind.SGLANG: SglangAdapter(), Kind.VLLM: VllmAdapter()}
-_KINDS: Final = {Engine.AUTO: tuple(_ADAPTERS), Engine.SGLANG: (Kind.SGLANG,), Engine.VLLM: (Kind.VLLM,)}
+_KINDS: Final = {EngineKind.AUTO: tuple(_ADAPTERS), EngineKind.SGLANG: (Kind.SGLANG,), EngineKind.VLLM: (Kind.VLLM,)}
 """The kinds that an engine may be of, by its configuration, in the order of the attempts to read it."""
 
 
 def adapter_of(kind: Kind) -> EngineAdapter:
-    """Return the adapter of a kind."""
     return _ADAPTERS[kind]
 
 
 async def read_facts(http: EngineHttp, endpoint: Endpoint) -> EngineFacts:
     """Read the facts of an engine, by the first adapter that finds its pages where the kind is not configured.
 
-    Raises:
-        ReaderError: No adapter can read the facts. The error is that of the first kind, unless the engine has pages of
-            another one.
+    If no adapter can read them, ``ReaderError`` is that of the first kind, unless the engine has pages of another one.
     """
     reasons: list[ReaderError] = []
     for kind in _KINDS[endpoint.engine]:
@@ -107,9 +86,8 @@ async def read_facts(http: EngineHttp, endpoint: Endpoint) -> EngineFacts:
 
 def assumed_facts(endpoint: Endpoint) -> EngineFacts | None:
     """Return facts for an engine that does not report them; None without a configured number of DP ranks."""
-    if endpoint.dp_size is None:
-        return None
-    return adapter_of(_KINDS[endpoint.engine][0]).assumed_facts(endpoint, endpoint.dp_size)
+    ranks = endpoint.dp_size
+    return None if ranks is None else adapter_of(_KINDS[endpoint.engine][0]).assumed_facts(endpoint, ranks)
 
 
 def unavailable(api: Api, role: Role, engines: Iterable[EngineFacts]) -> Rejection:
@@ -117,7 +95,7 @@ def unavailable(api: Api, role: Role, engines: Iterable[EngineFacts]) -> Rejecti
 
     For engines of several kinds the message is that of the first kind, whose newer releases serve all paths.
     """
-    several = list(engines)
-    versions = ", ".join(sorted({f"{each.kind} {each.version or 'of unknown version'}" for each in several}))
-    kinds = {each.kind for each in several}
-    return next(adapter for kind, adapter in _ADAPTERS.items() if kind in kinds).unavailable(api, role, versions)
+    releases = {(each.kind, each.version) for each in engines}
+    versions = ", ".join(sorted(f"{kind} {version or 'of unknown version'}" for kind, version in releases))
+    kinds = {kind for kind, _ in releases}
+    return next(_ADAPTERS[kind] for kind in _ADAPTERS if kind in kinds).unavailable(api, role, versions)

@@ -1,4 +1,4 @@
-"""Compares configuration, facts and load page of an engine: role and number of DP ranks. Pure.
+"""Makes configuration, facts and load page of an engine agree on its DP ranks, and reports where they differ. Pure.
 
 A request must never name a rank that the engine does not have: SGLang before 0.5.10 ends the whole process then.
 """
@@ -27,40 +27,34 @@ def page_of_single_rank(page: LoadPage, facts: EngineFacts) -> LoadPage:
 
 def without_unknown_ranks(page: LoadPage, facts: EngineFacts) -> LoadPage:
     """Leave out samples of ranks that the engine does not have by its facts."""
-    if all(sample.dp_rank < facts.dp_ranks for sample in page.ranks):
-        return page
     return replace(page, ranks=tuple(sample for sample in page.ranks if sample.dp_rank < facts.dp_ranks))
 
 
 def disagreement(endpoint: Endpoint, facts: EngineFacts, page: LoadPage | None = None) -> EngineFailure | None:
     """Describe how configuration, facts and load page differ, if they do. The facts count."""
-    adapter = adapter_of(facts.kind)
-    if (conflict := adapter.role_conflict(facts, endpoint.role)) is not None:
-        return _disagreement(conflict)
-    reported = f"the engine has {facts.dp_ranks} DP rank(s) by {adapter.facts_page}"
+    conflict = adapter_of(facts.kind).role_conflict(facts, endpoint.role) or _rank_conflict(endpoint, facts, page)
+    return None if conflict is None else EngineFailure(FailureKind.DISAGREEMENT, conflict)
+
+
+def _rank_conflict(endpoint: Endpoint, facts: EngineFacts, page: LoadPage | None) -> str | None:
+    reported = f"the engine has {facts.dp_ranks} DP rank(s) by {adapter_of(facts.kind).facts_page}"
     if facts.single_rank is not None:
         rank, ranks = facts.single_rank
         if rank >= ranks:
-            return _disagreement(f"the server has {ranks} DP rank(s), but this is to be the listener of rank {rank}")
+            return f"the server has {ranks} DP rank(s), but this is to be the listener of rank {rank}"
     elif endpoint.dp_size not in {None, facts.dp_ranks}:
-        return _disagreement(
-            f"{reported}, but dp_size is {endpoint.dp_size} in the configuration; remove or correct it"
-        )
-    on_page = {sample.dp_rank for sample in page.ranks} | set(page.unpublished_ranks) if page else set[int]()
-    if on_page and on_page != set(range(facts.dp_ranks)):
-        unknown = sorted(rank for rank in on_page if rank >= facts.dp_ranks)
-        detail = (
-            f"also shows {_some(unknown)}, which are left out" if unknown else f"shows only {_some(sorted(on_page))}"
-        )
-        if len(on_page) == 1 and not unknown:
-            (rank,) = on_page
-            detail += f"; if each rank has a listener of its own, list every one of them, this one with dp_rank: {rank}"
-        return _disagreement(f"{reported}, but its load page {detail}")
-    return None
-
-
-def _disagreement(message: str) -> EngineFailure:
-    return EngineFailure(FailureKind.DISAGREEMENT, message)
+        return f"{reported}, but dp_size is {endpoint.dp_size} in the configuration; remove or correct it"
+    on_page = sorted({sample.dp_rank for sample in page.ranks} | set(page.unpublished_ranks)) if page else []
+    if not on_page or on_page == list(range(facts.dp_ranks)):
+        return None
+    if unknown := [rank for rank in on_page if rank >= facts.dp_ranks]:
+        return f"{reported}, but its load page also shows {_some(unknown)}, which are left out"
+    shown = f"{reported}, but its load page shows only {_some(on_page)}"
+    if len(on_page) > 1:
+        return shown
+    return (
+        f"{shown}; if each rank has a listener of its own, list every one of them, this one with dp_rank: {on_page[0]}"
+    )
 
 
 def _some(ranks: list[int]) -> str:

@@ -1,7 +1,7 @@
-"""What one engine supports, by its release and its launch arguments. Pure data, made by adapters."""
+"""What one engine supports, by its release and its launch arguments. Adapters make this data. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from dp_extproc.request.path import Api
@@ -19,17 +19,19 @@ class RankControl(Enum):
 class Capabilities:
     """What one engine supports."""
 
-    takes_routed_rank: bool
-    """Whether ``routed_dp_rank`` is obeyed."""
-    takes_prefill_rank: bool
-    """Whether ``disagg_prefill_dp_rank`` may be sent."""
-    decode_control: RankControl
-    """How the rank is decided in a decode engine."""
-    only_first_prefill_rank: bool
-    """Whether a prefill engine fails the requests of every rank but the first."""
     apis: frozenset[Api]
     """Paths on which requests can have the routing fields that the engine needs."""
-    rank_keys: dict[Api, str]
+    decode_control: RankControl = RankControl.ENGINE
+    """How the rank is decided in a decode engine."""
+    takes_routed_rank: bool = False
+    """Whether ``routed_dp_rank`` is obeyed."""
+    takes_prefill_rank: bool = False
+    """Whether ``disagg_prefill_dp_rank`` may be sent."""
+    only_first_prefill_rank: bool = False
+    """Whether a prefill engine fails the requests of every rank but the first."""
+    overrides_on: frozenset[Api] = frozenset()
+    """Paths on which ``x-override-*`` headers can stand for all routing fields, in a disaggregated pool."""
+    rank_keys: dict[Api, str] = field(default_factory=dict)
     """The name of the rank in the body, by path, for an engine of an aggregated pool."""
     rank_header_on: frozenset[Api] = frozenset()
     """Paths on which an engine of an aggregated pool reads the rank from the header ``X-data-parallel-rank``."""
@@ -40,9 +42,6 @@ class Capabilities:
     def prefill_ranks(self, ranks: int) -> Sequence[int]:
         """Return the ranks, out of *ranks*, that a prefill engine can serve."""
         return range(1) if self.only_first_prefill_rank else range(ranks)
-
-    overrides_on: frozenset[Api] = frozenset()
-    """Paths on which ``x-override-*`` headers can stand for all routing fields, in a disaggregated pool."""
 
     def takes_rank(self, api: Api) -> bool:
         """Return whether an engine of an aggregated pool reads the rank of a request on a path."""

@@ -13,9 +13,11 @@ from typing import Final
 
 from dp_extproc.engines.model import EngineFacts, PairTerms, Version
 
-CHECKS_DTYPE: Final = Version(0, 5, 10)
-"""First release in which decode compares the names of both cache types, and ends itself if they differ."""
+PairingKey = tuple[PairTerms, Version | None]
+"""Everything on which pairing depends. A large fleet has few such keys."""
 
+_CHECKS_DTYPE: Final = Version(0, 5, 10)
+"""First release in which decode compares the names of both cache types, and ends itself if they differ."""
 _AUTO: Final = "auto"
 _AUTO_MAY_BE: Final = frozenset({_AUTO, "fp8_e4m3"})
 """What ``--kv-cache-dtype auto`` may stand for: fp8_e4m3 for some checkpoints, which no page shows."""
@@ -48,7 +50,7 @@ def difference(prefill: EngineFacts, decode: EngineFacts) -> Difference | None:
     """Return why two engines cannot be paired; None if no reason is known."""
     if prefill.terms == decode.terms:
         return None
-    checks_dtype = decode.version is None or decode.version >= CHECKS_DTYPE
+    checks_dtype = decode.version is None or decode.version >= _CHECKS_DTYPE
     return _difference(prefill.terms, decode.terms, checks_dtype=checks_dtype)
 
 
@@ -58,12 +60,7 @@ def differences(prefills: Iterable[EngineFacts], decodes: Iterable[EngineFacts])
     return sorted({found for pair in pairs if (found := difference(*pair)) is not None})
 
 
-PairingKey = tuple[PairTerms, Version | None]
-"""Everything on which pairing depends. A large fleet has few such keys."""
-
-
 def pairing_key(facts: EngineFacts) -> PairingKey:
-    """Return the key of an engine."""
     return facts.terms, facts.version
 
 
@@ -74,41 +71,27 @@ def by_pairing_key(engines: Iterable[EngineFacts]) -> dict[PairingKey, EngineFac
 
 def _difference(prefill: PairTerms, decode: PairTerms, *, checks_dtype: bool) -> Difference | None:
     if None not in {prefill.page_size, decode.page_size} and prefill.page_size != decode.page_size:
-        return Difference(
-            "page_size",
-            str(prefill.page_size),
-            str(decode.page_size),
-            'the decode server would end itself at the first request ("Page size mismatch")',
-            "start both with the same --page-size",
-        )
+        effect = 'the decode server would end itself at the first request ("Page size mismatch")'
+        remedy = "start both with the same --page-size"
+        return Difference("page_size", str(prefill.page_size), str(decode.page_size), effect, remedy)
     if _dtypes_differ(prefill.kv_cache_dtype, decode.kv_cache_dtype, checks=checks_dtype):
-        return Difference(
-            "kv_cache_dtype",
-            str(prefill.kv_cache_dtype),
-            str(decode.kv_cache_dtype),
-            'the decode server would end itself at the first request ("KV cache dtype mismatch")'
-            if checks_dtype
-            else "answers would be wrong",
-            "start both with the same --kv-cache-dtype",
-        )
+        effect = 'the decode server would end itself at the first request ("KV cache dtype mismatch")'
+        effect = effect if checks_dtype else "answers would be wrong"
+        remedy = "start both with the same --kv-cache-dtype"
+        return Difference("kv_cache_dtype", str(prefill.kv_cache_dtype), str(decode.kv_cache_dtype), effect, remedy)
     backends = prefill.transfer_backend, decode.transfer_backend
     if None not in backends and len({_SAME_BACKEND.get(str(each), each) for each in backends}) > 1:
-        return Difference(
-            "disaggregation_transfer_backend",
-            str(prefill.transfer_backend),
-            str(decode.transfer_backend),
+        effect = (
             "neither understands the other: both legs would hang until they time out, and so would all later ones of "
-            "the prefill rank",
-            "start both with the same --disaggregation-transfer-backend",
+            "the prefill rank"
         )
+        remedy = "start both with the same --disaggregation-transfer-backend"
+        name = "disaggregation_transfer_backend"
+        return Difference(name, str(prefill.transfer_backend), str(decode.transfer_backend), effect, remedy)
     if _models_differ(prefill, decode):
-        return Difference(
-            "model",
-            str(prefill.served_name),
-            str(decode.served_name),
-            f"they serve different models from different paths ({prefill.model_path}, {decode.model_path})",
-            "put them into pools of their own; if it is one model, start both with the same --served-model-name",
-        )
+        effect = f"they serve different models from different paths ({prefill.model_path}, {decode.model_path})"
+        remedy = "put them into pools of their own; if it is one model, start both with the same --served-model-name"
+        return Difference("model", str(prefill.served_name), str(decode.served_name), effect, remedy)
     return None
 
 

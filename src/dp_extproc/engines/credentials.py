@@ -8,21 +8,18 @@ Headers = tuple[tuple[str, bytes], ...]
 
 
 class Credentials:
-    """The keys in use at present. One instance serves every sender of requests to engines."""
+    """The keys in use at present, by the name of the pool, without the pools that need none.
+
+    One instance serves every sender of requests to engines.
+    """
 
     __slots__ = ("_by_pool",)
 
     def __init__(self, keys: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Start.
-
-        Args:
-            keys: By the name of the pool, without the pools that need none.
-        """
         self._by_pool: dict[str, Headers] = {}
         self.update(keys)
 
     def update(self, keys: Mapping[str, str]) -> None:
-        """Replace the keys."""
         self._by_pool = {pool: (("authorization", f"Bearer {key}".encode()),) for pool, key in keys.items()}
 
     def headers(self, pool: str) -> Headers:
@@ -34,3 +31,4 @@ class Credentials:
 
 
 NO_CREDENTIALS: Final = Credentials()
+"""For fleets without keys. It is never updated."""

@@ -1,4 +1,4 @@
-"""Engine events, and who listens to them. Pure."""
+"""The events of an engine (facts, load, failure), why it cannot be read, and who listens. Pure."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -53,67 +53,49 @@ class EngineFailure:
         return not self.page_was_read and self.kind in AWAY
 
 
-def unexpected(error: Exception) -> EngineFailure:
-    """Make the failure for an exception of the service itself."""
+def internal_failure(error: Exception) -> EngineFailure:
     message = f"dp-extproc itself failed over what the engine told ({type(error).__name__}); see the log"
     return EngineFailure(FailureKind.INTERNAL, message)
 
 
 class EngineListener(Protocol):
-    """Gets engine events. Calls are made in the event loop, so each must be short. Times are monotonic seconds."""
+    """Gets engine events. Calls are made in the event loop, so each must be short.
+
+    Times are monotonic seconds: *started* is when the page was requested, and *now* when the answer was complete.
+    """
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:
-        """Take the facts of an engine. This is the first event of an endpoint; it is repeated each minute.
-
-        Args:
-            endpoint: As configured.
-            address: ``IP:port``, IPv6 in brackets.
-            facts: What the engine reports about itself.
-            now: When its answer was complete.
-        """
+        """Take the facts of the engine at ``IP:port``. This is its first event, and is repeated each minute."""
 
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
-        """Take the load of an engine.
-
-        Args:
-            endpoint: As configured.
-            page: Its samples, only of ranks that the engine has.
-            started: When the request for the page was sent.
-            now: When its answer was complete.
-        """
+        """Take the load of an engine. The page has only ranks that the engine has."""
 
     def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
         """Take a failure. It comes in every round of its duration, after :meth:`sampled` if there was a sample."""
 
 
 class EngineListeners:
-    """Several listeners as one. An exception in one of them reaches neither the others nor the emitter."""
+    """Several listeners as one, called in order. An exception in one reaches neither the others nor the emitter.
+
+    It goes to *report*, and an event that raises it is followed by a failure of the endpoint, for all listeners.
+    """
 
     def __init__(self, listeners: tuple[EngineListener, ...], report: Callable[[Endpoint, Exception], None]) -> None:
-        """Start.
-
-        Args:
-            listeners: Called in this order.
-            report: Called with what a listener raises, and the endpoint of the event.
-        """
         self._listeners = listeners
         self._report = report
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:
-        """Pass the event on. If a listener raises, all get a failure of the endpoint."""
         self._emit(endpoint, now, lambda each: each.discovered(endpoint, address, facts, now))
 
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
-        """Pass the event on. If a listener raises, all get a failure of the endpoint."""
         self._emit(endpoint, now, lambda each: each.sampled(endpoint, page, started, now))
 
     def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
-        """Pass the event on."""
         self._call(endpoint, lambda each: each.failed(endpoint, failure, now))
 
     def _emit(self, endpoint: Endpoint, now: float, event: Callable[[EngineListener], None]) -> None:
         if (error := self._call(endpoint, event)) is not None:
-            self.failed(endpoint, replace(unexpected(error), page_was_read=True), now)
+            self.failed(endpoint, replace(internal_failure(error), page_was_read=True), now)
 
     def _call(self, endpoint: Endpoint, event: Callable[[EngineListener], None]) -> Exception | None:
         first = None

@@ -1,4 +1,4 @@
-"""The vocabulary of the fleet: endpoints, the facts of an engine, and samples of its load. Pure data."""
+"""What an endpoint is configured to be, what its engine reports about itself, and samples of its load. Pure data."""
 
 import math
 import re
@@ -7,12 +7,10 @@ from enum import StrEnum
 from typing import Final
 
 from dp_extproc.config.load import LoadSource
-from dp_extproc.config.pools import Engine
+from dp_extproc.config.pools import EngineKind
 
-
-def in_url(host: str) -> str:
-    """Write a host name or an address as it stands before a port: IPv6 in one pair of brackets."""
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+DEFAULT_STEP_TOKENS: Final = 8192
+"""SGLang's ``--chunked-prefill-size`` on current GPUs, for an engine that does not report it."""
 
 
 class Role(StrEnum):
@@ -38,11 +36,16 @@ class Endpoint:
     """The only DP rank behind this endpoint, of an engine that has one port for each rank."""
     bootstrap_host: str | None = None
     bootstrap_port: int | None = None
-    engine: Engine = Engine.AUTO
+    engine: EngineKind = EngineKind.AUTO
     needs_overrides: bool = False
     """Whether the pool is configured to send routing fields as headers."""
     headers_only: bool = False
     """Whether headers are the only place for routing fields, because the service does not see bodies."""
+
+
+def in_url(host: str) -> str:
+    """Write a host name or an address as it stands before a port: IPv6 in one pair of brackets."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -58,6 +61,7 @@ class Version:
 
 
 _FIRST: Final = Version(0, 1, 0)
+"""Bound of what counts as a release."""
 _VERSION: Final = re.compile(r"v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?!\d)")
 
 
@@ -69,9 +73,8 @@ def parse_version(text: object) -> Version | None:
     private builds need not follow PEP 440.
     """
     match = _VERSION.match(text.strip()) if isinstance(text, str) else None
-    if match is None or (version := Version(int(match[1]), int(match[2]), int(match[3]))) < _FIRST:
-        return None
-    return version
+    version = Version(int(match[1]), int(match[2]), int(match[3])) if match else None
+    return version if version and version >= _FIRST else None
 
 
 class Mode(StrEnum):
@@ -111,28 +114,25 @@ class PairTerms:
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What an engine reports about itself, other than its load.
-
-    SGLang reports it on ``/server_info``; vLLM on ``/version``, ``/v1/models`` and ``/metrics``.
-    """
+    """What an engine reports about itself, other than its load. A default stands for what it does not report."""
 
     version: Version | None
     """None if the reported version names no release."""
     dp_ranks: int
     """DP ranks of the whole engine: ``dp_size * attn_dp_size`` (``attn_dp_size`` exists from 0.5.22 on)."""
     mode: Mode
-    dp_attention: bool
+    dp_attention: bool = False
     """False with several ranks means plain DP: replicas without a common step."""
-    served_model: str | None
-    bootstrap_port: int | None
-    load_balance_method: str | None
-    follows_rooms: bool
+    served_model: str | None = None
+    bootstrap_port: int | None = None
+    load_balance_method: str | None = None
+    follows_rooms: bool = False
     """Whether the engine itself picks the rank ``bootstrap_room mod dp_ranks``."""
     metrics_enabled: bool | None = None
     """Whether it was started with ``--enable-metrics``; None if it does not report that."""
     role_can_switch: bool = False
     """Whether it was started with ``--enable-pd-role-switch``; ``mode`` is then its present role."""
-    step_tokens: int = 8192
+    step_tokens: int = DEFAULT_STEP_TOKENS
     """The most prompt tokens that one rank computes in one step."""
     chunked: bool = True
     """Whether a longer prompt is split into several steps. Otherwise it has a step of its own."""
@@ -238,7 +238,6 @@ class LoadState:
     """When the count of prompt tokens is to be read next, in monotonic seconds."""
 
     def __post_init__(self) -> None:
-        """Start with the configured page, or with the better one where that is open."""
         if self.configured is LoadSource.METRICS:
             self.source = LoadSource.METRICS
 

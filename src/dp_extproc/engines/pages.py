@@ -1,10 +1,10 @@
-"""Decodes the pages of engines: JSON, and of a Prometheus page the few lines about load.
+"""What all adapters need to read pages: the HTTP port of an engine, its error, decoders of JSON and Prometheus text.
 
-The other lines of a Prometheus page, mostly histograms, never reach the parser.
+Only the few lines about load of a Prometheus page reach the parser; most others are histograms.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Final, Protocol, TypeVar
 
 import msgspec
@@ -16,16 +16,16 @@ from dp_extproc.engines.listener import FailureKind
 Shape = TypeVar("Shape")
 
 METRICS_PAGE: Final = "/metrics"
-_MAX_BYTES: Final = 1 << 20
-"""Bytes of needed lines; they bound the work of the parser to half a second. Engines print 1 kB per rank."""
-_MAX_LINE_BYTES: Final = 2048
-_RANK: Final = re.compile(r"[0-9]{1,6}")
-
-
 ABSENT: Final = frozenset({404, 405})
+"""Statuses of an engine that has no such page."""
 FACTS_PATIENCE: Final = 3.0
 """Multiple of ``load.timeout`` for pages of facts. ``/server_info`` waits for the next step of the schedulers;
 ``/v1/loads`` does not."""
+_MAX_BYTES: Final = 1 << 20
+"""Bytes of needed lines; they bound the work of the parser to half a second. Engines print 1 kB per rank."""
+_MAX_LINE_BYTES: Final = 2048
+"""Bytes of one needed line, with all of its labels; lines of engines have some hundred."""
+_RANK: Final = re.compile(r"[0-9]{1,6}")
 
 
 class ReaderError(Exception):
@@ -46,49 +46,27 @@ class EngineHttp(Protocol):
     """The HTTP port of one engine. It is handed to adapters, which do no I/O of their own."""
 
     async def get(self, path: str, *, patience: float = 1.0, hint: str = ...) -> bytes:
-        """Get a page.
+        """Get a page, or raise :class:`ReaderError` if it is not complete within *patience* times ``load.timeout``.
 
-        Args:
-            path: Its path on the engine.
-            patience: The multiple of ``load.timeout`` within which the page has to be complete.
-            hint: For the message of the error if the engine has no such page: what an operator should do.
-
-        Raises:
-            ReaderError: There is no complete page.
+        The error has the *hint* for operators if the engine has no such page.
         """
 
     async def post(
         self, path: str, body: bytes, header: tuple[str, str], *, patience: float = 1.0
     ) -> tuple[int, bytes] | None:
-        """Post JSON with one more header.
-
-        Returns:
-            Status and body of the answer; None if there is no complete one.
-        """
+        """Post JSON with one more header. Returns status and body of the answer; None if there is no complete one."""
 
 
 def wrong_shape(message: str) -> ReaderError:
-    """Make the error for a well-formed page that is not the expected one."""
     return ReaderError(FailureKind.WRONG_SHAPE, message)
 
 
 def unreadable(message: str) -> ReaderError:
-    """Make the error for a malformed page."""
     return ReaderError(FailureKind.UNREADABLE, message)
 
 
 def read_json(page: bytes, shape: type[Shape], name: str, *, of: str = "SGLang") -> Shape:
-    """Decode a page.
-
-    Args:
-        page: Its bytes.
-        shape: The type to decode it to.
-        name: Its name in messages.
-        of: The kind of engine that prints such pages, for messages.
-
-    Raises:
-        ReaderError: It is not JSON, or not of that shape.
-    """
+    """Decode a page, or raise :class:`ReaderError` with its *name* and the kind *of* engine that prints such pages."""
     try:
         return msgspec.json.decode(page, type=shape)
     except msgspec.ValidationError as error:
@@ -97,11 +75,15 @@ def read_json(page: bytes, shape: type[Shape], name: str, *, of: str = "SGLang")
         raise unreadable(f"{name} is not JSON: {error}") from None
 
 
-def needed_lines(page: bytes, needed: re.Pattern[bytes]) -> list[str]:
-    """Return the lines of a page that match.
+def lines_of(program: str, names: Iterable[str]) -> re.Pattern[bytes]:
+    """Make the pattern of the lines of some series. Some collectors replace the colon by an underscore."""
+    return re.compile(rb"^%b[:_](?:%b)[{ \t][^\n]*" % (program.encode(), "|".join(names).encode()), re.MULTILINE)
 
-    Raises:
-        ReaderError: The lines are too many or too long, or they are not text.
+
+def read_samples(page: bytes, needed: re.Pattern[bytes]) -> list[Sample]:
+    """Parse the lines of a Prometheus page that match, or raise :class:`ReaderError`.
+
+    Their values are unchecked: :mod:`dp_extproc.engines.quantities` checks them.
     """
     lines: list[str] = []
     size = 0
@@ -116,29 +98,14 @@ def needed_lines(page: bytes, needed: re.Pattern[bytes]) -> list[str]:
             lines.append(line.decode())
         except UnicodeDecodeError:
             raise unreadable(f"/metrics has a line that is not UTF-8: {line[:60]!r}...") from None
-    return lines
-
-
-def parse_samples(lines: Iterable[str]) -> Iterator[Sample]:
-    """Parse lines. Their values are unchecked: :mod:`dp_extproc.engines.quantities` checks them.
-
-    Raises:
-        ReaderError: The lines are not Prometheus text.
-    """
     try:
-        families = list(text_string_to_metric_families("\n".join(lines)))
+        return [sample for family in text_string_to_metric_families("\n".join(lines)) for sample in family.samples]
     except (ValueError, LookupError, TypeError) as error:  # the parser raises all of these on malformed lines
         raise unreadable(f"/metrics is not Prometheus text: {error}") from None
-    for family in families:
-        yield from family.samples
 
 
 def rank_of(sample: Sample, label: str) -> int:
-    """Read the rank from a label. Without the label it is 0.
-
-    Raises:
-        ReaderError: The label is not a number.
-    """
+    """Read the rank from a label, or raise :class:`ReaderError`. Without the label it is 0."""
     text = sample.labels.get(label, "0")
     if not _RANK.fullmatch(text):
         raise wrong_shape(f"/metrics has {label}={text[:20]!r} on {sample.name}")

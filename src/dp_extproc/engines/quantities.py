@@ -2,6 +2,9 @@
 
 Numbers that pass can be added, compared and divided without an exception and without an infinity. Any other number
 makes the whole page unusable, like any other malformed page; the failure is then logged once.
+
+msgspec checks numbers in JSON by the annotated types. The functions check all others: they take a number, its page and
+its name there for the message, and raise :class:`dp_extproc.engines.pages.ReaderError`.
 """
 
 import math
@@ -38,56 +41,31 @@ def at_least_zero(count: int | None) -> int | None:
 
 
 def amount(value: float, page: str, name: str) -> float:
-    """Check a number that no JSON schema has checked.
-
-    Args:
-        value: The number.
-        page: The page that it is from, for the message.
-        name: Its name on that page, for the message.
-
-    Raises:
-        ReaderError: It is negative, infinite, no number, or too large.
-    """
+    """Check an :data:`Amount`."""
     if not 0 <= value < LIMIT:  # NaN is not
         raise impossible(value, page, name)
     return value
 
 
 def count(value: float, page: str, name: str) -> int:
-    """Check a count, and round it: some pages print counts as floating point.
-
-    Raises:
-        ReaderError: It is negative, infinite, no number, or too large.
-    """
+    """Check a :data:`Count`, and round it: some pages print counts as floating point."""
     return round(amount(value, page, name))
 
 
 def signed_count(value: float, page: str, name: str) -> int:
-    """Check a :data:`SignedCount`, and raise it to zero at least.
-
-    Raises:
-        ReaderError: It is infinite, no number, or too large.
-    """
+    """Check a :data:`SignedCount`, and raise it to zero at least."""
     return count(max(0.0, value) if value > -LIMIT else value, page, name)
 
 
 def whole(value: float, page: str, name: str) -> float:
-    """Check a count that is kept in floating point.
-
-    Raises:
-        ReaderError: It is negative, infinite, no number, too large, or not whole.
-    """
+    """Check that a count is whole, and keep it in floating point."""
     if amount(value, page, name) != math.floor(value):
         raise impossible(value, page, name)
     return float(value)
 
 
 def share(value: float, page: str, name: str) -> float:
-    """Check a share of a whole.
-
-    Raises:
-        ReaderError: It is not between 0 and 1.
-    """
+    """Check that a share of a whole is between 0 and 1."""
     if not 0 <= value <= 1:
         raise impossible(value, page, name)
     return value

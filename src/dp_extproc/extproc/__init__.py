@@ -1,1 +1,1 @@
-"""The ext_proc protocol: a pure state machine, the codec between it and protobuf, and the gRPC service."""
+"""The gRPC service of ext_proc: protobuf messages become events of attempts, and their commands become replies."""

@@ -2,56 +2,30 @@
 
 from typing import Final
 
-from envoy.config.core.v3.base_pb2 import HeaderValueOption
 from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
-from envoy.service.ext_proc.v3.external_processor_pb2 import (
-    CommonResponse,
-    HeaderMutation,
-    HttpHeaders,
-    ProcessingRequest,
-    ProcessingResponse,
-)
+from envoy.service.ext_proc.v3.external_processor_pb2 import HttpHeaders, ProcessingRequest, ProcessingResponse
 
+from dp_extproc import contract
+from dp_extproc.attempt import events as on
 from dp_extproc.attempt.events import (
     BodyMode,
     BufferBody,
     Continue,
     ExtendTimeout,
     Immediate,
-    LegBody,
-    LegHeaders,
-    LegOpened,
-    MainEvent,
     Mutate,
     Phase,
     Reply,
-    RequestBody,
-    RequestHeaders,
-    RequestTrailers,
-    ResponseBody,
-    ResponseHeaders,
-    ResponseTrailers,
     StreamBody,
     StreamedChunk,
-)
-from dp_extproc.contract import (
-    DESTINATION,
-    DESTINATION_SERVED,
-    DESTINATION_SUBSET,
-    LB_NAMESPACE,
-    METADATA_NAMESPACE,
-    READ_FROM_REQUESTS,
-    SESSION,
-    SUBSET_NAMESPACE,
-    UNTRUSTED_NAMES,
-    UNTRUSTED_PREFIXES,
 )
 from dp_extproc.scheduling.decision import Metadata
 from dp_extproc.scheduling.filters import read_subset
 
-_UNTRUSTED: Final = frozenset({*UNTRUSTED_NAMES, DESTINATION})
-_EVENTS: Final = b"text/event-stream"
-_LEG_OPENED: Final = LegOpened()
+_NAMES: Final = contract.READ_FROM_REQUESTS | {*contract.UNTRUSTED_NAMES, contract.DESTINATION}
+"""Request headers that the service reads, and those that no client may set, as far as they have full names."""
+_EVENT_STREAM: Final = b"text/event-stream"
+_LEG_OPENED: Final = on.LegOpened()
 
 _BODY_MODES: Final = {
     ProcessingMode.NONE: BodyMode.NONE,
@@ -77,16 +51,16 @@ def read_modes(first: ProcessingRequest) -> tuple[BodyMode, BodyMode]:
 
 def read_subset_hint(message: ProcessingRequest) -> frozenset[str] | None:
     """Read the endpoints that may be picked: a list or a text of addresses between commas. None means all."""
-    hint = message.metadata_context.filter_metadata.get(SUBSET_NAMESPACE)
-    if hint is None or DESTINATION_SUBSET not in hint.fields:
+    hint = message.metadata_context.filter_metadata.get(contract.SUBSET_NAMESPACE)
+    if hint is None or contract.DESTINATION_SUBSET not in hint.fields:
         return None
-    value = hint.fields[DESTINATION_SUBSET]
+    value = hint.fields[contract.DESTINATION_SUBSET]
     if value.WhichOneof("kind") == "list_value":
         return read_subset(each.string_value for each in value.list_value.values)
     return read_subset((value.string_value,))
 
 
-def read_event(message: ProcessingRequest, session_header: str | None = SESSION) -> MainEvent | None:
+def read_event(message: ProcessingRequest, session_header: str | None = contract.SESSION) -> on.MainEvent | None:
     """Read a message of a main stream; None for one without a meaning here.
 
     Args:
@@ -96,37 +70,37 @@ def read_event(message: ProcessingRequest, session_header: str | None = SESSION)
     match message.WhichOneof("request"):
         case "request_headers":
             headers = message.request_headers
-            return RequestHeaders(_headers(headers, session_header), headers.end_of_stream)
+            return on.RequestHeaders(_read_request(headers, session_header), headers.end_of_stream)
         case "request_body":
             body = message.request_body
-            return RequestBody(body.body, body.end_of_stream)
+            return on.RequestBody(body.body, body.end_of_stream)
         case "response_headers":
             headers = message.response_headers
-            status, media = _read_response(headers)
-            return ResponseHeaders(status, headers.end_of_stream, media.startswith(_EVENTS), _served(message))
+            status, is_events = _read_response(headers)
+            return on.ResponseHeaders(status, headers.end_of_stream, is_events, _read_served(message))
         case "response_body":
             chunk = message.response_body
-            return ResponseBody(chunk.body, chunk.end_of_stream)
+            return on.ResponseBody(chunk.body, chunk.end_of_stream)
         case "request_trailers":
-            return RequestTrailers()
+            return on.RequestTrailers()
         case "response_trailers":
-            return ResponseTrailers()
+            return on.ResponseTrailers()
         case _:
             return None
 
 
-def read_leg_event(message: ProcessingRequest) -> LegOpened | LegHeaders | LegBody | None:
+def read_leg_event(message: ProcessingRequest) -> on.LegOpened | on.LegHeaders | on.LegBody | None:
     """Read a message of the stream of a prefill leg; None for one that has no meaning there."""
     match message.WhichOneof("request"):
         case "request_headers":
             return _LEG_OPENED
         case "response_headers":
             headers = message.response_headers
-            status, media = _read_response(headers)
-            return LegHeaders(status, headers.end_of_stream, media.startswith(_EVENTS))
+            status, is_events = _read_response(headers)
+            return on.LegHeaders(status, headers.end_of_stream, is_events)
         case "response_body":
             chunk = message.response_body
-            return LegBody(chunk.body, chunk.end_of_stream)
+            return on.LegBody(chunk.body, chunk.end_of_stream)
         case _:
             return None
 
@@ -158,13 +132,13 @@ def write_reply(reply: Reply) -> bytes:
 
 def _write_mutation(reply: Mutate) -> bytes:
     response = ProcessingResponse()
-    common: CommonResponse = getattr(response, reply.phase.value).response
+    common = getattr(response, reply.phase.value).response
     common.SetInParent()
     if reply.body is not None:
         common.body_mutation.body = reply.body
     if reply.clear_route_cache:
         common.clear_route_cache = True
-    mutation: HeaderMutation = common.header_mutation
+    mutation = common.header_mutation
     for name, value in reply.set_headers:
         header = mutation.set_headers.add().header
         header.key = name
@@ -174,14 +148,14 @@ def _write_mutation(reply: Mutate) -> bytes:
     if reply.metadata is not None:
         _write_metadata(reply.metadata, response)
     if reply.destination is not None:
-        fields = response.dynamic_metadata.fields[LB_NAMESPACE].struct_value.fields
-        fields[DESTINATION].string_value = reply.destination
+        fields = response.dynamic_metadata.fields[contract.LB_NAMESPACE].struct_value.fields
+        fields[contract.DESTINATION].string_value = reply.destination
     return bytes(response.SerializeToString())
 
 
 def _write_metadata(metadata: Metadata, response: ProcessingResponse) -> None:
     # Struct.update() does the same in five times the time.
-    fields = response.dynamic_metadata.fields[METADATA_NAMESPACE].struct_value.fields
+    fields = response.dynamic_metadata.fields[contract.METADATA_NAMESPACE].struct_value.fields
     for name, value in metadata.items():
         if isinstance(value, str):
             fields[name].string_value = value
@@ -195,46 +169,42 @@ def _write_immediate(reply: Immediate, response: ProcessingResponse) -> None:
     immediate.body = reply.body
     immediate.details = reply.details
     for name, value in reply.headers:
-        option: HeaderValueOption = immediate.headers.set_headers.add()
-        option.header.key = name
-        option.header.raw_value = value.encode()
+        header = immediate.headers.set_headers.add().header
+        header.key = name
+        header.raw_value = value.encode()
     if reply.metadata is not None:
         _write_metadata(reply.metadata, response)
 
 
-def _headers(message: HttpHeaders, session_header: str | None) -> dict[str, str]:
+def _read_request(message: HttpHeaders, session_header: str | None) -> dict[str, str]:
     """Read the headers that the service reads, and those that no client may set."""
     found: dict[str, str] = {}
     for header in message.headers.headers:
         name = header.key
-        if (
-            name in READ_FROM_REQUESTS
-            or name in _UNTRUSTED
-            or name == session_header
-            or name.startswith(UNTRUSTED_PREFIXES)
-        ):
+        if name in _NAMES or name == session_header or name.startswith(contract.UNTRUSTED_PREFIXES):
             # Envoy fills raw_value; older ones filled value.
             found[name] = header.raw_value.decode("latin-1") or header.value
     return found
 
 
-def _read_response(message: HttpHeaders) -> tuple[int, bytes]:
-    """Read the status, 0 if there is none, and the content type."""
-    status, media = 0, b""
+def _read_response(message: HttpHeaders) -> tuple[int, bool]:
+    """Read the status, 0 if there is none, and whether the body is a stream of server-sent events."""
+    status, is_events = 0, False
     for header in message.headers.headers:
         if header.key == ":status":
             text = header.raw_value or header.value.encode()
             status = int(text) if text.isdigit() else 0
         elif header.key == "content-type":
-            media = header.raw_value or header.value.encode()
-    return status, media
+            is_events = (header.raw_value or header.value.encode()).startswith(_EVENT_STREAM)
+    return status, is_events
 
 
-def _served(message: ProcessingRequest) -> str | None:
-    served = message.metadata_context.filter_metadata.get(LB_NAMESPACE)
-    if served is None or DESTINATION_SERVED not in served.fields:
+def _read_served(message: ProcessingRequest) -> str | None:
+    """Read the endpoint that served the request, if the gateway reports it."""
+    served = message.metadata_context.filter_metadata.get(contract.LB_NAMESPACE)
+    if served is None or contract.DESTINATION_SERVED not in served.fields:
         return None
-    return served.fields[DESTINATION_SERVED].string_value or None
+    return served.fields[contract.DESTINATION_SERVED].string_value or None
 
 
 def _continue(phase: Phase) -> bytes:

@@ -1,4 +1,4 @@
-"""Hands what happens to attempts to all listeners."""
+"""All listeners of attempts behind one that cannot fail."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -8,8 +8,8 @@ from dp_extproc.attempt.listener import AttemptListener, Decided, LegFailed
 _log = logging.getLogger(__name__)
 
 
-class Listeners:
-    """Several listeners as one. A listener that raises is logged, and never ends an attempt."""
+class AttemptListeners:
+    """Calls each listener. One that raises is logged, and never ends an attempt."""
 
     def __init__(self, listeners: Iterable[AttemptListener]) -> None:
         self._listeners = tuple(listeners)

@@ -18,35 +18,21 @@ from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest
 from google.protobuf.message import DecodeError
 
 from dp_extproc import contract
+from dp_extproc.attempt import events as on
 from dp_extproc.attempt.attempt import Attempt, ProtocolViolationError
 from dp_extproc.attempt.effects import Environment
-from dp_extproc.attempt.events import (
-    Command,
-    Continue,
-    Enqueue,
-    Event,
-    FirstEventRead,
-    InternalError,
-    LegClosed,
-    MainClosed,
-    Phase,
-    QueueExpired,
-    ResponseBody,
-    ResponseHeaders,
-    RoomFreed,
-    StreamBody,
-)
+from dp_extproc.attempt.events import Command, Continue, Enqueue, Event, Phase, StreamBody
 from dp_extproc.attempt.failures import RetryBudget
 from dp_extproc.attempt.gateways import BundledEnvoy, Gateway
 from dp_extproc.attempt.intake import Decider
 from dp_extproc.attempt.listener import AttemptListener
 from dp_extproc.config.reliability import RetrySettings, SupervisionSettings
 from dp_extproc.extproc.codec import read_event, read_leg_event, read_modes, read_subset_hint, write_reply
-from dp_extproc.extproc.listeners import Listeners
+from dp_extproc.extproc.listeners import AttemptListeners
 from dp_extproc.extproc.stopping import OpenStreams
 from dp_extproc.extproc.streams import PROCEED, MirroredLeg, Registry, Streams, Writer
 from dp_extproc.extproc.waiting import Waiting
-from dp_extproc.response.first_event import FirstEvent
+from dp_extproc.response.first_event import FirstEventReader
 from dp_extproc.scheduling.admission import AdmissionQueue
 
 SERVICE_NAME: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
@@ -78,20 +64,11 @@ class ExtProcService:
         clock: Callable[[], float],
         body_pause: float = BODY_PAUSE_SECONDS,
     ) -> None:
-        """Set up.
+        """Set up; :class:`.Environment` describes most arguments.
 
-        Args:
-            decider: Scheduling.
-            listeners: Receive what happens to attempts.
-            gateway: The kind of the gateway that sends requests.
-            supervision: How far legs are supervised.
-            budget: The budget of retries; None for one of the usual size.
-            queue: Where requests wait for room; the same that scheduling has.
-            max_body: Size in bytes above which a request body is refused.
-            clock: Monotonic seconds; the same clock as that of the load cache.
-            body_pause: Seconds for which a duplex body may pause.
+        *queue* is where requests wait for room, the same that scheduling has. *clock* is also that of the load cache.
         """
-        self._listener = Listeners(listeners)
+        self._listener = AttemptListeners(listeners)
         self._gateway = gateway
         self._environment = Environment(
             decider=decider,
@@ -114,7 +91,7 @@ class ExtProcService:
         return grpc.method_handlers_generic_handler(SERVICE_NAME, {"Process": process})
 
     async def leave(self) -> None:
-        """End the streams that Envoy can do without, before it sees the others break: the process is about to end."""
+        """End the main streams that Envoy can do without, because the process is about to end and break the others."""
         await self._open.leave()
 
     async def sweep(self) -> None:
@@ -126,13 +103,13 @@ class ExtProcService:
             for streams in self._registry:
                 attempt = streams.attempt
                 if attempt.deadline < now:
-                    streams.post(self._let(streams, None))
+                    self._receive_and_post(streams, None)
                 elif attempt.is_closed and now > attempt.leg.late_until:
                     self._registry.discard(streams)
 
     async def process(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         """Serve one stream to its end."""
-        token, stage = _address_of(context) if self._gateway.opens_leg_streams else ("", "")
+        token, stage = _read_metadata(context) if self._gateway.opens_leg_streams else ("", "")
         try:
             if stage:
                 await self._serve_first_event(token, context)
@@ -169,18 +146,17 @@ class ExtProcService:
             _log.warning("ext_proc stream ended: %s", violation)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(violation))
         finally:
-            closed = MainClosed(keeps_leg=self._open.may_end(attempt.main))
-            streams.post(self._receive(streams, closed))
+            self._receive_and_post(streams, on.MainClosed(keeps_leg=self._open.may_end(attempt.main)))
             if self._clock() > attempt.leg.late_until:
                 self._registry.discard(streams)
             merging = attempt.main.merging
             if merging is not None and merging.problem is not None:
                 _log.warning("log probabilities of a prompt were left out: %s", merging.problem)
 
-    def _receive(self, streams: Streams, event: Event) -> list[Command]:
-        """Have an attempt receive an event that may settle where the request goes."""
+    def _receive(self, streams: Streams, event: Event | None) -> list[Command]:
+        """Have an attempt receive an event, or None for the time that has passed, and follow where it gets by that."""
         attempt = streams.attempt
-        commands = self._let(streams, event)
+        commands = self._advance(attempt, event)
         if not streams.token and (token := attempt.token):
             self._registry.name(streams, token)  # before the leg can open
         if streams.waiting is not None:
@@ -189,24 +165,25 @@ class ExtProcService:
                 streams.waiting = None
         elif self._queue is not None and attempt.main.is_queued:
             (place,) = (command for command in commands if isinstance(command, Enqueue))
-            streams.waiting = Waiting(self._queue, place, partial(self._go_on, streams))
+            streams.waiting = Waiting(self._queue, place, partial(self._receive_and_post, streams))
         return commands
 
-    def _go_on(self, streams: Streams, event: RoomFreed | QueueExpired) -> None:
+    def _receive_and_post(self, streams: Streams, event: Event | None) -> None:
+        """Have an attempt receive an event that is no message which its own coroutine has to reply to."""
         streams.post(self._receive(streams, event))
 
-    def _let(self, streams: Streams, event: Event | None) -> list[Command]:
-        """Have an attempt receive an event; None for the time that has passed."""
-        attempt, now = streams.attempt, self._clock()
+    def _advance(self, attempt: Attempt, event: Event | None) -> list[Command]:
+        """Advance an attempt. An unexpected error becomes an event, so that the client gets an answer."""
+        now = self._clock()
         try:
             return attempt.advance(now) if event is None else attempt.receive(event, now)
         except ProtocolViolationError:
             raise
-        except Exception:  # noqa: BLE001 - whatever it is, the client gets an answer and the log the cause
+        except Exception:  # noqa: BLE001 - whatever it is, the log has the cause
             error_id = uuid4().hex
             _log.exception("unexpected error %s", error_id)
             message = f"unexpected error in the router; its log has the cause under {error_id}"
-            return attempt.receive(InternalError(message), now)
+            return attempt.receive(on.InternalError(message), now)
 
     async def _serve_leg(self, token: str, context: grpc.aio.ServicerContext) -> None:
         """Serve the stream of a prefill leg. One that belongs to no attempt of this process passes."""
@@ -222,48 +199,42 @@ class ExtProcService:
             while (message := await context.read()) is not grpc.aio.EOF:
                 if (event := read_leg_event(message)) is not None:
                     leg.message = type(event)
-                    await streams.carry_out(self._let(streams, event), leg)
+                    await streams.carry_out(self._receive(streams, event), leg)
         finally:
             streams.leg = None
-            streams.post(self._let(streams, LegClosed()))
+            self._receive_and_post(streams, on.LegClosed())
             if streams.attempt.is_closed:
                 self._registry.discard(streams)
 
     async def _serve_first_event(self, token: str, context: grpc.aio.ServicerContext) -> None:
         """Serve the stream that sees how a response begins; it is closed as soon as that is known."""
         streams = self._registry.find(token)
-        first = FirstEvent()
+        first = FirstEventReader()
         while (message := await context.read()) is not grpc.aio.EOF:
             event = read_event(message)
-            if isinstance(event, ResponseHeaders):  # sent only if the request was not read
+            if isinstance(event, on.RequestHeaders):
+                await context.write(_PASS_REQUEST)
+            elif isinstance(event, on.ResponseHeaders):  # sent only if the request was not read
                 await context.write(_STREAM_BODY if event.is_events else _PASS_HEADERS)
                 if not event.is_events:
                     return
-                continue
-            if not isinstance(event, ResponseBody):
-                if (reply := PROCEED.get(type(read_leg_event(message)))) is not None:
-                    await context.write(write_reply(reply))
-                continue
-            first.feed(event.data, end_of_stream=event.end_of_stream)
-            is_done = first.is_known or event.end_of_stream
-            if is_done and streams is not None:  # before the reply, which may end the stream and this coroutine
-                streams.post(self._let(streams, FirstEventRead(first.error)))
-            await context.write(_PASS_BODY)
-            if is_done:
-                return
+            elif isinstance(event, on.ResponseBody):
+                first.feed(event.data, end_of_stream=event.end_of_stream)
+                if first.is_known and streams is not None:
+                    # Before the reply, which may end the stream and this coroutine.
+                    self._receive_and_post(streams, on.FirstEventRead(first.error))
+                await context.write(_PASS_BODY)
+                if first.is_known:
+                    return
 
 
-_PASS_BODY: Final = write_reply(Continue(Phase.RESPONSE_BODY))
+_PASS_REQUEST: Final = write_reply(Continue(Phase.REQUEST_HEADERS))
 _PASS_HEADERS: Final = write_reply(Continue(Phase.RESPONSE_HEADERS))
-_STREAM_BODY: Final = write_reply(StreamBody(Phase.RESPONSE_HEADERS))
+_PASS_BODY: Final = write_reply(Continue(Phase.RESPONSE_BODY))
+_STREAM_BODY: Final = write_reply(StreamBody())
 
 
-def _address_of(context: grpc.aio.ServicerContext) -> tuple[str, str]:
-    """Read which attempt a stream belongs to, and which of its streams it is; both empty for a main stream."""
-    token = stage = ""
-    for name, value in context.invocation_metadata() or ():
-        if name == contract.LEG:
-            token = str(value)
-        elif name == contract.STAGE:
-            stage = str(value)
-    return token, stage
+def _read_metadata(context: grpc.aio.ServicerContext) -> tuple[str, str]:
+    """Read the token of the leg, and which of the attempt's streams it is; both are empty for a main stream."""
+    metadata = dict(context.invocation_metadata() or ())
+    return str(metadata.get(contract.LEG, "")), str(metadata.get(contract.STAGE, ""))

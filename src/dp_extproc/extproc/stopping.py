@@ -1,4 +1,4 @@
-"""Main streams at the stop of the process: those whose response needs nothing more from here end in good order.
+"""Ends main streams in good order at the stop of the process, if their response needs nothing more from here.
 
 A gateway that fails closed truncates a response whose stream breaks, whatever was left to do on it. A stream that ends
 with status OK lets the rest of the response pass.

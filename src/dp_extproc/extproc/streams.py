@@ -9,33 +9,21 @@ import grpc
 import grpc.aio
 
 from dp_extproc import contract
+from dp_extproc.attempt import events as on
 from dp_extproc.attempt.attempt import Attempt
-from dp_extproc.attempt.events import (
-    BufferBody,
-    Command,
-    Continue,
-    Enqueue,
-    Immediate,
-    LegBody,
-    LegHeaders,
-    LegOpened,
-    Phase,
-    Reply,
-    StreamBody,
-    ToLeg,
-)
+from dp_extproc.attempt.events import BufferBody, Command, Continue, Enqueue, Immediate, Phase, Reply, StreamBody, ToLeg
 from dp_extproc.extproc.codec import write_reply
 from dp_extproc.extproc.waiting import Waiting
 
 PROCEED: Final[dict[type, Reply]] = {
-    LegOpened: Continue(Phase.REQUEST_HEADERS),
-    LegHeaders: Continue(Phase.RESPONSE_HEADERS),
-    LegBody: Continue(Phase.RESPONSE_BODY),
+    on.LegOpened: Continue(Phase.REQUEST_HEADERS),
+    on.LegHeaders: Continue(Phase.RESPONSE_HEADERS),
+    on.LegBody: Continue(Phase.RESPONSE_BODY),
 }
-"""The reply that lets a message of a leg pass."""
+"""The reply that lets a message of a leg pass, by its kind."""
 _LEG_REPLIES: Final[dict[ToLeg, Reply]] = {
-    ToLeg.STREAM_BODY: StreamBody(Phase.RESPONSE_HEADERS),
-    ToLeg.BUFFER_BODY: BufferBody(Phase.RESPONSE_HEADERS),
+    ToLeg.STREAM_BODY: StreamBody(),
+    ToLeg.BUFFER_BODY: BufferBody(),
     # It ends the leg; no client reads it.
     ToLeg.CANCEL: Immediate(503, b"", (), "cancelled", {contract.META_REASON: "cancelled"}),
 }
@@ -70,11 +58,11 @@ class MirroredLeg(Writer):
 
     def __init__(self, context: grpc.aio.ServicerContext) -> None:
         super().__init__(context)
-        self.message: type = LegOpened
+        self.message: type = on.LegOpened
         """The kind of the last message, which is the next to get a reply."""
 
-    def reply_to(self, command: ToLeg) -> Reply:
-        """Write a command as a reply."""
+    def reply(self, command: ToLeg) -> Reply:
+        """Give the reply that carries out a command."""
         return PROCEED[self.message] if command is ToLeg.PROCEED else _LEG_REPLIES[command]
 
 
@@ -105,10 +93,10 @@ class Streams:
             await own.write(replies)
 
     def post(self, commands: list[Command], own: Writer | None = None) -> list[Reply]:
-        """Have written to each stream but *own* what is meant for it.
+        """Write the replies of each stream but *own*, in tasks of their own.
 
         Returns:
-            What is meant for *own*.
+            The replies of *own*, which its coroutine has to write.
         """
         leg = self.leg
         to_main: list[Reply] = []
@@ -116,23 +104,22 @@ class Streams:
         for command in commands:
             if isinstance(command, ToLeg):
                 if leg is not None:
-                    to_leg.append(leg.reply_to(command))
+                    to_leg.append(leg.reply(command))
             elif not isinstance(command, Enqueue):
                 to_main.append(command)
         if to_main and own is not self.main:
-            self._write(self.main, to_main)
+            self._start(self.main, to_main)
         if to_leg and leg is not None and own is not leg:
-            self._write(leg, to_leg)
+            self._start(leg, to_leg)
         return to_main if own is self.main else to_leg
 
-    def _write(self, writer: Writer, replies: list[Reply]) -> None:
-        task = asyncio.create_task(_write(writer, replies))
+    def _start(self, writer: Writer, replies: list[Reply]) -> None:
+        task = asyncio.create_task(_write_if_open(writer, replies))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
 
-async def _write(writer: Writer, replies: list[Reply]) -> None:
-    # A stream that is gone needs no reply any more.
+async def _write_if_open(writer: Writer, replies: list[Reply]) -> None:
     with suppress(asyncio.CancelledError, asyncio.InvalidStateError, grpc.RpcError, grpc.aio.BaseError):
         await writer.write(replies)
 
@@ -156,7 +143,6 @@ class Registry:
         return iter(list(self._all))
 
     def add(self, streams: Streams) -> None:
-        """Add an attempt."""
         self._all[streams] = None
 
     def name(self, streams: Streams, token: str) -> None:
@@ -165,7 +151,6 @@ class Registry:
         self._by_token[token] = streams
 
     def find(self, token: str) -> Streams | None:
-        """Find the attempt of a leg."""
         return self._by_token.get(token)
 
     def discard(self, streams: Streams) -> None:

@@ -1,4 +1,4 @@
-"""A request in the admission queue, while its stream is read on."""
+"""The wait of one request for room, while its main stream is read on."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from dp_extproc.scheduling.admission import AdmissionQueue, Ticket
 
 
 class Waiting:
-    """The place of one request in the admission queue."""
+    """Reports the events of the admission queue to the attempt of one request, until it leaves the queue."""
 
-    __slots__ = ("_is_called", "_loop", "_queue", "_receive", "_ticket", "_timer")
+    __slots__ = ("_is_woken", "_loop", "_queue", "_receive", "_ticket", "_timer")
 
     def __init__(
         self, queue: AdmissionQueue, place: Enqueue, receive: Callable[[RoomFreed | QueueExpired], None]
@@ -20,14 +20,14 @@ class Waiting:
         Args:
             queue: The admission queue.
             place: Where to enter it.
-            receive: Receives the events of the queue, always from the event loop.
+            receive: Receives the events of the queue, never within the call that makes room.
         """
         self._queue = queue
         self._receive = receive
         self._loop = asyncio.get_running_loop()
-        self._is_called = False
+        self._is_woken = False
         self._ticket: Ticket | None = queue.enqueue(place.pool, place.priority, self._wake)
-        if self._ticket is None:
+        if self._ticket is None:  # the queue is full
             self._timer: asyncio.Handle = self._loop.call_soon(self._expire)
         else:
             self._timer = self._loop.call_later(queue.settings.max_wait, self._expire)
@@ -41,12 +41,12 @@ class Waiting:
 
     def _wake(self) -> None:
         # What has made room is in the middle of its own work.
-        if not self._is_called:
-            self._is_called = True
+        if not self._is_woken:
+            self._is_woken = True
             self._loop.call_soon(self._try)
 
     def _try(self) -> None:
-        self._is_called = False
+        self._is_woken = False
         if self._ticket is not None:
             self._receive(RoomFreed(self._ticket))
 

@@ -11,14 +11,14 @@ from dp_extproc.config.load import LoadSettings, LoadSource
 from dp_extproc.engines.adapter import adapter_of
 from dp_extproc.engines.compatibility import difference
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
-from dp_extproc.engines.listener import EngineFailure, FailureKind, unexpected
+from dp_extproc.engines.listener import EngineFailure, FailureKind, internal_failure
 from dp_extproc.engines.model import MODE_OF, Diagnostic, Endpoint, EngineFacts, LoadPage, Role, in_url
 from dp_extproc.engines.sglang.server_info import DEFAULT_BOOTSTRAP_PORT
 from dp_extproc.fleet.sources.http import EngineClient, make_client
 from dp_extproc.fleet.sources.polling import EnginePoller
 
 _CONNECT_SECONDS: Final = 2.0
-IS_ALONE: Final = "; no server of the pool is left that it can be paired with"
+_IS_ALONE: Final = "; no server of the pool is left that it can be paired with"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +34,14 @@ class EngineReport:
 
     @property
     def is_usable(self) -> bool:
-        """Whether requests can be sent to it by its load."""
+        """Whether the service can send requests to it, and reads its load."""
         if self.facts is None or any(each.unusable for each in self.diagnostics):
             return False
         return self.failure is None or self.failure.kind is FailureKind.DISAGREEMENT
 
     @property
     def state(self) -> str:
-        """Return the result in one word."""
+        """The result in one word."""
         if self.failure is not None:
             return self.failure.kind.value
         return "ok" if self.is_usable else "unusable"
@@ -52,8 +52,8 @@ class EngineReport:
         if self.endpoint.role is not Role.PREFILL:
             return None
         reported = self.facts.bootstrap_port if self.facts else None
-        host = self.endpoint.bootstrap_host or self.endpoint.host
-        return host, self.endpoint.bootstrap_port or reported or DEFAULT_BOOTSTRAP_PORT
+        port = self.endpoint.bootstrap_port or reported or DEFAULT_BOOTSTRAP_PORT
+        return self.endpoint.bootstrap_host or self.endpoint.host, port
 
 
 async def check_engines(
@@ -62,10 +62,9 @@ async def check_engines(
     """Read every endpoint, all at the same time. The reports are in the order of the endpoints."""
     every = tuple(endpoints)
     async with make_client() as client:
-        reports = await asyncio.gather(
-            *(_check(EngineClient(each, settings, client, credentials), every, settings) for each in every)
-        )
-    return _with_pairs(reports)
+        engines = [EngineClient(each, settings, client, credentials) for each in every]
+        reports = await asyncio.gather(*(_check(engine, every, settings) for engine in engines))
+    return [replace(each, diagnostics=(*each.diagnostics, *_pair_diagnostics(each, reports))) for each in reports]
 
 
 class _Round:
@@ -91,7 +90,7 @@ async def _check(engine: EngineClient, every: tuple[Endpoint, ...], settings: Lo
     try:
         failure = await poller.round()
     except Exception as error:  # noqa: BLE001 - an exception over one engine must not cost all other reports
-        failure = unexpected(error)
+        failure = internal_failure(error)
     found: tuple[Diagnostic, ...] = ()
     if events.facts is not None:
         found = adapter_of(events.facts.kind).diagnostics(events.facts, endpoint)
@@ -102,64 +101,40 @@ async def _check(engine: EngineClient, every: tuple[Endpoint, ...], settings: Lo
     return replace(report, diagnostics=(*found, *await _bootstrap_diagnostics(report, every)))
 
 
-def _with_pairs(reports: list[EngineReport]) -> list[EngineReport]:
-    """Add to each report the engines of its pool with which this one cannot be paired."""
-    return [replace(each, diagnostics=(*each.diagnostics, *_pair_diagnostics(each, reports))) for each in reports]
-
-
 def _pair_diagnostics(report: EngineReport, every: list[EngineReport]) -> Iterable[Diagnostic]:
+    """Name the engines of the same pool with which this one cannot be paired, once for each reason."""
     own, endpoint = report.facts, report.endpoint
     other_role = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(endpoint.role)
-    if own is None or own.mode is not MODE_OF[endpoint.role]:
+    if other_role is None or own is None or own.mode is not MODE_OF[endpoint.role]:
         return ()
-    others = [
-        each.facts
-        for each in every
-        if each.endpoint.pool == endpoint.pool
-        and each.endpoint.role is other_role
-        and each.facts is not None
-        and each.facts.mode is MODE_OF[each.endpoint.role]
-    ]
+    facts = [each.facts for each in every if each.endpoint.pool == endpoint.pool and each.endpoint.role is other_role]
+    others = [each for each in facts if each is not None and each.mode is MODE_OF[other_role]]
     pairs = [(own, other) if endpoint.role is Role.PREFILL else (other, own) for other in others]
     found = [difference(*pair) for pair in pairs]
     is_alone = None not in found
+    alone = _IS_ALONE if is_alone else ""
     return dict.fromkeys(
-        Diagnostic(
-            each.code,
-            f"{each}, so they are never paired: {each.effect}" + (IS_ALONE if is_alone else ""),
-            each.remedy,
-            unusable=is_alone,
-        )
+        Diagnostic(each.code, f"{each}, so they are never paired: {each.effect}{alone}", each.remedy, unusable=is_alone)
         for each in found
         if each is not None
     )
 
 
-async def _bootstrap_diagnostics(report: EngineReport, every: tuple[Endpoint, ...]) -> list[Diagnostic]:
+async def _bootstrap_diagnostics(report: EngineReport, every: tuple[Endpoint, ...]) -> tuple[Diagnostic, ...]:
     """Check whether decode engines can find a prefill engine, as far as that can be checked from here."""
     if report.bootstrap is None or report.facts is None:
-        return []
+        return ()
     host, port = report.bootstrap
-    found = []
     decodes = [each for each in every if each.role is Role.DECODE and each.pool == report.endpoint.pool]
     if _is_loopback(host) and not all(_is_loopback(each.host) for each in decodes):
-        found.append(
-            Diagnostic(
-                "bootstrap_host_is_loopback",
-                f"decode servers on other machines are told to dial {host}, which is themselves",
-                "set bootstrap_host to an address of the prefill server that they can reach",
-                unusable=True,
-            )
-        )
-    elif not await _listens(host, port):
-        found.append(
-            Diagnostic(
-                "bootstrap_unreachable",
-                f"nobody answers at {in_url(host)}:{port}, at least not from here; decode gives up after about 16 s",
-                "set bootstrap_host and bootstrap_port to where decode servers reach the prefill server's registry",
-            )
-        )
-    return found
+        effect = f"decode servers on other machines are told to dial {host}, which is themselves"
+        remedy = "set bootstrap_host to an address of the prefill server that they can reach"
+        return (Diagnostic("bootstrap_host_is_loopback", effect, remedy, unusable=True),)
+    if await _listens(host, port):
+        return ()
+    effect = f"nobody answers at {in_url(host)}:{port}, at least not from here; decode gives up after about 16 s"
+    remedy = "set bootstrap_host and bootstrap_port to where decode servers reach the prefill server's registry"
+    return (Diagnostic("bootstrap_unreachable", effect, remedy),)
 
 
 def _is_loopback(host: str) -> bool:

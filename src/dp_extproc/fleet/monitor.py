@@ -12,7 +12,7 @@ import httpx
 from dp_extproc.background import Guard
 from dp_extproc.config.load import LoadSettings
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
-from dp_extproc.engines.listener import EngineListener, EngineListeners, unexpected
+from dp_extproc.engines.listener import EngineListener, EngineListeners, internal_failure
 from dp_extproc.engines.model import Endpoint
 from dp_extproc.fleet.discovery.membership import Membership, membership
 from dp_extproc.fleet.sources.http import EngineClient, make_client
@@ -21,6 +21,7 @@ from dp_extproc.fleet.sources.polling import EnginePoller
 _JITTER: Final = 0.1
 """Share of the interval by which rounds are moved at random. Without it all engines would be read at the same time."""
 _TASK: Final = "scrape"
+"""Name of a task in the log and the metrics."""
 
 
 class FleetMonitor:
@@ -40,15 +41,8 @@ class FleetMonitor:
     ) -> None:
         """Set up; nothing is read before :meth:`run`.
 
-        Args:
-            endpoints: At first.
-            settings: How their load is read.
-            listeners: Get every event, in this order. The load cache comes first.
-            clock: Monotonic seconds, for the times of events.
-            rng: For the jitter.
-            guard: Over the task of each endpoint, and for what listeners raise.
-            client: To read with, left open at the end; by default one of its own.
-            credentials: API keys of the engines.
+        Listeners get every event in this order, so the load cache comes first. The clock counts monotonic seconds. The
+        guard is over the task of each endpoint, and gets what listeners raise. A client is left open at the end.
         """
         self.first_round = asyncio.Event()
         """Set when every endpoint has answered or failed once."""
@@ -111,7 +105,7 @@ class FleetMonitor:
             try:
                 await poller.round()
             except Exception as error:
-                self._listeners.failed(endpoint, unexpected(error), self._clock())
+                self._listeners.failed(endpoint, internal_failure(error), self._clock())
                 self._tried(endpoint)
                 raise
             self._tried(endpoint)

@@ -1,1 +1,1 @@
-"""Answers, where they are more than passed on. Pure."""
+"""What engines answer, as far as the service reads it: the first event of a stream, and log probabilities."""

@@ -34,7 +34,7 @@ class EngineError(Struct, frozen=True):
     """The JSON that the same error has outside of a stream."""
 
 
-class FirstEvent:
+class FirstEventReader:
     """Reads the start of a stream, chunk by chunk; the result does not depend on how the stream is cut.
 
     Lines end with LF, CR or both, and a byte order mark may come first, as the standard of such streams allows.
@@ -44,13 +44,10 @@ class FirstEvent:
     __slots__ = ("_after_return", "_at_start", "_data", "_line", "_room", "error", "is_known")
 
     def __init__(self, most: int = MOST_BYTES) -> None:
-        """Begin.
-
-        Args:
-            most: Bytes to read.
-        """
         self._room = most
+        """Bytes that may still be read."""
         self._at_start = True
+        """Whether no line is complete yet; a byte order mark may stand before the first one."""
         self._after_return = False
         """Whether the last byte was a CR; an LF that follows belongs to it."""
         self._line: list[bytes] = []

@@ -15,7 +15,7 @@ import re
 from typing import Final, Protocol
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Raw
 
 MOST_BYTES: Final = 64 << 20
 """Bytes of a response, or of one event, that are held. A prompt of 100000 tokens with 5 alternatives each is 20 MB."""
@@ -55,11 +55,8 @@ class LegText:
         return b"".join(self._chunks) if self.is_complete and self._size <= MOST_BYTES else b""
 
 
-class PromptLogprobs(Struct, frozen=True):
-    """Log probabilities of each prompt: members of ``meta_info`` by name."""
-
-    prompts: tuple[_Members, ...]
-    """One entry, or one for each prompt of a batch."""
+PromptLogprobs = tuple[_Members, ...]
+"""Log probabilities of the prompt, or of each prompt of a batch: members of ``meta_info`` by name."""
 
 
 def read_prefill(response: bytes) -> PromptLogprobs | None:
@@ -70,9 +67,15 @@ def read_prefill(response: bytes) -> PromptLogprobs | None:
         metas = [_object.decode(each["meta_info"]) for _, each in sorted(by_index.items())]
     except (*_UNREADABLE, KeyError):
         return None
-    return PromptLogprobs(
-        tuple({key: raw for key, raw in meta.items() if _is_of_prompt(key) or key == _LOST} for meta in metas)
-    )
+    return tuple({key: raw for key, raw in meta.items() if _is_of_prompt(key) or key == _LOST} for meta in metas)
+
+
+def _objects_of(response: bytes) -> list[Raw]:
+    """Split a response into those of its prompts. Streams of prefill have one event for each prompt (prefill.py)."""
+    if response.startswith(b"data:"):
+        lines = (line.removeprefix(b"data:").strip() for line in response.splitlines() if line.startswith(b"data:"))
+        return [Raw(line) for line in lines if line != b"[DONE]"]
+    return _objects.decode(response) if response.lstrip()[:1] == b"[" else [Raw(response)]
 
 
 class Merger(Protocol):
@@ -89,10 +92,10 @@ class Merger(Protocol):
 class WholeMerger:
     """Merges a response that is one JSON text."""
 
-    __slots__ = ("_held", "_most", "_prefill", "_size", "problem")
+    __slots__ = ("_held", "_most", "_prompts", "_size", "problem")
 
-    def __init__(self, prompt: PromptLogprobs, most: int = MOST_BYTES) -> None:
-        self._prefill = prompt
+    def __init__(self, prompts: PromptLogprobs, most: int = MOST_BYTES) -> None:
+        self._prompts = prompts
         self._most = most
         self._held: list[bytes] = []
         self._size = 0
@@ -115,10 +118,10 @@ class WholeMerger:
         try:
             if response.lstrip()[:1] != b"[":
                 found = _object.decode(response)
-                (prompt,) = self._prefill.prompts
+                (prompt,) = self._prompts
                 return _merge_object(found, prompt)
             responses = _objects.decode(response)
-            pairs = zip(responses, self._prefill.prompts, strict=True)
+            pairs = zip(responses, self._prompts, strict=True)
             return b"[" + b",".join(_merge_object(_object.decode(each), prompt) for each, prompt in pairs) + b"]"
         except _UNREADABLE:
             self.problem = "the answer cannot be read"
@@ -134,14 +137,15 @@ _MAY_MERGE: Final = re.compile(rb"^data:[ \t\r\f\v]*\{", re.MULTILINE)
 class StreamMerger:
     """Merges a response that is a stream of server-sent events, line by line."""
 
-    __slots__ = ("_line", "_most", "_passing", "_prefill", "_size", "problem")
+    __slots__ = ("_line", "_most", "_passing", "_prompts", "_size", "problem")
 
-    def __init__(self, prompt: PromptLogprobs, most: int = MOST_BYTES) -> None:
-        self._prefill = prompt
+    def __init__(self, prompts: PromptLogprobs, most: int = MOST_BYTES) -> None:
+        self._prompts = prompts
         self._most = most
         self._line: list[bytes] = []
         self._size = 0
-        self._passing = False  # the rest of a line that was too long
+        self._passing = False
+        """Whether the rest of a line passes, because it was too long."""
         self.problem: str | None = None
 
     def feed(self, data: bytes, *, end_of_stream: bool) -> bytes:
@@ -193,7 +197,7 @@ class StreamMerger:
             if "meta_info" not in event:  # an error
                 return line
             index = _index.decode(event["index"]) if "index" in event else 0  # only events of batches have it
-            merged = _merge_object(event, self._prefill.prompts[index])
+            merged = _merge_object(event, self._prompts[index])
         except _UNREADABLE:
             self.problem = "an event cannot be read"
             return line
@@ -203,26 +207,6 @@ class StreamMerger:
         return name + colon + b" " + merged + (b"\r" if data.endswith(b"\r") else b"")
 
 
-def _objects_of(response: bytes) -> list[Raw]:
-    """Split a response into those of its prompts. Streams of prefill have one event for each prompt (prefill.py)."""
-    if response.startswith(b"data:"):
-        lines = (line.removeprefix(b"data:").strip() for line in response.splitlines() if line.startswith(b"data:"))
-        return [Raw(line) for line in lines if line != b"[DONE]"]
-    return _objects.decode(response) if response.lstrip()[:1] == b"[" else [Raw(response)]
-
-
-class NoMerger:
-    """Passes a response on unchanged."""
-
-    __slots__ = ("problem",)
-
-    def __init__(self, problem: str) -> None:
-        self.problem: str | None = problem
-
-    def feed(self, data: bytes, *, end_of_stream: bool) -> bytes:  # noqa: ARG002 - the interface of mergers
-        return data
-
-
 def make_merger(prefill: bytes, *, streaming: bool) -> Merger:
     """Make the merger for a response.
 
@@ -230,10 +214,12 @@ def make_merger(prefill: bytes, *, streaming: bool) -> Merger:
         prefill: The prefill leg's response.
         streaming: Whether the client's response is a stream of server-sent events.
     """
-    prompt = read_prefill(prefill)
-    if prompt is None:
-        return NoMerger("the prefill leg's answer did not come in time, or cannot be read")
-    return StreamMerger(prompt) if streaming else WholeMerger(prompt)
+    prompts = read_prefill(prefill)
+    if prompts is not None:
+        return StreamMerger(prompts) if streaming else WholeMerger(prompts)
+    merger = WholeMerger(())
+    merger.problem = "the prefill leg's answer did not come in time, or cannot be read"  # so it passes everything
+    return merger
 
 
 def _merge_object(response: _Members, prompt: _Members) -> bytes:
@@ -246,7 +232,7 @@ def _merge_object(response: _Members, prompt: _Members) -> bytes:
         meta = _object.decode(response["meta_info"])
         merged = {key: _put_before(value, meta.get(key)) for key, value in prompt.items() if _is_of_prompt(key)}
         if (first := prompt.get(_LOST)) is not None and (rest := meta.get(_LOST)) is not None:
-            merged[_LOST] = _mend(first, rest)
+            merged[_LOST] = _fill_first_token(first, rest)
         response["meta_info"] = Raw(msgspec.json.encode(meta | merged))
     return msgspec.json.encode(response)
 
@@ -260,7 +246,7 @@ def _put_before(first: Raw, second: Raw | None) -> Raw:
     return Raw(b"[" + b",".join(parts) + b"]")
 
 
-def _mend(first: Raw, rest: Raw) -> Raw:
+def _fill_first_token(first: Raw, rest: Raw) -> Raw:
     """Put in the first token's value, which prefill has computed and decode lacks."""
     head, tail = bytes(first).strip(), bytes(rest).strip()
     if head.startswith(b"[") and tail.startswith(b"[null"):

@@ -5,6 +5,7 @@ from http import HTTPStatus
 from typing import Final
 
 from dp_extproc.config.load import LoadSource
+from dp_extproc.contract import OVERRIDE_RANK
 from dp_extproc.engines.capabilities import Capabilities
 from dp_extproc.engines.model import MODE_OF, Diagnostic, Endpoint, EngineFacts, LoadPage, LoadState, Role
 from dp_extproc.engines.pages import FACTS_PATIENCE, METRICS_PAGE, EngineHttp, ReaderError
@@ -22,13 +23,12 @@ from dp_extproc.engines.sglang.server_info import (
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
 
-PROMPT_TOKENS_EVERY: Final = 10.0
+_PROMPT_TOKENS_EVERY: Final = 10.0
 """Seconds between two reads of the count of prompt tokens, which only ``/metrics`` has."""
 
 _LOADS_HINT: Final = "it exists from SGLang 0.5.8 on; set load.source to auto or metrics"
 _METRICS_HINT: Final = "start the engine with --enable-metrics"
 
-_PROBED: Final = "x-override-routed-dp-rank"
 _PROBE: Final = b'{"text":"probe","sampling_params":{"max_new_tokens":1},"routed_dp_rank":1000000}'
 """A request for a rank out of range."""
 
@@ -44,22 +44,15 @@ class SglangAdapter:
         facts = read_server_info(await _facts_page(http))
         if not endpoint.needs_overrides:
             return facts
-        obeys = await _obeys_overrides(http) if release_of(facts.version).overrides else False
-        return replace(facts, reads_overrides=obeys)
+        could_obey = bool(release_of(facts.version).overrides)
+        return replace(facts, reads_overrides=could_obey and await _obeys_overrides(http))
 
     def assumed_facts(self, endpoint: Endpoint, ranks: int) -> EngineFacts:
         """Return the facts of the newest release with default flags."""
         mode = MODE_OF[endpoint.role]
-        return EngineFacts(
-            version=None,
-            dp_ranks=ranks,
-            mode=mode,
-            dp_attention=False,
-            served_model=None,
-            bootstrap_port=endpoint.bootstrap_port or DEFAULT_BOOTSTRAP_PORT,
-            load_balance_method=None,
-            follows_rooms=follows_rooms(None, mode, None),
-        )
+        port = endpoint.bootstrap_port or DEFAULT_BOOTSTRAP_PORT
+        follows = follows_rooms(None, mode, None)
+        return EngineFacts(version=None, dp_ranks=ranks, mode=mode, bootstrap_port=port, follows_rooms=follows)
 
     async def load(
         self, http: EngineHttp, endpoint: Endpoint, facts: EngineFacts, state: LoadState, now: float
@@ -73,18 +66,16 @@ class SglangAdapter:
             return replace(page, prompt_tokens=page.uncached_prompt_tokens)
         if now < state.prompt_tokens_due:
             return page
-        state.prompt_tokens_due = now + PROMPT_TOKENS_EVERY
+        state.prompt_tokens_due = now + _PROMPT_TOKENS_EVERY
         try:
             return replace(page, prompt_tokens=(await _metrics(http)).prompt_tokens)
         except ReaderError:
             return page  # the count only refines estimates
 
     def capabilities(self, facts: EngineFacts) -> Capabilities:
-        """Look up what the engine supports."""
         return capabilities(facts)
 
     def diagnostics(self, facts: EngineFacts, endpoint: Endpoint) -> tuple[Diagnostic, ...]:
-        """List the known problems of the engine as it is configured."""
         return diagnostics(
             facts, endpoint.role, needs_overrides=endpoint.needs_overrides, headers_only=endpoint.headers_only
         )
@@ -97,12 +88,10 @@ class SglangAdapter:
         return f"its disaggregation_mode is {facts.mode}, but it is configured as {role}; {remedy}"
 
     def unavailable(self, api: Api, role: Role, versions: str) -> Rejection:
-        """Refuse a request that needs a newer release."""
         message = f"{api.value} needs a newer SGLang than the {role} servers of this model run ({versions})"
         return Rejection(400, Reason.ENGINE_TOO_OLD, message)
 
     def release(self, facts: EngineFacts) -> str:
-        """Name the release in a table of engines."""
         return str(facts.version or "unknown")
 
 
@@ -121,7 +110,7 @@ async def _obeys_overrides(http: EngineHttp) -> bool | None:
     Both the header and the body of the probe are wrong, so it is refused for the one that is read first. From 0.5.10 on
     nothing of it reaches a scheduler.
     """
-    answer = await http.post("/generate", _PROBE, (_PROBED, "probe"), patience=FACTS_PATIENCE)
+    answer = await http.post("/generate", _PROBE, (OVERRIDE_RANK, "probe"), patience=FACTS_PATIENCE)
     if answer is None:
         return None
     status, text = answer
@@ -129,7 +118,7 @@ async def _obeys_overrides(http: EngineHttp) -> bool | None:
         return False  # a header that is obeyed would have been refused
     if status != HTTPStatus.BAD_REQUEST:
         return None
-    if _PROBED.encode() in text:
+    if OVERRIDE_RANK.encode() in text:
         return True
     return False if b"routed_dp_rank" in text else None
 

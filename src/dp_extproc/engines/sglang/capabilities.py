@@ -12,13 +12,7 @@ _DATA_PARALLEL_RANK: Final = "data_parallel_rank"
 
 
 def capabilities(facts: EngineFacts) -> Capabilities:
-    """Look up what an SGLang engine supports.
-
-    Plain DP (``--dp-size`` without DP attention) is special on prefill: every replica takes itself for attention rank 0
-    (sgl-project/sglang#29725). From 0.5.11 to 0.5.15 an engine that follows rooms compares the room with that rank, and
-    fails the requests of all other replicas; later releases skip the comparison for requests of this service. In 0.5.10
-    an engine that does not follow rooms reports rank 0 to decode, and requests cannot name the right one.
-    """
+    """Look up what an SGLang engine supports."""
     release = release_of(facts.version)
     # An aggregated pool needs no fields on any path; the engine itself refuses a path that it does not have.
     apis = frozenset(Api) if facts.mode is Mode.UNIFIED else release.paths
@@ -34,6 +28,13 @@ def capabilities(facts: EngineFacts) -> Capabilities:
 
 
 def _serves_only_first_rank(facts: EngineFacts, release: Release) -> bool:
+    """Return whether a prefill engine fails the requests of every rank but the first.
+
+    That is a problem of plain DP (``--dp-size`` without DP attention), where every replica takes itself for attention
+    rank 0 (sgl-project/sglang#29725). From 0.5.11 to 0.5.15 an engine that follows rooms compares the room with that
+    rank, and fails the requests of all other replicas; later releases skip the comparison for requests of this service.
+    In 0.5.10 an engine that does not follow rooms reports rank 0 to decode, and requests cannot name the right one.
+    """
     if facts.mode is not Mode.PREFILL or facts.dp_attention or facts.single_rank is not None:
         return False
     if facts.follows_rooms:

@@ -10,14 +10,7 @@ from dp_extproc.config.load import LoadSource
 from dp_extproc.engines.capabilities import RankControl
 from dp_extproc.engines.model import MODE_OF, WRONG_MODE, Diagnostic, EngineFacts, Mode, Role
 from dp_extproc.engines.sglang.capabilities import capabilities
-from dp_extproc.engines.sglang.releases import (
-    DISAGGREGATION,
-    HEADER_APIS,
-    NEWEST,
-    Fields,
-    RoomCheck,
-    release_of,
-)
+from dp_extproc.engines.sglang.releases import DISAGGREGATION, HEADER_APIS, NEWEST, Fields, RoomCheck, release_of
 from dp_extproc.request.path import Api
 
 
@@ -26,11 +19,7 @@ def diagnostics(
 ) -> tuple[Diagnostic, ...]:
     """List the known problems of an engine in a role, the worst first.
 
-    Args:
-        facts: What the engine reports about itself.
-        role: Its role in the configuration.
-        needs_overrides: Whether the routing fields are to be sent as headers.
-        headers_only: Whether they can be sent in no other way.
+    *needs_overrides* and *headers_only* are those of :class:`dp_extproc.engines.model.Endpoint`.
     """
     found = [*_of_any(facts, role), *_of_reading(facts, role)]
     if role is Role.WORKER:
@@ -99,8 +88,7 @@ def _of_worker(facts: EngineFacts) -> Iterator[Diagnostic]:
     if facts.dp_ranks == 1:
         return
     takes = capabilities(facts)
-    uncontrolled = [api.value for api in Api if takes.aggregated_rank_key(api) is None]
-    if uncontrolled:
+    if uncontrolled := [api for api in Api if takes.aggregated_rank_key(api) is None]:
         yield Diagnostic(
             "rank_not_carried",
             f"its release takes no rank on {', '.join(uncontrolled)}: the engine itself picks there",
@@ -125,8 +113,7 @@ def _of_disaggregated(facts: EngineFacts) -> Iterator[Diagnostic]:
         )
         return
     takes = capabilities(facts)
-    refused = [api.value for api in Api if not takes.serves(api)]
-    if refused:
+    if refused := [api for api in Api if not takes.serves(api)]:
         yield Diagnostic(
             "paths_refused",
             f"its release drops the bootstrap fields on {', '.join(refused)}: such requests are refused with 400",
@@ -135,8 +122,8 @@ def _of_disaggregated(facts: EngineFacts) -> Iterator[Diagnostic]:
 
 
 def _of_overrides(facts: EngineFacts, *, headers_only: bool) -> Iterator[Diagnostic]:
+    instead = "no request can be sent to it" if headers_only else "ranks and rooms are carried in bodies"
     if facts.reads_overrides is False:
-        instead = "no request can be sent to it" if headers_only else "ranks and rooms are carried in bodies"
         leave = "write another envoy.body_mode" if headers_only else "leave routing_fields out"
         yield Diagnostic(
             "overrides_not_read",
@@ -145,53 +132,45 @@ def _of_overrides(facts: EngineFacts, *, headers_only: bool) -> Iterator[Diagnos
             f"{leave}",
             unusable=True,
         )
-    elif facts.reads_overrides is None:
+        return
+    if facts.reads_overrides is None:
         yield Diagnostic(
             "overrides_unknown",
-            "it has not told whether it obeys x-override-* headers: until it does, "
-            + ("no request can be sent to it" if headers_only else "ranks and rooms are carried in bodies"),
+            f"it has not told whether it obeys x-override-* headers: until it does, {instead}",
             "see why it does not answer POST /generate; it is asked again every few seconds",
             unusable=headers_only,
         )
-    else:
-        reads = capabilities(facts).overrides_on
-        unread = [
-            api.value for api in Api if api not in reads and api in HEADER_APIS and capabilities(facts).serves(api)
-        ]
-        if unread:
-            instead = "such requests are refused with 400" if headers_only else "there bodies carry ranks and rooms"
-            yield Diagnostic(
-                "overrides_not_on_chat",
-                f"its release obeys x-override-* headers on /generate alone, not on {', '.join(unread)}: {instead}",
-                "upgrade to 0.5.18 or later",
-                unusable=headers_only,
-            )
-        if headers_only:
-            lost = [api.value for api in Api if api not in HEADER_APIS]
-            yield Diagnostic(
-                "paths_without_bodies",
-                f"no release obeys x-override-* headers on {', '.join(lost)}: such requests are refused with 400",
-                "write another envoy.body_mode if they are needed",
-            )
+        return
+    takes = capabilities(facts)
+    if unread := [api for api in Api if api in HEADER_APIS - takes.overrides_on and takes.serves(api)]:
+        instead = "such requests are refused with 400" if headers_only else "there bodies carry ranks and rooms"
+        yield Diagnostic(
+            "overrides_not_on_chat",
+            f"its release obeys x-override-* headers on /generate alone, not on {', '.join(unread)}: {instead}",
+            "upgrade to 0.5.18 or later",
+            unusable=headers_only,
+        )
+    if headers_only:
+        lost = ", ".join(api for api in Api if api not in HEADER_APIS)
+        yield Diagnostic(
+            "paths_without_bodies",
+            f"no release obeys x-override-* headers on {lost}: such requests are refused with 400",
+            "write another envoy.body_mode if they are needed",
+        )
 
 
 def _of_prefill(facts: EngineFacts) -> Iterator[Diagnostic]:
     if facts.dp_ranks == 1:
         return
-    takes = capabilities(facts)
-    if takes.only_first_prefill_rank:
+    skips_room_check = release_of(facts.version).room_check is RoomCheck.SKIPPED
+    if capabilities(facts).only_first_prefill_rank:
         yield Diagnostic(
             "plain_dp_first_rank_only",
             f"plain DP: every replica takes itself for rank 0, so only rank 0 of {facts.dp_ranks} can serve and the "
             "others stay idle",
             "start it with --enable-dp-attention, or upgrade to 0.5.16 or later",
         )
-    elif (
-        facts.mode is Mode.PREFILL
-        and facts.follows_rooms
-        and not facts.dp_attention
-        and release_of(facts.version).room_check is RoomCheck.SKIPPED
-    ):
+    elif facts.mode is Mode.PREFILL and facts.follows_rooms and not facts.dp_attention and skips_room_check:
         yield Diagnostic(
             "plain_dp_needs_rank_on_both_legs",
             "plain DP: requests for ranks other than 0 that go past this router fail unless both legs carry "
@@ -204,7 +183,7 @@ def _of_prefill(facts: EngineFacts) -> Iterator[Diagnostic]:
             "a request that goes past this router with neither room nor rank ends the whole server",
             "let nobody but this router reach it, health checks included (use /ready or /health)",
         )
-    elif release_of(facts.version).room_check is not RoomCheck.SKIPPED:
+    elif not skips_room_check:
         yield Diagnostic(
             "registers_each_request",
             f"with --load-balance-method {facts.load_balance_method} its scheduler stops for an HTTP call per request",

@@ -11,7 +11,6 @@ nearly all of it histograms; only the lines that are needed reach the parser. Ru
 - Several schedulers of one rank may export the same gauge, and some gauges come from every tensor-parallel rank.
   Their values are the same, so the maximum counts, never the sum; of pipeline ranks only the first counts.
 - With priority scheduling there is one series per priority; the total has the empty one.
-- Names have a colon. Some collectors replace it by an underscore.
 
 Gauges have no time stamp and their age is not bounded: a decode rank refreshes them every 40 steps.
 """
@@ -26,7 +25,7 @@ from msgspec import Struct
 from prometheus_client.samples import Sample
 
 from dp_extproc.engines.model import DecodeSteps, LoadPage, RankSample
-from dp_extproc.engines.pages import METRICS_PAGE, needed_lines, parse_samples, rank_of, read_json, wrong_shape
+from dp_extproc.engines.pages import METRICS_PAGE, lines_of, rank_of, read_json, read_samples, wrong_shape
 from dp_extproc.engines.quantities import (
     Amount,
     Count,
@@ -52,16 +51,8 @@ _WAITING: Final = ("num_queue_reqs", "num_decode_prealloc_queue_reqs", "num_deco
 _THROUGHPUT: Final = "gen_throughput"
 _PROMPT_TOKENS: Final = "prompt_tokens_total"
 
-_NEEDED: Final = re.compile(
-    rb"^sglang[:_](?:%b)[{ \t][^\n]*"
-    % b"|".join(
-        name.encode() for name in (_USED, _CAPACITY, _THROUGHPUT, *_RUNNING, *_BOOTSTRAP, *_WAITING, _PROMPT_TOKENS)
-    ),
-    re.MULTILINE,
-)
+_NEEDED: Final = lines_of("sglang", (_USED, _CAPACITY, _THROUGHPUT, *_RUNNING, *_BOOTSTRAP, *_WAITING, _PROMPT_TOKENS))
 _ANY_OF_SGLANG: Final = re.compile(rb"^(?:# (?:HELP|TYPE) )?sglang[:_]", re.MULTILINE)
-
-_Gauges = Mapping[str, float]
 
 
 class _Disaggregation(Struct):
@@ -91,11 +82,7 @@ class _Page(Struct):
 
 
 def read_loads(page: bytes) -> LoadPage:
-    """Read the body of ``GET /v1/loads``.
-
-    Raises:
-        ReaderError: The bytes are anything else.
-    """
+    """Read the body of ``GET /v1/loads``, or raise :class:`dp_extproc.engines.pages.ReaderError`."""
     body = read_json(page, _Page, LOADS_PAGE)
     printed_at = _seconds(body.timestamp)
     newest: dict[int, _RankLoad] = {}
@@ -133,12 +120,9 @@ def _sample(load: _RankLoad, printed_at: float | None) -> RankSample:
 def _decoded(moments: Any) -> DecodeSteps | None:
     """Read the sums of steps, sequences and microseconds, two more sums for a line fit, and the sum of tokens.
 
-    Raises:
-        ReaderError: The list has the right form, and an impossible number.
+    A value of another form counts as absent. An impossible number in one of the right form raises ``ReaderError``.
     """
-    if not isinstance(moments, list) or len(moments) != _MOMENTS:
-        return None
-    if not all(type(each) in {int, float} for each in moments):
+    if not isinstance(moments, list) or len(moments) != _MOMENTS or {*map(type, moments)} - {int, float}:
         return None
     steps, sequences, micros, _, _, tokens = moments  # the squares exceed 2**53 in time, and are not used
     return DecodeSteps(
@@ -175,17 +159,13 @@ def _sum(counts: Iterable[int | None]) -> int | None:
 
 
 def read_metrics(page: bytes) -> LoadPage:
-    """Read the body of ``GET /metrics``.
-
-    Raises:
-        ReaderError: The bytes are anything else.
-    """
-    lines = needed_lines(page, _NEEDED)
-    if not lines and not _ANY_OF_SGLANG.search(page):
+    """Read the body of ``GET /metrics``, or raise :class:`dp_extproc.engines.pages.ReaderError`."""
+    samples = read_samples(page, _NEEDED)
+    if not samples and not _ANY_OF_SGLANG.search(page):
         raise wrong_shape("/metrics has no sglang: series; is this an SGLang server's page?")
     gauges: dict[int, dict[str, float]] = defaultdict(dict)
     counters: list[Sample] = []
-    for sample in parse_samples(lines):
+    for sample in samples:
         name = sample.name[len("sglang:") :]
         if name == _PROMPT_TOKENS:
             counters.append(sample)
@@ -205,7 +185,7 @@ def _value(name: str, value: float) -> float:
     return signed_count(value, METRICS_PAGE, name) if name == _USED else count(value, METRICS_PAGE, name)
 
 
-def _rank_sample(rank: int, gauges: _Gauges) -> RankSample:
+def _rank_sample(rank: int, gauges: Mapping[str, float]) -> RankSample:
     def total(*names: str) -> int:
         return round(sum(gauges.get(name, 0.0) for name in names))
 

@@ -84,10 +84,10 @@ def _v(text: str) -> Version:
 
 # since, load page, methods obeyed by, fields for ranks, room check, paths, paths of the alias, paths of overrides
 TABLE: Final = (
-    Release(_v("0.0.0"),  _METRICS, Methods.NONE, Fields.NONE,   RoomCheck.NONE,    _NOWHERE, _NOWHERE,  _NOWHERE),
-    Release(_v("0.4.6"),  _METRICS, Methods.NONE, Fields.NONE,   RoomCheck.NONE,    _EARLY,   _NOWHERE,  _NOWHERE),
-    Release(_v("0.4.7"),  _METRICS, Methods.NONE, Fields.NONE,   RoomCheck.NONE,    _EARLY,   _GENERATE, _NOWHERE),
-    Release(_v("0.5.7"),  _METRICS, Methods.NONE, Fields.NONE,   RoomCheck.NONE,    _EARLY,   _EARLY,    _NOWHERE),
+    Release(_v("0.0.0"),  _METRICS, Methods.NONE,   Fields.NONE,   RoomCheck.NONE,    _NOWHERE, _NOWHERE,  _NOWHERE),
+    Release(_v("0.4.6"),  _METRICS, Methods.NONE,   Fields.NONE,   RoomCheck.NONE,    _EARLY,   _NOWHERE,  _NOWHERE),
+    Release(_v("0.4.7"),  _METRICS, Methods.NONE,   Fields.NONE,   RoomCheck.NONE,    _EARLY,   _GENERATE, _NOWHERE),
+    Release(_v("0.5.7"),  _METRICS, Methods.NONE,   Fields.NONE,   RoomCheck.NONE,    _EARLY,   _EARLY,    _NOWHERE),
     Release(_v("0.5.8"),  _LOADS,   Methods.DECODE, Fields.NONE,   RoomCheck.NONE,    _EARLY,   _EARLY,    _NOWHERE),
     Release(_v("0.5.10"), _LOADS,   Methods.ALL,    Fields.ROUTED, RoomCheck.NONE,    _EARLY,   _NOWHERE,  _NOWHERE),
     Release(_v("0.5.11"), _LOADS,   Methods.ALL,    Fields.BOTH,   RoomCheck.REFUSES, _EARLY,   _NOWHERE,  _NOWHERE),

@@ -4,7 +4,7 @@ from typing import Any, Final
 
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from dp_extproc.engines.model import EngineFacts, Mode, PairTerms, Version, parse_version
+from dp_extproc.engines.model import DEFAULT_STEP_TOKENS, EngineFacts, Mode, PairTerms, Version, parse_version
 from dp_extproc.engines.pages import read_json, wrong_shape
 from dp_extproc.engines.quantities import MAX_RANKS, Count, Port, Ranks, SignedCount, impossible
 from dp_extproc.engines.sglang.releases import Methods, release_of
@@ -12,16 +12,11 @@ from dp_extproc.engines.sglang.releases import Methods, release_of
 FACTS_PAGE: Final = "/server_info"
 OLD_FACTS_PAGE: Final = "/get_server_info"
 """The name of the same page before 0.5.6."""
-
 DEFAULT_BOOTSTRAP_PORT: Final = 8998
 """SGLang's default of ``--disaggregation-bootstrap-port``."""
 
-FOLLOW_ROOMS: Final = "follow_bootstrap_room"
+_FOLLOW_ROOMS: Final = "follow_bootstrap_room"
 """The ``--load-balance-method`` that picks the rank ``bootstrap_room mod ranks``."""
-
-DEFAULT_STEP_TOKENS: Final = 8192
-"""SGLang's ``--chunked-prefill-size`` on current GPUs, for a page without it."""
-
 _LARGEST_PAGE: Final = 1 << 20
 """Bound for the tokens of a KV cache page. SGLang's own defaults end at 128."""
 _LONGEST_NAME: Final = 200
@@ -57,11 +52,7 @@ class _State(Struct):
 
 
 def read_server_info(page: bytes) -> EngineFacts:
-    """Read the body of ``GET /server_info``.
-
-    Raises:
-        ReaderError: The bytes are anything else.
-    """
+    """Read the body of ``GET /server_info``, or raise :class:`dp_extproc.engines.pages.ReaderError`."""
     info = read_json(page, _Page, FACTS_PAGE)
     # From 0.5.22 on ``--dp-size 4 --enable-dp-attention`` reads as dp_size 1 and attn_dp_size 4 (parallel_hook.py).
     ranks = info.dp_size * (info.attn_dp_size or 1)
@@ -90,10 +81,7 @@ def read_server_info(page: bytes) -> EngineFacts:
 def follows_rooms(version: Version | None, mode: Mode, method: str | None) -> bool:
     """Return whether an engine picks the rank ``bootstrap_room mod ranks`` (``managers/data_parallel_controller.py``).
 
-    Args:
-        version: None stands for the newest release.
-        mode: Without disaggregation only the method counts.
-        method: ``load_balance_method``; None or ``auto`` is the default of the release.
+    A *method* (``load_balance_method``) of None or ``auto`` is the default of the release.
     """
     methods = release_of(version).methods
     if methods is Methods.NONE:
@@ -102,7 +90,7 @@ def follows_rooms(version: Version | None, mode: Mode, method: str | None) -> bo
         return True
     if method in {None, "auto"}:
         return mode is Mode.PREFILL
-    return method == FOLLOW_ROOMS
+    return method == _FOLLOW_ROOMS
 
 
 def _step_tokens(info: _Page) -> int:

@@ -3,6 +3,8 @@
 vLLM has no page of its launch arguments. Each of its DP ranks has series of its own, with the label ``engine``. With
 ``--data-parallel-hybrid-lb`` the label counts the ranks of all nodes, while requests name a rank of their node
 (``v1/engine/input_processor.py``). So ranks are counted here in the order of the labels.
+
+All readers raise :class:`dp_extproc.engines.pages.ReaderError` on any bytes but those of their page.
 """
 
 import re
@@ -14,7 +16,7 @@ from msgspec import Struct
 from prometheus_client.samples import Sample
 
 from dp_extproc.engines.model import EngineFacts, Kind, LoadPage, Mode, RankSample, parse_version
-from dp_extproc.engines.pages import METRICS_PAGE, needed_lines, parse_samples, rank_of, read_json, wrong_shape
+from dp_extproc.engines.pages import METRICS_PAGE, lines_of, rank_of, read_json, read_samples, wrong_shape
 from dp_extproc.engines.quantities import MAX_RANKS, count, impossible, share
 
 _RUNNING: Final = "num_requests_running"
@@ -26,12 +28,7 @@ _PROMPT_TOKENS: Final = "prompt_tokens_total"
 
 _DIGITS: Final = re.compile(r"[0-9]{1,2000}")
 """Digits of a number, within the 4300 that Python converts; a line has no more than 2048 bytes."""
-
-_NEEDED: Final = re.compile(
-    rb"^vllm[:_](?:%b)[{ \t][^\n]*"
-    % b"|".join(name.encode() for name in (_RUNNING, _WAITING, *_USAGE, _CACHE, _PROMPT_TOKENS)),
-    re.MULTILINE,
-)
+_NEEDED: Final = lines_of("vllm", (_RUNNING, _WAITING, *_USAGE, _CACHE, _PROMPT_TOKENS))
 
 
 class _Version(Struct):
@@ -47,35 +44,18 @@ class _Models(Struct):
 
 
 def read_version(page: bytes) -> str:
-    """Read the body of ``GET /version``.
-
-    Raises:
-        ReaderError: The bytes are anything else.
-    """
+    """Read the body of ``GET /version``."""
     return read_json(page, _Version, "/version", of="vLLM").version
 
 
 def read_models(page: bytes) -> str | None:
-    """Read the name of the first model, the base one, from the body of ``GET /v1/models``.
-
-    Raises:
-        ReaderError: The bytes are anything else.
-    """
+    """Read the name of the first model, the base one, from the body of ``GET /v1/models``."""
     models = read_json(page, _Models, "/v1/models", of="vLLM").data
     return models[0].id if models else None
 
 
 def facts_of(version: str, model: str | None, metrics: bytes) -> EngineFacts:
-    """Put together the facts of an engine.
-
-    Args:
-        version: As on ``/version``.
-        model: The model that it serves.
-        metrics: The body of ``GET /metrics``.
-
-    Raises:
-        ReaderError: The metrics cannot be read.
-    """
+    """Put together the facts of an engine from its reported version, its model and the body of ``GET /metrics``."""
     samples = _samples(metrics)
     caches = [sample for sample in samples if _name(sample) == _CACHE]
     ranks = len({rank_of(sample, "engine") for sample in samples})
@@ -85,11 +65,7 @@ def facts_of(version: str, model: str | None, metrics: bytes) -> EngineFacts:
         version=parse_version(version),
         dp_ranks=ranks,
         mode=Mode.UNIFIED,
-        dp_attention=False,
         served_model=model,
-        bootstrap_port=None,
-        load_balance_method=None,
-        follows_rooms=False,
         metrics_enabled=True,
         prefix_cache=all(sample.labels.get("enable_prefix_caching") != "False" for sample in caches),
         kind=Kind.VLLM,
@@ -97,11 +73,7 @@ def facts_of(version: str, model: str | None, metrics: bytes) -> EngineFacts:
 
 
 def read_vllm_metrics(page: bytes) -> LoadPage:
-    """Read the body of ``GET /metrics``.
-
-    Raises:
-        ReaderError: The bytes are anything else.
-    """
+    """Read the body of ``GET /metrics``."""
     gauges: dict[int, dict[str, float]] = defaultdict(dict)
     capacities: dict[int, int] = {}
     prompt_tokens: list[int] = []
@@ -124,10 +96,10 @@ def read_vllm_metrics(page: bytes) -> LoadPage:
 
 
 def _samples(page: bytes) -> list[Sample]:
-    lines = needed_lines(page, _NEEDED)
-    if not lines:
+    samples = read_samples(page, _NEEDED)
+    if not samples:
         raise wrong_shape("/metrics has no vllm: series; is this a vLLM server's page?")
-    return list(parse_samples(lines))
+    return samples
 
 
 def _name(sample: Sample) -> str:

@@ -1,9 +1,14 @@
 """Lists the endpoints of a configuration. Pure."""
 
+from typing import Final
+
 from dp_extproc.config.envoy import BodyMode
 from dp_extproc.config.pools import RoutingFields
 from dp_extproc.config.schema import Config
 from dp_extproc.engines.model import Endpoint, Role
+
+_ROLES: Final = {"prefill": Role.PREFILL, "decode": Role.DECODE, "workers": Role.WORKER}
+"""Role of the endpoints under each key of a pool."""
 
 
 def endpoints_of(config: Config) -> tuple[Endpoint, ...]:
@@ -14,7 +19,7 @@ def endpoints_of(config: Config) -> tuple[Endpoint, ...]:
             host=each.host,
             port=each.port,
             pool=pool.name,
-            role=role,
+            role=_ROLES[key],
             dp_size=each.dp_size,
             dp_rank=each.dp_rank,
             engine=pool.engine,
@@ -24,11 +29,5 @@ def endpoints_of(config: Config) -> tuple[Endpoint, ...]:
             bootstrap_port=each.bootstrap_port,
         )
         for pool in config.pools
-        for role, section in (
-            (Role.PREFILL, pool.prefill),
-            (Role.DECODE, pool.decode),
-            (Role.WORKER, pool.workers),
-        )
-        if section is not None
-        for each in section.endpoints
+        for key, _, each in pool.endpoints()
     )

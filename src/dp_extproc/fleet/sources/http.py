@@ -20,6 +20,7 @@ engines close connections at the moment of their next use."""
 
 _HINT: Final = "is this an SGLang or vLLM server?"
 _ERROR_BYTES: Final = 65_536
+"""Most bytes that are read of the answer to a POST."""
 
 
 def make_client() -> httpx.AsyncClient:
@@ -104,10 +105,8 @@ class EngineClient:
 
     async def _look_up(self) -> str:
         host = self.endpoint.host
-        try:
+        with suppress(ValueError):
             return in_url(str(ipaddress.ip_address(host)))
-        except ValueError:
-            pass
         try:
             async with asyncio.timeout(self._settings.timeout * FACTS_PATIENCE):
                 found = await asyncio.get_running_loop().getaddrinfo(host, self.endpoint.port, type=socket.SOCK_STREAM)

@@ -38,6 +38,7 @@ class EnginePoller:
         self._facts_failure: EngineFailure | None = None
         self._facts_due = _NOW
         self._was_gone = False
+        """Whether nothing listened there at some time since ``x-override-*`` headers were probed last with a result."""
 
     @property
     def source(self) -> LoadSource:
@@ -45,11 +46,7 @@ class EnginePoller:
         return self._load.source
 
     async def round(self) -> EngineFailure | None:
-        """Read the engine once.
-
-        Returns:
-            The failure of the round, if there is one; the listener got it, too.
-        """
+        """Read the engine once. Returns the failure of the round, if there is one; the listener got it, too."""
         if self._clock() >= self._facts_due:
             self._facts_failure = await self._discover()
         failure = self._facts_failure
@@ -67,7 +64,8 @@ class EnginePoller:
         return failure
 
     async def _discover(self) -> EngineFailure | None:
-        was_away, self._facts_due = self._facts_due == _NOW, self._clock() + FACTS_EVERY
+        may_be_another = self._facts_due == _NOW  # it was away, or it was never read
+        self._facts_due = self._clock() + FACTS_EVERY
         failure = None
         try:
             await self._engine.resolve()
@@ -80,7 +78,7 @@ class EnginePoller:
                 return failure
             facts = assumed
         facts = as_single_rank(facts, self._endpoint)
-        if was_away or facts != self._facts:
+        if may_be_another or facts != self._facts:
             self._load = LoadState(self._source)
         self._facts = facts
         self._listener.discovered(self._endpoint, self._engine.address, facts, self._clock())
@@ -101,8 +99,7 @@ class EnginePoller:
     async def _sample(self, facts: EngineFacts) -> EngineFailure | None:
         started = self._clock()
         try:
-            adapter = adapter_of(facts.kind)
-            page = await adapter.load(self._engine, self._endpoint, facts, self._load, started)
+            page = await adapter_of(facts.kind).load(self._engine, self._endpoint, facts, self._load, started)
         except ReaderError as error:
             self._was_gone = self._was_gone or error.kind in GONE
             return EngineFailure(error.kind, str(error))
