@@ -1,7 +1,8 @@
 """Names and value formats that the service, the Envoy configuration and the engines share.
 
-Every attempt arrives from the front door as if it were the first, possibly at another process of the service. The
-header :data:`AVOID` lists what has failed before: endpoints of an attempt joined by commas, attempts by semicolons.
+A repeated request arrives from the front door, Envoy's listener for clients, like a new one, and possibly at another
+process of the service. So its header :data:`AVOID` lists what has failed before: attempts, separated by semicolons, and
+for each the prefill endpoint (of a disaggregated pool), the decode endpoint and maybe :data:`CUT`, separated by commas.
 """
 
 from typing import Final
@@ -25,7 +26,7 @@ OVERRIDE_RANK: Final = "x-override-routed-dp-rank"
 OWNER: Final = "x-dp-owner"
 """``IP:port`` of the process of the service that scheduled the request and has its reservations."""
 LEG: Final = "x-dp-leg"
-"""Token of one attempt, by which the ext_proc stream of the prefill leg finds that attempt."""
+"""Unguessable token of one attempt, by which the ext_proc stream of the prefill leg finds that attempt."""
 WATCH: Final = "x-dp-watch"
 """Present if Envoy is to send the first event of the response to the service."""
 RETRY: Final = "x-dp-retry"
@@ -74,9 +75,15 @@ META_PREFILL_HOST: Final = "prefill_host"
 META_PREFILL_RANK: Final = "prefill_rank"
 META_DECODE_HOST: Final = "decode_host"
 META_DECODE_RANK: Final = "decode_rank"
+META_REASON: Final = "reason"
+"""Metadata of refusals only. With it, Envoy keeps the body that the service gave to the local reply."""
+REASON_HEADER: Final = "x-dp-extproc-reason"
+"""Response header of a refusal: its reason, the same text as in the body."""
+
 STAGE: Final = "x-dp-stage"
 """Initial metadata of an ext_proc stream: which stream of its attempt it is."""
 FIRST_EVENT: Final = "first-event"
+"""The stage of the stream of the first event, which :data:`WATCH` requests."""
 
 SET_INSIDE: Final = (
     DECODE_HOST, PREFILL_HOST, PREFILL_PREFIX, PREFIX_LENGTH, PREFILL_RID, PREFILL_RANK, OWNER, LEG, WATCH, RETRY,
@@ -84,15 +91,10 @@ SET_INSIDE: Final = (
 )  # fmt: skip
 """Headers of this project that must be absent before scheduling: all but :data:`SESSION`, which the front door sets."""
 
-META_REASON: Final = "reason"
-"""Metadata of refusals only. With it, Envoy keeps the body that the service gave to the local reply."""
-REASON_HEADER: Final = "x-dp-extproc-reason"
-"""Response header of a refusal: its reason, the same text as in the body."""
-
 CUT: Final = "cut"
-"""Third item of an attempt that Envoy repeated by itself, as the engine was lost after its response headers."""
+"""Third item of an attempt that Envoy repeated by itself, because it lost the connection to the decode endpoint."""
 _MAX_ATTEMPTS: Final = 16
-"""Most attempts that are read from a header. It exceeds what may be configured, and bounds parsing of longer ones."""
+"""Bounds the attempts that are read from a header. More cannot be configured."""
 
 
 def read_failed(header: str | None) -> tuple[frozenset[str], ...]:
@@ -103,7 +105,7 @@ def read_failed(header: str | None) -> tuple[frozenset[str], ...]:
 
 
 def read_cut(header: str | None) -> str | None:
-    """Return the endpoint that the last attempt lost, if Envoy repeated it by itself and no failure was counted yet."""
+    """Return the decode endpoint of the last attempt if Envoy repeated it by itself, so that its failure can count."""
     endpoints = (header or "").rpartition(";")[2].split(",")
     return endpoints[1] if len(endpoints) > 2 and endpoints[2] == CUT else None
 

@@ -7,7 +7,7 @@ from dp_extproc.engines.model import Role
 from dp_extproc.engines.sglang.capabilities import capabilities
 from dp_extproc.load.endpoint import DEFAULT_COSTS, EndpointLoad
 from dp_extproc.load.health import Health
-from dp_extproc.scheduling.filters import allows, avoid, choose, healthy, read_subset
+from dp_extproc.scheduling.filters import allows, avoid, healthy, preferred, read_subset
 from fleet_fixtures import make_endpoint, make_facts
 
 SETTINGS = OutlierDetectionSettings.model_validate(
@@ -87,7 +87,7 @@ def test_retry_prefers_an_ejected_endpoint_to_one_that_has_failed(
         if endpoint.address in ejected:
             eject(endpoint.health, 0.0)
     assert (
-        "".join(endpoint.address for endpoint in choose(endpoints, [frozenset(each) for each in failed], 0.5)[1])
+        "".join(endpoint.address for endpoint in preferred(endpoints, [frozenset(each) for each in failed], 0.5)[1])
         == expected
     )
 

@@ -23,7 +23,7 @@ from dp_extproc.request.body import InferenceRequest, read_body
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.decision import Decision, RequestContext, SchedulingResult
-from dp_extproc.scheduling.filters import EndpointFilter, choose
+from dp_extproc.scheduling.filters import EndpointFilter, preferred
 from dp_extproc.scheduling.pairing import best_pairing
 from fleet_fixtures import Fleet, make_endpoint, make_facts
 
@@ -291,11 +291,11 @@ def test_decode_endpoints_of_a_match_are_walked_as_one_list(monkeypatch: pytest.
     """All prefill endpoints of a match share it, so the number of walks follows from the matches alone."""
     fleet = in_large_pool()
 
-    def choose_walked(*args: Any) -> tuple[int, Walked]:
-        level, chosen = choose(*args)
+    def prefer_walked(*args: Any) -> tuple[int, Walked]:
+        level, chosen = preferred(*args)
         return level, Walked(chosen)
 
-    monkeypatch.setattr("dp_extproc.scheduling.pairing.choose", choose_walked)
+    monkeypatch.setattr("dp_extproc.scheduling.pairing.preferred", prefer_walked)
     Walked.walks = 0
     pairing = best_pairing(fleet.load, "*", read_ids(1), RequestContext(), fleet.clock())
 

@@ -25,6 +25,10 @@ class EngineAdapter(Protocol):
     def facts_page(self) -> str:
         """The page that shows the number of DP ranks, for messages."""
 
+    @property
+    def header_apis(self) -> frozenset[Api]:
+        """The paths on which some release reads all routing fields from headers."""
+
     async def facts(self, http: EngineHttp, endpoint: Endpoint) -> EngineFacts:
         """Read what an engine is, or raise ``ReaderError``."""
 

@@ -15,9 +15,14 @@ from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.request.shapes import LARGEST_ID, SHAPES, Body, Generate
 from dp_extproc.request.token_ids import LOGPROBS_OF_IDS, find_invalid_ids
 
+ROUTED_RANK_KEY: Final = "routed_dp_rank"
+PREFILL_RANK_KEY: Final = "disagg_prefill_dp_rank"
+OLD_RANK_KEY: Final = "data_parallel_rank"
+"""The former key of the routed rank, deprecated in SGLang from 0.5.10 on."""
 LOGPROBS: Final = "return_logprob"
 LOGPROBS_START: Final = "logprob_start_len"
 _NO_PROMPT: Final = frozenset({b"null", b"-1"})
+"""Values of :data:`LOGPROBS_START` that leave out the prompt."""
 _OFF: Final = frozenset({b"null", b"false"})
 
 MAX_BATCH: Final = 4096
@@ -32,9 +37,18 @@ Every object, list and string takes a hundred bytes of memory, and time in which
 nothing else is refused.
 """
 
-ROUTED_RANK: Final = "routed_dp_rank"
-PREFILL_RANK: Final = "disagg_prefill_dp_rank"
-OLD_RANK: Final = "data_parallel_rank"
+_UNKNOWN_BYTES: Final = 4096
+"""The bytes that a body of unknown length counts as: about a thousand tokens, an ordinary prompt."""
+_EMPTY: Final = JsonObject(b"{}")
+_TOO_DEEP: Final = Rejection(400, Reason.INVALID_JSON, "the request body is nested too deeply")
+
+_integer: Final[msgspec.json.Decoder[int | None]] = msgspec.json.Decoder(int | None)
+_decoders: Final = {api: [msgspec.json.Decoder(shape) for shape in shapes] for api, shapes in SHAPES.items()}
+
+_PLACE: Final = re.compile(r" - at `\$\.?(?P<param>\w*)[^`]*`$")
+"""The end of a message of msgspec, with the place of the wrong type."""
+_OUT_OF_RANGE: Final = re.compile(r"Expected `int` [<>]= .* - at `\$\.(?P<place>[^`]*)`$")
+"""The message of msgspec for a number that is out of range; only token ids have a range."""
 
 
 class InferenceRequest(msgspec.Struct, frozen=True):
@@ -48,9 +62,9 @@ class InferenceRequest(msgspec.Struct, frozen=True):
     prompt: Prompt
     samples: int
     """The answers to each prompt (``n``); the most of any prompt of a batch."""
-    routed_rank_pin: int | None
+    routed_rank_pin: int | None = None
     """The rank of the endpoint that answers the client, if the client asked for one."""
-    prefill_rank_pin: int | None
+    prefill_rank_pin: int | None = None
     """The rank of the prefill endpoint, if the client asked for one."""
     priority: int = 0
     """Requests of greater priority are served first."""
@@ -70,27 +84,8 @@ class InferenceRequest(msgspec.Struct, frozen=True):
         return self.wants_logprobs and (start not in _NO_PROMPT or ids != b"null")
 
 
-UNKNOWN_BYTES: Final = 4096
-"""The bytes that a body of unknown length counts as: about a thousand tokens, an ordinary prompt."""
-
-_EMPTY: Final = JsonObject(b"{}")
-
-_integer: Final[msgspec.json.Decoder[int | None]] = msgspec.json.Decoder(int | None)
-_decoders: Final = {api: [msgspec.json.Decoder(shape) for shape in shapes] for api, shapes in SHAPES.items()}
-
-_AT: Final = re.compile(r" - at `\$\.?(?P<param>\w*)[^`]*`$")
-"""The end of a message of msgspec, with the place of the wrong type."""
-_OUT_OF_RANGE: Final = re.compile(r"Expected `int` [<>]= .* - at `\$\.(?P<place>[^`]*)`$")
-"""The message of msgspec for a number that is out of range; only token ids have a range."""
-
-
 def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
-    """Read a request body.
-
-    Args:
-        api: The API that the path names, and by which the prompt is found.
-        text: The whole body.
-    """
+    """Read a whole request body, of the API that the path names."""
     body = _read_object(text)
     if isinstance(body, Rejection):
         return body
@@ -110,14 +105,11 @@ def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
     if invalid is not None:
         return _invalid_ids(invalid, invalid)
     if prompt.batch is not None and prompt.batch > MAX_BATCH:
-        message = f"a batch of {prompt.batch} prompts is too large; send at most {MAX_BATCH} in one request"
-        return Rejection(400, Reason.UNSUPPORTED_VALUE, message)
+        return _unsupported(f"a batch of {prompt.batch} prompts is too large; send at most {MAX_BATCH} in one request")
     counts = _sample_counts(fields)
-    most = max(counts)
-    if most > MAX_SAMPLES or min(counts) < 0:
-        wrong = next(each for each in counts if not 0 <= each <= MAX_SAMPLES)
-        message = f"n={str(wrong)[:20]} is not valid; ask for 1 to {MAX_SAMPLES} answers"
-        return Rejection(400, Reason.UNSUPPORTED_VALUE, message, param="n")
+    for count in counts:
+        if not 0 <= count <= MAX_SAMPLES:
+            return _unsupported(f"n={str(count)[:20]} is not valid; ask for 1 to {MAX_SAMPLES} answers", "n")
     values = body.values
     return InferenceRequest(
         api=api,
@@ -125,50 +117,37 @@ def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
         model=fields.model,
         stream=bool(fields.stream),
         prompt=prompt,
-        samples=most or 1,
-        routed_rank_pin=_pin(values, ROUTED_RANK if ROUTED_RANK in values else OLD_RANK),
-        prefill_rank_pin=_pin(values, PREFILL_RANK),
+        samples=max(counts) or 1,
+        routed_rank_pin=_pin(values, ROUTED_RANK_KEY if ROUTED_RANK_KEY in values else OLD_RANK_KEY),
+        prefill_rank_pin=_pin(values, PREFILL_RANK_KEY),
         priority=fields.priority or 0,
     )
 
 
 def unread_request(api: Api, length: int | None) -> InferenceRequest:
-    """Estimate a request by its headers, as its body does not pass through the service.
+    """Estimate a request whose body does not pass through the service.
 
-    Args:
-        api: The API that the path names.
-        length: The bytes of the body, by its ``content-length``, which all count as prompt; None if it is unknown.
+    Its length in bytes, by ``content-length`` if that is known, counts as prompt.
     """
-    return InferenceRequest(
-        api=api,
-        body=_EMPTY,
-        model=None,
-        stream=None,
-        prompt=Prompt(UNKNOWN_BYTES if length is None else length, 0, None),
-        samples=1,
-        routed_rank_pin=None,
-        prefill_rank_pin=None,
-        is_read=False,
-    )
+    prompt = Prompt(_UNKNOWN_BYTES if length is None else length, 0, None)
+    return InferenceRequest(api=api, body=_EMPTY, model=None, stream=None, prompt=prompt, samples=1, is_read=False)
 
 
 def refuse_disaggregated(request: InferenceRequest, *, sees_answer: bool = True) -> Rejection | None:
     """Refuse what cannot be done when prefill and decode run on different engines, with the way around it.
 
-    Args:
-        request: The request.
-        sees_answer: Whether the body of its response can be changed.
+    *sees_answer* is whether the body of the response passes through the service, and can be changed.
     """
     if request.samples > 1:
         # Every version clones one bootstrap room for all samples (tokenizer_manager.py): hangs or wrong answers.
         message = f"n={request.samples} does not work with prefill/decode disaggregation; send separate requests"
-        return Rejection(400, Reason.UNSUPPORTED_VALUE, message, param="n")
+        return _unsupported(message, "n")
     if request.wants_prompt_logprobs and not sees_answer:
         message = (
             "log probabilities of the prompt cannot be put into the answer while Envoy sends bodies in duplex mode; "
             "leave out logprob_start_len and token_ids_logprob, or have Envoy configured with body_mode: buffered"
         )
-        return Rejection(400, Reason.UNSUPPORTED_VALUE, message, param=LOGPROBS)
+        return _unsupported(message, LOGPROBS)
     if request.api is Api.RESPONSES:
         values = request.body.values
         for param, remedy in (
@@ -176,27 +155,20 @@ def refuse_disaggregated(request: InferenceRequest, *, sees_answer: bool = True)
             ("background", "leave it out or send false"),  # prefill would answer before it has run
         ):
             if param in values and bytes(values[param]) not in _OFF:
-                message = f"{param} does not work with prefill/decode disaggregation; {remedy}"
-                return Rejection(400, Reason.UNSUPPORTED_VALUE, message, param=param)
+                return _unsupported(f"{param} does not work with prefill/decode disaggregation; {remedy}", param)
     return None
 
 
-_TOO_DEEP: Final = Rejection(400, Reason.INVALID_JSON, "the request body is nested too deeply")
-_TOO_MANY_MEMBERS: Final = Rejection(
-    400, Reason.UNSUPPORTED_VALUE, f"the request body has more than {MOST_MEMBERS} members; send those that are known"
-)
-_TOO_MANY_MARKS: Final = Rejection(
-    400,
-    Reason.UNSUPPORTED_VALUE,
-    f"the request body has more than {MOST_MARKS} braces, brackets and quotes; send fewer objects, lists and strings",
-)
+def _unsupported(message: str, param: str | None = None) -> Rejection:
+    return Rejection(400, Reason.UNSUPPORTED_VALUE, message, param)
 
 
 def _read_object(text: bytes) -> JsonObject | Rejection:
     if not text or text.isspace():
         return Rejection(400, Reason.EMPTY_BODY, "the request body is empty; send a JSON object")
     if len(text) > MOST_MARKS and sum(map(text.count, (b"{", b"[", b'"'))) > MOST_MARKS:
-        return _TOO_MANY_MARKS
+        most = f"the request body has more than {MOST_MARKS} braces, brackets and quotes"
+        return _unsupported(f"{most}; send fewer objects, lists and strings")
     try:
         return JsonObject(text)
     except msgspec.ValidationError:
@@ -208,7 +180,7 @@ def _read_object(text: bytes) -> JsonObject | Rejection:
     except RecursionError:
         return _TOO_DEEP
     except TooManyMembersError:
-        return _TOO_MANY_MEMBERS
+        return _unsupported(f"the request body has more than {MOST_MEMBERS} members; send those that are known")
 
 
 def _decode(api: Api, text: bytes) -> Body:
@@ -223,17 +195,16 @@ def _decode(api: Api, text: bytes) -> Body:
 
 
 def _invalid_ids(place: str, param: str) -> Rejection:
-    message = f"{place} is not valid: token ids are whole numbers from 0 to {LARGEST_ID}"
-    return Rejection(400, Reason.UNSUPPORTED_VALUE, message, param=param)
+    return _unsupported(f"{place} is not valid: token ids are whole numbers from 0 to {LARGEST_ID}", param)
 
 
 def _wrong_type(problem: str) -> Rejection:
     if (outside := _OUT_OF_RANGE.match(problem)) is not None:
         place = outside["place"]
         return _invalid_ids(place, place.partition("[")[0])
-    found = _AT.search(problem)
+    found = _PLACE.search(problem)
     param = found["param"] if found else ""
-    wanted = _AT.sub("", problem)
+    wanted = _PLACE.sub("", problem)
     message = f"{param} has a wrong type: {wanted[:1].lower()}{wanted[1:]}"
     return Rejection(400, Reason.WRONG_TYPE, message, param=param or None)
 
@@ -241,9 +212,7 @@ def _wrong_type(problem: str) -> Rejection:
 def _sample_counts(fields: Body) -> list[int]:
     """Return the number of answers of each prompt that has one. SGLang reads 0 as 1."""
     if isinstance(fields, Generate):
-        sampling = fields.sampling_params or []
-        several = sampling if isinstance(sampling, list) else [sampling]
-        return [1, *(each.n for each in several if each.n is not None)]
+        return [1, *(each.n for each in fields.samplings if each.n is not None)]
     return [1 if fields.n is None else fields.n]
 
 

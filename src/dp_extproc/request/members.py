@@ -16,7 +16,6 @@ _KEY: Final = _WHITESPACE + rb'"[^"\\]*(?:\\.[^"\\]*)*"' + _WHITESPACE + rb":" +
 _TO_VALUE: Final = re.compile(_WHITESPACE + rb"([{,}])(?:" + _KEY + rb")?")
 """Matches from the start, or the end of a value, to the start of the next value, or to behind the object."""
 
-
 MOST_MEMBERS: Final = 4096
 """Bounds the members of one object. Requests have a few dozen; each member costs hundreds of bytes of memory."""
 

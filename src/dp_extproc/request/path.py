@@ -31,13 +31,8 @@ class Lookup(Enum):
 INFERENCE: Final = {api.value: api for api in Api}
 
 LOOKUPS: Final = {
-    "/health": Lookup.ENGINE,
-    "/health_generate": Lookup.ENGINE,
-    "/ready": Lookup.ENGINE,
-    "/model_info": Lookup.ENGINE,
-    "/get_model_info": Lookup.ENGINE,
-    "/server_info": Lookup.ENGINE,
-    "/get_server_info": Lookup.ENGINE,
+    **dict.fromkeys(("/health", "/health_generate", "/ready"), Lookup.ENGINE),
+    **dict.fromkeys(("/model_info", "/get_model_info", "/server_info", "/get_server_info"), Lookup.ENGINE),
     "/v1/models": Lookup.MODELS,
 }
 

@@ -1,4 +1,4 @@
-"""The size of a prompt, in every form that the APIs take: exact token counts, and bytes of text to be estimated.
+"""Measures the size of a prompt, in every form that the APIs take: in tokens if it can, else in bytes of text.
 
 Texts are counted in UTF-8 bytes, which vary far less per token between languages than characters or words do.
 Byte-pair tokenizers make a token of 4 to 4.5 bytes of English, 3 to 4.5 of Chinese or Japanese, and 3 to 4 of code.

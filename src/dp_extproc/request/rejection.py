@@ -1,4 +1,4 @@
-"""Expected refusals as values: a status, a reason for machines, and a message with what to do."""
+"""The refusal of a request as a value: a status, a reason for machines, and a message with what to do."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -42,8 +42,6 @@ class Reason(StrEnum):
 TRY_AGAIN: Final = (("retry-after", "1"),)
 """Response headers of a refusal that a later try may avoid."""
 
-_KINDS: Final = {429: "rate_limit_error"}
-
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
@@ -59,6 +57,7 @@ class Rejection:
 
     def body(self) -> bytes:
         """Return the body in the shape of errors of OpenAI, which client libraries turn into their exceptions."""
-        kind = _KINDS.get(self.status) or ("invalid_request_error" if self.status < 500 else "server_error")
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.reason.value}
         return msgspec.json.encode({"error": error})

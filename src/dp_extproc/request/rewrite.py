@@ -11,28 +11,30 @@ replaced on the prefill leg:
   SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES), and then before the body.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
 
 from dp_extproc import contract
-from dp_extproc.request.body import OLD_RANK, PREFILL_RANK, ROUTED_RANK
+from dp_extproc.request.body import OLD_RANK_KEY, PREFILL_RANK_KEY, ROUTED_RANK_KEY
 from dp_extproc.request.members import JsonObject
 
 BOOTSTRAP_HOST: Final = "bootstrap_host"
 BOOTSTRAP_PORT: Final = "bootstrap_port"
 BOOTSTRAP_ROOM: Final = "bootstrap_room"
 
-ROUTING_KEYS: Final = frozenset({ROUTED_RANK, PREFILL_RANK, OLD_RANK, BOOTSTRAP_HOST, BOOTSTRAP_PORT, BOOTSTRAP_ROOM})
+ROUTING_KEYS: Final = frozenset(
+    {ROUTED_RANK_KEY, PREFILL_RANK_KEY, OLD_RANK_KEY, BOOTSTRAP_HOST, BOOTSTRAP_PORT, BOOTSTRAP_ROOM}
+)
 """Members that are never passed on from a client."""
 
 STREAM_KEYS: Final = ("stream", "stream_options")
 """Members that only the decode leg has. The prefill leg does not stream, so that its status is its result."""
 
 LEG_KEYS: Final = ROUTING_KEYS | {"rid", *STREAM_KEYS}
-
+"""Members that are written anew for each leg."""
 
 Headers = tuple[tuple[str, bytes], ...]
 
@@ -74,22 +76,15 @@ def rewrite_disaggregated(
 ) -> LegBodies:
     """Write the routing fields of a disaggregated request into the bodies of its legs.
 
-    Args:
-        body: The body of the client.
-        batch: The number of its prompts; None for a scalar prompt. A list of prompts needs a list of request ids, as
-            older releases refuse a single one.
-        bootstrap: The routing fields that both legs share.
-        prefill: The routing fields of the prefill leg.
-        decode: The routing fields of the decode leg.
+    *batch* is the number of prompts in a list, None for a scalar prompt. A list of prompts needs a list of request ids,
+    as older releases refuse a single one.
     """
     values = body.values
     streaming = b"".join(_members({key: values[key]}) + b"," for key in STREAM_KEYS if key in values)
     decode_preamble = b"{" + _leg(decode, batch) + streaming
     prefill_preamble = b"{" + _leg(prefill, batch) + b'"stream":false,'
     shared = _members({
-        BOOTSTRAP_HOST: bootstrap.host,
-        BOOTSTRAP_PORT: bootstrap.port,
-        BOOTSTRAP_ROOM: bootstrap.rooms,
+        BOOTSTRAP_HOST: bootstrap.host, BOOTSTRAP_PORT: bootstrap.port, BOOTSTRAP_ROOM: bootstrap.rooms,
     })  # fmt: skip
     comma = b"" if body.is_empty_without(LEG_KEYS) else b","
     text = b"".join([decode_preamble, shared, comma, *body.without(LEG_KEYS)])
@@ -97,12 +92,9 @@ def rewrite_disaggregated(
 
 
 def rewrite_aggregated(body: JsonObject, rank_key: str | None, rank: int | None) -> bytes:
-    """Write the rank of an aggregated endpoint into the body of a request.
+    """Write the rank of an aggregated endpoint into the body of a request, under the key of the engine's release.
 
-    Args:
-        body: The body of the client.
-        rank_key: The name of the rank in the engine's release; None if it takes none.
-        rank: The rank; None leaves it to the engine.
+    Without a key or a rank, the engine picks the rank.
     """
     fields = b"" if rank is None or rank_key is None else _members({rank_key: rank})
     comma = b"," if fields and not body.is_empty_without(ROUTING_KEYS) else b""
@@ -112,34 +104,27 @@ def rewrite_aggregated(body: JsonObject, rank_key: str | None, rank: int | None)
 def override_headers(bootstrap: Bootstrap, prefill: LegFields, decode: LegFields) -> Headers:
     """Write the routing fields of a disaggregated request as headers that engines obey before the body.
 
-    Args:
-        bootstrap: The routing fields that both legs share, with a single bootstrap room: headers have no lists.
-        prefill: The routing fields of the prefill leg.
-        decode: The routing fields of the decode leg, with the same prefill rank.
+    There must be a single bootstrap room, as headers have no lists. Both legs name the same prefill rank, if any.
     """
-    return tuple(_headers(bootstrap, prefill, decode))
-
-
-def _headers(bootstrap: Bootstrap, prefill: LegFields, decode: LegFields) -> Iterator[tuple[str, bytes]]:
-    yield f"{contract.OVERRIDE_PREFIX}bootstrap-host", bootstrap.host.encode()
-    yield f"{contract.OVERRIDE_PREFIX}bootstrap-port", b"%d" % bootstrap.port
-    yield f"{contract.OVERRIDE_PREFIX}bootstrap-room", str(bootstrap.rooms).encode()
-    yield contract.OVERRIDE_RID, decode.request_id.encode()
-    if decode.routed_rank is not None:
-        yield contract.OVERRIDE_RANK, b"%d" % decode.routed_rank
-    if decode.prefill_rank is not None:
-        yield f"{contract.OVERRIDE_PREFIX}disagg-prefill-dp-rank", b"%d" % decode.prefill_rank
-    yield contract.PREFILL_RID, prefill.request_id.encode()
-    if prefill.routed_rank is not None:
-        yield contract.PREFILL_RANK, b"%d" % prefill.routed_rank
+    fields = (
+        (f"{contract.OVERRIDE_PREFIX}bootstrap-host", bootstrap.host),
+        (f"{contract.OVERRIDE_PREFIX}bootstrap-port", bootstrap.port),
+        (f"{contract.OVERRIDE_PREFIX}bootstrap-room", bootstrap.rooms),
+        (contract.OVERRIDE_RID, decode.request_id),
+        (contract.OVERRIDE_RANK, decode.routed_rank),
+        (f"{contract.OVERRIDE_PREFIX}disagg-prefill-dp-rank", decode.prefill_rank),
+        (contract.PREFILL_RID, prefill.request_id),
+        (contract.PREFILL_RANK, prefill.routed_rank),
+    )
+    return tuple((name, str(value).encode()) for name, value in fields if value is not None)
 
 
 def _leg(fields: LegFields, batch: int | None) -> bytes:
     text = ""
     if fields.routed_rank is not None:
-        text += f'"{ROUTED_RANK}":{fields.routed_rank},'
+        text += f'"{ROUTED_RANK_KEY}":{fields.routed_rank},'
     if fields.prefill_rank is not None:
-        text += f'"{PREFILL_RANK}":{fields.prefill_rank},'
+        text += f'"{PREFILL_RANK_KEY}":{fields.prefill_rank},'
     if batch is None:
         return f'{text}"rid":"{fields.request_id}",'.encode()
     # Schedulers abort by prefix of the id: "-7" must not be a prefix of "-71", hence the closing dot.

@@ -1,4 +1,4 @@
-"""The shapes of the bodies of the five APIs. Members that are not listed here are skipped unread.
+"""The shapes of the bodies of the five APIs (see :data:`SHAPES`). Members that are not listed here are skipped unread.
 
 Every field may be null, as client libraries send nulls for what was not set. Some fields are listed only so that a
 wrong type is refused before any engine reads it.
@@ -34,7 +34,7 @@ class Message(Struct):
 
 
 Unknown = dict[str, Any]
-"""A message whose content has an unknown form, which the engine has to judge."""
+"""A message whose content has an unknown form, which the engine has to judge; see the classes named after it."""
 
 LARGEST_ID: Final = 2**31 - 1
 """The largest valid token id; no vocabulary is so large."""
@@ -56,31 +56,29 @@ class Body(Struct):
 
 
 class SamplingParams(Struct):
-    """The sampling parameters of /generate."""
-
     n: int | None = None
     max_new_tokens: int | None = None
     stop_token_ids: Raw = NO_VALUE
 
 
 class Generate(Body):
-    """The body of /generate."""
-
     text: TextsOrIds | None = None
     input_ids: list[TokenId | list[TokenId]] | None = None
     input_embeds: list[Raw] | None = None
     sampling_params: SamplingParams | list[SamplingParams] | None = None
 
+    @property
+    def samplings(self) -> list[SamplingParams]:
+        """The sampling parameters of all prompts, or those of each prompt of a batch."""
+        given = self.sampling_params or []
+        return given if isinstance(given, list) else [given]
+
 
 class Completions(Body):
-    """The body of /v1/completions."""
-
     prompt: TextsOrIds | None = None
 
 
 class Chat(Body):
-    """The body of /v1/chat/completions."""
-
     messages: list[Message] | None = None
     max_completion_tokens: int | None = None
     input_ids: list[TokenId] | None = None
@@ -89,28 +87,20 @@ class Chat(Body):
 
 
 class ChatUnknown(Chat):
-    """The body of /v1/chat/completions with messages of any form."""
-
     messages: list[Unknown] | None = None  # type: ignore[assignment]
 
 
 class Messages(Body):
-    """The body of /v1/messages."""
-
     system: str | list[Part] | None = None
     messages: list[Message] | None = None
     tools: Raw = NO_VALUE
 
 
 class MessagesUnknown(Messages):
-    """The body of /v1/messages with messages of any form."""
-
     messages: list[Unknown] | None = None  # type: ignore[assignment]
 
 
 class Responses(Body):
-    """The body of /v1/responses."""
-
     input: str | list[Message] | None = None
     instructions: str | None = None
     max_output_tokens: int | None = None
@@ -118,8 +108,6 @@ class Responses(Body):
 
 
 class ResponsesUnknown(Responses):
-    """The body of /v1/responses with input items of any form."""
-
     input: str | list[Unknown] | None = None  # type: ignore[assignment]
 
 

@@ -24,20 +24,16 @@ from dp_extproc.request.shapes import LARGEST_ID, Body, Generate, TokenId
 STOP_IDS: Final = "stop_token_ids"
 LOGPROBS_OF_IDS: Final = "token_ids_logprob"
 
-_FIELDS: Final = {
-    Api.GENERATE: (LOGPROBS_OF_IDS,),
-    Api.COMPLETIONS: (STOP_IDS,),
-    Api.CHAT: (STOP_IDS,),
-}
+_FIELD: Final = {Api.GENERATE: LOGPROBS_OF_IDS, Api.COMPLETIONS: STOP_IDS, Api.CHAT: STOP_IDS}
+"""The member of the body that has token ids. ``/generate`` also has stop ids, among its sampling parameters."""
 _SUSPECT: Final = re.compile(rb"[-eE_\\]|[0-9]{10}")
 """A sign, an exponent, or as many digits as the largest id has; or an escape in a text that may hide one of these."""
 _NUMBER_IN_TEXT: Final = r"^\s*\+?[0-9]{1,9}(\.0*)?\s*$"
 
 _Lax = TokenId | Annotated[float, Meta(ge=0, le=LARGEST_ID)] | Annotated[str, Meta(pattern=_NUMBER_IN_TEXT)] | None
-_lists: Final[msgspec.json.Decoder[_Lax | list[_Lax | list[_Lax]]]] = msgspec.json.Decoder(
-    _Lax | list[_Lax | list[_Lax]]
-)
+_Ids = _Lax | list[_Lax | list[_Lax]]
 """Ids in every form that some release takes, also as a list for each prompt of a batch."""
+_ids: Final[msgspec.json.Decoder[_Ids]] = msgspec.json.Decoder(_Ids)
 
 
 def find_invalid_ids(fields: Body, api: Api, values: dict[str, Raw]) -> str | None:
@@ -47,14 +43,11 @@ def find_invalid_ids(fields: Body, api: Api, values: dict[str, Raw]) -> str | No
         msgspec.DecodeError: A value is no JSON.
         RecursionError: It is nested too deeply.
     """
-    for name in _FIELDS.get(api, ()):
-        if name in values and _has_invalid_id(values[name]):
-            return name
-    if isinstance(fields, Generate) and fields.sampling_params:
-        parameters = fields.sampling_params
-        several = parameters if isinstance(parameters, list) else [parameters]
-        if any(_has_invalid_id(each.stop_token_ids) for each in several):
-            return STOP_IDS
+    name = _FIELD.get(api)
+    if name is not None and name in values and _has_invalid_id(values[name]):
+        return name
+    if isinstance(fields, Generate) and any(_has_invalid_id(each.stop_token_ids) for each in fields.samplings):
+        return STOP_IDS
     return None
 
 
@@ -62,7 +55,7 @@ def _has_invalid_id(raw: Raw) -> bool:
     if _SUSPECT.search(memoryview(raw)) is None:
         return False
     try:
-        _lists.decode(raw)
+        _ids.decode(raw)
     except msgspec.ValidationError:
         return True
     return False

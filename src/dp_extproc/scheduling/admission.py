@@ -1,11 +1,12 @@
-"""What a rank may have in flight, whether a prompt can ever fit, and the queue of requests that wait for room.
+"""Room for a request: what a rank may have in flight, what its KV cache can hold, and the queue that waits for room.
 
 With prefill/decode disaggregation SGLang itself refuses nothing, however long its queues are. So this is the only
 admission control there is.
 """
 
+import math
 from bisect import insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import count
 
 from dp_extproc.config.reliability import AdmissionSettings, QueueSettings
@@ -14,7 +15,7 @@ from dp_extproc.load.records import RequestCost
 from dp_extproc.load.step_group import RankLoad
 from dp_extproc.request.prompt import Prompt
 
-_CERTAIN = 4
+_LARGEST_ERROR = 4
 """Bounds the error of an estimate: no text has fewer tokens than the estimate divided by this. A smaller value would
 refuse prompts that fit; a greater one would let prompts wait that never fit."""
 
@@ -58,40 +59,33 @@ class Admission:
         return settings.max_request_ratio is None or not running or requests <= settings.max_request_ratio * running
 
 
+def _capacity(rank: RankLoad) -> float:
+    """Return the size of the KV cache of a rank, in tokens; infinite if it is unknown, so that any prompt may fit."""
+    return math.inf if rank.sample is None else rank.sample.capacity_tokens or math.inf
+
+
 def may_ever_hold(target: Target, cost: RequestCost) -> bool:
-    """Return whether the KV cache of a picked rank is large enough for a prompt; one of unknown size may be."""
+    """Return whether the KV cache of a picked rank may hold a prompt; if its engine picks the rank, that of rank 0."""
     sample = target.endpoint.ranks[target.rank or 0].sample
-    return sample is None or not sample.capacity_tokens or cost.tokens <= sample.capacity_tokens
+    return sample is None or cost.tokens <= (sample.capacity_tokens or math.inf)
 
 
-def largest_capacity(endpoints: Sequence[EndpointLoad]) -> int | None:
-    """Return the size of the largest KV cache of a rank, in tokens; None if that of any rank is unknown."""
-    largest = 0
-    for endpoint in endpoints:
-        for rank in endpoint.ranks:
-            if rank.sample is None or not rank.sample.capacity_tokens:
-                return None
-            largest = max(largest, rank.sample.capacity_tokens)
-    return largest or None
+def largest_capacity(endpoints: Iterable[EndpointLoad]) -> float:
+    """Return the size of the largest KV cache of a rank, in tokens; infinite if that of any rank is unknown."""
+    return max(_capacity(rank) for endpoint in endpoints for rank in endpoint.ranks)
 
 
 def may_hold(endpoints: Iterable[EndpointLoad], tokens: float) -> bool:
-    """Return whether the KV cache of some rank can hold so many tokens; one of unknown size may."""
-    return any(
-        rank.sample is None or not rank.sample.capacity_tokens or tokens <= rank.sample.capacity_tokens
-        for endpoint in endpoints
-        for rank in endpoint.ranks
-    )
-
-
-def is_too_long(prompt: Prompt, estimate: float, capacity: int) -> bool:
-    """Return whether a prompt certainly fits on no rank. A batch may fit: its prompts can run one by one."""
-    return least_tokens(prompt, estimate) > capacity
+    """Return whether the KV cache of some rank may hold so many tokens."""
+    return any(tokens <= _capacity(rank) for endpoint in endpoints for rank in endpoint.ranks)
 
 
 def least_tokens(prompt: Prompt, estimate: float) -> float:
-    """Return the tokens that a rank certainly has to hold at one time for a prompt."""
-    return 0.0 if prompt.batch is not None and prompt.batch > 1 else max(prompt.tokens, estimate / _CERTAIN)
+    """Return the tokens that a rank certainly has to hold at one time for a prompt.
+
+    For a batch that is unknown, and so 0: its prompts can run one by one.
+    """
+    return 0.0 if prompt.batch is not None and prompt.batch > 1 else max(prompt.tokens, estimate / _LARGEST_ERROR)
 
 
 class Ticket:
@@ -124,7 +118,7 @@ class AdmissionQueue:
         return self._length
 
     def enqueue(self, pool: str, priority: int, wake: Callable[[], None]) -> Ticket | None:
-        """Add a request; None if the queue is full."""
+        """Add a request, with what to call when it may find room; None if the queue is full."""
         if self._length >= self.settings.max_depth:
             return None
         ticket = Ticket(pool, priority, next(self._numbers), wake)
@@ -149,13 +143,7 @@ class AdmissionQueue:
             tickets[0].wake()
 
     def must_wait(self, pool: str, priority: int, ticket: Ticket | None) -> bool:
-        """Return whether a request has to wait because others were there before.
-
-        Args:
-            pool: The pool that serves the request.
-            priority: The priority of the request; greater ones are served first.
-            ticket: Its own place in the queue; None if it has none.
-        """
+        """Return whether others are served before a request. Its own ticket, if it has one, may be the next one."""
         tickets = self._tickets.get(pool)
         if not tickets or tickets[0] is ticket:
             return False

@@ -1,4 +1,4 @@
-"""The records that scheduling takes and returns: the context of a request, and a decision, or a place in the queue."""
+"""The records that scheduling takes and returns: the context of a request, and its decision, or that it has to wait."""
 
 from msgspec import Struct
 
@@ -65,6 +65,7 @@ SchedulingResult = Decision | Rejection | Queued
 
 
 class Answer(Struct, frozen=True):
-    """A response that the service gives itself."""
+    """A response of the service itself, with status 200."""
 
     body: bytes
+    """JSON."""

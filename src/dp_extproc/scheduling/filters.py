@@ -1,4 +1,4 @@
-"""Which endpoints a request may be scheduled on, and the refusal if none is left.
+"""Filters the endpoints of a role to those that a request may be scheduled on, or refuses it if none is left.
 
 The filters, in this order:
 
@@ -14,9 +14,8 @@ to fail this very request.
 
 from collections.abc import Iterable, Sequence
 
-from dp_extproc.engines.adapter import unavailable
+from dp_extproc.engines.adapter import adapter_of, unavailable
 from dp_extproc.engines.model import Role
-from dp_extproc.engines.sglang.releases import HEADER_APIS
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad, Freshness
 from dp_extproc.request.body import InferenceRequest
@@ -48,9 +47,9 @@ class EndpointFilter:
             freshest = self.freshest(pool, role, now, subset)
             capable = [each for each in freshest if serves(each, request.api, is_read=request.is_read)]
         if not capable:
-            return self._refuse(pool, role, request, subset, now)
+            return _refuse(pool, role, self.freshest(pool, role, now, subset), request, subset)
         if context.failed or self.load.unhealthy:
-            return choose(capable, context.failed, now)[1]
+            return preferred(capable, context.failed, now)[1]
         return capable
 
     def freshest(self, pool: str, role: Role, now: float, subset: Subset | None = None) -> list[EndpointLoad]:
@@ -62,33 +61,18 @@ class EndpointFilter:
 
         An endpoint becomes fresh by an event only, and ceases to be so by an event or by the passing of time. So a
         result holds until the first of them grows stale, unless the load cache reports a change before.
-
-        Args:
-            pool: The name of the pool.
-            role: The role of the endpoints.
-            api: The API that the path of the request names.
-            now: The current time.
-            is_read: Whether the body of the request passes through the service.
         """
         if self._generation != self.load.generation:
             self._generation = self.load.generation
             self._capable.clear()
         key = (pool, role, api, is_read)
-        found = self._capable.get(key)
-        if found is not None and now <= found[1]:
+        if (found := self._capable.get(key)) is not None and now <= found[1]:
             return found[0]
         endpoints = self.freshest(pool, role, now)
         until = min((each.seen_at + self.load.stale_after for each in endpoints), default=now)
         capable = [each for each in endpoints if serves(each, api, is_read=is_read)]
         self._capable[key] = (capable, until)
         return capable
-
-    def _refuse(self, pool: str, role: Role, request: InferenceRequest, subset: Subset | None, now: float) -> Rejection:
-        endpoints = self.freshest(pool, role, now, subset)
-        if subset is not None and not endpoints:
-            message = f"no server for {pool} is ready among those that the gateway allows"
-            return Rejection(503, Reason.NO_ENDPOINTS, message, headers=TRY_AGAIN)
-        return _refuse_incapable(pool, role, endpoints, request)
 
 
 def read_subset(values: Iterable[str]) -> Subset:
@@ -121,7 +105,7 @@ def serves(endpoint: EndpointLoad, api: Api, *, is_read: bool) -> bool:
     return takes.serves(api) and (is_read or api in takes.overrides_on)
 
 
-def choose(
+def preferred(
     endpoints: Sequence[EndpointLoad], failed: Sequence[frozenset[str]], now: float
 ) -> tuple[int, Sequence[EndpointLoad]]:
     """Avoid the endpoints of failed attempts, and of the others those that are ejected.
@@ -156,16 +140,24 @@ def healthy(endpoints: Sequence[EndpointLoad], now: float) -> Sequence[EndpointL
     return left or [min(endpoints, key=lambda each: each.health.until)]
 
 
-def _refuse_incapable(pool: str, role: Role, endpoints: Sequence[EndpointLoad], request: InferenceRequest) -> Rejection:
-    """Refuse a request that none of these endpoints, if any, can serve."""
-    api, is_read = request.api, request.is_read
+def _refuse(
+    pool: str, role: Role, endpoints: Sequence[EndpointLoad], request: InferenceRequest, subset: Subset | None
+) -> Rejection:
+    """Refuse a request that none of the freshest endpoints of a subset, if there are any, can serve."""
+    api = request.api
     if not endpoints:
-        message = f"no {role} server of the pool for {pool} has been reached yet; try again shortly"
+        message = (
+            f"no {role} server of the pool for {pool} has been reached yet; try again shortly"
+            if subset is None
+            else f"no server for {pool} is ready among those that the gateway allows"
+        )
         return Rejection(503, Reason.NO_ENDPOINTS, message, headers=TRY_AGAIN)
-    if not is_read and api not in HEADER_APIS:
-        message = f"{api.value} takes no rank from headers, and bodies are not read here; use a path that does"
-        return Rejection(400, Reason.CANNOT_CARRY_ROUTING, f"{message}: {', '.join(sorted(HEADER_APIS))}")
-    if not is_read and not any(each.facts.reads_overrides for each in endpoints):
-        message = f"no {role} server of the pool for {pool} obeys x-override-* headers"
-        return Rejection(503, Reason.NO_ENDPOINTS, message, headers=TRY_AGAIN)
+    if not request.is_read:
+        header_apis = {each for endpoint in endpoints for each in adapter_of(endpoint.facts.kind).header_apis}
+        if api not in header_apis:
+            message = f"{api.value} takes no rank from headers, and bodies are not read here; use a path that does"
+            return Rejection(400, Reason.CANNOT_CARRY_ROUTING, f"{message}: {', '.join(sorted(header_apis))}")
+        if not any(each.facts.reads_overrides for each in endpoints):
+            message = f"no {role} server of the pool for {pool} obeys x-override-* headers"
+            return Rejection(503, Reason.NO_ENDPOINTS, message, headers=TRY_AGAIN)
     return unavailable(api, role, (each.facts for each in endpoints))

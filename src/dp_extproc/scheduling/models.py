@@ -1,4 +1,4 @@
-"""The models that can be asked for, and the pool of each."""
+"""The models that can be asked for: the pool of each, and the answers to ``/v1/models``."""
 
 from collections.abc import Iterable
 from typing import Final
@@ -18,23 +18,18 @@ SHOWN_MODEL: Final = 200
 
 
 class ModelRegistry:
-    """Finds the pool of a model, and answers questions for the models."""
+    """Finds the pool of a model, and lists the models."""
 
     __slots__ = ("_load", "_pool_of", "_pools")
 
     def __init__(self, pools: Iterable[PoolConfig], load: LoadCache) -> None:
-        """Index the configured models.
-
-        Args:
-            pools: The configured pools; each model is in one of them.
-            load: Contains the models that the engines of "*" pools report.
-        """
+        """Index the models of the pools; *load* contains those that the engines of "*" pools report."""
         self._load = load
         self._pools = tuple(pools)
         self._pool_of = {model: pool.name for pool in self._pools for model in pool.models}
 
     def pool_of(self, model: str | None) -> str | Rejection:
-        """Return the pool that serves a model, None for a request that names no model; or the refusal."""
+        """Return the name of the pool that serves a model, or the refusal; no model (None) means the only pool."""
         if model is None:
             if len(self._pools) == 1:
                 return self._pools[0].name

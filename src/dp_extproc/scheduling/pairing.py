@@ -1,4 +1,4 @@
-"""The endpoints that both targets of a request may be picked from: never two that are known not to work together.
+"""Finds the endpoints that both targets of a request may be picked from: never two that are known not to work together.
 
 Targets are picked one after the other. So where not every prefill endpoint can be paired with every decode endpoint:
 
@@ -21,24 +21,23 @@ from dp_extproc.request.body import InferenceRequest
 from dp_extproc.request.rejection import TRY_AGAIN, Reason, Rejection
 from dp_extproc.scheduling.admission import least_tokens, may_hold
 from dp_extproc.scheduling.decision import RequestContext
-from dp_extproc.scheduling.filters import EndpointFilter, choose, freshest, serves
+from dp_extproc.scheduling.filters import EndpointFilter, freshest, preferred, serves
 
-_REASONS: Final = 4
-"""Differences that one message names at most."""
+_SHOWN: Final = 4
+"""Bounds the differences that one message names."""
 _ALL_AGREE: Final = "all of them agree, but no two of them can serve this request now; try again shortly"
 
 _Quality = tuple[int, int, bool]
 """Freshness, how far failed attempts were avoided, and whether all are ejected. Less is better."""
-_BothRoles = tuple[Sequence[EndpointLoad], Sequence[EndpointLoad]]
 
 
 class Pairing(Struct, frozen=True):
     """The endpoints of both roles that the targets of a request may be picked from."""
 
     prefills: Sequence[EndpointLoad]
-    """None for an aggregated pool; else at least one, each of which can be paired with one of the others."""
+    """Empty for an aggregated pool; else at least one, each of which can be paired with some of ``decodes``."""
     decodes: Sequence[EndpointLoad]
-    """At least one; the endpoints that answer the client."""
+    """At least one: the endpoints that may answer the client."""
     matches: Mapping[EndpointLoad, Match] | None = None
     """The match of each prefill endpoint, which all its prefill endpoints share; None if all can be paired with all."""
 
@@ -88,7 +87,12 @@ def find_pairing(
         return decodes
     if all_match:
         return Pairing(prefills, decodes)
-    return _refuse(pool, (prefills, decodes), (load.known(pool, Role.PREFILL), load.known(pool, Role.DECODE)))
+    # What differs among all whose facts are known counts only if those that are usable now agree.
+    known = load.known(pool, Role.PREFILL), load.known(pool, Role.DECODE)
+    found = _differences(prefills, decodes) or _differences(*known)
+    reasons = "; ".join(f"{each} ({each.remedy})" for each in found[:_SHOWN])
+    message = f"no prefill server for {pool} can be paired with a decode server that is there: {reasons or _ALL_AGREE}"
+    return Rejection(503, Reason.NO_COMPATIBLE_PAIR, message, headers=TRY_AGAIN)
 
 
 def best_pairing(
@@ -106,15 +110,9 @@ def best_pairing(
         decodes = _usable(load, match.decodes, request, context, now)
         if prefills is not None and decodes is not None:
             usable = Match(prefills[1], decodes[1])
-            freshness, avoided, is_ejected = map(max, prefills[0], decodes[0])
-            worse = (
-                not _may_hold(usable, least),
-                freshness,
-                avoided,
-                is_ejected,
-                not _may_hold(usable, estimate),  # after the others, as the estimate may be wrong
-            )
-            found.append((worse, usable))
+            quality = map(max, prefills[0], decodes[0])
+            # The estimate comes after the others, as it may be wrong.
+            found.append(((not _may_hold(usable, least), *quality, not _may_hold(usable, estimate)), usable))
     best = min((quality for quality, _ in found), default=None)
     return _joined(match for quality, match in found if quality == best)
 
@@ -148,25 +146,10 @@ def _usable(
     capable = [each for each in endpoints if serves(each, request.api, is_read=request.is_read)]
     if not capable or freshness is None:
         return None
-    avoided, chosen = choose(capable, context.failed, now)
+    avoided, chosen = preferred(capable, context.failed, now)
     is_ejected = not any(each.health.takes(now) for each in chosen)
     return (freshness, avoided, is_ejected), chosen
 
 
-def _refuse(pool: str, usable: _BothRoles, known: _BothRoles) -> Rejection:
-    """Refuse a request because no two endpoints can be paired, or none of those that can is usable.
-
-    Args:
-        pool: The name of the pool.
-        usable: The prefill and the decode endpoints that are usable now.
-        known: All whose facts are known. What differs among them counts if the usable ones agree.
-    """
-    found = _differences(usable) or _differences(known)
-    reasons = "; ".join(f"{each} ({each.remedy})" for each in found[:_REASONS])
-    message = f"no prefill server for {pool} can be paired with a decode server that is there: {reasons or _ALL_AGREE}"
-    return Rejection(503, Reason.NO_COMPATIBLE_PAIR, message, headers=TRY_AGAIN)
-
-
-def _differences(endpoints: _BothRoles) -> list[Difference]:
-    prefills, decodes = endpoints
+def _differences(prefills: Sequence[EndpointLoad], decodes: Sequence[EndpointLoad]) -> list[Difference]:
     return differences((each.facts for each in prefills), (each.facts for each in decodes))

@@ -1,6 +1,6 @@
-"""The targets of a request, picked so that the engines of every release run it on these ranks.
+"""Picks the targets of a request from what can be paired, so that the engines of every release run it on these ranks.
 
-Who decides the rank of an endpoint differs by release: a routing field, the bootstrap room, or the engine. One
+What decides the rank on an endpoint differs by release: a routing field, the bootstrap room, or the engine. One
 bootstrap room serves both legs, so the decode target is picked after the prefill target, from ranks that agree with it.
 """
 
@@ -51,143 +51,105 @@ class Picker:
     def __init__(
         self, settings: PolicySettings, signal: LoadSignal, prefixes: PrefixIndex[RankLoad], rng: Random
     ) -> None:
-        """Set up.
-
-        Args:
-            settings: The policies of the pool.
-            signal: Which numbers are the load of a rank.
-            prefixes: Which ranks have which prefixes in their cache.
-            rng: Source of ties, and of everything that policies leave to chance.
-        """
         self._policies = {role: Policy(settings, signal, rng) for role in Role}
         self._prefixes = prefixes
         self._rng = rng
 
     def pick(
-        self,
-        pairing: Pairing,
-        cost: RequestCost,
-        now: float,
-        pins: Pins = NO_PINS,
-        *,
-        wanted: Wanted | None = None,
+        self, pairing: Pairing, cost: RequestCost, now: float, pins: Pins = NO_PINS, *, wanted: Wanted | None = None
     ) -> Targets:
         """Pick the targets of a request.
 
         Args:
             pairing: What to pick from; all endpoints of a role are equally eligible.
             cost: The work that the request is.
-            now: The current time, as estimates change with it.
+            now: Monotonic seconds, as estimates change with time.
             pins: Ranks that the client asked for; ignored if no endpoint has them.
             wanted: Whether a rank may be picked; ignored for a role if none may. None allows every rank.
         """
-        if not pairing.prefills:
-            return Targets(None, self._aggregated(pairing.decodes, cost, now, pins.decode, wanted))
-        prefill = self._prefill(pairing.prefills, cost, now, pins.prefill, wanted)
-        decodes = pairing.decodes_of(prefill.endpoint)
-        return Targets(
-            prefill, self._decode(decodes, cost.tokens, now, prefill.residue, pin=pins.decode, wanted=wanted)
-        )
-
-    def _aggregated(
-        self, endpoints: Sequence[EndpointLoad], cost: RequestCost, now: float, pin: int | None, wanted: Wanted | None
-    ) -> Target:
-        cached = self._cached(cost)
-        near = self._policies[Role.WORKER].within_reach(endpoints, cached)
-        candidates = _only([endpoint.candidate for endpoint in near], wanted)
-        chosen, rank = self._pick(Role.WORKER, candidates, cost.tokens, now, pin=pin, cached=cached)
-        index = None if rank is None else rank.index
-        return Target(
-            chosen.endpoint, index, routed=rank is not None, by_room=False, cached=_cached_tokens(rank, cached)
-        )
-
-    def _cached(self, cost: RequestCost) -> CachedTokens[RankLoad]:
+        tokens, cached = cost.tokens, NOTHING_CACHED
         if cost.prefix.blocks or cost.session is not None:
-            return self._prefixes.cached(cost.prefix, cost.tokens, cost.session)
-        return NOTHING_CACHED
-
-    def _prefill(
-        self, endpoints: Sequence[EndpointLoad], cost: RequestCost, now: float, pin: int | None, wanted: Wanted | None
-    ) -> Target:
-        cached = self._cached(cost)
-        near = self._policies[Role.PREFILL].within_reach(endpoints, cached)
-        candidates = _only([endpoint.candidate for endpoint in near], wanted)
-        chosen, rank = self._pick(Role.PREFILL, candidates, cost.tokens, now, pin=pin, cached=cached)
-        endpoint = chosen.endpoint
-        if rank is None and (endpoint.facts.follows_rooms or endpoint.facts.single_rank is not None):
-            rank = self._rng.choice(chosen.ranks)
-            return Target(endpoint, rank.index, routed=False, by_room=True, cached=_cached_tokens(rank, cached))
-        # A picked rank gets a congruent room: from 0.5.11 on an engine that follows rooms refuses any other.
-        known = rank is not None
-        return Target(
-            endpoint,
-            None if rank is None else rank.index,
-            routed=known and endpoint.capabilities.takes_routed_rank and endpoint.facts.single_rank is None,
-            by_room=known,
-            cached=_cached_tokens(rank, cached),
-        )
-
-    def _decode(
-        self,
-        endpoints: Sequence[EndpointLoad],
-        tokens: float,
-        now: float,
-        prefill: tuple[int, int] | None,
-        *,
-        pin: int | None,
-        wanted: Wanted | None,
-    ) -> Target:
-        near = self._policies[Role.DECODE].within_reach(endpoints, NOTHING_CACHED)
-        by_room = RankControl.BY_ROOM
-        reachable = [
-            _reachable(each, prefill) if each.capabilities.decode_control is by_room else each.candidate
-            for each in near
-        ]
-        candidates = _only(reachable, wanted)
-        chosen, rank = self._pick(Role.DECODE, candidates, tokens, now, pin=pin)
-        control = chosen.endpoint.capabilities.decode_control
-        if control is RankControl.BY_FIELD:
-            index = None if rank is None else rank.index
-            routed = rank is not None and chosen.endpoint.facts.single_rank is None
-            return Target(chosen.endpoint, index, routed=routed, by_room=False)
-        if control is RankControl.BY_ROOM:
-            known = self._rng.choice(chosen.ranks) if rank is None else rank
-            return Target(chosen.endpoint, known.index, routed=False, by_room=True)
-        return Target(chosen.endpoint, None, routed=False, by_room=False)
+            cached = self._prefixes.cached(cost.prefix, tokens, cost.session)
+        if not pairing.prefills:
+            picked = self._pick(
+                Role.WORKER, pairing.decodes, tokens, now, pin=pins.decode, wanted=wanted, cached=cached
+            )
+            return Targets(None, _aggregated_target(*picked, cached))
+        picked = self._pick(Role.PREFILL, pairing.prefills, tokens, now, pin=pins.prefill, wanted=wanted, cached=cached)
+        prefill = self._prefill_target(*picked, cached)
+        decodes = pairing.decodes_of(prefill.endpoint)
+        picked = self._pick(Role.DECODE, decodes, tokens, now, pin=pins.decode, wanted=wanted, residue=prefill.residue)
+        return Targets(prefill, self._decode_target(*picked))
 
     def _pick(
         self,
         role: Role,
-        candidates: Sequence[Candidate],
+        endpoints: Sequence[EndpointLoad],
         tokens: float,
         now: float,
         *,
         pin: int | None,
+        wanted: Wanted | None,
         cached: CachedTokens[RankLoad] = NOTHING_CACHED,
+        residue: tuple[int, int] | None = None,
     ) -> tuple[Candidate, RankLoad | None]:
+        """Pick an endpoint by the policies of a role, and a rank on it; None leaves the rank to the engine.
+
+        *residue* is the ``(rank, ranks)`` that the bootstrap room leads to on the prefill engine. Where the bootstrap
+        room also decides the decode rank, only a rank is picked that the same one can lead to.
+        """
         policy = self._policies[role]
+        near, by_room = policy.within_reach(endpoints, cached), RankControl.BY_ROOM
+        candidates = (
+            [each.candidate for each in near]
+            if residue is None
+            else [
+                _reachable(each, residue) if each.capabilities.decode_control is by_room else each.candidate
+                for each in near
+            ]
+        )
+        if wanted is not None:
+            candidates = [left for each in candidates if (left := each.only(wanted)) is not None] or candidates
         if pin is not None:
             pinned = [left for each in candidates if (left := each.only(lambda rank: rank.index == pin)) is not None]
             if pinned:
                 return policy.pick(pinned, tokens, now, cached=cached, pinned=True)
         return policy.pick(candidates, tokens, now, cached=cached)
 
+    def _prefill_target(self, chosen: Candidate, rank: RankLoad | None, cached: CachedTokens[RankLoad]) -> Target:
+        endpoint, routed = chosen.endpoint, False
+        if rank is not None:
+            routed = endpoint.capabilities.takes_routed_rank and endpoint.facts.single_rank is None
+        elif endpoint.facts.follows_rooms or endpoint.facts.single_rank is not None:
+            rank = self._rng.choice(chosen.ranks)
+        else:
+            return Target(endpoint, None, routed=False, by_room=False)
+        # A routed rank gets a congruent room, too: from 0.5.11 on an engine that follows rooms refuses any other.
+        return Target(endpoint, rank.index, routed=routed, by_room=True, cached=_cached_tokens(rank, cached))
 
-def _cached_tokens(rank: RankLoad | None, cached: CachedTokens[RankLoad]) -> float:
-    return 0.0 if rank is None else cached.by_rank.get(rank, cached.elsewhere)
+    def _decode_target(self, chosen: Candidate, rank: RankLoad | None) -> Target:
+        endpoint = chosen.endpoint
+        control = endpoint.capabilities.decode_control
+        if control is RankControl.BY_ROOM:
+            known = self._rng.choice(chosen.ranks) if rank is None else rank
+            return Target(endpoint, known.index, routed=False, by_room=True)
+        if rank is None or control is RankControl.ENGINE:
+            return Target(endpoint, None, routed=False, by_room=False)
+        return Target(endpoint, rank.index, routed=endpoint.facts.single_rank is None, by_room=False)
 
 
-def _only(candidates: Sequence[Candidate], wanted: Wanted | None) -> Sequence[Candidate]:
-    if wanted is None:
-        return candidates
-    left = [found for each in candidates if (found := each.only(wanted)) is not None]
-    return left or candidates
+def _aggregated_target(chosen: Candidate, rank: RankLoad | None, cached: CachedTokens[RankLoad]) -> Target:
+    if rank is None:
+        return Target(chosen.endpoint, None, routed=False, by_room=False)
+    return Target(chosen.endpoint, rank.index, routed=True, by_room=False, cached=_cached_tokens(rank, cached))
 
 
-def _reachable(endpoint: EndpointLoad, prefill: tuple[int, int] | None) -> Candidate:
+def _cached_tokens(rank: RankLoad, cached: CachedTokens[RankLoad]) -> float:
+    return cached.by_rank.get(rank, cached.elsewhere)
+
+
+def _reachable(endpoint: EndpointLoad, prefill: tuple[int, int]) -> Candidate:
     """Return a decode endpoint with the ranks that one bootstrap room can lead to together with the prefill rank."""
-    if prefill is None:
-        return endpoint.candidate
     left = endpoint.candidate.only(lambda rank: agree(prefill, endpoint.facts.position_of(rank.index)))
     assert left is not None  # noqa: S101 - of any ranks that follow one another, one is congruent
     return left

@@ -1,7 +1,11 @@
-"""The policies that pick the endpoint and the rank of a request. Each is a few lines over the same estimate of load."""
+"""The policies ``policy.host`` and ``policy.dp_rank`` of a pool: which of several candidates a request goes to.
+
+All of them read the same estimate of load, which the step groups keep as lists of numbers by rank.
+"""
 
 import math
 from collections.abc import Callable, Sequence
+from operator import attrgetter, itemgetter
 from random import Random
 from typing import Final
 
@@ -21,30 +25,30 @@ _COUNTED: Final = 32
 
 NOTHING_CACHED: Final[CachedTokens[RankLoad]] = CachedTokens({}, 0.0)
 
-_Pick = tuple[Candidate, RankLoad | None]
+_Numbers = Callable[[StepGroup], list[float]]
+"""Reads a list of numbers by rank from a step group."""
+_loads: Final[_Numbers] = attrgetter("loads")
+_reported: Final[_Numbers] = attrgetter("reported")
+_uncached: Final[_Numbers] = attrgetter("uncached")
+_rating: Final = itemgetter(0, 1, 2)
 
 
 class Policy:
     """Picks endpoints and ranks for one role of one pool."""
 
     def __init__(self, settings: PolicySettings, signal: LoadSignal, rng: Random) -> None:
-        """Set up.
-
-        Args:
-            settings: The policies of the pool.
-            signal: Which numbers are the load of a rank.
-            rng: Source of random picks, and of ties: replicas that broke them alike would pile up on one rank.
-        """
+        """Set up; *rng* decides random picks and ties, as replicas that broke ties alike would pile up on one rank."""
         self._host = settings.host
         self._rank = settings.dp_rank
-        self._tokens: Callable[[StepGroup], list[float]] = _reported if signal is LoadSignal.SCRAPED else _loads
+        self._tokens = _reported if signal is LoadSignal.SCRAPED else _loads
         self._rng = rng
         self._turn = 0
+        """Requests so far, for round robin."""
         self._first = 0
-        """The turn of the first endpoint within reach."""
+        """The turn of the first endpoint within reach. Round robin also decides which of a large fleet these are."""
 
     def within_reach(self, endpoints: Sequence[EndpointLoad], cached: CachedTokens[RankLoad]) -> Sequence[EndpointLoad]:
-        """Leave out what is too much to compare, but no endpoint that has a part of the prompt in its cache."""
+        """Return the endpoints to compare: all or :data:`REACH`, and those that have a part of the prompt in cache."""
         if len(endpoints) <= REACH:
             self._first = 0
             return endpoints
@@ -69,13 +73,13 @@ class Policy:
         *,
         cached: CachedTokens[RankLoad] = NOTHING_CACHED,
         pinned: bool = False,
-    ) -> _Pick:
+    ) -> tuple[Candidate, RankLoad | None]:
         """Pick an endpoint and a rank on it.
 
         Args:
             candidates: At least one, equally eligible.
             tokens: The tokens of the prompt.
-            now: The current time, as estimates change with it.
+            now: Monotonic seconds, as estimates change with time.
             cached: How many of these tokens each rank has in its cache.
             pinned: Whether the client asked for the rank, so that none is left to the engine.
 
@@ -94,7 +98,7 @@ class Policy:
         if self._rank is RankPolicy.NONE and not pinned:
             return chosen, None
         if self._rank is RankPolicy.TOKEN_ROUND_ROBIN:
-            return self._least((chosen,), _sent, now, NOTHING_CACHED)
+            return self._least((chosen,), _uncached, now, NOTHING_CACHED)
         return (chosen, least) if least is not None else self._least((chosen,), self._tokens, now, cached)
 
     def _lockstep(
@@ -108,7 +112,7 @@ class Policy:
             if cost <= cheapest and (candidate_of_rank := _candidate_of(rank, candidates)) is not None:
                 holders.append((cost, -cached_tokens, self._rng.random(), candidate_of_rank, rank))
         if holders:
-            return min(holders, key=_first_three)[3:]
+            return min(holders, key=_rating)[3:]
         chosen, part, low = found[0] if len(found) == 1 else self._rng.choice(found)
         group = part.group
         if part.positions is None and len(group.ranks) > _COUNTED:
@@ -118,15 +122,10 @@ class Policy:
 
     def _cheapest_anywhere(self, candidates: Sequence[Candidate], tokens: float, now: float) -> Candidate:
         """Take the endpoint where the request costs least on average over its ranks, as the engine picks the rank."""
-        costs = [_mean_cost(candidate, tokens, now) for candidate in candidates]
-        return candidates[self._one_of(*_with_least(costs))]
+        return self._with_least(candidates, [_mean_cost(candidate, tokens, now) for candidate in candidates])
 
     def _least(
-        self,
-        candidates: Sequence[Candidate],
-        numbers: Callable[[StepGroup], list[float]],
-        now: float,
-        cached: CachedTokens[RankLoad],
+        self, candidates: Sequence[Candidate], numbers: _Numbers, now: float, cached: CachedTokens[RankLoad]
     ) -> tuple[Candidate, RankLoad]:
         """Take the rank with the least number, less its cached tokens, of all candidates: no endpoint is preferred."""
         least = math.inf
@@ -141,11 +140,8 @@ class Policy:
                     continue  # no rank of it is among the least
                 own = part.of(numbers(group))
                 if cached.by_rank:
-                    ranks = part.of(part.group.ranks)
-                    own = [
-                        number - cached.by_rank.get(rank, cached.elsewhere)
-                        for number, rank in zip(own, ranks, strict=True)
-                    ]
+                    ranks = zip(own, part.of(group.ranks), strict=True)
+                    own = [number - cached.by_rank.get(rank, cached.elsewhere) for number, rank in ranks]
                 low = group.low if is_surveyed and part.positions is None else min(own)
                 if low < least:
                     least = low
@@ -175,13 +171,16 @@ class Policy:
             return self._rng.choice(candidates)
         if self._host is HostPolicy.POWER_OF_TWO:
             two = self._rng.sample(candidates, 2)
-            return two[self._one_of(*_with_least([self._mean_tokens(each) for each in two]))]
-        return candidates[
-            self._one_of(*_with_least([each.endpoint.requests / len(each.endpoint.ranks) for each in candidates]))
-        ]
+            return self._with_least(two, [self._mean_tokens(each.endpoint) for each in two])
+        means = [each.endpoint.requests / len(each.endpoint.ranks) for each in candidates]
+        return self._with_least(candidates, means)
 
-    def _mean_tokens(self, candidate: Candidate) -> float:
-        return sum(sum(self._tokens(group)) for group in candidate.endpoint.groups) / len(candidate.endpoint.ranks)
+    def _with_least(self, candidates: Sequence[Candidate], numbers: Sequence[float]) -> Candidate:
+        """Return the candidate with the least of these numbers, of which each has one."""
+        return candidates[self._one_of(numbers, min(numbers))]
+
+    def _mean_tokens(self, endpoint: EndpointLoad) -> float:
+        return sum(sum(self._tokens(group)) for group in endpoint.groups) / len(endpoint.ranks)
 
 
 def _cheapest(
@@ -221,14 +220,6 @@ def _mean_cost(candidate: Candidate, tokens: float, now: float) -> float:
     return sum(costs) / len(costs)
 
 
-def _with_least(numbers: Sequence[float]) -> tuple[Sequence[float], float]:
-    return numbers, min(numbers)
-
-
-def _first_three(holder: tuple[float, float, float, Candidate, RankLoad]) -> tuple[float, float, float]:
-    return holder[:3]
-
-
 def _candidate_of(rank: RankLoad, candidates: Sequence[Candidate]) -> Candidate | None:
     """Return the candidate that a rank belongs to; None if the rank may not be picked."""
     for candidate in candidates:
@@ -236,15 +227,3 @@ def _candidate_of(rank: RankLoad, candidates: Sequence[Candidate]) -> Candidate 
             if part.group is rank.group and (part.positions is None or rank.position in part.positions):
                 return candidate
     return None
-
-
-def _loads(group: StepGroup) -> list[float]:
-    return group.loads
-
-
-def _reported(group: StepGroup) -> list[float]:
-    return group.reported
-
-
-def _sent(group: StepGroup) -> list[float]:
-    return group.uncached

@@ -1,4 +1,7 @@
-"""The routing fields of a request, by which its legs run on their ranks and meet: in the body, or in headers."""
+"""Encodes a request for its targets: the routing fields by which its legs run on their ranks, and find each other.
+
+:mod:`dp_extproc.request.rewrite` writes them into the body, or as headers.
+"""
 
 from collections.abc import Sequence
 
@@ -6,7 +9,6 @@ from msgspec import Struct
 
 from dp_extproc import contract
 from dp_extproc.engines.model import in_url
-from dp_extproc.engines.sglang.server_info import DEFAULT_BOOTSTRAP_PORT
 from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.request.body import InferenceRequest
 from dp_extproc.request.rewrite import (
@@ -48,13 +50,8 @@ def encode_legs(
 ) -> LegEncoding:
     """Encode both legs of a request to a disaggregated pool.
 
-    Args:
-        request: The request of the client.
-        prefill: The target of the prefill leg.
-        decode: The target of the decode leg.
-        rooms: The bootstrap room, or one for each prompt of a batch.
-        number: Makes the request ids of both legs unique.
-        in_headers: Whether the routing fields stand in headers where these can hold them.
+    There is one bootstrap room, or one for each prompt of a batch. *number* makes the request ids of both legs unique.
+    With *in_headers* the routing fields stand in headers where these can hold them.
     """
     rank = prefill.global_rank
     fields = _leg_fields(prefill, rank, f"dp{number}p"), _leg_fields(decode, rank, f"dp{number}d")
@@ -62,14 +59,11 @@ def encode_legs(
     if not request.is_read:
         # Or the ranks that the client's body may name would count.
         assert all(each.routed_rank is not None and each.prefill_rank is not None for each in fields)  # noqa: S101
-        return LegEncoding(None, override_headers(bootstrap, *fields))
-    if in_headers and _fits_headers(request, prefill, decode):
+    if not request.is_read or (in_headers and _fits_headers(request, prefill, decode)):
         return LegEncoding(None, override_headers(bootstrap, *fields))
     bodies = rewrite_disaggregated(request.body, request.prompt.batch, bootstrap, *fields)
-    swap = (
-        (contract.PREFILL_PREFIX, bodies.prefill_preamble),
-        (contract.PREFIX_LENGTH, b"%d" % bodies.preamble_length),
-    )
+    length = b"%d" % bodies.preamble_length
+    swap = ((contract.PREFILL_PREFIX, bodies.prefill_preamble), (contract.PREFIX_LENGTH, length))
     return LegEncoding(bodies.decode, swap)
 
 
@@ -90,7 +84,8 @@ def _fits_headers(request: InferenceRequest, prefill: Target, decode: Target) ->
 
 def _bootstrap(prefill: EndpointLoad, rooms: int | Sequence[int]) -> Bootstrap:
     endpoint = prefill.configured
-    port = endpoint.bootstrap_port or prefill.facts.bootstrap_port or DEFAULT_BOOTSTRAP_PORT
+    port = endpoint.bootstrap_port or prefill.facts.bootstrap_port
+    assert port is not None  # noqa: S101 - the facts of every prefill engine have one, by default or assumed at least
     # Up to 0.5.9 decode makes a URL of the value as it is, so IPv6 has to come in brackets; later releases take both.
     return Bootstrap(in_url(endpoint.bootstrap_host or endpoint.host), port, rooms)
 

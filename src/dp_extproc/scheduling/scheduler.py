@@ -1,4 +1,4 @@
-"""Scheduling of a request: its pool, its targets, its bootstrap room, and its encoding for them.
+"""Schedules a request: finds its pool, picks its targets and bootstrap room, and encodes it for them.
 
 The order is the same for both shapes of a pool:
 
@@ -32,13 +32,7 @@ from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix, prefix_of
 from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated, unread_request
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import TRY_AGAIN, Reason, Rejection
-from dp_extproc.scheduling.admission import (
-    Admission,
-    AdmissionQueue,
-    is_too_long,
-    largest_capacity,
-    may_ever_hold,
-)
+from dp_extproc.scheduling.admission import Admission, AdmissionQueue, largest_capacity, least_tokens, may_ever_hold
 from dp_extproc.scheduling.bootstrap_room import draw_room
 from dp_extproc.scheduling.decision import Answer, Decision, Metadata, Queued, RequestContext, SchedulingResult
 from dp_extproc.scheduling.filters import EndpointFilter
@@ -125,48 +119,17 @@ class Scheduler:
         self._admission = Admission(admission)
 
     def place(self, api: Api, body: bytes, context: RequestContext = _NO_CONTEXT) -> SchedulingResult:
-        """Schedule an inference request.
-
-        Args:
-            api: The API that its path names.
-            body: The whole body.
-            context: The facts of the request besides its body.
-        """
+        """Schedule an inference request by the API that its path names, and its whole body."""
         request = read_body(api, body)
         return request if isinstance(request, Rejection) else self._schedule(request, context)
 
     def place_unread(self, api: Api, length: int | None, context: RequestContext = _NO_CONTEXT) -> SchedulingResult:
-        """Schedule an inference request whose body does not pass through the service.
-
-        Args:
-            api: The API that its path names.
-            length: Size of the body in bytes; None if the headers do not contain it.
-            context: The facts of the request besides its body.
-        """
+        """Schedule an inference request whose body does not pass through the service; *length* is in bytes."""
         return self._schedule(unread_request(api, length), context)
 
     def place_queued(self, queued: Queued, context: RequestContext) -> SchedulingResult:
-        """Schedule a request again that had to wait, without parsing its body again.
-
-        Args:
-            queued: The result of the try before.
-            context: The facts of the request besides its body, with its place in the admission queue.
-        """
+        """Schedule a request again that had to wait, without parsing its body again. Its context has its ticket."""
         return self._schedule(queued.request, context, queued.prefix)
-
-    def _schedule(
-        self, request: InferenceRequest, context: RequestContext, prefix: Prefix | None = None
-    ) -> SchedulingResult:
-        pool = self._resolve(request.model) if request.is_read else self._only_pool()
-        if isinstance(pool, Rejection):
-            return pool
-        if pool.is_disaggregated and request.is_read:
-            refusal = refuse_disaggregated(request, sees_answer=context.sees_answer)
-            if refusal is not None:
-                return refusal
-        if self._queue is not None and self._queue.must_wait(pool.name, request.priority, context.ticket):
-            return self._no_room(pool, request, prefix, "other requests are waiting already")
-        return self._place(pool, request, context, prefix)
 
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         """Pick an endpoint for a request that any engine can answer, of a subset if there is one."""
@@ -189,6 +152,20 @@ class Scheduler:
         for endpoint in self._load.by_url.values():
             if endpoint.address == address:
                 endpoint.health.failed(self._clock())
+
+    def _schedule(
+        self, request: InferenceRequest, context: RequestContext, prefix: Prefix | None = None
+    ) -> SchedulingResult:
+        pool = self._resolve(request.model) if request.is_read else self._only_pool()
+        if isinstance(pool, Rejection):
+            return pool
+        if pool.is_disaggregated and request.is_read:
+            refusal = refuse_disaggregated(request, sees_answer=context.sees_answer)
+            if refusal is not None:
+                return refusal
+        if self._queue is not None and self._queue.must_wait(pool.name, request.priority, context.ticket):
+            return self._no_room(pool, request, prefix, "other requests are waiting already")
+        return self._place(pool, request, context, prefix)
 
     def _resolve(self, model: str | None) -> _Pool | Rejection:
         name = self._models.pool_of(model)
@@ -217,13 +194,10 @@ class Scheduler:
         if prefill is not None:
             prefill.endpoint.health.sent(now)
         decode.endpoint.health.sent(now)
+        address = (contract.DECODE_HOST, decode.endpoint.address.encode())
         return Decision(
             encoding.body,
-            (
-                (contract.DECODE_HOST, decode.endpoint.address.encode()),
-                *encoding.headers,
-                *self._credentials.headers(pool.name),
-            ),
+            (address, *encoding.headers, *self._credentials.headers(pool.name)),
             _metadata(pool, request, targets),
             in_flight,
             streaming=request.stream,
@@ -259,12 +233,8 @@ class Scheduler:
         prefill, decode = targets.prefill, targets.decode
         if prefill is None:
             return "", encode_aggregated(request, decode)
-        batch, residues = request.prompt.batch, (prefill.residue, decode.residue)
-        rooms = (
-            draw_room(self._rng, *residues)
-            if batch is None
-            else [draw_room(self._rng, *residues) for _ in range(batch)]
-        )
+        rng, batch, residues = self._rng, request.prompt.batch, (prefill.residue, decode.residue)
+        rooms = draw_room(rng, *residues) if batch is None else [draw_room(rng, *residues) for _ in range(batch)]
         leg, number = self._draw_token(), f"{self._rng.getrandbits(96):024x}"
         encoding = encode_legs(request, prefill, decode, rooms, number, in_headers=pool.uses_headers)
         headers = (
@@ -310,11 +280,11 @@ def _refuse_too_long(
     """Refuse a prompt that no rank of a role can ever hold: the other leg would wait for it in vain."""
     if not request.is_read:  # the size of a body may be that of images
         return None
+    least = least_tokens(request.prompt, cost.tokens)
     # Of the endpoints that can be paired with the picked ones, all may be too small, and others not.
     for scope in pairing.scopes_of(targets.prefill):
         for target, endpoints in _with_endpoints(targets, scope):
-            capacity = None if may_ever_hold(target, cost) else largest_capacity(endpoints)
-            if capacity is not None and is_too_long(request.prompt, cost.tokens, capacity):
+            if not may_ever_hold(target, cost) and least > (capacity := largest_capacity(endpoints)):
                 message = (
                     f"the prompt has about {cost.tokens:.0f} tokens, and the largest "
                     f"{target.endpoint.role.value} rank that it can go to holds {capacity}; send a shorter one"

@@ -12,7 +12,7 @@ from dp_extproc.engines.pages import FACTS_PATIENCE, METRICS_PAGE, EngineHttp, R
 from dp_extproc.engines.sglang.capabilities import capabilities
 from dp_extproc.engines.sglang.diagnostics import diagnostics
 from dp_extproc.engines.sglang.load_pages import LOADS_PAGE, read_loads, read_metrics
-from dp_extproc.engines.sglang.releases import release_of
+from dp_extproc.engines.sglang.releases import HEADER_APIS, release_of
 from dp_extproc.engines.sglang.server_info import (
     DEFAULT_BOOTSTRAP_PORT,
     FACTS_PAGE,
@@ -37,6 +37,7 @@ class SglangAdapter:
     """The adapter of SGLang engines; see :class:`dp_extproc.engines.adapter.EngineAdapter`."""
 
     facts_page = FACTS_PAGE
+    header_apis = HEADER_APIS
 
     async def facts(self, http: EngineHttp, endpoint: Endpoint) -> EngineFacts:
         """Read ``/server_info``. If the pool needs ``x-override-*`` headers, also probe whether they are obeyed."""

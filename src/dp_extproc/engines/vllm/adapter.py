@@ -23,6 +23,7 @@ class VllmAdapter:
     """The adapter of vLLM engines; see :class:`dp_extproc.engines.adapter.EngineAdapter`."""
 
     facts_page = METRICS_PAGE
+    header_apis = frozenset[Api]()
 
     async def facts(self, http: EngineHttp, endpoint: Endpoint) -> EngineFacts:
         """Read ``/version``, ``/v1/models`` and ``/metrics``."""
