@@ -124,14 +124,17 @@ class Fleet:
                 if by_role[role]
             },
         })  # fmt: skip
-        self.scheduler = Scheduler(
-            [self.pool],
-            self.load,
-            owner="127.0.0.1:9002",
-            rng=Random(seed),
-            draw_token=make_tokens(),
-            clock=self.clock,
-        )
+        self.scheduler = self.make_scheduler(rng=Random(seed))
+
+    def make_scheduler(self, **parts: Any) -> Scheduler:
+        """Make another scheduler of the fleet. *parts* replace or join those that every test needs."""
+        usual: dict[str, Any] = {
+            "owner": "127.0.0.1:9002",
+            "rng": Random(1),
+            "draw_token": make_tokens(),
+            "clock": self.clock,
+        }
+        return Scheduler([self.pool], self.load, **(usual | parts))
 
     def sample(self, endpoint: Endpoint, tokens: Sequence[int], age: float | None = 0.0) -> None:
         self.load.sampled(endpoint, LoadPage(samples(tokens, age)), self.clock(), self.clock())

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from random import Random
 
 import grpc.aio
 import pytest
@@ -13,9 +12,8 @@ from dp_extproc.config.reliability import AdmissionSettings, QueueSettings
 from dp_extproc.engines.model import Role
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.scheduling.admission import AdmissionQueue
-from dp_extproc.scheduling.scheduler import Scheduler
 from extproc.wire import Watcher
-from fleet_fixtures import Fleet, make_facts, make_tokens
+from fleet_fixtures import Fleet, make_facts
 from fuzz.streams import FakeContext
 from fuzz.virtual_time import run
 
@@ -29,16 +27,7 @@ class Full:
         clock = asyncio.get_running_loop().time
         fleet = Fleet(workers=[make_facts(Role.WORKER, ranks=1)])
         self.queue = AdmissionQueue(QueueSettings.model_validate({"max_wait": "2s", "max_depth": MOST_WAITING}))
-        scheduler = Scheduler(
-            [fleet.pool],
-            fleet.load,
-            owner="127.0.0.1:1",
-            rng=Random(1),
-            draw_token=make_tokens(),
-            clock=clock,
-            queue=self.queue,
-            admission=AdmissionSettings(max_requests=1),
-        )
+        scheduler = fleet.make_scheduler(clock=clock, queue=self.queue, admission=AdmissionSettings(max_requests=1))
         self.watcher = Watcher()
         self.service = ExtProcService(scheduler, (self.watcher,), queue=self.queue, max_body=1000, clock=clock)
 

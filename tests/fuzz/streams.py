@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from random import Random
 from typing import Any, Final
 
 import grpc.aio
@@ -16,9 +15,8 @@ from dp_extproc.config.reliability import QueueSettings, SupervisionSettings
 from dp_extproc.engines.model import Role
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.scheduling.admission import AdmissionQueue
-from dp_extproc.scheduling.scheduler import Scheduler
 from extproc.wire import Watcher
-from fleet_fixtures import Fleet, make_facts, make_tokens
+from fleet_fixtures import Fleet, make_facts
 
 MAX_BODY: Final = 2000
 REQUESTS: Final = 3
@@ -234,16 +232,7 @@ class Stage:
         clock = asyncio.get_running_loop().time
         fleet = Fleet(prefills=[make_facts(Role.PREFILL)] * 2, decodes=[make_facts(Role.DECODE)] * 2)
         queue = AdmissionQueue(QueueSettings.model_validate({"max_wait": "1s", "max_depth": 2}))
-        scheduler = Scheduler(
-            [fleet.pool],
-            fleet.load,
-            owner="127.0.0.1:1",
-            rng=Random(1),
-            draw_token=make_tokens(),
-            clock=clock,
-            queue=queue,
-            sees_first_events=True,
-        )
+        scheduler = fleet.make_scheduler(clock=clock, queue=queue, sees_first_events=True)
         service = ExtProcService(
             scheduler, (Watcher(),), supervision=supervision, queue=queue, max_body=MAX_BODY, clock=clock
         )

@@ -14,8 +14,7 @@ from dp_extproc.request.body import InferenceRequest, read_body
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Rejection
 from dp_extproc.scheduling.decision import Decision
-from dp_extproc.scheduling.scheduler import Scheduler
-from fleet_fixtures import Fleet, address_of, make_endpoint, make_facts, make_tokens
+from fleet_fixtures import Fleet, address_of, make_endpoint, make_facts
 
 WORKER = make_facts(Role.WORKER)
 BODY = json.dumps({"text": "x" * 400}).encode()
@@ -171,15 +170,7 @@ def test_every_request_to_an_engine_has_the_key_of_its_pool() -> None:
     """For both pool shapes, and for requests that any engine can answer; a new key is used from then on."""
     credentials = Credentials({"*": "first"})
     fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
-    scheduler = Scheduler(
-        [fleet.pool],
-        fleet.load,
-        owner="127.0.0.1:9002",
-        rng=fleet.scheduler._rng,
-        draw_token=make_tokens(),
-        clock=fleet.clock,
-        credentials=credentials,
-    )
+    scheduler = fleet.make_scheduler(credentials=credentials)
 
     def sent_keys() -> set[bytes]:
         decisions = [scheduler.place(Api.GENERATE, BODY), scheduler.look_up()]

@@ -1,7 +1,6 @@
 """A request is placed while a rank has room, and waits or is refused otherwise."""
 
 import json
-from random import Random
 from typing import Any
 
 import pytest
@@ -17,8 +16,7 @@ from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.admission import AdmissionQueue
 from dp_extproc.scheduling.decision import Decision, Queued, RequestContext, SchedulingResult
-from dp_extproc.scheduling.scheduler import Scheduler
-from fleet_fixtures import Fleet, make_endpoint, make_facts, make_tokens
+from fleet_fixtures import Fleet, make_endpoint, make_facts
 
 CAPACITY, RUNNING = 1000, 2
 
@@ -39,16 +37,7 @@ class Small:
         for role in (Role.PREFILL, Role.DECODE):
             self.fleet.load.sampled(make_endpoint(role), LoadPage(ranks), self.fleet.clock(), self.fleet.clock())
         settings = AdmissionSettings.model_validate({"max_token_ratio": None, "max_request_ratio": None, **limits})
-        self.scheduler = Scheduler(
-            [self.fleet.pool],
-            self.fleet.load,
-            owner="127.0.0.1:9002",
-            rng=Random(1),
-            draw_token=make_tokens(),
-            clock=self.fleet.clock,
-            admission=settings,
-            queue=queue,
-        )
+        self.scheduler = self.fleet.make_scheduler(admission=settings, queue=queue)
 
     def place(self, tokens: int) -> SchedulingResult:
         return self.scheduler.place(Api.GENERATE, ids(tokens))

@@ -11,11 +11,10 @@ from dp_extproc.engines.model import LoadPage, RankSample, Role
 from dp_extproc.load.in_flight import InFlight
 from dp_extproc.request.path import Api
 from dp_extproc.scheduling.decision import Decision
-from dp_extproc.scheduling.scheduler import Scheduler
 from dp_extproc.sync.messages import Batch, decode
 from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.peers import Peers
-from fleet_fixtures import Fleet, make_facts, make_tokens
+from fleet_fixtures import Fleet, make_facts
 
 RANKS = 4
 
@@ -32,15 +31,8 @@ class Service:
         facts = [make_facts(Role.PREFILL, ranks=prefill_ranks)]
         self.fleet = Fleet(prefills=facts, decodes=[make_facts(Role.DECODE, ranks=RANKS)])
         self.outbox = Outbox(name)
-        self.scheduler = Scheduler(
-            [self.fleet.pool],
-            self.fleet.load,
-            owner="127.0.0.1:9002",
-            rng=Random(1),  # the same for all: nothing but what they know keeps them apart
-            draw_token=make_tokens(),
-            clock=self.fleet.clock,
-            listener=self.outbox,
-        )
+        # Random numbers are the same for all: only the shared load keeps the picks of replicas apart.
+        self.scheduler = self.fleet.make_scheduler(rng=Random(1), listener=self.outbox)
         self.peers = Peers(self.scheduler.tracker.open_peer, 3.0)
         self._prompts = count()
 
