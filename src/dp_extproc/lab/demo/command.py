@@ -2,13 +2,13 @@
 
 import argparse
 import math
-import sys
+from functools import partial
 from typing import Final
 
 from rich.console import Console
 
-from dp_extproc.lab.demo.interrupts import Interrupts, run_until_interrupted
-from dp_extproc.lab.demo.options import add_traffic, end_help_with_missing_parts, make_console, missing_parts
+from dp_extproc.lab.demo.interrupts import Interrupts
+from dp_extproc.lab.demo.options import add_traffic, end_help_with_missing_parts, run_command
 
 _REQUESTS: Final = 800
 """Four hundred for each half: ten seconds, in which every rank serves twenty-five requests with either placement."""
@@ -35,14 +35,10 @@ def run(args: argparse.Namespace) -> int:
         0, also when a signal ends what --keep has left running; 1 when a part cannot be started; 128 and the number of
         the signal that ended it before.
     """
-    if (missing := missing_parts(needs_envoy=True)) is not None:
-        sys.stderr.write(f"dp-extproc demo: {missing}\n")
-        return 1
-    console = make_console()
-    return run_until_interrupted(console, lambda interrupts: _show(console, args, interrupts))
+    return run_command("demo", partial(_show, args), needs_envoy=True)
 
 
-def _show(console: Console, args: argparse.Namespace, interrupts: Interrupts) -> None:
+def _show(args: argparse.Namespace, console: Console, interrupts: Interrupts) -> None:
     # The OpenAI client takes a second to import, and belongs to an extra.
     from dp_extproc.lab.demo.show import show  # noqa: PLC0415
 

@@ -1,16 +1,16 @@
 """Run ``dp-extproc load``: send the demo's requests through routers that run already, and print the same tables."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Final
 from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from dp_extproc.lab.demo.interrupts import Interrupts, run_until_interrupted
-from dp_extproc.lab.demo.options import add_traffic, end_help_with_missing_parts, make_console, missing_parts
+from dp_extproc.lab.demo.interrupts import Interrupts
+from dp_extproc.lab.demo.options import add_traffic, end_help_with_missing_parts, run_command
 
 _REQUESTS: Final = 400
 _CONCURRENCY: Final = 80
@@ -42,14 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Send and print. Returns 0, 1 when a router answers nothing, or 128 and the number of a signal."""
-    if (missing := missing_parts(needs_envoy=False)) is not None:
-        sys.stderr.write(f"dp-extproc load: {missing}\n")
-        return 1
-    console = make_console()
-    return run_until_interrupted(console, lambda interrupts: _measure(console, args, interrupts))
+    return run_command("load", partial(_measure, args), needs_envoy=False)
 
 
-def _measure(console: Console, args: argparse.Namespace, interrupts: Interrupts) -> None:
+def _measure(args: argparse.Namespace, console: Console, interrupts: Interrupts) -> None:
     # The OpenAI client takes a second to import, and belongs to an extra.
     from dp_extproc.lab.demo.contest import Contender, Contest, Load  # noqa: PLC0415
     from dp_extproc.lab.demo.jobs import make_jobs  # noqa: PLC0415

@@ -3,10 +3,13 @@
 import argparse
 import importlib.util
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from rich.console import Console
 
+from dp_extproc.lab.demo.interrupts import Interrupts, run_until_interrupted
 from dp_extproc.lab.testbed.envoy import find_envoy
 
 WIDTH: Final = 100
@@ -41,6 +44,24 @@ def end_help_with_missing_parts(parser: argparse.ArgumentParser, *, needs_envoy:
     """Let the help of a command end with what has to be installed, if anything is missing."""
     parser.epilog = missing_parts(needs_envoy=needs_envoy)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # the remedy could not be copied from folded text
+
+
+def run_command(name: str, work: Callable[[Console, Interrupts], None], *, needs_envoy: bool) -> int:
+    """Do the work of a command until it is done or interrupted.
+
+    Args:
+        name: The name of the command, for the message.
+        work: Prints to the console, and stops at an interrupt.
+        needs_envoy: Whether Envoy is started, too.
+
+    Returns:
+        The exit status of :func:`run_until_interrupted`; 1 when a part is missing, which is printed.
+    """
+    if (missing := missing_parts(needs_envoy=needs_envoy)) is not None:
+        sys.stderr.write(f"dp-extproc {name}: {missing}\n")
+        return 1
+    console = make_console()
+    return run_until_interrupted(console, partial(work, console))
 
 
 def missing_parts(*, needs_envoy: bool) -> str | None:
