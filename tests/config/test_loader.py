@@ -276,7 +276,7 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
             (5, "pools[0].prefil", "did you mean 'prefill'?"),
             (6, "pools[1].models", "is missing"),
             (6, "pools[1].modles", "did you mean 'models'?"),
-            (7, "pools[1].decode.endpoints", "is missing"),
+            (7, "pools[1].decode", "write endpoints, dns, file or kubernetes"),
             (8, "load.source", "'all' is not one of 'auto', 'loads' or 'metrics'"),
         ],
     ),

@@ -135,6 +135,8 @@ def _locate(root: yaml.Node | None, loc: Key) -> yaml.Node | None:
             for key, value in node.value:
                 if key.value == part:
                     following, place = value, key
+            if part == 0:  # one mapping stands for a list of one
+                following = node
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             following = place = node.value[part]
         node = following

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from dp_extproc.config.discovery import DnsSettings, FileSettings, Group, KubernetesSettings, OneOrMore
 from dp_extproc.config.listen import MAX_PORT
 from dp_extproc.config.problems import Key
 from dp_extproc.config.section import Host, Section
@@ -93,6 +94,8 @@ class EndpointConfig(Section):
     dp_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     dp_rank: Annotated[int, Field(ge=0, lt=4096)] | None = None
     """The rank behind this URL, if the engine has a listener for each rank."""
+    group: Group | None = None
+    """Revision group: prefill and decode endpoints of two groups are never paired."""
 
     @model_validator(mode="after")
     def _rank_is_one_of_its_engine(self) -> Self:
@@ -130,17 +133,28 @@ class EndpointConfig(Section):
         return urlsplit(self.url).port or 0  # every URL has one
 
 
-class Endpoints(Section):
-    endpoints: Annotated[tuple[EndpointConfig, ...], Field(min_length=1, strict=False)]
+class EndpointSources(Section):
+    """The sources of the endpoints of one role. Several may be combined."""
+
+    endpoints: Annotated[tuple[EndpointConfig, ...], Field(min_length=1, strict=False)] = ()
+    dns: Annotated[tuple[DnsSettings, ...], *OneOrMore] = ()
+    file: Annotated[tuple[FileSettings, ...], *OneOrMore] = ()
+    kubernetes: Annotated[tuple[KubernetesSettings, ...], *OneOrMore] = ()
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> Self:
+        if not (self.endpoints or self.dns or self.file or self.kubernetes):
+            raise ValueError("names no endpoints; write endpoints, dns, file or kubernetes")
+        return self
 
 
 class PoolConfig(Section):
     """The endpoints of one or more models: ``prefill`` and ``decode``, or ``workers`` alone."""
 
     models: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1, strict=False)]
-    prefill: Endpoints | None = None
-    decode: Endpoints | None = None
-    workers: Endpoints | None = None
+    prefill: EndpointSources | None = None
+    decode: EndpointSources | None = None
+    workers: EndpointSources | None = None
     engine: EngineKind = Field(default=EngineKind.AUTO, strict=False)
     routing_fields: RoutingFields = Field(default=RoutingFields.BODY, strict=False)
     policy: PolicySettings = PolicySettings()
@@ -164,10 +178,16 @@ class PoolConfig(Section):
         return self
 
     def endpoints(self) -> Iterator[tuple[str, int, EndpointConfig]]:
-        """List every endpoint with its place: the key ``prefill``, ``decode`` or ``workers``, and the index there."""
-        for key, section in (("prefill", self.prefill), ("decode", self.decode), ("workers", self.workers)):
-            for index, endpoint in enumerate(section.endpoints if section else ()):
+        """List every endpoint in the file by its place: ``prefill``, ``decode`` or ``workers``, and the index there."""
+        for key, sources in self.sources():
+            for index, endpoint in enumerate(sources.endpoints):
                 yield key, index, endpoint
+
+    def sources(self) -> Iterator[tuple[str, EndpointSources]]:
+        """List the roles that the pool has, each by its key ``prefill``, ``decode`` or ``workers``."""
+        for key, sources in (("prefill", self.prefill), ("decode", self.decode), ("workers", self.workers)):
+            if sources is not None:
+                yield key, sources
 
     def needs_bodies(self) -> Iterator[tuple[Key, str, str]]:
         """Find the settings that need request bodies.

@@ -21,12 +21,22 @@ class Role(StrEnum):
     WORKER = "worker"
 
 
+class SourceKind(StrEnum):
+    """What reports an endpoint."""
+
+    STATIC = "static"
+    """The list ``endpoints`` of the configuration."""
+    DNS = "dns"
+    FILE = "file"
+    KUBERNETES = "kubernetes"
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One endpoint as configured. A value of None is read from the engine instead."""
+    """One endpoint as its source reports it. A value of None is read from the engine instead."""
 
     url: str
-    """``http://host:port``, as configured; the endpoint's name in logs, metrics and the admin port."""
+    """``http://host:port``; the endpoint's name in logs, metrics and the admin port."""
     host: str
     port: int
     pool: str
@@ -41,6 +51,13 @@ class Endpoint:
     """Whether the pool is configured to send routing fields as headers."""
     headers_only: bool = False
     """Whether headers are the only place for routing fields, because the service does not see bodies."""
+    source: SourceKind = SourceKind.STATIC
+    uid: str = ""
+    """Identity of the engine behind the URL, such as the UID of a pod; empty where a source has only addresses."""
+    name: str = ""
+    """Name of the engine for logs, such as that of a pod."""
+    group: str | None = None
+    """Revision group. Prefill and decode endpoints of two groups are never paired; None can be paired with any."""
 
 
 def in_url(host: str) -> str:

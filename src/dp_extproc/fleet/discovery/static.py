@@ -27,6 +27,7 @@ def endpoints_of(config: Config) -> tuple[Endpoint, ...]:
             headers_only=config.envoy.body_mode is BodyMode.NONE,
             bootstrap_host=each.bootstrap_host,
             bootstrap_port=each.bootstrap_port,
+            group=each.group,
         )
         for pool in config.pools
         for key, _, each in pool.endpoints()

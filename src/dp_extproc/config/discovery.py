@@ -1,0 +1,102 @@
+"""Where the endpoints of a role come from, other than from a list in the file: DNS, another file, Kubernetes."""
+
+import re
+from enum import StrEnum
+from typing import Annotated, Any, Final, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from dp_extproc.config.listen import MAX_PORT
+from dp_extproc.config.section import Seconds, Section
+
+_SRV: Final = re.compile(r"_[A-Za-z0-9-]+\._tcp\..+")
+
+Port = Annotated[int, Field(ge=1, le=MAX_PORT)]
+Group = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[\x21-\x7e]+$")]
+"""Name of a revision group, such as the value of a label."""
+_DnsName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9])?\.?$", max_length=253)]
+_Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)]
+"""Name of a Kubernetes object."""
+_PortName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=63)]
+_Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9./_-]*[A-Za-z0-9])?$", max_length=317)]
+"""Key of a label or an annotation, such as ``sglang.ai/transfer-group``."""
+_Text = Annotated[str, Field(min_length=1)]
+
+
+class DnsRecords(StrEnum):
+    """Which records of a name are looked up."""
+
+    ADDRESS = "address"
+    """Its IPv4 and IPv6 addresses; the port is configured."""
+    SRV = "srv"
+    """Its SRV records, which have ports."""
+
+
+class DnsSettings(Section):
+    """All endpoints behind one name: of a headless Service, or of a service of docker compose."""
+
+    name: _DnsName
+    type: DnsRecords = Field(default=DnsRecords.ADDRESS, strict=False)
+    port: Port | None = None
+    """Port of every engine. SRV records have their own."""
+    interval: Seconds | None = None
+    """Seconds between two look-ups. None stands for the TTL of the answer if it is known, else for 5 seconds."""
+    keep_for: Seconds = 30.0
+    """Seconds for which the last endpoints are kept while the name has none."""
+    group: Group | None = None
+    """Revision group of the endpoints."""
+
+    @model_validator(mode="after")
+    def _has_one_port(self) -> Self:
+        if self.type is DnsRecords.SRV:
+            if self.port is not None:
+                raise ValueError("SRV records have ports; leave port out")
+            if not _SRV.fullmatch(self.name):
+                raise ValueError("a name with SRV records begins with _port-name._tcp, as in _http._tcp.decode.llm.svc")
+        elif self.port is None:
+            raise ValueError("name the port of the engines: port: 30000")
+        return self
+
+
+class FileSettings(Section):
+    """Endpoints in a file of their own, which another program may replace at any time."""
+
+    path: _Text
+    keep_for: Seconds = 30.0
+    """Seconds for which the last endpoints are kept while the file lists none."""
+
+
+class KubernetesSettings(Section):
+    """Endpoints in Kubernetes: those of a Service, or pods.
+
+    Exactly one of ``service``, ``selector`` and ``pods`` is given.
+    """
+
+    service: _Name | None = None
+    """Name of a Service."""
+    selector: _Text | None = None
+    """Label selector of Services. Their labels are copied to their EndpointSlices, which are read."""
+    pods: _Text | None = None
+    """Label selector of pods, where annotations or labels of pods count."""
+    namespace: _Name | None = None
+    """None stands for the namespace of the service account or of the kubeconfig."""
+    port: Port | _PortName | None = None
+    """Number or name of the port. None stands for the port named ``http``, or else for the only one."""
+    group_label: _Label | None = None
+    """Label or annotation with the revision group. None stands for the labels of known controllers."""
+    keep_for: Seconds = 30.0
+    """Seconds for which the last endpoints are kept while no endpoint is ready, except those that terminate."""
+
+    @model_validator(mode="after")
+    def _selects_in_one_way(self) -> Self:
+        if [self.service, self.selector, self.pods].count(None) != 2:
+            raise ValueError("write one of service: NAME, selector: LABELS (of Services) and pods: LABELS")
+        return self
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, dict) else value
+
+
+OneOrMore = (BeforeValidator(_listed), Field(min_length=1, strict=False))
+"""Annotations of a key that takes one mapping, or a list of them."""
