@@ -19,12 +19,15 @@ from dp_extproc.engines.capabilities import Capabilities, RankControl
 from dp_extproc.engines.credentials import Credentials
 from dp_extproc.engines.model import Diagnostic, EngineFacts, Role, in_url
 from dp_extproc.fleet.check import EngineReport, check_engines
-from dp_extproc.fleet.discovery.static import endpoints_of
+from dp_extproc.fleet.discovery.runner import first_reports
+from dp_extproc.fleet.discovery.sources import role_sources
 from dp_extproc.request.path import Api
 from dp_extproc.runtime.secrets import problems_of_tls, read_api_keys
 
 _COLUMNS: Final = ("url", "role", "pool", "version", "ranks", "bootstrap", "load", "state")
 _PAGE: Final = {LoadSource.LOADS: "/v1/loads", LoadSource.METRICS: "/metrics", None: "-"}
+_SOURCE_SECONDS: Final = 5.0
+"""Longest time in seconds that the first report of a source may take: some look-ups by DNS."""
 _NO_WRAPPING: Final = 1000
 """Columns of the table if the output is no terminal. It is wide enough for one line per engine."""
 
@@ -48,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     if problems := (*problems_of_tls(config.listen.tls), *keys.problems):
         sys.stderr.write(f"{ConfigError(str(args.config), problems)}\n")
         return 2
-    reports = asyncio.run(check_engines(endpoints_of(config), config.load, Credentials(keys.by_pool)))
+    roster = asyncio.run(first_reports(role_sources(config), _SOURCE_SECONDS))
+    reports = asyncio.run(check_engines(roster.endpoints, config.load, Credentials(keys.by_pool)))
     is_terminal = sys.stdout.isatty()
     console = Console(file=sys.stdout, width=None if is_terminal else _NO_WRAPPING, markup=False, highlight=False)
     _print(console, reports)
