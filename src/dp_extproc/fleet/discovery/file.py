@@ -45,7 +45,7 @@ class FileSource:
                 listener.failed(str(error))
             else:
                 if present != text:
-                    text, found = present, await asyncio.to_thread(self._members, present)
+                    text, found = present, await asyncio.to_thread(_members, present)
                 if isinstance(found, str):
                     listener.failed(found)
                 else:
@@ -63,13 +63,6 @@ class FileSource:
             text = again
         return text
 
-    def _members(self, text: str) -> tuple[Member, ...] | str:
-        """Read the entries of a text, or return why they cannot be used."""
-        try:
-            return tuple(map(_member, parse_endpoints(text)))
-        except ValueError as error:
-            return f"{self._path}: {error}; the endpoints that it listed before stay"
-
     def _read(self) -> str:
         """Read the text of the file.
 
@@ -78,17 +71,25 @@ class FileSource:
         """
         try:
             if not stat.S_ISREG(self._path.stat().st_mode):  # reading a pipe might never end
-                raise ValueError(f"{self._path} is no regular file")
+                raise ValueError("is no regular file")
             with self._path.open("rb") as file:
                 content = file.read(_MAX_BYTES + 1)
         except OSError as error:
-            raise ValueError(f"{self._path} cannot be read: {error.strerror or error}") from None
+            raise ValueError(f"cannot be read: {error.strerror or error}") from None
         if len(content) > _MAX_BYTES:
-            raise ValueError(f"{self._path} is larger than {_MAX_BYTES} bytes; split it in several files")
+            raise ValueError(f"is larger than {_MAX_BYTES} bytes; split it in several files")
         try:
             return content.decode("utf-8-sig")
         except UnicodeDecodeError:
-            raise ValueError(f"{self._path} is not UTF-8") from None
+            raise ValueError("is not UTF-8") from None
+
+
+def _members(text: str) -> tuple[Member, ...] | str:
+    """Read the entries of a text, or return why they cannot be used."""
+    try:
+        return tuple(map(_member, parse_endpoints(text)))
+    except ValueError as error:
+        return str(error)
 
 
 def _member(entry: FileEntry) -> Member:

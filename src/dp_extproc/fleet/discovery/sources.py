@@ -1,14 +1,16 @@
 """Makes the sources of a configuration: each with its pool, its role, and what makes it the same after a reload."""
 
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Final
 
 from dp_extproc.config.discovery import DnsSettings, FileSettings, KubernetesSettings
 from dp_extproc.config.envoy import BodyMode
 from dp_extproc.config.pools import PoolConfig, RoutingFields
+from dp_extproc.config.problems import Problem, spell
 from dp_extproc.config.schema import Config
 from dp_extproc.engines.model import Role, SourceKind
+from dp_extproc.fleet.discovery.dns import DnsSource, missing_library
 from dp_extproc.fleet.discovery.file import FileSource
 from dp_extproc.fleet.discovery.roster import Place, RoleSource
 from dp_extproc.fleet.discovery.source import Source
@@ -21,12 +23,26 @@ _ROLES: Final = {"prefill": Role.PREFILL, "decode": Role.DECODE, "workers": Role
 
 
 def make_source(settings: Settings) -> Source:
-    """Make the source that reads what some settings name. Its library is imported only now."""
+    """Make the source that reads what some settings name."""
     match settings:
+        case DnsSettings():
+            return DnsSource(settings)
         case FileSettings():
             return FileSource(settings)
-        case DnsSettings() | KubernetesSettings():
-            raise NotImplementedError(type(settings).__name__)
+        case KubernetesSettings():
+            # It takes 50 ms to import.
+            from dp_extproc.fleet.discovery.kubernetes.source import KubernetesSource  # noqa: PLC0415
+
+            return KubernetesSource(settings)
+
+
+def missing_libraries(config: Config) -> Iterator[Problem]:
+    """Find the sources whose optional library is not installed. They must not be made."""
+    for index, pool in enumerate(config.pools):
+        for key, written in pool.sources():
+            for position, settings in enumerate(written.dns):
+                if (message := missing_library(settings)) is not None:
+                    yield Problem(None, spell(("pools", index, key, "dns", position)), message)
 
 
 def role_sources(config: Config) -> tuple[RoleSource, ...]:
