@@ -41,8 +41,11 @@ import (
 )
 G
   go mod tidy
-  go build -o "$KUBE_BIN/" k8s.io/kubernetes/cmd/kube-apiserver
-  go build -o "$KUBE_BIN/" k8s.io/kubernetes/cmd/kube-controller-manager
+  # Clients such as helm ask for the version.
+  version="-X k8s.io/component-base/version.gitVersion=v$KUBERNETES"
+  for program in kube-apiserver kube-controller-manager; do
+    ! missing "$program" || go build -ldflags "$version" -o "$KUBE_BIN/" "k8s.io/kubernetes/cmd/$program"
+  done
   cd ..
 fi
 

@@ -66,13 +66,8 @@ def case(request: pytest.FixtureRequest) -> Case:
         values = values_of(CHART / f"ci/{path.stem}-values.yaml")
     else:
         objects, values = render(path), values_of(path)
-    return (
-        values,
-        parse_config(
-            service_configuration(objects).replace("${POD_IP}", "10.0.0.9").replace("${SYNC_URL}", "redis://redis:6379")
-        ),
-        objects,
-    )
+    variables = {"POD_IP": "10.0.0.9", "SYNC_URL": "redis://user:secret@redis:6379"}
+    return values, parse_config(service_configuration(objects), environment=variables), objects
 
 
 def pod_of(objects: tuple[Object, ...]) -> Object:

@@ -47,7 +47,12 @@ sync: {url: {{ .Values.sync.url | quote }}}
 {{- end -}}
 
 {{- define "dp-extproc.host" -}}
-{{ include "dp-extproc.fullname" . }}.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}
+{{ include "dp-extproc.serviceName" . }}.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}
+{{- end -}}
+
+{{- /* A headless Service cannot become another one, so it has a name of its own. */ -}}
+{{- define "dp-extproc.serviceName" -}}
+{{ include "dp-extproc.fullname" . }}{{ if eq .Values.topology "service" }}-headless{{ end }}
 {{- end -}}
 
 {{- /* The whole configuration of the service, with the short forms of the chart written out. */ -}}
