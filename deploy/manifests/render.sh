@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Renders the plain manifests from the chart into a directory (default: this one). Wants helm, see README.md beside the chart.
+# Renders the plain manifests from the chart into a directory (default: this one). Needs helm.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 PATH=${KUBE_BIN:-$HOME/.cache/dp-extproc/kubernetes/bin}:$PATH

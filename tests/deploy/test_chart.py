@@ -149,7 +149,7 @@ def test_envoy_accepts_the_printed_configuration(case: Case, tmp_path: Path) -> 
     envoy = config.envoy.model_copy(update={"service_tls": None})  # its files are on the machine of the gateway
     path = tmp_path / "envoy.yaml"
     path.write_text(render_yaml(build_bootstrap(config.model_copy(update={"envoy": envoy}))), encoding="utf-8")
-    command = [find_envoy(), "--mode", "validate", "--config-path", path]
+    command = [find_envoy(), "--mode", "validate", "--config-path", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -234,7 +234,8 @@ def test_mounts_have_their_sources(case: Case) -> None:
         mounted |= {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == volumes.keys()
     rendered = {each["metadata"]["name"] for each in objects if each["kind"] == "ConfigMap"} | {"kube-root-ca.crt"}
-    maps, secrets = set(), set()
+    maps: set[str] = set()
+    secrets: set[str] = set()
     for name, key, found in _references([pod]):
         (maps if key in {"configMap", "configMapKeyRef"} else secrets).add(found[name])
     assert maps <= rendered | {each for each in maps if f"name: {each}" in yaml.safe_dump(values.get("extraVolumes"))}
@@ -261,7 +262,7 @@ def test_access_is_what_the_discovery_reads(case: Case) -> None:
     roles = {each["metadata"]["namespace"]: each for each in objects if each["kind"] == "Role"}
     if values.get("rbac") == {"create": False}:
         expected = {}
-    found = {}
+    found: dict[str, set[str]] = {}
     for namespace, role in roles.items():
         for rule in role["rules"]:
             assert rule["verbs"] == ["get", "list", "watch"]
@@ -425,8 +426,22 @@ def test_values_are_in_the_schema() -> None:
     """The schema describes every value, and no other."""
     for path in values_in(VALUES):
         assert any(path == each or path.startswith(f"{each}.") for each in DESCRIBED), path
-    rows = re.findall(r"^\| `([^`]+)` \| `", (CHART / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    table = (CHART / "README.md").read_text(encoding="utf-8").split("## Values")[1]
+    rows = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
     assert rows == list(DESCRIBED)
+
+
+def test_troubleshooting_has_messages_as_they_are() -> None:
+    """An operator searches the page for the message of a log."""
+    text = (ROOT / "deploy/README.md").read_text(encoding="utf-8").split("## Troubleshooting")[1]
+    quoted = {each for row in re.findall(r"^\| ([^|]*)", text, re.MULTILINE) for each in re.findall(r"`([^`]+)`", row)}
+    of_kubernetes = {
+        "ErrImagePull", "dp-extproc:0.1.0", "Init:CrashLoopBackOff", 'no matches for kind "PodMonitor"', "spec.selector"
+    }  # fmt: skip
+    ours = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")) + TEMPLATES
+    assert len(quoted - of_kubernetes) > 5
+    # The library adds the end of a counter's name.
+    assert {each for each in quoted - of_kubernetes if each.removesuffix("_total") not in ours} == set()
 
 
 def test_chart_has_the_versions_of_the_project() -> None:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
@@ -73,15 +74,15 @@ def pod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pod]:
             [*stop[:-3], envoy_admin.rpartition(":")[2], "0", stop[-1]],
         )
         for url in (f"{found.admin_url}/readyz", f"{found.envoy_admin_url}/ready"):
-            wait_for(lambda url=url: _status(url) == 200, 30)
+            wait_for(partial(_is, 200, url), 30)
         yield found
 
 
-def _status(url: str) -> int | None:
+def _is(status: int, url: str) -> bool:
     try:
-        return loopback.CLIENT.get(url).status_code
+        return loopback.CLIENT.get(url).status_code == status
     except httpx.TransportError:
-        return None
+        return False
 
 
 def test_pod_serves_a_request(pod: Pod) -> None:
@@ -102,7 +103,7 @@ def test_envoy_is_stopped_when_no_request_is_in_flight(pod: Pod) -> None:
         next(lines)
         stopping = subprocess.Popen(pod.stop_envoy)
         try:
-            wait_for(lambda: _status(f"{pod.envoy_admin_url}/ready") == 503)
+            wait_for(partial(_is, 503, f"{pod.envoy_admin_url}/ready"))
             other = loopback.CLIENT.post(f"{pod.url}/v1/chat/completions", json=REQUEST)
             assert (other.status_code, other.headers["connection"]) == (200, "close")
             assert stopping.poll() is None
