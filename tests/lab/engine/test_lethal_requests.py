@@ -94,13 +94,33 @@ def test_missing_room_is_a_bad_request_behind_the_controller(role: str, ranks: i
         assert engine.is_running
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_engine_stops_at_once_with_open_requests(number: signal.Signals) -> None:
-    """A signal ends it with status 0."""
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
+def test_engine_stops_at_once_with_open_requests(signals: list[signal.Signals]) -> None:
+    """SIGINT, or a second SIGTERM, ends it with status 0."""
     with EngineProcess("decode", 2) as engine, loopback.client() as client:
         body = {**PROMPTS["/generate"], **ROOM, "stream": True}
         with client.stream("POST", f"{engine.url}/generate", json=body) as response:
             assert response.status_code == 200
 
-            assert engine.stop(number) == 0
+            for number in signals[1:]:
+                engine.send_signal(number)
+                wait_for(lambda: client.get(f"{engine.url}/ready").status_code == 503)
+            assert engine.stop(signals[-1]) == 0
         assert "Traceback" not in engine.log()
+
+
+def test_engine_that_terminates_is_not_ready_and_finishes_its_requests() -> None:
+    """It serves new requests, too, like SGLang; then it ends."""
+    options = ("--time-scale", "0.1", "--dp-attention")
+    with EngineProcess("unified", 1, *options) as engine, loopback.client() as client:
+        body = {**PROMPTS["/generate"], "stream": True, "sampling_params": {"max_new_tokens": 400}}
+        with client.stream("POST", f"{engine.url}/generate", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            assert client.get(f"{engine.url}/ready").status_code == 200
+            engine.send_signal(signal.SIGTERM)
+            wait_for(lambda: client.get(f"{engine.url}/ready").status_code == 503)
+            assert client.post(f"{engine.url}/generate", json=PROMPTS["/generate"]).status_code == 200
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        wait_for(lambda: not engine.is_running)
+        assert engine.stop() == 0

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,10 @@ from dp_extproc.lab.engine.scheduler.costs import Costs
 from dp_extproc.lab.engine.scheduler.work import Role
 from dp_extproc.lab.engine.settings import EngineKind, Settings, Timeouts
 
+_LOOK_SECONDS: Final = 5.0
+"""Seconds between two looks whether requests are open after SIGTERM, as in ``tokenizer_manager.py``; scaled."""
+_FINISH_SECONDS: Final = 30.0
+"""Longest time in seconds from SIGTERM to the end. SGLang has no limit, but Kubernetes has this one by default."""
 _METHODS: Final = ("auto", "round_robin", "follow_bootstrap_room", "total_requests", "total_tokens")
 
 
@@ -65,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGTERM or SIGINT.
+    """Serve until SIGINT, or until the requests are finished that are open at SIGTERM.
 
     Returns:
         0 after a signal; 1 when a port cannot be listened on.
@@ -84,8 +89,17 @@ async def _serve(settings: Settings) -> int:
     server = Server(settings)
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
+    loop.add_signal_handler(signal.SIGINT, stopped.set)
+    finishing: list[asyncio.Task[None]] = []
+
+    def terminate() -> None:
+        if server.is_terminating or settings.kind is EngineKind.VLLM:
+            stopped.set()
+        else:
+            server.is_terminating = True
+            finishing.append(loop.create_task(_finish(server, stopped)))
+
+    loop.add_signal_handler(signal.SIGTERM, terminate)
     async with server.engine.running():
         for listener in reversed(server.listeners.values()):  # the API port last: an engine that answers is complete
             await listener.open()
@@ -93,7 +107,20 @@ async def _serve(settings: Settings) -> int:
         sys.stdout.flush()
         await stopped.wait()
         await asyncio.gather(*(listener.close() for listener in server.listeners.values()))
+        for task in finishing:
+            task.cancel()
     return 0
+
+
+async def _finish(server: Server, stopped: asyncio.Event) -> None:
+    """Wait until no request is open, but not much longer than Kubernetes would."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_FINISH_SECONDS):
+            while True:
+                await asyncio.sleep(_LOOK_SECONDS * server.settings.time_scale)
+                if server.is_idle:
+                    break
+    stopped.set()
 
 
 def _ready_line(settings: Settings) -> str:

@@ -61,6 +61,8 @@ class Server:
         self.engine = Engine(settings, on_end=self._ended, kill=kill)
         self.journal = Journal()
         self.faults = Faults()
+        self.is_terminating = False
+        """Whether SIGTERM came. The engine is not ready any more, and serves as before until it ends."""
         self.listeners = {INFERENCE: Listener(self.app(), settings.host, settings.port)}
         if settings.rank_listeners:
             for rank in range(settings.dp_size):
@@ -72,6 +74,11 @@ class Server:
         if settings.debug_port is not None:
             self.listeners["debug"] = Listener(Starlette(routes=self._debug()), settings.host, settings.debug_port)
         self._metrics = metrics.Metrics(self.engine)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no inference request is open."""
+        return self.journal.open_requests == 0
 
     def app(self) -> ASGIApp:
         """Build the application of the API port."""
@@ -94,7 +101,7 @@ class Server:
             routes.append(Route("/server_info", self._page("server_info", self._server_info)))
             routes.append(Route("/model_info", self._page("model_info", self._model_info)))
         if release.has_ready:
-            routes.append(Route("/ready", pages.ready))
+            routes.append(Route("/ready", self._ready))
         if release.has_loads:
             routes.append(Route("/v1/loads", self._page("loads", self._loads)))
         if release.has_get_load:
@@ -181,7 +188,12 @@ class Server:
     async def _model_info(self, _: Request) -> Response:
         return errors.json_response(pages.model_info(self.settings))
 
+    async def _ready(self, request: Request) -> Response:
+        return Response(status_code=503) if self.is_terminating else await pages.ready(request)
+
     async def _health(self, request: Request) -> Response:
+        if self.is_terminating:
+            return Response(status_code=503)
         return await pages.health(request, self.engine)
 
     async def _loads(self, request: Request) -> Response:

@@ -171,6 +171,11 @@ class Journal:
         """Return the number of the last request that has arrived, whether or not it is still here."""
         return self._count
 
+    @property
+    def open_requests(self) -> int:
+        """Count the requests whose answers are not complete."""
+        return sum(not record.is_over for record in self._records)
+
     def show(self, after: int = 0) -> list[dict[str, Any]]:
         """Describe the requests with higher numbers than *after*, oldest first."""
         return [record.show() for record in self._records if record.number > after]
