@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ import uvloop
 from dp_extproc.config.discovery import DnsSettings
 from dp_extproc.fleet.discovery.answers import Address, Answer
 from dp_extproc.fleet.discovery.dns import DnsSource, make_resolver, missing_library, pause_after
-from dp_extproc.fleet.discovery.dns_resolver import DnsResolver
+from dp_extproc.fleet.discovery.dns_look_up import look_up_by_dns
+from dp_extproc.fleet.discovery.look_up_thread import LookUpThread
 from dp_extproc.fleet.discovery.source import Member, Source, SourceListener
-from dp_extproc.fleet.discovery.system_resolver import SystemResolver
+from dp_extproc.fleet.discovery.system_look_up import look_up_by_system
 from fleet.discovery.dns_server import DnsServer, dns_server
 
 DEADLINE = 20.0
@@ -272,14 +274,11 @@ def test_local_names_have_precedence_over_dns(server: DnsServer, tmp_path: Path)
         f"127.0.0.9 localhost # {NAME}\n10.9.0.1 x {NAME.upper()}\nfd00::9 {NAME}\n10.9.0.2\t{NAME} y\n\n#"
     )
 
-    async def story() -> None:
-        found = await DnsResolver(settings(name=f"{NAME}."), 1, names).look_up()
-        assert found == Answer((Address("10.9.0.1", 30000), Address("10.9.0.2", 30000)))
-        server.set(NAME, "A", "10.0.0.1")
-        found = await DnsResolver(settings(server), 1, names).look_up()  # the DNS server is configured
-        assert [each.host for each in found.addresses] == ["10.0.0.1"]
-
-    run(story())
+    found = look_up_by_dns(settings(name=f"{NAME}."), 1, names)
+    assert found == Answer((Address("10.9.0.1", 30000), Address("10.9.0.2", 30000)))
+    server.set(NAME, "A", "10.0.0.1")
+    found = look_up_by_dns(settings(server), 1, names)  # the DNS server is configured
+    assert [each.host for each in found.addresses] == ["10.0.0.1"]
 
 
 @pytest.mark.parametrize("literal", ["10.0.0.7", "fd00::7", "[fd00::7]"])
@@ -317,16 +316,16 @@ def test_source_refuses_an_endless_answer(count: int) -> None:
     run(story())
 
 
-# --- the built-in resolver ---
+# --- without dnspython ---
 
 
-def test_system_resolver_reads_local_names() -> None:
+def by_system(get: Callable[..., Any]) -> LookUpThread:
+    return LookUpThread(NAME, partial(look_up_by_system, NAME, 30000, get))
+
+
+def test_look_up_by_system_reads_local_names() -> None:
     """It gives what other programs of this machine see."""
-
-    async def story() -> None:
-        assert await SystemResolver("localhost", 30000).look_up() == Answer((Address("127.0.0.1", 30000),))
-
-    run(story())
+    assert set(look_up_by_system("localhost", 30000).addresses) == {Address("127.0.0.1", 30000)}
 
 
 def answer_of(*addresses: str) -> list[tuple[Any, ...]]:
@@ -350,7 +349,7 @@ def answer_of(*addresses: str) -> list[tuple[Any, ...]]:
         (UnicodeError("label too long"), None),
     ],
 )
-def test_system_resolver_distinguishes_no_address_from_a_failure(outcome: Any, expected: list[str] | None) -> None:
+def test_look_up_by_system_distinguishes_no_address_from_a_failure(outcome: Any, expected: list[str] | None) -> None:
     """Only a look-up that worked may empty a role."""
 
     def get(*_: object, **__: object) -> list[tuple[Any, ...]]:
@@ -360,7 +359,7 @@ def test_system_resolver_distinguishes_no_address_from_a_failure(outcome: Any, e
         return found
 
     async def story() -> None:
-        async with reports_of(DnsSource(settings(), SystemResolver(NAME, 30000, get))) as got:
+        async with reports_of(DnsSource(settings(), by_system(get))) as got:
             await until(lambda: got.snapshots or got.failures)
             assert got.snapshots[:1] == ([] if expected is None else [expected])
             assert bool(got.failures) == (expected is None)
@@ -368,7 +367,7 @@ def test_system_resolver_distinguishes_no_address_from_a_failure(outcome: Any, e
     run(story())
 
 
-def test_system_resolver_keeps_one_call_that_hangs_and_takes_its_late_result() -> None:
+def test_source_keeps_one_call_that_hangs_and_takes_its_late_result() -> None:
     """Calls must not pile up, and the source reports the failure meanwhile."""
     calls, end = [], threading.Event()
 
@@ -378,7 +377,7 @@ def test_system_resolver_keeps_one_call_that_hangs_and_takes_its_late_result() -
         return answer_of("10.0.0.1")
 
     async def story() -> None:
-        async with reports_of(DnsSource(settings(), SystemResolver(NAME, 30000, get), seconds=0.01)) as got:
+        async with reports_of(DnsSource(settings(), by_system(get), seconds=0.01)) as got:
             await until(lambda: len(got.failures) >= 3)
             assert NAME in got.failures[0]
             assert len(calls) == 1
@@ -394,53 +393,49 @@ def test_process_ends_while_a_look_up_hangs() -> None:
     """A thread pool would wait for the call."""
     code = """
 import asyncio, time, uvloop
-from dp_extproc.fleet.discovery.system_resolver import SystemResolver
+from dp_extproc.fleet.discovery.look_up_thread import LookUpThread
 
 async def story():
     with __import__("contextlib").suppress(TimeoutError):
         async with asyncio.timeout(0.05):
-            await SystemResolver("x", 1, lambda *a, **k: time.sleep(1000)).look_up()
+            await LookUpThread("x", lambda: time.sleep(1000)).look_up()
 
 uvloop.run(story())
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=DEADLINE)
 
 
-# --- both resolvers, with the configuration of the system ---
+# --- both look-ups, with the configuration of the system ---
 
 IN_OWN_NAMESPACES = ("unshare", "--map-root-user", "--net", "--mount")
 """Port 53, and an own ``/etc/resolv.conf``."""
 RESOLV_CONF = "nameserver 127.0.0.1\nsearch llm.test\noptions timeout:1 attempts:1\n"
 SCRIPT = """
-import asyncio, json, sys, uvloop
+import json
 from dp_extproc.config.discovery import DnsSettings
-from dp_extproc.fleet.discovery.answers import LookUpError
-from dp_extproc.fleet.discovery.dns_resolver import DnsResolver
-from dp_extproc.fleet.discovery.system_resolver import SystemResolver
+from dp_extproc.fleet.discovery.dns_look_up import look_up_by_dns
+from dp_extproc.fleet.discovery.system_look_up import look_up_by_system
 from fleet.discovery.dns_server import dns_server
 
-async def look_up(name):
-    for resolver in (SystemResolver(name, 1), DnsResolver(DnsSettings(name=name, port=1), 2)):
+def look_up(name):
+    for call in (lambda: look_up_by_system(name, 1), lambda: look_up_by_dns(DnsSettings(name=name, port=1), 2)):
         try:
-            yield len((await resolver.look_up()).addresses)
-        except LookUpError as error:
+            yield len(call().addresses)
+        except Exception as error:
             yield "failure"
 
-async def story():
-    with dns_server(53) as server:
-        server.set("decode.llm.test", "A", *(f"10.0.0.{i}" for i in range(200)))
-        server.set("decode.llm.test", "AAAA", "fd00::1")
-        server.set("empty.llm.test", "TXT", "x")
-        server.set("broken.llm.test", "A", "10.0.0.1")
-        server.fault, server.faulty = "SERVFAIL", "broken"
-        names = ("decode", "decode.llm.test", "decode.llm.test.", "decode.", "empty.llm.test.", "broken.llm.test.")
-        return {name: [each async for each in look_up(name)] for name in names}
-
-print(json.dumps(uvloop.run(story())))
+with dns_server(53) as server:
+    server.set("decode.llm.test", "A", *(f"10.0.0.{i}" for i in range(200)))
+    server.set("decode.llm.test", "AAAA", "fd00::1")
+    server.set("empty.llm.test", "TXT", "x")
+    server.set("broken.llm.test", "A", "10.0.0.1")
+    server.fault, server.faulty = "SERVFAIL", "broken"
+    names = ("decode", "decode.llm.test", "decode.llm.test.", "decode.", "empty.llm.test.", "broken.llm.test.")
+    print(json.dumps({name: list(look_up(name)) for name in names}))
 """
 
 
-def test_both_resolvers_obey_the_configuration_of_the_system(tmp_path: Path) -> None:
+def test_both_look_ups_obey_the_configuration_of_the_system(tmp_path: Path) -> None:
     """The result must not depend on what is installed: search domains, an absolute name, TCP, no address, a failure."""
     if subprocess.run([*IN_OWN_NAMESPACES, "true"], check=False, capture_output=True).returncode:
         pytest.skip("LEFT OUT: this user may not make network and mount namespaces")
@@ -470,6 +465,8 @@ def test_missing_library_names_the_extra(server: DnsServer, monkeypatch: pytest.
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "dns" else find(name))
     assert missing_library(settings()) is None
-    assert isinstance(make_resolver(settings()), SystemResolver)
+    monkeypatch.setitem(sys.modules, look_up_by_dns.__module__, None)
+    found = asyncio.run(make_resolver(settings(name="localhost")).look_up())
+    assert [each.host for each in found.addresses][:1] == ["127.0.0.1"]
     for each, key in ((settings(name=SRV), "type: srv"), (settings(server), "nameserver")):
         assert missing_library(each) == f"{key} needs the library dnspython: pip install 'dp-extproc[dns]'"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from dp_extproc.cli import main
-from dp_extproc.fleet.discovery.answers import Address, Answer, LookUpError
+from dp_extproc.fleet.discovery.answers import Address, Answer
 from dp_extproc.lab.demo.load_command import each_engine
 from dp_extproc.lab.testbed.engine import EngineProcess
 from dp_extproc.lab.testbed.envoy import EnvoyProcess
@@ -121,23 +121,18 @@ def test_load_refuses_a_router_without_name_and_url(text: str, capsys: pytest.Ca
     assert "NAME=URL" in capsys.readouterr().err
 
 
-class _Addresses:
-    """A resolver of ``many``, which has two addresses, and of ``one``."""
-
-    def __init__(self, name: str, port: int) -> None:
-        if name == "none":
-            raise LookUpError(name)
-        self._hosts = {"many": ("fd00::2", "fd00::1"), "one": ("10.0.0.1",)}[name]
-        self._port = port
-
-    async def look_up(self) -> Answer:
-        return Answer(tuple(Address(each, self._port) for each in self._hosts))
+def look_up(name: str, port: int) -> Answer:
+    """Give the name ``many`` two addresses, ``one`` one, and no other any."""
+    addresses = {"many": ("fd00::2", "fd00::1"), "one": ("10.0.0.1",)}
+    if name not in addresses:
+        raise OSError(name)
+    return Answer(tuple(Address(each, port) for each in addresses[name]))
 
 
 def test_load_watches_every_engine_behind_a_name() -> None:
     """A service of docker compose has one name for all its containers."""
     given = [("prefill", "http://many:30000"), ("decode 1", "http://one:30001"), ("decode 2", "http://none:30002")]
-    assert list(each_engine(given, _Addresses)) == [
+    assert list(each_engine(given, look_up)) == [
         ("prefill 1", "http://[fd00::1]:30000"),
         ("prefill 2", "http://[fd00::2]:30000"),
         ("decode 1", "http://one:30001"),

@@ -1,7 +1,6 @@
 """Run ``dp-extproc load``: send the demo's requests through routers that run already, and print the same tables."""
 
 import argparse
-import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -11,8 +10,8 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 from dp_extproc.engines.model import in_url
-from dp_extproc.fleet.discovery.answers import Answer, LookUpError, Resolver
-from dp_extproc.fleet.discovery.system_resolver import SystemResolver
+from dp_extproc.fleet.discovery.answers import Answer
+from dp_extproc.fleet.discovery.system_look_up import look_up_by_system
 from dp_extproc.lab.demo.interrupts import Interrupts
 from dp_extproc.lab.demo.options import add_traffic, end_help_with_missing_parts, run_command
 
@@ -64,15 +63,15 @@ def _measure(args: argparse.Namespace, console: Console, interrupts: Interrupts)
 
 
 def each_engine(
-    engines: Iterable[_Named], resolver: Callable[[str, int], Resolver] = SystemResolver
+    engines: Iterable[_Named], look_up: Callable[[str, int], Answer] = look_up_by_system
 ) -> Iterator[_Named]:
     """Number the engines behind a host name with several addresses, and look up each name once."""
     for name, url in engines:
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         try:
-            found = asyncio.run(resolver(parts.hostname or "", port).look_up())
-        except LookUpError:  # shown as an engine that gives no samples
+            found = look_up(parts.hostname or "", port)
+        except (OSError, UnicodeError):  # shown as an engine that gives no samples
             found = Answer()
         if len(found.addresses) < 2:
             yield name, url
