@@ -9,45 +9,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvloop
 
 from dp_extproc.config.discovery import DnsSettings
 from dp_extproc.fleet.discovery.answers import Address, Answer
 from dp_extproc.fleet.discovery.dns import DnsSource, make_resolver, missing_library, pause_after
 from dp_extproc.fleet.discovery.dns_look_up import look_up_by_dns
 from dp_extproc.fleet.discovery.look_up_thread import LookUpThread
-from dp_extproc.fleet.discovery.source import Member, Source, SourceListener
+from dp_extproc.fleet.discovery.source import Member
 from dp_extproc.fleet.discovery.system_look_up import look_up_by_system
 from fleet.discovery.dns_server import DnsServer, dns_server
+from patience import wait_for
+from source_reports import Reports, reports_of
 
-DEADLINE = 20.0
+SECONDS = 20.0
 NAME = "decode.test"
 SRV = f"_http._tcp.{NAME}"
-
-
-@dataclass
-class Recorder(SourceListener):
-    """Keeps what a source reports."""
-
-    snapshots: list[list[str]] = field(default_factory=list)
-    """The sorted addresses of each snapshot."""
-    members: tuple[Member, ...] = ()
-    failures: list[str] = field(default_factory=list)
-
-    def snapshot(self, members: tuple[Member, ...]) -> None:
-        self.members = members
-        self.snapshots.append(sorted(each.url.removeprefix("http://") for each in members))
-
-    def failed(self, message: str) -> None:
-        self.failures.append(message)
 
 
 @pytest.fixture
@@ -63,59 +45,34 @@ def settings(server: DnsServer | None = None, name: str = NAME, **more: object) 
     return DnsSettings.model_validate(keys | more)
 
 
-def run(story: Coroutine[Any, Any, None]) -> None:
-    """Run a story in the event loop of the service, with a bound on all of it."""
-    uvloop.run(asyncio.wait_for(story, 2 * DEADLINE))
+def addresses_in(members: Iterable[Member]) -> list[str]:
+    return sorted(each.url.removeprefix("http://") for each in members)
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(DEADLINE):
-        while not condition():  # noqa: ASYNC110 - what is waited for sets no event
-            await asyncio.sleep(0.005)
-
-
-@asynccontextmanager
-async def reports_of(source: Source) -> AsyncIterator[Recorder]:
-    """Run a source, which must end by nothing but its cancellation."""
-    recorder = Recorder()
-    task = asyncio.create_task(source.run(recorder))
-    try:
-        yield recorder
-        assert not task.done()
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-
-
-async def next_snapshot(recorder: Recorder) -> list[str]:
+def next_addresses(got: Reports) -> list[str]:
     """Wait for a snapshot of a look-up that begins from now on."""
-    seen = len(recorder.snapshots)
-    await until(lambda: len(recorder.snapshots) >= seen + 2)
-    return recorder.snapshots[-1]
+    seen = len(got.snapshots)
+    wait_for(lambda: len(got.snapshots) >= seen + 2, SECONDS)
+    return addresses_in(got.snapshots[-1])
 
 
 def test_source_follows_addresses_that_come_and_go(server: DnsServer) -> None:
     """A snapshot has every address, in whatever order, and an empty one is no failure."""
-
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(server, group="blue"))) as got:
-            for addresses in (["10.0.0.1", "10.0.0.2"], ["10.0.0.4", "10.0.0.2", "10.0.0.3", "10.0.0.1"], ["10.0.0.3"]):
-                server.set(NAME, "A", *addresses)
-                assert await next_snapshot(got) == sorted(f"{each}:30000" for each in addresses)
-                before = got.members
-                server.set(NAME, "A", *reversed(addresses))
-                await next_snapshot(got)
-                assert got.members == before
-            (member,) = got.members
-            assert (member.host, member.port, member.group) == ("10.0.0.3", 30000, "blue")
-            server.set(NAME, "A")
-            assert await next_snapshot(got) == []
-            server.remove(NAME)
-            assert await next_snapshot(got) == []
-            assert got.failures == []
-
-    run(story())
+    with reports_of(DnsSource(settings(server, group="blue"))) as got:
+        for addresses in (["10.0.0.1", "10.0.0.2"], ["10.0.0.4", "10.0.0.2", "10.0.0.3", "10.0.0.1"], ["10.0.0.3"]):
+            server.set(NAME, "A", *addresses)
+            assert next_addresses(got) == sorted(f"{each}:30000" for each in addresses)
+            before = got.snapshots[-1]
+            server.set(NAME, "A", *reversed(addresses))
+            next_addresses(got)
+            assert got.snapshots[-1] == before
+        (member,) = got.snapshots[-1]
+        assert (member.host, member.port, member.group) == ("10.0.0.3", 30000, "blue")
+        server.set(NAME, "A")
+        assert next_addresses(got) == []
+        server.remove(NAME)
+        assert next_addresses(got) == []
+        assert got.failures == []
 
 
 @pytest.mark.parametrize("fault", ["SERVFAIL", "REFUSED", "NOTIMP", "garbage", "silent"])
@@ -123,59 +80,45 @@ def test_source_reports_a_failure_when_the_server_gives_no_answer(server: DnsSer
     """The addresses are unknown then, which is not the same as none. Afterwards the source recovers."""
     server.set(NAME, "A", "10.0.0.1")
     server.fault = fault
-
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(server), seconds=0.2)) as got:
-            await until(lambda: len(got.failures) >= 2)
-            assert got.snapshots == []
-            assert NAME in got.failures[0] or "lifetime expired" in got.failures[0]
-            server.fault = ""
-            await until(lambda: got.snapshots)
-            assert got.snapshots[0] == ["10.0.0.1:30000"]
-
-    run(story())
+    with reports_of(DnsSource(settings(server), seconds=0.2)) as got:
+        wait_for(lambda: len(got.failures) >= 2, SECONDS)
+        assert got.snapshots == []
+        assert NAME in got.failures[0]
+        server.fault = ""
+        wait_for(lambda: got.snapshots, SECONDS)
+        assert addresses_in(got.snapshots[0]) == ["10.0.0.1:30000"]
 
 
 def test_source_reports_a_failure_when_no_server_is_there(server: DnsServer) -> None:
     """A closed port refuses at once, over UDP by ICMP."""
     nowhere = settings(nameserver="127.0.0.1:9")
-
-    async def story() -> None:
-        async with reports_of(DnsSource(nowhere, seconds=0.2)) as got:
-            await until(lambda: got.failures)
-
-    run(story())
+    with reports_of(DnsSource(nowhere, seconds=0.2)) as got:
+        wait_for(lambda: got.failures, SECONDS)
 
 
 def test_source_asks_again_over_tcp_when_the_answer_is_truncated(server: DnsServer) -> None:
     """A truncated answer has some of the addresses, and the others would seem to be gone."""
     addresses = [f"10.0.{number // 250}.{number % 250 + 1}" for number in range(500)]
     server.set(NAME, "A", *addresses)
-
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(server))) as got:
-            await next_snapshot(got)
-            assert {tuple(each) for each in got.snapshots} == {tuple(sorted(f"{each}:30000" for each in addresses))}
-            assert {transport for transport, *_ in server.queries} == {"udp", "tcp"}
-
-    run(story())
+    with reports_of(DnsSource(settings(server))) as got:
+        next_addresses(got)
+        assert {frozenset(addresses_in(each)) for each in got.snapshots} == {
+            frozenset(f"{each}:30000" for each in addresses)
+        }
+        assert {transport for transport, *_ in server.queries} == {"udp", "tcp"}
 
 
 def test_source_lists_an_engine_with_addresses_of_both_families_once(server: DnsServer) -> None:
     """IPv4 is preferred. IPv6 addresses are taken where there are no others, and have brackets in URLs."""
     server.set(NAME, "A", "10.0.0.1")
     server.set(NAME, "AAAA", "fd00::1", "fd00::2")
-
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(server))) as got:
-            assert await next_snapshot(got) == ["10.0.0.1:30000"]
-            server.set(NAME, "A")
-            assert await next_snapshot(got) == ["[fd00::1]:30000", "[fd00::2]:30000"]
-            assert {each.host for each in got.members} == {"fd00::1", "fd00::2"}
-            server.fault = "SERVFAIL"
-            await until(lambda: got.failures)
-
-    run(story())
+    with reports_of(DnsSource(settings(server))) as got:
+        assert next_addresses(got) == ["10.0.0.1:30000"]
+        server.set(NAME, "A")
+        assert next_addresses(got) == ["[fd00::1]:30000", "[fd00::2]:30000"]
+        assert {each.host for each in got.snapshots[-1]} == {"fd00::1", "fd00::2"}
+        server.fault = "SERVFAIL"
+        wait_for(lambda: got.failures, SECONDS)
 
 
 @pytest.mark.parametrize("given", [0, 1, 3], ids=["none", "some", "all"])
@@ -188,27 +131,23 @@ def test_source_reads_srv_records_with_and_without_additional_records(server: Dn
     server.set(f"d-0.{NAME}", "AAAA", "fd00::1")
     server.set(f"d-1.{NAME}", "A", "10.0.0.2", ttl=7)
     server.set(f"d-2.{NAME}", "AAAA", "fd00::3")
+    answer = asyncio.run(make_resolver(settings(server, SRV)).look_up())
+    assert sorted(answer.addresses) == [
+        Address("10.0.0.1", 30001, f"d-0.{NAME}"),
+        Address("10.0.0.1", 30002, f"d-0.{NAME}"),
+        Address("10.0.0.2", 30001, f"d-1.{NAME}"),
+        Address("fd00::3", 30003, f"d-2.{NAME}"),
+    ]
+    assert answer.ttl == 7
+    asked = {name for _, name, kind in server.queries if kind != "SRV"}
+    assert asked == {f"d-{number}.{NAME}" for number in range(given, 3)}
 
-    async def story() -> None:
-        answer = await make_resolver(settings(server, SRV)).look_up()
-        assert sorted(answer.addresses) == [
-            Address("10.0.0.1", 30001, f"d-0.{NAME}"),
-            Address("10.0.0.1", 30002, f"d-0.{NAME}"),
-            Address("10.0.0.2", 30001, f"d-1.{NAME}"),
-            Address("fd00::3", 30003, f"d-2.{NAME}"),
-        ]
-        assert answer.ttl == 7
-        asked = {name for _, name, kind in server.queries if kind != "SRV"}
-        assert asked == {f"d-{number}.{NAME}" for number in range(given, 3)}
-
-        async with reports_of(DnsSource(settings(server, SRV))) as got:
-            assert await next_snapshot(got) == [
-                "10.0.0.1:30001", "10.0.0.1:30002", "10.0.0.2:30001", "[fd00::3]:30003",
-            ]  # fmt: skip
-            server.remove(SRV)
-            assert await next_snapshot(got) == []
-
-    run(story())
+    with reports_of(DnsSource(settings(server, SRV))) as got:
+        assert next_addresses(got) == [
+            "10.0.0.1:30001", "10.0.0.1:30002", "10.0.0.2:30001", "[fd00::3]:30003",
+        ]  # fmt: skip
+        server.remove(SRV)
+        assert next_addresses(got) == []
 
 
 def test_source_reports_a_failure_when_a_target_of_many_is_unknown(server: DnsServer) -> None:
@@ -216,20 +155,16 @@ def test_source_reports_a_failure_when_a_target_of_many_is_unknown(server: DnsSe
     server.set(SRV, "SRV", *(f"0 0 30000 d-{number}.{NAME}." for number in range(40)))
     for number in range(40):
         server.set(f"d-{number}.{NAME}", "A", f"10.0.0.{number + 1}")
-
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(server, SRV))) as got:
-            assert len(await next_snapshot(got)) == 40
-            server.faulty, server.fault = f"d-17.{NAME}", "SERVFAIL"
-            await until(lambda: got.failures)
-            assert {len(each) for each in got.snapshots} == {40}
-            assert f"d-17.{NAME}" in got.failures[0]
-            # A target that does not exist is gone.
-            server.fault = ""
-            server.remove(f"d-17.{NAME}")
-            assert len(await next_snapshot(got)) == 39
-
-    run(story())
+    with reports_of(DnsSource(settings(server, SRV))) as got:
+        assert len(next_addresses(got)) == 40
+        server.faulty, server.fault = f"d-17.{NAME}", "SERVFAIL"
+        wait_for(lambda: got.failures, SECONDS)
+        assert {len(each) for each in got.snapshots} == {40}
+        assert f"d-17.{NAME}" in got.failures[0]
+        # A target that does not exist is gone.
+        server.fault = ""
+        server.remove(f"d-17.{NAME}")
+        assert len(next_addresses(got)) == 39
 
 
 def test_resolver_follows_aliases_and_gives_the_shortest_ttl(server: DnsServer) -> None:
@@ -237,11 +172,7 @@ def test_resolver_follows_aliases_and_gives_the_shortest_ttl(server: DnsServer) 
     server.set(NAME, "CNAME", "a.test.", ttl=300)
     server.set("a.test", "CNAME", "b.test.", ttl=4)
     server.set("b.test", "A", "10.0.0.1", ttl=60)
-
-    async def story() -> None:
-        assert await make_resolver(settings(server)).look_up() == Answer((Address("10.0.0.1", 30000),), 4)
-
-    run(story())
+    assert asyncio.run(make_resolver(settings(server)).look_up()) == Answer((Address("10.0.0.1", 30000),), 4)
 
 
 @pytest.mark.parametrize(
@@ -256,15 +187,11 @@ def test_next_look_up_follows_the_ttl_within_bounds(ttl: float | None, interval:
 def test_source_waits_for_the_ttl_between_two_look_ups(server: DnsServer) -> None:
     """Otherwise it would send a query all the time, or see changes late."""
     server.set(NAME, "A", "10.0.0.1", ttl=1)
-
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(server, interval=None))) as got:
-            await until(lambda: got.snapshots)
-            started = time.monotonic()
-            await until(lambda: len(got.snapshots) == 2)
-            assert time.monotonic() - started > 0.9
-
-    run(story())
+    with reports_of(DnsSource(settings(server, interval=None))) as got:
+        wait_for(lambda: got.snapshots, SECONDS)
+        started = time.monotonic()
+        wait_for(lambda: len(got.snapshots) == 2, SECONDS)
+        assert time.monotonic() - started > 0.9
 
 
 def test_local_names_have_precedence_over_dns(server: DnsServer, tmp_path: Path) -> None:
@@ -284,13 +211,9 @@ def test_local_names_have_precedence_over_dns(server: DnsServer, tmp_path: Path)
 @pytest.mark.parametrize("literal", ["10.0.0.7", "fd00::7", "[fd00::7]"])
 def test_an_address_in_place_of_a_name_is_one_member(literal: str) -> None:
     """A variable of a template may hold either."""
-
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(name=literal))) as got:
-            bare = literal.strip("[]")
-            assert await next_snapshot(got) == [f"[{bare}]:30000" if ":" in bare else f"{bare}:30000"]
-
-    run(story())
+    with reports_of(DnsSource(settings(name=literal))) as got:
+        bare = literal.strip("[]")
+        assert next_addresses(got) == [f"[{bare}]:30000" if ":" in bare else f"{bare}:30000"]
 
 
 class Fixed:
@@ -306,14 +229,10 @@ class Fixed:
 @pytest.mark.parametrize("count", [4096, 4097])
 def test_source_refuses_an_endless_answer(count: int) -> None:
     """The service would connect to each of the addresses."""
-
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(), Fixed(count))) as got:
-            await until(lambda: got.snapshots or got.failures)
-            assert [len(each) for each in got.snapshots[:1]] == ([4096] if count == 4096 else [])
-            assert bool(got.failures) == (count > 4096)
-
-    run(story())
+    with reports_of(DnsSource(settings(), Fixed(count))) as got:
+        wait_for(lambda: got.snapshots or got.failures, SECONDS)
+        assert [len(each) for each in got.snapshots[:1]] == ([4096] if count == 4096 else [])
+        assert bool(got.failures) == (count > 4096)
 
 
 # --- without dnspython ---
@@ -358,13 +277,10 @@ def test_look_up_by_system_distinguishes_no_address_from_a_failure(outcome: Any,
         found: list[tuple[Any, ...]] = outcome
         return found
 
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(), by_system(get))) as got:
-            await until(lambda: got.snapshots or got.failures)
-            assert got.snapshots[:1] == ([] if expected is None else [expected])
-            assert bool(got.failures) == (expected is None)
-
-    run(story())
+    with reports_of(DnsSource(settings(), by_system(get))) as got:
+        wait_for(lambda: got.snapshots or got.failures, SECONDS)
+        assert [addresses_in(each) for each in got.snapshots[:1]] == ([] if expected is None else [expected])
+        assert bool(got.failures) == (expected is None)
 
 
 def test_source_keeps_one_call_that_hangs_and_takes_its_late_result() -> None:
@@ -373,19 +289,16 @@ def test_source_keeps_one_call_that_hangs_and_takes_its_late_result() -> None:
 
     def get(*_: object, **__: object) -> list[tuple[Any, ...]]:
         calls.append(threading.current_thread())
-        end.wait(DEADLINE)
+        end.wait(SECONDS)
         return answer_of("10.0.0.1")
 
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(), by_system(get), seconds=0.01)) as got:
-            await until(lambda: len(got.failures) >= 3)
-            assert NAME in got.failures[0]
-            assert len(calls) == 1
-            end.set()
-            await until(lambda: got.snapshots)
-            assert got.snapshots[0] == ["10.0.0.1:30000"]
-
-    run(story())
+    with reports_of(DnsSource(settings(), by_system(get), seconds=0.01)) as got:
+        wait_for(lambda: len(got.failures) >= 3, SECONDS)
+        assert NAME in got.failures[0]
+        assert len(calls) == 1
+        end.set()
+        wait_for(lambda: got.snapshots, SECONDS)
+        assert addresses_in(got.snapshots[0]) == ["10.0.0.1:30000"]
     assert calls[0].daemon
 
 
@@ -402,7 +315,7 @@ async def story():
 
 uvloop.run(story())
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=DEADLINE)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=SECONDS)
 
 
 # --- both look-ups, with the configuration of the system ---
