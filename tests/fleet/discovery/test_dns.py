@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -238,10 +238,6 @@ def test_source_refuses_an_endless_answer(count: int) -> None:
 # --- without dnspython ---
 
 
-def by_system(get: Callable[..., Any]) -> LookUpThread:
-    return LookUpThread(NAME, partial(look_up_by_system, NAME, 30000, get))
-
-
 def test_look_up_by_system_reads_local_names() -> None:
     """It gives what other programs of this machine see."""
     assert set(look_up_by_system("localhost", 30000).addresses) == {Address("127.0.0.1", 30000)}
@@ -268,7 +264,9 @@ def answer_of(*addresses: str) -> list[tuple[Any, ...]]:
         (UnicodeError("label too long"), None),
     ],
 )
-def test_look_up_by_system_distinguishes_no_address_from_a_failure(outcome: Any, expected: list[str] | None) -> None:
+def test_look_up_by_system_distinguishes_no_address_from_a_failure(
+    outcome: Any, expected: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only a look-up that worked may empty a role."""
 
     def get(*_: object, **__: object) -> list[tuple[Any, ...]]:
@@ -277,13 +275,15 @@ def test_look_up_by_system_distinguishes_no_address_from_a_failure(outcome: Any,
         found: list[tuple[Any, ...]] = outcome
         return found
 
-    with reports_of(DnsSource(settings(), by_system(get))) as got:
+    monkeypatch.setattr(socket, "getaddrinfo", get)
+    by_system = LookUpThread(NAME, partial(look_up_by_system, NAME, 30000))
+    with reports_of(DnsSource(settings(), by_system)) as got:
         wait_for(lambda: got.snapshots or got.failures, SECONDS)
         assert [addresses_in(each) for each in got.snapshots[:1]] == ([] if expected is None else [expected])
         assert bool(got.failures) == (expected is None)
 
 
-def test_source_keeps_one_call_that_hangs_and_takes_its_late_result() -> None:
+def test_source_keeps_one_call_that_hangs_and_takes_its_late_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls must not pile up, and the source reports the failure meanwhile."""
     calls, end = [], threading.Event()
 
@@ -292,7 +292,9 @@ def test_source_keeps_one_call_that_hangs_and_takes_its_late_result() -> None:
         end.wait(SECONDS)
         return answer_of("10.0.0.1")
 
-    with reports_of(DnsSource(settings(), by_system(get), seconds=0.01)) as got:
+    monkeypatch.setattr(socket, "getaddrinfo", get)
+    by_system = LookUpThread(NAME, partial(look_up_by_system, NAME, 30000))
+    with reports_of(DnsSource(settings(), by_system, seconds=0.01)) as got:
         wait_for(lambda: len(got.failures) >= 3, SECONDS)
         assert NAME in got.failures[0]
         assert len(calls) == 1

@@ -1,8 +1,7 @@
 """Looks up a name as every program here does: ``/etc/hosts``, name service switch, DNS with search domains."""
 
 import socket
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from dp_extproc.fleet.discovery.answers import Address, Answer
 
@@ -10,13 +9,13 @@ _ABSENT: Final = frozenset({socket.EAI_NONAME, socket.EAI_NODATA, socket.EAI_ADD
 """Codes of a look-up that has worked, of a name that has no address. All others are failures (``gai_strerror``)."""
 
 
-def look_up_by_system(name: str, port: int, get: Callable[..., list[tuple[Any, ...]]] = socket.getaddrinfo) -> Answer:
+def look_up_by_system(name: str, port: int) -> Answer:
     """Look up the addresses of a name by ``getaddrinfo``, which gives no TTL and no SRV records.
 
     It blocks, and raises OSError or UnicodeError.
     """
     try:
-        found = get(name, port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         if error.errno in _ABSENT:
             return Answer()
