@@ -13,7 +13,7 @@ from patience import wait_for
 
 def test_engine_that_terminates_is_avoided_before_it_ends() -> None:
     """It reports that it is not ready, and serves for some seconds more; no request is retried."""
-    options = ("--dp-attention", *PATIENCE)
+    options = ("--dp-attention", "--drain", "5", *PATIENCE)
     with EngineProcess("unified", 2, *options) as first, EngineProcess("unified", 2, *options) as second:
         pool = {"models": ["*"], "workers": {"endpoints": [first.url, second.url]}}
         with ServiceProcess(write_config([pool])) as service, EnvoyProcess(service.config) as envoy:

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import contextlib
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,10 +18,6 @@ from dp_extproc.lab.engine.scheduler.costs import Costs
 from dp_extproc.lab.engine.scheduler.work import Role
 from dp_extproc.lab.engine.settings import EngineKind, Settings, Timeouts
 
-_LOOK_SECONDS: Final = 5.0
-"""Seconds between two looks whether requests are open after SIGTERM, as in ``tokenizer_manager.py``; scaled."""
-_FINISH_SECONDS: Final = 30.0
-"""Longest time in seconds from SIGTERM to the end. SGLang has no limit, but Kubernetes has this one by default."""
 _METHODS: Final = ("auto", "round_robin", "follow_bootstrap_room", "total_requests", "total_tokens")
 
 
@@ -63,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--disaggregation-transfer-backend", default=default.transfer_backend, metavar="NAME", help="moves KV caches")
     add("--disable-radix-cache", action="store_true", help="compute every prompt from its beginning")
     add("--enable-cache-report", action="store_true", help="report cached tokens in the usage of an answer")
+    add(
+        "--drain",
+        type=float,
+        metavar="SECONDS",
+        help="serve so long after SIGTERM, not ready, then until no request runs",
+    )
     add("--time-scale", type=float, default=1.0, metavar="FACTOR", help="of every duration: 0.1 is ten times faster")
     timeouts = parser.add_argument_group("SGLang's timeouts, in seconds before --time-scale")
     _add_fields(timeouts, Timeouts, "timeout")
@@ -70,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGINT, or until the requests are finished that are open at SIGTERM.
+    """Serve until SIGTERM or SIGINT.
 
     Returns:
         0 after a signal; 1 when a port cannot be listened on.
@@ -88,39 +89,19 @@ def run(args: argparse.Namespace) -> int:
 async def _serve(settings: Settings) -> int:
     server = Server(settings)
     loop = asyncio.get_running_loop()
-    stopped = asyncio.Event()
-    loop.add_signal_handler(signal.SIGINT, stopped.set)
-    finishing: list[asyncio.Task[None]] = []
-
-    def terminate() -> None:
-        if server.is_terminating or settings.kind is EngineKind.VLLM:
-            stopped.set()
-        else:
-            server.is_terminating = True
-            finishing.append(loop.create_task(_finish(server, stopped)))
-
-    loop.add_signal_handler(signal.SIGTERM, terminate)
+    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
     async with server.engine.running():
         for listener in reversed(server.listeners.values()):  # the API port last: an engine that answers is complete
             await listener.open()
         sys.stdout.write(_ready_line(settings))
         sys.stdout.flush()
-        await stopped.wait()
+        if await signals.get() is signal.SIGTERM and settings.drain is not None:
+            drained = asyncio.ensure_future(server.drain(settings.drain))
+            await asyncio.wait((drained, asyncio.ensure_future(signals.get())), return_when=asyncio.FIRST_COMPLETED)
         await asyncio.gather(*(listener.close() for listener in server.listeners.values()))
-        for task in finishing:
-            task.cancel()
     return 0
-
-
-async def _finish(server: Server, stopped: asyncio.Event) -> None:
-    """Wait until no request is open, but not much longer than Kubernetes would."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_FINISH_SECONDS):
-            while True:
-                await asyncio.sleep(_LOOK_SECONDS * server.settings.time_scale)
-                if server.is_idle:
-                    break
-    stopped.set()
 
 
 def _ready_line(settings: Settings) -> str:
@@ -172,6 +153,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         transfer_backend=args.disaggregation_transfer_backend,
         disable_radix_cache=args.disable_radix_cache,
         enable_cache_report=args.enable_cache_report,
+        drain=args.drain,
         time_scale=args.time_scale,
         timeouts=Timeouts(**_values(args, Timeouts, "timeout")),
         costs=Costs(**_values(args, Costs, "cost")),

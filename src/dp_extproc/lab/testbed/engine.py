@@ -1,6 +1,5 @@
 """Run stand-in engines, and call their debug endpoints as a client."""
 
-import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -40,10 +39,6 @@ class EngineProcess(CommandProcess):
         if role == "prefill":
             arguments += ["--bootstrap-port", str(self.bootstrap_port)]
         super().__init__([*arguments, *options], f"{self.url}/v1/models", pause=pause)
-
-    def stop(self, number: signal.Signals = signal.SIGINT) -> int | None:
-        """Stop at once, if it runs. With SIGTERM it finishes its open requests before."""
-        return super().stop(number)
 
     def change(self, *options: str) -> None:
         """Add options for the next start; of a repeated option the last value counts."""

@@ -1,5 +1,6 @@
 """Serve the HTTP of the stand-in engine: its API, its pages, and those under ``/debug`` for tests."""
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -49,6 +50,8 @@ _FROM_ANYWHERE: Final = Middleware(
 """CORS as in ``http_server.py``; ``vary: Origin`` comes from it."""
 _OPEN_TO_ALL: Final = ("/health", "/ready", "/metrics", "/debug")
 """Prefixes without authentication (``utils/auth.py``), and those of the stand-in."""
+_DRAIN_POLL: Final = 0.1
+"""Seconds between two looks whether the last request has ended."""
 _NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 
@@ -61,8 +64,6 @@ class Server:
         self.engine = Engine(settings, on_end=self._ended, kill=kill)
         self.journal = Journal()
         self.faults = Faults()
-        self.is_terminating = False
-        """Whether SIGTERM came. The engine is not ready any more, and serves as before until it ends."""
         self.listeners = {INFERENCE: Listener(self.app(), settings.host, settings.port)}
         if settings.rank_listeners:
             for rank in range(settings.dp_size):
@@ -74,11 +75,17 @@ class Server:
         if settings.debug_port is not None:
             self.listeners["debug"] = Listener(Starlette(routes=self._debug()), settings.host, settings.debug_port)
         self._metrics = metrics.Metrics(self.engine)
+        self._is_draining = False
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether no inference request is open."""
-        return self.journal.open_requests == 0
+    async def drain(self, seconds: float) -> None:
+        """Report that the engine is not ready. Return after this time, once no request runs.
+
+        SGLang (``sigterm_watchdog``) does the same. It still takes requests, and looks every 5 seconds if any runs.
+        """
+        self._is_draining = True
+        await asyncio.sleep(seconds)
+        while self.journal.is_busy:  # noqa: ASYNC110 - as SGLang does
+            await asyncio.sleep(_DRAIN_POLL)
 
     def app(self) -> ASGIApp:
         """Build the application of the API port."""
@@ -117,7 +124,7 @@ class Server:
             Route("/v1/models", self._page("models", self._models)),
             Route("/version", self._page("server_info", self._vllm_version)),
             Route("/metrics", self._page("metrics", self._vllm_metrics)),
-            Route("/health", pages.ready),
+            Route("/health", self._ready),
             *self._debug(),
         ]
         app = Starlette(routes=routes, exception_handlers={HTTPException: _detail})
@@ -188,12 +195,12 @@ class Server:
     async def _model_info(self, _: Request) -> Response:
         return errors.json_response(pages.model_info(self.settings))
 
-    async def _ready(self, request: Request) -> Response:
-        return Response(status_code=503) if self.is_terminating else await pages.ready(request)
+    async def _ready(self, _: Request) -> Response:
+        return pages.ready(is_draining=self._is_draining)
 
     async def _health(self, request: Request) -> Response:
-        if self.is_terminating:
-            return Response(status_code=503)
+        if self._is_draining:
+            return pages.ready(is_draining=True)
         return await pages.health(request, self.engine)
 
     async def _loads(self, request: Request) -> Response:

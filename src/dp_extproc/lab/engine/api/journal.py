@@ -167,14 +167,14 @@ class Journal:
         self._kept = 0
 
     @property
+    def is_busy(self) -> bool:
+        """Whether a request is not answered in full yet."""
+        return any(not record.is_over for record in self._records)
+
+    @property
     def count(self) -> int:
         """Return the number of the last request that has arrived, whether or not it is still here."""
         return self._count
-
-    @property
-    def open_requests(self) -> int:
-        """Count the requests whose answers are not complete."""
-        return sum(not record.is_over for record in self._records)
 
     def show(self, after: int = 0) -> list[dict[str, Any]]:
         """Describe the requests with higher numbers than *after*, oldest first."""
