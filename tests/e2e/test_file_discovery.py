@@ -1,5 +1,6 @@
 """Engines that another program lists in files, through real Envoy."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -89,7 +90,15 @@ def test_file_with_a_mistake_keeps_the_engines_and_is_logged_once(tmp_path: Path
             (tmp_path / "decode.yaml").write_text("- http://127.0.0.1", encoding="utf-8")
             wait_for(lambda: "[0].url: name the engine's port" in fleet.service.log())
             load.go_on(1.0)
+            metrics, page = fleet.service.metrics(), fleet.service.loads()
             fleet.write(0)
             wait_for(lambda: "decode.yaml reports again" in fleet.service.log())
         load.check()
         assert fleet.service.log().count("fails, and its last endpoints stay") == 1
+
+    assert 'dp_extproc_endpoints{pool="*",role="decode",source="file",state="ready"} 1.0' in metrics
+    name = f'name="file {tmp_path}/decode.yaml"'
+    (age,) = re.findall(rf"^dp_extproc_source_age_seconds{{{name},.*}} (.*)$", metrics, re.MULTILINE)
+    assert float(age) > 0
+    assert [each["failure"] is None for each in page["sources"]] == [True, False]
+    assert [each["source"] for each in page["endpoints"]] == ["file", "file"]

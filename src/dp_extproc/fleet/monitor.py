@@ -20,6 +20,8 @@ from dp_extproc.fleet.sources.polling import EnginePoller
 
 _JITTER: Final = 0.1
 """Share of the interval by which rounds are moved at random. Without it all engines would be read at the same time."""
+_START_SECONDS: Final = 0.005
+"""Seconds between the starts of two endpoints. Starting hundreds at once would hold up requests."""
 _TASK: Final = "scrape"
 """Name of a task in the log and the metrics."""
 
@@ -87,10 +89,12 @@ class FleetMonitor:
             while True:
                 if not self._awaited:
                     self.first_round.set()
-                for url, endpoint in self._endpoints.items():
-                    if url not in self._tasks:
+                for url in [url for url in self._endpoints if url not in self._tasks]:
+                    # Each start may be the last act for an endpoint that was removed or replaced in the meantime.
+                    if (endpoint := self._endpoints.get(url)) is not None and url not in self._tasks:
                         poll = self._guard.keep(_TASK, partial(self._poll, endpoint, client), url)
                         self._tasks[url] = group.create_task(poll, name=f"{_TASK} {url}")
+                        await asyncio.sleep(_START_SECONDS)
                 await self._changed.wait()
                 self._changed.clear()
 

@@ -26,7 +26,8 @@ from dp_extproc.fleet.monitor import FleetMonitor
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import StepCosts
 from dp_extproc.load.in_flight import NO_LISTENER, nothing
-from dp_extproc.observability.loads_page import describe_loads, describe_sync
+from dp_extproc.observability.discovery_metrics import DiscoveryMetrics
+from dp_extproc.observability.loads_page import describe_loads, describe_sources, describe_sync
 from dp_extproc.observability.log import EngineLog
 from dp_extproc.observability.metrics import SyncMetrics, Telemetry
 from dp_extproc.runtime.readiness import Readiness, can_serve
@@ -94,6 +95,7 @@ class Components:
         self._loads.update(endpoints, config.load.stale_after, [pool.name for pool in config.pools])
         self.telemetry = Telemetry(self._loads, clock)
         self.telemetry.add(guard)
+        self.telemetry.add(DiscoveryMetrics(self._loads, self._discovery.roster, clock))
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
         self._scheduler = Scheduler(
             config.pools,
@@ -153,7 +155,9 @@ class Components:
 
     async def loads(self) -> dict[str, Any]:
         sync = None if self._replica is None else describe_sync(self._replica.status())
-        return {**describe_loads(self._loads, self._clock()), "sync": sync}
+        now = self._clock()
+        sources = describe_sources(self._discovery.roster, now)
+        return {**describe_loads(self._loads, now), "sources": sources, "sync": sync}
 
     def apply(self, config: Config) -> None:
         """Apply another configuration, which differs in no setting that needs a restart (see :mod:`.reload`)."""
