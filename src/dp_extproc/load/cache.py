@@ -56,6 +56,10 @@ class LoadCache:
         """The endpoints of each pool and role, in the order of the configuration."""
         self.matches: dict[str, tuple[Match, ...]] = {}
         """The matches of each pool in which not all prefill endpoints can be paired with all decode endpoints."""
+        self.grouped: frozenset[str] = frozenset()
+        """The pools with an endpoint that has a revision group."""
+        self.indexings = 0
+        """Grows with each change of ``matches``, ``grouped`` and the endpoints of a role."""
         self._pages: Counter[tuple[str, Role]] = Counter()
         """Load pages since the endpoints of a pool and role were last compared."""
 
@@ -153,6 +157,8 @@ class LoadCache:
     def _index(self) -> None:
         """Index the endpoints by pool and role, and match those of both roles."""
         self._change()
+        self.indexings += 1
+        self.grouped = frozenset(each.pool for each in self.endpoints if each.group is not None)
         self._by_role = {}
         for each in self.endpoints:
             load = self.by_url.get(each.url)
