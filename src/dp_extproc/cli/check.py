@@ -1,18 +1,18 @@
-"""``dp-extproc check``: check a configuration file, then every engine it names."""
+"""``dp-extproc check``: check a configuration, then every engine it names."""
 
 import argparse
 import asyncio
 import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dp_extproc.config import ConfigError, LoadSource, load_config
+from dp_extproc.cli import start
+from dp_extproc.config import ConfigError, LoadSource
 from dp_extproc.contract import RANK_HEADER
 from dp_extproc.engines.adapter import adapter_of
 from dp_extproc.engines.capabilities import Capabilities, RankControl
@@ -32,24 +32,24 @@ _NO_WRAPPING: Final = 1000
 """Columns of the table if the output is no terminal. It is wide enough for one line per engine."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="configuration file (YAML)")
+add_arguments = start.add_arguments
 
 
 def run(args: argparse.Namespace) -> int:
     """Check and print.
 
     Returns:
-        The exit status: 0 if every engine can be used, 1 if one cannot, 2 if the file or what it names cannot.
+        The exit status: 0 if every engine can be used, 1 if one cannot, 2 if the configuration or what it names cannot.
     """
     try:
-        config = load_config(args.config, lambda warning: sys.stderr.write(f"{args.config}: {warning}\n"))
+        started = start.load(args, lambda line: sys.stderr.write(f"{line}\n"))
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    config = started.config
     keys = read_api_keys(config)
     if problems := (*problems_of_tls(config.listen.tls), *keys.problems):
-        sys.stderr.write(f"{ConfigError(str(args.config), problems)}\n")
+        sys.stderr.write(f"{ConfigError(started.source.name, problems)}\n")
         return 2
     reports = asyncio.run(check_engines(endpoints_of(config), config.load, Credentials(keys.by_pool)))
     is_terminal = sys.stdout.isatty()
