@@ -3,7 +3,6 @@
 import pytest
 
 from dp_extproc.config import ConfigError, parse_config
-from dp_extproc.fleet.discovery.static import endpoints_of
 
 POOL = "pools:\n- models: ['*']\n  workers: {endpoints: ['http://a:1', {url: 'http://b:1', group: v2}]}\n"
 
@@ -53,4 +52,6 @@ def test_wrong_weights_are_refused_with_a_remedy(weights: str, key: str, message
 
 def test_static_endpoint_has_its_group() -> None:
     """An endpoint without one belongs to none."""
-    assert [each.group for each in endpoints_of(parse_config(POOL))] == [None, "v2"]
+    (pool,) = parse_config(POOL).pools
+
+    assert [endpoint.group for _, _, endpoint in pool.endpoints()] == [None, "v2"]

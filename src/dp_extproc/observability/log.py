@@ -4,7 +4,7 @@ It also logs when engines of a pool cannot be paired, and when this is over; and
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from dp_extproc.engines.adapter import adapter_of
 from dp_extproc.engines.compatibility import GROUP, Difference, PairingKey, compare_kinds, pairing_key
@@ -28,8 +28,9 @@ class EngineLog:
         self._sampled: set[str] = set()
         """URLs of endpoints whose last event is a sample."""
 
-    def forget_all_but(self, endpoints: Collection[Endpoint]) -> None:
+    def forget_all_but(self, endpoints: Iterable[Endpoint]) -> None:
         """Forget the endpoints that were removed."""
+        endpoints = frozenset(endpoints)
         urls = {endpoint.url for endpoint in endpoints}
         self._states.forget_all_but(urls)
         self._pairs.forget_all_but(endpoints)
@@ -110,7 +111,8 @@ class PairLog:
         """Pools and names of the groups that have a pair."""
 
     def forget_all_but(self, endpoints: Collection[Endpoint]) -> None:
-        self._facts = {endpoint: facts for endpoint, facts in self._facts.items() if endpoint in endpoints}
+        kept = set(endpoints)
+        self._facts = {endpoint: facts for endpoint, facts in self._facts.items() if endpoint in kept}
         self._update()
 
     def note(self, endpoint: Endpoint, facts: EngineFacts) -> None:
@@ -122,8 +124,8 @@ class PairLog:
     def _update(self) -> None:
         present: dict[tuple[str, Difference], tuple[list[str], list[str]]] = {}
         complete = set()
-        for pool in dict.fromkeys(endpoint.pool for endpoint in self._facts):
-            for pair in compare_kinds(self._side(pool, Role.PREFILL), self._side(pool, Role.DECODE)):
+        for pool, sides in self._sides().items():
+            for pair in compare_kinds(sides[Role.PREFILL], sides[Role.DECODE]):
                 found = pair.difference
                 if found is None and pair.group is not None:
                     complete.add((pool, pair.group))
@@ -153,9 +155,11 @@ class PairLog:
                 self._logger.info("pool %s: group %s is gone", pool, group)
         self._complete = complete
 
-    def _side(self, pool: str, role: Role) -> list[tuple[str, PairingKey]]:
-        return [
-            (endpoint.url, pairing_key(facts, endpoint.group))
-            for endpoint, facts in self._facts.items()
-            if endpoint.pool == pool and endpoint.role is role and facts.mode is MODE_OF[role]
-        ]
+    def _sides(self) -> dict[str, dict[Role, list[tuple[str, PairingKey]]]]:
+        """Return URL and pairing key of each endpoint that runs in the mode of its role, by pool and role."""
+        pools: dict[str, dict[Role, list[tuple[str, PairingKey]]]] = {}
+        for endpoint, facts in self._facts.items():
+            if facts.mode is MODE_OF[endpoint.role]:
+                sides = pools.setdefault(endpoint.pool, {role: [] for role in Role})
+                sides[endpoint.role].append((endpoint.url, pairing_key(facts, endpoint.group)))
+        return pools
