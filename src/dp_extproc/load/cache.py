@@ -8,6 +8,7 @@ from dp_extproc.config.reliability import OutlierDetectionSettings
 from dp_extproc.engines.adapter import adapter_of
 from dp_extproc.engines.listener import GONE, EngineFailure
 from dp_extproc.engines.model import MODE_OF, Endpoint, EngineFacts, LoadPage, Role
+from dp_extproc.estimators.arrivals import ArrivalRate
 from dp_extproc.estimators.token_ratio import TokenRatio
 from dp_extproc.load.endpoint import DEFAULT_COSTS, DEFAULT_HEALTH, EndpointLoad, Freshness, StepCosts, compare_pace
 from dp_extproc.load.health import Health
@@ -49,6 +50,8 @@ class LoadCache:
         """The present failure of each endpoint that has one, by URL."""
         self.ratios = {endpoint.pool: TokenRatio() for endpoint in self.endpoints}
         """The bytes per token of each pool."""
+        self.arrivals = {endpoint.pool: ArrivalRate() for endpoint in self.endpoints}
+        """The rate of prompt tokens that the engines of each pool have to compute."""
         self.prefixes: dict[str, PrefixIndex[RankLoad]] = {endpoint.pool: PrefixIndex() for endpoint in self.endpoints}
         """The prefix index of each pool."""
         self._draining: list[EndpointLoad] = []
@@ -103,6 +106,7 @@ class LoadCache:
         self.failures = {each.url: self.failures[each.url] for each in self.endpoints if each.url in self.failures}
         pools = {endpoint.pool for endpoint in self.endpoints}
         self.ratios = {pool: self.ratios.get(pool) or TokenRatio() for pool in pools}
+        self.arrivals = {pool: self.arrivals.get(pool) or ArrivalRate() for pool in pools}
         self.prefixes = {pool: self.prefixes.get(pool) or PrefixIndex() for pool in pools}
         for pool, ratio in self.ratios.items():
             ratio.forget_all_but({each.url for each in self.endpoints if each.pool == pool})
@@ -122,6 +126,7 @@ class LoadCache:
                 continue
             old, new = load.pool, endpoint.pool
             self.ratios[new], self.prefixes[new] = self.ratios.pop(old), self.prefixes.pop(old)
+            self.arrivals[new] = self.arrivals.pop(old)
             for each in known.values():
                 if each.pool == old:
                     each.configured = replace(each.configured, pool=new)
@@ -183,6 +188,8 @@ class LoadCache:
                 load.health.recovered()
             if restarted:
                 self._forget_prefixes(load)
+            if endpoint.role is Role.WORKER:
+                load.learn_prompt_rate(page, started)
             if endpoint.role is not Role.PREFILL:
                 self._compare_pace(endpoint.pool, endpoint.role)
         if endpoint.role is not Role.DECODE:

@@ -19,12 +19,14 @@ from dp_extproc.engines.credentials import Credentials
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.fleet.discovery.static import endpoints_of
 from dp_extproc.fleet.monitor import FleetMonitor
+from dp_extproc.load.autoscaling import Autoscaling
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import StepCosts
 from dp_extproc.load.in_flight import NO_LISTENER, nothing
-from dp_extproc.observability.loads_page import describe_loads, describe_sync
+from dp_extproc.load.records import NO_WORK
+from dp_extproc.observability.loads_page import describe_loads, describe_signals, describe_sync
 from dp_extproc.observability.log import EngineLog
-from dp_extproc.observability.metrics import SyncMetrics, Telemetry
+from dp_extproc.observability.metrics import AutoscalingMetrics, SyncMetrics, Telemetry
 from dp_extproc.runtime.readiness import Readiness, can_serve
 from dp_extproc.runtime.secrets import read_api_keys
 from dp_extproc.scheduling.admission import AdmissionQueue
@@ -73,6 +75,9 @@ class Components:
         self._loads = LoadCache(endpoints, config.load.stale_after, costs, config.outlier_detection, made_room)
         self.telemetry = Telemetry(self._loads, clock)
         self.telemetry.add(guard)
+        waiting = (lambda _pool: NO_WORK) if self._queue is None else self._queue.waiting
+        self._autoscaling = Autoscaling(self._loads, config.autoscaling, waiting)
+        self.telemetry.add(AutoscalingMetrics(self._autoscaling, clock))
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
         self._scheduler = Scheduler(
             config.pools,
@@ -128,7 +133,9 @@ class Components:
 
     async def loads(self) -> dict[str, Any]:
         sync = None if self._replica is None else describe_sync(self._replica.status())
-        return {**describe_loads(self._loads, self._clock()), "sync": sync}
+        now = self._clock()
+        signals = describe_signals(self._autoscaling.signals(now))
+        return {**describe_loads(self._loads, now), "autoscaling": signals, "sync": sync}
 
     def apply(self, config: Config) -> None:
         """Apply another configuration, which differs in no setting that needs a restart (see :mod:`.reload`)."""
@@ -137,6 +144,7 @@ class Components:
         self._renew_keys()
         self._loads.update(endpoints, config.load.stale_after)
         self._scheduler.configure(config.pools, config.load.signal, config.admission)
+        self._autoscaling.settings = config.autoscaling
         self._monitor.update(endpoints, config.load)
         self._engine_log.forget_all_but(endpoints)
         self.readiness.review()
