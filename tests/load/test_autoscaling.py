@@ -203,6 +203,53 @@ def test_aggregated_engines_take_the_larger_use_of_space_and_time() -> None:
     assert signal.wanted == pytest.approx(0.7 / 0.4, rel=0.01)
 
 
+def test_request_that_waits_counts_for_one_role() -> None:
+    """Of 12,000 tokens that wait, 3,000 wait for decode, and the others for prefill. These do not count for decode.
+
+    The KV caches hold 20,000 tokens, of which 17,000 may be taken. The 12,000 and 8,000 others are 3,000 too many.
+    """
+    fleet = Fleet(
+        prefills=[replace(make_facts(Role.PREFILL, ranks=2), step_tokens=1000)],
+        decodes=[make_facts(Role.DECODE, ranks=2)],
+    )
+    now, prefill, decode = fleet.clock(), fleet.endpoint(Role.PREFILL), fleet.endpoint(Role.DECODE)
+    fleet.load.sampled(make_endpoint(Role.DECODE), page(0, 0), now, now)
+    prefill.reserve(0, 13_000, now)  # of which the first chunk of 1,000 runs
+    decode.reserve(0, 12_000, now)
+    decode.reserve(1, 8000, now)
+    autoscaling = Autoscaling(fleet.load, AutoscalingSettings(), lambda _pool: NO_WORK)
+
+    found = {signal.role: signal.measures for signal in autoscaling.signals(now)}
+
+    assert found[Role.PREFILL][Measure.PROMPT_QUEUE] == pytest.approx(9000 / (2 * 6000) / 10)
+    assert found[Role.DECODE][Measure.KV_CACHE] == pytest.approx((20_000 - 9000) / 20_000)
+    assert found[Role.DECODE][Measure.REQUESTS] == pytest.approx(2 / 40)
+
+
+@pytest.mark.parametrize(("taken", "expected"), [(16_000, 0.5), (18_000, 1.0)])
+def test_prefill_rate_is_not_learned_while_decode_is_full(taken: float, expected: float) -> None:
+    """A prompt that has waited for decode for 1 s more does not show how fast prefill is."""
+    fleet = Fleet(
+        prefills=[replace(make_facts(Role.PREFILL, ranks=1), step_tokens=1000)],
+        decodes=[make_facts(Role.DECODE, ranks=2)],
+    )
+    prefill, decode = fleet.endpoint(Role.PREFILL), fleet.endpoint(Role.DECODE)
+
+    def compute(seconds: float) -> None:
+        (reservation,) = prefill.reserve(0, 1000, fleet.clock())
+        fleet.clock.now += seconds
+        reservation.complete(fleet.clock())
+
+    compute(1)
+    before = prefill.prompt_rate
+    assert before is not None
+    decode.reserve(0, taken, fleet.clock())
+    fleet.load.sampled(make_endpoint(Role.DECODE), page(0, 0), fleet.clock(), fleet.clock())
+    for _ in range(200):
+        compute(2)
+    assert prefill.prompt_rate == pytest.approx(before * expected, rel=0.02)
+
+
 def test_roles_without_a_known_capacity_have_no_signal() -> None:
     """An invented number would scale a fleet; without one, an autoscaler leaves it as it is."""
     scaled = Scaled(Role.DECODE, engines=1)

@@ -5,12 +5,14 @@
    cache of prefill is no measure: it fills when decode is slow.
 2. Decode is compared by space. Its use is the larger of two shares: the tokens of the KV caches, and the sequences
    that run at a time.
-3. Aggregated engines do both, so the larger use counts. How fast they compute prompts is unknown until some waited.
-4. Requests in the admission queue count as if they were placed.
-5. The endpoints that count are those that a request could go to: the fresh ones, or else the stale ones, without those
+3. A request that waits counts for one role alone. It waits for decode if decode has no room for it, else for prefill.
+   Otherwise a lack of engines in one role would add engines to both.
+4. Aggregated engines do both, so the larger use counts. How fast they compute prompts is unknown until some waited.
+5. Requests in the admission queue count as if they were placed.
+6. The endpoints that count are those that a request could go to: the fresh ones, or else the stale ones, without those
    that are ejected. Neither the capacity nor the load of the others counts. Without a known capacity there is no
    signal: an autoscaler without a signal changes nothing.
-6. A use may exceed 1. The wanted endpoints are proportional to it: ``endpoints * use / target``, at least 1. They may
+7. A use may exceed 1. The wanted endpoints are proportional to it: ``endpoints * use / target``, at least 1. They may
    be a fraction, which the autoscaler rounds up, since it also decides which differences are too small to act on.
 
 The signals are computed when they are read, from state that scheduling keeps anyway. Nothing here changes any state.
@@ -23,10 +25,10 @@ from enum import StrEnum
 from dp_extproc.config.autoscaling import AutoscalingSettings
 from dp_extproc.engines.model import Role
 from dp_extproc.load.cache import LoadCache
-from dp_extproc.load.decode import DecodeGroup
 from dp_extproc.load.endpoint import EndpointLoad
 from dp_extproc.load.prefill import USUAL_TIME_PER_TOKEN
-from dp_extproc.load.records import Work
+from dp_extproc.load.records import NO_WORK, Work
+from dp_extproc.load.room import Room
 
 
 class Measure(StrEnum):
@@ -75,11 +77,11 @@ class Signal:
 class Autoscaling:
     """Computes the signals of all pools and roles."""
 
-    def __init__(self, loads: LoadCache, settings: AutoscalingSettings, waiting: Callable[[str], Work]) -> None:
-        """Begin with settings that may be replaced later. *waiting* returns the work in a pool's admission queue."""
+    def __init__(self, loads: LoadCache, settings: AutoscalingSettings, queued: Callable[[str], Work]) -> None:
+        """Begin with settings that may be replaced later. *queued* returns the work in a pool's admission queue."""
         self.settings = settings
         self._loads = loads
-        self._waiting = waiting
+        self._queued = queued
 
     def signals(self, now: float) -> Iterator[Signal]:
         """Compute the signal of each pool and role that has endpoints with a known capacity."""
@@ -102,13 +104,40 @@ class Autoscaling:
     def _measures(
         self, pool: str, role: Role, endpoints: Sequence[EndpointLoad], now: float
     ) -> Iterator[tuple[Measure, float]]:
-        waiting = self._waiting(pool)
+        queued = self._queued(pool)
         if role is not Role.DECODE and (capacity := sum(_prompt_rates(endpoints))):
-            tokens = sum(each.waiting_prompt_tokens for each in endpoints) + waiting.tokens
+            waiting = _waiting(endpoints, queued)
+            if role is Role.PREFILL:
+                waiting = self._without_excess(waiting, pool, queued, now)
             yield Measure.PROMPT_RATE, self._loads.arrivals[pool].per_second(now) / capacity
-            yield Measure.PROMPT_QUEUE, tokens / capacity / self.settings.prefill_queue
+            yield Measure.PROMPT_QUEUE, waiting.tokens / capacity / self.settings.prefill_queue
         if role is not Role.PREFILL:
-            yield from _space(endpoints, waiting, now)
+            room, elsewhere = Room.of(endpoints, now, queued), NO_WORK
+            if role is Role.DECODE:
+                placed = _waiting(self._counted(pool, Role.PREFILL, now))
+                elsewhere = self._without_excess(placed, pool, queued, now)
+            if room.capacity:
+                yield Measure.KV_CACHE, max(0.0, room.tokens - elsewhere.tokens) / room.capacity
+            if room.sequences:
+                yield Measure.REQUESTS, max(0.0, room.requests - elsewhere.requests) / room.sequences
+
+    def _without_excess(self, waiting: Work, pool: str, queued: Work, now: float) -> Work:
+        """Return the part of waiting prompts that waits for prefill: decode has room for it."""
+        excess = Room.of(self._counted(pool, Role.DECODE, now), now, queued).excess
+        if excess >= waiting.tokens:
+            return NO_WORK
+        share = 1 - excess / waiting.tokens
+        return Work(waiting.tokens * share, waiting.requests * share)
+
+
+def _waiting(endpoints: Iterable[EndpointLoad], queued: Work = NO_WORK) -> Work:
+    """Add up the prompts that no step has taken in yet, and those that are queued."""
+    tokens, requests = queued
+    for endpoint in endpoints:
+        waiting = endpoint.waiting_prompts
+        tokens += waiting.tokens
+        requests += waiting.requests
+    return Work(tokens, requests)
 
 
 def _prompt_rates(endpoints: Iterable[EndpointLoad]) -> Sequence[float]:
@@ -124,24 +153,3 @@ def _prompt_rates(endpoints: Iterable[EndpointLoad]) -> Sequence[float]:
     else:
         usual = 1 / USUAL_TIME_PER_TOKEN if any(each.role is Role.PREFILL for each, _ in rates) else 0.0
     return [usual * len(each.ranks) if rate is None else rate for each, rate in rates]
-
-
-def _space(endpoints: Iterable[EndpointLoad], waiting: Work, now: float) -> Iterator[tuple[Measure, float]]:
-    """Measure the shares of KV caches and of sequences, over the ranks that report how many they can have."""
-    tokens, requests = waiting
-    capacity = sequences = 0
-    for endpoint in endpoints:
-        for rank in endpoint.ranks:
-            sample, group = rank.sample, rank.group
-            if sample is None or not isinstance(group, DecodeGroup):
-                continue
-            if sample.capacity_tokens:
-                capacity += sample.capacity_tokens
-                tokens += group.kv_tokens(rank.position, now)
-            if sample.max_running_requests:
-                sequences += sample.max_running_requests
-                requests += rank.reserved_requests + rank.external_requests
-    if capacity:
-        yield Measure.KV_CACHE, tokens / capacity
-    if sequences:
-        yield Measure.REQUESTS, requests / sequences

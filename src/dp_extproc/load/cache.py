@@ -10,10 +10,19 @@ from dp_extproc.engines.listener import GONE, EngineFailure
 from dp_extproc.engines.model import MODE_OF, Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.estimators.arrivals import ArrivalRate
 from dp_extproc.estimators.token_ratio import TokenRatio
-from dp_extproc.load.endpoint import DEFAULT_COSTS, DEFAULT_HEALTH, EndpointLoad, Freshness, StepCosts, compare_pace
+from dp_extproc.load.endpoint import (
+    DEFAULT_COSTS,
+    DEFAULT_HEALTH,
+    EndpointLoad,
+    Freshness,
+    StepCosts,
+    compare_pace,
+    note_room,
+)
 from dp_extproc.load.health import Health
 from dp_extproc.load.in_flight import nothing
 from dp_extproc.load.matching import Match, find_matches
+from dp_extproc.load.room import Room
 from dp_extproc.load.step_group import RankLoad
 from dp_extproc.prefix_cache.index import PrefixIndex
 
@@ -191,7 +200,7 @@ class LoadCache:
             if endpoint.role is Role.WORKER:
                 load.learn_prompt_rate(page, started)
             if endpoint.role is not Role.PREFILL:
-                self._compare_pace(endpoint.pool, endpoint.role)
+                self._compare(endpoint.pool, endpoint.role, now)
         if endpoint.role is not Role.DECODE:
             self.ratios[endpoint.pool].counted(
                 endpoint.url,
@@ -202,12 +211,14 @@ class LoadCache:
             )
         self._made_room()
 
-    def _compare_pace(self, pool: str, role: Role) -> None:
+    def _compare(self, pool: str, role: Role, now: float) -> None:
         """Compare the endpoints only when each has had a page since, so that a page costs the same in every fleet."""
         self._pages[pool, role] += 1
         if self._pages[pool, role] >= len(peers := self.known(pool, role)):
             self._pages[pool, role] = 0
             compare_pace(peers)
+            if prefills := self.known(pool, Role.PREFILL):
+                note_room(prefills, is_full=Room.of(self.best_known(peers, now)[1], now).is_full)
 
     def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
         """Note that an endpoint could not be read. Its samples stay, and grow stale; at once if its engine is gone.

@@ -17,6 +17,7 @@ from dp_extproc.load.attribution import Reading, absorb
 from dp_extproc.load.decode import DecodeGroup
 from dp_extproc.load.health import Health
 from dp_extproc.load.prefill import PrefillGroup
+from dp_extproc.load.records import Work
 from dp_extproc.load.step_group import EXTERNAL_FROM, RankLoad, Reservation, StepGroup
 
 _T = TypeVar("_T")
@@ -169,11 +170,14 @@ class EndpointLoad:
         return sum(reported) / len(reported) if reported else None
 
     @property
-    def waiting_prompt_tokens(self) -> float:
-        """Prompt tokens that no step has taken in yet. Of an aggregated endpoint they are those of the last samples."""
+    def waiting_prompts(self) -> Work:
+        """The prompts that no step has taken in yet. Of an aggregated endpoint they are those of the last samples."""
         if self.role is Role.PREFILL:
-            return sum(group.waiting_tokens for group in self.groups if isinstance(group, PrefillGroup))
-        return sum(rank.sample.waiting_uncached_tokens or 0 for rank in self.ranks if rank.sample is not None)
+            each = [group.waiting for group in self.groups if isinstance(group, PrefillGroup)]
+        else:
+            samples = [rank.sample for rank in self.ranks if rank.sample is not None]
+            each = [Work(sample.waiting_uncached_tokens or 0, sample.waiting_requests) for sample in samples]
+        return Work(sum(work.tokens for work in each), sum(work.requests for work in each))
 
     @property
     def prompt_rate(self) -> float | None:
@@ -278,6 +282,13 @@ def compare_pace(endpoints: Iterable[EndpointLoad]) -> None:
         usual, slow = found
         for group, slowness in zip(groups, slow, strict=True):
             group.compare_with(usual, slowness)
+
+
+def note_room(prefills: Iterable[EndpointLoad], *, is_full: bool) -> None:
+    """Note on prefill endpoints whether decode is full."""
+    for group in (group for endpoint in prefills for group in endpoint.groups):
+        if isinstance(group, PrefillGroup):
+            group.waits_for_decode = is_full
 
 
 def _candidate(endpoint: EndpointLoad, ranks: Sequence[RankLoad]) -> Candidate:

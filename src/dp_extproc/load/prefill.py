@@ -11,6 +11,7 @@ from collections import deque
 from typing import Final
 
 from dp_extproc.engines.model import RankSample
+from dp_extproc.load.records import Work
 from dp_extproc.load.step_group import RankLoad, Reservation, StepGroup
 
 RUNNING_WEIGHT: Final = 0.25
@@ -53,7 +54,7 @@ class PrefillGroup(StepGroup):
         "_budget", "_busy_since", "_chunked", "_delayed_per_step", "_external_waiting", "_external_waiting_by_rank",
         "_last_event", "_later_counted", "_measured", "_overdue_per_token", "_queues", "_rest_of_step", "_running",
         "_shares_served", "_step_began", "_step_cost", "_step_length", "_steps_capacity", "_time_per_token",
-        "_uncomputed", "_unstarted", "_waiting",
+        "_uncomputed", "_unstarted", "_waiting", "waits_for_decode",
     )  # fmt: skip
 
     def __init__(self, indices: range, *, budget: float, chunked: bool, step_cost: float) -> None:
@@ -102,6 +103,8 @@ class PrefillGroup(StepGroup):
         """Mean seconds per prompt token, measured by events."""
         self._measured = (0.0, 0.0)
         """Seconds of measured steps, and the tokens that they took, fixed costs included. Older ones count less."""
+        self.waits_for_decode = False
+        """Whether decode has no room. Prompts then wait for it, so their times do not show how fast prefill is."""
         self._overdue_per_token = USUAL_TIME_PER_TOKEN
         """Seconds per prompt token after which the next event is overdue."""
 
@@ -153,9 +156,10 @@ class PrefillGroup(StepGroup):
         self.due = max(now + QUIET_SECONDS / 4, self._last_event + overdue) if self._uncomputed else math.inf
 
     @property
-    def waiting_tokens(self) -> float:
-        """Prompt tokens of all ranks that no step has taken in yet, with external ones."""
-        return max(0.0, sum(self._waiting) + sum(self.external))
+    def waiting(self) -> Work:
+        """The prompts of all ranks that no step has taken in yet, with external ones."""
+        tokens = sum(self._waiting) + sum(self.external)
+        return Work(max(0.0, tokens), max(0.0, self._unstarted + self._external_waiting))
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -249,8 +253,9 @@ class PrefillGroup(StepGroup):
         work = max(work, self._step_length, 1.0)  # less than a token is a rounding error
         steps = -(-work // self._budget) if self._chunked else 1.0
         elapsed, work = now - self._step_began, work + max(1.0, steps) * self._step_cost
-        seconds, tokens = self._measured
-        self._measured = _CAPACITY_MEMORY * seconds + elapsed, _CAPACITY_MEMORY * tokens + work
+        if not self.waits_for_decode:
+            seconds, tokens = self._measured
+            self._measured = _CAPACITY_MEMORY * seconds + elapsed, _CAPACITY_MEMORY * tokens + work
         measured = elapsed / work
         before = self._time_per_token
         self._time_per_token = measured if before is None else before + (measured - before) * _SMOOTHING
