@@ -17,9 +17,9 @@ WORKDIR /build
 COPY README.md wheel[s] /wheels/
 COPY deploy/image/install.sh deploy/image/dependencies.py /usr/local/bin/
 RUN python3 -m venv --without-pip /app
-# The dependencies come before the source, so that a change of the source does not install them again.
+# The dependencies, with every way of discovery, come before the source: its changes do not install them again.
 COPY pyproject.toml ./
-RUN python3 /usr/local/bin/dependencies.py > dependencies.txt && sh /usr/local/bin/install.sh -r dependencies.txt
+RUN python3 /usr/local/bin/dependencies.py dns > dependencies.txt && sh /usr/local/bin/install.sh -r dependencies.txt
 
 FROM dependencies AS build
 COPY README.md LICENSE ./

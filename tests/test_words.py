@@ -78,8 +78,9 @@ REPLACED = (
 ALLOWED_PHRASES = (
     # a phrase with a replaced word, where it may stand (a prefix of the path), why
     (r"server process(?:es)?", "", "the definition of an engine"),
-    (r"(?:gRPC|HTTP|ext_proc|empty|Redis|Valkey|DNS|bootstrap|admin|uvicorn) servers?", "", "not an engine"),
+    (r"(?:gRPC|HTTP|API|ext_proc|empty|Redis|Valkey|DNS|bootstrap|admin|uvicorn) servers?", "", "not an engine"),
     (r"servers?", f"{PRODUCT}sync/transport/redis_bus.py", "of Redis"),
+    (r"(?:no |the )?workers? of a LeaderWorkerSet", "", "a pod of Kubernetes"),
     (r"servers?", f"{PRODUCT}lab/testbed/loopback.py", "any HTTP server of a test"),
     (r"servers?", f"{PRODUCT}lab/engine/listener.py", "of uvicorn"),
     (r"server-sent events?|a server that speaks TLS", "", "words of HTTP and TLS"),
@@ -95,7 +96,7 @@ ALLOWED_PHRASES = (
     (r"host names", "docs/engines.md", "a part of an address"),
     (r"hosts?", f"{PRODUCT}config/", "a machine, or a part of an address"),
     (r"dead host", f"{PRODUCT}envoy_config/", "a machine"),
-    (r"Envoy must know them all", f"{PRODUCT}cli/serve.py", "an established message, which alerts may match"),
+    (r"Envoy must know them all", f"{PRODUCT}cli/start.py", "an established message, which alerts may match"),
     (r"no servers differ", f"{PRODUCT}observability/log.py", "an established message, which alerts may match"),
     (r"on their books", f"{PRODUCT}sync/transport/replica.py", "an established message, which alerts may match"),
     (r"on demand", "", "an idiom"),
@@ -133,6 +134,8 @@ ALLOWED_NAMES = {
 ALLOWED_IN_NAMES = (
     # words of a name, where (a prefix of the path), why
     (r"server info", "", "SGLang's page /server_info"),
+    (r"tls server name", f"{PRODUCT}fleet/discovery/kubernetes/", "keys of a kubeconfig"),
+    (r"worker index", f"{PRODUCT}fleet/discovery/kubernetes/", "a label of LeaderWorkerSet"),
     (r"bootstrap (?:hosts?|servers?)", "", "SGLang's words"),
     (r"virtual hosts?", "", "Envoy's word"),
     (r"grpc servers?", "", "not an engine"),

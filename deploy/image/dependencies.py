@@ -1,6 +1,6 @@
-"""Print the requirements of pyproject.toml, one per line, or those of an extra.
+"""Print the requirements of pyproject.toml, one per line, with those of some extras.
 
-    python3 dependencies.py [EXTRA]
+    python3 dependencies.py [EXTRA ...]
 
 pip installs dependencies only together with the project, so every change of it would install all of them again.
 """
@@ -10,12 +10,11 @@ import tomllib
 from pathlib import Path
 
 
-def requirements(pyproject: Path, extra: str | None) -> list[str]:
-    """Read the requirements of the project, or of one of its extras."""
+def requirements(pyproject: Path, extras: list[str]) -> list[str]:
+    """Read the requirements of the project and of these extras."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
-    found: list[str] = project["dependencies"] if extra is None else project["optional-dependencies"][extra]
-    return found
+    return [*project["dependencies"], *(each for extra in extras for each in project["optional-dependencies"][extra])]
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n".join(requirements(Path("pyproject.toml"), sys.argv[1] if sys.argv[1:] else None)) + "\n")
+    sys.stdout.write("\n".join(requirements(Path("pyproject.toml"), sys.argv[1:])) + "\n")

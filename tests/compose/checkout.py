@@ -57,7 +57,7 @@ def _fetch_wheels(directory: Path) -> None:
     project = pyproject["project"]
     wanted = [*pyproject["build-system"]["requires"], *project["dependencies"], *_OLDER]
     extras = project["optional-dependencies"]
-    wanted += [each for extra in ("envoy", "lab") for each in extras[extra] if not each.startswith(project["name"])]
+    wanted += [each for extra in extras.values() for each in extra if not each.startswith(project["name"])]
     machine = platform.machine()
     # pip cannot see that a newer C library runs wheels for an older one. Debian bookworm has 2.36.
     tags = [f"manylinux_2_{minor}_{machine}" for minor in range(36, 4, -1)] + [f"manylinux2014_{machine}"]

@@ -301,6 +301,13 @@ def test_ejected_endpoints_count_only_if_no_other_is_left() -> None:
         assert scaled.signal().endpoints == expected
 
 
+def test_endpoints_that_are_not_ready_do_not_count() -> None:
+    """An engine that starts or shuts down gets no request."""
+    scaled = Scaled(Role.DECODE, engines=2)
+    scaled.fleet.endpoint(Role.DECODE, 2).is_ready = False
+    assert scaled.signal().endpoints == 1
+
+
 def test_undiscovered_and_unsampled_endpoints_do_not_count() -> None:
     """A new engine adds capacity with its first load page, when it gets its first request, too."""
     scaled = Scaled(Role.DECODE, engines=1)

@@ -1,20 +1,33 @@
 """Where the endpoints of a role come from, other than from a list in the file: DNS, another file, Kubernetes."""
 
+import ipaddress
 import re
+from contextlib import suppress
 from enum import StrEnum
 from typing import Annotated, Any, Final, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from dp_extproc.config.listen import MAX_PORT
+from dp_extproc.config.listen import MAX_PORT, SocketAddress
 from dp_extproc.config.section import Seconds, Section
 
+_DNS_LABEL: Final = "[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_DNS_NAME: Final = re.compile(rf"(?=.{{1,254}}$){_DNS_LABEL}(?:\.{_DNS_LABEL})*\.?")
 _SRV: Final = re.compile(r"_[A-Za-z0-9-]+\._tcp\..+")
+
+
+def _dns_name(value: str) -> str:
+    """Accept an address too: then nothing is looked up, and a variable may hold either."""
+    with suppress(ValueError):
+        return str(ipaddress.ip_address(value.removeprefix("[").removesuffix("]")))
+    if not _DNS_NAME.fullmatch(value):
+        raise ValueError(f"{value!r} is not a DNS name, such as decode.llm.svc.cluster.local; the port is a key")
+    return value
+
 
 Port = Annotated[int, Field(ge=1, le=MAX_PORT)]
 Group = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[\x21-\x7e]+$")]
 """Name of a revision group, such as the value of a label."""
-_DnsName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9])?\.?$", max_length=253)]
 _Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)]
 """Name of a Kubernetes object."""
 _PortName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=63)]
@@ -27,7 +40,7 @@ class DnsRecords(StrEnum):
     """Which records of a name are looked up."""
 
     ADDRESS = "address"
-    """Its IPv4 and IPv6 addresses; the port is configured."""
+    """Its IPv4 addresses, or its IPv6 addresses if it has no others; the port is configured."""
     SRV = "srv"
     """Its SRV records, which have ports."""
 
@@ -35,12 +48,14 @@ class DnsRecords(StrEnum):
 class DnsSettings(Section):
     """All endpoints behind one name: of a headless Service, or of a service of docker compose."""
 
-    name: _DnsName
+    name: Annotated[str, AfterValidator(_dns_name)]
     type: DnsRecords = Field(default=DnsRecords.ADDRESS, strict=False)
     port: Port | None = None
     """Port of every engine. SRV records have their own."""
     interval: Seconds | None = None
     """Seconds between two look-ups. None stands for the TTL of the answer if it is known, else for 5 seconds."""
+    nameserver: SocketAddress | None = None
+    """The DNS server. None stands for those of the system, in ``/etc/resolv.conf``."""
     keep_for: Seconds = 30.0
     """Seconds for which the last endpoints are kept while the name has none."""
     group: Group | None = None

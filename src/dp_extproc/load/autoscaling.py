@@ -10,8 +10,8 @@
 4. Aggregated engines do both, so the larger use counts. How fast they compute prompts is unknown until some waited.
 5. Requests in the admission queue count as if they were placed.
 6. The endpoints that count are those that a request could go to: the fresh ones, or else the stale ones, without those
-   that are ejected. Neither the capacity nor the load of the others counts. Without a known capacity there is no
-   signal: an autoscaler without a signal changes nothing.
+   that are ejected or not ready. Neither the capacity nor the load of the others counts. Without a known capacity there
+   is no signal: an autoscaler without a signal changes nothing.
 7. A use may exceed 1. The wanted endpoints are proportional to it: ``endpoints * use / target``, at least 1. They may
    be a fraction, which the autoscaler rounds up, since it also decides which differences are too small to act on.
 
@@ -99,7 +99,7 @@ class Autoscaling:
 
     def _counted(self, pool: str, role: Role, now: float) -> Sequence[EndpointLoad]:
         _, freshest = self._loads.best_known(self._loads.known(pool, role), now)
-        return [each for each in freshest if not each.health.is_ejected(now)] or freshest
+        return [each for each in freshest if each.is_ready and not each.health.is_ejected(now)] or freshest
 
     def _measures(
         self, pool: str, role: Role, endpoints: Sequence[EndpointLoad], now: float

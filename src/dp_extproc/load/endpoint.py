@@ -83,7 +83,8 @@ class EndpointLoad:
 
     __slots__ = (
         "_counts", "_prompt_rate", "address", "answered_at", "cached_prompt_tokens", "candidate", "capabilities",
-        "configured", "facts", "groups", "has_external_requests", "health", "is_away", "is_gone", "ranks", "sampled_at",
+        "configured", "facts", "groups", "has_external_requests", "health", "is_away", "is_gone", "is_ready", "ranks",
+        "sampled_at",
     )  # fmt: skip
 
     def __init__(
@@ -120,6 +121,8 @@ class EndpointLoad:
         """Whether the endpoint was unreachable after the last good load page."""
         self.is_gone = False
         """Whether no engine listens any more: the samples are stale, however recent they are, until the next one."""
+        self.is_ready = True
+        """Whether the engine takes requests, by its own report."""
         self._counts: tuple[int, ...] = (0, 0)
         """Running counts of the last page: prompt tokens, and those that were not cached."""
         self._prompt_rate = PromptRate()
@@ -187,6 +190,10 @@ class EndpointLoad:
         rates = [group.tokens_per_second for group in self.groups if isinstance(group, PrefillGroup)]
         known = [rate for rate in rates if rate is not None]
         return sum(known) / len(known) * len(rates) if known else None
+
+    def takes(self, now: float) -> bool:
+        """Return whether the engine is ready, and not ejected; after an ejection it takes one request at a time."""
+        return self.is_ready and self.health.takes(now)
 
     def freshness(self, now: float, stale_after: float) -> Freshness:
         if self.sampled_at == -math.inf:

@@ -1,0 +1,138 @@
+"""Looks up a name at DNS servers, and so gets SRV records and TTLs. It needs dnspython (the extra ``dns``).
+
+Addresses in ``/etc/hosts`` have precedence, as usual. Other databases of the name service switch are not read. A
+truncated answer is never used: the query is sent again over TCP.
+"""
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import dns.asyncresolver
+import dns.exception
+import dns.name
+import dns.resolver
+from dns.rdatatype import AAAA, SRV, A, RdataType
+
+from dp_extproc.config.discovery import DnsRecords, DnsSettings
+from dp_extproc.fleet.discovery.answers import Address, Answer, LookUpError
+
+_LOCAL_NAMES: Final = Path("/etc/hosts")
+_AT_A_TIME: Final = 16
+"""Queries for the targets of SRV records that run at the same time, so that a DNS server is not flooded."""
+_FAMILIES: Final = (A, AAAA)
+"""Of two families each engine would be there twice, so the first that has addresses is taken."""
+
+_Addresses = tuple[list[str], float | None]
+"""Addresses, and the seconds for which they are valid."""
+
+
+class DnsResolver:
+    """Looks up the addresses or the SRV records of a name."""
+
+    def __init__(self, settings: DnsSettings, seconds: float, local_names: Path = _LOCAL_NAMES) -> None:
+        """Set up; *seconds* is the limit of one query, all DNS servers and tries included."""
+        self._settings = settings
+        self._seconds = seconds
+        self._local_names = local_names
+
+    async def look_up(self) -> Answer:
+        """Give all present addresses."""
+        settings = self._settings
+        try:
+            query = _Query(self._make_resolver(), self._seconds, use_search=settings.nameserver is None)
+            if settings.type is DnsRecords.SRV:
+                return await query.services(settings.name)
+            port = settings.port or 0  # the section has one
+            listed = [] if settings.nameserver else await asyncio.to_thread(self._listed_here)
+            found, ttl = (listed, None) if listed else await query.addresses(settings.name)
+        except LookUpError:
+            raise
+        except Exception as error:  # noqa: BLE001 - an answer, however odd, raises no other exception
+            raise LookUpError(f"{settings.name} cannot be resolved: {error or type(error).__name__}") from None
+        return Answer(tuple(Address(each, port) for each in found), ttl)
+
+    def _make_resolver(self) -> dns.asyncresolver.Resolver:
+        """Read ``/etc/resolv.conf`` each time, because it may change."""
+        if (configured := self._settings.nameserver) is None:
+            return dns.asyncresolver.Resolver()
+        resolver = dns.asyncresolver.Resolver(configure=False)
+        resolver.nameservers = [configured.host]
+        resolver.port = configured.port
+        return resolver
+
+    def _listed_here(self) -> list[str]:
+        text = ""
+        with suppress(OSError):
+            text = self._local_names.read_text(encoding="utf-8", errors="replace")
+        name = self._settings.name.removesuffix(".").lower()
+        entries = [line.partition("#")[0].lower().split() for line in text.splitlines()]
+        found = [entry[0] for entry in entries if name in entry[1:]]
+        return [each for each in found if ":" not in each] or found
+
+
+class _Query:
+    """One look-up, with all the queries that it takes."""
+
+    def __init__(self, resolver: dns.asyncresolver.Resolver, seconds: float, *, use_search: bool) -> None:
+        self._resolver = resolver
+        self._seconds = seconds
+        self._use_search = use_search
+        self._free = asyncio.Semaphore(_AT_A_TIME)
+
+    async def addresses(self, name: str) -> _Addresses:
+        for family in _FAMILIES:
+            answer = await self._ask(name, family)
+            if answer is None:
+                break
+            if answer.rrset is not None:
+                return [record.address for record in answer.rrset], answer.chaining_result.minimum_ttl
+        return [], None
+
+    async def services(self, name: str) -> Answer:
+        """Give the addresses of the targets of SRV records. Their priorities and weights are not used."""
+        answer = await self._ask(name, SRV)
+        if answer is None or answer.rrset is None:
+            return Answer()
+        records = [record for record in answer.rrset if record.target != dns.name.root]  # which stands for "none"
+        targets = list(dict.fromkeys(record.target for record in records))
+        given = {(each.name, each.rdtype): each for each in answer.response.additional}
+        looked_up = await asyncio.gather(*(self._target(each, given) for each in targets), return_exceptions=True)
+        found = dict(zip(targets, _without_failures(looked_up), strict=True))
+        ttls = [answer.chaining_result.minimum_ttl, *(ttl for _, ttl in found.values() if ttl is not None)]
+        return Answer(
+            tuple(
+                Address(each, record.port, record.target.to_text(omit_final_dot=True))
+                for record in records
+                for each in found[record.target][0]
+            ),
+            min(ttls),
+        )
+
+    async def _target(self, name: Any, given: dict[Any, Any]) -> _Addresses:
+        """Take the addresses from the additional records of the answer, or look them up."""
+        for family in _FAMILIES:
+            if (records := given.get((name, family))) is not None:
+                return [record.address for record in records], records.ttl
+        async with self._free:
+            return await self.addresses(name.to_text())
+
+    async def _ask(self, name: str, kind: RdataType) -> dns.resolver.Answer | None:
+        """Send a query until a DNS server has answered. Returns None if there is no such name."""
+        try:
+            return await self._resolver.resolve(
+                name, kind, raise_on_no_answer=False, search=self._use_search, lifetime=self._seconds
+            )
+        except dns.resolver.NXDOMAIN:
+            return None
+        except dns.exception.DNSException as error:
+            raise LookUpError(str(error)) from None
+
+
+def _without_failures(looked_up: Iterable[_Addresses | BaseException]) -> Iterable[_Addresses]:
+    for each in looked_up:
+        if isinstance(each, BaseException):
+            raise each
+        yield each

@@ -1,0 +1,1 @@
+"""Kubernetes as a source of endpoints: EndpointSlices of Services, or pods."""

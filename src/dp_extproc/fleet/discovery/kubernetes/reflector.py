@@ -1,0 +1,203 @@
+"""Keeps a copy of what the members of a role are in an API server: lists the objects once, then watches changes.
+
+1. The first list comes from the cache of the API server (version 0). A watch goes on from the version of the list, and
+   each event and bookmark moves the version. So a watch that ends, or breaks, loses nothing.
+2. A version that is too old (410, as a status or as an ``ERROR`` event) or too new leads to a new list. It is of the
+   present state and in one piece, because also the token of a page can be too old.
+3. No fault clears what is kept: it stays as it is until the next list or event, however long that takes.
+4. A watch that is silent counts as broken: the API server sends a bookmark about once a minute.
+5. Pauses after faults double, and have full jitter, so that the clients of an API server do not return all at once. A
+   watch that stayed open for a while makes them short again: a load balancer may cut idle connections every 20 s.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import msgspec
+
+from dp_extproc.fleet.discovery.kubernetes.faults import ApiError
+from dp_extproc.fleet.discovery.kubernetes.kubeconfig import AccessError
+from dp_extproc.fleet.discovery.kubernetes.objects import Event, Meta, Object, Page
+from dp_extproc.fleet.discovery.kubernetes.parts import Found, Part, combine
+from dp_extproc.fleet.discovery.source import SourceListener
+
+_PAGE_OBJECTS: Final = 250
+"""Objects of one page of a list: a page of pods is decoded in a few milliseconds."""
+_TURN: Final = 50
+"""Objects that are read before other tasks get their turn."""
+_SHOWN_PROBLEMS: Final = 3
+
+_log = logging.getLogger(__name__)
+_OBJECT: Final = msgspec.json.Decoder(Object)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long the reflector waits, in seconds; the values of client-go, Kubernetes' own library, unless noted."""
+
+    watch: tuple[float, float] = (300.0, 600.0)
+    """The API server ends each watch after a time in this range."""
+    line_timeout: float = 150.0
+    """The longest time without a line: more than two bookmarks are missed then. client-go pings by HTTP/2 instead."""
+    first_pause: float = 0.8
+    """Bound of the pause after the first fault."""
+    longest_pause: float = 30.0
+    steady: float = 10.0
+    """A watch that was open for so long makes the pause short again; not of client-go. One that ends within this time
+    counts as a fault, because a proxy may answer in place of the API server."""
+
+
+class Connection(Protocol):
+    """The requests of :class:`dp_extproc.fleet.discovery.kubernetes.client.ApiClient`."""
+
+    async def page(self, parameters: dict[str, str]) -> Page: ...
+
+    def events(self, parameters: dict[str, str]) -> AsyncGenerator[list[Event]]: ...
+
+
+class Reflector:
+    """Reports the members of a role whenever an object changes, and after each failure."""
+
+    def __init__(
+        self,
+        name: str,
+        read: Callable[[msgspec.Raw], Part],
+        listener: SourceListener,
+        *,
+        clock: Callable[[], float],
+        rng: random.Random,
+        timing: Timing,
+    ) -> None:
+        """Set up.
+
+        Args:
+            name: Name of the source for the log.
+            read: Translates one object.
+            listener: Gets the reports.
+            clock: Counts monotonic seconds.
+            rng: Moves times at random.
+            timing: How long to wait.
+        """
+        self._name = name
+        self._read = read
+        self._listener = listener
+        self._clock = clock
+        self._rng = rng
+        self._timing = timing
+        self._parts: dict[str, Part] = {}
+        """What each object contributes, by its name."""
+        self._version = ""
+        """Version to watch from; empty before the first list, and when it has expired."""
+        self._listed = False
+        """Whether there was a list, so that the next one must not be older."""
+        self._failing = False
+        self._faults = 0
+        """Number of faults since the last steady watch."""
+        self._problems: tuple[str, ...] = ()
+
+    async def run(self, connect: Callable[[], AbstractAsyncContextManager[Connection]]) -> None:
+        """Report until cancelled. Each failure leads to a new connection."""
+        while True:
+            try:
+                async with connect() as connection:
+                    while True:
+                        if not self._version:
+                            await self._list(connection)
+                        await self._watch(connection)
+            except ApiError as fault:
+                if fault.expired:
+                    self._version = ""
+                await self._pause(str(fault), fault.retry_after, quiet=fault.quiet)
+            except AccessError as error:
+                await self._pause(str(error))
+
+    async def _list(self, connection: Connection) -> None:
+        parts: dict[str, Part] = {}
+        first = {"resourceVersion": ""} if self._listed else {"resourceVersion": "0", "limit": f"{_PAGE_OBJECTS}"}
+        page = await connection.page(first)
+        while True:
+            for index, text in enumerate(page.items or ()):
+                if index % _TURN == _TURN - 1:
+                    await asyncio.sleep(0)
+                parts[self._meta(text).name] = self._part(text)
+            if not page.metadata.more:
+                break
+            page = await connection.page({"limit": f"{_PAGE_OBJECTS}", "continue": page.metadata.more})
+        self._parts, self._version, self._listed = parts, page.metadata.resource_version, True
+        self._report()
+
+    async def _watch(self, connection: Connection) -> None:
+        started = self._clock()
+        parameters = {
+            "watch": "1",
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": f"{self._rng.uniform(*self._timing.watch):.0f}",
+            "resourceVersion": self._version,
+        }
+        try:
+            async with aclosing(connection.events(parameters)) as batches:
+                async for events in batches:
+                    changed = False
+                    for event in events:
+                        changed |= self._apply(event)
+                    if changed or self._failing:
+                        self._report()
+        finally:
+            steady = self._clock() - started >= self._timing.steady
+            if steady:
+                self._faults = 0
+        if not steady:
+            raise ApiError("the watch ended at once; check what answers in place of the API server", quiet=True)
+
+    def _apply(self, event: Event) -> bool:
+        """Apply one event. Return whether the members of its object have changed."""
+        meta = self._meta(event.object)
+        before = self._parts.get(meta.name)
+        if event.type == "DELETED":
+            self._parts.pop(meta.name, None)
+        elif event.type in {"ADDED", "MODIFIED"}:
+            self._parts[meta.name] = self._part(event.object)
+        self._version = meta.resource_version or self._version
+        return before != self._parts.get(meta.name)
+
+    def _meta(self, text: msgspec.Raw) -> Meta:
+        try:
+            return _OBJECT.decode(text).metadata
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise ApiError(f"the API server sent an object of an unexpected form ({error})") from None
+
+    def _part(self, text: msgspec.Raw) -> Part:
+        try:
+            return self._read(text)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise ApiError(f"the API server sent an object of an unexpected form ({error})") from None
+
+    def _report(self) -> None:
+        self._failing = False
+        found = combine(self._parts.values())
+        if found.problems != self._problems:
+            self._problems = found.problems
+            if found.problems:
+                _log.warning("%s: %s", self._name, _shown(found))
+        if found.problems and not found.members:
+            self._listener.failed(_shown(found))
+        else:
+            self._listener.snapshot(found.members)
+
+    async def _pause(self, message: str, at_least: float = 0.0, *, quiet: bool = False) -> None:
+        if self._faults or not quiet:
+            self._failing = True
+            self._listener.failed(message)
+        bound = min(self._timing.first_pause * 2.0 ** min(self._faults, 16), self._timing.longest_pause)
+        self._faults += 1
+        await asyncio.sleep(max(at_least, self._rng.uniform(0.0, bound)))
+
+
+def _shown(found: Found) -> str:
+    more = len(found.problems) - _SHOWN_PROBLEMS
+    return "; ".join(found.problems[:_SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
