@@ -26,12 +26,12 @@ LAYERS = (
     {"engines"},
     {"request", "response"},
     {"config"},
-    {"background", "contract"},
+    {"background", "contract", "variables"},
 )
 """Packages from top to bottom. A package imports from rows below its own, never from above, nor from its neighbours."""
 PURE = {
     *("attempt", "scheduling", "sync", "load", "estimators", "prefix_cache", "engines", "request", "response"),
-    *("config", "contract", "lab.workload"),
+    *("config", "contract", "variables", "lab.workload"),
 }
 """Packages of LAYERS that do no I/O and have no clock and no randomness of their own: all of their modules."""
 PURE_IN_LAB = {
@@ -42,7 +42,7 @@ PURE_IN_LAB = {
 IMPURE = {
     *("asyncio", "grpc", "httpx", "logging", "os", "socket", "subprocess", "threading", "time", "uvloop"),
 }
-READS_THE_FILE = "config/loader.py"
+READS_THE_FILE = "config/source.py"
 """It takes a path, and may read it with pathlib; nothing else in a pure package does."""
 CONFINED = {
     "grpc": {"extproc", "runtime"},

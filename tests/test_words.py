@@ -96,7 +96,7 @@ ALLOWED_PHRASES = (
     (r"host names", "docs/engines.md", "a part of an address"),
     (r"hosts?", f"{PRODUCT}config/", "a machine, or a part of an address"),
     (r"dead host", f"{PRODUCT}envoy_config/", "a machine"),
-    (r"Envoy must know them all", f"{PRODUCT}cli/serve.py", "an established message, which alerts may match"),
+    (r"Envoy must know them all", f"{PRODUCT}cli/start.py", "an established message, which alerts may match"),
     (r"no servers differ", f"{PRODUCT}observability/log.py", "an established message, which alerts may match"),
     (r"on their books", f"{PRODUCT}sync/transport/replica.py", "an established message, which alerts may match"),
     (r"on demand", "", "an idiom"),

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from dp_extproc.config import parse_config
+from dp_extproc.config import ConfigFile, parse_config
 from dp_extproc.lab.testbed.ports import free_port
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from dp_extproc.runtime.process import serve
@@ -144,7 +144,7 @@ def test_port_taken_after_the_check_is_reported(tmp_path: Path) -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         text = yaml.safe_dump(write_config(pools(), listen={"grpc": address}))
         with pytest.raises(StartError, match=r"cannot listen on .* \(listen\.grpc\)"):
-            asyncio.run(serve(parse_config(text), text, tmp_path / "config.yaml"))
+            asyncio.run(serve(parse_config(text), text, ConfigFile(tmp_path / "config.yaml")))
 
 
 def test_invalid_file_is_reported_before_the_start(tmp_path: Path) -> None:

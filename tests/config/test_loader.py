@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dp_extproc.config import Config, ConfigError, LoadSource, RankPolicy, SocketAddress, load_config, parse_config
+from dp_extproc.config import Config, ConfigError, ConfigFile, LoadSource, RankPolicy, SocketAddress, parse_config
 
 POOL = "pools:\n- models: ['*']\n  workers: {endpoints: ['http://a:1']}\n"
 """Three lines that make a valid file."""
@@ -401,7 +401,7 @@ def test_file_is_read_with_byte_order_mark_and_windows_line_ends(tmp_path: Path)
     """Some editors write both."""
     path = tmp_path / "config.yaml"
     path.write_bytes(b"\xef\xbb\xbf" + POOL.replace("\n", "\r\n").encode())
-    assert load_config(path) == parse_config(POOL)
+    assert parse_config(ConfigFile(path).read()) == parse_config(POOL)
 
 
 UNREADABLE = {"missing": None, "latin-1": b"# caf\xe9\n", "utf-16": POOL.encode("utf-16")}
@@ -414,13 +414,13 @@ def test_unreadable_file_is_reported_with_path_and_reason(tmp_path: Path, conten
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"config\.yaml: 1 problem(.|\n)*cannot be read"):
-        load_config(path)
+        parse_config(ConfigFile(path).read())
 
 
 def test_directory_is_reported_as_unreadable(tmp_path: Path) -> None:
     """A directory gets the message of any unreadable file."""
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_config(tmp_path)
+        ConfigFile(tmp_path).read()
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from dp_extproc.config import ConfigError, Problem, parse_config
-from dp_extproc.config.loader import load_config
 from dp_extproc.config.renamed import KEYS, VALUES
 
 POOL = "pools:\n- models: ['*']\n  workers: {endpoints: ['http://a:1']}\n"
@@ -196,4 +195,4 @@ def test_file_is_read_without_a_receiver_of_warnings(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(f"{POOL}protocol: own\n")
 
-    assert load_config(path).protocol.value == "envoy"
+    assert parse_config(path.read_text()).protocol.value == "envoy"

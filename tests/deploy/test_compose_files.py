@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dp_extproc.config import load_config
+from dp_extproc.config import Config, ConfigFile, parse_config
 from dp_extproc.envoy_config import build_bootstrap, render_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +17,10 @@ SERVICES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "docker-compose.yml
 ROUTERS = {"dp-extproc.yaml": "dp-extproc", "baseline.yaml": "dp-extproc-baseline"}
 CONFIGURATIONS = ROOT / "deploy/compose/dp-extproc"
 ENGINES = ("prefill-1", "prefill-2", "decode-1", "decode-2")
+
+
+def load_config(path: Path) -> Config:
+    return parse_config(ConfigFile(path).read(), str(path))
 
 
 @pytest.mark.parametrize("name", SERVICES)

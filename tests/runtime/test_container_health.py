@@ -68,6 +68,31 @@ def test_service_is_checked_at_the_admin_port_of_its_file(
     assert asked(line, ready=True) == (*address, "/readyz")
 
 
+@pytest.mark.parametrize(
+    ("options", "environment", "address"),
+    [
+        (("--prefill", "http://a:1", "--decode", "http://b:1"), {}, ("127.0.0.1", 9090)),
+        (("--workers", "http://a:1", "--admin", "0.0.0.0:9191"), {}, ("127.0.0.1", 9191)),
+        (("--workers=http://a:1", "--admin=[::]:9191"), {"DP_EXTPROC_CONFIG": "/nowhere"}, ("::1", 9191)),
+        ((), {"DP_EXTPROC_WORKERS": "http://a:1", "DP_EXTPROC_ADMIN": "10.0.0.7:9191"}, ("10.0.0.7", 9191)),
+        ((), {"DP_EXTPROC_CONFIG": "FILE", "ADMIN_PORT": "9192"}, ("127.0.0.1", 9192)),
+        (("-c", "FILE"), {"DP_EXTPROC_ADMIN": "10.0.0.7:9191"}, ("127.0.0.1", 9191)),
+        (("-c", "-"), {"DP_EXTPROC_ADMIN": "10.0.0.7:9191"}, ("127.0.0.1", 9090)),
+    ],
+)
+def test_service_without_a_file_is_checked_at_the_admin_port_that_was_given(
+    tmp_path: Path, options: tuple[str, ...], environment: dict[str, str], address: tuple[str, int]
+) -> None:
+    """Options and variables count as for ``serve``; a file may have variables in its values."""
+    file = tmp_path / "dp-extproc.yaml"
+    file.write_text("listen: {admin: '0.0.0.0:${ADMIN_PORT:-9191}'}", encoding="utf-8")
+    line = (*SCRIPT, "serve", *(word.replace("FILE", str(file)) for word in options))
+    given = {name: value.replace("FILE", str(file)) for name, value in environment.items()}
+    check = check_for(line, ready=False, environment=given)
+    assert check is not None
+    assert (check.host, check.port) == address
+
+
 def test_engine_is_checked_at_its_port() -> None:
     """A wildcard address is checked at the loopback address."""
     line = (*INIT, *SCRIPT, "engine", "--role", "prefill", "--host", "0.0.0.0", "--port=30000")

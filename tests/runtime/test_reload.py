@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dp_extproc.config import Config, parse_config
+from dp_extproc.config import Config, ConfigFile, parse_config
 from dp_extproc.lab.testbed.ports import free_port
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from dp_extproc.runtime.reload import Reloader, needs_restart
@@ -130,7 +130,7 @@ def test_reload_is_rejected_if_it_cannot_be_applied(tmp_path: Path) -> None:
         returned.set()
 
     async def story() -> dict[str, float]:
-        reloader = Reloader(path, before, parse_config(before), apply)
+        reloader = Reloader(ConfigFile(path), before, parse_config(before), apply)
         running = asyncio.create_task(reloader.run())
         reloader.request()
         await returned.wait()

@@ -19,8 +19,8 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dp_extproc.background import Guard
-from dp_extproc.cli.serve import with_workers
-from dp_extproc.config import parse_config
+from dp_extproc.cli.start import with_processes
+from dp_extproc.config import ConfigFile, parse_config
 from dp_extproc.lab.testbed.ports import free_port
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from dp_extproc.observability.merged_metrics import merge_pages
@@ -72,7 +72,7 @@ def test_pages_leave_out_a_worker_process_that_responds_with_an_error(tmp_path: 
                 transport=httpx.MockTransport(respond), base_url=f"http://worker-{worker.index}"
             )
         config, text = parse_config(CONFIG), CONFIG
-        pages = _Pages(workers, Reloader(tmp_path / "config.yaml", text, config, lambda *_: None), Guard())
+        pages = _Pages(workers, Reloader(ConfigFile(tmp_path / "config.yaml"), text, config, lambda *_: None), Guard())
         return await pages.loads(), await pages.metrics()
 
     loads, metrics = asyncio.run(read())
@@ -170,14 +170,17 @@ def test_taken_ports_are_all_reported_at_once(tmp_path: Path) -> None:
     ]
 
 
-def test_workers_option_overrides_the_file() -> None:
-    """The number follows the same rules as in the file."""
+def test_processes_option_overrides_the_file() -> None:
+    """The number follows the same rules as in the file, and Envoy has to have the same number."""
+    warnings: list[str] = []
     listen = parse_config(yaml.safe_dump(write_config(pools()))).listen
 
-    assert with_workers(listen, 4).workers == 4
-    assert with_workers(listen, None) is listen
+    assert with_processes(listen, 4, warnings.append).workers == 4
+    assert with_processes(listen, None, warnings.append) is listen
+    (warning,) = warnings
+    assert warning.startswith("--processes 4 wins over listen.workers: 1; write it into the file, too")
     with pytest.raises(Exception, match="less than or equal to 256"):
-        with_workers(listen, 1000)
+        with_processes(listen, 1000, warnings.append)
 
 
 def test_worker_process_advertises_its_own_address() -> None:

@@ -4,14 +4,12 @@ import argparse
 import asyncio
 import logging
 import sys
-from functools import partial
-from pathlib import Path
 from typing import Final
 
 import uvloop
-from pydantic import ValidationError
 
-from dp_extproc.config import ConfigError, ListenSettings, Problem, Warn, ignore, parse_config, read_config
+from dp_extproc.cli import start
+from dp_extproc.config import ConfigError
 from dp_extproc.runtime.process import serve
 from dp_extproc.runtime.secrets import external_problems
 from dp_extproc.runtime.sockets import StartError, check_ports
@@ -24,10 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-c", "--config", type=Path, required=True, help="configuration file")
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes, in place of listen.workers, which envoy-config reads, too"
-    )
+    start.add_arguments(parser)
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     # A parent process passes it to the worker processes that it starts.
     parser.add_argument("--worker-context", type=WorkerContext.parse, help=argparse.SUPPRESS)
@@ -37,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT.
 
     Returns:
-        The exit status: 0 after a signal, 1 if the service cannot start, 2 if the file cannot be used.
+        The exit status: 0 after a signal, 1 if the service cannot start, 2 if the configuration cannot be used.
     """
     context: WorkerContext | None = args.worker_context
     line = _FORMAT if context is None else f"{context}: {_FORMAT}"
@@ -59,40 +54,16 @@ def _serve(args: argparse.Namespace, context: WorkerContext | None) -> None:
         ConfigError: The file, or a file or variable that it names, cannot be used.
         StartError: The service cannot listen.
     """
-    text = read_config(args.config)
-    # In a worker process the warnings are dropped: its parent has logged them.
-    warn: Warn = partial(_log.warning, "%s: %s", args.config) if context is None else ignore
-    config = parse_config(text, str(args.config), warn)
+    # A worker process drops warnings that its parent has logged.
+    started = start.load(args, _log.warning if context is None else _log.debug)
+    source, config, text = started.source, started.config, started.text
     if problems := external_problems(config):
-        raise ConfigError(str(args.config), problems)
+        raise ConfigError(source.name, problems)
     if context is not None:
-        uvloop.run(serve(config, text, args.config, context))
+        uvloop.run(serve(config, text, source, context))
         return
-    listen = with_workers(config.listen, args.workers)
-    check_ports(listen)
-    if listen.workers > 1:
-        asyncio.run(serve_with_workers(listen.workers, config, text, args.config, args.log_level))
+    check_ports(started.listen)
+    if started.listen.workers > 1:
+        asyncio.run(serve_with_workers(started.listen.workers, config, text, source, args.log_level))
     else:
-        uvloop.run(serve(config, text, args.config))
-
-
-def with_workers(listen: ListenSettings, workers: int | None) -> ListenSettings:
-    """Override ``listen.workers`` by the option, if it is given.
-
-    Raises:
-        ConfigError: The number does not fit the other settings.
-    """
-    if workers is None or workers == listen.workers:
-        return listen
-    addresses = {"grpc": listen.grpc, "admin": listen.admin, "advertise": listen.advertise}
-    try:
-        ListenSettings.model_validate({**addresses, "workers": workers})  # every setting that depends on the number
-    except ValidationError as error:
-        problems = [Problem(None, "", each["msg"].removeprefix("Value error, ")) for each in error.errors()]
-        raise ConfigError("--workers", problems) from None
-    _log.warning(
-        "--workers %d wins over listen.workers: %d; write it into the file, too, for Envoy must know them all",
-        workers,
-        listen.workers,
-    )
-    return listen.model_copy(update={"workers": workers})
+        uvloop.run(serve(config, text, source))

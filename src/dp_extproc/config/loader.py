@@ -2,8 +2,8 @@
 
 import difflib
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 import yaml
@@ -13,45 +13,36 @@ from pydantic_core import ErrorDetails
 from dp_extproc.config.problems import ConfigError, Key, Problem, spell
 from dp_extproc.config.renamed import rename
 from dp_extproc.config.schema import Config
+from dp_extproc.config.substitution import substitute
 
 Warn = Callable[[Problem], object]
+NO_VARIABLES: Final[Mapping[str, str]] = MappingProxyType({})
 
 _WORD_TAGS: Final = frozenset({"tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"})
 """YAML's types of a key that is a text, or that merges another mapping (``<<``)."""
 _short: Final = reprlib.Repr()
-"""Shortens wrong values in messages. Aliases can make a value of a few lines larger than any memory."""
+"""Shortens wrong values in messages."""
 _short.maxstring = _short.maxlong = _short.maxother = 80
-_short.maxlevel = 2
+_SECRETS: Final = frozenset({"api_key", "url"})
+"""Keys whose values messages do not show, since they may be an API key or have a password."""
 
 
 def ignore(_warning: Problem) -> None:
     """Drop a warning, where another process logs it."""
 
 
-def load_config(path: Path, warn: Warn = ignore) -> Config:
-    """Read and check a configuration file; see :func:`read_config` and :func:`parse_config`."""
-    return parse_config(read_config(path), str(path), warn)
-
-
-def read_config(path: Path) -> str:
-    """Read the text of a configuration file, or raise :class:`ConfigError` with the reason that it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), [Problem(None, "", f"cannot be read: {error}")]) from None
-
-
-def parse_config(text: str, source: str = "configuration", warn: Warn = ignore) -> Config:
+def parse_config(
+    text: str, source: str = "configuration", warn: Warn = ignore, environment: Mapping[str, str] = NO_VARIABLES
+) -> Config:
     """Check the text of a configuration file, or raise :class:`ConfigError` with every problem found.
 
-    *source* is the name of the file in messages. *warn* is called for each old name in the text.
+    *source* is the name of the file in messages. *warn* is called for each old name in the text. *environment* has the
+    variables for ``${NAME}`` in values.
     """
     try:
-        root, warnings, problems, data = _read_yaml(text)
+        root, warnings, problems, unset, data = _read_yaml(text, environment)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        message = f"is not valid YAML: {getattr(error, 'problem', None) or error}"
-        raise ConfigError(source, [Problem(mark.line + 1 if mark else None, "", message)]) from None
+        raise ConfigError(source, [_not_yaml(error, text)]) from None
     except RecursionError:
         raise ConfigError(source, [Problem(None, "", "is nested too deeply")]) from None
     for warning in warnings:
@@ -62,11 +53,14 @@ def parse_config(text: str, source: str = "configuration", warn: Warn = ignore) 
         config = Config.model_validate(data)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        problems += [_problem(detail, root) for detail in details if not _is_redundant(detail, details)]
+        found = [_problem(detail, root) for detail in details if not _is_redundant(detail, details)]
+        problems += [
+            each for each in found if not any(each.line == u.line and each.key.startswith(u.key) for u in unset)
+        ]
     else:
-        if not problems:
+        if not problems + unset:
             return config
-    raise ConfigError(source, sorted(problems, key=lambda problem: problem.line or 0))
+    raise ConfigError(source, sorted(problems + unset, key=lambda problem: problem.line or 0))
 
 
 class _Loader(yaml.SafeLoader):
@@ -79,16 +73,29 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
 
-def _read_yaml(text: str) -> tuple[yaml.Node | None, list[Problem], list[Problem], Any]:
-    """Return the nodes with their lines, the warnings and the problems of keys, and plain data."""
+def _not_yaml(error: yaml.YAMLError, text: str) -> Problem:
+    mark = getattr(error, "problem_mark", None)
+    message = f"is not valid YAML: {getattr(error, 'problem', None) or error}"
+    if mark is None:
+        return Problem(None, "", message)
+    if any("${" in line for line in text.splitlines()[mark.line : mark.line + 1]):
+        message += "; between [ ] and { } a value with ${...} needs quotes"
+    return Problem(mark.line + 1, "", message)
+
+
+def _read_yaml(
+    text: str, environment: Mapping[str, str]
+) -> tuple[yaml.Node | None, list[Problem], list[Problem], list[Problem], Any]:
+    """Return the nodes with their lines, the warnings, the problems of keys and of variables, and plain data."""
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
-        # Both before the data is made, which resolves merge keys (<<) in the nodes themselves.
+        # All before the data is made, which resolves merge keys (<<) in the nodes themselves.
         wrong_keys = list(_wrong_keys(root, set()))
+        unset = substitute(root, environment, loader.resolve)
         warnings, repeated = rename(root)
         data = None if root is None else loader.construct_document(root)
-        return root, warnings, wrong_keys + repeated, data
+        return root, warnings, wrong_keys + repeated, unset, data
     finally:
         loader.dispose()
 
@@ -150,7 +157,7 @@ def _explain(detail: ErrorDetails) -> str:
         close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys here: {', '.join(known)}"
         return f"is not a known key; {hint}"
-    found = _show(detail["input"])
+    found = "the value that stands here" if _SECRETS & set(detail["loc"]) else _show(detail["input"])
     if kind in {"model_type", "model_attributes_type"}:
         return f"must be a mapping with keys such as {', '.join(_keys_of(detail['loc']))}, not {found}"
     if kind == "tuple_type":
@@ -169,6 +176,9 @@ def _explain(detail: ErrorDetails) -> str:
 
 
 def _show(value: object) -> str:
+    """Describe a wrong value. What is in a mapping or a list may be secret, or larger than any memory by aliases."""
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
     return "nothing" if value is None else _short.repr(value)
 
 

@@ -10,14 +10,17 @@ The check runs every few seconds beside the service, so it loads no library but 
 
 import argparse
 import ipaddress
+import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import yaml
+
+from dp_extproc.variables import expand
 
 _TIMEOUT: Final = 2.0
 """Limit for connecting, and for each read, in seconds."""
@@ -41,8 +44,8 @@ class Check:
     healthy: range
 
 
-def check_for(command_line: Sequence[str], *, ready: bool) -> Check | None:
-    """Return the check of a process with that command line; None if it has no port.
+def check_for(command_line: Sequence[str], *, ready: bool, environment: Mapping[str, str] = os.environ) -> Check | None:
+    """Return the check of a process with that command line and environment; None if it has no port.
 
     Raises:
         ValueError: The command line, or the file that it names, makes no sense.
@@ -51,14 +54,21 @@ def check_for(command_line: Sequence[str], *, ready: bool) -> Check | None:
     command, *options = _after_program(command_line) or [""]
     parser = argparse.ArgumentParser()
     parser.add_argument("-c", "--config")
+    parser.add_argument("--admin")
     parser.add_argument("--host")
     parser.add_argument("--port")
     given, _ = parser.parse_known_args(options)
     if command == "serve":
-        if given.config is None:
-            raise ValueError("serve was started without a configuration file")
-        host, port = _admin(Path(given.config))
-        return Check(_reachable(host), port, "/readyz" if ready else "/healthz", _OK)
+        file = given.config or (None if _has_urls(options) else environment.get("DP_EXTPROC_CONFIG"))
+        if file == "-":
+            admin = _DEFAULT_ADMIN  # standard input cannot be read again, so only the default can be checked
+        elif file:
+            admin = _admin(Path(file), environment)
+        else:
+            admin = given.admin or environment.get("DP_EXTPROC_ADMIN") or _DEFAULT_ADMIN
+        host, _, port = admin.rpartition(":")
+        host = host.removeprefix("[").removesuffix("]")
+        return Check(_reachable(host), int(port), "/readyz" if ready else "/healthz", _OK)
     if command == "engine":
         # An engine with an API key refuses this request, which shows that it runs.
         return Check(_reachable(given.host or _DEFAULT_ENGINE_HOST), int(given.port), "/v1/models", _ANY_STATUS)
@@ -104,14 +114,18 @@ def _after_program(command_line: Sequence[str]) -> Sequence[str]:
     return command_line[next(programs, len(command_line)) :]
 
 
-def _admin(path: Path) -> tuple[str, int]:
+def _has_urls(options: Sequence[str]) -> bool:
+    """Return whether the options name engines, so that no configuration file is read."""
+    return any(word.partition("=")[0] in {"--prefill", "--decode", "--workers"} for word in options)
+
+
+def _admin(path: Path, environment: Mapping[str, str]) -> str:
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     listen = document.get("listen") if isinstance(document, dict) else None
     admin = (listen.get("admin") if isinstance(listen, dict) else None) or _DEFAULT_ADMIN
     if isinstance(admin, dict):
-        return str(admin.get("host")), int(admin.get("port") or 0)
-    host, _, port = str(admin).rpartition(":")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+        admin = f"{admin.get('host')}:{admin.get('port') or 0}"
+    return expand(str(admin), environment)
 
 
 def _reachable(host: str) -> str:

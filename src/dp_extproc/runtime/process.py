@@ -8,7 +8,6 @@ import random
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Final
 
 import grpc.aio
@@ -17,7 +16,7 @@ from grpc_health.v1.health import aio
 
 from dp_extproc import __version__
 from dp_extproc.background import Guard
-from dp_extproc.config import Config, ignore
+from dp_extproc.config import Config, ConfigSource, ignore
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.observability.admin import AdminServer
 from dp_extproc.runtime.components import Components
@@ -32,11 +31,11 @@ _MESSAGE_SLACK: Final = 1 << 20
 _log = logging.getLogger(__name__)
 
 
-async def serve(written: Config, text: str, path: Path, context: WorkerContext | None = None) -> None:
+async def serve(written: Config, text: str, source: ConfigSource, context: WorkerContext | None = None) -> None:
     """Serve until a signal, or until the parent process has ended.
 
-    *written* is the configuration in *text*, the content of the file at *path*. A worker process has a *context*, and
-    takes its share of the configuration.
+    *written* is the configuration in *text*, which *source* gave. A worker process has a *context*, and takes its share
+    of the configuration.
 
     Raises:
         StartError: A port is taken.
@@ -48,7 +47,7 @@ async def serve(written: Config, text: str, path: Path, context: WorkerContext |
     components = Components(config, health, owner=owner_address(config), clock=time.monotonic, rng=rng, guard=guard)
     warn = None if context is None else ignore  # of several processes the parent logs the old names in the file
     reloader = Reloader(
-        path, text, written, lambda config, _text: components.apply(worker_config(config, context)), warn
+        source, text, written, lambda config, _text: components.apply(worker_config(config, context)), warn
     )
     if context is None:
         components.telemetry.add(reloader)

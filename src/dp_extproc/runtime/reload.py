@@ -1,17 +1,17 @@
-"""Reloads the configuration file while the service runs."""
+"""Reloads the configuration while the service runs, if it came from a file."""
 
 import asyncio
 import contextlib
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, Metric
 
-from dp_extproc.config import Config, ConfigError, Problem, Reload, Warn, parse_config, read_config
+from dp_extproc.config import Config, ConfigError, ConfigSource, Problem, Reload, Warn, parse_config
 from dp_extproc.runtime.secrets import external_problems
 
 _WATCH_SECONDS: Final = 1.0
@@ -37,19 +37,25 @@ class Reloader:
     """Applies a changed file. A file that cannot be used is rejected as a whole and logged."""
 
     def __init__(
-        self, path: Path, text: str, config: Config, apply: Callable[[Config, str], None], warn: Warn | None = None
+        self,
+        source: ConfigSource,
+        text: str,
+        config: Config,
+        apply: Callable[[Config, str], None],
+        warn: Warn | None = None,
     ) -> None:
-        """Begin with *config*, the configuration in *text*, which is the content of the file at *path*.
+        """Begin with *config*, the configuration in *text*, which *source* gave.
 
         *apply* is called with every configuration that can be used, and its text. *warn* is called for each old name in
         the file; None stands for the log.
         """
-        self._path = path
+        self._source = source
         self._seen: str | None = text
         self._text = text
         self._config = config
         self._apply = apply
-        self._warn = warn or partial(_log.warning, "%s: %s", path)
+        self._warn = warn or partial(_log.warning, "%s: %s", source.name)
+        self._reported_fixed = False
         self._requested = asyncio.Event()
         self._counts: Counter[str] = Counter(applied=0, refused=0)
 
@@ -59,17 +65,34 @@ class Reloader:
 
     async def run(self) -> None:
         """Reload the file on request, and with ``reload: watch`` when it has changed, until cancelled."""
-        interval = _WATCH_SECONDS if self._config.reload is Reload.WATCH else None
+        is_watched = self._config.reload is Reload.WATCH
+        if is_watched and not self._source.can_change:
+            self._report_fixed()
+        interval = _WATCH_SECONDS if is_watched and self._source.can_change else None
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._requested.wait(), interval)
             requested = self._requested.is_set()
             self._requested.clear()
-            await self._check(requested=requested)
+            if self._source.can_change:
+                await self._check(requested=requested)
+            else:
+                self._counts["refused"] += 1
+                self._report_fixed()
+
+    def _report_fixed(self) -> None:
+        """Log once that there is no file to read."""
+        if not self._reported_fixed:
+            self._reported_fixed = True
+            _log.warning(
+                "configuration: it came from the %s, which cannot be read again, so nothing is reloaded; restart the "
+                "service to change it, or use a file",
+                self._source.name,
+            )
 
     async def _check(self, *, requested: bool) -> None:
         try:
-            text = await asyncio.to_thread(read_config, self._path)
+            text = await asyncio.to_thread(self._source.read)
         except ConfigError as error:
             if requested or self._seen is not None:
                 self._reject(error)
@@ -92,7 +115,7 @@ class Reloader:
             return
         self._config, self._text = config, text
         self._counts["applied"] += 1
-        _log.info("configuration: %s is in use as it is now", self._path)
+        _log.info("configuration: %s is in use as it is now", self._source.name)
 
     def _restore(self) -> None:
         """Apply the previous configuration again, since a part of it may be replaced already."""
@@ -102,9 +125,9 @@ class Reloader:
             _log.exception("configuration: a part of the one before is not in use; restart the service")
 
     def _read(self, text: str) -> Config:
-        config = parse_config(text, str(self._path), self._warn)
+        config = parse_config(text, self._source.name, self._warn, os.environ)
         if problems := (*needs_restart(self._config, config), *external_problems(config)):
-            raise ConfigError(str(self._path), problems)
+            raise ConfigError(self._source.name, problems)
         return config
 
     def _reject(self, error: ConfigError) -> None:

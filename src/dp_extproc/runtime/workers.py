@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from dp_extproc import __version__
 from dp_extproc.background import Guard
-from dp_extproc.config import Config
+from dp_extproc.config import Config, ConfigSource
 from dp_extproc.observability.admin import AdminServer
 from dp_extproc.observability.merged_metrics import merge_pages
 from dp_extproc.runtime.reload import Reloader
@@ -180,10 +180,10 @@ def config_copy(directory: Path) -> Path:
     return directory / "config.yaml"
 
 
-async def serve_with_workers(count: int, config: Config, text: str, path: Path, log_level: str) -> None:
+async def serve_with_workers(count: int, config: Config, text: str, source: ConfigSource, log_level: str) -> None:
     """Serve with *count* worker processes until a signal, and until all of them have ended.
 
-    *config* is the configuration in *text*, the content of the file at *path*.
+    *config* is the configuration in *text*, which *source* gave.
 
     Raises:
         StartError: The admin port is taken, or the path of the temporary directory is too long.
@@ -202,7 +202,7 @@ async def serve_with_workers(count: int, config: Config, text: str, path: Path, 
             for worker in workers:
                 worker.reload()
 
-        reloader = Reloader(path, text, config, apply)
+        reloader = Reloader(source, text, config, apply)
         guard = Guard()
         admin = AdminServer(_Pages(workers, reloader, guard), listen(config.listen.admin, "listen.admin"))
         stopping = asyncio.Event()
