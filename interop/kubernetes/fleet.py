@@ -84,7 +84,7 @@ def grant(cluster: Cluster, resource: tuple[str, str] = ("discovery.k8s.io", "en
     group, plural = resource
     version = "rbac.authorization.k8s.io/v1"
     meta = {"name": ACCOUNT, "namespace": NAMESPACE}
-    rules = [{"apiGroups": [group], "resources": [plural], "verbs": ["get", "list", "watch"]}]
+    rules = [{"apiGroups": [group], "resources": [plural], "verbs": ["list", "watch"]}]
     cluster.apply({"apiVersion": version, "kind": "Role", "metadata": meta, "rules": rules}, f"{_RBAC}/roles")
     binding = {
         "apiVersion": version,

@@ -20,6 +20,8 @@ class Recording:
         self._file = path.open("w", encoding="utf-8")
 
     def add(self, **line: Any) -> None:
+        for each in (*line.get("page", {}).get("items", ()), line.get("event", {}).get("object", {})):
+            each.get("metadata", {}).pop("managedFields", None)  # most of an object, and of no interest
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
