@@ -14,8 +14,8 @@ SGLRUN ?= $(HOME)/.cache/dp-extproc/sglang-run
 # Kubernetes' own API server, etcd and helm, for kubernetes-run.
 KUBE_BIN ?= $(HOME)/.cache/dp-extproc/kubernetes/bin
 
-.PHONY: setup test quickstart-test compose-test check format demo faults soak interop kubernetes-run bench balance simulated \
-  stream-end clean
+.PHONY: setup test quickstart-test compose-test check format manifests demo faults soak interop kubernetes-run bench \
+  balance simulated stream-end clean
 
 setup: .venv/ready
 
@@ -48,6 +48,10 @@ check: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The plain manifests, after a change of the Helm chart. Needs helm: interop/kubernetes/build.sh helm builds it with Go.
+manifests:
+	deploy/manifests/render.sh
 
 # Both placements on a fleet of stand-in engines: make demo ARGS="--time-scale 6", or KEEP=1 to leave it running
 demo: setup

@@ -232,7 +232,7 @@ def test_one_address_family_of_a_service_counts() -> None:
 
 def test_a_problem_of_one_object_leaves_the_others() -> None:
     """Each problem is reported once."""
-    parts = [slice_part(endpoint_slice(f"{name}-1", name, "10.0.0.1"), "http") for name in ("decode", "more")]
+    parts = [slice_part(endpoint_slice("decode-1", "decode", "10.0.0.1"), "http")]
     broken = slice_part(endpoint_slice("old-1", "old", "10.0.0.9"), "grpc")
     found = combine([*parts, broken, broken])
     assert [each.host for each in found.members] == ["10.0.0.1"]
