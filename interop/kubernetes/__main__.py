@@ -23,7 +23,7 @@ from interop.report import Report
 _INSIDE = "DP_EXTPROC_IN_NAMESPACE"
 RECORDED = ("service.jsonl", "outage.jsonl")
 """Conversations that a test plays back."""
-PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager")
+PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager", "helm")
 
 
 def run(programs: Path, folder: Path, recordings: Path, only: list[str]) -> Report:
@@ -35,7 +35,7 @@ def run(programs: Path, folder: Path, recordings: Path, only: list[str]) -> Repo
         cluster.request("POST", f"{fleet.CORE}/serviceaccounts", {"metadata": {"name": fleet.ACCOUNT}})
         (account / "ca.crt").write_bytes(cluster.ca.read_bytes())
         (account / "namespace").write_text(fleet.NAMESPACE, encoding="utf-8")
-        rig = Rig(cluster, account, lambda: fleet.grant(cluster), recordings, report)
+        rig = Rig(cluster, programs, account, recordings, report)
         rig.rotate("extproc-0")
         os.environ |= {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(cluster.port)}
         for case in (*CASES, rolling_replacement):
@@ -51,7 +51,9 @@ def run(programs: Path, folder: Path, recordings: Path, only: list[str]) -> Repo
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--programs", type=Path, required=True, help="folder with etcd and the programs of Kubernetes")
+    parser.add_argument(
+        "--programs", type=Path, required=True, help="folder with etcd, helm and the programs of Kubernetes"
+    )
     parser.add_argument("--recordings", type=Path, help="where to keep what source and API server sent to each other")
     parser.add_argument("--only", action="append", default=[], help="name of a case")
     arguments = parser.parse_args()

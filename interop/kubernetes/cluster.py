@@ -145,18 +145,29 @@ class Cluster:
         found: dict[str, Any] = answer.json()
         return found
 
-    def apply(self, manifest: Mapping[str, Any], path: str) -> dict[str, Any]:
-        """Create or replace one object by server-side apply; *path* is that of its kind."""
+    def path_of(self, manifest: Mapping[str, Any]) -> str | None:
+        """Return the path of an object; None if the API server does not have its kind."""
+        version = manifest["apiVersion"]
+        base = f"/apis/{version}" if "/" in version else f"/api/{version}"
+        answer = self.client.get(base)
+        kinds = answer.json()["resources"] if answer.is_success else ()
+        plural = next((each["name"] for each in kinds if each["kind"] == manifest["kind"]), None)
+        meta = manifest["metadata"]
+        return plural and f"{base}/namespaces/{meta['namespace']}/{plural}/{meta['name']}"
+
+    def apply(self, manifest: Mapping[str, Any], *, dry_run: bool = False) -> None:
+        """Create or replace one object by server-side apply, or only let the API server check it."""
+        path = self.path_of(manifest)
+        assert path is not None, manifest
         answer = self.client.patch(
-            f"{path}/{manifest['metadata']['name']}",
-            params={"fieldManager": "run", "force": "true"},
+            path,
+            params={"fieldManager": "run", "force": "true", "fieldValidation": "Strict"}
+            | ({"dryRun": "All"} if dry_run else {}),
             content=json.dumps(manifest),
             headers={"Content-Type": "application/apply-patch+yaml"},
         )
         if answer.is_error:
             raise RuntimeError(f"{path}: {answer.status_code} {answer.text}")
-        found: dict[str, Any] = answer.json()
-        return found
 
     def token(self, namespace: str, account: str, pod: dict[str, Any]) -> str:
         """Issue a token as a kubelet mounts it: it is bound to a pod and not valid any more when the pod is gone."""

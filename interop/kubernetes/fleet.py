@@ -10,13 +10,12 @@ ACCOUNT = "dp-extproc"
 NODE = "node-1"
 CORE = f"/api/v1/namespaces/{NAMESPACE}"
 SLICES = f"/apis/discovery.k8s.io/v1/namespaces/{NAMESPACE}/endpointslices"
-_RBAC = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{NAMESPACE}"
 
 
 def prepare(cluster: Cluster) -> None:
-    """Create the namespace and a node: the controller leaves pods of unknown nodes out."""
-    cluster.request("POST", "/api/v1/namespaces", {"metadata": {"name": NAMESPACE}})
-    cluster.request("POST", "/api/v1/namespaces", {"metadata": {"name": "other"}})
+    """Create namespaces and a node: the controller leaves pods of unknown nodes out."""
+    for name in (NAMESPACE, "other"):
+        cluster.request("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
     cluster.request("POST", "/api/v1/nodes", {"metadata": {"name": NODE}})
 
 
@@ -77,20 +76,3 @@ class Pod:
     def remove(self) -> None:
         """Report that it has ended."""
         self.cluster.request("DELETE", self.path, {"gracePeriodSeconds": 0})
-
-
-def grant(cluster: Cluster, resource: tuple[str, str] = ("discovery.k8s.io", "endpointslices")) -> None:
-    """Create the account, the role and its binding as docs/kubernetes.md writes them."""
-    group, plural = resource
-    version = "rbac.authorization.k8s.io/v1"
-    meta = {"name": ACCOUNT, "namespace": NAMESPACE}
-    rules = [{"apiGroups": [group], "resources": [plural], "verbs": ["list", "watch"]}]
-    cluster.apply({"apiVersion": version, "kind": "Role", "metadata": meta, "rules": rules}, f"{_RBAC}/roles")
-    binding = {
-        "apiVersion": version,
-        "kind": "RoleBinding",
-        "metadata": meta,
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": ACCOUNT},
-        "subjects": [{"kind": "ServiceAccount", "name": ACCOUNT, "namespace": NAMESPACE}],
-    }
-    cluster.apply(binding, f"{_RBAC}/rolebindings")

@@ -10,6 +10,7 @@ from typing import Any
 
 from dp_extproc.config.discovery import KubernetesSettings
 from dp_extproc.fleet.discovery.kubernetes.reflector import Timing
+from interop.kubernetes import chart
 from interop.kubernetes.cluster import Cluster
 from interop.kubernetes.fleet import ACCOUNT, CORE, NAMESPACE, SLICES, Pod, create_service, create_slice
 from interop.kubernetes.recording import Recording, RecordingSource
@@ -29,10 +30,9 @@ class Rig:
     """What each case gets."""
 
     cluster: Cluster
+    programs: Path
     account: Path
     """A folder as a kubelet mounts it: token, namespace, ca.crt."""
-    grant: Callable[[], None]
-    """Applies the rights of the service."""
     recordings: Path
     report: Report
 
@@ -65,7 +65,7 @@ def rights(rig: Rig) -> None:
         wait_for(lambda: reports.failures, _PATIENCE)
         refused = reports.failures[-1]
         rig.report.add("no rights", refused, good="cannot list" in refused and "RoleBinding" in refused)
-        rig.grant()
+        chart.grant(rig.cluster, rig.programs)
         wait_for(lambda: reports.snapshots, _PATIENCE)
     user = f"system:serviceaccount:{NAMESPACE}:{ACCOUNT}"
     allowed = []
@@ -87,7 +87,10 @@ def rights(rig: Rig) -> None:
             if answer["status"]["allowed"]:
                 allowed.append(f"{verb} {resource_} in {namespace or 'all'}")
     wanted = {f"{verb} endpointslices in {NAMESPACE}" for verb in ("list", "watch")}
-    rig.report.add("can-i", f"allowed of 49: {', '.join(allowed)}", good=set(allowed) == wanted)
+    rig.report.add("can-i with the Role of the chart", f"of 49: {', '.join(allowed)}", good=set(allowed) == wanted)
+    count, unknown = chart.accepted(rig.cluster, rig.programs)
+    seen = f"{count} objects accepted (server-side dry run), without the kinds {', '.join(unknown)}"
+    rig.report.add("all topologies of the chart", seen, good=count > 20)
 
 
 def pods_of_a_service(rig: Rig) -> None:
