@@ -134,7 +134,7 @@ def test_engine_is_discovered_once_and_sampled_in_every_round() -> None:
     """All rounds use one connection."""
 
     async def story() -> None:
-        pages = healthy() | {"/server_info": info(enable_metrics=False)}
+        pages = healthy() | {"/server_info": info(enable_metrics=False), "/ready": b""}
         async with ScriptedEngine(pages) as engine, scraping(endpoint(engine.url)) as (monitor, events):
             await until(lambda: len(events.samples) >= 5)
 
@@ -335,6 +335,54 @@ def test_absent_source_is_a_failure_with_its_remedy(source: LoadSource, pages: d
             assert part in events.failures[0][1].message
             assert not events.samples
             assert len(events.discoveries) == 1
+
+    run(story())
+
+
+def test_engine_joins_when_it_is_ready() -> None:
+    """Until then it is neither discovered nor sampled, and its failure is one of its own kind."""
+
+    async def story() -> None:
+        async with (
+            ScriptedEngine(healthy() | {"/ready": 503}) as engine,
+            scraping(endpoint(engine.url)) as (monitor, events),
+        ):
+            await monitor.first_round.wait()
+            await until(lambda: len(events.failures) >= 3)
+            assert events.kinds() == {FailureKind.NOT_READY}
+            assert "/ready answered 503" in events.failures[0][1].message
+            assert (events.discoveries, events.samples) == ([], [])
+
+            engine.pages = healthy() | {"/ready": b""}
+            await until(lambda: events.samples)
+            assert len(events.discoveries) == 1
+            assert engine.requests.count("/server_info") == 1
+
+    run(story())
+
+
+def test_readiness_of_an_engine_is_read_every_two_seconds() -> None:
+    """One that is not ready any more is sampled on, and is discovered again when it is ready."""
+
+    async def story() -> None:
+        clock = Clock()
+        async with (
+            ScriptedEngine(healthy() | {"/ready": b""}) as engine,
+            scraping(endpoint(engine.url), clock=clock) as (_, events),
+        ):
+            await until(lambda: len(events.samples) >= 3)
+            assert engine.requests.count("/ready") == 1
+            engine.pages = healthy() | {"/ready": 503}
+            clock.ahead += 3
+            await until(lambda: events.failures)
+            seen = len(events.samples)
+            await until(lambda: len(events.samples) >= seen + 3)
+            assert events.kinds() == {FailureKind.NOT_READY}
+            assert all(failure.page_was_read for _, failure in events.failures)
+
+            engine.pages = healthy() | {"/ready": b""}
+            await until(lambda: len(events.discoveries) == 2)
+            assert engine.requests.count("/server_info") == 1
 
     run(story())
 

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Final
@@ -12,19 +13,23 @@ from rich.table import Table
 from rich.text import Text
 
 from dp_extproc.cli import start
-from dp_extproc.config import ConfigError, LoadSource
+from dp_extproc.config import Config, ConfigError, LoadSource
 from dp_extproc.contract import RANK_HEADER
 from dp_extproc.engines.adapter import adapter_of
 from dp_extproc.engines.capabilities import Capabilities, RankControl
 from dp_extproc.engines.credentials import Credentials
 from dp_extproc.engines.model import Diagnostic, EngineFacts, Role, in_url
 from dp_extproc.fleet.check import EngineReport, check_engines
-from dp_extproc.fleet.discovery.static import endpoints_of
+from dp_extproc.fleet.discovery.roster import Roster
+from dp_extproc.fleet.discovery.runner import first_reports
+from dp_extproc.fleet.discovery.sources import role_sources
 from dp_extproc.request.path import Api
-from dp_extproc.runtime.secrets import problems_of_tls, read_api_keys
+from dp_extproc.runtime.secrets import external_problems, read_api_keys
 
 _COLUMNS: Final = ("url", "role", "pool", "version", "ranks", "bootstrap", "load", "state")
 _PAGE: Final = {LoadSource.LOADS: "/v1/loads", LoadSource.METRICS: "/metrics", None: "-"}
+_SOURCE_SECONDS: Final = 5.0
+"""Longest time in seconds that the first report of a source may take: some look-ups by DNS."""
 _NO_WRAPPING: Final = 1000
 """Columns of the table if the output is no terminal. It is wide enough for one line per engine."""
 
@@ -44,15 +49,44 @@ def run(args: argparse.Namespace) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     config = started.config
-    keys = read_api_keys(config)
-    if problems := (*problems_of_tls(config.listen.tls), *keys.problems):
+    if problems := external_problems(config):
         sys.stderr.write(f"{ConfigError(started.source.name, problems)}\n")
         return 2
-    reports = asyncio.run(check_engines(endpoints_of(config), config.load, Credentials(keys.by_pool)))
+    roster, reports = asyncio.run(_check(config))
     is_terminal = sys.stdout.isatty()
     console = Console(file=sys.stdout, width=None if is_terminal else _NO_WRAPPING, markup=False, highlight=False)
+    all_report = _print_sources(console, roster)
     _print(console, reports)
-    return 0 if all(report.is_usable for report in reports) else 1
+    return 0 if all_report and reports and all(report.is_usable for report in reports) else 1
+
+
+async def _check(config: Config) -> tuple[Roster, list[EngineReport]]:
+    roster = await first_reports(role_sources(config), _SOURCE_SECONDS)
+    keys = Credentials(read_api_keys(config).by_pool)
+    return roster, await check_engines(roster.endpoints, config.load, keys)
+
+
+def _print_sources(console: Console, roster: Roster) -> bool:
+    """Print what each source reports, except the configuration itself. Returns whether each has reported."""
+    all_report = True
+    for key, source in roster.sources.items():
+        report = roster.reports[key]
+        if source.source is None:
+            continue
+        states = Counter(member.state.value for member in report.members or ())
+        if report.failure is not None:
+            found, style = f"fails: {report.failure}", "red"
+        elif report.members is None:
+            found, style = f"no report within {_SOURCE_SECONDS:g} s", "red"
+        else:
+            found = ", ".join(f"{count} {state}" for state, count in states.items()) or "no members"
+            style = "green" if states else "yellow"
+        all_report = all_report and report.failure is None and report.members is not None
+        place = f"pool {source.place.pool}, {source.place.role}"
+        console.print(Text(f"{source.name} ({place}): {found}", style=style), soft_wrap=True)
+    for url, first, other in sorted(roster.duplicates):
+        console.print(Text(f"{url} is listed by {first} and by {other}; the first one counts"), soft_wrap=True)
+    return all_report
 
 
 def _print(console: Console, reports: Sequence[EngineReport]) -> None:

@@ -26,6 +26,10 @@ class EngineAdapter(Protocol):
         """The page that shows the number of DP ranks, for messages."""
 
     @property
+    def ready_page(self) -> str:
+        """The page that answers 200 while the engine takes requests. An engine without it counts as ready."""
+
+    @property
     def header_apis(self) -> frozenset[Api]:
         """The paths on which some release reads all routing fields from headers."""
 

@@ -25,6 +25,8 @@ class FailureKind(StrEnum):
     """The answer is malformed: cut off, not HTTP, not JSON, not Prometheus text."""
     WRONG_SHAPE = "wrong_shape"
     """The answer is well-formed, but not the page that the engine is expected to print."""
+    NOT_READY = "not_ready"
+    """The engine reports that it takes no requests: it starts, it is paused, or it shuts down."""
     DISAGREEMENT = "disagreement"
     """Configuration, facts and load page differ in the role or in the number of DP ranks."""
     INTERNAL = "internal"
@@ -65,7 +67,10 @@ class EngineListener(Protocol):
     """
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:
-        """Take the facts of the engine at ``IP:port``. This is its first event, and is repeated each minute."""
+        """Take the facts of the engine at ``IP:port``, which is ready.
+
+        This is its first event. It is repeated each minute, and when the engine is ready again.
+        """
 
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
         """Take the load of an engine. The page has only ranks that the engine has."""

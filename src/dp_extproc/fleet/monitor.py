@@ -45,7 +45,7 @@ class FleetMonitor:
         guard is over the task of each endpoint, and gets what listeners raise. A client is left open at the end.
         """
         self.first_round = asyncio.Event()
-        """Set when every endpoint has answered or failed once."""
+        """Set while every endpoint has answered or failed at least once."""
         self._endpoints = {endpoint.url: endpoint for endpoint in endpoints}
         self._settings = settings
         self._listeners = EngineListeners(tuple(listeners), self._report)
@@ -71,7 +71,9 @@ class FleetMonitor:
         for endpoint in change.removed:
             del self._endpoints[endpoint.url]
         self._endpoints.update({each.url: each for each in (*change.added, *change.updated)})
-        self._awaited &= self._endpoints.keys()
+        self._awaited = self._awaited & self._endpoints.keys() | {each.url for each in change.added}
+        if self._awaited:
+            self.first_round.clear()
         self._changed.set()
 
     async def run(self) -> None:

@@ -1,12 +1,12 @@
 """The load cache: every discovered endpoint with its load, fed by the events of engines, and by pool and role."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from dp_extproc.config.reliability import OutlierDetectionSettings
 from dp_extproc.engines.adapter import adapter_of
-from dp_extproc.engines.listener import GONE, EngineFailure
+from dp_extproc.engines.listener import GONE, EngineFailure, FailureKind
 from dp_extproc.engines.model import MODE_OF, Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.estimators.token_ratio import TokenRatio
 from dp_extproc.load.endpoint import DEFAULT_COSTS, DEFAULT_HEALTH, EndpointLoad, Freshness, StepCosts, compare_pace
@@ -15,6 +15,8 @@ from dp_extproc.load.in_flight import nothing
 from dp_extproc.load.matching import Match, find_matches
 from dp_extproc.load.step_group import RankLoad
 from dp_extproc.prefix_cache.index import PrefixIndex
+
+_Identity = tuple[str, str, Role]
 
 
 class LoadCache:
@@ -27,8 +29,13 @@ class LoadCache:
         costs: StepCosts = DEFAULT_COSTS,
         health: OutlierDetectionSettings = DEFAULT_HEALTH,
         made_room: Callable[[], None] = nothing,
+        *,
+        pools: Iterable[str] = (),
     ) -> None:
-        """Begin without a discovered endpoint. Events by which a queued request may find room call *made_room*."""
+        """Begin without a discovered endpoint. Events by which a queued request may find room call *made_room*.
+
+        *pools* names the pools that may have no endpoint at present.
+        """
         self.endpoints = tuple(endpoints)
         self.stale_after = stale_after
         """Seconds after which a sample is stale."""
@@ -47,24 +54,26 @@ class LoadCache:
         """The endpoints that have been discovered, by URL."""
         self.failures: dict[str, EngineFailure] = {}
         """The present failure of each endpoint that has one, by URL."""
-        self.ratios = {endpoint.pool: TokenRatio() for endpoint in self.endpoints}
+        names = _pool_names(self.endpoints, pools)
+        self.ratios = {pool: TokenRatio() for pool in names}
         """The bytes per token of each pool."""
-        self.prefixes: dict[str, PrefixIndex[RankLoad]] = {endpoint.pool: PrefixIndex() for endpoint in self.endpoints}
+        self.prefixes: dict[str, PrefixIndex[RankLoad]] = {pool: PrefixIndex() for pool in names}
         """The prefix index of each pool."""
         self._draining: list[EndpointLoad] = []
         self._by_role: dict[tuple[str, Role], list[EndpointLoad]] = {}
         """The endpoints of each pool and role, in the order of the configuration."""
-        self.matches: dict[str, tuple[Match, ...]] = {}
-        """The matches of each pool in which not all prefill endpoints can be paired with all decode endpoints."""
+        self._matches: dict[str, tuple[Match, ...]] = {}
+        self._is_indexed = True
+        """Whether :attr:`_by_role` and :attr:`_matches` are up to date."""
         self._pages: Counter[tuple[str, Role]] = Counter()
         """Load pages since the endpoints of a pool and role were last compared."""
 
     @property
     def unhealthy(self) -> Sequence[EndpointLoad]:
-        """Endpoints that are ejected, or have not succeeded since."""
+        """Endpoints that are ejected, or have not succeeded since, or whose engine is not ready."""
         generation, found = self._unhealthy
         if generation != self.generation:
-            found = [load for load in self.by_url.values() if load.health.is_unhealthy]
+            found = [load for load in self.by_url.values() if load.health.is_unhealthy or not load.is_ready]
             self._unhealthy = (self.generation, found)
         return found
 
@@ -73,25 +82,33 @@ class LoadCache:
         """Endpoints that are no longer configured, or whose engine has restarted, with requests still in flight."""
         return [load for load in self._draining if load.reservations]
 
+    @property
+    def matches(self) -> dict[str, tuple[Match, ...]]:
+        """The matches of each pool in which not all prefill endpoints can be paired with all decode endpoints."""
+        self._index()
+        return self._matches
+
     def drop_idle(self) -> None:
         """Forget draining endpoints whose last request has ended."""
         self._draining = self.draining
 
-    def update(self, endpoints: Iterable[Endpoint], stale_after: float) -> None:
-        """Change to another configuration. An endpoint that keeps its URL and role keeps its load and reservations.
+    def update(self, endpoints: Iterable[Endpoint], stale_after: float, pools: Iterable[str] = ()) -> None:
+        """Change to other endpoints. One that keeps its URL, uid and role keeps its load and reservations.
 
-        An endpoint that is no longer configured gets no request, and drains.
+        An endpoint that is left out gets no request, and drains. *pools* names pools that may have no endpoint.
         """
         self.endpoints = tuple(endpoints)
         self.stale_after = stale_after
+        names = _pool_names(self.endpoints, pools)
         drained, self._draining = self.draining, []
         before = [*drained, *self.by_url.values()]
+        returning = set(drained)
         known = {_identity(load.configured): load for load in before}
-        self._rename_pools(known)
+        self._rename_pools(known, names)
         self.by_url = {}
         for endpoint in self.endpoints:
             if (load := known.get(_identity(endpoint))) is not None:
-                if load in drained:  # failures from before it was drained do not count
+                if load in returning:  # failures from before it was drained do not count
                     load.health = Health(self._health, self._change)
                 if load.pool != endpoint.pool:
                     self._forget_prefixes(load)
@@ -101,21 +118,19 @@ class LoadCache:
             if self.by_url.get(load.url) is not load:
                 self._drain(load)
         self.failures = {each.url: self.failures[each.url] for each in self.endpoints if each.url in self.failures}
-        pools = {endpoint.pool for endpoint in self.endpoints}
-        self.ratios = {pool: self.ratios.get(pool) or TokenRatio() for pool in pools}
-        self.prefixes = {pool: self.prefixes.get(pool) or PrefixIndex() for pool in pools}
+        self.ratios = {pool: self.ratios.get(pool) or TokenRatio() for pool in names}
+        self.prefixes = {pool: self.prefixes.get(pool) or PrefixIndex() for pool in names}
         for pool, ratio in self.ratios.items():
             ratio.forget_all_but({each.url for each in self.endpoints if each.pool == pool})
         places = {(each.pool, each.role) for each in self.endpoints}
         self._pages = Counter({place: pages for place, pages in self._pages.items() if place in places})
-        self._index()
+        self._reindex()
 
-    def _rename_pools(self, known: dict[tuple[str, Role], EndpointLoad]) -> None:
+    def _rename_pools(self, known: Mapping[_Identity, EndpointLoad], pools: Collection[str]) -> None:
         """Keep what was learned of a pool that is gone, for a new pool that has endpoints of it.
 
         A pool is named after its models, so one more model gives it another name.
         """
-        pools = {endpoint.pool for endpoint in self.endpoints}
         for endpoint in self.endpoints:
             load = known.get(_identity(endpoint))
             if load is None or endpoint.pool in self.ratios or load.pool in pools or load.pool not in self.ratios:
@@ -133,13 +148,13 @@ class LoadCache:
         capabilities = adapter_of(facts.kind).capabilities(facts)
         # Whether an engine reads x-override-* headers is found out later than its other facts.
         if known is not None and replace(known.facts, reads_overrides=facts.reads_overrides) == facts:
-            known.address, known.facts, known.capabilities = address, facts, capabilities
+            known.address, known.facts, known.capabilities, known.is_ready = address, facts, capabilities, True
             return
         if known is not None:
             self._drain(known)
         health = Health(self._health, self._change)
         self.by_url[endpoint.url] = EndpointLoad(endpoint, address, facts, capabilities, self._costs, health=health)
-        self._index()
+        self._reindex()
         self._made_room()
 
     def _change(self) -> None:
@@ -150,23 +165,31 @@ class LoadCache:
         self.drop_idle()
         self._draining.append(load)
 
-    def _index(self) -> None:
-        """Index the endpoints by pool and role, and match those of both roles."""
+    def _reindex(self) -> None:
+        """Index before the next use. So the cost of hundreds of endpoints that are discovered at once is linear."""
         self._change()
+        self._is_indexed = False
+
+    def _index(self) -> None:
+        """Index the endpoints by pool and role, and match those of both roles, if they have changed."""
+        if self._is_indexed:
+            return
+        self._is_indexed = True
         self._by_role = {}
         for each in self.endpoints:
             load = self.by_url.get(each.url)
             # An engine in another mode than configured would never finish its requests.
             if load is not None and load.facts.mode is MODE_OF[each.role]:
                 self._by_role.setdefault((each.pool, each.role), []).append(load)
-        self.matches = {}
+        self._matches = {}
         for pool in self.ratios:
             found = find_matches(self.known(pool, Role.PREFILL), self.known(pool, Role.DECODE))
             if found is not None:
-                self.matches[pool] = found
+                self._matches[pool] = found
 
     def known(self, pool: str, role: Role) -> Sequence[EndpointLoad]:
         """Return every endpoint of a pool and role whose engine runs in the mode of the role, however fresh it is."""
+        self._index()
         return self._by_role.get((pool, role), ())
 
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
@@ -213,6 +236,7 @@ class LoadCache:
         if load is None:
             return
         load.is_away = load.is_away or failure.is_away
+        load.is_ready = load.is_ready and failure.kind is not FailureKind.NOT_READY
         if failure.kind in GONE:
             load.is_gone = True
             self._forget_prefixes(load)  # the next engine has an empty cache
@@ -238,6 +262,10 @@ class LoadCache:
         return [load for load in self.by_url.values() if load.pool == pool]
 
 
-def _identity(endpoint: Endpoint) -> tuple[str, Role]:
-    """Return what makes an endpoint the same one in another configuration."""
-    return endpoint.url, endpoint.role
+def _identity(endpoint: Endpoint) -> _Identity:
+    """Return what makes an endpoint the same one later. Another uid at the same URL is another engine."""
+    return endpoint.url, endpoint.uid, endpoint.role
+
+
+def _pool_names(endpoints: Iterable[Endpoint], pools: Iterable[str]) -> frozenset[str]:
+    return frozenset(pools) | {endpoint.pool for endpoint in endpoints}

@@ -81,7 +81,7 @@ class EndpointLoad:
 
     __slots__ = (
         "_counts", "address", "answered_at", "cached_prompt_tokens", "candidate", "capabilities", "configured", "facts",
-        "groups", "has_external_requests", "health", "is_away", "is_gone", "ranks", "sampled_at",
+        "groups", "has_external_requests", "health", "is_away", "is_gone", "is_ready", "ranks", "sampled_at",
     )  # fmt: skip
 
     def __init__(
@@ -118,6 +118,8 @@ class EndpointLoad:
         """Whether the endpoint was unreachable after the last good load page."""
         self.is_gone = False
         """Whether no engine listens any more: the samples are stale, however recent they are, until the next one."""
+        self.is_ready = True
+        """Whether the engine takes requests, by its own report."""
         self._counts: tuple[int, ...] = (0, 0)
         """Running counts of the last page: prompt tokens, and those that were not cached."""
 
@@ -164,6 +166,10 @@ class EndpointLoad:
         groups = [group for group in self.groups if isinstance(group, DecodeGroup)]
         reported = [tpot for group in groups if (tpot := group.pace.reported) is not None]
         return sum(reported) / len(reported) if reported else None
+
+    def takes(self, now: float) -> bool:
+        """Return whether the engine is ready, and not ejected; after an ejection it takes one request at a time."""
+        return self.is_ready and self.health.takes(now)
 
     def freshness(self, now: float, stale_after: float) -> Freshness:
         if self.sampled_at == -math.inf:

@@ -4,7 +4,7 @@ It also logs when engines of a pool cannot be paired, and when this is over.
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from dp_extproc.engines.adapter import adapter_of
 from dp_extproc.engines.compatibility import Difference, difference
@@ -31,8 +31,9 @@ class EngineLog:
         self._sampled: set[str] = set()
         """URLs of endpoints whose last event is a sample."""
 
-    def forget_all_but(self, endpoints: Collection[Endpoint]) -> None:
+    def forget_all_but(self, endpoints: Iterable[Endpoint]) -> None:
         """Forget the endpoints that were removed."""
+        endpoints = frozenset(endpoints)
         urls = {endpoint.url for endpoint in endpoints}
         self._states.forget_all_but(urls)
         self._pairs.forget_all_but(endpoints)

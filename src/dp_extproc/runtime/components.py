@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from random import Random
 from typing import Any, Final
@@ -16,8 +16,12 @@ from dp_extproc.attempt.gateways import BundledEnvoy, EndpointPicker
 from dp_extproc.background import Guard
 from dp_extproc.config import Config, Protocol, RetrySettings, Supervise
 from dp_extproc.engines.credentials import Credentials
+from dp_extproc.engines.model import Endpoint, SourceKind
 from dp_extproc.extproc.service import ExtProcService
-from dp_extproc.fleet.discovery.static import endpoints_of
+from dp_extproc.fleet.discovery.log import DiscoveryLog
+from dp_extproc.fleet.discovery.roster import Change
+from dp_extproc.fleet.discovery.runner import Discovery
+from dp_extproc.fleet.discovery.sources import role_sources
 from dp_extproc.fleet.monitor import FleetMonitor
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import StepCosts
@@ -33,7 +37,7 @@ from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.transport.replica import Replica, join
 
 _FIRST_ROUND_SECONDS: Final = 2.0
-"""Longest time in seconds that the start waits for the first reading of every engine."""
+"""Longest time in seconds that the start waits for the first report of every source and a reading of every engine."""
 _KEYS_SECONDS: Final = 1.0
 """Seconds between two readings of the files with API keys."""
 _TOKEN_BYTES: Final = 12
@@ -65,12 +69,27 @@ class Components:
         """
         self.config = config
         self._clock = clock
-        endpoints = endpoints_of(config)
+        self._discovery_log = DiscoveryLog(lambda: [load.configured for load in self._loads.draining])
+        self._discovery = Discovery(
+            role_sources(config),
+            changed=self._changed,
+            reviewed=self._discovery_log.review,
+            clock=clock,
+            guard=guard,
+        )
+        endpoints = self._discovery.endpoints
         self._credentials = Credentials(read_api_keys(config).by_pool)
         costs = StepCosts(config.load.prefill_step_cost_tokens, config.load.decode_request_cost_tokens)
         self._queue = None if config.queue is None else AdmissionQueue(config.queue)
         made_room = nothing if self._queue is None else self._queue.notify
-        self._loads = LoadCache(endpoints, config.load.stale_after, costs, config.outlier_detection, made_room)
+        self._loads = LoadCache(
+            endpoints,
+            config.load.stale_after,
+            costs,
+            config.outlier_detection,
+            made_room,
+            pools=[pool.name for pool in config.pools],
+        )
         self.telemetry = Telemetry(self._loads, clock)
         self.telemetry.add(guard)
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
@@ -108,7 +127,7 @@ class Components:
         self._monitor = FleetMonitor(
             endpoints,
             config.load,
-            (self._loads, self.telemetry, self._engine_log, self.readiness),
+            (self._loads, self.telemetry, self._engine_log, self._discovery_log, self.readiness),
             clock=clock,
             rng=rng,
             guard=guard,
@@ -116,9 +135,13 @@ class Components:
         )
 
     async def first_round(self) -> None:
-        """Wait until each engine was read or has failed once, for a limited time, since an engine may hang."""
+        """Wait until each source has reported and each engine was read, or has failed, for a limited time."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._monitor.first_round.wait(), _FIRST_ROUND_SECONDS)
+            await asyncio.wait_for(self._first_round(), _FIRST_ROUND_SECONDS)
+
+    async def _first_round(self) -> None:
+        await self._discovery.first_reports.wait()
+        await self._monitor.first_round.wait()
 
     async def metrics(self) -> bytes:
         return self.telemetry.page()
@@ -132,24 +155,36 @@ class Components:
 
     def apply(self, config: Config) -> None:
         """Apply another configuration, which differs in no setting that needs a restart (see :mod:`.reload`)."""
-        before, endpoints = set(endpoints_of(self.config)), endpoints_of(config)
+        before = _static(self._discovery.endpoints)
+        change = self._discovery.update(role_sources(config))
+        self._discovery_log.change(change)
         self.config = config
         self._renew_keys()
-        self._loads.update(endpoints, config.load.stale_after)
+        self._use(change.endpoints)
         self._scheduler.configure(config.pools, config.load.signal, config.admission)
-        self._monitor.update(endpoints, config.load)
+        after = _static(change.endpoints)
+        for word, changed in (("new", after - before), ("gone", before - after)):
+            if changed:
+                _log.info("configuration: %s: %s", word, ", ".join(sorted(each.url for each in changed)))
+
+    def _changed(self, change: Change) -> None:
+        self._discovery_log.change(change)
+        self._use(change.endpoints)
+
+    def _use(self, endpoints: tuple[Endpoint, ...]) -> None:
+        """Hand other endpoints, or endpoints with other settings, to all components."""
+        self._loads.update(endpoints, self.config.load.stale_after, [pool.name for pool in self.config.pools])
+        self._monitor.update(endpoints, self.config.load)
         self._engine_log.forget_all_but(endpoints)
         self.readiness.review()
         self.telemetry.forget_all_but({each.url for each in endpoints})
         if self._queue is not None:
             self._queue.notify()
-        for word, changed in (("new", set(endpoints) - before), ("gone", before - set(endpoints))):
-            if changed:
-                _log.info("configuration: %s: %s", word, ", ".join(sorted(each.url for each in changed)))
 
     def tasks(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
         """Return the background tasks by name."""
         tasks = {
+            "sources": self._discovery.run,
             "scraper": self._monitor.run,
             "sweep": self.service.sweep,
             "readiness": self.readiness.run,
@@ -159,7 +194,7 @@ class Components:
 
     async def _exchange(self, replica: Replica) -> None:
         """Join the other replicas after the first round, as requests on undiscovered endpoints would be ignored."""
-        await self._monitor.first_round.wait()
+        await self._first_round()
         await replica.run()
 
     async def _follow_keys(self) -> None:
@@ -179,3 +214,8 @@ class Components:
         if not keys.problems:
             self._credentials.update(keys.by_pool)
         return keys.problems
+
+
+def _static(endpoints: Iterable[Endpoint]) -> set[Endpoint]:
+    """Return the endpoints that are in the configuration itself."""
+    return {endpoint for endpoint in endpoints if endpoint.source is SourceKind.STATIC}

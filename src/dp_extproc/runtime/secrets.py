@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from dp_extproc.config import ApiKeySource, Config, Problem, ServerTls
+from dp_extproc.fleet.discovery.sources import missing_libraries
 
 _log = logging.getLogger(__name__)
 
@@ -84,8 +85,8 @@ def problems_of_tls(tls: ServerTls | None) -> Iterator[Problem]:
 
 
 def external_problems(config: Config) -> tuple[Problem, ...]:
-    """Find problems of the files and environment variables to which a correct configuration refers."""
-    return (*problems_of_tls(config.listen.tls), *read_api_keys(config).problems)
+    """Find problems of the files, environment variables and libraries that a correct configuration needs."""
+    return (*problems_of_tls(config.listen.tls), *read_api_keys(config).problems, *missing_libraries(config))
 
 
 def _reason(error: OSError | UnicodeDecodeError) -> str:

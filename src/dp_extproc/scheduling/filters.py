@@ -6,7 +6,8 @@ The filters, in this order:
 2. Freshness: the endpoints whose load is known best. A stale one is used only if none is fresh.
 3. Capability: the engine's release reads the routing fields of the request, wherever they have to stand.
 4. Retry avoidance: the endpoints of failed attempts are left out as far as there are others.
-5. Health: ejected endpoints are left out; of nothing but ejected ones, the one whose ejection ends first remains.
+5. Health: endpoints whose engine is not ready, and ejected ones, are left out. If there are no others, those that are
+   merely not ready remain; of nothing but ejected ones, the one whose ejection ends first.
 
 Retry avoidance comes before health: an ejected endpoint may work again by now, while one of a failed attempt is known
 to fail this very request.
@@ -108,7 +109,7 @@ def serves(endpoint: EndpointLoad, api: Api, *, is_read: bool) -> bool:
 def preferred(
     endpoints: Sequence[EndpointLoad], failed: Sequence[frozenset[str]], now: float
 ) -> tuple[int, Sequence[EndpointLoad]]:
-    """Avoid the endpoints of failed attempts, and of the others those that are ejected.
+    """Avoid the endpoints of failed attempts, and of the others those that are ejected or not ready.
 
     Returns:
         How far failed attempts could be avoided, as :func:`avoid` returns it, and the endpoints, at least one.
@@ -135,8 +136,8 @@ def avoid(endpoints: Sequence[EndpointLoad], failed: Sequence[frozenset[str]]) -
 
 
 def healthy(endpoints: Sequence[EndpointLoad], now: float) -> Sequence[EndpointLoad]:
-    """Return the endpoints that take a request; if there are none, the one whose ejection ends first."""
-    left = [each for each in endpoints if each.health.takes(now)]
+    """Return the endpoints that take a request, or else those that are not ejected, or else the next to be none."""
+    left = [each for each in endpoints if each.takes(now)] or [each for each in endpoints if each.health.takes(now)]
     return left or [min(endpoints, key=lambda each: each.health.until)]
 
 

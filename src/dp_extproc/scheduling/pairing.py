@@ -28,7 +28,7 @@ _SHOWN: Final = 4
 _ALL_AGREE: Final = "all of them agree, but no two of them can serve this request now; try again shortly"
 
 _Quality = tuple[int, int, bool]
-"""Freshness, how far failed attempts were avoided, and whether all are ejected. Less is better."""
+"""Freshness, how far failed attempts were avoided, and whether all are ejected or not ready. Less is better."""
 
 
 class Pairing(Struct, frozen=True):
@@ -147,8 +147,8 @@ def _usable(
     if not capable or freshness is None:
         return None
     avoided, chosen = preferred(capable, context.failed, now)
-    is_ejected = not any(each.health.takes(now) for each in chosen)
-    return (freshness, avoided, is_ejected), chosen
+    is_avoided = not any(each.takes(now) for each in chosen)
+    return (freshness, avoided, is_avoided), chosen
 
 
 def _differences(prefills: Sequence[EndpointLoad], decodes: Sequence[EndpointLoad]) -> list[Difference]:

@@ -37,6 +37,7 @@ class SglangAdapter:
     """The adapter of SGLang engines; see :class:`dp_extproc.engines.adapter.EngineAdapter`."""
 
     facts_page = FACTS_PAGE
+    ready_page = "/ready"  # from 0.5.20 on; /health of all releases computes a token
     header_apis = HEADER_APIS
 
     async def facts(self, http: EngineHttp, endpoint: Endpoint) -> EngineFacts:

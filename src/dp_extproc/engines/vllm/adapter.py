@@ -23,6 +23,7 @@ class VllmAdapter:
     """The adapter of vLLM engines; see :class:`dp_extproc.engines.adapter.EngineAdapter`."""
 
     facts_page = METRICS_PAGE
+    ready_page = "/health"
     header_apis = frozenset[Api]()
 
     async def facts(self, http: EngineHttp, endpoint: Endpoint) -> EngineFacts:

@@ -1,34 +1,23 @@
-"""Lists the endpoints of a configuration. Pure."""
+"""The list of endpoints in the configuration, as members of a source that never changes. Pure."""
 
-from typing import Final
+from collections.abc import Iterable
 
-from dp_extproc.config.envoy import BodyMode
-from dp_extproc.config.pools import RoutingFields
-from dp_extproc.config.schema import Config
-from dp_extproc.engines.model import Endpoint, Role
-
-_ROLES: Final = {"prefill": Role.PREFILL, "decode": Role.DECODE, "workers": Role.WORKER}
-"""Role of the endpoints under each key of a pool."""
+from dp_extproc.config.pools import EndpointConfig
+from dp_extproc.fleet.discovery.source import Member
 
 
-def endpoints_of(config: Config) -> tuple[Endpoint, ...]:
-    """List every endpoint, pool by pool: prefill, decode, aggregated."""
+def members_of(endpoints: Iterable[EndpointConfig]) -> tuple[Member, ...]:
+    """Make a member of each entry, in their order."""
     return tuple(
-        Endpoint(
+        Member(
             url=each.url,
             host=each.host,
             port=each.port,
-            pool=pool.name,
-            role=_ROLES[key],
-            dp_size=each.dp_size,
-            dp_rank=each.dp_rank,
-            engine=pool.engine,
-            needs_overrides=pool.routing_fields is RoutingFields.HEADERS,
-            headers_only=config.envoy.body_mode is BodyMode.NONE,
+            group=each.group,
             bootstrap_host=each.bootstrap_host,
             bootstrap_port=each.bootstrap_port,
-            group=each.group,
+            dp_size=each.dp_size,
+            dp_rank=each.dp_rank,
         )
-        for pool in config.pools
-        for key, _, each in pool.endpoints()
+        for each in endpoints
     )

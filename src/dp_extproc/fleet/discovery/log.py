@@ -1,0 +1,81 @@
+"""Logs what becomes of each discovered endpoint, and the failures of sources.
+
+Endpoints in the configuration itself have no such lines: a reload logs them.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Hashable
+
+from dp_extproc.engines.listener import EngineFailure
+from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, SourceKind
+from dp_extproc.fleet.discovery.roster import Change, Roster
+
+_log = logging.getLogger(__name__)
+
+_Identity = tuple[str, str]
+"""URL and uid of an endpoint."""
+
+
+class DiscoveryLog:
+    """One line for each step in the life of a discovered endpoint. Implements ``EngineListener``."""
+
+    def __init__(self, draining: Callable[[], Collection[Endpoint]]) -> None:
+        """Begin without endpoints. *draining* returns those that have requests in flight after they left."""
+        self._draining = draining
+        self._joining: set[_Identity] = set()
+        self._left: dict[_Identity, Endpoint] = {}
+        self._failures: dict[Hashable, str] = {}
+        self._duplicates: frozenset[tuple[str, str, str]] = frozenset()
+
+    def change(self, change: Change) -> None:
+        """Log which endpoints joined, and which drain."""
+        for endpoint in change.joined:
+            if endpoint.source is not SourceKind.STATIC:
+                self._joining.add(_identity(endpoint))
+                self._left.pop(_identity(endpoint), None)
+                _log.info("%s joins pool %s as %s", _named(endpoint), endpoint.pool, endpoint.role)
+        for endpoint, reason in change.left:
+            if endpoint.source is not SourceKind.STATIC:
+                self._joining.discard(_identity(endpoint))
+                self._left[_identity(endpoint)] = endpoint
+                _log.info("%s drains: %s", _named(endpoint), reason.value)
+
+    def review(self, roster: Roster) -> None:
+        """Log failures of sources and their end, URLs in several sources, and endpoints whose last request ended."""
+        failures = {key: report.failure for key, report in roster.reports.items() if report.failure is not None}
+        for key, failure in failures.items():
+            if self._failures.get(key) != failure:
+                _log.error("%s fails, and its last endpoints stay: %s", roster.sources[key].name, failure)
+        for key in self._failures.keys() - failures.keys():
+            if key in roster.sources:
+                _log.info(
+                    "%s reports again (%d members)", roster.sources[key].name, len(roster.reports[key].members or ())
+                )
+        self._failures = failures
+        for url, first, other in sorted(roster.duplicates - self._duplicates):
+            _log.warning("%s is listed by %s and by %s; the first one counts", url, first, other)
+        self._duplicates = roster.duplicates
+        if self._left:
+            draining = {_identity(endpoint) for endpoint in self._draining()}
+            for identity in self._left.keys() - draining:
+                _log.info("%s is gone: it has no more requests", _named(self._left.pop(identity)))
+
+    def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:
+        """Log nothing: an endpoint without a load page gets requests only if there is no other."""
+
+    def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:  # noqa: ARG002 - the protocol's
+        """Log the first load page: from now on the endpoint gets requests."""
+        if _identity(endpoint) in self._joining:
+            self._joining.discard(_identity(endpoint))
+            _log.info("%s gets requests from now on", _named(endpoint))
+
+    def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
+        """Log nothing: failures of engines have a log of their own."""
+
+
+def _identity(endpoint: Endpoint) -> _Identity:
+    return endpoint.url, endpoint.uid
+
+
+def _named(endpoint: Endpoint) -> str:
+    return f"{endpoint.url} ({endpoint.name})" if endpoint.name else endpoint.url

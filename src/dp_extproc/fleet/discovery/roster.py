@@ -1,0 +1,321 @@
+"""Computes the present endpoints from what all sources report. Pure: the time is handed in, in monotonic seconds.
+
+The rules, per role of a pool:
+
+1. Its endpoints are the members that are READY. One that is TERMINATING, or missing from a snapshot that has others,
+   leaves at once.
+2. If no member is READY, the last endpoints stay for ``keep_for`` of their source: those that are NOT_READY, and those
+   of a source that reports no member at all. The time begins when the last member ceased to be READY.
+3. A source that fails keeps its last members without limit, and as long as it fails, so does its role by rule 2.
+4. The members of a source that is no longer configured stay until each new source of the role has reported or failed.
+5. A URL is one endpoint. The first source in the order of the configuration that lists it counts.
+6. Another uid at the same URL is another engine: one endpoint leaves, and another one joins.
+7. Changes are applied at most every 100 ms; those of the configuration at once.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Final
+
+from dp_extproc.config.pools import EngineKind
+from dp_extproc.engines.model import Endpoint, Role, SourceKind
+from dp_extproc.fleet.discovery.source import Member, MemberState, Source
+
+DEBOUNCE_SECONDS: Final = 0.1
+"""Least time between two changes. A rollout changes its members tens of times within a second."""
+_BEST_FIRST: Final = (MemberState.READY, MemberState.NOT_READY, MemberState.TERMINATING)
+"""Of two members of one source with the same URL, such as an old and a new pod at one IP address, the better counts."""
+
+
+class DrainReason(StrEnum):
+    """Why an endpoint is none any more, for the log."""
+
+    TERMINATING = "it terminates"
+    MISSING = "it is no longer listed"
+    NOT_READY = "it is not ready"
+    NOT_KEPT = "no member of its role was ready for as long as keep_for"
+    REPLACED = "another engine has its address"
+    UNCONFIGURED = "its source is no longer configured"
+    LISTED_ELSEWHERE = "another source lists it now"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What the configuration has about every member of a role of a pool."""
+
+    pool: str
+    role: Role
+    engine: EngineKind = EngineKind.AUTO
+    needs_overrides: bool = False
+    headers_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSource:
+    """A source of one role of one pool, as it is configured."""
+
+    key: Hashable
+    """Stays the same in another configuration if the source does."""
+    place: Place
+    kind: SourceKind
+    name: str
+    """Name for logs and messages, such as ``dns decode.llm.svc``."""
+    keep_for: float = 30.0
+    source: Source | None = None
+    """What reports the members; None if they are in the configuration itself."""
+    members: tuple[Member, ...] = ()
+    """The members in the configuration itself."""
+
+
+@dataclass(slots=True)
+class Report:
+    """What a source has reported last."""
+
+    members: tuple[Member, ...] | None = None
+    """None before the first snapshot."""
+    failure: str | None = None
+    """Why the members are unknown at present; None if they are known."""
+    failures: int = 0
+    """Failures so far."""
+    at: float = -math.inf
+    """When the last snapshot came."""
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the source has neither reported nor failed yet."""
+        return self.members is None and self.failure is None
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change of the set of endpoints."""
+
+    endpoints: tuple[Endpoint, ...]
+    """All present endpoints, in the order of the configuration."""
+    joined: tuple[Endpoint, ...] = ()
+    left: tuple[tuple[Endpoint, DrainReason], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    source: RoleSource
+    member: Member
+
+    @property
+    def endpoint(self) -> Endpoint:
+        member, place = self.member, self.source.place
+        return Endpoint(
+            url=member.url,
+            host=member.host,
+            port=member.port,
+            pool=place.pool,
+            role=place.role,
+            dp_size=member.dp_size,
+            dp_rank=member.dp_rank,
+            bootstrap_host=member.bootstrap_host,
+            bootstrap_port=member.bootstrap_port,
+            engine=place.engine,
+            needs_overrides=place.needs_overrides,
+            headers_only=place.headers_only,
+            source=self.source.kind,
+            uid=member.uid,
+            name=member.name,
+            group=member.group,
+        )
+
+
+@dataclass(slots=True)
+class _RoleState:
+    """The sources of a role in order, and its present endpoints by URL."""
+
+    sources: list[RoleSource] = field(default_factory=list)
+    present: dict[str, _Entry] = field(default_factory=dict)
+    unready_since: float | None = None
+    """Since when no member has been READY while every source reports; None if this is not so."""
+
+
+class Roster:
+    """The present endpoints, by the rules of this module."""
+
+    def __init__(self) -> None:
+        """Begin without sources."""
+        self.endpoints: tuple[Endpoint, ...] = ()
+        self.sources: Mapping[Hashable, RoleSource] = {}
+        """The configured sources by key, in the order of the configuration."""
+        self.reports: dict[Hashable, Report] = {}
+        """What each source has reported, by key."""
+        self.duplicates: frozenset[tuple[str, str, str]] = frozenset()
+        """URLs that several sources list, each with the name of the source that counts and of one that does not."""
+        self._roles: dict[tuple[str, Role], _RoleState] = {}
+        self._entries: dict[tuple[str, Role, str], _Entry] = {}
+        """The present endpoints as :func:`_identity` identifies them."""
+        self._is_dirty = False
+        self._applied_at = -math.inf
+        self._expires = math.inf
+        """When the next ``keep_for`` ends."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether each source has reported or failed, and all of it is applied."""
+        return not self._is_dirty and not any(report.is_pending for report in self.reports.values())
+
+    @property
+    def due(self) -> float:
+        """When :meth:`advance` has something to do next."""
+        return self._applied_at + DEBOUNCE_SECONDS if self._is_dirty else self._expires
+
+    @property
+    def not_ready(self) -> Counter[tuple[str, Role, SourceKind]]:
+        """Count the members that are no endpoints because they are not ready, by pool, role and kind of the source."""
+        present = {endpoint.url for endpoint in self.endpoints}
+        return Counter(
+            (source.place.pool, source.place.role, source.kind)
+            for key, source in self.sources.items()
+            for member in self.reports[key].members or ()
+            if member.state is MemberState.NOT_READY and member.url not in present
+        )
+
+    def configure(self, sources: Iterable[RoleSource], now: float) -> Change:
+        """Change to other sources, at once. A source that keeps its key keeps its members."""
+        self.sources = {source.key: source for source in sources}
+        self.reports = {key: self.reports.get(key, Report()) for key in self.sources}
+        roles: dict[tuple[str, Role], _RoleState] = {}
+        for key, source in self.sources.items():
+            if source.source is None:
+                self.reports[key].members, self.reports[key].at = source.members, now
+            roles.setdefault((source.place.pool, source.place.role), _RoleState()).sources.append(source)
+        for place, before in self._roles.items():
+            for url, entry in before.present.items():
+                kept = self.sources.get(entry.source.key)
+                to = place if kept is None else (kept.place.pool, kept.place.role)
+                if to in roles:
+                    source = kept or replace(entry.source, place=roles[to].sources[0].place)
+                    roles[to].present[url] = replace(entry, source=source)
+            if place in roles:
+                roles[place].unready_since = before.unready_since
+        self._roles = roles
+        return self._apply(now)
+
+    def snapshot(self, key: Hashable, members: tuple[Member, ...], now: float) -> None:
+        """Take all present members of a source."""
+        if (report := self.reports.get(key)) is not None:  # it may be configured no longer
+            self._is_dirty |= report.members != members or report.failure is not None
+            report.members, report.failure, report.at = members, None, now
+
+    def failed(self, key: Hashable, message: str) -> None:
+        """Take the reason why the members of a source are unknown."""
+        if (report := self.reports.get(key)) is not None:
+            self._is_dirty |= report.failure is None
+            report.failure = message
+            report.failures += 1
+
+    def advance(self, now: float) -> Change | None:
+        """Apply what is due; None if no endpoint has changed."""
+        if now < self.due:
+            return None
+        before = self.endpoints
+        change = self._apply(now)
+        return None if change.endpoints == before else change
+
+    def _apply(self, now: float) -> Change:
+        listed = self._listed()
+        self._expires = math.inf
+        expired = {url for role in self._roles.values() for url in self._update(role, listed, now)}
+        before, self._entries = (
+            self._entries,
+            {_identity(entry): entry for role in self._roles.values() for entry in _in_order(role)},
+        )
+        old, self.endpoints = self.endpoints, tuple(entry.endpoint for entry in self._entries.values())
+        self._is_dirty = False
+        if self.endpoints != old:
+            self._applied_at = now
+        return Change(
+            self.endpoints,
+            joined=tuple(entry.endpoint for key, entry in self._entries.items() if key not in before),
+            left=tuple(
+                (entry.endpoint, self._reason(entry, listed, expired))
+                for key, entry in before.items()
+                if key not in self._entries
+            ),
+        )
+
+    def _listed(self) -> dict[str, _Entry]:
+        """Find the member that counts for each URL, and note the duplicates."""
+        listed: dict[str, _Entry] = {}
+        duplicates: set[tuple[str, str, str]] = set()
+        for key, source in self.sources.items():
+            for member in sorted(self.reports[key].members or (), key=lambda each: _BEST_FIRST.index(each.state)):
+                first = listed.setdefault(member.url, _Entry(source, member))
+                if first.source is not source:
+                    duplicates.add((member.url, first.source.name, source.name))
+        self.duplicates = frozenset(duplicates)
+        return listed
+
+    def _update(self, role: _RoleState, listed: Mapping[str, _Entry], now: float) -> Collection[str]:
+        """Compute the present endpoints of a role. Returns the URLs of those whose ``keep_for`` has just ended."""
+        keys = {source.key for source in role.sources}
+        ready = {
+            url: entry
+            for url, entry in listed.items()
+            if entry.source.key in keys and entry.member.state is MemberState.READY
+        }
+        reports = [self.reports[key] for key in keys]
+        is_pending = any(report.is_pending for report in reports)
+        if ready:
+            orphans = {url: entry for url, entry in role.present.items() if entry.source.key not in self.sources}
+            role.present = ready | {url: entry for url, entry in orphans.items() if is_pending and url not in listed}
+            role.unready_since = None
+            return ()
+        held = {
+            url: kept for url, entry in role.present.items() if (kept := self._kept(entry, keys, listed)) is not None
+        }
+        if is_pending or any(report.failure is not None for report in reports):
+            role.present, role.unready_since = held, None
+            return ()
+        role.unready_since = now if role.unready_since is None else role.unready_since
+        ends = {url: role.unready_since + entry.source.keep_for for url, entry in held.items()}
+        role.present = {url: entry for url, entry in held.items() if ends[url] > now}
+        self._expires = min([self._expires, *(ends[url] for url in role.present)])
+        return held.keys() - role.present.keys()
+
+    def _kept(self, entry: _Entry, keys: set[Hashable], listed: Mapping[str, _Entry]) -> _Entry | None:
+        """Return an endpoint that may stay although it is not READY, as it is listed now; None if it may not."""
+        now = listed.get(entry.member.url)
+        if now is not None:
+            is_same = now.source.key in keys and now.member.uid == entry.member.uid
+            return now if is_same and now.member.state is MemberState.NOT_READY else None
+        report = self.reports.get(entry.source.key)
+        return entry if report is None or not report.members else None
+
+    def _reason(self, entry: _Entry, listed: Mapping[str, _Entry], expired: set[str]) -> DrainReason:
+        url, now = entry.member.url, listed.get(entry.member.url)
+        if url in expired:
+            return DrainReason.NOT_KEPT
+        if now is None:
+            return DrainReason.MISSING if entry.source.key in self.sources else DrainReason.UNCONFIGURED
+        if now.source.key != entry.source.key:
+            return DrainReason.LISTED_ELSEWHERE
+        if now.member.uid != entry.member.uid:
+            return DrainReason.REPLACED
+        return DrainReason.TERMINATING if now.member.state is MemberState.TERMINATING else DrainReason.NOT_READY
+
+
+def _identity(entry: _Entry) -> tuple[str, Role, str]:
+    return entry.member.url, entry.source.place.role, entry.member.uid
+
+
+def _in_order(role: _RoleState) -> list[_Entry]:
+    """Sort the endpoints of a role by source. Those of a list keep its order, others are sorted by name and URL."""
+    positions: dict[tuple[Hashable, str], int] = {}
+    for source in role.sources:
+        positions |= {(source.key, each.url): index for index, each in enumerate(source.members or ())}
+    sources = {source.key: index for index, source in enumerate(role.sources)}
+
+    def order(entry: _Entry) -> tuple[int, int, str, str]:
+        key, member = entry.source.key, entry.member
+        return sources.get(key, len(sources)), positions.get((key, member.url), 0), member.name, member.url
+
+    return sorted(role.present.values(), key=order)
