@@ -3,7 +3,7 @@
 It accepts what the loader accepts, but for rules that JSON Schema cannot express, such as names that must differ.
 """
 
-from typing import Any, Final
+from typing import Final
 
 from pydantic.json_schema import GenerateJsonSchema
 
@@ -72,22 +72,17 @@ def _at(definitions: JsonSchema, path: str) -> tuple[JsonSchema, str]:
     return _properties(definitions[section_at(parents).__name__]), key
 
 
-def _with_variables(schema: Any) -> Any:
+def _with_variables(schema: JsonSchema) -> JsonSchema:
     """Accept a text with variables in place of every number, word or text of a certain form."""
-    if not isinstance(schema, dict):
-        return schema
-    changed = {
-        key: {name: _with_variables(each) for name, each in value.items()}
-        if key == "properties"
-        else [_with_variables(each) for each in value]
-        if key == "anyOf"
-        else _with_variables(value)
-        if key == "items"
-        else value
-        for key, value in schema.items()
-    }
+    changed = dict(schema)
+    for key in schema.keys() & {"properties", "anyOf", "items"}:
+        inner = schema[key]
+        if key == "properties":
+            changed[key] = {name: _with_variables(each) for name, each in inner.items()}
+        else:
+            changed[key] = [_with_variables(each) for each in inner] if key == "anyOf" else _with_variables(inner)
     kind = schema.get("type")
     if kind in {"integer", "number", "boolean"} or "enum" in schema or (kind == "string" and "pattern" in schema):
-        about = {key: changed.pop(key) for key in _ABOUT if key in changed}
+        about: JsonSchema = {key: changed.pop(key) for key in _ABOUT if key in changed}
         return {**about, "anyOf": [changed, {"$ref": f"#/$defs/{_VARIABLES}"}]}
     return changed
