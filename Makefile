@@ -11,7 +11,7 @@ TESTS_AT_A_TIME ?= 2
 SGLVENV ?= $(HOME)/.cache/dp-extproc/sglang-venv
 SGLRUN ?= $(HOME)/.cache/dp-extproc/sglang-run
 
-.PHONY: setup test quickstart-test compose-test check format demo faults soak interop bench balance simulated \
+.PHONY: setup test quickstart-test compose-test check format manifests demo faults soak interop bench balance simulated \
   stream-end clean
 
 setup: .venv/ready
@@ -45,6 +45,10 @@ check: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The plain manifests, after a change of the Helm chart. Needs helm: interop/kubernetes/build.sh helm builds it with Go.
+manifests:
+	deploy/manifests/render.sh
 
 # Both placements on a fleet of stand-in engines: make demo ARGS="--time-scale 6", or KEEP=1 to leave it running
 demo: setup

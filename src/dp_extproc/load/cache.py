@@ -187,6 +187,11 @@ class LoadCache:
             if found is not None:
                 self._matches[pool] = found
 
+    def has(self, endpoint: Endpoint) -> bool:
+        """Return whether the engine of an endpoint has been discovered."""
+        load = self.by_url.get(endpoint.url)
+        return load is not None and _identity(load.configured) == _identity(endpoint)
+
     def known(self, pool: str, role: Role) -> Sequence[EndpointLoad]:
         """Return every endpoint of a pool and role whose engine runs in the mode of the role, however fresh it is."""
         self._index()

@@ -69,27 +69,29 @@ class Components:
         """
         self.config = config
         self._clock = clock
-        self._discovery_log = DiscoveryLog(lambda: [load.configured for load in self._loads.draining])
-        self._discovery = Discovery(
-            role_sources(config),
-            changed=self._changed,
-            reviewed=self._discovery_log.review,
-            clock=clock,
-            guard=guard,
-        )
-        endpoints = self._discovery.endpoints
         self._credentials = Credentials(read_api_keys(config).by_pool)
         costs = StepCosts(config.load.prefill_step_cost_tokens, config.load.decode_request_cost_tokens)
         self._queue = None if config.queue is None else AdmissionQueue(config.queue)
         made_room = nothing if self._queue is None else self._queue.notify
         self._loads = LoadCache(
-            endpoints,
+            (),
             config.load.stale_after,
             costs,
             config.outlier_detection,
             made_room,
             pools=[pool.name for pool in config.pools],
         )
+        self._discovery_log = DiscoveryLog(lambda: [load.configured for load in self._loads.draining])
+        self._discovery = Discovery(
+            role_sources(config),
+            changed=self._changed,
+            reviewed=self._discovery_log.review,
+            takes_requests=self._loads.has,
+            clock=clock,
+            guard=guard,
+        )
+        endpoints = self._discovery.endpoints
+        self._loads.update(endpoints, config.load.stale_after, [pool.name for pool in config.pools])
         self.telemetry = Telemetry(self._loads, clock)
         self.telemetry.add(guard)
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
@@ -127,7 +129,7 @@ class Components:
         self._monitor = FleetMonitor(
             endpoints,
             config.load,
-            (self._loads, self.telemetry, self._engine_log, self._discovery_log, self.readiness),
+            (self._loads, self.telemetry, self._engine_log, self._discovery_log, self._discovery, self.readiness),
             clock=clock,
             rng=rng,
             guard=guard,
