@@ -11,6 +11,7 @@ from typing import Annotated, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from dp_extproc.config.autoscaling import AutoscalingSettings
 from dp_extproc.config.envoy import BodyMode, EnvoySettings
 from dp_extproc.config.listen import ListenSettings
 from dp_extproc.config.load import LoadSettings, LoadSignal
@@ -67,6 +68,7 @@ class Config(Section):
     admission: AdmissionSettings = AdmissionSettings()
     queue: QueueSettings | None = None
     """The queue of requests that would be refused with 429; None refuses them at once."""
+    autoscaling: AutoscalingSettings = AutoscalingSettings()
     pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1, strict=False)]
     """The pools. Each serves one or more models."""
 

@@ -23,12 +23,14 @@ from dp_extproc.fleet.discovery.roster import Change
 from dp_extproc.fleet.discovery.runner import Discovery
 from dp_extproc.fleet.discovery.sources import role_sources
 from dp_extproc.fleet.monitor import FleetMonitor
+from dp_extproc.load.autoscaling import Autoscaling
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import StepCosts
 from dp_extproc.load.in_flight import NO_LISTENER, nothing
-from dp_extproc.observability.loads_page import describe_loads, describe_sync
+from dp_extproc.load.records import NO_WORK
+from dp_extproc.observability.loads_page import describe_loads, describe_signals, describe_sync
 from dp_extproc.observability.log import EngineLog
-from dp_extproc.observability.metrics import SyncMetrics, Telemetry
+from dp_extproc.observability.metrics import AutoscalingMetrics, SyncMetrics, Telemetry
 from dp_extproc.runtime.readiness import Readiness, can_serve
 from dp_extproc.runtime.secrets import read_api_keys
 from dp_extproc.scheduling.admission import AdmissionQueue
@@ -94,6 +96,9 @@ class Components:
         self._loads.update(endpoints, config.load.stale_after, [pool.name for pool in config.pools])
         self.telemetry = Telemetry(self._loads, clock)
         self.telemetry.add(guard)
+        waiting = (lambda _pool: NO_WORK) if self._queue is None else self._queue.waiting
+        self._autoscaling = Autoscaling(self._loads, config.autoscaling, waiting)
+        self.telemetry.add(AutoscalingMetrics(self._autoscaling, clock))
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
         self._scheduler = Scheduler(
             config.pools,
@@ -153,7 +158,9 @@ class Components:
 
     async def loads(self) -> dict[str, Any]:
         sync = None if self._replica is None else describe_sync(self._replica.status())
-        return {**describe_loads(self._loads, self._clock()), "sync": sync}
+        now = self._clock()
+        signals = describe_signals(self._autoscaling.signals(now))
+        return {**describe_loads(self._loads, now), "autoscaling": signals, "sync": sync}
 
     def apply(self, config: Config) -> None:
         """Apply another configuration, which differs in no setting that needs a restart (see :mod:`.reload`)."""
@@ -164,6 +171,7 @@ class Components:
         self._renew_keys()
         self._use(change.endpoints)
         self._scheduler.configure(config.pools, config.load.signal, config.admission)
+        self._autoscaling.settings = config.autoscaling
         after = _static(change.endpoints)
         for word, changed in (("new", after - before), ("gone", before - after)):
             if changed:
