@@ -11,8 +11,11 @@ TESTS_AT_A_TIME ?= 2
 SGLVENV ?= $(HOME)/.cache/dp-extproc/sglang-venv
 SGLRUN ?= $(HOME)/.cache/dp-extproc/sglang-run
 
-.PHONY: setup test quickstart-test compose-test check format manifests demo faults soak interop bench balance simulated \
-  stream-end clean
+# Kubernetes' own API server, etcd and helm, for kubernetes-run.
+KUBE_BIN ?= $(HOME)/.cache/dp-extproc/kubernetes/bin
+
+.PHONY: setup test quickstart-test compose-test check format manifests demo faults soak interop kubernetes-run bench \
+  balance simulated stream-end clean
 
 setup: .venv/ready
 
@@ -66,6 +69,11 @@ soak: .venv/bench-ready
 interop: setup
 	SGLVENV=$(SGLVENV) SGLRUN=$(SGLRUN) interop/setup.sh
 	$(BIN)/python -m interop --venv $(SGLVENV) --run $(SGLRUN) $(ARGS)
+
+# Discovery against Kubernetes' own API server, which interop/kubernetes/build.sh builds: 4 minutes. It needs openssl,
+# unshare and ip.
+kubernetes-run: setup
+	PYTHONPATH=tests $(BIN)/python -m interop.kubernetes --programs $(KUBE_BIN) $(ARGS)
 
 # What a request costs in the service, against an empty ext_proc server.
 bench: setup

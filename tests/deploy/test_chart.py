@@ -265,7 +265,7 @@ def test_access_is_what_the_discovery_reads(case: Case) -> None:
     found: dict[str, set[str]] = {}
     for namespace, role in roles.items():
         for rule in role["rules"]:
-            assert rule["verbs"] == ["get", "list", "watch"]
+            assert rule["verbs"] == ["list", "watch"]
             groups = rule["apiGroups"]
             names = [f"{each}.{group}".rstrip(".") for each in rule["resources"] for group in groups]
             found.setdefault(namespace, set()).update(names)
