@@ -23,13 +23,15 @@ from dp_extproc.fleet.discovery.roster import Change
 from dp_extproc.fleet.discovery.runner import Discovery
 from dp_extproc.fleet.discovery.sources import role_sources
 from dp_extproc.fleet.monitor import FleetMonitor
+from dp_extproc.load.autoscaling import Autoscaling
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import StepCosts
 from dp_extproc.load.in_flight import NO_LISTENER, nothing
+from dp_extproc.load.records import NO_WORK
 from dp_extproc.observability.groups import GroupMetrics, Weights, describe_excluded_pairs, describe_groups
-from dp_extproc.observability.loads_page import describe_loads, describe_sync
+from dp_extproc.observability.loads_page import describe_loads, describe_signals, describe_sync
 from dp_extproc.observability.log import EngineLog
-from dp_extproc.observability.metrics import SyncMetrics, Telemetry
+from dp_extproc.observability.metrics import AutoscalingMetrics, SyncMetrics, Telemetry
 from dp_extproc.runtime.readiness import Readiness, can_serve
 from dp_extproc.runtime.secrets import read_api_keys
 from dp_extproc.scheduling.admission import AdmissionQueue
@@ -70,29 +72,34 @@ class Components:
         """
         self.config = config
         self._clock = clock
-        self._discovery_log = DiscoveryLog(lambda: [load.configured for load in self._loads.draining])
-        self._discovery = Discovery(
-            role_sources(config),
-            changed=self._changed,
-            reviewed=self._discovery_log.review,
-            clock=clock,
-            guard=guard,
-        )
-        endpoints = self._discovery.endpoints
         self._credentials = Credentials(read_api_keys(config).by_pool)
         costs = StepCosts(config.load.prefill_step_cost_tokens, config.load.decode_request_cost_tokens)
         self._queue = None if config.queue is None else AdmissionQueue(config.queue)
         made_room = nothing if self._queue is None else self._queue.notify
         self._loads = LoadCache(
-            endpoints,
+            (),
             config.load.stale_after,
             costs,
             config.outlier_detection,
             made_room,
             pools=[pool.name for pool in config.pools],
         )
+        self._discovery_log = DiscoveryLog(lambda: [load.configured for load in self._loads.draining])
+        self._discovery = Discovery(
+            role_sources(config),
+            changed=self._changed,
+            reviewed=self._discovery_log.review,
+            takes_requests=self._loads.has,
+            clock=clock,
+            guard=guard,
+        )
+        endpoints = self._discovery.endpoints
+        self._loads.update(endpoints, config.load.stale_after, [pool.name for pool in config.pools])
         self.telemetry = Telemetry(self._loads, clock)
         self.telemetry.add(guard)
+        waiting = (lambda _pool: NO_WORK) if self._queue is None else self._queue.waiting
+        self._autoscaling = Autoscaling(self._loads, config.autoscaling, waiting)
+        self.telemetry.add(AutoscalingMetrics(self._autoscaling, clock))
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
         self._scheduler = Scheduler(
             config.pools,
@@ -129,7 +136,7 @@ class Components:
         self._monitor = FleetMonitor(
             endpoints,
             config.load,
-            (self._loads, self.telemetry, self._engine_log, self._discovery_log, self.readiness),
+            (self._loads, self.telemetry, self._engine_log, self._discovery_log, self._discovery, self.readiness),
             clock=clock,
             rng=rng,
             guard=guard,
@@ -153,10 +160,12 @@ class Components:
 
     async def loads(self) -> dict[str, Any]:
         sync = None if self._replica is None else describe_sync(self._replica.status())
+        now = self._clock()
         return {
-            **describe_loads(self._loads, self._clock()),
+            **describe_loads(self._loads, now),
             "groups": describe_groups(self._loads, self._weights()),
             "excluded_pairs": describe_excluded_pairs(self._loads),
+            "autoscaling": describe_signals(self._autoscaling.signals(now)),
             "sync": sync,
         }
 
@@ -172,6 +181,7 @@ class Components:
         self._renew_keys()
         self._use(change.endpoints)
         self._scheduler.configure(config.pools, config.load.signal, config.admission)
+        self._autoscaling.settings = config.autoscaling
         after = _static(change.endpoints)
         for word, changed in (("new", after - before), ("gone", before - after)):
             if changed:

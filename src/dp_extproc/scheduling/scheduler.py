@@ -27,7 +27,7 @@ from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.load.in_flight import NO_LISTENER, InFlightListener, nothing
 from dp_extproc.load.matching import Match
-from dp_extproc.load.records import SESSION_KEPT, RequestCost
+from dp_extproc.load.records import SESSION_KEPT, RequestCost, Work
 from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix, prefix_of
 from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated, unread_request
@@ -273,7 +273,10 @@ class Scheduler:
     def _no_room(self, pool: _Pool, request: InferenceRequest, prefix: Prefix | None, why: str) -> Rejection | Queued:
         message = f"the servers for {pool.name} are full: {why}; try again later"
         rejection = Rejection(429, Reason.OVER_CAPACITY, message, headers=TRY_AGAIN)
-        return rejection if self._queue is None else Queued(pool.name, request.priority, request, prefix, rejection)
+        if self._queue is None:
+            return rejection
+        work = Work(self._load.ratios[pool.name].estimate(request.prompt), _sequences(request))
+        return Queued(pool.name, request.priority, request, prefix, rejection, work)
 
     def _cost(
         self, pool: _Pool, request: InferenceRequest, context: RequestContext, prefix: Prefix | None
@@ -283,12 +286,17 @@ class Scheduler:
             prefix = prefix_of(request) if pool.affinity.prefixes else NO_PREFIX
         return RequestCost(
             tokens=self._load.ratios[pool.name].estimate(prompt),
-            requests=(prompt.batch or 1) * request.samples,
+            requests=_sequences(request),
             prefix=prefix,
             session=session[:SESSION_KEPT] if session and pool.affinity.sessions else None,
             text_bytes=prompt.text_bytes,
             known_tokens=prompt.tokens,
         )
+
+
+def _sequences(request: InferenceRequest) -> float:
+    """Return how many sequences a request makes."""
+    return (request.prompt.batch or 1) * request.samples
 
 
 def _with_endpoints(targets: Targets, scope: Pairing | Match) -> Iterator[tuple[Target, Sequence[EndpointLoad]]]:

@@ -45,10 +45,12 @@ class Story:
     """A roster, and the time."""
 
     sources: tuple[RoleSource, ...]
-    roster: Roster = field(default_factory=Roster)
+    joining: set[str] = field(default_factory=set)
+    """Hosts whose engine was not found to be ready."""
     now: float = 1000.0
 
     def __post_init__(self) -> None:
+        self.roster = Roster(lambda endpoint: endpoint.host not in self.joining)
         self.roster.configure(self.sources, self.now)
 
     def report(self, key: str, *members: Member) -> Change | None:
@@ -127,6 +129,36 @@ def test_kept_endpoint_drains_when_it_terminates() -> None:
     assert story.numbers == []
     story.report("a")
     assert story.numbers == []
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        pytest.param([member(2)], id="missing"),
+        pytest.param([member(1, NOT_READY), member(2)], id="not-ready"),
+        pytest.param([member(1, TERMINATING), member(2)], id="terminating"),
+    ],
+)
+def test_endpoint_stays_until_another_one_takes_requests(after: list[Member]) -> None:
+    """A fleet that is replaced as a whole serves all the time, but never by an engine that terminates."""
+    story = Story((source("a"),), joining={"10.0.0.2"})
+    story.report("a", member(1))
+    story.later(2 * KEEP)
+    story.report("a", *after)
+    assert story.numbers == ([2] if after[0].state is TERMINATING else [1, 2])
+
+    story.joining.clear()
+    story.roster.discovered()
+    story.later(DEBOUNCE_SECONDS)
+    assert story.numbers == [2]
+
+
+def test_endpoint_of_a_list_drains_at_once_when_it_is_removed() -> None:
+    """An operator removes it on purpose."""
+    story = Story((static(member(1)),), joining={"10.0.0.2"})
+    story.roster.configure([static(member(2))], story.now)
+
+    assert story.numbers == [2]
 
 
 def test_failing_source_keeps_its_members_without_limit() -> None:
@@ -213,6 +245,7 @@ MEMBERS = st.builds(member, st.integers(1, 5), st.sampled_from(MemberState), st.
 REPORTS = st.lists(MEMBERS, max_size=5).map(tuple) | st.none()
 """Members, or a failure."""
 STEPS = st.lists(st.tuples(st.sampled_from("abc"), REPORTS, st.sampled_from([0.0, 0.05, 0.2, 20.0, 40.0])), max_size=20)
+JOINING = st.sets(st.sampled_from([f"10.0.0.{number}" for number in range(1, 6)]))
 
 
 def best(members: tuple[Member, ...]) -> dict[str, Member]:
@@ -222,10 +255,12 @@ def best(members: tuple[Member, ...]) -> dict[str, Member]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(STEPS)
-def test_roster_keeps_its_rules_under_any_reports(steps: list[tuple[str, tuple[Member, ...] | None, float]]) -> None:
+@given(STEPS, JOINING)
+def test_roster_keeps_its_rules_under_any_reports(
+    steps: list[tuple[str, tuple[Member, ...] | None, float]], joining: set[str]
+) -> None:
     """Two sources of one role, and one of another, report anything in any order."""
-    story = Story((source("a"), source("b"), source("c", PREFILL)))
+    story = Story((source("a"), source("b"), source("c", PREFILL)), joining)
     last: dict[str, tuple[Member, ...]] = {}
     failing: dict[str, bool] = dict.fromkeys("abc", False)
     for key, members, seconds in steps:
@@ -268,7 +303,30 @@ def check(story: Story, last: dict[str, tuple[Member, ...]], before: tuple[objec
             assert not found
         if each.state is READY:
             assert [(one.uid, one.role) for one in found] == [(each.uid, (PREFILL if key == "c" else DECODE).role)]
-    for kept in (each for each in endpoints if each.url not in first):  # only while its role has no ready member
-        assert kept in before
-        ready = [key for key, one in first.values() if one.state is READY]
-        assert not any((key == "c") == (kept.role is Role.PREFILL) for key in ready)
+    taking = {
+        (PREFILL if key == "c" else DECODE).role
+        for key, one in first.values()
+        if one.state is READY and one.host not in story.joining
+    }
+    for kept in endpoints:  # those that are not READY stay only while no other member of their role takes requests
+        if kept.url not in first or first[kept.url][1].state is not READY:
+            assert kept.url in {getattr(each, "url", "") for each in before}
+            assert kept.role not in taking
+
+
+@settings(deadline=None)
+@given(st.sets(st.integers(1, 5), min_size=1), REPORTS)
+def test_role_does_not_become_empty_at_once(numbers: set[int], after: tuple[Member, ...] | None) -> None:
+    """Unless all of its endpoints terminate, or are other engines now."""
+    story = Story((source("a"),))
+    story.report("a", *map(member, numbers))
+    listed = {}
+    if after is None:
+        story.fail("a")
+    else:
+        story.report("a", *after)
+        listed = best(after)
+
+    if not story.roster.endpoints:
+        ended = [listed[member(number).url] for number in numbers]
+        assert all(each.state is TERMINATING or each.uid for each in ended)

@@ -2,12 +2,13 @@
 
 The rules, per role of a pool:
 
-1. Its endpoints are the members that are READY. One that is TERMINATING, or missing from a snapshot that has others,
-   leaves at once.
-2. If no member is READY, the last endpoints stay for ``keep_for`` of their source: those that are NOT_READY, and those
-   of a source that reports no member at all. The time begins when the last member ceased to be READY.
-3. A source that fails keeps its last members without limit, and as long as it fails, so does its role by rule 2.
+1. Its endpoints are the members that are READY. One that is TERMINATING leaves at once, and so does one that is
+   NOT_READY or missing from the last snapshot, if rule 2 does not keep it.
+2. While none of its READY members takes requests, the last endpoints stay, except those that are TERMINATING. They stay
+   for ``keep_for`` of their source at most. A READY member takes requests when its engine was found to be ready.
+3. While a source of the role fails, rule 2 has no limit, and the last members of the source count as its present ones.
 4. The members of a source that is no longer configured stay until each new source of the role has reported or failed.
+   A list in the configuration itself is an exception: what it lists no longer leaves at once.
 5. A URL is one endpoint. The first source in the order of the configuration that lists it counts.
 6. Another uid at the same URL is another engine: one endpoint leaves, and another one joins.
 7. Changes are applied at most every 100 ms; those of the configuration at once.
@@ -15,7 +16,7 @@ The rules, per role of a pool:
 
 import math
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
@@ -36,7 +37,7 @@ class DrainReason(StrEnum):
     TERMINATING = "it terminates"
     MISSING = "it is no longer listed"
     NOT_READY = "it is not ready"
-    NOT_KEPT = "no member of its role was ready for as long as keep_for"
+    NOT_KEPT = "no other member of its role took requests within keep_for"
     REPLACED = "another engine has its address"
     UNCONFIGURED = "its source is no longer configured"
     LISTED_ELSEWHERE = "another source lists it now"
@@ -133,15 +134,18 @@ class _RoleState:
 
     sources: list[RoleSource] = field(default_factory=list)
     present: dict[str, _Entry] = field(default_factory=dict)
+    keeps_some: bool = False
+    """Whether some endpoints stay only until a READY member takes requests."""
     unready_since: float | None = None
-    """Since when no member has been READY while every source reports; None if this is not so."""
+    """Since when no READY member has taken requests while every source reports; None if this is not so."""
 
 
 class Roster:
     """The present endpoints, by the rules of this module."""
 
-    def __init__(self) -> None:
-        """Begin without sources."""
+    def __init__(self, takes_requests: Callable[[Endpoint], bool]) -> None:
+        """Begin without sources. *takes_requests* returns whether the engine of an endpoint was found to be ready."""
+        self._takes_requests = takes_requests
         self.endpoints: tuple[Endpoint, ...] = ()
         self.sources: Mapping[Hashable, RoleSource] = {}
         """The configured sources by key, in the order of the configuration."""
@@ -177,6 +181,10 @@ class Roster:
             for member in self.reports[key].members or ()
             if member.state is MemberState.NOT_READY and member.url not in present
         )
+
+    def discovered(self) -> None:
+        """Consider that an engine was found to be ready."""
+        self._is_dirty |= any(role.keeps_some for role in self._roles.values())
 
     def configure(self, sources: Iterable[RoleSource], now: float) -> Change:
         """Change to other sources, at once. A source that keeps its key keeps its members."""
@@ -264,31 +272,32 @@ class Roster:
         }
         reports = [self.reports[key] for key in keys]
         is_pending = any(report.is_pending for report in reports)
-        if ready:
+        if any(self._takes_requests(entry.endpoint) for entry in ready.values()):
             orphans = {url: entry for url, entry in role.present.items() if entry.source.key not in self.sources}
             role.present = ready | {url: entry for url, entry in orphans.items() if is_pending and url not in listed}
-            role.unready_since = None
+            role.keeps_some, role.unready_since = False, None
             return ()
-        held = {
-            url: kept for url, entry in role.present.items() if (kept := self._kept(entry, keys, listed)) is not None
-        }
-        if is_pending or any(report.failure is not None for report in reports):
-            role.present, role.unready_since = held, None
+        others = {url: entry for url, entry in role.present.items() if url not in ready}
+        kept = {url: found for url, entry in others.items() if (found := self._kept(entry, keys, listed)) is not None}
+        role.keeps_some = bool(kept)
+        if not kept or is_pending or any(report.failure is not None for report in reports):
+            role.present, role.unready_since = ready | kept, None
             return ()
         role.unready_since = now if role.unready_since is None else role.unready_since
-        ends = {url: role.unready_since + entry.source.keep_for for url, entry in held.items()}
-        role.present = {url: entry for url, entry in held.items() if ends[url] > now}
-        self._expires = min([self._expires, *(ends[url] for url in role.present)])
-        return held.keys() - role.present.keys()
+        ends = {url: role.unready_since + entry.source.keep_for for url, entry in kept.items()}
+        expired = {url for url, end in ends.items() if end <= now}
+        role.present = ready | {url: entry for url, entry in kept.items() if url not in expired}
+        self._expires = min([self._expires, *(end for end in ends.values() if end > now)])
+        return expired
 
-    def _kept(self, entry: _Entry, keys: set[Hashable], listed: Mapping[str, _Entry]) -> _Entry | None:
-        """Return an endpoint that may stay although it is not READY, as it is listed now; None if it may not."""
+    def _kept(self, entry: _Entry, keys: Collection[Hashable], listed: Mapping[str, _Entry]) -> _Entry | None:
+        """Return an endpoint that rule 2 keeps, as it is listed now; None if it is not kept."""
         now = listed.get(entry.member.url)
-        if now is not None:
-            is_same = now.source.key in keys and now.member.uid == entry.member.uid
-            return now if is_same and now.member.state is MemberState.NOT_READY else None
-        report = self.reports.get(entry.source.key)
-        return entry if report is None or not report.members else None
+        if now is None:
+            is_listed_here = entry.source.kind is SourceKind.STATIC and entry.source.key in keys
+            return None if is_listed_here else entry
+        is_same = now.source.key in keys and now.member.uid == entry.member.uid
+        return now if is_same and now.member.state is MemberState.NOT_READY else None
 
     def _reason(self, entry: _Entry, listed: Mapping[str, _Entry], expired: set[str]) -> DrainReason:
         url, now = entry.member.url, listed.get(entry.member.url)

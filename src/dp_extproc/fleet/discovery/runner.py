@@ -8,7 +8,8 @@ from functools import partial
 from typing import Final
 
 from dp_extproc.background import Guard
-from dp_extproc.engines.model import Endpoint
+from dp_extproc.engines.listener import EngineFailure
+from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage
 from dp_extproc.fleet.discovery.roster import Change, RoleSource, Roster
 from dp_extproc.fleet.discovery.source import Member
 
@@ -22,8 +23,15 @@ def _nothing(_event: object) -> None:
     pass
 
 
+def _always(_endpoint: Endpoint) -> bool:
+    return True
+
+
 class Discovery:
-    """The present endpoints. Those in the configuration itself are there from the beginning."""
+    """The present endpoints. Those in the configuration itself are there from the beginning.
+
+    Implements ``EngineListener``: an engine that was found to be ready may take the place of an endpoint.
+    """
 
     def __init__(
         self,
@@ -31,6 +39,7 @@ class Discovery:
         *,
         changed: Callable[[Change], None] = _nothing,
         reviewed: Callable[[Roster], None] = _nothing,
+        takes_requests: Callable[[Endpoint], bool] = _always,
         clock: Callable[[], float],
         guard: Guard,
     ) -> None:
@@ -40,10 +49,11 @@ class Discovery:
             sources: The configured sources, in order.
             changed: Called with each later change, except those of :meth:`update`.
             reviewed: Called after each report, and each second.
+            takes_requests: Returns whether the engine of an endpoint was found to be ready.
             clock: Returns monotonic seconds.
             guard: Is over the task of each source.
         """
-        self.roster = Roster()
+        self.roster = Roster(takes_requests)
         self.first_reports = asyncio.Event()
         """Set when each source has reported or failed once, and all of it is applied."""
         self._changed = changed
@@ -73,7 +83,7 @@ class Discovery:
             while True:
                 for key, source in self.roster.sources.items():
                     if source.source is not None and key not in self._tasks:
-                        work = partial(source.source.run, _Listener(self, key))
+                        work = partial(source.source.run, _Listener(self.roster, key, self._clock, self._wake))
                         task = self._guard.keep(_TASK, work, source.name)
                         self._tasks[key] = group.create_task(task, name=f"{_TASK} {source.name}")
                 if (change := self.roster.advance(self._clock())) is not None:
@@ -86,29 +96,34 @@ class Discovery:
                     await asyncio.wait_for(self._wake.wait(), pause)
                 self._wake.clear()
 
-    def snapshot(self, key: Hashable, members: tuple[Member, ...]) -> None:
-        """Take all present members of a source."""
-        self.roster.snapshot(key, members, self._clock())
+    def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:  # noqa: ARG002 - the protocol's
+        """Consider that the engine takes requests."""
+        self.roster.discovered()
         self._wake.set()
 
-    def failed(self, key: Hashable, message: str) -> None:
-        """Take the failure of a source."""
-        self.roster.failed(key, message)
-        self._wake.set()
+    def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
+        """Do nothing: load does not change endpoints."""
+
+    def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
+        """Do nothing: an engine that fails stays an endpoint."""
 
 
 class _Listener:
     """Gets the reports of one source."""
 
-    def __init__(self, discovery: Discovery, key: Hashable) -> None:
-        self._discovery = discovery
+    def __init__(self, roster: Roster, key: Hashable, clock: Callable[[], float], wake: asyncio.Event) -> None:
+        self._roster = roster
         self._key = key
+        self._clock = clock
+        self._wake = wake
 
     def snapshot(self, members: tuple[Member, ...]) -> None:
-        self._discovery.snapshot(self._key, members)
+        self._roster.snapshot(self._key, members, self._clock())
+        self._wake.set()
 
     def failed(self, message: str) -> None:
-        self._discovery.failed(self._key, message)
+        self._roster.failed(self._key, message)
+        self._wake.set()
 
 
 async def first_reports(sources: Iterable[RoleSource], seconds: float) -> Roster:

@@ -129,13 +129,13 @@ class Ours:
         self._simulation = simulation
         self._rng = simulation.rng
         around = simulation.around
-        self._replicas = [
+        self.replicas = [
             _Replica(simulation, policy, signal, Random(simulation.rng.random())) for _ in range(around.replicas)
         ]
         self._of: dict[int, _Replica] = {}
 
     def place(self, number: int, request: TraceRequest, now: float) -> Placement:
-        replica = self._rng.choice(self._replicas)
+        replica = self._rng.choice(self.replicas)
         self._of[number] = replica
         prefix = self._prefix(request) if self._affinity else NO_PREFIX
         placement, record = replica.place(number, self._text_bytes(request), prefix, now)
@@ -153,7 +153,7 @@ class Ours:
         del self._of[number]
 
     def scraped(self, role: Role, engine: int, page: LoadPage, started: float, now: float) -> None:
-        for replica in self._replicas:
+        for replica in self.replicas:
             replica.fleet.sampled(replica.endpoints[role][engine], page, started, now)
 
     def _event(self, number: int, event: "Callable[[_Replica, float], None]", now: float) -> None:
@@ -164,7 +164,7 @@ class Ours:
     def _share(self, replica: "_Replica", event: "Callable[[_Replica, float], None]") -> None:
         delay = self._simulation.around.sync
         if delay is not None:
-            for peer in self._replicas:
+            for peer in self.replicas:
                 if peer is not replica:
                     self._simulation.after(delay, partial(event, peer))
 

@@ -1,0 +1,69 @@
+"""The examples of engines are valid, and the chart's first values find them."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deploy.chart import CHART, ROOT, VERSIONS, Object, parse, problems
+
+EXAMPLES = sorted((ROOT / "deploy/examples").glob("*.yaml"))
+
+
+def objects_of(path: Path) -> tuple[Object, ...]:
+    return parse(path.read_text(encoding="utf-8"))
+
+
+def templates_of(item: Object) -> list[Object]:
+    """Return the templates of the pods of an object."""
+    spec = item["spec"]
+    if item["kind"] == "LeaderWorkerSet":
+        return [spec["leaderWorkerTemplate"][name] for name in ("leaderTemplate", "workerTemplate")]
+    return [spec["template"]] if item["kind"] == "Deployment" else []
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_match_the_schemas_of_kubernetes(path: Path, version: str) -> None:
+    """Every key exists in every supported release, in pods and in custom resources."""
+    objects = objects_of(path)
+    objects += tuple(
+        {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "a"}, "template": template}
+        for item in objects
+        for template in templates_of(item)
+    )
+    assert [(item["kind"], found) for item in objects if (found := problems(item, version))] == []
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_services_of_examples_select_pods_with_their_ports(path: Path) -> None:
+    """The discovery finds an engine only if a Service selects it and names its ports."""
+    objects = objects_of(path)
+    services = [each for each in objects if each["kind"] == "Service"]
+    assert services
+    for service in services:
+        selector = service["spec"]["selector"]
+        # The controller adds the index, by which only the leader is selected.
+        labels = {key: value for key, value in selector.items() if not key.startswith("leaderworkerset")}
+        (template,) = [
+            each
+            for item in objects
+            for each in templates_of(item)[:1]
+            if labels.items() <= each["metadata"]["labels"].items()
+        ]
+        (engine,) = template["spec"]["containers"]
+        ports = {port["name"]: port["containerPort"] for port in engine["ports"]}
+        assert [(ports[port["targetPort"]], port["name"]) for port in service["spec"]["ports"]] == [
+            (port["port"], port["name"]) for port in service["spec"]["ports"]
+        ]
+
+
+@pytest.mark.parametrize("name", ["stand-ins.yaml", "sglang.yaml"])
+def test_first_values_name_the_services_of_examples(name: str) -> None:
+    """A new user applies an example, and installs the chart with the first values of its page."""
+    values = yaml.safe_load((CHART / "ci/sidecar-values.yaml").read_text(encoding="utf-8"))
+    (pool,) = values["config"]["pools"]
+    services = {
+        each["metadata"]["name"] for each in objects_of(ROOT / "deploy/examples" / name) if each["kind"] == "Service"
+    }
+    assert {pool["prefill"]["service"], pool["decode"]["service"]} == services
