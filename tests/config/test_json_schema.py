@@ -48,10 +48,12 @@ def documented() -> Iterator[tuple[str, str]]:
         for number, block in enumerate(blocks):
             if re.search(r"^(listen|envoy|pools|supervision|sync|load):", block, re.MULTILINE):
                 yield f"{page.name}-{number}", block if "pools:" in block else f"{block}\n{POOL}"
-    for path in sorted((ROOT / "deploy").rglob("*.yaml")):
-        text = path.read_text(encoding="utf-8")
-        if re.search(r"^pools:$", text, re.MULTILINE):
-            yield path.name, text
+    for path in (ROOT / "envoy/dp-extproc.yaml", *sorted((ROOT / "deploy/compose").rglob("*.yaml"))):
+        yield f"{path.parent.name}-{path.name}", path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "deploy/manifests").glob("*.yaml")):
+        for each in yaml.safe_load_all(path.read_text(encoding="utf-8")):
+            if each["kind"] == "ConfigMap":
+                yield path.name, each["data"]["dp-extproc.yaml"]
 
 
 VALID = {
