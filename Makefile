@@ -49,8 +49,10 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The plain manifests, after a change of the Helm chart. Needs helm: interop/kubernetes/build.sh helm builds it with Go.
-manifests:
+# What is made from the configuration and from the Helm chart: the schema of its values, and the plain manifests. Needs
+# helm, which interop/kubernetes/build.sh helm builds with Go.
+manifests: setup
+	$(BIN)/python deploy/helm/config_schema.py
 	deploy/manifests/render.sh
 
 # Both placements on a fleet of stand-in engines: make demo ARGS="--time-scale 6", or KEEP=1 to leave it running
