@@ -12,7 +12,7 @@ SGLVENV ?= $(HOME)/.cache/dp-extproc/sglang-venv
 SGLRUN ?= $(HOME)/.cache/dp-extproc/sglang-run
 
 .PHONY: setup test quickstart-test compose-test check format manifests demo faults soak interop bench balance simulated \
-  stream-end clean
+  autoscaling stream-end clean
 
 setup: .venv/ready
 
@@ -78,6 +78,10 @@ balance: .venv/bench-ready
 # Every simulation of docs/scheduling.md, its tables and plots.
 simulated: .venv/bench-ready
 	bench/simulated.sh
+
+# What HPA makes of several signals on a load ramp, as in docs/autoscaling.md: some minutes.
+autoscaling: setup
+	$(BIN)/python -m bench.autoscaling $(ARGS)
 
 # The filter that ends truncated streams, after a change of it. Needs clang with lld (Debian: clang, lld).
 stream-end: src/dp_extproc/envoy_config/stream_end.wasm
