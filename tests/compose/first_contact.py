@@ -122,6 +122,48 @@ def is_healthy(project: Project, service: str) -> Callable[[], bool]:
     return lambda: project.inspect(service)["State"].get("Health", {}).get("Status") == "healthy"
 
 
+@contextmanager
+def requests_all_the_time(client: OpenAI) -> Iterator[list[Exception]]:
+    """Send requests from four threads, one after the other, and give the list of their failures."""
+    failures: list[Exception] = []
+    over = threading.Event()
+
+    def send() -> None:
+        while not over.is_set():
+            try:
+                ask(client)
+            except (APIError, httpx.HTTPError) as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=send) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield failures
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join(PATIENCE)
+
+
+def endpoints(project: Project) -> dict[str, str]:
+    """Return the failure of each endpoint of the service, empty if there is none, by its URL."""
+    page = httpx.get(f"http://127.0.0.1:{project.ports['ADMIN_PORT']}/loads").raise_for_status().json()
+    return {each["url"]: each["failure"] or "" for each in page["endpoints"]}
+
+
+def not_ready(project: Project) -> set[str]:
+    """Return the URLs of the endpoints whose engine is not ready."""
+    return {url for url, failure in endpoints(project).items() if failure.startswith("not_ready")}
+
+
+def running_on(project: Project, engine: str) -> set[str]:
+    """Return the ids of the requests that run on an engine."""
+    return {
+        leg["rid"] for record in project.journal(engine) if record["outcome"] == "running" for leg in record["legs"]
+    }
+
+
 def legs(project: Project, engines: tuple[str, ...]) -> dict[str, tuple[str, dict[str, Any]]]:
     """Map the request id, without the letter that distinguishes the legs, to engine and leg of all finished legs."""
     return {
@@ -198,6 +240,7 @@ def test_requests_reach_the_ranks_that_both_legs_name(project: Project, client: 
     ids |= {stream.id[:-1] for stream in streamed}
     assert len(ids) == 64
     prefill, decode = legs(project, PREFILL), legs(project, DECODE)
+    addresses = {server: project.address(server) for server in PREFILL}
     assert ids <= prefill.keys()
     assert ids <= decode.keys()
     for rid in ids:
@@ -206,7 +249,7 @@ def test_requests_reach_the_ranks_that_both_legs_name(project: Project, client: 
         assert first["bootstrap_room"] % RANKS == first["dp_rank"] == first["routed_dp_rank"]
         assert second["disagg_prefill_dp_rank"] == first["dp_rank"]
         assert second["routed_dp_rank"] == second["dp_rank"]
-        assert second["bootstrap_host"] == server
+        assert second["bootstrap_host"] == addresses[server]
     for servers, found in ((PREFILL, prefill), (DECODE, decode)):
         used = {(server, leg["dp_rank"]) for rid, (server, leg) in found.items() if rid in ids}
         assert used == {(server, rank) for server in servers for rank in range(RANKS)}
@@ -216,7 +259,7 @@ def test_an_engine_is_used_again_after_it_was_killed(project: Project, client: O
     """Its streams end immediately with an error, others continue, and it is used again, also at another address."""
     gone, address = "decode-1", project.address("decode-1")
     streams = begin_streams(client, 12)
-    on_it = {leg["rid"] for record in project.journal(gone) if record["outcome"] == "running" for leg in record["legs"]}
+    on_it = running_on(project, gone)
     assert all(stream.runs for stream in streams)
     project.docker.run("kill", project.container(gone))
     with address_in_use(project, address):
@@ -232,7 +275,7 @@ def test_an_engine_is_used_again_after_it_was_killed(project: Project, client: O
         assert {type(stream.error) for stream in lost} == {APIError}
         assert {(stream.error, stream.pieces, stream.finish) for stream in kept} == {(None, LONG, "length")}
 
-        project("start", gone)
+        project("start", "decode")
         assert project.address(gone) != address
         wait_for(is_healthy(project, gone), PATIENCE)
         wait_for(lambda: [ask(client) for _ in range(4)] and project.journal(gone), PATIENCE)
@@ -268,6 +311,31 @@ def test_streams_continue_when_the_service_is_killed(project: Project, client: O
             ask(client)
 
 
+def test_scaled_service_gets_and_loses_traffic_without_a_failed_request(project: Project, client: OpenAI) -> None:
+    """The service finds the third engine by its name. The removed one ends its streams first."""
+    before = set(project.containers("decode"))
+    with requests_all_the_time(client) as failures:
+        project("up", "--detach", "--scale", "decode=3")
+        (new,) = set(project.containers("decode")) - before
+        wait_for(lambda: legs(project, (new,)), PATIENCE)
+        assert len(endpoints(project)) == 5
+
+        streams = begin_streams(client, 12)
+        assert all(running_on(project, name) & {stream.id for stream in streams} for name in (*before, new))
+        with ThreadPoolExecutor(1) as other:
+            scaled = other.submit(project, "up", "--detach", "--scale", "decode=2")
+            gone = wait_for(lambda: not_ready(project), PATIENCE)
+            # Its container runs until its streams have ended, so it is still among the addresses of the name.
+            assert len(gone) == 1
+            for stream in streams:
+                assert (stream.end().error, stream.pieces, stream.finish) == (None, LONG, "length")
+            scaled.result()
+        assert len(project.containers("decode")) == 2
+        wait_for(lambda: len(endpoints(project)) == 4, PATIENCE)
+        assert gone.isdisjoint(endpoints(project))
+    assert failures == []
+
+
 def test_load_profile_compares_two_placements(project: Project) -> None:
     """Both routers get the same requests, and the tables of the demo show the ranks of the same engines."""
     project("--profile", "load", "build", "load", seconds=400)  # the existing image may be of an earlier source
@@ -284,7 +352,8 @@ def test_observe_profile_reads_all_that_the_dashboard_shows(project: Project, mi
     wait_for(is_healthy(project, "prometheus"), PATIENCE)
     project.execute("prometheus", "promtool", "check", "config", "/etc/prometheus/prometheus.yml")
     api = f"http://127.0.0.1:{project.ports['PROMETHEUS_PORT']}/api/v1"
-    expected = {("dp-extproc", "dp-extproc"), ("envoy", "envoy"), *(("engines", name) for name in (*PREFILL, *DECODE))}
+    engines = {("engines", f"{project.address(name)}:30000") for name in (*PREFILL, *DECODE)}
+    expected = {("dp-extproc", "dp-extproc"), ("envoy", "envoy"), *engines}
 
     def targets() -> set[tuple[str, str]]:
         active = httpx.get(f"{api}/targets").raise_for_status().json()["data"]["activeTargets"]

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from compose.docker_engine import Docker, NoEngineError, run
 
-_LABEL: Final = "com.docker.compose.project"
+_COMPOSE: Final = "com.docker.compose"
+_LABEL: Final = f"{_COMPOSE}.project"
 _FETCH: Final = "import sys, urllib.request as u; sys.stdout.buffer.write(u.urlopen(sys.argv[1]).read())"
 
 
@@ -49,11 +50,20 @@ class Project:
         argv = [*self.compose, "--project-name", self.name, *arguments]
         return run(argv, environment, check=check, seconds=seconds, cwd=self.directory)
 
-    def container(self, service: str) -> str:
-        """Return the id of a service's container, whether or not it runs."""
-        filters = (f"{_LABEL}={self.name}", f"com.docker.compose.service={service}", "com.docker.compose.oneoff=False")
+    def containers(self, service: str) -> dict[str, str]:
+        """Return the ids of a service's containers, by names such as ``decode-1``, whether or not they run."""
+        filters = (f"{_LABEL}={self.name}", f"{_COMPOSE}.service={service}", f"{_COMPOSE}.oneoff=False")
         labels = [word for each in filters for word in ("--filter", f"label={each}")]
-        (found,) = self.docker.lines("ps", "--all", "--quiet", *labels)
+        number = f'{{{{.ID}}}} {{{{.Label "{_COMPOSE}.container-number"}}}}'
+        found = [line.split() for line in self.docker.lines("ps", "--all", "--format", number, *labels)]
+        return {f"{service}-{number}": container for container, number in found}
+
+    def container(self, name: str) -> str:
+        """Return the id of the container of a service, or of one of its containers, such as ``decode-1``."""
+        service, _, number = name.rpartition("-")
+        if number.isdecimal():
+            return self.containers(service)[name]
+        (found,) = self.containers(name).values()
         return found
 
     def inspect(self, service: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ SERVICES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "docker-compose.yml
 ]
 ROUTERS = {"dp-extproc.yaml": "dp-extproc", "baseline.yaml": "dp-extproc-baseline"}
 CONFIGURATIONS = ROOT / "deploy/compose/dp-extproc"
-ENGINES = ("prefill-1", "prefill-2", "decode-1", "decode-2")
+ENGINES = ("prefill", "decode")
 
 
 def load_config(path: Path) -> Config:
@@ -48,10 +48,20 @@ def test_configuration_names_services_of_the_compose_file(file: str) -> None:
     (pool,) = config.pools
     assert pool.prefill is not None
     assert pool.decode is not None
-    urls = [endpoint.url for side in (pool.prefill, pool.decode) for endpoint in side.endpoints]
-    assert urls == [f"http://{engine}:30000" for engine in ENGINES]
+    assert [(each.name, each.port) for role in (pool.prefill, pool.decode) for each in role.dns] == [
+        (f"{engine}.", 30000) for engine in ENGINES
+    ]
     assert set(ENGINES) <= SERVICES.keys()
     assert all("--port 30000" in SERVICES[engine]["command"] for engine in ENGINES)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_removed_engine_has_time_to_end_its_requests(engine: str) -> None:
+    """Compose sends SIGTERM when it scales down. By default it kills the container 10 s later."""
+    service = SERVICES[engine]
+    assert "--drain" in service["command"]
+    assert int(service["stop_grace_period"].removesuffix("s")) >= 30
+    assert service["deploy"]["replicas"] == 2
 
 
 @pytest.mark.parametrize("file", ROUTERS)

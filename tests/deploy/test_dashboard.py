@@ -97,5 +97,5 @@ def test_prometheus_reads_every_target_by_name() -> None:
     assert found == {
         "dp-extproc": ("/metrics", ["dp-extproc", "dp-extproc-baseline"], 9090),
         "envoy": ("/stats/prometheus", ["envoy", "envoy-baseline"], 9901),
-        "engines": ("/metrics", ["prefill-1", "prefill-2", "decode-1", "decode-2"], 30000),
+        "engines": ("/metrics", ["prefill", "decode"], 30000),
     }

@@ -238,11 +238,11 @@ def test_address_is_kept_while_it_is_valid(monkeypatch: pytest.MonkeyPatch) -> N
     async def story() -> None:
         answers: list[str] = []
 
-        async def look_up(host: str, port: int, **more: object) -> list[Any]:
+        def look_up(host: str, port: int, **more: object) -> list[Any]:
             families = [socket.AF_INET6 if ":" in each else socket.AF_INET for each in answers]
             return [(family, 1, 6, "", (each, port)) for family, each in zip(families, answers, strict=True)]
 
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
         async with make_client() as client:
             engine = EngineClient(endpoint("http://engine.test:30000"), settings(), client)
             answers[:] = ["fd00::1", "10.0.0.1", "10.0.0.2"]

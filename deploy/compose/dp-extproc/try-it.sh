@@ -12,9 +12,13 @@ The load of every rank:
 The engines' own placement against dp-extproc, as tables:
   docker compose --profile load run --rm load
 
+One more decode engine, and one less again; it ends when its last request has ended:
+  docker compose up --detach --scale decode=3
+  docker compose up --detach --scale decode=2
+
 An engine fails and restarts:
-  docker compose kill decode-2
-  docker compose start decode-2
+  docker kill \$(docker compose ps --quiet decode | head -n 1)
+  docker compose start decode
 
 TEXT
 exec sleep infinity

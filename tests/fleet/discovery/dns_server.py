@@ -97,12 +97,12 @@ class _TcpServer(socketserver.ThreadingTCPServer):
 
 def _truncate(answer: dns.message.Message) -> None:
     """Leave records out until the answer fits in a packet. As of real servers, the rest is a valid message."""
-    for section in (answer.additional, answer.answer):
-        while section and len(answer.to_wire()) > UDP_BYTES:
-            answer.flags |= dns.flags.TC
-            last = section.pop()
-            if rest := list(last)[: len(last) // 2]:
-                section.append(dns.rrset.from_rdata_list(last.name, last.ttl, rest))
+    while len(answer.to_wire()) > UDP_BYTES:
+        answer.flags |= dns.flags.TC
+        answer.additional = []
+        last = answer.answer.pop()
+        if rest := list(last)[: len(last) // 2]:
+            answer.answer.append(dns.rrset.from_rdata_list(last.name, last.ttl, rest))
 
 
 @contextmanager

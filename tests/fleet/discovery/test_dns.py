@@ -9,43 +9,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvloop
 
 from dp_extproc.config.discovery import DnsSettings
 from dp_extproc.fleet.discovery.answers import Address, Answer
 from dp_extproc.fleet.discovery.dns import DnsSource, make_resolver, missing_library, pause_after
-from dp_extproc.fleet.discovery.dns_resolver import DnsResolver
-from dp_extproc.fleet.discovery.source import Member, Source, SourceListener
-from dp_extproc.fleet.discovery.system_resolver import SystemResolver
+from dp_extproc.fleet.discovery.dns_look_up import look_up_by_dns
+from dp_extproc.fleet.discovery.look_up_thread import LookUpThread
+from dp_extproc.fleet.discovery.source import Member
+from dp_extproc.fleet.discovery.system_look_up import look_up_by_system
 from fleet.discovery.dns_server import DnsServer, dns_server
+from patience import wait_for
+from source_reports import Reports, reports_of
 
-DEADLINE = 20.0
+SECONDS = 20.0
 NAME = "decode.test"
 SRV = f"_http._tcp.{NAME}"
-
-
-@dataclass
-class Recorder(SourceListener):
-    """Keeps what a source reports."""
-
-    snapshots: list[list[str]] = field(default_factory=list)
-    """The sorted addresses of each snapshot."""
-    members: tuple[Member, ...] = ()
-    failures: list[str] = field(default_factory=list)
-
-    def snapshot(self, members: tuple[Member, ...]) -> None:
-        self.members = members
-        self.snapshots.append(sorted(each.url.removeprefix("http://") for each in members))
-
-    def failed(self, message: str) -> None:
-        self.failures.append(message)
 
 
 @pytest.fixture
@@ -61,59 +45,34 @@ def settings(server: DnsServer | None = None, name: str = NAME, **more: object) 
     return DnsSettings.model_validate(keys | more)
 
 
-def run(story: Coroutine[Any, Any, None]) -> None:
-    """Run a story in the event loop of the service, with a bound on all of it."""
-    uvloop.run(asyncio.wait_for(story, 2 * DEADLINE))
+def addresses_in(members: Iterable[Member]) -> list[str]:
+    return sorted(each.url.removeprefix("http://") for each in members)
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(DEADLINE):
-        while not condition():  # noqa: ASYNC110 - what is waited for sets no event
-            await asyncio.sleep(0.005)
-
-
-@asynccontextmanager
-async def reports_of(source: Source) -> AsyncIterator[Recorder]:
-    """Run a source, which must end by nothing but its cancellation."""
-    recorder = Recorder()
-    task = asyncio.create_task(source.run(recorder))
-    try:
-        yield recorder
-        assert not task.done()
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-
-
-async def next_snapshot(recorder: Recorder) -> list[str]:
+def next_addresses(got: Reports) -> list[str]:
     """Wait for a snapshot of a look-up that begins from now on."""
-    seen = len(recorder.snapshots)
-    await until(lambda: len(recorder.snapshots) >= seen + 2)
-    return recorder.snapshots[-1]
+    seen = len(got.snapshots)
+    wait_for(lambda: len(got.snapshots) >= seen + 2, SECONDS)
+    return addresses_in(got.snapshots[-1])
 
 
 def test_source_follows_addresses_that_come_and_go(server: DnsServer) -> None:
     """A snapshot has every address, in whatever order, and an empty one is no failure."""
-
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(server, group="blue"))) as got:
-            for addresses in (["10.0.0.1", "10.0.0.2"], ["10.0.0.4", "10.0.0.2", "10.0.0.3", "10.0.0.1"], ["10.0.0.3"]):
-                server.set(NAME, "A", *addresses)
-                assert await next_snapshot(got) == sorted(f"{each}:30000" for each in addresses)
-                before = got.members
-                server.set(NAME, "A", *reversed(addresses))
-                await next_snapshot(got)
-                assert got.members == before
-            (member,) = got.members
-            assert (member.host, member.port, member.group) == ("10.0.0.3", 30000, "blue")
-            server.set(NAME, "A")
-            assert await next_snapshot(got) == []
-            server.remove(NAME)
-            assert await next_snapshot(got) == []
-            assert got.failures == []
-
-    run(story())
+    with reports_of(DnsSource(settings(server, group="blue"))) as got:
+        for addresses in (["10.0.0.1", "10.0.0.2"], ["10.0.0.4", "10.0.0.2", "10.0.0.3", "10.0.0.1"], ["10.0.0.3"]):
+            server.set(NAME, "A", *addresses)
+            assert next_addresses(got) == sorted(f"{each}:30000" for each in addresses)
+            before = got.snapshots[-1]
+            server.set(NAME, "A", *reversed(addresses))
+            next_addresses(got)
+            assert got.snapshots[-1] == before
+        (member,) = got.snapshots[-1]
+        assert (member.host, member.port, member.group) == ("10.0.0.3", 30000, "blue")
+        server.set(NAME, "A")
+        assert next_addresses(got) == []
+        server.remove(NAME)
+        assert next_addresses(got) == []
+        assert got.failures == []
 
 
 @pytest.mark.parametrize("fault", ["SERVFAIL", "REFUSED", "NOTIMP", "garbage", "silent"])
@@ -121,59 +80,45 @@ def test_source_reports_a_failure_when_the_server_gives_no_answer(server: DnsSer
     """The addresses are unknown then, which is not the same as none. Afterwards the source recovers."""
     server.set(NAME, "A", "10.0.0.1")
     server.fault = fault
-
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(server), seconds=0.2)) as got:
-            await until(lambda: len(got.failures) >= 2)
-            assert got.snapshots == []
-            assert NAME in got.failures[0] or "lifetime expired" in got.failures[0]
-            server.fault = ""
-            await until(lambda: got.snapshots)
-            assert got.snapshots[0] == ["10.0.0.1:30000"]
-
-    run(story())
+    with reports_of(DnsSource(settings(server), seconds=0.2)) as got:
+        wait_for(lambda: len(got.failures) >= 2, SECONDS)
+        assert got.snapshots == []
+        assert NAME in got.failures[0]
+        server.fault = ""
+        wait_for(lambda: got.snapshots, SECONDS)
+        assert addresses_in(got.snapshots[0]) == ["10.0.0.1:30000"]
 
 
 def test_source_reports_a_failure_when_no_server_is_there(server: DnsServer) -> None:
     """A closed port refuses at once, over UDP by ICMP."""
     nowhere = settings(nameserver="127.0.0.1:9")
-
-    async def story() -> None:
-        async with reports_of(DnsSource(nowhere, seconds=0.2)) as got:
-            await until(lambda: got.failures)
-
-    run(story())
+    with reports_of(DnsSource(nowhere, seconds=0.2)) as got:
+        wait_for(lambda: got.failures, SECONDS)
 
 
 def test_source_asks_again_over_tcp_when_the_answer_is_truncated(server: DnsServer) -> None:
     """A truncated answer has some of the addresses, and the others would seem to be gone."""
     addresses = [f"10.0.{number // 250}.{number % 250 + 1}" for number in range(500)]
     server.set(NAME, "A", *addresses)
-
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(server))) as got:
-            await next_snapshot(got)
-            assert {tuple(each) for each in got.snapshots} == {tuple(sorted(f"{each}:30000" for each in addresses))}
-            assert {transport for transport, *_ in server.queries} == {"udp", "tcp"}
-
-    run(story())
+    with reports_of(DnsSource(settings(server))) as got:
+        next_addresses(got)
+        assert {frozenset(addresses_in(each)) for each in got.snapshots} == {
+            frozenset(f"{each}:30000" for each in addresses)
+        }
+        assert {transport for transport, *_ in server.queries} == {"udp", "tcp"}
 
 
 def test_source_lists_an_engine_with_addresses_of_both_families_once(server: DnsServer) -> None:
     """IPv4 is preferred. IPv6 addresses are taken where there are no others, and have brackets in URLs."""
     server.set(NAME, "A", "10.0.0.1")
     server.set(NAME, "AAAA", "fd00::1", "fd00::2")
-
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(server))) as got:
-            assert await next_snapshot(got) == ["10.0.0.1:30000"]
-            server.set(NAME, "A")
-            assert await next_snapshot(got) == ["[fd00::1]:30000", "[fd00::2]:30000"]
-            assert {each.host for each in got.members} == {"fd00::1", "fd00::2"}
-            server.fault = "SERVFAIL"
-            await until(lambda: got.failures)
-
-    run(story())
+    with reports_of(DnsSource(settings(server))) as got:
+        assert next_addresses(got) == ["10.0.0.1:30000"]
+        server.set(NAME, "A")
+        assert next_addresses(got) == ["[fd00::1]:30000", "[fd00::2]:30000"]
+        assert {each.host for each in got.snapshots[-1]} == {"fd00::1", "fd00::2"}
+        server.fault = "SERVFAIL"
+        wait_for(lambda: got.failures, SECONDS)
 
 
 @pytest.mark.parametrize("given", [0, 1, 3], ids=["none", "some", "all"])
@@ -186,27 +131,23 @@ def test_source_reads_srv_records_with_and_without_additional_records(server: Dn
     server.set(f"d-0.{NAME}", "AAAA", "fd00::1")
     server.set(f"d-1.{NAME}", "A", "10.0.0.2", ttl=7)
     server.set(f"d-2.{NAME}", "AAAA", "fd00::3")
+    answer = asyncio.run(make_resolver(settings(server, SRV)).look_up())
+    assert sorted(answer.addresses) == [
+        Address("10.0.0.1", 30001, f"d-0.{NAME}"),
+        Address("10.0.0.1", 30002, f"d-0.{NAME}"),
+        Address("10.0.0.2", 30001, f"d-1.{NAME}"),
+        Address("fd00::3", 30003, f"d-2.{NAME}"),
+    ]
+    assert answer.ttl == 7
+    asked = {name for _, name, kind in server.queries if kind != "SRV"}
+    assert asked == {f"d-{number}.{NAME}" for number in range(given, 3)}
 
-    async def story() -> None:
-        answer = await make_resolver(settings(server, SRV)).look_up()
-        assert sorted(answer.addresses) == [
-            Address("10.0.0.1", 30001, f"d-0.{NAME}"),
-            Address("10.0.0.1", 30002, f"d-0.{NAME}"),
-            Address("10.0.0.2", 30001, f"d-1.{NAME}"),
-            Address("fd00::3", 30003, f"d-2.{NAME}"),
-        ]
-        assert answer.ttl == 7
-        asked = {name for _, name, kind in server.queries if kind != "SRV"}
-        assert asked == {f"d-{number}.{NAME}" for number in range(given, 3)}
-
-        async with reports_of(DnsSource(settings(server, SRV))) as got:
-            assert await next_snapshot(got) == [
-                "10.0.0.1:30001", "10.0.0.1:30002", "10.0.0.2:30001", "[fd00::3]:30003",
-            ]  # fmt: skip
-            server.remove(SRV)
-            assert await next_snapshot(got) == []
-
-    run(story())
+    with reports_of(DnsSource(settings(server, SRV))) as got:
+        assert next_addresses(got) == [
+            "10.0.0.1:30001", "10.0.0.1:30002", "10.0.0.2:30001", "[fd00::3]:30003",
+        ]  # fmt: skip
+        server.remove(SRV)
+        assert next_addresses(got) == []
 
 
 def test_source_reports_a_failure_when_a_target_of_many_is_unknown(server: DnsServer) -> None:
@@ -214,20 +155,16 @@ def test_source_reports_a_failure_when_a_target_of_many_is_unknown(server: DnsSe
     server.set(SRV, "SRV", *(f"0 0 30000 d-{number}.{NAME}." for number in range(40)))
     for number in range(40):
         server.set(f"d-{number}.{NAME}", "A", f"10.0.0.{number + 1}")
-
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(server, SRV))) as got:
-            assert len(await next_snapshot(got)) == 40
-            server.faulty, server.fault = f"d-17.{NAME}", "SERVFAIL"
-            await until(lambda: got.failures)
-            assert {len(each) for each in got.snapshots} == {40}
-            assert f"d-17.{NAME}" in got.failures[0]
-            # A target that does not exist is gone.
-            server.fault = ""
-            server.remove(f"d-17.{NAME}")
-            assert len(await next_snapshot(got)) == 39
-
-    run(story())
+    with reports_of(DnsSource(settings(server, SRV))) as got:
+        assert len(next_addresses(got)) == 40
+        server.faulty, server.fault = f"d-17.{NAME}", "SERVFAIL"
+        wait_for(lambda: got.failures, SECONDS)
+        assert {len(each) for each in got.snapshots} == {40}
+        assert f"d-17.{NAME}" in got.failures[0]
+        # A target that does not exist is gone.
+        server.fault = ""
+        server.remove(f"d-17.{NAME}")
+        assert len(next_addresses(got)) == 39
 
 
 def test_resolver_follows_aliases_and_gives_the_shortest_ttl(server: DnsServer) -> None:
@@ -235,11 +172,7 @@ def test_resolver_follows_aliases_and_gives_the_shortest_ttl(server: DnsServer) 
     server.set(NAME, "CNAME", "a.test.", ttl=300)
     server.set("a.test", "CNAME", "b.test.", ttl=4)
     server.set("b.test", "A", "10.0.0.1", ttl=60)
-
-    async def story() -> None:
-        assert await make_resolver(settings(server)).look_up() == Answer((Address("10.0.0.1", 30000),), 4)
-
-    run(story())
+    assert asyncio.run(make_resolver(settings(server)).look_up()) == Answer((Address("10.0.0.1", 30000),), 4)
 
 
 @pytest.mark.parametrize(
@@ -254,15 +187,11 @@ def test_next_look_up_follows_the_ttl_within_bounds(ttl: float | None, interval:
 def test_source_waits_for_the_ttl_between_two_look_ups(server: DnsServer) -> None:
     """Otherwise it would send a query all the time, or see changes late."""
     server.set(NAME, "A", "10.0.0.1", ttl=1)
-
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(server, interval=None))) as got:
-            await until(lambda: got.snapshots)
-            started = time.monotonic()
-            await until(lambda: len(got.snapshots) == 2)
-            assert time.monotonic() - started > 0.9
-
-    run(story())
+    with reports_of(DnsSource(settings(server, interval=None))) as got:
+        wait_for(lambda: got.snapshots, SECONDS)
+        started = time.monotonic()
+        wait_for(lambda: len(got.snapshots) == 2, SECONDS)
+        assert time.monotonic() - started > 0.9
 
 
 def test_local_names_have_precedence_over_dns(server: DnsServer, tmp_path: Path) -> None:
@@ -272,26 +201,19 @@ def test_local_names_have_precedence_over_dns(server: DnsServer, tmp_path: Path)
         f"127.0.0.9 localhost # {NAME}\n10.9.0.1 x {NAME.upper()}\nfd00::9 {NAME}\n10.9.0.2\t{NAME} y\n\n#"
     )
 
-    async def story() -> None:
-        found = await DnsResolver(settings(name=f"{NAME}."), 1, names).look_up()
-        assert found == Answer((Address("10.9.0.1", 30000), Address("10.9.0.2", 30000)))
-        server.set(NAME, "A", "10.0.0.1")
-        found = await DnsResolver(settings(server), 1, names).look_up()  # the DNS server is configured
-        assert [each.host for each in found.addresses] == ["10.0.0.1"]
-
-    run(story())
+    found = look_up_by_dns(settings(name=f"{NAME}."), 1, names)
+    assert found == Answer((Address("10.9.0.1", 30000), Address("10.9.0.2", 30000)))
+    server.set(NAME, "A", "10.0.0.1")
+    found = look_up_by_dns(settings(server), 1, names)  # the DNS server is configured
+    assert [each.host for each in found.addresses] == ["10.0.0.1"]
 
 
 @pytest.mark.parametrize("literal", ["10.0.0.7", "fd00::7", "[fd00::7]"])
 def test_an_address_in_place_of_a_name_is_one_member(literal: str) -> None:
     """A variable of a template may hold either."""
-
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(name=literal))) as got:
-            bare = literal.strip("[]")
-            assert await next_snapshot(got) == [f"[{bare}]:30000" if ":" in bare else f"{bare}:30000"]
-
-    run(story())
+    with reports_of(DnsSource(settings(name=literal))) as got:
+        bare = literal.strip("[]")
+        assert next_addresses(got) == [f"[{bare}]:30000" if ":" in bare else f"{bare}:30000"]
 
 
 class Fixed:
@@ -307,26 +229,18 @@ class Fixed:
 @pytest.mark.parametrize("count", [4096, 4097])
 def test_source_refuses_an_endless_answer(count: int) -> None:
     """The service would connect to each of the addresses."""
-
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(), Fixed(count))) as got:
-            await until(lambda: got.snapshots or got.failures)
-            assert [len(each) for each in got.snapshots[:1]] == ([4096] if count == 4096 else [])
-            assert bool(got.failures) == (count > 4096)
-
-    run(story())
+    with reports_of(DnsSource(settings(), Fixed(count))) as got:
+        wait_for(lambda: got.snapshots or got.failures, SECONDS)
+        assert [len(each) for each in got.snapshots[:1]] == ([4096] if count == 4096 else [])
+        assert bool(got.failures) == (count > 4096)
 
 
-# --- the built-in resolver ---
+# --- without dnspython ---
 
 
-def test_system_resolver_reads_local_names() -> None:
+def test_look_up_by_system_reads_local_names() -> None:
     """It gives what other programs of this machine see."""
-
-    async def story() -> None:
-        assert await SystemResolver("localhost", 30000).look_up() == Answer((Address("127.0.0.1", 30000),))
-
-    run(story())
+    assert set(look_up_by_system("localhost", 30000).addresses) == {Address("127.0.0.1", 30000)}
 
 
 def answer_of(*addresses: str) -> list[tuple[Any, ...]]:
@@ -350,7 +264,9 @@ def answer_of(*addresses: str) -> list[tuple[Any, ...]]:
         (UnicodeError("label too long"), None),
     ],
 )
-def test_system_resolver_distinguishes_no_address_from_a_failure(outcome: Any, expected: list[str] | None) -> None:
+def test_look_up_by_system_distinguishes_no_address_from_a_failure(
+    outcome: Any, expected: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only a look-up that worked may empty a role."""
 
     def get(*_: object, **__: object) -> list[tuple[Any, ...]]:
@@ -359,34 +275,32 @@ def test_system_resolver_distinguishes_no_address_from_a_failure(outcome: Any, e
         found: list[tuple[Any, ...]] = outcome
         return found
 
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(), SystemResolver(NAME, 30000, get))) as got:
-            await until(lambda: got.snapshots or got.failures)
-            assert got.snapshots[:1] == ([] if expected is None else [expected])
-            assert bool(got.failures) == (expected is None)
+    monkeypatch.setattr(socket, "getaddrinfo", get)
+    by_system = LookUpThread(NAME, partial(look_up_by_system, NAME, 30000))
+    with reports_of(DnsSource(settings(), by_system)) as got:
+        wait_for(lambda: got.snapshots or got.failures, SECONDS)
+        assert [addresses_in(each) for each in got.snapshots[:1]] == ([] if expected is None else [expected])
+        assert bool(got.failures) == (expected is None)
 
-    run(story())
 
-
-def test_system_resolver_keeps_one_call_that_hangs_and_takes_its_late_result() -> None:
+def test_source_keeps_one_call_that_hangs_and_takes_its_late_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls must not pile up, and the source reports the failure meanwhile."""
     calls, end = [], threading.Event()
 
     def get(*_: object, **__: object) -> list[tuple[Any, ...]]:
         calls.append(threading.current_thread())
-        end.wait(DEADLINE)
+        end.wait(SECONDS)
         return answer_of("10.0.0.1")
 
-    async def story() -> None:
-        async with reports_of(DnsSource(settings(), SystemResolver(NAME, 30000, get), seconds=0.01)) as got:
-            await until(lambda: len(got.failures) >= 3)
-            assert NAME in got.failures[0]
-            assert len(calls) == 1
-            end.set()
-            await until(lambda: got.snapshots)
-            assert got.snapshots[0] == ["10.0.0.1:30000"]
-
-    run(story())
+    monkeypatch.setattr(socket, "getaddrinfo", get)
+    by_system = LookUpThread(NAME, partial(look_up_by_system, NAME, 30000))
+    with reports_of(DnsSource(settings(), by_system, seconds=0.01)) as got:
+        wait_for(lambda: len(got.failures) >= 3, SECONDS)
+        assert NAME in got.failures[0]
+        assert len(calls) == 1
+        end.set()
+        wait_for(lambda: got.snapshots, SECONDS)
+        assert addresses_in(got.snapshots[0]) == ["10.0.0.1:30000"]
     assert calls[0].daemon
 
 
@@ -394,53 +308,49 @@ def test_process_ends_while_a_look_up_hangs() -> None:
     """A thread pool would wait for the call."""
     code = """
 import asyncio, time, uvloop
-from dp_extproc.fleet.discovery.system_resolver import SystemResolver
+from dp_extproc.fleet.discovery.look_up_thread import LookUpThread
 
 async def story():
     with __import__("contextlib").suppress(TimeoutError):
         async with asyncio.timeout(0.05):
-            await SystemResolver("x", 1, lambda *a, **k: time.sleep(1000)).look_up()
+            await LookUpThread("x", lambda: time.sleep(1000)).look_up()
 
 uvloop.run(story())
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=DEADLINE)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=SECONDS)
 
 
-# --- both resolvers, with the configuration of the system ---
+# --- both look-ups, with the configuration of the system ---
 
 IN_OWN_NAMESPACES = ("unshare", "--map-root-user", "--net", "--mount")
 """Port 53, and an own ``/etc/resolv.conf``."""
 RESOLV_CONF = "nameserver 127.0.0.1\nsearch llm.test\noptions timeout:1 attempts:1\n"
 SCRIPT = """
-import asyncio, json, sys, uvloop
+import json
 from dp_extproc.config.discovery import DnsSettings
-from dp_extproc.fleet.discovery.answers import LookUpError
-from dp_extproc.fleet.discovery.dns_resolver import DnsResolver
-from dp_extproc.fleet.discovery.system_resolver import SystemResolver
+from dp_extproc.fleet.discovery.dns_look_up import look_up_by_dns
+from dp_extproc.fleet.discovery.system_look_up import look_up_by_system
 from fleet.discovery.dns_server import dns_server
 
-async def look_up(name):
-    for resolver in (SystemResolver(name, 1), DnsResolver(DnsSettings(name=name, port=1), 2)):
+def look_up(name):
+    for call in (lambda: look_up_by_system(name, 1), lambda: look_up_by_dns(DnsSettings(name=name, port=1), 2)):
         try:
-            yield len((await resolver.look_up()).addresses)
-        except LookUpError as error:
+            yield len(call().addresses)
+        except Exception as error:
             yield "failure"
 
-async def story():
-    with dns_server(53) as server:
-        server.set("decode.llm.test", "A", *(f"10.0.0.{i}" for i in range(200)))
-        server.set("decode.llm.test", "AAAA", "fd00::1")
-        server.set("empty.llm.test", "TXT", "x")
-        server.set("broken.llm.test", "A", "10.0.0.1")
-        server.fault, server.faulty = "SERVFAIL", "broken"
-        names = ("decode", "decode.llm.test", "decode.llm.test.", "decode.", "empty.llm.test.", "broken.llm.test.")
-        return {name: [each async for each in look_up(name)] for name in names}
-
-print(json.dumps(uvloop.run(story())))
+with dns_server(53) as server:
+    server.set("decode.llm.test", "A", *(f"10.0.0.{i}" for i in range(200)))
+    server.set("decode.llm.test", "AAAA", "fd00::1")
+    server.set("empty.llm.test", "TXT", "x")
+    server.set("broken.llm.test", "A", "10.0.0.1")
+    server.fault, server.faulty = "SERVFAIL", "broken"
+    names = ("decode", "decode.llm.test", "decode.llm.test.", "decode.", "empty.llm.test.", "broken.llm.test.")
+    print(json.dumps({name: list(look_up(name)) for name in names}))
 """
 
 
-def test_both_resolvers_obey_the_configuration_of_the_system(tmp_path: Path) -> None:
+def test_both_look_ups_obey_the_configuration_of_the_system(tmp_path: Path) -> None:
     """The result must not depend on what is installed: search domains, an absolute name, TCP, no address, a failure."""
     if subprocess.run([*IN_OWN_NAMESPACES, "true"], check=False, capture_output=True).returncode:
         pytest.skip("LEFT OUT: this user may not make network and mount namespaces")
@@ -470,6 +380,8 @@ def test_missing_library_names_the_extra(server: DnsServer, monkeypatch: pytest.
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "dns" else find(name))
     assert missing_library(settings()) is None
-    assert isinstance(make_resolver(settings()), SystemResolver)
+    monkeypatch.setitem(sys.modules, look_up_by_dns.__module__, None)
+    found = asyncio.run(make_resolver(settings(name="localhost")).look_up())
+    assert [each.host for each in found.addresses][:1] == ["127.0.0.1"]
     for each, key in ((settings(name=SRV), "type: srv"), (settings(server), "nameserver")):
         assert missing_library(each) == f"{key} needs the library dnspython: pip install 'dp-extproc[dns]'"

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from dp_extproc.cli import main
+from dp_extproc.fleet.discovery.answers import Address, Answer
+from dp_extproc.lab.demo.load_command import each_engine
 from dp_extproc.lab.testbed.engine import EngineProcess
 from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from dp_extproc.lab.testbed.ports import free_port
@@ -117,3 +119,22 @@ def test_load_refuses_a_router_without_name_and_url(text: str, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         main(["load", "--router", text])
     assert "NAME=URL" in capsys.readouterr().err
+
+
+def look_up(name: str, port: int) -> Answer:
+    """Give the name ``many`` two addresses, ``one`` one, and no other any."""
+    addresses = {"many": ("fd00::2", "fd00::1"), "one": ("10.0.0.1",)}
+    if name not in addresses:
+        raise OSError(name)
+    return Answer(tuple(Address(each, port) for each in addresses[name]))
+
+
+def test_load_watches_every_engine_behind_a_name() -> None:
+    """A service of docker compose has one name for all its containers."""
+    given = [("prefill", "http://many:30000"), ("decode 1", "http://one:30001"), ("decode 2", "http://none:30002")]
+    assert list(each_engine(given, look_up)) == [
+        ("prefill 1", "http://[fd00::1]:30000"),
+        ("prefill 2", "http://[fd00::2]:30000"),
+        ("decode 1", "http://one:30001"),
+        ("decode 2", "http://none:30002"),
+    ]

@@ -104,3 +104,29 @@ def test_engine_stops_at_once_with_open_requests(number: signal.Signals) -> None
 
             assert engine.stop(number) == 0
         assert "Traceback" not in engine.log()
+
+
+def test_engine_with_drain_serves_until_its_last_request_has_ended() -> None:
+    """Like SGLang it is not ready from SIGTERM on, and takes further requests."""
+    with EngineProcess("unified", 1, "--drain", "0.2") as engine, loopback.client() as client:
+        body = {"text": "x", "sampling_params": {"max_new_tokens": 60}}
+        with client.stream("POST", f"{engine.url}/generate", json=body | {"stream": True}) as response:
+            assert response.status_code == 200
+            assert client.get(f"{engine.url}/ready").status_code == 200
+            engine.send_signal(signal.SIGTERM)
+            wait_for(lambda: client.get(f"{engine.url}/ready").status_code == 503)
+            assert client.get(f"{engine.url}/health").status_code == 503
+            body["sampling_params"] = {"max_new_tokens": 1}
+            assert client.post(f"{engine.url}/generate", json=body).status_code == 200
+            assert "[DONE]" in response.read().decode()
+        wait_for(lambda: not engine.is_running)
+        assert engine.stop() == 0
+        assert "Traceback" not in engine.log()
+
+
+def test_second_signal_ends_an_engine_that_drains() -> None:
+    """An operator who does not want to wait repeats the signal."""
+    with EngineProcess("unified", 1, "--drain", "600") as engine:
+        engine.send_signal(signal.SIGTERM)
+        wait_for(lambda: loopback.CLIENT.get(f"{engine.url}/ready").status_code == 503)
+        assert engine.stop() == 0

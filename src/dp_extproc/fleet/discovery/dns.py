@@ -4,13 +4,15 @@ import asyncio
 import importlib.util
 import ipaddress
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from dp_extproc.config.discovery import DnsRecords, DnsSettings
 from dp_extproc.engines.model import SourceKind, in_url
 from dp_extproc.fleet.discovery.answers import Address, Answer, LookUpError, Resolver
+from dp_extproc.fleet.discovery.look_up_thread import LookUpThread
 from dp_extproc.fleet.discovery.source import Member, SourceListener
-from dp_extproc.fleet.discovery.system_resolver import SystemResolver
+from dp_extproc.fleet.discovery.system_look_up import look_up_by_system
 
 QUERY_SECONDS: Final = 5.0
 """Limit of one query to all DNS servers, in seconds. ``getaddrinfo`` waits as long for one of them."""
@@ -39,11 +41,15 @@ def make_resolver(settings: DnsSettings, seconds: float = QUERY_SECONDS) -> Reso
     with suppress(ValueError):
         return _Literal(str(ipaddress.ip_address(settings.name)), settings.port or 0)
     if not _has_dnspython() and not _needs_dnspython(settings):
-        return SystemResolver(settings.name, settings.port or 0)
-    # dnspython takes a tenth of a second to import, and belongs to an extra.
-    from dp_extproc.fleet.discovery.dns_resolver import DnsResolver  # noqa: PLC0415
+        return LookUpThread(settings.name, partial(look_up_by_system, settings.name, settings.port or 0))
 
-    return DnsResolver(settings, seconds)
+    def look_up() -> Answer:
+        # dnspython takes a tenth of a second to import, and belongs to an extra.
+        from dp_extproc.fleet.discovery.dns_look_up import look_up_by_dns  # noqa: PLC0415
+
+        return look_up_by_dns(settings, seconds)
+
+    return LookUpThread(settings.name, look_up)
 
 
 class DnsSource:

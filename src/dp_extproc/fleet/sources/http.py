@@ -2,8 +2,8 @@
 
 import asyncio
 import ipaddress
-import socket
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 import httpx
@@ -13,6 +13,9 @@ from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.engines.listener import FailureKind
 from dp_extproc.engines.model import Endpoint, in_url
 from dp_extproc.engines.pages import ABSENT, FACTS_PATIENCE, ReaderError
+from dp_extproc.fleet.discovery.answers import LookUpError
+from dp_extproc.fleet.discovery.look_up_thread import LookUpThread
+from dp_extproc.fleet.discovery.system_look_up import look_up_by_system
 
 KEEPALIVE_SECONDS: Final = 4.0
 """Seconds that an idle connection is kept. They must be fewer than uvicorn's 5 (``timeout_keep_alive``): otherwise
@@ -54,6 +57,7 @@ class EngineClient:
             (b"accept-encoding", b"identity"),
         )
         self._credentials = credentials
+        self._name = LookUpThread(endpoint.host, partial(look_up_by_system, endpoint.host, endpoint.port))
 
     async def resolve(self) -> str:
         """Look up the address of the engine. IPv4 is preferred, and the present address is kept while it is valid."""
@@ -109,13 +113,12 @@ class EngineClient:
             return in_url(str(ipaddress.ip_address(host)))
         try:
             async with asyncio.timeout(self._settings.timeout * FACTS_PATIENCE):
-                found = await asyncio.get_running_loop().getaddrinfo(host, self.endpoint.port, type=socket.SOCK_STREAM)
+                found = await self._name.look_up()
         except TimeoutError:
             raise ReaderError(FailureKind.UNRESOLVABLE, f"{host} was not resolved in time") from None
-        except (OSError, UnicodeError) as error:
-            raise ReaderError(FailureKind.UNRESOLVABLE, f"{host} cannot be resolved: {error}") from None
-        found.sort(key=lambda each: each[0] != socket.AF_INET)
-        addresses = [in_url(str(each[4][0])) for each in found]
+        except LookUpError as error:
+            raise ReaderError(FailureKind.UNRESOLVABLE, str(error)) from None
+        addresses = [in_url(each.host) for each in found.addresses]
         if not addresses:
             raise ReaderError(FailureKind.UNRESOLVABLE, f"{host} has no address")
         present = self.address.rpartition(":")[0]

@@ -1,7 +1,7 @@
 """Run ``dp-extproc load``: send the demo's requests through routers that run already, and print the same tables."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Final
@@ -9,6 +9,9 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
+from dp_extproc.engines.model import in_url
+from dp_extproc.fleet.discovery.answers import Answer
+from dp_extproc.fleet.discovery.system_look_up import look_up_by_system
 from dp_extproc.lab.demo.interrupts import Interrupts
 from dp_extproc.lab.demo.options import add_traffic, end_help_with_missing_parts, run_command
 
@@ -34,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--engine", action="append", type=_named, default=[], metavar="NAME=URL", dest="engines",
-        help="an engine whose ranks are watched; its name begins with prefill or decode, such as 'prefill 1'",
+        help="an engine whose ranks are watched; its name begins with prefill or decode, such as 'prefill 1'. "
+        "All engines behind a host name with several addresses are watched, and numbered",
     )  # fmt: skip
     add("--model", default="any", metavar="NAME", help="to name in the requests (default: %(default)s)")
     add_traffic(parser, requests=_REQUESTS, concurrency=_CONCURRENCY)
@@ -52,10 +56,28 @@ def _measure(args: argparse.Namespace, console: Console, interrupts: Interrupts)
     from dp_extproc.lab.demo.report import About, print_report  # noqa: PLC0415
 
     jobs = make_jobs(args.requests, args.seed)
-    engines = dict(args.engines)
+    engines = dict(each_engine(args.engines))
     contenders = [Contender(name, _at(url)) for name, url in args.routers]
     runs = Contest(contenders, engines, Load(jobs, args.concurrency, args.model), console, interrupts).hold()
     print_report(console, runs, About(jobs, list(engines), is_all_here=False, remedy=_REMEDY))
+
+
+def each_engine(
+    engines: Iterable[_Named], look_up: Callable[[str, int], Answer] = look_up_by_system
+) -> Iterator[_Named]:
+    """Number the engines behind a host name with several addresses, and look up each name once."""
+    for name, url in engines:
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            found = look_up(parts.hostname or "", port)
+        except (OSError, UnicodeError):  # shown as an engine that gives no samples
+            found = Answer()
+        if len(found.addresses) < 2:
+            yield name, url
+            continue
+        for number, each in enumerate(sorted(found.addresses), 1):
+            yield f"{name} {number}", f"{parts.scheme}://{in_url(each.host)}:{port}{parts.path}"
 
 
 def _at(url: str) -> Callable[[], AbstractContextManager[str]]:

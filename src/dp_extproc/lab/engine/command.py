@@ -58,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--disaggregation-transfer-backend", default=default.transfer_backend, metavar="NAME", help="moves KV caches")
     add("--disable-radix-cache", action="store_true", help="compute every prompt from its beginning")
     add("--enable-cache-report", action="store_true", help="report cached tokens in the usage of an answer")
+    add(
+        "--drain",
+        type=float,
+        metavar="SECONDS",
+        help="serve so long after SIGTERM, not ready, then until no request runs",
+    )
     add("--time-scale", type=float, default=1.0, metavar="FACTOR", help="of every duration: 0.1 is ten times faster")
     timeouts = parser.add_argument_group("SGLang's timeouts, in seconds before --time-scale")
     _add_fields(timeouts, Timeouts, "timeout")
@@ -83,15 +89,17 @@ def run(args: argparse.Namespace) -> int:
 async def _serve(settings: Settings) -> int:
     server = Server(settings)
     loop = asyncio.get_running_loop()
-    stopped = asyncio.Event()
+    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
+        loop.add_signal_handler(number, signals.put_nowait, number)
     async with server.engine.running():
         for listener in reversed(server.listeners.values()):  # the API port last: an engine that answers is complete
             await listener.open()
         sys.stdout.write(_ready_line(settings))
         sys.stdout.flush()
-        await stopped.wait()
+        if await signals.get() is signal.SIGTERM and settings.drain is not None:
+            drained = asyncio.ensure_future(server.drain(settings.drain))
+            await asyncio.wait((drained, asyncio.ensure_future(signals.get())), return_when=asyncio.FIRST_COMPLETED)
         await asyncio.gather(*(listener.close() for listener in server.listeners.values()))
     return 0
 
@@ -145,6 +153,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         transfer_backend=args.disaggregation_transfer_backend,
         disable_radix_cache=args.disable_radix_cache,
         enable_cache_report=args.enable_cache_report,
+        drain=args.drain,
         time_scale=args.time_scale,
         timeouts=Timeouts(**_values(args, Timeouts, "timeout")),
         costs=Costs(**_values(args, Costs, "cost")),

@@ -78,6 +78,8 @@ class Settings:
     transfer_backend: str = "mooncake"
     disable_radix_cache: bool = False
     enable_cache_report: bool = False
+    drain: float | None = None
+    """Seconds after SIGTERM before the engine ends as soon as no request runs; None: it ends immediately."""
     time_scale: float = 1.0
     timeouts: Timeouts = field(default_factory=Timeouts)
     costs: Costs = field(default_factory=Costs)

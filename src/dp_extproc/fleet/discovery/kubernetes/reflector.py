@@ -98,6 +98,8 @@ class Reflector:
         self._failing = False
         self._faults = 0
         """Number of faults since the last steady watch."""
+        self._has_expired = False
+        """Whether a version has expired since then."""
         self._problems: tuple[str, ...] = ()
 
     async def run(self, connect: Callable[[], AbstractAsyncContextManager[Connection]]) -> None:
@@ -112,7 +114,10 @@ class Reflector:
             except ApiError as fault:
                 if fault.expired:
                     self._version = ""
-                await self._pause(str(fault), fault.retry_after, quiet=fault.quiet)
+                if fault.expired and not self._has_expired:
+                    self._has_expired = True  # the API server answers, so the list need not wait
+                else:
+                    await self._pause(str(fault), fault.retry_after, quiet=fault.quiet)
             except AccessError as error:
                 await self._pause(str(error))
 
@@ -132,7 +137,7 @@ class Reflector:
         self._report()
 
     async def _watch(self, connection: Connection) -> None:
-        started = self._clock()
+        opened: float | None = None
         parameters = {
             "watch": "1",
             "allowWatchBookmarks": "true",
@@ -142,15 +147,16 @@ class Reflector:
         try:
             async with aclosing(connection.events(parameters)) as batches:
                 async for events in batches:
+                    opened = self._clock() if opened is None else opened
                     changed = False
                     for event in events:
                         changed |= self._apply(event)
                     if changed or self._failing:
                         self._report()
         finally:
-            steady = self._clock() - started >= self._timing.steady
+            steady = opened is not None and self._clock() - opened >= self._timing.steady
             if steady:
-                self._faults = 0
+                self._faults, self._has_expired = 0, False
         if not steady:
             raise ApiError("the watch ended at once; check what answers in place of the API server", quiet=True)
 

@@ -1,5 +1,6 @@
 """Serve the HTTP of the stand-in engine: its API, its pages, and those under ``/debug`` for tests."""
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -49,6 +50,8 @@ _FROM_ANYWHERE: Final = Middleware(
 """CORS as in ``http_server.py``; ``vary: Origin`` comes from it."""
 _OPEN_TO_ALL: Final = ("/health", "/ready", "/metrics", "/debug")
 """Prefixes without authentication (``utils/auth.py``), and those of the stand-in."""
+_DRAIN_POLL: Final = 0.1
+"""Seconds between two looks whether the last request has ended."""
 _NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 
@@ -72,6 +75,17 @@ class Server:
         if settings.debug_port is not None:
             self.listeners["debug"] = Listener(Starlette(routes=self._debug()), settings.host, settings.debug_port)
         self._metrics = metrics.Metrics(self.engine)
+        self._is_draining = False
+
+    async def drain(self, seconds: float) -> None:
+        """Report that the engine is not ready. Return after this time, once no request runs.
+
+        SGLang (``sigterm_watchdog``) does the same. It still takes requests, and looks every 5 seconds if any runs.
+        """
+        self._is_draining = True
+        await asyncio.sleep(seconds)
+        while self.journal.is_busy:  # noqa: ASYNC110 - as SGLang does
+            await asyncio.sleep(_DRAIN_POLL)
 
     def app(self) -> ASGIApp:
         """Build the application of the API port."""
@@ -94,7 +108,7 @@ class Server:
             routes.append(Route("/server_info", self._page("server_info", self._server_info)))
             routes.append(Route("/model_info", self._page("model_info", self._model_info)))
         if release.has_ready:
-            routes.append(Route("/ready", pages.ready))
+            routes.append(Route("/ready", self._ready))
         if release.has_loads:
             routes.append(Route("/v1/loads", self._page("loads", self._loads)))
         if release.has_get_load:
@@ -110,7 +124,7 @@ class Server:
             Route("/v1/models", self._page("models", self._models)),
             Route("/version", self._page("server_info", self._vllm_version)),
             Route("/metrics", self._page("metrics", self._vllm_metrics)),
-            Route("/health", pages.ready),
+            Route("/health", self._ready),
             *self._debug(),
         ]
         app = Starlette(routes=routes, exception_handlers={HTTPException: _detail})
@@ -181,7 +195,12 @@ class Server:
     async def _model_info(self, _: Request) -> Response:
         return errors.json_response(pages.model_info(self.settings))
 
+    async def _ready(self, _: Request) -> Response:
+        return pages.ready(is_draining=self._is_draining)
+
     async def _health(self, request: Request) -> Response:
+        if self._is_draining:
+            return pages.ready(is_draining=True)
         return await pages.health(request, self.engine)
 
     async def _loads(self, request: Request) -> Response:

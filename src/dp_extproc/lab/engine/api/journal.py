@@ -167,6 +167,11 @@ class Journal:
         self._kept = 0
 
     @property
+    def is_busy(self) -> bool:
+        """Whether a request is not answered in full yet."""
+        return any(not record.is_over for record in self._records)
+
+    @property
     def count(self) -> int:
         """Return the number of the last request that has arrived, whether or not it is still here."""
         return self._count

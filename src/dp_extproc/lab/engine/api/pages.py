@@ -138,6 +138,6 @@ async def health(_: Request, engine: Engine) -> Response:
     return Response(status_code=503)
 
 
-async def ready(_: Request) -> Response:
-    """Answer at once: the engine has started."""
-    return PlainTextResponse("")
+def ready(*, is_draining: bool) -> Response:
+    """Answer at once: the engine has started, and does not shut down."""
+    return PlainTextResponse("", 503 if is_draining else 200)
