@@ -21,6 +21,8 @@ NO_VARIABLES: Final[Mapping[str, str]] = MappingProxyType({})
 
 _WORD_TAGS: Final = frozenset({"tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"})
 """YAML's types of a key that is a text, or that merges another mapping (``<<``)."""
+_OF_KEY: Final = "[key]"
+"""Stands in pydantic's paths behind a key of a mapping if the key itself is wrong, not its value."""
 _short: Final = reprlib.Repr()
 """Shortens wrong values in messages."""
 _short.maxstring = _short.maxlong = _short.maxother = 80
@@ -126,12 +128,13 @@ def _is_redundant(detail: ErrorDetails, details: Sequence[ErrorDetails]) -> bool
     if detail["type"] == "too_short":
         loc = detail["loc"]
         return any(other["loc"][: len(loc)] == loc and other is not detail for other in details)
-    return detail["type"] == "invalid_key"
+    return detail["type"] == "invalid_key" or (detail["type"] == "string_type" and detail["loc"][-1] == _OF_KEY)
 
 
 def _problem(detail: ErrorDetails, root: yaml.Node | None) -> Problem:
-    node = _locate(root, detail["loc"])
-    return Problem(node.start_mark.line + 1 if node else None, spell(detail["loc"]), _explain(detail))
+    loc = tuple(part for part in detail["loc"] if part != _OF_KEY)
+    node = _locate(root, loc)
+    return Problem(node.start_mark.line + 1 if node else None, spell(loc), _explain(detail))
 
 
 def _locate(root: yaml.Node | None, loc: Key) -> yaml.Node | None:

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from dp_extproc.config.discovery import DnsSettings, FileSettings, Group, KubernetesSettings, OneOrMore
+from dp_extproc.config.groups import GroupSettings
 from dp_extproc.config.listen import MAX_PORT
 from dp_extproc.config.problems import Key
 from dp_extproc.config.section import Host, JsonSchema, Section, is_given, or_short, text_like
@@ -185,6 +186,7 @@ class PoolConfig(Section):
     engine: EngineKind = Field(default=EngineKind.AUTO, strict=False)
     routing_fields: RoutingFields = Field(default=RoutingFields.BODY, strict=False)
     policy: PolicySettings = PolicySettings()
+    groups: GroupSettings = GroupSettings()
     api_key: ApiKeySource | None = None
     """The key with which the engines were started (``--api-key``); None if there is none."""
 

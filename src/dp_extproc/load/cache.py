@@ -77,6 +77,10 @@ class LoadCache:
         self._matches: dict[str, tuple[Match, ...]] = {}
         self._is_indexed = True
         """Whether :attr:`_by_role` and :attr:`_matches` are up to date."""
+        self.grouped = _grouped(self.endpoints)
+        """The pools with an endpoint that has a revision group."""
+        self.indexings = 0
+        """Grows with each change after which :attr:`matches` or :meth:`known` may return others."""
         self._pages: Counter[tuple[str, Role]] = Counter()
         """Load pages since the endpoints of a pool and role were last compared."""
 
@@ -110,6 +114,7 @@ class LoadCache:
         An endpoint that is left out gets no request, and drains. *pools* names pools that may have no endpoint.
         """
         self.endpoints = tuple(endpoints)
+        self.grouped = _grouped(self.endpoints)
         self.stale_after = stale_after
         names = _pool_names(self.endpoints, pools)
         drained, self._draining = self.draining, []
@@ -182,6 +187,7 @@ class LoadCache:
     def _reindex(self) -> None:
         """Index before the next use. So the cost of hundreds of endpoints that are discovered at once is linear."""
         self._change()
+        self.indexings += 1
         self._is_indexed = False
 
     def _index(self) -> None:
@@ -292,3 +298,7 @@ def _identity(endpoint: Endpoint) -> _Identity:
 
 def _pool_names(endpoints: Iterable[Endpoint], pools: Iterable[str]) -> frozenset[str]:
     return frozenset(pools) | {endpoint.pool for endpoint in endpoints}
+
+
+def _grouped(endpoints: Iterable[Endpoint]) -> frozenset[str]:
+    return frozenset(endpoint.pool for endpoint in endpoints if endpoint.group is not None)

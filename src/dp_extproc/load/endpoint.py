@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from dp_extproc.config.reliability import OutlierDetectionSettings
 from dp_extproc.engines.capabilities import Capabilities
+from dp_extproc.engines.compatibility import PairingKey, pairing_key
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, RankSample, Role
 from dp_extproc.estimators.decode_pace import compare
 from dp_extproc.estimators.prompt_rate import PromptRate
@@ -139,6 +140,14 @@ class EndpointLoad:
     @property
     def role(self) -> Role:
         return self.configured.role
+
+    @property
+    def group(self) -> str | None:
+        return self.configured.group
+
+    @property
+    def pairing_key(self) -> PairingKey:
+        return pairing_key(self.facts, self.configured.group)
 
     @property
     def tokens(self) -> float:

@@ -22,6 +22,7 @@ def describe_loads(loads: LoadCache, now: float) -> dict[str, Any]:
                 "url": endpoint.url,
                 "pool": endpoint.pool,
                 "role": endpoint.role.value,
+                "group": endpoint.group,
                 "failure": _describe_failure(loads.failures.get(endpoint.url)),
                 **_describe_endpoint(loads.by_url.get(endpoint.url), loads.stale_after, now),
             }

@@ -28,6 +28,7 @@ from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import StepCosts
 from dp_extproc.load.in_flight import NO_LISTENER, nothing
 from dp_extproc.load.records import NO_WORK
+from dp_extproc.observability.groups import GroupMetrics, Weights, describe_excluded_pairs, describe_groups
 from dp_extproc.observability.loads_page import describe_loads, describe_signals, describe_sync
 from dp_extproc.observability.log import EngineLog
 from dp_extproc.observability.metrics import AutoscalingMetrics, SyncMetrics, Telemetry
@@ -114,6 +115,7 @@ class Components:
             sees_first_events=config.supervision.mode is Supervise.FIRST_EVENT,
             credentials=self._credentials,
         )
+        self.telemetry.add(GroupMetrics(self._loads, self._weights, lambda: self._scheduler.group_requests))
         self._replica: Replica | None = None
         if config.sync is not None:
             self._replica = join(config.sync, outbox, self._scheduler.tracker.open_peer, clock=clock)
@@ -159,8 +161,16 @@ class Components:
     async def loads(self) -> dict[str, Any]:
         sync = None if self._replica is None else describe_sync(self._replica.status())
         now = self._clock()
-        signals = describe_signals(self._autoscaling.signals(now))
-        return {**describe_loads(self._loads, now), "autoscaling": signals, "sync": sync}
+        return {
+            **describe_loads(self._loads, now),
+            "groups": describe_groups(self._loads, self._weights()),
+            "excluded_pairs": describe_excluded_pairs(self._loads),
+            "autoscaling": describe_signals(self._autoscaling.signals(now)),
+            "sync": sync,
+        }
+
+    def _weights(self) -> Weights:
+        return {pool.name: pool.groups.weights for pool in self.config.pools}
 
     def apply(self, config: Config) -> None:
         """Apply another configuration, which differs in no setting that needs a restart (see :mod:`.reload`)."""

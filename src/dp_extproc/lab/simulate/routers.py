@@ -194,7 +194,10 @@ class _Replica:
         fleet = simulation.fleet
         sizes = {Role.PREFILL: fleet.prefill, Role.DECODE: fleet.decode}
         self.endpoints = {
-            role: [Endpoint(f"http://{role}-{index}:1", "", 1, _POOL, role) for index in range(count)]
+            role: [
+                Endpoint(f"http://{role}-{index}:1", "", 1, _POOL, role, group=fleet.group_of(role, index))
+                for index in range(count)
+            ]
             for role, count in sizes.items()
         }
         costs = fleet.costs
@@ -220,9 +223,7 @@ class _Replica:
     def place(self, number: int, text_bytes: int, prefix: Prefix, now: float) -> tuple[Placement, PlacementRecord]:
         tokens = self.fleet.ratios[_POOL].estimate(Prompt(text_bytes, 0, None))
         cost = RequestCost(tokens, prefix=prefix, text_bytes=text_bytes)
-        prefills = self._filters.capable(_POOL, Role.PREFILL, Api.CHAT, now)
-        decodes = self._filters.capable(_POOL, Role.DECODE, Api.CHAT, now)
-        targets = self._picker.pick(Pairing(prefills, decodes), cost, now)
+        targets = self._picker.pick(self._pairing(now), cost, now)
         prefill, decode = targets.prefill, targets.decode
         assert prefill is not None  # noqa: S101 - the pool is disaggregated
         self.attempts[number] = self._tracker.open(prefill, decode, cost, now)
@@ -243,6 +244,13 @@ class _Replica:
             prefill.cached,
         )
         return placement, record
+
+    def _pairing(self, now: float) -> Pairing:
+        prefills = self._filters.capable(_POOL, Role.PREFILL, Api.CHAT, now)
+        decodes = self._filters.capable(_POOL, Role.DECODE, Api.CHAT, now)
+        matches = self.fleet.matches.get(_POOL, ())
+        of = {prefill: match for match in matches for prefill in match.prefills}
+        return Pairing(prefills, decodes, of or None)
 
     def open_peer(self, number: int, record: PlacementRecord, now: float) -> None:
         """Open the reservations of a peer's attempt."""
