@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Final, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from dp_extproc.config.discovery import Group
 from dp_extproc.config.section import Section
@@ -23,7 +23,19 @@ def _share(value: object) -> object:
     raise ValueError("write a share of the requests from 0% to 100%, such as 5% or 0.05")
 
 
-Share = Annotated[float, BeforeValidator(_share), Field(ge=0, le=1)]
+Share = Annotated[
+    float,
+    BeforeValidator(_share),
+    Field(ge=0, le=1),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": 0, "maximum": 1},
+                {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)? ?%$"},
+            ]
+        }
+    ),
+]
 """A share of the requests; in the file ``5%`` or ``0.05``."""
 
 
