@@ -14,15 +14,13 @@ from dp_extproc.lab.testbed.engine import EngineProcess
 from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from e2e.stack import FAST
-from e2e.steady import SteadyLoad, steady_load
+from e2e.steady_load import LATE, Departures, SteadyLoad, steady_load
 from interop.kubernetes.fleet import SLICES, Pod, create_service
 from interop.kubernetes.source_cases import Rig
 from patience import wait_for
 
 ROLES = ("prefill", "decode")
 _PATIENCE = 60.0
-_AFTER = 1.0
-"""Seconds after the event from which on an engine that terminates gets no new request."""
 
 
 @dataclass(slots=True)
@@ -70,30 +68,30 @@ def rolling_replacement(rig: Rig) -> None:
         service.wait_until_ready()
         began = time.monotonic()
         with steady_load(envoy.url) as load:
-            late = {}
+            departures = Departures()
             for old, new in zip(*replicas, strict=True):
                 new.start()
                 wait_for(lambda url=new.engine.url: url in _fresh(service), _PATIENCE)  # type: ignore[misc]
-                late[old.pod.name] = _replace(old, load)
+                _replace(old, load, departures)
             rig.report.add(
                 "rolling replacement of all engines",
-                f"{load.sent} requests in {time.monotonic() - began:.0f} s, failed: {load.failed or 0}; new requests "
-                f"of each old engine later than {_AFTER:.0f} s after its event: {late}",
-                good=not load.failed and not any(late.values()),
+                f"{load.sent} requests in {time.monotonic() - began:.0f} s, failed: {_failed(load)}; requests that the "
+                f"{departures.count} old engines got later than {LATE:.0f} s after the event: {len(departures.late)}",
+                good=not _failed(load) and not departures.late,
             )
             rig.cluster.kill_api()
             before = load.sent
-            load.goes_on(300)
+            load.go_on(10)
             kept = _fresh(service)
             rig.cluster.start_api()
             replicas[1][-1].pod.terminate()
             wait_for(lambda: replicas[1][-1].engine.url not in _fresh(service), _PATIENCE)
-            load.goes_on(30)
+            load.go_on()
             rig.report.add(
                 "API server killed under load",
-                f"{load.sent - before} requests, failed: {load.failed or 0}; {len(kept)} endpoints kept meanwhile; "
+                f"{load.sent - before} requests, failed: {_failed(load)}; {len(kept)} endpoints kept meanwhile; "
                 "afterwards a terminating pod was left",
-                good=not load.failed and len(kept) == 4,
+                good=not _failed(load) and len(kept) == 4,
             )
         print(*(line for line in service.log().splitlines() if "qwen-" in line), sep="\n", flush=True)
 
@@ -110,20 +108,21 @@ def _ready_endpoints(rig: Rig, role: str) -> int:
     return sum(each["conditions"]["ready"] for item in slices["items"] for each in item["endpoints"] or ())
 
 
-def _replace(old: Replica, load: SteadyLoad) -> int:
-    """End one engine as a rollout does, and count the requests that it got too late."""
-    event = time.monotonic()
+def _replace(old: Replica, load: SteadyLoad, departures: Departures) -> None:
+    """End one engine as a rollout does."""
+    departures.left(old.engine)
     old.pod.terminate()
-    wait_for(lambda: time.monotonic() > event + _AFTER)
-    count = len(old.engine.requests())
-    load.goes_on(30)
+    load.go_on(LATE + 1)
     wait_for(old.is_idle, _PATIENCE)
-    late = len(old.engine.requests()) - count
+    departures.keep([old.engine])
     old.engine.stop()
     old.pod.report(old.address, ready=False)
     old.pod.remove()
-    load.goes_on(15)
-    return late
+    load.go_on()
+
+
+def _failed(load: SteadyLoad) -> int:
+    return sum(count for result, count in load.results.items() if result != "ok")
 
 
 def _fresh(service: ServiceProcess) -> set[str]:
@@ -135,8 +134,8 @@ def _check(rig: Rig, config: dict[str, object]) -> None:
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     argv = [sys.executable, "-m", "dp_extproc", "check", "--config", str(path)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=_PATIENCE)
-    found = len(re.findall(r"http://10\.77\.5\.", done.stdout))
+    found = len(set(re.findall(r"http://10\.77\.5\.\d+", done.stdout)))
     rig.report.add(
-        "check", f"exit status {done.returncode}, {found} endpoints", good=done.returncode == 0 and found >= 4
+        "check", f"exit status {done.returncode}, {found} endpoints", good=done.returncode == 0 and found == 4
     )
     print(done.stdout + done.stderr, flush=True)

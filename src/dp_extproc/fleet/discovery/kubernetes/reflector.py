@@ -28,8 +28,8 @@ from dp_extproc.fleet.discovery.source import SourceListener
 
 _PAGE_OBJECTS: Final = 250
 """Objects of one page of a list: a page of pods is decoded in a few milliseconds."""
-_TURN: Final = 50
-"""Objects that are read before other tasks get their turn."""
+_TURN: Final = 100
+"""Objects and members that are read before other tasks get their turn. That takes 1 to 5 ms."""
 _SHOWN_PROBLEMS: Final = 3
 
 _log = logging.getLogger(__name__)
@@ -125,11 +125,14 @@ class Reflector:
         parts: dict[str, Part] = {}
         first = {"resourceVersion": ""} if self._listed else {"resourceVersion": "0", "limit": f"{_PAGE_OBJECTS}"}
         page = await connection.page(first)
+        read = 0
         while True:
-            for index, text in enumerate(page.items or ()):
-                if index % _TURN == _TURN - 1:
+            for text in page.items or ():
+                part = parts[self._meta(text).name] = self._part(text)
+                read += 1 + len(part.members)
+                if read >= _TURN:
+                    read = 0
                     await asyncio.sleep(0)
-                parts[self._meta(text).name] = self._part(text)
             if not page.metadata.more:
                 break
             page = await connection.page({"limit": f"{_PAGE_OBJECTS}", "continue": page.metadata.more})
