@@ -11,8 +11,11 @@ TESTS_AT_A_TIME ?= 2
 SGLVENV ?= $(HOME)/.cache/dp-extproc/sglang-venv
 SGLRUN ?= $(HOME)/.cache/dp-extproc/sglang-run
 
-.PHONY: setup test quickstart-test compose-test check format manifests demo faults soak interop bench balance simulated \
-  stream-end clean
+# Kubernetes' own API server, etcd and helm, for kubernetes-run.
+KUBE_BIN ?= $(HOME)/.cache/dp-extproc/kubernetes/bin
+
+.PHONY: setup test quickstart-test compose-test check format manifests demo faults soak interop kubernetes-run bench \
+  balance simulated autoscaling stream-end clean
 
 setup: .venv/ready
 
@@ -46,8 +49,10 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The plain manifests, after a change of the Helm chart. Needs helm: interop/kubernetes/build.sh helm builds it with Go.
-manifests:
+# What is made from the configuration and from the Helm chart: the schema of its values, and the plain manifests. Needs
+# helm, which interop/kubernetes/build.sh helm builds with Go.
+manifests: setup
+	$(BIN)/python deploy/helm/config_schema.py
 	deploy/manifests/render.sh
 
 # Both placements on a fleet of stand-in engines: make demo ARGS="--time-scale 6", or KEEP=1 to leave it running
@@ -67,6 +72,11 @@ interop: setup
 	SGLVENV=$(SGLVENV) SGLRUN=$(SGLRUN) interop/setup.sh
 	$(BIN)/python -m interop --venv $(SGLVENV) --run $(SGLRUN) $(ARGS)
 
+# Discovery against Kubernetes' own API server, which interop/kubernetes/build.sh builds: 4 minutes. It needs openssl,
+# unshare and ip.
+kubernetes-run: setup
+	PYTHONPATH=tests $(BIN)/python -m interop.kubernetes --programs $(KUBE_BIN) $(ARGS)
+
 # What a request costs in the service, against an empty ext_proc server.
 bench: setup
 	$(BIN)/python bench/ext_proc_cost.py
@@ -78,6 +88,10 @@ balance: .venv/bench-ready
 # Every simulation of docs/scheduling.md, its tables and plots.
 simulated: .venv/bench-ready
 	bench/simulated.sh
+
+# What HPA makes of several signals on a load ramp, as in docs/autoscaling.md: some minutes.
+autoscaling: setup
+	$(BIN)/python -m bench.autoscaling $(ARGS)
 
 # The filter that ends truncated streams, after a change of it. Needs clang with lld (Debian: clang, lld).
 stream-end: src/dp_extproc/envoy_config/stream_end.wasm

@@ -99,7 +99,7 @@ def count_sampled() -> set[str]:
         urls.add(endpoint.url)
         note(cache, endpoint, page, started, now)
 
-    LoadCache.sampled = sampled  # type: ignore[method-assign]
+    setattr(LoadCache, "sampled", sampled)  # noqa: B010 - a method is no variable to mypy
     return urls
 
 
@@ -137,31 +137,30 @@ async def measure(path: Path, endpoints: int, seconds: float) -> None:
             while len(sampled) < count:  # noqa: ASYNC110 - it is only measured
                 await asyncio.sleep(_POLL)
 
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(work()) for work in parts.tasks().values()]
-        await seen(2)
-        sys.stdout.write("go\n")
-        sys.stdout.flush()
-        await loop.run_in_executor(None, sys.stdin.readline)
-        before = await loop.run_in_executor(None, path.read_text)
-        changed = await loop.run_in_executor(None, parse_config, before)
-        tasks.append(group.create_task(beats.run()))
-        began = time.perf_counter()
-        if changed != config:
-            parts.apply(changed)
-        await seen(endpoints)
-        joined = time.perf_counter() - began
-        joining = beats.take()
-        beats.take()
-        cpu, began = time.process_time(), time.perf_counter()
-        await asyncio.sleep(seconds)
-        share = (time.process_time() - cpu) / (time.perf_counter() - began)
-        steady = beats.take()
-        result = {"joined": joined, "joining": joining, "cpu": share, "steady": steady, "rss": resident_bytes()}
-        sys.stdout.write(json.dumps(result) + "\n")
-        sys.stdout.flush()
-        for task in tasks:
-            task.cancel()
+    tasks = [asyncio.ensure_future(work()) for work in parts.tasks().values()]
+    await seen(2)
+    sys.stdout.write("go\n")
+    sys.stdout.flush()
+    await loop.run_in_executor(None, sys.stdin.readline)
+    before = await loop.run_in_executor(None, path.read_text)
+    changed = await loop.run_in_executor(None, parse_config, before)
+    tasks.append(asyncio.ensure_future(beats.run()))
+    began = time.perf_counter()
+    if changed != config:
+        parts.apply(changed)
+    await seen(endpoints)
+    joined = time.perf_counter() - began
+    joining = beats.take()
+    cpu, began = time.process_time(), time.perf_counter()
+    await asyncio.sleep(seconds)
+    share = (time.process_time() - cpu) / (time.perf_counter() - began)
+    steady = beats.take()
+    result = {"joined": joined, "joining": joining, "cpu": share, "steady": steady, "rss": resident_bytes()}
+    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.flush()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 # --- the sources ---

@@ -33,7 +33,7 @@ _PASSED_ON = re.compile(r"(?:PIP_|SSL_CERT_|REQUESTS_CA_BUNDLE$|https?_proxy$|no
 _INSTALLING = 300.0
 """Seconds; the installation takes half a minute, and the rest depends on the package index."""
 _STARTING = 60.0
-COMMANDS = ("serve", "check", "envoy-config", "engine", "demo", "load", "simulate")
+COMMANDS = ("serve", "check", "envoy-config", "init", "schema", "engine", "demo", "load", "simulate")
 
 
 @pytest.fixture

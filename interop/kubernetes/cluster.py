@@ -1,5 +1,6 @@
 """Runs Kubernetes' own API server, etcd and the controller of EndpointSlices, with data in a temporary directory."""
 
+import base64
 import json
 import subprocess
 import time
@@ -14,6 +15,8 @@ import httpx
 from dp_extproc.lab.testbed.ports import free_ports
 
 ADMIN_TOKEN = "admin-of-the-run"  # noqa: S105 - of an API server on loopback that lives for minutes
+ADDRESS = "10.77.0.1"
+"""Address of the API server that it writes into its own Service. It may not be one of loopback."""
 _START_SECONDS = 120.0
 _STOP_SECONDS = 30.0
 
@@ -24,9 +27,9 @@ class Cluster:
     def __init__(self, programs: Path, directory: Path) -> None:
         self.directory = directory
         self._programs = programs
-        self._etcd_port, peer_port, self.port, controller_port = free_ports(4)
+        etcd_port, peer_port, self.port, controller_port = free_ports(4)
         self.url = f"https://127.0.0.1:{self.port}"
-        self._etcd_url = f"http://127.0.0.1:{self._etcd_port}"
+        self._etcd_url = f"http://127.0.0.1:{etcd_port}"
         self._peer_url = f"http://127.0.0.1:{peer_port}"
         self._controller_port = controller_port
         self._stack = ExitStack()
@@ -87,6 +90,7 @@ class Cluster:
             f"--etcd-servers={self._etcd_url}",
             f"--cert-dir={self.directory / 'certs'}",
             "--bind-address=127.0.0.1",
+            f"--advertise-address={ADDRESS}",
             f"--secure-port={self.port}",
             f"--token-auth-file={self.directory / 'tokens.csv'}",
             "--authorization-mode=RBAC",
@@ -101,7 +105,8 @@ class Cluster:
         deadline = time.monotonic() + _START_SECONDS
         while not self._is_ready():
             if self._api.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"kube-apiserver is not ready; {self.directory / 'kube-apiserver.log'}")
+                log = (self.directory / "kube-apiserver.log").read_text(encoding="utf-8", errors="replace")
+                raise RuntimeError(f"kube-apiserver is not ready; {log[-2000:]}")
             time.sleep(0.2)
 
     def stop_api(self) -> None:
@@ -123,6 +128,13 @@ class Cluster:
         answer.raise_for_status()
         return revision
 
+    def remove_from_etcd(self, key: str) -> int:
+        """Delete keys with this prefix behind the back of the API server, and return how many there were."""
+        first = base64.b64encode(key.encode()).decode()
+        end = base64.b64encode(key[:-1].encode() + bytes([ord(key[-1]) + 1])).decode()
+        answer = self._etcd_client.post("/v3/kv/deleterange", json={"key": first, "range_end": end})
+        return int(answer.raise_for_status().json().get("deleted", 0))
+
     def request(self, method: str, path: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Send one request of the administrator, and return the answer."""
         kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
@@ -133,23 +145,35 @@ class Cluster:
         found: dict[str, Any] = answer.json()
         return found
 
-    def apply(self, manifest: Mapping[str, Any], path: str) -> dict[str, Any]:
-        """Create or replace one object by server-side apply; *path* is that of its kind."""
+    def path_of(self, manifest: Mapping[str, Any]) -> str | None:
+        """Return the path of an object; None if the API server does not have its kind."""
+        version = manifest["apiVersion"]
+        base = f"/apis/{version}" if "/" in version else f"/api/{version}"
+        answer = self.client.get(base)
+        kinds = answer.json()["resources"] if answer.is_success else ()
+        plural = next((each["name"] for each in kinds if each["kind"] == manifest["kind"]), None)
+        meta = manifest["metadata"]
+        return plural and f"{base}/namespaces/{meta['namespace']}/{plural}/{meta['name']}"
+
+    def apply(self, manifest: Mapping[str, Any], *, dry_run: bool = False) -> None:
+        """Create or replace one object by server-side apply, or only let the API server check it."""
+        path = self.path_of(manifest)
+        assert path is not None, manifest
         answer = self.client.patch(
-            f"{path}/{manifest['metadata']['name']}",
-            params={"fieldManager": "run", "force": "true"},
+            path,
+            params={"fieldManager": "run", "force": "true", "fieldValidation": "Strict"}
+            | ({"dryRun": "All"} if dry_run else {}),
             content=json.dumps(manifest),
             headers={"Content-Type": "application/apply-patch+yaml"},
         )
         if answer.is_error:
             raise RuntimeError(f"{path}: {answer.status_code} {answer.text}")
-        found: dict[str, Any] = answer.json()
-        return found
 
-    def token(self, namespace: str, account: str, seconds: int = 3600) -> str:
-        """Issue a bounded token of a service account; 600 seconds are the least that Kubernetes issues."""
+    def token(self, namespace: str, account: str, pod: dict[str, Any]) -> str:
+        """Issue a token as a kubelet mounts it: it is bound to a pod and not valid any more when the pod is gone."""
         path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token"
-        answer = self.request("POST", path, {"spec": {"expirationSeconds": seconds}})
+        bound = {"kind": "Pod", "apiVersion": "v1", "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"]}
+        answer = self.request("POST", path, {"spec": {"expirationSeconds": 3600, "boundObjectRef": bound}})
         issued: str = answer["status"]["token"]
         return issued
 

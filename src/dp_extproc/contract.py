@@ -71,6 +71,7 @@ METADATA_NAMESPACE: Final = "dp_extproc"
 
 META_MODEL: Final = "model"
 META_POOL: Final = "pool"
+META_GROUP: Final = "group"
 META_PREFILL_HOST: Final = "prefill_host"
 META_PREFILL_RANK: Final = "prefill_rank"
 META_DECODE_HOST: Final = "decode_host"

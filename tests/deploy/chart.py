@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -79,8 +80,19 @@ def service_configuration(objects: tuple[Object, ...]) -> str:
 
 
 def problems(item: Object, version: str) -> list[str]:
-    """Find where an object differs from its schema in a release of Kubernetes; unknown keys count too."""
-    return [f"{error.json_path}: {error.message}" for error in _validator(item, version).iter_errors(item)]
+    """Find where an object differs from its schema in a release of Kubernetes.
+
+    Unknown keys count too. So does null: these schemas allow it for each optional key, but custom resources do not.
+    """
+    found = [f"{error.json_path}: {error.message}" for error in _validator(item, version).iter_errors(item)]
+    return found + [f"{path}: is null" for path in _nulls(item, "$")]
+
+
+def _nulls(item: Any, path: str) -> Iterator[str]:
+    if item is None:
+        yield path
+    for key, value in item.items() if isinstance(item, dict) else enumerate(item) if isinstance(item, list) else ():
+        yield from _nulls(value, f"{path}.{key}")
 
 
 def _validator(item: Object, version: str) -> Draft202012Validator:

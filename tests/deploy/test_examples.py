@@ -1,12 +1,16 @@
 """The examples of engines are valid, and the chart's first values find them."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from deploy.chart import CHART, ROOT, VERSIONS, Object, parse, problems
+from deploy.chart import CHART, ROOT, VERSIONS, Object, parse, problems, service_configuration, template
+from dp_extproc.config import parse_config
 
+PAGE = (ROOT / "deploy/README.md").read_text(encoding="utf-8")
+VALUES = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 EXAMPLES = sorted((ROOT / "deploy/examples").glob("*.yaml"))
 
 
@@ -56,6 +60,16 @@ def test_services_of_examples_select_pods_with_their_ports(path: Path) -> None:
         assert [(ports[port["targetPort"]], port["name"]) for port in service["spec"]["ports"]] == [
             (port["port"], port["name"]) for port in service["spec"]["ports"]
         ]
+
+
+@pytest.mark.parametrize("values", VALUES, ids=range(len(VALUES)))
+def test_values_of_the_first_hour_are_rendered(values: str, tmp_path: Path) -> None:
+    """Each block of values on the page works on top of the first one, and the service accepts its configuration."""
+    path = tmp_path / "values.yaml"
+    path.write_text(values, encoding="utf-8")
+    done = template("--values", CHART / "ci/sidecar-values.yaml", "--values", path)
+    assert done.returncode == 0, done.stderr
+    assert parse_config(service_configuration(parse(done.stdout))).pools
 
 
 @pytest.mark.parametrize("name", ["stand-ins.yaml", "sglang.yaml"])

@@ -66,6 +66,12 @@ class HostedEngines:
         self.engines.append(HostedEngine(build(settings, kill=killed_by.append), port, bootstrap_port, killed_by))
         return self.engines[-1]
 
+    def close(self, engine: HostedEngine) -> None:
+        """Close the ports of one engine, as if its process had ended."""
+        assert self._loop is not None
+        for listener in engine.server.listeners.values():
+            asyncio.run_coroutine_threadsafe(listener.close(), self._loop).result(_START_SECONDS)
+
     def __enter__(self) -> Self:
         """Run the engines, and wait until all listen."""
         running: Future[None] = Future()

@@ -24,7 +24,7 @@ from typing import Any
 
 import httpx
 
-from dp_extproc.lab.testbed.engine import EngineProcess
+from e2e.stack import Remembers
 from patience import wait_for
 
 RATE = 30.0
@@ -105,21 +105,21 @@ def steady_load(url: str, rate: float = RATE) -> Iterator[SteadyLoad]:
 class Departures:
     """When engines left, and what they received after that."""
 
-    _left: list[tuple[EngineProcess, float]] = field(default_factory=list)
+    _left: list[tuple[Remembers, float]] = field(default_factory=list)
     late: list[dict[str, Any]] = field(default_factory=list)
     """Requests that an engine received more than a second after it left."""
     count: int = 0
 
-    def left(self, *engines: EngineProcess) -> None:
+    def left(self, *engines: Remembers) -> None:
         """Note that engines leave now."""
         self._left += [(engine, time.time()) for engine in engines]
         self.count += len(engines)
 
-    def returned(self, *engines: EngineProcess) -> None:
+    def returned(self, *engines: Remembers) -> None:
         """Note that engines are about to be listed again."""
         self.keep(engines)
 
-    def keep(self, engines: Sequence[EngineProcess]) -> None:
+    def keep(self, engines: Sequence[Remembers]) -> None:
         """Collect what engines have received late, before they return or are stopped."""
         for engine, moment in self._left:
             if engine in engines:

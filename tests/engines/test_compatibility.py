@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dp_extproc.engines.compatibility import difference, differences
-from dp_extproc.engines.model import EngineFacts, Mode, PairTerms
+from dp_extproc.engines.compatibility import PairingKey, difference, differences, pairing_key
+from dp_extproc.engines.model import Mode, PairTerms
 from dp_extproc.engines.sglang.server_info import read_server_info
 from engines.test_capabilities import facts
 
 RECORDED = Path(__file__).parent / "recorded"
 
 
-def side(mode: Mode, terms: PairTerms, version: str | None = "0.5.23") -> EngineFacts:
-    return replace(facts(version, mode), terms=terms)
+def side(mode: Mode, terms: PairTerms, version: str | None = "0.5.23", group: str | None = None) -> PairingKey:
+    return pairing_key(replace(facts(version, mode), terms=terms), group)
 
 
 def code(prefill: PairTerms, decode: PairTerms, version: str | None = "0.5.23") -> str | None:
@@ -102,6 +102,27 @@ def test_a_difference_names_both_values_and_the_remedy() -> None:
     assert found.remedy == "start both with the same --page-size"
 
 
+@pytest.mark.parametrize(
+    ("prefill", "decode", "expected"),
+    [
+        pytest.param(None, None, "page_size_differs", id="no groups"),
+        pytest.param("v1", None, "page_size_differs", id="one without a group"),
+        pytest.param("v1", "v1", "page_size_differs", id="one group"),
+        pytest.param("v1", "v2", "group_differs", id="two groups"),
+    ],
+)
+def test_groups_differ_before_settings_and_an_equal_group_excuses_none(
+    prefill: str | None, decode: str | None, expected: str
+) -> None:
+    """A label is no proof that two engines work together."""
+    found = difference(side(Mode.PREFILL, page(1), group=prefill), side(Mode.DECODE, page(2), group=decode))
+    equal = difference(side(Mode.PREFILL, page(1), group=prefill), side(Mode.DECODE, page(1), group=decode))
+
+    assert found is not None
+    assert found.code == expected
+    assert (equal is None) == (expected == "page_size_differs")
+
+
 def test_a_recorded_pair_has_no_difference() -> None:
     """These engines moved KV caches to each other; all their settings are read."""
     prefill, decode = (
@@ -109,7 +130,7 @@ def test_a_recorded_pair_has_no_difference() -> None:
         for side in ("prefill", "decode")
     )
 
-    assert difference(prefill, decode) is None
+    assert difference(pairing_key(prefill), pairing_key(decode)) is None
     assert (prefill.terms.page_size, prefill.terms.kv_cache_dtype) == (1, "auto")
     assert (prefill.terms.transfer_backend, prefill.terms.served_name) == ("mooncake", "tiny")
 

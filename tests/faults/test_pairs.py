@@ -35,8 +35,13 @@ class Fleet:
 
 
 @contextmanager
-def run_fleet(prefills: Sequence[Sequence[str]], decodes: Sequence[Sequence[str]], **sections: Any) -> Iterator[Fleet]:
-    """Run an engine of each role with each of these options, the service and Envoy."""
+def run_fleet(
+    prefills: Sequence[Sequence[str]], decodes: Sequence[Sequence[str]], *, has_pair: bool = True, **sections: Any
+) -> Iterator[Fleet]:
+    """Run an engine of each role with each of these options, the service and Envoy.
+
+    *has_pair* is whether any two engines can be paired: the service is ready only then.
+    """
     with ExitStack() as running:
         one = [EngineProcess("prefill", 2, "--dp-attention", *FAST, *options) for options in prefills]
         other = [EngineProcess("decode", 2, "--dp-attention", *FAST, *options) for options in decodes]
@@ -54,7 +59,11 @@ def run_fleet(prefills: Sequence[Sequence[str]], decodes: Sequence[Sequence[str]
         envoy = running.enter_context(EnvoyProcess(service.config))
         client = running.enter_context(loopback.client(envoy.url, timeout=20))
         service.wait_until_fresh()
-        service.wait_until_ready()
+        if has_pair:
+            service.wait_until_ready()
+        else:
+            wait_for(lambda: service.loads()["excluded_pairs"])
+            assert loopback.CLIENT.get(f"{service.admin_url}/readyz").status_code == 503
         yield Fleet(one, other, service, client)
 
 
@@ -88,7 +97,7 @@ def test_a_request_is_rejected_if_no_compatible_pair_is_left(
     prefill: Sequence[str], decode: Sequence[str], reason: str, body_mode: str
 ) -> None:
     """The 503 has both values and the remedy; no engine gets the request, and both survive."""
-    with run_fleet([prefill], [decode], envoy={"body_mode": body_mode}) as fleet:
+    with run_fleet([prefill], [decode], has_pair=False, envoy={"body_mode": body_mode}) as fleet:
         answers = [fleet.client.post(PATH, json={"messages": [{"role": "user", "content": "hi"}]}) for _ in range(3)]
         errors = [answer.json()["error"] for answer in answers]
 
@@ -124,7 +133,7 @@ def test_a_retry_uses_a_compatible_pair() -> None:
 
 def test_a_pair_is_used_when_a_restart_makes_it_compatible() -> None:
     """A decode engine that restarts with the right page size is used, and the log reports the end of the difference."""
-    with run_fleet([pages(1)], [pages(2)], load={"interval": "100ms"}) as fleet:
+    with run_fleet([pages(1)], [pages(2)], has_pair=False, load={"interval": "100ms"}) as fleet:
         before = ask(fleet.client, PATH, stream=False)
         (decode,) = fleet.decodes
         decode.stop()

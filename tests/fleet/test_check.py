@@ -292,3 +292,47 @@ def test_check_finds_engines_that_cannot_be_paired(tmp_path: Path) -> None:
             assert "page_size" not in out
 
     asyncio.run(story())
+
+
+def test_check_prints_what_can_be_paired_with_what(tmp_path: Path) -> None:
+    """There is a table if not all can. That groups differ is no problem of an engine that has a partner in its own."""
+
+    async def story() -> None:
+        async with AsyncExitStack() as running:
+            registry, *engines = [await running.enter_async_context(ScriptedEngine()) for _ in range(5)]
+            prefills, decodes = engines[:2], engines[2:]
+            for number in range(2):
+                prefills[number].pages = pages("prefill", page_size=1, disaggregation_bootstrap_port=registry.port)
+                decodes[number].pages = pages("decode", page_size=1 + number)
+
+            def config(second: str, decode: str) -> str:
+                prefill = f'{{url: "{prefills[0].url}", group: v1}}, {{url: "{prefills[1].url}", group: {second}}}'
+                others = f'{{url: "{decodes[0].url}", group: v1}}, {{url: "{decodes[1].url}", group: {decode}}}'
+                return (
+                    f"pools: [{{models: [m], prefill: {{endpoints: [{prefill}]}}, decode: {{endpoints: [{others}]}}}}]"
+                )
+
+            status, out, _ = await check(config("v1", "v2"), tmp_path)
+            lines = out.splitlines()
+            title = next(line for line in lines if line.startswith("pairs of m"))
+            row = next(line for line in lines if line.startswith(f"{prefills[0].url}, {prefills[1].url} "))
+
+            assert [row_of(each.url, out)[-1] for each in engines] == ["v1", "v1", "v1", "v2"]
+            assert title.split() == ["pairs", "of", "m", decodes[0].url, decodes[1].url]
+            assert row.rstrip().endswith("no: group v1, v2")
+            assert " yes " in row
+            assert status == 1
+            assert "group_differs: " + decodes[1].url in out
+
+            status, out, _ = await check(config("v2", "v2"), tmp_path)
+            assert status == 1
+            assert "page_size_differs: " in out
+            assert "no: page_size 1, 2" in out
+
+            decodes[1].pages = pages("decode", page_size=1)
+            status, out, _ = await check(config("v2", "v2"), tmp_path)
+            assert status == 0
+            assert "differs: " not in out
+            assert out.count("no: group") == 2
+
+    asyncio.run(story())

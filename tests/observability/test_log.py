@@ -129,6 +129,33 @@ def test_difference_ends_when_its_engine_is_removed(caplog: pytest.LogCaptureFix
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
+def test_group_is_logged_when_it_is_complete_and_when_it_is_no_longer(caplog: pytest.LogCaptureFixture) -> None:
+    """That groups cannot be paired with each other is intended, and no line of the log."""
+    caplog.set_level(logging.INFO)
+    log = PairLog(logging.getLogger("test"))
+    endpoints = {
+        (role, group): replace(endpoint(f"{role}-{group}", role), group=group)
+        for role in (Role.PREFILL, Role.DECODE)
+        for group in ("v1", "v2")
+    }
+    for (role, group), each in endpoints.items():
+        log.note(each, with_pages(int(group[1:]), role))
+    lines = ["pool m: group v1 is complete, so it gets requests", "pool m: group v2 is complete, so it gets requests"]
+    assert [each.getMessage() for each in caplog.records] == lines
+
+    caplog.clear()
+    left = [each for key, each in endpoints.items() if key != (Role.DECODE, "v1")]
+    log.forget_all_but(left)
+    log.forget_all_but([each for each in left if each.group == "v2"])
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("pool m: group v1 has no pair of prefill and decode any more")
+
+    caplog.clear()
+    log.forget_all_but([])
+    assert [each.getMessage() for each in caplog.records] == ["pool m: group v2 is gone"]
+
+
 DIFFERS = EngineFailure(FailureKind.DISAGREEMENT, "dp_size", page_was_read=True)
 
 

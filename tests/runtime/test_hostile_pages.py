@@ -8,6 +8,7 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from dp_extproc.config.autoscaling import AutoscalingSettings
 from dp_extproc.engines.agreement import without_unknown_ranks
 from dp_extproc.engines.listener import EngineFailure, EngineListeners
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, Role
@@ -15,8 +16,10 @@ from dp_extproc.engines.pages import ReaderError
 from dp_extproc.engines.sglang.load_pages import read_loads, read_metrics
 from dp_extproc.engines.sglang.server_info import read_server_info
 from dp_extproc.engines.vllm.pages import facts_of, read_vllm_metrics
+from dp_extproc.load.autoscaling import Autoscaling
+from dp_extproc.load.records import NO_WORK
 from dp_extproc.observability.loads_page import describe_loads
-from dp_extproc.observability.metrics import Telemetry
+from dp_extproc.observability.metrics import AutoscalingMetrics, Telemetry
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.decision import Decision, Queued
@@ -96,6 +99,8 @@ class Hostile:
         else:
             self.fleet = Fleet(prefills=[make_facts(Role.PREFILL)] * 2, decodes=[make_facts(Role.DECODE)] * 2)
         self.telemetry = Telemetry(self.fleet.load, self.fleet.clock)
+        autoscaling = Autoscaling(self.fleet.load, AutoscalingSettings(), lambda _pool: NO_WORK)
+        self.telemetry.add(AutoscalingMetrics(autoscaling, self.fleet.clock))
         self.listeners = EngineListeners((self.fleet.load, self.telemetry), raise_again)
         self.attempts: list[Any] = []
 

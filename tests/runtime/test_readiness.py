@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import grpc
 import grpc.aio
@@ -103,6 +104,21 @@ def test_readiness_counts_discovered_endpoints_of_every_role() -> None:
 
     assert can_serve(fleet.pool, fleet.load)
     assert not can_serve(fleet.pool, half)
+
+
+def test_readiness_needs_endpoints_that_can_be_paired() -> None:
+    """Prefill of one revision and decode of another serve no request."""
+    fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)] * 2)
+    prefill, *decodes = fleet.endpoints
+
+    def can_serve_with(*groups: str) -> bool:
+        grouped = [replace(each, group=group) for each, group in zip(decodes, groups, strict=False)]
+        fleet.load.update([replace(prefill, group="v1"), *grouped], 5.0)
+        return can_serve(fleet.pool, fleet.load)
+
+    assert not can_serve_with("v2", "v3")
+    assert can_serve_with("v2", "v1")
+    assert not can_serve_with("v2")
 
 
 def test_unknown_name_is_not_found() -> None:

@@ -45,6 +45,7 @@ CHANGES = {
     "pools": ("pools", pool("http://127.0.0.1:2", policy={"host": "random"}), []),
     "interval": ("load", {"interval": "250ms"}, []),
     "admission": ("admission", {"max_token_ratio": 1.0}, []),
+    "autoscaling": ("autoscaling", {"decode_target": 0.5}, []),
     "drain": ("drain", "1h", []),
 }
 

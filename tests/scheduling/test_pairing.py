@@ -14,7 +14,7 @@ from dp_extproc.config.load import LoadSignal
 from dp_extproc.config.pools import AffinitySettings, HostPolicy, PolicySettings, RankPolicy
 from dp_extproc.config.reliability import AdmissionSettings
 from dp_extproc.engines import compatibility
-from dp_extproc.engines.compatibility import Difference, difference
+from dp_extproc.engines.compatibility import Difference, PairingKey, difference
 from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import EngineFacts, LoadPage, PairTerms, RankSample, Role
 from dp_extproc.load.endpoint import EndpointLoad
@@ -53,7 +53,7 @@ def numbers(fleet: Fleet, decision: SchedulingResult) -> tuple[int, int]:
     headers = dict(decision.headers)
     by_address = {host.address.encode(): host for host in fleet.load.by_url.values()}
     prefill, decode = (by_address[headers[name]] for name in (contract.PREFILL_HOST, contract.DECODE_HOST))
-    assert difference(prefill.facts, decode.facts) is None
+    assert difference(prefill.pairing_key, decode.pairing_key) is None
     return number_of(prefill), number_of(decode)
 
 
@@ -237,7 +237,7 @@ def test_no_failure_leads_to_a_pair_that_differs(  # noqa: PLR0917 - one of each
     eject(fleet, *those(ejected))
     attempts = tuple(frozenset(host.address for host in those(attempt)) for attempt in failed)
     can_be_placed = any(
-        difference(one.facts, other.facts) is None
+        difference(one.pairing_key, other.pairing_key) is None
         for one in fleet.load.known("*", Role.PREFILL)
         for other in fleet.load.known("*", Role.DECODE)
     )
@@ -283,7 +283,7 @@ def test_endpoint_is_asked_about_once_whatever_its_partners(differing: int) -> N
     assert len(asked) == len({*asked}) == 200
     assert (len(left.prefills), len(left.decodes)) == (99, 99)
     for prefill in left.prefills:
-        expected = [other for other in left.decodes if difference(prefill.facts, other.facts) is None]
+        expected = [other for other in left.decodes if difference(prefill.pairing_key, other.pairing_key) is None]
         assert left.decodes_of(prefill) == expected
 
 
@@ -308,7 +308,7 @@ def test_differences_in_a_large_fleet_are_found_by_its_kinds(monkeypatch: pytest
     """A refusal has to be as cheap as a decision."""
     compared = []
 
-    def counted(prefill: EngineFacts, decode: EngineFacts) -> Difference | None:
+    def counted(prefill: PairingKey, decode: PairingKey) -> Difference | None:
         compared.append((prefill, decode))
         return difference(prefill, decode)
 
@@ -366,9 +366,10 @@ def test_prompt_goes_to_endpoints_that_can_hold_it(
 ) -> None:
     """The load of the others does not matter, as the prompt would never run there."""
     sizes = OfSizes(prefills, decodes)
-    # What a prompt begins with would keep it where it was first.
+    # What a prompt begins with would keep it where it was first, and lockstep would prefer a cache with more room.
+    policy = PolicySettings(host=HostPolicy.RANDOM, affinity=AffinitySettings(prefixes=False))
     sizes.fleet.scheduler.configure(
-        [sizes.fleet.pool.model_copy(update={"policy": PolicySettings(affinity=AffinitySettings(prefixes=False))})],
+        [sizes.fleet.pool.model_copy(update={"policy": policy})],
         LoadSignal.ESTIMATE,
         AdmissionSettings(),
     )

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from dp_extproc.config.autoscaling import AutoscalingSettings
 from dp_extproc.engines.model import Role
-from dp_extproc.load.records import PlacementRecord, RequestCost
+from dp_extproc.load.autoscaling import Autoscaling
+from dp_extproc.load.records import NO_WORK, PlacementRecord, RequestCost
 from dp_extproc.observability.loads_page import describe_loads, describe_sync
-from dp_extproc.observability.metrics import SyncMetrics, Telemetry
+from dp_extproc.observability.metrics import AutoscalingMetrics, SyncMetrics, Telemetry
 from dp_extproc.prefix_cache.blocks import Prefix
 from dp_extproc.request.path import Api
 from dp_extproc.scheduling.decision import Decision
@@ -53,6 +55,7 @@ class Receiver:
     """A replica over a real fleet, and its bus."""
 
     lost = 0
+    problem = None
 
     def __init__(self) -> None:
         self.fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
@@ -60,6 +63,8 @@ class Receiver:
         self.replica = Replica(Outbox("own"), self, open_peer, clock=self.fleet.clock, peer_timeout=3.0)
         self.telemetry = Telemetry(self.fleet.load, self.fleet.clock)
         self.telemetry.add(SyncMetrics(self.replica.status))
+        autoscaling = Autoscaling(self.fleet.load, AutoscalingSettings(), lambda _pool: NO_WORK)
+        self.telemetry.add(AutoscalingMetrics(autoscaling, self.fleet.clock))
 
     def send(self, message: bytes) -> None: ...
     async def run(self, listener: Listener) -> None: ...

@@ -8,6 +8,7 @@ from enum import Enum, IntEnum, StrEnum, auto
 
 from msgspec import Struct
 
+from dp_extproc.load.records import NO_WORK, Work
 from dp_extproc.response.first_event import EngineError
 from dp_extproc.scheduling.admission import Ticket
 from dp_extproc.scheduling.decision import Metadata
@@ -231,6 +232,7 @@ class Enqueue(Struct, frozen=True):
     pool: str
     priority: int
     """Requests of greater priority leave the queue first."""
+    work: Work = NO_WORK
 
 
 Command = Reply | ToLeg | Enqueue

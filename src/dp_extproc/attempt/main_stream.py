@@ -143,7 +143,7 @@ class MainStream(Machine[MainState]):
         result = intake.schedule(ticket)
         if isinstance(result, Queued):
             if ticket is None:
-                turn.commands.append(Enqueue(result.pool, result.priority))
+                turn.commands.append(Enqueue(result.pool, result.priority, result.work))
             return Outcome.QUEUED
         if isinstance(result, Rejection):
             return self._refuse(turn, result)

@@ -17,9 +17,10 @@ from dp_extproc.config import Config, ConfigError, LoadSource
 from dp_extproc.contract import RANK_HEADER
 from dp_extproc.engines.adapter import adapter_of
 from dp_extproc.engines.capabilities import Capabilities, RankControl
+from dp_extproc.engines.compatibility import Difference, KindPair
 from dp_extproc.engines.credentials import Credentials
 from dp_extproc.engines.model import Diagnostic, EngineFacts, Role, in_url
-from dp_extproc.fleet.check import EngineReport, check_engines
+from dp_extproc.fleet.check import EngineReport, check_engines, compare_pool
 from dp_extproc.fleet.discovery.roster import Roster
 from dp_extproc.fleet.discovery.runner import first_reports
 from dp_extproc.fleet.discovery.sources import role_sources
@@ -30,6 +31,8 @@ _COLUMNS: Final = ("url", "role", "pool", "version", "ranks", "bootstrap", "load
 _PAGE: Final = {LoadSource.LOADS: "/v1/loads", LoadSource.METRICS: "/metrics", None: "-"}
 _SOURCE_SECONDS: Final = 5.0
 """Longest time in seconds that the first report of a source may take: some look-ups by DNS."""
+_SHOWN: Final = 3
+"""Bounds the endpoints that a row or a column of the table of pairs names."""
 _NO_WRAPPING: Final = 1000
 """Columns of the table if the output is no terminal. It is wide enough for one line per engine."""
 
@@ -92,10 +95,11 @@ def _print_sources(console: Console, roster: Roster) -> bool:
 def _print(console: Console, reports: Sequence[EngineReport]) -> None:
     line = partial(console.print, soft_wrap=True)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in _COLUMNS:
+    has_groups = any(report.endpoint.group for report in reports)
+    for column in (*_COLUMNS, *(["group"] if has_groups else [])):
         table.add_column(column, justify="right" if column == "ranks" else "left", overflow="fold")
     for report in reports:
-        table.add_row(*_row(report))
+        table.add_row(*_row(report), *([Text(report.endpoint.group or "-")] if has_groups else []))
     console.print(table)
     console.print()
     for report in reports:
@@ -107,10 +111,39 @@ def _print(console: Console, reports: Sequence[EngineReport]) -> None:
         line(Text(f"{diagnostic.code}: {', '.join(urls)}", style="red" if diagnostic.unusable else "yellow"))
         line(Text(f"  what happens: {diagnostic.effect}"))
         line(Text(f"  remedy: {diagnostic.remedy}"))
+    for pool in dict.fromkeys(report.endpoint.pool for report in reports):
+        _print_pairs(console, pool, compare_pool(reports, pool))
     if unusable := sum(not report.is_usable for report in reports):
         console.print(Text(f"{unusable} of {len(reports)} engines cannot be used", style="red"))
     else:
         console.print(Text(f"{len(reports)} engines can be used", style="green"))
+
+
+def _print_pairs(console: Console, pool: str, pairs: Sequence[KindPair]) -> None:
+    """Print which endpoints can be paired with which, if not all with all."""
+    if all(pair.difference is None for pair in pairs):
+        return
+    columns = dict.fromkeys(pair.decodes for pair in pairs)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in (f"pairs of {pool}", *map(_names, columns)):
+        table.add_column(Text(title), overflow="fold")
+    for prefills in dict.fromkeys(pair.prefills for pair in pairs):
+        found = {pair.decodes: pair.difference for pair in pairs if pair.prefills == prefills}
+        table.add_row(Text(_names(prefills)), *(_verdict(found[column]) for column in columns))
+    console.print(table)
+    console.print()
+
+
+def _names(urls: Sequence[str]) -> str:
+    """Name some endpoints, of a large fleet only the first ones."""
+    more = f" and {len(urls) - _SHOWN} more" if len(urls) > _SHOWN else ""
+    return ", ".join(urls[:_SHOWN]) + more
+
+
+def _verdict(difference: Difference | None) -> Text:
+    if difference is None:
+        return Text("yes", style="green")
+    return Text(f"no: {difference.name} {difference.prefill}, {difference.decode}", style="yellow")
 
 
 def _row(report: EngineReport) -> Iterable[Text]:

@@ -1,4 +1,4 @@
-"""The command line: ``dp-extproc serve | check | envoy-config | engine | demo | load | simulate``."""
+"""The command line: ``dp-extproc serve | check | envoy-config | init | schema | engine | demo | load | simulate``."""
 
 import argparse
 import importlib
@@ -13,8 +13,10 @@ from dp_extproc import __version__
 
 _COMMANDS: Final = {
     "serve": ("dp_extproc.cli.serve", "run the external processor"),
-    "check": ("dp_extproc.cli.check", "check a configuration file and every engine it names"),
-    "envoy-config": ("dp_extproc.cli.envoy_config", "print the Envoy configuration for a configuration file"),
+    "check": ("dp_extproc.cli.check", "check a configuration and every engine it names"),
+    "envoy-config": ("dp_extproc.cli.envoy_config", "print the Envoy configuration for a configuration"),
+    "init": ("dp_extproc.cli.init", "write a configuration file with every key, to begin with"),
+    "schema": ("dp_extproc.cli.schema", "print a JSON Schema of the configuration file, for editors"),
     "engine": ("dp_extproc.lab.engine.command", "run a stand-in for an SGLang server, for tests and demos"),
     "demo": ("dp_extproc.lab.demo.command", "run a whole fleet on this machine and compare placements"),
     "load": ("dp_extproc.lab.demo.load_command", "send requests through routers that run already, and compare them"),

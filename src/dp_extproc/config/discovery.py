@@ -6,10 +6,11 @@ from contextlib import suppress
 from enum import StrEnum
 from typing import Annotated, Any, Final, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
 
 from dp_extproc.config.listen import MAX_PORT, SocketAddress
-from dp_extproc.config.section import Seconds, Section
+from dp_extproc.config.section import JsonSchema, Seconds, Section, is_given
 
 _DNS_LABEL: Final = "[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _DNS_NAME: Final = re.compile(rf"(?=.{{1,254}}$){_DNS_LABEL}(?:\.{_DNS_LABEL})*\.?")
@@ -48,17 +49,18 @@ class DnsRecords(StrEnum):
 class DnsSettings(Section):
     """All endpoints behind one name: of a headless Service, or of a service of docker compose."""
 
-    name: Annotated[str, AfterValidator(_dns_name)]
+    name: Annotated[str, AfterValidator(_dns_name)] = Field(examples=["decode.llm.svc.cluster.local"])
+    """The name. With ``type: srv`` it begins with ``_PORT-NAME._tcp.``"""
     type: DnsRecords = Field(default=DnsRecords.ADDRESS, strict=False)
-    port: Port | None = None
+    port: Port | None = Field(default=None, examples=[30000])
     """Port of every engine. SRV records have their own."""
-    interval: Seconds | None = None
+    interval: Seconds | None = Field(default=None, examples=["5s"])
     """Seconds between two look-ups. None stands for the TTL of the answer if it is known, else for 5 seconds."""
-    nameserver: SocketAddress | None = None
+    nameserver: SocketAddress | None = Field(default=None, examples=["10.96.0.10:53"])
     """The DNS server. None stands for those of the system, in ``/etc/resolv.conf``."""
     keep_for: Seconds = 30.0
     """Seconds for which the last endpoints are kept while the name has none."""
-    group: Group | None = None
+    group: Group | None = Field(default=None, examples=["v2"])
     """Revision group of the endpoints."""
 
     @model_validator(mode="after")
@@ -76,7 +78,8 @@ class DnsSettings(Section):
 class FileSettings(Section):
     """Endpoints in a file of their own, which another program may replace at any time."""
 
-    path: _Text
+    path: _Text = Field(examples=["/etc/dp-extproc/engines.yaml"])
+    """Path of the file."""
     keep_for: Seconds = 30.0
     """Seconds for which the last endpoints are kept while the file lists none."""
 
@@ -87,17 +90,21 @@ class KubernetesSettings(Section):
     Exactly one of ``service``, ``selector`` and ``pods`` is given.
     """
 
-    service: _Name | None = None
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [is_given("service"), is_given("selector"), is_given("pods")]}
+    )
+
+    service: _Name | None = Field(default=None, examples=["qwen3-prefill"])
     """Name of a Service."""
-    selector: _Text | None = None
+    selector: _Text | None = Field(default=None, examples=["app=qwen3,role=prefill"])
     """Label selector of Services. Their labels are copied to their EndpointSlices, which are read."""
-    pods: _Text | None = None
+    pods: _Text | None = Field(default=None, examples=["app=qwen3,role=prefill"])
     """Label selector of pods, where annotations or labels of pods count."""
-    namespace: _Name | None = None
-    """None stands for the namespace of the service account or of the kubeconfig."""
-    port: Port | _PortName | None = None
+    namespace: _Name | None = Field(default=None, examples=["llm"])
+    """Namespace of the objects. None stands for that of the service account or of the kubeconfig."""
+    port: Port | _PortName | None = Field(default=None, examples=["http"])
     """Number or name of the port. None stands for the port named ``http``, or else for the only one."""
-    group_label: _Label | None = None
+    group_label: _Label | None = Field(default=None, examples=["sglang.ai/transfer-group"])
     """Label or annotation with the revision group. None stands for the labels of known controllers."""
     keep_for: Seconds = 30.0
     """Seconds for which the last endpoints are kept while no endpoint is ready, except those that terminate."""
@@ -113,5 +120,13 @@ def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, dict) else value
 
 
-OneOrMore = (BeforeValidator(_listed), Field(min_length=1, strict=False))
+class _OneOrMoreSchema:
+    """JSON Schema of a key that takes one mapping, or a list of them."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchema:
+        items = handler(schema)["items"]
+        return {"anyOf": [items, {"type": "array", "items": items, "minItems": 1}]}
+
+
+OneOrMore = (BeforeValidator(_listed), Field(min_length=1, strict=False), _OneOrMoreSchema())
 """Annotations of a key that takes one mapping, or a list of them."""

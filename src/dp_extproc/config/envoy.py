@@ -7,12 +7,13 @@ from typing import Annotated, Final
 from pydantic import AfterValidator, Field
 
 from dp_extproc.config.listen import MAX_PORT, SocketAddress, socket_address
-from dp_extproc.config.section import Bytes, Seconds, Section
+from dp_extproc.config.section import Bytes, Seconds, Section, text_like
 from dp_extproc.config.security import ServiceTls
 from dp_extproc.contract import DESTINATION, RANK_HEADER, UNTRUSTED_PREFIXES
 
 _HEADER: Final = re.compile(r"[a-z0-9!#$&'*+.^_`|~-]+")
 """Names of headers by RFC 9110, without the percent sign, which begins a command in Envoy's formats."""
+_HEADER_NAME: Final = text_like("^[A-Za-z0-9!#$&'*+.^_`|~-]+$")
 _NO_SESSION: Final = frozenset({
     # Credentials. Replicas publish the names of conversations.
     "authorization", "proxy-authorization", "cookie", "set-cookie", "api-key", "x-api-key", "x-auth-token",
@@ -43,6 +44,9 @@ class TruncatedStreams(StrEnum):
     """A filter in Envoy's WebAssembly runtime appends an error event."""
 
 
+_HOST_AND_PORT: Final = text_like("^.+:[0-9]{1,5}$")
+
+
 def _host_and_port(value: str) -> str:
     host, _, port = value.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) <= MAX_PORT:
@@ -65,18 +69,27 @@ class EnvoySettings(Section):
     """Settings of the printed Envoy configuration."""
 
     inference: SocketAddress = socket_address("127.0.0.1:8080")
+    """Address for clients."""
     admin: SocketAddress = socket_address("127.0.0.1:9901")
+    """Address of Envoy's own admin pages."""
     max_body_bytes: Bytes = 64 << 20
+    """Largest request body. A larger one is refused with status 413."""
     request_headers_timeout: Seconds = 10.0
     """Seconds that a client has to send the headers of a request."""
     request_timeout: Seconds = 60.0
     """Seconds that a client has to send a whole request. The time of the response does not count."""
     body_mode: BodyMode = Field(default=BodyMode.BUFFERED, strict=False)
-    service: Annotated[str, AfterValidator(_host_and_port)] | None = None
+    service: Annotated[str, AfterValidator(_host_and_port), _HOST_AND_PORT] | None = Field(
+        default=None, examples=["dp-extproc:9002"]
+    )
     """``host:port`` of the service for Envoy; None stands for ``listen.grpc``."""
-    session_header: Annotated[str, AfterValidator(_header_name)] | None = None
+    session_header: Annotated[str, AfterValidator(_header_name), _HEADER_NAME] | None = Field(
+        default=None, examples=["x-session-id"]
+    )
     """Request header in which clients name a conversation."""
-    standby: Annotated[tuple[Annotated[str, AfterValidator(_host_and_port)], ...], Field(strict=False)] = ()
+    standby: Annotated[
+        tuple[Annotated[str, AfterValidator(_host_and_port), _HOST_AND_PORT], ...], Field(strict=False)
+    ] = Field(default=(), examples=[["10.0.0.9:9002"]])
     """``host:port`` of further services, in order. The first service that is ready gets all requests."""
     truncated_streams: TruncatedStreams = Field(default=TruncatedStreams.ERROR_EVENT, strict=False)
     service_tls: ServiceTls | None = None

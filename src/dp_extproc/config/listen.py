@@ -4,12 +4,13 @@ import ipaddress
 from contextlib import suppress
 from typing import Annotated, Any, Final, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_serializer, model_validator
 
-from dp_extproc.config.section import Seconds, Section
+from dp_extproc.config.section import Seconds, Section, or_short
 from dp_extproc.config.security import ServerTls
 
 MAX_PORT: Final = 65535
+_ADDRESS: Final = r"^(([0-9]{1,3}\.){3}[0-9]{1,3}|\[?[0-9A-Fa-f]*:[0-9A-Fa-f:.]*\]?):[0-9]{1,5}$"
 
 
 def _ip_address(value: str) -> str:
@@ -21,6 +22,8 @@ def _ip_address(value: str) -> str:
 
 class SocketAddress(Section):
     """An ``IP:port`` to listen on. In the file a text, with IPv6 in brackets."""
+
+    model_config = ConfigDict(json_schema_extra=or_short({"type": "string", "pattern": _ADDRESS}))
 
     host: Annotated[str, AfterValidator(_ip_address)]
     port: Annotated[int, Field(ge=0, le=MAX_PORT)]
@@ -37,6 +40,10 @@ class SocketAddress(Section):
                 if port.isdecimal() and int(port) <= MAX_PORT:
                     return {"host": str(address), "port": int(port)}
         raise ValueError("write an IP address and a port, such as 127.0.0.1:9002, 0.0.0.0:9002 or [::1]:9002")
+
+    @model_serializer(when_used="json")
+    def _to_text(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -59,8 +66,10 @@ class ListenSettings(Section):
     """Addresses of the service, and how it treats connections."""
 
     grpc: SocketAddress = socket_address("127.0.0.1:9002")
+    """Address for Envoy's ext_proc filter."""
     admin: SocketAddress = socket_address("127.0.0.1:9090")
-    advertise: SocketAddress | None = None
+    """Address of the pages ``/metrics``, ``/healthz``, ``/readyz`` and ``/loads``."""
+    advertise: SocketAddress | None = Field(default=None, examples=["10.0.0.9:9002"])
     """Address at which Envoy reaches this process. None stands for ``grpc``, or for the host's address if ``grpc`` is a
     wildcard address."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
@@ -68,7 +77,7 @@ class ListenSettings(Section):
     keepalive: Annotated[Seconds, Field(ge=0.1, le=86_400)] = 10.0
     """Seconds without data before either side pings the other, and seconds that the other side has to answer."""
     tls: ServerTls | None = None
-    """None stands for plain HTTP/2."""
+    """TLS of the service; None stands for plain HTTP/2. Files in PEM, which are read again once they have changed."""
 
     @model_validator(mode="after")
     def _every_worker_has_its_port(self) -> Self:

@@ -31,7 +31,9 @@ class LoadSettings(Section):
     signal: LoadSignal = Field(default=LoadSignal.ESTIMATE, strict=False)
     source: LoadSource = Field(default=LoadSource.AUTO, strict=False)
     interval: Seconds = 1.0
+    """Seconds between two readings of one engine."""
     stale_after: Seconds = 5.0
+    """Seconds without a reading or a response after which an endpoint is stale. It is longer than ``interval``."""
     timeout: Seconds = 1.0
     """Limit of one reading in seconds, from connecting to the last byte."""
     max_page_bytes: Bytes = 8 << 20

@@ -7,9 +7,10 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from dp_extproc.config.keys import section_at
 from dp_extproc.config.problems import ConfigError, Key, Problem, spell
 from dp_extproc.config.renamed import rename
 from dp_extproc.config.schema import Config
@@ -20,6 +21,8 @@ NO_VARIABLES: Final[Mapping[str, str]] = MappingProxyType({})
 
 _WORD_TAGS: Final = frozenset({"tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"})
 """YAML's types of a key that is a text, or that merges another mapping (``<<``)."""
+_OF_KEY: Final = "[key]"
+"""Stands in pydantic's paths behind a key of a mapping if the key itself is wrong, not its value."""
 _short: Final = reprlib.Repr()
 """Shortens wrong values in messages."""
 _short.maxstring = _short.maxlong = _short.maxother = 80
@@ -125,12 +128,13 @@ def _is_redundant(detail: ErrorDetails, details: Sequence[ErrorDetails]) -> bool
     if detail["type"] == "too_short":
         loc = detail["loc"]
         return any(other["loc"][: len(loc)] == loc and other is not detail for other in details)
-    return detail["type"] == "invalid_key"
+    return detail["type"] == "invalid_key" or (detail["type"] == "string_type" and detail["loc"][-1] == _OF_KEY)
 
 
 def _problem(detail: ErrorDetails, root: yaml.Node | None) -> Problem:
-    node = _locate(root, detail["loc"])
-    return Problem(node.start_mark.line + 1 if node else None, spell(detail["loc"]), _explain(detail))
+    loc = tuple(part for part in detail["loc"] if part != _OF_KEY)
+    node = _locate(root, loc)
+    return Problem(node.start_mark.line + 1 if node else None, spell(loc), _explain(detail))
 
 
 def _locate(root: yaml.Node | None, loc: Key) -> yaml.Node | None:
@@ -153,13 +157,13 @@ def _locate(root: yaml.Node | None, loc: Key) -> yaml.Node | None:
 def _explain(detail: ErrorDetails) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
-        known = _keys_of(detail["loc"][:-1])
+        known = list(section_at(detail["loc"][:-1]).model_fields)
         close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys here: {', '.join(known)}"
         return f"is not a known key; {hint}"
     found = "the value that stands here" if _SECRETS & set(detail["loc"]) else _show(detail["input"])
     if kind in {"model_type", "model_attributes_type"}:
-        return f"must be a mapping with keys such as {', '.join(_keys_of(detail['loc']))}, not {found}"
+        return f"must be a mapping with keys such as {', '.join(section_at(detail['loc']).model_fields)}, not {found}"
     if kind == "tuple_type":
         return f"must be a list, not {found}"
     if kind == "string_type":
@@ -180,22 +184,3 @@ def _show(value: object) -> str:
     if isinstance(value, dict | list):
         return "a mapping" if isinstance(value, dict) else "a list"
     return "nothing" if value is None else _short.repr(value)
-
-
-def _keys_of(loc: Key) -> list[str]:
-    """List the keys of the section at *loc*."""
-    model: Any = Config
-    for part in loc:
-        if isinstance(part, str):
-            model = _section_in(model.model_fields[part].annotation)
-    return list(model.model_fields)
-
-
-def _section_in(annotation: Any) -> Any:
-    """Find the section type inside ``X | None``, ``tuple[X, ...]`` and the like."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        if (found := _section_in(inner)) is not None:
-            return found
-    return None

@@ -6,15 +6,17 @@ from enum import StrEnum
 from typing import Annotated, Any, Final, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from dp_extproc.config.discovery import DnsSettings, FileSettings, Group, KubernetesSettings, OneOrMore
+from dp_extproc.config.groups import GroupSettings
 from dp_extproc.config.listen import MAX_PORT
 from dp_extproc.config.problems import Key
-from dp_extproc.config.section import Host, Section
+from dp_extproc.config.section import Host, JsonSchema, Section, is_given, or_short, text_like
 from dp_extproc.config.security import ApiKeySource
 
 _HOST: Final = re.compile(r"[A-Za-z0-9._:%\-]+")
+_URL: Final = r"^http://([A-Za-z0-9._%-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}/?$"
 
 
 class EngineKind(StrEnum):
@@ -88,13 +90,19 @@ class PolicySettings(Section):
 class EndpointConfig(Section):
     """One endpoint. In the file a URL, or a mapping with ``url`` and values that replace discovered ones."""
 
-    url: str
-    bootstrap_port: Annotated[int, Field(ge=1, le=MAX_PORT)] | None = None
-    bootstrap_host: Host | None = None
-    dp_size: Annotated[int, Field(ge=1, le=4096)] | None = None
-    dp_rank: Annotated[int, Field(ge=0, lt=4096)] | None = None
+    model_config = ConfigDict(json_schema_extra=or_short({"type": "string", "pattern": _URL}))
+
+    url: Annotated[str, text_like(_URL)] = Field(examples=["http://10.0.0.1:30000"])
+    """Address of the engine."""
+    bootstrap_port: Annotated[int, Field(ge=1, le=MAX_PORT)] | None = Field(default=None, examples=[8998])
+    """Port of the bootstrap server of a prefill engine. Discovered from the engine."""
+    bootstrap_host: Host | None = Field(default=None, examples=["10.0.0.1"])
+    """Name or address at which decode engines reach the bootstrap server. None stands for the host in ``url``."""
+    dp_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(default=None, examples=[8])
+    """Number of DP ranks. Discovered from the engine."""
+    dp_rank: Annotated[int, Field(ge=0, lt=4096)] | None = Field(default=None, examples=[0])
     """The rank behind this URL, if the engine has a listener for each rank."""
-    group: Group | None = None
+    group: Group | None = Field(default=None, examples=["v2"])
     """Revision group: prefill and decode endpoints of two groups are never paired."""
 
     @model_validator(mode="after")
@@ -136,7 +144,10 @@ class EndpointConfig(Section):
 class EndpointSources(Section):
     """The sources of the endpoints of one role. Several may be combined."""
 
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
     endpoints: Annotated[tuple[EndpointConfig, ...], Field(min_length=1, strict=False)] = ()
+    """A list of endpoints. Each is a URL, or a mapping with ``url`` and values that replace discovered ones."""
     dns: Annotated[tuple[DnsSettings, ...], *OneOrMore] = ()
     file: Annotated[tuple[FileSettings, ...], *OneOrMore] = ()
     kubernetes: Annotated[tuple[KubernetesSettings, ...], *OneOrMore] = ()
@@ -148,16 +159,34 @@ class EndpointSources(Section):
         return self
 
 
+_ONE_SHAPE: Final[JsonSchema] = {
+    "oneOf": [
+        {**is_given("workers"), "not": {"anyOf": [is_given("prefill"), is_given("decode")]}},
+        {"allOf": [is_given("prefill"), is_given("decode")], "not": is_given("workers")},
+    ]
+}
+"""JSON Schema of the two shapes of a pool."""
+
+
 class PoolConfig(Section):
     """The endpoints of one or more models: ``prefill`` and ``decode``, or ``workers`` alone."""
 
-    models: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1, strict=False)]
+    model_config = ConfigDict(json_schema_extra=_ONE_SHAPE)
+
+    models: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1, strict=False)] = Field(
+        examples=[["*"]]
+    )
+    """Names that are compared with the model of a request. ``*`` stands for every model that no other pool names."""
     prefill: EndpointSources | None = None
-    decode: EndpointSources | None = None
-    workers: EndpointSources | None = None
+    """Prefill endpoints of a disaggregated pool. Several sources may be combined."""
+    decode: EndpointSources | None = Field(default=None, examples=[{"endpoints": ["http://10.0.1.1:30000"]}])
+    """Decode endpoints of a disaggregated pool, with the same keys as ``prefill``."""
+    workers: EndpointSources | None = Field(default=None, examples=[{"endpoints": ["http://10.0.0.1:30000"]}])
+    """Endpoints of an aggregated pool, whose engines do both. They stand in place of ``prefill`` and ``decode``."""
     engine: EngineKind = Field(default=EngineKind.AUTO, strict=False)
     routing_fields: RoutingFields = Field(default=RoutingFields.BODY, strict=False)
     policy: PolicySettings = PolicySettings()
+    groups: GroupSettings = GroupSettings()
     api_key: ApiKeySource | None = None
     """The key with which the engines were started (``--api-key``); None if there is none."""
 

@@ -3,9 +3,9 @@
 from enum import StrEnum
 from typing import Annotated, Final, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from dp_extproc.config.section import Seconds, Section
+from dp_extproc.config.section import Seconds, Section, or_short
 
 _Count = Annotated[int, Field(ge=1, le=1_000_000)]
 _Ratio = Annotated[float, Field(gt=0, le=1000, strict=False)]
@@ -25,10 +25,23 @@ class Supervise(StrEnum):
     """As ``legs``, and a stream is held until its first event is no error."""
 
 
+_WORDS: Final = {"enum": [*Supervise, False]}
+"""JSON Schema of a mode."""
+
+
+def _off(value: object) -> object:
+    """Take false, as which YAML reads a plain ``off``."""
+    return Supervise.OFF.value if value is False else value
+
+
 class SupervisionSettings(Section):
     """How the service supervises the two legs of a request. In the file a mode, or a mapping with ``mode``."""
 
-    mode: Supervise = Field(default=Supervise.FIRST_EVENT, strict=False)
+    model_config = ConfigDict(json_schema_extra=or_short(_WORDS))
+
+    mode: Annotated[Supervise, BeforeValidator(_off), WithJsonSchema(_WORDS)] = Field(
+        default=Supervise.FIRST_EVENT, strict=False
+    )
     prefill_timeout: Seconds = 280.0
     """Limit of prefill in seconds, its queue included. SGLang itself gives up after 300 s."""
     first_token_timeout: Seconds = 60.0
@@ -37,9 +50,7 @@ class SupervisionSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _from_word(cls, value: object) -> object:
-        if value is False:  # YAML reads a plain "off" as false
-            value = Supervise.OFF.value
-        return {"mode": value} if isinstance(value, str) else value
+        return {"mode": value} if isinstance(value, str) or value is False else value
 
 
 class RetrySettings(Section):
@@ -77,9 +88,9 @@ class AdmissionSettings(Section):
     """Most tokens, as a multiple of the KV cache (``max_total_num_tokens``); None for no limit."""
     max_request_ratio: _Ratio | None = 4.0
     """Most requests, as a multiple of ``max_running_requests`` of the engine; None for no limit."""
-    max_tokens: _Count | None = None
+    max_tokens: _Count | None = Field(default=None, examples=[400_000])
     """Most tokens on a rank; None for no limit."""
-    max_requests: _Count | None = None
+    max_requests: _Count | None = Field(default=None, examples=[256])
     """Most requests on a rank; None for no limit."""
 
 
@@ -87,4 +98,6 @@ class QueueSettings(Section):
     """The queue of requests that would be refused with 429."""
 
     max_wait: Annotated[Seconds, Field(le=LONGEST_QUEUE)] = 2.0
+    """Most seconds that a request waits; at most 15 seconds."""
     max_depth: _Count = 1000
+    """Most requests that wait at a time."""

@@ -11,6 +11,7 @@ from typing import Annotated, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from dp_extproc.config.autoscaling import AutoscalingSettings
 from dp_extproc.config.envoy import BodyMode, EnvoySettings
 from dp_extproc.config.listen import ListenSettings
 from dp_extproc.config.load import LoadSettings, LoadSignal
@@ -50,7 +51,7 @@ _Named = tuple[Key, str, str]
 
 
 class Config(Section):
-    """The whole file."""
+    """The whole file. Only ``pools`` is required."""
 
     listen: ListenSettings = ListenSettings()
     envoy: EnvoySettings = EnvoySettings()
@@ -60,14 +61,16 @@ class Config(Section):
     """Seconds for which a stopping service continues to work after it has reported that it is not ready."""
     reload: Reload = Field(default=Reload.SIGNAL, strict=False)
     sync: SyncSettings | None = None
-    """None if there are no other replicas."""
+    """The bus between replicas; None if there are no others. No message shows its URL, which may have a password."""
     supervision: SupervisionSettings = SupervisionSettings()
     retry: RetrySettings = RetrySettings()
     outlier_detection: OutlierDetectionSettings = OutlierDetectionSettings()
     admission: AdmissionSettings = AdmissionSettings()
     queue: QueueSettings | None = None
-    """None refuses at once a request that cannot be admitted."""
+    """The queue of requests that would be refused with 429; None refuses them at once."""
+    autoscaling: AutoscalingSettings = AutoscalingSettings()
     pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1, strict=False)]
+    """The pools. Each serves one or more models."""
 
     @model_validator(mode="after")
     def _lockstep_has_its_estimate(self) -> Self:

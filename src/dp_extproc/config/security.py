@@ -2,9 +2,9 @@
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from dp_extproc.config.section import Section
+from dp_extproc.config.section import Section, is_given
 
 _Path = Annotated[str, Field(min_length=1, pattern=r"^[^\x00\r\n]+$")]
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$")]
@@ -13,10 +13,11 @@ _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$
 class ServerTls(Section):
     """TLS of the service. The files are in PEM, and are read again for handshakes once they have changed."""
 
-    cert: _Path
+    cert: _Path = Field(examples=["/etc/dp-extproc/tls.crt"])
     """The certificate with its intermediate certificates."""
-    key: _Path
-    client_ca: _Path | None = None
+    key: _Path = Field(examples=["/etc/dp-extproc/tls.key"])
+    """The private key of the certificate."""
+    client_ca: _Path | None = Field(default=None, examples=["/etc/dp-extproc/clients-ca.crt"])
     """CA bundle; if set, client certificates are required (mutual TLS)."""
 
     @property
@@ -29,13 +30,16 @@ class ServerTls(Section):
 class ServiceTls(Section):
     """TLS from Envoy to the service. The files are on Envoy's machine."""
 
-    ca: _Path
+    model_config = ConfigDict(json_schema_extra={"dependentRequired": {"cert": ["key"], "key": ["cert"]}})
+
+    ca: _Path = Field(examples=["/etc/envoy/ca.crt"])
     """CA bundle for the certificate of the service."""
-    name: _Name
+    name: _Name = Field(examples=["dp-extproc.llm.svc"])
     """DNS name in the certificates of all processes of the service. Envoy sends it as SNI and verifies it."""
-    cert: _Path | None = None
+    cert: _Path | None = Field(default=None, examples=["/etc/envoy/tls.crt"])
     """Envoy's own certificate, for ``listen.tls.client_ca``."""
-    key: _Path | None = None
+    key: _Path | None = Field(default=None, examples=["/etc/envoy/tls.key"])
+    """The private key of ``cert``."""
 
     @model_validator(mode="after")
     def _has_a_pair(self) -> Self:
@@ -47,8 +51,14 @@ class ServiceTls(Section):
 class ApiKeySource(Section):
     """Where the API key of a pool's engines is: in an environment variable, or in a file."""
 
-    env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
-    file: _Path | None = None
+    model_config = ConfigDict(json_schema_extra={"oneOf": [is_given("env"), is_given("file")]})
+
+    env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = Field(
+        default=None, examples=["ENGINE_API_KEY"]
+    )
+    """Name of the variable that has the key."""
+    file: _Path | None = Field(default=None, examples=["/run/secrets/engine-api-key"])
+    """Path of the file that has the key. A changed file is read again."""
 
     @model_validator(mode="after")
     def _is_one(self) -> Self:

@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from dp_extproc.config.section import Seconds, Section
+from dp_extproc.config.section import Seconds, Section, text_like
 
 _MAX_DIRECTORY: Final = 80
 """Most bytes of the directory. The path of a Unix socket has 107 at most (``sun_path``), its name included."""
@@ -22,7 +22,9 @@ _REMEDY: Final = (
 class SyncSettings(Section):
     """The bus between replicas. No message shows the URL, which may contain a password."""
 
-    url: SecretStr
+    url: Annotated[SecretStr, text_like("^(rediss?://.|unix:///).*$")] = Field(examples=["redis://10.0.0.7:6379"])
+    """``redis://[user:password@]host:port``, ``rediss://...`` for TLS, or ``unix:///directory`` for processes of one
+    machine."""
     channel: Annotated[str, Field(pattern=r"^\S+$")] = "dp-extproc"
     """Channel on Redis. Fleets that share a Redis server have different channels."""
     peer_timeout: Seconds = 3.0

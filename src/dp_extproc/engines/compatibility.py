@@ -1,4 +1,7 @@
-"""Compares a prefill and a decode engine by the settings that both report: can they be paired? Pure.
+"""Compares a prefill and a decode endpoint by their groups and by the settings that both engines report. Pure.
+
+Endpoints of two revision groups are never paired. An endpoint without a group can be paired with any group. Endpoints
+that may be paired by their groups can still differ in a setting.
 
 SGLang compares some settings itself at the first request of a pair (``disaggregation/common/conn.py``). Where they
 differ, the decode engine ends itself: for ``page_size`` from 0.5.8 on, for ``kv_cache_dtype`` from 0.5.10 on.
@@ -9,12 +12,9 @@ Only settings that are known to fail are a difference. A setting that one engine
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
-from typing import Final
+from typing import Final, NamedTuple
 
 from dp_extproc.engines.model import EngineFacts, PairTerms, Version
-
-PairingKey = tuple[PairTerms, Version | None]
-"""Everything on which pairing depends. A large fleet has few such keys."""
 
 _CHECKS_DTYPE: Final = Version(0, 5, 10)
 """First release in which decode compares the names of both cache types, and ends itself if they differ."""
@@ -26,12 +26,16 @@ _SAME_BACKEND: Final = {"mooncake_tcp": "mooncake"}
 """Some releases report the first as the second (``arg_groups/pd_disaggregation_hook.py``)."""
 
 
+GROUP: Final = "group"
+"""Name of the difference between two revision groups. It is intended, where all others are faults."""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Difference:
-    """One setting by which a prefill and a decode engine must not be paired."""
+    """One reason why a prefill and a decode endpoint must not be paired."""
 
     name: str
-    """The name of the setting on ``/server_info``."""
+    """:data:`GROUP`, or the name of the setting on ``/server_info``."""
     prefill: str
     decode: str
     effect: str
@@ -46,27 +50,68 @@ class Difference:
         return f"{self.name} is {self.prefill} on prefill and {self.decode} on decode"
 
 
-def difference(prefill: EngineFacts, decode: EngineFacts) -> Difference | None:
-    """Return why two engines cannot be paired; None if no reason is known."""
+class PairingKey(NamedTuple):
+    """Everything on which the pairing of an endpoint depends. A large fleet has few such keys."""
+
+    group: str | None
+    terms: PairTerms
+    version: Version | None
+
+
+def pairing_key(facts: EngineFacts, group: str | None = None) -> PairingKey:
+    return PairingKey(group, facts.terms, facts.version)
+
+
+def group_of_pair(prefill: str | None, decode: str | None) -> str | None:
+    """Return the revision group of a pair that can be paired; None if neither endpoint has one."""
+    return prefill if decode is None else decode
+
+
+def difference(prefill: PairingKey, decode: PairingKey) -> Difference | None:
+    """Return why two endpoints cannot be paired; None if no reason is known."""
+    if None not in {prefill.group, decode.group} and prefill.group != decode.group:
+        effect = "a request stays in one revision group"
+        remedy = "give each group endpoints of both roles"
+        return Difference(GROUP, str(prefill.group), str(decode.group), effect, remedy)
     if prefill.terms == decode.terms:
         return None
     checks_dtype = decode.version is None or decode.version >= _CHECKS_DTYPE
     return _difference(prefill.terms, decode.terms, checks_dtype=checks_dtype)
 
 
-def differences(prefills: Iterable[EngineFacts], decodes: Iterable[EngineFacts]) -> list[Difference]:
-    """List all differences between any two of these engines, each once."""
-    pairs = product(by_pairing_key(prefills).values(), by_pairing_key(decodes).values())
+@dataclass(frozen=True, slots=True)
+class KindPair:
+    """Endpoints of a pool that are alike for pairing, of both roles, and why they cannot be paired."""
+
+    prefills: tuple[str, ...]
+    """URLs, as of ``decodes``."""
+    decodes: tuple[str, ...]
+    group: str | None
+    """The revision group of such a pair."""
+    difference: Difference | None
+    """None if no reason is known."""
+
+
+def compare_kinds(
+    prefills: Iterable[tuple[str, PairingKey]], decodes: Iterable[tuple[str, PairingKey]]
+) -> list[KindPair]:
+    """Compare all prefill and all decode endpoints of a pool, kind by kind. An endpoint is its URL and its key."""
+    kinds: list[dict[PairingKey, list[str]]] = []
+    for endpoints in (prefills, decodes):
+        urls: dict[PairingKey, list[str]] = {}
+        for url, key in endpoints:
+            urls.setdefault(key, []).append(url)
+        kinds.append(urls)
+    return [
+        KindPair(tuple(ones), tuple(others), group_of_pair(one.group, other.group), difference(one, other))
+        for (one, ones), (other, others) in product(*(each.items() for each in kinds))
+    ]
+
+
+def differences(prefills: Iterable[PairingKey], decodes: Iterable[PairingKey]) -> list[Difference]:
+    """List all differences between any two of these endpoints, each once."""
+    pairs = product(dict.fromkeys(prefills), dict.fromkeys(decodes))
     return sorted({found for pair in pairs if (found := difference(*pair)) is not None})
-
-
-def pairing_key(facts: EngineFacts) -> PairingKey:
-    return facts.terms, facts.version
-
-
-def by_pairing_key(engines: Iterable[EngineFacts]) -> dict[PairingKey, EngineFacts]:
-    """Return one engine for each key. All engines of one key can be paired with the same engines."""
-    return {pairing_key(each): each for each in engines}
 
 
 def _difference(prefill: PairTerms, decode: PairTerms, *, checks_dtype: bool) -> Difference | None:

@@ -64,6 +64,7 @@ _DECISION: Final = {
     for key in (
         contract.META_MODEL,
         contract.META_POOL,
+        contract.META_GROUP,
         contract.META_PREFILL_HOST,
         contract.META_PREFILL_RANK,
         contract.META_DECODE_HOST,

@@ -26,7 +26,7 @@ class Waiting:
         self._receive = receive
         self._loop = asyncio.get_running_loop()
         self._is_woken = False
-        self._ticket: Ticket | None = queue.enqueue(place.pool, place.priority, self._wake)
+        self._ticket: Ticket | None = queue.enqueue(place.pool, place.priority, self._wake, place.work)
         if self._ticket is None:  # the queue is full
             self._timer: asyncio.Handle = self._loop.call_soon(self._expire)
         else:

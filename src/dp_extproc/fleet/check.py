@@ -10,7 +10,7 @@ from typing import Final
 
 from dp_extproc.config.load import LoadSettings, LoadSource
 from dp_extproc.engines.adapter import adapter_of
-from dp_extproc.engines.compatibility import difference
+from dp_extproc.engines.compatibility import GROUP, KindPair, PairingKey, compare_kinds, difference, pairing_key
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.engines.listener import EngineFailure, FailureKind, internal_failure
 from dp_extproc.engines.model import MODE_OF, Diagnostic, Endpoint, EngineFacts, LoadPage, Role, in_url
@@ -105,14 +105,33 @@ async def _check(engine: EngineClient, every: tuple[Endpoint, ...], settings: Lo
     return replace(report, diagnostics=(*found, *await _bootstrap_diagnostics(report, every)))
 
 
+def compare_pool(reports: Iterable[EngineReport], pool: str) -> list[KindPair]:
+    """Compare those prefill and decode endpoints of a pool whose engines were read and have the mode of their role."""
+    sides: dict[Role, list[tuple[str, PairingKey]]] = {Role.PREFILL: [], Role.DECODE: []}
+    for each in reports:
+        role = each.endpoint.role
+        if each.endpoint.pool == pool and role in sides and (key := _key_of(each)) is not None:
+            sides[role].append((each.endpoint.url, key))
+    return compare_kinds(sides[Role.PREFILL], sides[Role.DECODE])
+
+
+def _key_of(report: EngineReport) -> PairingKey | None:
+    """Return the pairing key of an endpoint; None if its engine was not read or cannot be paired at all."""
+    facts, endpoint = report.facts, report.endpoint
+    return None if facts is None or facts.mode is not MODE_OF[endpoint.role] else pairing_key(facts, endpoint.group)
+
+
 def _pair_diagnostics(report: EngineReport, every: list[EngineReport]) -> Iterable[Diagnostic]:
-    """Name the engines of the same pool with which this one cannot be paired, once for each reason."""
-    own, endpoint = report.facts, report.endpoint
+    """Name the endpoints of the same pool with which this one cannot be paired, once for each reason.
+
+    That groups differ is no problem as long as a partner is left.
+    """
+    own, endpoint = _key_of(report), report.endpoint
     other_role = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(endpoint.role)
-    if other_role is None or own is None or own.mode is not MODE_OF[endpoint.role]:
+    if other_role is None or own is None:
         return ()
-    facts = [each.facts for each in every if each.endpoint.pool == endpoint.pool and each.endpoint.role is other_role]
-    others = [each for each in facts if each is not None and each.mode is MODE_OF[other_role]]
+    keys = [_key_of(each) for each in every if each.endpoint.pool == endpoint.pool and each.endpoint.role is other_role]
+    others = [each for each in keys if each is not None]
     pairs = [(own, other) if endpoint.role is Role.PREFILL else (other, own) for other in others]
     found = [difference(*pair) for pair in pairs]
     is_alone = None not in found
@@ -120,7 +139,7 @@ def _pair_diagnostics(report: EngineReport, every: list[EngineReport]) -> Iterab
     return dict.fromkeys(
         Diagnostic(each.code, f"{each}, so they are never paired: {each.effect}{alone}", each.remedy, unusable=is_alone)
         for each in found
-        if each is not None
+        if each is not None and (is_alone or each.name != GROUP)
     )
 
 

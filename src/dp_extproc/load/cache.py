@@ -8,11 +8,21 @@ from dp_extproc.config.reliability import OutlierDetectionSettings
 from dp_extproc.engines.adapter import adapter_of
 from dp_extproc.engines.listener import GONE, EngineFailure, FailureKind
 from dp_extproc.engines.model import MODE_OF, Endpoint, EngineFacts, LoadPage, Role
+from dp_extproc.estimators.arrivals import ArrivalRate
 from dp_extproc.estimators.token_ratio import TokenRatio
-from dp_extproc.load.endpoint import DEFAULT_COSTS, DEFAULT_HEALTH, EndpointLoad, Freshness, StepCosts, compare_pace
+from dp_extproc.load.endpoint import (
+    DEFAULT_COSTS,
+    DEFAULT_HEALTH,
+    EndpointLoad,
+    Freshness,
+    StepCosts,
+    compare_pace,
+    note_room,
+)
 from dp_extproc.load.health import Health
 from dp_extproc.load.in_flight import nothing
 from dp_extproc.load.matching import Match, find_matches
+from dp_extproc.load.room import Room
 from dp_extproc.load.step_group import RankLoad
 from dp_extproc.prefix_cache.index import PrefixIndex
 
@@ -57,6 +67,8 @@ class LoadCache:
         names = _pool_names(self.endpoints, pools)
         self.ratios = {pool: TokenRatio() for pool in names}
         """The bytes per token of each pool."""
+        self.arrivals = {pool: ArrivalRate() for pool in names}
+        """The rate of prompt tokens that the engines of each pool have to compute."""
         self.prefixes: dict[str, PrefixIndex[RankLoad]] = {pool: PrefixIndex() for pool in names}
         """The prefix index of each pool."""
         self._draining: list[EndpointLoad] = []
@@ -65,6 +77,10 @@ class LoadCache:
         self._matches: dict[str, tuple[Match, ...]] = {}
         self._is_indexed = True
         """Whether :attr:`_by_role` and :attr:`_matches` are up to date."""
+        self.grouped = _grouped(self.endpoints)
+        """The pools with an endpoint that has a revision group."""
+        self.indexings = 0
+        """Grows with each change after which :attr:`matches` or :meth:`known` may return others."""
         self._pages: Counter[tuple[str, Role]] = Counter()
         """Load pages since the endpoints of a pool and role were last compared."""
 
@@ -98,6 +114,7 @@ class LoadCache:
         An endpoint that is left out gets no request, and drains. *pools* names pools that may have no endpoint.
         """
         self.endpoints = tuple(endpoints)
+        self.grouped = _grouped(self.endpoints)
         self.stale_after = stale_after
         names = _pool_names(self.endpoints, pools)
         drained, self._draining = self.draining, []
@@ -119,6 +136,7 @@ class LoadCache:
                 self._drain(load)
         self.failures = {each.url: self.failures[each.url] for each in self.endpoints if each.url in self.failures}
         self.ratios = {pool: self.ratios.get(pool) or TokenRatio() for pool in names}
+        self.arrivals = {pool: self.arrivals.get(pool) or ArrivalRate() for pool in names}
         self.prefixes = {pool: self.prefixes.get(pool) or PrefixIndex() for pool in names}
         for pool, ratio in self.ratios.items():
             ratio.forget_all_but({each.url for each in self.endpoints if each.pool == pool})
@@ -137,6 +155,7 @@ class LoadCache:
                 continue
             old, new = load.pool, endpoint.pool
             self.ratios[new], self.prefixes[new] = self.ratios.pop(old), self.prefixes.pop(old)
+            self.arrivals[new] = self.arrivals.pop(old)
             for each in known.values():
                 if each.pool == old:
                     each.configured = replace(each.configured, pool=new)
@@ -168,6 +187,7 @@ class LoadCache:
     def _reindex(self) -> None:
         """Index before the next use. So the cost of hundreds of endpoints that are discovered at once is linear."""
         self._change()
+        self.indexings += 1
         self._is_indexed = False
 
     def _index(self) -> None:
@@ -211,8 +231,10 @@ class LoadCache:
                 load.health.recovered()
             if restarted:
                 self._forget_prefixes(load)
+            if endpoint.role is Role.WORKER:
+                load.learn_prompt_rate(page, started)
             if endpoint.role is not Role.PREFILL:
-                self._compare_pace(endpoint.pool, endpoint.role)
+                self._compare(endpoint.pool, endpoint.role, now)
         if endpoint.role is not Role.DECODE:
             self.ratios[endpoint.pool].counted(
                 endpoint.url,
@@ -223,12 +245,14 @@ class LoadCache:
             )
         self._made_room()
 
-    def _compare_pace(self, pool: str, role: Role) -> None:
+    def _compare(self, pool: str, role: Role, now: float) -> None:
         """Compare the endpoints only when each has had a page since, so that a page costs the same in every fleet."""
         self._pages[pool, role] += 1
         if self._pages[pool, role] >= len(peers := self.known(pool, role)):
             self._pages[pool, role] = 0
             compare_pace(peers)
+            if prefills := self.known(pool, Role.PREFILL):
+                note_room(prefills, is_full=Room.of(self.best_known(peers, now)[1], now).is_full)
 
     def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
         """Note that an endpoint could not be read. Its samples stay, and grow stale; at once if its engine is gone.
@@ -274,3 +298,7 @@ def _identity(endpoint: Endpoint) -> _Identity:
 
 def _pool_names(endpoints: Iterable[Endpoint], pools: Iterable[str]) -> frozenset[str]:
     return frozenset(pools) | {endpoint.pool for endpoint in endpoints}
+
+
+def _grouped(endpoints: Iterable[Endpoint]) -> frozenset[str]:
+    return frozenset(endpoint.pool for endpoint in endpoints if endpoint.group is not None)

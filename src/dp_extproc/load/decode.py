@@ -127,6 +127,11 @@ class DecodeGroup(StepGroup):
     def misestimated(self, excess: float, tokens: float) -> float:
         return max(-_TRUSTED * tokens, excess)  # sequences last long, and an engine counts better than we estimate
 
+    def kv_tokens(self, position: int, now: float) -> float:
+        """Return the tokens that the sequences of a rank take in its KV cache, or will take when they have started."""
+        external = self.external[position] - self._external_extra[position]
+        return max(0.0, external + self._prompts[position] + self._grown(position, now))
+
     def _learn(self, position: int, sample: RankSample, at: float) -> None:
         if sample.capacity_tokens:
             self._room[position] = ROOM * sample.capacity_tokens
@@ -203,6 +208,9 @@ class DecodeGroup(StepGroup):
         self._sum_up(position, now)
 
     def _sum_up(self, position: int, now: float) -> None:
-        grown = (self._growing[position] * now - self._first_tokens[position]) / self.tpot
-        load = self.external[position] + self._prompts[position] + self._extra[position] + grown
+        load = self.external[position] + self._prompts[position] + self._extra[position] + self._grown(position, now)
         self.set_load(position, max(0.0, load))
+
+    def _grown(self, position: int, now: float) -> float:
+        """Return the output tokens that the running sequences of a rank have got since their first ones."""
+        return (self._growing[position] * now - self._first_tokens[position]) / self.tpot

@@ -10,12 +10,15 @@ from msgspec import Struct
 
 from dp_extproc.config.reliability import OutlierDetectionSettings
 from dp_extproc.engines.capabilities import Capabilities
+from dp_extproc.engines.compatibility import PairingKey, pairing_key
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, RankSample, Role
 from dp_extproc.estimators.decode_pace import compare
+from dp_extproc.estimators.prompt_rate import PromptRate
 from dp_extproc.load.attribution import Reading, absorb
 from dp_extproc.load.decode import DecodeGroup
 from dp_extproc.load.health import Health
 from dp_extproc.load.prefill import PrefillGroup
+from dp_extproc.load.records import Work
 from dp_extproc.load.step_group import EXTERNAL_FROM, RankLoad, Reservation, StepGroup
 
 _T = TypeVar("_T")
@@ -80,8 +83,9 @@ class EndpointLoad:
     """One endpoint, with its ranks and what its engine reports."""
 
     __slots__ = (
-        "_counts", "address", "answered_at", "cached_prompt_tokens", "candidate", "capabilities", "configured", "facts",
-        "groups", "has_external_requests", "health", "is_away", "is_gone", "is_ready", "ranks", "sampled_at",
+        "_counts", "_prompt_rate", "address", "answered_at", "cached_prompt_tokens", "candidate", "capabilities",
+        "configured", "facts", "groups", "has_external_requests", "health", "is_away", "is_gone", "is_ready", "ranks",
+        "sampled_at",
     )  # fmt: skip
 
     def __init__(
@@ -122,6 +126,8 @@ class EndpointLoad:
         """Whether the engine takes requests, by its own report."""
         self._counts: tuple[int, ...] = (0, 0)
         """Running counts of the last page: prompt tokens, and those that were not cached."""
+        self._prompt_rate = PromptRate()
+        """What the pages of an aggregated engine show of its prompt tokens per second."""
 
     @property
     def url(self) -> str:
@@ -134,6 +140,14 @@ class EndpointLoad:
     @property
     def role(self) -> Role:
         return self.configured.role
+
+    @property
+    def group(self) -> str | None:
+        return self.configured.group
+
+    @property
+    def pairing_key(self) -> PairingKey:
+        return pairing_key(self.facts, self.configured.group)
 
     @property
     def tokens(self) -> float:
@@ -166,6 +180,25 @@ class EndpointLoad:
         groups = [group for group in self.groups if isinstance(group, DecodeGroup)]
         reported = [tpot for group in groups if (tpot := group.pace.reported) is not None]
         return sum(reported) / len(reported) if reported else None
+
+    @property
+    def waiting_prompts(self) -> Work:
+        """The prompts that no step has taken in yet. Of an aggregated endpoint they are those of the last samples."""
+        if self.role is Role.PREFILL:
+            each = [group.waiting for group in self.groups if isinstance(group, PrefillGroup)]
+        else:
+            samples = [rank.sample for rank in self.ranks if rank.sample is not None]
+            each = [Work(sample.waiting_uncached_tokens or 0, sample.waiting_requests) for sample in samples]
+        return Work(sum(work.tokens for work in each), sum(work.requests for work in each))
+
+    @property
+    def prompt_rate(self) -> float | None:
+        """Prompt tokens that all ranks together can compute per second; None if that is unknown."""
+        if self.role is not Role.PREFILL:
+            return self._prompt_rate.per_second
+        rates = [group.tokens_per_second for group in self.groups if isinstance(group, PrefillGroup)]
+        known = [rate for rate in rates if rate is not None]
+        return sum(known) / len(known) * len(rates) if known else None
 
     def takes(self, now: float) -> bool:
         """Return whether the engine is ready, and not ejected; after an ejection it takes one request at a time."""
@@ -206,6 +239,11 @@ class EndpointLoad:
         before, counts = self._counts, (page.prompt_tokens, page.uncached_prompt_tokens)
         self._counts = tuple(then if now is None else now for now, then in zip(counts, before, strict=True))
         return any(now < then for now, then in zip(self._counts, before, strict=True))
+
+    def learn_prompt_rate(self, page: LoadPage, started: float) -> None:
+        """Learn from a page, requested at *started*, how many prompt tokens this aggregated endpoint computes."""
+        waits = any(sample.waiting_uncached_tokens for sample in page.ranks)
+        self._prompt_rate.learn(page.uncached_prompt_tokens, waits=waits, at=started)
 
     def forget_external(self, now: float) -> None:
         """Drop the external load until the next page: that of the last one is out of date."""
@@ -260,6 +298,13 @@ def compare_pace(endpoints: Iterable[EndpointLoad]) -> None:
         usual, slow = found
         for group, slowness in zip(groups, slow, strict=True):
             group.compare_with(usual, slowness)
+
+
+def note_room(prefills: Iterable[EndpointLoad], *, is_full: bool) -> None:
+    """Note on prefill endpoints whether decode is full."""
+    for group in (group for endpoint in prefills for group in endpoint.groups):
+        if isinstance(group, PrefillGroup):
+            group.waits_for_decode = is_full
 
 
 def _candidate(endpoint: EndpointLoad, ranks: Sequence[RankLoad]) -> Candidate:

@@ -11,6 +11,7 @@ from collections import deque
 from typing import Final
 
 from dp_extproc.engines.model import RankSample
+from dp_extproc.load.records import Work
 from dp_extproc.load.step_group import RankLoad, Reservation, StepGroup
 
 RUNNING_WEIGHT: Final = 0.25
@@ -35,12 +36,15 @@ of the running step is longer, it counts instead."""
 _EXPIRY_SECONDS: Final = 4.0
 """Count a request as computed this many seconds after the last event of its step group, and as many times what the
 tokens up to its own may take."""
-_USUAL_TIME_PER_TOKEN: Final = 1 / 6000
+USUAL_TIME_PER_TOKEN: Final = 1 / 6000
 """Seconds per prompt token of a rank. It bounds the expected time from below, and is longer than on most engines."""
 _PATIENCE: Final = 3.0
 """How many times longer than measured a step may take before its events count as lost."""
 _SMOOTHING: Final = 0.3
 """Weight of the newest measurement in the mean time per prompt token."""
+_CAPACITY_MEMORY: Final = 0.98
+"""Weight of all earlier responses in the mean pace at each further one. It is the mean of about 50 responses: capacity
+changes slowly, and an autoscaler acts on each change."""
 
 
 class PrefillGroup(StepGroup):
@@ -48,9 +52,9 @@ class PrefillGroup(StepGroup):
 
     __slots__ = (
         "_budget", "_busy_since", "_chunked", "_delayed_per_step", "_external_waiting", "_external_waiting_by_rank",
-        "_last_event", "_later_counted", "_overdue_per_token", "_queues", "_rest_of_step", "_running", "_shares_served",
-        "_step_began", "_step_cost", "_step_length", "_steps_capacity", "_time_per_token", "_uncomputed", "_unstarted",
-        "_waiting",
+        "_last_event", "_later_counted", "_measured", "_overdue_per_token", "_queues", "_rest_of_step", "_running",
+        "_shares_served", "_step_began", "_step_cost", "_step_length", "_steps_capacity", "_time_per_token",
+        "_uncomputed", "_unstarted", "_waiting", "waits_for_decode",
     )  # fmt: skip
 
     def __init__(self, indices: range, *, budget: float, chunked: bool, step_cost: float) -> None:
@@ -97,7 +101,11 @@ class PrefillGroup(StepGroup):
         self._step_began = -math.inf
         self._time_per_token: float | None = None
         """Mean seconds per prompt token, measured by events."""
-        self._overdue_per_token = _USUAL_TIME_PER_TOKEN
+        self._measured = (0.0, 0.0)
+        """Seconds of measured steps, and the tokens that they took, fixed costs included. Older ones count less."""
+        self.waits_for_decode = False
+        """Whether decode has no room. Prompts then wait for it, so their times do not show how fast prefill is."""
+        self._overdue_per_token = USUAL_TIME_PER_TOKEN
         """Seconds per prompt token after which the next event is overdue."""
 
     def cost(self, position: int, after: float) -> float:  # noqa: ARG002 - the same for every rank
@@ -146,6 +154,20 @@ class PrefillGroup(StepGroup):
                     elif age >= overdue and reservation.waiting:
                         self._run(reservation, reservation.waiting)
         self.due = max(now + QUIET_SECONDS / 4, self._last_event + overdue) if self._uncomputed else math.inf
+
+    @property
+    def waiting(self) -> Work:
+        """The prompts of all ranks that no step has taken in yet, with external ones."""
+        tokens = sum(self._waiting) + sum(self.external)
+        return Work(max(0.0, tokens), max(0.0, self._unstarted + self._external_waiting))
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Prompt tokens that all ranks together compute per second in full steps; None if that was not measured."""
+        seconds, tokens = self._measured
+        if seconds <= 0:
+            return None
+        return len(self.ranks) * tokens / seconds * self._budget / (self._budget + self._step_cost)
 
     def tokens_in(self, sample: RankSample) -> float:
         if sample.waiting_uncached_tokens is not None:
@@ -230,10 +252,14 @@ class PrefillGroup(StepGroup):
                 break
         work = max(work, self._step_length, 1.0)  # less than a token is a rounding error
         steps = -(-work // self._budget) if self._chunked else 1.0
-        measured = (now - self._step_began) / (work + max(1.0, steps) * self._step_cost)
+        elapsed, work = now - self._step_began, work + max(1.0, steps) * self._step_cost
+        if not self.waits_for_decode:
+            seconds, tokens = self._measured
+            self._measured = _CAPACITY_MEMORY * seconds + elapsed, _CAPACITY_MEMORY * tokens + work
+        measured = elapsed / work
         before = self._time_per_token
         self._time_per_token = measured if before is None else before + (measured - before) * _SMOOTHING
-        self._overdue_per_token = max(_USUAL_TIME_PER_TOKEN, _PATIENCE * self._time_per_token)
+        self._overdue_per_token = max(USUAL_TIME_PER_TOKEN, _PATIENCE * self._time_per_token)
 
     def _step(self, now: float) -> None:
         """End the running step, and begin another one with what had arrived by then."""

@@ -1,6 +1,6 @@
 """What a request costs, and where it was placed: the records that replicas publish to each other."""
 
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple
 
 from msgspec import Meta, Struct
 
@@ -29,6 +29,18 @@ class RequestCost(Struct, frozen=True):
     """Bytes of the prompt that are text, whose tokens are estimated."""
     known_tokens: Count = 0
     """Tokens of the prompt that came as token ids."""
+
+
+class Work(NamedTuple):
+    """The work of requests that wait for a reservation."""
+
+    tokens: float
+    """Prompt tokens."""
+    requests: float
+    """Sequences."""
+
+
+NO_WORK: Final = Work(0.0, 0.0)
 
 
 class PlacementRecord(Struct, frozen=True, rename={"cost": "demand"}):  # as older releases call it

@@ -67,6 +67,7 @@ class InFlightTracker:
         on_prefill_answer = None
         if computes is not None:
             self._record_prefix(computes, cost)
+            self._cache.arrivals[computes.endpoint.pool].add(max(0.0, cost.tokens - computes.cached), now)
             on_prefill_answer = partial(self._prompt_done, computes.endpoint, cost)
         return InFlight(
             number,

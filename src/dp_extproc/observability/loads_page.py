@@ -1,10 +1,12 @@
 """Describes the load cache and the exchange between replicas as JSON data, for /loads."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
 from dp_extproc.engines.listener import EngineFailure
 from dp_extproc.fleet.discovery.roster import Roster
+from dp_extproc.load.autoscaling import Signal
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad
 from dp_extproc.load.step_group import RankLoad
@@ -26,6 +28,7 @@ def describe_loads(loads: LoadCache, now: float) -> dict[str, Any]:
                 "name": endpoint.name or None,
                 "uid": endpoint.uid or None,
                 "endpoint_state": state_of(loads.by_url.get(endpoint.url), now, loads.stale_after).value,
+                "group": endpoint.group,
                 "failure": _describe_failure(loads.failures.get(endpoint.url)),
                 **_describe_endpoint(loads.by_url.get(endpoint.url), loads.stale_after, now),
             }
@@ -107,3 +110,19 @@ def describe_sync(status: SyncStatus) -> dict[str, Any]:
     for peer in page["peers"]:
         peer["age"] = round(peer["age"], 3)
     return page
+
+
+def describe_signals(signals: Iterable[Signal]) -> list[dict[str, Any]]:
+    """Describe the autoscaling signals, each with the shares that it follows from."""
+    return [
+        {
+            "pool": signal.pool,
+            "role": signal.role.value,
+            "saturation": round(signal.saturation, 4),
+            "wanted_endpoints": round(signal.wanted, 3),
+            "endpoints": signal.endpoints,
+            "target": signal.target,
+            "measures": {measure.value: round(share, 4) for measure, share in signal.measures.items()},
+        }
+        for signal in signals
+    ]

@@ -1,20 +1,17 @@
 """Logs engine events: failures when they begin, change or end, and each diagnostic once.
 
-It also logs when engines of a pool cannot be paired, and when this is over.
+It also logs when engines of a pool cannot be paired, and when this is over; and when a revision group is complete.
 """
 
 import logging
 from collections.abc import Collection, Iterable
 
 from dp_extproc.engines.adapter import adapter_of
-from dp_extproc.engines.compatibility import Difference, difference
+from dp_extproc.engines.compatibility import GROUP, Difference, PairingKey, compare_kinds, pairing_key
 from dp_extproc.engines.listener import EngineFailure
-from dp_extproc.engines.model import MODE_OF, WRONG_MODE, Endpoint, EngineFacts, LoadPage, PairTerms, Role, Version
+from dp_extproc.engines.model import MODE_OF, WRONG_MODE, Endpoint, EngineFacts, LoadPage, Role
 
 _log = logging.getLogger(__name__)
-
-_Group = tuple[str, PairTerms, Version | None]
-"""A pool, and everything on which the pairing of its engines depends."""
 
 
 class EngineLog:
@@ -100,15 +97,22 @@ class DiagnosticLog:
 
 
 class PairLog:
-    """Logs each difference by which engines of a pool cannot be paired once, for all engines that have it."""
+    """Logs which endpoints cannot be paired, and which revision groups have a pair.
+
+    Each difference by which engines of a pool cannot be paired is logged once, for all engines that have it. A group is
+    logged when it is complete, and when it is so no longer.
+    """
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
         self._facts: dict[Endpoint, EngineFacts] = {}
         self._logged: set[tuple[str, Difference]] = set()
+        self._complete: set[tuple[str, str]] = set()
+        """Pools and names of the groups that have a pair."""
 
     def forget_all_but(self, endpoints: Collection[Endpoint]) -> None:
-        self._facts = {endpoint: facts for endpoint, facts in self._facts.items() if endpoint in endpoints}
+        kept = set(endpoints)
+        self._facts = {endpoint: facts for endpoint, facts in self._facts.items() if endpoint in kept}
         self._update()
 
     def note(self, endpoint: Endpoint, facts: EngineFacts) -> None:
@@ -119,13 +123,17 @@ class PairLog:
 
     def _update(self) -> None:
         present: dict[tuple[str, Difference], tuple[list[str], list[str]]] = {}
-        prefills, decodes = self._by_group(Role.PREFILL), self._by_group(Role.DECODE)
-        for (pool, _, _), (facts, urls) in prefills.items():
-            for (other_pool, _, _), (other_facts, other_urls) in decodes.items():
-                if pool == other_pool and (found := difference(facts, other_facts)) is not None:
+        complete = set()
+        for pool, sides in self._sides().items():
+            for pair in compare_kinds(sides[Role.PREFILL], sides[Role.DECODE]):
+                found = pair.difference
+                if found is None and pair.group is not None:
+                    complete.add((pool, pair.group))
+                elif found is not None and found.name != GROUP:
                     both = present.setdefault((pool, found), ([], []))
-                    for listed, more in zip(both, (urls, other_urls), strict=True):
+                    for listed, more in zip(both, (pair.prefills, pair.decodes), strict=True):
                         listed.extend(url for url in more if url not in listed)
+        self._log_groups(complete)
         for (pool, found), (urls, other_urls) in present.items():
             if (pool, found) not in self._logged:
                 self._logger.warning(
@@ -136,10 +144,22 @@ class PairLog:
             self._logger.info("pool %s: no servers differ any more in that %s", pool, found)
         self._logged = set(present)
 
-    def _by_group(self, role: Role) -> dict[_Group, tuple[EngineFacts, list[str]]]:
-        """Group engines by everything on which pairing depends. A large fleet has few groups."""
-        found: dict[_Group, tuple[EngineFacts, list[str]]] = {}
+    def _log_groups(self, complete: set[tuple[str, str]]) -> None:
+        for pool, group in sorted(complete - self._complete):
+            self._logger.info("pool %s: group %s is complete, so it gets requests", pool, group)
+        for pool, group in sorted(self._complete - complete):
+            if any((endpoint.pool, endpoint.group) == (pool, group) for endpoint in self._facts):
+                message = "pool %s: group %s has no pair of prefill and decode any more, so it gets no requests"
+                self._logger.warning(message, pool, group)
+            else:
+                self._logger.info("pool %s: group %s is gone", pool, group)
+        self._complete = complete
+
+    def _sides(self) -> dict[str, dict[Role, list[tuple[str, PairingKey]]]]:
+        """Return URL and pairing key of each endpoint that runs in the mode of its role, by pool and role."""
+        pools: dict[str, dict[Role, list[tuple[str, PairingKey]]]] = {}
         for endpoint, facts in self._facts.items():
-            if endpoint.role is role and facts.mode is MODE_OF[role]:
-                found.setdefault((endpoint.pool, facts.terms, facts.version), (facts, []))[1].append(endpoint.url)
-        return found
+            if facts.mode is MODE_OF[endpoint.role]:
+                sides = pools.setdefault(endpoint.pool, {role: [] for role in Role})
+                sides[endpoint.role].append((endpoint.url, pairing_key(facts, endpoint.group)))
+        return pools

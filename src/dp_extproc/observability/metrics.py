@@ -21,6 +21,7 @@ from dp_extproc import __version__
 from dp_extproc.attempt.listener import Decided, LegFailed
 from dp_extproc.engines.listener import EngineFailure
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage
+from dp_extproc.load.autoscaling import Autoscaling
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import Freshness
 from dp_extproc.sync.transport.replica import SyncStatus
@@ -210,6 +211,25 @@ class Telemetry:
             "Reservations on all endpoints, draining ones included; zero when no request is in flight.",
             value=sum(load.reservations for load in (*self._loads.by_url.values(), *self._loads.draining)),
         )
+
+
+class AutoscalingMetrics:
+    """Collects the autoscaling signals of each pool and role."""
+
+    def __init__(self, autoscaling: Autoscaling, clock: Callable[[], float]) -> None:
+        self._autoscaling = autoscaling
+        self._clock = clock
+
+    def collect(self) -> Iterator[Metric]:
+        gauge = partial(GaugeMetricFamily, labels=["pool", "role"])
+        saturation = gauge("dp_extproc_saturation_ratio", "Share of the capacity that is taken, queues included.")
+        wanted = gauge(
+            "dp_extproc_wanted_endpoints", "Endpoints with which the target share would be taken; may be a fraction."
+        )
+        for signal in self._autoscaling.signals(self._clock()):
+            saturation.add_metric([signal.pool, signal.role.value], signal.saturation)
+            wanted.add_metric([signal.pool, signal.role.value], signal.wanted)
+        yield from (saturation, wanted)
 
 
 class SyncMetrics:

@@ -23,13 +23,16 @@ from dp_extproc.fleet.discovery.roster import Change
 from dp_extproc.fleet.discovery.runner import Discovery
 from dp_extproc.fleet.discovery.sources import role_sources
 from dp_extproc.fleet.monitor import FleetMonitor
+from dp_extproc.load.autoscaling import Autoscaling
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import StepCosts
 from dp_extproc.load.in_flight import NO_LISTENER, nothing
+from dp_extproc.load.records import NO_WORK
 from dp_extproc.observability.discovery_metrics import DiscoveryMetrics
-from dp_extproc.observability.loads_page import describe_loads, describe_sources, describe_sync
+from dp_extproc.observability.groups import GroupMetrics, Weights, describe_excluded_pairs, describe_groups
+from dp_extproc.observability.loads_page import describe_loads, describe_signals, describe_sources, describe_sync
 from dp_extproc.observability.log import EngineLog
-from dp_extproc.observability.metrics import SyncMetrics, Telemetry
+from dp_extproc.observability.metrics import AutoscalingMetrics, SyncMetrics, Telemetry
 from dp_extproc.runtime.readiness import Readiness, can_serve
 from dp_extproc.runtime.secrets import read_api_keys
 from dp_extproc.scheduling.admission import AdmissionQueue
@@ -96,6 +99,9 @@ class Components:
         self.telemetry = Telemetry(self._loads, clock)
         self.telemetry.add(guard)
         self.telemetry.add(DiscoveryMetrics(self._loads, self._discovery.roster, clock))
+        waiting = (lambda _pool: NO_WORK) if self._queue is None else self._queue.waiting
+        self._autoscaling = Autoscaling(self._loads, config.autoscaling, waiting)
+        self.telemetry.add(AutoscalingMetrics(self._autoscaling, clock))
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
         self._scheduler = Scheduler(
             config.pools,
@@ -111,6 +117,7 @@ class Components:
             sees_first_events=config.supervision.mode is Supervise.FIRST_EVENT,
             credentials=self._credentials,
         )
+        self.telemetry.add(GroupMetrics(self._loads, self._weights, lambda: self._scheduler.group_requests))
         self._replica: Replica | None = None
         if config.sync is not None:
             self._replica = join(config.sync, outbox, self._scheduler.tracker.open_peer, clock=clock)
@@ -156,8 +163,17 @@ class Components:
     async def loads(self) -> dict[str, Any]:
         sync = None if self._replica is None else describe_sync(self._replica.status())
         now = self._clock()
-        sources = describe_sources(self._discovery.roster, now)
-        return {**describe_loads(self._loads, now), "sources": sources, "sync": sync}
+        return {
+            **describe_loads(self._loads, now),
+            "groups": describe_groups(self._loads, self._weights()),
+            "excluded_pairs": describe_excluded_pairs(self._loads),
+            "autoscaling": describe_signals(self._autoscaling.signals(now)),
+            "sources": describe_sources(self._discovery.roster, now),
+            "sync": sync,
+        }
+
+    def _weights(self) -> Weights:
+        return {pool.name: pool.groups.weights for pool in self.config.pools}
 
     def apply(self, config: Config) -> None:
         """Apply another configuration, which differs in no setting that needs a restart (see :mod:`.reload`)."""
@@ -168,6 +184,7 @@ class Components:
         self._renew_keys()
         self._use(change.endpoints)
         self._scheduler.configure(config.pools, config.load.signal, config.admission)
+        self._autoscaling.settings = config.autoscaling
         after = _static(change.endpoints)
         for word, changed in (("new", after - before), ("gone", before - after)):
             if changed:

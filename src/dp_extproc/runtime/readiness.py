@@ -23,9 +23,9 @@ _FOLLOW_READINESS: Final = ("", READINESS, SERVICE_NAME)
 
 
 def can_serve(pool: PoolConfig, load: LoadCache) -> bool:
-    """Return whether a pool has at least one discovered endpoint, fresh or not, for each of its roles."""
+    """Return whether a pool has discovered endpoints, fresh or not, for each of its roles, and some can be paired."""
     roles = (Role.PREFILL, Role.DECODE) if pool.is_disaggregated else (Role.WORKER,)
-    return all(load.known(pool.name, role) for role in roles)
+    return all(load.known(pool.name, role) for role in roles) and load.matches.get(pool.name) != ()
 
 
 class Readiness:

@@ -16,7 +16,7 @@ from dp_extproc.runtime.secrets import external_problems
 
 _WATCH_SECONDS: Final = 1.0
 """Seconds between two readings of the file, with ``reload: watch``."""
-_CHANGEABLE: Final = frozenset({"pools", "load", "admission", "drain"})
+_CHANGEABLE: Final = frozenset({"pools", "load", "admission", "autoscaling", "drain"})
 """Sections that a reload may change. On each other one sockets, Envoy, other replicas or running requests depend."""
 _FIXED_LOADS: Final = ("prefill_step_cost_tokens", "decode_request_cost_tokens")
 """Keys of ``load`` that a reload may not change, since reservations are counted in their units."""

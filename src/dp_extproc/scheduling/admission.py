@@ -11,7 +11,7 @@ from itertools import count
 
 from dp_extproc.config.reliability import AdmissionSettings, QueueSettings
 from dp_extproc.load.endpoint import EndpointLoad, Target
-from dp_extproc.load.records import RequestCost
+from dp_extproc.load.records import NO_WORK, RequestCost, Work
 from dp_extproc.load.step_group import RankLoad
 from dp_extproc.request.prompt import Prompt
 
@@ -91,14 +91,15 @@ def least_tokens(prompt: Prompt, estimate: float) -> float:
 class Ticket:
     """The place of one request in the admission queue."""
 
-    __slots__ = ("_number", "pool", "priority", "wake")
+    __slots__ = ("_number", "pool", "priority", "wake", "work")
 
-    def __init__(self, pool: str, priority: int, number: int, wake: Callable[[], None]) -> None:
+    def __init__(self, pool: str, priority: int, number: int, wake: Callable[[], None], work: Work = NO_WORK) -> None:
         self.pool = pool
         self.priority = priority
         self._number = number
         self.wake = wake
         """Called when a rank may have room for the request."""
+        self.work = work
 
     def __lt__(self, other: "Ticket") -> bool:
         return (-self.priority, self._number) < (-other.priority, other._number)
@@ -117,11 +118,16 @@ class AdmissionQueue:
     def __len__(self) -> int:
         return self._length
 
-    def enqueue(self, pool: str, priority: int, wake: Callable[[], None]) -> Ticket | None:
+    def waiting(self, pool: str) -> Work:
+        """Return the work of all requests of a pool that wait."""
+        tickets = self._tickets.get(pool, ())
+        return Work(sum(each.work.tokens for each in tickets), sum(each.work.requests for each in tickets))
+
+    def enqueue(self, pool: str, priority: int, wake: Callable[[], None], work: Work = NO_WORK) -> Ticket | None:
         """Add a request, with what to call when it may find room; None if the queue is full."""
         if self._length >= self.settings.max_depth:
             return None
-        ticket = Ticket(pool, priority, next(self._numbers), wake)
+        ticket = Ticket(pool, priority, next(self._numbers), wake, work)
         insort(self._tickets.setdefault(pool, []), ticket)
         self._length += 1
         return ticket

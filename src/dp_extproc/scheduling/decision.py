@@ -3,6 +3,7 @@
 from msgspec import Struct
 
 from dp_extproc.load.in_flight import InFlight
+from dp_extproc.load.records import NO_WORK, Work
 from dp_extproc.prefix_cache.blocks import Prefix
 from dp_extproc.request.body import InferenceRequest
 from dp_extproc.request.rejection import Rejection
@@ -59,6 +60,8 @@ class Queued(Struct, frozen=True):
     """The prefix blocks of the prompt; None if they were not computed yet."""
     rejection: Rejection
     """The answer to the client if the request finds no place in the queue, or waits too long."""
+    work: Work = NO_WORK
+    """What the request will cost, as estimated without a prefix cache."""
 
 
 SchedulingResult = Decision | Rejection | Queued

@@ -29,6 +29,10 @@ _ALL_AGREE: Final = "all of them agree, but no two of them can serve this reques
 
 _Quality = tuple[int, int, bool]
 """Freshness, how far failed attempts were avoided, and whether all are ejected or not ready. Less is better."""
+_AGGREGATED: Final = ((0, 0, False), ())
+"""Stands for the prefill endpoints of a match that has none: they are as good as can be."""
+PairQuality = tuple[bool, int, int, bool, bool]
+"""The quality of both roles of a match, between whether they may not hold a prompt: certainly, and by the estimate."""
 
 
 class Pairing(Struct, frozen=True):
@@ -56,10 +60,11 @@ class Pairing(Struct, frozen=True):
         if self.matches is None:
             return Pairing(prefills, decodes) if decodes and (prefills or not self.prefills) else None
         kept = {*prefills, *decodes}
-        return _joined(
+        left = (
             Match([each for each in match.prefills if each in kept], [each for each in match.decodes if each in kept])
             for match in {id(match): match for match in self.matches.values()}.values()
         )
+        return _joined([match for match in left if match.prefills and match.decodes])
 
 
 def find_pairing(
@@ -98,32 +103,47 @@ def find_pairing(
 def best_pairing(
     load: LoadCache, pool: str, request: InferenceRequest, context: RequestContext, now: float
 ) -> Pairing | None:
-    """Join those matches of a pool that are usable best; None if none is.
+    """Join those matches of a pool that are usable best; None if none is."""
+    found = best_of(load, pool, request, context, now, matches=load.matches[pool])
+    return None if found is None else found[1]
+
+
+def best_of(
+    load: LoadCache,
+    pool: str,
+    request: InferenceRequest,
+    context: RequestContext,
+    now: float,
+    *,
+    matches: Iterable[Match],
+) -> tuple[PairQuality, Pairing] | None:
+    """Join those of some matches of a pool that are usable best, with how good they are; None if none is usable.
 
     Both roles count: a match whose only decode endpoint is ejected is left out while there is a healthy one. But an
     ejected endpoint may work again by now, while a rank that is too small for a prompt never holds it.
     """
     estimate, least = _tokens(load, pool, request)
-    found = []
-    for match in load.matches[pool]:
-        prefills = _usable(load, match.prefills, request, context, now)
+    found: list[tuple[PairQuality, Match]] = []
+    for match in matches:
+        prefills = _usable(load, match.prefills, request, context, now) if match.prefills else _AGGREGATED
         decodes = _usable(load, match.decodes, request, context, now)
         if prefills is not None and decodes is not None:
             usable = Match(prefills[1], decodes[1])
-            quality = map(max, prefills[0], decodes[0])
+            freshness, avoided, is_ejected = map(max, prefills[0], decodes[0])
             # The estimate comes after the others, as it may be wrong.
-            found.append(((not _may_hold(usable, least), *quality, not _may_hold(usable, estimate)), usable))
+            too_long = not _may_hold(usable, least), not _may_hold(usable, estimate)
+            found.append(((too_long[0], freshness, avoided, bool(is_ejected), too_long[1]), usable))
     best = min((quality for quality, _ in found), default=None)
-    return _joined(match for quality, match in found if quality == best)
+    joined = _joined([match for quality, match in found if quality == best])
+    return None if best is None or joined is None else (best, joined)
 
 
-def _joined(matches: Iterable[Match]) -> Pairing | None:
+def _joined(matches: Sequence[Match]) -> Pairing | None:
     """Join matches; their lists of decode endpoints are walked once for each match, not for each prefill endpoint."""
-    left = [match for match in matches if match.prefills and match.decodes]
-    if len(left) < 2:
-        return Pairing(left[0].prefills, left[0].decodes) if left else None
-    of = {prefill: match for match in left for prefill in match.prefills}
-    every = dict.fromkeys(decode for match in left for decode in match.decodes)
+    if len(matches) < 2:
+        return Pairing(matches[0].prefills, matches[0].decodes) if matches else None
+    of = {prefill: match for match in matches for prefill in match.prefills}
+    every = dict.fromkeys(decode for match in matches for decode in match.decodes)
     return Pairing(tuple(of), tuple(every), of)
 
 
@@ -135,7 +155,7 @@ def _tokens(load: LoadCache, pool: str, request: InferenceRequest) -> tuple[floa
 
 
 def _may_hold(match: Match, tokens: float) -> bool:
-    return may_hold(match.prefills, tokens) and may_hold(match.decodes, tokens)
+    return (not match.prefills or may_hold(match.prefills, tokens)) and may_hold(match.decodes, tokens)
 
 
 def _usable(
@@ -152,4 +172,4 @@ def _usable(
 
 
 def _differences(prefills: Sequence[EndpointLoad], decodes: Sequence[EndpointLoad]) -> list[Difference]:
-    return differences((each.facts for each in prefills), (each.facts for each in decodes))
+    return differences((each.pairing_key for each in prefills), (each.pairing_key for each in decodes))

@@ -4,7 +4,8 @@ What decides the rank on an endpoint differs by release: a routing field, the bo
 bootstrap room serves both legs, so the decode target is picked after the prefill target, from ranks that agree with it.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Final
 
@@ -13,8 +14,10 @@ from msgspec import Struct
 from dp_extproc.config.load import LoadSignal
 from dp_extproc.config.pools import PolicySettings
 from dp_extproc.engines.capabilities import RankControl
+from dp_extproc.engines.compatibility import group_of_pair
 from dp_extproc.engines.model import Role
 from dp_extproc.load.endpoint import Candidate, EndpointLoad, Target
+from dp_extproc.load.matching import Match
 from dp_extproc.load.records import RequestCost
 from dp_extproc.load.step_group import RankLoad
 from dp_extproc.prefix_cache.index import CachedTokens, PrefixIndex
@@ -31,6 +34,12 @@ class Targets(Struct, frozen=True):
     decode: Target
     """The target that answers the client."""
 
+    @property
+    def group(self) -> str | None:
+        """Return the revision group of the request."""
+        prefill, decode = self.prefill, self.decode.endpoint.group
+        return decode if prefill is None else group_of_pair(prefill.endpoint.group, decode)
+
 
 class Pins(Struct, frozen=True):
     """The ranks that the client asked for, where the pool allows that."""
@@ -40,6 +49,11 @@ class Pins(Struct, frozen=True):
 
 
 NO_PINS: Final = Pins()
+_DECODE_WEIGHT: Final = 0.02
+"""Weight of the cost on decode where matches are compared. Decode slows down evenly as its load grows, while a queue on
+prefill delays all requests after it. Simulated on one match of 3 prefill and 1 decode engines and one of 1 and 3, with
+four kinds of traffic: against 0, requests take 2 to 16 % less in all, with a time to first token 2 to 7 % longer. With
+0.1 they take the same, and the time to first token is 10 to 32 % longer."""
 
 Wanted = Callable[[RankLoad], bool]
 """Whether a rank may be picked."""
@@ -70,6 +84,8 @@ class Picker:
         tokens, cached = cost.tokens, NOTHING_CACHED
         if cost.prefix.blocks or cost.session is not None:
             cached = self._prefixes.cached(cost.prefix, tokens, cost.session)
+        if pairing.matches is not None and self._policies[Role.PREFILL].compares:
+            pairing = self._cheapest(pairing.matches.values(), tokens, now, cached)
         if not pairing.prefills:
             picked = self._pick(
                 Role.WORKER, pairing.decodes, tokens, now, pin=pins.decode, wanted=wanted, cached=cached
@@ -80,6 +96,23 @@ class Picker:
         decodes = pairing.decodes_of(prefill.endpoint)
         picked = self._pick(Role.DECODE, decodes, tokens, now, pin=pins.decode, wanted=wanted, residue=prefill.residue)
         return Targets(prefill, self._decode_target(*picked))
+
+    def _cheapest(self, matches: Iterable[Match], tokens: float, now: float, cached: CachedTokens[RankLoad]) -> Pairing:
+        """Return the match where a request costs least in both roles.
+
+        The prefill target alone does not decide: in a rollout, a group may have much prefill and little decode.
+        """
+        policy = self._policies
+        least, found = math.inf, list[Pairing]()
+        for match in {id(match): match for match in matches}.values():
+            prefills = policy[Role.PREFILL].within_reach(match.prefills, cached)
+            decodes = policy[Role.DECODE].within_reach(match.decodes, NOTHING_CACHED)
+            cost = policy[Role.PREFILL].cost(prefills, tokens, now, cached)
+            cost += _DECODE_WEIGHT * policy[Role.DECODE].cost(decodes, tokens, now)
+            if cost <= least:
+                found = [*(found if cost == least else ()), Pairing(prefills, decodes)]
+                least = cost
+        return found[0] if len(found) == 1 else self._rng.choice(found)
 
     def _pick(
         self,

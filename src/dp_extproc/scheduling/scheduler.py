@@ -9,6 +9,7 @@ The order is the same for both shapes of a pool:
 5. Open its reservations. Whatever fails before leaves none.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from random import Random
@@ -26,7 +27,7 @@ from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.load.in_flight import NO_LISTENER, InFlightListener, nothing
 from dp_extproc.load.matching import Match
-from dp_extproc.load.records import SESSION_KEPT, RequestCost
+from dp_extproc.load.records import SESSION_KEPT, RequestCost, Work
 from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix, prefix_of
 from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated, unread_request
@@ -36,6 +37,7 @@ from dp_extproc.scheduling.admission import Admission, AdmissionQueue, largest_c
 from dp_extproc.scheduling.bootstrap_room import draw_room
 from dp_extproc.scheduling.decision import Answer, Decision, Metadata, Queued, RequestContext, SchedulingResult
 from dp_extproc.scheduling.filters import EndpointFilter
+from dp_extproc.scheduling.groups import GroupShares
 from dp_extproc.scheduling.models import SHOWN_MODEL, ModelRegistry
 from dp_extproc.scheduling.pairing import Pairing, find_pairing
 from dp_extproc.scheduling.picker import NO_PINS, Picker, Pins, Targets
@@ -62,6 +64,14 @@ class _Pool:
         self.can_go_unread = not any(config.needs_bodies())
         self.honours_pins = config.policy.client_dp_rank is ClientRanks.HONOUR
         self.affinity = config.policy.affinity
+        self.shares = GroupShares(
+            config.name,
+            config.groups.weights,
+            load,
+            rng,
+            is_disaggregated=config.is_disaggregated,
+            keeps_sessions=config.policy.affinity.sessions,
+        )
 
 
 class Scheduler:
@@ -109,6 +119,8 @@ class Scheduler:
         self._queue = queue
         self._sees_first_events = sees_first_events
         self._credentials = credentials
+        self.group_requests: Counter[tuple[str, str | None]] = Counter()
+        """Scheduled requests by pool and revision group, of pools with groups."""
         self.configure(pools, signal, admission)
 
     def configure(self, pools: Iterable[PoolConfig], signal: LoadSignal, admission: AdmissionSettings) -> None:
@@ -181,11 +193,16 @@ class Scheduler:
     ) -> SchedulingResult:
         """Pick the targets of a request, encode it for them, and only then open its reservations."""
         now = self._clock()
-        pairing = find_pairing(self._filters, pool.name, request, context, now, is_disaggregated=pool.is_disaggregated)
+        narrowed = pool.shares.narrow(request, context, now) if pool.name in self._load.grouped else None
+        pairing = narrowed or self._find_pairing(pool, request, context, now)
         if isinstance(pairing, Rejection):
             return pairing
         cost = self._cost(pool, request, context, prefix)
         targets = self._pick(pool, request, cost, now, pairing)
+        if narrowed is not None and not isinstance(targets, Targets):  # the group is full, and others may not be
+            pairing = self._find_pairing(pool, request, context, now)
+            if isinstance(pairing, Pairing):
+                targets = self._pick(pool, request, cost, now, pairing)
         if not isinstance(targets, Targets):
             return targets
         prefill, decode = targets.prefill, targets.decode
@@ -194,6 +211,8 @@ class Scheduler:
         if prefill is not None:
             prefill.endpoint.health.sent(now)
         decode.endpoint.health.sent(now)
+        if pool.name in self._load.grouped:
+            self.group_requests[pool.name, targets.group] += 1
         address = (contract.DECODE_HOST, decode.endpoint.address.encode())
         return Decision(
             encoding.body,
@@ -203,6 +222,11 @@ class Scheduler:
             streaming=request.stream,
             merges_logprobs=prefill is not None and request.wants_logprobs,
         )
+
+    def _find_pairing(
+        self, pool: _Pool, request: InferenceRequest, context: RequestContext, now: float
+    ) -> Pairing | Rejection:
+        return find_pairing(self._filters, pool.name, request, context, now, is_disaggregated=pool.is_disaggregated)
 
     def _pick(
         self, pool: _Pool, request: InferenceRequest, cost: RequestCost, now: float, pairing: Pairing
@@ -249,7 +273,10 @@ class Scheduler:
     def _no_room(self, pool: _Pool, request: InferenceRequest, prefix: Prefix | None, why: str) -> Rejection | Queued:
         message = f"the servers for {pool.name} are full: {why}; try again later"
         rejection = Rejection(429, Reason.OVER_CAPACITY, message, headers=TRY_AGAIN)
-        return rejection if self._queue is None else Queued(pool.name, request.priority, request, prefix, rejection)
+        if self._queue is None:
+            return rejection
+        work = Work(self._load.ratios[pool.name].estimate(request.prompt), _sequences(request))
+        return Queued(pool.name, request.priority, request, prefix, rejection, work)
 
     def _cost(
         self, pool: _Pool, request: InferenceRequest, context: RequestContext, prefix: Prefix | None
@@ -259,12 +286,17 @@ class Scheduler:
             prefix = prefix_of(request) if pool.affinity.prefixes else NO_PREFIX
         return RequestCost(
             tokens=self._load.ratios[pool.name].estimate(prompt),
-            requests=(prompt.batch or 1) * request.samples,
+            requests=_sequences(request),
             prefix=prefix,
             session=session[:SESSION_KEPT] if session and pool.affinity.sessions else None,
             text_bytes=prompt.text_bytes,
             known_tokens=prompt.tokens,
         )
+
+
+def _sequences(request: InferenceRequest) -> float:
+    """Return how many sequences a request makes."""
+    return (request.prompt.batch or 1) * request.samples
 
 
 def _with_endpoints(targets: Targets, scope: Pairing | Match) -> Iterator[tuple[Target, Sequence[EndpointLoad]]]:
@@ -309,6 +341,8 @@ def _metadata(pool: _Pool, request: InferenceRequest, targets: Targets) -> Metad
     }
     if (rank := targets.decode.global_rank) is not None:
         metadata[contract.META_DECODE_RANK] = rank
+    if (group := targets.group) is not None:
+        metadata[contract.META_GROUP] = group
     if targets.prefill is not None:
         metadata[contract.META_PREFILL_HOST] = targets.prefill.endpoint.address
         if (rank := targets.prefill.global_rank) is not None:

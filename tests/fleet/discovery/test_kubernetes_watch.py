@@ -373,3 +373,13 @@ def test_a_source_has_a_name_a_kind_and_a_time_to_keep() -> None:
     assert (str(source), source.kind, source.keep_for) == ("kubernetes service decode", SourceKind.KUBERNETES, 60.0)
     assert str(KubernetesSource(KubernetesSettings(pods="app=x", namespace="llm"))) == "kubernetes pods app=x in llm"
     assert str(KubernetesSource(KubernetesSettings(selector="a=b"))) == "kubernetes services a=b"
+
+
+def test_versions_that_expire_again_and_again_are_no_busy_loop(api: FakeApiServer, tmp_path: Path) -> None:
+    """The first leads to a list at once; then the pauses grow, because each list is work for the API server."""
+    api.oldest = 10**9
+    with watching(api, tmp_path, Timing(first_pause=0.05, longest_pause=0.2)) as reports:
+        wait_for(lambda: len(reports.failures) > 2)
+        assert "too old resource version" in reports.failures[-1]
+        assert len(api.lists()) < 40
+    assert reports.urls == set()

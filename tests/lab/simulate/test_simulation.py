@@ -159,10 +159,10 @@ def test_every_surrounding_runs(around: Surroundings) -> None:
     simulation.settle()
 
     assert len(result.outcomes) == 150 - len(simulation._patience)
-    assert {host.requests - others(host) for replica in router._replicas for host in replica.fleet.by_url.values()} == {
+    assert {host.requests - others(host) for replica in router.replicas for host in replica.fleet.by_url.values()} == {
         0
     }
-    assert not any(replica.attempts for replica in router._replicas)
+    assert not any(replica.attempts for replica in router.replicas)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_router_estimates_the_token_ratio(around: Surroundings, bytes_per_token:
     router = Ours(simulation, PolicySettings(), LoadSignal.ESTIMATE)
     simulation.run(router)
 
-    for replica in router._replicas:
+    for replica in router.replicas:
         (ratio,) = replica.fleet.ratios.values()
         assert ratio.bytes_per_token == pytest.approx(bytes_per_token, rel=0.1)
 

@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
+from itertools import accumulate
 
+from dp_extproc.engines.model import Role
 from dp_extproc.lab.engine.scheduler.costs import Costs
 
 
@@ -23,10 +25,17 @@ class Fleet:
     """Whether prefill ranks keep what they have computed."""
     costs: Costs = field(default_factory=lambda: Costs(prefill_step=0.03, prefill_token=100e-6))
     """By default those of a large mixture-of-experts model: 75,000 prompt tokens per second on eight full ranks."""
+    groups: tuple[tuple[int, int], ...] = ()
+    """Prefill and decode engines of each revision group, the first engines in the first group. Empty for no groups."""
     slow_prefill: float = 1.0
     """How many times longer the steps of the first prefill engine take."""
     slow_decode: float = 1.0
     """How many times longer the steps of the first decode engine take."""
+
+    def group_of(self, role: Role, index: int) -> str | None:
+        """Return the revision group of an engine; None if there are no groups."""
+        ends = accumulate(prefill if role is Role.PREFILL else decode for prefill, decode in self.groups)
+        return next((f"v{number}" for number, end in enumerate(ends, start=1) if index < end), None)
 
 
 @dataclass(frozen=True, slots=True)

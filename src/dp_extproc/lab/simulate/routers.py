@@ -129,13 +129,13 @@ class Ours:
         self._simulation = simulation
         self._rng = simulation.rng
         around = simulation.around
-        self._replicas = [
+        self.replicas = [
             _Replica(simulation, policy, signal, Random(simulation.rng.random())) for _ in range(around.replicas)
         ]
         self._of: dict[int, _Replica] = {}
 
     def place(self, number: int, request: TraceRequest, now: float) -> Placement:
-        replica = self._rng.choice(self._replicas)
+        replica = self._rng.choice(self.replicas)
         self._of[number] = replica
         prefix = self._prefix(request) if self._affinity else NO_PREFIX
         placement, record = replica.place(number, self._text_bytes(request), prefix, now)
@@ -153,7 +153,7 @@ class Ours:
         del self._of[number]
 
     def scraped(self, role: Role, engine: int, page: LoadPage, started: float, now: float) -> None:
-        for replica in self._replicas:
+        for replica in self.replicas:
             replica.fleet.sampled(replica.endpoints[role][engine], page, started, now)
 
     def _event(self, number: int, event: "Callable[[_Replica, float], None]", now: float) -> None:
@@ -164,7 +164,7 @@ class Ours:
     def _share(self, replica: "_Replica", event: "Callable[[_Replica, float], None]") -> None:
         delay = self._simulation.around.sync
         if delay is not None:
-            for peer in self._replicas:
+            for peer in self.replicas:
                 if peer is not replica:
                     self._simulation.after(delay, partial(event, peer))
 
@@ -194,7 +194,10 @@ class _Replica:
         fleet = simulation.fleet
         sizes = {Role.PREFILL: fleet.prefill, Role.DECODE: fleet.decode}
         self.endpoints = {
-            role: [Endpoint(f"http://{role}-{index}:1", "", 1, _POOL, role) for index in range(count)]
+            role: [
+                Endpoint(f"http://{role}-{index}:1", "", 1, _POOL, role, group=fleet.group_of(role, index))
+                for index in range(count)
+            ]
             for role, count in sizes.items()
         }
         costs = fleet.costs
@@ -220,9 +223,7 @@ class _Replica:
     def place(self, number: int, text_bytes: int, prefix: Prefix, now: float) -> tuple[Placement, PlacementRecord]:
         tokens = self.fleet.ratios[_POOL].estimate(Prompt(text_bytes, 0, None))
         cost = RequestCost(tokens, prefix=prefix, text_bytes=text_bytes)
-        prefills = self._filters.capable(_POOL, Role.PREFILL, Api.CHAT, now)
-        decodes = self._filters.capable(_POOL, Role.DECODE, Api.CHAT, now)
-        targets = self._picker.pick(Pairing(prefills, decodes), cost, now)
+        targets = self._picker.pick(self._pairing(now), cost, now)
         prefill, decode = targets.prefill, targets.decode
         assert prefill is not None  # noqa: S101 - the pool is disaggregated
         self.attempts[number] = self._tracker.open(prefill, decode, cost, now)
@@ -243,6 +244,13 @@ class _Replica:
             prefill.cached,
         )
         return placement, record
+
+    def _pairing(self, now: float) -> Pairing:
+        prefills = self._filters.capable(_POOL, Role.PREFILL, Api.CHAT, now)
+        decodes = self._filters.capable(_POOL, Role.DECODE, Api.CHAT, now)
+        matches = self.fleet.matches.get(_POOL, ())
+        of = {prefill: match for match in matches for prefill in match.prefills}
+        return Pairing(prefills, decodes, of or None)
 
     def open_peer(self, number: int, record: PlacementRecord, now: float) -> None:
         """Open the reservations of a peer's attempt."""

@@ -75,7 +75,7 @@ def _from_pod(address: str, port: str, account: Path) -> Access:
     token = account / "token"
     if not token.is_file():
         raise AccessError(
-            f"{token} does not exist; set automountServiceAccountToken: true for the pod or its service account"
+            f"{token} does not exist; set automountServiceAccountToken: true, or mount a projected token there"
         )
     try:
         tls = ssl.create_default_context(cafile=account / "ca.crt")

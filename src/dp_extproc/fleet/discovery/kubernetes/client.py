@@ -160,4 +160,8 @@ def _reason(error: Exception) -> str:
         return f"no answer in time ({type(error).__name__}); check the network policies between this pod and it"
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return f"its certificate is not trusted ({error}); check ca.crt of the service account, or of the kubeconfig"
-    return f"{error or type(error).__name__}; check that the API server is up and can be reached"
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
+        cause = cause.__cause__ or cause.__context__
+    detail = cause.strerror if isinstance(cause, OSError) else str(error) or type(error).__name__
+    return f"{detail}; check that the API server is up and can be reached"

@@ -58,7 +58,6 @@ def fault_of(code: int, status: Status, request: Request, retry_after: str | Non
         f"{what}: {code} {reason}{_remedy(code, request)}",
         retry_after=_seconds(retry_after, (details.retry_after_seconds if details else None) or 0),
         expired=code == 410 or _TOO_LARGE in causes,
-        quiet=code == 410,
     )
 
 
@@ -69,7 +68,7 @@ def _remedy(code: int, request: Request) -> str:
     if code == 403:
         return (
             f"; grant the verb {request.verb} on {plural} of apiGroups [{group!r}] to the service account, by a Role "
-            f"and a RoleBinding in namespace {request.namespace} (get, list and watch are needed)"
+            f"and a RoleBinding in namespace {request.namespace} (list and watch are needed)"
         )
     if code == 404:
         return "; this API server has no such resource: Kubernetes 1.21 or later is needed"

@@ -28,15 +28,13 @@ class Found:
 
 
 def combine(parts: Collection[Part]) -> Found:
-    """Merge the parts of all objects; each URL counts once.
+    """Merge the parts of all objects.
 
     A Service with both address families has each pod in two slices. IPv4 counts if the Service has IPv4 endpoints, so
-    that each pod is one member.
+    that each pod is one member. A URL may be listed twice: for a moment a pod may be in two slices, or an old and a new
+    pod may have one address.
     """
     with_ipv4 = {each.service for each in parts if each.family == "IPv4" and each.members}
-    members: dict[str, Member] = {}
-    for part in parts:
-        if part.family != "IPv6" or part.service not in with_ipv4:
-            for member in part.members:
-                members.setdefault(member.url, member)
-    return Found(tuple(members.values()), tuple(sorted({each.problem for each in parts if each.problem})))
+    counting = (each for each in parts if each.family != "IPv6" or each.service not in with_ipv4)
+    members = tuple(member for part in counting for member in part.members)
+    return Found(members, tuple(sorted({each.problem for each in parts if each.problem})))
