@@ -155,7 +155,7 @@ class Components:
         await self._monitor.first_round.wait()
 
     async def metrics(self) -> bytes:
-        return self.telemetry.page()
+        return await asyncio.to_thread(self.telemetry.values().render)
 
     async def ready(self) -> bool:
         return self.readiness.ready
