@@ -211,6 +211,7 @@ def test_image_has_only_what_runs_and_its_labels(project: Project) -> None:
     """The image has no compiler, no wheels and no build files, and has the labels of the OCI."""
     look = "command -v cc gcc c++ ld make; ls -d /wheels /build /app/bin/pip; true"
     assert project.execute("dp-extproc", "sh", "-c", look) == ""
+    assert project.execute("dp-extproc", "python", "-c", "import dns.asyncresolver") == ""
     labels = project.inspect("dp-extproc")["Config"]["Labels"]
     version = project.execute("dp-extproc", "dp-extproc", "--version").split()[1]
     assert labels["org.opencontainers.image.version"] == version

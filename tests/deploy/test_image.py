@@ -1,6 +1,8 @@
 """The files of the image follow rules that a build does not check."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -49,6 +51,15 @@ def test_image_is_built_by_both_builders() -> None:
         "--from=build-demo",
     }
     assert not DOCKERFILE.startswith("# syntax")
+
+
+def test_image_has_the_libraries_of_every_source_of_endpoints() -> None:
+    """Without them a configuration that works elsewhere is refused in a container, or misses TTLs."""
+    (extras,) = re.findall(r"dependencies\.py ([a-z ]+) > dependencies\.txt", DOCKERFILE)
+    script = [sys.executable, str(ROOT / "deploy/image/dependencies.py"), *extras.split()]
+    installed = subprocess.run(script, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {*project["dependencies"], *project["optional-dependencies"]["dns"]} == set(installed)
 
 
 def test_last_stage_is_the_service() -> None:

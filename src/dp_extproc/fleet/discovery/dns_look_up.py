@@ -120,6 +120,9 @@ class _Query:
             )
         except dns.resolver.NXDOMAIN:
             return None
+        except dns.resolver.LifetimeTimeout as error:
+            tried = ", ".join(dict.fromkeys(str(name) for name, *_ in error.kwargs["errors"])) or "the DNS servers"
+            raise TimeoutError(f"no answer of {tried} within {self._seconds:g} s") from None
 
 
 def _without_failures(looked_up: Iterable[_Addresses | BaseException]) -> Iterable[_Addresses]:
