@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -32,6 +33,10 @@ class Listed:
     def write(self, *pairs: int) -> None:
         """Replace both files, each of which is whole at any moment."""
         write_files(self.directory, [self.pairs[index] for index in pairs])
+
+    def has_drained(self, count: int) -> bool:
+        """Return whether so many endpoints have left until now."""
+        return self.service.log().count(DRAINS) == count
 
 
 def write_files(directory: Path, pairs: Sequence[tuple[EngineProcess, EngineProcess]]) -> None:
@@ -75,7 +80,7 @@ def test_no_request_fails_while_files_replace_the_whole_fleet(tmp_path: Path) ->
                 departures.returned(*fleet.pairs[new])
                 written = time.monotonic()
                 fleet.write(new)
-                wait_for(lambda count=2 * (number + 1): fleet.service.log().count(DRAINS) == count, 30.0)
+                wait_for(partial(fleet.has_drained, 2 * (number + 1)), 30.0)
                 delays.append(time.monotonic() - written)
                 departures.left(*fleet.pairs[old])
                 load.go_on(LATE + 0.3)
