@@ -15,7 +15,7 @@ SGLRUN ?= $(HOME)/.cache/dp-extproc/sglang-run
 KUBE_BIN ?= $(HOME)/.cache/dp-extproc/kubernetes/bin
 
 .PHONY: setup test quickstart-test compose-test check format manifests demo faults soak interop kubernetes-run bench \
-  balance simulated stream-end clean
+  balance simulated autoscaling stream-end clean
 
 setup: .venv/ready
 
@@ -88,6 +88,10 @@ balance: .venv/bench-ready
 # Every simulation of docs/scheduling.md, its tables and plots.
 simulated: .venv/bench-ready
 	bench/simulated.sh
+
+# What HPA makes of several signals on a load ramp, as in docs/autoscaling.md: some minutes.
+autoscaling: setup
+	$(BIN)/python -m bench.autoscaling $(ARGS)
 
 # The filter that ends truncated streams, after a change of it. Needs clang with lld (Debian: clang, lld).
 stream-end: src/dp_extproc/envoy_config/stream_end.wasm

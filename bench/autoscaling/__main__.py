@@ -17,6 +17,8 @@ from typing import Final
 
 from bench.autoscaling.fleet import ROLES, Propose, ScaledFleet, Scrape
 from bench.autoscaling.hpa import SYNC_SECONDS, Autoscaler, Behavior, average_value, pods_average
+from bench.autoscaling.steady import RATES as RATES_STEADY
+from bench.autoscaling.steady import run_steady
 from dp_extproc.config.autoscaling import AutoscalingSettings
 from dp_extproc.engines.model import Role
 from dp_extproc.lab.simulate.fleet import Fleet, Surroundings
@@ -173,11 +175,25 @@ def _row(contender: Contender, results: Sequence[Result]) -> str:
     )
 
 
+def print_steady() -> None:
+    """Print the share of prefill, and the time to first token, at several rates."""
+    with multiprocessing.get_context("fork").Pool() as pool:
+        results = pool.map(run_steady, RATES_STEADY, chunksize=1)
+    print("| requests/s | share of prefill | mean TTFT, s | p99, s |")
+    print("| --: | --: | --: | --: |")
+    for each in results:
+        print(f"| {each.rate} | {each.share:.2f} | {each.ttft_mean:.2f} | {each.ttft_p99:.1f} |")
+
+
 def main() -> None:
     """Run all contenders on all traces, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m bench.autoscaling", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="number of traces (default: %(default)s)")
+    parser.add_argument("--steady", action="store_true", help="print the share of prefill at steady rates instead")
     args = parser.parse_args()
+    if args.steady:
+        print_steady()
+        return
     jobs = [(contender, seed) for contender in CONTENDERS for seed in range(args.seeds)]
     with multiprocessing.get_context("fork").Pool() as pool:
         results = pool.starmap(run, jobs, chunksize=1)

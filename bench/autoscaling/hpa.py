@@ -71,7 +71,7 @@ class Autoscaler:
         self._proposals.append((now, proposal))
         lowest = min(each for at, each in self._proposals if at > now - behavior.up_window or at == now)
         highest = max(each for at, each in self._proposals if at > now - behavior.down_window)
-        stabilized = min(max(current, lowest), highest) if current <= highest else highest
+        stabilized = min(max(current, lowest), highest)
         limit = max(current + behavior.up_pods, math.ceil(current * (1 + behavior.up_share)))
         self.replicas = max(self._least, min(self._most, stabilized, limit))
         return self.replicas

@@ -4,7 +4,7 @@ import base64
 import json
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +13,7 @@ from typing import Any, Self
 import httpx
 
 from dp_extproc.lab.testbed.ports import free_ports
+from dp_extproc.lab.testbed.tied_process import start_tied
 
 ADMIN_TOKEN = "admin-of-the-run"  # noqa: S105 - of an API server on loopback that lives for minutes
 ADDRESS = "10.77.0.1"
@@ -184,9 +185,9 @@ class Cluster:
             return False
 
     def _start(self, program: str, *options: str) -> subprocess.Popen[bytes]:
-        command: Sequence[str | Path] = [self._programs / program, *options]
+        command = [str(self._programs / program), *options]
         log = self._stack.enter_context((self.directory / f"{program}.log").open("ab"))
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        process = start_tied(command, log, log)
         self._stack.callback(_end, process)
         return process
 

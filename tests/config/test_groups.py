@@ -14,7 +14,7 @@ POOL = "pools:\n- models: ['*']\n  workers: {endpoints: ['http://a:1', {url: 'ht
         ("{v2: 0.05}", {"v2": 0.05}),
         ("{v2: 12.5 %, v1: 0%}", {"v2": 0.125, "v1": 0.0}),
         ("{a: 70%, b: 20%, c: 10%}", {"a": 0.7, "b": 0.2, "c": 0.1}),
-        ("{v2: 100%}", {"v2": 1.0}),
+        ("{v2: 100%, v1: 0}", {"v2": 1.0, "v1": 0.0}),
         ("{}", {}),
     ],
 )
@@ -30,6 +30,7 @@ def test_weights_are_shares_of_the_requests(weights: str, expected: dict[str, fl
     [
         ("{v2: 5}", "pools[0].groups.weights.v2", "write a share of the requests from 0% to 100%, such as 5% or 0.05"),
         ("{v2: 1}", "pools[0].groups.weights.v2", "write a share of the requests from 0% to 100%, such as 5% or 0.05"),
+        ("{v2: 1.0}", "pools[0].groups.weights.v2", "write a share of the requests from 0% to 100%"),
         ("{v2: 110%}", "pools[0].groups.weights.v2", "write a share of the requests from 0% to 100%"),
         ("{v2: -5%}", "pools[0].groups.weights.v2", "write a share of the requests from 0% to 100%"),
         ("{v2: .nan}", "pools[0].groups.weights.v2", "write a share of the requests from 0% to 100%"),

@@ -370,7 +370,10 @@ def test_pods_restart_only_for_settings_that_need_it() -> None:
 
     as_it_is = checksum()
     assert checksum('config.pools=[{"models": ["*"], "workers": {"endpoints": ["http://10.0.0.1:30000"]}}]') == as_it_is
-    assert checksum('config.load={"interval": "2s"}', 'config.drain="2s"', "config.admission={}") == as_it_is
+    assert (
+        checksum('config.load={"interval": "2s"}', 'config.drain="2s"', "config.admission={}", "config.autoscaling={}")
+        == as_it_is
+    )
     assert checksum('config.load={"prefill_step_cost_tokens": 400}') != as_it_is
     assert checksum("config.queue={}") != as_it_is
     (omitted,) = re.findall(r"omit \$config ([^\n]*?) -}}", TEMPLATES)

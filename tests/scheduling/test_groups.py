@@ -55,7 +55,7 @@ class Pool:
         self.numbers = count()
 
     def configure(self, weights: Mapping[str, float], admission: AdmissionSettings = OFF) -> None:
-        pool = self.fleet.pool.model_copy(update={"groups": GroupSettings(weights=weights)})
+        pool = self.fleet.pool.model_copy(update={"groups": GroupSettings.model_construct(weights=weights)})
         self.fleet.scheduler.configure([pool], LoadSignal.ESTIMATE, admission)
 
     def all_of(self, group: str | None, *roles: Role) -> list[EndpointLoad]:

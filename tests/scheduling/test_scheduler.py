@@ -9,7 +9,7 @@ import pytest
 
 from dp_extproc import contract
 from dp_extproc.config import HostPolicy, RankPolicy
-from dp_extproc.engines.model import Role
+from dp_extproc.engines.model import Kind, Role
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.decision import Answer, Decision
@@ -428,6 +428,15 @@ class TestLookups:
 
         assert isinstance(answer, Answer)
         assert [card["id"] for card in json.loads(answer.body)["data"]] == ["served"]
+
+    @pytest.mark.parametrize(("kind", "owner"), [(Kind.SGLANG, "sglang"), (Kind.VLLM, "vllm")])
+    def test_owner_of_a_model_is_the_kind_of_its_engines(self, kind: Kind, owner: str) -> None:
+        """Clients get the owner that the engines of the pool themselves report."""
+        fleet = Fleet(workers=[replace(make_facts(Role.WORKER), kind=kind, served_model="m")])
+        answer = fleet.scheduler.models("/v1/models/m")
+
+        assert isinstance(answer, Answer)
+        assert json.loads(answer.body)["owned_by"] == owner
 
     def test_model_with_an_escaped_slash_is_found(self) -> None:
         """Client libraries escape the slash of org/name, and no engine gets the path, so it is decoded here."""

@@ -55,6 +55,7 @@ class Receiver:
     """A replica over a real fleet, and its bus."""
 
     lost = 0
+    problem = None
 
     def __init__(self) -> None:
         self.fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])

@@ -166,3 +166,27 @@ def test_directory_that_cannot_be_made_is_logged(directory: Path, caplog: pytest
             await until(lambda: member.replica.status().connected)
 
     asyncio.run(story())
+
+
+def test_socket_that_takes_no_messages_is_logged_once(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A replica that is not reached schedules without the load of this one. The others get messages as before."""
+    caplog.set_level(logging.INFO)
+
+    async def story() -> None:
+        a, b = Member(f"unix://{directory}", "a"), Member(f"unix://{directory}", "b")
+        async with running(a, b):
+            await until(lambda: sockets(directory) == ["a.sock", "b.sock"])
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:  # no datagram can be sent to it
+                other.bind(str(directory / "other.sock"))
+                await until(lambda: a.replica.status().problem is not None)
+                assert str(directory / "other.sock") in (a.replica.status().problem or "")
+                scanned = a.replica.status().sent
+                a.open(3)
+                await until(lambda: b.follows(a) and a.replica.status().sent > scanned + 2)
+            (directory / "other.sock").unlink()
+            await until(lambda: a.replica.status().problem is b.replica.status().problem is None)
+
+    asyncio.run(story())
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum("some replicas get no messages" in message for message in messages) == 2  # one of each replica
+    assert messages.count("sync: all replicas get messages again") == 2

@@ -6,13 +6,15 @@ from urllib.parse import unquote
 
 import msgspec
 
-from dp_extproc.config.pools import PoolConfig
+from dp_extproc.config.pools import EngineKind, PoolConfig
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.request.path import ONE_MODEL
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.decision import Answer
 
 _ANY_MODEL: Final = "*"
+_UNKNOWN_OWNER: Final = EngineKind.SGLANG.value
+"""Owner of a model before any of its engines was reached."""
 SHOWN_MODEL: Final = 200
 """Bounds the characters of a model name in logs and messages, as clients may send megabytes."""
 
@@ -39,22 +41,28 @@ class ModelRegistry:
 
     def known(self) -> list[str]:
         """Return every model that can be asked for: the configured ones, and those that engines of "*" pools report."""
-        known: dict[str, None] = {}
+        return list(self._owners())
+
+    def _owners(self) -> dict[str, str]:
+        """Return the owner of every model: the kind of its engines, as they themselves report it on this path."""
+        known: dict[str, str] = {}
         for pool in self._pools:
+            kinds = [each.facts.kind.lower() for each in self._load.discovered_in(pool.name)]
+            configured = _UNKNOWN_OWNER if pool.engine is EngineKind.AUTO else pool.engine.value
             for model in pool.models:
                 if model != _ANY_MODEL:
-                    known[model] = None
+                    known[model] = kinds[0] if kinds else configured
                     continue
                 for endpoint in self._load.discovered_in(pool.name):
                     if endpoint.facts.served_model and endpoint.facts.served_model not in self._pool_of:
-                        known[endpoint.facts.served_model] = None
-        return list(known)
+                        known[endpoint.facts.served_model] = endpoint.facts.kind.lower()
+        return known
 
     def answer(self, path: str) -> Answer | Rejection:
         """Answer ``/v1/models`` for all pools, or ``/v1/models/NAME``."""
         cards = [
-            {"id": model, "object": "model", "created": 0, "owned_by": "sglang", "root": model, "parent": None}
-            for model in self.known()
+            {"id": model, "object": "model", "created": 0, "owned_by": owner, "root": model, "parent": None}
+            for model, owner in self._owners().items()
         ]
         plain = path.partition("?")[0]
         if not plain.startswith(ONE_MODEL):

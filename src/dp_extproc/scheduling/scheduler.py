@@ -193,7 +193,8 @@ class Scheduler:
     ) -> SchedulingResult:
         """Pick the targets of a request, encode it for them, and only then open its reservations."""
         now = self._clock()
-        narrowed = pool.shares.narrow(request, context, now) if pool.name in self._load.grouped else None
+        is_grouped = pool.name in self._load.grouped
+        narrowed = pool.shares.narrow(request, context, now) if is_grouped else None
         pairing = narrowed or self._find_pairing(pool, request, context, now)
         if isinstance(pairing, Rejection):
             return pairing
@@ -211,13 +212,16 @@ class Scheduler:
         if prefill is not None:
             prefill.endpoint.health.sent(now)
         decode.endpoint.health.sent(now)
-        if pool.name in self._load.grouped:
+        metadata = _metadata(pool, request, targets)
+        if is_grouped:
             self.group_requests[pool.name, targets.group] += 1
+            if targets.group is not None:
+                metadata[contract.META_GROUP] = targets.group
         address = (contract.DECODE_HOST, decode.endpoint.address.encode())
         return Decision(
             encoding.body,
             (address, *encoding.headers, *self._credentials.headers(pool.name)),
-            _metadata(pool, request, targets),
+            metadata,
             in_flight,
             streaming=request.stream,
             merges_logprobs=prefill is not None and request.wants_logprobs,
@@ -341,8 +345,6 @@ def _metadata(pool: _Pool, request: InferenceRequest, targets: Targets) -> Metad
     }
     if (rank := targets.decode.global_rank) is not None:
         metadata[contract.META_DECODE_RANK] = rank
-    if (group := targets.group) is not None:
-        metadata[contract.META_GROUP] = group
     if targets.prefill is not None:
         metadata[contract.META_PREFILL_HOST] = targets.prefill.endpoint.address
         if (rank := targets.prefill.global_rank) is not None:

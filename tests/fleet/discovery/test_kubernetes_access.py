@@ -190,6 +190,32 @@ def test_credentials_that_are_not_supported_are_refused_with_a_remedy(
         find_access({"KUBECONFIG": write_kubeconfig(tmp_path / "k", user, **cluster)})
 
 
+@pytest.mark.parametrize(
+    ("user", "cluster", "message"),
+    [
+        ({}, {"proxy-url": "socks5://127.0.0.1:1"}, "write an HTTP proxy as proxy-url"),
+        ({}, {"proxy-url": "nonsense"}, "write an HTTP proxy as proxy-url"),
+        ({}, {"server": "https://a b"}, "list endpointslices at https://a b"),
+        ({}, {"server": "http://[::1"}, "list endpointslices at http://[::1"),
+        ({}, {"tls-server-name": ".x"}, "list endpointslices at"),
+        ({"token": "a\nb"}, {}, "is no token"),
+        ({"token": "\u20ac"}, {}, "is no token"),
+    ],
+)
+def test_values_that_cannot_be_used_are_failures(
+    tmp_path: Path, user: dict[str, Any], cluster: dict[str, Any], message: str
+) -> None:
+    """No mistake in a kubeconfig ends the source."""
+    with FakeApiServer(tls=tls_of(*make_certificate(tmp_path, "ca"))) as api:
+        keys = {"server": api.url, "insecure-skip-tls-verify": True} | cluster
+        environment = {"KUBECONFIG": write_kubeconfig(tmp_path / "k", user, **keys)}
+        timing = Timing(first_pause=0.02, longest_pause=0.1)
+        settings = KubernetesSettings(service="decode")
+        with reports_of(KubernetesSource(settings, environment=environment, timing=timing)) as reports:
+            wait_for(lambda: len(reports.failures) > 1)
+    assert message in reports.failures[-1]
+
+
 def test_a_kubeconfig_that_is_missing_is_refused(tmp_path: Path) -> None:
     """Whoever names a file means it."""
     with pytest.raises(AccessError, match="cannot read"):

@@ -124,7 +124,7 @@ def test_reports_are_states_in_their_order_up_to_the_last(steps: list[tuple[str,
             yield world
 
         running = asyncio.create_task(reflector.run(connect))
-        await asyncio.wait_for(world.over.wait(), 30)
+        await asyncio.wait_for(world.over.wait(), 10)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         return world

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from kube_api import PODS, SLICES, TOKEN, FakeApiServer, endpoint_slice, pod
 from patience import wait_for
 from source_reports import Reports, reports_of
 
-FAST = Timing(line_timeout=1.0, first_pause=0.02, longest_pause=0.1, steady=0.0)
+FAST = Timing(first_pause=0.02, longest_pause=0.1, steady=0.0)
 """Real pauses, but short ones. A watch counts as steady at once, so that each fault is like the first."""
 
 
@@ -169,7 +170,7 @@ def test_an_api_server_that_is_away_keeps_the_last_members(api: FakeApiServer, t
 def test_a_silent_watch_is_replaced(api: FakeApiServer, tmp_path: Path) -> None:
     """A firewall may drop a connection without a word to either end."""
     api.put(SLICES, endpoint_slice("decode-1", "decode", *hosts(1)))
-    with watching(api, tmp_path) as reports:
+    with watching(api, tmp_path, replace(FAST, line_timeout=0.5)) as reports:
         wait_for(lambda: reports.urls == urls(1) and api.watches())
         api.silent = True
         api.put(SLICES, endpoint_slice("decode-1", "decode", *hosts(1, 2)))
@@ -327,7 +328,7 @@ def test_a_rotated_token_is_read_for_each_request(api: FakeApiServer, tmp_path: 
         wait_for(lambda: reports.is_failing)
         assert "the token is not accepted" in reports.failures[-1]
         token.write_text("\u20ac\n", encoding="utf-8")
-        wait_for(lambda: "is no token" in reports.failures[-1])
+        wait_for(lambda: "has is no token" in reports.failures[-1])
         token.unlink()
         wait_for(lambda: f"cannot read {token}" in reports.failures[-1])
         api.tokens = {"three": frozenset({"list", "watch"})}

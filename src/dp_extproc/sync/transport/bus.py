@@ -32,6 +32,10 @@ class Bus(Protocol):
     def lost(self) -> int:
         """Messages of this replica that could not be sent, in all."""
 
+    @property
+    def problem(self) -> str | None:
+        """Why some replicas do not get messages although the bus is connected; None if all of them do."""
+
     def send(self, message: bytes) -> None:
         """Send a message if possible, else drop it, without waiting."""
 

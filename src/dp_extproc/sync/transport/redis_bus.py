@@ -36,6 +36,7 @@ class RedisBus:
             patience: Seconds to wait for the server; longer than the pause between two messages of this replica.
         """
         self.lost = 0
+        self.problem: str | None = None
         self._url = url
         self._channel = channel
         self._patience = patience

@@ -45,6 +45,8 @@ class SyncStatus:
     ``version_mismatch``; and messages that were decoded, but not applied (``unapplied``)."""
     last_error: str | None
     """Why the bus failed the last time."""
+    problem: str | None
+    """Why some replicas do not get messages at present; None if all of them do."""
 
 
 class Replica:
@@ -74,6 +76,8 @@ class Replica:
         self._clock = clock
         self._connected = False
         self._last_error: str | None = None
+        self._problem: str | None = None
+        """The problem of the bus that was logged last."""
         self._sent = 0
         self._received = 0
         self._counts: Counter[str] = Counter({**{reason.value: 0 for reason in Unreadable}, "unapplied": 0})
@@ -100,6 +104,7 @@ class Replica:
             lost=self._bus.lost,
             anomalies={**self._peers.anomalies, **self._counts},
             last_error=self._last_error,
+            problem=self._bus.problem,
         )
 
     # --- the bus calls these ---
@@ -170,6 +175,16 @@ class Replica:
         for message in self._outbox.collect(now):
             self._bus.send(message)
             self._sent += 1
+        if self._bus.problem != self._problem:
+            self._problem = self._bus.problem
+            if self._problem is None:
+                _log.info("sync: all replicas get messages again")
+            else:
+                _log.warning(
+                    "sync: some replicas get no messages, and schedule without the load of this one: %s; all processes "
+                    "need the same user and access to the directory",
+                    self._problem,
+                )
 
 
 def join(

@@ -41,6 +41,8 @@ class UnixBus:
         self._own = directory / (replica + _SUFFIX)
         self._receivers: dict[Path, _Receiver] = {}
         self._scanned_at = float("-inf")
+        self.problem: str | None = None
+        """See :attr:`dp_extproc.sync.transport.bus.Bus.problem`, as of the last scan."""
 
     @property
     def lost(self) -> int:
@@ -78,15 +80,24 @@ class UnixBus:
 
     def _scan(self) -> None:
         self._scanned_at = asyncio.get_running_loop().time()
-        found = set(self._directory.glob("*" + _SUFFIX)) - {self._own}
+        problems = []
+        try:
+            found = {path for path in self._directory.iterdir() if path.suffix == _SUFFIX} - {self._own}
+        except OSError as error:  # those that were found before still get messages
+            found = set(self._receivers)
+            if error.errno not in _GONE:  # the directory comes with the next session
+                problems.append(f"{self._directory}: {error.strerror}")
         for path in self._receivers.keys() - found:
             self._drop(path)
-        for path in found - self._receivers.keys():
+        for path in sorted(found - self._receivers.keys()):
             try:
                 self._receivers[path] = _Receiver(path)
             except OSError as error:
                 if error.errno in _GONE:  # its process has ended without removing it
                     path.unlink(missing_ok=True)
+                else:
+                    problems.append(f"{path}: {error.strerror or error}")
+        self.problem = "; ".join(problems) or None
 
     def _drop(self, path: Path) -> None:
         receiver = self._receivers.pop(path)

@@ -49,8 +49,8 @@ class Access:
         token = self.token
         if self.token_file is not None:
             token = _read(self.token_file).strip()
-            if not token.isascii() or not token.isprintable():
-                raise AccessError(f"{self.token_file} is no token; check what is mounted there")
+        if not token.isascii() or not token.isprintable():
+            raise AccessError(f"what {self.token_file or 'the kubeconfig'} has is no token; write another one")
         return {"Authorization": f"Bearer {token}"} if token else {}
 
 

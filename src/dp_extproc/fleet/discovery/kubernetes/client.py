@@ -23,6 +23,8 @@ _LONGEST_LINE: Final = 16 << 20
 """Bytes of one line of a watch. An object has at most 1.5 MiB, because etcd refuses larger ones."""
 _LONGEST_ERROR: Final = 64 << 10
 """Bytes of an error response that are read."""
+_FAULTS: Final = (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError)
+"""What httpx raises: ValueError for what cannot be a name or a header, OSError for TLS errors that it does not map."""
 _PAGE: Final = msgspec.json.Decoder(Page)
 _EVENT: Final = msgspec.json.Decoder(Event)
 
@@ -131,7 +133,7 @@ class ApiClient:
                     raise fault_of(response.status_code, read_status(text), request, retry_after)
                 opened = True
                 yield response
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except _FAULTS as error:
             # A load balancer, or an API server that ends, may cut a watch at any time: the next try shows a failure.
             quiet = opened and verb == "watch"
             raise ApiError(f"{self._what(verb)}: {_reason(error)}", quiet=quiet) from error
@@ -146,12 +148,16 @@ async def open_client(access: Access, resource: Resource, line_timeout: float) -
 
     Proxies of the environment are not used, because they are for requests that leave the cluster.
     """
-    async with httpx.AsyncClient(
-        verify=access.tls or False,
-        trust_env=False,
-        proxy=access.proxy,
-        headers={"User-Agent": f"dp-extproc/{__version__}"},
-    ) as client:
+    try:
+        client = httpx.AsyncClient(
+            verify=access.tls or False,
+            trust_env=False,
+            proxy=access.proxy,
+            headers={"User-Agent": f"dp-extproc/{__version__}"},
+        )
+    except (*_FAULTS, ImportError) as error:
+        raise ApiError(f"the proxy {access.proxy} cannot be used ({error}); write an HTTP proxy as proxy-url") from None
+    async with client:
         yield ApiClient(access, resource, client, line_timeout)
 
 
