@@ -115,7 +115,8 @@ def _own_engine() -> Iterator[Docker]:
             stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         )  # fmt: skip
         stack.callback(_stop, process)
-        docker = Docker({**os.environ, "DOCKER_HOST": socket}, is_ours=True)
+        # BuildKit, which Compose v2 prefers, builds only with the default bridge.
+        docker = Docker({**os.environ, "DOCKER_HOST": socket, "DOCKER_BUILDKIT": "0"}, is_ours=True)
 
         def answers() -> bool:
             if process.poll() is not None:
