@@ -1,4 +1,4 @@
-"""Every relative link of every Markdown page leads to a file, and every anchor to a heading; every metric is described."""
+"""Every relative link of every Markdown page leads to a file or a heading, and every metric is described."""
 
 import re
 import subprocess

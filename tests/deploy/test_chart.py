@@ -345,8 +345,10 @@ def test_pods_have_time_to_stop(case: Case) -> None:
         (("--set", "config.listen.admin=0.0.0.0:${PORT}"), "config.listen.admin is"),
         (("--set", "config.drain=${DRAIN:-5s}"), "config.drain is"),
         (
-            ("--set-json", 'config={"listen": {"workers": 2}, "pools": [{"models": ["*"], "workers": {"service": "a"}}]}')
-            + ("--set", "topology=picker,inferencePool.create=false"),
+            (
+                *("--set-json", 'config.pools=[{"models": ["*"], "workers": {"service": "a"}}]'),
+                *("--set", "topology=picker,inferencePool.create=false,config.listen.workers=2"),
+            ),
             "leave config.listen.workers out",
         ),
         (("--set", "networkPolicy.enabled=true,podMonitor.enabled=true"), "networkPolicy.monitoring is empty"),
@@ -449,7 +451,8 @@ def test_troubleshooting_has_messages_as_they_are() -> None:
     text = (ROOT / "deploy/README.md").read_text(encoding="utf-8").split("## Troubleshooting")[1]
     quoted = {each for row in re.findall(r"^\| ([^|]*)", text, re.MULTILINE) for each in re.findall(r"`([^`]+)`", row)}
     of_kubernetes = {
-        "ErrImagePull", "dp-extproc:0.1.0", "Init:CrashLoopBackOff", "CrashLoopBackOff", 'no matches for kind "PodMonitor"', "spec.selector"
+        "ErrImagePull", "dp-extproc:0.1.0", "Init:CrashLoopBackOff", "CrashLoopBackOff", "spec.selector",
+        'no matches for kind "PodMonitor"',
     }  # fmt: skip
     ours = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")) + TEMPLATES
     assert len(quoted - of_kubernetes) > 5
