@@ -200,3 +200,19 @@ def test_check_rejects_an_engine_that_ignores_override_headers(  # noqa: PLR0917
     assert way in rank_control_of(out, url)
     assert {code for code in codes_of(out, url) if code.startswith(("overrides", "paths_without"))} == codes
     assert len(explained(out, url)) <= LINES
+
+
+def test_check_prints_what_each_source_reports(shop: Shop, tmp_path: Path) -> None:
+    """A source that fails makes the command fail, and the engines of the others are checked."""
+    listed = tmp_path / "decode.yaml"
+    listed.write_text(yaml.safe_dump([shop.engines["decode"].url]), encoding="utf-8")
+    sources = {
+        "prefill": {"endpoints": [shop.engines["prefill"].url], "file": {"path": str(tmp_path / "missing.yaml")}},
+        "decode": {"file": {"path": str(listed)}},
+    }
+    status, text = shop.check(sources)
+
+    assert status == 1
+    assert f"file {tmp_path}/missing.yaml (pool m, prefill): fails: cannot be read: No such file or directory" in text
+    assert f"file {listed} (pool m, decode): 1 ready" in text
+    assert "2 engines can be used" in text

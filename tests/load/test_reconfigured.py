@@ -225,3 +225,50 @@ def test_counts_of_removed_endpoints_are_dropped() -> None:
     assert [line for line in counted if gone.url in line and not line.endswith(" 0.0")] == []
     assert len([line for line in counted if stays.url in line and line.endswith(" 1.0")]) == 2
     assert set(fleet.load.ratios["*"]._engines) == {stays.url}
+
+
+def test_another_engine_at_the_url_of_an_endpoint_begins_without_load() -> None:
+    """Kubernetes gives an IP address to another pod, which has none of the requests and prefixes."""
+    fleet = Fleet(workers=[WORKER])
+    first = place(fleet)
+    (old,) = fleet.endpoints
+    new = replace(old, uid="another")
+    reconfigure(fleet, new)
+
+    assert fleet.load.by_url == {}
+    assert not fleet.load.has(new)
+    assert [load.reservations for load in fleet.load.draining] == [1]
+    fleet.load.discovered(new, address_of(new), WORKER, fleet.clock())
+    assert fleet.load.by_url[new.url].reservations == 0
+    assert first.in_flight is not None
+    first.in_flight.end(fleet.clock())
+    assert fleet.load.draining == []
+
+
+def test_pool_without_endpoints_refuses_until_one_is_discovered() -> None:
+    """Its source may report later."""
+    fleet = Fleet(workers=[WORKER])
+    (endpoint,) = fleet.endpoints
+    fleet.load.update([], 5.0, ["*"])
+    refused = fleet.scheduler.place(Api.GENERATE, BODY)
+    assert isinstance(refused, Rejection)
+    assert refused.status == 503
+
+    fleet.load.update([endpoint], 5.0, ["*"])
+    fleet.load.discovered(endpoint, address_of(endpoint), WORKER, fleet.clock())
+    fleet.sample(endpoint, [0, 0, 0, 0])
+    assert target(place(fleet)) == address_of(endpoint).encode()
+
+
+def test_engine_that_is_not_ready_is_used_only_without_another() -> None:
+    """It is used again when it is discovered anew."""
+    fleet = Fleet(workers=[WORKER, WORKER])
+    pausing, other = fleet.endpoints
+    not_ready = EngineFailure(FailureKind.NOT_READY, "/ready answered 503", page_was_read=True)
+    fleet.load.failed(pausing, not_ready, fleet.clock())
+    assert {target(place(fleet)) for _ in range(10)} == {address_of(other).encode()}
+
+    fleet.load.failed(other, not_ready, fleet.clock())
+    assert len({target(place(fleet)) for _ in range(30)}) == 2
+    fleet.load.discovered(pausing, address_of(pausing), WORKER, fleet.clock())
+    assert {target(place(fleet)) for _ in range(10)} == {address_of(pausing).encode()}

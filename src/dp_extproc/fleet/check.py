@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 from collections.abc import Iterable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Final
@@ -61,8 +62,11 @@ async def check_engines(
 ) -> list[EngineReport]:
     """Read every endpoint, all at the same time. The reports are in the order of the endpoints."""
     every = tuple(endpoints)
-    async with make_client() as client:
-        engines = [EngineClient(each, settings, client, credentials) for each in every]
+    async with AsyncExitStack() as clients:
+        engines = [
+            EngineClient(each, settings, await clients.enter_async_context(make_client()), credentials)
+            for each in every
+        ]
         reports = await asyncio.gather(*(_check(engine, every, settings) for engine in engines))
     return [replace(each, diagnostics=(*each.diagnostics, *_pair_diagnostics(each, reports))) for each in reports]
 

@@ -3,11 +3,8 @@
 import asyncio
 import random
 from collections.abc import Callable, Iterable
-from contextlib import AsyncExitStack
 from functools import partial
 from typing import Final
-
-import httpx
 
 from dp_extproc.background import Guard
 from dp_extproc.config.load import LoadSettings
@@ -20,6 +17,8 @@ from dp_extproc.fleet.sources.polling import EnginePoller
 
 _JITTER: Final = 0.1
 """Share of the interval by which rounds are moved at random. Without it all engines would be read at the same time."""
+_START_SECONDS: Final = 0.005
+"""Seconds between the starts of two endpoints. Starting hundreds at once would hold up requests."""
 _TASK: Final = "scrape"
 """Name of a task in the log and the metrics."""
 
@@ -36,13 +35,12 @@ class FleetMonitor:
         clock: Callable[[], float],
         rng: random.Random,
         guard: Guard,
-        client: httpx.AsyncClient | None = None,
         credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
         """Set up; nothing is read before :meth:`run`.
 
         Listeners get every event in this order, so the load cache comes first. The clock counts monotonic seconds. The
-        guard is over the task of each endpoint, and gets what listeners raise. A client is left open at the end.
+        guard is over the task of each endpoint, and gets what listeners raise.
         """
         self.first_round = asyncio.Event()
         """Set while every endpoint has answered or failed at least once."""
@@ -52,7 +50,6 @@ class FleetMonitor:
         self._clock = clock
         self._rng = rng
         self._guard = guard
-        self._client = client
         self._credentials = credentials
         self._awaited = set(self._endpoints)
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -79,18 +76,16 @@ class FleetMonitor:
     async def run(self) -> None:
         """Poll until cancelled."""
         self._tasks.clear()  # the tasks of a run that has failed ended with it
-        async with AsyncExitStack() as stack:
-            client = self._client
-            if client is None:
-                client = await stack.enter_async_context(make_client())
-            group = await stack.enter_async_context(asyncio.TaskGroup())
+        async with asyncio.TaskGroup() as group:
             while True:
                 if not self._awaited:
                     self.first_round.set()
-                for url, endpoint in self._endpoints.items():
-                    if url not in self._tasks:
-                        poll = self._guard.keep(_TASK, partial(self._poll, endpoint, client), url)
+                for url in [url for url in self._endpoints if url not in self._tasks]:
+                    # Each start may be the last act for an endpoint that was removed or replaced in the meantime.
+                    if (endpoint := self._endpoints.get(url)) is not None and url not in self._tasks:
+                        poll = self._guard.keep(_TASK, partial(self._poll, endpoint), url)
                         self._tasks[url] = group.create_task(poll, name=f"{_TASK} {url}")
+                        await asyncio.sleep(_START_SECONDS)
                 await self._changed.wait()
                 self._changed.clear()
 
@@ -99,8 +94,11 @@ class FleetMonitor:
             if (task := self._tasks.pop(url, None)) is not None:
                 task.cancel()
 
-    async def _poll(self, endpoint: Endpoint, client: httpx.AsyncClient) -> None:
-        engine = EngineClient(endpoint, self._settings, client, self._credentials)
+    async def _poll(self, endpoint: Endpoint) -> None:
+        async with make_client() as client:
+            await self._read(endpoint, EngineClient(endpoint, self._settings, client, self._credentials))
+
+    async def _read(self, endpoint: Endpoint, engine: EngineClient) -> None:
         poller = EnginePoller(engine, self._settings.source, self._listeners, self._clock)
         while True:
             started = self._clock()

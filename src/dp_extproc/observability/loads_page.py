@@ -5,10 +5,12 @@ from dataclasses import asdict
 from typing import Any
 
 from dp_extproc.engines.listener import EngineFailure
+from dp_extproc.fleet.discovery.roster import Roster
 from dp_extproc.load.autoscaling import Signal
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad
 from dp_extproc.load.step_group import RankLoad
+from dp_extproc.observability.endpoint_states import state_of
 from dp_extproc.sync.transport.replica import SyncStatus
 
 
@@ -22,14 +24,37 @@ def describe_loads(loads: LoadCache, now: float) -> dict[str, Any]:
                 "url": endpoint.url,
                 "pool": endpoint.pool,
                 "role": endpoint.role.value,
+                "source": endpoint.source.value,
+                "name": endpoint.name or None,
+                "uid": endpoint.uid or None,
+                "endpoint_state": state_of(loads.by_url.get(endpoint.url), now, loads.stale_after).value,
                 "group": endpoint.group,
                 "failure": _describe_failure(loads.failures.get(endpoint.url)),
                 **_describe_endpoint(loads.by_url.get(endpoint.url), loads.stale_after, now),
             }
             for endpoint in loads.endpoints
         ],
-        "draining": [{"url": load.url, "reservations": load.reservations} for load in loads.draining],
+        "draining": [
+            {"url": load.url, "name": load.configured.name or None, "reservations": load.reservations}
+            for load in loads.draining
+        ],
     }
+
+
+def describe_sources(roster: Roster, now: float) -> list[dict[str, Any]]:
+    """Describe every source but the configuration itself. Ages are in seconds, and 0 while a source reports."""
+    return [
+        {
+            "source": source.name,
+            "pool": source.place.pool,
+            "role": source.place.role.value,
+            "members": None if (members := roster.reports[key].members) is None else len(members),
+            "failure": roster.reports[key].failure,
+            "age": round(roster.reports[key].age(now), 3),
+        }
+        for key, source in roster.sources.items()
+        if source.source is not None
+    ]
 
 
 def _describe_failure(failure: EngineFailure | None) -> str | None:

@@ -28,8 +28,9 @@ from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import StepCosts
 from dp_extproc.load.in_flight import NO_LISTENER, nothing
 from dp_extproc.load.records import NO_WORK
+from dp_extproc.observability.discovery_metrics import DiscoveryMetrics
 from dp_extproc.observability.groups import GroupMetrics, Weights, describe_excluded_pairs, describe_groups
-from dp_extproc.observability.loads_page import describe_loads, describe_signals, describe_sync
+from dp_extproc.observability.loads_page import describe_loads, describe_signals, describe_sources, describe_sync
 from dp_extproc.observability.log import EngineLog
 from dp_extproc.observability.metrics import AutoscalingMetrics, SyncMetrics, Telemetry
 from dp_extproc.runtime.readiness import Readiness, can_serve
@@ -97,6 +98,7 @@ class Components:
         self._loads.update(endpoints, config.load.stale_after, [pool.name for pool in config.pools])
         self.telemetry = Telemetry(self._loads, clock)
         self.telemetry.add(guard)
+        self.telemetry.add(DiscoveryMetrics(self._loads, self._discovery.roster, clock))
         waiting = (lambda _pool: NO_WORK) if self._queue is None else self._queue.waiting
         self._autoscaling = Autoscaling(self._loads, config.autoscaling, waiting)
         self.telemetry.add(AutoscalingMetrics(self._autoscaling, clock))
@@ -153,7 +155,7 @@ class Components:
         await self._monitor.first_round.wait()
 
     async def metrics(self) -> bytes:
-        return self.telemetry.page()
+        return await asyncio.to_thread(self.telemetry.values().render)
 
     async def ready(self) -> bool:
         return self.readiness.ready
@@ -166,6 +168,7 @@ class Components:
             "groups": describe_groups(self._loads, self._weights()),
             "excluded_pairs": describe_excluded_pairs(self._loads),
             "autoscaling": describe_signals(self._autoscaling.signals(now)),
+            "sources": describe_sources(self._discovery.roster, now),
             "sync": sync,
         }
 

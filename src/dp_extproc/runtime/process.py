@@ -20,6 +20,7 @@ from dp_extproc.config import Config, ConfigSource, ignore
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.observability.admin import AdminServer
 from dp_extproc.runtime.components import Components
+from dp_extproc.runtime.garbage import tune_collections
 from dp_extproc.runtime.reload import Reloader
 from dp_extproc.runtime.secrets import server_credentials
 from dp_extproc.runtime.sockets import StartError, cannot_listen, listen, listen_privately, owner_address
@@ -55,6 +56,7 @@ async def serve(written: Config, text: str, source: ConfigSource, context: Worke
     else:
         admin_socket = listen_privately(context.admin_socket)
     admin = AdminServer(components, admin_socket)
+    tune_collections()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

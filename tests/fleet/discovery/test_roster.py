@@ -54,11 +54,11 @@ class Story:
         self.roster.configure(self.sources, self.now)
 
     def report(self, key: str, *members: Member) -> Change | None:
-        self.roster.snapshot(key, members, self.now)
+        self.roster.snapshot(key, members)
         return self.later(DEBOUNCE_SECONDS)
 
     def fail(self, key: str, message: str = "no answer") -> Change | None:
-        self.roster.failed(key, message)
+        self.roster.failed(key, message, self.now)
         return self.later(DEBOUNCE_SECONDS)
 
     def later(self, seconds: float) -> Change | None:
@@ -209,7 +209,7 @@ def test_changes_are_applied_at_most_every_tenth_of_a_second() -> None:
     story = Story((source("a"),))
     story.report("a", member(1))
     for number in range(3, 6):
-        story.roster.snapshot("a", (member(1), member(number)), story.now)
+        story.roster.snapshot("a", (member(1), member(number)))
         assert story.later(0.01) is None
     assert story.roster.due == pytest.approx(story.now - 0.03 + DEBOUNCE_SECONDS)
     story.later(DEBOUNCE_SECONDS)
@@ -266,9 +266,9 @@ def test_roster_keeps_its_rules_under_any_reports(
     for key, members, seconds in steps:
         before = story.roster.endpoints
         if members is None:
-            story.roster.failed(key, "no answer")
+            story.roster.failed(key, "no answer", story.now)
         else:
-            story.roster.snapshot(key, members, story.now)
+            story.roster.snapshot(key, members)
             last[key] = members
         failing[key] = members is None
         change = story.later(seconds)

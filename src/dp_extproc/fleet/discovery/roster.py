@@ -81,8 +81,12 @@ class Report:
     """Why the members are unknown at present; None if they are known."""
     failures: int = 0
     """Failures so far."""
-    at: float = -math.inf
-    """When the last snapshot came."""
+    failing_since: float | None = None
+    """When the present failure began."""
+
+    def age(self, now: float) -> float:
+        """Return for how many seconds the source has failed; 0 while it reports."""
+        return 0.0 if self.failing_since is None else now - self.failing_since
 
     @property
     def is_pending(self) -> bool:
@@ -193,7 +197,7 @@ class Roster:
         roles: dict[tuple[str, Role], _RoleState] = {}
         for key, source in self.sources.items():
             if source.source is None:
-                self.reports[key].members, self.reports[key].at = source.members, now
+                self.reports[key].members = source.members
             roles.setdefault((source.place.pool, source.place.role), _RoleState()).sources.append(source)
         for place, before in self._roles.items():
             for url, entry in before.present.items():
@@ -207,16 +211,17 @@ class Roster:
         self._roles = roles
         return self._apply(now)
 
-    def snapshot(self, key: Hashable, members: tuple[Member, ...], now: float) -> None:
+    def snapshot(self, key: Hashable, members: tuple[Member, ...]) -> None:
         """Take all present members of a source."""
         if (report := self.reports.get(key)) is not None:  # it may be configured no longer
             self._is_dirty |= report.members != members or report.failure is not None
-            report.members, report.failure, report.at = members, None, now
+            report.members, report.failure, report.failing_since = members, None, None
 
-    def failed(self, key: Hashable, message: str) -> None:
+    def failed(self, key: Hashable, message: str, now: float) -> None:
         """Take the reason why the members of a source are unknown."""
         if (report := self.reports.get(key)) is not None:
             self._is_dirty |= report.failure is None
+            report.failing_since = now if report.failure is None else report.failing_since
             report.failure = message
             report.failures += 1
 

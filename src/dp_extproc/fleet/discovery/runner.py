@@ -118,11 +118,11 @@ class _Listener:
         self._wake = wake
 
     def snapshot(self, members: tuple[Member, ...]) -> None:
-        self._roster.snapshot(self._key, members, self._clock())
+        self._roster.snapshot(self._key, members)
         self._wake.set()
 
     def failed(self, message: str) -> None:
-        self._roster.failed(self._key, message)
+        self._roster.failed(self._key, message, self._clock())
         self._wake.set()
 
 
