@@ -48,7 +48,10 @@ def test_command_reports_a_bad_file_on_stderr(tmp_path: Path, capsys: pytest.Cap
     path = tmp_path / "bad.yaml"
     path.write_text("pools: []\nlisten: {grpc: nowhere}\n", encoding="utf-8")
 
-    status = command.run(argparse.Namespace(config=path))
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+
+    status = command.run(parser.parse_args(["--config", str(path)]))
 
     assert status == 2
     out, err = capsys.readouterr()
