@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit status of the command. As in shells it is 130 after an interrupt that the command did not handle, and
-        141 if nobody reads the output to its end, such as ``head``.
+        141 if another program, such as ``head``, reads only the beginning of the output.
     """
     try:
         status = _run(argv)
