@@ -22,7 +22,7 @@ def test_empty_source_is_logged_once_until_it_lists_endpoints_again(caplog: pyte
 
     def lines(*members: Member) -> list[str]:
         caplog.clear()
-        roster.snapshot("a", members, 0.0)
+        roster.snapshot("a", members)
         for _ in range(2):
             log.review(roster)
         return [record.getMessage() for record in caplog.records]
