@@ -185,6 +185,11 @@ CONFLICTS: dict[str, tuple[str, Mapping[str, str], list[str]]] = {
         ["DP_EXTPROC_DECODE http://b:1: http://b:1 is in --prefill http://b:1 and in DP_EXTPROC_DECODE http://b:1"],
     ),
     "DNS name without port": ("--workers dns://engines", {}, ["--workers dns://engines: name the port"]),
+    "SRV records with a port": (
+        "--workers dns://_http._tcp.a:1",
+        {},
+        ["--workers dns://_http._tcp.a:1: SRV records have ports; leave port out"],
+    ),
     "DNS name with a path": ("--workers dns://a:1/b", {}, ["--workers dns://a:1/b: write the engine's address"]),
     "processes without ports": (
         "--workers http://a:1 --listen 127.0.0.1:9089 --processes 2",

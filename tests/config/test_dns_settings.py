@@ -35,6 +35,7 @@ def test_dns_accepts_names_and_addresses(written: str, name: str) -> None:
         ),
         ("{name: a}", "name the port of the engines"),
         ("{name: _http._tcp.a, type: srv, port: 1}", "SRV records have ports"),
+        ("{name: _http._tcp.a, port: 1}", "has SRV records; write type: srv, without port"),
         ("{name: a, type: srv}", "a name with SRV records begins with"),
         ("{name: a, port: 1, nameserver: 10.0.0.1}", "write an IP address and a port"),
         ("{name: a, port: 1, interval: 5}", "write a duration with its unit"),

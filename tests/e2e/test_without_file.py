@@ -129,7 +129,7 @@ def test_standard_input_starts_a_fleet_of_two_processes(
             service.process.send_signal(signal.SIGHUP)
             refused = f'dp_extproc_config_reloads_total{{outcome="refused"}} {count}.0'
             wait_for(lambda line=refused: line in service.page("/metrics"))  # type: ignore[misc]
+        wait_for(lambda: service.log.read_text().count("ext_proc on") == 2)
         log = service.log.read_text()
         assert log.count("it came from the standard input, which cannot be read again, so nothing is reloaded") == 1
-        assert log.count("ext_proc on") == 2
         assert "Traceback" not in log

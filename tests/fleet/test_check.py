@@ -14,6 +14,7 @@ from dp_extproc.engines.model import Endpoint, Role
 from dp_extproc.fleet.check import check_engines
 from dp_extproc.fleet.sources.polling import EnginePoller
 from dp_extproc.lab.testbed.ports import free_port
+from fleet.discovery.dns_server import dns_server
 from fleet.scripted_engine import Answer, ScriptedEngine, hang
 from ipv6 import needs_ipv6
 
@@ -334,5 +335,38 @@ def test_check_prints_what_can_be_paired_with_what(tmp_path: Path) -> None:
             assert status == 0
             assert "differs: " not in out
             assert out.count("no: group") == 2
+
+    asyncio.run(story())
+
+
+def test_check_fails_for_a_role_without_endpoints(tmp_path: Path) -> None:
+    """Every engine that is there can be used, and yet the pool cannot serve."""
+
+    async def story() -> None:
+        (tmp_path / "engines.yaml").write_text("[]")
+        async with ScriptedEngine(pages("decode")) as decode:
+            status, out, _ = await check(
+                f"pools: [{{models: [m], prefill: {{file: {{path: {tmp_path}/engines.yaml}}}},"
+                f' decode: {{endpoints: ["{decode.url}"]}}}}]',
+                tmp_path,
+            )
+
+            assert status == 1
+            assert out.endswith("1 engines can be used\npool m has no prefill endpoint and cannot serve\n")
+
+    asyncio.run(story())
+
+
+def test_check_waits_for_the_reason_of_a_source_that_fails(tmp_path: Path) -> None:
+    """A DNS server that does not answer is contacted for five seconds."""
+
+    async def story() -> None:
+        with dns_server() as server:
+            server.fault = "silent"
+            dns = f"{{name: a.test, port: 1, nameserver: '127.0.0.1:{server.port}'}}"
+            status, out, _ = await check(f"pools: [{{models: [m], workers: {{dns: {dns}}}}}]", tmp_path)
+
+            assert status == 1
+            assert f"fails: a.test cannot be resolved: no answer of Do53:127.0.0.1@{server.port} within 5 s" in out
 
     asyncio.run(story())

@@ -29,8 +29,10 @@ from dp_extproc.runtime.secrets import external_problems, read_api_keys
 
 _COLUMNS: Final = ("url", "role", "pool", "version", "ranks", "bootstrap", "load", "state")
 _PAGE: Final = {LoadSource.LOADS: "/v1/loads", LoadSource.METRICS: "/metrics", None: "-"}
-_SOURCE_SECONDS: Final = 5.0
-"""Longest time in seconds that the first report of a source may take: some look-ups by DNS."""
+_SOURCE_SECONDS: Final = 12.0
+"""Longest time in seconds that the first report of a source may take. By then a look-up without an answer has failed,
+and so has a connection to the API server of Kubernetes, and the reason is known.
+"""
 _SHOWN: Final = 3
 """Bounds the endpoints that a row or a column of the table of pairs names."""
 _NO_WRAPPING: Final = 1000
@@ -60,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console(file=sys.stdout, width=None if is_terminal else _NO_WRAPPING, markup=False, highlight=False)
     all_report = _print_sources(console, roster)
     _print(console, reports)
-    return 0 if all_report and reports and all(report.is_usable for report in reports) else 1
+    has_all_roles = _print_empty_roles(console, roster)
+    return 0 if all_report and has_all_roles and all(report.is_usable for report in reports) else 1
 
 
 async def _check(config: Config) -> tuple[Roster, list[EngineReport]]:
@@ -90,6 +93,15 @@ def _print_sources(console: Console, roster: Roster) -> bool:
     for url, first, other in sorted(roster.duplicates):
         console.print(Text(f"{url} is listed by {first} and by {other}; the first one counts"), soft_wrap=True)
     return all_report
+
+
+def _print_empty_roles(console: Console, roster: Roster) -> bool:
+    """Print which pools cannot serve because a role has no endpoint. Returns whether all can."""
+    places = dict.fromkeys((source.place.pool, source.place.role) for source in roster.sources.values())
+    empty = places.keys() - {(endpoint.pool, endpoint.role) for endpoint in roster.endpoints}
+    for pool, role in sorted(empty):
+        console.print(Text(f"pool {pool} has no {role} endpoint and cannot serve", style="red"), soft_wrap=True)
+    return not empty
 
 
 def _print(console: Console, reports: Sequence[EngineReport]) -> None:

@@ -70,6 +70,8 @@ class DnsSettings(Section):
                 raise ValueError("SRV records have ports; leave port out")
             if not _SRV.fullmatch(self.name):
                 raise ValueError("a name with SRV records begins with _port-name._tcp, as in _http._tcp.decode.llm.svc")
+        elif _SRV.fullmatch(self.name):
+            raise ValueError("a name that begins with _port-name._tcp has SRV records; write type: srv, without port")
         elif self.port is None:
             raise ValueError("name the port of the engines: port: 30000")
         return self

@@ -100,7 +100,9 @@ def _source_of(url: str) -> tuple[str, Any]:
     found = _DNS.fullmatch(url)
     if found is None:
         return "endpoints", url
-    name, port = found["name"], found["port"]
-    if port is None and name.startswith("_"):
-        return "dns", {"name": name, "type": "srv"}
-    return "dns", {"name": name} if port is None else {"name": name, "port": int(port)}
+    settings: dict[str, Any] = {"name": found["name"]}
+    if found["name"].startswith("_"):
+        settings["type"] = "srv"
+    if found["port"] is not None:
+        settings["port"] = int(found["port"])
+    return "dns", settings

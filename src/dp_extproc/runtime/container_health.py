@@ -59,13 +59,14 @@ def check_for(command_line: Sequence[str], *, ready: bool, environment: Mapping[
     parser.add_argument("--port")
     given, _ = parser.parse_known_args(options)
     if command == "serve":
-        file = given.config or (None if _has_urls(options) else environment.get("DP_EXTPROC_CONFIG"))
+        has_urls = any("://" in word for word in options)
+        file = given.config or (None if has_urls else environment.get("DP_EXTPROC_CONFIG"))
         if file == "-":
             admin = _DEFAULT_ADMIN  # standard input cannot be read again, so only the default can be checked
         elif file:
             admin = _admin(Path(file), environment)
         else:
-            admin = given.admin or environment.get("DP_EXTPROC_ADMIN") or _DEFAULT_ADMIN
+            admin = given.admin or environment.get("DP_EXTPROC_ADMIN", "").strip() or _DEFAULT_ADMIN
         host, _, port = admin.rpartition(":")
         host = host.removeprefix("[").removesuffix("]")
         return Check(_reachable(host), int(port), "/readyz" if ready else "/healthz", _OK)
@@ -112,11 +113,6 @@ def _after_program(command_line: Sequence[str]) -> Sequence[str]:
     """Return the part after the init process, the interpreter and the program itself; nothing for another program."""
     programs = (position for position, word in enumerate(command_line, 1) if Path(word).name in _PROGRAM)
     return command_line[next(programs, len(command_line)) :]
-
-
-def _has_urls(options: Sequence[str]) -> bool:
-    """Return whether the options name engines, so that no configuration file is read."""
-    return any(word.partition("=")[0] in {"--prefill", "--decode", "--workers"} for word in options)
 
 
 def _admin(path: Path, environment: Mapping[str, str]) -> str:

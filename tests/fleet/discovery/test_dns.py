@@ -81,11 +81,11 @@ def test_source_reports_a_failure_when_the_server_gives_no_answer(server: DnsSer
     server.set(NAME, "A", "10.0.0.1")
     server.fault = fault
     with reports_of(DnsSource(settings(server), seconds=0.2)) as got:
-        wait_for(lambda: len(got.failures) >= 2, SECONDS)
-        assert got.snapshots == []
         reason = f"no answer of Do53:127.0.0.1@{server.port} within" if fault in {"silent", "garbage"} else fault
-        assert NAME in got.failures[0]
-        assert reason in got.failures[0]
+        # On a busy machine the first tries may end by the limit of the whole look-up.
+        wait_for(lambda: sum(reason in each for each in got.failures) >= 2, SECONDS)
+        assert got.snapshots == []
+        assert all(NAME in each for each in got.failures)
         server.fault = ""
         wait_for(lambda: got.snapshots, SECONDS)
         assert addresses_in(got.snapshots[0]) == ["10.0.0.1:30000"]
@@ -163,6 +163,13 @@ def test_source_reports_a_failure_when_a_target_of_many_is_unknown(server: DnsSe
         wait_for(lambda: got.failures, SECONDS)
         assert {len(each) for each in got.snapshots} == {40}
         assert f"d-17.{NAME}" in got.failures[0]
+        # The records come in any order, but the log has a failure once.
+        server.faulty = "d-"
+        seen = len(got.failures)
+        wait_for(lambda: len(got.failures) >= seen + 2, SECONDS)
+        server.set(SRV, "SRV", *(f"0 0 30000 d-{number}.{NAME}." for number in reversed(range(40))))
+        wait_for(lambda: len(got.failures) >= seen + 4, SECONDS)
+        assert len(set(got.failures[seen + 1 :])) == 1
         # A target that does not exist is gone.
         server.fault = ""
         server.remove(f"d-17.{NAME}")
@@ -304,6 +311,25 @@ def test_source_keeps_one_call_that_hangs_and_takes_its_late_result(monkeypatch:
         wait_for(lambda: got.snapshots, SECONDS)
         assert addresses_in(got.snapshots[0]) == ["10.0.0.1:30000"]
     assert calls[0].daemon
+
+
+def test_source_recovers_when_the_machine_has_threads_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that was not started must not be awaited."""
+    by_system = LookUpThread(NAME, lambda: Answer((Address("10.0.0.1", 30000),)))
+    start, is_full = threading.Thread.start, threading.Event()
+
+    def start_if_possible(thread: threading.Thread) -> None:
+        if is_full.is_set() and thread.name == f"look up {NAME}":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_if_possible)
+    is_full.set()
+    with reports_of(DnsSource(settings(), by_system)) as got:
+        wait_for(lambda: len(got.failures) >= 2, SECONDS)
+        assert got.failures[0] == f"{NAME} cannot be resolved: can't start new thread"
+        is_full.clear()
+        assert next_addresses(got) == ["10.0.0.1:30000"]
 
 
 def test_process_ends_while_a_look_up_hangs() -> None:

@@ -90,7 +90,7 @@ class _Query:
         if answer is None or answer.rrset is None:
             return Answer()
         records = [record for record in answer.rrset if record.target != dns.name.root]  # which stands for "none"
-        targets = list(dict.fromkeys(record.target for record in records))
+        targets = sorted({record.target for record in records})  # so that always the same failure is reported
         given = {(each.name, each.rdtype): each for each in answer.response.additional}
         looked_up = await asyncio.gather(*(self._target(each, given) for each in targets), return_exceptions=True)
         found = dict(zip(targets, _without_failures(looked_up), strict=True))

@@ -25,6 +25,8 @@ class DiscoveryLog:
         self._joining: set[_Identity] = set()
         self._left: dict[_Identity, Endpoint] = {}
         self._failures: dict[Hashable, str] = {}
+        self._empty: set[Hashable] = set()
+        """Sources that report no members."""
         self._duplicates: frozenset[tuple[str, str, str]] = frozenset()
 
     def change(self, change: Change) -> None:
@@ -41,7 +43,7 @@ class DiscoveryLog:
                 _log.info("%s drains: %s", _named(endpoint), reason.value)
 
     def review(self, roster: Roster) -> None:
-        """Log failures of sources and their end, URLs in several sources, and endpoints whose last request ended."""
+        """Log failing and empty sources, URLs in several sources, and endpoints whose last request ended."""
         failures = {key: report.failure for key, report in roster.reports.items() if report.failure is not None}
         for key, failure in failures.items():
             if self._failures.get(key) != failure:
@@ -52,6 +54,12 @@ class DiscoveryLog:
                     "%s reports again (%d members)", roster.sources[key].name, len(roster.reports[key].members or ())
                 )
         self._failures = failures
+        empty = {key for key, source in roster.sources.items() if source.source and roster.reports[key].members == ()}
+        for key in empty - failures.keys() - self._empty:
+            source = roster.sources[key]
+            message = "%s lists no endpoints (pool %s, %s); the last ones, if there were any, stay for %gs"
+            _log.warning(message, source.name, source.place.pool, source.place.role, source.keep_for)
+        self._empty = empty
         for url, first, other in sorted(roster.duplicates - self._duplicates):
             _log.warning("%s is listed by %s and by %s; the first one counts", url, first, other)
         self._duplicates = roster.duplicates

@@ -25,8 +25,12 @@ class LookUpThread:
     async def look_up(self) -> Answer:
         """Give all present addresses. If the last call still hangs, its result is awaited and no other call is made."""
         if self._running is None:
-            self._running = asyncio.get_running_loop().create_future()
-            Thread(target=self._run, args=(self._running,), name=f"look up {self._name}", daemon=True).start()
+            result: asyncio.Future[Answer | Exception] = asyncio.get_running_loop().create_future()
+            try:
+                Thread(target=self._run, args=(result,), name=f"look up {self._name}", daemon=True).start()
+            except RuntimeError as error:  # the machine has no threads left
+                raise LookUpError(f"{self._name} cannot be resolved: {error}") from None
+            self._running = result
         found = await asyncio.shield(self._running)
         self._running = None
         if isinstance(found, Exception):

@@ -1,0 +1,35 @@
+"""What the log has about sources that list no endpoints."""
+
+import pytest
+
+from dp_extproc.engines.model import Role, SourceKind
+from dp_extproc.fleet.discovery.log import DiscoveryLog
+from dp_extproc.fleet.discovery.roster import Place, RoleSource, Roster
+from dp_extproc.fleet.discovery.source import Member
+from dp_extproc.fleet.discovery.static import members_of
+from fleet.discovery.test_roster import SILENT
+
+EMPTY = "dns a lists no endpoints (pool m, decode); the last ones, if there were any, stay for 30s"
+
+
+def test_empty_source_is_logged_once_until_it_lists_endpoints_again(caplog: pytest.LogCaptureFixture) -> None:
+    """A mistake in a name is an empty answer. Without a line the service would be not ready for no visible reason."""
+    roster = Roster(lambda _endpoint: True)
+    place = Place("m", Role.DECODE)
+    configured = RoleSource("static", place, SourceKind.STATIC, "configuration", members=members_of(()))
+    roster.configure([configured, RoleSource("a", place, SourceKind.DNS, "dns a", 30.0, SILENT)], 0.0)
+    log = DiscoveryLog(lambda: ())
+
+    def lines(*members: Member) -> list[str]:
+        caplog.clear()
+        roster.snapshot("a", members, 0.0)
+        for _ in range(2):
+            log.review(roster)
+        return [record.getMessage() for record in caplog.records]
+
+    log.review(roster)
+    assert caplog.records == []  # it has not reported yet
+    assert lines() == [EMPTY]
+    assert lines(Member("http://10.0.0.1:1", "10.0.0.1", 1)) == []
+    assert lines() == [EMPTY]
+    assert lines() == []
