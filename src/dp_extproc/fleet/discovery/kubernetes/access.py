@@ -105,8 +105,8 @@ def _from_kubeconfig(paths: list[Path]) -> Access:
 
 def _tls_context(cafile: Path | None, cadata: str | None = None) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=cafile, cadata=cadata)
-    # Python 3.13 sets this flag, which refuses an authority without key identifiers. Many clusters have one, above all on
-    # EKS, and kubectl accepts it. All other verification stays.
+    # Python 3.13 sets this flag, which refuses an authority without key identifiers. Many clusters have such an
+    # authority, above all on EKS, and kubectl accepts it. All other verification stays.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context
 
