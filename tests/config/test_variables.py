@@ -74,7 +74,8 @@ MISTAKES = {
     "other operator": (POOL + "drain: ${N:?no}\n", ["line 4, drain: write ${NAME} or ${NAME:-default}"]),
     "wrong value": (POOL + "drain: ${N}\n", ["line 4, drain: write a duration with its unit"]),
     "wrong type": (
-        POOL + "listen: {workers: '${N}'}\n", ["line 4, listen.workers: input should be a valid integer, not '3'"],
+        POOL + "listen: {workers: '${N}'}\n",
+        ["line 4, listen.workers: input should be a valid integer, not '3'; write it without quotes"],
     ),
     "key": (POOL + "'${NAME}': 1\n", ["line 4, ${NAME}: is not a known key"]),
     "key for the key's place": (

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -32,12 +33,19 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status of the command; 130, as in shells, after an interrupt that the command did not handle.
+        The exit status of the command. As in shells it is 130 after an interrupt that the command did not handle, and
+        141 if another program, such as ``head``, reads only the beginning of the output.
     """
     try:
-        return _run(argv)
+        status = _run(argv)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # What is left in the buffer is written at the end of the process, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return status
 
 
 def _run(argv: list[str] | None) -> int:

@@ -176,7 +176,9 @@ def _explain(detail: ErrorDetails) -> str:
         return "is empty; name at least one"
     if kind == "enum":
         return f"{found} is not one of {context['expected']}"
-    return f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, not {found}"
+    is_quoted = kind == "int_type" and isinstance(detail["input"], str) and detail["input"].isdecimal()
+    hint = "; write it without quotes, and a variable on a line of its own" if is_quoted else ""
+    return f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, not {found}{hint}"
 
 
 def _show(value: object) -> str:
