@@ -70,9 +70,10 @@ class World:
                 return
 
     def snapshot(self, members: tuple[Member, ...]) -> None:
-        """Find the state that is reported: the last one that is equal and not before the one reported before."""
-        urls = frozenset(each.url for each in members)
-        self.reported.append(max(index for index, state in enumerate(self.states) if state == urls))
+        """Find the state that is reported: the first that is equal and not before the one reported before; else -1."""
+        urls, first = frozenset(each.url for each in members), max(self.reported, default=0)
+        found = (index for index, state in enumerate(self.states) if index >= first and state == urls)
+        self.reported.append(next(found, -1))
 
     def failed(self, message: str) -> None:
         self.failures += 1
