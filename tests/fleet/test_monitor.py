@@ -630,6 +630,20 @@ def test_update_replaces_endpoints_and_settings() -> None:
     run(story())
 
 
+def test_first_round_includes_endpoints_that_were_added() -> None:
+    """The start of the service waits for engines that a source has just reported."""
+
+    async def story() -> None:
+        async with ScriptedEngine(healthy()) as engine, scraping() as (monitor, events):
+            await monitor.first_round.wait()
+            monitor.update([endpoint(engine.url)], settings())
+            assert not monitor.first_round.is_set()
+            await monitor.first_round.wait()
+            assert events.samples
+
+    run(story())
+
+
 def test_update_restarts_an_endpoint_with_other_settings() -> None:
     """The others are polled on."""
 

@@ -236,10 +236,11 @@ def test_another_engine_at_the_url_of_an_endpoint_begins_without_load() -> None:
     reconfigure(fleet, new)
 
     assert fleet.load.by_url == {}
-    assert not fleet.load.has(new)
+    assert not fleet.load.takes(new, fleet.clock())
     assert [load.reservations for load in fleet.load.draining] == [1]
     fleet.load.discovered(new, address_of(new), WORKER, fleet.clock())
     assert fleet.load.by_url[new.url].reservations == 0
+    assert fleet.load.takes(new, fleet.clock())
     assert first.in_flight is not None
     first.in_flight.end(fleet.clock())
     assert fleet.load.draining == []

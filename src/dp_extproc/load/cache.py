@@ -207,10 +207,12 @@ class LoadCache:
             if found is not None:
                 self._matches[pool] = found
 
-    def has(self, endpoint: Endpoint) -> bool:
-        """Return whether the engine of an endpoint has been discovered."""
+    def takes(self, endpoint: Endpoint, now: float) -> bool:
+        """Return whether the engine of an endpoint has been discovered, is ready, and is not stale."""
         load = self.by_url.get(endpoint.url)
-        return load is not None and _identity(load.configured) == _identity(endpoint)
+        if load is None or _identity(load.configured) != _identity(endpoint):
+            return False
+        return load.is_ready and load.freshness(now, self.stale_after) is not Freshness.STALE
 
     def known(self, pool: str, role: Role) -> Sequence[EndpointLoad]:
         """Return every endpoint of a pool and role whose engine runs in the mode of the role, however fresh it is."""

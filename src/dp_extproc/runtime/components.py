@@ -90,7 +90,7 @@ class Components:
             role_sources(config),
             changed=self._changed,
             reviewed=self._discovery_log.review,
-            takes_requests=self._loads.has,
+            takes_requests=lambda endpoint: self._loads.takes(endpoint, clock()),
             clock=clock,
             guard=guard,
         )

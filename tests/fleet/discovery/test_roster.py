@@ -148,7 +148,7 @@ def test_endpoint_stays_until_another_one_takes_requests(after: list[Member]) ->
     assert story.numbers == ([2] if after[0].state is TERMINATING else [1, 2])
 
     story.joining.clear()
-    story.roster.discovered()
+    story.roster.reconsider()
     story.later(DEBOUNCE_SECONDS)
     assert story.numbers == [2]
 

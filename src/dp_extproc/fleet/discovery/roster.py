@@ -5,7 +5,7 @@ The rules, per role of a pool:
 1. Its endpoints are the members that are READY. One that is TERMINATING leaves at once, and so does one that is
    NOT_READY or missing from the last snapshot, if rule 2 does not keep it.
 2. While none of its READY members takes requests, the last endpoints stay, except those that are TERMINATING. They stay
-   for ``keep_for`` of their source at most. A READY member takes requests when its engine was found to be ready.
+   for ``keep_for`` of their source at most. A READY member takes requests while its engine is ready and not stale.
 3. While a source of the role fails, rule 2 has no limit, and the last members of the source count as its present ones.
 4. The members of a source that is no longer configured stay until each new source of the role has reported or failed.
    A list in the configuration itself is an exception: what it lists no longer leaves at once.
@@ -148,7 +148,7 @@ class Roster:
     """The present endpoints, by the rules of this module."""
 
     def __init__(self, takes_requests: Callable[[Endpoint], bool]) -> None:
-        """Begin without sources. *takes_requests* returns whether the engine of an endpoint was found to be ready."""
+        """Begin without sources. *takes_requests* returns whether an engine is ready and not stale."""
         self._takes_requests = takes_requests
         self.endpoints: tuple[Endpoint, ...] = ()
         self.sources: Mapping[Hashable, RoleSource] = {}
@@ -186,9 +186,11 @@ class Roster:
             if member.state is MemberState.NOT_READY and member.url not in present
         )
 
-    def discovered(self) -> None:
-        """Consider that an engine was found to be ready."""
-        self._is_dirty |= any(role.keeps_some for role in self._roles.values())
+    def reconsider(self) -> bool:
+        """Consider that an engine may take requests from now on. Returns whether that can change an endpoint."""
+        if keeps_some := any(role.keeps_some for role in self._roles.values()):
+            self._is_dirty = True
+        return keeps_some
 
     def configure(self, sources: Iterable[RoleSource], now: float) -> Change:
         """Change to other sources, at once. A source that keeps its key keeps its members."""

@@ -49,7 +49,7 @@ class Discovery:
             sources: The configured sources, in order.
             changed: Called with each later change, except those of :meth:`update`.
             reviewed: Called after each report, and each second.
-            takes_requests: Returns whether the engine of an endpoint was found to be ready.
+            takes_requests: Returns whether the engine of an endpoint is ready and not stale.
             clock: Returns monotonic seconds.
             guard: Is over the task of each source.
         """
@@ -93,16 +93,22 @@ class Discovery:
                     self.first_reports.set()
                 pause = min(max(0.0, self.roster.due - self._clock()), _REVIEW_SECONDS)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), pause)
+                    # Not wait_for: in Python 3.11 it swallows a cancellation at the moment of a wake-up.
+                    async with asyncio.timeout(pause):
+                        await self._wake.wait()
                 self._wake.clear()
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:  # noqa: ARG002 - the protocol's
         """Consider that the engine takes requests."""
-        self.roster.discovered()
-        self._wake.set()
+        self._reconsider()
 
-    def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:
-        """Do nothing: load does not change endpoints."""
+    def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:  # noqa: ARG002 - the protocol's
+        """Consider that the engine takes requests again."""
+        self._reconsider()
+
+    def _reconsider(self) -> None:
+        if self.roster.reconsider():
+            self._wake.set()
 
     def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
         """Do nothing: an engine that fails stays an endpoint."""
