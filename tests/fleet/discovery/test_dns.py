@@ -411,4 +411,4 @@ def test_missing_library_names_the_extra(server: DnsServer, monkeypatch: pytest.
     found = asyncio.run(make_resolver(settings(name="localhost")).look_up())
     assert [each.host for each in found.addresses][:1] == ["127.0.0.1"]
     for each, key in ((settings(name=SRV), "type: srv"), (settings(server), "nameserver")):
-        assert missing_library(each) == f"{key} needs the library dnspython: pip install 'dp-extproc[dns]'"
+        assert missing_library(each) == f"{key} needs the library dnspython; install it: pip install dnspython"
