@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import socket
 import ssl
 import subprocess
 from pathlib import Path
@@ -20,13 +21,13 @@ from patience import wait_for
 from source_reports import reports_of
 
 
-def make_certificate(folder: Path, name: str) -> tuple[Path, Path]:
+def make_certificate(folder: Path, name: str, *options: str) -> tuple[Path, Path]:
     """Write a certificate for 127.0.0.1 that is its own authority, and its key."""
     certificate, key = folder / f"{name}.crt", folder / f"{name}.key"
     new: list[str | Path] = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     new += ["-keyout", key, "-out", certificate]
     names = ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1,DNS:kubernetes"]
-    subprocess.run(["openssl", "req", "-x509", "-days", "2", *new, *names], check=True, capture_output=True)
+    subprocess.run(["openssl", "req", "-x509", "-days", "2", *new, *names, *options], check=True, capture_output=True)
     return certificate, key
 
 
@@ -63,7 +64,7 @@ def test_a_pod_uses_its_service_account_and_a_renewed_authority(tmp_path: Path) 
         api.put(SLICES, endpoint_slice("decode-1", "decode", "10.0.0.1"))
         environment = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(api.port)}
         environment |= {"HTTPS_PROXY": "http://127.0.0.1:9"}
-        timing = Timing(first_pause=0.02, longest_pause=0.1)
+        timing = Timing(first_pause=0.02, longest_pause=0.1, steady=0.0)
         settings = KubernetesSettings(service="decode")
         source = KubernetesSource(settings, environment=environment, account=account, timing=timing)
         with reports_of(source) as reports:
@@ -120,6 +121,17 @@ def test_kubeconfigs_are_merged_by_name(tmp_path: Path) -> None:
     assert access.headers() == {"Authorization": "Bearer of-the-first"}
 
 
+def test_a_path_of_a_kubeconfig_is_relative_to_its_own_file(tmp_path: Path) -> None:
+    """As for kubectl: the first of several files need not be the one with the credentials."""
+    first = tmp_path / "first"
+    first.write_text("current-context: x\n", encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "token").write_text("of-the-folder", encoding="utf-8")
+    second = write_kubeconfig(tmp_path / "folder" / "second", {"tokenFile": "token"})
+    access = find_access({"KUBECONFIG": os.pathsep.join([str(first), second])})
+    assert access.headers() == {"Authorization": "Bearer of-the-folder"}
+
+
 @pytest.mark.parametrize("inline", [False, True], ids=["paths", "data"])
 def test_certificates_of_a_kubeconfig_are_paths_or_data(tmp_path: Path, inline: bool) -> None:
     """The API server asks for the certificate of a client, and verifies it. The name of its own is not its address."""
@@ -145,6 +157,29 @@ def test_certificates_of_a_kubeconfig_are_paths_or_data(tmp_path: Path, inline: 
         with reports_of(source) as reports:
             wait_for(lambda: reports.urls == set())
         assert reports.failures == []
+
+
+def test_an_authority_without_key_identifiers_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old clusters have one. Python 3.13 refuses it by default, and kubectl does not."""
+    default = ssl.create_default_context
+
+    def strict(**arguments: Any) -> ssl.SSLContext:
+        context = default(**arguments)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        return context
+
+    monkeypatch.setattr(ssl, "create_default_context", strict)
+    none = ["-addext", "subjectKeyIdentifier=none", "-addext", "authorityKeyIdentifier=none"]
+    certificate, key = make_certificate(tmp_path, "old", *none)
+    environment = {"KUBERNETES_SERVICE_HOST": "127.0.0.1"}
+    account = mount_account(tmp_path, certificate)
+    kubeconfig = write_kubeconfig(tmp_path / "k", {}, **{"certificate-authority": "ca.crt"})
+    with FakeApiServer(tls=tls_of(certificate, key)) as api:
+        for access in (find_access(environment, account), find_access({"KUBECONFIG": kubeconfig})):
+            assert access.tls is not None
+            assert access.tls.verify_mode is ssl.CERT_REQUIRED
+            with socket.create_connection(("127.0.0.1", api.port)) as plain:
+                access.tls.wrap_socket(plain, server_hostname="127.0.0.1").close()
 
 
 def test_a_certificate_is_not_verified_on_request(tmp_path: Path) -> None:

@@ -198,6 +198,7 @@ def test_a_watch_that_ends_at_once_is_no_busy_loop(api: FakeApiServer, tmp_path:
         wait_for(lambda: len(reports.failures) > 2)
         assert "ended at once" in reports.failures[-1]
         assert len(api.watches()) < 40
+    assert len(reports.snapshots) == 1  # a watch that only opens ends no failure, so the log does not alternate
 
 
 def refusal(code: int, reason: str, message: str) -> bytes:
@@ -225,6 +226,7 @@ def test_a_missing_right_is_named_with_the_remedy(api: FakeApiServer, tmp_path: 
         assert "RoleBinding in namespace llm" in reports.failures[-1]
         api.tokens[TOKEN] = frozenset({"list"})
         wait_for(lambda: "grant the verb watch" in reports.failures[-1])
+        assert len(reports.snapshots) == 1
         api.tokens[TOKEN] = frozenset({"list", "watch"})
         wait_for(lambda: not reports.is_failing)
 
@@ -238,7 +240,11 @@ def test_a_missing_right_is_named_with_the_remedy(api: FakeApiServer, tmp_path: 
         ((302, b'"elsewhere"'), "302"),
         ((500, b'{"message": 7}'), "500"),
         ((200, b'{"items": 7}'), "no list of Kubernetes"),
-        ((200, b'{"metadata": {}, "items": [{"metadata": {}, "endpoints": 7}]}'), "unexpected form"),
+        ((200, b'{"metadata": {}, "items": []}'), "no list of Kubernetes"),
+        (
+            (200, b'{"metadata": {"resourceVersion": "1"}, "items": [{"metadata": {}, "endpoints": 7}]}'),
+            "unexpected form",
+        ),
         ((200, b"[" * 5000 + b"]" * 5000), "no list of Kubernetes"),
     ],
 )
@@ -281,6 +287,17 @@ def test_a_line_that_cannot_be_used_changes_nothing(
         wait_for(lambda: reports.urls == urls(1, 2))
     assert len(api.lists()) == 1
     assert all(reports.snapshots)
+
+
+def test_a_change_before_a_line_that_cannot_be_used_is_reported(api: FakeApiServer, tmp_path: Path) -> None:
+    """Both may arrive at once. The next watch does not have the change again."""
+    api.put(SLICES, endpoint_slice("decode-1", "decode", *hosts(1)))
+    with watching(api, tmp_path, Timing(first_pause=0.02)) as reports:
+        wait_for(lambda: reports.urls == urls(1) and api.watches())
+        manifest = endpoint_slice("decode-1", "decode", *hosts(2))
+        manifest["metadata"]["resourceVersion"] = "1001"
+        api.send(json.dumps({"type": "MODIFIED", "object": manifest}).encode() + b'\n{"type": "NEW", "object": 7}\n')
+        wait_for(lambda: reports.urls == urls(2))
 
 
 def test_a_line_may_come_in_pieces_and_with_any_character(api: FakeApiServer, tmp_path: Path) -> None:

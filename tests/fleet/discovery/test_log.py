@@ -1,4 +1,4 @@
-"""What the log has about sources that list no endpoints."""
+"""What the log has about sources that list no endpoints, or that fail."""
 
 import pytest
 
@@ -33,3 +33,23 @@ def test_empty_source_is_logged_once_until_it_lists_endpoints_again(caplog: pyte
     assert lines(Member("http://10.0.0.1:1", "10.0.0.1", 1)) == []
     assert lines() == [EMPTY]
     assert lines() == []
+
+
+def test_failure_is_logged_once_for_each_of_a_few_reasons(caplog: pytest.LogCaptureFixture) -> None:
+    """In an outage of an hour a source tries hundreds of times, and the reasons alternate or have numbers in them."""
+    roster = Roster(lambda _endpoint: True)
+    roster.configure([RoleSource("a", Place("m", Role.DECODE), SourceKind.DNS, "dns a", 30.0, SILENT)], 0.0)
+    log = DiscoveryLog(lambda: ())
+
+    def lines(*reasons: str) -> list[str]:
+        caplog.clear()
+        for reason in reasons:
+            roster.failed("a", reason, 0.0)
+            log.review(roster)
+        return [record.getMessage().rpartition(": ")[2] for record in caplog.records]
+
+    assert lines(*["refused", "timeout"] * 50) == ["refused", "timeout"]
+    assert len(lines(*(f"502, request {number}" for number in range(100)))) == 3
+    roster.snapshot("a", (Member("http://10.0.0.1:1", "10.0.0.1", 1),))
+    log.review(roster)
+    assert lines("refused") == ["refused"]

@@ -5,6 +5,7 @@ Endpoints in the configuration itself have no such lines: a reload logs them.
 
 import logging
 from collections.abc import Callable, Collection, Hashable
+from typing import Final
 
 from dp_extproc.engines.listener import EngineFailure
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, SourceKind
@@ -14,6 +15,8 @@ _log = logging.getLogger(__name__)
 
 _Identity = tuple[str, str]
 """URL and uid of an endpoint."""
+_MOST_REASONS: Final = 5
+"""Different reasons of one failure that are logged. One that names a request or a position differs at each try."""
 
 
 class DiscoveryLog:
@@ -24,7 +27,8 @@ class DiscoveryLog:
         self._draining = draining
         self._joining: set[_Identity] = set()
         self._left: dict[_Identity, Endpoint] = {}
-        self._failures: dict[Hashable, str] = {}
+        self._failures: dict[Hashable, list[str]] = {}
+        """The logged reasons of the present failure of each source."""
         self._empty: set[Hashable] = set()
         """Sources that report no members."""
         self._duplicates: frozenset[tuple[str, str, str]] = frozenset()
@@ -46,14 +50,16 @@ class DiscoveryLog:
         """Log failing and empty sources, URLs in several sources, and endpoints whose last request ended."""
         failures = {key: report.failure for key, report in roster.reports.items() if report.failure is not None}
         for key, failure in failures.items():
-            if self._failures.get(key) != failure:
+            logged = self._failures.setdefault(key, [])
+            if failure not in logged and len(logged) < _MOST_REASONS:
+                logged.append(failure)
                 _log.error("%s fails, and its last endpoints stay: %s", roster.sources[key].name, failure)
         for key in self._failures.keys() - failures.keys():
+            del self._failures[key]
             if key in roster.sources:
                 _log.info(
                     "%s reports again (%d members)", roster.sources[key].name, len(roster.reports[key].members or ())
                 )
-        self._failures = failures
         empty = {key for key, source in roster.sources.items() if source.source and roster.reports[key].members == ()}
         for key in empty - failures.keys() - self._empty:
             source = roster.sources[key]

@@ -24,7 +24,8 @@ engines close connections at the moment of their next use."""
 
 _NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """A context without certificates: the URLs of engines are plain HTTP, and loading certificates takes 20 ms."""
-_HINT: Final = "is this an SGLang or vLLM server?"
+_HINT: Final = "is this an SGLang or vLLM server? Of an engine on several nodes, only the first node is"
+"""The other nodes of SGLang answer health checks alone. A Service that selects them lists them as ready."""
 _ERROR_BYTES: Final = 65_536
 """Most bytes that are read of the answer to a POST."""
 

@@ -78,7 +78,7 @@ def _from_pod(address: str, port: str, account: Path) -> Access:
             f"{token} does not exist; set automountServiceAccountToken: true, or mount a projected token there"
         )
     try:
-        tls = ssl.create_default_context(cafile=account / "ca.crt")
+        tls = _tls_context(cafile=account / "ca.crt")
     except (OSError, ssl.SSLError) as error:
         raise AccessError(f"{account / 'ca.crt'}: {error}; check what is mounted there") from None
     url = f"https://{in_url(address)}:{port}"
@@ -86,37 +86,44 @@ def _from_pod(address: str, port: str, account: Path) -> Access:
 
 
 def _from_kubeconfig(paths: list[Path]) -> Access:
-    # Paths in the file are relative to it. Of several files that is the first, as most people have only one.
-    folder = paths[0].parent
-    context, cluster, user = current_context([(str(each), _read(each)) for each in paths])
+    context, cluster, user = current_context([(each, _read(each)) for each in paths])
     try:
-        tls = _tls(cluster, user, folder) if cluster.server.startswith("https://") else None
+        tls = _tls(cluster, user) if cluster.server.startswith("https://") else None
     except (OSError, ssl.SSLError) as error:
-        raise AccessError(f"{paths[0]}: cannot load its certificates ({error}); check their paths") from None
+        names = ", ".join(map(str, paths))
+        raise AccessError(f"{names}: cannot load its certificates ({error}); check their paths") from None
     return Access(
         url=cluster.server.rstrip("/"),
         namespace=context.namespace or "default",
         token=user.token,
-        token_file=folder / user.token_file if user.token_file else None,
+        token_file=Path(user.token_file) if user.token_file else None,
         tls=tls,
         tls_name=cluster.tls_server_name or None,
         proxy=cluster.proxy_url or None,
     )
 
 
-def _tls(cluster: ClusterEntry, user: UserEntry, folder: Path) -> ssl.SSLContext:
+def _tls_context(cafile: Path | None, cadata: str | None = None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=cafile, cadata=cadata)
+    # Python 3.13 sets this flag, which refuses an authority without key identifiers. Many clusters have such an
+    # authority, above all on EKS, and kubectl accepts it. All other verification stays.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
+def _tls(cluster: ClusterEntry, user: UserEntry) -> ssl.SSLContext:
     authorities = None
     if cluster.certificate_authority_data:
         authorities = decoded(cluster.certificate_authority_data, "certificate-authority-data").decode(
             "ascii", "replace"
         )
-    file = folder / cluster.certificate_authority if cluster.certificate_authority else None
-    context = ssl.create_default_context(cafile=None if authorities else file, cadata=authorities)
+    file = Path(cluster.certificate_authority) if cluster.certificate_authority and not authorities else None
+    context = _tls_context(file, authorities)
     if cluster.insecure_skip_tls_verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     with tempfile.TemporaryDirectory() as scratch:  # ssl reads a certificate and its key from files alone
-        certificate, key = folder / user.client_certificate, folder / user.client_key
+        certificate, key = Path(user.client_certificate), Path(user.client_key)
         if user.client_certificate_data:
             certificate = Path(scratch) / "certificate"
             certificate.write_bytes(decoded(user.client_certificate_data, "client-certificate-data"))

@@ -7,7 +7,7 @@ import msgspec
 
 from dp_extproc.fleet.discovery.kubernetes.objects import Status
 
-_LONGEST_RETRY_AFTER: Final = 300.0
+_LONGEST_RETRY_AFTER: Final = 300
 """Bound in seconds of what ``Retry-After`` may ask for: a wrong value must not end discovery."""
 _SHOWN: Final = 300
 """Characters of a message that are logged."""
@@ -78,5 +78,5 @@ def _remedy(code: int, request: Request) -> str:
 
 
 def _seconds(header: str | None, detail: int) -> float:
-    asked = float(header[:9]) if header and header.isascii() and header.isdigit() else float(detail)
-    return min(max(0.0, asked), _LONGEST_RETRY_AFTER)
+    asked = int(header[:9]) if header and header.isascii() and header.isdigit() else detail
+    return float(min(max(0, asked), _LONGEST_RETRY_AFTER))

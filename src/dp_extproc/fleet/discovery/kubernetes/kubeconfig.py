@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -62,14 +63,14 @@ class _Kubeconfig(Struct, rename="kebab"):
     contexts: list[_Named] | None = None
 
 
-NO_PROGRAMS: Final = (
+_NO_PROGRAMS: Final = (
     "which this service does not run; issue a token with `kubectl create token NAME` and write it as token, or run "
     "`kubectl proxy` and write its address as server"
 )
 
 
-def current_context(files: Iterable[tuple[str, str]]) -> tuple[ContextEntry, ClusterEntry, UserEntry]:
-    """Return the current context with its cluster and user.
+def current_context(files: Iterable[tuple[Path, str]]) -> tuple[ContextEntry, ClusterEntry, UserEntry]:
+    """Return the current context with its cluster and user. Their paths no longer depend on where their file is.
 
     Args:
         files: Path and text of each file.
@@ -78,7 +79,7 @@ def current_context(files: Iterable[tuple[str, str]]) -> tuple[ContextEntry, Clu
         AccessError: There is none, or it cannot be used.
     """
     read = [_parse(path, text) for path, text in files]
-    paths = ", ".join(path for path, _ in read)
+    paths = ", ".join(str(path) for path, _ in read)
     name = next((each.current_context for _, each in read if each.current_context), "")
     if not name:
         raise AccessError(f"{paths}: no context is selected; run kubectl config use-context NAME")
@@ -97,7 +98,7 @@ def current_context(files: Iterable[tuple[str, str]]) -> tuple[ContextEntry, Clu
     unsupported = {"exec": user.exec, "auth-provider": user.auth_provider, "username": user.username}
     for key, value in unsupported.items():
         if value:
-            raise AccessError(f"{paths}: user {context.user} signs in by {key}, {NO_PROGRAMS}")
+            raise AccessError(f"{paths}: user {context.user} signs in by {key}, {_NO_PROGRAMS}")
     return context, cluster, user
 
 
@@ -113,10 +114,24 @@ def decoded(data: str, key: str) -> bytes:
         raise AccessError(f"kubeconfig: {key} is no base64; write the path into {key.removesuffix('-data')}") from None
 
 
-def _parse(path: str, text: str) -> tuple[str, _Kubeconfig]:
+def _parse(path: Path, text: str) -> tuple[Path, _Kubeconfig]:
     try:
         content = yaml.safe_load(text)
-        return path, msgspec.convert({} if content is None else content, _Kubeconfig)
+        found = msgspec.convert({} if content is None else content, _Kubeconfig)
     except (yaml.YAMLError, msgspec.MsgspecError, RecursionError) as error:
         first = str(error).partition("\n")[0]
         raise AccessError(f"{path} is no kubeconfig ({first}); check it with kubectl config view") from None
+    for each in found.clusters or ():
+        if each.cluster is not None:
+            _resolve(each.cluster, path.parent, "certificate_authority")
+    for each in found.users or ():
+        if each.user is not None:
+            _resolve(each.user, path.parent, "token_file", "client_certificate", "client_key")
+    return path, found
+
+
+def _resolve(entry: Struct, folder: Path, *fields: str) -> None:
+    """Make paths absolute that are relative to their file."""
+    for name in fields:
+        if value := getattr(entry, name):
+            setattr(entry, name, str(folder / value))

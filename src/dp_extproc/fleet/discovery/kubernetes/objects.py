@@ -109,7 +109,7 @@ class Pod(Object):
 class PageMeta(Struct, rename="camel"):
     """The ``metadata`` of a page of a list."""
 
-    resource_version: str = ""
+    resource_version: str
     more: str = field(name="continue", default="")
     """Token of the next page; empty on the last."""
 

@@ -8,6 +8,9 @@
 4. A watch that is silent counts as broken: the API server sends a bookmark about once a minute.
 5. Pauses after faults double, and have full jitter, so that the clients of an API server do not return all at once. A
    watch that stayed open for a while makes them short again: a load balancer may cut idle connections every 20 s.
+6. A failure ends with a change, with a list whose watch opens, or with a watch that stays open for a while. That a
+   watch opens is not enough, as something else may answer there. A list alone is not enough either: the right to watch
+   may be missing.
 """
 
 import asyncio
@@ -95,12 +98,15 @@ class Reflector:
         """Version to watch from; empty before the first list, and when it has expired."""
         self._listed = False
         """Whether there was a list, so that the next one must not be older."""
-        self._failing = False
+        self._is_unreported = False
+        """Whether a list was read, or an object has changed, since the last report."""
+        self._is_failing = False
         self._faults = 0
         """Number of faults since the last steady watch."""
         self._has_expired = False
         """Whether a version has expired since then."""
-        self._problems: tuple[str, ...] = ()
+        self._warned: tuple[str, ...] = ()
+        """Problems of some objects that the log has."""
 
     async def run(self, connect: Callable[[], AbstractAsyncContextManager[Connection]]) -> None:
         """Report until cancelled. Each failure leads to a new connection."""
@@ -137,10 +143,11 @@ class Reflector:
                 break
             page = await connection.page({"limit": f"{_PAGE_OBJECTS}", "continue": page.metadata.more})
         self._parts, self._version, self._listed = parts, page.metadata.resource_version, True
-        self._report()
+        self._is_unreported = True
 
     async def _watch(self, connection: Connection) -> None:
         opened: float | None = None
+        recovery: asyncio.TimerHandle | None = None
         parameters = {
             "watch": "1",
             "allowWatchBookmarks": "true",
@@ -150,13 +157,17 @@ class Reflector:
         try:
             async with aclosing(connection.events(parameters)) as batches:
                 async for events in batches:
-                    opened = self._clock() if opened is None else opened
-                    changed = False
+                    if opened is None:
+                        opened = self._clock()
+                        if self._is_failing:
+                            recovery = asyncio.get_running_loop().call_later(self._timing.steady, self._report)
                     for event in events:
-                        changed |= self._apply(event)
-                    if changed or self._failing:
+                        self._is_unreported |= self._apply(event)
+                    if self._is_unreported:
                         self._report()
         finally:
+            if recovery is not None:
+                recovery.cancel()
             steady = opened is not None and self._clock() - opened >= self._timing.steady
             if steady:
                 self._faults, self._has_expired = 0, False
@@ -187,20 +198,21 @@ class Reflector:
             raise ApiError(f"the API server sent an object of an unexpected form ({error})") from None
 
     def _report(self) -> None:
-        self._failing = False
+        self._is_failing = self._is_unreported = False
         found = combine(self._parts.values())
-        if found.problems != self._problems:
-            self._problems = found.problems
-            if found.problems:
-                _log.warning("%s: %s", self._name, _shown(found))
         if found.problems and not found.members:
             self._listener.failed(_shown(found))
-        else:
-            self._listener.snapshot(found.members)
+            return
+        if found.problems and found.problems != self._warned:
+            _log.warning("%s: %s", self._name, _shown(found))
+        self._warned = found.problems
+        self._listener.snapshot(found.members)
 
     async def _pause(self, message: str, at_least: float = 0.0, *, quiet: bool = False) -> None:
+        if self._is_unreported:
+            self._report()
         if self._faults or not quiet:
-            self._failing = True
+            self._is_failing = True
             self._listener.failed(message)
         bound = min(self._timing.first_pause * 2.0 ** min(self._faults, 16), self._timing.longest_pause)
         self._faults += 1
