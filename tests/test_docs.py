@@ -1,4 +1,4 @@
-"""Every relative link of every Markdown page leads to a file, and every anchor to a heading."""
+"""Every relative link of every Markdown page leads to a file or a heading, and every metric is described."""
 
 import re
 import subprocess
@@ -65,3 +65,13 @@ def test_links_of_a_page_resolve(page: Path) -> None:
 def test_pages_of_the_documentation_are_linked_from_the_readme(page: Path) -> None:
     """A page that no reader finds is not maintained either."""
     assert f"]({page})" in text_of(Path("README.md"))
+
+
+def test_metrics_are_described_on_the_page_of_operations() -> None:
+    """A metric without a description is no help to the one who sees it, and a described one that is gone misleads."""
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src/dp_extproc").rglob("*.py"))
+    exported = set(re.findall(r'"(dp_extproc_[a-z_]+[a-z])"', source))
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    described = {re.sub("_(total|info)$", "", name) for name in re.findall(r"dp_extproc_[a-z_]+[a-z]", page)}
+    assert len(exported) > 30
+    assert described == exported

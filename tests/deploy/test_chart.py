@@ -339,11 +339,19 @@ def test_pods_have_time_to_stop(case: Case) -> None:
         (("--set", "autoscaling.enabled=true"), "several replicas need a bus"),
         (("--set", "replicas=2,sync.url=unix:///tmp/bus"), "unix:// is for processes of one pod"),
         (("--set", "tls.secret=a"), "tls.secret is for the topologies service and picker"),
-        (("--set", "topology=picker"), "inferencePool.matchLabels is empty"),
+        (("--set-json", 'topology="picker"', "--set-json", 'config.pools=[{"models": ["*"]}]'), "matchLabels is empty"),
+        (("--set", "topology=picker"), "no pools with prefill and decode"),
+        (("--set", "config.listen.workers=${PROCESSES}"), "config.listen.workers is ${PROCESSES}"),
+        (("--set", "config.listen.admin=0.0.0.0:${PORT}"), "config.listen.admin is"),
+        (("--set", "config.drain=${DRAIN:-5s}"), "config.drain is"),
         (
-            ("--set", "topology=picker,inferencePool.create=false,config.listen.workers=2"),
+            (
+                *("--set-json", 'config.pools=[{"models": ["*"], "workers": {"service": "a"}}]'),
+                *("--set", "topology=picker,inferencePool.create=false,config.listen.workers=2"),
+            ),
             "leave config.listen.workers out",
         ),
+        (("--set", "networkPolicy.enabled=true,podMonitor.enabled=true"), "networkPolicy.monitoring is empty"),
         (("--set", "topology=mesh"), "topology"),
         (("--set", "replica=2"), "replica"),
         (("--set", "envoy.image.digest=latest"), "digest"),
@@ -360,22 +368,20 @@ def test_chart_refuses_values_that_do_not_work(arguments: tuple[str, ...], messa
 
 
 def test_pods_restart_only_for_settings_that_need_it() -> None:
-    """A change of pools is in use without a restart; each other one restarts the pods."""
+    """A change of pools is in use without a restart. Kubernetes restarts pods if anything in their template changes."""
 
-    def checksum(*changes: str) -> str:
+    def pods(*changes: str) -> Object:
         options = [each for change in changes for each in ("--set-json", change)]
-        annotations = only(render(SIDECAR, *options), "Deployment")["spec"]["template"]["metadata"]["annotations"]
-        found: str = annotations["dp-extproc/restart-checksum"]
+        found: Object = only(render(SIDECAR, *options), "Deployment")["spec"]["template"]
         return found
 
-    as_it_is = checksum()
-    assert checksum('config.pools=[{"models": ["*"], "workers": {"endpoints": ["http://10.0.0.1:30000"]}}]') == as_it_is
-    assert (
-        checksum('config.load={"interval": "2s"}', 'config.drain="2s"', "config.admission={}", "config.autoscaling={}")
-        == as_it_is
-    )
-    assert checksum('config.load={"prefill_step_cost_tokens": 400}') != as_it_is
-    assert checksum("config.queue={}") != as_it_is
+    as_it_is = pods()
+    changed = ('config.load={"interval": "2s"}', "config.admission={}", 'config.autoscaling={"decode_target": 0.5}')
+    assert pods(*changed) == as_it_is
+    assert pods('config.pools=[{"models": ["*"], "workers": {"pods": "app=a", "namespace": "other"}}]') == as_it_is
+    assert pods('config.load={"prefill_step_cost_tokens": 400}') != as_it_is
+    assert pods("config.queue={}") != as_it_is
+    assert pods('config.drain="2s"') != as_it_is, "the time to stop follows it"
     (omitted,) = re.findall(r"omit \$config ([^\n]*?) -}}", TEMPLATES)
     assert set(re.findall(r'"([a-z_]+)"', omitted)) == reload._CHANGEABLE
     (kept,) = re.findall(r"pick \(default dict \$config.load\) ([^\n]*?)\) -}}", TEMPLATES)
@@ -445,7 +451,8 @@ def test_troubleshooting_has_messages_as_they_are() -> None:
     text = (ROOT / "deploy/README.md").read_text(encoding="utf-8").split("## Troubleshooting")[1]
     quoted = {each for row in re.findall(r"^\| ([^|]*)", text, re.MULTILINE) for each in re.findall(r"`([^`]+)`", row)}
     of_kubernetes = {
-        "ErrImagePull", "dp-extproc:0.1.0", "Init:CrashLoopBackOff", 'no matches for kind "PodMonitor"', "spec.selector"
+        "ErrImagePull", "dp-extproc:0.1.0", "Init:CrashLoopBackOff", "CrashLoopBackOff", "spec.selector",
+        'no matches for kind "PodMonitor"',
     }  # fmt: skip
     ours = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")) + TEMPLATES
     assert len(quoted - of_kubernetes) > 5

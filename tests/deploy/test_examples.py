@@ -62,6 +62,21 @@ def test_services_of_examples_select_pods_with_their_ports(path: Path) -> None:
         ]
 
 
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_engines_of_examples_finish_their_requests(path: Path) -> None:
+    """The page promises that running requests of a terminating pod continue, and that no probe runs the model."""
+    pods = [each["spec"] for item in objects_of(path) for each in templates_of(item)]
+    assert pods
+    for pod in pods:
+        (engine,) = pod["containers"]
+        assert pod["terminationGracePeriodSeconds"] > 60, "the default cuts longer responses"
+        assert "--drain" in engine["args"] or engine["lifecycle"]["preStop"]["sleep"]["seconds"] > 1
+        probes = {name: engine[name]["httpGet"]["path"] for name in engine if name.endswith("Probe")}
+        assert probes.get("readinessProbe", "/ready") == "/ready"
+        assert set(probes.values()) <= {"/ready", "/health"}
+        assert ("ports" in engine) == ("readinessProbe" in engine), "what serves HTTP has a probe, and nothing else"
+
+
 @pytest.mark.parametrize("values", VALUES, ids=range(len(VALUES)))
 def test_values_of_the_first_hour_are_rendered(values: str, tmp_path: Path) -> None:
     """Each block of values on the page works on top of the first one, and the service accepts its configuration."""

@@ -65,7 +65,7 @@ def serving(
                 wait_for(started.is_ready, 30)
                 yield started
             finally:
-                wait_for(lambda: has_ended(process))
+                wait_for(lambda: has_ended(process), 30)
 
 
 def has_ended(process: subprocess.Popen[bytes]) -> bool:

@@ -367,6 +367,7 @@ def test_check_waits_for_the_reason_of_a_source_that_fails(tmp_path: Path) -> No
             status, out, _ = await check(f"pools: [{{models: [m], workers: {{dns: {dns}}}}}]", tmp_path)
 
             assert status == 1
+            assert out.endswith(" within 5 s\npool m has no worker endpoint and cannot serve\n")
             assert f"fails: a.test cannot be resolved: no answer of Do53:127.0.0.1@{server.port} within 5 s" in out
 
     asyncio.run(story())

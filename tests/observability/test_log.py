@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from dp_extproc.engines.listener import EngineFailure, FailureKind
-from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, PairTerms, Role
+from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, PairTerms, Role, SourceKind
 from dp_extproc.observability.log import DiagnosticLog, EndpointStateLog, EngineLog, PairLog
 from engines.test_capabilities import facts
 
@@ -154,6 +154,20 @@ def test_group_is_logged_when_it_is_complete_and_when_it_is_no_longer(caplog: py
     caplog.clear()
     log.forget_all_but([])
     assert [each.getMessage() for each in caplog.records] == ["pool m: group v2 is gone"]
+
+
+def test_group_stays_complete_when_its_endpoints_are_described_otherwise(caplog: pytest.LogCaptureFixture) -> None:
+    """A reload may give the same engines a group or another source; they serve meanwhile, and are read again later."""
+    caplog.set_level(logging.INFO)
+    log = PairLog(logging.getLogger("test"))
+    endpoints = [endpoint("p", Role.PREFILL), endpoint("d", Role.DECODE)]
+    for each in endpoints:
+        log.note(each, with_pages(1, each.role))
+    assert caplog.records == []
+
+    log.forget_all_but([replace(each, group="v1") for each in endpoints])
+    log.forget_all_but([replace(each, group="v1", source=SourceKind.KUBERNETES) for each in endpoints])
+    assert [each.getMessage() for each in caplog.records] == ["pool m: group v1 is complete, so it gets requests"]
 
 
 DIFFERS = EngineFailure(FailureKind.DISAGREEMENT, "dp_size", page_was_read=True)

@@ -13,6 +13,7 @@ import yaml
 from dp_extproc.config import Config, ConfigFile, parse_config
 from dp_extproc.lab.testbed.ports import free_port
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
+from dp_extproc.runtime import reload
 from dp_extproc.runtime.reload import Reloader, needs_restart
 from patience import wait_for
 
@@ -155,6 +156,38 @@ def test_watched_file_is_reloaded_when_it_changes(content: dict[str, Any]) -> No
         wait_for(lambda: urls_of(service) == [new])
         assert reloads(service, "applied", 1)
         assert reloads(service, "refused", 1)
+
+
+class BeingWritten:
+    """A source whose second reading gives a part of the text, and each later one the whole."""
+
+    name = "file"
+    can_change = True
+
+    def __init__(self, before: str, part: str, whole: str) -> None:
+        self._texts = [whole, part, before]
+
+    def read(self) -> str:
+        return self._texts.pop() if len(self._texts) > 1 else self._texts[0]
+
+
+def test_watched_file_is_not_applied_while_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The beginning of a file may be a valid configuration, without the last engines."""
+    monkeypatch.setattr(reload, "_WATCH_SECONDS", 0.01)
+    urls = ("http://a:1", "http://b:1", "http://c:1")
+    before, part, whole = (yaml.safe_dump({"reload": "watch", "pools": pool(*urls[:count])}) for count in (1, 2, 3))
+
+    async def first_applied() -> str:
+        applied: asyncio.Queue[str] = asyncio.Queue()
+        source = BeingWritten(before, part, whole)
+        running = asyncio.create_task(
+            Reloader(source, before, parse_config(before), lambda _, text: applied.put_nowait(text)).run()
+        )
+        text = await asyncio.wait_for(applied.get(), 30)
+        running.cancel()
+        return text
+
+    assert asyncio.run(first_applied()) == whole
 
 
 def test_restarted_worker_process_does_not_read_a_rejected_file() -> None:

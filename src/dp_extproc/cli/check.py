@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     is_terminal = sys.stdout.isatty()
     console = Console(file=sys.stdout, width=None if is_terminal else _NO_WRAPPING, markup=False, highlight=False)
     all_report = _print_sources(console, roster)
-    _print(console, reports)
+    if reports:
+        _print(console, reports)
     has_all_roles = _print_empty_roles(console, roster)
     return 0 if all_report and has_all_roles and all(report.is_usable for report in reports) else 1
 

@@ -111,8 +111,9 @@ class PairLog:
         """Pools and names of the groups that have a pair."""
 
     def forget_all_but(self, endpoints: Collection[Endpoint]) -> None:
-        kept = set(endpoints)
-        self._facts = {endpoint: facts for endpoint, facts in self._facts.items() if endpoint in kept}
+        # An engine keeps its facts if its endpoint has only another group, source or pool.
+        known = {(endpoint.url, endpoint.uid): facts for endpoint, facts in self._facts.items()}
+        self._facts = {each: known[each.url, each.uid] for each in endpoints if (each.url, each.uid) in known}
         self._update()
 
     def note(self, endpoint: Endpoint, facts: EngineFacts) -> None:

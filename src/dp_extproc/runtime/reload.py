@@ -16,6 +16,8 @@ from dp_extproc.runtime.secrets import external_problems
 
 _WATCH_SECONDS: Final = 1.0
 """Seconds between two readings of the file, with ``reload: watch``."""
+_SETTLE_SECONDS: Final = 0.05
+"""Seconds after which a changed text is read again. It counts only if it is still the same, so no half-written one."""
 _CHANGEABLE: Final = frozenset({"pools", "load", "admission", "autoscaling", "drain"})
 """Sections that a reload may change. On each other one sockets, Envoy, other replicas or running requests depend."""
 _FIXED_LOADS: Final = ("prefill_step_cost_tokens", "decode_request_cost_tokens")
@@ -93,6 +95,10 @@ class Reloader:
     async def _check(self, *, requested: bool) -> None:
         try:
             text = await asyncio.to_thread(self._source.read)
+            if not requested and text != self._seen:
+                await asyncio.sleep(_SETTLE_SECONDS)
+                if await asyncio.to_thread(self._source.read) != text:
+                    return  # still being written; the next reading finds it changed, too
         except ConfigError as error:
             if requested or self._seen is not None:
                 self._reject(error)

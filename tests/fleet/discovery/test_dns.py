@@ -196,11 +196,10 @@ def test_next_look_up_follows_the_ttl_within_bounds(ttl: float | None, interval:
 def test_source_waits_for_the_ttl_between_two_look_ups(server: DnsServer) -> None:
     """Otherwise it would send a query all the time, or see changes late."""
     server.set(NAME, "A", "10.0.0.1", ttl=1)
+    started = time.monotonic()
     with reports_of(DnsSource(settings(server, interval=None))) as got:
-        wait_for(lambda: got.snapshots, SECONDS)
-        started = time.monotonic()
         wait_for(lambda: len(got.snapshots) == 2, SECONDS)
-        assert time.monotonic() - started > 0.9
+        assert time.monotonic() - started > 1
 
 
 def test_local_names_have_precedence_over_dns(server: DnsServer, tmp_path: Path) -> None:
@@ -412,4 +411,4 @@ def test_missing_library_names_the_extra(server: DnsServer, monkeypatch: pytest.
     found = asyncio.run(make_resolver(settings(name="localhost")).look_up())
     assert [each.host for each in found.addresses][:1] == ["127.0.0.1"]
     for each, key in ((settings(name=SRV), "type: srv"), (settings(server), "nameserver")):
-        assert missing_library(each) == f"{key} needs the library dnspython: pip install 'dp-extproc[dns]'"
+        assert missing_library(each) == f"{key} needs the library dnspython; install it: pip install dnspython"

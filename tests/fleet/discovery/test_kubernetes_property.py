@@ -70,9 +70,14 @@ class World:
                 return
 
     def snapshot(self, members: tuple[Member, ...]) -> None:
-        """Find the state that is reported: the last one that is equal and not before the one reported before."""
+        """Find the state that is reported: the first one that is equal and not before the one reported before.
+
+        States may repeat. If there is only an earlier one, the report is out of order.
+        """
         urls = frozenset(each.url for each in members)
-        self.reported.append(max(index for index, state in enumerate(self.states) if state == urls))
+        equal = [index for index, state in enumerate(self.states) if state == urls]
+        before = self.reported[-1] if self.reported else 0
+        self.reported.append(next((index for index in equal if index >= before), equal[-1]))
 
     def failed(self, message: str) -> None:
         self.failures += 1

@@ -1,7 +1,7 @@
 # Runs in Envoy's container before Envoy is stopped: waits until no request is in flight, because a stopped Envoy ends
 # every stream at once. Arguments: Envoy's admin port, the least and the most seconds to wait.
 admin() (
-  exec 3<>"/dev/tcp/127.0.0.1/$port" || exit 1
+  exec 3<>"/dev/tcp/localhost/$port" || exit 1
   printf '%s %s HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 0\r\n\r\n' "$1" "$2" >&3
   cat <&3
 )

@@ -132,6 +132,11 @@ kubernetes:
 {{- if not $config.pools -}}
   {{- fail "config.pools is empty; name the engines, such as config: {pools: [{models: [\"*\"], prefill: {service: NAME}, decode: {service: NAME}}]}" -}}
 {{- end -}}
+{{- range $key, $value := dict "listen.grpc" $config.listen.grpc "listen.admin" $config.listen.admin "envoy.inference" $config.envoy.inference "envoy.admin" (default "" $config.envoy.admin) "listen.workers" (default 1 $config.listen.workers) "drain" (default "10s" $config.drain) -}}
+  {{- if contains "$" (toString $value | replace "${POD_IP}" "") -}}
+    {{- fail (printf "config.%s is %v, but ports and the time to stop follow it, and the chart does not have the value of that variable; write the value" $key $value) -}}
+  {{- end -}}
+{{- end -}}
 {{- $several := or .Values.autoscaling.enabled (gt (int .Values.replicas) 1) -}}
 {{- if and $several (not $config.sync) -}}
   {{- fail "several replicas need a bus, or each would place requests without those of the others; set sync.url to redis://HOST:6379 or sync.secret.name" -}}
@@ -139,10 +144,18 @@ kubernetes:
 {{- if and $several (hasPrefix "unix:" (default "" (default dict $config.sync).url)) -}}
   {{- fail "the bus unix:// is for processes of one pod; several replicas need redis://" -}}
 {{- end -}}
+{{- if and .Values.networkPolicy.enabled (or .Values.podMonitor.enabled .Values.serviceMonitor.enabled) (not .Values.networkPolicy.monitoring) (not .Values.networkPolicy.extraIngress) -}}
+  {{- fail "networkPolicy.monitoring is empty, so Prometheus would reach no metrics; set it to [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: NAMESPACE}}}]" -}}
+{{- end -}}
 {{- if and .Values.tls.secret (eq .Values.topology "sidecar") -}}
   {{- fail "tls.secret is for the topologies service and picker; in the topology sidecar Envoy reaches the service inside of the pod" -}}
 {{- end -}}
 {{- if eq .Values.topology "picker" -}}
+  {{- range .Values.config.pools -}}
+    {{- if or .prefill .decode -}}
+      {{- fail "an endpoint picker names one endpoint for a request, so the topology picker has no pools with prefill and decode; leave both out, or take another topology" -}}
+    {{- end -}}
+  {{- end -}}
   {{- if gt (int (default 1 $config.listen.workers)) 1 -}}
     {{- fail "a gateway uses one port of an endpoint picker; leave config.listen.workers out and raise replicas" -}}
   {{- end -}}

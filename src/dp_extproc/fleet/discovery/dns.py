@@ -33,7 +33,7 @@ def missing_library(settings: DnsSettings) -> str | None:
     if _has_dnspython() or not _needs_dnspython(settings):
         return None
     key = "type: srv" if settings.type is DnsRecords.SRV else "nameserver"
-    return f"{key} needs the library dnspython: pip install 'dp-extproc[dns]'"
+    return f"{key} needs the library dnspython; install it: pip install dnspython"
 
 
 def make_resolver(settings: DnsSettings, seconds: float = QUERY_SECONDS) -> Resolver:
