@@ -14,9 +14,10 @@ from typing import Any, Final
 import dns.asyncresolver
 import dns.name
 import dns.resolver
+from dns.exception import DNSException
 from dns.rdatatype import AAAA, SRV, A, RdataType
 
-from dp_extproc.config.discovery import DnsRecords, DnsSettings
+from dp_extproc.config.discovery import DnsSettings
 from dp_extproc.fleet.discovery.answers import Address, Answer
 
 _LOCAL_NAMES: Final = Path("/etc/hosts")
@@ -36,13 +37,9 @@ def look_up_by_dns(settings: DnsSettings, seconds: float, local_names: Path = _L
     tries included.
     """
     asks_system = settings.nameserver is None
-    query = _Query(_resolver(settings), seconds, use_search=asks_system)
-    if settings.type is DnsRecords.SRV:
-        return asyncio.run(query.services(settings.name))
-    port = settings.port or 0  # the section has one
-    listed = _listed(local_names, settings.name) if asks_system else []
-    found, ttl = (listed, None) if listed else asyncio.run(query.addresses(settings.name))
-    return Answer(tuple(Address(each, port) for each in found), ttl)
+    if asks_system and settings.port is not None and (listed := _listed(local_names, settings.name)):
+        return Answer(tuple(Address(each, settings.port) for each in listed))
+    return asyncio.run(_Query(_resolver(settings), seconds, use_search=asks_system).look_up(settings))
 
 
 def _resolver(settings: DnsSettings) -> dns.asyncresolver.Resolver:
@@ -75,7 +72,26 @@ class _Query:
         self._use_search = use_search
         self._free = asyncio.Semaphore(_AT_A_TIME)
 
-    async def addresses(self, name: str) -> _Addresses:
+    async def look_up(self, settings: DnsSettings) -> Answer:
+        """Look up the name in search domains and as it is."""
+        try:
+            return await self._records(settings, settings.name)
+        except (TimeoutError, DNSException):
+            # As for getaddrinfo, a search domain whose DNS server is away must not hide the name itself.
+            if not self._use_search or settings.name.endswith("."):
+                raise
+            answer = await self._records(settings, f"{settings.name}.")
+            if not answer.addresses:
+                raise
+            return answer
+
+    async def _records(self, settings: DnsSettings, name: str) -> Answer:
+        if settings.port is None:
+            return await self._services(name)
+        found, ttl = await self._addresses(name)
+        return Answer(tuple(Address(each, settings.port) for each in found), ttl)
+
+    async def _addresses(self, name: str) -> _Addresses:
         for family in _FAMILIES:
             answer = await self._ask(name, family)
             if answer is None:
@@ -84,7 +100,7 @@ class _Query:
                 return [record.address for record in answer.rrset], answer.chaining_result.minimum_ttl
         return [], None
 
-    async def services(self, name: str) -> Answer:
+    async def _services(self, name: str) -> Answer:
         """Give the addresses of the targets of SRV records. Their priorities and weights are not used."""
         answer = await self._ask(name, SRV)
         if answer is None or answer.rrset is None:
@@ -110,7 +126,7 @@ class _Query:
             if (records := given.get((name, family))) is not None:
                 return [record.address for record in records], records.ttl
         async with self._free:
-            return await self.addresses(name.to_text())
+            return await self._addresses(name.to_text())
 
     async def _ask(self, name: str, kind: RdataType) -> dns.resolver.Answer | None:
         """Send a query until a DNS server has answered. Returns None if there is no such name."""
