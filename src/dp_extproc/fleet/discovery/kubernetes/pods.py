@@ -9,11 +9,10 @@ from typing import Final
 
 import msgspec
 
-from dp_extproc.fleet.discovery.kubernetes.labels import bootstrap_port_of, group_of, serves_http
-from dp_extproc.fleet.discovery.kubernetes.members import member_at
+from dp_extproc.fleet.discovery.kubernetes.labels import serves_http
+from dp_extproc.fleet.discovery.kubernetes.members import read_shared
 from dp_extproc.fleet.discovery.kubernetes.objects import Pod
 from dp_extproc.fleet.discovery.kubernetes.parts import Part
-from dp_extproc.fleet.discovery.kubernetes.ports import declared_ports, pick_port
 from dp_extproc.fleet.discovery.source import MemberState
 
 _DECODER: Final = msgspec.json.Decoder(Pod)
@@ -30,21 +29,14 @@ def read_pod(text: bytes | msgspec.Raw, port: int | str | None, group_label: str
     meta = pod.metadata
     if not serves_http(meta) or pod.status.phase in _ENDED or not pod.status.pod_ip:
         return Part()
-    ports = declared_ports(
+    ports = (
         (each.name, each.container_port, each.protocol)
         for container in pod.spec.containers or ()
         for each in container.ports or ()
     )
     try:
-        member = member_at(
-            pod.status.pod_ip,
-            pick_port(ports, port),
-            state=_state(pod),
-            uid=meta.uid,
-            name=meta.name,
-            group=group_of(meta, group_label),
-            bootstrap_port=bootstrap_port_of(meta, ports),
-        )
+        shared = read_shared(meta, ports, port, group_label)
+        member = shared.member(pod.status.pod_ip, state=_state(pod), uid=meta.uid, name=meta.name)
     except ValueError as error:
         return Part(problem=f"pod {meta.name}: {error}")
     return Part((member,))

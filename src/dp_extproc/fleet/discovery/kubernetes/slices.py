@@ -9,11 +9,10 @@ from typing import Final
 
 import msgspec
 
-from dp_extproc.fleet.discovery.kubernetes.labels import SERVICE_NAME, bootstrap_port_of, group_of
-from dp_extproc.fleet.discovery.kubernetes.members import member_at
+from dp_extproc.fleet.discovery.kubernetes.labels import SERVICE_NAME
+from dp_extproc.fleet.discovery.kubernetes.members import read_shared
 from dp_extproc.fleet.discovery.kubernetes.objects import Conditions, EndpointSlice, TargetRef
 from dp_extproc.fleet.discovery.kubernetes.parts import Part
-from dp_extproc.fleet.discovery.kubernetes.ports import declared_ports, pick_port
 from dp_extproc.fleet.discovery.source import MemberState
 
 _DECODER: Final = msgspec.json.Decoder(EndpointSlice)
@@ -40,26 +39,16 @@ def read_slice(text: bytes | msgspec.Raw, port: int | str | None, group_label: s
     if found.address_type not in _FAMILIES:
         problem = f"{where}: slices of {found.address_type or 'no'} addresses are not read; Envoy needs IP addresses"
         return Part(problem=problem, service=service)
-    ports = declared_ports((each.name, each.port, each.protocol) for each in found.ports or ())
+    ports = ((each.name, each.port, each.protocol) for each in found.ports or ())
+    members = []
     try:
-        number, group = pick_port(ports, port), group_of(meta, group_label)
-        bootstrap_port = bootstrap_port_of(meta, ports)
-        members = []
+        shared = read_shared(meta, ports, port, group_label)
         for each in found.endpoints:
             if each.addresses:
-                address = each.addresses[0]
-                pod = each.target_ref or TargetRef()
-                members.append(
-                    member_at(
-                        address,
-                        number,
-                        state=_state(each.conditions or Conditions()),
-                        uid=pod.uid or f"{meta.namespace}/{meta.name}/{address}:{number}",
-                        name=pod.name,
-                        group=group,
-                        bootstrap_port=bootstrap_port,
-                    )
-                )
+                address, pod = each.addresses[0], each.target_ref or TargetRef()
+                uid = pod.uid or f"{meta.namespace}/{meta.name}/{address}:{shared.port}"
+                state = _state(each.conditions or Conditions())
+                members.append(shared.member(address, state=state, uid=uid, name=pod.name))
     except ValueError as error:
         return Part(problem=f"{where}: {error}", service=service)
     return Part(tuple(members), service=service, family=found.address_type)
