@@ -361,6 +361,23 @@ def test_engine_joins_when_it_is_ready() -> None:
     run(story())
 
 
+@pytest.mark.parametrize("status", [401, 403, 404, 405])
+def test_engine_without_a_readiness_page_joins(status: int) -> None:
+    """Releases before 0.5.20 with an API key, and proxies, may refuse an absent page with other codes than 404."""
+
+    async def story() -> None:
+        async with (
+            ScriptedEngine(healthy() | {"/ready": status}) as engine,
+            scraping(endpoint(engine.url)) as (_, events),
+        ):
+            await until(lambda: len(events.samples) >= 3)
+
+            assert events.failures == []
+            assert engine.requests.count("/ready") == 1
+
+    run(story())
+
+
 def test_readiness_of_an_engine_is_read_every_two_seconds() -> None:
     """One that is not ready any more is sampled on, and is discovered again when it is ready."""
 

@@ -84,7 +84,10 @@ class EnginePoller:
         return replace(beside, page_was_read=True) if failure is None and beside is not None else failure
 
     async def _read_readiness(self, facts: EngineFacts) -> EngineFailure | None:
-        """Read whether the engine takes requests; None if it does. An engine without the page counts as ready."""
+        """Read whether the engine takes requests; None if it does.
+
+        An engine without the page counts as ready, whatever it or a proxy answers in its place (404, or 401 or 403).
+        """
         page = adapter_of(facts.kind).ready_page
         self._ready_due = _NOW
         try:
@@ -92,7 +95,7 @@ class EnginePoller:
         except ReaderError as error:
             if error.status is None:  # of an engine that was ready, the load page shows what is wrong
                 return EngineFailure(error.kind, str(error)) if self._is_joining else None
-            if not error.is_absent:
+            if error.status >= 500:
                 self._has_news = True  # it is discovered anew when it is ready
                 message = f"{page} answered {error.status}: the engine starts, is paused or shuts down"
                 return EngineFailure(FailureKind.NOT_READY, message)
