@@ -176,3 +176,12 @@ def test_kinds_of_engines_are_compared_by_their_adapters_alone() -> None:
     users = {module for module in EVERY_MODULE if "dp_extproc.engines.model.Kind" in imports_of(module)}
 
     assert {package_of(module) for module in users} == {"engines"}
+
+
+@pytest.mark.parametrize("module", EVERY_MODULE)
+def test_a_module_waits_with_asyncio_timeout(module: str) -> None:
+    """``asyncio.wait_for`` of Python 3.11 loses a cancellation that comes when its wait ends, so a stop would hang."""
+    calls = [node.attr for node in ast.walk(ast.parse((ROOT / module).read_text(encoding="utf-8")))
+             if isinstance(node, ast.Attribute)]  # fmt: skip
+
+    assert "wait_for" not in calls

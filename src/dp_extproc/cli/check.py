@@ -23,6 +23,7 @@ from dp_extproc.engines.model import Diagnostic, EngineFacts, Role, in_url
 from dp_extproc.fleet.check import EngineReport, check_engines, compare_pool
 from dp_extproc.fleet.discovery.roster import Roster
 from dp_extproc.fleet.discovery.runner import first_reports
+from dp_extproc.fleet.discovery.source import WHEN_EMPTY
 from dp_extproc.fleet.discovery.sources import role_sources
 from dp_extproc.request.path import Api
 from dp_extproc.runtime.secrets import external_problems, read_api_keys
@@ -86,7 +87,8 @@ def _print_sources(console: Console, roster: Roster) -> bool:
         elif report.members is None:
             found, style = f"no report within {_SOURCE_SECONDS:g} s", "red"
         else:
-            found = ", ".join(f"{count} {state}" for state, count in states.items()) or "no members"
+            found = ", ".join(f"{count} {state}" for state, count in states.items())
+            found = found or f"no members; {WHEN_EMPTY[source.kind]}"
             style = "green" if states else "yellow"
         all_report = all_report and report.failure is None and report.members is not None
         place = f"pool {source.place.pool}, {source.place.role}"

@@ -148,7 +148,8 @@ class Components:
     async def first_round(self) -> None:
         """Wait until each source has reported and each engine was read, or has failed, for a limited time."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._first_round(), _FIRST_ROUND_SECONDS)
+            async with asyncio.timeout(_FIRST_ROUND_SECONDS):
+                await self._first_round()
 
     async def _first_round(self) -> None:
         await self._discovery.first_reports.wait()

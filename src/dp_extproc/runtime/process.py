@@ -79,7 +79,8 @@ async def serve(written: Config, text: str, source: ConfigSource, context: Worke
                 await components.readiness.stop()
                 stopping.clear()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(stopping.wait(), drain)  # a second signal cuts it short
+                    async with asyncio.timeout(drain):
+                        await stopping.wait()  # a second signal cuts it short
             for task in background:
                 task.cancel()
             admin.should_exit = True

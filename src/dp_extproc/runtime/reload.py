@@ -73,7 +73,8 @@ class Reloader:
         interval = _WATCH_SECONDS if is_watched and self._source.can_change else None
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._requested.wait(), interval)
+                async with asyncio.timeout(interval):
+                    await self._requested.wait()
             requested = self._requested.is_set()
             self._requested.clear()
             if self._source.can_change:

@@ -84,7 +84,8 @@ class _Worker:
             pause = pause_before(ends)
             _log.error("worker %d %s; starting it again in %.3g s", self.index, end, pause)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stopping.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await stopping.wait()
             self.restarts += 1
         await self._client.aclose()
 

@@ -9,7 +9,10 @@ from dp_extproc.fleet.discovery.source import Member
 from dp_extproc.fleet.discovery.static import members_of
 from fleet.discovery.test_roster import SILENT
 
-EMPTY = "dns a lists no endpoints (pool m, decode); the last ones, if there were any, stay for 30s"
+EMPTY = (
+    "dns a lists no endpoints (pool m, decode); the last ones, if there were any, stay for 30s; "
+    "check the name, and that engines are ready behind it"
+)
 
 
 def test_empty_source_is_logged_once_until_it_lists_endpoints_again(caplog: pytest.LogCaptureFixture) -> None:

@@ -132,8 +132,10 @@ kubernetes:
 {{- if not $config.pools -}}
   {{- fail "config.pools is empty; name the engines, such as config: {pools: [{models: [\"*\"], prefill: {service: NAME}, decode: {service: NAME}}]}" -}}
 {{- end -}}
-{{- range $key, $value := dict "listen.grpc" $config.listen.grpc "listen.admin" $config.listen.admin "envoy.inference" $config.envoy.inference "envoy.admin" (default "" $config.envoy.admin) "listen.workers" (default 1 $config.listen.workers) "drain" (default "10s" $config.drain) -}}
-  {{- if contains "$" (toString $value | replace "${POD_IP}" "") -}}
+{{- $read := dict "listen.grpc" $config.listen.grpc "listen.admin" $config.listen.admin "listen.workers" $config.listen.workers
+  "envoy.inference" $config.envoy.inference "envoy.admin" $config.envoy.admin "drain" $config.drain -}}
+{{- range $key, $value := $read -}}
+  {{- if regexMatch "}[a-z]*$" (toString $value) -}}
     {{- fail (printf "config.%s is %v, but ports and the time to stop follow it, and the chart does not have the value of that variable; write the value" $key $value) -}}
   {{- end -}}
 {{- end -}}

@@ -10,6 +10,7 @@ from typing import Final
 from dp_extproc.engines.listener import EngineFailure
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, SourceKind
 from dp_extproc.fleet.discovery.roster import Change, Roster
+from dp_extproc.fleet.discovery.source import WHEN_EMPTY
 
 _log = logging.getLogger(__name__)
 
@@ -63,8 +64,9 @@ class DiscoveryLog:
         empty = {key for key, source in roster.sources.items() if source.source and roster.reports[key].members == ()}
         for key in empty - failures.keys() - self._empty:
             source = roster.sources[key]
-            message = "%s lists no endpoints (pool %s, %s); the last ones, if there were any, stay for %gs"
-            _log.warning(message, source.name, source.place.pool, source.place.role, source.keep_for)
+            message = "%s lists no endpoints (pool %s, %s); the last ones, if there were any, stay for %gs; %s"
+            remedy = WHEN_EMPTY[source.kind]
+            _log.warning(message, source.name, source.place.pool, source.place.role, source.keep_for, remedy)
         self._empty = empty
         for url, first, other in sorted(roster.duplicates - self._duplicates):
             _log.warning("%s is listed by %s and by %s; the first one counts", url, first, other)

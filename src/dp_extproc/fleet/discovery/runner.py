@@ -93,7 +93,6 @@ class Discovery:
                     self.first_reports.set()
                 pause = min(max(0.0, self.roster.due - self._clock()), _REVIEW_SECONDS)
                 with contextlib.suppress(TimeoutError):
-                    # Not wait_for: in Python 3.11 it swallows a cancellation at the moment of a wake-up.
                     async with asyncio.timeout(pause):
                         await self._wake.wait()
                 self._wake.clear()

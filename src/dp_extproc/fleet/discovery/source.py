@@ -4,9 +4,10 @@ A source reports all members each time, never a change. So no change can be lost
 keeping are in one place behind all sources.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 from dp_extproc.engines.model import SourceKind
 
@@ -36,6 +37,14 @@ class Member:
     bootstrap_port: int | None = None
     dp_size: int | None = None
     dp_rank: int | None = None
+
+
+WHEN_EMPTY: Final[Mapping[SourceKind, str]] = {
+    SourceKind.DNS: "check the name, and that engines are ready behind it",
+    SourceKind.FILE: "write entries into the file",
+    SourceKind.KUBERNETES: "check the name or the labels, the namespace, and that there are pods",
+}
+"""What an operator does about a source without members. A list in the configuration cannot be empty."""
 
 
 class SourceListener(Protocol):

@@ -72,7 +72,8 @@ class Ticket:
         while len(self.tokens) <= known and self.end is None:
             self._changed.clear()
             try:
-                await asyncio.wait_for(self._changed.wait(), seconds)
+                async with asyncio.timeout(seconds):
+                    await self._changed.wait()
             except TimeoutError:
                 return False
         return True
@@ -84,7 +85,8 @@ class Ticket:
             Whether it has come; False when *seconds* have passed.
         """
         try:
-            await asyncio.wait_for(self._ended.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._ended.wait()
         except TimeoutError:
             return False
         return True
