@@ -30,7 +30,9 @@ from dp_extproc.fleet.discovery.kubernetes.parts import Found, Part, combine
 from dp_extproc.fleet.discovery.source import SourceListener
 
 _PAGE_OBJECTS: Final = 250
-"""Objects of one page of a list: a page of pods is decoded in a few milliseconds."""
+"""Objects of one page of a list, where the API server reads pages. From its cache it answers in one piece: the decoder
+takes 10 ms for a thousand pods of 11 kB, and 1 ms for ten thousand endpoints in slices.
+"""
 _TURN: Final = 100
 """Objects and members that are read before other tasks get their turn. That takes 1 to 5 ms."""
 _SHOWN_PROBLEMS: Final = 3
