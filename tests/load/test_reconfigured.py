@@ -246,6 +246,21 @@ def test_another_engine_at_the_url_of_an_endpoint_begins_without_load() -> None:
     assert fleet.load.draining == []
 
 
+def test_endpoints_of_a_new_revision_take_requests_when_both_roles_are_there() -> None:
+    """Until then their predecessors have to stay, as there is no other pair."""
+    prefill, decode = make_facts(Role.PREFILL), make_facts(Role.DECODE)
+    fleet = Fleet(prefills=[prefill, prefill], decodes=[decode, decode])
+    old, new = (
+        [replace(each, group=group) for each in fleet.endpoints[number::2]] for number, group in ((0, "v1"), (1, "v2"))
+    )
+
+    fleet.load.update([*old, new[0]], 5.0)
+    assert [fleet.load.takes(each, fleet.clock()) for each in (*old, new[0])] == [True, True, False]
+    fleet.load.update([*old, *new], 5.0)
+    fleet.load.discovered(new[1], address_of(new[1]), decode, fleet.clock())
+    assert all(fleet.load.takes(each, fleet.clock()) for each in (*old, *new))
+
+
 def test_pool_without_endpoints_refuses_until_one_is_discovered() -> None:
     """Its source may report later."""
     fleet = Fleet(workers=[WORKER])

@@ -208,11 +208,17 @@ class LoadCache:
                 self._matches[pool] = found
 
     def takes(self, endpoint: Endpoint, now: float) -> bool:
-        """Return whether the engine of an endpoint has been discovered, is ready, and is not stale."""
+        """Return whether requests can be sent to an endpoint.
+
+        Its engine has been discovered, is ready and not stale, and an endpoint of the other role can be paired with it.
+        Without the last, one role of a new revision would take the place of its predecessors before the other is there.
+        """
         load = self.by_url.get(endpoint.url)
         if load is None or _identity(load.configured) != _identity(endpoint):
             return False
-        return load.is_ready and load.freshness(now, self.stale_after) is not Freshness.STALE
+        matches = self.matches.get(load.pool)
+        has_pair = matches is None or any(load in match.prefills or load in match.decodes for match in matches)
+        return has_pair and load.is_ready and load.freshness(now, self.stale_after) is not Freshness.STALE
 
     def known(self, pool: str, role: Role) -> Sequence[EndpointLoad]:
         """Return every endpoint of a pool and role whose engine runs in the mode of the role, however fresh it is."""
