@@ -44,6 +44,12 @@ def page(*ranks: int, running: int = 0, waiting: int | None = None, computed: in
     )
 
 
+def waiting_on(page: LoadPage, *waiting: int) -> LoadPage:
+    """Change how many prompt tokens wait on each rank."""
+    ranks = zip(page.ranks, waiting, strict=True)
+    return replace(page, ranks=tuple(replace(rank, waiting_uncached_tokens=tokens) for rank, tokens in ranks))
+
+
 class Scaled:
     """A fleet with ranks of known capacity, and its signals."""
 
@@ -201,6 +207,18 @@ def test_aggregated_engines_take_the_larger_use_of_space_and_time() -> None:
     assert signal.measures[Measure.KV_CACHE] < 0.02
     assert signal.saturation == pytest.approx(0.7, rel=0.01)
     assert signal.wanted == pytest.approx(0.7 / 0.4, rel=0.01)
+
+
+def test_aggregated_engine_shows_its_rate_only_while_prompts_wait_on_all_ranks() -> None:
+    """If one rank is idle, the engine computes what arrives. Taken for its rate, each new engine would seem slower."""
+    scaled = Scaled(Role.WORKER, engines=1)
+    endpoint, load = make_endpoint(Role.WORKER), scaled.fleet.load
+    for waiting, expected in (((2000, 0), None), ((2000, 1), 2000.0)):
+        for _ in range(2):
+            scaled.fleet.clock.now += 1
+            now = scaled.fleet.clock()
+            load.sampled(endpoint, waiting_on(page(100, 100, computed=round(2000 * now)), *waiting), now, now)
+        assert scaled.fleet.endpoint(Role.WORKER).prompt_rate == expected
 
 
 def test_request_that_waits_counts_for_one_role() -> None:
