@@ -268,6 +268,23 @@ def test_prefill_rate_is_not_learned_while_decode_is_full(taken: float, expected
     assert prefill.prompt_rate == pytest.approx(before * expected, rel=0.02)
 
 
+@pytest.mark.parametrize(("role", "expected"), [(Role.PREFILL, {Role.DECODE}), (Role.WORKER, {Role.WORKER})])
+def test_prompts_are_not_compared_while_other_replicas_are_unknown(role: Role, expected: set[Role]) -> None:
+    """A replica of three without the bus has a third of the arrivals, for which prefill would shrink to a third."""
+    scaled = Scaled(role, engines=2)
+    for second in (1, 2):
+        scaled.fleet.clock.now += 1
+        scaled.sample(1, [0, 0], waiting=1000, computed=1000 * second)
+    for engine in scaled.fleet.load.endpoints:
+        scaled.fleet.load.sampled(engine, page(0, 0), scaled.fleet.clock(), scaled.fleet.clock())
+    assert Measure.PROMPT_RATE in scaled.signal().measures
+    alone = Autoscaling(scaled.fleet.load, SETTINGS, lambda _pool: NO_WORK, has_all_arrivals=lambda: False)
+
+    found = {signal.role: {*signal.measures} for signal in alone.signals(scaled.fleet.clock())}
+
+    assert found == {each: {Measure.KV_CACHE, Measure.REQUESTS} for each in expected}
+
+
 def test_roles_without_a_known_capacity_have_no_signal() -> None:
     """An invented number would scale a fleet; without one, an autoscaler leaves it as it is."""
     scaled = Scaled(Role.DECODE, engines=1)
