@@ -57,3 +57,4 @@ if [[ " ${ONLY:-robustness} " == *" robustness "* ]]; then
 fi
 
 "$BIN/python" bench/scheduling_page.py
+"$BIN/python" -m bench.groups  # only prints its table

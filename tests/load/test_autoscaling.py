@@ -44,6 +44,12 @@ def page(*ranks: int, running: int = 0, waiting: int | None = None, computed: in
     )
 
 
+def waiting_on(page: LoadPage, *waiting: int) -> LoadPage:
+    """Change how many prompt tokens wait on each rank."""
+    ranks = zip(page.ranks, waiting, strict=True)
+    return replace(page, ranks=tuple(replace(rank, waiting_uncached_tokens=tokens) for rank, tokens in ranks))
+
+
 class Scaled:
     """A fleet with ranks of known capacity, and its signals."""
 
@@ -203,6 +209,18 @@ def test_aggregated_engines_take_the_larger_use_of_space_and_time() -> None:
     assert signal.wanted == pytest.approx(0.7 / 0.4, rel=0.01)
 
 
+def test_aggregated_engine_shows_its_rate_only_while_prompts_wait_on_all_ranks() -> None:
+    """If one rank is idle, the engine computes what arrives. Taken for its rate, each new engine would seem slower."""
+    scaled = Scaled(Role.WORKER, engines=1)
+    endpoint, load = make_endpoint(Role.WORKER), scaled.fleet.load
+    for waiting, expected in (((2000, 0), None), ((2000, 1), 2000.0)):
+        for _ in range(2):
+            scaled.fleet.clock.now += 1
+            now = scaled.fleet.clock()
+            load.sampled(endpoint, waiting_on(page(100, 100, computed=round(2000 * now)), *waiting), now, now)
+        assert scaled.fleet.endpoint(Role.WORKER).prompt_rate == expected
+
+
 def test_request_that_waits_counts_for_one_role() -> None:
     """Of 12,000 tokens that wait, 3,000 wait for decode, and the others for prefill. These do not count for decode.
 
@@ -248,6 +266,23 @@ def test_prefill_rate_is_not_learned_while_decode_is_full(taken: float, expected
     for _ in range(200):
         compute(2)
     assert prefill.prompt_rate == pytest.approx(before * expected, rel=0.02)
+
+
+@pytest.mark.parametrize(("role", "expected"), [(Role.PREFILL, {Role.DECODE}), (Role.WORKER, {Role.WORKER})])
+def test_prompts_are_not_compared_while_other_replicas_are_unknown(role: Role, expected: set[Role]) -> None:
+    """A replica of three without the bus has a third of the arrivals, for which prefill would shrink to a third."""
+    scaled = Scaled(role, engines=2)
+    for second in (1, 2):
+        scaled.fleet.clock.now += 1
+        scaled.sample(1, [0, 0], waiting=1000, computed=1000 * second)
+    for engine in scaled.fleet.load.endpoints:
+        scaled.fleet.load.sampled(engine, page(0, 0), scaled.fleet.clock(), scaled.fleet.clock())
+    assert Measure.PROMPT_RATE in scaled.signal().measures
+    alone = Autoscaling(scaled.fleet.load, SETTINGS, lambda _pool: NO_WORK, has_all_arrivals=lambda: False)
+
+    found = {signal.role: {*signal.measures} for signal in alone.signals(scaled.fleet.clock())}
+
+    assert found == {each: {Measure.KV_CACHE, Measure.REQUESTS} for each in expected}
 
 
 def test_roles_without_a_known_capacity_have_no_signal() -> None:

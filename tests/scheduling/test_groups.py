@@ -277,6 +277,19 @@ def test_conversation_stays_in_one_group_and_moves_only_to_the_growing_one() -> 
     assert few <= half
 
 
+def test_conversations_of_other_groups_stay_when_a_named_group_cannot_serve() -> None:
+    """Only those of the group that is away move."""
+    three = ("v1", "v2", "v3")
+    pool = Pool(three, three, weights={"v1": 0.3, "v2": 0.3})
+    names = [f"conversation-{number}" for number in range(60)]
+    before = {name: pool.group(session=name) for name in names}
+    assert {*before.values()} == {*three}
+    no_decode(pool, "v1")
+    assert {name: pool.group(session=name) for name in names} == {
+        name: "v3" if group == "v1" else group for name, group in before.items()
+    }
+
+
 def test_weights_change_at_once() -> None:
     """A canary grows to all requests by reloads of the configuration."""
     pool = Pool(TWO, TWO)

@@ -1,8 +1,9 @@
-"""The prompt tokens that an aggregated engine computes per second while some wait.
+"""The prompt tokens that an aggregated engine computes per second while some wait on each of its ranks.
 
 Such an engine computes prompts between the steps of decode, and its responses do not show when a prompt is done. Its
 load pages show it: they count the tokens that were computed, and those that wait. Between two pages that both have
-waiting tokens the engine did as much as it can.
+waiting tokens on all ranks the engine did as much as it can. While a rank is idle, it computes what arrives. If that
+counted, each engine that an autoscaler adds would make all of them seem slower.
 """
 
 from typing import Final
@@ -30,7 +31,7 @@ class PromptRate:
 
         Args:
             computed: Tokens that the engine has computed since its start; None if the page has no such count.
-            waits: Whether tokens wait.
+            waits: Whether tokens wait on all ranks.
             at: The time in seconds.
         """
         before, self._before = self._before, (computed, at) if waits and computed is not None else None

@@ -7,11 +7,13 @@
    that run at a time.
 3. A request that waits counts for one role alone. It waits for decode if decode has no room for it, else for prefill.
    Otherwise a lack of engines in one role would add engines to both.
-4. Aggregated engines do both, so the larger use counts. How fast they compute prompts is unknown until some waited.
+4. Aggregated engines do both, so the larger use counts. How fast they compute prompts is unknown until prompts have
+   waited on all ranks of one.
 5. Requests in the admission queue count as if they were placed.
 6. The endpoints that count are those that a request could go to: the fresh ones, or else the stale ones, without those
    that are ejected or not ready. Neither the capacity nor the load of the others counts. Without a known capacity there
-   is no signal: an autoscaler without a signal changes nothing.
+   is no signal: an autoscaler without a signal changes nothing. Nor do arrivals count while those at the other replicas
+   are unknown: the engines would seem to have a fraction of their work.
 7. A use may exceed 1. The wanted endpoints are proportional to it: ``endpoints * use / target``, at least 1. They may
    be a fraction, which the autoscaler rounds up, since it also decides which differences are too small to act on.
 
@@ -77,11 +79,25 @@ class Signal:
 class Autoscaling:
     """Computes the signals of all pools and roles."""
 
-    def __init__(self, loads: LoadCache, settings: AutoscalingSettings, queued: Callable[[str], Work]) -> None:
-        """Begin with settings that may be replaced later. *queued* returns the work in a pool's admission queue."""
+    def __init__(
+        self,
+        loads: LoadCache,
+        settings: AutoscalingSettings,
+        queued: Callable[[str], Work],
+        has_all_arrivals: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Begin with settings that may be replaced later.
+
+        Args:
+            loads: The load cache.
+            settings: The targets.
+            queued: Returns the work in a pool's admission queue.
+            has_all_arrivals: Returns whether requests that arrive at other replicas are known.
+        """
         self.settings = settings
         self._loads = loads
         self._queued = queued
+        self._has_all_arrivals = has_all_arrivals
 
     def signals(self, now: float) -> Iterator[Signal]:
         """Compute the signal of each pool and role that has endpoints with a known capacity."""
@@ -105,7 +121,7 @@ class Autoscaling:
         self, pool: str, role: Role, endpoints: Sequence[EndpointLoad], now: float
     ) -> Iterator[tuple[Measure, float]]:
         queued = self._queued(pool)
-        if role is not Role.DECODE and (capacity := sum(_prompt_rates(endpoints))):
+        if role is not Role.DECODE and self._has_all_arrivals() and (capacity := sum(_prompt_rates(endpoints))):
             waiting = _waiting(endpoints, queued)
             if role is Role.PREFILL:
                 waiting = self._without_excess(waiting, pool, queued, now)

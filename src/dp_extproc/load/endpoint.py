@@ -242,7 +242,7 @@ class EndpointLoad:
 
     def learn_prompt_rate(self, page: LoadPage, started: float) -> None:
         """Learn from a page, requested at *started*, how many prompt tokens this aggregated endpoint computes."""
-        waits = any(sample.waiting_uncached_tokens for sample in page.ranks)
+        waits = all(sample.waiting_uncached_tokens for sample in page.ranks)
         self._prompt_rate.learn(page.uncached_prompt_tokens, waits=waits, at=started)
 
     def forget_external(self, now: float) -> None:

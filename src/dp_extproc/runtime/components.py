@@ -100,7 +100,12 @@ class Components:
         self.telemetry.add(guard)
         self.telemetry.add(DiscoveryMetrics(self._loads, self._discovery.roster, clock))
         waiting = (lambda _pool: NO_WORK) if self._queue is None else self._queue.waiting
-        self._autoscaling = Autoscaling(self._loads, config.autoscaling, waiting)
+        self._autoscaling = Autoscaling(
+            self._loads,
+            config.autoscaling,
+            waiting,
+            has_all_arrivals=lambda: self._replica is None or self._replica.status().connected,
+        )
         self.telemetry.add(AutoscalingMetrics(self._autoscaling, clock))
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
         self._scheduler = Scheduler(

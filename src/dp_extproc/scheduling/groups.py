@@ -96,16 +96,18 @@ class GroupShares:
 
     def _draw(self, parts: Mapping[str | None, Pairing], session: str | None) -> Pairing | None:
         """Return the part whose turn it is; None if only groups with a share of 0 are left, so load decides."""
-        named = {group: self._weights[group] for group in parts if group is not None}
-        total = sum(named.values())
         rest = parts.get(None)
-        if rest is None and not total:
-            return None
-        number = self._next(session) * (total if rest is None else 1)
-        for group, weight in named.items():
+        weights, total = self._weights, 1.0  # the rest takes the numbers of absent groups, so the others keep theirs
+        if rest is None:
+            weights = {group: weight for group, weight in weights.items() if group in parts}
+            total = sum(weights.values())
+            if not total:
+                return None
+        number = self._next(session) * total
+        for group, weight in weights.items():
             number -= weight
             if number < 0:
-                return parts[group]
+                return parts.get(group, rest)
         return parts[group] if rest is None else rest  # rounding may leave the last named group out
 
     def _next(self, session: str | None) -> float:

@@ -115,8 +115,7 @@ class Policy:
     ) -> float:
         """Return the number that :meth:`pick` minimises, of the best of some endpoints.
 
-        Costs of both roles may be added up: a token of load delays a prompt by about 20 us on prefill. On decode it
-        makes each step 50 ns longer, which is as much over 400 output tokens.
+        The costs of one role can be compared with each other. Those of prefill and decode need a weight to be added up.
         """
         candidates = [each.candidate for each in endpoints]
         if self._host is HostPolicy.LEAST_REQUESTS:
