@@ -264,14 +264,19 @@ def test_members_of_a_removed_source_stay_until_the_new_one_has_reported() -> No
 
 
 def test_source_of_a_renamed_pool_keeps_its_members() -> None:
-    """A pool is named after its models."""
+    """A pool is named after its models. The time for which members are kept goes on."""
     story = Story((source("a"),))
     story.report("a", member(1, NOT_READY), member(2))
     story.report("a", member(1, NOT_READY), member(2, NOT_READY))
+    story.later(KEEP / 2)
     change = story.roster.configure([source("a", replace(DECODE, pool="m,n"))], story.now)
 
     assert [(each.host, each.pool) for each in change.endpoints] == [("10.0.0.2", "m,n")]
     assert change.left == ()
+    story.later(KEEP / 2 - 1)
+    assert story.numbers == [2]
+    story.later(1)
+    assert story.numbers == []
 
 
 MEMBERS = st.builds(member, st.integers(1, 5), st.sampled_from(MemberState), st.sampled_from(["", "x", "y"]))

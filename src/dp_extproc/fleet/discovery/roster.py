@@ -213,8 +213,7 @@ class Roster:
                 if to in roles:
                     source = kept or replace(entry.source, place=roles[to].sources[0].place)
                     roles[to].present[url] = replace(entry, source=source)
-            if place in roles:
-                roles[place].unready_since = before.unready_since
+                    roles[to].unready_since = before.unready_since
         self._roles = roles
         return self._apply(now)
 
@@ -280,21 +279,20 @@ class Roster:
         }
         reports = [self.reports[key] for key in keys]
         is_pending = any(report.is_pending for report in reports)
-        if any(self._takes_requests(entry.endpoint) for entry in ready.values()):
-            orphans = {url: entry for url, entry in role.present.items() if entry.source.key not in self.sources}
-            role.present = ready | {url: entry for url, entry in orphans.items() if is_pending and url not in listed}
-            role.keeps_some, role.unready_since = False, None
-            return ()
+        some_take = any(self._takes_requests(entry.endpoint) for entry in ready.values())
         others = {url: entry for url, entry in role.present.items() if url not in ready}
         kept = {url: found for url, entry in others.items() if (found := self._kept(entry, keys, listed)) is not None}
-        role.keeps_some = bool(kept)
-        if not kept or is_pending or any(report.failure is not None for report in reports):
-            role.present, role.unready_since = ready | kept, None
+        if some_take:  # rule 4 alone keeps endpoints now
+            kept = {url: each for url, each in kept.items() if is_pending and each.source.key not in self.sources}
+        role.present, role.keeps_some = ready | kept, bool(kept) and not some_take
+        if some_take or not kept or is_pending or any(report.failure is not None for report in reports):
+            role.unready_since = None
             return ()
         role.unready_since = now if role.unready_since is None else role.unready_since
         ends = {url: role.unready_since + entry.source.keep_for for url, entry in kept.items()}
         expired = {url for url, end in ends.items() if end <= now}
-        role.present = ready | {url: entry for url, entry in kept.items() if url not in expired}
+        for url in expired:
+            del role.present[url]
         self._expires = min([self._expires, *(end for end in ends.values() if end > now)])
         return expired
 
