@@ -91,6 +91,7 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
     "unknown-alias": (POOL + "load: *none\n", [(4, "", "undefined alias")]),
     "nul-character": (POOL + "\0", [(None, "", "not valid YAML")]),
     "impossible-date": (POOL + "drain: 2024-13-45\n", [(4, "", "month must be in 1..12")]),
+    "wrong-tag": (POOL + "drain: !!timestamp x\n", [(4, "", "not valid YAML")]),
     "impossible-number": (POOL + "load: {interval: 0b_}\n", [(4, "", "not valid YAML")]),
     "number-of-5000-digits": (POOL + f"drain: {'9' * 5000}\n", [(4, "", "not valid YAML")]),
     "nested-too-deeply": ("pools: " + "[" * 1000, [(None, "", "nested too deeply")]),

@@ -230,8 +230,9 @@ def test_counts_of_removed_endpoints_are_dropped() -> None:
 def test_another_engine_at_the_url_of_an_endpoint_begins_without_load() -> None:
     """Kubernetes gives an IP address to another pod, which has none of the requests and prefixes."""
     fleet = Fleet(workers=[WORKER])
+    old = replace(fleet.endpoints[0], uid="one")
+    reconfigure(fleet, old)
     first = place(fleet)
-    (old,) = fleet.endpoints
     new = replace(old, uid="another")
     reconfigure(fleet, new)
 
@@ -243,6 +244,20 @@ def test_another_engine_at_the_url_of_an_endpoint_begins_without_load() -> None:
     assert fleet.load.takes(new, fleet.clock())
     assert first.in_flight is not None
     first.in_flight.end(fleet.clock())
+    assert fleet.load.draining == []
+
+
+def test_endpoint_keeps_its_load_when_its_source_begins_or_ceases_to_report_uids() -> None:
+    """One source may take the place of another that has only addresses, and nothing is interrupted."""
+    fleet = Fleet(workers=[WORKER])
+    (endpoint,) = fleet.endpoints
+    load = fleet.endpoint(Role.WORKER)
+    first = place(fleet)
+    for uid in ("one", "", "one"):
+        reconfigure(fleet, replace(endpoint, uid=uid))
+        assert fleet.endpoint(Role.WORKER) is load
+        assert load.configured.uid == uid
+        assert target(place(fleet)) == target(first)
     assert fleet.load.draining == []
 
 

@@ -70,3 +70,5 @@ def _read(text: str) -> Any:
         raise ValueError(f"{place}is not valid YAML: {getattr(error, 'problem', None) or error}") from None
     except RecursionError:
         raise ValueError("is nested too deeply") from None
+    except (LookupError, AttributeError) as error:  # PyYAML raises these for !!bool x, !!int '' and !!timestamp x
+        raise ValueError(f"is not valid YAML: a value does not fit its tag ({error})") from None

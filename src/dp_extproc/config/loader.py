@@ -72,7 +72,7 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: FBT001, FBT002 - as in the base class
         try:
             return super().construct_object(node, deep=deep)
-        except ValueError as error:
+        except (ValueError, LookupError, AttributeError) as error:  # the latter for !!bool x, !!int '', !!timestamp x
             raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
 

@@ -59,6 +59,15 @@ class Endpoint:
     group: str | None = None
     """Revision group. Prefill and decode endpoints of two groups are never paired; None can be paired with any."""
 
+    def is_same(self, other: "Endpoint") -> bool:
+        """Return whether both are one engine in one role: at the same URL, and with the same uid if both have one."""
+        return (self.url, self.role) == (other.url, other.role) and is_same_uid(self.uid, other.uid)
+
+
+def is_same_uid(one: str, other: str) -> bool:
+    """Return whether two uids at one URL may be of the same engine. A source of addresses alone has none."""
+    return one == other or not one or not other
+
 
 def in_url(host: str) -> str:
     """Write a host name or an address as it stands before a port: IPv6 in one pair of brackets."""

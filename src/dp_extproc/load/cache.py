@@ -26,8 +26,6 @@ from dp_extproc.load.room import Room
 from dp_extproc.load.step_group import RankLoad
 from dp_extproc.prefix_cache.index import PrefixIndex
 
-_Identity = tuple[str, str, Role]
-
 
 class LoadCache:
     """The endpoints and what is learned of them. Implements :class:`dp_extproc.engines.listener.EngineListener`."""
@@ -104,12 +102,8 @@ class LoadCache:
         self._index()
         return self._matches
 
-    def drop_idle(self) -> None:
-        """Forget draining endpoints whose last request has ended."""
-        self._draining = self.draining
-
     def update(self, endpoints: Iterable[Endpoint], stale_after: float, pools: Iterable[str] = ()) -> None:
-        """Change to other endpoints. One that keeps its URL, uid and role keeps its load and reservations.
+        """Change to other endpoints. The same engine in the same role keeps its load and reservations.
 
         An endpoint that is left out gets no request, and drains. *pools* names pools that may have no endpoint.
         """
@@ -117,23 +111,22 @@ class LoadCache:
         self.grouped = _grouped(self.endpoints)
         self.stale_after = stale_after
         names = _pool_names(self.endpoints, pools)
-        drained, self._draining = self.draining, []
+        drained = self.draining
         before = [*drained, *self.by_url.values()]
         returning = set(drained)
-        known = {_identity(load.configured): load for load in before}
-        self._rename_pools(known, names)
-        self.by_url = {}
-        for endpoint in self.endpoints:
-            if (load := known.get(_identity(endpoint))) is not None:
-                if load in returning:  # failures from before it was drained do not count
-                    load.health = Health(self._health, self._change)
-                if load.pool != endpoint.pool:
-                    self._forget_prefixes(load)
-                load.configured = endpoint
-                self.by_url[endpoint.url] = load
-        for load in before:
-            if self.by_url.get(load.url) is not load:
-                self._drain(load)
+        kept = _kept(before, self.endpoints)
+        self._rename_pools(kept, before, names)
+        for endpoint, load in kept.items():
+            if load in returning:  # failures from before it was drained do not count
+                load.health = Health(self._health, self._change)
+            if load.pool != endpoint.pool:
+                self._forget_prefixes(load)
+            load.configured = endpoint
+        self.by_url = {endpoint.url: load for endpoint, load in kept.items()}
+        left = [load for load in before if self.by_url.get(load.url) is not load]
+        for load in left:
+            self._forget_prefixes(load)
+        self._draining = [load for load in left if load.reservations]
         self.failures = {each.url: self.failures[each.url] for each in self.endpoints if each.url in self.failures}
         self.ratios = {pool: self.ratios.get(pool) or TokenRatio() for pool in names}
         self.arrivals = {pool: self.arrivals.get(pool) or ArrivalRate() for pool in names}
@@ -144,19 +137,20 @@ class LoadCache:
         self._pages = Counter({place: pages for place, pages in self._pages.items() if place in places})
         self._reindex()
 
-    def _rename_pools(self, known: Mapping[_Identity, EndpointLoad], pools: Collection[str]) -> None:
+    def _rename_pools(
+        self, kept: Mapping[Endpoint, EndpointLoad], before: Iterable[EndpointLoad], pools: Collection[str]
+    ) -> None:
         """Keep what was learned of a pool that is gone, for a new pool that has endpoints of it.
 
         A pool is named after its models, so one more model gives it another name.
         """
-        for endpoint in self.endpoints:
-            load = known.get(_identity(endpoint))
-            if load is None or endpoint.pool in self.ratios or load.pool in pools or load.pool not in self.ratios:
+        for endpoint, load in kept.items():
+            if endpoint.pool in self.ratios or load.pool in pools or load.pool not in self.ratios:
                 continue
             old, new = load.pool, endpoint.pool
             self.ratios[new], self.prefixes[new] = self.ratios.pop(old), self.prefixes.pop(old)
             self.arrivals[new] = self.arrivals.pop(old)
-            for each in known.values():
+            for each in before:
                 if each.pool == old:
                     each.configured = replace(each.configured, pool=new)
 
@@ -170,7 +164,8 @@ class LoadCache:
             known.address, known.facts, known.capabilities, known.is_ready = address, facts, capabilities, True
             return
         if known is not None:
-            self._drain(known)
+            self._forget_prefixes(known)
+            self._draining = [*self.draining, known]
         health = Health(self._health, self._change)
         self.by_url[endpoint.url] = EndpointLoad(endpoint, address, facts, capabilities, self._costs, health=health)
         self._reindex()
@@ -178,11 +173,6 @@ class LoadCache:
 
     def _change(self) -> None:
         self.generation += 1
-
-    def _drain(self, load: EndpointLoad) -> None:
-        self._forget_prefixes(load)
-        self.drop_idle()
-        self._draining.append(load)
 
     def _reindex(self) -> None:
         """Index before the next use. So the cost of hundreds of endpoints that are discovered at once is linear."""
@@ -214,7 +204,7 @@ class LoadCache:
         Without the last, one role of a new revision would take the place of its predecessors before the other is there.
         """
         load = self.by_url.get(endpoint.url)
-        if load is None or _identity(load.configured) != _identity(endpoint):
+        if load is None or not load.configured.is_same(endpoint):
             return False
         matches = self.matches.get(load.pool)
         has_pair = matches is None or any(load in match.prefills or load in match.decodes for match in matches)
@@ -299,9 +289,16 @@ class LoadCache:
         return [load for load in self.by_url.values() if load.pool == pool]
 
 
-def _identity(endpoint: Endpoint) -> _Identity:
-    """Return what makes an endpoint the same one later. Another uid at the same URL is another engine."""
-    return endpoint.url, endpoint.uid, endpoint.role
+def _kept(before: Iterable[EndpointLoad], endpoints: Iterable[Endpoint]) -> dict[Endpoint, EndpointLoad]:
+    """Find the load of each endpoint whose engine had one in the same role. Of several the last one counts."""
+    by_url: dict[str, list[EndpointLoad]] = {}
+    for load in before:
+        by_url.setdefault(load.url, []).append(load)
+    return {
+        endpoint: found[-1]
+        for endpoint in endpoints
+        if (found := [load for load in by_url.get(endpoint.url, ()) if load.configured.is_same(endpoint)])
+    }
 
 
 def _pool_names(endpoints: Iterable[Endpoint], pools: Iterable[str]) -> frozenset[str]:

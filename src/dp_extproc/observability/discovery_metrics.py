@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from dp_extproc.fleet.discovery.roster import Roster
+from dp_extproc.fleet.discovery.roster import Report, Roster
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.observability.endpoint_states import count_states
 
@@ -36,9 +36,12 @@ class DiscoveryMetrics:
             "Age of the endpoints of a source: 0 while it reports, else the seconds since it began to fail.",
             labels=labels,
         )
+        found: dict[tuple[str, str, str, str], list[Report]] = {}
         for key, source in self._roster.sources.items():
             if source.source is not None:
-                names = [source.place.pool, source.place.role.value, source.kind.value, source.name]
-                failures.add_metric(names, self._roster.reports[key].failures)
-                ages.add_metric(names, self._roster.reports[key].age(now))
+                names = (source.place.pool, source.place.role.value, source.kind.value, source.name)
+                found.setdefault(names, []).append(self._roster.reports[key])
+        for names, reports in found.items():  # two ports of one name are two sources, and series must not be repeated
+            failures.add_metric(names, sum(report.failures for report in reports))
+            ages.add_metric(names, max(report.age(now) for report in reports))
         yield from (failures, ages)

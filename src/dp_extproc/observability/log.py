@@ -112,8 +112,10 @@ class PairLog:
 
     def forget_all_but(self, endpoints: Collection[Endpoint]) -> None:
         # An engine keeps its facts if its endpoint has only another group, source or pool.
-        known = {(endpoint.url, endpoint.uid): facts for endpoint, facts in self._facts.items()}
-        self._facts = {each: known[each.url, each.uid] for each in endpoints if (each.url, each.uid) in known}
+        known = {endpoint.url: (endpoint, facts) for endpoint, facts in self._facts.items()}
+        self._facts = {
+            each: known[each.url][1] for each in endpoints if each.url in known and each.is_same(known[each.url][0])
+        }
         self._update()
 
     def note(self, endpoint: Endpoint, facts: EngineFacts) -> None:

@@ -205,6 +205,7 @@ class Components:
         self._loads.update(endpoints, self.config.load.stale_after, [pool.name for pool in self.config.pools])
         self._monitor.update(endpoints, self.config.load)
         self._engine_log.forget_all_but(endpoints)
+        self._scheduler.forget_all_but(endpoints)
         self.readiness.review()
         self.telemetry.forget_all_but({each.url for each in endpoints})
         if self._queue is not None:

@@ -1,6 +1,6 @@
 """Readiness of the service, as gRPC health and as a flag for HTTP.
 
-Readiness changes only when an engine is discovered, when another configuration is applied, or when the service stops.
+Readiness changes only when an engine is discovered, when endpoints or settings change, or when the service stops.
 """
 
 import asyncio

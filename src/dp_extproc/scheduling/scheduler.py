@@ -22,7 +22,7 @@ from dp_extproc.config.load import LoadSignal
 from dp_extproc.config.pools import ClientRanks, PoolConfig, RoutingFields
 from dp_extproc.config.reliability import AdmissionSettings
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
-from dp_extproc.engines.model import Role
+from dp_extproc.engines.model import Endpoint, Role
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.load.in_flight import NO_LISTENER, InFlightListener, nothing
@@ -129,6 +129,11 @@ class Scheduler:
         self._pools = {pool.name: _Pool(pool, signal, self._load, self._rng) for pool in pools}
         self._models = ModelRegistry(pools, self._load)
         self._admission = Admission(admission)
+
+    def forget_all_but(self, endpoints: Iterable[Endpoint]) -> None:
+        """Forget the counts of revision groups without an endpoint. Each rollout has a group of its own."""
+        groups = {(each.pool, each.group) for each in endpoints}
+        self.group_requests = Counter({group: count for group, count in self.group_requests.items() if group in groups})
 
     def place(self, api: Api, body: bytes, context: RequestContext = _NO_CONTEXT) -> SchedulingResult:
         """Schedule an inference request by the API that its path names, and its whole body."""

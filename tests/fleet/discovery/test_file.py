@@ -69,6 +69,7 @@ def test_file_source_follows_a_file_that_is_replaced_through_links(tmp_path: Pat
         pytest.param(b"- {url: http://10.0.0.1}", "[0].url: name the engine's port", id="no-port"),
         pytest.param(b"- http://10.0.0.1:1\n- {url: http://10.0.0.2:1, sate: ready}", "[1].sate", id="unknown-key"),
         pytest.param(b"- [", "is not valid YAML", id="half-written"),
+        pytest.param(b"- !!bool x", "does not fit its tag", id="wrong-tag"),
         pytest.param(b"pools: []", "must be a list", id="another-file"),
         pytest.param(b"\xff\xfe", "is not UTF-8", id="binary"),
         pytest.param(b"#" * ((1 << 20) + 1), "larger than 1048576 bytes", id="large"),

@@ -1,8 +1,10 @@
 """What the log has about sources that list no endpoints, or that fail."""
 
+import logging
+
 import pytest
 
-from dp_extproc.engines.model import Role, SourceKind
+from dp_extproc.engines.model import LoadPage, Role, SourceKind
 from dp_extproc.fleet.discovery.log import DiscoveryLog
 from dp_extproc.fleet.discovery.roster import Place, RoleSource, Roster
 from dp_extproc.fleet.discovery.source import Member
@@ -36,6 +38,32 @@ def test_empty_source_is_logged_once_until_it_lists_endpoints_again(caplog: pyte
     assert lines(Member("http://10.0.0.1:1", "10.0.0.1", 1)) == []
     assert lines() == [EMPTY]
     assert lines() == []
+
+
+def test_endpoint_that_changes_its_role_is_logged_like_another_one(caplog: pytest.LogCaptureFixture) -> None:
+    """It leaves one role, joins the other, and gets requests there when it was read."""
+    caplog.set_level(logging.INFO, "dp_extproc.fleet")
+    roster = Roster(lambda _endpoint: True)
+    places = {role: Place("m", role) for role in (Role.PREFILL, Role.DECODE)}
+    roster.configure([RoleSource(role, at, SourceKind.DNS, role, 30.0, SILENT) for role, at in places.items()], 0.0)
+    log = DiscoveryLog(lambda: ())
+    for number, role in enumerate((Role.PREFILL, Role.DECODE), start=1):
+        for each in places:
+            roster.snapshot(each, (Member("http://10.0.0.1:1", "10.0.0.1", 1),) if each is role else ())
+        change = roster.advance(float(number))
+        assert change is not None
+        log.change(change)
+        log.review(roster)
+        log.sampled(change.endpoints[0], LoadPage(()), 0.0, 0.0)
+
+    assert [line for record in caplog.records if "10.0.0.1" in (line := record.getMessage())] == [
+        "http://10.0.0.1:1 joins pool m as prefill",
+        "http://10.0.0.1:1 gets requests from now on",
+        "http://10.0.0.1:1 drains: another source lists it now",
+        "http://10.0.0.1:1 joins pool m as decode",
+        "http://10.0.0.1:1 is gone: it has no more requests",
+        "http://10.0.0.1:1 gets requests from now on",
+    ]
 
 
 def test_failure_is_logged_once_for_each_of_a_few_reasons(caplog: pytest.LogCaptureFixture) -> None:

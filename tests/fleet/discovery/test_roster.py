@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dp_extproc.engines.model import Role, SourceKind
+from dp_extproc.engines.model import Endpoint, Role, SourceKind
 from dp_extproc.fleet.discovery.roster import DEBOUNCE_SECONDS, Change, DrainReason, Place, RoleSource, Roster
 from dp_extproc.fleet.discovery.source import Member, MemberState, Source
 
@@ -202,6 +202,39 @@ def test_another_uid_at_a_url_is_another_engine() -> None:
     assert reasons(change) == {"10.0.0.1": DrainReason.REPLACED}
     assert change is not None
     assert [each.uid for each in change.joined] == ["new"]
+
+
+def test_engine_stays_when_another_source_has_its_uid() -> None:
+    """Kubernetes may take the place of DNS, which has only addresses."""
+    story = Story((source("dns"),))
+    story.report("dns", member(1), member(2))
+    story.roster.configure([source("kubernetes")], story.now)
+    change = story.report("kubernetes", member(1, uid="one"), member(2, NOT_READY, "two"))
+
+    assert change is not None
+    assert [each.uid for each in change.endpoints] == ["one"]
+    assert change.joined == ()
+    assert reasons(change) == {"10.0.0.2": DrainReason.LISTED_ELSEWHERE}
+
+
+def test_kept_endpoints_are_computed_at_most_every_tenth_of_a_second() -> None:
+    """Each load page of hundreds of engines may be the one that ends their time."""
+    story = Story((source("a"),), joining={"10.0.0.2"})
+    story.report("a", member(1))
+    story.report("a", member(2))
+    computed = []
+
+    def takes_none(endpoint: Endpoint) -> bool:
+        computed.append(endpoint)
+        return False
+
+    story.roster._takes_requests = takes_none
+    for _ in range(100):
+        assert story.roster.reconsider()
+        story.later(1.5 * DEBOUNCE_SECONDS / 100)
+
+    assert story.numbers == [1, 2]
+    assert len(computed) == 1
 
 
 def test_changes_are_applied_at_most_every_tenth_of_a_second() -> None:

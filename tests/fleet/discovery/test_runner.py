@@ -150,6 +150,32 @@ def test_exception_of_a_source_starts_it_again() -> None:
     run(story())
 
 
+def test_change_that_fails_is_made_again_when_discovery_begins_anew() -> None:
+    """Without it, the components would have other endpoints than the roster until the next change."""
+
+    async def story() -> None:
+        source, changes = Scripted(), list[Change]()
+
+        def changed(change: Change) -> None:
+            changes.append(change)
+            if len(changes) == 1:
+                raise RuntimeError("unexpected")
+
+        found = Discovery([entry("a", source)], changed=changed, clock=time.monotonic, guard=Guard())
+        task = asyncio.create_task(found.run())
+        await source.report(1)
+        with pytest.raises(ExceptionGroup, match="unhandled errors"):
+            await task
+        task = asyncio.create_task(found.run())
+        await until(lambda: len(changes) == 2 and source.runs == 2)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        assert [[each.host for each in change.endpoints] for change in changes] == [["10.0.0.1"]] * 2
+
+    run(story())
+
+
 def test_sources_keep_their_keys_across_a_reload() -> None:
     """A pool that gets another model has another name, but the same sources; other settings are another source."""
     text = """

@@ -8,14 +8,12 @@ from collections.abc import Callable, Collection, Hashable
 from typing import Final
 
 from dp_extproc.engines.listener import EngineFailure
-from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, SourceKind
+from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role, SourceKind
 from dp_extproc.fleet.discovery.roster import Change, Roster
 from dp_extproc.fleet.discovery.source import WHEN_EMPTY
 
 _log = logging.getLogger(__name__)
 
-_Identity = tuple[str, str]
-"""URL and uid of an endpoint."""
 _MOST_REASONS: Final = 5
 """Different reasons of one failure that are logged. One that names a request or a position differs at each try."""
 
@@ -26,8 +24,10 @@ class DiscoveryLog:
     def __init__(self, draining: Callable[[], Collection[Endpoint]]) -> None:
         """Begin without endpoints. *draining* returns those that have requests in flight after they left."""
         self._draining = draining
-        self._joining: set[_Identity] = set()
-        self._left: dict[_Identity, Endpoint] = {}
+        self._joining: set[str] = set()
+        """URLs of endpoints without a load page so far."""
+        self._left: list[Endpoint] = []
+        """Endpoints that left, and may have requests in flight."""
         self._failures: dict[Hashable, list[str]] = {}
         """The logged reasons of the present failure of each source."""
         self._empty: set[Hashable] = set()
@@ -36,16 +36,17 @@ class DiscoveryLog:
 
     def change(self, change: Change) -> None:
         """Log which endpoints joined, and which drain."""
+        for endpoint, reason in change.left:
+            self._joining.discard(endpoint.url)
+            if endpoint.source is not SourceKind.STATIC:
+                self._left.append(endpoint)
+                _log.info("%s drains: %s", _named(endpoint), reason.value)
+        joined = {endpoint.url: endpoint for endpoint in change.joined}
+        self._left = [each for each in self._left if each.url not in joined or not each.is_same(joined[each.url])]
         for endpoint in change.joined:
             if endpoint.source is not SourceKind.STATIC:
-                self._joining.add(_identity(endpoint))
-                self._left.pop(_identity(endpoint), None)
+                self._joining.add(endpoint.url)
                 _log.info("%s joins pool %s as %s", _named(endpoint), endpoint.pool, endpoint.role)
-        for endpoint, reason in change.left:
-            if endpoint.source is not SourceKind.STATIC:
-                self._joining.discard(_identity(endpoint))
-                self._left[_identity(endpoint)] = endpoint
-                _log.info("%s drains: %s", _named(endpoint), reason.value)
 
     def review(self, roster: Roster) -> None:
         """Log failing and empty sources, URLs in several sources, and endpoints whose last request ended."""
@@ -73,24 +74,26 @@ class DiscoveryLog:
         self._duplicates = roster.duplicates
         if self._left:
             draining = {_identity(endpoint) for endpoint in self._draining()}
-            for identity in self._left.keys() - draining:
-                _log.info("%s is gone: it has no more requests", _named(self._left.pop(identity)))
+            for endpoint in self._left:
+                if _identity(endpoint) not in draining:
+                    _log.info("%s is gone: it has no more requests", _named(endpoint))
+            self._left = [endpoint for endpoint in self._left if _identity(endpoint) in draining]
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:
         """Log nothing: an endpoint without a load page gets requests only if there is no other."""
 
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:  # noqa: ARG002 - the protocol's
         """Log the first load page: from now on the endpoint gets requests."""
-        if _identity(endpoint) in self._joining:
-            self._joining.discard(_identity(endpoint))
+        if endpoint.url in self._joining:
+            self._joining.discard(endpoint.url)
             _log.info("%s gets requests from now on", _named(endpoint))
 
     def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
         """Log nothing: failures of engines have a log of their own."""
 
 
-def _identity(endpoint: Endpoint) -> _Identity:
-    return endpoint.url, endpoint.uid
+def _identity(endpoint: Endpoint) -> tuple[str, Role, str]:
+    return endpoint.url, endpoint.role, endpoint.uid
 
 
 def _named(endpoint: Endpoint) -> str:

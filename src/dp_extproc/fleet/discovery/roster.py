@@ -10,23 +10,24 @@ The rules, per role of a pool:
 4. The members of a source that is no longer configured stay until each new source of the role has reported or failed.
    A list in the configuration itself is an exception: what it lists no longer leaves at once.
 5. A URL is one endpoint. The first source in the order of the configuration that lists it counts.
-6. Another uid at the same URL is another engine: one endpoint leaves, and another one joins.
-7. Changes are applied at most every 100 ms; those of the configuration at once.
+6. Another uid at the same URL is another engine: one endpoint leaves, and another one joins. No uid is no other one.
+7. Reports are applied at most every 100 ms; another configuration is applied at once.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
 from dp_extproc.config.pools import EngineKind
-from dp_extproc.engines.model import Endpoint, Role, SourceKind
+from dp_extproc.engines.model import Endpoint, Role, SourceKind, is_same_uid
 from dp_extproc.fleet.discovery.source import Member, MemberState, Source
 
 DEBOUNCE_SECONDS: Final = 0.1
-"""Least time between two changes. A rollout changes its members tens of times within a second."""
+"""Least time between two computations. Members change tens of times a second in a rollout, and engines are read more
+often."""
 _BEST_FIRST: Final = (MemberState.READY, MemberState.NOT_READY, MemberState.TERMINATING)
 """Of two members of one source with the same URL, such as an old and a new pod at one IP address, the better counts."""
 
@@ -131,6 +132,10 @@ class _Entry:
             group=member.group,
         )
 
+    def is_same(self, other: "_Entry") -> bool:
+        """Return whether two entries with one URL are of the same engine in the same role."""
+        return self.source.place.role is other.source.place.role and is_same_uid(self.member.uid, other.member.uid)
+
 
 @dataclass(slots=True)
 class _RoleState:
@@ -158,8 +163,8 @@ class Roster:
         self.duplicates: frozenset[tuple[str, str, str]] = frozenset()
         """URLs that several sources list, each with the name of the source that counts and of one that does not."""
         self._roles: dict[tuple[str, Role], _RoleState] = {}
-        self._entries: dict[tuple[str, Role, str], _Entry] = {}
-        """The present endpoints as :func:`_identity` identifies them."""
+        self._entries: dict[str, _Entry] = {}
+        """The present endpoints by URL."""
         self._is_dirty = False
         self._applied_at = -math.inf
         self._expires = math.inf
@@ -231,7 +236,7 @@ class Roster:
         """Apply what is due; None if no endpoint has changed."""
         if now < self.due:
             return None
-        before = self.endpoints
+        before, self._applied_at = self.endpoints, now
         change = self._apply(now)
         return None if change.endpoints == before else change
 
@@ -241,19 +246,15 @@ class Roster:
         expired = {url for role in self._roles.values() for url in self._update(role, listed, now)}
         before, self._entries = (
             self._entries,
-            {_identity(entry): entry for role in self._roles.values() for entry in _in_order(role)},
+            {entry.member.url: entry for role in self._roles.values() for entry in _in_order(role)},
         )
-        old, self.endpoints = self.endpoints, tuple(entry.endpoint for entry in self._entries.values())
+        self.endpoints = tuple(entry.endpoint for entry in self._entries.values())
         self._is_dirty = False
-        if self.endpoints != old:
-            self._applied_at = now
         return Change(
             self.endpoints,
-            joined=tuple(entry.endpoint for key, entry in self._entries.items() if key not in before),
+            joined=tuple(entry.endpoint for entry in _missing(self._entries, before)),
             left=tuple(
-                (entry.endpoint, self._reason(entry, listed, expired))
-                for key, entry in before.items()
-                if key not in self._entries
+                (entry.endpoint, self._reason(entry, listed, expired)) for entry in _missing(before, self._entries)
             ),
         )
 
@@ -303,7 +304,7 @@ class Roster:
         if now is None:
             is_listed_here = entry.source.kind is SourceKind.STATIC and entry.source.key in keys
             return None if is_listed_here else entry
-        is_same = now.source.key in keys and now.member.uid == entry.member.uid
+        is_same = now.source.key in keys and is_same_uid(now.member.uid, entry.member.uid)
         return now if is_same and now.member.state is MemberState.NOT_READY else None
 
     def _reason(self, entry: _Entry, listed: Mapping[str, _Entry], expired: set[str]) -> DrainReason:
@@ -312,15 +313,19 @@ class Roster:
             return DrainReason.NOT_KEPT
         if now is None:
             return DrainReason.MISSING if entry.source.key in self.sources else DrainReason.UNCONFIGURED
+        if not is_same_uid(now.member.uid, entry.member.uid):
+            return DrainReason.REPLACED
         if now.source.key != entry.source.key:
             return DrainReason.LISTED_ELSEWHERE
-        if now.member.uid != entry.member.uid:
-            return DrainReason.REPLACED
         return DrainReason.TERMINATING if now.member.state is MemberState.TERMINATING else DrainReason.NOT_READY
 
 
-def _identity(entry: _Entry) -> tuple[str, Role, str]:
-    return entry.member.url, entry.source.place.role, entry.member.uid
+def _missing(some: Mapping[str, _Entry], others: Mapping[str, _Entry]) -> Iterator[_Entry]:
+    """Find the entries whose engine has no entry in its role among others."""
+    for url, entry in some.items():
+        other = others.get(url)
+        if other is None or not entry.is_same(other):
+            yield entry
 
 
 def _in_order(role: _RoleState) -> list[_Entry]:

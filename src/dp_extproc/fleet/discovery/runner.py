@@ -78,7 +78,9 @@ class Discovery:
 
     async def run(self) -> None:
         """Run the sources until cancelled."""
-        self._tasks.clear()  # the tasks of a run that has failed ended with it
+        if self._tasks:  # a run has failed, maybe in the midst of a change; its tasks ended with it
+            self._tasks.clear()
+            self._changed(Change(self.endpoints))
         async with asyncio.TaskGroup() as group:
             while True:
                 for key, source in self.roster.sources.items():

@@ -118,7 +118,7 @@ def _parse(path: Path, text: str) -> tuple[Path, _Kubeconfig]:
     try:
         content = yaml.safe_load(text)
         found = msgspec.convert({} if content is None else content, _Kubeconfig)
-    except (yaml.YAMLError, msgspec.MsgspecError, RecursionError) as error:
+    except (yaml.YAMLError, msgspec.MsgspecError, RecursionError, ValueError, LookupError, AttributeError) as error:
         first = str(error).partition("\n")[0]
         raise AccessError(f"{path} is no kubeconfig ({first}); check it with kubectl config view") from None
     for each in found.clusters or ():
