@@ -262,6 +262,26 @@ def test_retry_stays_in_its_group(group: str, weights: dict[str, float], kind: s
     assert pool.groups(40, failed=(everything, failed)) == {other: 40}
 
 
+@pytest.mark.parametrize(
+    ("weights", "expected"), [({}, "v1"), ({"v2": 0.1}, "v1"), ({"v2": 1.0}, "v1"), ({"v1": 0.0}, "v2")]
+)
+@pytest.mark.parametrize("kind", ["disaggregated", "aggregated"])
+def test_retry_leaves_a_group_in_which_two_attempts_have_failed(
+    weights: dict[str, float], expected: str, kind: str
+) -> None:
+    """All engines of a canary may fail, while those of the other revision work; but one of no share is no way out."""
+    several: Groups = ("v1", "v2", "v2", "v2")
+    pool = (
+        Pool(several, several, weights=weights) if kind == "disaggregated" else Pool(workers=several, weights=weights)
+    )
+    roles = (Role.PREFILL, Role.DECODE, Role.WORKER)
+    first, second, _ = zip(*(found for role in roles if (found := pool.all_of("v2", role))), strict=True)
+    failed = tuple(frozenset(each.address for each in attempt) for attempt in (first, second))
+
+    assert pool.groups(20, failed=failed[:1], session="one") == {"v2": 20}
+    assert pool.groups(20, failed=failed, session="one") == {expected: 20}
+
+
 def test_conversation_stays_in_one_group_and_moves_only_to_the_growing_one() -> None:
     """Its prefix cache is there. Another replica finds the same group."""
     pool, peer = Pool(TWO, TWO, weights={"v2": 0.05}), Pool(TWO, TWO, weights={"v2": 0.05}, seed=7)

@@ -2,7 +2,8 @@
 
 The rules, for disaggregated and for aggregated pools:
 
-1. A retry stays in the group of the failed attempt if that is as usable as any other.
+1. A retry stays in the group of the failed attempt if that is as usable as any other. After two failed attempts there,
+   it goes to another one with a share, if that is as usable: all engines of a new revision may fail.
 2. With weights, each named group gets its share of the requests. All other endpoints get the rest, as one part.
 3. Only the parts that are usable best get requests. If a named group is not among them, the rest gets its share. If the
    rest is not, the named groups get everything in proportion.
@@ -13,7 +14,7 @@ conversation takes the place of such a number. So its requests go to one part wh
 has none of its prefix cache, and may answer in another way.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from random import Random
 from typing import Final
@@ -69,8 +70,8 @@ class GroupShares:
 
     def narrow(self, request: InferenceRequest, context: RequestContext, now: float) -> Pairing | None:
         """Return what the targets of a request may be picked from; None if groups do not narrow it."""
-        if context.failed and (kept := self._kept(request, context, now)) is not None:
-            return kept
+        if context.failed and (narrowed := self._for_retry(request, context, now)) is not None:
+            return narrowed
         if not self._weights:
             return None
         found = {
@@ -81,18 +82,22 @@ class GroupShares:
         best = min((quality for quality, _ in found.values()), default=None)
         return self._draw({group: part for group, (quality, part) in found.items() if quality == best}, context.session)
 
-    def _kept(self, request: InferenceRequest, context: RequestContext, now: float) -> Pairing | None:
-        """Return the group of the last failed attempt if it is as usable as the whole pool; else None."""
-        groups = [
-            load.group
-            for load in (*self._load.discovered_in(self._pool), *self._load.draining)
-            if load.address in context.failed[-1] and load.group is not None
-        ]
-        if not groups:
+    def _for_retry(self, request: InferenceRequest, context: RequestContext, now: float) -> Pairing | None:
+        """Return the group of the last failed attempt, or the others, if that is as usable as the pool; else None."""
+        loads = (*self._load.draining, *self._load.discovered_in(self._pool))
+        group_of = {load.address: load.group for load in loads if load.group is not None}
+        groups = [{group_of[address] for address in failed if address in group_of} for failed in context.failed]
+        if not groups[-1]:
             return None
-        own = self._best_of(self._of(groups[0]), request, context, now)
+        (last, *_) = groups[-1]
+        if sum(last in each for each in groups) == 1:
+            matches = self._of(last)
+        else:
+            avoided = {last, *(group for group, weight in self._weights.items() if not weight)}
+            matches = self._find(lambda group: group not in avoided)
+        best = self._best_of(matches, request, context, now)
         whole = self._best_of(self._whole(), request, context, now)
-        return own[1] if own is not None and whole is not None and own[0] == whole[0] else None
+        return best[1] if best is not None and whole is not None and best[0] == whole[0] else None
 
     def _draw(self, parts: Mapping[str | None, Pairing], session: str | None) -> Pairing | None:
         """Return the part whose turn it is; None if only groups with a share of 0 are left, so load decides."""
@@ -130,13 +135,12 @@ class GroupShares:
             self._indexing = self._load.indexings
             self._matches.clear()
         if (found := self._matches.get(group)) is None:
-            found = self._matches[group] = self._find(group)
+            found = self._matches[group] = self._find(
+                lambda other: other == group if group is not None else other not in self._weights
+            )
         return found
 
-    def _find(self, group: str | None) -> tuple[Match, ...]:
-        def wanted(other: str | None) -> bool:
-            return other == group if group is not None else other not in self._weights
-
+    def _find(self, wanted: Callable[[str | None], bool]) -> tuple[Match, ...]:
         prefills, decodes = self._known()
         if self._is_disaggregated:
             return matches_of_groups(prefills, decodes, wanted)
