@@ -17,7 +17,7 @@ from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from dp_extproc.lab.testbed.ports import free_ports
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
-from dp_extproc.lab.testbed.tied_process import start_tied
+from dp_extproc.lab.testbed.tied_process import end_process, start_tied
 from dp_extproc.lab.testbed.waiting import wait_until
 
 INTERVAL: Final = 1.0
@@ -95,12 +95,7 @@ def _run_smg(contender: Smg, engines: Engines, time_scale: float) -> Iterator[Ro
             _wait_until_ready(url, process, log)
             yield Router(url, [process.pid])
         finally:
-            process.terminate()
-            try:
-                process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end_process(process, _STOP_SECONDS)
 
 
 def _find_smg() -> str:

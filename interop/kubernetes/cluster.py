@@ -13,7 +13,7 @@ from typing import Any, Self
 import httpx
 
 from dp_extproc.lab.testbed.ports import free_ports
-from dp_extproc.lab.testbed.tied_process import start_tied
+from dp_extproc.lab.testbed.tied_process import end_process, start_tied
 
 ADMIN_TOKEN = "admin-of-the-run"  # noqa: S105 - of an API server on loopback that lives for minutes
 ADDRESS = "10.77.0.1"
@@ -113,7 +113,7 @@ class Cluster:
     def stop_api(self) -> None:
         """End the API server, as an upgrade of the control plane does."""
         assert self._api is not None
-        _end(self._api)
+        end_process(self._api, _STOP_SECONDS)
 
     def kill_api(self) -> None:
         """End the API server without a farewell to its clients."""
@@ -188,7 +188,7 @@ class Cluster:
         command = [str(self._programs / program), *options]
         log = self._stack.enter_context((self.directory / f"{program}.log").open("ab"))
         process = start_tied(command, log, log)
-        self._stack.callback(_end, process)
+        self._stack.callback(end_process, process, _STOP_SECONDS)
         return process
 
     def _write_kubeconfig(self, path: Path) -> None:
@@ -201,13 +201,3 @@ class Cluster:
             "current-context": "run",
         }
         path.write_text(json.dumps(config), encoding="utf-8")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
+from dp_extproc.lab.testbed.tied_process import end_process
 from dp_extproc.lab.testbed.waiting import wait_until
 
 HOME: Final = Path(os.environ.get("DP_EXTPROC_DOCKER", "~/.cache/dp-extproc/docker")).expanduser()
@@ -114,7 +115,7 @@ def _own_engine() -> Iterator[Docker]:
             ],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         )  # fmt: skip
-        stack.callback(_stop, process)
+        stack.callback(end_process, process, _STOP_SECONDS)
         # BuildKit, which Compose v2 prefers, builds only with the default bridge.
         docker = Docker({**os.environ, "DOCKER_HOST": socket, "DOCKER_BUILDKIT": "0"}, is_ours=True)
 
@@ -139,15 +140,6 @@ def _data_root(stack: ExitStack, state: Path) -> Path:
     except BlockingIOError:
         return state / "data"
     return HOME / "data"
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def _last_line(state: Path) -> str:

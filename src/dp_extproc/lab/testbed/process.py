@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from dp_extproc.lab.testbed import loopback
-from dp_extproc.lab.testbed.tied_process import start_tied
+from dp_extproc.lab.testbed.tied_process import end_process, start_tied
 from dp_extproc.lab.testbed.waiting import wait_until
 
 _START_SECONDS: Final = 60.0
@@ -68,15 +68,7 @@ class CommandProcess:
             Its exit status; negative for a signal. None if it did not run.
         """
         process, self._process = self._process, None
-        if process is None:
-            return None
-        if process.poll() is None:
-            process.send_signal(number)
-        try:
-            return process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return process.wait()
+        return None if process is None else end_process(process, _STOP_SECONDS, number)
 
     def send_signal(self, number: signal.Signals) -> None:
         """Send a signal without waiting for its effect."""

@@ -24,6 +24,17 @@ def start_tied(argv: Sequence[str], stdout: IO[bytes], stderr: IO[bytes]) -> sub
     return subprocess.Popen(shim, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, process_group=0)
 
 
+def end_process(process: subprocess.Popen[bytes], seconds: float, number: signal.Signals = signal.SIGTERM) -> int:
+    """Send a signal to a process that runs, and SIGKILL if it has not ended by it in time. Returns the exit status."""
+    if process.poll() is None:
+        process.send_signal(number)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
 def _become(parent: int, argv: Sequence[str]) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
