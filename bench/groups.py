@@ -15,9 +15,8 @@ from dp_extproc.config.pools import PolicySettings
 from dp_extproc.engines.model import Role
 from dp_extproc.lab.simulate.fleet import Fleet, Surroundings
 from dp_extproc.lab.simulate.routers import Ours
-from dp_extproc.lab.simulate.simulation import Placement, Simulation
+from dp_extproc.lab.simulate.simulation import Simulation
 from dp_extproc.lab.workload.generate import make_trace
-from dp_extproc.lab.workload.trace import TraceRequest
 
 Groups = tuple[tuple[int, int], ...]
 """Prefill and decode engines of each group."""
@@ -30,23 +29,11 @@ REQUESTS: Final = 2000
 SEEDS: Final = range(3)
 
 
-class Watched(Ours):
-    """Notes where requests go."""
-
-    def __init__(self, simulation: Simulation) -> None:
-        super().__init__(simulation, PolicySettings(), LoadSignal.ESTIMATE)
-        self.placements: list[Placement] = []
-
-    def place(self, number: int, request: TraceRequest, now: float) -> Placement:
-        self.placements.append(super().place(number, request, now))
-        return self.placements[-1]
-
-
 def run(groups: Groups, lengths: str, rate: float, seed: int) -> tuple[float, float, float]:
     """Return the share of the first group, and the mean times of whole requests and to the first token."""
     fleet = Fleet(prefill=4, decode=4, groups=groups)
     simulation = Simulation(fleet, Surroundings(), make_trace(lengths, REQUESTS, rate, seed), seed)
-    router = Watched(simulation)
+    router = Ours(simulation, PolicySettings(), LoadSignal.ESTIMATE)
     summary = simulation.run(router).summary()
     first = [fleet.group_of(Role.PREFILL, each.prefill) == "v1" for each in router.placements]
     return statistics.fmean(first), summary["e2e_mean"], summary["ttft_mean"]

@@ -9,23 +9,10 @@ from dp_extproc.engines.model import Role
 from dp_extproc.lab.simulate.fleet import Fleet, Surroundings
 from dp_extproc.lab.simulate.outcome import RunResult
 from dp_extproc.lab.simulate.routers import Ours
-from dp_extproc.lab.simulate.simulation import Placement, Simulation
+from dp_extproc.lab.simulate.simulation import Simulation
 from dp_extproc.lab.workload.generate import make_trace
-from dp_extproc.lab.workload.trace import TraceRequest
 
 Groups = tuple[tuple[int, int], ...]
-
-
-class Watched(Ours):
-    """Notes where requests go."""
-
-    def __init__(self, simulation: Simulation) -> None:
-        super().__init__(simulation, PolicySettings(), LoadSignal.ESTIMATE)
-        self.placements: list[Placement] = []
-
-    def place(self, number: int, request: TraceRequest, now: float) -> Placement:
-        self.placements.append(super().place(number, request, now))
-        return self.placements[-1]
 
 
 def run(groups: Groups, lengths: str, rate: float, requests: int = 1200) -> tuple[Counter[str | None], RunResult]:
@@ -33,7 +20,7 @@ def run(groups: Groups, lengths: str, rate: float, requests: int = 1200) -> tupl
     prefill, decode = (sum(numbers) for numbers in zip(*groups, strict=True))
     fleet = Fleet(prefill=prefill, decode=decode, groups=groups)
     simulation = Simulation(fleet, Surroundings(), make_trace(lengths, requests, rate, 1), 1)
-    router = Watched(simulation)
+    router = Ours(simulation, PolicySettings(), LoadSignal.ESTIMATE)
     result = simulation.run(router)
     shares: Counter[str | None] = Counter()
     for each in router.placements:

@@ -132,6 +132,8 @@ class Ours:
         self.replicas = [
             _Replica(simulation, policy, signal, Random(simulation.rng.random())) for _ in range(around.replicas)
         ]
+        self.placements: list[Placement] = []
+        """Where each request went, in their order."""
         self._of: dict[int, _Replica] = {}
 
     def place(self, number: int, request: TraceRequest, now: float) -> Placement:
@@ -140,6 +142,7 @@ class Ours:
         prefix = self._prefix(request) if self._affinity else NO_PREFIX
         placement, record = replica.place(number, self._text_bytes(request), prefix, now)
         self._share(replica, lambda peer, now: peer.open_peer(number, record, now))
+        self.placements.append(placement)
         return placement
 
     def prefill_answered(self, number: int, now: float) -> None:
