@@ -15,6 +15,7 @@ from dp_extproc.config.problems import ConfigError, Key, Problem, spell
 from dp_extproc.config.renamed import rename
 from dp_extproc.config.schema import Config
 from dp_extproc.config.substitution import substitute
+from dp_extproc.config.yaml_loader import SafeLoader, place_and_problem
 
 Warn = Callable[[Problem], object]
 NO_VARIABLES: Final[Mapping[str, str]] = MappingProxyType({})
@@ -66,31 +67,18 @@ def parse_config(
     raise ConfigError(source, sorted(problems + unset, key=lambda problem: problem.line or 0))
 
 
-class _Loader(yaml.SafeLoader):
-    """The safe loader, which also reports the line of an impossible date or number."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: FBT001, FBT002 - as in the base class
-        try:
-            return super().construct_object(node, deep=deep)
-        except (ValueError, LookupError, AttributeError) as error:  # the latter for !!bool x, !!int '', !!timestamp x
-            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
-
-
 def _not_yaml(error: yaml.YAMLError, text: str) -> Problem:
-    mark = getattr(error, "problem_mark", None)
-    message = f"is not valid YAML: {getattr(error, 'problem', None) or error}"
-    if mark is None:
-        return Problem(None, "", message)
-    if any("${" in line for line in text.splitlines()[mark.line : mark.line + 1]):
+    line, message = place_and_problem(error)
+    if line is not None and any("${" in each for each in text.splitlines()[line - 1 : line]):
         message += "; between [ ] and { } a value with ${...} needs quotes"
-    return Problem(mark.line + 1, "", message)
+    return Problem(line, "", message)
 
 
 def _read_yaml(
     text: str, environment: Mapping[str, str]
 ) -> tuple[yaml.Node | None, list[Problem], list[Problem], list[Problem], Any]:
     """Return the nodes with their lines, the warnings, the problems of keys and of variables, and plain data."""
-    loader = _Loader(text)
+    loader = SafeLoader(text)
     try:
         root = loader.get_single_node()
         # All before the data is made, which resolves merge keys (<<) in the nodes themselves.

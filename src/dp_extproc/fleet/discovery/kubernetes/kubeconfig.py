@@ -9,6 +9,8 @@ import msgspec
 import yaml
 from msgspec import Struct, field
 
+from dp_extproc.config.yaml_loader import SafeLoader
+
 T = TypeVar("T", bound=Struct)
 
 
@@ -116,9 +118,9 @@ def decoded(data: str, key: str) -> bytes:
 
 def _parse(path: Path, text: str) -> tuple[Path, _Kubeconfig]:
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader=SafeLoader)  # noqa: S506 - it is a safe loader
         found = msgspec.convert({} if content is None else content, _Kubeconfig)
-    except (yaml.YAMLError, msgspec.MsgspecError, RecursionError, ValueError, LookupError, AttributeError) as error:
+    except (yaml.YAMLError, msgspec.MsgspecError, RecursionError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise AccessError(f"{path} is no kubeconfig ({first}); check it with kubectl config view") from None
     for each in found.clusters or ():
