@@ -26,7 +26,7 @@ LAYERS = (
     {"engines"},
     {"request", "response"},
     {"config"},
-    {"background", "contract", "variables"},
+    {"background", "contract", "settled", "variables"},
 )
 """Packages from top to bottom. A package imports from rows below its own, never from above, nor from its neighbours."""
 PURE = {

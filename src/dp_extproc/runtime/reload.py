@@ -13,11 +13,10 @@ from prometheus_client.core import CounterMetricFamily, Metric
 
 from dp_extproc.config import Config, ConfigError, ConfigSource, Problem, Reload, Warn, parse_config
 from dp_extproc.runtime.secrets import external_problems
+from dp_extproc.settled import read_settled
 
 _WATCH_SECONDS: Final = 1.0
 """Seconds between two readings of the file, with ``reload: watch``."""
-_SETTLE_SECONDS: Final = 0.05
-"""Seconds after which a changed text is read again. It counts only if it is still the same, so no half-written one."""
 _CHANGEABLE: Final = frozenset({"pools", "load", "admission", "autoscaling", "drain"})
 """Sections that a reload may change. On each other one sockets, Envoy, other replicas or running requests depend."""
 _FIXED_LOADS: Final = ("prefill_step_cost_tokens", "decode_request_cost_tokens")
@@ -95,11 +94,12 @@ class Reloader:
 
     async def _check(self, *, requested: bool) -> None:
         try:
-            text = await asyncio.to_thread(self._source.read)
-            if not requested and text != self._seen:
-                await asyncio.sleep(_SETTLE_SECONDS)
-                if await asyncio.to_thread(self._source.read) != text:
-                    return  # still being written; the next reading finds it changed, too
+            if requested:
+                text = await asyncio.to_thread(self._source.read)
+            elif (settled := await read_settled(self._source.read, self._seen)) is None:
+                return  # the next reading finds it changed, too
+            else:
+                text = settled
         except ConfigError as error:
             if requested or self._seen is not None:
                 self._reject(error)

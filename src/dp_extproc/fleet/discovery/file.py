@@ -8,7 +8,8 @@ from typing import Final
 from dp_extproc.config.discovery import FileSettings
 from dp_extproc.config.endpoints_file import FileEntry, parse_endpoints
 from dp_extproc.engines.model import SourceKind
-from dp_extproc.fleet.discovery.source import Member, MemberState, SourceListener
+from dp_extproc.fleet.discovery.source import Member, SourceListener
+from dp_extproc.settled import read_settled
 
 _POLL_SECONDS: Final = 0.5
 """Seconds between two readings. A removed endpoint gets no request a second later; reading takes some 0.1 ms.
@@ -16,8 +17,6 @@ _POLL_SECONDS: Final = 0.5
 The text is read, and not watched: a ConfigMap is replaced through symbolic links, of which a watch of the file has no
 event.
 """
-_SETTLE_SECONDS: Final = 0.05
-"""Seconds after which a changed text is read again. It counts only if it is still the same, so no half-written one."""
 _MAX_BYTES: Final = 1 << 20
 """Most bytes of the file; a thousand endpoints have some 100 kB."""
 
@@ -40,10 +39,12 @@ class FileSource:
         found: tuple[Member, ...] | str = ()
         while True:
             try:
-                present = await self._settled(text)
+                present = await read_settled(self._read, text)
             except ValueError as error:
                 listener.failed(str(error))
             else:
+                if present is None:  # it is read again at once
+                    continue
                 if present != text:
                     text, found = present, await asyncio.to_thread(_members, present)
                 if isinstance(found, str):
@@ -51,17 +52,6 @@ class FileSource:
                 else:
                     listener.snapshot(found)
             await asyncio.sleep(_POLL_SECONDS)
-
-    async def _settled(self, before: str | None) -> str:
-        """Read the text of the file, again and again while it changes."""
-        text = await asyncio.to_thread(self._read)
-        while text != before:
-            await asyncio.sleep(_SETTLE_SECONDS)
-            again = await asyncio.to_thread(self._read)
-            if again == text:
-                break
-            text = again
-        return text
 
     def _read(self) -> str:
         """Read the text of the file.
@@ -97,7 +87,7 @@ def _member(entry: FileEntry) -> Member:
         url=entry.url,
         host=entry.host,
         port=entry.port,
-        state=MemberState(entry.state.value),
+        state=entry.state,
         uid=entry.name or "",
         name=entry.name or "",
         group=entry.group,
