@@ -37,6 +37,16 @@ _Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9./_-]*[A-Za-z0-9]
 _Text = Annotated[str, Field(min_length=1)]
 
 
+class MemberState(StrEnum):
+    """Whether a member may get requests, as its source reports it."""
+
+    READY = "ready"
+    NOT_READY = "not_ready"
+    """It gets none now, and may be ready later."""
+    TERMINATING = "terminating"
+    """It gets none any more. Its requests go on."""
+
+
 class DnsRecords(StrEnum):
     """Which records of a name are looked up."""
 

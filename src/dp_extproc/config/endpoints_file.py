@@ -1,28 +1,19 @@
 """A file of endpoints as typed data: a list of entries, or a mapping with the key ``endpoints``. YAML or JSON."""
 
 import json
-from enum import StrEnum
 from typing import Annotated, Any, Final
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
+from dp_extproc.config.discovery import MemberState
 from dp_extproc.config.pools import EndpointConfig
 from dp_extproc.config.problems import spell
+from dp_extproc.config.yaml_loader import FastLoader, place_and_problem
 
 _SHOWN: Final = 3
 """Bounds the problems of one message; a file of a thousand entries may have as many."""
 _Name = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[\x21-\x7e]+$")]
-_YamlLoader: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The loader in C takes a tenth of the time, where PyYAML has it."""
-
-
-class EntryState(StrEnum):
-    """Whether an endpoint may get requests."""
-
-    READY = "ready"
-    NOT_READY = "not_ready"
-    TERMINATING = "terminating"
 
 
 class FileEntry(EndpointConfig):
@@ -30,7 +21,7 @@ class FileEntry(EndpointConfig):
 
     name: _Name | None = None
     """Name of the engine for logs. Another name at the same URL is another engine."""
-    state: EntryState = Field(default=EntryState.READY, strict=False)
+    state: MemberState = Field(default=MemberState.READY, strict=False)
 
 
 _ENTRIES: Final = TypeAdapter(Annotated[tuple[FileEntry, ...], Field(strict=False)])
@@ -63,12 +54,9 @@ def _read(text: str) -> Any:
     except (ValueError, RecursionError):
         pass
     try:
-        return yaml.load(text, Loader=_YamlLoader)  # noqa: S506 - it is a safe loader
+        return yaml.load(text, Loader=FastLoader)  # noqa: S506 - it is a safe loader
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1}: " if mark else ""
-        raise ValueError(f"{place}is not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        line, problem = place_and_problem(error)
+        raise ValueError(f"line {line}: {problem}" if line else problem) from None
     except RecursionError:
         raise ValueError("is nested too deeply") from None
-    except (LookupError, AttributeError) as error:  # PyYAML raises these for !!bool x, !!int '' and !!timestamp x
-        raise ValueError(f"is not valid YAML: a value does not fit its tag ({error})") from None

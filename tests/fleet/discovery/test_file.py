@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from dp_extproc.config.discovery import FileSettings
+from dp_extproc.config.discovery import FileSettings, MemberState
 from dp_extproc.fleet.discovery.file import FileSource
-from dp_extproc.fleet.discovery.source import Member, MemberState
+from dp_extproc.fleet.discovery.source import Member
 from patience import wait_for
 from source_reports import reports_of
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
+from dp_extproc.config.discovery import MemberState
 from dp_extproc.fleet.discovery.kubernetes.parts import Part, combine
 from dp_extproc.fleet.discovery.kubernetes.pods import read_pod
 from dp_extproc.fleet.discovery.kubernetes.slices import read_slice
-from dp_extproc.fleet.discovery.source import Member, MemberState
+from dp_extproc.fleet.discovery.source import Member
 from kube_api import Manifest, endpoint_slice, pod
 
 READY, NOT_READY, TERMINATING = MemberState.READY, MemberState.NOT_READY, MemberState.TERMINATING

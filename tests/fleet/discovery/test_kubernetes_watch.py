@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from dp_extproc.config.discovery import KubernetesSettings
+from dp_extproc.config.discovery import KubernetesSettings, MemberState
 from dp_extproc.engines.model import SourceKind
 from dp_extproc.fleet.discovery.kubernetes.reflector import Timing
 from dp_extproc.fleet.discovery.kubernetes.source import KubernetesSource
-from dp_extproc.fleet.discovery.source import MemberState
 from kube_api import PODS, SLICES, TOKEN, FakeApiServer, endpoint_slice, pod
 from patience import wait_for
 from source_reports import Reports, reports_of

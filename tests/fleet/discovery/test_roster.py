@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dp_extproc.config.discovery import MemberState
 from dp_extproc.engines.model import Endpoint, Role, SourceKind
 from dp_extproc.fleet.discovery.roster import DEBOUNCE_SECONDS, Change, DrainReason, Place, RoleSource, Roster
-from dp_extproc.fleet.discovery.source import Member, MemberState, Source
+from dp_extproc.fleet.discovery.source import Member, Source
 
 READY, NOT_READY, TERMINATING = MemberState
 KEEP = 30.0

@@ -21,9 +21,10 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
+from dp_extproc.config.discovery import MemberState
 from dp_extproc.config.pools import EngineKind
 from dp_extproc.engines.model import Endpoint, Role, SourceKind, is_same_uid
-from dp_extproc.fleet.discovery.source import Member, MemberState, Source
+from dp_extproc.fleet.discovery.source import Member, Source
 
 DEBOUNCE_SECONDS: Final = 0.1
 """Least time between two computations. Members change tens of times a second in a rollout, and engines are read more

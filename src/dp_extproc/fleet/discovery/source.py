@@ -6,20 +6,10 @@ keeping are in one place behind all sources.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Final, Protocol
 
+from dp_extproc.config.discovery import MemberState
 from dp_extproc.engines.model import SourceKind
-
-
-class MemberState(StrEnum):
-    """Whether a member may get requests, as its source reports it."""
-
-    READY = "ready"
-    NOT_READY = "not_ready"
-    """It gets none now, and may be ready later."""
-    TERMINATING = "terminating"
-    """It gets none any more. Its requests go on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
 
+from dp_extproc.config.discovery import MemberState
 from dp_extproc.engines.model import in_url
 from dp_extproc.fleet.discovery.kubernetes.labels import BOOTSTRAP, bootstrap_port_of, group_of
 from dp_extproc.fleet.discovery.kubernetes.objects import Meta
-from dp_extproc.fleet.discovery.source import Member, MemberState
+from dp_extproc.fleet.discovery.source import Member
 
 _HTTP: Final = "http"
 """Name of the port that is taken if none is configured."""

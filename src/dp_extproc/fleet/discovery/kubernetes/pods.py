@@ -9,11 +9,11 @@ from typing import Final
 
 import msgspec
 
+from dp_extproc.config.discovery import MemberState
 from dp_extproc.fleet.discovery.kubernetes.labels import serves_http
 from dp_extproc.fleet.discovery.kubernetes.members import read_shared
 from dp_extproc.fleet.discovery.kubernetes.objects import Pod
 from dp_extproc.fleet.discovery.kubernetes.parts import Part
-from dp_extproc.fleet.discovery.source import MemberState
 
 _DECODER: Final = msgspec.json.Decoder(Pod)
 _ENDED: Final = {"Succeeded", "Failed"}

@@ -9,11 +9,11 @@ from typing import Final
 
 import msgspec
 
+from dp_extproc.config.discovery import MemberState
 from dp_extproc.fleet.discovery.kubernetes.labels import SERVICE_NAME
 from dp_extproc.fleet.discovery.kubernetes.members import read_shared
 from dp_extproc.fleet.discovery.kubernetes.objects import Conditions, EndpointSlice, TargetRef
 from dp_extproc.fleet.discovery.kubernetes.parts import Part
-from dp_extproc.fleet.discovery.source import MemberState
 
 _DECODER: Final = msgspec.json.Decoder(EndpointSlice)
 _FAMILIES: Final = {"IPv4", "IPv6"}
