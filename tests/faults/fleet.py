@@ -18,7 +18,6 @@ from envoy_data_plane.envoy.config.endpoint.v3 import LocalityLbEndpoints
 
 from dp_extproc.config import Config
 from dp_extproc.envoy_config import build_bootstrap, render_yaml
-from dp_extproc.envoy_config.addresses import SERVICE
 from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.engine import EngineProcess
 from dp_extproc.lab.testbed.envoy import EnvoyProcess
@@ -284,4 +283,4 @@ def _build_for_several(configs: Sequence[Config]) -> Bootstrap:
 
 def _cluster_of_the_service(bootstrap: Bootstrap) -> Cluster:
     assert bootstrap.static_resources is not None
-    return next(each for each in bootstrap.static_resources.clusters if each.name == SERVICE)
+    return next(each for each in bootstrap.static_resources.clusters if each.name == "extproc")

@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import pytest
 
-from dp_extproc.envoy_config.addresses import SERVICE
 from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.engine import EngineProcess
 from dp_extproc.lab.testbed.service import ServiceProcess
@@ -47,7 +46,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         envoy={"truncated_streams": "reset"},
     ) as fleet:
         wait_for(lambda: all(len(ready(each)) == 2 for each in services(fleet)), PATIENT)
-        wait_for(lambda: fleet.envoy.healthy(SERVICE) == 4, PATIENT)  # Envoy checks the health of each in its turn
+        wait_for(lambda: fleet.envoy.healthy("extproc") == 4, PATIENT)  # Envoy checks the health of each in its turn
         yield fleet
 
 
@@ -175,7 +174,7 @@ def test_a_failure_is_counted_if_the_scheduling_process_died_before(fleet: Fleet
 
     assert set(outcomes) == {"answer"}
     assert sum(map(failures_at, services(fleet))) - before == hit  # the counters of killed processes start again at 0
-    wait_for(lambda: fleet.envoy.healthy(SERVICE) == 4, PATIENT)
+    wait_for(lambda: fleet.envoy.healthy("extproc") == 4, PATIENT)
     fleet.wait_until_fresh()
 
 

@@ -68,6 +68,10 @@ def _header_name(value: str) -> str:
 class EnvoySettings(Section):
     """Settings of the printed Envoy configuration."""
 
+    name_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]*$", max_length=40)] = Field(
+        default="", examples=["llm_"]
+    )
+    """Beginning of all names of clusters and listeners. It keeps them apart from others in the same Envoy."""
     inference: SocketAddress = socket_address("127.0.0.1:8080")
     """Address for clients."""
     admin: SocketAddress = socket_address("127.0.0.1:9901")

@@ -1,19 +1,8 @@
-"""Names of clusters and internal listeners, and the addresses at which Envoy reaches the processes of the service."""
+"""The addresses at which Envoy reaches the processes of the service."""
 
 import ipaddress
-from typing import Final
 
 from dp_extproc.config import Config
-
-DISPATCH: Final = "dp_dispatch"
-PREFILL_LEG: Final = "prefill_leg"
-"""Clusters that lead to the internal listeners of the same names."""
-DECODE: Final = "decode"
-"""Also leads to an internal listener if truncated streams end with an error event, else to the decode endpoint."""
-DECODE_SERVER: Final = "decode_server"
-PREFILL: Final = "prefill"
-SERVICE: Final = "extproc"
-SERVICE_OWNER: Final = "extproc_owner"
 
 
 def has_dns_name(config: Config) -> bool:

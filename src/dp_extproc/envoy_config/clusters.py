@@ -18,18 +18,7 @@ from envoy_data_plane.envoy.type.v3 import Percent
 
 from dp_extproc.config import Config, ServiceTls, Supervise, TruncatedStreams
 from dp_extproc.contract import DECODE_HOST, OWNER, PREFILL_HOST
-from dp_extproc.envoy_config.addresses import (
-    DECODE,
-    DECODE_SERVER,
-    DISPATCH,
-    PREFILL,
-    PREFILL_LEG,
-    SERVICE,
-    SERVICE_OWNER,
-    has_dns_name,
-    may_be_several,
-    services_of,
-)
+from dp_extproc.envoy_config.addresses import has_dns_name, may_be_several, services_of
 from dp_extproc.envoy_config.filters import (
     last_upstream_filter,
     report_first_event,
@@ -38,6 +27,7 @@ from dp_extproc.envoy_config.filters import (
 )
 from dp_extproc.envoy_config.listeners import buffer_bytes
 from dp_extproc.envoy_config.lua_filters import remember_failed_endpoints
+from dp_extproc.envoy_config.names import Names
 from dp_extproc.envoy_config.yaml_text import commented, pack
 
 _UNLIMITED: Final = 1_000_000
@@ -81,32 +71,32 @@ _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
 def build_clusters(config: Config) -> list[cluster.Cluster]:
     """Build all clusters. None of them names an engine."""
-    buffer = buffer_bytes(config.envoy)
+    names, buffer = Names.of(config), buffer_bytes(config.envoy)
     failed_endpoints = [remember_failed_endpoints()] if config.retry.attempts > 1 else []
     supervised = config.supervision.mode is Supervise.FIRST_EVENT
-    first_event = [report_first_event(config.envoy.body_mode)] if supervised else []
+    first_event = [report_first_event(names, config.envoy.body_mode)] if supervised else []
     owner = _grpc_options(config.listen.keepalive, stream_window=_LARGEST_WINDOW)
     dispatch = _http_options([strip_headers_before_scheduling(), *failed_endpoints, last_upstream_filter()])
     return [
         commented(_to_service(config, buffer), "The service: envoy.service, or listen.grpc."),
         commented(
-            _to_address_in_header(SERVICE_OWNER, OWNER, owner, buffer, _service_tls(config.envoy.service_tls)),
+            _to_address_in_header(names.service_owner, OWNER, owner, buffer, _service_tls(config.envoy.service_tls)),
             "The process of the service that scheduled the request and has its reservations.",
         ),
         commented(
-            _to_address_in_header(PREFILL, PREFILL_HOST, _engine_options(), buffer),
+            _to_address_in_header(names.prefill, PREFILL_HOST, _engine_options(), buffer),
             "Envoy dials the address in a header. There is no fallback, because the body names the prefill\n"
             "endpoint to which the decode engine will connect.",
         ),
-        *_to_decode(config.envoy.truncated_streams, _engine_options(first_event), buffer),
-        commented(_to_listener(DISPATCH, buffer, dispatch), "The way to the internal listeners."),
-        _to_listener(PREFILL_LEG, buffer),
+        *_to_decode(names, config.envoy.truncated_streams, _engine_options(first_event), buffer),
+        commented(_to_listener(names.dispatch, buffer, dispatch), "The way to the internal listeners."),
+        _to_listener(names.prefill_leg, buffer),
     ]
 
 
 def _to_service(config: Config, buffer: int) -> cluster.Cluster:
     """Build the cluster of the service: its worker processes in turn, and a standby once none of them is healthy."""
-    discovery = cluster.ClusterDiscoveryType
+    name, discovery = Names.of(config).service, cluster.ClusterDiscoveryType
     localities = [
         endpoint.LocalityLbEndpoints(
             priority=priority,
@@ -115,11 +105,11 @@ def _to_service(config: Config, buffer: int) -> cluster.Cluster:
         for priority, (host, port) in enumerate(services_of(config))
     ]
     service = cluster.Cluster(
-        name=SERVICE,
+        name=name,
         type=discovery.STRICT_DNS if has_dns_name(config) else discovery.STATIC,
         connect_timeout=_CONNECT_TIMEOUT,
         per_connection_buffer_limit_bytes=buffer,
-        load_assignment=endpoint.ClusterLoadAssignment(cluster_name=SERVICE, endpoints=localities),
+        load_assignment=endpoint.ClusterLoadAssignment(cluster_name=name, endpoints=localities),
         circuit_breakers=_unlimited(),
         typed_extension_protocol_options={_HTTP_OPTIONS: pack(_grpc_options(config.listen.keepalive))},
         transport_socket=_service_tls(config.envoy.service_tls),
@@ -167,12 +157,12 @@ def _to_address_in_filter_state(name: str, buffer: int) -> cluster.Cluster:
 
 
 def _to_decode(
-    truncated_streams: TruncatedStreams, options: upstream.HttpProtocolOptions, buffer: int
+    names: Names, truncated_streams: TruncatedStreams, options: upstream.HttpProtocolOptions, buffer: int
 ) -> list[cluster.Cluster]:
     """Build the way to decode endpoints: direct, or through the listener that ends truncated streams."""
     if truncated_streams is TruncatedStreams.RESET:
-        return [_to_address_in_header(DECODE, DECODE_HOST, options, buffer)]
-    return [_to_listener(DECODE, buffer, options), _to_address_in_filter_state(DECODE_SERVER, buffer)]
+        return [_to_address_in_header(names.decode, DECODE_HOST, options, buffer)]
+    return [_to_listener(names.decode, buffer, options), _to_address_in_filter_state(names.decode_server, buffer)]
 
 
 def _to_listener(listener: str, buffer: int, options: upstream.HttpProtocolOptions | None = None) -> cluster.Cluster:

@@ -21,7 +21,8 @@ from envoy_data_plane.google.protobuf import Any
 
 from dp_extproc import contract
 from dp_extproc.config import BodyMode, Config, Supervise
-from dp_extproc.envoy_config.addresses import SERVICE, SERVICE_OWNER, may_be_several
+from dp_extproc.envoy_config.addresses import may_be_several
+from dp_extproc.envoy_config.names import Names
 from dp_extproc.envoy_config.yaml_text import commented, pack
 
 _SEND: Final = ext_proc.ProcessingModeHeaderSendMode.SEND
@@ -70,7 +71,7 @@ def schedule_requests(config: Config) -> HttpFilter:
     )
     processor = commented(
         ext_proc.ExternalProcessor(
-            grpc_service=_to_any_process(several=may_be_several(config)),
+            grpc_service=_to_any_process(Names.of(config).service, several=may_be_several(config)),
             failure_mode_allow=True,
             processing_mode=mode,
             message_timeout=_MESSAGE_TIMEOUT,
@@ -105,14 +106,14 @@ def remember_owner() -> HttpFilter:
     return http_filter("header_to_metadata", header_to_metadata.Config(request_rules=rules))
 
 
-def report_prefill(supervision: Supervise) -> HttpFilter:
+def report_prefill(names: Names, supervision: Supervise) -> HttpFilter:
     """Build the filter that reports the prefill leg to the process that scheduled the request.
 
     With supervision the filter opens its stream with the request, so that the service can cancel the leg. Without, it
     opens it with the response.
     """
     processor = ext_proc.ExternalProcessor(
-        grpc_service=_to_owner(),
+        grpc_service=_to_owner(names),
         failure_mode_allow=True,
         allow_mode_override=True,
         processing_mode=ext_proc.ProcessingMode(
@@ -128,7 +129,7 @@ def report_prefill(supervision: Supervise) -> HttpFilter:
     return commented(http_filter("ext_proc", processor), comment)
 
 
-def report_first_event(body_mode: BodyMode) -> HttpFilter:
+def report_first_event(names: Names, body_mode: BodyMode) -> HttpFilter:
     """Build the filter that reports the first event of streams to the process that scheduled the request.
 
     It is idle except on routes with :func:`enable_first_event_report`. It must be in the filter chain of the cluster.
@@ -136,7 +137,7 @@ def report_first_event(body_mode: BodyMode) -> HttpFilter:
     what this filter still has if the other one continues after the end of the response (measured with 1.40).
     """
     processor = ext_proc.ExternalProcessor(
-        grpc_service=_to_owner(core.HeaderValue(key=contract.STAGE, value=contract.FIRST_EVENT)),
+        grpc_service=_to_owner(names, core.HeaderValue(key=contract.STAGE, value=contract.FIRST_EVENT)),
         failure_mode_allow=True,
         allow_mode_override=body_mode is BodyMode.NONE,
         processing_mode=_no_messages(),
@@ -167,8 +168,8 @@ def _no_messages() -> ext_proc.ProcessingMode:
     return ext_proc.ProcessingMode(request_header_mode=_SKIP, response_header_mode=_SKIP)
 
 
-def _to_any_process(*, several: bool) -> core.GrpcService:
-    service = core.GrpcService(envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=SERVICE))
+def _to_any_process(cluster: str, *, several: bool) -> core.GrpcService:
+    service = core.GrpcService(envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=cluster))
     if several:  # A dead process is skipped until Envoy ejects it.
         another = core.RetryPolicyRetryHostPredicate(
             name="envoy.retry_host_predicates.previous_hosts", typed_config=pack(PreviousHostsPredicate())
@@ -182,10 +183,10 @@ def _to_any_process(*, several: bool) -> core.GrpcService:
     return service
 
 
-def _to_owner(*more: core.HeaderValue) -> core.GrpcService:
+def _to_owner(names: Names, *more: core.HeaderValue) -> core.GrpcService:
     attempt = {name: f"%DYNAMIC_METADATA({contract.METADATA_NAMESPACE}:{name})%" for name in _ATTEMPT_HEADERS}
     return core.GrpcService(
-        envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=SERVICE_OWNER),
+        envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=names.service_owner),
         initial_metadata=[*(core.HeaderValue(key=name, value=value) for name, value in attempt.items()), *more],
     )
 

@@ -9,8 +9,8 @@ from envoy_data_plane.envoy.config.route import v3 as route
 
 from dp_extproc.config import BodyMode, RetrySettings, Supervise
 from dp_extproc.contract import DECODE_HOST, FAILED, PREFILL_HOST, PREFILL_RID, PREFIX_LENGTH, RETRY, WATCH
-from dp_extproc.envoy_config.addresses import DECODE, DISPATCH, PREFILL, PREFILL_LEG
 from dp_extproc.envoy_config.filters import FIRST_EVENT_FILTER, enable_first_event_report
+from dp_extproc.envoy_config.names import Names
 from dp_extproc.envoy_config.yaml_text import commented
 
 _NO_TIMEOUT: Final = timedelta(0)
@@ -21,12 +21,12 @@ _LONGEST_BACKOFF: Final = timedelta(milliseconds=250)
 """Pauses before a retry. They are short, as a retry avoids the failed endpoints; they spread many retries a little."""
 
 
-def to_dispatch(retry: RetrySettings) -> route.RouteConfiguration:
-    """Build the routes of the front door, which forwards every request to the listener where it is scheduled.
+def to_dispatch(names: Names, retry: RetrySettings) -> route.Route:
+    """Build the route of a front door. It forwards every request to the listener where it is scheduled.
 
     It repeats a request if the response has the retry header, or if the next hop dropped it without a response.
     """
-    action = _forward(DISPATCH)
+    action = _forward(names.dispatch)
     if retry.attempts > 1:
         backoff = route.RetryPolicyRetryBackOff(base_interval=_FIRST_BACKOFF, max_interval=_LONGEST_BACKOFF)
         action.retry_policy = commented(
@@ -39,22 +39,24 @@ def to_dispatch(retry: RetrySettings) -> route.RouteConfiguration:
             "The service requests a retry by a header and limits the attempts (retry). The front door sends the\n"
             "failed endpoints along, so that the next attempt avoids them.",
         )
-    return _table(route.Route(name="all", match=_when(), route=action, response_headers_to_remove=[RETRY, FAILED]))
+    return route.Route(name="all", match=_when(), route=action, response_headers_to_remove=[RETRY, FAILED])
 
 
-def to_engines(supervision: Supervise, body_mode: BodyMode) -> route.RouteConfiguration:
+def to_engines(names: Names, supervision: Supervise, body_mode: BodyMode) -> route.RouteConfiguration:
     """Build the routes to engines, by the headers of the decision. A request without a decision gets a 503."""
     mirror = commented(
-        route.RouteActionRequestMirrorPolicy(cluster=PREFILL_LEG, disable_shadow_host_suffix_append=True),
+        route.RouteActionRequestMirrorPolicy(cluster=names.prefill_leg, disable_shadow_host_suffix_append=True),
         disable_shadow_host_suffix_append="Otherwise the engine would get the host name with -shadow appended.",
     )
     routes = [
         commented(
-            route.Route(name="disaggregated", match=_when(DECODE_HOST, PREFILL_HOST), route=_forward(DECODE, [mirror])),
+            route.Route(
+                name="disaggregated", match=_when(DECODE_HOST, PREFILL_HOST), route=_forward(names.decode, [mirror])
+            ),
             "Scheduled on two endpoints: decode responds to the client, and a copy goes to prefill.",
         ),
         commented(
-            route.Route(name="one_server", match=_when(DECODE_HOST), route=_forward(DECODE)),
+            route.Route(name="one_server", match=_when(DECODE_HOST), route=_forward(names.decode)),
             "Scheduled on one endpoint: an aggregated pool, or a request that any engine can serve.",
         ),
         commented(
@@ -72,29 +74,29 @@ def to_engines(supervision: Supervise, body_mode: BodyMode) -> route.RouteConfig
             route.Route(
                 name="watched",
                 match=_when(DECODE_HOST, PREFILL_HOST, WATCH),
-                route=_forward(DECODE, [mirror]),
+                route=_forward(names.decode, [mirror]),
                 typed_per_filter_config={FIRST_EVENT_FILTER: enable_first_event_report(body_mode)},
             ),
             "A stream: the service gets its first event before the client gets anything.",
         )
         routes.insert(0, watched)
-    return _table(*routes)
+    return table(*routes)
 
 
-def to_prefill() -> route.RouteConfiguration:
+def to_prefill(names: Names) -> route.RouteConfiguration:
     """Build the routes of the prefill leg: to the prefill endpoint, if body or headers were rewritten."""
     failed = route.DirectResponseAction(status=500)
-    return _table(
+    return table(
         commented(
             route.Route(name="not_rewritten", match=_when(PREFIX_LENGTH), direct_response=failed),
             "The script removes this header last, so a request that has it was not rewritten.",
         ),
         route.Route(name="headers_not_rewritten", match=_when(PREFILL_RID), direct_response=failed),
-        route.Route(name="rewritten", match=_when(), route=_forward(PREFILL)),
+        route.Route(name="rewritten", match=_when(), route=_forward(names.prefill)),
     )
 
 
-def _table(*routes: route.Route) -> route.RouteConfiguration:
+def table(*routes: route.Route) -> route.RouteConfiguration:
     return route.RouteConfiguration(virtual_hosts=[route.VirtualHost(name="all", domains=["*"], routes=list(routes))])
 
 

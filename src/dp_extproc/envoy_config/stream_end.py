@@ -19,8 +19,8 @@ from envoy_data_plane.envoy.extensions.filters.network.wasm.v3 import Wasm
 from envoy_data_plane.envoy.extensions.wasm import v3 as wasm
 
 from dp_extproc.contract import DECODE_HOST
-from dp_extproc.envoy_config.addresses import DECODE, DECODE_SERVER
 from dp_extproc.envoy_config.filters import http_filter
+from dp_extproc.envoy_config.names import Names
 from dp_extproc.envoy_config.yaml_text import commented, pack
 
 _ADDRESS_KEY: Final = "envoy.network.transport_socket.original_dst_address"
@@ -42,7 +42,7 @@ def remember_decode_endpoint() -> HttpFilter:
     )
 
 
-def stream_end_filters() -> list[Filter]:
+def stream_end_filters(names: Names) -> list[Filter]:
     """Build the network filters that forward the bytes of responses and end truncated streams."""
     module = files(__package__).joinpath("stream_end.wasm").read_bytes()  # built by ``make stream-end``
     code = commented(core.DataSource(inline_bytes=module), inline_bytes="stream_end.c of this project, as WebAssembly.")
@@ -53,8 +53,8 @@ def stream_end_filters() -> list[Filter]:
         failure_policy=wasm.FailurePolicy.FAIL_OPEN,
     )
     forwarding = TcpProxy(
-        stat_prefix=DECODE,
-        cluster=DECODE_SERVER,
+        stat_prefix=names.decode,
+        cluster=names.decode_server,
         idle_timeout=timedelta(0),  # Envoy's default would end a request whose prompt takes more than an hour.
     )
     return [

@@ -6,7 +6,7 @@
 """
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import yaml
@@ -55,16 +55,28 @@ def pack(message: Message) -> PackedMessage:
     return packed
 
 
-def render_yaml(message: Message) -> str:
-    """Write *message* as commented YAML in a stable order. Every ``typed_config`` gets its ``@type``.
+Document = Message | Mapping[str, Any] | Sequence[Any]
+"""A message, or a mapping or a list with messages inside, such as a resource of Kubernetes."""
+
+
+def plain(value: Any) -> Any:
+    """Convert every message inside *value* to mappings and lists. Every ``typed_config`` gets its ``@type``."""
+    if isinstance(value, Message):
+        return value.to_dict(casing=Casing.SNAKE)
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def render_yaml(document: Document) -> str:
+    """Write *document* as commented YAML in a stable order. Every ``typed_config`` gets its ``@type``.
 
     One builder makes several parts of one kind with equal comments. Each text is printed once, at its first place.
     """
-    data = message.to_dict(casing=Casing.SNAKE)
-    text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+    text = yaml.dump(plain(document), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
     lines = text.splitlines()
     above: dict[str, int] = {}
-    for comment, line in _comments_of(message, yaml.compose(text, Loader=yaml.SafeLoader), 0):
+    for comment, line in _comments_of(document, yaml.compose(text, Loader=yaml.SafeLoader), 0):
         above.setdefault(comment, line)
     rows: list[list[str]] = [[] for _ in lines]
     for comment, line in above.items():
@@ -86,12 +98,12 @@ def _comments_of(value: Any, node: yaml.Node | None, line: int) -> Iterator[tupl
     attached = _comments.get(id(value), {})
     if _ITSELF in attached:
         yield attached[_ITSELF], line
-    if isinstance(node, yaml.SequenceNode) and isinstance(value, list):
+    if isinstance(node, yaml.SequenceNode) and isinstance(value, (list, tuple)):
         for element, item in zip(value, node.value, strict=True):
             yield from _comments_of(element, item, item.start_mark.line)
     elif isinstance(node, yaml.MappingNode):
         for key, item in node.value:
             if key.value in attached:
                 yield attached[key.value], key.start_mark.line
-            inner = value.get(key.value) if isinstance(value, dict) else getattr(value, key.value, None)
+            inner = value.get(key.value) if isinstance(value, Mapping) else getattr(value, key.value, None)
             yield from _comments_of(inner, item, key.start_mark.line)

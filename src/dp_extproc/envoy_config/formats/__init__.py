@@ -1,1 +1,1 @@
-"""Output formats over the same listeners and clusters, one module each."""
+"""The forms in which Envoy's side of a configuration is printed: one module for each, over the same typed objects."""

@@ -4,12 +4,11 @@ from typing import Final
 
 from envoy_data_plane.envoy.config.bootstrap import v3 as bootstrap
 from envoy_data_plane.envoy.config.core import v3 as core
-from envoy_data_plane.envoy.extensions.bootstrap.internal_listener.v3 import InternalListener
 
 from dp_extproc.config import Config
-from dp_extproc.envoy_config.clusters import build_clusters
-from dp_extproc.envoy_config.listeners import build_front_door, build_internal_listeners
-from dp_extproc.envoy_config.yaml_text import commented, pack
+from dp_extproc.envoy_config.block import build_block, build_bootstrap_extension
+from dp_extproc.envoy_config.front_door import build_front_door
+from dp_extproc.envoy_config.yaml_text import commented, render_yaml
 
 _HEADER: Final = """\
 Printed by: dp-extproc envoy-config -c FILE
@@ -27,16 +26,19 @@ this file lists no engine, and endpoints may change without a new one. For the d
 def build_bootstrap(config: Config) -> bootstrap.Bootstrap:
     """Build the file that Envoy starts with. It names no engine, so endpoints may change without a new one."""
     admin = core.SocketAddress(address=config.envoy.admin.host, port_value=config.envoy.admin.port)
-    internal = core.TypedExtensionConfig(
-        name="envoy.bootstrap.internal_listener", typed_config=pack(InternalListener())
-    )
+    block = build_block(config)
     return commented(
         bootstrap.Bootstrap(
             static_resources=bootstrap.BootstrapStaticResources(
-                listeners=[build_front_door(config), *build_internal_listeners(config)], clusters=build_clusters(config)
+                listeners=[build_front_door(config), *block.listeners], clusters=block.clusters
             ),
             admin=bootstrap.Admin(address=core.Address(socket_address=admin)),
-            bootstrap_extensions=[internal],
+            bootstrap_extensions=[build_bootstrap_extension()],
         ),
         _HEADER,
     )
+
+
+def files(config: Config) -> dict[str, str]:
+    """Return the file ``envoy.yaml``."""
+    return {"envoy.yaml": render_yaml(build_bootstrap(config))}
