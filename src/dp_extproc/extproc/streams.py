@@ -81,6 +81,11 @@ class Streams:
         """The place of the request in the admission queue."""
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether tasks still have replies to write."""
+        return bool(self._tasks)
+
     async def carry_out(self, commands: list[Command], own: Writer) -> None:
         """Write to each stream what is meant for it.
 
