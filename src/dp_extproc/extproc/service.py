@@ -149,7 +149,7 @@ class ExtProcService:
                 if event is not None:
                     await streams.carry_out(self._receive(streams, event), streams.main)
                 raw = await self._open.read(attempt.main, context)
-                if attempt.main.passes_pieces and not streams.is_writing:
+                if attempt.main.passes_pieces and streams.main.is_idle:
                     raw = await _pass_pieces(raw, context)
                 if raw is grpc.aio.EOF:
                     break
@@ -204,7 +204,8 @@ class ExtProcService:
         if streams is None or streams.leg is not None or not streams.attempt.leg.may_open:
             while (raw := await context.read()) is not grpc.aio.EOF:
                 if (reply := PROCEED.get(type(read_leg_event(_parse(raw))))) is not None:
-                    await leg.write((reply,))
+                    leg.put(reply)
+                    await leg.flush()
             return
         streams.leg = leg
         try:
