@@ -5,15 +5,13 @@ gateway shares one connection manager between routes, so there the same removal 
 
 1. :func:`strip_filter` belongs once into the HTTP filters of the connection manager, directly before the router.
 2. :func:`entrance_route` enables it, buffers large bodies for retries, and leads to the block.
-3. :func:`build_bootstrap_extension` belongs into the bootstrap, exactly once.
+3. :func:`~.block.build_bootstrap_extension` belongs into the bootstrap, exactly once.
 """
 
 from collections.abc import Mapping
 from typing import Final
 
-from envoy_data_plane.envoy.config.core.v3 import TypedExtensionConfig
 from envoy_data_plane.envoy.config.route.v3 import Route
-from envoy_data_plane.envoy.extensions.bootstrap.internal_listener.v3 import InternalListener
 from envoy_data_plane.envoy.extensions.filters.http.header_mutation import v3 as header_mutation
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 from envoy_data_plane.google.protobuf import Any
@@ -64,11 +62,6 @@ def entrance_route(config: Config) -> Route:
         request_body_buffer_limit="A body above the limit would not be retried. Without this setting, the listener's\n"
         "per_connection_buffer_limit_bytes is the limit (1 MiB by default, 32 KiB in some gateways).",
     )
-
-
-def build_bootstrap_extension() -> TypedExtensionConfig:
-    """Build the extension without which Envoy refuses internal listeners. A bootstrap must have it exactly once."""
-    return TypedExtensionConfig(name="envoy.bootstrap.internal_listener", typed_config=pack(InternalListener()))
 
 
 def _strip_filter_name(config: Config) -> str:

@@ -6,8 +6,7 @@ from envoy_data_plane.envoy.config.bootstrap import v3 as bootstrap
 from envoy_data_plane.envoy.config.core import v3 as core
 
 from dp_extproc.config import Config
-from dp_extproc.envoy_config.block import build_block
-from dp_extproc.envoy_config.entrance import build_bootstrap_extension
+from dp_extproc.envoy_config.block import build_block, build_bootstrap_extension
 from dp_extproc.envoy_config.formats.target import Target
 from dp_extproc.envoy_config.front_door import build_front_door
 from dp_extproc.envoy_config.yaml_text import commented, render_yaml
