@@ -192,7 +192,8 @@ class ExtProcService:
         if streams is None or streams.leg is not None or not streams.attempt.leg.may_open:
             while (message := await context.read()) is not grpc.aio.EOF:
                 if (reply := PROCEED.get(type(read_leg_event(message)))) is not None:
-                    await leg.write((reply,))
+                    leg.put(reply)
+                    await leg.flush()
             return
         streams.leg = leg
         try:
