@@ -38,6 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="host of the requests; may be repeated",
     )
+    gateway.add_argument(
+        "--selector",
+        metavar="LABEL=VALUE",
+        type=_label,
+        action="append",
+        default=[],
+        help="label of the gateway's pods; may be repeated",
+    )
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="write files into this directory")
 
 
@@ -65,7 +73,10 @@ def run(args: argparse.Namespace) -> int:
             sys.stderr.write(f"--name-prefix {args.name_prefix}: {error.errors()[0]['msg']}\n")
             return 2
         config = config.model_copy(update={"envoy": envoy})
-    form, target = FORMS[args.format], Target(args.gateway, tuple(args.hostname), args.port, args.listener)
+    form, target = (
+        FORMS[args.format],
+        Target(args.gateway, tuple(args.hostname), args.port, args.listener, tuple(args.selector)),
+    )
     if problem := mismatch(args.format, target, form.takes, form.needs):
         sys.stderr.write(f"{problem}\n")
         return 2
@@ -95,6 +106,13 @@ def _name(text: str) -> str:
     if _NAME.fullmatch(text):
         return text
     raise argparse.ArgumentTypeError(f"{text!r}: write a name of Kubernetes, such as http")
+
+
+def _label(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if separator and name and value:
+        return name, value
+    raise argparse.ArgumentTypeError(f"{text!r}: write a label of the pods, such as istio=ingressgateway")
 
 
 def _hostname(text: str) -> str:

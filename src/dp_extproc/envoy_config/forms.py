@@ -6,7 +6,7 @@ from typing import Final
 from msgspec import Struct
 
 from dp_extproc.config import Config
-from dp_extproc.envoy_config.formats import bootstrap
+from dp_extproc.envoy_config.formats import bootstrap, istio
 from dp_extproc.envoy_config.formats.target import Target
 
 Files = Mapping[str, str]
@@ -24,4 +24,7 @@ class Form(Struct, frozen=True):
     """Those of them without which it cannot be printed."""
 
 
-FORMS: Final[Mapping[str, Form]] = {"bootstrap": Form(bootstrap.files)}
+FORMS: Final[Mapping[str, Form]] = {
+    "bootstrap": Form(bootstrap.files),
+    "istio": Form(istio.files, takes=istio.TAKES, needs=istio.NEEDS),
+}

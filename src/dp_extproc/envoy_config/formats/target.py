@@ -9,6 +9,7 @@ GATEWAY: Final = "--gateway"
 HOSTNAMES: Final = "--hostname"
 PORT: Final = "--port"
 LISTENER: Final = "--listener"
+SELECTOR: Final = "--selector"
 
 
 class ObjectName(Struct, frozen=True):
@@ -31,6 +32,8 @@ class Target(Struct, frozen=True):
     """Port of the listener."""
     listener: str | None = None
     """Name of the listener."""
+    selector: Sequence[tuple[str, str]] = ()
+    """Labels of the gateway's pods, by which a mesh finds the proxies that it configures."""
 
     @property
     def given(self) -> frozenset[str]:
@@ -40,6 +43,7 @@ class Target(Struct, frozen=True):
             HOSTNAMES: self.hostnames,
             PORT: self.port,
             LISTENER: self.listener,
+            SELECTOR: self.selector,
         }
         return frozenset(option for option, value in values.items() if value)
 
@@ -49,6 +53,7 @@ _EXAMPLES: Final = {
     HOSTNAMES: "--hostname llm.example.com",
     PORT: "--port 8080",
     LISTENER: "--listener http",
+    SELECTOR: "--selector istio=ingressgateway",
 }
 
 
