@@ -28,7 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     gateway = parser.add_argument_group("gateway", "what exists already, for the forms that need it; see docs/mesh.md")
     gateway.add_argument("--gateway", metavar="NAMESPACE/NAME", type=_object_name, help="the Gateway object")
-    gateway.add_argument("--listener", metavar="NAME", type=_name, help="name of its listener")
+    gateway.add_argument(
+        "--listener",
+        metavar="NAME",
+        type=_name,
+        action="append",
+        default=[],
+        help="one of its listeners; may be repeated",
+    )
     gateway.add_argument("--port", metavar="N", type=_port, help="port of its listener")
     gateway.add_argument(
         "--hostname",
@@ -73,10 +80,8 @@ def run(args: argparse.Namespace) -> int:
             sys.stderr.write(f"--name-prefix {args.name_prefix}: {error.errors()[0]['msg']}\n")
             return 2
         config = config.model_copy(update={"envoy": envoy})
-    form, target = (
-        FORMS[args.format],
-        Target(args.gateway, tuple(args.hostname), args.port, args.listener, tuple(args.selector)),
-    )
+    form = FORMS[args.format]
+    target = Target(args.gateway, tuple(args.hostname), args.port, tuple(args.listener), tuple(args.selector))
     if problem := mismatch(args.format, target, form.takes, form.needs):
         sys.stderr.write(f"{problem}\n")
         return 2

@@ -6,7 +6,7 @@ from typing import Final
 from msgspec import Struct
 
 from dp_extproc.config import Config
-from dp_extproc.envoy_config.formats import bootstrap, istio
+from dp_extproc.envoy_config.formats import bootstrap, envoy_gateway, istio
 from dp_extproc.envoy_config.formats.target import Target
 
 Files = Mapping[str, str]
@@ -26,5 +26,6 @@ class Form(Struct, frozen=True):
 
 FORMS: Final[Mapping[str, Form]] = {
     "bootstrap": Form(bootstrap.files),
-    "istio": Form(istio.files, takes=istio.TAKES, needs=istio.NEEDS),
+    "envoy-gateway": Form(envoy_gateway.files, envoy_gateway.TAKES, envoy_gateway.NEEDS),
+    "istio": Form(istio.files, istio.TAKES, istio.NEEDS),
 }
