@@ -21,7 +21,7 @@ _DIGITS: Final = 8
 
 def name_by_content(block: Block) -> Block:
     """Add a hash of its content to the name of each internal listener, and lead the clusters to these names."""
-    names = {}
+    names: dict[str | None, str] = {}
     for each in block.listeners:
         digest = hashlib.sha256(bytes(each)).hexdigest()[:_DIGITS]
         names[each.name] = each.name = f"{each.name}-{digest}"

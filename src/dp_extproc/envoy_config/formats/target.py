@@ -8,7 +8,8 @@ from msgspec import Struct
 GATEWAY: Final = "--gateway"
 HOSTNAMES: Final = "--hostname"
 PORT: Final = "--port"
-LISTENER: Final = "--listener"
+LISTENERS: Final = "--listener"
+SELECTOR: Final = "--selector"
 
 
 class ObjectName(Struct, frozen=True):
@@ -22,15 +23,28 @@ class ObjectName(Struct, frozen=True):
 
 
 class Target(Struct, frozen=True):
-    """A listener of a gateway that exists already, and the host names whose requests it passes to the block."""
+    """Listeners of a gateway that exists already, and the host names whose requests it passes to the block."""
 
     gateway: ObjectName | None = None
     hostnames: Sequence[str] = ()
     """Host names of the requests. Without any, all requests are meant."""
     port: int | None = None
-    """Port of the listener."""
-    listener: str | None = None
-    """Name of the listener."""
+    """Port of the first listener."""
+    listeners: Sequence[str] = ()
+    """Names of the listeners."""
+    selector: Sequence[tuple[str, str]] = ()
+    """Labels of the gateway's pods, by which a control plane finds them."""
+
+    @property
+    def named_gateway(self) -> ObjectName:
+        """The gateway, for a form that needs one.
+
+        Raises:
+            ValueError: There is none; :func:`mismatch` reports that first.
+        """
+        if self.gateway is None:
+            raise ValueError(f"{GATEWAY} is missing")
+        return self.gateway
 
     @property
     def given(self) -> frozenset[str]:
@@ -39,7 +53,8 @@ class Target(Struct, frozen=True):
             GATEWAY: self.gateway,
             HOSTNAMES: self.hostnames,
             PORT: self.port,
-            LISTENER: self.listener,
+            LISTENERS: self.listeners,
+            SELECTOR: self.selector,
         }
         return frozenset(option for option, value in values.items() if value)
 
@@ -48,7 +63,8 @@ _EXAMPLES: Final = {
     GATEWAY: "--gateway default/eg",
     HOSTNAMES: "--hostname llm.example.com",
     PORT: "--port 8080",
-    LISTENER: "--listener http",
+    LISTENERS: "--listener http",
+    SELECTOR: "--selector istio=ingressgateway",
 }
 
 
