@@ -67,8 +67,8 @@ def _http_route(name: ObjectName, gateway: ObjectName, target: Target) -> Fields
     spec = {"parentRefs": [parent], "hostnames": target.hostnames, "rules": [{"name": "rest"}]}
     return commented(
         resource(f"{_GATEWAY_API}/v1", "HTTPRoute", name, spec),
-        "Makes the virtual hosts. The EnvoyFilter inserts a route into them; without it, requests get a 500, since this\n"
-        "rule has no backend.",
+        "Makes the virtual hosts. The EnvoyFilter inserts a route into them; without it, requests get a 500, as\n"
+        "this rule has no backend.",
     )
 
 
