@@ -117,6 +117,11 @@ class MainStream(Machine[MainState]):
         """The moment at which response headers that are held go to the client, whatever is still awaited."""
         return self.held_at + self._hold if self.state is MainState.HELD else math.inf
 
+    @property
+    def passes_pieces(self) -> bool:
+        """Whether each piece of the response is only passed on, and changes nothing here."""
+        return self.state is MainState.RESPONDING and self._response_mode is BodyMode.DUPLEX
+
     def extend(self, turn: Turn) -> None:
         """Have Envoy wait longer than usual for the reply to the response headers."""
         self.is_extended = True

@@ -65,6 +65,11 @@ class Writer:
         """Whether replies are still to be written."""
         return bool(self._replies)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no reply is to be written, nor is being written."""
+        return not (self._replies or self._lock.locked())
+
     def put(self, reply: Reply) -> None:
         """Put a reply behind all others, in the same step in which the attempt has changed its state.
 
