@@ -14,34 +14,34 @@ _log = logging.getLogger(__name__)
 
 
 class Peers:
-    """Remembers the instances of a gateway by their hosts."""
+    """Remembers the instances of a gateway by their addresses."""
 
-    __slots__ = ("_by_host", "_reported")
+    __slots__ = ("_by_address", "_reported")
 
     def __init__(self) -> None:
-        self._by_host: dict[str, Peer] = {}
+        self._by_address: dict[str, Peer] = {}
         self._reported: set[str] = set()
 
     def of(self, context: grpc.aio.ServicerContext) -> Peer:
         """Return the instance that has opened a stream."""
-        host = _host_of(context)
-        if (peer := self._by_host.get(host)) is None:
-            if len(self._by_host) >= _MOST:
-                self._by_host.clear()
-            peer = self._by_host[host] = Peer(sends_responses=False)
+        address = _address_of(context)
+        if (peer := self._by_address.get(address)) is None:
+            if len(self._by_address) >= _MOST:
+                self._by_address.clear()
+            peer = self._by_address[address] = Peer(sends_responses=False)
         return peer
 
     def report_skipped(self, context: grpc.aio.ServicerContext) -> None:
         """Log once for each instance that it sends no response headers."""
-        host = _host_of(context)
-        if host not in self._reported and len(self._reported) < _MOST:
-            self._reported.add(host)
+        address = _address_of(context)
+        if address not in self._reported and len(self._reported) < _MOST:
+            self._reported.add(address)
             _log.warning(
                 "the gateway at %s has ended a stream before the response, and has sent no response headers so far: "
                 "failures of prefill cannot be reported to clients; set response_header_mode to SEND",
-                host,
+                address,
             )
 
 
-def _host_of(context: grpc.aio.ServicerContext) -> str:
+def _address_of(context: grpc.aio.ServicerContext) -> str:
     return str(context.peer()).rpartition(":")[0]
