@@ -13,12 +13,20 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from dp_extproc.config import Config
 from dp_extproc.lab.testbed.envoy import find_envoy
-from interop.istio.cases import CASES, Case, Rig, extension_is_doubled, listener_changes_under_a_stream
+from interop.istio.cases import (
+    CASES,
+    Case,
+    Rig,
+    extension_is_doubled,
+    listener_changes_under_a_stream,
+    resources_are_accepted,
+)
 from interop.istio.control_plane import DEFINITIONS, ControlPlane
 from interop.istio.gateways import (
     CLASSIC,
@@ -32,7 +40,6 @@ from interop.istio.gateways import (
     run_envoy,
     with_free_ports,
 )
-from interop.istio.recording import record
 from interop.kubernetes.cluster import ADDRESS, Cluster
 from interop.mesh.scenarios import run_scenarios
 from interop.mesh.site import Fleet, Neighbour, Site, open_site, run_fleet
@@ -77,11 +84,8 @@ def run(programs: Path, folder: Path, only: Sequence[str], recordings: Path | No
             report.shape = kind.title
             config = fleet.config if kind is CLASSIC else with_free_ports(fleet.config)
             prepare(plane, kind, config.envoy.inference.port)
-            ours = printed(fleet.config, kind.target(HOST))
-            plane.apply(*ours)
             with run_gateway(plane, kind, fleet, config, report) as rig:
-                if recordings is not None:
-                    record(recordings / f"{kind.name}.json", rig.envoy.admin_url, ours)
+                _run_cases(rig, [partial(resources_are_accepted, recorded=recordings)])
                 run_scenarios(rig.site, only=only)
                 _run_cases(rig, CASES, only)
             if kind is CLASSIC:
@@ -89,12 +93,12 @@ def run(programs: Path, folder: Path, only: Sequence[str], recordings: Path | No
                     _run_cases(rig, [listener_changes_under_a_stream], only)
                 with run_gateway(plane, kind, fleet, config, report, extensions=2) as rig:
                     _run_cases(rig, [extension_is_doubled], only)
-            for each in reversed(ours):
+            for each in reversed(printed(fleet.config, kind.target(HOST))):
                 plane.delete(each)
     return report
 
 
-def _run_cases(rig: Rig, cases: Sequence[Case], only: Sequence[str]) -> None:
+def _run_cases(rig: Rig, cases: Sequence[Case], only: Sequence[str] = ()) -> None:
     run_scenarios(rig.site, [_scenario(rig, case) for case in cases], only)
 
 
@@ -102,7 +106,7 @@ def _scenario(rig: Rig, case: Case) -> Callable[[Site], None]:
     def scenario(_: Site) -> None:
         case(rig)
 
-    scenario.__name__ = case.__name__
+    scenario.__name__ = getattr(case, "__name__", str(case))
     return scenario
 
 

@@ -1,9 +1,9 @@
 """What only Istio's gateways can show: two instances, failing closed, changes under a stream, a doubled extension."""
 
-import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import httpx
@@ -14,6 +14,7 @@ from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from faults.fleet import BODIES, Outcome, ask
 from interop.istio.control_plane import ControlPlane
 from interop.istio.gateways import HOST, Kind, Resource, printed, with_settings
+from interop.istio.recording import delivered, record, without_ours
 from interop.mesh.scenarios import CHAT
 from interop.mesh.site import MAX_BODY_BYTES, Site
 from patience import wait_for
@@ -42,13 +43,21 @@ class Rig:
 Case = Callable[[Rig], None]
 
 
-def resources_are_accepted(rig: Rig) -> None:
-    """The control plane has added the internal listeners, and Envoy rejects nothing of its updates."""
-    listeners = loopback.CLIENT.get(f"{rig.envoy.admin_url}/listeners").text
-    internal = sorted(re.findall(r"^(\w+)::envoy://", listeners, re.MULTILINE))
-    rig.add("internal listeners", ", ".join(internal), good=internal == ["decode", "dp_dispatch", "prefill_leg"])
+def resources_are_accepted(rig: Rig, recorded: Path | None = None) -> None:
+    """The printed resources reach a running gateway, and change nothing but what they name."""
+    before = delivered(rig.envoy.admin_url)
+    rig.plane.apply(*_ours(rig))
+    wait_for(lambda: _chat(rig).status_code == httpx.codes.OK, _PATIENCE)
+    after = delivered(rig.envoy.admin_url)
+    listeners = [each["name"] for each in after["dynamic_listeners"] if "internal_listener" in each]
+    rig.add("internal listeners", ", ".join(listeners), good=listeners == ["decode", "dp_dispatch", "prefill_leg"])
     rejected = rig.site.count(r"(update_rejected|update_failure)$")
     rig.add("updates that Envoy rejected", str(rejected), good=rejected == 0)
+    kept = without_ours(after, _ours(rig))
+    changed = [each["name"] for key, items in before.items() for each in items if each not in kept[key]]
+    rig.add("other resources of Envoy that changed", ", ".join(changed) or "none", good=kept == before)
+    if recorded is not None:
+        record(recorded / f"{rig.kind.name}.json", _ours(rig), after)
 
 
 def instance_beside_another(rig: Rig) -> None:
@@ -109,7 +118,6 @@ def extension_is_doubled(rig: Rig) -> None:
 
 
 CASES: Final[Sequence[Case]] = (
-    resources_are_accepted,
     instance_beside_another,
     filter_is_missing,
     route_changes_under_a_stream,

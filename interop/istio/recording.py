@@ -1,4 +1,4 @@
-"""Records what Istio makes of the printed resources, so that a test needs no Go."""
+"""Reads what a control plane has delivered to an Envoy, compares and records it, so that a test needs no Go."""
 
 import json
 from pathlib import Path
@@ -7,34 +7,57 @@ from typing import Any, Final
 from dp_extproc.lab.testbed import loopback
 from interop.istio.gateways import Resource
 
-_DELIVERED: Final = {
-    "Listeners": ("dynamic_listeners", ("active_state", "listener")),
-    "Clusters": ("dynamic_active_clusters", ("cluster",)),
-    "Routes": ("dynamic_route_configs", ("route_config",)),
+Delivered = dict[str, list[dict[str, Any]]]
+"""Resources of Envoy by their key in :data:`PLACES`."""
+
+PLACES: Final = {
+    "dynamic_listeners": ("active_state", "listener"),
+    "dynamic_active_clusters": ("cluster",),
+    "dynamic_route_configs": ("route_config",),
 }
-"""Section of Envoy's page ``/config_dump`` by the last part of its type, and where a resource is in each item."""
+"""The lists of Envoy's page ``/config_dump`` that have delivered resources, and where each item has the resource."""
 
 
-def record(path: Path, admin_url: str, ours: list[Resource]) -> None:
-    """Write the page ``/config_dump`` without what differs from run to run, and the resources that led to it."""
+def delivered(admin_url: str) -> Delivered:
+    """Read the resources that Envoy has, in the order of their names."""
     page = loopback.CLIENT.get(f"{admin_url}/config_dump").raise_for_status().json()
-    configs = [_scrubbed(each) for each in page["configs"] if _section(each) in _DELIVERED]
+    found: Delivered = {key: [] for key in PLACES}
+    for config in page["configs"]:
+        for key, way in PLACES.items():
+            for item in config.get(key, ()):
+                for name in way:
+                    item = item[name]  # noqa: PLW2901 - goes down to the resource
+                found[key].append(item)
+    return {key: sorted(items, key=lambda each: str(each["name"])) for key, items in found.items()}
+
+
+def without_ours(resources: Delivered, ours: list[Resource]) -> Delivered:
+    """Leave out what an ``EnvoyFilter`` has added, and the virtual hosts of our host names."""
+    (spec,) = (each["spec"] for each in ours if each["kind"] == "EnvoyFilter")
+    values = [patch["patch"]["value"]["name"] for patch in spec["configPatches"]]
+    virtual = [
+        patch["match"].get("routeConfiguration", {}).get("vhost", {}).get("name") for patch in spec["configPatches"]
+    ]
+    kept: Delivered = json.loads(json.dumps(resources))
+    for key, items in kept.items():
+        kept[key] = [each for each in items if each["name"] not in values]
+    for listener in kept["dynamic_listeners"]:
+        for manager in connection_managers(listener):
+            manager["http_filters"] = [each for each in manager["http_filters"] if each["name"] not in values]
+    for routes in kept["dynamic_route_configs"]:
+        routes["virtual_hosts"] = [each for each in routes["virtual_hosts"] if each["name"] not in virtual]
+    return kept
+
+
+def connection_managers(listener: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the HTTP connection managers of a listener."""
+    chains = [*listener.get("filter_chains", ()), *filter(None, [listener.get("default_filter_chain")])]
+    configs = [each["typed_config"] for chain in chains for each in chain["filters"]]
+    return [each for each in configs if "http_filters" in each]
+
+
+def record(path: Path, ours: list[Resource], resources: Delivered) -> None:
+    """Write the printed resources, and what the control plane has delivered with them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"resources": ours, "configs": configs}, separators=(",", ":"), sort_keys=True)
+    text = json.dumps({"printed": ours, "delivered": resources}, separators=(",", ":"), sort_keys=True)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def _scrubbed(config: dict[str, Any]) -> dict[str, Any]:
-    delivered, way = _DELIVERED[_section(config)]
-    return {"@type": config["@type"], delivered: [_nested(each, way) for each in config[delivered]]}
-
-
-def _nested(item: dict[str, Any], way: tuple[str, ...]) -> dict[str, Any]:
-    """Keep a resource in an item at its place, without times and versions beside it."""
-    name, *rest = way
-    inner = _nested(item[name], tuple(rest)) if rest else item[name]
-    return {key: item[key] for key in ("name",) if key in item} | {name: inner}
-
-
-def _section(config: dict[str, Any]) -> str:
-    return str(config["@type"]).rpartition(".")[2].removesuffix("ConfigDump")
