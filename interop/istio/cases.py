@@ -14,7 +14,7 @@ from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from faults.fleet import BODIES, Outcome, ask
 from interop.istio.control_plane import ControlPlane
 from interop.istio.gateways import HOST, Kind, Resource, printed, with_settings
-from interop.istio.recording import delivered, record, without_ours
+from interop.istio.recording import delivered, differences, record, without_ours
 from interop.mesh.scenarios import CHAT
 from interop.mesh.site import MAX_BODY_BYTES, Site
 from patience import wait_for
@@ -53,6 +53,10 @@ def resources_are_accepted(rig: Rig, recorded: Path | None = None) -> None:
     rig.add("internal listeners", ", ".join(listeners), good=listeners == ["decode", "dp_dispatch", "prefill_leg"])
     rejected = rig.site.count(r"(update_rejected|update_failure)$")
     rig.add("updates that Envoy rejected", str(rejected), good=rejected == 0)
+    different = differences(after, _ours(rig))
+    rig.add(
+        "clusters and listeners that differ from the printed ones", ", ".join(different) or "none", good=not different
+    )
     kept = without_ours(after, _ours(rig))
     changed = [each["name"] for key, items in before.items() for each in items if each not in kept[key]]
     rig.add("other resources of Envoy that changed", ", ".join(changed) or "none", good=kept == before)
