@@ -1,7 +1,7 @@
 """A certificate that the service makes at its start, for gateways that require TLS of an endpoint picker.
 
-Such gateways encrypt, and verify nothing. So it protects from eavesdroppers, and not from a program that answers in place
-of the service. The key never leaves the memory of the process.
+Such gateways encrypt, and verify nothing. So it protects from eavesdroppers, and not from a program that answers in
+place of the service. The key never leaves the memory of the process.
 """
 
 import datetime as dt
