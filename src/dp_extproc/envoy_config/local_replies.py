@@ -23,7 +23,7 @@ _UPSTREAM_FAILED: Final = ["UF", "UC", "UR", "UH", "UO", "UT", "UPE", "LR"]
 
 _HOSTS: Final = [f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{key})%" for key in (META_PREFILL_HOST, META_DECODE_HOST)]
 _NULL: Final = f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:null)%"
-"""A value that is never there, for which Envoy writes ``null``. Patches of resources in Kubernetes lose a literal one."""
+"""A value that is never there, for which Envoy writes ``null``. Patches of objects in Kubernetes lose a literal one."""
 _NO_HEADERS: Final[Mapping[str, str]] = {}
 _REPEAT: Final = {RETRY: "1", FAILED: ",".join((*_HOSTS, CUT))}
 """Headers with which the front door repeats a request without a decision of the service about the retry."""
