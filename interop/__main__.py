@@ -27,13 +27,14 @@ def run(shape: Shape, forms: Sequence[str], venv: Path, folder: Path, report: Re
     with httpx.Client(timeout=PATIENCE_SECONDS, trust_env=False) as client:
         with run_engines(unified):
             answers, logprobs = unified_answers(client, unified), unified_logprobs(client, unified)
-        for form in forms:
-            with run_engines(prefill, decode):
-                if form == forms[0]:
-                    record_logprobs(client, prefill, decode, folder / "recorded" / shape.model)
-                print(f"{shape.name}: engines are up after {time.monotonic() - began:.0f} s", flush=True)
+        with run_engines(prefill, decode):
+            record_logprobs(client, prefill, decode, folder / "recorded" / shape.model)
+            print(f"{shape.name}: engines are up after {time.monotonic() - began:.0f} s", flush=True)
+            for form in forms:
+                for engine in (prefill, decode):
+                    engine.restart_if_killed()
                 report.shape = f"{shape.name}, prefill leg by {form}"
-                with run_form(form, prefill, decode) as (_, url):
+                with run_form(form, prefill, decode) as url:
                     rig = Rig(client, url, prefill, decode, answers, logprobs, report, form)
                     for case in CASES:
                         try:

@@ -20,7 +20,7 @@ FORMS: Final[dict[str, dict[str, Any]]] = {
 
 
 @contextmanager
-def run_form(form: str, prefill: RealEngine, decode: RealEngine) -> Iterator[tuple[ServiceProcess, str]]:
+def run_form(form: str, prefill: RealEngine, decode: RealEngine) -> Iterator[str]:
     """Run the service, and the bundled Envoy or the example of another gateway; give the URL for clients."""
     pool = {
         "models": ["*"],
@@ -35,5 +35,5 @@ def run_form(form: str, prefill: RealEngine, decode: RealEngine) -> Iterator[tup
         with EnvoyProcess(service.config, bootstrap=gateway) as envoy:
             service.wait_until_fresh()
             service.wait_until_ready()
-            yield service, envoy.url
+            yield envoy.url
             service.wait_until_idle()

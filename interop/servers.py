@@ -103,6 +103,12 @@ class RealEngine:
                 raise RuntimeError(f"{self.role} did not start:\n{log[-3000:].decode(errors='replace')}")
             time.sleep(_POLL_SECONDS)
 
+    def restart_if_killed(self) -> None:
+        """Start the engine again if it was killed."""
+        if self._process is None:
+            self.start()
+            self.wait_until_ready()
+
     def kill(self) -> None:
         """End all its processes immediately, and wait until they are gone."""
         if self._process is None:
