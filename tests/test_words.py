@@ -129,6 +129,7 @@ ALLOWED_NAMES = {
     "previous_hosts": "Envoy's",
     "retry_host_predicate": "Envoy's",
     "server_listener_name": "Envoy's",
+    "server_hostname": "a parameter of ssl",
 }
 """Names that libraries, Envoy, SGLang or the configuration give, and why they stay."""
 ALLOWED_IN_NAMES = (

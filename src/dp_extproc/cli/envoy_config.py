@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from dp_extproc.cli import start
 from dp_extproc.config import ConfigError, EnvoySettings, Protocol
-from dp_extproc.envoy_config import FORMS
+from dp_extproc.envoy_config import FORMS, secret_files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
             sys.stderr.write(f"--name-prefix {args.name_prefix}: {error.errors()[0]['msg']}\n")
             return 2
         config = config.model_copy(update={"envoy": envoy})
-    files = FORMS[args.format](config)
+    files = {**FORMS[args.format](config), **secret_files(config)}
     if args.output is None:
         for number, (name, text) in enumerate(files.items()):
             sys.stdout.write(text if len(files) == 1 else f"{'---' if number else ''}\n# {name}\n{text}")
