@@ -117,6 +117,8 @@ ALLOWED_NAMES = {
     "create_server": "a function of asyncio",
     "start_server": "a function of asyncio",
     "start_unix_server": "a function of asyncio",
+    "server_hostname": "a parameter of asyncio",
+    "ServerDisconnectedError": "an exception of aiohttp",
     "host": "a part of a URL or of a socket's address; the key policy.host",
     "DECODE_HOST": "the header x-dp-decode-host",
     "PREFILL_HOST": "the header x-dp-prefill-host",
@@ -129,7 +131,6 @@ ALLOWED_NAMES = {
     "previous_hosts": "Envoy's",
     "retry_host_predicate": "Envoy's",
     "server_listener_name": "Envoy's",
-    "server_hostname": "a parameter of ssl",
 }
 """Names that libraries, Envoy, SGLang or the configuration give, and why they stay."""
 ALLOWED_IN_NAMES = (
