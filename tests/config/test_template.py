@@ -20,10 +20,14 @@ MINIMAL = (
     "decode: {endpoints: ['http://127.0.0.1:32001']}}]"
 )
 ALTERNATIVES = {
-    "first": ("workers", "selector", "pods", "api_key/file", "engine_tls"),
+    "first": ("workers", "selector", "pods", "inference_pool", "api_key/file", "engine_tls"),
     "second": ("prefill", "decode", "api_key/env", "envoy/engine_tls/sds"),
-    "third": ("workers", "service", "pods", "api_key/env", "envoy/engine_tls/ca", "engine_tls/cert", "engine_tls/key"),
-    "fourth": ("workers", "service", "selector", "api_key/env", "engine_tls"),
+    "third": (
+        *("workers", "service", "pods", "inference_pool", "api_key/env"),
+        *("envoy/engine_tls/ca", "engine_tls/cert", "engine_tls/key"),
+    ),
+    "fourth": ("workers", "service", "selector", "inference_pool", "api_key/env", "engine_tls"),
+    "fifth": ("workers", "service", "selector", "pods", "kubernetes/port", "api_key/env", "engine_tls"),
 }
 """Keys that are left out for others that exclude them. Every key stays in one of the files."""
 KEYS = {(section, key) for section in sections() for key in section.model_fields}

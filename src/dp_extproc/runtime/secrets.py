@@ -13,6 +13,7 @@ import grpc
 from dp_extproc.config import ApiKeySource, Config, Problem, ServerTls
 from dp_extproc.fleet.discovery.sources import missing_libraries
 from dp_extproc.runtime.engine_tls import problems_of_engine_tls
+from dp_extproc.runtime.self_signed import KeyAndCertificate, make_certificate, missing_library
 from dp_extproc.runtime.sockets import StartError
 from dp_extproc.runtime.tls_files import file_signature, unreadable
 
@@ -66,14 +67,17 @@ def problems_of_tls(tls: ServerTls | None) -> Iterator[Problem]:
     """Find the problems of the files of ``listen.tls``."""
     if tls is None:
         return
+    if tls.self_signed and (message := missing_library()) is not None:
+        yield Problem(None, "listen.tls.self_signed", message)
     if problems := tuple(unreadable("listen.tls", tls.files)):
         yield from problems
         return
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(tls.cert, tls.key, password="")
-    except (OSError, ValueError) as error:
-        yield Problem(None, "listen.tls", f"{tls.cert} and {tls.key} are not a certificate and its key: {error}")
+    if tls.cert is not None:
+        try:
+            context.load_cert_chain(tls.cert, tls.key, password="")
+        except (OSError, ValueError) as error:
+            yield Problem(None, "listen.tls", f"{tls.cert} and {tls.key} are not a certificate and its key: {error}")
     if tls.client_ca is not None:
         try:
             context.load_verify_locations(tls.client_ca)
@@ -98,25 +102,30 @@ def _reason(error: OSError | UnicodeDecodeError) -> str:
 def server_credentials(tls: ServerTls) -> grpc.ServerCredentials:
     """Make credentials that follow the files: gRPC fetches them at every handshake.
 
-    Files that do not fit together, as during a replacement, are not used until they do.
+    Files that do not fit together, as during a replacement, are not used until they do. A self-signed certificate stays
+    the same for the life of the process.
 
     Raises:
         StartError: A file cannot be read any more.
     """
+    pair = make_certificate() if tls.self_signed else None
     try:
-        first, certificates = file_signature(tls.files.values()), _certificates(tls)
+        first, certificates = file_signature(tls.files.values()), _certificates(tls, pair)
     except OSError as error:
         raise StartError(f"listen.tls: {error.filename} cannot be read: {_reason(error)}") from None
     return grpc.dynamic_ssl_server_credentials(
-        certificates, _RenewedCertificates(tls, first), require_client_authentication=tls.client_ca is not None
+        certificates,
+        _RenewedCertificates(tls, pair, first),
+        require_client_authentication=tls.client_ca is not None,
     )
 
 
 class _RenewedCertificates:
     """Called by gRPC at each handshake. Returns the certificates if the files have changed, else None."""
 
-    def __init__(self, tls: ServerTls, seen: object) -> None:
+    def __init__(self, tls: ServerTls, pair: KeyAndCertificate | None, seen: object) -> None:
         self._tls = tls
+        self._pair = pair
         self._seen = seen
 
     def __call__(self) -> Any:
@@ -128,15 +137,15 @@ class _RenewedCertificates:
             if problems := list(problems_of_tls(self._tls)):
                 _log.error("TLS: the files have changed, but stay unused: %s", "; ".join(map(str, problems)))
                 return None
-            renewed = _certificates(self._tls)
+            renewed = _certificates(self._tls, self._pair)
         except OSError as error:
             _log.error("TLS: the files have changed, but cannot be read: %s", error)
             return None
-        _log.info("TLS: new connections get the new certificate of %s", self._tls.cert)
+        _log.info("TLS: new connections get what %s have now", ", ".join(self._tls.files.values()))
         return renewed
 
 
-def _certificates(tls: ServerTls) -> Any:
-    key, cert = Path(tls.key).read_bytes(), Path(tls.cert).read_bytes()
-    roots = None if tls.client_ca is None else Path(tls.client_ca).read_bytes()
-    return grpc.ssl_server_certificate_configuration([(key, cert)], root_certificates=roots)
+def _certificates(tls: ServerTls, pair: KeyAndCertificate | None) -> Any:
+    files = {key: Path(path).read_bytes() for key, path in tls.files.items()}
+    used = pair or (files["key"], files["cert"])
+    return grpc.ssl_server_certificate_configuration([used], root_certificates=files.get("client_ca"))
