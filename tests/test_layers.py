@@ -19,6 +19,7 @@ LAYERS = (
     {"runtime"},
     {"observability"},
     {"extproc", "fleet", "sync.transport", "envoy_config"},
+    {"legs"},
     {"attempt"},
     {"scheduling", "sync"},
     {"load"},

@@ -117,6 +117,8 @@ ALLOWED_NAMES = {
     "create_server": "a function of asyncio",
     "start_server": "a function of asyncio",
     "start_unix_server": "a function of asyncio",
+    "server_hostname": "a parameter of asyncio",
+    "ServerDisconnectedError": "an exception of aiohttp",
     "host": "a part of a URL or of a socket's address; the key policy.host",
     "DECODE_HOST": "the header x-dp-decode-host",
     "PREFILL_HOST": "the header x-dp-prefill-host",

@@ -193,7 +193,10 @@ class FakeContext:
         return self._metadata
 
     async def read(self) -> Any:
-        return grpc.aio.EOF if self.ended and self.incoming.empty() else await self.incoming.get()
+        if self.ended and self.incoming.empty():
+            return grpc.aio.EOF
+        message = await self.incoming.get()
+        return message if message is grpc.aio.EOF else message.SerializeToString()
 
     async def write(self, message: bytes) -> None:
         assert not self._writing, "gRPC allows no two writes at once"

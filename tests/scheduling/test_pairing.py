@@ -161,14 +161,24 @@ def test_retry_goes_to_a_pair_that_agrees() -> None:
 
 
 def test_request_is_refused_if_the_subset_has_no_pair_that_agrees() -> None:
-    """Endpoints outside of the subset are not used, even if they agree."""
-    fleet = make_fleet([1, 2], [1, 2])
-    allowed = frozenset({fleet.endpoint(Role.PREFILL, 1).address, fleet.endpoint(Role.DECODE, 2).address})
+    """Decode endpoints outside of the subset are not used, even if they agree."""
+    fleet = make_fleet([1], [1, 2])
+    allowed = frozenset({fleet.endpoint(Role.DECODE, 2).address})
     refusal = place(fleet, subset=allowed)
 
     assert isinstance(refusal, Rejection)
     assert refusal.reason is Reason.NO_COMPATIBLE_PAIR
     assert numbers(fleet, place(fleet, subset=allowed | {fleet.endpoint(Role.DECODE, 1).address})) == (1, 1)
+
+
+@pytest.mark.parametrize("sizes", [[1, 2], [1, 1]], ids=["grouped by what agrees", "all alike"])
+def test_subset_limits_decode_endpoints_alone(sizes: list[int]) -> None:
+    """A gateway names endpoints of its own pool, and prefill endpoints are in none."""
+    fleet = make_fleet(sizes, sizes)
+    allowed = frozenset({fleet.endpoint(Role.DECODE, 2).address})
+    found = {numbers(fleet, place(fleet, subset=allowed)) for _ in range(30)}
+
+    assert found == ({(2, 2)} if sizes == [1, 2] else {(1, 2), (2, 2)})
 
 
 def test_pair_is_picked_that_has_room_on_both_legs() -> None:

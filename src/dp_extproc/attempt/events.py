@@ -115,7 +115,14 @@ class LegBody(Struct, frozen=True):
 
 
 class LegClosed(Struct, frozen=True):
-    """The stream of the prefill leg has ended."""
+    """The stream of the prefill leg has ended, or its connection where the service sends it itself."""
+
+    problem: str = ""
+    """Why it ended without a response, if that is known."""
+
+
+class LegUnseen(Struct, frozen=True):
+    """The engine computes the prefill leg, but its response is lost with the connection."""
 
 
 # --- other events ---
@@ -135,7 +142,7 @@ class InternalError(Struct, frozen=True):
 
 MainEvent = RequestHeaders | RequestBody | RequestTrailers | ResponseHeaders | ResponseBody | ResponseTrailers
 """Messages of Envoy on the main stream."""
-LegEvent = LegOpened | LegHeaders | LegBody | LegClosed
+LegEvent = LegOpened | LegHeaders | LegBody | LegClosed | LegUnseen
 Event = MainEvent | MainClosed | RoomFreed | QueueExpired | LegEvent | FirstEventRead | InternalError
 
 

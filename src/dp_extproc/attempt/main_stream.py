@@ -90,6 +90,11 @@ class MainStream(Machine[MainState]):
         )
         return passes and self._intake.is_complete and not sees_body
 
+    @property
+    def passes_pieces(self) -> bool:
+        """Whether each piece of the response is only passed on, and changes nothing here."""
+        return self.state is MainState.RESPONDING and self._response_mode is BodyMode.DUPLEX
+
     def extend(self, turn: Turn) -> None:
         """Have Envoy wait longer than usual for the reply to the response headers."""
         self.is_extended = True

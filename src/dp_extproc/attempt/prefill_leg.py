@@ -4,7 +4,7 @@ import math
 from typing import ClassVar, Final
 
 from dp_extproc.attempt.effects import Effects
-from dp_extproc.attempt.events import Event, LegBody, LegClosed, LegHeaders, LegOpened, ToLeg
+from dp_extproc.attempt.events import Event, LegBody, LegClosed, LegHeaders, LegOpened, LegUnseen, ToLeg
 from dp_extproc.attempt.failures import engine_error, failed
 from dp_extproc.attempt.machine import Machine, Turn, bind
 from dp_extproc.attempt.transitions import LEG, UNOPENED, LegState, Outcome, Signal
@@ -119,9 +119,9 @@ class PrefillLeg(Machine[LegState]):
     def _error_without_text(self, turn: Turn, _event: LegClosed | None) -> Outcome:
         return self._failed(turn, b"")
 
-    def _cut(self, turn: Turn, _event: LegClosed) -> Outcome:
+    def _cut(self, turn: Turn, event: LegClosed) -> Outcome:
         if self.is_supervised:
-            turn.failure = failed(Role.PREFILL, "the prefill server's connection was cut")
+            turn.failure = failed(Role.PREFILL, event.problem or "the prefill server's connection was cut")
         return Outcome.FAILED
 
     def _done(self, turn: Turn, status: int) -> Outcome:
@@ -135,7 +135,7 @@ class PrefillLeg(Machine[LegState]):
         turn.failure = engine_error(Role.PREFILL, self._status, text, message)
         return Outcome.FAILED
 
-    def _missing(self, _turn: Turn, _event: None) -> Outcome:
+    def _missing(self, _turn: Turn, _event: LegUnseen | None) -> Outcome:
         self._effects.leg_missing()
         return Outcome.MISSING
 
@@ -158,6 +158,7 @@ class PrefillLeg(Machine[LegState]):
             (LegState.ERROR_BODY, LegClosed): _error_without_text,
             (LegState.ERROR_BODY, Signal.ADVANCE): _error_without_text,
             LegClosed: _cut,
+            LegUnseen: _missing,
             Signal.ADVANCE: _missing,
             Signal.CANCEL: _cancelled,
         },

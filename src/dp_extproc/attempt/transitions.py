@@ -189,6 +189,7 @@ LEG: Final[Table[LegState]] = {
     },
     **_all((LegState.ERROR_BODY,), (on.LegBody, on.LegClosed, Signal.ADVANCE), {Outcome.FAILED: LegState.FAILED}),
     **_all((LegState.OPEN, LegState.CHECKING), (on.LegClosed,), {Outcome.FAILED: LegState.FAILED}),
+    **_all((LegState.OPEN,), (on.LegUnseen,), {Outcome.MISSING: LegState.MISSING}),
     (LegState.AWAITED, Signal.ADVANCE): {Outcome.MISSING: LegState.MISSING},
     **_all(
         (LegState.AWAITED, LegState.MISSING, LegState.OPEN, LegState.CHECKING, LegState.ERROR_BODY),

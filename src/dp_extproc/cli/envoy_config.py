@@ -1,14 +1,21 @@
 """``dp-extproc envoy-config``: print the Envoy configuration that belongs to a configuration of the service."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
+from typing import Final
 
 from pydantic import ValidationError
 
 from dp_extproc.cli import start
 from dp_extproc.config import ConfigError, EnvoySettings, Protocol
+from dp_extproc.config.listen import MAX_PORT
 from dp_extproc.envoy_config import FORMS
+from dp_extproc.envoy_config.formats.target import ObjectName, Target, mismatch
+
+_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+"""Names of objects in Kubernetes (RFC 1123), which host names are as well."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +25,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--name-prefix", metavar="TEXT", help="beginning of all names of clusters and listeners (envoy.name_prefix)"
+    )
+    gateway = parser.add_argument_group("gateway", "what exists already, for the forms that need it; see docs/mesh.md")
+    gateway.add_argument("--gateway", metavar="NAMESPACE/NAME", type=_object_name, help="the Gateway object")
+    gateway.add_argument(
+        "--listener",
+        metavar="NAME",
+        type=_name,
+        action="append",
+        default=[],
+        help="one of its listeners; may be repeated",
+    )
+    gateway.add_argument("--port", metavar="N", type=_port, help="port of its listener")
+    gateway.add_argument(
+        "--hostname",
+        metavar="HOST",
+        type=_hostname,
+        action="append",
+        default=[],
+        help="host of the requests; may be repeated",
     )
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="write files into this directory")
 
@@ -46,7 +72,11 @@ def run(args: argparse.Namespace) -> int:
             sys.stderr.write(f"--name-prefix {args.name_prefix}: {error.errors()[0]['msg']}\n")
             return 2
         config = config.model_copy(update={"envoy": envoy})
-    files = FORMS[args.format](config)
+    form, target = FORMS[args.format], Target(args.gateway, tuple(args.hostname), args.port, tuple(args.listener))
+    if problem := mismatch(args.format, target, form.takes, form.needs):
+        sys.stderr.write(f"{problem}\n")
+        return 2
+    files = form.files(config, target)
     if args.output is None:
         for number, (name, text) in enumerate(files.items()):
             sys.stdout.write(text if len(files) == 1 else f"{'---' if number else ''}\n# {name}\n{text}")
@@ -59,3 +89,28 @@ def run(args: argparse.Namespace) -> int:
         sys.stderr.write(f"{args.output}: {error.strerror}\n")
         return 1
     return 0
+
+
+def _object_name(text: str) -> ObjectName:
+    match text.split("/"):
+        case [namespace, name] if _NAME.fullmatch(namespace) and _NAME.fullmatch(name):
+            return ObjectName(namespace, name)
+    raise argparse.ArgumentTypeError(f"{text!r}: write namespace and name, such as default/eg")
+
+
+def _name(text: str) -> str:
+    if _NAME.fullmatch(text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r}: write a name of Kubernetes, such as http")
+
+
+def _hostname(text: str) -> str:
+    if _NAME.fullmatch(text.removeprefix("*.")):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r}: write a host name, such as llm.example.com or *.example.com")
+
+
+def _port(text: str) -> int:
+    if text.isdecimal() and 0 < int(text) <= MAX_PORT:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no port; write a number from 1 to {MAX_PORT}")

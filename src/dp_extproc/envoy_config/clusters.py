@@ -22,7 +22,7 @@ from dp_extproc.envoy_config.addresses import has_dns_name, may_be_several, serv
 from dp_extproc.envoy_config.filters import (
     last_upstream_filter,
     report_first_event,
-    strip_headers_before_scheduling,
+    strip_attempt_headers,
     strip_steering_headers,
 )
 from dp_extproc.envoy_config.listeners import buffer_bytes
@@ -76,7 +76,9 @@ def build_clusters(config: Config) -> list[cluster.Cluster]:
     supervised = config.supervision.mode is Supervise.FIRST_EVENT
     first_event = [report_first_event(names, config.envoy.body_mode)] if supervised else []
     owner = _grpc_options(config.listen.keepalive, stream_window=_LARGEST_WINDOW)
-    dispatch = _http_options([strip_headers_before_scheduling(), *failed_endpoints, last_upstream_filter()])
+    dispatch = _http_options(
+        [strip_attempt_headers(config.envoy.session_header), *failed_endpoints, last_upstream_filter()]
+    )
     return [
         commented(_to_service(config, buffer), "The service: envoy.service, or listen.grpc."),
         commented(

@@ -1,7 +1,7 @@
 """The HTTP filters of Envoy that call the service over ext_proc, and those that remove headers."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import timedelta
 from typing import Final
 
@@ -197,22 +197,25 @@ def _forward_only(names: Collection[str]) -> ext_proc.HeaderForwardingRules:
     return ext_proc.HeaderForwardingRules(allowed_headers=ListStringMatcher(patterns=patterns))
 
 
-def strip_client_headers(session_header: str | None) -> core.TypedExtensionConfig:
-    """Build the mutation that removes untrusted headers before any filter or route reads the request.
+def removed_from_clients() -> list[HeaderMutation]:
+    """Build the mutations that remove the untrusted headers of clients."""
+    return _remove_by_prefix(contract.UNTRUSTED_PREFIXES) + _remove_by_name(contract.UNTRUSTED_NAMES)
 
-    Args:
-        session_header: Header of clients that is copied to :data:`~dp_extproc.contract.SESSION` for the service.
+
+def strip_client_headers() -> core.TypedExtensionConfig:
+    """Build the mutation that removes untrusted headers before any filter or route reads the request."""
+    return _early_mutation(removed_from_clients())
+
+
+def strip_before_scheduling() -> core.TypedExtensionConfig:
+    """Build the mutation that removes untrusted headers at the listener where requests are scheduled.
+
+    It repeats :func:`strip_client_headers`, because the listener before may be any. :func:`strip_attempt_headers`
+    removes the two headers that pass here, on the only way to this listener.
     """
-    mutations = _remove_by_prefix(contract.UNTRUSTED_PREFIXES)
-    mutations += [HeaderMutation(remove=name) for name in contract.UNTRUSTED_NAMES]
-    if session_header is not None:
-        copy = core.HeaderValue(key=contract.SESSION, value=f"%REQ({session_header})%")
-        # Envoy adds no empty header.
-        mutations.append(HeaderMutation(append=core.HeaderValueOption(header=copy)))
-    return core.TypedExtensionConfig(
-        name="envoy.http.early_header_mutation.header_mutation",
-        typed_config=pack(early_header_mutation.HeaderMutation(mutations=mutations)),
-    )
+    removed = _remove_by_prefix((contract.OVERRIDE_PREFIX, _ENVOY_PREFIX))
+    internal = (name for name in contract.SET_INSIDE if name != contract.AVOID)
+    return _early_mutation(removed + _remove_by_name((*contract.UNTRUSTED_NAMES, *internal)))
 
 
 def strip_steering_headers() -> HttpFilter:
@@ -226,17 +229,23 @@ def strip_steering_headers() -> HttpFilter:
     return _mutation_filter(header_mutation.Mutations(request_mutations=removed, response_mutations=removed))
 
 
-def strip_headers_before_scheduling() -> HttpFilter:
-    """Build the filter that removes untrusted headers on the way to the listener where requests are scheduled.
+def strip_attempt_headers(session_header: str | None) -> HttpFilter:
+    """Build the filter on the way to the listener where requests are scheduled, which sets what that listener accepts.
 
-    It repeats :func:`strip_client_headers`, because another front door may lack that. The name of the conversation
-    stays, since the client chooses it in any case.
+    These are the failed attempts, which a later filter adds, and the name of the conversation. Both are removed first.
+    The filter runs anew for each attempt.
+
+    Args:
+        session_header: Header of clients that is copied to :data:`~dp_extproc.contract.SESSION` for the service.
     """
-    removed = _remove_by_prefix((contract.OVERRIDE_PREFIX, _ENVOY_PREFIX))
-    removed += [HeaderMutation(remove=name) for name in (*contract.UNTRUSTED_NAMES, *contract.SET_INSIDE)]
+    mutations = _remove_by_prefix((contract.OWNED_PREFIX,))
+    if session_header is not None:
+        copy = core.HeaderValue(key=contract.SESSION, value=f"%REQ({session_header})%")
+        # Envoy adds no empty header.
+        mutations.append(HeaderMutation(append=core.HeaderValueOption(header=copy)))
     return commented(
-        _mutation_filter(header_mutation.Mutations(request_mutations=removed)),
-        "Removes untrusted headers once more, because another front door may not do so.",
+        _mutation_filter(header_mutation.Mutations(request_mutations=mutations)),
+        "A client sets no x-dp-* header, whichever listener it reached. envoy.session_header is copied here.",
     )
 
 
@@ -247,6 +256,17 @@ def last_upstream_filter() -> HttpFilter:
 
 def _mutation_filter(mutations: header_mutation.Mutations) -> HttpFilter:
     return http_filter("header_mutation", header_mutation.HeaderMutation(mutations=mutations))
+
+
+def _early_mutation(mutations: Sequence[HeaderMutation]) -> core.TypedExtensionConfig:
+    return core.TypedExtensionConfig(
+        name="envoy.http.early_header_mutation.header_mutation",
+        typed_config=pack(early_header_mutation.HeaderMutation(mutations=list(mutations))),
+    )
+
+
+def _remove_by_name(names: Iterable[str]) -> list[HeaderMutation]:
+    return [HeaderMutation(remove=name) for name in names]
 
 
 def _remove_by_prefix(prefixes: Sequence[str]) -> list[HeaderMutation]:

@@ -1,13 +1,30 @@
 """The forms in which ``dp-extproc envoy-config`` prints, by their names."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
+from msgspec import Struct
+
 from dp_extproc.config import Config
-from dp_extproc.envoy_config.formats import bootstrap
+from dp_extproc.envoy_config.formats import bootstrap, envoy_gateway
+from dp_extproc.envoy_config.formats.target import Target
 
 Files = Mapping[str, str]
 """Texts of YAML by file name."""
 
-FORMS: Final[Mapping[str, Callable[[Config], Files]]] = {"bootstrap": bootstrap.files}
-"""What makes the files of a form from a configuration."""
+
+class Form(Struct, frozen=True):
+    """A form of Envoy's side of a configuration."""
+
+    files: Callable[[Config, Target], Files]
+    """Makes the files."""
+    takes: Collection[str] = ()
+    """Options of the command line about the gateway that it uses; see :mod:`.target`."""
+    needs: Collection[str] = ()
+    """Those of them without which it cannot be printed."""
+
+
+FORMS: Final[Mapping[str, Form]] = {
+    "bootstrap": Form(bootstrap.files),
+    "envoy-gateway": Form(envoy_gateway.files, envoy_gateway.TAKES, envoy_gateway.NEEDS),
+}

@@ -28,7 +28,7 @@ def build_front_door(config: Config) -> listener.Listener:
             request_timeout=timedelta(seconds=settings.request_timeout),
             delayed_close_timeout=CLOSE_DELAY,
             use_remote_address=True,
-            early_header_mutation_extensions=[strip_client_headers(settings.session_header)],
+            early_header_mutation_extensions=[strip_client_headers()],
             generate_request_id=True,
             preserve_external_request_id=True,
             local_reply_config=build_local_replies(settings.max_body_bytes),

@@ -20,6 +20,7 @@ from dp_extproc.envoy_config.filters import (
     remember_owner,
     report_prefill,
     schedule_requests,
+    strip_before_scheduling,
 )
 from dp_extproc.envoy_config.local_replies import build_local_replies
 from dp_extproc.envoy_config.lua_filters import swap_leg_preamble
@@ -94,7 +95,9 @@ def build_internal_listeners(config: Config) -> list[listener.Listener]:
         filters.append(remember_decode_endpoint())
     replies = build_local_replies(settings.max_body_bytes, retries=config.retry.attempts > 1)
     routes = to_engines(names, supervision, settings.body_mode)
-    dispatch = _internal_http(names.dispatch, routes, filters, _log_requests(), replies)
+    dispatch = _internal_http(
+        names.dispatch, routes, filters, _log_requests(), replies=replies, mutations=[strip_before_scheduling()]
+    )
     owner = commented(remember_owner(), "The report below opens after the x-dp-* headers were removed.")
     prefill_leg = _internal_http(
         names.prefill_leg,
@@ -134,7 +137,9 @@ def _internal_http(
     routes: RouteConfiguration,
     filters: Sequence[hcm.HttpFilter],
     access_log: AccessLog,
+    *,
     replies: hcm.LocalReplyConfig | None = None,
+    mutations: Sequence[core.TypedExtensionConfig] = (),
 ) -> listener.Filter:
     manager = commented(
         hcm.HttpConnectionManager(
@@ -145,10 +150,12 @@ def _internal_http(
             max_request_headers_kb=_MAX_HEADERS_KB,
             stream_idle_timeout=NO_TIMEOUT,
             delayed_close_timeout=CLOSE_DELAY,
+            early_header_mutation_extensions=list(mutations),
             access_log=[access_log],
             local_reply_config=replies,
         ),
         common_http_protocol_options="100 headers of the client, and those that the service adds.",
+        early_header_mutation_extensions="Removes untrusted headers once more: another front door may not do so.",
         max_request_headers_kb="The prefill leg's preamble is a header, with some 60 bytes for each prompt of\n"
         "a batch. Envoy's default is 60 KiB.",
     )

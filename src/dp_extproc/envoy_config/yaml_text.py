@@ -13,7 +13,12 @@ import yaml
 from betterproto2 import Casing, Message
 from envoy_data_plane.google.protobuf import Any as PackedMessage
 
-M = TypeVar("M", bound=Message)
+
+class Fields(dict[str, Any]):
+    """A mapping that can have comments, such as a part of a resource of Kubernetes."""
+
+
+M = TypeVar("M", bound=Message | Fields)
 
 _ITSELF: Final = ""
 _comments: Final[dict[int, Mapping[str, str]]] = {}
@@ -38,7 +43,7 @@ def commented(message: M, comment: str | None = None, /, **fields: str) -> M:
     """Attach comments to *message* and return it.
 
     Args:
-        message: A part of the printed configuration.
+        message: A part of the printed configuration: a message or :class:`Fields`.
         comment: Text above the whole message, as an item of a list or as the value of a field.
         fields: Texts above single fields, by the field's name.
     """

@@ -29,6 +29,7 @@ from dp_extproc.attempt.listener import AttemptListener
 from dp_extproc.config.reliability import RetrySettings, SupervisionSettings
 from dp_extproc.extproc.codec import read_event, read_leg_event, read_modes, read_subset_hint, write_reply
 from dp_extproc.extproc.listeners import AttemptListeners
+from dp_extproc.extproc.pieces import pass_piece
 from dp_extproc.extproc.stopping import OpenStreams
 from dp_extproc.extproc.streams import PROCEED, MirroredLeg, Registry, Streams, Writer
 from dp_extproc.extproc.waiting import Waiting
@@ -86,8 +87,11 @@ class ExtProcService:
         self._registry = Registry()
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """Make the handler that a gRPC server registers. Its replies are serialised already, most of them only once."""
-        process = grpc.stream_stream_rpc_method_handler(self.process, ProcessingRequest.FromString, None)
+        """Make the handler that a gRPC server registers.
+
+        Its messages are not parsed yet, since some need not be. Its replies are serialised already, most of them once.
+        """
+        process = grpc.stream_stream_rpc_method_handler(self.process, None, None)
         return grpc.method_handlers_generic_handler(SERVICE_NAME, {"Process": process})
 
     async def leave(self) -> None:
@@ -125,23 +129,31 @@ class ExtProcService:
         self._listener.attempt_opened()
         try:
             first = await context.read()
-            if first is not grpc.aio.EOF and not first.observability_mode:  # there a reply would be a violation
-                await self._serve_attempt(first, context)
+            if first is grpc.aio.EOF:
+                return
+            message = _parse(first)
+            if not message.observability_mode:  # there a reply would be a violation
+                await self._serve_attempt(message, context)
         finally:
             self._listener.attempt_closed()
 
-    async def _serve_attempt(self, message: Any, context: grpc.aio.ServicerContext) -> None:
+    async def _serve_attempt(self, message: ProcessingRequest, context: grpc.aio.ServicerContext) -> None:
         gateway = self._gateway
         subset = read_subset_hint(message) if gateway.names_subsets else None
         attempt = Attempt(self._environment, *read_modes(message), subset)
         streams = Streams(attempt, Writer(context))
         self._registry.add(streams)
         try:
-            while message is not grpc.aio.EOF:
+            while True:
                 event = read_event(message, gateway.session_header)
                 if event is not None:
                     await streams.carry_out(self._receive(streams, event), streams.main)
-                message = await self._open.read(attempt.main, context)
+                raw = await self._open.read(attempt.main, context)
+                if attempt.main.passes_pieces and streams.main.is_idle:
+                    raw = await _pass_pieces(raw, context)
+                if raw is grpc.aio.EOF:
+                    break
+                message = _parse(raw)
         except ProtocolViolationError as violation:
             _log.warning("ext_proc stream ended: %s", violation)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(violation))
@@ -190,14 +202,15 @@ class ExtProcService:
         leg = MirroredLeg(context)
         streams = self._registry.find(token)
         if streams is None or streams.leg is not None or not streams.attempt.leg.may_open:
-            while (message := await context.read()) is not grpc.aio.EOF:
-                if (reply := PROCEED.get(type(read_leg_event(message)))) is not None:
-                    await leg.write((reply,))
+            while (raw := await context.read()) is not grpc.aio.EOF:
+                if (reply := PROCEED.get(type(read_leg_event(_parse(raw))))) is not None:
+                    leg.put(reply)
+                    await leg.flush()
             return
         streams.leg = leg
         try:
-            while (message := await context.read()) is not grpc.aio.EOF:
-                if (event := read_leg_event(message)) is not None:
+            while (raw := await context.read()) is not grpc.aio.EOF:
+                if (event := read_leg_event(_parse(raw))) is not None:
                     leg.message = type(event)
                     await streams.carry_out(self._receive(streams, event), leg)
         finally:
@@ -210,8 +223,8 @@ class ExtProcService:
         """Serve the stream that sees how a response begins; it is closed as soon as that is known."""
         streams = self._registry.find(token)
         first = FirstEventReader()
-        while (message := await context.read()) is not grpc.aio.EOF:
-            event = read_event(message)
+        while (raw := await context.read()) is not grpc.aio.EOF:
+            event = read_event(_parse(raw))
             if isinstance(event, on.RequestHeaders):
                 await context.write(_PASS_REQUEST)
             elif isinstance(event, on.ResponseHeaders):  # sent only if the request was not read
@@ -228,6 +241,22 @@ class ExtProcService:
                     return
 
 
+async def _pass_pieces(raw: Any, context: grpc.aio.ServicerContext) -> Any:
+    """Pass on the pieces of a response in full duplex, from the first message on.
+
+    Nothing else writes to the stream meanwhile: once the head of a response has gone, nothing but its own messages
+    causes replies.
+
+    Returns:
+        The first message that is no piece, or EOF.
+    """
+    while raw is not grpc.aio.EOF and (reply := pass_piece(raw)) is not None:
+        await context.write(reply)
+        raw = await context.read()
+    return raw
+
+
+_parse: Final = ProcessingRequest.FromString
 _PASS_REQUEST: Final = write_reply(Continue(Phase.REQUEST_HEADERS))
 _PASS_HEADERS: Final = write_reply(Continue(Phase.RESPONSE_HEADERS))
 _PASS_BODY: Final = write_reply(Continue(Phase.RESPONSE_BODY))

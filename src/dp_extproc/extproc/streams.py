@@ -1,7 +1,8 @@
 """The ext_proc streams of attempts: what is written to them, and how the leg of an attempt finds it."""
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Final
 
@@ -30,23 +31,45 @@ _LEG_REPLIES: Final[dict[ToLeg, Reply]] = {
 
 
 class Writer:
-    """Writes replies to a stream, one at a time: gRPC allows no two writes at once.
+    """Writes replies to a stream, in the order in which they were put and one at a time, as gRPC requires.
 
     Nothing follows an immediate response.
     """
 
-    __slots__ = ("_context", "_is_over", "_lock")
+    __slots__ = ("_context", "_is_over", "_lock", "_replies")
 
     def __init__(self, context: grpc.aio.ServicerContext) -> None:
         self._context = context
         self._lock = asyncio.Lock()
         self._is_over = False
+        self._replies: deque[Reply] = deque()
 
-    async def write(self, replies: Iterable[Reply]) -> None:
-        for reply in replies:
+    @property
+    def has_replies(self) -> bool:
+        """Whether replies are still to be written."""
+        return bool(self._replies)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no reply is to be written, nor is being written."""
+        return not (self._replies or self._lock.locked())
+
+    def put(self, reply: Reply) -> None:
+        """Put a reply behind all others, in the same step in which the attempt has changed its state.
+
+        So the order on the wire is that of the attempt, whichever coroutine gets to write first.
+        """
+        self._replies.append(reply)
+
+    async def flush(self) -> None:
+        """Write all replies, whoever has put them."""
+        while self._replies:
             async with self._lock:
-                if self._is_over:
+                if not self._replies:
                     return
+                reply = self._replies.popleft()
+                if self._is_over:
+                    continue
                 self._is_over = isinstance(reply, Immediate)
                 await self._context.write(write_reply(reply))
 
@@ -61,9 +84,9 @@ class MirroredLeg(Writer):
         self.message: type = on.LegOpened
         """The kind of the last message, which is the next to get a reply."""
 
-    def reply(self, command: ToLeg) -> Reply:
-        """Give the reply that carries out a command."""
-        return PROCEED[self.message] if command is ToLeg.PROCEED else _LEG_REPLIES[command]
+    def carry_out(self, command: ToLeg) -> None:
+        """Put the reply that carries out a command."""
+        self.put(PROCEED[self.message] if command is ToLeg.PROCEED else _LEG_REPLIES[command])
 
 
 class Streams:
@@ -82,46 +105,36 @@ class Streams:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def carry_out(self, commands: list[Command], own: Writer) -> None:
-        """Write to each stream what is meant for it.
+        """Carry out commands in the coroutine of a stream.
 
         Args:
             commands: All commands.
             own: The stream whose coroutine this is. Envoy may cancel it at any time, also in the middle of a write;
                 that must not keep the other streams from what is meant for them.
         """
-        if commands and (replies := self.post(commands, own)):
-            await own.write(replies)
+        if commands:
+            self.post(commands, own)
+        if own.has_replies:
+            await own.flush()
 
-    def post(self, commands: list[Command], own: Writer | None = None) -> list[Reply]:
-        """Write the replies of each stream but *own*, in tasks of their own.
-
-        Returns:
-            The replies of *own*, which its coroutine has to write.
-        """
-        leg = self.leg
-        to_main: list[Reply] = []
-        to_leg: list[Reply] = []
+    def post(self, commands: list[Command], own: Writer | None = None) -> None:
+        """Put the replies of each stream into its queue, and write those of each stream but *own* in a task."""
         for command in commands:
             if isinstance(command, ToLeg):
-                if leg is not None:
-                    to_leg.append(leg.reply(command))
+                if self.leg is not None:
+                    self.leg.carry_out(command)
             elif not isinstance(command, Enqueue):
-                to_main.append(command)
-        if to_main and own is not self.main:
-            self._start(self.main, to_main)
-        if to_leg and leg is not None and own is not leg:
-            self._start(leg, to_leg)
-        return to_main if own is self.main else to_leg
-
-    def _start(self, writer: Writer, replies: list[Reply]) -> None:
-        task = asyncio.create_task(_write_if_open(writer, replies))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+                self.main.put(command)
+        for writer in (self.main, self.leg):
+            if writer is not None and writer is not own and writer.has_replies:
+                task = asyncio.create_task(_flush_if_open(writer))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
 
 
-async def _write_if_open(writer: Writer, replies: list[Reply]) -> None:
+async def _flush_if_open(writer: Writer) -> None:
     with suppress(asyncio.CancelledError, asyncio.InvalidStateError, grpc.RpcError, grpc.aio.BaseError):
-        await writer.write(replies)
+        await writer.flush()
 
 
 class Registry:

@@ -2,7 +2,7 @@
 
 The filters, in this order:
 
-1. Subset: the addresses that the gateway allows.
+1. Subset: the addresses that the gateway allows. It limits no prefill endpoint.
 2. Freshness: the endpoints whose load is known best. A stale one is used only if none is fresh.
 3. Capability: the engine's release reads the routing fields of the request, wherever they have to stand.
 4. Retry avoidance: the endpoints of failed attempts are left out as far as there are others.
@@ -14,6 +14,8 @@ to fail this very request.
 """
 
 from collections.abc import Iterable, Sequence
+
+from msgspec.structs import replace
 
 from dp_extproc.engines.adapter import adapter_of, unavailable
 from dp_extproc.engines.model import Role
@@ -41,6 +43,7 @@ class EndpointFilter:
         self, pool: str, role: Role, request: InferenceRequest, context: RequestContext, now: float
     ) -> Sequence[EndpointLoad] | Rejection:
         """Return the endpoints of a role that a request may be scheduled on, at least one, or its refusal."""
+        context = for_role(context, role)
         subset = context.subset
         if subset is None:
             capable = self.capable(pool, role, request.api, now, is_read=request.is_read)
@@ -83,6 +86,14 @@ def read_subset(values: Iterable[str]) -> Subset:
         values: The items of the hint. An empty hint allows no endpoint.
     """
     return frozenset(each for value in values for part in value.split(",") if (each := part.strip()))
+
+
+def for_role(context: RequestContext, role: Role) -> RequestContext:
+    """Return a context as it concerns a role.
+
+    A subset is of the endpoints to which the gateway itself sends requests, and these are no prefill endpoints.
+    """
+    return replace(context, subset=None) if role is Role.PREFILL and context.subset is not None else context
 
 
 def allows(subset: Subset, address: str) -> bool:

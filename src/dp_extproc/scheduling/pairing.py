@@ -21,7 +21,7 @@ from dp_extproc.request.body import InferenceRequest
 from dp_extproc.request.rejection import TRY_AGAIN, Reason, Rejection
 from dp_extproc.scheduling.admission import least_tokens, may_hold
 from dp_extproc.scheduling.decision import RequestContext
-from dp_extproc.scheduling.filters import EndpointFilter, freshest, preferred, serves
+from dp_extproc.scheduling.filters import EndpointFilter, for_role, freshest, preferred, serves
 
 _SHOWN: Final = 4
 """Bounds the differences that one message names."""
@@ -123,9 +123,10 @@ def best_of(
     ejected endpoint may work again by now, while a rank that is too small for a prompt never holds it.
     """
     estimate, least = _tokens(load, pool, request)
+    of_prefill = for_role(context, Role.PREFILL)
     found: list[tuple[PairQuality, Match]] = []
     for match in matches:
-        prefills = _usable(load, match.prefills, request, context, now) if match.prefills else _AGGREGATED
+        prefills = _usable(load, match.prefills, request, of_prefill, now) if match.prefills else _AGGREGATED
         decodes = _usable(load, match.decodes, request, context, now)
         if prefills is not None and decodes is not None:
             usable = Match(prefills[1], decodes[1])

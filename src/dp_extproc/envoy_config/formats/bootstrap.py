@@ -7,6 +7,7 @@ from envoy_data_plane.envoy.config.core import v3 as core
 
 from dp_extproc.config import Config
 from dp_extproc.envoy_config.block import build_block, build_bootstrap_extension
+from dp_extproc.envoy_config.formats.target import Target
 from dp_extproc.envoy_config.front_door import build_front_door
 from dp_extproc.envoy_config.yaml_text import commented, render_yaml
 
@@ -39,6 +40,6 @@ def build_bootstrap(config: Config) -> bootstrap.Bootstrap:
     )
 
 
-def files(config: Config) -> dict[str, str]:
+def files(config: Config, _: Target) -> dict[str, str]:
     """Return the file ``envoy.yaml``."""
     return {"envoy.yaml": render_yaml(build_bootstrap(config))}
