@@ -17,7 +17,7 @@ LAYERS = (
     {"lab.workload"},
     {"lab.engine"},
     {"runtime"},
-    {"observability"},
+    {"observability", "envoy_check"},
     {"extproc", "fleet", "sync.transport", "envoy_config"},
     {"legs"},
     {"attempt"},
@@ -47,7 +47,7 @@ READS_THE_FILE = "config/source.py"
 """It takes a path, and may read it with pathlib; nothing else in a pure package does."""
 CONFINED = {
     "grpc": {"extproc", "runtime"},
-    "httpx": {"fleet", "runtime", "lab.demo", "lab.engine", "lab.testbed"},
+    "httpx": {"fleet", "runtime", "envoy_check", "lab.demo", "lab.engine", "lab.testbed"},
 }
 """Libraries that belong to some packages alone."""
 MOST_LINES = 400

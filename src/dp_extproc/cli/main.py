@@ -14,7 +14,7 @@ from dp_extproc import __version__
 
 _COMMANDS: Final = {
     "serve": ("dp_extproc.cli.serve", "run the external processor"),
-    "check": ("dp_extproc.cli.check", "check a configuration and every engine it names"),
+    "check": ("dp_extproc.cli.check", "check a configuration, every engine it names, and an Envoy"),
     "envoy-config": ("dp_extproc.cli.envoy_config", "print the Envoy configuration for a configuration"),
     "init": ("dp_extproc.cli.init", "write a configuration file with every key, to begin with"),
     "schema": ("dp_extproc.cli.schema", "print a JSON Schema of the configuration file, for editors"),

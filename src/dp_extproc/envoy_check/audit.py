@@ -6,12 +6,10 @@ from typing import Final
 from dp_extproc.config import Config, Protocol
 from dp_extproc.envoy_check import block, whole
 from dp_extproc.envoy_check.entrance import entrance
-from dp_extproc.envoy_check.facts import Facts, active
+from dp_extproc.envoy_check.facts import Facts
 from dp_extproc.envoy_check.findings import Finding, Severity
 from dp_extproc.envoy_check.picker import picker
 from dp_extproc.envoy_check.snapshot import Snapshot
-from dp_extproc.envoy_config.block import build_block
-from dp_extproc.envoy_config.names import Names
 
 Rule = Callable[[Facts], Iterable[Finding]]
 
@@ -34,16 +32,6 @@ RULES: Final[Mapping[Protocol, tuple[Rule, ...]]] = {
 
 def audit(snapshot: Snapshot, config: Config) -> list[Finding]:
     """Compare an Envoy with what a configuration needs. Errors come first, each finding once."""
-    block_ = build_block(config)
-    facts = Facts(
-        config=config,
-        names=Names.of(config),
-        block=block_,
-        snapshot=snapshot,
-        clusters=active(snapshot.clusters),
-        listeners=active(snapshot.listeners),
-        names_of_block=frozenset({*(each.name for each in block_.listeners), *(each.name for each in block_.clusters)}),
-        not_read=[],
-    )
+    facts = Facts.of(snapshot, config)
     found = [each for rule in RULES[config.protocol] for each in rule(facts)]
     return sorted(dict.fromkeys([*found, *facts.not_read]), key=lambda each: each.severity is not Severity.ERROR)

@@ -8,7 +8,6 @@ from betterproto2 import Message
 from envoy_data_plane.envoy.config.cluster.v3 import Cluster
 from envoy_data_plane.envoy.config.core.v3 import RoutingPriority
 from envoy_data_plane.envoy.config.listener.v3 import Listener
-from msgspec import Struct
 
 from dp_extproc.envoy_check.differences import ABSENT, Difference, differences, shown
 from dp_extproc.envoy_check.facts import Facts
@@ -51,6 +50,8 @@ def present(facts: Facts) -> Iterator[Finding]:
         ("cluster", facts.block.clusters, facts.clusters, facts.snapshot.clusters),
     ):
         for each in printed:
+            if each.name == facts.names.dispatch and each.name not in known and kind == "cluster" and facts.entrances:
+                continue  # A controller chose the name of the cluster that leads into the block.
             yield from _compare(kind, each, known, all_of_kind)
 
 
@@ -68,7 +69,7 @@ def _compare(
     try:
         found = read_message(type(printed), resource.data)
     except UnreadableError as error:
-        yield finding("field_differs", place, what="it cannot be read", found=str(error), printed="a readable one")
+        yield _unreadable(place, error)
         return
     if taken := _taken(printed, found):
         yield finding("name_taken", place, found=taken)
@@ -88,48 +89,58 @@ def _taken(printed: Listener | Cluster, found: Listener | Cluster) -> str | None
 def compare(place: str, printed: Message, found: Message, ignored: Iterable[str] = ()) -> Iterator[Finding]:
     """Report each field that differs, except those that other rules compare."""
     skipped = _OTHER_RULES | set(ignored)
-    listed = [each for each in differences(printed, found) if each.path[0] not in skipped]
+    try:
+        listed = [each for each in differences(printed, found) if each.path[0] not in skipped]
+    except UnreadableError as error:
+        yield _unreadable(place, error)
+        return
     for each in listed[:_MOST_DIFFERENCES]:
         yield _different(f"{place}: {each.where}", each)
     if (more := len(listed) - _MOST_DIFFERENCES) > 0:
         yield finding("field_differs", place, what=f"{more} more fields differ", found="another", printed="one")
 
 
+def _unreadable(place: str, error: UnreadableError) -> Finding:
+    return finding("field_differs", place, what="it cannot be read", found=str(error), printed="readable values")
+
+
 _OTHER_RULES: Final = frozenset({"circuit_breakers", "outlier_detection"})
 """Fields of clusters with rules of their own."""
 
 
-class _Explanation(Struct, frozen=True):
-    """What a field is for."""
-
-    fields: frozenset[str]
-    """Names of fields; the path has one of them."""
-    what: str
-    is_needed: bool = True
-    """Whether requests fail, or a promise does not hold, if it differs."""
-
-
-_EXPLANATIONS: Final = (
-    _Explanation(frozenset({"access_log", "stat_prefix", "alt_stat_name"}), "logs or statistics differ", is_needed=False),
-    _Explanation(frozenset({"local_reply_config"}), "Envoy's own errors, or the retries that they ask for, differ"),
-    _Explanation(frozenset({"failure_mode_allow"}), "a crash of the service does not cut responses as it should"),
-    _Explanation(frozenset({"processing_mode", "allow_mode_override"}), "the service misses messages, or gets others"),
-    _Explanation(frozenset({"message_timeout", "max_message_timeout"}), "Envoy waits another time for the service"),
-    _Explanation(frozenset({"forward_rules"}), "the service gets other headers than those that it reads"),
-    _Explanation(frozenset({"metadata_options"}), "the access log has no decisions, and refusals lose their text"),
-    _Explanation(frozenset({"initial_stream_window_size"}), "Envoy crashes when it has buffered a window of events"),
-    _Explanation(frozenset({"connection_keepalive"}), "Envoy does not notice that the machine of the service is lost"),
-    _Explanation(frozenset({"per_connection_buffer_limit_bytes"}), "larger bodies get a 413, or are not retried"),
-    _Explanation(frozenset({"max_request_headers_kb", "max_headers_count"}), "large batches get a 431"),
-    _Explanation(frozenset({"stream_idle_timeout", "timeout", "request_timeout"}), "long prompts or answers are cut"),
-    _Explanation(frozenset({"delayed_close_timeout"}), "the end of a truncated response is delayed", is_needed=False),
-    _Explanation(frozenset({"common_http_protocol_options"}), "requests are sent into connections that engines close"),
-    _Explanation(frozenset({"early_header_mutation_extensions"}), "headers of clients may steer requests"),
-    _Explanation(frozenset({"request_mirror_policies"}), "prefill gets no copy, or another one"),
-    _Explanation(frozenset({"original_dst_lb_config"}), "Envoy does not dial the endpoint that was picked"),
-    _Explanation(frozenset({"connect_timeout", "dns_lookup_family"}), "connections are made otherwise", is_needed=False),
-    _Explanation(frozenset({"load_assignment"}), "the cluster leads elsewhere"),
-)  # fmt: skip
+_NEEDED: Final = {
+    "local_reply_config": "Envoy's own errors, or the retries that they ask for, differ",
+    "failure_mode_allow": "a crash of the service does not pass as it should: responses in flight, or new requests",
+    "processing_mode": "the service misses messages, or gets others",
+    "allow_mode_override": "the service cannot ask for the text of a response",
+    "message_timeout": "Envoy waits another time for the service",
+    "max_message_timeout": "the service may not hold a response for as long as it has to",
+    "forward_rules": "the service gets other headers than those that it reads",
+    "metadata_options": "the access log has no decisions, and refusals lose their text",
+    "initial_stream_window_size": "Envoy crashes when it has buffered a window of events",
+    "connection_keepalive": "Envoy does not notice that the machine of the service is lost",
+    "per_connection_buffer_limit_bytes": "larger bodies get a 413, or are not retried",
+    "max_request_headers_kb": "large batches get a 431",
+    "max_headers_count": "requests with many headers get a 431",
+    "stream_idle_timeout": "long prompts are cut",
+    "timeout": "long prompts or answers are cut",
+    "early_header_mutation_extensions": "headers of clients may steer requests",
+    "request_mirror_policies": "prefill gets no copy, or another one",
+    "original_dst_lb_config": "Envoy does not dial the endpoint that was picked",
+    "idle_timeout": "requests are sent into connections that engines close",
+    "load_assignment": "the cluster leads elsewhere",
+}
+"""What fails if a field differs. The last one in a path counts."""
+_CHOSEN: Final = {
+    "access_log": "the log of requests differs",
+    "body_format_override": "the text of an error of Envoy differs",
+    "stat_prefix": "names of statistics differ",
+    "alt_stat_name": "names of statistics differ",
+    "delayed_close_timeout": "the end of a truncated response is delayed",
+    "connect_timeout": "connections may take another time",
+    "dns_lookup_family": "another family of addresses is used",
+}
+"""What changes if a field differs that an operator may choose."""
 _LEFT_BY_GATEWAYS: Final = frozenset({
     "common_lb_config", "dns_lookup_family", "dns_refresh_rate", "ignore_health_on_host_removal", "lb_policy",
     "metadata", "respect_dns_ttl", "traffic_direction", "wait_for_warm_on_init", "upstream_bind_config",
@@ -144,9 +155,10 @@ def _different(place: str, difference: Difference) -> Finding:
     values = {"found": shown(difference.found), "printed": shown(difference.printed)}
     if len(difference.path) == 1 and difference.printed is ABSENT and difference.path[0] in _LEFT_BY_GATEWAYS:
         return finding("setting_differs", place, what="it was added", **values)
-    for each in _EXPLANATIONS:
-        if not each.fields.isdisjoint(difference.path):
-            return finding("field_differs" if each.is_needed else "setting_differs", place, what=each.what, **values)
+    for field in reversed(difference.path):
+        for code, known in (("field_differs", _NEEDED), ("setting_differs", _CHOSEN)):
+            if field in known:
+                return finding(code, place, what=known[field], **values)
     return finding("field_differs", place, what="it is not as printed", **values)
 
 
@@ -195,9 +207,8 @@ def exposed(facts: Facts) -> Iterator[Finding]:
     inner = {names.prefill_leg, names.decode, names.decode_server, names.prefill, names.service_owner}
     inner &= {each.name for each in facts.block.clusters}
     ours = {each.name for each in facts.block.listeners}
-    for way in ways_to(facts.snapshot, inner, facts.skip):
-        if way.listener.name not in ours:
-            yield finding("cluster_exposed", way.place, entrance=names.dispatch)
+    for way in ways_to(facts.snapshot, inner, facts.skip, inside=ours):
+        yield finding("cluster_exposed", way.place, entrance=names.dispatch)
     for resource in facts.snapshot.listeners:
         if resource.name in ours or not mentions(resource.data, inner):
             continue

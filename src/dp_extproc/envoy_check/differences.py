@@ -1,12 +1,12 @@
 """Compares two messages field by field."""
 
 from collections.abc import Iterator, Mapping
-from itertools import zip_longest
 from typing import Any, Final
 
 from betterproto2 import Message
 from msgspec import Struct
 
+from dp_extproc.envoy_check.messages import UnreadableError
 from dp_extproc.envoy_config.yaml_text import plain
 
 ABSENT: Final = "not set"
@@ -38,8 +38,18 @@ _ORDER: Final = "[order]"
 
 
 def differences(printed: Message, found: Message) -> Iterator[Difference]:
-    """Yield what differs. Parts with names are compared with those of the same name, wherever they stand."""
-    yield from _compare((), plain(printed), plain(found))
+    """Yield what differs. Parts with names are compared with those of the same name, wherever they stand.
+
+    Raises:
+        UnreadableError: A number exceeds its field, so that what it is in cannot be read.
+    """
+    if printed == found:  # which is fast, and mostly the case
+        return
+    try:
+        values = plain(found)
+    except Exception as error:  # noqa: BLE001 - the library raises many kinds for malformed data
+        raise UnreadableError(f"has a value that exceeds its field: {error}") from None
+    yield from _compare((), plain(printed), values)
 
 
 def shown(value: Any) -> str:
@@ -65,7 +75,10 @@ def _compare(path: tuple[str, ...], printed: Any, found: Any) -> Iterator[Differ
 def _compare_lists(path: tuple[str, ...], printed: list[Any], found: list[Any]) -> Iterator[Difference]:
     names, others = _names(printed), _names(found)
     if names is None or others is None:
-        for number, pair in enumerate(zip_longest(printed, found, fillvalue=ABSENT)):
+        if len(printed) != len(found):
+            yield Difference(path, printed, found)
+            return
+        for number, pair in enumerate(zip(printed, found, strict=True)):
             yield from _compare((*path, f"[{number}]"), *pair)
         return
     for name in dict.fromkeys((*names, *others)):

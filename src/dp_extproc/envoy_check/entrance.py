@@ -12,7 +12,7 @@ from dp_extproc.envoy_check.block import compare, low_breakers
 from dp_extproc.envoy_check.bodies import bodies, body_limit
 from dp_extproc.envoy_check.facts import Facts
 from dp_extproc.envoy_check.findings import Finding, finding
-from dp_extproc.envoy_check.messages import UnreadableError, mentions, read_message, unpack
+from dp_extproc.envoy_check.messages import unpack
 from dp_extproc.envoy_check.mutations import (
     removed_from_requests,
     removed_from_responses,
@@ -31,12 +31,16 @@ _WITH_RESET: Final = frozenset({"reset", "5xx"})
 
 def entrance(facts: Facts) -> Iterator[Finding]:
     """Look at every route into the block, and at the clusters on the way."""
-    leading = _clusters_into(facts)
     found = False
     used: set[str] = set()
-    for way in ways_to(facts.snapshot, {facts.names.dispatch, *leading}, facts.skip):
+    for way in ways_to(
+        facts.snapshot,
+        {facts.names.dispatch, *facts.entrances},
+        facts.skip,
+        inside=[each.name for each in facts.block.listeners],
+    ):
         found = True
-        used |= leading.keys() & way.clusters
+        used |= way.clusters & set(facts.entrances)
         yield from _retries(facts, way)
         yield from _headers(way)
         yield from timing(way)
@@ -44,19 +48,8 @@ def entrance(facts: Facts) -> Iterator[Finding]:
     if not found:
         yield finding("no_entrance", "routes", entrance=facts.names.dispatch)
     for name in sorted(used - {facts.names.dispatch}):
-        yield from _substitute(facts, leading[name])
-
-
-def _clusters_into(facts: Facts) -> dict[str, Cluster]:
-    """Find the clusters that lead to the listener where requests are scheduled, whatever their names are."""
-    found: dict[str, Cluster] = {}
-    for name, resource in facts.clusters.items():
-        if any(mentions(each, (facts.names.dispatch,)) for each in facts.destinations(resource)):
-            try:
-                found[name] = read_message(Cluster, resource.data)
-            except UnreadableError as error:
-                facts.skip(f"cluster {name}", str(error))
-    return found
+        if (cluster := facts.cluster(name)) is not None:
+            yield from _substitute(facts, cluster)
 
 
 def _substitute(facts: Facts, found: Cluster) -> Iterator[Finding]:

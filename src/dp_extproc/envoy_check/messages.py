@@ -5,7 +5,9 @@ Two texts of one configuration may differ: names of fields in snake case or came
 by type and name, so that they do not make the listener around them unreadable.
 """
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 from betterproto2 import Message
@@ -30,17 +32,24 @@ def read_message(kind: type[M], data: Any) -> M:
     Raises:
         UnreadableError: The data does not fit the class.
     """
-    fields = {key: _readable(value) for key, value in _mapping(data).items() if key != _TYPE}
-    try:
-        return kind.from_dict(fields, ignore_unknown_fields=True)
-    except Exception as error:  # noqa: BLE001 - the library raises many kinds for malformed data
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnreadableError(f"is no {kind.__name__} of Envoy: {reason}") from None
+    given = {key: value for key, value in _mapping(data).items() if key != _TYPE}
+    for is_readable in (_has_class, _fits_its_class):  # The second one is slow, and seldom needed.
+        fields = {key: _readable(value, is_readable) for key, value in given.items()}
+        try:
+            with _deprecated_fields_allowed():
+                return kind.from_dict(fields, ignore_unknown_fields=True)
+        except Exception as error:  # noqa: BLE001 - the library raises many kinds for malformed data
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise UnreadableError(f"is no {kind.__name__} of Envoy: {reason}")
 
 
 def unpack(packed: PackedMessage | None) -> Message | None:
-    """Return the message inside ``typed_config``; None if its type has no class here."""
-    inner = None if packed is None else packed.unpack()
+    """Return the message inside ``typed_config``; None if its type has no class here, or a number exceeds its field."""
+    try:
+        with _deprecated_fields_allowed():
+            inner = None if packed is None else packed.unpack()
+    except Exception:  # noqa: BLE001 - the library raises many kinds for malformed data
+        return None
     return None if isinstance(inner, Struct) else inner
 
 
@@ -52,6 +61,14 @@ def type_name(packed: PackedMessage | None) -> str:
     if url == _OPAQUE and isinstance(inner := packed.unpack(), Struct):
         url = str(inner.to_dict().get(_TYPE, ""))
     return url.rpartition(".")[2]
+
+
+@contextmanager
+def _deprecated_fields_allowed() -> Iterator[None]:
+    """Let another team use fields that Envoy calls deprecated. The library warns of each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 def mentions(data: Any, texts: Iterable[str]) -> bool:
@@ -75,17 +92,24 @@ def _mapping(data: Any) -> Mapping[str, Any]:
     return data
 
 
-def _readable(data: Any) -> Any:
+def _readable(data: Any, is_readable: Callable[[dict[str, Any]], bool]) -> Any:
     """Replace every typed value that cannot be read by one of a type that can."""
     if isinstance(data, list):
-        return [_readable(item) for item in data]
+        return [_readable(item, is_readable) for item in data]
     if not isinstance(data, Mapping):
         return data
-    fields = {key: _readable(value) for key, value in data.items()}
-    if _TYPE not in fields:
-        return fields
+    fields = {key: _readable(value, is_readable) for key, value in data.items()}
+    return fields if _TYPE not in fields or is_readable(fields) else {_TYPE: _OPAQUE, "value": dict(data)}
+
+
+def _has_class(fields: dict[str, Any]) -> bool:
+    return isinstance(url := fields[_TYPE], str) and url in default_message_pool.url_to_type
+
+
+def _fits_its_class(fields: dict[str, Any]) -> bool:
     try:
-        PackedMessage.from_dict(fields, ignore_unknown_fields=True)
+        with _deprecated_fields_allowed():
+            PackedMessage.from_dict(fields, ignore_unknown_fields=True)
     except Exception:  # noqa: BLE001 - the library raises many kinds for malformed data
-        return {_TYPE: _OPAQUE, "value": dict(data)}
-    return fields
+        return False
+    return True

@@ -15,7 +15,7 @@ from msgspec import Struct
 from dp_extproc.config import BodyMode, Config
 from dp_extproc.envoy_check.block import low_breakers
 from dp_extproc.envoy_check.bodies import bodies
-from dp_extproc.envoy_check.facts import Facts
+from dp_extproc.envoy_check.facts import Facts, destinations
 from dp_extproc.envoy_check.findings import Finding, finding
 from dp_extproc.envoy_check.processors import cluster_of, on_route
 from dp_extproc.envoy_check.timing import timing
@@ -76,7 +76,7 @@ def _has_port(facts: Facts, cluster: str, port: int) -> bool:
     if f"|{port}|" in cluster or cluster.endswith(f":{port}"):  # as Istio names a cluster; an address
         return True
     resource = facts.clusters.get(cluster)
-    return resource is not None and any(_mentions_port(each, port) for each in facts.destinations(resource))
+    return resource is not None and any(_mentions_port(each, port) for each in destinations(facts.snapshot, resource))
 
 
 def _mentions_port(data: Any, port: int) -> bool:

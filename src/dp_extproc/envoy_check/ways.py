@@ -85,15 +85,23 @@ def _override(packed: PackedMessage) -> tuple[Message | None, bool]:
     return settings, getattr(settings, "disabled", None) is True
 
 
-def ways_to(snapshot: Snapshot, clusters: Collection[str], not_read: NotRead) -> Iterator[Way]:
+def ways_to(
+    snapshot: Snapshot, clusters: Collection[str], not_read: NotRead, *, inside: Collection[str] = ()
+) -> Iterator[Way]:
     """Yield every route to one of *clusters*.
 
     Only listeners and route tables that mention one are read, since gateways have thousands of others.
+
+    Args:
+        snapshot: The Envoy.
+        clusters: Names of clusters.
+        not_read: Called for each part that cannot be read.
+        inside: Names of listeners that are left out.
     """
     tables = {each.name: each for each in snapshot.routes if mentions(each.data, clusters)}
     scopes = {name for name, found in snapshot.scopes.items() if not tables.keys().isdisjoint(found)}
     wanted = {*clusters, *tables, *scopes}
-    listeners = [each for each in snapshot.listeners if mentions(each.data, wanted)]
+    listeners = [each for each in snapshot.listeners if each.name not in inside and mentions(each.data, wanted)]
     return (way for way in _ways(snapshot, listeners, tables, not_read) if not way.clusters.isdisjoint(clusters))
 
 

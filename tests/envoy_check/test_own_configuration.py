@@ -1,0 +1,74 @@
+"""What envoy-config prints has no findings, in any form in which an Envoy may show it."""
+
+import asyncio
+import re
+from typing import Any
+
+import pytest
+
+from dp_extproc.envoy_check import audit
+from dp_extproc.envoy_check.reader import read_envoy
+from dp_extproc.envoy_config.filters import FIRST_EVENT_FILTER
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.ports import free_ports
+from envoy_check.samples import POOL, bootstrap_of, config_with, dump_of, example_config, found_in
+
+HEADERS_ONLY = {**POOL, "routing_fields": "headers", "policy": {"affinity": {"prefixes": False}}}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        pytest.param({}, id="defaults"),
+        pytest.param({"envoy": {"body_mode": "full_duplex_streamed"}}, id="full duplex"),
+        pytest.param({"envoy": {"body_mode": "none"}, "pools": [HEADERS_ONLY]}, id="no bodies"),
+        pytest.param({"envoy": {"truncated_streams": "reset", "name_prefix": "llm_"}}, id="reset and prefix"),
+        pytest.param({"supervision": {"mode": "off"}, "retry": {"attempts": 1}}, id="no supervision or retries"),
+        pytest.param({"envoy": {"service": "router:9002", "session_header": "x-session-id"}}, id="DNS and sessions"),
+    ],
+)
+def test_printed_bootstrap_has_no_findings(sections: dict[str, Any]) -> None:
+    """As a file, as the dump of a running Envoy, and as the dump of an Envoy with a control plane."""
+    config = config_with(**sections)
+    bootstrap = bootstrap_of(config)
+
+    assert found_in(config, bootstrap) == []
+    assert found_in(config, dump_of(bootstrap)) == []
+    assert found_in(config, dump_of(bootstrap, dynamic=True)) == []
+
+
+def test_camel_case_reads_as_snake_case() -> None:
+    """Programs in Go write the names of fields in camel case, and Envoy reads both."""
+    config = example_config()
+
+    assert found_in(config, _camel(dump_of(bootstrap_of(config)))) == []
+
+
+def _camel(data: Any) -> Any:
+    if isinstance(data, list):
+        return [_camel(each) for each in data]
+    if not isinstance(data, dict):
+        return data
+    if "json_format" in data:  # which may have any keys
+        return {"jsonFormat": data["json_format"]}
+    return {
+        key if "." in key or key == FIRST_EVENT_FILTER else re.sub("_([a-z])", _upper, key): _camel(value)
+        for key, value in data.items()
+    }
+
+
+def _upper(found: re.Match[str]) -> str:
+    return found[1].upper()
+
+
+def test_running_envoy_has_no_findings() -> None:
+    """Its pages /config_dump and /server_info have everything, its version included."""
+    inference, admin, grpc = (f"127.0.0.1:{port}" for port in free_ports(3))
+    config = config_with(listen={"grpc": grpc}, envoy={"inference": inference, "admin": admin})
+    with EnvoyProcess(config) as envoy:
+        snapshot = asyncio.run(read_envoy([f"{envoy.admin_url}/config_dump"]))
+
+    assert audit(snapshot, config) == []
+    assert snapshot.version is not None
+    assert snapshot.state == "LIVE"
+    assert snapshot.extensions == ["InternalListener"]
