@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the control planes of Envoy Gateway and Istio from their Go modules, outside of this tree. Wants Go 1.26 and a
 # module proxy; ten minutes on two processors, 6 GB, and 0.4 GB are kept. With names of programs it builds only those.
+# The definitions of Istio's resources and of those of the Gateway API are kept beside the programs.
 #
 #   MESH_BIN=~/.cache/dp-extproc/mesh/bin interop/mesh/build.sh [envoy-gateway] [pilot-discovery]
 set -euo pipefail
@@ -21,4 +22,15 @@ mkdir -p "$MESH_BIN"
 # The tags are those of Istio's own build.
 ! missing pilot-discovery ||
   go install -tags=vtprotobuf,disable_pgv "istio.io/istio/pilot/cmd/pilot-discovery@$ISTIO"
+
+# Where the files of a module are.
+folder() { go mod download -json "$1" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p'; }
+if [[ $wanted == *" pilot-discovery "* ]]; then
+  istio=$(folder "istio.io/istio@$ISTIO")
+  gateway_api=$(folder "sigs.k8s.io/gateway-api@$(sed -n 's/^\tsigs.k8s.io\/gateway-api //p' "$istio/go.mod")")
+  install -m 644 "$istio/manifests/charts/base/files/crd-all.gen.yaml" "$MESH_BIN/istio-crds.yaml"
+  for kind in gatewayclasses gateways httproutes grpcroutes referencegrants; do
+    echo --- && cat "$gateway_api/config/crd/standard/gateway.networking.k8s.io_$kind.yaml"
+  done >"$MESH_BIN/gateway-api-crds.yaml"
+fi
 ls -l "$MESH_BIN"

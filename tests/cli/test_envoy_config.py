@@ -16,6 +16,7 @@ ENGINES = ("--prefill", "http://10.0.0.1:30000", "--decode", "http://10.0.0.2:30
         (["--gateway", "Default/eg"], "'Default/eg': write namespace and name, such as default/eg"),
         (["--hostname", "https://llm"], "'https://llm': write a host name"),
         (["--listener", "a b"], "'a b': write a name of Kubernetes"),
+        (["--selector", "istio"], "'istio': write a label of the pods, such as istio=ingressgateway"),
         (["--port", "70000"], "'70000' is no port; write a number from 1 to 65535"),
         (["--gateway", "default/eg", "--port", "80"], "--gateway, --port: --format bootstrap has no use for it"),
     ],

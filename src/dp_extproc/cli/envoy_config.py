@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +14,7 @@ from dp_extproc.config import ConfigError, EnvoySettings, Protocol
 from dp_extproc.config.listen import MAX_PORT
 from dp_extproc.envoy_config import FORMS
 from dp_extproc.envoy_config.formats.target import ObjectName, Target, mismatch
+from dp_extproc.envoy_config.forms import Files
 
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 """Names of objects in Kubernetes (RFC 1123), which host names are as well."""
@@ -45,7 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="host of the requests; may be repeated",
     )
+    gateway.add_argument(
+        "--selector",
+        metavar="LABEL=VALUE",
+        type=_label,
+        action="append",
+        default=[],
+        help="label of the gateway's pods; may be repeated",
+    )
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="write files into this directory")
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="keep the internal listeners of the files in DIR, for streams in flight; see docs/mesh/envoy.md",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,9 +87,13 @@ def run(args: argparse.Namespace) -> int:
             sys.stderr.write(f"--name-prefix {args.name_prefix}: {error.errors()[0]['msg']}\n")
             return 2
         config = config.model_copy(update={"envoy": envoy})
-    form, target = FORMS[args.format], Target(args.gateway, tuple(args.hostname), args.port, tuple(args.listener))
+    form = FORMS[args.format]
+    target = Target(args.gateway, tuple(args.hostname), args.port, tuple(args.listener), tuple(args.selector))
     if problem := mismatch(args.format, target, form.takes, form.needs):
         sys.stderr.write(f"{problem}\n")
+        return 2
+    if args.keep and (form.keep is None or args.output is None):
+        sys.stderr.write("--keep is for files that Envoy reads again; add: --format xds -o DIR\n")
         return 2
     files = form.files(config, target)
     if args.output is None:
@@ -82,13 +101,29 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.write(text if len(files) == 1 else f"{'---' if number else ''}\n# {name}\n{text}")
         return 0
     try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (args.output / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        sys.stderr.write(f"{args.output}: {error.strerror}\n")
+        _write(args.output, files, form.keep if args.keep else None)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        sys.stderr.write(f"{args.output}: {reason}\n")
         return 1
     return 0
+
+
+def _write(directory: Path, files: Files, keep: Callable[[Files, Files], Files] | None) -> None:
+    """Write files in their order, each by rename, because Envoy may read them again at once.
+
+    Raises:
+        OSError: A file cannot be written, or an old one not be read.
+        ValueError: An old file is not what *keep* expects.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if keep is not None:
+        paths = {name: directory / name for name in files}
+        files = keep({name: path.read_text("utf-8") for name, path in paths.items() if path.exists()}, files)
+    for name, text in files.items():
+        new = directory / f".{name}.new"
+        new.write_text(text, encoding="utf-8")
+        new.replace(directory / name)
 
 
 def _object_name(text: str) -> ObjectName:
@@ -102,6 +137,13 @@ def _name(text: str) -> str:
     if _NAME.fullmatch(text):
         return text
     raise argparse.ArgumentTypeError(f"{text!r}: write a name of Kubernetes, such as http")
+
+
+def _label(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if separator and name and value:
+        return name, value
+    raise argparse.ArgumentTypeError(f"{text!r}: write a label of the pods, such as istio=ingressgateway")
 
 
 def _hostname(text: str) -> str:

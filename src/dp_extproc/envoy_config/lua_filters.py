@@ -64,9 +64,11 @@ function envoy_on_response(response)
     local known = metadata:get("{_NAMESPACE}")
     if known then failed = known["failed"] .. ";" .. failed end
     metadata:set("{_NAMESPACE}", "failed", failed)
+    response:headers():remove("{contract.FAILED}")
   end
 end
 """
+"""The header stays in the block, whichever route led there: it has addresses of engines."""
 
 
 def remember_failed_endpoints() -> HttpFilter:
@@ -75,7 +77,10 @@ def remember_failed_endpoints() -> HttpFilter:
     It belongs to the upstream filter chain between the front door and the listener where requests are scheduled. That
     chain runs anew for each attempt, while the dynamic metadata of the request stays.
     """
-    comment = "Runs anew for each attempt, and sends the endpoints of failed attempts along."
+    comment = (
+        "Runs anew for each attempt, and sends the endpoints of failed attempts along. Their addresses leave\n"
+        "no response."
+    )
     return commented(_lua(_REMEMBER_FAILED_ENDPOINTS), comment)
 
 

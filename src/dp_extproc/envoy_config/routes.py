@@ -16,6 +16,8 @@ from dp_extproc.envoy_config.yaml_text import commented
 _NO_TIMEOUT: Final = timedelta(0)
 """No limit. Envoy's default of 15 s would cut long generations; client and engine have limits of their own."""
 
+_WHY_NO_TIMEOUT: Final = "Envoy's default of 15 s would end long generations."
+
 _FIRST_BACKOFF: Final = timedelta(milliseconds=25)
 _LONGEST_BACKOFF: Final = timedelta(milliseconds=250)
 """Pauses before a retry. They are short, as a retry avoids the failed endpoints; they spread many retries a little."""
@@ -26,7 +28,13 @@ def to_dispatch(names: Names, retry: RetrySettings) -> route.Route:
 
     It repeats a request if the response has the retry header, or if the next hop dropped it without a response.
     """
-    action = _forward(names.dispatch)
+    action = commented(
+        _forward(names.dispatch),
+        timeout=_WHY_NO_TIMEOUT,
+        idle_timeout="No limits of the connection manager either, which may be that of another gateway.",
+    )
+    action.idle_timeout = _NO_TIMEOUT
+    action.max_stream_duration = route.RouteActionMaxStreamDuration(max_stream_duration=_NO_TIMEOUT)
     if retry.attempts > 1:
         backoff = route.RetryPolicyRetryBackOff(base_interval=_FIRST_BACKOFF, max_interval=_LONGEST_BACKOFF)
         action.retry_policy = commented(
@@ -108,5 +116,5 @@ def _when(*headers: str) -> route.RouteMatch:
 def _forward(cluster: str, mirrors: Sequence[route.RouteActionRequestMirrorPolicy] = ()) -> route.RouteAction:
     return commented(
         route.RouteAction(cluster=cluster, timeout=_NO_TIMEOUT, request_mirror_policies=list(mirrors)),
-        timeout="Envoy's default of 15 s would end long generations.",
+        timeout=_WHY_NO_TIMEOUT,
     )

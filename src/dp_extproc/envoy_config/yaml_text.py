@@ -60,6 +60,11 @@ def pack(message: Message) -> PackedMessage:
     return packed
 
 
+def unpack(packed: PackedMessage) -> Message | None:
+    """Return the message that :func:`pack` packed, with its comments, or None for one that was packed elsewhere."""
+    return _contents.get(id(packed))
+
+
 Document = Message | Mapping[str, Any] | Sequence[Any]
 """A message, or a mapping or a list with messages inside, such as a resource of Kubernetes."""
 
@@ -99,7 +104,7 @@ def _comments_of(value: Any, node: yaml.Node | None, line: int) -> Iterator[tupl
         line: Line of the value's key, or of the list item that the value is; counted from 0.
     """
     if isinstance(value, PackedMessage):
-        value = _contents.get(id(value))
+        value = unpack(value)
     attached = _comments.get(id(value), {})
     if _ITSELF in attached:
         yield attached[_ITSELF], line

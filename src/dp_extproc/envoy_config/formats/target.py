@@ -9,6 +9,7 @@ GATEWAY: Final = "--gateway"
 HOSTNAMES: Final = "--hostname"
 PORT: Final = "--port"
 LISTENERS: Final = "--listener"
+SELECTOR: Final = "--selector"
 
 
 class ObjectName(Struct, frozen=True):
@@ -31,6 +32,8 @@ class Target(Struct, frozen=True):
     """Port of the first listener."""
     listeners: Sequence[str] = ()
     """Names of the listeners."""
+    selector: Sequence[tuple[str, str]] = ()
+    """Labels of the gateway's pods, by which a control plane finds them."""
 
     @property
     def named_gateway(self) -> ObjectName:
@@ -51,6 +54,7 @@ class Target(Struct, frozen=True):
             HOSTNAMES: self.hostnames,
             PORT: self.port,
             LISTENERS: self.listeners,
+            SELECTOR: self.selector,
         }
         return frozenset(option for option, value in values.items() if value)
 
@@ -60,6 +64,7 @@ _EXAMPLES: Final = {
     HOSTNAMES: "--hostname llm.example.com",
     PORT: "--port 8080",
     LISTENERS: "--listener http",
+    SELECTOR: "--selector istio=ingressgateway",
 }
 
 

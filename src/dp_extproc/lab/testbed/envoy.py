@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -59,6 +59,7 @@ class EnvoyProcess:
         concurrency: int = 1,
         log_level: str = "warning",
         bootstrap: str | None = None,
+        options: Sequence[str] = (),
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         """Prepare, without starting.
@@ -68,12 +69,13 @@ class EnvoyProcess:
             concurrency: Worker threads.
             log_level: Of Envoy's own log.
             bootstrap: YAML to use instead of the printed one; must keep to the addresses in *config*.
+            options: Further command-line options.
             pause: Sleeps for so many seconds between two checks of a wait; an exception from it ends the wait.
         """
         self.url = f"http://{config.envoy.inference}"
         self.admin_url = f"http://{config.envoy.admin}"
         self._bootstrap = bootstrap if bootstrap is not None else render_yaml(build_bootstrap(config))
-        self._options = ["--concurrency", str(concurrency), "--log-level", log_level]
+        self._options = ["--concurrency", str(concurrency), "--log-level", log_level, *options]
         self._pause = pause
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None

@@ -1,0 +1,93 @@
+"""Resources of Istio for a gateway that a team has already. Its ``EnvoyFilter`` adds the block and a route into it.
+
+1. Nothing changes for other virtual hosts of the gateway. Clusters and internal listeners are added. The filter that
+   removes untrusted headers is disabled but on our route, and that route is added to the virtual hosts of our names.
+2. The bootstrap extension of internal listeners is not printed. Istio's proxy has it already, and with two of them no
+   request passes an internal listener.
+3. There is no ``ServiceEntry``: no cluster of the block comes from Istio's registry, and no route of it names one.
+4. There is no ``Gateway``: the one that exists would be overwritten.
+5. With labels of the pods, the gateway is one of Istio's own API, else one of the Gateway API of Kubernetes.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from dp_extproc.config import Config
+from dp_extproc.envoy_config.block import build_block
+from dp_extproc.envoy_config.entrance import entrance_route, strip_filter
+from dp_extproc.envoy_config.formats.resources import documents, name_of_ours, resource
+from dp_extproc.envoy_config.formats.target import GATEWAY, HOSTNAMES, PORT, SELECTOR, ObjectName, Target
+from dp_extproc.envoy_config.yaml_text import Fields, commented
+
+NEEDS: Final = (GATEWAY, HOSTNAMES, PORT)
+TAKES: Final = (*NEEDS, SELECTOR)
+
+_PRIORITY: Final = 10
+"""Priority of the ``EnvoyFilter``. Istio applies those of a higher one later, and the route inserted last is first."""
+_API: Final = "networking.istio.io"
+_GATEWAY_API: Final = "gateway.networking.k8s.io"
+_MANAGER: Final = "envoy.filters.network.http_connection_manager"
+_ROUTER: Final = "envoy.filters.http.router"
+
+_HEADER: Final = """\
+Printed by: dp-extproc envoy-config --format istio
+
+Requests for these host names go to SGLang engines through the service dp-extproc, and no other route changes.
+For the details see docs/mesh/istio.md.
+"""
+
+
+def files(config: Config, target: Target) -> dict[str, str]:
+    """Return the file ``dp-extproc.yaml``: an ``EnvoyFilter``, and a route that makes the virtual hosts."""
+    return {"dp-extproc.yaml": documents(_HEADER, _resources(config, target, target.named_gateway))}
+
+
+def _resources(config: Config, target: Target, gateway: ObjectName) -> Iterator[Fields]:
+    name = name_of_ours(config, gateway)
+    yield _virtual_service(name, gateway, target) if target.selector else _http_route(name, gateway, target)
+    by_labels = {"workloadSelector": {"labels": dict(target.selector)}}
+    by_name = {"targetRefs": [{"group": _GATEWAY_API, "kind": "Gateway", "name": gateway.name}]}
+    attached = by_labels if target.selector else by_name
+    spec = {**attached, "priority": _PRIORITY, "configPatches": list(_patches(config, target))}
+    yield resource(f"{_API}/v1alpha3", "EnvoyFilter", name, spec)
+
+
+def _virtual_service(name: ObjectName, gateway: ObjectName, target: Target) -> Fields:
+    reason = f"The EnvoyFilter {name} does not apply to this host and port."
+    rest = {"name": "rest", "directResponse": {"status": 503, "body": {"string": reason}}}
+    spec = {"hosts": target.hostnames, "gateways": [str(gateway)], "http": [rest]}
+    return commented(
+        resource(f"{_API}/v1", "VirtualService", name, spec),
+        "Makes the virtual hosts. The EnvoyFilter inserts a route into them; without it, requests get this 503.",
+    )
+
+
+def _http_route(name: ObjectName, gateway: ObjectName, target: Target) -> Fields:
+    parent = {"name": gateway.name, "port": target.port}
+    spec = {"parentRefs": [parent], "hostnames": target.hostnames, "rules": [{"name": "rest"}]}
+    return commented(
+        resource(f"{_GATEWAY_API}/v1", "HTTPRoute", name, spec),
+        "Makes the virtual hosts. The EnvoyFilter inserts a route into them; without it, requests get a 500, as\n"
+        "this rule has no backend.",
+    )
+
+
+def _patches(config: Config, target: Target) -> Iterator[Fields]:
+    block = build_block(config)
+    for cluster in block.clusters:
+        yield _patch("CLUSTER", "ADD", cluster)
+    for listener in block.listeners:
+        yield _patch("LISTENER", "ADD", listener)
+    before_router = {"filterChain": {"filter": {"name": _MANAGER, "subFilter": {"name": _ROUTER}}}}
+    yield _patch("HTTP_FILTER", "INSERT_BEFORE", strip_filter(config), listener=before_router)
+    for host in target.hostnames:
+        virtual_host = {"vhost": {"name": f"{host}:{target.port}"}}
+        yield _patch("HTTP_ROUTE", "INSERT_FIRST", entrance_route(config), routeConfiguration=virtual_host)
+
+
+def _patch(kind: str, operation: str, value: object, **match: Any) -> Fields:
+    return Fields(
+        applyTo=kind,
+        match={"context": "GATEWAY", **match},
+        patch={"operation": operation, "value": value},
+    )
