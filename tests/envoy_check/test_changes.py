@@ -1,5 +1,6 @@
 """Each change of a printed configuration has exactly the finding that describes it."""
 
+import re
 from copy import deepcopy
 from typing import Any
 
@@ -9,6 +10,7 @@ from dp_extproc.envoy_check import Severity
 from dp_extproc.envoy_check.findings import CODES
 from envoy_check.samples import (
     ADMIN,
+    EXAMPLES,
     Change,
     Tree,
     bootstrap_of,
@@ -65,6 +67,16 @@ def second_route(target: str) -> Change:
 def swapped(bootstrap: Tree) -> None:
     filters = manager(bootstrap, "dp_dispatch")["http_filters"]
     filters[0], filters[1] = filters[1], filters[0]
+
+
+def default_idle_timeout(bootstrap: Tree) -> None:
+    del manager(bootstrap)["stream_idle_timeout"]
+    del route(bootstrap)["route"]["idle_timeout"]
+
+
+def long_streams_cut(bootstrap: Tree) -> None:
+    manager(bootstrap)["common_http_protocol_options"] = {"max_stream_duration": "60s"}
+    del route(bootstrap)["route"]["max_stream_duration"]
 
 
 def address_elsewhere(bootstrap: Tree) -> None:
@@ -197,15 +209,11 @@ CHANGES: dict[str, tuple[Change, str, str]] = {
     "response headers": (on(route, change=without("response_headers_to_remove")), "response_headers_kept", WAY),
     "default timeout": (lambda bootstrap: route(bootstrap)["route"].pop("timeout"), "route_timeout", WAY),
     "timeout": (lambda bootstrap: route(bootstrap)["route"].update({"timeout": "60s"}), "route_timeout", WAY),
-    "default idle timeout": (on(manager, change=without("stream_idle_timeout")), "stream_idle_timeout", WAY),
+    "default idle timeout": (default_idle_timeout, "stream_idle_timeout", WAY),
     "idle timeout of the route": (
         lambda bootstrap: route(bootstrap)["route"].update({"idle_timeout": "60s"}), "stream_idle_timeout", WAY
     ),
-    "stream duration": (
-        on(manager, change=setting("common_http_protocol_options", {"max_stream_duration": "60s"})),
-        "stream_duration",
-        WAY,
-    ),
+    "stream duration": (long_streams_cut, "stream_duration", WAY),
     "headers of clients": (
         on(manager, change=without("early_header_mutation_extensions")), "client_headers_kept", WAY
     ),
@@ -291,7 +299,9 @@ def harmless(bootstrap: Tree) -> None:
             "typed_config": {"@type": f"{FILTERS}.buffer.v3.Buffer", "max_request_bytes": 65536},
         },
     ]
-    removals = [{"remove_on_match": {"key_matcher": {"prefix": prefix}}} for prefix in ("x-dp-", "x-override-", "x-e")]
+    removals: list[Tree] = [
+        {"remove_on_match": {"key_matcher": {"prefix": prefix}}} for prefix in ("x-dp-", "x-override-", "x-e")
+    ]
     removals.append({"remove": "X-Data-Parallel-Rank"})
     del manager(bootstrap)["early_header_mutation_extensions"]
     del listener(bootstrap, "inference")["per_connection_buffer_limit_bytes"]
@@ -481,6 +491,14 @@ def test_every_code_has_a_test() -> None:
     }
 
     assert tested | elsewhere == {code for code in CODES if not code.startswith("picker_")}
+
+
+def test_page_of_the_documentation_lists_every_code() -> None:
+    """A code in the output of the command can be looked up."""
+    page = (EXAMPLES.parent / "docs/mesh/check.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| (`.+?`) \|", page, re.MULTILINE)
+
+    assert {code for row in listed for code in re.findall("`(.+?)`", row)} == CODES
 
 
 def test_severity_is_error_where_requests_fail() -> None:

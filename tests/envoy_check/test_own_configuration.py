@@ -5,13 +5,16 @@ import re
 from typing import Any
 
 import pytest
+import yaml
 
 from dp_extproc.envoy_check import audit
 from dp_extproc.envoy_check.reader import read_envoy
+from dp_extproc.envoy_config import FORMS
 from dp_extproc.envoy_config.filters import FIRST_EVENT_FILTER
+from dp_extproc.envoy_config.formats.target import Target
 from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from dp_extproc.lab.testbed.ports import free_ports
-from envoy_check.samples import POOL, bootstrap_of, config_with, dump_of, example_config, found_in
+from envoy_check.samples import POOL, Tree, bootstrap_of, config_with, dump_of, example_config, found_in
 
 HEADERS_ONLY = {**POOL, "routing_fields": "headers", "policy": {"affinity": {"prefixes": False}}}
 
@@ -35,6 +38,31 @@ def test_printed_bootstrap_has_no_findings(sections: dict[str, Any]) -> None:
     assert found_in(config, bootstrap) == []
     assert found_in(config, dump_of(bootstrap)) == []
     assert found_in(config, dump_of(bootstrap, dynamic=True)) == []
+
+
+def form(name: str) -> list[Tree]:
+    """Return the printed files of a form that have whole listeners or clusters, or a bootstrap."""
+    texts = FORMS[name].files(example_config(), Target()).values()
+    return [document for text in texts if isinstance(document := yaml.safe_load(text), dict)]
+
+
+def test_parts_have_no_findings() -> None:
+    """The block and the front door are read from two files."""
+    assert found_in(example_config(), *form("parts")) == []
+
+
+def test_files_for_xds_have_no_findings() -> None:
+    """Internal listeners have a hash in their names, and earlier ones stay for streams that began before."""
+    documents = form("xds")
+    listeners = next(each["resources"] for each in documents if len(each.get("resources", ())) == 4)
+    earlier = {**listeners[1], "name": "dp_dispatch-00000000", "per_connection_buffer_limit_bytes": 1}
+    assert earlier["name"].partition("-")[0] == listeners[1]["name"].partition("-")[0]
+    assert found_in(example_config(), *documents, {"resources": [earlier]}) == []
+
+    listeners[1]["per_connection_buffer_limit_bytes"] = 1
+    assert [(each.code, each.place) for each in found_in(example_config(), *documents)] == [
+        ("field_differs", "listener dp_dispatch: per_connection_buffer_limit_bytes")
+    ]
 
 
 def test_camel_case_reads_as_snake_case() -> None:

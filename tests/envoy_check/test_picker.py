@@ -96,7 +96,7 @@ def test_settings_of_the_route_are_those_that_count() -> None:
     """Some gateways have one filter for all pickers, which calls nothing, and the route has the settings."""
     bootstrap = gateway()
     shared = processor(bootstrap)["filter"]["typed_config"]
-    here = {
+    here: Tree = {
         "@type": "type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExtProcPerRoute",
         "overrides": {"grpc_service": shared["grpc_service"], "processing_mode": shared["processing_mode"]},
     }

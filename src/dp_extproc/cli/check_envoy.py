@@ -42,6 +42,7 @@ def _print(console: Console, name: str, snapshot: Snapshot, findings: Sequence[F
         console.print(Text(f"  remedy: {each.remedy}"), soft_wrap=True)
     errors = sum(each.severity is Severity.ERROR for each in findings)
     if errors:
-        console.print(Text(f"{errors} errors in the configuration of Envoy", style="red"))
+        count = f"{errors} errors" if errors > 1 else "1 error"
+        console.print(Text(f"{count} in the configuration of Envoy", style="red"))
     else:
         console.print(Text("the configuration of Envoy can be used", style="green"))

@@ -170,7 +170,7 @@ def breakers(facts: Facts) -> Iterator[Finding]:
 
 
 def low_breakers(place: str, found: Cluster) -> Iterator[Finding]:
-    """Report the lowest threshold of each kind: Envoy's default, or one that somebody chose."""
+    """Report the lowest threshold of each kind: Envoy's default, or one that was chosen."""
     thresholds = found.circuit_breakers.thresholds if found.circuit_breakers else []
     default = [each for each in thresholds if each.priority == RoutingPriority.DEFAULT]
     for name, unset in _DEFAULTS.items():

@@ -7,6 +7,7 @@ from envoy_data_plane.envoy.config.cluster.v3 import Cluster
 from msgspec import Struct
 
 from dp_extproc.config import Config
+from dp_extproc.envoy_check.content_names import without_hashes
 from dp_extproc.envoy_check.findings import Finding, finding
 from dp_extproc.envoy_check.messages import UnreadableError, mentions, read_message
 from dp_extproc.envoy_check.snapshot import Resource, Snapshot, State, snake
@@ -38,6 +39,7 @@ class Facts(Struct, frozen=True):
     def of(cls, snapshot: Snapshot, config: Config) -> Self:
         """Collect the facts about an Envoy and a configuration."""
         names, block = Names.of(config), build_block(config)
+        snapshot = without_hashes(snapshot, [each.name for each in block.listeners])
         clusters = _active(snapshot.clusters)
         return cls(
             config=config,

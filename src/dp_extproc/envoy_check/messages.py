@@ -23,7 +23,7 @@ _OPAQUE: Final = default_message_pool.type_to_url[Struct]
 
 
 class UnreadableError(Exception):
-    """A document is no configuration of Envoy, or a part of it is malformed. The text says which."""
+    """A document is no configuration of Envoy, or a part of it is malformed. The text has the reason."""
 
 
 def read_message(kind: type[M], data: Any) -> M:
