@@ -189,6 +189,7 @@ def test_ports_are_those_of_the_configuration(case: Case) -> None:
         expected |= set() if config.envoy.admin.host == "127.0.0.1" else {config.envoy.admin.port}
     else:
         expected |= {config.listen.grpc.port + worker for worker in range(config.listen.workers)}
+        expected |= {config.listen.health.port} if config.listen.health else set()
     assert {port["containerPort"] for port in ports} == expected
     for item in objects:
         if item["kind"] == "Service":
@@ -214,10 +215,12 @@ def test_probes_reach_the_service(case: Case) -> None:
     _, config, objects = case
     container = service_container(objects)
     probes = [container[name] for name in ("startupProbe", "livenessProbe", "readinessProbe")]
-    by_grpc = config.listen.tls is None and config.listen.grpc.is_wildcard and config.listen.workers == 1
+    listen = config.listen
+    by_grpc = (listen.tls is None or listen.health is not None) and listen.grpc.is_wildcard and listen.workers == 1
     assert ["grpc" in probe for probe in probes] == [by_grpc] * 3
     if by_grpc:
         assert [probe["grpc"]["service"] for probe in probes] == ["liveness", "liveness", "readiness"]
+        assert {probe["grpc"]["port"] for probe in probes} == {(listen.health or listen.grpc).port}
     else:
         assert [probe["httpGet"]["path"] for probe in probes] == ["/healthz", "/healthz", "/readyz"]
 

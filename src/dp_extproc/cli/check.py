@@ -28,6 +28,7 @@ from dp_extproc.fleet.discovery.runner import first_reports
 from dp_extproc.fleet.discovery.source import WHEN_EMPTY
 from dp_extproc.fleet.discovery.sources import role_sources
 from dp_extproc.request.path import Api
+from dp_extproc.runtime.engine_tls import engine_context
 from dp_extproc.runtime.secrets import external_problems, read_api_keys
 
 _COLUMNS: Final = ("url", "role", "pool", "version", "ranks", "bootstrap", "load", "state")
@@ -99,7 +100,7 @@ def _check_engines(console: Console, config: Config) -> bool:
 async def _check(config: Config) -> tuple[Roster, list[EngineReport]]:
     roster = await first_reports(role_sources(config), _SOURCE_SECONDS)
     keys = Credentials(read_api_keys(config).by_pool)
-    return roster, await check_engines(roster.endpoints, config.load, keys)
+    return roster, await check_engines(roster.endpoints, config.load, keys, engine_context(config.engine_tls))
 
 
 def _print_sources(console: Console, roster: Roster) -> bool:
