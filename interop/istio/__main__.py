@@ -25,6 +25,7 @@ from interop.istio.cases import (
     SHORT_DRAIN_CASES,
     Case,
     Rig,
+    engines_are_dialled_by_tls,
     extension_is_doubled,
     resources_are_accepted,
 )
@@ -40,7 +41,9 @@ from interop.istio.gateways import (
     printed,
     run_envoy,
     with_free_ports,
+    with_settings,
 )
+from interop.istio.mutual_tls import run_strict_fleet
 from interop.kubernetes.cluster import ADDRESS, Cluster
 from interop.mesh.scenarios import run_scenarios
 from interop.mesh.site import Fleet, Neighbour, Site, open_site, run_fleet
@@ -64,10 +67,11 @@ def run_gateway(
     *,
     extensions: int = 1,
     drain_seconds: int = _ISTIOS_DRAIN,
+    secrets: Path | None = None,
 ) -> Iterator[Rig]:
     """Run the Envoy of a gateway, with the clients of both hosts."""
     with (
-        run_envoy(plane, kind, config, extensions=extensions, drain_seconds=drain_seconds) as envoy,
+        run_envoy(plane, kind, config, extensions=extensions, drain_seconds=drain_seconds, secrets=secrets) as envoy,
         open_site(fleet, envoy, HOST, NEIGHBOUR, report) as site,
     ):
         yield Rig(plane, kind, envoy, site, drain_seconds)
@@ -101,6 +105,13 @@ def run(programs: Path, folder: Path, body_mode: str, only: Sequence[str], recor
                     _run_cases(rig, [extension_is_doubled], only)
             for each in reversed(printed(fleet.config, kind.target(HOST))):
                 plane.delete(each)
+        report.shape = f"{CLASSIC.title}, mutual TLS"
+        with run_strict_fleet(folder) as (strict, agent):
+            config = with_settings(strict.config, inference=fleet.config.envoy.inference)
+            with run_gateway(plane, CLASSIC, strict, config, report, secrets=agent) as rig:
+                _run_cases(rig, [resources_are_accepted])
+                run_scenarios(rig.site, only=only)
+                _run_cases(rig, [engines_are_dialled_by_tls])
     return report
 
 
