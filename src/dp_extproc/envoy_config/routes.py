@@ -53,7 +53,8 @@ def to_dispatch(names: Names, retry: RetrySettings) -> route.Route:
 def to_engines(config: Config) -> route.RouteConfiguration:
     """Build the routes to engines, by the headers of the decision. A request without a decision gets a 503."""
     names, body_mode = Names.of(config), config.envoy.body_mode
-    mirrors, disaggregated = [], (DECODE_HOST,)
+    mirrors: list[route.RouteActionRequestMirrorPolicy] = []
+    disaggregated: tuple[str, ...] = (DECODE_HOST,)
     routes = [
         commented(
             route.Route(name="one_server", match=_when(DECODE_HOST), route=_forward(names.decode)),

@@ -1,6 +1,7 @@
 """Sends prefill legs, and what ends a decode leg, with the HTTP client of the service."""
 
 import asyncio
+import ssl
 from collections.abc import Callable
 from typing import Final
 
@@ -30,14 +31,17 @@ class DirectLegs:
         self,
         prefill_timeout: float,
         *,
+        tls: ssl.SSLContext | None = None,
         listener: LegListener | None = None,
         abort_listener: LegListener | None = None,
     ) -> None:
         """Set up, in the event loop; *prefill_timeout* is in seconds.
 
-        The listeners are informed of every leg, and of every abort of a decode leg.
+        *tls* is for all connections to engines; without it they are plain HTTP. The listeners are informed of every
+        leg, and of every abort of a decode leg.
         """
         self._timeout = prefill_timeout + _SLACK_SECONDS
+        self._tls = tls
         self._client = LegClient(listener)
         self._aborts = LegClient(abort_listener)
 
@@ -51,7 +55,7 @@ class DirectLegs:
         own = dict(leg.headers)
         passed = tuple(each for each in command.headers if each[0] not in own)
         headers = (_JSON, *passed, *leg.headers)
-        request = LegRequest(leg.address, command.path, headers, leg.preamble, leg.tail, self._timeout)
+        request = LegRequest(leg.address, command.path, headers, leg.preamble, leg.tail, self._timeout, tls=self._tls)
         return self._client.send(request, report)
 
     def abort(self, command: DecodeAbort) -> None:
@@ -65,7 +69,8 @@ class DirectLegs:
             for request_id in command.request_ids:
                 body = msgspec.json.encode({"rid": request_id})
                 headers = (_JSON, *command.headers)
-                self._aborts.send(LegRequest(address, ABORT_PATH, headers, body, b"", _ABORT_SECONDS), _ignore)
+                request = LegRequest(address, ABORT_PATH, headers, body, b"", _ABORT_SECONDS, tls=self._tls)
+                self._aborts.send(request, _ignore)
 
     async def all_ended(self) -> None:
         """Wait until no leg is in flight."""
