@@ -121,11 +121,7 @@ CELLS: Final = [
 
 
 Place = tuple[str, str] | tuple[str, str, bool]
-_TOO_LONG: Final[dict[Place, str | dict[bool, str]]] = {
-    ("prefill", "answers too long", True): _PREFILL_FAILED,  # the HTTP client takes no more than was announced
-}
 _OF_GATEWAY: Final[dict[Place, str | dict[bool, str]]] = {
-    **_TOO_LONG,
     ("decode", "refuses connections"): "503 of the gateway",
     ("decode", "resets before headers"): "503 of the gateway",
     ("decode", "is killed in mid-answer"): PART,
@@ -142,7 +138,7 @@ _UNSEEN_EVENT: Final[dict[Place, str | dict[bool, str]]] = {
 _STOPPED: Final = ("service", "is stopped (SIGSTOP)")
 _OTHER: Final[dict[Form, tuple[dict[Place, str | dict[bool, str]], ...]]] = {
     Form.MIRRORED: (),
-    Form.SERVICE: (_TOO_LONG,),
+    Form.SERVICE: (),
     Form.PICKER: (_OF_GATEWAY, _UNSEEN_EVENT, {_STOPPED: "500 of the gateway"}),
     Form.PICKER_DUPLEX: (_OF_GATEWAY, {_STOPPED: "500 of the gateway"}),
     Form.PICKER_BUFFERED: (_OF_GATEWAY, _UNSEEN_EVENT, {_STOPPED: "504 of the gateway"}),
@@ -151,8 +147,15 @@ _OTHER: Final[dict[Form, tuple[dict[Place, str | dict[bool, str]], ...]]] = {
 
 
 def cells_of(form: Form) -> list[Cell]:
-    """List the cells of a form. Another gateway makes one attempt, so it does not matter how many engines fail."""
-    return [cell for cell in CELLS if cell.everywhere or not form.is_picker]
+    """List the cells of a form.
+
+    Another gateway makes one attempt, so it does not matter how many engines fail. The HTTP client of the service takes
+    no byte more than a response has announced, if it comes together with the rest: that result is left to chance.
+    """
+    cells = [cell for cell in CELLS if cell.everywhere or not form.is_picker]
+    if form is Form.MIRRORED:
+        return cells
+    return [cell for cell in cells if (cell.part, cell.fault) != ("prefill", "answers too long")]
 
 
 IN_FULL_DUPLEX: Final = (

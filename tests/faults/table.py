@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from faults.fleet import Form
-from faults.matrix import CELLS, Cell, Outcomes, cells_of, run_cell, run_quick_fleet
+from faults.matrix import Cell, Outcomes, cells_of, run_cell, run_quick_fleet
 
 _GATEWAYS: Final = (Form.PICKER, Form.PICKER_DUPLEX, Form.PICKER_BUFFERED)
 _VARIANTS: Final = ("responses in full duplex", "buffered requests")
@@ -59,7 +59,7 @@ def as_table_of_forms(results: Mapping[Form, Results]) -> str:
     """Write the results of the forms in which the service sends the leg as a Markdown table."""
     found = {form: {cell.place: describe(outcomes) for cell, outcomes in each} for form, each in results.items()}
     lines = []
-    for part, fault in dict.fromkeys((cell.part, cell.fault) for cell in CELLS):
+    for part, fault in dict.fromkeys((cell.part, cell.fault) for cell in cells_of(Form.SERVICE)):
         own = [found[Form.SERVICE].get((part, fault, everywhere), "") for everywhere in (False, True)]
         usual, *others = (found[form][part, fault, True] for form in _GATEWAYS)
         behind = [f"{name}: {each}" for name, each in zip(_VARIANTS, others, strict=True) if each != usual]

@@ -13,7 +13,6 @@ REPRESENTATIVE = {
     "prefill, answers 400, all",
     "prefill, hangs, all",
     "prefill, resets before headers, all",
-    "prefill, answers too long, all",
     "decode, refuses connections, all",
     "decode, is killed in mid-answer, all",
     "decode, gives the request up, one",
