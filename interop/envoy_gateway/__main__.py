@@ -43,7 +43,7 @@ def run_gateway(plane: ControlPlane, fleet: Fleet, neighbour: Neighbour, report:
         yield Rig(site, plane, texts)
 
 
-def run(program: Path, envoy: Path, folder: Path, only: Sequence[str]) -> Report:
+def run(program: Path, envoy: Path, folder: Path, only: Sequence[str], recordings: Path | None) -> Report:
     """Run everything with one Envoy."""
     version = subprocess.run([envoy, "--version"], check=True, capture_output=True, text=True).stdout
     report = Report(f"Envoy {re.findall(r'/([0-9.]+)/', version)[0]}")
@@ -51,7 +51,7 @@ def run(program: Path, envoy: Path, folder: Path, only: Sequence[str]) -> Report
         gateway = printed(fleet.config)["gateway.yaml"]
         plane = ControlPlane(program, envoy, folder / "gateway")
         with run_gateway(plane, fleet, neighbour, report, gateway) as rig:
-            accepted(rig)
+            accepted(rig, recordings)
             run_scenarios(rig.site, only=only)
             run_scenarios(rig.site, [_for(rig, case) for case in CASES], only)
         for what, (text, case) in OTHER_GATEWAYS.items():
@@ -81,6 +81,7 @@ def main() -> int:
         default=[],
         help="an Envoy to run with; may be repeated (that of the tests)",
     )
+    parser.add_argument("--recordings", type=Path, help="folder for what Envoy Gateway makes of the resources")
     parser.add_argument("--only", action="append", default=[], help="name of a case")
     arguments = parser.parse_args()
     program = arguments.programs / "envoy-gateway"
@@ -93,7 +94,7 @@ def main() -> int:
     reports = []
     for envoy in arguments.envoy or [Path(find_envoy())]:
         with tempfile.TemporaryDirectory(prefix="dp-extproc-envoy-gateway-") as scratch:
-            reports.append(run(program, envoy, Path(scratch), arguments.only))
+            reports.append(run(program, envoy, Path(scratch), arguments.only, arguments.recordings))
     rows = [row for report in reports for row in report.rows]
     print(f"{sum(row.good for row in rows)} of {len(rows)} checks hold")
     return 0 if all(report.is_good for report in reports) else 1

@@ -19,6 +19,8 @@ from dp_extproc.envoy_config.formats.target import ObjectName, Target
 from dp_extproc.lab.testbed import loopback
 from faults.fleet import BODIES, ask
 from interop.envoy_gateway.control_plane import GATEWAY, NAMESPACE, PORT, TLS_PORT, ControlPlane
+from interop.envoy_gateway.recording import differences, record
+from interop.istio.recording import delivered
 from interop.mesh.scenarios import CHAT, hostile_headers
 from interop.mesh.site import Site
 from patience import wait_for
@@ -118,39 +120,32 @@ class Rig:
         self.apply(self.texts["dp-extproc.yaml"])
 
 
-def accepted(rig: Rig) -> None:
-    """Envoy Gateway applies every patch, and Envoy has the block, the retries and the buffer of our route alone."""
+def accepted(rig: Rig, recordings: Path | None = None) -> None:
+    """Envoy Gateway applies every patch, and Envoy has the block as printed, with retries on our route alone."""
     wait_for(lambda: rig.programmed()[0] == "True", _PATIENCE)
     wait_for(lambda: set(LISTENERS) <= set(rig.plane.listeners()), _PATIENCE)
     rig.add("EnvoyPatchPolicy", "Programmed=True: " + rig.programmed()[1], good=True)
     attached = rig.plane.conditions("HTTPRoute", OURS)
     good = all(attached[each][0] == "True" for each in ("Accepted", "ResolvedRefs"))
     rig.add("HTTPRoute", str({kind: status for kind, (status, _) in attached.items()}), good=good)
-    configs = {each["@type"].rpartition(".")[2]: each for each in rig.plane.dump()["configs"]}
-    extensions = [each["name"] for each in configs["BootstrapConfigDump"]["bootstrap"]["bootstrap_extensions"]]
+    bootstrap = next(each["bootstrap"] for each in rig.plane.dump()["configs"] if "bootstrap" in each)
+    extensions = [each["name"] for each in bootstrap["bootstrap_extensions"]]
     rig.add("bootstrap extensions", str(extensions), good=extensions == ["envoy.bootstrap.internal_listener"])
-    clusters = {
-        each["cluster"]["name"]: each["cluster"] for each in configs["ClustersConfigDump"]["dynamic_active_clusters"]
-    }
-    ours = clusters[f"httproute/{NAMESPACE}/{OURS}/rule/0"]
-    (endpoint,) = ours["load_assignment"]["endpoints"][0]["lb_endpoints"]
-    leads_to = endpoint["endpoint"]["address"]["envoy_internal_address"]["server_listener_name"]
-    breakers = ours["circuit_breakers"]["thresholds"][0]["max_requests"]
-    rig.add("the generated cluster", f"leads to {leads_to}, max_requests {breakers}", good=breakers == 1_000_000)
+    resources, ours = delivered(rig.plane.admin_url), list(yaml.safe_load_all(rig.texts["dp-extproc.yaml"]))
+    different = differences(resources, ours)
+    rig.add("clusters and listeners that differ from the printed ones", str(different), good=not different)
     routes = [
         route
-        for table in configs["RoutesConfigDump"]["dynamic_route_configs"]
-        for host in table["route_config"]["virtual_hosts"]
+        for table in resources["dynamic_route_configs"]
+        for host in table["virtual_hosts"]
         for route in host["routes"]
     ]
-    retried = {route["route"]["cluster"]: "retry_policy" in route["route"] for route in routes}
-    buffered = {route["route"]["cluster"]: int(route.get("request_body_buffer_limit", 0)) for route in routes}
-    seen = f"retries: {retried}; buffers: {buffered}"
-    only = [f"httproute/{NAMESPACE}/{OURS}/rule/0"]
-    good = (
-        [each for each, is_so in retried.items() if is_so] == [each for each, size in buffered.items() if size] == only
-    )
-    rig.add("routes of the gateway", seen, good=good)
+    retried = [route["route"]["cluster"] for route in routes if "retry_policy" in route["route"]]
+    buffered = [route["route"]["cluster"] for route in routes if "request_body_buffer_limit" in route]
+    seen = f"of {len(routes)} routes with retries: {retried}, with a buffer: {buffered}"
+    rig.add("routes of the gateway", seen, good=retried == buffered == [f"httproute/{NAMESPACE}/{OURS}/rule/0"])
+    if recordings is not None:
+        record(recordings / "envoy-gateway.json", ours, resources)
 
 
 def second_instance(rig: Rig) -> None:
