@@ -95,7 +95,6 @@ def _resources(kind: str, config: Config, neighbour: str) -> Resources:
         if "internal_listener" not in listener:
             listener["address"]["socket_address"] = address_of(str(config.envoy.inference))
             manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
-            manager["http_filters"] = present("HTTP_FILTER", manager["http_filters"])
             del manager["rds"]
             manager["route_config"] = routes
     clusters = present("CLUSTER", delivered["dynamic_active_clusters"])
