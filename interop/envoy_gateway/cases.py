@@ -1,8 +1,10 @@
 """What Envoy Gateway makes of the printed resources: names, a second instance, mistakes, and changes under load."""
 
+import asyncio
 import base64
 import ssl
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ import httpx
 import yaml
 
 from dp_extproc.config import Config
+from dp_extproc.envoy_check import Severity, audit
+from dp_extproc.envoy_check.reader import read_envoy
 from dp_extproc.envoy_config import FORMS
 from dp_extproc.envoy_config.formats.target import ObjectName, Target
 from dp_extproc.lab.testbed import loopback
@@ -106,8 +110,16 @@ class Rig:
         """Return how often Envoy's listeners were replaced, whole or in place."""
         return self.plane.statistic("listener_manager.listener_modified")
 
-    def wrong(self, what: str, text: str, expected: str) -> None:
-        """Apply resources with a mistake, and wait for what clients get then."""
+    def checked(self, *expected: str) -> None:
+        """Let ``dp-extproc check --envoy`` read this Envoy, and compare the codes of the errors that it finds."""
+        found = audit(asyncio.run(read_envoy([self.plane.admin_url])), self.site.fleet.config)
+        errors = {each.code for each in found if each.severity is Severity.ERROR}
+        warnings = {each.code for each in found} - errors
+        seen = f"errors: {sorted(errors)}; warnings: {sorted(warnings)}"
+        self.add("... and dp-extproc check --envoy", seen, good=errors == set(expected))
+
+    def wrong(self, what: str, text: str, expected: str, *codes: str) -> None:
+        """Apply resources with a mistake, and wait for what clients get then, and what the check finds."""
         assert text != self.texts["dp-extproc.yaml"], what
         self.plane.apply("ours", text)
         wait_for(lambda: self.programmed()[0] == "False", _PATIENCE)
@@ -117,6 +129,7 @@ class Rig:
         text = f"{message[:60]} ... {message[-60:]}" if len(message) > 125 else message
         seen = f"Programmed=False: {text}; our host: {self.asks()}; neighbour served: {other}"
         self.add(what, seen, good=other)
+        self.checked(*codes)
         self.apply(self.texts["dp-extproc.yaml"])
 
 
@@ -144,6 +157,7 @@ def accepted(rig: Rig, recordings: Path | None = None) -> None:
     buffered = [route["route"]["cluster"] for route in routes if "request_body_buffer_limit" in route]
     seen = f"of {len(routes)} routes with retries: {retried}, with a buffer: {buffered}"
     rig.add("routes of the gateway", seen, good=retried == buffered == [f"httproute/{NAMESPACE}/{OURS}/rule/0"])
+    rig.checked()
     if recordings is not None:
         record(recordings / "envoy-gateway.json", ours, resources)
 
@@ -242,19 +256,35 @@ def short_drain(rig: Rig) -> None:
     ours = rig.texts["dp-extproc.yaml"]
     outcome = _streaming(rig, partial(rig.plane.apply, "ours", _changed(ours)))
     rig.add("dp_dispatch changes, drainTimeout: 1s", f"the stream: {outcome}", good=outcome != "answer")
-    rig.wrong("a listener with an unknown field", ours.replace("stat_prefix: dp_dispatch", "typo: dp_dispatch"), "503")
+    listener = ours.replace("stat_prefix: dp_dispatch", "typo: dp_dispatch")
+    rig.wrong("a listener with an unknown field", listener, "503", "listener_missing")
+    rig.plane.delete("ours")
+    wait_for(lambda: not set(LISTENERS) & set(rig.plane.listeners()), _PATIENCE)
+    began = threading.Event()
+    streaming = rig.site.threads.submit(rig.site.stream_of_neighbour, _LONG["seconds"], began.set)
+    assert began.wait(_PATIENCE)
+    rig.apply(ours)
+    running = not streaming.done()
+    seen = streaming.result()
+    rig.add("ours applied under a stream of the neighbour", f"its stream: {seen}", good=running and seen == "complete")
 
 
 def wrong_patches(rig: Rig) -> None:
     """One wrong patch is left out and the others apply. Our host fails closed, and the neighbour is served."""
     ours, table = rig.texts["dp-extproc.yaml"], f"name: {NAMESPACE}/{GATEWAY}/"
     cluster = ours.replace("name: prefill\n        type: ORIG", "name: prefill\n        typo: ORIG")
-    rig.wrong("a cluster with an unknown field", cluster, "502 prefill_failed")
-    rig.wrong("a route table that does not exist", ours.replace(f"{table}http", f"{table}web"), "answer")
+    rig.wrong("a cluster with an unknown field", cluster, "502 prefill_failed", "cluster_missing")
+    rig.wrong(
+        "a route table that does not exist",
+        ours.replace(f"{table}http", f"{table}web"),
+        "answer",
+        "retry_policy_missing",
+    )
     rig.plane.apply("ours", "---\n".join(ours.split("---\n")[:2]))
     wait_for(lambda: rig.asks().startswith("503"), _PATIENCE)
     seen = f"our host: {rig.asks()}; neighbour served: {rig.neighbour_answers()}"
     rig.add("Backend and HTTPRoute without the policy", seen, good=rig.neighbour_answers())
+    rig.checked("cluster_missing", "listener_missing", "no_entrance")
     rig.apply(ours)
 
 
@@ -277,6 +307,7 @@ def broken_bootstrap(rig: Rig) -> None:
     logged = refusals[-1][-200:] if refusals else "nothing"
     seen = f"Programmed=True; of our listeners: {listeners}; our host: {result}; Envoy's log: {logged}"
     rig.add(f"extension there {count} times", seen, good=result.startswith("503") and rig.neighbour_answers())
+    rig.checked(*(("extension_twice",) if count else ("extension_missing", "listener_missing", "update_rejected")))
 
 
 CASES: Final[Sequence[Callable[[Rig], None]]] = (

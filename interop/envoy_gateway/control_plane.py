@@ -25,8 +25,9 @@ _EXPECTED_VERSION: Final = "1.39.0"
 """The version of Envoy that Envoy Gateway 1.9 looks for. It does not ask the program for its version."""
 _READ: Final = "reconcile finished"
 """What its log has after each change of the files."""
-_READ_SECONDS: Final = 5.0
-_ATTEMPTS: Final = 3
+_READ_SECONDS: Final = 30.0
+"""It checks every field of every file for each change, which takes two seconds of a processor."""
+_ATTEMPTS: Final = 2
 _START_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 15.0
 _STATUS: Final = re.compile(
