@@ -1,5 +1,6 @@
 """Runs what the control plane of a gateway has delivered, with the present print in the places of the recorded one."""
 
+import asyncio
 import copy
 import json
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ import httpx
 
 from dp_extproc import contract
 from dp_extproc.config import BodyMode, Config
+from dp_extproc.envoy_check import Finding, audit
+from dp_extproc.envoy_check.reader import read_envoy
 from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from dp_extproc.lab.testbed.ports import free_ports
@@ -59,24 +62,36 @@ def run_recorded(resources: Callable[[Config, str], Resources], extension: dict[
     """
     ports = free_ports(3)
     config = make_config(BodyMode.BUFFERED, ports)
-    internal = "type.googleapis.com/envoy.extensions.bootstrap.internal_listener.v3.InternalListener"
     with ExitStack() as running:
         prefill, decode, neighbour = (
             running.enter_context(run_engine(name)) for name in ("prefill", "decode", "other")
         )
         service = running.enter_context(run_service(prefill.address, decode.address, ports[2]))
-        bootstrap = {
-            "static_resources": _without_types(resources(config, neighbour.address)),
-            "bootstrap_extensions": [
-                {"name": "envoy.bootstrap.internal_listener", "typed_config": {"@type": internal, **extension}}
-            ],
-            "admin": {"address": {"socket_address": address_of(str(config.envoy.admin))}},
-        }
+        bootstrap = bootstrap_of(config, resources(config, neighbour.address), extension)
         envoy = running.enter_context(EnvoyProcess(config, bootstrap=json.dumps(bootstrap)))
         client = running.enter_context(loopback.client(envoy.url))
         decoy = Decoy()
         running.callback(decoy.close)
         yield Gateway(client, envoy, service, prefill, decode, neighbour, decoy)
+
+
+def bootstrap_of(config: Config, resources: Resources, extension: dict[str, Any]) -> dict[str, Any]:
+    """Build the bootstrap of an Envoy with these resources."""
+    internal = "type.googleapis.com/envoy.extensions.bootstrap.internal_listener.v3.InternalListener"
+    return {
+        "static_resources": _without_types(resources),
+        "bootstrap_extensions": [
+            {"name": "envoy.bootstrap.internal_listener", "typed_config": {"@type": internal, **extension}}
+        ],
+        "admin": {"address": {"socket_address": address_of(str(config.envoy.admin))}},
+    }
+
+
+def check(bootstrap: dict[str, Any], config: Config, folder: Path) -> list[Finding]:
+    """Return what ``dp-extproc check --envoy`` finds."""
+    path = folder / "gateway.json"
+    path.write_text(json.dumps(bootstrap), encoding="utf-8")
+    return audit(asyncio.run(read_envoy([str(path)])), config)
 
 
 def address_of(text: str) -> dict[str, Any]:

@@ -4,22 +4,23 @@ Envoy Gateway delivers clusters and listeners as they are printed, which the run
 their names, and a test puts the present print into their places.
 """
 
-import copy
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import yaml
 
 from dp_extproc.config import BodyMode, Config
+from dp_extproc.envoy_check import Severity
 from dp_extproc.envoy_config import FORMS
 from dp_extproc.envoy_config.formats.target import ObjectName, Target
-from envoy_check.samples import found_in
-from envoy_check.test_recorded import dump, errors
 from envoy_config.harness import make_config
 from envoy_config.recorded_gateway import (
     HOST,
     Resources,
     address_of,
+    bootstrap_of,
+    check,
     check_hosts,
     recorded,
     run_recorded,
@@ -58,47 +59,35 @@ def test_printed_resources_are_the_recorded_ones() -> None:
     assert resources == recorded(RECORDING)["printed"]
 
 
-def resources_of(config: Config) -> dict[str, list[dict[str, Any]]]:
-    """Return what was delivered, with the present print in the places of the recorded one."""
-    delivered: dict[str, list[dict[str, Any]]] = copy.deepcopy(recorded(RECORDING)["delivered"])
-    ours = whole(printed(config))
-    for key, are_listeners in (("dynamic_listeners", True), ("dynamic_active_clusters", False)):
-        present = {each["name"]: each for each in ours if ("internal_listener" in each) == are_listeners}
-        delivered[key] = [present.get(each["name"], each) for each in delivered[key]]
-    return delivered
+def resources_of(config: Config, neighbour: str) -> Resources:
+    """Build static resources from what was delivered, with the present print in the places of the recorded one."""
+    delivered, ours = recorded(RECORDING)["delivered"], whole(printed(config))
+    (routes,) = delivered["dynamic_route_configs"]
+    (listener,) = (each for each in delivered["dynamic_listeners"] if each["name"] == _LISTENER)
+    listener["address"]["socket_address"] = address_of(str(config.envoy.inference))
+    manager = listener["default_filter_chain"]["filters"][0]["typed_config"]
+    del manager["rds"]
+    manager["route_config"] = routes
+    (theirs,) = (each for each in delivered["dynamic_active_clusters"] if each["name"] == _NEIGHBOUR)
+    return {
+        "listeners": [listener, *(each for each in ours if "internal_listener" in each)],
+        "clusters": [static_cluster(theirs, neighbour), *(each for each in ours if "internal_listener" not in each)],
+    }
 
 
 def test_recorded_gateway_leads_our_host_into_the_block_alone() -> None:
     """Both legs arrive, forged headers have no effect, and the other host of the gateway gets its headers untouched."""
-
-    def resources(config: Config, neighbour: str) -> Resources:
-        delivered = resources_of(config)
-        (routes,) = delivered["dynamic_route_configs"]
-        for listener in delivered["dynamic_listeners"]:
-            if listener["name"] == _LISTENER:
-                listener["address"]["socket_address"] = address_of(str(config.envoy.inference))
-                manager = listener["default_filter_chain"]["filters"][0]["typed_config"]
-                del manager["rds"]
-                manager["route_config"] = routes
-        return {
-            "listeners": [each for each in delivered["dynamic_listeners"] if "ready" not in each["name"]],
-            "clusters": [
-                static_cluster(each, neighbour) if each["name"] == _NEIGHBOUR else each
-                for each in delivered["dynamic_active_clusters"]
-            ],
-        }
-
-    with run_recorded(resources, {}) as gateway:
+    with run_recorded(resources_of, {}) as gateway:
         check_hosts(gateway)
 
 
-def test_check_finds_nothing_missing_in_the_recorded_gateway() -> None:
-    """The filter that removes headers before the router is left out on purpose, so there is a warning."""
+def test_check_accepts_the_recorded_gateway(tmp_path: Path) -> None:
+    """The filter that removes headers before the router is left out on purpose, which is a warning."""
     config = make_config(BodyMode.BUFFERED, [1, 2, 3])
-    found = found_in(config, dump(resources_of(config)))
+    findings = check(bootstrap_of(config, resources_of(config, "127.0.0.1:4"), {}), config, tmp_path)
 
-    assert errors(found) == []
-    assert {each.code for each in found} == {"client_headers_kept", "delayed_close"}
+    assert {each.severity for each in findings} == {Severity.WARNING}
+    assert {each.code for each in findings} == {"client_headers_kept", "delayed_close"}
 
 
 def test_listeners_and_host_names_are_those_of_the_command_line() -> None:

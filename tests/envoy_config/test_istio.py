@@ -5,12 +5,14 @@ names, and a test puts the present print into the places of the delivered ones.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import yaml
 
 from dp_extproc.config import BodyMode, Config
+from dp_extproc.envoy_check import Severity
 from dp_extproc.envoy_config import FORMS
 from dp_extproc.envoy_config.formats.target import ObjectName, Target
 from envoy_config.harness import make_config
@@ -18,6 +20,8 @@ from envoy_config.recorded_gateway import (
     Gateway,
     Resources,
     address_of,
+    bootstrap_of,
+    check,
     check_hosts,
     recorded,
     run_recorded,
@@ -31,6 +35,8 @@ TARGETS: Final = {
     "shared-api": Target(ObjectName("istio-ingress", "shared-api"), ("llm.example.com",), 80),
 }
 """What the command line gave for each recording: a gateway of Istio's API, and one of the Gateway API."""
+EXTENSION: Final = {"buffer_size_kb": 64}
+"""The bootstrap extension as Istio's proxy has it."""
 _BACKEND: Final = "outbound|80||backend.internal"
 
 
@@ -74,8 +80,18 @@ def gateway(request: pytest.FixtureRequest) -> Iterator[Gateway]:
     def resources(config: Config, neighbour: str) -> Resources:
         return _resources(request.param, config, neighbour)
 
-    with run_recorded(resources, {"buffer_size_kb": 64}) as gateway:
+    with run_recorded(resources, EXTENSION) as gateway:
         yield gateway
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_check_accepts_a_recorded_gateway(kind: str, tmp_path: Path) -> None:
+    """What Istio leaves at its own values is a warning at most, and the block is as it should be."""
+    config = make_config(BodyMode.BUFFERED, [1, 2, 3])
+    findings = check(bootstrap_of(config, _resources(kind, config, "127.0.0.1:4"), EXTENSION), config, tmp_path)
+
+    assert {each.severity for each in findings} == {Severity.WARNING}
+    assert {each.code for each in findings} == {"client_headers_kept", "delayed_close", "no_request_timeouts"}
 
 
 def _resources(kind: str, config: Config, neighbour: str) -> Resources:
