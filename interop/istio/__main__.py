@@ -22,7 +22,7 @@ from dp_extproc.lab.testbed.envoy import find_envoy
 from dp_extproc.lab.testbed.ports import free_port
 from interop.istio.cases import (
     CASES,
-    SHORT_DRAIN_CASES,
+    CLASSIC_CASES,
     Case,
     Rig,
     engines_are_dialled_by_tls,
@@ -100,7 +100,7 @@ def run(programs: Path, folder: Path, body_mode: str, only: Sequence[str], recor
                 _run_cases(rig, CASES, only)
             if kind is CLASSIC:
                 with run_gateway(plane, kind, fleet, config, report, drain_seconds=_SHORT_DRAIN) as rig:
-                    _run_cases(rig, SHORT_DRAIN_CASES, only)
+                    _run_cases(rig, CLASSIC_CASES, only)
                 with run_gateway(plane, kind, fleet, config, report, extensions=2) as rig:
                     _run_cases(rig, [extension_is_doubled], only)
             for each in reversed(printed(fleet.config, kind.target(HOST))):

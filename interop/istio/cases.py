@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 import httpx
+import yaml
 
 from dp_extproc.config import Config
 from dp_extproc.envoy_check import Finding, Severity, audit
@@ -23,6 +24,7 @@ from interop.mesh.site import MAX_BODY_BYTES, Site
 from patience import wait_for
 
 _SECOND_HOST: Final = "llm2.example.com"
+_EXAMPLE: Final = Path(__file__).parents[2] / "envoy" / "istio-gateway-timeouts.yaml"
 _PATIENCE: Final = 30.0
 _STREAM_SECONDS: Final = 6
 """How long a stream of the cases lasts that change something under it."""
@@ -87,6 +89,19 @@ def applied_under_a_stream_of_the_neighbour(rig: Rig) -> None:
     assert not streaming.done()
     seen, case = streaming.result(), f"applied under a stream of the neighbour, drain time {rig.drain_seconds} s"
     rig.add(case, seen, good=seen == "complete")
+
+
+def timeouts_are_added(rig: Rig) -> None:
+    """The shipped example sets what the printed resources leave to the owner of the gateway."""
+    example = yaml.safe_load(_EXAMPLE.read_text(encoding="utf-8"))
+    rig.plane.apply(example)
+    wait_for(lambda: "no_request_timeouts" not in {each.code for each in _check(rig)}, _PATIENCE)
+    found = ", ".join(sorted({each.code for each in _check(rig)}))
+    outcome = ask(rig.site.client, CHAT, stream=True)
+    case = f"{_EXAMPLE.name} applied, check --envoy"
+    rig.add(case, f"{found}; {outcome}", good=outcome.complete and not _errors(_check(rig)))
+    rig.plane.delete(example)
+    wait_for(lambda: "no_request_timeouts" in {each.code for each in _check(rig)}, _PATIENCE)
 
 
 def instance_beside_another(rig: Rig) -> None:
@@ -162,8 +177,12 @@ CASES: Final[Sequence[Case]] = (
     route_changes_under_a_stream,
     listener_changes_under_a_stream,
 )
-SHORT_DRAIN_CASES: Final[Sequence[Case]] = (listener_changes_under_a_stream, applied_under_a_stream_of_the_neighbour)
-"""What an Envoy with a short drain time shows."""
+CLASSIC_CASES: Final[Sequence[Case]] = (
+    timeouts_are_added,
+    applied_under_a_stream_of_the_neighbour,
+    listener_changes_under_a_stream,
+)
+"""What a gateway of Istio's API with a short drain time shows."""
 _LISTENERS: Final = r"^listener_manager\.lds\.update_success$"
 _ROUTES: Final = r"^http\..*\.rds\..*\.update_success$"
 
