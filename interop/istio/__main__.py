@@ -154,7 +154,7 @@ def main() -> int:
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     subprocess.run(["ip", "address", "add", f"{ADDRESS}/16", "dev", "lo"], check=True)
     version = subprocess.run([find_envoy(), "--version"], check=True, capture_output=True, text=True).stdout
-    print("Envoy", *re.findall(r"/(\d[\d.]+)/", version))
+    print("Envoy", re.findall(r"/(\d[\d.]+)/", version)[-1])
     with tempfile.TemporaryDirectory(prefix="dp-extproc-istio-") as scratch:
         names = Path(scratch) / "hosts"
         names.write_text(f"127.0.0.1 localhost {_NAME}\n", encoding="utf-8")

@@ -143,6 +143,14 @@ def route_changes_under_a_stream(rig: Rig) -> None:
     rig.add("route changed under a stream", str(outcome), good=outcome.complete)
 
 
+def clusters_change_under_a_stream(rig: Rig) -> None:
+    """A change of the clusters of the service cuts no stream."""
+    config = rig.site.fleet.config
+    rarer = config.listen.model_copy(update={"keepalive": 2 * config.listen.keepalive})
+    outcome = _stream_while(rig, config.model_copy(update={"listen": rarer}), _CLUSTERS)
+    rig.add("clusters of the service changed under a stream", str(outcome), good=outcome.complete)
+
+
 def listener_changes_under_a_stream(rig: Rig) -> None:
     """A change of the internal listeners cuts the streams that are still open when the drain time is over."""
     smaller = with_settings(rig.site.fleet.config, max_body_bytes=MAX_BODY_BYTES - (1 << 20))
@@ -175,6 +183,7 @@ CASES: Final[Sequence[Case]] = (
     instance_beside_another,
     filter_is_missing,
     route_changes_under_a_stream,
+    clusters_change_under_a_stream,
     listener_changes_under_a_stream,
 )
 CLASSIC_CASES: Final[Sequence[Case]] = (
@@ -184,6 +193,7 @@ CLASSIC_CASES: Final[Sequence[Case]] = (
 )
 """What a gateway of Istio's API with a short drain time shows."""
 _LISTENERS: Final = r"^listener_manager\.lds\.update_success$"
+_CLUSTERS: Final = r"^cluster_manager\.cds\.update_success$"
 _ROUTES: Final = r"^http\..*\.rds\..*\.update_success$"
 
 
