@@ -261,8 +261,10 @@ def test_access_is_what_the_discovery_reads(case: Case) -> None:
     values, config, objects = case
     expected: dict[str, set[str]] = {}
     for source in [each for pool in config.pools for _, sources in pool.sources() for each in sources.kubernetes]:
-        resource = "pods" if source.pods is not None else "endpointslices.discovery.k8s.io"
-        expected.setdefault(source.namespace or NAMESPACE, set()).add(resource)
+        resources = {"endpointslices.discovery.k8s.io"} if source.pods is None else {"pods"}
+        if source.inference_pool is not None:
+            resources = {"inferencepools.inference.networking.k8s.io", "pods"}
+        expected.setdefault(source.namespace or NAMESPACE, set()).update(resources)
     roles = {each["metadata"]["namespace"]: each for each in objects if each["kind"] == "Role"}
     if values.get("rbac") == {"create": False}:
         expected = {}
