@@ -17,7 +17,6 @@ REPRESENTATIVE = {
     "decode, is killed in mid-answer, all",
     "decode, gives the request up, one",
     "decode, gives the request up, all",
-    "service, is killed in mid-answer, all",
 }
 """Cells in which each rule of the form decides; the others are in the table of docs/reliability.md."""
 
