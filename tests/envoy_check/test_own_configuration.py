@@ -27,6 +27,7 @@ HEADERS_ONLY = {**POOL, "routing_fields": "headers", "policy": {"affinity": {"pr
         pytest.param({"envoy": {"body_mode": "none"}, "pools": [HEADERS_ONLY]}, id="no bodies"),
         pytest.param({"envoy": {"truncated_streams": "reset", "name_prefix": "llm_"}}, id="reset and prefix"),
         pytest.param({"supervision": {"mode": "off"}, "retry": {"attempts": 1}}, id="no supervision or retries"),
+        pytest.param({"prefill_leg": "service"}, id="legs of the service"),
         pytest.param({"envoy": {"service": "router:9002", "session_header": "x-session-id"}}, id="DNS and sessions"),
     ],
 )
