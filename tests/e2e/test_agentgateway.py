@@ -73,3 +73,16 @@ def test_a_refusal_takes_the_place_of_the_response(gateway: AgentGateway, worker
 
     assert (response.status, response.headers["x-dp-extproc-reason"]) == (400, "body_not_an_object")
     assert [each for worker in workers for each in worker.requests()] == []
+
+
+def test_metrics_have_the_names_of_reference_pickers(gateway: AgentGateway, service: ServiceProcess) -> None:
+    """Idle engines have no queue; the label is the name of the pool."""
+    asyncio.run(gateway.post("/v1/chat/completions", json.dumps(CHAT).encode()))
+    service.wait_until_idle()
+    page = service.metrics()
+
+    for prefix, ready in (("inference_pool", "ready_pods"), ("llm_d_epp", "ready_endpoints")):
+        assert f'{prefix}_{ready}{{name="*"}} 2.0' in page
+        assert f'{prefix}_average_queue_size{{name="*"}} 0.0' in page
+        assert f'{prefix}_average_running_requests{{name="*"}} ' in page
+        assert f'{prefix}_average_kv_cache_utilization{{name="*"}} ' in page

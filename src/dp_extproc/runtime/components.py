@@ -34,6 +34,7 @@ from dp_extproc.observability.groups import GroupMetrics, Weights, describe_excl
 from dp_extproc.observability.loads_page import describe_loads, describe_signals, describe_sources, describe_sync
 from dp_extproc.observability.log import EngineLog
 from dp_extproc.observability.metrics import AutoscalingMetrics, SyncMetrics, Telemetry
+from dp_extproc.observability.pool_metrics import PoolMetrics
 from dp_extproc.runtime.engine_tls import FollowedTls
 from dp_extproc.runtime.readiness import Readiness, can_serve
 from dp_extproc.runtime.secrets import read_api_keys
@@ -133,6 +134,8 @@ class Components:
             self._replica = join(config.sync, outbox, self._scheduler.tracker.open_peer, clock=clock)
             self.telemetry.add(SyncMetrics(self._replica.status))
         is_picker = config.protocol is Protocol.ENDPOINT_PICKER
+        if is_picker:
+            self.telemetry.add(PoolMetrics(self._loads, _gateway_names(config), clock))
         self.service = ExtProcService(
             self._scheduler,
             (self.telemetry,),
@@ -258,6 +261,17 @@ class Components:
         if not keys.problems:
             self._credentials.update(keys.by_pool)
         return keys.problems
+
+
+def _gateway_names(config: Config) -> dict[str, str]:
+    """Return the name of the gateway's pool for each pool: that of its InferencePool, if it has one."""
+    return {
+        pool.name: next(
+            (each.inference_pool for _, source in pool.sources() for each in source.kubernetes if each.inference_pool),
+            pool.name,
+        )
+        for pool in config.pools
+    }
 
 
 def _static(endpoints: Iterable[Endpoint]) -> set[Endpoint]:
