@@ -72,7 +72,7 @@ class EnvoyProcess:
             options: Further command-line options.
             pause: Sleeps for so many seconds between two checks of a wait; an exception from it ends the wait.
         """
-        self.url = f"http://{config.envoy.inference}"
+        self.url = f"{'http' if config.envoy.tls is None else 'https'}://{config.envoy.inference}"
         self.admin_url = f"http://{config.envoy.admin}"
         self._secrets = config.envoy.secrets, secret_files(config)
         self._bootstrap = bootstrap if bootstrap is not None else render_yaml(build_bootstrap(config))
