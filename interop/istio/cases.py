@@ -1,5 +1,6 @@
 """What only Istio's gateways can show: two instances, failing closed, changes under a stream, a doubled extension."""
 
+import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,8 +8,11 @@ from pathlib import Path
 from typing import Final
 
 import httpx
+import yaml
 
 from dp_extproc.config import Config
+from dp_extproc.envoy_check import Finding, Severity, audit
+from dp_extproc.envoy_check.reader import read_envoy
 from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from faults.fleet import BODIES, Outcome, ask
@@ -20,6 +24,7 @@ from interop.mesh.site import MAX_BODY_BYTES, Site
 from patience import wait_for
 
 _SECOND_HOST: Final = "llm2.example.com"
+_EXAMPLE: Final = Path(__file__).parents[2] / "envoy" / "istio-gateway-timeouts.yaml"
 _PATIENCE: Final = 30.0
 _STREAM_SECONDS: Final = 6
 """How long a stream of the cases lasts that change something under it."""
@@ -61,6 +66,12 @@ def resources_are_accepted(rig: Rig, recorded: Path | None = None) -> None:
     kept = without_ours(after, _ours(rig))
     changed = [each["name"] for key, items in before.items() for each in items if each not in kept[key]]
     rig.add("other resources of Envoy that changed", ", ".join(changed) or "none", good=kept == before)
+    found = _check(rig)
+    rig.add(
+        "dp-extproc check --envoy",
+        ", ".join(sorted({each.code for each in found})) or "nothing",
+        good=not _errors(found),
+    )
     if recorded is not None:
         record(recorded / f"{rig.kind.name}.json", _ours(rig), after)
 
@@ -78,6 +89,19 @@ def applied_under_a_stream_of_the_neighbour(rig: Rig) -> None:
     assert not streaming.done()
     seen, case = streaming.result(), f"applied under a stream of the neighbour, drain time {rig.drain_seconds} s"
     rig.add(case, seen, good=seen == "complete")
+
+
+def timeouts_are_added(rig: Rig) -> None:
+    """The shipped example sets what the printed resources leave to the owner of the gateway."""
+    example = yaml.safe_load(_EXAMPLE.read_text(encoding="utf-8"))
+    rig.plane.apply(example)
+    wait_for(lambda: "no_request_timeouts" not in {each.code for each in _check(rig)}, _PATIENCE)
+    found = ", ".join(sorted({each.code for each in _check(rig)}))
+    outcome = ask(rig.site.client, CHAT, stream=True)
+    case = f"{_EXAMPLE.name} applied, check --envoy"
+    rig.add(case, f"{found}; {outcome}", good=outcome.complete and not _errors(_check(rig)))
+    rig.plane.delete(example)
+    wait_for(lambda: "no_request_timeouts" in {each.code for each in _check(rig)}, _PATIENCE)
 
 
 def instance_beside_another(rig: Rig) -> None:
@@ -119,6 +143,14 @@ def route_changes_under_a_stream(rig: Rig) -> None:
     rig.add("route changed under a stream", str(outcome), good=outcome.complete)
 
 
+def clusters_change_under_a_stream(rig: Rig) -> None:
+    """A change of the clusters of the service cuts no stream."""
+    config = rig.site.fleet.config
+    rarer = config.listen.model_copy(update={"keepalive": 2 * config.listen.keepalive})
+    outcome = _stream_while(rig, config.model_copy(update={"listen": rarer}), _CLUSTERS)
+    rig.add("clusters of the service changed under a stream", str(outcome), good=outcome.complete)
+
+
 def listener_changes_under_a_stream(rig: Rig) -> None:
     """A change of the internal listeners cuts the streams that are still open when the drain time is over."""
     smaller = with_settings(rig.site.fleet.config, max_body_bytes=MAX_BODY_BYTES - (1 << 20))
@@ -129,24 +161,48 @@ def listener_changes_under_a_stream(rig: Rig) -> None:
     rig.add("the next stream", str(later), good=later.complete)
 
 
+def engines_are_dialled_by_tls(rig: Rig) -> None:
+    """Both clusters of engines have dialled with the certificates of the mesh."""
+    dialled = {name: rig.site.count(rf"^cluster\.{name}\.ssl\.handshake$") for name in ("prefill", "decode_server")}
+    failed = rig.site.count(r"^cluster\.(prefill|decode_server)\.ssl\.(fail_verify.*|connection_error)$")
+    seen = ", ".join(f"{name} {count}" for name, count in dialled.items())
+    rig.add("TLS handshakes with engines", f"{seen}; failed {failed}", good=all(dialled.values()) and not failed)
+
+
 def extension_is_doubled(rig: Rig) -> None:
     """With the bootstrap extension twice no request passes an internal listener, and Envoy's log is empty."""
     answer, other = _chat(rig), rig.site.neighbour.get("/").status_code
     about = [line for line in rig.envoy.log().splitlines() if "internal" in line.lower()]
     seen = f"{answer.status_code} {answer.text!r}; lines of Envoy's log about it: {len(about)}; neighbour {other}"
     rig.add("bootstrap extension twice", seen, good=answer.status_code == httpx.codes.SERVICE_UNAVAILABLE)
+    errors = _errors(_check(rig))
+    rig.add("dp-extproc check --envoy", ", ".join(errors), good=errors == ["extension_twice"])
 
 
 CASES: Final[Sequence[Case]] = (
     instance_beside_another,
     filter_is_missing,
     route_changes_under_a_stream,
+    clusters_change_under_a_stream,
     listener_changes_under_a_stream,
 )
-SHORT_DRAIN_CASES: Final[Sequence[Case]] = (listener_changes_under_a_stream, applied_under_a_stream_of_the_neighbour)
-"""What an Envoy with a short drain time shows."""
+CLASSIC_CASES: Final[Sequence[Case]] = (
+    timeouts_are_added,
+    applied_under_a_stream_of_the_neighbour,
+    listener_changes_under_a_stream,
+)
+"""What a gateway of Istio's API with a short drain time shows."""
 _LISTENERS: Final = r"^listener_manager\.lds\.update_success$"
+_CLUSTERS: Final = r"^cluster_manager\.cds\.update_success$"
 _ROUTES: Final = r"^http\..*\.rds\..*\.update_success$"
+
+
+def _check(rig: Rig) -> list[Finding]:
+    return audit(asyncio.run(read_envoy([rig.envoy.admin_url])), rig.site.fleet.config)
+
+
+def _errors(findings: Sequence[Finding]) -> list[str]:
+    return sorted({each.code for each in findings if each.severity is Severity.ERROR})
 
 
 def _ours(rig: Rig) -> list[Resource]:

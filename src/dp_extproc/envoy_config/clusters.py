@@ -78,22 +78,26 @@ def build_clusters(config: Config) -> list[cluster.Cluster]:
     dispatch = _http_options(
         [strip_attempt_headers(config.envoy.session_header), *failed_endpoints, last_upstream_filter()]
     )
-    return [
-        commented(_to_service(config, buffer), "The service: envoy.service, or listen.grpc."),
-        commented(
-            _to_address_in_header(names.service_owner, OWNER, owner, buffer, to_service_tls(config)),
-            "The process of the service that scheduled the request and has its reservations.",
-        ),
-        commented(
-            _to_address_in_header(names.prefill, PREFILL_HOST, _engine_options(), buffer, to_engines_tls(config)),
-            "Envoy dials the address in a header. There is no fallback, because the body names the prefill\n"
-            "endpoint to which the decode engine will connect.",
-        ),
-        *_to_decode(config, _engine_options(first_event), buffer),
-        commented(_to_listener(names.dispatch, buffer, dispatch), "The way to the internal listeners."),
-        _to_listener(names.prefill_leg, buffer),
-        *(_to_collector(name, *host_and_port(address)) for name, address in collectors(config)),
-    ]
+    clusters = [commented(_to_service(config, buffer), "The service: envoy.service, or listen.grpc.")]
+    if supervised or not config.sends_legs:
+        clusters.append(
+            commented(
+                _to_address_in_header(names.service_owner, OWNER, owner, buffer, to_service_tls(config)),
+                "The process of the service that scheduled the request and has its reservations.",
+            )
+        )
+    to_dispatch = commented(_to_listener(names.dispatch, buffer, dispatch), "The way to the internal listeners.")
+    to_decode = _to_decode(config, _engine_options(first_event), buffer)
+    to_collectors = [_to_collector(name, *host_and_port(address)) for name, address in collectors(config)]
+    if config.sends_legs:
+        return [*clusters, *to_decode, to_dispatch, *to_collectors]
+    to_prefill = commented(
+        _to_address_in_header(names.prefill, PREFILL_HOST, _engine_options(), buffer, to_engines_tls(config)),
+        "Envoy dials the address in a header. There is no fallback, because the body names the prefill\n"
+        "endpoint to which the decode engine will connect.",
+    )
+    to_leg = _to_listener(names.prefill_leg, buffer)
+    return [*clusters, to_prefill, *to_decode, to_dispatch, to_leg, *to_collectors]
 
 
 def _to_service(config: Config, buffer: int) -> cluster.Cluster:
