@@ -36,7 +36,7 @@ def host_and_port(address: str) -> tuple[str, int]:
 
 
 def is_ip(host: str) -> bool:
-    """Return whether a host is an address, and no DNS name."""
+    """Return whether it is an address, and no DNS name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:

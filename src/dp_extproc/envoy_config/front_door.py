@@ -22,7 +22,7 @@ from dp_extproc.envoy_config.yaml_text import commented, pack
 
 CORS_FILTER: Final = "envoy.filters.http.cors"
 _HOST_FOR_HTTP_10: Final = "dp-extproc"
-"""Name of the host of a request without one, which HTTP/1.0 allows. Envoy's routes need one; none of ours reads it."""
+"""Value of ``:authority`` for a request of HTTP/1.0 without one. Envoy's routes need it, and none of ours reads it."""
 
 
 def build_front_door(config: Config) -> listener.Listener:
