@@ -19,7 +19,7 @@ COPY deploy/image/install.sh deploy/image/dependencies.py /usr/local/bin/
 RUN python3 -m venv --without-pip /app
 # The dependencies, with every way of discovery, come before the source: its changes do not install them again.
 COPY pyproject.toml ./
-RUN python3 /usr/local/bin/dependencies.py dns > dependencies.txt && sh /usr/local/bin/install.sh -r dependencies.txt
+RUN python3 /usr/local/bin/dependencies.py dns picker > dependencies.txt && sh /usr/local/bin/install.sh -r dependencies.txt
 
 FROM dependencies AS build
 COPY README.md LICENSE ./

@@ -14,8 +14,11 @@ SGLRUN ?= $(HOME)/.cache/dp-extproc/sglang-run
 # Kubernetes' own API server, etcd and helm, for kubernetes-run.
 KUBE_BIN ?= $(HOME)/.cache/dp-extproc/kubernetes/bin
 
-.PHONY: setup test quickstart-test compose-test check format manifests demo faults soak interop kubernetes-run bench \
-  balance simulated autoscaling stream-end clean
+# The control planes of Envoy Gateway and Istio, for envoy-gateway-run and istio-run.
+MESH_BIN ?= $(HOME)/.cache/dp-extproc/mesh/bin
+
+.PHONY: setup test quickstart-test compose-test check format manifests demo faults soak interop kubernetes-run \
+  envoy-gateway-run istio-run bench balance simulated autoscaling stream-end clean
 
 setup: .venv/ready
 
@@ -76,6 +79,16 @@ interop: setup
 # unshare and ip.
 kubernetes-run: setup
 	PYTHONPATH=tests $(BIN)/python -m interop.kubernetes --programs $(KUBE_BIN) $(ARGS)
+
+# The scenarios through Envoy Gateway, which interop/mesh/build.sh envoy-gateway builds: 3 minutes. It needs openssl,
+# unshare and ip. Envoys of other versions: ARGS="--envoy PATH --envoy PATH".
+envoy-gateway-run: setup
+	PYTHONPATH=tests $(BIN)/python -m interop.envoy_gateway --programs $(MESH_BIN) $(ARGS)
+
+# The end-to-end scenarios through gateways that Istio configures. MESH_BIN has the programs of interop/mesh/build.sh and
+# of interop/kubernetes/build.sh: 3 minutes. It needs openssl, unshare and ip.
+istio-run: setup
+	PYTHONPATH=tests $(BIN)/python -m interop.istio --programs $(MESH_BIN) $(ARGS)
 
 # What a request costs in the service, against an empty ext_proc server.
 bench: setup

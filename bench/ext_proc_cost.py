@@ -147,7 +147,7 @@ class Server:
 
 
 @contextmanager
-def _started(kind: str) -> Iterator[Server]:
+def started(kind: str) -> Iterator[Server]:
     command = [sys.executable, __file__, "--serve", kind]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
@@ -263,7 +263,7 @@ def _leg_in(answer: bytes) -> str:
 async def _compare(requests: int, rounds: int, concurrency: int) -> list[dict[str, Any]]:
     results = []
     with ExitStack() as running:
-        servers = {kind: running.enter_context(_started(kind)) for kind in KINDS}
+        servers = {kind: running.enter_context(started(kind)) for kind in KINDS}
         for label, size in SIZES.items():
             loads = {mode.value: Load(size, concurrency, mode.value) for mode in Supervise}
             count = max(concurrency, requests // (10 if size >= 1_000_000 else 1))

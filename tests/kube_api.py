@@ -22,11 +22,17 @@ Manifest = dict[str, Any]
 TOKEN = "token-of-the-tests"
 SLICES = "endpointslices.discovery.k8s.io"
 PODS = "pods"
+POOLS = "inferencepools.inference.networking.k8s.io"
 _PATHS = {
     "/apis/discovery.k8s.io/v1/namespaces/{}/endpointslices": SLICES,
     "/api/v1/namespaces/{}/pods": PODS,
+    "/apis/inference.networking.k8s.io/v1/namespaces/{}/inferencepools": POOLS,
 }
-_KINDS = {SLICES: ("discovery.k8s.io/v1", "EndpointSlice"), PODS: ("v1", "Pod")}
+_KINDS = {
+    SLICES: ("discovery.k8s.io/v1", "EndpointSlice"),
+    PODS: ("v1", "Pod"),
+    POOLS: ("inference.networking.k8s.io/v1", "InferencePool"),
+}
 _ALL_VERBS = frozenset({"get", "list", "watch"})
 _START_SECONDS = 10.0
 
@@ -269,11 +275,10 @@ class FakeApiServer:
                     410, "Expired", "The provided continue parameter is too old to display a consistent list"
                 )
             start = int(index)
-        selector = parameters.get("labelSelector", "")
         found = [
             manifest
             for key, manifest in self._objects.items()
-            if key[:2] == (resource, namespace) and _selects(selector, manifest["metadata"].get("labels") or {})
+            if key[:2] == (resource, namespace) and _matches(parameters, manifest)
         ]
         limit = int(parameters.get("limit") or len(found) + 1)
         end = start + min(limit, self.largest_page or limit)
@@ -302,7 +307,7 @@ class FakeApiServer:
             for each in () if self.silent else self._history[sent:]:
                 sent += 1
                 if each.version > position and (each.resource, each.namespace) == (resource, namespace):
-                    _change_event(writer, each, parameters.get("labelSelector", ""))
+                    _change_event(writer, each, parameters)
             for piece in self._raw[raw:]:
                 raw += 1
                 _chunk(writer, piece)
@@ -315,12 +320,15 @@ class FakeApiServer:
         writer.write(b"0\r\n\r\n")
 
 
-def _change_event(writer: asyncio.StreamWriter, change: _Change, selector: str) -> None:
+def _matches(parameters: Mapping[str, str], manifest: Manifest) -> bool:
+    meta, names = manifest["metadata"], parameters.get("fieldSelector", "")
+    has_name = not names or names == f"metadata.name={meta['name']}"
+    return has_name and _selects(parameters.get("labelSelector", ""), meta.get("labels") or {})
+
+
+def _change_event(writer: asyncio.StreamWriter, change: _Change, parameters: Mapping[str, str]) -> None:
     """Send a change as it appears to a selector: an object whose labels do not match any more is deleted."""
-    was, now = (
-        manifest is not None and _selects(selector, manifest["metadata"].get("labels") or {})
-        for manifest in (change.before, change.after)
-    )
+    was, now = (manifest is not None and _matches(parameters, manifest) for manifest in (change.before, change.after))
     if now and change.after is not None:
         _event(writer, "MODIFIED" if was else "ADDED", change.after)
     elif was and change.before is not None:
@@ -403,5 +411,19 @@ def pod(name: str, address: str, *, ready: bool = True, port: int = 30000, **met
             "phase": "Running",
             "podIP": address,
             "conditions": [{"type": "Ready", "status": "True" if ready else "False"}],
+        },
+    }
+
+
+def inference_pool(name: str, labels: Mapping[str, str], *ports: int) -> Manifest:
+    """Write an InferencePool."""
+    return {
+        "apiVersion": "inference.networking.k8s.io/v1",
+        "kind": "InferencePool",
+        "metadata": {"name": name},
+        "spec": {
+            "selector": {"matchLabels": dict(labels)},
+            "targetPorts": [{"number": port} for port in ports],
+            "endpointPickerRef": {"name": "picker", "port": {"number": 9002}},
         },
     }

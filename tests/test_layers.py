@@ -46,6 +46,7 @@ IMPURE = {
 READS_THE_FILE = "config/source.py"
 """It takes a path, and may read it with pathlib; nothing else in a pure package does."""
 CONFINED = {
+    "aiohttp": {"legs"},
     "grpc": {"extproc", "runtime"},
     "httpx": {"fleet", "runtime", "lab.demo", "lab.engine", "lab.testbed"},
 }

@@ -1,14 +1,14 @@
 """Records what a source and the API server send to each other, as lines of JSON; a test plays them back without Go."""
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from dp_extproc.fleet.discovery.kubernetes.client import ApiClient
+from dp_extproc.fleet.discovery.kubernetes.client import ApiClient, Resource
 from dp_extproc.fleet.discovery.kubernetes.objects import Event, Page
 from dp_extproc.fleet.discovery.kubernetes.source import KubernetesSource
 
@@ -61,6 +61,6 @@ class RecordingSource(KubernetesSource):
     recording: Recording
 
     @asynccontextmanager
-    async def _connect(self) -> AsyncIterator[ApiClient]:
-        async with super()._connect() as client:
+    async def _connect(self, resource: Callable[[str], Resource]) -> AsyncIterator[ApiClient]:
+        async with super()._connect(resource) as client:
             yield _RecordedClient(client, self.recording)  # type: ignore[misc] # has the methods that are used

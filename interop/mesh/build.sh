@@ -29,7 +29,8 @@ if [[ $wanted == *" pilot-discovery "* ]]; then
   istio=$(folder "istio.io/istio@$ISTIO")
   gateway_api=$(folder "sigs.k8s.io/gateway-api@$(sed -n 's/^\tsigs.k8s.io\/gateway-api //p' "$istio/go.mod")")
   install -m 644 "$istio/manifests/charts/base/files/crd-all.gen.yaml" "$MESH_BIN/istio-crds.yaml"
-  cat "$gateway_api"/config/crd/standard/*_{gatewayclasses,gateways,httproutes,grpcroutes,referencegrants}.yaml \
-    >"$MESH_BIN/gateway-api-crds.yaml"
+  for kind in gatewayclasses gateways httproutes grpcroutes referencegrants; do
+    echo --- && cat "$gateway_api/config/crd/standard/gateway.networking.k8s.io_$kind.yaml"
+  done >"$MESH_BIN/gateway-api-crds.yaml"
 fi
 ls -l "$MESH_BIN"

@@ -130,6 +130,7 @@ NOT_EXPRESSED = {
     "stale-before-the-next-scrape", "bootstrap-host-with-a-port", "bootstrap-host-in-brackets-that-is-none",
     "session-header-of-ours", "session-header-of-the-engines", "session-header-of-gateways",
     "session-header-with-a-secret", "session-header-that-frames", "session-header-that-routes",
+    "self-signed-certificate-for-the-printed-envoy", "health-of-several-processes",
 }  # fmt: skip
 """Mistakes that concern several keys, names that are taken, or YAML itself."""
 

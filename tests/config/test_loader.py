@@ -104,6 +104,22 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
         POOL + "listen: {grpc: 0.0.0.0:9089, admin: 127.0.0.1:9090, workers: 2}\n",
         [(4, "listen", "2 workers take the ports 9089-9090; put admin on another one")],
     ),
+    "tls-with-two-certificates": (
+        POOL + "listen: {tls: {cert: a, key: b, self_signed: true}}\n",
+        [(4, "listen.tls", "either cert and key, or self_signed")],
+    ),
+    "tls-with-half-a-certificate": (
+        POOL + "listen: {tls: {cert: a}}\n",
+        [(4, "listen.tls", "cert and key belong together")],
+    ),
+    "self-signed-certificate-for-the-printed-envoy": (
+        POOL + "listen: {tls: {self_signed: true}}\n",
+        [(1, "", "listen.tls.self_signed is for protocol: endpoint_picker")],
+    ),
+    "health-of-several-processes": (
+        POOL + "listen: {health: '0.0.0.0:9003', workers: 2}\n",
+        [(4, "listen", "health is for one process")],
+    ),
     "tls-on-one-side": (
         POOL + "listen: {tls: {cert: a, key: b}}\n",
         [(1, "", "listen.tls needs envoy.service_tls")],

@@ -59,7 +59,8 @@ def test_image_has_the_libraries_of_every_source_of_endpoints() -> None:
     script = [sys.executable, str(ROOT / "deploy/image/dependencies.py"), *extras.split()]
     installed = subprocess.run(script, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert {*project["dependencies"], *project["optional-dependencies"]["dns"]} == set(installed)
+    extras = (each for name in ("dns", "picker") for each in project["optional-dependencies"][name])
+    assert {*project["dependencies"], *extras} == set(installed)
 
 
 def test_last_stage_is_the_service() -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``dp-extproc serve | check | envoy-config | init | schema | engine | demo | load | simulate``."""
+"""The command line: ``dp-extproc COMMAND``, with one of the commands that are listed here."""
 
 import argparse
 import importlib
@@ -14,6 +14,10 @@ from dp_extproc import __version__
 
 _COMMANDS: Final = {
     "serve": ("dp_extproc.cli.serve", "run the external processor"),
+    "picker": (
+        "dp_extproc.cli.picker",
+        "run the external processor as the endpoint picker of an InferencePool, by the flags that charts pass",
+    ),
     "check": ("dp_extproc.cli.check", "check a configuration and every engine it names"),
     "envoy-config": ("dp_extproc.cli.envoy_config", "print the Envoy configuration for a configuration"),
     "init": ("dp_extproc.cli.init", "write a configuration file with every key, to begin with"),
@@ -27,6 +31,8 @@ _COMMANDS: Final = {
     ),
 }
 """Module and summary of each command. ``add_arguments(parser)`` declares options, ``run(args)`` returns the status."""
+_PICKER_FLAGS: Final = {"--pool-name", "--pool-namespace", "--pool-group", "--endpoint-selector", "--grpc-port"}
+"""Flags of ``picker`` that may come without it. Charts start the image of a picker with flags alone."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
+    if arguments and arguments[0].partition("=")[0] in _PICKER_FLAGS:
+        arguments = ["picker", *arguments]
     parser = argparse.ArgumentParser(prog="dp-extproc", description="Data-parallel-rank-aware routing beside Envoy.")
     parser.add_argument("--version", action="version", version=f"dp-extproc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -91,19 +91,26 @@ def load(args: argparse.Namespace, warn: WarnLine, environment: Mapping[str, str
     config_file = _config_file(args, given, warn, environment)
     if config_file is not None:
         source = _read_standard_input() if config_file == _STANDARD_INPUT else ConfigFile(Path(config_file))
-        return _start(source, processes, warn, environment)
+        return of_source(source, processes, warn, environment)
     if not given.keys() & set(_URLS):
         raise ConfigError("configuration", [Problem(None, "", _NOTHING_GIVEN)])
     if processes is not None:
         given["processes"] = Given("--processes", (processes,))
     made = configure(given)
     try:
-        return _start(made.source, None, warn, environment)
+        return of_source(made.source, None, warn, environment)
     except ConfigError as error:
         raise ConfigError(made.source.name, list(made.renamed(error.problems))) from None
 
 
-def _start(source: ConfigSource, processes: int | None, warn: WarnLine, environment: Mapping[str, str]) -> Start:
+def of_source(
+    source: ConfigSource, processes: int | None, warn: WarnLine, environment: Mapping[str, str] = os.environ
+) -> Start:
+    """Read and check one source.
+
+    Raises:
+        ConfigError: What it has cannot be used.
+    """
     text = source.read()
     config = parse_config(text, source.name, lambda warning: warn(f"{source.name}: {warning}"), environment)
     return Start(source, text, config, with_processes(config.listen, processes, warn))

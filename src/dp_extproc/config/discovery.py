@@ -97,13 +97,20 @@ class FileSettings(Section):
 
 
 class KubernetesSettings(Section):
-    """Endpoints in Kubernetes: those of a Service, or pods.
+    """Endpoints in Kubernetes: those of a Service, pods, or those of an InferencePool.
 
-    Exactly one of ``service``, ``selector`` and ``pods`` is given.
+    Exactly one of ``service``, ``selector``, ``pods`` and ``inference_pool`` is given.
     """
 
     model_config = ConfigDict(
-        json_schema_extra={"oneOf": [is_given("service"), is_given("selector"), is_given("pods")]}
+        json_schema_extra={
+            "oneOf": [
+                is_given("service"),
+                is_given("selector"),
+                is_given("pods"),
+                {**is_given("inference_pool"), "not": is_given("port")},
+            ]
+        }
     )
 
     service: _Name | None = Field(default=None, examples=["qwen3-prefill"])
@@ -112,6 +119,10 @@ class KubernetesSettings(Section):
     """Label selector of Services. Their labels are copied to their EndpointSlices, which are read."""
     pods: _Text | None = Field(default=None, examples=["app=qwen3,role=prefill"])
     """Label selector of pods, where annotations or labels of pods count."""
+    inference_pool: _Name | None = Field(default=None, examples=["qwen3"])
+    """Name of an InferencePool. Its pods are read, and each of its ports is an endpoint of its own."""
+    ranks_by_port: bool = False
+    """Whether the ports of an InferencePool are those of DP ranks: the first that of rank 0, and so on."""
     namespace: _Name | None = Field(default=None, examples=["llm"])
     """Namespace of the objects. None stands for that of the service account or of the kubeconfig."""
     port: Port | _PortName | None = Field(default=None, examples=["http"])
@@ -123,8 +134,12 @@ class KubernetesSettings(Section):
 
     @model_validator(mode="after")
     def _selects_in_one_way(self) -> Self:
-        if [self.service, self.selector, self.pods].count(None) != 2:
-            raise ValueError("write one of service: NAME, selector: LABELS (of Services) and pods: LABELS")
+        if [self.service, self.selector, self.pods, self.inference_pool].count(None) != 3:
+            raise ValueError(
+                "write one of service: NAME, selector: LABELS (of Services), pods: LABELS and inference_pool: NAME"
+            )
+        if self.inference_pool is not None and self.port is not None:
+            raise ValueError("an InferencePool has ports; leave port out")
         return self
 
 

@@ -77,7 +77,9 @@ class ListenSettings(Section):
     keepalive: Annotated[Seconds, Field(ge=0.1, le=86_400)] = 10.0
     """Seconds without data before either side pings the other, and seconds that the other side has to answer."""
     tls: ServerTls | None = None
-    """TLS of the service; None stands for plain HTTP/2. Files in PEM, which are read again once they have changed."""
+    """TLS of the service; None stands for plain HTTP/2."""
+    health: SocketAddress | None = Field(default=None, examples=["0.0.0.0:9003"])
+    """Further address with gRPC health checks alone, without TLS; None for none. ``grpc`` has them, too."""
 
     @model_validator(mode="after")
     def _every_worker_has_its_port(self) -> Self:
@@ -90,4 +92,6 @@ class ListenSettings(Section):
         if last and same_host and self.grpc.port <= self.admin.port <= self.grpc.port + last:
             taken = f"{self.grpc.port}-{self.grpc.port + last}"
             raise ValueError(f"{self.workers} workers take the ports {taken}; put admin on another one")
+        if last and self.health is not None:
+            raise ValueError("health is for one process; leave it out, or leave workers out")
         return self

@@ -107,7 +107,15 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _envoy_uses_tls_too(self) -> Self:
-        if self.listen.tls is not None and self.envoy.service_tls is None:
+        tls = self.listen.tls
+        if self.protocol is Protocol.ENDPOINT_PICKER or tls is None:
+            return self
+        if tls.self_signed:
+            raise ValueError(
+                "listen.tls.self_signed is for protocol: endpoint_picker, because the printed Envoy configuration "
+                "verifies the service; write cert and key"
+            )
+        if self.envoy.service_tls is None:
             raise ValueError(
                 "listen.tls needs envoy.service_tls: {ca: FILE, name: DNS-NAME}, or the printed Envoy configuration "
                 "would speak without TLS to a service that demands it"

@@ -11,20 +11,40 @@ _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$
 
 
 class ServerTls(Section):
-    """TLS of the service. The files are in PEM, and are read again for handshakes once they have changed."""
+    """TLS of the service: with a certificate of files, or with one that the service makes."""
 
-    cert: _Path = Field(examples=["/etc/dp-extproc/tls.crt"])
-    """The certificate with its intermediate certificates."""
-    key: _Path = Field(examples=["/etc/dp-extproc/tls.key"])
+    model_config = ConfigDict(
+        json_schema_extra={
+            "dependentRequired": {"cert": ["key"], "key": ["cert"]},
+            "oneOf": [
+                is_given("cert"),
+                {"required": ["self_signed"], "properties": {"self_signed": {"not": {"const": False}}}},
+            ],
+        }
+    )
+
+    cert: _Path | None = Field(default=None, examples=["/etc/dp-extproc/tls.crt"])
+    """The certificate with its intermediate certificates. Files are in PEM. Changed files are read again."""
+    key: _Path | None = Field(default=None, examples=["/etc/dp-extproc/tls.key"])
     """The private key of the certificate."""
+    self_signed: bool = False
+    """Whether the service makes a certificate at its start, for gateways that require TLS and verify nothing."""
     client_ca: _Path | None = Field(default=None, examples=["/etc/dp-extproc/clients-ca.crt"])
     """CA bundle; if set, client certificates are required (mutual TLS)."""
+
+    @model_validator(mode="after")
+    def _has_one_certificate(self) -> Self:
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("cert and key belong together: write both, or neither")
+        if (self.cert is None) != self.self_signed:
+            raise ValueError("write either cert and key, or self_signed: true")
+        return self
 
     @property
     def files(self) -> dict[str, str]:
         """Every file, by its key in the section."""
-        found = {"cert": self.cert, "key": self.key}
-        return found if self.client_ca is None else {**found, "client_ca": self.client_ca}
+        found = {"cert": self.cert, "key": self.key, "client_ca": self.client_ca}
+        return {key: path for key, path in found.items() if path is not None}
 
 
 class ServiceTls(Section):

@@ -22,6 +22,8 @@ _UPSTREAM_FAILED: Final = ["UF", "UC", "UR", "UH", "UO", "UT", "UPE", "LR"]
 """Response flags of a connection that failed, had no valid HTTP, or ended before the response headers."""
 
 _HOSTS: Final = [f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{key})%" for key in (META_PREFILL_HOST, META_DECODE_HOST)]
+_NULL: Final = f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:null)%"
+"""A value that is never there, for which Envoy writes ``null``. Patches of objects in Kubernetes lose a literal one."""
 _NO_HEADERS: Final[Mapping[str, str]] = {}
 _REPEAT: Final = {RETRY: "1", FAILED: ",".join((*_HOSTS, CUT))}
 """Headers with which the front door repeats a request without a decision of the service about the retry."""
@@ -93,7 +95,7 @@ def _status(op: _Op, status: int) -> accesslog.AccessLogFilter:
 def _error(
     when: accesslog.AccessLogFilter, kind: str, code: str, message: str, headers: Mapping[str, str] = _NO_HEADERS
 ) -> hcm.ResponseMapper:
-    error = {"message": message, "type": kind, "param": None, "code": code}
+    error = {"message": message, "type": kind, "param": _NULL, "code": code}
     added = [core.HeaderValue(key=name, value=value) for name, value in headers.items()]
     return hcm.ResponseMapper(
         filter=when,

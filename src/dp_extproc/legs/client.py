@@ -6,23 +6,25 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Final
 
+from msgspec.structs import replace
+
 from dp_extproc.attempt.events import LegBody, LegClosed, LegEvent, LegHeaders, LegOpened, LegUnseen, ToLeg
 from dp_extproc.legs.listener import LegListener, LegOutcome, NoLegListener, ResendCause
 from dp_extproc.legs.request import LegRequest
-from dp_extproc.legs.transport import Answer, BrokenError, NotSentError, Transport, UnreadableError
+from dp_extproc.legs.transport import SMALL, Answer, Body, BrokenError, NotSentError, Transport, UnreadableError
 
 RESEND_SECONDS: Final = 1.0
 """Seconds after its start in which a leg may be sent again."""
 _RESEND_PAUSE: Final = 0.2
 """Seconds between two tries. The first comes at once: usually it is a connection that was kept open for too long."""
-REST_SECONDS: Final = 60.0
-"""Seconds that a response may take after its headers. Prefill computes one token, so no engine needs them."""
 ERROR_BYTES: Final = 65_536
 """Most bytes of an error's text that are read."""
 TEXT_BYTES: Final = 64 << 20
 """Most bytes of any other response. Log probabilities of a long prompt are some of them."""
 _NOT_HERE: Final = frozenset({502, 503})
 """Statuses with which a proxy before the engine reports that it did not reach the engine."""
+_SUCCESS: Final = 200
+_REDIRECTS: Final = 300
 _ERROR: Final = 400
 _DUPLICATE: Final = b"Duplicate request ID"
 """SGLang's text for a request id that runs already: ``tokenizer_manager.py``."""
@@ -45,7 +47,11 @@ class SentLeg:
         self._outcome = LegOutcome.CANCELLED
         self._problem = ""
         self._is_cancelled = False
-        self._task = asyncio.get_running_loop().create_task(self._run(request))
+        self._body = Body(request.preamble, request.tail)
+        loop = asyncio.get_running_loop()
+        if self._body.size >= SMALL:  # by then it cannot be sent again
+            loop.call_later(RESEND_SECONDS, self._body.release)
+        self._task = loop.create_task(self._run(replace(request, preamble=b"", tail=b"")))
         self._task.add_done_callback(self._close)
 
     def carry_out(self, command: ToLeg) -> None:
@@ -104,15 +110,15 @@ class SentLeg:
         pause, is_fresh = 0.0, False
         while True:
             try:
-                async with self._client.transport.exchange(request, is_fresh=is_fresh) as answer:
+                with await self._client.transport.send(request, self._body, is_fresh=is_fresh) as answer:
                     text = await _read_briefly(answer) if answer.status in _NOT_HERE else b""
                     if answer.status in _NOT_HERE and not text.lstrip().startswith(b"{") and loop.time() + pause < last:
                         raise NotSentError(f"a proxy answered {answer.status}", ResendCause.UNAVAILABLE)  # noqa: TRY301
-                    deadline.reschedule(loop.time() + REST_SECONDS)
+                    deadline.reschedule(loop.time() + request.rest_timeout)
                     await self._receive(answer, text)
                     return
             except NotSentError as error:
-                if error.cause is None or loop.time() + pause >= last:
+                if error.cause is None or loop.time() + pause >= last or self._body.parts is None:
                     raise
                 self._client.resent(error.cause)
             self._is_resent = is_fresh = True
@@ -129,24 +135,36 @@ class SentLeg:
                 self._outcome = LegOutcome.UNSEEN
                 self._report(LegUnseen())
                 return
+        self._body.release()
+        if not _SUCCESS <= status < _REDIRECTS and status < _ERROR:
+            raise UnreadableError(f"the status {status} is no answer to it")
         self._report(LegHeaders(status, end_of_stream=answer.is_empty and not text, is_events=answer.is_events))
-        limit = TEXT_BYTES if self._wants is not ToLeg.BUFFER_BODY else ERROR_BYTES
-        size = 0
         kept = bytearray()
+        try:
+            await self._read(answer, text, kept)
+        except BrokenError:
+            if kept:
+                self._report(LegBody(bytes(kept), end_of_stream=True))
+            raise
+        if self._wants is not ToLeg.PROCEED:
+            self._report(LegBody(bytes(kept), end_of_stream=True))
+
+    async def _read(self, answer: Answer, text: bytes, kept: bytearray) -> None:
+        """Read the body to its end, or as much as is wanted of it."""
+        is_kept = self._wants is ToLeg.BUFFER_BODY
+        size = 0
         chunk = text or await answer.read()
         while chunk:
             size += len(chunk)
-            if self._wants is ToLeg.BUFFER_BODY:
+            if is_kept:
                 kept += chunk[: ERROR_BYTES - len(kept)]
+                if size >= ERROR_BYTES:
+                    return
             elif self._wants is ToLeg.STREAM_BODY:
                 self._report(LegBody(chunk, end_of_stream=False))
-            if size >= limit:
-                if self._wants is ToLeg.BUFFER_BODY:
-                    break
-                raise UnreadableError(f"its response is larger than {limit} bytes")
+            if size >= TEXT_BYTES:
+                raise UnreadableError(f"its response is larger than {TEXT_BYTES} bytes")
             chunk = await answer.read()
-        if self._wants is not ToLeg.PROCEED:
-            self._report(LegBody(bytes(kept), end_of_stream=True))
 
 
 async def _read_briefly(answer: Answer) -> bytes:

@@ -19,6 +19,7 @@ class LegOutcome(StrEnum):
     """The response was no HTTP, or too large."""
     TIMEOUT = "timeout"
     CANCELLED = "cancelled"
+    """It was cancelled before the response headers."""
     UNSEEN = "unseen"
     """The engine computes the leg, but its response is lost."""
 

@@ -16,7 +16,7 @@ from grpc_health.v1.health import aio
 
 from dp_extproc import __version__
 from dp_extproc.background import Guard
-from dp_extproc.config import Config, ConfigSource, ignore
+from dp_extproc.config import Config, ConfigSource, SocketAddress, ignore
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.observability.admin import AdminServer
 from dp_extproc.runtime.components import Components
@@ -136,7 +136,27 @@ async def _grpc_server(config: Config, service: ExtProcService, health: aio.Heal
         raise cannot_listen(address, "listen.grpc") from None
     await server.start()
     try:
-        yield
+        async with _health_port(config.listen.health, health):
+            yield
     finally:
         await service.leave()
         await server.stop(grace=1.0)
+
+
+@contextlib.asynccontextmanager
+async def _health_port(address: SocketAddress | None, health: aio.HealthServicer) -> AsyncIterator[None]:
+    """Serve health checks alone at a further address, if there is one."""
+    if address is None:
+        yield
+        return
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    try:
+        server.add_insecure_port(str(address))
+    except RuntimeError:
+        raise cannot_listen(address, "listen.health") from None
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(grace=None)

@@ -12,6 +12,7 @@ import grpc
 
 from dp_extproc.config import ApiKeySource, Config, Problem, ServerTls
 from dp_extproc.fleet.discovery.sources import missing_libraries
+from dp_extproc.runtime.self_signed import KeyAndCertificate, make_certificate, missing_library
 
 _log = logging.getLogger(__name__)
 
@@ -70,13 +71,16 @@ def problems_of_tls(tls: ServerTls | None) -> Iterator[Problem]:
         except OSError as error:
             unreadable = True
             yield Problem(None, f"listen.tls.{key}", f"{path} cannot be read: {_reason(error)}")
+    if tls.self_signed and (message := missing_library()) is not None:
+        yield Problem(None, "listen.tls.self_signed", message)
     if unreadable:
         return
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(tls.cert, tls.key, password="")
-    except (ssl.SSLError, ValueError) as error:
-        yield Problem(None, "listen.tls", f"{tls.cert} and {tls.key} are not a certificate and its key: {error}")
+    if tls.cert is not None:
+        try:
+            context.load_cert_chain(tls.cert, tls.key, password="")
+        except (ssl.SSLError, ValueError) as error:
+            yield Problem(None, "listen.tls", f"{tls.cert} and {tls.key} are not a certificate and its key: {error}")
     if tls.client_ca is not None:
         try:
             context.load_verify_locations(tls.client_ca)
@@ -96,22 +100,27 @@ def _reason(error: OSError | UnicodeDecodeError) -> str:
 def server_credentials(tls: ServerTls) -> grpc.ServerCredentials:
     """Make credentials that follow the files: gRPC fetches them at every handshake.
 
-    Files that do not fit together, as during a replacement, are not used until they do.
+    Files that do not fit together, as during a replacement, are not used until they do. A self-signed certificate stays
+    the same for the life of the process.
 
     Raises:
         OSError: A file cannot be read.
     """
+    pair = make_certificate() if tls.self_signed else None
     first = _file_signature(tls)
     return grpc.dynamic_ssl_server_credentials(
-        _certificates(tls), _RenewedCertificates(tls, first), require_client_authentication=tls.client_ca is not None
+        _certificates(tls, pair),
+        _RenewedCertificates(tls, pair, first),
+        require_client_authentication=tls.client_ca is not None,
     )
 
 
 class _RenewedCertificates:
     """Called by gRPC at each handshake. Returns the certificates if the files have changed, else None."""
 
-    def __init__(self, tls: ServerTls, seen: object) -> None:
+    def __init__(self, tls: ServerTls, pair: KeyAndCertificate | None, seen: object) -> None:
         self._tls = tls
+        self._pair = pair
         self._seen = seen
 
     def __call__(self) -> Any:
@@ -123,11 +132,11 @@ class _RenewedCertificates:
             if problems := list(problems_of_tls(self._tls)):
                 _log.error("TLS: the files have changed, but stay unused: %s", "; ".join(map(str, problems)))
                 return None
-            renewed = _certificates(self._tls)
+            renewed = _certificates(self._tls, self._pair)
         except OSError as error:
             _log.error("TLS: the files have changed, but cannot be read: %s", error)
             return None
-        _log.info("TLS: new connections get the new certificate of %s", self._tls.cert)
+        _log.info("TLS: new connections get what %s have now", ", ".join(self._tls.files.values()))
         return renewed
 
 
@@ -137,7 +146,7 @@ def _file_signature(tls: ServerTls) -> tuple[tuple[int, int, int], ...]:
     return tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
 
 
-def _certificates(tls: ServerTls) -> Any:
-    key, cert = Path(tls.key).read_bytes(), Path(tls.cert).read_bytes()
-    roots = None if tls.client_ca is None else Path(tls.client_ca).read_bytes()
-    return grpc.ssl_server_certificate_configuration([(key, cert)], root_certificates=roots)
+def _certificates(tls: ServerTls, pair: KeyAndCertificate | None) -> Any:
+    files = {key: Path(path).read_bytes() for key, path in tls.files.items()}
+    used = pair or (files["key"], files["cert"])
+    return grpc.ssl_server_certificate_configuration([used], root_certificates=files.get("client_ca"))

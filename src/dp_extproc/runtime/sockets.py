@@ -18,6 +18,8 @@ def check_ports(settings: ListenSettings) -> None:
     """
     wanted = [(settings.grpc.shifted(worker), "listen.grpc") for worker in range(settings.workers)]
     wanted.append((settings.admin, "listen.admin"))
+    if settings.health is not None:
+        wanted.append((settings.health, "listen.health"))
     problems: list[str] = []
     for address, key in wanted:
         try:

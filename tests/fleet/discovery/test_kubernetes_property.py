@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dp_extproc.fleet.discovery.kubernetes.faults import ApiError
 from dp_extproc.fleet.discovery.kubernetes.objects import Event, Page
 from dp_extproc.fleet.discovery.kubernetes.reflector import Reflector, Timing
+from dp_extproc.fleet.discovery.kubernetes.reports import MemberReports
 from dp_extproc.fleet.discovery.kubernetes.slices import read_slice
 from dp_extproc.fleet.discovery.source import Member
 from kube_api import endpoint_slice
@@ -122,7 +123,9 @@ def test_reports_are_states_in_their_order_up_to_the_last(steps: list[tuple[str,
         world = World(steps)
         read = partial(read_slice, port=None, group_label=None)
         timing = Timing(first_pause=0.0, longest_pause=0.0, steady=0.0)
-        reflector = Reflector("x", read, world, clock=lambda: 0.0, rng=random.Random(seed), timing=timing)
+        reflector = Reflector(
+            read, MemberReports("x", world), clock=lambda: 0.0, rng=random.Random(seed), timing=timing
+        )
 
         @asynccontextmanager
         async def connect() -> AsyncIterator[World]:

@@ -38,13 +38,22 @@ class Resource:
     version: str
     plural: str
     selector: str
-    """Label selector."""
+    """Label selector; empty for all objects."""
     namespace: str
+    name: str = ""
+    """Name of the only object to read; empty for all that the selector matches."""
 
     @property
     def path(self) -> str:
         base = f"/apis/{self.group}/{self.version}" if self.group else f"/api/{self.version}"
         return f"{base}/namespaces/{self.namespace}/{self.plural}"
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """Return the query parameters that select the objects."""
+        if self.name:
+            return {"fieldSelector": f"metadata.name={self.name}"}
+        return {"labelSelector": self.selector} if self.selector else {}
 
     def request(self, verb: str) -> Request:
         return Request(verb, f"{self.plural}.{self.group}".rstrip("."), self.namespace)
@@ -117,7 +126,7 @@ class ApiClient:
             async with self._client.stream(
                 "GET",
                 self._access.url + self._resource.path,
-                params={"labelSelector": self._resource.selector, **parameters},
+                params={**self._resource.parameters, **parameters},
                 headers={"Accept": "application/json", **self._access.headers()},
                 timeout=httpx.Timeout(_CONNECT_SECONDS, read=pause),
                 extensions={"sni_hostname": self._access.tls_name} if self._access.tls_name else None,

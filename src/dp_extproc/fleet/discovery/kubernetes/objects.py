@@ -106,6 +106,31 @@ class Pod(Object):
     status: PodStatus = field(default_factory=PodStatus)
 
 
+class LabelSelector(Struct, rename="camel"):
+    """A selector of pods by their labels."""
+
+    match_labels: dict[str, str] | None = None
+
+
+class TargetPort(Struct):
+    """A port of each pod of an InferencePool."""
+
+    number: int
+
+
+class InferencePoolSpec(Struct, rename="camel"):
+    """The pods of an InferencePool, and their ports."""
+
+    selector: LabelSelector = field(default_factory=LabelSelector)
+    target_ports: list[TargetPort] | None = None
+
+
+class InferencePool(Object):
+    """An InferencePool of the Gateway API Inference Extension."""
+
+    spec: InferencePoolSpec = field(default_factory=InferencePoolSpec)
+
+
 class PageMeta(Struct, rename="camel"):
     """The ``metadata`` of a page of a list."""
 

@@ -18,6 +18,11 @@ class Part:
     family: str = ""
     """Address family of a slice, ``IPv4`` or ``IPv6``; empty for a pod, which has one address here."""
 
+    @property
+    def size(self) -> int:
+        """Objects and members that were read."""
+        return 1 + len(self.members)
+
 
 @dataclass(frozen=True, slots=True)
 class Found:

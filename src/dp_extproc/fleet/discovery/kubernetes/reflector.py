@@ -1,4 +1,4 @@
-"""Keeps a copy of what the members of a role are in an API server: lists the objects once, then watches changes.
+"""Keeps a copy of some objects of an API server: lists them once, then watches changes.
 
 1. The first list comes from the cache of the API server (version 0). A watch goes on from the version of the list, and
    each event and bookmark moves the version. So a watch that ends, or breaks, loses nothing.
@@ -14,20 +14,17 @@
 """
 
 import asyncio
-import logging
 import random
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Generic, Protocol, TypeVar
 
 import msgspec
 
 from dp_extproc.fleet.discovery.kubernetes.faults import ApiError
 from dp_extproc.fleet.discovery.kubernetes.kubeconfig import AccessError
 from dp_extproc.fleet.discovery.kubernetes.objects import Event, Meta, Object, Page
-from dp_extproc.fleet.discovery.kubernetes.parts import Found, Part, combine
-from dp_extproc.fleet.discovery.source import SourceListener
 
 _PAGE_OBJECTS: Final = 250
 """Objects of one page of a list, where the API server reads pages. From its cache it answers in one piece: the decoder
@@ -35,9 +32,7 @@ takes 10 ms for a thousand pods of 11 kB, and 1 ms for ten thousand endpoints in
 """
 _TURN: Final = 100
 """Objects and members that are read before other tasks get their turn. That takes 1 to 5 ms."""
-_SHOWN_PROBLEMS: Final = 3
 
-_log = logging.getLogger(__name__)
 _OBJECT: Final = msgspec.json.Decoder(Object)
 
 
@@ -65,14 +60,35 @@ class Connection(Protocol):
     def events(self, parameters: dict[str, str]) -> AsyncGenerator[list[Event]]: ...
 
 
-class Reflector:
-    """Reports the members of a role whenever an object changes, and after each failure."""
+class Readable(Protocol):
+    """What is kept of one object. Equal values stand for no change."""
+
+    @property
+    def size(self) -> int:
+        """Objects and members that were read."""
+
+
+_T = TypeVar("_T", bound=Readable)
+_T_contra = TypeVar("_T_contra", contravariant=True)
+
+
+class Reports(Protocol[_T_contra]):
+    """Gets the reports of a reflector."""
+
+    def objects(self, parts: Collection[_T_contra]) -> None:
+        """Take what is kept of all present objects."""
+
+    def failed(self, message: str) -> None:
+        """Take the reason why the objects are unknown at present."""
+
+
+class Reflector(Generic[_T]):
+    """Reports all objects whenever one changes, and after each failure."""
 
     def __init__(
         self,
-        name: str,
-        read: Callable[[msgspec.Raw], Part],
-        listener: SourceListener,
+        read: Callable[[msgspec.Raw], _T],
+        reports: Reports[_T],
         *,
         clock: Callable[[], float],
         rng: random.Random,
@@ -81,21 +97,19 @@ class Reflector:
         """Set up.
 
         Args:
-            name: Name of the source for the log.
             read: Translates one object.
-            listener: Gets the reports.
+            reports: Gets the reports.
             clock: Counts monotonic seconds.
             rng: Moves times at random.
             timing: How long to wait.
         """
-        self._name = name
         self._read = read
-        self._listener = listener
+        self._reports = reports
         self._clock = clock
         self._rng = rng
         self._timing = timing
-        self._parts: dict[str, Part] = {}
-        """What each object contributes, by its name."""
+        self._parts: dict[str, _T] = {}
+        """What is kept of each object, by its name."""
         self._version = ""
         """Version to watch from; empty before the first list, and when it has expired."""
         self._listed = False
@@ -107,8 +121,6 @@ class Reflector:
         """Number of faults since the last steady watch."""
         self._has_expired = False
         """Whether a version has expired since then."""
-        self._warned: tuple[str, ...] = ()
-        """Problems of some objects that the log has."""
 
     async def run(self, connect: Callable[[], AbstractAsyncContextManager[Connection]]) -> None:
         """Report until cancelled. Each failure leads to a new connection."""
@@ -130,14 +142,14 @@ class Reflector:
                 await self._pause(str(error))
 
     async def _list(self, connection: Connection) -> None:
-        parts: dict[str, Part] = {}
+        parts: dict[str, _T] = {}
         first = {"resourceVersion": ""} if self._listed else {"resourceVersion": "0", "limit": f"{_PAGE_OBJECTS}"}
         page = await connection.page(first)
         read = 0
         while True:
             for text in page.items or ():
                 part = parts[self._meta(text).name] = self._part(text)
-                read += 1 + len(part.members)
+                read += part.size
                 if read >= _TURN:
                     read = 0
                     await asyncio.sleep(0)
@@ -177,7 +189,7 @@ class Reflector:
             raise ApiError("the watch ended at once; check what answers in place of the API server", quiet=True)
 
     def _apply(self, event: Event) -> bool:
-        """Apply one event. Return whether the members of its object have changed."""
+        """Apply one event. Return whether what is kept of its object has changed."""
         meta = self._meta(event.object)
         before = self._parts.get(meta.name)
         if event.type == "DELETED":
@@ -193,7 +205,7 @@ class Reflector:
         except (msgspec.MsgspecError, RecursionError) as error:
             raise ApiError(f"the API server sent an object of an unexpected form ({error})") from None
 
-    def _part(self, text: msgspec.Raw) -> Part:
+    def _part(self, text: msgspec.Raw) -> _T:
         try:
             return self._read(text)
         except (msgspec.MsgspecError, RecursionError) as error:
@@ -201,26 +213,14 @@ class Reflector:
 
     def _report(self) -> None:
         self._is_failing = self._is_unreported = False
-        found = combine(self._parts.values())
-        if found.problems and not found.members:
-            self._listener.failed(_shown(found))
-            return
-        if found.problems and found.problems != self._warned:
-            _log.warning("%s: %s", self._name, _shown(found))
-        self._warned = found.problems
-        self._listener.snapshot(found.members)
+        self._reports.objects(self._parts.values())
 
     async def _pause(self, message: str, at_least: float = 0.0, *, quiet: bool = False) -> None:
         if self._is_unreported:
             self._report()
         if self._faults or not quiet:
             self._is_failing = True
-            self._listener.failed(message)
+            self._reports.failed(message)
         bound = min(self._timing.first_pause * 2.0 ** min(self._faults, 16), self._timing.longest_pause)
         self._faults += 1
         await asyncio.sleep(max(at_least, self._rng.uniform(0.0, bound)))
-
-
-def _shown(found: Found) -> str:
-    more = len(found.problems) - _SHOWN_PROBLEMS
-    return "; ".join(found.problems[:_SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")

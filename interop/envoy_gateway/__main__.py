@@ -1,0 +1,103 @@
+"""Run the scenarios through Envoy Gateway: ``make envoy-gateway-run MESH_BIN=...``.
+
+Envoy Gateway's ports are fixed, so it runs in a network namespace of its own. The exit status is 0 if everything holds.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dp_extproc.lab.testbed.envoy import find_envoy
+from interop.envoy_gateway.cases import (
+    CASES,
+    HOST,
+    NEIGHBOUR,
+    OTHER_GATEWAYS,
+    Rig,
+    accepted,
+    neighbour_of,
+    printed,
+)
+from interop.envoy_gateway.control_plane import ControlPlane
+from interop.mesh.scenarios import run_scenarios
+from interop.mesh.site import Fleet, Neighbour, Site, open_site, run_fleet
+from interop.report import Report
+
+_INSIDE = "DP_EXTPROC_IN_NAMESPACE"
+
+
+@contextmanager
+def run_gateway(plane: ControlPlane, fleet: Fleet, neighbour: Neighbour, report: Report, gateway: str) -> Iterator[Rig]:
+    """Run Envoy Gateway with the resources of the gateway, of a neighbour, and ours."""
+    texts = printed(fleet.config)
+    plane.apply("gateway", gateway)
+    plane.apply("neighbour", neighbour_of(neighbour.port))
+    plane.apply("ours", texts["dp-extproc.yaml"])
+    with plane, open_site(fleet, plane, HOST, NEIGHBOUR, report) as site:
+        yield Rig(site, plane, texts)
+
+
+def run(program: Path, envoy: Path, folder: Path, only: Sequence[str]) -> Report:
+    """Run everything with one Envoy."""
+    version = subprocess.run([envoy, "--version"], check=True, capture_output=True, text=True).stdout
+    report = Report(f"Envoy {re.findall(r'/([0-9.]+)/', version)[0]}")
+    with run_fleet() as fleet, Neighbour() as neighbour:
+        gateway = printed(fleet.config)["gateway.yaml"]
+        plane = ControlPlane(program, envoy, folder / "gateway")
+        with run_gateway(plane, fleet, neighbour, report, gateway) as rig:
+            accepted(rig)
+            run_scenarios(rig.site, only=only)
+            run_scenarios(rig.site, [_for(rig, case) for case in CASES], only)
+        for what, (text, case) in OTHER_GATEWAYS.items():
+            if only and what not in only:
+                continue
+            plane = ControlPlane(program, envoy, folder / what)
+            with run_gateway(plane, fleet, neighbour, report, text(gateway)) as rig:
+                run_scenarios(rig.site, [_for(rig, case)])
+    return report
+
+
+def _for(rig: Rig, case: Callable[[Rig], None]) -> Callable[[Site], None]:
+    def scenario(_: Site) -> None:
+        case(rig)
+
+    scenario.__name__ = case.__name__
+    return scenario
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--programs", type=Path, required=True, help="folder with envoy-gateway")
+    parser.add_argument(
+        "--envoy",
+        type=Path,
+        action="append",
+        default=[],
+        help="an Envoy to run with; may be repeated (that of the tests)",
+    )
+    parser.add_argument("--only", action="append", default=[], help="name of a case")
+    arguments = parser.parse_args()
+    program = arguments.programs / "envoy-gateway"
+    if not program.is_file():
+        parser.error(f"{program} is missing; build it with interop/mesh/build.sh")
+    if _INSIDE not in os.environ:
+        command = ["unshare", "--net", "--map-root-user", sys.executable, "-m", "interop.envoy_gateway", *sys.argv[1:]]
+        return subprocess.run(command, env=os.environ | {_INSIDE: "1"}, check=False).returncode
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    reports = []
+    for envoy in arguments.envoy or [Path(find_envoy())]:
+        with tempfile.TemporaryDirectory(prefix="dp-extproc-envoy-gateway-") as scratch:
+            reports.append(run(program, envoy, Path(scratch), arguments.only))
+    rows = [row for report in reports for row in report.rows]
+    print(f"{sum(row.good for row in rows)} of {len(rows)} checks hold")
+    return 0 if all(report.is_good for report in reports) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

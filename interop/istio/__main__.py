@@ -1,0 +1,137 @@
+"""Run the scenarios through gateways that Istio configures: ``make istio-run MESH_BIN=...``.
+
+Istio's control plane runs beside Kubernetes' API server, in a network namespace of its own: Kubernetes refuses loopback
+addresses of pods. The gateway is Envoy's own release (``DP_EXTPROC_ENVOY`` names another one). The exit status is 0 if
+everything holds.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from dp_extproc.config import Config
+from dp_extproc.lab.testbed.envoy import find_envoy
+from interop.istio.cases import (
+    CASES,
+    Case,
+    Rig,
+    extension_is_doubled,
+    listener_changes_under_a_stream,
+    resources_are_accepted,
+)
+from interop.istio.control_plane import DEFINITIONS, ControlPlane
+from interop.istio.gateways import (
+    CLASSIC,
+    HOST,
+    KINDS,
+    NEIGHBOUR,
+    Kind,
+    backend,
+    prepare,
+    printed,
+    run_envoy,
+    with_free_ports,
+)
+from interop.kubernetes.cluster import ADDRESS, Cluster
+from interop.mesh.scenarios import run_scenarios
+from interop.mesh.site import Fleet, Neighbour, Site, open_site, run_fleet
+from interop.report import Report
+
+_INSIDE: Final = "DP_EXTPROC_IN_NAMESPACE"
+PROGRAMS: Final = ("etcd", "kube-apiserver", "kube-controller-manager", "pilot-discovery", *DEFINITIONS)
+_SHORT_DRAIN: Final = 2
+_ISTIOS_DRAIN: Final = 45
+
+
+@contextmanager
+def run_gateway(
+    plane: ControlPlane,
+    kind: Kind,
+    fleet: Fleet,
+    config: Config,
+    report: Report,
+    *,
+    extensions: int = 1,
+    drain_seconds: int = _ISTIOS_DRAIN,
+) -> Iterator[Rig]:
+    """Run the Envoy of a gateway, with the clients of both hosts."""
+    with (
+        run_envoy(plane, kind, config, extensions=extensions, drain_seconds=drain_seconds) as envoy,
+        open_site(fleet, envoy, HOST, NEIGHBOUR, report) as site,
+    ):
+        yield Rig(plane, kind, envoy, site, drain_seconds)
+
+
+def run(programs: Path, folder: Path, only: Sequence[str], recordings: Path | None) -> Report:
+    """Run everything on both kinds of gateways, and what differs in one thing on the first."""
+    report = Report()
+    with (
+        run_fleet() as fleet,
+        Neighbour() as neighbour,
+        Cluster(programs, folder) as cluster,
+        ControlPlane(programs, cluster) as plane,
+    ):
+        plane.apply(backend(neighbour.port))
+        for kind in KINDS:
+            report.shape = kind.title
+            config = fleet.config if kind is CLASSIC else with_free_ports(fleet.config)
+            prepare(plane, kind, config.envoy.inference.port)
+            with run_gateway(plane, kind, fleet, config, report) as rig:
+                _run_cases(rig, [partial(resources_are_accepted, recorded=recordings)])
+                run_scenarios(rig.site, only=only)
+                _run_cases(rig, CASES, only)
+            if kind is CLASSIC:
+                with run_gateway(plane, kind, fleet, config, report, drain_seconds=_SHORT_DRAIN) as rig:
+                    _run_cases(rig, [listener_changes_under_a_stream], only)
+                with run_gateway(plane, kind, fleet, config, report, extensions=2) as rig:
+                    _run_cases(rig, [extension_is_doubled], only)
+            for each in reversed(printed(fleet.config, kind.target(HOST))):
+                plane.delete(each)
+    return report
+
+
+def _run_cases(rig: Rig, cases: Sequence[Case], only: Sequence[str] = ()) -> None:
+    run_scenarios(rig.site, [_scenario(rig, case) for case in cases], only)
+
+
+def _scenario(rig: Rig, case: Case) -> Callable[[Site], None]:
+    def scenario(_: Site) -> None:
+        case(rig)
+
+    scenario.__name__ = getattr(case, "__name__", str(case))
+    return scenario
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--programs", type=Path, required=True, help="folder with the programs of Kubernetes and Istio")
+    parser.add_argument("--only", action="append", default=[], help="name of a scenario or case")
+    parser.add_argument("--recordings", type=Path, help="where to keep what Istio makes of the printed resources")
+    arguments = parser.parse_args()
+    if missing := [name for name in PROGRAMS if not (arguments.programs / name).is_file()]:
+        builders = "interop/mesh/build.sh and interop/kubernetes/build.sh"
+        parser.error(f"{arguments.programs} lacks {', '.join(missing)}; build them with {builders}")
+    if _INSIDE not in os.environ:
+        command = ["unshare", "--net", "--map-root-user", sys.executable, "-m", "interop.istio", *sys.argv[1:]]
+        return subprocess.run(command, env=os.environ | {_INSIDE: "1"}, check=False).returncode
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    subprocess.run(["ip", "address", "add", f"{ADDRESS}/16", "dev", "lo"], check=True)
+    version = subprocess.run([find_envoy(), "--version"], check=True, capture_output=True, text=True).stdout
+    print("Envoy", *re.findall(r"/(\d[\d.]+)/", version))
+    with tempfile.TemporaryDirectory(prefix="dp-extproc-istio-") as scratch:
+        report = run(arguments.programs, Path(scratch), arguments.only, arguments.recordings)
+    good = sum(row.good for row in report.rows)
+    print(f"{good} of {len(report.rows)} checks hold")
+    return 0 if report.is_good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

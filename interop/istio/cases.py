@@ -1,0 +1,160 @@
+"""What only Istio's gateways can show: two instances, failing closed, changes under a stream, a doubled extension."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import httpx
+
+from dp_extproc.config import Config
+from dp_extproc.lab.testbed import loopback
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from faults.fleet import BODIES, Outcome, ask
+from interop.istio.control_plane import ControlPlane
+from interop.istio.gateways import HOST, Kind, Resource, printed, with_settings
+from interop.istio.recording import delivered, differences, record, without_ours
+from interop.mesh.scenarios import CHAT
+from interop.mesh.site import MAX_BODY_BYTES, Site
+from patience import wait_for
+
+_SECOND_HOST: Final = "llm2.example.com"
+_PATIENCE: Final = 30.0
+_STREAM_SECONDS: Final = 6
+"""How long a stream of the cases lasts that change something under it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """What each case gets."""
+
+    plane: ControlPlane
+    kind: Kind
+    envoy: EnvoyProcess
+    site: Site
+    drain_seconds: int
+    """Time that its Envoy gives to open streams when a listener changes."""
+
+    def add(self, case: str, seen: str, *, good: bool) -> None:
+        self.site.report.add(case, seen, good=good)
+
+
+Case = Callable[[Rig], None]
+
+
+def resources_are_accepted(rig: Rig, recorded: Path | None = None) -> None:
+    """The printed resources reach a running gateway, and change nothing but what they name."""
+    before = delivered(rig.envoy.admin_url)
+    rig.plane.apply(*_ours(rig))
+    wait_for(lambda: _chat(rig).status_code == httpx.codes.OK, _PATIENCE)
+    after = delivered(rig.envoy.admin_url)
+    listeners = [each["name"] for each in after["dynamic_listeners"] if "internal_listener" in each]
+    rig.add("internal listeners", ", ".join(listeners), good=listeners == ["decode", "dp_dispatch", "prefill_leg"])
+    rejected = rig.site.count(r"(update_rejected|update_failure)$")
+    rig.add("updates that Envoy rejected", str(rejected), good=rejected == 0)
+    different = differences(after, _ours(rig))
+    rig.add(
+        "clusters and listeners that differ from the printed ones", ", ".join(different) or "none", good=not different
+    )
+    kept = without_ours(after, _ours(rig))
+    changed = [each["name"] for key, items in before.items() for each in items if each not in kept[key]]
+    rig.add("other resources of Envoy that changed", ", ".join(changed) or "none", good=kept == before)
+    if recorded is not None:
+        record(recorded / f"{rig.kind.name}.json", _ours(rig), after)
+
+
+def instance_beside_another(rig: Rig) -> None:
+    """Two instances with names of their own serve two hosts of one gateway."""
+    config = with_settings(rig.site.fleet.config, name_prefix="second-")
+    second = printed(config, rig.kind.target(_SECOND_HOST))
+    rig.plane.apply(*second)
+    with loopback.client(rig.site.gateway.url) as client:
+        client.headers["host"] = _SECOND_HOST
+        wait_for(lambda: client.get("/v1/models").status_code == httpx.codes.OK, _PATIENCE)
+        outcomes = [ask(each, CHAT, stream=True) for each in (rig.site.client, client)]
+        other = rig.site.neighbour.get("/").status_code
+        seen = f"ours: {outcomes[0]}, second: {outcomes[1]}, neighbour: {other}"
+        rig.add("second instance with --name-prefix second-", seen, good=all(each.complete for each in outcomes))
+    for each in reversed(second):
+        rig.plane.delete(each)
+    wait_for(lambda: "second-" not in loopback.CLIENT.get(f"{rig.envoy.admin_url}/listeners").text, _PATIENCE)
+    outcome = ask(rig.site.client, CHAT, stream=False)
+    rig.add("second instance removed", f"ours: {outcome}", good=outcome.complete)
+
+
+def filter_is_missing(rig: Rig) -> None:
+    """Without the EnvoyFilter the host fails closed, and the neighbour is served."""
+    (envoy_filter,) = (each for each in _ours(rig) if each["kind"] == "EnvoyFilter")
+    rig.plane.delete(envoy_filter)
+    wait_for(lambda: _chat(rig).status_code != httpx.codes.OK, _PATIENCE)
+    answer, other = _chat(rig), rig.site.neighbour.get("/").status_code
+    seen = f"{answer.status_code} {answer.text!r}; neighbour {other}"
+    rig.add("EnvoyFilter deleted", seen, good=answer.status_code >= 500 and other == httpx.codes.OK)
+    rig.plane.apply(envoy_filter)
+    wait_for(lambda: _chat(rig).status_code == httpx.codes.OK, _PATIENCE)
+    rig.add("EnvoyFilter applied again", "an answer", good=True)
+
+
+def route_changes_under_a_stream(rig: Rig) -> None:
+    """A change of the route cuts no stream."""
+    fewer = rig.site.fleet.config.retry.model_copy(update={"attempts": 2})
+    outcome = _stream_while(rig, rig.site.fleet.config.model_copy(update={"retry": fewer}), _ROUTES)
+    rig.add("route changed under a stream", str(outcome), good=outcome.complete)
+
+
+def listener_changes_under_a_stream(rig: Rig) -> None:
+    """A change of the internal listeners cuts the streams that are still open when the drain time is over."""
+    smaller = with_settings(rig.site.fleet.config, max_body_bytes=MAX_BODY_BYTES - (1 << 20))
+    outcome = _stream_while(rig, smaller, _LISTENERS)
+    case = f"listeners changed under a stream of {_STREAM_SECONDS} s, drain time {rig.drain_seconds} s"
+    rig.add(case, str(outcome), good=outcome.complete == (rig.drain_seconds > _STREAM_SECONDS))
+    later = ask(rig.site.client, CHAT, stream=True)
+    rig.add("the next stream", str(later), good=later.complete)
+
+
+def extension_is_doubled(rig: Rig) -> None:
+    """With the bootstrap extension twice no request passes an internal listener, and Envoy's log is empty."""
+    answer, other = _chat(rig), rig.site.neighbour.get("/").status_code
+    about = [line for line in rig.envoy.log().splitlines() if "internal" in line.lower()]
+    seen = f"{answer.status_code} {answer.text!r}; lines of Envoy's log about it: {len(about)}; neighbour {other}"
+    rig.add("bootstrap extension twice", seen, good=answer.status_code == httpx.codes.SERVICE_UNAVAILABLE)
+
+
+CASES: Final[Sequence[Case]] = (
+    instance_beside_another,
+    filter_is_missing,
+    route_changes_under_a_stream,
+    listener_changes_under_a_stream,
+)
+_LISTENERS: Final = r"^listener_manager\.lds\.update_success$"
+_ROUTES: Final = r"^http\..*\.rds\..*\.update_success$"
+
+
+def _ours(rig: Rig) -> list[Resource]:
+    return printed(rig.site.fleet.config, rig.kind.target(HOST))
+
+
+def _chat(rig: Rig) -> httpx.Response:
+    return rig.site.client.post(CHAT, json=BODIES[CHAT])
+
+
+def _stream_while(rig: Rig, config: Config, updates: str) -> Outcome:
+    """Stream while the printed resources become those of another configuration, and back again."""
+    changed = printed(config, rig.kind.target(HOST))
+    for engine in rig.site.fleet.decodes:
+        engine.fault(inference={"kind": "slow", "after": 1, "seconds": _STREAM_SECONDS})
+    before = rig.site.count(updates)
+    began = threading.Event()
+    streaming = rig.site.threads.submit(ask, rig.site.client, CHAT, stream=True, on_first=began.set)
+    assert began.wait(_PATIENCE)
+    rig.plane.apply(*changed)
+    wait_for(lambda: rig.site.count(updates) > before, _PATIENCE)
+    assert not streaming.done()
+    outcome = streaming.result()
+    for engine in rig.site.fleet.decodes:
+        engine.heal()
+    before = rig.site.count(updates)
+    rig.plane.apply(*_ours(rig))
+    wait_for(lambda: rig.site.count(updates) > before, _PATIENCE)
+    return outcome

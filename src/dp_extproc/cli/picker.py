@@ -1,0 +1,37 @@
+"""``dp-extproc picker``: serve as the endpoint picker of an InferencePool, with the flags of the reference picker.
+
+Charts start a picker with these flags. Everything else is in a file for ``serve``.
+"""
+
+import argparse
+import os
+from functools import partial
+
+from dp_extproc.cli import serve, start
+from dp_extproc.config.picker_flags import IGNORED, READ, configure_picker
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    for name, what in READ.items():
+        # As in Go, a flag without a value stands for true.
+        parser.add_argument(f"--{name}", nargs="?", const="true", metavar="VALUE", help=what)
+    for name in sorted(IGNORED):
+        parser.add_argument(f"--{name}", nargs="?", const="true", help=argparse.SUPPRESS)
+    parser.add_argument("--model", nargs="+", default=["*"], metavar="NAME", help="models that are served (any)")
+    serve.add_log_level(parser)
+    parser.set_defaults(worker_context=None)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT; the exit status is that of ``serve``."""
+    return serve.run(args, partial(_load, namespace=os.environ.get("NAMESPACE", "")))
+
+
+def _load(args: argparse.Namespace, warn: start.WarnLine, namespace: str) -> start.Start:
+    given = {name: value for name, value in vars(args).items() if isinstance(value, str)}
+    flags = {name: given[key] for name in READ if (key := name.replace("-", "_")) in given}
+    source = configure_picker(flags, tuple(args.model), namespace)
+    ignored = ", ".join(f"--{name}" for name in sorted(IGNORED) if name.replace("-", "_") in given)
+    if ignored:
+        warn(f"without a meaning here: {ignored}")
+    return start.of_source(source, None, warn)
