@@ -17,7 +17,7 @@ LAYERS = (
     {"lab.workload"},
     {"lab.engine"},
     {"runtime"},
-    {"observability"},
+    {"observability", "envoy_check"},
     {"extproc", "fleet", "sync.transport", "envoy_config"},
     {"legs"},
     {"attempt"},
@@ -48,7 +48,7 @@ READS_THE_FILE = "config/source.py"
 CONFINED = {
     "aiohttp": {"legs"},
     "grpc": {"extproc", "runtime"},
-    "httpx": {"fleet", "runtime", "lab.demo", "lab.engine", "lab.testbed"},
+    "httpx": {"fleet", "runtime", "envoy_check", "lab.demo", "lab.engine", "lab.testbed"},
 }
 """Libraries that belong to some packages alone."""
 MOST_LINES = 400

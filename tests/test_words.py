@@ -143,7 +143,9 @@ ALLOWED_IN_NAMES = (
     (r"grpc servers?", "", "not an engine"),
     (r"host (?:policy|and port)", "", "the key policy.host; a part of an address"),
     (r"dispatch", f"{PRODUCT}envoy_config/", "the listener and cluster dp_dispatch"),
+    (r"dispatch", f"{PRODUCT}envoy_check/", "the listener and cluster dp_dispatch"),
     (r"decode server", f"{PRODUCT}envoy_config/", "the cluster decode_server"),
+    (r"decode server", f"{PRODUCT}envoy_check/", "the cluster decode_server"),
     (
         r"hosts?",
         f"{PRODUCT}envoy_config/",

@@ -21,10 +21,10 @@ from dp_extproc.config import Config
 from dp_extproc.lab.testbed.envoy import find_envoy
 from interop.istio.cases import (
     CASES,
+    SHORT_DRAIN_CASES,
     Case,
     Rig,
     extension_is_doubled,
-    listener_changes_under_a_stream,
     resources_are_accepted,
 )
 from interop.istio.control_plane import DEFINITIONS, ControlPlane
@@ -90,7 +90,7 @@ def run(programs: Path, folder: Path, only: Sequence[str], recordings: Path | No
                 _run_cases(rig, CASES, only)
             if kind is CLASSIC:
                 with run_gateway(plane, kind, fleet, config, report, drain_seconds=_SHORT_DRAIN) as rig:
-                    _run_cases(rig, [listener_changes_under_a_stream], only)
+                    _run_cases(rig, SHORT_DRAIN_CASES, only)
                 with run_gateway(plane, kind, fleet, config, report, extensions=2) as rig:
                     _run_cases(rig, [extension_is_doubled], only)
             for each in reversed(printed(fleet.config, kind.target(HOST))):

@@ -45,6 +45,7 @@ Case = Callable[[Rig], None]
 
 def resources_are_accepted(rig: Rig, recorded: Path | None = None) -> None:
     """The printed resources reach a running gateway, and change nothing but what they name."""
+    wait_for(lambda: rig.site.neighbour.get("/").status_code == httpx.codes.OK, _PATIENCE)
     before = delivered(rig.envoy.admin_url)
     rig.plane.apply(*_ours(rig))
     wait_for(lambda: _chat(rig).status_code == httpx.codes.OK, _PATIENCE)
@@ -62,6 +63,21 @@ def resources_are_accepted(rig: Rig, recorded: Path | None = None) -> None:
     rig.add("other resources of Envoy that changed", ", ".join(changed) or "none", good=kept == before)
     if recorded is not None:
         record(recorded / f"{rig.kind.name}.json", _ours(rig), after)
+
+
+def applied_under_a_stream_of_the_neighbour(rig: Rig) -> None:
+    """The first application of the resources cuts no stream of the other host, however short the drain time is."""
+    for each in reversed(_ours(rig)):
+        rig.plane.delete(each)
+    wait_for(lambda: _chat(rig).status_code == httpx.codes.NOT_FOUND, _PATIENCE)
+    began = threading.Event()
+    streaming = rig.site.threads.submit(rig.site.stream_of_neighbour, _STREAM_SECONDS, began.set)
+    assert began.wait(_PATIENCE)
+    rig.plane.apply(*_ours(rig))
+    wait_for(lambda: _chat(rig).status_code == httpx.codes.OK, _PATIENCE)
+    assert not streaming.done()
+    seen, case = streaming.result(), f"applied under a stream of the neighbour, drain time {rig.drain_seconds} s"
+    rig.add(case, seen, good=seen == "complete")
 
 
 def instance_beside_another(rig: Rig) -> None:
@@ -127,6 +143,8 @@ CASES: Final[Sequence[Case]] = (
     route_changes_under_a_stream,
     listener_changes_under_a_stream,
 )
+SHORT_DRAIN_CASES: Final[Sequence[Case]] = (listener_changes_under_a_stream, applied_under_a_stream_of_the_neighbour)
+"""What an Envoy with a short drain time shows."""
 _LISTENERS: Final = r"^listener_manager\.lds\.update_success$"
 _ROUTES: Final = r"^http\..*\.rds\..*\.update_success$"
 

@@ -40,9 +40,6 @@ def without_ours(resources: Delivered, ours: list[Resource]) -> Delivered:
     kept: Delivered = copy.deepcopy(resources)
     for key, items in kept.items():
         kept[key] = [each for each in items if each["name"] not in names]
-    for listener in kept["dynamic_listeners"]:
-        for manager in connection_managers(listener):
-            manager["http_filters"] = [each for each in manager["http_filters"] if each["name"] not in names]
     for routes in kept["dynamic_route_configs"]:
         routes["virtual_hosts"] = [each for each in routes["virtual_hosts"] if each["name"] not in virtual]
     return kept
@@ -64,13 +61,6 @@ def patches_of(ours: list[Resource]) -> list[dict[str, Any]]:
 
 def _is_route(patch: dict[str, Any]) -> bool:
     return bool(patch["applyTo"] == "HTTP_ROUTE")
-
-
-def connection_managers(listener: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the HTTP connection managers of a listener."""
-    chains = [*listener.get("filter_chains", ()), *filter(None, [listener.get("default_filter_chain")])]
-    configs = [each["typed_config"] for chain in chains for each in chain["filters"]]
-    return [each for each in configs if "http_filters" in each]
 
 
 def record(path: Path, ours: list[Resource], resources: Delivered) -> None:

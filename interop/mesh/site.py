@@ -3,7 +3,8 @@
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -134,6 +135,9 @@ class Neighbour:
         self._http.server_close()
 
 
+_SLOWLY: Final = "/slow/"
+
+
 class _Echo(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -142,7 +146,18 @@ class _Echo(BaseHTTPRequestHandler):
         self._answer()
 
     def do_GET(self) -> None:
-        self._answer()
+        if self.path.startswith(_SLOWLY):
+            self._stream(float(self.path.removeprefix(_SLOWLY)))
+        else:
+            self._answer()
+
+    def _stream(self, seconds: float) -> None:
+        self.send_response(200)
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"5\r\nbegun\r\n")
+        time.sleep(seconds)
+        self.wfile.write(b"5\r\nended\r\n0\r\n\r\n")
 
     def _answer(self) -> None:
         body = json.dumps({name.lower(): value for name, value in self.headers.items()}).encode()
@@ -168,6 +183,19 @@ class Site:
     """Sends to the host of another team on the same gateway."""
     threads: ThreadPoolExecutor
     report: Report
+
+    def stream_of_neighbour(self, seconds: float, on_first: Callable[[], object]) -> str:
+        """Read a stream of the neighbour that takes so many seconds, and describe how it ended."""
+        text = ""
+        try:
+            with self.neighbour.stream("GET", f"{_SLOWLY}{seconds}") as answer:
+                for chunk in answer.iter_text():
+                    if chunk and not text:
+                        on_first()
+                    text += chunk
+        except httpx.TransportError as error:
+            return f"cut ({type(error).__name__})"
+        return "complete" if text == "begunended" else "cut"
 
     def count(self, pattern: str) -> int:
         """Add up the statistics of the gateway's Envoy whose names match a pattern."""

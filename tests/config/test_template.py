@@ -20,23 +20,28 @@ MINIMAL = (
     "decode: {endpoints: ['http://127.0.0.1:32001']}}]"
 )
 ALTERNATIVES = {
-    "first": ("workers", "selector", "pods", "api_key/file"),
-    "second": ("prefill", "decode", "api_key/env"),
-    "third": ("workers", "service", "pods", "api_key/env"),
-    "fourth": ("workers", "service", "selector", "api_key/env"),
+    "first": ("workers", "selector", "pods", "inference_pool", "api_key/file", "engine_tls"),
+    "second": ("prefill", "decode", "api_key/env", "envoy/engine_tls/sds"),
+    "third": (
+        *("workers", "service", "pods", "inference_pool", "api_key/env"),
+        *("envoy/engine_tls/ca", "engine_tls/cert", "engine_tls/key"),
+    ),
+    "fourth": ("workers", "service", "selector", "inference_pool", "api_key/env", "engine_tls"),
+    "fifth": ("workers", "service", "selector", "pods", "kubernetes/port", "api_key/env", "engine_tls"),
 }
 """Keys that are left out for others that exclude them. Every key stays in one of the files."""
 KEYS = {(section, key) for section in sections() for key in section.model_fields}
 
 
 def without(node: Any, names: tuple[str, ...], at: str = "") -> Any:
-    """Copy YAML data without some keys, each of which may be written with its parent."""
+    """Copy YAML data without some keys, each of which may be written with its parents."""
     if isinstance(node, list):
         return [without(each, names, at) for each in node]
     if not isinstance(node, dict):
         return node
-    kept = {key: value for key, value in node.items() if not {key, f"{at}/{key}"} & set(names)}
-    return {key: without(value, names, key) for key, value in kept.items()}
+    left_out = tuple(f"/{name}" for name in names)
+    kept = {key: value for key, value in node.items() if not f"{at}/{key}".endswith(left_out)}
+    return {key: without(value, names, f"{at}/{key}") for key, value in kept.items()}
 
 
 def with_every_key() -> dict[str, Any]:
@@ -48,7 +53,8 @@ def with_every_key() -> dict[str, Any]:
 def whole_files() -> Mapping[str, str]:
     """Return files that have every key of the template, but for alternatives."""
     data = with_every_key()
-    return {name: yaml.safe_dump(without(deepcopy(data), names)) for name, names in ALTERNATIVES.items()}
+    texts = {name: yaml.safe_dump(without(deepcopy(data), names)) for name, names in ALTERNATIVES.items()}
+    return {name: text.replace("http://", "https://") if "engine_tls" in text else text for name, text in texts.items()}
 
 
 def keys_of(node: Any, section: Any) -> Iterator[tuple[Any, str]]:

@@ -189,6 +189,7 @@ def test_ports_are_those_of_the_configuration(case: Case) -> None:
         expected |= set() if config.envoy.admin.host == "127.0.0.1" else {config.envoy.admin.port}
     else:
         expected |= {config.listen.grpc.port + worker for worker in range(config.listen.workers)}
+        expected |= {config.listen.health.port} if config.listen.health else set()
     assert {port["containerPort"] for port in ports} == expected
     for item in objects:
         if item["kind"] == "Service":
@@ -214,10 +215,12 @@ def test_probes_reach_the_service(case: Case) -> None:
     _, config, objects = case
     container = service_container(objects)
     probes = [container[name] for name in ("startupProbe", "livenessProbe", "readinessProbe")]
-    by_grpc = config.listen.tls is None and config.listen.grpc.is_wildcard and config.listen.workers == 1
+    listen = config.listen
+    by_grpc = (listen.tls is None or listen.health is not None) and listen.grpc.is_wildcard and listen.workers == 1
     assert ["grpc" in probe for probe in probes] == [by_grpc] * 3
     if by_grpc:
         assert [probe["grpc"]["service"] for probe in probes] == ["liveness", "liveness", "readiness"]
+        assert {probe["grpc"]["port"] for probe in probes} == {(listen.health or listen.grpc).port}
     else:
         assert [probe["httpGet"]["path"] for probe in probes] == ["/healthz", "/healthz", "/readyz"]
 
@@ -258,8 +261,10 @@ def test_access_is_what_the_discovery_reads(case: Case) -> None:
     values, config, objects = case
     expected: dict[str, set[str]] = {}
     for source in [each for pool in config.pools for _, sources in pool.sources() for each in sources.kubernetes]:
-        resource = "pods" if source.pods is not None else "endpointslices.discovery.k8s.io"
-        expected.setdefault(source.namespace or NAMESPACE, set()).add(resource)
+        resources = {"endpointslices.discovery.k8s.io"} if source.pods is None else {"pods"}
+        if source.inference_pool is not None:
+            resources = {"inferencepools.inference.networking.k8s.io", "pods"}
+        expected.setdefault(source.namespace or NAMESPACE, set()).update(resources)
     roles = {each["metadata"]["namespace"]: each for each in objects if each["kind"] == "Role"}
     if values.get("rbac") == {"create": False}:
         expected = {}

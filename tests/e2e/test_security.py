@@ -3,7 +3,6 @@
 import json
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -11,6 +10,7 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from certificates import NAME, Authority
 from dp_extproc.config import SocketAddress
 from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from dp_extproc.lab.testbed.ports import free_ports
@@ -20,46 +20,6 @@ from patience import wait_for
 KEY = "sk-a-key-that-is-nowhere-else"
 OTHER_KEY = "sk-another-one"
 REQUEST = {"text": "x", "sampling_params": {"max_new_tokens": 1}}
-NAME = "dp-extproc.test"
-
-
-@dataclass(frozen=True)
-class Authority:
-    """A certificate authority in a directory."""
-
-    directory: Path
-
-    @classmethod
-    def found(cls, directory: Path) -> "Authority":
-        authority = cls(directory)
-        _openssl("req", "-x509", *_new_key(directory / "ca.key"), "-out", authority.ca, "-subj", "/CN=test authority")
-        return authority
-
-    @property
-    def ca(self) -> str:
-        return str(self.directory / "ca.pem")
-
-    def issue(self, file: str, name: str = NAME) -> dict[str, str]:
-        """Make a certificate for a name, over an existing one.
-
-        Returns:
-            The paths of the certificate and its key.
-        """
-        cert, key, request = (str(self.directory / f"{file}.{end}") for end in ("pem", "key", "csr"))
-        _openssl(
-            "req", *_new_key(Path(key)), "-out", request, "-subj", "/CN=x", "-addext", f"subjectAltName=DNS:{name}"
-        )
-        own = ("-CA", self.ca, "-CAkey", str(self.directory / "ca.key"), "-CAcreateserial")
-        _openssl("x509", "-req", "-in", request, *own, "-copy_extensions", "copy", "-out", cert)
-        return {"cert": cert, "key": key}
-
-
-def _new_key(path: Path) -> tuple[str, ...]:
-    return ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", str(path))
-
-
-def _openssl(*arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +64,6 @@ def test_a_client_is_rejected_without_a_certificate(mutual: Stack, authority: Au
     if credentials != "none":
         issuer = authority
         if credentials == "certificate of another authority":
-            (authority.directory / "another").mkdir()
             issuer = Authority.found(authority.directory / "another")
         files = issuer.issue("client", "client.test")
         key, cert = Path(files["key"]).read_bytes(), Path(files["cert"]).read_bytes()

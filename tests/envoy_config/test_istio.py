@@ -129,7 +129,6 @@ def _bootstrap(kind: str, config: Config, neighbour: str) -> dict[str, Any]:
         if "internal_listener" not in listener:
             listener["address"]["socket_address"] = _address(str(config.envoy.inference))
             manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
-            manager["http_filters"] = present("HTTP_FILTER", manager["http_filters"])
             del manager["rds"]
             manager["route_config"] = routes
     backend = next(each for each in clusters if each["name"] == _BACKEND)

@@ -1,4 +1,4 @@
-"""``dp-extproc check``: check a configuration, then every engine it names."""
+"""``dp-extproc check``: check a configuration, then every engine it names, then an Envoy in front of them."""
 
 import argparse
 import asyncio
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dp_extproc.cli import start
+from dp_extproc.cli.check_envoy import check_envoy
 from dp_extproc.config import Config, ConfigError, LoadSource
 from dp_extproc.contract import RANK_HEADER
 from dp_extproc.engines.adapter import adapter_of
@@ -20,12 +21,14 @@ from dp_extproc.engines.capabilities import Capabilities, RankControl
 from dp_extproc.engines.compatibility import Difference, KindPair
 from dp_extproc.engines.credentials import Credentials
 from dp_extproc.engines.model import Diagnostic, EngineFacts, Role, in_url
+from dp_extproc.envoy_check import UnreadableError
 from dp_extproc.fleet.check import EngineReport, check_engines, compare_pool
 from dp_extproc.fleet.discovery.roster import Roster
 from dp_extproc.fleet.discovery.runner import first_reports
 from dp_extproc.fleet.discovery.source import WHEN_EMPTY
 from dp_extproc.fleet.discovery.sources import role_sources
 from dp_extproc.request.path import Api
+from dp_extproc.runtime.engine_tls import engine_context
 from dp_extproc.runtime.secrets import external_problems, read_api_keys
 
 _COLUMNS: Final = ("url", "role", "pool", "version", "ranks", "bootstrap", "load", "state")
@@ -40,15 +43,29 @@ _NO_WRAPPING: Final = 1000
 """Columns of the table if the output is no terminal. It is wide enough for one line per engine."""
 
 
-add_arguments = start.add_arguments
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    start.add_arguments(parser)
+    envoy = parser.add_argument_group("an Envoy that another team configures; see docs/mesh.md")
+    envoy.add_argument(
+        "--envoy",
+        nargs="+",
+        metavar="URL|FILE",
+        help="compare it with what the configuration needs: the URL of its admin address, or files with its "
+        "/config_dump, its bootstrap, or parts of one",
+    )
+    envoy.add_argument("--no-engines", action="store_true", help="check the Envoy of --envoy alone")
 
 
 def run(args: argparse.Namespace) -> int:
     """Check and print.
 
     Returns:
-        The exit status: 0 if every engine can be used, 1 if one cannot, 2 if the configuration or what it names cannot.
+        The exit status: 0 if every engine and the Envoy can be used, 1 if one cannot, 2 if the configuration, what it
+        names, or what ``--envoy`` names cannot be read.
     """
+    if args.no_engines and not args.envoy:
+        sys.stderr.write("--no-engines: nothing is left to check; add --envoy, or remove it\n")
+        return 2
     try:
         started = start.load(args, lambda line: sys.stderr.write(f"{line}\n"))
     except ConfigError as error:
@@ -58,20 +75,32 @@ def run(args: argparse.Namespace) -> int:
     if problems := external_problems(config):
         sys.stderr.write(f"{ConfigError(started.source.name, problems)}\n")
         return 2
-    roster, reports = asyncio.run(_check(config))
     is_terminal = sys.stdout.isatty()
     console = Console(file=sys.stdout, width=None if is_terminal else _NO_WRAPPING, markup=False, highlight=False)
+    is_usable = args.no_engines or _check_engines(console, config)
+    if args.envoy:
+        try:
+            is_usable &= check_envoy(console, config.model_copy(update={"listen": started.listen}), args.envoy)
+        except UnreadableError as error:
+            sys.stderr.write(f"{error}\n")
+            return 2
+    return 0 if is_usable else 1
+
+
+def _check_engines(console: Console, config: Config) -> bool:
+    """Check every engine and print. Returns whether all can be used, and each pool has engines of all its roles."""
+    roster, reports = asyncio.run(_check(config))
     all_report = _print_sources(console, roster)
     if reports:
         _print(console, reports)
     has_all_roles = _print_empty_roles(console, roster)
-    return 0 if all_report and has_all_roles and all(report.is_usable for report in reports) else 1
+    return all_report and has_all_roles and all(report.is_usable for report in reports)
 
 
 async def _check(config: Config) -> tuple[Roster, list[EngineReport]]:
     roster = await first_reports(role_sources(config), _SOURCE_SECONDS)
     keys = Credentials(read_api_keys(config).by_pool)
-    return roster, await check_engines(roster.endpoints, config.load, keys)
+    return roster, await check_engines(roster.endpoints, config.load, keys, engine_context(config.engine_tls))
 
 
 def _print_sources(console: Console, roster: Roster) -> bool:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from dp_extproc.cli import start
 from dp_extproc.config import ConfigError, EnvoySettings, Protocol
 from dp_extproc.config.listen import MAX_PORT
-from dp_extproc.envoy_config import FORMS
+from dp_extproc.envoy_config import FORMS, secret_files
 from dp_extproc.envoy_config.formats.target import ObjectName, Target, mismatch
 from dp_extproc.envoy_config.forms import Files
 
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     if args.keep and (form.keep is None or args.output is None):
         sys.stderr.write("--keep is for files that Envoy reads again; add: --format xds -o DIR\n")
         return 2
-    files = form.files(config, target)
+    files = {**form.files(config, target), **secret_files(config)}
     if args.output is None:
         for number, (name, text) in enumerate(files.items()):
             sys.stdout.write(text if len(files) == 1 else f"{'---' if number else ''}\n# {name}\n{text}")

@@ -18,7 +18,7 @@ _COMMANDS: Final = {
         "dp_extproc.cli.picker",
         "run the external processor as the endpoint picker of an InferencePool, by the flags that charts pass",
     ),
-    "check": ("dp_extproc.cli.check", "check a configuration and every engine it names"),
+    "check": ("dp_extproc.cli.check", "check a configuration, every engine it names, and an Envoy"),
     "envoy-config": ("dp_extproc.cli.envoy_config", "print the Envoy configuration for a configuration"),
     "init": ("dp_extproc.cli.init", "write a configuration file with every key, to begin with"),
     "schema": ("dp_extproc.cli.schema", "print a JSON Schema of the configuration file, for editors"),

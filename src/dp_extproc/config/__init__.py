@@ -8,14 +8,15 @@ from dp_extproc.config.pools import HostPolicy, PolicySettings, PoolConfig, Rank
 from dp_extproc.config.problems import ConfigError, Problem
 from dp_extproc.config.reliability import AdmissionSettings, RetrySettings, Supervise, SupervisionSettings
 from dp_extproc.config.schema import Config, Protocol, Reload
-from dp_extproc.config.security import ApiKeySource, ServerTls, ServiceTls
+from dp_extproc.config.security import ApiKeySource, EngineTls, ServerTls, ServiceTls
 from dp_extproc.config.source import ConfigFile, ConfigSource, FixedText
 from dp_extproc.config.sync import SyncSettings
 from dp_extproc.config.without_file import Given, WithoutFile, configure
 
 __all__ = [
     "AdmissionSettings", "ApiKeySource", "BodyMode", "Config", "ConfigError", "ConfigFile", "ConfigSource",
-    "EnvoySettings", "FixedText", "Given", "HostPolicy", "ListenSettings", "LoadSettings", "LoadSignal", "LoadSource",
+    "EngineTls", "EnvoySettings", "FixedText", "Given", "HostPolicy", "ListenSettings", "LoadSettings", "LoadSignal",
+    "LoadSource",
     "PolicySettings", "PoolConfig", "Problem", "Protocol", "RankPolicy", "Reload", "RetrySettings", "ServerTls",
     "ServiceTls", "SocketAddress", "Supervise", "SupervisionSettings", "SyncSettings", "TruncatedStreams", "Warn",
     "WithoutFile", "configure", "ignore", "parse_config",

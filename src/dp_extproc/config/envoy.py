@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field
 
 from dp_extproc.config.listen import MAX_PORT, SocketAddress, socket_address
 from dp_extproc.config.section import Bytes, Seconds, Section, text_like
-from dp_extproc.config.security import ServiceTls
+from dp_extproc.config.security import EngineTlsOfEnvoy, ServiceTls
 from dp_extproc.contract import DESTINATION, RANK_HEADER, UNTRUSTED_PREFIXES
 
 _HEADER: Final = re.compile(r"[a-z0-9!#$&'*+.^_`|~-]+")
@@ -98,3 +98,12 @@ class EnvoySettings(Section):
     truncated_streams: TruncatedStreams = Field(default=TruncatedStreams.ERROR_EVENT, strict=False)
     service_tls: ServiceTls | None = None
     """TLS from Envoy to the service; required with ``listen.tls``."""
+    engine_tls: EngineTlsOfEnvoy | None = None
+    """Where Envoy gets what ``engine_tls`` names; None stands for files with the same paths on its machine."""
+    secrets: Annotated[str, Field(pattern=r"^/[^\x00\r\n]*$")] | None = Field(
+        default=None, examples=["/etc/envoy/secrets"]
+    )
+    """Directory on Envoy's machine for the printed files ``secret-*.yaml``, with which Envoy follows certificates.
+
+    None stands for certificates that are read at Envoy's start.
+    """

@@ -16,7 +16,26 @@ from dp_extproc.config.section import Host, JsonSchema, Section, is_given, or_sh
 from dp_extproc.config.security import ApiKeySource
 
 _HOST: Final = re.compile(r"[A-Za-z0-9._:%\-]+")
-_URL: Final = r"^http://([A-Za-z0-9._%-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}/?$"
+_URL: Final = r"^https?://([A-Za-z0-9._%-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}/?$"
+
+
+SCHEMES: Final = ("http", "https")
+"""Schemes of the URLs of engines, without and with ``engine_tls``."""
+
+
+def why_not(url: str, *, has_tls: bool) -> str | None:
+    """Explain why an endpoint has the wrong scheme; None if it has the right one.
+
+    There is one for the engines of all pools, since Envoy dials all of them through the same clusters.
+    """
+    if url.startswith(f"{SCHEMES[has_tls]}://"):
+        return None
+    if has_tls:
+        return (
+            "engine_tls applies to the engines of all pools: write https://; engines without TLS need a dp-extproc of "
+            "their own, which may have the same Envoy (envoy.name_prefix)"
+        )
+    return "https:// needs the section engine_tls: {ca: FILE, names: [NAME]}, which applies to the engines of all pools"
 
 
 class EngineKind(StrEnum):
@@ -118,19 +137,20 @@ class EndpointConfig(Section):
 
     @field_validator("url")
     @classmethod
-    def _is_plain_http(cls, value: str) -> str:
+    def _is_an_address(cls, value: str) -> str:
         try:
             parts = urlsplit(value)
             host, port = parts.hostname, parts.port
         except ValueError:
             host, port, parts = None, None, urlsplit("")
-        if parts.scheme != "http" or not host or parts.path.strip("/") or parts.query or parts.fragment or "@" in value:
+        is_http = parts.scheme in SCHEMES
+        if not is_http or not host or parts.path.strip("/") or parts.query or parts.fragment or "@" in value:
             raise ValueError("write the engine's address as http://host:port, without a path")
         if not _HOST.fullmatch(host):
             raise ValueError(f"{host!r} is not a host name or an IP address")
         if not port:
             raise ValueError("name the engine's port: http://host:port")
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
     @property
     def host(self) -> str:

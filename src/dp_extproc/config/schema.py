@@ -15,7 +15,7 @@ from dp_extproc.config.autoscaling import AutoscalingSettings
 from dp_extproc.config.envoy import BodyMode, EnvoySettings
 from dp_extproc.config.listen import ListenSettings
 from dp_extproc.config.load import LoadSettings, LoadSignal
-from dp_extproc.config.pools import HostPolicy, PoolConfig
+from dp_extproc.config.pools import HostPolicy, PoolConfig, why_not
 from dp_extproc.config.problems import Key, spell
 from dp_extproc.config.reliability import (
     AdmissionSettings,
@@ -25,6 +25,7 @@ from dp_extproc.config.reliability import (
     SupervisionSettings,
 )
 from dp_extproc.config.section import Seconds, Section
+from dp_extproc.config.security import EngineTls
 from dp_extproc.config.sync import SyncSettings
 
 
@@ -66,6 +67,8 @@ class Config(Section):
     retry: RetrySettings = RetrySettings()
     outlier_detection: OutlierDetectionSettings = OutlierDetectionSettings()
     admission: AdmissionSettings = AdmissionSettings()
+    engine_tls: EngineTls | None = None
+    """TLS to engines; None for engines that speak plain HTTP."""
     queue: QueueSettings | None = None
     """The queue of requests that would be refused with 429; None refuses them at once."""
     autoscaling: AutoscalingSettings = AutoscalingSettings()
@@ -120,6 +123,18 @@ class Config(Section):
                 "listen.tls needs envoy.service_tls: {ca: FILE, name: DNS-NAME}, or the printed Envoy configuration "
                 "would speak without TLS to a service that demands it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engines_have_one_scheme(self) -> Self:
+        wrong = [
+            (loc, url, message)
+            for loc, url, _ in self._urls()
+            if (message := why_not(url, has_tls=self.engine_tls is not None)) is not None
+        ]
+        _refuse(_objection(loc, url, message) for loc, url, message in wrong)
+        if self.envoy.engine_tls is not None and self.engine_tls is None:
+            raise ValueError("envoy.engine_tls has the files of engine_tls on Envoy's machine; write engine_tls too")
         return self
 
     @model_validator(mode="after")

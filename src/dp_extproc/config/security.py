@@ -1,13 +1,49 @@
 """TLS and API keys: names of files and variables, never the secrets themselves."""
 
-from typing import Annotated, Self
+import re
+from typing import Annotated, Final, Protocol, Self, TypeVar
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from dp_extproc.config.section import Section, is_given
+from dp_extproc.config.section import JsonSchema, Section, is_given, text_like
 
 _Path = Annotated[str, Field(min_length=1, pattern=r"^[^\x00\r\n]+$")]
-_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$")]
+_DNS_NAME: Final = r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?"
+_Name = Annotated[str, Field(pattern=f"^{_DNS_NAME}$")]
+_NAME: Final = rf"^([a-z][a-z0-9+.-]*://[\x21-\x7e]+|{_DNS_NAME})$"
+_PAIR: Final[JsonSchema] = {"dependentRequired": {"cert": ["key"], "key": ["cert"]}}
+"""JSON Schema of a section with a certificate that may be left out."""
+_HAS_FILE: Final[JsonSchema] = {"anyOf": [is_given("ca"), is_given("cert")]}
+
+
+class _MayHavePair(Protocol):
+    @property
+    def cert(self) -> str | None: ...
+    @property
+    def key(self) -> str | None: ...
+
+
+P = TypeVar("P", bound=_MayHavePair)
+
+
+def _check_pair(section: P) -> P:
+    if (section.cert is None) != (section.key is None):
+        raise ValueError("cert and key belong together: write both, or neither")
+    return section
+
+
+def is_uri(name: str) -> bool:
+    """Return whether a name in a certificate is a URI, and no DNS name."""
+    return "://" in name
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(_NAME, value):
+        raise ValueError("write a DNS name, such as engine.llm.svc, or a URI, such as spiffe://cluster.local/ns/llm")
+    return value
+
+
+_CertificateName = Annotated[str, AfterValidator(_name), text_like(_NAME)]
 
 
 class ServerTls(Section):
@@ -50,7 +86,7 @@ class ServerTls(Section):
 class ServiceTls(Section):
     """TLS from Envoy to the service. The files are on Envoy's machine."""
 
-    model_config = ConfigDict(json_schema_extra={"dependentRequired": {"cert": ["key"], "key": ["cert"]}})
+    model_config = ConfigDict(json_schema_extra=_PAIR)
 
     ca: _Path = Field(examples=["/etc/envoy/ca.crt"])
     """CA bundle for the certificate of the service."""
@@ -61,10 +97,75 @@ class ServiceTls(Section):
     key: _Path | None = Field(default=None, examples=["/etc/envoy/tls.key"])
     """The private key of ``cert``."""
 
+    _has_a_pair = model_validator(mode="after")(_check_pair)
+
+
+class EngineTls(Section):
+    """TLS to the engines of all pools, whose URLs are then ``https://``.
+
+    The files are in PEM, on the service's machine. Changed files are read again for new connections.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_PAIR)
+
+    ca: _Path = Field(examples=["/etc/dp-extproc/engines-ca.crt"])
+    """CA bundle for the certificates of engines."""
+    names: Annotated[tuple[_CertificateName, ...], Field(min_length=1, strict=False)] = Field(
+        examples=[["engine.llm.svc"]]
+    )
+    """DNS names or URIs, such as SPIFFE IDs. The certificate of an engine must have one of them."""
+    sni: _Name | None = Field(default=None, examples=["engine.llm.svc"])
+    """Name that is sent as SNI. None stands for the first DNS name in ``names``, and for no SNI without one."""
+    cert: _Path | None = Field(default=None, examples=["/etc/dp-extproc/client.crt"])
+    """The certificate that engines require of their clients."""
+    key: _Path | None = Field(default=None, examples=["/etc/dp-extproc/client.key"])
+    """The private key of ``cert``."""
+
+    _has_a_pair = model_validator(mode="after")(_check_pair)
+
+    @property
+    def sent_name(self) -> str | None:
+        """The name that is sent as SNI; None for no SNI."""
+        return self.sni or next((name for name in self.names if not is_uri(name)), None)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Every file, by its key in the section."""
+        given = {"ca": self.ca, "cert": self.cert, "key": self.key}
+        return {key: path for key, path in given.items() if path is not None}
+
+
+class SdsSettings(Section):
+    """Certificates that another program serves to Envoy, such as the agent of a mesh (Secret Discovery Service)."""
+
+    cluster: Annotated[str, Field(min_length=1)] = Field(examples=["sds-grpc"])
+    """The cluster in Envoy's own configuration that leads to the program, by gRPC."""
+    ca: Annotated[str, Field(min_length=1)] = Field(examples=["ROOTCA"])
+    """Name of the secret with the CA bundle."""
+    certificate: Annotated[str, Field(min_length=1)] | None = Field(default=None, examples=["default"])
+    """Name of the secret with Envoy's own certificate and key."""
+
+
+class EngineTlsOfEnvoy(Section):
+    """Where Envoy gets what ``engine_tls`` names: files on its own machine, or secrets of another program."""
+
+    model_config = ConfigDict(json_schema_extra={**_PAIR, "not": {"allOf": [is_given("sds"), _HAS_FILE]}})
+
+    ca: _Path | None = Field(default=None, examples=["/etc/envoy/engines-ca.crt"])
+    """CA bundle for the certificates of engines. None stands for ``engine_tls.ca``."""
+    cert: _Path | None = Field(default=None, examples=["/etc/envoy/client.crt"])
+    """Envoy's own certificate for engines. None stands for ``engine_tls.cert``."""
+    key: _Path | None = Field(default=None, examples=["/etc/envoy/client.key"])
+    """The private key of ``cert``. None stands for ``engine_tls.key``."""
+    sds: SdsSettings | None = None
+    """Secrets in place of files."""
+
+    _has_a_pair = model_validator(mode="after")(_check_pair)
+
     @model_validator(mode="after")
-    def _has_a_pair(self) -> Self:
-        if (self.cert is None) != (self.key is None):
-            raise ValueError("cert and key belong together: write both, or neither")
+    def _is_one_kind(self) -> Self:
+        if self.sds is not None and (self.ca or self.cert):
+            raise ValueError("write either sds or files, since each of them is everything that Envoy needs")
         return self
 
 

@@ -15,6 +15,8 @@ class FailureKind(StrEnum):
     """Its host name has no address."""
     REFUSED = "refused"
     """No connection: nothing listens there, or the address cannot be reached."""
+    TLS = "tls"
+    """Something listens, but there is no agreement about TLS or its certificates."""
     TIMEOUT = "timeout"
     """There was no complete answer in time."""
     HTTP_STATUS = "http_status"
@@ -35,7 +37,7 @@ class FailureKind(StrEnum):
 
 GONE: Final = frozenset({FailureKind.REFUSED, FailureKind.UNRESOLVABLE})
 """Nothing listens at the endpoint."""
-AWAY: Final = GONE | {FailureKind.TIMEOUT}
+AWAY: Final = GONE | {FailureKind.TIMEOUT, FailureKind.TLS}
 """After these the engine may be another one: restarted with other arguments, or upgraded."""
 
 

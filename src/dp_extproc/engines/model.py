@@ -36,7 +36,7 @@ class Endpoint:
     """One endpoint as its source reports it. A value of None is read from the engine instead."""
 
     url: str
-    """``http://host:port``; the endpoint's name in logs, metrics and the admin port."""
+    """``http://host:port`` or ``https://host:port``; the endpoint's name in logs, metrics and the admin port."""
     host: str
     port: int
     pool: str

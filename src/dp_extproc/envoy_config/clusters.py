@@ -4,19 +4,16 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
 
-from betterproto2 import Message
 from envoy_data_plane.envoy.config.cluster import v3 as cluster
 from envoy_data_plane.envoy.config.core import v3 as core
 from envoy_data_plane.envoy.config.endpoint import v3 as endpoint
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 from envoy_data_plane.envoy.extensions.transport_sockets.internal_upstream.v3 import InternalUpstreamTransport
 from envoy_data_plane.envoy.extensions.transport_sockets.raw_buffer.v3 import RawBuffer
-from envoy_data_plane.envoy.extensions.transport_sockets.tls import v3 as tls
 from envoy_data_plane.envoy.extensions.upstreams.http import v3 as upstream
-from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.envoy.type.v3 import Percent
 
-from dp_extproc.config import Config, ServiceTls, Supervise, TruncatedStreams
+from dp_extproc.config import Config, Supervise, TruncatedStreams
 from dp_extproc.contract import DECODE_HOST, OWNER, PREFILL_HOST
 from dp_extproc.envoy_config.addresses import has_dns_name, may_be_several, services_of
 from dp_extproc.envoy_config.filters import (
@@ -28,6 +25,7 @@ from dp_extproc.envoy_config.filters import (
 from dp_extproc.envoy_config.listeners import buffer_bytes
 from dp_extproc.envoy_config.lua_filters import remember_failed_endpoints
 from dp_extproc.envoy_config.names import Names
+from dp_extproc.envoy_config.tls import to_engines_tls, to_service_tls, transport_socket
 from dp_extproc.envoy_config.yaml_text import commented, pack
 
 _UNLIMITED: Final = 1_000_000
@@ -82,15 +80,15 @@ def build_clusters(config: Config) -> list[cluster.Cluster]:
     return [
         commented(_to_service(config, buffer), "The service: envoy.service, or listen.grpc."),
         commented(
-            _to_address_in_header(names.service_owner, OWNER, owner, buffer, _service_tls(config.envoy.service_tls)),
+            _to_address_in_header(names.service_owner, OWNER, owner, buffer, to_service_tls(config)),
             "The process of the service that scheduled the request and has its reservations.",
         ),
         commented(
-            _to_address_in_header(names.prefill, PREFILL_HOST, _engine_options(), buffer),
+            _to_address_in_header(names.prefill, PREFILL_HOST, _engine_options(), buffer, to_engines_tls(config)),
             "Envoy dials the address in a header. There is no fallback, because the body names the prefill\n"
             "endpoint to which the decode engine will connect.",
         ),
-        *_to_decode(names, config.envoy.truncated_streams, _engine_options(first_event), buffer),
+        *_to_decode(config, _engine_options(first_event), buffer),
         commented(_to_listener(names.dispatch, buffer, dispatch), "The way to the internal listeners."),
         _to_listener(names.prefill_leg, buffer),
     ]
@@ -114,7 +112,7 @@ def _to_service(config: Config, buffer: int) -> cluster.Cluster:
         load_assignment=endpoint.ClusterLoadAssignment(cluster_name=name, endpoints=localities),
         circuit_breakers=_unlimited(),
         typed_extension_protocol_options={_HTTP_OPTIONS: pack(_grpc_options(config.listen.keepalive))},
-        transport_socket=_service_tls(config.envoy.service_tls),
+        transport_socket=to_service_tls(config),
     )
     if may_be_several(config):
         service.health_checks = [_READINESS_CHECK]
@@ -158,19 +156,23 @@ def _to_address_in_filter_state(name: str, buffer: int) -> cluster.Cluster:
     )
 
 
-def _to_decode(
-    names: Names, truncated_streams: TruncatedStreams, options: upstream.HttpProtocolOptions, buffer: int
-) -> list[cluster.Cluster]:
-    """Build the way to decode endpoints: direct, or through the listener that ends truncated streams."""
-    if truncated_streams is TruncatedStreams.RESET:
-        return [_to_address_in_header(names.decode, DECODE_HOST, options, buffer)]
-    return [_to_listener(names.decode, buffer, options), _to_address_in_filter_state(names.decode_server, buffer)]
+def _to_decode(config: Config, options: upstream.HttpProtocolOptions, buffer: int) -> list[cluster.Cluster]:
+    """Build the way to decode endpoints: direct, or through the listener that ends truncated streams.
+
+    Only the last cluster of the way has TLS, because that listener changes plain HTTP.
+    """
+    names, transport = Names.of(config), to_engines_tls(config)
+    if config.envoy.truncated_streams is TruncatedStreams.RESET:
+        return [_to_address_in_header(names.decode, DECODE_HOST, options, buffer, transport)]
+    last = _to_address_in_filter_state(names.decode_server, buffer)
+    last.transport_socket = transport
+    return [_to_listener(names.decode, buffer, options), last]
 
 
 def _to_listener(listener: str, buffer: int, options: upstream.HttpProtocolOptions | None = None) -> cluster.Cluster:
     address = core.Address(envoy_internal_address=core.EnvoyInternalAddress(server_listener_name=listener))
     locality = endpoint.LocalityLbEndpoints(lb_endpoints=[_endpoint(address)])
-    raw = _transport("raw_buffer", RawBuffer())
+    raw = transport_socket("raw_buffer", RawBuffer())
     return cluster.Cluster(
         name=listener,
         type=cluster.ClusterDiscoveryType.STATIC,
@@ -178,12 +180,8 @@ def _to_listener(listener: str, buffer: int, options: upstream.HttpProtocolOptio
         load_assignment=endpoint.ClusterLoadAssignment(cluster_name=listener, endpoints=[locality]),
         circuit_breakers=_unlimited(),
         typed_extension_protocol_options={_HTTP_OPTIONS: pack(options)} if options else {},
-        transport_socket=_transport("internal_upstream", InternalUpstreamTransport(transport_socket=raw)),
+        transport_socket=transport_socket("internal_upstream", InternalUpstreamTransport(transport_socket=raw)),
     )
-
-
-def _transport(name: str, settings: Message) -> core.TransportSocket:
-    return core.TransportSocket(name=f"envoy.transport_sockets.{name}", typed_config=pack(settings))
 
 
 def _endpoint(address: core.Address) -> endpoint.LbEndpoint:
@@ -236,27 +234,3 @@ def _unlimited() -> cluster.CircuitBreakers:
         "Streams that last minutes soon reach Envoy's default of 1024. The service decides how many\n"
         "requests are admitted. The same applies to all clusters.",
     )
-
-
-def _service_tls(settings: ServiceTls | None) -> core.TransportSocket | None:
-    """Build the transport socket of a cluster of the service; None for plain HTTP/2.
-
-    Envoy dials the processes by IP address, and no certificate can list all of these. Therefore every process has a
-    certificate for one common name, and Envoy verifies that name.
-    """
-    if settings is None:
-        return None
-    certificates = []
-    if settings.cert is not None and settings.key is not None:
-        chain, key = core.DataSource(filename=settings.cert), core.DataSource(filename=settings.key)
-        certificates = [tls.TlsCertificate(certificate_chain=chain, private_key=key)]
-    dns = tls.SubjectAltNameMatcherSanType.DNS
-    name = tls.SubjectAltNameMatcher(san_type=dns, matcher=StringMatcher(exact=settings.name))
-    context = tls.CommonTlsContext(
-        alpn_protocols=["h2"],
-        tls_certificates=certificates,
-        validation_context=tls.CertificateValidationContext(
-            trusted_ca=core.DataSource(filename=settings.ca), match_typed_subject_alt_names=[name]
-        ),
-    )
-    return _transport("tls", tls.UpstreamTlsContext(sni=settings.name, common_tls_context=context))

@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import ssl
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -58,13 +59,16 @@ class EngineReport:
 
 
 async def check_engines(
-    endpoints: Iterable[Endpoint], settings: LoadSettings, credentials: Credentials = NO_CREDENTIALS
+    endpoints: Iterable[Endpoint],
+    settings: LoadSettings,
+    credentials: Credentials = NO_CREDENTIALS,
+    tls: ssl.SSLContext | None = None,
 ) -> list[EngineReport]:
     """Read every endpoint, all at the same time. The reports are in the order of the endpoints."""
     every = tuple(endpoints)
     async with AsyncExitStack() as clients:
         engines = [
-            EngineClient(each, settings, await clients.enter_async_context(make_client()), credentials)
+            EngineClient(each, settings, await clients.enter_async_context(make_client(tls)), credentials)
             for each in every
         ]
         reports = await asyncio.gather(*(_check(engine, every, settings) for engine in engines))

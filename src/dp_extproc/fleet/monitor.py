@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import ssl
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final
@@ -36,6 +37,7 @@ class FleetMonitor:
         rng: random.Random,
         guard: Guard,
         credentials: Credentials = NO_CREDENTIALS,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """Set up; nothing is read before :meth:`run`.
 
@@ -51,6 +53,7 @@ class FleetMonitor:
         self._rng = rng
         self._guard = guard
         self._credentials = credentials
+        self._tls = tls
         self._awaited = set(self._endpoints)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
@@ -95,7 +98,7 @@ class FleetMonitor:
                 task.cancel()
 
     async def _poll(self, endpoint: Endpoint) -> None:
-        async with make_client() as client:
+        async with make_client(self._tls) as client:
             await self._read(endpoint, EngineClient(endpoint, self._settings, client, self._credentials))
 
     async def _read(self, endpoint: Endpoint, engine: EngineClient) -> None:

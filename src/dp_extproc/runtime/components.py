@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import ssl
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from random import Random
@@ -14,7 +15,7 @@ from grpc_health.v1.health import aio
 from dp_extproc.attempt.failures import RetryBudget
 from dp_extproc.attempt.gateways import BundledEnvoy, EndpointPicker
 from dp_extproc.background import Guard
-from dp_extproc.config import Config, Protocol, RetrySettings, Supervise
+from dp_extproc.config import Config, Problem, Protocol, RetrySettings, Supervise
 from dp_extproc.engines.credentials import Credentials
 from dp_extproc.engines.model import Endpoint, SourceKind
 from dp_extproc.extproc.service import ExtProcService
@@ -33,6 +34,8 @@ from dp_extproc.observability.groups import GroupMetrics, Weights, describe_excl
 from dp_extproc.observability.loads_page import describe_loads, describe_signals, describe_sources, describe_sync
 from dp_extproc.observability.log import EngineLog
 from dp_extproc.observability.metrics import AutoscalingMetrics, SyncMetrics, Telemetry
+from dp_extproc.observability.pool_metrics import PoolMetrics
+from dp_extproc.runtime.engine_tls import FollowedTls
 from dp_extproc.runtime.readiness import Readiness, can_serve
 from dp_extproc.runtime.secrets import read_api_keys
 from dp_extproc.scheduling.admission import AdmissionQueue
@@ -42,8 +45,8 @@ from dp_extproc.sync.transport.replica import Replica, join
 
 _FIRST_ROUND_SECONDS: Final = 2.0
 """Longest time in seconds that the start waits for the first report of every source and a reading of every engine."""
-_KEYS_SECONDS: Final = 1.0
-"""Seconds between two readings of the files with API keys."""
+_SECRETS_SECONDS: Final = 1.0
+"""Seconds between two readings of the files with API keys and certificates."""
 _TOKEN_BYTES: Final = 12
 """Bytes of a leg token, which clients must not guess."""
 
@@ -74,6 +77,9 @@ class Components:
         self.config = config
         self._clock = clock
         self._credentials = Credentials(read_api_keys(config).by_pool)
+        self._tls = None if config.engine_tls is None else FollowedTls(config.engine_tls)
+        if self._tls is not None:
+            self._tls.renew()
         costs = StepCosts(config.load.prefill_step_cost_tokens, config.load.decode_request_cost_tokens)
         self._queue = None if config.queue is None else AdmissionQueue(config.queue)
         made_room = nothing if self._queue is None else self._queue.notify
@@ -128,6 +134,8 @@ class Components:
             self._replica = join(config.sync, outbox, self._scheduler.tracker.open_peer, clock=clock)
             self.telemetry.add(SyncMetrics(self._replica.status))
         is_picker = config.protocol is Protocol.ENDPOINT_PICKER
+        if is_picker:
+            self.telemetry.add(PoolMetrics(self._loads, _gateway_names(config), clock))
         self.service = ExtProcService(
             self._scheduler,
             (self.telemetry,),
@@ -148,6 +156,7 @@ class Components:
             rng=rng,
             guard=guard,
             credentials=self._credentials,
+            tls=self.tls,
         )
 
     async def first_round(self) -> None:
@@ -218,7 +227,7 @@ class Components:
             "scraper": self._monitor.run,
             "sweep": self.service.sweep,
             "readiness": self.readiness.run,
-            "api_keys": self._follow_keys,
+            "secrets": self._follow_secrets,
         }
         return tasks if self._replica is None else {**tasks, "sync": partial(self._exchange, self._replica)}
 
@@ -227,23 +236,42 @@ class Components:
         await self._first_round()
         await replica.run()
 
-    async def _follow_keys(self) -> None:
-        """Read changed API keys from their files. An unreadable file changes nothing."""
-        logged: tuple[object, ...] = ()
-        while True:
-            await asyncio.sleep(_KEYS_SECONDS)
-            if any(pool.api_key is not None and pool.api_key.file for pool in self.config.pools):
-                problems = self._renew_keys()
-                if problems != logged:
-                    logged = problems
-                    for problem in problems:
-                        _log.error("%s; the key that was there before stays in use", problem)
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """The context of every connection to an engine; None without ``engine_tls``."""
+        return None if self._tls is None else self._tls.context
 
-    def _renew_keys(self) -> tuple[object, ...]:
+    async def _follow_secrets(self) -> None:
+        """Read changed API keys and certificates from their files. Files that cannot be used change nothing."""
+        logged: list[str] = []
+        while True:
+            await asyncio.sleep(_SECRETS_SECONDS)
+            lines: list[str] = []
+            if any(pool.api_key is not None and pool.api_key.file for pool in self.config.pools):
+                lines += [f"{each}; the key that was there before stays in use" for each in self._renew_keys()]
+            if self._tls is not None:
+                problems = await asyncio.to_thread(self._tls.renew)
+                lines += [f"{each}; the certificates that were there before stay in use" for each in problems]
+            for line in lines if lines != logged else ():
+                _log.error("%s", line)
+            logged = lines
+
+    def _renew_keys(self) -> tuple[Problem, ...]:
         keys = read_api_keys(self.config)
         if not keys.problems:
             self._credentials.update(keys.by_pool)
         return keys.problems
+
+
+def _gateway_names(config: Config) -> dict[str, str]:
+    """Return the name of the gateway's pool for each pool: that of its InferencePool, if it has one."""
+    return {
+        pool.name: next(
+            (each.inference_pool for _, source in pool.sources() for each in source.kubernetes if each.inference_pool),
+            pool.name,
+        )
+        for pool in config.pools
+    }
 
 
 def _static(endpoints: Iterable[Endpoint]) -> set[Endpoint]:

@@ -12,7 +12,10 @@ import grpc
 
 from dp_extproc.config import ApiKeySource, Config, Problem, ServerTls
 from dp_extproc.fleet.discovery.sources import missing_libraries
+from dp_extproc.runtime.engine_tls import problems_of_engine_tls
 from dp_extproc.runtime.self_signed import KeyAndCertificate, make_certificate, missing_library
+from dp_extproc.runtime.sockets import StartError
+from dp_extproc.runtime.tls_files import file_signature, unreadable
 
 _log = logging.getLogger(__name__)
 
@@ -64,33 +67,32 @@ def problems_of_tls(tls: ServerTls | None) -> Iterator[Problem]:
     """Find the problems of the files of ``listen.tls``."""
     if tls is None:
         return
-    unreadable = False
-    for key, path in tls.files.items():
-        try:
-            Path(path).read_bytes()
-        except OSError as error:
-            unreadable = True
-            yield Problem(None, f"listen.tls.{key}", f"{path} cannot be read: {_reason(error)}")
     if tls.self_signed and (message := missing_library()) is not None:
         yield Problem(None, "listen.tls.self_signed", message)
-    if unreadable:
+    if problems := tuple(unreadable("listen.tls", tls.files)):
+        yield from problems
         return
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     if tls.cert is not None:
         try:
             context.load_cert_chain(tls.cert, tls.key, password="")
-        except (ssl.SSLError, ValueError) as error:
+        except (OSError, ValueError) as error:
             yield Problem(None, "listen.tls", f"{tls.cert} and {tls.key} are not a certificate and its key: {error}")
     if tls.client_ca is not None:
         try:
             context.load_verify_locations(tls.client_ca)
-        except ssl.SSLError as error:
+        except OSError as error:
             yield Problem(None, "listen.tls.client_ca", f"{tls.client_ca} holds no certificate: {error}")
 
 
 def external_problems(config: Config) -> tuple[Problem, ...]:
     """Find problems of the files, environment variables and libraries that a correct configuration needs."""
-    return (*problems_of_tls(config.listen.tls), *read_api_keys(config).problems, *missing_libraries(config))
+    return (
+        *problems_of_tls(config.listen.tls),
+        *problems_of_engine_tls(config.engine_tls),
+        *read_api_keys(config).problems,
+        *missing_libraries(config),
+    )
 
 
 def _reason(error: OSError | UnicodeDecodeError) -> str:
@@ -104,12 +106,15 @@ def server_credentials(tls: ServerTls) -> grpc.ServerCredentials:
     the same for the life of the process.
 
     Raises:
-        OSError: A file cannot be read.
+        StartError: A file cannot be read any more.
     """
     pair = make_certificate() if tls.self_signed else None
-    first = _file_signature(tls)
+    try:
+        first, certificates = file_signature(tls.files.values()), _certificates(tls, pair)
+    except OSError as error:
+        raise StartError(f"listen.tls: {error.filename} cannot be read: {_reason(error)}") from None
     return grpc.dynamic_ssl_server_credentials(
-        _certificates(tls, pair),
+        certificates,
         _RenewedCertificates(tls, pair, first),
         require_client_authentication=tls.client_ca is not None,
     )
@@ -125,7 +130,7 @@ class _RenewedCertificates:
 
     def __call__(self) -> Any:
         try:
-            now = _file_signature(self._tls)
+            now = file_signature(self._tls.files.values())
             if now == self._seen:
                 return None
             self._seen = now
@@ -138,12 +143,6 @@ class _RenewedCertificates:
             return None
         _log.info("TLS: new connections get what %s have now", ", ".join(self._tls.files.values()))
         return renewed
-
-
-def _file_signature(tls: ServerTls) -> tuple[tuple[int, int, int], ...]:
-    """Return a value that changes with the files. It follows links, because Kubernetes replaces their targets."""
-    stats = [Path(path).stat() for path in tls.files.values()]
-    return tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
 
 
 def _certificates(tls: ServerTls, pair: KeyAndCertificate | None) -> Any:

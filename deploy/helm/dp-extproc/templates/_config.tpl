@@ -21,8 +21,12 @@ listen:
     {{- if .Values.tls.clientCertificates }}
     client_ca: /etc/dp-extproc-tls/ca.crt
     {{- end }}
+{{- else if and .Values.tls.selfSigned (eq .Values.topology "picker") }}
+  tls: {self_signed: true}
 {{- end }}
 {{- if eq .Values.topology "picker" }}
+  # Kubelets probe it, and GKE's gateways.
+  health: 0.0.0.0:9003
 protocol: endpoint_picker
 {{- end }}
 envoy:
@@ -61,7 +65,7 @@ sync: {url: {{ .Values.sync.url | quote }}}
 {{- range $pool := $config.pools -}}
   {{- range $role := list "prefill" "decode" "workers" -}}
     {{- $sources := get $pool $role -}}
-    {{- if and (kindIs "map" $sources) (or (hasKey $sources "service") (hasKey $sources "selector") (hasKey $sources "pods")) -}}
+    {{- if and (kindIs "map" $sources) (or (hasKey $sources "service") (hasKey $sources "selector") (hasKey $sources "pods") (hasKey $sources "inference_pool")) -}}
       {{- $_ := set $pool $role (dict "kubernetes" $sources) -}}
     {{- end -}}
   {{- end -}}
@@ -109,8 +113,11 @@ kubernetes:
     {{- $kubernetes := get (default dict (get $pool $role)) "kubernetes" -}}
     {{- range (kindIs "map" $kubernetes | ternary (list $kubernetes) (default list $kubernetes)) -}}
       {{- $namespace := default $.Release.Namespace .namespace -}}
-      {{- $resource := hasKey . "pods" | ternary "pods" "endpointslices" -}}
-      {{- $_ := set $namespaces $namespace (append (default list (get $namespaces $namespace)) $resource | uniq | sortAlpha) -}}
+      {{- $resources := hasKey . "pods" | ternary (list "pods") (list "endpointslices") -}}
+      {{- if hasKey . "inference_pool" -}}
+        {{- $resources = list "inferencepools" "pods" -}}
+      {{- end -}}
+      {{- $_ := set $namespaces $namespace (concat (default list (get $namespaces $namespace)) $resources | uniq | sortAlpha) -}}
     {{- end -}}
   {{- end -}}
 {{- end -}}

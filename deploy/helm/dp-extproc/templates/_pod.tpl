@@ -68,8 +68,13 @@ ports:
 {{- end }}
 {{- end }}
 - {name: http-metrics, containerPort: {{ include "dp-extproc.port" $config.listen.admin }}}
+{{- $probed := $grpc }}
+{{- with $config.listen.health }}
+{{- $probed = include "dp-extproc.port" . | int }}
+- {name: grpc-health, containerPort: {{ $probed }}}
+{{- end }}
 # The kubelet reaches no port on loopback, has no TLS for gRPC, and a gRPC port belongs to one worker process.
-{{- if or (eq .Values.topology "sidecar") .Values.tls.secret (gt $workers 1) }}
+{{- if or (eq .Values.topology "sidecar") (and $config.listen.tls (not $config.listen.health)) (gt $workers 1) }}
 startupProbe:
   httpGet: {path: /healthz, port: http-metrics}
   periodSeconds: 1
@@ -85,16 +90,16 @@ readinessProbe:
   timeoutSeconds: 2
 {{- else }}
 startupProbe:
-  grpc: {port: {{ $grpc }}, service: liveness}
+  grpc: {port: {{ $probed }}, service: liveness}
   periodSeconds: 1
   failureThreshold: 60
 livenessProbe:
-  grpc: {port: {{ $grpc }}, service: liveness}
+  grpc: {port: {{ $probed }}, service: liveness}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: 6
 readinessProbe:
-  grpc: {port: {{ $grpc }}, service: readiness}
+  grpc: {port: {{ $probed }}, service: readiness}
   periodSeconds: 2
   timeoutSeconds: 2
 {{- end }}

@@ -28,8 +28,11 @@ def build_bootstrap(config: Config) -> bootstrap.Bootstrap:
     """Build the file that Envoy starts with. It names no engine, so endpoints may change without a new one."""
     admin = core.SocketAddress(address=config.envoy.admin.host, port_value=config.envoy.admin.port)
     block = build_block(config)
+    # Envoy requires names of itself before it takes secrets, also from files.
+    node = None if config.envoy.secrets is None else core.Node(id="dp-extproc", cluster="dp-extproc")
     return commented(
         bootstrap.Bootstrap(
+            node=node,
             static_resources=bootstrap.BootstrapStaticResources(
                 listeners=[build_front_door(config), *block.listeners], clusters=block.clusters
             ),

@@ -1,20 +1,25 @@
 """Resources of Istio for a gateway that a team has already. Its ``EnvoyFilter`` adds the block and a route into it.
 
-1. Nothing changes for other virtual hosts of the gateway. Clusters and internal listeners are added. The filter that
-   removes untrusted headers is disabled but on our route, and that route is added to the virtual hosts of our names.
+1. Nothing changes for other virtual hosts of the gateway. Clusters and internal listeners are added, and a route to the
+   virtual hosts of our names.
 2. The bootstrap extension of internal listeners is not printed. Istio's proxy has it already, and with two of them no
    request passes an internal listener.
 3. There is no ``ServiceEntry``: no cluster of the block comes from Istio's registry, and no route of it names one.
 4. There is no ``Gateway``: the one that exists would be overwritten.
-5. With labels of the pods, the gateway is one of Istio's own API, else one of the Gateway API of Kubernetes.
+5. The filter that removes untrusted headers on one route (:func:`.entrance.strip_filter`) is left out. It would change
+   every HTTP listener of the gateway, and Envoy closes the connections of a changed listener after the drain time.
+   Istio's connection manager removes the ``x-envoy-*`` headers that its router reads, and the block removes the rest.
+6. With labels of the pods, the gateway is one of Istio's own API, else one of the Gateway API of Kubernetes.
 """
 
 from collections.abc import Iterator
 from typing import Any, Final
 
+from envoy_data_plane.envoy.config.route.v3 import Route
+
 from dp_extproc.config import Config
 from dp_extproc.envoy_config.block import build_block
-from dp_extproc.envoy_config.entrance import entrance_route, strip_filter
+from dp_extproc.envoy_config.entrance import entrance_route
 from dp_extproc.envoy_config.formats.resources import documents, name_of_ours, resource
 from dp_extproc.envoy_config.formats.target import GATEWAY, HOSTNAMES, PORT, SELECTOR, ObjectName, Target
 from dp_extproc.envoy_config.yaml_text import Fields, commented
@@ -26,8 +31,6 @@ _PRIORITY: Final = 10
 """Priority of the ``EnvoyFilter``. Istio applies those of a higher one later, and the route inserted last is first."""
 _API: Final = "networking.istio.io"
 _GATEWAY_API: Final = "gateway.networking.k8s.io"
-_MANAGER: Final = "envoy.filters.network.http_connection_manager"
-_ROUTER: Final = "envoy.filters.http.router"
 
 _HEADER: Final = """\
 Printed by: dp-extproc envoy-config --format istio
@@ -78,11 +81,15 @@ def _patches(config: Config, target: Target) -> Iterator[Fields]:
         yield _patch("CLUSTER", "ADD", cluster)
     for listener in block.listeners:
         yield _patch("LISTENER", "ADD", listener)
-    before_router = {"filterChain": {"filter": {"name": _MANAGER, "subFilter": {"name": _ROUTER}}}}
-    yield _patch("HTTP_FILTER", "INSERT_BEFORE", strip_filter(config), listener=before_router)
     for host in target.hostnames:
         virtual_host = {"vhost": {"name": f"{host}:{target.port}"}}
-        yield _patch("HTTP_ROUTE", "INSERT_FIRST", entrance_route(config), routeConfiguration=virtual_host)
+        yield _patch("HTTP_ROUTE", "INSERT_FIRST", _entrance(config), routeConfiguration=virtual_host)
+
+
+def _entrance(config: Config) -> Route:
+    route = entrance_route(config)
+    route.typed_per_filter_config = {}
+    return route
 
 
 def _patch(kind: str, operation: str, value: object, **match: Any) -> Fields:

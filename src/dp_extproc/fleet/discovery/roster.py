@@ -54,6 +54,8 @@ class Place:
     engine: EngineKind = EngineKind.AUTO
     needs_overrides: bool = False
     headers_only: bool = False
+    has_tls: bool = False
+    """Whether engines are reached by TLS (``engine_tls``), and so by ``https://``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from dp_extproc.background import Guard
 from dp_extproc.engines.listener import EngineFailure
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage
 from dp_extproc.fleet.discovery.roster import Change, RoleSource, Roster
+from dp_extproc.fleet.discovery.scheme import with_scheme
 from dp_extproc.fleet.discovery.source import Member
 
 _TASK: Final = "discovery"
@@ -85,7 +86,7 @@ class Discovery:
             while True:
                 for key, source in self.roster.sources.items():
                     if source.source is not None and key not in self._tasks:
-                        work = partial(source.source.run, _Listener(self.roster, key, self._clock, self._wake))
+                        work = partial(source.source.run, _Listener(self.roster, source, self._clock, self._wake))
                         task = self._guard.keep(_TASK, work, source.name)
                         self._tasks[key] = group.create_task(task, name=f"{_TASK} {source.name}")
                 if (change := self.roster.advance(self._clock())) is not None:
@@ -118,18 +119,22 @@ class Discovery:
 class _Listener:
     """Gets the reports of one source."""
 
-    def __init__(self, roster: Roster, key: Hashable, clock: Callable[[], float], wake: asyncio.Event) -> None:
+    def __init__(self, roster: Roster, source: RoleSource, clock: Callable[[], float], wake: asyncio.Event) -> None:
         self._roster = roster
-        self._key = key
+        self._source = source
         self._clock = clock
         self._wake = wake
 
     def snapshot(self, members: tuple[Member, ...]) -> None:
-        self._roster.snapshot(self._key, members)
+        found = with_scheme(members, self._source.kind, has_tls=self._source.place.has_tls)
+        if isinstance(found, str):
+            self.failed(found)
+            return
+        self._roster.snapshot(self._source.key, found)
         self._wake.set()
 
     def failed(self, message: str) -> None:
-        self._roster.failed(self._key, message, self._clock())
+        self._roster.failed(self._source.key, message, self._clock())
         self._wake.set()
 
 

@@ -79,4 +79,5 @@ def _place(config: Config, pool: PoolConfig, role: Role) -> Place:
         engine=pool.engine,
         needs_overrides=pool.routing_fields is RoutingFields.HEADERS,
         headers_only=config.envoy.body_mode is BodyMode.NONE,
+        has_tls=config.engine_tls is not None,
     )

@@ -14,6 +14,7 @@ from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
 from dp_extproc.engines.listener import FailureKind
 from dp_extproc.engines.model import Endpoint, in_url
 from dp_extproc.engines.pages import ABSENT, FACTS_PATIENCE, ReaderError
+from dp_extproc.engines.tls import refusal_of
 from dp_extproc.fleet.discovery.answers import LookUpError
 from dp_extproc.fleet.discovery.look_up_thread import LookUpThread
 from dp_extproc.fleet.discovery.system_look_up import look_up_by_system
@@ -23,21 +24,27 @@ KEEPALIVE_SECONDS: Final = 4.0
 engines close connections at the moment of their next use."""
 
 _NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-"""A context without certificates: the URLs of engines are plain HTTP, and loading certificates takes 20 ms."""
+"""A context without certificates, for engines without TLS: loading certificates takes 20 ms."""
 _HINT: Final = "is this an SGLang or vLLM server? Of an engine on several nodes, only the first node is"
 """The other nodes of SGLang answer health checks alone. A Service that selects them lists them as ready."""
+_IF_CLOSED: Final = {
+    "http": "; an engine that expects TLS does so, too",
+    "https": "; an engine that requires another client certificate (engine_tls.cert) does so, too",
+}
+"""What else may be wrong if an engine closes a connection. It need not send the reason before."""
 _ERROR_BYTES: Final = 65_536
 """Most bytes that are read of the answer to a POST."""
 
 
-def make_client() -> httpx.AsyncClient:
+def make_client(tls: ssl.SSLContext | None = None) -> httpx.AsyncClient:
     """Make an HTTP client for one engine. It ignores the proxies of the environment.
 
-    Each engine has a client of its own, since a request costs time for each connection of the client that sends it.
+    *tls* is for an engine whose URL is ``https://``. Each engine has a client of its own, since a request costs time
+    for each connection of the client that sends it.
     """
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEPALIVE_SECONDS)
     # httpx can only limit single reads, so whole answers are limited where they are read.
-    return httpx.AsyncClient(timeout=None, limits=limits, trust_env=False, verify=_NO_TLS)  # noqa: S113 - see above
+    return httpx.AsyncClient(timeout=None, limits=limits, trust_env=False, verify=tls or _NO_TLS)  # noqa: S113 - see above
 
 
 class EngineClient:
@@ -56,6 +63,7 @@ class EngineClient:
         self.endpoint = endpoint
         self.address = ""
         """``IP:port`` of the engine, for this client and for Envoy; known after :meth:`resolve`."""
+        self._scheme = endpoint.url.partition(":")[0]
         self._settings = settings
         self._client = client
         # A host name may have several addresses: read exactly the one that Envoy gets, under its name.
@@ -77,18 +85,22 @@ class EngineClient:
         try:
             async with (
                 asyncio.timeout(seconds),
-                self._client.stream("GET", f"http://{self.address}{path}", headers=self._all_headers()) as response,
+                self._client.stream("GET", self._url(path), headers=self._all_headers()) as response,
             ):
                 return await self._receive(path, response, hint)
         except ReaderError:
             raise
         except (TimeoutError, httpx.TimeoutException):
             raise ReaderError(FailureKind.TIMEOUT, f"{path} was not answered within {seconds:g} s") from None
-        except httpx.ConnectError:
-            message = f"no connection to {self.address}; is the engine running, and can it be reached from here?"
-            raise ReaderError(FailureKind.REFUSED, message) from None
         except Exception as error:  # noqa: BLE001 - an answer, however odd, raises no other exception
+            if (refusal := refusal_of(error)) is not None:
+                raise ReaderError(FailureKind.TLS, refusal) from None
+            if isinstance(error, httpx.ConnectError):
+                message = f"no connection to {self.address}; is the engine running, and can it be reached from here?"
+                raise ReaderError(FailureKind.REFUSED, message) from None
             detail = str(error) or type(error).__name__
+            if isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError):
+                detail += _IF_CLOSED[self._scheme]
             raise ReaderError(FailureKind.UNREADABLE, f"{path} got no complete HTTP answer: {detail}") from None
 
     async def post(
@@ -100,7 +112,7 @@ class EngineClient:
         with suppress(OSError, TimeoutError, httpx.HTTPError):
             async with (
                 asyncio.timeout(self._settings.timeout * patience),
-                self._client.stream("POST", f"http://{self.address}{path}", headers=headers, content=body) as response,
+                self._client.stream("POST", self._url(path), headers=headers, content=body) as response,
             ):
                 text = bytearray()
                 async for chunk in response.aiter_raw():
@@ -109,6 +121,9 @@ class EngineClient:
                         break
                 return response.status_code, bytes(text)
         return None
+
+    def _url(self, path: str) -> str:
+        return f"{self._scheme}://{self.address}{path}"
 
     def _all_headers(self) -> list[tuple[bytes, bytes]]:
         keys = self._credentials.headers(self.endpoint.pool)

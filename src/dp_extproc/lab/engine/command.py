@@ -16,7 +16,7 @@ from dp_extproc.lab.engine.api.app import Server
 from dp_extproc.lab.engine.release import Release
 from dp_extproc.lab.engine.scheduler.costs import Costs
 from dp_extproc.lab.engine.scheduler.work import Role
-from dp_extproc.lab.engine.settings import EngineKind, Settings, Timeouts
+from dp_extproc.lab.engine.settings import EngineKind, Settings, Timeouts, Tls
 
 _METHODS: Final = ("auto", "round_robin", "follow_bootstrap_room", "total_requests", "total_tokens")
 
@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--force-query", action="store_true", help="SGLANG_DISAGGREGATION_FORCE_QUERY_PREFILL_DP_RANK=1")
     add("--rank-listeners", action="store_true", help="SGLANG_RUST_SERVER=1: a listener per rank, at --port plus rank")
     add("--api-key", help="what clients have to show as bearer token")
+    add("--tls-cert", metavar="FILE", help="serve TLS with this certificate")
+    add("--tls-key", metavar="FILE", help="private key of --tls-cert")
+    add("--tls-client-ca", metavar="FILE", help="require a certificate of this authority from clients")
     add("--context-length", type=_positive, default=default.context_length, metavar="TOKENS")
     add("--max-total-tokens", type=_positive, default=default.capacity, metavar="TOKENS", help="KV room per rank")
     add("--max-running-requests", type=_positive, default=default.max_running_requests, metavar="N")
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT.
 
     Returns:
-        0 after a signal; 1 when a port cannot be listened on.
+        0 after a signal; 1 when a port cannot be listened on, or a file of TLS cannot be used.
     """
     settings = _settings(args)
     disable_created_metrics()  # type: ignore[no-untyped-call] # SGLang's registry is one without such series
@@ -109,7 +112,7 @@ def _ready_line(settings: Settings) -> str:
     bootstrap = f", bootstrap port {settings.bootstrap_port}" if settings.role is Role.PREFILL else ""
     return (
         f"engine: {settings.role} with {settings.dp_size} DP ranks like {like} is ready on "
-        f"http://{in_url(settings.host)}:{settings.port}{bootstrap}\n"
+        f"{'http' if settings.tls is None else 'https'}://{in_url(settings.host)}:{settings.port}{bootstrap}\n"
     )
 
 
@@ -140,6 +143,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         force_query=args.force_query,
         rank_listeners=args.rank_listeners,
         api_key=args.api_key,
+        tls=_tls(args),
         context_length=args.context_length,
         capacity=args.max_total_tokens,
         max_running_requests=args.max_running_requests,
@@ -158,6 +162,10 @@ def _settings(args: argparse.Namespace) -> Settings:
         timeouts=Timeouts(**_values(args, Timeouts, "timeout")),
         costs=Costs(**_values(args, Costs, "cost")),
     )
+
+
+def _tls(args: argparse.Namespace) -> Tls | None:
+    return None if args.tls_cert is None else Tls(args.tls_cert, args.tls_key, args.tls_client_ca)
 
 
 def _add_fields(group: Any, kind: type[Timeouts] | type[Costs], prefix: str) -> None:

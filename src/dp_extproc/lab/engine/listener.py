@@ -4,18 +4,22 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from dp_extproc.lab.engine.connection import Connection
+from dp_extproc.lab.engine.settings import Tls
 
 
 class Listener:
     """Connect one port to its application."""
 
-    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
+    def __init__(self, app: ASGIApp, host: str, port: int, tls: Tls | None = None) -> None:
         """Prepare, without listening."""
+        self._tls = tls
         self._app = app
         self._host = host
         self._port = port
@@ -26,12 +30,14 @@ class Listener:
         """Listen, unless it does already.
 
         Raises:
-            OSError: The port is taken.
+            OSError: The port is taken, or a file of TLS cannot be used.
         """
         if self._server is not None:
             return
         sock = _listen(self._host, self._port)
-        config = uvicorn.Config(self._app, http=Connection, log_level="error", access_log=False, lifespan="off")
+        config = uvicorn.Config(
+            self._app, http=Connection, log_level="error", access_log=False, lifespan="off", **_tls_options(self._tls)
+        )
         self._server = _QuietServer(config)
         self._serving = asyncio.create_task(self._server.serve([sock]))
         await self._server.ready.wait()
@@ -67,6 +73,14 @@ class _QuietServer(uvicorn.Server):
         for connection in list(self.server_state.connections):
             connection.transport.abort()
         self.should_exit = self.force_exit = True
+
+
+def _tls_options(tls: Tls | None) -> dict[str, Any]:
+    if tls is None:
+        return {}
+    required = ssl.CERT_NONE if tls.client_ca is None else ssl.CERT_REQUIRED
+    files = {"ssl_certfile": tls.cert, "ssl_keyfile": tls.key, "ssl_ca_certs": tls.client_ca}
+    return {**files, "ssl_cert_reqs": required}
 
 
 def _listen(host: str, port: int) -> socket.socket:

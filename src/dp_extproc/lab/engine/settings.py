@@ -41,6 +41,17 @@ class EngineKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Tls:
+    """Files in PEM with which the API port serves TLS (``--ssl-certfile`` and ``--ssl-keyfile`` of SGLang)."""
+
+    cert: str
+    key: str | None = None
+    """None if the key is in the file of the certificate."""
+    client_ca: str | None = None
+    """CA bundle of the certificates that clients must have; None if they need none."""
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """The resolved options of an engine; times are unscaled."""
 
@@ -64,6 +75,8 @@ class Settings:
     rank_listeners: bool = False
     """``SGLANG_RUST_SERVER``: each rank has a listener of its own, at ``port`` plus the rank."""
     api_key: str | None = None
+    tls: Tls | None = None
+    """TLS of the API port and of the listeners of ranks. The bootstrap server and the debug port have none."""
     context_length: int = 1 << 25
     capacity: int = 1 << 25
     max_running_requests: int = 256

@@ -1,5 +1,6 @@
 """Run stand-in engines, and call their debug endpoints as a client."""
 
+import ssl
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ class EngineProcess(CommandProcess):
         dp_size: int,
         *options: str,
         host: str = "127.0.0.1",
+        tls: ssl.SSLContext | None = None,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         """Prepare.
@@ -28,17 +30,18 @@ class EngineProcess(CommandProcess):
             dp_size: DP ranks.
             options: Further command-line options.
             host: The address that it listens on.
+            tls: For its API port, if the options make it serve TLS there.
             pause: Sleeps for so many seconds between two checks of a wait; an exception from it ends the wait.
         """
         self.role = role
         self.port, self.bootstrap_port, debug_port = free_ports(3)
-        self.url = f"http://{in_url(host)}:{self.port}"
+        self.url = f"{'http' if tls is None else 'https'}://{in_url(host)}:{self.port}"
         self.debug_url = f"http://{in_url(host)}:{debug_port}/debug"
         arguments = ["engine", "--role", role, "--dp-size", str(dp_size), "--host", host, "--port", str(self.port)]
         arguments += ["--debug-port", str(debug_port)]
         if role == "prefill":
             arguments += ["--bootstrap-port", str(self.bootstrap_port)]
-        super().__init__([*arguments, *options], f"{self.url}/v1/models", pause=pause)
+        super().__init__([*arguments, *options], f"{self.url}/v1/models", tls=tls, pause=pause)
 
     def change(self, *options: str) -> None:
         """Add options for the next start; of a repeated option the last value counts."""

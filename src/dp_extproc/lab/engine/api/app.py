@@ -64,11 +64,13 @@ class Server:
         self.engine = Engine(settings, on_end=self._ended, kill=kill)
         self.journal = Journal()
         self.faults = Faults()
-        self.listeners = {INFERENCE: Listener(self.app(), settings.host, settings.port)}
+        self.listeners = {INFERENCE: Listener(self.app(), settings.host, settings.port, settings.tls)}
         if settings.rank_listeners:
             for rank in range(settings.dp_size):
                 name = f"{INFERENCE} {rank}" if rank else INFERENCE
-                self.listeners[name] = Listener(_OfRank(self.app(), rank), settings.host, settings.port + rank)
+                self.listeners[name] = Listener(
+                    _OfRank(self.app(), rank), settings.host, settings.port + rank, settings.tls
+                )
         if settings.role is Role.PREFILL:
             app = bootstrap_app(settings, self.engine.prefill_side, self.faults)
             self.listeners[BOOTSTRAP] = Listener(app, settings.host, settings.bootstrap_port)
