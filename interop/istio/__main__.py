@@ -19,11 +19,13 @@ from typing import Final
 
 from dp_extproc.config import Config
 from dp_extproc.lab.testbed.envoy import find_envoy
+from dp_extproc.lab.testbed.ports import free_port
 from interop.istio.cases import (
     CASES,
     SHORT_DRAIN_CASES,
     Case,
     Rig,
+    engines_are_dialled_by_tls,
     extension_is_doubled,
     resources_are_accepted,
 )
@@ -39,7 +41,9 @@ from interop.istio.gateways import (
     printed,
     run_envoy,
     with_free_ports,
+    with_settings,
 )
+from interop.istio.mutual_tls import run_strict_fleet
 from interop.kubernetes.cluster import ADDRESS, Cluster
 from interop.mesh.scenarios import run_scenarios
 from interop.mesh.site import Fleet, Neighbour, Site, open_site, run_fleet
@@ -47,6 +51,8 @@ from interop.report import Report
 
 _INSIDE: Final = "DP_EXTPROC_IN_NAMESPACE"
 PROGRAMS: Final = ("etcd", "kube-apiserver", "kube-controller-manager", "pilot-discovery", *DEFINITIONS)
+_NAME: Final = "dp-extproc.llm.svc.cluster.local"
+"""Name of the service, which has one address."""
 _SHORT_DRAIN: Final = 2
 _ISTIOS_DRAIN: Final = 45
 
@@ -61,20 +67,24 @@ def run_gateway(
     *,
     extensions: int = 1,
     drain_seconds: int = _ISTIOS_DRAIN,
+    secrets: Path | None = None,
 ) -> Iterator[Rig]:
     """Run the Envoy of a gateway, with the clients of both hosts."""
     with (
-        run_envoy(plane, kind, config, extensions=extensions, drain_seconds=drain_seconds) as envoy,
+        run_envoy(plane, kind, config, extensions=extensions, drain_seconds=drain_seconds, secrets=secrets) as envoy,
         open_site(fleet, envoy, HOST, NEIGHBOUR, report) as site,
     ):
         yield Rig(plane, kind, envoy, site, drain_seconds)
 
 
-def run(programs: Path, folder: Path, only: Sequence[str], recordings: Path | None) -> Report:
+def run(programs: Path, folder: Path, body_mode: str, only: Sequence[str], recordings: Path | None) -> Report:
     """Run everything on both kinds of gateways, and what differs in one thing on the first."""
     report = Report()
+    grpc_port = free_port()
+    # As in Kubernetes, Envoy finds the service by a name that may have several addresses.
+    envoy = {"body_mode": body_mode, "service": f"{_NAME}:{grpc_port}"}
     with (
-        run_fleet() as fleet,
+        run_fleet(listen={"grpc": f"127.0.0.1:{grpc_port}"}, envoy=envoy) as fleet,
         Neighbour() as neighbour,
         Cluster(programs, folder) as cluster,
         ControlPlane(programs, cluster) as plane,
@@ -95,6 +105,13 @@ def run(programs: Path, folder: Path, only: Sequence[str], recordings: Path | No
                     _run_cases(rig, [extension_is_doubled], only)
             for each in reversed(printed(fleet.config, kind.target(HOST))):
                 plane.delete(each)
+        report.shape = f"{CLASSIC.title}, mutual TLS"
+        with run_strict_fleet(folder) as (strict, agent):
+            config = with_settings(strict.config, inference=fleet.config.envoy.inference)
+            with run_gateway(plane, CLASSIC, strict, config, report, secrets=agent) as rig:
+                _run_cases(rig, [resources_are_accepted])
+                run_scenarios(rig.site, only=only)
+                _run_cases(rig, [engines_are_dialled_by_tls])
     return report
 
 
@@ -106,13 +123,16 @@ def _scenario(rig: Rig, case: Case) -> Callable[[Site], None]:
     def scenario(_: Site) -> None:
         case(rig)
 
-    scenario.__name__ = getattr(case, "__name__", str(case))
+    scenario.__name__ = getattr(case, "__name__", "resources_are_accepted")
     return scenario
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--programs", type=Path, required=True, help="folder with the programs of Kubernetes and Istio")
+    parser.add_argument(
+        "--body-mode", choices=("buffered", "full_duplex_streamed"), default="buffered", help="envoy.body_mode"
+    )
     parser.add_argument("--only", action="append", default=[], help="name of a scenario or case")
     parser.add_argument("--recordings", type=Path, help="where to keep what Istio makes of the printed resources")
     arguments = parser.parse_args()
@@ -120,14 +140,26 @@ def main() -> int:
         builders = "interop/mesh/build.sh and interop/kubernetes/build.sh"
         parser.error(f"{arguments.programs} lacks {', '.join(missing)}; build them with {builders}")
     if _INSIDE not in os.environ:
-        command = ["unshare", "--net", "--map-root-user", sys.executable, "-m", "interop.istio", *sys.argv[1:]]
+        command = [
+            "unshare",
+            "--net",
+            "--mount",
+            "--map-root-user",
+            sys.executable,
+            "-m",
+            "interop.istio",
+            *sys.argv[1:],
+        ]
         return subprocess.run(command, env=os.environ | {_INSIDE: "1"}, check=False).returncode
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     subprocess.run(["ip", "address", "add", f"{ADDRESS}/16", "dev", "lo"], check=True)
     version = subprocess.run([find_envoy(), "--version"], check=True, capture_output=True, text=True).stdout
     print("Envoy", *re.findall(r"/(\d[\d.]+)/", version))
     with tempfile.TemporaryDirectory(prefix="dp-extproc-istio-") as scratch:
-        report = run(arguments.programs, Path(scratch), arguments.only, arguments.recordings)
+        names = Path(scratch) / "hosts"
+        names.write_text(f"127.0.0.1 localhost {_NAME}\n", encoding="utf-8")
+        subprocess.run(["mount", "--bind", names, "/etc/hosts"], check=True)
+        report = run(arguments.programs, Path(scratch), arguments.body_mode, arguments.only, arguments.recordings)
     good = sum(row.good for row in report.rows)
     print(f"{good} of {len(report.rows)} checks hold")
     return 0 if report.is_good else 1

@@ -1,5 +1,6 @@
 """What only Istio's gateways can show: two instances, failing closed, changes under a stream, a doubled extension."""
 
+import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Final
 import httpx
 
 from dp_extproc.config import Config
+from dp_extproc.envoy_check import Finding, Severity, audit
+from dp_extproc.envoy_check.reader import read_envoy
 from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from faults.fleet import BODIES, Outcome, ask
@@ -61,6 +64,12 @@ def resources_are_accepted(rig: Rig, recorded: Path | None = None) -> None:
     kept = without_ours(after, _ours(rig))
     changed = [each["name"] for key, items in before.items() for each in items if each not in kept[key]]
     rig.add("other resources of Envoy that changed", ", ".join(changed) or "none", good=kept == before)
+    found = _check(rig)
+    rig.add(
+        "dp-extproc check --envoy",
+        ", ".join(sorted({each.code for each in found})) or "nothing",
+        good=not _errors(found),
+    )
     if recorded is not None:
         record(recorded / f"{rig.kind.name}.json", _ours(rig), after)
 
@@ -129,12 +138,22 @@ def listener_changes_under_a_stream(rig: Rig) -> None:
     rig.add("the next stream", str(later), good=later.complete)
 
 
+def engines_are_dialled_by_tls(rig: Rig) -> None:
+    """Both clusters of engines have dialled with the certificates of the mesh."""
+    dialled = {name: rig.site.count(rf"^cluster\.{name}\.ssl\.handshake$") for name in ("prefill", "decode_server")}
+    failed = rig.site.count(r"^cluster\.(prefill|decode_server)\.ssl\.(fail_verify.*|connection_error)$")
+    seen = ", ".join(f"{name} {count}" for name, count in dialled.items())
+    rig.add("TLS handshakes with engines", f"{seen}; failed {failed}", good=all(dialled.values()) and not failed)
+
+
 def extension_is_doubled(rig: Rig) -> None:
     """With the bootstrap extension twice no request passes an internal listener, and Envoy's log is empty."""
     answer, other = _chat(rig), rig.site.neighbour.get("/").status_code
     about = [line for line in rig.envoy.log().splitlines() if "internal" in line.lower()]
     seen = f"{answer.status_code} {answer.text!r}; lines of Envoy's log about it: {len(about)}; neighbour {other}"
     rig.add("bootstrap extension twice", seen, good=answer.status_code == httpx.codes.SERVICE_UNAVAILABLE)
+    errors = _errors(_check(rig))
+    rig.add("dp-extproc check --envoy", ", ".join(errors), good=errors == ["extension_twice"])
 
 
 CASES: Final[Sequence[Case]] = (
@@ -147,6 +166,14 @@ SHORT_DRAIN_CASES: Final[Sequence[Case]] = (listener_changes_under_a_stream, app
 """What an Envoy with a short drain time shows."""
 _LISTENERS: Final = r"^listener_manager\.lds\.update_success$"
 _ROUTES: Final = r"^http\..*\.rds\..*\.update_success$"
+
+
+def _check(rig: Rig) -> list[Finding]:
+    return audit(asyncio.run(read_envoy([rig.envoy.admin_url])), rig.site.fleet.config)
+
+
+def _errors(findings: Sequence[Finding]) -> list[str]:
+    return sorted({each.code for each in findings if each.severity is Severity.ERROR})
 
 
 def _ours(rig: Rig) -> list[Resource]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import yaml
@@ -163,7 +164,13 @@ def with_settings(config: Config, **settings: Any) -> Config:
 
 @contextmanager
 def run_envoy(
-    plane: ControlPlane, kind: Kind, config: Config, *, extensions: int = 1, drain_seconds: int = 45
+    plane: ControlPlane,
+    kind: Kind,
+    config: Config,
+    *,
+    extensions: int = 1,
+    drain_seconds: int = 45,
+    secrets: Path | None = None,
 ) -> Iterator[EnvoyProcess]:
     """Run the Envoy of a gateway.
 
@@ -173,14 +180,15 @@ def run_envoy(
         config: Has the addresses of its listener and of its admin port.
         extensions: How often its bootstrap has the extension of internal listeners. Istio's proxy has it once.
         drain_seconds: Time for open streams when a listener changes. Istio's proxy has 45.
+        secrets: The socket at which the agent of the mesh serves secrets.
     """
-    text = _bootstrap(plane.xds_port, kind, config, extensions)
+    text = _bootstrap(plane.xds_port, kind, config, extensions, secrets)
     options = ("--drain-time-s", str(drain_seconds))
     with EnvoyProcess(config, bootstrap=text, options=options) as envoy:
         yield envoy
 
 
-def _bootstrap(xds_port: int, kind: Kind, config: Config, extensions: int) -> str:
+def _bootstrap(xds_port: int, kind: Kind, config: Config, extensions: int, secrets: Path | None) -> str:
     """Write what matters here of the bootstrap of Istio's proxy."""
     internal = {
         "name": "envoy.bootstrap.internal_listener",
@@ -190,9 +198,10 @@ def _bootstrap(xds_port: int, kind: Kind, config: Config, extensions: int) -> st
         },
     }
     source = {"ads": {}, "initial_fetch_timeout": "0s", "resource_api_version": "V3"}
-    options = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
-    http2 = {"@type": f"type.googleapis.com/{options}", "explicit_http_config": {"http2_protocol_options": {}}}
-    pilot = {"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": xds_port}}}}
+    pilot = {"socket_address": {"address": "127.0.0.1", "port_value": xds_port}}
+    clusters = [_grpc_cluster("xds-grpc", pilot)]
+    if secrets is not None:
+        clusters.append(_grpc_cluster("sds-grpc", {"pipe": {"path": str(secrets)}}))
     admin = {"address": config.envoy.admin.host, "port_value": config.envoy.admin.port}
     content = {
         "node": {
@@ -217,17 +226,20 @@ def _bootstrap(xds_port: int, kind: Kind, config: Config, extensions: int) -> st
                 "grpc_services": [{"envoy_grpc": {"cluster_name": "xds-grpc"}}],
             },
         },
-        "static_resources": {
-            "clusters": [
-                {
-                    "name": "xds-grpc",
-                    "type": "STATIC",
-                    "typed_extension_protocol_options": {options: http2},
-                    "load_assignment": {"cluster_name": "xds-grpc", "endpoints": [{"lb_endpoints": [pilot]}]},
-                }
-            ]
-        },
+        "static_resources": {"clusters": clusters},
         "bootstrap_extensions": [internal] * extensions,
         "admin": {"address": {"socket_address": admin}},
     }
     return json.dumps(content)
+
+
+def _grpc_cluster(name: str, address: Resource) -> Resource:
+    options = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+    http2 = {"@type": f"type.googleapis.com/{options}", "explicit_http_config": {"http2_protocol_options": {}}}
+    endpoint = {"endpoint": {"address": address}}
+    return {
+        "name": name,
+        "type": "STATIC",
+        "typed_extension_protocol_options": {options: http2},
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [endpoint]}]},
+    }

@@ -2,6 +2,7 @@
 
 import json
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,11 +94,20 @@ def running_on(engine: EngineProcess) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def run_fleet(**sections: Any) -> Iterator[Fleet]:
-    """Run two engines of each role and the service; *sections* override those of the configuration."""
+def run_fleet(
+    engine_options: Sequence[str] = (), client_tls: ssl.SSLContext | None = None, **sections: Any
+) -> Iterator[Fleet]:
+    """Run two engines of each role and the service.
+
+    Args:
+        engine_options: Further options of the engines.
+        client_tls: For the API ports of the engines, if the options make them serve TLS.
+        sections: Override those of the configuration.
+    """
     with ExitStack() as running:
-        options = ("--dp-attention", *TIMES)
-        engines = [EngineProcess(role, RANKS, *options) for role in ("prefill", "prefill", "decode", "decode")]
+        options = ("--dp-attention", *TIMES, *engine_options)
+        roles = ("prefill", "prefill", "decode", "decode")
+        engines = [EngineProcess(role, RANKS, *options, tls=client_tls) for role in roles]
         for engine in engines:
             running.push(engine)
             engine.start()

@@ -4,6 +4,7 @@ Istio delivers clusters and listeners as they are printed, which the run compare
 names, and a test puts the present print into the places of the delivered ones.
 """
 
+import asyncio
 import copy
 import json
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ import yaml
 
 from dp_extproc import contract
 from dp_extproc.config import BodyMode, Config
+from dp_extproc.envoy_check import Severity, audit
+from dp_extproc.envoy_check.reader import read_envoy
 from dp_extproc.envoy_config import FORMS
 from dp_extproc.envoy_config.formats.target import ObjectName, Target
 from dp_extproc.lab.testbed import loopback
@@ -109,6 +112,18 @@ def gateway(request: pytest.FixtureRequest) -> Iterator[Gateway]:
         decoy = Decoy()
         running.callback(decoy.close)
         yield Gateway(client, envoy, service, prefill, decode, neighbour, decoy)
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_check_accepts_a_recorded_gateway(kind: str, tmp_path: Path) -> None:
+    """What Istio leaves at its own values is a warning at most, and the block is as it should be."""
+    config = make_config(BodyMode.BUFFERED, [1, 2, 3])
+    path = tmp_path / "gateway.json"
+    path.write_text(json.dumps(_bootstrap(kind, config, "127.0.0.1:4")), encoding="utf-8")
+    findings = audit(asyncio.run(read_envoy([str(path)])), config)
+
+    assert {each.severity for each in findings} == {Severity.WARNING}
+    assert {each.code for each in findings} == {"client_headers_kept", "delayed_close", "no_request_timeouts"}
 
 
 def _bootstrap(kind: str, config: Config, neighbour: str) -> dict[str, Any]:
