@@ -40,6 +40,7 @@ from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, Rank
 from dp_extproc.extproc.service import SERVICE_NAME, ExtProcService
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.observability.metrics import Telemetry
+from dp_extproc.scheduling.encoder import LegSettings
 from dp_extproc.scheduling.scheduler import Scheduler
 
 EMPTY: Final = "empty"
@@ -112,7 +113,7 @@ def _service(supervise: Supervise) -> ExtProcService:
         rng=random.Random(1),
         draw_token=partial(secrets.token_hex, 12),
         clock=clock,
-        sees_first_events=supervise is Supervise.FIRST_EVENT,
+        legs=LegSettings(reports_first_events=supervise is Supervise.FIRST_EVENT),
     )
     return ExtProcService(
         scheduler,

@@ -48,11 +48,16 @@ RANK_HEADER: Final = "x-data-parallel-rank"
 UNTRUSTED_NAMES: Final = (RANK_HEADER,)
 """Untrusted headers by full name. In SGLang this one takes precedence over ``routed_dp_rank`` in the body."""
 
+AUTHORIZATION: Final = "authorization"
+PASSED_TO_PREFILL: Final = ("traceparent", "tracestate", "x-request-id", AUTHORIZATION)
+"""Request headers of the client that a prefill leg of the service has, too. The API key of a pool replaces the last."""
+
 READ_FROM_REQUESTS: Final = frozenset({
     ":method", ":path", "content-type", "content-encoding", "content-length", SESSION, AVOID,
 })  # fmt: skip
-"""Request headers that the service reads. Envoy forwards no others to it."""
-READ_BEHIND_GATEWAY: Final = READ_FROM_REQUESTS - {SESSION, AVOID}
+"""Request headers that the service reads. Envoy forwards no others to it, but for :data:`PASSED_TO_PREFILL` where the
+service sends prefill legs."""
+READ_BEHIND_GATEWAY: Final = READ_FROM_REQUESTS.union(PASSED_TO_PREFILL) - {SESSION, AVOID}
 """Request headers that the service reads behind another gateway, where a client may have set those of this project."""
 READ_FROM_RESPONSES: Final = frozenset({":status", "content-type"})
 """Response headers that the service reads."""

@@ -11,6 +11,7 @@ from dp_extproc.attempt.events import (
     InternalError,
     Reply,
     RoomFreed,
+    SendLeg,
     ToLeg,
 )
 from dp_extproc.attempt.failures import RetryBudget
@@ -20,6 +21,7 @@ from dp_extproc.attempt.listener import AttemptListener
 from dp_extproc.attempt.transitions import UNDECIDED
 from dp_extproc.config.reliability import RetrySettings, SupervisionSettings
 from dp_extproc.scheduling.admission import Ticket
+from dp_extproc.scheduling.decision import DecodeAbort
 from extproc.wire import UNSUPERVISED, Watcher
 
 BODY_PAUSE = 60.0
@@ -108,4 +110,4 @@ class Exchange:
 
 
 def _replies(commands: list[Command]) -> tuple[Reply, ...]:
-    return tuple(command for command in commands if not isinstance(command, ToLeg | Enqueue))
+    return tuple(command for command in commands if not isinstance(command, ToLeg | Enqueue | SendLeg | DecodeAbort))

@@ -32,7 +32,8 @@ from dp_extproc.attempt.events import (
     RoomFreed,
 )
 from dp_extproc.attempt.first_event_watch import FirstEventWatch
-from dp_extproc.attempt.main_stream import MainStream
+from dp_extproc.attempt.gateways import BundledEnvoy, EndpointPicker
+from dp_extproc.attempt.main_stream import KEPT_BYTES, MainStream
 from dp_extproc.attempt.prefill_leg import PrefillLeg
 from dp_extproc.attempt.transitions import FIRST_EVENT, LEG, MAIN, FirstState, LegState, MainState, Outcome
 from dp_extproc.config.reliability import Supervise, SupervisionSettings
@@ -43,6 +44,7 @@ from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.response.first_event import EngineError
 from dp_extproc.scheduling.admission import Ticket
 from dp_extproc.scheduling.decision import Answer, Decision, Queued, RequestContext, SchedulingResult
+from dp_extproc.scheduling.encoder import LegSettings
 from fleet_fixtures import Fleet, make_facts
 
 TABLES: Final[Mapping[str, Mapping[Any, Mapping[Outcome, Any]]]] = {
@@ -62,15 +64,17 @@ LOGPROBS: Final = b'{"text":"hello","return_logprob":true}'
 REFUSED: Final = Rejection(503, Reason.NO_ENDPOINTS, "as asked")
 EVENT: Final = b'data: {"text":"a"}\n\n'
 ERROR: Final = b'data: {"error":{"code":500}}\n\n'
+HOLD: Final = 2.0
+"""Seconds for which a gateway lets response headers be held."""
 SECONDS: Final = {"prefill_timeout": "20s", "first_token_timeout": "20s"}
 
 
 class Scripted:
     """A decider that refuses and queues on demand, and else schedules."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, sends_legs: bool) -> None:
         fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
-        self._scheduler = fleet.scheduler
+        self._scheduler = fleet.make_scheduler(legs=LegSettings(sends_prefill=sends_legs))
 
     def place(self, api: Api, body: bytes, context: RequestContext) -> SchedulingResult:
         if body == b"refuse":
@@ -109,6 +113,8 @@ class Story:
     events: tuple[Event | float, ...] = ()
     mode: BodyMode = BodyMode.LOCKSTEP
     supervise: Supervise = Supervise.FIRST_EVENT
+    picks: bool = False
+    """Whether the gateway is another one, so that the service sends the prefill leg."""
 
     def then(self, *more: Event | float) -> "Story":
         return replace(self, events=(*self.events, *more))
@@ -142,9 +148,12 @@ CHECKING: Final = OPEN.then(LegHeaders(200, is_events=True))
 LEG_FAILING: Final = OPEN.then(LegHeaders(500))
 MISSING: Final = STREAMING.then(ResponseHeaders(200), 3.0)
 CANCELLED: Final = ROUTED.then(MainClosed())
+DIRECT: Final = replace(STREAMING, picks=True)
+DIRECT_HELD: Final = DIRECT.then(ResponseHeaders(200))
 STORIES: Final = (
     *(START, BODY, CHUNKS, ENDING, ENDING_QUEUED, UNREAD, QUEUED, PASSING, ROUTED, STREAMING, UNSUPERVISED, HELD),
     *(FAILING, RESPONDING, MERGING, ANSWERED, OPEN, CHECKING, LEG_FAILING, MISSING, CANCELLED),
+    *(DIRECT, DIRECT_HELD),
 )
 EVENTS: Final[tuple[Event | float, ...]] = (
     *(
@@ -159,6 +168,7 @@ EVENTS: Final[tuple[Event | float, ...]] = (
     *(ResponseHeaders(status) for status in (200, 400, 500)),
     ResponseHeaders(200, end_of_stream=True),
     ResponseBody(b"{}", True),
+    ResponseBody(bytes(KEPT_BYTES + 1), False),
     ResponseTrailers(),
     *(room("again"), room("gone"), room("free"), QueueExpired()),
     *(
@@ -200,7 +210,9 @@ class _Row(dict[Outcome, Any]):
 
 def play(story: Story) -> Attempt:
     supervision = SupervisionSettings.model_validate({"mode": story.supervise.value, **SECONDS})
-    attempt = Attempt(make_environment(Scripted(), supervision=supervision), story.mode)
+    gateway = EndpointPicker(hold=HOLD) if story.picks else BundledEnvoy()
+    decider = Scripted(sends_legs=story.picks)
+    attempt = Attempt(make_environment(decider, gateway=gateway, supervision=supervision), story.mode)
     for step in story.events:
         if isinstance(step, float):
             attempt.advance(step)
@@ -263,6 +275,6 @@ def test_nothing_is_due_when_an_attempt_has_ended(story: Story) -> None:
     """However far it was: all reservations are gone, and no deadline is left."""
     attempt = play(story if CANCELLED.events == story.events else story.then(MainClosed()))
 
-    assert attempt.is_closed
+    assert attempt.is_over(10_000.0)
     assert attempt.deadline == float("inf")
     assert attempt.advance(10_000.0) == []

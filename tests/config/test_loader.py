@@ -151,8 +151,8 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
                 4,
                 "colour",
                 (
-                    "known keys here: listen, envoy, protocol, load, drain, reload, sync, supervision, retry, "
-                    "outlier_detection, "
+                    "known keys here: listen, envoy, protocol, prefill_leg, picker, load, drain, reload, sync, "
+                    "supervision, retry, outlier_detection, "
                 ),
             )
         ],

@@ -1,6 +1,7 @@
 """Fleets that several end-to-end tests share."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -16,10 +17,12 @@ def every_version(request: pytest.FixtureRequest) -> Iterator[Stack]:
         yield stack
 
 
-@pytest.fixture(scope="module", params=["buffered", "full_duplex_streamed"])
+@pytest.fixture(scope="module", params=["buffered", "full_duplex_streamed", "buffered, prefill leg of the service"])
 def every_mode(request: pytest.FixtureRequest) -> Iterator[Stack]:
-    """Give a fleet of the newest release, with Envoy sending bodies in each of its two modes."""
-    with run_stack(envoy={"body_mode": request.param, "max_body_bytes": 33 << 20}) as stack:
+    """Give a fleet of the newest release, with each mode of bodies, and each sender of the prefill leg."""
+    mode, _, leg = request.param.partition(", ")
+    sections: dict[str, Any] = {"prefill_leg": "service"} if leg else {}
+    with run_stack(envoy={"body_mode": mode, "max_body_bytes": 33 << 20}, **sections) as stack:
         yield stack
 
 

@@ -8,19 +8,19 @@ import yaml
 
 from dp_extproc.config import Config
 
-EXAMPLE = Path(__file__).parents[2] / "envoy" / "endpoint-picker.yaml"
+EXAMPLES = Path(__file__).parents[2] / "envoy"
 
 
-def load_gateway(config: Config, workers: Sequence[int]) -> dict[str, Any]:
-    """Read the example and set its ports: those of Envoy and the service from *config*, and those of the engines."""
-    example: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
-    resources = example["static_resources"]
+def load_gateway(config: Config, engines: Sequence[int], example: str = "endpoint-picker.yaml") -> dict[str, Any]:
+    """Read an example and set its ports: those of Envoy and the service from *config*, and those of the engines."""
+    content: dict[str, Any] = yaml.safe_load((EXAMPLES / example).read_text(encoding="utf-8"))
+    resources = content["static_resources"]
     picker, cluster = resources["clusters"]
     resources["listeners"][0]["address"]["socket_address"]["port_value"] = config.envoy.inference.port
-    example["admin"]["address"]["socket_address"]["port_value"] = config.envoy.admin.port
+    content["admin"]["address"]["socket_address"]["port_value"] = config.envoy.admin.port
     _set_ports(picker, [config.listen.grpc.port])
-    _set_ports(cluster, workers)
-    return example
+    _set_ports(cluster, engines)
+    return content
 
 
 def http_filters(gateway: dict[str, Any]) -> list[dict[str, Any]]:
@@ -32,12 +32,18 @@ def http_filters(gateway: dict[str, Any]) -> list[dict[str, Any]]:
 
 def ext_proc(gateway: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the filter that calls the service."""
-    (found,) = [each["typed_config"] for each in http_filters(gateway) if each["name"].endswith("ext_proc")]
+    return ext_proc_of(http_filters(gateway))
+
+
+def ext_proc_of(filters: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the settings of the filter that calls the service, of a list of filters."""
+    (found,) = [each["typed_config"] for each in filters if each["name"].endswith("ext_proc")]
     settings: dict[str, Any] = found
     return settings
 
 
 def _set_ports(cluster: dict[str, Any], ports: Sequence[int]) -> None:
     endpoints = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    del endpoints[len(ports) :]
     for endpoint, port in zip(endpoints, ports, strict=True):
         endpoint["endpoint"]["address"]["socket_address"]["port_value"] = port

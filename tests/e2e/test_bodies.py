@@ -11,6 +11,7 @@ import pytest
 from e2e.legs import assert_legs
 from e2e.stack import Stack, body_of
 
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 PATH = "/v1/completions"
 
 
@@ -109,12 +110,15 @@ def test_routing_headers_of_a_client_have_no_effect(every_mode: Stack, name: str
 
 
 def test_other_headers_reach_both_engines(every_mode: Stack) -> None:
-    """Credentials, request ids and all other headers of a client reach both engines."""
-    headers = {"authorization": "Bearer key", "x-request-id": "my-id", "x-tenant": "blue"}
+    """Credentials and request ids of a client reach both engines, and with a mirrored leg all other headers."""
+    common = {"authorization": "Bearer key", "x-request-id": "my-id", "traceparent": TRACE, "tracestate": "a=b"}
+    headers = {**common, "x-tenant": "blue"}
     assert every_mode.client.post(PATH, json=completion(), headers=headers).status_code == 200
+    prefill, decode = every_mode.legs()
 
-    for leg in every_mode.legs():
-        assert {name: leg["headers"].get(name) for name in headers} == headers
+    sent_here = every_mode.service.config.sends_legs
+    for leg, expected in ((prefill, common if sent_here else headers), (decode, headers)):
+        assert {name: leg["headers"][name] for name in headers if name in leg["headers"]} == expected
 
 
 def test_a_body_passes_with_white_space_around_it(every_mode: Stack) -> None:
@@ -131,7 +135,9 @@ def test_the_access_log_names_the_pick(every_mode: Stack) -> None:
     headers = {"x-request-id": f"logged-{every_mode.service.config.envoy.body_mode}"}
     assert every_mode.client.post(PATH, json=completion(model="m1"), headers=headers).status_code == 200
     prefill_rank, decode_rank = assert_legs(every_mode, completion(model="m1"), PATH)
-    lines = every_mode.envoy.wait_for_access_log(headers["x-request-id"], 2)
+    lines = every_mode.envoy.wait_for_access_log(
+        headers["x-request-id"], 1 if every_mode.service.config.sends_legs else 2
+    )
     line = next(line for line in lines if line["leg"] == "main")
 
     assert {key: line[key] for key in ("model", "pool", "prefill_rank", "decode_rank", "status")} == {

@@ -39,6 +39,8 @@ CONVERSATION: Final = "x-conversation"
 
 OF_THE_REQUEST: Final = {":method", ":path", "content-type", "content-encoding", "content-length"}
 """What it is: read from anybody, for the engine reads the same."""
+PASSED: Final = {"traceparent", "tracestate", "x-request-id", "authorization"}
+"""They go along with a prefill leg that the service sends, as they go along with the decode leg."""
 OF_OUR_ENVOY: Final = {contract.SESSION: "chat-1", contract.AVOID: CUT}
 """Headers that the bundled Envoy sets, and removes from clients. Behind another gateway they are untrusted."""
 NEVER_READ: Final = {
@@ -57,7 +59,8 @@ NEVER_READ: Final = {
 def test_tables_name_every_header_that_is_read() -> None:
     """A new header has to be put into one of the tables."""
     assert OF_THE_REQUEST | OF_OUR_ENVOY.keys() == contract.READ_FROM_REQUESTS
-    assert contract.READ_BEHIND_GATEWAY == OF_THE_REQUEST
+    assert contract.READ_BEHIND_GATEWAY == OF_THE_REQUEST | PASSED
+    assert set(contract.PASSED_TO_PREFILL) == PASSED
     ours = {
         each for each in vars(contract).values() if isinstance(each, str) and each.startswith(contract.OWNED_PREFIX)
     }

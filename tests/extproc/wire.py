@@ -155,6 +155,9 @@ class Watcher:
     decisions: list[str] = field(default_factory=list)
     failures: list[tuple[Role, Reason, bool]] = field(default_factory=list)
     unseen: int = 0
+    skipped: int = 0
+    holds: list[bool] = field(default_factory=list)
+    """Whether each hold was in vain."""
     elsewhere: int = 0
 
     def attempt_opened(self) -> None:
@@ -172,6 +175,13 @@ class Watcher:
 
     def leg_failed(self, failed: LegFailed) -> None:
         self.failures.append((failed.leg, failed.reason, failed.retried))
+
+    def held(self, seconds: float, *, in_vain: bool) -> None:
+        assert seconds > 0
+        self.holds.append(in_vain)
+
+    def responses_skipped(self) -> None:
+        self.skipped += 1
 
     def leg_missing(self) -> None:
         self.unseen += 1

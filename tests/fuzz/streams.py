@@ -15,6 +15,7 @@ from dp_extproc.config.reliability import QueueSettings, SupervisionSettings
 from dp_extproc.engines.model import Role
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.scheduling.admission import AdmissionQueue
+from dp_extproc.scheduling.encoder import LegSettings
 from extproc.wire import Watcher
 from fleet_fixtures import Fleet, make_facts
 
@@ -235,7 +236,7 @@ class Stage:
         clock = asyncio.get_running_loop().time
         fleet = Fleet(prefills=[make_facts(Role.PREFILL)] * 2, decodes=[make_facts(Role.DECODE)] * 2)
         queue = AdmissionQueue(QueueSettings.model_validate({"max_wait": "1s", "max_depth": 2}))
-        scheduler = fleet.make_scheduler(clock=clock, queue=queue, sees_first_events=True)
+        scheduler = fleet.make_scheduler(clock=clock, queue=queue, legs=LegSettings(reports_first_events=True))
         service = ExtProcService(
             scheduler, (Watcher(),), supervision=supervision, queue=queue, max_body=MAX_BODY, clock=clock
         )

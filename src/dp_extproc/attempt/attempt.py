@@ -17,6 +17,7 @@ from dp_extproc.attempt.effects import Effects, Environment
 from dp_extproc.attempt.events import BodyMode, Command, Event, FirstEventRead, LegEvent, MainEvent, ToLeg
 from dp_extproc.attempt.failures import Failure, failed, timed_out
 from dp_extproc.attempt.first_event_watch import FirstEventWatch
+from dp_extproc.attempt.gateways import BUNDLED, Peer
 from dp_extproc.attempt.intake import Intake
 from dp_extproc.attempt.machine import Turn
 from dp_extproc.attempt.main_stream import MainStream
@@ -31,6 +32,11 @@ EXTEND_AFTER_SECONDS: Final = 5.0
 """Seconds that a response is held before Envoy's patience of 20 s is extended."""
 ERROR_TEXT_SECONDS: Final = 2.0
 """Seconds that the text of an error may take behind its headers."""
+UNHEARD_SECONDS: Final = 2.0
+"""Seconds after prefill for which a decode reservation is kept whose end the gateway does not report.
+
+By then the engine's own load page has counted the request. Without them decode ranks look idle until it has.
+"""
 LEG_TEXT_SECONDS: Final = 5.0
 """Seconds that a piece of the response waits for the prefill leg's text. Envoy waits 20 s for a reply."""
 
@@ -38,6 +44,8 @@ _MESSAGES: Final = frozenset(get_args(MainEvent))
 _LEG_EVENTS: Final = frozenset(get_args(LegEvent))
 _WAITING: Final = frozenset({MainState.HELD, MainState.MERGING})
 """States in which the main stream waits for another part of the attempt."""
+_OVER: Final = frozenset({LegState.FAILED, LegState.MISSING, LegState.CANCELLED})
+"""States in which the prefill leg reports nothing more, and has not computed the prompt as far as is known."""
 _UNSETTLED: Final = frozenset({LegState.OPEN, LegState.CHECKING, LegState.ERROR_BODY})
 """States in which something of the prefill leg is awaited that may take too long."""
 
@@ -57,6 +65,7 @@ class Attempt:
         mode: BodyMode,
         response_mode: BodyMode = BodyMode.LOCKSTEP,
         subset: frozenset[str] | None = None,
+        peer: Peer = BUNDLED,
     ) -> None:
         """Begin.
 
@@ -65,6 +74,7 @@ class Attempt:
             mode: ``protocol_config.request_body_mode`` of the first message of the stream.
             response_mode: The mode of the response body.
             subset: Addresses of the endpoints that the gateway allows; None for all.
+            peer: The instance of the gateway.
         """
         self._supervision = environment.supervision
         self._body_pause = environment.body_pause if mode is BodyMode.DUPLEX else math.inf
@@ -73,7 +83,7 @@ class Attempt:
         self.leg = PrefillLeg(self._effects, is_supervised=environment.supervision.mode is not Supervise.OFF)
         self.first_event = FirstEventWatch()
         self.main = MainStream(
-            environment, self._effects, intake, response_mode, leg=self.leg, first_event=self.first_event
+            environment, self._effects, intake, response_mode, peer, leg=self.leg, first_event=self.first_event
         )
 
     def receive(self, event: Event, now: float) -> list[Command]:
@@ -97,7 +107,7 @@ class Attempt:
             self.first_event.move(cause, turn, event)
         elif not self.main.move(cause, turn, event) and cause in _MESSAGES:
             raise ProtocolViolationError(f"{cause.__name__} is not expected in state {self.main.state.name}")
-        if turn.failure is not None or self.main.state in _WAITING:
+        if turn.failure is not None or self.main.state in _WAITING or self.main.is_unheard:
             self._apply_rules(turn)
         return turn.commands
 
@@ -123,10 +133,10 @@ class Attempt:
         """Token of the prefill leg; empty if the attempt has none."""
         return self._effects.token
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether the main stream has ended."""
-        return self.main.state is MainState.CLOSED
+    def is_over(self, now: float) -> bool:
+        """Return whether the main stream has ended, and nothing else is awaited."""
+        closed = self.main.state is MainState.CLOSED
+        return closed and not self.main.is_unheard and now > self.leg.late_until
 
     def _apply_rules(self, turn: Turn) -> None:
         """Let a failure have its consequences, and commit or merge what is awaited no longer."""
@@ -139,12 +149,14 @@ class Attempt:
                 main.move(Signal.COMMIT, turn)
         elif main.state is MainState.MERGING and main.merging is not None and not main.merging.awaits_text:
             main.move(Signal.TEXT_COMPLETE, turn)
+        elif main.is_unheard and self.leg.state in _OVER:
+            main.end_unheard(turn)
 
     def _fail(self, turn: Turn, failure: Failure) -> None:
         """Blame an endpoint, answer the client while that is possible, and end the other leg."""
         self._effects.blame(failure, turn.now)
-        if not self.leg.was_cancelled:
-            self.main.move(Signal.ABANDON, turn, failure)
+        if not self.leg.was_cancelled and not self.main.move(Signal.ABANDON, turn, failure):
+            self.main.abort_decode(turn)
         self.leg.cancel(turn)
 
     # --- time ---
@@ -156,6 +168,10 @@ class Attempt:
             yield main.body_at + self._body_pause, lambda turn: main.move(Signal.ADVANCE, turn)
         elif main.merging is not None and state is MainState.MERGING:
             yield main.merging.since + LEG_TEXT_SECONDS, lambda turn: main.move(Signal.TEXT_COMPLETE, turn)
+        if state is MainState.HELD:
+            yield main.hold_ends_at, lambda turn: main.move(Signal.ADVANCE, turn)
+        if main.is_unheard and self.leg.done_at is not None:
+            yield self.leg.done_at + UNHEARD_SECONDS, main.end_unheard
         if state >= MainState.ROUTED and not self.leg.was_cancelled:
             yield from self._supervision_deadlines()
 
@@ -183,6 +199,8 @@ class Attempt:
         """
         if not self.main.streaming or self.main.state not in {MainState.ROUTED, MainState.HELD}:
             return None
+        if not self.main.hears_response:
+            return None  # it may be on its way to the client
         if self.leg.state in {LegState.AWAITED, LegState.MISSING}:
             return self.main.picked_at + self._supervision.prefill_timeout
         return self.leg.done_at

@@ -141,3 +141,11 @@ class Effects:
     def leg_missing(self) -> None:
         """Report that the prefill leg has not opened in time."""
         self._environment.listener.leg_missing()
+
+    def held(self, seconds: float, *, in_vain: bool) -> None:
+        """Report for how long response headers were held, and whether prefill is still awaited."""
+        self._environment.listener.held(seconds, in_vain=in_vain)
+
+    def responses_skipped(self) -> None:
+        """Report that the gateway has ended the stream before the response."""
+        self._environment.listener.responses_skipped()

@@ -11,7 +11,7 @@ from msgspec import Struct
 from dp_extproc.load.records import NO_WORK, Work
 from dp_extproc.response.first_event import EngineError
 from dp_extproc.scheduling.admission import Ticket
-from dp_extproc.scheduling.decision import Metadata
+from dp_extproc.scheduling.decision import DecodeAbort, Headers, Metadata, PrefillRequest
 
 
 class BodyMode(Enum):
@@ -242,5 +242,15 @@ class Enqueue(Struct, frozen=True):
     work: Work = NO_WORK
 
 
-Command = Reply | ToLeg | Enqueue
+class SendLeg(Struct, frozen=True):
+    """Send the prefill leg from here."""
+
+    request: PrefillRequest
+    path: str
+    """Path and query of the client's request."""
+    headers: Headers
+    """Headers of the client's request that the leg has, too."""
+
+
+Command = Reply | ToLeg | Enqueue | SendLeg | DecodeAbort
 """A reply goes to the main stream. Commands for a stream that is gone are dropped."""

@@ -7,18 +7,29 @@ from dp_extproc.attempt.failures import engine_error
 from dp_extproc.attempt.machine import Machine, Turn, bind
 from dp_extproc.attempt.transitions import FIRST_EVENT, FirstState, Outcome, Signal
 from dp_extproc.engines.model import Role
+from dp_extproc.response.first_event import FirstEventReader
 from dp_extproc.scheduling.decision import Decision
 
 
 class FirstEventWatch(Machine[FirstState]):
     """Whether the first event is awaited, so that an error in it can still become a retry or a clean error."""
 
-    __slots__ = ("_is_unknown",)
+    __slots__ = ("_is_unknown", "_reader")
 
     def __init__(self) -> None:
         super().__init__(FirstState.CLEAR)
         self._is_unknown = False
         """Whether only the response headers will show that the response is a stream."""
+        self._reader: FirstEventReader | None = None
+
+    def feed(self, turn: Turn, data: bytes, *, end_of_stream: bool) -> None:
+        """Read a piece of the response, where it passes through the main stream, until the first event is known."""
+        if self.state is FirstState.CLEAR:
+            return
+        reader = self._reader = self._reader or FirstEventReader()
+        reader.feed(data, end_of_stream=end_of_stream)
+        if reader.is_known:
+            self.move(FirstEventRead, turn, FirstEventRead(reader.error))
 
     def _scheduled(self, _turn: Turn, decision: Decision) -> Outcome:
         self._is_unknown = decision.streaming is None

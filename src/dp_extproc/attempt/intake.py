@@ -8,8 +8,9 @@
 from enum import Enum, auto
 from typing import Final, Protocol
 
+from dp_extproc import contract
 from dp_extproc.attempt.events import BodyMode, RequestBody, RequestHeaders
-from dp_extproc.attempt.gateways import FIRST_ATTEMPT, Gateway
+from dp_extproc.attempt.gateways import FIRST_ATTEMPT, Gateway, Headers
 from dp_extproc.request.path import Api, Lookup, read_path
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.admission import Ticket
@@ -66,7 +67,7 @@ class Intake:
 
     __slots__ = (
         "_api", "_body", "_decider", "_gateway", "_length", "_max_body", "_session", "_size", "_subset", "earlier",
-        "has_trailers", "is_complete", "mode", "queued", "sees_response", "untrusted",
+        "has_trailers", "is_complete", "mode", "passed", "path", "queued", "sees_response", "untrusted",
     )  # fmt: skip
 
     def __init__(
@@ -83,8 +84,12 @@ class Intake:
         self._body: list[bytes] = []
         self._size = 0
         self.mode = mode
-        self.sees_response = gateway.holds_responses and mode is not BodyMode.DUPLEX
+        self.sees_response = gateway.sends_bodies_on_request and mode is not BodyMode.DUPLEX
         """Whether Envoy sends the response body when asked for it; in duplex it ignores that."""
+        self.path = ""
+        """Path and query."""
+        self.passed: Headers = ()
+        """The headers that a prefill leg of the service has, too."""
         self.untrusted: tuple[str, ...] = ()
         self.earlier = FIRST_ATTEMPT
         self.has_trailers = False
@@ -112,6 +117,13 @@ class Intake:
         if self.mode is BodyMode.UNSUPPORTED:
             return _UNSUPPORTED_MODE
         self._api = asked
+        path = _printable(headers[":path"])
+        self.path = asked.value if " " in path else path or asked.value
+        self.passed = tuple(
+            (name, value.encode())
+            for name in contract.PASSED_TO_PREFILL
+            if (value := _printable(headers.get(name, "")))
+        )
         if self.mode is not BodyMode.NONE:
             return Need.BODY
         length = headers.get("content-length", "")
@@ -162,6 +174,11 @@ class Intake:
         """Give the client's body away, so that it is not kept for as long as the response takes."""
         body, self._body = self._body, []
         return body[0] if body else b""
+
+
+def _printable(value: str) -> str:
+    """Return a value that can stand in the head of an HTTP request; empty if it cannot."""
+    return value if value.isascii() and value.isprintable() else ""
 
 
 def _refuse_by_headers(headers: dict[str, str], max_body: int) -> Rejection | None:

@@ -44,5 +44,11 @@ class AttemptListener(Protocol):
     def destination_mismatch(self) -> None:
         """A gateway has sent a request to another endpoint than the picked one."""
 
+    def held(self, seconds: float, *, in_vain: bool) -> None:
+        """Response headers were held, and have gone to the client; *in_vain* is whether prefill was still awaited."""
+
+    def responses_skipped(self) -> None:
+        """A gateway has ended a main stream before the response, while the prefill leg was awaited."""
+
     def attempt_closed(self) -> None:
         """A main stream has ended."""

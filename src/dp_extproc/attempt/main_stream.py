@@ -1,28 +1,33 @@
 """The main stream of an attempt as a state machine: the request, and the response that the client gets."""
 
+import math
 from typing import ClassVar, Final
 
 from dp_extproc.attempt import events as on
 from dp_extproc.attempt import replies
 from dp_extproc.attempt.effects import Effects, Environment
-from dp_extproc.attempt.events import BodyMode, BufferBody, Enqueue, Event, ExtendTimeout, Phase, StreamBody
+from dp_extproc.attempt.events import BodyMode, BufferBody, Enqueue, Event, ExtendTimeout, Phase, SendLeg, StreamBody
 from dp_extproc.attempt.failures import ENGINE_FAILED, Failure, failed
 from dp_extproc.attempt.first_event_watch import FirstEventWatch
-from dp_extproc.attempt.gateways import Headers
+from dp_extproc.attempt.gateways import Headers, Peer
 from dp_extproc.attempt.intake import Intake, Need
 from dp_extproc.attempt.machine import Machine, Turn, bind
 from dp_extproc.attempt.merging import Merging
 from dp_extproc.attempt.prefill_leg import PrefillLeg
-from dp_extproc.attempt.transitions import MAIN, UNDECIDED, MainState, Outcome, Signal
+from dp_extproc.attempt.transitions import GOOD, MAIN, UNDECIDED, MainState, Outcome, Signal
 from dp_extproc.config.reliability import Supervise
 from dp_extproc.engines.model import Role
 from dp_extproc.load.in_flight import ERROR
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.response.logprobs import LegText
 from dp_extproc.scheduling.admission import Ticket
-from dp_extproc.scheduling.decision import Answer, Decision, Queued
+from dp_extproc.scheduling.decision import Answer, Decision, DecodeAbort, Queued
 
 _OK: Final = 200
+KEPT_BYTES: Final = 1 << 20
+"""Most bytes of a response that are kept behind headers that are held, before the response goes to the client."""
+_RETRY_BY_CLIENT: Final = (("retry-after", b"0"),)
+"""Where the gateway repeats no request: the client may, because nothing was generated."""
 _NO_OTHER_ATTEMPT: Final = Rejection(
     502,
     Reason.DECODE_FAILED,
@@ -34,8 +39,9 @@ class MainStream(Machine[MainState]):
     """What Envoy sends on the main stream, and the replies to it."""
 
     __slots__ = (
-        "_asks_for_body", "_effects", "_environment", "_first_event", "_holds", "_intake", "_leg", "_response_mode",
-        "body_at", "error_at", "held_at", "is_extended", "merging", "picked_at", "status", "streaming",
+        "_abort", "_asks_for_body", "_effects", "_environment", "_first_event", "_hold", "_intake", "_kept",
+        "_kept_bytes", "_leg", "_peer", "_response_mode", "body_at", "error_at", "held_at", "is_extended", "is_unheard",
+        "merging", "picked_at", "status", "streaming",
     )  # fmt: skip
 
     def __init__(
@@ -44,6 +50,7 @@ class MainStream(Machine[MainState]):
         effects: Effects,
         intake: Intake,
         response_mode: BodyMode,
+        peer: Peer,
         *,
         leg: PrefillLeg,
         first_event: FirstEventWatch,
@@ -53,9 +60,15 @@ class MainStream(Machine[MainState]):
         self._effects = effects
         self._intake = intake
         self._response_mode = response_mode
+        self._peer = peer
         self._leg = leg
         self._first_event = first_event
-        self._holds = leg.is_supervised and environment.gateway.holds_responses
+        self._hold = environment.gateway.longest_hold(response_mode) if leg.is_supervised else 0.0
+        """Seconds for which the response headers may be held."""
+        self._abort: DecodeAbort | None = None
+        self._kept: list[on.ResponseBody | on.ResponseTrailers] = []
+        """Pieces of the response that have come behind headers that are held."""
+        self._kept_bytes = 0
         self._asks_for_body = False
         """Whether Envoy was asked to send the response body here."""
         self.status = 0
@@ -63,8 +76,10 @@ class MainStream(Machine[MainState]):
         self.streaming: bool | None = False
         """Whether the response is a stream; None until its headers report it."""
         self.merging: Merging | None = None
-        self.is_extended = False
-        """Whether Envoy's patience was extended."""
+        self.is_extended = not environment.gateway.sends_bodies_on_request
+        """Whether Envoy's patience was extended, or cannot be."""
+        self.is_unheard = False
+        """Whether the stream has ended before the response, and reservations end when the prefill leg has."""
         self.body_at = self.picked_at = self.held_at = self.error_at = 0.0
         """Times of the last piece of the request, the pick, and the response headers that are held or of an error."""
 
@@ -86,9 +101,21 @@ class MainStream(Machine[MainState]):
         """
         sees_body = self._response_mode is not BodyMode.NONE or self._asks_for_body
         passes = self.state is MainState.RESPONDING or (
-            not self._environment.gateway.holds_responses and self.state in {MainState.PASSING, MainState.ROUTED}
+            self._environment.gateway.may_skip_responses
+            and self.state in {MainState.PASSING, MainState.ROUTED}
+            and not self._leg.runs_here
         )
         return passes and self._intake.is_complete and not sees_body
+
+    @property
+    def hears_response(self) -> bool:
+        """Whether the gateway sends response headers here, as far as it has been seen to."""
+        return self._peer.sends_responses
+
+    @property
+    def hold_ends_at(self) -> float:
+        """The moment at which response headers that are held go to the client, whatever is still awaited."""
+        return self.held_at + self._hold if self.state is MainState.HELD else math.inf
 
     @property
     def passes_pieces(self) -> bool:
@@ -153,6 +180,9 @@ class MainStream(Machine[MainState]):
         if isinstance(result, Rejection):
             return self._refuse(turn, result)
         self._follow(turn, result)
+        if result.prefill is not None:  # first, so that it does not wait for the reply to be written
+            turn.commands.append(SendLeg(result.prefill, intake.path, intake.passed))
+            self._abort = result.abort
         turn.commands += replies.route_body(intake, result, self._environment.gateway)
         self._effects.decided("routed", turn.now)
         return Outcome.ROUTED
@@ -169,8 +199,10 @@ class MainStream(Machine[MainState]):
         if decision.merges_logprobs and intake.sees_response:
             self._leg.text = LegText()
             self.merging = Merging(self._leg.text, streaming=decision.streaming is True)
-        self._leg.move(Signal.SCHEDULED, turn)
-        if decision.streaming is not False and self._environment.supervision.mode is Supervise.FIRST_EVENT:
+        self._leg.move(Signal.SCHEDULED, turn, decision)
+        shows_event = self._environment.gateway.shows_first_events(self._response_mode)
+        wants_event = self._environment.supervision.mode is Supervise.FIRST_EVENT and shows_event
+        if decision.streaming is not False and wants_event:
             self._first_event.move(Signal.SCHEDULED, turn, decision)
 
     def _pass_request(self, turn: Turn, event: on.RequestBody | on.RequestTrailers) -> Outcome:
@@ -187,6 +219,7 @@ class MainStream(Machine[MainState]):
 
     def _response_headers(self, turn: Turn, event: on.ResponseHeaders) -> Outcome:
         status = event.status
+        self._peer.sends_responses = True
         self._effects.first_byte(status, event.served, turn.now)
         self._first_event.move(on.ResponseHeaders, turn, event)
         if self.streaming is None:
@@ -199,7 +232,7 @@ class MainStream(Machine[MainState]):
             self._asks_for_body, self.error_at, self.status = True, turn.now, status
             turn.commands.append(BufferBody())
             return Outcome.AWAITS_ERROR
-        if status < ERROR and self._holds:
+        if status < ERROR and self._hold:
             self.held_at = turn.now
             return Outcome.HELD
         self._commit(turn)
@@ -207,7 +240,24 @@ class MainStream(Machine[MainState]):
             self._leg.cancel(turn)
         return Outcome.RELEASED
 
-    def _commit(self, turn: Turn, _event: None = None) -> Outcome:
+    def _commit_held(self, turn: Turn, _event: None) -> Outcome:
+        """Let the response go to the client, as far as it was held."""
+        if turn.now > self.held_at:
+            self._effects.held(turn.now - self.held_at, in_vain=self._leg.state not in GOOD)
+        self._commit(turn)
+        kept, self._kept = self._kept, []
+        turn.commands += [replies.pass_on(self._response_mode, piece) for piece in kept]
+        return Outcome.RELEASED
+
+    def _held_piece(self, turn: Turn, event: on.ResponseBody | on.ResponseTrailers) -> Outcome:
+        """Keep a piece of the response behind its headers, and read its first event."""
+        self._kept.append(event)
+        data, end_of_stream = (event.data, event.end_of_stream) if isinstance(event, on.ResponseBody) else (b"", True)
+        self._first_event.feed(turn, data, end_of_stream=end_of_stream)
+        self._kept_bytes += len(data)
+        return self._commit_held(turn, None) if self._kept_bytes > KEPT_BYTES else Outcome.UNCHANGED
+
+    def _commit(self, turn: Turn) -> Outcome:
         """Let the response headers go to the client."""
         self._effects.served(Role.DECODE)
         if self.merging is not None:
@@ -224,8 +274,8 @@ class MainStream(Machine[MainState]):
         """Let the engine's own error go on, with the retry headers if there is another attempt."""
         self._effects.blame(failed(Role.DECODE, "", text), turn.now)
         headers = self._retry_headers(Role.DECODE, Reason.DECODE_FAILED)
-        holds = self._environment.gateway.holds_responses
-        turn.commands.append(replies.pass_failure(phase, headers) if holds else replies.CONTINUE[phase])
+        repeats = self._environment.gateway.repeats_requests
+        turn.commands.append(replies.pass_failure(phase, headers) if repeats else replies.CONTINUE[phase])
         self._leg.cancel(turn)
         return Outcome.RELEASED
 
@@ -263,7 +313,10 @@ class MainStream(Machine[MainState]):
         return outcome
 
     def _abandon(self, turn: Turn, failure: Failure) -> Outcome:
-        headers = () if failure.is_clients_fault else self._retry_headers(failure.leg, failure.reason)
+        headers: Headers = ()
+        if not failure.is_clients_fault:
+            retry = self._retry_headers(failure.leg, failure.reason)
+            headers = retry if self._environment.gateway.repeats_requests else _RETRY_BY_CLIENT
         turn.commands.append(replies.answer_failure(failure, headers))
         return Outcome.ANSWERED
 
@@ -271,10 +324,24 @@ class MainStream(Machine[MainState]):
         return self._effects.retry_headers(leg, reason, len(self._intake.earlier.failed) + 1)
 
     def _closed(self, turn: Turn, event: on.MainClosed) -> Outcome:
+        if self.state is MainState.ROUTED and self._leg.runs_here and not self.hears_response:
+            self.is_unheard = True
+            self._effects.responses_skipped()
+            return Outcome.CLOSED
         self._effects.end(turn.now)
         if not event.keeps_leg:
             self._leg.cancel(turn)
         return Outcome.CLOSED
+
+    def end_unheard(self, turn: Turn) -> None:
+        """End the reservations of a request whose stream has ended before the response."""
+        self.is_unheard = False
+        self._effects.end(turn.now)
+
+    def abort_decode(self, turn: Turn) -> None:
+        """End the decode leg at its engine, because nothing on the main stream can end it any more."""
+        if self._abort is not None and (self.is_unheard or self.state is MainState.RESPONDING):
+            turn.commands.append(self._abort)
 
     def _ignore(self, _turn: Turn, _event: Event) -> Outcome:
         return Outcome.UNCHANGED
@@ -300,8 +367,11 @@ class MainStream(Machine[MainState]):
             on.RoomFreed: _room_freed,
             on.QueueExpired: _queue_expired,
             on.InternalError: _internal_error,
+            (MainState.HELD, on.ResponseBody): _held_piece,
+            (MainState.HELD, on.ResponseTrailers): _held_piece,
+            (MainState.HELD, Signal.ADVANCE): _commit_held,
             Signal.ADVANCE: _body_paused,
-            Signal.COMMIT: _commit,
+            Signal.COMMIT: _commit_held,
             Signal.ABANDON: _abandon,
             Signal.TEXT_COMPLETE: _merge_pieces,
         },

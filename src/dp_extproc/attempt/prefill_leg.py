@@ -12,6 +12,7 @@ from dp_extproc.engines.model import Role
 from dp_extproc.load.in_flight import ERROR
 from dp_extproc.response.first_event import FirstEventReader
 from dp_extproc.response.logprobs import LegText
+from dp_extproc.scheduling.decision import Decision
 
 LATE_SECONDS: Final = 10.0
 """Seconds after its cancellation in which the leg may still open, and is ended then."""
@@ -22,8 +23,8 @@ class PrefillLeg(Machine[LegState]):
     """What the stream of the leg reports, and what is to happen to the leg."""
 
     __slots__ = (
-        "_effects", "_first_event", "_status", "done_at", "error_at", "is_supervised", "late_until", "text",
-        "was_cancelled",
+        "_effects", "_first_event", "_status", "done_at", "error_at", "is_supervised", "late_until", "runs_here",
+        "sent_here", "text", "was_cancelled",
     )  # fmt: skip
 
     def __init__(self, effects: Effects, *, is_supervised: bool) -> None:
@@ -31,6 +32,10 @@ class PrefillLeg(Machine[LegState]):
         self._effects = effects
         self.is_supervised = is_supervised
         """Whether the leg's stream opens with its request, so that the leg can be ended; else with its response."""
+        self.sent_here = False
+        """Whether the service sends the leg itself."""
+        self.runs_here = False
+        """Whether a leg that the service sends has not ended."""
         self._first_event: FirstEventReader | None = None
         self._status = 0
         """Status of an error; that of one in the first event, if it is there."""
@@ -52,6 +57,8 @@ class PrefillLeg(Machine[LegState]):
 
     def receive(self, event: Event, turn: Turn) -> None:
         """Receive an event of the leg's stream."""
+        if isinstance(event, LegClosed):
+            self.runs_here = False
         if self.text is not None:
             if isinstance(event, LegBody):
                 self.text.take(event.data, end_of_stream=event.end_of_stream)
@@ -69,8 +76,11 @@ class PrefillLeg(Machine[LegState]):
 
     # --- actions ---
 
-    def _expect(self, _turn: Turn, _event: None) -> Outcome:
-        return Outcome.AWAITS_LEG if self.is_supervised else Outcome.UNSUPERVISED
+    def _expect(self, _turn: Turn, decision: Decision) -> Outcome:
+        self.sent_here = self.runs_here = decision.prefill is not None
+        if not self.is_supervised:
+            return Outcome.UNSUPERVISED
+        return Outcome.OPENED if self.runs_here else Outcome.AWAITS_LEG
 
     def _opened(self, turn: Turn, _event: LegOpened) -> Outcome:
         turn.commands.append(ToLeg.PROCEED)
@@ -120,7 +130,7 @@ class PrefillLeg(Machine[LegState]):
         return self._failed(turn, b"")
 
     def _cut(self, turn: Turn, event: LegClosed) -> Outcome:
-        if self.is_supervised:
+        if self.is_supervised or self.sent_here:
             turn.failure = failed(Role.PREFILL, event.problem or "the prefill server's connection was cut")
         return Outcome.FAILED
 

@@ -53,7 +53,8 @@ def route(
     untrusted: Iterable[str] = (),
 ) -> Mutate:
     """Route a request by a decision, with its headers or others, and without the untrusted headers."""
-    headers, destination = gateway.destination(decision.headers if headers is None else headers)
+    headers = decision.headers if headers is None else headers
+    headers, destination = gateway.destination(headers, decision.fallbacks)
     kept = {name for name, _ in headers} if untrusted else ()
     return Mutate(
         phase,

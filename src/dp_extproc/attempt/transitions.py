@@ -146,7 +146,9 @@ MAIN: Final[Table[MainState]] = {
         Outcome.HELD: MainState.HELD,
         Outcome.AWAITS_ERROR: MainState.ERROR_BODY,
     },
-    (MainState.HELD, Signal.COMMIT): _RELEASED,
+    **_all((MainState.HELD,), (Signal.COMMIT, Signal.ADVANCE), _RELEASED),
+    (MainState.HELD, on.ResponseBody): {Outcome.UNCHANGED: MainState.HELD, **_RELEASED},
+    **_same((MainState.HELD,), on.ResponseTrailers),
     (MainState.ERROR_BODY, on.ResponseBody): _RELEASED,
     **_all(ABANDONABLE, (Signal.ABANDON,), _ANSWERED),
     **_same((MainState.PASSING, MainState.ROUTED, MainState.HELD, MainState.RESPONDING, MainState.MERGING), *_REQUEST),
@@ -170,6 +172,7 @@ LEG: Final[Table[LegState]] = {
     (LegState.ABSENT, Signal.SCHEDULED): {
         Outcome.UNSUPERVISED: LegState.UNSUPERVISED,
         Outcome.AWAITS_LEG: LegState.AWAITED,
+        Outcome.OPENED: LegState.OPEN,
     },
     **_all((LegState.AWAITED, LegState.MISSING), (on.LegOpened,), {Outcome.OPENED: LegState.OPEN}),
     **_all(
@@ -188,8 +191,10 @@ LEG: Final[Table[LegState]] = {
         Outcome.FAILED: LegState.FAILED,
     },
     **_all((LegState.ERROR_BODY,), (on.LegBody, on.LegClosed, Signal.ADVANCE), {Outcome.FAILED: LegState.FAILED}),
-    **_all((LegState.OPEN, LegState.CHECKING), (on.LegClosed,), {Outcome.FAILED: LegState.FAILED}),
-    **_all((LegState.OPEN,), (on.LegUnseen,), {Outcome.MISSING: LegState.MISSING}),
+    **_all(
+        (LegState.UNSUPERVISED, LegState.OPEN, LegState.CHECKING), (on.LegClosed,), {Outcome.FAILED: LegState.FAILED}
+    ),
+    **_all((LegState.UNSUPERVISED, LegState.OPEN), (on.LegUnseen,), {Outcome.MISSING: LegState.MISSING}),
     (LegState.AWAITED, Signal.ADVANCE): {Outcome.MISSING: LegState.MISSING},
     **_all(
         (LegState.AWAITED, LegState.MISSING, LegState.OPEN, LegState.CHECKING, LegState.ERROR_BODY),

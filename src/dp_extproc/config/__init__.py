@@ -4,6 +4,7 @@ from dp_extproc.config.envoy import BodyMode, EnvoySettings, TruncatedStreams
 from dp_extproc.config.listen import ListenSettings, SocketAddress
 from dp_extproc.config.load import LoadSettings, LoadSignal, LoadSource
 from dp_extproc.config.loader import Warn, ignore, parse_config
+from dp_extproc.config.picker import PickerSettings, PrefillLeg
 from dp_extproc.config.pools import HostPolicy, PolicySettings, PoolConfig, RankPolicy
 from dp_extproc.config.problems import ConfigError, Problem
 from dp_extproc.config.reliability import AdmissionSettings, RetrySettings, Supervise, SupervisionSettings
@@ -16,8 +17,7 @@ from dp_extproc.config.without_file import Given, WithoutFile, configure
 __all__ = [
     "AdmissionSettings", "ApiKeySource", "BodyMode", "Config", "ConfigError", "ConfigFile", "ConfigSource",
     "EngineTls", "EnvoySettings", "FixedText", "Given", "HostPolicy", "ListenSettings", "LoadSettings", "LoadSignal",
-    "LoadSource",
-    "PolicySettings", "PoolConfig", "Problem", "Protocol", "RankPolicy", "Reload", "RetrySettings", "ServerTls",
-    "ServiceTls", "SocketAddress", "Supervise", "SupervisionSettings", "SyncSettings", "TruncatedStreams", "Warn",
-    "WithoutFile", "configure", "ignore", "parse_config",
+    "LoadSource", "PickerSettings", "PolicySettings", "PoolConfig", "PrefillLeg", "Problem", "Protocol", "RankPolicy",
+    "Reload", "RetrySettings", "ServerTls", "ServiceTls", "SocketAddress", "Supervise", "SupervisionSettings",
+    "SyncSettings", "TruncatedStreams", "Warn", "WithoutFile", "configure", "ignore", "parse_config",
 ]  # fmt: skip

@@ -15,7 +15,8 @@ from dp_extproc.config.autoscaling import AutoscalingSettings
 from dp_extproc.config.envoy import BodyMode, EnvoySettings
 from dp_extproc.config.listen import ListenSettings
 from dp_extproc.config.load import LoadSettings, LoadSignal
-from dp_extproc.config.pools import HostPolicy, PoolConfig, why_not
+from dp_extproc.config.picker import PickerSettings, PrefillLeg
+from dp_extproc.config.pools import HostPolicy, PoolConfig, RoutingFields, why_not
 from dp_extproc.config.problems import Key, spell
 from dp_extproc.config.reliability import (
     AdmissionSettings,
@@ -57,6 +58,9 @@ class Config(Section):
     listen: ListenSettings = ListenSettings()
     envoy: EnvoySettings = EnvoySettings()
     protocol: Protocol = Field(default=Protocol.ENVOY, strict=False)
+    prefill_leg: PrefillLeg | None = Field(default=None, strict=False, examples=["service"])
+    """Who sends prefill legs; None stands for ``envoy`` with ``protocol: envoy``, and for ``service`` otherwise."""
+    picker: PickerSettings = PickerSettings()
     load: LoadSettings = LoadSettings()
     drain: Seconds = 10.0
     """Seconds for which a stopping service continues to work after it has reported that it is not ready."""
@@ -86,13 +90,42 @@ class Config(Section):
             _refuse(_objection(("pools", index, "policy", "host"), "lockstep", message) for index in found)
         return self
 
+    @property
+    def sends_legs(self) -> bool:
+        """Whether the service sends prefill legs itself."""
+        default = PrefillLeg.SERVICE if self.protocol is Protocol.ENDPOINT_PICKER else PrefillLeg.ENVOY
+        return (self.prefill_leg or default) is PrefillLeg.SERVICE
+
     @model_validator(mode="after")
-    def _gateways_do_not_mirror(self) -> Self:
-        if self.protocol is Protocol.ENDPOINT_PICKER and any(pool.is_disaggregated for pool in self.pools):
-            raise ValueError(
-                "protocol: endpoint_picker names one endpoint for a request, so it serves pools of workers only; for "
-                "prefill and decode use the Envoy that dp-extproc envoy-config configures"
+    def _leg_has_its_sender(self) -> Self:
+        is_picker, found = self.protocol is Protocol.ENDPOINT_PICKER, []
+        disaggregated = [index for index, pool in enumerate(self.pools) if pool.is_disaggregated]
+        if is_picker and disaggregated and not self.sends_legs:
+            message = (
+                "a gateway sends a request to one endpoint, so with protocol: endpoint_picker the service sends the "
+                "prefill leg; write service, or leave prefill_leg out"
             )
+            found.append(_objection(("prefill_leg",), "envoy", message))
+        if is_picker and self.retry.attempts > 1 and "attempts" in self.retry.model_fields_set:
+            message = (
+                "with protocol: endpoint_picker the gateway does not ask for another endpoint, so a request has one "
+                "attempt; leave attempts out, and let clients repeat the request"
+            )
+            found.append(_objection(("retry", "attempts"), str(self.retry.attempts), message))
+        if self.sends_legs and disaggregated:
+            if self.envoy.body_mode is BodyMode.NONE:
+                message = (
+                    "with prefill_leg: service the prefill leg is made of the body, which has to pass through the "
+                    "service; write buffered, or prefill_leg: envoy"
+                )
+                found.append(_objection(("envoy", "body_mode"), "none", message))
+            message = "with prefill_leg: service the routing fields stand in the bodies of both legs; write body"
+            found += [
+                _objection(("pools", index, "routing_fields"), "headers", message)
+                for index in disaggregated
+                if self.pools[index].routing_fields is RoutingFields.HEADERS
+            ]
+        _refuse(found)
         return self
 
     @model_validator(mode="after")

@@ -62,6 +62,15 @@ Seconds = Annotated[
 ]
 """A duration in seconds; in the file a string with a unit."""
 
+SecondsOrNone = Annotated[
+    float,
+    BeforeValidator(_seconds),
+    Field(ge=0, allow_inf_nan=False),
+    PlainSerializer(_write_seconds, when_used="json"),
+    WithJsonSchema({"type": "string", "pattern": _DURATION.pattern.replace("?P<number>", "").replace("?P<unit>", "")}),
+]
+"""A duration in seconds that may be 0; in the file a string with a unit."""
+
 Bytes = Annotated[
     int,
     BeforeValidator(_bytes),

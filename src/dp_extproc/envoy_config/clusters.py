@@ -77,21 +77,24 @@ def build_clusters(config: Config) -> list[cluster.Cluster]:
     dispatch = _http_options(
         [strip_attempt_headers(config.envoy.session_header), *failed_endpoints, last_upstream_filter()]
     )
-    return [
-        commented(_to_service(config, buffer), "The service: envoy.service, or listen.grpc."),
-        commented(
-            _to_address_in_header(names.service_owner, OWNER, owner, buffer, to_service_tls(config)),
-            "The process of the service that scheduled the request and has its reservations.",
-        ),
-        commented(
-            _to_address_in_header(names.prefill, PREFILL_HOST, _engine_options(), buffer, to_engines_tls(config)),
-            "Envoy dials the address in a header. There is no fallback, because the body names the prefill\n"
-            "endpoint to which the decode engine will connect.",
-        ),
-        *_to_decode(config, _engine_options(first_event), buffer),
-        commented(_to_listener(names.dispatch, buffer, dispatch), "The way to the internal listeners."),
-        _to_listener(names.prefill_leg, buffer),
-    ]
+    clusters = [commented(_to_service(config, buffer), "The service: envoy.service, or listen.grpc.")]
+    if supervised or not config.sends_legs:
+        clusters.append(
+            commented(
+                _to_address_in_header(names.service_owner, OWNER, owner, buffer, to_service_tls(config)),
+                "The process of the service that scheduled the request and has its reservations.",
+            )
+        )
+    to_dispatch = commented(_to_listener(names.dispatch, buffer, dispatch), "The way to the internal listeners.")
+    to_decode = _to_decode(config, _engine_options(first_event), buffer)
+    if config.sends_legs:
+        return [*clusters, *to_decode, to_dispatch]
+    to_prefill = commented(
+        _to_address_in_header(names.prefill, PREFILL_HOST, _engine_options(), buffer, to_engines_tls(config)),
+        "Envoy dials the address in a header. There is no fallback, because the body names the prefill\n"
+        "endpoint to which the decode engine will connect.",
+    )
+    return [*clusters, to_prefill, *to_decode, to_dispatch, _to_listener(names.prefill_leg, buffer)]
 
 
 def _to_service(config: Config, buffer: int) -> cluster.Cluster:

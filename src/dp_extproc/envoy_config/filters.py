@@ -77,7 +77,9 @@ def schedule_requests(config: Config) -> HttpFilter:
             message_timeout=_MESSAGE_TIMEOUT,
             max_message_timeout=timedelta(seconds=longest_hold),
             allow_mode_override=True,
-            forward_rules=_forward_only(contract.READ_FROM_REQUESTS | contract.READ_FROM_RESPONSES),
+            forward_rules=_forward_only(
+                contract.READ_FROM_REQUESTS | contract.READ_FROM_RESPONSES | _passed_to_prefill(config)
+            ),
             metadata_options=metadata,
             status_on_error=HttpStatus(code=StatusCode.ServiceUnavailable),
         ),
@@ -86,10 +88,20 @@ def schedule_requests(config: Config) -> HttpFilter:
         message_timeout="Envoy's default is 200 ms; a large body takes longer.",
         max_message_timeout="The service may hold a response for longer than that.",
         allow_mode_override="The service reads the text of an engine's error before the client gets it.",
-        forward_rules="The headers that the service reads; credentials stay in Envoy.",
+        forward_rules="The headers that the service reads, and those that it sends with a prefill leg."
+        if config.sends_legs
+        else "The headers that the service reads; credentials stay in Envoy.",
         status_on_error="In FULL_DUPLEX_STREAMED a filter that has sent the body cannot fail open.",
     )
     return commented(http_filter("ext_proc", processor), "Calls the service.")
+
+
+def _passed_to_prefill(config: Config) -> set[str]:
+    """Name the headers of clients that the service needs for prefill legs, credentials only where a pool has none."""
+    if not config.sends_legs:
+        return set()
+    has_keys = all(pool.api_key is not None for pool in config.pools if pool.is_disaggregated)
+    return set(contract.PASSED_TO_PREFILL) - ({contract.AUTHORIZATION} if has_keys else set())
 
 
 def remember_owner() -> HttpFilter:

@@ -94,22 +94,22 @@ def build_internal_listeners(config: Config) -> list[listener.Listener]:
     if ends_streams:
         filters.append(remember_decode_endpoint())
     replies = build_local_replies(settings.max_body_bytes, retries=config.retry.attempts > 1)
-    routes = to_engines(names, supervision, settings.body_mode)
+    routes = to_engines(config)
     dispatch = _internal_http(
         names.dispatch, routes, filters, _log_requests(), replies=replies, mutations=[strip_before_scheduling()]
     )
-    owner = commented(remember_owner(), "The report below opens after the x-dp-* headers were removed.")
-    prefill_leg = _internal_http(
-        names.prefill_leg,
-        to_prefill(names),
-        [owner, swap_leg_preamble(), report_prefill(names, supervision)],
-        _log_prefill_legs(),
-    )
-    comment = "The mirrored copy, as a request with its own body, status and log line."
-    listeners = [
-        _internal_listener(names.dispatch, [dispatch], buffer, "Schedules requests. An internal listener has no port."),
-        _internal_listener(names.prefill_leg, [prefill_leg], buffer, comment),
-    ]
+    comment = "Schedules requests. An internal listener has no port."
+    listeners = [_internal_listener(names.dispatch, [dispatch], buffer, comment)]
+    if not config.sends_legs:
+        owner = commented(remember_owner(), "The report below opens after the x-dp-* headers were removed.")
+        prefill_leg = _internal_http(
+            names.prefill_leg,
+            to_prefill(names),
+            [owner, swap_leg_preamble(), report_prefill(names, supervision)],
+            _log_prefill_legs(),
+        )
+        comment = "The mirrored copy, as a request with its own body, status and log line."
+        listeners.append(_internal_listener(names.prefill_leg, [prefill_leg], buffer, comment))
     if ends_streams:
         decode = _internal_listener(
             names.decode,

@@ -7,7 +7,7 @@ from typing import Final
 from envoy_data_plane.envoy.config.core import v3 as core
 from envoy_data_plane.envoy.config.route import v3 as route
 
-from dp_extproc.config import BodyMode, RetrySettings, Supervise
+from dp_extproc.config import Config, RetrySettings, Supervise
 from dp_extproc.contract import DECODE_HOST, FAILED, PREFILL_HOST, PREFILL_RID, PREFIX_LENGTH, RETRY, WATCH
 from dp_extproc.envoy_config.filters import FIRST_EVENT_FILTER, enable_first_event_report
 from dp_extproc.envoy_config.names import Names
@@ -50,22 +50,17 @@ def to_dispatch(names: Names, retry: RetrySettings) -> route.Route:
     return route.Route(name="all", match=_when(), route=action, response_headers_to_remove=[RETRY, FAILED])
 
 
-def to_engines(names: Names, supervision: Supervise, body_mode: BodyMode) -> route.RouteConfiguration:
+def to_engines(config: Config) -> route.RouteConfiguration:
     """Build the routes to engines, by the headers of the decision. A request without a decision gets a 503."""
-    mirror = commented(
-        route.RouteActionRequestMirrorPolicy(cluster=names.prefill_leg, disable_shadow_host_suffix_append=True),
-        disable_shadow_host_suffix_append="Otherwise the engine would get the host name with -shadow appended.",
-    )
+    names, body_mode = Names.of(config), config.envoy.body_mode
+    mirrors: list[route.RouteActionRequestMirrorPolicy] = []
+    disaggregated: tuple[str, ...] = (DECODE_HOST,)
     routes = [
         commented(
-            route.Route(
-                name="disaggregated", match=_when(DECODE_HOST, PREFILL_HOST), route=_forward(names.decode, [mirror])
-            ),
-            "Scheduled on two endpoints: decode responds to the client, and a copy goes to prefill.",
-        ),
-        commented(
             route.Route(name="one_server", match=_when(DECODE_HOST), route=_forward(names.decode)),
-            "Scheduled on one endpoint: an aggregated pool, or a request that any engine can serve.",
+            "The service sends the other leg of a request to a disaggregated pool itself."
+            if config.sends_legs
+            else "Scheduled on one endpoint: an aggregated pool, or a request that any engine can serve.",
         ),
         commented(
             route.Route(
@@ -77,12 +72,20 @@ def to_engines(names: Names, supervision: Supervise, body_mode: BodyMode) -> rou
             "Fail closed: a request without a decision reaches no engine.",
         ),
     ]
-    if supervision is Supervise.FIRST_EVENT:
+    if not config.sends_legs:
+        disaggregated = (DECODE_HOST, PREFILL_HOST)
+        mirror = route.RouteActionRequestMirrorPolicy(cluster=names.prefill_leg, disable_shadow_host_suffix_append=True)
+        comment = "Otherwise the engine would get the host name with -shadow appended."
+        mirrors = [commented(mirror, disable_shadow_host_suffix_append=comment)]
+        mirrored = route.Route(name="disaggregated", match=_when(*disaggregated), route=_forward(names.decode, mirrors))
+        comment = "Scheduled on two endpoints: decode responds to the client, and a copy goes to prefill."
+        routes.insert(0, commented(mirrored, comment))
+    if config.supervision.mode is Supervise.FIRST_EVENT:
         watched = commented(
             route.Route(
                 name="watched",
-                match=_when(DECODE_HOST, PREFILL_HOST, WATCH),
-                route=_forward(names.decode, [mirror]),
+                match=_when(*disaggregated, WATCH),
+                route=_forward(names.decode, mirrors),
                 typed_per_filter_config={FIRST_EVENT_FILTER: enable_first_event_report(body_mode)},
             ),
             "A stream: the service gets its first event before the client gets anything.",

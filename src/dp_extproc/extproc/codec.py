@@ -22,7 +22,9 @@ from dp_extproc.attempt.events import (
 from dp_extproc.scheduling.decision import Metadata
 from dp_extproc.scheduling.filters import read_subset
 
-_NAMES: Final = contract.READ_FROM_REQUESTS | {*contract.UNTRUSTED_NAMES, contract.DESTINATION}
+_NAMES: Final = contract.READ_FROM_REQUESTS.union(
+    contract.PASSED_TO_PREFILL, contract.UNTRUSTED_NAMES, (contract.DESTINATION,)
+)
 """Request headers that the service reads, and those that no client may set, as far as they have full names."""
 _EVENT_STREAM: Final = b"text/event-stream"
 _LEG_OPENED: Final = on.LegOpened()

@@ -29,6 +29,12 @@ class AttemptListeners:
     def destination_mismatch(self) -> None:
         self._call(lambda listener: listener.destination_mismatch())
 
+    def held(self, seconds: float, *, in_vain: bool) -> None:
+        self._call(lambda listener: listener.held(seconds, in_vain=in_vain))
+
+    def responses_skipped(self) -> None:
+        self._call(lambda listener: listener.responses_skipped())
+
     def attempt_closed(self) -> None:
         self._call(lambda listener: listener.attempt_closed())
 

@@ -1,12 +1,13 @@
 """The gRPC side of ext_proc: one coroutine for each stream moves messages between gRPC and the attempts.
 
-There are three kinds of streams: the main stream of a request, the stream of its prefill leg, and the stream that sees
-the first event of its response. This module has no rule of its own: what follows from a message is decided in
-:mod:`dp_extproc.attempt`.
+There are three kinds of streams: the main stream of a request, the stream of a prefill leg that Envoy mirrors, and the
+stream that sees the first event of a response. This module has no rule of its own: what follows from a message is
+decided in :mod:`dp_extproc.attempt`.
 """
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Final
@@ -23,12 +24,14 @@ from dp_extproc.attempt.attempt import Attempt, ProtocolViolationError
 from dp_extproc.attempt.effects import Environment
 from dp_extproc.attempt.events import Command, Continue, Enqueue, Event, Phase, StreamBody
 from dp_extproc.attempt.failures import RetryBudget
-from dp_extproc.attempt.gateways import BundledEnvoy, Gateway
+from dp_extproc.attempt.gateways import BUNDLED, BundledEnvoy, Gateway
 from dp_extproc.attempt.intake import Decider
 from dp_extproc.attempt.listener import AttemptListener
 from dp_extproc.config.reliability import RetrySettings, SupervisionSettings
 from dp_extproc.extproc.codec import read_event, read_leg_event, read_modes, read_subset_hint, write_reply
+from dp_extproc.extproc.direct_leg import DirectLegs
 from dp_extproc.extproc.listeners import AttemptListeners
+from dp_extproc.extproc.peers import Peers
 from dp_extproc.extproc.pieces import pass_piece
 from dp_extproc.extproc.stopping import OpenStreams
 from dp_extproc.extproc.streams import PROCEED, MirroredLeg, Registry, Streams, Writer
@@ -42,6 +45,8 @@ BODY_PAUSE_SECONDS: Final = 60.0
 """Seconds for which a duplex body may pause. Envoy has no timeout of its own in this mode."""
 SWEEP_SECONDS: Final = 0.25
 """Seconds between two looks at the deadlines of attempts."""
+_TIMER_SLACK_SECONDS: Final = 0.002
+"""Seconds by which a timer may come too early: event loops round to milliseconds."""
 
 _SUPERVISION: Final = SupervisionSettings()
 _BUNDLED_ENVOY: Final = BundledEnvoy()
@@ -64,10 +69,12 @@ class ExtProcService:
         max_body: int,
         clock: Callable[[], float],
         body_pause: float = BODY_PAUSE_SECONDS,
+        legs: DirectLegs | None = None,
     ) -> None:
         """Set up; :class:`.Environment` describes most arguments.
 
-        *queue* is where requests wait for room, the same that scheduling has. *clock* is also that of the load cache.
+        *legs* sends the prefill legs, where the service does that. *queue* is where requests wait for room, the same
+        that scheduling has. *clock* is also that of the load cache.
         """
         self._listener = AttemptListeners(listeners)
         self._gateway = gateway
@@ -84,6 +91,8 @@ class ExtProcService:
         self._queue = queue
         self._clock = clock
         self._open = OpenStreams()
+        self._peers = Peers()
+        self._legs = legs
         self._registry = Registry()
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -94,9 +103,26 @@ class ExtProcService:
         process = grpc.stream_stream_rpc_method_handler(self.process, None, None)
         return grpc.method_handlers_generic_handler(SERVICE_NAME, {"Process": process})
 
-    async def leave(self) -> None:
-        """End the main streams that Envoy can do without, because the process is about to end and break the others."""
+    async def leave(self, cut_short: asyncio.Event | None = None) -> None:
+        """End the main streams that Envoy can do without, because the process is about to end and break the others.
+
+        Prefill legs of this process are awaited before, as long as *cut_short* is not set.
+        """
         await self._open.leave()
+        if self._legs is not None and len(self._legs):
+            waits = [asyncio.ensure_future(self._legs.all_ended())]
+            if cut_short is not None:
+                waits.append(asyncio.ensure_future(_is_set(cut_short)))
+            timeout = self._environment.supervision.prefill_timeout
+            await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            for each in waits:
+                each.cancel()
+            await self._open.leave()
+
+    async def close(self) -> None:
+        """Cancel the prefill legs in flight, once no stream is served any more."""
+        if self._legs is not None:
+            await self._legs.close()
 
     async def sweep(self) -> None:
         """Let time pass for the attempts. Runs until it is cancelled."""
@@ -108,8 +134,8 @@ class ExtProcService:
                 attempt = streams.attempt
                 if attempt.deadline < now:
                     self._receive_and_post(streams, None)
-                elif attempt.is_closed and now > attempt.leg.late_until:
-                    self._registry.discard(streams)
+                else:
+                    self._forget_if_over(streams)
 
     async def process(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         """Serve one stream to its end."""
@@ -140,8 +166,9 @@ class ExtProcService:
     async def _serve_attempt(self, message: ProcessingRequest, context: grpc.aio.ServicerContext) -> None:
         gateway = self._gateway
         subset = read_subset_hint(message) if gateway.names_subsets else None
-        attempt = Attempt(self._environment, *read_modes(message), subset)
-        streams = Streams(attempt, Writer(context))
+        peer = self._peers.of(context) if gateway.may_skip_responses else BUNDLED
+        attempt = Attempt(self._environment, *read_modes(message), subset, peer)
+        streams = Streams(attempt, Writer(context), self._legs, self._report_leg)
         self._registry.add(streams)
         try:
             while True:
@@ -159,8 +186,11 @@ class ExtProcService:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(violation))
         finally:
             self._receive_and_post(streams, on.MainClosed(keeps_leg=self._open.may_end(attempt.main)))
-            if self._clock() > attempt.leg.late_until:
-                self._registry.discard(streams)
+            if streams.hold is not None:
+                streams.hold.cancel()
+            if attempt.main.is_unheard:
+                self._peers.report_skipped(context)
+            self._forget_if_over(streams)
             merging = attempt.main.merging
             if merging is not None and merging.problem is not None:
                 _log.warning("log probabilities of a prompt were left out: %s", merging.problem)
@@ -169,6 +199,9 @@ class ExtProcService:
         """Have an attempt receive an event, or None for the time that has passed, and follow where it gets by that."""
         attempt = streams.attempt
         commands = self._advance(attempt, event)
+        if streams.hold is None and (ends_at := attempt.main.hold_ends_at) < math.inf:
+            seconds = ends_at - self._clock() + _TIMER_SLACK_SECONDS
+            streams.hold = asyncio.get_running_loop().call_later(seconds, self._receive_and_post, streams, None)
         if not streams.token and (token := attempt.token):
             self._registry.name(streams, token)  # before the leg can open
         if streams.waiting is not None:
@@ -216,8 +249,20 @@ class ExtProcService:
         finally:
             streams.leg = None
             self._receive_and_post(streams, on.LegClosed())
-            if streams.attempt.is_closed:
-                self._registry.discard(streams)
+            self._forget_if_over(streams)
+
+    def _report_leg(self, streams: Streams, event: on.LegEvent) -> None:
+        """Have an attempt receive an event of the prefill leg that the service has sent for it."""
+        self._receive_and_post(streams, event)
+        if isinstance(event, on.LegClosed):
+            streams.leg = None
+            self._open.end_some()
+            self._forget_if_over(streams)
+
+    def _forget_if_over(self, streams: Streams) -> None:
+        """Forget an attempt of which nothing is awaited any more."""
+        if streams.leg is None and streams.attempt.is_over(self._clock()):
+            self._registry.discard(streams)
 
     async def _serve_first_event(self, token: str, context: grpc.aio.ServicerContext) -> None:
         """Serve the stream that sees how a response begins; it is closed as soon as that is known."""
@@ -261,6 +306,10 @@ _PASS_REQUEST: Final = write_reply(Continue(Phase.REQUEST_HEADERS))
 _PASS_HEADERS: Final = write_reply(Continue(Phase.RESPONSE_HEADERS))
 _PASS_BODY: Final = write_reply(Continue(Phase.RESPONSE_BODY))
 _STREAM_BODY: Final = write_reply(StreamBody())
+
+
+async def _is_set(event: asyncio.Event) -> None:
+    await event.wait()
 
 
 def _read_metadata(context: grpc.aio.ServicerContext) -> tuple[str, str]:

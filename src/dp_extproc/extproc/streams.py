@@ -2,8 +2,9 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 import grpc
@@ -12,9 +13,24 @@ import grpc.aio
 from dp_extproc import contract
 from dp_extproc.attempt import events as on
 from dp_extproc.attempt.attempt import Attempt
-from dp_extproc.attempt.events import BufferBody, Command, Continue, Enqueue, Immediate, Phase, Reply, StreamBody, ToLeg
+from dp_extproc.attempt.events import (
+    BufferBody,
+    Command,
+    Continue,
+    Enqueue,
+    Immediate,
+    LegEvent,
+    Phase,
+    Reply,
+    SendLeg,
+    StreamBody,
+    ToLeg,
+)
 from dp_extproc.extproc.codec import write_reply
+from dp_extproc.extproc.direct_leg import DirectLegs
 from dp_extproc.extproc.waiting import Waiting
+from dp_extproc.legs.client import SentLeg
+from dp_extproc.scheduling.decision import DecodeAbort
 
 PROCEED: Final[dict[type, Reply]] = {
     on.LegOpened: Continue(Phase.REQUEST_HEADERS),
@@ -89,17 +105,35 @@ class MirroredLeg(Writer):
         self.put(PROCEED[self.message] if command is ToLeg.PROCEED else _LEG_REPLIES[command])
 
 
+Report = Callable[["Streams", LegEvent], object]
+"""Receives the events of a prefill leg that the service has sent for an attempt."""
+
+
 class Streams:
     """The open streams of one attempt."""
 
-    __slots__ = ("_tasks", "attempt", "leg", "main", "token", "waiting")
+    __slots__ = ("_legs", "_report", "_tasks", "attempt", "hold", "leg", "main", "token", "waiting")
 
-    def __init__(self, attempt: Attempt, main: Writer) -> None:
+    def __init__(
+        self, attempt: Attempt, main: Writer, legs: DirectLegs | None = None, report: Report | None = None
+    ) -> None:
+        """Set up.
+
+        Args:
+            attempt: The attempt.
+            main: Its main stream.
+            legs: Sends prefill legs, where the service does that.
+            report: Receives the events of a leg that was sent.
+        """
         self.attempt = attempt
         self.main = main
+        self._legs = legs
+        self._report = report
         self.token = ""
         """Token of the leg, once streams can find the attempt by it."""
-        self.leg: MirroredLeg | None = None
+        self.leg: MirroredLeg | SentLeg | None = None
+        self.hold: asyncio.TimerHandle | None = None
+        """Ends the time for which the response headers may be held, where that is less than a sweep takes."""
         self.waiting: Waiting | None = None
         """The place of the request in the admission queue."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -123,10 +157,17 @@ class Streams:
             if isinstance(command, ToLeg):
                 if self.leg is not None:
                     self.leg.carry_out(command)
+            elif isinstance(command, SendLeg):
+                assert self._legs is not None  # noqa: S101 - the configuration has both or none
+                assert self._report is not None  # noqa: S101
+                self.leg = self._legs.send(command, partial(self._report, self))
+            elif isinstance(command, DecodeAbort):
+                if self._legs is not None:
+                    self._legs.abort(command)
             elif not isinstance(command, Enqueue):
                 self.main.put(command)
         for writer in (self.main, self.leg):
-            if writer is not None and writer is not own and writer.has_replies:
+            if isinstance(writer, Writer) and writer is not own and writer.has_replies:
                 task = asyncio.create_task(_flush_if_open(writer))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)

@@ -1,17 +1,14 @@
 """Prometheus metrics: counts of events, and values that are read from the load cache whenever Prometheus scrapes."""
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import accumulate
 from typing import Final
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
-    HistogramMetricFamily,
     InfoMetricFamily,
     Metric,
 )
@@ -24,6 +21,7 @@ from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage
 from dp_extproc.load.autoscaling import Autoscaling
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import Freshness
+from dp_extproc.observability.leg_metrics import Durations
 from dp_extproc.sync.transport.replica import SyncStatus
 
 _DECISION_BUCKETS: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1)
@@ -62,12 +60,14 @@ class Telemetry:
         self._failures: Counter[tuple[str, str]] = Counter()
         self._samples: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter(routed=0, answered=0)
-        self._decisions = [0] * (len(_DECISION_BUCKETS) + 1)
-        self._decision_seconds = 0.0
+        self._decisions = Durations(_DECISION_BUCKETS)
         self._streams = 0
         self._leg_failures: Counter[tuple[str, str, str]] = Counter()
         self._missing_legs = 0
         self._destination_mismatches = 0
+        self._held = Durations()
+        self._held_in_vain = 0
+        self._responses_skipped = 0
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -96,8 +96,7 @@ class Telemetry:
         self._streams -= 1
 
     def decided(self, decided: Decided) -> None:
-        self._decisions[bisect_left(_DECISION_BUCKETS, decided.seconds)] += 1
-        self._decision_seconds += decided.seconds
+        self._decisions.add(decided.seconds)
         self._outcomes[decided.outcome] += 1
 
     def leg_failed(self, failed: LegFailed) -> None:
@@ -108,6 +107,13 @@ class Telemetry:
 
     def destination_mismatch(self) -> None:
         self._destination_mismatches += 1
+
+    def held(self, seconds: float, *, in_vain: bool) -> None:
+        self._held.add(seconds)
+        self._held_in_vain += in_vain
+
+    def responses_skipped(self) -> None:
+        self._responses_skipped += 1
 
     # --- engines ---
 
@@ -140,12 +146,8 @@ class Telemetry:
             "outcome",
             self._outcomes,
         )
-        bounds = [*map(str, _DECISION_BUCKETS), "+Inf"]
-        yield HistogramMetricFamily(
-            "dp_extproc_decision_duration_seconds",
-            "Work from the last byte of the request to the decision.",
-            buckets=list(zip(bounds, accumulate(map(float, self._decisions)), strict=True)),
-            sum_value=self._decision_seconds,
+        yield self._decisions.metric(
+            "dp_extproc_decision_duration_seconds", "Work from the last byte of the request to the decision."
         )
         yield GaugeMetricFamily("dp_extproc_active_streams", "Requests and responses in flight.", value=self._streams)
 
@@ -167,6 +169,17 @@ class Telemetry:
             "dp_extproc_destination_mismatches",
             "Requests that a gateway sent to another endpoint than the pick.",
             value=self._destination_mismatches,
+        )
+        yield self._held.metric("dp_extproc_held_seconds", "Time for which response headers were held.")
+        yield CounterMetricFamily(
+            "dp_extproc_hold_given_up",
+            "Responses that went to the client before prefill had answered, because they could be held no longer.",
+            value=self._held_in_vain,
+        )
+        yield CounterMetricFamily(
+            "dp_extproc_gateway_without_responses",
+            "Requests of a gateway that sends no response headers.",
+            value=self._responses_skipped,
         )
 
     def _collect_endpoints(self) -> Iterator[Metric]:

@@ -119,6 +119,14 @@ def override_headers(bootstrap: Bootstrap, prefill: LegFields, decode: LegFields
     return tuple((name, str(value).encode()) for name, value in fields if value is not None)
 
 
+def request_ids(request_id: str, batch: int | None) -> tuple[str, ...]:
+    """Return the ids of a leg: one, or one for each prompt of a batch."""
+    if batch is None:
+        return (request_id,)
+    # Schedulers abort by prefix of the id: "-7" must not be a prefix of "-71", hence the closing dot.
+    return tuple(f"{request_id}-{index}." for index in range(batch))
+
+
 def _leg(fields: LegFields, batch: int | None) -> bytes:
     text = ""
     if fields.routed_rank is not None:
@@ -127,8 +135,7 @@ def _leg(fields: LegFields, batch: int | None) -> bytes:
         text += f'"{PREFILL_RANK_KEY}":{fields.prefill_rank},'
     if batch is None:
         return f'{text}"rid":"{fields.request_id}",'.encode()
-    # Schedulers abort by prefix of the id: "-7" must not be a prefix of "-71", hence the closing dot.
-    ids = ",".join(f'"{fields.request_id}-{index}."' for index in range(batch))
+    ids = ",".join(f'"{each}"' for each in request_ids(fields.request_id, batch))
     return f'{text}"rid":[{ids}],'.encode()
 
 

@@ -18,6 +18,7 @@ from dp_extproc.background import Guard
 from dp_extproc.config import Config, Problem, Protocol, RetrySettings, Supervise
 from dp_extproc.engines.credentials import Credentials
 from dp_extproc.engines.model import Endpoint, SourceKind
+from dp_extproc.extproc.direct_leg import DirectLegs
 from dp_extproc.extproc.service import ExtProcService
 from dp_extproc.fleet.discovery.log import DiscoveryLog
 from dp_extproc.fleet.discovery.roster import Change
@@ -31,6 +32,7 @@ from dp_extproc.load.in_flight import NO_LISTENER, nothing
 from dp_extproc.load.records import NO_WORK
 from dp_extproc.observability.discovery_metrics import DiscoveryMetrics
 from dp_extproc.observability.groups import GroupMetrics, Weights, describe_excluded_pairs, describe_groups
+from dp_extproc.observability.leg_metrics import SentLegMetrics
 from dp_extproc.observability.loads_page import describe_loads, describe_signals, describe_sources, describe_sync
 from dp_extproc.observability.log import EngineLog
 from dp_extproc.observability.metrics import AutoscalingMetrics, SyncMetrics, Telemetry
@@ -39,6 +41,7 @@ from dp_extproc.runtime.engine_tls import FollowedTls
 from dp_extproc.runtime.readiness import Readiness, can_serve
 from dp_extproc.runtime.secrets import read_api_keys
 from dp_extproc.scheduling.admission import AdmissionQueue
+from dp_extproc.scheduling.encoder import LegSettings
 from dp_extproc.scheduling.scheduler import Scheduler
 from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.transport.replica import Replica, join
@@ -113,6 +116,7 @@ class Components:
             has_all_arrivals=lambda: self._replica is None or self._replica.status().connected,
         )
         self.telemetry.add(AutoscalingMetrics(self._autoscaling, clock))
+        is_picker = config.protocol is Protocol.ENDPOINT_PICKER
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
         self._scheduler = Scheduler(
             config.pools,
@@ -125,7 +129,11 @@ class Components:
             listener=NO_LISTENER if config.sync is None else outbox,
             admission=config.admission,
             queue=self._queue,
-            sees_first_events=config.supervision.mode is Supervise.FIRST_EVENT,
+            legs=LegSettings(
+                sends_prefill=config.sends_legs,
+                reports_first_events=not is_picker and config.supervision.mode is Supervise.FIRST_EVENT,
+                fallbacks=config.picker.fallbacks if is_picker else 0,
+            ),
             credentials=self._credentials,
         )
         self.telemetry.add(GroupMetrics(self._loads, self._weights, lambda: self._scheduler.group_requests))
@@ -133,18 +141,32 @@ class Components:
         if config.sync is not None:
             self._replica = join(config.sync, outbox, self._scheduler.tracker.open_peer, clock=clock)
             self.telemetry.add(SyncMetrics(self._replica.status))
-        is_picker = config.protocol is Protocol.ENDPOINT_PICKER
         if is_picker:
             self.telemetry.add(PoolMetrics(self._loads, _gateway_names(config), clock))
+        sent_legs = SentLegMetrics()
+        if config.sends_legs:
+            self.telemetry.add(sent_legs)
         self.service = ExtProcService(
             self._scheduler,
             (self.telemetry,),
-            gateway=EndpointPicker(config.envoy.session_header) if is_picker else BundledEnvoy(),
+            gateway=(
+                EndpointPicker(config.envoy.session_header, hold=config.picker.hold) if is_picker else BundledEnvoy()
+            ),
             supervision=config.supervision,
             budget=RetryBudget(RetrySettings(attempts=1) if is_picker else config.retry),
             queue=self._queue,
             max_body=config.envoy.max_body_bytes,
             clock=clock,
+            legs=(
+                DirectLegs(
+                    config.supervision.prefill_timeout,
+                    tls=self.tls,
+                    listener=sent_legs.legs,
+                    abort_listener=sent_legs.aborts,
+                )
+                if config.sends_legs
+                else None
+            ),
         )
         self.readiness = Readiness(health, lambda: any(can_serve(pool, self._loads) for pool in self.config.pools))
         self._engine_log = EngineLog()

@@ -70,7 +70,7 @@ async def serve(written: Config, text: str, source: ConfigSource, context: Worke
             background = [tasks.create_task(guard.keep(name, each), name=name) for name, each in work.items()]
             admin_task = tasks.create_task(guard.keep("admin", admin.run_on_socket))
             await components.first_round()  # else the first requests find no endpoint
-            async with _grpc_server(config, components.service, health):
+            async with _grpc_server(config, components.service, health, stopping):
                 where = config.listen.admin if context is None else "the parent's port"
                 _log.info("dp-extproc %s: ext_proc on %s, admin on %s", __version__, config.listen.grpc, where)
                 await stopping.wait()
@@ -115,7 +115,9 @@ def _keepalive(seconds: float) -> list[tuple[str, int]]:
 
 
 @contextlib.asynccontextmanager
-async def _grpc_server(config: Config, service: ExtProcService, health: aio.HealthServicer) -> AsyncIterator[None]:
+async def _grpc_server(
+    config: Config, service: ExtProcService, health: aio.HealthServicer, cut_short: asyncio.Event
+) -> AsyncIterator[None]:
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", config.envoy.max_body_bytes + _MESSAGE_SLACK),
@@ -135,12 +137,13 @@ async def _grpc_server(config: Config, service: ExtProcService, health: aio.Heal
     except RuntimeError:
         raise cannot_listen(address, "listen.grpc") from None
     await server.start()
-    try:
-        async with _health_port(config.listen.health, health):
+    async with _health_port(config.listen.health, health):
+        try:
             yield
-    finally:
-        await service.leave()
-        await server.stop(grace=1.0)
+        finally:
+            await service.leave(cut_short)
+            await server.stop(grace=1.0)
+            await service.close()
 
 
 @contextlib.asynccontextmanager

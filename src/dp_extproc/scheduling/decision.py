@@ -9,6 +9,8 @@ from dp_extproc.request.body import InferenceRequest
 from dp_extproc.request.rejection import Rejection
 from dp_extproc.scheduling.admission import Ticket
 
+Headers = tuple[tuple[str, bytes], ...]
+
 Metadata = dict[str, str | int]
 """Dynamic metadata of a request, under the keys of :mod:`dp_extproc.contract`."""
 
@@ -28,12 +30,38 @@ class RequestContext(Struct, frozen=True):
     """Whether the body of the response passes through the service, and can be changed."""
 
 
+class PrefillRequest(Struct, frozen=True):
+    """The prefill leg of a request, where the service sends it itself."""
+
+    pool: str
+    address: str
+    """``IP:port`` of the prefill endpoint."""
+    preamble: bytes
+    """The leg preamble of the body."""
+    tail: memoryview
+    """The rest of the body, which is a part of the decode leg's body."""
+    headers: Headers
+    """The credentials of the pool."""
+
+
+class DecodeAbort(Struct, frozen=True):
+    """What ends the decode leg of a request at its engines, where Envoy cannot end it any more."""
+
+    pool: str
+    addresses: tuple[str, ...]
+    """``IP:port`` of each endpoint that may have the leg."""
+    request_ids: tuple[str, ...]
+    """The ids of the decode leg: one, or one for each prompt of a batch."""
+    headers: Headers
+    """The credentials of the pool."""
+
+
 class Decision(Struct, frozen=True):
     """A request that was scheduled, as Envoy has to send it."""
 
     body: bytes | None
     """The new body; None leaves the body of the client."""
-    headers: tuple[tuple[str, bytes], ...]
+    headers: Headers
     """Headers to set on the request."""
     metadata: Metadata
     """Dynamic metadata for access logs."""
@@ -43,6 +71,12 @@ class Decision(Struct, frozen=True):
     """Whether the client asked for a stream of events; None if the body was not read."""
     merges_logprobs: bool = False
     """Whether the client asked for log probabilities, a part of which only the response of the prefill leg has."""
+    prefill: PrefillRequest | None = None
+    """The prefill leg that the service has to send; None if there is none, or if Envoy mirrors it."""
+    abort: DecodeAbort | None = None
+    """What ends the decode leg; None if Envoy sends the prefill leg, too, and so can end both."""
+    fallbacks: tuple[str, ...] = ()
+    """``IP:port`` of further decode endpoints, which can serve the same body."""
 
 
 class Queued(Struct, frozen=True):

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 from msgspec import Struct
 
@@ -15,11 +16,16 @@ from dp_extproc.request.rewrite import (
     ROUTING_KEYS,
     Bootstrap,
     Headers,
+    LegBodies,
     LegFields,
     override_headers,
     rewrite_aggregated,
     rewrite_disaggregated,
 )
+
+PREFILL_SUFFIX: Final = "p"
+DECODE_SUFFIX: Final = "d"
+"""Ends of the request ids of the two legs."""
 
 
 class LegEncoding(Struct, frozen=True):
@@ -28,6 +34,8 @@ class LegEncoding(Struct, frozen=True):
     body: bytes | None
     """The new body; None leaves the client's."""
     headers: Headers
+    bodies: LegBodies | None = None
+    """The bodies of both legs, if they differ."""
 
 
 def encode_aggregated(request: InferenceRequest, target: Target) -> LegEncoding:
@@ -44,17 +52,20 @@ def encode_legs(
     prefill: Target,
     decode: Target,
     rooms: int | Sequence[int],
-    number: str,
+    request_id: str,
     *,
     in_headers: bool,
 ) -> LegEncoding:
     """Encode both legs of a request to a disaggregated pool.
 
-    There is one bootstrap room, or one for each prompt of a batch. *number* makes the request ids of both legs unique.
+    There is one bootstrap room, or one for each prompt of a batch. *request_id* begins the ids of both legs.
     With *in_headers* the routing fields stand in headers where these can hold them.
     """
     rank = prefill.global_rank
-    fields = _leg_fields(prefill, rank, f"dp{number}p"), _leg_fields(decode, rank, f"dp{number}d")
+    fields = (
+        _leg_fields(prefill, rank, f"{request_id}{PREFILL_SUFFIX}"),
+        _leg_fields(decode, rank, f"{request_id}{DECODE_SUFFIX}"),
+    )
     bootstrap = _bootstrap(prefill.endpoint, rooms)
     if not request.is_read:
         # Or the ranks that the client's body may name would count.
@@ -62,9 +73,13 @@ def encode_legs(
     if not request.is_read or (in_headers and _fits_headers(request, prefill, decode)):
         return LegEncoding(None, override_headers(bootstrap, *fields))
     bodies = rewrite_disaggregated(request.body, request.prompt.batch, bootstrap, *fields)
+    return LegEncoding(bodies.decode, (), bodies)
+
+
+def mirror_headers(bodies: LegBodies) -> Headers:
+    """Return the headers by which Envoy makes the body of the prefill leg from a mirrored request."""
     length = b"%d" % bodies.preamble_length
-    swap = ((contract.PREFILL_PREFIX, bodies.prefill_preamble), (contract.PREFIX_LENGTH, length))
-    return LegEncoding(bodies.decode, swap)
+    return (contract.PREFILL_PREFIX, bodies.prefill_preamble), (contract.PREFIX_LENGTH, length)
 
 
 def _fits_headers(request: InferenceRequest, prefill: Target, decode: Target) -> bool:

@@ -34,16 +34,15 @@ from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggre
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import TRY_AGAIN, Reason, Rejection
 from dp_extproc.scheduling.admission import Admission, AdmissionQueue, largest_capacity, least_tokens, may_ever_hold
-from dp_extproc.scheduling.bootstrap_room import draw_room
 from dp_extproc.scheduling.decision import Answer, Decision, Metadata, Queued, RequestContext, SchedulingResult
+from dp_extproc.scheduling.encoder import LegSettings, RequestEncoder
 from dp_extproc.scheduling.filters import EndpointFilter
 from dp_extproc.scheduling.groups import GroupShares
 from dp_extproc.scheduling.models import SHOWN_MODEL, ModelRegistry
 from dp_extproc.scheduling.pairing import Pairing, find_pairing
 from dp_extproc.scheduling.picker import NO_PINS, Picker, Pins, Targets
-from dp_extproc.scheduling.routing_fields import LegEncoding, encode_aggregated, encode_legs
 
-_WATCHED: Final = ((contract.WATCH, b"1"),)
+_MIRRORED: Final = LegSettings()
 _NO_CONTEXT: Final = RequestContext()
 _BODIES_NEEDED: Final = Rejection(
     500,
@@ -90,7 +89,7 @@ class Scheduler:
         listener: InFlightListener = NO_LISTENER,
         admission: AdmissionSettings = _DEFAULT_ADMISSION,
         queue: AdmissionQueue | None = None,
-        sees_first_events: bool = False,
+        legs: LegSettings = _MIRRORED,
         credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
         """Set up.
@@ -106,18 +105,16 @@ class Scheduler:
             listener: Called at each event of a request in flight.
             admission: The limits of what a rank may have in flight.
             queue: The admission queue; without one, requests that find no room are refused at once.
-            sees_first_events: Whether Envoy sends the first event of streamed responses to the service.
+            legs: Who sends the legs, and who reports on them.
             credentials: The API keys of the engines, by pool.
         """
         self._load = load
         self.tracker = InFlightTracker(load, listener, made_room=nothing if queue is None else queue.notify)
         self._filters = EndpointFilter(load)
-        self._owner = owner.encode()
         self._rng = rng
-        self._draw_token = draw_token
         self._clock = clock
         self._queue = queue
-        self._sees_first_events = sees_first_events
+        self._encoder = RequestEncoder(legs, credentials, owner=owner, rng=rng, draw_token=draw_token)
         self._credentials = credentials
         self.group_requests: Counter[tuple[str, str | None]] = Counter()
         """Scheduled requests by pool and revision group, of pools with groups."""
@@ -206,14 +203,18 @@ class Scheduler:
         cost = self._cost(pool, request, context, prefix)
         targets = self._pick(pool, request, cost, now, pairing)
         if narrowed is not None and not isinstance(targets, Targets):  # the group is full, and others may not be
-            pairing = self._find_pairing(pool, request, context, now)
-            if isinstance(pairing, Pairing):
+            whole = self._find_pairing(pool, request, context, now)
+            if isinstance(whole, Pairing):
+                pairing = whole
                 targets = self._pick(pool, request, cost, now, pairing)
         if not isinstance(targets, Targets):
             return targets
         prefill, decode = targets.prefill, targets.decode
-        leg, encoding = self._encode(pool, request, targets)
-        in_flight = self.tracker.open(prefill, decode, cost, now, leg=leg, streaming=request.stream is not False)
+        others = () if prefill is None else pairing.decodes_of(prefill.endpoint)
+        encoded = self._encoder.encode(pool.name, request, targets, now, others=others, in_headers=pool.uses_headers)
+        in_flight = self.tracker.open(
+            prefill, decode, cost, now, leg=encoded.leg, streaming=request.stream is not False
+        )
         if prefill is not None:
             prefill.endpoint.health.sent(now)
         decode.endpoint.health.sent(now)
@@ -224,12 +225,15 @@ class Scheduler:
                 metadata[contract.META_GROUP] = targets.group
         address = (contract.DECODE_HOST, decode.endpoint.address.encode())
         return Decision(
-            encoding.body,
-            (address, *encoding.headers, *self._credentials.headers(pool.name)),
+            encoded.body,
+            (address, *encoded.headers),
             metadata,
             in_flight,
             streaming=request.stream,
             merges_logprobs=prefill is not None and request.wants_logprobs,
+            prefill=encoded.prefill,
+            abort=encoded.abort,
+            fallbacks=encoded.fallbacks,
         )
 
     def _find_pairing(
@@ -260,24 +264,6 @@ class Scheduler:
                     why = f"no rank of its {count} {role} servers takes {cost.tokens:.0f} more tokens"
                     return self._no_room(pool, request, cost.prefix, why)
         return targets if prefill is not None else _as_engine_picks(targets, request.api)
-
-    def _encode(self, pool: _Pool, request: InferenceRequest, targets: Targets) -> tuple[str, LegEncoding]:
-        """Encode a request for its targets, and draw the token of its prefill leg; empty if it has none."""
-        prefill, decode = targets.prefill, targets.decode
-        if prefill is None:
-            return "", encode_aggregated(request, decode)
-        rng, batch, residues = self._rng, request.prompt.batch, (prefill.residue, decode.residue)
-        rooms = draw_room(rng, *residues) if batch is None else [draw_room(rng, *residues) for _ in range(batch)]
-        leg, number = self._draw_token(), f"{self._rng.getrandbits(96):024x}"
-        encoding = encode_legs(request, prefill, decode, rooms, number, in_headers=pool.uses_headers)
-        headers = (
-            (contract.PREFILL_HOST, prefill.endpoint.address.encode()),
-            *encoding.headers,
-            (contract.OWNER, self._owner),
-            (contract.LEG, leg.encode()),
-            *(_WATCHED if request.stream is not False and self._sees_first_events else ()),
-        )
-        return leg, LegEncoding(encoding.body, headers)
 
     def _no_room(self, pool: _Pool, request: InferenceRequest, prefix: Prefix | None, why: str) -> Rejection | Queued:
         message = f"the servers for {pool.name} are full: {why}; try again later"

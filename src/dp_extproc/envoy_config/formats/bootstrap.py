@@ -16,12 +16,17 @@ Printed by: dp-extproc envoy-config -c FILE
 
 Envoy in front of SGLang engines with prefill/decode disaggregation and several data-parallel ranks.
 
-  client -> inference -> dp_dispatch -> decode engine
-                             `--mirror-> prefill_leg -> prefill engine
+{way}
 
 The service dp-extproc picks both endpoints and their ranks and rewrites the body. It names them in x-dp-* headers, so
 this file lists no engine, and endpoints may change without a new one. For the details see docs/envoy.md.
 """
+_MIRRORED: Final = """\
+  client -> inference -> dp_dispatch -> decode engine
+                             `--mirror-> prefill_leg -> prefill engine"""
+_SENT: Final = """\
+  client -> inference -> dp_dispatch -> decode engine
+             dp-extproc, asked by dp_dispatch -> prefill engine"""
 
 
 def build_bootstrap(config: Config) -> bootstrap.Bootstrap:
@@ -39,7 +44,7 @@ def build_bootstrap(config: Config) -> bootstrap.Bootstrap:
             admin=bootstrap.Admin(address=core.Address(socket_address=admin)),
             bootstrap_extensions=[build_bootstrap_extension()],
         ),
-        _HEADER,
+        _HEADER.format(way=_SENT if config.sends_legs else _MIRRORED),
     )
 
 

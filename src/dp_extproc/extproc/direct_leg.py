@@ -1,0 +1,87 @@
+"""Sends prefill legs, and what ends a decode leg, with the HTTP client of the service."""
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from dp_extproc.attempt.events import LegEvent, SendLeg
+from dp_extproc.legs.client import LegClient, SentLeg
+from dp_extproc.legs.listener import LegListener
+from dp_extproc.legs.request import LegRequest
+from dp_extproc.scheduling.decision import DecodeAbort
+
+ABORT_PATH: Final = "/abort_request"
+"""Path at which SGLang ends a request by its id. The response is empty, whether the id is known or not."""
+_ABORTS: Final = (0.0, 1.0)
+"""Seconds after which an abort is sent, and sent again, because it may overtake the request that it ends."""
+_ABORT_SECONDS: Final = 5.0
+"""Seconds until the response to an abort has to be here."""
+_SLACK_SECONDS: Final = 1.0
+"""Seconds beyond the timeout of prefill after which the client gives a leg up. The attempt does so before."""
+_JSON: Final = ("content-type", b"application/json")
+
+
+class DirectLegs:
+    """Sends the prefill legs of one process, and remembers which are in flight."""
+
+    def __init__(
+        self,
+        prefill_timeout: float,
+        *,
+        tls: ssl.SSLContext | None = None,
+        listener: LegListener | None = None,
+        abort_listener: LegListener | None = None,
+    ) -> None:
+        """Set up, in the event loop; *prefill_timeout* is in seconds.
+
+        *tls* is for all connections to engines; without it they are plain HTTP. The listeners are informed of every
+        leg, and of every abort of a decode leg.
+        """
+        self._timeout = prefill_timeout + _SLACK_SECONDS
+        self._tls = tls
+        self._client = LegClient(listener)
+        self._aborts = LegClient(abort_listener)
+
+    def __len__(self) -> int:
+        """Return the number of legs in flight."""
+        return len(self._client)
+
+    def send(self, command: SendLeg, report: Callable[[LegEvent], object]) -> SentLeg:
+        """Send a leg. Its events are reported later, the last of them when it has ended."""
+        leg = command.request
+        own = dict(leg.headers)
+        passed = tuple(each for each in command.headers if each[0] not in own)
+        headers = (_JSON, *passed, *leg.headers)
+        request = LegRequest(leg.address, command.path, headers, leg.preamble, leg.tail, self._timeout, tls=self._tls)
+        return self._client.send(request, report)
+
+    def abort(self, command: DecodeAbort) -> None:
+        """End a decode leg at its engine, without waiting for the result."""
+        loop = asyncio.get_running_loop()
+        for seconds in _ABORTS:
+            loop.call_later(seconds, self._send_aborts, command)
+
+    def _send_aborts(self, command: DecodeAbort) -> None:
+        for address in command.addresses:
+            for request_id in command.request_ids:
+                body = msgspec.json.encode({"rid": request_id})
+                headers = (_JSON, *command.headers)
+                request = LegRequest(address, ABORT_PATH, headers, body, b"", _ABORT_SECONDS, tls=self._tls)
+                self._aborts.send(request, _ignore)
+
+    async def all_ended(self) -> None:
+        """Wait until no leg is in flight."""
+        while legs := list(self._client):
+            await asyncio.gather(*(leg.closed() for leg in legs))
+
+    async def close(self) -> None:
+        """Cancel all legs and aborts in flight, and close all connections."""
+        await self._client.close()
+        await self._aborts.close()
+
+
+def _ignore(event: LegEvent) -> None:
+    """Ignore what follows from an abort: the decode leg itself reports its end."""
