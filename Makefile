@@ -17,7 +17,10 @@ KUBE_BIN ?= $(HOME)/.cache/dp-extproc/kubernetes/bin
 # The control planes of Envoy Gateway and Istio, for envoy-gateway-run and istio-run.
 MESH_BIN ?= $(HOME)/.cache/dp-extproc/mesh/bin
 
-.PHONY: setup test quickstart-test compose-test check format manifests demo faults soak interop kubernetes-run \
+# Envoys by version, for envoy-versions: 150 MB each, kept.
+ENVOYS ?= $(HOME)/.cache/dp-extproc/envoys
+
+.PHONY: setup test quickstart-test compose-test check format manifests demo faults soak interop kubernetes-run envoy-versions \
   envoy-gateway-run istio-run bench balance simulated autoscaling stream-end clean
 
 setup: .venv/ready
@@ -89,6 +92,11 @@ envoy-gateway-run: setup
 # of interop/kubernetes/build.sh: 3 minutes. It needs openssl, unshare and ip.
 istio-run: setup
 	PYTHONPATH=tests $(BIN)/python -m interop.istio --programs $(MESH_BIN) $(ARGS)
+
+# Every printed form and the end-to-end tests on each supported version of Envoy: 10 minutes for each, one after the
+# other. One version, and no tests: make envoy-versions ARGS="1.36.4 --no-tests"
+envoy-versions: setup
+	PYTHONPATH=tests $(BIN)/python -m interop.envoy_versions --envoys $(ENVOYS) $(ARGS)
 
 # What a request costs in the service, against an empty ext_proc server.
 bench: setup

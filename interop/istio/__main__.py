@@ -22,7 +22,7 @@ from dp_extproc.lab.testbed.envoy import find_envoy
 from dp_extproc.lab.testbed.ports import free_port
 from interop.istio.cases import (
     CASES,
-    SHORT_DRAIN_CASES,
+    CLASSIC_CASES,
     Case,
     Rig,
     engines_are_dialled_by_tls,
@@ -100,7 +100,7 @@ def run(programs: Path, folder: Path, body_mode: str, only: Sequence[str], recor
                 _run_cases(rig, CASES, only)
             if kind is CLASSIC:
                 with run_gateway(plane, kind, fleet, config, report, drain_seconds=_SHORT_DRAIN) as rig:
-                    _run_cases(rig, SHORT_DRAIN_CASES, only)
+                    _run_cases(rig, CLASSIC_CASES, only)
                 with run_gateway(plane, kind, fleet, config, report, extensions=2) as rig:
                     _run_cases(rig, [extension_is_doubled], only)
             for each in reversed(printed(fleet.config, kind.target(HOST))):
@@ -154,7 +154,7 @@ def main() -> int:
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     subprocess.run(["ip", "address", "add", f"{ADDRESS}/16", "dev", "lo"], check=True)
     version = subprocess.run([find_envoy(), "--version"], check=True, capture_output=True, text=True).stdout
-    print("Envoy", *re.findall(r"/(\d[\d.]+)/", version))
+    print("Envoy", re.findall(r"/(\d[\d.]+)/", version)[-1])
     with tempfile.TemporaryDirectory(prefix="dp-extproc-istio-") as scratch:
         names = Path(scratch) / "hosts"
         names.write_text(f"127.0.0.1 localhost {_NAME}\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 import httpx
+import yaml
 
 from dp_extproc.config import Config
 from dp_extproc.envoy_check import Finding, Severity, audit
@@ -23,6 +24,7 @@ from interop.mesh.site import MAX_BODY_BYTES, Site
 from patience import wait_for
 
 _SECOND_HOST: Final = "llm2.example.com"
+_EXAMPLE: Final = Path(__file__).parents[2] / "envoy" / "istio-gateway-timeouts.yaml"
 _PATIENCE: Final = 30.0
 _STREAM_SECONDS: Final = 6
 """How long a stream of the cases lasts that change something under it."""
@@ -89,6 +91,19 @@ def applied_under_a_stream_of_the_neighbour(rig: Rig) -> None:
     rig.add(case, seen, good=seen == "complete")
 
 
+def timeouts_are_added(rig: Rig) -> None:
+    """The shipped example sets what the printed resources leave to the owner of the gateway."""
+    example = yaml.safe_load(_EXAMPLE.read_text(encoding="utf-8"))
+    rig.plane.apply(example)
+    wait_for(lambda: "no_request_timeouts" not in {each.code for each in _check(rig)}, _PATIENCE)
+    found = ", ".join(sorted({each.code for each in _check(rig)}))
+    outcome = ask(rig.site.client, CHAT, stream=True)
+    case = f"{_EXAMPLE.name} applied, check --envoy"
+    rig.add(case, f"{found}; {outcome}", good=outcome.complete and not _errors(_check(rig)))
+    rig.plane.delete(example)
+    wait_for(lambda: "no_request_timeouts" in {each.code for each in _check(rig)}, _PATIENCE)
+
+
 def instance_beside_another(rig: Rig) -> None:
     """Two instances with names of their own serve two hosts of one gateway."""
     config = with_settings(rig.site.fleet.config, name_prefix="second-")
@@ -128,6 +143,14 @@ def route_changes_under_a_stream(rig: Rig) -> None:
     rig.add("route changed under a stream", str(outcome), good=outcome.complete)
 
 
+def clusters_change_under_a_stream(rig: Rig) -> None:
+    """A change of the clusters of the service cuts no stream."""
+    config = rig.site.fleet.config
+    rarer = config.listen.model_copy(update={"keepalive": 2 * config.listen.keepalive})
+    outcome = _stream_while(rig, config.model_copy(update={"listen": rarer}), _CLUSTERS)
+    rig.add("clusters of the service changed under a stream", str(outcome), good=outcome.complete)
+
+
 def listener_changes_under_a_stream(rig: Rig) -> None:
     """A change of the internal listeners cuts the streams that are still open when the drain time is over."""
     smaller = with_settings(rig.site.fleet.config, max_body_bytes=MAX_BODY_BYTES - (1 << 20))
@@ -160,11 +183,17 @@ CASES: Final[Sequence[Case]] = (
     instance_beside_another,
     filter_is_missing,
     route_changes_under_a_stream,
+    clusters_change_under_a_stream,
     listener_changes_under_a_stream,
 )
-SHORT_DRAIN_CASES: Final[Sequence[Case]] = (listener_changes_under_a_stream, applied_under_a_stream_of_the_neighbour)
-"""What an Envoy with a short drain time shows."""
+CLASSIC_CASES: Final[Sequence[Case]] = (
+    timeouts_are_added,
+    applied_under_a_stream_of_the_neighbour,
+    listener_changes_under_a_stream,
+)
+"""What a gateway of Istio's API with a short drain time shows."""
 _LISTENERS: Final = r"^listener_manager\.lds\.update_success$"
+_CLUSTERS: Final = r"^cluster_manager\.cds\.update_success$"
 _ROUTES: Final = r"^http\..*\.rds\..*\.update_success$"
 
 

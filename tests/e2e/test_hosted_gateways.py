@@ -9,6 +9,7 @@ import httpx
 import pytest
 import yaml
 
+from dp_extproc.lab.engine.api.faults import Fault, Kind
 from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
@@ -86,6 +87,20 @@ def test_long_streams_arrive_whole(gateway: Gateway) -> None:
     assert tokens == sorted(set(tokens))
     assert tokens[-1] == 500
     gateway.service.wait_until_idle()
+
+
+def test_a_stream_begins_before_its_end_unless_the_gateway_buffers_it(gateway: Gateway) -> None:
+    """A gateway that buffers responses sends them as they come, if it lets the service choose another mode."""
+    for worker in gateway.workers:
+        worker.fault(inference=Fault(Kind.SLOW, after=3, seconds=0.5))
+    body = {"text": "x", "sampling_params": {"max_new_tokens": 20}, "stream": True}
+    with gateway.client.stream("POST", "/generate", json=body) as response:
+        first = next(response.iter_raw())
+    for worker in gateway.workers:
+        worker.server.faults.active.clear()
+
+    assert first.startswith(b"data: ")
+    assert (b"[DONE]" in first) == (gateway.name == "envoy-ai-gateway-buffered")
 
 
 def test_large_bodies_arrive_whole(gateway: Gateway) -> None:

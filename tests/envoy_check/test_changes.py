@@ -401,6 +401,18 @@ def test_two_duplex_filters_are_found_in_old_versions_only() -> None:
     assert found_in(config, dump_of(bootstrap)) == []
 
 
+def test_build_without_v8_is_found_if_the_block_needs_it() -> None:
+    """Some builds leave it out. They refuse the listener of the filter that ends truncated streams."""
+    found = {}
+    for ending in ("error_event", "reset"):
+        config = config_with(envoy={"truncated_streams": ending})
+        dump = dump_of(bootstrap_of(config))
+        section(dump, "BootstrapConfigDump")["bootstrap"]["node"]["extensions"] = [{"name": "envoy.wasm.runtime.null"}]
+        found[ending] = codes(found_in(config, dump))
+
+    assert found == {"error_event": ["wasm_missing"], "reset": []}
+
+
 def test_rejected_updates_are_reported() -> None:
     """Those of the block are errors, also where no earlier version of the resource is active."""
     config = example_config()
@@ -487,7 +499,7 @@ def test_every_code_has_a_test() -> None:
     tested = {code for _, code, _ in CHANGES.values()}
     elsewhere = {
         *("not_active", "not_read", "not_live", "short_drain", "two_duplex_filters"),
-        *("version_not_supported", "version_not_tested", "update_rejected", "foreign_update_rejected"),
+        *("version_not_supported", "version_not_tested", "update_rejected", "foreign_update_rejected", "wasm_missing"),
     }
 
     assert tested | elsewhere == {code for code in CODES if not code.startswith("picker_")}

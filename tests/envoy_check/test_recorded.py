@@ -44,8 +44,10 @@ def config_of(resources: Tree) -> Config:
     member = service["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"]["socket_address"]
     return Config.model_validate(
         {
-            "listen": {"grpc": f"{member['address']}:{member['port_value']}"},
-            "envoy": {"max_body_bytes": MAX_BODY_BYTES},
+            "envoy": {
+                "max_body_bytes": MAX_BODY_BYTES,
+                "service": f"{member['address']}:{member['port_value']}",
+            },
             "pools": [POOLS[BodyMode.BUFFERED]],
         }
     )

@@ -18,6 +18,7 @@ RULES: Final[Mapping[Protocol, tuple[Rule, ...]]] = {
     Protocol.ENVOY: (
         *_WHOLE,
         block.extension,
+        block.runtime,
         block.twice,
         block.present,
         block.breakers,

@@ -9,6 +9,7 @@ from envoy_data_plane.envoy.config.cluster.v3 import Cluster
 from envoy_data_plane.envoy.config.core.v3 import RoutingPriority
 from envoy_data_plane.envoy.config.listener.v3 import Listener
 
+from dp_extproc.config import TruncatedStreams
 from dp_extproc.envoy_check.differences import ABSENT, Difference, differences, shown
 from dp_extproc.envoy_check.facts import Facts
 from dp_extproc.envoy_check.findings import Finding, finding
@@ -17,6 +18,7 @@ from dp_extproc.envoy_check.snapshot import Resource, State
 from dp_extproc.envoy_check.ways import forwards_to, ways_to
 
 _EXTENSION: Final = "InternalListener"
+_RUNTIME: Final = "envoy.wasm.runtime.v8"
 _ENOUGH: Final = 100_000
 """Threshold of a circuit breaker that no gateway reaches."""
 _DEFAULTS: Final = {"max_connections": 1024, "max_pending_requests": 1024, "max_requests": 1024, "max_retries": 3}
@@ -32,6 +34,13 @@ def extension(facts: Facts) -> Iterator[Finding]:
     count = list(facts.snapshot.extensions).count(_EXTENSION)
     if count != 1:
         yield finding("extension_twice" if count else "extension_missing", "bootstrap_extensions")
+
+
+def runtime(facts: Facts) -> Iterator[Finding]:
+    """Look whether Envoy has the WebAssembly runtime that the block needs."""
+    built_in = facts.snapshot.built_in
+    if facts.config.envoy.truncated_streams is TruncatedStreams.ERROR_EVENT and built_in and _RUNTIME not in built_in:
+        yield finding("wasm_missing", f"listener {facts.names.decode}")
 
 
 def twice(facts: Facts) -> Iterator[Finding]:

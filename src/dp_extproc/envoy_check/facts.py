@@ -28,6 +28,8 @@ class Facts(Struct, frozen=True):
     """Active clusters by name."""
     listeners: Mapping[str, Resource]
     """Active listeners by name."""
+    endpoints: Mapping[str, Resource]
+    """Endpoints by the name that clusters use."""
     entrances: Collection[str]
     """Names of the clusters that lead into the block. A controller may have chosen one."""
     not_read: list[Finding]
@@ -41,6 +43,7 @@ class Facts(Struct, frozen=True):
         names, block = Names.of(config), build_block(config)
         snapshot = without_hashes(snapshot, [each.name for each in block.listeners])
         clusters = _active(snapshot.clusters)
+        endpoints = {each.name: each for each in snapshot.endpoints}
         return cls(
             config=config,
             names=names,
@@ -49,10 +52,11 @@ class Facts(Struct, frozen=True):
             snapshot=snapshot,
             clusters=clusters,
             listeners=_active(snapshot.listeners),
+            endpoints=endpoints,
             entrances=[
                 name
                 for name, resource in clusters.items()
-                if any(mentions(each, (names.dispatch,)) for each in destinations(snapshot, resource))
+                if any(mentions(each, (names.dispatch,)) for each in destinations(resource, endpoints))
             ],
             not_read=[],
             read={},
@@ -75,12 +79,14 @@ class Facts(Struct, frozen=True):
             self.not_read.append(note)
 
 
-def destinations(snapshot: Snapshot, cluster: Resource) -> Iterator[Mapping[str, Any]]:
-    """Yield what has the addresses of a cluster: the cluster itself, and the endpoint sets that it refers to."""
+def destinations(cluster: Resource, endpoints: Mapping[str, Resource]) -> Iterator[Mapping[str, Any]]:
+    """Yield what has the addresses of a cluster: the cluster itself, and the endpoint set that it refers to."""
     yield cluster.data
     service = cluster.data.get("eds_cluster_config")
     given = snake(service).get("service_name") if isinstance(service, Mapping) else None
-    yield from (each.data for each in snapshot.endpoints if each.name in {cluster.name, given})
+    name = given if isinstance(given, str) and given else cluster.name
+    if (found := endpoints.get(name)) is not None:
+        yield found.data
 
 
 def _active(resources: Sequence[Resource]) -> dict[str, Resource]:

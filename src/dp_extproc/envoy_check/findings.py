@@ -74,6 +74,11 @@ _TEXTS: Final[Mapping[str, _Text]] = {
         "every request through an internal listener gets a 503, and no log has the reason",
         "keep envoy.bootstrap.internal_listener in bootstrap_extensions exactly once (Istio's proxy has it already)",
     ),
+    "wasm_missing": _Text(
+        _E,
+        "Envoy was built without V8, so it refuses the listener that ends truncated streams with an event",
+        "set envoy.truncated_streams: reset, or use another build of Envoy",
+    ),
     "listener_missing": _Text(_E, "requests are not scheduled, or a leg has no way{hint}", _PRINTED),
     "cluster_missing": _Text(_E, "what leads there gets a 503{hint}", _PRINTED),
     "name_taken": _Text(
@@ -224,9 +229,9 @@ _TEXTS: Final[Mapping[str, _Text]] = {
         "set failure_mode_allow to false, unless every engine can serve every request",
     ),
     "picker_message_timeout": _Text(
-        _E,
-        "Envoy waits {found:g} s for the service, which needs up to {wanted:g} s for a message",
-        "set message_timeout to {wanted:g} s or more",
+        _W,
+        "Envoy waits {found:g} s for the service; a large body, or a place in the admission queue, may need more",
+        "set message_timeout to {wanted:g} s",
     ),
 }
 

@@ -76,7 +76,7 @@ def _has_port(facts: Facts, cluster: str, port: int) -> bool:
     if f"|{port}|" in cluster or cluster.endswith(f":{port}"):  # as Istio names a cluster; an address
         return True
     resource = facts.clusters.get(cluster)
-    return resource is not None and any(_mentions_port(each, port) for each in destinations(facts.snapshot, resource))
+    return resource is not None and any(_mentions_port(each, port) for each in destinations(resource, facts.endpoints))
 
 
 def _mentions_port(data: Any, port: int) -> bool:

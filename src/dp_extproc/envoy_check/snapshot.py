@@ -1,7 +1,7 @@
 """What an Envoy has: the resources of a ``/config_dump``, of a bootstrap, or of files with parts of one."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Final
 
@@ -54,6 +54,8 @@ class Snapshot(Struct, frozen=True):
     rejected: Sequence[Rejection] = ()
     extensions: Sequence[str] | None = None
     """Names of the bootstrap extensions; None if no document has the bootstrap."""
+    built_in: Collection[str] = ()
+    """Names of the extensions that this build of Envoy has; empty if no document has them."""
     version: tuple[int, int, int] | None = None
     state: str | None = None
     drain_seconds: float | None = None
@@ -142,7 +144,9 @@ def _of_dump(dump: Mapping[str, Any]) -> Iterator[_Part]:
 def _of_bootstrap_section(data: Mapping[str, Any]) -> Iterator[_Part]:
     bootstrap = snake(data.get("bootstrap", {}))
     yield "extensions", _extension_names(bootstrap)
-    build = snake(snake(bootstrap.get("node", {})).get("user_agent_build_version", {}))
+    node = snake(bootstrap.get("node", {}))
+    yield "built_in", frozenset(str(snake(each).get("name")) for each in _list(node, "extensions"))
+    build = snake(node.get("user_agent_build_version", {}))
     version = snake(build.get("version", {}))
     numbers = [version.get(key, 0) for key in ("major_number", "minor_number", "patch")]
     if version and all(isinstance(each, int) for each in numbers):
