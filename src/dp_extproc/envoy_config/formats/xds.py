@@ -13,6 +13,7 @@ from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import v3 as hcm
 
 from dp_extproc.config import Config
+from dp_extproc.envoy_config.addresses import to_listen_on
 from dp_extproc.envoy_config.block import build_block, build_bootstrap_extension
 from dp_extproc.envoy_config.formats.target import Target
 from dp_extproc.envoy_config.front_door import build_front_door
@@ -92,7 +93,7 @@ def _resources(file: str, text: str) -> list[dict[str, Any]]:
 
 
 def _build_bootstrap(config: Config) -> bootstrap.Bootstrap:
-    admin = core.SocketAddress(address=config.envoy.admin.host, port_value=config.envoy.admin.port)
+    admin = to_listen_on(config.envoy.admin, ipv4_compat=config.envoy.ipv4_compat)
     return commented(
         bootstrap.Bootstrap(
             node=commented(
@@ -102,7 +103,7 @@ def _build_bootstrap(config: Config) -> bootstrap.Bootstrap:
             dynamic_resources=bootstrap.BootstrapDynamicResources(
                 lds_config=_file(LISTENERS), cds_config=_file(CLUSTERS)
             ),
-            admin=bootstrap.Admin(address=core.Address(socket_address=admin)),
+            admin=bootstrap.Admin(address=admin),
             bootstrap_extensions=[
                 commented(build_bootstrap_extension(), "Exactly once. Without it, Envoy refuses lds.yaml.")
             ],
