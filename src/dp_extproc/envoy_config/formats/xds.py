@@ -13,10 +13,9 @@ from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import v3 as hcm
 
 from dp_extproc.config import Config
-from dp_extproc.envoy_config.addresses import to_listen_on
 from dp_extproc.envoy_config.block import build_block, build_bootstrap_extension
 from dp_extproc.envoy_config.formats.target import Target
-from dp_extproc.envoy_config.front_door import build_front_door
+from dp_extproc.envoy_config.front_door import build_front_door, to_listen_on
 from dp_extproc.envoy_config.names import Names
 from dp_extproc.envoy_config.routes import table, to_dispatch
 from dp_extproc.envoy_config.yaml_text import commented, pack, render_yaml, unpack
