@@ -18,7 +18,7 @@ from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from faults.fleet import BODIES, Outcome, ask
 from interop.istio.control_plane import ControlPlane
 from interop.istio.gateways import HOST, Kind, Resource, printed, with_settings
-from interop.istio.recording import delivered, differences, record, without_ours
+from interop.istio.recording import delivered, differences, patches_of, record, without_ours
 from interop.mesh.scenarios import CHAT
 from interop.mesh.site import MAX_BODY_BYTES, Site
 from patience import wait_for
@@ -56,7 +56,8 @@ def resources_are_accepted(rig: Rig, recorded: Path | None = None) -> None:
     wait_for(lambda: _chat(rig).status_code == httpx.codes.OK, _PATIENCE)
     after = delivered(rig.envoy.admin_url)
     listeners = [each["name"] for each in after["dynamic_listeners"] if "internal_listener" in each]
-    rig.add("internal listeners", ", ".join(listeners), good=listeners == ["decode", "dp_dispatch", "prefill_leg"])
+    printed_ones = {each["patch"]["value"]["name"] for each in patches_of(_ours(rig)) if each["applyTo"] == "LISTENER"}
+    rig.add("internal listeners", ", ".join(listeners), good=set(listeners) == printed_ones)
     rejected = rig.site.count(r"(update_rejected|update_failure)$")
     rig.add("updates that Envoy rejected", str(rejected), good=rejected == 0)
     different = differences(after, _ours(rig))
