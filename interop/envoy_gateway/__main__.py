@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dp_extproc.lab.testbed.envoy import find_envoy
+from interop.envoy_gateway.api_server import checked_by_api_server
 from interop.envoy_gateway.cases import (
     CASES,
     HOST,
@@ -25,6 +26,7 @@ from interop.envoy_gateway.cases import (
     printed,
 )
 from interop.envoy_gateway.control_plane import ControlPlane
+from interop.kubernetes.cluster import ADDRESS
 from interop.mesh.scenarios import run_scenarios
 from interop.mesh.site import Fleet, Neighbour, Site, open_site, run_fleet
 from interop.report import Report
@@ -43,7 +45,7 @@ def run_gateway(plane: ControlPlane, fleet: Fleet, neighbour: Neighbour, report:
         yield Rig(site, plane, texts)
 
 
-def run(program: Path, envoy: Path, folder: Path, only: Sequence[str]) -> Report:
+def run(program: Path, envoy: Path, folder: Path, only: Sequence[str], recordings: Path | None) -> Report:
     """Run everything with one Envoy."""
     version = subprocess.run([envoy, "--version"], check=True, capture_output=True, text=True).stdout
     report = Report(f"Envoy {re.findall(r'/([0-9.]+)/', version)[0]}")
@@ -51,7 +53,7 @@ def run(program: Path, envoy: Path, folder: Path, only: Sequence[str]) -> Report
         gateway = printed(fleet.config)["gateway.yaml"]
         plane = ControlPlane(program, envoy, folder / "gateway")
         with run_gateway(plane, fleet, neighbour, report, gateway) as rig:
-            accepted(rig)
+            accepted(rig, recordings)
             run_scenarios(rig.site, only=only)
             run_scenarios(rig.site, [_for(rig, case) for case in CASES], only)
         for what, (text, case) in OTHER_GATEWAYS.items():
@@ -81,6 +83,7 @@ def main() -> int:
         default=[],
         help="an Envoy to run with; may be repeated (that of the tests)",
     )
+    parser.add_argument("--recordings", type=Path, help="folder for what Envoy Gateway makes of the resources")
     parser.add_argument("--only", action="append", default=[], help="name of a case")
     arguments = parser.parse_args()
     program = arguments.programs / "envoy-gateway"
@@ -90,13 +93,16 @@ def main() -> int:
         command = ["unshare", "--net", "--map-root-user", sys.executable, "-m", "interop.envoy_gateway", *sys.argv[1:]]
         return subprocess.run(command, env=os.environ | {_INSIDE: "1"}, check=False).returncode
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    reports = []
+    subprocess.run(["ip", "address", "add", f"{ADDRESS}/16", "dev", "lo"], check=True)
+    reports = [Report("API server")]
+    with tempfile.TemporaryDirectory(prefix="dp-extproc-envoy-gateway-") as scratch:
+        checked_by_api_server(arguments.programs, Path(scratch), reports[0])
     for envoy in arguments.envoy or [Path(find_envoy())]:
         with tempfile.TemporaryDirectory(prefix="dp-extproc-envoy-gateway-") as scratch:
-            reports.append(run(program, envoy, Path(scratch), arguments.only))
+            reports.append(run(program, envoy, Path(scratch), arguments.only, arguments.recordings))
     rows = [row for report in reports for row in report.rows]
     print(f"{sum(row.good for row in rows)} of {len(rows)} checks hold")
-    return 0 if all(report.is_good for report in reports) else 1
+    return 0 if all(row.good for row in rows) else 1
 
 
 if __name__ == "__main__":

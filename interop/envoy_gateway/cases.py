@@ -1,8 +1,10 @@
 """What Envoy Gateway makes of the printed resources: names, a second instance, mistakes, and changes under load."""
 
+import asyncio
 import base64
 import ssl
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +16,15 @@ import httpx
 import yaml
 
 from dp_extproc.config import Config
+from dp_extproc.envoy_check import Severity, audit
+from dp_extproc.envoy_check.reader import read_envoy
 from dp_extproc.envoy_config import FORMS
 from dp_extproc.envoy_config.formats.target import ObjectName, Target
 from dp_extproc.lab.testbed import loopback
 from faults.fleet import BODIES, ask
 from interop.envoy_gateway.control_plane import GATEWAY, NAMESPACE, PORT, TLS_PORT, ControlPlane
+from interop.envoy_gateway.recording import differences, record
+from interop.istio.recording import delivered
 from interop.mesh.scenarios import CHAT, hostile_headers
 from interop.mesh.site import Site
 from patience import wait_for
@@ -32,8 +38,9 @@ _API: Final = "gateway.networking.k8s.io"
 _PATIENCE: Final = 20.0
 _SETTLED: Final = 3.0
 """Seconds after which Envoy has what was applied before."""
-_LONG: Final[Mapping[str, Any]] = {"kind": "slow", "after": 1, "seconds": 6.0}
-"""The engine sends the first piece of its response, and the rest after a pause."""
+_STREAM_SECONDS: Final = 30
+"""How long a stream lasts under which something changes. Envoy Gateway needs two seconds for a change, or many more if
+the machine is busy."""
 LISTENERS: Final = ("dp_dispatch", "prefill_leg", "decode")
 
 
@@ -104,8 +111,16 @@ class Rig:
         """Return how often Envoy's listeners were replaced, whole or in place."""
         return self.plane.statistic("listener_manager.listener_modified")
 
-    def wrong(self, what: str, text: str, expected: str) -> None:
-        """Apply resources with a mistake, and wait for what clients get then."""
+    def checked(self, *expected: str) -> None:
+        """Let ``dp-extproc check --envoy`` read this Envoy, and compare the codes of the errors that it finds."""
+        found = audit(asyncio.run(read_envoy([self.plane.admin_url])), self.site.fleet.config)
+        errors = {each.code for each in found if each.severity is Severity.ERROR}
+        warnings = {each.code for each in found} - errors
+        seen = f"errors: {sorted(errors)}; warnings: {sorted(warnings)}"
+        self.add("... and dp-extproc check --envoy", seen, good=errors == set(expected))
+
+    def wrong(self, what: str, text: str, expected: str, *codes: str) -> None:
+        """Apply resources with a mistake, and wait for what clients get then, and what the check finds."""
         assert text != self.texts["dp-extproc.yaml"], what
         self.plane.apply("ours", text)
         wait_for(lambda: self.programmed()[0] == "False", _PATIENCE)
@@ -115,42 +130,37 @@ class Rig:
         text = f"{message[:60]} ... {message[-60:]}" if len(message) > 125 else message
         seen = f"Programmed=False: {text}; our host: {self.asks()}; neighbour served: {other}"
         self.add(what, seen, good=other)
+        self.checked(*codes)
         self.apply(self.texts["dp-extproc.yaml"])
 
 
-def accepted(rig: Rig) -> None:
-    """Envoy Gateway applies every patch, and Envoy has the block, the retries and the buffer of our route alone."""
+def accepted(rig: Rig, recordings: Path | None = None) -> None:
+    """Envoy Gateway applies every patch, and Envoy has the block as printed, with retries on our route alone."""
     wait_for(lambda: rig.programmed()[0] == "True", _PATIENCE)
     wait_for(lambda: set(LISTENERS) <= set(rig.plane.listeners()), _PATIENCE)
     rig.add("EnvoyPatchPolicy", "Programmed=True: " + rig.programmed()[1], good=True)
     attached = rig.plane.conditions("HTTPRoute", OURS)
     good = all(attached[each][0] == "True" for each in ("Accepted", "ResolvedRefs"))
     rig.add("HTTPRoute", str({kind: status for kind, (status, _) in attached.items()}), good=good)
-    configs = {each["@type"].rpartition(".")[2]: each for each in rig.plane.dump()["configs"]}
-    extensions = [each["name"] for each in configs["BootstrapConfigDump"]["bootstrap"]["bootstrap_extensions"]]
+    bootstrap = next(each["bootstrap"] for each in rig.plane.dump()["configs"] if "bootstrap" in each)
+    extensions = [each["name"] for each in bootstrap["bootstrap_extensions"]]
     rig.add("bootstrap extensions", str(extensions), good=extensions == ["envoy.bootstrap.internal_listener"])
-    clusters = {
-        each["cluster"]["name"]: each["cluster"] for each in configs["ClustersConfigDump"]["dynamic_active_clusters"]
-    }
-    ours = clusters[f"httproute/{NAMESPACE}/{OURS}/rule/0"]
-    (endpoint,) = ours["load_assignment"]["endpoints"][0]["lb_endpoints"]
-    leads_to = endpoint["endpoint"]["address"]["envoy_internal_address"]["server_listener_name"]
-    breakers = ours["circuit_breakers"]["thresholds"][0]["max_requests"]
-    rig.add("the generated cluster", f"leads to {leads_to}, max_requests {breakers}", good=breakers == 1_000_000)
+    resources, ours = delivered(rig.plane.admin_url), list(yaml.safe_load_all(rig.texts["dp-extproc.yaml"]))
+    different = differences(resources, ours)
+    rig.add("clusters and listeners that differ from the printed ones", str(different), good=not different)
     routes = [
         route
-        for table in configs["RoutesConfigDump"]["dynamic_route_configs"]
-        for host in table["route_config"]["virtual_hosts"]
+        for table in resources["dynamic_route_configs"]
+        for host in table["virtual_hosts"]
         for route in host["routes"]
     ]
-    retried = {route["route"]["cluster"]: "retry_policy" in route["route"] for route in routes}
-    buffered = {route["route"]["cluster"]: int(route.get("request_body_buffer_limit", 0)) for route in routes}
-    seen = f"retries: {retried}; buffers: {buffered}"
-    only = [f"httproute/{NAMESPACE}/{OURS}/rule/0"]
-    good = (
-        [each for each, is_so in retried.items() if is_so] == [each for each, size in buffered.items() if size] == only
-    )
-    rig.add("routes of the gateway", seen, good=good)
+    retried = [route["route"]["cluster"] for route in routes if "retry_policy" in route["route"]]
+    buffered = [route["route"]["cluster"] for route in routes if "request_body_buffer_limit" in route]
+    seen = f"of {len(routes)} routes with retries: {retried}, with a buffer: {buffered}"
+    rig.add("routes of the gateway", seen, good=retried == buffered == [f"httproute/{NAMESPACE}/{OURS}/rule/0"])
+    rig.checked()
+    if recordings is not None:
+        record(recordings / "envoy-gateway.json", ours, resources)
 
 
 def second_instance(rig: Rig) -> None:
@@ -245,21 +255,37 @@ def changes_while_a_stream_runs(rig: Rig) -> None:
 def short_drain(rig: Rig) -> None:
     """With shutdown.drainTimeout of 1 s a change cuts older streams, and a listener that is gone serves no more."""
     ours = rig.texts["dp-extproc.yaml"]
-    outcome = _streaming(rig, partial(rig.plane.apply, "ours", _changed(ours)))
+    outcome = _streaming(rig, partial(rig.plane.apply, "ours", _changed(ours)), 2 * _STREAM_SECONDS)
     rig.add("dp_dispatch changes, drainTimeout: 1s", f"the stream: {outcome}", good=outcome != "answer")
-    rig.wrong("a listener with an unknown field", ours.replace("stat_prefix: dp_dispatch", "typo: dp_dispatch"), "503")
+    listener = ours.replace("stat_prefix: dp_dispatch", "typo: dp_dispatch")
+    rig.wrong("a listener with an unknown field", listener, "503", "listener_missing")
+    rig.plane.delete("ours")
+    wait_for(lambda: not set(LISTENERS) & set(rig.plane.listeners()), _PATIENCE)
+    began = threading.Event()
+    streaming = rig.site.threads.submit(rig.site.stream_of_neighbour, _STREAM_SECONDS, began.set)
+    assert began.wait(_PATIENCE)
+    rig.apply(ours)
+    running = not streaming.done()
+    seen = streaming.result()
+    rig.add("ours applied under a stream of the neighbour", f"its stream: {seen}", good=running and seen == "complete")
 
 
 def wrong_patches(rig: Rig) -> None:
     """One wrong patch is left out and the others apply. Our host fails closed, and the neighbour is served."""
     ours, table = rig.texts["dp-extproc.yaml"], f"name: {NAMESPACE}/{GATEWAY}/"
     cluster = ours.replace("name: prefill\n        type: ORIG", "name: prefill\n        typo: ORIG")
-    rig.wrong("a cluster with an unknown field", cluster, "502 prefill_failed")
-    rig.wrong("a route table that does not exist", ours.replace(f"{table}http", f"{table}web"), "answer")
+    rig.wrong("a cluster with an unknown field", cluster, "502 prefill_failed", "cluster_missing")
+    rig.wrong(
+        "a route table that does not exist",
+        ours.replace(f"{table}http", f"{table}web"),
+        "answer",
+        "retry_policy_missing",
+    )
     rig.plane.apply("ours", "---\n".join(ours.split("---\n")[:2]))
     wait_for(lambda: rig.asks().startswith("503"), _PATIENCE)
     seen = f"our host: {rig.asks()}; neighbour served: {rig.neighbour_answers()}"
     rig.add("Backend and HTTPRoute without the policy", seen, good=rig.neighbour_answers())
+    rig.checked("cluster_missing", "listener_missing", "no_entrance")
     rig.apply(ours)
 
 
@@ -282,6 +308,7 @@ def broken_bootstrap(rig: Rig) -> None:
     logged = refusals[-1][-200:] if refusals else "nothing"
     seen = f"Programmed=True; of our listeners: {listeners}; our host: {result}; Envoy's log: {logged}"
     rig.add(f"extension there {count} times", seen, good=result.startswith("503") and rig.neighbour_answers())
+    rig.checked(*(("extension_twice",) if count else ("extension_missing", "listener_missing", "update_rejected")))
 
 
 CASES: Final[Sequence[Callable[[Rig], None]]] = (
@@ -325,18 +352,18 @@ def _changed(text: str) -> str:
     return text.replace("max_headers_count: 200", "max_headers_count: 201")
 
 
-def _streaming(rig: Rig, change: Callable[[], object]) -> str:
-    """Request a stream of six seconds, change listeners after its first event, and return its result."""
+def _streaming(rig: Rig, change: Callable[[], object], seconds: float = _STREAM_SECONDS) -> str:
+    """Request a stream that lasts so long, change listeners after its first event, and return its result."""
     modified = rig.modified()
 
     def change_listeners() -> None:
         change()
-        wait_for(lambda: rig.modified() > modified, _LONG["seconds"] / 2)
+        wait_for(lambda: rig.modified() > modified, seconds / 2)
 
     for engine in rig.site.fleet.decodes:
-        engine.fault(inference=dict(_LONG))
+        engine.fault(inference={"kind": "slow", "after": 1, "seconds": seconds})
     try:
-        return str(ask(rig.site.client, CHAT, stream=True, on_first=change_listeners))
+        return str(ask(rig.site.client, CHAT, stream=True, patience=2 * seconds, on_first=change_listeners))
     finally:
         rig.site.fleet.recover()
 

@@ -2,7 +2,8 @@
 
 import re
 import subprocess
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -22,6 +23,11 @@ _READY: Final = "http://127.0.0.1:8081/readyz"
 """Envoy Gateway's ports are fixed, so a run has a network namespace of its own."""
 _EXPECTED_VERSION: Final = "1.39.0"
 """The version of Envoy that Envoy Gateway 1.9 looks for. It does not ask the program for its version."""
+_READ: Final = "reconcile finished"
+"""What its log has after each change of the files."""
+_READ_SECONDS: Final = 30.0
+"""It checks every field of every file for each change, which takes two seconds of a processor."""
+_ATTEMPTS: Final = 2
 _START_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 15.0
 _STATUS: Final = re.compile(
@@ -94,13 +100,29 @@ class ControlPlane:
 
     def apply(self, name: str, text: str) -> None:
         """Write resources as one file, which is whole at any moment."""
-        new = self.directory / "new.yaml"
-        new.write_text(text, encoding="utf-8")
-        new.replace(self._resources / f"{name}.yaml")
+
+        def put() -> None:
+            new = self.directory / "new.yaml"
+            new.write_text(text, encoding="utf-8")
+            new.replace(self._resources / f"{name}.yaml")
+
+        self._change(put)
 
     def delete(self, name: str) -> None:
         """Delete a file of resources."""
-        (self._resources / f"{name}.yaml").unlink()
+        self._change(lambda: (self._resources / f"{name}.yaml").unlink(missing_ok=True))
+
+    def _change(self, change: Callable[[], object]) -> None:
+        """Change files, and wait until they were read. A change that Envoy Gateway did not see is made again."""
+        read = self.log().count(_READ) if self._log_path.exists() else 0
+        for _ in range(_ATTEMPTS):
+            change()
+            if not self._log_path.exists():  # it does not run yet
+                return
+            with suppress(RuntimeError):
+                wait_until(lambda: self.log().count(_READ) > read, _READ_SECONDS, lambda: "not read")
+                return
+        raise RuntimeError(f"envoy-gateway did not read a change:\n{self.log()[-3000:]}")
 
     def conditions(self, kind: str, name: str) -> dict[str, tuple[str, str]]:
         """Return the last status of an object: status and message of each condition."""

@@ -85,6 +85,8 @@ def _configurations(authority: Authority) -> Iterator[tuple[str, Config]]:
         content = {"pools": [pool], "envoy": envoy, "supervision": {"mode": supervision}}
         yield f"{mode}, supervision {supervision}, {ending}", Config.model_validate(content)
     pair = authority.issue("service")
+    encrypted = {**_POOL, "prefill": {"endpoints": ["https://127.0.0.1:1"]}}
+    encrypted["decode"] = {"endpoints": ["https://127.0.0.1:2"]}
     tls = {"ca": authority.ca, "name": "dp-extproc.test", **pair}
     more: Mapping[str, Mapping[str, Any]] = {
         "TLS to the service": {"listen": {"tls": pair}, "envoy": {"service_tls": tls}},
@@ -92,6 +94,8 @@ def _configurations(authority: Authority) -> Iterator[tuple[str, Config]]:
         "standby and workers": {"envoy": {"standby": ["127.0.0.2:9002"]}, "listen": {"workers": 2}},
         "sessions and prefix": {"envoy": {"session_header": "x-session-id", "name_prefix": "llm_"}},
         "no retries": {"retry": {"attempts": 1}},
+        "legs of the service": {"prefill_leg": "service"},
+        "TLS to engines": {"pools": [encrypted], "engine_tls": {"ca": authority.ca, "names": ["engine.llm"], **pair}},
     }
     for name, sections in more.items():
         yield name, Config.model_validate({"pools": [_POOL], **sections})

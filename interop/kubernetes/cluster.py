@@ -152,9 +152,12 @@ class Cluster:
         base = f"/apis/{version}" if "/" in version else f"/api/{version}"
         answer = self.client.get(base)
         kinds = answer.json()["resources"] if answer.is_success else ()
-        plural = next((each["name"] for each in kinds if each["kind"] == manifest["kind"]), None)
+        found = next((each for each in kinds if each["kind"] == manifest["kind"]), None)
+        if found is None:
+            return None
         meta = manifest["metadata"]
-        return plural and f"{base}/namespaces/{meta['namespace']}/{plural}/{meta['name']}"
+        scope = f"namespaces/{meta['namespace']}/" if found["namespaced"] else ""
+        return f"{base}/{scope}{found['name']}/{meta['name']}"
 
     def apply(self, manifest: Mapping[str, Any], *, dry_run: bool = False) -> None:
         """Create or replace one object by server-side apply, or only let the API server check it."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the control planes of Envoy Gateway and Istio from their Go modules, outside of this tree. Wants Go 1.26 and a
 # module proxy; ten minutes on two processors, 6 GB, and 0.4 GB are kept. With names of programs it builds only those.
-# The definitions of Istio's resources and of those of the Gateway API are kept beside the programs.
+# The definitions of their resources and of those of the Gateway API are kept beside the programs.
 #
 #   MESH_BIN=~/.cache/dp-extproc/mesh/bin interop/mesh/build.sh [envoy-gateway] [pilot-discovery]
 set -euo pipefail
@@ -25,6 +25,11 @@ mkdir -p "$MESH_BIN"
 
 # Where the files of a module are.
 folder() { go mod download -json "$1" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p'; }
+if [[ $wanted == *" envoy-gateway "* ]]; then
+  crds=$(folder "github.com/envoyproxy/gateway@$ENVOY_GATEWAY")/charts/gateway-helm/charts/crds/crds
+  cat "$crds"/gatewayapi-crds.yaml "$crds"/generated/*_{backends,clienttrafficpolicies,envoypatchpolicies,envoyproxies}.yaml \
+    >"$MESH_BIN/envoy-gateway-crds.yaml"
+fi
 if [[ $wanted == *" pilot-discovery "* ]]; then
   istio=$(folder "istio.io/istio@$ISTIO")
   gateway_api=$(folder "sigs.k8s.io/gateway-api@$(sed -n 's/^\tsigs.k8s.io\/gateway-api //p' "$istio/go.mod")")

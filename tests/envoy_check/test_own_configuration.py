@@ -14,8 +14,13 @@ from dp_extproc.envoy_config.filters import FIRST_EVENT_FILTER
 from dp_extproc.envoy_config.formats.target import Target
 from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from dp_extproc.lab.testbed.ports import free_ports
-from envoy_check.samples import POOL, Tree, bootstrap_of, config_with, dump_of, example_config, found_in
+from envoy_check.samples import ADMIN, POOL, Tree, bootstrap_of, config_with, dump_of, example_config, found_in
 
+ENCRYPTED = {
+    "models": ["*"],
+    "prefill": {"endpoints": ["https://127.0.0.1:1"]},
+    "decode": {"endpoints": ["https://127.0.0.1:2"]},
+}
 HEADERS_ONLY = {**POOL, "routing_fields": "headers", "policy": {"affinity": {"prefixes": False}}}
 
 
@@ -27,6 +32,8 @@ HEADERS_ONLY = {**POOL, "routing_fields": "headers", "policy": {"affinity": {"pr
         pytest.param({"envoy": {"body_mode": "none"}, "pools": [HEADERS_ONLY]}, id="no bodies"),
         pytest.param({"envoy": {"truncated_streams": "reset", "name_prefix": "llm_"}}, id="reset and prefix"),
         pytest.param({"supervision": {"mode": "off"}, "retry": {"attempts": 1}}, id="no supervision or retries"),
+        pytest.param({"prefill_leg": "service"}, id="legs of the service"),
+        pytest.param({"pools": [ENCRYPTED], "engine_tls": {"ca": "/ca", "names": ["engine"]}}, id="TLS to engines"),
         pytest.param({"envoy": {"service": "router:9002", "session_header": "x-session-id"}}, id="DNS and sessions"),
     ],
 )
@@ -62,6 +69,21 @@ def test_files_for_xds_have_no_findings() -> None:
     listeners[1]["per_connection_buffer_limit_bytes"] = 1
     assert [(each.code, each.place) for each in found_in(example_config(), *documents)] == [
         ("field_differs", "listener dp_dispatch: per_connection_buffer_limit_bytes")
+    ]
+
+
+def test_rejected_listener_of_the_files_for_xds_is_named() -> None:
+    """Envoy has the cluster that leads to it, and the reason."""
+    documents = form("xds")
+    listeners = next(each["resources"] for each in documents if len(each.get("resources", ())) == 4)
+    rejected = {"name": listeners.pop()["name"], "error_state": {"details": "no such filter"}}
+    section = {"@type": f"{ADMIN}.ListenersConfigDump", "dynamic_listeners": [rejected]}
+
+    found = found_in(example_config(), *documents, {"configs": [section]})
+
+    assert [(each.code, each.place) for each in found] == [
+        ("update_rejected", "listener decode"),
+        ("listener_missing", "listener decode"),
     ]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from dp_extproc.config import Config
 from dp_extproc.envoy_check.findings import CODES
-from envoy_check.samples import EXAMPLES, Tree, cluster, codes, dump_of, found_in, load, manager
+from envoy_check.samples import EXAMPLES, POOL, Tree, cluster, codes, dump_of, found_in, load, manager
 
 WORKERS = {"models": ["*"], "workers": {"endpoints": ["http://127.0.0.1:1"]}}
 OUR_FILTER = "envoy.filters.http.ext_proc"
@@ -133,6 +133,29 @@ def test_filters_of_others_are_left_alone() -> None:
     assert found_in(picker_config(), dump) == []
 
 
+@pytest.mark.parametrize(
+    ("timeout", "response_body", "expected"),
+    [
+        ("0.1s", "NONE", ["picker_hold"]),
+        ("20s", "NONE", []),
+        ("0.1s", "FULL_DUPLEX_STREAMED", ["picker_response_bodies"]),
+    ],
+)  # fmt: skip
+def test_headers_are_held_for_less_than_the_gateway_waits(
+    timeout: str, response_body: str, expected: list[str]
+) -> None:
+    """The service holds them for picker.hold in pools with prefill and decode, except in full duplex."""
+    config = Config.model_validate({"protocol": "endpoint_picker", "pools": [POOL]})
+    bootstrap = gateway()
+    top(message_timeout=timeout)(bootstrap)
+    mode(response_body_mode=response_body)(bootstrap)
+
+    assert codes(found_in(config, bootstrap)) == expected
+
+
 def test_every_code_has_a_test() -> None:
     """A rule that never finds anything would not be missed."""
-    assert {code for code in CODES if code.startswith("picker_")} <= {code for _, code in CHANGES.values()}
+    assert {code for code in CODES if code.startswith("picker_")} <= {
+        "picker_hold",
+        *(code for _, code in CHANGES.values()),
+    }

@@ -19,7 +19,7 @@ def without_hashes(snapshot: Snapshot, listeners: Collection[str]) -> Snapshot:
     """
     plain = {
         each.name: found[1]
-        for each in snapshot.listeners
+        for each in (*snapshot.listeners, *snapshot.rejected)
         if (found := _HASHED.fullmatch(each.name)) is not None and found[1] in listeners
     }
     if not plain:

@@ -228,6 +228,11 @@ _TEXTS: Final[Mapping[str, _Text]] = {
         "while no service responds, requests go to any engine unpicked",
         "set failure_mode_allow to false, unless every engine can serve every request",
     ),
+    "picker_hold": _Text(
+        _E,
+        "response headers may wait for prefill for {hold:g} s, and the gateway gives up after {found:g} s",
+        "raise message_timeout, or set picker.hold to less",
+    ),
     "picker_message_timeout": _Text(
         _W,
         "Envoy waits {found:g} s for the service; a large body, or a place in the admission queue, may need more",

@@ -126,6 +126,15 @@ def _message_timeout(each: PickerStep, _config: Config) -> Iterator[Finding]:
         yield finding("picker_message_timeout", each.place, found=limit, wanted=_NEEDED_TIMEOUT)
 
 
+def _hold(each: PickerStep, config: Config) -> Iterator[Finding]:
+    """Compare the time for which response headers may be held. In full duplex no timer of the gateway runs then."""
+    is_timed = each.mode.response_body_mode is not ProcessingModeBodySendMode.FULL_DUPLEX_STREAMED
+    has_legs = config.sends_legs and any(pool.is_disaggregated for pool in config.pools)
+    limit = (each.settings.message_timeout or _DEFAULT_TIMEOUT).total_seconds()
+    if is_timed and has_legs and config.picker.hold >= limit:
+        yield finding("picker_hold", each.place, hold=config.picker.hold, found=limit)
+
+
 _RULES: Final[tuple[Callable[[PickerStep, Config], Iterator[Finding]], ...]] = (
     _request_headers,
     _request_body,
@@ -133,5 +142,6 @@ _RULES: Final[tuple[Callable[[PickerStep, Config], Iterator[Finding]], ...]] = (
     _response_body,
     _failure_mode,
     _message_timeout,
+    _hold,
 )
 """What the filter that calls the service has to fulfil."""
