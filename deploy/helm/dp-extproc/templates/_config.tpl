@@ -69,8 +69,9 @@ sync: {url: {{ .Values.sync.url | quote }}}
       {{- $_ := set $pool $role (dict "kubernetes" $sources) -}}
     {{- end -}}
   {{- end -}}
-  {{- if and (eq $.Values.topology "picker") (not (hasKey $pool "workers")) $.Values.inferencePool.create -}}
-    {{- $_ := set $pool "workers" (include "dp-extproc.inferencePoolWorkers" $ | fromYaml) -}}
+  {{- $role := ternary "decode" "workers" (hasKey $pool "prefill") -}}
+  {{- if and (eq $.Values.topology "picker") (not (hasKey $pool $role)) $.Values.inferencePool.create -}}
+    {{- $_ := set $pool $role (include "dp-extproc.inferencePoolWorkers" $ | fromYaml) -}}
   {{- end -}}
   {{- if and (kindIs "map" $pool.api_key) (hasKey (default dict $pool.api_key) "secret") -}}
     {{- $_ := set $pool "api_key" (dict "file" (printf "%s/%s/%s" "/etc/dp-extproc-keys" $pool.api_key.secret (default "api-key" $pool.api_key.key))) -}}
@@ -160,11 +161,6 @@ kubernetes:
   {{- fail "tls.secret is for the topologies service and picker; in the topology sidecar Envoy reaches the service inside of the pod" -}}
 {{- end -}}
 {{- if eq .Values.topology "picker" -}}
-  {{- range .Values.config.pools -}}
-    {{- if or .prefill .decode -}}
-      {{- fail "an endpoint picker names one endpoint for a request, so the topology picker has no pools with prefill and decode; leave both out, or take another topology" -}}
-    {{- end -}}
-  {{- end -}}
   {{- if gt (int (default 1 $config.listen.workers)) 1 -}}
     {{- fail "a gateway uses one port of an endpoint picker; leave config.listen.workers out and raise replicas" -}}
   {{- end -}}
