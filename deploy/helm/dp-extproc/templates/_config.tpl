@@ -69,9 +69,9 @@ sync: {url: {{ .Values.sync.url | quote }}}
       {{- $_ := set $pool $role (dict "kubernetes" $sources) -}}
     {{- end -}}
   {{- end -}}
-  {{- $role := ternary "decode" "workers" (hasKey $pool "prefill") -}}
-  {{- if and (eq $.Values.topology "picker") (not (hasKey $pool $role)) $.Values.inferencePool.create -}}
-    {{- $_ := set $pool $role (include "dp-extproc.inferencePoolWorkers" $ | fromYaml) -}}
+  {{- $answering := hasKey $pool "prefill" | ternary "decode" "workers" -}}
+  {{- if and (eq $.Values.topology "picker") (not (or $pool.workers $pool.decode)) $.Values.inferencePool.create -}}
+    {{- $_ := set $pool $answering (include "dp-extproc.inferencePoolWorkers" $ | fromYaml) -}}
   {{- end -}}
   {{- if and (kindIs "map" $pool.api_key) (hasKey (default dict $pool.api_key) "secret") -}}
     {{- $_ := set $pool "api_key" (dict "file" (printf "%s/%s/%s" "/etc/dp-extproc-keys" $pool.api_key.secret (default "api-key" $pool.api_key.key))) -}}
@@ -161,6 +161,11 @@ kubernetes:
   {{- fail "tls.secret is for the topologies service and picker; in the topology sidecar Envoy reaches the service inside of the pod" -}}
 {{- end -}}
 {{- if eq .Values.topology "picker" -}}
+  {{- range $config.pools -}}
+    {{- if and .prefill (eq $.Values.inferencePool.failureMode "FailOpen") -}}
+      {{- fail "inferencePool.failureMode is FailOpen, but a request without a pick would end a prefill engine; write FailClose for a pool with prefill and decode" -}}
+    {{- end -}}
+  {{- end -}}
   {{- if gt (int (default 1 $config.listen.workers)) 1 -}}
     {{- fail "a gateway uses one port of an endpoint picker; leave config.listen.workers out and raise replicas" -}}
   {{- end -}}
