@@ -76,7 +76,7 @@ soak: .venv/bench-ready
 # Envoy and the service in front of real SGLang engines, which it installs first: 4 minutes, and then about 10.
 interop: setup
 	SGLVENV=$(SGLVENV) SGLRUN=$(SGLRUN) interop/setup.sh
-	$(BIN)/python -m interop --venv $(SGLVENV) --run $(SGLRUN) $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m interop --venv $(SGLVENV) --run $(SGLRUN) $(ARGS)
 
 # Discovery against Kubernetes' own API server, which interop/kubernetes/build.sh builds: 4 minutes. It needs openssl,
 # unshare and ip.

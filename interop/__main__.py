@@ -7,28 +7,22 @@ import argparse
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 
-from dp_extproc.lab.testbed.envoy import EnvoyProcess
-from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from interop.cases import CASES, PATIENCE_SECONDS, Rig, unified_answers, unified_logprobs
+from interop.forms import FORMS, run_form
 from interop.record import record_logprobs
 from interop.report import Report
 from interop.servers import SHAPES, RealEngine, Shape, run_engines
 
 
-def run(shape: Shape, venv: Path, folder: Path, report: Report) -> None:
-    """Test everything on engines of one shape."""
+def run(shape: Shape, forms: Sequence[str], venv: Path, folder: Path, report: Report) -> None:
+    """Test everything on engines of one shape, with each of the forms in turn."""
     report.shape = shape.name
     unified, prefill, decode = (RealEngine(role, shape, venv, folder) for role in ("unified", "prefill", "decode"))
-    pool = {
-        "models": ["*"],
-        "prefill": {"endpoints": [{"url": prefill.url, "bootstrap_port": prefill.bootstrap_port}]},
-        "decode": {"endpoints": [decode.url]},
-        "policy": {"client_dp_rank": "honour"},
-    }
     began = time.monotonic()
     with httpx.Client(timeout=PATIENCE_SECONDS, trust_env=False) as client:
         with run_engines(unified):
@@ -36,17 +30,18 @@ def run(shape: Shape, venv: Path, folder: Path, report: Report) -> None:
         with run_engines(prefill, decode):
             record_logprobs(client, prefill, decode, folder / "recorded" / shape.model)
             print(f"{shape.name}: engines are up after {time.monotonic() - began:.0f} s", flush=True)
-            with ServiceProcess(write_config([pool])) as service, EnvoyProcess(service.config) as envoy:
-                service.wait_until_fresh()
-                service.wait_until_ready()
-                rig = Rig(client, envoy.url, prefill, decode, answers, logprobs, report)
-                for case in CASES:
-                    try:
-                        case(rig)
-                    except Exception as error:  # noqa: BLE001 - the other cases run all the same
-                        traceback.print_exc()
-                        report.add(case.__name__, f"{type(error).__name__}: {error}"[:200], good=False)
-                service.wait_until_idle()
+            for form in forms:
+                for engine in (prefill, decode):
+                    engine.restart_if_killed()
+                report.shape = f"{shape.name}, prefill leg by {form}"
+                with run_form(form, prefill, decode) as url:
+                    rig = Rig(client, url, prefill, decode, answers, logprobs, report, form)
+                    for case in CASES:
+                        try:
+                            case(rig)
+                        except Exception as error:  # noqa: BLE001 - the other cases run all the same
+                            traceback.print_exc()
+                            report.add(case.__name__, f"{type(error).__name__}: {error}"[:200], good=False)
 
 
 def main() -> int:
@@ -54,10 +49,11 @@ def main() -> int:
     parser.add_argument("--venv", type=Path, required=True, help="where SGLang is installed")
     parser.add_argument("--run", type=Path, required=True, help="folder with the models")
     parser.add_argument("--shape", choices=SHAPES, action="append", help="only this one")
+    parser.add_argument("--form", choices=FORMS, action="append", help="only this way to send prefill legs")
     arguments = parser.parse_args()
     report = Report()
     for name in arguments.shape or SHAPES:
-        run(SHAPES[name], arguments.venv, arguments.run, report)
+        run(SHAPES[name], arguments.form or list(FORMS), arguments.venv, arguments.run, report)
     print(f"\n{report.table()}")
     return 0 if report.is_good else 1
 

@@ -57,7 +57,7 @@ SHAPES: Final = {
 
 
 class RealEngine:
-    """``sglang.launch_server`` with all its processes, in a session of its own."""
+    """``sglang.launch_server`` with all its processes, in a process group of its own."""
 
     def __init__(self, role: str, shape: Shape, venv: Path, run: Path, *options: str) -> None:
         """Prepare an engine.
@@ -86,7 +86,7 @@ class RealEngine:
 
     def start(self) -> None:
         environment = [f"{name}={value}" for name, value in _ENVIRONMENT.items()]
-        argv = [_program("env"), *environment, _program("setsid"), *self._argv]
+        argv = [_program("env"), *environment, *self._argv]
         with self._log.open("wb") as log:
             self._process = start_tied(argv, log, log)
 
@@ -103,12 +103,18 @@ class RealEngine:
                 raise RuntimeError(f"{self.role} did not start:\n{log[-3000:].decode(errors='replace')}")
             time.sleep(_POLL_SECONDS)
 
+    def restart_if_killed(self) -> None:
+        """Start the engine again if it was killed."""
+        if self._process is None:
+            self.start()
+            self.wait_until_ready()
+
     def kill(self) -> None:
         """End all its processes immediately, and wait until they are gone."""
         if self._process is None:
             return
-        session = self._process.pid
-        while members := _members_of(session):
+        group = self._process.pid
+        while members := _members_of(group):
             for pid in members:
                 with _gone():
                     os.kill(pid, signal.SIGKILL)
@@ -174,13 +180,13 @@ def _program(name: str) -> str:
     return found
 
 
-def _members_of(session: int) -> list[int]:
-    """List the processes of a session that still run."""
+def _members_of(group: int) -> list[int]:
+    """List the processes of a process group that still run."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with _gone():
-            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
-            if int(its_session) == session and state != "Z":
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
                 found.append(int(stat.parent.name))
     return found
 

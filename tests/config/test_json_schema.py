@@ -131,6 +131,8 @@ NOT_EXPRESSED = {
     "session-header-of-ours", "session-header-of-the-engines", "session-header-of-gateways",
     "session-header-with-a-secret", "session-header-that-frames", "session-header-that-routes",
     "self-signed-certificate-for-the-printed-envoy", "health-of-several-processes",
+    "tls-for-some-engines", "engines-with-unknown-certificates", "credentials-for-all-origins",
+    "no-listener-of-both-families",
 }  # fmt: skip
 """Mistakes that concern several keys, names that are taken, or YAML itself."""
 

@@ -128,6 +128,34 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
         POOL + "envoy: {service_tls: {ca: a, name: dp, cert: b}}\n",
         [(4, "envoy.service_tls", "cert and key belong together")],
     ),
+    "half-a-client-certificate": (
+        "engine_tls: {ca: a, names: [b], cert: c}\n" + POOL.replace("http:", "https:"),
+        [(1, "engine_tls", "cert and key belong together")],
+    ),
+    "tls-for-some-engines": (
+        "engine_tls: {ca: a, names: [b]}\n" + POOL,
+        [(4, "pools[0].workers.endpoints[0]", "engine_tls applies to the engines of all pools: write https://")],
+    ),
+    "engines-with-unknown-certificates": (
+        POOL.replace("http:", "https:"),
+        [(3, "pools[0].workers.endpoints[0]", "https:// needs the section engine_tls")],
+    ),
+    "name-with-a-port": (
+        "engine_tls: {ca: a, names: ['b:1']}\n" + POOL.replace("http:", "https:"),
+        [(1, "engine_tls.names[0]", "write a DNS name")],
+    ),
+    "credentials-for-all-origins": (
+        POOL + "envoy: {cors: {allow_origins: ['*'], allow_credentials: true}}\n",
+        [(4, "envoy.cors", "would let every page act for its user")],
+    ),
+    "origin-with-a-path": (
+        POOL + "envoy: {cors: {allow_origins: ['https://a/b']}}\n",
+        [(4, "envoy.cors.allow_origins[0]", "without a path")],
+    ),
+    "no-listener-of-both-families": (
+        POOL + "envoy: {ipv4_compat: true}\n",
+        [(4, "envoy", "ipv4_compat is for a listener on [::]")],
+    ),
     "key-itself": (
         "pools: [{models: [m], workers: {endpoints: ['http://a:1']}, api_key: {value: sk-1}}]\n",
         [(1, "pools[0].api_key.value", "is not a known key")],

@@ -1,6 +1,7 @@
 """A whole fleet on this machine: strict engines, the service and Envoy."""
 
 import json
+import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -91,7 +92,13 @@ def body_of(request: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def run_stack(
-    version: str = "0.5.23", *, prefills: int = 1, decodes: int = 1, options: Sequence[str] = (), **sections: Any
+    version: str = "0.5.23",
+    *,
+    prefills: int = 1,
+    decodes: int = 1,
+    options: Sequence[str] = (),
+    tls: ssl.SSLContext | None = None,
+    **sections: Any,
 ) -> Iterator[Stack]:
     """Run a disaggregated fleet of one release; *sections* override the configuration, or that of its pool.
 
@@ -100,8 +107,8 @@ def run_stack(
     flags = ("--sglang-version", version, "--dp-attention", *FAST, *options)
     of_pool: dict[str, Any] = {key: sections.pop(key) for key in ("policy", "api_key") if key in sections}
     with ExitStack() as running:
-        prefill = [EngineProcess("prefill", PREFILL_RANKS, *flags) for _ in range(prefills)]
-        decode = [EngineProcess("decode", DECODE_RANKS, *flags) for _ in range(decodes)]
+        prefill = [EngineProcess("prefill", PREFILL_RANKS, *flags, tls=tls) for _ in range(prefills)]
+        decode = [EngineProcess("decode", DECODE_RANKS, *flags, tls=tls) for _ in range(decodes)]
         for engine in (*prefill, *decode):
             running.push(engine)
             engine.start()

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from types import MappingProxyType
 from typing import Any, Final
 
 import httpx
+import yaml
 from envoy_data_plane.envoy.config.bootstrap.v3 import Bootstrap
 from envoy_data_plane.envoy.config.cluster.v3 import Cluster, ClusterDiscoveryType
 from envoy_data_plane.envoy.config.endpoint.v3 import LocalityLbEndpoints
@@ -22,6 +24,7 @@ from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.engine import EngineProcess
 from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
+from e2e.gateway import ext_proc, load_gateway
 from e2e.stack import FAST
 from patience import wait_for
 
@@ -35,6 +38,26 @@ BODIES: Final[dict[str, dict[str, Any]]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": TOKENS},
     "/generate": {"text": "hello", "sampling_params": {"max_new_tokens": TOKENS}},
 }
+
+
+class Form(Enum):
+    """Who sends the prefill leg, and which gateway is in front.
+
+    The value has the modes of the bodies of requests and responses, if that is another gateway.
+    """
+
+    MIRRORED = None
+    """The bundled Envoy mirrors it."""
+    SERVICE = ()
+    """The service sends it, and the bundled Envoy sends the decode leg."""
+    PICKER = ("FULL_DUPLEX_STREAMED", "NONE")
+    """Another gateway sends the decode leg, as in the example."""
+    PICKER_DUPLEX = ("FULL_DUPLEX_STREAMED", "FULL_DUPLEX_STREAMED")
+    PICKER_BUFFERED = ("BUFFERED", "NONE")
+
+    @property
+    def is_picker(self) -> bool:
+        return bool(self.value)
 
 
 @dataclass(frozen=True)
@@ -127,7 +150,9 @@ def _is_complete(text: bytes, *, stream: bool) -> bool:
 
 
 def _reason_of_envoy(text: bytes) -> str | None:
-    """Read the code of an error; SGLang's own are numbers."""
+    """Read the code of an error; SGLang's own are numbers, and those of another gateway are no JSON."""
+    if text.startswith((b"upstream connect error", b"no healthy upstream")) or not text:
+        return "of the gateway"
     try:
         code = json.loads(text)["error"]["code"]
     except (ValueError, LookupError, TypeError):
@@ -216,6 +241,7 @@ def run_fleet(
     *,
     message_timeout: str | None = None,
     replicas: int = 1,
+    form: Form = Form.MIRRORED,
     of_pool: Mapping[str, Any] = MappingProxyType({}),
     **sections: Any,
 ) -> Iterator[Fleet]:
@@ -223,6 +249,7 @@ def run_fleet(
 
     Args:
         options: Options of the engines.
+        form: Who sends the prefill leg, and which gateway is in front.
         message_timeout: How long Envoy waits for a message of the service, if that is to be less than usual.
         replicas: Number of services behind one Envoy that finds them by a name.
         of_pool: Overrides the configuration of the pool.
@@ -244,13 +271,16 @@ def run_fleet(
             **of_pool,
         }
         services = [
-            running.enter_context(ServiceProcess(write_config([pool], **copy.deepcopy(sections))))
+            running.enter_context(ServiceProcess(write_config([pool], **copy.deepcopy(sections), **_KEYS[form])))
             for _ in range(replicas)
         ]
         service = services[0]
-        bootstrap = render_yaml(
-            build_bootstrap(service.config) if replicas == 1 else _build_for_several([each.config for each in services])
-        )
+        if form.is_picker:
+            bootstrap = _build_gateway(service.config, [engine.port for engine in engines[2:]], *form.value)
+        elif replicas == 1:
+            bootstrap = render_yaml(build_bootstrap(service.config))
+        else:
+            bootstrap = render_yaml(_build_for_several([each.config for each in services]))
         assert _MESSAGE_TIMEOUT in bootstrap
         if message_timeout is not None:
             bootstrap = bootstrap.replace(_MESSAGE_TIMEOUT, f" message_timeout: {message_timeout}")
@@ -262,6 +292,21 @@ def run_fleet(
         for each in services:
             each.wait_until_ready()
         yield fleet
+
+
+_KEYS: Final[dict[Form, dict[str, Any]]] = {
+    **{form: {"protocol": "endpoint_picker", "picker": {"hold": "5s"}} for form in Form},
+    Form.MIRRORED: {},
+    Form.SERVICE: {"prefill_leg": "service"},
+}
+"""The keys of the configuration that make a form."""
+
+
+def _build_gateway(config: Config, decodes: Sequence[int], request: str, response: str) -> str:
+    """Build the example of a gateway for prefill and decode, with the modes of its bodies."""
+    gateway = load_gateway(config, decodes, "endpoint-picker-pd.yaml")
+    ext_proc(gateway)["processing_mode"].update(request_body_mode=request, response_body_mode=response)
+    return yaml.safe_dump(gateway)
 
 
 def _build_for_several(configs: Sequence[Config]) -> Bootstrap:

@@ -13,7 +13,7 @@ from threading import Barrier
 from typing import Any, Final
 
 from dp_extproc.lab.testbed.engine import EngineProcess
-from faults.fleet import BODIES, Fleet, Outcome, ask, run_fleet
+from faults.fleet import BODIES, Fleet, Form, Outcome, ask, run_fleet
 
 ANSWER: Final = "answer"
 PART: Final = "part of the answer"
@@ -22,6 +22,8 @@ KINDS: Final = tuple(product(BODIES, (False, True)))
 """Kinds of requests: path, and whether it streams."""
 _TRIES: Final = 6
 """How often to send requests until one of them has met the fault; usually one of the first pair does."""
+_STOPPED_SECONDS: Final = 45.0
+"""Seconds to wait for a byte while the service is stopped. Another gateway notices that after 20 s."""
 _FIRST_MEETINGS: Final = 16
 """Requests of each kind."""
 
@@ -48,8 +50,11 @@ class Cell:
     def __str__(self) -> str:
         return f"{self.part}, {self.fault}, {'all' if self.everywhere else 'one'}"
 
-    def expects(self, *, stream: bool) -> str:
-        return self.expected if isinstance(self.expected, str) else self.expected[stream]
+    def expects(self, form: Form = Form.MIRRORED) -> Outcomes:
+        """Return the results of clients, by kind of request."""
+        places = (self.part, self.fault, self.everywhere), (self.part, self.fault)
+        expected = next((each[place] for place in places for each in _OTHER[form] if place in each), self.expected)
+        return {(path, stream): expected if isinstance(expected, str) else expected[stream] for path, stream in KINDS}
 
 
 def _cells(part: str, faults: dict[str, tuple[Switch, str | dict[bool, str], str | dict[bool, str]]]) -> list[Cell]:
@@ -64,7 +69,7 @@ _MIDDLE: Final = {"kind": "reset", "after": 1, "seconds": 0.5}
 """A reset discards what Envoy has not read, so this gives it time for the beginning of the response."""
 _CLOSED: Final = {**_MIDDLE, "kind": "close"}
 _SHORT: Final = {"kind": "short", "seconds": 0.1}
-_STOPS: Final = {"kind": "500", "seconds": 60}
+_STOPS: Final = {"kind": "500", "seconds": 8}
 _SLOW: Final = {"kind": "slow", "seconds": 0.1}
 _PREFILL_FAILED: Final = "502 prefill_failed"
 
@@ -115,6 +120,44 @@ CELLS: Final = [
 ]  # fmt: skip
 
 
+Place = tuple[str, str] | tuple[str, str, bool]
+_OF_GATEWAY: Final[dict[Place, str | dict[bool, str]]] = {
+    ("decode", "refuses connections"): "503 of the gateway",
+    ("decode", "resets before headers"): "503 of the gateway",
+    ("decode", "is killed in mid-answer"): PART,
+    ("decode", "stops in its 500"): "500 of the engine",
+    ("decode", "answers no HTTP"): "502 of the gateway",
+    ("service", "is down"): "500 of the gateway",
+    ("service", "resets connections"): "500 of the gateway",
+    ("service", "answers no gRPC"): "500 of the gateway",
+    ("service", "is killed in mid-answer"): PART,
+}
+_UNSEEN_EVENT: Final[dict[Place, str | dict[bool, str]]] = {
+    ("decode", "gives the request up"): {False: "500 of the engine", True: "504 prefill_timeout"},
+}
+_STOPPED: Final = ("service", "is stopped (SIGSTOP)")
+_OTHER: Final[dict[Form, tuple[dict[Place, str | dict[bool, str]], ...]]] = {
+    Form.MIRRORED: (),
+    Form.SERVICE: (),
+    Form.PICKER: (_OF_GATEWAY, _UNSEEN_EVENT, {_STOPPED: "500 of the gateway"}),
+    Form.PICKER_DUPLEX: (_OF_GATEWAY, {_STOPPED: "500 of the gateway"}),
+    Form.PICKER_BUFFERED: (_OF_GATEWAY, _UNSEEN_EVENT, {_STOPPED: "504 of the gateway"}),
+}
+"""Results that differ from those of mirrored legs."""
+
+
+def cells_of(form: Form) -> list[Cell]:
+    """List the cells of a form.
+
+    Another gateway makes one attempt, so it does not matter how many engines fail. The HTTP client of the service takes
+    no byte more than a response has announced, if it comes together with the rest: that result is left to chance.
+    """
+    cells = [cell for cell in CELLS if cell.everywhere or not form.is_picker]
+    if form is Form.MIRRORED:
+        return cells
+    return [cell for cell in cells if (cell.part, cell.fault) != ("prefill", "answers too long")]
+
+
 IN_FULL_DUPLEX: Final = (
     ("prefill", "answers 500", False),
     ("decode", "answers 500", False),
@@ -126,20 +169,25 @@ IN_FULL_DUPLEX: Final = (
 """The cells in which Envoy handles a request of the service differently, or ignores it, in full-duplex mode."""
 
 
+_OF_BUNDLED_ENVOY: Final[dict[str, Any]] = {"retry": {"attempts": 2, "budget": 1.0}}
+"""As many attempts as there are engines. Another gateway makes one."""
+
+
 @contextmanager
-def run_quick_fleet(body_mode: str = "buffered") -> Iterator[Fleet]:
+def run_quick_fleet(form: Form = Form.MIRRORED, body_mode: str = "buffered") -> Iterator[Fleet]:
     """Run a fleet with such short timeouts that each expires quickly.
 
     Envoy must wait longer for a message than prefill may take, as by default.
     """
     with run_fleet(
-        message_timeout="3s",
-        envoy={"body_mode": body_mode},
+        message_timeout=None if form.is_picker else "3s",
+        form=form,
+        envoy={} if form.is_picker else {"body_mode": body_mode},
         load={"interval": "100ms", "stale_after": "20s", "timeout": "5s"},
         supervision={"mode": "first_event", "prefill_timeout": "1s", "first_token_timeout": "1s"},
-        retry={"attempts": 2, "budget": 1.0},  # as many as there are engines
         # requests have to meet every fault, so no endpoint may be ejected; ejection has its own tests
         outlier_detection={"consecutive_failures": 1000},
+        **({} if form.is_picker else _OF_BUNDLED_ENVOY),
     ) as fleet:
         # A decode rank that has not met a prefill engine before gives up by itself if it cannot.
         for _ in range(_FIRST_MEETINGS):
@@ -195,9 +243,9 @@ def _ask_until_met(fleet: Fleet, failing: Sequence[EngineProcess]) -> Outcomes:
     raise AssertionError(f"no request of {missing} has met the fault")
 
 
-def _ask(fleet: Fleet, kind: tuple[str, bool], on_first: Callable[[], object] | None = None) -> Future[Outcome]:
+def _ask(fleet: Fleet, kind: tuple[str, bool], **options: Any) -> Future[Outcome]:
     path, stream = kind
-    return fleet.threads.submit(ask, fleet.client, path, stream=stream, on_first=on_first, user=_tag(kind))
+    return fleet.threads.submit(ask, fleet.client, path, stream=stream, user=_tag(kind), **options)
 
 
 def _tag(kind: tuple[str, bool]) -> str:
@@ -205,9 +253,9 @@ def _tag(kind: tuple[str, bool]) -> str:
     return f"{path} {'stream' if stream else 'whole'}"
 
 
-def _ask_all(fleet: Fleet, on_first: Callable[[], object] | None = None) -> Outcomes:
+def _ask_all(fleet: Fleet, **options: Any) -> Outcomes:
     """Send one request of every kind at the same time."""
-    asked = {kind: _ask(fleet, kind, on_first) for kind in KINDS}
+    asked = {kind: _ask(fleet, kind, **options) for kind in KINDS}
     return {kind: str(each.result()) for kind, each in asked.items()}
 
 
@@ -222,7 +270,7 @@ def _while_down(fleet: Fleet) -> Outcomes:
 def _while_stopped(fleet: Fleet) -> Outcomes:
     fleet.service.send_signal(signal.SIGSTOP)
     try:
-        return _ask_all(fleet)
+        return _ask_all(fleet, patience=_STOPPED_SECONDS)
     finally:
         fleet.service.send_signal(signal.SIGCONT)
         fleet.wait_until_fresh()
@@ -267,7 +315,7 @@ def _killed_in_the_middle(fleet: Fleet) -> Outcomes:
 
     all_have_begun = Barrier(len(KINDS), kill)
     try:
-        return _ask_all(fleet, all_have_begun.wait)
+        return _ask_all(fleet, on_first=all_have_begun.wait)
     finally:
         fleet.restart_service()
         fleet.recover()

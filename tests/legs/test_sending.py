@@ -11,8 +11,10 @@ from typing import Final
 import pytest
 
 from dp_extproc.attempt.events import LegBody, LegClosed, LegHeaders, LegOpened, ToLeg
+from dp_extproc.config import EngineTls
 from dp_extproc.legs import transport
 from dp_extproc.legs.listener import LegOutcome
+from dp_extproc.runtime.engine_tls import engine_context
 from ipv6 import needs_ipv6
 from legs.engine import OK, PREAMBLE, TAIL, Connection, Engine, play, sender, until
 
@@ -273,17 +275,19 @@ def test_tls_checks_the_certificate(tmp_path: Path) -> None:
     )
     own = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     own.load_cert_chain(certificate, key)
-    trusting = ssl.create_default_context(cafile=str(certificate))
+
+    def trusting(name: str) -> ssl.SSLContext | None:
+        return engine_context(EngineTls.model_validate({"ca": str(certificate), "names": [name]}))
 
     async def story() -> None:
         async with Engine(ssl=own) as engine, sender() as legs:
-            named = {"tls": trusting, "certificate_name": "engine.test"}
-            assert await legs.send(engine.address, **named) == [LegHeaders(200)]
-            assert await legs.send(engine.address, **named) == [LegHeaders(200)]
-            assert len(engine.requests) == 2
+            context = trusting("engine.test")
+            assert await legs.send(engine.address, tls=context) == [LegHeaders(200)]
+            assert await legs.send(engine.address, tls=context) == [LegHeaders(200)]
+            assert engine.connections == 1
 
-            for other in ({**named, "certificate_name": "other.test"}, {"tls": ssl.create_default_context()}):
-                await legs.send(engine.address, **other)
+            for other in (trusting("other.test"), ssl.create_default_context()):
+                await legs.send(engine.address, tls=other)
                 assert "certificate" in legs.problem
             assert legs.counts.resent == []
             assert len(engine.requests) == 2

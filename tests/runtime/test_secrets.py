@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from dp_extproc.config import parse_config
+from dp_extproc.config import ServerTls, parse_config
 from dp_extproc.lab.testbed.service import write_config
-from dp_extproc.runtime.secrets import external_problems, read_api_keys
+from dp_extproc.runtime.secrets import external_problems, read_api_keys, server_credentials
+from dp_extproc.runtime.sockets import StartError
 
 POOL = {"models": ["*"], "workers": {"endpoints": ["http://127.0.0.1:9"]}}
 SECRET = "sk-very-secret"
@@ -93,3 +94,21 @@ def test_command_reports_missing_secrets_before_it_starts(tmp_path: Path, comman
     assert result.returncode == 2
     assert result.stdout == ""
     assert "pools[0].api_key: the file " in result.stderr
+
+
+def test_a_certificate_that_vanishes_before_the_start_is_named(tmp_path: Path) -> None:
+    """The files were there when the configuration was checked."""
+    tls = ServerTls(cert=str(tmp_path / "cert"), key=str(tmp_path / "key"))
+
+    with pytest.raises(StartError, match=f"^listen.tls: {tmp_path}/cert cannot be read: No such file"):
+        server_credentials(tls)
+
+
+def test_missing_files_of_engine_tls_are_all_reported(tmp_path: Path) -> None:
+    """They have the keys of their section."""
+    missing = {key: str(tmp_path / key) for key in ("ca", "cert", "key")}
+    pool = {"models": ["*"], "workers": {"endpoints": ["https://127.0.0.1:9"]}}
+
+    assert problems_of({"engine_tls": {**missing, "names": ["a"]}, "pools": [pool]}) == [
+        f"engine_tls.{key}: {path} cannot be read: No such file or directory" for key, path in missing.items()
+    ]

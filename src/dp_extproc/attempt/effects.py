@@ -73,6 +73,7 @@ class Effects:
             self._in_flight.first_byte(status, now)
         if served is not None and self._decode is not None and served != self._decode.address:
             self._environment.listener.destination_mismatch()
+            self._decode = None  # the outcome is that of another endpoint
 
     def prefill_answered(self, status: int, now: float) -> None:
         """Note that the prefill leg has answered."""

@@ -191,6 +191,12 @@ class StreamBody(Struct, frozen=True):
     phase: Phase = Phase.RESPONSE_HEADERS
 
 
+class SkipBody(Struct, frozen=True):
+    """Let the response headers pass, and ask for no body. Gateways that allow no other modes ignore the wish."""
+
+    phase: Phase = Phase.RESPONSE_HEADERS
+
+
 class ExtendTimeout(Struct, frozen=True):
     """Let Envoy wait longer than usual for the reply to its last message."""
 
@@ -216,7 +222,7 @@ class Immediate(Struct, frozen=True):
     metadata: Metadata | None = None
 
 
-Reply = Continue | Mutate | BufferBody | StreamBody | ExtendTimeout | StreamedChunk | Immediate
+Reply = Continue | Mutate | BufferBody | StreamBody | SkipBody | ExtendTimeout | StreamedChunk | Immediate
 
 
 # --- commands ---

@@ -6,7 +6,17 @@ from typing import ClassVar, Final
 from dp_extproc.attempt import events as on
 from dp_extproc.attempt import replies
 from dp_extproc.attempt.effects import Effects, Environment
-from dp_extproc.attempt.events import BodyMode, BufferBody, Enqueue, Event, ExtendTimeout, Phase, SendLeg, StreamBody
+from dp_extproc.attempt.events import (
+    BodyMode,
+    BufferBody,
+    Enqueue,
+    Event,
+    ExtendTimeout,
+    Phase,
+    SendLeg,
+    SkipBody,
+    StreamBody,
+)
 from dp_extproc.attempt.failures import ENGINE_FAILED, Failure, failed
 from dp_extproc.attempt.first_event_watch import FirstEventWatch
 from dp_extproc.attempt.gateways import Headers, Peer
@@ -26,6 +36,9 @@ from dp_extproc.scheduling.decision import Answer, Decision, DecodeAbort, Queued
 _OK: Final = 200
 KEPT_BYTES: Final = 1 << 20
 """Most bytes of a response that are kept behind headers that are held, before the response goes to the client."""
+_SKIPPED: Final = frozenset({BodyMode.LOCKSTEP, BodyMode.UNSUPPORTED})
+"""Modes of response bodies that a gateway may give up for this response, where it allows that."""
+_SKIP_BODY: Final = SkipBody()
 _RETRY_BY_CLIENT: Final = (("retry-after", b"0"),)
 """Where the gateway repeats no request: the client may, because nothing was generated."""
 _NO_OTHER_ATTEMPT: Final = Rejection(
@@ -213,8 +226,9 @@ class MainStream(Machine[MainState]):
 
     # --- the response ---
 
-    def _pass_headers(self, turn: Turn, _event: on.ResponseHeaders) -> Outcome:
-        turn.commands.append(replies.CONTINUE[Phase.RESPONSE_HEADERS])
+    def _pass_headers(self, turn: Turn, _event: on.ResponseHeaders | None) -> Outcome:
+        skips = self._response_mode in _SKIPPED and not self._environment.gateway.sends_bodies_on_request
+        turn.commands.append(_SKIP_BODY if skips else replies.CONTINUE[Phase.RESPONSE_HEADERS])
         return Outcome.RELEASED
 
     def _response_headers(self, turn: Turn, event: on.ResponseHeaders) -> Outcome:
@@ -263,9 +277,8 @@ class MainStream(Machine[MainState]):
         if self.merging is not None:
             self._asks_for_body = True
             turn.commands.append(StreamBody() if self.merging.streaming else BufferBody())
-        else:
-            turn.commands.append(replies.CONTINUE[Phase.RESPONSE_HEADERS])
-        return Outcome.RELEASED
+            return Outcome.RELEASED
+        return self._pass_headers(turn, None)
 
     def _error_text(self, turn: Turn, event: on.ResponseBody) -> Outcome:
         return self._pass_failure(turn, Phase.RESPONSE_BODY, event.data)

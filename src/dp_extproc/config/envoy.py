@@ -2,11 +2,12 @@
 
 import re
 from enum import StrEnum
-from typing import Annotated, Final
+from typing import Annotated, Final, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
-from dp_extproc.config.listen import MAX_PORT, SocketAddress, socket_address
+from dp_extproc.config.front_door import AccessLogSettings, Address, CorsSettings, FrontDoorTls, TracingSettings
+from dp_extproc.config.listen import SocketAddress, socket_address
 from dp_extproc.config.section import Bytes, Seconds, Section, text_like
 from dp_extproc.config.security import EngineTlsOfEnvoy, ServiceTls
 from dp_extproc.contract import DESTINATION, RANK_HEADER, UNTRUSTED_PREFIXES
@@ -44,16 +45,6 @@ class TruncatedStreams(StrEnum):
     """A filter in Envoy's WebAssembly runtime appends an error event."""
 
 
-_HOST_AND_PORT: Final = text_like("^.+:[0-9]{1,5}$")
-
-
-def _host_and_port(value: str) -> str:
-    host, _, port = value.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) <= MAX_PORT:
-        raise ValueError("write host:port, such as dp-extproc:9002 or 10.0.0.9:9002")
-    return value
-
-
 def _header_name(value: str) -> str:
     name = value.lower()
     if not _HEADER.fullmatch(name):
@@ -83,17 +74,13 @@ class EnvoySettings(Section):
     request_timeout: Seconds = 60.0
     """Seconds that a client has to send a whole request. The time of the response does not count."""
     body_mode: BodyMode = Field(default=BodyMode.BUFFERED, strict=False)
-    service: Annotated[str, AfterValidator(_host_and_port), _HOST_AND_PORT] | None = Field(
-        default=None, examples=["dp-extproc:9002"]
-    )
+    service: Address | None = Field(default=None, examples=["dp-extproc:9002"])
     """``host:port`` of the service for Envoy; None stands for ``listen.grpc``."""
     session_header: Annotated[str, AfterValidator(_header_name), _HEADER_NAME] | None = Field(
         default=None, examples=["x-session-id"]
     )
     """Request header in which clients name a conversation."""
-    standby: Annotated[
-        tuple[Annotated[str, AfterValidator(_host_and_port), _HOST_AND_PORT], ...], Field(strict=False)
-    ] = Field(default=(), examples=[["10.0.0.9:9002"]])
+    standby: Annotated[tuple[Address, ...], Field(strict=False)] = Field(default=(), examples=[["10.0.0.9:9002"]])
     """``host:port`` of further services, in order. The first service that is ready gets all requests."""
     truncated_streams: TruncatedStreams = Field(default=TruncatedStreams.ERROR_EVENT, strict=False)
     service_tls: ServiceTls | None = None
@@ -107,3 +94,20 @@ class EnvoySettings(Section):
 
     None stands for certificates that are read at Envoy's start.
     """
+    tls: FrontDoorTls | None = None
+    """TLS of the listener for clients, with HTTP/2 and HTTP/1.1; None for plain HTTP."""
+    accept_http_10: bool = False
+    """Whether clients may speak HTTP/1.0."""
+    ipv4_compat: bool = False
+    """Whether listeners on ``[::]`` accept IPv4, too."""
+    cors: CorsSettings | None = None
+    """Which web pages may send requests; None leaves that to the engines."""
+    tracing: TracingSettings | None = None
+    """Spans of requests; None if there are none."""
+    access_log: AccessLogSettings = AccessLogSettings()
+
+    @model_validator(mode="after")
+    def _has_a_listener_for_both_families(self) -> Self:
+        if self.ipv4_compat and "::" not in {self.inference.host, self.admin.host}:
+            raise ValueError("ipv4_compat is for a listener on [::]; write inference: '[::]:8080', or remove it")
+        return self

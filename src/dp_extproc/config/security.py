@@ -7,7 +7,8 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from dp_extproc.config.section import JsonSchema, Section, is_given, text_like
 
-_Path = Annotated[str, Field(min_length=1, pattern=r"^[^\x00\r\n]+$")]
+FilePath = Annotated[str, Field(min_length=1, pattern=r"^[^\x00\r\n]+$")]
+"""Path of a file."""
 _DNS_NAME: Final = r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?"
 _Name = Annotated[str, Field(pattern=f"^{_DNS_NAME}$")]
 _NAME: Final = rf"^([a-z][a-z0-9+.-]*://[\x21-\x7e]+|{_DNS_NAME})$"
@@ -59,13 +60,13 @@ class ServerTls(Section):
         }
     )
 
-    cert: _Path | None = Field(default=None, examples=["/etc/dp-extproc/tls.crt"])
+    cert: FilePath | None = Field(default=None, examples=["/etc/dp-extproc/tls.crt"])
     """The certificate with its intermediate certificates. Files are in PEM. Changed files are read again."""
-    key: _Path | None = Field(default=None, examples=["/etc/dp-extproc/tls.key"])
+    key: FilePath | None = Field(default=None, examples=["/etc/dp-extproc/tls.key"])
     """The private key of the certificate."""
     self_signed: bool = False
     """Whether the service makes a certificate at its start, for gateways that require TLS and verify nothing."""
-    client_ca: _Path | None = Field(default=None, examples=["/etc/dp-extproc/clients-ca.crt"])
+    client_ca: FilePath | None = Field(default=None, examples=["/etc/dp-extproc/clients-ca.crt"])
     """CA bundle; if set, client certificates are required (mutual TLS)."""
 
     @model_validator(mode="after")
@@ -88,13 +89,13 @@ class ServiceTls(Section):
 
     model_config = ConfigDict(json_schema_extra=_PAIR)
 
-    ca: _Path = Field(examples=["/etc/envoy/ca.crt"])
+    ca: FilePath = Field(examples=["/etc/envoy/ca.crt"])
     """CA bundle for the certificate of the service."""
     name: _Name = Field(examples=["dp-extproc.llm.svc"])
     """DNS name in the certificates of all processes of the service. Envoy sends it as SNI and verifies it."""
-    cert: _Path | None = Field(default=None, examples=["/etc/envoy/tls.crt"])
+    cert: FilePath | None = Field(default=None, examples=["/etc/envoy/tls.crt"])
     """Envoy's own certificate, for ``listen.tls.client_ca``."""
-    key: _Path | None = Field(default=None, examples=["/etc/envoy/tls.key"])
+    key: FilePath | None = Field(default=None, examples=["/etc/envoy/tls.key"])
     """The private key of ``cert``."""
 
     _has_a_pair = model_validator(mode="after")(_check_pair)
@@ -108,7 +109,7 @@ class EngineTls(Section):
 
     model_config = ConfigDict(json_schema_extra=_PAIR)
 
-    ca: _Path = Field(examples=["/etc/dp-extproc/engines-ca.crt"])
+    ca: FilePath = Field(examples=["/etc/dp-extproc/engines-ca.crt"])
     """CA bundle for the certificates of engines."""
     names: Annotated[tuple[_CertificateName, ...], Field(min_length=1, strict=False)] = Field(
         examples=[["engine.llm.svc"]]
@@ -116,9 +117,9 @@ class EngineTls(Section):
     """DNS names or URIs, such as SPIFFE IDs. The certificate of an engine must have one of them."""
     sni: _Name | None = Field(default=None, examples=["engine.llm.svc"])
     """Name that is sent as SNI. None stands for the first DNS name in ``names``, and for no SNI without one."""
-    cert: _Path | None = Field(default=None, examples=["/etc/dp-extproc/client.crt"])
+    cert: FilePath | None = Field(default=None, examples=["/etc/dp-extproc/client.crt"])
     """The certificate that engines require of their clients."""
-    key: _Path | None = Field(default=None, examples=["/etc/dp-extproc/client.key"])
+    key: FilePath | None = Field(default=None, examples=["/etc/dp-extproc/client.key"])
     """The private key of ``cert``."""
 
     _has_a_pair = model_validator(mode="after")(_check_pair)
@@ -151,11 +152,11 @@ class EngineTlsOfEnvoy(Section):
 
     model_config = ConfigDict(json_schema_extra={**_PAIR, "not": {"allOf": [is_given("sds"), _HAS_FILE]}})
 
-    ca: _Path | None = Field(default=None, examples=["/etc/envoy/engines-ca.crt"])
+    ca: FilePath | None = Field(default=None, examples=["/etc/envoy/engines-ca.crt"])
     """CA bundle for the certificates of engines. None stands for ``engine_tls.ca``."""
-    cert: _Path | None = Field(default=None, examples=["/etc/envoy/client.crt"])
+    cert: FilePath | None = Field(default=None, examples=["/etc/envoy/client.crt"])
     """Envoy's own certificate for engines. None stands for ``engine_tls.cert``."""
-    key: _Path | None = Field(default=None, examples=["/etc/envoy/client.key"])
+    key: FilePath | None = Field(default=None, examples=["/etc/envoy/client.key"])
     """The private key of ``cert``. None stands for ``engine_tls.key``."""
     sds: SdsSettings | None = None
     """Secrets in place of files."""
@@ -178,7 +179,7 @@ class ApiKeySource(Section):
         default=None, examples=["ENGINE_API_KEY"]
     )
     """Name of the variable that has the key."""
-    file: _Path | None = Field(default=None, examples=["/run/secrets/engine-api-key"])
+    file: FilePath | None = Field(default=None, examples=["/run/secrets/engine-api-key"])
     """Path of the file that has the key. A changed file is read again."""
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from envoy_data_plane.envoy.type.v3 import Percent
 
 from dp_extproc.config import Config, Supervise, TruncatedStreams
 from dp_extproc.contract import DECODE_HOST, OWNER, PREFILL_HOST
-from dp_extproc.envoy_config.addresses import has_dns_name, may_be_several, services_of
+from dp_extproc.envoy_config.addresses import has_dns_name, host_and_port, is_ip, may_be_several, services_of
 from dp_extproc.envoy_config.filters import (
     last_upstream_filter,
     report_first_event,
@@ -25,6 +25,7 @@ from dp_extproc.envoy_config.filters import (
 from dp_extproc.envoy_config.listeners import buffer_bytes
 from dp_extproc.envoy_config.lua_filters import remember_failed_endpoints
 from dp_extproc.envoy_config.names import Names
+from dp_extproc.envoy_config.telemetry import collectors
 from dp_extproc.envoy_config.tls import to_engines_tls, to_service_tls, transport_socket
 from dp_extproc.envoy_config.yaml_text import commented, pack
 
@@ -87,14 +88,16 @@ def build_clusters(config: Config) -> list[cluster.Cluster]:
         )
     to_dispatch = commented(_to_listener(names.dispatch, buffer, dispatch), "The way to the internal listeners.")
     to_decode = _to_decode(config, _engine_options(first_event), buffer)
+    to_collectors = [_to_collector(name, *host_and_port(address)) for name, address in collectors(config)]
     if config.sends_legs:
-        return [*clusters, *to_decode, to_dispatch]
+        return [*clusters, *to_decode, to_dispatch, *to_collectors]
     to_prefill = commented(
         _to_address_in_header(names.prefill, PREFILL_HOST, _engine_options(), buffer, to_engines_tls(config)),
         "Envoy dials the address in a header. There is no fallback, because the body names the prefill\n"
         "endpoint to which the decode engine will connect.",
     )
-    return [*clusters, to_prefill, *to_decode, to_dispatch, _to_listener(names.prefill_leg, buffer)]
+    to_leg = _to_listener(names.prefill_leg, buffer)
+    return [*clusters, to_prefill, *to_decode, to_dispatch, to_leg, *to_collectors]
 
 
 def _to_service(config: Config, buffer: int) -> cluster.Cluster:
@@ -127,6 +130,22 @@ def _to_service(config: Config, buffer: int) -> cluster.Cluster:
             update_merge_window=timedelta(0),  # Envoy's default delays changes of health by a second.
         )
     return service
+
+
+def _to_collector(name: str, host: str, port: int) -> cluster.Cluster:
+    """Build the cluster of a program that gets spans or access logs by gRPC."""
+    locality = endpoint.LocalityLbEndpoints(lb_endpoints=[_endpoint(_socket_address(host, port))])
+    http2 = upstream.HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=core.Http2ProtocolOptions())
+    return cluster.Cluster(
+        name=name,
+        type=cluster.ClusterDiscoveryType.STATIC if is_ip(host) else cluster.ClusterDiscoveryType.STRICT_DNS,
+        connect_timeout=_CONNECT_TIMEOUT,
+        load_assignment=endpoint.ClusterLoadAssignment(cluster_name=name, endpoints=[locality]),
+        circuit_breakers=_unlimited(),
+        typed_extension_protocol_options={
+            _HTTP_OPTIONS: pack(upstream.HttpProtocolOptions(explicit_http_config=http2))
+        },
+    )
 
 
 def _socket_address(host: str, port: int) -> core.Address:

@@ -1,28 +1,45 @@
 """The front door: the listener for clients. Another gateway may take its place."""
 
 from datetime import timedelta
+from typing import Final
 
 from envoy_data_plane.envoy.config.core import v3 as core
 from envoy_data_plane.envoy.config.listener import v3 as listener
+from envoy_data_plane.envoy.extensions.filters.http.cors import v3 as cors
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import v3 as hcm
+from envoy_data_plane.envoy.type.matcher.v3 import RegexMatcher, StringMatcher
 
-from dp_extproc.config import Config
+from dp_extproc.config import Config, SocketAddress
+from dp_extproc.config.front_door import CorsSettings
 from dp_extproc.envoy_config.filters import strip_client_headers
 from dp_extproc.envoy_config.listeners import CLOSE_DELAY, NO_TIMEOUT, buffer_bytes, network_filter, router
 from dp_extproc.envoy_config.local_replies import build_local_replies
 from dp_extproc.envoy_config.names import Names
 from dp_extproc.envoy_config.routes import table, to_dispatch
-from dp_extproc.envoy_config.yaml_text import commented
+from dp_extproc.envoy_config.telemetry import trace
+from dp_extproc.envoy_config.tls import for_clients
+from dp_extproc.envoy_config.yaml_text import commented, pack
+
+CORS_FILTER: Final = "envoy.filters.http.cors"
+_HOST_FOR_HTTP_10: Final = "dp-extproc"
+"""Value of ``:authority`` for a request of HTTP/1.0 without one. Envoy's routes need it, and none of ours reads it."""
 
 
 def build_front_door(config: Config) -> listener.Listener:
     """Build the listener for clients, the only one with a port. Another gateway may take its place."""
     settings, names = config.envoy, Names.of(config)
+    routes = table(to_dispatch(names, config.retry))
+    filters = [router()]
+    if settings.cors is not None:
+        routes.virtual_hosts[0].typed_per_filter_config = {CORS_FILTER: pack(_cors_policy(settings.cors))}
+        filters.insert(0, hcm.HttpFilter(name=CORS_FILTER, typed_config=pack(cors.Cors())))
+    http1 = core.Http1ProtocolOptions(accept_http_10=True, default_host_for_http_10=_HOST_FOR_HTTP_10)
     manager = commented(
         hcm.HttpConnectionManager(
             stat_prefix=names.inference,
-            route_config=table(to_dispatch(names, config.retry)),
-            http_filters=[router()],
+            route_config=routes,
+            http_filters=filters,
+            http_protocol_options=http1 if settings.accept_http_10 else None,
             stream_idle_timeout=NO_TIMEOUT,
             request_headers_timeout=timedelta(seconds=settings.request_headers_timeout),
             request_timeout=timedelta(seconds=settings.request_timeout),
@@ -44,16 +61,38 @@ def build_front_door(config: Config) -> listener.Listener:
         "over the body.",
         preserve_external_request_id="The request id of a client appears in all logs.",
     )
-    address = core.SocketAddress(address=settings.inference.host, port_value=settings.inference.port)
+    trace(config, manager, "front_door")
+    chain = listener.FilterChain(filters=[network_filter(manager)], transport_socket=for_clients(config))
     return commented(
         listener.Listener(
             name=names.inference,
-            address=core.Address(socket_address=address),
-            filter_chains=[listener.FilterChain(filters=[network_filter(manager)])],
+            address=to_listen_on(settings.inference, ipv4_compat=settings.ipv4_compat),
+            filter_chains=[chain],
             per_connection_buffer_limit_bytes=buffer_bytes(settings),
         ),
         "The front door. It is a hop of its own, so that it can repeat a failed attempt, which is\n"
         "then scheduled again.",
         per_connection_buffer_limit_bytes="envoy.max_body_bytes and 1 MiB for the routing fields. Every hop needs\n"
         "it, because it may buffer a whole body; Envoy's default is 1 MiB.",
+    )
+
+
+def to_listen_on(address: SocketAddress, *, ipv4_compat: bool) -> core.Address:
+    """Build the address of a listener. With *ipv4_compat* one on ``[::]`` accepts IPv4, too."""
+    socket = core.SocketAddress(address=address.host, port_value=address.port)
+    socket.ipv4_compat = ipv4_compat and address.host == "::"
+    return core.Address(socket_address=socket)
+
+
+def _cors_policy(settings: CorsSettings) -> cors.CorsPolicy:
+    return cors.CorsPolicy(
+        allow_origin_string_match=[
+            StringMatcher(safe_regex=RegexMatcher(regex=".*")) if origin == "*" else StringMatcher(exact=origin)
+            for origin in settings.allow_origins
+        ],
+        allow_methods="GET, POST, PUT, DELETE, OPTIONS",
+        allow_headers=", ".join(settings.allow_headers),
+        expose_headers=", ".join(settings.expose_headers),
+        max_age=f"{round(settings.max_age)}",
+        allow_credentials=settings.allow_credentials,
     )

@@ -4,14 +4,11 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Final
 
-from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog
 from envoy_data_plane.envoy.config.core import v3 as core
 from envoy_data_plane.envoy.config.listener import v3 as listener
 from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
-from envoy_data_plane.envoy.extensions.access_loggers.stream.v3 import StdoutAccessLog
 from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import v3 as hcm
-from envoy_data_plane.google.protobuf import Struct
 
 from dp_extproc import contract
 from dp_extproc.config import Config, EnvoySettings, Supervise, TruncatedStreams
@@ -27,6 +24,7 @@ from dp_extproc.envoy_config.lua_filters import swap_leg_preamble
 from dp_extproc.envoy_config.names import Names
 from dp_extproc.envoy_config.routes import to_engines, to_prefill
 from dp_extproc.envoy_config.stream_end import remember_decode_endpoint, stream_end_filters
+from dp_extproc.envoy_config.telemetry import access_logs, trace
 from dp_extproc.envoy_config.yaml_text import commented, pack
 
 _MAX_HEADERS_KB: Final = 1024
@@ -58,19 +56,27 @@ _EVERY_HOP: Final = {
     "first_byte_ms": "%RESPONSE_DURATION%",
 }
 
-_DECISION: Final = {
-    key: f"%DYNAMIC_METADATA({contract.METADATA_NAMESPACE}:{key})%"
-    for key in (
-        contract.META_MODEL,
-        contract.META_POOL,
-        contract.META_GROUP,
-        contract.META_PREFILL_HOST,
-        contract.META_PREFILL_RANK,
-        contract.META_DECODE_HOST,
-        contract.META_DECODE_RANK,
-        contract.META_REASON,
-    )
+_DECISION: Final = (
+    contract.META_MODEL,
+    contract.META_POOL,
+    contract.META_GROUP,
+    contract.META_PREFILL_HOST,
+    contract.META_PREFILL_RANK,
+    contract.META_DECODE_HOST,
+    contract.META_DECODE_RANK,
+    contract.META_REASON,
+)
+"""Keys of the decision, or of the reason of a refusal, in Envoy's metadata."""
+
+_MAIN: Final = {
+    "leg": "main",
+    **_EVERY_HOP,
+    "client": "%REQ(x-forwarded-for)%",
+    **{key: f"%DYNAMIC_METADATA({contract.METADATA_NAMESPACE}:{key})%" for key in _DECISION},
 }
+"""Fields in the access log of requests."""
+_PREFILL: Final = {"leg": "prefill", **_EVERY_HOP, contract.META_PREFILL_HOST: "%UPSTREAM_HOST%"}
+"""Fields in the access log of prefill legs, whose ``request_id`` is that of their request."""
 
 
 def buffer_bytes(settings: EnvoySettings) -> int:
@@ -96,17 +102,18 @@ def build_internal_listeners(config: Config) -> list[listener.Listener]:
     replies = build_local_replies(settings.max_body_bytes, retries=config.retry.attempts > 1)
     routes = to_engines(config)
     dispatch = _internal_http(
-        names.dispatch, routes, filters, _log_requests(), replies=replies, mutations=[strip_before_scheduling()]
+        config, names.dispatch, routes, filters, _MAIN, replies=replies, mutations=[strip_before_scheduling()]
     )
     comment = "Schedules requests. An internal listener has no port."
     listeners = [_internal_listener(names.dispatch, [dispatch], buffer, comment)]
     if not config.sends_legs:
         owner = commented(remember_owner(), "The report below opens after the x-dp-* headers were removed.")
         prefill_leg = _internal_http(
+            config,
             names.prefill_leg,
             to_prefill(names),
             [owner, swap_leg_preamble(), report_prefill(names, supervision)],
-            _log_prefill_legs(),
+            _PREFILL,
         )
         comment = "The mirrored copy, as a request with its own body, status and log line."
         listeners.append(_internal_listener(names.prefill_leg, [prefill_leg], buffer, comment))
@@ -133,10 +140,11 @@ def _internal_listener(name: str, filters: list[listener.Filter], buffer: int, c
 
 
 def _internal_http(
+    config: Config,
     name: str,
     routes: RouteConfiguration,
     filters: Sequence[hcm.HttpFilter],
-    access_log: AccessLog,
+    logged: Mapping[str, str],
     *,
     replies: hcm.LocalReplyConfig | None = None,
     mutations: Sequence[core.TypedExtensionConfig] = (),
@@ -151,7 +159,7 @@ def _internal_http(
             stream_idle_timeout=NO_TIMEOUT,
             delayed_close_timeout=CLOSE_DELAY,
             early_header_mutation_extensions=list(mutations),
-            access_log=[access_log],
+            access_log=access_logs(config, logged),
             local_reply_config=replies,
         ),
         common_http_protocol_options="100 headers of the client, and those that the service adds.",
@@ -159,6 +167,7 @@ def _internal_http(
         max_request_headers_kb="The prefill leg's preamble is a header, with some 60 bytes for each prompt of\n"
         "a batch. Envoy's default is 60 KiB.",
     )
+    trace(config, manager, logged["leg"], _DECISION if logged is _MAIN else ())
     return network_filter(manager)
 
 
@@ -169,18 +178,3 @@ def router() -> hcm.HttpFilter:
 
 def network_filter(manager: hcm.HttpConnectionManager) -> listener.Filter:
     return listener.Filter(name="envoy.filters.network.http_connection_manager", typed_config=pack(manager))
-
-
-def _log_requests() -> AccessLog:
-    """Build the log of requests: each with its decision, or with the reason of its refusal."""
-    return _stdout({"leg": "main", **_EVERY_HOP, "client": "%REQ(x-forwarded-for)%", **_DECISION})
-
-
-def _log_prefill_legs() -> AccessLog:
-    """Build the log of prefill legs, whose ``request_id`` is that of their request."""
-    return _stdout({"leg": "prefill", **_EVERY_HOP, contract.META_PREFILL_HOST: "%UPSTREAM_HOST%"})
-
-
-def _stdout(fields: Mapping[str, str]) -> AccessLog:
-    line = core.SubstitutionFormatString(json_format=Struct.from_dict(fields))
-    return AccessLog(name="envoy.access_loggers.stdout", typed_config=pack(StdoutAccessLog(log_format=line)))

@@ -26,6 +26,10 @@ class Names(Struct, frozen=True):
     """The cluster of the service."""
     service_owner: str
     """The cluster of the process of the service that scheduled a request."""
+    traces: str
+    """The cluster of the collector of spans."""
+    logs: str
+    """Beginning of the names of the clusters of collectors of access logs."""
 
     @classmethod
     def of(cls, config: Config) -> Self:
@@ -40,4 +44,6 @@ class Names(Struct, frozen=True):
             prefill=f"{prefix}prefill",
             service=f"{prefix}extproc",
             service_owner=f"{prefix}extproc_owner",
+            traces=f"{prefix}trace_collector",
+            logs=f"{prefix}log_collector",
         )

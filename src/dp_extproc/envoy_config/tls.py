@@ -1,8 +1,8 @@
-"""TLS of Envoy's clusters. Certificates are read at Envoy's start, or they are secrets that Envoy follows.
+"""TLS of Envoy's listener for clients, and of its clusters.
 
-Envoy follows the files of a certificate only if it has the certificate as a secret (SDS). With ``envoy.secrets`` each
-secret is a printed file that names them. Envoy reads all of them again when something is moved into their directory,
-as Kubernetes does with the files of a volume.
+Envoy reads certificates at its start, or follows them if they are secrets (SDS). With ``envoy.secrets`` each secret is
+a printed file that names the files of a certificate. Envoy reads all of them again when something is moved into their
+directory, as Kubernetes does with the files of a volume.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,11 +61,23 @@ def to_engines_tls(config: Config) -> core.TransportSocket | None:
     return transport_socket("tls", tls.UpstreamTlsContext(sni=settings.sent_name or "", common_tls_context=common))
 
 
+def for_clients(config: Config) -> core.TransportSocket | None:
+    """Build the transport socket of the listener for clients; None for plain HTTP."""
+    identity = _for_clients(config)
+    if identity is None:
+        return None
+    common = common_context(identity, config.envoy.secrets)
+    context = tls.DownstreamTlsContext(common_tls_context=common)
+    if identity.ca is not None:
+        context.require_client_certificate = True
+    return transport_socket("tls", context)
+
+
 def secret_files(config: Config) -> Mapping[str, str]:
     """Return the files for the directory ``envoy.secrets``, by name."""
     if config.envoy.secrets is None:
         return {}
-    identities = (each for each in (_of_service(config), _of_engines(config)) if each is not None)
+    identities = (each for each in (_for_clients(config), _of_service(config), _of_engines(config)) if each is not None)
     secrets = (secret for identity in identities for secret in _secrets(identity))
     return {_file_of(each.name): render_yaml(DiscoveryResponse(resources=[pack(each)])) for each in secrets}
 
@@ -109,6 +121,14 @@ def _served_context(identity: Identity, sds: SdsSettings) -> tls.CommonTlsContex
             validation_context_sds_secret_config=tls.SdsSecretConfig(name=sds.ca, sds_config=source),
         ),
     )
+
+
+def _for_clients(config: Config) -> Identity | None:
+    settings = config.envoy.tls
+    if settings is None:
+        return None
+    name = f"{config.envoy.name_prefix}front-door"
+    return Identity(name, ["h2", "http/1.1"], settings.client_ca, (), settings.cert, settings.key)
 
 
 def _of_service(config: Config) -> Identity | None:

@@ -16,6 +16,7 @@ from dp_extproc.attempt.events import (
     Mutate,
     Phase,
     Reply,
+    SkipBody,
     StreamBody,
     StreamedChunk,
 )
@@ -117,6 +118,8 @@ def write_reply(reply: Reply) -> bytes:
         return _BUFFER_BODY
     if isinstance(reply, StreamBody):
         return _STREAM_BODY
+    if isinstance(reply, SkipBody):
+        return _SKIP_BODY
     response = ProcessingResponse()
     if isinstance(reply, StreamedChunk):
         answer = response.request_body if reply.phase is Phase.REQUEST_BODY else response.response_body
@@ -230,3 +233,4 @@ def _ask_for_body(mode: ProcessingMode.BodySendMode, *remove: str) -> bytes:
 _CONTINUE: Final = {phase: _continue(phase) for phase in Phase}
 _BUFFER_BODY: Final = _ask_for_body(ProcessingMode.BUFFERED)
 _STREAM_BODY: Final = _ask_for_body(ProcessingMode.STREAMED, "content-length")
+_SKIP_BODY: Final = _ask_for_body(ProcessingMode.NONE)

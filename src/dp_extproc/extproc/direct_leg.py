@@ -19,7 +19,7 @@ _ABORTS: Final = (0.0, 1.0)
 """Seconds after which an abort is sent, and sent again, because it may overtake the request that it ends."""
 _ABORT_SECONDS: Final = 5.0
 """Seconds until the response to an abort has to be here."""
-_SLACK_SECONDS: Final = 1.0
+_SLACK_SECONDS: Final = 5.0
 """Seconds beyond the timeout of prefill after which the client gives a leg up. The attempt does so before."""
 _JSON: Final = ("content-type", b"application/json")
 

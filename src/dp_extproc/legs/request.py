@@ -24,9 +24,5 @@ class LegRequest(Struct, frozen=True):
     """Seconds until the response headers have to be here. It bounds a leg that no other timeout ends."""
     rest_timeout: float = 30.0
     """Seconds that the response may take after its headers. Prefill computes one token, so no engine needs them."""
-    host: str = ""
-    """Value of the ``host`` header; the address if it is empty."""
     tls: ssl.SSLContext | None = None
     """None for plain HTTP."""
-    certificate_name: str | None = None
-    """Name that the certificate of the engine has to have; None for its address."""

@@ -128,7 +128,6 @@ class Transport:
                 headers=_headers(request, body),
                 allow_redirects=False,
                 ssl=request.tls or True,
-                server_hostname=request.certificate_name,
             )
         except aiohttp.ConnectionTimeoutError:
             raise NotSentError(f"no connection within {CONNECT_SECONDS:g} s") from None
@@ -159,7 +158,7 @@ def _broken(error: Exception, *, is_stale: bool) -> Exception:
 
 def _headers(request: LegRequest, body: Body) -> list[tuple[str, str]]:
     return [
-        ("host", request.host or request.address),
+        ("host", request.address),
         ("accept-encoding", "identity"),
         ("content-length", str(body.size)),
         *((name, value.decode(errors="replace")) for name, value in request.headers),

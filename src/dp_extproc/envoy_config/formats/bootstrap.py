@@ -8,7 +8,7 @@ from envoy_data_plane.envoy.config.core import v3 as core
 from dp_extproc.config import Config
 from dp_extproc.envoy_config.block import build_block, build_bootstrap_extension
 from dp_extproc.envoy_config.formats.target import Target
-from dp_extproc.envoy_config.front_door import build_front_door
+from dp_extproc.envoy_config.front_door import build_front_door, to_listen_on
 from dp_extproc.envoy_config.yaml_text import commented, render_yaml
 
 _HEADER: Final = """\
@@ -31,7 +31,7 @@ _SENT: Final = """\
 
 def build_bootstrap(config: Config) -> bootstrap.Bootstrap:
     """Build the file that Envoy starts with. It names no engine, so endpoints may change without a new one."""
-    admin = core.SocketAddress(address=config.envoy.admin.host, port_value=config.envoy.admin.port)
+    admin = to_listen_on(config.envoy.admin, ipv4_compat=config.envoy.ipv4_compat)
     block = build_block(config)
     # Envoy requires names of itself before it takes secrets, also from files.
     node = None if config.envoy.secrets is None else core.Node(id="dp-extproc", cluster="dp-extproc")
@@ -41,7 +41,7 @@ def build_bootstrap(config: Config) -> bootstrap.Bootstrap:
             static_resources=bootstrap.BootstrapStaticResources(
                 listeners=[build_front_door(config), *block.listeners], clusters=block.clusters
             ),
-            admin=bootstrap.Admin(address=core.Address(socket_address=admin)),
+            admin=bootstrap.Admin(address=admin),
             bootstrap_extensions=[build_bootstrap_extension()],
         ),
         _HEADER.format(way=_SENT if config.sends_legs else _MIRRORED),

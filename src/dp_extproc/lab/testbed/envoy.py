@@ -15,7 +15,7 @@ from typing import Any, Final, Self
 import httpx
 
 from dp_extproc.config import Config
-from dp_extproc.envoy_config import build_bootstrap, render_yaml
+from dp_extproc.envoy_config import build_bootstrap, render_yaml, secret_files
 from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.tied_process import start_tied
 from dp_extproc.lab.testbed.waiting import wait_until
@@ -65,15 +65,16 @@ class EnvoyProcess:
         """Prepare, without starting.
 
         Args:
-            config: Has the addresses to listen on.
+            config: Has the addresses to listen on, and the directory into which its secrets are written.
             concurrency: Worker threads.
             log_level: Of Envoy's own log.
             bootstrap: YAML to use instead of the printed one; must keep to the addresses in *config*.
             options: Further command-line options.
             pause: Sleeps for so many seconds between two checks of a wait; an exception from it ends the wait.
         """
-        self.url = f"http://{config.envoy.inference}"
+        self.url = f"{'http' if config.envoy.tls is None else 'https'}://{config.envoy.inference}"
         self.admin_url = f"http://{config.envoy.admin}"
+        self._secrets = config.envoy.secrets, secret_files(config)
         self._bootstrap = bootstrap if bootstrap is not None else render_yaml(build_bootstrap(config))
         self._options = ["--concurrency", str(concurrency), "--log-level", log_level, *options]
         self._pause = pause
@@ -99,6 +100,9 @@ class EnvoyProcess:
         self._directory = tempfile.TemporaryDirectory(prefix="dp-extproc-envoy-")
         path = Path(self._directory.name)
         (path / "envoy.yaml").write_text(self._bootstrap, encoding="utf-8")
+        directory, secrets = self._secrets
+        for name, text in secrets.items():
+            Path(directory or "", name).write_text(text, encoding="utf-8")
         argv = [find_envoy(), "--config-path", str(path / "envoy.yaml"), *self._options]
         # No hot restart, or the second Envoy of a machine would take the first for its predecessor.
         # Access logs are buffered for 10 s by default, too long to wait for a line.
