@@ -70,7 +70,12 @@ def neighbour_of(port: int, *sections: str) -> str:
         "spec": {
             "parentRefs": [{"name": GATEWAY, "sectionName": each} for each in sections or ("http",)],
             "hostnames": [NEIGHBOUR],
-            "rules": [{"backendRefs": [{"group": _EXTENSIONS, "kind": "Backend", "name": "other"}]}],
+            "rules": [
+                {
+                    "timeouts": {"request": "0s"},  # as a team with long streams has it
+                    "backendRefs": [{"group": _EXTENSIONS, "kind": "Backend", "name": "other"}],
+                }
+            ],
         },
     }
     return yaml.safe_dump_all([backend, route])

@@ -176,7 +176,7 @@ def killed_in_mid_stream(site: Site) -> None:
 def client_aborts(site: Site) -> None:
     """A client that disconnects ends both legs, and no reservation is left."""
     site.fleet.forget()
-    with _fault(site.fleet.decodes, _SLOW):
+    with _fault(site.fleet.decodes, {**_SLOW, "seconds": 9}):  # the abort has to arrive first
         body = {**BODIES[CHAT], "stream": True, "max_tokens": 500}
         with site.client.stream("POST", CHAT, json=body) as answer:
             next(answer.iter_bytes())
