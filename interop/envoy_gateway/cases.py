@@ -70,7 +70,12 @@ def neighbour_of(port: int, *sections: str) -> str:
         "spec": {
             "parentRefs": [{"name": GATEWAY, "sectionName": each} for each in sections or ("http",)],
             "hostnames": [NEIGHBOUR],
-            "rules": [{"backendRefs": [{"group": _EXTENSIONS, "kind": "Backend", "name": "other"}]}],
+            "rules": [
+                {
+                    "timeouts": {"request": "0s"},  # as a team with long streams has it
+                    "backendRefs": [{"group": _EXTENSIONS, "kind": "Backend", "name": "other"}],
+                }
+            ],
         },
     }
     return yaml.safe_dump_all([backend, route])
@@ -281,6 +286,8 @@ def wrong_patches(rig: Rig) -> None:
         "answer",
         "retry_policy_missing",
     )
+    rig.plane.delete("ours")
+    wait_for(lambda: not set(LISTENERS) & set(rig.plane.listeners()), _PATIENCE)
     rig.plane.apply("ours", "---\n".join(ours.split("---\n")[:2]))
     wait_for(lambda: rig.asks().startswith("503"), _PATIENCE)
     seen = f"our host: {rig.asks()}; neighbour served: {rig.neighbour_answers()}"

@@ -17,11 +17,9 @@ def without_hashes(snapshot: Snapshot, listeners: Collection[str]) -> Snapshot:
 
     A listener to which no cluster leads is left out: it has been kept for streams that began before a change.
     """
-    plain = {
-        each.name: found[1]
-        for each in (*snapshot.listeners, *snapshot.rejected)
-        if (found := _HASHED.fullmatch(each.name)) is not None and found[1] in listeners
-    }
+    names = [*(each.name for each in snapshot.listeners), *(each.name for each in snapshot.rejected)]
+    matches = {name: _HASHED.fullmatch(name) for name in names}
+    plain = {name: found[1] for name, found in matches.items() if found is not None and found[1] in listeners}
     if not plain:
         return snapshot
     used = {
