@@ -19,6 +19,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import grpc.aio
@@ -26,7 +28,6 @@ import uvloop
 from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
 from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest, ProcessingResponse
 
-from bench.ext_proc_cost import METHOD, OPTIONS, Server
 from dp_extproc import contract
 from dp_extproc.attempt.gateways import EndpointPicker
 from dp_extproc.config import PoolConfig
@@ -36,6 +37,8 @@ from dp_extproc.load.cache import LoadCache
 from dp_extproc.observability.metrics import Telemetry
 from dp_extproc.scheduling.scheduler import Scheduler
 
+METHOD: Final = f"/{SERVICE_NAME}/Process"
+OPTIONS: Final = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 EMPTY: Final = "empty"
 SERVICE: Final = "service"
 STREAMS: Final = (1, 16)
@@ -87,6 +90,19 @@ async def _serve(kind: str) -> None:
     print(port, flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)  # until the parent closes the pipe
     await server.stop(None)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A process under measurement. This module imports no other benchmark, so that an older source tree can run it."""
+
+    address: str
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time of all its threads so far, in nanosecond resolution (Linux schedstat)."""
+        tasks = Path(f"/proc/{self.pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
 @contextmanager

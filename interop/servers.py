@@ -17,7 +17,7 @@ from dp_extproc.lab.testbed.ports import free_ports
 from dp_extproc.lab.testbed.tied_process import start_tied
 
 SHIMS: Final = Path(__file__).parent / "shims"
-START_SECONDS: Final = 400.0
+START_SECONDS: Final = 1200.0
 """Seconds for a start; two engines start side by side in 75 s on two idle cores, and much later on busy ones."""
 _POLL_SECONDS: Final = 0.5
 _LAST: Final = 15

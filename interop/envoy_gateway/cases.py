@@ -38,8 +38,9 @@ _API: Final = "gateway.networking.k8s.io"
 _PATIENCE: Final = 20.0
 _SETTLED: Final = 3.0
 """Seconds after which Envoy has what was applied before."""
-_LONG: Final[Mapping[str, Any]] = {"kind": "slow", "after": 1, "seconds": 6.0}
-"""The engine sends the first piece of its response, and the rest after a pause."""
+_STREAM_SECONDS: Final = 30
+"""How long a stream lasts under which something changes. Envoy Gateway needs two seconds for a change, or many more if
+the machine is busy."""
 LISTENERS: Final = ("dp_dispatch", "prefill_leg", "decode")
 
 
@@ -69,7 +70,12 @@ def neighbour_of(port: int, *sections: str) -> str:
         "spec": {
             "parentRefs": [{"name": GATEWAY, "sectionName": each} for each in sections or ("http",)],
             "hostnames": [NEIGHBOUR],
-            "rules": [{"backendRefs": [{"group": _EXTENSIONS, "kind": "Backend", "name": "other"}]}],
+            "rules": [
+                {
+                    "timeouts": {"request": "0s"},  # as a team with long streams has it
+                    "backendRefs": [{"group": _EXTENSIONS, "kind": "Backend", "name": "other"}],
+                }
+            ],
         },
     }
     return yaml.safe_dump_all([backend, route])
@@ -254,14 +260,14 @@ def changes_while_a_stream_runs(rig: Rig) -> None:
 def short_drain(rig: Rig) -> None:
     """With shutdown.drainTimeout of 1 s a change cuts older streams, and a listener that is gone serves no more."""
     ours = rig.texts["dp-extproc.yaml"]
-    outcome = _streaming(rig, partial(rig.plane.apply, "ours", _changed(ours)))
+    outcome = _streaming(rig, partial(rig.plane.apply, "ours", _changed(ours)), 2 * _STREAM_SECONDS)
     rig.add("dp_dispatch changes, drainTimeout: 1s", f"the stream: {outcome}", good=outcome != "answer")
     listener = ours.replace("stat_prefix: dp_dispatch", "typo: dp_dispatch")
     rig.wrong("a listener with an unknown field", listener, "503", "listener_missing")
     rig.plane.delete("ours")
     wait_for(lambda: not set(LISTENERS) & set(rig.plane.listeners()), _PATIENCE)
     began = threading.Event()
-    streaming = rig.site.threads.submit(rig.site.stream_of_neighbour, _LONG["seconds"], began.set)
+    streaming = rig.site.threads.submit(rig.site.stream_of_neighbour, _STREAM_SECONDS, began.set)
     assert began.wait(_PATIENCE)
     rig.apply(ours)
     running = not streaming.done()
@@ -280,6 +286,8 @@ def wrong_patches(rig: Rig) -> None:
         "answer",
         "retry_policy_missing",
     )
+    rig.plane.delete("ours")
+    wait_for(lambda: not set(LISTENERS) & set(rig.plane.listeners()), _PATIENCE)
     rig.plane.apply("ours", "---\n".join(ours.split("---\n")[:2]))
     wait_for(lambda: rig.asks().startswith("503"), _PATIENCE)
     seen = f"our host: {rig.asks()}; neighbour served: {rig.neighbour_answers()}"
@@ -351,18 +359,18 @@ def _changed(text: str) -> str:
     return text.replace("max_headers_count: 200", "max_headers_count: 201")
 
 
-def _streaming(rig: Rig, change: Callable[[], object]) -> str:
-    """Request a stream of six seconds, change listeners after its first event, and return its result."""
+def _streaming(rig: Rig, change: Callable[[], object], seconds: float = _STREAM_SECONDS) -> str:
+    """Request a stream that lasts so long, change listeners after its first event, and return its result."""
     modified = rig.modified()
 
     def change_listeners() -> None:
         change()
-        wait_for(lambda: rig.modified() > modified, _LONG["seconds"] / 2)
+        wait_for(lambda: rig.modified() > modified, seconds / 2)
 
     for engine in rig.site.fleet.decodes:
-        engine.fault(inference=dict(_LONG))
+        engine.fault(inference={"kind": "slow", "after": 1, "seconds": seconds})
     try:
-        return str(ask(rig.site.client, CHAT, stream=True, on_first=change_listeners))
+        return str(ask(rig.site.client, CHAT, stream=True, patience=2 * seconds, on_first=change_listeners))
     finally:
         rig.site.fleet.recover()
 

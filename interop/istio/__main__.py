@@ -77,14 +77,14 @@ def run_gateway(
         yield Rig(plane, kind, envoy, site, drain_seconds)
 
 
-def run(programs: Path, folder: Path, body_mode: str, only: Sequence[str], recordings: Path | None) -> Report:
+def run(programs: Path, folder: Path, arguments: argparse.Namespace) -> Report:
     """Run everything on both kinds of gateways, and what differs in one thing on the first."""
-    report = Report()
+    report, only = Report(), arguments.only
     grpc_port = free_port()
     # As in Kubernetes, Envoy finds the service by a name that may have several addresses.
-    envoy = {"body_mode": body_mode, "service": f"{_NAME}:{grpc_port}"}
+    envoy = {"body_mode": arguments.body_mode, "service": f"{_NAME}:{grpc_port}"}
     with (
-        run_fleet(listen={"grpc": f"127.0.0.1:{grpc_port}"}, envoy=envoy) as fleet,
+        run_fleet(listen={"grpc": f"127.0.0.1:{grpc_port}"}, envoy=envoy, prefill_leg=arguments.prefill_leg) as fleet,
         Neighbour() as neighbour,
         Cluster(programs, folder) as cluster,
         ControlPlane(programs, cluster) as plane,
@@ -95,7 +95,7 @@ def run(programs: Path, folder: Path, body_mode: str, only: Sequence[str], recor
             config = fleet.config if kind is CLASSIC else with_free_ports(fleet.config)
             prepare(plane, kind, config.envoy.inference.port)
             with run_gateway(plane, kind, fleet, config, report) as rig:
-                _run_cases(rig, [partial(resources_are_accepted, recorded=recordings)])
+                _run_cases(rig, [partial(resources_are_accepted, recorded=arguments.recordings)])
                 run_scenarios(rig.site, only=only)
                 _run_cases(rig, CASES, only)
             if kind is CLASSIC:
@@ -106,7 +106,7 @@ def run(programs: Path, folder: Path, body_mode: str, only: Sequence[str], recor
             for each in reversed(printed(fleet.config, kind.target(HOST))):
                 plane.delete(each)
         report.shape = f"{CLASSIC.title}, mutual TLS"
-        with run_strict_fleet(folder) as (strict, agent):
+        with run_strict_fleet(folder, prefill_leg=arguments.prefill_leg) as (strict, agent):
             config = with_settings(strict.config, inference=fleet.config.envoy.inference)
             with run_gateway(plane, CLASSIC, strict, config, report, secrets=agent) as rig:
                 _run_cases(rig, [resources_are_accepted])
@@ -133,6 +133,7 @@ def main() -> int:
     parser.add_argument(
         "--body-mode", choices=("buffered", "full_duplex_streamed"), default="buffered", help="envoy.body_mode"
     )
+    parser.add_argument("--prefill-leg", choices=("envoy", "service"), default="envoy", help="prefill_leg")
     parser.add_argument("--only", action="append", default=[], help="name of a scenario or case")
     parser.add_argument("--recordings", type=Path, help="where to keep what Istio makes of the printed resources")
     arguments = parser.parse_args()
@@ -159,7 +160,7 @@ def main() -> int:
         names = Path(scratch) / "hosts"
         names.write_text(f"127.0.0.1 localhost {_NAME}\n", encoding="utf-8")
         subprocess.run(["mount", "--bind", names, "/etc/hosts"], check=True)
-        report = run(arguments.programs, Path(scratch), arguments.body_mode, arguments.only, arguments.recordings)
+        report = run(arguments.programs, Path(scratch), arguments)
     good = sum(row.good for row in report.rows)
     print(f"{good} of {len(report.rows)} checks hold")
     return 0 if report.is_good else 1

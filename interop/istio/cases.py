@@ -10,7 +10,7 @@ from typing import Final
 import httpx
 import yaml
 
-from dp_extproc.config import Config
+from dp_extproc.config import BodyMode, Config
 from dp_extproc.envoy_check import Finding, Severity, audit
 from dp_extproc.envoy_check.reader import read_envoy
 from dp_extproc.lab.testbed import loopback
@@ -18,12 +18,14 @@ from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from faults.fleet import BODIES, Outcome, ask
 from interop.istio.control_plane import ControlPlane
 from interop.istio.gateways import HOST, Kind, Resource, printed, with_settings
-from interop.istio.recording import delivered, differences, record, without_ours
+from interop.istio.recording import delivered, differences, patches_of, record, without_ours
 from interop.mesh.scenarios import CHAT
-from interop.mesh.site import MAX_BODY_BYTES, Site
+from interop.mesh.site import Site
 from patience import wait_for
 
 _SECOND_HOST: Final = "llm2.example.com"
+_DIALLING: Final = ("prefill", "decode_server")
+"""Clusters that dial engines. Without a mirrored prefill leg the first is not printed."""
 _EXAMPLE: Final = Path(__file__).parents[2] / "envoy" / "istio-gateway-timeouts.yaml"
 _PATIENCE: Final = 30.0
 _STREAM_SECONDS: Final = 6
@@ -56,7 +58,8 @@ def resources_are_accepted(rig: Rig, recorded: Path | None = None) -> None:
     wait_for(lambda: _chat(rig).status_code == httpx.codes.OK, _PATIENCE)
     after = delivered(rig.envoy.admin_url)
     listeners = [each["name"] for each in after["dynamic_listeners"] if "internal_listener" in each]
-    rig.add("internal listeners", ", ".join(listeners), good=listeners == ["decode", "dp_dispatch", "prefill_leg"])
+    printed_ones = {each["patch"]["value"]["name"] for each in patches_of(_ours(rig)) if each["applyTo"] == "LISTENER"}
+    rig.add("internal listeners", ", ".join(listeners), good=set(listeners) == printed_ones)
     rejected = rig.site.count(r"(update_rejected|update_failure)$")
     rig.add("updates that Envoy rejected", str(rejected), good=rejected == 0)
     different = differences(after, _ours(rig))
@@ -144,29 +147,38 @@ def route_changes_under_a_stream(rig: Rig) -> None:
 
 
 def clusters_change_under_a_stream(rig: Rig) -> None:
-    """A change of the clusters of the service cuts no stream."""
+    """A change of the clusters of the service ends its ext_proc streams. With whole bodies the filter fails open."""
     config = rig.site.fleet.config
     rarer = config.listen.model_copy(update={"keepalive": 2 * config.listen.keepalive})
     outcome = _stream_while(rig, config.model_copy(update={"listen": rarer}), _CLUSTERS)
-    rig.add("clusters of the service changed under a stream", str(outcome), good=outcome.complete)
+    mode = config.envoy.body_mode
+    good = outcome.complete == (mode is BodyMode.BUFFERED)
+    rig.add(f"clusters of the service changed under a stream, body mode {mode.value}", str(outcome), good=good)
 
 
 def listener_changes_under_a_stream(rig: Rig) -> None:
-    """A change of the internal listeners cuts the streams that are still open when the drain time is over."""
-    smaller = with_settings(rig.site.fleet.config, max_body_bytes=MAX_BODY_BYTES - (1 << 20))
-    outcome = _stream_while(rig, smaller, _LISTENERS)
-    case = f"listeners changed under a stream of {_STREAM_SECONDS} s, drain time {rig.drain_seconds} s"
+    """A change of an internal listener cuts the streams that are still open when the drain time is over."""
+    longer = rig.site.fleet.config.supervision.model_copy(update={"prefill_timeout": 100.0})
+    outcome = _stream_while(rig, rig.site.fleet.config.model_copy(update={"supervision": longer}), _LISTENERS)
+    case = f"listener changed under a stream of {_STREAM_SECONDS} s, drain time {rig.drain_seconds} s"
     rig.add(case, str(outcome), good=outcome.complete == (rig.drain_seconds > _STREAM_SECONDS))
     later = ask(rig.site.client, CHAT, stream=True)
     rig.add("the next stream", str(later), good=later.complete)
 
 
 def engines_are_dialled_by_tls(rig: Rig) -> None:
-    """Both clusters of engines have dialled with the certificates of the mesh."""
-    dialled = {name: rig.site.count(rf"^cluster\.{name}\.ssl\.handshake$") for name in ("prefill", "decode_server")}
+    """Every cluster that dials engines has done so with the certificates of the mesh."""
+    names = [name for name in _DIALLING if _is_printed(rig, name)]
+    dialled = {name: rig.site.count(rf"^cluster\.{name}\.ssl\.handshake$") for name in names}
     failed = rig.site.count(r"^cluster\.(prefill|decode_server)\.ssl\.(fail_verify.*|connection_error)$")
     seen = ", ".join(f"{name} {count}" for name, count in dialled.items())
     rig.add("TLS handshakes with engines", f"{seen}; failed {failed}", good=all(dialled.values()) and not failed)
+
+
+def _is_printed(rig: Rig, cluster: str) -> bool:
+    return cluster in {
+        each["patch"]["value"]["name"] for each in patches_of(_ours(rig)) if each["applyTo"] == "CLUSTER"
+    }
 
 
 def extension_is_doubled(rig: Rig) -> None:

@@ -22,8 +22,10 @@ _SERVICE: Final = "spiffe://cluster.local/ns/llm/sa/dp-extproc"
 
 
 @contextmanager
-def run_strict_fleet(folder: Path) -> Iterator[tuple[Fleet, Path]]:
+def run_strict_fleet(folder: Path, **sections: Any) -> Iterator[tuple[Fleet, Path]]:
     """Run a fleet whose engines take no connection without a certificate of the mesh, and an agent for the gateway.
+
+    *sections* override those of the configuration.
 
     Yields:
         The fleet, and the socket of the agent.
@@ -31,7 +33,7 @@ def run_strict_fleet(folder: Path) -> Iterator[tuple[Fleet, Path]]:
     mesh, agent = Mesh(folder / "certificates"), folder / "agent.socket"
     envoy = {"engine_tls": {"sds": {"cluster": "sds-grpc", "ca": "ROOTCA", "certificate": "default"}}}
     with (
-        run_fleet(mesh.engine_options, mesh.client, engine_tls=mesh.settings, envoy=envoy) as fleet,
+        run_fleet(mesh.engine_options, mesh.client, engine_tls=mesh.settings, envoy=envoy, **sections) as fleet,
         mesh.serving_secrets(agent),
     ):
         yield fleet, agent

@@ -15,6 +15,7 @@ from typing import Any, Final
 import httpx
 
 from dp_extproc import contract
+from dp_extproc.envoy_config.names import Names
 from dp_extproc.lab.testbed.engine import EngineProcess
 from faults.decoy import Decoy
 from faults.fleet import BODIES, Outcome, ask
@@ -93,14 +94,14 @@ def retries(site: Site) -> None:
     failing = site.fleet.decodes[0]
     for text, size in (("small", 10), ("100 kB", 100_000), ("2 MiB", 2 << 20), ("32 MiB", 32 << 20)):
         site.fleet.forget()
-        before, left = site.count(_RETRIES), site.count(_ABANDONED)
+        before, left = site.count(_RETRIES), _abandoned(site)
         count = 2 if size > 10 << 20 else 6
         answers: list[httpx.Response] = []
         with _fault([failing], "503"):
             while not failing.requests() and len(answers) < 10 * count:
                 answers += [_complete(site, _body(size)) for _ in range(count)]
         met = len(failing.requests())
-        good = {each.status_code for each in answers} == {200} and met > 0 and site.count(_ABANDONED) == left
+        good = {each.status_code for each in answers} == {200} and met > 0 and _abandoned(site) == left
         good = good and site.count(_RETRIES) - before >= met and not any(map(_leaked, answers))
         statuses = sorted({each.status_code for each in answers})
         seen = f"{len(answers)} requests: {statuses}; {met} met the 503 and were repeated"
@@ -175,7 +176,7 @@ def killed_in_mid_stream(site: Site) -> None:
 def client_aborts(site: Site) -> None:
     """A client that disconnects ends both legs, and no reservation is left."""
     site.fleet.forget()
-    with _fault(site.fleet.decodes, _SLOW):
+    with _fault(site.fleet.decodes, {**_SLOW, "seconds": 9}):  # the abort has to arrive first
         body = {**BODIES[CHAT], "stream": True, "max_tokens": 500}
         with site.client.stream("POST", CHAT, json=body) as answer:
             next(answer.iter_bytes())
@@ -296,6 +297,14 @@ def run_scenarios(site: Site, scenarios: Sequence[Scenario] = SCENARIOS, only: S
 
 def _ours(headers: Any) -> list[str]:
     return [name for name in headers if name.startswith(_OURS)]
+
+
+def _abandoned(site: Site) -> int:
+    """Count requests that were not repeated, because the gateway did not have their bodies any more.
+
+    Envoy also counts that its own calls of the service are not repeated once a body is sent, which does not matter.
+    """
+    return site.count(_ABANDONED) - site.count(rf"^cluster\.{Names.of(site.fleet.config).service}\..*{_ABANDONED}")
 
 
 def _leaked(answer: httpx.Response) -> list[str]:

@@ -345,7 +345,7 @@ def test_pods_have_time_to_stop(case: Case) -> None:
         (("--set", "replicas=2,sync.url=unix:///tmp/bus"), "unix:// is for processes of one pod"),
         (("--set", "tls.secret=a"), "tls.secret is for the topologies service and picker"),
         (("--set-json", 'topology="picker"', "--set-json", 'config.pools=[{"models": ["*"]}]'), "matchLabels is empty"),
-        (("--set", "topology=picker"), "no pools with prefill and decode"),
+        (("--set", "topology=picker,inferencePool.failureMode=FailOpen"), "would end a prefill engine"),
         (("--set", "config.listen.workers=${PROCESSES}"), "config.listen.workers is ${PROCESSES}"),
         (("--set", "config.listen.admin=0.0.0.0:${PORT}"), "config.listen.admin is"),
         (("--set", "config.drain=${DRAIN:-5s}"), "config.drain is"),

@@ -18,15 +18,19 @@ from e2e.hosted_gateways import GATEWAYS, build
 from e2e.stack import FAST, body_of, one
 from patience import wait_for
 
-CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+CHAT = {"model": "any", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+PAIR = {**CHAT, "model": "pair"}
+"""A request to the pool with prefill and decode."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """Two aggregated engines behind a gateway."""
+    """Two pools behind a gateway: two aggregated engines, and a pair for prefill and decode."""
 
     name: str
     workers: tuple[HostedEngine, HostedEngine]
+    prefill: HostedEngine
+    decode: HostedEngine
     client: httpx.Client
     service: ServiceProcess
 
@@ -37,23 +41,29 @@ def running(request: pytest.FixtureRequest) -> Iterator[Gateway]:
     with ExitStack() as running:
         engines = HostedEngines()
         workers = engines.add("--dp-size", "2", *FAST), engines.add("--dp-size", "2", *FAST)
+        prefill, decode = (
+            engines.add("--role", role, "--dp-attention", "--dp-size", "2", *FAST) for role in ("prefill", "decode")
+        )
         running.enter_context(engines)
-        pool = {"models": ["*"], "workers": {"endpoints": [each.url for each in workers]}}
+        pools = [
+            {"models": ["*"], "workers": {"endpoints": [each.url for each in workers]}},
+            {"models": ["pair"], "prefill": {"endpoints": [prefill.url]}, "decode": {"endpoints": [decode.url]}},
+        ]
         listen = {"tls": {"self_signed": True}} if kind.tls else {}
-        content = {**write_config([pool], listen=listen), "protocol": "endpoint_picker"}
+        content = {**write_config(pools, listen=listen), "protocol": "endpoint_picker"}
         service = running.enter_context(ServiceProcess(content))
         service.wait_until_fresh()
-        bootstrap = yaml.safe_dump(build(kind, service.config, [each.port for each in workers]))
+        bootstrap = yaml.safe_dump(build(kind, service.config, [each.port for each in (*workers, decode)]))
         envoy = running.enter_context(EnvoyProcess(service.config, bootstrap=bootstrap))
         client = running.enter_context(loopback.client(envoy.url))
         wait_for(lambda: client.post("/v1/chat/completions", json=CHAT).status_code == 200)
-        yield Gateway(request.param, workers, client, service)
+        yield Gateway(request.param, workers, prefill, decode, client, service)
 
 
 @pytest.fixture
 def gateway(running: Gateway) -> Gateway:
-    for worker in running.workers:
-        worker.forget()
+    for engine in (*running.workers, running.prefill, running.decode):
+        engine.forget()
     return running
 
 
@@ -78,7 +88,7 @@ def test_requests_reach_the_picked_endpoint_and_rank(gateway: Gateway) -> None:
 
 def test_long_streams_arrive_whole(gateway: Gateway) -> None:
     """No event is lost or repeated, whether each is a message to the service or all are one."""
-    body = {"text": "x", "sampling_params": {"max_new_tokens": 500}, "stream": True}
+    body = {"model": "any", "text": "x", "sampling_params": {"max_new_tokens": 500}, "stream": True}
     with gateway.client.stream("POST", "/generate", json=body) as response:
         lines = [line for line in response.iter_lines() if line]
 
@@ -93,7 +103,7 @@ def test_a_stream_begins_before_its_end_unless_the_gateway_buffers_it(gateway: G
     """A gateway that buffers responses sends them as they come, if it lets the service choose another mode."""
     for worker in gateway.workers:
         worker.fault(inference=Fault(Kind.SLOW, after=3, seconds=0.5))
-    body = {"text": "x", "sampling_params": {"max_new_tokens": 20}, "stream": True}
+    body = {"model": "any", "text": "x", "sampling_params": {"max_new_tokens": 20}, "stream": True}
     with gateway.client.stream("POST", "/generate", json=body) as response:
         first = next(response.iter_raw())
     for worker in gateway.workers:
@@ -117,3 +127,27 @@ def test_refusals_reach_the_client(gateway: Gateway) -> None:
 
     assert (response.status_code, response.headers["x-dp-extproc-reason"]) == (400, "body_not_an_object")
     assert [each for worker in gateway.workers for each in worker.requests()] == []
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_prefill_and_decode_meet(gateway: Gateway, *, stream: bool) -> None:
+    """The gateway sends the decode leg, and the service the prefill leg with the same room."""
+    response = gateway.client.post("/v1/chat/completions", json={**PAIR, "stream": stream})
+    legs = one([gateway.prefill]), one([gateway.decode])
+
+    assert response.status_code == 200, response.text
+    assert response.text.endswith("data: [DONE]\n\n") == stream
+    assert [leg["outcome"] for leg in legs] == ["finished", "finished"]
+    assert len({body_of(leg)["bootstrap_room"] for leg in legs}) == 1
+    gateway.service.wait_until_idle()
+
+
+def test_a_failed_prefill_is_an_error_for_the_client(gateway: Gateway) -> None:
+    """The service answers in place of decode, which would have waited, and the gateway ends the decode leg."""
+    gateway.prefill.fault(inference=Fault(Kind.INTERNAL))
+    response = gateway.client.post("/v1/chat/completions", json=PAIR)
+    gateway.prefill.server.faults.active.clear()
+
+    assert (response.status_code, response.headers["x-dp-extproc-reason"]) == (502, "prefill_failed")
+    assert one([gateway.decode])["outcome"] == "aborted"
+    gateway.service.wait_until_idle()

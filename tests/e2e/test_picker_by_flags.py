@@ -34,7 +34,8 @@ def test_flags_of_a_chart_are_all_that_a_picker_needs(tmp_path: Path, monkeypatc
     grpc_port, health_port, metrics_port = free_ports(3)
     flags = {"grpc-port": grpc_port, "grpc-health-port": health_port, "metrics-port": metrics_port, "pool-name": "qwen"}
     arguments = [f"--{name}={value}" for name, value in flags.items()]
-    arguments += ["--pool-namespace", "llm", "--zap-encoder", "json", "--config-file", "/config/plugins.yaml"]
+    arguments += ["--pool-namespace", "llm", "--drain-timeout", "10ms"]
+    arguments += ["--zap-encoder", "json", "--config-file", "/config/plugins.yaml"]
     pages = f"http://127.0.0.1:{metrics_port}"
     listen = {"grpc": f"127.0.0.1:{grpc_port}"}
     unused = {"models": ["*"], "workers": {"endpoints": [worker.url]}}

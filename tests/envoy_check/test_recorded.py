@@ -1,4 +1,4 @@
-"""Envoys that Istio has configured, as ``make istio-run`` recorded them."""
+"""Envoys that Istio and Envoy Gateway have configured, as their runs recorded them."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,9 @@ import pytest
 from dp_extproc.config import BodyMode, Config
 from dp_extproc.envoy_check import Finding, Severity
 from envoy_check.samples import ADMIN, Tree, found_in
-from envoy_config.harness import MAX_BODY_BYTES, POOLS
+from envoy_config.harness import MAX_BODY_BYTES, POOLS, make_config
+from envoy_config.recorded_gateway import Resources, bootstrap_of
+from envoy_config.test_envoy_gateway import resources_of
 
 ISTIO: Final = Path(__file__).parents[1] / "envoy_config" / "recorded" / "istio"
 OUR_HOST: Final = "llm.example.com:80"
@@ -103,3 +105,52 @@ def test_what_istio_would_deliver_without_a_patch_is_found(change: str) -> None:
     apply(resources)
 
     assert errors(found_in(config, dump(resources))) == [code]
+
+
+GENERATED: Final = "httproute/default/dp-extproc/rule/0"
+"""The cluster that Envoy Gateway makes of the rule, and a patch replaces."""
+
+
+def generated_route(resources: Resources) -> Tree:
+    """Return the route that Envoy Gateway makes of the rule."""
+    tables = [
+        each["default_filter_chain"]["filters"][0]["typed_config"]["route_config"]
+        for each in resources["listeners"]
+        if "default_filter_chain" in each
+    ]
+    routes = [route for table in tables for host in table["virtual_hosts"] for route in host["routes"]]
+    found: Tree = next(each for each in routes if each["route"]["cluster"] == GENERATED)
+    return found
+
+
+def _without(kind: str, name: str) -> Callable[[Resources], object]:
+    def change(resources: Resources) -> None:
+        resources[kind][:] = [each for each in resources[kind] if each["name"] != name]
+
+    return change
+
+
+def _breakers_of_gateway(resources: Resources) -> None:
+    cluster = next(each for each in resources["clusters"] if each["name"] == GENERATED)
+    cluster["circuit_breakers"] = {"thresholds": [{"max_retries": 1024}]}
+
+
+LOST_PATCHES: Final[dict[str, tuple[Callable[[Resources], object], str]]] = {
+    "retries": (lambda found: generated_route(found)["route"].pop("retry_policy"), "retry_policy_missing"),
+    "buffer": (lambda found: generated_route(found).pop("request_body_buffer_limit"), "buffer_limit"),
+    "timeout": (lambda found: generated_route(found)["route"].pop("timeout"), "route_timeout"),
+    "breakers": (_breakers_of_gateway, "circuit_breakers"),
+    "listener": (_without("listeners", "prefill_leg"), "listener_missing"),
+    "cluster": (_without("clusters", "extproc_owner"), "cluster_missing"),
+}
+
+
+@pytest.mark.parametrize("lost", LOST_PATCHES)
+def test_patch_that_envoy_gateway_did_not_apply_is_found(lost: str) -> None:
+    """It drops the patches that it cannot apply, and applies the others of the same policy."""
+    apply, code = LOST_PATCHES[lost]
+    config = make_config(BodyMode.BUFFERED, [1, 2, 3])
+    resources = resources_of(config, "127.0.0.1:4")
+    apply(resources)
+
+    assert errors(found_in(config, bootstrap_of(config, resources, {}))) == [code]

@@ -10,9 +10,10 @@ import pytest
 import yaml
 from envoy_data_plane.envoy.config.bootstrap.v3 import Bootstrap
 
+from certificates import Authority
 from dp_extproc.cli import envoy_config as command
 from dp_extproc.config import BodyMode, Config, TruncatedStreams
-from dp_extproc.envoy_config import build_bootstrap, render_yaml, yaml_text
+from dp_extproc.envoy_config import build_bootstrap, render_yaml, secret_files, yaml_text
 from dp_extproc.lab.testbed.envoy import find_envoy
 from envoy_config.harness import POOLS
 
@@ -207,3 +208,39 @@ def test_service_cluster_ejects_a_dead_process_if_there_may_be_another(
     assert ("health_checks" in cluster) is watched
     assert ("outlier_detection" in cluster) is watched
     assert ("envoy.retry_host_predicates.previous_hosts" in text) is watched
+
+
+@pytest.mark.parametrize(
+    ("envoy", "secrets"),
+    [
+        ({"secrets": "/secrets", "truncated_streams": "reset"}, {"engines-ca", "engines-certificate"}),
+        ({"secrets": "/secrets", "engine_tls": {"sds": {"cluster": "extproc", "ca": "a", "certificate": "b"}}}, set()),
+        ({"engine_tls": {"ca": "/elsewhere/ca.pem"}}, set()),
+    ],
+)
+def test_envoy_accepts_tls_towards_engines(envoy: dict[str, Any], secrets: set[str], tmp_path: Path) -> None:
+    """Both clusters that dial engines have it, with each source of certificates. The internal hops have none."""
+    own = Authority.found(tmp_path)
+    tls = {"ca": own.ca, "names": ["engine.test", "spiffe://a/b"], **own.issue("client")}
+    if "secrets" in envoy:
+        envoy = {**envoy, "secrets": str(tmp_path)}
+    else:
+        moved = Path(own.ca).rename(tmp_path / "envoy-ca.pem")
+        envoy = {**envoy, "engine_tls": {"ca": str(moved)}}
+    pool = {"models": ["*"], "workers": {"endpoints": ["https://127.0.0.1:1"]}}
+    config = Config.model_validate({"envoy": envoy, "engine_tls": tls, "pools": [pool]})
+    for name, text in secret_files(config).items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    path = tmp_path / "envoy.yaml"
+    path.write_text(render_yaml(build_bootstrap(config)), encoding="utf-8")
+    argv = [find_envoy(), "--mode", "validate", "-c", str(path)]
+
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr.lower()
+    assert secret_files(config).keys() == {f"secret-{name}.yaml" for name in secrets}
+    clusters = printed(config)["static_resources"]["clusters"]
+    kinds = {each["name"]: each.get("transport_socket", {}).get("name", "").rpartition(".")[2] for each in clusters}
+    last = "decode" if envoy.get("truncated_streams") == "reset" else "decode_server"
+    assert {name for name, kind in kinds.items() if kind == "tls"} == {"prefill", last}

@@ -155,8 +155,10 @@ class Attempt:
     def _fail(self, turn: Turn, failure: Failure) -> None:
         """Blame an endpoint, answer the client while that is possible, and end the other leg."""
         self._effects.blame(failure, turn.now)
-        if not self.leg.was_cancelled and not self.main.move(Signal.ABANDON, turn, failure):
-            self.main.abort_decode(turn)
+        if not self.leg.was_cancelled:
+            is_answered = self.main.move(Signal.ABANDON, turn, failure)
+            if not (is_answered and self.main.hears_response):  # an answer may be too late, and is ignored then
+                self.main.abort_decode(turn)
         self.leg.cancel(turn)
 
     # --- time ---

@@ -352,8 +352,8 @@ class MainStream(Machine[MainState]):
         self._effects.end(turn.now)
 
     def abort_decode(self, turn: Turn) -> None:
-        """End the decode leg at its engine, because nothing on the main stream can end it any more."""
-        if self._abort is not None and (self.is_unheard or self.state is MainState.RESPONDING):
+        """End the decode leg at its engine, because nothing on the main stream is sure to end it any more."""
+        if self._abort is not None:
             turn.commands.append(self._abort)
 
     def _ignore(self, _turn: Turn, _event: Event) -> Outcome:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from dp_extproc.cli import start
 from dp_extproc.cli.check_envoy import check_envoy
-from dp_extproc.config import Config, ConfigError, LoadSource
+from dp_extproc.config import Config, ConfigError, LoadSource, Protocol
 from dp_extproc.contract import RANK_HEADER
 from dp_extproc.engines.adapter import adapter_of
 from dp_extproc.engines.capabilities import Capabilities, RankControl
@@ -37,6 +37,13 @@ _SOURCE_SECONDS: Final = 12.0
 """Longest time in seconds that the first report of a source may take. By then a look-up without an answer has failed,
 and so has a connection to the API server of Kubernetes, and the reason is known.
 """
+_OF_GATEWAYS: Final = (
+    "what the gateway needs for prefill and decode, which cannot be checked from here:",
+    "  only decode servers are endpoints of its pool; a request without a pick ends the process of a prefill server",
+    "  it fails closed (failureMode: FailClose, failure_mode_allow: false)",
+    "  it sends response headers (response_header_mode: SEND), and its message_timeout is longer than picker.hold",
+    "  it repeats requests after refused connections alone",
+)
 _SHOWN: Final = 3
 """Bounds the endpoints that a row or a column of the table of pairs names."""
 _NO_WRAPPING: Final = 1000
@@ -94,6 +101,9 @@ def _check_engines(console: Console, config: Config) -> bool:
     if reports:
         _print(console, reports)
     has_all_roles = _print_empty_roles(console, roster)
+    if config.protocol is Protocol.ENDPOINT_PICKER and any(pool.is_disaggregated for pool in config.pools):
+        for line in _OF_GATEWAYS:
+            console.print(Text(line), soft_wrap=True)
     return all_report and has_all_roles and all(report.is_usable for report in reports)
 
 

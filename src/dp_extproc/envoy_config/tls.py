@@ -53,10 +53,9 @@ def to_service_tls(config: Config) -> core.TransportSocket | None:
 
 def to_engines_tls(config: Config) -> core.TransportSocket | None:
     """Build the transport socket of the clusters that dial engines; None for plain HTTP."""
-    settings, identity = config.engine_tls, _of_engines(config)
+    settings, identity, sds = config.engine_tls, _of_engines(config), _sds(config)
     if settings is None or identity is None:
         return None
-    sds = None if config.envoy.engine_tls is None else config.envoy.engine_tls.sds
     common = common_context(identity, config.envoy.secrets) if sds is None else _served_context(identity, sds)
     return transport_socket("tls", tls.UpstreamTlsContext(sni=settings.sent_name or "", common_tls_context=common))
 
@@ -77,8 +76,9 @@ def secret_files(config: Config) -> Mapping[str, str]:
     """Return the files for the directory ``envoy.secrets``, by name."""
     if config.envoy.secrets is None:
         return {}
-    identities = (each for each in (_for_clients(config), _of_service(config), _of_engines(config)) if each is not None)
-    secrets = (secret for identity in identities for secret in _secrets(identity))
+    engines = _of_engines(config) if _sds(config) is None else None
+    identities = (_for_clients(config), _of_service(config), engines)
+    secrets = (secret for identity in identities if identity is not None for secret in _secrets(identity))
     return {_file_of(each.name): render_yaml(DiscoveryResponse(resources=[pack(each)])) for each in secrets}
 
 
@@ -137,6 +137,10 @@ def _of_service(config: Config) -> Identity | None:
         return None
     name = f"{config.envoy.name_prefix}service"
     return Identity(name, ["h2"], settings.ca, [settings.name], settings.cert, settings.key)
+
+
+def _sds(config: Config) -> SdsSettings | None:
+    return None if config.envoy.engine_tls is None else config.envoy.engine_tls.sds
 
 
 def _of_engines(config: Config) -> Identity | None:

@@ -69,8 +69,9 @@ sync: {url: {{ .Values.sync.url | quote }}}
       {{- $_ := set $pool $role (dict "kubernetes" $sources) -}}
     {{- end -}}
   {{- end -}}
-  {{- if and (eq $.Values.topology "picker") (not (hasKey $pool "workers")) $.Values.inferencePool.create -}}
-    {{- $_ := set $pool "workers" (include "dp-extproc.inferencePoolWorkers" $ | fromYaml) -}}
+  {{- $answering := hasKey $pool "prefill" | ternary "decode" "workers" -}}
+  {{- if and (eq $.Values.topology "picker") (not (or $pool.workers $pool.decode)) $.Values.inferencePool.create -}}
+    {{- $_ := set $pool $answering (include "dp-extproc.inferencePoolWorkers" $ | fromYaml) -}}
   {{- end -}}
   {{- if and (kindIs "map" $pool.api_key) (hasKey (default dict $pool.api_key) "secret") -}}
     {{- $_ := set $pool "api_key" (dict "file" (printf "%s/%s/%s" "/etc/dp-extproc-keys" $pool.api_key.secret (default "api-key" $pool.api_key.key))) -}}
@@ -160,9 +161,9 @@ kubernetes:
   {{- fail "tls.secret is for the topologies service and picker; in the topology sidecar Envoy reaches the service inside of the pod" -}}
 {{- end -}}
 {{- if eq .Values.topology "picker" -}}
-  {{- range .Values.config.pools -}}
-    {{- if or .prefill .decode -}}
-      {{- fail "an endpoint picker names one endpoint for a request, so the topology picker has no pools with prefill and decode; leave both out, or take another topology" -}}
+  {{- range $config.pools -}}
+    {{- if and .prefill (eq $.Values.inferencePool.failureMode "FailOpen") -}}
+      {{- fail "inferencePool.failureMode is FailOpen, but a request without a pick would end a prefill engine; write FailClose for a pool with prefill and decode" -}}
     {{- end -}}
   {{- end -}}
   {{- if gt (int (default 1 $config.listen.workers)) 1 -}}
