@@ -78,9 +78,15 @@ def make_config(body_mode: BodyMode, ports: list[int], **envoy: Any) -> Config:
     )
 
 
-def scripted_bootstrap(config: Config) -> str:
-    """Print a bootstrap that also forwards headers of the script and untrusted headers to the service."""
+def scripted_bootstrap(config: Config, *, naked: bool = False) -> str:
+    """Print a bootstrap that also forwards headers of the script and untrusted headers to the service.
+
+    A *naked* front door removes no headers of clients.
+    """
     bootstrap = yaml.safe_load(render_yaml(build_bootstrap(config)))
+    if naked:
+        front_door = bootstrap["static_resources"]["listeners"][0]
+        del front_door["filter_chains"][0]["filters"][-1]["typed_config"]["early_header_mutation_extensions"]
     patterns = _find(bootstrap, "forward_rules")["allowed_headers"]["patterns"]
     patterns.append({"exact": "x-request-id"})
     patterns.extend({"prefix": prefix} for prefix in ("test-", *contract.UNTRUSTED_PREFIXES))
@@ -106,15 +112,18 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 
 @contextmanager
-def run_bench(body_mode: BodyMode, **settings: Any) -> Iterator[Bench]:
-    """Run an Envoy with these settings in front of a scripted service and two recording engines."""
+def run_bench(body_mode: BodyMode, *, naked: bool = False, **settings: Any) -> Iterator[Bench]:
+    """Run an Envoy with these settings in front of a scripted service and two recording engines.
+
+    A *naked* front door removes no headers of clients.
+    """
     ports = free_ports(3)
     config = make_config(body_mode, ports, **settings)
     with (
         run_engine("prefill") as prefill,
         run_engine("decode") as decode,
         run_service(prefill.address, decode.address, ports[2]) as service,
-        EnvoyProcess(config, bootstrap=scripted_bootstrap(config)) as envoy,
+        EnvoyProcess(config, bootstrap=scripted_bootstrap(config, naked=naked)) as envoy,
         loopback.client(envoy.url, timeout=60) as client,
     ):
         yield Bench(config, envoy, service, prefill, decode, client)

@@ -9,7 +9,7 @@ import pytest
 
 from dp_extproc import contract
 from dp_extproc.config import BodyMode
-from envoy_config.harness import BODY, Bench, error_of
+from envoy_config.harness import BODY, Bench, error_of, run_bench
 from envoy_config.recording_engine import RecordingEngine
 from envoy_config.scripted_service import DECODE_PREFIX, LEG_TOKEN, PREFILL_PREFIX
 
@@ -246,3 +246,15 @@ def test_access_log_has_the_decision_about_each_request(bench: Bench) -> None:
     assert line["duration_ms"] >= line["first_byte_ms"] >= 0
     assert line["reason"] is None
     assert bench.log_line(request_id, "prefill")["prefill_host"] == bench.prefill.address
+
+
+@pytest.mark.parametrize("session_header", [None, "x-session"])
+def test_a_client_forges_no_conversation_through_a_naked_listener(session_header: str | None) -> None:
+    """The block takes the name of the conversation from the configured header only."""
+    with run_bench(BodyMode.BUFFERED, naked=True, session_header=session_header) as bench:
+        for own in ("", "mine"):
+            request_id, response = bench.post(x_dp_session="of another", x_session=own)
+            assert response.status_code == 200
+            (seen,) = [each for each in bench.service.seen_headers if each.get("x-request-id") == request_id]
+            assert seen.get(contract.SESSION, "") == (own if session_header else "")
+            assert contract.SESSION not in bench.decode.one(request_id).headers

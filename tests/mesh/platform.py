@@ -136,12 +136,15 @@ def join(bootstrap: str, config: Config, directory: Path, virtual_host: str = "l
     return subprocess.run(argv, cwd=directory, check=True, capture_output=True, text=True).stdout
 
 
-def client_of(config: Config, certificate: Certificate, host: str, **headers: str) -> httpx.Client:
+def client_of(
+    config: Config, certificate: Certificate, host: str, headers: Mapping[str, str], *, http2: bool = False
+) -> httpx.Client:
     """Make a client of a host of the platform."""
     return httpx.Client(
         base_url=f"https://127.0.0.1:{config.envoy.inference.port}",
         headers={"host": host, **headers},
         verify=ssl.create_default_context(cafile=str(certificate.cert)),
+        http2=http2,
         trust_env=False,
         timeout=30,
     )

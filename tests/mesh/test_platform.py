@@ -53,7 +53,7 @@ class Platform:
     """Has the addresses of the Envoy as it was."""
 
     def client(self, host: str = LLM, config: Config | None = None, **headers: str) -> httpx.Client:
-        return client_of(config or self.fleet.service.config, self.certificate, host, **headers)
+        return client_of(config or self.fleet.service.config, self.certificate, host, headers)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
 
         running.enter_context(EnvoyProcess(before, bootstrap=read_bootstrap(before, servers, certificate)))
         fleet = running.enter_context(run_fleet(FAST, in_front=joined, **SETTINGS))
-        client = client_of(fleet.service.config, certificate, LLM, authorization=token("team"))
+        client = client_of(fleet.service.config, certificate, LLM, {"authorization": token("team")})
         running.enter_context(client)
         yield Platform(dataclasses.replace(fleet, client=client), servers, certificate, before)
 
@@ -92,6 +92,21 @@ def test_responses_are_complete(fleet: Fleet, path: str, stream: bool) -> None:
     outcome = ask(fleet.client, path, stream=stream)
 
     assert outcome.complete, outcome
+
+
+def test_clients_with_http2_are_served(platform: Platform, fleet: Fleet) -> None:
+    """Streams of one connection get whole responses, retries included, and no header of a client steers."""
+    fleet.decodes[0].fault(inference="503")
+    forged = {**FORGED, "authorization": token("team")}
+    with client_of(fleet.service.config, platform.certificate, LLM, forged, http2=True) as client:
+        asked = [fleet.threads.submit(ask, client, CHAT, stream=bool(each % 2)) for each in range(8)]
+        outcomes = [each.result() for each in asked]
+        version = client.get("/health").http_version
+
+    assert [str(each) for each in outcomes] == ["answer"] * len(outcomes)
+    assert version == "HTTP/2"
+    received = [request for engine in fleet.engines for request in engine.requests()]
+    assert [name for each in received for name in each["headers"] if name.startswith(OURS)] == []
 
 
 def test_batch_has_a_room_for_each_prompt(fleet: Fleet) -> None:

@@ -31,7 +31,7 @@ def test_two_blocks_serve_two_hosts_of_one_envoy(tmp_path: Path) -> None:
         running.enter_context(EnvoyProcess(first, bootstrap=bootstrap))
 
         for host, count in ((LLM, 3), (SHOP, 5)):
-            with client_of(first, certificate, host, authorization=token("team")) as client:
+            with client_of(first, certificate, host, {"authorization": token("team")}) as client:
                 statuses = [client.post("/v1/chat/completions", json=CHAT).status_code for _ in range(count)]
             assert statuses == [200] * count
 
