@@ -48,7 +48,7 @@ READS_THE_FILE = "config/source.py"
 CONFINED = {
     "aiohttp": {"legs"},
     "grpc": {"extproc", "runtime"},
-    "httpx": {"fleet", "runtime", "envoy_check", "lab.demo", "lab.engine", "lab.testbed"},
+    "httpx": {"cli", "fleet", "runtime", "envoy_check", "lab.demo", "lab.engine", "lab.testbed"},
 }
 """Libraries that belong to some packages alone."""
 MOST_LINES = 400

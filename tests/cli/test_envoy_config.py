@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from dp_extproc.cli import main
+from dp_extproc.lab.testbed.ports import free_port
 
 ENGINES = ("--prefill", "http://10.0.0.1:30000", "--decode", "http://10.0.0.2:30000")
 
@@ -36,9 +37,43 @@ def test_options_of_the_gateway_are_refused_with_a_remedy(
     assert refusal in capsys.readouterr().err
 
 
-def test_blocks_of_old_files_are_kept_on_request(tmp_path: Path) -> None:
-    """Without ``--keep``, only the new block is left."""
-    xds = ["envoy-config", *ENGINES, "--format", "xds", "-o", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("form", "remedy"),
+    [
+        (["parts"], "envoy.cors has no effect with --format parts: it is in front-door.yaml only"),
+        (
+            ["envoy-gateway", "--gateway", "default/eg", "--listener", "http"],
+            "envoy.cors has no effect with --format envoy-gateway: set cors in a SecurityPolicy",
+        ),
+        (
+            ["istio", "--gateway", "default/gw", "--hostname", "llm.test", "--port", "80"],
+            "envoy.cors has no effect with --format istio: leave it to the engines",
+        ),
+        (["bootstrap"], None),
+        (["xds"], None),
+    ],
+)
+def test_settings_without_effect_are_named(
+    form: Sequence[str], remedy: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The form is printed all the same. Settings with their default are not named."""
+    pools = [{"models": ["*"], "workers": {"endpoints": ["http://10.0.0.1:1"]}}]
+    envoy = {"accept_http_10": False, "cors": {"allow_origins": ["https://chat.test"]}}
+    path = tmp_path / "dp-extproc.yaml"
+    path.write_text(yaml.safe_dump({"envoy": envoy, "pools": pools}), encoding="utf-8")
+
+    assert main(["envoy-config", "-c", str(path), "--format", *form]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if "has no effect" in line]
+    assert len(notes) == (remedy is not None)
+    assert all(line.startswith(remedy or "") for line in notes)
+
+
+def test_blocks_of_old_files_are_kept_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without ``--keep``, only the new block is left. With it, a note says that no Envoy confirms the new one."""
+    pools = [{"models": ["*"], "workers": {"endpoints": ["http://10.0.0.1:1"]}}]
+    path = tmp_path / "dp-extproc.config"
+    path.write_text(yaml.safe_dump({"envoy": {"admin": f"127.0.0.1:{free_port()}"}, "pools": pools}), encoding="utf-8")
+    xds = ["envoy-config", "-c", str(path), "--format", "xds", "-o", str(tmp_path)]
 
     def names(file: str) -> set[str]:
         return {each["name"] for each in yaml.safe_load((tmp_path / file).read_text(encoding="utf-8"))["resources"]}
@@ -46,6 +81,8 @@ def test_blocks_of_old_files_are_kept_on_request(tmp_path: Path) -> None:
     assert main(xds) == 0
     old = names("lds.yaml"), names("cds.yaml")
     assert main([*xds, "--name-prefix", "new-", "--keep"]) == 0
+    assert "give it cds.yaml, lds.yaml, rds.yaml one by one" in capsys.readouterr().err
+    assert "new-inference" in (tmp_path / "rds.yaml").read_text(encoding="utf-8")
     both = names("lds.yaml"), names("cds.yaml")
     assert main([*xds, "--name-prefix", "new-"]) == 0
     new = names("lds.yaml"), names("cds.yaml")

@@ -3,18 +3,17 @@
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from pydantic import ValidationError
 
-from dp_extproc.cli import start
-from dp_extproc.config import ConfigError, EnvoySettings, Protocol
+from dp_extproc.cli import rollout, start
+from dp_extproc.config import Config, ConfigError, EnvoySettings, Problem, Protocol, SocketAddress
 from dp_extproc.config.listen import MAX_PORT
 from dp_extproc.envoy_config import FORMS, secret_files
 from dp_extproc.envoy_config.formats.target import ObjectName, Target, mismatch
-from dp_extproc.envoy_config.forms import Files
 
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 """Names of objects in Kubernetes (RFC 1123), which host names are as well."""
@@ -70,7 +69,10 @@ def run(args: argparse.Namespace) -> int:
         The exit status: 2 if the configuration cannot be used, 1 if a file cannot be written.
     """
     try:
-        started = start.load(args, lambda line: sys.stderr.write(f"{line}\n"))
+        started = start.load(args, _note)
+        config = started.config.model_copy(update={"listen": started.listen})
+        if args.name_prefix is not None:
+            config = _with_prefix(config, args.name_prefix)
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -79,51 +81,55 @@ def run(args: argparse.Namespace) -> int:
             f"{started.source.name}: protocol: endpoint_picker is for a gateway that configures its own Envoy\n"
         )
         return 2
-    config = started.config.model_copy(update={"listen": started.listen})
-    if args.name_prefix is not None:
-        try:
-            prefix = EnvoySettings(name_prefix=args.name_prefix).name_prefix
-        except ValidationError as error:
-            sys.stderr.write(f"--name-prefix {args.name_prefix}: {error.errors()[0]['msg']}\n")
-            return 2
-        config = config.model_copy(update={"envoy": config.envoy.model_copy(update={"name_prefix": prefix})})
     form = FORMS[args.format]
     target = Target(args.gateway, tuple(args.hostname), args.port, tuple(args.listener), tuple(args.selector))
     if problem := mismatch(args.format, target, form.takes, form.needs):
         sys.stderr.write(f"{problem}\n")
         return 2
-    if args.keep and (form.keep is None or args.output is None):
+    if args.keep and (not form.is_followed or args.output is None):
         sys.stderr.write("--keep is for files that Envoy reads again; add: --format xds -o DIR\n")
         return 2
-    files = {**form.files(config, target), **secret_files(config)}
+    for line in form.notes(args.format, config.envoy):
+        _note(line)
+    # Secrets first: Envoy refuses a cluster whose file does not exist.
+    files = {**secret_files(config), **form.files(config, target)}
     if args.output is None:
         for number, (name, text) in enumerate(files.items()):
             sys.stdout.write(text if len(files) == 1 else f"{'---' if number else ''}\n# {name}\n{text}")
         return 0
+    return _write(args.output, files, config.envoy.admin if form.is_followed else None, keep=args.keep)
+
+
+def _write(directory: Path, files: Mapping[str, str], admin: SocketAddress | None, *, keep: bool) -> int:
+    """Write the files, if Envoy follows them with a look at its admin pages. Return the exit status."""
     try:
-        _write(args.output, files, form.keep if args.keep else None)
+        if admin is not None:
+            rollout.replace_block(directory, files, admin, _note, keep=keep)
+        else:
+            rollout.write(directory, files)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        sys.stderr.write(f"{args.output}: {reason}\n")
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        sys.stderr.write(f"{directory}: {reason}\n")
         return 1
     return 0
 
 
-def _write(directory: Path, files: Files, keep: Callable[[Files, Files], Files] | None) -> None:
-    """Write files in their order, each by rename, because Envoy may read them again at once.
+def _with_prefix(config: Config, prefix: str) -> Config:
+    """Return a configuration with the prefix of the command line.
 
     Raises:
-        OSError: A file cannot be written, or an old one not be read.
-        ValueError: An old file is not what *keep* expects.
+        ConfigError: The prefix is refused.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    if keep is not None:
-        paths = {name: directory / name for name in files}
-        files = keep({name: path.read_text("utf-8") for name, path in paths.items() if path.exists()}, files)
-    for name, text in files.items():
-        new = directory / f".{name}.new"
-        new.write_text(text, encoding="utf-8")
-        new.replace(directory / name)
+    try:
+        checked = EnvoySettings(name_prefix=prefix).name_prefix
+    except ValidationError as error:
+        problem = Problem(None, "", error.errors()[0]["msg"])
+        raise ConfigError(f"--name-prefix {prefix}", [problem]) from None
+    return config.model_copy(update={"envoy": config.envoy.model_copy(update={"name_prefix": checked})})
+
+
+def _note(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
 
 
 def _object_name(text: str) -> ObjectName:

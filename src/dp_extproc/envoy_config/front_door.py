@@ -5,6 +5,7 @@ from typing import Final
 
 from envoy_data_plane.envoy.config.core import v3 as core
 from envoy_data_plane.envoy.config.listener import v3 as listener
+from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
 from envoy_data_plane.envoy.extensions.filters.http.cors import v3 as cors
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import v3 as hcm
 from envoy_data_plane.envoy.type.matcher.v3 import RegexMatcher, StringMatcher
@@ -28,16 +29,14 @@ _HOST_FOR_HTTP_10: Final = "dp-extproc"
 def build_front_door(config: Config) -> listener.Listener:
     """Build the listener for clients, the only one with a port. Another gateway may take its place."""
     settings, names = config.envoy, Names.of(config)
-    routes = table(to_dispatch(names, config.retry))
     filters = [router()]
     if settings.cors is not None:
-        routes.virtual_hosts[0].typed_per_filter_config = {CORS_FILTER: pack(_cors_policy(settings.cors))}
         filters.insert(0, hcm.HttpFilter(name=CORS_FILTER, typed_config=pack(cors.Cors())))
     http1 = core.Http1ProtocolOptions(accept_http_10=True, default_host_for_http_10=_HOST_FOR_HTTP_10)
     manager = commented(
         hcm.HttpConnectionManager(
             stat_prefix=names.inference,
-            route_config=routes,
+            route_config=build_routes(config),
             http_filters=filters,
             http_protocol_options=http1 if settings.accept_http_10 else None,
             stream_idle_timeout=NO_TIMEOUT,
@@ -75,6 +74,14 @@ def build_front_door(config: Config) -> listener.Listener:
         per_connection_buffer_limit_bytes="envoy.max_body_bytes and 1 MiB for the routing fields. Every hop needs\n"
         "it, because it may buffer a whole body; Envoy's default is 1 MiB.",
     )
+
+
+def build_routes(config: Config) -> RouteConfiguration:
+    """Build the routes of the front door: into the block, for the web pages that may send requests."""
+    routes, settings = table(to_dispatch(Names.of(config), config.retry)), config.envoy.cors
+    if settings is not None:
+        routes.virtual_hosts[0].typed_per_filter_config = {CORS_FILTER: pack(_cors_policy(settings))}
+    return routes
 
 
 def to_listen_on(address: SocketAddress, *, ipv4_compat: bool) -> core.Address:

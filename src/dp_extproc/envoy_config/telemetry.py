@@ -101,14 +101,18 @@ def trace(config: Config, manager: hcm.HttpConnectionManager, hop: str, decision
     )
 
 
-def collectors(config: Config) -> Iterator[tuple[str, str]]:
-    """Name the clusters of the configured collectors, each with its ``host:port``."""
-    names, settings = Names.of(config), config.envoy
-    if settings.tracing is not None:
-        yield names.traces, settings.tracing.collector
-    for kind, address in (("grpc", settings.access_log.grpc), ("otel", settings.access_log.otel)):
+def collectors_of_spans(config: Config) -> Iterator[tuple[str, str]]:
+    """Name the cluster of the collector of spans with its ``host:port``, if there is one."""
+    if config.envoy.tracing is not None:
+        yield Names.of(config).traces, config.envoy.tracing.collector
+
+
+def collectors_of_logs(config: Config) -> Iterator[tuple[str, str]]:
+    """Name the clusters of the collectors of access logs, each with its ``host:port``."""
+    settings = config.envoy.access_log
+    for kind, address in (("grpc", settings.grpc), ("otel", settings.otel)):
         if address is not None:
-            yield f"{names.logs}_{kind}", address
+            yield f"{Names.of(config).logs}_{kind}", address
 
 
 def _to_cluster(name: str) -> core.GrpcService:

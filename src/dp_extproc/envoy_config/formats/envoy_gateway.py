@@ -26,6 +26,14 @@ from dp_extproc.envoy_config.yaml_text import Fields, commented, plain
 TAKES: Final = (GATEWAY, LISTENERS, HOSTNAMES, PORT)
 NEEDS: Final = (GATEWAY, LISTENERS)
 
+WITHOUT_EFFECT: Final = {
+    "tls": "set tls of the listener in your Gateway",
+    "accept_http_10": "set http1.http10 in a ClientTrafficPolicy",
+    "cors": "set cors in a SecurityPolicy",
+    "ipv4_compat": "set ipFamily in your EnvoyProxy",
+}
+"""Keys of the front door that belong to objects of the gateway."""
+
 _API: Final = "gateway.networking.k8s.io"
 _EXTENSIONS: Final = "gateway.envoyproxy.io"
 _GATEWAY_CLASS: Final = "eg"

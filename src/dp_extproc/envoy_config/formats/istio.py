@@ -27,6 +27,16 @@ from dp_extproc.envoy_config.yaml_text import Fields, commented
 NEEDS: Final = (GATEWAY, HOSTNAMES, PORT)
 TAKES: Final = (*NEEDS, SELECTOR)
 
+WITHOUT_EFFECT: Final = {
+    "tls": "set tls of the server or listener in your Gateway",
+    "accept_http_10": "set PILOT_HTTP10 in the environment of istiod",
+    "cors": "leave it to the engines; the inserted route has no policy of yours",
+    "request_headers_timeout": "set it with an EnvoyFilter of the gateway's connection manager",
+    "request_timeout": "set it with an EnvoyFilter of the gateway's connection manager",
+    "ipv4_compat": "set ISTIO_DUAL_STACK of istiod and the proxies",
+}
+"""Keys of the front door that belong to the gateway."""
+
 _PRIORITY: Final = 10
 """Priority of the ``EnvoyFilter``. Istio applies those of a higher one later, and the route inserted last is first."""
 _API: Final = "networking.istio.io"

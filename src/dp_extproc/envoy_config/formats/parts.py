@@ -16,6 +16,17 @@ ROUTE: Final = "route.yaml"
 FILTER: Final = "filter.yaml"
 FRONT_DOOR: Final = "front-door.yaml"
 
+_OF_THE_LISTENER: Final = "it is in front-door.yaml only; set it in your own listener"
+WITHOUT_EFFECT: Final = {
+    "tls": _OF_THE_LISTENER,
+    "accept_http_10": _OF_THE_LISTENER,
+    "cors": "it is in front-door.yaml only; set CORS in your own virtual host",
+    "request_headers_timeout": _OF_THE_LISTENER,
+    "request_timeout": _OF_THE_LISTENER,
+    "ipv4_compat": _OF_THE_LISTENER,
+}
+"""Keys of the front door, of which the form has an example only."""
+
 _BLOCK: Final = """\
 The block: add the items of each list below to the same list of your bootstrap. Nothing else of yours changes.
 

@@ -9,15 +9,13 @@ from betterproto2 import Message
 from envoy_data_plane.envoy.config.bootstrap import v3 as bootstrap
 from envoy_data_plane.envoy.config.core import v3 as core
 from envoy_data_plane.envoy.config.listener.v3 import Listener
-from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import v3 as hcm
 
 from dp_extproc.config import Config
 from dp_extproc.envoy_config.block import build_block, build_bootstrap_extension
+from dp_extproc.envoy_config.clusters import build_collectors_of_spans
 from dp_extproc.envoy_config.formats.target import Target
-from dp_extproc.envoy_config.front_door import build_front_door, to_listen_on
-from dp_extproc.envoy_config.names import Names
-from dp_extproc.envoy_config.routes import table, to_dispatch
+from dp_extproc.envoy_config.front_door import build_front_door, build_routes, to_listen_on
 from dp_extproc.envoy_config.yaml_text import commented, pack, render_yaml, unpack
 
 BOOTSTRAP: Final = "bootstrap.yaml"
@@ -40,7 +38,8 @@ def files(config: Config, _: Target) -> dict[str, str]:
     """Return a bootstrap and the files that it names, in the order in which to replace these.
 
     All names of the block begin with a hash of its content. So a changed block stands beside the one that it replaces,
-    and only the route of the front door changes. Envoy ends the streams of a changed listener after its drain time,
+    and only the route of the front door changes. The front door keeps its name, and so does its collector of spans.
+    Envoy ends the streams of a changed listener after its drain time,
     and mirrored requests and calls of the service at once if their cluster changes.
     """
     generation = hashlib.sha256()
@@ -52,12 +51,11 @@ def files(config: Config, _: Target) -> dict[str, str]:
     block = build_block(named)
     front_door = build_front_door(config)
     _take_routes_from_file(front_door)
-    routes = RouteConfiguration(
-        name=front_door.name, virtual_hosts=table(to_dispatch(Names.of(named), named.retry)).virtual_hosts
-    )
+    routes = build_routes(named)
+    routes.name = front_door.name
     return {
         BOOTSTRAP: render_yaml(_build_bootstrap(config)),
-        CLUSTERS: _render(block.clusters),
+        CLUSTERS: _render([*block.clusters, *build_collectors_of_spans(config)]),
         LISTENERS: _render([front_door, *block.listeners]),
         ROUTES: _render([routes]),
     }
@@ -72,9 +70,34 @@ def keep(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
     return {**new, CLUSTERS: _with_others(old, new, CLUSTERS), LISTENERS: _with_others(old, new, LISTENERS)}
 
 
+def names(file: str, text: str) -> list[str]:
+    """List the names of the resources in a file.
+
+    Raises:
+        ValueError: The text is not of this form.
+    """
+    return [each["name"] for each in _resources(file, text)]
+
+
+def used_names(file: str, text: str) -> list[str]:
+    """List the names by which Envoy shows that it uses a file: those of its resources, or the cluster of the route.
+
+    Raises:
+        ValueError: The text is not of this form.
+    """
+    if file != ROUTES:
+        return names(file, text)
+    return [
+        route["route"]["cluster"]
+        for table in _resources(file, text)
+        for host in table["virtual_hosts"]
+        for route in host["routes"]
+    ]
+
+
 def _with_others(old: Mapping[str, str], new: Mapping[str, str], file: str) -> str:
-    names = {each["name"] for each in _resources(file, new[file])}
-    kept = [each for each in _resources(file, old.get(file, "resources: []")) if each["name"] not in names]
+    renewed = names(file, new[file])
+    kept = [each for each in _resources(file, old.get(file, "resources: []")) if each["name"] not in renewed]
     # A front door with another name has a port, which the new one may need.
     kept = [each for each in kept if "address" not in each]
     return new[file] + (_KEPT + yaml.safe_dump(kept, sort_keys=False, width=1000) if kept else "")

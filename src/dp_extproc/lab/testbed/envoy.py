@@ -160,12 +160,17 @@ class EnvoyProcess:
         self.__exit__(None, None, None)
         self.__enter__()
 
-    def replace(self, files: Mapping[str, str]) -> None:
-        """Replace files by rename, in their order; only while it runs."""
+    @property
+    def directory(self) -> Path:
+        """Where its files are; only while it runs."""
         if self._directory is None:
             raise RuntimeError("Envoy does not run")
+        return Path(self._directory.name)
+
+    def replace(self, files: Mapping[str, str]) -> None:
+        """Replace files by rename, in their order; only while it runs."""
         for name, text in files.items():
-            new = Path(self._directory.name) / f"{name}.new"
+            new = self.directory / f"{name}.new"
             new.write_text(text, encoding="utf-8")
             new.replace(new.with_suffix(""))
 
