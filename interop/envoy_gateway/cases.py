@@ -286,6 +286,8 @@ def wrong_patches(rig: Rig) -> None:
         "answer",
         "retry_policy_missing",
     )
+    rig.plane.delete("ours")
+    wait_for(lambda: not set(LISTENERS) & set(rig.plane.listeners()), _PATIENCE)
     rig.plane.apply("ours", "---\n".join(ours.split("---\n")[:2]))
     wait_for(lambda: rig.asks().startswith("503"), _PATIENCE)
     seen = f"our host: {rig.asks()}; neighbour served: {rig.neighbour_answers()}"

@@ -1,8 +1,10 @@
 """What the command line of ``envoy-config`` gives about a gateway."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
+import yaml
 
 from dp_extproc.cli import main
 
@@ -18,6 +20,8 @@ ENGINES = ("--prefill", "http://10.0.0.1:30000", "--decode", "http://10.0.0.2:30
         (["--listener", "a b"], "'a b': write a name of Kubernetes"),
         (["--selector", "istio"], "'istio': write a label of the pods, such as istio=ingressgateway"),
         (["--port", "70000"], "'70000' is no port; write a number from 1 to 65535"),
+        (["--keep", "-o", "out"], "--keep is for files that Envoy reads again; add: --format xds -o DIR"),
+        (["--keep", "--format", "xds"], "--keep is for files that Envoy reads again; add: --format xds -o DIR"),
         (["--gateway", "default/eg", "--port", "80"], "--gateway, --port: --format bootstrap has no use for it"),
     ],
 )
@@ -30,3 +34,35 @@ def test_options_of_the_gateway_are_refused_with_a_remedy(
         status = end.code  # type: ignore[assignment]
     assert status == 2
     assert refusal in capsys.readouterr().err
+
+
+def test_blocks_of_old_files_are_kept_on_request(tmp_path: Path) -> None:
+    """Without ``--keep``, only the new block is left."""
+    xds = ["envoy-config", *ENGINES, "--format", "xds", "-o", str(tmp_path)]
+
+    def names(file: str) -> set[str]:
+        return {each["name"] for each in yaml.safe_load((tmp_path / file).read_text(encoding="utf-8"))["resources"]}
+
+    assert main(xds) == 0
+    old = names("lds.yaml"), names("cds.yaml")
+    assert main([*xds, "--name-prefix", "new-", "--keep"]) == 0
+    both = names("lds.yaml"), names("cds.yaml")
+    assert main([*xds, "--name-prefix", "new-"]) == 0
+    new = names("lds.yaml"), names("cds.yaml")
+
+    (listeners, clusters), front_doors = both, {"inference", "new-inference"}
+    assert listeners - front_doors == (old[0] | new[0]) - front_doors
+    assert clusters == old[1] | new[1]
+    assert old[1].isdisjoint(new[1])
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_files_that_are_not_resources_are_no_old_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They stay as they are."""
+    (tmp_path / "lds.yaml").write_text("listeners: []", encoding="utf-8")
+
+    status = main(["envoy-config", *ENGINES, "--format", "xds", "-o", str(tmp_path), "--keep"])
+
+    assert status == 1
+    assert "lds.yaml has no list of named resources; move it away" in capsys.readouterr().err
+    assert (tmp_path / "lds.yaml").read_text(encoding="utf-8") == "listeners: []"

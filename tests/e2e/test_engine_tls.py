@@ -22,6 +22,8 @@ from dp_extproc.engines.listener import FailureKind
 from dp_extproc.engines.model import Endpoint, Role
 from dp_extproc.fleet.check import EngineReport, check_engines
 from dp_extproc.lab.testbed import loopback
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from dp_extproc.runtime.engine_tls import engine_context
 from e2e.stack import Stack, run_stack
 from patience import wait_for
@@ -215,3 +217,22 @@ def failures(stack: Stack) -> list[str]:
     """List the failure kinds of all engines."""
     endpoints = stack.service.loads()["endpoints"]
     return [str(each["failure"]).partition(":")[0] for each in endpoints]
+
+
+def test_prefill_legs_of_the_service_use_tls(fleet: Fleet) -> None:
+    """Envoy has no way to prefill engines then."""
+    pool = {
+        "models": ["*"],
+        "prefill": {"endpoints": [each.url for each in fleet.stack.prefills]},
+        "decode": {"endpoints": [each.url for each in fleet.stack.decodes]},
+    }
+    content = {**write_config([pool], engine_tls=fleet.settings), "prefill_leg": "service"}
+    with (
+        ServiceProcess(content) as service,
+        EnvoyProcess(service.config) as envoy,
+        loopback.client(envoy.url, timeout=60) as client,
+    ):
+        service.wait_until_fresh()
+        service.wait_until_ready()
+        assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
+        assert 'dp_extproc_prefill_legs_total{outcome="answered"} 1.0' in service.metrics()

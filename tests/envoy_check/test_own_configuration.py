@@ -59,11 +59,11 @@ def test_parts_have_no_findings() -> None:
 
 
 def test_files_for_xds_have_no_findings() -> None:
-    """Internal listeners have a hash in their names, and earlier ones stay for streams that began before."""
+    """All names of the block begin with a hash, and an earlier block stays for requests that began before."""
     documents = form("xds")
     listeners = next(each["resources"] for each in documents if len(each.get("resources", ())) == 4)
-    earlier = {**listeners[1], "name": "dp_dispatch-00000000", "per_connection_buffer_limit_bytes": 1}
-    assert earlier["name"].partition("-")[0] == listeners[1]["name"].partition("-")[0]
+    earlier = {**listeners[1], "name": "00000000-dp_dispatch", "per_connection_buffer_limit_bytes": 1}
+    assert earlier["name"].partition("-")[2] == listeners[1]["name"].partition("-")[2]
     assert found_in(example_config(), *documents, {"resources": [earlier]}) == []
 
     listeners[1]["per_connection_buffer_limit_bytes"] = 1

@@ -243,6 +243,7 @@ def run_fleet(
     replicas: int = 1,
     form: Form = Form.MIRRORED,
     of_pool: Mapping[str, Any] = MappingProxyType({}),
+    in_front: Callable[[Config], EnvoyProcess] | None = None,
     **sections: Any,
 ) -> Iterator[Fleet]:
     """Run a fleet.
@@ -253,6 +254,7 @@ def run_fleet(
         message_timeout: How long Envoy waits for a message of the service, if that is to be less than usual.
         replicas: Number of services behind one Envoy that finds them by a name.
         of_pool: Overrides the configuration of the pool.
+        in_front: Makes an Envoy with another configuration than the printed bootstrap.
         sections: Override the configuration.
     """
     with ExitStack() as running:
@@ -284,7 +286,9 @@ def run_fleet(
         assert _MESSAGE_TIMEOUT in bootstrap
         if message_timeout is not None:
             bootstrap = bootstrap.replace(_MESSAGE_TIMEOUT, f" message_timeout: {message_timeout}")
-        envoy = running.enter_context(EnvoyProcess(service.config, bootstrap=bootstrap))
+        envoy = running.enter_context(
+            in_front(service.config) if in_front else EnvoyProcess(service.config, bootstrap=bootstrap)
+        )
         client = running.enter_context(loopback.client(envoy.url))
         threads = running.enter_context(ThreadPoolExecutor(256))
         fleet = Fleet(engines[:2], engines[2:], service, envoy, client, threads, services[1:])

@@ -1,6 +1,7 @@
 """Clients cannot control routing behind a front door that does not remove their headers."""
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,6 +12,7 @@ import yaml
 
 from dp_extproc import contract
 from dp_extproc.envoy_config import build_bootstrap, render_yaml
+from dp_extproc.lab.engine.api.faults import Fault, Kind
 from dp_extproc.lab.testbed import loopback
 from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
@@ -63,6 +65,9 @@ def forged_headers(victim: str, decoy: str) -> dict[str, str]:
         "x-envoy-original-dst-host": decoy,
         "x-envoy-upstream-rq-timeout-ms": "1",
         "x-envoy-retry-on": "5xx",
+        "x-envoy-max-retries": "7",
+        "x-envoy-original-path": "/other",
+        "x-envoy-decorator-operation": "other",
     }
 
 
@@ -100,22 +105,38 @@ def picked(request: pytest.FixtureRequest) -> Iterator[Fleet]:
         yield Fleet(workers, service, running.enter_context(loopback.client(envoy.url)))
 
 
-@pytest.fixture(params=[1, 3], ids=["without retries", "with retries"])
+@pytest.fixture(params=["one attempt", "retries", "bare route", "another cluster"])
 def routed(request: pytest.FixtureRequest) -> Iterator[Fleet]:
-    """The printed configuration behind a listener that removes no headers."""
+    """The printed block behind a listener that removes no headers.
+
+    The bare route has nothing but a name of a cluster. The other cluster leads past that of the block.
+    """
     with ExitStack() as running:
-        workers, service = run(running, "envoy", retry={"attempts": request.param})
+        attempts = 1 if request.param == "one attempt" else 3
+        workers, service = run(running, "envoy", retry={"attempts": attempts}, envoy={"session_header": "x-session"})
         bootstrap = yaml.safe_load(render_yaml(build_bootstrap(service.config)))
-        front_door = bootstrap["static_resources"]["listeners"][0]
-        del front_door["filter_chains"][0]["filters"][0]["typed_config"]["early_header_mutation_extensions"]
+        resources = bootstrap["static_resources"]
+        manager = resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+        del manager["early_header_mutation_extensions"]
+        (route,) = manager["route_config"]["virtual_hosts"][0]["routes"]
+        cluster = "dp_dispatch"
+        if request.param == "another cluster":
+            (own,) = [copy.deepcopy(each) for each in resources["clusters"] if each["name"] == cluster]
+            own["name"] = cluster = "of_a_team"
+            del own["typed_extension_protocol_options"]
+            resources["clusters"].append(own)
+        if attempts > 1 and request.param != "retries":
+            route.clear()
+            route.update({"match": {"prefix": "/"}, "route": {"cluster": cluster}})
         envoy = running.enter_context(EnvoyProcess(service.config, bootstrap=yaml.safe_dump(bootstrap)))
         yield Fleet(workers, service, running.enter_context(loopback.client(envoy.url)))
 
 
-def attack(fleet: Fleet, decoy: Decoy, paths: Sequence[tuple[str, str]]) -> None:
+def attack(fleet: Fleet, decoy: Decoy, paths: Sequence[tuple[str, str]], *, without: Collection[str] = ()) -> None:
     """Send requests that blame each endpoint in turn, and check that each was served like any other."""
     for worker in fleet.workers:
-        headers = forged_headers(worker.url.removeprefix("http://"), decoy.address)
+        forged = forged_headers(worker.url.removeprefix("http://"), decoy.address)
+        headers = {name: value for name, value in forged.items() if name not in without}
         for method, path in [("POST", "/v1/chat/completions")] * ATTEMPTS + list(paths):
             answer = fleet.client.request(method, path, json=CHAT if method == "POST" else None, headers=headers)
             assert answer.status_code in {200, 400}, answer.text  # the stand-in has no other paths than chats here
@@ -138,6 +159,26 @@ def test_a_client_controls_no_routing_behind_another_gateway(picked: Fleet, deco
     assert {each["headers"][contract.DESTINATION] for each in picked.received()} <= addresses
 
 
-def test_a_client_controls_no_routing_behind_another_listener(routed: Fleet, decoy: Decoy) -> None:
-    """The cluster in front of the scheduler removes the headers again that only the router may set."""
-    attack(routed, decoy, [("GET", "/health")])
+def test_a_client_controls_no_routing_behind_another_listener(
+    routed: Fleet, decoy: Decoy, request: pytest.FixtureRequest
+) -> None:
+    """The block removes the headers itself that only the router may set.
+
+    Only its own cluster removes the list of failed endpoints, because that cluster also sets it.
+    """
+    past_the_cluster = "another cluster" in request.node.name
+    attack(routed, decoy, [("GET", "/health")], without=(contract.AVOID,) if past_the_cluster else ())
+
+
+@pytest.mark.parametrize("routed", ["retries", "bare route"], indirect=True)
+def test_addresses_of_failed_engines_stay_in_the_block(routed: Fleet) -> None:
+    """A route that removes no headers of responses lets no more through than the request for a retry."""
+    for worker in routed.workers:
+        worker.fault(inference=Fault(Kind.UNAVAILABLE))
+
+    answer = routed.client.post("/v1/chat/completions", json=CHAT)
+
+    assert answer.status_code == 503
+    assert {name for name in answer.headers if name.startswith("x-dp-")} <= {contract.RETRY, contract.REASON_HEADER}
+    ports = [str(worker.port) for worker in routed.workers]
+    assert [value for value in answer.headers.values() if any(port in value for port in ports)] == []

@@ -82,11 +82,11 @@ def run(args: argparse.Namespace) -> int:
     config = started.config.model_copy(update={"listen": started.listen})
     if args.name_prefix is not None:
         try:
-            envoy = EnvoySettings.model_validate({**dict(config.envoy), "name_prefix": args.name_prefix})
+            prefix = EnvoySettings(name_prefix=args.name_prefix).name_prefix
         except ValidationError as error:
             sys.stderr.write(f"--name-prefix {args.name_prefix}: {error.errors()[0]['msg']}\n")
             return 2
-        config = config.model_copy(update={"envoy": envoy})
+        config = config.model_copy(update={"envoy": config.envoy.model_copy(update={"name_prefix": prefix})})
     form = FORMS[args.format]
     target = Target(args.gateway, tuple(args.hostname), args.port, tuple(args.listener), tuple(args.selector))
     if problem := mismatch(args.format, target, form.takes, form.needs):

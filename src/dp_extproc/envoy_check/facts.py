@@ -41,14 +41,15 @@ class Facts(Struct, frozen=True):
     def of(cls, snapshot: Snapshot, config: Config) -> Self:
         """Collect the facts about an Envoy and a configuration."""
         names, block = Names.of(config), build_block(config)
-        snapshot = without_hashes(snapshot, [each.name for each in block.listeners])
+        names_of_block = frozenset(each.name for part in (block.listeners, block.clusters) for each in part)
+        snapshot = without_hashes(snapshot, names_of_block, names.dispatch)
         clusters = _active(snapshot.clusters)
         endpoints = {each.name: each for each in snapshot.endpoints}
         return cls(
             config=config,
             names=names,
             block=block,
-            names_of_block=frozenset(each.name for part in (block.listeners, block.clusters) for each in part),
+            names_of_block=names_of_block,
             snapshot=snapshot,
             clusters=clusters,
             listeners=_active(snapshot.listeners),

@@ -1,5 +1,6 @@
 """Files of listeners, clusters and routes that Envoy reads again whenever one of them is replaced."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -13,9 +14,10 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager i
 
 from dp_extproc.config import Config
 from dp_extproc.envoy_config.block import build_block, build_bootstrap_extension
-from dp_extproc.envoy_config.drain_safe import name_by_content
 from dp_extproc.envoy_config.formats.target import Target
-from dp_extproc.envoy_config.front_door import build_front_door
+from dp_extproc.envoy_config.front_door import build_front_door, to_listen_on
+from dp_extproc.envoy_config.names import Names
+from dp_extproc.envoy_config.routes import table, to_dispatch
 from dp_extproc.envoy_config.yaml_text import commented, pack, render_yaml, unpack
 
 BOOTSTRAP: Final = "bootstrap.yaml"
@@ -23,59 +25,74 @@ ROUTES: Final = "rds.yaml"
 LISTENERS: Final = "lds.yaml"
 CLUSTERS: Final = "cds.yaml"
 
+_DIGITS: Final = 8
+"""Hexadecimal digits of a generation. Two blocks get the same names once in 4 billion changes."""
+
 _BOOTSTRAP: Final = """\
 Start Envoy in the directory of these files: envoy -c bootstrap.yaml
 
 It reads this file once. It reads the others again when they are replaced by rename. See docs/mesh/envoy.md.
 """
-_KEPT: Final = """\
-# Kept for streams that began before the change. No cluster leads here any more.
-"""
+_KEPT: Final = "# Kept for requests that began before the change. No route leads here any more.\n"
 
 
 def files(config: Config, _: Target) -> dict[str, str]:
-    """Return a bootstrap and the files that it names, in the order in which to replace these."""
-    block = name_by_content(build_block(config))
+    """Return a bootstrap and the files that it names, in the order in which to replace these.
+
+    All names of the block begin with a hash of its content. So a changed block stands beside the one that it replaces,
+    and only the route of the front door changes. Envoy ends the streams of a changed listener after its drain time,
+    and mirrored requests and calls of the service at once if their cluster changes.
+    """
+    generation = hashlib.sha256()
+    of_any_generation = build_block(config)
+    for each in (*of_any_generation.listeners, *of_any_generation.clusters):
+        generation.update(bytes(each))
+    prefix = f"{config.envoy.name_prefix}{generation.hexdigest()[:_DIGITS]}-"
+    named = config.model_copy(update={"envoy": config.envoy.model_copy(update={"name_prefix": prefix})})
+    block = build_block(named)
     front_door = build_front_door(config)
-    routes = _move_routes(front_door)
+    _take_routes_from_file(front_door)
+    routes = RouteConfiguration(
+        name=front_door.name, virtual_hosts=table(to_dispatch(Names.of(named), named.retry)).virtual_hosts
+    )
     return {
         BOOTSTRAP: render_yaml(_build_bootstrap(config)),
-        ROUTES: _render([routes]),
-        LISTENERS: _render([front_door, *block.listeners]),
         CLUSTERS: _render(block.clusters),
+        LISTENERS: _render([front_door, *block.listeners]),
+        ROUTES: _render([routes]),
     }
 
 
 def keep(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
-    """Return the new files with the internal listeners of the old ones, whose streams may last.
+    """Return the new files with the blocks of the old ones, whose requests may last.
 
     Raises:
         ValueError: The old files are not of this form.
     """
-    names = {each["name"] for each in _resources(new[LISTENERS])}
-    kept = [
-        each
-        for each in _resources(old.get(LISTENERS, "resources: []"))
-        if "internal_listener" in each and each["name"] not in names
-    ]
-    if not kept:
-        return dict(new)
-    return {**new, LISTENERS: new[LISTENERS] + _KEPT + yaml.safe_dump(kept, sort_keys=False, width=1000)}
+    return {**new, CLUSTERS: _with_others(old, new, CLUSTERS), LISTENERS: _with_others(old, new, LISTENERS)}
 
 
-def _resources(text: str) -> list[dict[str, Any]]:
+def _with_others(old: Mapping[str, str], new: Mapping[str, str], file: str) -> str:
+    names = {each["name"] for each in _resources(file, new[file])}
+    kept = [each for each in _resources(file, old.get(file, "resources: []")) if each["name"] not in names]
+    # A front door with another name has a port, which the new one may need.
+    kept = [each for each in kept if "address" not in each]
+    return new[file] + (_KEPT + yaml.safe_dump(kept, sort_keys=False, width=1000) if kept else "")
+
+
+def _resources(file: str, text: str) -> list[dict[str, Any]]:
     try:
         document = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{LISTENERS} is not YAML") from error
+        raise ValueError(f"{file} is not YAML; move it away") from error
     resources = document.get("resources") if isinstance(document, dict) else None
     if not isinstance(resources, list) or not all(isinstance(each, dict) and "name" in each for each in resources):
-        raise ValueError(f"{LISTENERS} has no list of named resources")
+        raise ValueError(f"{file} has no list of named resources; move it away")
     return resources
 
 
 def _build_bootstrap(config: Config) -> bootstrap.Bootstrap:
-    admin = core.SocketAddress(address=config.envoy.admin.host, port_value=config.envoy.admin.port)
+    admin = to_listen_on(config.envoy.admin, ipv4_compat=config.envoy.ipv4_compat)
     return commented(
         bootstrap.Bootstrap(
             node=commented(
@@ -85,7 +102,7 @@ def _build_bootstrap(config: Config) -> bootstrap.Bootstrap:
             dynamic_resources=bootstrap.BootstrapDynamicResources(
                 lds_config=_file(LISTENERS), cds_config=_file(CLUSTERS)
             ),
-            admin=bootstrap.Admin(address=core.Address(socket_address=admin)),
+            admin=bootstrap.Admin(address=admin),
             bootstrap_extensions=[
                 commented(build_bootstrap_extension(), "Exactly once. Without it, Envoy refuses lds.yaml.")
             ],
@@ -94,23 +111,15 @@ def _build_bootstrap(config: Config) -> bootstrap.Bootstrap:
     )
 
 
-def _move_routes(listener: Listener) -> RouteConfiguration:
-    """Let *listener* read its routes from a file, and return them.
-
-    A change of routes then leaves the listener and its connections alone.
-    """
+def _take_routes_from_file(listener: Listener) -> None:
+    """Let *listener* read its routes from a file. Their change then leaves the listener and its connections alone."""
     network_filter = listener.filter_chains[0].filters[-1]
-    if network_filter.typed_config is None or not isinstance(
-        manager := unpack(network_filter.typed_config), hcm.HttpConnectionManager
-    ):
+    manager = None if network_filter.typed_config is None else unpack(network_filter.typed_config)
+    if not isinstance(manager, hcm.HttpConnectionManager):
         raise TypeError(f"the listener {listener.name} has no connection manager")
-    routes, manager.route_config = manager.route_config, None
-    if routes is None:
-        raise TypeError(f"the listener {listener.name} has no routes")
-    routes.name = listener.name
+    manager.route_config = None
     manager.rds = hcm.Rds(config_source=_file(ROUTES), route_config_name=listener.name)
     network_filter.typed_config = pack(manager)
-    return routes
 
 
 def _file(name: str) -> core.ConfigSource:

@@ -7,9 +7,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Final, Self
 
 import httpx
@@ -59,6 +59,7 @@ class EnvoyProcess:
         concurrency: int = 1,
         log_level: str = "warning",
         bootstrap: str | None = None,
+        files: Mapping[str, str] = MappingProxyType({}),
         options: Sequence[str] = (),
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -69,6 +70,7 @@ class EnvoyProcess:
             concurrency: Worker threads.
             log_level: Of Envoy's own log.
             bootstrap: YAML to use instead of the printed one; must keep to the addresses in *config*.
+            files: Texts of further files by name, in the directory in which Envoy starts.
             options: Further command-line options.
             pause: Sleeps for so many seconds between two checks of a wait; an exception from it ends the wait.
         """
@@ -76,6 +78,7 @@ class EnvoyProcess:
         self.admin_url = f"http://{config.envoy.admin}"
         self._secrets = config.envoy.secrets, secret_files(config)
         self._bootstrap = bootstrap if bootstrap is not None else render_yaml(build_bootstrap(config))
+        self._files = dict(files)
         self._options = ["--concurrency", str(concurrency), "--log-level", log_level, *options]
         self._pause = pause
         self._directory: tempfile.TemporaryDirectory[str] | None = None
@@ -99,7 +102,8 @@ class EnvoyProcess:
         """Start Envoy without waiting for it."""
         self._directory = tempfile.TemporaryDirectory(prefix="dp-extproc-envoy-")
         path = Path(self._directory.name)
-        (path / "envoy.yaml").write_text(self._bootstrap, encoding="utf-8")
+        for name, text in {"envoy.yaml": self._bootstrap, **self._files}.items():
+            (path / name).write_text(text, encoding="utf-8")
         directory, secrets = self._secrets
         for name, text in secrets.items():
             Path(directory or "", name).write_text(text, encoding="utf-8")
@@ -108,7 +112,7 @@ class EnvoyProcess:
         # Access logs are buffered for 10 s by default, too long to wait for a line.
         argv += ["--disable-hot-restart", "--file-flush-interval-msec", "50"]
         with (path / "stdout").open("wb") as stdout, (path / "stderr").open("wb") as stderr:
-            self._process = start_tied(argv, stdout, stderr)
+            self._process = start_tied(argv, stdout, stderr, path)
 
     def wait_until_ready(self) -> None:
         """Wait until it answers.
@@ -155,6 +159,15 @@ class EnvoyProcess:
             self._process.kill()
         self.__exit__(None, None, None)
         self.__enter__()
+
+    def replace(self, files: Mapping[str, str]) -> None:
+        """Replace files by rename, in their order; only while it runs."""
+        if self._directory is None:
+            raise RuntimeError("Envoy does not run")
+        for name, text in files.items():
+            new = Path(self._directory.name) / f"{name}.new"
+            new.write_text(text, encoding="utf-8")
+            new.replace(new.with_suffix(""))
 
     @property
     def pid(self) -> int:

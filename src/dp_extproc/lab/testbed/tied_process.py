@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO, Final
 
 _PR_SET_PDEATHSIG: Final = 1
 """From ``linux/prctl.h``; the setting outlives ``execve``."""
 
 
-def start_tied(argv: Sequence[str], stdout: IO[bytes], stderr: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start *argv* as a child that gets SIGTERM when the calling thread ends; only on Linux.
+def start_tied(
+    argv: Sequence[str], stdout: IO[bytes], stderr: IO[bytes], directory: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """Start *argv* in a directory, as a child that gets SIGTERM when the calling thread ends; only on Linux.
 
     The thread counts, not the process (``prctl(2)``): call this from one that lives long enough.
 
@@ -21,7 +24,9 @@ def start_tied(argv: Sequence[str], stdout: IO[bytes], stderr: IO[bytes]) -> sub
     order.
     """
     shim = [sys.executable, "-m", "dp_extproc.lab.testbed.tied_process", str(os.getpid()), *argv]
-    return subprocess.Popen(shim, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, process_group=0)
+    return subprocess.Popen(
+        shim, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, process_group=0, cwd=directory
+    )
 
 
 def end_process(process: subprocess.Popen[bytes], seconds: float, number: signal.Signals = signal.SIGTERM) -> int:
