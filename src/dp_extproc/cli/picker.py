@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         # As in Go, a flag without a value stands for true.
         parser.add_argument(f"--{name}", nargs="?", const="true", metavar="VALUE", help=what)
     for name in sorted(IGNORED):
-        parser.add_argument(f"--{name}", nargs="?", const="true", help=argparse.SUPPRESS)
+        short = ["-v"] if name == "v" else []
+        parser.add_argument(*short, f"--{name}", nargs="?", const="true", help=argparse.SUPPRESS)
     parser.add_argument("--model", nargs="+", default=["*"], metavar="NAME", help="models that are served (any)")
     serve.add_log_level(parser)
     parser.set_defaults(worker_context=None)
