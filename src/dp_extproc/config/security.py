@@ -56,7 +56,7 @@ class ServerTls(Section):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "dependentRequired": {"cert": ["key"], "key": ["cert"]},
+            **_PAIR,
             "oneOf": [
                 is_given("cert"),
                 {"required": ["self_signed"], "properties": {"self_signed": {"not": {"const": False}}}},
@@ -73,10 +73,10 @@ class ServerTls(Section):
     client_ca: FilePath | None = Field(default=None, examples=["/etc/dp-extproc/clients-ca.crt"])
     """CA bundle; if set, client certificates are required (mutual TLS)."""
 
+    _has_a_pair = model_validator(mode="after")(_check_pair)
+
     @model_validator(mode="after")
     def _has_one_certificate(self) -> Self:
-        if (self.cert is None) != (self.key is None):
-            raise ValueError("cert and key belong together: write both, or neither")
         if (self.cert is None) != self.self_signed:
             raise ValueError("write either cert and key, or self_signed: true")
         return self
