@@ -236,6 +236,18 @@ class TestUnheard:
         assert sent.reservations == 0
         assert sent.attempt.is_over(5.0)
 
+    def test_decode_stays_reserved_if_prefill_ends_first(self) -> None:
+        """The end of the gateway's stream is not the end of the decode leg."""
+        sent = Sent(hears=False)
+        sent.do(ANSWERED, 1.0)
+        sent.do(LegClosed(), 1.0)
+
+        assert sent.shown(MainClosed(), 1.1) == []
+        assert (sent.watcher.skipped, sent.reservations) == (1, 1)
+        assert sent.shown(None, 1.1 + UNHEARD_SECONDS) == []
+        assert sent.reservations == 0
+        assert sent.attempt.is_over(5.0)
+
     @pytest.mark.parametrize("event", [LegClosed("cut"), LegHeaders(500, end_of_stream=True)])
     def test_failure_of_prefill_ends_decode_by_its_id(self, event: Any) -> None:
         """The client hears nothing else."""

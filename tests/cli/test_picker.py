@@ -63,6 +63,16 @@ def test_pods_may_be_selected_without_a_pool() -> None:
     assert str(config.listen.grpc) == "0.0.0.0:7002"
 
 
+def test_an_empty_value_counts_as_none() -> None:
+    """Charts pass every flag, also those of which nothing is set."""
+    config = loaded("--pool-name qwen --endpoint-selector= --pool-namespace= --cert-path= --grpc-port=", None, "llm")
+
+    assert sources(config) == [{"inference_pool": "qwen", "namespace": "llm"}]
+    assert config.listen.tls is not None
+    assert config.listen.tls.self_signed
+    assert config.listen.grpc.port == 9002
+
+
 def test_the_certificate_may_be_in_files() -> None:
     """The names are those of a Secret of Kubernetes."""
     tls = loaded("--pool-name qwen --cert-path /certs").listen.tls
@@ -77,6 +87,8 @@ def test_the_certificate_may_be_in_files() -> None:
         ("", "--pool-name, --endpoint-selector: give one of them"),
         ("--pool-name a --endpoint-selector b=c", "--pool-name, --endpoint-selector: give one of them"),
         ("--endpoint-selector b=c", "--endpoint-target-ports: write the ports"),
+        ("--endpoint-selector b=c --endpoint-target-ports 8000,x", "--endpoint-target-ports: write the ports"),
+        ("--pool-name= --endpoint-selector=", "--pool-name, --endpoint-selector: give one of them"),
         ("--pool-name a --pool-group inference.networking.x-k8s.io", "--pool-group: only inference.networking.k8s.io"),
         ("--pool-name a --secure-serving=perhaps", "--secure-serving: write true or false"),
         ("--pool-name a --grpc-port x", "listen.grpc: write an IP address and a port"),
@@ -91,8 +103,11 @@ def test_flags_that_make_no_sense_are_refused(line: str, expected: str) -> None:
     assert expected in str(refused.value)
 
 
-@pytest.mark.parametrize("first", ["--pool-name", "--pool-name=qwen", "--endpoint-selector"])
-def test_flags_alone_start_the_picker(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+@pytest.mark.parametrize(
+    "line",
+    ["--pool-name qwen --grpc-port 1", "--grpc-port=1 --endpoint-selector qwen", "-v=4 --pool-name=qwen --grpc-port 1"],
+)
+def test_flags_alone_start_the_picker(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     """An image is started with the flags of a chart, and without the name of a command."""
     given: list[argparse.Namespace] = []
 
@@ -101,5 +116,5 @@ def test_flags_alone_start_the_picker(monkeypatch: pytest.MonkeyPatch, first: st
         return 0
 
     monkeypatch.setattr(picker, "run", run)
-    assert main([first, "qwen", "--grpc-port", "1"] if "=" not in first else [first, "--grpc-port", "1"]) == 0
+    assert main(line.split()) == 0
     assert (given[0].pool_name or given[0].endpoint_selector, given[0].grpc_port) == ("qwen", "1")

@@ -140,6 +140,23 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
         POOL.replace("http:", "https:"),
         [(3, "pools[0].workers.endpoints[0]", "https:// needs the section engine_tls")],
     ),
+    "address-for-a-name": (
+        "engine_tls: {ca: a, names: [10.0.0.1]}\n" + POOL.replace("http:", "https:"),
+        [(1, "engine_tls.names[0]", "IP addresses in certificates are not compared")],
+    ),
+    "envoy-without-the-client-certificate": (
+        "engine_tls: {ca: a, names: [b], cert: c, key: d}\n"
+        "envoy: {engine_tls: {sds: {cluster: sds, ca: ROOTCA}}}\n" + POOL.replace("http:", "https:"),
+        [(1, "", "name its secret in envoy.engine_tls.sds.certificate")],
+    ),
+    "collector-with-a-scheme": (
+        POOL + "envoy: {tracing: {collector: 'http://otel:4317'}}\n",
+        [(4, "envoy.tracing.collector", "without a scheme")],
+    ),
+    "ranks-of-a-service": (
+        "pools: [{models: ['*'], workers: {kubernetes: {service: a, ranks_by_port: true}}}]\n",
+        [(1, "pools[0].workers.kubernetes[0]", "ranks_by_port is for the ports of an inference_pool")],
+    ),
     "name-with-a-port": (
         "engine_tls: {ca: a, names: ['b:1']}\n" + POOL.replace("http:", "https:"),
         [(1, "engine_tls.names[0]", "write a DNS name")],

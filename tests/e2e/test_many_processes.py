@@ -1,4 +1,7 @@
-"""With two replicas of two worker processes over one fleet, the process that schedules a request watches its legs."""
+"""With two replicas of two worker processes over one fleet, the process that schedules a request watches its legs.
+
+Envoy mirrors the prefill legs of one replica, and the other sends its own, as while a deployment is changed.
+"""
 
 import re
 import signal
@@ -58,8 +61,12 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Many]:
             "decode": {"endpoints": [engine.url for engine in decodes]},
         }
         services = [
-            running.enter_context(ServiceProcess(write_config([pool], listen={"workers": 2}, sync={"url": redis.url})))
-            for _ in range(2)
+            running.enter_context(
+                ServiceProcess(
+                    {**write_config([pool], listen={"workers": 2}, sync={"url": redis.url}), "prefill_leg": leg}
+                )
+            )
+            for leg in ("envoy", "service")
         ]
         for service in services:
             service.wait_until_fresh()

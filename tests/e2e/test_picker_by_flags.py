@@ -23,7 +23,7 @@ from kube_api import PODS, POOLS, FakeApiServer, inference_pool, pod
 from patience import wait_for
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
-CHECKED = ("", "liveness", "readiness", "envoy.service.ext_proc.v3.ExternalProcessor")
+CHECKED = ("", "liveness", "readiness", "inference-extension", "envoy.service.ext_proc.v3.ExternalProcessor")
 """Names that kubelets, Envoy and GKE ask for."""
 
 
@@ -53,7 +53,9 @@ def test_flags_of_a_chart_are_all_that_a_picker_needs(tmp_path: Path, monkeypatc
             grpc.insecure_channel(f"127.0.0.1:{health_port}") as channel,
         ):
             wait_for(lambda: loopback.CLIENT.get(f"{pages}/readyz").status_code == 200)
-            answers = [HealthStub(channel).Check(HealthCheckRequest(service=name)).status for name in CHECKED]
+            check = HealthStub(channel).Check
+            # The admin port answers before the others are open.
+            answers = [check(HealthCheckRequest(service=name), 30, wait_for_ready=True).status for name in CHECKED]
             assert answers == [HealthCheckResponse.SERVING] * len(CHECKED)
             response = client.post("/v1/chat/completions", json=CHAT)
             assert response.status_code == 200, response.text

@@ -37,3 +37,22 @@ def test_only_failures_of_tls_are_explained() -> None:
     assert refusal_of(cause) == ("TLS failed: expired; compare engine_tls.ca and engine_tls.names with its certificate")
     assert refusal_of(ConnectionRefusedError()) is None
     assert refusal_of(ssl.SSLWantReadError()) is None
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "engine_tls.cert"),
+        ("TLSV1_ALERT_UNKNOWN_CA", "engine_tls.cert"),
+        ("SSLV3_ALERT_HANDSHAKE_FAILURE", "engine_tls.cert"),
+        ("TLSV1_ALERT_PROTOCOL_VERSION", "versions of TLS"),
+        ("TLSV1_UNRECOGNIZED_NAME", "engine_tls.sni"),
+        ("WRONG_VERSION_NUMBER", "it seems not to speak TLS"),
+    ],
+)
+def test_the_remedy_follows_from_the_alert(reason: str, remedy: str) -> None:
+    """Not every refusal of an engine is about a certificate."""
+    error = ssl.SSLError(1, "failed")
+    error.reason = reason
+
+    assert remedy in (refusal_of(error) or "")

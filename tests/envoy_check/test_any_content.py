@@ -30,7 +30,7 @@ SAMPLE = dump_of(bootstrap_of(example_config()), dynamic=True)
 COUNT = sum(1 for _ in _places(SAMPLE))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.lists(st.tuples(st.integers(0, COUNT - 1), JUNK), min_size=1, max_size=3))
 def test_any_values_in_a_dump_raise_nothing_else(changes: list[tuple[int, Any]]) -> None:
     """Some values of a dump are replaced by others of any type."""

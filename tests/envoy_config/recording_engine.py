@@ -31,6 +31,8 @@ class RecordingEngine:
 
     address: str
     received: list[Received] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=dict)
+    """Further headers of responses, which a test may set."""
     may_finish: threading.Event = field(default_factory=threading.Event)
     """Set by a test. Until then ``/stream`` delays its last chunk."""
 
@@ -60,14 +62,14 @@ def run_engine(name: str) -> Iterator[RecordingEngine]:
         engine.received.append(Received(request.url.path, dict(request.headers), body))
         if request.url.path == "/stream":
             return StreamingResponse(stream())
-        return JSONResponse({"answered_by": name, "bytes": len(body)})
+        return JSONResponse({"answered_by": name, "bytes": len(body)}, headers=engine.headers)
 
     async def stream() -> AsyncIterator[bytes]:
         yield b"first"
         await asyncio.to_thread(engine.may_finish.wait, 10)
         yield b"last"
 
-    app = Starlette(routes=[Route("/{path:path}", record, methods=["GET", "POST"])])
+    app = Starlette(routes=[Route("/{path:path}", record, methods=["GET", "POST", "OPTIONS"])])
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", ws="none", lifespan="off"))
     thread = threading.Thread(target=server.run, name=name)
     thread.start()

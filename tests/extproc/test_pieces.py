@@ -69,6 +69,8 @@ def _others() -> dict[str, bytes]:
         # The last one of two kinds counts.
         found[f"a piece and then {name}"] = piece(b"x") + found[name]
     found["two pieces in one message, which are merged"] = piece(b"x") + piece(b"", end=True)
+    found["an endless number"] = piece(b"x")[:1] + b"\xff" * (1 << 20)
+    found["an endless key"] = piece(b"x") + b"\xff" * (1 << 20)
     found["a field of fixed size"] = piece(b"x") + bytes((0xF9, 0x7F)) + bytes(8)
     return found
 

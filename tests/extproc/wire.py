@@ -31,6 +31,7 @@ from dp_extproc.attempt.intake import Decider
 from dp_extproc.attempt.listener import Decided, LegFailed
 from dp_extproc.config.reliability import RetrySettings, Supervise, SupervisionSettings
 from dp_extproc.engines.model import Role
+from dp_extproc.extproc.direct_leg import DirectLegs
 from dp_extproc.extproc.service import SERVICE_NAME, ExtProcService
 from dp_extproc.request.rejection import Reason
 
@@ -195,6 +196,8 @@ class Server:
     watcher: Watcher
     leave: Callable[[], None]
     """Do what the service does before its process ends."""
+    tasks: Callable[[], int]
+    """Count the tasks of the event loop."""
 
     def stream(self, **metadata: str) -> Stream:
         return Stream(self.channel, [(name.replace("_", "-"), value) for name, value in metadata.items()])
@@ -209,6 +212,7 @@ def run_server(
     max_body: int = 40 << 20,
     hold_seconds: float = 60.0,
     picks: bool = False,
+    legs: Callable[[], DirectLegs] | None = None,
 ) -> Iterator[Server]:
     """Serve *decider* on a free loopback port, in a thread with an event loop of its own."""
     watcher = Watcher()
@@ -226,6 +230,7 @@ def run_server(
             max_body=max_body,
             clock=loop.time,
             body_pause=hold_seconds,
+            legs=None if legs is None else legs(),
         )
         server = grpc.aio.server(options=OPTIONS)
         server.add_generic_rpc_handlers((service.handler(),))
@@ -235,13 +240,19 @@ def run_server(
 
     async def stop(server: grpc.aio.Server, sweeper: asyncio.Task[None]) -> None:
         await server.stop(None)
+        await service.close()
         sweeper.cancel()
         await asyncio.gather(sweeper, return_exceptions=True)
 
     server, port, service, sweeper = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
     try:
         with grpc.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS) as channel:
-            yield Server(channel, watcher, lambda: asyncio.run_coroutine_threadsafe(service.leave(), loop).result(10))
+            yield Server(
+                channel,
+                watcher,
+                lambda: asyncio.run_coroutine_threadsafe(service.leave(), loop).result(10),
+                lambda: len(asyncio.all_tasks(loop)),
+            )
     finally:
         asyncio.run_coroutine_threadsafe(stop(server, sweeper), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)

@@ -15,7 +15,7 @@ from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import LoadPage, Role
 from dp_extproc.extproc.service import SERVICE_NAME
 from dp_extproc.load.cache import LoadCache
-from dp_extproc.runtime.readiness import LIVENESS, READINESS, Readiness, can_serve
+from dp_extproc.runtime.readiness import ALIVE, READINESS, Readiness, can_serve
 from fleet_fixtures import Fleet, address_of, make_endpoint, make_facts
 
 SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
@@ -62,14 +62,14 @@ def test_every_name_but_liveness_follows_readiness() -> None:
     async def scenario(probe: Probe) -> None:
         await probe.wait_for(NOT_SERVING)
         assert [await probe.status(name) for name in FOLLOWING] == [NOT_SERVING] * 3
-        assert await probe.status(LIVENESS) == SERVING
+        assert [await probe.status(name) for name in ALIVE] == [SERVING, SERVING]
         probe.can_serve = True
         probe.readiness.review()
         await probe.wait_for(SERVING)
         assert [await probe.status(name) for name in FOLLOWING] == [SERVING] * 3
         await probe.readiness.stop()
         assert [await probe.status(name) for name in FOLLOWING] == [NOT_SERVING] * 3
-        assert await probe.status(LIVENESS) == SERVING
+        assert [await probe.status(name) for name in ALIVE] == [SERVING, SERVING]
 
     async def start() -> None:
         await Probe().run(scenario)

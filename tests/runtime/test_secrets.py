@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from dp_extproc.config import ServerTls, parse_config
+from certificates import Authority
+from dp_extproc.config import EngineTls, ServerTls, parse_config
 from dp_extproc.lab.testbed.service import write_config
+from dp_extproc.runtime.engine_tls import FollowedTls
 from dp_extproc.runtime.secrets import external_problems, read_api_keys, server_credentials
 from dp_extproc.runtime.sockets import StartError
 
@@ -112,3 +114,26 @@ def test_missing_files_of_engine_tls_are_all_reported(tmp_path: Path) -> None:
     assert problems_of({"engine_tls": {**missing, "names": ["a"]}, "pools": [pool]}) == [
         f"engine_tls.{key}: {path} cannot be read: No such file or directory" for key, path in missing.items()
     ]
+
+
+def test_certificates_of_engine_tls_are_followed_through_a_half_replacement(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A certificate without its new key is reported as long as it is there, and the log has when the pair is used."""
+    caplog.set_level("INFO")
+    authority = Authority.found(tmp_path)
+    files = authority.issue("client")
+    followed = FollowedTls(EngineTls(ca=authority.ca, names=("a",), **files))
+    assert followed.renew() == ()
+    old, new = Path(files["key"]).read_bytes(), authority.issue("client")
+    renewed = Path(new["key"]).read_bytes()
+
+    Path(files["key"]).write_bytes(old)
+    for _ in range(2):
+        (problem,) = followed.renew()
+        assert "are not a certificate and its key" in str(problem)
+    assert caplog.messages == []
+    Path(files["key"]).write_bytes(renewed)
+    for _ in range(2):
+        assert followed.renew() == ()
+    assert caplog.messages == ["TLS: new connections to engines use the changed files of engine_tls"]

@@ -96,7 +96,7 @@ class Intake:
         self.is_complete = mode is BodyMode.NONE
         """Whether no more of the request comes here."""
         self.queued: Queued | None = None
-        """The place of the request in the admission queue; None if it never had to wait."""
+        """What waits in the admission queue; None if nothing does."""
 
     def read_headers(self, event: RequestHeaders) -> Need | Decision | Answer | Rejection:
         """Give what an inference request needs next; the answer to every other request."""
@@ -164,9 +164,8 @@ class Intake:
             body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
             self._body = [body]
             result = self._decider.place(self._api, body, context)
-        if isinstance(result, Queued):
-            self.queued = result
-        elif isinstance(result, Rejection):
+        self.queued = result if isinstance(result, Queued) else None
+        if isinstance(result, Rejection):
             self._body.clear()
         return result
 

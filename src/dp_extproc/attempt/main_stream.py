@@ -3,6 +3,8 @@
 import math
 from typing import ClassVar, Final
 
+from msgspec.structs import replace
+
 from dp_extproc.attempt import events as on
 from dp_extproc.attempt import replies
 from dp_extproc.attempt.effects import Effects, Environment
@@ -195,7 +197,10 @@ class MainStream(Machine[MainState]):
         self._follow(turn, result)
         if result.prefill is not None:  # first, so that it does not wait for the reply to be written
             turn.commands.append(SendLeg(result.prefill, intake.path, intake.passed))
-            self._abort = result.abort
+            assert result.abort is not None  # noqa: S101 - the encoder makes both or none
+            own = {name for name, _ in result.abort.headers}
+            passed = (each for each in intake.passed if each[0] not in own)
+            self._abort = replace(result.abort, headers=(*passed, *result.abort.headers))
         turn.commands += replies.route_body(intake, result, self._environment.gateway)
         self._effects.decided("routed", turn.now)
         return Outcome.ROUTED
@@ -337,7 +342,7 @@ class MainStream(Machine[MainState]):
         return self._effects.retry_headers(leg, reason, len(self._intake.earlier.failed) + 1)
 
     def _closed(self, turn: Turn, event: on.MainClosed) -> Outcome:
-        if self.state is MainState.ROUTED and self._leg.runs_here and not self.hears_response:
+        if self.state is MainState.ROUTED and self._leg.sent_here and not self.hears_response:
             self.is_unheard = True
             self._effects.responses_skipped()
             return Outcome.CLOSED

@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    if arguments and arguments[0].partition("=")[0] in _PICKER_FLAGS:
+    given = {each.partition("=")[0] for each in arguments}
+    if arguments and arguments[0].startswith("-") and given & _PICKER_FLAGS:
         arguments = ["picker", *arguments]
     parser = argparse.ArgumentParser(prog="dp-extproc", description="Data-parallel-rank-aware routing beside Envoy.")
     parser.add_argument("--version", action="version", version=f"dp-extproc {__version__}")

@@ -6,17 +6,22 @@ Charts start a picker with these flags. Everything else is in a file for ``serve
 import argparse
 import os
 from functools import partial
+from typing import Any, Final
 
 from dp_extproc.cli import serve, start
 from dp_extproc.config.picker_flags import IGNORED, READ, configure_picker
 
+_MAY_STAND_ALONE: Final[dict[str, Any]] = {"nargs": "?", "const": "true"}
+"""As in Go, a switch without a value stands for true."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, what in READ.items():
-        # As in Go, a flag without a value stands for true.
-        parser.add_argument(f"--{name}", nargs="?", const="true", metavar="VALUE", help=what)
+        more = _MAY_STAND_ALONE if name == "secure-serving" else {}
+        parser.add_argument(f"--{name}", metavar="VALUE", help=what, **more)
     for name in sorted(IGNORED):
-        parser.add_argument(f"--{name}", nargs="?", const="true", help=argparse.SUPPRESS)
+        short = ["-v"] if name == "v" else []
+        parser.add_argument(*short, f"--{name}", help=argparse.SUPPRESS, **_MAY_STAND_ALONE)
     parser.add_argument("--model", nargs="+", default=["*"], metavar="NAME", help="models that are served (any)")
     serve.add_log_level(parser)
     parser.set_defaults(worker_context=None)

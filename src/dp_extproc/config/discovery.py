@@ -109,7 +109,8 @@ class KubernetesSettings(Section):
                 is_given("selector"),
                 is_given("pods"),
                 {**is_given("inference_pool"), "not": is_given("port")},
-            ]
+            ],
+            "anyOf": [is_given("inference_pool"), {"properties": {"ranks_by_port": {"not": {"const": True}}}}],
         }
     )
 
@@ -140,6 +141,8 @@ class KubernetesSettings(Section):
             )
         if self.inference_pool is not None and self.port is not None:
             raise ValueError("an InferencePool has ports; leave port out")
+        if self.ranks_by_port and self.inference_pool is None:
+            raise ValueError("ranks_by_port is for the ports of an inference_pool; leave it out")
         return self
 
 

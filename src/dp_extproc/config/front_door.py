@@ -11,7 +11,7 @@ from dp_extproc.config.security import FilePath
 
 _ORIGIN: Final = r"^(\*|[a-z][a-z0-9+.-]*://[^/\s*]+)$"
 _HEADER: Final = r"^[A-Za-z0-9!#$&'*+.^_`|~-]+$"
-_HOST_AND_PORT: Final = text_like("^.+:[0-9]{1,5}$")
+_HOST_AND_PORT: Final = text_like("^[^/]+:[0-9]{1,5}$")
 
 
 def host_and_port(value: str) -> str:
@@ -21,8 +21,8 @@ def host_and_port(value: str) -> str:
         ValueError: It is no ``host:port``.
     """
     host, _, port = value.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) <= MAX_PORT:
-        raise ValueError("write host:port, such as dp-extproc:9002 or 10.0.0.9:9002")
+    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) <= MAX_PORT:
+        raise ValueError("write host:port, such as dp-extproc:9002 or 10.0.0.9:9002, without a scheme")
     return value
 
 

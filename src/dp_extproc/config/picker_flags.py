@@ -58,6 +58,7 @@ def configure_picker(flags: Mapping[str, str], models: tuple[str, ...], namespac
     Raises:
         ConfigError: Flags are missing, do not fit together, or have no valid value.
     """
+    flags = {name: value for name, value in flags.items() if value}  # charts pass unset values as empty ones
     problems: list[Problem] = []
     listen: dict[str, Any] = {
         "grpc": f"0.0.0.0:{flags.get('grpc-port', '9002')}",
@@ -93,11 +94,12 @@ def _endpoints(flags: Mapping[str, str], namespace: str, problems: list[Problem]
     elif pool is not None:
         yield {"inference_pool": pool, **place}
     else:
-        ports = [port for port in flags.get("endpoint-target-ports", "").split(",") if port.isdecimal()]
-        if not ports:
+        ports = [port.strip() for port in flags.get("endpoint-target-ports", "").split(",")]
+        if not all(port.isdecimal() for port in ports):
             problems.append(Problem(None, "--endpoint-target-ports", "write the ports of the engines, such as 30000"))
-        for port in dict.fromkeys(ports):
-            yield {"pods": selector, "port": int(port), **place}
+            return
+        for port in dict.fromkeys(map(int, ports)):
+            yield {"pods": selector, "port": port, **place}
 
 
 def _seconds(text: str) -> str:

@@ -168,6 +168,12 @@ class Config(Section):
         _refuse(_objection(loc, url, message) for loc, url, message in wrong)
         if self.envoy.engine_tls is not None and self.engine_tls is None:
             raise ValueError("envoy.engine_tls has the files of engine_tls on Envoy's machine; write engine_tls too")
+        sds = None if self.envoy.engine_tls is None else self.envoy.engine_tls.sds
+        if sds is not None and sds.certificate is None and self.engine_tls is not None and self.engine_tls.cert:
+            raise ValueError(
+                "engine_tls.cert is for engines that require a certificate, which Envoy would not have; "
+                "name its secret in envoy.engine_tls.sds.certificate, such as default"
+            )
         return self
 
     @model_validator(mode="after")

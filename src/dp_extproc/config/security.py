@@ -11,7 +11,8 @@ FilePath = Annotated[str, Field(min_length=1, pattern=r"^[^\x00\r\n]+$")]
 """Path of a file."""
 _DNS_NAME: Final = r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?"
 _Name = Annotated[str, Field(pattern=f"^{_DNS_NAME}$")]
-_NAME: Final = rf"^([a-z][a-z0-9+.-]*://[\x21-\x7e]+|{_DNS_NAME})$"
+_NAME: Final = rf"^([a-z][a-z0-9+.-]*://[\x21-\x7e]+|(?![0-9.]+$){_DNS_NAME})$"
+"""A name in a certificate. An IP address there is no DNS name, and is not compared."""
 _PAIR: Final[JsonSchema] = {"dependentRequired": {"cert": ["key"], "key": ["cert"]}}
 """JSON Schema of a section with a certificate that may be left out."""
 _HAS_FILE: Final[JsonSchema] = {"anyOf": [is_given("ca"), is_given("cert")]}
@@ -40,7 +41,10 @@ def is_uri(name: str) -> bool:
 
 def _name(value: str) -> str:
     if not re.fullmatch(_NAME, value):
-        raise ValueError("write a DNS name, such as engine.llm.svc, or a URI, such as spiffe://cluster.local/ns/llm")
+        raise ValueError(
+            "write a DNS name, such as engine.llm.svc, or a URI, such as spiffe://cluster.local/ns/llm; "
+            "IP addresses in certificates are not compared"
+        )
     return value
 
 
@@ -52,7 +56,7 @@ class ServerTls(Section):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "dependentRequired": {"cert": ["key"], "key": ["cert"]},
+            **_PAIR,
             "oneOf": [
                 is_given("cert"),
                 {"required": ["self_signed"], "properties": {"self_signed": {"not": {"const": False}}}},
@@ -69,10 +73,10 @@ class ServerTls(Section):
     client_ca: FilePath | None = Field(default=None, examples=["/etc/dp-extproc/clients-ca.crt"])
     """CA bundle; if set, client certificates are required (mutual TLS)."""
 
+    _has_a_pair = model_validator(mode="after")(_check_pair)
+
     @model_validator(mode="after")
     def _has_one_certificate(self) -> Self:
-        if (self.cert is None) != (self.key is None):
-            raise ValueError("cert and key belong together: write both, or neither")
         if (self.cert is None) != self.self_signed:
             raise ValueError("write either cert and key, or self_signed: true")
         return self

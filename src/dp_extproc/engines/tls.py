@@ -14,6 +14,9 @@ from dp_extproc.config.security import is_uri
 _BY_CERTIFICATE: Final = "compare engine_tls.ca and engine_tls.names with its certificate"
 _BY_PROTOCOL: Final = "it seems not to speak TLS; compare with how the engine was started"
 _BY_CLIENT: Final = "the engine refuses the certificate of its client; compare engine_tls.cert with its client CA"
+_BY_SETTINGS: Final = "the engine refuses the connection; compare engine_tls.sni and its versions of TLS"
+_OF_CERTIFICATES: Final = ("CERTIFICATE", "UNKNOWN_CA", "HANDSHAKE_FAILURE", "ACCESS_DENIED")
+"""Parts of the names of alerts about a certificate. With TLS 1.2 a missing one is a failure of the handshake."""
 
 
 class TlsContext(ssl.SSLContext):
@@ -82,7 +85,10 @@ def refusal_of(error: BaseException | None) -> str | None:
             return f"TLS failed: {detail}; {_BY_CERTIFICATE}"
         reason = getattr(error, "reason", None)
         if isinstance(error, ssl.SSLError) and reason:
-            remedy = _BY_CLIENT if "ALERT" in reason else _BY_PROTOCOL
+            if "ALERT" not in reason and "UNRECOGNIZED_NAME" not in reason:
+                remedy = _BY_PROTOCOL
+            else:
+                remedy = _BY_CLIENT if any(part in reason for part in _OF_CERTIFICATES) else _BY_SETTINGS
             return f"TLS failed: {reason.replace('_', ' ').lower()}; {remedy}"
         error = error.__cause__ or error.__context__
     return None

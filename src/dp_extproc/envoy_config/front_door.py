@@ -22,6 +22,14 @@ from dp_extproc.envoy_config.tls import for_clients
 from dp_extproc.envoy_config.yaml_text import commented, pack
 
 CORS_FILTER: Final = "envoy.filters.http.cors"
+_CORS_HEADERS: Final = tuple(
+    f"access-control-{name}"
+    for name in (
+        "allow-credentials", "allow-headers", "allow-methods", "allow-origin", "allow-private-network",
+        "expose-headers", "max-age",
+    )
+)  # fmt: skip
+"""Headers of a response by which browsers decide. Envoy sets them itself, after those of engines were removed."""
 _HOST_FOR_HTTP_10: Final = "dp-extproc"
 """Value of ``:authority`` for a request of HTTP/1.0 without one. Envoy's routes need it, and none of ours reads it."""
 
@@ -80,7 +88,10 @@ def build_routes(config: Config) -> RouteConfiguration:
     """Build the routes of the front door: into the block, for the web pages that may send requests."""
     routes, settings = table(to_dispatch(Names.of(config), config.retry)), config.envoy.cors
     if settings is not None:
-        routes.virtual_hosts[0].typed_per_filter_config = {CORS_FILTER: pack(_cors_policy(settings))}
+        host = routes.virtual_hosts[0]
+        host.typed_per_filter_config = {CORS_FILTER: pack(_cors_policy(settings))}
+        host.response_headers_to_remove = list(_CORS_HEADERS)
+        commented(host, response_headers_to_remove="What engines answer: SGLang and vLLM allow every origin.")
     return routes
 
 
@@ -102,4 +113,6 @@ def _cors_policy(settings: CorsSettings) -> cors.CorsPolicy:
         expose_headers=", ".join(settings.expose_headers),
         max_age=f"{round(settings.max_age)}",
         allow_credentials=settings.allow_credentials,
+        # By default Envoy asks an engine about the preflight request of an origin that is not allowed.
+        forward_not_matching_preflights=False,
     )

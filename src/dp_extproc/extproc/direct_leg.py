@@ -3,6 +3,7 @@
 import asyncio
 import ssl
 from collections.abc import Callable
+from itertools import product
 from typing import Final
 
 import msgspec
@@ -15,8 +16,8 @@ from dp_extproc.scheduling.decision import DecodeAbort
 
 ABORT_PATH: Final = "/abort_request"
 """Path at which SGLang ends a request by its id. The response is empty, whether the id is known or not."""
-_ABORTS: Final = (0.0, 1.0)
-"""Seconds after which an abort is sent, and sent again, because it may overtake the request that it ends."""
+_ABORT_PAUSES: Final = (0.0, 1.0)
+"""Seconds before each try of an abort. There are two, because the first may overtake the request that it ends."""
 _ABORT_SECONDS: Final = 5.0
 """Seconds until the response to an abort has to be here."""
 _SLACK_SECONDS: Final = 5.0
@@ -44,10 +45,12 @@ class DirectLegs:
         self._tls = tls
         self._client = LegClient(listener)
         self._aborts = LegClient(abort_listener)
+        self._tasks: set[asyncio.Task[None]] = set()
+        """One for each decode leg that is being ended."""
 
     def __len__(self) -> int:
-        """Return the number of legs in flight."""
-        return len(self._client)
+        """Return the number of legs and of aborts that have not ended."""
+        return len(self._client) + len(self._tasks)
 
     def send(self, command: SendLeg, report: Callable[[LegEvent], object]) -> SentLeg:
         """Send a leg. Its events are reported later, the last of them when it has ended."""
@@ -60,26 +63,33 @@ class DirectLegs:
 
     def abort(self, command: DecodeAbort) -> None:
         """End a decode leg at its engine, without waiting for the result."""
-        loop = asyncio.get_running_loop()
-        for seconds in _ABORTS:
-            loop.call_later(seconds, self._send_aborts, command)
+        task = asyncio.get_running_loop().create_task(self._abort(command))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    def _send_aborts(self, command: DecodeAbort) -> None:
-        for address in command.addresses:
-            for request_id in command.request_ids:
-                body = msgspec.json.encode({"rid": request_id})
-                headers = (_JSON, *command.headers)
+    async def _abort(self, command: DecodeAbort) -> None:
+        headers = (_JSON, *command.headers)
+        bodies = [msgspec.json.encode({"rid": request_id}) for request_id in command.request_ids]
+        sent: list[SentLeg] = []
+        for pause in _ABORT_PAUSES:
+            await asyncio.sleep(pause)
+            for address, body in product(command.addresses, bodies):
                 request = LegRequest(address, ABORT_PATH, headers, body, b"", _ABORT_SECONDS, tls=self._tls)
-                self._aborts.send(request, _ignore)
+                sent.append(self._aborts.send(request, _ignore))
+        await asyncio.gather(*(each.closed() for each in sent))
 
     async def all_ended(self) -> None:
-        """Wait until no leg is in flight."""
-        while legs := list(self._client):
-            await asyncio.gather(*(leg.closed() for leg in legs))
+        """Wait until no leg is in flight, and no abort is to be sent any more."""
+        while len(self):
+            await asyncio.gather(*(leg.closed() for leg in self._client))
+            if self._tasks:
+                await asyncio.wait(self._tasks)
 
     async def close(self) -> None:
-        """Cancel all legs and aborts in flight, and close all connections."""
+        """Cancel all legs and aborts, and close all connections."""
         await self._client.close()
+        for task in self._tasks:
+            task.cancel()
         await self._aborts.close()
 
 

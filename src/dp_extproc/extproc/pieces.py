@@ -16,6 +16,8 @@ of lower numbers are other kinds of messages."""
 _FRAMES: Final = 0x1A, 0x1A, 0x0A, 0x22
 """Keys of ``BodyMutation.streamed_response``, ``CommonResponse.body_mutation``, ``BodyResponse.response`` and
 ``ProcessingResponse.response_body``, from the inside out."""
+_NUMBER_BITS: Final = 70
+"""Bits of the longest number, which has ten bytes. Without a bound, a message of such bytes alone takes minutes."""
 _KNOWN_LENGTHS: Final = 4096
 """Lengths of bodies whose frame is kept, of 20 bytes each. Events of a stream differ by few bytes."""
 
@@ -39,7 +41,7 @@ def pass_piece(message: bytes) -> bytes | None:
         end = start + length
         if end != len(message) and not _stands_beside(message, end):
             return None
-    except IndexError:  # the message is cut off
+    except IndexError:  # the message is cut off, or none
         return None
     return _frame(length) + message[start:end]
 
@@ -69,14 +71,16 @@ def _read_number(message: bytes, at: int) -> tuple[int, int]:
     """Read a number of variable length, and return it with the place behind it.
 
     Raises:
-        IndexError: It is cut off.
+        IndexError: It is cut off, or longer than the numbers of protobuf are.
     """
-    number = shift = 0
-    while (byte := message[at]) > 0x7F:
+    number = 0
+    for shift in range(0, _NUMBER_BITS, 7):
+        byte = message[at]
         number |= (byte & 0x7F) << shift
-        shift += 7
         at += 1
-    return number | byte << shift, at + 1
+        if byte <= 0x7F:
+            return number, at
+    raise IndexError
 
 
 @lru_cache(_KNOWN_LENGTHS)

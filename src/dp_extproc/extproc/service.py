@@ -171,16 +171,11 @@ class ExtProcService:
         streams = Streams(attempt, Writer(context), self._legs, self._report_leg)
         self._registry.add(streams)
         try:
-            while True:
-                event = read_event(message, gateway.session_header)
-                if event is not None:
-                    await streams.carry_out(self._receive(streams, event), streams.main)
-                raw = await self._open.read(attempt.main, context)
-                if attempt.main.passes_pieces and streams.main.is_idle:
-                    raw = await _pass_pieces(raw, context)
-                if raw is grpc.aio.EOF:
-                    break
-                message = _parse(raw)
+            following: ProcessingRequest | None = message
+            while following is not None:
+                await self._take(streams, following)
+                following = None  # it may be a body of many MB, and the next message may be minutes away
+                following = await self._next(streams, context)
         except ProtocolViolationError as violation:
             _log.warning("ext_proc stream ended: %s", violation)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(violation))
@@ -194,6 +189,19 @@ class ExtProcService:
             merging = attempt.main.merging
             if merging is not None and merging.problem is not None:
                 _log.warning("log probabilities of a prompt were left out: %s", merging.problem)
+
+    async def _take(self, streams: Streams, message: ProcessingRequest) -> None:
+        """Have an attempt receive a message, and carry out what follows."""
+        if (event := read_event(message, self._gateway.session_header)) is not None:
+            await streams.carry_out(self._receive(streams, event), streams.main)
+
+    async def _next(self, streams: Streams, context: grpc.aio.ServicerContext) -> ProcessingRequest | None:
+        """Read the next message that is more than a piece to pass on; None at the end of the stream."""
+        main = streams.attempt.main
+        raw = await self._open.read(main, context)
+        if main.passes_pieces and streams.main.is_idle:
+            raw = await _pass_pieces(raw, context)
+        return None if raw is grpc.aio.EOF else _parse(raw)
 
     def _receive(self, streams: Streams, event: Event | None) -> list[Command]:
         """Have an attempt receive an event, or None for the time that has passed, and follow where it gets by that."""

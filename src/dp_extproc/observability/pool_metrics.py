@@ -9,6 +9,7 @@ from typing import Final
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from dp_extproc.config.pools import PoolConfig
 from dp_extproc.engines.model import RankSample, Role
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad, Freshness
@@ -16,6 +17,19 @@ from dp_extproc.load.endpoint import EndpointLoad, Freshness
 _PREFIXES: Final = ("inference_pool_", "llm_d_epp_")
 """Of the reference picker of the Gateway API Inference Extension, and of llm-d's."""
 _READY: Final = {"inference_pool_": "ready_pods", "llm_d_epp_": "ready_endpoints"}
+
+
+def gateway_names(pools: Iterable[PoolConfig]) -> dict[str, str]:
+    """Return the name of the gateway's pool for each pool: that of its InferencePool, if it has one.
+
+    Prefill endpoints may have an InferencePool too, but the gateway sends no requests there.
+    """
+    names = {}
+    for pool in pools:
+        reached = (source for role, source in pool.sources() if role != Role.PREFILL)
+        found = (each.inference_pool for source in reached for each in source.kubernetes if each.inference_pool)
+        names[pool.name] = next(found, pool.name)
+    return names
 
 
 class PoolMetrics:

@@ -36,7 +36,7 @@ from dp_extproc.observability.leg_metrics import SentLegMetrics
 from dp_extproc.observability.loads_page import describe_loads, describe_signals, describe_sources, describe_sync
 from dp_extproc.observability.log import EngineLog
 from dp_extproc.observability.metrics import AutoscalingMetrics, SyncMetrics, Telemetry
-from dp_extproc.observability.pool_metrics import PoolMetrics
+from dp_extproc.observability.pool_metrics import PoolMetrics, gateway_names
 from dp_extproc.runtime.engine_tls import FollowedTls
 from dp_extproc.runtime.readiness import Readiness, can_serve
 from dp_extproc.runtime.secrets import read_api_keys
@@ -142,7 +142,7 @@ class Components:
             self._replica = join(config.sync, outbox, self._scheduler.tracker.open_peer, clock=clock)
             self.telemetry.add(SyncMetrics(self._replica.status))
         if is_picker:
-            self.telemetry.add(PoolMetrics(self._loads, _gateway_names(config), clock))
+            self.telemetry.add(PoolMetrics(self._loads, gateway_names(config.pools), clock))
         sent_legs = SentLegMetrics()
         if config.sends_legs:
             self.telemetry.add(sent_legs)
@@ -283,17 +283,6 @@ class Components:
         if not keys.problems:
             self._credentials.update(keys.by_pool)
         return keys.problems
-
-
-def _gateway_names(config: Config) -> dict[str, str]:
-    """Return the name of the gateway's pool for each pool: that of its InferencePool, if it has one."""
-    return {
-        pool.name: next(
-            (each.inference_pool for _, source in pool.sources() for each in source.kubernetes if each.inference_pool),
-            pool.name,
-        )
-        for pool in config.pools
-    }
 
 
 def _static(endpoints: Iterable[Endpoint]) -> set[Endpoint]:

@@ -43,6 +43,7 @@ class FollowedTls:
         """The context for every HTTP client. It stays the same object when the files change."""
         self._settings = settings
         self._seen: Signature = ()
+        """Signature of the files that are in use."""
 
     def renew(self) -> tuple[Problem, ...]:
         """Read the files if they have changed, and use them for new connections.
@@ -58,7 +59,6 @@ class FollowedTls:
             return ()
         made = make_context(self._settings)
         if not isinstance(made, ssl.SSLContext):
-            self._seen = ()
             return made
         if self._seen:
             _log.info("TLS: new connections to engines use the changed files of engine_tls")

@@ -136,8 +136,8 @@ async def _grpc_server(
             server.add_secure_port(str(address), server_credentials(tls))
     except RuntimeError:
         raise cannot_listen(address, "listen.grpc") from None
-    await server.start()
     async with _health_port(config.listen.health, health):
+        await server.start()
         try:
             yield
         finally:

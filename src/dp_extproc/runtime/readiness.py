@@ -16,7 +16,9 @@ from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.extproc.service import SERVICE_NAME
 from dp_extproc.load.cache import LoadCache
 
-LIVENESS: Final = "liveness"
+ALIVE: Final = ("liveness", "inference-extension")
+"""Names of gRPC health services that do not follow readiness. By the second one, charts of the reference picker probe
+both liveness and readiness, and a picker without an engine must not be restarted."""
 READINESS: Final = "readiness"
 """Names of gRPC health services that common probes use; ``""`` and the ext_proc service are standard."""
 _FOLLOW_READINESS: Final = ("", READINESS, SERVICE_NAME)
@@ -54,7 +56,8 @@ class Readiness:
 
     async def run(self) -> None:
         """Keep the health service up to date until cancelled."""
-        await self._health.set(LIVENESS, HealthCheckResponse.SERVING)
+        for name in ALIVE:
+            await self._health.set(name, HealthCheckResponse.SERVING)
         while True:
             self._changed.clear()
             self.ready = not self._stopping and self._can_serve_some()

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from dp_extproc.config.discovery import KubernetesSettings
+from dp_extproc.fleet.discovery.kubernetes.faults import Request, fault_of
+from dp_extproc.fleet.discovery.kubernetes.objects import Status
 from dp_extproc.fleet.discovery.kubernetes.source import KubernetesSource
 from fleet.discovery.test_kubernetes_watch import FAST, kubeconfig
 from kube_api import PODS, POOLS, FakeApiServer, inference_pool, pod
@@ -117,3 +119,12 @@ def test_the_right_to_read_pools_is_named_if_it_is_missing(api: FakeApiServer, t
     with watching(api, tmp_path) as reports:
         wait_for(lambda: reports.is_failing)
         assert "inferencepools.inference.networking.k8s.io" in reports.failures[-1]
+
+
+def test_a_cluster_without_inference_pools_needs_their_definitions() -> None:
+    """The kind is no part of Kubernetes, so another version of Kubernetes does not help."""
+    fault = fault_of(
+        404, Status(message="not found"), Request("list", "inferencepools.inference.networking.k8s.io", "llm")
+    )
+
+    assert "install version v1 of the Gateway API Inference Extension's CustomResourceDefinitions" in str(fault)

@@ -71,7 +71,10 @@ def _remedy(code: int, request: Request) -> str:
             f"and a RoleBinding in namespace {request.namespace} (list and watch are needed)"
         )
     if code == 404:
-        return "; this API server has no such resource: Kubernetes 1.21 or later is needed"
+        needed = "Kubernetes 1.21 or later is needed"
+        if plural == "inferencepools":
+            needed = "install version v1 of the Gateway API Inference Extension's CustomResourceDefinitions"
+        return f"; this API server has no such resource: {needed}"
     if code == 400:
         return "; write the selector as kubectl get --selector takes it"
     return ""

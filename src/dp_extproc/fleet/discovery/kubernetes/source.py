@@ -93,13 +93,14 @@ class KubernetesSource:
 
     async def _follow_pool(self, name: str, reports: MemberReports) -> None:
         """Report the pods of an InferencePool, whatever it selects at the time."""
-        changes: asyncio.Queue[None] = asyncio.Queue()
-        pool = PoolReports(name, reports, lambda: changes.put_nowait(None))
+        changed = asyncio.Event()
+        pool = PoolReports(name, reports, changed.set)
         pods: asyncio.Task[None] | None = None
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._reflect(read_pool, pool, partial(_pool, name)))
             while True:
-                await changes.get()
+                await changed.wait()
+                changed.clear()
                 if pods is not None:
                     pods.cancel()
                     await asyncio.wait((pods,))
