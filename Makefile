@@ -83,7 +83,7 @@ interop: setup
 kubernetes-run: setup
 	PYTHONPATH=tests $(BIN)/python -m interop.kubernetes --programs $(KUBE_BIN) $(ARGS)
 
-# The scenarios through Envoy Gateway, which interop/mesh/build.sh envoy-gateway builds: 3 minutes. It needs openssl,
+# The scenarios through Envoy Gateway, which interop/mesh/build.sh envoy-gateway builds: 5 minutes. It needs openssl,
 # unshare and ip. Envoys of other versions: ARGS="--envoy PATH --envoy PATH".
 envoy-gateway-run: setup
 	PYTHONPATH=tests $(BIN)/python -m interop.envoy_gateway --programs $(MESH_BIN) $(ARGS)

@@ -9,11 +9,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from dp_extproc.lab.testbed.envoy import find_envoy
+from interop.envoy_gateway import picker
 from interop.envoy_gateway.api_server import checked_by_api_server
 from interop.envoy_gateway.cases import (
     CASES,
@@ -45,24 +46,42 @@ def run_gateway(plane: ControlPlane, fleet: Fleet, neighbour: Neighbour, report:
         yield Rig(site, plane, texts)
 
 
-def run(program: Path, envoy: Path, folder: Path, only: Sequence[str], recordings: Path | None) -> Report:
+def run(program: Path, envoy: Path, folder: Path, arguments: argparse.Namespace) -> Report:
     """Run everything with one Envoy."""
     version = subprocess.run([envoy, "--version"], check=True, capture_output=True, text=True).stdout
     report = Report(f"Envoy {re.findall(r'/([0-9.]+)/', version)[0]}")
-    with run_fleet() as fleet, Neighbour() as neighbour:
+
+    def plane_of(name: str) -> ControlPlane:
+        return ControlPlane(program, envoy, folder / name)
+
+    modes = [each for each in picker.MODES if not arguments.only or each in arguments.only]
+    with Neighbour() as neighbour:
+        if set(arguments.only) - set(modes) or not arguments.only:
+            run_printed(plane_of, neighbour, report, arguments)
+        if modes:
+            with run_fleet(**picker.SECTIONS) as fleet:
+                for mode in modes:
+                    with picker.run_gateway(plane_of(mode), fleet, neighbour, report, mode) as rig:
+                        run_scenarios(rig.site, [_for(rig, picker.programmed), *picker.SCENARIOS])
+    return report
+
+
+def run_printed(
+    plane_of: Callable[[str], ControlPlane], neighbour: Neighbour, report: Report, arguments: argparse.Namespace
+) -> None:
+    """Run everything that the printed resources are for."""
+    only = arguments.only
+    with run_fleet(prefill_leg=arguments.prefill_leg) as fleet:
         gateway = printed(fleet.config)["gateway.yaml"]
-        plane = ControlPlane(program, envoy, folder / "gateway")
-        with run_gateway(plane, fleet, neighbour, report, gateway) as rig:
-            accepted(rig, recordings)
+        with run_gateway(plane_of("gateway"), fleet, neighbour, report, gateway) as rig:
+            accepted(rig, arguments.recordings)
             run_scenarios(rig.site, only=only)
             run_scenarios(rig.site, [_for(rig, case) for case in CASES], only)
         for what, (text, case) in OTHER_GATEWAYS.items():
             if only and what not in only:
                 continue
-            plane = ControlPlane(program, envoy, folder / what)
-            with run_gateway(plane, fleet, neighbour, report, text(gateway)) as rig:
+            with run_gateway(plane_of(what), fleet, neighbour, report, text(gateway)) as rig:
                 run_scenarios(rig.site, [_for(rig, case)])
-    return report
 
 
 def _for(rig: Rig, case: Callable[[Rig], None]) -> Callable[[Site], None]:
@@ -84,6 +103,7 @@ def main() -> int:
         help="an Envoy to run with; may be repeated (that of the tests)",
     )
     parser.add_argument("--recordings", type=Path, help="folder for what Envoy Gateway makes of the resources")
+    parser.add_argument("--prefill-leg", choices=("envoy", "service"), default="envoy", help="prefill_leg")
     parser.add_argument("--only", action="append", default=[], help="name of a case")
     arguments = parser.parse_args()
     program = arguments.programs / "envoy-gateway"
@@ -99,7 +119,7 @@ def main() -> int:
         checked_by_api_server(arguments.programs, Path(scratch), reports[0])
     for envoy in arguments.envoy or [Path(find_envoy())]:
         with tempfile.TemporaryDirectory(prefix="dp-extproc-envoy-gateway-") as scratch:
-            reports.append(run(program, envoy, Path(scratch), arguments.only, arguments.recordings))
+            reports.append(run(program, envoy, Path(scratch), arguments))
     rows = [row for report in reports for row in report.rows]
     print(f"{sum(row.good for row in rows)} of {len(rows)} checks hold")
     return 0 if all(row.good for row in rows) else 1

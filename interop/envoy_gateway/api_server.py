@@ -9,6 +9,7 @@ import yaml
 from dp_extproc.config import parse_config
 from dp_extproc.lab.testbed.service import write_config
 from interop.envoy_gateway.cases import printed
+from interop.envoy_gateway.picker import EXAMPLE
 from interop.kubernetes.cluster import Cluster
 from interop.report import Report
 from patience import wait_for
@@ -25,7 +26,10 @@ def checked_by_api_server(programs: Path, folder: Path, report: Report) -> None:
     if missing := [name for name in PROGRAMS if not (programs / name).is_file()]:
         print(f"skipped: the check by an API server, without {', '.join(missing)}", flush=True)
         return
-    texts = printed(parse_config(yaml.safe_dump(write_config([_POOL]))))
+    texts = {
+        **printed(parse_config(yaml.safe_dump(write_config([_POOL])))),
+        EXAMPLE.name: EXAMPLE.read_text(encoding="utf-8"),
+    }
     with Cluster(programs, folder) as cluster:
         definitions = yaml.load_all((programs / DEFINITIONS).read_text(encoding="utf-8"), yaml.CSafeLoader)
         for each in definitions:

@@ -15,7 +15,7 @@ from typing import Any, Final
 import httpx
 import yaml
 
-from dp_extproc.config import Config
+from dp_extproc.config import Config, PrefillLeg
 from dp_extproc.envoy_check import Severity, audit
 from dp_extproc.envoy_check.reader import read_envoy
 from dp_extproc.envoy_config import FORMS
@@ -23,7 +23,7 @@ from dp_extproc.envoy_config.formats.target import ObjectName, Target
 from dp_extproc.lab.testbed import loopback
 from faults.fleet import BODIES, ask
 from interop.envoy_gateway.control_plane import GATEWAY, NAMESPACE, PORT, TLS_PORT, ControlPlane
-from interop.envoy_gateway.recording import differences, record
+from interop.envoy_gateway.recording import differences, record, whole_resources
 from interop.istio.recording import delivered
 from interop.mesh.scenarios import CHAT, hostile_headers
 from interop.mesh.site import Site
@@ -41,7 +41,6 @@ _SETTLED: Final = 3.0
 _STREAM_SECONDS: Final = 30
 """How long a stream lasts under which something changes. Envoy Gateway needs two seconds for a change, or many more if
 the machine is busy."""
-LISTENERS: Final = ("dp_dispatch", "prefill_leg", "decode")
 
 
 def target_of(host: str, *listeners: str) -> Target:
@@ -90,6 +89,12 @@ class Rig:
     texts: Mapping[str, str]
     """The printed resources by file name."""
 
+    @property
+    def listeners(self) -> set[str]:
+        """Return the names of the internal listeners that are printed."""
+        resources = whole_resources(list(yaml.safe_load_all(self.texts["dp-extproc.yaml"])))
+        return {each["name"] for each in resources if "internal_listener" in each}
+
     def add(self, case: str, seen: str, *, good: bool) -> None:
         self.site.report.add(case, seen, good=good)
 
@@ -109,7 +114,7 @@ class Rig:
     def apply(self, text: str) -> None:
         """Apply our resources, and wait until Envoy has the printed block and route."""
         self.plane.apply("ours", text)
-        wait_for(lambda: self.programmed()[0] == "True" and set(LISTENERS) <= set(self.plane.listeners()), _PATIENCE)
+        wait_for(lambda: self.programmed()[0] == "True" and self.listeners <= set(self.plane.listeners()), _PATIENCE)
         wait_for(lambda: self.asks() == "answer", _PATIENCE)
 
     def modified(self) -> int:
@@ -142,7 +147,7 @@ class Rig:
 def accepted(rig: Rig, recordings: Path | None = None) -> None:
     """Envoy Gateway applies every patch, and Envoy has the block as printed, with retries on our route alone."""
     wait_for(lambda: rig.programmed()[0] == "True", _PATIENCE)
-    wait_for(lambda: set(LISTENERS) <= set(rig.plane.listeners()), _PATIENCE)
+    wait_for(lambda: rig.listeners <= set(rig.plane.listeners()), _PATIENCE)
     rig.add("EnvoyPatchPolicy", "Programmed=True: " + rig.programmed()[1], good=True)
     attached = rig.plane.conditions("HTTPRoute", OURS)
     good = all(attached[each][0] == "True" for each in ("Accepted", "ResolvedRefs"))
@@ -265,7 +270,7 @@ def short_drain(rig: Rig) -> None:
     listener = ours.replace("stat_prefix: dp_dispatch", "typo: dp_dispatch")
     rig.wrong("a listener with an unknown field", listener, "503", "listener_missing")
     rig.plane.delete("ours")
-    wait_for(lambda: not set(LISTENERS) & set(rig.plane.listeners()), _PATIENCE)
+    wait_for(lambda: not rig.listeners & set(rig.plane.listeners()), _PATIENCE)
     began = threading.Event()
     streaming = rig.site.threads.submit(rig.site.stream_of_neighbour, _STREAM_SECONDS, began.set)
     assert began.wait(_PATIENCE)
@@ -278,8 +283,10 @@ def short_drain(rig: Rig) -> None:
 def wrong_patches(rig: Rig) -> None:
     """One wrong patch is left out and the others apply. Our host fails closed, and the neighbour is served."""
     ours, table = rig.texts["dp-extproc.yaml"], f"name: {NAMESPACE}/{GATEWAY}/"
-    cluster = ours.replace("name: prefill\n        type: ORIG", "name: prefill\n        typo: ORIG")
-    rig.wrong("a cluster with an unknown field", cluster, "502 prefill_failed", "cluster_missing")
+    mirrored = rig.site.fleet.config.prefill_leg is PrefillLeg.ENVOY
+    name, expected = ("prefill", "502 prefill_failed") if mirrored else ("decode_server", "503")
+    cluster = ours.replace(f"name: {name}\n        type: ORIG", f"name: {name}\n        typo: ORIG")
+    rig.wrong("a cluster with an unknown field", cluster, expected, "cluster_missing")
     rig.wrong(
         "a route table that does not exist",
         ours.replace(f"{table}http", f"{table}web"),
@@ -287,7 +294,7 @@ def wrong_patches(rig: Rig) -> None:
         "retry_policy_missing",
     )
     rig.plane.delete("ours")
-    wait_for(lambda: not set(LISTENERS) & set(rig.plane.listeners()), _PATIENCE)
+    wait_for(lambda: not rig.listeners & set(rig.plane.listeners()), _PATIENCE)
     rig.plane.apply("ours", "---\n".join(ours.split("---\n")[:2]))
     wait_for(lambda: rig.asks().startswith("503"), _PATIENCE)
     seen = f"our host: {rig.asks()}; neighbour served: {rig.neighbour_answers()}"
@@ -299,7 +306,7 @@ def wrong_patches(rig: Rig) -> None:
 def deleted(rig: Rig) -> None:
     """After the deletion of our resources the neighbour is served, and nothing of the block is left."""
     rig.plane.delete("ours")
-    wait_for(lambda: not set(LISTENERS) & set(rig.plane.listeners()), _PATIENCE)
+    wait_for(lambda: not rig.listeners & set(rig.plane.listeners()), _PATIENCE)
     rig.add("our resources deleted", f"our host: {rig.asks()}", good=rig.neighbour_answers())
 
 
@@ -309,7 +316,7 @@ def broken_bootstrap(rig: Rig) -> None:
     wait_for(rig.neighbour_answers, _PATIENCE)
     bootstrap = next(each["bootstrap"] for each in rig.plane.dump()["configs"] if "bootstrap" in each)
     count = len(bootstrap.get("bootstrap_extensions", ()))
-    listeners = sorted(set(LISTENERS) & set(rig.plane.listeners()))
+    listeners = sorted(rig.listeners & set(rig.plane.listeners()))
     result = rig.asks()
     refusals = [line for line in rig.plane.envoy_log().splitlines() if "nternal" in line and "warning" in line]
     logged = refusals[-1][-200:] if refusals else "nothing"

@@ -27,8 +27,8 @@ mkdir -p "$MESH_BIN"
 folder() { go mod download -json "$1" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p'; }
 if [[ $wanted == *" envoy-gateway "* ]]; then
   crds=$(folder "github.com/envoyproxy/gateway@$ENVOY_GATEWAY")/charts/gateway-helm/charts/crds/crds
-  cat "$crds"/gatewayapi-crds.yaml "$crds"/generated/*_{backends,clienttrafficpolicies,envoypatchpolicies,envoyproxies}.yaml \
-    >"$MESH_BIN/envoy-gateway-crds.yaml"
+  cat "$crds"/gatewayapi-crds.yaml "$crds"/generated/*_{backends,clienttrafficpolicies}.yaml \
+    "$crds"/generated/*_envoy{extensionpolicies,patchpolicies,proxies}.yaml >"$MESH_BIN/envoy-gateway-crds.yaml"
 fi
 if [[ $wanted == *" pilot-discovery "* ]]; then
   istio=$(folder "istio.io/istio@$ISTIO")

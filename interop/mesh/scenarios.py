@@ -51,7 +51,7 @@ def both_legs(site: Site) -> None:
         assert room % RANKS == prefill["rank"] == on_prefill["routed_dp_rank"] == on_decode["disagg_prefill_dp_rank"]
         assert on_decode["routed_dp_rank"] == decode["rank"]
         assert on_prefill["rid"] != on_decode["rid"]
-        assert _ours(prefill["headers"]) == _ours(decode["headers"]) == _leaked(answer) == []
+        assert _ours(site, prefill["headers"]) == _ours(site, decode["headers"]) == _leaked(answer) == []
         pairs.add((prefill["rank"], decode["rank"]))
     seen = f"one room on both legs, ranks as in the bodies; pairs of ranks used: {sorted(pairs)}"
     site.report.add("16 chats, one by one", seen, good=len(pairs) > 1)
@@ -74,7 +74,7 @@ def responses_of_each_form(site: Site) -> None:
 
 def stream_arrives_in_pieces(site: Site) -> None:
     """The first event arrives while the engine still computes."""
-    with _fault(site.fleet.decodes, _SLOW):
+    with faulty(site.fleet.decodes, _SLOW):
         began, arrivals = time.monotonic(), []
         outcome = ask(site.client, CHAT, stream=True, on_first=lambda: arrivals.append(time.monotonic() - began))
         took = time.monotonic() - began
@@ -97,7 +97,7 @@ def retries(site: Site) -> None:
         before, left = site.count(_RETRIES), _abandoned(site)
         count = 2 if size > 10 << 20 else 6
         answers: list[httpx.Response] = []
-        with _fault([failing], "503"):
+        with faulty([failing], "503"):
             while not failing.requests() and len(answers) < 10 * count:
                 answers += [_complete(site, _body(size)) for _ in range(count)]
         met = len(failing.requests())
@@ -110,7 +110,7 @@ def retries(site: Site) -> None:
 
 def all_engines_fail(site: Site) -> None:
     """The client gets the engine's own error after the last attempt, without retry headers."""
-    with _fault(site.fleet.decodes, "503"):
+    with faulty(site.fleet.decodes, "503"):
         answer = site.client.post(CHAT, json=BODIES[CHAT])
     seen = f"{answer.status_code}, headers of this project: {_leaked(answer)}"
     site.report.add("both decode engines answer 503", seen, good=answer.status_code == 503 and not _leaked(answer))
@@ -131,15 +131,23 @@ def large_body(site: Site) -> None:
 
 def killed_prefill(site: Site) -> None:
     """A prefill engine that is killed with a leg costs its clients nothing but a second attempt."""
-    _kill_with_a_leg(site, site.fleet.prefills[0], "prefill engine killed with a leg that it had not answered")
+    _all_are_answered(site, site.fleet.prefills[0], "prefill engine killed with a leg that it had not answered")
 
 
 def killed_decode(site: Site) -> None:
     """A decode engine that is killed before its first byte costs its clients nothing but a second attempt."""
-    _kill_with_a_leg(site, site.fleet.decodes[0], "decode engine killed before its first byte")
+    _all_are_answered(site, site.fleet.decodes[0], "decode engine killed before its first byte")
 
 
-def _kill_with_a_leg(site: Site, engine: EngineProcess, case: str) -> None:
+def _all_are_answered(site: Site, engine: EngineProcess, case: str) -> None:
+    outcomes, met = kill_with_a_leg(site, engine)
+    answered = sum(each.complete for each in outcomes)
+    seen = f"{len(outcomes)} requests, {met} at the killed engine: {answered} answers"
+    site.report.add(case, seen, good=answered == len(outcomes) and met > 0)
+
+
+def kill_with_a_leg(site: Site, engine: EngineProcess) -> tuple[Sequence[Outcome], int]:
+    """Kill an engine with legs that it has not answered. Returns all results, and how many legs it had."""
     site.fleet.forget()
     asked: list[Future[Outcome]] = []
     engine.fault(inference="hang")
@@ -149,10 +157,8 @@ def _kill_with_a_leg(site: Site, engine: EngineProcess, case: str) -> None:
     met = len(engine.requests())
     engine.stop(signal.SIGKILL)
     outcomes = [each.result() for each in asked]
-    answered = sum(each.complete for each in outcomes)
     site.fleet.recover()
-    seen = f"{len(asked)} requests, {met} at the killed engine: {answered} answers"
-    site.report.add(case, seen, good=answered == len(asked) and met > 0)
+    return outcomes, met
 
 
 def killed_in_mid_stream(site: Site) -> None:
@@ -162,7 +168,7 @@ def killed_in_mid_stream(site: Site) -> None:
         ("prefill", site.fleet.prefills, "answer"),
     ):
         site.fleet.forget()
-        with _fault(site.fleet.decodes, _SLOW):
+        with faulty(site.fleet.decodes, _SLOW):
 
             def kill(engines: Sequence[EngineProcess] = engines) -> None:
                 time.sleep(0.3)  # Envoy reads the first bytes; a reset would discard them
@@ -176,7 +182,7 @@ def killed_in_mid_stream(site: Site) -> None:
 def client_aborts(site: Site) -> None:
     """A client that disconnects ends both legs, and no reservation is left."""
     site.fleet.forget()
-    with _fault(site.fleet.decodes, {**_SLOW, "seconds": 9}):  # the abort has to arrive first
+    with faulty(site.fleet.decodes, {**_SLOW, "seconds": 9}):  # the abort has to arrive first
         body = {**BODIES[CHAT], "stream": True, "max_tokens": 500}
         with site.client.stream("POST", CHAT, json=body) as answer:
             next(answer.iter_bytes())
@@ -185,7 +191,7 @@ def client_aborts(site: Site) -> None:
     seen = f"decode: {decode['outcome']}, no reservation left"
     site.report.add("client disconnects in mid-stream", seen, good=decode["outcome"] == "aborted")
     site.fleet.forget()
-    with _fault(site.fleet.prefills, "hang"):
+    with faulty(site.fleet.prefills, "hang"):
         connection = _send(site, CHAT, {**BODIES[CHAT], "stream": False})
         wait_for(lambda: [each for engine in site.fleet.prefills for each in engine.requests()])
         connection.close()
@@ -208,7 +214,8 @@ def hostile_headers(site: Site) -> None:
         answers.append(site.client.post(CHAT, json=BODIES[CHAT], headers={name: value}).status_code)
     lookup = site.client.get("/v1/models", headers=forged_headers(victims[0], decoy.address)).status_code
     site.fleet.settle()
-    reached = {name for engine in site.fleet.engines for leg in engine.requests() for name in _ours(leg["headers"])}
+    legs = [leg for engine in site.fleet.engines for leg in engine.requests()]
+    reached = {name for leg in legs for name in _ours(site, leg["headers"])}
     ejected = [each["url"] for each in site.fleet.endpoints() if each["failure"]]
     good = set(answers) == {200} and lookup == 200 and not decoy.visits and not reached and not ejected
     decoy.close()
@@ -295,8 +302,8 @@ def run_scenarios(site: Site, scenarios: Sequence[Scenario] = SCENARIOS, only: S
             site.fleet.recover()
 
 
-def _ours(headers: Any) -> list[str]:
-    return [name for name in headers if name.startswith(_OURS)]
+def _ours(site: Site, headers: Any) -> list[str]:
+    return [name for name in headers if name.startswith(_OURS) and name not in site.kept]
 
 
 def _abandoned(site: Site) -> int:
@@ -326,7 +333,8 @@ def _legs(fleet: Fleet) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @contextmanager
-def _fault(engines: Sequence[EngineProcess], fault: str | dict[str, Any]) -> Iterator[None]:
+def faulty(engines: Sequence[EngineProcess], fault: str | dict[str, Any]) -> Iterator[None]:
+    """Inject a fault into engines for a while."""
     for engine in engines:
         engine.fault(inference=fault)
     try:

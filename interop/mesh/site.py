@@ -5,7 +5,7 @@ import re
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -193,6 +193,8 @@ class Site:
     """Sends to the host of another team on the same gateway."""
     threads: ThreadPoolExecutor
     report: Report
+    kept: Collection[str] = ()
+    """Headers ``x-envoy-*`` that the gateway leaves to engines, without an effect."""
 
     def stream_of_neighbour(self, seconds: float, on_first: Callable[[], object]) -> str:
         """Read a stream of the neighbour that takes so many seconds, and describe how it ended."""
@@ -214,7 +216,9 @@ class Site:
 
 
 @contextmanager
-def open_site(fleet: Fleet, gateway: Gateway, host: str, neighbour: str, report: Report) -> Iterator[Site]:
+def open_site(
+    fleet: Fleet, gateway: Gateway, host: str, neighbour: str, report: Report, *, kept: Collection[str] = ()
+) -> Iterator[Site]:
     """Make the clients of both hosts."""
     with (
         loopback.client(gateway.url, timeout=60) as client,
@@ -222,4 +226,4 @@ def open_site(fleet: Fleet, gateway: Gateway, host: str, neighbour: str, report:
         ThreadPoolExecutor(64) as threads,
     ):
         client.headers["host"], other.headers["host"] = host, neighbour
-        yield Site(fleet, gateway, client, other, threads, report)
+        yield Site(fleet, gateway, client, other, threads, report, kept)
