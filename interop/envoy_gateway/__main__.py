@@ -62,7 +62,7 @@ def run(program: Path, envoy: Path, folder: Path, arguments: argparse.Namespace)
             with run_fleet(**picker.SECTIONS) as fleet:
                 for mode in modes:
                     with picker.run_gateway(plane_of(mode), fleet, neighbour, report, mode) as rig:
-                        run_scenarios(rig.site, [_for(rig, picker.programmed), *picker.SCENARIOS])
+                        run_scenarios(rig.site, [*(_for(rig, case) for case in picker.CASES), *picker.SCENARIOS])
     return report
 
 

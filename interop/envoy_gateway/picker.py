@@ -13,10 +13,10 @@ from typing import Any, Final
 import yaml
 
 from dp_extproc import contract
-from dp_extproc.lab.testbed.engine import EngineProcess
 from faults.fleet import BODIES, Outcome, ask
 from interop.envoy_gateway.cases import HOST, NEIGHBOUR, OURS, Rig, neighbour_of
 from interop.envoy_gateway.control_plane import GATEWAY, NAMESPACE, PORT, ControlPlane
+from interop.mesh import scenarios
 from interop.mesh.scenarios import (
     CHAT,
     both_legs,
@@ -37,7 +37,7 @@ from patience import wait_for
 EXAMPLE: Final = Path(__file__).parents[2] / "envoy" / "envoy-gateway-picker.yaml"
 SECTIONS: Final[Mapping[str, Any]] = {"protocol": "endpoint_picker", "retry": {"attempts": 1}}
 """Sections of the configuration. The gateway does not ask for another endpoint."""
-_KEPT: Final = ("x-envoy-external-address", "x-envoy-original-dst-host")
+_HEADERS: Final = frozenset({"x-envoy-external-address", "x-envoy-original-dst-host"})
 """The gateway writes the one and ignores the other, and engines read neither."""
 _API: Final = "gateway.networking.k8s.io"
 _GATEWAY: Final = (
@@ -132,7 +132,7 @@ def run_gateway(plane: ControlPlane, fleet: Fleet, neighbour: Neighbour, report:
     plane.apply("neighbour", neighbour_of(neighbour.port))
     plane.apply("ours", text)
     report = replace(report, shape=f"{report.shape}, {mode}")
-    with plane, open_site(fleet, plane, HOST, NEIGHBOUR, report, kept=_KEPT) as site:
+    with plane, open_site(fleet, plane, HOST, NEIGHBOUR, report, gateway_headers=_HEADERS) as site:
         yield Rig(site, plane, {"dp-extproc.yaml": text})
 
 
@@ -146,6 +146,17 @@ def programmed(rig: Rig) -> None:
     rejected = rig.site.count(r"(update_rejected|update_failure)$")
     rig.add("updates that Envoy rejected", str(rejected), good=rejected == 0)
     rig.checked()
+
+
+def applied_again(rig: Rig) -> None:
+    """The first policy with an ``extProc`` adds a filter to the listener, for all routes of the gateway."""
+    rig.plane.delete("ours")
+    wait_for(lambda: rig.asks().startswith("404"), _PATIENCE)
+    modified = rig.modified()
+    rig.plane.apply("ours", rig.texts["dp-extproc.yaml"])
+    wait_for(lambda: rig.asks() == "answer", _PATIENCE)
+    changed = rig.modified() - modified
+    rig.add("deleted and applied again", f"{changed} listeners modified; then an answer", good=changed == 1)
 
 
 def picked_endpoint_serves(site: Site) -> None:
@@ -209,7 +220,7 @@ def killed_engines(site: Site) -> None:
     which becomes an error only where the service sees response bodies.
     """
     for role, engine in (("prefill", site.fleet.prefills[0]), ("decode", site.fleet.decodes[0])):
-        outcomes, met = kill_with_a_leg(site, engine)
+        met, outcomes = kill_with_a_leg(site, engine)
         failed = [each for each in outcomes if not each.complete]
         results = Counter("an error event of the engine" if _has_error_event(each) else str(each) for each in outcomes)
         good = 0 < len(failed) <= met and all(_has_error_event(each) or (each.status or 0) >= 500 for each in failed)
@@ -221,21 +232,8 @@ def _has_error_event(outcome: Outcome) -> bool:
 
 
 def killed_in_mid_stream(site: Site) -> None:
-    """A stream ends early if its decode engine is killed, and goes on if its prefill engine is."""
-    for role, engines, expected in (
-        ("decode", site.fleet.decodes, "part of the answer"),
-        ("prefill", site.fleet.prefills, "answer"),
-    ):
-        site.fleet.forget()
-        with faulty(site.fleet.decodes, {"kind": "slow", "after": 1, "seconds": 1.5}):
-
-            def kill(engines: Sequence[EngineProcess] = engines) -> None:
-                time.sleep(0.3)  # Envoy reads the first bytes; a reset would discard them
-                next(engine for engine in engines if engine.requests()).stop(signal.SIGKILL)
-
-            outcome = str(ask(site.client, CHAT, stream=True, on_first=kill))
-            site.fleet.recover()
-        site.report.add(f"{role} engine killed in mid-stream", outcome, good=outcome.startswith(expected))
+    """The gateway cuts a stream whose decode engine is killed; one whose prefill engine is killed goes on."""
+    scenarios.killed_in_mid_stream(site, of_decode="part of the answer")
 
 
 def service_is_killed(site: Site) -> None:
@@ -278,6 +276,7 @@ def _reservations(site: Site) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("dp_extproc_reservations"))
 
 
+CASES: Final[Sequence[Callable[[Rig], None]]] = (programmed, applied_again)
 SCENARIOS: Final[Sequence[Callable[[Site], None]]] = (
     both_legs,
     picked_endpoint_serves,

@@ -43,6 +43,7 @@ from interop.istio.gateways import (
     with_free_ports,
     with_settings,
 )
+from interop.istio.inference_pool import run_inference_pool
 from interop.istio.mutual_tls import run_strict_fleet
 from interop.kubernetes.cluster import ADDRESS, Cluster
 from interop.mesh.scenarios import run_scenarios
@@ -78,18 +79,25 @@ def run_gateway(
 
 
 def run(programs: Path, folder: Path, arguments: argparse.Namespace) -> Report:
+    """Run everything with the block, and then with an InferencePool."""
+    report = Report()
+    with Neighbour() as neighbour, Cluster(programs, folder) as cluster, ControlPlane(programs, cluster) as plane:
+        plane.apply(backend(neighbour.port))
+        if arguments.way in {"block", None}:
+            run_block(plane, folder, report, arguments)
+        if arguments.way in {"inference-pool", None}:
+            run_inference_pool(plane, report, arguments.only, tls=not arguments.plain_picker)
+    return report
+
+
+def run_block(plane: ControlPlane, folder: Path, report: Report, arguments: argparse.Namespace) -> None:
     """Run everything on both kinds of gateways, and what differs in one thing on the first."""
-    report, only = Report(), arguments.only
+    only = arguments.only
     grpc_port = free_port()
     # As in Kubernetes, Envoy finds the service by a name that may have several addresses.
     envoy = {"body_mode": arguments.body_mode, "service": f"{_NAME}:{grpc_port}"}
-    with (
-        run_fleet(listen={"grpc": f"127.0.0.1:{grpc_port}"}, envoy=envoy, prefill_leg=arguments.prefill_leg) as fleet,
-        Neighbour() as neighbour,
-        Cluster(programs, folder) as cluster,
-        ControlPlane(programs, cluster) as plane,
-    ):
-        plane.apply(backend(neighbour.port))
+    listen = {"grpc": f"127.0.0.1:{grpc_port}"}
+    with run_fleet(listen=listen, envoy=envoy, prefill_leg=arguments.prefill_leg) as fleet:
         for kind in KINDS:
             report.shape = kind.title
             config = fleet.config if kind is CLASSIC else with_free_ports(fleet.config)
@@ -112,7 +120,6 @@ def run(programs: Path, folder: Path, arguments: argparse.Namespace) -> Report:
                 _run_cases(rig, [resources_are_accepted])
                 run_scenarios(rig.site, only=only)
                 _run_cases(rig, [engines_are_dialled_by_tls])
-    return report
 
 
 def _run_cases(rig: Rig, cases: Sequence[Case], only: Sequence[str] = ()) -> None:
@@ -134,6 +141,8 @@ def main() -> int:
         "--body-mode", choices=("buffered", "full_duplex_streamed"), default="buffered", help="envoy.body_mode"
     )
     parser.add_argument("--prefill-leg", choices=("envoy", "service"), default="envoy", help="prefill_leg")
+    parser.add_argument("--way", choices=("block", "inference-pool"), help="run only this one")
+    parser.add_argument("--plain-picker", action="store_true", help="let the InferencePool's gateway use no TLS")
     parser.add_argument("--only", action="append", default=[], help="name of a scenario or case")
     parser.add_argument("--recordings", type=Path, help="where to keep what Istio makes of the printed resources")
     arguments = parser.parse_args()

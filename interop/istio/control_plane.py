@@ -17,7 +17,7 @@ from interop.kubernetes.cluster import Cluster
 from patience import wait_for
 
 NAMESPACE: Final = "istio-ingress"
-DEFINITIONS: Final = ("istio-crds.yaml", "gateway-api-crds.yaml")
+DEFINITIONS: Final = ("istio-crds.yaml", "gateway-api-crds.yaml", "inference-crds.yaml")
 _ENVIRONMENT: Final = {
     "POD_NAME": "istiod",
     "POD_NAMESPACE": "istio-system",
@@ -28,6 +28,7 @@ _ENVIRONMENT: Final = {
     "PILOT_ENABLE_METADATA_EXCHANGE": "false",
     # There is no kubelet that would run what it deploys.
     "PILOT_ENABLE_GATEWAY_API_DEPLOYMENT_CONTROLLER": "false",
+    "ENABLE_GATEWAY_API_INFERENCE_EXTENSION": "true",
     "INJECTION_WEBHOOK_CONFIG_NAME": "",
     "VALIDATION_WEBHOOK_CONFIG_NAME": "",
     "HOME": "/nonexistent",

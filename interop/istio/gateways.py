@@ -46,7 +46,8 @@ class Kind:
         return Target(ObjectName(NAMESPACE, self.name), hostnames, PORT, (), self.selector)
 
 
-def _resource(version: str, kind: str, name: str, spec: Resource) -> Resource:
+def resource(version: str, kind: str, name: str, spec: Resource) -> Resource:
+    """Build a resource in the namespace of the gateways."""
     return {"apiVersion": version, "kind": kind, "metadata": {"name": name, "namespace": NAMESPACE}, "spec": spec}
 
 
@@ -56,7 +57,7 @@ CLASSIC: Final = Kind(
     {"istio": "ingressgateway"},
     [("istio", "ingressgateway")],
     [
-        _resource(
+        resource(
             _ISTIO,
             "Gateway",
             "shared",
@@ -65,7 +66,7 @@ CLASSIC: Final = Kind(
                 "servers": [{"port": {"number": PORT, "name": "http", "protocol": "HTTP"}, "hosts": ["*"]}],
             },
         ),
-        _resource(
+        resource(
             _ISTIO,
             "VirtualService",
             "other",
@@ -77,40 +78,43 @@ CLASSIC: Final = Kind(
         ),
     ],
 )
-KUBERNETES: Final = Kind(
-    "shared-api",
-    "Gateway of Kubernetes' Gateway API",
-    {f"{_GATEWAY_API}/gateway-name": "shared-api"},
-    [],
-    [
-        _resource(
-            f"{_GATEWAY_API}/v1",
-            "Gateway",
-            "shared-api",
-            {
-                "gatewayClassName": "istio",
-                "addresses": [{"type": "Hostname", "value": f"shared-api.{NAMESPACE}.svc.cluster.local"}],
-                "listeners": [{"name": "http", "port": PORT, "protocol": "HTTP"}],
-            },
-        ),
-        _resource(
-            f"{_GATEWAY_API}/v1",
-            "HTTPRoute",
-            "other",
-            {
-                "parentRefs": [{"name": "shared-api"}],
-                "hostnames": [NEIGHBOUR],
-                "rules": [
-                    {
-                        "backendRefs": [
-                            {"group": "networking.istio.io", "kind": "Hostname", "name": _BACKEND, "port": 80}
-                        ]
-                    }
-                ],
-            },
-        ),
-    ],
-)
+
+
+def _of_gateway_api(name: str, title: str) -> Kind:
+    return Kind(
+        name,
+        title,
+        {f"{_GATEWAY_API}/gateway-name": name},
+        [],
+        [
+            resource(
+                f"{_GATEWAY_API}/v1",
+                "Gateway",
+                name,
+                {
+                    "gatewayClassName": "istio",
+                    "addresses": [{"type": "Hostname", "value": f"{name}.{NAMESPACE}.svc.cluster.local"}],
+                    "listeners": [{"name": "http", "port": PORT, "protocol": "HTTP"}],
+                },
+            ),
+            http_route(
+                f"{name}-other",
+                name,
+                NEIGHBOUR,
+                {"group": "networking.istio.io", "kind": "Hostname", "name": _BACKEND, "port": 80},
+            ),
+        ],
+    )
+
+
+def http_route(name: str, gateway: str, hostname: str, backend: Resource) -> Resource:
+    """Build a route of the Gateway API from a host name to one backend."""
+    spec = {"parentRefs": [{"name": gateway}], "hostnames": [hostname], "rules": [{"backendRefs": [backend]}]}
+    return resource(f"{_GATEWAY_API}/v1", "HTTPRoute", name, spec)
+
+
+KUBERNETES: Final = _of_gateway_api("shared-api", "Gateway of Kubernetes' Gateway API")
+POOLED: Final = _of_gateway_api("pooled", "InferencePool, endpoint picker")
 KINDS: Final = (CLASSIC, KUBERNETES)
 
 
@@ -129,7 +133,7 @@ def backend(port: int) -> Resource:
         "ports": [{"number": 80, "name": "http", "protocol": "HTTP", "targetPort": port}],
         "endpoints": [{"address": "127.0.0.1"}],
     }
-    return _resource(_ISTIO, "ServiceEntry", "backend", spec)
+    return resource(_ISTIO, "ServiceEntry", "backend", spec)
 
 
 def prepare(plane: ControlPlane, kind: Kind, listener_port: int) -> None:
@@ -140,14 +144,19 @@ def prepare(plane: ControlPlane, kind: Kind, listener_port: int) -> None:
     spec: dict[str, Any] = {"selector": kind.labels, "ports": ports}
     request("POST", f"{core}/services", {"metadata": {"name": kind.name}, "spec": spec})
     request("POST", f"{core}/serviceaccounts", {"metadata": {"name": kind.name}})
-    container = {"name": "istio-proxy", "image": "proxy", "ports": [{"containerPort": listener_port}]}
-    spec = {"nodeName": "node-1", "serviceAccountName": kind.name, "containers": [container]}
-    metadata = {"name": kind.name, "labels": kind.labels}
-    request("POST", f"{core}/pods", {"metadata": metadata, "spec": spec})
-    ready = {"type": "Ready", "status": "True"}
-    status = {"phase": "Running", "podIP": ADDRESS, "podIPs": [{"ip": ADDRESS}], "conditions": [ready]}
-    request("PATCH", f"{core}/pods/{kind.name}/status", {"status": status})
+    run_pod(plane, kind.name, kind.labels, ADDRESS, listener_port)
     plane.apply(*kind.resources)
+
+
+def run_pod(plane: ControlPlane, name: str, labels: Mapping[str, str], address: str, port: int) -> None:
+    """Create a pod that is ready, as a kubelet would report it."""
+    path = f"/api/v1/namespaces/{NAMESPACE}/pods"
+    container = {"name": "main", "image": "any", "ports": [{"containerPort": port}]}
+    spec = {"nodeName": "node-1", "serviceAccountName": name, "containers": [container]}
+    plane.cluster.request("POST", path, {"metadata": {"name": name, "labels": labels}, "spec": spec})
+    ready = {"type": "Ready", "status": "True"}
+    status = {"phase": "Running", "podIP": address, "podIPs": [{"ip": address}], "conditions": [ready]}
+    plane.cluster.request("PATCH", f"{path}/{name}/status", {"status": status})
 
 
 def with_free_ports(config: Config) -> Config:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the control planes of Envoy Gateway and Istio from their Go modules, outside of this tree. Wants Go 1.26 and a
 # module proxy; ten minutes on two processors, 6 GB, and 0.4 GB are kept. With names of programs it builds only those.
-# The definitions of their resources and of those of the Gateway API are kept beside the programs.
+# The definitions of their resources, of those of the Gateway API and of the InferencePool are kept beside the programs.
 #
 #   MESH_BIN=~/.cache/dp-extproc/mesh/bin interop/mesh/build.sh [envoy-gateway] [pilot-discovery]
 set -euo pipefail
@@ -32,10 +32,14 @@ if [[ $wanted == *" envoy-gateway "* ]]; then
 fi
 if [[ $wanted == *" pilot-discovery "* ]]; then
   istio=$(folder "istio.io/istio@$ISTIO")
-  gateway_api=$(folder "sigs.k8s.io/gateway-api@$(sed -n 's/^\tsigs.k8s.io\/gateway-api //p' "$istio/go.mod")")
+  required() { folder "$1@$(sed -n "s|^\t$1 ||p" "$istio/go.mod")"; } # folder of a module, in the version that Istio has
+  gateway_api=$(required sigs.k8s.io/gateway-api)
+  inference=$(required sigs.k8s.io/gateway-api-inference-extension)
   install -m 644 "$istio/manifests/charts/base/files/crd-all.gen.yaml" "$MESH_BIN/istio-crds.yaml"
   for kind in gatewayclasses gateways httproutes grpcroutes referencegrants; do
     echo --- && cat "$gateway_api/config/crd/standard/gateway.networking.k8s.io_$kind.yaml"
   done >"$MESH_BIN/gateway-api-crds.yaml"
+  pools=$inference/config/crd/bases/inference.networking.k8s.io_inferencepools.yaml
+  install -m 644 "$pools" "$MESH_BIN/inference-crds.yaml"
 fi
 ls -l "$MESH_BIN"

@@ -51,7 +51,7 @@ def both_legs(site: Site) -> None:
         assert room % RANKS == prefill["rank"] == on_prefill["routed_dp_rank"] == on_decode["disagg_prefill_dp_rank"]
         assert on_decode["routed_dp_rank"] == decode["rank"]
         assert on_prefill["rid"] != on_decode["rid"]
-        assert _ours(site, prefill["headers"]) == _ours(site, decode["headers"]) == _leaked(answer) == []
+        assert _ours(site, prefill) == _ours(site, decode) == _leaked(answer) == []
         pairs.add((prefill["rank"], decode["rank"]))
     seen = f"one room on both legs, ranks as in the bodies; pairs of ranks used: {sorted(pairs)}"
     site.report.add("16 chats, one by one", seen, good=len(pairs) > 1)
@@ -131,23 +131,22 @@ def large_body(site: Site) -> None:
 
 def killed_prefill(site: Site) -> None:
     """A prefill engine that is killed with a leg costs its clients nothing but a second attempt."""
-    _all_are_answered(site, site.fleet.prefills[0], "prefill engine killed with a leg that it had not answered")
+    met, outcomes = kill_with_a_leg(site, site.fleet.prefills[0])
+    _add_kill(site, "prefill engine killed with a leg that it had not answered", met, outcomes)
 
 
 def killed_decode(site: Site) -> None:
     """A decode engine that is killed before its first byte costs its clients nothing but a second attempt."""
-    _all_are_answered(site, site.fleet.decodes[0], "decode engine killed before its first byte")
+    met, outcomes = kill_with_a_leg(site, site.fleet.decodes[0])
+    _add_kill(site, "decode engine killed before its first byte", met, outcomes)
 
 
-def _all_are_answered(site: Site, engine: EngineProcess, case: str) -> None:
-    outcomes, met = kill_with_a_leg(site, engine)
-    answered = sum(each.complete for each in outcomes)
-    seen = f"{len(outcomes)} requests, {met} at the killed engine: {answered} answers"
-    site.report.add(case, seen, good=answered == len(outcomes) and met > 0)
+def kill_with_a_leg(site: Site, engine: EngineProcess) -> tuple[int, list[Outcome]]:
+    """Kill an engine with legs that it has not answered.
 
-
-def kill_with_a_leg(site: Site, engine: EngineProcess) -> tuple[Sequence[Outcome], int]:
-    """Kill an engine with legs that it has not answered. Returns all results, and how many legs it had."""
+    Returns:
+        How many legs it had, and the outcomes of all requests.
+    """
     site.fleet.forget()
     asked: list[Future[Outcome]] = []
     engine.fault(inference="hang")
@@ -158,13 +157,22 @@ def kill_with_a_leg(site: Site, engine: EngineProcess) -> tuple[Sequence[Outcome
     engine.stop(signal.SIGKILL)
     outcomes = [each.result() for each in asked]
     site.fleet.recover()
-    return outcomes, met
+    return met, outcomes
 
 
-def killed_in_mid_stream(site: Site) -> None:
-    """A stream whose decode engine is killed ends with an error event; one whose prefill engine is killed goes on."""
+def _add_kill(site: Site, case: str, met: int, outcomes: Sequence[Outcome]) -> None:
+    answered = sum(each.complete for each in outcomes)
+    seen = f"{len(outcomes)} requests, {met} at the killed engine: {answered} answers"
+    site.report.add(case, seen, good=answered == len(outcomes) and met > 0)
+
+
+def killed_in_mid_stream(site: Site, of_decode: str = _PART_AND_EVENT) -> None:
+    """A stream whose decode engine is killed ends with an error event; one whose prefill engine is killed goes on.
+
+    *of_decode* is the outcome with a gateway that adds no event.
+    """
     for role, engines, expected in (
-        ("decode", site.fleet.decodes, _PART_AND_EVENT),
+        ("decode", site.fleet.decodes, of_decode),
         ("prefill", site.fleet.prefills, "answer"),
     ):
         site.fleet.forget()
@@ -214,8 +222,7 @@ def hostile_headers(site: Site) -> None:
         answers.append(site.client.post(CHAT, json=BODIES[CHAT], headers={name: value}).status_code)
     lookup = site.client.get("/v1/models", headers=forged_headers(victims[0], decoy.address)).status_code
     site.fleet.settle()
-    legs = [leg for engine in site.fleet.engines for leg in engine.requests()]
-    reached = {name for leg in legs for name in _ours(site, leg["headers"])}
+    reached = {name for engine in site.fleet.engines for leg in engine.requests() for name in _ours(site, leg)}
     ejected = [each["url"] for each in site.fleet.endpoints() if each["failure"]]
     good = set(answers) == {200} and lookup == 200 and not decoy.visits and not reached and not ejected
     decoy.close()
@@ -302,8 +309,8 @@ def run_scenarios(site: Site, scenarios: Sequence[Scenario] = SCENARIOS, only: S
             site.fleet.recover()
 
 
-def _ours(site: Site, headers: Any) -> list[str]:
-    return [name for name in headers if name.startswith(_OURS) and name not in site.kept]
+def _ours(site: Site, leg: dict[str, Any]) -> list[str]:
+    return [name for name in leg["headers"] if name.startswith(_OURS) and name not in site.gateway_headers]
 
 
 def _abandoned(site: Site) -> int:

@@ -5,7 +5,8 @@ import re
 import ssl
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,19 @@ class Gateway(Protocol):
     url: str
     admin_url: str
     """Of its Envoy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pods:
+    """Engines in pods of a cluster, which the service finds by itself."""
+
+    prefill: Sequence[str]
+    """Addresses of the two prefill engines."""
+    decode: Sequence[str]
+    """Addresses of the two decode engines."""
+    port: int
+    sources: Mapping[str, Any]
+    """``prefill`` and ``decode`` of the pool in the configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,30 +109,39 @@ def running_on(engine: EngineProcess) -> list[dict[str, Any]]:
 
 @contextmanager
 def run_fleet(
-    engine_options: Sequence[str] = (), client_tls: ssl.SSLContext | None = None, **sections: Any
+    engine_options: Sequence[str] = (),
+    client_tls: ssl.SSLContext | None = None,
+    pods: Pods | None = None,
+    **sections: Any,
 ) -> Iterator[Fleet]:
     """Run two engines of each role and the service.
 
     Args:
         engine_options: Further options of the engines.
         client_tls: For the API ports of the engines, if the options make them serve TLS.
+        pods: Where the engines run. Without it, they have free ports of loopback, and the configuration lists them.
         sections: Override those of the configuration.
     """
     with ExitStack() as running:
         options = ("--dp-attention", *TIMES, *engine_options)
         roles = ("prefill", "prefill", "decode", "decode")
-        engines = [EngineProcess(role, RANKS, *options, tls=client_tls) for role in roles]
+        hosts = ["127.0.0.1"] * len(roles) if pods is None else [*pods.prefill, *pods.decode]
+        port = None if pods is None else pods.port
+        engines = [
+            EngineProcess(role, RANKS, *options, host=host, port=port, tls=client_tls)
+            for role, host in zip(roles, hosts, strict=True)
+        ]
         for engine in engines:
             running.push(engine)
             engine.start()
         for engine in engines:
             engine.wait_until_listening()
         prefills, decodes = engines[:2], engines[2:]
-        pool = {
-            "models": ["*"],
+        listed = {
             "prefill": {"endpoints": [engine.url for engine in prefills]},
             "decode": {"endpoints": [engine.url for engine in decodes]},
         }
+        pool = {"models": ["*"], **(listed if pods is None else pods.sources)}
         envoy = {"max_body_bytes": MAX_BODY_BYTES, **sections.pop("envoy", {})}
         content = write_config([pool], **{**SETTINGS, **sections, "envoy": envoy})
         service = running.enter_context(ServiceProcess(content))
@@ -193,8 +216,8 @@ class Site:
     """Sends to the host of another team on the same gateway."""
     threads: ThreadPoolExecutor
     report: Report
-    kept: Collection[str] = ()
-    """Headers ``x-envoy-*`` that the gateway leaves to engines, without an effect."""
+    gateway_headers: AbstractSet[str] = frozenset()
+    """Names of the headers that the gateway writes into requests, or leaves there."""
 
     def stream_of_neighbour(self, seconds: float, on_first: Callable[[], object]) -> str:
         """Read a stream of the neighbour that takes so many seconds, and describe how it ended."""
@@ -217,7 +240,13 @@ class Site:
 
 @contextmanager
 def open_site(
-    fleet: Fleet, gateway: Gateway, host: str, neighbour: str, report: Report, *, kept: Collection[str] = ()
+    fleet: Fleet,
+    gateway: Gateway,
+    host: str,
+    neighbour: str,
+    report: Report,
+    *,
+    gateway_headers: AbstractSet[str] = frozenset(),
 ) -> Iterator[Site]:
     """Make the clients of both hosts."""
     with (
@@ -226,4 +255,4 @@ def open_site(
         ThreadPoolExecutor(64) as threads,
     ):
         client.headers["host"], other.headers["host"] = host, neighbour
-        yield Site(fleet, gateway, client, other, threads, report, kept)
+        yield Site(fleet, gateway, client, other, threads, report, gateway_headers)

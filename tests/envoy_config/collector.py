@@ -9,9 +9,7 @@ from typing import Any
 import grpc
 from envoy.service.accesslog.v3 import als_pb2
 from opentelemetry.proto.collector.logs.v1 import logs_service_pb2 as logs
-from opentelemetry.proto.collector.logs.v1 import logs_service_pb2_grpc as logs_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as traces
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as traces_grpc
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,43 +51,58 @@ def run_collector() -> Iterator[Collector]:
     """Run a collector in threads of its own."""
     found = Collector()
 
-    class Traces(traces_grpc.TraceServiceServicer):  # type: ignore[misc]
-        def Export(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802 - gRPC's
-            for resource in request.resource_spans:
-                for scope in resource.scope_spans:
-                    found.spans.extend(map(_span, scope.spans))
-            return traces.ExportTraceServiceResponse()
+    def export_traces(request: Any, context: grpc.ServicerContext) -> Any:
+        for resource in request.resource_spans:
+            for scope in _second(resource):
+                found.spans.extend(map(_span, _second(scope)))
+        return traces.ExportTraceServiceResponse()
 
-    class Logs(logs_grpc.LogsServiceServicer):  # type: ignore[misc]
-        def Export(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802 - gRPC's
-            for resource in request.resource_logs:
-                for scope in resource.scope_logs:
-                    found.records.extend(_texts(each.attributes) for each in scope.log_records)
-            return logs.ExportLogsServiceResponse()
+    def export_logs(request: Any, context: grpc.ServicerContext) -> Any:
+        for resource in request.resource_logs:
+            for scope in _second(resource):
+                found.records.extend(_texts(each.attributes) for each in _second(scope))
+        return logs.ExportLogsServiceResponse()
 
     def entries(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
         for message in messages:
             found.entries.extend(message.http_logs.log_entry)
         return als_pb2.StreamAccessLogsResponse()
 
-    stream = grpc.stream_unary_rpc_method_handler(
-        entries,
-        request_deserializer=als_pb2.StreamAccessLogsMessage.FromString,
-        response_serializer=als_pb2.StreamAccessLogsResponse.SerializeToString,
-    )
-    als = grpc.method_handlers_generic_handler(
-        "envoy.service.accesslog.v3.AccessLogService", {"StreamAccessLogs": stream}
-    )
+    stream = grpc.stream_unary_rpc_method_handler(entries, als_pb2.StreamAccessLogsMessage.FromString, _write)
+    spans = grpc.unary_unary_rpc_method_handler(export_traces, traces.ExportTraceServiceRequest.FromString, _write)
+    lines = grpc.unary_unary_rpc_method_handler(export_logs, logs.ExportLogsServiceRequest.FromString, _write)
     server = grpc.server(ThreadPoolExecutor(8))
-    traces_grpc.add_TraceServiceServicer_to_server(Traces(), server)
-    logs_grpc.add_LogsServiceServicer_to_server(Logs(), server)
-    server.add_generic_rpc_handlers((als,))
+    server.add_generic_rpc_handlers(
+        (
+            grpc.method_handlers_generic_handler(
+                "envoy.service.accesslog.v3.AccessLogService", {"StreamAccessLogs": stream}
+            ),
+            grpc.method_handlers_generic_handler(
+                "opentelemetry.proto.collector.trace.v1.TraceService", {"Export": spans}
+            ),
+            grpc.method_handlers_generic_handler(
+                "opentelemetry.proto.collector.logs.v1.LogsService", {"Export": lines}
+            ),
+        )
+    )
     found.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
     try:
         yield found
     finally:
         server.stop(None).wait()
+
+
+def _second(message: Any) -> Any:
+    """Return field 2: the scopes of a resource, or the spans or records of a scope.
+
+    Releases of xds-protos, where these messages come from, have other names for it than OpenTelemetry has now.
+    """
+    return getattr(message, message.DESCRIPTOR.fields_by_number[2].name)
+
+
+def _write(message: Any) -> bytes:
+    return bytes(message.SerializeToString())
 
 
 def _span(span: Any) -> Span:

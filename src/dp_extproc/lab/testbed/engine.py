@@ -12,7 +12,7 @@ from dp_extproc.lab.testbed.process import CommandProcess
 
 
 class EngineProcess(CommandProcess):
-    """Run ``dp-extproc engine`` on a free port; a context manager."""
+    """Run ``dp-extproc engine``; a context manager."""
 
     def __init__(
         self,
@@ -20,6 +20,7 @@ class EngineProcess(CommandProcess):
         dp_size: int,
         *options: str,
         host: str = "127.0.0.1",
+        port: int | None = None,
         tls: ssl.SSLContext | None = None,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -30,11 +31,13 @@ class EngineProcess(CommandProcess):
             dp_size: DP ranks.
             options: Further command-line options.
             host: The address that it listens on.
+            port: Its API port, in place of a free one.
             tls: For its API port, if the options make it serve TLS there.
             pause: Sleeps for so many seconds between two checks of a wait; an exception from it ends the wait.
         """
         self.role = role
-        self.port, self.bootstrap_port, debug_port = free_ports(3)
+        free, self.bootstrap_port, debug_port = free_ports(3)
+        self.port = free if port is None else port
         self.url = f"{'http' if tls is None else 'https'}://{in_url(host)}:{self.port}"
         self.debug_url = f"http://{in_url(host)}:{debug_port}/debug"
         arguments = ["engine", "--role", role, "--dp-size", str(dp_size), "--host", host, "--port", str(self.port)]
