@@ -241,11 +241,7 @@ def service_is_killed(site: Site) -> None:
     site.fleet.service.stop(signal.SIGKILL)
     refused = str(ask(site.client, CHAT, stream=False))
     other = site.neighbour.get("/").status_code
-    site.fleet.service.start()
-    site.fleet.service.wait_until_listening()
-    site.fleet.service.wait_until_ready()
-    site.fleet.recover()
-    wait_for(lambda: ask(site.client, CHAT, stream=False).complete)
+    scenarios.start_service_again(site)
     good = refused.startswith("503") and other == 200
     site.report.add("service killed, then started", f"{refused}; neighbour {other}; then an answer", good=good)
 

@@ -247,17 +247,22 @@ def neighbour_is_untouched(site: Site) -> None:
     site.report.add("another host on the gateway", seen if good else f"{seen}: {arrived}", good=good)
 
 
+def start_service_again(site: Site) -> None:
+    """Start the service, and wait until our host answers."""
+    site.fleet.service.start()
+    site.fleet.service.wait_until_listening()
+    site.fleet.service.wait_until_ready()
+    site.fleet.recover()
+    wait_for(lambda: ask(site.client, CHAT, stream=False).complete)
+
+
 def service_is_down(site: Site) -> None:
     """Without the service our host fails closed, and the neighbour is served."""
     site.fleet.forget()
     site.fleet.service.stop(signal.SIGKILL)
     refused = ask(site.client, CHAT, stream=False)
     other = site.neighbour.get("/").status_code
-    site.fleet.service.start()
-    site.fleet.service.wait_until_listening()
-    site.fleet.service.wait_until_ready()
-    site.fleet.recover()
-    wait_for(lambda: ask(site.client, CHAT, stream=False).complete)
+    start_service_again(site)
     good = str(refused) == "503 service_unavailable" and other == 200
     site.report.add("service killed, then started", f"{refused}; neighbour {other}; then an answer", good=good)
 

@@ -10,12 +10,11 @@ import httpx
 import yaml
 
 from dp_extproc.lab.testbed import loopback
-from dp_extproc.lab.testbed.engine import EngineProcess
 from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from dp_extproc.lab.testbed.ports import free_ports
 from dp_extproc.lab.testbed.service import ServiceProcess, write_config
 from e2e.gateway import ext_proc_of, load_gateway
-from e2e.stack import DECODE_RANKS, FAST, PREFILL_RANKS, Stack
+from e2e.stack import FAST, Stack, pool_of, start_engines
 
 EXAMPLE: Final = "endpoint-picker-pd.yaml"
 _BUFFER: Final = 4 << 20
@@ -75,19 +74,8 @@ def run_gateways(
     """Run engines, a service for each of *sections*, and one Envoy; at the end no reservation may be left."""
     flags = ("--dp-attention", *options)
     with ExitStack() as running:
-        prefill = [EngineProcess("prefill", PREFILL_RANKS, *flags) for _ in range(prefills)]
-        decode = [EngineProcess("decode", DECODE_RANKS, *flags) for _ in range(decodes)]
-        for engine in (*prefill, *decode):
-            running.push(engine)
-            engine.start()
-        for engine in (*prefill, *decode):
-            engine.wait_until_listening()
-        pool: dict[str, Any] = {
-            "models": ["*"],
-            "prefill": {"endpoints": [engine.url for engine in prefill]},
-            "decode": {"endpoints": [engine.url for engine in decode]},
-            **of_pool,
-        }
+        prefill, decode = start_engines(running, prefills, decodes, *flags)
+        pool = pool_of(prefill, decode) | of_pool
         services = [
             running.enter_context(
                 ServiceProcess({**write_config([pool], **copy.deepcopy(each)), "protocol": "endpoint_picker"})

@@ -90,6 +90,29 @@ def body_of(request: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
+def start_engines(
+    running: ExitStack, prefills: int, decodes: int, *flags: str, tls: ssl.SSLContext | None = None
+) -> tuple[list[EngineProcess], list[EngineProcess]]:
+    """Start prefill and decode engines, which end with *running*, and wait until all listen."""
+    prefill = [EngineProcess("prefill", PREFILL_RANKS, *flags, tls=tls) for _ in range(prefills)]
+    decode = [EngineProcess("decode", DECODE_RANKS, *flags, tls=tls) for _ in range(decodes)]
+    for engine in (*prefill, *decode):
+        running.push(engine)
+        engine.start()
+    for engine in (*prefill, *decode):
+        engine.wait_until_listening()
+    return prefill, decode
+
+
+def pool_of(prefill: Sequence[EngineProcess], decode: Sequence[EngineProcess]) -> dict[str, Any]:
+    """Give the configuration of a pool of these engines for all models."""
+    return {
+        "models": ["*"],
+        "prefill": {"endpoints": [engine.url for engine in prefill]},
+        "decode": {"endpoints": [engine.url for engine in decode]},
+    }
+
+
 @contextmanager
 def run_stack(
     version: str = "0.5.23",
@@ -107,19 +130,8 @@ def run_stack(
     flags = ("--sglang-version", version, "--dp-attention", *FAST, *options)
     of_pool: dict[str, Any] = {key: sections.pop(key) for key in ("policy", "api_key") if key in sections}
     with ExitStack() as running:
-        prefill = [EngineProcess("prefill", PREFILL_RANKS, *flags, tls=tls) for _ in range(prefills)]
-        decode = [EngineProcess("decode", DECODE_RANKS, *flags, tls=tls) for _ in range(decodes)]
-        for engine in (*prefill, *decode):
-            running.push(engine)
-            engine.start()
-        for engine in (*prefill, *decode):
-            engine.wait_until_listening()
-        pool: dict[str, Any] = {
-            "models": ["*"],
-            "prefill": {"endpoints": [engine.url for engine in prefill]},
-            "decode": {"endpoints": [engine.url for engine in decode]},
-            **of_pool,
-        }
+        prefill, decode = start_engines(running, prefills, decodes, *flags, tls=tls)
+        pool = pool_of(prefill, decode) | of_pool
         service = running.enter_context(ServiceProcess(write_config([pool], **sections)))
         envoy = running.enter_context(EnvoyProcess(service.config))
         client = running.enter_context(loopback.client(envoy.url, timeout=60))
