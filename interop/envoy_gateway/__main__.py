@@ -4,7 +4,6 @@ Envoy Gateway's ports are fixed, so it runs in a network namespace of its own. T
 """
 
 import argparse
-import os
 import re
 import subprocess
 import sys
@@ -30,9 +29,8 @@ from interop.envoy_gateway.control_plane import ControlPlane
 from interop.kubernetes.cluster import ADDRESS
 from interop.mesh.scenarios import run_scenarios
 from interop.mesh.site import Fleet, Neighbour, Site, open_site, run_fleet
+from interop.own_namespace import run_inside
 from interop.report import Report
-
-_INSIDE = "DP_EXTPROC_IN_NAMESPACE"
 
 
 @contextmanager
@@ -109,9 +107,8 @@ def main() -> int:
     program = arguments.programs / "envoy-gateway"
     if not program.is_file():
         parser.error(f"{program} is missing; build it with interop/mesh/build.sh")
-    if _INSIDE not in os.environ:
-        command = ["unshare", "--net", "--map-root-user", sys.executable, "-m", "interop.envoy_gateway", *sys.argv[1:]]
-        return subprocess.run(command, env=os.environ | {_INSIDE: "1"}, check=False).returncode
+    if (status := run_inside("interop.envoy_gateway")) is not None:
+        return status
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     subprocess.run(["ip", "address", "add", f"{ADDRESS}/16", "dev", "lo"], check=True)
     reports = [Report("API server")]

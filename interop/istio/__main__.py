@@ -6,7 +6,6 @@ everything holds.
 """
 
 import argparse
-import os
 import re
 import subprocess
 import sys
@@ -48,9 +47,9 @@ from interop.istio.mutual_tls import run_strict_fleet
 from interop.kubernetes.cluster import ADDRESS, Cluster
 from interop.mesh.scenarios import run_scenarios
 from interop.mesh.site import Fleet, Neighbour, Site, open_site, run_fleet
+from interop.own_namespace import run_inside
 from interop.report import Report
 
-_INSIDE: Final = "DP_EXTPROC_IN_NAMESPACE"
 PROGRAMS: Final = ("etcd", "kube-apiserver", "kube-controller-manager", "pilot-discovery", *DEFINITIONS)
 _NAME: Final = "dp-extproc.llm.svc.cluster.local"
 """Name of the service, which has one address."""
@@ -149,18 +148,8 @@ def main() -> int:
     if missing := [name for name in PROGRAMS if not (arguments.programs / name).is_file()]:
         builders = "interop/mesh/build.sh and interop/kubernetes/build.sh"
         parser.error(f"{arguments.programs} lacks {', '.join(missing)}; build them with {builders}")
-    if _INSIDE not in os.environ:
-        command = [
-            "unshare",
-            "--net",
-            "--mount",
-            "--map-root-user",
-            sys.executable,
-            "-m",
-            "interop.istio",
-            *sys.argv[1:],
-        ]
-        return subprocess.run(command, env=os.environ | {_INSIDE: "1"}, check=False).returncode
+    if (status := run_inside("interop.istio")) is not None:
+        return status
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     subprocess.run(["ip", "address", "add", f"{ADDRESS}/16", "dev", "lo"], check=True)
     version = subprocess.run([find_envoy(), "--version"], check=True, capture_output=True, text=True).stdout

@@ -18,9 +18,9 @@ from interop.kubernetes import fleet
 from interop.kubernetes.cluster import ADDRESS, Cluster
 from interop.kubernetes.rollout import rolling_replacement
 from interop.kubernetes.source_cases import CASES, Rig
+from interop.own_namespace import run_inside
 from interop.report import Report
 
-_INSIDE = "DP_EXTPROC_IN_NAMESPACE"
 RECORDED = ("service.jsonl", "outage.jsonl")
 """Conversations that a test plays back."""
 PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager", "helm")
@@ -59,18 +59,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if missing := [name for name in PROGRAMS if not (arguments.programs / name).is_file()]:
         parser.error(f"{arguments.programs} lacks {', '.join(missing)}; build them with interop/kubernetes/build.sh")
-    if _INSIDE not in os.environ:
-        command = [
-            "unshare",
-            "--net",
-            "--mount",
-            "--map-root-user",
-            sys.executable,
-            "-m",
-            "interop.kubernetes",
-            *sys.argv[1:],
-        ]
-        return subprocess.run(command, env=os.environ | {_INSIDE: "1"}, check=False).returncode
+    if (status := run_inside("interop.kubernetes")) is not None:
+        return status
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", Path("/var/run").resolve()], check=True)
     access.SERVICE_ACCOUNT.mkdir(parents=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
