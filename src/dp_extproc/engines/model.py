@@ -136,6 +136,9 @@ class PairTerms:
     model_path: str | None = None
     served_name: str | None = None
     """The name that an operator gave to the model; None if the model goes by its path."""
+    pp_size: int | None = None
+    attn_tp_size: int | None = None
+    """Tensor-parallel ranks that divide the attention heads of one DP rank."""
 
 
 @dataclass(frozen=True, slots=True)
