@@ -31,6 +31,8 @@ class FailureKind(StrEnum):
     """The engine reports that it takes no requests: it starts, it is paused, or it shuts down."""
     DISAGREEMENT = "disagreement"
     """Configuration, facts and load page differ in the role or in the number of DP ranks."""
+    CHANGED = "changed"
+    """Another engine may be at the address: what was reported contradicts the facts, which are read anew."""
     INTERNAL = "internal"
     """The service itself failed on what the engine reported."""
 
@@ -50,6 +52,8 @@ class EngineFailure:
     """What happened and, if there is one, the remedy."""
     page_was_read: bool = False
     """Whether the engine was read in the same round nevertheless. The event then follows that of the read."""
+    is_doubt: bool = False
+    """Whether the engine is to get no request, while there are others, until its facts were read again."""
 
     @property
     def is_away(self) -> bool:

@@ -254,6 +254,10 @@ class LoadPage:
     """The same without cached tokens; ``/v1/loads`` has it from 0.5.17 on."""
     unpublished_ranks: tuple[int, ...] = ()
     """Ranks on the page that have not published a load yet. Sorted; none of them is in ``ranks``."""
+    version: Version | None = None
+    """The release of the engine that printed the page; None if the page does not report it."""
+    mode: Mode | None = None
+    """The present mode of its ranks; None if the page does not report it, or not the same for all."""
 
 
 @dataclass(slots=True)

@@ -263,7 +263,7 @@ class LoadCache:
         if load is None:
             return
         load.is_away = load.is_away or failure.is_away
-        load.is_ready = load.is_ready and failure.kind is not FailureKind.NOT_READY
+        load.is_ready = load.is_ready and failure.kind is not FailureKind.NOT_READY and not failure.is_doubt
         if failure.kind in GONE:
             load.is_gone = True
             self._forget_prefixes(load)  # the next engine has an empty cache

@@ -123,7 +123,7 @@ class EndpointLoad:
         self.is_gone = False
         """Whether no engine listens any more: the samples are stale, however recent they are, until the next one."""
         self.is_ready = True
-        """Whether the engine takes requests, by its own report."""
+        """Whether the engine takes requests by its own report, and is in no doubt of being the discovered one."""
         self._counts: tuple[int, ...] = (0, 0)
         """Running counts of the last page: prompt tokens, and those that were not cached."""
         self._prompt_rate = PromptRate()
