@@ -13,6 +13,7 @@ from attempt.attempts import BODY_PAUSE, make_environment
 from dp_extproc.attempt.attempt import Attempt, ProtocolViolationError
 from dp_extproc.attempt.events import (
     BodyMode,
+    CommentRead,
     Event,
     FirstEventRead,
     InternalError,
@@ -155,11 +156,12 @@ LEG_FAILING: Final = OPEN.then(LegHeaders(500))
 MISSING: Final = STREAMING.then(ResponseHeaders(200), 3.0)
 CANCELLED: Final = ROUTED.then(MainClosed())
 DIRECT: Final = replace(STREAMING, picks=True)
+COMMENTED: Final = STREAMING.then(CommentRead())
 DIRECT_HELD: Final = DIRECT.then(ResponseHeaders(200))
 STORIES: Final = (
     *(START, BODY, CHUNKS, ENDING, ENDING_QUEUED, UNREAD, QUEUED, PASSING, ROUTED, STREAMING, UNSUPERVISED, HELD),
     *(FAILING, RESPONDING, MERGING, ANSWERED, OPEN, CHECKING, LEG_FAILING, MISSING, CANCELLED),
-    *(DIRECT, DIRECT_HELD, TOKENIZING, TOKENIZING_CHUNKS),
+    *(DIRECT, DIRECT_HELD, TOKENIZING, TOKENIZING_CHUNKS, COMMENTED),
 )
 EVENTS: Final[tuple[Event | float, ...]] = (
     *(
@@ -173,6 +175,7 @@ EVENTS: Final[tuple[Event | float, ...]] = (
     RequestTrailers(),
     *(ResponseHeaders(status) for status in (200, 400, 500)),
     ResponseHeaders(200, end_of_stream=True),
+    ResponseHeaders(200, is_events=True, is_encoded=True),
     ResponseBody(b"{}", True),
     ResponseBody(bytes(KEPT_BYTES + 1), False),
     ResponseTrailers(),
@@ -187,6 +190,7 @@ EVENTS: Final[tuple[Event | float, ...]] = (
     *(LegBody(data, False) for data in (b"", EVENT, ERROR)),
     LegClosed(),
     LegUnseen(),
+    CommentRead(),
     *(FirstEventRead(error) for error in (None, EngineError(500, b"{}"))),
     InternalError("broken"),
     *(3.0, 30.0, BODY_PAUSE + 1.0),

@@ -63,6 +63,8 @@ class FirstState(IntEnum):
     CLEAR = auto()
     """No first event is awaited."""
     PENDING = auto()
+    COMMENTED = auto()
+    """Comments have come, and the first event is awaited; they pass once the prefill leg is good."""
 
 
 class Signal(IntEnum):
@@ -208,5 +210,14 @@ LEG: Final[Table[LegState]] = {
 FIRST_EVENT: Final[Table[FirstState]] = {
     (FirstState.CLEAR, Signal.SCHEDULED): {Outcome.AWAITS_EVENT: FirstState.PENDING},
     (FirstState.PENDING, on.ResponseHeaders): {Outcome.UNCHANGED: FirstState.PENDING, Outcome.DONE: FirstState.CLEAR},
-    (FirstState.PENDING, on.FirstEventRead): {Outcome.DONE: FirstState.CLEAR, Outcome.FAILED: FirstState.CLEAR},
+    (FirstState.COMMENTED, on.ResponseHeaders): {
+        Outcome.UNCHANGED: FirstState.COMMENTED,
+        Outcome.DONE: FirstState.CLEAR,
+    },
+    (FirstState.PENDING, on.CommentRead): {Outcome.UNCHANGED: FirstState.COMMENTED},
+    **_all(
+        (FirstState.PENDING, FirstState.COMMENTED),
+        (on.FirstEventRead,),
+        {Outcome.DONE: FirstState.CLEAR, Outcome.FAILED: FirstState.CLEAR},
+    ),
 }
