@@ -67,6 +67,12 @@ class Echo:
     def lost(self, address: str) -> None:
         raise NotImplementedError
 
+    def suspect(self, url: str) -> None:
+        pass
+
+    def contradicted(self, url: str, why: str) -> None:
+        pass
+
     def place_unread(self, api: Api, length: int | None, *_more: object) -> Decision | Rejection:
         self.lengths.append(length)
         if length == REFUSED:

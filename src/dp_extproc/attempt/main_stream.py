@@ -19,7 +19,7 @@ from dp_extproc.attempt.events import (
     SkipBody,
     StreamBody,
 )
-from dp_extproc.attempt.failures import ENGINE_FAILED, Failure, failed
+from dp_extproc.attempt.failures import ENGINE_FAILED, NO_OTHER_ATTEMPT, RANK_REFUSED, Failure, engine_error
 from dp_extproc.attempt.first_event_watch import FirstEventWatch
 from dp_extproc.attempt.gateways import Headers, Peer
 from dp_extproc.attempt.intake import Intake, Need
@@ -38,16 +38,6 @@ from dp_extproc.scheduling.decision import Answer, Decision, DecodeAbort, Queued
 _OK: Final = 200
 KEPT_BYTES: Final = 1 << 20
 """Most bytes of a response that are kept behind headers that are held, before the response goes to the client."""
-_SKIPPED: Final = frozenset({BodyMode.LOCKSTEP, BodyMode.UNSUPPORTED})
-"""Modes of response bodies that a gateway may give up for this response, where it allows that."""
-_SKIP_BODY: Final = SkipBody()
-_RETRY_BY_CLIENT: Final = (("retry-after", b"0"),)
-"""Where the gateway repeats no request: the client may, because nothing was generated."""
-_NO_OTHER_ATTEMPT: Final = Rejection(
-    502,
-    Reason.DECODE_FAILED,
-    "the decode server's connection was cut before its answer had begun, and there is no other attempt",
-)
 
 
 class MainStream(Machine[MainState]):
@@ -150,7 +140,7 @@ class MainStream(Machine[MainState]):
         found = intake.read_headers(event)
         earlier = intake.earlier
         if earlier.lost is not None and not self._effects.attempt_lost(earlier.lost, len(earlier.failed)):
-            found = _NO_OTHER_ATTEMPT if isinstance(found, Need) else found
+            found = NO_OTHER_ATTEMPT if isinstance(found, Need) else found
         if found is Need.BODY:
             self.body_at = turn.now
             turn.commands += replies.await_body(intake.mode, intake.untrusted)
@@ -236,8 +226,8 @@ class MainStream(Machine[MainState]):
     # --- the response ---
 
     def _pass_headers(self, turn: Turn, _event: on.ResponseHeaders | None) -> Outcome:
-        skips = self._response_mode in _SKIPPED and not self._environment.gateway.sends_bodies_on_request
-        turn.commands.append(_SKIP_BODY if skips else replies.CONTINUE[Phase.RESPONSE_HEADERS])
+        skips = self._response_mode in replies.SKIPPED and not self._environment.gateway.sends_bodies_on_request
+        turn.commands.append(SkipBody() if skips else replies.CONTINUE[Phase.RESPONSE_HEADERS])
         return Outcome.RELEASED
 
     def _response_headers(self, turn: Turn, event: on.ResponseHeaders) -> Outcome:
@@ -249,11 +239,14 @@ class MainStream(Machine[MainState]):
             self.streaming = event.is_events
         if status != _OK:
             self.merging = None  # an error has no log probabilities
-        if status >= ENGINE_FAILED:
+        self.status = status
+        if status >= ENGINE_FAILED or status == RANK_REFUSED:
             if event.end_of_stream or not self._intake.sees_response:
                 return self._pass_failure(turn, Phase.RESPONSE_HEADERS, b"")
-            self._asks_for_body, self.error_at, self.status = True, turn.now, status
+            self._asks_for_body, self.error_at = True, turn.now
             turn.commands.append(BufferBody())
+            if status == RANK_REFUSED:
+                self._leg.cancel(turn)
             return Outcome.AWAITS_ERROR
         if status < ERROR and self._hold:
             self.held_at = turn.now
@@ -294,10 +287,15 @@ class MainStream(Machine[MainState]):
 
     def _pass_failure(self, turn: Turn, phase: Phase, text: bytes) -> Outcome:
         """Let the engine's own error go on, with the retry headers if there is another attempt."""
-        self._effects.blame(failed(Role.DECODE, "", text), turn.now)
-        headers = self._retry_headers(Role.DECODE, Reason.DECODE_FAILED)
-        repeats = self._environment.gateway.repeats_requests
-        turn.commands.append(replies.pass_failure(phase, headers) if repeats else replies.CONTINUE[phase])
+        failure = engine_error(Role.DECODE, self.status, text, "")
+        if failure.is_clients_fault:
+            self._effects.served(Role.DECODE)
+            turn.commands.append(replies.CONTINUE[phase])
+        else:
+            self._effects.blame(failure, turn.now)
+            headers = self._retry_headers(Role.DECODE, Reason.DECODE_FAILED)
+            repeats = self._environment.gateway.repeats_requests
+            turn.commands.append(replies.pass_failure(phase, headers) if repeats else replies.CONTINUE[phase])
         self._leg.cancel(turn)
         return Outcome.RELEASED
 
@@ -338,7 +336,7 @@ class MainStream(Machine[MainState]):
         headers: Headers = ()
         if not failure.is_clients_fault:
             retry = self._retry_headers(failure.leg, failure.reason)
-            headers = retry if self._environment.gateway.repeats_requests else _RETRY_BY_CLIENT
+            headers = retry if self._environment.gateway.repeats_requests else replies.RETRY_BY_CLIENT
         turn.commands.append(replies.answer_failure(failure, self._intake.errors, headers))
         return Outcome.ANSWERED
 

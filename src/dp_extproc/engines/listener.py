@@ -85,6 +85,16 @@ class EngineListener(Protocol):
         """Take a failure. It comes in every round of its duration, after :meth:`sampled` if there was a sample."""
 
 
+class EngineWatch(Protocol):
+    """Takes what requests show of engines, and reads their facts anew. Calls are made on the request path."""
+
+    def suspect(self, url: str) -> None:
+        """Read the facts of an engine soon, because a leg has failed there."""
+
+    def contradicted(self, url: str, why: str) -> None:
+        """Read the facts of an engine before it gets another request, as it answered one as another engine would."""
+
+
 class EngineListeners:
     """Several listeners as one, called in order. An exception in one reaches neither the others nor the emitter.
 

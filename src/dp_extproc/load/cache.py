@@ -223,6 +223,7 @@ class LoadCache:
             self._change()  # a further sample of a fresh endpoint changes nothing for the filters
         if load is not None:
             load.absorb(page.ranks, started, now)
+            load.readmit(now)
             restarted = load.detect_restart(page)
             if load.is_away or restarted:
                 load.is_away = False

@@ -21,6 +21,9 @@ from dp_extproc.load.prefill import PrefillGroup
 from dp_extproc.load.records import Work
 from dp_extproc.load.step_group import EXTERNAL_FROM, RankLoad, Reservation, StepGroup
 
+INACTIVE_SECONDS: Final = 30.0
+"""Seconds for which a rank is left out that an engine has refused as not active. A joining rank loads its weights."""
+
 _T = TypeVar("_T")
 
 
@@ -83,9 +86,9 @@ class EndpointLoad:
     """One endpoint, with its ranks and what its engine reports."""
 
     __slots__ = (
-        "_counts", "_prompt_rate", "address", "answered_at", "cached_prompt_tokens", "candidate", "capabilities",
-        "configured", "facts", "groups", "has_external_requests", "health", "is_away", "is_gone", "is_ready", "ranks",
-        "sampled_at",
+        "_counts", "_left_out", "_prompt_rate", "_usable", "address", "answered_at", "cached_prompt_tokens",
+        "candidate", "capabilities", "configured", "facts", "groups", "has_external_requests", "health", "is_away",
+        "is_gone", "is_ready", "ranks", "sampled_at",
     )  # fmt: skip
 
     def __init__(
@@ -108,7 +111,10 @@ class EndpointLoad:
         self.groups = tuple(_groups(endpoint.role, facts, costs))
         self.ranks = tuple(rank for group in self.groups for rank in group.ranks)
         usable = capabilities.prefill_ranks(facts.dp_ranks) if endpoint.role is Role.PREFILL else range(facts.dp_ranks)
-        self.candidate = _candidate(self, [self.ranks[index] for index in usable])
+        self._usable = [self.ranks[index] for index in usable]
+        self._left_out: dict[int, float] = {}
+        """Until when each rank is left out that its engine does not use."""
+        self.candidate = _candidate(self, self._usable)
         """The endpoint with every rank that can serve."""
         self.cached_prompt_tokens = 0.0
         """Prompt tokens of all requests so far that were expected in the prefix cache of their rank."""
@@ -233,6 +239,18 @@ class EndpointLoad:
             else:
                 beyond = sum(rank.external_requests for rank in self.ranks)
             self.has_external_requests = beyond >= EXTERNAL_FROM
+
+    def leave_out(self, rank: int, now: float) -> None:
+        """Pick a rank no more for some seconds, because its engine does not use it. One rank always remains."""
+        self._left_out[rank] = now + INACTIVE_SECONDS
+        self.readmit(now)
+
+    def readmit(self, now: float) -> None:
+        """Pick those ranks again that were left out for long enough."""
+        if self._left_out:
+            self._left_out = {rank: until for rank, until in self._left_out.items() if now < until}
+            left = [rank for rank in self._usable if rank.index not in self._left_out]
+            self.candidate = _candidate(self, left or self._usable)
 
     def detect_restart(self, page: LoadPage) -> bool:
         """Note the running counts of a page, and return whether they have begun anew since the page before."""

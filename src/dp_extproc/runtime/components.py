@@ -117,6 +117,18 @@ class Components:
             has_all_arrivals=lambda: self._replica is None or self._replica.status().connected,
         )
         self.telemetry.add(AutoscalingMetrics(self._autoscaling, clock))
+        self.readiness = Readiness(health, lambda: any(can_serve(pool, self._loads) for pool in self.config.pools))
+        self._engine_log = EngineLog()
+        self._monitor = FleetMonitor(
+            endpoints,
+            config.load,
+            (self._loads, self.telemetry, self._engine_log, self._discovery_log, self._discovery, self.readiness),
+            clock=clock,
+            rng=rng,
+            guard=guard,
+            credentials=self._credentials,
+            tls=self.tls,
+        )
         is_picker = config.protocol is Protocol.ENDPOINT_PICKER
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
         self._scheduler = Scheduler(
@@ -136,6 +148,7 @@ class Components:
                 fallbacks=config.picker.fallbacks if is_picker else 0,
             ),
             credentials=self._credentials,
+            watch=self._monitor,
         )
         self.telemetry.add(GroupMetrics(self._loads, self._weights, lambda: self._scheduler.group_requests))
         self._replica: Replica | None = None
@@ -168,18 +181,6 @@ class Components:
                 if config.sends_legs
                 else None
             ),
-        )
-        self.readiness = Readiness(health, lambda: any(can_serve(pool, self._loads) for pool in self.config.pools))
-        self._engine_log = EngineLog()
-        self._monitor = FleetMonitor(
-            endpoints,
-            config.load,
-            (self._loads, self.telemetry, self._engine_log, self._discovery_log, self._discovery, self.readiness),
-            clock=clock,
-            rng=rng,
-            guard=guard,
-            credentials=self._credentials,
-            tls=self.tls,
         )
 
     async def first_round(self) -> None:

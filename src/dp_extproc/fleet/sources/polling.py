@@ -3,12 +3,12 @@
 Another engine may come to stand behind an address: a restart, an upgrade, the next one of a Service. By the facts of
 the last one, requests would name ranks that this one does not have. So facts are read again before they are due:
 
-1. A page that contradicts the facts (its ranks, its release, its role), counts that fell, and a server error in place
-   of the page put the engine in doubt. It gets no request while there are others, and its facts are read in the same
-   round. The doubt ends with them, or with a page that agrees with the facts.
+1. A page that contradicts the facts (its ranks, its release, its role), counts that fell, and an answer of 500 or more
+   in place of the page put the engine in doubt. It gets no request while there are others, and its facts are read in
+   the same round. The doubt ends with them, or with a page that agrees with the facts.
 2. A failed leg, a refused connection and a page that takes too long only make the facts due at once. They are no reason
    to leave out an engine that may be slow.
-3. A contradiction that the facts have outlived is none any more: a server whose page never has all ranks is read once.
+3. A contradiction that the facts have outlived is none any more: an engine whose page never has all ranks is read once.
 """
 
 import math
@@ -45,8 +45,8 @@ SIGTERM is not ready at once, and looks every 5 seconds whether it may end. A jo
 SUSPECT_EVERY: Final = 1.0
 """Seconds between two reads of the facts for the sake of failed legs, of which there may be thousands a second."""
 
-_SERVER_ERROR: Final = 500
-"""Status from which on an answer is an error of the server."""
+_FAULTY: Final = 500
+"""Status from which on an answer is a fault of the engine, or of a proxy without one."""
 _NOW: Final = -math.inf
 """A time that has passed on any clock."""
 
@@ -190,7 +190,7 @@ class EnginePoller:
             if error.status is None:  # the load page shows what is wrong with an engine that was ready
                 is_away = self._is_joining and page == adapter.ready_page
                 return EngineFailure(error.kind, str(error)) if is_away else None
-            if error.status >= _SERVER_ERROR:
+            if error.status >= _FAULTY:
                 self._has_news = True  # it is discovered anew when it is ready
                 message = f"{page} answered {error.status}: the engine starts, is paused or shuts down"
                 return EngineFailure(FailureKind.NOT_READY, message)
@@ -245,7 +245,7 @@ class EnginePoller:
             page = await adapter_of(facts.kind).load(self._engine, self._endpoint, facts, self._load, started)
         except ReaderError as error:
             self._was_gone = self._was_gone or error.kind in GONE
-            return EngineFailure(error.kind, str(error), is_doubt=(error.status or 0) >= _SERVER_ERROR)
+            return EngineFailure(error.kind, str(error), is_doubt=(error.status or 0) >= _FAULTY)
         return page_of_single_rank(page, facts)
 
     def _sampled(self, page: LoadPage, facts: EngineFacts, started: float) -> EngineFailure | None:
