@@ -135,11 +135,14 @@ class FleetMonitor:
             try:
                 await poller.round()
                 self._tried(endpoint)
-                while not polled.wake.is_set() and (now := self._clock()) < due:
+                while (now := self._clock()) < due:
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(max(0.0, min(due, poller.ready_due) - now)):
                             await polled.wake.wait()
-                    if not polled.wake.is_set() and self._clock() >= poller.ready_due:
+                    if polled.wake.is_set():
+                        polled.wake.clear()
+                        due = min(due, max(self._clock(), poller.facts_due))
+                    elif self._clock() >= poller.ready_due:
                         await poller.watch()
             except Exception as error:
                 self._listeners.failed(endpoint, internal_failure(error), self._clock())

@@ -99,6 +99,11 @@ class EnginePoller:
         is_timed = self._reports_readiness and self._ready_due != _NOW
         return self._ready_due if is_read and is_timed else math.inf
 
+    @property
+    def facts_due(self) -> float:
+        """When the facts have to be read next."""
+        return self._facts_due
+
     def suspect(self) -> None:
         """Make the facts due, because a leg has failed at the engine."""
         self._facts_due = min(self._facts_due, self._facts_at + SUSPECT_EVERY)
@@ -116,6 +121,7 @@ class EnginePoller:
     def _doubt(self, why: str, kind: FailureKind) -> None:
         """Let the engine get no request, while there are others, until its facts were read again."""
         self._is_in_doubt = self._has_news = True
+        self._facts_due = _NOW
         self._listener.failed(self._endpoint, EngineFailure(kind, why, is_doubt=True), self._clock())
 
     async def watch(self) -> None:
@@ -156,7 +162,7 @@ class EnginePoller:
         why = self._contradicts(page, facts)
         if why is not None and why != self._contradiction:
             self._contradiction = why
-            if self._facts_at < self._round_at:
+            if self._facts_failure is not None or self._facts_at < self._round_at:
                 self._doubt(why, page.kind if isinstance(page, EngineFailure) else FailureKind.CHANGED)
                 return await self._round()
         if why is None and isinstance(page, LoadPage):
@@ -201,7 +207,7 @@ class EnginePoller:
         return None
 
     async def _discover(self) -> EngineFailure | None:
-        may_be_another = self._is_in_doubt or self._facts_due == _NOW  # it was away, or it was never read
+        may_be_another = self._facts_due == _NOW  # it was away, or it was never read
         self._facts_at = self._clock()
         self._facts_due = self._facts_at + FACTS_EVERY
         failure = None
