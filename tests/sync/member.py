@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 
 from dp_extproc.config import SyncSettings
+from dp_extproc.sync.messages import AnyNotice
 from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.transport.replica import join
 from sync.peer_requests import PeerRequests, record_to
@@ -27,10 +28,14 @@ class Member:
         self.requests = PeerRequests()
         self.outbox = Outbox(name)
         settings = SyncSettings.model_validate({"url": url, "peer_timeout": f"{peer_timeout}s"})
-        self.replica = join(settings, self.outbox, self.requests.open_peer, clock=time.monotonic)
+        self.notices: list[AnyNotice] = []
+        self.replica = join(settings, self.outbox, self.requests.open_peer, heed=self._heed, clock=time.monotonic)
         self.own: list[int] = []
         """Open attempts; the record of an attempt has its number as rank."""
         self._numbers = count(random.randrange(1 << 40))
+
+    def _heed(self, notice: AnyNotice, _at: float) -> None:
+        self.notices.append(notice)
 
     def open(self, attempts: int = 1) -> None:
         """Begin some attempts."""

@@ -22,6 +22,7 @@ from dp_extproc.scheduling.decision import Decision
 from dp_extproc.sync.messages import (
     MAX_EVENT_BYTES,
     MAX_FRAME_BYTES,
+    AnyNotice,
     Batch,
     Ended,
     FirstToken,
@@ -60,7 +61,15 @@ class Receiver:
     def __init__(self) -> None:
         self.fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
         open_peer = self.fleet.scheduler.tracker.open_peer
-        self.replica = Replica(Outbox("own"), self, open_peer, clock=self.fleet.clock, peer_timeout=3.0)
+        self.heeded: list[AnyNotice] = []
+        self.replica = Replica(
+            Outbox("own"),
+            self,
+            open_peer,
+            heed=lambda notice, _at: self.heeded.append(notice),
+            clock=self.fleet.clock,
+            peer_timeout=3.0,
+        )
         self.telemetry = Telemetry(self.fleet.load, self.fleet.clock)
         self.telemetry.add(SyncMetrics(self.replica.status))
         autoscaling = Autoscaling(self.fleet.load, AutoscalingSettings(), lambda _pool: NO_WORK)

@@ -12,6 +12,7 @@ from dp_extproc.sync.messages import (
     VERSION,
     Batch,
     Ended,
+    EngineLost,
     Event,
     FirstToken,
     Message,
@@ -22,7 +23,10 @@ from dp_extproc.sync.messages import (
     Unreadable,
     decode,
     encode,
+    read_notices,
     split_events,
+    split_notices,
+    write_notice,
 )
 from sync.peer_requests import RECORD, record_to
 
@@ -67,7 +71,8 @@ def test_decode_returns_why_data_is_refused(data: bytes, expected: Unreadable) -
 def test_message_is_garbage_if_prefix_blocks_do_not_fit(ends: tuple[int, ...]) -> None:
     """Such a prefix would break the prefix index of each receiver."""
     plain = msgspec.to_builtins(Batch("a", 1, 2.5, EVENTS[:1]))
-    prefix = plain[-1][0][-1]["demand"]["prefix"]
+    events = plain[1 + Batch.__struct_fields__.index("events")]  # behind the tag
+    prefix = events[0][-1]["demand"]["prefix"]
     header = encode(SnapshotRequest("a", None))[:4]
     fits = decode(header + msgspec.msgpack.encode(plain))
     prefix["ends"] = ends
@@ -110,3 +115,38 @@ def test_event_drops_prefix_and_session_if_too_large() -> None:
 def test_no_events_need_no_message() -> None:
     """Without events there is nothing to split."""
     assert list(split_events([])) == []
+
+
+LOST = EngineLost(1.5, "0123456789abcdef", "10.0.0.2:30000")
+OF_A_LATER_RELEASE = msgspec.Raw(msgspec.msgpack.encode([99, 1.5, {"unknown": 1}]))
+WRONG = msgspec.Raw(msgspec.msgpack.encode([0, -1.0, "f", "a"]))
+
+
+def test_notice_is_read_beside_those_of_unknown_kinds() -> None:
+    """A later release may publish kinds of notices that this one does not read, without any loss of load."""
+    message = Batch("a", 1, 2.5, EVENTS, (OF_A_LATER_RELEASE, write_notice(LOST), WRONG))
+
+    decoded = decode(encode(message))
+
+    assert isinstance(decoded, Batch)
+    assert decoded.events == EVENTS
+    assert list(read_notices(decoded.notices)) == [LOST]
+
+
+@pytest.mark.parametrize("message", [Batch("a", 1, 2.5, EVENTS), Snapshot("a", 2, 3.0, 0, 1, EVENTS[:3])])
+def test_message_without_notices_is_read_from_an_older_release(message: Message) -> None:
+    """An older release ends its messages with the events."""
+    older = msgspec.msgpack.encode(msgspec.to_builtins(message)[:-1])
+
+    assert decode(encode(message)[:4] + older) == message
+
+
+def test_notices_are_split_in_their_order() -> None:
+    """No message is larger than a datagram may be, and none of the notices is lost."""
+    notices = [write_notice(EngineLost(float(number), "f" * 32, "10.0.0.2:30000")) for number in range(5000)]
+
+    divided = list(split_notices(notices))
+
+    assert len(divided) > 1
+    assert [notice for part in divided for notice in part] == notices
+    assert all(len(encode(Batch("a", 1, 0.0, (), part))) < MAX_EVENT_BYTES + 100 for part in divided)

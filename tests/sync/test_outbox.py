@@ -1,14 +1,17 @@
 """Test which messages an outbox collects, and when."""
 
 from dp_extproc.sync.messages import (
+    REPEATED,
     Batch,
     Ended,
+    EngineLost,
     FirstToken,
     Placed,
     PrefillAnswered,
     Snapshot,
     SnapshotRequest,
     decode,
+    write_notice,
 )
 from dp_extproc.sync.outbox import HEARTBEAT, Outbox
 from sync.peer_requests import RECORD, record_to
@@ -119,3 +122,18 @@ def test_snapshot_comes_in_parts_if_large() -> None:
     assert [part.part for part in parts] == list(range(parts[0].parts))
     assert len(parts) > 1
     assert sum(len(part.events) for part in parts) == 3000
+
+
+def test_notice_goes_out_at_once_and_in_later_snapshots() -> None:
+    """A replica that starts later learns of it, for as long as it matters."""
+    outbox = started()
+    notice = EngineLost(0.01, "f", "10.0.0.2:30000")
+    outbox.publish(notice)
+    written = (write_notice(notice),)
+    assert [decode(data) for data in outbox.collect(0.02)] == [Batch("a", 2, 0.02, (), written)]
+
+    outbox.send_snapshot()
+    assert decode(outbox.collect(0.04)[-1]) == Snapshot("a", 3, 0.04, 0, 1, (), written)
+    outbox.send_snapshot()
+    over = 0.01 + REPEATED[EngineLost]
+    assert decode(outbox.collect(over)[-1]) == Snapshot("a", 4, over, 0, 1, ())

@@ -4,7 +4,18 @@ from collections.abc import Sequence
 
 import pytest
 
-from dp_extproc.sync.messages import Batch, Ended, Event, FirstToken, Placed, PrefillAnswered, Snapshot
+from dp_extproc.sync.messages import (
+    Batch,
+    Ended,
+    EngineLost,
+    Event,
+    FirstToken,
+    Notice,
+    Placed,
+    PrefillAnswered,
+    Snapshot,
+    write_notice,
+)
 from dp_extproc.sync.peers import FIRST_REQUEST_SECONDS, REQUEST_AGAIN_SECONDS, Peers
 from sync.peer_requests import PeerRequests, record_to
 
@@ -16,13 +27,19 @@ class World:
 
     def __init__(self) -> None:
         self.requests = PeerRequests()
-        self.peers = Peers(self.requests.open_peer, PEER_TIMEOUT)
+        self.heeded: list[tuple[Notice, float]] = []
+        self.peers = Peers(self.requests.open_peer, PEER_TIMEOUT, lambda *notice: self.heeded.append(notice))
 
-    def batch(self, sequence: int, *events: Event, at: float = 0.0) -> None:
-        self.peers.batch(Batch("a", sequence, 1000.0 + at, events), at)
+    def batch(self, sequence: int, *events: Event, at: float = 0.0, notices: Sequence[Notice] = ()) -> None:
+        written = tuple(map(write_notice, notices))
+        self.peers.batch(Batch("a", sequence, 1000.0 + at, events, written), at)
 
-    def snapshot(self, sequence: int, *events: Event, part: int = 0, parts: int = 1, at: float = 0.0) -> None:
-        self.peers.snapshot(Snapshot("a", sequence, 1000.0 + at, part, parts, events), at)
+    def snapshot(
+        self, sequence: int, *events: Event, part: int = 0, parts: int = 1, at: float = 0.0,
+        notices: Sequence[Notice] = (),
+    ) -> None:  # fmt: skip
+        written = tuple(map(write_notice, notices))
+        self.peers.snapshot(Snapshot("a", sequence, 1000.0 + at, part, parts, events, written), at)
 
     @property
     def in_doubt(self) -> bool:
@@ -237,3 +254,14 @@ def test_peers_may_use_the_same_numbers() -> None:
 
     assert requests.open_ranks == [1]
     assert [(status.replica, status.requests) for status in peers.status(0.1)] == [("a", 0), ("b", 1)]
+
+
+def test_notice_reaches_its_listener_at_its_own_moment(world: World) -> None:
+    """Those of a batch wait for the batches before it, and a snapshot brings those that were missed."""
+    first, second, third = (EngineLost(1000.0 + moment, "f", "10.0.0.2:30000") for moment in (0.5, 1.5, 3.5))
+    world.batch(1, at=1.0, notices=[first])
+    world.batch(3, at=4.0, notices=[third])
+    assert [notice for notice, _ in world.heeded] == [first]
+    world.snapshot(2, at=4.0, notices=[first, second])
+
+    assert world.heeded == [(first, 0.5), (first, 0.5), (second, 1.5), (third, 3.5)]

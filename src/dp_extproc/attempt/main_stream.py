@@ -160,7 +160,7 @@ class MainStream(Machine[MainState]):
         if isinstance(found, Rejection):
             return self._refuse(turn, found)
         if isinstance(found, Answer):
-            turn.commands.append(replies.list_models(found))
+            turn.commands.append(replies.answer(found))
             self._effects.decided("answered", turn.now)
             return Outcome.ANSWERED
         turn.commands.append(replies.route(Phase.REQUEST_HEADERS, found, gateway, untrusted=intake.untrusted))
@@ -194,6 +194,10 @@ class MainStream(Machine[MainState]):
             return Outcome.QUEUED
         if isinstance(result, Rejection):
             return self._refuse(turn, result)
+        if result.in_flight is None:  # any engine can answer it
+            turn.commands += replies.route_body(intake, result, self._environment.gateway)
+            self._effects.decided("routed", turn.now)
+            return Outcome.PASSED
         self._follow(turn, result)
         if result.prefill is not None:  # first, so that it does not wait for the reply to be written
             turn.commands.append(SendLeg(result.prefill, intake.path, intake.passed))
@@ -320,7 +324,7 @@ class MainStream(Machine[MainState]):
         return Outcome.RELEASED
 
     def _refuse(self, turn: Turn, rejection: Rejection) -> Outcome:
-        turn.commands.append(replies.refuse(rejection))
+        turn.commands.append(replies.refuse(rejection, self._intake.errors))
         if self.state in UNDECIDED:
             self._effects.decided(rejection.reason.value, turn.now)
         return Outcome.ANSWERED
@@ -335,7 +339,7 @@ class MainStream(Machine[MainState]):
         if not failure.is_clients_fault:
             retry = self._retry_headers(failure.leg, failure.reason)
             headers = retry if self._environment.gateway.repeats_requests else _RETRY_BY_CLIENT
-        turn.commands.append(replies.answer_failure(failure, headers))
+        turn.commands.append(replies.answer_failure(failure, self._intake.errors, headers))
         return Outcome.ANSWERED
 
     def _retry_headers(self, leg: Role, reason: Reason) -> Headers:

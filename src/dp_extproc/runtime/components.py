@@ -44,6 +44,7 @@ from dp_extproc.runtime.secrets import read_api_keys
 from dp_extproc.scheduling.admission import AdmissionQueue
 from dp_extproc.scheduling.encoder import LegSettings
 from dp_extproc.scheduling.scheduler import Scheduler
+from dp_extproc.sync.messages import AnyNotice
 from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.transport.replica import Replica, join
 
@@ -140,7 +141,7 @@ class Components:
         self.telemetry.add(GroupMetrics(self._loads, self._weights, lambda: self._scheduler.group_requests))
         self._replica: Replica | None = None
         if config.sync is not None:
-            self._replica = join(config.sync, outbox, self._scheduler.tracker.open_peer, clock=clock)
+            self._replica = join(config.sync, outbox, self._scheduler.tracker.open_peer, heed=self._heed, clock=clock)
             self.telemetry.add(SyncMetrics(self._replica.status))
         if is_picker:
             self.telemetry.add(PoolMetrics(self._loads, gateway_names(config.pools), clock))
@@ -236,6 +237,9 @@ class Components:
         for word, changed in (("new", after - before), ("gone", before - after)):
             if changed:
                 _log.info("configuration: %s: %s", word, ", ".join(sorted(each.url for each in changed)))
+
+    def _heed(self, notice: AnyNotice, at: float) -> None:
+        """Hand a notice of another replica to the component that it concerns."""
 
     def _changed(self, change: Change) -> None:
         self._discovery_log.change(change)

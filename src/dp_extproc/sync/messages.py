@@ -6,14 +6,17 @@
    and below 2**53, so that no message makes the load of a rank infinite or undefined.
 3. Additions go to the end of a struct, with a default; older and newer releases understand each other then. Any other
    change raises VERSION: replicas of different versions refuse each other's messages, and log it.
+4. What concerns no open attempt of the sender is a notice. A new kind of it is a subclass of :class:`Notice` with the
+   next tag, in :data:`AnyNotice`. Receivers leave out kinds that they do not read, so that needs no other VERSION.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from enum import Enum
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Raw, Struct
 from msgspec.structs import replace
 
 from dp_extproc.engines.quantities import Amount, Count
@@ -58,6 +61,29 @@ class Ended(_Event, frozen=True, tag=3):
 Event = Placed | PrefillAnswered | FirstToken | Ended
 
 
+class Notice(Struct, frozen=True, array_like=True):
+    """A fact for all replicas. It may arrive repeatedly, late or not at all, and gets no answer."""
+
+    at: Amount
+
+
+class EngineLost(Notice, frozen=True, tag=0):
+    """An endpoint has dropped the connection of a request that it had accepted."""
+
+    fingerprint: Annotated[str, Meta(max_length=64)]
+    """That of the request; see :mod:`dp_extproc.request.fingerprint`."""
+    address: Annotated[str, Meta(max_length=64)]
+    """``IP:port`` of the endpoint."""
+
+
+AnyNotice = EngineLost
+
+REPEATED: Final[dict[type[Notice], float]] = {EngineLost: 600.0}
+"""Kinds of notices that a snapshot repeats, and for how many seconds. Others are sent once."""
+MOST_REPEATED: Final = 1000
+"""Bounds the notices that a snapshot repeats; the oldest are left out."""
+
+
 class Batch(Struct, frozen=True, array_like=True, tag=0):
     """All events of a replica since its batch before. An empty batch is a heartbeat."""
 
@@ -66,6 +92,8 @@ class Batch(Struct, frozen=True, array_like=True, tag=0):
     """1, 2, 3, and so on. A receiver detects missing batches by it."""
     now: Amount
     events: tuple[Event, ...]
+    notices: tuple[Raw, ...] = ()
+    """Encoded notices; :func:`read_notices` decodes them."""
 
 
 class Snapshot(Struct, frozen=True, array_like=True, tag=1):
@@ -78,6 +106,8 @@ class Snapshot(Struct, frozen=True, array_like=True, tag=1):
     parts: Count
     events: tuple[Event, ...]
     """The events so far of each open attempt."""
+    notices: tuple[Raw, ...] = ()
+    """Those of :data:`REPEATED`."""
 
     def __post_init__(self) -> None:
         """Raise :exc:`ValueError` if there is no such part."""
@@ -106,6 +136,7 @@ class Unreadable(Enum):
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _decoder: Final[msgspec.msgpack.Decoder[Message]] = msgspec.msgpack.Decoder(Message)
+_notices: Final[msgspec.msgpack.Decoder[AnyNotice]] = msgspec.msgpack.Decoder(AnyNotice)
 
 
 def encode(message: Message) -> bytes:
@@ -124,6 +155,33 @@ def decode(data: bytes) -> Message | Unreadable:
         return _decoder.decode(memoryview(data)[len(_HEADER) :])
     except (msgspec.MsgspecError, RecursionError):  # the latter of arrays in arrays, thousands deep
         return Unreadable.UNDECODABLE
+
+
+def write_notice(notice: Notice) -> Raw:
+    """Encode a notice, as messages contain it."""
+    return Raw(_encoder.encode(notice))
+
+
+def read_notices(notices: Iterable[Raw]) -> Iterator[AnyNotice]:
+    """Decode the notices of a message, but for those of kinds that only a later release has."""
+    for notice in notices:
+        with suppress(msgspec.MsgspecError, RecursionError):
+            yield _notices.decode(notice)
+
+
+def split_notices(notices: Sequence[Raw]) -> Iterator[tuple[Raw, ...]]:
+    """Split notices, in their order, into parts that each fit into a message without events; none need none."""
+    part: list[Raw] = []
+    size = 0
+    for notice in notices:
+        length = len(memoryview(notice))
+        if part and size + length > MAX_EVENT_BYTES:
+            yield tuple(part)
+            part, size = [], 0
+        part.append(notice)
+        size += length
+    if part:
+        yield tuple(part)
 
 
 def split_events(events: Sequence[Event]) -> Iterator[Sequence[Event]]:

@@ -4,6 +4,7 @@ Rule 1: batches of a peer are applied in the order of their sequence numbers, ea
 Rule 2: while a batch is missing, a snapshot is requested: all attempts that the peer has open after a certain batch.
 Rule 3: a snapshot replaces the known attempts of the peer. An attempt that is not in the snapshot has ended.
 Rule 4: a peer without a message for the peer timeout is gone, and its attempts end. When it returns, it is new.
+Rule 5: notices concern no attempt. Each goes to one listener, which may get it repeatedly.
 """
 
 from collections import Counter
@@ -11,8 +12,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, assert_never
 
+from msgspec import Raw
+
 from dp_extproc.load.records import PlacementRecord
-from dp_extproc.sync.messages import Batch, Ended, Event, FirstToken, Placed, PrefillAnswered, Snapshot
+from dp_extproc.sync.messages import (
+    AnyNotice,
+    Batch,
+    Ended,
+    Event,
+    FirstToken,
+    Placed,
+    PrefillAnswered,
+    Snapshot,
+    read_notices,
+)
 
 FIRST_REQUEST_SECONDS: Final = 0.05
 """Seconds for a missing batch to come by itself: late, or in a snapshot that another peer has requested."""
@@ -32,6 +45,14 @@ class PeerRequest(Protocol):
     def prefill_answered(self, status: int, now: float) -> None: ...
     def first_byte(self, status: int, now: float) -> None: ...
     def end(self, now: float) -> None: ...
+
+
+Heed = Callable[[AnyNotice, float], object]
+"""Takes a notice of a peer, and its time on this replica's clock."""
+
+
+def _ignore(_notice: AnyNotice, _at: float) -> None:
+    """Ignore a notice, where nothing depends on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +83,24 @@ class _Peer:
         """When to request the next snapshot, if a batch is missing then."""
         self.parts_of = 0
         """Sequence number of the snapshot whose parts are collected."""
-        self.parts: dict[int, Sequence[Event]] = {}
+        self.parts: dict[int, Snapshot] = {}
 
 
 class Peers:
     """Apply the messages of all peers to reservations of this replica."""
 
-    def __init__(self, open_peer: Callable[[PlacementRecord, float], PeerRequest], peer_timeout: float) -> None:
-        """Begin without peers. *open_peer* opens the reservations of an attempt; the timeout is in seconds."""
+    def __init__(
+        self,
+        open_peer: Callable[[PlacementRecord, float], PeerRequest],
+        peer_timeout: float,
+        heed: Heed = _ignore,
+    ) -> None:
+        """Begin without peers.
+
+        *open_peer* opens the reservations of an attempt; the timeout is in seconds; *heed* takes notices.
+        """
         self._open_peer = open_peer
+        self._heed = heed
         self._peer_timeout = peer_timeout
         self._peers: dict[str, _Peer] = {}
         self.anomalies: Counter[str] = Counter(duplicate=0, gap=0, snapshot=0, unknown_request=0, peer_timeout=0)
@@ -99,16 +129,18 @@ class Peers:
         if snapshot.sequence > peer.parts_of:
             peer.parts_of = snapshot.sequence
             peer.parts.clear()
-        peer.parts[snapshot.part] = snapshot.events
+        peer.parts[snapshot.part] = snapshot
         if len(peer.parts) < snapshot.parts:
             return
-        events = [event for part in sorted(peer.parts) for event in peer.parts[part]]
+        events = [event for part in sorted(peer.parts) for event in peer.parts[part].events]
+        notices = [notice for each in peer.parts.values() for notice in each.notices]
         peer.parts.clear()
         self.anomalies["snapshot"] += 1
         still_open = {event.attempt for event in events}
         for attempt in peer.attempts.keys() - still_open:
             peer.attempts.pop(attempt)[0].end(now)
         self._apply(peer, events, now - snapshot.now, now)
+        self._apply_notices(notices, now - snapshot.now, now)
         peer.applied = snapshot.sequence
         peer.ahead = {sequence: ahead for sequence, ahead in peer.ahead.items() if sequence > peer.applied}
         self._apply_following(peer, now)
@@ -150,6 +182,7 @@ class Peers:
             batch, offset = following
             peer.applied = batch.sequence
             self._apply(peer, batch.events, offset, now)
+            self._apply_notices(batch.notices, offset, now)
 
     def _apply(self, peer: _Peer, events: Sequence[Event], offset: float, now: float) -> None:
         """Apply events to the reservations.
@@ -162,7 +195,7 @@ class Peers:
                 before its attempt was placed.
         """
         for event in events:
-            at = min(now, max(now - _OLDEST, event.at + offset))
+            at = _moved(event.at, offset, now)
             opened = peer.attempts.get(event.attempt)
             if isinstance(event, Placed):
                 if opened is None:
@@ -183,3 +216,12 @@ class Peers:
                     attempt.end(at)
                 case _:
                     assert_never(event)
+
+    def _apply_notices(self, notices: Sequence[Raw], offset: float, now: float) -> None:
+        for notice in read_notices(notices):
+            self._heed(notice, _moved(notice.at, offset, now))
+
+
+def _moved(at: float, offset: float, now: float) -> float:
+    """Convert a reading of a peer's clock, which may be at most a day before now."""
+    return min(now, max(now - _OLDEST, at + offset))

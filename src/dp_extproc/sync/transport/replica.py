@@ -12,7 +12,7 @@ from dp_extproc.config.sync import SyncSettings
 from dp_extproc.load.records import PlacementRecord
 from dp_extproc.sync.messages import Batch, Message, Snapshot, SnapshotRequest, Unreadable, decode
 from dp_extproc.sync.outbox import Outbox
-from dp_extproc.sync.peers import PeerRequest, Peers, PeerStatus
+from dp_extproc.sync.peers import Heed, PeerRequest, Peers, PeerStatus
 from dp_extproc.sync.transport.bus import Bus
 from dp_extproc.sync.transport.unix_bus import UnixBus
 
@@ -58,6 +58,7 @@ class Replica:
         bus: Bus,
         open_peer: Callable[[PlacementRecord, float], PeerRequest],
         *,
+        heed: Heed,
         clock: Callable[[], float],
         peer_timeout: float,
     ) -> None:
@@ -67,12 +68,13 @@ class Replica:
             outbox: Listens to the attempts of this replica.
             bus: Between the replicas.
             open_peer: Opens the reservations of a peer's attempt.
+            heed: Takes the notices of peers.
             clock: Monotonic seconds, as in the events of the outbox.
             peer_timeout: Seconds without a message after which a peer is gone.
         """
         self._outbox = outbox
         self._bus = bus
-        self._peers = Peers(open_peer, peer_timeout)
+        self._peers = Peers(open_peer, peer_timeout, heed)
         self._clock = clock
         self._connected = False
         self._last_error: str | None = None
@@ -192,6 +194,7 @@ def join(
     outbox: Outbox,
     open_peer: Callable[[PlacementRecord, float], PeerRequest],
     *,
+    heed: Heed,
     clock: Callable[[], float],
 ) -> Replica:
     """Make the replica that the configuration describes; see :class:`Replica`. It takes part once it runs."""
@@ -202,4 +205,4 @@ def join(
         from dp_extproc.sync.transport.redis_bus import RedisBus  # noqa: PLC0415 - slow to import, and most have no Redis
 
         bus = RedisBus(settings.url.get_secret_value(), settings.channel, settings.peer_timeout)
-    return Replica(outbox, bus, open_peer, clock=clock, peer_timeout=settings.peer_timeout)
+    return Replica(outbox, bus, open_peer, heed=heed, clock=clock, peer_timeout=settings.peer_timeout)
