@@ -203,6 +203,18 @@ def test_error_of_envoy_has_the_shape_of_its_path(bench: Bench, path: str) -> No
     )
 
 
+@pytest.mark.parametrize(
+    ("status", "own", "seen"), [(503, None, ["1"]), (429, None, ["1"]), (503, "9", ["9"]), (500, None, [])]
+)
+def test_engine_error_of_overload_gets_retry_after(bench: Bench, status: int, own: str | None, seen: list[str]) -> None:
+    """Engines do not send it, and client libraries wait by it. What an engine does send stays."""
+    headers = {"test-one-server": "1", **({"test-retry-after": own} if own else {})}
+    response = bench.client.post(f"/status/{status}", content=BODY, headers=headers)
+
+    assert response.status_code == status
+    assert response.headers.get_list("retry-after") == seen
+
+
 def test_client_gets_a_json_400_for_malformed_http(bench: Bench) -> None:
     """The error has the shape of OpenAI errors, even though Envoy could not parse the request."""
     with socket.create_connection((bench.config.envoy.inference.host, bench.config.envoy.inference.port)) as client:
