@@ -160,7 +160,7 @@ class MainStream(Machine[MainState]):
         if isinstance(found, Rejection):
             return self._refuse(turn, found)
         if isinstance(found, Answer):
-            turn.commands.append(replies.list_models(found))
+            turn.commands.append(replies.answer(found))
             self._effects.decided("answered", turn.now)
             return Outcome.ANSWERED
         turn.commands.append(replies.route(Phase.REQUEST_HEADERS, found, gateway, untrusted=intake.untrusted))
@@ -194,6 +194,10 @@ class MainStream(Machine[MainState]):
             return Outcome.QUEUED
         if isinstance(result, Rejection):
             return self._refuse(turn, result)
+        if result.in_flight is None:  # any engine can answer it
+            turn.commands += replies.route_body(intake, result, self._environment.gateway)
+            self._effects.decided("routed", turn.now)
+            return Outcome.PASSED
         self._follow(turn, result)
         if result.prefill is not None:  # first, so that it does not wait for the reply to be written
             turn.commands.append(SendLeg(result.prefill, intake.path, intake.passed))
