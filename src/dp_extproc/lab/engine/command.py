@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--disaggregation-transfer-backend", default=default.transfer_backend, metavar="NAME", help="moves KV caches")
     add("--disable-radix-cache", action="store_true", help="compute every prompt from its beginning")
     add("--enable-cache-report", action="store_true", help="report cached tokens in the usage of an answer")
+    add("--lora-adapter", action="append", default=[], metavar="NAME", help="list this adapter; may be repeated")
     add(
         "--drain",
         type=float,
@@ -157,6 +158,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         transfer_backend=args.disaggregation_transfer_backend,
         disable_radix_cache=args.disable_radix_cache,
         enable_cache_report=args.enable_cache_report,
+        lora_adapters=tuple(args.lora_adapter),
         drain=args.drain,
         time_scale=args.time_scale,
         timeouts=Timeouts(**_values(args, Timeouts, "timeout")),

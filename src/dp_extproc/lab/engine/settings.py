@@ -91,6 +91,8 @@ class Settings:
     transfer_backend: str = "mooncake"
     disable_radix_cache: bool = False
     enable_cache_report: bool = False
+    lora_adapters: tuple[str, ...] = ()
+    """Names of the adapters (LoRA) that it lists. Here they change no token."""
     drain: float | None = None
     """Seconds between two looks after SIGTERM whether a request runs; None: it ends immediately."""
     time_scale: float = 1.0
