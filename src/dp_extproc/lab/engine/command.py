@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drain",
         type=float,
         metavar="SECONDS",
-        help="serve so long after SIGTERM, not ready, then until no request runs",
+        help="after SIGTERM be not ready, serve, and end when no request runs at one of the looks in this interval",
     )
     add("--time-scale", type=float, default=1.0, metavar="FACTOR", help="of every duration: 0.1 is ten times faster")
     timeouts = parser.add_argument_group("SGLang's timeouts, in seconds before --time-scale")
