@@ -1,9 +1,10 @@
 """One endpoint: its ranks, in step groups, how fresh their samples are, and what of it a request may use."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from statistics import fmean
 from typing import Final, TypeVar
 
 from msgspec import Struct
@@ -11,14 +12,15 @@ from msgspec import Struct
 from dp_extproc.config.reliability import OutlierDetectionSettings
 from dp_extproc.engines.capabilities import Capabilities
 from dp_extproc.engines.compatibility import PairingKey, pairing_key
-from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, RankSample, Role
-from dp_extproc.estimators.decode_pace import compare
+from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, PrefillSteps, RankSample, Role
+from dp_extproc.estimators.prefill_speed import PrefillSpeed
 from dp_extproc.estimators.prompt_rate import PromptRate
 from dp_extproc.load.attribution import Reading, absorb
 from dp_extproc.load.decode import DecodeGroup
 from dp_extproc.load.health import Health
 from dp_extproc.load.prefill import PrefillGroup
 from dp_extproc.load.records import Work
+from dp_extproc.load.standstill import StandstillDetector
 from dp_extproc.load.step_group import EXTERNAL_FROM, RankLoad, Reservation, StepGroup
 
 INACTIVE_SECONDS: Final = 30.0
@@ -31,9 +33,11 @@ class Freshness(IntEnum):
     """How recent the load of an endpoint is; lower is better."""
 
     FRESH = 0
-    STALE = 1
+    SUSPECT = 1
+    """The load page of the endpoint answers, but its scheduler stands still (:mod:`dp_extproc.load.standstill`)."""
+    STALE = 2
     """The endpoint had neither sample nor response for a while, or refuses connections."""
-    UNKNOWN = 2
+    UNKNOWN = 3
     """The endpoint never had a sample, but its engine has reported its ranks."""
 
 
@@ -86,9 +90,9 @@ class EndpointLoad:
     """One endpoint, with its ranks and what its engine reports."""
 
     __slots__ = (
-        "_counts", "_left_out", "_prompt_rate", "_usable", "address", "answered_at", "cached_prompt_tokens",
-        "candidate", "capabilities", "configured", "facts", "groups", "has_external_requests", "health", "is_away",
-        "is_gone", "is_ready", "ranks", "sampled_at",
+        "_counts", "_left_out", "_prompt_rate", "_standstill", "_usable", "address", "answered_at",
+        "cached_prompt_tokens", "candidate", "capabilities", "configured", "facts", "groups", "has_external_requests",
+        "health", "is_away", "is_gone", "is_ready", "prefill_speeds", "ranks", "sampled_at",
     )  # fmt: skip
 
     def __init__(
@@ -111,11 +115,17 @@ class EndpointLoad:
         self.groups = tuple(_groups(endpoint.role, facts, costs))
         self.ranks = tuple(rank for group in self.groups for rank in group.ranks)
         usable = capabilities.prefill_ranks(facts.dp_ranks) if endpoint.role is Role.PREFILL else range(facts.dp_ranks)
-        self._usable = [self.ranks[index] for index in usable]
         self._left_out: dict[int, float] = {}
         """Until when each rank is left out that its engine does not use."""
-        self.candidate = _candidate(self, self._usable)
+        self._usable = _candidate(self, [self.ranks[index] for index in usable])
         """The endpoint with every rank that can serve."""
+        self.candidate = self._usable
+        """The same without suspect ranks, as far as there are others."""
+        self.prefill_speeds = tuple(PrefillSpeed() for _ in self.groups)
+        """The prefill speed of each group, as the engine counts it."""
+        self._standstill = StandstillDetector(
+            self.groups, self.prefill_speeds, facts, publishes_stalls=capabilities.publishes_stalls
+        )
         self.cached_prompt_tokens = 0.0
         """Prompt tokens of all requests so far that were expected in the prefix cache of their rank."""
         self.sampled_at = -math.inf
@@ -188,6 +198,12 @@ class EndpointLoad:
         return sum(reported) / len(reported) if reported else None
 
     @property
+    def time_per_prompt_token(self) -> float | None:
+        """Mean seconds of a rank per prompt token, as the engine counts its steps; None if it has not."""
+        known = [each.seconds_per_token for each in self.prefill_speeds if each.seconds_per_token is not None]
+        return fmean(known) if known else None
+
+    @property
     def waiting_prompts(self) -> Work:
         """The prompts that no step has taken in yet. Of an aggregated endpoint they are those of the last samples."""
         if self.role is Role.PREFILL:
@@ -213,7 +229,19 @@ class EndpointLoad:
     def freshness(self, now: float, stale_after: float) -> Freshness:
         if self.sampled_at == -math.inf:
             return Freshness.UNKNOWN
-        return Freshness.STALE if self.is_gone or now - self.seen_at > stale_after else Freshness.FRESH
+        if self.is_gone or now - self.seen_at > stale_after:
+            return Freshness.STALE
+        return Freshness.SUSPECT if self.is_suspect else Freshness.FRESH
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether the scheduler of every rank that can serve stands still."""
+        return bool(stuck := self.suspect_groups) and all(part.group in stuck for part in self._usable.parts)
+
+    @property
+    def suspect_groups(self) -> Sequence[StepGroup]:
+        """The step groups whose scheduler stands still."""
+        return self._standstill.stuck
 
     @property
     def seen_at(self) -> float:
@@ -243,14 +271,30 @@ class EndpointLoad:
     def leave_out(self, rank: int, now: float) -> None:
         """Pick a rank no more for some seconds, because its engine does not use it. One rank always remains."""
         self._left_out[rank] = now + INACTIVE_SECONDS
-        self.readmit(now)
+        self._choose()
 
-    def readmit(self, now: float) -> None:
-        """Pick those ranks again that were left out for long enough."""
-        if self._left_out:
+    def review(self, now: float) -> bool:
+        """Detect by a page that was just absorbed what stands still, and return whether that has changed.
+
+        Ranks that were left out for long enough are picked again.
+        """
+        for group, speed in zip(self.groups, self.prefill_speeds, strict=True):
+            counts = [rank.sample.prefilled for rank in group.ranks if rank.sample is not None]
+            if self.capabilities.times_prefill and (known := [each for each in counts if each is not None]):
+                speed.learn(PrefillSteps(fmean(each.tokens for each in known), fmean(each.seconds for each in known)))
+        if self._left_out and min(self._left_out.values()) <= now:
             self._left_out = {rank: until for rank, until in self._left_out.items() if now < until}
-            left = [rank for rank in self._usable if rank.index not in self._left_out]
-            self.candidate = _candidate(self, left or self._usable)
+            self._choose()
+        if not self._standstill.review(self.answered_at if self.role is Role.PREFILL else -math.inf, now):
+            return False
+        self._choose()
+        return True
+
+    def _choose(self) -> None:
+        """Leave out ranks that are suspect or not in use, as far as there are others."""
+        stuck, active = self.suspect_groups, self._usable.only(lambda rank: rank.index not in self._left_out)
+        usable = active or self._usable
+        self.candidate = usable.only(lambda rank: rank.group not in stuck) or usable
 
     def detect_restart(self, page: LoadPage) -> bool:
         """Note the running counts of a page, and return whether they have begun anew since the page before."""
@@ -307,22 +351,6 @@ class Target(Struct, frozen=True):
     def global_rank(self) -> int | None:
         """Return the rank as an engine of several nodes counts it; None if the engine picks it."""
         return None if self.rank is None else self.endpoint.facts.position_of(self.rank)[0]
-
-
-def compare_pace(endpoints: Iterable[EndpointLoad]) -> None:
-    """Set how slow each of these decode or aggregated endpoints is, against their average."""
-    groups = [group for endpoint in endpoints for group in endpoint.groups if isinstance(group, DecodeGroup)]
-    if (found := compare([group.pace for group in groups])) is not None:
-        usual, slow = found
-        for group, slowness in zip(groups, slow, strict=True):
-            group.compare_with(usual, slowness)
-
-
-def note_room(prefills: Iterable[EndpointLoad], *, is_full: bool) -> None:
-    """Note on prefill endpoints whether decode is full."""
-    for group in (group for endpoint in prefills for group in endpoint.groups):
-        if isinstance(group, PrefillGroup):
-            group.waits_for_decode = is_full
 
 
 def _candidate(endpoint: EndpointLoad, ranks: Sequence[RankLoad]) -> Candidate:

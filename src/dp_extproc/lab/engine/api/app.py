@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dp_extproc.lab.engine.api import errors, loads, metrics, other_routes, pages, unroutable, vllm
 from dp_extproc.lab.engine.api.completions import chat, completions
 from dp_extproc.lab.engine.api.exchange import LISTENER, Exchange
-from dp_extproc.lab.engine.api.faults import BOOTSTRAP, INFERENCE, Fault, Faults, Kind
+from dp_extproc.lab.engine.api.faults import BOOTSTRAP, INFERENCE, SCHEDULER, Fault, Faults, Kind
 from dp_extproc.lab.engine.api.fields import InvalidBodyError, InvalidTypeError
 from dp_extproc.lab.engine.api.generate import generate
 from dp_extproc.lab.engine.api.journal import Journal, Noted, Record
@@ -51,8 +51,6 @@ _FROM_ANYWHERE: Final = Middleware(
 """CORS as in ``http_server.py``; ``vary: Origin`` comes from it."""
 _OPEN_TO_ALL: Final = ("/health", "/ready", "/metrics", "/debug")
 """Prefixes without authentication (``utils/auth.py``), and those of the stand-in."""
-_DRAIN_POLL: Final = 0.1
-"""Seconds between two looks whether the last request has ended."""
 _NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 
@@ -82,14 +80,14 @@ class Server:
         self._warm_at = time.monotonic() + settings.warm_up
 
     async def drain(self, seconds: float) -> None:
-        """Report that the engine is not ready. Return after this time, once no request runs.
+        """Report that the engine is not ready, and look every so many seconds whether a request runs, until none does.
 
-        SGLang (``sigterm_watchdog``) does the same. It still takes requests, and looks every 5 seconds if any runs.
+        SGLang (``sigterm_watchdog``) does the same. It still takes requests.
         """
         self._is_draining = True
         await asyncio.sleep(seconds)
         while self.journal.is_busy:  # noqa: ASYNC110 - as SGLang does
-            await asyncio.sleep(_DRAIN_POLL)
+            await asyncio.sleep(seconds)
 
     def app(self) -> ASGIApp:
         """Build the application of the API port."""
@@ -215,14 +213,14 @@ class Server:
         return errors.json_response(pages.model_info(self.settings))
 
     async def _ready(self, _: Request) -> Response:
-        return pages.ready(is_draining=self._is_unready)
+        return pages.ready(is_draining=self._is_draining or self._is_starting)
 
     @property
-    def _is_unready(self) -> bool:
-        return self._is_draining or time.monotonic() < self._warm_at
+    def _is_starting(self) -> bool:
+        return time.monotonic() < self._warm_at
 
     async def _health(self, request: Request) -> Response:
-        if self._is_unready:
+        if self._is_starting or (self._is_draining and self.settings.release.health_reports_draining):
             return pages.ready(is_draining=True)
         return await pages.health(request, self.engine)
 
@@ -284,6 +282,7 @@ class Server:
                 self.faults.switch(msgspec.json.decode(await request.body(), type=dict[str, Kind | Fault]))
             except (msgspec.DecodeError, ValueError) as error:
                 return PlainTextResponse(str(error), 400)
+            self.engine.hang(SCHEDULER in self.faults.active)
             for target, listener in self.listeners.items():
                 await (listener.close() if self.faults.refuses(target) else listener.open())
         return errors.json_response(self.faults.active)
