@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dp_extproc.response.logprobs import Merger, PromptLogprobs, StreamMerger, WholeMerger, read_prefill
+from dp_extproc.response.logprobs import PromptLogprobs, read_prefill
+from dp_extproc.response.merging import Merger, StreamMerger, WholeMerger
 
 OF_PROMPT = {
     "input_token_logprobs": [[None, 72, None], [-6.2500, 73, None]],
