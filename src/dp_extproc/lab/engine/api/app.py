@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dp_extproc.lab.engine.api import errors, loads, metrics, other_routes, pages, unroutable, vllm
 from dp_extproc.lab.engine.api.completions import chat, completions
 from dp_extproc.lab.engine.api.exchange import LISTENER, Exchange
-from dp_extproc.lab.engine.api.faults import BOOTSTRAP, INFERENCE, Fault, Faults, Kind
+from dp_extproc.lab.engine.api.faults import BOOTSTRAP, INFERENCE, SCHEDULER, Fault, Faults, Kind
 from dp_extproc.lab.engine.api.fields import InvalidBodyError, InvalidTypeError
 from dp_extproc.lab.engine.api.generate import generate
 from dp_extproc.lab.engine.api.journal import Journal, Noted, Record
@@ -268,6 +268,7 @@ class Server:
                 self.faults.switch(msgspec.json.decode(await request.body(), type=dict[str, Kind | Fault]))
             except (msgspec.DecodeError, ValueError) as error:
                 return PlainTextResponse(str(error), 400)
+            self.engine.hang(SCHEDULER in self.faults.active)
             for target, listener in self.listeners.items():
                 await (listener.close() if self.faults.refuses(target) else listener.open())
         return errors.json_response(self.faults.active)
