@@ -18,7 +18,7 @@ from dp_extproc.attempt.events import (
     SendLeg,
     SkipBody,
 )
-from dp_extproc.attempt.failures import ENGINE_FAILED, Failure, failed
+from dp_extproc.attempt.failures import ENGINE_FAILED, NO_OTHER_ATTEMPT, Failure, failed
 from dp_extproc.attempt.first_event_watch import FirstEventWatch
 from dp_extproc.attempt.gateways import Headers, Peer
 from dp_extproc.attempt.intake import Intake, Need
@@ -41,11 +41,6 @@ _SKIPPED: Final = frozenset({BodyMode.LOCKSTEP, BodyMode.UNSUPPORTED})
 _SKIP_BODY: Final = SkipBody()
 _RETRY_BY_CLIENT: Final = (("retry-after", b"0"),)
 """Where the gateway repeats no request: the client may, because nothing was generated."""
-_NO_OTHER_ATTEMPT: Final = Rejection(
-    502,
-    Reason.DECODE_FAILED,
-    "the decode server's connection was cut before its answer had begun, and there is no other attempt",
-)
 
 
 class MainStream(Machine[MainState]):
@@ -148,7 +143,7 @@ class MainStream(Machine[MainState]):
         found = intake.read_headers(event)
         earlier = intake.earlier
         if earlier.lost is not None and not self._effects.attempt_lost(earlier.lost, len(earlier.failed)):
-            found = _NO_OTHER_ATTEMPT if isinstance(found, Need) else found
+            found = NO_OTHER_ATTEMPT if isinstance(found, Need) else found
         if found is Need.BODY:
             self.body_at = turn.now
             turn.commands += replies.await_body(intake.mode, intake.untrusted)

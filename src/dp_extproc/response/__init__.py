@@ -1,1 +1,1 @@
-"""What engines answer, as far as the service reads it: first events, and what prefill's response has for the client's."""
+"""What engines answer, as far as the service reads it: first events, and parts that only prefill's response has."""
