@@ -231,7 +231,8 @@ def decode_dies(rig: Rig) -> None:
 
 
 CASES: Final[Sequence[Callable[[Rig], None]]] = (
-    every_pair, picked_by_the_service, log_probabilities, echoed_prompts, too_long, client_disconnects, prefill_dies, decode_dies,
+    every_pair, picked_by_the_service, log_probabilities, echoed_prompts, too_long, client_disconnects, prefill_dies,
+    decode_dies,
 )  # fmt: skip
 
 
