@@ -54,6 +54,10 @@ class Decider(Protocol):
         """Count a failure of the endpoint at this address, which has dropped a request."""
         ...
 
+    def engine_lost(self, fingerprint: str, address: str) -> None:
+        """Note that the engine at this address has dropped a request after it had accepted it."""
+        ...
+
 
 class Need(Enum):
     """What an inference request needs next."""
@@ -155,7 +159,10 @@ class Intake:
 
     def schedule(self, ticket: Ticket | None) -> SchedulingResult:
         """Schedule the complete request, which may have a place in the admission queue."""
-        context = RequestContext(self._session, self.earlier.failed, ticket, self._subset, self.sees_response)
+        earlier = self.earlier
+        context = RequestContext(
+            self._session, earlier.failed, ticket, self._subset, self.sees_response, earlier.losses
+        )
         if self.queued is not None:
             result = self._decider.place_queued(self.queued, context)
         elif self.mode is BodyMode.NONE:

@@ -209,7 +209,7 @@ class MainStream(Machine[MainState]):
         """Follow the reservations that scheduling has opened."""
         in_flight, intake = decision.in_flight, self._intake
         assert in_flight is not None  # noqa: S101 - every inference request has reservations
-        self._effects.follow(in_flight, is_first=not intake.earlier.failed)
+        self._effects.follow(in_flight, decision.fingerprint, intake.earlier)
         self.picked_at = turn.now
         self.streaming = decision.streaming
         if not in_flight.leg:
@@ -279,6 +279,7 @@ class MainStream(Machine[MainState]):
     def _commit(self, turn: Turn) -> Outcome:
         """Let the response headers go to the client."""
         self._effects.served(Role.DECODE)
+        self._effects.count_earlier_error()
         if self.merging is not None:
             self._asks_for_body = True
             turn.commands.append(StreamBody() if self.merging.streaming else BufferBody())
@@ -290,8 +291,9 @@ class MainStream(Machine[MainState]):
 
     def _pass_failure(self, turn: Turn, phase: Phase, text: bytes) -> Outcome:
         """Let the engine's own error go on, with the retry headers if there is another attempt."""
-        self._effects.blame(failed(Role.DECODE, "", text), turn.now)
-        headers = self._retry_headers(Role.DECODE, Reason.DECODE_FAILED)
+        failure = failed(Role.DECODE, "", text, status=self.status)
+        headers = self._retry_headers(failure)
+        self._effects.blame(failure, turn.now)
         repeats = self._environment.gateway.repeats_requests
         turn.commands.append(replies.pass_failure(phase, headers) if repeats else replies.CONTINUE[phase])
         self._leg.cancel(turn)
@@ -333,13 +335,13 @@ class MainStream(Machine[MainState]):
     def _abandon(self, turn: Turn, failure: Failure) -> Outcome:
         headers: Headers = ()
         if not failure.is_clients_fault:
-            retry = self._retry_headers(failure.leg, failure.reason)
+            retry = self._retry_headers(failure)
             headers = retry if self._environment.gateway.repeats_requests else _RETRY_BY_CLIENT
         turn.commands.append(replies.answer_failure(failure, headers))
         return Outcome.ANSWERED
 
-    def _retry_headers(self, leg: Role, reason: Reason) -> Headers:
-        return self._effects.retry_headers(leg, reason, len(self._intake.earlier.failed) + 1)
+    def _retry_headers(self, failure: Failure) -> Headers:
+        return self._effects.retry_headers(failure, len(self._intake.earlier.failed) + 1)
 
     def _closed(self, turn: Turn, event: on.MainClosed) -> Outcome:
         if self.state is MainState.ROUTED and self._leg.sent_here and not self.hears_response:
