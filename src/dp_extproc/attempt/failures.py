@@ -13,6 +13,7 @@ from xxhash import xxh3_64
 
 from dp_extproc.config.reliability import RetrySettings
 from dp_extproc.engines.model import Role
+from dp_extproc.request.error_shapes import ErrorShape
 from dp_extproc.request.rejection import Reason, Rejection
 
 ENGINE_FAILED: Final = 500
@@ -84,13 +85,13 @@ class Failure(Struct, frozen=True):
     def is_clients_fault(self) -> bool:
         return self.reason is Reason.ENGINE_REFUSED
 
-    def body(self) -> bytes:
-        """Write the body of the client's error."""
+    def body(self, shape: ErrorShape) -> bytes:
+        """Write the body of the client's error, in a shape unless it is the engine's own."""
         if self.is_clients_fault and self.text:
             return self.text
         text = self.text[:_TEXT_BYTES].decode(errors="replace").strip()
         message = f"{self.message}: {text}" if text else self.message
-        return Rejection(self.status, self.reason, message).body()
+        return Rejection(self.status, self.reason, message).body(shape)
 
 
 def failed(leg: Role, message: str, text: bytes = b"", *, status: int = 0, is_lost: bool = False) -> Failure:

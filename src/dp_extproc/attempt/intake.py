@@ -11,6 +11,7 @@ from typing import Final, Protocol
 from dp_extproc import contract
 from dp_extproc.attempt.events import BodyMode, RequestBody, RequestHeaders
 from dp_extproc.attempt.gateways import FIRST_ATTEMPT, Gateway, Headers
+from dp_extproc.request.error_shapes import ErrorShape, shape_of
 from dp_extproc.request.path import Api, Lookup, read_path
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.admission import Ticket
@@ -71,7 +72,7 @@ class Intake:
 
     __slots__ = (
         "_api", "_body", "_decider", "_gateway", "_length", "_max_body", "_session", "_size", "_subset", "earlier",
-        "has_trailers", "is_complete", "mode", "passed", "path", "queued", "sees_response", "untrusted",
+        "errors", "has_trailers", "is_complete", "mode", "passed", "path", "queued", "sees_response", "untrusted",
     )  # fmt: skip
 
     def __init__(
@@ -92,6 +93,8 @@ class Intake:
         """Whether Envoy sends the response body when asked for it; in duplex it ignores that."""
         self.path = ""
         """Path and query."""
+        self.errors = ErrorShape.OPENAI
+        """The shape in which the client reads errors."""
         self.passed: Headers = ()
         """The headers that a prefill leg of the service has, too."""
         self.untrusted: tuple[str, ...] = ()
@@ -106,6 +109,7 @@ class Intake:
         """Give what an inference request needs next; the answer to every other request."""
         headers, gateway = event.headers, self._gateway
         self.is_complete = self.is_complete or event.end_of_stream
+        self.errors = shape_of(headers.get(":path", ""))
         self.untrusted = gateway.untrusted(headers)
         self.earlier = gateway.earlier(headers)
         if gateway.session_header is not None:

@@ -322,7 +322,7 @@ class MainStream(Machine[MainState]):
         return Outcome.RELEASED
 
     def _refuse(self, turn: Turn, rejection: Rejection) -> Outcome:
-        turn.commands.append(replies.refuse(rejection))
+        turn.commands.append(replies.refuse(rejection, self._intake.errors))
         if self.state in UNDECIDED:
             self._effects.decided(rejection.reason.value, turn.now)
         return Outcome.ANSWERED
@@ -337,7 +337,7 @@ class MainStream(Machine[MainState]):
         if not failure.is_clients_fault:
             retry = self._retry_headers(failure)
             headers = retry if self._environment.gateway.repeats_requests else _RETRY_BY_CLIENT
-        turn.commands.append(replies.answer_failure(failure, headers))
+        turn.commands.append(replies.answer_failure(failure, self._intake.errors, headers))
         return Outcome.ANSWERED
 
     def _retry_headers(self, failure: Failure) -> Headers:

@@ -16,6 +16,7 @@ from dp_extproc.attempt.events import BodyMode, Continue, Immediate, Mutate, Pha
 from dp_extproc.attempt.failures import Failure
 from dp_extproc.attempt.gateways import Gateway, Headers
 from dp_extproc.attempt.intake import Intake
+from dp_extproc.request.error_shapes import ErrorShape
 from dp_extproc.request.rejection import Rejection
 from dp_extproc.scheduling.decision import Answer, Decision
 
@@ -106,10 +107,10 @@ def pass_failure(phase: Phase, retry_headers: Headers) -> Mutate:
     return Mutate(phase, set_headers=retry_headers, remove_headers=_RETRY_HEADERS)
 
 
-def refuse(rejection: Rejection) -> Immediate:
+def refuse(rejection: Rejection, shape: ErrorShape) -> Immediate:
     reason = rejection.reason.value
-    headers = (_JSON, (contract.REASON_HEADER, reason), *rejection.headers)
-    return Immediate(rejection.status, rejection.body(), headers, reason, {contract.META_REASON: reason})
+    headers = (_JSON, (contract.REASON_HEADER, reason), *rejection.response_headers())
+    return Immediate(rejection.status, rejection.body(shape), headers, reason, {contract.META_REASON: reason})
 
 
 def list_models(answer: Answer) -> Immediate:
@@ -117,9 +118,9 @@ def list_models(answer: Answer) -> Immediate:
     return Immediate(200, answer.body, (_JSON,), "models", {contract.META_REASON: "models"})
 
 
-def answer_failure(failure: Failure, retry_headers: Headers) -> Immediate:
+def answer_failure(failure: Failure, shape: ErrorShape, retry_headers: Headers) -> Immediate:
     """Answer the client in place of the engine."""
     reason = failure.reason.value
     texts = tuple((name, value.decode("latin-1")) for name, value in retry_headers)
     own = () if failure.is_clients_fault else ((contract.REASON_HEADER, reason),)
-    return Immediate(failure.status, failure.body(), (_JSON, *own, *texts), reason, {contract.META_REASON: reason})
+    return Immediate(failure.status, failure.body(shape), (_JSON, *own, *texts), reason, {contract.META_REASON: reason})

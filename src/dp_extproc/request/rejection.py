@@ -6,6 +6,8 @@ from typing import Final
 
 import msgspec
 
+from dp_extproc.request.error_shapes import ErrorShape, error_members
+
 
 class Reason(StrEnum):
     """Why a request was refused, as ``code`` of the body, in a response header, and in the response-code details."""
@@ -44,6 +46,8 @@ class Reason(StrEnum):
 
 TRY_AGAIN: Final = (("retry-after", "1"),)
 """Response headers of a refusal that a later try may avoid."""
+_RETRIED: Final = frozenset({429, 503})
+"""Statuses of refusals that end by themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +62,11 @@ class Rejection:
     headers: tuple[tuple[str, str], ...] = ()
     """Further response headers, such as ``retry-after`` or ``allow``."""
 
-    def body(self) -> bytes:
-        """Return the body in the shape of errors of OpenAI, which client libraries turn into their exceptions."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        kind = "rate_limit_error" if self.status == 429 else kind
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.reason.value}
-        return msgspec.json.encode({"error": error})
+    def response_headers(self) -> tuple[tuple[str, str], ...]:
+        """Return the further response headers. Every 429 and 503 has ``retry-after``, by which clients try again."""
+        wants_retry = self.status in _RETRIED and all(name != "retry-after" for name, _ in self.headers)
+        return (*self.headers, *TRY_AGAIN) if wants_retry else self.headers
+
+    def body(self, shape: ErrorShape = ErrorShape.OPENAI) -> bytes:
+        """Return the body in a shape of errors, from which client libraries make their exceptions."""
+        return msgspec.json.encode(error_members(shape, self.status, self.message, self.reason.value, self.param))
