@@ -44,8 +44,8 @@ class Effects:
     """The effects of one attempt."""
 
     __slots__ = (
-        "_answers", "_decode", "_earlier_error", "_endpoints", "_environment", "_fingerprint", "_in_flight", "_is_put_off",
-        "_prefill", "token",
+        "_answers", "_decode", "_earlier_error", "_endpoints", "_environment", "_fingerprint", "_in_flight",
+        "_is_put_off", "_prefill", "token",
     )  # fmt: skip
 
     def __init__(self, environment: Environment) -> None:

@@ -22,7 +22,9 @@ _TEXT_BYTES: Final = 2000
 """Bytes of an engine's text that a client gets within an error of the service."""
 _UNAVAILABLE: Final = frozenset({502, 503, 504})
 """Statuses by which an engine, or a proxy before it, reports a state of the fleet and nothing of the request."""
-_OF_THE_PAIR: Final = re.compile(rb"KVTransferError|KVPoll|bootstrap|prefill instance|decode instance", re.IGNORECASE)
+_OF_THE_PAIR: Final = re.compile(
+    rb"KVTransferError|KVPoll|handshake|bootstrap|prefill instance|decode instance", re.IGNORECASE
+)
 """Texts of errors between two engines, which may be alike whatever the request is."""
 _LOST: Final = b"reset reason: connection termination"
 """Envoy's text for a connection that was closed after the request had been sent on it."""
@@ -117,7 +119,6 @@ def engine_error(leg: Role, status: int, text: bytes, message: str) -> Failure:
 
 def _signature(status: int, text: bytes) -> str:
     """Return what an error has in common with one of another engine for the same cause."""
-    text = text.strip()
-    if status < ENGINE_FAILED or status in _UNAVAILABLE or not text or _OF_THE_PAIR.search(text) is not None:
+    if status < ENGINE_FAILED or status in _UNAVAILABLE or _OF_THE_PAIR.search(text) is not None:
         return ""
-    return f"{status}-{xxh3_64(_VARYING.sub(b'#', text[:_SIGNED_BYTES])).hexdigest()}"
+    return f"{status}-{xxh3_64(_VARYING.sub(b'#', text[:_SIGNED_BYTES].strip())).hexdigest()}"

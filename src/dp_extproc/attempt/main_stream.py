@@ -246,9 +246,10 @@ class MainStream(Machine[MainState]):
         if status != _OK:
             self.merging = None  # an error has no log probabilities
         if status >= ENGINE_FAILED:
+            self.status = status
             if event.end_of_stream or not self._intake.sees_response:
                 return self._pass_failure(turn, Phase.RESPONSE_HEADERS, b"")
-            self._asks_for_body, self.error_at, self.status = True, turn.now, status
+            self._asks_for_body, self.error_at = True, turn.now
             turn.commands.append(BufferBody())
             return Outcome.AWAITS_ERROR
         if status < ERROR and self._hold:

@@ -321,8 +321,11 @@ class Components:
 
 
 def _death_shows_within(settings: LoadSettings) -> float:
-    """Return the seconds after which two readings of an engine, at least, have shown whether it has died."""
-    return 2 * (settings.interval + settings.timeout) + 1.0
+    """Return the seconds in which readings of an engine show whether it has died.
+
+    Usually the first reading does. The rest is for a process without time for readings.
+    """
+    return 2 * (settings.interval + settings.timeout) + 10.0
 
 
 def _static(endpoints: Iterable[Endpoint]) -> set[Endpoint]:

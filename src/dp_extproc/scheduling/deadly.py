@@ -50,7 +50,7 @@ _REFUSALS: Final = {
         "two servers were lost while they computed this request; whether it has ended them is being checked; try again",
         headers=TRY_AGAIN,
     ),
-    # No client library repeats a 422, which says that the content is at fault and not the syntax, as a 400 would.
+    # No client library repeats a 422. It blames the content of a request, where a 400 blames its form.
     Verdict.DEADLY: Rejection(
         422,
         Reason.DEADLY_REQUEST,

@@ -7,7 +7,7 @@ from dp_extproc.scheduling.deadly import DeadlyRequests
 
 
 class EngineDeaths:
-    """Tells engines that refuse connections from those that report their load. Implements ``EngineListener``."""
+    """Notes which engines refuse connections, and which report their load. Implements ``EngineListener``."""
 
     def __init__(self, load: LoadCache, deadly: DeadlyRequests) -> None:
         self._load = load
