@@ -60,7 +60,7 @@ READ_FROM_REQUESTS: Final = frozenset({
 service sends prefill legs."""
 READ_BEHIND_GATEWAY: Final = READ_FROM_REQUESTS.union(PASSED_TO_PREFILL) - {SESSION, AVOID}
 """Request headers that the service reads behind another gateway, where a client may have set those of this project."""
-READ_FROM_RESPONSES: Final = frozenset({":status", "content-type"})
+READ_FROM_RESPONSES: Final = frozenset({":status", "content-type", "content-encoding"})
 """Response headers that the service reads."""
 
 DESTINATION: Final = "x-gateway-destination-endpoint"

@@ -13,6 +13,7 @@ from dp_extproc.attempt.events import (
     BodyMode,
     BufferBody,
     Command,
+    CommentRead,
     Continue,
     Event,
     ExtendTimeout,
@@ -237,6 +238,33 @@ class TestCommit:
         """Nothing is held."""
         attempted = Attempted(Supervise.OFF)
         assert show(attempted.head()) == LET_GO
+
+    def test_comments_are_committed_once_prefill_has_answered(self) -> None:
+        """They keep the connection of a waiting client alive."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        assert attempted.watch.tell(CommentRead(), 1.0) == []
+        assert attempted.head(now=1.0) == []
+        assert show(attempted.prefill(now=2.0)) == [("PREFILL", "continue"), *LET_GO]
+
+    def test_an_error_behind_comments_is_a_clean_error_until_prefill_has_answered(self) -> None:
+        """A comment is no first event."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        attempted.head(now=1.0)
+        assert attempted.watch.tell(CommentRead(), 1.0) == []
+        error = EngineError(500, b"{}")
+        assert show(attempted.watch.first_event(error, 2.0))[0] == ("MAIN", "502 decode_failed")
+
+    def test_an_encoded_stream_is_not_held_for_its_first_event(self) -> None:
+        """It cannot be read, so prefill alone decides."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        assert show(attempted.prefill()) == [("PREFILL", "continue")]
+        head = ResponseHeaders(200, is_events=True, is_encoded=True)
+        assert show(attempted.watch.tell(head, 1.0)) == LET_GO
+        assert attempted.watch.sweep(500.0) == []
+        assert attempted.blamed() == []
 
     def test_response_is_committed_without_a_leg_that_does_not_open(self) -> None:
         """It may run all the same, out of sight; this is counted."""

@@ -13,6 +13,7 @@ from attempt.attempts import BODY_PAUSE, make_environment
 from dp_extproc.attempt.attempt import Attempt, ProtocolViolationError
 from dp_extproc.attempt.events import (
     BodyMode,
+    CommentRead,
     Event,
     FirstEventRead,
     InternalError,
@@ -39,8 +40,9 @@ from dp_extproc.attempt.transitions import FIRST_EVENT, LEG, MAIN, FirstState, L
 from dp_extproc.config.reliability import Supervise, SupervisionSettings
 from dp_extproc.engines.model import Role
 from dp_extproc.request.body import read_body
-from dp_extproc.request.path import Api
+from dp_extproc.request.path import Passed
 from dp_extproc.request.rejection import Reason, Rejection
+from dp_extproc.request.routes import Api
 from dp_extproc.response.first_event import EngineError
 from dp_extproc.scheduling.admission import Ticket
 from dp_extproc.scheduling.decision import Answer, Decision, Queued, RequestContext, SchedulingResult
@@ -99,6 +101,9 @@ class Scripted:
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         return self._scheduler.look_up(subset)
 
+    def pass_on(self, passed: Passed, body: bytes | None, context: RequestContext) -> Decision | Rejection | None:
+        return None if body is None and passed.route.by_model else self._scheduler.look_up()
+
     def models(self, path: str) -> Answer | Rejection:
         return Answer(b"{}")
 
@@ -133,6 +138,8 @@ BODY: Final = Story((HEADERS,))
 CHUNKS: Final = replace(BODY, mode=BodyMode.DUPLEX)
 ENDING: Final = CHUNKS.then(RequestBody(PLAIN, False))
 ENDING_QUEUED: Final = CHUNKS.then(RequestBody(b"queue", False))
+TOKENIZING: Final = Story((RequestHeaders({":method": "POST", ":path": "/tokenize"}, False),))
+TOKENIZING_CHUNKS: Final = replace(TOKENIZING, mode=BodyMode.DUPLEX).then(RequestBody(PLAIN, False))
 UNREAD: Final = replace(START, mode=BodyMode.NONE)
 QUEUED: Final = BODY.then(RequestBody(b"queue", True))
 PASSING: Final = Story((RequestHeaders({":method": "GET", ":path": "/health"}, False),))
@@ -152,11 +159,12 @@ LEG_FAILING: Final = OPEN.then(LegHeaders(500))
 MISSING: Final = STREAMING.then(ResponseHeaders(200), 3.0)
 CANCELLED: Final = ROUTED.then(MainClosed())
 DIRECT: Final = replace(STREAMING, picks=True)
+COMMENTED: Final = STREAMING.then(CommentRead())
 DIRECT_HELD: Final = DIRECT.then(ResponseHeaders(200))
 STORIES: Final = (
     *(START, BODY, CHUNKS, ENDING, ENDING_QUEUED, UNREAD, QUEUED, PASSING, ROUTED, STREAMING, UNSUPERVISED, HELD),
     *(FAILING, RESPONDING, MERGING, ANSWERED, OPEN, CHECKING, LEG_FAILING, MISSING, CANCELLED),
-    *(DIRECT, DIRECT_HELD),
+    *(DIRECT, DIRECT_HELD, TOKENIZING, TOKENIZING_CHUNKS, COMMENTED),
 )
 EVENTS: Final[tuple[Event | float, ...]] = (
     *(
@@ -170,6 +178,7 @@ EVENTS: Final[tuple[Event | float, ...]] = (
     RequestTrailers(),
     *(ResponseHeaders(status) for status in (200, 400, 500)),
     ResponseHeaders(200, end_of_stream=True),
+    ResponseHeaders(200, is_events=True, is_encoded=True),
     ResponseBody(b"{}", True),
     ResponseBody(bytes(KEPT_BYTES + 1), False),
     ResponseTrailers(),
@@ -184,6 +193,7 @@ EVENTS: Final[tuple[Event | float, ...]] = (
     *(LegBody(data, False) for data in (b"", EVENT, ERROR)),
     LegClosed(),
     LegUnseen(),
+    CommentRead(),
     *(FirstEventRead(error) for error in (None, EngineError(500, b"{}"))),
     InternalError("broken"),
     *(3.0, 30.0, BODY_PAUSE + 1.0),

@@ -86,6 +86,9 @@ class Listener:
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         raise NotImplementedError
 
+    def pass_on(self, *_request: object) -> Decision | Rejection:
+        raise NotImplementedError
+
     def models(self, path: str) -> Answer | Rejection:
         raise NotImplementedError
 

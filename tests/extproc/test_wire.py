@@ -471,6 +471,9 @@ class _Broken:
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         raise RuntimeError("secret detail")
 
+    def pass_on(self, *_request: object) -> Decision | Rejection:
+        raise RuntimeError("secret detail")
+
     def models(self, path: str) -> Answer | Rejection:
         raise RuntimeError("secret detail")
 

@@ -101,6 +101,17 @@ def test_first_event_is_not_known_before_it_is_complete() -> None:
     assert first.error is not None
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(": keep-alive\n\n", True), (":\r", True), ("\ufeff: x\n", True), (": x", False), ("event: ping\n\n", False)],
+)
+def test_comments_are_seen_once_their_line_is_complete(text: str, expected: bool) -> None:
+    """They are no event, so nothing else is known by them."""
+    first = FirstEventReader()
+    first.feed(text.encode(), end_of_stream=False)
+    assert (first.has_comment, first.is_known) == (expected, False)
+
+
 ENDLESS = {
     "comments": b": x\n\n",
     "empty lines": b"\n",

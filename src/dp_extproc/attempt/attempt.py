@@ -4,7 +4,8 @@ Rules that live here and nowhere else:
 
 1. A failed leg ends the other one at once, and so does a client that leaves.
 2. The response headers are held until the prefill leg is good, and for a stream until its first event is no error.
-   A failure up to then becomes a retry or a clean error, whatever status the engine began with.
+   A failure up to then becomes a retry or a clean error, whatever status the engine began with. A stream that begins
+   with comments, or whose encoding cannot be read, is not held for its first event.
 3. After an immediate response no other reply follows, and none is sent once the response has begun.
 4. A main stream may begin with the response, because Envoy or another filter answered by itself. It passes.
 """
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, get_args
 
 from dp_extproc.attempt.effects import Effects, Environment
-from dp_extproc.attempt.events import BodyMode, Command, Event, FirstEventRead, LegEvent, MainEvent, ToLeg
+from dp_extproc.attempt.events import BodyMode, Command, Event, FirstEvent, LegEvent, MainEvent, ToLeg
 from dp_extproc.attempt.failures import Failure, failed, timed_out
 from dp_extproc.attempt.first_event_watch import FirstEventWatch
 from dp_extproc.attempt.gateways import BUNDLED, Peer
@@ -47,6 +48,7 @@ LEG_TEXT_SECONDS: Final = 5.0
 
 _MESSAGES: Final = frozenset(get_args(MainEvent))
 _LEG_EVENTS: Final = frozenset(get_args(LegEvent))
+_FIRST_EVENTS: Final = frozenset(get_args(FirstEvent))
 _WAITING: Final = frozenset({MainState.HELD, MainState.MERGING})
 """States in which the main stream waits for another part of the attempt."""
 _OVER: Final = frozenset({LegState.FAILED, LegState.MISSING, LegState.CANCELLED})
@@ -108,7 +110,7 @@ class Attempt:
         cause = type(event)
         if cause in _LEG_EVENTS:
             self.leg.receive(event, turn)
-        elif cause is FirstEventRead:
+        elif cause in _FIRST_EVENTS:
             self.first_event.move(cause, turn, event)
         elif not self.main.move(cause, turn, event) and cause in _MESSAGES:
             raise ProtocolViolationError(f"{cause.__name__} is not expected in state {self.main.state.name}")
@@ -150,7 +152,7 @@ class Attempt:
             turn.failure = None
             self._fail(turn, failure)
         if main.state is MainState.HELD:
-            if self.first_event.state is FirstState.CLEAR and self.leg.state in GOOD:
+            if self.first_event.state is not FirstState.PENDING and self.leg.state in GOOD:
                 main.move(Signal.COMMIT, turn)
         elif main.state is MainState.MERGING and main.merging is not None and not main.merging.awaits_text:
             main.move(Signal.TEXT_COMPLETE, turn)

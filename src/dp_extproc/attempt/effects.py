@@ -103,6 +103,8 @@ class Effects:
         endpoint = self._prefill if leg is Role.PREFILL else self._decode
         if endpoint is not None:
             endpoint.health.succeeded()
+        if leg is Role.DECODE:
+            self.count_earlier_error()
 
     @property
     def awaits_likeness(self) -> bool:

@@ -59,6 +59,8 @@ class ResponseHeaders(Struct, frozen=True):
     """Whether the body is a stream of server-sent events (``text/event-stream``)."""
     served: str | None = None
     """``IP:port`` of the endpoint that served the request, where the gateway reports it."""
+    is_encoded: bool = False
+    """Whether the body has a content encoding, such as gzip, so that it cannot be read here."""
 
 
 class ResponseBody(Struct, frozen=True):
@@ -136,6 +138,10 @@ class FirstEventRead(Struct, frozen=True):
     error: EngineError | None
 
 
+class CommentRead(Struct, frozen=True):
+    """A streamed response has begun with comments, which keep the connection of a client alive that waits."""
+
+
 class InternalError(Struct, frozen=True):
     """The handling of an event has raised an exception, which is in the log."""
 
@@ -145,7 +151,8 @@ class InternalError(Struct, frozen=True):
 MainEvent = RequestHeaders | RequestBody | RequestTrailers | ResponseHeaders | ResponseBody | ResponseTrailers
 """Messages of Envoy on the main stream."""
 LegEvent = LegOpened | LegHeaders | LegBody | LegClosed | LegUnseen
-Event = MainEvent | MainClosed | RoomFreed | QueueExpired | LegEvent | FirstEventRead | InternalError
+FirstEvent = FirstEventRead | CommentRead
+Event = MainEvent | MainClosed | RoomFreed | QueueExpired | LegEvent | FirstEvent | InternalError
 
 
 # --- replies to Envoy on the main stream ---

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from dp_extproc.attempt.events import FirstEventRead, ResponseHeaders
+from dp_extproc.attempt.events import CommentRead, FirstEvent, FirstEventRead, ResponseHeaders
 from dp_extproc.attempt.failures import engine_error
 from dp_extproc.attempt.machine import Machine, Turn, bind
 from dp_extproc.attempt.transitions import FIRST_EVENT, FirstState, Outcome, Signal
@@ -28,16 +28,19 @@ class FirstEventWatch(Machine[FirstState]):
             return
         reader = self._reader = self._reader or FirstEventReader()
         reader.feed(data, end_of_stream=end_of_stream)
-        if reader.is_known:
-            self.move(FirstEventRead, turn, FirstEventRead(reader.error))
+        if (event := report(reader)) is not None:
+            self.move(type(event), turn, event)
 
     def _scheduled(self, _turn: Turn, decision: Decision) -> Outcome:
         self._is_unknown = decision.streaming is None
         return Outcome.AWAITS_EVENT
 
     def _headers(self, _turn: Turn, event: ResponseHeaders) -> Outcome:
-        has_none = event.end_of_stream or (self._is_unknown and not event.is_events)
+        has_none = event.end_of_stream or event.is_encoded or (self._is_unknown and not event.is_events)
         return Outcome.DONE if has_none else Outcome.UNCHANGED
+
+    def _commented(self, _turn: Turn, _event: CommentRead) -> Outcome:
+        return Outcome.UNCHANGED
 
     def _read(self, turn: Turn, event: FirstEventRead) -> Outcome:
         if (error := event.error) is None:
@@ -47,5 +50,13 @@ class FirstEventWatch(Machine[FirstState]):
         return Outcome.FAILED
 
     _STEPS: ClassVar = bind(
-        FIRST_EVENT, {Signal.SCHEDULED: _scheduled, ResponseHeaders: _headers, FirstEventRead: _read}
+        FIRST_EVENT,
+        {Signal.SCHEDULED: _scheduled, ResponseHeaders: _headers, CommentRead: _commented, FirstEventRead: _read},
     )
+
+
+def report(reader: FirstEventReader) -> FirstEvent | None:
+    """Report what was read of a stream so far; None for nothing that changes anything."""
+    if reader.is_known:
+        return FirstEventRead(reader.error)
+    return CommentRead() if reader.has_comment else None

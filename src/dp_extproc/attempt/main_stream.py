@@ -160,7 +160,7 @@ class MainStream(Machine[MainState]):
         if isinstance(found, Rejection):
             return self._refuse(turn, found)
         if isinstance(found, Answer):
-            turn.commands.append(replies.list_models(found))
+            turn.commands.append(replies.answer(found))
             self._effects.decided("answered", turn.now)
             return Outcome.ANSWERED
         turn.commands.append(replies.route(Phase.REQUEST_HEADERS, found, gateway, untrusted=intake.untrusted))
@@ -194,6 +194,10 @@ class MainStream(Machine[MainState]):
             return Outcome.QUEUED
         if isinstance(result, Rejection):
             return self._refuse(turn, result)
+        if result.in_flight is None:  # any engine can answer it
+            turn.commands += replies.route_body(intake, result, self._environment.gateway)
+            self._effects.decided("routed", turn.now)
+            return Outcome.PASSED
         self._follow(turn, result)
         if result.prefill is not None:  # first, so that it does not wait for the reply to be written
             turn.commands.append(SendLeg(result.prefill, intake.path, intake.passed))
@@ -237,7 +241,7 @@ class MainStream(Machine[MainState]):
         return Outcome.RELEASED
 
     def _response_headers(self, turn: Turn, event: on.ResponseHeaders) -> Outcome:
-        status = event.status
+        status = self.status = event.status
         self._peer.sends_responses = True
         self._effects.first_byte(status, event.served, turn.now)
         self._first_event.move(on.ResponseHeaders, turn, event)
@@ -246,7 +250,6 @@ class MainStream(Machine[MainState]):
         if status != _OK:
             self.merging = None  # an error has no log probabilities
         if status >= ENGINE_FAILED:
-            self.status = status
             if event.end_of_stream or not self._intake.sees_response:
                 return self._pass_failure(turn, Phase.RESPONSE_HEADERS, b"")
             self._asks_for_body, self.error_at = True, turn.now
@@ -280,7 +283,6 @@ class MainStream(Machine[MainState]):
     def _commit(self, turn: Turn) -> Outcome:
         """Let the response headers go to the client."""
         self._effects.served(Role.DECODE)
-        self._effects.count_earlier_error()
         if self.merging is not None:
             self._asks_for_body = True
             turn.commands.append(StreamBody() if self.merging.streaming else BufferBody())
@@ -293,10 +295,9 @@ class MainStream(Machine[MainState]):
     def _pass_failure(self, turn: Turn, phase: Phase, text: bytes) -> Outcome:
         """Let the engine's own error go on, with the retry headers if there is another attempt."""
         failure = failed(Role.DECODE, "", text, status=self.status)
-        headers = self._retry_headers(failure)
+        passed = replies.pass_failure(phase, self._retry_headers(failure))
         self._effects.blame(failure, turn.now)
-        repeats = self._environment.gateway.repeats_requests
-        turn.commands.append(replies.pass_failure(phase, headers) if repeats else replies.CONTINUE[phase])
+        turn.commands.append(passed if self._environment.gateway.repeats_requests else replies.CONTINUE[phase])
         self._leg.cancel(turn)
         return Outcome.RELEASED
 

@@ -209,6 +209,16 @@ class DecodeSteps:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillSteps:
+    """Totals of what a rank has computed of prompts since its engine started."""
+
+    tokens: float
+    """Prompt tokens that were not cached."""
+    seconds: float
+    """Time of the steps that computed them. Until 0.5.22 neither counts steps of two seconds or more."""
+
+
+@dataclass(frozen=True, slots=True)
 class RankSample:
     """The load of one DP rank at one moment. A value that the engine does not report is None."""
 
@@ -225,6 +235,8 @@ class RankSample:
     tokens_per_second: float | None = None
     """Output tokens per second, averaged by the engine over the last seconds, pauses included."""
     decoded: DecodeSteps | None = None
+    prefilled: PrefillSteps | None = None
+    """None also of releases that count the time of overlapping steps twice."""
     age: float | None = None
     """Seconds between the rank's own time stamp and that of its page; None without a time stamp."""
 

@@ -39,6 +39,8 @@ _STEERING_PREFIXES: Final = (contract.OWNED_PREFIX, _ENVOY_PREFIX)
 """Prefixes of the headers that steer this project or Envoy. Examples are ``x-envoy-internal`` on requests, and
 ``x-dp-retry`` or ``x-envoy-immediate-health-check-fail`` on responses."""
 
+_ACCEPT_ENCODING: Final = "accept-encoding"
+
 _MESSAGE_TIMEOUT: Final = timedelta(seconds=20)
 """Time for one reply of the service. Envoy's default of 200 ms is too short for a body of 32 MB on a busy machine."""
 
@@ -233,12 +235,18 @@ def strip_before_scheduling() -> core.TypedExtensionConfig:
 def strip_steering_headers() -> HttpFilter:
     """Build the filter of an engine's cluster that removes steering headers from requests and responses.
 
+    It removes ``accept-encoding``, too, because the service cannot read compressed responses. Here a compressor of the
+    gateway, which may stand in any filter chain before, has read the header already.
+
     A route's ``request_headers_to_remove`` acts too early: Envoy picks the endpoint by such a header afterwards. A
     route's ``response_headers_to_remove`` acts too late: Envoy's router has read the response by then, and local
     replies have got headers of the same names.
     """
     removed = _remove_by_prefix(_STEERING_PREFIXES)
-    return _mutation_filter(header_mutation.Mutations(request_mutations=removed, response_mutations=removed))
+    unasked = _remove_by_name((_ACCEPT_ENCODING,))
+    return _mutation_filter(
+        header_mutation.Mutations(request_mutations=[*removed, *unasked], response_mutations=removed)
+    )
 
 
 def strip_attempt_headers(session_header: str | None) -> HttpFilter:

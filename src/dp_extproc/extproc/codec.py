@@ -28,6 +28,7 @@ _NAMES: Final = contract.READ_FROM_REQUESTS.union(
 )
 """Request headers that the service reads, and those that no client may set, as far as they have full names."""
 _EVENT_STREAM: Final = b"text/event-stream"
+_NOT_ENCODED: Final = frozenset({b"", b"identity"})
 _LEG_OPENED: Final = on.LegOpened()
 
 _BODY_MODES: Final = {
@@ -79,8 +80,8 @@ def read_event(message: ProcessingRequest, session_header: str | None = contract
             return on.RequestBody(body.body, body.end_of_stream)
         case "response_headers":
             headers = message.response_headers
-            status, is_events = _read_response(headers)
-            return on.ResponseHeaders(status, headers.end_of_stream, is_events, _read_served(message))
+            status, is_events, is_encoded = _read_response(headers)
+            return on.ResponseHeaders(status, headers.end_of_stream, is_events, _read_served(message), is_encoded)
         case "response_body":
             chunk = message.response_body
             return on.ResponseBody(chunk.body, chunk.end_of_stream)
@@ -99,7 +100,7 @@ def read_leg_event(message: ProcessingRequest) -> on.LegOpened | on.LegHeaders |
             return _LEG_OPENED
         case "response_headers":
             headers = message.response_headers
-            status, is_events = _read_response(headers)
+            status, is_events, _ = _read_response(headers)
             return on.LegHeaders(status, headers.end_of_stream, is_events)
         case "response_body":
             chunk = message.response_body
@@ -192,16 +193,22 @@ def _read_request(message: HttpHeaders, session_header: str | None) -> dict[str,
     return found
 
 
-def _read_response(message: HttpHeaders) -> tuple[int, bool]:
-    """Read the status, 0 if there is none, and whether the body is a stream of server-sent events."""
-    status, is_events = 0, False
+def _read_response(message: HttpHeaders) -> tuple[int, bool, bool]:
+    """Read the head of a response.
+
+    Returns:
+        The status, 0 if there is none; whether the body is a stream of server-sent events; and whether it is encoded.
+    """
+    status, is_events, is_encoded = 0, False, False
     for header in message.headers.headers:
         if header.key == ":status":
             text = header.raw_value or header.value.encode()
             status = int(text) if text.isdigit() else 0
         elif header.key == "content-type":
-            is_events = (header.raw_value or header.value.encode()).startswith(_EVENT_STREAM)
-    return status, is_events
+            is_events = (header.raw_value or header.value.encode()).lower().startswith(_EVENT_STREAM)
+        elif header.key == "content-encoding":
+            is_encoded = (header.raw_value or header.value.encode()).strip().lower() not in _NOT_ENCODED
+    return status, is_events, is_encoded
 
 
 def _read_served(message: ProcessingRequest) -> str | None:

@@ -24,6 +24,7 @@ from dp_extproc.attempt.attempt import Attempt, ProtocolViolationError
 from dp_extproc.attempt.effects import Environment
 from dp_extproc.attempt.events import Command, Continue, Enqueue, Event, Phase, StreamBody
 from dp_extproc.attempt.failures import RetryBudget
+from dp_extproc.attempt.first_event_watch import report
 from dp_extproc.attempt.gateways import BUNDLED, BundledEnvoy, Gateway
 from dp_extproc.attempt.intake import Decider
 from dp_extproc.attempt.listener import AttemptListener
@@ -281,14 +282,15 @@ class ExtProcService:
             if isinstance(event, on.RequestHeaders):
                 await context.write(_PASS_REQUEST)
             elif isinstance(event, on.ResponseHeaders):  # sent only if the request was not read
-                await context.write(_STREAM_BODY if event.is_events else _PASS_HEADERS)
-                if not event.is_events:
+                is_readable = event.is_events and not event.is_encoded
+                await context.write(_STREAM_BODY if is_readable else _PASS_HEADERS)
+                if not is_readable:
                     return
             elif isinstance(event, on.ResponseBody):
                 first.feed(event.data, end_of_stream=event.end_of_stream)
-                if first.is_known and streams is not None:
+                if streams is not None and (found := report(first)) is not None:
                     # Before the reply, which may end the stream and this coroutine.
-                    self._receive_and_post(streams, on.FirstEventRead(first.error))
+                    self._receive_and_post(streams, found)
                 await context.write(_PASS_BODY)
                 if first.is_known:
                     return

@@ -223,6 +223,8 @@ class LoadCache:
             self._change()  # a further sample of a fresh endpoint changes nothing for the filters
         if load is not None:
             load.absorb(page.ranks, started, now)
+            if load.review(now):
+                self._change()
             restarted = load.detect_restart(page)
             if load.is_away or restarted:
                 load.is_away = False
@@ -278,7 +280,8 @@ class LoadCache:
     def best_known(self, loads: Sequence[EndpointLoad], now: float) -> tuple[Freshness | None, list[EndpointLoad]]:
         """Return the freshest of some endpoints, and how fresh they are; None if there are no endpoints.
 
-        These are the fresh ones, or else the stale ones. Endpoints without any sample are used if all are without.
+        These are the fresh ones, else the suspect ones, else the stale ones. Endpoints without any sample are used
+        if all are without.
         """
         states = [load.freshness(now, self.stale_after) for load in loads]
         best = min(states, default=None)

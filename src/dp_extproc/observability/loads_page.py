@@ -72,6 +72,7 @@ def _describe_endpoint(load: EndpointLoad | None, stale_after: float, now: float
         "time_per_output_token": None if (tpot := load.tpot) is None else round(tpot, 6),
         "cached_tokens": round(load.cached_prompt_tokens),
         "expired_reservations": load.expired,
+        "suspect_ranks": [rank.index for group in load.suspect_groups for rank in group.ranks],
         "ranks": [_describe_rank(rank, now) for rank in load.ranks],
     }
 

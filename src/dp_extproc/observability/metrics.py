@@ -196,7 +196,9 @@ class Telemetry:
         labels = ["pool", "role", "endpoint"]
         gauge, counter = partial(GaugeMetricFamily, labels=labels), partial(CounterMetricFamily, labels=labels)
         state = GaugeMetricFamily(
-            "dp_extproc_endpoint_state", "1 for the present state: fresh, stale, unknown.", labels=[*labels, "state"]
+            "dp_extproc_endpoint_state",
+            "1 for the present state: fresh, suspect, stale, unknown.",
+            labels=[*labels, "state"],
         )
         age = gauge("dp_extproc_load_age_seconds", "Age of the last reading of the load.")
         samples = CounterMetricFamily("dp_extproc_load_updates", "Readings of the load.", labels=[*labels, "source"])

@@ -13,6 +13,7 @@ class Reason(StrEnum):
     """Why a request was refused, as ``code`` of the body, in a response header, and in the response-code details."""
 
     UNKNOWN_PATH = "unknown_path"
+    PATH_REFUSED = "path_refused"
     WRONG_METHOD = "method_not_allowed"
     CANNOT_CARRY_ROUTING = "path_cannot_carry_routing_fields"
     COMPRESSED_BODY = "compressed_body"

@@ -41,7 +41,7 @@ class FirstEventReader:
     Each byte is read once.
     """
 
-    __slots__ = ("_after_return", "_at_start", "_data", "_line", "_room", "error", "is_known")
+    __slots__ = ("_after_return", "_at_start", "_data", "_line", "_room", "error", "has_comment", "is_known")
 
     def __init__(self, most: int = MOST_BYTES) -> None:
         self._room = most
@@ -54,6 +54,8 @@ class FirstEventReader:
         """The line that is not complete yet, in pieces."""
         self._data: list[bytes] = []
         """Data lines of the event that is not complete yet."""
+        self.has_comment = False
+        """Whether a comment was read."""
         self.is_known = False
         """Whether the first event was read, or the stream counts as good without one."""
         self.error: EngineError | None = None
@@ -101,8 +103,10 @@ class FirstEventReader:
         return line
 
     def _read_line(self, line: bytes) -> None:
-        if line.startswith(b"data:"):  # other lines are comments, and fields without an error
+        if line.startswith(b"data:"):
             self._data.append(line[5:].strip())
+        elif line.startswith(b":"):  # other lines are fields without an error
+            self.has_comment = True
 
     def _end_event(self) -> None:
         text = b"\n".join(self._data)

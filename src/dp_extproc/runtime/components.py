@@ -38,6 +38,7 @@ from dp_extproc.observability.loads_page import describe_loads, describe_signals
 from dp_extproc.observability.log import EngineLog
 from dp_extproc.observability.metrics import AutoscalingMetrics, SyncMetrics, Telemetry
 from dp_extproc.observability.pool_metrics import PoolMetrics, gateway_names
+from dp_extproc.observability.suspect_log import SuspectLog
 from dp_extproc.runtime.engine_tls import FollowedTls
 from dp_extproc.runtime.readiness import Readiness, can_serve
 from dp_extproc.runtime.secrets import read_api_keys
@@ -180,6 +181,7 @@ class Components:
         )
         self.readiness = Readiness(health, lambda: any(can_serve(pool, self._loads) for pool in self.config.pools))
         self._engine_log = EngineLog()
+        self._suspect_log = SuspectLog(self._loads)
         self._monitor = FleetMonitor(
             endpoints,
             config.load,
@@ -188,6 +190,7 @@ class Components:
                 EngineDeaths(self._loads, self._deadly),
                 self.telemetry,
                 self._engine_log,
+                self._suspect_log,
                 self._discovery_log,
                 self._discovery,
                 self.readiness,
@@ -271,6 +274,7 @@ class Components:
         self._loads.update(endpoints, self.config.load.stale_after, [pool.name for pool in self.config.pools])
         self._monitor.update(endpoints, self.config.load)
         self._engine_log.forget_all_but(endpoints)
+        self._suspect_log.forget_all_but(endpoints)
         self._scheduler.forget_all_but(endpoints)
         self.readiness.review()
         self.telemetry.forget_all_but({each.url for each in endpoints})

@@ -113,7 +113,10 @@ SchedulingResult = Decision | Rejection | Queued
 
 
 class Answer(Struct, frozen=True):
-    """A response of the service itself, with status 200."""
+    """A response of the service itself."""
 
     body: bytes
-    """JSON."""
+    """JSON, or nothing."""
+    status: int = 200
+    headers: tuple[tuple[str, str], ...] = ()
+    """Further response headers."""

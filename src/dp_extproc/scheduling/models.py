@@ -8,8 +8,8 @@ import msgspec
 
 from dp_extproc.config.pools import EngineKind, PoolConfig
 from dp_extproc.load.cache import LoadCache
-from dp_extproc.request.path import ONE_MODEL
 from dp_extproc.request.rejection import Reason, Rejection
+from dp_extproc.request.routes import ONE_MODEL
 from dp_extproc.scheduling.decision import Answer
 
 _ANY_MODEL: Final = "*"
@@ -65,9 +65,9 @@ class ModelRegistry:
             for model, owner in self._owners().items()
         ]
         plain = path.partition("?")[0]
-        if not plain.startswith(ONE_MODEL):
+        if not plain.startswith(ONE_MODEL.path):
             return Answer(msgspec.json.encode({"object": "list", "data": cards}))
-        wanted = unquote(plain.removeprefix(ONE_MODEL))  # clients send org%2Fname
+        wanted = unquote(plain.removeprefix(ONE_MODEL.path))  # clients send org%2Fname
         for card in cards:
             if card["id"] == wanted:
                 return Answer(msgspec.json.encode(card))

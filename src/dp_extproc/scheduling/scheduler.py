@@ -22,7 +22,7 @@ from dp_extproc.config.load import LoadSignal
 from dp_extproc.config.pools import ClientRanks, PoolConfig, RoutingFields
 from dp_extproc.config.reliability import AdmissionSettings
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
-from dp_extproc.engines.model import Endpoint, Role
+from dp_extproc.engines.model import Endpoint
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.load.in_flight import NO_LISTENER, InFlightListener, nothing
@@ -32,8 +32,9 @@ from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix, prefix_of
 from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated, unread_request
 from dp_extproc.request.fingerprint import fingerprint_of
-from dp_extproc.request.path import Api
+from dp_extproc.request.path import Passed
 from dp_extproc.request.rejection import TRY_AGAIN, Reason, Rejection
+from dp_extproc.request.routes import Api
 from dp_extproc.scheduling.admission import Admission, AdmissionQueue, largest_capacity, least_tokens, may_ever_hold
 from dp_extproc.scheduling.deadly import DeadlyRequests
 from dp_extproc.scheduling.decision import Answer, Decision, Metadata, Queued, RequestContext, SchedulingResult
@@ -42,6 +43,7 @@ from dp_extproc.scheduling.filters import EndpointFilter
 from dp_extproc.scheduling.groups import GroupShares
 from dp_extproc.scheduling.models import SHOWN_MODEL, ModelRegistry
 from dp_extproc.scheduling.pairing import Pairing, find_pairing
+from dp_extproc.scheduling.passing import PassedRequests
 from dp_extproc.scheduling.picker import NO_PINS, Picker, Pins, Targets
 
 _MIRRORED: Final = LegSettings()
@@ -115,11 +117,11 @@ class Scheduler:
         self._load = load
         self.tracker = InFlightTracker(load, listener, made_room=nothing if queue is None else queue.notify)
         self._filters = EndpointFilter(load)
+        self._passed = PassedRequests(self._filters, credentials, rng, clock)
         self._rng = rng
         self._clock = clock
         self._queue = queue
         self._encoder = RequestEncoder(legs, credentials, owner=owner, rng=rng, draw_token=draw_token)
-        self._credentials = credentials
         self._deadly = DeadlyRequests() if deadly is None else deadly
         self.group_requests: Counter[tuple[str, str | None]] = Counter()
         """Scheduled requests by pool and revision group, of pools with groups."""
@@ -130,6 +132,7 @@ class Scheduler:
         pools = tuple(pools)
         self._pools = {pool.name: _Pool(pool, signal, self._load, self._rng) for pool in pools}
         self._models = ModelRegistry(pools, self._load)
+        self._passed.configure(pools, self._models)
         self._admission = Admission(admission)
 
     def forget_all_but(self, endpoints: Iterable[Endpoint]) -> None:
@@ -152,15 +155,13 @@ class Scheduler:
 
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         """Pick an endpoint for a request that any engine can answer, of a subset if there is one."""
-        now = self._clock()
-        for pool in self._pools.values():
-            role = Role.DECODE if pool.is_disaggregated else Role.WORKER
-            if endpoints := self._filters.freshest(pool.name, role, now, subset):
-                address = self._rng.choice(endpoints).address
-                metadata: Metadata = {contract.META_POOL: pool.name, contract.META_DECODE_HOST: address}
-                headers = ((contract.DECODE_HOST, address.encode()), *self._credentials.headers(pool.name))
-                return Decision(None, headers, metadata, None)
-        return Rejection(503, Reason.NO_ENDPOINTS, "no engine has been reached yet", headers=TRY_AGAIN)
+        return self._passed.look_up(subset)
+
+    def pass_on(
+        self, passed: Passed, body: bytes | None, context: RequestContext = _NO_CONTEXT
+    ) -> Decision | Rejection | None:
+        """Pick an endpoint for a request that is passed as it is; None if its body has to be read before."""
+        return self._passed.pick(passed, body, context)
 
     def models(self, path: str) -> Answer | Rejection:
         """Answer ``/v1/models`` for all pools, or ``/v1/models/NAME``."""

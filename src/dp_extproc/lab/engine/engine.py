@@ -59,6 +59,9 @@ class Engine:
                 reports_last_batch=settings.release.since("0.5.17"),
                 estimates_hits=settings.release.since("0.5.20"),
                 keeps_statistics=settings.enable_metrics,
+                publishes_stalls=settings.release.since("0.5.19") or settings.kind is EngineKind.VLLM,
+                counts_first_steps=settings.release.since("0.5.21") or not settings.release.since("0.5.18"),
+                counts_long_steps=settings.release.since("0.5.23") or not settings.release.since("0.5.18"),
                 time_scale=settings.time_scale,
                 counted_since=now,
             )
@@ -74,6 +77,9 @@ class Engine:
         self._tickets: dict[Work, Ticket] = {}
         self._rids: dict[str, Ticket] = {}
         self._wakes = [asyncio.Event() for _ in self.groups]
+        self._goes_on = asyncio.Event()
+        """Not set while the schedulers hang."""
+        self._goes_on.set()
         for history in self.histories:
             history.publish(now)
             history.report(now)
@@ -150,8 +156,17 @@ class Engine:
         self._on_end(ticket)
         self._wake(rank.dp_rank)
 
+    def hang(self, hangs: bool) -> None:  # noqa: FBT001 - its only purpose
+        """Let all schedulers hang, or go on."""
+        if hangs:
+            self._goes_on.clear()
+        else:
+            self._goes_on.set()
+
     def refresh(self) -> None:
         """Let idle schedulers do their periodic work; call it before reading histories."""
+        if not self._goes_on.is_set():
+            return
         now = time.time()
         for index, group in enumerate(self.groups):
             if not self.stepping[index]:
@@ -209,6 +224,7 @@ class Engine:
         group, wake, pace = self.groups[index], self._wakes[index], self.paces[index]
         while True:
             wake.clear()
+            await self._goes_on.wait()
             if self.decode_side is not None:
                 for work in [work for rank in group.ranks for work in rank.preallocate()]:
                     self.decode_side.allocated(self._tickets[work])
@@ -229,6 +245,7 @@ class Engine:
         for history, batch in zip(histories, step.batches, strict=True):
             history.begin_step(batch)
         await pace.step(seconds)
+        await self._goes_on.wait()
         now = time.time()
         for history, batch in zip(histories, step.batches, strict=True):
             history.finish_step(batch, seconds, now)
@@ -252,7 +269,7 @@ class Engine:
         if self.stepping[index]:
             self.stepping[index] = False
             for rank in self.groups[index].ranks:
-                self.histories[rank.dp_rank].publish(time.time())
+                self.histories[rank.dp_rank].fall_idle(time.time())
         self.refresh()
 
     def _deliver(self, outputs: Iterable[Output]) -> None:

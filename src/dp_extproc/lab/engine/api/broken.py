@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import zlib
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -200,6 +201,49 @@ class Flooded:
                 await asyncio.sleep(0)  # uvicorn waits only where the client reads more slowly
         finally:
             gone.cancel()
+
+
+class Commented:
+    """Keep the client of a stream waiting for the first event, with comments."""
+
+    def __init__(self, healthy: ASGIApp, comment: bytes, released: asyncio.Event, seconds: float) -> None:
+        self._healthy = healthy
+        self._comment = comment
+        self._released = released
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer with comments behind the head, until the fault is switched off."""
+
+        async def comment(message: Message) -> None:
+            await send(message)
+            if message["type"] == "http.response.start" and _is_stream(message):
+                while not self._released.is_set():
+                    await send({"type": "http.response.body", "body": self._comment, "more_body": True})
+                    if not await pause(receive, self._released, self._seconds):
+                        return
+
+        await self._healthy(scope, receive, comment)
+
+
+class Compressed:
+    """Answer in gzip, as a proxy in front of the engine may do. What there is of a stream is sent at once."""
+
+    def __init__(self, healthy: ASGIApp) -> None:
+        self._healthy = healthy
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        packer = zlib.compressobj(wbits=16 + zlib.MAX_WBITS)
+
+        async def compress(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                kept = [each for each in message["headers"] if each[0].lower() != b"content-length"]
+                await send({**message, "headers": [*kept, (b"content-encoding", b"gzip")]})
+                return
+            flush = zlib.Z_SYNC_FLUSH if message.get("more_body") else zlib.Z_FINISH
+            await send({**message, "body": packer.compress(message.get("body", b"")) + packer.flush(flush)})
+
+        await self._healthy(scope, receive, compress)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -1,6 +1,6 @@
 """Switch faults at run time, for tests of clients and routers.
 
-Every page has its switch, all inference paths have one together, and so has the bootstrap port.
+Every page has its switch, all inference paths have one together, and so have the bootstrap port and the schedulers.
 """
 
 import asyncio
@@ -13,13 +13,27 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from dp_extproc.lab.engine.api.broken import Cut, Flooded, Hang, Interrupted, Long, Pause, Short, noise, pause
+from dp_extproc.lab.engine.api.broken import (
+    Commented,
+    Compressed,
+    Cut,
+    Flooded,
+    Hang,
+    Interrupted,
+    Long,
+    Pause,
+    Short,
+    noise,
+    pause,
+)
 from dp_extproc.lab.engine.api.errors import failed
 from dp_extproc.lab.engine.leg import Failure
 
 PAGES: Final = ("loads", "metrics", "server_info", "model_info", "health", "models")
 INFERENCE: Final = "inference"
 BOOTSTRAP: Final = "bootstrap"
+SCHEDULER: Final = "scheduler"
+"""The schedulers of all ranks: a hang begins no step, finishes none and publishes no load, while all pages answer."""
 PORTS: Final = (INFERENCE, BOOTSTRAP)
 """Ports that can refuse connections: the API port with everything on it, and the bootstrap port."""
 
@@ -54,6 +68,10 @@ class Kind(StrEnum):
     """More bytes come than belong to the answer; then the connection is closed."""
     FLOOD = "flood"
     """Before its first event a stream sends one text again and again, as fast as it is read."""
+    COMMENTS = "comments"
+    """Before its first event a stream sends a comment every so many seconds, until the fault is switched off."""
+    GZIP = "gzip"
+    """The answer is compressed, whatever the request accepts."""
     FAIL = "fail"
     """The scheduler gives the request up; the engine answers as it does for the path."""
     BAD_REQUEST = "400"
@@ -70,7 +88,7 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     ``fail``: tokens. ``short`` comes at the end."""
     seconds: float = 0.0
     """Seconds without bytes before the fault; for ``slow`` the whole pause. Also before an error behind half of its
-    text, or between the head of a stream and the ``flood``. Unscaled."""
+    text, between the head of a stream and the ``flood``, or between two ``comments``. Unscaled."""
     text: str | None = None
     """The whole body for ``text``; the repeated text for ``flood``. By default nothing, and a comment."""
     size: int = 0
@@ -85,7 +103,7 @@ class Faults:
     def __init__(self) -> None:
         """Start without faults."""
         self.active: dict[str, Fault] = {}
-        self._released = {target: asyncio.Event() for target in (*PAGES, *PORTS)}
+        self._released = {target: asyncio.Event() for target in (*PAGES, *PORTS, SCHEDULER)}
 
     def switch(self, wanted: dict[str, Kind | Fault]) -> None:
         """Switch some faults.
@@ -99,6 +117,8 @@ class Faults:
                 raise ValueError(f"{target} is not one of {', '.join(self._released)}")
             if fault.kind is Kind.REFUSE and target not in PORTS:
                 raise ValueError(f"{target}: only {' and '.join(PORTS)} have ports to close")
+            if target == SCHEDULER and fault.kind not in {Kind.HANG, Kind.OK}:
+                raise ValueError(f"{target}: schedulers can only hang")
             if fault.kind is Kind.FAIL and target != INFERENCE:
                 raise ValueError(f"{target}: only {INFERENCE} has schedulers")
             if fault.kind is Kind.FLOOD and fault.text == "":
@@ -143,7 +163,7 @@ class Faults:
                 return Response(text, media_type="application/json")
             case Kind.NOISE:
                 return noise
-            case Kind.SHORT | Kind.LONG | Kind.FLOOD:
+            case Kind.SHORT | Kind.LONG | Kind.FLOOD | Kind.COMMENTS | Kind.GZIP:
                 return _with_other_bytes(fault, await healthy(), released)
             case Kind.SLOW if not fault.after:
                 await pause(request.receive, released, fault.seconds)
@@ -169,6 +189,10 @@ def _with_other_bytes(fault: Fault, healthy: ASGIApp, released: asyncio.Event) -
     match fault.kind:
         case Kind.LONG:
             return Long(healthy)
+        case Kind.GZIP:
+            return Compressed(healthy)
+        case Kind.COMMENTS:
+            return Commented(healthy, _COMMENT.encode(), released, fault.seconds)
         case Kind.FLOOD:
             return Flooded(healthy, (fault.text or _COMMENT).encode(), fault.size, Pause(released, fault.seconds))
         case _:
