@@ -68,11 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--disaggregation-transfer-backend", default=default.transfer_backend, metavar="NAME", help="moves KV caches")
     add("--disable-radix-cache", action="store_true", help="compute every prompt from its beginning")
     add("--enable-cache-report", action="store_true", help="report cached tokens in the usage of an answer")
+    add("--lora-adapter", action="append", default=[], metavar="NAME", help="list this adapter; may be repeated")
     add(
         "--drain",
         type=float,
         metavar="SECONDS",
-        help="serve so long after SIGTERM, not ready, then until no request runs",
+        help="after SIGTERM be not ready, serve, and end when no request runs at one of the looks in this interval",
     )
     add("--time-scale", type=float, default=1.0, metavar="FACTOR", help="of every duration: 0.1 is ten times faster")
     timeouts = parser.add_argument_group("SGLang's timeouts, in seconds before --time-scale")
@@ -165,6 +166,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         transfer_backend=args.disaggregation_transfer_backend,
         disable_radix_cache=args.disable_radix_cache,
         enable_cache_report=args.enable_cache_report,
+        lora_adapters=tuple(args.lora_adapter),
         drain=args.drain,
         time_scale=args.time_scale,
         timeouts=Timeouts(**_values(args, Timeouts, "timeout")),
