@@ -192,7 +192,7 @@ class Attempt:
             yield main.error_at + ERROR_TEXT_SECONDS, self._give_up_error
             return
         if leg.is_supervised and leg.state in {LegState.OPEN, LegState.CHECKING}:
-            yield main.picked_at + settings.prefill_timeout, self._give_up_prefill
+            yield main.picked_at + self._effects.prefill_timeout, self._give_up_prefill
         if (since := self._first_token_since()) is not None:
             yield since + settings.first_token_timeout, self._give_up_first_token
         if main.state is MainState.HELD and leg.state is LegState.AWAITED:
@@ -213,7 +213,7 @@ class Attempt:
         if not self.main.hears_response:
             return None  # it may be on its way to the client
         if self.leg.state in {LegState.AWAITED, LegState.MISSING}:
-            return self.main.picked_at + self._supervision.prefill_timeout
+            return self.main.picked_at + self._effects.prefill_timeout
         return self.leg.done_at
 
     def _give_up_leg_error(self, turn: Turn) -> None:
@@ -226,7 +226,7 @@ class Attempt:
         self._fail(turn, failed(Role.DECODE, message))
 
     def _give_up_prefill(self, turn: Turn) -> None:
-        seconds = self._supervision.prefill_timeout
+        seconds = self._effects.prefill_timeout
         self._fail(turn, timed_out(Role.PREFILL, f"prefill took longer than {seconds:g} s"))
 
     def _give_up_first_token(self, turn: Turn) -> None:

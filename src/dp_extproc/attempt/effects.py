@@ -78,6 +78,12 @@ class Effects:
         if not earlier.failed:
             self._environment.budget.earn()
 
+    @property
+    def prefill_timeout(self) -> float:
+        """Seconds from the pick after which prefill is given up."""
+        expected = 0.0 if self._in_flight is None else self._in_flight.expected_prefill
+        return self._environment.supervision.prefill_timeout_of(expected)
+
     def first_byte(self, status: int, served: str | None, now: float) -> None:
         """Note that the response headers have arrived, from *served* where the gateway reports it."""
         if self._in_flight is not None:

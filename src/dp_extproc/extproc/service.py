@@ -114,7 +114,7 @@ class ExtProcService:
             waits = [asyncio.ensure_future(self._legs.all_ended())]
             if cut_short is not None:
                 waits.append(asyncio.ensure_future(_is_set(cut_short)))
-            timeout = self._environment.supervision.prefill_timeout
+            timeout = self._environment.supervision.longest_prefill
             await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             for each in waits:
                 each.cancel()

@@ -213,6 +213,10 @@ class Telemetry:
         tpot = gauge(
             "dp_extproc_time_per_output_token_seconds", "Mean time per output token, as the engine reports it."
         )
+        prompt_time = gauge(
+            "dp_extproc_time_per_prompt_token_seconds",
+            "Mean time of a rank per prompt token that is not cached, as the engine counts its steps.",
+        )
         now = self._clock()
         kinds: dict[str, list[tuple[str, int]]] = {}
         for (url, kind), count in self._failures.items():
@@ -231,10 +235,12 @@ class Telemetry:
                 expired.add_metric(names, load.expired)
                 if (seconds := load.tpot) is not None:
                     tpot.add_metric(names, seconds)
+                if (seconds := load.time_per_prompt_token) is not None:
+                    prompt_time.add_metric(names, seconds)
             samples.add_metric([*names, _SOURCE], self._samples[endpoint.url])
             for kind, count in kinds.get(endpoint.url, ()):
                 failures.add_metric([*names, _SOURCE, kind], count)
-        yield from (state, age, ejected, samples, failures, cached, expired, tpot)
+        yield from (state, age, ejected, samples, failures, cached, expired, tpot, prompt_time)
 
     def _collect_ranks(self) -> Iterator[Metric]:
         labels = ["pool", "role", "endpoint", "dp_rank"]

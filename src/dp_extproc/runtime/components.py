@@ -170,7 +170,7 @@ class Components:
             clock=clock,
             legs=(
                 DirectLegs(
-                    config.supervision.prefill_timeout,
+                    config.supervision.longest_prefill,
                     tls=self.tls,
                     listener=sent_legs.legs,
                     abort_listener=sent_legs.aborts,
