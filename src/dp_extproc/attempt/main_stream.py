@@ -206,7 +206,7 @@ class MainStream(Machine[MainState]):
         """Follow the reservations that scheduling has opened."""
         in_flight, intake = decision.in_flight, self._intake
         assert in_flight is not None  # noqa: S101 - every inference request has reservations
-        self._effects.follow(in_flight, is_first=not intake.earlier.failed)
+        self._effects.follow(in_flight, decision.fingerprint, intake.earlier)
         self.picked_at = turn.now
         self.streaming = decision.streaming
         if not in_flight.leg:
@@ -234,7 +234,7 @@ class MainStream(Machine[MainState]):
         return Outcome.RELEASED
 
     def _response_headers(self, turn: Turn, event: on.ResponseHeaders) -> Outcome:
-        status = event.status
+        status = self.status = event.status
         self._peer.sends_responses = True
         self._effects.first_byte(status, event.served, turn.now)
         self._first_event.move(on.ResponseHeaders, turn, event)
@@ -245,7 +245,7 @@ class MainStream(Machine[MainState]):
         if status >= ENGINE_FAILED:
             if event.end_of_stream or not self._intake.sees_response:
                 return self._pass_failure(turn, Phase.RESPONSE_HEADERS, b"")
-            self._asks_for_body, self.error_at, self.status = True, turn.now, status
+            self._asks_for_body, self.error_at = True, turn.now
             turn.commands.append(BufferBody())
             return Outcome.AWAITS_ERROR
         if event.is_encoded and self.merging is not None:
@@ -290,10 +290,10 @@ class MainStream(Machine[MainState]):
 
     def _pass_failure(self, turn: Turn, phase: Phase, text: bytes) -> Outcome:
         """Let the engine's own error go on, with the retry headers if there is another attempt."""
-        self._effects.blame(failed(Role.DECODE, "", text), turn.now)
-        headers = self._retry_headers(Role.DECODE, Reason.DECODE_FAILED)
-        repeats = self._environment.gateway.repeats_requests
-        turn.commands.append(replies.pass_failure(phase, headers) if repeats else replies.CONTINUE[phase])
+        failure = failed(Role.DECODE, "", text, status=self.status)
+        passed = replies.pass_failure(phase, self._retry_headers(failure))
+        self._effects.blame(failure, turn.now)
+        turn.commands.append(passed if self._environment.gateway.repeats_requests else replies.CONTINUE[phase])
         self._leg.cancel(turn)
         return Outcome.RELEASED
 
@@ -333,13 +333,13 @@ class MainStream(Machine[MainState]):
     def _abandon(self, turn: Turn, failure: Failure) -> Outcome:
         headers: Headers = ()
         if not failure.is_clients_fault:
-            retry = self._retry_headers(failure.leg, failure.reason)
+            retry = self._retry_headers(failure)
             headers = retry if self._environment.gateway.repeats_requests else _RETRY_BY_CLIENT
         turn.commands.append(replies.answer_failure(failure, self._intake.errors, headers))
         return Outcome.ANSWERED
 
-    def _retry_headers(self, leg: Role, reason: Reason) -> Headers:
-        return self._effects.retry_headers(leg, reason, len(self._intake.earlier.failed) + 1)
+    def _retry_headers(self, failure: Failure) -> Headers:
+        return self._effects.retry_headers(failure, len(self._intake.earlier.failed) + 1)
 
     def _closed(self, turn: Turn, event: on.MainClosed) -> Outcome:
         if self.state is MainState.ROUTED and self._leg.sent_here and not self.hears_response:

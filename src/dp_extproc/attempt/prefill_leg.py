@@ -131,7 +131,8 @@ class PrefillLeg(Machine[LegState]):
 
     def _cut(self, turn: Turn, event: LegClosed) -> Outcome:
         if self.is_supervised or self.sent_here:
-            turn.failure = failed(Role.PREFILL, event.problem or "the prefill server's connection was cut")
+            problem = event.problem or "the prefill server's connection was cut"
+            turn.failure = failed(Role.PREFILL, problem, is_lost=event.is_lost)
         return Outcome.FAILED
 
     def _done(self, turn: Turn, status: int) -> Outcome:

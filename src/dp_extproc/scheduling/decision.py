@@ -29,6 +29,15 @@ class RequestContext(Struct, frozen=True):
     """The endpoints that the gateway allows; None for all."""
     sees_answer: bool = True
     """Whether the body of the response passes through the service, and can be changed."""
+    lost: tuple[str, ...] = ()
+    """The addresses of the engines that have dropped the request after they had accepted it."""
+    occupied: frozenset[str] = frozenset()
+    """The addresses that it is to avoid if there are others; see :meth:`.deadly.DeadlyRequests.occupied`."""
+
+    @property
+    def avoided(self) -> tuple[frozenset[str], ...]:
+        """What is to be avoided, in an order as that of :attr:`failed`."""
+        return (self.occupied, *self.failed) if self.occupied else self.failed
 
 
 class PrefillRequest(Struct, frozen=True):
@@ -78,6 +87,8 @@ class Decision(Struct, frozen=True):
     """What ends the decode leg; None if Envoy sends the prefill leg, too, and so can end both."""
     fallbacks: tuple[str, ...] = ()
     """``IP:port`` of further decode endpoints, which can serve the same body."""
+    fingerprint: str = ""
+    """That of the request; see :mod:`dp_extproc.request.fingerprint`."""
 
 
 class Queued(Struct, frozen=True):

@@ -30,7 +30,7 @@ async def completions(exchange: Exchange) -> Response:
     prompts, is_batch = read_texts("prompt", body["prompt"])
     limit = integer(body, "max_tokens")
     limit = _DEFAULT_MAX_TOKENS if limit is None else limit
-    samples, unknown = integer(body, "n") or 1, unknown_id(body["prompt"])
+    samples, unknown = integer(body, "n") or 1, unknown_id(body["prompt"], exchange.engine.settings.vocabulary_size)
     exchange.submit(fields, prompts, limit, samples=samples, is_batch=is_batch, unknown_id=unknown)
     return await _respond(exchange, _TextForm(body, prompts, exchange.engine.settings.role))
 
@@ -50,7 +50,13 @@ async def chat(exchange: Exchange) -> Response:
     limit = DEFAULT_MAX_NEW_TOKENS if limit is None else limit
     ids = body.get("input_ids") if exchange.engine.settings.release.chats_by_ids else None
     prompts = [chat_prompt(messages, body.get("tools"))] if ids is None else read_texts("input_ids", ids)[0]
-    exchange.submit(fields, prompts, limit, samples=integer(body, "n") or 1, unknown_id=unknown_id(ids))
+    exchange.submit(
+        fields,
+        prompts,
+        limit,
+        samples=integer(body, "n") or 1,
+        unknown_id=unknown_id(ids, exchange.engine.settings.vocabulary_size),
+    )
     return await _respond(exchange, _ChatForm(body))
 
 
