@@ -18,7 +18,7 @@ LONG: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module", params=["envoy", "service"])
 def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
     """Run a fleet of 0.5.19, whose prefill legs Envoy or the service sends."""
-    with run_stack("0.5.19", prefills=2, prefill_leg=request.param) as found:
+    with run_stack("0.5.19", prefill_leg=request.param) as found:
         yield found
 
 
