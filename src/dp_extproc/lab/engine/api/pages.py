@@ -81,7 +81,7 @@ def server_info(settings: Settings) -> dict[str, Any]:
         "load_snapshot_publish_interval": 15,
         "status": "ready",
         "max_total_num_tokens": settings.capacity,
-        "max_req_input_len": settings.context_length - 6,
+        "max_req_input_len": settings.max_input,
         "kv_events": None,
         "internal_states": [state for _ in range(ranks)],
         "version": str(release),
