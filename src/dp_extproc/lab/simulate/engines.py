@@ -2,16 +2,20 @@
 
 A decode step of the stand-in looks at every sequence. Here a rank is two numbers, its sequences and their context, and
 a heap of the steps at which sequences end: the same times, at a cost that does not grow with the sequences.
+Pages are as old as those of an engine: what a scheduler has published at the end of a batch, requests in transfer
+included.
 """
 
 import heapq
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from dp_extproc.engines.model import DecodeSteps, LoadPage, RankSample
 from dp_extproc.lab.engine.scheduler.group import Group
 from dp_extproc.lab.engine.scheduler.prefix_cache import prompt_of
 from dp_extproc.lab.engine.scheduler.rank import Limits, Rank
+from dp_extproc.lab.engine.scheduler.snapshot import PUBLISH_INTERVAL, STALL_REFRESH, RankHistory, Snapshot
 from dp_extproc.lab.engine.scheduler.work import Role, Stage, Work
 from dp_extproc.lab.simulate.fleet import Fleet
 from dp_extproc.lab.workload.trace import TraceRequest
@@ -42,6 +46,7 @@ class PrefillEngine:
         limits = Limits(fleet.capacity, 1 << 20, fleet.chunk, fleet.batch)
         self.ranks = [Rank(rank, limits, Role.PREFILL) for rank in range(fleet.ranks)]
         self.group = Group(self.ranks, fleet.costs)
+        self.histories = [RankHistory(rank) for rank in self.ranks]
         self.stepping = False
         self.busy = 0.0
         """Seconds in steps, summed over ranks."""
@@ -51,23 +56,31 @@ class PrefillEngine:
         self._slowness = slowness
         self._schedule = schedule
         self._computed = computed
-        self._gauges = [0] * fleet.ranks
         self._prompt_tokens = 0
         """Tokens of all prompts that it has answered."""
+        for history in self.histories:
+            history.publish(0.0)
+            history.report(0.0)
 
-    def add(self, number: int, rank: int, request: TraceRequest, now: float) -> Work:
-        """Accept a request that may start."""
+    def arrive(self, number: int, rank: int, request: TraceRequest) -> None:
+        """Accept a request that may not start yet, because decode has no room for it so far."""
         work = Work(str(number), rank, request.prompt_tokens, 1)
         if self._fleet.prefix_cache:
             work.prompt = prompt_of([(segment.text, segment.tokens) for segment in request.prompt])
-        self.ranks[rank].add(work, Stage.WAITING)
+        self.ranks[rank].add(work, Stage.BOOTSTRAP)
+
+    def start(self, number: int, rank: int, now: float) -> None:
+        """Let a request start that has arrived."""
+        of = self.ranks[rank]
+        work = next(work for work in of.queued(Stage.BOOTSTRAP) if work.rid == str(number))
+        of.queue.remove(work)
+        of.add(work, Stage.WAITING)
         self.wake(now)
-        return work
 
     def give_up(self, number: int, rank: int) -> bool:
         """Remove a request, if no step has computed a part of it yet."""
         of = self.ranks[rank]
-        work = next((work for work in of.queued(Stage.WAITING) if work.rid == str(number)), None)
+        work = next((work for work in of.queue if work.rid == str(number)), None)
         if work is not None:
             of.remove(work)
         return work is not None
@@ -78,9 +91,12 @@ class PrefillEngine:
             return
         step, _ = self.group.begin(now)
         if step is None:
-            self._gauges = [rank.used for rank in self.ranks]
+            self._idle(now)
             return
         self.stepping = True
+        self._step = step
+        for history, batch in zip(self.histories, step.batches, strict=True):
+            history.begin_step(batch)
         tokens = [sum(rank.chunks.values()) for rank in self.ranks]
         seconds = step.seconds * self._slowness
         self.busy += seconds * len(tokens)
@@ -98,7 +114,7 @@ class PrefillEngine:
         of = self.ranks[rank]
         return sum(
             work.prompt_tokens - work.prefilled - of.chunks.get(work, 0)
-            for works in (of.queue, of.running)
+            for works in (of.queued(Stage.WAITING), of.running)
             for work in works
         )
 
@@ -107,38 +123,47 @@ class PrefillEngine:
         prompt = prompt_of([(segment.text, segment.tokens) for segment in request.prompt])
         return self.ranks[rank].cache.match(prompt, request.prompt_tokens - 1).end
 
-    def page(self, *, gauges: bool) -> LoadPage:
-        """Report the load: the numbers of ``/v1/loads``, or only the gauges, as old as those of an engine."""
-        if gauges:
-            found = tuple(RankSample(rank, used) for rank, used in enumerate(self._gauges))
-            return LoadPage(found, self._prompt_tokens)
+    def page(self, now: float, *, gauges: bool) -> LoadPage:
+        """Report the load: the numbers of ``/v1/loads``, or only the gauges, both as old as those of an engine."""
+        if not self.stepping:
+            self._idle(now)
         samples = []
-        for rank in self.ranks:
-            pending = sum(work.prompt_tokens - work.prefilled for works in (rank.queue, rank.running) for work in works)
-            queued = sum(work.prompt_tokens for work in rank.queue)
-            samples.append(
-                RankSample(
-                    rank.dp_rank,
-                    used_tokens=rank.used,
-                    total_tokens=rank.used + queued,
-                    waiting_uncached_tokens=pending,
-                    waiting_requests=len(rank.queue),
-                    capacity_tokens=rank.limits.capacity,
-                    age=0.0,
-                )
-            )
+        for rank, history in enumerate(self.histories):
+            if gauges:
+                samples.append(RankSample(rank, 0 if history.gauges is None else history.gauges.num_used_tokens))
+            elif history.published is not None:
+                samples.append(_sample(rank, history.published, now - history.published_at))
         return LoadPage(tuple(samples), self._prompt_tokens)
 
+    def _idle(self, now: float) -> None:
+        for history in self.histories:
+            history.idle(now)
+
     def _finish(self, now: float) -> None:
-        had_work = [bool(rank.chunks) for rank in self.ranks]
+        batches, seconds = self._step.batches, self._step.seconds * self._slowness
+        for history, batch in zip(self.histories, batches, strict=True):
+            history.finish_step(batch, seconds, now)
         outputs = self.group.finish()
+        for history, batch in zip(self.histories, batches, strict=True):
+            history.report_batch(batch, now)
         self.stepping = False
-        for position, rank in enumerate(self.ranks):
-            if had_work[position]:  # the gauges follow a rank's own batches
-                self._gauges[position] = rank.used
         for output in outputs:
             self._computed(output.work, now)
         self.wake(now)
+
+
+def _sample(rank: int, snapshot: Snapshot, age: float) -> RankSample:
+    """Read a snapshot of a prefill rank as the service reads ``/v1/loads``."""
+    return RankSample(
+        rank,
+        used_tokens=snapshot.num_used_tokens,
+        total_tokens=snapshot.num_total_tokens,
+        waiting_uncached_tokens=snapshot.num_waiting_uncached_tokens,
+        running_requests=snapshot.num_running_reqs + snapshot.queues[Stage.INFLIGHT],
+        waiting_requests=snapshot.num_waiting_reqs,
+        capacity_tokens=snapshot.max_total_num_tokens,
+        age=age,
+    )
 
 
 class DecodeEngine:
@@ -189,6 +214,10 @@ class DecodeEngine:
         """Seconds that these steps took."""
         self._decode_tokens = [0] * size
         """Tokens that these steps made, one for each sequence."""
+        self._published = self._samples()
+        self._published_at = 0.0
+        self._unpublished = 0
+        """Steps since the last sample that was published."""
 
     def reserve(self, rank: int, request: TraceRequest, now: float, reserved: Callable[[float], None]) -> None:
         """Reserve KV room for a prompt, now or when there is some; *reserved* is called then."""
@@ -215,24 +244,33 @@ class DecodeEngine:
         """Return the KV tokens that a rank has reserved, or will have to."""
         return self.promised[rank] + sum(request.prompt_tokens for request, _ in self._waiting[rank])
 
-    def page(self, *, gauges: bool) -> LoadPage:
+    def page(self, now: float, *, gauges: bool) -> LoadPage:
         """Report the load; see :meth:`PrefillEngine.page`."""
-        return LoadPage(
-            tuple(
-                RankSample(
-                    rank,
-                    used_tokens=self.promised[rank],
-                    total_tokens=None if gauges else self.requested_tokens(rank),
-                    running_requests=self.sequences[rank],
-                    waiting_requests=self._accepted[rank] - self.sequences[rank] + len(self._waiting[rank]),
-                    capacity_tokens=self._fleet.capacity,
-                    tokens_per_second=self._throughput[rank] or None,
-                    decoded=None if gauges else self._decoded(rank),
-                    age=None if gauges else 0.0,
-                )
-                for rank in range(self._fleet.ranks)
+        if gauges:
+            samples = self._samples()
+            return LoadPage(tuple(replace(each, total_tokens=None, decoded=None) for each in samples))
+        if not self.stepping and now - self._published_at >= STALL_REFRESH:
+            self._publish(now)
+        age = now - self._published_at
+        return LoadPage(tuple(replace(sample, age=age) for sample in self._published))
+
+    def _publish(self, now: float) -> None:
+        self._published, self._published_at, self._unpublished = self._samples(), now, 0
+
+    def _samples(self) -> list[RankSample]:
+        return [
+            RankSample(
+                rank,
+                used_tokens=self.promised[rank],
+                total_tokens=self.requested_tokens(rank),
+                running_requests=self.sequences[rank],
+                waiting_requests=self._accepted[rank] - self.sequences[rank] + len(self._waiting[rank]),
+                capacity_tokens=self._fleet.capacity,
+                tokens_per_second=self._throughput[rank] or None,
+                decoded=self._decoded(rank),
             )
-        )
+            for rank in range(self._fleet.ranks)
+        ]
 
     def _decoded(self, rank: int) -> DecodeSteps:
         tokens = self._decode_tokens[rank]
@@ -276,6 +314,9 @@ class DecodeEngine:
                 self._decode_steps[rank] += 1
                 self._decode_seconds[rank] += self._step_seconds
                 self._decode_tokens[rank] += count
+        self._unpublished += 1
+        if self._unpublished == PUBLISH_INTERVAL:
+            self._publish(now)
         if self.steps % _LOG_INTERVAL == 0:
             elapsed = now - self._made_since
             made = zip(self._decode_tokens, self._tokens_before, strict=True)
@@ -287,6 +328,8 @@ class DecodeEngine:
             self.context[rank] -= request.prompt_tokens + request.output_tokens
             self._leave(number, rank, request, now)
         self._begin(now)
+        if not self.stepping:
+            self._publish(now)
 
     def _leave(self, number: int, rank: int, request: TraceRequest, now: float) -> None:
         self._accepted[rank] -= 1

@@ -10,6 +10,7 @@ from dp_extproc.config.load import LoadSignal
 from dp_extproc.config.pools import PolicySettings
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, Role, Version
 from dp_extproc.estimators.token_ratio import START as BYTES_PER_TOKEN
+from dp_extproc.lab.engine.scheduler.work import Stage
 from dp_extproc.lab.simulate.fleet import Fleet
 from dp_extproc.lab.simulate.simulation import EngineRanks, Placement, Simulation
 from dp_extproc.lab.workload.trace import TraceRequest
@@ -76,7 +77,7 @@ class Clairvoyant(EnginesOwn):
         for index, engine in enumerate(simulation.prefills):
             queues = [engine.backlog(rank) + coming[index][rank] for rank in range(fleet.ranks)]
             top = max(queues)
-            waiting = sum(len(rank.queue) for rank in engine.ranks)
+            waiting = sum(len(rank.queued(Stage.WAITING)) for rank in engine.ranks)
             running = max(sum(rank.chunks.values()) for rank in engine.ranks)
             rest = (self._step_tokens + running) / 2 if engine.stepping else 0.0
             slowness = fleet.slow_prefill if index == 0 else 1.0

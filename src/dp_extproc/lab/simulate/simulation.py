@@ -151,7 +151,11 @@ class Simulation:
         def reserved(_: float) -> None:
             self.after(self.around.handshake, lambda now: self._start(number, now))
 
-        self.after(self.around.network, lambda now: decode.reserve(placement.decode_rank, request, now, reserved))
+        def arrived(now: float) -> None:
+            self.prefills[placement.prefill].arrive(number, placement.prefill_rank, request)
+            decode.reserve(placement.decode_rank, request, now, reserved)
+
+        self.after(self.around.network, arrived)
 
     def _leave(self, number: int, now: float) -> None:
         """Let a client leave, if its request still waits; else it stays, as its answer is about to come."""
@@ -166,10 +170,12 @@ class Simulation:
 
     def _start(self, number: int, now: float) -> None:
         placement = self.on_the_way.pop(number)
+        prefill = self.prefills[placement.prefill]
         if number in self._left:
+            prefill.give_up(number, placement.prefill_rank)
             self.decodes[placement.decode].give_up(placement.decode_rank, self.trace[number], now)
             return
-        self.prefills[placement.prefill].add(number, placement.prefill_rank, self.trace[number], now)
+        prefill.start(number, placement.prefill_rank, now)
 
     def _computed(self, work: Work, _now: float) -> None:
         self.after(self.fleet.costs.transfer_seconds(work.prompt_tokens), lambda now: self._transferred(work, now))
@@ -208,8 +214,8 @@ class Simulation:
         if not self.around.scrapes and now > 0:
             return  # engines have been discovered, and report nothing more
         gauges = self._router.reads_gauges
-        pages = [(Role.PREFILL, index, engine.page(gauges=gauges)) for index, engine in enumerate(self.prefills)]
-        pages += [(Role.DECODE, index, engine.page(gauges=gauges)) for index, engine in enumerate(self.decodes)]
+        pages = [(Role.PREFILL, index, engine.page(now, gauges=gauges)) for index, engine in enumerate(self.prefills)]
+        pages += [(Role.DECODE, index, engine.page(now, gauges=gauges)) for index, engine in enumerate(self.decodes)]
         for role, index, page in pages:
             if self._is_mute(role, index, now):
                 continue
