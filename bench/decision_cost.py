@@ -20,7 +20,7 @@ from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, Rank
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.records import RequestCost
 from dp_extproc.load.tracker import InFlightTracker
-from dp_extproc.request.path import Api
+from dp_extproc.request.routes import Api
 from dp_extproc.scheduling.filters import EndpointFilter
 from dp_extproc.scheduling.pairing import Pairing
 from dp_extproc.scheduling.picker import Picker

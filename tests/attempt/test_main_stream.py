@@ -30,8 +30,9 @@ from dp_extproc.attempt.events import (
 )
 from dp_extproc.attempt.replies import CHUNK_BYTES
 from dp_extproc.load.in_flight import InFlight
-from dp_extproc.request.path import Api
+from dp_extproc.request.path import Passed
 from dp_extproc.request.rejection import Reason, Rejection
+from dp_extproc.request.routes import Api
 from dp_extproc.scheduling.decision import Answer, Decision
 
 MAX_BODY = 4 * CHUNK_BYTES
@@ -66,6 +67,9 @@ class Echo:
     def lost(self, address: str) -> None:
         raise NotImplementedError
 
+    def engine_lost(self, fingerprint: str, address: str) -> None:
+        raise NotImplementedError
+
     def place_unread(self, api: Api, length: int | None, *_more: object) -> Decision | Rejection:
         self.lengths.append(length)
         if length == REFUSED:
@@ -77,6 +81,9 @@ class Echo:
 
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         return Decision(None, PLACED, {contract.META_POOL: "p"}, None)
+
+    def pass_on(self, passed: Passed, *_more: object) -> Decision | Rejection | None:
+        return self.look_up()
 
     def models(self, path: str) -> Answer | Rejection:
         return Rejection(404, Reason.MODEL_NOT_FOUND, "no") if path.endswith("no") else Answer(b"{}")

@@ -40,8 +40,9 @@ from dp_extproc.attempt.transitions import FIRST_EVENT, LEG, MAIN, FirstState, L
 from dp_extproc.config.reliability import Supervise, SupervisionSettings
 from dp_extproc.engines.model import Role
 from dp_extproc.request.body import read_body
-from dp_extproc.request.path import Api
+from dp_extproc.request.path import Passed
 from dp_extproc.request.rejection import Reason, Rejection
+from dp_extproc.request.routes import Api
 from dp_extproc.response.first_event import EngineError
 from dp_extproc.scheduling.admission import Ticket
 from dp_extproc.scheduling.decision import Answer, Decision, Queued, RequestContext, SchedulingResult
@@ -100,10 +101,16 @@ class Scripted:
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         return self._scheduler.look_up(subset)
 
+    def pass_on(self, passed: Passed, body: bytes | None, context: RequestContext) -> Decision | Rejection | None:
+        return None if body is None and passed.route.by_model else self._scheduler.look_up()
+
     def models(self, path: str) -> Answer | Rejection:
         return Answer(b"{}")
 
     def lost(self, address: str) -> None:
+        """No endpoint is at stake."""
+
+    def engine_lost(self, fingerprint: str, address: str) -> None:
         """No endpoint is at stake."""
 
 
@@ -131,6 +138,8 @@ BODY: Final = Story((HEADERS,))
 CHUNKS: Final = replace(BODY, mode=BodyMode.DUPLEX)
 ENDING: Final = CHUNKS.then(RequestBody(PLAIN, False))
 ENDING_QUEUED: Final = CHUNKS.then(RequestBody(b"queue", False))
+TOKENIZING: Final = Story((RequestHeaders({":method": "POST", ":path": "/tokenize"}, False),))
+TOKENIZING_CHUNKS: Final = replace(TOKENIZING, mode=BodyMode.DUPLEX).then(RequestBody(PLAIN, False))
 UNREAD: Final = replace(START, mode=BodyMode.NONE)
 QUEUED: Final = BODY.then(RequestBody(b"queue", True))
 PASSING: Final = Story((RequestHeaders({":method": "GET", ":path": "/health"}, False),))
@@ -155,7 +164,7 @@ DIRECT_HELD: Final = DIRECT.then(ResponseHeaders(200))
 STORIES: Final = (
     *(START, BODY, CHUNKS, ENDING, ENDING_QUEUED, UNREAD, QUEUED, PASSING, ROUTED, STREAMING, UNSUPERVISED, HELD),
     *(FAILING, RESPONDING, MERGING, ANSWERED, OPEN, CHECKING, LEG_FAILING, MISSING, CANCELLED),
-    *(DIRECT, DIRECT_HELD, COMMENTED),
+    *(DIRECT, DIRECT_HELD, TOKENIZING, TOKENIZING_CHUNKS, COMMENTED),
 )
 EVENTS: Final[tuple[Event | float, ...]] = (
     *(

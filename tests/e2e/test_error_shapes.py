@@ -6,18 +6,19 @@ import pytest
 
 from e2e.stack import Stack
 
-OPENAI: dict[str, Any] = {"type": "invalid_request_error", "param": None, "code": "invalid_json"}
-SGLANG: dict[str, Any] = {"object": "error", "type": "Bad Request", "param": None, "code": 400}
+ANTHROPIC: dict[str, Any] = {"type": "error", "error": {"type": "invalid_request_error"}}
+KIND: dict[str, Any] = {"type": "invalid_request_error", "param": None}
+OPENAI: dict[str, Any] = {"error": {**KIND, "code": "invalid_json"}, "object": "error", **KIND, "code": 400}
 
 
 @pytest.mark.parametrize(
     ("path", "shape"),
     [
-        pytest.param("/v1/messages", {"type": "error", "error": {"type": "invalid_request_error"}}, id="messages"),
-        pytest.param("/v1/responses", {"error": OPENAI}, id="responses"),
-        pytest.param("/generate", {"error": OPENAI}, id="generate"),
-        pytest.param("/v1/completions", {"error": OPENAI, **SGLANG}, id="completions"),
-        pytest.param("/v1/chat/completions", {"error": OPENAI, **SGLANG}, id="chat"),
+        pytest.param("/v1/messages", ANTHROPIC, id="messages"),
+        pytest.param("/v1/responses", OPENAI, id="responses"),
+        pytest.param("/generate", OPENAI, id="generate"),
+        pytest.param("/v1/completions", OPENAI, id="completions"),
+        pytest.param("/v1/chat/completions", OPENAI, id="chat"),
     ],
 )
 def test_error_of_the_service_has_the_shape_of_its_path(newest: Stack, path: str, shape: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dp_extproc.engines.listener import FailureKind
-from dp_extproc.engines.model import DecodeSteps, LoadPage, Mode, RankSample, Version, parse_version
+from dp_extproc.engines.model import DecodeSteps, LoadPage, Mode, PrefillSteps, RankSample, Version, parse_version
 from dp_extproc.engines.pages import ReaderError
 from dp_extproc.engines.sglang.load_pages import read_loads, read_metrics
 from dp_extproc.engines.sglang.server_info import follows_rooms, read_server_info
@@ -52,6 +52,7 @@ class TestLoads:
             max_running_requests=4,
             tokens_per_second=184.99,
             decoded=DecodeSteps(steps=139, sequences=538, seconds=2.704994, tokens=538),
+            prefilled=PrefillSteps(tokens=153, seconds=0.197113),
             age=pytest.approx(0.2535, abs=1e-4),  # type: ignore[arg-type]
         )
 

@@ -62,6 +62,9 @@ def run_engine(name: str) -> Iterator[RecordingEngine]:
         engine.received.append(Received(request.url.path, dict(request.headers), body))
         if request.url.path == "/stream":
             return StreamingResponse(stream())
+        if request.url.path.startswith("/status/"):
+            wait = request.headers.get("test-retry-after")
+            return Response(status_code=int(request.url.path[8:]), headers={"retry-after": wait} if wait else {})
         return JSONResponse({"answered_by": name, "bytes": len(body)}, headers=engine.headers)
 
     async def stream() -> AsyncIterator[bytes]:

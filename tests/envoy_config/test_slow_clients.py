@@ -41,7 +41,7 @@ def test_client_gets_a_408_if_it_stops_within_a_request(bench: Bench, part: str)
     status, body = begin(bench, part)
 
     assert status == b"HTTP/1.1 408 Request Timeout"
-    assert json.loads(body)["error"]["code"] == "request_refused"
+    assert json.loads(body)["error"]["code"] == "request_timeout"
 
 
 def test_request_timeout_does_not_end_a_slow_response(bench: Bench) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from wasmtime import Func, FuncType, Instance, Memory, Module, Store, ValType
 
-UPSTREAM_DATA = 3
+DOWNSTREAM_DATA, UPSTREAM_DATA = 2, 3
 _IMPORTS = {
     "proxy_get_buffer_bytes": [ValType.i32] * 5,
     "proxy_set_buffer_bytes": [ValType.i32] * 5,
@@ -17,12 +17,24 @@ _IMPORTS = {
     "proxy_increment_metric": [ValType.i32, ValType.i64],
 }
 """Parameters of the functions that the filter imports. Each returns a status."""
-EVENT = (
-    b"event: error\n"
-    b'data: {"type":"error","error":{"message":"the server that was answering was lost; the answer is not complete",'
-    b'"type":"server_error","param":null,"code":"stream_cut"}}\n\n'
-)
-ERROR_END = b"%x\r\n%b\r\n0\r\n\r\n" % (len(EVENT), EVENT)
+TEXT = b"the server that was answering was lost; the answer is not complete"
+
+
+def ending(data: bytes) -> bytes:
+    """Format an error event and the end of the body."""
+    event = b"event: error\ndata: " + data + b"\n\n"
+    return b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event)
+
+
+_ERROR = b'"error":{"message":"' + TEXT + b'","type":"server_error","param":null,"code":"stream_cut"}'
+ERROR_END = ending(b'{"type":"error",' + _ERROR + b"}")
+MESSAGES_END = ending(b'{"type":"error","error":{"type":"api_error","message":"' + TEXT + b'"}}')
+
+
+def responses_end(events: int) -> bytes:
+    """Format the end of a stream of the responses API that has had so many events."""
+    flat = b'"message":"' + TEXT + b'","param":null,"code":"stream_cut","sequence_number":%d' % events
+    return ending(b'{"type":"error",' + _ERROR + b"," + flat + b"}")
 
 
 class WasmHost:
@@ -41,6 +53,7 @@ class WasmHost:
         assert isinstance(memory, Memory)
         self._memory = memory
         self._data = bytearray()
+        self._request = b""
         self.call("proxy_on_context_create", 1, 0)
         assert self.call("proxy_on_vm_start", 1, 0) == 1
         assert self.call("proxy_on_configure", 1, 0) == 1
@@ -56,6 +69,11 @@ class WasmHost:
         assert self.call("proxy_on_upstream_data", context, len(data), int(end)) == 0
         return bytes(self._data)
 
+    def send(self, context: int, request: bytes) -> None:
+        """Pass a piece of a request through the filter."""
+        self._request = request
+        assert self.call("proxy_on_downstream_data", context, len(request), 0) == 0
+
     def connection(self, context: int, pieces: list[bytes]) -> bytes:
         """Pass a whole connection, which the engine then closes, and return the output."""
         self.call("proxy_on_context_create", context, 1)
@@ -64,11 +82,13 @@ class WasmHost:
         return passed
 
     def _proxy_get_buffer_bytes(self, kind: int, start: int, size: int, where: int, length: int) -> int:
-        assert (kind, start, size) == (UPSTREAM_DATA, 0, len(self._data))
-        at = self.call("proxy_on_memory_allocate", size)
-        self._memory.write(self._store, self._data, at)
+        assert start == 0
+        data = self._data if kind == UPSTREAM_DATA else self._request[:size]
+        assert (kind == DOWNSTREAM_DATA) or size == len(data)
+        at = self.call("proxy_on_memory_allocate", len(data))
+        self._memory.write(self._store, data, at)
         self._memory.write(self._store, at.to_bytes(4, "little"), where)
-        self._memory.write(self._store, size.to_bytes(4, "little"), length)
+        self._memory.write(self._store, len(data).to_bytes(4, "little"), length)
         return 0
 
     def _proxy_set_buffer_bytes(self, kind: int, start: int, size: int, data: int, length: int) -> int:
@@ -112,6 +132,9 @@ TRUNCATED: dict[str, tuple[bytes, bytes]] = {
     "after an answer without a body": (b"HTTP/1.1 204 No Content\r\n\r\n" + stream(FIRST), ERROR_END),
     "after an empty answer": (b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n" + stream(FIRST), ERROR_END),
     "after its last event": (stream(FIRST, DONE), b"0\r\n\r\n"),
+    "after the last event of a message": (stream(FIRST, b"event: message_stop\ndata: {}\n\n"), b"0\r\n\r\n"),
+    "after the last event of a response": (stream(FIRST, b"event: response.completed\ndata: {}\n\n"), b"0\r\n\r\n"),
+    "after an error of the engine": (stream(FIRST, b"event: error\ndata: {}\n\n"), b"0\r\n\r\n"),
     "in the middle of a chunk": (stream(FIRST, FIRST)[:-6], b""),
     "before the line end of a chunk": (stream(FIRST)[:-2], b""),
     "in the size of a chunk": (stream(FIRST) + b"1", b""),
@@ -171,3 +194,28 @@ def test_filter_keeps_the_state_of_connections_apart(host: WasmHost) -> None:
     assert ends == {10: ERROR_END, 10 + 1024: b"", 10 + 2048: ERROR_END, 11: b"", 12: ERROR_END}
     for context in contexts:
         host.call("proxy_on_delete", context)
+
+
+@pytest.mark.parametrize(
+    ("request_line", "appended"),
+    [
+        pytest.param(b"POST /v1/chat/completions HTTP/1.1\r\n", ERROR_END, id="chat"),
+        pytest.param(b"POST /v1/messages HTTP/1.1\r\n", MESSAGES_END, id="messages"),
+        pytest.param(b"POST /v1/messages?beta=true HTTP/1.1\r\n", MESSAGES_END, id="messages with a query"),
+        pytest.param(b"POST /v1/responses HTTP/1.1\r\n", responses_end(12), id="responses"),
+        pytest.param(b"POST", ERROR_END, id="in pieces"),
+    ],
+)
+def test_filter_ends_a_stream_in_the_form_of_its_path(host: WasmHost, request_line: bytes, appended: bytes) -> None:
+    """The path is that of the last request of the connection, whatever its body and the answers before have."""
+    host.call("proxy_on_context_create", 5, 1)
+    host.send(5, b"POST /v1/messages HTTP/1.1\r\nx: y\r\n\r\n{}")
+    host.pass_on(5, WHOLE)
+    host.send(5, request_line + b"host: a\r\n\r\n")
+    host.send(5, b"POST /v1/messages HTTP/1.1\r\n of a body")
+    host.pass_on(5, b"HTTP/1.1 100 Continue\r\n\r\n")
+    host.send(5, b"POST /v1/messages HTTP/1.1\r\n of a body")
+    host.pass_on(5, stream(*[FIRST] * 12))
+
+    assert host.pass_on(5, b"", end=True) == appended
+    host.call("proxy_on_delete", 5)

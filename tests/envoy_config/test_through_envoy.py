@@ -171,7 +171,7 @@ def test_refusal_keeps_its_headers_only_if_it_has_no_reason(bench: Bench) -> Non
     _, response = bench.post(BODY, test_refuse="without-reason")
 
     assert response.status_code == 429
-    assert error_of(response)["message"] == "The proxy refused the request: no_capacity"
+    assert error_of(response)["message"] == "The proxy gets too many requests. Try again later."
     assert response.headers["retry-after"] == "7"
 
 
@@ -183,6 +183,36 @@ def test_client_gets_a_json_503_if_the_decode_engine_refuses_connections(bench: 
     error = error_of(response)
     assert (error["type"], error["code"]) == ("server_error", "upstream_failed")
     assert "127.0.0.1" not in error["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens?beta=true", "/v1/responses", "/generate"])
+def test_error_of_envoy_has_the_shape_of_its_path(bench: Bench, path: str) -> None:
+    """Clients of Anthropic's API read no other, and those of SGLang read the members beside ``error``."""
+    response = bench.client.post(path, content=BODY, headers={"test-decode-host": "127.0.0.1:1"})
+    body = response.json()
+    message = body["error"].pop("message")
+
+    assert response.status_code == 503
+    assert response.headers.get_list("retry-after") == ["1"]
+    assert message.startswith("The request got no answer: ")
+    kind = {"type": "server_error", "param": None}
+    assert body == (
+        {"type": "error", "error": {"type": "overloaded_error"}}
+        if path.startswith("/v1/messages")
+        else {"error": {**kind, "code": "upstream_failed"}, "object": "error", "message": message, **kind, "code": 503}
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "own", "seen"), [(503, None, ["1"]), (429, None, ["1"]), (503, "9", ["9"]), (500, None, [])]
+)
+def test_engine_error_of_overload_gets_retry_after(bench: Bench, status: int, own: str | None, seen: list[str]) -> None:
+    """Engines do not send it, and client libraries wait by it. What an engine does send stays."""
+    headers = {"test-one-server": "1", **({"test-retry-after": own} if own else {})}
+    response = bench.client.post(f"/status/{status}", content=BODY, headers=headers)
+
+    assert response.status_code == status
+    assert response.headers.get_list("retry-after") == seen
 
 
 def test_client_gets_a_json_400_for_malformed_http(bench: Bench) -> None:
@@ -212,7 +242,7 @@ def test_client_gets_a_json_413_for_a_chunked_upload_above_the_limit(bench: Benc
 
     assert response.status_code == 413
     assert error_of(response) == {
-        "message": f"The request body is larger than {bench.config.envoy.max_body_bytes} bytes.",
+        "message": f"The request body is larger than {bench.config.envoy.max_body_bytes} bytes; send a smaller one.",
         "type": "invalid_request_error",
         "param": None,
         "code": "request_too_large",

@@ -86,11 +86,17 @@ class Listener:
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         raise NotImplementedError
 
+    def pass_on(self, *_request: object) -> Decision | Rejection:
+        raise NotImplementedError
+
     def models(self, path: str) -> Answer | Rejection:
         raise NotImplementedError
 
     def lost(self, address: str) -> None:
         """Our own front door reports it; this is of no interest here."""
+
+    def engine_lost(self, fingerprint: str, address: str) -> None:
+        """Only engines drop requests, and there are none."""
 
 
 def read_headers(

@@ -459,6 +459,9 @@ class _Broken:
     def lost(self, address: str) -> None:
         raise NotImplementedError
 
+    def engine_lost(self, fingerprint: str, address: str) -> None:
+        raise NotImplementedError
+
     def place_unread(self, *_request: object) -> Decision | Rejection:
         raise RuntimeError("secret detail")
 
@@ -466,6 +469,9 @@ class _Broken:
         raise RuntimeError("secret detail")
 
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
+        raise RuntimeError("secret detail")
+
+    def pass_on(self, *_request: object) -> Decision | Rejection:
         raise RuntimeError("secret detail")
 
     def models(self, path: str) -> Answer | Rejection:

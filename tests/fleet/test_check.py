@@ -212,6 +212,24 @@ def test_check_reports_impossible_numbers(tmp_path: Path) -> None:
 
 
 @needs_ipv6
+def test_check_reports_a_scheduler_that_stands_still() -> None:
+    """Its page answers, with numbers of a minute ago."""
+    load = {"dp_rank": 0, "num_used_tokens": 0}
+
+    async def story(seconds: float) -> list[str]:
+        page = {"timestamp": "2026-01-01T12:00:00+00:00", "loads": [load | {"timestamp": 1767268800.0 - seconds}]}
+        async with ScriptedEngine(pages("decode", ranks=1)) as engine:
+            engine.pages["/v1/loads"] = json.dumps(page).encode()
+            endpoint = Endpoint(engine.url, "127.0.0.1", engine.port, "*", Role.DECODE)
+            (report,) = await check_engines([endpoint], LoadSettings())
+            assert report.is_usable
+            return [each.effect for each in report.diagnostics if each.code == "load_stands_still"]
+
+    assert asyncio.run(story(2)) == []
+    (effect,) = asyncio.run(story(60))
+    assert "60 s old" in effect
+
+
 def test_check_prints_ipv6_addresses_in_brackets(tmp_path: Path) -> None:
     """They are dialled without."""
 

@@ -12,8 +12,9 @@ from dp_extproc import contract
 from dp_extproc.attempt.events import BodyMode, RequestBody, RequestHeaders
 from dp_extproc.attempt.gateways import FIRST_ATTEMPT, Gateway, Headers
 from dp_extproc.request.error_shapes import ErrorShape, shape_of
-from dp_extproc.request.path import Api, Lookup, read_path
+from dp_extproc.request.path import Asked, Models, Moved, Passed, read_path
 from dp_extproc.request.rejection import Reason, Rejection
+from dp_extproc.request.routes import Api
 from dp_extproc.scheduling.admission import Ticket
 from dp_extproc.scheduling.decision import Answer, Decision, Queued, RequestContext, SchedulingResult
 
@@ -47,12 +48,20 @@ class Decider(Protocol):
         """Pick an endpoint for a request that any engine can answer."""
         ...
 
+    def pass_on(self, passed: Passed, body: bytes | None, context: RequestContext) -> Decision | Rejection | None:
+        """Pick an endpoint for a request that is passed as it is; None if its body has to be read before."""
+        ...
+
     def models(self, path: str) -> Answer | Rejection:
         """Answer a request for the list of models."""
         ...
 
     def lost(self, address: str) -> None:
         """Count a failure of the endpoint at this address, which has dropped a request."""
+        ...
+
+    def engine_lost(self, fingerprint: str, address: str) -> None:
+        """Note that the engine at this address has dropped a request after it had accepted it."""
         ...
 
 
@@ -67,8 +76,9 @@ class Intake:
     """Collects one request."""
 
     __slots__ = (
-        "_api", "_body", "_decider", "_gateway", "_length", "_max_body", "_session", "_size", "_subset", "earlier",
-        "errors", "has_trailers", "is_complete", "mode", "passed", "path", "queued", "sees_response", "untrusted",
+        "_api", "_body", "_decider", "_gateway", "_length", "_max_body", "_passed", "_session", "_size", "_subset",
+        "earlier", "errors", "has_trailers", "is_complete", "mode", "passed", "path", "queued", "sees_response",
+        "untrusted",
     )  # fmt: skip
 
     def __init__(
@@ -80,6 +90,8 @@ class Intake:
         self._max_body = max_body
         self._subset = subset
         self._api = Api.GENERATE
+        self._passed: Passed | None = None
+        """What is passed as it is, once its body is read; None for an inference request."""
         self._session: str | None = None
         self._length: int | None = None
         self._body: list[bytes] = []
@@ -112,7 +124,7 @@ class Intake:
             self._session = headers.get(gateway.session_header)
         asked = read_path(headers.get(":method", ""), headers.get(":path", ""))
         if not isinstance(asked, Api):
-            return self._answer_unread(asked, headers.get(":path", ""))
+            return self._read_other(asked, event)
         if (refusal := _refuse_by_headers(headers, self._max_body)) is not None:
             passes = gateway.passes_other_paths and refusal.status == _UNSUPPORTED
             return self._decider.look_up(self._subset) if passes else refusal
@@ -134,11 +146,44 @@ class Intake:
         self._length = int(length) if length.isdecimal() else None
         return Need.SCHEDULING
 
-    def _answer_unread(self, asked: Lookup | Rejection, path: str) -> Decision | Answer | Rejection:
+    def _read_other(self, asked: Asked, event: RequestHeaders) -> Need | Decision | Answer | Rejection:
+        """Read a request that is no inference request."""
+        if isinstance(asked, Rejection) and asked.reason is Reason.PATH_REFUSED:
+            return asked
+        if isinstance(asked, Passed) and not (asked.is_head and not self._gateway.passes_other_paths):
+            return self._pass_on(asked, event)
         # A gateway of this kind has decided already that the request is for these endpoints.
-        if asked is Lookup.ENGINE or self._gateway.passes_other_paths:
+        if self._gateway.passes_other_paths:
             return self._decider.look_up(self._subset)
-        return self._decider.models(path) if isinstance(asked, Lookup) else asked
+        if isinstance(asked, Models):
+            return self._decider.models(asked.path)
+        if isinstance(asked, Moved):
+            return Answer(b"", 307, (("location", asked.location),))
+        if isinstance(asked, Passed):
+            found = self._pass_on(asked, event)
+            return Answer(b"") if isinstance(found, Decision) else found
+        assert isinstance(asked, Rejection)  # noqa: S101 - an inference request is read elsewhere
+        return asked
+
+    def _pass_on(self, passed: Passed, event: RequestHeaders) -> Need | Decision | Rejection:
+        """Pass a request on as it is, at once or with its body."""
+        found = self._decider.pass_on(passed, b"" if event.end_of_stream else None, self._context())
+        if found is not None and not isinstance(found, Decision):
+            return found
+        if (refusal := _refuse_size(event.headers, self._max_body)) is not None:
+            return refusal
+        if found is not None:
+            return found
+        if (refusal := _refuse_encoding(event.headers)) is not None:
+            return refusal
+        if self.mode in {BodyMode.NONE, BodyMode.UNSUPPORTED}:
+            return _UNSUPPORTED_MODE
+        self._passed = passed
+        return Need.BODY
+
+    def _context(self, ticket: Ticket | None = None) -> RequestContext:
+        earlier = self.earlier
+        return RequestContext(self._session, earlier.failed, ticket, self._subset, self.sees_response, earlier.losses)
 
     def read_body(self, event: RequestBody) -> Need | Rejection:
         """Read the body, or a chunk of it."""
@@ -159,7 +204,8 @@ class Intake:
 
     def schedule(self, ticket: Ticket | None) -> SchedulingResult:
         """Schedule the complete request, which may have a place in the admission queue."""
-        context = RequestContext(self._session, self.earlier.failed, ticket, self._subset, self.sees_response)
+        context = self._context(ticket)
+        result: SchedulingResult
         if self.queued is not None:
             result = self._decider.place_queued(self.queued, context)
         elif self.mode is BodyMode.NONE:
@@ -167,7 +213,12 @@ class Intake:
         else:
             body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
             self._body = [body]
-            result = self._decider.place(self._api, body, context)
+            if self._passed is None:
+                result = self._decider.place(self._api, body, context)
+            else:
+                found = self._decider.pass_on(self._passed, body, context)
+                assert found is not None  # noqa: S101 - its body is read
+                result = found
         self.queued = result if isinstance(result, Queued) else None
         if isinstance(result, Rejection):
             self._body.clear()
@@ -186,14 +237,24 @@ def _printable(value: str) -> str:
 
 def _refuse_by_headers(headers: dict[str, str], max_body: int) -> Rejection | None:
     """Refuse a body that cannot be read or is too large, by what its headers announce."""
-    encoding = headers.get("content-encoding")
-    if encoding is not None and encoding.strip().lower() not in {"", "identity"}:
-        message = f"request bodies with content-encoding {encoding!r} cannot be read; send the JSON uncompressed"
-        return Rejection(_UNSUPPORTED, Reason.COMPRESSED_BODY, message)
+    if (refusal := _refuse_encoding(headers)) is not None:
+        return refusal
     media = headers.get("content-type", "application/json")
     if media != "application/json" and not _is_json(media):
         message = f"content-type must be application/json, not {media[:100]!r}"
         return Rejection(_UNSUPPORTED, Reason.NOT_JSON, message)
+    return _refuse_size(headers, max_body)
+
+
+def _refuse_encoding(headers: dict[str, str]) -> Rejection | None:
+    encoding = headers.get("content-encoding")
+    if encoding is None or encoding.strip().lower() in {"", "identity"}:
+        return None
+    message = f"request bodies with content-encoding {encoding!r} cannot be read; send the JSON uncompressed"
+    return Rejection(_UNSUPPORTED, Reason.COMPRESSED_BODY, message)
+
+
+def _refuse_size(headers: dict[str, str], max_body: int) -> Rejection | None:
     length = headers.get("content-length", "")
     if length.isdecimal() and (len(length) > _MAX_LENGTH_DIGITS or int(length) > max_body):
         return _too_large(max_body)

@@ -113,9 +113,11 @@ def refuse(rejection: Rejection, shape: ErrorShape) -> Immediate:
     return Immediate(rejection.status, rejection.body(shape), headers, reason, {contract.META_REASON: reason})
 
 
-def list_models(answer: Answer) -> Immediate:
-    """Answer a request for the list of models."""
-    return Immediate(200, answer.body, (_JSON,), "models", {contract.META_REASON: "models"})
+def answer(found: Answer) -> Immediate:
+    """Answer a request that reaches no engine, such as one for the list of models."""
+    media = (_JSON,) if found.body else ()
+    headers = (*media, *found.headers)
+    return Immediate(found.status, found.body, headers, "answered", {contract.META_REASON: "answered"})
 
 
 def answer_failure(failure: Failure, shape: ErrorShape, retry_headers: Headers) -> Immediate:

@@ -127,7 +127,8 @@ _REQUEST: Final = (on.RequestBody, on.RequestTrailers)
 _RESPONSE: Final = (on.ResponseBody, on.ResponseTrailers)
 _ANSWERED: Final = {Outcome.ANSWERED: MainState.ANSWERED}
 _DECIDED: Final = {**_ANSWERED, Outcome.ROUTED: MainState.ROUTED, Outcome.QUEUED: MainState.QUEUED}
-_COLLECTED: Final = {**_DECIDED, Outcome.AWAITS_BODY: MainState.BODY}
+_PASSED: Final = {Outcome.PASSED: MainState.PASSING}
+_COLLECTED: Final = {**_DECIDED, **_PASSED, Outcome.AWAITS_BODY: MainState.BODY}
 _RELEASED: Final = {Outcome.RELEASED: MainState.RESPONDING}
 
 ABANDONABLE: Final = frozenset({MainState.ROUTED, MainState.HELD, MainState.ERROR_BODY})
@@ -135,9 +136,9 @@ ABANDONABLE: Final = frozenset({MainState.ROUTED, MainState.HELD, MainState.ERRO
 UNDECIDED: Final = frozenset({MainState.START, MainState.BODY, MainState.QUEUED})
 
 MAIN: Final[Table[MainState]] = {
-    (MainState.START, on.RequestHeaders): {**_COLLECTED, Outcome.PASSED: MainState.PASSING},
+    (MainState.START, on.RequestHeaders): _COLLECTED,
     (MainState.BODY, on.RequestBody): _COLLECTED,
-    (MainState.BODY, on.RequestTrailers): _DECIDED,
+    (MainState.BODY, on.RequestTrailers): {**_DECIDED, **_PASSED},
     (MainState.BODY, Signal.ADVANCE): _ANSWERED,
     (MainState.QUEUED, on.RoomFreed): _DECIDED,
     (MainState.QUEUED, on.QueueExpired): _ANSWERED,

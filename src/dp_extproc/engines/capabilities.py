@@ -36,6 +36,11 @@ class Capabilities:
     rank_header_on: frozenset[Api] = frozenset()
     """Paths on which an engine of an aggregated pool reads the rank from the header ``X-data-parallel-rank``."""
 
+    publishes_stalls: bool = False
+    """Whether the load is published anew, too, while requests wait and no step runs."""
+    times_prefill: bool = False
+    """Whether the counted time of prefill steps can be compared with that of other engines."""
+
     def serves(self, api: Api) -> bool:
         return api in self.apis
 

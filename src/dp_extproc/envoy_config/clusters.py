@@ -23,7 +23,7 @@ from dp_extproc.envoy_config.filters import (
     strip_steering_headers,
 )
 from dp_extproc.envoy_config.listeners import buffer_bytes
-from dp_extproc.envoy_config.lua_filters import remember_failed_endpoints
+from dp_extproc.envoy_config.lua_filters import complete_responses
 from dp_extproc.envoy_config.names import Names
 from dp_extproc.envoy_config.telemetry import collectors_of_logs, collectors_of_spans
 from dp_extproc.envoy_config.tls import to_engines_tls, to_service_tls, transport_socket
@@ -71,12 +71,15 @@ _HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 def build_clusters(config: Config) -> list[cluster.Cluster]:
     """Build all clusters. None of them names an engine."""
     names, buffer = Names.of(config), buffer_bytes(config.envoy)
-    failed_endpoints = [remember_failed_endpoints()] if config.retry.attempts > 1 else []
     supervised = config.supervision.mode is Supervise.FIRST_EVENT
     first_event = [report_first_event(names, config.envoy.body_mode)] if supervised else []
     owner = _grpc_options(config.listen.keepalive, stream_window=_LARGEST_WINDOW)
     dispatch = _http_options(
-        [strip_attempt_headers(config.envoy.session_header), *failed_endpoints, last_upstream_filter()]
+        [
+            strip_attempt_headers(config.envoy.session_header),
+            complete_responses(retries=config.retry.attempts > 1),
+            last_upstream_filter(),
+        ]
     )
     clusters = [commented(_to_service(config, buffer), "The service: envoy.service, or listen.grpc.")]
     if supervised or not config.sends_legs:

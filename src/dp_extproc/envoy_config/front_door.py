@@ -55,7 +55,7 @@ def build_front_door(config: Config) -> listener.Listener:
             early_header_mutation_extensions=[strip_client_headers()],
             generate_request_id=True,
             preserve_external_request_id=True,
-            local_reply_config=build_local_replies(settings.max_body_bytes),
+            local_reply_config=build_local_replies(settings.max_body_bytes, is_front_door=True),
         ),
         stream_idle_timeout="A stream may be idle for as long as the engine processes its prompt.",
         request_headers_timeout="envoy.request_headers_timeout.",

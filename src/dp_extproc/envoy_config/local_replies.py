@@ -1,10 +1,14 @@
-"""Envoy's own error responses in the shape of OpenAI errors, so that client libraries can read them."""
+"""Envoy's own error responses in the shapes of the service's errors, so that client libraries can read them.
 
-from collections.abc import Mapping
+A request that Envoy refuses before it has read a path gets the shape of OpenAI.
+"""
+
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from envoy_data_plane.envoy.config.accesslog import v3 as accesslog
 from envoy_data_plane.envoy.config.core import v3 as core
+from envoy_data_plane.envoy.config.route import v3 as route
 from envoy_data_plane.envoy.extensions.access_loggers.filters.cel.v3 import ExpressionFilter
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import v3 as hcm
 from envoy_data_plane.envoy.type.matcher import v3 as matcher
@@ -12,12 +16,11 @@ from envoy_data_plane.google.protobuf import Struct
 
 from dp_extproc.contract import CUT, FAILED, META_DECODE_HOST, META_PREFILL_HOST, META_REASON, METADATA_NAMESPACE, RETRY
 from dp_extproc.envoy_config.yaml_text import commented, pack
+from dp_extproc.request.error_shapes import ANTHROPIC_PREFIX, ErrorShape, error_members
+from dp_extproc.request.rejection import TRY_AGAIN
 
 _Op = accesslog.ComparisonFilterOp
-_REQUEST_ERROR: Final = "invalid_request_error"
-_FLEET_ERROR: Final = "server_error"
-"""OpenAI's types of errors: of the request itself, and of all that is behind the front door."""
-
+_IF_ABSENT: Final = core.HeaderValueOptionHeaderAppendAction.ADD_IF_ABSENT
 _UPSTREAM_FAILED: Final = ["UF", "UC", "UR", "UH", "UO", "UT", "UPE", "LR"]
 """Response flags of a connection that failed, had no valid HTTP, or ended before the response headers."""
 
@@ -27,9 +30,22 @@ _NULL: Final = f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:null)%"
 _NO_HEADERS: Final[Mapping[str, str]] = {}
 _REPEAT: Final = {RETRY: "1", FAILED: ",".join((*_HOSTS, CUT))}
 """Headers with which the front door repeats a request without a decision of the service about the retry."""
+_RETRY_AFTER: Final = dict(TRY_AGAIN)
+
+_LOST: Final = "The request got no answer: %LOCAL_REPLY_BODY%. Try again."
+_LOST_WHILE_HELD: Final = "The server was lost before its answer had begun: %RESPONSE_CODE_DETAILS%. Try again."
+_UNAVAILABLE: Final = "The routing service did not place the request; it may be starting or down. Try again."
+_FAILED: Final = "The proxy failed: %RESPONSE_CODE_DETAILS%"
+_TOO_SLOW: Final = "The request did not arrive in time (%RESPONSE_CODE_DETAILS%); send it again, without a pause."
+_TOO_MANY: Final = "The proxy gets too many requests. Try again later."
+_OLD_HTTP: Final = "The proxy does not accept this version of HTTP; use HTTP/1.1 or HTTP/2."
+_LARGE_HEADERS: Final = "The headers of the request are too large or too many; send fewer or shorter ones."
+_REFUSED: Final = "The proxy refused the request: %RESPONSE_CODE_DETAILS%"
 
 
-def build_local_replies(max_body_bytes: int, *, retries: bool = False) -> hcm.LocalReplyConfig:
+def build_local_replies(
+    max_body_bytes: int, *, is_front_door: bool = False, retries: bool = False
+) -> hcm.LocalReplyConfig:
     """Build the table of Envoy's own responses.
 
     For Envoy a refusal of the service (an ``ImmediateResponse``) is a local reply, too. It passes unchanged, since the
@@ -37,39 +53,47 @@ def build_local_replies(max_body_bytes: int, *, retries: bool = False) -> hcm.Lo
 
     Args:
         max_body_bytes: Limit that the error for a larger body names.
+        is_front_door: Whether clients connect here, whose requests may be slow, old or malformed.
         retries: Whether the front door repeats a request that was lost before its response headers were committed. The
             service removes the retry headers if it decides otherwise. It cannot do so if its process is gone, or if
             the response headers were still held, since Envoy calls no filter then. In the second case the service
             counts the loss when the request arrives again.
     """
-    failed = accesslog.AccessLogFilter(response_flag_filter=accesslog.ResponseFlagFilter(flags=_UPSTREAM_FAILED))
-    lost = accesslog.AccessLogFilter(and_filter=accesslog.AndFilter(filters=[_status(_Op.GE, 500), failed]))
     repeat = _REPEAT if retries else {}
-    too_large = f"The request body is larger than {max_body_bytes} bytes."
-    unavailable = "The routing service did not place the request; it may be starting or down. Try again."
-    refused = "The proxy refused the request: %RESPONSE_CODE_DETAILS%"
-    mappers = [
-        hcm.ResponseMapper(filter=_refusal_of_the_service()),
-        *([_lost_while_held()] if retries else []),
-        _error(_status(_Op.EQ, 413), _REQUEST_ERROR, "request_too_large", too_large),
-        _error(lost, _FLEET_ERROR, "upstream_failed", "The request got no answer: %LOCAL_REPLY_BODY%", repeat),
-        _error(_status(_Op.EQ, 503), _FLEET_ERROR, "service_unavailable", unavailable),
-        _error(_status(_Op.GE, 500), _FLEET_ERROR, "proxy_error", "The proxy failed: %RESPONSE_CODE_DETAILS%"),
-        _error(_status(_Op.GE, 400), _REQUEST_ERROR, "request_refused", refused),
-    ]
-    return commented(hcm.LocalReplyConfig(mappers=mappers), "Envoy's own errors in the shape of OpenAI errors.")
+    too_large = f"The request body is larger than {max_body_bytes} bytes; send a smaller one."
+    return commented(
+        hcm.LocalReplyConfig(
+            mappers=[
+                hcm.ResponseMapper(filter=_refusal_of_the_service()),
+                *(_errors(_lost_while_held(), 503, "upstream_failed", _LOST_WHILE_HELD, repeat) if retries else ()),
+                *_errors(_status(_Op.EQ, 413), 413, "request_too_large", too_large),
+                *_errors(_lost(), 503, "upstream_failed", _LOST, {**_RETRY_AFTER, **repeat}),
+                *_errors(_status(_Op.EQ, 503), 503, "service_unavailable", _UNAVAILABLE, _RETRY_AFTER),
+                *_errors(_status(_Op.GE, 500), 500, "proxy_error", _FAILED),
+                *_errors(_status(_Op.EQ, 429), 429, "too_many_requests", _TOO_MANY, _RETRY_AFTER),
+                *(_errors_of_clients() if is_front_door else ()),
+                *_errors(_status(_Op.GE, 400), 400, "request_refused", _REFUSED),
+            ]
+        ),
+        "Envoy's own errors in the shapes of OpenAI, SGLang and Anthropic.",
+    )
 
 
-def _lost_while_held() -> hcm.ResponseMapper:
+def _errors_of_clients() -> Iterator[hcm.ResponseMapper]:
+    yield from _errors(_status(_Op.EQ, 408), 408, "request_timeout", _TOO_SLOW)
+    yield from _errors(_status(_Op.EQ, 426), 426, "http_version_not_supported", _OLD_HTTP)
+    yield from _errors(_status(_Op.EQ, 431), 431, "request_headers_too_large", _LARGE_HEADERS)
+
+
+def _lost() -> accesslog.AccessLogFilter:
+    failed = accesslog.AccessLogFilter(response_flag_filter=accesslog.ResponseFlagFilter(flags=_UPSTREAM_FAILED))
+    return _all_of(_status(_Op.GE, 500), failed)
+
+
+def _lost_while_held() -> accesslog.AccessLogFilter:
     lost = ExpressionFilter(expression='response.code_details.startsWith("upstream_reset_after_response_started")')
     extension = accesslog.ExtensionFilter(name="envoy.access_loggers.extension_filters.cel", typed_config=pack(lost))
-    return _error(
-        accesslog.AccessLogFilter(extension_filter=extension),
-        _FLEET_ERROR,
-        "upstream_failed",
-        "The server was lost before its answer had begun: %RESPONSE_CODE_DETAILS%",
-        _REPEAT,
-    )
+    return accesslog.AccessLogFilter(extension_filter=extension)
 
 
 def _refusal_of_the_service() -> accesslog.AccessLogFilter:
@@ -92,13 +116,25 @@ def _status(op: _Op, status: int) -> accesslog.AccessLogFilter:
     return accesslog.AccessLogFilter(status_code_filter=accesslog.StatusCodeFilter(comparison=comparison))
 
 
-def _error(
-    when: accesslog.AccessLogFilter, kind: str, code: str, message: str, headers: Mapping[str, str] = _NO_HEADERS
-) -> hcm.ResponseMapper:
-    error = {"message": message, "type": kind, "param": _NULL, "code": code}
-    added = [core.HeaderValue(key=name, value=value) for name, value in headers.items()]
-    return hcm.ResponseMapper(
-        filter=when,
-        headers_to_add=[core.HeaderValueOption(header=header) for header in added],
-        body_format_override=core.SubstitutionFormatString(json_format=Struct.from_dict({"error": error})),
-    )
+def _all_of(*filters: accesslog.AccessLogFilter) -> accesslog.AccessLogFilter:
+    return accesslog.AccessLogFilter(and_filter=accesslog.AndFilter(filters=list(filters)))
+
+
+def _errors(
+    when: accesslog.AccessLogFilter, status: int, code: str, message: str, headers: Mapping[str, str] = _NO_HEADERS
+) -> Iterator[hcm.ResponseMapper]:
+    """Build an error in each shape; the status is one of those that it is for, and decides about the types."""
+    path = route.HeaderMatcher(name=":path", string_match=matcher.StringMatcher(prefix=ANTHROPIC_PREFIX))
+    messages = accesslog.AccessLogFilter(header_filter=accesslog.HeaderFilter(header=path))
+    for shape, shaped in ((ErrorShape.ANTHROPIC, _all_of(messages, when)), (ErrorShape.OPENAI, when)):
+        members = error_members(shape, status, message, code, _NULL)
+        if shape is ErrorShape.OPENAI:
+            members["code"] = "%RESPONSE_CODE%"
+        yield hcm.ResponseMapper(
+            filter=shaped,
+            headers_to_add=[
+                core.HeaderValueOption(header=core.HeaderValue(key=name, value=value), append_action=_IF_ABSENT)
+                for name, value in headers.items()
+            ],
+            body_format_override=core.SubstitutionFormatString(json_format=Struct.from_dict(members)),
+        )

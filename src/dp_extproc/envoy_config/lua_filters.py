@@ -1,4 +1,4 @@
-"""The two Lua filters: one turns the mirrored request into the prefill leg, one remembers failed attempts."""
+"""The two Lua filters: one turns the mirrored request into the prefill leg, one completes responses of the block."""
 
 from typing import Final
 
@@ -52,12 +52,13 @@ def swap_leg_preamble() -> HttpFilter:
 
 _NAMESPACE: Final = "dp_extproc.retry"
 
-_REMEMBER_FAILED_ENDPOINTS: Final = f"""\
+_SEND_FAILED_ENDPOINTS: Final = f"""\
 function envoy_on_request(request)
   local known = request:streamInfo():dynamicMetadata():get("{_NAMESPACE}")
   if known then request:headers():replace("{contract.AVOID}", known["failed"]) end
 end
-function envoy_on_response(response)
+"""
+_REMEMBER_FAILED_ENDPOINTS: Final = f"""\
   local failed = response:headers():get("{contract.FAILED}")
   if failed then
     local metadata = response:streamInfo():dynamicMetadata()
@@ -66,22 +67,33 @@ function envoy_on_response(response)
     metadata:set("{_NAMESPACE}", "failed", failed)
     response:headers():remove("{contract.FAILED}")
   end
-end
 """
 """The header stays in the block, whichever route led there: it has addresses of engines."""
 
+_RETRY_AFTER: Final = """\
+  local headers = response:headers()
+  local status = headers:get(":status")
+  if (status == "503" or status == "429") and not headers:get("retry-after") then
+    headers:add("retry-after", "1")
+  end
+"""
 
-def remember_failed_endpoints() -> HttpFilter:
-    """Build the filter that adds the endpoints of failed attempts to a repeated request.
+
+def complete_responses(*, retries: bool) -> HttpFilter:
+    """Build the filter that gives errors of overload a time to wait, and remembers failed endpoints for a retry.
 
     It belongs to the upstream filter chain between the front door and the listener where requests are scheduled. That
     chain runs anew for each attempt, while the dynamic metadata of the request stays.
     """
+    script = f"function envoy_on_response(response)\n{{}}{_RETRY_AFTER}end\n"
+    comment = "Clients try again by retry-after, which engines do not send."
+    if not retries:
+        return commented(_lua(script.format("")), comment)
     comment = (
         "Runs anew for each attempt, and sends the endpoints of failed attempts along. Their addresses leave\n"
-        "no response."
+        f"no response. {comment}"
     )
-    return commented(_lua(_REMEMBER_FAILED_ENDPOINTS), comment)
+    return commented(_lua(_SEND_FAILED_ENDPOINTS + script.format(_REMEMBER_FAILED_ENDPOINTS)), comment)
 
 
 def _lua(script: str) -> HttpFilter:

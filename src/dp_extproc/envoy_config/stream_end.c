@@ -3,7 +3,8 @@
  * A network filter of Envoy (proxy-wasm ABI 0.2.1) between an engine and Envoy's HTTP codec. It follows the framing of
  * HTTP/1.1 responses and appends data in one case only: the engine closes the connection in mid-stream, between two
  * chunks. Then it appends an error event and the end of the chunked body. In all other cases (within a chunk, in
- * responses that are no streams, between responses) the connection ends as without the filter.
+ * responses that are no streams, between responses, behind a stream's last event) the connection ends as without the
+ * filter. The form of the event depends on the path of the request, as official client libraries raise each by another.
  *
  * It uses no library: `make stream-end` builds it with clang alone. Its only state is that of its connections.
  */
@@ -19,15 +20,22 @@ IMPORT(proxy_set_buffer_bytes) u32 proxy_set_buffer_bytes(u32 type, u32 start, u
 IMPORT(proxy_define_metric) u32 proxy_define_metric(u32 type, const char *name, u32 length, u32 *id);
 IMPORT(proxy_increment_metric) u32 proxy_increment_metric(u32 id, u64 by);
 
-enum { UPSTREAM_DATA = 3, COUNTER = 0, CONTINUE = 0, OK = 0 };
+enum { DOWNSTREAM_DATA = 2, UPSTREAM_DATA = 3, COUNTER = 0, CONTINUE = 0, OK = 0 };
 
 static const char METRIC[] = "dp_extproc_cut_streams";
-static const char EVENT[] =
-    "event: error\n"
-    "data: {\"type\":\"error\",\"error\":{\"message\":\"the server that was answering was lost; the answer is not "
-    "complete\",\"type\":\"server_error\",\"param\":null,\"code\":\"stream_cut\"}}\n\n";
+#define TEXT "the server that was answering was lost; the answer is not complete"
+#define CODE ",\"param\":null,\"code\":\"stream_cut\""
+#define EVENT_OF_OPENAI \
+  "event: error\ndata: {\"type\":\"error\",\"error\":{\"message\":\"" TEXT "\",\"type\":\"server_error\"" CODE "}}\n\n"
+#define EVENT_OF_ANTHROPIC \
+  "event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"api_error\",\"message\":\"" TEXT "\"}}\n\n"
+#define EVENT_OF_RESPONSES \
+  "event: error\ndata: {\"type\":\"error\",\"error\":{\"message\":\"" TEXT "\",\"type\":\"server_error\"" CODE "}," \
+  "\"message\":\"" TEXT "\"" CODE ",\"sequence_number\":"
 static const char LAST_CHUNK[] = "0\r\n\r\n";
 static const char DONE[] = "data: [DONE]\n\n";
+
+enum api { OPENAI, RESPONSES, MESSAGES };
 
 /* --- the responses of one connection --- */
 
@@ -48,11 +56,14 @@ struct answers {
   struct answers *next;
   enum state state;
   u64 left;        /* bytes of the chunk, or of the body */
-  u32 length;      /* of the current line; more than LINE if it is longer */
+  u32 length;      /* of the current line or chunk; more than LINE if it is longer */
+  u32 events;      /* chunks of the current body, as many as events */
+  enum api api;    /* of the last request */
+  int is_over;     /* whether what comes next from the client begins a request */
   int is_first;    /* whether it is the first line of its head */
-  int has_no_body; /* 1xx, 204, 304: another head follows */
+  int has_no_body; /* 1xx (2), 204, 304: another head follows */
   int is_chunked, has_length, is_events;
-  int is_complete; /* the last event was [DONE] */
+  int is_complete; /* the last event ends its stream */
   char line[LINE]; /* in lower case */
 };
 
@@ -62,15 +73,22 @@ static void begin_head(struct answers *it) {
   it->is_first = 1;
   it->has_no_body = it->is_chunked = it->has_length = it->is_events = it->is_complete = 0;
   it->left = 0;
+  it->events = 0;
 }
 
-static int begins(const struct answers *it, const char *with, u32 length) {
-  if (it->length < length) return 0;
+static void end_response(struct answers *it) {
+  begin_head(it);
+  it->is_over = 1;
+}
+
+static int starts(const char *data, u32 size, const char *with, u32 length) {
+  if (size < length) return 0;
   for (u32 i = 0; i < length; i++)
-    if (it->line[i] != with[i]) return 0;
+    if (data[i] != with[i]) return 0;
   return 1;
 }
-#define BEGINS(it, text) begins(it, text, sizeof text - 1)
+#define STARTS(data, size, text) starts(data, size, text, sizeof text - 1)
+#define BEGINS(it, text) STARTS((it)->line, (it)->length, text)
 
 static int mentions(const struct answers *it, const char *what, u32 length) {
   u32 end = it->length < LINE ? it->length : LINE;
@@ -98,12 +116,14 @@ static u64 number(const struct answers *it, u32 from, u32 base) {
 
 static void end_head(struct answers *it) {
   if (it->has_no_body) {
+    int is_interim = it->has_no_body > 1;
     begin_head(it);
+    it->is_over = !is_interim;
   } else if (it->is_chunked) {
     it->state = SIZE;
   } else if (it->has_length) {
     it->state = LENGTH;
-    if (it->left == 0) begin_head(it);
+    if (it->left == 0) end_response(it);
   } else {
     it->state = REST;
   }
@@ -116,12 +136,12 @@ static void end_line(struct answers *it) {
   } else if (it->state == DATA_END) {
     it->state = SIZE;
   } else if (it->state == TRAILERS) {
-    if (it->length == 0) begin_head(it);
+    if (it->length == 0) end_response(it);
   } else if (it->length == 0) {
     end_head(it);
   } else if (it->is_first) {
     it->is_first = 0;
-    it->has_no_body = it->line[9] == '1' || MENTIONS(it, " 204") || MENTIONS(it, " 304");
+    it->has_no_body = it->line[9] == '1' ? 2 : MENTIONS(it, " 204") || MENTIONS(it, " 304");
   } else if (BEGINS(it, "transfer-encoding:")) {
     it->is_chunked = MENTIONS(it, "chunked");
   } else if (BEGINS(it, "content-type:")) {
@@ -134,11 +154,17 @@ static void end_line(struct answers *it) {
 }
 
 static int ends(const char *data, u32 size, const char *with, u32 length) {
-  if (size < length) return 0;
-  for (u32 i = 0; i < length; i++)
-    if (data[size - length + i] != with[i]) return 0;
-  return 1;
+  return size >= length && starts(data + size - length, length, with, length);
 }
+
+/* Streams of OpenAI's first two APIs end with [DONE], those of the others with an event of its own name. */
+static int is_last(const struct answers *it, const char *data, u32 size) {
+  return ends(data, size, DONE, sizeof DONE - 1) || BEGINS(it, "event: message_stop") || BEGINS(it, "event: error") ||
+         BEGINS(it, "event: response.completed") || BEGINS(it, "event: response.incomplete") ||
+         BEGINS(it, "event: response.failed") || BEGINS(it, "event: response.cancelled");
+}
+
+static char lower(char c) { return c >= 'A' && c <= 'Z' ? c + ('a' - 'A') : c; }
 
 static void read(struct answers *it, const char *data, u32 size) {
   u32 at = 0;
@@ -146,14 +172,17 @@ static void read(struct answers *it, const char *data, u32 size) {
     if (it->state == REST) return;
     if (it->state == DATA || it->state == LENGTH) {
       u32 here = it->left < size - at ? (u32)it->left : size - at;
+      for (u32 i = 0; it->state == DATA && it->length < LINE && i < here; i++) it->line[it->length++] = lower(data[at + i]);
       at += here;
       it->left -= here;
       if (it->left) return;
       if (it->state == LENGTH) {
-        begin_head(it);
+        end_response(it);
       } else {
-        it->is_complete = ends(data, at, DONE, sizeof DONE - 1);
+        it->is_complete = is_last(it, data, at);
         it->state = DATA_END;
+        it->length = 0;
+        it->events++;
       }
       continue;
     }
@@ -161,7 +190,7 @@ static void read(struct answers *it, const char *data, u32 size) {
     if (c == '\n') {
       end_line(it);
     } else if (c != '\r') {
-      if (it->length < LINE) it->line[it->length] = c >= 'A' && c <= 'Z' ? c + ('a' - 'A') : c;
+      if (it->length < LINE) it->line[it->length] = lower(c);
       it->length++;
     }
   }
@@ -199,26 +228,44 @@ static struct answers **find(u32 id) {
   return at;
 }
 
+enum { EVENT_SIZE = 512 }; /* more than the longest */
+
+static u32 put(char *to, u32 at, const char *text, u32 length) {
+  for (u32 i = 0; i < length; i++) to[at + i] = text[i];
+  return at + length;
+}
+#define PUT(to, at, text) put(to, at, text, sizeof text - 1)
+
+static u32 put_number(char *to, u32 at, u32 value, u32 base) {
+  char digits[10];
+  u32 count = 0;
+  do {
+    digits[count++] = "0123456789abcdef"[value % base];
+    value /= base;
+  } while (value);
+  while (count) to[at++] = digits[--count];
+  return at;
+}
+
+static u32 put_event(char *to, const struct answers *it) {
+  if (it->api == MESSAGES) return PUT(to, 0, EVENT_OF_ANTHROPIC);
+  if (it->api == OPENAI) return PUT(to, 0, EVENT_OF_OPENAI);
+  u32 at = put_number(to, PUT(to, 0, EVENT_OF_RESPONSES), it->events, 10);
+  return PUT(to, at, "}\n\n");
+}
+
 static void append(u32 at, const struct answers *it) {
-  char text[sizeof EVENT + 32];
+  char event[EVENT_SIZE], text[EVENT_SIZE + 32];
   u32 length = 0;
   if (!it->is_complete) {
-    u32 size = sizeof EVENT - 1, started = 0;
-    for (int shift = 28; shift >= 0; shift -= 4) {
-      u32 digit = size >> shift & 15;
-      if (digit || started) {
-        text[length++] = "0123456789abcdef"[digit];
-        started = 1;
-      }
-    }
-    text[length++] = '\r';
-    text[length++] = '\n';
-    for (u32 i = 0; i < size; i++) text[length++] = EVENT[i];
-    text[length++] = '\r';
-    text[length++] = '\n';
+    u32 size = put_event(event, it);
+    length = put_number(text, 0, size, 16);
+    length = PUT(text, length, "\r\n");
+    length = put(text, length, event, size);
+    length = PUT(text, length, "\r\n");
     proxy_increment_metric(metric, 1);
   }
-  for (u32 i = 0; i < sizeof LAST_CHUNK - 1; i++) text[length++] = LAST_CHUNK[i];
+  length = put(text, length, LAST_CHUNK, sizeof LAST_CHUNK - 1);
   proxy_set_buffer_bytes(UPSTREAM_DATA, at, 0, text, length);
 }
 
@@ -246,7 +293,8 @@ EXPORT(proxy_on_context_create) void proxy_on_context_create(u32 id, u32 parent)
   it->id = id;
   it->next = buckets[id % BUCKETS];
   buckets[id % BUCKETS] = it;
-  begin_head(it);
+  it->api = OPENAI;
+  end_response(it);
 }
 
 EXPORT(proxy_on_vm_start) u32 proxy_on_vm_start(u32 id, u32 size) {
@@ -257,6 +305,21 @@ EXPORT(proxy_on_vm_start) u32 proxy_on_vm_start(u32 id, u32 size) {
 EXPORT(proxy_on_configure) u32 proxy_on_configure(u32 id, u32 size) {
   (void)id, (void)size;
   return 1;
+}
+
+/* Envoy sends a request when the response to the one before has ended, and its head in one piece. */
+EXPORT(proxy_on_downstream_data) u32 proxy_on_downstream_data(u32 id, u32 size, u32 is_last) {
+  (void)is_last;
+  struct answers *it = *find(id);
+  if (!it || !it->is_over || !size) return CONTINUE;
+  char *data = 0;
+  u32 length = 0;
+  if (proxy_get_buffer_bytes(DOWNSTREAM_DATA, 0, size < LINE ? size : LINE, &data, &length) != OK) return CONTINUE;
+  it->is_over = 0;
+  it->api = STARTS(data, length, "POST /v1/messages")    ? MESSAGES
+            : STARTS(data, length, "POST /v1/responses") ? RESPONSES
+                                                         : OPENAI;
+  return CONTINUE;
 }
 
 EXPORT(proxy_on_upstream_data) u32 proxy_on_upstream_data(u32 id, u32 size, u32 is_last) {

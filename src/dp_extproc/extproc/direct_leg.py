@@ -36,7 +36,7 @@ class DirectLegs:
         listener: LegListener | None = None,
         abort_listener: LegListener | None = None,
     ) -> None:
-        """Set up, in the event loop; *prefill_timeout* is in seconds.
+        """Set up, in the event loop; *prefill_timeout* is in seconds, the longest of any leg.
 
         *tls* is for all connections to engines; without it they are plain HTTP. The listeners are informed of every
         leg, and of every abort of a decode leg.

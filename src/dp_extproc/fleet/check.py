@@ -20,6 +20,8 @@ from dp_extproc.fleet.sources.http import EngineClient, make_client
 from dp_extproc.fleet.sources.polling import EnginePoller
 
 _CONNECT_SECONDS: Final = 2.0
+_OLD_SECONDS: Final = 30.0
+"""Age of the newest load on a page from which on it is a problem: idle schedulers publish it every second or two."""
 _IS_ALONE: Final = "; no server of the pool is left that it can be paired with"
 
 
@@ -79,13 +81,13 @@ class _Round:
     """Keeps the engine events of a single round."""
 
     facts: EngineFacts | None = None
-    has_sample = False
+    page: LoadPage | None = None
 
     def discovered(self, endpoint: Endpoint, address: str, facts: EngineFacts, now: float) -> None:  # noqa: ARG002 - the protocol's
         self.facts = facts
 
     def sampled(self, endpoint: Endpoint, page: LoadPage, started: float, now: float) -> None:  # noqa: ARG002 - the protocol's
-        self.has_sample = True
+        self.page = page
 
     def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
         """Keep nothing: the round returns the failure, too."""
@@ -104,7 +106,8 @@ async def _check(engine: EngineClient, every: tuple[Endpoint, ...], settings: Lo
         found = adapter_of(events.facts.kind).diagnostics(events.facts, endpoint)
         if events.facts.mode is not MODE_OF[endpoint.role]:
             failure = None  # the diagnostic has the same message
-    source = poller.source if events.has_sample else None
+    source = poller.source if events.page is not None else None
+    found = (*found, *_standstill_diagnostics(events.page))
     report = EngineReport(endpoint, events.facts, source, failure, found)
     return replace(report, diagnostics=(*found, *await _bootstrap_diagnostics(report, every)))
 
@@ -162,6 +165,16 @@ async def _bootstrap_diagnostics(report: EngineReport, every: tuple[Endpoint, ..
     effect = f"nobody answers at {in_url(host)}:{port}, at least not from here; decode gives up after about 16 s"
     remedy = "set bootstrap_host and bootstrap_port to where decode servers reach the prefill server's registry"
     return (Diagnostic("bootstrap_unreachable", effect, remedy),)
+
+
+def _standstill_diagnostics(page: LoadPage | None) -> tuple[Diagnostic, ...]:
+    """Report a page that answers with old numbers: it comes from shared memory, whatever the scheduler does."""
+    ages = [rank.age for rank in page.ranks if rank.age is not None] if page is not None else []
+    if not ages or min(ages) < _OLD_SECONDS:
+        return ()
+    effect = f"its load page answers, but the newest load on it is {min(ages):.0f} s old: its scheduler stands still"
+    remedy = "look for a hang in the log of the engine; while requests wait there, other engines are preferred"
+    return (Diagnostic("load_stands_still", effect, remedy),)
 
 
 def _is_loopback(host: str) -> bool:

@@ -17,6 +17,7 @@ from dp_extproc.load.endpoint import (
     Freshness,
     StepCosts,
     compare_pace,
+    compare_prefill,
     note_room,
 )
 from dp_extproc.load.health import Health
@@ -223,6 +224,8 @@ class LoadCache:
             self._change()  # a further sample of a fresh endpoint changes nothing for the filters
         if load is not None:
             load.absorb(page.ranks, started, now)
+            if load.review(now):
+                self._change()
             restarted = load.detect_restart(page)
             if load.is_away or restarted:
                 load.is_away = False
@@ -231,8 +234,7 @@ class LoadCache:
                 self._forget_prefixes(load)
             if endpoint.role is Role.WORKER:
                 load.learn_prompt_rate(page, started)
-            if endpoint.role is not Role.PREFILL:
-                self._compare(endpoint.pool, endpoint.role, now)
+            self._compare(endpoint.pool, endpoint.role, now)
         if endpoint.role is not Role.DECODE:
             self.ratios[endpoint.pool].counted(
                 endpoint.url,
@@ -248,6 +250,9 @@ class LoadCache:
         self._pages[pool, role] += 1
         if self._pages[pool, role] >= len(peers := self.known(pool, role)):
             self._pages[pool, role] = 0
+            if role is Role.PREFILL:
+                compare_prefill(peers)
+                return
             compare_pace(peers)
             if prefills := self.known(pool, Role.PREFILL):
                 note_room(prefills, is_full=Room.of(self.best_known(peers, now)[1], now).is_full)
@@ -278,7 +283,8 @@ class LoadCache:
     def best_known(self, loads: Sequence[EndpointLoad], now: float) -> tuple[Freshness | None, list[EndpointLoad]]:
         """Return the freshest of some endpoints, and how fresh they are; None if there are no endpoints.
 
-        These are the fresh ones, or else the stale ones. Endpoints without any sample are used if all are without.
+        These are the fresh ones, else the suspect ones, else the stale ones. Endpoints without any sample are used
+        if all are without.
         """
         states = [load.freshness(now, self.stale_after) for load in loads]
         best = min(states, default=None)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from statistics import fmean
 from typing import Final, TypeVar
 
 from msgspec import Struct
@@ -11,14 +12,16 @@ from msgspec import Struct
 from dp_extproc.config.reliability import OutlierDetectionSettings
 from dp_extproc.engines.capabilities import Capabilities
 from dp_extproc.engines.compatibility import PairingKey, pairing_key
-from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, RankSample, Role
+from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, PrefillSteps, RankSample, Role
 from dp_extproc.estimators.decode_pace import compare
+from dp_extproc.estimators.prefill_speed import PrefillSpeed, compare_speeds
 from dp_extproc.estimators.prompt_rate import PromptRate
 from dp_extproc.load.attribution import Reading, absorb
 from dp_extproc.load.decode import DecodeGroup
 from dp_extproc.load.health import Health
 from dp_extproc.load.prefill import PrefillGroup
 from dp_extproc.load.records import Work
+from dp_extproc.load.standstill import StandstillDetector
 from dp_extproc.load.step_group import EXTERNAL_FROM, RankLoad, Reservation, StepGroup
 
 _T = TypeVar("_T")
@@ -28,9 +31,11 @@ class Freshness(IntEnum):
     """How recent the load of an endpoint is; lower is better."""
 
     FRESH = 0
-    STALE = 1
+    SUSPECT = 1
+    """The load page of the endpoint answers, but its scheduler stands still (:mod:`dp_extproc.load.standstill`)."""
+    STALE = 2
     """The endpoint had neither sample nor response for a while, or refuses connections."""
-    UNKNOWN = 2
+    UNKNOWN = 3
     """The endpoint never had a sample, but its engine has reported its ranks."""
 
 
@@ -83,9 +88,9 @@ class EndpointLoad:
     """One endpoint, with its ranks and what its engine reports."""
 
     __slots__ = (
-        "_counts", "_prompt_rate", "address", "answered_at", "cached_prompt_tokens", "candidate", "capabilities",
-        "configured", "facts", "groups", "has_external_requests", "health", "is_away", "is_gone", "is_ready", "ranks",
-        "sampled_at",
+        "_counts", "_prompt_rate", "_standstill", "_usable", "address", "answered_at", "cached_prompt_tokens",
+        "candidate", "capabilities", "configured", "facts", "groups", "has_external_requests", "health", "is_away",
+        "is_gone", "is_ready", "prefill_speeds", "ranks", "sampled_at",
     )  # fmt: skip
 
     def __init__(
@@ -108,8 +113,15 @@ class EndpointLoad:
         self.groups = tuple(_groups(endpoint.role, facts, costs))
         self.ranks = tuple(rank for group in self.groups for rank in group.ranks)
         usable = capabilities.prefill_ranks(facts.dp_ranks) if endpoint.role is Role.PREFILL else range(facts.dp_ranks)
-        self.candidate = _candidate(self, [self.ranks[index] for index in usable])
+        self._usable = _candidate(self, [self.ranks[index] for index in usable])
         """The endpoint with every rank that can serve."""
+        self.candidate = self._usable
+        """The same without suspect ranks, as far as there are others."""
+        self.prefill_speeds = tuple(PrefillSpeed() for _ in self.groups)
+        """The prefill speed of each group, as the engine counts it."""
+        self._standstill = StandstillDetector(
+            self.groups, self.prefill_speeds, facts, publishes_stalls=capabilities.publishes_stalls
+        )
         self.cached_prompt_tokens = 0.0
         """Prompt tokens of all requests so far that were expected in the prefix cache of their rank."""
         self.sampled_at = -math.inf
@@ -183,6 +195,12 @@ class EndpointLoad:
         return sum(reported) / len(reported) if reported else None
 
     @property
+    def time_per_prompt_token(self) -> float | None:
+        """Mean seconds of a rank per prompt token, as the engine counts its steps; None if it has not."""
+        known = [each.seconds_per_token for each in self.prefill_speeds if each.seconds_per_token is not None]
+        return fmean(known) if known else None
+
+    @property
     def waiting_prompts(self) -> Work:
         """The prompts that no step has taken in yet. Of an aggregated endpoint they are those of the last samples."""
         if self.role is Role.PREFILL:
@@ -208,7 +226,19 @@ class EndpointLoad:
     def freshness(self, now: float, stale_after: float) -> Freshness:
         if self.sampled_at == -math.inf:
             return Freshness.UNKNOWN
-        return Freshness.STALE if self.is_gone or now - self.seen_at > stale_after else Freshness.FRESH
+        if self.is_gone or now - self.seen_at > stale_after:
+            return Freshness.STALE
+        return Freshness.SUSPECT if self.is_suspect else Freshness.FRESH
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether the scheduler of every rank that can serve stands still."""
+        return bool(stuck := self.suspect_groups) and all(part.group in stuck for part in self._usable.parts)
+
+    @property
+    def suspect_groups(self) -> Sequence[StepGroup]:
+        """The step groups whose scheduler stands still."""
+        return self._standstill.stuck
 
     @property
     def seen_at(self) -> float:
@@ -236,6 +266,18 @@ class EndpointLoad:
                 beyond = sum(rank.external_requests for rank in self.ranks)
             if beyond >= EXTERNAL_FROM:
                 self.has_external_requests = True if beyond - doubtful >= EXTERNAL_FROM else None
+
+    def review(self, now: float) -> bool:
+        """Detect by a page that was just absorbed what stands still, and return whether that has changed."""
+        for group, speed in zip(self.groups, self.prefill_speeds, strict=True):
+            counts = [rank.sample.prefilled for rank in group.ranks if rank.sample is not None]
+            if self.capabilities.times_prefill and (known := [each for each in counts if each is not None]):
+                speed.learn(PrefillSteps(fmean(each.tokens for each in known), fmean(each.seconds for each in known)))
+        if not self._standstill.review(self.answered_at if self.role is Role.PREFILL else -math.inf, now):
+            return False
+        stuck = self.suspect_groups
+        self.candidate = self._usable.only(lambda rank: rank.group not in stuck) or self._usable
+        return True
 
     def detect_restart(self, page: LoadPage) -> bool:
         """Note the running counts of a page, and return whether they have begun anew since the page before."""
@@ -301,6 +343,15 @@ def compare_pace(endpoints: Iterable[EndpointLoad]) -> None:
         usual, slow = found
         for group, slowness in zip(groups, slow, strict=True):
             group.compare_with(usual, slowness)
+
+
+def compare_prefill(endpoints: Iterable[EndpointLoad]) -> None:
+    """Set how slow each of these prefill endpoints is, against their average."""
+    both = [pair for endpoint in endpoints for pair in zip(endpoint.groups, endpoint.prefill_speeds, strict=True)]
+    for (group, _), slowness in zip(both, compare_speeds([speed for _, speed in both]), strict=True):
+        if slowness != group.slowness:
+            group.slowness = slowness
+            group.changed = True
 
 
 def note_room(prefills: Iterable[EndpointLoad], *, is_full: bool) -> None:

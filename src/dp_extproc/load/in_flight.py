@@ -65,6 +65,8 @@ class InFlight:
     """Token by which the ext_proc stream of the prefill leg finds this request; empty if no leg is reported."""
     streaming: bool = False
     """Whether the response headers may come before any token is computed."""
+    expected_prefill: float = 0.0
+    """Seconds until the prompt is computed, by the measured speed of the engine; 0 if that is unknown."""
     listener: InFlightListener = NO_LISTENER
     on_prefill_answer: Callable[[int], None] | None = None
     """Called with the status when the prefill leg is over."""

@@ -120,21 +120,22 @@ class PrefillGroup(StepGroup):
         if after <= top:
             full = steps * self._budget
             # Here and below without min and max: this is called for each rank of each decision, and calls cost most.
-            return self._rest_of_step + steps * self._step_cost + (top if top < full else full)  # noqa: FURB136
+            own = self._rest_of_step + steps * self._step_cost + (top if top < full else full)  # noqa: FURB136
+            return own * self.slowness
         lengthened = (after if after < self._steps_capacity else self._steps_capacity) - top  # noqa: FURB136
         later = after - top
         if later > self._later_counted:  # noqa: PLR1730
             later = self._later_counted
         own = self._rest_of_step + steps * self._step_cost + after
-        return own + self._delayed_per_step * lengthened + LATER_WEIGHT * later
+        return (own + self._delayed_per_step * lengthened + LATER_WEIGHT * later) * self.slowness
 
     def bound(self) -> None:
         steps = -(-self.top // self._budget) or 1.0
         self._steps_capacity = steps * self._budget
         self._delayed_per_step = min(self._unstarted + self._external_waiting, WAITING_COUNTED) / steps
         self._rest_of_step = (self._step_cost + self._step_length) / 2 if self._uncomputed else 0.0
-        self.floor = self._rest_of_step + self._step_cost + min(self.top, self._budget)
-        self.base = self._rest_of_step + self._step_cost + self.low
+        self.floor = (self._rest_of_step + self._step_cost + min(self.top, self._budget)) * self.slowness
+        self.base = (self._rest_of_step + self._step_cost + self.low) * self.slowness
 
     def refresh(self, now: float) -> None:
         """Count old requests as started, and very old ones as computed, if there was no event for a while.

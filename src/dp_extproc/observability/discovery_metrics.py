@@ -21,7 +21,7 @@ class DiscoveryMetrics:
         now = self._clock()
         endpoints = GaugeMetricFamily(
             "dp_extproc_endpoints",
-            "Endpoints by state: joining, ready, not_ready, stale, draining.",
+            "Endpoints by state: joining, ready, not_ready, suspect, stale, draining.",
             labels=["pool", "role", "source", "state"],
         )
         for place, count in count_states(self._loads, self._roster, now).items():

@@ -5,6 +5,7 @@ The states, of which the first that applies counts:
 - ``draining``: it is no endpoint any more, and has requests in flight.
 - ``joining``: its engine has not been found to be ready yet, or its first load page was not read yet.
 - ``not_ready``: its engine, or its source, reports that it takes no requests.
+- ``suspect``: its load page answers, but its scheduler stands still.
 - ``stale``: its last sample is too old, or its engine is gone.
 - ``ready``: it gets requests.
 """
@@ -12,6 +13,7 @@ The states, of which the first that applies counts:
 from collections import Counter
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import Final
 
 from dp_extproc.engines.model import Endpoint
 from dp_extproc.fleet.discovery.roster import Roster
@@ -25,8 +27,16 @@ class EndpointState(StrEnum):
     JOINING = "joining"
     READY = "ready"
     NOT_READY = "not_ready"
+    SUSPECT = "suspect"
     STALE = "stale"
     DRAINING = "draining"
+
+
+_STATES: Final = {
+    Freshness.FRESH: EndpointState.READY,
+    Freshness.SUSPECT: EndpointState.SUSPECT,
+    Freshness.STALE: EndpointState.STALE,
+}
 
 
 def state_of(load: EndpointLoad | None, now: float, stale_after: float) -> EndpointState:
@@ -36,7 +46,7 @@ def state_of(load: EndpointLoad | None, now: float, stale_after: float) -> Endpo
         return EndpointState.JOINING
     if not load.is_ready:
         return EndpointState.NOT_READY
-    return EndpointState.READY if freshness is Freshness.FRESH else EndpointState.STALE
+    return _STATES[freshness]
 
 
 def count_states(loads: LoadCache, roster: Roster, now: float) -> dict[tuple[str, str, str, EndpointState], int]:

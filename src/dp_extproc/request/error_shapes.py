@@ -1,11 +1,8 @@
 """The body of an error in the shape that clients of its path read.
 
 1. Below ``/v1/messages`` it is the error of Anthropic's API, with the type that belongs to the status.
-2. On ``/generate`` and below ``/v1/responses`` it is ``{"error": {...}}``, as SGLang sends it there.
-3. On every other path it has both forms that are in use: ``error`` as OpenAI sends it, which official client libraries
-   read, and beside it the members of SGLang's own ``ErrorResponse``.
-
-The order of the members is that of the body, so that a client that shows only its beginning shows the message.
+2. On every other path it has both forms that SGLang sends: ``error`` as in OpenAI's API, which official client
+   libraries read, and beside it the members of SGLang's ``ErrorResponse``.
 """
 
 from collections.abc import Mapping
@@ -21,15 +18,11 @@ class ErrorShape(StrEnum):
     """A shape of error bodies."""
 
     OPENAI = "openai"
-    NESTED = "nested"
     ANTHROPIC = "anthropic"
 
 
-PREFIXES: Final[Mapping[ErrorShape, tuple[str, ...]]] = {
-    ErrorShape.ANTHROPIC: ("/v1/messages",),
-    ErrorShape.NESTED: ("/v1/responses", "/generate"),
-}
-"""The starts of the paths of each shape, as SGLang compares them; all other paths have :attr:`ErrorShape.OPENAI`."""
+ANTHROPIC_PREFIX: Final = "/v1/messages"
+"""The start of the paths whose errors have Anthropic's shape, as SGLang compares it."""
 
 _ANTHROPIC_TYPES: Final[Mapping[int, str]] = {
     HTTPStatus.UNAUTHORIZED: "authentication_error",
@@ -41,15 +34,12 @@ _ANTHROPIC_TYPES: Final[Mapping[int, str]] = {
     HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
     HTTPStatus.GATEWAY_TIMEOUT: "timeout_error",
 }
-"""Types of Anthropic's errors; for others see :func:`_anthropic_type`."""
+"""Types of Anthropic's errors; for others see :func:`anthropic_type`."""
 
 
 def shape_of(path: str) -> ErrorShape:
     """Return the shape of the errors of a path."""
-    for shape, prefixes in PREFIXES.items():
-        if path.startswith(prefixes):
-            return shape
-    return ErrorShape.OPENAI
+    return ErrorShape.ANTHROPIC if path.startswith(ANTHROPIC_PREFIX) else ErrorShape.OPENAI
 
 
 def error_members(
@@ -65,26 +55,19 @@ def error_members(
         param: The member of the request that was wrong.
     """
     if shape is ErrorShape.ANTHROPIC:
-        return {"type": "error", "error": {"type": _anthropic_type(status), "message": message}}
-    error = {"message": message, "type": _openai_type(status), "param": param, "code": code}
-    if shape is ErrorShape.NESTED:
-        return {"error": error}
-    return {
-        "error": error,
-        "object": "error",
-        "message": message,
-        "type": HTTPStatus(status).phrase,
-        "param": param,
-        "code": status,
-    }
+        return {"type": "error", "error": {"type": anthropic_type(status), "message": message}}
+    error = {"message": message, "type": openai_type(status), "param": param}
+    return {"error": {**error, "code": code}, "object": "error", **error, "code": status}
 
 
-def _anthropic_type(status: int) -> str:
+def anthropic_type(status: int) -> str:
+    """Return the type of an error of Anthropic's API."""
     kind = "invalid_request_error" if status < _NOT_OF_CLIENTS else "api_error"
     return _ANTHROPIC_TYPES.get(status, kind)
 
 
-def _openai_type(status: int) -> str:
+def openai_type(status: int) -> str:
+    """Return the type of an error of OpenAI's API. SGLang itself has several for one status."""
     if status == HTTPStatus.TOO_MANY_REQUESTS:
         return "rate_limit_error"
     return "invalid_request_error" if status < _NOT_OF_CLIENTS else "server_error"

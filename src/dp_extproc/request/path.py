@@ -1,52 +1,48 @@
-"""Reads what a method and a path ask for. A path that is not listed here never reaches an engine.
+"""Reads what a method and a path ask for. A path that is not in the table of routes never reaches an engine.
 
 A prefill engine with several DP ranks ends its whole process at a request without a bootstrap room (assertion in
 SGLang's ``data_parallel_controller.py``). A path whose handler builds a request object of its own drops the bootstrap
-room, so such paths are refused.
+room, so such paths are passed to aggregated pools alone.
 """
 
-from enum import Enum, StrEnum
+from dataclasses import dataclass
 from typing import Final
 
 from dp_extproc.request.rejection import Reason, Rejection
+from dp_extproc.request.routes import ROUTES, Api, Cause, Route, Treatment, find_route
+
+__all__ = ["Api", "Asked", "Models", "Moved", "Passed", "read_path", "refuse_disaggregated_path"]
+
+_STATUS: Final = {Cause.CONTROL: 403, Cause.ONE_ENGINE: 404, Cause.STORED: 404, Cause.SOCKET: 404}
 
 
-class Api(StrEnum):
-    """The request formats that have routing fields."""
+@dataclass(frozen=True, slots=True)
+class Models:
+    """A request for the list of models, or for one of them, which the service itself answers."""
 
-    GENERATE = "/generate"
-    COMPLETIONS = "/v1/completions"
-    CHAT = "/v1/chat/completions"
-    RESPONSES = "/v1/responses"
-    MESSAGES = "/v1/messages"
+    path: str
 
 
-class Lookup(Enum):
-    """Requests without a body."""
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """A request that any engine of a pool can answer."""
 
-    ENGINE = "any engine can answer"
-    MODELS = "the service answers itself"
-
-
-INFERENCE: Final = {api.value: api for api in Api}
-
-LOOKUPS: Final = {
-    **dict.fromkeys(("/health", "/health_generate", "/ready"), Lookup.ENGINE),
-    **dict.fromkeys(("/model_info", "/get_model_info", "/server_info", "/get_server_info"), Lookup.ENGINE),
-    "/v1/models": Lookup.MODELS,
-}
-
-ONE_MODEL: Final = "/v1/models/"
-"""The start of a path that asks for one model."""
-
-_WITHOUT_FIELDS: Final = frozenset({
-    "/v1/embeddings", "/encode", "/v1/classify", "/classify", "/v1/rerank", "/v1/score",
-    "/v1/audio/transcriptions", "/v1/realtime", "/api/chat", "/api/generate", "/vertex_generate", "/invocations",
-})  # fmt: skip
-"""SGLang paths whose handlers drop the routing fields, or nest them where a rewrite of the body cannot reach."""
+    route: Route
+    is_head: bool = False
+    """Whether only the status is asked for. FastAPI has no HEAD for its GET routes, so the service answers it."""
 
 
-def read_path(method: str, path: str) -> Api | Lookup | Rejection:
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A known path with a slash at its end. FastAPI redirects to the path without it, and so does the service."""
+
+    location: str
+
+
+Asked = Api | Models | Passed | Moved | Rejection
+
+
+def read_path(method: str, path: str) -> Asked:
     """Read what a request asks for.
 
     Args:
@@ -54,22 +50,36 @@ def read_path(method: str, path: str) -> Api | Lookup | Rejection:
         path: The ``:path`` pseudo header with its query. It is compared without decoding, so that an escaped or
             doubled slash, which an engine may decode, is an unknown path.
     """
-    plain = path.partition("?")[0]
-    if (api := INFERENCE.get(plain)) is not None:
-        return api if method == "POST" else _wrong_method(method, plain, "POST")
-    lookup = LOOKUPS.get(plain) or (Lookup.MODELS if plain.startswith(ONE_MODEL) else None)
-    if lookup is not None:
-        return lookup if method == "GET" else _wrong_method(method, plain, "GET")
-    if plain in _WITHOUT_FIELDS:
-        message = f"{plain} cannot carry the fields that route a request to a data-parallel rank; {_supported()}"
-        return Rejection(400, Reason.CANNOT_CARRY_ROUTING, message)
-    return Rejection(404, Reason.UNKNOWN_PATH, f"unknown path {plain[:200]!r}; {_supported()}")
+    plain, mark, query = path.partition("?")
+    route = find_route(plain)
+    if plain.endswith("/") and (route is None or route.path == plain):
+        without = find_route(plain[:-1])
+        if without is not None and plain[:-1] == without.path:
+            return Moved(plain[:-1] + mark + query)
+    if route is None:
+        message = f"unknown path {plain[:200]!r}; {_supported()}"
+        return Rejection(404, Reason.UNKNOWN_PATH, message)
+    if route.cause is not None:
+        return Rejection(_STATUS[route.cause], Reason.PATH_REFUSED, f"{plain[:200]} {route.cause.value}")
+    if method not in route.takes:
+        allowed = ", ".join(sorted(route.takes))
+        message = f"{plain[:200]} takes {allowed}, not {method}"
+        return Rejection(405, Reason.WRONG_METHOD, message, headers=(("allow", allowed),))
+    if route.treatment is Treatment.ROUTED:
+        return Api(route.path)
+    return Models(plain) if route.treatment is Treatment.ANSWERED else Passed(route, is_head=method == "HEAD")
 
 
-def _wrong_method(method: str, path: str, allowed: str) -> Rejection:
-    message = f"{path} takes {allowed}, not {method}"
-    return Rejection(405, Reason.WRONG_METHOD, message, headers=(("allow", allowed),))
+def refuse_disaggregated_path(path: str) -> Rejection:
+    """Refuse a request that its engine would compute without a bootstrap room, where the pool is disaggregated."""
+    message = (
+        f"{path} is served by aggregated pools (workers) alone: SGLang takes no bootstrap room on this path, and "
+        f"prefill and decode engines cannot compute a request without one; {_supported()}"
+    )
+    return Rejection(400, Reason.CANNOT_CARRY_ROUTING, message)
 
 
 def _supported() -> str:
-    return f"supported: POST {', '.join(INFERENCE)}; GET {', '.join(LOOKUPS)}"
+    shown = (Treatment.ROUTED, Treatment.ANSWERED)
+    paths = [route.path for route in ROUTES if route.treatment in shown and not route.path.endswith("/")]
+    return f"supported: {', '.join(paths)}, and paths that any engine can answer, such as /tokenize and /health"

@@ -13,6 +13,7 @@ class Reason(StrEnum):
     """Why a request was refused, as ``code`` of the body, in a response header, and in the response-code details."""
 
     UNKNOWN_PATH = "unknown_path"
+    PATH_REFUSED = "path_refused"
     WRONG_METHOD = "method_not_allowed"
     CANNOT_CARRY_ROUTING = "path_cannot_carry_routing_fields"
     COMPRESSED_BODY = "compressed_body"
@@ -33,11 +34,15 @@ class Reason(StrEnum):
     UNSUPPORTED_BODY_MODE = "unsupported_body_mode"
     OVER_CAPACITY = "over_capacity"
     PROMPT_TOO_LONG = "prompt_too_long"
+    DEADLY_REQUEST = "deadly_request"
+    ENGINES_LOST = "engines_lost"
+    FAILED_ALIKE = "failed_alike"
     PREFILL_FAILED = "prefill_failed"
     PREFILL_TIMEOUT = "prefill_timeout"
     DECODE_FAILED = "decode_failed"
     DECODE_TIMEOUT = "first_token_timeout"
     ENGINE_REFUSED = "engine_refused"
+    ANSWER_INCOMPLETE = "answer_incomplete"
     INTERNAL_ERROR = "internal_error"
 
 

@@ -3,7 +3,8 @@
 The filters, in this order:
 
 1. Subset: the addresses that the gateway allows. It limits no prefill endpoint.
-2. Freshness: the endpoints whose load is known best. A stale one is used only if none is fresh.
+2. Freshness: the endpoints whose load is known best. One whose scheduler stands still is used only if none is fresh,
+   and a stale one only if there is no other of these.
 3. Capability: the engine's release reads the routing fields of the request, wherever they have to stand.
 4. Retry avoidance: the endpoints of failed attempts are left out as far as there are others.
 5. Health: endpoints whose engine is not ready, and ejected ones, are left out. If there are no others, those that are
@@ -52,8 +53,8 @@ class EndpointFilter:
             capable = [each for each in freshest if serves(each, request.api, is_read=request.is_read)]
         if not capable:
             return _refuse(pool, role, self.freshest(pool, role, now, subset), request, subset)
-        if context.failed or self.load.unhealthy:
-            return preferred(capable, context.failed, now)[1]
+        if (avoided := context.avoided) or self.load.unhealthy:
+            return preferred(capable, avoided, now)[1]
         return capable
 
     def freshest(self, pool: str, role: Role, now: float, subset: Subset | None = None) -> list[EndpointLoad]:

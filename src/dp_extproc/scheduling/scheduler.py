@@ -22,7 +22,7 @@ from dp_extproc.config.load import LoadSignal
 from dp_extproc.config.pools import ClientRanks, PoolConfig, RoutingFields
 from dp_extproc.config.reliability import AdmissionSettings
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
-from dp_extproc.engines.model import Endpoint, Role
+from dp_extproc.engines.model import Endpoint
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.load.in_flight import NO_LISTENER, InFlightListener, nothing
@@ -31,15 +31,19 @@ from dp_extproc.load.records import SESSION_KEPT, RequestCost, Work
 from dp_extproc.load.tracker import InFlightTracker
 from dp_extproc.prefix_cache.blocks import NO_PREFIX, Prefix, prefix_of
 from dp_extproc.request.body import InferenceRequest, read_body, refuse_disaggregated, unread_request
-from dp_extproc.request.path import Api
+from dp_extproc.request.fingerprint import fingerprint_of
+from dp_extproc.request.path import Passed
 from dp_extproc.request.rejection import TRY_AGAIN, Reason, Rejection
+from dp_extproc.request.routes import Api
 from dp_extproc.scheduling.admission import Admission, AdmissionQueue, largest_capacity, least_tokens, may_ever_hold
+from dp_extproc.scheduling.deadly import DeadlyRequests
 from dp_extproc.scheduling.decision import Answer, Decision, Metadata, Queued, RequestContext, SchedulingResult
 from dp_extproc.scheduling.encoder import LegSettings, RequestEncoder
 from dp_extproc.scheduling.filters import EndpointFilter
 from dp_extproc.scheduling.groups import GroupShares
 from dp_extproc.scheduling.models import SHOWN_MODEL, ModelRegistry
 from dp_extproc.scheduling.pairing import Pairing, find_pairing
+from dp_extproc.scheduling.passing import PassedRequests
 from dp_extproc.scheduling.picker import NO_PINS, Picker, Pins, Targets
 
 _MIRRORED: Final = LegSettings()
@@ -91,6 +95,7 @@ class Scheduler:
         queue: AdmissionQueue | None = None,
         legs: LegSettings = _MIRRORED,
         credentials: Credentials = NO_CREDENTIALS,
+        deadly: DeadlyRequests | None = None,
     ) -> None:
         """Set up.
 
@@ -107,15 +112,17 @@ class Scheduler:
             queue: The admission queue; without one, requests that find no room are refused at once.
             legs: Who sends the legs, and who reports on them.
             credentials: The API keys of the engines, by pool.
+            deadly: The requests that end engines, which are refused.
         """
         self._load = load
         self.tracker = InFlightTracker(load, listener, made_room=nothing if queue is None else queue.notify)
         self._filters = EndpointFilter(load)
+        self._passed = PassedRequests(self._filters, credentials, rng, clock)
         self._rng = rng
         self._clock = clock
         self._queue = queue
         self._encoder = RequestEncoder(legs, credentials, owner=owner, rng=rng, draw_token=draw_token)
-        self._credentials = credentials
+        self._deadly = DeadlyRequests() if deadly is None else deadly
         self.group_requests: Counter[tuple[str, str | None]] = Counter()
         """Scheduled requests by pool and revision group, of pools with groups."""
         self.configure(pools, signal, admission)
@@ -125,6 +132,7 @@ class Scheduler:
         pools = tuple(pools)
         self._pools = {pool.name: _Pool(pool, signal, self._load, self._rng) for pool in pools}
         self._models = ModelRegistry(pools, self._load)
+        self._passed.configure(pools, self._models)
         self._admission = Admission(admission)
 
     def forget_all_but(self, endpoints: Iterable[Endpoint]) -> None:
@@ -147,15 +155,13 @@ class Scheduler:
 
     def look_up(self, subset: frozenset[str] | None = None) -> Decision | Rejection:
         """Pick an endpoint for a request that any engine can answer, of a subset if there is one."""
-        now = self._clock()
-        for pool in self._pools.values():
-            role = Role.DECODE if pool.is_disaggregated else Role.WORKER
-            if endpoints := self._filters.freshest(pool.name, role, now, subset):
-                address = self._rng.choice(endpoints).address
-                metadata: Metadata = {contract.META_POOL: pool.name, contract.META_DECODE_HOST: address}
-                headers = ((contract.DECODE_HOST, address.encode()), *self._credentials.headers(pool.name))
-                return Decision(None, headers, metadata, None)
-        return Rejection(503, Reason.NO_ENDPOINTS, "no engine has been reached yet", headers=TRY_AGAIN)
+        return self._passed.look_up(subset)
+
+    def pass_on(
+        self, passed: Passed, body: bytes | None, context: RequestContext = _NO_CONTEXT
+    ) -> Decision | Rejection | None:
+        """Pick an endpoint for a request that is passed as it is; None if its body has to be read before."""
+        return self._passed.pick(passed, body, context)
 
     def models(self, path: str) -> Answer | Rejection:
         """Answer ``/v1/models`` for all pools, or ``/v1/models/NAME``."""
@@ -167,6 +173,14 @@ class Scheduler:
             if endpoint.address == address:
                 endpoint.health.failed(self._clock())
 
+    def engine_lost(self, fingerprint: str, address: str) -> None:
+        """Note that the engine at an address has dropped a request that it had accepted.
+
+        An engine that was removed, or has reported to be not ready, was to stop.
+        """
+        if any(each.address == address and each.is_ready for each in self._load.by_url.values()):
+            self._deadly.lost(fingerprint, address, self._clock())
+
     def _schedule(
         self, request: InferenceRequest, context: RequestContext, prefix: Prefix | None = None
     ) -> SchedulingResult:
@@ -177,9 +191,17 @@ class Scheduler:
             refusal = refuse_disaggregated(request, sees_answer=context.sees_answer)
             if refusal is not None:
                 return refusal
+        fingerprint = fingerprint_of(request)
+        for address in context.lost:
+            self.engine_lost(fingerprint, address)
+        if len(self._deadly):
+            now = self._clock()
+            if (refusal := self._deadly.refuse(fingerprint, now, len(request.body.text))) is not None:
+                return refusal
+            context = replace(context, occupied=self._deadly.occupied(fingerprint, now))
         if self._queue is not None and self._queue.must_wait(pool.name, request.priority, context.ticket):
             return self._no_room(pool, request, prefix, "other requests are waiting already")
-        return self._place(pool, request, context, prefix)
+        return self._place(pool, request, context, prefix, fingerprint)
 
     def _resolve(self, model: str | None) -> _Pool | Rejection:
         name = self._models.pool_of(model)
@@ -191,7 +213,12 @@ class Scheduler:
         return pool if len(self._pools) == 1 and pool.can_go_unread else _BODIES_NEEDED
 
     def _place(
-        self, pool: _Pool, request: InferenceRequest, context: RequestContext, prefix: Prefix | None
+        self,
+        pool: _Pool,
+        request: InferenceRequest,
+        context: RequestContext,
+        prefix: Prefix | None,
+        fingerprint: str,
     ) -> SchedulingResult:
         """Pick the targets of a request, encode it for them, and only then open its reservations."""
         now = self._clock()
@@ -218,6 +245,9 @@ class Scheduler:
         if prefill is not None:
             prefill.endpoint.health.sent(now)
         decode.endpoint.health.sent(now)
+        if len(self._deadly):
+            addresses = [each.endpoint.address for each in (prefill, decode) if each is not None]
+            self._deadly.placed(fingerprint, addresses, now)
         metadata = _metadata(pool, request, targets)
         if is_grouped:
             self.group_requests[pool.name, targets.group] += 1
@@ -230,10 +260,11 @@ class Scheduler:
             metadata,
             in_flight,
             streaming=request.stream,
-            merges_logprobs=prefill is not None and request.wants_logprobs,
+            merges=None if prefill is None else request.prompt_part,
             prefill=encoded.prefill,
             abort=encoded.abort,
             fallbacks=encoded.fallbacks,
+            fingerprint=fingerprint,
         )
 
     def _find_pairing(

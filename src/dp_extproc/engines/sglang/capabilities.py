@@ -3,12 +3,17 @@
 from typing import Final
 
 from dp_extproc.engines.capabilities import Capabilities, RankControl
-from dp_extproc.engines.model import EngineFacts, Mode
+from dp_extproc.engines.model import EngineFacts, Mode, Version
 from dp_extproc.engines.sglang.releases import Fields, Methods, Release, RoomCheck, release_of
 from dp_extproc.request.path import Api
 
 _ROUTED_DP_RANK: Final = "routed_dp_rank"
 _DATA_PARALLEL_RANK: Final = "data_parallel_rank"
+_STALLS_PUBLISHED: Final = Version(0, 5, 19)
+"""First release whose scheduler publishes its load every 50 ms while requests wait and no step runs (``on_idle``)."""
+_PREFILL_TIMED: Final = Version(0, 5, 18)
+"""First release whose ``total_prefill_busy_us`` counts time once. 0.5.17 adds up the spans from the start of a step to
+the processing of its results (``_record_step_counters``), and with overlapping steps two of them run at a time."""
 
 
 def capabilities(facts: EngineFacts) -> Capabilities:
@@ -23,6 +28,8 @@ def capabilities(facts: EngineFacts) -> Capabilities:
         only_first_prefill_rank=_serves_only_first_rank(facts, release),
         apis=apis,
         rank_keys=_rank_keys(release) if facts.single_rank is None else {},
+        publishes_stalls=facts.version is None or facts.version >= _STALLS_PUBLISHED,
+        times_prefill=facts.version is None or facts.version >= _PREFILL_TIMED,
         overrides_on=(apis & release.overrides) if facts.reads_overrides else frozenset(),
     )
 

@@ -2,7 +2,7 @@
 
 ``GET /v1/loads`` (``entrypoints/v1_loads.py``, from 0.5.8 on). Until 0.5.12 it also has totals over all ranks, which
 are ignored. Fields were added one by one: ``num_total_tokens`` with 0.5.11, ``num_waiting_uncached_tokens`` with
-0.5.13, ``decode_moments`` with 0.5.17.
+0.5.13, ``decode_moments`` and the ``total_prefill_*`` counts with 0.5.17.
 
 ``GET /metrics`` (``observability/metrics_collector.py``). The page of a real engine with two ranks is 110 to 170 kB,
 nearly all of it histograms; only the lines that are needed reach the parser. Rules for them:
@@ -24,7 +24,7 @@ from typing import Any, Final
 from msgspec import Struct
 from prometheus_client.samples import Sample
 
-from dp_extproc.engines.model import DecodeSteps, LoadPage, RankSample
+from dp_extproc.engines.model import DecodeSteps, LoadPage, PrefillSteps, RankSample
 from dp_extproc.engines.pages import METRICS_PAGE, lines_of, rank_of, read_json, read_samples, wrong_shape
 from dp_extproc.engines.quantities import (
     Amount,
@@ -71,6 +71,7 @@ class _RankLoad(Struct):
     max_running_requests: Count | None = None
     gen_throughput: Amount | None = None
     total_prefill_uncached_tokens: Count | None = None
+    total_prefill_busy_us: Amount | None = None
     disaggregation: _Disaggregation | None = None
     decode_moments: Any = None
     """Any JSON: the rest of the page counts also if this list, made for a line fit of step times, changes its form."""
@@ -113,8 +114,14 @@ def _sample(load: _RankLoad, printed_at: float | None) -> RankSample:
         max_running_requests=load.max_running_requests,
         tokens_per_second=load.gen_throughput,
         decoded=_decoded(load.decode_moments),
+        prefilled=_prefilled(load),
         age=_age(printed_at, load.timestamp),
     )
+
+
+def _prefilled(load: _RankLoad) -> PrefillSteps | None:
+    tokens, micros = load.total_prefill_uncached_tokens, load.total_prefill_busy_us
+    return None if tokens is None or micros is None else PrefillSteps(tokens, micros / 1e6)
 
 
 def _decoded(moments: Any) -> DecodeSteps | None:

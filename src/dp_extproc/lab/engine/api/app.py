@@ -16,10 +16,10 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from dp_extproc.lab.engine.api import errors, loads, metrics, pages, unroutable, vllm
+from dp_extproc.lab.engine.api import errors, loads, metrics, other_routes, pages, unroutable, vllm
 from dp_extproc.lab.engine.api.completions import chat, completions
 from dp_extproc.lab.engine.api.exchange import LISTENER, Exchange
-from dp_extproc.lab.engine.api.faults import BOOTSTRAP, INFERENCE, Fault, Faults, Kind
+from dp_extproc.lab.engine.api.faults import BOOTSTRAP, INFERENCE, SCHEDULER, Fault, Faults, Kind
 from dp_extproc.lab.engine.api.fields import InvalidBodyError, InvalidTypeError
 from dp_extproc.lab.engine.api.generate import generate
 from dp_extproc.lab.engine.api.journal import Journal, Noted, Record
@@ -50,8 +50,6 @@ _FROM_ANYWHERE: Final = Middleware(
 """CORS as in ``http_server.py``; ``vary: Origin`` comes from it."""
 _OPEN_TO_ALL: Final = ("/health", "/ready", "/metrics", "/debug")
 """Prefixes without authentication (``utils/auth.py``), and those of the stand-in."""
-_DRAIN_POLL: Final = 0.1
-"""Seconds between two looks whether the last request has ended."""
 _NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 
@@ -80,14 +78,14 @@ class Server:
         self._is_draining = False
 
     async def drain(self, seconds: float) -> None:
-        """Report that the engine is not ready. Return after this time, once no request runs.
+        """Report that the engine is not ready, and look every so many seconds whether a request runs, until none does.
 
-        SGLang (``sigterm_watchdog``) does the same. It still takes requests, and looks every 5 seconds if any runs.
+        SGLang (``sigterm_watchdog``) does the same. It still takes requests.
         """
         self._is_draining = True
         await asyncio.sleep(seconds)
         while self.journal.is_busy:  # noqa: ASYNC110 - as SGLang does
-            await asyncio.sleep(_DRAIN_POLL)
+            await asyncio.sleep(seconds)
 
     def app(self) -> ASGIApp:
         """Build the application of the API port."""
@@ -104,6 +102,7 @@ class Server:
             Route("/get_model_info", self._page("model_info", self._model_info)),
             Route("/abort_request", self._abort_request, methods=["POST"]),
             Route("/flush_cache", self._flush_cache, methods=["GET", "POST"]),
+            *self._other_routes(),
             *self._debug(),
         ]
         if release.has_server_info:
@@ -127,6 +126,7 @@ class Server:
             Route("/version", self._page("server_info", self._vllm_version)),
             Route("/metrics", self._page("metrics", self._vllm_metrics)),
             Route("/health", self._ready),
+            *self._other_routes(),
             *self._debug(),
         ]
         app = Starlette(routes=routes, exception_handlers={HTTPException: _detail})
@@ -138,6 +138,18 @@ class Server:
 
     async def _vllm_metrics(self, _: Request) -> Response:
         return Response(vllm.metrics_page(self.engine), headers={"content-type": metrics.CONTENT_TYPE})
+
+    def _other_routes(self) -> list[Route]:
+        routes = other_routes.other_routes(self.settings)
+        return [Route(path, self._other, methods=list(methods)) for path, methods in routes.items()]
+
+    async def _other(self, request: Request) -> ASGIApp:
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            return Response(status_code=499)
+        record = self.journal.open(request.method, request.url.path, _joined(request.headers), body)
+        return Noted(await other_routes.answer(request, self.settings), record)
 
     def _debug(self) -> list[Route]:
         return [
@@ -201,7 +213,7 @@ class Server:
         return pages.ready(is_draining=self._is_draining)
 
     async def _health(self, request: Request) -> Response:
-        if self._is_draining:
+        if self._is_draining and self.settings.release.health_reports_draining:
             return pages.ready(is_draining=True)
         return await pages.health(request, self.engine)
 
@@ -254,6 +266,7 @@ class Server:
                 self.faults.switch(msgspec.json.decode(await request.body(), type=dict[str, Kind | Fault]))
             except (msgspec.DecodeError, ValueError) as error:
                 return PlainTextResponse(str(error), 400)
+            self.engine.hang(SCHEDULER in self.faults.active)
             for target, listener in self.listeners.items():
                 await (listener.close() if self.faults.refuses(target) else listener.open())
         return errors.json_response(self.faults.active)

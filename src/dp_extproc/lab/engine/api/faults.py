@@ -1,6 +1,6 @@
 """Switch faults at run time, for tests of clients and routers.
 
-Every page has its switch, all inference paths have one together, and so has the bootstrap port.
+Every page has its switch, all inference paths have one together, and so have the bootstrap port and the schedulers.
 """
 
 import asyncio
@@ -32,6 +32,8 @@ from dp_extproc.lab.engine.leg import Failure
 PAGES: Final = ("loads", "metrics", "server_info", "model_info", "health", "models")
 INFERENCE: Final = "inference"
 BOOTSTRAP: Final = "bootstrap"
+SCHEDULER: Final = "scheduler"
+"""The schedulers of all ranks: a hang begins no step, finishes none and publishes no load, while all pages answer."""
 PORTS: Final = (INFERENCE, BOOTSTRAP)
 """Ports that can refuse connections: the API port with everything on it, and the bootstrap port."""
 
@@ -101,7 +103,7 @@ class Faults:
     def __init__(self) -> None:
         """Start without faults."""
         self.active: dict[str, Fault] = {}
-        self._released = {target: asyncio.Event() for target in (*PAGES, *PORTS)}
+        self._released = {target: asyncio.Event() for target in (*PAGES, *PORTS, SCHEDULER)}
 
     def switch(self, wanted: dict[str, Kind | Fault]) -> None:
         """Switch some faults.
@@ -115,6 +117,8 @@ class Faults:
                 raise ValueError(f"{target} is not one of {', '.join(self._released)}")
             if fault.kind is Kind.REFUSE and target not in PORTS:
                 raise ValueError(f"{target}: only {' and '.join(PORTS)} have ports to close")
+            if target == SCHEDULER and fault.kind not in {Kind.HANG, Kind.OK}:
+                raise ValueError(f"{target}: schedulers can only hang")
             if fault.kind is Kind.FAIL and target != INFERENCE:
                 raise ValueError(f"{target}: only {INFERENCE} has schedulers")
             if fault.kind is Kind.FLOOD and fault.text == "":

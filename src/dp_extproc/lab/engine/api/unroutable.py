@@ -13,8 +13,11 @@ from dp_extproc.lab.engine.api.fields import RoutingFields
 from dp_extproc.lab.engine.scheduler.work import Role
 from dp_extproc.lab.engine.text import ids_prompt
 
-GENERATING: Final = ("/v1/score", "/v1/rerank", "/v1/audio/transcriptions", "/api/chat", "/api/generate")
-EMBEDDING: Final = ("/v1/embeddings", "/encode", "/v1/classify")
+GENERATING: Final = (
+    "/v1/score", "/v1/rerank", "/v1/audio/transcriptions", "/api/chat", "/api/generate", "/invocations",
+    "/vertex_generate", "/v1/decisions", "/v1/systemone",
+)  # fmt: skip
+EMBEDDING: Final = ("/v1/embeddings", "/encode", "/v1/classify", "/classify")
 
 
 async def generating(exchange: Exchange) -> Response:

@@ -3,7 +3,10 @@
 Both are as old as SGLang's are, which is the point (``managers/scheduler.py``, ``observability/metrics_reporter.py``):
 
 - The snapshot is taken at the start of processing a prefill batch's result, of every 15th other step (idle batches of
-  a rank beside busy peers count), every 50 ms while nothing runs, and when the group falls idle.
+  a rank beside busy peers count), every 50 ms while nothing runs, and when the group falls idle. Until 0.5.18 a rank
+  that waits with queues for the other side publishes nothing.
+- The counts of prefill steps follow the snapshot of their step. Releases differ in the steps that they count
+  (``_record_step_counters``).
 - The gauges follow the rank's *own* prefill batches and every 40th of its own decode steps. A rank that idles
   beside busy peers, or waits with full queues for the other side, keeps its last busy values; only once its whole
   group is idle and its queues are empty are they put right.
@@ -24,6 +27,8 @@ STALL_REFRESH: Final = 0.05
 """Seconds, unscaled; ``LOAD_STALL_REFRESH_S`` in ``managers/scheduler.py``."""
 IDLE_REFRESH: Final = 30.0
 """Seconds, unscaled, between reports of an idle scheduler."""
+LONG_STEP: Final = 2.0
+"""Seconds from which on a prefill step is not counted by 0.5.18 to 0.5.22 (``STEP_MAX_US``)."""
 THROUGHPUT_STALENESS: Final = 30.0
 """Seconds, unscaled, after which prefill's reports no longer have the last output rate."""
 
@@ -73,6 +78,12 @@ class RankHistory:
     prefix a waiting prompt will match is looked up by schedule policies other than SGLang's default, ``fcfs``.)"""
     keeps_statistics: bool = True
     """Whether rates are computed at all: with ``--enable-metrics`` only."""
+    publishes_stalls: bool = True
+    """Whether the snapshot is taken, too, while requests wait and no step runs; from 0.5.19 on."""
+    counts_first_steps: bool = True
+    """Whether prefill steps count that follow no other prefill step; not in 0.5.18 to 0.5.20."""
+    counts_long_steps: bool = True
+    """Whether prefill steps of :data:`LONG_STEP` count; not in 0.5.18 to 0.5.22."""
     time_scale: float = 1.0
     counted_since: float = 0.0
     """Start of the present output rate: at its last report, at first at the start."""
@@ -82,6 +93,9 @@ class RankHistory:
     gauges_at: float = 0.0
     last_batch: int = 0
     prefill_busy: float = 0.0
+    """Seconds of the counted prefill steps, as long as they were."""
+    prefill_tokens: int = 0
+    """Tokens that the counted prefill steps have computed."""
     moments: list[float] = field(default_factory=lambda: [0.0] * 6)
     _batch_size: int = 0
     _steps: int = 0
@@ -89,6 +103,10 @@ class RankHistory:
     _decode_tokens: int = 0
     _throughput: float = 0.0
     _last_throughput: float = 0.0
+    _last_counts: bool = False
+    """Whether the step before was one of prefill, without a pause since then."""
+    _finished: tuple[int, float] | None = None
+    """Tokens and seconds of the prefill step whose results are processed."""
     _batch_tokens: tuple[int, int] = (0, 0)
     """Tokens of the prefill batch that runs: found in the prefix cache, and to be computed."""
     _cached_before: int = 0
@@ -115,7 +133,7 @@ class RankHistory:
         """
         self._steps += 1
         if batch is Batch.PREFILL:
-            self.prefill_busy += seconds
+            self._finished = (self._batch_tokens[1], seconds)
         elif batch is Batch.DECODE:
             size, micros = float(len(self.rank.decoding())), seconds * 1e6
             for position, value in enumerate((1, size, micros, size * size, size * micros, size)):
@@ -128,7 +146,8 @@ class RankHistory:
             self.publish(now)
 
     def report_batch(self, batch: Batch, now: float) -> None:
-        """Refresh the gauges after a step's results were processed, if it is time to."""
+        """Count a prefill step, and refresh the gauges, after a step's results were processed, if it is time to."""
+        self._count_prefill()
         if not self.keeps_statistics:
             return
         if batch is Batch.DECODE and self._decode_steps % self.decode_log_interval == 0:
@@ -143,17 +162,33 @@ class RankHistory:
             self._hit_rate.add(*self._batch_tokens, now)
             self.report(now)
 
+    def _count_prefill(self) -> None:
+        finished, self._finished = self._finished, None
+        follows, self._last_counts = self._last_counts, finished is not None
+        if finished is None or not (self.counts_first_steps or follows):
+            return
+        tokens, seconds = finished
+        if self.counts_long_steps or seconds < LONG_STEP * self.time_scale:
+            self.prefill_busy += seconds
+            self.prefill_tokens += tokens
+
     def idle(self, now: float) -> None:
         """Do what an idle scheduler does; call it at any time, the more often the better."""
         self.last_batch = 0
+        self._last_counts = False
         if now - self.published_at >= STALL_REFRESH * self.time_scale:
-            self.publish(now)
+            self.fall_idle(now)
         if self.rank.queue or self.rank.inflight:
             return  # SGLang's on_idle returns before its report: the gauges freeze under back-pressure
         wrong = self.gauges is None or self.gauges.reported_running
         if wrong or now - self.gauges_at >= IDLE_REFRESH * self.time_scale:
             self._throughput = 0.0
             self.report(now)
+
+    def fall_idle(self, now: float) -> None:
+        """Take the snapshot of a rank without a step, if its release takes one."""
+        if self.rank.is_empty or self.publishes_stalls:
+            self.publish(now)
 
     def publish(self, now: float) -> None:
         """Take the snapshot behind /v1/loads."""
@@ -191,7 +226,7 @@ class RankHistory:
             max_running_requests=rank.limits.max_running,
             gen_throughput=round(self._throughput, 2),
             cache_hit_rate=self._hit_rate.last,
-            total_prefill_uncached_tokens=rank.uncached_tokens,
+            total_prefill_uncached_tokens=self.prefill_tokens,
             total_prefill_busy_us=round(self.prefill_busy * 1e6),
             decode_moments=None if rank.role is Role.PREFILL else tuple(self.moments),
             queues={str(stage): count for stage, count in stages.items()} | {"prealloc_ready": len(ready)},
