@@ -5,7 +5,7 @@ Pages are as old as those of an engine: what a scheduler has published at the en
 
 from collections.abc import Callable, Sequence
 
-from dp_extproc.engines.model import DecodeSteps, LoadPage, RankSample
+from dp_extproc.engines.model import DecodeSteps, LoadPage, PrefillSteps, RankSample
 from dp_extproc.lab.engine.scheduler.group import Group, Step
 from dp_extproc.lab.engine.scheduler.prefix_cache import prompt_of
 from dp_extproc.lab.engine.scheduler.rank import Limits, Rank
@@ -181,5 +181,6 @@ def read_snapshot(rank: int, snapshot: Snapshot, age: float) -> RankSample:
         capacity_tokens=snapshot.max_total_num_tokens,
         tokens_per_second=snapshot.gen_throughput or None,
         decoded=None if moments is None else DecodeSteps(moments[0], moments[1], moments[2] / 1e6, moments[5]),
+        prefilled=PrefillSteps(snapshot.total_prefill_uncached_tokens, snapshot.total_prefill_busy_us / 1e6),
         age=age,
     )
