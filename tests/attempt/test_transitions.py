@@ -116,6 +116,9 @@ class Scripted:
     def contradicted(self, url: str, why: str) -> None:
         pass
 
+    def engine_lost(self, fingerprint: str, address: str) -> None:
+        """No endpoint is at stake."""
+
 
 @dataclass(frozen=True)
 class Story:

@@ -101,6 +101,9 @@ class Listener:
     def contradicted(self, url: str, why: str) -> None:
         pass
 
+    def engine_lost(self, fingerprint: str, address: str) -> None:
+        """Only engines drop requests, and there are none."""
+
 
 def read_headers(
     headers: Mapping[str, str], *, picks: bool, session_header: str | None = contract.SESSION

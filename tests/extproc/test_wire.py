@@ -465,6 +465,9 @@ class _Broken:
     def contradicted(self, url: str, why: str) -> None:
         pass
 
+    def engine_lost(self, fingerprint: str, address: str) -> None:
+        raise NotImplementedError
+
     def place_unread(self, *_request: object) -> Decision | Rejection:
         raise RuntimeError("secret detail")
 
