@@ -33,6 +33,11 @@ EXTEND_AFTER_SECONDS: Final = 5.0
 """Seconds that a response is held before Envoy's patience of 20 s is extended."""
 ERROR_TEXT_SECONDS: Final = 2.0
 """Seconds that the text of an error may take behind its headers."""
+LIKENESS_SECONDS: Final = 2.0
+"""Seconds for which an engine's error counts against no endpoint, because the next attempt may fail alike.
+
+An error that a request causes by its content comes as soon as an engine reads it.
+"""
 UNHEARD_SECONDS: Final = 2.0
 """Seconds after prefill for which a decode reservation is kept whose end the gateway does not report.
 
@@ -156,11 +161,11 @@ class Attempt:
 
     def _fail(self, turn: Turn, failure: Failure) -> None:
         """Blame an endpoint, answer the client while that is possible, and end the other leg."""
-        self._effects.blame(failure, turn.now)
         if not self.leg.was_cancelled:
             is_answered = self.main.move(Signal.ABANDON, turn, failure)
             if not (is_answered and self.main.hears_response):  # an answer may be too late, and is ignored then
                 self.main.abort_decode(turn)
+        self._effects.blame(failure, turn.now)
         self.leg.cancel(turn)
 
     # --- time ---
@@ -192,6 +197,8 @@ class Attempt:
             yield since + settings.first_token_timeout, self._give_up_first_token
         if main.state is MainState.HELD and leg.state is LegState.AWAITED:
             yield main.held_at + LEG_OPENS_SECONDS, lambda turn: leg.move(Signal.ADVANCE, turn)
+        if self._effects.awaits_likeness:
+            yield main.picked_at + LIKENESS_SECONDS, lambda _turn: self._effects.count_earlier_error()
         if main.state is MainState.HELD and not main.is_extended:
             yield main.held_at + EXTEND_AFTER_SECONDS, main.extend
 

@@ -64,6 +64,7 @@ class Telemetry:
         self._streams = 0
         self._leg_failures: Counter[tuple[str, str, str]] = Counter()
         self._missing_legs = 0
+        self._deadly_requests = 0
         self._destination_mismatches = 0
         self._held = Durations()
         self._held_in_vain = 0
@@ -104,6 +105,10 @@ class Telemetry:
 
     def leg_missing(self) -> None:
         self._missing_legs += 1
+
+    def deadly_request(self) -> None:
+        """Count a request that was found to end engines."""
+        self._deadly_requests += 1
 
     def destination_mismatch(self) -> None:
         self._destination_mismatches += 1
@@ -164,6 +169,11 @@ class Telemetry:
             "dp_extproc_missing_prefill_legs",
             "Prefill legs whose stream did not arrive here.",
             value=self._missing_legs,
+        )
+        yield CounterMetricFamily(
+            "dp_extproc_deadly_requests",
+            "Requests that were found to end the engines that compute them, and are refused since.",
+            value=self._deadly_requests,
         )
         yield CounterMetricFamily(
             "dp_extproc_destination_mismatches",

@@ -56,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-reserved-decode-tokens", type=int, default=default.reserved_decode_tokens, metavar="TOKENS")
     add("--decode-log-interval", type=_positive, default=default.decode_log_interval, metavar="STEPS")
     add("--stream-interval", type=_positive, default=default.stream_interval, metavar="TOKENS", help="per chunk")
+    add(
+        "--vocabulary-size",
+        type=_positive,
+        default=default.vocabulary_size,
+        metavar="N",
+        help="a prompt with another token id ends the engine",
+    )
     add("--page-size", type=_positive, default=default.page_size, metavar="TOKENS", help="of a KV cache page")
     add("--kv-cache-dtype", default=default.kv_cache_dtype, metavar="TYPE", help="of the KV cache")
     add("--disaggregation-transfer-backend", default=default.transfer_backend, metavar="NAME", help="moves KV caches")
@@ -153,6 +160,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         reserved_decode_tokens=args.num_reserved_decode_tokens,
         decode_log_interval=args.decode_log_interval,
         stream_interval=args.stream_interval,
+        vocabulary_size=args.vocabulary_size,
         page_size=args.page_size,
         kv_cache_dtype=args.kv_cache_dtype,
         transfer_backend=args.disaggregation_transfer_backend,

@@ -85,6 +85,8 @@ class Settings:
     reserved_decode_tokens: int = 512
     decode_log_interval: int = 40
     stream_interval: int = 1
+    vocabulary_size: int = 1 << 31
+    """Token ids that the embedding has a row for. The default is larger than that of any model."""
     page_size: int = 1
     """Tokens of a KV cache page. It is only reported, and compared by the two sides: here pages have one token."""
     kv_cache_dtype: str = "auto"
