@@ -18,6 +18,11 @@ from dp_extproc.request.rejection import Reason, Rejection
 
 ENGINE_FAILED: Final = 500
 """The status from which on a response is a failure of the engine."""
+NO_OTHER_ATTEMPT: Final = Rejection(
+    502,
+    Reason.DECODE_FAILED,
+    "the decode server's connection was cut before its answer had begun, and there is no other attempt",
+)
 _TEXT_BYTES: Final = 2000
 """Bytes of an engine's text that a client gets within an error of the service."""
 _UNAVAILABLE: Final = frozenset({502, 503, 504})

@@ -17,21 +17,19 @@ from dp_extproc.attempt.events import (
     Phase,
     SendLeg,
     SkipBody,
-    StreamBody,
 )
-from dp_extproc.attempt.failures import ENGINE_FAILED, Failure, failed
+from dp_extproc.attempt.failures import ENGINE_FAILED, NO_OTHER_ATTEMPT, Failure, failed
 from dp_extproc.attempt.first_event_watch import FirstEventWatch
 from dp_extproc.attempt.gateways import Headers, Peer
 from dp_extproc.attempt.intake import Intake, Need
 from dp_extproc.attempt.machine import Machine, Turn, bind
-from dp_extproc.attempt.merging import Merging
+from dp_extproc.attempt.merging import COMPRESSED, Merging
 from dp_extproc.attempt.prefill_leg import PrefillLeg
 from dp_extproc.attempt.transitions import GOOD, MAIN, UNDECIDED, MainState, Outcome, Signal
 from dp_extproc.config.reliability import Supervise
 from dp_extproc.engines.model import Role
 from dp_extproc.load.in_flight import ERROR
 from dp_extproc.request.rejection import Reason, Rejection
-from dp_extproc.response.logprobs import LegText
 from dp_extproc.scheduling.admission import Ticket
 from dp_extproc.scheduling.decision import Answer, Decision, DecodeAbort, Queued
 
@@ -43,11 +41,6 @@ _SKIPPED: Final = frozenset({BodyMode.LOCKSTEP, BodyMode.UNSUPPORTED})
 _SKIP_BODY: Final = SkipBody()
 _RETRY_BY_CLIENT: Final = (("retry-after", b"0"),)
 """Where the gateway repeats no request: the client may, because nothing was generated."""
-_NO_OTHER_ATTEMPT: Final = Rejection(
-    502,
-    Reason.DECODE_FAILED,
-    "the decode server's connection was cut before its answer had begun, and there is no other attempt",
-)
 
 
 class MainStream(Machine[MainState]):
@@ -150,7 +143,7 @@ class MainStream(Machine[MainState]):
         found = intake.read_headers(event)
         earlier = intake.earlier
         if earlier.lost is not None and not self._effects.attempt_lost(earlier.lost, len(earlier.failed)):
-            found = _NO_OTHER_ATTEMPT if isinstance(found, Need) else found
+            found = NO_OTHER_ATTEMPT if isinstance(found, Need) else found
         if found is Need.BODY:
             self.body_at = turn.now
             turn.commands += replies.await_body(intake.mode, intake.untrusted)
@@ -218,9 +211,9 @@ class MainStream(Machine[MainState]):
         self.streaming = decision.streaming
         if not in_flight.leg:
             return
-        if decision.merges_logprobs and intake.sees_response:
-            self._leg.text = LegText()
-            self.merging = Merging(self._leg.text, streaming=decision.streaming is True)
+        if decision.merges is not None and intake.sees_response:
+            self.merging = Merging(decision.merges, streaming=decision.streaming is True, errors=intake.errors)
+            self._leg.text = self.merging.text
         self._leg.move(Signal.SCHEDULED, turn, decision)
         shows_event = self._environment.gateway.shows_first_events(self._response_mode)
         wants_event = self._environment.supervision.mode is Supervise.FIRST_EVENT and shows_event
@@ -248,13 +241,16 @@ class MainStream(Machine[MainState]):
         if self.streaming is None:
             self.streaming = event.is_events
         if status != _OK:
-            self.merging = None  # an error has no log probabilities
+            self.merging = None  # an error has nothing of the prompt
         if status >= ENGINE_FAILED:
             if event.end_of_stream or not self._intake.sees_response:
                 return self._pass_failure(turn, Phase.RESPONSE_HEADERS, b"")
             self._asks_for_body, self.error_at = True, turn.now
             turn.commands.append(BufferBody())
             return Outcome.AWAITS_ERROR
+        if event.is_encoded and self.merging is not None:
+            turn.failure = COMPRESSED
+            return Outcome.HELD
         if status < ERROR and self._hold:
             self.held_at = turn.now
             return Outcome.HELD
@@ -285,7 +281,7 @@ class MainStream(Machine[MainState]):
         self._effects.served(Role.DECODE)
         if self.merging is not None:
             self._asks_for_body = True
-            turn.commands.append(StreamBody() if self.merging.streaming else BufferBody())
+            turn.commands.append(self.merging.ask())
             return Outcome.RELEASED
         return self._pass_headers(turn, None)
 

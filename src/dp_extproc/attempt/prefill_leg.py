@@ -11,7 +11,7 @@ from dp_extproc.attempt.transitions import LEG, UNOPENED, LegState, Outcome, Sig
 from dp_extproc.engines.model import Role
 from dp_extproc.load.in_flight import ERROR
 from dp_extproc.response.first_event import FirstEventReader
-from dp_extproc.response.logprobs import LegText
+from dp_extproc.response.merging import LegText
 from dp_extproc.scheduling.decision import Decision
 
 LATE_SECONDS: Final = 10.0

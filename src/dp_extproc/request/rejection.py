@@ -42,6 +42,7 @@ class Reason(StrEnum):
     DECODE_FAILED = "decode_failed"
     DECODE_TIMEOUT = "first_token_timeout"
     ENGINE_REFUSED = "engine_refused"
+    ANSWER_INCOMPLETE = "answer_incomplete"
     INTERNAL_ERROR = "internal_error"
 
 

@@ -6,6 +6,7 @@ from dp_extproc.load.in_flight import InFlight
 from dp_extproc.load.records import NO_WORK, Work
 from dp_extproc.prefix_cache.blocks import Prefix
 from dp_extproc.request.body import InferenceRequest
+from dp_extproc.request.prompt_parts import PromptPart
 from dp_extproc.request.rejection import Rejection
 from dp_extproc.scheduling.admission import Ticket
 
@@ -78,8 +79,8 @@ class Decision(Struct, frozen=True):
     """The reservations of the request; None for one that has none."""
     streaming: bool | None = False
     """Whether the client asked for a stream of events; None if the body was not read."""
-    merges_logprobs: bool = False
-    """Whether the client asked for log probabilities, a part of which only the response of the prefill leg has."""
+    merges: PromptPart | None = None
+    """What the client asked for that only the response of the prefill leg has; None for nothing."""
     prefill: PrefillRequest | None = None
     """The prefill leg that the service has to send; None if there is none, or if Envoy mirrors it."""
     abort: DecodeAbort | None = None

@@ -260,7 +260,7 @@ class Scheduler:
             metadata,
             in_flight,
             streaming=request.stream,
-            merges_logprobs=prefill is not None and request.wants_logprobs,
+            merges=None if prefill is None else request.prompt_part,
             prefill=encoded.prefill,
             abort=encoded.abort,
             fallbacks=encoded.fallbacks,
