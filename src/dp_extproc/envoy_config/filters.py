@@ -164,6 +164,14 @@ def report_first_event(names: Names, body_mode: BodyMode) -> HttpFilter:
     )
 
 
+def enable_response_report() -> Any:
+    """Build the setting of a route on which :func:`report_first_event` sends the whole response, to be changed."""
+    mode = _no_messages()
+    mode.response_header_mode = _SEND
+    mode.response_body_mode = ext_proc.ProcessingModeBodySendMode.STREAMED
+    return pack(ext_proc.ExtProcPerRoute(overrides=ext_proc.ExtProcOverrides(processing_mode=mode)))
+
+
 def enable_first_event_report(body_mode: BodyMode) -> Any:
     """Build the setting of a route that enables :func:`report_first_event`.
 
