@@ -156,7 +156,7 @@ def report_first_event(names: Names, body_mode: BodyMode) -> HttpFilter:
         allow_mode_override=body_mode is BodyMode.NONE,
         processing_mode=_no_messages(),
         message_timeout=_MESSAGE_TIMEOUT,
-        forward_rules=_forward_only(contract.READ_FROM_RESPONSES) if body_mode is BodyMode.NONE else None,
+        forward_rules=_forward_only(contract.READ_FROM_RESPONSES),
     )
     return commented(
         HttpFilter(name=FIRST_EVENT_FILTER, typed_config=pack(processor)),

@@ -281,17 +281,15 @@ class ExtProcService:
         """
         streams = self._registry.find(token)
         renames = None if streams is None else streams.attempt.first_event.renames
-        # A whole response whose head has gone keeps its length, which an Envoy with an older configuration lets it do.
-        renamer = Renamer(renames) if renames is not None and streams is not None else None
+        renamer = None if renames is None else Renamer(renames)
+        # An older configuration of Envoy sends no headers here, and a whole response keeps its length then.
         may_change = streams is not None and streams.attempt.main.streaming is True
         first = FirstEventReader()
         while (raw := await context.read()) is not grpc.aio.EOF:
             event = read_event(_parse(raw))
             if isinstance(event, on.RequestHeaders):
                 await context.write(_PASS_REQUEST)
-            elif isinstance(
-                event, on.ResponseHeaders
-            ):  # sent only if the request was not read, or ids are to be changed
+            elif isinstance(event, on.ResponseHeaders):  # sent if the request was not read, or ids are to be changed
                 may_change = not event.is_encoded
                 is_read = may_change and (event.is_events or renamer is not None)
                 await context.write(_STREAM_BODY if is_read else _PASS_HEADERS)

@@ -21,8 +21,8 @@ _ids: Final = msgspec.json.Decoder(str | list[str])
 def read_client_ids(api: Api, values: Mapping[str, Raw], batch: int | None) -> tuple[bytes, ...]:
     """Read the id of each prompt, as it stands within quotes in JSON; nothing if the client has given none.
 
-    *batch* is the number of prompts in a list, None for a scalar prompt. Of a single id SGLang makes one for each prompt of
-    a batch (``_normalize_rid``, io_struct.py).
+    *batch* is the number of prompts in a list, None for a scalar prompt. Of a single id SGLang makes one for each
+    prompt of a batch (``_normalize_rid``, io_struct.py).
     """
     if api not in _READ_ON or RID not in values:
         return ()

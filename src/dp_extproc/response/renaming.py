@@ -17,7 +17,7 @@ class Renames(Struct, frozen=True):
     """The ids of a request, before and after."""
 
     request_id: str
-    """The id of the decode leg, or the start of the ids of a batch; see :func:`~dp_extproc.request.rewrite.request_ids`."""
+    """The id of the decode leg, or the start of the ids of a batch, behind which ``-INDEX.`` stands."""
     client_ids: tuple[bytes, ...]
     """The client's id of each prompt, as it stands within quotes in JSON."""
     is_batch: bool
