@@ -162,6 +162,7 @@ class Attempt:
     def _fail(self, turn: Turn, failure: Failure) -> None:
         """Blame an endpoint, answer the client while that is possible, and end the other leg."""
         if not self.leg.was_cancelled:
+            self.main.abort_before_close(turn)
             is_answered = self.main.move(Signal.ABANDON, turn, failure)
             if not (is_answered and self.main.hears_response):  # an answer may be too late, and is ignored then
                 self.main.abort_decode(turn)

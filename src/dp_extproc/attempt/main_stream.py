@@ -3,8 +3,6 @@
 import math
 from typing import ClassVar, Final
 
-from msgspec.structs import replace
-
 from dp_extproc.attempt import events as on
 from dp_extproc.attempt import replies
 from dp_extproc.attempt.effects import Effects, Environment
@@ -194,10 +192,7 @@ class MainStream(Machine[MainState]):
         self._follow(turn, result)
         if result.prefill is not None:  # first, so that it does not wait for the reply to be written
             turn.commands.append(SendLeg(result.prefill, intake.path, intake.passed))
-            assert result.abort is not None  # noqa: S101 - the encoder makes both or none
-            own = {name for name, _ in result.abort.headers}
-            passed = (each for each in intake.passed if each[0] not in own)
-            self._abort = replace(result.abort, headers=(*passed, *result.abort.headers))
+        self._abort = result.abort and result.abort.passing(intake.passed)
         turn.commands += replies.route_body(intake, result, self._environment.gateway)
         self._effects.decided("routed", turn.now)
         return Outcome.ROUTED
@@ -361,6 +356,12 @@ class MainStream(Machine[MainState]):
         """End the decode leg at its engine, because nothing on the main stream is sure to end it any more."""
         if self._abort is not None:
             turn.commands.append(self._abort)
+            self._abort = None
+
+    def abort_before_close(self, turn: Turn) -> None:
+        """End the decode leg at its engine before a reply closes it, where the engine would not notice the close."""
+        if self.is_routed and self._abort is not None and self._abort.precedes_close:
+            self.abort_decode(turn)
 
     def _ignore(self, _turn: Turn, _event: Event) -> Outcome:
         return Outcome.UNCHANGED

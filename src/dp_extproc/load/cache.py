@@ -241,7 +241,7 @@ class LoadCache:
                 page.prompt_tokens,
                 started,
                 idle=load is not None and not load.reserved_requests,
-                external=load is not None and load.has_external_requests,
+                external=False if load is None else load.has_external_requests,
             )
         self._made_room()
 

@@ -128,8 +128,9 @@ class EndpointLoad:
         """When the last good load page was requested."""
         self.answered_at = -math.inf
         """When the endpoint last had computed a prompt of a request, or began its response."""
-        self.has_external_requests = False
-        """Whether the last page has more requests than this replica and its peers have sent."""
+        self.has_external_requests: bool | None = False
+        """Whether the last page has more requests than this replica and its peers have sent. None if these requests may
+        be own ones that count as computed."""
         self.is_away = False
         """Whether the endpoint was unreachable after the last good load page."""
         self.is_gone = False
@@ -257,12 +258,14 @@ class EndpointLoad:
         self.has_external_requests = False
         if readings:
             ours = sum(each.requests for rank in self.ranks for kept in (rank.open, rank.ended) for each in kept)
+            doubtful = sum(reading.rank.doubtful_requests(reading.at) for reading in readings)
             absorb(readings, len(self.ranks), now)
             if any(each.sample.age is None for each in readings):  # of an unknown time, so it may contain any of ours
-                beyond = sum(each.requests for each in readings) - ours
+                beyond, doubtful = sum(each.requests for each in readings) - ours, 0.0
             else:
                 beyond = sum(rank.external_requests for rank in self.ranks)
-            self.has_external_requests = beyond >= EXTERNAL_FROM
+            if beyond >= EXTERNAL_FROM:
+                self.has_external_requests = True if beyond - doubtful >= EXTERNAL_FROM else None
 
     def review(self, now: float) -> bool:
         """Detect by a page that was just absorbed what stands still, and return whether that has changed."""

@@ -154,9 +154,8 @@ class Components:
             self.telemetry.add(SyncMetrics(self._replica.status))
         if is_picker:
             self.telemetry.add(PoolMetrics(self._loads, gateway_names(config.pools), clock))
-        sent_legs = SentLegMetrics()
-        if config.sends_legs:
-            self.telemetry.add(sent_legs)
+        sent_legs = SentLegMetrics(sends_legs=config.sends_legs)
+        self.telemetry.add(sent_legs)
         self.service = ExtProcService(
             self._scheduler,
             (self.telemetry,),
@@ -168,15 +167,11 @@ class Components:
             queue=self._queue,
             max_body=config.envoy.max_body_bytes,
             clock=clock,
-            legs=(
-                DirectLegs(
-                    config.supervision.longest_prefill,
-                    tls=self.tls,
-                    listener=sent_legs.legs,
-                    abort_listener=sent_legs.aborts,
-                )
-                if config.sends_legs
-                else None
+            legs=DirectLegs(
+                config.supervision.longest_prefill,
+                tls=self.tls,
+                listener=sent_legs.legs,
+                abort_listener=sent_legs.aborts,
             ),
         )
         self.readiness = Readiness(health, lambda: any(can_serve(pool, self._loads) for pool in self.config.pools))

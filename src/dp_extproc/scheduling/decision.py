@@ -1,6 +1,7 @@
 """The records that scheduling takes and returns: the context of a request, and its decision, or that it has to wait."""
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from dp_extproc.load.in_flight import InFlight
 from dp_extproc.load.records import NO_WORK, Work
@@ -65,6 +66,13 @@ class DecodeAbort(Struct, frozen=True):
     """The ids of the decode leg: one, or one for each prompt of a batch."""
     headers: Headers
     """The credentials of the pool."""
+    precedes_close: bool = False
+    """Whether the engines have to get it before the stream of the leg is closed."""
+
+    def passing(self, headers: Headers) -> "DecodeAbort":
+        """Return it with headers of the client, but for those that it has itself."""
+        own = {name for name, _ in self.headers}
+        return replace(self, headers=(*(each for each in headers if each[0] not in own), *self.headers))
 
 
 class Decision(Struct, frozen=True):
@@ -87,7 +95,7 @@ class Decision(Struct, frozen=True):
     prefill: PrefillRequest | None = None
     """The prefill leg that the service has to send; None if there is none, or if Envoy mirrors it."""
     abort: DecodeAbort | None = None
-    """What ends the decode leg; None if Envoy sends the prefill leg, too, and so can end both."""
+    """What ends the decode leg; None if Envoy can end it, and its engine notices that."""
     fallbacks: tuple[str, ...] = ()
     """``IP:port`` of further decode endpoints, which can serve the same body."""
     fingerprint: str = ""

@@ -44,7 +44,7 @@ class Encoded(Struct, frozen=True):
     prefill: PrefillRequest | None = None
     """The prefill leg, where the service sends it."""
     abort: DecodeAbort | None = None
-    """What ends the decode leg, where the service sends the prefill leg."""
+    """What ends the decode leg, where Envoy or its engine may fail to."""
     fallbacks: tuple[str, ...] = ()
     """Addresses of further decode endpoints."""
     renames: Renames | None = None
@@ -98,16 +98,17 @@ class RequestEncoder:
         watched = _WATCHED_WHOLLY if renames is not None else _WATCHED
         attempt = ((contract.OWNER, self._owner), (contract.LEG, leg.encode()), *(watched if is_watched else ()))
         bodies = encoding.bodies
+        ids = request_ids(f"{request_id}{DECODE_SUFFIX}", batch)
+        runs_on = request.stream is not False and not decode.endpoint.capabilities.ends_closed
         if self._settings.sends_prefill:
             assert bodies is not None  # noqa: S101 - the configuration has no routing fields in headers
             fallbacks = self._fallbacks(decode, others, now)
-            ids = request_ids(f"{request_id}{DECODE_SUFFIX}", batch)
             return Encoded(
                 bodies.decode,
                 (*(attempt if is_watched else ()), *keys),
                 leg,
                 _prefill_request(pool, prefill, bodies, keys),
-                DecodeAbort(pool, (decode.endpoint.address, *fallbacks), ids, keys),
+                DecodeAbort(pool, (decode.endpoint.address, *fallbacks), ids, keys, precedes_close=runs_on),
                 fallbacks,
                 renames,
             )
@@ -121,6 +122,7 @@ class RequestEncoder:
             ),
             leg,
             renames=renames,
+            abort=DecodeAbort(pool, (decode.endpoint.address,), ids, keys, precedes_close=True) if runs_on else None,
         )
 
     def _renames(self, request: InferenceRequest, decode_id: str) -> Renames | None:
