@@ -206,6 +206,7 @@ class MainStream(Machine[MainState]):
             self.merging = Merging(decision.merges, streaming=decision.streaming is True, errors=intake.errors)
             self._leg.text = self.merging.text
         self._leg.move(Signal.SCHEDULED, turn, decision)
+        self._first_event.renames = decision.renames
         shows_event = self._environment.gateway.shows_first_events(self._response_mode)
         wants_event = self._environment.supervision.mode is Supervise.FIRST_EVENT and shows_event
         if decision.streaming is not False and wants_event:

@@ -276,6 +276,7 @@ class Scheduler:
             in_flight,
             streaming=request.stream,
             merges=None if prefill is None else request.prompt_part,
+            renames=encoded.renames,
             prefill=encoded.prefill,
             abort=encoded.abort,
             fallbacks=encoded.fallbacks,
