@@ -12,6 +12,7 @@ from dp_extproc.config.reliability import RetrySettings
 from dp_extproc.engines.model import Role
 from dp_extproc.request.error_shapes import ErrorShape
 from dp_extproc.request.rejection import Reason, Rejection
+from dp_extproc.response.engine_text import no_answer, scrub
 
 ENGINE_FAILED: Final = 500
 """The status from which on a response is a failure of the engine."""
@@ -71,9 +72,12 @@ class Failure(Struct, frozen=True):
     def body(self, shape: ErrorShape) -> bytes:
         """Write the body of the client's error, in a shape unless it is the engine's own."""
         if self.is_clients_fault and self.text:
-            return self.text
-        text = self.text[:_TEXT_BYTES].decode(errors="replace").strip()
-        message = f"{self.message}: {text}" if text else self.message
+            return scrub(self.text)
+        if (cause := no_answer(self.text)) is not None:
+            message = f"the {self.leg.value} server did not answer: {cause}"
+        else:
+            text = scrub(self.text[:_TEXT_BYTES]).decode(errors="replace").strip()
+            message = f"{self.message}: {text}" if text else self.message
         return Rejection(self.status, self.reason, message).body(shape)
 
 
