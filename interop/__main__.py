@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from interop.cases import CASES, PATIENCE_SECONDS, Rig, unified_answers, unified_logprobs
+from interop.cases import CASES, PATIENCE_SECONDS, Rig, unified_answers, unified_echoes, unified_logprobs
 from interop.forms import FORMS, run_form
 from interop.record import record_logprobs
 from interop.report import Report
@@ -27,6 +27,7 @@ def run(shape: Shape, forms: Sequence[str], venv: Path, folder: Path, report: Re
     with httpx.Client(timeout=PATIENCE_SECONDS, trust_env=False) as client:
         with run_engines(unified):
             answers, logprobs = unified_answers(client, unified), unified_logprobs(client, unified)
+            echoes = unified_echoes(client, unified)
         with run_engines(prefill, decode):
             record_logprobs(client, prefill, decode, folder / "recorded" / shape.model)
             print(f"{shape.name}: engines are up after {time.monotonic() - began:.0f} s", flush=True)
@@ -35,7 +36,7 @@ def run(shape: Shape, forms: Sequence[str], venv: Path, folder: Path, report: Re
                     engine.restart_if_killed()
                 report.shape = f"{shape.name}, prefill leg by {form}"
                 with run_form(form, prefill, decode) as url:
-                    rig = Rig(client, url, prefill, decode, answers, logprobs, report, form)
+                    rig = Rig(client, url, prefill, decode, answers, logprobs, echoes, report, form)
                     for case in CASES:
                         try:
                             case(rig)

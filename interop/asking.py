@@ -72,6 +72,27 @@ def ask_meta(client: httpx.Client, url: str, question: Question) -> dict[str, An
     return meta
 
 
+def ask_echo(
+    client: httpx.Client, url: str, prompt: Any, *, stream: bool, tokens: int = 1
+) -> dict[int, dict[str, Any]]:
+    """Request log probabilities of an echoed prompt, as lm-eval-harness does, and return those of each choice."""
+    asked = {
+        "model": "tiny", "prompt": prompt, "stream": stream, "echo": True, "logprobs": 1, "temperature": 0,
+        "max_tokens": tokens, "ignore_eos": True,
+    }  # fmt: skip
+    response = client.post(f"{url}/v1/completions", json=asked)
+    if response.status_code != httpx.codes.OK:
+        return {0: {"error": f"{response.status_code}: {response.text[:100]}"}}
+    lines = response.text.split("\n\n") if stream else [response.text]
+    found: dict[int, dict[str, Any]] = {}
+    for line in (line.removeprefix("data: ") for line in lines if line and "[DONE]" not in line):
+        for choice in json.loads(line).get("choices", []):
+            known = found.setdefault(choice["index"], {})
+            for key, entries in (choice.get("logprobs") or {}).items():
+                known[key] = known.get(key, []) + entries
+    return found
+
+
 def events(response: httpx.Response) -> Iterator[dict[str, Any] | None]:
     """Read a stream's events; None is its proper end."""
     for line in response.iter_lines():

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 import httpx
 
-from interop.asking import APIS, Question, Received, ask, ask_meta, events
+from interop.asking import APIS, Question, Received, ask, ask_echo, ask_meta, events
 from interop.report import Report
 from interop.servers import CONTEXT_TOKENS, RealEngine
 
@@ -38,6 +38,15 @@ LOGPROB_KEYS: Final = ("input_token_logprobs", "input_token_ids_logprobs")
 The likeliest tokens are omitted: random weights make many equally likely, and rounding orders them.
 """
 
+ECHOED: Final[Mapping[str, Any]] = {
+    "a text": "The prompt is echoed.",
+    "token ids": [11, 12, 13, 14],
+    "a batch": [[11, 12, 13, 14], [21, 22, 23]],
+}
+"""Prompts of /v1/completions whose log probabilities are compared."""
+ECHO_KEYS: Final = ("tokens", "token_logprobs", "text_offset")
+
+Echoes = Mapping[tuple[str, bool], Mapping[int, Mapping[str, Any]]]
 Answers = Mapping[tuple[str, bool, tuple[int, int]], Received]
 
 
@@ -53,6 +62,8 @@ class Rig:
     """Answers of the unified engine."""
     logprobs: Mapping[bool, dict[str, Any]]
     """``meta_info`` of the unified engine for requests with log probabilities, whole and streamed."""
+    echoes: Echoes
+    """``logprobs`` of the unified engine for prompts that are echoed."""
     report: Report
     form: str
     """Who sends the prefill leg; see :data:`interop.forms.FORMS`."""
@@ -117,6 +128,25 @@ def log_probabilities(rig: Rig) -> None:
         seen = f"{same} of {len(LOGPROB_KEYS)} lists equal the unified engine's; lengths {list(lengths.values())}"
         good = same == len(LOGPROB_KEYS) and set(lengths.values()) == {len(question.prompt)}
         rig.report.add(f"log probabilities, {'streamed' if stream else 'whole'}", seen, good=good)
+
+
+def echoed_prompts(rig: Rig) -> None:
+    """Check that ``echo`` with ``logprobs``, as evaluation programs send it, gives what one engine gives."""
+    if rig.form == "picker":
+        refused = ask_echo(rig.client, rig.url, ECHOED["a text"], stream=False)[0].get("error", "")
+        rig.report.add("echo with log probabilities", refused, good=refused.startswith("400"))
+        return
+    for (name, stream), expected in rig.echoes.items():
+        got = ask_echo(rig.client, rig.url, ECHOED[name], stream=stream)
+        same = [
+            key
+            for key in ECHO_KEYS
+            if all(_near(got.get(index, {}).get(key), expected[index][key]) for index in expected)
+        ]
+        lengths = [len(each.get("tokens", [])) for each in got.values()]
+        seen = f"{len(same)} of {len(ECHO_KEYS)} lists equal the unified engine's; lengths {lengths}"
+        case = f"echo with log probabilities, {name}, {'streamed' if stream else 'whole'}"
+        rig.report.add(case, seen, good=len(same) == len(ECHO_KEYS) and got.keys() == expected.keys())
 
 
 def too_long(rig: Rig) -> None:
@@ -201,7 +231,8 @@ def decode_dies(rig: Rig) -> None:
 
 
 CASES: Final[Sequence[Callable[[Rig], None]]] = (
-    every_pair, picked_by_the_service, log_probabilities, too_long, client_disconnects, prefill_dies, decode_dies,
+    every_pair, picked_by_the_service, log_probabilities, echoed_prompts, too_long, client_disconnects, prefill_dies,
+    decode_dies,
 )  # fmt: skip
 
 
@@ -213,6 +244,15 @@ def unified_answers(client: httpx.Client, unified: RealEngine) -> Answers:
 def unified_logprobs(client: httpx.Client, unified: RealEngine) -> dict[bool, dict[str, Any]]:
     """Request log probabilities from a unified engine."""
     return {stream: ask_meta(client, unified.url, question) for stream, question in LOGPROBS_QUESTIONS.items()}
+
+
+def unified_echoes(client: httpx.Client, unified: RealEngine) -> Echoes:
+    """Request log probabilities of echoed prompts from a unified engine."""
+    return {
+        (name, stream): ask_echo(client, unified.url, prompt, stream=stream)
+        for name, prompt in ECHOED.items()
+        for stream in (False, True)
+    }
 
 
 def _near(ours: Any, theirs: Any) -> bool:

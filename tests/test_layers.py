@@ -37,7 +37,10 @@ PURE = {
 """Packages of LAYERS that do no I/O and have no clock and no randomness of their own: all of their modules."""
 PURE_IN_LAB = {
     *("lab/engine/scheduler/", "lab/engine/text.py", "lab/demo/jobs.py", "lab/demo/estimate.py"),
-    *(f"lab/simulate/{name}.py" for name in ("fleet", "engines", "simulation", "routers", "settings", "outcome")),
+    *(
+        f"lab/simulate/{name}.py"
+        for name in ("fleet", "engines", "decode", "workers", "simulation", "routers", "settings", "outcome")
+    ),
 }
 """Files and folders in packages of the lab that start processes or ask the time elsewhere."""
 IMPURE = {

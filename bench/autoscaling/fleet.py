@@ -9,6 +9,7 @@ from dp_extproc.config.autoscaling import AutoscalingSettings
 from dp_extproc.config.load import LoadSignal
 from dp_extproc.config.pools import PolicySettings
 from dp_extproc.engines.model import LoadPage, Role
+from dp_extproc.lab.engine.scheduler.work import Stage
 from dp_extproc.lab.simulate.routers import Ours
 from dp_extproc.lab.simulate.simulation import Simulation
 from dp_extproc.load.autoscaling import Autoscaling, Signal
@@ -93,7 +94,7 @@ class ScaledFleet:
     def _scrape(self, now: float) -> None:
         signals = {signal.role: signal for signal in self._autoscaling.signals(now)}
         for role in ROLES:
-            busy = self._seconds_in_steps(role)
+            busy = self._seconds_in_steps(role, now)
             shares = [(new - old) / SCRAPE_SECONDS for new, old in zip(busy, self._busy[role], strict=True)]
             self._busy[role] = busy
             ready = self.ready[role]
@@ -101,16 +102,16 @@ class ScaledFleet:
             self._scrapes[role] = [*self._scrapes[role], scrape][-KEPT:]
         self._simulation.after(SCRAPE_SECONDS, self._scrape)
 
-    def _seconds_in_steps(self, role: Role) -> list[float]:
+    def _seconds_in_steps(self, role: Role, now: float) -> list[float]:
         if role is Role.PREFILL:
             return [each.busy / len(each.ranks) for each in self._simulation.prefills]
-        pages = [each.page(gauges=False) for each in self._simulation.decodes]
+        pages = [each.page(now, gauges=False) for each in self._simulation.decodes]
         return [max(rank.decoded.seconds for rank in page.ranks if rank.decoded is not None) for page in pages]
 
     def _queues(self, role: Role) -> list[int]:
         if role is Role.PREFILL:
-            return [sum(len(rank.queue) for rank in each.ranks) for each in self._simulation.prefills]
-        return [sum(map(len, each._waiting)) for each in self._simulation.decodes]  # noqa: SLF001 - SGLang reports it
+            return [sum(len(rank.queued(Stage.WAITING)) for rank in each.ranks) for each in self._simulation.prefills]
+        return [each.unaccepted for each in self._simulation.decodes]
 
     def _sync(self, now: float) -> None:
         for role in ROLES:

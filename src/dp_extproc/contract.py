@@ -2,10 +2,11 @@
 
 A repeated request arrives from the front door, Envoy's listener for clients, like a new one, and possibly at another
 process of the service. So its header :data:`AVOID` lists what has failed before: attempts, separated by semicolons, and
-for each the prefill endpoint (of a disaggregated pool), the decode endpoint and maybe :data:`CUT`, separated by commas.
+for each the prefill endpoint (of a disaggregated pool), the decode endpoint and maybe a mark, separated by commas. The
+mark is :data:`CUT`, or what :func:`write_lost` and :func:`write_error` write.
 """
 
-from typing import Final
+from typing import Final, NamedTuple
 
 DECODE_HOST: Final = "x-dp-decode-host"
 """``IP:port`` of the decode endpoint or the aggregated endpoint, whose response the client gets."""
@@ -103,19 +104,75 @@ _MAX_ATTEMPTS: Final = 16
 """Bounds the attempts that are read from a header. More cannot be configured."""
 
 
+_LOST: Final = "lost"
+_ERROR: Final = "error"
+_WITHIN: Final = "!"
+"""Separates the items of a mark. No address has it."""
+
+
+class EngineError(NamedTuple):
+    """An error of 500 or more that an engine has answered, and that counts against no endpoint yet."""
+
+    address: str
+    signature: str
+    """What errors alike have in common."""
+
+
 def read_failed(header: str | None) -> tuple[frozenset[str], ...]:
     """Parse :data:`AVOID` into the endpoints of each earlier attempt."""
-    if not header:
-        return ()
-    return tuple(frozenset(attempt.split(",")) - {CUT} for attempt in header.split(";", _MAX_ATTEMPTS)[:_MAX_ATTEMPTS])
+    return tuple(frozenset(filter(_is_address, attempt)) for attempt in _attempts(header))
 
 
 def read_cut(header: str | None) -> str | None:
     """Return the decode endpoint of the last attempt if Envoy repeated it by itself, so that its failure can count."""
-    endpoints = (header or "").rpartition(";")[2].split(",")
-    return endpoints[1] if len(endpoints) > 2 and endpoints[2] == CUT else None
+    last = (header or "").rpartition(";")[2].split(",")
+    return _cut(last)
 
 
-def write_failed(*endpoints: str) -> bytes:
-    """Format the endpoints of one attempt as the value of :data:`FAILED`."""
-    return ",".join(endpoints).encode()
+def read_lost(header: str | None) -> tuple[str, ...]:
+    """Return the endpoints that have dropped the request after they had accepted it, one for each such attempt."""
+    found = []
+    for attempt in _attempts(header):
+        if (cut := _cut(attempt)) is not None:
+            found.append(cut)
+        found += [mark[1] for mark in _marks(attempt, _LOST, 2)]
+    return tuple(found)
+
+
+def read_error(header: str | None) -> EngineError | None:
+    """Return the engine's error that the last attempt has failed by."""
+    last = (header or "").rpartition(";")[2].split(",")
+    return next((EngineError(mark[1], mark[2]) for mark in _marks(last, _ERROR, 3)), None)
+
+
+def write_failed(*endpoints: str, mark: str = "") -> bytes:
+    """Format the endpoints of one attempt, and its mark, as the value of :data:`FAILED`."""
+    return ",".join((*endpoints, mark) if mark else endpoints).encode()
+
+
+def write_lost(address: str) -> str:
+    """Mark an attempt whose endpoint has dropped the request after it had accepted it."""
+    return _WITHIN.join((_LOST, address))
+
+
+def write_error(error: EngineError) -> str:
+    """Mark an attempt that has failed by an engine's error."""
+    return _WITHIN.join((_ERROR, *error))
+
+
+def _attempts(header: str | None) -> list[list[str]]:
+    attempts = header.split(";", _MAX_ATTEMPTS)[:_MAX_ATTEMPTS] if header else []
+    return [attempt.split(",") for attempt in attempts]
+
+
+def _is_address(item: str) -> bool:
+    return item != CUT and _WITHIN not in item
+
+
+def _cut(attempt: list[str]) -> str | None:
+    return attempt[1] if len(attempt) > 2 and attempt[2] == CUT else None
+
+
+def _marks(attempt: list[str], kind: str, items: int) -> list[list[str]]:
+    marks = (item.split(_WITHIN) for item in attempt)
+    return [mark for mark in marks if mark[0] == kind and len(mark) == items]

@@ -33,6 +33,7 @@ from dp_extproc.attempt.events import (
     StreamBody,
     ToLeg,
 )
+from dp_extproc.attempt.failures import engine_error
 from dp_extproc.attempt.intake import Decider
 from dp_extproc.config.reliability import RetrySettings, Supervise, SupervisionSettings
 from dp_extproc.engines.model import Role
@@ -394,7 +395,7 @@ class TestFailures:
         assert [*map(sorted, contract.read_failed(dict(reply.headers)[contract.FAILED]))] == [
             ["10.0.0.1:31001", "10.0.0.1:32001"]
         ]
-        assert attempted.blamed() == [Role.PREFILL]
+        assert attempted.blamed() == []  # the next attempt may fail alike
         assert attempted.failures == [(Role.PREFILL, Reason.PREFILL_FAILED, True)]
 
     @pytest.mark.parametrize("answered", [False, True])
@@ -422,7 +423,7 @@ class TestFailures:
         said = attempted.watch.decode_explained(b"oops", 1.0)
         assert show(said) == [("MAIN", f"{contract.FAILED} {contract.RETRY}"), ("PREFILL", CANCELLED)]
         assert main_of(said).phase is Phase.RESPONSE_BODY
-        assert attempted.blamed() == [Role.DECODE]
+        assert attempted.blamed() == []  # the next attempt may fail alike
 
     def test_decode_fails_at_once_without_a_body(self) -> None:
         """There is nothing to wait for."""
@@ -440,7 +441,7 @@ class TestFailures:
         said = attempted.head(500)
         assert show(said) == [("MAIN", f"{contract.FAILED} {contract.RETRY}"), ("PREFILL", CANCELLED)]
         assert main_of(said).phase is Phase.RESPONSE_HEADERS
-        assert attempted.blamed() == [Role.DECODE]
+        assert attempted.blamed() == []  # the next attempt may fail alike
         assert attempted.failures == [(Role.DECODE, Reason.DECODE_FAILED, True)]
 
     def test_decode_fails_when_its_first_event_is_an_error(self) -> None:
@@ -451,6 +452,52 @@ class TestFailures:
         said = attempted.watch.first_event(EngineError(500, b'{"error":{"message":"transfer failed"}}'), 1.0)
         assert show(said) == [("MAIN", "502 decode_failed"), ("PREFILL", CANCELLED)]
         assert b"transfer failed" in main_of(said).body
+
+    @pytest.mark.parametrize("leg", [Role.PREFILL, Role.DECODE])
+    @pytest.mark.parametrize(
+        ("first", "second", "is_alike"),
+        [
+            (b"AttributeError: 'list' object, rid=dp0a1", b"AttributeError: 'list' object, rid=dp99ff", True),
+            (b"Internal Server Error", b"Internal Server Error", True),
+            (b"Internal Server Error", b"out of memory", False),
+        ],
+    )
+    def test_errors_alike_of_two_engines_count_against_neither(
+        self, leg: Role, first: bytes, second: bytes, *, is_alike: bool
+    ) -> None:
+        """They are the fault of the request, which is not tried a third time."""
+        mark = contract.write_error(contract.EngineError("10.0.0.9:30000", _signature_of(first)))
+        attempted = Attempted(failed=contract.write_failed("10.0.0.8:30000", "10.0.0.9:30000", mark=mark).decode())
+        lost: list[str] = []
+        attempted.fleet.scheduler.lost = lost.append  # type: ignore[method-assign, assignment]
+        said = _explained(attempted, leg, second)
+        reply = main_of([each for each in said if each[0] == "MAIN"])
+        headers = dict(reply.headers if isinstance(reply, Immediate) else reply.set_headers)
+
+        assert lost == ([] if is_alike else ["10.0.0.9:30000"])
+        assert (contract.RETRY in headers) == (not is_alike)
+        assert attempted.blamed() == []
+        reason = Reason.PREFILL_FAILED if leg is Role.PREFILL else Reason.DECODE_FAILED
+        assert attempted.failures == [(leg, Reason.FAILED_ALIKE if is_alike else reason, not is_alike)]
+
+    @pytest.mark.parametrize("answers", [True, False])
+    def test_error_of_the_attempt_before_counts_if_this_one_does_not_fail_alike(self, *, answers: bool) -> None:
+        """It counts when the response is good, or when an error alike would have come."""
+        mark = contract.write_error(contract.EngineError("10.0.0.9:30000", _signature_of(b"oops")))
+        attempted = Attempted(failed=contract.write_failed("10.0.0.8:30000", "10.0.0.9:30000", mark=mark).decode())
+        lost: list[str] = []
+        attempted.fleet.scheduler.lost = lost.append  # type: ignore[method-assign, assignment]
+        attempted.watch.prefill_opened()
+        if answers:
+            attempted.prefill()
+            attempted.head(has_body=False)
+            attempted.watch.first_event(None, 1.0)
+        else:
+            attempted.watch.sweep(1.0)
+            assert lost == []
+            attempted.watch.sweep(3.0)
+
+        assert lost == ["10.0.0.9:30000"]
 
     @pytest.mark.parametrize(
         ("leg", "text", "guilty"),
@@ -465,7 +512,7 @@ class TestFailures:
     )
     def test_endpoint_is_blamed_by_the_text_of_the_error(self, leg: Role, text: bytes, guilty: Role) -> None:
         """The engine of the failed leg is blamed, unless its text accuses the peer."""
-        attempted = Attempted()
+        attempted = Attempted(retry=RetrySettings(attempts=1))
         attempted.watch.prefill_opened()
         if leg is Role.PREFILL:
             attempted.prefill(500)
@@ -671,3 +718,18 @@ class TestAttempts:
         attempted.watch.prefill_opened()
         reply = main_of(attempted.prefill(500, has_body=False))
         assert contract.RETRY not in dict(reply.headers)
+
+
+def _explained(attempted: Attempted, leg: Role, text: bytes) -> list[Say]:
+    """Let a leg fail with a status of 500 and a text."""
+    attempted.watch.prefill_opened()
+    if leg is Role.PREFILL:
+        attempted.prefill(500)
+        return attempted.watch.prefill_explained(text, 1.0)
+    attempted.head(500)
+    return attempted.watch.decode_explained(text, 1.0)
+
+
+def _signature_of(text: bytes) -> str:
+    """Return the signature that the failure of an engine with this text has."""
+    return engine_error(Role.DECODE, 500, text, "").signature

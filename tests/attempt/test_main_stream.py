@@ -67,6 +67,9 @@ class Echo:
     def lost(self, address: str) -> None:
         raise NotImplementedError
 
+    def engine_lost(self, fingerprint: str, address: str) -> None:
+        raise NotImplementedError
+
     def place_unread(self, api: Api, length: int | None, *_more: object) -> Decision | Rejection:
         self.lengths.append(length)
         if length == REFUSED:

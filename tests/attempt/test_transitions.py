@@ -110,6 +110,9 @@ class Scripted:
     def lost(self, address: str) -> None:
         """No endpoint is at stake."""
 
+    def engine_lost(self, fingerprint: str, address: str) -> None:
+        """No endpoint is at stake."""
+
 
 @dataclass(frozen=True)
 class Story:

@@ -58,7 +58,7 @@ def test_settings_without_effect_are_named(
 ) -> None:
     """The form is printed all the same. Settings with their default are not named."""
     pools = [{"models": ["*"], "workers": {"endpoints": ["http://10.0.0.1:1"]}}]
-    envoy = {"accept_http_10": False, "cors": {"allow_origins": ["https://chat.test"]}}
+    envoy = {"accept_http_10": True, "cors": {"allow_origins": ["https://chat.test"]}}
     path = tmp_path / "dp-extproc.yaml"
     path.write_text(yaml.safe_dump({"envoy": envoy, "pools": pools}), encoding="utf-8")
 

@@ -132,7 +132,7 @@ NOT_EXPRESSED = {
     "session-header-with-a-secret", "session-header-that-frames", "session-header-that-routes",
     "self-signed-certificate-for-the-printed-envoy", "health-of-several-processes",
     "tls-for-some-engines", "engines-with-unknown-certificates", "credentials-for-all-origins",
-    "no-listener-of-both-families", "envoy-without-the-client-certificate",
+    "envoy-without-the-client-certificate",
 }  # fmt: skip
 """Mistakes that concern several keys, names that are taken, or YAML itself."""
 

@@ -169,10 +169,6 @@ MISTAKES: dict[str, tuple[str, list[tuple[int | None, str, str]]]] = {
         POOL + "envoy: {cors: {allow_origins: ['https://a/b']}}\n",
         [(4, "envoy.cors.allow_origins[0]", "without a path")],
     ),
-    "no-listener-of-both-families": (
-        POOL + "envoy: {ipv4_compat: true}\n",
-        [(4, "envoy", "ipv4_compat is for a listener on [::]")],
-    ),
     "key-itself": (
         "pools: [{models: [m], workers: {endpoints: ['http://a:1']}, api_key: {value: sk-1}}]\n",
         [(1, "pools[0].api_key.value", "is not a known key")],

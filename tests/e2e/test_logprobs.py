@@ -71,6 +71,83 @@ def test_log_probabilities_arrive_whole_in_large_responses(stack: Stack, stream:
     assert {len(meta["input_top_logprobs"]) for meta in found} == {tokens}
 
 
+ECHO = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True}
+"""What lm-eval-harness sends beside the prompt."""
+PROMPTS: dict[str, Any] = {
+    "text": PROMPT,
+    "texts": [PROMPT, "four"],
+    "ids": [11, 12, 13, 14],
+    "batch": [[11, 12, 13], [7]],
+}
+
+
+def choices(stack: Stack, asked: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Send a request to /v1/completions, and return its choices as one server would answer, by their index."""
+    response = stack.client.post("/v1/completions", json=asked)
+    assert response.status_code == 200
+    if not asked["stream"]:
+        return {each["index"]: each for each in response.json()["choices"]}
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    assert lines[-1] == "[DONE]"
+    found: dict[int, dict[str, Any]] = {}
+    for each in (choice for line in lines[:-1] for choice in json.loads(line)["choices"]):
+        before = found.setdefault(each["index"], {"text": "", "logprobs": {key: [] for key in each["logprobs"]}})
+        before["text"] += each["text"]
+        for key, entries in each["logprobs"].items():
+            before["logprobs"][key] += entries
+    return found
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_log_probabilities_of_an_echoed_prompt_are_in_the_response(
+    stack: Stack, prompt: Any, stream: bool, tokens: int
+) -> None:
+    """Each choice has one entry for each token of its prompt and of its output, as one server has them."""
+    found = choices(stack, {"model": "m", "prompt": prompt, "stream": stream, **ECHO, "max_tokens": tokens})
+
+    prompts = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+    assert set(found) == set(range(len(prompts)))
+    for index, each in enumerate(prompts):
+        count = len(each) // 4 if isinstance(each, str) else len(each)
+        logprobs = found[index]["logprobs"]
+        assert {key: len(entries) for key, entries in logprobs.items()} == dict.fromkeys(logprobs, count + tokens)
+        assert "".join(logprobs["tokens"]) == found[index]["text"]
+        assert logprobs["token_logprobs"][0] is None
+        assert None not in logprobs["token_logprobs"][1:]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_an_answer_that_would_lack_the_prompt_is_an_error(stack: Stack, stream: bool) -> None:
+    """An evaluation would score what is left as if it were the whole."""
+    (prefill,) = stack.prefills
+    prefill.fault(inference={"kind": "reset", "after": 1, "times": 1})
+    try:
+        asked = {"model": "m", "prompt": PROMPT, "stream": stream, **ECHO}
+        response = stack.client.post("/v1/completions", json=asked)
+    finally:
+        prefill.heal()
+
+    text = response.text.removeprefix("data: ").removesuffix("data: [DONE]\n\n")
+    assert json.loads(text)["error"]["code"] == "answer_incomplete"
+    assert response.status_code == (200 if stream else 502)
+
+
+@pytest.mark.parametrize("param", ["return_hidden_states", "return_routed_experts"])
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+def test_rows_of_the_prompt_that_no_engine_has_are_rejected(stack: Stack, path: str, param: str) -> None:
+    """Decode's response would have a part of them only."""
+    stack.forget()
+    asked = {"text": PROMPT, "prompt": PROMPT, "messages": [{"role": "user", "content": PROMPT}], param: True}
+    refused = stack.client.post(path, json=asked)
+    passed = stack.client.post(path, json={**asked, param: False, "stream": False})
+
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == param
+    assert passed.status_code == 200
+
+
 def test_the_response_arrives_if_the_service_dies_while_it_merges(mortal: Stack) -> None:
     """The client gets the engine's own whole response, never a part of it after a 200."""
     (decode,) = mortal.decodes
@@ -92,12 +169,22 @@ def duplex() -> Iterator[Stack]:
         yield stack
 
 
-def test_log_probabilities_of_the_prompt_are_rejected_in_full_duplex(duplex: Stack) -> None:
+@pytest.mark.parametrize(
+    ("path", "asked", "param"),
+    [
+        ("/generate", {**body(PROMPT, stream=False), **ASKED}, "return_logprob"),
+        ("/v1/completions", {"model": "m", "prompt": PROMPT, **ECHO}, "logprobs"),
+    ],
+)
+def test_log_probabilities_of_the_prompt_are_rejected_in_full_duplex(
+    duplex: Stack, path: str, asked: dict[str, Any], param: str
+) -> None:
     """In full-duplex mode Envoy lets no filter change a response, and one without these values would be wrong."""
-    refused = duplex.client.post("/generate", json={**body(PROMPT, stream=False), **ASKED})
+    refused = duplex.client.post(path, json=asked)
 
     assert refused.status_code == 400
     assert refused.json()["error"]["code"] == "unsupported_value"
+    assert refused.json()["error"]["param"] == param
     assert duplex.received() == []
 
 

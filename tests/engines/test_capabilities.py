@@ -185,7 +185,7 @@ def test_override_headers_are_used_where_the_engine_obeys_them(
     [
         ("0.5.15", True, {"overrides_not_on_chat"}, set()),
         ("0.5.17", True, {"overrides_not_on_chat"}, set()),
-        ("0.5.18", True, set(), set()),
+        ("0.5.18", True, set(), {"closed_streams_run_on"}),
         ("0.5.23", True, set(), set()),
         ("0.5.14", False, {"overrides_not_read"}, set()),
         ("0.5.23", False, {"overrides_not_read"}, set()),
@@ -215,6 +215,12 @@ PREFILL, DECODE, UNIFIED = Mode.PREFILL, Mode.DECODE, Mode.UNIFIED
         pytest.param(Role.PREFILL, facts("0.5.23", PREFILL), {"roomless_is_fatal"}, id="prefill"),
         pytest.param(Role.DECODE, facts("0.5.23", DECODE), set(), id="decode"),
         pytest.param(Role.WORKER, facts("0.5.23", UNIFIED), set(), id="worker"),
+        pytest.param(
+            Role.WORKER, facts("0.5.19", UNIFIED), {"rank_not_carried", "closed_streams_run_on"}, id="worker-0.5.19"
+        ),
+        pytest.param(
+            Role.DECODE, facts("0.5.19", DECODE), {"paths_refused", "closed_streams_run_on"}, id="decode-0.5.19"
+        ),
         pytest.param(Role.PREFILL, facts("0.5.23", PREFILL, ranks=1), set(), id="prefill-single"),
         pytest.param(Role.PREFILL, facts("0.5.23", PREFILL, method="total_tokens"), set(), id="prefill-total-tokens"),
         pytest.param(

@@ -17,6 +17,7 @@ from dp_extproc.lab.testbed.envoy import EnvoyProcess
 from dp_extproc.lab.testbed.ports import free_ports
 from envoy_config.recording_engine import RecordingEngine, run_engine
 from envoy_config.scripted_service import ScriptedService, run_service
+from patience import wait_for
 
 MAX_BODY_BYTES = 33 << 20
 BODY = b'{"model":"small","prompt":"\xc3\xa9"}'
@@ -41,9 +42,12 @@ class Bench:
         return request_id, response
 
     def log_line(self, request_id: str, leg: str) -> dict[str, Any]:
-        """Wait for the access log of all legs of a request, and return the line of *leg*."""
-        lines = self.envoy.wait_for_access_log(request_id, 1 if leg == "main" else 2)
-        return next(line for line in lines if line["leg"] == leg)
+        """Wait until the access log has the line of a leg of a request, and return it. Either leg may be first."""
+
+        def found() -> list[dict[str, Any]]:
+            return [line for line in self.envoy.access_log() if (line["request_id"], line["leg"]) == (request_id, leg)]
+
+        return wait_for(found)[0]
 
 
 _WORKERS: Final[dict[str, Any]] = {"models": ["*"], "workers": {"endpoints": ["http://127.0.0.1:1"]}}

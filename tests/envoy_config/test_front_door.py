@@ -102,7 +102,7 @@ def test_a_preflight_request_is_answered_by_envoy(equipped: Equipped) -> None:
 
     assert allowed.status_code == 200
     assert allowed.headers["access-control-allow-origin"] == ORIGIN
-    assert allowed.headers["access-control-allow-headers"] == "authorization, content-type"
+    assert allowed.headers["access-control-allow-headers"] == "authorization"
     assert allowed.headers["access-control-max-age"] == "600"
     assert answer.headers.get_list("access-control-allow-origin") == [ORIGIN]
     assert answer.headers["access-control-expose-headers"] == "x-request-id"
@@ -180,7 +180,7 @@ def test_old_clients_are_served_at_an_address_of_both_families() -> None:
     """A request of HTTP/1.0 without a host arrives by IPv4 at a listener on ``[::]``; its answer ends by a close."""
     port = free_port("::")
     with (
-        run_bench(BodyMode.BUFFERED, inference=f"[::]:{port}", ipv4_compat=True, accept_http_10=True) as bench,
+        run_bench(BodyMode.BUFFERED, inference=f"[::]:{port}") as bench,
         socket.create_connection(("127.0.0.1", port), timeout=10) as connection,
     ):
         connection.sendall(b"POST /v1/completions HTTP/1.0\r\ncontent-length: %d\r\n\r\n%s" % (len(BODY), BODY))
@@ -189,3 +189,20 @@ def test_old_clients_are_served_at_an_address_of_both_families() -> None:
     assert answer.startswith(b"HTTP/1.0 200 OK")
     assert b'"answered_by":"decode"' in answer
     assert bench.decode.received[0].headers["host"] == "dp-extproc"
+
+
+def test_old_clients_and_web_pages_can_be_refused() -> None:
+    """Each of the defaults can be switched off."""
+    port = free_port("::")
+    settings: dict[str, Any] = {"inference": f"[::]:{port}", "ipv4_compat": False, "accept_http_10": False}
+    with run_bench(BodyMode.BUFFERED, **settings, cors=None):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=10)
+        with socket.create_connection(("::1", port), timeout=10) as connection:
+            connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+            old = connection.recv(65536)
+        ask = {"origin": ORIGIN, "access-control-request-method": "POST", "x-request-id": str(uuid.uuid4())}
+        page = httpx.options(f"http://[::1]:{port}/v1/completions", headers=ask)
+
+    assert old.startswith(b"HTTP/1.1 426")
+    assert "access-control-allow-origin" not in page.headers

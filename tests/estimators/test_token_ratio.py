@@ -113,6 +113,15 @@ class TestExternalTraffic:
 
         assert ratio.bytes_per_token == pytest.approx(START, rel=0.05)
 
+    def test_doubtful_pages_neither_stop_the_learning_nor_are_evidence(self) -> None:
+        """A third of the pages may have external requests or not; with the others a ratio of 2 is learned."""
+        ratio = TokenRatio()
+        for second in range(200):
+            ratio.computed(ENGINE, 20_000, 0)
+            ratio.counted(ENGINE, 10_000 * second, second, external=None if second % 3 == 0 else False)
+
+        assert ratio.bytes_per_token == pytest.approx(2, rel=0.1)
+
     def test_counts_around_external_requests_are_dropped(self) -> None:
         """Those of the first pages after them, too; once they have been gone for a while all is learned."""
         ratio = TokenRatio()

@@ -95,6 +95,9 @@ class Listener:
     def lost(self, address: str) -> None:
         """Our own front door reports it; this is of no interest here."""
 
+    def engine_lost(self, fingerprint: str, address: str) -> None:
+        """Only engines drop requests, and there are none."""
+
 
 def read_headers(
     headers: Mapping[str, str], *, picks: bool, session_header: str | None = contract.SESSION

@@ -459,6 +459,9 @@ class _Broken:
     def lost(self, address: str) -> None:
         raise NotImplementedError
 
+    def engine_lost(self, fingerprint: str, address: str) -> None:
+        raise NotImplementedError
+
     def place_unread(self, *_request: object) -> Decision | Rejection:
         raise RuntimeError("secret detail")
 

@@ -134,7 +134,7 @@ def test_engine_is_discovered_once_and_sampled_in_every_round() -> None:
     """All rounds use one connection."""
 
     async def story() -> None:
-        pages = healthy() | {"/server_info": info(enable_metrics=False), "/ready": b""}
+        pages = healthy() | {"/server_info": info(enable_metrics=False), "/ready": b"", "/v1/models": b"{}"}
         async with ScriptedEngine(pages) as engine, scraping(endpoint(engine.url)) as (monitor, events):
             await until(lambda: len(events.samples) >= 5)
 

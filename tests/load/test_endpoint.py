@@ -88,6 +88,25 @@ def test_a_gauge_below_the_reservations_takes_nothing_back(fleet: Fleet) -> None
     assert endpoint.ranks[1].tokens == 800
 
 
+@pytest.mark.parametrize(
+    ("waiting", "answered", "external"), [(1, False, None), (1, True, True), (2, False, True), (0, False, False)]
+)
+def test_a_page_may_show_requests_that_count_as_computed(
+    fleet: Fleet, waiting: int, answered: bool, external: bool | None
+) -> None:
+    """Another response has shown that a prompt is computed, but only its own event ends it. Both may be too early."""
+    endpoint = fleet.endpoint(Role.PREFILL)
+    (silent,), (later,) = (endpoint.reserve(1, 500, fleet.clock()) for _ in range(2))
+    later.complete(fleet.clock.now + 1)  # first in, first out
+    if answered:
+        silent.complete(fleet.clock.now + 2)
+    fleet.clock.now += 3
+    sample = RankSample(1, 0, total_tokens=500 * waiting, waiting_requests=waiting, age=0.5)
+    endpoint.absorb((sample,), fleet.clock(), fleet.clock())
+
+    assert endpoint.has_external_requests is external
+
+
 def test_a_reservation_ends_once(fleet: Fleet) -> None:
     """Every way out may end it; the load changes once, and is exactly zero with nothing in flight."""
     endpoint = fleet.endpoint(Role.DECODE)

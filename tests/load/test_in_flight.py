@@ -21,13 +21,14 @@ def _apply(attempt: InFlight, event: str, now: float) -> None:
         attempt.end(now)
 
 
+@pytest.mark.parametrize("leg", ["leg", ""], ids=["reported", "mute"])
 @pytest.mark.parametrize("streaming", [True, False], ids=["streaming", "whole"])
 @pytest.mark.parametrize(
     "events",
     [order for length in range(4) for order in permutations(EVENTS, length)],
     ids=lambda order: "-".join(order) or "none",
 )
-def test_the_load_is_zero_after_the_end(events: tuple[str, ...], streaming: bool) -> None:
+def test_the_load_is_zero_after_the_end(events: tuple[str, ...], streaming: bool, leg: str) -> None:
     """Events may be missing, come in any order, and twice; after the end the load is exactly zero."""
     fleet = Fleet(prefills=[make_facts(Role.PREFILL)], decodes=[make_facts(Role.DECODE)])
     prefill, decode = fleet.endpoint(Role.PREFILL), fleet.endpoint(Role.DECODE)
@@ -37,7 +38,7 @@ def test_the_load_is_zero_after_the_end(events: tuple[str, ...], streaming: bool
         0,
         prefill.reserve(1, 70, 0),
         decode.reserve(2, 70, 0),
-        leg="leg",
+        leg=leg,
         streaming=streaming,
         on_prefill_answer=answered.append,
     )
@@ -45,12 +46,13 @@ def test_the_load_is_zero_after_the_end(events: tuple[str, ...], streaming: bool
         _apply(attempt, event, now)
 
     over = "end" in events
+    shows = {"prefill"} if streaming or leg else {"prefill", "first_byte"}
     answering = {"prefill"} if streaming else {"prefill", "first_byte"}
-    assert prefill.requests == (0 if over or answering.intersection(events) else 1)
+    assert prefill.requests == (0 if over or shows.intersection(events) else 1)
     assert decode.requests == (0 if over else 1)
     assert prefill.tokens == 0 if prefill.requests == 0 else prefill.tokens > 0
     assert decode.tokens == 0 if over else decode.tokens >= 70
-    applied = answering.intersection(events[: events.index("end")] if over else events)
+    applied = answering.intersection(events[: events.index("end")]) if over else shows.intersection(events)
     assert answered == ([200] if applied else [])
 
 
@@ -92,6 +94,17 @@ class TestAnEndWithoutPrefill:
         answered.first_byte(200, 1)
 
         assert fleet.endpoint(Role.PREFILL).tokens == 0
+
+    def test_a_whole_response_stands_for_no_leg_that_is_reported(self, fleet: Fleet) -> None:
+        """The leg's own response ends the step; if its report is lost, the end of the request does."""
+        prefill, decode = fleet.endpoint(Role.PREFILL), fleet.endpoint(Role.DECODE)
+        attempt = InFlight(1, 0, prefill.reserve(1, 40_000, 0), decode.reserve(2, 40_000, 0), leg="leg")
+        before = prefill.tokens
+        attempt.first_byte(200, 1)
+        after = prefill.tokens
+        attempt.end(2)
+
+        assert (after, prefill.tokens, attempt.prefill_status) == (before, 0, 200)
 
     def test_the_headers_of_a_stream_complete_no_prompt(self, fleet: Fleet) -> None:
         """Engines send them before the first token is computed."""

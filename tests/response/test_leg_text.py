@@ -2,7 +2,7 @@
 
 import pytest
 
-from dp_extproc.response.logprobs import LegText
+from dp_extproc.response.merging import LegText
 
 
 def test_leg_text_is_whole_when_its_last_piece_has_arrived() -> None:
@@ -22,7 +22,7 @@ def test_leg_text_is_empty_while_it_is_not_complete() -> None:
 
 def test_leg_text_keeps_nothing_when_it_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """A text that is too long is of no use, neither whole nor in part."""
-    monkeypatch.setattr("dp_extproc.response.logprobs.MOST_BYTES", 10)
+    monkeypatch.setattr("dp_extproc.response.merging.MOST_BYTES", 10)
     text = LegText()
     text.take(b"x" * 8, end_of_stream=False)
     text.take(b"x" * 8, end_of_stream=False)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dp_extproc.response.logprobs import Merger, PromptLogprobs, StreamMerger, WholeMerger, read_prefill
+from dp_extproc.response.logprobs import PromptLogprobs, read_prefill
+from dp_extproc.response.merging import Merger, StreamMerger, WholeMerger
 
 OF_PROMPT = {
     "input_token_logprobs": [[None, 72, None], [-6.2500, 73, None]],
@@ -191,17 +192,17 @@ def test_lines_around_one_with_data_take_linear_time(line: bytes) -> None:
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "stream"])
 def test_merge_stops_when_the_response_is_too_large(whole: bool) -> None:
-    """Text above the limit passes unchanged with a problem, and what follows a too large event is merged again."""
+    """Nothing of it is given, nor what follows, so that it cannot be taken for complete."""
     large = answer(NOTHING, pad="x" * 500)
     merger: Merger = WholeMerger(known(OF_PROMPT), 300) if whole else StreamMerger(known(OF_PROMPT), 300)
-    text = json.dumps(large).encode() if whole else sse(large, answer(NOTHING))
+    text = json.dumps(large).encode() if whole else sse(answer(NOTHING), large, answer(NOTHING))
     chunks = [text[place : place + 50] for place in range(0, len(text), 50)]
 
     merged = fed(merger, *chunks)
 
     assert merger.problem is not None
     assert "too large" in merger.problem
-    assert merged == text if whole else events_of(merged) == [large, answer(OF_PROMPT)]
+    assert merged == b"" if whole else events_of(merged + b"data: [DONE]") == [answer(OF_PROMPT)]
 
 
 @pytest.mark.parametrize(
@@ -214,22 +215,22 @@ def test_response_passes_unchanged_when_prefill_cannot_be_read(prefill: bytes) -
     assert read_prefill(prefill) is None
 
 
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        (b"no JSON", "cannot be read"),
-        (b'[{"meta_info":7},{}]', "cannot be read"),
-        (json.dumps([answer(NOTHING)] * 3).encode(), "number of prompts"),
-        (json.dumps(answer(NOTHING)).encode(), "number of prompts"),
-    ],
-    ids=["no JSON", "no object", "three", "one"],
-)
-def test_response_passes_unchanged_when_it_is_unexpected(text: bytes, problem: str) -> None:
-    """A response that does not fit that of prefill passes unchanged with a problem."""
+@pytest.mark.parametrize("text", [b"no JSON", b'[{"meta_info":7},{}]'], ids=["no JSON", "no object"])
+def test_response_passes_unchanged_when_it_cannot_be_read(text: bytes) -> None:
+    """The client cannot take it for a complete response, either."""
     merger = WholeMerger(known(OF_PROMPT, OF_PROMPT))
 
     assert fed(merger, text) == text
-    assert problem in (merger.problem or "")
+    assert merger.problem is None
+
+
+@pytest.mark.parametrize("answers", [[answer(NOTHING)] * 3, answer(NOTHING)], ids=["three", "one"])
+def test_response_is_lost_when_the_legs_have_other_numbers_of_prompts(answers: Any) -> None:
+    """Nothing of it is given, and the problem has the reason."""
+    merger = WholeMerger(known(OF_PROMPT, OF_PROMPT))
+
+    assert fed(merger, json.dumps(answers).encode()) == b""
+    assert "number of prompts" in (merger.problem or "")
 
 
 def test_errors_pass_unchanged() -> None:

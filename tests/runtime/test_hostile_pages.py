@@ -206,7 +206,7 @@ def test_requests_are_scheduled_with_any_vllm_page(pages: list[tuple[int, bytes]
     hostile = Hostile(workers=True)
     for number, page in pages:
         hostile.fleet.clock.now += 1.0
-        hostile.introduce(Role.WORKER, number, lambda page=page: facts_of("0.11.0", "m", page))  # type: ignore[misc]
+        hostile.introduce(Role.WORKER, number, lambda page=page: facts_of("0.11.0", (), page))  # type: ignore[misc]
         decision = hostile.fleet.scheduler.place(Api.COMPLETIONS, b'{"model": "m", "prompt": "hello"}')
         assert not isinstance(decision, Queued)
         assert isinstance(decision, Decision) or decision.reason in EXPECTED

@@ -43,7 +43,7 @@ def test_headers_have_all_routing_fields() -> None:
 
     assert decision.body is None
     assert decision.streaming is None
-    assert not decision.merges_logprobs
+    assert decision.merges is None
     assert (headers[contract.PREFILL_RANK], headers[RANK]) == (b"3", b"1")
     assert headers[f"{contract.OVERRIDE_PREFIX}disagg-prefill-dp-rank"] == b"3"
     assert int(headers[ROOM]) % 4 == 3

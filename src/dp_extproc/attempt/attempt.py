@@ -33,6 +33,11 @@ EXTEND_AFTER_SECONDS: Final = 5.0
 """Seconds that a response is held before Envoy's patience of 20 s is extended."""
 ERROR_TEXT_SECONDS: Final = 2.0
 """Seconds that the text of an error may take behind its headers."""
+LIKENESS_SECONDS: Final = 2.0
+"""Seconds for which an engine's error counts against no endpoint, because the next attempt may fail alike.
+
+An error that a request causes by its content comes as soon as an engine reads it.
+"""
 UNHEARD_SECONDS: Final = 2.0
 """Seconds after prefill for which a decode reservation is kept whose end the gateway does not report.
 
@@ -156,11 +161,12 @@ class Attempt:
 
     def _fail(self, turn: Turn, failure: Failure) -> None:
         """Blame an endpoint, answer the client while that is possible, and end the other leg."""
-        self._effects.blame(failure, turn.now)
         if not self.leg.was_cancelled:
+            self.main.abort_before_close(turn)
             is_answered = self.main.move(Signal.ABANDON, turn, failure)
             if not (is_answered and self.main.hears_response):  # an answer may be too late, and is ignored then
                 self.main.abort_decode(turn)
+        self._effects.blame(failure, turn.now)
         self.leg.cancel(turn)
 
     # --- time ---
@@ -187,11 +193,13 @@ class Attempt:
             yield main.error_at + ERROR_TEXT_SECONDS, self._give_up_error
             return
         if leg.is_supervised and leg.state in {LegState.OPEN, LegState.CHECKING}:
-            yield main.picked_at + settings.prefill_timeout, self._give_up_prefill
+            yield main.picked_at + self._effects.prefill_timeout, self._give_up_prefill
         if (since := self._first_token_since()) is not None:
             yield since + settings.first_token_timeout, self._give_up_first_token
         if main.state is MainState.HELD and leg.state is LegState.AWAITED:
             yield main.held_at + LEG_OPENS_SECONDS, lambda turn: leg.move(Signal.ADVANCE, turn)
+        if self._effects.awaits_likeness:
+            yield main.picked_at + LIKENESS_SECONDS, lambda _turn: self._effects.count_earlier_error()
         if main.state is MainState.HELD and not main.is_extended:
             yield main.held_at + EXTEND_AFTER_SECONDS, main.extend
 
@@ -206,7 +214,7 @@ class Attempt:
         if not self.main.hears_response:
             return None  # it may be on its way to the client
         if self.leg.state in {LegState.AWAITED, LegState.MISSING}:
-            return self.main.picked_at + self._supervision.prefill_timeout
+            return self.main.picked_at + self._effects.prefill_timeout
         return self.leg.done_at
 
     def _give_up_leg_error(self, turn: Turn) -> None:
@@ -219,7 +227,7 @@ class Attempt:
         self._fail(turn, failed(Role.DECODE, message))
 
     def _give_up_prefill(self, turn: Turn) -> None:
-        seconds = self._supervision.prefill_timeout
+        seconds = self._effects.prefill_timeout
         self._fail(turn, timed_out(Role.PREFILL, f"prefill took longer than {seconds:g} s"))
 
     def _give_up_first_token(self, turn: Turn) -> None:

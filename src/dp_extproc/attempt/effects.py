@@ -7,10 +7,11 @@ from msgspec import Struct
 
 from dp_extproc import contract
 from dp_extproc.attempt.failures import Blame, Failure, RetryBudget
-from dp_extproc.attempt.gateways import Gateway, Headers
+from dp_extproc.attempt.gateways import EarlierAttempts, Gateway, Headers
 from dp_extproc.attempt.intake import Decider
 from dp_extproc.attempt.listener import AttemptListener, Decided, LegFailed
 from dp_extproc.config.reliability import SupervisionSettings
+from dp_extproc.contract import EngineError
 from dp_extproc.engines.model import Role
 from dp_extproc.load.endpoint import EndpointLoad
 from dp_extproc.load.in_flight import InFlight
@@ -42,7 +43,10 @@ class Environment(Struct, frozen=True):
 class Effects:
     """The effects of one attempt."""
 
-    __slots__ = ("_answers", "_decode", "_endpoints", "_environment", "_in_flight", "_prefill", "token")
+    __slots__ = (
+        "_answers", "_decode", "_earlier_error", "_endpoints", "_environment", "_fingerprint", "_in_flight",
+        "_is_put_off", "_prefill", "token",
+    )  # fmt: skip
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
@@ -54,18 +58,31 @@ class Effects:
         self._endpoints: list[EndpointLoad] = []
         self._answers: list[int] = []
         """Number of legs that each endpoint had served at the pick."""
+        self._fingerprint = ""
+        self._earlier_error: EngineError | None = None
+        """The engine's error of the attempt before, until it is known whether it counts."""
+        self._is_put_off = False
+        """Whether the next attempt finds out if the failure of this one counts."""
 
     # --- reservations ---
 
-    def follow(self, in_flight: InFlight, *, is_first: bool) -> None:
-        """Follow the reservations that scheduling has opened."""
+    def follow(self, in_flight: InFlight, fingerprint: str, earlier: EarlierAttempts) -> None:
+        """Follow the reservations that scheduling has opened for a request."""
         self._in_flight = in_flight
+        self._fingerprint = fingerprint
+        self._earlier_error = earlier.error
         self.token = in_flight.leg
         self._prefill, self._decode = in_flight.prefill_endpoint, in_flight.decode_endpoint
         self._endpoints = [each for each in (self._prefill, self._decode) if each is not None]
         self._answers = [each.health.successes for each in self._endpoints]
-        if is_first:
+        if not earlier.failed:
             self._environment.budget.earn()
+
+    @property
+    def prefill_timeout(self) -> float:
+        """Seconds from the pick after which prefill is given up."""
+        expected = 0.0 if self._in_flight is None else self._in_flight.expected_prefill
+        return self._environment.supervision.prefill_timeout_of(expected)
 
     def first_byte(self, status: int, served: str | None, now: float) -> None:
         """Note that the response headers have arrived, from *served* where the gateway reports it."""
@@ -92,9 +109,32 @@ class Effects:
         endpoint = self._prefill if leg is Role.PREFILL else self._decode
         if endpoint is not None:
             endpoint.health.succeeded()
+        if leg is Role.DECODE:
+            self.count_earlier_error()
+
+    @property
+    def awaits_likeness(self) -> bool:
+        """Whether it is not known yet if the failure of the attempt before counts."""
+        return self._earlier_error is not None
+
+    def count_earlier_error(self) -> None:
+        """Count the failure of the attempt before, because this one does not fail alike."""
+        if (error := self._earlier_error) is not None:
+            self._earlier_error = None
+            self._environment.decider.lost(error.address)
 
     def blame(self, failure: Failure, now: float) -> None:
-        """Count a failure against the endpoint at fault."""
+        """Count a failure against the endpoint at fault, unless it may be that of the request."""
+        endpoint = self._prefill if failure.leg is Role.PREFILL else self._decode
+        if failure.is_lost and endpoint is not None:
+            self._environment.decider.engine_lost(self._fingerprint, endpoint.address)
+        if self._is_alike(failure):
+            return
+        if failure.is_clients_fault:
+            self._earlier_error = None
+        self.count_earlier_error()
+        if self._is_put_off:
+            return
         if failure.blame is Blame.BY_TEXT:
             accuses = self._prefill is not None and any(words in failure.text for words in _ACCUSATIONS[failure.leg])
             endpoint = self._prefill if (failure.leg is Role.PREFILL) != accuses else self._decode
@@ -118,16 +158,32 @@ class Effects:
         self._environment.decider.lost(address)
         return self._report_failure(Role.DECODE, Reason.DECODE_FAILED, attempts)
 
-    def retry_headers(self, leg: Role, reason: Reason, attempts: int) -> Headers:
+    def retry_headers(self, failure: Failure, attempts: int) -> Headers:
         """Take a retry from the budget.
 
         Returns:
             The headers by which the bundled Envoy schedules the request again; none if the client gets the error.
         """
-        if not self._report_failure(leg, reason, attempts):
+        if self._is_alike(failure):
+            self._environment.listener.leg_failed(LegFailed(failure.leg, Reason.FAILED_ALIKE, retried=False))
             return ()
+        if not self._report_failure(failure.leg, failure.reason, attempts):
+            return ()
+        endpoint, mark = self._prefill if failure.leg is Role.PREFILL else self._decode, ""
+        if endpoint is not None and failure.is_lost:
+            mark = contract.write_lost(endpoint.address)
+        elif endpoint is not None and failure.signature:
+            mark = contract.write_error(EngineError(endpoint.address, failure.signature))
+            self._is_put_off = True
         addresses = (each.address for each in self._endpoints)
-        return ((contract.RETRY, b"1"), (contract.FAILED, contract.write_failed(*addresses)))
+        return ((contract.RETRY, b"1"), (contract.FAILED, contract.write_failed(*addresses, mark=mark)))
+
+    def _is_alike(self, failure: Failure) -> bool:
+        """Return whether another engine has answered the attempt before with the same error."""
+        error = self._earlier_error
+        endpoint = self._prefill if failure.leg is Role.PREFILL else self._decode
+        is_other = error is not None and endpoint is not None and endpoint.address != error.address
+        return is_other and error is not None and error.signature == failure.signature
 
     def _report_failure(self, leg: Role, reason: Reason, attempts: int) -> bool:
         """Report the failure of a leg, and return whether a retry could be taken from the budget."""

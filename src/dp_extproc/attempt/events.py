@@ -121,6 +121,8 @@ class LegClosed(Struct, frozen=True):
 
     problem: str = ""
     """Why it ended without a response, if that is known."""
+    is_lost: bool = False
+    """Whether the engine has dropped the connection after it had accepted the request."""
 
 
 class LegUnseen(Struct, frozen=True):

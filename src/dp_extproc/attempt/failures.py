@@ -1,12 +1,15 @@
 """Failures of legs: the error that the client gets, who may be blamed, and the budget of retries.
 
-A 4xx of an engine is the client's fault: it passes as the engine wrote it, and no endpoint is blamed.
+A 4xx of an engine is the client's fault: it passes as the engine wrote it, and no endpoint is blamed. A 5xx that two
+engines answer alike is the fault of the request, too: it is not tried a third time, and no endpoint is blamed.
 """
 
+import re
 from enum import IntEnum, auto
 from typing import Final
 
 from msgspec import Struct
+from xxhash import xxh3_64
 
 from dp_extproc.config.reliability import RetrySettings
 from dp_extproc.engines.model import Role
@@ -16,8 +19,25 @@ from dp_extproc.response.engine_text import no_answer, scrub
 
 ENGINE_FAILED: Final = 500
 """The status from which on a response is a failure of the engine."""
+NO_OTHER_ATTEMPT: Final = Rejection(
+    502,
+    Reason.DECODE_FAILED,
+    "the decode server's connection was cut before its answer had begun, and there is no other attempt",
+)
 _TEXT_BYTES: Final = 2000
 """Bytes of an engine's text that a client gets within an error of the service."""
+_UNAVAILABLE: Final = frozenset({502, 503, 504})
+"""Statuses by which an engine, or a proxy before it, reports a state of the fleet and nothing of the request."""
+_OF_THE_PAIR: Final = re.compile(
+    rb"KVTransferError|KVPoll|handshake|bootstrap|prefill instance|decode instance", re.IGNORECASE
+)
+"""Texts of errors between two engines, which may be alike whatever the request is."""
+_LOST: Final = b"reset reason: connection termination"
+"""Envoy's text for a connection that was closed after the request had been sent on it."""
+_VARYING: Final = re.compile(rb"[0-9a-fA-F]*[0-9][0-9a-fA-F]*")
+"""Numbers, ids and addresses, by which errors alike differ between engines."""
+_SIGNED_BYTES: Final = 4096
+"""Bytes at the beginning of an error's text by which it is compared."""
 
 
 class RetryBudget:
@@ -64,6 +84,10 @@ class Failure(Struct, frozen=True):
     text: bytes = b""
     """The engine's own text."""
     blame: Blame = Blame.BY_TEXT
+    is_lost: bool = False
+    """Whether the engine has dropped the connection after it had accepted the request."""
+    signature: str = ""
+    """What errors of engines alike have in common; empty if this is none that the request itself may have caused."""
 
     @property
     def is_clients_fault(self) -> bool:
@@ -81,10 +105,11 @@ class Failure(Struct, frozen=True):
         return Rejection(self.status, self.reason, message).body(shape)
 
 
-def failed(leg: Role, message: str, text: bytes = b"") -> Failure:
-    """Make the failure of a leg by the fault of an endpoint."""
+def failed(leg: Role, message: str, text: bytes = b"", *, status: int = 0, is_lost: bool = False) -> Failure:
+    """Make the failure of a leg by the fault of an endpoint; *status* is that of its response, if there is one."""
     reason = Reason.PREFILL_FAILED if leg is Role.PREFILL else Reason.DECODE_FAILED
-    return Failure(leg, reason, 502, message, text)
+    is_lost = is_lost or _LOST in text
+    return Failure(leg, reason, 502, message, text, is_lost=is_lost, signature=_signature(status, text))
 
 
 def timed_out(leg: Role, message: str) -> Failure:
@@ -96,6 +121,13 @@ def timed_out(leg: Role, message: str) -> Failure:
 def engine_error(leg: Role, status: int, text: bytes, message: str) -> Failure:
     """Make the failure that an engine's error of 400 or more means; the message is for one of 500 or more."""
     if status >= ENGINE_FAILED:
-        return failed(leg, message, text)
+        return failed(leg, message, text, status=status)
     refused = f"the engine answered {status}"
     return Failure(leg, Reason.ENGINE_REFUSED, status, refused, text, Blame.NONE)
+
+
+def _signature(status: int, text: bytes) -> str:
+    """Return what an error has in common with one of another engine for the same cause."""
+    if status < ENGINE_FAILED or status in _UNAVAILABLE or _OF_THE_PAIR.search(text) is not None:
+        return ""
+    return f"{status}-{xxh3_64(_VARYING.sub(b'#', text[:_SIGNED_BYTES].strip())).hexdigest()}"

@@ -19,6 +19,10 @@ class EarlierAttempts(Struct, frozen=True):
     """Addresses of the endpoints of each attempt, the last one's at the end."""
     lost: str | None = None
     """Address of the endpoint that dropped the last attempt, if that failure was not counted yet."""
+    losses: tuple[str, ...] = ()
+    """Addresses of the endpoints that have dropped an attempt after they had accepted it."""
+    error: contract.EngineError | None = None
+    """The engine's error that the last attempt has failed by, if that failure was not counted yet."""
 
 
 FIRST_ATTEMPT: Final = EarlierAttempts()
@@ -63,7 +67,14 @@ class BundledEnvoy:
     def earlier(self, headers: Mapping[str, str]) -> EarlierAttempts:
         """Read the earlier attempts of a request."""
         avoided = headers.get(contract.AVOID)
-        return EarlierAttempts(contract.read_failed(avoided), contract.read_cut(avoided)) if avoided else FIRST_ATTEMPT
+        if not avoided:
+            return FIRST_ATTEMPT
+        return EarlierAttempts(
+            contract.read_failed(avoided),
+            contract.read_cut(avoided),
+            contract.read_lost(avoided),
+            contract.read_error(avoided),
+        )
 
     def longest_hold(self, response_mode: BodyMode) -> float:  # noqa: ARG002 - the same in every mode
         """Return the seconds for which response headers may be held in a mode of response bodies."""

@@ -60,6 +60,10 @@ class Decider(Protocol):
         """Count a failure of the endpoint at this address, which has dropped a request."""
         ...
 
+    def engine_lost(self, fingerprint: str, address: str) -> None:
+        """Note that the engine at this address has dropped a request after it had accepted it."""
+        ...
+
 
 class Need(Enum):
     """What an inference request needs next."""
@@ -178,7 +182,8 @@ class Intake:
         return Need.BODY
 
     def _context(self, ticket: Ticket | None = None) -> RequestContext:
-        return RequestContext(self._session, self.earlier.failed, ticket, self._subset, self.sees_response)
+        earlier = self.earlier
+        return RequestContext(self._session, earlier.failed, ticket, self._subset, self.sees_response, earlier.losses)
 
     def read_body(self, event: RequestBody) -> Need | Rejection:
         """Read the body, or a chunk of it."""

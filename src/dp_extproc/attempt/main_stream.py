@@ -3,8 +3,6 @@
 import math
 from typing import ClassVar, Final
 
-from msgspec.structs import replace
-
 from dp_extproc.attempt import events as on
 from dp_extproc.attempt import replies
 from dp_extproc.attempt.effects import Effects, Environment
@@ -17,21 +15,19 @@ from dp_extproc.attempt.events import (
     Phase,
     SendLeg,
     SkipBody,
-    StreamBody,
 )
-from dp_extproc.attempt.failures import ENGINE_FAILED, Failure, failed
+from dp_extproc.attempt.failures import ENGINE_FAILED, NO_OTHER_ATTEMPT, Failure, failed
 from dp_extproc.attempt.first_event_watch import FirstEventWatch
 from dp_extproc.attempt.gateways import Headers, Peer
 from dp_extproc.attempt.intake import Intake, Need
 from dp_extproc.attempt.machine import Machine, Turn, bind
-from dp_extproc.attempt.merging import Merging
+from dp_extproc.attempt.merging import COMPRESSED, Merging
 from dp_extproc.attempt.prefill_leg import PrefillLeg
 from dp_extproc.attempt.transitions import GOOD, MAIN, UNDECIDED, MainState, Outcome, Signal
 from dp_extproc.config.reliability import Supervise
 from dp_extproc.engines.model import Role
 from dp_extproc.load.in_flight import ERROR
 from dp_extproc.request.rejection import Reason, Rejection
-from dp_extproc.response.logprobs import LegText
 from dp_extproc.scheduling.admission import Ticket
 from dp_extproc.scheduling.decision import Answer, Decision, DecodeAbort, Queued
 
@@ -43,11 +39,6 @@ _SKIPPED: Final = frozenset({BodyMode.LOCKSTEP, BodyMode.UNSUPPORTED})
 _SKIP_BODY: Final = SkipBody()
 _RETRY_BY_CLIENT: Final = (("retry-after", b"0"),)
 """Where the gateway repeats no request: the client may, because nothing was generated."""
-_NO_OTHER_ATTEMPT: Final = Rejection(
-    502,
-    Reason.DECODE_FAILED,
-    "the decode server's connection was cut before its answer had begun, and there is no other attempt",
-)
 
 
 class MainStream(Machine[MainState]):
@@ -150,7 +141,7 @@ class MainStream(Machine[MainState]):
         found = intake.read_headers(event)
         earlier = intake.earlier
         if earlier.lost is not None and not self._effects.attempt_lost(earlier.lost, len(earlier.failed)):
-            found = _NO_OTHER_ATTEMPT if isinstance(found, Need) else found
+            found = NO_OTHER_ATTEMPT if isinstance(found, Need) else found
         if found is Need.BODY:
             self.body_at = turn.now
             turn.commands += replies.await_body(intake.mode, intake.untrusted)
@@ -201,10 +192,7 @@ class MainStream(Machine[MainState]):
         self._follow(turn, result)
         if result.prefill is not None:  # first, so that it does not wait for the reply to be written
             turn.commands.append(SendLeg(result.prefill, intake.path, intake.passed))
-            assert result.abort is not None  # noqa: S101 - the encoder makes both or none
-            own = {name for name, _ in result.abort.headers}
-            passed = (each for each in intake.passed if each[0] not in own)
-            self._abort = replace(result.abort, headers=(*passed, *result.abort.headers))
+        self._abort = result.abort and result.abort.passing(intake.passed)
         turn.commands += replies.route_body(intake, result, self._environment.gateway)
         self._effects.decided("routed", turn.now)
         return Outcome.ROUTED
@@ -213,14 +201,14 @@ class MainStream(Machine[MainState]):
         """Follow the reservations that scheduling has opened."""
         in_flight, intake = decision.in_flight, self._intake
         assert in_flight is not None  # noqa: S101 - every inference request has reservations
-        self._effects.follow(in_flight, is_first=not intake.earlier.failed)
+        self._effects.follow(in_flight, decision.fingerprint, intake.earlier)
         self.picked_at = turn.now
         self.streaming = decision.streaming
         if not in_flight.leg:
             return
-        if decision.merges_logprobs and intake.sees_response:
-            self._leg.text = LegText()
-            self.merging = Merging(self._leg.text, streaming=decision.streaming is True)
+        if decision.merges is not None and intake.sees_response:
+            self.merging = Merging(decision.merges, streaming=decision.streaming is True, errors=intake.errors)
+            self._leg.text = self.merging.text
         self._leg.move(Signal.SCHEDULED, turn, decision)
         shows_event = self._environment.gateway.shows_first_events(self._response_mode)
         wants_event = self._environment.supervision.mode is Supervise.FIRST_EVENT and shows_event
@@ -241,20 +229,23 @@ class MainStream(Machine[MainState]):
         return Outcome.RELEASED
 
     def _response_headers(self, turn: Turn, event: on.ResponseHeaders) -> Outcome:
-        status = event.status
+        status = self.status = event.status
         self._peer.sends_responses = True
         self._effects.first_byte(status, event.served, turn.now)
         self._first_event.move(on.ResponseHeaders, turn, event)
         if self.streaming is None:
             self.streaming = event.is_events
         if status != _OK:
-            self.merging = None  # an error has no log probabilities
+            self.merging = None  # an error has nothing of the prompt
         if status >= ENGINE_FAILED:
             if event.end_of_stream or not self._intake.sees_response:
                 return self._pass_failure(turn, Phase.RESPONSE_HEADERS, b"")
-            self._asks_for_body, self.error_at, self.status = True, turn.now, status
+            self._asks_for_body, self.error_at = True, turn.now
             turn.commands.append(BufferBody())
             return Outcome.AWAITS_ERROR
+        if event.is_encoded and self.merging is not None:
+            turn.failure = COMPRESSED
+            return Outcome.HELD
         if status < ERROR and self._hold:
             self.held_at = turn.now
             return Outcome.HELD
@@ -285,7 +276,7 @@ class MainStream(Machine[MainState]):
         self._effects.served(Role.DECODE)
         if self.merging is not None:
             self._asks_for_body = True
-            turn.commands.append(StreamBody() if self.merging.streaming else BufferBody())
+            turn.commands.append(self.merging.ask())
             return Outcome.RELEASED
         return self._pass_headers(turn, None)
 
@@ -294,10 +285,10 @@ class MainStream(Machine[MainState]):
 
     def _pass_failure(self, turn: Turn, phase: Phase, text: bytes) -> Outcome:
         """Let the engine's own error go on, with the retry headers if there is another attempt."""
-        self._effects.blame(failed(Role.DECODE, "", text), turn.now)
-        headers = self._retry_headers(Role.DECODE, Reason.DECODE_FAILED)
-        repeats = self._environment.gateway.repeats_requests
-        turn.commands.append(replies.pass_failure(phase, headers) if repeats else replies.CONTINUE[phase])
+        failure = failed(Role.DECODE, "", text, status=self.status)
+        passed = replies.pass_failure(phase, self._retry_headers(failure))
+        self._effects.blame(failure, turn.now)
+        turn.commands.append(passed if self._environment.gateway.repeats_requests else replies.CONTINUE[phase])
         self._leg.cancel(turn)
         return Outcome.RELEASED
 
@@ -337,13 +328,13 @@ class MainStream(Machine[MainState]):
     def _abandon(self, turn: Turn, failure: Failure) -> Outcome:
         headers: Headers = ()
         if not failure.is_clients_fault:
-            retry = self._retry_headers(failure.leg, failure.reason)
+            retry = self._retry_headers(failure)
             headers = retry if self._environment.gateway.repeats_requests else _RETRY_BY_CLIENT
         turn.commands.append(replies.answer_failure(failure, self._intake.errors, headers))
         return Outcome.ANSWERED
 
-    def _retry_headers(self, leg: Role, reason: Reason) -> Headers:
-        return self._effects.retry_headers(leg, reason, len(self._intake.earlier.failed) + 1)
+    def _retry_headers(self, failure: Failure) -> Headers:
+        return self._effects.retry_headers(failure, len(self._intake.earlier.failed) + 1)
 
     def _closed(self, turn: Turn, event: on.MainClosed) -> Outcome:
         if self.state is MainState.ROUTED and self._leg.sent_here and not self.hears_response:
@@ -364,6 +355,12 @@ class MainStream(Machine[MainState]):
         """End the decode leg at its engine, because nothing on the main stream is sure to end it any more."""
         if self._abort is not None:
             turn.commands.append(self._abort)
+            self._abort = None
+
+    def abort_before_close(self, turn: Turn) -> None:
+        """End the decode leg at its engine before a reply closes it, where the engine would not notice the close."""
+        if self.is_routed and self._abort is not None and self._abort.precedes_close:
+            self.abort_decode(turn)
 
     def _ignore(self, _turn: Turn, _event: Event) -> Outcome:
         return Outcome.UNCHANGED

@@ -11,7 +11,7 @@ from dp_extproc.attempt.transitions import LEG, UNOPENED, LegState, Outcome, Sig
 from dp_extproc.engines.model import Role
 from dp_extproc.load.in_flight import ERROR
 from dp_extproc.response.first_event import FirstEventReader
-from dp_extproc.response.logprobs import LegText
+from dp_extproc.response.merging import LegText
 from dp_extproc.scheduling.decision import Decision
 
 LATE_SECONDS: Final = 10.0
@@ -131,7 +131,8 @@ class PrefillLeg(Machine[LegState]):
 
     def _cut(self, turn: Turn, event: LegClosed) -> Outcome:
         if self.is_supervised or self.sent_here:
-            turn.failure = failed(Role.PREFILL, event.problem or "the prefill server's connection was cut")
+            problem = event.problem or "the prefill server's connection was cut"
+            turn.failure = failed(Role.PREFILL, problem, is_lost=event.is_lost)
         return Outcome.FAILED
 
     def _done(self, turn: Turn, status: int) -> Outcome:

@@ -2,11 +2,17 @@
 
 import re
 from enum import StrEnum
-from typing import Annotated, Final, Self
+from typing import Annotated, Final
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
-from dp_extproc.config.front_door import AccessLogSettings, Address, CorsSettings, FrontDoorTls, TracingSettings
+from dp_extproc.config.front_door import (
+    AccessLogSettings,
+    Address,
+    CorsSettings,
+    FrontDoorTls,
+    TracingSettings,
+)
 from dp_extproc.config.listen import SocketAddress, socket_address
 from dp_extproc.config.section import Bytes, Seconds, Section, text_like
 from dp_extproc.config.security import EngineTlsOfEnvoy, ServiceTls
@@ -96,18 +102,12 @@ class EnvoySettings(Section):
     """
     tls: FrontDoorTls | None = None
     """TLS of the listener for clients, with HTTP/2 and HTTP/1.1; None for plain HTTP."""
-    accept_http_10: bool = False
+    accept_http_10: bool = True
     """Whether clients may speak HTTP/1.0."""
-    ipv4_compat: bool = False
+    ipv4_compat: bool = True
     """Whether listeners on ``[::]`` accept IPv4, too."""
-    cors: CorsSettings | None = None
-    """Which web pages may send requests; None leaves that to the engines."""
+    cors: CorsSettings | None = CorsSettings()
+    """Which web pages may send requests: all of them, as engines allow it. None leaves that to the engines."""
     tracing: TracingSettings | None = None
     """Spans of requests; None if there are none."""
     access_log: AccessLogSettings = AccessLogSettings()
-
-    @model_validator(mode="after")
-    def _has_a_listener_for_both_families(self) -> Self:
-        if self.ipv4_compat and "::" not in {self.inference.host, self.admin.host}:
-            raise ValueError("ipv4_compat is for a listener on [::]; write inference: '[::]:8080', or remove it")
-        return self

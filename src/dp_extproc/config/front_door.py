@@ -38,6 +38,7 @@ def _origin(value: str) -> str:
 
 _Origin = Annotated[str, AfterValidator(_origin), text_like(_ORIGIN)]
 _Header = Annotated[str, Field(pattern=_HEADER)]
+_ALL: Final = "*"
 
 
 class FrontDoorTls(Section):
@@ -54,12 +55,10 @@ class FrontDoorTls(Section):
 class CorsSettings(Section):
     """Which web pages may send requests (Cross-Origin Resource Sharing). Envoy itself answers preflight requests."""
 
-    allow_origins: Annotated[tuple[_Origin, ...], Field(min_length=1, strict=False)] = Field(
-        examples=[["https://chat.example.com"]]
-    )
-    """Origins of the pages; ``*`` allows all."""
-    allow_headers: Annotated[tuple[_Header, ...], Field(strict=False)] = ("authorization", "content-type")
-    """Request headers that pages may set."""
+    allow_origins: Annotated[tuple[_Origin, ...], Field(min_length=1, strict=False)] = (_ALL,)
+    """Origins of the pages, such as ``https://chat.example.com``; ``*`` allows all."""
+    allow_headers: Annotated[tuple[_Header, ...], Field(strict=False)] = (_ALL,)
+    """Request headers that pages may set; ``*`` allows all."""
     expose_headers: Annotated[tuple[_Header, ...], Field(strict=False)] = Field(default=(), examples=[["x-request-id"]])
     """Response headers that pages may read."""
     allow_credentials: bool = False
@@ -69,9 +68,14 @@ class CorsSettings(Section):
 
     @model_validator(mode="after")
     def _has_no_credentials_for_all(self) -> Self:
-        if self.allow_credentials and "*" in self.allow_origins:
+        if self.allow_credentials and _ALL in self.allow_origins:
             raise ValueError("allow_credentials with the origin * would let every page act for its user; name origins")
         return self
+
+    @property
+    def allows_all_headers(self) -> bool:
+        """Whether pages may set any request header."""
+        return _ALL in self.allow_headers
 
 
 class TracingSettings(Section):

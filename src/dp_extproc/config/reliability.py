@@ -34,6 +34,10 @@ def _off(value: object) -> object:
     return Supervise.OFF.value if value is False else value
 
 
+_PATIENCE: Final = 2.0
+"""How many times longer than expected prefill may take."""
+
+
 class SupervisionSettings(Section):
     """How the service supervises the two legs of a request. In the file a mode, or a mapping with ``mode``."""
 
@@ -46,6 +50,18 @@ class SupervisionSettings(Section):
     """Limit of prefill in seconds, its queue included. SGLang itself gives up after 300 s."""
     first_token_timeout: Seconds = 60.0
     """Limit in seconds from the end of prefill to the first event of a stream."""
+
+    def prefill_timeout_of(self, expected: float) -> float:
+        """Return the limit of prefill for a prompt that is expected to take so many seconds.
+
+        Envoy holds a response for both timeouts together, so half of the other one is left for the first token.
+        """
+        return max(self.prefill_timeout, min(_PATIENCE * expected, self.longest_prefill))
+
+    @property
+    def longest_prefill(self) -> float:
+        """The longest limit of prefill in seconds."""
+        return self.prefill_timeout + self.first_token_timeout / 2
 
     @model_validator(mode="before")
     @classmethod

@@ -36,6 +36,8 @@ class Capabilities:
     rank_header_on: frozenset[Api] = frozenset()
     """Paths on which an engine of an aggregated pool reads the rank from the header ``X-data-parallel-rank``."""
 
+    ends_closed: bool = True
+    """Whether a stream that is closed ends its request. Else only ``/abort_request`` does that, before the close."""
     publishes_stalls: bool = False
     """Whether the load is published anew, too, while requests wait and no step runs."""
     times_prefill: bool = False

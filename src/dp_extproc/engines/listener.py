@@ -14,7 +14,9 @@ class FailureKind(StrEnum):
     UNRESOLVABLE = "unresolvable"
     """Its host name has no address."""
     REFUSED = "refused"
-    """No connection: nothing listens there, or the address cannot be reached."""
+    """No connection: nothing listens there."""
+    UNREACHABLE = "unreachable"
+    """No connection for another reason: there is no route to the address."""
     TLS = "tls"
     """Something listens, but there is no agreement about TLS or its certificates."""
     TIMEOUT = "timeout"
@@ -35,7 +37,7 @@ class FailureKind(StrEnum):
     """The service itself failed on what the engine reported."""
 
 
-GONE: Final = frozenset({FailureKind.REFUSED, FailureKind.UNRESOLVABLE})
+GONE: Final = frozenset({FailureKind.REFUSED, FailureKind.UNREACHABLE, FailureKind.UNRESOLVABLE})
 """Nothing listens at the endpoint."""
 AWAY: Final = GONE | {FailureKind.TIMEOUT, FailureKind.TLS}
 """After these the engine may be another one: restarted with other arguments, or upgraded."""

@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
@@ -139,6 +139,17 @@ class PairTerms:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelCard:
+    """A model, or an adapter of one, as an engine lists it on ``/v1/models``."""
+
+    name: str
+    parent: str | None
+    """The model of an adapter; None for a model."""
+    members: bytes
+    """The whole card, as a JSON object."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineFacts:
     """What an engine reports about itself, other than its load. A default stands for what it does not report."""
 
@@ -172,6 +183,8 @@ class EngineFacts:
     """``(rank, ranks)`` of an endpoint with only one rank of an engine: its number, and how many ranks the engine has.
     ``dp_ranks`` is 1 then."""
     terms: PairTerms = PairTerms()
+    cards: tuple[ModelCard, ...] = field(default=(), compare=False)
+    """Its models and adapters. They change while the engine runs, and an engine with others is the same one."""
 
     def position_of(self, rank: int) -> tuple[int, int]:
         """Return ``(rank, ranks)`` as the whole engine counts them."""

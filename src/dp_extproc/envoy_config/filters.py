@@ -269,6 +269,21 @@ def strip_attempt_headers(session_header: str | None) -> HttpFilter:
     )
 
 
+def allow_asked_headers() -> HttpFilter:
+    """Build the filter that allows a web page all headers that its preflight request names.
+
+    Browsers do not take ``*`` for ``authorization`` (Fetch standard). SGLang and vLLM answer so, too.
+    """
+    allowed = core.HeaderValue(key="access-control-allow-headers", value="%REQ(access-control-request-headers)%")
+    option = core.HeaderValueOption(
+        header=allowed, append_action=core.HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS
+    )
+    return commented(
+        _mutation_filter(header_mutation.Mutations(response_mutations=[HeaderMutation(append=option)])),
+        "Preflight requests get the headers allowed that they name; for browsers * leaves out authorization.",
+    )
+
+
 def last_upstream_filter() -> HttpFilter:
     """Build the filter that Envoy demands at the end of a cluster's chain."""
     return http_filter("upstream_codec", UpstreamCodec())

@@ -3,21 +3,23 @@
 from datetime import timedelta
 from typing import Final
 
+from envoy_data_plane.envoy.config.accesslog import v3 as accesslog
 from envoy_data_plane.envoy.config.core import v3 as core
 from envoy_data_plane.envoy.config.listener import v3 as listener
 from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
+from envoy_data_plane.envoy.extensions.access_loggers.filters.cel.v3 import ExpressionFilter
 from envoy_data_plane.envoy.extensions.filters.http.cors import v3 as cors
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import v3 as hcm
 from envoy_data_plane.envoy.type.matcher.v3 import RegexMatcher, StringMatcher
 
-from dp_extproc.config import Config, SocketAddress
+from dp_extproc.config import Config, EnvoySettings, SocketAddress
 from dp_extproc.config.front_door import CorsSettings
-from dp_extproc.envoy_config.filters import strip_client_headers
-from dp_extproc.envoy_config.listeners import CLOSE_DELAY, NO_TIMEOUT, buffer_bytes, network_filter, router
+from dp_extproc.envoy_config.filters import allow_asked_headers, strip_client_headers
+from dp_extproc.envoy_config.listeners import CLOSE_DELAY, EVERY_HOP, NO_TIMEOUT, buffer_bytes, network_filter, router
 from dp_extproc.envoy_config.local_replies import build_local_replies
 from dp_extproc.envoy_config.names import Names
 from dp_extproc.envoy_config.routes import table, to_dispatch
-from dp_extproc.envoy_config.telemetry import trace
+from dp_extproc.envoy_config.telemetry import access_logs, trace
 from dp_extproc.envoy_config.tls import for_clients
 from dp_extproc.envoy_config.yaml_text import commented, pack
 
@@ -30,6 +32,13 @@ _CORS_HEADERS: Final = tuple(
     )
 )  # fmt: skip
 """Headers of a response by which browsers decide. Envoy sets them itself, after those of engines were removed."""
+_REFUSED: Final = {
+    "leg": "front_door",
+    **EVERY_HOP,
+    "protocol": "%PROTOCOL%",
+    "client": "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%",
+}
+"""Fields in the access log of requests that the front door itself refuses."""
 _HOST_FOR_HTTP_10: Final = "dp-extproc"
 """Value of ``:authority`` for a request of HTTP/1.0 without one. Envoy's routes need it, and none of ours reads it."""
 
@@ -37,16 +46,12 @@ _HOST_FOR_HTTP_10: Final = "dp-extproc"
 def build_front_door(config: Config) -> listener.Listener:
     """Build the listener for clients, the only one with a port. Another gateway may take its place."""
     settings, names = config.envoy, Names.of(config)
-    filters = [router()]
-    if settings.cors is not None:
-        filters.insert(0, hcm.HttpFilter(name=CORS_FILTER, typed_config=pack(cors.Cors())))
-    http1 = core.Http1ProtocolOptions(accept_http_10=True, default_host_for_http_10=_HOST_FOR_HTTP_10)
     manager = commented(
         hcm.HttpConnectionManager(
             stat_prefix=names.inference,
             route_config=build_routes(config),
-            http_filters=filters,
-            http_protocol_options=http1 if settings.accept_http_10 else None,
+            http_filters=[*_cors_filters(settings.cors), router()],
+            http_protocol_options=_http1(settings),
             stream_idle_timeout=NO_TIMEOUT,
             request_headers_timeout=timedelta(seconds=settings.request_headers_timeout),
             request_timeout=timedelta(seconds=settings.request_timeout),
@@ -55,6 +60,7 @@ def build_front_door(config: Config) -> listener.Listener:
             early_header_mutation_extensions=[strip_client_headers()],
             generate_request_id=True,
             preserve_external_request_id=True,
+            access_log=access_logs(config, _REFUSED, _only_refused()),
             local_reply_config=build_local_replies(settings.max_body_bytes, is_front_door=True),
         ),
         stream_idle_timeout="A stream may be idle for as long as the engine processes its prompt.",
@@ -66,6 +72,7 @@ def build_front_door(config: Config) -> listener.Listener:
         early_header_mutation_extensions="Removes untrusted headers before anything reads them. A client could\n"
         "name any address in x-dp-decode-host. In SGLang, x-data-parallel-rank and x-override-* take precedence\n"
         "over the body.",
+        access_log="A line for each request that the front door itself refuses. Others have theirs further on.",
         preserve_external_request_id="The request id of a client appears in all logs.",
     )
     trace(config, manager, "front_door")
@@ -82,6 +89,34 @@ def build_front_door(config: Config) -> listener.Listener:
         per_connection_buffer_limit_bytes="envoy.max_body_bytes and 1 MiB for the routing fields. Every hop needs\n"
         "it, because it may buffer a whole body; Envoy's default is 1 MiB.",
     )
+
+
+def _http1(settings: EnvoySettings) -> core.Http1ProtocolOptions:
+    http1 = core.Http1ProtocolOptions(ignore_http_11_upgrade=[StringMatcher(safe_regex=RegexMatcher(regex=".*"))])
+    if settings.accept_http_10:
+        http1.accept_http_10 = True
+        http1.default_host_for_http_10 = _HOST_FOR_HTTP_10
+    return commented(
+        http1,
+        ignore_http_11_upgrade="Clients may offer Upgrade: TLS/1.2 or h2c with any request. Engines ignore the offer,\n"
+        "and Envoy would answer 403.",
+    )
+
+
+def _cors_filters(settings: CorsSettings | None) -> list[hcm.HttpFilter]:
+    if settings is None:
+        return []
+    filters = [hcm.HttpFilter(name=CORS_FILTER, typed_config=pack(cors.Cors()))]
+    if settings.allows_all_headers:
+        filters.append(allow_asked_headers())
+    return filters
+
+
+def _only_refused() -> accesslog.AccessLogFilter:
+    """Build the filter of the responses that this listener has made itself, without those to preflight requests."""
+    own = ExpressionFilter(expression='response.code >= 400 && response.code_details != "via_upstream"')
+    extension = accesslog.ExtensionFilter(name="envoy.access_loggers.extension_filters.cel", typed_config=pack(own))
+    return accesslog.AccessLogFilter(extension_filter=extension)
 
 
 def build_routes(config: Config) -> RouteConfiguration:

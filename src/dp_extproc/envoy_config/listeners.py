@@ -42,7 +42,7 @@ CLOSE_DELAY: Final = timedelta(milliseconds=50)
 """Time for a client that still sends its body to read an early response. Envoy's default of 1 s for each hop would
 delay the end of every truncated response as well."""
 
-_EVERY_HOP: Final = {
+EVERY_HOP: Final = {
     "time": "%START_TIME%",
     "request_id": "%REQ(x-request-id)%",
     "method": "%REQ(:method)%",
@@ -55,6 +55,7 @@ _EVERY_HOP: Final = {
     "duration_ms": "%DURATION%",
     "first_byte_ms": "%RESPONSE_DURATION%",
 }
+"""Fields in the access log of every listener."""
 
 _DECISION: Final = (
     contract.META_MODEL,
@@ -70,12 +71,12 @@ _DECISION: Final = (
 
 _MAIN: Final = {
     "leg": "main",
-    **_EVERY_HOP,
+    **EVERY_HOP,
     "client": "%REQ(x-forwarded-for)%",
     **{key: f"%DYNAMIC_METADATA({contract.METADATA_NAMESPACE}:{key})%" for key in _DECISION},
 }
 """Fields in the access log of requests."""
-_PREFILL: Final = {"leg": "prefill", **_EVERY_HOP, contract.META_PREFILL_HOST: "%UPSTREAM_HOST%"}
+_PREFILL: Final = {"leg": "prefill", **EVERY_HOP, contract.META_PREFILL_HOST: "%UPSTREAM_HOST%"}
 """Fields in the access log of prefill legs, whose ``request_id`` is that of their request."""
 
 

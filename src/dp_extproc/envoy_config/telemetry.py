@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog
+from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog, AccessLogFilter
 from envoy_data_plane.envoy.config.core import v3 as core
 from envoy_data_plane.envoy.config.trace.v3 import OpenTelemetryConfig, TracingHttp
 from envoy_data_plane.envoy.extensions.access_loggers.file.v3 import FileAccessLog
@@ -28,10 +28,13 @@ _MILLION: Final = 1_000_000
 """Denominator of the share of sampled traces."""
 
 
-def access_logs(config: Config, fields: Mapping[str, str]) -> list[AccessLog]:
+def access_logs(config: Config, fields: Mapping[str, str], only: AccessLogFilter | None = None) -> list[AccessLog]:
     """Build the access logs of a listener.
 
-    *fields* are formats by name. The one named ``leg`` is the name of the log as well.
+    Args:
+        config: The configuration.
+        fields: Formats by name. The one named ``leg`` is the name of the log as well.
+        only: Which requests have a line; None for all.
     """
     settings, names = config.envoy.access_log, Names.of(config)
     line = core.SubstitutionFormatString(json_format=Struct.from_dict(fields))
@@ -58,6 +61,8 @@ def access_logs(config: Config, fields: Mapping[str, str]) -> list[AccessLog]:
             attributes=otel.KeyValueList(values=attributes),
         )
         found.append(AccessLog(name="envoy.access_loggers.open_telemetry", typed_config=pack(records)))
+    for log in found:
+        log.filter = only
     return found
 
 

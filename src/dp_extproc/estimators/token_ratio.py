@@ -76,8 +76,10 @@ class _Engine:
     _pending: deque[tuple[int, _Interval]] = field(default_factory=deque)
     """Intervals, each with the number of clear pages in succession after which it is used."""
 
-    def note_page(self, *, external: bool) -> list[_Interval]:
-        """Note a page, and return the intervals that may be used now."""
+    def note_page(self, *, external: bool | None) -> list[_Interval]:
+        """Note a page, and return the intervals that may be used now. A doubtful page (None) has no effect."""
+        if external is None:
+            return []
         self._pages += 1
         self._external_share += (external - self._external_share) / _PAGES
         if external:
@@ -178,11 +180,12 @@ class TokenRatio:
         engine.known_tokens += known_tokens
 
     def counted(
-        self, endpoint: str, prompt_tokens: int | None, at: float, *, idle: bool = False, external: bool = False
+        self, endpoint: str, prompt_tokens: int | None, at: float, *, idle: bool = False, external: bool | None = False
     ) -> None:
         """Learn from a page that was read at *at*, with its running count of prompt tokens. A lower count began anew.
 
-        The endpoint is named by its URL. It is *idle* without a reservation; *external* are requests without one.
+        The endpoint is named by its URL. It is *idle* without a reservation; *external* are requests without one,
+        None if that is doubtful.
         """
         engine = self._engines[endpoint]
         for clear in engine.note_page(external=external):

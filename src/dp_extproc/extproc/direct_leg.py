@@ -2,7 +2,8 @@
 
 import asyncio
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from itertools import product
 from typing import Final
 
@@ -10,7 +11,7 @@ import msgspec
 
 from dp_extproc.attempt.events import LegEvent, SendLeg
 from dp_extproc.legs.client import LegClient, SentLeg
-from dp_extproc.legs.listener import LegListener
+from dp_extproc.legs.listener import LegListener, LegOutcome, NoLegListener
 from dp_extproc.legs.request import LegRequest
 from dp_extproc.scheduling.decision import DecodeAbort
 
@@ -18,6 +19,12 @@ ABORT_PATH: Final = "/abort_request"
 """Path at which SGLang ends a request by its id. The response is empty, whether the id is known or not."""
 _ABORT_PAUSES: Final = (0.0, 1.0)
 """Seconds before each try of an abort. There are two, because the first may overtake the request that it ends."""
+_PAUSES_BEFORE_CLOSE: Final = (0.0, 0.1)
+"""The same for an abort that precedes the close of the leg: it delays the reply to the client."""
+_CLOSE_WAITS_SECONDS: Final = 0.5
+"""Most seconds for which a reply waits for such an abort. An engine in good health takes some milliseconds."""
+_MOST_ABORTS: Final = 1_000
+"""Most aborts at a time. Beyond that they are dropped, and their requests run to their end."""
 _ABORT_SECONDS: Final = 5.0
 """Seconds until the response to an abort has to be here."""
 _SLACK_SECONDS: Final = 5.0
@@ -36,7 +43,7 @@ class DirectLegs:
         listener: LegListener | None = None,
         abort_listener: LegListener | None = None,
     ) -> None:
-        """Set up, in the event loop; *prefill_timeout* is in seconds.
+        """Set up, in the event loop; *prefill_timeout* is in seconds, the longest of any leg.
 
         *tls* is for all connections to engines; without it they are plain HTTP. The listeners are informed of every
         leg, and of every abort of a decode leg.
@@ -45,6 +52,7 @@ class DirectLegs:
         self._tls = tls
         self._client = LegClient(listener)
         self._aborts = LegClient(abort_listener)
+        self._abort_listener = abort_listener or NoLegListener()
         self._tasks: set[asyncio.Task[None]] = set()
         """One for each decode leg that is being ended."""
 
@@ -61,17 +69,25 @@ class DirectLegs:
         request = LegRequest(leg.address, command.path, headers, leg.preamble, leg.tail, self._timeout, tls=self._tls)
         return self._client.send(request, report)
 
-    def abort(self, command: DecodeAbort) -> None:
-        """End a decode leg at its engine, without waiting for the result."""
+    def abort(self, command: DecodeAbort) -> Callable[[], Awaitable[object]] | None:
+        """End a decode leg at its engine, without waiting for the result.
+
+        Returns:
+            What a reply that closes the leg has to wait for; None if there is nothing.
+        """
+        if len(self._tasks) >= _MOST_ABORTS:
+            self._abort_listener.leg_ended(LegOutcome.DROPPED, 0.0)
+            return None
         task = asyncio.get_running_loop().create_task(self._abort(command))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return partial(asyncio.wait, [task], timeout=_CLOSE_WAITS_SECONDS) if command.precedes_close else None
 
     async def _abort(self, command: DecodeAbort) -> None:
         headers = (_JSON, *command.headers)
         bodies = [msgspec.json.encode({"rid": request_id}) for request_id in command.request_ids]
         sent: list[SentLeg] = []
-        for pause in _ABORT_PAUSES:
+        for pause in _PAUSES_BEFORE_CLOSE if command.precedes_close else _ABORT_PAUSES:
             await asyncio.sleep(pause)
             for address, body in product(command.addresses, bodies):
                 request = LegRequest(address, ABORT_PATH, headers, body, b"", _ABORT_SECONDS, tls=self._tls)

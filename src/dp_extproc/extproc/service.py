@@ -114,7 +114,7 @@ class ExtProcService:
             waits = [asyncio.ensure_future(self._legs.all_ended())]
             if cut_short is not None:
                 waits.append(asyncio.ensure_future(_is_set(cut_short)))
-            timeout = self._environment.supervision.prefill_timeout
+            timeout = self._environment.supervision.longest_prefill
             await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             for each in waits:
                 each.cancel()
@@ -189,7 +189,7 @@ class ExtProcService:
             self._forget_if_over(streams)
             merging = attempt.main.merging
             if merging is not None and merging.problem is not None:
-                _log.warning("log probabilities of a prompt were left out: %s", merging.problem)
+                _log.warning("a response could not be merged with that of its prefill leg: %s", merging.problem)
 
     async def _take(self, streams: Streams, message: ProcessingRequest) -> None:
         """Have an attempt receive a message, and carry out what follows."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Final
@@ -52,13 +52,15 @@ class Writer:
     Nothing follows an immediate response.
     """
 
-    __slots__ = ("_context", "_is_over", "_lock", "_replies")
+    __slots__ = ("_context", "_is_over", "_lock", "_replies", "precedent")
 
     def __init__(self, context: grpc.aio.ServicerContext) -> None:
         self._context = context
         self._lock = asyncio.Lock()
         self._is_over = False
         self._replies: deque[Reply] = deque()
+        self.precedent: Callable[[], Awaitable[object]] | None = None
+        """What the next immediate response has to wait for."""
 
     @property
     def has_replies(self) -> bool:
@@ -87,6 +89,8 @@ class Writer:
                 if self._is_over:
                     continue
                 self._is_over = isinstance(reply, Immediate)
+                if self._is_over and self.precedent is not None:
+                    await self.precedent()
                 await self._context.write(write_reply(reply))
 
 
@@ -163,7 +167,7 @@ class Streams:
                 self.leg = self._legs.send(command, partial(self._report, self))
             elif isinstance(command, DecodeAbort):
                 if self._legs is not None:
-                    self._legs.abort(command)
+                    self.main.precedent = self._legs.abort(command)
             elif not isinstance(command, Enqueue):
                 self.main.put(command)
         for writer in (self.main, self.leg):

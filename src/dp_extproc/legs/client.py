@@ -46,6 +46,8 @@ class SentLeg:
         """What the listener wants of the body."""
         self._outcome = LegOutcome.CANCELLED
         self._problem = ""
+        self._is_lost = False
+        """Whether the engine has dropped the connection after it had got the leg."""
         self._is_cancelled = False
         self._body = Body(request.preamble, request.tail)
         loop = asyncio.get_running_loop()
@@ -84,7 +86,7 @@ class SentLeg:
             _log.error("a prefill leg has failed unexpectedly", exc_info=error)
             self._outcome, self._problem = LegOutcome.RESET, "unexpected error; the log of the router has the cause"
         self._client.ended(self, self._outcome, asyncio.get_running_loop().time() - self._started)
-        self._report(LegClosed(self._problem))
+        self._report(LegClosed(self._problem, is_lost=self._is_lost))
 
     async def _run(self, request: LegRequest) -> None:
         self._report(LegOpened())
@@ -98,6 +100,7 @@ class SentLeg:
         except UnreadableError as error:
             self._fail(LegOutcome.UNREADABLE, f"the prefill server gave no HTTP response: {error}")
         except BrokenError as error:
+            self._is_lost = True
             self._fail(LegOutcome.RESET, f"the prefill server's connection was cut: {error}")
 
     def _fail(self, outcome: LegOutcome, problem: str) -> None:

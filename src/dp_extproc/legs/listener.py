@@ -20,6 +20,8 @@ class LegOutcome(StrEnum):
     TIMEOUT = "timeout"
     CANCELLED = "cancelled"
     """It was cancelled before the response headers."""
+    DROPPED = "dropped"
+    """It was not sent, because too many are under way."""
     UNSEEN = "unseen"
     """The engine computes the leg, but its response is lost."""
 

@@ -17,6 +17,7 @@ from dp_extproc.load.endpoint import (
     Freshness,
     StepCosts,
     compare_pace,
+    compare_prefill,
     note_room,
 )
 from dp_extproc.load.health import Health
@@ -233,15 +234,14 @@ class LoadCache:
                 self._forget_prefixes(load)
             if endpoint.role is Role.WORKER:
                 load.learn_prompt_rate(page, started)
-            if endpoint.role is not Role.PREFILL:
-                self._compare(endpoint.pool, endpoint.role, now)
+            self._compare(endpoint.pool, endpoint.role, now)
         if endpoint.role is not Role.DECODE:
             self.ratios[endpoint.pool].counted(
                 endpoint.url,
                 page.prompt_tokens,
                 started,
                 idle=load is not None and not load.reserved_requests,
-                external=load is not None and load.has_external_requests,
+                external=False if load is None else load.has_external_requests,
             )
         self._made_room()
 
@@ -250,6 +250,9 @@ class LoadCache:
         self._pages[pool, role] += 1
         if self._pages[pool, role] >= len(peers := self.known(pool, role)):
             self._pages[pool, role] = 0
+            if role is Role.PREFILL:
+                compare_prefill(peers)
+                return
             compare_pace(peers)
             if prefills := self.known(pool, Role.PREFILL):
                 note_room(prefills, is_full=Room.of(self.best_known(peers, now)[1], now).is_full)

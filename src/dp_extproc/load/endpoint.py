@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from statistics import fmean
 from typing import Final, TypeVar
 
 from msgspec import Struct
@@ -13,7 +14,7 @@ from dp_extproc.engines.capabilities import Capabilities
 from dp_extproc.engines.compatibility import PairingKey, pairing_key
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, PrefillSteps, RankSample, Role
 from dp_extproc.estimators.decode_pace import compare
-from dp_extproc.estimators.prefill_speed import PrefillSpeed
+from dp_extproc.estimators.prefill_speed import PrefillSpeed, compare_speeds
 from dp_extproc.estimators.prompt_rate import PromptRate
 from dp_extproc.load.attribution import Reading, absorb
 from dp_extproc.load.decode import DecodeGroup
@@ -127,8 +128,9 @@ class EndpointLoad:
         """When the last good load page was requested."""
         self.answered_at = -math.inf
         """When the endpoint last had computed a prompt of a request, or began its response."""
-        self.has_external_requests = False
-        """Whether the last page has more requests than this replica and its peers have sent."""
+        self.has_external_requests: bool | None = False
+        """Whether the last page has more requests than this replica and its peers have sent. None if these requests may
+        be own ones that count as computed."""
         self.is_away = False
         """Whether the endpoint was unreachable after the last good load page."""
         self.is_gone = False
@@ -193,6 +195,12 @@ class EndpointLoad:
         return sum(reported) / len(reported) if reported else None
 
     @property
+    def time_per_prompt_token(self) -> float | None:
+        """Mean seconds of a rank per prompt token, as the engine counts its steps; None if it has not."""
+        known = [each.seconds_per_token for each in self.prefill_speeds if each.seconds_per_token is not None]
+        return fmean(known) if known else None
+
+    @property
     def waiting_prompts(self) -> Work:
         """The prompts that no step has taken in yet. Of an aggregated endpoint they are those of the last samples."""
         if self.role is Role.PREFILL:
@@ -250,19 +258,21 @@ class EndpointLoad:
         self.has_external_requests = False
         if readings:
             ours = sum(each.requests for rank in self.ranks for kept in (rank.open, rank.ended) for each in kept)
+            doubtful = sum(reading.rank.doubtful_requests(reading.at) for reading in readings)
             absorb(readings, len(self.ranks), now)
             if any(each.sample.age is None for each in readings):  # of an unknown time, so it may contain any of ours
-                beyond = sum(each.requests for each in readings) - ours
+                beyond, doubtful = sum(each.requests for each in readings) - ours, 0.0
             else:
                 beyond = sum(rank.external_requests for rank in self.ranks)
-            self.has_external_requests = beyond >= EXTERNAL_FROM
+            if beyond >= EXTERNAL_FROM:
+                self.has_external_requests = True if beyond - doubtful >= EXTERNAL_FROM else None
 
     def review(self, now: float) -> bool:
         """Detect by a page that was just absorbed what stands still, and return whether that has changed."""
         for group, speed in zip(self.groups, self.prefill_speeds, strict=True):
             counts = [rank.sample.prefilled for rank in group.ranks if rank.sample is not None]
             if self.capabilities.times_prefill and (known := [each for each in counts if each is not None]):
-                speed.learn(PrefillSteps(sum(each.tokens for each in known), sum(each.seconds for each in known)))
+                speed.learn(PrefillSteps(fmean(each.tokens for each in known), fmean(each.seconds for each in known)))
         if not self._standstill.review(self.answered_at if self.role is Role.PREFILL else -math.inf, now):
             return False
         stuck = self.suspect_groups
@@ -333,6 +343,15 @@ def compare_pace(endpoints: Iterable[EndpointLoad]) -> None:
         usual, slow = found
         for group, slowness in zip(groups, slow, strict=True):
             group.compare_with(usual, slowness)
+
+
+def compare_prefill(endpoints: Iterable[EndpointLoad]) -> None:
+    """Set how slow each of these prefill endpoints is, against their average."""
+    both = [pair for endpoint in endpoints for pair in zip(endpoint.groups, endpoint.prefill_speeds, strict=True)]
+    for (group, _), slowness in zip(both, compare_speeds([speed for _, speed in both]), strict=True):
+        if slowness != group.slowness:
+            group.slowness = slowness
+            group.changed = True
 
 
 def note_room(prefills: Iterable[EndpointLoad], *, is_full: bool) -> None:

@@ -36,6 +36,7 @@ class _NoListener:
 
 
 NO_LISTENER: Final[InFlightListener] = _NoListener()
+OK: Final = 200
 ERROR: Final = 400
 """The HTTP status from which on a response is an error."""
 
@@ -61,9 +62,11 @@ class InFlight:
     prefill_endpoint: EndpointLoad | None = None
     decode_endpoint: EndpointLoad | None = None
     leg: str = ""
-    """Token by which the ext_proc stream of the prefill leg finds this request."""
+    """Token by which the ext_proc stream of the prefill leg finds this request; empty if no leg is reported."""
     streaming: bool = False
     """Whether the response headers may come before any token is computed."""
+    expected_prefill: float = 0.0
+    """Seconds until the prompt is computed, by the measured speed of the engine; 0 if that is unknown."""
     listener: InFlightListener = NO_LISTENER
     on_prefill_answer: Callable[[int], None] | None = None
     """Called with the status when the prefill leg is over."""
@@ -72,6 +75,11 @@ class InFlight:
     first_byte_at: float | None = field(default=None, init=False)
     _has_answered: bool = field(default=False, init=False)
     _is_over: bool = field(default=False, init=False)
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether a response has come that engines send only once all of it is computed."""
+        return self._has_answered and not self.streaming
 
     def prefill_answered(self, status: int, now: float) -> None:
         """Note that the prefill leg is over: its engine has responded, or Envoy in its place."""
@@ -105,15 +113,19 @@ class InFlight:
                 for reservation in self.decode:
                     reservation.first_token(now)
             # An aggregated endpoint computes the prompt itself. And a whole response is evidence of a computed prompt.
-            if not self.prefill or (status < ERROR and not self.streaming):
+            # Where the prefill leg is reported, its own response is the more exact evidence.
+            if not self.prefill or (self._is_whole and not self.leg):
                 self.prefill_answered(status, now)
 
     def end(self, now: float) -> None:
         """Note that the response is over, for whatever reason.
 
         If prefill has not responded until then, the client has left or a leg has failed, and no step has ended by it.
+        But if a whole response has come, only the report of the prefill leg was lost.
         """
         if not self._is_over:
+            if self._is_whole:
+                self.prefill_answered(OK, now)
             self._is_over = True
             self.listener.ended(self.number, now)
             for reservation in self.prefill:

@@ -120,28 +120,32 @@ class PrefillGroup(StepGroup):
         if after <= top:
             full = steps * self._budget
             # Here and below without min and max: this is called for each rank of each decision, and calls cost most.
-            return self._rest_of_step + steps * self._step_cost + (top if top < full else full)  # noqa: FURB136
+            own = self._rest_of_step + steps * self._step_cost + (top if top < full else full)  # noqa: FURB136
+            return own * self.slowness
         lengthened = (after if after < self._steps_capacity else self._steps_capacity) - top  # noqa: FURB136
         later = after - top
         if later > self._later_counted:  # noqa: PLR1730
             later = self._later_counted
         own = self._rest_of_step + steps * self._step_cost + after
-        return own + self._delayed_per_step * lengthened + LATER_WEIGHT * later
+        return (own + self._delayed_per_step * lengthened + LATER_WEIGHT * later) * self.slowness
 
     def bound(self) -> None:
         steps = -(-self.top // self._budget) or 1.0
         self._steps_capacity = steps * self._budget
         self._delayed_per_step = min(self._unstarted + self._external_waiting, WAITING_COUNTED) / steps
         self._rest_of_step = (self._step_cost + self._step_length) / 2 if self._uncomputed else 0.0
-        self.floor = self._rest_of_step + self._step_cost + min(self.top, self._budget)
-        self.base = self._rest_of_step + self._step_cost + self.low
+        self.floor = (self._rest_of_step + self._step_cost + min(self.top, self._budget)) * self.slowness
+        self.base = (self._rest_of_step + self._step_cost + self.low) * self.slowness
 
     def refresh(self, now: float) -> None:
-        """Count old requests as started, and very old ones as computed, if there was no event for a while."""
+        """Count old requests as started, and very old ones as computed, if there was no event for a while.
+
+        Of each rank, no more than one step can compute counts as started: the next response ends what runs.
+        """
         overdue = max(QUIET_SECONDS, self._overdue_per_token * self._step_length)
         quiet = now - self._last_event
         if self._uncomputed and quiet >= overdue:
-            for queue in self._queues:
+            for position, queue in enumerate(self._queues):
                 ahead = 0.0
                 for reservation in list(queue):
                     own = reservation.waiting + reservation.running
@@ -151,8 +155,10 @@ class PrefillGroup(StepGroup):
                     if min(age, quiet) >= patience:
                         queue.remove(reservation)
                         self._computed(reservation, now)
-                    elif age >= overdue and reservation.waiting:
-                        self._run(reservation, reservation.waiting)
+                    elif (
+                        age >= overdue and reservation.waiting and (room := self._budget - self._running[position]) > 0
+                    ):
+                        self._start(reservation, room)
         self.due = max(now + QUIET_SECONDS / 4, self._last_event + overdue) if self._uncomputed else math.inf
 
     @property
@@ -282,15 +288,19 @@ class PrefillGroup(StepGroup):
             for reservation in queue:
                 if budget <= 0 or reservation.since > arrived:
                     break
-                taken = reservation.waiting
-                if taken > budget:
-                    if self._chunked:
-                        taken = budget
-                    elif budget < self._budget:
-                        break
-                self._run(reservation, taken)
-                budget -= taken
+                budget -= self._start(reservation, budget)
         self._step_length = max(self._running)
+
+    def _start(self, reservation: Reservation, budget: float) -> float:
+        """Take what a step has room for into it. Returns that, or all its room if the request needs the next step."""
+        taken = reservation.waiting
+        if taken > budget:
+            if self._chunked:
+                taken = budget
+            elif budget < self._budget:
+                return budget
+        self._run(reservation, taken)
+        return taken
 
     def _run(self, reservation: Reservation, tokens: float) -> None:
         """Take some tokens of a request into the running step."""

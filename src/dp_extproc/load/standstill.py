@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from dp_extproc.engines.model import EngineFacts, Mode
-from dp_extproc.estimators.prefill_speed import PrefillSpeed
+from dp_extproc.estimators.prefill_speed import ATTENTION_TOKENS, PrefillSpeed
 from dp_extproc.estimators.progress import Progress
 from dp_extproc.load.decode import DecodeGroup
 from dp_extproc.load.prefill import PrefillGroup
@@ -23,9 +23,6 @@ _LEAST_WITHOUT_STALLS: Final = 15.0
 """The same for releases that publish nothing while requests wait for the engine of the other leg."""
 _PUBLISHED_STEPS: Final = 15
 """Decode steps between two publications: SGLang's default of ``--load-snapshot-publish-interval``."""
-_ATTENTION_TOKENS: Final = 1 << 16
-"""Tokens of context with which a prompt token takes twice as long as without: attention grows with the context. It is
-about 60,000 for models of 8 and of 70 billion parameters."""
 
 
 class StandstillDetector:
@@ -94,7 +91,7 @@ class StandstillDetector:
             return math.inf
         longest = max(map(_longest_prompt, group.ranks))
         tokens = self._facts.step_tokens if self._facts.chunked else max(longest, self._facts.step_tokens)
-        return per_token * tokens * (1 + longest / _ATTENTION_TOKENS)
+        return per_token * tokens * (1 + longest / ATTENTION_TOKENS)
 
 
 def _seconds_per_token(group: StepGroup, speed: PrefillSpeed) -> float | None:

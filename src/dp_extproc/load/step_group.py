@@ -17,6 +17,9 @@ _ENDED_KEPT: Final = 10_000
 between two samples no rank serves so many requests."""
 _LEAST: Final = 1.0
 """Tokens of a prompt that an engine computes at least: the last one, even if its prefix cache has all of them."""
+DOUBTFUL: Final = 60.0
+"""Seconds for which a request that counts as computed may show in samples without an event of its own. Afterwards the
+event is lost."""
 EXTERNAL_FROM: Final = 0.5
 """Requests beyond the reservations from which on there is external load. Shares of one request add up to a little less
 or more than one."""
@@ -54,7 +57,10 @@ class Reservation:
     is_share: bool
     """Whether the engine picks the rank, so that one of several ranks has the request and each has a share."""
     until: float = math.inf
-    """When the reservation ceased to show in samples: its prompt is computed, or it has ended."""
+    """When the reservation ceased to be load of the rank: its prompt counts as computed, or it has ended."""
+    ended_at: float = math.inf
+    """When an event of the request itself ended the reservation. Until then samples may still show the request, though
+    other responses show that its prompt is computed: its KV cache is sent, or the conclusion came too early."""
     first_token_at: float = math.inf
     waiting: float = 0.0
     """Prompt tokens that no prefill step has taken in yet."""
@@ -96,6 +102,15 @@ class RankLoad:
     open: set[Reservation] = field(default_factory=set)
     ended: deque[Reservation] = field(default_factory=lambda: deque(maxlen=_ENDED_KEPT))
     """Ended reservations that the next sample may still contain, in the order of their ends."""
+
+    def doubtful_requests(self, at: float) -> float:
+        """Return the requests that a sample of that moment may contain, though they count as computed by then."""
+        return sum(
+            each.requests
+            for kept in (self.open, self.ended)
+            for each in kept
+            if each.until <= at < min(each.ended_at, each.until + DOUBTFUL)
+        )
 
     @property
     def tokens(self) -> float:
@@ -245,7 +260,7 @@ class StepGroup(ABC):
         rank.reserved_requests = rank.reserved_requests - reservation.requests if rank.open else 0.0
         self.requests = self.requests - reservation.requests if self._reservations else 0.0
         self._close(reservation, now, served=served)
-        reservation.until = min(reservation.until, now)
+        reservation.until, reservation.ended_at = min(reservation.until, now), now
         rank.ended.append(reservation)
 
     def expire(self, reservation: Reservation, now: float) -> None:
@@ -263,7 +278,7 @@ class StepGroup(ABC):
         self._learn(rank.position, sample, at)
         self._set_external(rank, external.tokens, now)
         # A later sample is of a later moment: what had ended by then cannot be in it.
-        while rank.ended and rank.ended[0].until <= at:
+        while rank.ended and rank.ended[0].ended_at <= at:
             rank.ended.popleft()
 
     def forget_external(self, now: float) -> None:

@@ -1,9 +1,10 @@
 """The one place where in-flight requests are opened: those of this replica, and those that its peers publish."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import count
 
+from dp_extproc.estimators.prefill_speed import ATTENTION_TOKENS
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.load.in_flight import ERROR, NO_LISTENER, InFlight, InFlightListener, nothing
@@ -69,15 +70,17 @@ class InFlightTracker:
             self._record_prefix(computes, cost)
             self._cache.arrivals[computes.endpoint.pool].add(max(0.0, cost.tokens - computes.cached), now)
             on_prefill_answer = partial(self._prompt_done, computes.endpoint, cost)
+        on_prefill = _reserve(prefill, cost, now)
         return InFlight(
             number,
             now,
-            _reserve(prefill, cost, now),
+            on_prefill,
             _reserve(decode, cost, now),
             prefill_endpoint=None if prefill is None else prefill.endpoint,
             decode_endpoint=None if decode is None else decode.endpoint,
             leg=leg,
             streaming=streaming,
+            expected_prefill=0.0 if prefill is None else _expected_seconds(prefill.endpoint, on_prefill),
             listener=listener,
             on_prefill_answer=on_prefill_answer,
             made_room=self._made_room,
@@ -105,6 +108,18 @@ class InFlightTracker:
         if endpoint is None or (rank is not None and not 0 <= rank < len(endpoint.ranks)):
             return None
         return Target(endpoint, rank, routed=False, by_room=False, cached=cached)
+
+
+def _expected_seconds(endpoint: EndpointLoad, reservations: Iterable[Reservation]) -> float:
+    """Return the seconds until a prompt is computed that was just reserved, by the engine's own count; else 0."""
+    longest = 0.0
+    for reservation in reservations:
+        group = reservation.rank.group
+        if (per_token := endpoint.prefill_speeds[endpoint.groups.index(group)].seconds_per_token) is not None:
+            prompt = reservation.to_compute
+            ahead = max(prompt, group.loads[reservation.rank.position])  # its own tokens included
+            longest = max(longest, per_token * (ahead + prompt * prompt / ATTENTION_TOKENS))
+    return longest
 
 
 def _reserve(target: Target | None, cost: RequestCost, now: float) -> tuple[Reservation, ...]:

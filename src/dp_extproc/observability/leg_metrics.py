@@ -50,7 +50,7 @@ class LegMetrics:
         self.resends[cause.value] += 1
 
     def leg_ended(self, outcome: LegOutcome, seconds: float) -> None:
-        self.in_flight -= 1
+        self.in_flight -= outcome is not LegOutcome.DROPPED
         self.outcomes[outcome.value] += 1
         self.seconds.add(seconds)
 
@@ -58,11 +58,22 @@ class LegMetrics:
 class SentLegMetrics:
     """Collects the metrics of prefill legs that the service sends."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, sends_legs: bool = True) -> None:
+        """Set up; without *sends_legs* only aborts of decode legs are collected."""
         self.legs = LegMetrics()
         self.aborts = LegMetrics()
+        self._sends_legs = sends_legs
 
     def collect(self) -> Iterator[Metric]:
+        yield from self._of_legs() if self._sends_legs else ()
+        yield _by_label(
+            "dp_extproc_decode_aborts",
+            "Requests to engines to end a decode leg that they would compute in vain, by their outcome.",
+            "outcome",
+            self.aborts.outcomes,
+        )
+
+    def _of_legs(self) -> Iterator[Metric]:
         legs = self.legs
         yield _by_label("dp_extproc_prefill_legs", "Prefill legs that the service sent.", "outcome", legs.outcomes)
         yield _by_label("dp_extproc_prefill_leg_resends", "Prefill legs that were sent again.", "cause", legs.resends)
@@ -70,12 +81,6 @@ class SentLegMetrics:
             "dp_extproc_prefill_legs_in_flight", "Prefill legs that have not ended.", value=legs.in_flight
         )
         yield legs.seconds.metric("dp_extproc_prefill_leg_seconds", "Duration of prefill legs.")
-        yield _by_label(
-            "dp_extproc_decode_aborts",
-            "Requests to engines to end a decode leg whose prefill leg has failed, by their outcome.",
-            "outcome",
-            self.aborts.outcomes,
-        )
 
 
 def _by_label(name: str, text: str, label: str, counts: Counter[str]) -> Metric:

@@ -70,6 +70,7 @@ def _describe_endpoint(load: EndpointLoad | None, stale_after: float, now: float
         "version": str(load.facts.version) if load.facts.version else None,
         "age": _age(load.sampled_at, now),
         "time_per_output_token": None if (tpot := load.tpot) is None else round(tpot, 6),
+        "time_per_prompt_token": None if (pace := load.time_per_prompt_token) is None else round(pace, 9),
         "cached_tokens": round(load.cached_prompt_tokens),
         "expired_reservations": load.expired,
         "suspect_ranks": [rank.index for group in load.suspect_groups for rank in group.ranks],

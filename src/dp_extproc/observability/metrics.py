@@ -64,6 +64,7 @@ class Telemetry:
         self._streams = 0
         self._leg_failures: Counter[tuple[str, str, str]] = Counter()
         self._missing_legs = 0
+        self._deadly_requests = 0
         self._destination_mismatches = 0
         self._held = Durations()
         self._held_in_vain = 0
@@ -104,6 +105,10 @@ class Telemetry:
 
     def leg_missing(self) -> None:
         self._missing_legs += 1
+
+    def deadly_request(self) -> None:
+        """Count a request that was found to end engines."""
+        self._deadly_requests += 1
 
     def destination_mismatch(self) -> None:
         self._destination_mismatches += 1
@@ -166,6 +171,11 @@ class Telemetry:
             value=self._missing_legs,
         )
         yield CounterMetricFamily(
+            "dp_extproc_deadly_requests",
+            "Requests that were found to end the engines that compute them, and are refused since.",
+            value=self._deadly_requests,
+        )
+        yield CounterMetricFamily(
             "dp_extproc_destination_mismatches",
             "Requests that a gateway sent to another endpoint than the pick.",
             value=self._destination_mismatches,
@@ -203,6 +213,10 @@ class Telemetry:
         tpot = gauge(
             "dp_extproc_time_per_output_token_seconds", "Mean time per output token, as the engine reports it."
         )
+        prompt_time = gauge(
+            "dp_extproc_time_per_prompt_token_seconds",
+            "Mean time of a rank per prompt token that is not cached, as the engine counts its steps.",
+        )
         now = self._clock()
         kinds: dict[str, list[tuple[str, int]]] = {}
         for (url, kind), count in self._failures.items():
@@ -221,10 +235,12 @@ class Telemetry:
                 expired.add_metric(names, load.expired)
                 if (seconds := load.tpot) is not None:
                     tpot.add_metric(names, seconds)
+                if (seconds := load.time_per_prompt_token) is not None:
+                    prompt_time.add_metric(names, seconds)
             samples.add_metric([*names, _SOURCE], self._samples[endpoint.url])
             for kind, count in kinds.get(endpoint.url, ()):
                 failures.add_metric([*names, _SOURCE, kind], count)
-        yield from (state, age, ejected, samples, failures, cached, expired, tpot)
+        yield from (state, age, ejected, samples, failures, cached, expired, tpot, prompt_time)
 
     def _collect_ranks(self) -> Iterator[Metric]:
         labels = ["pool", "role", "endpoint", "dp_rank"]

@@ -12,18 +12,15 @@ from dp_extproc.request.invalid_json import explain_invalid_json
 from dp_extproc.request.members import MOST_MEMBERS, JsonObject, TooManyMembersError
 from dp_extproc.request.path import Api
 from dp_extproc.request.prompt import Prompt, PromptError, measure
+from dp_extproc.request.prompt_parts import PromptPart, refuse_parts, wanted_of_prefill
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.request.shapes import LARGEST_ID, SHAPES, Body, Generate
-from dp_extproc.request.token_ids import LOGPROBS_OF_IDS, find_invalid_ids
+from dp_extproc.request.token_ids import find_invalid_ids
 
 ROUTED_RANK_KEY: Final = "routed_dp_rank"
 PREFILL_RANK_KEY: Final = "disagg_prefill_dp_rank"
 OLD_RANK_KEY: Final = "data_parallel_rank"
 """The former key of the routed rank, deprecated in SGLang from 0.5.10 on."""
-LOGPROBS: Final = "return_logprob"
-LOGPROBS_START: Final = "logprob_start_len"
-_NO_PROMPT: Final = frozenset({b"null", b"-1"})
-"""Values of :data:`LOGPROBS_START` that leave out the prompt."""
 _OFF: Final = frozenset({b"null", b"false"})
 
 MAX_BATCH: Final = 4096
@@ -73,16 +70,10 @@ class InferenceRequest(msgspec.Struct, frozen=True):
     """Whether the body was read; see :func:`unread_request`."""
 
     @property
-    def wants_logprobs(self) -> bool:
-        """Whether log probabilities are asked for, which only /generate has."""
-        return self.api is Api.GENERATE and bytes(self.body.values.get(LOGPROBS, b"false")) not in _OFF
-
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        """Whether log probabilities are asked for that only the response of the prefill leg has."""
-        values = self.body.values
-        start, ids = (bytes(values.get(key, b"null")) for key in (LOGPROBS_START, LOGPROBS_OF_IDS))
-        return self.wants_logprobs and (start not in _NO_PROMPT or ids != b"null")
+    def prompt_part(self) -> PromptPart | None:
+        """What the prefill leg's response has for the client's."""
+        wanted = wanted_of_prefill(self.api, self.body.values)
+        return None if wanted is None else wanted.part
 
 
 def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
@@ -143,12 +134,8 @@ def refuse_disaggregated(request: InferenceRequest, *, sees_answer: bool = True)
         # Every version clones one bootstrap room for all samples (tokenizer_manager.py): hangs or wrong answers.
         message = f"n={request.samples} does not work with prefill/decode disaggregation; send separate requests"
         return _unsupported(message, "n")
-    if request.wants_prompt_logprobs and not sees_answer:
-        message = (
-            "log probabilities of the prompt cannot be put into the answer while Envoy sends bodies in duplex mode; "
-            "leave out logprob_start_len and token_ids_logprob, or have Envoy configured with body_mode: buffered"
-        )
-        return _unsupported(message, LOGPROBS)
+    if (refusal := refuse_parts(request.api, request.body.values, sees_answer=sees_answer)) is not None:
+        return refusal
     if request.api is Api.RESPONSES:
         values = request.body.values
         for param, remedy in (

@@ -57,7 +57,7 @@ _reader: Final = _MemberReader()
 class JsonObject:
     """A validated JSON object: its text, and its values by key."""
 
-    __slots__ = ("_members", "text", "values")
+    __slots__ = ("_last_without", "_members", "text", "values")
 
     def __init__(self, text: bytes) -> None:
         """Validate.
@@ -75,6 +75,7 @@ class JsonObject:
             text.decode()  # values that are skipped are not checked for UTF-8 by msgspec
         self.values: dict[str, msgspec.Raw] = {key.name: raw for key, raw in self._members.items()}
         """The values by key; of a repeated key the last one, which the JSON reader of SGLang takes."""
+        self._last_without: tuple[Collection[str], list[memoryview]] | None = None
 
     def without(self, unwanted: Collection[str]) -> list[memoryview]:
         """Leave out members by key: every occurrence, however the key is escaped.
@@ -83,6 +84,11 @@ class JsonObject:
             Pieces that, joined, are the text behind the opening brace, with the closing brace and every other byte
             unchanged. They are views, so that a body of many megabytes is copied only once.
         """
+        if self._last_without is None or self._last_without[0] is not unwanted:
+            self._last_without = (unwanted, self._without(unwanted))
+        return self._last_without[1]
+
+    def _without(self, unwanted: Collection[str]) -> list[memoryview]:
         text, view = self.text, memoryview(self.text)
         match = _TO_VALUE.match(text)
         assert match is not None  # noqa: S101 - the text has been validated

@@ -34,11 +34,15 @@ class Reason(StrEnum):
     UNSUPPORTED_BODY_MODE = "unsupported_body_mode"
     OVER_CAPACITY = "over_capacity"
     PROMPT_TOO_LONG = "prompt_too_long"
+    DEADLY_REQUEST = "deadly_request"
+    ENGINES_LOST = "engines_lost"
+    FAILED_ALIKE = "failed_alike"
     PREFILL_FAILED = "prefill_failed"
     PREFILL_TIMEOUT = "prefill_timeout"
     DECODE_FAILED = "decode_failed"
     DECODE_TIMEOUT = "first_token_timeout"
     ENGINE_REFUSED = "engine_refused"
+    ANSWER_INCOMPLETE = "answer_incomplete"
     INTERNAL_ERROR = "internal_error"
 
 

@@ -1,1 +1,1 @@
-"""What engines answer, as far as the service reads it: the first event of a stream, and log probabilities."""
+"""What engines answer, as far as the service reads it: first events, and parts that only prefill's response has."""

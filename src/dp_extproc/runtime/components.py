@@ -16,6 +16,7 @@ from dp_extproc.attempt.failures import RetryBudget
 from dp_extproc.attempt.gateways import BundledEnvoy, EndpointPicker
 from dp_extproc.background import Guard
 from dp_extproc.config import Config, Problem, Protocol, RetrySettings, Supervise
+from dp_extproc.config.load import LoadSettings
 from dp_extproc.engines.credentials import Credentials
 from dp_extproc.engines.model import Endpoint, SourceKind
 from dp_extproc.extproc.direct_leg import DirectLegs
@@ -42,9 +43,11 @@ from dp_extproc.runtime.engine_tls import FollowedTls
 from dp_extproc.runtime.readiness import Readiness, can_serve
 from dp_extproc.runtime.secrets import read_api_keys
 from dp_extproc.scheduling.admission import AdmissionQueue
+from dp_extproc.scheduling.deadly import KEPT_SECONDS, DeadlyRequest, DeadlyRequests
+from dp_extproc.scheduling.deaths import EngineDeaths
 from dp_extproc.scheduling.encoder import LegSettings
 from dp_extproc.scheduling.scheduler import Scheduler
-from dp_extproc.sync.messages import AnyNotice
+from dp_extproc.sync.messages import AnyNotice, EngineLost
 from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.transport.replica import Replica, join
 
@@ -120,6 +123,11 @@ class Components:
         self.telemetry.add(AutoscalingMetrics(self._autoscaling, clock))
         is_picker = config.protocol is Protocol.ENDPOINT_PICKER
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
+        self._deadly = DeadlyRequests(
+            self._found_deadly,
+            lambda fingerprint, address, now: outbox.publish(EngineLost(now, fingerprint, address)),
+            check_seconds=_death_shows_within(config.load),
+        )
         self._scheduler = Scheduler(
             config.pools,
             self._loads,
@@ -137,6 +145,7 @@ class Components:
                 fallbacks=config.picker.fallbacks if is_picker else 0,
             ),
             credentials=self._credentials,
+            deadly=self._deadly,
         )
         self.telemetry.add(GroupMetrics(self._loads, self._weights, lambda: self._scheduler.group_requests))
         self._replica: Replica | None = None
@@ -145,9 +154,8 @@ class Components:
             self.telemetry.add(SyncMetrics(self._replica.status))
         if is_picker:
             self.telemetry.add(PoolMetrics(self._loads, gateway_names(config.pools), clock))
-        sent_legs = SentLegMetrics()
-        if config.sends_legs:
-            self.telemetry.add(sent_legs)
+        sent_legs = SentLegMetrics(sends_legs=config.sends_legs)
+        self.telemetry.add(sent_legs)
         self.service = ExtProcService(
             self._scheduler,
             (self.telemetry,),
@@ -159,15 +167,11 @@ class Components:
             queue=self._queue,
             max_body=config.envoy.max_body_bytes,
             clock=clock,
-            legs=(
-                DirectLegs(
-                    config.supervision.prefill_timeout,
-                    tls=self.tls,
-                    listener=sent_legs.legs,
-                    abort_listener=sent_legs.aborts,
-                )
-                if config.sends_legs
-                else None
+            legs=DirectLegs(
+                config.supervision.longest_prefill,
+                tls=self.tls,
+                listener=sent_legs.legs,
+                abort_listener=sent_legs.aborts,
             ),
         )
         self.readiness = Readiness(health, lambda: any(can_serve(pool, self._loads) for pool in self.config.pools))
@@ -178,6 +182,7 @@ class Components:
             config.load,
             (
                 self._loads,
+                EngineDeaths(self._loads, self._deadly),
                 self.telemetry,
                 self._engine_log,
                 self._suspect_log,
@@ -231,6 +236,7 @@ class Components:
         self.config = config
         self._renew_keys()
         self._use(change.endpoints)
+        self._deadly.check_seconds = _death_shows_within(config.load)
         self._scheduler.configure(config.pools, config.load.signal, config.admission)
         self._autoscaling.settings = config.autoscaling
         after = _static(change.endpoints)
@@ -240,6 +246,19 @@ class Components:
 
     def _heed(self, notice: AnyNotice, at: float) -> None:
         """Hand a notice of another replica to the component that it concerns."""
+        match notice:
+            case EngineLost():
+                self._deadly.heed(notice.fingerprint, notice.address, at)
+
+    def _found_deadly(self, request: DeadlyRequest) -> None:
+        self.telemetry.deadly_request()
+        _log.error(
+            "a request has ended the engines at %s; it is refused for %g s; the hash of it: %s, its body: %d bytes",
+            " and ".join(request.addresses),
+            KEPT_SECONDS,
+            request.fingerprint,
+            request.body_bytes,
+        )
 
     def _changed(self, change: Change) -> None:
         self._discovery_log.change(change)
@@ -298,6 +317,14 @@ class Components:
         if not keys.problems:
             self._credentials.update(keys.by_pool)
         return keys.problems
+
+
+def _death_shows_within(settings: LoadSettings) -> float:
+    """Return the seconds in which readings of an engine show whether it has died.
+
+    Usually the first reading does. The rest is for a process without time for readings.
+    """
+    return 2 * (settings.interval + settings.timeout) + 10.0
 
 
 def _static(endpoints: Iterable[Endpoint]) -> set[Endpoint]:

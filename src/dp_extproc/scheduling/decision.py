@@ -1,11 +1,13 @@
 """The records that scheduling takes and returns: the context of a request, and its decision, or that it has to wait."""
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from dp_extproc.load.in_flight import InFlight
 from dp_extproc.load.records import NO_WORK, Work
 from dp_extproc.prefix_cache.blocks import Prefix
 from dp_extproc.request.body import InferenceRequest
+from dp_extproc.request.prompt_parts import PromptPart
 from dp_extproc.request.rejection import Rejection
 from dp_extproc.scheduling.admission import Ticket
 
@@ -28,6 +30,15 @@ class RequestContext(Struct, frozen=True):
     """The endpoints that the gateway allows; None for all."""
     sees_answer: bool = True
     """Whether the body of the response passes through the service, and can be changed."""
+    lost: tuple[str, ...] = ()
+    """The addresses of the engines that have dropped the request after they had accepted it."""
+    occupied: frozenset[str] = frozenset()
+    """The addresses that it is to avoid if there are others; see :meth:`.deadly.DeadlyRequests.occupied`."""
+
+    @property
+    def avoided(self) -> tuple[frozenset[str], ...]:
+        """What is to be avoided, in an order as that of :attr:`failed`."""
+        return (self.occupied, *self.failed) if self.occupied else self.failed
 
 
 class PrefillRequest(Struct, frozen=True):
@@ -54,6 +65,13 @@ class DecodeAbort(Struct, frozen=True):
     """The ids of the decode leg: one, or one for each prompt of a batch."""
     headers: Headers
     """The credentials of the pool."""
+    precedes_close: bool = False
+    """Whether the engines have to get it before the stream of the leg is closed."""
+
+    def passing(self, headers: Headers) -> "DecodeAbort":
+        """Return it with headers of the client, but for those that it has itself."""
+        own = {name for name, _ in self.headers}
+        return replace(self, headers=(*(each for each in headers if each[0] not in own), *self.headers))
 
 
 class Decision(Struct, frozen=True):
@@ -69,14 +87,16 @@ class Decision(Struct, frozen=True):
     """The reservations of the request; None for one that has none."""
     streaming: bool | None = False
     """Whether the client asked for a stream of events; None if the body was not read."""
-    merges_logprobs: bool = False
-    """Whether the client asked for log probabilities, a part of which only the response of the prefill leg has."""
+    merges: PromptPart | None = None
+    """What the client asked for that only the response of the prefill leg has; None for nothing."""
     prefill: PrefillRequest | None = None
     """The prefill leg that the service has to send; None if there is none, or if Envoy mirrors it."""
     abort: DecodeAbort | None = None
-    """What ends the decode leg; None if Envoy sends the prefill leg, too, and so can end both."""
+    """What ends the decode leg; None if Envoy can end it, and its engine notices that."""
     fallbacks: tuple[str, ...] = ()
     """``IP:port`` of further decode endpoints, which can serve the same body."""
+    fingerprint: str = ""
+    """That of the request; see :mod:`dp_extproc.request.fingerprint`."""
 
 
 class Queued(Struct, frozen=True):

@@ -41,7 +41,7 @@ class Encoded(Struct, frozen=True):
     prefill: PrefillRequest | None = None
     """The prefill leg, where the service sends it."""
     abort: DecodeAbort | None = None
-    """What ends the decode leg, where the service sends the prefill leg."""
+    """What ends the decode leg, where Envoy or its engine may fail to."""
     fallbacks: tuple[str, ...] = ()
     """Addresses of further decode endpoints."""
 
@@ -91,16 +91,17 @@ class RequestEncoder:
         is_watched = request.stream is not False and self._settings.reports_first_events
         attempt = ((contract.OWNER, self._owner), (contract.LEG, leg.encode()), *(_WATCHED if is_watched else ()))
         bodies = encoding.bodies
+        ids = request_ids(f"{request_id}{DECODE_SUFFIX}", batch)
+        runs_on = request.stream is not False and not decode.endpoint.capabilities.ends_closed
         if self._settings.sends_prefill:
             assert bodies is not None  # noqa: S101 - the configuration has no routing fields in headers
             fallbacks = self._fallbacks(decode, others, now)
-            ids = request_ids(f"{request_id}{DECODE_SUFFIX}", batch)
             return Encoded(
                 bodies.decode,
                 (*(attempt if is_watched else ()), *keys),
                 leg,
                 _prefill_request(pool, prefill, bodies, keys),
-                DecodeAbort(pool, (decode.endpoint.address, *fallbacks), ids, keys),
+                DecodeAbort(pool, (decode.endpoint.address, *fallbacks), ids, keys, precedes_close=runs_on),
                 fallbacks,
             )
         return Encoded(
@@ -112,6 +113,7 @@ class RequestEncoder:
                 *keys,
             ),
             leg,
+            abort=DecodeAbort(pool, (decode.endpoint.address,), ids, keys, precedes_close=True) if runs_on else None,
         )
 
     def _fallbacks(self, decode: Target, others: Sequence[EndpointLoad], now: float) -> tuple[str, ...]:

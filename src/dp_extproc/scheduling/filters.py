@@ -53,8 +53,8 @@ class EndpointFilter:
             capable = [each for each in freshest if serves(each, request.api, is_read=request.is_read)]
         if not capable:
             return _refuse(pool, role, self.freshest(pool, role, now, subset), request, subset)
-        if context.failed or self.load.unhealthy:
-            return preferred(capable, context.failed, now)[1]
+        if (avoided := context.avoided) or self.load.unhealthy:
+            return preferred(capable, avoided, now)[1]
         return capable
 
     def freshest(self, pool: str, role: Role, now: float, subset: Subset | None = None) -> list[EndpointLoad]:

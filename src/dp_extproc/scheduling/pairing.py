@@ -167,7 +167,7 @@ def _usable(
     capable = [each for each in endpoints if serves(each, request.api, is_read=request.is_read)]
     if not capable or freshness is None:
         return None
-    avoided, chosen = preferred(capable, context.failed, now)
+    avoided, chosen = preferred(capable, context.avoided, now)
     is_avoided = not any(each.takes(now) for each in chosen)
     return (freshness, avoided, is_avoided), chosen
 

@@ -6,9 +6,10 @@ from dp_extproc.config import ConfigError, parse_config
 from dp_extproc.engines.agreement import disagreement
 from dp_extproc.engines.listener import FailureKind
 from dp_extproc.engines.model import Endpoint, EngineFacts, Kind, Mode, Role, Version
+from dp_extproc.engines.model_cards import read_cards
 from dp_extproc.engines.pages import ReaderError
 from dp_extproc.engines.vllm.adapter import capabilities, diagnostics
-from dp_extproc.engines.vllm.pages import facts_of, read_models, read_version, read_vllm_metrics
+from dp_extproc.engines.vllm.pages import facts_of, read_version, read_vllm_metrics
 from dp_extproc.request.path import Api
 
 
@@ -33,7 +34,7 @@ def page(*engines: str, cache: str = 'block_size="16",num_gpu_blocks="1000",enab
 
 
 def facts(version: str = "0.11.0", ranks: int = 2) -> EngineFacts:
-    return facts_of(version, "m", page(*map(str, range(ranks))))
+    return facts_of(version, read_cards(b'{"data":[{"id":"m"}]}', "vLLM"), page(*map(str, range(ranks))))
 
 
 def test_metrics_have_a_sample_for_each_engine_label() -> None:
@@ -73,12 +74,12 @@ def test_capacity_is_the_size_of_the_cache(cache: str, capacity: int | None) -> 
 def test_facts_are_put_together_from_three_pages() -> None:
     """They are version, model, ranks and prefix cache."""
     found = facts_of(
-        read_version(b'{"version":"0.11.1rc2.dev3+gabc"}'), read_models(b'{"data":[{"id":"m"}]}'), page("0")
+        read_version(b'{"version":"0.11.1rc2.dev3+gabc"}'), read_cards(b'{"data":[{"id":"m"}]}', "vLLM"), page("0")
     )
 
     assert (found.kind, found.version, found.dp_ranks, found.served_model) == (Kind.VLLM, Version(0, 11, 1), 1, "m")
     assert (found.mode, found.prefix_cache, found.follows_rooms) == (Mode.UNIFIED, True, False)
-    assert not facts_of("1", None, page("0", cache='enable_prefix_caching="False"')).prefix_cache
+    assert not facts_of("1", (), page("0", cache='enable_prefix_caching="False"')).prefix_cache
 
 
 @pytest.mark.parametrize(

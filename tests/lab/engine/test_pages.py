@@ -192,7 +192,8 @@ def test_full_decode_rank_holds_prefill_back() -> None:
         assert [answer.result().status_code for answer in on_decode] == [200, 200]
         assert on_prefill.result().status_code == 200
         too_long = pair.post(pair.decode, "/generate", **pair.meeting(pair.room()), text="x" * 4004, rid="r").result()
-        assert too_long.json() == {"error": {"message": "Request r exceeds the maximum number of tokens: 1001 > 1000"}}
+        limit = "exceeds the maximum allowed length (994 tokens). Use a shorter input or enable --allow-auto-truncate."
+        assert too_long.json() == {"error": {"message": f"Input length (1001 tokens) {limit}"}}
 
 
 def test_loads_have_a_time_per_rank(pair: Pair) -> None:

@@ -9,7 +9,7 @@ from dp_extproc.lab.engine.scheduler.costs import Costs
 from dp_extproc.lab.engine.scheduler.group import Group
 from dp_extproc.lab.engine.scheduler.rank import Limits, Rank
 from dp_extproc.lab.engine.scheduler.work import Role, Stage, Work
-from dp_extproc.lab.simulate.engines import DecodeEngine
+from dp_extproc.lab.simulate.decode import DecodeEngine
 from dp_extproc.lab.simulate.fleet import Fleet, Surroundings
 from dp_extproc.lab.simulate.outcome import Outcome, RunResult
 from dp_extproc.lab.simulate.routers import Clairvoyant, EnginesOwn, Ours
@@ -184,6 +184,17 @@ def test_router_estimates_the_token_ratio(around: Surroundings, bytes_per_token:
     for replica in router.replicas:
         (ratio,) = replica.fleet.ratios.values()
         assert ratio.bytes_per_token == pytest.approx(bytes_per_token, rel=0.1)
+
+
+def test_router_learns_the_token_ratio_of_dense_text_from_busy_engines() -> None:
+    """Pages are of the end of a step, and have requests that later responses have shown to be computed: 1.3 bytes."""
+    fleet, trace = Fleet(prefill=1, decode=1), make_trace("agent", 500, 7.5, 1)
+    simulation = Simulation(fleet, Surroundings(bias=1.3 / 4.0), trace, 1)
+    router = Ours(simulation, PolicySettings(), LoadSignal.ESTIMATE)
+    simulation.run(router)
+    (ratio,) = router.replicas[0].fleet.ratios.values()
+
+    assert ratio.bytes_per_token == pytest.approx(1.3, rel=0.05)
 
 
 def others(host: object) -> float:

@@ -8,6 +8,7 @@ from dp_extproc.config.load import LoadSource
 from dp_extproc.contract import OVERRIDE_RANK
 from dp_extproc.engines.capabilities import Capabilities
 from dp_extproc.engines.model import MODE_OF, Diagnostic, Endpoint, EngineFacts, LoadPage, LoadState, Role
+from dp_extproc.engines.model_cards import listed_models
 from dp_extproc.engines.pages import FACTS_PATIENCE, METRICS_PAGE, EngineHttp, ReaderError
 from dp_extproc.engines.sglang.capabilities import capabilities
 from dp_extproc.engines.sglang.diagnostics import diagnostics
@@ -41,8 +42,12 @@ class SglangAdapter:
     header_apis = HEADER_APIS
 
     async def facts(self, http: EngineHttp, endpoint: Endpoint) -> EngineFacts:
-        """Read ``/server_info``. If the pool needs ``x-override-*`` headers, also probe whether they are obeyed."""
+        """Read ``/server_info`` and ``/v1/models``.
+
+        If the pool needs ``x-override-*`` headers, also probe whether they are obeyed.
+        """
         facts = read_server_info(await _facts_page(http))
+        facts = replace(facts, cards=await listed_models(http, facts.kind))
         if not endpoint.needs_overrides:
             return facts
         could_obey = bool(release_of(facts.version).overrides)

@@ -28,6 +28,7 @@ def capabilities(facts: EngineFacts) -> Capabilities:
         only_first_prefill_rank=_serves_only_first_rank(facts, release),
         apis=apis,
         rank_keys=_rank_keys(release) if facts.single_rank is None else {},
+        ends_closed=release.ends_closed,
         publishes_stalls=facts.version is None or facts.version >= _STALLS_PUBLISHED,
         times_prefill=facts.version is None or facts.version >= _PREFILL_TIMED,
         overrides_on=(apis & release.overrides) if facts.reads_overrides else frozenset(),

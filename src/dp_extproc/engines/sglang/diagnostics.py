@@ -53,6 +53,12 @@ def _of_any(facts: EngineFacts, role: Role) -> Iterator[Diagnostic]:
             "--enable-pd-role-switch lets it change its role; for up to a minute requests go to the wrong role",
             "leave the flag out, or reload the configuration together with each switch",
         )
+    if not release_of(facts.version).ends_closed and role is not Role.PREFILL:
+        yield Diagnostic(
+            "closed_streams_run_on",
+            "0.5.18 and 0.5.19 compute a streamed request to max_tokens although its client has left",
+            "upgrade to 0.5.20 or later (or stay at 0.5.17), which end such requests at once",
+        )
     if release_of(facts.version).fields is Fields.NONE and facts.dp_ranks > 1:
         yield Diagnostic(
             "foreign_rank_is_fatal",

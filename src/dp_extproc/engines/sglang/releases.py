@@ -73,6 +73,10 @@ class Release:
     missing on ``/generate`` of 0.5.15 to 0.5.17."""
     overrides: frozenset[Api]
     """Paths on which ``x-override-*`` headers are obeyed, in engines where that is switched on."""
+    ends_closed: bool = True
+    """Whether a stream that is closed ends its request. 0.5.18 and 0.5.19 drop the state of the request instead
+    (``generate_request`` and ``_discard_pending_req_states`` of ``tokenizer_manager.py``; fixed by
+    sgl-project/sglang#35255): it runs to its end, and ``/abort_request`` reaches it before the close alone."""
 
 
 _METRICS, _LOADS = LoadSource.METRICS, LoadSource.LOADS
@@ -93,7 +97,8 @@ TABLE: Final = (
     Release(_v("0.5.11"), _LOADS,   Methods.ALL,    Fields.BOTH,   RoomCheck.REFUSES, _EARLY,   _NOWHERE,  _NOWHERE),
     Release(_v("0.5.15"), _LOADS,   Methods.ALL,    Fields.BOTH,   RoomCheck.REFUSES, _EARLY,   _NOWHERE,  _GENERATE),
     Release(_v("0.5.16"), _LOADS,   Methods.ALL,    Fields.BOTH,   RoomCheck.SKIPPED, _EARLY,   _NOWHERE,  _GENERATE),
-    Release(_v("0.5.18"), _LOADS,   Methods.ALL,    Fields.BOTH,   RoomCheck.SKIPPED, _EARLY,   _NOWHERE,  HEADER_APIS),
+    Release(_v("0.5.18"), _LOADS,   Methods.ALL,    Fields.BOTH,   RoomCheck.SKIPPED, _EARLY,   _NOWHERE,  HEADER_APIS,
+            ends_closed=False),
     Release(_v("0.5.20"), _LOADS,   Methods.ALL,    Fields.BOTH,   RoomCheck.SKIPPED, _LATER,   _NOWHERE,  HEADER_APIS),
     Release(_v("0.5.22"), _LOADS,   Methods.ALL,    Fields.BOTH,   RoomCheck.SKIPPED, _ALL,     _NOWHERE,  HEADER_APIS),
 )  # fmt: skip

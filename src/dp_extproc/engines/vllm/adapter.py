@@ -7,8 +7,9 @@ from typing import Final
 from dp_extproc.config.load import LoadSource
 from dp_extproc.engines.capabilities import Capabilities
 from dp_extproc.engines.model import Diagnostic, Endpoint, EngineFacts, Kind, LoadPage, LoadState, Mode, Role, Version
+from dp_extproc.engines.model_cards import MODELS_PAGE, read_cards
 from dp_extproc.engines.pages import FACTS_PATIENCE, METRICS_PAGE, EngineHttp
-from dp_extproc.engines.vllm.pages import facts_of, read_models, read_version, read_vllm_metrics
+from dp_extproc.engines.vllm.pages import facts_of, read_version, read_vllm_metrics
 from dp_extproc.request.path import Api
 from dp_extproc.request.rejection import Reason, Rejection
 
@@ -29,8 +30,8 @@ class VllmAdapter:
     async def facts(self, http: EngineHttp, endpoint: Endpoint) -> EngineFacts:
         """Read ``/version``, ``/v1/models`` and ``/metrics``."""
         version = read_version(await http.get("/version", patience=FACTS_PATIENCE))
-        model = read_models(await http.get("/v1/models", patience=FACTS_PATIENCE))
-        return facts_of(version, model, await http.get(METRICS_PAGE, patience=FACTS_PATIENCE))
+        cards = read_cards(await http.get(MODELS_PAGE, patience=FACTS_PATIENCE), Kind.VLLM)
+        return facts_of(version, cards, await http.get(METRICS_PAGE, patience=FACTS_PATIENCE))
 
     def assumed_facts(self, endpoint: Endpoint, ranks: int) -> EngineFacts:
         """Return the facts of the newest release."""

@@ -1,4 +1,4 @@
-"""Reads the pages of vLLM: ``/version``, ``/v1/models`` and ``/metrics``.
+"""Reads the pages of vLLM: ``/version`` and ``/metrics``.
 
 vLLM has no page of its launch arguments. Each of its DP ranks has series of its own, with the label ``engine``. With
 ``--data-parallel-hybrid-lb`` the label counts the ranks of all nodes, while requests name a rank of their node
@@ -15,7 +15,7 @@ from typing import Final
 from msgspec import Struct
 from prometheus_client.samples import Sample
 
-from dp_extproc.engines.model import EngineFacts, Kind, LoadPage, Mode, RankSample, parse_version
+from dp_extproc.engines.model import EngineFacts, Kind, LoadPage, Mode, ModelCard, RankSample, parse_version
 from dp_extproc.engines.pages import METRICS_PAGE, lines_of, rank_of, read_json, read_samples, wrong_shape
 from dp_extproc.engines.quantities import MAX_RANKS, count, impossible, share
 
@@ -35,27 +35,16 @@ class _Version(Struct):
     version: str
 
 
-class _Model(Struct):
-    id: str
-
-
-class _Models(Struct):
-    data: list[_Model]
-
-
 def read_version(page: bytes) -> str:
     """Read the body of ``GET /version``."""
     return read_json(page, _Version, "/version", of="vLLM").version
 
 
-def read_models(page: bytes) -> str | None:
-    """Read the name of the first model, the base one, from the body of ``GET /v1/models``."""
-    models = read_json(page, _Models, "/v1/models", of="vLLM").data
-    return models[0].id if models else None
+def facts_of(version: str, cards: tuple[ModelCard, ...], metrics: bytes) -> EngineFacts:
+    """Put together the facts of an engine from its reported version, its models and the body of ``GET /metrics``.
 
-
-def facts_of(version: str, model: str | None, metrics: bytes) -> EngineFacts:
-    """Put together the facts of an engine from its reported version, its model and the body of ``GET /metrics``."""
+    The first model is the base one.
+    """
     samples = _samples(metrics)
     caches = [sample for sample in samples if _name(sample) == _CACHE]
     ranks = len({rank_of(sample, "engine") for sample in samples})
@@ -65,7 +54,8 @@ def facts_of(version: str, model: str | None, metrics: bytes) -> EngineFacts:
         version=parse_version(version),
         dp_ranks=ranks,
         mode=Mode.UNIFIED,
-        served_model=model,
+        served_model=cards[0].name if cards else None,
+        cards=cards,
         metrics_enabled=True,
         prefix_cache=all(sample.labels.get("enable_prefix_caching") != "False" for sample in caches),
         kind=Kind.VLLM,

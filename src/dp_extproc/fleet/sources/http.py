@@ -97,7 +97,8 @@ class EngineClient:
                 raise ReaderError(FailureKind.TLS, refusal) from None
             if isinstance(error, httpx.ConnectError):
                 message = f"no connection to {self.address}; is the engine running, and can it be reached from here?"
-                raise ReaderError(FailureKind.REFUSED, message) from None
+                kind = FailureKind.REFUSED if _is_refused(error) else FailureKind.UNREACHABLE
+                raise ReaderError(kind, message) from None
             detail = str(error) or type(error).__name__
             if isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError):
                 detail += _IF_CLOSED[self._scheme]
@@ -169,3 +170,10 @@ def _explain(path: str, status: int, *, has_key: bool, hint: str) -> str:
             return f"{message}: the engine refuses the API key of its pool; compare api_key with its --api-key"
         return f"{message}: the engine asks for an API key; tell the pool where it is: api_key: {{file: ...}}"
     return f"{message}: {hint}" if status in ABSENT else message
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    """Return whether nothing listens at an address, by an error or by one of its causes."""
+    while error is not None and not isinstance(error, ConnectionRefusedError):
+        error = error.__cause__ or error.__context__
+    return error is not None

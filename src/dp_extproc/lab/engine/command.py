@@ -56,16 +56,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-reserved-decode-tokens", type=int, default=default.reserved_decode_tokens, metavar="TOKENS")
     add("--decode-log-interval", type=_positive, default=default.decode_log_interval, metavar="STEPS")
     add("--stream-interval", type=_positive, default=default.stream_interval, metavar="TOKENS", help="per chunk")
+    add(
+        "--vocabulary-size",
+        type=_positive,
+        default=default.vocabulary_size,
+        metavar="N",
+        help="a prompt with another token id ends the engine",
+    )
     add("--page-size", type=_positive, default=default.page_size, metavar="TOKENS", help="of a KV cache page")
     add("--kv-cache-dtype", default=default.kv_cache_dtype, metavar="TYPE", help="of the KV cache")
     add("--disaggregation-transfer-backend", default=default.transfer_backend, metavar="NAME", help="moves KV caches")
     add("--disable-radix-cache", action="store_true", help="compute every prompt from its beginning")
     add("--enable-cache-report", action="store_true", help="report cached tokens in the usage of an answer")
+    add("--lora-adapter", action="append", default=[], metavar="NAME", help="list this adapter; may be repeated")
     add(
         "--drain",
         type=float,
         metavar="SECONDS",
-        help="serve so long after SIGTERM, not ready, then until no request runs",
+        help="after SIGTERM be not ready, serve, and end when no request runs at one of the looks in this interval",
     )
     add("--time-scale", type=float, default=1.0, metavar="FACTOR", help="of every duration: 0.1 is ten times faster")
     timeouts = parser.add_argument_group("SGLang's timeouts, in seconds before --time-scale")
@@ -152,11 +160,13 @@ def _settings(args: argparse.Namespace) -> Settings:
         reserved_decode_tokens=args.num_reserved_decode_tokens,
         decode_log_interval=args.decode_log_interval,
         stream_interval=args.stream_interval,
+        vocabulary_size=args.vocabulary_size,
         page_size=args.page_size,
         kv_cache_dtype=args.kv_cache_dtype,
         transfer_backend=args.disaggregation_transfer_backend,
         disable_radix_cache=args.disable_radix_cache,
         enable_cache_report=args.enable_cache_report,
+        lora_adapters=tuple(args.lora_adapter),
         drain=args.drain,
         time_scale=args.time_scale,
         timeouts=Timeouts(**_values(args, Timeouts, "timeout")),

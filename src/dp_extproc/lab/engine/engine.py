@@ -16,7 +16,7 @@ from dp_extproc.lab.engine.leg import Failure, Finished, Leg, RefusedError
 from dp_extproc.lab.engine.pace import Pace
 from dp_extproc.lab.engine.prefill_side import PrefillSide
 from dp_extproc.lab.engine.scheduler.group import Group, Step
-from dp_extproc.lab.engine.scheduler.prefix_cache import PrefixCache
+from dp_extproc.lab.engine.scheduler.prefix_cache import TOKEN_BYTES, PrefixCache
 from dp_extproc.lab.engine.scheduler.rank import Rank
 from dp_extproc.lab.engine.scheduler.snapshot import RankHistory
 from dp_extproc.lab.engine.scheduler.work import Output, Role, Stage, Work
@@ -76,6 +76,7 @@ class Engine:
         self.kill = kill
         self._tickets: dict[Work, Ticket] = {}
         self._rids: dict[str, Ticket] = {}
+        """Requests that the HTTP process has a state of (``rid_to_state``)."""
         self._wakes = [asyncio.Event() for _ in self.groups]
         self._goes_on = asyncio.Event()
         """Not set while the schedulers hang."""
@@ -123,12 +124,21 @@ class Engine:
         """Abort what ``/abort_request`` names: the HTTP process needs the exact id, schedulers match by prefix."""
         if rid not in self._rids:
             return
-        for ticket in [ticket for known, ticket in self._rids.items() if known.startswith(rid)]:
+        for ticket in [ticket for ticket in self._tickets.values() if ticket.leg.rid.startswith(rid)]:
             self.end(ticket, Failure(None, "Abort requested"))
 
     def abort_all(self) -> None:
-        for ticket in list(self._rids.values()):
+        for ticket in list(self._tickets.values()):
             self.end(ticket, Failure(None, "Abort requested"))
+
+    def forget(self, tickets: Iterable[Ticket]) -> None:
+        """Drop the states of requests in the HTTP process; the schedulers go on, and no abort finds them."""
+        for ticket in tickets:
+            self._forget(ticket)
+
+    def _forget(self, ticket: Ticket) -> None:
+        if self._rids.get(ticket.leg.rid) is ticket:
+            del self._rids[ticket.leg.rid]
 
     def flush_caches(self) -> bool:
         """Empty the prefix cache of each idle rank.
@@ -149,7 +159,7 @@ class Engine:
         ticket.finish(how)
         if self._tickets.pop(ticket.work, None) is None:
             return
-        del self._rids[ticket.leg.rid]
+        self._forget(ticket)
         self.prefill_side.forget(ticket)
         if self.decode_side is not None:
             self.decode_side.forget(ticket)
@@ -182,11 +192,14 @@ class Engine:
             chosen = 0
         wanted = 1 if self.settings.role is Role.PREFILL else max(1, leg.max_new_tokens)
         prompt = leg.prompt if self.settings.caches_prefixes else b""
+        failure = self._refused_by_scheduler(leg)
+        if failure is not None and self._computes_rejected(leg):
+            leg, prompt, failure = replace(leg, prompt_tokens=1), prompt and bytes(TOKEN_BYTES), None
         work = Work(leg.rid, chosen, leg.prompt_tokens, wanted, leg.bootstrap_room, prompt=prompt)
         leg = replace(leg, prompt=b"")  # the journal keeps legs for long, and bodies apart from them
         ticket = Ticket(leg, work, streaming)
         self._tickets[work] = self._rids[leg.rid] = ticket
-        if (failure := self._refused_by_scheduler(leg)) is not None:
+        if failure is not None:
             asyncio.get_running_loop().call_soon(self.end, ticket, failure)
             return ticket
         self.ranks[chosen].add(work, _FIRST_STAGE[self.settings.role])
@@ -201,10 +214,19 @@ class Engine:
         if self.settings.role is not Role.UNIFIED and leg.bootstrap_room is None:
             text = f"Disaggregated request received without bootstrap room id. req.rid={leg.rid!r}"
             return Failure(400, f"Invalid request: {text}")
-        if leg.prompt_tokens > self.settings.capacity:
-            text = f"Request {leg.rid} exceeds the maximum number of tokens: {leg.prompt_tokens} > "
-            return Failure(400, f"{text}{self.settings.capacity}")
+        limit = self.settings.max_input
+        if leg.prompt_tokens >= limit and self.settings.kind is EngineKind.SGLANG:
+            return Failure(
+                400,
+                f"Input length ({leg.prompt_tokens} tokens) exceeds the maximum allowed length ({limit} tokens). "
+                "Use a shorter input or enable --allow-auto-truncate.",
+            )
         return None
+
+    def _computes_rejected(self, leg: Leg) -> bool:
+        """Whether a prompt that is too long is computed as one token, and answered as if it were right."""
+        is_prefill = self.settings.role is Role.PREFILL and leg.bootstrap_room is not None
+        return is_prefill and self.settings.release.computes_rejected_prompts
 
     def _check_length(self, leg: Leg) -> None:
         limit = self.settings.context_length

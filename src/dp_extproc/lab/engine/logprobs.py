@@ -1,4 +1,4 @@
-"""Make up log probabilities of tokens, in the shapes of /generate.
+"""Make up log probabilities of tokens, in the shapes of /generate and /v1/completions.
 
 Measured with SGLang 0.5.23: a disaggregated decode engine has those of the answer only, and empty lists for the prompt;
 of the first token, which prefill has made, it lacks those of the tokens that the client has named. The prompt's first
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dp_extproc.lab.engine.scheduler.work import Role
+from dp_extproc.lab.engine.text import output_text
 
 Entry = list[float | int | None]
 """Log probability, token, and its text, which another field asks for."""
@@ -67,6 +68,39 @@ def read_logprobs(body: dict[str, Any], prompt: bytes, index: int) -> Logprobs |
     return Logprobs(
         tokens[begin:] if begin >= 0 else [], field("top_logprobs_num", 0), None if ids is None else tuple(ids)
     )
+
+
+def echoed_logprobs(prompt: bytes, top: int, *, echo: bool) -> Logprobs:
+    """Return what ``logprobs`` and ``echo`` of /v1/completions ask for (``_convert_to_internal_request``)."""
+    return Logprobs(array.array("I", prompt).tolist() if echo and top else [], top, None)
+
+
+def completion_logprobs(
+    wanted: Logprobs, role: Role, output: Sequence[int], *, is_first: bool = True
+) -> dict[str, list[Any]]:
+    """Return ``logprobs`` of a choice, or of one of its chunks (``to_openai_style_logprobs``).
+
+    The tokens of the prompt come first, but on decode, which has none of them.
+    """
+    members = wanted.members(role, output)
+    kinds = ("input", "output") if is_first else ("output",)
+    prompt = [token for _, token, _ in members["input_token_logprobs"]] if is_first else []
+    scored = [entry for kind in kinds for entry in members[f"{kind}_token_logprobs"]]
+    top = [entries for kind in kinds for entries in members.get(f"{kind}_top_logprobs", [])]
+    return {
+        "text_offset": [-1] * len(scored),
+        "token_logprobs": [score for score, _, _ in scored],
+        "tokens": [*map(spell, prompt), *map(output_text, output)],
+        "top_logprobs": [
+            None if entries is None else {spell(token): score for score, token, _ in entries} for entries in top
+        ],
+    }
+
+
+def spell(token: int) -> str:
+    """Spell a token of a prompt: four bytes of a text, if they are one, else its number."""
+    text = token.to_bytes(4, "little").rstrip(b"\0")
+    return text.decode() if text and text.isascii() and text.decode().isprintable() else f"<{token}>"
 
 
 def _entry(token: int) -> Entry:

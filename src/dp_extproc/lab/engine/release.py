@@ -6,9 +6,21 @@ named beside the lines.
 
 import re
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Final
 
 _NUMBERS: Final = re.compile(r"v?(\d+)\.(\d+)\.(\d+)")
+
+
+class Disconnect(Enum):
+    """What follows when the client of a stream closes its connection."""
+
+    ABORTS_LATER = auto()
+    """A background task of the response aborts the request (``create_abort_task``); ``/v1/responses`` has none."""
+    ABORTS = auto()
+    """The request is aborted at once, on every path."""
+    RUNS_ON = auto()
+    """The HTTP process forgets the request and aborts nothing, so the scheduler computes it to its end."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -108,6 +120,25 @@ class Release:
         return self.since("0.5.13")
 
     @property
+    def after_disconnect(self) -> Disconnect:
+        """What follows when the client of a stream disconnects (``generate_request`` of ``tokenizer_manager.py``).
+
+        0.5.18 lost what 0.5.17 had (``_discard_pending_req_states``); 0.5.20 has it again (PR 35255).
+        """
+        if not self.since("0.5.17"):
+            return Disconnect.ABORTS_LATER
+        return Disconnect.RUNS_ON if self.since("0.5.18") and not self.since("0.5.20") else Disconnect.ABORTS
+
+    @property
+    def computes_rejected_prompts(self) -> bool:
+        """Whether prefill answers 200 for a prompt that its scheduler rejects, and sends the KV cache of one token.
+
+        ``set_finish_with_abort`` puts one token in the prompt's place, and the end of the transfer overwrites the
+        verdict (``disaggregation/prefill.py``). Decode then generates from a cache that was never written.
+        """
+        return not self.since("0.5.20")
+
+    @property
     def kick_starts(self) -> bool:
         """Whether streaming completions and chat hold their headers until the first chunk."""
         return self.since("0.5.10")
@@ -143,6 +174,11 @@ class Release:
     @property
     def has_ready(self) -> bool:
         return self.since("0.5.20")
+
+    @property
+    def health_reports_draining(self) -> bool:
+        """Whether ``/health`` answers 503 after SIGTERM."""
+        return self.since("0.4.10")
 
     @property
     def has_server_info(self) -> bool:

@@ -85,17 +85,26 @@ class Settings:
     reserved_decode_tokens: int = 512
     decode_log_interval: int = 40
     stream_interval: int = 1
+    vocabulary_size: int = 1 << 31
+    """Token ids that the embedding has a row for. The default is larger than that of any model."""
     page_size: int = 1
     """Tokens of a KV cache page. It is only reported, and compared by the two sides: here pages have one token."""
     kv_cache_dtype: str = "auto"
     transfer_backend: str = "mooncake"
     disable_radix_cache: bool = False
     enable_cache_report: bool = False
+    lora_adapters: tuple[str, ...] = ()
+    """Names of the adapters (LoRA) that it lists. Here they change no token."""
     drain: float | None = None
-    """Seconds after SIGTERM before the engine ends as soon as no request runs; None: it ends immediately."""
+    """Seconds between two looks after SIGTERM whether a request runs; None: it ends immediately."""
     time_scale: float = 1.0
     timeouts: Timeouts = field(default_factory=Timeouts)
     costs: Costs = field(default_factory=Costs)
+
+    @property
+    def max_input(self) -> int:
+        """Return SGLang's ``max_req_input_len``: a prompt of so many tokens is rejected (``managers/tp_worker.py``)."""
+        return min(self.context_length - 1, self.capacity - 1) - 5
 
     @property
     def method(self) -> str:

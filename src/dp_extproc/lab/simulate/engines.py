@@ -1,28 +1,21 @@
-"""Simulate engines: prefill by the stand-in's own scheduler, decode by the same rules in closed form, step by step.
+"""Simulate prefill engines, by the stand-in's own scheduler.
 
-A decode step of the stand-in looks at every sequence. Here a rank is two numbers, its sequences and their context, and
-a heap of the steps at which sequences end: the same times, at a cost that does not grow with the sequences.
+Pages are as old as those of an engine: what a scheduler has published at the end of a batch, with requests in transfer.
 """
 
-import heapq
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from dp_extproc.engines.model import DecodeSteps, LoadPage, RankSample
-from dp_extproc.lab.engine.scheduler.group import Group
+from dp_extproc.engines.model import DecodeSteps, LoadPage, PrefillSteps, RankSample
+from dp_extproc.lab.engine.scheduler.group import Group, Step
 from dp_extproc.lab.engine.scheduler.prefix_cache import prompt_of
 from dp_extproc.lab.engine.scheduler.rank import Limits, Rank
+from dp_extproc.lab.engine.scheduler.snapshot import RankHistory, Snapshot
 from dp_extproc.lab.engine.scheduler.work import Role, Stage, Work
 from dp_extproc.lab.simulate.fleet import Fleet
 from dp_extproc.lab.workload.trace import TraceRequest
 
 Schedule = Callable[[float, Callable[[float], None]], None]
 """Calls an action with the time, so many seconds from now."""
-
-_RESERVED = 512
-"""KV tokens that decode keeps free per accepted sequence (SGLang's ``num_reserved_decode_tokens``)."""
-_LOG_INTERVAL = 40
-"""Decode steps between two reports of an engine's throughput."""
 
 
 class PrefillEngine:
@@ -41,8 +34,8 @@ class PrefillEngine:
         """
         limits = Limits(fleet.capacity, 1 << 20, fleet.chunk, fleet.batch)
         self.ranks = [Rank(rank, limits, Role.PREFILL) for rank in range(fleet.ranks)]
-        self.group = Group(self.ranks, fleet.costs)
-        self.stepping = False
+        self.groups = groups_of(self.ranks, fleet)
+        self.histories = [RankHistory(rank) for rank in self.ranks]
         self.busy = 0.0
         """Seconds in steps, summed over ranks."""
         self.waited = 0.0
@@ -51,54 +44,49 @@ class PrefillEngine:
         self._slowness = slowness
         self._schedule = schedule
         self._computed = computed
-        self._gauges = [0] * fleet.ranks
+        self._steps: list[Step | None] = [None] * len(self.groups)
+        """The running step of each group."""
         self._prompt_tokens = 0
         """Tokens of all prompts that it has answered."""
+        for history in self.histories:
+            history.publish(0.0)
+            history.report(0.0)
 
-    def add(self, number: int, rank: int, request: TraceRequest, now: float) -> Work:
-        """Accept a request that may start."""
+    def arrive(self, number: int, rank: int, request: TraceRequest) -> None:
+        """Accept a request that may not start yet, because decode has no room for it so far."""
         work = Work(str(number), rank, request.prompt_tokens, 1)
         if self._fleet.prefix_cache:
             work.prompt = prompt_of([(segment.text, segment.tokens) for segment in request.prompt])
-        self.ranks[rank].add(work, Stage.WAITING)
-        self.wake(now)
-        return work
+        self.ranks[rank].add(work, Stage.BOOTSTRAP)
+
+    def start(self, number: int, rank: int, now: float) -> None:
+        """Let a request start that has arrived."""
+        of = self.ranks[rank]
+        work = next(work for work in of.queued(Stage.BOOTSTRAP) if work.rid == str(number))
+        of.queue.remove(work)
+        of.add(work, Stage.WAITING)
+        self._wake(rank, now)
 
     def give_up(self, number: int, rank: int) -> bool:
         """Remove a request, if no step has computed a part of it yet."""
         of = self.ranks[rank]
-        work = next((work for work in of.queued(Stage.WAITING) if work.rid == str(number)), None)
+        work = next((work for work in of.queue if work.rid == str(number)), None)
         if work is not None:
             of.remove(work)
         return work is not None
-
-    def wake(self, now: float) -> None:
-        """Start a step if there is work and none is running."""
-        if self.stepping:
-            return
-        step, _ = self.group.begin(now)
-        if step is None:
-            self._gauges = [rank.used for rank in self.ranks]
-            return
-        self.stepping = True
-        tokens = [sum(rank.chunks.values()) for rank in self.ranks]
-        seconds = step.seconds * self._slowness
-        self.busy += seconds * len(tokens)
-        self.waited += seconds * (len(tokens) - sum(tokens) / max(tokens))
-        self._schedule(seconds, self._finish)
 
     def sent(self, work: Work, now: float) -> None:
         """Free what held the KV cache of a prompt, which has been sent."""
         self.ranks[work.dp_rank].transferred(work)
         self._prompt_tokens += work.prompt_tokens
-        self.wake(now)
+        self._wake(work.dp_rank, now)
 
     def backlog(self, rank: int) -> int:
         """Return the prompt tokens of a rank that no step has taken yet, cached ones included."""
         of = self.ranks[rank]
         return sum(
             work.prompt_tokens - work.prefilled - of.chunks.get(work, 0)
-            for works in (of.queue, of.running)
+            for works in (of.queued(Stage.WAITING), of.running)
             for work in works
         )
 
@@ -107,189 +95,92 @@ class PrefillEngine:
         prompt = prompt_of([(segment.text, segment.tokens) for segment in request.prompt])
         return self.ranks[rank].cache.match(prompt, request.prompt_tokens - 1).end
 
-    def page(self, *, gauges: bool) -> LoadPage:
-        """Report the load: the numbers of ``/v1/loads``, or only the gauges, as old as those of an engine."""
-        if gauges:
-            found = tuple(RankSample(rank, used) for rank, used in enumerate(self._gauges))
-            return LoadPage(found, self._prompt_tokens)
+    def page(self, now: float, *, gauges: bool) -> LoadPage:
+        """Report the load: the numbers of ``/v1/loads``, or only the gauges, both as old as those of an engine."""
+        for index, step in enumerate(self._steps):
+            if step is None:
+                self._idle(index, now)
         samples = []
-        for rank in self.ranks:
-            pending = sum(work.prompt_tokens - work.prefilled for works in (rank.queue, rank.running) for work in works)
-            queued = sum(work.prompt_tokens for work in rank.queue)
-            samples.append(
-                RankSample(
-                    rank.dp_rank,
-                    used_tokens=rank.used,
-                    total_tokens=rank.used + queued,
-                    waiting_uncached_tokens=pending,
-                    waiting_requests=len(rank.queue),
-                    capacity_tokens=rank.limits.capacity,
-                    age=0.0,
-                )
-            )
+        for rank, history in enumerate(self.histories):
+            if gauges:
+                samples.append(RankSample(rank, 0 if history.gauges is None else history.gauges.num_used_tokens))
+            elif history.published is not None:
+                samples.append(read_snapshot(rank, history.published, now - history.published_at))
         return LoadPage(tuple(samples), self._prompt_tokens)
 
-    def _finish(self, now: float) -> None:
-        had_work = [bool(rank.chunks) for rank in self.ranks]
-        outputs = self.group.finish()
-        self.stepping = False
-        for position, rank in enumerate(self.ranks):
-            if had_work[position]:  # the gauges follow a rank's own batches
-                self._gauges[position] = rank.used
+    def rest_of_step(self, rank: int) -> float:
+        """Return half of the running step that a rank waits for, in tokens: how long it still takes on average."""
+        index = group_of(rank, self.groups)
+        if self._steps[index] is None:
+            return 0.0
+        costs = self._fleet.costs
+        running = max(sum(each.chunks.values()) for each in self.groups[index].ranks)
+        return (costs.prefill_step / costs.prefill_token + running) / 2
+
+    def _histories_of(self, index: int) -> list[RankHistory]:
+        return [self.histories[rank.dp_rank] for rank in self.groups[index].ranks]
+
+    def _wake(self, rank: int, now: float) -> None:
+        index = group_of(rank, self.groups)
+        if self._steps[index] is None:
+            self._begin(index, now)
+
+    def _begin(self, index: int, now: float) -> None:
+        """Start a step if there is work."""
+        group = self.groups[index]
+        step, _ = group.begin(now)
+        if step is None:
+            self._idle(index, now)
+            return
+        self._steps[index] = step
+        for history, batch in zip(self._histories_of(index), step.batches, strict=True):
+            history.begin_step(batch)
+        tokens = [sum(rank.chunks.values()) for rank in group.ranks]
+        seconds = step.seconds * self._slowness
+        self.busy += seconds * len(tokens)
+        self.waited += seconds * (len(tokens) - sum(tokens) / max(tokens))
+        self._schedule(seconds, lambda now: self._finish(index, step, now))
+
+    def _idle(self, index: int, now: float) -> None:
+        for history in self._histories_of(index):
+            history.idle(now)
+
+    def _finish(self, index: int, step: Step, now: float) -> None:
+        histories = self._histories_of(index)
+        for history, batch in zip(histories, step.batches, strict=True):
+            history.finish_step(batch, step.seconds * self._slowness, now)
+        outputs = self.groups[index].finish()
+        for history, batch in zip(histories, step.batches, strict=True):
+            history.report_batch(batch, now)
+        self._steps[index] = None
         for output in outputs:
             self._computed(output.work, now)
-        self.wake(now)
+        self._begin(index, now)
 
 
-class DecodeEngine:
-    """Simulate a decode engine."""
+def groups_of(ranks: list[Rank], fleet: Fleet) -> list[Group]:
+    """Return the ranks that step together: all of an engine, or each alone."""
+    return [Group(members, fleet.costs) for members in ([ranks] if fleet.lockstep else [[rank] for rank in ranks])]
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        slowness: float,
-        schedule: Schedule,
-        *,
-        first_token: Callable[[int, float], None],
-        finished: Callable[[int, float], None],
-    ) -> None:
-        """Start idle.
 
-        Args:
-            fleet: The fleet that it belongs to.
-            slowness: Factor of its step times.
-            schedule: Calls an action after so many seconds.
-            first_token: Called with the number of every request that begins to decode.
-            finished: Called with the number of every request that has its last token.
-        """
-        size = fleet.ranks
-        self.sequences = [0] * size
-        self.context = [0] * size
-        self.promised = [0] * size
-        """KV tokens in use or reserved."""
-        self.stepping = False
-        self.steps = 0
-        self._accepted = [0] * size
-        self._fleet = fleet
-        self._slowness = slowness
-        self._schedule = schedule
-        self._first_token = first_token
-        self._finished = finished
-        self._waiting: list[deque[tuple[TraceRequest, Callable[[float], None]]]] = [deque() for _ in range(size)]
-        self._arrived: list[tuple[int, int, TraceRequest]] = []
-        self._ends: list[tuple[int, int, int, TraceRequest]] = []
-        """Heap of (step, number, rank, request)."""
-        self._tokens_before = [0] * size
-        self._made_since = 0.0
-        self._throughput = [0.0] * size
-        self._step_seconds = 0.0
-        self._decode_steps = [0] * size
-        """Steps in which the rank had sequences."""
-        self._decode_seconds = [0.0] * size
-        """Seconds that these steps took."""
-        self._decode_tokens = [0] * size
-        """Tokens that these steps made, one for each sequence."""
+def group_of(rank: int, groups: Sequence[Group]) -> int:
+    """Return the index of the group of a rank."""
+    return 0 if len(groups) == 1 else rank
 
-    def reserve(self, rank: int, request: TraceRequest, now: float, reserved: Callable[[float], None]) -> None:
-        """Reserve KV room for a prompt, now or when there is some; *reserved* is called then."""
-        self._waiting[rank].append((request, reserved))
-        self._admit(rank, now)
 
-    def start(self, number: int, rank: int, request: TraceRequest, now: float) -> None:
-        """Accept a sequence whose KV cache has arrived."""
-        self._arrived.append((number, rank, request))
-        if not self.stepping:
-            self._begin(now)
-
-    def give_up(self, rank: int, request: TraceRequest, now: float) -> None:
-        """Remove a sequence that has its reservation, and whose KV cache will not come."""
-        self._accepted[rank] -= 1
-        self.promised[rank] -= request.prompt_tokens
-        self._admit(rank, now)
-
-    def ends_of(self, rank: int) -> list[tuple[int, TraceRequest]]:
-        """Return the steps that each sequence of a rank still needs."""
-        return [(step - self.steps, request) for step, _, of, request in self._ends if of == rank]
-
-    def requested_tokens(self, rank: int) -> int:
-        """Return the KV tokens that a rank has reserved, or will have to."""
-        return self.promised[rank] + sum(request.prompt_tokens for request, _ in self._waiting[rank])
-
-    def page(self, *, gauges: bool) -> LoadPage:
-        """Report the load; see :meth:`PrefillEngine.page`."""
-        return LoadPage(
-            tuple(
-                RankSample(
-                    rank,
-                    used_tokens=self.promised[rank],
-                    total_tokens=None if gauges else self.requested_tokens(rank),
-                    running_requests=self.sequences[rank],
-                    waiting_requests=self._accepted[rank] - self.sequences[rank] + len(self._waiting[rank]),
-                    capacity_tokens=self._fleet.capacity,
-                    tokens_per_second=self._throughput[rank] or None,
-                    decoded=None if gauges else self._decoded(rank),
-                    age=None if gauges else 0.0,
-                )
-                for rank in range(self._fleet.ranks)
-            )
-        )
-
-    def _decoded(self, rank: int) -> DecodeSteps:
-        tokens = self._decode_tokens[rank]
-        return DecodeSteps(self._decode_steps[rank], tokens, self._decode_seconds[rank], tokens)
-
-    def _admit(self, rank: int, now: float) -> None:
-        waiting = self._waiting[rank]
-        while waiting:
-            request, reserved = waiting[0]
-            kept_back = _RESERVED * self._accepted[rank]
-            if self._accepted[rank] and request.prompt_tokens > self._fleet.capacity - self.promised[rank] - kept_back:
-                return
-            waiting.popleft()
-            self._accepted[rank] += 1
-            self.promised[rank] += request.prompt_tokens
-            reserved(now)
-
-    def _begin(self, now: float) -> None:
-        for number, rank, request in self._arrived:
-            self._first_token(number, now)
-            self.promised[rank] += 1
-            if request.output_tokens <= 1:
-                self._leave(number, rank, request, now)
-                continue
-            self.sequences[rank] += 1
-            self.context[rank] += request.prompt_tokens + 1
-            heapq.heappush(self._ends, (self.steps + request.output_tokens - 1, number, rank, request))
-        self._arrived.clear()
-        self.stepping = any(self.sequences)
-        if self.stepping:
-            costs = self._fleet.costs
-            self._step_seconds = costs.decode_seconds(self.sequences, self.context) * self._slowness
-            self._schedule(self._step_seconds, self._finish)
-
-    def _finish(self, now: float) -> None:
-        self.steps += 1
-        for rank, count in enumerate(self.sequences):
-            self.context[rank] += count
-            self.promised[rank] += count
-            if count:
-                self._decode_steps[rank] += 1
-                self._decode_seconds[rank] += self._step_seconds
-                self._decode_tokens[rank] += count
-        if self.steps % _LOG_INTERVAL == 0:
-            elapsed = now - self._made_since
-            made = zip(self._decode_tokens, self._tokens_before, strict=True)
-            self._throughput = [(tokens - before) / elapsed for tokens, before in made]
-            self._tokens_before, self._made_since = [*self._decode_tokens], now
-        while self._ends and self._ends[0][0] <= self.steps:
-            _, number, rank, request = heapq.heappop(self._ends)
-            self.sequences[rank] -= 1
-            self.context[rank] -= request.prompt_tokens + request.output_tokens
-            self._leave(number, rank, request, now)
-        self._begin(now)
-
-    def _leave(self, number: int, rank: int, request: TraceRequest, now: float) -> None:
-        self._accepted[rank] -= 1
-        self.promised[rank] -= request.prompt_tokens + request.output_tokens
-        self._finished(number, now)
-        self._admit(rank, now)
+def read_snapshot(rank: int, snapshot: Snapshot, age: float) -> RankSample:
+    """Read a snapshot of a rank as the service reads ``/v1/loads``."""
+    moments = snapshot.decode_moments
+    return RankSample(
+        rank,
+        used_tokens=snapshot.num_used_tokens,
+        total_tokens=snapshot.num_total_tokens,
+        waiting_uncached_tokens=snapshot.num_waiting_uncached_tokens,
+        running_requests=snapshot.num_running_reqs + snapshot.queues[Stage.INFLIGHT],
+        waiting_requests=snapshot.num_waiting_reqs,
+        capacity_tokens=snapshot.max_total_num_tokens,
+        tokens_per_second=snapshot.gen_throughput or None,
+        decoded=None if moments is None else DecodeSteps(moments[0], moments[1], moments[2] / 1e6, moments[5]),
+        prefilled=PrefillSteps(snapshot.total_prefill_uncached_tokens, snapshot.total_prefill_busy_us / 1e6),
+        age=age,
+    )

@@ -10,11 +10,15 @@ from dp_extproc.lab.engine.scheduler.costs import Costs
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """Describe engines with DP attention: the ranks of each step together."""
+    """Describe prefill and decode engines, or aggregated ones."""
 
     prefill: int = 4
+    """0 for aggregated engines, which do both."""
     decode: int = 2
+    """Decode engines, or the aggregated ones."""
     ranks: int = 8
+    lockstep: bool = True
+    """Whether the ranks of an engine step together, as with DP attention. If not, each rank has steps of its own."""
     chunk: int = 4096
     """Prompt tokens per rank and step; 0 for no chunks."""
     batch: int = 16384

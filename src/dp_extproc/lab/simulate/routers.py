@@ -1,6 +1,7 @@
 """Schedule requests of a simulation: by the engines themselves, with full knowledge, or by the service's own code."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
@@ -8,8 +9,9 @@ from random import Random
 
 from dp_extproc.config.load import LoadSignal
 from dp_extproc.config.pools import PolicySettings
-from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Mode, Role, Version
+from dp_extproc.engines.model import MODE_OF, Endpoint, EngineFacts, LoadPage, Role, Version
 from dp_extproc.estimators.token_ratio import START as BYTES_PER_TOKEN
+from dp_extproc.lab.engine.scheduler.work import Stage
 from dp_extproc.lab.simulate.fleet import Fleet
 from dp_extproc.lab.simulate.simulation import EngineRanks, Placement, Simulation
 from dp_extproc.lab.workload.trace import TraceRequest
@@ -64,6 +66,8 @@ class Clairvoyant(EnginesOwn):
         self._request_tokens = costs.decode_request / costs.decode_token
 
     def place(self, number: int, request: TraceRequest, now: float) -> Placement:  # noqa: ARG002 - the protocol's
+        if self._simulation.workers:
+            return Placement(0, 0, *self._worker(request))
         return Placement(*self._prefill(request), *self._decode(request))
 
     def _prefill(self, request: TraceRequest) -> tuple[int, int]:
@@ -75,22 +79,23 @@ class Clairvoyant(EnginesOwn):
             coming[placement.prefill][placement.prefill_rank] += simulation.trace[number].prompt_tokens
         for index, engine in enumerate(simulation.prefills):
             queues = [engine.backlog(rank) + coming[index][rank] for rank in range(fleet.ranks)]
-            top = max(queues)
-            waiting = sum(len(rank.queue) for rank in engine.ranks)
-            running = max(sum(rank.chunks.values()) for rank in engine.ranks)
-            rest = (self._step_tokens + running) / 2 if engine.stepping else 0.0
             slowness = fleet.slow_prefill if index == 0 else 1.0
-            for rank, queue in enumerate(queues):
-                after = queue + request.prompt_tokens - self._cached(request, index, rank)
-                steps = math.ceil(after / chunk)
-                longer = max(0.0, after - top)
-                cost = rest + steps * self._step_tokens + min(max(top, after), steps * chunk)
-                delayed = min(waiting, WAITING_COUNTED) / max(1, math.ceil(top / chunk))
-                later = LATER_WEIGHT * (min(longer, LATER_STEPS * chunk) if fleet.chunk else longer)
-                cost = (cost + delayed * longer + later) * slowness
-                cost += 1e-6 * queue
-                if cost < best:
-                    best, found = cost, (index, rank)
+            for group in engine.groups:
+                members = [rank.dp_rank for rank in group.ranks]
+                top = max(queues[rank] for rank in members)
+                waiting = sum(len(rank.queued(Stage.WAITING)) for rank in group.ranks)
+                rest = engine.rest_of_step(members[0])
+                for rank in members:
+                    queue = queues[rank]
+                    after = queue + request.prompt_tokens - self._cached(request, index, rank)
+                    steps = math.ceil(after / chunk)
+                    longer = max(0.0, after - top)
+                    cost = rest + steps * self._step_tokens + min(max(top, after), steps * chunk)
+                    delayed = min(waiting, WAITING_COUNTED) / max(1, math.ceil(top / chunk))
+                    later = LATER_WEIGHT * (min(longer, LATER_STEPS * chunk) if fleet.chunk else longer)
+                    cost = (cost + delayed * longer + later) * slowness + 1e-6 * queue
+                    if cost < best:
+                        best, found = cost, (index, rank)
         return found
 
     def _cached(self, request: TraceRequest, engine: int, rank: int) -> int:
@@ -109,15 +114,48 @@ class Clairvoyant(EnginesOwn):
                     context = other.prompt_tokens + other.output_tokens - steps
                     loads[rank] += (context + self._request_tokens) * together
                 loads[rank] += max(0, engine.promised[rank] - engine.context[rank])
-            top, low = max(loads), min(loads)
-            lowest = loads.index(low)
-            lacks_room = engine.requested_tokens(lowest) + request.prompt_tokens > ROOM * fleet.capacity
-            added = request.prompt_tokens + self._request_tokens
             slowness = fleet.slow_decode if index == 0 else 1.0
-            cost = step_cost(top, low + added, added / fleet.ranks, sum(engine.sequences)) * slowness
-            if (lacks_room, cost) < best:
-                best, found = (lacks_room, cost), (index, lowest)
+            added = request.prompt_tokens + self._request_tokens
+            for members in _members(fleet):
+                top, low = max(loads[rank] for rank in members), min(loads[rank] for rank in members)
+                lowest = next(rank for rank in members if loads[rank] == low)
+                lacks_room = engine.requested_tokens(lowest) + request.prompt_tokens > ROOM * fleet.capacity
+                slowed = sum(engine.sequences[rank] for rank in members)
+                cost = step_cost(top, low + added, added / len(members), slowed) * slowness
+                if (lacks_room, cost) < best:
+                    best, found = (lacks_room, cost), (index, lowest)
         return found
+
+    def _worker(self, request: TraceRequest) -> tuple[int, int]:
+        """Weigh what the aggregated engines have, as decode does; what they have to compute counts twice."""
+        best, found = math.inf, (0, 0)
+        simulation, fleet = self._simulation, self._simulation.fleet
+        coming = Counter[tuple[int, int]]()
+        for number, placement in simulation.on_the_way.items():
+            tokens = 2 * simulation.trace[number].prompt_tokens + self._request_tokens
+            coming[placement.decode, placement.decode_rank] += round(tokens)
+        for index, engine in enumerate(simulation.workers):
+            loads = [
+                coming[index, rank.dp_rank]
+                + sum(
+                    work.context + self._request_tokens + work.prompt_tokens - work.prefilled for work in rank.works()
+                )
+                for rank in engine.ranks
+            ]
+            slowness = fleet.slow_decode if index == 0 else 1.0
+            added = 2 * request.prompt_tokens + self._request_tokens
+            for members in _members(fleet):
+                top, low = max(loads[rank] for rank in members), min(loads[rank] for rank in members)
+                slowed = sum(sum(1 for _ in engine.ranks[rank].works()) for rank in members)
+                cost = step_cost(top, low + added, added / len(members), slowed) * slowness
+                if cost < best:
+                    best, found = cost, (index, next(rank for rank in members if loads[rank] == low))
+        return found
+
+
+def _members(fleet: Fleet) -> list[range]:
+    """Return the ranks of an engine that step together, group by group."""
+    return [range(fleet.ranks)] if fleet.lockstep else [range(rank, rank + 1) for rank in range(fleet.ranks)]
 
 
 class Ours:
@@ -195,7 +233,9 @@ class _Replica:
 
     def __init__(self, simulation: Simulation, policy: PolicySettings, signal: LoadSignal, rng: Random) -> None:
         fleet = simulation.fleet
-        sizes = {Role.PREFILL: fleet.prefill, Role.DECODE: fleet.decode}
+        sizes = (
+            {Role.PREFILL: fleet.prefill, Role.DECODE: fleet.decode} if fleet.prefill else {Role.WORKER: fleet.decode}
+        )
         self.endpoints = {
             role: [
                 Endpoint(f"http://{role}-{index}:1", "", 1, _POOL, role, group=fleet.group_of(role, index))
@@ -228,12 +268,15 @@ class _Replica:
         cost = RequestCost(tokens, prefix=prefix, text_bytes=text_bytes)
         targets = self._picker.pick(self._pairing(now), cost, now)
         prefill, decode = targets.prefill, targets.decode
-        assert prefill is not None  # noqa: S101 - the pool is disaggregated
         self.attempts[number] = self._tracker.open(prefill, decode, cost, now)
         decode_engine = self._index[decode.endpoint.url]
+        prefill_engine, prefill_rank = 0, 0
+        if prefill is not None:
+            prefill_engine = self._index[prefill.endpoint.url]
+            prefill_rank = self._rng.randrange(self._ranks) if prefill.rank is None else prefill.rank
         placement = Placement(
-            self._index[prefill.endpoint.url],
-            self._rng.randrange(self._ranks) if prefill.rank is None else prefill.rank,
+            prefill_engine,
+            prefill_rank,
             decode_engine,
             self._engine_ranks.decode_rank(decode_engine) if decode.rank is None else decode.rank,
         )
@@ -242,13 +285,15 @@ class _Replica:
             cost,
             decode.endpoint.url,
             decode.rank,
-            prefill.endpoint.url,
-            prefill.rank,
-            prefill.cached,
+            None if prefill is None else prefill.endpoint.url,
+            None if prefill is None else prefill.rank,
+            (prefill or decode).cached,
         )
         return placement, record
 
     def _pairing(self, now: float) -> Pairing:
+        if Role.WORKER in self.endpoints:
+            return Pairing((), self._filters.capable(_POOL, Role.WORKER, Api.CHAT, now))
         prefills = self._filters.capable(_POOL, Role.PREFILL, Api.CHAT, now)
         decodes = self._filters.capable(_POOL, Role.DECODE, Api.CHAT, now)
         matches = self.fleet.matches.get(_POOL, ())
@@ -265,8 +310,8 @@ def _facts(role: Role, fleet: Fleet) -> EngineFacts:
     return EngineFacts(
         version=Version(0, 5, 23),
         dp_ranks=fleet.ranks,
-        mode=Mode.PREFILL if on_prefill else Mode.DECODE,
-        dp_attention=True,
+        mode=MODE_OF[role],
+        dp_attention=fleet.lockstep,
         served_model=None,
         bootstrap_port=8998,
         load_balance_method=None,

@@ -10,9 +10,11 @@ from typing import Protocol
 
 from dp_extproc.engines.model import LoadPage, Role
 from dp_extproc.lab.engine.scheduler.work import Work
-from dp_extproc.lab.simulate.engines import DecodeEngine, PrefillEngine
+from dp_extproc.lab.simulate.decode import DecodeEngine, LooseDecodeEngine
+from dp_extproc.lab.simulate.engines import PrefillEngine
 from dp_extproc.lab.simulate.fleet import Fleet, Surroundings
 from dp_extproc.lab.simulate.outcome import Outcome, RunResult
+from dp_extproc.lab.simulate.workers import WorkerEngine
 from dp_extproc.lab.workload.trace import TraceRequest
 
 _MUTE_SECONDS = 20.0
@@ -21,7 +23,7 @@ _MUTE_SECONDS = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The engines and ranks of a request, by their indexes."""
+    """The engines and ranks of a request, by their indexes. Without prefill engines decode is an aggregated one."""
 
     prefill: int
     prefill_rank: int
@@ -57,15 +59,20 @@ class Simulation:
             PrefillEngine(fleet, fleet.slow_prefill if index == 0 else 1.0, self.after, self._computed)
             for index in range(fleet.prefill)
         ]
+        kind = DecodeEngine if fleet.lockstep else LooseDecodeEngine
         self.decodes = [
-            DecodeEngine(
+            kind(fleet, self._slowness_of(index), self.after, first_token=self._first_token, finished=self._finished)
+            for index in range(fleet.decode if fleet.prefill else 0)
+        ]
+        self.workers = [
+            WorkerEngine(
                 fleet,
-                fleet.slow_decode if index == 0 else 1.0,
+                self._slowness_of(index),
                 self.after,
                 first_token=self._first_token,
                 finished=self._finished,
             )
-            for index in range(fleet.decode)
+            for index in range(0 if fleet.prefill else fleet.decode)
         ]
         self.engine_ranks = EngineRanks(fleet, self.rng)
         self.on_the_way: dict[int, Placement] = {}
@@ -88,6 +95,10 @@ class Simulation:
         self._left: set[int] = set()
         self._over = 0
         self._backlog: list[int] = []
+
+    def _slowness_of(self, index: int) -> float:
+        """Return the factor of the step times of an engine that decodes."""
+        return self.fleet.slow_decode if index == 0 else 1.0
 
     def run(self, router: Router, *, concurrency: int | None = None) -> RunResult:
         """Send the trace: at its arrivals, or with so many requests at a time."""
@@ -146,30 +157,47 @@ class Simulation:
         else:
             placement = self._router.place(number, request, now)
         self._placements[number] = self.on_the_way[number] = placement
+        if self.workers:
+            worker = self.workers[placement.decode]
+
+            def taken(now: float) -> None:
+                del self.on_the_way[number]
+                if number not in self._left:
+                    worker.add(number, placement.decode_rank, request, now)
+
+            self.after(self.around.network, taken)
+            return
         decode = self.decodes[placement.decode]
 
         def reserved(_: float) -> None:
             self.after(self.around.handshake, lambda now: self._start(number, now))
 
-        self.after(self.around.network, lambda now: decode.reserve(placement.decode_rank, request, now, reserved))
+        def arrived(now: float) -> None:
+            self.prefills[placement.prefill].arrive(number, placement.prefill_rank, request)
+            decode.reserve(placement.decode_rank, request, now, reserved)
+
+        self.after(self.around.network, arrived)
 
     def _leave(self, number: int, now: float) -> None:
         """Let a client leave, if its request still waits; else it stays, as its answer is about to come."""
         if number in self.on_the_way:
             self._left.add(number)
             self._ended(number, now)
-        elif (placement := self._placements.get(number)) is not None and self.prefills[placement.prefill].give_up(
-            number, placement.prefill_rank
-        ):
+        elif (placement := self._placements.get(number)) is not None and self.workers:
+            if self.workers[placement.decode].give_up(number, placement.decode_rank):
+                self._ended(number, now)
+        elif placement is not None and self.prefills[placement.prefill].give_up(number, placement.prefill_rank):
             self.decodes[placement.decode].give_up(placement.decode_rank, self.trace[number], now)
             self._ended(number, now)
 
     def _start(self, number: int, now: float) -> None:
         placement = self.on_the_way.pop(number)
+        prefill = self.prefills[placement.prefill]
         if number in self._left:
+            prefill.give_up(number, placement.prefill_rank)
             self.decodes[placement.decode].give_up(placement.decode_rank, self.trace[number], now)
             return
-        self.prefills[placement.prefill].add(number, placement.prefill_rank, self.trace[number], now)
+        prefill.start(number, placement.prefill_rank, now)
 
     def _computed(self, work: Work, _now: float) -> None:
         self.after(self.fleet.costs.transfer_seconds(work.prompt_tokens), lambda now: self._transferred(work, now))
@@ -208,8 +236,9 @@ class Simulation:
         if not self.around.scrapes and now > 0:
             return  # engines have been discovered, and report nothing more
         gauges = self._router.reads_gauges
-        pages = [(Role.PREFILL, index, engine.page(gauges=gauges)) for index, engine in enumerate(self.prefills)]
-        pages += [(Role.DECODE, index, engine.page(gauges=gauges)) for index, engine in enumerate(self.decodes)]
+        pages = [(Role.PREFILL, index, engine.page(now, gauges=gauges)) for index, engine in enumerate(self.prefills)]
+        pages += [(Role.DECODE, index, engine.page(now, gauges=gauges)) for index, engine in enumerate(self.decodes)]
+        pages += [(Role.WORKER, index, engine.page(now, gauges=gauges)) for index, engine in enumerate(self.workers)]
         for role, index, page in pages:
             if self._is_mute(role, index, now):
                 continue
@@ -238,7 +267,7 @@ class EngineRanks:
         """Schedule a request, whatever its size."""
         decode = self._rng.randrange(self._fleet.decode)
         return Placement(
-            self._rng.randrange(self._fleet.prefill),
+            self._rng.randrange(self._fleet.prefill) if self._fleet.prefill else 0,
             self._rng.randrange(self._fleet.ranks),
             decode,
             self.decode_rank(decode),

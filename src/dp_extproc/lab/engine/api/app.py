@@ -50,8 +50,6 @@ _FROM_ANYWHERE: Final = Middleware(
 """CORS as in ``http_server.py``; ``vary: Origin`` comes from it."""
 _OPEN_TO_ALL: Final = ("/health", "/ready", "/metrics", "/debug")
 """Prefixes without authentication (``utils/auth.py``), and those of the stand-in."""
-_DRAIN_POLL: Final = 0.1
-"""Seconds between two looks whether the last request has ended."""
 _NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 
@@ -80,14 +78,14 @@ class Server:
         self._is_draining = False
 
     async def drain(self, seconds: float) -> None:
-        """Report that the engine is not ready. Return after this time, once no request runs.
+        """Report that the engine is not ready, and look every so many seconds whether a request runs, until none does.
 
-        SGLang (``sigterm_watchdog``) does the same. It still takes requests, and looks every 5 seconds if any runs.
+        SGLang (``sigterm_watchdog``) does the same. It still takes requests.
         """
         self._is_draining = True
         await asyncio.sleep(seconds)
         while self.journal.is_busy:  # noqa: ASYNC110 - as SGLang does
-            await asyncio.sleep(_DRAIN_POLL)
+            await asyncio.sleep(seconds)
 
     def app(self) -> ASGIApp:
         """Build the application of the API port."""
@@ -215,7 +213,7 @@ class Server:
         return pages.ready(is_draining=self._is_draining)
 
     async def _health(self, request: Request) -> Response:
-        if self._is_draining:
+        if self._is_draining and self.settings.release.health_reports_draining:
             return pages.ready(is_draining=True)
         return await pages.health(request, self.engine)
 

@@ -1,7 +1,8 @@
 """Serve ``/v1/completions`` and ``/v1/chat/completions``."""
 
+import array
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
 from starlette.responses import Response
@@ -11,7 +12,10 @@ from dp_extproc.lab.engine.api.exchange import DONE, Exchange, Update, event, in
 from dp_extproc.lab.engine.api.generate import DEFAULT_MAX_NEW_TOKENS
 from dp_extproc.lab.engine.api.prompts import read_texts, unknown_id
 from dp_extproc.lab.engine.leg import Failure, Finished
+from dp_extproc.lab.engine.logprobs import completion_logprobs, echoed_logprobs, spell
+from dp_extproc.lab.engine.scheduler.work import Role
 from dp_extproc.lab.engine.text import chat_prompt, output_text
+from dp_extproc.lab.engine.ticket import Ticket
 
 _DEFAULT_MAX_TOKENS: Final = 16
 """Default of ``/v1/completions``, as in OpenAI's API."""
@@ -26,9 +30,9 @@ async def completions(exchange: Exchange) -> Response:
     prompts, is_batch = read_texts("prompt", body["prompt"])
     limit = integer(body, "max_tokens")
     limit = _DEFAULT_MAX_TOKENS if limit is None else limit
-    samples, unknown = integer(body, "n") or 1, unknown_id(body["prompt"])
+    samples, unknown = integer(body, "n") or 1, unknown_id(body["prompt"], exchange.engine.settings.vocabulary_size)
     exchange.submit(fields, prompts, limit, samples=samples, is_batch=is_batch, unknown_id=unknown)
-    return await _respond(exchange, _TextForm(body))
+    return await _respond(exchange, _TextForm(body, prompts, exchange.engine.settings.role))
 
 
 async def chat(exchange: Exchange) -> Response:
@@ -46,7 +50,13 @@ async def chat(exchange: Exchange) -> Response:
     limit = DEFAULT_MAX_NEW_TOKENS if limit is None else limit
     ids = body.get("input_ids") if exchange.engine.settings.release.chats_by_ids else None
     prompts = [chat_prompt(messages, body.get("tools"))] if ids is None else read_texts("input_ids", ids)[0]
-    exchange.submit(fields, prompts, limit, samples=integer(body, "n") or 1, unknown_id=unknown_id(ids))
+    exchange.submit(
+        fields,
+        prompts,
+        limit,
+        samples=integer(body, "n") or 1,
+        unknown_id=unknown_id(ids, exchange.engine.settings.vocabulary_size),
+    )
     return await _respond(exchange, _ChatForm(body))
 
 
@@ -66,6 +76,10 @@ class _Form:
     def choice(self, index: int, text: str, reason: str) -> dict[str, Any]:
         raise NotImplementedError
 
+    def whole_choice(self, index: int, ticket: Ticket) -> dict[str, Any]:
+        """Return the choice of a response that is no stream."""
+        return self.choice(index, "".join(map(output_text, ticket.tokens)), _reason(ticket.end) or "abort")
+
     def chunks(self, update: Update) -> list[dict[str, Any]]:
         """Return the ``choices`` entries of one update, each for a chunk of its own."""
         raise NotImplementedError
@@ -74,11 +88,34 @@ class _Form:
 class _TextForm(_Form):
     whole = chunk = "text_completion"
 
+    def __init__(self, body: dict[str, Any], prompts: list[bytes], role: Role) -> None:
+        super().__init__(body)
+        top, echo = integer(body, "logprobs"), bool(body.get("echo"))
+        self._scores = [None if top is None else echoed_logprobs(prompt, top, echo=echo) for prompt in prompts]
+        self._echoes = [_echo(prompt) if echo else "" for prompt in prompts]
+        self._role = role
+        self._samples = integer(body, "n") or 1
+
+    def whole_choice(self, index: int, ticket: Ticket) -> dict[str, Any]:
+        return self._with_prompt(super().whole_choice(index, ticket), index, ticket.tokens, is_first=True)
+
+    def _with_prompt(
+        self, choice: dict[str, Any], index: int, output: Sequence[int], *, is_first: bool
+    ) -> dict[str, Any]:
+        prompt = index // self._samples
+        if is_first:
+            choice["text"] = self._echoes[prompt] + choice["text"]
+        if (wanted := self._scores[prompt]) is not None:
+            choice["logprobs"] = completion_logprobs(wanted, self._role, output, is_first=is_first)
+        return choice
+
     def choice(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": None, "finish_reason": reason, "matched_stop": None}
 
     def chunks(self, update: Update) -> list[dict[str, Any]]:
-        return [self.choice(update.index, update.text, _reason(update.end))]
+        choice = self.choice(update.index, update.text, _reason(update.end))
+        output = update.ticket.tokens[update.known : update.tokens]
+        return [self._with_prompt(choice, update.index, output, is_first=not update.known)]
 
 
 class _ChatForm(_Form):
@@ -119,10 +156,7 @@ async def _respond(exchange: Exchange, form: _Form) -> Response:
             "object": form.whole,
             "created": form.created,
             "model": form.model,
-            "choices": [
-                form.choice(index, "".join(map(output_text, ticket.tokens)), _reason(ticket.end) or "abort")
-                for index, ticket in enumerate(tickets)
-            ],
+            "choices": [form.whole_choice(index, ticket) for index, ticket in enumerate(tickets)],
             "usage": _usage(exchange),
             "metadata": {
                 "weight_version": "default",
@@ -162,6 +196,10 @@ def _usage(exchange: Exchange) -> dict[str, Any]:
         "reasoning_tokens": 0,
         "completion_tokens_details": None,
     }
+
+
+def _echo(prompt: bytes) -> str:
+    return "".join(map(spell, array.array("I", prompt)))
 
 
 def _reason(end: Finished | Failure | None) -> str | None:

@@ -14,6 +14,7 @@ from dp_extproc.lab.engine.api.fields import InvalidBodyError, Reader, RoutingFi
 from dp_extproc.lab.engine.api.journal import Record
 from dp_extproc.lab.engine.engine import Engine
 from dp_extproc.lab.engine.leg import Failure, Finished
+from dp_extproc.lab.engine.release import Disconnect
 from dp_extproc.lab.engine.scheduler.work import Role
 from dp_extproc.lab.engine.settings import EngineKind
 from dp_extproc.lab.engine.text import output_text
@@ -180,22 +181,23 @@ class Exchange:
         for ticket in self.tickets:
             self.engine.end(ticket, DISCONNECTED)
 
-    def stream(self, events: AsyncIterator[str], *, abort_later: bool = True) -> StreamingResponse:
-        """Answer with server-sent events.
+    def stream(self, events: AsyncIterator[str]) -> StreamingResponse:
+        """Answer with server-sent events, each a whole event with its empty line."""
+        return StreamingResponse(events, media_type="text/event-stream", background=BackgroundTask(self._after_stream))
 
-        Args:
-            events: Each a whole event with its empty line.
-            abort_later: Whether what still runs a while after the end of the response is aborted; that is how SGLang
-                detects that a client left in the middle. /v1/responses does not do it.
-        """
-        task = BackgroundTask(self._abort_later) if abort_later else None
-        return StreamingResponse(events, media_type="text/event-stream", background=task)
-
-    async def _abort_later(self) -> None:
+    async def _after_stream(self) -> None:
+        """Do after a stream what the release does when its client has left in the middle."""
         if all(ticket.end for ticket in self.tickets):
             return
         settings = self.engine.settings
-        await asyncio.sleep(settings.timeouts.background_abort * settings.time_scale)
+        action = settings.release.after_disconnect
+        if action is Disconnect.RUNS_ON:
+            self.engine.forget(self.tickets)
+            return
+        if action is Disconnect.ABORTS_LATER:
+            if self.path == "/v1/responses":
+                return
+            await asyncio.sleep(settings.timeouts.background_abort * settings.time_scale)
         self.abort()
 
     async def _fail(self, ticket: Ticket, after: int) -> None:

@@ -29,7 +29,7 @@ async def generate(exchange: Exchange) -> Response:
     try:
         prompts, is_batch, limit, samples = _read(body)
         scores = [read_logprobs(body, prompt, index) for index, prompt in enumerate(prompts)]
-        unknown = unknown_id(body.get("input_ids"))
+        unknown = unknown_id(body.get("input_ids"), exchange.engine.settings.vocabulary_size)
         exchange.submit(fields, prompts, limit, samples=samples, is_batch=is_batch, unknown_id=unknown)
     except RefusedError as error:
         if not exchange.streaming:

@@ -12,7 +12,7 @@ from dp_extproc.lab.engine.api.generate import probe_fields
 from dp_extproc.lab.engine.engine import Engine
 from dp_extproc.lab.engine.leg import Failure
 from dp_extproc.lab.engine.scheduler.work import Role
-from dp_extproc.lab.engine.settings import Settings
+from dp_extproc.lab.engine.settings import EngineKind, Settings
 from dp_extproc.lab.engine.text import ids_prompt
 
 _LLAMA: Final[dict[str, Any]] = {
@@ -81,7 +81,7 @@ def server_info(settings: Settings) -> dict[str, Any]:
         "load_snapshot_publish_interval": 15,
         "status": "ready",
         "max_total_num_tokens": settings.capacity,
-        "max_req_input_len": settings.context_length - 6,
+        "max_req_input_len": settings.max_input,
         "kv_events": None,
         "internal_states": [state for _ in range(ranks)],
         "version": str(release),
@@ -99,10 +99,16 @@ def model_info(settings: Settings) -> dict[str, Any]:
 
 
 def models(settings: Settings) -> dict[str, Any]:
-    """Return the list of models, which has one."""
-    card = {"id": settings.model, "object": "model", "created": int(time.time()), "owned_by": "sglang"}
-    card |= {"root": settings.model, "parent": None, "max_model_len": settings.context_length}
-    return {"object": "list", "data": [card]}
+    """Return the list of models: one, and its adapters, which SGLang lists from 0.5.4 on."""
+    owner = "vllm" if settings.kind is EngineKind.VLLM else "sglang"
+    common = {"object": "model", "created": int(time.time()), "owned_by": owner}
+    base = {"root": settings.model, "parent": None, "max_model_len": settings.context_length}
+    cards = [{"id": settings.model, **common, **base}]
+    if settings.kind is EngineKind.VLLM or settings.release.since("0.5.4"):
+        adapters = settings.lora_adapters
+        rest = {"parent": settings.model, "max_model_len": None}
+        cards += [{"id": name, **common, "root": f"/adapters/{name}", **rest} for name in adapters]
+    return {"object": "list", "data": cards}
 
 
 def steps(engine: Engine) -> list[dict[str, Any]]:

@@ -6,8 +6,6 @@ from typing import Any, Final
 from dp_extproc.lab.engine.api.exchange import wrong_type
 from dp_extproc.lab.engine.text import ids_prompt, text_prompt
 
-_LARGEST_ID: Final = (1 << 31) - 1
-"""Largest token id of a vocabulary; real ones are smaller."""
 _IDS: Final = range(-(1 << 63), 1 << 63)
 """Numbers that can reach a scheduler."""
 
@@ -38,13 +36,13 @@ def read_texts(name: str, value: Any) -> tuple[list[bytes], bool]:
     return found, True
 
 
-def unknown_id(value: Any) -> int | None:
-    """Find a token id in a prompt, or a list of them, that no vocabulary has; no release of SGLang checks it."""
+def unknown_id(value: Any, vocabulary_size: int) -> int | None:
+    """Find a token id in a prompt, or a list of them, that the vocabulary lacks; no release of SGLang checks it."""
     if not isinstance(value, list):
         return None
     lists: Iterable[list[Any]] = (each for each in (value, *value) if isinstance(each, list))
     return next(
-        (id_ for ids in lists if _are_ids(ids) for id_ in ids if id_ in _IDS and not 0 <= id_ <= _LARGEST_ID), None
+        (id_ for ids in lists if _are_ids(ids) for id_ in ids if id_ in _IDS and not 0 <= id_ < vocabulary_size), None
     )
 
 

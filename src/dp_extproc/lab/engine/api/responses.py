@@ -1,4 +1,4 @@
-"""Serve ``/v1/responses``, OpenAI's newer API. Its streams have headers at once; what clients leave is not aborted."""
+"""Serve ``/v1/responses``, OpenAI's newer API. Its streams have headers at once."""
 
 import time
 import uuid
@@ -10,8 +10,7 @@ from starlette.responses import Response
 from dp_extproc.lab.engine.api.errors import failed, json_response
 from dp_extproc.lab.engine.api.exchange import Exchange, event, integer, missing, wrong_type
 from dp_extproc.lab.engine.api.generate import DEFAULT_MAX_NEW_TOKENS
-from dp_extproc.lab.engine.leg import Failure, RefusedError
-from dp_extproc.lab.engine.scheduler.work import Role
+from dp_extproc.lab.engine.leg import Failure
 from dp_extproc.lab.engine.text import chat_prompt, output_text
 from dp_extproc.lab.engine.ticket import Ticket
 
@@ -24,22 +23,15 @@ async def responses(exchange: Exchange) -> Response:
         raise missing("input", body)
     limit = integer(body, "max_output_tokens")
     limit = DEFAULT_MAX_NEW_TOKENS if limit is None else limit
-    if exchange.engine.settings.role is not Role.UNIFIED and _has_built_in_tools(body):
-        raise RefusedError("built-in tool calls are not supported with prefill-decode disaggregation")
     exchange.submit(fields, [_prompt(body)], limit)
     page = _Page(body, limit)
     if exchange.streaming:
-        return exchange.stream(_events(exchange, page), abort_later=False)
+        return exchange.stream(_events(exchange, page))
     if (failure := await exchange.finish()) is not None:
         return failed(exchange.path, failure)
     (ticket,) = exchange.tickets
     text = "".join(map(output_text, ticket.tokens))
     return json_response(page.whole("incomplete", text, ticket))
-
-
-def _has_built_in_tools(body: dict[str, Any]) -> bool:
-    tools = body.get("tools")
-    return isinstance(tools, list) and any(isinstance(t, dict) and t.get("type") != "function" for t in tools)
 
 
 def _prompt(body: dict[str, Any]) -> bytes:

@@ -1,0 +1,88 @@
+"""A request that ends the engines which compute it ends two of them, and no more."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from dp_extproc.lab.testbed import loopback
+from dp_extproc.lab.testbed.engine import EngineProcess
+from dp_extproc.lab.testbed.envoy import EnvoyProcess
+from dp_extproc.lab.testbed.service import ServiceProcess, write_config
+from e2e.stack import FAST, pool_of
+from patience import wait_for
+
+VOCABULARY = 1000
+DEADLY = {"model": "m", "prompt": [5, VOCABULARY], "max_tokens": 1}
+"""A request with a token id that the model does not have."""
+HARMLESS = {"model": "m", "prompt": [5, 6], "max_tokens": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """The engines of one role that computes prompts, and what stands before them."""
+
+    engines: Sequence[EngineProcess]
+    service: ServiceProcess
+    envoy: EnvoyProcess
+    client: httpx.Client
+
+    def alive(self) -> int:
+        return sum(engine.is_running for engine in self.engines)
+
+
+@contextmanager
+def running(computes: str, **sections: Any) -> Iterator[Fleet]:
+    """Run three engines that compute prompts."""
+    options = ("--dp-attention", *FAST, "--vocabulary-size", str(VOCABULARY))
+    with ExitStack() as stack:
+        engines = [EngineProcess(computes, 2, *options) for _ in range(3)]
+        decodes = [EngineProcess("decode", 2, *options)] if computes == "prefill" else []
+        for engine in (*engines, *decodes):
+            stack.push(engine)
+            engine.start()
+        for engine in (*engines, *decodes):
+            engine.wait_until_listening()
+        pool = (
+            pool_of(engines, decodes)
+            if decodes
+            else {"models": ["*"], "workers": {"endpoints": [e.url for e in engines]}}
+        )
+        service = stack.enter_context(ServiceProcess(write_config([pool], **sections)))
+        envoy = stack.enter_context(EnvoyProcess(service.config))
+        client = stack.enter_context(loopback.client(envoy.url, timeout=20))
+        service.wait_until_fresh()
+        service.wait_until_ready()
+        yield Fleet(engines, service, envoy, client)
+
+
+@pytest.mark.parametrize(
+    ("computes", "sections"),
+    [
+        pytest.param("prefill", {"listen": {"workers": 2}}, id="mirrored"),
+        pytest.param("prefill", {"prefill_leg": "service"}, id="sent"),
+        pytest.param("unified", {}, id="aggregated"),
+    ],
+)
+def test_deadly_request_ends_two_engines_and_no_more(computes: str, sections: dict[str, Any]) -> None:
+    """The official client sends it again by itself, and raises an error that it does not retry."""
+    with running(computes, **sections) as fleet:
+        client = openai.OpenAI(base_url=f"{fleet.envoy.url}/v1", api_key="none", max_retries=10)
+        with pytest.raises(openai.UnprocessableEntityError, match="two servers have died") as caught:
+            client.completions.create(model="m", prompt=[5, VOCABULARY], max_tokens=1)
+        repeated = [fleet.client.post("/v1/completions", json=DEADLY | {"stream": stream}) for stream in (False, True)]
+        served = fleet.client.post("/v1/completions", json=HARMLESS)
+
+        assert caught.value.code == "deadly_request"
+        assert [response.status_code for response in repeated] == [422, 422]
+        assert served.status_code == 200
+        wait_for(lambda: fleet.alive() == 1)
+        found = wait_for(lambda: [line for line in fleet.service.log().splitlines() if "has ended the engines" in line])
+        assert re.search(r"hash of it: [0-9a-f]{32}, its body: [0-9]+ bytes", found[0])
+        assert str(VOCABULARY) not in found[0].partition("hash")[2]
+        assert "dp_extproc_deadly_requests_total" in fleet.service.metrics()
