@@ -10,7 +10,6 @@ import argparse
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,18 +29,19 @@ from patience import wait_for
 
 HERE: Final = Path(__file__).parent
 PAGE: Final = HERE.parents[1] / "docs" / "clients.md"
-_FULL: Final = {"text": "hello", "stream": True, "sampling_params": {"max_new_tokens": 100_000, "ignore_eos": True}}
-"""A request that takes the only place of a decode rank until its client leaves."""
-_RETRIED_AFTER: Final = 0.6
-"""Seconds after the first refusal at which there is room again. Clients wait for the second of ``retry-after``."""
+_TOKENS_OF_A_SECOND: Final = 130
+"""Tokens of an answer that takes the place of a decode rank for a bit more than a second."""
+_TOKENS_FOR_GOOD: Final = 100_000
 
 
 @contextmanager
-def _take_a_place(client: httpx.Client) -> Iterator[httpx.Response]:
+def _take_a_place(client: httpx.Client, tokens: int) -> Iterator[httpx.Response]:
     """Start a long request, as soon as the one before has left its place."""
+    sampling = {"max_new_tokens": tokens, "ignore_eos": True}
+    body = {"text": "hello", "stream": True, "sampling_params": sampling}
 
     def begin() -> tuple[httpx.Response, Iterator[bytes]] | None:
-        response = client.send(client.build_request("POST", "/generate", json=_FULL), stream=True)
+        response = client.send(client.build_request("POST", "/generate", json=body), stream=True)
         if response.status_code == httpx.codes.OK:
             pieces = response.iter_raw()  # its end would close the stream
             next(pieces)
@@ -84,7 +84,7 @@ class Asker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self._process.args} has ended")
+            raise RuntimeError("the process of the clients has ended")
         seen: dict[str, str] = json.loads(line)
         return seen
 
@@ -109,27 +109,13 @@ class Rig:
 
     @contextmanager
     def _full(self, *, ends: bool) -> Iterator[None]:
-        """Take every place, until the end or until shortly after the first refusal."""
+        """Take every place, for good or for a bit longer than a client waits by ``retry-after``."""
+        tokens = _TOKENS_OF_A_SECOND if ends else _TOKENS_FOR_GOOD
         with ExitStack() as during:
             client = during.enter_context(loopback.client(self.envoy.url, timeout=60))
-            streams = [during.enter_context(_take_a_place(client)) for _ in range(DECODE_RANKS)]
-            before, left = self.refusals(429), threading.Event()
-
-            def leave() -> None:
-                wait_for(lambda: left.is_set() or self.refusals(429) > before, 60)
-                left.wait(_RETRIED_AFTER)
-                for stream in streams:
-                    stream.close()
-
-            leaving = threading.Thread(target=leave) if ends else None
-            if leaving is not None:
-                leaving.start()
-            try:
-                yield
-            finally:
-                left.set()
-                if leaving is not None:
-                    leaving.join()
+            for _ in range(DECODE_RANKS):
+                during.enter_context(_take_a_place(client, tokens))
+            yield
 
     def refusals(self, status: int) -> int:
         """Count the responses of the class of a status, by Envoy's statistics."""
@@ -161,10 +147,9 @@ def ask(asker: Asker, rig: Rig, client: Client, case: Case, *, stream: bool) -> 
     with rig.prepared(case):
         before = rig.refusals(refused)
         seen = asker.ask(case.request(client, rig.envoy.url, stream=stream))
-        if case.recovers:
-            wait_for(lambda: rig.refusals(refused) > before, 10)
+        was_refused = rig.refusals(refused) > before
     message = seen.get("message", "")
-    is_good = bool(seen.get("text")) if case.recovers else case.words(client) in message
+    is_good = bool(seen.get("text")) and was_refused if case.recovers else case.words(client) in message
     shown = f"{seen['error']}: {message}" if "error" in seen else seen.get("text", "")
     return Result(client, case, stream, shown, is_good)
 

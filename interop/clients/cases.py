@@ -45,7 +45,7 @@ CLIENTS: Final = (
     Client("Node", "ai_sdk_openai_chat", "@ai-sdk/openai", CHAT),
     Client("Node", "ai_sdk_openai_responses", "@ai-sdk/openai", RESPONSES),
     Client("Node", "ai_sdk_anthropic", "@ai-sdk/anthropic", MESSAGES),
-    Client("Node", "langchain_openai", "@langchain/openai", CHAT),
+    Client("Node", "langchain_openai", "@langchain/openai", CHAT, takes_any_body=False),
     Client("Node", "langchain_anthropic", "@langchain/anthropic", MESSAGES),
 )
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from dp_extproc.response.engine_text import no_answer, scrub
+from dp_extproc.request.error_shapes import ErrorShape
+from dp_extproc.response.engine_text import no_answer, reshape, scrub
 
 OWN: dict[str, Any] = {"model": "m", "n": 1, "messages": [{"role": "robot", "content": "'a', \"b\""}]}
 ONE = {"bootstrap_host": "10.0.0.1", "bootstrap_port": 8998, "bootstrap_room": 7, "rid": "dp1", "routed_dp_rank": 3}
@@ -58,3 +59,15 @@ def test_answer_of_the_proxy_is_told_from_that_of_an_engine() -> None:
     assert no_answer(envoy) == "remote connection failure"
     assert no_answer(b'{"message":"upstream connect error"}') is None
     assert no_answer(b"") is None
+
+
+def test_flat_error_of_an_engine_gets_the_member_that_official_clients_read() -> None:
+    """Node's client of OpenAI shows `400 status code (no body)` without it. Other bodies pass as they are."""
+    flat = {"object": "error", "message": "m", "type": "BadRequestError", "param": None, "code": 400}
+    error = {name: flat[name] for name in ("message", "type", "param", "code")}
+    text = json.dumps(flat).encode()
+
+    assert json.loads(reshape(text, ErrorShape.OPENAI)) == {"error": error, **flat}
+    assert reshape(text, ErrorShape.ANTHROPIC) == text
+    for other in (b'{"error":{"message":"m"}}', b"no json", b"[]", b'{"message":1}', b""):
+        assert reshape(other, ErrorShape.OPENAI) == other

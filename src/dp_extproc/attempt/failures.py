@@ -15,7 +15,7 @@ from dp_extproc.config.reliability import RetrySettings
 from dp_extproc.engines.model import Role
 from dp_extproc.request.error_shapes import ErrorShape
 from dp_extproc.request.rejection import Reason, Rejection
-from dp_extproc.response.engine_text import no_answer, scrub
+from dp_extproc.response.engine_text import no_answer, reshape, scrub
 
 ENGINE_FAILED: Final = 500
 """The status from which on a response is a failure of the engine."""
@@ -96,7 +96,7 @@ class Failure(Struct, frozen=True):
     def body(self, shape: ErrorShape) -> bytes:
         """Write the body of the client's error, in a shape unless it is the engine's own."""
         if self.is_clients_fault and self.text:
-            return scrub(self.text)
+            return reshape(scrub(self.text), shape)
         if (cause := no_answer(self.text)) is not None:
             message = f"the {self.leg.value} server did not answer: {cause}"
         else:

@@ -1,6 +1,7 @@
 """The body of an error in the shape that clients of its path read.
 
-1. On a path with ``/messages``, such as ``/v1/messages``, it is the error of Anthropic's API, with the type that belongs to the status.
+1. On a path with ``/messages``, such as ``/v1/messages``, it is the error of Anthropic's API, with the type of the
+   status.
 2. On every other path it has both forms that SGLang sends: ``error`` as in OpenAI's API, which official client
    libraries read, and beside it the members of SGLang's ``ErrorResponse``.
 """

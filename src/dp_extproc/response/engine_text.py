@@ -7,6 +7,10 @@ Errors of a transfer name the address of the other engine.
 import re
 from typing import Final
 
+import msgspec
+
+from dp_extproc.request.error_shapes import ErrorShape
+
 _NAMES: Final = (
     rb"(?:bootstrap_(?:host|port|room|pair_key)|disagg_prefill_dp_rank|routed_dp_rank|data_parallel_rank|rid)"
 )
@@ -44,6 +48,21 @@ def scrub(text: bytes) -> bytes:
     text = _CUT.sub(b"input_type=dict", text)
     text = _FIRST.sub(b"{", _MEMBER.sub(b"", text))
     return _PRIVATE.sub(_ADDRESS, text)
+
+
+def reshape(text: bytes, shape: ErrorShape) -> bytes:
+    """Add ``error``, which official clients of OpenAI read, to an error that has the members of SGLang alone."""
+    if shape is not ErrorShape.OPENAI:
+        return text
+    try:
+        body = msgspec.json.decode(text, type=dict[str, object])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return text
+    message = body.get("message")
+    if "error" in body or not isinstance(message, str):
+        return text
+    error = {name: body.get(name) for name in ("message", "type", "param", "code")}
+    return msgspec.json.encode({"error": error, **body})
 
 
 def no_answer(text: bytes) -> str | None:
