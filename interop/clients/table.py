@@ -47,7 +47,9 @@ def _tables(results: Sequence[Result], clients: Path) -> str:
     rows = [head, ["---"] * len(head)]
     for client in CLIENTS:
         cells = [_cell([it for it in results if it.client == client and it.case == case]) for case in CASES]
-        rows.append([f"{client.language}: {client.package} {versions[client.package]}, {client.api}", *cells])
+        rows.append(
+            [f"{client.language}: {client.package} {versions[client.language, client.package]}, {client.api}", *cells]
+        )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
@@ -61,13 +63,15 @@ def _cell(results: Sequence[Result]) -> str:
     return f"**no**: {forms}{' '.join(bad[0].shown.split())[:60].replace('|', '/')}"
 
 
-def _versions(clients: Path) -> dict[str, str]:
+def _versions(clients: Path) -> dict[tuple[str, str], str]:
     pip = [str(clients / "venv/bin/python"), "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
     found = {each["name"]: each["version"] for each in json.loads(subprocess.check_output(pip))}
-    versions = {client.package: found.get(client.package, "") for client in CLIENTS if client.language == "Python"}
+    versions = {}
     for client in CLIENTS:
         if client.language == "Node":
             package = json.loads((clients / "node_modules" / client.package / "package.json").read_bytes())
-            name = client.package
-            versions[name] = versions.get(name, "") if name in versions else package["version"]
+            found_version = package["version"]
+        else:
+            found_version = found.get(client.package, "")
+        versions[client.language, client.package] = found_version
     return versions
