@@ -1,4 +1,4 @@
-# mypy: ignore-errors - the clients are not installed in the environment of the checks
+# mypy: ignore-errors
 """Asks through the official Python clients; runs in an environment of its own.
 
 It reads one case as JSON from each line of its input, and writes what the client gave as one line of JSON.
