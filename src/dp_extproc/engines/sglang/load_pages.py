@@ -24,7 +24,7 @@ from typing import Any, Final
 from msgspec import Struct
 from prometheus_client.samples import Sample
 
-from dp_extproc.engines.model import DecodeSteps, LoadPage, PrefillSteps, RankSample
+from dp_extproc.engines.model import DecodeSteps, LoadPage, Mode, PrefillSteps, RankSample, parse_version
 from dp_extproc.engines.pages import METRICS_PAGE, lines_of, rank_of, read_json, read_samples, wrong_shape
 from dp_extproc.engines.quantities import (
     Amount,
@@ -39,6 +39,7 @@ from dp_extproc.engines.quantities import (
 )
 
 LOADS_PAGE: Final = "/v1/loads"
+_MODES: Final = {mode.value: mode for mode in Mode}
 _MOMENTS: Final = 6
 """Number of sums in ``decode_moments``; see :func:`_decoded`."""
 
@@ -50,12 +51,16 @@ _BOOTSTRAP: Final = ("num_prefill_bootstrap_queue_reqs", "num_prefill_prealloc_q
 _WAITING: Final = ("num_queue_reqs", "num_decode_prealloc_queue_reqs", "num_decode_transfer_queue_reqs")
 _THROUGHPUT: Final = "gen_throughput"
 _PROMPT_TOKENS: Final = "prompt_tokens_total"
+_CACHED_TOKENS: Final = "cached_tokens_total"
+"""Absent while no prompt had cached tokens. From 0.5.9 on it has a series for each ``cache_source``."""
 
-_NEEDED: Final = lines_of("sglang", (_USED, _CAPACITY, _THROUGHPUT, *_RUNNING, *_BOOTSTRAP, *_WAITING, _PROMPT_TOKENS))
+_COUNTERS: Final = (_PROMPT_TOKENS, _CACHED_TOKENS)
+_NEEDED: Final = lines_of("sglang", (_USED, _CAPACITY, _THROUGHPUT, *_RUNNING, *_BOOTSTRAP, *_WAITING, *_COUNTERS))
 _ANY_OF_SGLANG: Final = re.compile(rb"^(?:# (?:HELP|TYPE) )?sglang[:_]", re.MULTILINE)
 
 
 class _Disaggregation(Struct):
+    mode: Any = None
     prefill_inflight_queue_reqs: Count | None = None
 
 
@@ -80,6 +85,7 @@ class _RankLoad(Struct):
 class _Page(Struct):
     loads: list[_RankLoad]
     timestamp: str | None = None
+    version: Any = None
 
 
 def read_loads(page: bytes) -> LoadPage:
@@ -97,7 +103,16 @@ def read_loads(page: bytes) -> LoadPage:
         ranks=tuple(_sample(newest[rank], printed_at) for rank in sorted(newest)),
         uncached_prompt_tokens=_sum(load.total_prefill_uncached_tokens for load in newest.values()),
         unpublished_ranks=tuple(sorted(unpublished - newest.keys())),
+        version=parse_version(body.version),
+        mode=_mode(newest.values()),
     )
+
+
+def _mode(loads: Iterable[_RankLoad]) -> Mode | None:
+    """Return the mode of all ranks; None if one reports none or another one, as for a moment of a switch."""
+    modes = {load.disaggregation.mode if load.disaggregation else None for load in loads}
+    only = modes.pop() if len(modes) == 1 else None
+    return _MODES.get(only) if isinstance(only, str) else None
 
 
 def _sample(load: _RankLoad, printed_at: float | None) -> RankSample:
@@ -171,17 +186,19 @@ def read_metrics(page: bytes) -> LoadPage:
     if not samples and not _ANY_OF_SGLANG.search(page):
         raise wrong_shape("/metrics has no sglang: series; is this an SGLang server's page?")
     gauges: dict[int, dict[str, float]] = defaultdict(dict)
-    counters: list[Sample] = []
+    counters: dict[str, list[Sample]] = {name: [] for name in _COUNTERS}
     for sample in samples:
         name = sample.name[len("sglang:") :]
-        if name == _PROMPT_TOKENS:
-            counters.append(sample)
+        if name in counters:
+            counters[name].append(sample)
         elif sample.labels.get("pp_rank", "0") == "0" and not sample.labels.get("priority"):
             of_rank = gauges[rank_of(sample, "dp_rank")]
             of_rank[name] = max(_value(name, sample.value), of_rank.get(name, 0.0))
+    prompts = _total(counters[_PROMPT_TOKENS])
     return LoadPage(
         ranks=tuple(_rank_sample(rank, gauges[rank]) for rank in sorted(gauges) if _USED in gauges[rank]),
-        prompt_tokens=_total(counters),
+        prompt_tokens=prompts,
+        cached_prompt_tokens=None if prompts is None else _total(counters[_CACHED_TOKENS]) or 0,
         unpublished_ranks=tuple(rank for rank in sorted(gauges) if _USED not in gauges[rank]),
     )
 
@@ -214,4 +231,4 @@ def _total(counters: list[Sample]) -> int | None:
     if any(sample.labels.get("priority") == "" for sample in counters):
         counters = [sample for sample in counters if not sample.labels.get("priority")]
     parts = [count(sample.value, METRICS_PAGE, sample.name) for sample in counters]
-    return count(sum(parts), METRICS_PAGE, _PROMPT_TOKENS) if parts else None
+    return count(sum(parts), METRICS_PAGE, counters[0].name) if parts else None
