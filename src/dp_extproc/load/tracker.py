@@ -90,7 +90,7 @@ class InFlightTracker:
         """Learn the bytes per token from a computed prompt, of whichever replica."""
         ratio = self._cache.ratios.get(endpoint.pool)  # the pool may no longer be configured
         if status < ERROR and ratio is not None:
-            ratio.computed(endpoint.url, cost.text_bytes, cost.known_tokens)
+            ratio.computed(endpoint.url, cost.text_bytes, cost.known_tokens, doubtful=cost.has_media)
 
     def _record_prefix(self, target: Target, cost: RequestCost) -> None:
         """Record that a rank will have the KV cache of a prompt."""
