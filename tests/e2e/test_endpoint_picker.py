@@ -217,6 +217,16 @@ def test_an_unreadable_request_reaches_any_endpoint_unchanged(gateway: Gateway) 
     assert "x-upstream" in answer.headers
 
 
+def test_a_passed_path_reaches_an_endpoint_and_control_reaches_none(gateway: Gateway) -> None:
+    """The gateway has chosen these endpoints for clients, but no client may stop an engine."""
+    tokens = gateway.client.post("/tokenize", json={"prompt": "hi"})
+    control = gateway.client.post("/pause_generation", json={})
+
+    assert (tokens.status_code, tokens.json()["count"]) == (200, 2)
+    assert (control.status_code, control.json()["error"]["code"]) == (403, "path_refused")
+    assert [request["path"] for worker in gateway.workers for request in worker.requests()] == ["/tokenize"]
+
+
 def test_a_stream_leaves_no_reservation(gateway: Gateway) -> None:
     """A stream arrives whole, and no reservation is left."""
     with gateway.client.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as response:

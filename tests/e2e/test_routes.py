@@ -149,3 +149,24 @@ def test_text_is_tokenized_by_a_decode_server(fleet: Fleet) -> None:
 
     assert tokens["count"] == 2
     assert text == {"text": "hi"}
+
+
+def test_passed_request_is_repeated_on_another_engine() -> None:
+    """The connection to one of two engines is refused, and no client notices."""
+    hosted = HostedEngines()
+    gone, left = hosted.add(*FAST), hosted.add(*FAST)
+    pool = {"models": ["*"], "workers": {"endpoints": [gone.url, left.url]}}
+    slow = {"interval": "300s", "stale_after": "600s"}  # the service does not notice by itself that an engine is gone
+    with (
+        hosted,
+        ServiceProcess(write_config([pool], load=slow)) as service,
+        EnvoyProcess(service.config) as envoy,
+        loopback.client(envoy.url) as client,
+    ):
+        service.wait_until_fresh()
+        hosted.close(gone)
+        bodies = ({"prompt": "abc", "model": "m"} for _ in range(12))
+        statuses = [client.post("/tokenize", json=body).status_code for body in bodies]
+
+    assert statuses == [200] * 12
+    assert len(left.requests()) == 12

@@ -213,6 +213,17 @@ def test_lookups_work_without_bodies(fleet: Fleet) -> None:
     assert fleet.client.get("/v1/models").status_code == 200
 
 
+def test_passed_paths_work_without_bodies(fleet: Fleet) -> None:
+    """The body goes to a decode engine unread, and paths that no engine may get from a client stay refused."""
+    tokens = fleet.client.post("/tokenize", json={"model": "m", "prompt": "hi"})
+    control = fleet.client.post("/flush_cache")
+
+    assert (tokens.status_code, tokens.json()["count"]) == (200, 2)
+    assert control.status_code == 403
+    assert [request["path"] for engine in fleet.decodes for request in engine.requests()] == ["/tokenize"]
+    assert [request for engine in fleet.prefills for request in engine.requests()] == []
+
+
 def test_reservations_end_when_a_client_disconnects_while_it_sends(fleet: Fleet) -> None:
     """A client that disconnects while it sends leaves no reservation."""
     with connect(fleet, length=99):

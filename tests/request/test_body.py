@@ -93,16 +93,11 @@ def test_escaped_text_has_the_size_of_the_text() -> None:
 @pytest.mark.parametrize(
     ("api", "body", "param"),
     [
-        pytest.param(Api.CHAT, {"max_tokens": "7"}, "max_tokens", id="chat"),
-        pytest.param(
-            Api.CHAT,
-            {"max_tokens": 7, "max_completion_tokens": "9"},
-            "max_completion_tokens",
-            id="chat, newer name",
-        ),
-        pytest.param(Api.CHAT, {"max_tokens": None}, None, id="null"),
-        pytest.param(Api.RESPONSES, {"max_output_tokens": [5], "max_tokens": 1}, "max_output_tokens", id="responses"),
-        pytest.param(Api.MESSAGES, {"max_tokens": 4.5}, "max_tokens", id="messages"),
+        pytest.param(Api.CHAT, {"max_tokens": "7", "max_completion_tokens": 1e3}, None, id="chat"),
+        pytest.param(Api.RESPONSES, {"max_output_tokens": "5", "n": "many", "max_tokens": []}, None, id="responses"),
+        pytest.param(Api.MESSAGES, {"max_tokens": 256.0, "n": 3, "priority": "x"}, None, id="messages"),
+        pytest.param(Api.GENERATE, {"max_tokens": "x", "n": "x", "model": 7}, None, id="generate, fields of others"),
+        pytest.param(Api.GENERATE, {"sampling_params": {"max_new_tokens": 256.0}}, None, id="generate, a float"),
         pytest.param(Api.GENERATE, {"sampling_params": {"max_new_tokens": "3"}}, "sampling_params", id="generate"),
         pytest.param(
             Api.GENERATE,
@@ -113,8 +108,13 @@ def test_escaped_text_has_the_size_of_the_text() -> None:
         pytest.param(Api.GENERATE, {}, None, id="left to the engine"),
     ],
 )
-def test_an_output_limit_of_the_wrong_type_is_refused(api: Api, body: dict[str, Any], param: str | None) -> None:
-    """Each API has its own name for the limit, which the engine alone uses."""
+def test_an_output_limit_is_left_to_the_engine_unless_it_fails_at_it(
+    api: Api, body: dict[str, Any], param: str | None
+) -> None:
+    """Engines alone use the limit, and pydantic reads it in more forms (``openai/protocol.py``).
+
+    But ``/generate`` compares the limit of a text with 0 before 0.5.22 (``sampling_params.py``), and answers 500.
+    """
     prompt = {"text": "a", "prompt": "a", "messages": user("a"), "input": "a"}
     found = read_body(api, json.dumps({**prompt, **body}).encode())
 
@@ -155,9 +155,6 @@ def test_last_of_repeated_keys_counts() -> None:
         pytest.param(Api.CHAT, b'{"messages":null}', Reason.MISSING_FIELD, "messages", id="null messages"),
         pytest.param(Api.CHAT, b'{"messages":"hi"}', Reason.WRONG_TYPE, "messages", id="messages a text"),
         pytest.param(Api.CHAT, b'{"messages":["hi"]}', Reason.WRONG_TYPE, "messages", id="messages of texts"),
-        pytest.param(Api.CHAT, b'{"messages":[],"n":"1"}', Reason.WRONG_TYPE, "n", id="n a text"),
-        pytest.param(Api.CHAT, b'{"messages":[],"n":1.5}', Reason.WRONG_TYPE, "n", id="n a fraction"),
-        pytest.param(Api.CHAT, b'{"messages":[],"stream":1}', Reason.WRONG_TYPE, "stream", id="stream a number"),
         pytest.param(Api.CHAT, b'{"messages":[],"model":[]}', Reason.WRONG_TYPE, "model", id="model a list"),
         pytest.param(Api.COMPLETIONS, b'{"prompt":[]}', Reason.MISSING_FIELD, "prompt", id="no prompts"),
         pytest.param(Api.COMPLETIONS, b'{"prompt":["a",1]}', Reason.WRONG_TYPE, "prompt", id="texts and ids"),

@@ -8,12 +8,14 @@ from typing import Final
 
 import msgspec
 
+from dp_extproc.request.lenient import as_bool, as_integer
 from dp_extproc.request.members import MOST_MEMBERS, JsonObject, TooManyMembersError
+from dp_extproc.request.own_faults import find_fault
 from dp_extproc.request.path import Api
 from dp_extproc.request.prompt import Prompt, PromptError, measure
 from dp_extproc.request.prompt_parts import PromptPart, refuse_parts, wanted_of_prefill
 from dp_extproc.request.rejection import Reason, Rejection
-from dp_extproc.request.shapes import LARGEST_ID, SHAPES, Body, Generate
+from dp_extproc.request.shapes import LARGEST_ID, SHAPES, Body, Generate, Messages, OpenAIBody
 from dp_extproc.request.token_ids import find_invalid_ids
 
 ROUTED_RANK_KEY: Final = "routed_dp_rank"
@@ -93,26 +95,37 @@ def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
     except PromptError as error:
         reason = Reason.MISSING_FIELD if error.missing else Reason.WRONG_TYPE
         return Rejection(400, reason, str(error), param=error.param)
-    if invalid is not None:
-        return _invalid_ids(invalid, invalid)
-    if prompt.batch is not None and prompt.batch > MAX_BATCH:
-        return _unsupported(f"a batch of {prompt.batch} prompts is too large; send at most {MAX_BATCH} in one request")
     counts = _sample_counts(fields)
-    for count in counts:
-        if not 0 <= count <= MAX_SAMPLES:
-            return _unsupported(f"n={str(count)[:20]} is not valid; ask for 1 to {MAX_SAMPLES} answers", "n")
+    if (refusal := _refuse_values(fields, body, prompt, invalid, counts)) is not None:
+        return refusal
     values = body.values
     return InferenceRequest(
         api=api,
         body=body,
-        model=fields.model,
-        stream=bool(fields.stream),
+        model=fields.model if isinstance(fields.model, str) else None,
+        stream=as_bool(fields.stream),
         prompt=prompt,
         samples=max(counts) or 1,
         routed_rank_pin=_pin(values, ROUTED_RANK_KEY if ROUTED_RANK_KEY in values else OLD_RANK_KEY),
         prefill_rank_pin=_pin(values, PREFILL_RANK_KEY),
-        priority=fields.priority or 0,
+        priority=0 if isinstance(fields, Messages) else as_integer(fields.priority) or 0,
     )
+
+
+def _refuse_values(
+    fields: Body, body: JsonObject, prompt: Prompt, invalid_ids: str | None, counts: list[int]
+) -> Rejection | None:
+    """Refuse values that would fail or end an engine, or falsify its load."""
+    if invalid_ids is not None:
+        return _invalid_ids(invalid_ids, invalid_ids)
+    if isinstance(fields, Generate) and (fault := find_fault(fields, body.values)) is not None:
+        return Rejection(400, Reason.WRONG_TYPE, f"{fault.message}; the engine would fail at it", param=fault.param)
+    if prompt.batch is not None and prompt.batch > MAX_BATCH:
+        return _unsupported(f"a batch of {prompt.batch} prompts is too large; send at most {MAX_BATCH} in one request")
+    for count in counts:
+        if not 0 <= count <= MAX_SAMPLES:
+            return _unsupported(f"n={str(count)[:20]} is not valid; ask for 1 to {MAX_SAMPLES} answers", "n")
+    return None
 
 
 def unread_request(api: Api, length: int | None) -> InferenceRequest:
@@ -199,8 +212,9 @@ def _wrong_type(problem: str) -> Rejection:
 def _sample_counts(fields: Body) -> list[int]:
     """Return the number of answers of each prompt that has one. SGLang reads 0 as 1."""
     if isinstance(fields, Generate):
-        return [1, *(each.n for each in fields.samplings if each.n is not None)]
-    return [1 if fields.n is None else fields.n]
+        return [1, *(as_integer(each.n) or 1 for each in fields.samplings)]
+    count = as_integer(fields.n) if isinstance(fields, OpenAIBody) else None
+    return [1 if count is None else count]
 
 
 def _pin(values: dict[str, msgspec.Raw], param: str) -> int | None:

@@ -52,22 +52,27 @@ TextsOrIds = str | list[str | TokenId | list[TokenId]]
 
 
 class Body(Struct):
-    """The fields that all APIs have."""
+    """The fields that all APIs have. Values of any type are read by :mod:`dp_extproc.request.lenient`."""
 
     model: str | None = None
-    stream: bool | None = None
-    n: int | None = None
-    max_tokens: int | None = None
-    priority: int | None = None
+    stream: Any = None
+    priority: Any = None
+
+
+class OpenAIBody(Body):
+    n: Any = None
 
 
 class SamplingParams(Struct):
-    n: int | None = None
-    max_new_tokens: int | None = None
+    n: Any = 1
+    max_new_tokens: float | None = None
+    """Only of a number is its sign looked up in all releases (``sampling_params.py``)."""
     stop_token_ids: Raw = NO_VALUE
 
 
 class Generate(Body):
+    model: Any = None
+    """No field of SGLang, but it selects a pool if it is a text."""
     text: TextsOrIds | None = None
     input_ids: list[TokenId | list[TokenId]] | None = None
     input_embeds: list[Raw] | None = None
@@ -83,13 +88,12 @@ class Generate(Body):
         return given if isinstance(given, list) else [given]
 
 
-class Completions(Body):
+class Completions(OpenAIBody):
     prompt: TextsOrIds | None = None
 
 
-class Chat(Body):
+class Chat(OpenAIBody):
     messages: list[Message] | None = None
-    max_completion_tokens: int | None = None
     input_ids: list[TokenId] | None = None
     """An extension of SGLang: the prompt in place of what the chat template would make of the messages."""
     tools: Raw = NO_VALUE
@@ -112,7 +116,6 @@ class MessagesUnknown(Messages):
 class Responses(Body):
     input: str | list[Message] | None = None
     instructions: str | None = None
-    max_output_tokens: int | None = None
     tools: Raw = NO_VALUE
 
 

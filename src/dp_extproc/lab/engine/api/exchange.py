@@ -6,11 +6,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from pydantic import TypeAdapter, ValidationError
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from dp_extproc.lab.engine.api.fields import InvalidBodyError, Reader, RoutingFields, legs, read_rank_header
+from dp_extproc.lab.engine.api.fields import (
+    InvalidBodyError,
+    InvalidTypeError,
+    Reader,
+    RoutingFields,
+    legs,
+    read_rank_header,
+)
 from dp_extproc.lab.engine.api.journal import Record
 from dp_extproc.lab.engine.engine import Engine
 from dp_extproc.lab.engine.leg import Failure, Finished
@@ -24,6 +32,7 @@ DISCONNECTED = Failure(None, "client disconnected")
 LISTENER = "engine.dp_rank"
 """Key of the rank in the ASGI scope of a listener that belongs to one rank."""
 DONE = "data: [DONE]\n\n"
+_bool = TypeAdapter(bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +93,26 @@ class Exchange:
             wrong = "Input should be a valid dictionary or object to extract fields from"
             value = body if isinstance(body, int | float | bool | None) else "..."
             raise InvalidBodyError([{"type": "model_attributes_type", "loc": ("body",), "msg": wrong, "input": value}])
-        self.streaming = body.get("stream") is True
+        self.streaming = self._truth("stream", body.get("stream"))
         return body
+
+    def _truth(self, name: str, value: Any) -> bool:
+        """Read a truth value as pydantic does, or strictly as ``/generate`` of later releases.
+
+        Raises:
+            InvalidBodyError: It is none.
+            InvalidTypeError: It only looks like one, and the path is strict.
+        """
+        if value is None or isinstance(value, bool):
+            return value is True
+        if self.path == "/generate" and self.engine.settings.release.strict_generate:
+            raise InvalidTypeError(f"invalid type: {type(value).__name__} `{value}`, expected a boolean")
+        try:
+            return _bool.validate_python(value)
+        except ValidationError as error:
+            (problem,) = error.errors(include_url=False)
+            place = {"type": problem["type"], "loc": ("body", name), "msg": problem["msg"], "input": value}
+            raise InvalidBodyError([place]) from None
 
     def fields(self, body: Mapping[str, Any]) -> RoutingFields:
         """Read the routing fields from the body and the headers."""
