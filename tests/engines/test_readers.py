@@ -200,7 +200,17 @@ class TestMetrics:
                 RankSample(1, 577, running_requests=4, waiting_requests=4, capacity_tokens=4096),
             ),
             prompt_tokens=58,
+            cached_prompt_tokens=0,
         )
+
+    def test_metrics_add_up_cached_tokens_of_all_sources(self) -> None:
+        """From 0.5.9 on each cache source has a series, and a page without prompts has no count."""
+        page = b"""sglang:prompt_tokens_total{is_streaming="true"} 500.0
+sglang:cached_tokens_total{cache_source="device"} 200.0
+sglang:cached_tokens_total{cache_source="host"} 30.0
+"""
+        assert read_metrics(page).cached_prompt_tokens == 230
+        assert read_metrics(page.partition(b"\n")[2]).cached_prompt_tokens is None
 
     def test_metrics_add_up_prompt_tokens_of_all_series(self) -> None:
         """The counter is split by is_streaming; both parts belong to the total of the engine."""

@@ -175,6 +175,46 @@ class TestCancelled:
         assert group.requests == 0
 
 
+class TestStepsWithoutAResponse:
+    """A step that has only parts of long prompts ends without a response; its measured time counts."""
+
+    @staticmethod
+    def measured(ranks: int = 1) -> PrefillGroup:
+        """Return an idle group whose steps of 1000 tokens take 1.4 seconds, fixed costs included."""
+        group = make_group(ranks)
+        group.ranks[0].reserve(1000, NOW - 10).complete(NOW - 10 + 1.4)
+        return group
+
+    @pytest.mark.parametrize(("seconds", "left"), [(1.3, 3000 + 250), (1.5, 2000 + 250), (2.9, 1000 + 250)])
+    def test_the_parts_of_a_long_prompt_start_one_after_the_other(self, seconds: float, left: float) -> None:
+        """Of 4000 tokens on a rank, the next 1000 start every 1.4 seconds."""
+        group = self.measured()
+        group.ranks[0].reserve(4000, NOW)
+        group.survey(NOW + seconds)
+
+        assert group.loads == [left]
+
+    def test_the_last_part_ends_by_its_response(self) -> None:
+        """However late it is: the engine may be slower than before."""
+        group = self.measured()
+        group.ranks[0].reserve(2000, NOW)
+        group.ranks[0].reserve(500, NOW)
+        group.survey(NOW + 6)
+
+        assert group.loads == [250 + 500]
+
+    def test_a_step_that_completes_a_request_ends_by_its_response(self) -> None:
+        """Rank 1 has a short prompt in the same step, so that a response comes."""
+        group = self.measured(2)
+        group.ranks[0].reserve(900, NOW).complete(NOW + 1.3)
+        group.ranks[0].reserve(500, NOW + 2)
+        for rank, tokens in ((0, 4000), (1, 700)):
+            group.ranks[rank].reserve(tokens, NOW + 2)
+        group.survey(NOW + 2.9)
+
+        assert group.loads == [125 + 4000, 700]
+
+
 class TestWithoutEvents:
     """Events may be missing, so that time alone moves the load."""
 

@@ -189,3 +189,17 @@ def test_a_rank_never_exceeds_its_capacity(sent: list[tuple[int, str]], blocks: 
         assert all(rank in index._holders[block] for block in cache.blocks)
     kept = sum(len(cache.blocks) for cache in index._caches.values())
     assert index._blocks == kept == sum(map(len, index._holders.values()))
+
+
+def test_share_of_a_rank_scales_its_cached_tokens_until_it_is_forgotten() -> None:
+    """An engine that finds a half of what the index has gets half of the credit."""
+    index = PrefixIndex[int]()
+    for rank in (1, 2):
+        index.note(rank, make_prefix("abcd"), 400, None)
+    index.trust(1, 0.5)
+
+    assert index.cached(make_prefix("abcd"), 400).by_rank == {1: 200, 2: 400}
+    assert (index.share(1), index.share(2)) == (0.5, 1.0)
+    index.forget(1)
+    index.note(1, make_prefix("abcd"), 400, None)
+    assert index.cached(make_prefix("abcd"), 400).by_rank == {1: 400, 2: 400}

@@ -274,6 +274,8 @@ class LoadPage:
     """Prompt tokens that the engine has counted since its start; None if the page has no such count."""
     uncached_prompt_tokens: int | None = None
     """The same without cached tokens; ``/v1/loads`` has it from 0.5.17 on."""
+    cached_prompt_tokens: int | None = None
+    """Prompt tokens since its start that the engine had in its prefix cache, on pages with ``prompt_tokens``."""
     unpublished_ranks: tuple[int, ...] = ()
     """Ranks on the page that have not published a load yet. Sorted; none of them is in ``ranks``."""
 

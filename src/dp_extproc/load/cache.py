@@ -232,6 +232,7 @@ class LoadCache:
                 load.health.recovered()
             if restarted:
                 self._forget_prefixes(load)
+            self._compare_prefixes(load, page, now)
             if endpoint.role is Role.WORKER:
                 load.learn_prompt_rate(page, started)
             self._compare(endpoint.pool, endpoint.role, now)
@@ -274,6 +275,17 @@ class LoadCache:
             self._forget_prefixes(load)  # the next engine has an empty cache
         if failure.kind in GONE or now - load.sampled_at > self.stale_after:
             load.forget_external(now)
+
+    def _compare_prefixes(self, load: EndpointLoad, page: LoadPage, now: float) -> None:
+        """Correct the prefix index by the cached tokens that an engine has counted since the last such page."""
+        if page.prompt_tokens is None or page.cached_prompt_tokens is None or load.role is Role.DECODE:
+            return
+        if load.prefix_truth.counted(page.prompt_tokens, page.cached_prompt_tokens, now):
+            self._forget_prefixes(load)
+        if (index := self.prefixes.get(load.pool)) is not None:
+            share = load.prefix_truth.share(now)
+            for rank in load.ranks:
+                index.trust(rank, share)
 
     def _forget_prefixes(self, load: EndpointLoad) -> None:
         if (index := self.prefixes.get(load.pool)) is not None:  # the pool may no longer be configured

@@ -15,6 +15,7 @@ from dp_extproc.engines.compatibility import PairingKey, pairing_key
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, PrefillSteps, RankSample, Role
 from dp_extproc.estimators.decode_pace import compare
 from dp_extproc.estimators.prefill_speed import PrefillSpeed, compare_speeds
+from dp_extproc.estimators.prefix_truth import PrefixTruth
 from dp_extproc.estimators.prompt_rate import PromptRate
 from dp_extproc.load.attribution import Reading, absorb
 from dp_extproc.load.decode import DecodeGroup
@@ -90,7 +91,7 @@ class EndpointLoad:
     __slots__ = (
         "_counts", "_prompt_rate", "_standstill", "_usable", "address", "answered_at", "cached_prompt_tokens",
         "candidate", "capabilities", "configured", "facts", "groups", "has_external_requests", "health", "is_away",
-        "is_gone", "is_ready", "prefill_speeds", "ranks", "sampled_at",
+        "is_gone", "is_ready", "prefill_speeds", "prefix_truth", "ranks", "sampled_at",
     )  # fmt: skip
 
     def __init__(
@@ -124,6 +125,8 @@ class EndpointLoad:
         )
         self.cached_prompt_tokens = 0.0
         """Prompt tokens of all requests so far that were expected in the prefix cache of their rank."""
+        self.prefix_truth = PrefixTruth()
+        """How many of the expected cached tokens the engine has found."""
         self.sampled_at = -math.inf
         """When the last good load page was requested."""
         self.answered_at = -math.inf

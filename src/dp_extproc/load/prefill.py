@@ -3,7 +3,8 @@
 All ranks of a group start each step together, and a step takes as long as its fullest rank. Tokens in the running step
 therefore delay a new request equally on every rank, and only break ties. What counts are the tokens that wait.
 Engines do not report when a step ends, but the response of a prefill leg shows it: a step has ended then, and what had
-reached the engine by then has started, rank by rank, first in first out.
+reached the engine by then has started, rank by rank, first in first out. A step that has only parts of long prompts
+ends without a response, so its measured time counts.
 """
 
 import math
@@ -142,6 +143,8 @@ class PrefillGroup(StepGroup):
 
         Of each rank, no more than one step can compute counts as started: the next response ends what runs.
         """
+        while (end := self._silent_end) <= now:
+            self._step(end)
         overdue = max(QUIET_SECONDS, self._overdue_per_token * self._step_length)
         quiet = now - self._last_event
         if self._uncomputed and quiet >= overdue:
@@ -159,7 +162,18 @@ class PrefillGroup(StepGroup):
                         age >= overdue and reservation.waiting and (room := self._budget - self._running[position]) > 0
                     ):
                         self._start(reservation, room)
-        self.due = max(now + QUIET_SECONDS / 4, self._last_event + overdue) if self._uncomputed else math.inf
+        later = max(now + QUIET_SECONDS / 4, self._last_event + overdue) if self._uncomputed else math.inf
+        self.due = min(later, self._silent_end)
+
+    @property
+    def _silent_end(self) -> float:
+        """When the running step ends, if no response will show it, as each rank computes a part of a long prompt."""
+        if not self._step_length or self._time_per_token is None or not self._chunked:
+            return math.inf
+        for queue in self._queues:
+            if queue and queue[0].running and not queue[0].waiting:
+                return math.inf
+        return self._step_began + self._time_per_token * (self._step_length + self._step_cost)
 
     @property
     def waiting(self) -> Work:
@@ -222,6 +236,8 @@ class PrefillGroup(StepGroup):
             self._sum_up(position)
         if self.due == math.inf:
             self.due = now + QUIET_SECONDS
+        if idle:
+            self.due = min(self.due, self._silent_end)
 
     def _close(self, reservation: Reservation, now: float, *, served: bool) -> None:
         if served:
@@ -233,6 +249,7 @@ class PrefillGroup(StepGroup):
             queue.remove(reservation)
             self._computed(reservation, now)
             if self._uncomputed and not any(self._running):
+                self._step_began = now
                 self._fill(math.inf)  # the running step had this request alone
             return
         self._measure(reservation, now)
@@ -280,6 +297,7 @@ class PrefillGroup(StepGroup):
         self._fill(now - ARRIVAL_LAG)
         if self._uncomputed and not self._step_length:
             self._fill(math.inf)  # the engine has only requests on their way: they start when they arrive
+        self.due = min(self.due, self._silent_end)
 
     def _fill(self, arrived: float) -> None:
         """Take waiting tokens into the running step, of requests that were picked until *arrived*."""

@@ -69,7 +69,7 @@ class InFlightTracker:
         if computes is not None:
             self._record_prefix(computes, cost)
             self._cache.arrivals[computes.endpoint.pool].add(max(0.0, cost.tokens - computes.cached), now)
-            on_prefill_answer = partial(self._prompt_done, computes.endpoint, cost)
+            on_prefill_answer = partial(self._prompt_done, computes.endpoint, cost, self._expected(computes))
         on_prefill = _reserve(prefill, cost, now)
         return InFlight(
             number,
@@ -86,11 +86,19 @@ class InFlightTracker:
             made_room=self._made_room,
         )
 
-    def _prompt_done(self, endpoint: EndpointLoad, cost: RequestCost, status: int) -> None:
-        """Learn the bytes per token from a computed prompt, of whichever replica."""
-        ratio = self._cache.ratios.get(endpoint.pool)  # the pool may no longer be configured
-        if status < ERROR and ratio is not None:
+    def _prompt_done(self, endpoint: EndpointLoad, cost: RequestCost, expected: float, status: int) -> None:
+        """Learn from a computed prompt, of whichever replica, of which so many tokens were expected in cache."""
+        if status >= ERROR:
+            return
+        endpoint.prefix_truth.computed(cost.tokens, expected)
+        if (ratio := self._cache.ratios.get(endpoint.pool)) is not None:  # the pool may no longer be configured
             ratio.computed(endpoint.url, cost.text_bytes, cost.known_tokens, doubtful=cost.has_media)
+
+    def _expected(self, target: Target) -> float:
+        """Return the cached tokens that the prefix index has of a prompt, before any correction."""
+        if target.rank is None or not target.cached:
+            return 0.0
+        return target.cached / self._cache.prefixes[target.endpoint.pool].share(target.endpoint.ranks[target.rank])
 
     def _record_prefix(self, target: Target, cost: RequestCost) -> None:
         """Record that a rank will have the KV cache of a prompt."""

@@ -72,6 +72,11 @@ def _describe_endpoint(load: EndpointLoad | None, stale_after: float, now: float
         "time_per_output_token": None if (tpot := load.tpot) is None else round(tpot, 6),
         "time_per_prompt_token": None if (pace := load.time_per_prompt_token) is None else round(pace, 9),
         "cached_tokens": round(load.cached_prompt_tokens),
+        "prefix_cache": {
+            "expected_tokens": round(load.prefix_truth.expected),
+            "found_tokens": round(load.prefix_truth.found),
+            "credited_share": round(load.prefix_truth.share(now), 3),
+        },
         "expired_reservations": load.expired,
         "suspect_ranks": [rank.index for group in load.suspect_groups for rank in group.ranks],
         "ranks": [_describe_rank(rank, now) for rank in load.ranks],

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from dp_extproc import __version__
 from dp_extproc.attempt.listener import Decided, LegFailed
 from dp_extproc.engines.listener import EngineFailure
-from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage
+from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, Role
 from dp_extproc.load.autoscaling import Autoscaling
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import Freshness
@@ -208,6 +208,11 @@ class Telemetry:
         cached = counter(
             "dp_extproc_cached_prompt_tokens", "Prompt tokens that were expected in the prefix cache of their rank."
         )
+        expected = counter(
+            "dp_extproc_expected_cached_tokens", "Cached tokens that the prefix index expected, of compared prompts."
+        )
+        found = counter("dp_extproc_found_cached_tokens", "Cached tokens that the engine counted in these prompts.")
+        credited = gauge("dp_extproc_prefix_credit_ratio", "Share of the expected cached tokens that counts in picks.")
         expired = counter("dp_extproc_expired_reservations", "Reservations that expired because no event ended them.")
         ejected = gauge("dp_extproc_endpoint_ejected", "1 while the endpoint is ejected.")
         tpot = gauge(
@@ -233,6 +238,10 @@ class Telemetry:
                 ejected.add_metric(names, float(load.health.is_ejected(now)))
                 cached.add_metric(names, load.cached_prompt_tokens)
                 expired.add_metric(names, load.expired)
+                if load.role is not Role.DECODE:
+                    expected.add_metric(names, load.prefix_truth.expected)
+                    found.add_metric(names, load.prefix_truth.found)
+                    credited.add_metric(names, load.prefix_truth.share(now))
                 if (seconds := load.tpot) is not None:
                     tpot.add_metric(names, seconds)
                 if (seconds := load.time_per_prompt_token) is not None:
@@ -241,6 +250,7 @@ class Telemetry:
             for kind, count in kinds.get(endpoint.url, ()):
                 failures.add_metric([*names, _SOURCE, kind], count)
         yield from (state, age, ejected, samples, failures, cached, expired, tpot, prompt_time)
+        yield from (expected, found, credited)
 
     def _collect_ranks(self) -> Iterator[Metric]:
         labels = ["pool", "role", "endpoint", "dp_rank"]

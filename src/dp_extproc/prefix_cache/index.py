@@ -47,6 +47,8 @@ class PrefixIndex(Generic[_R]):
         self._blocks = 0
         """Blocks of all ranks."""
         self._sessions: OrderedDict[str, _Session[_R]] = OrderedDict()
+        self._shares: dict[_R, float] = {}
+        """The share of the cached tokens that counts, of the ranks where it is not all."""
 
     def cached(self, prefix: Prefix, tokens: float, session: str | None = None) -> CachedTokens[_R]:
         """Return how much of a prompt of so many tokens each rank has cached.
@@ -73,7 +75,20 @@ class PrefixIndex(Generic[_R]):
             cache = self._caches[known.rank]
             if cache.recorded - known.recorded < cache.capacity:  # else later prompts have evicted it
                 by_rank[known.rank] = max(by_rank.get(known.rank, elsewhere), min(known.tokens, tokens))
+        if self._shares:
+            by_rank = {rank: tokens * self._shares.get(rank, 1.0) for rank, tokens in by_rank.items()}
         return CachedTokens(by_rank, elsewhere)
+
+    def trust(self, rank: _R, share: float) -> None:
+        """Let only a share of what the index has of a rank count, because its engine finds no more."""
+        if share < 1.0:
+            self._shares[rank] = share
+        else:
+            self._shares.pop(rank, None)
+
+    def share(self, rank: _R) -> float:
+        """Return the share of a rank's cached tokens that counts."""
+        return self._shares.get(rank, 1.0)
 
     def note(self, rank: _R, prefix: Prefix, tokens: float, capacity_tokens: float | None) -> None:
         """Record that a rank is going to compute a prompt of so many tokens, and to keep it in its cache.
@@ -119,6 +134,7 @@ class PrefixIndex(Generic[_R]):
 
     def forget(self, rank: _R) -> None:
         """Drop all that a rank had: its engine has restarted."""
+        self._shares.pop(rank, None)
         if (cache := self._caches.pop(rank, None)) is not None:
             for block in cache.blocks:
                 self._drop(rank, block)

@@ -78,7 +78,9 @@ def test_simulate_refuses_an_unknown_policy(policy: str, capsys: pytest.CaptureF
 
 
 def test_settings_have_the_fleet_of_their_name() -> None:
-    """The name is the topology: 4p2d8 is four prefill and two decode engines of eight ranks."""
+    """The name has the topology: 4p2d8 is four prefill and two decode engines of 8 ranks, 2w4 two aggregated ones."""
     for name, setting in SETTINGS.items():
         fleet = setting.fleet
-        assert name.startswith(f"{fleet.prefill}p{fleet.decode}d{fleet.ranks}-")
+        roles = f"{fleet.prefill}p{fleet.decode}d" if fleet.prefill else f"{fleet.decode}w"
+        assert name.startswith(f"{roles}{fleet.ranks}-")
+        assert fleet.lockstep is ("-plain" not in name)

@@ -1,6 +1,7 @@
 """The simulation keeps the stand-in's rules, loses no request, and is the same for the same seed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -195,6 +196,46 @@ def test_router_learns_the_token_ratio_of_dense_text_from_busy_engines() -> None
     (ratio,) = router.replicas[0].fleet.ratios.values()
 
     assert ratio.bytes_per_token == pytest.approx(1.3, rel=0.05)
+
+
+LOOSE = Fleet(prefill=2, decode=2, ranks=4, lockstep=False)
+"""Engines of four ranks that step alone."""
+
+
+@pytest.mark.parametrize(
+    "fleet",
+    [
+        LOOSE,
+        replace(LOOSE, chunk=0),
+        replace(LOOSE, prefill=0),
+        replace(LOOSE, prefill=0, chunk=0),
+        Fleet(prefill=0, decode=2, ranks=4),
+        Fleet(prefill=4, decode=4, ranks=1),
+    ],
+    ids=["plain", "plain unchunked", "aggregated", "aggregated unchunked", "aggregated lockstep", "listeners"],
+)
+def test_ranks_that_step_alone_are_placed_like_with_exact_books(fleet: Fleet) -> None:
+    """No request is lost, and the mean time to the first token is that of exact books or little more."""
+    trace = make_trace("agent", 400, 7.0, 1)
+    means = []
+    for make in (Clairvoyant, lambda each: Ours(each, PolicySettings(), LoadSignal.ESTIMATE)):
+        simulation = Simulation(fleet, Surroundings(), trace, 1)
+        result = simulation.run(make(simulation))
+        assert sorted(outcome.number for outcome in result.outcomes) == list(range(400))
+        means.append(result.summary()["ttft_mean"])
+
+    assert means[1] < 1.1 * means[0]
+
+
+def test_clients_leave_aggregated_engines() -> None:
+    """Nothing is left of them."""
+    trace = make_trace("agent", 200, 8.0, 1)
+    simulation = Simulation(replace(LOOSE, prefill=0), Surroundings(aborts=0.5, patience=0.1), trace, 1)
+    router = Ours(simulation, PolicySettings(), LoadSignal.ESTIMATE)
+    simulation.run(router)
+    simulation.settle()
+
+    assert not any(replica.attempts for replica in router.replicas)
 
 
 def others(host: object) -> float:

@@ -74,9 +74,10 @@ class SglangAdapter:
             return page
         state.prompt_tokens_due = now + _PROMPT_TOKENS_EVERY
         try:
-            return replace(page, prompt_tokens=(await _metrics(http)).prompt_tokens)
+            counts = await _metrics(http)
         except ReaderError:
-            return page  # the count only refines estimates
+            return page  # the counts only refine estimates
+        return replace(page, prompt_tokens=counts.prompt_tokens, cached_prompt_tokens=counts.cached_prompt_tokens)
 
     def capabilities(self, facts: EngineFacts) -> Capabilities:
         return capabilities(facts)

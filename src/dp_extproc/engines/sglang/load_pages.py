@@ -50,8 +50,11 @@ _BOOTSTRAP: Final = ("num_prefill_bootstrap_queue_reqs", "num_prefill_prealloc_q
 _WAITING: Final = ("num_queue_reqs", "num_decode_prealloc_queue_reqs", "num_decode_transfer_queue_reqs")
 _THROUGHPUT: Final = "gen_throughput"
 _PROMPT_TOKENS: Final = "prompt_tokens_total"
+_CACHED_TOKENS: Final = "cached_tokens_total"
+"""Absent while no prompt had cached tokens. From 0.5.9 on it has a series for each ``cache_source``."""
 
-_NEEDED: Final = lines_of("sglang", (_USED, _CAPACITY, _THROUGHPUT, *_RUNNING, *_BOOTSTRAP, *_WAITING, _PROMPT_TOKENS))
+_COUNTERS: Final = (_PROMPT_TOKENS, _CACHED_TOKENS)
+_NEEDED: Final = lines_of("sglang", (_USED, _CAPACITY, _THROUGHPUT, *_RUNNING, *_BOOTSTRAP, *_WAITING, *_COUNTERS))
 _ANY_OF_SGLANG: Final = re.compile(rb"^(?:# (?:HELP|TYPE) )?sglang[:_]", re.MULTILINE)
 
 
@@ -171,17 +174,19 @@ def read_metrics(page: bytes) -> LoadPage:
     if not samples and not _ANY_OF_SGLANG.search(page):
         raise wrong_shape("/metrics has no sglang: series; is this an SGLang server's page?")
     gauges: dict[int, dict[str, float]] = defaultdict(dict)
-    counters: list[Sample] = []
+    counters: dict[str, list[Sample]] = {name: [] for name in _COUNTERS}
     for sample in samples:
         name = sample.name[len("sglang:") :]
-        if name == _PROMPT_TOKENS:
-            counters.append(sample)
+        if name in counters:
+            counters[name].append(sample)
         elif sample.labels.get("pp_rank", "0") == "0" and not sample.labels.get("priority"):
             of_rank = gauges[rank_of(sample, "dp_rank")]
             of_rank[name] = max(_value(name, sample.value), of_rank.get(name, 0.0))
+    prompts = _total(counters[_PROMPT_TOKENS])
     return LoadPage(
         ranks=tuple(_rank_sample(rank, gauges[rank]) for rank in sorted(gauges) if _USED in gauges[rank]),
-        prompt_tokens=_total(counters),
+        prompt_tokens=prompts,
+        cached_prompt_tokens=None if prompts is None else _total(counters[_CACHED_TOKENS]) or 0,
         unpublished_ranks=tuple(rank for rank in sorted(gauges) if _USED not in gauges[rank]),
     )
 
@@ -214,4 +219,4 @@ def _total(counters: list[Sample]) -> int | None:
     if any(sample.labels.get("priority") == "" for sample in counters):
         counters = [sample for sample in counters if not sample.labels.get("priority")]
     parts = [count(sample.value, METRICS_PAGE, sample.name) for sample in counters]
-    return count(sum(parts), METRICS_PAGE, _PROMPT_TOKENS) if parts else None
+    return count(sum(parts), METRICS_PAGE, counters[0].name) if parts else None

@@ -32,8 +32,8 @@ _AROUND: Final = (
     ("aborts", float, "share of the requests whose clients leave a queue in which they wait for long"),
 )
 _FLEET: Final = (
-    ("prefill", int, "prefill engines"),
-    ("decode", int, "decode engines"),
+    ("prefill", int, "prefill engines; 0 for aggregated engines"),
+    ("decode", int, "decode engines, or aggregated ones"),
     ("ranks", int, "DP ranks of each engine"),
     ("chunk", int, "prompt tokens per rank and step; 0 for no chunks"),
     ("capacity", int, "KV tokens of a rank"),
@@ -61,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind, text in (*_FLEET, *_TRAFFIC, *_AROUND):
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     parser.add_argument("--prefix-cache", action=argparse.BooleanOptionalAction, help="whether engines have one")
+    parser.add_argument(
+        "--lockstep", action=argparse.BooleanOptionalAction, help="whether the ranks of an engine step together"
+    )
     parser.add_argument(
         "--sync", type=float, metavar="MS", help="how late replicas get events of peers; default: never"
     )
@@ -130,6 +133,8 @@ def _changed(setting: Setting, args: argparse.Namespace) -> Setting:
         return {name: value for name, _, _ in names if (value := getattr(args, name)) is not None}
 
     fleet: Fleet = replace(setting.fleet, **given(_FLEET))  # type: ignore[arg-type]
+    if args.lockstep is not None:
+        fleet = replace(fleet, lockstep=args.lockstep)
     if args.prefix_cache is not None:
         fleet = replace(fleet, prefix_cache=args.prefix_cache)
     around: Surroundings = replace(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Final
 
+from dp_extproc.lab.engine.scheduler.costs import Costs
 from dp_extproc.lab.simulate.fleet import Fleet, Surroundings
 from dp_extproc.lab.workload.generate import SESSIONS
 
@@ -22,6 +23,8 @@ class Setting:
     around: Surroundings = field(default_factory=Surroundings)
 
 
+_FAST: Final = Costs()
+"""The step costs of the stand-in: a step takes a third to a fifth of the default here."""
 _SEEDS_FLEET: Final = Fleet(prefill=1, decode=1, ranks=2)
 
 SETTINGS: Final[dict[str, Setting]] = {
@@ -37,5 +40,11 @@ SETTINGS: Final[dict[str, Setting]] = {
     "4p2d8-unchunked": Setting(Fleet(chunk=0), "agent", 24.0),
     "8p2d8-long": Setting(Fleet(prefill=8), "long", 38.0),
     "4p2d8-sessions": Setting(Fleet(prefix_cache=True), SESSIONS, 50.0, 8000),
+    "2p2d4-plain": Setting(Fleet(2, 2, 4, lockstep=False), "agent", 10.0, 1500),
+    "2p2d4-plain-unchunked": Setting(Fleet(2, 2, 4, lockstep=False, chunk=0), "agent", 10.0, 1500),
+    "2p2d4-plain-fast": Setting(Fleet(2, 2, 4, lockstep=False, costs=_FAST), "agent", 40.0, 1500),
+    "8p8d1-agent": Setting(Fleet(8, 8, 1), "agent", 10.0, 1500),
+    "2w4-plain": Setting(Fleet(0, 2, 4, lockstep=False), "agent", 8.0, 1500),
+    "2w4-plain-unchunked-fast": Setting(Fleet(0, 2, 4, lockstep=False, chunk=0, costs=_FAST), "agent", 25.0, 1500),
     "8p8d32-agent": Setting(Fleet(prefill=8, decode=8, ranks=32), "agent", 220.0),
 }

@@ -192,10 +192,16 @@ def _usage(exchange: Exchange) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "total_tokens": prompt + completion,
         "completion_tokens": completion,
-        "prompt_tokens_details": {"cached_tokens": cached} if exchange.engine.settings.enable_cache_report else None,
+        "prompt_tokens_details": {"cached_tokens": cached} if _reports_cached(exchange, cached) else None,
         "reasoning_tokens": 0,
         "completion_tokens_details": None,
     }
+
+
+def _reports_cached(exchange: Exchange, cached: int) -> bool:
+    """Check whether cached tokens are in the usage: with the option, and until 0.5.21 only if there are some."""
+    settings = exchange.engine.settings
+    return settings.enable_cache_report and (cached > 0 or settings.release.since("0.5.22"))
 
 
 def _echo(prompt: bytes) -> str:

@@ -53,7 +53,7 @@ class RequestMetrics:
 
         self._prompt = counter("prompt_tokens", "Number of prefill tokens processed.", streaming)
         # Until 0.5.8 without the source.
-        self._source = {"cache_source": "device"} if settings.release.since("0.5.10") else {}
+        self._source = {"cache_source": "device"} if settings.release.since("0.5.9") else {}
         self._cached = counter("cached_tokens", "Number of cached prompt tokens.", (*model, *self._source))
         self._generation = counter("generation_tokens", "Number of generation tokens processed.", streaming)
         self._requests = counter("num_requests", "Number of requests processed.", streaming)
