@@ -538,7 +538,35 @@ class TestFailures:
         """As it is, and prefill is ended."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
-        assert show(attempted.head(400)) == [*LET_GO, ("PREFILL", CANCELLED)]
+        assert show(attempted.head(404)) == [*LET_GO, ("PREFILL", CANCELLED)]
+
+    def test_client_gets_a_400_of_decode_after_its_text_was_read(self) -> None:
+        """It may be about the rank, which is no fault of the client."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        assert show(attempted.head(400)) == [("MAIN", "take body"), ("PREFILL", CANCELLED)]
+        said = attempted.watch.decode_explained(b'{"message":"max_tokens is too large"}', 1.0)
+        assert show(said) == LET_GO
+        assert attempted.blamed() == []
+        assert attempted.failures == []
+
+    @pytest.mark.parametrize("leg", [Role.PREFILL, Role.DECODE])
+    def test_refused_rank_is_scheduled_again_and_is_no_fault_of_the_endpoint(self, leg: Role) -> None:
+        """Another engine is behind the address, so its facts are read anew; the client gets no routing field."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        text = b'{"error":{"message":"routed_dp_rank=3 out of range [0, 2)"}}'
+        if leg is Role.PREFILL:
+            attempted.prefill(400)
+            reply = main_of(attempted.watch.prefill_explained(text, 1.0))
+            assert (reply.status, dict(reply.headers)[contract.RETRY]) == (502, "1")
+            assert b"routed_dp_rank" not in reply.body
+        else:
+            attempted.head(400)
+            said = attempted.watch.decode_explained(text, 1.0)
+            assert show(said) == [("MAIN", f"{contract.FAILED} {contract.RETRY}")]
+        assert attempted.blamed() == []
+        assert [each for each, _, retried in attempted.failures if retried] == [leg]
 
     def test_client_gets_the_engines_status_when_decode_refuses_in_its_first_event(self) -> None:
         """It becomes the status that it should have been."""

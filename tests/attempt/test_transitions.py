@@ -110,6 +110,12 @@ class Scripted:
     def lost(self, address: str) -> None:
         """No endpoint is at stake."""
 
+    def suspect(self, url: str) -> None:
+        pass
+
+    def contradicted(self, url: str, why: str) -> None:
+        pass
+
     def engine_lost(self, fingerprint: str, address: str) -> None:
         """No endpoint is at stake."""
 
@@ -148,7 +154,7 @@ STREAMING: Final = BODY.then(RequestBody(STREAM, True))
 UNSUPERVISED: Final = replace(ROUTED, supervise=Supervise.OFF)
 HELD: Final = ROUTED.then(ResponseHeaders(200))
 FAILING: Final = ROUTED.then(ResponseHeaders(500))
-RESPONDING: Final = ROUTED.then(ResponseHeaders(400))
+RESPONDING: Final = ROUTED.then(ResponseHeaders(404))
 MERGING: Final = BODY.then(
     RequestBody(LOGPROBS, True), LegOpened(), LegHeaders(200), ResponseHeaders(200), ResponseBody(b"{", False)
 )
@@ -176,7 +182,7 @@ EVENTS: Final[tuple[Event | float, ...]] = (
     *(RequestBody(data, True) for data in (PLAIN, STREAM, b"refuse", b"queue")),
     *(RequestBody(data, False) for data in (PLAIN, b"")),
     RequestTrailers(),
-    *(ResponseHeaders(status) for status in (200, 400, 500)),
+    *(ResponseHeaders(status) for status in (200, 400, 404, 500)),
     ResponseHeaders(200, end_of_stream=True),
     ResponseHeaders(200, is_events=True, is_encoded=True),
     ResponseBody(b"{}", True),

@@ -21,7 +21,7 @@ ENGINES = {
     "prefill": ("--role", "prefill", "--dp-size", "4", "--dp-attention"),
     "decode": ("--role", "decode", "--dp-size", "2", "--dp-attention"),
     "worst prefill": ("--role", "prefill", "--dp-size", "4", "--no-dp-attention", "--sglang-version", "0.5.11"),
-    "worst decode": ("--role", "decode", "--dp-size", "4", "--sglang-version", "0.5.9"),
+    "worst decode": ("--role", "decode", "--dp-size", "4", "--sglang-version", "0.5.11"),
     "worker": ("--dp-size", "4"),
     "vllm": ("--kind", "vllm", "--vllm-version", "0.11.0", "--dp-size", "4"),
     "old vllm": ("--kind", "vllm", "--vllm-version", "0.10.0", "--dp-size", "4"),

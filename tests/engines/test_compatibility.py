@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,83 @@ def test_a_difference_is_found_where_the_pair_would_fail(
 ) -> None:
     """A setting that one engine does not report, or that may be equal, is no difference: such a pair may work."""
     assert code(prefill, decode, version) == expected
+
+
+def parallel(pp: int | None = None, tp: int | None = None) -> PairTerms:
+    return PairTerms(pp_size=pp, attn_tp_size=tp)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "expected"),
+    [
+        pytest.param(parallel(pp=2), parallel(pp=2), None, id="stages: the same"),
+        pytest.param(parallel(pp=4), parallel(pp=1), None, id="stages: decode has one"),
+        pytest.param(parallel(pp=1), parallel(pp=2), "pp_size_differs", id="stages: decode has more"),
+        pytest.param(parallel(pp=4), parallel(pp=2), "pp_size_differs", id="stages: decode has fewer"),
+        pytest.param(parallel(pp=None), parallel(pp=2), None, id="stages: not told"),
+        pytest.param(parallel(tp=8), parallel(tp=2), None, id="shards: a multiple"),
+        pytest.param(parallel(tp=2), parallel(tp=8), None, id="shards: a multiple on decode"),
+        pytest.param(parallel(tp=6), parallel(tp=4), "attn_tp_size_differs", id="shards: no multiple"),
+    ],
+)
+def test_parts_of_the_model_differ_where_decode_fetches_from_the_wrong_ranks(
+    prefill: PairTerms, decode: PairTerms, expected: str | None
+) -> None:
+    """``_resolve_rank_mapping`` asserts the stages, and divides the shards without a check."""
+    assert code(prefill, decode) == expected
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        pytest.param({"tp_size": 8, "pp_size": 2}, (2, 8), id="no DP attention"),
+        pytest.param({"tp_size": 8, "dp_size": 4}, (None, 8), id="plain DP"),
+        pytest.param({"tp_size": 8, "dp_size": 4, "enable_dp_attention": True}, (None, 2), id="DP attention"),
+        pytest.param(
+            {"tp_size": 8, "attn_dp_size": 4, "enable_dp_attention": True}, (None, 2), id="DP attention from 0.5.22 on"
+        ),
+        pytest.param({"tp_size": 8, "attn_cp_size": 2}, (None, 4), id="context parallelism"),
+        pytest.param({"tp_size": "8", "pp_size": -1}, (None, None), id="malformed"),
+        pytest.param({"tp_size": 7, "attn_cp_size": 2}, (None, None), id="impossible"),
+    ],
+)
+def test_parallel_sizes_are_those_of_one_rank(info: dict[str, object], expected: tuple[int | None, int | None]) -> None:
+    """As ``derive_attn_tp_size`` computes them."""
+    terms = reported(**info)
+
+    assert (terms.pp_size, terms.attn_tp_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "expected"),
+    [
+        pytest.param("0.5.9", "0.5.23", False, id="other names of parameters"),
+        pytest.param("0.5.23", "0.5.9", False, id="other names of parameters, the reverse"),
+        pytest.param("0.5.10", "0.5.23", True, id="decode has defaults for new fields"),
+        pytest.param("0.5.15", "0.5.16", True, id="decode is one range ahead"),
+        pytest.param("0.5.16", "0.5.15", False, id="decode refuses fields of a later prefill"),
+        pytest.param("0.5.20", "0.5.16", True, id="no new field in this range"),
+        *(
+            pytest.param(new, old, False, id=f"{new} added fields")
+            for old, new in pairwise(("0.5.20", "0.5.21", "0.5.22", "0.5.23"))
+        ),
+        pytest.param("0.5.5", "0.5.9", False, id="decode expects one more buffer"),
+        pytest.param("0.5.9", "0.5.5", True, id="prefill has one more buffer than is asked for"),
+        pytest.param("0.5.2", "0.5.3", False, id="other order of buffers"),
+        pytest.param("0.5.3", "0.5.2", False, id="other order of buffers, the reverse"),
+        pytest.param("0.4.9", "0.5.1", False, id="other names of fields"),
+        pytest.param("0.5.24", "0.5.23", True, id="a later release may work"),
+        pytest.param(None, "0.5.9", True, id="an unknown release may be any"),
+    ],
+)
+def test_releases_differ_where_decode_does_not_understand_prefill(
+    prefill: str | None, decode: str | None, expected: bool
+) -> None:
+    """Read off the sources of the releases; see the head of ``engines/sglang/protocol.py``."""
+    found = difference(side(Mode.PREFILL, PairTerms(), prefill), side(Mode.DECODE, PairTerms(), decode))
+
+    assert (found is None) is expected
+    assert found is None or (found.code, found.prefill, found.decode) == ("release_differs", prefill, decode)
 
 
 def test_a_difference_names_both_values_and_the_remedy() -> None:

@@ -95,6 +95,12 @@ class Listener:
     def lost(self, address: str) -> None:
         """Our own front door reports it; this is of no interest here."""
 
+    def suspect(self, url: str) -> None:
+        pass
+
+    def contradicted(self, url: str, why: str) -> None:
+        pass
+
     def engine_lost(self, fingerprint: str, address: str) -> None:
         """Only engines drop requests, and there are none."""
 

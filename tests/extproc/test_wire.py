@@ -459,6 +459,12 @@ class _Broken:
     def lost(self, address: str) -> None:
         raise NotImplementedError
 
+    def suspect(self, url: str) -> None:
+        pass
+
+    def contradicted(self, url: str, why: str) -> None:
+        pass
+
     def engine_lost(self, fingerprint: str, address: str) -> None:
         raise NotImplementedError
 

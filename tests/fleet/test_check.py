@@ -134,7 +134,8 @@ def test_check_groups_engines_by_diagnostic(tmp_path: Path) -> None:
                 tmp_path,
             )
 
-            assert status == 0
+            assert status == 1, "no decode engine finds a prefill engine of so much a later release"
+            assert "release is 0.5.23 on prefill and 0.5.9 on decode" in out
             assert f"decode_rank_not_controllable: {first.url}, {second.url}\n" in out
             assert f"bootstrap_unreachable: {prefill.url}\n" in out
             assert f"{first.url}, {second.url}: rank by the engine itself; paths: /generate, /v1/comp" in out

@@ -607,6 +607,196 @@ def test_exception_of_a_listener_concerns_one_engine(caplog: pytest.LogCaptureFi
     assert next(each.getMessage() for each in caplog.records if "internal" in each.getMessage()).endswith("see the log")
 
 
+def page_of(*used: int, mode: str = "null", **more: object) -> bytes:
+    """Make a page of /v1/loads with what recent releases report beside the load."""
+    ranks = [
+        {"dp_rank": rank, "num_used_tokens": tokens, "disaggregation": {"mode": mode}}
+        for rank, tokens in enumerate(used)
+    ]
+    ranks[0] |= {"total_prefill_uncached_tokens": more.pop("computed", 10)}
+    ranks[1:] = [each | {"total_prefill_uncached_tokens": 0} for each in ranks[1:]]
+    return json.dumps({"version": "0.5.23", "loads": ranks, **more}).encode()
+
+
+@pytest.mark.parametrize(
+    ("page", "facts"),
+    [
+        pytest.param(page_of(1, 2, 3, 4), info(4), id="more ranks"),
+        pytest.param(page_of(1), info(1), id="fewer ranks"),
+        pytest.param(page_of(1, 2, version="0.5.22"), info(version="0.5.22"), id="another release"),
+        pytest.param(
+            page_of(1, 2, mode="decode"),
+            info(enable_pd_role_switch=True, internal_states=[{"disaggregation_mode": "decode"}]),
+            id="another role",
+        ),
+        pytest.param(page_of(1, 2, computed=3), info(disaggregation_bootstrap_port=9999), id="counts that fell"),
+    ],
+)
+def test_contradiction_puts_an_engine_in_doubt_until_its_facts_were_read(page: bytes, facts: bytes) -> None:
+    """They are read in the same round, before a sample of the other engine counts."""
+
+    async def story() -> None:
+        clock = Clock()
+        async with (
+            ScriptedEngine({"/server_info": info(), "/v1/loads": page_of(1, 2)}) as engine,
+            scraping(endpoint(engine.url), clock=clock) as (_, events),
+        ):
+            await until(lambda: len(events.samples) >= 2)
+            clock.ahead += 1.0
+            engine.pages = {"/server_info": facts, "/v1/loads": page}
+            await until(lambda: len(events.discoveries) == 2)
+            seen = len(events.samples)
+            await until(lambda: len(events.samples) >= seen + 3)
+
+            doubts = [failure.kind for _, failure in events.failures if failure.is_doubt]
+            assert doubts == [FailureKind.CHANGED]
+            assert engine.requests.count("/server_info") == 2
+
+    run(story())
+
+
+def test_page_that_always_contradicts_the_facts_is_read_on() -> None:
+    """An engine is asked once, and stays in use with the ranks that it has."""
+
+    async def story() -> None:
+        clock = Clock()
+        async with (
+            ScriptedEngine({"/server_info": info(), "/v1/loads": page_of(1, 2)}) as engine,
+            scraping(endpoint(engine.url), clock=clock) as (_, events),
+        ):
+            await until(lambda: len(events.samples) >= 2)
+            clock.ahead += 1.0
+            engine.pages["/v1/loads"] = page_of(1)
+            await until(lambda: len(events.samples) >= 8)
+
+            assert engine.requests.count("/server_info") == 2
+            assert len(events.discoveries) == 2, "it takes requests again"
+
+    run(story())
+
+
+def test_answer_in_place_of_the_page_puts_an_engine_in_doubt_once() -> None:
+    """A proxy without an engine behind it answers so; a broken page of a good engine does no lasting harm."""
+
+    async def story() -> None:
+        clock = Clock()
+        async with (
+            ScriptedEngine({"/server_info": info(), "/v1/loads": page_of(1, 2)}) as engine,
+            scraping(endpoint(engine.url), clock=clock) as (_, events),
+        ):
+            await until(lambda: len(events.samples) >= 2)
+            clock.ahead += 1.0
+            engine.pages["/v1/loads"] = 503
+            await until(lambda: len(events.failures) >= 5)
+            assert [failure.is_doubt for _, failure in events.failures[:3]] == [True, False, False]
+            assert len(events.discoveries) == 2
+            assert engine.requests.count("/server_info") == 2
+
+            engine.pages = {"/server_info": 503, "/v1/loads": 503}
+            clock.ahead += 61
+            await until(lambda: engine.requests.count("/server_info") >= 3)
+            engine.pages["/v1/loads"] = page_of(1, 2)
+            await until(lambda: len(events.samples) >= 6)
+
+    run(story())
+
+
+def test_slow_page_puts_no_engine_in_doubt() -> None:
+    """It only makes the facts due."""
+
+    async def story() -> None:
+        async with (
+            ScriptedEngine({"/server_info": info(), "/v1/loads": page_of(1, 2)}) as engine,
+            scraping(endpoint(engine.url), load=settings(timeout="100ms")) as (_, events),
+        ):
+            await until(lambda: len(events.samples) >= 2)
+            engine.pages["/v1/loads"] = hang
+            await until(lambda: engine.requests.count("/server_info") >= 2)
+
+            assert events.kinds() == {FailureKind.TIMEOUT}
+            assert not any(failure.is_doubt for _, failure in events.failures)
+
+    run(story())
+
+
+def test_legs_that_failed_have_the_facts_read_between_rounds() -> None:
+    """A refused rank puts the engine in doubt at once; a failed leg does not. Thousands of them are one read."""
+
+    async def story() -> None:
+        clock = Clock()
+        async with (
+            ScriptedEngine(healthy()) as engine,
+            scraping(endpoint(engine.url), load=settings(interval="30s", stale_after="60s"), clock=clock) as (
+                monitor,
+                events,
+            ),
+        ):
+            await until(lambda: events.samples)
+            clock.ahead += 2.0
+            for _ in range(1000):
+                monitor.suspect(engine.url)
+            await until(lambda: engine.requests.count("/server_info") == 2)
+            assert events.failures == []
+
+            clock.ahead += 2.0
+            for _ in range(1000):
+                monitor.contradicted(engine.url, "another engine")
+            assert {failure.is_doubt for _, failure in events.failures} == {True}
+            await until(lambda: engine.requests.count("/server_info") == 3)
+            await until(lambda: len(events.discoveries) == 3)
+            monitor.suspect("http://unknown:1")
+
+    run(story())
+
+
+def test_readiness_is_read_between_rounds_that_are_far_apart() -> None:
+    """An engine that ends gets no request for long, whatever the interval is."""
+
+    async def story() -> None:
+        clock = Clock()
+        async with (
+            ScriptedEngine(healthy() | {"/ready": b""}) as engine,
+            scraping(endpoint(engine.url), load=settings(interval="30s", stale_after="60s")) as (_, events),
+        ):
+            await until(lambda: events.samples)
+            engine.pages["/ready"] = 503
+            stopped = clock()
+            await until(lambda: events.failures)
+
+            assert events.kinds() == {FailureKind.NOT_READY}
+            assert clock() - stopped < 2.0
+            assert len(events.samples) == 1
+
+    run(story())
+
+
+def test_engine_without_a_readiness_page_joins_after_its_warm_up() -> None:
+    """Before 0.5.20 /health is 503 until then, and computes a token later; it is read only of one that was away."""
+
+    async def story() -> None:
+        old = {"/server_info": info(version="0.5.9"), "/v1/loads": page_of(1, 2, version="0.5.9"), "/health": b""}
+        async with (
+            ScriptedEngine(dict(old)) as engine,
+            scraping(endpoint(engine.url)) as (_, events),
+        ):
+            await until(lambda: len(events.samples) >= 2)
+            assert "/health" not in engine.requests
+            await engine.stop()
+            await until(lambda: FailureKind.REFUSED in events.kinds())
+            engine.pages["/health"] = 503
+            seen = len(events.samples)
+            await engine.start()
+            await until(lambda: FailureKind.NOT_READY in events.kinds())
+            assert len(events.samples) == seen
+            engine.pages["/health"] = b""
+            await until(lambda: len(events.samples) >= seen + 3)
+            asked = engine.requests.count("/health")
+            await until(lambda: len(events.samples) >= seen + 6)
+            assert engine.requests.count("/health") == asked
+
+    run(story())
+
+
 def test_failure_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     """Many failed rounds are one line, and their end is one."""
     caplog.set_level(logging.INFO, "dp_extproc.fleet")

@@ -8,8 +8,9 @@ from dp_extproc.engines.listener import EngineFailure, FailureKind
 from dp_extproc.engines.model import LoadPage, RankSample, Role
 from dp_extproc.estimators.decode_pace import ALIKE
 from dp_extproc.load.decode import DecodeGroup
-from dp_extproc.load.endpoint import DEFAULT_HEALTH, Freshness, StepCosts, compare_pace
+from dp_extproc.load.endpoint import DEFAULT_HEALTH, Freshness, StepCosts
 from dp_extproc.load.in_flight import InFlight
+from dp_extproc.load.neighbours import compare_pace
 from dp_extproc.prefix_cache.blocks import Prefix
 from fleet_fixtures import Fleet, make_facts, samples
 

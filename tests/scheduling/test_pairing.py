@@ -1,6 +1,7 @@
 """Endpoints that cannot be paired never get a request together, whatever has failed elsewhere."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -116,6 +117,16 @@ def test_every_policy_and_rank_control_picks_a_pair_that_agrees(
     fleet = make_fleet([1, 2, 1], [2, 1, 2], version, policy={"host": host, "dp_rank": rank})
 
     assert {(prefill % 2, decode % 2) for prefill, decode in picks(fleet)} == {(1, 0), (0, 1)}
+
+
+@pytest.mark.parametrize("host", [HostPolicy.RANDOM, HostPolicy.ROUND_ROBIN, HostPolicy.POWER_OF_TWO])
+def test_policy_without_costs_weights_groups_by_the_scarcer_role(host: HostPolicy) -> None:
+    """Of 3 prefill and 1 decode engines of one kind, and 1 and 3 of the other, neither decode engine is flooded."""
+    fleet = make_fleet([1, 1, 1, 2], [1, 2, 2, 2], policy=PolicySettings(host=host))
+    served = Counter(numbers(fleet, place(fleet))[1] for _ in range(400))
+
+    assert served[1] == pytest.approx(200, abs=60)
+    assert served[2] + served[3] + served[4] == 400 - served[1]
 
 
 def test_refusal_names_what_differs() -> None:

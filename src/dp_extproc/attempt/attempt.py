@@ -16,7 +16,7 @@ from typing import Final, get_args
 
 from dp_extproc.attempt.effects import Effects, Environment
 from dp_extproc.attempt.events import BodyMode, Command, Event, FirstEvent, LegEvent, MainEvent, ToLeg
-from dp_extproc.attempt.failures import Failure, failed, timed_out
+from dp_extproc.attempt.failures import Failure, engine_error, timed_out
 from dp_extproc.attempt.first_event_watch import FirstEventWatch
 from dp_extproc.attempt.gateways import BUNDLED, Peer
 from dp_extproc.attempt.intake import Intake
@@ -224,7 +224,7 @@ class Attempt:
 
     def _give_up_error(self, turn: Turn) -> None:
         message = f"the decode server answered {self.main.status}, and did not say why"
-        self._fail(turn, failed(Role.DECODE, message))
+        self._fail(turn, engine_error(Role.DECODE, self.main.status, b"", message))
 
     def _give_up_prefill(self, turn: Turn) -> None:
         seconds = self._effects.prefill_timeout

@@ -140,12 +140,28 @@ class Effects:
             endpoint = self._prefill if (failure.leg is Role.PREFILL) != accuses else self._decode
             if endpoint is not None:
                 endpoint.health.failed(now)
+                self._environment.decider.suspect(endpoint.url)
+        elif failure.blame in {Blame.OUTDATED, Blame.INACTIVE}:
+            self._note_wrong_rank(failure, now)
         elif failure.blame is Blame.IF_SILENT:
-            for endpoint, before in zip(self._endpoints, self._answers, strict=True):
-                # Decode may delay prefill, but prefill does not delay a first token.
-                concerned = failure.leg in {Role.PREFILL, endpoint.role}
-                if concerned and endpoint.health.successes == before:
-                    endpoint.health.failed(now)
+            self._blame_silent(failure.leg, now)
+
+    def _blame_silent(self, leg: Role, now: float) -> None:
+        for endpoint, before in zip(self._endpoints, self._answers, strict=True):
+            # Decode may delay prefill, but prefill does not delay a first token.
+            concerned = leg in {Role.PREFILL, endpoint.role}
+            if concerned and endpoint.health.successes == before:
+                endpoint.health.failed(now)
+
+    def _note_wrong_rank(self, failure: Failure, now: float) -> None:
+        """Leave out a rank that is not active, and have the facts of an engine read that has not the rank at all."""
+        endpoint = self._prefill if failure.leg is Role.PREFILL else self._decode
+        if endpoint is None or self._in_flight is None:
+            return
+        reservations = self._in_flight.prefill if failure.leg is Role.PREFILL else self._in_flight.decode
+        if failure.blame is Blame.INACTIVE and len(reservations) == 1:
+            endpoint.leave_out(reservations[0].rank.index, now)
+        self._environment.decider.contradicted(endpoint.url, failure.message)
 
     # --- retry budget and listener ---
 

@@ -9,20 +9,25 @@ from enum import IntEnum, auto
 from typing import Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 from xxhash import xxh3_64
 
 from dp_extproc.config.reliability import RetrySettings
 from dp_extproc.engines.model import Role
+from dp_extproc.engines.refusals import WrongRank, wrong_rank
 from dp_extproc.request.error_shapes import ErrorShape
 from dp_extproc.request.rejection import Reason, Rejection
 
 ENGINE_FAILED: Final = 500
 """The status from which on a response is a failure of the engine."""
+RANK_REFUSED: Final = 400
+"""The status with which an engine refuses the rank of a request, and a request of the client."""
 NO_OTHER_ATTEMPT: Final = Rejection(
     502,
     Reason.DECODE_FAILED,
     "the decode server's connection was cut before its answer had begun, and there is no other attempt",
 )
+_WRONG_RANK: Final = "the server has not the DP rank that it reported to have"
 _TEXT_BYTES: Final = 2000
 """Bytes of an engine's text that a client gets within an error of the service."""
 _UNAVAILABLE: Final = frozenset({502, 503, 504})
@@ -71,6 +76,10 @@ class Blame(IntEnum):
     """It is that of the failed leg, unless the engine's text accuses the peer."""
     IF_SILENT = auto()
     """It is each endpoint that may have delayed the leg, and that has served no leg since the pick."""
+    OUTDATED = auto()
+    """None: the facts of the failed leg's endpoint are out of date."""
+    INACTIVE = auto()
+    """It is the rank of the failed leg, which its engine does not use at present."""
 
 
 class Failure(Struct, frozen=True):
@@ -116,6 +125,9 @@ def timed_out(leg: Role, message: str) -> Failure:
 
 def engine_error(leg: Role, status: int, text: bytes, message: str) -> Failure:
     """Make the failure that an engine's error of 400 or more means; the message is for one of 500 or more."""
+    if (why := wrong_rank(text)) is not None:  # by our fault, so neither text nor status are for the client
+        blame = Blame.INACTIVE if why is WrongRank.INACTIVE else Blame.OUTDATED
+        return replace(failed(leg, _WRONG_RANK), blame=blame)
     if status >= ENGINE_FAILED:
         return failed(leg, message, text, status=status)
     refused = f"the engine answered {status}"

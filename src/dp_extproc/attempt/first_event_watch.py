@@ -8,19 +8,22 @@ from dp_extproc.attempt.machine import Machine, Turn, bind
 from dp_extproc.attempt.transitions import FIRST_EVENT, FirstState, Outcome, Signal
 from dp_extproc.engines.model import Role
 from dp_extproc.response.first_event import FirstEventReader
+from dp_extproc.response.renaming import Renames
 from dp_extproc.scheduling.decision import Decision
 
 
 class FirstEventWatch(Machine[FirstState]):
     """Whether the first event is awaited, so that an error in it can still become a retry or a clean error."""
 
-    __slots__ = ("_is_unknown", "_reader")
+    __slots__ = ("_is_unknown", "_reader", "renames")
 
     def __init__(self) -> None:
         super().__init__(FirstState.CLEAR)
         self._is_unknown = False
         """Whether only the response headers will show that the response is a stream."""
         self._reader: FirstEventReader | None = None
+        self.renames: Renames | None = None
+        """The ids to be changed in the response, on the stream that sees its first event."""
 
     def feed(self, turn: Turn, data: bytes, *, end_of_stream: bool) -> None:
         """Read a piece of the response, where it passes through the main stream, until the first event is known."""

@@ -60,6 +60,14 @@ class Decider(Protocol):
         """Count a failure of the endpoint at this address, which has dropped a request."""
         ...
 
+    def suspect(self, url: str) -> None:
+        """Have the facts of an endpoint read soon, because a leg has failed there."""
+        ...
+
+    def contradicted(self, url: str, why: str) -> None:
+        """Have the facts of an endpoint read before it gets another request, if there are others."""
+        ...
+
     def engine_lost(self, fingerprint: str, address: str) -> None:
         """Note that the engine at this address has dropped a request after it had accepted it."""
         ...

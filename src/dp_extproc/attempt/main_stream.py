@@ -13,10 +13,11 @@ from dp_extproc.attempt.events import (
     Event,
     ExtendTimeout,
     Phase,
+    Reply,
     SendLeg,
     SkipBody,
 )
-from dp_extproc.attempt.failures import ENGINE_FAILED, NO_OTHER_ATTEMPT, Failure, failed
+from dp_extproc.attempt.failures import ENGINE_FAILED, NO_OTHER_ATTEMPT, RANK_REFUSED, Failure, engine_error
 from dp_extproc.attempt.first_event_watch import FirstEventWatch
 from dp_extproc.attempt.gateways import Headers, Peer
 from dp_extproc.attempt.intake import Intake, Need
@@ -34,11 +35,6 @@ from dp_extproc.scheduling.decision import Answer, Decision, DecodeAbort, Queued
 _OK: Final = 200
 KEPT_BYTES: Final = 1 << 20
 """Most bytes of a response that are kept behind headers that are held, before the response goes to the client."""
-_SKIPPED: Final = frozenset({BodyMode.LOCKSTEP, BodyMode.UNSUPPORTED})
-"""Modes of response bodies that a gateway may give up for this response, where it allows that."""
-_SKIP_BODY: Final = SkipBody()
-_RETRY_BY_CLIENT: Final = (("retry-after", b"0"),)
-"""Where the gateway repeats no request: the client may, because nothing was generated."""
 
 
 class MainStream(Machine[MainState]):
@@ -210,9 +206,9 @@ class MainStream(Machine[MainState]):
             self.merging = Merging(decision.merges, streaming=decision.streaming is True, errors=intake.errors)
             self._leg.text = self.merging.text
         self._leg.move(Signal.SCHEDULED, turn, decision)
-        shows_event = self._environment.gateway.shows_first_events(self._response_mode)
-        wants_event = self._environment.supervision.mode is Supervise.FIRST_EVENT and shows_event
-        if decision.streaming is not False and wants_event:
+        self._first_event.renames = decision.renames
+        wants_event = self._environment.supervision.mode is Supervise.FIRST_EVENT and decision.streaming is not False
+        if wants_event and self._environment.gateway.shows_first_events(self._response_mode):
             self._first_event.move(Signal.SCHEDULED, turn, decision)
 
     def _pass_request(self, turn: Turn, event: on.RequestBody | on.RequestTrailers) -> Outcome:
@@ -224,8 +220,8 @@ class MainStream(Machine[MainState]):
     # --- the response ---
 
     def _pass_headers(self, turn: Turn, _event: on.ResponseHeaders | None) -> Outcome:
-        skips = self._response_mode in _SKIPPED and not self._environment.gateway.sends_bodies_on_request
-        turn.commands.append(_SKIP_BODY if skips else replies.CONTINUE[Phase.RESPONSE_HEADERS])
+        skips = self._response_mode in replies.SKIPPED and not self._environment.gateway.sends_bodies_on_request
+        turn.commands.append(SkipBody() if skips else replies.CONTINUE[Phase.RESPONSE_HEADERS])
         return Outcome.RELEASED
 
     def _response_headers(self, turn: Turn, event: on.ResponseHeaders) -> Outcome:
@@ -237,11 +233,13 @@ class MainStream(Machine[MainState]):
             self.streaming = event.is_events
         if status != _OK:
             self.merging = None  # an error has nothing of the prompt
-        if status >= ENGINE_FAILED:
+        if status >= ENGINE_FAILED or status == RANK_REFUSED:
             if event.end_of_stream or not self._intake.sees_response:
                 return self._pass_failure(turn, Phase.RESPONSE_HEADERS, b"")
             self._asks_for_body, self.error_at = True, turn.now
             turn.commands.append(BufferBody())
+            if status == RANK_REFUSED:
+                self._leg.cancel(turn)
             return Outcome.AWAITS_ERROR
         if event.is_encoded and self.merging is not None:
             turn.failure = COMPRESSED
@@ -285,10 +283,15 @@ class MainStream(Machine[MainState]):
 
     def _pass_failure(self, turn: Turn, phase: Phase, text: bytes) -> Outcome:
         """Let the engine's own error go on, with the retry headers if there is another attempt."""
-        failure = failed(Role.DECODE, "", text, status=self.status)
-        passed = replies.pass_failure(phase, self._retry_headers(failure))
-        self._effects.blame(failure, turn.now)
-        turn.commands.append(passed if self._environment.gateway.repeats_requests else replies.CONTINUE[phase])
+        failure = engine_error(Role.DECODE, self.status, text, "")
+        reply: Reply = replies.CONTINUE[phase]
+        if failure.is_clients_fault:
+            self._effects.served(Role.DECODE)
+        else:
+            passed = replies.pass_failure(phase, self._retry_headers(failure))
+            self._effects.blame(failure, turn.now)
+            reply = passed if self._environment.gateway.repeats_requests else reply
+        turn.commands.append(reply)
         self._leg.cancel(turn)
         return Outcome.RELEASED
 
@@ -329,7 +332,7 @@ class MainStream(Machine[MainState]):
         headers: Headers = ()
         if not failure.is_clients_fault:
             retry = self._retry_headers(failure)
-            headers = retry if self._environment.gateway.repeats_requests else _RETRY_BY_CLIENT
+            headers = retry if self._environment.gateway.repeats_requests else replies.RETRY_BY_CLIENT
         turn.commands.append(replies.answer_failure(failure, self._intake.errors, headers))
         return Outcome.ANSWERED
 

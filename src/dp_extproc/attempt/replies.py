@@ -31,6 +31,10 @@ _PHASES: Final[dict[type, Phase]] = {
     on.ResponseTrailers: Phase.RESPONSE_TRAILERS,
 }
 _JSON: Final = ("content-type", "application/json")
+SKIPPED: Final = frozenset({BodyMode.LOCKSTEP, BodyMode.UNSUPPORTED})
+"""Modes of response bodies that a gateway may give up for this response, where it allows that."""
+RETRY_BY_CLIENT: Final = (("retry-after", b"0"),)
+"""Where the gateway repeats no request: the client may, because nothing was generated."""
 _RETRY_HEADERS: Final = (contract.RETRY, contract.FAILED)
 """Retry headers that Envoy's local reply sets itself. Removed here, because the service decides about the retry."""
 

@@ -29,6 +29,9 @@ class EngineAdapter(Protocol):
     def ready_page(self) -> str:
         """The page that answers 200 while the engine takes requests. An engine without it counts as ready."""
 
+    def joining_page(self, facts: EngineFacts) -> str:
+        """Return the page that answers 200 when an engine has started. It may compute a token, so it is read once."""
+
     @property
     def header_apis(self) -> frozenset[Api]:
         """The paths on which some release reads all routing fields from headers."""

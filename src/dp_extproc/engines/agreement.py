@@ -3,7 +3,8 @@
 A request must never name a rank that the engine does not have: SGLang before 0.5.10 ends the whole process then.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Final, Self
 
 from dp_extproc.engines.adapter import adapter_of
 from dp_extproc.engines.listener import EngineFailure, FailureKind
@@ -34,6 +35,55 @@ def disagreement(endpoint: Endpoint, facts: EngineFacts, page: LoadPage | None =
     """Describe how configuration, facts and load page differ, if they do. The facts count."""
     conflict = adapter_of(facts.kind).role_conflict(facts, endpoint.role) or _rank_conflict(endpoint, facts, page)
     return None if conflict is None else EngineFailure(FailureKind.DISAGREEMENT, conflict)
+
+
+def contradiction(facts: EngineFacts, page: LoadPage) -> str | None:
+    """Explain by what a load page cannot be of the engine with these facts; None if it can.
+
+    The page of SGLang has its release and the present role (``/pd_role_switch`` changes it), each if it reports them.
+    """
+    ranks = {sample.dp_rank for sample in page.ranks} | set(page.unpublished_ranks)
+    if ranks and ranks != set(range(facts.dp_ranks)):
+        return f"its load page shows {_some(sorted(ranks))} of {facts.dp_ranks}; its facts are read anew"
+    if None not in {page.version, facts.version} and page.version != facts.version:
+        return f"its load page is of release {page.version}, not {facts.version}; its facts are read anew"
+    if page.mode is not None and page.mode is not facts.mode:
+        return f"its load page is of disaggregation_mode {page.mode}, not {facts.mode}; its facts are read anew"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """The running counts of an engine, each None before a page had it. They fall only if the engine begins anew."""
+
+    prompt_tokens: float | None = None
+    uncached_prompt_tokens: float | None = None
+    decode_steps: float | None = None
+
+    def after(self, page: LoadPage) -> Self:
+        """Return the counts after a page; one that the page has not stays."""
+        decoded = [sample.decoded.steps for sample in page.ranks if sample.decoded is not None]
+        return replace(
+            self,
+            prompt_tokens=_or(page.prompt_tokens, self.prompt_tokens),
+            uncached_prompt_tokens=_or(page.uncached_prompt_tokens, self.uncached_prompt_tokens),
+            decode_steps=_or(sum(decoded) if len(decoded) == len(page.ranks) else None, self.decode_steps),
+        )
+
+    def fell(self, later: "Counts") -> str | None:
+        """Explain which of the counts is lower in later ones; None if none is."""
+        for name in ("prompt_tokens", "uncached_prompt_tokens", "decode_steps"):
+            before, now = getattr(self, name), getattr(later, name)
+            if before is not None and now is not None and now < before:
+                return f"its count of {name.replace('_', ' ')} began anew; its facts are read anew"
+        return None
+
+
+NO_COUNTS: Final = Counts()
+
+
+def _or(value: float | None, before: float | None) -> float | None:
+    return before if value is None else value
 
 
 def _rank_conflict(endpoint: Endpoint, facts: EngineFacts, page: LoadPage | None) -> str | None:

@@ -4,7 +4,9 @@ Endpoints of two revision groups are never paired. An endpoint without a group c
 that may be paired by their groups can still differ in a setting.
 
 SGLang compares some settings itself at the first request of a pair (``disaggregation/common/conn.py``). Where they
-differ, the decode engine ends itself: for ``page_size`` from 0.5.8 on, for ``kv_cache_dtype`` from 0.5.10 on.
+differ, the decode engine ends itself: for ``page_size`` from 0.5.8 on, for ``kv_cache_dtype`` from 0.5.10 on, for
+``pp_size`` from 0.5.6 on. It compares no releases, though their bootstrap protocols differ
+(:mod:`dp_extproc.engines.sglang.protocol`).
 
 Only settings that are known to fail are a difference. A setting that one engine does not report agrees with any value.
 """
@@ -15,6 +17,7 @@ from itertools import product
 from typing import Final, NamedTuple
 
 from dp_extproc.engines.model import EngineFacts, PairTerms, Version
+from dp_extproc.engines.sglang.protocol import release_range, understands
 
 _CHECKS_DTYPE: Final = Version(0, 5, 10)
 """First release in which decode compares the names of both cache types, and ends itself if they differ."""
@@ -35,7 +38,7 @@ class Difference:
     """One reason why a prefill and a decode endpoint must not be paired."""
 
     name: str
-    """:data:`GROUP`, or the name of the setting on ``/server_info``."""
+    """:data:`GROUP`, ``release``, or the name of the setting on ``/server_info``."""
     prefill: str
     decode: str
     effect: str
@@ -73,6 +76,8 @@ def difference(prefill: PairingKey, decode: PairingKey) -> Difference | None:
         effect = "a request stays in one revision group"
         remedy = "give each group endpoints of both roles"
         return Difference(GROUP, str(prefill.group), str(decode.group), effect, remedy)
+    if not understands(prefill.version, decode.version):
+        return _releases_differ(prefill.version, decode.version)
     if prefill.terms == decode.terms:
         return None
     checks_dtype = decode.version is None or decode.version >= _CHECKS_DTYPE
@@ -114,6 +119,16 @@ def differences(prefills: Iterable[PairingKey], decodes: Iterable[PairingKey]) -
     return sorted({found for pair in pairs if (found := difference(*pair)) is not None})
 
 
+def _releases_differ(prefill: Version | None, decode: Version | None) -> Difference:
+    assert prefill is not None and decode is not None  # noqa: S101, PT018 - an unknown release is no difference
+    effect = 'the bootstrap protocol of their releases differs ("Decode handshake failed")'
+    remedy = (
+        f"give each range of releases endpoints of both roles ({release_range(prefill)}; {release_range(decode)}), "
+        "and from 0.5.10 on upgrade decode first"
+    )
+    return Difference("release", str(prefill), str(decode), effect, remedy)
+
+
 def _difference(prefill: PairTerms, decode: PairTerms, *, checks_dtype: bool) -> Difference | None:
     if None not in {prefill.page_size, decode.page_size} and prefill.page_size != decode.page_size:
         effect = 'the decode server would end itself at the first request ("Page size mismatch")'
@@ -133,6 +148,28 @@ def _difference(prefill: PairTerms, decode: PairTerms, *, checks_dtype: bool) ->
         remedy = "start both with the same --disaggregation-transfer-backend"
         name = "disaggregation_transfer_backend"
         return Difference(name, str(prefill.transfer_backend), str(decode.transfer_backend), effect, remedy)
+    return _sizes_differ(prefill, decode) or _models_difference(prefill, decode)
+
+
+def _sizes_differ(prefill: PairTerms, decode: PairTerms) -> Difference | None:
+    """Compare how the layers and the heads of the model are divided.
+
+    Each rank of decode fetches from whole ranks of prefill. Other sizes of tensor parallelism are supported, of models
+    without MLA as well (sgl-project/sglang#15675), if one is a multiple of the other.
+    """
+    if None not in {prefill.pp_size, decode.pp_size} and decode.pp_size not in {1, prefill.pp_size}:
+        effect = 'the decode server would end itself at the first request ("Decode pp size")'
+        remedy = "start decode with the --pp-size of prefill, or with 1"
+        return Difference("pp_size", str(prefill.pp_size), str(decode.pp_size), effect, remedy)
+    one, other = prefill.attn_tp_size, decode.attn_tp_size
+    if one is not None and other is not None and max(one, other) % min(one, other):
+        effect = "a rank of decode would fetch parts of the KV cache from the wrong ranks of prefill"
+        remedy = "choose --tp-size and --dp-size so that the tensor-parallel ranks of one DP rank are multiples"
+        return Difference("attn_tp_size", str(one), str(other), effect, remedy)
+    return None
+
+
+def _models_difference(prefill: PairTerms, decode: PairTerms) -> Difference | None:
     if _models_differ(prefill, decode):
         effect = f"they serve different models from different paths ({prefill.model_path}, {decode.model_path})"
         remedy = "put them into pools of their own; if it is one model, start both with the same --served-model-name"

@@ -33,6 +33,8 @@ class FailureKind(StrEnum):
     """The engine reports that it takes no requests: it starts, it is paused, or it shuts down."""
     DISAGREEMENT = "disagreement"
     """Configuration, facts and load page differ in the role or in the number of DP ranks."""
+    CHANGED = "changed"
+    """Another engine may be at the address: what was reported contradicts the facts, which are read anew."""
     INTERNAL = "internal"
     """The service itself failed on what the engine reported."""
 
@@ -52,6 +54,8 @@ class EngineFailure:
     """What happened and, if there is one, the remedy."""
     page_was_read: bool = False
     """Whether the engine was read in the same round nevertheless. The event then follows that of the read."""
+    is_doubt: bool = False
+    """Whether the engine is to get no request, while there are others, until its facts were read again."""
 
     @property
     def is_away(self) -> bool:
@@ -81,6 +85,16 @@ class EngineListener(Protocol):
 
     def failed(self, endpoint: Endpoint, failure: EngineFailure, now: float) -> None:
         """Take a failure. It comes in every round of its duration, after :meth:`sampled` if there was a sample."""
+
+
+class EngineWatch(Protocol):
+    """Takes what requests show of engines, and reads their facts anew. Calls are made on the request path."""
+
+    def suspect(self, url: str) -> None:
+        """Read the facts of an engine soon, because a leg has failed there."""
+
+    def contradicted(self, url: str, why: str) -> None:
+        """Read the facts of an engine before it gets another request, as it answered one as another engine would."""
 
 
 class EngineListeners:

@@ -136,6 +136,9 @@ class PairTerms:
     model_path: str | None = None
     served_name: str | None = None
     """The name that an operator gave to the model; None if the model goes by its path."""
+    pp_size: int | None = None
+    attn_tp_size: int | None = None
+    """Tensor-parallel ranks that divide the attention heads of one DP rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +281,10 @@ class LoadPage:
     """Prompt tokens since its start that the engine had in its prefix cache, on pages with ``prompt_tokens``."""
     unpublished_ranks: tuple[int, ...] = ()
     """Ranks on the page that have not published a load yet. Sorted; none of them is in ``ranks``."""
+    version: Version | None = None
+    """The release of the engine that printed the page; None if the page does not report it."""
+    mode: Mode | None = None
+    """The present mode of its ranks; None if the page does not report it, or not the same for all."""
 
 
 @dataclass(slots=True)

@@ -156,12 +156,20 @@ def report_first_event(names: Names, body_mode: BodyMode) -> HttpFilter:
         allow_mode_override=body_mode is BodyMode.NONE,
         processing_mode=_no_messages(),
         message_timeout=_MESSAGE_TIMEOUT,
-        forward_rules=_forward_only(contract.READ_FROM_RESPONSES) if body_mode is BodyMode.NONE else None,
+        forward_rules=_forward_only(contract.READ_FROM_RESPONSES),
     )
     return commented(
         HttpFilter(name=FIRST_EVENT_FILTER, typed_config=pack(processor)),
         "Reports the first event of a stream to the service, on the route named watched only.",
     )
+
+
+def enable_response_report() -> Any:
+    """Build the setting of a route on which :func:`report_first_event` sends the whole response, to be changed."""
+    mode = _no_messages()
+    mode.response_header_mode = _SEND
+    mode.response_body_mode = ext_proc.ProcessingModeBodySendMode.STREAMED
+    return pack(ext_proc.ExtProcPerRoute(overrides=ext_proc.ExtProcOverrides(processing_mode=mode)))
 
 
 def enable_first_event_report(body_mode: BodyMode) -> Any:

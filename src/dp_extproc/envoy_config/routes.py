@@ -6,10 +6,11 @@ from typing import Final
 
 from envoy_data_plane.envoy.config.core import v3 as core
 from envoy_data_plane.envoy.config.route import v3 as route
+from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 
-from dp_extproc.config import Config, RetrySettings, Supervise
-from dp_extproc.contract import DECODE_HOST, FAILED, PREFILL_HOST, PREFILL_RID, PREFIX_LENGTH, RETRY, WATCH
-from dp_extproc.envoy_config.filters import FIRST_EVENT_FILTER, enable_first_event_report
+from dp_extproc.config import BodyMode, Config, RetrySettings, Supervise
+from dp_extproc.contract import DECODE_HOST, FAILED, PREFILL_HOST, PREFILL_RID, PREFIX_LENGTH, RETRY, WATCH, WATCH_ALL
+from dp_extproc.envoy_config.filters import FIRST_EVENT_FILTER, enable_first_event_report, enable_response_report
 from dp_extproc.envoy_config.names import Names
 from dp_extproc.envoy_config.yaml_text import commented
 
@@ -91,6 +92,17 @@ def to_engines(config: Config) -> route.RouteConfiguration:
             "A stream: the service gets its first event before the client gets anything.",
         )
         routes.insert(0, watched)
+        if body_mode is not BodyMode.NONE:
+            changed = commented(
+                route.Route(
+                    name="changed",
+                    match=_when(*disaggregated, **{WATCH: WATCH_ALL}),
+                    route=_forward(names.decode, mirrors),
+                    typed_per_filter_config={FIRST_EVENT_FILTER: enable_response_report()},
+                ),
+                "The client has given request ids, which the service puts into the response.",
+            )
+            routes.insert(0, changed)
     return table(*routes)
 
 
@@ -111,9 +123,10 @@ def table(*routes: route.Route) -> route.RouteConfiguration:
     return route.RouteConfiguration(virtual_hosts=[route.VirtualHost(name="all", domains=["*"], routes=list(routes))])
 
 
-def _when(*headers: str) -> route.RouteMatch:
+def _when(*headers: str, **values: str) -> route.RouteMatch:
     present = [route.HeaderMatcher(name=name, present_match=True) for name in headers]
-    return route.RouteMatch(prefix="/", headers=present)
+    equal = [route.HeaderMatcher(name=name, string_match=StringMatcher(exact=text)) for name, text in values.items()]
+    return route.RouteMatch(prefix="/", headers=[*present, *equal])
 
 
 def _forward(cluster: str, mirrors: Sequence[route.RouteActionRequestMirrorPolicy] = ()) -> route.RouteAction:

@@ -22,7 +22,7 @@ from dp_extproc import contract
 from dp_extproc.attempt import events as on
 from dp_extproc.attempt.attempt import Attempt, ProtocolViolationError
 from dp_extproc.attempt.effects import Environment
-from dp_extproc.attempt.events import Command, Continue, Enqueue, Event, Phase, StreamBody
+from dp_extproc.attempt.events import Command, Continue, Enqueue, Event, Mutate, Phase, StreamBody
 from dp_extproc.attempt.failures import RetryBudget
 from dp_extproc.attempt.first_event_watch import report
 from dp_extproc.attempt.gateways import BUNDLED, BundledEnvoy, Gateway
@@ -38,6 +38,7 @@ from dp_extproc.extproc.stopping import OpenStreams
 from dp_extproc.extproc.streams import PROCEED, MirroredLeg, Registry, Streams, Writer
 from dp_extproc.extproc.waiting import Waiting
 from dp_extproc.response.first_event import FirstEventReader
+from dp_extproc.response.renaming import Renamer
 from dp_extproc.scheduling.admission import AdmissionQueue
 
 SERVICE_NAME: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
@@ -274,23 +275,36 @@ class ExtProcService:
             self._registry.discard(streams)
 
     async def _serve_first_event(self, token: str, context: grpc.aio.ServicerContext) -> None:
-        """Serve the stream that sees how a response begins; it is closed as soon as that is known."""
+        """Serve the stream that sees a response begin.
+
+        It is closed as soon as that is known, unless ids in the response have to be changed.
+        """
         streams = self._registry.find(token)
+        renames = None if streams is None else streams.attempt.first_event.renames
+        renamer = None if renames is None else Renamer(renames)
+        # An older configuration of Envoy sends no headers here, and a whole response keeps its length then.
+        may_change = streams is not None and streams.attempt.main.streaming is True
         first = FirstEventReader()
         while (raw := await context.read()) is not grpc.aio.EOF:
             event = read_event(_parse(raw))
             if isinstance(event, on.RequestHeaders):
                 await context.write(_PASS_REQUEST)
-            elif isinstance(event, on.ResponseHeaders):  # sent only if the request was not read
-                is_readable = event.is_events and not event.is_encoded
-                await context.write(_STREAM_BODY if is_readable else _PASS_HEADERS)
-                if not is_readable:
+            elif isinstance(event, on.ResponseHeaders):  # sent if the request was not read, or ids are to be changed
+                may_change = not event.is_encoded
+                is_read = may_change and (event.is_events or renamer is not None)
+                await context.write(_STREAM_BODY if is_read else _PASS_HEADERS)
+                if not is_read:
                     return
             elif isinstance(event, on.ResponseBody):
+                was_known = first.is_known
                 first.feed(event.data, end_of_stream=event.end_of_stream)
-                if streams is not None and (found := report(first)) is not None:
+                if streams is not None and not was_known and (found := report(first)) is not None:
                     # Before the reply, which may end the stream and this coroutine.
                     self._receive_and_post(streams, found)
+                if renamer is not None and may_change:
+                    renamed = renamer.feed(event.data, end_of_stream=event.end_of_stream)
+                    await context.write(write_reply(Mutate(Phase.RESPONSE_BODY, body=renamed)))
+                    continue
                 await context.write(_PASS_BODY)
                 if first.is_known:
                     return

@@ -1,9 +1,11 @@
 """Polls every endpoint in a task of its own, so that an engine that hangs delays no other."""
 
 import asyncio
+import contextlib
 import random
 import ssl
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
@@ -22,6 +24,14 @@ _START_SECONDS: Final = 0.005
 """Seconds between the starts of two endpoints. Starting hundreds at once would hold up requests."""
 _TASK: Final = "scrape"
 """Name of a task in the log and the metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Polled:
+    """An endpoint that is polled, and the event by which its next round begins at once."""
+
+    poller: EnginePoller
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class FleetMonitor:
@@ -56,6 +66,7 @@ class FleetMonitor:
         self._tls = tls
         self._awaited = set(self._endpoints)
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._polled: dict[str, _Polled] = {}
         self._changed = asyncio.Event()
 
     def update(self, endpoints: Iterable[Endpoint], settings: LoadSettings) -> None:
@@ -76,6 +87,18 @@ class FleetMonitor:
             self.first_round.clear()
         self._changed.set()
 
+    def suspect(self, url: str) -> None:
+        """Read the facts of an engine at once, because a leg has failed at it."""
+        if (polled := self._polled.get(url)) is not None:
+            polled.poller.suspect()
+            polled.wake.set()
+
+    def contradicted(self, url: str, why: str) -> None:
+        """Read the facts of an engine before it gets another request, as it answered one as another engine would."""
+        if (polled := self._polled.get(url)) is not None:
+            polled.poller.contradicted(why)
+            polled.wake.set()
+
     async def run(self) -> None:
         """Poll until cancelled."""
         self._tasks.clear()  # the tasks of a run that has failed ended with it
@@ -94,6 +117,7 @@ class FleetMonitor:
 
     def _stop(self, urls: Iterable[str]) -> None:
         for url in urls:
+            self._polled.pop(url, None)
             if (task := self._tasks.pop(url, None)) is not None:
                 task.cancel()
 
@@ -103,17 +127,27 @@ class FleetMonitor:
 
     async def _read(self, endpoint: Endpoint, engine: EngineClient) -> None:
         poller = EnginePoller(engine, self._settings.source, self._listeners, self._clock)
+        polled = self._polled[endpoint.url] = _Polled(poller)
         while True:
-            started = self._clock()
+            polled.wake.clear()
+            pause = self._settings.interval * self._rng.uniform(1 - _JITTER, 1 + _JITTER)
+            due = self._clock() + pause
             try:
                 await poller.round()
+                self._tried(endpoint)
+                while (now := self._clock()) < due:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(max(0.0, min(due, poller.ready_due) - now)):
+                            await polled.wake.wait()
+                    if polled.wake.is_set():
+                        polled.wake.clear()
+                        due = min(due, max(self._clock(), poller.facts_due))
+                    elif self._clock() >= poller.ready_due:
+                        await poller.watch()
             except Exception as error:
                 self._listeners.failed(endpoint, internal_failure(error), self._clock())
                 self._tried(endpoint)
                 raise
-            self._tried(endpoint)
-            pause = self._settings.interval * self._rng.uniform(1 - _JITTER, 1 + _JITTER)
-            await asyncio.sleep(max(0.0, pause - (self._clock() - started)))
 
     def _tried(self, endpoint: Endpoint) -> None:
         self._awaited.discard(endpoint.url)

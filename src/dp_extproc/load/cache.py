@@ -16,13 +16,11 @@ from dp_extproc.load.endpoint import (
     EndpointLoad,
     Freshness,
     StepCosts,
-    compare_pace,
-    compare_prefill,
-    note_room,
 )
 from dp_extproc.load.health import Health
 from dp_extproc.load.in_flight import nothing
 from dp_extproc.load.matching import Match, find_matches
+from dp_extproc.load.neighbours import compare_pace, compare_prefill, note_room
 from dp_extproc.load.room import Room
 from dp_extproc.load.step_group import RankLoad
 from dp_extproc.prefix_cache.index import PrefixIndex
@@ -269,7 +267,7 @@ class LoadCache:
         if load is None:
             return
         load.is_away = load.is_away or failure.is_away
-        load.is_ready = load.is_ready and failure.kind is not FailureKind.NOT_READY
+        load.is_ready = load.is_ready and failure.kind is not FailureKind.NOT_READY and not failure.is_doubt
         if failure.kind in GONE:
             load.is_gone = True
             self._forget_prefixes(load)  # the next engine has an empty cache

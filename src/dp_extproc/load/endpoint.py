@@ -1,7 +1,7 @@
 """One endpoint: its ranks, in step groups, how fresh their samples are, and what of it a request may use."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from statistics import fmean
@@ -13,8 +13,7 @@ from dp_extproc.config.reliability import OutlierDetectionSettings
 from dp_extproc.engines.capabilities import Capabilities
 from dp_extproc.engines.compatibility import PairingKey, pairing_key
 from dp_extproc.engines.model import Endpoint, EngineFacts, LoadPage, PrefillSteps, RankSample, Role
-from dp_extproc.estimators.decode_pace import compare
-from dp_extproc.estimators.prefill_speed import PrefillSpeed, compare_speeds
+from dp_extproc.estimators.prefill_speed import PrefillSpeed
 from dp_extproc.estimators.prefix_truth import PrefixTruth
 from dp_extproc.estimators.prompt_rate import PromptRate
 from dp_extproc.load.attribution import Reading, absorb
@@ -24,6 +23,9 @@ from dp_extproc.load.prefill import PrefillGroup
 from dp_extproc.load.records import Work
 from dp_extproc.load.standstill import StandstillDetector
 from dp_extproc.load.step_group import EXTERNAL_FROM, RankLoad, Reservation, StepGroup
+
+INACTIVE_SECONDS: Final = 30.0
+"""Seconds for which a rank is left out that an engine has refused as not active. A joining rank loads its weights."""
 
 _T = TypeVar("_T")
 
@@ -89,9 +91,9 @@ class EndpointLoad:
     """One endpoint, with its ranks and what its engine reports."""
 
     __slots__ = (
-        "_counts", "_prompt_rate", "_standstill", "_usable", "address", "answered_at", "cached_prompt_tokens",
-        "candidate", "capabilities", "configured", "facts", "groups", "has_external_requests", "health", "is_away",
-        "is_gone", "is_ready", "prefill_speeds", "prefix_truth", "ranks", "sampled_at",
+        "_counts", "_left_out", "_prompt_rate", "_standstill", "_usable", "address", "answered_at",
+        "cached_prompt_tokens", "candidate", "capabilities", "configured", "facts", "groups", "has_external_requests",
+        "health", "is_away", "is_gone", "is_ready", "prefill_speeds", "prefix_truth", "ranks", "sampled_at",
     )  # fmt: skip
 
     def __init__(
@@ -114,6 +116,8 @@ class EndpointLoad:
         self.groups = tuple(_groups(endpoint.role, facts, costs))
         self.ranks = tuple(rank for group in self.groups for rank in group.ranks)
         usable = capabilities.prefill_ranks(facts.dp_ranks) if endpoint.role is Role.PREFILL else range(facts.dp_ranks)
+        self._left_out: dict[int, float] = {}
+        """Until when each rank is left out that its engine does not use."""
         self._usable = _candidate(self, [self.ranks[index] for index in usable])
         """The endpoint with every rank that can serve."""
         self.candidate = self._usable
@@ -139,7 +143,7 @@ class EndpointLoad:
         self.is_gone = False
         """Whether no engine listens any more: the samples are stale, however recent they are, until the next one."""
         self.is_ready = True
-        """Whether the engine takes requests, by its own report."""
+        """Whether the engine takes requests by its own report, and is in no doubt of being the discovered one."""
         self._counts: tuple[int, ...] = (0, 0)
         """Running counts of the last page: prompt tokens, and those that were not cached."""
         self._prompt_rate = PromptRate()
@@ -270,17 +274,33 @@ class EndpointLoad:
             if beyond >= EXTERNAL_FROM:
                 self.has_external_requests = True if beyond - doubtful >= EXTERNAL_FROM else None
 
+    def leave_out(self, rank: int, now: float) -> None:
+        """Pick a rank no more for some seconds, because its engine does not use it. One rank always remains."""
+        self._left_out[rank] = now + INACTIVE_SECONDS
+        self._choose()
+
     def review(self, now: float) -> bool:
-        """Detect by a page that was just absorbed what stands still, and return whether that has changed."""
+        """Detect by a page that was just absorbed what stands still, and return whether that has changed.
+
+        Ranks that were left out for long enough are picked again.
+        """
         for group, speed in zip(self.groups, self.prefill_speeds, strict=True):
             counts = [rank.sample.prefilled for rank in group.ranks if rank.sample is not None]
             if self.capabilities.times_prefill and (known := [each for each in counts if each is not None]):
                 speed.learn(PrefillSteps(fmean(each.tokens for each in known), fmean(each.seconds for each in known)))
+        if self._left_out and min(self._left_out.values()) <= now:
+            self._left_out = {rank: until for rank, until in self._left_out.items() if now < until}
+            self._choose()
         if not self._standstill.review(self.answered_at if self.role is Role.PREFILL else -math.inf, now):
             return False
-        stuck = self.suspect_groups
-        self.candidate = self._usable.only(lambda rank: rank.group not in stuck) or self._usable
+        self._choose()
         return True
+
+    def _choose(self) -> None:
+        """Leave out ranks that are suspect or not in use, as far as there are others."""
+        stuck, active = self.suspect_groups, self._usable.only(lambda rank: rank.index not in self._left_out)
+        usable = active or self._usable
+        self.candidate = usable.only(lambda rank: rank.group not in stuck) or usable
 
     def detect_restart(self, page: LoadPage) -> bool:
         """Note the running counts of a page, and return whether they have begun anew since the page before."""
@@ -337,31 +357,6 @@ class Target(Struct, frozen=True):
     def global_rank(self) -> int | None:
         """Return the rank as an engine of several nodes counts it; None if the engine picks it."""
         return None if self.rank is None else self.endpoint.facts.position_of(self.rank)[0]
-
-
-def compare_pace(endpoints: Iterable[EndpointLoad]) -> None:
-    """Set how slow each of these decode or aggregated endpoints is, against their average."""
-    groups = [group for endpoint in endpoints for group in endpoint.groups if isinstance(group, DecodeGroup)]
-    if (found := compare([group.pace for group in groups])) is not None:
-        usual, slow = found
-        for group, slowness in zip(groups, slow, strict=True):
-            group.compare_with(usual, slowness)
-
-
-def compare_prefill(endpoints: Iterable[EndpointLoad]) -> None:
-    """Set how slow each of these prefill endpoints is, against their average."""
-    both = [pair for endpoint in endpoints for pair in zip(endpoint.groups, endpoint.prefill_speeds, strict=True)]
-    for (group, _), slowness in zip(both, compare_speeds([speed for _, speed in both]), strict=True):
-        if slowness != group.slowness:
-            group.slowness = slowness
-            group.changed = True
-
-
-def note_room(prefills: Iterable[EndpointLoad], *, is_full: bool) -> None:
-    """Note on prefill endpoints whether decode is full."""
-    for group in (group for endpoint in prefills for group in endpoint.groups):
-        if isinstance(group, PrefillGroup):
-            group.waits_for_decode = is_full
 
 
 def _candidate(endpoint: EndpointLoad, ranks: Sequence[RankLoad]) -> Candidate:

@@ -121,12 +121,34 @@ class Components:
             has_all_arrivals=lambda: self._replica is None or self._replica.status().connected,
         )
         self.telemetry.add(AutoscalingMetrics(self._autoscaling, clock))
+        self.readiness = Readiness(health, lambda: any(can_serve(pool, self._loads) for pool in self.config.pools))
+        self._engine_log = EngineLog()
+        self._suspect_log = SuspectLog(self._loads)
         is_picker = config.protocol is Protocol.ENDPOINT_PICKER
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
         self._deadly = DeadlyRequests(
             self._found_deadly,
             lambda fingerprint, address, now: outbox.publish(EngineLost(now, fingerprint, address)),
             check_seconds=_death_shows_within(config.load),
+        )
+        self._monitor = FleetMonitor(
+            endpoints,
+            config.load,
+            (
+                self._loads,
+                EngineDeaths(self._loads, self._deadly),
+                self.telemetry,
+                self._engine_log,
+                self._suspect_log,
+                self._discovery_log,
+                self._discovery,
+                self.readiness,
+            ),
+            clock=clock,
+            rng=rng,
+            guard=guard,
+            credentials=self._credentials,
+            tls=self.tls,
         )
         self._scheduler = Scheduler(
             config.pools,
@@ -145,6 +167,7 @@ class Components:
                 fallbacks=config.picker.fallbacks if is_picker else 0,
             ),
             credentials=self._credentials,
+            watch=self._monitor,
             deadly=self._deadly,
         )
         self.telemetry.add(GroupMetrics(self._loads, self._weights, lambda: self._scheduler.group_requests))
@@ -173,28 +196,6 @@ class Components:
                 listener=sent_legs.legs,
                 abort_listener=sent_legs.aborts,
             ),
-        )
-        self.readiness = Readiness(health, lambda: any(can_serve(pool, self._loads) for pool in self.config.pools))
-        self._engine_log = EngineLog()
-        self._suspect_log = SuspectLog(self._loads)
-        self._monitor = FleetMonitor(
-            endpoints,
-            config.load,
-            (
-                self._loads,
-                EngineDeaths(self._loads, self._deadly),
-                self.telemetry,
-                self._engine_log,
-                self._suspect_log,
-                self._discovery_log,
-                self._discovery,
-                self.readiness,
-            ),
-            clock=clock,
-            rng=rng,
-            guard=guard,
-            credentials=self._credentials,
-            tls=self.tls,
         )
 
     async def first_round(self) -> None:

@@ -9,6 +9,7 @@ from dp_extproc.prefix_cache.blocks import Prefix
 from dp_extproc.request.body import InferenceRequest
 from dp_extproc.request.prompt_parts import PromptPart
 from dp_extproc.request.rejection import Rejection
+from dp_extproc.response.renaming import Renames
 from dp_extproc.scheduling.admission import Ticket
 
 Headers = tuple[tuple[str, bytes], ...]
@@ -89,6 +90,8 @@ class Decision(Struct, frozen=True):
     """Whether the client asked for a stream of events; None if the body was not read."""
     merges: PromptPart | None = None
     """What the client asked for that only the response of the prefill leg has; None for nothing."""
+    renames: Renames | None = None
+    """The ids to be changed in the response; None for none."""
     prefill: PrefillRequest | None = None
     """The prefill leg that the service has to send; None if there is none, or if Envoy mirrors it."""
     abort: DecodeAbort | None = None

@@ -10,13 +10,16 @@ from dp_extproc import contract
 from dp_extproc.engines.credentials import Credentials
 from dp_extproc.load.endpoint import EndpointLoad, Target
 from dp_extproc.request.body import InferenceRequest
+from dp_extproc.request.client_ids import read_client_ids
 from dp_extproc.request.rewrite import LegBodies, request_ids
+from dp_extproc.response.renaming import Renames
 from dp_extproc.scheduling.bootstrap_room import draw_room
 from dp_extproc.scheduling.decision import DecodeAbort, Headers, PrefillRequest
 from dp_extproc.scheduling.picker import Targets
 from dp_extproc.scheduling.routing_fields import DECODE_SUFFIX, encode_aggregated, encode_legs, mirror_headers
 
 _WATCHED: Final = ((contract.WATCH, b"1"),)
+_WATCHED_WHOLLY: Final = ((contract.WATCH, contract.WATCH_ALL.encode()),)
 
 
 class LegSettings(Struct, frozen=True):
@@ -44,6 +47,8 @@ class Encoded(Struct, frozen=True):
     """What ends the decode leg, where Envoy or its engine may fail to."""
     fallbacks: tuple[str, ...] = ()
     """Addresses of further decode endpoints."""
+    renames: Renames | None = None
+    """The ids to be changed in the response; None for none, and where Envoy does not send it to the service."""
 
 
 class RequestEncoder:
@@ -88,8 +93,10 @@ class RequestEncoder:
         rooms = draw_room(rng, *residues) if batch is None else [draw_room(rng, *residues) for _ in range(batch)]
         leg, request_id = self._draw_token(), f"dp{rng.getrandbits(96):024x}"
         encoding = encode_legs(request, prefill, decode, rooms, request_id, in_headers=in_headers)
-        is_watched = request.stream is not False and self._settings.reports_first_events
-        attempt = ((contract.OWNER, self._owner), (contract.LEG, leg.encode()), *(_WATCHED if is_watched else ()))
+        renames = self._renames(request, f"{request_id}{DECODE_SUFFIX}")
+        is_watched = renames is not None or (request.stream is not False and self._settings.reports_first_events)
+        watched = _WATCHED_WHOLLY if renames is not None else _WATCHED
+        attempt = ((contract.OWNER, self._owner), (contract.LEG, leg.encode()), *(watched if is_watched else ()))
         bodies = encoding.bodies
         ids = request_ids(f"{request_id}{DECODE_SUFFIX}", batch)
         runs_on = request.stream is not False and not decode.endpoint.capabilities.ends_closed
@@ -103,6 +110,7 @@ class RequestEncoder:
                 _prefill_request(pool, prefill, bodies, keys),
                 DecodeAbort(pool, (decode.endpoint.address, *fallbacks), ids, keys, precedes_close=runs_on),
                 fallbacks,
+                renames,
             )
         return Encoded(
             encoding.body,
@@ -113,8 +121,17 @@ class RequestEncoder:
                 *keys,
             ),
             leg,
+            renames=renames,
             abort=DecodeAbort(pool, (decode.endpoint.address,), ids, keys, precedes_close=True) if runs_on else None,
         )
+
+    def _renames(self, request: InferenceRequest, decode_id: str) -> Renames | None:
+        """Return what to change in the response, so that the client sees the ids that it has given."""
+        batch = request.prompt.batch
+        client_ids = read_client_ids(request.api, request.body.values, batch)
+        if not client_ids or not self._settings.reports_first_events:
+            return None
+        return Renames(decode_id, client_ids, batch is not None)
 
     def _fallbacks(self, decode: Target, others: Sequence[EndpointLoad], now: float) -> tuple[str, ...]:
         """Draw further decode endpoints that can serve the body which is made for the picked one."""

@@ -5,7 +5,8 @@ bootstrap room serves both legs, so the decode target is picked after the prefil
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Final
 
@@ -84,8 +85,12 @@ class Picker:
         tokens, cached = cost.tokens, NOTHING_CACHED
         if cost.prefix.blocks or cost.session is not None:
             cached = self._prefixes.cached(cost.prefix, tokens, cost.session)
-        if pairing.matches is not None and self._policies[Role.PREFILL].compares:
-            pairing = self._cheapest(pairing.matches.values(), tokens, now, cached)
+        if pairing.matches is not None:
+            matches = list({id(match): match for match in pairing.matches.values()}.values())
+            if self._policies[Role.PREFILL].compares:
+                pairing = self._cheapest(matches, tokens, now, cached)
+            else:
+                pairing = self._by_capacity(matches)
         if not pairing.prefills:
             picked = self._pick(
                 Role.WORKER, pairing.decodes, tokens, now, pin=pins.decode, wanted=wanted, cached=cached
@@ -97,14 +102,14 @@ class Picker:
         picked = self._pick(Role.DECODE, decodes, tokens, now, pin=pins.decode, wanted=wanted, residue=prefill.residue)
         return Targets(prefill, self._decode_target(*picked))
 
-    def _cheapest(self, matches: Iterable[Match], tokens: float, now: float, cached: CachedTokens[RankLoad]) -> Pairing:
+    def _cheapest(self, matches: Sequence[Match], tokens: float, now: float, cached: CachedTokens[RankLoad]) -> Pairing:
         """Return the match where a request costs least in both roles.
 
         The prefill target alone does not decide: in a rollout, a group may have much prefill and little decode.
         """
         policy = self._policies
         least, found = math.inf, list[Pairing]()
-        for match in {id(match): match for match in matches}.values():
+        for match in matches:
             prefills = policy[Role.PREFILL].within_reach(match.prefills, cached)
             decodes = policy[Role.DECODE].within_reach(match.decodes, NOTHING_CACHED)
             cost = policy[Role.PREFILL].cost(prefills, tokens, now, cached)
@@ -113,6 +118,26 @@ class Picker:
                 found = [*(found if cost == least else ()), Pairing(prefills, decodes)]
                 least = cost
         return found[0] if len(found) == 1 else self._rng.choice(found)
+
+    def _by_capacity(self, matches: Sequence[Match]) -> Pairing:
+        """Return a match at random, weighted by the smaller of its shares of all prefill ranks and of all decode ranks.
+
+        Weighted by prefill alone, one decode endpoint would get the requests of all prefill endpoints of its release.
+        A decode endpoint in several matches counts in each by the share of their prefill ranks.
+        """
+        prefills = [sum(len(each.ranks) for each in match.prefills) for match in matches]
+        users: Counter[EndpointLoad] = Counter()
+        for match, ranks in zip(matches, prefills, strict=True):
+            for each in match.decodes:
+                users[each] += ranks
+        decodes = [
+            sum(len(each.ranks) * ranks / users[each] for each in match.decodes)
+            for match, ranks in zip(matches, prefills, strict=True)
+        ]
+        total = sum(prefills), sum(decodes)
+        weights = [min(ranks / total[0], others / total[1]) for ranks, others in zip(prefills, decodes, strict=True)]
+        match = self._rng.choices(matches, weights)[0]
+        return Pairing(match.prefills, match.decodes)
 
     def _pick(
         self,

@@ -22,6 +22,7 @@ from dp_extproc.config.load import LoadSignal
 from dp_extproc.config.pools import ClientRanks, PoolConfig, RoutingFields
 from dp_extproc.config.reliability import AdmissionSettings
 from dp_extproc.engines.credentials import NO_CREDENTIALS, Credentials
+from dp_extproc.engines.listener import EngineWatch
 from dp_extproc.engines.model import Endpoint
 from dp_extproc.load.cache import LoadCache
 from dp_extproc.load.endpoint import EndpointLoad, Target
@@ -95,6 +96,7 @@ class Scheduler:
         queue: AdmissionQueue | None = None,
         legs: LegSettings = _MIRRORED,
         credentials: Credentials = NO_CREDENTIALS,
+        watch: EngineWatch | None = None,
         deadly: DeadlyRequests | None = None,
     ) -> None:
         """Set up.
@@ -112,6 +114,7 @@ class Scheduler:
             queue: The admission queue; without one, requests that find no room are refused at once.
             legs: Who sends the legs, and who reports on them.
             credentials: The API keys of the engines, by pool.
+            watch: Reads the facts of an engine anew where legs fail.
             deadly: The requests that end engines, which are refused.
         """
         self._load = load
@@ -125,6 +128,7 @@ class Scheduler:
         self._deadly = DeadlyRequests() if deadly is None else deadly
         self.group_requests: Counter[tuple[str, str | None]] = Counter()
         """Scheduled requests by pool and revision group, of pools with groups."""
+        self._watch = watch
         self.configure(pools, signal, admission)
 
     def configure(self, pools: Iterable[PoolConfig], signal: LoadSignal, admission: AdmissionSettings) -> None:
@@ -172,6 +176,17 @@ class Scheduler:
         for endpoint in self._load.by_url.values():
             if endpoint.address == address:
                 endpoint.health.failed(self._clock())
+                self.suspect(endpoint.url)
+
+    def suspect(self, url: str) -> None:
+        """Have the facts of an endpoint read soon, because a leg has failed there."""
+        if self._watch is not None:
+            self._watch.suspect(url)
+
+    def contradicted(self, url: str, why: str) -> None:
+        """Have the facts of an endpoint read before it gets another request, if there are others."""
+        if self._watch is not None:
+            self._watch.contradicted(url, why)
 
     def engine_lost(self, fingerprint: str, address: str) -> None:
         """Note that the engine at an address has dropped a request that it had accepted.
@@ -261,6 +276,7 @@ class Scheduler:
             in_flight,
             streaming=request.stream,
             merges=None if prefill is None else request.prompt_part,
+            renames=encoded.renames,
             prefill=encoded.prefill,
             abort=encoded.abort,
             fallbacks=encoded.fallbacks,

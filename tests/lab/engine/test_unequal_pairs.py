@@ -81,6 +81,28 @@ def test_older_releases_do_not_check(version: str, option: str, value: str) -> N
         assert (prefill.status_code, decode.status_code) == (200, 200)
 
 
+@pytest.mark.parametrize(
+    ("prefill", "decode", "expected"),
+    [
+        pytest.param("0.5.15", "0.5.23", (200, 200), id="decode is later"),
+        pytest.param("0.5.23", "0.5.22", (500, 500), id="prefill is later"),
+        pytest.param("0.5.9", "0.5.10", (500, 500), id="other names"),
+        pytest.param("0.5.9", "0.5.7", (200, 200), id="prefill is later, before 0.5.10"),
+        pytest.param("0.5.7", "0.5.9", (500, 500), id="prefill lacks a buffer"),
+    ],
+)
+def test_releases_connect_only_if_decode_understands_prefill(
+    prefill: str, decode: str, expected: tuple[int, int]
+) -> None:
+    """Both legs fail otherwise, and both engines live."""
+    with run_unequal("0.5.23", ("--sglang-version", prefill), ("--sglang-version", decode)) as pair:
+        answers = pair.send("/generate", pair.meeting(4))
+
+        assert tuple(each.status_code for each in answers) == expected
+        assert pair.prefill.is_running
+        assert pair.decode.is_running
+
+
 def test_other_transfer_backend_stops_a_prefill_rank() -> None:
     """Both legs time out, and so do later ones of a pair that would work: the thread that reads has ended."""
     with (

@@ -7,7 +7,7 @@ from typing import Final
 from dp_extproc.config.load import LoadSource
 from dp_extproc.contract import OVERRIDE_RANK
 from dp_extproc.engines.capabilities import Capabilities
-from dp_extproc.engines.model import MODE_OF, Diagnostic, Endpoint, EngineFacts, LoadPage, LoadState, Role
+from dp_extproc.engines.model import MODE_OF, Diagnostic, Endpoint, EngineFacts, LoadPage, LoadState, Role, Version
 from dp_extproc.engines.model_cards import listed_models
 from dp_extproc.engines.pages import FACTS_PATIENCE, METRICS_PAGE, EngineHttp, ReaderError
 from dp_extproc.engines.sglang.capabilities import capabilities
@@ -27,6 +27,8 @@ from dp_extproc.request.rejection import Reason, Rejection
 _PROMPT_TOKENS_EVERY: Final = 10.0
 """Seconds between two reads of the count of prompt tokens, which only ``/metrics`` has."""
 
+_READY_PAGE: Final = Version(0, 5, 20)
+"""First release with ``/ready``."""
 _LOADS_HINT: Final = "it exists from SGLang 0.5.8 on; set load.source to auto or metrics"
 _METRICS_HINT: Final = "start the engine with --enable-metrics"
 
@@ -40,6 +42,11 @@ class SglangAdapter:
     facts_page = FACTS_PAGE
     ready_page = "/ready"  # from 0.5.20 on; /health of all releases computes a token
     header_apis = HEADER_APIS
+
+    def joining_page(self, facts: EngineFacts) -> str:
+        """Return ``/health`` before 0.5.20: until the warm-up is over it answers 503, and computes no token."""
+        has_ready_page = facts.version is None or facts.version >= _READY_PAGE
+        return self.ready_page if has_ready_page else "/health"
 
     async def facts(self, http: EngineHttp, endpoint: Endpoint) -> EngineFacts:
         """Read ``/server_info`` and ``/v1/models``.

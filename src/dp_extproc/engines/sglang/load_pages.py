@@ -24,7 +24,7 @@ from typing import Any, Final
 from msgspec import Struct
 from prometheus_client.samples import Sample
 
-from dp_extproc.engines.model import DecodeSteps, LoadPage, PrefillSteps, RankSample
+from dp_extproc.engines.model import DecodeSteps, LoadPage, Mode, PrefillSteps, RankSample, parse_version
 from dp_extproc.engines.pages import METRICS_PAGE, lines_of, rank_of, read_json, read_samples, wrong_shape
 from dp_extproc.engines.quantities import (
     Amount,
@@ -39,6 +39,7 @@ from dp_extproc.engines.quantities import (
 )
 
 LOADS_PAGE: Final = "/v1/loads"
+_MODES: Final = {mode.value: mode for mode in Mode}
 _MOMENTS: Final = 6
 """Number of sums in ``decode_moments``; see :func:`_decoded`."""
 
@@ -59,6 +60,7 @@ _ANY_OF_SGLANG: Final = re.compile(rb"^(?:# (?:HELP|TYPE) )?sglang[:_]", re.MULT
 
 
 class _Disaggregation(Struct):
+    mode: Any = None
     prefill_inflight_queue_reqs: Count | None = None
 
 
@@ -83,6 +85,7 @@ class _RankLoad(Struct):
 class _Page(Struct):
     loads: list[_RankLoad]
     timestamp: str | None = None
+    version: Any = None
 
 
 def read_loads(page: bytes) -> LoadPage:
@@ -100,7 +103,16 @@ def read_loads(page: bytes) -> LoadPage:
         ranks=tuple(_sample(newest[rank], printed_at) for rank in sorted(newest)),
         uncached_prompt_tokens=_sum(load.total_prefill_uncached_tokens for load in newest.values()),
         unpublished_ranks=tuple(sorted(unpublished - newest.keys())),
+        version=parse_version(body.version),
+        mode=_mode(newest.values()),
     )
+
+
+def _mode(loads: Iterable[_RankLoad]) -> Mode | None:
+    """Return the mode of all ranks; None if one reports none or another one, as for a moment of a switch."""
+    modes = {load.disaggregation.mode if load.disaggregation else None for load in loads}
+    only = modes.pop() if len(modes) == 1 else None
+    return _MODES.get(only) if isinstance(only, str) else None
 
 
 def _sample(load: _RankLoad, printed_at: float | None) -> RankSample:

@@ -44,6 +44,9 @@ class _Page(Struct):
     kv_cache_dtype: Any = None
     disaggregation_transfer_backend: Any = None
     enable_hisparse: Any = None
+    tp_size: Any = None
+    pp_size: Any = None
+    attn_cp_size: Any = None
     internal_states: Raw | UnsetType = UNSET
 
 
@@ -74,7 +77,7 @@ def read_server_info(page: bytes) -> EngineFacts:
         step_tokens=_step_tokens(info),
         chunked=info.chunked_prefill_size is None or info.chunked_prefill_size > 0,
         prefix_cache=not info.disable_radix_cache,
-        terms=_terms(info),
+        terms=_terms(info, ranks),
     )
 
 
@@ -100,7 +103,7 @@ def _step_tokens(info: _Page) -> int:
     return max(1, info.max_prefill_tokens or DEFAULT_STEP_TOKENS)  # without chunks a step has whole prompts
 
 
-def _terms(info: _Page) -> PairTerms:
+def _terms(info: _Page, ranks: int) -> PairTerms:
     """Read the settings on which a pair has to agree. A malformed one is left out, and the rest of the page counts."""
     size = info.page_size
     # With HiSparse a decode engine uses pages of another size than it reports.
@@ -112,7 +115,20 @@ def _terms(info: _Page) -> PairTerms:
         transfer_backend=_name(info.disaggregation_transfer_backend),
         model_path=path,
         served_name=None if name == path else name,
+        pp_size=_size(info.pp_size),
+        attn_tp_size=_attn_tp_size(info, ranks),
     )
+
+
+def _attn_tp_size(info: _Page, ranks: int) -> int | None:
+    """Return ``tp_size``, divided by the DP ranks with DP attention and by the context-parallel ranks."""
+    size, others = _size(info.tp_size), _size(info.attn_cp_size) or 1
+    divisor = others * (ranks if info.enable_dp_attention else 1)
+    return size // divisor if size is not None and size % divisor == 0 else None
+
+
+def _size(value: Any) -> int | None:
+    return value if type(value) is int and 1 <= value <= MAX_RANKS else None
 
 
 def _name(value: Any) -> str | None:

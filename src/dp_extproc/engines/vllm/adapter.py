@@ -27,6 +27,9 @@ class VllmAdapter:
     ready_page = "/health"
     header_apis = frozenset[Api]()
 
+    def joining_page(self, facts: EngineFacts) -> str:
+        return self.ready_page
+
     async def facts(self, http: EngineHttp, endpoint: Endpoint) -> EngineFacts:
         """Read ``/version``, ``/v1/models`` and ``/metrics``."""
         version = read_version(await http.get("/version", patience=FACTS_PATIENCE))

@@ -17,6 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from dp_extproc.lab.engine.api.faults import BOOTSTRAP, Faults
+from dp_extproc.lab.engine.bootstrap_fields import prefill_facts
 from dp_extproc.lab.engine.prefill_side import PrefillSide
 from dp_extproc.lab.engine.settings import Settings
 
@@ -32,7 +33,7 @@ def bootstrap_app(settings: Settings, side: PrefillSide, faults: Faults) -> Star
         except ValueError:
             return PlainTextResponse("Missing inputs for bootstrap server.", 400)
         if rank == -1:
-            return JSONResponse(_server_facts(settings) if by_name else _old_server_facts(settings))
+            return JSONResponse(prefill_facts(settings))
         if not 0 <= rank < settings.dp_size:
             return PlainTextResponse("Bootstrap info not Found", 404)
         return JSONResponse({"rank_ip": settings.host, "rank_port": settings.bootstrap_port})
@@ -43,7 +44,7 @@ def bootstrap_app(settings: Settings, side: PrefillSide, faults: Faults) -> Star
 
     async def rendezvous(request: Request) -> Response:
         wanted = await request.json()
-        if not side.understands(wanted["prefill_dp_rank"], wanted["transfer_backend"]):
+        if not side.understands(wanted["prefill_dp_rank"], wanted["transfer_backend"], wanted["metadata_buffers"]):
             await _disconnected(request)
             return Response(status_code=499)
         destination = side.connect(wanted["prefill_dp_rank"], wanted["bootstrap_room"])
@@ -77,28 +78,6 @@ def _faulty(faults: Faults, healthy: Callable[[Request], Awaitable[Response]]) -
         return await faults.answer(BOOTSTRAP, request, lambda: healthy(request))
 
     return endpoint
-
-
-def _server_facts(settings: Settings) -> dict[str, object]:
-    return {
-        "attn_tp_size": settings.attn_tp_size,
-        "attn_cp_size": 1,
-        "dp_size": settings.dp_size,
-        "pp_size": 1,
-        "page_size": settings.page_size,
-        "kv_cache_dtype": settings.kv_cache_dtype,
-        "follow_bootstrap_room": settings.follows_rooms,
-        "prefill_http_port": settings.port,
-    }
-
-
-def _old_server_facts(settings: Settings) -> dict[str, object]:
-    return {
-        "prefill_attn_tp_size": settings.attn_tp_size,
-        "prefill_dp_size": settings.dp_size,
-        "prefill_pp_size": 1,
-        "prefill_page_size": settings.page_size,
-    }
 
 
 async def _disconnected(request: Request) -> None:

@@ -41,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--enable-metrics", action=argparse.BooleanOptionalAction, default=True, help="serve /metrics")
     add("--header-overrides", action="store_true", help="SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES=1: read x-override-*")
     add("--force-query", action="store_true", help="SGLANG_DISAGGREGATION_FORCE_QUERY_PREFILL_DP_RANK=1")
+    add("--enable-pd-role-switch", action="store_true", help="let POST /pd_role_switch change the reported role")
+    add("--warm-up", type=float, default=0.0, metavar="SECONDS", help="be not ready for so long after the start")
     add("--rank-listeners", action="store_true", help="SGLANG_RUST_SERVER=1: a listener per rank, at --port plus rank")
     add("--api-key", help="what clients have to show as bearer token")
     add("--tls-cert", metavar="FILE", help="serve TLS with this certificate")
@@ -149,6 +151,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         enable_metrics=args.enable_metrics,
         header_overrides=args.header_overrides,
         force_query=args.force_query,
+        role_switch=args.enable_pd_role_switch,
+        warm_up=args.warm_up,
         rank_listeners=args.rank_listeners,
         api_key=args.api_key,
         tls=_tls(args),

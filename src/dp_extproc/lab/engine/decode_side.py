@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import httpx
 
+from dp_extproc.lab.engine.bootstrap_fields import metadata_buffers, reads
 from dp_extproc.lab.engine.connections import Clients
 from dp_extproc.lab.engine.leg import Failure, Finished
 from dp_extproc.lab.engine.rendezvous import FAKE_HOST, TAKEN_AWAY, failure, room_of
@@ -116,6 +117,8 @@ class DecodeSide:
                 facts: dict[str, Any] = answer.raise_for_status().json()
             except (httpx.HTTPError, httpx.InvalidURL, ValueError):
                 continue
+            if not reads(self._settings.release, facts):
+                continue  # decode takes it for no answer
             self._compare(facts)
             self._prefills[key] = facts
             if self._settings.release.loses_first_explicit_rank and ticket.leg.disagg_prefill_dp_rank is not None:
@@ -200,6 +203,7 @@ class DecodeSide:
             "bootstrap_room": ticket.leg.bootstrap_room,
             "prefill_dp_rank": ticket.prefill_dp_rank,
             "transfer_backend": self._settings.transfer_backend,
+            "metadata_buffers": metadata_buffers(self._settings.release),
         }
         try:
             with self._clients.one() as client:

@@ -48,6 +48,8 @@ class Engine:
             kill: Called when a request ends the engine.
         """
         self.settings = settings
+        self.present_role = settings.role
+        """The role that its pages report. Legs are computed in the first role alone, so after a switch none is."""
         now = time.time()
         self.ranks = [Rank(rank, settings.limits, settings.role) for rank in range(settings.dp_size)]
         members = [self.ranks] if settings.dp_attention else [[rank] for rank in self.ranks]
@@ -110,6 +112,8 @@ class Engine:
             RefusedError: The HTTP process refuses the request; none of its legs has been taken.
         """
         legs = list(legs)
+        if self.present_role is not self.settings.role:
+            raise RefusedError(f"the stand-in computes nothing as {self.present_role}")
         for leg in legs:
             self._controller.check(leg)
             self._check_length(leg)
@@ -119,6 +123,21 @@ class Engine:
                 raise RefusedError(f"Duplicate request ID detected: {leg.rid}")
             seen.add(leg.rid)
         return [self._take(leg, streaming=streaming) for leg in legs]
+
+    def switch_role(self, role: Role) -> str | None:
+        """Take another role.
+
+        Returns:
+            Why that is refused; None if it is not.
+        """
+        if not self.settings.role_switch:
+            return "--enable-pd-role-switch is not set on this server"
+        if role is Role.UNIFIED or self.settings.role is Role.UNIFIED:
+            return f"invalid target role {role}"
+        if role is not self.present_role and self._tickets:
+            return "instance is not idle; drain all requests before switching"
+        self.present_role = role
+        return None
 
     def abort(self, rid: str) -> None:
         """Abort what ``/abort_request`` names: the HTTP process needs the exact id, schedulers match by prefix."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from dp_extproc.lab.engine.bootstrap_fields import metadata_buffers
 from dp_extproc.lab.engine.controller import conflict
 from dp_extproc.lab.engine.leg import Failure, Finished
 from dp_extproc.lab.engine.rendezvous import FAKE_HOST, TAKEN_AWAY, failure, room_of
@@ -42,7 +43,7 @@ class PrefillSide:
         self._wake = wake
         self._rooms: dict[tuple[int, int], _Room] = {}
         self._mismatched: set[int] = set()
-        """Ranks that have received a message of another transfer backend."""
+        """Ranks that have received a message of another transfer backend or release."""
         self.registered: dict[int, int] = {}
         """Rank per room, for engines that do not follow rooms (``/register_dp_rank``)."""
 
@@ -65,13 +66,14 @@ class PrefillSide:
         loop = asyncio.get_running_loop()
         ticket.timer = loop.call_later(seconds, self._timed_out, ticket, self._settings.timeouts.bootstrap)
 
-    def understands(self, dp_rank: int, transfer_backend: str) -> bool:
+    def understands(self, dp_rank: int, transfer_backend: str, buffers: int) -> bool:
         """Check whether a rank reads the message of a decode leg.
 
         A message of another backend ends the thread that reads them (``bootstrap_thread``), and so later ones are not
-        read either: legs wait until they time out.
+        read either: legs wait until they time out. More metadata buffers than the rank has end the thread that sends
+        them (``send_aux``).
         """
-        if transfer_backend != self._settings.transfer_backend:
+        if transfer_backend != self._settings.transfer_backend or buffers > metadata_buffers(self._settings.release):
             self._mismatched.add(dp_rank)
         return dp_rank not in self._mismatched
 

@@ -72,6 +72,10 @@ class Settings:
     header_overrides: bool = False
     force_query: bool = False
     """``SGLANG_DISAGGREGATION_FORCE_QUERY_PREFILL_DP_RANK``: prefill registers ranks, decode queries them."""
+    role_switch: bool = False
+    """``--enable-pd-role-switch``: ``POST /pd_role_switch`` changes what the pages report as the role."""
+    warm_up: float = 0.0
+    """Seconds after the start in which ``/ready`` and ``/health`` answer 503, while pages answer."""
     rank_listeners: bool = False
     """``SGLANG_RUST_SERVER``: each rank has a listener of its own, at ``port`` plus the rank."""
     api_key: str | None = None

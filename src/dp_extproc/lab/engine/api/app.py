@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -76,6 +77,7 @@ class Server:
             self.listeners["debug"] = Listener(Starlette(routes=self._debug()), settings.host, settings.debug_port)
         self._metrics = metrics.Metrics(self.engine)
         self._is_draining = False
+        self._warm_at = time.monotonic() + settings.warm_up
 
     async def drain(self, seconds: float) -> None:
         """Report that the engine is not ready, and look every so many seconds whether a request runs, until none does.
@@ -101,6 +103,7 @@ class Server:
             Route("/get_server_info", self._page("server_info", self._server_info)),
             Route("/get_model_info", self._page("model_info", self._model_info)),
             Route("/abort_request", self._abort_request, methods=["POST"]),
+            Route("/pd_role_switch", self._role_switch, methods=["POST"]),
             Route("/flush_cache", self._flush_cache, methods=["GET", "POST"]),
             *self._other_routes(),
             *self._debug(),
@@ -204,16 +207,20 @@ class Server:
         return errors.json_response(pages.models(self.settings))
 
     async def _server_info(self, _: Request) -> Response:
-        return errors.json_response(pages.server_info(self.settings))
+        return errors.json_response(pages.server_info(self.settings, self.engine.present_role))
 
     async def _model_info(self, _: Request) -> Response:
         return errors.json_response(pages.model_info(self.settings))
 
     async def _ready(self, _: Request) -> Response:
-        return pages.ready(is_draining=self._is_draining)
+        return pages.ready(is_draining=self._is_draining or self._is_starting)
+
+    @property
+    def _is_starting(self) -> bool:
+        return time.monotonic() < self._warm_at
 
     async def _health(self, request: Request) -> Response:
-        if self._is_draining and self.settings.release.health_reports_draining:
+        if self._is_starting or (self._is_draining and self.settings.release.health_reports_draining):
             return pages.ready(is_draining=True)
         return await pages.health(request, self.engine)
 
@@ -237,6 +244,15 @@ class Server:
         elif isinstance(rid, str):
             self.engine.abort(rid)
         return Response(status_code=200)
+
+    async def _role_switch(self, request: Request) -> Response:
+        try:
+            role = Role(msgspec.json.decode(await request.body())["new_role"])
+        except (msgspec.DecodeError, ValueError, LookupError, TypeError):
+            return Response(status_code=400)
+        old, problem = self.engine.present_role, self.engine.switch_role(role)
+        answer = {"success": problem is None, "message": problem or "ok", "old_role": old, "new_role": role}
+        return errors.json_response({**answer, "safe_to_restore": True}, 200 if problem is None else 400)
 
     async def _flush_cache(self, _: Request) -> Response:
         flushed = self.engine.flush_caches()

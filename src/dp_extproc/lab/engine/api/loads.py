@@ -78,7 +78,7 @@ def _rank(engine: Engine, history: RankHistory, wanted: set[str]) -> dict[str, A
         load["memory"] = {**sizes, "token_capacity": snapshot.max_total_num_tokens}
     if every or "disagg" in wanted:
         load["disaggregation"] = {
-            "mode": mode(settings),
+            "mode": mode(engine.present_role),
             "prefill_bootstrap_queue_reqs": snapshot.queues["bootstrap"],
             "prefill_inflight_queue_reqs": snapshot.queues["inflight"],
             "decode_prealloc_queue_reqs": snapshot.queues["prealloc"],

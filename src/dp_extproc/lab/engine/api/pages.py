@@ -35,9 +35,9 @@ FLUSHED: Final = (
 )
 
 
-def mode(settings: Settings) -> str:
+def mode(role: Role) -> str:
     """Return the ``disaggregation_mode``."""
-    return "null" if settings.role is Role.UNIFIED else str(settings.role)
+    return "null" if role is Role.UNIFIED else str(role)
 
 
 def utilization(settings: Settings) -> float:
@@ -45,15 +45,15 @@ def utilization(settings: Settings) -> float:
     return -1.0 if settings.role is Role.PREFILL else 0.0
 
 
-def server_info(settings: Settings) -> dict[str, Any]:
-    """Return the resolved options of the engine that routers and tests read."""
+def server_info(settings: Settings, role: Role) -> dict[str, Any]:
+    """Return the resolved options of the engine that routers and tests read; *role* is its present one."""
     release, ranks = settings.release, settings.dp_size
     sizes: dict[str, Any] = {"dp_size": ranks}
     if release.counts_replicas:  # from here on dp_size counts replicas
         sizes = (
             {"dp_size": 1, "attn_dp_size": ranks} if settings.dp_attention else {"dp_size": ranks, "attn_dp_size": 1}
         )
-    state = {"max_total_num_tokens": settings.capacity, "disaggregation_mode": mode(settings)}
+    state = {"max_total_num_tokens": settings.capacity, "disaggregation_mode": mode(role)}
     return {
         "model_path": f"/models/{settings.model}",
         "served_model_name": settings.model,
@@ -65,7 +65,8 @@ def server_info(settings: Settings) -> dict[str, Any]:
         **sizes,
         "load_balance_method": settings.method,
         "enable_dp_attention": settings.dp_attention,
-        "disaggregation_mode": mode(settings),
+        "disaggregation_mode": mode(settings.role),
+        "enable_pd_role_switch": settings.role_switch,
         "disaggregation_bootstrap_port": settings.bootstrap_port,
         "disaggregation_transfer_backend": settings.transfer_backend,
         "enable_metrics": settings.enable_metrics,
@@ -94,7 +95,7 @@ def model_info(settings: Settings) -> dict[str, Any]:
     if settings.release.since("0.5.18"):
         info["served_model_name"] = settings.model
     if settings.release.since("0.5.22"):
-        info |= {"disaggregation_mode": mode(settings), **_LLAMA}
+        info |= {"disaggregation_mode": mode(settings.role), **_LLAMA}
     return {**info, "tokenizer_path": f"/models/{settings.model}", "weight_version": "default"}
 
 
