@@ -105,7 +105,8 @@ class Failure(Struct, frozen=True):
     def body(self, shape: ErrorShape) -> bytes:
         """Write the body of the client's error, in a shape unless it is the engine's own."""
         if self.is_clients_fault and self.text:
-            return reshape(scrub(self.text), shape)
+            own = scrub(self.text)
+            return reshape(own) if shape is ErrorShape.OPENAI else own
         if (cause := no_answer(self.text)) is not None:
             message = f"the {self.leg.value} server did not answer: {cause}"
         else:

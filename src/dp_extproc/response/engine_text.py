@@ -9,8 +9,6 @@ from typing import Final
 
 import msgspec
 
-from dp_extproc.request.error_shapes import ErrorShape
-
 _NAMES: Final = (
     rb"(?:bootstrap_(?:host|port|room|pair_key)|disagg_prefill_dp_rank|routed_dp_rank|data_parallel_rank|rid)"
 )
@@ -50,10 +48,8 @@ def scrub(text: bytes) -> bytes:
     return _PRIVATE.sub(_ADDRESS, text)
 
 
-def reshape(text: bytes, shape: ErrorShape) -> bytes:
+def reshape(text: bytes) -> bytes:
     """Add ``error``, which official clients of OpenAI read, to an error that has the members of SGLang alone."""
-    if shape is not ErrorShape.OPENAI:
-        return text
     try:
         body = msgspec.json.decode(text, type=dict[str, object])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
