@@ -17,10 +17,13 @@ KUBE_BIN ?= $(HOME)/.cache/dp-extproc/kubernetes/bin
 # The control planes of Envoy Gateway and Istio, for envoy-gateway-run and istio-run.
 MESH_BIN ?= $(HOME)/.cache/dp-extproc/mesh/bin
 
+# Official client libraries, for clients: 800 MB, kept.
+CLIENTS ?= $(HOME)/.cache/dp-extproc/clients
+
 # Envoys by version, for envoy-versions: 150 MB each, kept.
 ENVOYS ?= $(HOME)/.cache/dp-extproc/envoys
 
-.PHONY: setup test quickstart-test compose-test check format manifests demo faults soak interop kubernetes-run envoy-versions \
+.PHONY: setup test quickstart-test compose-test check format manifests demo faults soak interop clients kubernetes-run envoy-versions \
   envoy-gateway-run istio-run bench balance simulated autoscaling stream-end clean
 
 setup: .venv/ready
@@ -77,6 +80,12 @@ soak: .venv/bench-ready
 interop: setup
 	SGLVENV=$(SGLVENV) SGLRUN=$(SGLRUN) interop/setup.sh
 	PYTHONPATH=tests $(BIN)/python -m interop --venv $(SGLVENV) --run $(SGLRUN) $(ARGS)
+
+# Official clients of OpenAI's and Anthropic's APIs, which it installs first, run into mistakes and errors: 5 minutes. It
+# updates the table of docs/clients.md. One client: make clients ARGS="--only litellm". It needs Node and npm.
+clients: setup
+	CLIENTS=$(CLIENTS) interop/clients/setup.sh
+	PYTHONPATH=tests $(BIN)/python -m interop.clients --clients $(CLIENTS) $(ARGS)
 
 # Discovery against Kubernetes' own API server, which interop/kubernetes/build.sh builds: 4 minutes. It needs openssl,
 # unshare and ip.

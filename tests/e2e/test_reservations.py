@@ -1,6 +1,8 @@
 """Requests go to the least loaded rank, and reservations show what is in flight."""
 
 import asyncio
+import base64
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,13 @@ from patience import wait_for
 SLOW = ("--time-scale", "0.5", "--disable-radix-cache")
 """Every prompt takes a long time to compute, also a repeated one."""
 LONG = {"text": "x" * 160_000, "sampling_params": {"max_new_tokens": 400}, "stream": True}
+
+_PNG = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", 50 * 28, 100 * 28) + bytes(120_000)
+PICTURE: dict[str, Any] = {
+    "type": "image_url",
+    "image_url": {"url": f"data:image/png;base64,{base64.b64encode(_PNG).decode()}"},
+}
+"""5,000 tokens, in 160,000 characters."""
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +52,25 @@ def test_reservations_follow_a_request(slow: Stack) -> None:
         assert sum(reserved(slow, "decode")) == 1
         assert answer.result().status_code == 200
     wait_for(lambda: sum(reserved(slow, "decode")) == 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"input_ids": [5] * 5000}),
+        ("/generate", {"text": "x" * 40, "input_ids": [5] * 5000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [PICTURE]}]}),
+        ("/generate", {"text": "", "image_data": PICTURE["image_url"]["url"]}),
+    ],
+    ids=["ids of a chat", "ids beside a text", "picture of a chat", "picture of generate"],
+)
+def test_reservation_has_the_size_of_what_is_computed(slow: Stack, path: str, body: dict[str, Any]) -> None:
+    """Ids replace the text, and a picture counts by its pixels, not by its base64. Decode adds 1,000 for the answer."""
+    asked = {**body, "max_tokens": 400, "sampling_params": {"max_new_tokens": 400}, "stream": True}
+    with slow.client.stream("POST", path, json={"messages": [{"role": "user", "content": "x"}], **asked}):
+        (decode,) = [each for each in slow.service.loads()["endpoints"] if each["role"] == "decode"]
+        assert sum(rank["reserved"]["tokens"] for rank in decode["ranks"]) == pytest.approx(6000, abs=100)
+    wait_for(lambda: sum(reserved(slow, "prefill")) == sum(reserved(slow, "decode")) == 0)
 
 
 def test_concurrent_requests_take_different_ranks(slow: Stack) -> None:

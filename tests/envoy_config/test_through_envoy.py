@@ -194,7 +194,7 @@ def test_error_of_envoy_has_the_shape_of_its_path(bench: Bench, path: str) -> No
 
     assert response.status_code == 503
     assert response.headers.get_list("retry-after") == ["1"]
-    assert message.startswith("The request got no answer: ")
+    assert message.startswith("The server did not answer: ")
     kind = {"type": "server_error", "param": None}
     assert body == (
         {"type": "error", "error": {"type": "overloaded_error"}}

@@ -169,3 +169,20 @@ class TestExternalTraffic:
             ratio.counted(ENGINE, count, second, idle=True)
 
         assert ratio.bytes_per_token == pytest.approx(2.0, rel=0.1)
+
+
+def test_prompts_with_media_teach_nothing() -> None:
+    """Their tokens are a rough estimate, and may be counted one page later; afterwards texts are learned from again."""
+    ratio = TokenRatio()
+    count = 0
+    for page in range(40):
+        ratio.computed("e", 40_000, 0)
+        ratio.computed("e", 0, 1_000, doubtful=page % 2 == 0)
+        count += 10_000 + 90_000
+        ratio.counted("e", count, float(page))
+    assert ratio.bytes_per_token == START
+    for page in range(40, 80):
+        ratio.computed("e", 20_000, 0)
+        count += 10_000
+        ratio.counted("e", count, float(page))
+    assert ratio.bytes_per_token < START

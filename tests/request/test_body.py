@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dp_extproc.request.body import MAX_BATCH, MAX_SAMPLES, InferenceRequest, read_body
+from dp_extproc.request.media import MEDIA_TOKENS
 from dp_extproc.request.path import Api
-from dp_extproc.request.prompt import MEDIA_TOKENS
 from dp_extproc.request.rejection import Reason, Rejection
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000}}

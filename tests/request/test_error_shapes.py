@@ -13,6 +13,7 @@ from dp_extproc.request.rejection import TRY_AGAIN, Reason, Rejection
     ("path", "shape"),
     [
         ("/v1/messages", ErrorShape.ANTHROPIC),
+        ("/v1/v1/messages", ErrorShape.ANTHROPIC),
         ("/v1/messages/count_tokens?beta=true", ErrorShape.ANTHROPIC),
         ("/v1/responses", ErrorShape.OPENAI),
         ("/generate", ErrorShape.OPENAI),

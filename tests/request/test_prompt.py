@@ -7,8 +7,9 @@ import pytest
 
 from dp_extproc.estimators.token_ratio import TokenRatio
 from dp_extproc.request.body import InferenceRequest, read_body
+from dp_extproc.request.media import MEDIA_TOKENS
 from dp_extproc.request.path import Api
-from dp_extproc.request.prompt import MEDIA_TOKENS, Prompt
+from dp_extproc.request.prompt import Prompt
 
 
 def read(api: Api, body: dict[str, Any]) -> InferenceRequest:
@@ -42,6 +43,13 @@ FORMS: dict[str, tuple[Api, dict[str, Any], Prompt]] = {
     "generate-list-of-one-id-list": (G, {"input_ids": [[1, 2]]}, Prompt(0, 2, 1)),
     "generate-embeds": (G, {"input_embeds": [[0.5, 1], [0.5, 1], [2, 3]]}, Prompt(0, 3, None)),
     "generate-batch-of-embeds": (G, {"input_embeds": [[[0.5, 1]], [[1, 2], [3, 4]]]}, Prompt(0, 3, 2)),
+    "generate-text-and-ids": (G, {"text": "x" * 100, "input_ids": [7, 8]}, Prompt(0, 2, None)),
+    "generate-images": (
+        G, {"text": "x", "image_data": ["https://a/b.png"] * 2}, Prompt(1, 2 * MEDIA_TOKENS, None, has_media=True)
+    ),
+    "generate-images-of-a-batch": (
+        G, {"text": ["x", "y"], "image_data": [["https://a/b.png"], None]}, Prompt(2, MEDIA_TOKENS, 2, has_media=True)
+    ),
     "generate-null-text-and-ids": (G, {"text": None, "input_ids": [7]}, Prompt(0, 1, None)),
     "completions-text": (C, {"prompt": "abcde"}, Prompt(5, 0, None)),
     "completions-texts": (C, {"prompt": ["a", "b", "c"]}, Prompt(3, 0, 3)),
@@ -51,11 +59,11 @@ FORMS: dict[str, tuple[Api, dict[str, Any], Prompt]] = {
     "chat-text": (H, {"messages": [user("abc"), user("de")]}, Prompt(5, 0, None)),
     "chat-no-messages": (H, {"messages": []}, Prompt(0, 0, None)),
     "chat-parts": (H, {"messages": [user([TEXT, TEXT])]}, Prompt(8, 0, None)),
-    "chat-image-by-data": (H, {"messages": [user([TEXT, IMAGE_URL])]}, Prompt(4, MEDIA_TOKENS, None)),
+    "chat-image-by-data": (H, {"messages": [user([TEXT, IMAGE_URL])]}, Prompt(4, MEDIA_TOKENS, None, has_media=True)),
     "chat-audio": (
         H,
         {"messages": [user([{"type": "input_audio", "input_audio": {"data": BASE64, "format": "wav"}}, TEXT])]},
-        Prompt(4, MEDIA_TOKENS, None),
+        Prompt(4, 257, None, has_media=True),
     ),
     "chat-tool-calls": (
         H,
@@ -82,7 +90,7 @@ FORMS: dict[str, tuple[Api, dict[str, Any], Prompt]] = {
     "messages-text": (M, {"messages": [user("abc")], "max_tokens": 1}, Prompt(3, 0, None)),
     "messages-system-text": (M, {"system": "12345", "messages": [user("abc")]}, Prompt(8, 0, None)),
     "messages-system-blocks": (M, {"system": [TEXT, TEXT], "messages": [user("abc")]}, Prompt(11, 0, None)),
-    "messages-image": (M, {"messages": [user([ANTHROPIC_IMAGE, TEXT])]}, Prompt(4, MEDIA_TOKENS, None)),
+    "messages-image": (M, {"messages": [user([ANTHROPIC_IMAGE, TEXT])]}, Prompt(4, MEDIA_TOKENS, None, has_media=True)),
     "messages-tool-use": (
         M,
         {"messages": [user([{"type": "tool_use", "id": "t", "name": "f", "input": {"a": 1}}])]},
@@ -96,7 +104,7 @@ FORMS: dict[str, tuple[Api, dict[str, Any], Prompt]] = {
     "messages-tool-result-with-a-picture": (
         M,
         {"messages": [user([{"type": "tool_result", "tool_use_id": "t", "content": [TEXT, ANTHROPIC_IMAGE]}])]},
-        Prompt(4, MEDIA_TOKENS, None),
+        Prompt(4, MEDIA_TOKENS, None, has_media=True),
     ),
     "messages-tool-result-of-unknown-form": (
         M,
@@ -114,7 +122,7 @@ FORMS: dict[str, tuple[Api, dict[str, Any], Prompt]] = {
     "responses-image": (
         R,
         {"input": [user([{"type": "input_image", "image_url": f"data:image/png;base64,{BASE64}"}])]},
-        Prompt(0, MEDIA_TOKENS, None),
+        Prompt(0, MEDIA_TOKENS, None, has_media=True),
     ),
     "responses-call-and-its-output": (
         R,
@@ -133,7 +141,7 @@ FORMS: dict[str, tuple[Api, dict[str, Any], Prompt]] = {
                 "output": [{"type": "input_image", "image_url": f"data:image/png;base64,{BASE64}"}],
             },
         ]},
-        Prompt(0, MEDIA_TOKENS, None),
+        Prompt(0, MEDIA_TOKENS, None, has_media=True),
     ),
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from dp_extproc.engines.model import Role
 from dp_extproc.engines.refusals import WrongRank, wrong_rank
 from dp_extproc.request.error_shapes import ErrorShape
 from dp_extproc.request.rejection import Reason, Rejection
+from dp_extproc.response.engine_text import no_answer, reshape, scrub
 
 ENGINE_FAILED: Final = 500
 """The status from which on a response is a failure of the engine."""
@@ -104,9 +105,13 @@ class Failure(Struct, frozen=True):
     def body(self, shape: ErrorShape) -> bytes:
         """Write the body of the client's error, in a shape unless it is the engine's own."""
         if self.is_clients_fault and self.text:
-            return self.text
-        text = self.text[:_TEXT_BYTES].decode(errors="replace").strip()
-        message = f"{self.message}: {text}" if text else self.message
+            own = scrub(self.text)
+            return reshape(own) if shape is ErrorShape.OPENAI else own
+        if (cause := no_answer(self.text)) is not None:
+            message = f"the {self.leg.value} server did not answer: {cause}"
+        else:
+            text = scrub(self.text[:_TEXT_BYTES]).decode(errors="replace").strip()
+            message = f"{self.message}: {text}" if text else self.message
         return Rejection(self.status, self.reason, message).body(shape)
 
 

@@ -207,9 +207,8 @@ class MainStream(Machine[MainState]):
             self._leg.text = self.merging.text
         self._leg.move(Signal.SCHEDULED, turn, decision)
         self._first_event.renames = decision.renames
-        shows_event = self._environment.gateway.shows_first_events(self._response_mode)
-        wants_event = self._environment.supervision.mode is Supervise.FIRST_EVENT and shows_event
-        if decision.streaming is not False and wants_event:
+        wants_event = self._environment.supervision.mode is Supervise.FIRST_EVENT and decision.streaming is not False
+        if wants_event and self._environment.gateway.shows_first_events(self._response_mode):
             self._first_event.move(Signal.SCHEDULED, turn, decision)
 
     def _pass_request(self, turn: Turn, event: on.RequestBody | on.RequestTrailers) -> Outcome:

@@ -16,7 +16,7 @@ from envoy_data_plane.google.protobuf import Struct
 
 from dp_extproc.contract import CUT, FAILED, META_DECODE_HOST, META_PREFILL_HOST, META_REASON, METADATA_NAMESPACE, RETRY
 from dp_extproc.envoy_config.yaml_text import commented, pack
-from dp_extproc.request.error_shapes import ANTHROPIC_PREFIX, ErrorShape, error_members
+from dp_extproc.request.error_shapes import ANTHROPIC_PART, ErrorShape, error_members
 from dp_extproc.request.rejection import TRY_AGAIN
 
 _Op = accesslog.ComparisonFilterOp
@@ -32,7 +32,7 @@ _REPEAT: Final = {RETRY: "1", FAILED: ",".join((*_HOSTS, CUT))}
 """Headers with which the front door repeats a request without a decision of the service about the retry."""
 _RETRY_AFTER: Final = dict(TRY_AGAIN)
 
-_LOST: Final = "The request got no answer: %LOCAL_REPLY_BODY%. Try again."
+_LOST: Final = "The server did not answer: %RESPONSE_CODE_DETAILS%. Try again."
 _LOST_WHILE_HELD: Final = "The server was lost before its answer had begun: %RESPONSE_CODE_DETAILS%. Try again."
 _UNAVAILABLE: Final = "The routing service did not place the request; it may be starting or down. Try again."
 _FAILED: Final = "The proxy failed: %RESPONSE_CODE_DETAILS%"
@@ -124,7 +124,7 @@ def _errors(
     when: accesslog.AccessLogFilter, status: int, code: str, message: str, headers: Mapping[str, str] = _NO_HEADERS
 ) -> Iterator[hcm.ResponseMapper]:
     """Build an error in each shape; the status is one of those that it is for, and decides about the types."""
-    path = route.HeaderMatcher(name=":path", string_match=matcher.StringMatcher(prefix=ANTHROPIC_PREFIX))
+    path = route.HeaderMatcher(name=":path", string_match=matcher.StringMatcher(contains=ANTHROPIC_PART))
     messages = accesslog.AccessLogFilter(header_filter=accesslog.HeaderFilter(header=path))
     for shape, shaped in ((ErrorShape.ANTHROPIC, _all_of(messages, when)), (ErrorShape.OPENAI, when)):
         members = error_members(shape, status, message, code, _NULL)

@@ -49,6 +49,8 @@ class _Interval:
     """Whether tokens of known texts may be among those counted."""
     is_clear: bool
     """Whether no page in it has external requests, and few other pages of this engine have some."""
+    is_doubtful: bool
+    """Whether tokens of media may be among those counted, of which no exact number is known."""
 
 
 @dataclass(slots=True)
@@ -61,6 +63,10 @@ class _Engine:
     """Tokens of prompts that came as token ids and were computed since the last count."""
     _had_text: bool = False
     """Whether texts were computed before the last count: their tokens may be counted after it."""
+    _is_doubtful: bool = False
+    """Whether prompts with media were computed since the last count."""
+    _was_doubtful: bool = False
+    """Whether such prompts were computed before it: their tokens may be counted after it."""
     _count: int | None = None
     """The last count of prompt tokens."""
     _at: float = 0.0
@@ -96,6 +102,10 @@ class _Engine:
         """Keep an interval until a number of pages without external requests have followed."""
         self._pending.append((self._clear_for + _CLEAR, interval))
 
+    def note_doubt(self, *, doubtful: bool) -> None:
+        """Note whether a computed prompt has tokens whose number is only estimated."""
+        self._is_doubtful = self._is_doubtful or doubtful
+
     def note_count(self, prompt_tokens: int, at: float, *, idle: bool) -> _Interval | None:
         """Note a count, and return the interval that it ends; None for the first one."""
         before, seconds, was_idle = self._count, at - self._at, self._idle_for > 0
@@ -111,9 +121,11 @@ class _Engine:
                 # not at the first idle count, as the last prompt may be counted after it
                 is_quiet=was_idle and self._idle_for > 0,
                 is_of_ours=bool(self.text_bytes) or self._had_text,
+                is_doubtful=self._is_doubtful or self._was_doubtful,
                 is_clear=self._clear_for >= self._pages and self._external_share < _RARELY,
             )
         self._had_text = bool(self.text_bytes)
+        self._was_doubtful, self._is_doubtful = self._is_doubtful, False
         self.text_bytes = self.known_tokens = self._pages = 0
         return interval
 
@@ -173,9 +185,10 @@ class TokenRatio:
         """Estimate the tokens of a prompt (of a batch: of all its prompts), at least 1."""
         return max(1, prompt.tokens + round(prompt.text_bytes / self.bytes_per_token))
 
-    def computed(self, endpoint: str, text_bytes: int, known_tokens: int) -> None:
-        """Count a prompt that an engine has computed."""
+    def computed(self, endpoint: str, text_bytes: int, known_tokens: int, *, doubtful: bool = False) -> None:
+        """Count a prompt that an engine has computed. If its tokens are *doubtful*, two counts teach nothing."""
         engine = self._engines[endpoint]
+        engine.note_doubt(doubtful=doubtful)
         engine.text_bytes += text_bytes
         engine.known_tokens += known_tokens
 
@@ -194,7 +207,7 @@ class TokenRatio:
             return
         if interval.is_quiet:
             self._quiet.note(interval)
-        if not interval.is_of_ours:
+        if interval.is_doubtful or not interval.is_of_ours:
             return  # external traffic, or token ids alone
         if (rate := self._quiet.use_rate()) is not None:
             self._learn(interval.text_bytes, interval.tokens - rate * interval.seconds)

@@ -28,7 +28,9 @@ class RequestCost(Struct, frozen=True):
     text_bytes: Count = 0
     """Bytes of the prompt that are text, whose tokens are estimated."""
     known_tokens: Count = 0
-    """Tokens of the prompt that came as token ids."""
+    """Tokens of the prompt that came as token ids, or are estimated of media."""
+    has_media: bool = False
+    """Whether the prompt has images, sound or video, of which the tokens are a rough estimate."""
 
 
 class Work(NamedTuple):

@@ -92,7 +92,7 @@ class InFlightTracker:
             return
         endpoint.prefix_truth.computed(cost.tokens, expected)
         if (ratio := self._cache.ratios.get(endpoint.pool)) is not None:  # the pool may no longer be configured
-            ratio.computed(endpoint.url, cost.text_bytes, cost.known_tokens)
+            ratio.computed(endpoint.url, cost.text_bytes, cost.known_tokens, doubtful=cost.has_media)
 
     def _expected(self, target: Target) -> float:
         """Return the cached tokens that the prefix index has of a prompt, before any correction."""

@@ -8,6 +8,7 @@ from typing import Final
 
 import msgspec
 
+from dp_extproc.request.invalid_json import explain_invalid_json
 from dp_extproc.request.lenient import as_bool, as_integer
 from dp_extproc.request.members import MOST_MEMBERS, JsonObject, TooManyMembersError
 from dp_extproc.request.own_faults import find_fault
@@ -89,7 +90,7 @@ def read_body(api: Api, text: bytes) -> InferenceRequest | Rejection:
     except msgspec.ValidationError as error:
         return _wrong_type(str(error))
     except msgspec.DecodeError as error:  # in a value that was skipped before
-        return Rejection(400, Reason.INVALID_JSON, f"the request body is not valid JSON: {error}")
+        return explain_invalid_json(text, error)
     except RecursionError:
         return _TOO_DEEP
     except PromptError as error:
@@ -173,10 +174,8 @@ def _read_object(text: bytes) -> JsonObject | Rejection:
         return JsonObject(text)
     except msgspec.ValidationError:
         return Rejection(400, Reason.NOT_AN_OBJECT, "the request body must be a JSON object")
-    except msgspec.DecodeError as error:
-        return Rejection(400, Reason.INVALID_JSON, f"the request body is not valid JSON: {error}")
-    except UnicodeDecodeError as error:
-        return Rejection(400, Reason.INVALID_JSON, f"the request body is not valid UTF-8 (byte {error.start})")
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return explain_invalid_json(text, error)
     except RecursionError:
         return _TOO_DEEP
     except TooManyMembersError:

@@ -1,6 +1,7 @@
 """The body of an error in the shape that clients of its path read.
 
-1. Below ``/v1/messages`` it is the error of Anthropic's API, with the type that belongs to the status.
+1. On a path with ``/messages``, such as ``/v1/messages``, it is the error of Anthropic's API, with the type of the
+   status.
 2. On every other path it has both forms that SGLang sends: ``error`` as in OpenAI's API, which official client
    libraries read, and beside it the members of SGLang's ``ErrorResponse``.
 """
@@ -21,8 +22,8 @@ class ErrorShape(StrEnum):
     ANTHROPIC = "anthropic"
 
 
-ANTHROPIC_PREFIX: Final = "/v1/messages"
-"""The start of the paths whose errors have Anthropic's shape, as SGLang compares it."""
+ANTHROPIC_PART: Final = "/messages"
+"""Part of the paths whose errors have Anthropic's shape. It is also in that of a client with a wrong base URL."""
 
 _ANTHROPIC_TYPES: Final[Mapping[int, str]] = {
     HTTPStatus.UNAUTHORIZED: "authentication_error",
@@ -39,7 +40,7 @@ _ANTHROPIC_TYPES: Final[Mapping[int, str]] = {
 
 def shape_of(path: str) -> ErrorShape:
     """Return the shape of the errors of a path."""
-    return ErrorShape.ANTHROPIC if path.startswith(ANTHROPIC_PREFIX) else ErrorShape.OPENAI
+    return ErrorShape.ANTHROPIC if ANTHROPIC_PART in path else ErrorShape.OPENAI
 
 
 def error_members(

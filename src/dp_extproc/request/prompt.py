@@ -5,17 +5,15 @@ Byte-pair tokenizers make a token of 4 to 4.5 bytes of English, 3 to 4.5 of Chin
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
 from msgspec import Raw, Struct
+from msgspec.structs import replace
 
+from dp_extproc.request.media import image_tokens, sound_tokens, video_tokens
 from dp_extproc.request.shapes import Body, Chat, Completions, Generate, Message, Messages, Part, Responses, TextsOrIds
-
-MEDIA_TOKENS: Final = 1024
-"""The tokens that an image, audio or video part counts as. Vision models make about one token of 28 x 28 pixels
-(Qwen2-VL), so this is the order of magnitude of one image. The length of its base64 text is no measure of it."""
 
 _TEXT_TYPES: Final = frozenset({
     "text", "input_text", "output_text", "refusal", "summary_text", "thinking", "redacted_thinking", "tool_use",
@@ -26,6 +24,8 @@ _MEDIA_KEYS: Final = ("url", "data")
 """The ends of the keys of media, whether in base64 or by address."""
 
 _values: Final[msgspec.json.Decoder[list[Raw]]] = msgspec.json.Decoder(list[Raw])
+_MOST_MEDIA: Final = 10_000
+"""Most media of one list that are looked at."""
 _LIST_OF_LISTS: Final = re.compile(rb"\[\s*\[")
 _parts: Final[msgspec.json.Decoder[list[Part]]] = msgspec.json.Decoder(list[Part])
 
@@ -36,9 +36,11 @@ class Prompt(Struct, frozen=True):
     text_bytes: int
     """UTF-8 bytes of text."""
     tokens: int
-    """Tokens that need no estimate: token ids, and the fixed count of media parts."""
+    """Tokens besides those of text: token ids, and the estimate of images, sound and video."""
     batch: int | None
     """The number of prompts in the list form; None for the scalar form. A list of one is a batch of 1."""
+    has_media: bool = False
+    """Whether a part of ``tokens`` is such an estimate."""
 
 
 class PromptError(ValueError):
@@ -86,13 +88,38 @@ def _length(raw: Raw) -> int:
 
 
 def _measure_generate(body: Generate) -> Prompt:
+    prompt = _measure_generate_text(body)
+    media = sum(
+        _measure_media(member, measure_one)
+        for member, measure_one in (
+            (body.image_data, image_tokens), (body.audio_data, sound_tokens), (body.video_data, video_tokens)
+        )
+    )  # fmt: skip
+    return replace(prompt, tokens=prompt.tokens + media, has_media=True) if media else prompt
+
+
+def _measure_generate_text(body: Generate) -> Prompt:
     if body.text is not None:
-        return _measure_texts_or_ids("text", body.text)
+        prompt = _measure_texts_or_ids("text", body.text)
+        if body.input_ids is None:
+            return prompt
+        # The text only decides whether it is a batch; the ids are computed (``tokenizer_manager.py``).
+        return replace(_measure_list("input_ids", body.input_ids), batch=prompt.batch)
     if body.input_ids is not None:
         return _measure_list("input_ids", body.input_ids)
     if body.input_embeds is not None:
         return _measure_embeds(body.input_embeds)
     raise PromptError("text", "one of text, input_ids and input_embeds is needed", missing=True)
+
+
+def _measure_media(member: Raw, measure_one: Callable[[Raw], int]) -> int:
+    """Measure media of /generate: one, a list of them, or a list for each prompt of a batch."""
+    view = memoryview(member)
+    if not view or bytes(view[:4]) == b"null":
+        return 0
+    if view[0] != ord("["):
+        return measure_one(member)
+    return sum(_measure_media(each, measure_one) for each in _values.decode(member)[:_MOST_MEDIA])
 
 
 def _measure_embeds(rows: list[Raw]) -> Prompt:
@@ -144,7 +171,7 @@ def _measure_messages(param: str, messages: list[Message] | None, text_bytes: in
         more_bytes, more_tokens = _measure_result(message.output)
         text_bytes += more_bytes + _size(message.reasoning_content) + _size(message.arguments)
         text_bytes, tokens = text_bytes + _length(message.tool_calls), tokens + more_tokens
-    return Prompt(text_bytes, tokens, None)
+    return Prompt(text_bytes, tokens, None, has_media=tokens > 0)
 
 
 def _measure_parts(parts: Iterable[Part]) -> tuple[int, int]:
@@ -155,8 +182,18 @@ def _measure_parts(parts: Iterable[Part]) -> tuple[int, int]:
             text_bytes += more_bytes + _size(part.text) + _size(part.thinking) + _length(part.input)
             tokens += more_tokens
         else:
-            tokens += MEDIA_TOKENS
+            tokens += _media_tokens(part)
     return text_bytes, tokens
+
+
+def _media_tokens(part: Part) -> int:
+    """Estimate the tokens of a part that is no text."""
+    if memoryview(part.video_url):
+        return video_tokens(part.video_url)
+    sound = part.input_audio if memoryview(part.input_audio) else part.audio_url
+    if memoryview(sound):
+        return sound_tokens(sound)
+    return image_tokens(part.image_url if memoryview(part.image_url) else part.source)
 
 
 def _measure_result(result: Raw) -> tuple[int, int]:
@@ -168,9 +205,9 @@ def _measure_result(result: Raw) -> tuple[int, int]:
         except msgspec.ValidationError:
             return len(text), 0
         # The contents of a part are not decoded: each level would be read once more for every level above.
-        media = sum(part.type not in _TEXT_TYPES for part in parts)
+        media = sum(_media_tokens(part) for part in parts if part.type not in _TEXT_TYPES)
         texts = (_size(part.text) + _length(part.content) for part in parts if part.type in _TEXT_TYPES)
-        return sum(texts), media * MEDIA_TOKENS
+        return sum(texts), media
     return len(text), 0
 
 

@@ -21,6 +21,12 @@ class Part(Struct):
     thinking: str | None = None
     input: Raw = NO_VALUE
     content: Raw = NO_VALUE
+    image_url: Raw = NO_VALUE
+    video_url: Raw = NO_VALUE
+    audio_url: Raw = NO_VALUE
+    input_audio: Raw = NO_VALUE
+    source: Raw = NO_VALUE
+    """The image or document of /v1/messages."""
 
 
 class Message(Struct):
@@ -70,6 +76,9 @@ class Generate(Body):
     text: TextsOrIds | None = None
     input_ids: list[TokenId | list[TokenId]] | None = None
     input_embeds: list[Raw] | None = None
+    image_data: Raw = NO_VALUE
+    audio_data: Raw = NO_VALUE
+    video_data: Raw = NO_VALUE
     sampling_params: SamplingParams | list[SamplingParams] | None = None
 
     @property

@@ -333,6 +333,7 @@ class Scheduler:
             session=session[:SESSION_KEPT] if session and pool.affinity.sessions else None,
             text_bytes=prompt.text_bytes,
             known_tokens=prompt.tokens,
+            has_media=prompt.has_media,
         )
 
 
