@@ -110,7 +110,8 @@ def test_external_load_is_avoided() -> None:
             service.wait_until_ready()
             others: dict[str, Any] = {**LONG, "text": "x" * 40_000, "routed_dp_rank": 1}
             with client.stream("POST", f"{engine.url}/generate", json=others) as response:
-                next(response.iter_lines())
+                lines = response.iter_lines()  # kept, because httpx disconnects when it is dropped
+                next(lines)
                 wait_for(lambda: service.loads()["endpoints"][0]["ranks"][1]["external_tokens"] > 5000)
                 engine.forget()
                 for _ in range(10):
