@@ -223,8 +223,8 @@ class Attempt:
         turn.commands.append(ToLeg.CANCEL)  # the rules do not end a leg that has failed, but its stream is still open
 
     def _give_up_error(self, turn: Turn) -> None:
-        message = f"the decode server answered {self.main.status}, and did not say why"
-        self._fail(turn, engine_error(Role.DECODE, self.main.status, b"", message))
+        message = f"the decode server answered {self.main.head.status}, and did not say why"
+        self._fail(turn, engine_error(Role.DECODE, self.main.head.status, b"", message))
 
     def _give_up_prefill(self, turn: Turn) -> None:
         seconds = self._effects.prefill_timeout

@@ -13,7 +13,6 @@ from dp_extproc.attempt.events import (
     Event,
     ExtendTimeout,
     Phase,
-    Reply,
     SendLeg,
     SkipBody,
 )
@@ -42,8 +41,8 @@ class MainStream(Machine[MainState]):
 
     __slots__ = (
         "_abort", "_asks_for_body", "_effects", "_environment", "_first_event", "_hold", "_intake", "_kept",
-        "_kept_bytes", "_leg", "_peer", "_response_mode", "body_at", "error_at", "held_at", "is_extended", "is_unheard",
-        "merging", "picked_at", "status", "streaming",
+        "_kept_bytes", "_leg", "_peer", "_response_mode", "body_at", "error_at", "head", "held_at", "is_extended",
+        "is_unheard", "merging", "picked_at", "streaming",
     )  # fmt: skip
 
     def __init__(
@@ -73,8 +72,8 @@ class MainStream(Machine[MainState]):
         self._kept_bytes = 0
         self._asks_for_body = False
         """Whether Envoy was asked to send the response body here."""
-        self.status = 0
-        """Status of the response."""
+        self.head = on.ResponseHeaders(0)
+        """The head of the response."""
         self.streaming: bool | None = False
         """Whether the response is a stream; None until its headers report it."""
         self.merging: Merging | None = None
@@ -225,7 +224,7 @@ class MainStream(Machine[MainState]):
         return Outcome.RELEASED
 
     def _response_headers(self, turn: Turn, event: on.ResponseHeaders) -> Outcome:
-        status = self.status = event.status
+        status, self.head = event.status, event
         self._peer.sends_responses = True
         self._effects.first_byte(status, event.served, turn.now)
         self._first_event.move(on.ResponseHeaders, turn, event)
@@ -283,15 +282,15 @@ class MainStream(Machine[MainState]):
 
     def _pass_failure(self, turn: Turn, phase: Phase, text: bytes) -> Outcome:
         """Let the engine's own error go on, with the retry headers if there is another attempt."""
-        failure = engine_error(Role.DECODE, self.status, text, "")
-        reply: Reply = replies.CONTINUE[phase]
+        is_lost = self.head.is_loss and self._environment.gateway.repeats_requests  # no other one's headers are trusted
+        failure = engine_error(Role.DECODE, self.head.status, text, "", is_lost=is_lost)
         if failure.is_clients_fault:
             self._effects.served(Role.DECODE)
+            turn.commands.append(replies.CONTINUE[phase])
         else:
             passed = replies.pass_failure(phase, self._retry_headers(failure))
             self._effects.blame(failure, turn.now)
-            reply = passed if self._environment.gateway.repeats_requests else reply
-        turn.commands.append(reply)
+            turn.commands.append(passed if self._environment.gateway.repeats_requests else replies.CONTINUE[phase])
         self._leg.cancel(turn)
         return Outcome.RELEASED
 
