@@ -1,6 +1,7 @@
 """The monitor against HTTP servers on real sockets, well-behaved and not."""
 
 import asyncio
+import itertools
 import json
 import logging
 import random
@@ -697,6 +698,34 @@ def test_answer_in_place_of_the_page_puts_an_engine_in_doubt_once() -> None:
             await until(lambda: engine.requests.count("/server_info") >= 3)
             engine.pages["/v1/loads"] = page_of(1, 2)
             await until(lambda: len(events.samples) >= 6)
+
+    run(story())
+
+
+def test_facts_are_read_once_a_round_while_each_page_contradicts_them_anew() -> None:
+    """A proxy may answer each request with another error, the facts included."""
+
+    async def story() -> None:
+        clock = Clock()
+        async with (
+            ScriptedEngine({"/server_info": info(), "/v1/loads": page_of(1, 2)}) as engine,
+            scraping(endpoint(engine.url), clock=clock) as (_, events),
+        ):
+            await until(lambda: len(events.samples) >= 2)
+            engine.pages["/server_info"] = 503
+            statuses = itertools.cycle((500, 502, 503))
+
+            async def another(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                writer.write(b"HTTP/1.1 %d X\r\nconnection: close\r\ncontent-length: 0\r\n\r\n" % next(statuses))
+                await writer.drain()
+
+            engine.pages["/v1/loads"] = another
+            clock.ahead += 61
+            reads = engine.requests.count("/server_info")
+            await until(lambda: engine.requests.count("/v1/loads") >= 30)
+
+            settled = sum(not failure.is_doubt for _, failure in events.failures)  # one at the end of each round
+            assert engine.requests.count("/server_info") - reads <= settled + 1
 
     run(story())
 
