@@ -778,6 +778,22 @@ def test_legs_that_failed_have_the_facts_read_between_rounds() -> None:
     run(story())
 
 
+def test_legs_that_fail_at_a_dead_engine_do_not_have_it_read_without_pause() -> None:
+    """Its facts are due all the time, and each read of it ends at once."""
+
+    async def story() -> None:
+        url = f"http://127.0.0.1:{free_port()}"
+        async with scraping(endpoint(url), clock=lambda: 100.0) as (monitor, events):
+            await until(lambda: events.failures)
+            for _ in range(50):
+                monitor.suspect(url)
+                await asyncio.sleep(0.002)
+
+            assert len(events.failures) == 1
+
+    run(story())
+
+
 def test_readiness_is_read_between_rounds_that_are_far_apart() -> None:
     """An engine that ends gets no request for long, whatever the interval is."""
 

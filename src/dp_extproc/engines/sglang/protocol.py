@@ -14,8 +14,8 @@ It has no version of its own. Read off the sources of 0.4.6 to 0.5.23 (``disaggr
 So from 0.5.10 on, decode engines that are upgraded first understand all prefill engines. Up to 0.5.9 the order is the
 reverse.
 
-In the other direction, decode registers with prefill by a list of frames (``KVArgsRegisterInfo``). 0.5.12 packs those of
-the state of a model in another way, and 0.5.17 inserts two before the last ones. For models without state (sliding
+In the other direction, decode registers with prefill by a list of frames (``KVArgsRegisterInfo``). 0.5.12 packs those
+of the state of a model in another way, and 0.5.17 inserts two before the last ones. For models without state (sliding
 windows, Mamba, sparse attention) these frames are empty. No page shows whether a model has one, so this is no range.
 """
 

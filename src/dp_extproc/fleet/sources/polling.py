@@ -101,8 +101,8 @@ class EnginePoller:
 
     @property
     def facts_due(self) -> float:
-        """When the facts have to be read next."""
-        return self._facts_due
+        """When the facts have to be read next. Of an engine that is away this would be always."""
+        return max(self._facts_due, self._facts_at + SUSPECT_EVERY)
 
     def suspect(self) -> None:
         """Make the facts due, because a leg has failed at the engine."""
