@@ -50,7 +50,7 @@ def _of_any(facts: EngineFacts, role: Role) -> Iterator[Diagnostic]:
     if facts.role_can_switch:
         yield Diagnostic(
             "role_can_switch",
-            "--enable-pd-role-switch lets it change its role; requests of its old role fail until its load is read next",
+            "--enable-pd-role-switch lets it change its role; requests of the old one fail until its load is read",
             "leave the flag out, or move the engine in the configuration together with each switch",
         )
     if not release_of(facts.version).ends_closed and role is not Role.PREFILL:
