@@ -119,8 +119,8 @@ def _runs(rank: RankLoad) -> bool:
 def _longest_prompt(rank: RankLoad, ranks: int) -> float:
     """Return a bound on the tokens that one step of a rank may compute without chunks, of an engine of so many ranks.
 
-    Cached tokens count: later tokens attend to them, and the cache may have lost them. Prompts that were cancelled since
-    the last publication count, too, because the engine may compute them all the same. Of a request whose rank the
+    Cached tokens count: later tokens attend to them, and the cache may have lost them. Prompts that were cancelled
+    since the last publication count, too, because the engine may compute them all the same. Of a request whose rank the
     engine picks, any rank may have all. The waiting tokens of the last sample bound the prompts of other routers.
     """
     kept = (each for ones in (rank.open, rank.ended) for each in ones)
