@@ -71,8 +71,10 @@ def running(role: str, **sections: Any) -> Iterator[Fleet]:
 def test_deadly_request_ends_two_engines_and_no_more(role: str, sections: dict[str, Any]) -> None:
     """The official client sends it again by itself, and raises an error that it does not retry."""
     with running(role, **sections) as fleet:
-        client = openai.OpenAI(base_url=f"{fleet.envoy.url}/v1", api_key="none")
-        with pytest.raises(openai.UnprocessableEntityError, match="two servers have died") as caught:
+        with (
+            openai.OpenAI(base_url=f"{fleet.envoy.url}/v1", api_key="none") as client,
+            pytest.raises(openai.UnprocessableEntityError, match="two servers have died") as caught,
+        ):
             client.completions.create(model="m", prompt=[5, VOCABULARY], max_tokens=1)
         repeated = [fleet.client.post("/v1/completions", json=DEADLY | {"stream": stream}) for stream in (False, True)]
         served = fleet.client.post("/v1/completions", json=HARMLESS)

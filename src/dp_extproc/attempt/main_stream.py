@@ -6,17 +6,9 @@ from typing import ClassVar, Final
 from dp_extproc.attempt import events as on
 from dp_extproc.attempt import replies
 from dp_extproc.attempt.effects import Effects, Environment
-from dp_extproc.attempt.events import (
-    BodyMode,
-    BufferBody,
-    Enqueue,
-    Event,
-    ExtendTimeout,
-    Phase,
-    SendLeg,
-    SkipBody,
-)
-from dp_extproc.attempt.failures import ENGINE_FAILED, NO_OTHER_ATTEMPT, RANK_REFUSED, Failure, engine_error
+from dp_extproc.attempt.error_text import ErrorText
+from dp_extproc.attempt.events import BodyMode, Enqueue, Event, ExtendTimeout, Phase, SendLeg, SkipBody
+from dp_extproc.attempt.failures import ENGINE_FAILED, NO_OTHER_ATTEMPT, Failure, engine_error
 from dp_extproc.attempt.first_event_watch import FirstEventWatch
 from dp_extproc.attempt.gateways import Headers, Peer
 from dp_extproc.attempt.intake import Intake, Need
@@ -40,9 +32,9 @@ class MainStream(Machine[MainState]):
     """What Envoy sends on the main stream, and the replies to it."""
 
     __slots__ = (
-        "_abort", "_asks_for_body", "_effects", "_environment", "_first_event", "_hold", "_intake", "_kept",
-        "_kept_bytes", "_leg", "_peer", "_response_mode", "body_at", "error_at", "head", "held_at", "is_extended",
-        "is_unheard", "merging", "picked_at", "streaming",
+        "_abort", "_asks_for_body", "_effects", "_environment", "_error", "_first_event", "_hold", "_intake", "_kept",
+        "_kept_bytes", "_leg", "_peer", "_response_mode", "body_at", "error_at", "held_at", "is_extended", "is_unheard",
+        "merging", "picked_at", "status", "streaming",
     )  # fmt: skip
 
     def __init__(
@@ -72,8 +64,9 @@ class MainStream(Machine[MainState]):
         self._kept_bytes = 0
         self._asks_for_body = False
         """Whether Envoy was asked to send the response body here."""
-        self.head = on.ResponseHeaders(0)
-        """The head of the response."""
+        self._error: ErrorText  # once the headers of one have come
+        self.status = 0
+        """Status of the response."""
         self.streaming: bool | None = False
         """Whether the response is a stream; None until its headers report it."""
         self.merging: Merging | None = None
@@ -224,7 +217,7 @@ class MainStream(Machine[MainState]):
         return Outcome.RELEASED
 
     def _response_headers(self, turn: Turn, event: on.ResponseHeaders) -> Outcome:
-        status, self.head = event.status, event
+        status = self.status = event.status
         self._peer.sends_responses = True
         self._effects.first_byte(status, event.served, turn.now)
         self._first_event.move(on.ResponseHeaders, turn, event)
@@ -232,24 +225,30 @@ class MainStream(Machine[MainState]):
             self.streaming = event.is_events
         if status != _OK:
             self.merging = None  # an error has nothing of the prompt
-        if status >= ENGINE_FAILED or status == RANK_REFUSED:
-            if event.end_of_stream or not self._intake.sees_response:
-                return self._pass_failure(turn, Phase.RESPONSE_HEADERS, b"")
-            self._asks_for_body, self.error_at = True, turn.now
-            turn.commands.append(BufferBody())
-            if status == RANK_REFUSED:
-                self._leg.cancel(turn)
-            return Outcome.AWAITS_ERROR
+        if status >= ERROR:
+            return self._error_headers(turn, event)
         if event.is_encoded and self.merging is not None:
             turn.failure = COMPRESSED
             return Outcome.HELD
-        if status < ERROR and self._hold:
+        if self._hold:
             self.held_at = turn.now
             return Outcome.HELD
-        self._commit(turn)
-        if status >= ERROR:
+        return self._commit(turn)
+
+    def _error_headers(self, turn: Turn, event: on.ResponseHeaders) -> Outcome:
+        """Hold the headers of an error until its text has come, or pass it on where no text comes here."""
+        renames, is_sent = self._first_event.renames, self._intake.sees_response
+        error = self._error = ErrorText(event, self._response_mode, is_sent=is_sent, renames=renames)
+        if error.is_readable:
+            self._asks_for_body, self.error_at = True, turn.now
+            turn.commands += error.ask()
+        elif self.status >= ENGINE_FAILED:
+            return self._pass_failure(turn, error)
+        else:
+            self._commit(turn)
+        if self.status < ENGINE_FAILED:
             self._leg.cancel(turn)
-        return Outcome.RELEASED
+        return Outcome.AWAITS_ERROR if error.is_readable else Outcome.RELEASED
 
     def _commit_held(self, turn: Turn, _event: None) -> Outcome:
         """Let the response go to the client, as far as it was held."""
@@ -277,20 +276,21 @@ class MainStream(Machine[MainState]):
             return Outcome.RELEASED
         return self._pass_headers(turn, None)
 
-    def _error_text(self, turn: Turn, event: on.ResponseBody) -> Outcome:
-        return self._pass_failure(turn, Phase.RESPONSE_BODY, event.data)
+    def _error_text(self, turn: Turn, event: on.ResponseBody | on.ResponseTrailers) -> Outcome:
+        return self._pass_failure(turn, self._error) if self._error.take(event) else Outcome.UNCHANGED
 
-    def _pass_failure(self, turn: Turn, phase: Phase, text: bytes) -> Outcome:
+    def _pass_failure(self, turn: Turn, error: ErrorText) -> Outcome:
         """Let the engine's own error go on, with the retry headers if there is another attempt."""
-        is_lost = self.head.is_loss and self._environment.gateway.repeats_requests  # no other one's headers are trusted
-        failure = engine_error(Role.DECODE, self.head.status, text, "", is_lost=is_lost)
+        failure = engine_error(Role.DECODE, self.status, error.text, "", is_lost=error.is_loss)
+        changes: tuple[Headers, tuple[str, ...]] = (), ()
         if failure.is_clients_fault:
             self._effects.served(Role.DECODE)
-            turn.commands.append(replies.CONTINUE[phase])
         else:
-            passed = replies.pass_failure(phase, self._retry_headers(failure))
+            retry = self._retry_headers(failure)
             self._effects.blame(failure, turn.now)
-            turn.commands.append(passed if self._environment.gateway.repeats_requests else replies.CONTINUE[phase])
+            if self._environment.gateway.repeats_requests:
+                changes = retry, replies.RETRY_HEADERS
+        turn.commands += error.pass_on(*changes, self._intake.errors)
         self._leg.cancel(turn)
         return Outcome.RELEASED
 
@@ -378,6 +378,7 @@ class MainStream(Machine[MainState]):
             (MainState.ROUTED, on.ResponseHeaders): _response_headers,
             on.ResponseHeaders: _pass_headers,
             (MainState.ERROR_BODY, on.ResponseBody): _error_text,
+            (MainState.ERROR_BODY, on.ResponseTrailers): _error_text,
             (MainState.MERGING, on.ResponseBody): _keep_piece,
             (MainState.MERGING, on.ResponseTrailers): _keep_piece,
             on.ResponseBody: _response_piece,
