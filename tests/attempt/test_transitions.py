@@ -34,7 +34,8 @@ from dp_extproc.attempt.events import (
 )
 from dp_extproc.attempt.first_event_watch import FirstEventWatch
 from dp_extproc.attempt.gateways import BundledEnvoy, EndpointPicker
-from dp_extproc.attempt.main_stream import KEPT_BYTES, MainStream
+from dp_extproc.attempt.held_response import KEPT_BYTES
+from dp_extproc.attempt.main_stream import MainStream
 from dp_extproc.attempt.prefill_leg import PrefillLeg
 from dp_extproc.attempt.transitions import FIRST_EVENT, LEG, MAIN, FirstState, LegState, MainState, Outcome
 from dp_extproc.config.reliability import Supervise, SupervisionSettings
