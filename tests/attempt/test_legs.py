@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -534,20 +535,26 @@ class TestFailures:
         assert attempted.blamed() == []
         assert attempted.failures == []
 
-    def test_client_gets_the_engines_error_when_decode_refuses(self) -> None:
-        """As it is, and prefill is ended."""
+    @pytest.mark.parametrize("status", [400, 404, 429])
+    def test_client_gets_an_error_of_decode_after_its_text_was_read(self, status: int) -> None:
+        """It may be about the rank, which is no fault of the client, and it gets the member that clients read."""
         attempted = Attempted()
         attempted.watch.prefill_opened()
-        assert show(attempted.head(404)) == [*LET_GO, ("PREFILL", CANCELLED)]
-
-    def test_client_gets_a_400_of_decode_after_its_text_was_read(self) -> None:
-        """It may be about the rank, which is no fault of the client."""
-        attempted = Attempted()
-        attempted.watch.prefill_opened()
-        assert show(attempted.head(400)) == [("MAIN", "take body"), ("PREFILL", CANCELLED)]
+        assert show(attempted.head(status)) == [("MAIN", "take body"), ("PREFILL", CANCELLED)]
         said = attempted.watch.decode_explained(b'{"message":"max_tokens is too large"}', 1.0)
-        assert show(said) == LET_GO
+        assert show(said) == [("MAIN", "content-length content-type")]
+        assert msgspec.json.decode(main_of(said).body)["error"]["message"] == "max_tokens is too large"
         assert attempted.blamed() == []
+
+    def test_error_of_decode_without_its_text_is_answered_after_two_seconds(self) -> None:
+        """The client gets the status all the same, and a message that names what is missing."""
+        attempted = Attempted()
+        attempted.watch.prefill_opened()
+        attempted.head(400, now=1.0)
+        assert attempted.watch.sweep(2.9) == []
+        said = attempted.watch.sweep(3.1)
+        assert show(said) == [("MAIN", "400 engine_refused")]
+        assert b"did not arrive in 2 s" in main_of(said).body
         assert attempted.failures == []
 
     @pytest.mark.parametrize("leg", [Role.PREFILL, Role.DECODE])
@@ -564,7 +571,8 @@ class TestFailures:
         else:
             attempted.head(400)
             said = attempted.watch.decode_explained(text, 1.0)
-            assert show(said) == [("MAIN", f"{contract.FAILED} {contract.RETRY}")]
+            assert {contract.FAILED, contract.RETRY} <= dict(main_of(said).set_headers).keys()
+            assert b"routed_dp_rank" not in main_of(said).body
         assert attempted.blamed() == []
         assert [each for each, _, retried in attempted.failures if retried] == [leg]
 

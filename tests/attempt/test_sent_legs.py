@@ -216,8 +216,8 @@ def test_leaving_client_cancels_the_leg(bundled: bool) -> None:
 
 @pytest.mark.parametrize("status", [404, 500])
 def test_error_of_decode_cancels_the_leg(status: int) -> None:
-    """The client gets it as it is."""
-    assert Sent().shown(ResponseHeaders(status), 1.0) == ["continue", "CANCEL"]
+    """The client gets it as it is where its text cannot be read."""
+    assert Sent().shown(ResponseHeaders(status, is_encoded=True), 1.0) == ["continue", "CANCEL"]
 
 
 class TestUnheard:

@@ -127,6 +127,7 @@ class Story:
 
     events: tuple[Event | float, ...] = ()
     mode: BodyMode = BodyMode.LOCKSTEP
+    response_mode: BodyMode = BodyMode.LOCKSTEP
     supervise: Supervise = Supervise.FIRST_EVENT
     picks: bool = False
     """Whether the gateway is another one, so that the service sends the prefill leg."""
@@ -155,7 +156,8 @@ STREAMING: Final = BODY.then(RequestBody(STREAM, True))
 UNSUPERVISED: Final = replace(ROUTED, supervise=Supervise.OFF)
 HELD: Final = ROUTED.then(ResponseHeaders(200))
 FAILING: Final = ROUTED.then(ResponseHeaders(500))
-RESPONDING: Final = ROUTED.then(ResponseHeaders(404))
+FAILING_IN_CHUNKS: Final = replace(FAILING, response_mode=BodyMode.DUPLEX)
+RESPONDING: Final = ROUTED.then(ResponseHeaders(404, is_encoded=True))
 MERGING: Final = BODY.then(
     RequestBody(LOGPROBS, True), LegOpened(), LegHeaders(200), ResponseHeaders(200), ResponseBody(b"{", False)
 )
@@ -170,7 +172,7 @@ COMMENTED: Final = STREAMING.then(CommentRead())
 DIRECT_HELD: Final = DIRECT.then(ResponseHeaders(200))
 STORIES: Final = (
     *(START, BODY, CHUNKS, ENDING, ENDING_QUEUED, UNREAD, QUEUED, PASSING, ROUTED, STREAMING, UNSUPERVISED, HELD),
-    *(FAILING, RESPONDING, MERGING, ANSWERED, OPEN, CHECKING, LEG_FAILING, MISSING, CANCELLED),
+    *(FAILING, FAILING_IN_CHUNKS, RESPONDING, MERGING, ANSWERED, OPEN, CHECKING, LEG_FAILING, MISSING, CANCELLED),
     *(DIRECT, DIRECT_HELD, TOKENIZING, TOKENIZING_CHUNKS, COMMENTED),
 )
 EVENTS: Final[tuple[Event | float, ...]] = (
@@ -187,7 +189,7 @@ EVENTS: Final[tuple[Event | float, ...]] = (
     ResponseHeaders(200, end_of_stream=True),
     ResponseHeaders(200, is_events=True, is_encoded=True),
     ResponseBody(b"{}", True),
-    ResponseBody(bytes(KEPT_BYTES + 1), False),
+    *(ResponseBody(data, False) for data in (b"{", bytes(KEPT_BYTES + 1))),
     ResponseTrailers(),
     *(room("again"), room("gone"), room("free"), QueueExpired()),
     *(
@@ -232,7 +234,9 @@ def play(story: Story) -> Attempt:
     supervision = SupervisionSettings.model_validate({"mode": story.supervise.value, **SECONDS})
     gateway = EndpointPicker(hold=HOLD) if story.picks else BundledEnvoy()
     decider = Scripted(sends_legs=story.picks)
-    attempt = Attempt(make_environment(decider, gateway=gateway, supervision=supervision), story.mode)
+    attempt = Attempt(
+        make_environment(decider, gateway=gateway, supervision=supervision), story.mode, story.response_mode
+    )
     for step in story.events:
         if isinstance(step, float):
             attempt.advance(step)

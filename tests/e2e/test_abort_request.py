@@ -43,6 +43,11 @@ def outcomes(stack: Stack) -> list[tuple[str, str]]:
     return sorted(found)
 
 
+def active_streams(stack: Stack) -> float:
+    lines = stack.service.metrics().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("dp_extproc_active_streams"))
+
+
 def test_streams_end_at_the_id_of_their_client_in_every_worker_process(stack: Stack) -> None:
     """The engine ends the stream as SGLang does. Other ids end nothing, also if they begin alike."""
     with ExitStack() as clients:
@@ -95,11 +100,11 @@ def test_a_request_that_waits_is_ended_by_its_id_and_by_no_other_client() -> Non
             for index in range(DECODE_RANKS + 1)
         ]
         wait_for(lambda: len(stack.decodes[0].requests()) == DECODE_RANKS)
-        wait_for(lambda: "dp_extproc_admission_queue_depth" in stack.service.metrics())
+        wait_for(lambda: active_streams(stack) == len(sent))
         for index in range(DECODE_RANKS + 1):
             assert abort(stack, f"mine-{index}", "Bearer other").status_code == 200
         assert not any(each.done() for each in sent)
-        for index in range(DECODE_RANKS + 1):
+        for index in reversed(range(DECODE_RANKS + 1)):
             abort(stack, f"mine-{index}", "Bearer mine")
         found = sorted((each.result() for each in sent), key=lambda each: each.status_code)
 

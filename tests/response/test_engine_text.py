@@ -34,6 +34,7 @@ def test_routing_fields_leave_the_text(write: Any, is_last: bool, added: dict[st
     ("text", "left"),
     [
         (b"failed for req.rid='dp1' req.bootstrap_room=7 with x", b"failed for   with x"),
+        (b"Request dp0123456789abcdef01234567d-0. exceeds 5 tokens", b"Request (id) exceeds 5 tokens"),
         (b"no connection to 10.1.2.3:8998 or [fd00::1]:9", b"no connection to (address) or (address)"),
         (b"100.64.0.1 172.16.0.1 192.168.0.1 127.0.0.1:1", b"(address) (address) (address) (address)"),
         (b"of 100.1.2.3, version 0.5.23.1 and 110.0.0.1", b"of 100.1.2.3, version 0.5.23.1 and 110.0.0.1"),
@@ -66,6 +67,6 @@ def test_flat_error_of_an_engine_gets_the_member_that_official_clients_read() ->
     error = {name: flat[name] for name in ("message", "type", "param", "code")}
     text = json.dumps(flat).encode()
 
-    assert json.loads(reshape(text)) == {"error": error, **flat}
+    assert json.loads(reshape(text, "k")) == {"error": error, **flat}
     for other in (b'{"error":{"message":"m"}}', b"no json", b"[]", b'{"message":1}', b""):
-        assert reshape(other) == other
+        assert reshape(other, "k") == other

@@ -185,6 +185,8 @@ class Attempt:
             yield main.hold_ends_at, lambda turn: main.move(Signal.ADVANCE, turn)
         if main.is_unheard and self.leg.done_at is not None:
             yield self.leg.done_at + UNHEARD_SECONDS, main.end_unheard
+        if state is MainState.ERROR_BODY:
+            yield main.error_at + ERROR_TEXT_SECONDS, self._give_up_error
         if state >= MainState.ROUTED and not self.leg.was_cancelled:
             yield from self._supervision_deadlines()
 
@@ -193,7 +195,6 @@ class Attempt:
         if leg.state is LegState.ERROR_BODY:
             yield leg.error_at + ERROR_TEXT_SECONDS, self._give_up_leg_error
         if main.state is MainState.ERROR_BODY:
-            yield main.error_at + ERROR_TEXT_SECONDS, self._give_up_error
             return
         if leg.is_supervised and leg.state in {LegState.OPEN, LegState.CHECKING}:
             yield main.picked_at + self._effects.prefill_timeout, self._give_up_prefill
@@ -226,8 +227,12 @@ class Attempt:
         turn.commands.append(ToLeg.CANCEL)  # the rules do not end a leg that has failed, but its stream is still open
 
     def _give_up_error(self, turn: Turn) -> None:
-        message = f"the decode server answered {self.main.status}, and did not say why"
-        self._fail(turn, engine_error(Role.DECODE, self.main.status, b"", message))
+        status = self.main.status
+        message = f"the decode server answered {status}, and its message did not arrive in {ERROR_TEXT_SECONDS:g} s"
+        failure = engine_error(Role.DECODE, status, b"", message)
+        if self.leg.was_cancelled:  # by a refusal, so that the rules do not answer any more
+            self.main.move(Signal.ABANDON, turn, failure)
+        self._fail(turn, failure)
 
     def _give_up_prefill(self, turn: Turn) -> None:
         seconds = self._effects.prefill_timeout

@@ -1,6 +1,7 @@
 """Failures of legs: the error that the client gets, who may be blamed, and the budget of retries.
 
-A 4xx of an engine is the client's fault: it passes as the engine wrote it, and no endpoint is blamed. A 5xx that two
+A 4xx of an engine is the client's fault: it passes without what the router has added, and no endpoint is
+blamed. A 5xx that two
 engines answer alike is the fault of the request, too: it is not tried a third time, and no endpoint is blamed.
 """
 
@@ -12,17 +13,16 @@ from msgspec import Struct
 from msgspec.structs import replace
 from xxhash import xxh3_64
 
+from dp_extproc.attempt.error_text import write_error
 from dp_extproc.config.reliability import RetrySettings
 from dp_extproc.engines.model import Role
 from dp_extproc.engines.refusals import WrongRank, wrong_rank
 from dp_extproc.request.error_shapes import ErrorShape
 from dp_extproc.request.rejection import Reason, Rejection
-from dp_extproc.response.engine_text import no_answer, reshape, scrub
+from dp_extproc.response.engine_text import no_answer, scrub
 
 ENGINE_FAILED: Final = 500
 """The status from which on a response is a failure of the engine."""
-RANK_REFUSED: Final = 400
-"""The status with which an engine refuses the rank of a request, and a request of the client."""
 NO_OTHER_ATTEMPT: Final = Rejection(
     502,
     Reason.DECODE_FAILED,
@@ -105,8 +105,7 @@ class Failure(Struct, frozen=True):
     def body(self, shape: ErrorShape) -> bytes:
         """Write the body of the client's error, in a shape unless it is the engine's own."""
         if self.is_clients_fault and self.text:
-            own = scrub(self.text)
-            return reshape(own) if shape is ErrorShape.OPENAI else own
+            return write_error(self.text, self.status, shape)
         if (cause := no_answer(self.text)) is not None:
             message = f"the {self.leg.value} server did not answer: {cause}"
         else:
@@ -141,7 +140,7 @@ def engine_error(leg: Role, status: int, text: bytes, message: str) -> Failure:
         return replace(failed(leg, _WRONG_RANK), blame=blame)
     if status >= ENGINE_FAILED:
         return failed(leg, message, text, status=status)
-    refused = f"the engine answered {status}"
+    refused = message or f"the engine answered {status}"
     return Failure(leg, Reason.ENGINE_REFUSED, status, refused, text, Blame.NONE)
 
 

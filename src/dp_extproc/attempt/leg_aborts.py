@@ -1,6 +1,9 @@
 """Ends the legs of an attempt at their engines, by ``/abort_request``, where a closed connection does not end them."""
 
+from collections.abc import Mapping
+
 from dp_extproc.attempt.gateways import Headers
+from dp_extproc.attempt.intake import Intake
 from dp_extproc.attempt.machine import Turn
 from dp_extproc.scheduling.decision import Decision, LegAbort
 
@@ -8,13 +11,19 @@ from dp_extproc.scheduling.decision import Decision, LegAbort
 class LegAborts:
     """Sends what ends the legs of one attempt."""
 
-    __slots__ = ("_decode", "_legs", "are_wanted")
+    __slots__ = ("_decode", "_intake", "_legs", "are_wanted")
 
-    def __init__(self) -> None:
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
         self._decode: LegAbort | None = None
         self._legs: tuple[LegAbort, ...] = ()
         self.are_wanted = False
         """Whether the client has ended the request, or prompts of it, by their ids."""
+
+    @property
+    def client_keys(self) -> Mapping[str, tuple[int, ...]]:
+        """The keys by which the client may end the request, each with the prompts that it stands for."""
+        return self._intake.client_keys
 
     def follow(self, decision: Decision, passed: Headers) -> None:
         """Follow the legs of a decision; *passed* are headers of the client that an abort has, too."""

@@ -6,8 +6,9 @@ from typing import ClassVar, Final
 from dp_extproc.attempt import events as on
 from dp_extproc.attempt import replies
 from dp_extproc.attempt.effects import Effects, Environment
-from dp_extproc.attempt.events import BodyMode, Event, Phase, Reply
-from dp_extproc.attempt.failures import ABORTED, ENGINE_FAILED, NO_OTHER_ATTEMPT, RANK_REFUSED, Failure, engine_error
+from dp_extproc.attempt.error_text import ErrorText
+from dp_extproc.attempt.events import BodyMode, Event, Phase
+from dp_extproc.attempt.failures import ABORTED, ENGINE_FAILED, NO_OTHER_ATTEMPT, Failure, engine_error
 from dp_extproc.attempt.first_event_watch import FirstEventWatch
 from dp_extproc.attempt.gateways import Headers, Peer
 from dp_extproc.attempt.held_response import HeldResponse
@@ -25,17 +26,15 @@ from dp_extproc.scheduling.admission import Ticket
 from dp_extproc.scheduling.decision import Answer, Decision, Queued
 
 _OK: Final = 200
-_ENDED: Final = Answer(b"")
-"""The answer of SGLang to an ``/abort_request``, for any id."""
 
 
 class MainStream(Machine[MainState]):
     """What Envoy sends on the main stream, and the replies to it."""
 
     __slots__ = (
-        "_asks_for_body", "_effects", "_environment", "_first_event", "_intake", "_leg", "_peer", "_response_mode",
-        "aborts", "body_at", "error_at", "held", "is_extended", "is_unheard", "merging", "picked_at", "status",
-        "streaming",
+        "_asks_for_body", "_effects", "_environment", "_error", "_first_event", "_intake", "_leg", "_peer",
+        "_response_mode", "aborts", "body_at", "error_at", "held", "is_extended", "is_unheard", "merging", "picked_at",
+        "status", "streaming",
     )  # fmt: skip
 
     def __init__(
@@ -58,9 +57,10 @@ class MainStream(Machine[MainState]):
         self._leg = leg
         self._first_event = first_event
         self.held = HeldResponse(environment.gateway.longest_hold(response_mode) if leg.is_supervised else 0.0)
-        self.aborts = LegAborts()
+        self.aborts = LegAborts(intake)
         self._asks_for_body = False
         """Whether Envoy was asked to send the response body here."""
+        self._error: ErrorText  # once the headers of one have come
         self.status = 0
         """Status of the response."""
         self.streaming: bool | None = False
@@ -77,11 +77,6 @@ class MainStream(Machine[MainState]):
     def is_queued(self) -> bool:
         """Whether the request waits for room."""
         return self.state is MainState.QUEUED
-
-    @property
-    def client_keys(self) -> dict[str, tuple[int, ...]]:
-        """The keys by which the client may end the request; see :func:`.client_key`."""
-        return self._intake.client_keys
 
     @property
     def is_routed(self) -> bool:
@@ -177,7 +172,7 @@ class MainStream(Machine[MainState]):
         intake = self._intake
         result = intake.schedule(ticket)
         if isinstance(result, on.AbortRequests):
-            turn.commands += (result, replies.answer(_ENDED))
+            turn.commands += (result, replies.ABORTS_SENT)
             self._effects.decided("answered", turn.now)
             return Outcome.ANSWERED
         if isinstance(result, Queued):
@@ -238,24 +233,30 @@ class MainStream(Machine[MainState]):
             self.streaming = event.is_events
         if status != _OK:
             self.merging = None  # an error has nothing of the prompt
-        if status >= ENGINE_FAILED or status == RANK_REFUSED:
-            if event.end_of_stream or not self._intake.sees_response:
-                return self._pass_failure(turn, Phase.RESPONSE_HEADERS, b"")
-            self._asks_for_body, self.error_at = True, turn.now
-            turn.commands.append(on.BufferBody())
-            if status == RANK_REFUSED:
-                self._leg.cancel(turn)
-            return Outcome.AWAITS_ERROR
+        if status >= ERROR:
+            return self._error_headers(turn, event)
         if event.is_encoded and self.merging is not None:
             turn.failure = COMPRESSED
             return Outcome.HELD
-        if status < ERROR and self.held.longest:
+        if self.held.longest:
             self.held.since = turn.now
             return Outcome.HELD
-        self._commit(turn)
-        if status >= ERROR:
+        return self._commit(turn)
+
+    def _error_headers(self, turn: Turn, event: on.ResponseHeaders) -> Outcome:
+        """Hold the headers of an error until its text has come, or pass it on where no text comes here."""
+        renames, is_sent = self._first_event.renames, self._intake.sees_response
+        error = self._error = ErrorText(event, self._response_mode, is_sent=is_sent, renames=renames)
+        if error.is_readable:
+            self._asks_for_body, self.error_at = True, turn.now
+            turn.commands += error.ask()
+        elif self.status >= ENGINE_FAILED:
+            return self._pass_failure(turn, error)
+        else:
+            self._commit(turn)
+        if self.status < ENGINE_FAILED:
             self._leg.cancel(turn)
-        return Outcome.RELEASED
+        return Outcome.AWAITS_ERROR if error.is_readable else Outcome.RELEASED
 
     def _commit_held(self, turn: Turn, _event: None) -> Outcome:
         """Let the response go to the client, as far as it was held."""
@@ -281,22 +282,23 @@ class MainStream(Machine[MainState]):
             return Outcome.RELEASED
         return self._pass_headers(turn, None)
 
-    def _error_text(self, turn: Turn, event: on.ResponseBody) -> Outcome:
-        return self._pass_failure(turn, Phase.RESPONSE_BODY, event.data)
+    def _error_text(self, turn: Turn, event: on.ResponseBody | on.ResponseTrailers) -> Outcome:
+        return self._pass_failure(turn, self._error) if self._error.take(event) else Outcome.UNCHANGED
 
-    def _pass_failure(self, turn: Turn, phase: Phase, text: bytes) -> Outcome:
+    def _pass_failure(self, turn: Turn, error: ErrorText) -> Outcome:
         """Let the engine's own error go on, with the retry headers if there is another attempt."""
-        failure = engine_error(Role.DECODE, self.status, text, "")
-        reply: Reply = replies.CONTINUE[phase]
+        failure = engine_error(Role.DECODE, self.status, error.text, "")
+        changes: tuple[Headers, tuple[str, ...]] = (), ()
         if failure.is_clients_fault:
             self._effects.served(Role.DECODE)
         elif self.aborts.are_wanted:
-            reply = replies.pass_failure(phase, ()) if self._environment.gateway.repeats_requests else reply
+            changes = (), replies.RETRY_HEADERS
         else:
-            passed = replies.pass_failure(phase, self._retry_headers(failure))
+            retry = self._retry_headers(failure)
             self._effects.blame(failure, turn.now)
-            reply = passed if self._environment.gateway.repeats_requests else reply
-        turn.commands.append(reply)
+            if self._environment.gateway.repeats_requests:
+                changes = retry, replies.RETRY_HEADERS
+        turn.commands += error.pass_on(*changes, self._intake.errors)
         self._leg.cancel(turn)
         return Outcome.RELEASED
 
@@ -373,6 +375,7 @@ class MainStream(Machine[MainState]):
             (MainState.ROUTED, on.ResponseHeaders): _response_headers,
             on.ResponseHeaders: _pass_headers,
             (MainState.ERROR_BODY, on.ResponseBody): _error_text,
+            (MainState.ERROR_BODY, on.ResponseTrailers): _error_text,
             (MainState.MERGING, on.ResponseBody): _keep_piece,
             (MainState.MERGING, on.ResponseTrailers): _keep_piece,
             on.ResponseBody: _response_piece,

@@ -35,7 +35,7 @@ SKIPPED: Final = frozenset({BodyMode.LOCKSTEP, BodyMode.UNSUPPORTED})
 """Modes of response bodies that a gateway may give up for this response, where it allows that."""
 RETRY_BY_CLIENT: Final = (("retry-after", b"0"),)
 """Where the gateway repeats no request: the client may, because nothing was generated."""
-_RETRY_HEADERS: Final = (contract.RETRY, contract.FAILED)
+RETRY_HEADERS: Final = (contract.RETRY, contract.FAILED)
 """Retry headers that Envoy's local reply sets itself. Removed here, because the service decides about the retry."""
 
 
@@ -106,11 +106,6 @@ def pass_on(
     return CONTINUE[phase]
 
 
-def pass_failure(phase: Phase, retry_headers: Headers) -> Mutate:
-    """Let an engine's failure go to the client, or to the gateway that schedules the request again."""
-    return Mutate(phase, set_headers=retry_headers, remove_headers=_RETRY_HEADERS)
-
-
 def refuse(rejection: Rejection, shape: ErrorShape) -> Immediate:
     reason = rejection.reason.value
     headers = (_JSON, (contract.REASON_HEADER, reason), *rejection.response_headers())
@@ -122,6 +117,10 @@ def answer(found: Answer) -> Immediate:
     media = (_JSON,) if found.body else ()
     headers = (*media, *found.headers)
     return Immediate(found.status, found.body, headers, "answered", {contract.META_REASON: "answered"})
+
+
+ABORTS_SENT: Final = answer(Answer(b""))
+"""The answer of SGLang to an ``/abort_request``, for any id."""
 
 
 def answer_failure(failure: Failure, shape: ErrorShape, retry_headers: Headers) -> Immediate:

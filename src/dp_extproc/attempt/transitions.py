@@ -27,7 +27,7 @@ class MainState(IntEnum):
     HELD = auto()
     """The response headers are withheld until both legs are good."""
     ERROR_BODY = auto()
-    """The response is an engine error (5xx) whose text is awaited."""
+    """The response is an engine's error (4xx or 5xx) whose text is awaited."""
     RESPONDING = auto()
     """The response headers were committed to the client."""
     MERGING = auto()
@@ -156,7 +156,8 @@ MAIN: Final[Table[MainState]] = {
     **_all((MainState.HELD,), (Signal.COMMIT, Signal.ADVANCE), _RELEASED),
     (MainState.HELD, on.ResponseBody): {Outcome.UNCHANGED: MainState.HELD, **_RELEASED},
     **_same((MainState.HELD,), on.ResponseTrailers),
-    (MainState.ERROR_BODY, on.ResponseBody): _RELEASED,
+    (MainState.ERROR_BODY, on.ResponseBody): {Outcome.UNCHANGED: MainState.ERROR_BODY, **_RELEASED},
+    (MainState.ERROR_BODY, on.ResponseTrailers): _RELEASED,
     **_all(ABANDONABLE, (Signal.ABANDON,), _ANSWERED),
     **_same((MainState.PASSING, MainState.ROUTED, MainState.HELD, MainState.RESPONDING, MainState.MERGING), *_REQUEST),
     **_same((MainState.RESPONDING, MainState.MERGING), *_RESPONSE),

@@ -222,7 +222,7 @@ class ExtProcService:
             streams.hold = asyncio.get_running_loop().call_later(seconds, self._receive_and_post, streams, None)
         if not streams.token and (token := attempt.token):
             self._registry.name(streams, token)  # before the leg can open
-        if not streams.client_keys and (keys := attempt.main.client_keys):
+        if not streams.client_keys and (keys := attempt.main.aborts.client_keys):
             self._registry.name_by_client(streams, keys)
         if commands and isinstance(first := commands[0], AbortRequests):
             self.abort(first.key)

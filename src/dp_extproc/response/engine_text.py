@@ -36,6 +36,8 @@ _PRIVATE: Final = re.compile(
 )
 """An address of a private network, with its port."""
 _ADDRESS: Final = b"(address)"
+_ID: Final = re.compile(rb"\bdp[0-9a-f]{24}[\w.-]*")
+"""The id of a leg in running text, such as "Request ID exceeds"."""
 _NO_ANSWER: Final = b"upstream connect error or disconnect/reset before headers"
 """The beginning of the text with which Envoy answers for an engine that did not."""
 _CAUSE: Final = re.compile(rb"reset reason: (?P<cause>[^{}<>]{1,200})")
@@ -45,20 +47,33 @@ def scrub(text: bytes) -> bytes:
     """Remove routing fields and private addresses from the text of an engine's error."""
     text = _CUT.sub(b"input_type=dict", text)
     text = _FIRST.sub(b"{", _MEMBER.sub(b"", text))
-    return _PRIVATE.sub(_ADDRESS, text)
+    return _PRIVATE.sub(_ADDRESS, _ID.sub(b"(id)", text))
 
 
-def reshape(text: bytes) -> bytes:
-    """Add ``error``, which official clients of OpenAI read, to an error that has the members of SGLang alone."""
+def reshape(text: bytes, kind: str) -> bytes:
+    """Add ``error``, which official clients of OpenAI read, to an error that has SGLang's or FastAPI's members alone.
+
+    *kind* is the type of an error that has none.
+    """
+    body, message = _read_flat(text)
+    if message is None:
+        return text
+    error = {"message": message, "type": body.get("type", kind), "param": body.get("param"), "code": body.get("code")}
+    return msgspec.json.encode({"error": error, **body})
+
+
+def flat_message(text: bytes) -> str | None:
+    """Return the message of an error that has the members of SGLang or FastAPI alone; None for any other text."""
+    return _read_flat(text)[1]
+
+
+def _read_flat(text: bytes) -> tuple[dict[str, object], str | None]:
     try:
         body = msgspec.json.decode(text, type=dict[str, object])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return text
-    message = body.get("message")
-    if "error" in body or not isinstance(message, str):
-        return text
-    error = {name: body.get(name) for name in ("message", "type", "param", "code")}
-    return msgspec.json.encode({"error": error, **body})
+        return {}, None
+    message = body.get("message", body.get("detail"))
+    return body, message if isinstance(message, str) and "error" not in body else None
 
 
 def no_answer(text: bytes) -> str | None:
