@@ -34,7 +34,7 @@ from dp_extproc.attempt.events import (
     StreamBody,
     ToLeg,
 )
-from dp_extproc.attempt.failures import engine_error
+from dp_extproc.attempt.failures import Blame, engine_error
 from dp_extproc.attempt.intake import Decider
 from dp_extproc.config.reliability import RetrySettings, Supervise, SupervisionSettings
 from dp_extproc.engines.model import Role
@@ -575,6 +575,12 @@ class TestFailures:
             assert b"routed_dp_rank" not in main_of(said).body
         assert attempted.blamed() == []
         assert [each for each, _, retried in attempted.failures if retried] == [leg]
+
+    @pytest.mark.parametrize(("status", "blame"), [(400, Blame.OUTDATED), (500, Blame.INACTIVE)])
+    def test_rank_is_left_out_unless_the_text_may_be_the_clients(self, status: int, blame: Blame) -> None:
+        """A chat template of the client that raises an exception chooses the text of a 400."""
+        text = b'{"error":{"message":"DP rank 0 is not active."}}'
+        assert engine_error(Role.DECODE, status, text, "").blame is blame
 
     def test_client_gets_the_engines_status_when_decode_refuses_in_its_first_event(self) -> None:
         """It becomes the status that it should have been."""

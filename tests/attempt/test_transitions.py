@@ -12,6 +12,7 @@ import pytest
 from attempt.attempts import BODY_PAUSE, make_environment
 from dp_extproc.attempt.attempt import Attempt, ProtocolViolationError
 from dp_extproc.attempt.events import (
+    AbortWanted,
     BodyMode,
     CommentRead,
     Event,
@@ -191,7 +192,7 @@ EVENTS: Final[tuple[Event | float, ...]] = (
     ResponseBody(b"{}", True),
     *(ResponseBody(data, False) for data in (b"{", bytes(KEPT_BYTES + 1))),
     ResponseTrailers(),
-    *(room("again"), room("gone"), room("free"), QueueExpired()),
+    *(room("again"), room("gone"), room("free"), QueueExpired(), AbortWanted((0,)), AbortWanted(())),
     *(
         LegOpened(),
         LegHeaders(200),

@@ -17,7 +17,7 @@ _numbers = count()
 def fleet() -> Iterator[Stack]:
     """Give two engines of each role, which have served some requests."""
     with run_stack(prefills=2, decodes=2) as stack:
-        assert send(stack, 24) == [200] * 24
+        assert send(stack, 8) == [200] * 8
         yield stack
 
 

@@ -21,7 +21,7 @@ from dp_extproc.config.reliability import SupervisionSettings
 from dp_extproc.engines.model import Role
 from dp_extproc.extproc.direct_leg import ABORT_PATH, DirectLegs
 from dp_extproc.observability.leg_metrics import SentLegMetrics
-from dp_extproc.scheduling.decision import Decision, SchedulingResult
+from dp_extproc.scheduling.decision import Decision, LegAbort, SchedulingResult
 from dp_extproc.scheduling.encoder import LegSettings
 from extproc.wire import POST, Server, Stream, request_body, request_headers, response_headers, run_server
 from fleet_fixtures import Fleet, make_facts
@@ -153,6 +153,32 @@ def test_nothing_is_left_of_requests(manners: Sequence[Callable[[Stream], object
             assert server.watcher.opened == server.watcher.closed == len(FAULTS) * len(manners) * 3
 
     with_engine(story)
+
+
+def test_aborts_of_a_batch_are_limited_at_a_time() -> None:
+    """Each has a connection of its own while it waits, and a batch may have thousands of prompts."""
+    batch: Final = 300
+    aborts = SentLegMetrics().aborts
+    most = 0
+
+    async def count(connection: Connection) -> None:
+        nonlocal most
+        while True:
+            await connection.request()
+            most = max(most, aborts.in_flight)
+            await connection.say(OK)
+
+    async def run() -> None:
+        async with Engine(count) as engine:
+            legs = DirectLegs(1.0, abort_listener=aborts)
+            ids = tuple(map(str, range(batch)))
+            legs.abort(LegAbort("pool", (engine.address,), ids, (), precedes_close=True))
+            await legs.all_ended()
+            assert len(engine.requests) == 2 * batch, "each is tried twice"
+            await legs.close()
+
+    play(run())
+    assert 0 < most < batch
 
 
 def test_abort_has_the_key_of_the_client() -> None:

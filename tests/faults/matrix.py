@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import count, product
 from threading import Barrier
 from typing import Any, Final
 
@@ -26,6 +26,7 @@ _STOPPED_SECONDS: Final = 45.0
 """Seconds to wait for a byte while the service is stopped. Another gateway notices that after 20 s."""
 _FIRST_MEETINGS: Final = 16
 """Requests of each kind."""
+_NUMBERS: Final = count()
 
 Switch = str | dict[str, Any]
 Outcomes = dict[tuple[str, bool], str]
@@ -244,8 +245,10 @@ def _ask_until_met(fleet: Fleet, failing: Sequence[EngineProcess]) -> Outcomes:
 
 
 def _ask(fleet: Fleet, kind: tuple[str, bool], **options: Any) -> Future[Outcome]:
+    """Send a request whose body no other has, as one that two engines have dropped is refused for a while."""
     path, stream = kind
-    return fleet.threads.submit(ask, fleet.client, path, stream=stream, user=_tag(kind), **options)
+    user = f"{_tag(kind)} {next(_NUMBERS)}"
+    return fleet.threads.submit(ask, fleet.client, path, stream=stream, user=user, **options)
 
 
 def _tag(kind: tuple[str, bool]) -> str:

@@ -51,4 +51,4 @@ def test_a_stream_is_retried_on_other_paths_if_it_begins_with_an_error(fleet: Fl
     fleet.recover()
 
     assert refused.status_code == 502
-    assert refused.json()["error"]["code"] == "decode_failed"
+    assert refused.headers["x-dp-extproc-reason"] == "decode_failed"

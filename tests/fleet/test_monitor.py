@@ -1,6 +1,7 @@
 """The monitor against HTTP servers on real sockets, well-behaved and not."""
 
 import asyncio
+import itertools
 import json
 import logging
 import random
@@ -701,6 +702,34 @@ def test_answer_in_place_of_the_page_puts_an_engine_in_doubt_once() -> None:
     run(story())
 
 
+def test_facts_are_read_once_a_round_while_each_page_contradicts_them_anew() -> None:
+    """A proxy may answer each request with another error, the facts included."""
+
+    async def story() -> None:
+        clock = Clock()
+        async with (
+            ScriptedEngine({"/server_info": info(), "/v1/loads": page_of(1, 2)}) as engine,
+            scraping(endpoint(engine.url), clock=clock) as (_, events),
+        ):
+            await until(lambda: len(events.samples) >= 2)
+            engine.pages["/server_info"] = 503
+            statuses = itertools.cycle((500, 502, 503))
+
+            async def another(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                writer.write(b"HTTP/1.1 %d X\r\nconnection: close\r\ncontent-length: 0\r\n\r\n" % next(statuses))
+                await writer.drain()
+
+            engine.pages["/v1/loads"] = another
+            clock.ahead += 61
+            reads = engine.requests.count("/server_info")
+            await until(lambda: engine.requests.count("/v1/loads") >= 30)
+
+            settled = sum(not failure.is_doubt for _, failure in events.failures)  # one at the end of each round
+            assert engine.requests.count("/server_info") - reads <= settled + 1
+
+    run(story())
+
+
 def test_slow_page_puts_no_engine_in_doubt() -> None:
     """It only makes the facts due."""
 
@@ -745,6 +774,22 @@ def test_legs_that_failed_have_the_facts_read_between_rounds() -> None:
             await until(lambda: engine.requests.count("/server_info") == 3)
             await until(lambda: len(events.discoveries) == 3)
             monitor.suspect("http://unknown:1")
+
+    run(story())
+
+
+def test_legs_that_fail_at_a_dead_engine_do_not_have_it_read_without_pause() -> None:
+    """Its facts are due all the time, and each read of it ends at once."""
+
+    async def story() -> None:
+        url = f"http://127.0.0.1:{free_port()}"
+        async with scraping(endpoint(url), clock=lambda: 100.0) as (monitor, events):
+            await until(lambda: events.failures)
+            for _ in range(50):
+                monitor.suspect(url)
+                await asyncio.sleep(0.002)
+
+            assert len(events.failures) == 1
 
     run(story())
 

@@ -100,6 +100,40 @@ def test_one_long_prompt_without_chunks_makes_no_endpoint_suspect(rank: int) -> 
     assert 2 * 26 < suspect_after < 280
 
 
+@pytest.mark.parametrize("size", [{"cached": 127_000.0}, {"requests": 1.0}], ids=["in a lost cache", "of any rank"])
+def test_long_prompt_makes_no_endpoint_suspect_whichever_part_was_expected(size: dict[str, float]) -> None:
+    """The engine may have evicted what was expected in its cache, and may have picked any rank for all of a request."""
+    engine = make_engine(Role.PREFILL, chunked=False)
+    engine.load.reserve(0 if "cached" in size else None, 128_000, engine.fleet.clock(), **size)
+
+    suspect_after = engine.seconds_until_suspect()
+    assert suspect_after is not None
+    assert suspect_after > 2 * 26
+
+
+def test_chunks_of_a_cached_long_context_make_no_endpoint_suspect() -> None:
+    """Each chunk attends to all of the 512,000 tokens, and so takes nine times as long as without them."""
+    engine = make_engine(Role.PREFILL)
+    engine.load.reserve(0, 512_000, engine.fleet.clock(), cached=500_000.0)
+
+    suspect_after = engine.seconds_until_suspect()
+    assert suspect_after is not None
+    assert suspect_after > 2 * 7
+
+
+def test_page_that_comes_late_makes_no_endpoint_suspect() -> None:
+    """It shows no more than how the engine was when it was asked: this process, or the network, was busy since then."""
+    engine = make_engine(Role.PREFILL)
+    engine.load.reserve(0, 1000, engine.fleet.clock())
+    engine.read(moving=False)
+    page = LoadPage(tuple(rank.sample for rank in engine.load.ranks if rank.sample is not None))
+    asked_at = engine.fleet.clock()
+    engine.fleet.clock.now += 20
+    engine.fleet.load.sampled(engine.load.configured, page, asked_at, engine.fleet.clock())
+
+    assert not engine.load.is_suspect
+
+
 def test_cancelled_prompt_may_still_be_computed() -> None:
     """The engine computes a prompt to its end whose client has left."""
     engine = make_engine(Role.PREFILL, chunked=False)

@@ -136,7 +136,9 @@ def timed_out(leg: Role, message: str) -> Failure:
 def engine_error(leg: Role, status: int, text: bytes, message: str) -> Failure:
     """Make the failure that an engine's error of 400 or more means; the message is for one of 500 or more."""
     if (why := wrong_rank(text)) is not None:  # by our fault, so neither text nor status are for the client
-        blame = Blame.INACTIVE if why is WrongRank.INACTIVE else Blame.OUTDATED
+        # Up to 0.5.19 a client's own chat template chooses the text of a 400, and must not take ranks out of service.
+        is_inactive = why is WrongRank.INACTIVE and status >= ENGINE_FAILED
+        blame = Blame.INACTIVE if is_inactive else Blame.OUTDATED
         return replace(failed(leg, _WRONG_RANK), blame=blame)
     if status >= ENGINE_FAILED:
         return failed(leg, message, text, status=status)

@@ -24,6 +24,7 @@ _MAX_LENGTH_DIGITS: Final = 20
 _UNSUPPORTED: Final = 415
 """Status of bodies that cannot be read."""
 
+_AS_JSON: Final = (("content-type", b"application/json"),)
 _NO_BODY: Final = Rejection(400, Reason.EMPTY_BODY, "the request has no body; send a JSON object")
 _UNSUPPORTED_MODE: Final = Rejection(
     500, Reason.UNSUPPORTED_BODY_MODE, "the ext_proc filter must send request bodies BUFFERED or FULL_DUPLEX_STREAMED"
@@ -91,8 +92,8 @@ class Intake:
 
     __slots__ = (
         "_aborts", "_api", "_authorization", "_body", "_decider", "_gateway", "_length", "_max_body", "_passed",
-        "_session", "_size", "_subset", "client_keys", "earlier", "errors", "has_trailers", "is_complete", "mode",
-        "passed", "path", "queued", "sees_response", "untrusted",
+        "_session", "_size", "_subset", "client_keys", "corrected", "earlier", "errors", "has_trailers", "is_complete",
+        "mode", "passed", "path", "queued", "sees_response", "untrusted",
     )  # fmt: skip
 
     def __init__(
@@ -124,6 +125,8 @@ class Intake:
         """The headers that a prefill leg of the service has, too."""
         self.client_keys: dict[str, tuple[int, ...]] = {}
         """The prompts of each key under which the client may end this request."""
+        self.corrected: Headers = ()
+        """Headers of the client in the form that engines accept."""
         self.untrusted: tuple[str, ...] = ()
         self.earlier = FIRST_ATTEMPT
         self.has_trailers = False
@@ -148,6 +151,8 @@ class Intake:
         if (refusal := _refuse_by_headers(headers, self._max_body)) is not None:
             passes = gateway.passes_other_paths and refusal.status == _UNSUPPORTED
             return self._decider.look_up(self._subset) if passes else refusal
+        if "," in headers.get("content-type", ""):
+            self.corrected = _AS_JSON
         if event.end_of_stream:
             return _NO_BODY
         if self.mode is BodyMode.UNSUPPORTED:
@@ -307,9 +312,12 @@ def _refuse_size(headers: dict[str, str], max_body: int) -> Rejection | None:
 
 
 def _is_json(content_type: str) -> bool:
-    media = content_type.partition(";")[0].strip().lower()
-    return media == "application/json" or media.endswith("+json")
+    """Check each value; a client that sets the header twice may send "application/json, application/json"."""
+    values = (value.partition(";")[0].strip().lower() for value in content_type.split(","))
+    return all(media == "application/json" or media.endswith("+json") for media in values)
 
 
 def _too_large(max_body: int) -> Rejection:
-    return Rejection(413, Reason.BODY_TOO_LARGE, f"the request body is larger than {max_body} bytes")
+    return Rejection(
+        413, Reason.BODY_TOO_LARGE, f"the request body is larger than {max_body} bytes; send a smaller one"
+    )

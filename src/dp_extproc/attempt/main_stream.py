@@ -150,7 +150,7 @@ class MainStream(Machine[MainState]):
         return self._schedule(turn, None) if found is Need.SCHEDULING else Outcome.AWAITS_BODY
 
     def _body_paused(self, turn: Turn, _event: None) -> Outcome:
-        return self._refuse(turn, Rejection(408, Reason.BODY_TIMEOUT, "the request body did not arrive in time"))
+        return self._refuse(turn, Rejection(408, Reason.BODY_TIMEOUT, "the request body paused; send it again"))
 
     def _room_freed(self, turn: Turn, event: on.RoomFreed) -> Outcome:
         return self._schedule(turn, event.ticket)

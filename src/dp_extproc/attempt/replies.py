@@ -74,13 +74,13 @@ def route(
 
 def route_body(intake: Intake, decision: Decision, gateway: Gateway) -> Iterator[Reply]:
     """Route an inference request by a decision, in the body mode of its stream."""
-    mode, body = intake.mode, intake.take_body()
+    mode, body, headers = intake.mode, intake.take_body(), (*decision.headers, *intake.corrected)
     if mode is BodyMode.LOCKSTEP:
         new = decision.body
         length = () if new is None else (("content-length", b"%d" % len(new)),)
-        yield route(Phase.REQUEST_BODY, decision, gateway, headers=(*decision.headers, *length), body=new)
+        yield route(Phase.REQUEST_BODY, decision, gateway, headers=(*headers, *length), body=new)
         return
-    yield route(Phase.REQUEST_HEADERS, decision, gateway, untrusted=intake.untrusted)
+    yield route(Phase.REQUEST_HEADERS, decision, gateway, headers=headers, untrusted=intake.untrusted)
     if mode is BodyMode.DUPLEX:  # Envoy itself removes the content-length of a streamed body
         yield from cut(body if decision.body is None else decision.body, end_of_stream=not intake.has_trailers)
         if intake.has_trailers:

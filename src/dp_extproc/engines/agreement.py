@@ -63,11 +63,12 @@ class Counts:
     def after(self, page: LoadPage) -> Self:
         """Return the counts after a page; one that the page has not stays."""
         decoded = [sample.decoded.steps for sample in page.ranks if sample.decoded is not None]
+        is_whole = len(decoded) == len(page.ranks) and not page.unpublished_ranks
         return replace(
             self,
             prompt_tokens=_or(page.prompt_tokens, self.prompt_tokens),
             uncached_prompt_tokens=_or(page.uncached_prompt_tokens, self.uncached_prompt_tokens),
-            decode_steps=_or(sum(decoded) if len(decoded) == len(page.ranks) else None, self.decode_steps),
+            decode_steps=_or(sum(decoded) if is_whole else None, self.decode_steps),
         )
 
     def fell(self, later: "Counts") -> str | None:

@@ -52,6 +52,6 @@ class Progress:
             since: When the oldest request came that it has to work on.
             step: Expected seconds of its longest step.
             least: Seconds that any scheduler may pause.
-            now: The present time.
+            now: The time for which this is asked.
         """
         return now - max(self.moved_at, since) > max(least, _PATIENCE * step, _PATIENCE * self._pause)

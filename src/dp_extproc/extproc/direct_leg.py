@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 from itertools import product
@@ -25,6 +26,8 @@ _CLOSE_WAITS_SECONDS: Final = 0.5
 """Most seconds for which a reply waits for such an abort. An engine in good health takes some milliseconds."""
 _MOST_ABORTS: Final = 1_000
 """Most aborts at a time. Beyond that they are dropped, and their requests run to their end."""
+_MOST_OF_BATCH: Final = 64
+"""Most aborts of one batch at a time, each with a connection. A batch may have thousands of ids."""
 _ABORT_SECONDS: Final = 5.0
 """Seconds until the response to an abort has to be here."""
 _SLACK_SECONDS: Final = 5.0
@@ -75,7 +78,7 @@ class DirectLegs:
         Returns:
             What a reply that closes the leg has to wait for; None if there is nothing.
         """
-        if len(self._tasks) >= _MOST_ABORTS:
+        if max(len(self._tasks), len(self._aborts)) >= _MOST_ABORTS:
             self._abort_listener.leg_ended(LegOutcome.DROPPED, 0.0)
             return None
         task = asyncio.get_running_loop().create_task(self._abort(command))
@@ -86,10 +89,12 @@ class DirectLegs:
     async def _abort(self, command: LegAbort) -> None:
         headers = (_JSON, *command.headers)
         bodies = [msgspec.json.encode({"rid": request_id}) for request_id in command.request_ids]
-        sent: list[SentLeg] = []
+        sent: deque[SentLeg] = deque()
         for pause in _PAUSES_BEFORE_CLOSE if command.precedes_close else _ABORT_PAUSES:
             await asyncio.sleep(pause)
             for address, body in product(command.addresses, bodies):
+                if len(sent) >= _MOST_OF_BATCH:
+                    await sent.popleft().closed()
                 request = LegRequest(address, ABORT_PATH, headers, body, b"", _ABORT_SECONDS, tls=self._tls)
                 sent.append(self._aborts.send(request, _ignore))
         await asyncio.gather(*(each.closed() for each in sent))

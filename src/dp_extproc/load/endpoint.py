@@ -291,7 +291,8 @@ class EndpointLoad:
         if self._left_out and min(self._left_out.values()) <= now:
             self._left_out = {rank: until for rank, until in self._left_out.items() if now < until}
             self._choose()
-        if not self._standstill.review(self.answered_at if self.role is Role.PREFILL else -math.inf, now):
+        answered_at = self.answered_at if self.role is Role.PREFILL else -math.inf
+        if not self._standstill.review(answered_at, self.sampled_at, now):
             return False
         self._choose()
         return True

@@ -49,10 +49,13 @@ class StandstillDetector:
         self.stuck: tuple[StepGroup, ...] = ()
         """The suspect groups, as of the last page."""
 
-    def review(self, answered_at: float, now: float) -> bool:
+    def review(self, answered_at: float, asked_at: float, now: float) -> bool:
         """Compare a page that was just absorbed with the one before, and return whether other groups are suspect.
 
-        *answered_at* is when the engine had last computed a prompt. Of several groups it does not show which one did.
+        Args:
+            answered_at: When the engine had last computed a prompt. Of several groups it does not show which one did.
+            asked_at: When the page was requested. A page that comes late shows no standstill since then.
+            now: The present time.
         """
         stuck = []
         for group, speed, progress in zip(self._groups, self._speeds, self._progress, strict=True):
@@ -60,7 +63,8 @@ class StandstillDetector:
             progress.published(_published_at(group, now), now, is_busy=since is not None)
             if len(self._groups) == 1:
                 progress.answered(answered_at)
-            if since is not None and progress.stands_still(since, self._longest_step(group, speed), self._least, now):
+            longest = self._longest_step(group, speed)
+            if since is not None and progress.stands_still(since, longest, self._least, asked_at):
                 stuck.append(group)
         before, self.stuck = self.stuck, tuple(stuck)
         return self.stuck != before
@@ -89,7 +93,7 @@ class StandstillDetector:
     def _longest_prefill_step(self, group: StepGroup, per_token: float | None) -> float:
         if per_token is None:
             return math.inf
-        longest = max(map(_longest_prompt, group.ranks))
+        longest = max(_longest_prompt(rank, self._facts.dp_ranks) for rank in group.ranks)
         tokens = self._facts.step_tokens if self._facts.chunked else max(longest, self._facts.step_tokens)
         return per_token * tokens * (1 + longest / ATTENTION_TOKENS)
 
@@ -112,11 +116,13 @@ def _runs(rank: RankLoad) -> bool:
     return rank.sample is not None and rank.sample.running_requests > 0
 
 
-def _longest_prompt(rank: RankLoad) -> float:
-    """Return a bound on the tokens that one step of a rank may compute without chunks.
+def _longest_prompt(rank: RankLoad, ranks: int) -> float:
+    """Return a bound on the tokens that one step of a rank may compute without chunks, of an engine of so many ranks.
 
-    Prompts count that were cancelled since the last publication, because the engine may compute them all the same. The
-    waiting tokens of the last sample bound the prompts of other routers.
+    Cached tokens count: later tokens attend to them, and the cache may have lost them. Prompts that were cancelled
+    since the last publication count, too, because the engine may compute them all the same. Of a request whose rank the
+    engine picks, any rank may have all. The waiting tokens of the last sample bound the prompts of other routers.
     """
-    own = max((each.to_compute for kept in (rank.open, rank.ended) for each in kept), default=0.0)
+    kept = (each for ones in (rank.open, rank.ended) for each in ones)
+    own = max((each.tokens * (ranks if each.is_share else 1) for each in kept), default=0.0)
     return own if rank.sample is None else max(own, rank.group.tokens_in(rank.sample))

@@ -126,7 +126,7 @@ def _expected_seconds(endpoint: EndpointLoad, reservations: Iterable[Reservation
         if (per_token := endpoint.prefill_speeds[endpoint.groups.index(group)].seconds_per_token) is not None:
             prompt = reservation.to_compute
             ahead = max(prompt, group.loads[reservation.rank.position])  # its own tokens included
-            longest = max(longest, per_token * (ahead + prompt * prompt / ATTENTION_TOKENS))
+            longest = max(longest, per_token * (ahead + prompt * reservation.tokens / ATTENTION_TOKENS))
     return longest
 
 

@@ -41,7 +41,19 @@ nothing else is refused.
 _UNKNOWN_BYTES: Final = 4096
 """The bytes that a body of unknown length counts as: about a thousand tokens, an ordinary prompt."""
 _EMPTY: Final = JsonObject(b"{}")
-_TOO_DEEP: Final = Rejection(400, Reason.INVALID_JSON, "the request body is nested too deeply")
+_EXPECTED: Final = re.compile(r"Expected `(?P<wanted>[^`]+)`, got `(?P<given>[^`]+)`")
+_TYPES: Final = {
+    "int": "an integer",
+    "float": "a number",
+    "str": "a string",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+}
+"""The types that msgspec names, as JSON calls them."""
+_TOO_DEEP: Final = Rejection(
+    400, Reason.INVALID_JSON, "the request body is nested too deeply; send fewer lists within lists"
+)
 
 _integer: Final[msgspec.json.Decoder[int | None]] = msgspec.json.Decoder(int | None)
 _decoders: Final = {api: [msgspec.json.Decoder(shape) for shape in shapes] for api, shapes in SHAPES.items()}
@@ -179,7 +191,7 @@ def _read_object(text: bytes) -> JsonObject | Rejection:
     try:
         return JsonObject(text)
     except msgspec.ValidationError:
-        return Rejection(400, Reason.NOT_AN_OBJECT, "the request body must be a JSON object")
+        return Rejection(400, Reason.NOT_AN_OBJECT, 'the request body must be a JSON object, such as {"model": ...}')
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         return explain_invalid_json(text, error)
     except RecursionError:
@@ -209,9 +221,18 @@ def _wrong_type(problem: str) -> Rejection:
         return _invalid_ids(place, place.partition("[")[0])
     found = _PLACE.search(problem)
     param = found["param"] if found else ""
-    wanted = _PLACE.sub("", problem)
-    message = f"{param} has a wrong type: {wanted[:1].lower()}{wanted[1:]}"
+    message = f"{param or 'the body'} has a wrong type: {_in_words(_PLACE.sub('', problem))}"
     return Rejection(400, Reason.WRONG_TYPE, message, param=param or None)
+
+
+def _in_words(problem: str) -> str:
+    """Return a problem of msgspec, such as "Expected `int | null`, got `str`", without the names of types in Python."""
+    if (found := _EXPECTED.fullmatch(problem)) is None:
+        return f"{problem[:1].lower()}{problem[1:]}"
+    wanted, given = (
+        " or ".join(_TYPES.get(name, name) for name in found[group].split(" | ")) for group in ("wanted", "given")
+    )
+    return f"it must be {wanted}, not {given}"
 
 
 def _sample_counts(fields: Body) -> list[int]:

@@ -50,8 +50,8 @@ def _of_any(facts: EngineFacts, role: Role) -> Iterator[Diagnostic]:
     if facts.role_can_switch:
         yield Diagnostic(
             "role_can_switch",
-            "--enable-pd-role-switch lets it change its role; for up to a minute requests go to the wrong role",
-            "leave the flag out, or reload the configuration together with each switch",
+            "--enable-pd-role-switch lets it change its role; requests of the old one fail until its load is read",
+            "leave the flag out, or move the engine in the configuration together with each switch",
         )
     if not release_of(facts.version).ends_closed and role is not Role.PREFILL:
         yield Diagnostic(

@@ -101,8 +101,8 @@ class EnginePoller:
 
     @property
     def facts_due(self) -> float:
-        """When the facts have to be read next."""
-        return self._facts_due
+        """When the facts have to be read next. Of an engine that is away this would be always."""
+        return max(self._facts_due, self._facts_at + SUSPECT_EVERY)
 
     def suspect(self) -> None:
         """Make the facts due, because a leg has failed at the engine."""
@@ -162,8 +162,10 @@ class EnginePoller:
         why = self._contradicts(page, facts)
         if why is not None and why != self._contradiction:
             self._contradiction = why
-            if self._facts_failure is not None or self._facts_at < self._round_at:
+            is_read = self._facts_at >= self._round_at
+            if self._facts_failure is not None or not is_read:
                 self._doubt(why, page.kind if isinstance(page, EngineFailure) else FailureKind.CHANGED)
+            if not is_read:  # facts are read once a round, however often a page changes
                 return await self._round()
         if why is None and isinstance(page, LoadPage):
             self._is_in_doubt, self._contradiction = False, None

@@ -12,11 +12,10 @@ from dp_extproc.lab.engine.settings import Settings
 
 _ADDED: Final[tuple[tuple[str, Mapping[str, Any]], ...]] = (
     ("0.5.16", {"enable_dsa_cache_layer_split": False, "prefill_http_port": None}),
-    ("0.5.21", {"dsv41_spec_layout": None}),
     ("0.5.22", {"decode_allocation_policy": "early"}),
-    ("0.5.23", {"kv_layout": None, "enable_kv_cache_sharding": False}),
+    ("0.5.23", {"enable_kv_cache_sharding": False}),
 )
-"""The fields of ``/route`` that releases have added, with their defaults."""
+"""The fields of ``/route`` that releases have added and always send, with their defaults."""
 _FIRST: Final = ("attn_tp_size", "attn_cp_size", "dp_size", "pp_size", "page_size", "kv_cache_dtype")
 """The fields that 0.5.10 has, besides ``follow_bootstrap_room``."""
 
