@@ -64,6 +64,8 @@ READ_BEHIND_GATEWAY: Final = READ_FROM_REQUESTS.union(PASSED_TO_PREFILL) - {SESS
 """Request headers that the service reads behind another gateway, where a client may have set those of this project."""
 READ_FROM_RESPONSES: Final = frozenset({":status", "content-type", "content-encoding"})
 """Response headers that the service reads."""
+READ_FROM_LOCAL_REPLIES: Final = frozenset({FAILED})
+"""Headers that the service reads from responses that Envoy makes itself. Envoy removes them from those of engines."""
 
 DESTINATION: Final = "x-gateway-destination-endpoint"
 """Endpoint-picker protocol: ``IP:port`` of the pick, as a header and as metadata in :data:`LB_NAMESPACE`."""
@@ -101,11 +103,13 @@ SET_INSIDE: Final = (
 """Headers of this project that must be absent before scheduling: all but :data:`SESSION`, which the front door sets."""
 
 CUT: Final = "cut"
-"""Third item of an attempt that Envoy repeated by itself, because it lost the connection to the decode endpoint."""
+"""Begins the third item of an attempt whose failure Envoy itself reports, after its prefill and its decode endpoint."""
 _MAX_ATTEMPTS: Final = 16
 """Bounds the attempts that are read from a header. More cannot be configured."""
 
 
+_TERMINATED: Final = "UC"
+"""Envoy's response flag of a connection that was closed after the request had been sent on it."""
 _LOST: Final = "lost"
 _ERROR: Final = "error"
 _WITHIN: Final = "!"
@@ -128,15 +132,20 @@ def read_failed(header: str | None) -> tuple[frozenset[str], ...]:
 def read_cut(header: str | None) -> str | None:
     """Return the decode endpoint of the last attempt if Envoy repeated it by itself, so that its failure can count."""
     last = (header or "").rpartition(";")[2].split(",")
-    return _cut(last)
+    return last[1] if _is_cut(last) else None
+
+
+def is_loss(header: str) -> bool:
+    """Return whether the value of :data:`FAILED` in Envoy's own response means that decode had accepted the request."""
+    return _is_loss(header.split(","))
 
 
 def read_lost(header: str | None) -> tuple[str, ...]:
     """Return the endpoints that have dropped the request after they had accepted it, one for each such attempt."""
     found = []
     for attempt in _attempts(header):
-        if (cut := _cut(attempt)) is not None:
-            found.append(cut)
+        if _is_loss(attempt):
+            found.append(attempt[1])
         found += [mark[1] for mark in _marks(attempt, _LOST, 2)]
     return tuple(found)
 
@@ -150,6 +159,11 @@ def read_error(header: str | None) -> EngineError | None:
 def write_failed(*endpoints: str, mark: str = "") -> bytes:
     """Format the endpoints of one attempt, and its mark, as the value of :data:`FAILED`."""
     return ",".join((*endpoints, mark) if mark else endpoints).encode()
+
+
+def write_cut(flags: str) -> str:
+    """Mark an attempt whose failure Envoy itself reports, with its response flags."""
+    return _WITHIN.join((CUT, flags))
 
 
 def write_lost(address: str) -> str:
@@ -171,8 +185,13 @@ def _is_address(item: str) -> bool:
     return item != CUT and _WITHIN not in item
 
 
-def _cut(attempt: list[str]) -> str | None:
-    return attempt[1] if len(attempt) > 2 and attempt[2] == CUT else None
+def _is_cut(attempt: list[str]) -> bool:
+    return len(attempt) > 2 and attempt[2].partition(_WITHIN)[0] == CUT
+
+
+def _is_loss(attempt: list[str]) -> bool:
+    """Return whether the decode endpoint had accepted an attempt; further flags follow as items of their own."""
+    return _is_cut(attempt) and _TERMINATED in {attempt[2].partition(_WITHIN)[2], *attempt[3:]}
 
 
 def _marks(attempt: list[str], kind: str, items: int) -> list[list[str]]:

@@ -4,7 +4,7 @@ import pytest
 
 from dp_extproc.attempt.failures import RetryBudget
 from dp_extproc.config.reliability import RetrySettings
-from dp_extproc.contract import read_cut, read_failed, write_failed
+from dp_extproc.contract import is_loss, read_cut, read_failed, read_lost, write_failed, write_lost
 
 
 def test_budget_bounds_the_attempts_of_a_request() -> None:
@@ -58,6 +58,7 @@ def test_failed_endpoints_are_read_from_the_header(header: str | None, expected:
         ("-,b:2,cut", "b:2"),
         ("a:1,b:2;c:3,d:4,cut", "d:4"),
         ("a:1,b:2,cut;c:3,d:4", None),
+        ("a:1,b:2,cut!UC", "b:2"),
         (",,,", None),
     ],
 )
@@ -76,3 +77,29 @@ def test_failed_endpoints_are_read_as_they_were_written() -> None:
 def test_header_of_failed_endpoints_is_read_up_to_a_bound() -> None:
     """Only Envoy sends it, but it is bounded all the same."""
     assert len(read_failed(";".join(["a:1"] * 10_000))) == 16
+
+
+@pytest.mark.parametrize(
+    ("header", "lost"),
+    [
+        ("a:1,b:2,cut!UC", ("b:2",)),
+        ("-,b:2,cut!UC", ("b:2",)),
+        ("a:1,b:2,cut!URX,UC", ("b:2",)),
+        ("a:1,b:2,cut!UF", ()),
+        ("a:1,b:2,cut!-", ()),
+        ("a:1,b:2,cut", ()),
+        (",,,", ()),
+        (f"a:1,b:2,{write_lost('a:1')}", ("a:1",)),
+        ("-,b:2,cut!UC;-,c:3,cut!UF;-,d:4,cut!UC", ("b:2", "d:4")),
+    ],
+)
+def test_loss_is_read_if_the_engine_had_accepted_the_request(header: str, lost: tuple[str, ...]) -> None:
+    """A refused connection is none: the engine has not seen the request."""
+    assert read_lost(header) == lost
+
+
+def test_loss_is_read_from_the_response_of_envoy() -> None:
+    """Its value is that of one attempt, with the flags of the response."""
+    assert is_loss("-,b:2,cut!UC")
+    assert not is_loss("-,b:2,cut!UF")
+    assert not is_loss("a:1,b:2")

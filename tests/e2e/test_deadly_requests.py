@@ -20,12 +20,13 @@ from patience import wait_for
 VOCABULARY = 1000
 DEADLY = {"model": "m", "prompt": [5, VOCABULARY], "max_tokens": 1}
 """A request with a token id that the model does not have."""
+DUPLEX = {"envoy": {"body_mode": "full_duplex_streamed"}}
 HARMLESS = {"model": "m", "prompt": [5, 6], "max_tokens": 1}
 
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """The engines of one role that computes prompts, and what stands before them."""
+    """The engines of one role, and what stands before them."""
 
     engines: Sequence[EngineProcess]
     service: ServiceProcess
@@ -37,22 +38,19 @@ class Fleet:
 
 
 @contextmanager
-def running(computes: str, **sections: Any) -> Iterator[Fleet]:
-    """Run three engines that compute prompts."""
-    options = ("--dp-attention", *FAST, "--vocabulary-size", str(VOCABULARY))
+def running(role: str, **sections: Any) -> Iterator[Fleet]:
+    """Run three engines of a role that end with an unknown id, and a decode engine where they need one."""
+    options = ("--dp-attention", *FAST)
     with ExitStack() as stack:
-        engines = [EngineProcess(computes, 2, *options) for _ in range(3)]
-        decodes = [EngineProcess("decode", 2, *options)] if computes == "prefill" else []
-        for engine in (*engines, *decodes):
+        engines = [EngineProcess(role, 2, *options, "--vocabulary-size", str(VOCABULARY)) for _ in range(3)]
+        peers = [EngineProcess("decode", 2, *options)] if role == "prefill" else []
+        for engine in (*engines, *peers):
             stack.push(engine)
             engine.start()
-        for engine in (*engines, *decodes):
+        for engine in (*engines, *peers):
             engine.wait_until_listening()
-        pool = (
-            pool_of(engines, decodes)
-            if decodes
-            else {"models": ["*"], "workers": {"endpoints": [e.url for e in engines]}}
-        )
+        endpoints = [engine.url for engine in engines]
+        pool = pool_of(engines, peers) if peers else {"models": ["*"], "workers": {"endpoints": endpoints}}
         service = stack.enter_context(ServiceProcess(write_config([pool], **sections)))
         envoy = stack.enter_context(EnvoyProcess(service.config))
         client = stack.enter_context(loopback.client(envoy.url, timeout=20))
@@ -62,18 +60,21 @@ def running(computes: str, **sections: Any) -> Iterator[Fleet]:
 
 
 @pytest.mark.parametrize(
-    ("computes", "sections"),
+    ("role", "sections"),
     [
         pytest.param("prefill", {"listen": {"workers": 2}}, id="mirrored"),
         pytest.param("prefill", {"prefill_leg": "service"}, id="sent"),
         pytest.param("unified", {}, id="aggregated"),
+        pytest.param("unified", DUPLEX, id="aggregated in duplex"),
     ],
 )
-def test_deadly_request_ends_two_engines_and_no_more(computes: str, sections: dict[str, Any]) -> None:
+def test_deadly_request_ends_two_engines_and_no_more(role: str, sections: dict[str, Any]) -> None:
     """The official client sends it again by itself, and raises an error that it does not retry."""
-    with running(computes, **sections) as fleet:
-        client = openai.OpenAI(base_url=f"{fleet.envoy.url}/v1", api_key="none", max_retries=10)
-        with pytest.raises(openai.UnprocessableEntityError, match="two servers have died") as caught:
+    with running(role, **sections) as fleet:
+        with (
+            openai.OpenAI(base_url=f"{fleet.envoy.url}/v1", api_key="none") as client,
+            pytest.raises(openai.UnprocessableEntityError, match="two servers have died") as caught,
+        ):
             client.completions.create(model="m", prompt=[5, VOCABULARY], max_tokens=1)
         repeated = [fleet.client.post("/v1/completions", json=DEADLY | {"stream": stream}) for stream in (False, True)]
         served = fleet.client.post("/v1/completions", json=HARMLESS)

@@ -58,7 +58,7 @@ def _write(shape: ErrorShape, status: int, message: str) -> bytes:
 class ErrorText:
     """Collects the text of one error, while the headers of the response are held."""
 
-    __slots__ = ("_is_duplex", "_last", "_renames", "_size", "_status", "_text", "is_readable")
+    __slots__ = ("_is_duplex", "_last", "_renames", "_size", "_status", "_text", "is_loss", "is_readable")
 
     def __init__(self, event: ResponseHeaders, mode: BodyMode, *, is_sent: bool, renames: Renames | None) -> None:
         """Begin.
@@ -75,6 +75,8 @@ class ErrorText:
         self._text: list[bytes] = []
         self._size = 0
         self._last: ResponseBody | ResponseTrailers | None = None
+        self.is_loss = event.is_loss
+        """Whether it is Envoy's own, for an engine that dropped a request that it had accepted."""
         self.is_readable = (is_sent or self._is_duplex) and not (event.end_of_stream or event.is_encoded)
         """Whether a text comes here that can be read."""
 

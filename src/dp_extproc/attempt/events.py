@@ -61,6 +61,8 @@ class ResponseHeaders(Struct, frozen=True):
     """``IP:port`` of the endpoint that served the request, where the gateway reports it."""
     is_encoded: bool = False
     """Whether the body has a content encoding, such as gzip, so that it cannot be read here."""
+    is_loss: bool = False
+    """Whether it is the gateway's own, and means that the engine dropped a request that it had accepted."""
 
 
 class ResponseBody(Struct, frozen=True):

@@ -133,7 +133,7 @@ def timed_out(leg: Role, message: str) -> Failure:
     return Failure(leg, reason, 504, message, blame=Blame.IF_SILENT)
 
 
-def engine_error(leg: Role, status: int, text: bytes, message: str) -> Failure:
+def engine_error(leg: Role, status: int, text: bytes, message: str, *, is_lost: bool = False) -> Failure:
     """Make the failure that an engine's error of 400 or more means; the message is for one of 500 or more."""
     if (why := wrong_rank(text)) is not None:  # by our fault, so neither text nor status are for the client
         # Up to 0.5.19 a client's own chat template chooses the text of a 400, and must not take ranks out of service.
@@ -141,7 +141,7 @@ def engine_error(leg: Role, status: int, text: bytes, message: str) -> Failure:
         blame = Blame.INACTIVE if is_inactive else Blame.OUTDATED
         return replace(failed(leg, _WRONG_RANK), blame=blame)
     if status >= ENGINE_FAILED:
-        return failed(leg, message, text, status=status)
+        return failed(leg, message, text, status=status, is_lost=is_lost)
     refused = message or f"the engine answered {status}"
     return Failure(leg, Reason.ENGINE_REFUSED, status, refused, text, Blame.NONE)
 

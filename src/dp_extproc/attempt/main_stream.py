@@ -287,7 +287,7 @@ class MainStream(Machine[MainState]):
 
     def _pass_failure(self, turn: Turn, error: ErrorText) -> Outcome:
         """Let the engine's own error go on, with the retry headers if there is another attempt."""
-        failure = engine_error(Role.DECODE, self.status, error.text, "")
+        failure = engine_error(Role.DECODE, self.status, error.text, "", is_lost=error.is_loss)
         changes: tuple[Headers, tuple[str, ...]] = (), ()
         if failure.is_clients_fault:
             self._effects.served(Role.DECODE)

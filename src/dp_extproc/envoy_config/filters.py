@@ -80,7 +80,10 @@ def schedule_requests(config: Config) -> HttpFilter:
             max_message_timeout=timedelta(seconds=longest_hold),
             allow_mode_override=True,
             forward_rules=_forward_only(
-                contract.READ_FROM_REQUESTS | contract.READ_FROM_RESPONSES | _passed_to_prefill(config)
+                contract.READ_FROM_REQUESTS
+                | contract.READ_FROM_RESPONSES
+                | contract.READ_FROM_LOCAL_REPLIES
+                | _passed_to_prefill(config)
             ),
             metadata_options=metadata,
             status_on_error=HttpStatus(code=StatusCode.ServiceUnavailable),

@@ -14,7 +14,15 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager i
 from envoy_data_plane.envoy.type.matcher import v3 as matcher
 from envoy_data_plane.google.protobuf import Struct
 
-from dp_extproc.contract import CUT, FAILED, META_DECODE_HOST, META_PREFILL_HOST, META_REASON, METADATA_NAMESPACE, RETRY
+from dp_extproc.contract import (
+    FAILED,
+    META_DECODE_HOST,
+    META_PREFILL_HOST,
+    META_REASON,
+    METADATA_NAMESPACE,
+    RETRY,
+    write_cut,
+)
 from dp_extproc.envoy_config.yaml_text import commented, pack
 from dp_extproc.request.error_shapes import ANTHROPIC_PART, ErrorShape, error_members
 from dp_extproc.request.rejection import TRY_AGAIN
@@ -28,8 +36,11 @@ _HOSTS: Final = [f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{key})%" for key in (M
 _NULL: Final = f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:null)%"
 """A value that is never there, for which Envoy writes ``null``. Patches of objects in Kubernetes lose a literal one."""
 _NO_HEADERS: Final[Mapping[str, str]] = {}
-_REPEAT: Final = {RETRY: "1", FAILED: ",".join((*_HOSTS, CUT))}
-"""Headers with which the front door repeats a request without a decision of the service about the retry."""
+_REPEAT: Final = {RETRY: "1", FAILED: ",".join((*_HOSTS, write_cut("%RESPONSE_FLAGS%")))}
+"""Headers with which the front door repeats a request without a decision of the service about the retry.
+
+The service also reads from them whether the engine had accepted the request, in body modes that show it no text.
+"""
 _RETRY_AFTER: Final = dict(TRY_AGAIN)
 
 _LOST: Final = "The server did not answer: %RESPONSE_CODE_DETAILS%. Try again."

@@ -80,8 +80,9 @@ def read_event(message: ProcessingRequest, session_header: str | None = contract
             return on.RequestBody(body.body, body.end_of_stream)
         case "response_headers":
             headers = message.response_headers
-            status, is_events, is_encoded = _read_response(headers)
-            return on.ResponseHeaders(status, headers.end_of_stream, is_events, _read_served(message), is_encoded)
+            status, is_events, is_encoded, is_loss = _read_response(headers)
+            served = _read_served(message)
+            return on.ResponseHeaders(status, headers.end_of_stream, is_events, served, is_encoded, is_loss)
         case "response_body":
             chunk = message.response_body
             return on.ResponseBody(chunk.body, chunk.end_of_stream)
@@ -100,7 +101,7 @@ def read_leg_event(message: ProcessingRequest) -> on.LegOpened | on.LegHeaders |
             return _LEG_OPENED
         case "response_headers":
             headers = message.response_headers
-            status, is_events, _ = _read_response(headers)
+            status, is_events, _, _ = _read_response(headers)
             return on.LegHeaders(status, headers.end_of_stream, is_events)
         case "response_body":
             chunk = message.response_body
@@ -193,13 +194,14 @@ def _read_request(message: HttpHeaders, session_header: str | None) -> dict[str,
     return found
 
 
-def _read_response(message: HttpHeaders) -> tuple[int, bool, bool]:
+def _read_response(message: HttpHeaders) -> tuple[int, bool, bool, bool]:
     """Read the head of a response.
 
     Returns:
-        The status, 0 if there is none; whether the body is a stream of server-sent events; and whether it is encoded.
+        The status, 0 if there is none; whether the body is a stream of server-sent events; whether it is encoded; and
+        whether the response is Envoy's own and reports a loss.
     """
-    status, is_events, is_encoded = 0, False, False
+    status, is_events, is_encoded, is_loss = 0, False, False, False
     for header in message.headers.headers:
         if header.key == ":status":
             text = header.raw_value or header.value.encode()
@@ -208,7 +210,9 @@ def _read_response(message: HttpHeaders) -> tuple[int, bool, bool]:
             is_events = (header.raw_value or header.value.encode()).lower().startswith(_EVENT_STREAM)
         elif header.key == "content-encoding":
             is_encoded = (header.raw_value or header.value.encode()).strip().lower() not in _NOT_ENCODED
-    return status, is_events, is_encoded
+        elif header.key == contract.FAILED:
+            is_loss = contract.is_loss((header.raw_value or header.value.encode()).decode("latin-1"))
+    return status, is_events, is_encoded, is_loss
 
 
 def _read_served(message: ProcessingRequest) -> str | None:
