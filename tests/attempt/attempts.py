@@ -4,6 +4,7 @@ from dp_extproc import contract
 from dp_extproc.attempt.attempt import Attempt
 from dp_extproc.attempt.effects import Environment
 from dp_extproc.attempt.events import (
+    AbortRequests,
     BodyMode,
     Command,
     Enqueue,
@@ -21,7 +22,7 @@ from dp_extproc.attempt.listener import AttemptListener
 from dp_extproc.attempt.transitions import UNDECIDED
 from dp_extproc.config.reliability import RetrySettings, SupervisionSettings
 from dp_extproc.scheduling.admission import Ticket
-from dp_extproc.scheduling.decision import DecodeAbort
+from dp_extproc.scheduling.decision import LegAbort
 from extproc.wire import UNSUPERVISED, Watcher
 
 BODY_PAUSE = 60.0
@@ -110,4 +111,6 @@ class Exchange:
 
 
 def _replies(commands: list[Command]) -> tuple[Reply, ...]:
-    return tuple(command for command in commands if not isinstance(command, ToLeg | Enqueue | SendLeg | DecodeAbort))
+    return tuple(
+        command for command in commands if not isinstance(command, ToLeg | Enqueue | SendLeg | LegAbort | AbortRequests)
+    )

@@ -29,7 +29,7 @@ from dp_extproc.attempt.events import (
 from dp_extproc.attempt.gateways import BundledEnvoy, EndpointPicker, Peer
 from dp_extproc.config.reliability import Supervise, SupervisionSettings
 from dp_extproc.engines.model import Role
-from dp_extproc.scheduling.decision import DecodeAbort
+from dp_extproc.scheduling.decision import LegAbort
 from dp_extproc.scheduling.encoder import LegSettings
 from extproc.wire import Watcher
 from fleet_fixtures import Fleet, make_facts
@@ -94,7 +94,7 @@ def _word(command: Command) -> str:
             return str(command.status)
         case StreamedChunk():
             return command.data.decode()
-        case DecodeAbort():
+        case LegAbort():
             return "abort"
         case _:
             raise AssertionError(command)

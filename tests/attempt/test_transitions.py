@@ -12,6 +12,7 @@ import pytest
 from attempt.attempts import BODY_PAUSE, make_environment
 from dp_extproc.attempt.attempt import Attempt, ProtocolViolationError
 from dp_extproc.attempt.events import (
+    AbortWanted,
     BodyMode,
     CommentRead,
     Event,
@@ -34,7 +35,8 @@ from dp_extproc.attempt.events import (
 )
 from dp_extproc.attempt.first_event_watch import FirstEventWatch
 from dp_extproc.attempt.gateways import BundledEnvoy, EndpointPicker
-from dp_extproc.attempt.main_stream import KEPT_BYTES, MainStream
+from dp_extproc.attempt.held_response import KEPT_BYTES
+from dp_extproc.attempt.main_stream import MainStream
 from dp_extproc.attempt.prefill_leg import PrefillLeg
 from dp_extproc.attempt.transitions import FIRST_EVENT, LEG, MAIN, FirstState, LegState, MainState, Outcome
 from dp_extproc.config.reliability import Supervise, SupervisionSettings
@@ -190,7 +192,7 @@ EVENTS: Final[tuple[Event | float, ...]] = (
     ResponseBody(b"{}", True),
     *(ResponseBody(data, False) for data in (b"{", bytes(KEPT_BYTES + 1))),
     ResponseTrailers(),
-    *(room("again"), room("gone"), room("free"), QueueExpired()),
+    *(room("again"), room("gone"), room("free"), QueueExpired(), AbortWanted((0,)), AbortWanted(())),
     *(
         LegOpened(),
         LegHeaders(200),

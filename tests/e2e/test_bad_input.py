@@ -62,7 +62,7 @@ class Mistake:
         pytest.param(Mistake(b"{}", "/v1/score"), 400, "path_cannot_carry_routing_fields", id="score"),
         pytest.param(Mistake(b"{}", "/api/chat"), 400, "path_cannot_carry_routing_fields", id="ollama"),
         pytest.param(Mistake(b"{}", "/v1/embeddings"), 400, "path_cannot_carry_routing_fields", id="embeddings"),
-        pytest.param(Mistake(b'{"rid":""}', "/abort_request"), 403, "path_refused", id="abort of everything"),
+        pytest.param(Mistake(b'{"rid":""}', "/abort_request"), 400, "missing_field", id="abort of everything"),
         pytest.param(Mistake(b"", "/flush_cache"), 403, "path_refused", id="administration"),
     ],
 )

@@ -21,7 +21,7 @@ from dp_extproc.config.reliability import SupervisionSettings
 from dp_extproc.engines.model import Role
 from dp_extproc.extproc.direct_leg import ABORT_PATH, DirectLegs
 from dp_extproc.observability.leg_metrics import SentLegMetrics
-from dp_extproc.scheduling.decision import Decision, DecodeAbort, SchedulingResult
+from dp_extproc.scheduling.decision import Decision, LegAbort, SchedulingResult
 from dp_extproc.scheduling.encoder import LegSettings
 from extproc.wire import POST, Server, Stream, request_body, request_headers, response_headers, run_server
 from fleet_fixtures import Fleet, make_facts
@@ -172,7 +172,7 @@ def test_aborts_of_a_batch_are_limited_at_a_time() -> None:
         async with Engine(count) as engine:
             legs = DirectLegs(1.0, abort_listener=aborts)
             ids = tuple(map(str, range(batch)))
-            legs.abort(DecodeAbort("pool", (engine.address,), ids, (), precedes_close=True))
+            legs.abort(LegAbort("pool", (engine.address,), ids, (), precedes_close=True))
             await legs.all_ended()
             assert len(engine.requests) == 2 * batch, "each is tried twice"
             await legs.close()

@@ -16,7 +16,7 @@ from typing import Final, get_args
 
 from dp_extproc.attempt.effects import Effects, Environment
 from dp_extproc.attempt.events import BodyMode, Command, Event, FirstEvent, LegEvent, MainEvent, ToLeg
-from dp_extproc.attempt.failures import Failure, engine_error, timed_out
+from dp_extproc.attempt.failures import ABORTED, Failure, engine_error, timed_out
 from dp_extproc.attempt.first_event_watch import FirstEventWatch
 from dp_extproc.attempt.gateways import BUNDLED, Peer
 from dp_extproc.attempt.intake import Intake
@@ -161,11 +161,14 @@ class Attempt:
 
     def _fail(self, turn: Turn, failure: Failure) -> None:
         """Blame an endpoint, answer the client while that is possible, and end the other leg."""
+        if self.main.aborts.are_wanted:
+            failure = ABORTED
         if not self.leg.was_cancelled:
-            self.main.abort_before_close(turn)
+            if self.main.is_routed:
+                self.main.aborts.end_before_close(turn)
             is_answered = self.main.move(Signal.ABANDON, turn, failure)
             if not (is_answered and self.main.hears_response):  # an answer may be too late, and is ignored then
-                self.main.abort_decode(turn)
+                self.main.aborts.end_decode(turn)
         self._effects.blame(failure, turn.now)
         self.leg.cancel(turn)
 
@@ -198,11 +201,11 @@ class Attempt:
         if (since := self._first_token_since()) is not None:
             yield since + settings.first_token_timeout, self._give_up_first_token
         if main.state is MainState.HELD and leg.state is LegState.AWAITED:
-            yield main.held_at + LEG_OPENS_SECONDS, lambda turn: leg.move(Signal.ADVANCE, turn)
+            yield main.held.since + LEG_OPENS_SECONDS, lambda turn: leg.move(Signal.ADVANCE, turn)
         if self._effects.awaits_likeness:
             yield main.picked_at + LIKENESS_SECONDS, lambda _turn: self._effects.count_earlier_error()
         if main.state is MainState.HELD and not main.is_extended:
-            yield main.held_at + EXTEND_AFTER_SECONDS, main.extend
+            yield main.held.since + EXTEND_AFTER_SECONDS, main.extend
 
     def _first_token_since(self) -> float | None:
         """Give the moment from which the first token of a stream is awaited; None if none is.

@@ -11,7 +11,7 @@ from msgspec import Struct
 from dp_extproc.load.records import NO_WORK, Work
 from dp_extproc.response.first_event import EngineError
 from dp_extproc.scheduling.admission import Ticket
-from dp_extproc.scheduling.decision import DecodeAbort, Headers, Metadata, PrefillRequest
+from dp_extproc.scheduling.decision import Headers, LegAbort, Metadata, PrefillRequest
 
 
 class BodyMode(Enum):
@@ -96,6 +96,16 @@ class QueueExpired(Struct, frozen=True):
     """The queued request has waited too long, or the queue is full."""
 
 
+# --- events of /abort_request ---
+
+
+class AbortWanted(Struct, frozen=True):
+    """The client has sent an ``/abort_request`` with an id of this request."""
+
+    prompts: tuple[int, ...]
+    """The prompts that the id stands for."""
+
+
 # --- events of the prefill leg ---
 
 
@@ -154,7 +164,7 @@ MainEvent = RequestHeaders | RequestBody | RequestTrailers | ResponseHeaders | R
 """Messages of Envoy on the main stream."""
 LegEvent = LegOpened | LegHeaders | LegBody | LegClosed | LegUnseen
 FirstEvent = FirstEventRead | CommentRead
-Event = MainEvent | MainClosed | RoomFreed | QueueExpired | LegEvent | FirstEvent | InternalError
+Event = MainEvent | MainClosed | RoomFreed | QueueExpired | AbortWanted | LegEvent | FirstEvent | InternalError
 
 
 # --- replies to Envoy on the main stream ---
@@ -269,5 +279,12 @@ class SendLeg(Struct, frozen=True):
     """Headers of the client's request that the leg has, too."""
 
 
-Command = Reply | ToLeg | Enqueue | SendLeg | DecodeAbort
+class AbortRequests(Struct, frozen=True):
+    """End the requests that a client has sent under an id, in whichever process they are."""
+
+    key: str
+    """See :func:`.client_key`."""
+
+
+Command = Reply | AbortRequests | ToLeg | Enqueue | SendLeg | LegAbort
 """A reply goes to the main stream. Commands for a stream that is gone are dropped."""

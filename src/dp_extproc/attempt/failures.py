@@ -100,7 +100,7 @@ class Failure(Struct, frozen=True):
 
     @property
     def is_clients_fault(self) -> bool:
-        return self.reason is Reason.ENGINE_REFUSED
+        return self.reason in {Reason.ENGINE_REFUSED, Reason.ABORTED}
 
     def body(self, shape: ErrorShape) -> bytes:
         """Write the body of the client's error, in a shape unless it is the engine's own."""
@@ -112,6 +112,12 @@ class Failure(Struct, frozen=True):
             text = scrub(self.text[:_TEXT_BYTES]).decode(errors="replace").strip()
             message = f"{self.message}: {text}" if text else self.message
         return Rejection(self.status, self.reason, message).body(shape)
+
+
+ABORTED: Final = Failure(
+    Role.DECODE, Reason.ABORTED, 400, "the request was ended by an /abort_request with its rid", blame=Blame.NONE
+)
+"""The failure of a request that its client has ended, whatever its engines make of that."""
 
 
 def failed(leg: Role, message: str, text: bytes = b"", *, status: int = 0, is_lost: bool = False) -> Failure:

@@ -9,10 +9,11 @@ from enum import Enum, auto
 from typing import Final, Protocol
 
 from dp_extproc import contract
-from dp_extproc.attempt.events import BodyMode, RequestBody, RequestHeaders
+from dp_extproc.attempt.events import AbortRequests, BodyMode, RequestBody, RequestHeaders
 from dp_extproc.attempt.gateways import FIRST_ATTEMPT, Gateway, Headers
+from dp_extproc.request.client_ids import client_key, read_abort
 from dp_extproc.request.error_shapes import ErrorShape, shape_of
-from dp_extproc.request.path import Asked, Models, Moved, Passed, read_path
+from dp_extproc.request.path import Abort, Asked, Models, Moved, Passed, read_path
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.request.routes import Api
 from dp_extproc.scheduling.admission import Ticket
@@ -27,6 +28,11 @@ _AS_JSON: Final = (("content-type", b"application/json"),)
 _NO_BODY: Final = Rejection(400, Reason.EMPTY_BODY, "the request has no body; send a JSON object")
 _UNSUPPORTED_MODE: Final = Rejection(
     500, Reason.UNSUPPORTED_BODY_MODE, "the ext_proc filter must send request bodies BUFFERED or FULL_DUPLEX_STREAMED"
+)
+_BODIES_NEEDED: Final = Rejection(
+    400,
+    Reason.UNSUPPORTED_BODY_MODE,
+    "request ids are not read with body_mode none; close the connection to end a request",
 )
 
 
@@ -85,9 +91,9 @@ class Intake:
     """Collects one request."""
 
     __slots__ = (
-        "_api", "_body", "_decider", "_gateway", "_length", "_max_body", "_passed", "_session", "_size", "_subset",
-        "corrected", "earlier", "errors", "has_trailers", "is_complete", "mode", "passed", "path", "queued",
-        "sees_response", "untrusted",
+        "_aborts", "_api", "_authorization", "_body", "_decider", "_gateway", "_length", "_max_body", "_passed",
+        "_session", "_size", "_subset", "client_keys", "corrected", "earlier", "errors", "has_trailers", "is_complete",
+        "mode", "passed", "path", "queued", "sees_response", "untrusted",
     )  # fmt: skip
 
     def __init__(
@@ -99,6 +105,9 @@ class Intake:
         self._max_body = max_body
         self._subset = subset
         self._api = Api.GENERATE
+        self._aborts = False
+        """Whether this is an ``/abort_request``."""
+        self._authorization = ""
         self._passed: Passed | None = None
         """What is passed as it is, once its body is read; None for an inference request."""
         self._session: str | None = None
@@ -114,6 +123,8 @@ class Intake:
         """The shape in which the client reads errors."""
         self.passed: Headers = ()
         """The headers that a prefill leg of the service has, too."""
+        self.client_keys: dict[str, tuple[int, ...]] = {}
+        """The prompts of each key under which the client may end this request."""
         self.corrected: Headers = ()
         """Headers of the client in the form that engines accept."""
         self.untrusted: tuple[str, ...] = ()
@@ -130,6 +141,7 @@ class Intake:
         self.is_complete = self.is_complete or event.end_of_stream
         self.errors = shape_of(headers.get(":path", ""))
         self.untrusted = gateway.untrusted(headers)
+        self._authorization = headers.get(contract.AUTHORIZATION, "")
         self.earlier = gateway.earlier(headers)
         if gateway.session_header is not None:
             self._session = headers.get(gateway.session_header)
@@ -163,6 +175,8 @@ class Intake:
         """Read a request that is no inference request."""
         if isinstance(asked, Rejection) and asked.reason is Reason.PATH_REFUSED:
             return asked
+        if isinstance(asked, Abort):
+            return self._read_abort(event)
         if isinstance(asked, Passed) and not (asked.is_head and not self._gateway.passes_other_paths):
             return self._pass_on(asked, event)
         # A gateway of this kind has decided already that the request is for these endpoints.
@@ -177,6 +191,16 @@ class Intake:
             return Answer(b"") if isinstance(found, Decision) else found
         assert isinstance(asked, Rejection)  # noqa: S101 - an inference request is read elsewhere
         return asked
+
+    def _read_abort(self, event: RequestHeaders) -> Need | Rejection:
+        if (refusal := _refuse_by_headers(event.headers, self._max_body)) is not None:
+            return refusal
+        if event.end_of_stream:
+            return _NO_BODY
+        if self.mode in {BodyMode.NONE, BodyMode.UNSUPPORTED}:
+            return _BODIES_NEEDED
+        self._aborts = True
+        return Need.BODY
 
     def _pass_on(self, passed: Passed, event: RequestHeaders) -> Need | Decision | Rejection:
         """Pass a request on as it is, at once or with its body."""
@@ -215,8 +239,11 @@ class Intake:
         self.has_trailers = self.is_complete = True
         return Need.SCHEDULING
 
-    def schedule(self, ticket: Ticket | None) -> SchedulingResult:
-        """Schedule the complete request, which may have a place in the admission queue."""
+    def schedule(self, ticket: Ticket | None) -> SchedulingResult | AbortRequests:
+        """Schedule the complete request, which may have a place in the admission queue, or read what it ends."""
+        if self._aborts:
+            client_id = read_abort(b"".join(self._body))
+            return client_id if isinstance(client_id, Rejection) else AbortRequests(self._key(client_id))
         context = self._context(ticket)
         result: SchedulingResult
         if self.queued is not None:
@@ -235,7 +262,17 @@ class Intake:
         self.queued = result if isinstance(result, Queued) else None
         if isinstance(result, Rejection):
             self._body.clear()
+        elif (client_ids := result.client_ids) is not None and not self.client_keys:
+            self.client_keys = {self._key(each): prompts for each, prompts in client_ids.prompts().items()}
         return result
+
+    @property
+    def prompts(self) -> int:
+        """The number of prompts in the queued request."""
+        return 1 if self.queued is None else self.queued.request.prompt.batch or 1
+
+    def _key(self, client_id: str) -> str:
+        return client_key(self._authorization, client_id)
 
     def take_body(self) -> bytes:
         """Give the client's body away, so that it is not kept for as long as the response takes."""

@@ -7,11 +7,13 @@ from dp_extproc.attempt import events as on
 from dp_extproc.attempt import replies
 from dp_extproc.attempt.effects import Effects, Environment
 from dp_extproc.attempt.error_text import ErrorText
-from dp_extproc.attempt.events import BodyMode, Enqueue, Event, ExtendTimeout, Phase, SendLeg, SkipBody
-from dp_extproc.attempt.failures import ENGINE_FAILED, NO_OTHER_ATTEMPT, Failure, engine_error
+from dp_extproc.attempt.events import BodyMode, Event, Phase
+from dp_extproc.attempt.failures import ABORTED, ENGINE_FAILED, NO_OTHER_ATTEMPT, Failure, engine_error
 from dp_extproc.attempt.first_event_watch import FirstEventWatch
 from dp_extproc.attempt.gateways import Headers, Peer
+from dp_extproc.attempt.held_response import HeldResponse
 from dp_extproc.attempt.intake import Intake, Need
+from dp_extproc.attempt.leg_aborts import LegAborts
 from dp_extproc.attempt.machine import Machine, Turn, bind
 from dp_extproc.attempt.merging import COMPRESSED, Merging
 from dp_extproc.attempt.prefill_leg import PrefillLeg
@@ -21,20 +23,18 @@ from dp_extproc.engines.model import Role
 from dp_extproc.load.in_flight import ERROR
 from dp_extproc.request.rejection import Reason, Rejection
 from dp_extproc.scheduling.admission import Ticket
-from dp_extproc.scheduling.decision import Answer, Decision, DecodeAbort, Queued
+from dp_extproc.scheduling.decision import Answer, Decision, Queued
 
 _OK: Final = 200
-KEPT_BYTES: Final = 1 << 20
-"""Most bytes of a response that are kept behind headers that are held, before the response goes to the client."""
 
 
 class MainStream(Machine[MainState]):
     """What Envoy sends on the main stream, and the replies to it."""
 
     __slots__ = (
-        "_abort", "_asks_for_body", "_effects", "_environment", "_error", "_first_event", "_hold", "_intake", "_kept",
-        "_kept_bytes", "_leg", "_peer", "_response_mode", "body_at", "error_at", "held_at", "is_extended", "is_unheard",
-        "merging", "picked_at", "status", "streaming",
+        "_asks_for_body", "_effects", "_environment", "_error", "_first_event", "_intake", "_leg", "_peer",
+        "_response_mode", "aborts", "body_at", "error_at", "held", "is_extended", "is_unheard", "merging", "picked_at",
+        "status", "streaming",
     )  # fmt: skip
 
     def __init__(
@@ -56,12 +56,8 @@ class MainStream(Machine[MainState]):
         self._peer = peer
         self._leg = leg
         self._first_event = first_event
-        self._hold = environment.gateway.longest_hold(response_mode) if leg.is_supervised else 0.0
-        """Seconds for which the response headers may be held."""
-        self._abort: DecodeAbort | None = None
-        self._kept: list[on.ResponseBody | on.ResponseTrailers] = []
-        """Pieces of the response that have come behind headers that are held."""
-        self._kept_bytes = 0
+        self.held = HeldResponse(environment.gateway.longest_hold(response_mode) if leg.is_supervised else 0.0)
+        self.aborts = LegAborts(intake)
         self._asks_for_body = False
         """Whether Envoy was asked to send the response body here."""
         self._error: ErrorText  # once the headers of one have come
@@ -74,8 +70,8 @@ class MainStream(Machine[MainState]):
         """Whether Envoy's patience was extended, or cannot be."""
         self.is_unheard = False
         """Whether the stream has ended before the response, and reservations end when the prefill leg has."""
-        self.body_at = self.picked_at = self.held_at = self.error_at = 0.0
-        """Times of the last piece of the request, the pick, and the response headers that are held or of an error."""
+        self.body_at = self.picked_at = self.error_at = 0.0
+        """Times of the last piece of the request, the pick, and the response headers of an error."""
 
     @property
     def is_queued(self) -> bool:
@@ -109,7 +105,7 @@ class MainStream(Machine[MainState]):
     @property
     def hold_ends_at(self) -> float:
         """The moment at which response headers that are held go to the client, whatever is still awaited."""
-        return self.held_at + self._hold if self.state is MainState.HELD else math.inf
+        return self.held.since + self.held.longest if self.state is MainState.HELD else math.inf
 
     @property
     def passes_pieces(self) -> bool:
@@ -120,7 +116,7 @@ class MainStream(Machine[MainState]):
         """Have Envoy wait longer than usual for the reply to the response headers."""
         self.is_extended = True
         settings = self._environment.supervision
-        turn.commands.append(ExtendTimeout(settings.prefill_timeout + settings.first_token_timeout))
+        turn.commands.append(on.ExtendTimeout(settings.prefill_timeout + settings.first_token_timeout))
 
     # --- the request ---
 
@@ -164,12 +160,24 @@ class MainStream(Machine[MainState]):
         assert queued is not None  # noqa: S101 - the state implies it
         return self._refuse(turn, queued.rejection)
 
+    def _abort_wanted(self, turn: Turn, event: on.AbortWanted) -> Outcome:
+        if not self.is_queued:
+            self.aborts.end_prompts(turn, event.prompts)
+            return Outcome.UNCHANGED
+        if len(event.prompts) < self._intake.prompts:
+            return Outcome.UNCHANGED  # a batch waits as a whole
+        return self._refuse(turn, Rejection(ABORTED.status, ABORTED.reason, ABORTED.message))
+
     def _schedule(self, turn: Turn, ticket: Ticket | None) -> Outcome:
         intake = self._intake
         result = intake.schedule(ticket)
+        if isinstance(result, on.AbortRequests):
+            turn.commands += (result, replies.ABORTS_SENT)
+            self._effects.decided("answered", turn.now)
+            return Outcome.ANSWERED
         if isinstance(result, Queued):
             if ticket is None:
-                turn.commands.append(Enqueue(result.pool, result.priority, result.work))
+                turn.commands.append(on.Enqueue(result.pool, result.priority, result.work))
             return Outcome.QUEUED
         if isinstance(result, Rejection):
             return self._refuse(turn, result)
@@ -179,8 +187,8 @@ class MainStream(Machine[MainState]):
             return Outcome.PASSED
         self._follow(turn, result)
         if result.prefill is not None:  # first, so that it does not wait for the reply to be written
-            turn.commands.append(SendLeg(result.prefill, intake.path, intake.passed))
-        self._abort = result.abort and result.abort.passing(intake.passed)
+            turn.commands.append(on.SendLeg(result.prefill, intake.path, intake.passed))
+        self.aborts.follow(result, intake.passed)
         turn.commands += replies.route_body(intake, result, self._environment.gateway)
         self._effects.decided("routed", turn.now)
         return Outcome.ROUTED
@@ -213,7 +221,7 @@ class MainStream(Machine[MainState]):
 
     def _pass_headers(self, turn: Turn, _event: on.ResponseHeaders | None) -> Outcome:
         skips = self._response_mode in replies.SKIPPED and not self._environment.gateway.sends_bodies_on_request
-        turn.commands.append(SkipBody() if skips else replies.CONTINUE[Phase.RESPONSE_HEADERS])
+        turn.commands.append(on.SkipBody() if skips else replies.CONTINUE[Phase.RESPONSE_HEADERS])
         return Outcome.RELEASED
 
     def _response_headers(self, turn: Turn, event: on.ResponseHeaders) -> Outcome:
@@ -230,8 +238,8 @@ class MainStream(Machine[MainState]):
         if event.is_encoded and self.merging is not None:
             turn.failure = COMPRESSED
             return Outcome.HELD
-        if self._hold:
-            self.held_at = turn.now
+        if self.held.longest:
+            self.held.since = turn.now
             return Outcome.HELD
         return self._commit(turn)
 
@@ -252,20 +260,18 @@ class MainStream(Machine[MainState]):
 
     def _commit_held(self, turn: Turn, _event: None) -> Outcome:
         """Let the response go to the client, as far as it was held."""
-        if turn.now > self.held_at:
-            self._effects.held(turn.now - self.held_at, in_vain=self._leg.state not in GOOD)
+        if turn.now > self.held.since:
+            self._effects.held(turn.now - self.held.since, in_vain=self._leg.state not in GOOD)
         self._commit(turn)
-        kept, self._kept = self._kept, []
-        turn.commands += [replies.pass_on(self._response_mode, piece) for piece in kept]
+        turn.commands += self.held.release(self._response_mode)
         return Outcome.RELEASED
 
     def _held_piece(self, turn: Turn, event: on.ResponseBody | on.ResponseTrailers) -> Outcome:
         """Keep a piece of the response behind its headers, and read its first event."""
-        self._kept.append(event)
+        self.held.keep(event)
         data, end_of_stream = (event.data, event.end_of_stream) if isinstance(event, on.ResponseBody) else (b"", True)
         self._first_event.feed(turn, data, end_of_stream=end_of_stream)
-        self._kept_bytes += len(data)
-        return self._commit_held(turn, None) if self._kept_bytes > KEPT_BYTES else Outcome.UNCHANGED
+        return self._commit_held(turn, None) if self.held.is_full else Outcome.UNCHANGED
 
     def _commit(self, turn: Turn) -> Outcome:
         """Let the response headers go to the client."""
@@ -285,6 +291,8 @@ class MainStream(Machine[MainState]):
         changes: tuple[Headers, tuple[str, ...]] = (), ()
         if failure.is_clients_fault:
             self._effects.served(Role.DECODE)
+        elif self.aborts.are_wanted:
+            changes = (), replies.RETRY_HEADERS
         else:
             retry = self._retry_headers(failure)
             self._effects.blame(failure, turn.now)
@@ -353,17 +361,6 @@ class MainStream(Machine[MainState]):
         self.is_unheard = False
         self._effects.end(turn.now)
 
-    def abort_decode(self, turn: Turn) -> None:
-        """End the decode leg at its engine, because nothing on the main stream is sure to end it any more."""
-        if self._abort is not None:
-            turn.commands.append(self._abort)
-            self._abort = None
-
-    def abort_before_close(self, turn: Turn) -> None:
-        """End the decode leg at its engine before a reply closes it, where the engine would not notice the close."""
-        if self.is_routed and self._abort is not None and self._abort.precedes_close:
-            self.abort_decode(turn)
-
     def _ignore(self, _turn: Turn, _event: Event) -> Outcome:
         return Outcome.UNCHANGED
 
@@ -388,6 +385,7 @@ class MainStream(Machine[MainState]):
             on.MainClosed: _closed,
             on.RoomFreed: _room_freed,
             on.QueueExpired: _queue_expired,
+            on.AbortWanted: _abort_wanted,
             on.InternalError: _internal_error,
             (MainState.HELD, on.ResponseBody): _held_piece,
             (MainState.HELD, on.ResponseTrailers): _held_piece,

@@ -119,6 +119,10 @@ def answer(found: Answer) -> Immediate:
     return Immediate(found.status, found.body, headers, "answered", {contract.META_REASON: "answered"})
 
 
+ABORTS_SENT: Final = answer(Answer(b""))
+"""The answer of SGLang to an ``/abort_request``, for any id."""
+
+
 def answer_failure(failure: Failure, shape: ErrorShape, retry_headers: Headers) -> Immediate:
     """Answer the client in place of the engine."""
     reason = failure.reason.value

@@ -133,6 +133,8 @@ _RELEASED: Final = {Outcome.RELEASED: MainState.RESPONDING}
 
 ABANDONABLE: Final = frozenset({MainState.ROUTED, MainState.HELD, MainState.ERROR_BODY})
 """States in which the client can still get another answer than the engine's."""
+_WITH_LEGS: Final = (*ABANDONABLE, MainState.RESPONDING, MainState.MERGING, MainState.CLOSED)
+"""States in which legs may be at their engines."""
 UNDECIDED: Final = frozenset({MainState.START, MainState.BODY, MainState.QUEUED})
 
 MAIN: Final[Table[MainState]] = {
@@ -142,6 +144,8 @@ MAIN: Final[Table[MainState]] = {
     (MainState.BODY, Signal.ADVANCE): _ANSWERED,
     (MainState.QUEUED, on.RoomFreed): _DECIDED,
     (MainState.QUEUED, on.QueueExpired): _ANSWERED,
+    (MainState.QUEUED, on.AbortWanted): {Outcome.UNCHANGED: MainState.QUEUED, **_ANSWERED},
+    **_same(_WITH_LEGS, on.AbortWanted),
     # Envoy or another filter may answer by itself at any time.
     **_all((MainState.START, MainState.BODY, MainState.QUEUED, MainState.PASSING), (on.ResponseHeaders,), _RELEASED),
     (MainState.ROUTED, on.ResponseHeaders): {

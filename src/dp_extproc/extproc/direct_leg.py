@@ -14,7 +14,7 @@ from dp_extproc.attempt.events import LegEvent, SendLeg
 from dp_extproc.legs.client import LegClient, SentLeg
 from dp_extproc.legs.listener import LegListener, LegOutcome, NoLegListener
 from dp_extproc.legs.request import LegRequest
-from dp_extproc.scheduling.decision import DecodeAbort
+from dp_extproc.scheduling.decision import LegAbort
 
 ABORT_PATH: Final = "/abort_request"
 """Path at which SGLang ends a request by its id. The response is empty, whether the id is known or not."""
@@ -72,7 +72,7 @@ class DirectLegs:
         request = LegRequest(leg.address, command.path, headers, leg.preamble, leg.tail, self._timeout, tls=self._tls)
         return self._client.send(request, report)
 
-    def abort(self, command: DecodeAbort) -> Callable[[], Awaitable[object]] | None:
+    def abort(self, command: LegAbort) -> Callable[[], Awaitable[object]] | None:
         """End a decode leg at its engine, without waiting for the result.
 
         Returns:
@@ -86,7 +86,7 @@ class DirectLegs:
         task.add_done_callback(self._tasks.discard)
         return partial(asyncio.wait, [task], timeout=_CLOSE_WAITS_SECONDS) if command.precedes_close else None
 
-    async def _abort(self, command: DecodeAbort) -> None:
+    async def _abort(self, command: LegAbort) -> None:
         headers = (_JSON, *command.headers)
         bodies = [msgspec.json.encode({"rid": request_id}) for request_id in command.request_ids]
         sent: deque[SentLeg] = deque()

@@ -22,7 +22,7 @@ from dp_extproc import contract
 from dp_extproc.attempt import events as on
 from dp_extproc.attempt.attempt import Attempt, ProtocolViolationError
 from dp_extproc.attempt.effects import Environment
-from dp_extproc.attempt.events import Command, Continue, Enqueue, Event, Mutate, Phase, StreamBody
+from dp_extproc.attempt.events import AbortRequests, Command, Continue, Enqueue, Event, Mutate, Phase, StreamBody
 from dp_extproc.attempt.failures import RetryBudget
 from dp_extproc.attempt.first_event_watch import report
 from dp_extproc.attempt.gateways import BUNDLED, BundledEnvoy, Gateway
@@ -72,11 +72,13 @@ class ExtProcService:
         clock: Callable[[], float],
         body_pause: float = BODY_PAUSE_SECONDS,
         legs: DirectLegs | None = None,
+        announce_abort: Callable[[str], object] = lambda _key: None,
     ) -> None:
         """Set up; :class:`.Environment` describes most arguments.
 
         *legs* sends the prefill legs, where the service does that. *queue* is where requests wait for room, the same
-        that scheduling has. *clock* is also that of the load cache.
+        that scheduling has. *announce_abort* is called with the key of each request that a client ends by its id, so
+        that other processes end theirs. *clock* is also that of the load cache.
         """
         self._listener = AttemptListeners(listeners)
         self._gateway = gateway
@@ -95,6 +97,7 @@ class ExtProcService:
         self._open = OpenStreams()
         self._peers = Peers()
         self._legs = legs
+        self._announce_abort = announce_abort
         self._registry = Registry()
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -125,6 +128,11 @@ class ExtProcService:
         """Cancel the prefill legs in flight, once no stream is served any more."""
         if self._legs is not None:
             await self._legs.close()
+
+    def abort(self, key: str) -> None:
+        """End the requests of this process that a client has sent under the id of a key."""
+        for streams, prompts in self._registry.find_by_client(key):
+            self._receive_and_post(streams, on.AbortWanted(prompts))
 
     async def sweep(self) -> None:
         """Let time pass for the attempts. Runs until it is cancelled."""
@@ -214,6 +222,11 @@ class ExtProcService:
             streams.hold = asyncio.get_running_loop().call_later(seconds, self._receive_and_post, streams, None)
         if not streams.token and (token := attempt.token):
             self._registry.name(streams, token)  # before the leg can open
+        if not streams.client_keys and (keys := attempt.main.aborts.client_keys):
+            self._registry.name_by_client(streams, keys)
+        if commands and isinstance(first := commands[0], AbortRequests):
+            self.abort(first.key)
+            self._announce_abort(first.key)
         if streams.waiting is not None:
             if not attempt.main.is_queued:
                 streams.waiting.leave()

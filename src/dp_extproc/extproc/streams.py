@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Final
@@ -14,6 +14,7 @@ from dp_extproc import contract
 from dp_extproc.attempt import events as on
 from dp_extproc.attempt.attempt import Attempt
 from dp_extproc.attempt.events import (
+    AbortRequests,
     BufferBody,
     Command,
     Continue,
@@ -30,7 +31,7 @@ from dp_extproc.extproc.codec import write_reply
 from dp_extproc.extproc.direct_leg import DirectLegs
 from dp_extproc.extproc.waiting import Waiting
 from dp_extproc.legs.client import SentLeg
-from dp_extproc.scheduling.decision import DecodeAbort
+from dp_extproc.scheduling.decision import LegAbort
 
 PROCEED: Final[dict[type, Reply]] = {
     on.LegOpened: Continue(Phase.REQUEST_HEADERS),
@@ -116,7 +117,7 @@ Report = Callable[["Streams", LegEvent], object]
 class Streams:
     """The open streams of one attempt."""
 
-    __slots__ = ("_legs", "_report", "_tasks", "attempt", "hold", "leg", "main", "token", "waiting")
+    __slots__ = ("_legs", "_report", "_tasks", "attempt", "client_keys", "hold", "leg", "main", "token", "waiting")
 
     def __init__(
         self, attempt: Attempt, main: Writer, legs: DirectLegs | None = None, report: Report | None = None
@@ -135,6 +136,8 @@ class Streams:
         self._report = report
         self.token = ""
         """Token of the leg, once streams can find the attempt by it."""
+        self.client_keys: Mapping[str, tuple[int, ...]] = {}
+        """The keys by which the client finds the attempt, each with the prompts that it stands for."""
         self.leg: MirroredLeg | SentLeg | None = None
         self.hold: asyncio.TimerHandle | None = None
         """Ends the time for which the response headers may be held, where that is less than a sweep takes."""
@@ -165,10 +168,10 @@ class Streams:
                 assert self._legs is not None  # noqa: S101 - the configuration has both or none
                 assert self._report is not None  # noqa: S101
                 self.leg = self._legs.send(command, partial(self._report, self))
-            elif isinstance(command, DecodeAbort):
+            elif isinstance(command, LegAbort):
                 if self._legs is not None:
-                    self.main.precedent = self._legs.abort(command)
-            elif not isinstance(command, Enqueue):
+                    self.main.precedent = self._legs.abort(command) or self.main.precedent
+            elif not isinstance(command, Enqueue | AbortRequests):
                 self.main.put(command)
         for writer in (self.main, self.leg):
             if isinstance(writer, Writer) and writer is not own and writer.has_replies:
@@ -188,11 +191,12 @@ class Registry:
     Only the token of its leg, which cannot be guessed, leads another stream to an attempt.
     """
 
-    __slots__ = ("_all", "_by_token")
+    __slots__ = ("_all", "_by_client_key", "_by_token")
 
     def __init__(self) -> None:
         self._all: dict[Streams, None] = {}
         self._by_token: dict[str, Streams] = {}
+        self._by_client_key: dict[str, list[Streams]] = {}
 
     def __len__(self) -> int:
         return len(self._all)
@@ -208,6 +212,16 @@ class Registry:
         streams.token = token
         self._by_token[token] = streams
 
+    def name_by_client(self, streams: Streams, keys: Mapping[str, tuple[int, ...]]) -> None:
+        """Let the client find an attempt by the keys of its ids, each with the prompts that it stands for."""
+        streams.client_keys = keys
+        for key in keys:
+            self._by_client_key.setdefault(key, []).append(streams)
+
+    def find_by_client(self, key: str) -> list[tuple[Streams, tuple[int, ...]]]:
+        """Return the attempts with a key, and the prompts that it stands for."""
+        return [(each, each.client_keys[key]) for each in self._by_client_key.get(key, ())]
+
     def find(self, token: str) -> Streams | None:
         return self._by_token.get(token)
 
@@ -215,3 +229,9 @@ class Registry:
         """Remove an attempt that gets no other stream."""
         self._all.pop(streams, None)
         self._by_token.pop(streams.token, None)
+        keys, streams.client_keys = streams.client_keys, {}
+        for key in keys:
+            left = self._by_client_key[key]
+            left.remove(streams)
+            if not left:
+                del self._by_client_key[key]

@@ -8,6 +8,7 @@ from typing import Final
 
 import msgspec
 
+from dp_extproc.request.client_ids import ClientIds, read_client_ids
 from dp_extproc.request.invalid_json import explain_invalid_json
 from dp_extproc.request.lenient import as_bool, as_integer
 from dp_extproc.request.members import MOST_MEMBERS, JsonObject, TooManyMembersError
@@ -82,6 +83,11 @@ class InferenceRequest(msgspec.Struct, frozen=True):
     """Requests of greater priority are served first."""
     is_read: bool = True
     """Whether the body was read; see :func:`unread_request`."""
+
+    @property
+    def client_ids(self) -> ClientIds | None:
+        """The ids that the client has given; None if it has given none."""
+        return read_client_ids(self.api, self.body.values, self.prompt.batch)
 
     @property
     def prompt_part(self) -> PromptPart | None:

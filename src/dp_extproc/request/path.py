@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from dp_extproc.request.rejection import Reason, Rejection
-from dp_extproc.request.routes import ROUTES, Api, Cause, Route, Treatment, find_route
+from dp_extproc.request.routes import ABORT, ROUTES, Api, Cause, Route, Treatment, find_route
 
-__all__ = ["Api", "Asked", "Models", "Moved", "Passed", "read_path", "refuse_disaggregated_path"]
+__all__ = ["Abort", "Api", "Asked", "Models", "Moved", "Passed", "read_path", "refuse_disaggregated_path"]
 
 _STATUS: Final = {Cause.CONTROL: 403, Cause.ONE_ENGINE: 404, Cause.STORED: 404, Cause.SOCKET: 404}
 
@@ -21,6 +21,11 @@ class Models:
     """A request for the list of models, or for one of them, which the service itself answers."""
 
     path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """A request that ends another one, by the id that the client has given to that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,7 @@ class Moved:
     location: str
 
 
-Asked = Api | Models | Passed | Moved | Rejection
+Asked = Api | Models | Abort | Passed | Moved | Rejection
 
 
 def read_path(method: str, path: str) -> Asked:
@@ -67,6 +72,8 @@ def read_path(method: str, path: str) -> Asked:
         return Rejection(405, Reason.WRONG_METHOD, message, headers=(("allow", allowed),))
     if route.treatment is Treatment.ROUTED:
         return Api(route.path)
+    if route is ABORT:
+        return Abort()
     return Models(plain) if route.treatment is Treatment.ANSWERED else Passed(route, is_head=method == "HEAD")
 
 

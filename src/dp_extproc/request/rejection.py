@@ -43,6 +43,7 @@ class Reason(StrEnum):
     DECODE_TIMEOUT = "first_token_timeout"
     ENGINE_REFUSED = "engine_refused"
     ANSWER_INCOMPLETE = "answer_incomplete"
+    ABORTED = "aborted"
     INTERNAL_ERROR = "internal_error"
 
 

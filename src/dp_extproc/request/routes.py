@@ -68,6 +68,8 @@ _BOTH: Final = ("GET", "POST")
 MODELS: Final = Route("/v1/models", _GET, Treatment.ANSWERED)
 ONE_MODEL: Final = Route("/v1/models/", _GET, Treatment.ANSWERED)
 """The start of a path that asks for one model."""
+ABORT: Final = Route("/abort_request", _POST, Treatment.ANSWERED)
+"""The path that ends a request by the id that its client has given."""
 _INFERENCE: Final = (
     Route(Api.GENERATE, _PUT_TOO, Treatment.ROUTED),
     *(Route(api, _POST, Treatment.ROUTED) for api in Api if api is not Api.GENERATE),
@@ -104,7 +106,7 @@ _CONTROL: Final = (
     "/init_weights_update_group", "/destroy_weights_update_group", "/update_weights_from_tensor",
     "/begin_weight_update", "/end_weight_update", "/update_weights_from_distributed", "/update_weights_from_ipc",
     "/update_weight_version", "/pd_role_switch", "/load_lora_adapter", "/load_lora_adapter_from_tensors",
-    "/unload_lora_adapter", "/abort_request", "/pause_generation", "/continue_generation", "/scale_elastic_ep",
+    "/unload_lora_adapter", "/pause_generation", "/continue_generation", "/scale_elastic_ep",
     "/scheduler_receive_url", "/scheduler_receive_meta_data", "/send", "/dumper/", "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter", "/abort_requests", "/inference/v1/abort_requests", "/collective_rpc",
     "/fault_tolerance/apply", "/init_weight_transfer_engine", "/shutdown_weight_transfer_engine",
@@ -133,6 +135,7 @@ ROUTES: Final = (
     *_INFERENCE,
     MODELS,
     ONE_MODEL,
+    ABORT,
     *(Route(path, _POST, Treatment.PASSED, by_model=True) for path in _TEXTS),
     *(Route(path, _POST, Treatment.PASSED) for path in _PARSERS),
     *(Route(path, _GET, Treatment.PASSED) for path in _PAGES),

@@ -47,7 +47,7 @@ from dp_extproc.scheduling.deadly import KEPT_SECONDS, DeadlyRequest, DeadlyRequ
 from dp_extproc.scheduling.deaths import EngineDeaths
 from dp_extproc.scheduling.encoder import LegSettings
 from dp_extproc.scheduling.scheduler import Scheduler
-from dp_extproc.sync.messages import AnyNotice, EngineLost
+from dp_extproc.sync.messages import AnyNotice, EngineLost, Notice, RequestAborted
 from dp_extproc.sync.outbox import Outbox
 from dp_extproc.sync.transport.replica import Replica, join
 
@@ -126,9 +126,10 @@ class Components:
         self._suspect_log = SuspectLog(self._loads)
         is_picker = config.protocol is Protocol.ENDPOINT_PICKER
         outbox = Outbox(f"{rng.getrandbits(64):016x}")
+        publish: Callable[[Notice], object] = _drop if config.sync is None else outbox.publish
         self._deadly = DeadlyRequests(
             self._found_deadly,
-            lambda fingerprint, address, now: outbox.publish(EngineLost(now, fingerprint, address)),
+            lambda fingerprint, address, now: publish(EngineLost(now, fingerprint, address)),
             check_seconds=_death_shows_within(config.load),
         )
         self._monitor = FleetMonitor(
@@ -190,6 +191,7 @@ class Components:
             queue=self._queue,
             max_body=config.envoy.max_body_bytes,
             clock=clock,
+            announce_abort=lambda key: publish(RequestAborted(clock(), key)),
             legs=DirectLegs(
                 config.supervision.longest_prefill,
                 tls=self.tls,
@@ -250,6 +252,8 @@ class Components:
         match notice:
             case EngineLost():
                 self._deadly.heed(notice.fingerprint, notice.address, at)
+            case RequestAborted():
+                self.service.abort(notice.key)
 
     def _found_deadly(self, request: DeadlyRequest) -> None:
         self.telemetry.deadly_request()
@@ -318,6 +322,10 @@ class Components:
         if not keys.problems:
             self._credentials.update(keys.by_pool)
         return keys.problems
+
+
+def _drop(_notice: Notice) -> None:
+    """Publish a notice to no other replica, as there is none."""
 
 
 def _death_shows_within(settings: LoadSettings) -> float:

@@ -1,5 +1,7 @@
 """The records that scheduling takes and returns: the context of a request, and its decision, or that it has to wait."""
 
+from collections.abc import Iterable
+
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -7,6 +9,7 @@ from dp_extproc.load.in_flight import InFlight
 from dp_extproc.load.records import NO_WORK, Work
 from dp_extproc.prefix_cache.blocks import Prefix
 from dp_extproc.request.body import InferenceRequest
+from dp_extproc.request.client_ids import ClientIds
 from dp_extproc.request.prompt_parts import PromptPart
 from dp_extproc.request.rejection import Rejection
 from dp_extproc.response.renaming import Renames
@@ -56,20 +59,24 @@ class PrefillRequest(Struct, frozen=True):
     """The credentials of the pool."""
 
 
-class DecodeAbort(Struct, frozen=True):
-    """What ends the decode leg of a request at its engines, where Envoy cannot end it any more."""
+class LegAbort(Struct, frozen=True):
+    """What ends a leg of a request at its engines."""
 
     pool: str
     addresses: tuple[str, ...]
     """``IP:port`` of each endpoint that may have the leg."""
     request_ids: tuple[str, ...]
-    """The ids of the decode leg: one, or one for each prompt of a batch."""
+    """The ids of the leg: one, or one for each prompt of a batch."""
     headers: Headers
     """The credentials of the pool."""
     precedes_close: bool = False
     """Whether the engines have to get it before the stream of the leg is closed."""
 
-    def passing(self, headers: Headers) -> "DecodeAbort":
+    def of(self, prompts: Iterable[int]) -> "LegAbort":
+        """Return what ends some prompts of a batch alone."""
+        return replace(self, request_ids=tuple(self.request_ids[index] for index in prompts))
+
+    def passing(self, headers: Headers) -> "LegAbort":
         """Return it with headers of the client, but for those that it has itself."""
         own = {name for name, _ in self.headers}
         return replace(self, headers=(*(each for each in headers if each[0] not in own), *self.headers))
@@ -94,8 +101,12 @@ class Decision(Struct, frozen=True):
     """The ids to be changed in the response; None for none."""
     prefill: PrefillRequest | None = None
     """The prefill leg that the service has to send; None if there is none, or if Envoy mirrors it."""
-    abort: DecodeAbort | None = None
+    abort: LegAbort | None = None
     """What ends the decode leg; None if Envoy can end it, and its engine notices that."""
+    client_ids: ClientIds | None = None
+    """The ids that the client has given, by which it may end the request; None for none."""
+    legs: tuple[LegAbort, ...] = ()
+    """What ends each leg, if the client has given ids."""
     fallbacks: tuple[str, ...] = ()
     """``IP:port`` of further decode endpoints, which can serve the same body."""
     fingerprint: str = ""
@@ -119,6 +130,11 @@ class Queued(Struct, frozen=True):
     """The answer to the client if the request finds no place in the queue, or waits too long."""
     work: Work = NO_WORK
     """What the request will cost, as estimated without a prefix cache."""
+
+    @property
+    def client_ids(self) -> ClientIds | None:
+        """The ids that the client has given; None for none."""
+        return self.request.client_ids
 
 
 SchedulingResult = Decision | Rejection | Queued

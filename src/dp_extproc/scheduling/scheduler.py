@@ -279,6 +279,8 @@ class Scheduler:
             renames=encoded.renames,
             prefill=encoded.prefill,
             abort=encoded.abort,
+            client_ids=encoded.client_ids,
+            legs=encoded.legs,
             fallbacks=encoded.fallbacks,
             fingerprint=fingerprint,
         )

@@ -76,7 +76,14 @@ class EngineLost(Notice, frozen=True, tag=0):
     """``IP:port`` of the endpoint."""
 
 
-AnyNotice = EngineLost
+class RequestAborted(Notice, frozen=True, tag=1):
+    """A client has ended the requests that it has sent under an id."""
+
+    key: Annotated[str, Meta(max_length=64)]
+    """See :func:`dp_extproc.request.client_ids.client_key`."""
+
+
+AnyNotice = EngineLost | RequestAborted
 
 REPEATED: Final[dict[type[Notice], float]] = {EngineLost: 600.0}
 """Kinds of notices that a snapshot repeats, and for how many seconds. Others are sent once."""
