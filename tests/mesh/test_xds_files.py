@@ -136,12 +136,12 @@ def test_routes_stay_if_envoy_refuses_the_new_block(fleet: Fleet) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "llm_"])
 def test_front_door_of_the_files_has_all_that_it_names(prefix: str) -> None:
-    """Its routes have the policy of CORS, and its spans have a collector, although the block has names of its own."""
+    """The page policy of CORS and all collectors are there, although the block has names of its own."""
     settings = {
         "name_prefix": prefix,
         "cors": {"allow_origins": ["https://chat.test"]},
         "tracing": {"collector": "127.0.0.1:4317"},
-        "access_log": {"grpc": "127.0.0.1:4318"},
+        "access_log": {"grpc": "127.0.0.1:4318", "otel": "127.0.0.1:4319"},
     }
     pools = [{"models": ["*"], "workers": {"endpoints": ["http://x:1"]}}]
     files = FORMS["xds"].files(parse_config(yaml.safe_dump({"envoy": settings, "pools": pools})), Target())
@@ -150,7 +150,7 @@ def test_front_door_of_the_files_has_all_that_it_names(prefix: str) -> None:
     assert CORS_FILTER in routes["virtual_hosts"][0]["typed_per_filter_config"]
     used = set(re.findall(r"(?:cluster_name|cluster): (\S+)", files[xds.LISTENERS] + files[xds.ROUTES]))
     assert used <= set(xds.names(xds.CLUSTERS, files[xds.CLUSTERS]))
-    assert f"{prefix}trace_collector" in used
+    assert {f"{prefix}{name}" for name in ("trace_collector", "log_collector_grpc", "log_collector_otel")} <= used
 
 
 def block_of(config: Config, mebibytes: int, **changes: Any) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Envoy's clusters lead to the service, to engines at addresses in headers, and to Envoy's own internal listeners."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
 
@@ -25,7 +25,7 @@ from dp_extproc.envoy_config.filters import (
 from dp_extproc.envoy_config.listeners import buffer_bytes
 from dp_extproc.envoy_config.lua_filters import complete_responses
 from dp_extproc.envoy_config.names import Names
-from dp_extproc.envoy_config.telemetry import collectors_of_logs, collectors_of_spans
+from dp_extproc.envoy_config.telemetry import collectors
 from dp_extproc.envoy_config.tls import to_engines_tls, to_service_tls, transport_socket
 from dp_extproc.envoy_config.yaml_text import commented, pack
 
@@ -91,7 +91,7 @@ def build_clusters(config: Config) -> list[cluster.Cluster]:
         )
     to_dispatch = commented(_to_listener(names.dispatch, buffer, dispatch), "The way to the internal listeners.")
     to_decode = _to_decode(config, _engine_options(first_event), buffer)
-    to_collectors = [*build_collectors_of_spans(config), *_to_collectors(collectors_of_logs(config))]
+    to_collectors = build_collectors(config)
     if config.sends_legs:
         return [*clusters, *to_decode, to_dispatch, *to_collectors]
     to_prefill = commented(
@@ -103,9 +103,9 @@ def build_clusters(config: Config) -> list[cluster.Cluster]:
     return [*clusters, to_prefill, *to_decode, to_dispatch, to_leg, *to_collectors]
 
 
-def build_collectors_of_spans(config: Config) -> list[cluster.Cluster]:
-    """Build the clusters that the spans of every listener need, that of clients among them."""
-    return _to_collectors(collectors_of_spans(config))
+def build_collectors(config: Config) -> list[cluster.Cluster]:
+    """Build the clusters that the spans and access logs of every listener need, that of clients among them."""
+    return [_to_collector(name, *host_and_port(address)) for name, address in collectors(config)]
 
 
 def _to_service(config: Config, buffer: int) -> cluster.Cluster:
@@ -138,10 +138,6 @@ def _to_service(config: Config, buffer: int) -> cluster.Cluster:
             update_merge_window=timedelta(0),  # Envoy's default delays changes of health by a second.
         )
     return service
-
-
-def _to_collectors(addresses: Iterable[tuple[str, str]]) -> list[cluster.Cluster]:
-    return [_to_collector(name, *host_and_port(address)) for name, address in addresses]
 
 
 def _to_collector(name: str, host: str, port: int) -> cluster.Cluster:

@@ -106,14 +106,10 @@ def trace(config: Config, manager: hcm.HttpConnectionManager, hop: str, decision
     )
 
 
-def collectors_of_spans(config: Config) -> Iterator[tuple[str, str]]:
-    """Name the cluster of the collector of spans with its ``host:port``, if there is one."""
+def collectors(config: Config) -> Iterator[tuple[str, str]]:
+    """Name the clusters of the collectors of spans and access logs, each with its ``host:port``."""
     if config.envoy.tracing is not None:
         yield Names.of(config).traces, config.envoy.tracing.collector
-
-
-def collectors_of_logs(config: Config) -> Iterator[tuple[str, str]]:
-    """Name the clusters of the collectors of access logs, each with its ``host:port``."""
     settings = config.envoy.access_log
     for kind, address in (("grpc", settings.grpc), ("otel", settings.otel)):
         if address is not None:

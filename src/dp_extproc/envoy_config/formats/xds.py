@@ -13,7 +13,7 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager i
 
 from dp_extproc.config import Config
 from dp_extproc.envoy_config.block import build_block, build_bootstrap_extension
-from dp_extproc.envoy_config.clusters import build_collectors_of_spans
+from dp_extproc.envoy_config.clusters import build_collectors
 from dp_extproc.envoy_config.formats.target import Target
 from dp_extproc.envoy_config.front_door import build_front_door, build_routes, to_listen_on
 from dp_extproc.envoy_config.yaml_text import commented, pack, render_yaml, unpack
@@ -38,7 +38,7 @@ def files(config: Config, _: Target) -> dict[str, str]:
     """Return a bootstrap and the files that it names, in the order in which to replace these.
 
     All names of the block begin with a hash of its content. So a changed block stands beside the one that it replaces,
-    and only the route of the front door changes. The front door keeps its name, and so does its collector of spans.
+    and only the route of the front door changes. The front door keeps its name, and so do its collectors.
     Envoy ends the streams of a changed listener after its drain time,
     and mirrored requests and calls of the service at once if their cluster changes.
     """
@@ -55,7 +55,7 @@ def files(config: Config, _: Target) -> dict[str, str]:
     routes.name = front_door.name
     return {
         BOOTSTRAP: render_yaml(_build_bootstrap(config)),
-        CLUSTERS: _render([*block.clusters, *build_collectors_of_spans(config)]),
+        CLUSTERS: _render([*block.clusters, *build_collectors(config)]),
         LISTENERS: _render([front_door, *block.listeners]),
         ROUTES: _render([routes]),
     }
