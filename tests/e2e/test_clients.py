@@ -142,7 +142,7 @@ def test_messages_are_served_only_by_releases_that_support_them(every_version: S
 
     if every_version.version < (0, 5, 22):
         assert response.status_code == 400
-        assert response.json()["error"]["code"] == "engine_version_lacks_path"
+        assert response.headers["x-dp-extproc-reason"] == "engine_version_lacks_path"
         assert every_version.received() == []
     else:
         assert response.status_code == 200
