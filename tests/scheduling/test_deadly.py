@@ -139,3 +139,11 @@ def test_memory_is_bounded(world: World) -> None:
     world.deadly.lost(KILLER, B, 3 * KEPT_SECONDS)
 
     assert len(world.deadly) == 1
+
+
+def test_addresses_are_forgotten_with_their_requests(world: World) -> None:
+    """Most engines that die never come back under their address."""
+    for number in range(MOST_REQUESTS * 2):
+        world.deadly.lost(f"request {number}", f"address {number}", 0.0)
+
+    assert len(world.deadly._down) == MOST_REQUESTS

@@ -39,7 +39,7 @@ _OF_THE_PAIR: Final = re.compile(
 """Texts of errors between two engines, which may be alike whatever the request is."""
 _LOST: Final = b"reset reason: connection termination"
 """Envoy's text for a connection that was closed after the request had been sent on it."""
-_VARYING: Final = re.compile(rb"[0-9a-fA-F]*[0-9][0-9a-fA-F]*")
+_VARYING: Final = re.compile(rb"(?<![0-9a-fA-F])[a-fA-F]*+[0-9][0-9a-fA-F]*+")
 """Numbers, ids and addresses, by which errors alike differ between engines."""
 _SIGNED_BYTES: Final = 4096
 """Bytes at the beginning of an error's text by which it is compared."""

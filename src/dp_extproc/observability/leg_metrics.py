@@ -68,7 +68,7 @@ class SentLegMetrics:
         yield from self._of_legs() if self._sends_legs else ()
         yield _by_label(
             "dp_extproc_decode_aborts",
-            "Requests to engines to end a decode leg that they would compute in vain, by their outcome.",
+            "Requests to engines to end a leg that they would compute in vain, of any role, by their outcome.",
             "outcome",
             self.aborts.outcomes,
         )

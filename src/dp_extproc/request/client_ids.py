@@ -33,9 +33,10 @@ class ClientIds(Struct, frozen=True):
 
     def prompts(self) -> dict[str, tuple[int, ...]]:
         """Return which prompts each id stands for."""
-        found: dict[str, tuple[int, ...]] = {}
+        indexes: dict[str, list[int]] = {}
         for index, each in enumerate(self.each):
-            found[each] = (*found.get(each, ()), index)
+            indexes.setdefault(each, []).append(index)
+        found = {each: tuple(of_it) for each, of_it in indexes.items()}
         return {**found, self.whole: tuple(range(len(self.each)))} if self.whole else found
 
 

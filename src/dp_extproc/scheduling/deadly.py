@@ -221,4 +221,5 @@ class DeadlyRequests:
                 break
             del self._losses[oldest]
         self._reported &= self._losses.keys()
+        self._down &= {loss.address for losses in self._losses.values() for loss in losses}
         self._placed = {address: each for address, each in self._placed.items() if now - each[1] < APART_SECONDS}
