@@ -18,8 +18,8 @@ def test_a_failed_request_is_not_retried_with_an_empty_budget(body_mode: str) ->
         for engine in fleet.decodes:
             engine.fault(inference="reset")
         attempts = []
-        for _ in range(2):
-            assert str(ask(fleet.client, CHAT, stream=False)) == "503 upstream_failed"
+        for name in ("first", "second"):  # the same request again would wait until its engines are known to live
+            assert str(ask(fleet.client, CHAT, stream=False, user=name)) == "503 upstream_failed"
             attempts.append(sum(len(engine.requests()) for engine in fleet.decodes))
 
         assert attempts == [2, 3]

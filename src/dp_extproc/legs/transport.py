@@ -102,8 +102,8 @@ class Transport:
     """The connections to all engines."""
 
     def __init__(self) -> None:
-        self._kept = _session(keepalive_timeout=KEEPALIVE_SECONDS)
-        self._fresh = _session(force_close=True)
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}
+        """By whether each request has a connection of its own. A session is made for its first request."""
 
     async def send(self, request: LegRequest, body: Body, *, is_fresh: bool) -> Answer:
         """Send a request, and give its response, which is a context manager.
@@ -118,7 +118,10 @@ class Transport:
             BrokenError: The connection broke.
             UnreadableError: The response is no HTTP.
         """
-        session = self._fresh if is_fresh else self._kept
+        session = self._sessions.get(is_fresh)
+        if session is None:
+            options = {"force_close": True} if is_fresh else {"keepalive_timeout": KEEPALIVE_SECONDS}
+            session = self._sessions[is_fresh] = _session(**options)
         _is_reused.set(False)
         scheme = "http" if request.tls is None else "https"
         try:
@@ -147,8 +150,8 @@ class Transport:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._kept.close()
-        await self._fresh.close()
+        for session in self._sessions.values():
+            await session.close()
 
 
 def _broken(error: Exception, *, is_stale: bool) -> Exception:
