@@ -47,7 +47,6 @@ def test_no_request_fails_when_another_engine_comes_to_stand_behind_an_address()
         served = [body_of(each) for each in new.requests()]
         assert {each["bootstrap_port"] for each in served[-3:]} == {new.bootstrap_port}
         assert {each["routed_dp_rank"] for each in served[-20:]} <= {0, 1}
-        assert f"{address.url}: changed: " in service.log() or f"{address.url} is well again" in service.log()
 
 
 def test_engine_that_takes_another_role_leaves_its_pool() -> None:

@@ -136,12 +136,19 @@ _OF_GATEWAY: Final[dict[Place, str | dict[bool, str]]] = {
 _UNSEEN_EVENT: Final[dict[Place, str | dict[bool, str]]] = {
     ("decode", "gives the request up"): {False: "500 of the engine", True: "504 prefill_timeout"},
 }
+_REWRITTEN: Final[dict[Place, str | dict[bool, str]]] = {
+    ("decode", "refuses connections"): "503 decode_failed",
+    ("decode", "resets before headers"): "503 decode_failed",
+    ("decode", "stops in its 500"): "502 decode_failed",
+    ("decode", "answers no HTTP"): "502 decode_failed",
+}
+"""Errors whose text the service sees and rewrites, because responses pass through it in full duplex."""
 _STOPPED: Final = ("service", "is stopped (SIGSTOP)")
 _OTHER: Final[dict[Form, tuple[dict[Place, str | dict[bool, str]], ...]]] = {
     Form.MIRRORED: (),
     Form.SERVICE: (),
     Form.PICKER: (_OF_GATEWAY, _UNSEEN_EVENT, {_STOPPED: "500 of the gateway"}),
-    Form.PICKER_DUPLEX: (_OF_GATEWAY, {_STOPPED: "500 of the gateway"}),
+    Form.PICKER_DUPLEX: (_REWRITTEN, _OF_GATEWAY, {_STOPPED: "500 of the gateway"}),
     Form.PICKER_BUFFERED: (_OF_GATEWAY, _UNSEEN_EVENT, {_STOPPED: "504 of the gateway"}),
 }
 """Results that differ from those of mirrored legs."""
