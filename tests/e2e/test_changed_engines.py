@@ -43,7 +43,7 @@ def test_no_request_fails_when_another_engine_comes_to_stand_behind_an_address()
             assert {client.post("/generate", json=WHOLE).status_code for _ in range(20)} == {200}
             return len(new.requests()) > 20
 
-        wait_for(is_found, 30.0)
+        wait_for(is_found, 60.0)
         served = [body_of(each) for each in new.requests()]
         assert {each["bootstrap_port"] for each in served[-3:]} == {new.bootstrap_port}
         assert {each["routed_dp_rank"] for each in served[-20:]} <= {0, 1}
