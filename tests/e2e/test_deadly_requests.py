@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
@@ -72,15 +73,20 @@ def test_deadly_request_ends_two_engines_and_no_more(role: str, sections: dict[s
     """The official client sends it again by itself, and raises an error that it does not retry."""
     with running(role, **sections) as fleet:
         with (
-            openai.OpenAI(base_url=f"{fleet.envoy.url}/v1", api_key="none") as client,
+            # Until each process has seen that both engines refuse connections, the request gets a 503 that is retried.
+            openai.OpenAI(base_url=f"{fleet.envoy.url}/v1", api_key="none", max_retries=10) as client,
             pytest.raises(openai.UnprocessableEntityError, match="two servers have died") as caught,
         ):
             client.completions.create(model="m", prompt=[5, VOCABULARY], max_tokens=1)
-        repeated = [fleet.client.post("/v1/completions", json=DEADLY | {"stream": stream}) for stream in (False, True)]
+
+        def is_refused(stream: bool) -> bool:
+            return fleet.client.post("/v1/completions", json=DEADLY | {"stream": stream}).status_code == 422
+
+        wait_for(partial(is_refused, False))
+        wait_for(partial(is_refused, True))
         served = fleet.client.post("/v1/completions", json=HARMLESS)
 
         assert caught.value.code == "deadly_request"
-        assert [response.status_code for response in repeated] == [422, 422]
         assert served.status_code == 200
         wait_for(lambda: fleet.alive() == 1)
         found = wait_for(lambda: [line for line in fleet.service.log().splitlines() if "has ended the engines" in line])
