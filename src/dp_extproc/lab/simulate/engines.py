@@ -69,11 +69,7 @@ class PrefillEngine:
 
     def give_up(self, number: int, rank: int) -> bool:
         """Remove a request, if no step has computed a part of it yet."""
-        of = self.ranks[rank]
-        work = next((work for work in of.queue if work.rid == str(number)), None)
-        if work is not None:
-            of.remove(work)
-        return work is not None
+        return give_up(self.ranks[rank], number)
 
     def sent(self, work: Work, now: float) -> None:
         """Free what held the KV cache of a prompt, which has been sent."""
@@ -100,13 +96,7 @@ class PrefillEngine:
         for index, step in enumerate(self._steps):
             if step is None:
                 self._idle(index, now)
-        samples = []
-        for rank, history in enumerate(self.histories):
-            if gauges:
-                samples.append(RankSample(rank, 0 if history.gauges is None else history.gauges.num_used_tokens))
-            elif history.published is not None:
-                samples.append(read_snapshot(rank, history.published, now - history.published_at))
-        return LoadPage(tuple(samples), self._prompt_tokens)
+        return LoadPage(read_histories(self.histories, now, gauges=gauges), self._prompt_tokens)
 
     def rest_of_step(self, rank: int) -> float:
         """Return half of the running step that a rank waits for, in tokens: how long it still takes on average."""
@@ -166,6 +156,25 @@ def groups_of(ranks: list[Rank], fleet: Fleet) -> list[Group]:
 def group_of(rank: int, groups: Sequence[Group]) -> int:
     """Return the index of the group of a rank."""
     return 0 if len(groups) == 1 else rank
+
+
+def give_up(rank: Rank, number: int) -> bool:
+    """Remove a request from a rank, if no step has computed a part of it yet."""
+    work = next((work for work in rank.queue if work.rid == str(number)), None)
+    if work is not None:
+        rank.remove(work)
+    return work is not None
+
+
+def read_histories(histories: Sequence[RankHistory], now: float, *, gauges: bool) -> tuple[RankSample, ...]:
+    """Read what all ranks have published, or only their gauges."""
+    samples = []
+    for rank, history in enumerate(histories):
+        if gauges:
+            samples.append(RankSample(rank, 0 if history.gauges is None else history.gauges.num_used_tokens))
+        elif history.published is not None:
+            samples.append(read_snapshot(rank, history.published, now - history.published_at))
+    return tuple(samples)
 
 
 def read_snapshot(rank: int, snapshot: Snapshot, age: float) -> RankSample:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from dp_extproc.engines.model import LoadPage, RankSample
+from dp_extproc.engines.model import LoadPage
 from dp_extproc.lab.engine.scheduler.group import Step
 from dp_extproc.lab.engine.scheduler.rank import Limits, Rank
 from dp_extproc.lab.engine.scheduler.snapshot import RankHistory
 from dp_extproc.lab.engine.scheduler.work import Output, Role, Stage, Work
-from dp_extproc.lab.simulate.engines import Schedule, group_of, groups_of, read_snapshot
+from dp_extproc.lab.simulate.engines import Schedule, give_up, group_of, groups_of, read_histories
 from dp_extproc.lab.simulate.fleet import Fleet
 from dp_extproc.lab.workload.trace import TraceRequest
 
@@ -49,23 +49,14 @@ class WorkerEngine:
 
     def give_up(self, number: int, rank: int) -> bool:
         """Remove a request, if no step has computed a part of it yet."""
-        of = self.ranks[rank]
-        work = next((work for work in of.queue if work.rid == str(number)), None)
-        if work is not None:
-            of.remove(work)
-        return work is not None
+        return give_up(self.ranks[rank], number)
 
     def page(self, now: float, *, gauges: bool) -> LoadPage:
         """Report the load; see :meth:`dp_extproc.lab.simulate.engines.PrefillEngine.page`."""
-        samples = []
         for rank, history in enumerate(self._histories):
             if self._steps[group_of(rank, self.groups)] is None:
                 history.idle(now)
-            if gauges:
-                samples.append(RankSample(rank, 0 if history.gauges is None else history.gauges.num_used_tokens))
-            elif history.published is not None:
-                samples.append(read_snapshot(rank, history.published, now - history.published_at))
-        return LoadPage(tuple(samples), self._prompt_tokens)
+        return LoadPage(read_histories(self._histories, now, gauges=gauges), self._prompt_tokens)
 
     def _histories_of(self, index: int) -> list[RankHistory]:
         return [self._histories[rank.dp_rank] for rank in self.groups[index].ranks]
